@@ -1,0 +1,41 @@
+# Needs make, sh and a Python 3.11 or newer; everything else is installed into .venv.
+
+.SUFFIXES:
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint clean-environment
+
+PYTHON ?= python3
+QUICK ?=
+ARGS ?=
+IN_ENVIRONMENT = .venv/bin/python
+
+# The folder goes to the shell as a variable, word for word, so that spaces and dollar signs survive.
+export DEMO_DATA := $(value DATA)
+
+help: ## list the verbs (the default)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo '  make demo QUICK=1                   the smaller demo, for a first look'
+	@echo '  make demo DATA="/path/to/my leaves" your own images: a folder that holds one folder per class'
+	@echo '  make test ARGS="-k export"          further arguments for pytest or for the demo'
+	@echo '  make setup PYTHON=python3.12        another interpreter (after make clean-environment)'
+
+setup: ## make .venv and install requirements.txt; does nothing when that is done
+	@$(PYTHON) scripts/environment.py
+
+demo: setup ## train, combine and compare small networks, from nothing to a report
+	@$(IN_ENVIRONMENT) scripts/demo.py $(if $(filter-out 0,$(QUICK)),--quick) \
+		$${DEMO_DATA:+--data} $${DEMO_DATA:+"$$DEMO_DATA"} $(ARGS)
+
+test: setup ## run the fast tests
+	@$(IN_ENVIRONMENT) -m pytest -q $(ARGS)
+
+test-slow: setup ## run the slow tests
+	@$(IN_ENVIRONMENT) -m pytest -q -m slow $(ARGS)
+
+lint: setup ## check style and layout
+	@$(IN_ENVIRONMENT) -m ruff check .
+	@$(IN_ENVIRONMENT) -m ruff format --check .
+
+clean-environment: ## remove .venv
+	rm -rf .venv

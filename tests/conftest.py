@@ -1,0 +1,119 @@
+"""Fixtures: real images, really trained tiny networks, and the guard that keeps tests inside their own folders."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+# Settings are read once, by the first test file that imports a base module, which is while pytest collects.
+SETTINGS_FOLDER = tempfile.mkdtemp(prefix="settings-")
+atexit.register(shutil.rmtree, SETTINGS_FOLDER, ignore_errors=True)
+os.environ |= {"DBT_BASE_DIR": SETTINGS_FOLDER, "DBT_MODEL_SIZE": "tiny"}
+
+import utils  # noqa: E402, F401  (installs the mount)
+
+ZOO_BACKBONES = ("CustomConvNeXt", "CustomResNetMish", "CustomViTHybrid")
+ZOO_CLASSES = (0, 1, 2, 3)
+ZOO_PER_CLASS = 70
+ZOO_FOLDS = 2
+ZOO_OPTIONS = ("--size", "tiny", "--folds", str(ZOO_FOLDS), "--epochs-head", "1", "--epochs-finetune", "4")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def project_stays_clean() -> Iterator[None]:
+    """Whatever the tests write lies in temporary folders."""
+    before = {path.name for path in PROJECT.iterdir()}
+    yield
+    new = {path.name for path in PROJECT.iterdir()} - before
+    assert new <= {".pytest_cache", ".ruff_cache", ".mypy_cache"}, f"tests wrote into the project: {sorted(new)}"
+
+
+def write_digits(folder: Path, classes: tuple[int, ...] = ZOO_CLASSES, per_class: int = ZOO_PER_CLASS) -> Path:
+    """Scanned digits of scikit-learn as PNG files, `<digit>/<number>.png`."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for digit in classes:
+        (folder / str(digit)).mkdir(parents=True, exist_ok=True)
+        for number in np.flatnonzero(digits.target == digit)[:per_class]:
+            pixels = np.rint(digits.images[number] * (255 / 16)).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / str(digit) / f"{number:04d}.png")
+    return folder
+
+
+def run_python(*arguments: str, environment: dict[str, str] | None = None, cwd: Path | None = None):
+    """Run a program of the project with this interpreter; returns the completed process."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("DBT_") and key != "BASE_BACK_DIR"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd or PROJECT,
+        env=clean | {"PYTHONWARNINGS": "error::ResourceWarning"} | (environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def base_main() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the base pipeline's command line: base_main("--stages", "split", workspace=...)."""
+
+    def run(*options: str, workspace: Path, environment: dict[str, str] | None = None):
+        script = str(PROJECT / "BASE-BACK" / "src" / "main.py")
+        variables = {"DBT_AUGMENT": "no_flip", "DBT_BATCH_SIZE": "32"} | (environment or {})
+        return run_python(script, "--workspace", str(workspace), *options, environment=variables)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def orchestrator() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the orchestrator's command line: orchestrator("discover", workspace=...)."""
+
+    def run(*options: str, workspace: Path | None = None, cwd: Path | None = None):
+        place = ("--workspace", str(workspace)) if workspace else ()
+        return run_python(str(PROJECT / "ensemble_orchestrator.py"), *options, *place, cwd=cwd)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, base_main) -> Path:
+    """A workspace as the base pipeline leaves it: 280 digits of four classes, three tiny backbones, two folds.
+
+    Shared by all tests: read it, never write into it.
+    """
+    workspace = tmp_path_factory.mktemp("trained")
+    write_digits(workspace / "Data")
+    done = base_main("--backbones", *ZOO_BACKBONES, *ZOO_OPTIONS, workspace=workspace)
+    assert done.returncode == 0, done.stderr
+    return workspace
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory, trained: Path, orchestrator) -> Path:
+    """A copy of the trained workspace after `pipeline`. Shared: read it, never write into it."""
+    workspace = tmp_path_factory.mktemp("built")
+    shutil.copytree(trained, workspace, dirs_exist_ok=True)
+    done = orchestrator("pipeline", "--config", "configs/digits_demo.yaml", workspace=workspace)
+    assert done.returncode == 0, done.stderr
+    return workspace
+
+
+@pytest.fixture
+def own_copy(tmp_path: Path, built: Path) -> Path:
+    """A copy of the built workspace to change or break."""
+    return Path(shutil.copytree(built, tmp_path / "workspace"))

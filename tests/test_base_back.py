@@ -1,0 +1,240 @@
+"""Search, digest and logging of the mount; what needs a process of its own is in test_mount.py."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from foreign_base_back import build
+from mounting import PROJECT, Mount, foreign, foreign_base_back, mount, mount_in
+
+from utils import base_back
+from utils.errors import UserError
+
+__all__ = ["foreign", "foreign_base_back", "mount"]
+
+
+def test_the_order_of_search(foreign: Mount) -> None:
+    """Argument, BASE_BACK_DIR, the sibling of the project, the bundled one; what has no src/utils does not count."""
+    root = foreign.cwd.parent / "somewhere"
+    own = root / "project"
+    (own / "utils").mkdir(parents=True)
+    for name in ("__init__.py", "base_back.py", "errors.py"):
+        shutil.copy(PROJECT / "utils" / name, own / "utils" / name)
+    for folder in ("given", "named", "BASE-BACK", "project/BASE-BACK"):
+        for package in ("config", "utils"):
+            (root / folder / "src" / package).mkdir(parents=True)
+    foreign.more = {"PYTHONPATH": str(own), "BASE_BACK_DIR": str(root / "named"), "DBT_BASE_DIR": ""}
+    code = f"""
+import json, os, shutil
+from utils.base_back import default_workspace, kind, locate
+from utils.errors import UserError
+root = {str(root)!r}
+found = [(str(locate(root + "/given")), str(default_workspace()))]
+found.append((str(locate()), kind(locate())))
+del os.environ["BASE_BACK_DIR"]
+found.append((str(locate()), kind(locate())))
+shutil.rmtree(root + "/BASE-BACK/src/utils")
+found.append((str(locate()), kind(locate())))
+found.append(str(default_workspace()))
+shutil.rmtree(root + "/project/BASE-BACK")
+try:
+    locate()
+except UserError as error:
+    found.append(str(error))
+print(json.dumps(found))
+"""
+    found, _ = foreign.run("-c", code)
+    assert found[0] == [str(root / "given"), str(root)]
+    assert found[1] == [str(root / "named"), "external"]
+    assert found[2] == [str(root / "BASE-BACK"), "external"]
+    assert found[3] == [str(own / "BASE-BACK"), "bundled"]
+    assert found[4] == str(own)
+    assert f"{root / 'BASE-BACK'}: config in src" in found[5]
+    assert f"{own / 'BASE-BACK'}: no such folder" in found[5]
+
+
+def test_a_bundled_module_is_at_hand_whatever_is_mounted(mount: Mount) -> None:
+    code = """
+import json
+from utils import base_back
+from probe import look
+module = base_back.bundled("samples")
+print(json.dumps([module.__file__, module is base_back.bundled("samples"), look()["twice"], look()["torch"]]))
+"""
+    said, _ = mount.run("-c", code)
+    assert said == [str(base_back.BUNDLED / "src" / "utils" / "samples.py"), True, {}, False]
+
+
+def test_a_bad_setting_is_an_error_of_the_user(tmp_path: Path) -> None:
+    code = """
+import json
+from utils import base_back, errors
+try:
+    base_back.settings()
+except errors.UserError as error:
+    print(json.dumps(str(error)))
+"""
+    said, _ = mount_in(tmp_path, base_back.BUNDLED, DBT_MODEL_SIZE="huge").run("-c", code)
+    assert "DBT_MODEL_SIZE" in said
+    assert said.endswith("Mend the environment variable that it names")
+
+
+def test_what_cannot_be_loaded_is_said_with_its_remedy(foreign: Mount) -> None:
+    foreign.base_back = build(foreign.cwd.parent / "broken")
+    src = foreign.base_back / "src"
+    shutil.rmtree(src / "export")
+    (foreign.cwd / "export.py").write_text("raise SystemExit('a stranger was imported')\n")
+    (src / "models" / "__init__.py").write_text("import package_nobody_has\n")
+    (src / "utils" / "errors.py").write_text("raise SystemExit('hidden')\n")
+    (foreign.cwd / "file").touch()
+    code = """
+import json, os, sys
+from utils.base_back import load
+from utils.errors import UserError
+said = []
+for name in ("models", "export", "utils.nonsense", "config.settings"):
+    if name == "config.settings":
+        os.environ["DBT_BASE_DIR"] = os.path.abspath("file")
+    try:
+        load(name)
+    except UserError as error:
+        said.append(str(error))
+import utils
+del sys.modules["utils.errors"], utils.errors
+import utils.errors
+print(json.dumps([said, utils.errors.__file__]))
+"""
+    (said, ours), errors = foreign.run("-c", code)
+    assert ours == str(PROJECT / "utils" / "errors.py")
+    assert len(said) == 4
+    assert all(str(foreign.base_back) in message for message in said)
+    assert "pip install package_nobody_has" in said[0]
+    assert "no package 'export'" in said[1]
+    assert "complete BASE-BACK" in said[1]
+    assert "No module named 'utils.nonsense'" in said[2]
+    assert f"The workspace is {foreign.cwd / 'file'}" in said[3]
+    assert errors.count("src/utils/errors.py cannot be imported") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("nowhere", "found no such folder"),
+        ("file", "found a file"),
+        ("empty", "found nothing"),
+        ("BASE-BACK/src", "did you mean {parent}/BASE-BACK?"),
+        (".", "did you mean {parent}/BASE-BACK?"),
+    ],
+)
+def test_a_folder_that_is_no_base_back_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, expected: str
+) -> None:
+    build(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    for option, place in ((str(tmp_path / given), "--base-back"), (None, "BASE_BACK_DIR")):
+        monkeypatch.setenv("BASE_BACK_DIR", str(tmp_path / given))
+        with pytest.raises(UserError, match=re.escape(expected.format(parent=tmp_path))) as raised:
+            base_back.locate(option)
+        assert str(raised.value).startswith(place)
+        assert "src/config and src/utils" in str(raised.value)
+
+
+def test_the_bundled_one_has_no_module_of_a_name_of_ours() -> None:
+    ours = {file.name for file in (PROJECT / "utils").glob("*.py")}
+    theirs = {file.name for file in (base_back.BUNDLED / "src" / "utils").glob("*.py")}
+    assert ours & theirs == {"__init__.py"}
+
+
+def test_the_digest_covers_names_and_contents_of_the_sources(tmp_path: Path) -> None:
+    folder = build(tmp_path)
+    digests = [base_back.source_digest(folder)]
+    (folder / "src" / "notes.txt").write_text("no source")
+    (folder / "outside.py").write_text("no source")
+    assert base_back.source_digest(folder) == digests[0]
+    assert base_back.source_digest(build(tmp_path / "copy")) == digests[0]
+    main = folder / "src" / "main.py"
+    digests.append(base_back.source_digest(folder.rename(tmp_path / "renamed")))
+    assert digests[1] == digests[0]
+    main = tmp_path / "renamed" / "src" / "main.py"
+    main.write_bytes(main.read_bytes() + b"\n")
+    digests.append(base_back.source_digest(tmp_path / "renamed"))
+    main.rename(main.with_name("first.py"))
+    digests.append(base_back.source_digest(tmp_path / "renamed"))
+    assert len(set(digests)) == 3
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests)
+
+
+def test_the_default_workspace_is_named_or_holds_base_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BASE_BACK_DIR", str(build(tmp_path)))
+    monkeypatch.setenv("DBT_BASE_DIR", "there")
+    assert base_back.default_workspace() == tmp_path / "there"
+    monkeypatch.delenv("DBT_BASE_DIR")
+    assert base_back.default_workspace() == tmp_path
+
+
+@pytest.fixture
+def bare_logger() -> Iterator[logging.Logger]:
+    """The logger without handlers; afterwards as it was before."""
+    logger = logging.getLogger(base_back.LOGGER_NAME)
+    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
+    logger.handlers = []
+    yield logger
+    for handler in logger.handlers:
+        handler.close()
+    logger.handlers, logger.propagate = handlers, propagate
+    logger.setLevel(level)
+
+
+def test_logging_goes_to_the_standard_error_of_the_moment(
+    bare_logger: logging.Logger, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = logging.NullHandler()
+    bare_logger.addHandler(other)
+    base_back.set_up_logging(level=logging.DEBUG)
+    base_back.set_up_logging(level=logging.INFO)
+    later = io.StringIO()
+    bare_logger.info("first %d", 1)
+    bare_logger.debug("not shown")
+    monkeypatch.setattr(sys, "stderr", later)
+    bare_logger.warning("second")
+    monkeypatch.undo()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(r"\d\d:\d\d:\d\d \| INFO \| first 1\n", printed.err)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d \| WARNING \| second\n", later.getvalue())
+    assert other in bare_logger.handlers
+    assert len(bare_logger.handlers) == 2
+    assert bare_logger.propagate is False
+
+
+def test_the_log_file_is_made_with_the_first_message(bare_logger: logging.Logger, tmp_path: Path) -> None:
+    file, screen = tmp_path / "logs" / "run.log", io.StringIO()
+    base_back.set_up_logging(log_file=file, stream=screen)
+    assert list(tmp_path.iterdir()) == []
+    bare_logger.info("kept")
+    assert file.read_text().endswith(" | INFO | kept\n")
+    assert screen.getvalue() == file.read_text()
+    base_back.set_up_logging(stream=screen)
+    bare_logger.info("on the screen only")
+    assert file.read_text().count("\n") == 1
+
+
+def test_a_log_file_that_cannot_be_written_is_named_once(bare_logger: logging.Logger, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    screen = io.StringIO()
+    base_back.set_up_logging(log_file=tmp_path / "file" / "run.log", stream=screen)
+    for message in ("one", "two"):
+        bare_logger.info(message)
+    lines = [line.split(" | ", 1)[1] for line in screen.getvalue().splitlines()]
+    assert [lines[0], lines[2]] == ["INFO | one", "INFO | two"]
+    assert lines[1].startswith(f"WARNING | log file {tmp_path / 'file' / 'run.log'} cannot be written (")
+    assert len(lines) == 3

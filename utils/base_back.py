@@ -1,0 +1,397 @@
+"""The mount: BASE-BACK's packages beside ours, although both call one of them `utils`.
+
+    config, models, training, export    come from BASE-BACK/src, whatever else of these names lies on the path
+    utils.<module of ours>              ours
+    utils.<any other module>            BASE-BACK/src/utils
+    utils.logger and ten more names     BASE-BACK/src/utils/__init__.py, loaded once as `utils._base`
+
+Importing `utils` installs a finder and nothing more. The folder is bound at the first use of a BASE-BACK name, when the
+command line has put `--base-back` and `--workspace` into the environment; from then on the process keeps it. Nothing is
+ever written into a BASE-BACK that is not the bundled one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib.machinery import SOURCE_SUFFIXES, FileFinder, ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import spec_from_file_location
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, TextIO
+
+from utils.errors import UserError
+
+PROJECT = Path(os.path.abspath(__file__)).parents[1]
+BUNDLED = PROJECT / "BASE-BACK"
+PACKAGES = ("config", "models", "training", "export")
+EXPORTS = (
+    "logger", "smoke_checker", "DEVICE", "get_device", "set_seed", "get_optimal_workers", "OPTIMAL_WORKERS",
+    "compute_file_sha256", "get_device_info", "DedupLogger", "SmokeCheckLogger",
+)  # fmt: skip
+LOGGER_NAME = "disease_pipeline"
+
+_OURS = "utils"
+_BASE_UTILS = "utils._base"
+_BUNDLED_UTILS = "bundled_base_back_utils"
+
+
+def locate(explicit: str | None = None) -> Path:
+    """The BASE-BACK folder that a binding would take, absolute; nothing is loaded or set.
+
+    Order: `explicit`, the environment variable BASE_BACK_DIR, `../BASE-BACK` beside the project, the bundled one.
+    Raises UserError when the folder asked for is no BASE-BACK, or none is found.
+    """
+    asked = explicit or os.environ.get("BASE_BACK_DIR")
+    if asked:
+        folder = _absolute(asked)
+        if not _is_base_back(folder):
+            place = "--base-back" if explicit else "BASE_BACK_DIR (or --base-back)"
+            raise UserError(
+                f"{place} {asked}: no BASE-BACK there. Expected the folders src/config and src/utils in {folder}, "
+                f"found {_contents(folder)}. Give the folder that holds src{_near(folder)}"
+            )
+        return folder
+    places = (PROJECT.parent / "BASE-BACK", BUNDLED)
+    for folder in places:
+        if _is_base_back(folder):
+            return folder
+    found = "; ".join(f"{folder}: {_contents(folder)}" for folder in places)
+    raise UserError(
+        f"no BASE-BACK found. Expected the folders src/config and src/utils, found {found}. "
+        "Give its folder with --base-back DIR or the environment variable BASE_BACK_DIR"
+    )
+
+
+def default_workspace() -> Path:
+    """The workspace when none is given: DBT_BASE_DIR, else the folder that holds BASE-BACK; absolute."""
+    named = os.environ.get("DBT_BASE_DIR")
+    return _absolute(named) if named else locate().parent
+
+
+def kind(path: str | os.PathLike[str]) -> Literal["bundled", "external"]:
+    """Whether the BASE-BACK folder `path` is the one that comes with the project."""
+    return "bundled" if _same(path, BUNDLED) else "external"
+
+
+def source_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 over the relative paths and bytes of `src/**/*.py` below the BASE-BACK folder `path`, in sorted order."""
+    src = Path(path) / "src"
+    files = sorted((file.relative_to(src).as_posix(), file) for file in src.rglob("*.py") if file.is_file())
+    digest = hashlib.sha256()
+    for name, file in files:
+        content = file.read_bytes()
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _absolute(path: str | os.PathLike[str]) -> Path:
+    # Symbolic links stay: a linked BASE-BACK belongs to the workspace that holds the link.
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def _same(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _is_base_back(folder: Path) -> bool:
+    return all(os.path.isdir(folder / "src" / name) for name in ("config", "utils"))
+
+
+def _contents(folder: Path) -> str:
+    if not folder.is_dir():
+        return "a file" if folder.exists() else "no such folder"
+    inner = folder / "src" if (folder / "src").is_dir() else folder
+    names = sorted(entry.name for entry in inner.iterdir())
+    shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return (shown or "nothing") + (" in src" if inner != folder else "")
+
+
+def _near(folder: Path) -> str:
+    """A hint when BASE-BACK is one folder above or below the one given."""
+    for candidate in (folder.parent, folder / "BASE-BACK"):
+        if _is_base_back(candidate):
+            return f"; did you mean {candidate}?"
+    return ""
+
+
+def bind(explicit: str | None = None, workspace: str | None = None) -> Path:
+    """Fix the BASE-BACK folder and the workspace of this process and its children; the folder bound, absolute.
+
+    Idempotent; loads none of BASE-BACK's modules. Raises UserError when another folder is bound already, when settings
+    of another workspace are loaded, or when a module called like one of BASE-BACK's packages came from elsewhere.
+    """
+    folder = _FINDER.folder
+    if folder is None:
+        folder = locate(explicit)
+        _refuse_strangers(folder)
+    else:
+        asked = explicit or os.environ.get("BASE_BACK_DIR")
+        if asked and not _same(_absolute(asked), folder):
+            raise UserError(
+                f"BASE-BACK {folder} is mounted in this process, so {_absolute(asked)} cannot be mounted as well. "
+                "Start a new process for it"
+            )
+    _set_workspace(folder, workspace)
+    if _FINDER.folder is None:
+        os.environ["BASE_BACK_DIR"] = str(folder)
+        if kind(folder) == "external":
+            # A spawned child may load a BASE-BACK module from sys.path before our loader is there to keep it clean.
+            os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+        sys.modules[_OURS].__path__.append(str(folder / "src" / "utils"))
+        _extend_search_path(folder / "src")
+        # A mounted BASE-BACK logs to stdout and opens files in the working directory unless a handler is there.
+        if not logging.getLogger(LOGGER_NAME).handlers:
+            set_up_logging()
+        _name_hidden(folder)
+        _FINDER.folder = folder
+    return folder
+
+
+def load(name: str) -> ModuleType:
+    """One module of the mounted BASE-BACK, by its import name: "models", "training", "utils.datasets".
+
+    Raises UserError, naming folder, module and cause, when it cannot be imported.
+    """
+    folder = bind()
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError, ValueError) as error:
+        if isinstance(error, ValueError):
+            remedy = "Mend the environment variable that it names"
+        elif isinstance(error, OSError):
+            remedy = f"The workspace is {os.environ['DBT_BASE_DIR']}; choose a writable one with --workspace DIR"
+        elif error.name and error.name.partition(".")[0] not in (*PACKAGES, _OURS):
+            remedy = f"Install what this BASE-BACK needs: pip install {error.name.partition('.')[0]}"
+        else:
+            remedy = "Mount a complete BASE-BACK with --base-back DIR"
+        raise UserError(f"{name} of the BASE-BACK {folder} cannot be loaded: {error}. {remedy}") from error
+
+
+def bundled(name: str) -> ModuleType:
+    """A module of the bundled BASE-BACK's `utils` that reads no setting, such as "samples", whatever is mounted.
+
+    Where the bundled BASE-BACK is mounted it is the mounted module itself, so that no file is loaded twice.
+    """
+    if kind(bind()) == "bundled":
+        return load(f"{_OURS}.{name}")
+    package = sys.modules.setdefault(_BUNDLED_UTILS, ModuleType(_BUNDLED_UTILS))
+    package.__path__ = [str(BUNDLED / "src" / "utils")]
+    return importlib.import_module(f"{_BUNDLED_UTILS}.{name}")
+
+
+def settings() -> ModuleType:
+    """`config.settings` of the mounted BASE-BACK, read once per process; the bundled one needs no torch."""
+    return load("config.settings")
+
+
+def _set_workspace(folder: Path, workspace: str | None) -> None:
+    """Put the workspace, absolute, into DBT_BASE_DIR, unless settings that were read name another one."""
+    chosen = _absolute(workspace or os.environ.get("DBT_BASE_DIR") or folder.parent)
+    read = getattr(sys.modules.get("config.settings"), "BASE_DIR", None)
+    if workspace and read is not None and not _same(chosen, read):
+        raise UserError(
+            f"the settings of workspace {read} are loaded in this process, so workspace {chosen} cannot be used "
+            "as well. Start a new process for it"
+        )
+    os.environ["DBT_BASE_DIR"] = str(chosen)
+
+
+def _refuse_strangers(folder: Path) -> None:
+    src = os.path.realpath(folder / "src")
+    strangers = []
+    for name in PACKAGES:
+        if (module := sys.modules.get(name)) is None:
+            continue
+        file = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", [])), "no file")
+        if not os.path.realpath(file).startswith(src + os.sep):
+            strangers.append(f"{name} ({file})")
+    if strangers:
+        raise UserError(
+            f"BASE-BACK {folder} cannot be mounted: {', '.join(strangers)} was imported before from elsewhere. "
+            "Import utils first, or do not import these in the same process"
+        )
+
+
+def _name_hidden(folder: Path) -> None:
+    """Warn of BASE-BACK modules below `utils` that nobody can import, because ours have their names."""
+    ours, theirs = ({file.name for file in place.glob("*.py")} for place in (PROJECT / _OURS, folder / "src" / "utils"))
+    hidden = sorted((ours & theirs) - {"__init__.py"})
+    if hidden:
+        message = "BASE-BACK %s: src/utils/%s cannot be imported, this project has modules of the same names"
+        logging.getLogger(LOGGER_NAME).warning(message, folder, ", src/utils/".join(hidden))
+
+
+def _extend_search_path(src: Path) -> None:
+    """Let spawned children find BASE-BACK: they are handed sys.path, but no finder.
+
+    `src` goes behind everything else, but not behind a module that would answer to one of BASE-BACK's names, and
+    never before the project, whose `utils` comes first.
+    """
+    entries = [os.path.abspath(entry) for entry in sys.path]
+    if str(src) in entries:
+        return
+    if str(PROJECT) not in entries:
+        sys.path.append(str(PROJECT))
+        entries.append(str(PROJECT))
+    behind = entries.index(str(PROJECT)) + 1
+    hiding = (at for at in range(behind, len(entries)) if _answers(entries[at]))
+    sys.path.insert(next(hiding, len(entries)), str(src))
+
+
+def _answers(entry: str) -> bool:
+    return any((spec := PathFinder.find_spec(name, [entry])) and spec.loader for name in PACKAGES)
+
+
+class _Loader(SourceFileLoader):
+    """Loads one BASE-BACK file."""
+
+    def set_data(self, path: str, data: Any, *, _mode: int = 0o666) -> None:
+        """Keep compiled code beside the bundled sources only; a mounted folder is never written to."""
+        if _FINDER.folder is not None and kind(_FINDER.folder) == "bundled":
+            super().set_data(path, data, _mode=_mode)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Run the file; the log level that the command line chose outlives BASE-BACK's own."""
+        logger = logging.getLogger(LOGGER_NAME)
+        level = logger.level
+        super().exec_module(module)
+        if level != logging.NOTSET:
+            logger.setLevel(level)
+
+
+class _Finder:
+    """Answers for BASE-BACK's names, and for no others."""
+
+    folder: Path | None = None
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Spec of a BASE-BACK module, or None; raises UserError where binding fails."""
+        top, _, below = fullname.partition(".")
+        if top not in PACKAGES and top != _OURS:
+            return None
+        if not below:
+            return None if top == _OURS else self._package(fullname)
+        if top == _OURS and "." not in below:
+            return self._below_utils(fullname)
+        if self.folder is None or path is None:
+            return None
+        src = f"{self.folder / 'src'}{os.sep}"
+        return _spec_in(fullname, [entry for entry in path if entry.startswith(src)])
+
+    def _package(self, name: str) -> ModuleSpec:
+        src = bind() / "src"
+        spec = _spec_in(name, [str(src)])
+        if spec is None:
+            # Passing on would let a module of this name in the working directory pass for BASE-BACK's.
+            raise ModuleNotFoundError(f"the mounted BASE-BACK has no package {name!r} in {src}", name=name)
+        return spec
+
+    def _below_utils(self, fullname: str) -> ModuleSpec | None:
+        own = PathFinder.find_spec(fullname, [str(PROJECT / _OURS)])
+        if own is not None and own.loader is not None:
+            return None
+        folder = (self.folder or locate()) / "src" / "utils"
+        if fullname == _BASE_UTILS:
+            # No package: its relative imports shall mean `utils`, where each of its files has one module object.
+            loader = _Loader(fullname, str(folder / "__init__.py"))
+            spec = spec_from_file_location(fullname, loader.path, loader=loader, submodule_search_locations=None)
+        else:
+            spec = _spec_in(fullname, [str(folder)])
+        if spec is not None:
+            bind()
+        return spec
+
+
+def _spec_in(fullname: str, folders: Sequence[str]) -> ModuleSpec | None:
+    specs = (FileFinder(folder, (_Loader, SOURCE_SUFFIXES)).find_spec(fullname) for folder in folders)
+    return next((spec for spec in specs if spec is not None), None)
+
+
+_FINDER = _Finder()
+
+
+def install() -> None:
+    """Put the finder first on sys.meta_path; nothing is searched for or loaded."""
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
+
+
+def exported(name: str) -> Any:
+    """`__getattr__` of the package `utils`: one of BASE-BACK's eleven names (EXPORTS), loaded at first use and kept.
+
+    Raises AttributeError for every other name, without binding.
+    """
+    if name not in EXPORTS:
+        raise AttributeError(f"module 'utils' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_BASE_UTILS), name)
+    setattr(sys.modules[_OURS], name, value)
+    return value
+
+
+class _Terminal(logging.StreamHandler[TextIO]):
+    """Writes to the stream given, or to whatever sys.stderr is when the message comes."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._given = stream
+        super().__init__(stream)
+
+    @property
+    def stream(self) -> TextIO:
+        return self._given or sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        """The base class assigns sys.stderr here; it is looked up anew for every message instead."""
+
+
+class _LogFile(RotatingFileHandler):
+    """A log file of at most 5 MB and three older ones, opened (and its folder made) with the first message."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, maxBytes=5_000_000, backupCount=3, encoding="utf-8", delay=True)
+
+    def _open(self) -> Any:
+        os.makedirs(os.path.dirname(self.baseFilename), exist_ok=True)
+        return super()._open()
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Say once that the file cannot be written, and go on without it."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        logger = logging.getLogger(LOGGER_NAME)
+        logger.removeHandler(self)
+        logger.warning("log file %s cannot be written (%s); messages go to the terminal only", self.baseFilename, error)
+
+
+def set_up_logging(
+    *, level: int | str = logging.INFO, log_file: Path | None = None, stream: TextIO | None = None
+) -> logging.Logger:
+    """Give the logger `disease_pipeline` one terminal handler (stderr unless `stream`) and, if asked, a log file.
+
+    `level` is the terminal's; the file also holds what is below it. Called again, it replaces the handlers it gave
+    before; handlers of others stay.
+    """
+    logger = logging.getLogger(LOGGER_NAME)
+    for old in [handler for handler in logger.handlers if isinstance(handler, (_Terminal, _LogFile))]:
+        logger.removeHandler(old)
+        old.close()
+    handlers: list[logging.Handler] = [_Terminal(stream), *([_LogFile(log_file)] if log_file is not None else [])]
+    formatter = logging.Formatter("%(asctime)s | %(levelname)s | %(message)s", datefmt="%H:%M:%S")
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        logger.addHandler(handler)
+    handlers[0].setLevel(level)
+    logger.setLevel(logging.DEBUG if log_file is not None else level)
+    logger.propagate = False
+    return logger

@@ -1,0 +1,334 @@
+"""The configuration: a closed, typed picture of what the YAML file may say; defaults are the specification's values.
+
+`utils.config_file` finds and reads the file; whoever is handed a `Config` needs only this room.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PrivateAttr, ValidationInfo
+from pydantic_core import PydanticCustomError
+
+from utils.errors import UserError
+
+# What the specification's file and text print is accepted before its method is built; the families' tables add to it.
+SPECIFIED: dict[str, tuple[str, ...]] = {
+    "exports.formats": ("state_dict", "checkpoint", "torchscript", "onnx", "tflite", "tensorrt", "custom"),
+    "runs.score_ensemble.methods": ("soft_voting", "hard_voting", "logit_averaging", "weighted"),
+    "runs.model_soup.methods": ("uniform", "greedy"),
+    "runs.stacking.meta_learners": ("lr", "xgb", "rf", "mlp"),
+    "runs.fusion.fusion_methods": ("concat_mlp", "attention", "bilinear", "cca_aligned"),
+    "runs.meta_fuser.fuser_type": ("xgb", "mlp", "attention"),
+    "pruning.methods": ("greedy_forward", "greedy_backward", "diversity_max", "clustering"),
+}
+A_LIST = "expected a list such as [a, b], or [] for none"
+A_NAME = "expected a name, without slashes, leading dot or outer spaces"
+Metric = Literal["f1_macro", "accuracy", "log_loss", "brier"]
+
+
+def _check(expected: str, fits: Callable[[Any], bool], turn: Callable[[Any], Any] = lambda raw: raw) -> BeforeValidator:
+    def check(raw: object) -> object:
+        if not fits(turn(raw)):
+            raise ValueError(expected)
+        return turn(raw)
+
+    return BeforeValidator(check)
+
+
+def _real(raw: object) -> float:
+    """A number, also one written as text (`1e-3` is text in YAML 1.1); NaN, which fits nowhere, for anything else."""
+    try:
+        number = float("nan" if isinstance(raw, bool) or not isinstance(raw, (int, float, str)) else raw)
+    except (ValueError, OverflowError):
+        return float("nan")
+    return number if abs(number) < 2**53 else float("nan")
+
+
+def _whole(raw: object) -> float:
+    number = _real(raw)
+    return int(number) if number == number // 1 else float("nan")
+
+
+def _has_one_group(pattern: object) -> bool:
+    try:
+        return isinstance(pattern, str) and re.compile(pattern).groups == 1
+    except re.error:
+        return False
+
+
+def _is_name(raw: object) -> bool:
+    return isinstance(raw, str) and bool(re.fullmatch(r"(?![.\s])[^/\\\x00-\x1f]+(?<!\s)", raw))
+
+
+def _names(raw: object, info: ValidationInfo) -> object:
+    """Complains about every item at once; the place of each is its position."""
+    if not isinstance(raw, (list, tuple)):
+        raise ValueError(A_LIST)
+    if not raw and info.data.get("enable"):
+        raise ValueError("expected at least one name, or enable: false")
+    twice = [(position, item, "expected each name once") for position, item in enumerate(raw) if item in raw[:position]]
+    if problems := [(position, item, A_NAME) for position, item in enumerate(raw) if not _is_name(item)] + twice:
+        raise PydanticCustomError("items", "see the context", {"items": problems})
+    return raw
+
+
+def _some_left(excluded: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    """Excluding what `include` lists is the specification's own remedy; only excluding all of it is a mistake."""
+    included = info.data.get("include")
+    if included and set(included) <= set(excluded):
+        raise ValueError(f"expected at least one of the {len(included)} names of include left")
+    return excluded
+
+
+def _at_most_experts(top_k: int, info: ValidationInfo) -> int:
+    if top_k > (experts := info.data.get("num_experts", top_k)):
+        raise ValueError(f"expected at most num_experts, which is {experts}")
+    return top_k
+
+
+def _others(inputs: tuple[str, ...]) -> tuple[str, ...]:
+    if "meta_fuser" in inputs:
+        raise ValueError("expected other ensembles: meta_fuser cannot be its own input")
+    return inputs
+
+
+Count = Annotated[int, _check("expected a whole number of at least 1", lambda number: number >= 1, _whole)]
+Workers = Annotated[int, _check("expected a whole number of at least 0", lambda number: number >= 0, _whole)]
+Seed = Annotated[int, _check("expected a whole number from 0 to 4294967295", lambda seed: 0 <= seed < 2**32, _whole)]
+Positive = Annotated[float, _check("expected a number above 0", lambda number: number > 0, _real)]
+Share = Annotated[float, _check("expected a number from 0 to 1", lambda number: 0 <= number <= 1, _real)]
+Shrinkage = Annotated[float, _check("expected a number above 0, at most 1", lambda number: 0 < number <= 1, _real)]
+Dropout = Annotated[float, _check("expected a number from 0 to below 1", lambda number: 0 <= number < 1, _real)]
+Flag = Annotated[bool, _check("expected true or false, without quotes", lambda raw: isinstance(raw, bool))]
+Text = Annotated[str, _check("expected text, in quotes", lambda raw: isinstance(raw, str) and raw.strip() != "")]
+Name = Annotated[str, _check(A_NAME, _is_name)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+Sizes = Annotated[tuple[Count, ...], _check(A_LIST, lambda raw: isinstance(raw, (list, tuple)))]
+Device = Annotated[
+    str,
+    _check(
+        "expected cuda, cuda:N, cpu or auto",
+        lambda raw: isinstance(raw, str) and bool(re.fullmatch(r"cuda(:[0-9]{1,3})?|cpu|auto", raw)),
+    ),
+]
+Pattern = Annotated[
+    str | None,
+    _check("expected null or a regex with exactly one group", lambda raw: raw is None or _has_one_group(raw)),
+]
+Limit = Annotated[
+    float | None,
+    _check(
+        "expected a number above 0, or null for no limit",
+        lambda number: number is None or number > 0,
+        lambda raw: None if raw is None else _real(raw),
+    ),
+]
+
+
+class Section(BaseModel):
+    """A closed, frozen mapping of the file."""
+
+    # Defaults are validated too: `num_experts: 1` alone does not go with the default of top_k.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+class Project(Section):
+    name: Text = "disease_classification_ensemble"
+    version: Text = "1.0"
+
+
+class Dataset(Section):
+    img_size: Count = 224
+    batch_size: Count = 32
+    num_workers: Workers = 16
+    group_regex: Pattern = None
+
+
+class Backbones(Section):
+    include: Names = (
+        *("CustomConvNeXt", "CustomEfficientNetV4", "CustomGhostNetV2", "CustomResNetMish", "CustomCSPDarkNet"),
+        *("CustomInceptionV4", "CustomViTHybrid", "CustomSwinTransformer", "CustomCoAtNet", "CustomRegNet"),
+        *("CustomDenseNetHybrid", "CustomDeiTStyle", "CustomMaxViT", "CustomMobileOne", "CustomDynamicConvNet"),
+    )
+    exclude: Annotated[Names, AfterValidator(_some_left)] = ()
+
+    @property
+    def selected(self) -> tuple[str, ...]:
+        """`include` without `exclude`, in the file's order."""
+        return tuple(name for name in self.include if name not in self.exclude)
+
+
+class Exports(Section):
+    enable: Flag = True
+    formats: Names = ("state_dict", "checkpoint", "torchscript", "onnx", "tflite")
+
+
+class ScoreEnsemble(Section):
+    enable: Flag = True
+    methods: Names = ("soft_voting", "hard_voting", "logit_averaging", "weighted")
+    optimize_weights: Flag = True
+    optimization_metric: Metric = "f1_macro"
+
+
+class ModelSoup(Section):
+    enable: Flag = True
+    methods: Names = ("uniform", "greedy")
+    recompute_bn: Flag = True
+
+
+class SnapshotEnsemble(Section):
+    enable: Flag = False
+    n_snapshots: Count = 5
+    epochs_per_cycle: Count = 10
+
+
+class StackingMlp(Section):
+    hidden_dims: Sizes = (256, 128)
+    epochs: Count = 50
+    lr: Positive = 0.001
+    dropout: Dropout = 0.3
+
+
+class StackingXgb(Section):
+    n_estimators: Count = 100
+    max_depth: Count = 6
+    learning_rate: Shrinkage = 0.1
+
+
+class Stacking(Section):
+    enable: Flag = True
+    meta_learners: Names = ("lr", "xgb", "mlp")
+    mlp_config: StackingMlp = StackingMlp()
+    xgb_config: StackingXgb = StackingXgb()
+
+
+class FusionHead(Section):
+    hidden_dims: Sizes = (512, 256)
+    epochs: Count = 40
+    lr: Positive = 0.001
+    dropout: Dropout = 0.3
+
+
+class Fusion(Section):
+    enable: Flag = True
+    extract_embeddings: Flag = True
+    fusion_methods: Names = ("concat_mlp", "attention", "bilinear", "cca_aligned")
+    fusion_config: FusionHead = FusionHead()
+    end_to_end: Flag = False
+
+
+class Moe(Section):
+    enable: Flag = False
+    num_experts: Count = 5
+    top_k: Annotated[Count, AfterValidator(_at_most_experts)] = 2
+    gating_hidden_dim: Count = 128
+    epochs: Count = 30
+
+
+class MetaMlp(Section):
+    hidden_dims: Sizes = (128, 64)
+    epochs: Count = 30
+    lr: Positive = 0.001
+
+
+class MetaFuser(Section):
+    enable: Flag = True
+    input_ensembles: Annotated[Names, AfterValidator(_others)] = (
+        *("soft_voting", "logit_averaging", "stacking_xgb", "fusion_concat_mlp"),
+    )
+    fuser_type: Name = "xgb"
+    mlp_config: MetaMlp = MetaMlp()
+
+
+class Runs(Section):
+    score_ensemble: ScoreEnsemble = ScoreEnsemble()
+    model_soup: ModelSoup = ModelSoup()
+    snapshot_ensemble: SnapshotEnsemble = SnapshotEnsemble()
+    stacking: Stacking = Stacking()
+    fusion: Fusion = Fusion()
+    moe: Moe = Moe()
+    meta_fuser: MetaFuser = MetaFuser()
+
+
+class CostBudget(Section):
+    max_latency_ms: Limit = 100.0
+    max_size_mb: Limit = 500.0
+
+
+class Pruning(Section):
+    enable: Flag = True
+    methods: Names = ("greedy_forward", "greedy_backward", "diversity_max", "clustering")
+    target_size: Count = 7
+    cost_budget: CostBudget = CostBudget()
+
+
+class Distillation(Section):
+    enable: Flag = True
+    teacher: Name = "meta_fuser"
+    student: Name = "CustomMobileOne"
+    temperature: Positive = 4.0
+    alpha: Share = 0.5
+    epochs: Count = 50
+    lr: Positive = 0.001
+    batch_size: Count = 32
+
+
+class Config(Section):
+    """The whole file; `source` is where it was read from and no part of the values."""
+
+    project: Project = Project()
+    device: Device = "cuda"
+    seed: Seed = 42
+    dataset: Dataset = Dataset()
+    backbones: Backbones = Backbones()
+    exports: Exports = Exports()
+    runs: Runs = Runs()
+    pruning: Pruning = Pruning()
+    distillation: Distillation = Distillation()
+    _source: Path = PrivateAttr(default=Path("built-in configuration"))
+
+    @property
+    def source(self) -> Path:
+        """The file as the user named it, for messages."""
+        return self._source
+
+    def at(self, place: str) -> Any:
+        """The section or value at a dotted place such as `runs.moe.top_k`; KeyError where there is none."""
+        found: Any = self
+        for name in place.split("."):
+            if not isinstance(found, Section) or name not in type(found).model_fields:
+                raise KeyError(f"the configuration has no {place}")
+            found = getattr(found, name)
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """All values in plain types, in the specification's order."""
+        return self.model_dump(mode="json")
+
+    def digest(self, *places: str) -> str:
+        """SHA-256 in hexadecimal of the values at these places, in any order; of all values without a place."""
+        found = {place: self.at(place) for place in places} if places else {"": self}
+        plain = {key: value.model_dump() if isinstance(value, Section) else value for key, value in found.items()}
+        return hashlib.sha256(json.dumps(plain, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def validate(values: dict[str, Any], *, source: Path) -> Config:
+    """Plain values -> Config that remembers its file; raises pydantic's ValidationError."""
+    config = Config.model_validate(values)
+    config._source = source
+    return config
+
+
+def require_enabled(config: Config, place: str) -> None:
+    """UserError with the line to add where the section at `place` is off."""
+    if not config.at(f"{place}.enable"):
+        raise UserError(
+            f"{config.source}: {place} is off; run again with --set {place}.enable=true, "
+            f"or write `enable: true` under {place} in the file"
+        )

@@ -1,0 +1,346 @@
+"""The configuration file: found, read with every `--set` on top, and answered with all of its problems at once.
+
+A section that is absent takes the specification's values. The exception: where a file names any `runs`, every absent
+section with an `enable` key (`runs.*`, `pruning`, `distillation`) is off; `exports` never is. A section that is present
+takes the specification's value for every key it leaves out, `enable` too: `moe: {top_k: 1}` alone leaves moe off,
+`fusion: {end_to_end: true}` leaves fusion on. `--set` is applied after that, so it never switches anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import reprlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from utils.config import SPECIFIED, Config, Runs, Section, validate
+from utils.errors import ConfigError, did_you_mean
+
+MOST_FILES, MOST_LINES = 10, 100  # of the files near a missing one, and of problems, are shown
+MOST_BYTES, MOST_VALUES, LONGEST, DEEPEST = 1_000_000, 10_000, 1_000, 20  # beyond these it is no configuration
+YAML = "tag:yaml.org,2002:"
+SCALARS = {YAML + kind for kind in ("null", "bool", "int", "float")}
+AS_TEXT = {YAML + kind for kind in ("str", "timestamp", "value", "merge")}  # no date, `=` or `<<` means anything here
+TAGS = {yaml.ScalarNode: SCALARS | AS_TEXT, yaml.SequenceNode: {YAML + "seq"}, yaml.MappingNode: {YAML + "map"}}
+Place = tuple[str, ...]
+Problems = list[tuple[Place, str]]
+
+
+def find(name: str, project: Path) -> Path:
+    """The file called `name` below the working directory, else below the project; ConfigError naming both places."""
+    wanted = Path(os.path.expanduser(name))
+    places = [wanted] if wanted.is_absolute() else [wanted, project / wanted]
+    for place in places:
+        if place.is_file():
+            return place
+    folders = dict.fromkeys([*(place.parent for place in places), project / "configs"])
+    files = sorted(file for folder in folders for file in folder.glob("*.y*ml"))
+    near = list(
+        dict.fromkeys(str(file.relative_to(project) if file.is_relative_to(project) else file) for file in files)
+    )
+    problem = "is a folder; expected a file" if any(place.is_dir() for place in places) else "no such file"
+    raise ConfigError(
+        f"{name}: {problem}; looked for {' and '.join(str(place.absolute()) for place in places)}; "
+        f"there are {', '.join(near[:MOST_FILES]) or 'no YAML files'}{', ...' * (len(near) > MOST_FILES)}"
+        f"{did_you_mean(name, near)}"
+    )
+
+
+def load(
+    path: Path,
+    *,
+    overrides: Sequence[str] = (),
+    names: Mapping[str, Collection[str]] = MappingProxyType({}),
+) -> Config:
+    """Reads and validates the file with `overrides` (`runs.moe.enable=true`) on top.
+
+    `names` maps a place of `SPECIFIED` to the names its family's table adds. Raises ConfigError listing every problem
+    of the file and of the overrides.
+    """
+    if strange := sorted(set(names) - set(SPECIFIED)):
+        raise KeyError(f"no names are checked at {', '.join(strange)}")
+    values, problems = _read_file(path)
+    origins: dict[Place, str] = {}
+    raw = _switch_off_absent(values or {})
+    lines = [*_lines(problems, {}), *_apply(raw, overrides, origins)]
+    unknown = dict(_unknown_names(raw, names))
+    found: dict[Place, str] = {}
+    try:
+        config = validate(raw, source=path)
+    except ValidationError as error:
+        found = dict(chain.from_iterable(map(_explain, error.errors())))
+    found |= unknown
+    for place, _ in problems:  # said already
+        found.pop(place, None)
+    if values is None:  # the overrides can still be judged
+        found = {place: text for place, text in found.items() if _origin(place, origins) is not None}
+    if lines := [*lines, *_lines(list(found.items()), origins)]:
+        shown = lines[:MOST_LINES] + [f"... and {len(lines) - MOST_LINES} more"] * (len(lines) > MOST_LINES)
+        raise ConfigError("\n  ".join([f"{path}: {len(lines)} problem(s)", *shown]))
+    return config
+
+
+def _switch_off_absent(values: dict[str, Any]) -> dict[str, Any]:
+    runs = values.get("runs")
+    if not isinstance(runs, dict) or not runs:
+        return values
+    switched = [name for name in ("pruning", "distillation") if name not in values]
+    off = {name: {"enable": False} for name in Runs.model_fields if name not in runs}
+    return values | {name: {"enable": False} for name in switched} | {"runs": runs | off}
+
+
+def _section(place: Place) -> type[Section] | None:
+    """The schema of the section at `place`, or None where there is a value or nothing."""
+    found: Any = Config
+    for name in place:
+        field = found.model_fields.get(name)
+        found = field.annotation if field else None
+        if not (isinstance(found, type) and issubclass(found, Section)):
+            return None
+    return found  # type: ignore[no-any-return]
+
+
+def _sections(place: Place = ()) -> Iterator[Place]:
+    section = _section(place)
+    if section is not None:
+        yield place
+        for name in section.model_fields:
+            yield from _sections((*place, name))
+
+
+def _unknown_key(place: Place) -> str:
+    """What to say about a key that the section around it does not have."""
+    section = _section(place[:-1])
+    keys = list(section.model_fields) if section else []
+    elsewhere = [".".join(other) for other in _sections() if other[-1:] == place[-1:]]
+    near = f"; did you mean {elsewhere[0]!r}?" if len(elsewhere) == 1 else did_you_mean(place[-1], keys)
+    return f"unknown key; allowed: {', '.join(keys)}{near}"
+
+
+def _explain(problem: ErrorDetails) -> Iterator[tuple[Place, str]]:
+    """One of pydantic's problems in plain words."""
+    place = tuple(map(str, problem["loc"]))
+    found = f"found {_show(problem['input'])}; "
+    if problem["type"] == "extra_forbidden":
+        yield place, _unknown_key(place)
+    elif problem["type"] == "model_type" and (section := _section(place)):
+        yield place, f"{found}expected a section with any of the keys {', '.join(section.model_fields)}"
+    elif problem["type"] == "literal_error":
+        words = re.findall(r"'([^']+)'", problem["ctx"]["expected"])
+        yield place, f"{found}allowed: {', '.join(words)}{did_you_mean(problem['input'], words)}"
+    elif problem["type"] == "items":
+        for position, item, expected in problem["ctx"]["items"]:
+            yield (*place, str(position)), f"found {_show(item)}; {expected}"
+    else:
+        yield place, found + problem["msg"].removeprefix("Value error, ")
+
+
+def _unknown_names(raw: dict[str, Any], names: Mapping[str, Collection[str]]) -> Iterator[tuple[Place, str]]:
+    """Method names that no table knows; takes off the `_ensemble` ending where a name is written in full."""
+    printed = Config()
+    for dotted, specified in SPECIFIED.items():
+        *parents, key = place = tuple(dotted.split("."))
+        holder: Any = raw
+        for parent in parents:
+            holder = holder.get(parent) if isinstance(holder, dict) else None
+        value = holder.get(key) if isinstance(holder, dict) else None
+        if isinstance(value, list) != isinstance(printed.at(dotted), tuple):
+            continue  # absent, or not what the schema takes here
+        allowed = (*specified, *sorted(set(names.get(dotted, ())) - set(specified)))
+        items: list[Any] = value if isinstance(value, list) else [value]
+        for position, name in enumerate(items):
+            if not isinstance(name, str) or name in allowed:
+                continue
+            if name.removesuffix("_ensemble") in allowed:
+                items[position] = name.removesuffix("_ensemble")
+                continue
+            text = f"found {_show(name)}; allowed: {', '.join(allowed)}{did_you_mean(name, allowed)}"
+            yield (*place, str(position)) if items is value else place, text
+
+
+def _misplaced(place: Place) -> str:
+    """Why no value can be set at `place`, or nothing."""
+    for end, name in enumerate(place, start=1):
+        around = _section(place[: end - 1])
+        if around is None:
+            return f"{'.'.join(place[: end - 1])} holds a value, not a section"
+        if name not in around.model_fields:
+            return ("" if end == len(place) else f"{'.'.join(place[:end])}: ") + _unknown_key(place[:end])
+    return ""
+
+
+def _apply(raw: dict[str, Any], overrides: Sequence[str], origins: dict[Place, str]) -> Iterator[str]:
+    """Puts each override into `raw` and into `origins` (place of each value -> its override); yields what is wrong."""
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        place = tuple(dotted.strip().split("."))
+        if not equals or not all(place):
+            yield f"--set {override}: expected PLACE=VALUE, such as --set runs.moe.enable=true"
+        elif misplaced := _misplaced(place):
+            yield f"--set {override}: {misplaced}"
+        else:
+            value, problems = _read_text(text)
+            yield from (f"--set {override}: {line}" for line in _lines(problems, {}))
+            if not problems:
+                _put(raw, place, value, override, origins)
+
+
+def _put(raw: dict[str, Any], place: Place, value: object, override: str, origins: dict[Place, str]) -> None:
+    """Sets one value; a mapping is set key by key, so that it leaves its neighbours as they are."""
+    if isinstance(value, dict) and _section(place) is not None:
+        for key, inner in value.items():
+            _put(raw, (*place, key), inner, override, origins)
+        return
+    holder = raw
+    for name in place[:-1]:
+        holder = holder.setdefault(name, {})
+        if not isinstance(holder, dict):  # the file has no section here, which is reported as the file's own problem
+            return
+    holder[place[-1]] = value
+    origins[place] = override
+
+
+def _origin(place: Place, origins: Mapping[Place, str]) -> str | None:
+    return next((origins[place[:end]] for end in range(len(place), 0, -1) if place[:end] in origins), None)
+
+
+def _lines(problems: Problems, origins: Mapping[Place, str]) -> list[str]:
+    lines = []
+    for place, text in problems:
+        dotted, override = ".".join(place), _origin(place, origins)
+        shown = [f"--set {override}"] * (override is not None)
+        if override is None or override.partition("=")[0].strip() != dotted:
+            shown.append(dotted)
+        lines.append(": ".join([*filter(None, shown), text]))
+    return lines
+
+
+def _show(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "nothing (null)", True: "true", False: "false"}[value]
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = 60
+    return brief.repr(value)
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any] | None, Problems]:
+    """The mapping in the file (None: it cannot be read as one) and what is wrong with it."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        return None, [((), f"cannot be read: {error.strerror or error}")]
+    if len(data) > MOST_BYTES:
+        return None, [((), f"found more than {MOST_BYTES} bytes; expected a short YAML file")]
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        column = error.start - data.rfind(b"\n", 0, error.start)
+        return None, [
+            ((), f"line {line}, column {column}: found the byte {data[error.start]:#04x}; expected UTF-8 text")
+        ]
+    values, problems = _read_text(text)
+    if not problems and not isinstance(values, dict):
+        what = "an empty file" if values is None else _show(values)
+        problems = [((), f"line 1, column 1: found {what}; expected sections: {', '.join(Config.model_fields)}")]
+    return values if isinstance(values, dict) else None, problems
+
+
+def _read_text(text: str) -> tuple[Any, Problems]:
+    """YAML -> plain values and what is wrong with them; nothing is built that YAML 1.1's plain kinds do not name."""
+    try:
+        return (reader := _Reader(text)).read(), reader.problems
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        line, column = before.count("\n") + 1, error.position - before.rfind("\n")
+        return None, [
+            ((), f"line {line}, column {column}: found a character that no text file has; expected printable text")
+        ]
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        what = ", ".join(filter(None, [error.context, error.problem]))
+        what = "found a tab; expected spaces" if "'\\t'" in what else f"expected YAML: {what}"
+        return None, [((), f"line {mark.line + 1}, column {mark.column + 1}: {what}")]
+
+
+class _Reader(yaml.SafeLoader):
+    """Counts what aliases expand to, notes where a key stands twice, and keeps to plain values."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.problems: Problems = []
+        self.level = 0
+        self.left = MOST_VALUES
+
+    def read(self) -> object:
+        node = self.get_single_node()
+        self.left = MOST_VALUES
+        return None if node is None else self._plain(node, ())
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+        self.level += 1
+        self._spend(self.level, self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
+
+    def _spend(self, depth: int, mark: yaml.Mark) -> None:
+        self.left -= 1
+        if depth > DEEPEST:
+            raise yaml.MarkedYAMLError(None, None, f"at most {DEEPEST} levels, and no alias inside its own value", mark)
+        if self.left < 0:
+            raise yaml.MarkedYAMLError(None, None, f"at most {MOST_VALUES} values, aliases written out", mark)
+
+    def _plain(self, node: yaml.Node, place: Place) -> Any:
+        self._spend(len(place), node.start_mark)
+        if node.tag not in TAGS[type(node)]:
+            self._note(place, node, f"found the tag {node.tag.replace(YAML, '!!')}; expected a plain value")
+            return None
+        if isinstance(node, yaml.SequenceNode):
+            return [self._plain(item, (*place, str(position))) for position, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, place)
+        return self._scalar(node, place)
+
+    def _note(self, place: Place, node: yaml.Node, text: str) -> None:
+        self.problems.append((place, f"{text} (line {node.start_mark.line + 1}, column {node.start_mark.column + 1})"))
+
+    def _scalar(self, node: yaml.ScalarNode, place: Place) -> object:
+        if len(node.value) > LONGEST:
+            self._note(place, node, f"found {len(node.value)} characters; expected at most {LONGEST}")
+        elif node.tag in AS_TEXT:
+            return node.value
+        elif re.fullmatch(r"[-+]?(0[0-9_]+|[0-9_]+(:[0-9_.]+)+)", node.value):
+            self._note(
+                place, node, f"found {node.value}, which YAML takes for a number in base 8 or 60; expected base 10"
+            )
+        else:
+            try:
+                return self.yaml_constructors[node.tag](self, node)
+            except (ValueError, KeyError):  # such as `0b_`, or `!!bool 7`
+                self._note(place, node, f"found {_show(node.value)}; expected {node.tag.removeprefix(YAML)}")
+        return None
+
+    def _mapping(self, node: yaml.MappingNode, place: Place) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            key = self._plain(key_node, place) if isinstance(key_node, yaml.ScalarNode) else None
+            here = (*place, str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?")
+            if not isinstance(key, str):
+                self._note(here, key_node, "found a key that is no text; expected a name, in quotes if need be")
+            elif key in lines:
+                self._note(here, key_node, f"found again; expected once, and it stands on line {lines[key]}")
+            else:
+                lines[key] = key_node.start_mark.line + 1
+                values[key] = self._plain(value_node, here)
+        return values

@@ -1,0 +1,246 @@
+"""Every constant of the base pipeline; the environment is read once, when this module is first imported.
+
+Nothing is created here: folders appear when something is written into them. A variable with a bad value ends the
+import with a `SettingsError` of one line: the name, the value found, what is allowed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+__all__ = [
+    "ALL_BACKBONES",
+    "AUGMENT",
+    "BACKBONES",
+    "BACKBONE_LR",
+    "BASE_DIR",
+    "BATCH_SIZE",
+    "CKPT_DIR",
+    "DEBUG_BACKBONE",
+    "DEBUG_BATCH_SIZE",
+    "DEBUG_ENABLE_EXPORT",
+    "DEBUG_EPOCHS_FINETUNE",
+    "DEBUG_EPOCHS_HEAD",
+    "DEBUG_FUNCTION",
+    "DEBUG_FUNCTIONS",
+    "DEBUG_LOG_DIR",
+    "DEBUG_MODE",
+    "DEPLOY_DIR",
+    "ENABLE_EXPORT",
+    "ENABLE_KFOLD_CV",
+    "ENABLE_TRANSFER_LEARNING",
+    "EPOCHS_FINETUNE",
+    "EPOCHS_HEAD",
+    "EXPORT_CONFIG",
+    "EXPORT_FORMATS",
+    "EXPORT_TYPES",
+    "GROUP_REGEX",
+    "HEAD_LR",
+    "IMAGE_CACHE_DIR",
+    "IMG_SIZE",
+    "KFOLD_DIR",
+    "K_FOLDS",
+    "METRICS_DIR",
+    "MODEL_SIZE",
+    "NUM_CLASSES",
+    "NUM_WORKERS",
+    "PATIENCE_FT",
+    "PATIENCE_HEAD",
+    "PLOTS_DIR",
+    "PRETRAINED_DIR",
+    "PRETRAINED_DOWNLOAD_MAP",
+    "PRETRAINED_PATHS",
+    "RAW_DIR",
+    "SEED",
+    "SMOKE_CHECK_DIR",
+    "SNAPSHOTS",
+    "SPLIT_DIR",
+    "TEST_DIR",
+    "TRAIN_DIR",
+    "TRANSFER_LEARNING_MODE",
+    "VAL_DIR",
+    "WEIGHT_DECAY",
+    "SettingsError",
+]
+
+
+class SettingsError(ValueError):
+    """A variable of the environment has a value that cannot be used."""
+
+
+def _read(name: str, default: T, convert: Callable[[str], T], allowed: str) -> T:
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    try:
+        return convert(text)
+    except SettingsError:
+        raise
+    except ValueError:
+        raise SettingsError(f"{name}: found {text!r}; allowed: {allowed}") from None
+
+
+def _whole(name: str, default: int, least: int) -> int:
+    def convert(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise ValueError
+        return value
+
+    return _read(name, default, convert, f"a whole number from {least}")
+
+
+def _positive(name: str, default: float) -> float:
+    def convert(text: str) -> float:
+        value = float(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
+        return value
+
+    return _read(name, default, convert, "a number above 0")
+
+
+def _choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
+    def convert(text: str) -> str:
+        if text not in allowed:
+            raise ValueError
+        return text
+
+    return _read(name, default, convert, ", ".join(allowed))
+
+
+def _flag(name: str, default: bool) -> bool:
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+    def convert(text: str) -> bool:
+        if text.lower() not in words:
+            raise ValueError
+        return words[text.lower()]
+
+    return _read(name, default, convert, "true, false")
+
+
+def _group_regex(name: str) -> str | None:
+    def convert(text: str) -> str:
+        try:
+            groups = re.compile(text).groups
+        except re.error as error:
+            raise ValueError from error
+        if groups != 1:
+            raise ValueError
+        return text
+
+    return _read(name, None, convert, "a regular expression with exactly one group, such as '^(patient[0-9]+)_'")
+
+
+def _class_count(root: Path) -> int:
+    if not root.is_dir():
+        return 0
+    return sum(entry.is_dir() and not entry.name.startswith(".") for entry in root.iterdir())
+
+
+# folders -------------------------------------------------------------------------------------------------------------
+# The default is the folder that holds BASE-BACK, whatever BASE-BACK itself is called.
+BASE_DIR = Path(os.environ.get("DBT_BASE_DIR") or Path(__file__).resolve().parents[3]).absolute()
+CKPT_DIR = BASE_DIR / "checkpoints"
+PLOTS_DIR = BASE_DIR / "plots_metrics"
+METRICS_DIR = BASE_DIR / "metrics_output"
+KFOLD_DIR = BASE_DIR / "kfold_results"
+DEPLOY_DIR = BASE_DIR / "deployment_models"
+SMOKE_CHECK_DIR = BASE_DIR / "smoke_checks"
+PRETRAINED_DIR = BASE_DIR / "pretrained_weights"
+DEBUG_LOG_DIR = BASE_DIR / "debug_logs"
+IMAGE_CACHE_DIR = Path(os.environ.get("DBT_IMAGE_CACHE_DIR") or BASE_DIR / "image_cache").absolute()
+RAW_DIR = Path(os.environ.get("DBT_RAW_DIR") or BASE_DIR / "Data").absolute()
+SPLIT_DIR = Path(os.environ.get("DBT_SPLIT_DIR") or BASE_DIR / "split_dataset").absolute()
+TRAIN_DIR, VAL_DIR, TEST_DIR = (SPLIT_DIR / name for name in ("train", "val", "test"))
+
+# debug ---------------------------------------------------------------------------------------------------------------
+DEBUG_MODE = _flag("DBT_DEBUG_MODE", False)
+DEBUG_BACKBONE = os.environ.get("DBT_DEBUG_BACKBONE") or None
+DEBUG_FUNCTION = os.environ.get("DBT_DEBUG_FUNCTION") or None
+DEBUG_FUNCTIONS = ["verify", "split", "kfold", "train", "test", "export"]
+DEBUG_EPOCHS_HEAD = _whole("DBT_DEBUG_HEAD_EPOCHS", 15, 0)
+DEBUG_EPOCHS_FINETUNE = _whole("DBT_DEBUG_FT_EPOCHS", 10, 1)
+DEBUG_BATCH_SIZE = _whole("DBT_DEBUG_BATCH_SIZE", 8, 2)
+DEBUG_ENABLE_EXPORT = _flag("DBT_DEBUG_EXPORT", False)
+
+# models and data -----------------------------------------------------------------------------------------------------
+ALL_BACKBONES = [
+    "CustomConvNeXt",
+    "CustomEfficientNetV4",
+    "CustomGhostNetV2",
+    "CustomResNetMish",
+    "CustomCSPDarkNet",
+    "CustomInceptionV4",
+    "CustomViTHybrid",
+    "CustomSwinTransformer",
+    "CustomCoAtNet",
+    "CustomRegNet",
+    "CustomDenseNetHybrid",
+    "CustomDeiTStyle",
+    "CustomMaxViT",
+    "CustomMobileOne",
+    "CustomDynamicConvNet",
+]
+
+
+def _backbones(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in ALL_BACKBONES]
+    if unknown or not names:
+        near = [match for name in unknown for match in get_close_matches(name, ALL_BACKBONES, n=1)]
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise SettingsError(
+            f"backbones (DBT_BACKBONES, --backbones): unknown {', '.join(unknown) or 'empty list'}{hint} Known: all, "
+            f"{', '.join(ALL_BACKBONES)}"
+        )
+    return list(dict.fromkeys(names))
+
+
+BACKBONES = _read("DBT_BACKBONES", ALL_BACKBONES, _backbones, "a comma list of backbones")
+MODEL_SIZE = _choice("DBT_MODEL_SIZE", "full", ("full", "tiny"))
+IMG_SIZE = _whole("DBT_IMG_SIZE", 224 if MODEL_SIZE == "full" else 32, 8)
+BATCH_SIZE = _whole("DBT_BATCH_SIZE", 32, 2)
+K_FOLDS = _whole("DBT_K_FOLDS", 5, 2)
+SEED = _whole("DBT_SEED", 42, 0)
+NUM_WORKERS = _whole("DBT_NUM_WORKERS", -1, 0)  # -1: found by `utils.get_optimal_workers`
+AUGMENT = _choice("DBT_AUGMENT", "full", ("full", "no_flip", "none"))
+GROUP_REGEX = _group_regex("DBT_GROUP_REGEX")
+NUM_CLASSES = _whole("DBT_NUM_CLASSES", _class_count(TRAIN_DIR) or _class_count(RAW_DIR) or 13, 2)
+
+# training ------------------------------------------------------------------------------------------------------------
+EPOCHS_HEAD = _whole("DBT_EPOCHS_HEAD", 40, 0)
+EPOCHS_FINETUNE = _whole("DBT_EPOCHS_FINETUNE", 25, 1)
+PATIENCE_HEAD = 5
+PATIENCE_FT = 5
+WEIGHT_DECAY = 1e-4
+# Networks start from random weights here, so the whole-network rate is one at which they learn.
+BACKBONE_LR = _positive("DBT_BACKBONE_LR", 1e-3)
+HEAD_LR = _positive("DBT_HEAD_LR", 1e-3)
+ENABLE_KFOLD_CV = _flag("DBT_ENABLE_KFOLD_CV", True)
+ENABLE_EXPORT = _flag("DBT_ENABLE_EXPORT", True)
+ENABLE_TRANSFER_LEARNING = True
+TRANSFER_LEARNING_MODE = "fine_tuning"
+SNAPSHOTS = _whole("DBT_SNAPSHOTS", 3, 0)  # the weights of the last epochs of fine-tuning that are kept
+PRETRAINED_DOWNLOAD_MAP: dict[str, str] = {}
+PRETRAINED_PATHS: dict[str, str] = {}
+
+# export --------------------------------------------------------------------------------------------------------------
+EXPORT_TYPES = ["state_dict", "checkpoint", "torchscript", "onnx", "torchserve", "tensorrt", "tflite", "custom"]
+EXPORT_FORMATS = EXPORT_TYPES if ENABLE_EXPORT else []
+EXPORT_CONFIG = {name: {} for name in EXPORT_TYPES} | {
+    "onnx": {
+        "opset_version": 13,
+        "input_names": ["input"],
+        "output_names": ["output"],
+        "dynamic_axes": {"input": {0: "batch_size"}, "output": {0: "batch_size"}},
+    }
+}

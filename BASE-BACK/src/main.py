@@ -1,0 +1,190 @@
+"""The base pipeline's command line: trains image classifiers, with out-of-fold predictions for every train image.
+
+    python BASE-BACK/src/main.py --backbones all --size tiny --folds 3
+
+Without arguments: all fifteen backbones, all stages, settings from the environment. Exit codes: 0 done, 1 nothing
+could be trained, 2 usage or settings, 4 finished but something was left out (named), 130 / 143 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+STAGES = ("verify", "split", "kfold", "train", "test", "export")
+
+
+def train_backbone_with_metrics(
+    backbone_name: str,
+    model: Any,
+    train_ds: Any,
+    val_ds: Any,
+    epochs_head: int | None = None,
+    epochs_finetune: int | None = None,
+) -> tuple[Any, float, dict[str, list], dict[str, Any]]:
+    """Train a network on a data set of decoded images: (model, best val accuracy, history, metrics).
+
+    `history` holds per epoch `(train_loss, val_loss, val_acc, train_acc, val_f1)` under `head` and `finetune`.
+    """
+    from dataclasses import replace
+
+    from training.fitting import fit, metrics_record
+    from training.recipe import Recipe
+    from utils import DEVICE
+    from utils.datasets import BatchLoader
+
+    recipe = Recipe.from_settings(backbone_name, train_ds.classes, "")
+    recipe = replace(
+        recipe,
+        epochs_head=recipe.epochs_head if epochs_head is None else epochs_head,
+        epochs_finetune=recipe.epochs_finetune if epochs_finetune is None else epochs_finetune,
+    )
+
+    def loader(seed: int) -> BatchLoader:
+        return BatchLoader(train_ds, recipe.batch_size, training=True, seed=seed, kind=recipe.augment)
+
+    val = BatchLoader(val_ds, recipe.batch_size)
+    fitted = fit(recipe, model, loader, val, purpose=("final",), device=DEVICE)
+    metrics = metrics_record(recipe, fitted)
+    return fitted.model, metrics["best_accuracy"], fitted.history, metrics
+
+
+def k_fold_cross_validation(
+    backbone_name: str, full_dataset: Any = None, k_folds: int | None = None
+) -> tuple[float, float, dict[str, Any]]:
+    """K-fold over the train split: (mean accuracy, standard deviation, the K-fold results record).
+
+    The train split is what is folded; `full_dataset` is taken for the signature's sake and must be it or None.
+    """
+    from config import settings
+    from training.stages import run_stages
+
+    if full_dataset is not None and Path(getattr(full_dataset, "root", settings.TRAIN_DIR)) != settings.TRAIN_DIR:
+        raise ValueError(f"{full_dataset.root}: folds are made of the train split alone, {settings.TRAIN_DIR}")
+    summary = run_stages([backbone_name], ["kfold"], folds=k_folds)
+    if summary.failed:
+        raise RuntimeError("; ".join(f"{unit}: {reason}" for unit, reason in summary.failed.items()))
+    record = json.loads((settings.KFOLD_DIR / f"{backbone_name}_kfold_results.json").read_text(encoding="utf-8"))
+    return record["mean_accuracy"], record["std_accuracy"], record
+
+
+def run_full_pipeline() -> dict[str, dict[str, Any]]:
+    """All stages for the backbones of the settings: {name: figures}."""
+    from config import settings
+    from training.stages import run_stages
+
+    stages = [stage for stage in STAGES if stage != "kfold" or settings.ENABLE_KFOLD_CV]
+    if not settings.ENABLE_EXPORT:
+        stages.remove("export")
+    return run_stages(settings.BACKBONES, stages).results
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Options; each one that has a variable of the environment sets it."""
+    parser = argparse.ArgumentParser(
+        prog="main.py",
+        description="Train image classifiers with honest out-of-fold predictions.",
+        epilog="Example: python BASE-BACK/src/main.py --backbones all --size tiny --data ~/leaves --workspace ~/work",
+    )
+    parser.add_argument("--backbones", nargs="+", metavar="NAME", help="names, or all (default: all)")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, metavar="STAGE", help=f"of {', '.join(STAGES)}")
+    parser.add_argument("--size", choices=("full", "tiny"), help="224 px networks or 32 px ones (DBT_MODEL_SIZE)")
+    parser.add_argument("--epochs-head", metavar="N", help="epochs of head training (DBT_EPOCHS_HEAD)")
+    parser.add_argument("--epochs-finetune", metavar="N", help="epochs of fine-tuning (DBT_EPOCHS_FINETUNE)")
+    parser.add_argument("--folds", metavar="N", help="folds of the out-of-fold predictions (DBT_K_FOLDS)")
+    parser.add_argument("--data", metavar="DIR", help="folder with one folder of images per class (DBT_RAW_DIR)")
+    parser.add_argument("--workspace", metavar="DIR", help="where everything is written (DBT_BASE_DIR)")
+    parser.add_argument("--augment", choices=("full", "no_flip", "none"), help="training transform (DBT_AUGMENT)")
+    parser.add_argument("--seed", metavar="N", help="seed of everything random (DBT_SEED)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes side by side (default: the usable cores)")
+    parser.add_argument("--force", action="store_true", help="do finished work again")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = vars(build_parser().parse_args(argv))
+    variables = {
+        "size": "DBT_MODEL_SIZE",
+        "epochs_head": "DBT_EPOCHS_HEAD",
+        "epochs_finetune": "DBT_EPOCHS_FINETUNE",
+        "folds": "DBT_K_FOLDS",
+        "augment": "DBT_AUGMENT",
+        "seed": "DBT_SEED",
+    }
+    for option, variable in variables.items():
+        if arguments[option] is not None:
+            os.environ[variable] = arguments[option]
+    for option, variable in (("data", "DBT_RAW_DIR"), ("workspace", "DBT_BASE_DIR")):
+        if arguments[option] is not None:
+            os.environ[variable] = str(Path(arguments[option]).expanduser().absolute())
+    names = arguments["backbones"] or ["all"]
+    if names != ["all"]:
+        os.environ["DBT_BACKBONES"] = ",".join(names)
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: dict[str, Any]) -> int:
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        from config import settings
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    from training.stages import run_stages
+
+    stages = arguments["stages"] or [
+        stage
+        for stage in STAGES
+        if not (stage == "kfold" and not settings.ENABLE_KFOLD_CV)
+        and not (stage == "export" and not settings.ENABLE_EXPORT)
+    ]
+    stages = [stage for stage in STAGES if stage in stages]
+    try:
+        summary = run_stages(settings.BACKBONES, stages, jobs=arguments["jobs"], force=arguments["force"])
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    if arguments["json"]:
+        print(json.dumps(vars(summary), sort_keys=True))
+    else:
+        print(table(summary.results))
+    for unit, reason in summary.failed.items():
+        print(f"failed: {unit}: {reason}", file=sys.stderr)
+    for image in summary.left_out:
+        print(f"left out: {image['path']}: {image['reason']}", file=sys.stderr)
+    if summary.failed and not any(summary.results.values()):
+        return 1
+    return 4 if summary.failed or summary.left_out else 0
+
+
+def _terminate(*_: object) -> None:
+    raise SystemExit(143)
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Validation, out-of-fold and test accuracy of each backbone."""
+    width = max([len("backbone"), *(len(name) for name in results)])
+    lines = [f"{'backbone':{width}}  val     out-of-fold  test"]
+    for name, figures in results.items():
+        cells = (figures.get("final_accuracy"), (figures.get("kfold") or {}).get("mean"), figures.get("test_accuracy"))
+        shown = ["-" if cell is None else f"{cell:.4f}" for cell in cells]
+        lines.append(f"{name:{width}}  {shown[0]:6}  {shown[1]:11}  {shown[2]}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Which units are finished, by digest: `checkpoints/.recovery_state.json`, rewritten whole after every unit."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import settings
+from utils.files import compute_file_sha256, read_json, write_json
+
+if TYPE_CHECKING:
+    from training.units import Outcome, Unit
+
+
+class Ledger:
+    """Finished units with their digests, results and files.
+
+    A unit counts as finished when its digest is the one asked for and its files are the ones it wrote.
+    """
+
+    def __init__(self) -> None:
+        self.path = settings.CKPT_DIR / ".recovery_state.json"
+        state = read_json(self.path) or {}
+        self.units: dict[str, dict[str, Any]] = state.get("units", {})
+        self._foreign = {key: value for key, value in state.items() if key != "units"}
+
+    def is_finished(self, unit: Unit) -> bool:
+        """Whether the unit's outcome lies on disk, as it was written."""
+        entry = self.units.get(unit.name)
+        if not entry or entry["digest"] != unit.digest:
+            return False
+        return all(_is_same(settings.BASE_DIR / name, *facts) for name, facts in entry["files"].items())
+
+    def add(self, unit: Unit, outcome: Outcome, seconds: float) -> None:
+        """Note a finished unit."""
+        self.units[unit.name] = {
+            "digest": unit.digest,
+            "seconds": round(seconds, 3),
+            "files": {path.relative_to(settings.BASE_DIR).as_posix(): _facts(path) for path in outcome.files},
+            "result": outcome.result,
+        }
+        self.save()
+
+    def forget(self, unit: Unit) -> None:
+        """Take a unit out before it is done again, so that a killed run does not leave its old entry."""
+        if self.units.pop(unit.name, None) is not None:
+            self.save()
+
+    def result(self, backbone: str, kind: str) -> dict[str, Any] | None:
+        """What a unit reported: `result("CustomConvNeXt", "train")`; None when it is not finished."""
+        entry = self.units.get(f"{backbone} {kind}")
+        return entry["result"] if entry else None
+
+    def seconds(self, backbone: str) -> float:
+        """Seconds spent on all finished units of one backbone."""
+        return sum(entry["seconds"] for name, entry in self.units.items() if name.split(" ")[0] == backbone)
+
+    def save(self) -> None:
+        """Write units and, for readers of the file, the backbones that are complete with their results."""
+        backbones = sorted({name.split(" ")[0] for name in self.units})
+        results = {}
+        for backbone in backbones:
+            trained = self.result(backbone, "train")
+            if trained is None:
+                continue
+            oof = self.result(backbone, "oof")
+            results[backbone] = {
+                "accuracy": trained["metrics"]["final_accuracy"],
+                "history": trained["history"],
+                "metrics": trained["metrics"] | (self.result(backbone, "test") or {}),
+                "kfold_cv": kfold_summary(oof["fold_accuracies"]) if oof else None,
+                "training_time_seconds": round(self.seconds(backbone), 3),
+            }
+        state = self._foreign | {
+            "completed_backbones": [name for name in results if self.result(name, "test") is not None],
+            "results": results,
+            "units": self.units,
+            "timestamp": datetime.now().astimezone().isoformat(),
+        }
+        write_json(self.path, state)
+
+
+def kfold_summary(accuracies: list[float]) -> dict[str, float]:
+    """Mean and population standard deviation of the fold accuracies."""
+    mean = sum(accuracies) / len(accuracies)
+    variance = sum((accuracy - mean) ** 2 for accuracy in accuracies) / len(accuracies)
+    return {"mean": mean, "std": variance**0.5}
+
+
+def _facts(path: Path) -> list[Any]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, compute_file_sha256(path)]
+
+
+def _is_same(path: Path, size: int, modified: int, digest: str) -> bool:
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    return path.stat().st_mtime_ns == modified or compute_file_sha256(path) == digest

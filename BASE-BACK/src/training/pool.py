@@ -1,0 +1,111 @@
+"""Units side by side: one thread a process on the CPU, one process on a GPU, each unit as soon as it may start."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from training.units import Outcome, Unit
+
+PARENT_CHECK_SECONDS = 1.0
+
+
+def _start_worker(parent: int, threads: int | None) -> None:
+    """Prepare a worker: its number of threads, and its end when the parent is killed."""
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_CHECK_SECONDS)
+        os._exit(1)  # nobody is left to take the result
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _work(unit: Unit) -> tuple[Outcome, float]:
+    from training.work import run_unit
+
+    start = time.monotonic()
+    return run_unit(unit), time.monotonic() - start
+
+
+def run_units(
+    units: Sequence[Unit],
+    *,
+    jobs: int,
+    threads: int | None,
+    finished: Callable[[Unit, Outcome, float], None],
+    failed: Callable[[Unit, str], None],
+) -> None:
+    """Run units in `jobs` processes, each after those it names; the callbacks run in this process, one at a time.
+
+    A unit fails by an exception or by the death of its process; whatever waits for it then fails with it, the rest
+    goes on. Units that wait for something outside `units` start at once.
+    """
+    waiting = {unit.name: unit for unit in units}
+    done: set[str] = set()
+    lost: set[str] = set()
+    running: dict[Future, Unit] = {}
+    pool = _new_pool(jobs, threads)
+    try:
+        while waiting or running:
+            for unit in [u for u in waiting.values() if lost & set(u.after)]:
+                del waiting[unit.name]
+                lost.add(unit.name)
+                failed(unit, f"not run, since {', '.join(sorted(lost & set(unit.after)))} failed")
+            ready = [u for u in waiting.values() if not (set(u.after) - done) & (waiting.keys() | _names(running))]
+            for unit in ready[: jobs - len(running)]:
+                running[pool.submit(_work, waiting.pop(unit.name))] = unit
+            if not running:
+                continue
+            completed, _ = wait(running, return_when=FIRST_COMPLETED)
+            broken = False
+            for future in completed:
+                unit = running.pop(future)
+                try:
+                    outcome, seconds = future.result()
+                except BrokenProcessPool:
+                    broken = True
+                    lost.add(unit.name)
+                    failed(unit, "its process died (killed, or out of memory?)")
+                except Exception as error:  # whatever a network raises fails this unit alone
+                    lost.add(unit.name)
+                    failed(unit, f"{type(error).__name__}: {error}")
+                else:
+                    done.add(unit.name)
+                    finished(unit, outcome, seconds)
+            if broken:
+                pool.shutdown(wait=False)
+                pool = _new_pool(jobs, threads)
+        pool.shutdown()
+    except BaseException:
+        _kill(pool)
+        raise
+
+
+def _names(running: dict[Future, Unit]) -> set[str]:
+    return {unit.name for unit in running.values()}
+
+
+def _new_pool(jobs: int, threads: int | None) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(os.getpid(), threads))
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    """End the workers at once: what they were writing lies under temporary names."""
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+    pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,82 @@
+"""Everything that decides the weights of one training, as one value with one digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+from config import settings
+
+TRAINING_VERSION = 1  # raised whenever the same recipe would give other weights
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One backbone trained on one split."""
+
+    backbone: str
+    model_size: str
+    img_size: int
+    classes: tuple[str, ...]
+    split_digest: str
+    """Digest of the ids and contents of the train and val images."""
+    epochs_head: int
+    epochs_finetune: int
+    head_lr: float
+    backbone_lr: float
+    batch_size: int
+    patience_head: int
+    patience_finetune: int
+    weight_decay: float
+    augment: str
+    group_regex: str | None
+    snapshots: int
+    seed: int
+    version: int = TRAINING_VERSION
+
+    @classmethod
+    def from_settings(cls, backbone: str, classes: list[str], split_digest: str) -> Recipe:
+        """The recipe that the settings of this process describe."""
+        debug = settings.DEBUG_MODE
+        return cls(
+            backbone=backbone,
+            model_size=settings.MODEL_SIZE,
+            img_size=settings.IMG_SIZE,
+            classes=tuple(classes),
+            split_digest=split_digest,
+            epochs_head=settings.DEBUG_EPOCHS_HEAD if debug else settings.EPOCHS_HEAD,
+            epochs_finetune=settings.DEBUG_EPOCHS_FINETUNE if debug else settings.EPOCHS_FINETUNE,
+            head_lr=settings.HEAD_LR,
+            backbone_lr=settings.BACKBONE_LR,
+            batch_size=settings.DEBUG_BATCH_SIZE if debug else settings.BATCH_SIZE,
+            patience_head=settings.PATIENCE_HEAD,
+            patience_finetune=settings.PATIENCE_FT,
+            weight_decay=settings.WEIGHT_DECAY,
+            augment=settings.AUGMENT,
+            group_regex=settings.GROUP_REGEX,
+            snapshots=settings.SNAPSHOTS,
+            seed=settings.SEED,
+        )
+
+    def digest(self, *parts: object) -> str:
+        """Digest of the recipe and of `parts`, which say what of it is meant: ("fold", 2, 5)."""
+        text = json.dumps([asdict(self), *parts], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def seed_for(self, *parts: object) -> int:
+        """A seed below 2**31 for one purpose, whatever ran before in this process: ("fold", 2)."""
+        text = json.dumps([self.seed, self.backbone, *parts])
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+    def explain(self) -> dict[str, object]:
+        """What a checkpoint says of itself: enough to build its network and to prepare its images."""
+        return {
+            "backbone_name": self.backbone,
+            "classes": list(self.classes),
+            "model_size": self.model_size,
+            "img_size": self.img_size,
+            "augment": self.augment,
+            "group_regex": self.group_regex,
+            "split_digest": self.split_digest,
+        }

@@ -1,0 +1,305 @@
+"""The seven stages in order: verify, K-fold, head training and fine-tuning, test, export, clean-up.
+
+What is finished, by the digest of data, settings and training version, is skipped in words.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from config import settings
+from training.ledger import Ledger, kfold_summary
+from training.pool import run_units
+from training.recipe import Recipe
+from training.units import Outcome, Unit, oof_path
+from utils import DEVICE, logger, smoke_checker
+from utils.devices import usable_cores
+from utils.files import write_json
+from utils.samples import digest_of_contents
+from utils.splitting import prepare_optimized_datasets, read_manifest, split_contents, verify_dataset_split
+
+STAGES = ("verify", "split", "kfold", "train", "test", "export")
+KINDS = {"verify": ("verify",), "kfold": ("fold", "oof"), "train": ("train",), "test": ("test",), "export": ("export",)}
+WEIGHT = {"fold": 10, "train": 12, "verify": 1, "oof": 1, "test": 1, "export": 2}  # rough cost, for the time left
+MAX_JOBS = 8
+
+
+@dataclass
+class Summary:
+    """What a run did."""
+
+    workspace: str
+    left_out: list[dict[str, str]] = field(default_factory=list)
+    """Unreadable images: path and reason."""
+    done: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    """Units found finished."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Unit -> reason."""
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Backbone -> figures."""
+    seconds: float = 0.0
+
+
+def run_stages(
+    backbones: Sequence[str],
+    stages: Sequence[str],
+    *,
+    folds: int | None = None,
+    jobs: int | None = None,
+    force: bool = False,
+) -> Summary:
+    """Run the given stages for the given backbones and write every record; returns what was done.
+
+    Raises `SplitError` or FileNotFoundError when there is nothing to train on; a backbone that fails is named in the
+    summary and the others go on.
+    """
+    start = time.monotonic()
+    summary = Summary(str(settings.BASE_DIR))
+    logger.log_system_info_once()
+    if "split" in stages:
+        prepare_optimized_datasets(progress=_decoding_progress())
+    manifest = read_manifest()
+    summary.left_out = manifest["left_out"] if manifest else []
+    if set(stages) == {"split"}:
+        return summary
+    ledger = Ledger()
+    units = plan(backbones, stages, folds or settings.K_FOLDS)
+    chosen = _unfinished(units, ledger, force=force)
+    names = {unit.name for unit in chosen}
+    summary.skipped = [unit.name for unit in units if unit.name not in names]
+    if summary.skipped:
+        logger.info("%d of %d pieces of work are finished and kept", len(summary.skipped), len(units))
+    for unit in chosen:
+        ledger.forget(unit)
+    jobs, threads = _processes(jobs)
+    progress = _Progress(chosen)
+
+    def finished(unit: Unit, outcome: Outcome, seconds: float) -> None:
+        ledger.add(unit, outcome, seconds)
+        summary.done.append(unit.name)
+        _write_backbone_records(unit.recipe, ledger)
+        if unit.kind == "oof":
+            _remove_surplus_folds(unit)
+        if unit.kind == "verify":
+            smoke_checker.log_check(unit.recipe.backbone, "PASS", f"{outcome.result['num_params']} parameters")
+        progress.tell(unit, outcome, seconds)
+
+    def failed(unit: Unit, reason: str) -> None:
+        summary.failed[unit.name] = reason
+        if unit.kind == "verify":
+            smoke_checker.log_check(unit.recipe.backbone, "FAIL", reason)
+        logger.error("%s: %s", unit.name, reason)
+        progress.drop(unit)
+
+    run_units(chosen, jobs=jobs, threads=threads, finished=finished, failed=failed)
+    if any(unit.kind == "verify" for unit in chosen):
+        smoke_checker.save_summary()
+    for unit in units:
+        _write_backbone_records(unit.recipe, ledger)
+    _clean_up()
+    summary.seconds = round(time.monotonic() - start, 3)
+    summary.results = {name: _figures(name, ledger) for name in backbones}
+    if chosen:
+        _write_pipeline_summary(summary, ledger)
+    return summary
+
+
+def plan(backbones: Sequence[str], stages: Sequence[str], folds: int) -> list[Unit]:
+    """The units of the stages in the order of the specification, each with its digest and what it waits for."""
+    if not verify_dataset_split(settings.SPLIT_DIR):
+        raise FileNotFoundError(
+            f"{settings.SPLIT_DIR}: no split with the same classes in train, val and test; run the stage split first"
+        )
+    classes, digests = [], {}
+    for split in ("train", "val", "test"):
+        classes, _, contents = split_contents(settings.SPLIT_DIR, split)
+        digests[split] = digest_of_contents(contents)
+    recipes = [Recipe.from_settings(name, classes, f"{digests['train']}/{digests['val']}") for name in backbones]
+    units: list[Unit] = []
+    for stage in stages:
+        for recipe in recipes:
+            name = recipe.backbone
+            if stage == "kfold":
+                units += [
+                    Unit("fold", recipe, recipe.digest("fold", fold, folds), fold=fold, folds=folds)
+                    for fold in range(folds)
+                ]
+                after = tuple(f"{name} fold {fold}" for fold in range(folds))
+                units.append(Unit("oof", recipe, recipe.digest("oof", folds), after, folds=folds))
+            elif stage in KINDS:
+                after = (f"{name} train",) if stage in ("test", "export") else ()
+                extra = {"test": [digests["test"]], "export": [settings.EXPORT_FORMATS]}.get(stage, [])
+                units.append(Unit(stage, recipe, recipe.digest(stage, *extra), after))
+    return units
+
+
+def _unfinished(units: Sequence[Unit], ledger: Ledger, *, force: bool) -> list[Unit]:
+    """Units to run: not finished by digest, asked for again, or waiting for one that runs."""
+    chosen: list[Unit] = []
+    names: set[str] = set()
+    for unit in sorted(units, key=lambda u: len(u.after)):
+        if force or names & set(unit.after) or not ledger.is_finished(unit):
+            names.add(unit.name)
+            chosen.append(unit)
+    return [unit for unit in units if unit.name in names]
+
+
+def _processes(jobs: int | None) -> tuple[int, int | None]:
+    """Number of worker processes and of threads in each."""
+    if DEVICE.type == "cuda":
+        return jobs or 1, None
+    return jobs or min(MAX_JOBS, usable_cores()), 1  # two processes of one thread beat one of two
+
+
+class _Progress:
+    """One line for each finished unit, with the time left."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.start = time.monotonic()
+        self.total = sum(WEIGHT[unit.kind] for unit in units)
+        self.count = len(units)
+        self.weight = 0
+        self.number = 0
+
+    def tell(self, unit: Unit, outcome: Outcome, seconds: float) -> None:
+        self.number += 1
+        self.weight += WEIGHT[unit.kind]
+        elapsed = time.monotonic() - self.start
+        left = elapsed / self.weight * (self.total - self.weight)
+        told = f"{_headline(unit, outcome.result)}{seconds:.1f} s"
+        logger.info("[%d/%d] %s: %s; about %s left", self.number, self.count, unit.name, told, duration(left))
+
+    def drop(self, unit: Unit) -> None:
+        self.number += 1
+        self.weight += WEIGHT[unit.kind]
+
+
+def _headline(unit: Unit, result: dict[str, Any]) -> str:
+    if unit.kind == "fold":
+        return f"val accuracy {result['val_accuracy']:.3f}, "
+    if unit.kind == "oof":
+        return f"out-of-fold accuracy {kfold_summary(result['fold_accuracies'])['mean']:.3f}, "
+    if unit.kind == "train":
+        return f"val accuracy {result['metrics']['final_accuracy']:.3f}, "
+    return f"test accuracy {result['test_accuracy']:.3f}, " if unit.kind == "test" else ""
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _decoding_progress() -> Any:
+    told = [time.monotonic()]
+
+    def progress(done: int, total: int) -> None:
+        if time.monotonic() - told[0] > 5:
+            told[0] = time.monotonic()
+            logger.info("decoding: %d of %d images", done, total)
+
+    return progress
+
+
+def _figures(backbone: str, ledger: Ledger) -> dict[str, Any]:
+    trained, oof = ledger.result(backbone, "train"), ledger.result(backbone, "oof")
+    figures: dict[str, Any] = dict(trained["metrics"]) if trained else {}
+    figures |= ledger.result(backbone, "test") or {}
+    figures |= ledger.result(backbone, "export") or {}
+    if oof:
+        figures["kfold"] = kfold_summary(oof["fold_accuracies"])
+    return figures
+
+
+def _write_backbone_records(recipe: Recipe, ledger: Ledger) -> None:
+    """Training metrics and K-fold results of one backbone, from the ledger; an equal file is left alone."""
+    name = recipe.backbone
+    trained, oof = ledger.result(name, "train"), ledger.result(name, "oof")
+    if trained:
+        record = trained["metrics"] | (ledger.result(name, "test") or {})
+        _write_if_changed(settings.METRICS_DIR / f"{name}_training_metrics.json", record)
+    if oof:
+        accuracies = oof["fold_accuracies"]
+        summary = kfold_summary(accuracies)
+        folds = [ledger.result(name, f"fold {fold}") for fold in range(len(accuracies))]
+        record = {
+            "backbone": name,
+            "k_folds": len(accuracies),
+            "fold_accuracies": accuracies,
+            "mean_accuracy": summary["mean"],
+            "std_accuracy": summary["std"],
+            "fold_seeds": [fold["fold_seed"] if fold else None for fold in folds],
+            "split_digest": recipe.split_digest,
+            "oof_file": oof_path(name).name,
+        }
+        _write_if_changed(settings.KFOLD_DIR / f"{name}_kfold_results.json", record)
+
+
+def _write_if_changed(path: Any, record: dict[str, Any]) -> None:
+    try:
+        if json.loads(path.read_text(encoding="utf-8")) == record:
+            return
+    except (OSError, ValueError):
+        logger.debug("%s is written anew", path)
+    write_json(path, record)
+
+
+def _write_pipeline_summary(summary: Summary, ledger: Ledger) -> None:
+    training, verification = {}, {}
+    for backbone, figures in summary.results.items():
+        errors = [f"{unit}: {reason}" for unit, reason in summary.failed.items() if unit.split(" ")[0] == backbone]
+        verified = ledger.result(backbone, "verify")
+        verification[backbone] = {
+            "status": "success" if verified else "not run",
+            "num_params": verified["num_params"] if verified else None,
+        }
+        training[backbone] = {
+            "final_accuracy": figures.get("final_accuracy"),
+            "final_metrics": {key: value for key, value in figures.items() if key != "kfold"},
+            "kfold_results": figures.get("kfold"),
+            "training_time": round(ledger.seconds(backbone), 3),
+            "status": "failed" if errors else "success",
+            "error": "; ".join(errors) or None,
+        }
+    failed = [name for name, record in training.items() if record["status"] == "failed"]
+    record = {
+        "verification_results": verification,
+        "training_results": training,
+        "total_execution_time_seconds": summary.seconds,
+        "final_checkpoint_status": {"completed": [name for name in training if name not in failed], "failed": failed},
+        "timestamp": datetime.now().astimezone().isoformat(),
+        "statistics": {"backbones": len(training), "failed": len(failed), "images_left_out": len(summary.left_out)},
+    }
+    write_json(settings.METRICS_DIR / "pipeline_summary.json", record)
+    lines = [f"{name}: {entry['status']}" for name, entry in training.items()]
+    status = settings.CKPT_DIR / "recovery_status.txt"
+    temporary = status.with_name(f".{status.name}.{os.getpid()}.partial")
+    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    temporary.replace(status)
+
+
+def _remove_surplus_folds(unit: Unit) -> None:
+    """Fold networks beyond the number of folds belong to an earlier run with more of them."""
+    for path in settings.CKPT_DIR.glob(f"{unit.recipe.backbone}_fold*.pth"):
+        number = path.stem.rpartition("_fold")[2]
+        if number.isdigit() and int(number) >= unit.folds:
+            path.unlink()
+
+
+def _clean_up() -> None:
+    """Remove what killed runs left under temporary names."""
+    for folder in (settings.CKPT_DIR, settings.KFOLD_DIR, settings.METRICS_DIR, settings.IMAGE_CACHE_DIR):
+        for leftover in folder.glob(".*.partial*"):
+            leftover.unlink(missing_ok=True)
+    for leftover in settings.SPLIT_DIR.parent.glob(f".{settings.SPLIT_DIR.name}.partial*"):
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -1,0 +1,48 @@
+"""Units of work and the files they leave, without the libraries that do the work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config import settings
+from training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of work on one backbone."""
+
+    kind: str
+    """verify, fold, oof, train, test or export."""
+    recipe: Recipe
+    digest: str
+    """Of everything that decides the outcome."""
+    after: tuple[str, ...] = ()
+    """Names of the units that must be finished before."""
+    fold: int = 0
+    folds: int = 0
+
+    @property
+    def name(self) -> str:
+        """`CustomConvNeXt fold 2`, unique in a run."""
+        return f"{self.recipe.backbone} {self.kind}{f' {self.fold}' if self.kind == 'fold' else ''}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished unit left behind."""
+
+    files: tuple[Path, ...]
+    result: dict[str, Any]
+
+
+def checkpoint_path(backbone: str, role: str) -> Path:
+    """`checkpoints/<backbone>_<role>.pth`: final, head_best, finetune_best, fold<k>, snapshot<k>."""
+    return settings.CKPT_DIR / f"{backbone}_{role}.pth"
+
+
+def oof_path(backbone: str) -> Path:
+    """`kfold_results/<backbone>_oof_predictions.npz`."""
+    return settings.KFOLD_DIR / f"{backbone}_oof_predictions.npz"

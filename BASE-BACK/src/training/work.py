@@ -1,0 +1,215 @@
+"""The work of each unit: one network trained, checked or packed, in any process, leaving whole files or none."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from config import settings
+from models import create_custom_backbone
+from training.fitting import copy_weights, fit, metrics_record
+from training.pipeline import (
+    get_loss_function_for_backbone,
+    save_checkpoint,
+    validate_epoch_optimized,
+    write_checkpoint,
+)
+from training.recipe import Recipe
+from training.units import Outcome, Unit, checkpoint_path, oof_path
+from utils import DEVICE, set_seed
+from utils.datasets import BatchLoader, DecodedDataset
+from utils.files import atomic_path
+from utils.samples import group_indices, stratified_bins
+
+
+def run_unit(unit: Unit) -> Outcome:
+    """Do the work of one unit; whatever it raises fails the unit and those that wait for it."""
+    try:
+        return WORK[unit.kind](unit)
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def open_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of one of our checkpoints in evaluation mode on the CPU, and the checkpoint's `extra`."""
+    record = torch.load(path, map_location="cpu", weights_only=True)
+    extra = record["extra"]
+    model = create_custom_backbone(
+        extra["backbone_name"], len(extra["classes"]), size=extra["model_size"], img_size=extra["img_size"]
+    )
+    model.load_state_dict(record["model_state_dict"])
+    return model.eval(), extra
+
+
+def assign_folds(dataset: DecodedDataset, folds: int, seed: int) -> np.ndarray:
+    """Fold of each train row, int64 (N,): stratified, groups and equal contents together.
+
+    Raises ValueError when there are fewer groups than folds.
+    """
+    groups = group_indices(dataset.sample_ids, dataset.contents, settings.GROUP_REGEX)
+    if groups.max() + 1 < folds:
+        raise ValueError(f"{folds} folds need as many groups of images; the train split has {int(groups.max()) + 1}")
+    return stratified_bins(np.array(dataset.targets), groups, [1 / folds] * folds, seed)
+
+
+def logits_of(model: nn.Module, dataset: DecodedDataset, batch_size: int) -> np.ndarray:
+    """Logits of every row in order, float32 (N, C), in full precision."""
+    model.to(DEVICE).eval()
+    with torch.inference_mode():
+        parts = [model(images.to(DEVICE)).float().cpu() for images, _ in BatchLoader(dataset, batch_size)]
+    return torch.cat(parts).numpy()
+
+
+def _new_network(recipe: Recipe, *purpose: object) -> nn.Module:
+    set_seed(recipe.seed_for(*purpose, "weights"))
+    return create_custom_backbone(
+        recipe.backbone, len(recipe.classes), size=recipe.model_size, img_size=recipe.img_size
+    )
+
+
+def _train_loader(recipe: Recipe, dataset: DecodedDataset) -> Callable[[int], BatchLoader]:
+    return lambda seed: BatchLoader(dataset, recipe.batch_size, training=True, seed=seed, kind=recipe.augment)
+
+
+def _verify(unit: Unit) -> Outcome:
+    """Build the network and pass one batch of noise forward and backward."""
+    recipe = unit.recipe
+    model = _new_network(recipe, "verify")
+    logits = model(torch.randn(2, 3, recipe.img_size, recipe.img_size))
+    if logits.shape != (2, len(recipe.classes)):
+        raise ValueError(f"logits of shape {tuple(logits.shape)}; expected (2, {len(recipe.classes)})")
+    logits.square().mean().backward()
+    return Outcome((), {"num_params": sum(parameter.numel() for parameter in model.parameters())})
+
+
+def _fold(unit: Unit) -> Outcome:
+    """Train on the train rows outside one fold; the held-out rows are not looked at."""
+    recipe = unit.recipe
+    train = DecodedDataset.of_split("train", recipe.img_size)
+    fold_of = assign_folds(train, unit.folds, recipe.seed)
+    fitting = train.subset(np.flatnonzero(fold_of != unit.fold))
+    val = BatchLoader(DecodedDataset.of_split("val", recipe.img_size), recipe.batch_size)
+    purpose = ("fold", unit.fold, unit.folds)
+    fitted = fit(
+        recipe, _new_network(recipe, *purpose), _train_loader(recipe, fitting), val, purpose=purpose, device=DEVICE
+    )
+    path = checkpoint_path(recipe.backbone, f"fold{unit.fold}")
+    extra = recipe.explain() | {
+        "fold": unit.fold,
+        "folds": unit.folds,
+        "accuracy": fitted.validation[1],
+        "epoch": fitted.best.epoch,
+        "stage": fitted.best.name,
+        "seed": recipe.seed_for(*purpose, "weights"),
+    }
+    write_checkpoint(path, {"model_state_dict": copy_weights(fitted.model), "extra": extra})
+    return Outcome((path,), {"val_accuracy": fitted.validation[1], "fold_seed": extra["seed"]})
+
+
+def _oof(unit: Unit) -> Outcome:
+    """Run every saved fold network over the rows it has not seen, and write the out-of-fold predictions."""
+    recipe = unit.recipe
+    train = DecodedDataset.of_split("train", recipe.img_size)
+    fold_of = assign_folds(train, unit.folds, recipe.seed)
+    labels = np.array(train.targets, dtype=np.int64)
+    logits = np.full((len(train), len(recipe.classes)), np.nan, dtype=np.float32)
+    accuracies = []
+    for fold in range(unit.folds):
+        model, extra = open_network(checkpoint_path(recipe.backbone, f"fold{fold}"))
+        if (extra["fold"], extra["folds"]) != (fold, unit.folds):
+            raise ValueError(f"checkpoint of fold {extra['fold']} of {extra['folds']}; expected {fold} of {unit.folds}")
+        rows = np.flatnonzero(fold_of == fold)
+        logits[rows] = logits_of(model, train.subset(rows), recipe.batch_size)
+        accuracies.append(float((logits[rows].argmax(axis=1) == labels[rows]).mean()))
+    path = oof_path(recipe.backbone)
+    with atomic_path(path) as temporary:
+        np.savez(
+            temporary,
+            logits=logits,
+            labels=labels,
+            sample_ids=np.array(train.sample_ids),
+            fold=fold_of,
+            classes=np.array(recipe.classes),
+        )
+    return Outcome((path,), {"fold_accuracies": accuracies})
+
+
+def _train(unit: Unit) -> Outcome:
+    """Head training and fine-tuning on all train rows: the network that is deployed."""
+    recipe = unit.recipe
+    train = DecodedDataset.of_split("train", recipe.img_size)
+    val = BatchLoader(DecodedDataset.of_split("val", recipe.img_size), recipe.batch_size)
+    fitted = fit(
+        recipe, _new_network(recipe, "final"), _train_loader(recipe, train), val, purpose=("final",), device=DEVICE
+    )
+    explained = recipe.explain()
+    files = []
+    for stage in fitted.stages:
+        files.append(checkpoint_path(recipe.backbone, f"{stage.name}_best"))
+        extra = explained | {"epoch": stage.epoch, "accuracy": stage.accuracy, "stage": stage.name}
+        record = {"model_state_dict": stage.weights, "extra": extra}
+        record |= {"optimizer_state_dict": stage.optimizer, "scheduler_state_dict": stage.schedule}
+        write_checkpoint(files[-1], record)
+        for number, (epoch, weights) in enumerate(stage.snapshots, start=1):
+            files.append(checkpoint_path(recipe.backbone, f"snapshot{number}"))
+            write_checkpoint(
+                files[-1],
+                {"model_state_dict": weights, "extra": explained | {"epoch": epoch, "stage": "snapshot"}},
+            )
+    metrics = metrics_record(recipe, fitted)
+    final = {key: value for key, value in metrics.items() if not key.startswith("visualization")}
+    files.append(checkpoint_path(recipe.backbone, "final"))
+    save_checkpoint(files[-1], fitted.model.cpu(), extra=explained | final)
+    return Outcome(tuple(files), {"metrics": metrics, "history": fitted.history})
+
+
+def _test(unit: Unit) -> Outcome:
+    """Score the final network on the test split, once."""
+    recipe = unit.recipe
+    model, _ = open_network(checkpoint_path(recipe.backbone, "final"))
+    loader = BatchLoader(DecodedDataset.of_split("test", recipe.img_size), recipe.batch_size)
+    criterion = get_loss_function_for_backbone(recipe.backbone, len(recipe.classes))
+    scores = validate_epoch_optimized(model.to(DEVICE), loader, criterion, DEVICE)[:5]
+    names = ("test_loss", "test_accuracy", "test_precision", "test_recall", "test_f1")
+    return Outcome((), {name: float(score) for name, score in zip(names, scores, strict=True)})
+
+
+def _export(unit: Unit) -> Outcome:
+    """Pack the final network in the formats that the settings ask for."""
+    from export import export_and_package_model
+
+    recipe = unit.recipe
+    model, extra = open_network(checkpoint_path(recipe.backbone, "final"))
+    record = export_and_package_model(
+        model,
+        recipe.backbone,
+        sample_input=torch.zeros(1, 3, recipe.img_size, recipe.img_size),
+        force=True,  # the pool runs this unit only when the weights are new
+        training_metadata=extra,
+        num_classes=len(recipe.classes),
+        class_names=list(recipe.classes),
+    )
+    if record["failed_exports"]:
+        raise ValueError(f"export failed for {', '.join(record['failed_exports'])}; see export_status.json")
+    return Outcome(
+        (settings.DEPLOY_DIR / recipe.backbone / "export_status.json",),
+        {"exported_formats": list(record["successful_exports"])},
+    )
+
+
+WORK: dict[str, Callable[[Unit], Outcome]] = {
+    "verify": _verify,
+    "fold": _fold,
+    "oof": _oof,
+    "train": _train,
+    "test": _test,
+    "export": _export,
+}

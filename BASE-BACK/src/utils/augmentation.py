@@ -1,0 +1,133 @@
+"""The training transform on batches of tensors: one affine warp, colour jitter and erasing, all drawn per image.
+
+The distribution is that of `create_optimized_transforms(is_training=True)`; doing it on decoded pixels saves a
+decode, a dozen image objects and a loader process per image and epoch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+KINDS = ("full", "no_flip", "none")
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 or float 0-255 pixels (B, 3, H, W) -> float32, ImageNet mean and standard deviation taken out."""
+    return _standardise(pixels.float() / 255)
+
+
+def _standardise(pixels: Tensor) -> Tensor:
+    """In place, from 0-1."""
+    mean = torch.tensor(MEAN, device=pixels.device).view(1, 3, 1, 1)
+    std = torch.tensor(STD, device=pixels.device).view(1, 3, 1, 1)
+    return pixels.sub_(mean).div_(std)
+
+
+def augment(images: list[Tensor], size: int, kind: str, generator: torch.Generator) -> Tensor:
+    """uint8 images, each (3, h, w) of its own shape -> normalised float32 batch (B, 3, size, size).
+
+    kind: `full`, `no_flip` (characters and digits must not be mirrored) or `none` (centre crop only). Everything
+    random comes from `generator`.
+    """
+    if kind == "none":
+        return normalise(torch.stack([_centre(image, size) for image in images]))
+    matrices = _warps(images, kind, generator)
+    pixels = _warp(images, matrices, size) / 255
+    return _standardise(_erase(_jitter_colours(pixels, generator), generator))
+
+
+def _centre(image: Tensor, size: int) -> Tensor:
+    top, left = (round((length - size) / 2) for length in image.shape[1:])
+    return image[:, top : top + size, left : left + size]
+
+
+def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    return torch.rand(count, generator=generator) * (high - low) + low
+
+
+def _warps(images: list[Tensor], kind: str, generator: torch.Generator) -> Tensor:
+    """Matrices (B, 2, 3) that lead from output to input coordinates, both from -1 to 1.
+
+    Crop of 80-100 % of the area with aspect 3/4 to 4/3, flips, two turns (15 and 0 degrees), a shift by up to 10 %
+    and a zoom of 95-105 %.
+    """
+    count = len(images)
+    heights = torch.tensor([image.shape[1] for image in images], dtype=torch.float32)
+    widths = torch.tensor([image.shape[2] for image in images], dtype=torch.float32)
+    area = _uniform(count, 0.8, 1.0, generator) * heights * widths
+    ratio = torch.exp(_uniform(count, math.log(3 / 4), math.log(4 / 3), generator))
+    crop_width = torch.minimum(torch.sqrt(area * ratio), widths) / widths
+    crop_height = torch.minimum(torch.sqrt(area / ratio), heights) / heights
+    centre_x = (1 - crop_width) * _uniform(count, -1, 1, generator)
+    centre_y = (1 - crop_height) * _uniform(count, -1, 1, generator)
+    angle = _uniform(count, -math.pi / 12, math.pi / 12, generator)
+    zoom = 1 / _uniform(count, 0.95, 1.05, generator)
+    shift_x, shift_y = (_uniform(count, -0.2, 0.2, generator) for _ in range(2))  # coordinates span 2
+    flip_x = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
+    flip_y = torch.where(torch.rand(count, generator=generator) < 0.2, -1.0, 1.0)
+    if kind == "no_flip":
+        flip_x, flip_y = torch.ones(count), torch.ones(count)
+    cosine, sine = torch.cos(angle) * zoom, torch.sin(angle) * zoom
+    rows_x = torch.stack([cosine, -sine, shift_x], dim=1) * (crop_width * flip_x).unsqueeze(1)
+    rows_y = torch.stack([sine, cosine, shift_y], dim=1) * (crop_height * flip_y).unsqueeze(1)
+    rows_x[:, 2] += centre_x
+    rows_y[:, 2] += centre_y
+    return torch.stack([rows_x, rows_y], dim=1)
+
+
+def _warp(images: list[Tensor], matrices: Tensor, size: int) -> Tensor:
+    """Sample each image bilinearly, black outside: float32 0-255 (B, 3, size, size)."""
+    output = torch.empty(len(images), 3, size, size)
+    shapes: dict[tuple[int, ...], list[int]] = {}
+    for row, image in enumerate(images):
+        shapes.setdefault(tuple(image.shape), []).append(row)
+    for rows in shapes.values():  # images of one shape are sampled together
+        grid = functional.affine_grid(matrices[rows], [len(rows), 3, size, size], align_corners=False)
+        stacked = torch.stack([images[row] for row in rows]).float()
+        output[rows] = functional.grid_sample(stacked, grid, mode="bilinear", align_corners=False)
+    return output
+
+
+def _jitter_colours(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Brightness, contrast and saturation by 20 %, hue by 5 % of the circle; pixels 0-1 (B, 3, H, W), overwritten."""
+    count = len(pixels)
+
+    def factor() -> Tensor:
+        return _uniform(count, 0.8, 1.2, generator).view(-1, 1, 1, 1)
+
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    pixels = pixels.mul_(factor()).clamp_(0, 1)
+    mean = (pixels * weights).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    pixels = pixels.sub_(mean).mul_(factor()).add_(mean).clamp_(0, 1)
+    grey = (pixels * weights).sum(1, keepdim=True)
+    pixels = pixels.sub_(grey).mul_(factor()).add_(grey).clamp_(0, 1)
+    return torch.einsum("bij,bjhw->bihw", _hue_turns(count, generator), pixels).clamp_(0, 1)
+
+
+def _hue_turns(count: int, generator: torch.Generator) -> Tensor:
+    """Turns about the grey axis of the colour cube by up to 5 % of a circle, (B, 3, 3); grey stays grey."""
+    angle = _uniform(count, -0.05 * 2 * math.pi, 0.05 * 2 * math.pi, generator).view(-1, 1, 1)
+    axis = torch.full((3, 3), 1 / 3)
+    cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
+    return torch.cos(angle) * torch.eye(3) + torch.sin(angle) * cross + (1 - torch.cos(angle)) * axis
+
+
+def _erase(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Blacken a rectangle of 2-33 % of the area in 15 % of the images (Zhong et al. 2020)."""
+    count, _, height, width = pixels.shape
+    chosen = torch.rand(count, generator=generator) < 0.15
+    area = _uniform(count, 0.02, 0.33, generator) * height * width
+    ratio = torch.exp(_uniform(count, math.log(0.3), math.log(3.3), generator))
+    tall = torch.sqrt(area * ratio).round().clamp(1, height).int()
+    wide = torch.sqrt(area / ratio).round().clamp(1, width).int()
+    top = (torch.rand(count, generator=generator) * (height - tall + 1)).int()
+    left = (torch.rand(count, generator=generator) * (width - wide + 1)).int()
+    for row in chosen.nonzero().flatten().tolist():
+        pixels[row, :, top[row] : top[row] + tall[row], left[row] : left[row] + wide[row]] = 0
+    return pixels

@@ -1,0 +1,239 @@
+"""Data sets, transforms and loaders of the base pipeline."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from config.settings import AUGMENT, BATCH_SIZE, IMAGE_CACHE_DIR, IMG_SIZE, SPLIT_DIR
+from utils import get_optimal_workers
+from utils.augmentation import MEAN, STD, augment, normalise
+from utils.image_cache import DecodedImages, open_images, resized_side
+from utils.samples import Sample, scan
+from utils.splitting import prepare_optimized_datasets, split_contents, verify_dataset_split
+
+__all__ = [
+    "BatchLoader",
+    "DecodedDataset",
+    "OptimizedImageDataset",
+    "OptimizedTempDataset",
+    "WindowsCompatibleImageFolder",
+    "create_optimized_dataloader",
+    "create_optimized_transforms",
+    "prepare_datasets_for_backbone",
+    "prepare_optimized_datasets",
+    "verify_dataset_split",
+    "worker_init_fn",
+]
+
+FEW_IMAGES = 300  # below, starting loader processes costs more than they save
+
+
+def _open_rgb(path: str) -> Any:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise ValueError(f"{path}: cannot be decoded ({error})") from error
+
+
+class OptimizedImageDataset(Dataset):
+    """Images from a list of (path, class index); an item is (image, index). Raises ValueError with an unreadable path."""
+
+    def __init__(
+        self, samples: Sequence[tuple[str, int]], class_names: Sequence[str], transform: Callable | None = None
+    ) -> None:
+        self.samples = [(str(path), int(label)) for path, label in samples]
+        self.targets = [label for _, label in self.samples]
+        self.classes = list(class_names)
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, label = self.samples[index]
+        image = _open_rgb(path)
+        return (self.transform(image) if self.transform else image), label
+
+
+class OptimizedTempDataset(OptimizedImageDataset):
+    """The same under the name that the folds of K-fold use."""
+
+
+class WindowsCompatibleImageFolder(Dataset):
+    """A folder of class folders, one level deep, in the order of the sorted paths; an item is (image, index)."""
+
+    def __init__(self, root: str | Path, transform: Callable | None = None) -> None:
+        self.root = Path(root)
+        self.transform = transform
+        self.classes, found = scan(self.root)
+        self.class_to_idx = {name: index for index, name in enumerate(self.classes)}
+        self.samples = [(str(sample.path), sample.label) for sample in found]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, label = self.samples[index]
+        image = _open_rgb(path)
+        return (self.transform(image) if self.transform else image), label
+
+
+def create_optimized_transforms(size: int = IMG_SIZE, is_training: bool = True) -> Callable:
+    """torchvision's transform of one PIL image to a normalised float32 tensor (3, size, size)."""
+    from torchvision import transforms as t
+
+    if not is_training:
+        return t.Compose(
+            [t.Resize(resized_side(size)), t.CenterCrop(size), t.ToTensor(), t.Normalize(list(MEAN), list(STD))]
+        )
+    return t.Compose(
+        [
+            t.RandomResizedCrop(size, scale=(0.8, 1.0)),
+            t.RandomHorizontalFlip(0.5),
+            t.RandomVerticalFlip(0.2),
+            t.ColorJitter(0.2, 0.2, 0.2, 0.05),
+            t.RandomRotation(15),
+            t.RandomAffine(0, translate=(0.1, 0.1), scale=(0.95, 1.05)),
+            t.ToTensor(),
+            t.RandomErasing(0.15),
+            t.Normalize(list(MEAN), list(STD)),
+        ]
+    )
+
+
+def worker_init_fn(worker_id: int) -> None:
+    """Seed NumPy and `random` of a loader process from torch's seed for it."""
+    seed = torch.initial_seed() % 2**32
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def create_optimized_dataloader(
+    dataset: Dataset,
+    batch_size: int,
+    shuffle: bool = True,
+    num_workers: int | None = None,
+    *,
+    generator: torch.Generator | None = None,
+) -> DataLoader:
+    """A `DataLoader` without time-out; no loader processes for a few hundred images unless asked for."""
+    if num_workers is None:
+        num_workers = 0 if len(dataset) < FEW_IMAGES else get_optimal_workers()  # type: ignore[arg-type]
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available() and num_workers > 0,
+        persistent_workers=num_workers > 0,
+        prefetch_factor=2 if num_workers > 0 else None,
+        worker_init_fn=worker_init_fn,
+        generator=generator,
+    )
+
+
+class DecodedDataset(Dataset):
+    """Samples whose pixels come from the decoded-image cache; an item is (normalised centre crop (3, S, S), index)."""
+
+    def __init__(
+        self, samples: Sequence[Sample], classes: Sequence[str], contents: Sequence[str], size: int = IMG_SIZE
+    ) -> None:
+        self.records = list(samples)
+        self.samples = [(str(sample.path), sample.label) for sample in self.records]
+        self.targets = [sample.label for sample in self.records]
+        self.sample_ids = [sample.sample_id for sample in self.records]
+        self.classes = list(classes)
+        self.contents = list(contents)
+        self.size = size
+        self.images: DecodedImages = open_images(
+            [sample.path for sample in self.records], self.contents, resized_side(size), IMAGE_CACHE_DIR
+        )
+
+    @classmethod
+    def of_split(cls, split: str, size: int = IMG_SIZE, split_dir: Path = SPLIT_DIR) -> DecodedDataset:
+        """One split as it lies on disk; FileNotFoundError when there is none."""
+        classes, samples, contents = split_contents(Path(split_dir), split)
+        return cls(samples, classes, [contents[sample.sample_id] for sample in samples], size)
+
+    def subset(self, rows: Sequence[int] | np.ndarray) -> DecodedDataset:
+        """The given rows, in the given order."""
+        return DecodedDataset(
+            [self.records[row] for row in rows], self.classes, [self.contents[row] for row in rows], self.size
+        )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.crops([index])[0], self.targets[index]
+
+    def crops(self, rows: Sequence[int] | np.ndarray) -> Tensor:
+        """Normalised centre crops, float32 (B, 3, S, S), as the evaluation transform makes them."""
+        pixels = torch.from_numpy(self.images.centre_crops(rows, self.size))
+        return normalise(pixels.permute(0, 3, 1, 2)).contiguous()
+
+
+class BatchLoader:
+    """Batches (images (B, 3, S, S), labels (B,)) from a `DecodedDataset`, in this process.
+
+    In training every epoch is shuffled and augmented by a generator seeded with (seed, epoch), so that an epoch can
+    be repeated without those before it; a last batch of one image joins the one before, since BatchNorm cannot take it.
+    """
+
+    def __init__(
+        self,
+        dataset: DecodedDataset,
+        batch_size: int = BATCH_SIZE,
+        *,
+        training: bool = False,
+        seed: int = 0,
+        kind: str = AUGMENT,
+    ) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.training = training
+        self.seed = seed
+        self.kind = kind
+        self.epoch = 0
+        self._labels = torch.tensor(dataset.targets, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self._bounds())
+
+    def _bounds(self) -> list[tuple[int, int]]:
+        count = len(self.dataset)
+        starts = list(range(0, count, self.batch_size))
+        if self.training and len(starts) > 1 and count - starts[-1] == 1:
+            starts.pop()
+        return list(zip(starts, [*starts[1:], count], strict=True))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.arange(len(self.dataset))
+        if self.training:
+            generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+            order = torch.randperm(len(self.dataset), generator=generator)
+            self.epoch += 1
+        for start, stop in self._bounds():
+            rows = order[start:stop]
+            if self.training:
+                pixels = [torch.from_numpy(self.dataset.images.image(int(row)).copy()).permute(2, 0, 1) for row in rows]
+                images = augment(pixels, self.dataset.size, self.kind, generator)
+            else:
+                images = self.dataset.crops(rows.numpy())
+            yield images, self._labels[rows]
+
+
+def prepare_datasets_for_backbone(backbone_name: str, size: int = IMG_SIZE) -> tuple[DecodedDataset, DecodedDataset]:
+    """(train, val) of the split; FileNotFoundError when nothing was split yet."""
+    return DecodedDataset.of_split("train", size), DecodedDataset.of_split("val", size)

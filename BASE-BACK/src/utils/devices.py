@@ -1,0 +1,57 @@
+"""Device, seed and worker count."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from config.settings import NUM_WORKERS
+
+
+def get_device() -> torch.device:
+    """CUDA where there is a card, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def set_seed(seed: int = 42) -> None:
+    """Seed Python, NumPy and torch; with CUDA also ask cuDNN for repeatable kernels."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+
+
+def get_optimal_workers() -> int:
+    """Loader processes for a large data set: `DBT_NUM_WORKERS`, else 0.8 of the usable cores, 12 at the most."""
+    if NUM_WORKERS >= 0:
+        return NUM_WORKERS
+    return min(12, int(0.8 * usable_cores()))
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def get_device_info() -> dict[str, Any]:
+    """Device, platform, CUDA and cuDNN versions and worker count, for a log or a record."""
+    cuda = torch.cuda.is_available()
+    return {
+        "device": str(DEVICE),
+        "platform": platform.platform(),
+        "cuda_available": cuda,
+        "cuda_version": torch.version.cuda if cuda else None,
+        "cudnn_version": torch.backends.cudnn.version() if cuda else None,
+        "optimal_workers": OPTIMAL_WORKERS,
+    }
+
+
+DEVICE = get_device()
+OPTIMAL_WORKERS = get_optimal_workers()

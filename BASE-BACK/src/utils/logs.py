@@ -1,0 +1,125 @@
+"""The pipeline's logger: one line a message on stderr and in a file below the workspace."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from config.settings import DEBUG_LOG_DIR
+from utils.files import write_json
+
+FORMAT = logging.Formatter("%(asctime)s | %(levelname)s | %(message)s", datefmt="%H:%M:%S")
+DEDUPE_SECONDS = 5.0
+
+
+class _LogFile(logging.FileHandler):
+    """A file that is made, with its folder, by the first record; several processes may append to it."""
+
+    def __init__(self, path: Path, level: int) -> None:
+        super().__init__(path, encoding="utf-8", delay=True)
+        self.setLevel(level)
+        self.setFormatter(FORMAT)
+
+    def _open(self) -> Any:
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
+
+
+def _for_terminal(record: logging.LogRecord) -> bool:
+    return not getattr(record, "file_only", False)
+
+
+def add_handlers(name: str) -> None:
+    """Give the logger `name` its stream and its files, unless whoever started the process gave it handlers before."""
+    target = logging.getLogger(name)
+    target.setLevel(logging.INFO)
+    target.propagate = False
+    if target.handlers:
+        return
+    stream = logging.StreamHandler(sys.stderr)  # stdout belongs to results
+    stream.setFormatter(FORMAT)
+    stream.addFilter(_for_terminal)
+    target.addHandler(stream)
+    target.addHandler(_LogFile(DEBUG_LOG_DIR / "training.log", logging.INFO))
+    target.addHandler(_LogFile(DEBUG_LOG_DIR / "training_errors.log", logging.ERROR))
+
+
+class DedupLogger:
+    """Messages of one named logger; `dedupe=True` lets the same text through at most once in five seconds."""
+
+    def __init__(self, name: str = "disease_pipeline") -> None:
+        self.logger = logging.getLogger(name)
+        self._last: dict[str, float] = {}
+        self._system_info_given = False
+
+    def _emit(self, level: int, message: str, arguments: tuple[Any, ...], dedupe: bool, file_only: bool) -> None:
+        if dedupe:
+            now = time.monotonic()
+            if now - self._last.get(message, -DEDUPE_SECONDS) < DEDUPE_SECONDS:
+                return
+            self._last[message] = now
+        self.logger.log(level, message, *arguments, extra={"file_only": file_only})
+
+    def debug(self, message: str, *arguments: Any, dedupe: bool = False) -> None:
+        """Log at level DEBUG."""
+        self._emit(logging.DEBUG, message, arguments, dedupe, False)
+
+    def info(self, message: str, *arguments: Any, dedupe: bool = False, file_only: bool = False) -> None:
+        """Log at level INFO; `file_only` keeps the line off the terminal."""
+        self._emit(logging.INFO, message, arguments, dedupe, file_only)
+
+    def warning(self, message: str, *arguments: Any, dedupe: bool = False) -> None:
+        """Log at level WARNING."""
+        self._emit(logging.WARNING, message, arguments, dedupe, False)
+
+    def error(self, message: str, *arguments: Any, dedupe: bool = False) -> None:
+        """Log at level ERROR."""
+        self._emit(logging.ERROR, message, arguments, dedupe, False)
+
+    def exception(self, message: str, *arguments: Any) -> None:
+        """Log at level ERROR with the traceback of the exception being handled."""
+        self.logger.exception(message, *arguments)
+
+    def log_system_info_once(self) -> None:
+        """Log device and platform, the first time this is called."""
+        if not self._system_info_given:
+            from utils.devices import get_device_info
+
+            self._system_info_given = True
+            self.info("system: %s", ", ".join(f"{key} {value}" for key, value in get_device_info().items()))
+
+
+class SmokeCheckLogger:
+    """Collects checks and their outcome; any status but `PASS` counts as failed."""
+
+    def __init__(self) -> None:
+        self.checks: list[dict[str, str]] = []
+        self._log_file: Path | None = None
+
+    def log_check(self, check_name: str, status: str, details: str = "") -> None:
+        """Note one check, also as a line in `debug_logs/smoke_check_<stamp>.log`."""
+        stamp = datetime.now().astimezone()
+        self.checks.append(
+            {"timestamp": stamp.isoformat(), "check_name": check_name, "status": status, "details": details}
+        )
+        if self._log_file is None:
+            self._log_file = DEBUG_LOG_DIR / f"smoke_check_{stamp:%Y%m%d_%H%M%S}.log"
+            self._log_file.parent.mkdir(parents=True, exist_ok=True)
+        with self._log_file.open("a", encoding="utf-8") as file:
+            file.write(f"{stamp:%H:%M:%S} | {status} | {check_name} | {details}\n")
+
+    def save_summary(self) -> dict[str, Any]:
+        """Write `debug_logs/smoke_check_summary.json` and return what it holds."""
+        passed = sum(check["status"] == "PASS" for check in self.checks)
+        summary = {
+            "total_checks": len(self.checks),
+            "passed": passed,
+            "failed": len(self.checks) - passed,
+            "checks": self.checks,
+        }
+        write_json(DEBUG_LOG_DIR / "smoke_check_summary.json", summary)
+        return summary

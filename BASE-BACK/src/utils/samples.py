@@ -1,0 +1,145 @@
+"""Which images a folder of class folders holds, and how they are dealt out to splits and folds.
+
+Images are sorted, named by their path and recognised by their content. Nothing here reads a setting, so that whoever
+works beside the pipeline lists and deals out images by the same code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image file of a class folder."""
+
+    path: Path
+    """Where the file lies."""
+    sample_id: str
+    """Its path below the root, with `/`: `canker/canker_1.jpg`."""
+    label: int
+    """Index of its class folder among the sorted class folders."""
+
+
+def class_folders(root: Path) -> list[str]:
+    """Names of the class folders directly below `root`, sorted; empty when `root` does not exist."""
+    if not root.is_dir():
+        return []
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def scan(root: Path) -> tuple[list[str], list[Sample]]:
+    """Classes and samples below `root`, one level deep, sorted by class and file name.
+
+    Raises FileNotFoundError without the folder and ValueError for a class folder that holds no image.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder; expected one folder per class with images in it")
+    classes = class_folders(root)
+    samples: list[Sample] = []
+    for label, name in enumerate(classes):
+        files = sorted(
+            path.name for path in (root / name).iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()
+        )
+        if not files:
+            raise ValueError(
+                f"{root / name}: the class folder holds no image ({', '.join(SUFFIXES)}); add some or remove the folder"
+            )
+        samples.extend(Sample(root / name / file, f"{name}/{file}", label) for file in files)
+    return classes, samples
+
+
+def content_digests(samples: Sequence[Sample], known: Mapping[str, Sequence] | None = None) -> dict[str, list]:
+    """`[size in bytes, modification time in ns, SHA-256]` of each sample's file, by sample id.
+
+    A digest in `known` is believed where size and modification time still agree.
+    """
+    digests: dict[str, list] = {}
+    for sample in samples:
+        status = sample.path.stat()
+        entry = (known or {}).get(sample.sample_id)
+        if entry and entry[0] == status.st_size and entry[1] == status.st_mtime_ns:
+            digests[sample.sample_id] = list(entry)
+        else:
+            content = hashlib.sha256(sample.path.read_bytes()).hexdigest()
+            digests[sample.sample_id] = [status.st_size, status.st_mtime_ns, content]
+    return digests
+
+
+def digest_of_contents(contents: Mapping[str, str]) -> str:
+    """One digest of {sample id: SHA-256 of the file}, whatever the order."""
+    lines = "".join(f"{sample_id}\0{contents[sample_id]}\n" for sample_id in sorted(contents))
+    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def group_indices(sample_ids: Sequence[str], contents: Sequence[str], group_regex: str | None) -> np.ndarray:
+    """Group of each row, int64 (N,): rows of equal content or of an equal group name never part.
+
+    The group name is what `group_regex` captures in the file name; a file that it does not match stands alone.
+    """
+    parent = list(range(len(sample_ids)))
+
+    def root_of(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = parent[parent[index]]
+            index = parent[index]
+        return index
+
+    first: dict[tuple[str, str], int] = {}
+    pattern = re.compile(group_regex) if group_regex else None
+    for index, (sample_id, content) in enumerate(zip(sample_ids, contents, strict=True)):
+        keys = [("content", content)]
+        match = pattern.search(sample_id.rsplit("/", 1)[-1]) if pattern else None
+        if match and match.group(1) is not None:
+            keys.append(("group", match.group(1)))
+        for key in keys:
+            other = first.setdefault(key, index)
+            low, high = sorted((root_of(index), root_of(other)))
+            parent[high] = low
+    roots = [root_of(index) for index in range(len(parent))]
+    return np.unique(roots, return_inverse=True)[1].astype(np.int64)
+
+
+def stratified_bins(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
+    """Bin of each row, int64 (N,): whole groups, each class spread over the bins by `shares`, which sum to 1.
+
+    Large groups are placed first, each where its classes are missing most; among equals a seeded shuffle decides.
+    With single-image groups every class meets its rounded shares exactly.
+    """
+    classes = int(labels.max()) + 1
+    per_class = np.bincount(labels, minlength=classes)
+    targets = np.stack([_whole_shares(int(count), shares) for count in per_class], axis=1).astype(float)  # (bins, C)
+    members = np.zeros((int(groups.max()) + 1, classes))
+    np.add.at(members, (groups, labels), 1)
+    order = np.random.default_rng(seed).permutation(len(members))
+    order = order[np.argsort(-members[order].sum(axis=1), kind="stable")]
+    missing = targets.copy()
+    bin_of_group = np.empty(len(members), dtype=np.int64)
+    for group in order:
+        counts = members[group]
+        urgency = (missing / np.maximum(targets, 1)) @ counts
+        chosen = int(np.argmax(urgency))
+        bin_of_group[group] = chosen
+        missing[chosen] -= counts
+    return bin_of_group[groups]
+
+
+def _whole_shares(count: int, shares: Sequence[float]) -> np.ndarray:
+    """`count` rows by `shares`, rounded by largest remainder; every bin gets one where there are enough."""
+    exact = np.asarray(shares) * count
+    whole = np.floor(exact).astype(int)
+    for index in np.argsort(whole - exact, kind="stable")[: count - whole.sum()]:
+        whole[index] += 1
+    while count >= len(shares) and whole.min() == 0:
+        whole[np.argmin(whole)] += 1
+        whole[np.argmax(whole)] -= 1
+    return whole

@@ -1,0 +1,189 @@
+"""The formats that are written here: what a network brings along, who writes which file, and the check of each."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from config import settings
+from export.smoke_tests import answers, check_file, evaluation_copy, probe_batches, torchscript_without_notices
+
+
+@dataclass(frozen=True)
+class Package:
+    """A network on its way into files."""
+
+    arch_name: str
+    network: nn.Module
+    """A copy of the model, on the CPU, in evaluation mode."""
+    weights: dict[str, Tensor]
+    """Clones of its state dict: contiguous, on the CPU, sharing nothing."""
+    checkpoint: dict[str, Any]
+    """Everything that the full checkpoint holds."""
+    batches: list[Tensor]
+    """Probe images, batches `(B, 3, H, W)`."""
+    expected: list[Tensor]
+    """The network's logits `(B, C)` on them."""
+
+    @property
+    def width(self) -> int:
+        """Number of logits."""
+        return self.expected[0].shape[1]
+
+    def source(self, name: str) -> str:
+        """Digest of what decides the file of a format; equal digests need no new file."""
+        shape = tuple(self.batches[0].shape[1:])
+        if name == "checkpoint":
+            return digest(self.checkpoint)
+        return digest([type(self.network).__name__, shape, self.weights])
+
+
+def _write_weights(package: Package, path: Path) -> None:
+    _save(package.weights, path)
+
+
+def _write_safetensors(package: Package, path: Path) -> None:
+    save_file(package.weights, path, metadata={"format": "pt"})
+
+
+def _write_checkpoint(package: Package, path: Path) -> None:
+    _save(package.checkpoint, path)
+
+
+def _write_trace(package: Package, path: Path) -> None:
+    first = package.batches[0]
+    example = torch.cat([first, first.flip(-1)])  # two rows: a batch of one is too easily taken for a constant
+    with torchscript_without_notices(), torch.no_grad(), path.open("wb") as file:
+        torch.jit.save(torch.jit.trace(package.network, example, check_trace=False), file)
+
+
+def _save(content: Any, path: Path) -> None:
+    with path.open("wb") as file:  # an open file: a path would put its name into the archive
+        torch.save(content, file)
+
+
+FORMATS: dict[str, dict[str, Callable[[Package, Path], None]]] = {
+    "state_dict": {"{}_state_dict_cpu.pth": _write_weights, "{}_state_dict_cpu.safetensors": _write_safetensors},
+    "checkpoint": {"{}_checkpoint_full.pth": _write_checkpoint},
+    "torchscript": {"{}_trace.pt": _write_trace},
+}
+"""Format -> its files and who writes them; the first file is the one that records name."""
+
+
+def known_formats(names: Iterable[str]) -> list[str]:
+    """The formats without repeats. Raises ValueError with the known names when one is unknown."""
+    wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    for name in wanted:
+        if name not in settings.EXPORT_TYPES:
+            near = difflib.get_close_matches(str(name).lower(), settings.EXPORT_TYPES, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ValueError(f"unknown export format {name!r}{hint} Known: {', '.join(settings.EXPORT_TYPES)}")
+    return wanted
+
+
+def make_package(
+    model: nn.Module,
+    arch_name: str,
+    sample_input: Tensor | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    training_metadata: Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Package:
+    """Copy the model and run it once; raises ValueError when sample or classes do not fit it."""
+    side = getattr(model, "img_size", None) or settings.IMG_SIZE
+    sample = torch.zeros(1, 3, side, side) if sample_input is None else sample_input
+    if sample.ndim != 4 or not sample.is_floating_point():
+        raise ValueError(f"sample_input is {sample.dtype} {tuple(sample.shape)}; expected floats (B, 3, H, W)")
+    network = evaluation_copy(model)
+    batches = probe_batches(sample.shape, sample.dtype)
+    expected = answers(network, batches)
+    width = expected[0].shape[1]
+    names = [str(number) for number in range(width)] if class_names is None else list(class_names)
+    for found, what in ((num_classes, "num_classes"), (len(names), "class names")):
+        if found is not None and found != width:
+            raise ValueError(f"{arch_name}: the model gives {width} logits, but there are {found} {what}")
+    weights = {name: tensor.detach().clone().contiguous() for name, tensor in network.state_dict().items()}
+    extra = {"backbone_name": getattr(model, "architecture", arch_name), "classes": names}
+    extra |= {"model_size": getattr(model, "size", None), "img_size": sample.shape[-1]}
+    checkpoint: dict[str, Any] = {"model_state_dict": weights, "arch_name": arch_name, "extra": extra}
+    if optimizer is not None:
+        checkpoint["optimizer_state_dict"] = _on_cpu(optimizer.state_dict())
+    if scheduler is not None:
+        checkpoint["scheduler_state_dict"] = _on_cpu(scheduler.state_dict())
+    if training_metadata is not None:
+        checkpoint["metadata"] = plain(training_metadata, "training_metadata")
+    return Package(arch_name, network, weights, checkpoint, batches, expected)
+
+
+def write_checked(package: Package, name: str, write: Callable[[Package, Path], None], path: Path) -> dict[str, Any]:
+    """Write one file, open it again and return its parity. Raises ParityError when it disagrees."""
+    write(package, path)
+    return check_file(name, path, package.network, package.batches, package.expected)
+
+
+def plain(value: Any, place: str) -> Any:
+    """The same record in what JSON and weights_only know; NaN and infinity become None.
+
+    Raises ValueError with the dotted place for anything else.
+    """
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
+    if isinstance(value, float):
+        return float(value) if np.isfinite(value) else None
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, f"{place}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, f"{place}[{number}]") for number, item in enumerate(value)]
+    raise ValueError(f"{place} is a {type(value).__name__}; expected numbers, text, lists and dictionaries")
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_cpu(item) for item in value)
+    return value
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of nested dictionaries and lists of tensors and plain values."""
+    total = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        if isinstance(part, Tensor):
+            total.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            total.update(part.contiguous().flatten().view(torch.uint8).numpy().data)
+        elif isinstance(part, Mapping):
+            total.update(b"{")
+            for key, item in part.items():
+                total.update(f"{key!r}:".encode())
+                add(item)
+            total.update(b"}")
+        elif isinstance(part, (list, tuple)):
+            total.update(b"[")
+            for item in part:
+                add(item)
+                total.update(b",")
+            total.update(b"]")
+        else:
+            total.update(repr(part).encode())
+
+    add(value)
+    return total.hexdigest()

@@ -1,0 +1,177 @@
+"""Opening exported files again and comparing what they answer with what the network answers."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from config import settings
+from utils import logger
+
+TOLERANCE = 1e-5  # on the logits
+BATCH_SIZES = (1, 3, 17)  # neither the traced batch nor multiples of it
+
+
+class ParityError(ValueError):
+    """A file was written and opened, but does not answer like the network; `parity` is the comparison."""
+
+    def __init__(self, parity: dict[str, Any]) -> None:
+        self.parity = parity
+        found = "not finite" if parity["max_abs_diff"] is None else f"off by {parity['max_abs_diff']:.3g}"
+        super().__init__(
+            f"opened again, its answers are {found} (allowed {parity['tolerance']:g}); "
+            f"{parity['label_flips']} of {parity['rows']} labels differ"
+        )
+
+
+def evaluation_copy(model: nn.Module) -> nn.Module:
+    """A copy on the CPU in evaluation mode; the model itself keeps its device and mode."""
+    return copy.deepcopy(model).cpu().eval()
+
+
+def probe_batches(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Seeded noise in batches of 1, 3 and 17 rows; `shape` is that of one batch, `(B, 3, H, W)`."""
+    generator = torch.Generator().manual_seed(settings.SEED)
+    return [torch.randn(rows, *shape[1:], generator=generator).to(dtype) for rows in BATCH_SIZES]
+
+
+def answers(network: Callable[[Tensor], Any], batches: Sequence[Tensor]) -> list[Tensor]:
+    """Logits `(B, C)` of every batch. Raises ValueError when the network returns anything else."""
+    with torch.no_grad():
+        found = [network(batch) for batch in batches]
+    for batch, logits in zip(batches, found, strict=True):
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(batch):
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"for {len(batch)} images the network returned {shape}; expected logits ({len(batch)}, C)")
+    return found
+
+
+def compare(expected: Sequence[Tensor], found: Sequence[Tensor]) -> dict[str, Any]:
+    """Parity of two lists of logits `(B, C)`: the largest difference, and the labels that change.
+
+    Rows whose two best logits lie closer than twice the tolerance are counted as `near_threshold`, not as flips.
+    Raises ValueError when the shapes differ.
+    """
+    if [logits.shape for logits in expected] != [logits.shape for logits in found]:
+        raise ValueError(f"opened again, it answers {tuple(found[0].shape)}; expected {tuple(expected[0].shape)}")
+    before, after = torch.cat(list(expected)).double(), torch.cat(list(found)).double()
+    difference = (before - after).abs().max().item()
+    best = before.topk(min(2, before.shape[1]), dim=1).values
+    near = (best[:, 0] - best[:, -1] <= 2 * TOLERANCE) & (before.shape[1] > 1)
+    flips = (before.argmax(dim=1) != after.argmax(dim=1)) & ~near
+    return {
+        "rows": len(before),
+        "tolerance": TOLERANCE,
+        "max_abs_diff": difference if torch.isfinite(before).all() and torch.isfinite(after).all() else None,
+        "label_flips": int(flips.sum()),
+        "near_threshold": int(near.sum()),
+        "batch_sizes": [len(logits) for logits in expected],
+    }
+
+
+def check_file(
+    kind: str, path: Path, model: nn.Module, batches: Sequence[Tensor], expected: Sequence[Tensor]
+) -> dict[str, Any]:
+    """Open `path` as a file of this kind, run it, and return its parity. Raises ParityError when it disagrees."""
+    parity = compare(expected, answers(OPENERS[kind](path, model), batches))
+    if parity["max_abs_diff"] is None or parity["max_abs_diff"] > TOLERANCE or parity["label_flips"]:
+        raise ParityError(parity)
+    return parity
+
+
+@contextmanager
+def torchscript_without_notices() -> Iterator[None]:
+    """TorchScript is what was asked for, so its deprecation is no news; a wrong trace is caught by the parity check."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        yield
+
+
+def _same_form(model: nn.Module) -> nn.Module:
+    """A network of the same form, to load weights into: one of ours is built anew, any other is copied."""
+    size, img_size = getattr(model, "size", None), getattr(model, "img_size", None)
+    if size is not None and img_size is not None:
+        from models import BACKBONE_MAP, create_custom_backbone
+
+        name = type(model).__name__
+        if BACKBONE_MAP.get(name) is type(model):
+            with torch.random.fork_rng(devices=[]):  # its first weights must not move the caller's random numbers
+                return create_custom_backbone(name, model.num_classes, size=size, img_size=img_size).eval()
+    return evaluation_copy(model)
+
+
+def _open_state_dict(path: Path, model: nn.Module) -> nn.Module:
+    if path.suffix == ".safetensors":
+        weights = load_file(path)
+    else:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    network = _same_form(model)
+    network.load_state_dict(weights)
+    return network
+
+
+def _open_checkpoint(path: Path, model: nn.Module) -> nn.Module:
+    network = _same_form(model)
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"])
+    return network
+
+
+def _open_torchscript(path: Path, model: nn.Module) -> nn.Module:
+    with torchscript_without_notices():
+        return torch.jit.load(path, map_location="cpu").eval()
+
+
+OPENERS: dict[str, Callable[[Path, nn.Module], nn.Module]] = {
+    "state_dict": _open_state_dict,
+    "checkpoint": _open_checkpoint,
+    "torchscript": _open_torchscript,
+}
+
+
+def run_export_smoke_tests(
+    model: nn.Module,
+    export_results: Mapping[str, Any],
+    model_dir: Path | str,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Open every exported file again and compare it with the model.
+
+    `export_results` maps formats to paths, or to the entries of `export_status.json`; relative paths lie below
+    `model_dir`. Without `num_classes` any number of logits is right; without `image_size` the model's own is taken.
+    Returns {format: {passed, details, parity}}.
+    """
+    network = evaluation_copy(model)
+    side = image_size or getattr(model, "img_size", None) or settings.IMG_SIZE
+    batches = probe_batches((1, 3, side, side))
+    expected = answers(network, batches)
+    if num_classes is not None and expected[0].shape[1] != num_classes:
+        raise ValueError(f"the model gives {expected[0].shape[1]} logits; expected {num_classes}")
+    results: dict[str, dict[str, Any]] = {}
+    for name, entry in export_results.items():
+        kind = "state_dict" if name == "pytorch" else name
+        path = entry.get("path") if isinstance(entry, Mapping) else entry
+        passed, parity = False, None
+        if path is None:
+            details = f"no file: {entry.get('reason') or 'not exported'}"
+        elif kind not in OPENERS:
+            details = f"this version opens {', '.join(OPENERS)}"
+        else:
+            try:
+                parity = check_file(kind, Path(model_dir) / path, network, batches, expected)
+                passed, details = True, f"{parity['rows']} rows agree"
+            except Exception as error:  # whatever a damaged file makes a runtime raise is the finding
+                parity = getattr(error, "parity", None)
+                details = f"{type(error).__name__}: {error}"
+                logger.error("%s, %s: %s", Path(model_dir).name, name, details)
+        results[name] = {"passed": passed, "details": details, "parity": parity}
+    return results

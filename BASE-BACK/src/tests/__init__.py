@@ -1,0 +1,1 @@
+"""The base pipeline's check of itself."""

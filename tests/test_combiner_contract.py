@@ -1,0 +1,83 @@
+"""One battery over every combiner in the families' tables; a new one is tested by its line in the table."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from utils.combiner import Combiner
+from utils.ensembles import COMBINERS
+
+M, N, C = 4, 60, 3
+
+
+@pytest.fixture
+def rows():
+    rng = np.random.default_rng(7)
+    labels = rng.integers(0, C, N)
+    logits = rng.normal(size=(M, N, C)).astype(np.float32)
+    logits[:, np.arange(N), labels] += 1
+    return logits, labels
+
+
+@pytest.fixture(params=sorted(COMBINERS))
+def make(request):
+    return COMBINERS[request.param]
+
+
+def test_answers_the_protocol(make):
+    assert isinstance(make(), Combiner)
+    assert isinstance(make.learns, bool)
+
+
+def test_probabilities_are_probabilities(make, rows):
+    found = make().fit(*rows).predict_proba(rows[0])
+    assert found.shape == (N, C)
+    assert (found >= 0).all()
+    np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-12)
+
+
+def test_same_rows_same_bytes(make, rows):
+    states = [{k: v.tobytes() for k, v in make().fit(*rows).state().items()} for _ in range(2)]
+    assert states[0] == states[1]
+
+
+def test_state_restores_the_combiner(make, rows):
+    fitted = make().fit(*rows)
+    again = make.from_state(fitted.state())
+    assert again.predict_proba(rows[0]).tobytes() == fitted.predict_proba(rows[0]).tobytes()
+
+
+def test_rows_do_not_influence_one_another(make, rows):
+    fitted = make().fit(*rows)
+    together = fitted.predict_proba(rows[0])
+    alone = np.concatenate([fitted.predict_proba(rows[0][:, n : n + 1]) for n in range(N)])
+    np.testing.assert_allclose(alone, together, atol=1e-12)
+
+
+def test_the_order_of_members_does_not_matter_to_a_vote(make, rows):
+    if make.learns:
+        pytest.skip("a fitted combiner knows its members by their place")
+    logits, labels = rows
+    np.testing.assert_allclose(
+        make().fit(logits[::-1], labels).predict_proba(logits[::-1]), make().predict_proba(logits), atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 3, 17])
+def test_module_agrees_traced_at_two_rows_and_run_at_others(make, rows, batch):
+    fitted = make().fit(*rows)
+    tensors = torch.from_numpy(rows[0].transpose(1, 0, 2).copy())  # (N, M, C)
+    traced = torch.jit.trace(fitted.to_module().eval(), tensors[:2])
+    found = traced(tensors[:batch]).numpy()
+    assert found.shape == (batch, C)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, fitted.predict_proba(rows[0][:, :batch]), rtol=0, atol=1e-5)
+
+
+def test_extreme_logits_stay_finite(make):
+    logits = np.array([[[1e30, 0, -1e30]], [[-1e30, 1e30, 0]], [[0, 0, 0]], [[3e38, -3e38, 0]]], dtype=np.float32)
+    found = make().fit(logits, np.array([0])).predict_proba(logits)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-9)

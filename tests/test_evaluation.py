@@ -1,0 +1,189 @@
+"""What `evaluate` writes, and that it stays honest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from utils.metrics import softmax
+
+DEMO = ("--config", "configs/digits_demo.yaml")
+NAMES = ("soft_voting_ensemble", "hard_voting_ensemble", "logit_averaging_ensemble")
+KEYS = {
+    *("name", "split", "n_samples", "n_classes", "accuracy", "f1_macro", "f1_weighted", "precision_macro"),
+    *("recall_macro", "log_loss", "brier", "ece", "mce", "roc_auc_ovr_macro", "confusion_matrix", "per_class", "ci95"),
+    *("vs_best_single", "vs_soft_voting", "latency_ms", "size_mb", "members", "weights", "crossfit", "fitted_on"),
+    *("selected_on", "contaminated", "optimistic", "overlap", "config_digest", "seed", "versions", "created", "notes"),
+}
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def metrics(workspace, name, file="metrics.json"):
+    return read(workspace / "metrics_output" / "ensembles" / name / file)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "members/CustomConvNeXt", "members/CustomViTHybrid"])
+def test_metrics_have_every_key_and_null_has_a_reason(built, name):
+    record = metrics(built, name)
+    assert record.keys() == KEYS
+    assert all(key in record["notes"] for key, value in record.items() if value is None and key != "config_digest")
+    assert record["contaminated"] is False
+    assert record["optimistic"] is False
+    assert record["overlap"] == {"fitted": 0, "selected": 0, "dropped": 0}
+    assert {part["split"] for part in record["fitted_on"]} == {"train"}
+    assert {part["split"] for part in record["selected_on"]} == {"val"}
+    assert sum(record["weights"].values()) == pytest.approx(1)
+
+
+def test_scores_are_those_of_the_members_logits_by_hand(built):
+    from sklearn import metrics as sk
+
+    names = ("CustomConvNeXt", "CustomResNetMish", "CustomViTHybrid")
+    folder = built / "ensembles" / "predictions"
+    logits = np.stack([np.load(folder / name / "test" / "logits.npy") for name in names])
+    labels = np.load(folder / names[0] / "test" / "labels.npy")
+    expected = {
+        "soft_voting_ensemble": softmax(logits).mean(axis=0),
+        "logit_averaging_ensemble": softmax(logits.mean(axis=0)),
+    }
+    for name, probabilities in expected.items():
+        record = metrics(built, name)
+        assert record["accuracy"] == pytest.approx(sk.accuracy_score(labels, probabilities.argmax(axis=1)))
+        assert record["f1_macro"] == pytest.approx(sk.f1_score(labels, probabilities.argmax(axis=1), average="macro"))
+        assert record["log_loss"] == pytest.approx(sk.log_loss(labels, probabilities), abs=1e-6)
+        assert record["confusion_matrix"] == sk.confusion_matrix(labels, probabilities.argmax(axis=1)).tolist()
+
+
+def test_ranking_is_in_order_and_recommends_without_the_test_split(built, own_copy, orchestrator):
+    ranking = read(built / "metrics_output" / "ensembles" / "ranking.json")
+    rows = ranking["rows"]
+    assert [row["rank"] for row in rows] == list(range(1, 7))
+    order = [(-row["f1_macro"], row["log_loss"], row["name"]) for row in rows]
+    assert order == sorted(order)
+    assert {row["name"] for row in rows if row["kind"] == "ensemble"} == set(NAMES)
+    evidence = ranking["recommended"]["evidence"]
+    assert evidence["rows"] == "oof+val"
+    assert evidence["n"] == 224 + 28
+    assert ranking["peers"]["soft_voting"] == "soft_voting_ensemble"
+    # Whatever the test labels say, the recommendation stays.
+    test = own_copy / "split_dataset" / "test"
+    (test / "0").rename(test / "x")
+    (test / "1").rename(test / "0")
+    (test / "x").rename(test / "1")
+    assert orchestrator("pipeline", *DEMO, workspace=own_copy).returncode == 0
+    other = read(own_copy / "metrics_output" / "ensembles" / "ranking.json")
+    assert other["recommended"] == ranking["recommended"]
+    assert other["rows"] != rows
+
+
+def test_crossfit_rows_are_the_honest_rows_by_the_right_networks(built):
+    with np.load(built / "ensembles" / "models" / "soft_voting_ensemble" / "crossfit.npz") as arrays:
+        unseen = dict(arrays)
+    names = ("CustomConvNeXt", "CustomResNetMish", "CustomViTHybrid")
+    by_id = {}
+    for name in names:
+        with np.load(built / "kfold_results" / f"{name}_oof_predictions.npz") as oof:
+            for sample_id, logits in zip(oof["sample_ids"].tolist(), oof["logits"], strict=True):
+                by_id.setdefault(("train", sample_id), []).append(softmax(logits[None])[0])
+        folder = built / "ensembles" / "predictions" / name / "val"
+        ids, logits = np.load(folder / "sample_ids.npy").tolist(), np.load(folder / "logits.npy")
+        for sample_id, row in zip(ids, logits, strict=True):
+            by_id.setdefault(("val", sample_id), []).append(softmax(row[None])[0])
+    keys = list(zip(unseen["split"].tolist(), unseen["sample_ids"].tolist(), strict=True))
+    assert set(keys) == set(by_id)
+    expected = np.array([np.mean(by_id[key], axis=0) for key in keys])
+    np.testing.assert_allclose(unseen["probabilities"], expected, atol=1e-6)
+
+
+def test_val_scores_are_marked_optimistic_and_have_files_of_their_own(own_copy, orchestrator):
+    before = (own_copy / "metrics_output" / "ensembles" / "ranking.json").read_bytes()
+    done = orchestrator("evaluate", "--split", "val", *DEMO, workspace=own_copy)
+    assert done.returncode == 0, done.stderr
+    assert "optimistic" in done.stdout
+    assert metrics(own_copy, "soft_voting_ensemble", "metrics_val.json")["optimistic"] is True
+    assert (own_copy / "metrics_output" / "ensembles" / "ranking.json").read_bytes() == before
+
+
+def test_a_test_image_that_is_also_a_train_image_is_left_out_for_all(own_copy, orchestrator):
+    train = sorted((own_copy / "split_dataset" / "train" / "2").iterdir())[0]
+    shutil.copy(train, own_copy / "split_dataset" / "test" / "2" / "twin.png")
+    done = orchestrator("pipeline", *DEMO, workspace=own_copy)
+    assert done.returncode == 0, done.stderr
+    assert f"the same image in two splits: train/2/{train.name} and test/2/twin.png" in done.stdout
+    assert f"evaluate: test/2/twin.png is the same image as train/2/{train.name} and is left out" in done.stderr
+    for name in (*NAMES, "members/CustomConvNeXt"):
+        record = metrics(own_copy, name)
+        assert record["overlap"]["dropped"] == 1
+        assert record["n_samples"] == 28
+
+
+def test_one_model_by_name_and_an_unknown_name(own_copy, orchestrator):
+    done = orchestrator("evaluate", "--model-name", "soft_voting_ensemble", *DEMO, workspace=own_copy)
+    assert done.returncode == 0
+    assert done.stdout.startswith("soft_voting_ensemble on test: accuracy")
+    done = orchestrator("evaluate", "--model-name", "soft_voting_ensembel", *DEMO, workspace=own_copy)
+    assert done.returncode == 1
+    assert "did you mean 'soft_voting_ensemble'?" in done.stderr
+
+
+def plant_fitted_rows(workspace, name):
+    """Let an ensemble's record say that it was fitted on the test rows."""
+    from utils.ensembles import RowSet
+
+    folder = workspace / "ensembles" / "models" / name
+    ids = tuple(f"{p.parent.name}/{p.name}" for p in sorted((workspace / "split_dataset" / "test").glob("*/*.png")))
+    with np.load(folder / "provenance.npz") as arrays:
+        kept = dict(arrays)
+    np.savez(folder / "provenance.npz", **kept, **{"fitted_on/1/test/held_out": np.array(ids)})
+    record = read(folder / "ensemble.json")
+    record["fitted_on"].append(RowSet("test", "held_out", ids).as_record())
+    record["inputs_digest"] = "planted"
+    (folder / "ensemble.json").write_text(json.dumps(record))
+
+
+def test_a_contaminated_ensemble_is_marked_unranked_and_refused_by_name(own_copy, orchestrator):
+    plant_fitted_rows(own_copy, "hard_voting_ensemble")
+    done = orchestrator("evaluate", "--model-name", "hard_voting_ensemble", *DEMO, workspace=own_copy)
+    assert done.returncode == 3
+    assert "28 of 28 rows of test gave it its parameters" in done.stderr
+    done = orchestrator("evaluate", *DEMO, workspace=own_copy)
+    assert done.returncode == 0, done.stderr
+    rows = read(own_copy / "metrics_output" / "ensembles" / "ranking.json")["rows"]
+    assert (rows[-1]["name"], rows[-1]["rank"], rows[-1]["contaminated"]) == ("hard_voting_ensemble", None, True)
+    named = ("--model-name", "hard_voting_ensemble", "--allow-contaminated")
+    assert orchestrator("evaluate", *named, *DEMO, workspace=own_copy).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("ensemble.json", b"{", "damaged"),
+        ("combiner.safetensors", b"\x00", "cannot be read"),
+        ("provenance.npz", b"PK", "cannot be read"),
+    ],
+)
+def test_a_damaged_ensemble_is_named_with_the_command_that_mends_it(own_copy, orchestrator, file, content, words):
+    path = own_copy / "ensembles" / "models" / "soft_voting_ensemble" / file
+    path.write_bytes(content)
+    done = orchestrator("evaluate", *DEMO, workspace=own_copy)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "build-ensemble --force" in done.stderr
+    assert orchestrator("build-ensemble", "--force", *DEMO, workspace=own_copy).returncode == 0
+    assert orchestrator("evaluate", *DEMO, workspace=own_copy).returncode == 0
+
+
+def test_an_ensemble_of_old_checkpoints_is_told_and_left_out(own_copy, orchestrator):
+    checkpoints = own_copy / "checkpoints"
+    shutil.copy(checkpoints / "CustomResNetMish_snapshot1.pth", checkpoints / "CustomResNetMish_final.pth")
+    assert orchestrator("discover", *DEMO, workspace=own_copy).returncode == 0
+    done = orchestrator("evaluate", *DEMO, workspace=own_copy)
+    assert done.returncode == 0, done.stderr
+    assert "soft_voting_ensemble was built from other checkpoints" in done.stderr
+    assert "soft_voting_ensemble" not in done.stdout

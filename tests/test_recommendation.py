@@ -1,0 +1,72 @@
+"""Which candidate is recommended, on hand-made losses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from utils.errors import UserError
+from utils.recommendation import Candidate, recommend
+
+RNG = np.random.default_rng(0)
+BASE = RNG.gamma(1.0, 0.3, 200)
+
+
+def candidate(name, losses, *, kind="ensemble", method=None, split="train", count=200):
+    keys = tuple((split if n < count // 2 else "val", f"a/{n}.png") for n in range(count))
+    return Candidate(name, kind, method, keys, losses[:count], np.ones(count, dtype=bool))
+
+
+def test_the_lowest_loss_wins_when_it_stands_apart():
+    found = [
+        candidate("soft_voting_ensemble", BASE + 0.1, method="soft_voting"),
+        candidate("logit_averaging_ensemble", BASE, method="logit_averaging"),
+        candidate("a", BASE + 0.2, kind="member"),
+    ]
+    chosen = recommend(found)
+    assert chosen["name"] == "logit_averaging_ensemble"
+    assert chosen["best_single"] == "a"
+    assert chosen["evidence"]["log_loss"] == pytest.approx(BASE.mean())
+    assert chosen["evidence"] | {"rows": "oof+val", "n": 200} == chosen["evidence"]
+
+
+def test_the_simplest_within_one_standard_error_is_preferred():
+    noise = RNG.normal(0, 0.5, 200)
+    found = [
+        candidate("soft_voting_ensemble", BASE + noise - noise.mean() + 0.01, method="soft_voting"),
+        candidate("logit_averaging_ensemble", BASE, method="logit_averaging"),
+    ]
+    chosen = recommend(found)
+    assert chosen["name"] == "soft_voting_ensemble"
+    assert "simplest within one standard error" in chosen["reason"]
+
+
+def test_a_single_member_wins_only_by_being_lowest():
+    near = candidate("a", BASE + RNG.normal(0, 0.5, 200) * 0.01, kind="member")
+    voting = candidate("soft_voting_ensemble", BASE + 0.1, method="soft_voting")
+    assert recommend([near, voting])["name"] == "a"
+    better = candidate("soft_voting_ensemble", BASE - 0.05, method="soft_voting")
+    assert recommend([near, better])["name"] == "soft_voting_ensemble"
+
+
+def test_val_only_candidates_must_be_clearly_better():
+    voting = candidate("soft_voting_ensemble", BASE + 0.2, method="soft_voting")
+    val = np.concatenate([np.full(100, 9.0), BASE[100:] + 0.1])  # its train rows do not exist
+    keys = tuple(("val", f"a/{n}.png") for n in range(100, 200))
+    clear = Candidate("b", "ensemble", "fusion", keys, val[100:], np.ones(100, dtype=bool))
+    assert recommend([voting, clear])["name"] == "b"
+    unclear = Candidate("b", "ensemble", "fusion", keys, BASE[100:] + 0.2 + RNG.normal(0, 1, 100), np.ones(100, bool))
+    assert recommend([voting, unclear])["name"] == "soft_voting_ensemble"
+
+
+def test_without_oof_all_are_compared_on_val():
+    found = [candidate(name, BASE + k, split="val", method="soft_voting") for k, name in enumerate("xy")]
+    assert recommend(found)["evidence"]["rows"] == "val"
+    assert recommend(found)["name"] == "x"
+
+
+def test_nothing_in_common_is_said():
+    keys = (("train", "z"),)
+    stranger = Candidate("z", "ensemble", None, keys, np.ones(1), np.ones(1, dtype=bool))
+    with pytest.raises(UserError, match="no row on which all"):
+        recommend([candidate("x", BASE), stranger])

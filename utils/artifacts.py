@@ -1,0 +1,161 @@
+"""The only writer: every file appears whole or not at all, and is read with its damage named.
+
+Records are JSON with sorted keys, arrays `.npy` / `.npz` without pickled objects, parameters `.safetensors`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.errors import UserError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path in the folder of `path` that takes its place when the block ends well, else vanishes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The ending stays last, since numpy adds its own where it is missing.
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".partial{path.suffix}", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would shut out colleagues
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write a record with sorted keys, atomically; ValueError for NaN or infinity."""
+    write_text(path, json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, *, remedy: str) -> Any:
+    """The record in `path`; None when there is no such file. Raises UserError with `remedy` for a damaged one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged, {error}; expected a JSON record. {remedy}") from error
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write one array as `.npy`, atomically."""
+    with replacing(path) as temporary:
+        np.save(temporary, array, allow_pickle=False)
+
+
+def open_array(path: Path, *, remedy: str) -> np.ndarray:
+    """A memory map of a `.npy` file. Raises UserError with `remedy` for a missing, damaged or pickled one."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"{path}: cannot be read, {error}; expected an array without pickled objects. {remedy}"
+        ) from error
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write several arrays as `.npz`, atomically; equal arrays give equal bytes."""
+    with replacing(path) as temporary:
+        np.savez(temporary, allow_pickle=False, **{name: arrays[name] for name in sorted(arrays)})
+
+
+def read_arrays(path: Path, *, remedy: str) -> dict[str, np.ndarray]:
+    """All arrays of a `.npz` file. Raises UserError with `remedy` for a missing, damaged or pickled one."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path}: cannot be read, {error}; expected arrays without pickled objects. {remedy}"
+        ) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write named arrays as `.safetensors`, atomically."""
+    from safetensors.numpy import save
+
+    ordered = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
+    with replacing(path) as temporary:
+        temporary.write_bytes(save(ordered))
+
+
+def read_tensors(path: Path, *, remedy: str) -> dict[str, np.ndarray]:
+    """All arrays of a `.safetensors` file. Raises UserError with `remedy` for a missing or damaged one."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        return load(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read, {error}; expected a safetensors file. {remedy}") from error
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON-ready value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()).hexdigest()
+
+
+class FileDigests:
+    """SHA-256 of files, remembered by size, modification time and inode, so that nothing is read twice.
+
+    What else was learned from a file of one content can be kept beside its digest (`facts`).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        stored = read_json(path, remedy="Remove it; digests are then taken again.") or {}
+        self._files: dict[str, list[Any]] = stored.get("files", {})
+        self._facts: dict[str, Any] = stored.get("facts", {})
+        self._changed = False
+
+    def of(self, path: Path) -> str:
+        """Digest of one file; raises OSError when it cannot be read."""
+        status = path.stat()
+        state = [status.st_size, status.st_mtime_ns, status.st_ino]
+        known = self._files.get(str(path))
+        if known is not None and known[:3] == state:
+            return known[3]
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self._files[str(path)] = [*state, digest]
+        self._changed = True
+        return digest
+
+    def facts(self, digest: str) -> Any:
+        """What was kept for a content; None when nothing was."""
+        return self._facts.get(digest)
+
+    def keep(self, digest: str, facts: Any) -> None:
+        """Keep JSON-ready facts about a content."""
+        self._facts[digest] = facts
+        self._changed = True
+
+    def save(self) -> None:
+        """Write what was learned since the last time."""
+        if self._changed:
+            write_json(self.path, {"files": self._files, "facts": self._facts})
+            self._changed = False

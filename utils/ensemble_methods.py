@@ -1,0 +1,96 @@
+"""Score-level combiners: voting on what the members say, with nothing to fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import numpy as np
+
+from utils.combiner import Combiner
+from utils.metrics import softmax
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass
+class Voting:
+    """What the three ways of voting share: they fit nothing and hold nothing."""
+
+    learns: ClassVar[bool] = False
+
+    def fit(self, logits: np.ndarray, labels: np.ndarray) -> Self:
+        """Nothing to fit; logits (M, N, C), labels (N,)."""
+        return self
+
+    def state(self) -> dict[str, np.ndarray]:
+        """No arrays."""
+        return {}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, np.ndarray]) -> Self:
+        """A new one."""
+        return cls()
+
+
+class SoftVoting(Voting):
+    """Plain mean of the members' probabilities."""
+
+    def predict_proba(self, logits: np.ndarray) -> np.ndarray:
+        """Logits (M, N, C) -> probabilities (N, C)."""
+        return softmax(logits).mean(axis=0)
+
+    def to_module(self) -> nn.Module:
+        """Logits (B, M, C) -> probabilities (B, C)."""
+        from utils.heads import MeanOfProbabilities
+
+        return MeanOfProbabilities()
+
+
+class HardVoting(Voting):
+    """Share of the members that vote for a class, each with one vote for the class of its largest logit.
+
+    Equal shares are told apart by the mean probability, of which `TIE_SHARE` is mixed in: too little to change a
+    share in the sixth digit, enough to decide a tie, and no class of a tied vote wins by its place in the alphabet.
+    A member's own tie goes to its first class.
+    """
+
+    TIE_SHARE: ClassVar[float] = 5e-7
+
+    def predict_proba(self, logits: np.ndarray) -> np.ndarray:
+        """Logits (M, N, C) -> probabilities (N, C)."""
+        members, rows, classes = logits.shape
+        shares = np.zeros((rows, classes))
+        votes = logits.argmax(axis=2)
+        for member in range(members):
+            shares[np.arange(rows), votes[member]] += 1 / members
+        return (1 - self.TIE_SHARE) * shares + self.TIE_SHARE * softmax(logits).mean(axis=0)
+
+    def to_module(self) -> nn.Module:
+        """Logits (B, M, C) -> probabilities (B, C)."""
+        from utils.heads import VoteShares
+
+        return VoteShares(self.TIE_SHARE)
+
+
+class LogitAveraging(Voting):
+    """Soft-max of the plain mean of the members' logits: the normalised geometric mean of their probabilities."""
+
+    def predict_proba(self, logits: np.ndarray) -> np.ndarray:
+        """Logits (M, N, C) -> probabilities (N, C)."""
+        return softmax(logits.mean(axis=0, dtype=np.float64))
+
+    def to_module(self) -> nn.Module:
+        """Logits (B, M, C) -> probabilities (B, C)."""
+        from utils.heads import ProbabilityOfMeanLogits
+
+        return ProbabilityOfMeanLogits()
+
+
+COMBINERS: dict[str, type[Combiner]] = {
+    "soft_voting": SoftVoting,
+    "hard_voting": HardVoting,
+    "logit_averaging": LogitAveraging,
+}

@@ -1,0 +1,264 @@
+"""An ensemble: a fitted combiner, its members and the proof of what it was fitted on; saved, loaded, recommended."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils import ensemble_methods
+from utils.artifacts import digest_of, read_arrays, read_json, read_tensors, write_arrays, write_json, write_tensors
+from utils.combiner import Combiner
+from utils.errors import UserError, did_you_mean
+from utils.catalog import Member
+from utils.metrics import log_loss_per_row, softmax
+from utils.predictions import Rows, Store
+from utils.recommendation import Candidate, recommend
+from utils.workspace import Workspace
+
+SCHEMA = 1
+COMBINERS: dict[str, type[Combiner]] = {**ensemble_methods.COMBINERS}
+NAMES = {method: f"{method}_ensemble" for method in ensemble_methods.COMBINERS}
+"""Method -> name of its ensemble; in configuration either may be used."""
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """Sample ids of one split, and by which predictions they were used."""
+
+    split: str
+    rows: str
+    """oof, held_out or in_sample"""
+    sample_ids: tuple[str, ...]
+
+    def as_record(self) -> dict[str, Any]:
+        """As records list it: the ids themselves lie in `provenance.npz`."""
+        return {
+            "split": self.split,
+            "rows": self.rows,
+            "n": len(self.sample_ids),
+            "digest": digest_of(sorted(self.sample_ids)),
+        }
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What an ensemble has seen."""
+
+    fitted_on: tuple[RowSet, ...]
+    """Rows whose labels decided a parameter, of the combiner or of a member's network."""
+    selected_on: tuple[RowSet, ...]
+    """Rows that decided a choice: an epoch, a method."""
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """A fitted combiner and everything that is needed to use and to judge it."""
+
+    name: str
+    method: str
+    members: tuple[str, ...]
+    """Sorted."""
+    classes: tuple[str, ...]
+    combiner: Combiner
+    provenance: Provenance
+    inputs_digest: str
+    """Of members, predictions, configuration and folds: equal digest, equal ensemble."""
+    member_digests: dict[str, str]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Crossfit:
+    """Predictions on honest rows by copies of the recipe that read no label of the row's fold."""
+
+    probabilities: np.ndarray
+    """float32 (N, C)"""
+    labels: np.ndarray
+    """int64 (N,)"""
+    sample_ids: np.ndarray
+    """unicode (N,)"""
+    split: np.ndarray
+    """unicode (N,)"""
+    fold: np.ndarray
+    """int64 (N,)"""
+
+    def keys(self) -> list[tuple[str, str]]:
+        """(split, sample id) of each row."""
+        return list(zip(self.split.tolist(), self.sample_ids.tolist(), strict=True))
+
+
+def predict(ensemble: Ensemble, rows: Rows) -> np.ndarray:
+    """Probabilities float64 (N, C). Raises UserError when members or classes are not the ensemble's."""
+    if rows.members != ensemble.members or rows.classes != ensemble.classes:
+        raise UserError(
+            f"{ensemble.name}: needs members {', '.join(ensemble.members)} on {len(ensemble.classes)} classes, got "
+            f"{', '.join(rows.members)} on {len(rows.classes)}"
+        )
+    return ensemble.combiner.predict_proba(rows.logits)
+
+
+def crossfit(make: type[Combiner], rows: Rows, folds: Mapping[tuple[str, str], int]) -> Crossfit:
+    """Cross-fitted predictions of a combiner on honest rows; one that learns nothing answers all rows at once."""
+    fold = np.array([folds[key] for key in zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True)])
+    probabilities = np.empty((len(rows.labels), len(rows.classes)), dtype=np.float32)
+    if make.learns:
+        for held_out in np.unique(fold):
+            inside, outside = fold == held_out, fold != held_out
+            copy = make().fit(rows.logits[:, outside], rows.labels[outside])
+            probabilities[inside] = copy.predict_proba(rows.logits[:, inside])
+    else:
+        probabilities[:] = make().fit(rows.logits, rows.labels).predict_proba(rows.logits)
+    return Crossfit(probabilities, rows.labels, rows.sample_ids, rows.split, fold)
+
+
+def save(workspace: Workspace, ensemble: Ensemble, unseen: Crossfit, record: Mapping[str, Any]) -> None:
+    """Write an ensemble; `ensemble.json` comes last and its absence means that there is none. `record` is kept in it."""
+    folder = workspace.ensemble(ensemble.name)
+    (folder / "ensemble.json").unlink(missing_ok=True)
+    for stale in folder.glob("predictions_*.npz"):
+        stale.unlink()
+    write_tensors(folder / "combiner.safetensors", ensemble.combiner.state())
+    write_arrays(
+        folder / "crossfit.npz",
+        {
+            "probabilities": unseen.probabilities.astype(np.float32),
+            "labels": unseen.labels,
+            "sample_ids": unseen.sample_ids,
+            "split": unseen.split,
+            "fold": unseen.fold,
+            "classes": np.array(ensemble.classes),
+        },
+    )
+    sets = {"fitted_on": ensemble.provenance.fitted_on, "selected_on": ensemble.provenance.selected_on}
+    arrays = {
+        f"{kind}/{place}/{rows.split}/{rows.rows}": np.array(rows.sample_ids)
+        for kind, all_rows in sets.items()
+        for place, rows in enumerate(all_rows)
+    }
+    write_arrays(folder / "provenance.npz", arrays)
+    write_json(
+        folder / "ensemble.json",
+        {
+            **record,
+            "schema": SCHEMA,
+            "name": ensemble.name,
+            "method": ensemble.method,
+            "members": list(ensemble.members),
+            "member_digests": ensemble.member_digests,
+            "classes": list(ensemble.classes),
+            "inputs_digest": ensemble.inputs_digest,
+            "seed": ensemble.seed,
+            **{kind: [rows.as_record() for rows in all_rows] for kind, all_rows in sets.items()},
+        },
+    )
+
+
+def stored_digest(workspace: Workspace, name: str) -> str | None:
+    """`inputs_digest` of a saved ensemble; None when there is none."""
+    record = _record(workspace, name)
+    return None if record is None else record.get("inputs_digest")
+
+
+def load(workspace: Workspace, name: str) -> Ensemble:
+    """A saved ensemble. Raises UserError for an unknown name, with the known ones, or a damaged folder."""
+    record = _record(workspace, name)
+    if record is None:
+        known = names(workspace)
+        raise UserError(
+            f"{workspace.ensemble(name)}: no such ensemble. Build it: python ensemble_orchestrator.py build-ensemble. Built "
+            f"so far: {', '.join(known) or 'none'}{did_you_mean(name, known)}"
+        )
+    folder = workspace.ensemble(name)
+    remedy = _rebuild(name)
+    try:
+        make = COMBINERS[record["method"]]
+        return Ensemble(
+            name=name,
+            method=record["method"],
+            members=tuple(record["members"]),
+            classes=tuple(record["classes"]),
+            combiner=make.from_state(read_tensors(folder / "combiner.safetensors", remedy=remedy)),
+            provenance=_provenance(folder, record, remedy),
+            inputs_digest=record["inputs_digest"],
+            member_digests=record["member_digests"],
+            seed=record["seed"],
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'ensemble.json'}: not the form of an ensemble ({error!r}). {remedy}") from error
+
+
+def load_crossfit(workspace: Workspace, name: str) -> Crossfit:
+    """The cross-fitted predictions of a saved ensemble."""
+    arrays = read_arrays(workspace.ensemble(name) / "crossfit.npz", remedy=_rebuild(name))
+    return Crossfit(*(arrays[key] for key in ("probabilities", "labels", "sample_ids", "split", "fold")))
+
+
+def names(workspace: Workspace) -> list[str]:
+    """Saved ensembles, sorted."""
+    return sorted(path.parent.name for path in workspace.models.glob("*/ensemble.json"))
+
+
+def remove(workspace: Workspace, name: str) -> None:
+    """Take a saved ensemble away, `ensemble.json` first."""
+    (workspace.ensemble(name) / "ensemble.json").unlink(missing_ok=True)
+    shutil.rmtree(workspace.ensemble(name), ignore_errors=True)
+
+
+def _rebuild(name: str) -> str:
+    return f"Build {name} again: python ensemble_orchestrator.py build-ensemble --force"
+
+
+def _record(workspace: Workspace, name: str) -> dict[str, Any] | None:
+    return read_json(workspace.ensemble(name) / "ensemble.json", remedy=_rebuild(name))
+
+
+def _provenance(folder: Path, record: Mapping[str, Any], remedy: str) -> Provenance:
+    arrays = read_arrays(folder / "provenance.npz", remedy=remedy)
+    sets: dict[str, list[RowSet]] = {"fitted_on": [], "selected_on": []}
+    for key in sorted(arrays):
+        kind, _, split, rows = key.split("/")
+        sets[kind].append(RowSet(split, rows, tuple(arrays[key].tolist())))
+    for kind, found in sets.items():
+        if [rows.as_record() for rows in found] != record[kind]:
+            raise UserError(f"{folder / 'provenance.npz'}: its ids are not those of ensemble.json. {remedy}")
+    return Provenance(tuple(sets["fitted_on"]), tuple(sets["selected_on"]))
+
+
+def network_provenance(store: Store) -> Provenance:
+    """What the members' networks have seen: the train rows gave their weights, the val rows chose their epochs."""
+    train, val = store.images("train"), store.images("val")
+    return Provenance(
+        fitted_on=(RowSet("train", "in_sample", train.sample_ids),),
+        selected_on=(RowSet("val", "held_out", val.sample_ids),),
+    )
+
+
+def recommended(store: Store, members: Mapping[str, Member], saved: Mapping[str, Ensemble]) -> dict[str, Any]:
+    """Which member or ensemble to use, by honest rows alone; see `recommendation.recommend` for the rule and the form."""
+    found = []
+    for name, parts in store.honest_parts(list(members.values())).items():
+        keys = [(part.split, sample_id) for part in parts for sample_id in part.sample_ids.tolist()]
+        probabilities = np.concatenate([softmax(np.asarray(part.logits)) for part in parts])
+        labels = np.concatenate([np.asarray(part.labels) for part in parts])
+        found.append(_candidate(name, "member", None, keys, probabilities, labels))
+    for name, ensemble in saved.items():
+        unseen = load_crossfit(store.workspace, name)
+        found.append(_candidate(name, "ensemble", ensemble.method, unseen.keys(), unseen.probabilities, unseen.labels))
+    return recommend(found)
+
+
+def _candidate(
+    name: str,
+    kind: str,
+    method: str | None,
+    keys: list[tuple[str, str]],
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+) -> Candidate:
+    hits = probabilities.argmax(axis=1) == labels
+    return Candidate(name, kind, method, tuple(keys), log_loss_per_row(probabilities, labels), hits)

@@ -1,0 +1,240 @@
+"""Command line of the ensemble system: a table of commands, one parser, one error handler.
+
+    python ensemble_orchestrator.py discover
+    python ensemble_orchestrator.py build-ensemble --config configs/quick_ensemble.yaml
+    python ensemble_orchestrator.py evaluate
+
+Nothing heavy is imported before a command is typed, and then only what that command needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from utils import errors
+
+if TYPE_CHECKING:
+    from utils.config import Config
+    from utils.results import Result
+    from utils.workspace import Workspace
+
+PROJECT = Path(__file__).resolve().parent
+logger = logging.getLogger("disease_pipeline")
+
+EXIT_CODES: dict[type[BaseException], int] = {
+    errors.UserError: 1,
+    OSError: 1,
+    errors.ConfigError: 2,
+    errors.HonestyError: 3,
+    errors.PartialFailure: 4,
+    KeyboardInterrupt: 130,
+}
+PARTIAL = EXIT_CODES[errors.PartialFailure]
+BUG = 70
+
+
+class Command(NamedTuple):
+    """One line of the table."""
+
+    target: str
+    """`module:function`, imported only when the command is typed; called with (config, workspace, options)."""
+    help: str
+    example: str
+    arguments: dict[str, dict[str, Any]]
+    """What this command alone takes; the common options are added to all."""
+
+
+COMMANDS: dict[str, Command] = {
+    "discover": Command(
+        "utils.catalog:discover",
+        "find trained models, check them, write the catalog",
+        "discover --verify",
+        {"--verify": {"action": "store_true", "help": "also load every member and run one batch"}},
+    ),
+    "build-ensemble": Command(
+        "utils.build:build_ensemble",
+        "build the score-level ensembles that the configuration lists",
+        "build-ensemble --config configs/quick_ensemble.yaml",
+        {},
+    ),
+    "evaluate": Command(
+        "utils.evaluation:evaluate",
+        "score members and ensembles, rank them, name the recommended one",
+        "evaluate --model-name soft_voting_ensemble",
+        {
+            "--split": {"choices": ("test", "val"), "default": "test", "help": "rows to score on (default: test)"},
+            "--model-name": {"metavar": "NAME", "help": "score this member or ensemble alone"},
+            "--allow-contaminated": {
+                "action": "store_true",
+                "help": "with --model-name: score it even on rows it was fitted on, marked",
+            },
+        },
+    ),
+    "pipeline": Command(
+        "ensemble_orchestrator:run_pipeline",
+        "all stages in order: discover --verify, build-ensemble, evaluate",
+        "pipeline --config configs/digits_demo.yaml",
+        {},
+    ),
+}
+PIPELINE: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("discover", {"verify": True}),
+    ("build-ensemble", {}),
+    ("evaluate", {}),
+)
+COMMON: dict[str, dict[str, Any]] = {
+    "--config": {
+        "metavar": "FILE",
+        "default": "configs/ensemble_config.yaml",
+        "help": "relative to the working directory, then to the project (default: %(default)s)",
+    },
+    "--set": {
+        "metavar": "KEY=VALUE",
+        "action": "append",
+        "default": [],
+        "help": "change one value of the configuration, such as runs.moe.enable=true; repeatable",
+    },
+    "--workspace": {
+        "metavar": "DIR",
+        "help": "the base pipeline's folder (default: DBT_BASE_DIR, else beside BASE-BACK)",
+    },
+    "--base-back": {
+        "metavar": "DIR",
+        "help": "the base pipeline (default: BASE_BACK_DIR, ../BASE-BACK, the bundled one)",
+    },
+    "--device": {"metavar": "DEVICE", "help": "cuda, cuda:N, cpu or auto (default: the configuration's)"},
+    "--force": {"action": "store_true", "help": "do again what is there already"},
+    "--json": {"action": "store_true", "help": "one JSON document on stdout"},
+    "--verbose": {"action": "store_true", "help": "more messages"},
+    "--quiet": {"action": "store_true", "help": "warnings and errors only"},
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser that the tables describe."""
+    parser = argparse.ArgumentParser(
+        prog="ensemble_orchestrator.py",
+        description="Combine trained image classifiers, honestly.",
+        epilog="Start: python ensemble_orchestrator.py discover",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        example = f"Example: python ensemble_orchestrator.py {command.example}"
+        sub = commands.add_parser(name, help=command.help, description=command.help, epilog=example)
+        for option, settings in {**command.arguments, **COMMON}.items():
+            sub.add_argument(option, **settings)
+    return parser
+
+
+def exit_code(error: BaseException) -> int:
+    """Code of the nearest ancestor in the table, so that a new kind of UserError needs no line here."""
+    return next((EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES), BUG)
+
+
+def run_pipeline(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
+    """The stages that exist, in the specification's order; a stage that finds its result present keeps it."""
+    from utils.results import Result
+
+    texts, documents, failures = [], {}, []
+    for number, (name, options) in enumerate(PIPELINE, start=1):
+        logger.info("stage %d of %d: %s", number, len(PIPELINE), name)
+        result = call(name, config, workspace, options | {"force": force})
+        texts.append(f"== {name}\n{result.text}")
+        documents[name] = result.document
+        failures += [f"{name}: {failure}" for failure in result.failures]
+    return Result("\n\n".join([*texts, str(workspace.ranking("test"))]), documents, failures)
+
+
+def call(name: str, config: Config, workspace: Workspace, options: dict[str, Any]) -> Result:
+    """Import and run one command."""
+    module, function = COMMANDS[name].target.split(":")
+    return getattr(import_module(module), function)(config, workspace, **options)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code."""
+    options = vars(build_parser().parse_args(argv))  # usage errors end here with 2, before anything is imported
+    name = options.pop("command")
+    common = {option: options.pop(_attribute(option)) for option in COMMON if option != "--force"}
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        result = _prepared_call(name, common, options)
+    except (Exception, KeyboardInterrupt) as error:
+        return _report(error)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if common["--json"]:
+        print(json.dumps(result.document | {"failures": result.failures}, sort_keys=True))
+    else:
+        print(result.text)
+    for failure in result.failures:
+        print(f"left out: {failure}", file=sys.stderr)
+    return PARTIAL if result.failures else 0
+
+
+def _attribute(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
+
+
+def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -> Result:
+    from utils import base_back
+
+    level = logging.DEBUG if common["--verbose"] else logging.WARNING if common["--quiet"] else logging.INFO
+    base_back.set_up_logging(level=level, log_file=None, stream=sys.stderr)
+    from utils.config_file import find, load
+    from utils.ensemble_methods import COMBINERS
+
+    overrides = list(common["--set"])
+    if common["--device"] is not None:
+        overrides.append(f"device={common['--device']}")
+    names = {"runs.score_ensemble.methods": tuple(COMBINERS)}
+    config = load(find(common["--config"], PROJECT), overrides=overrides, names=names)
+    folder = common["--workspace"]
+    if folder is not None:
+        folder = str(Path(folder).expanduser().absolute())
+        if not Path(folder).is_dir():
+            raise errors.UserError(f"--workspace {folder}: no such folder; make demo DATA=... prints the one it made")
+    base_back.bind(common["--base-back"], folder)
+    if config.dataset.group_regex is not None:
+        os.environ.setdefault("DBT_GROUP_REGEX", config.dataset.group_regex)
+    from utils.workspace import Workspace
+
+    workspace = Workspace.of_settings()
+    base_back.set_up_logging(level=level, log_file=workspace.log_file, stream=sys.stderr)
+    return call(name, config, workspace, options)
+
+
+def _report(error: BaseException) -> int:
+    """One line on the screen; the traceback of a bug goes to the log file alone."""
+    code = exit_code(error)
+    if code == 130:
+        logger.error("interrupted; nothing is half-written, the same command goes on")
+    elif code == BUG:
+        logger.error("bug: %s: %s; traceback in %s", type(error).__name__, error, _log_file_words())
+        logger.debug("%s", "".join(traceback.format_exception(error)))
+    else:
+        logger.error("%s", error)
+    return code
+
+
+def _log_file_words() -> str:
+    files = [handler.baseFilename for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
+    return files[0] if files else "no log, since the workspace was not known yet"
+
+
+def _terminate(*_: object) -> None:
+    raise SystemExit(143)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

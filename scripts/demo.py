@@ -1,0 +1,118 @@
+"""The whole road on real images: train a base zoo, discover it, build ensembles, score them.
+
+    make demo                      scikit-learn's handwritten digits, fifteen backbones, three folds
+    make demo QUICK=1              five backbones, two folds
+    make demo DATA="~/my leaves"   your own images, one folder per class, in a workspace of their own
+
+Typed again it keeps what is finished. Ends with 0, or 4 when something was left out (named), else with the code of the
+step that failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]
+QUICK_BACKBONES = ("CustomConvNeXt", "CustomViTHybrid", "CustomSwinTransformer", "CustomResNetMish", "CustomMobileOne")
+LEFT_OUT = 4  # exit code of a step that finished without some requested part
+DIGITS_EPOCHS = 12
+MOST_EPOCHS = 40
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="make demo", description="Train, discover, combine and score, on real images."
+    )
+    parser.add_argument("--quick", action="store_true", help="five backbones and two folds")
+    parser.add_argument("--data", metavar="DIR", help="folder with one folder of images per class")
+    options = parser.parse_args(argv)
+    if options.data:
+        data = Path(options.data).expanduser().resolve()
+        if not data.is_dir():
+            print(f"DATA {data}: no such folder; expected one folder of images per class in it", file=sys.stderr)
+            return 1
+        workspace = workspace_of(data)
+        workspace.mkdir(parents=True, exist_ok=True)
+    else:
+        workspace, data = PROJECT, PROJECT / "Data"
+        write_digits(data)
+    train = [
+        *("BASE-BACK/src/main.py", "--size", "tiny", "--workspace", str(workspace), "--data", str(data)),
+        *("--backbones", *(QUICK_BACKBONES if options.quick else ("all",))),
+        *("--folds", "2" if options.quick else "3"),
+        *("--epochs-head", "1", "--epochs-finetune", str(epochs_for(data) if options.data else DIGITS_EPOCHS)),
+        *("--augment", "full" if options.data else "no_flip"),
+    ]
+    own = ["--workspace", str(workspace)] if options.data else []
+    pipeline = ["ensemble_orchestrator.py", "pipeline", "--config", "configs/digits_demo.yaml", *own]
+    code = 0
+    for step in (train, pipeline):
+        found = run(step, batch_size="64")
+        if found not in (0, LEFT_OUT):
+            return found
+        code = max(code, found)
+    print(f"\nworkspace: {workspace}")
+    activate = "" if os.environ.get("VIRTUAL_ENV") else ". .venv/bin/activate && "
+    example = shlex.join(["python", "ensemble_orchestrator.py", "evaluate", *own])
+    print(f"go on with, for example: {activate}{example}")
+    return code
+
+
+def run(step: Sequence[str], *, batch_size: str) -> int:
+    """Run one of the project's programs, as a user would type it, and show the line."""
+    print(f"\n$ python {shlex.join(step)}", flush=True)
+    environment = os.environ | {"DBT_BATCH_SIZE": batch_size}
+    return subprocess.run([sys.executable, *step], cwd=PROJECT, env=environment, check=False).returncode
+
+
+def workspace_of(data: Path) -> Path:
+    """`workspaces/<folder>-<digest>`: one workspace per data folder, the same one every time."""
+    name = re.sub(r"[^\w.-]+", "_", data.name) or "data"
+    return PROJECT / "workspaces" / f"{name}-{hashlib.sha256(os.fsencode(data)).hexdigest()[:8]}"
+
+
+def epochs_for(data: Path) -> int:
+    """Epochs of fine-tuning that show a network about as many images as the digits' twelve do, forty at the most."""
+    count = sum(path.suffix.lower() in SUFFIXES for path in data.glob("*/*"))
+    return min(MOST_EPOCHS, max(DIGITS_EPOCHS, DIGITS_EPOCHS * 1797 // max(1, count)))
+
+
+def write_digits(folder: Path) -> None:
+    """Write scikit-learn's 1,797 scanned digits as PNG files, `<digit>/<number>.png`, unless the folder is there.
+
+    Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI 1998.
+    """
+    if folder.exists():
+        return
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    partial = Path(tempfile.mkdtemp(prefix=".digits.partial", dir=folder.parent))
+    try:
+        for number, (image, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
+            target = partial / str(digit) / f"{number:04d}.png"
+            target.parent.mkdir(exist_ok=True)
+            Image.fromarray(np.rint(image * (255 / 16)).astype(np.uint8)).save(target)
+        partial.chmod(0o755)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"written: {len(digits.images)} handwritten digits in {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

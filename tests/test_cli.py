@@ -1,0 +1,224 @@
+"""The command line as users type it: the specification's Quick Start, exit codes, messages, what is imported."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import PROJECT, run_python
+
+import ensemble_orchestrator
+from utils import errors
+
+QUICK = ("--config", "configs/quick_ensemble.yaml")
+DEMO = ("--config", "configs/digits_demo.yaml")
+
+
+def test_help_lists_what_works_and_loads_nothing_heavy():
+    code = (
+        "import sys, ensemble_orchestrator as o\n"
+        "try: o.main(['--help'])\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "heavy = {'torch', 'numpy', 'pydantic', 'yaml', 'sklearn', 'PIL', 'timm'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
+    for command in ("discover", "build-ensemble", "evaluate", "pipeline"):
+        assert re.search(rf"^    {command}\s", done.stdout, re.MULTILINE)
+    assert "stack" not in done.stdout
+
+
+@pytest.mark.parametrize("command", ensemble_orchestrator.COMMANDS)
+def test_every_command_has_help_with_an_example_and_the_common_options(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        ensemble_orchestrator.main([command, "--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"Example: python ensemble_orchestrator.py {command}" in shown
+    assert all(option in shown for option in ensemble_orchestrator.COMMON)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.UserError("x"), 1),
+        (FileNotFoundError("x"), 1),
+        (errors.ConfigError("x"), 2),
+        (errors.ContaminatedError("x"), 3),
+        (errors.NoHonestDataError("x"), 3),
+        (errors.PartialFailure("x"), 4),
+        (ZeroDivisionError("x"), 70),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes(error, code):
+    assert ensemble_orchestrator.exit_code(error) == code
+
+
+def test_the_quick_start_of_the_specification(trained, tmp_path, orchestrator):
+    """discover, the heredoc's configuration, build-ensemble: the lines as printed."""
+    workspace = shutil.copytree(trained, tmp_path / "w")
+    done = orchestrator("discover", workspace=workspace)
+    assert done.returncode == 0, done.stderr
+    catalog = json.loads((workspace / "ensembles" / "ensemble_catalog.json").read_text())
+    assert sorted(catalog["members"]) == ["CustomConvNeXt", "CustomResNetMish", "CustomViTHybrid"]
+    done = orchestrator("build-ensemble", *QUICK, workspace=workspace)
+    assert done.returncode == 0, done.stderr
+    assert "Model CustomSwinTransformer not found, skipping" in done.stderr
+    models = workspace / "ensembles" / "models"
+    assert sorted(path.name for path in models.iterdir()) == ["hard_voting_ensemble", "soft_voting_ensemble"]
+    record = json.loads((models / "soft_voting_ensemble" / "ensemble.json").read_text())
+    assert record["members"] == ["CustomConvNeXt", "CustomViTHybrid"]
+    files = {path.name for path in (models / "soft_voting_ensemble").iterdir()}
+    assert files == {"ensemble.json", "combiner.safetensors", "crossfit.npz", "provenance.npz"}
+
+
+def test_the_full_configuration_names_what_is_not_built_and_exits_4(own_copy, orchestrator):
+    done = orchestrator("build-ensemble", workspace=own_copy)
+    assert done.returncode == 4
+    assert "left out: weighted: this version builds" in done.stderr
+    assert "left out: runs.model_soup: not built by this version" in done.stderr
+    assert "soft_voting_ensemble" in done.stdout
+
+
+def test_pipeline_twice_does_nothing_the_second_time_and_loads_no_torch(own_copy):
+    before = {path: path.stat().st_mtime_ns for path in (own_copy / "ensembles" / "models").rglob("*")}
+    code = (
+        "import sys, ensemble_orchestrator as o\n"
+        "codes = [o.main([command, *sys.argv[1:]]) for command in ('build-ensemble', 'evaluate')]\n"
+        "assert codes == [0, 0], codes\n"
+        "assert not {'torch', 'sklearn', 'PIL'} & set(sys.modules)"
+    )
+    done = run_python("-c", code, *DEMO, "--workspace", str(own_copy))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("up to date") == 4
+    assert before == {path: path.stat().st_mtime_ns for path in (own_copy / "ensembles" / "models").rglob("*")}
+
+
+def test_json_is_alone_on_stdout(own_copy, orchestrator):
+    for command in (("discover", "--verify"), ("build-ensemble", "--force"), ("evaluate",), ("pipeline",)):
+        done = orchestrator(*command, *DEMO, "--json", workspace=own_copy)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["failures"] == []
+
+
+def test_force_gives_the_same_bytes(built, own_copy, orchestrator):
+    done = orchestrator("build-ensemble", "--force", *DEMO, workspace=own_copy)
+    assert done.returncode == 0, done.stderr
+    for path in (own_copy / "ensembles" / "models").rglob("*"):
+        if path.is_file() and not path.name.startswith("predictions_"):
+            assert path.read_bytes() == (built / path.relative_to(own_copy)).read_bytes(), path
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (("build-ensemble", *DEMO), 1, "Catalog not found"),
+        (("evaluate", *DEMO), 1, "Run `python ensemble_orchestrator.py discover` first"),
+        (("discover", "--config", "configs/nowhere.yaml"), 2, "nowhere.yaml"),
+        (("discover", "--set", "runs.score_ensemble.method=x"), 2, "did you mean 'methods'"),
+        (("discover", "--device", "gpu"), 2, "device"),
+        (("discover", *DEMO), 1, "Split the images first"),
+    ],
+)
+def test_mistakes_in_an_empty_workspace(tmp_path, orchestrator, options, code, words):
+    done = orchestrator(*options, workspace=tmp_path)
+    assert done.returncode == code
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_missing_workspace_and_a_wrong_base_back_are_named(tmp_path, orchestrator, trained):
+    done = orchestrator("discover", workspace=tmp_path / "none")
+    assert done.returncode == 1
+    assert "no such folder" in done.stderr
+    done = orchestrator("discover", "--base-back", str(tmp_path), workspace=trained)
+    assert done.returncode == 1
+    assert "no BASE-BACK there" in done.stderr
+
+
+def test_usage_errors_end_with_2():
+    assert run_python(str(PROJECT / "ensemble_orchestrator.py"), "discovr").returncode == 2
+    assert run_python(str(PROJECT / "ensemble_orchestrator.py")).returncode == 2
+
+
+def test_a_workspace_without_networks_says_how_to_train(tmp_path, trained, orchestrator):
+    shutil.copytree(trained / "split_dataset", tmp_path / "split_dataset")
+    done = orchestrator("discover", workspace=tmp_path)
+    assert done.returncode == 1
+    assert "no trained model" in done.stderr
+    assert "make demo" in done.stderr
+    assert not (tmp_path / "ensembles" / "ensemble_catalog.json").exists()
+
+
+def test_a_bug_is_one_line_and_its_traceback_is_in_the_log(own_copy):
+    code = (
+        "import sys, ensemble_orchestrator as o, utils.catalog as c\n"
+        "c.discover = lambda *a, **k: 1 / 0\n"
+        "sys.exit(o.main(sys.argv[1:]))"
+    )
+    done = run_python("-c", code, "discover", "--workspace", str(own_copy))
+    assert done.returncode == 70
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "bug: ZeroDivisionError: division by zero; traceback in" in done.stderr
+    log = (own_copy / "debug_logs" / "ensemble_orchestrator.log").read_text()
+    assert "Traceback (most recent call last)" in log
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interruption_leaves_nothing_half_written(own_copy, sent, code):
+    hold = (
+        "import sys, time, signal\n"
+        "import ensemble_orchestrator as o, utils.streaming as s\n"
+        "original = s.open_network\n"
+        "def slow(spec):\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(60)\n"
+        "s.open_network = slow\n"
+        "sys.exit(o.main(sys.argv[1:]))"
+    )
+    shutil.rmtree(own_copy / "ensembles" / "predictions")
+    process = subprocess.Popen(
+        [sys.executable, "-c", hold, "build-ensemble", "--force", *DEMO, "--workspace", str(own_copy)],
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(sent)
+    process.communicate(timeout=60)
+    assert process.returncode == code
+    assert not list((own_copy / "ensembles").rglob(".*partial*"))
+
+
+def test_same_result_from_another_folder(own_copy, tmp_path, orchestrator):
+    foreign = tmp_path / "elsewhere"
+    (foreign / "utils").mkdir(parents=True)
+    (foreign / "models").mkdir()
+    (foreign / "config.py").write_text("raise RuntimeError('foreign')")
+    done = orchestrator("evaluate", "--force", *DEMO, workspace=own_copy, cwd=foreign)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in foreign.iterdir()) == ["config.py", "models", "utils"]
+
+
+def test_every_file_of_arrays_is_free_of_pickles(built):
+    files = [*built.rglob("*.npz"), *built.rglob("*.npy")]
+    assert len(files) > 20
+    for path in files:
+        loaded = np.load(path, allow_pickle=False)
+        for name in getattr(loaded, "files", []):
+            assert loaded[name].dtype != object
+
+
+def test_times_are_shown_as_the_base_pipeline_shows_them(own_copy, orchestrator):
+    done = orchestrator("discover", "--verify", *DEMO, workspace=own_copy)
+    assert re.search(r"^\d\d:\d\d:\d\d \| INFO \| verify CustomConvNeXt: logits \(28, 4\)", done.stderr, re.MULTILINE)

@@ -1,0 +1,65 @@
+"""The demo's own logic; the demo as a whole is run by `make demo`."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from conftest import PROJECT, run_python
+
+sys.path.insert(0, str(PROJECT / "scripts"))
+import demo
+
+
+def test_a_data_folder_has_one_workspace_of_its_own(tmp_path):
+    spaced = demo.workspace_of(tmp_path / "my leaves")
+    assert spaced == demo.workspace_of(tmp_path / "my leaves")
+    assert spaced.parent == PROJECT / "workspaces"
+    assert spaced.name.startswith("my_leaves-")
+    assert spaced != demo.workspace_of(tmp_path / "other" / "my leaves")
+    assert demo.workspace_of(tmp_path / "été").name.startswith("été-")
+
+
+@pytest.mark.parametrize(("images", "epochs"), [(1797, 12), (596, 36), (100, 40), (1900, 12), (0, 40)])
+def test_small_folders_are_shown_more_often(tmp_path, images, epochs):
+    (tmp_path / "a").mkdir()
+    for number in range(min(images, 2000)):
+        (tmp_path / "a" / f"{number}.PNG").touch()
+    assert demo.epochs_for(tmp_path) == epochs
+
+
+def test_the_digits_are_written_once_and_whole(tmp_path, capsys):
+    folder = tmp_path / "Data"
+    demo.write_digits(folder)
+    files = sorted(folder.glob("*/*.png"))
+    assert len(files) == 1797
+    assert sorted(path.name for path in folder.iterdir()) == [str(digit) for digit in range(10)]
+    before = files[0].stat().st_mtime_ns
+    demo.write_digits(folder)
+    assert files[0].stat().st_mtime_ns == before
+    assert "written: 1797 handwritten digits" in capsys.readouterr().out
+    assert not list(tmp_path.glob(".digits*"))
+
+
+def test_a_missing_folder_is_named():
+    done = run_python("scripts/demo.py", "--data", "/nowhere/at all")
+    assert done.returncode == 1
+    assert "DATA /nowhere/at all: no such folder" in done.stderr
+
+
+def test_the_programs_are_run_with_the_users_folder_and_a_failure_ends_the_demo(tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(demo, "run", lambda step, batch_size: steps.append(step) or 1)
+    monkeypatch.setattr(demo, "PROJECT", tmp_path)
+    (tmp_path / "my leaves" / "a").mkdir(parents=True)
+    assert demo.main(["--quick", "--data", str(tmp_path / "my leaves")]) == 1
+    assert len(steps) == 1
+    assert steps[0][steps[0].index("--data") + 1] == str(tmp_path / "my leaves")
+    assert steps[0][steps[0].index("--folds") + 1] == "2"
+
+
+def test_something_left_out_is_passed_on_as_4(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "run", lambda step, batch_size: 4 if "main.py" in step[0] else 0)
+    monkeypatch.setattr(demo, "PROJECT", tmp_path)
+    (tmp_path / "leaves" / "a").mkdir(parents=True)
+    assert demo.main(["--data", str(tmp_path / "leaves")]) == 4

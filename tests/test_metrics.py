@@ -46,7 +46,7 @@ def case(request):
     return CASES[request.param]
 
 
-def _close(found, expected):
+def _assert_close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
@@ -57,15 +57,15 @@ def test_counts_agree_with_scikit_learn(case):
     precision, recall, f1, support = reference.precision_recall_fscore_support(
         labels, predicted, labels=every, zero_division=0
     )
-    _close(found["precision"], precision)
-    _close(found["recall"], recall)
-    _close(found["f1"], f1)
+    _assert_close(found["precision"], precision)
+    _assert_close(found["recall"], recall)
+    _assert_close(found["f1"], f1)
     assert found["support"].tolist() == support.tolist()
     assert (
         metrics.confusion_matrix(probabilities, labels).tolist()
         == reference.confusion_matrix(labels, predicted, labels=every).tolist()
     )
-    _close(metrics.accuracy(probabilities, labels), reference.accuracy_score(labels, predicted))
+    _assert_close(metrics.accuracy(probabilities, labels), reference.accuracy_score(labels, predicted))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_averages_run_over_all_classes_like_scikit_learn(case, ours, theirs, ave
     probabilities, labels = case
     every = range(probabilities.shape[1])
     expected = theirs(labels, probabilities.argmax(axis=1), labels=every, average=average, zero_division=0)
-    _close(ours(probabilities, labels), expected)
+    _assert_close(ours(probabilities, labels), expected)
 
 
 def test_log_loss_agrees_with_scikit_learn_where_nothing_is_clipped(case):
@@ -89,13 +89,13 @@ def test_log_loss_agrees_with_scikit_learn_where_nothing_is_clipped(case):
     if probabilities.min() < 1e-12:
         probabilities = 0.9 * probabilities + 0.1 / probabilities.shape[1]
     expected = reference.log_loss(labels, probabilities, labels=range(probabilities.shape[1]))
-    _close(metrics.log_loss(probabilities, labels), expected)
+    _assert_close(metrics.log_loss(probabilities, labels), expected)
 
 
 def test_log_loss_of_an_impossible_truth_is_bounded():
     wrong = np.array([[1.0, 0.0], [0.5, 0.5]])
-    _close(metrics.log_loss_per_row(wrong, np.array([1, 0])), [12 * np.log(10), np.log(2)])
-    _close(metrics.log_loss(wrong, np.array([1, 0])), (12 * np.log(10) + np.log(2)) / 2)
+    _assert_close(metrics.log_loss_per_row(wrong, np.array([1, 0])), [12 * np.log(10), np.log(2)])
+    _assert_close(metrics.log_loss(wrong, np.array([1, 0])), (12 * np.log(10) + np.log(2)) / 2)
 
 
 def test_log_loss_of_certainty_is_positive_zero():
@@ -108,7 +108,7 @@ def test_brier_is_the_sum_of_scikit_learns_scores_of_each_class(case):
         reference.brier_score_loss(labels == number, probabilities[:, number], pos_label=True)
         for number in range(probabilities.shape[1])
     )
-    _close(metrics.brier(probabilities, labels), expected)
+    _assert_close(metrics.brier(probabilities, labels), expected)
 
 
 def test_brier_spans_zero_to_two():
@@ -125,7 +125,7 @@ def test_area_under_the_curve_agrees_with_scikit_learn(case):
         assert reason
         return
     expected = np.mean([reference.roc_auc_score(labels == number, probabilities[:, number]) for number in classes])
-    _close(found, expected)
+    _assert_close(found, expected)
     assert reason == ""
 
 
@@ -155,22 +155,22 @@ def test_calibration_errors_of_hand_computed_rows():
     """
     probabilities = np.array([[0.45, 0.30, 0.25], [0.55, 0.45, 0], [0.6, 0.4, 0], [1.0, 0, 0], [0, 1.0, 0]])
     labels = np.array([0, 0, 1, 0, 2])
-    _close(metrics.ece(probabilities, labels), 0.55 / 5 + 0.075 * 2 / 5 + 0.5 * 2 / 5)
-    _close(metrics.mce(probabilities, labels), 0.55)
+    _assert_close(metrics.ece(probabilities, labels), 0.55 / 5 + 0.075 * 2 / 5 + 0.5 * 2 / 5)
+    _assert_close(metrics.mce(probabilities, labels), 0.55)
 
 
 def test_confidence_of_exactly_one_belongs_to_the_last_bin():
     certain, labels = np.tile([1.0, 0.0], (4, 1)), np.array([0, 0, 0, 1])
-    _close(metrics.ece(certain, labels), 0.25)
-    _close(metrics.mce(certain, labels), 0.25)
+    _assert_close(metrics.ece(certain, labels), 0.25)
+    _assert_close(metrics.mce(certain, labels), 0.25)
 
 
 def test_an_upper_edge_belongs_to_the_lower_bin():
     """0.6 = 9/15 joins 0.55 below it, not 0.65 above: accuracy 0.5 against 0.575, and 1 against 0.65."""
     first = np.array([0.55, 0.6, 0.65])
     probabilities, labels = np.column_stack([first, 1 - first]), np.array([0, 1, 0])
-    _close(metrics.ece(probabilities, labels), (2 * 0.075 + 0.35) / 3)
-    _close(metrics.mce(probabilities, labels), 0.35)
+    _assert_close(metrics.ece(probabilities, labels), (2 * 0.075 + 0.35) / 3)
+    _assert_close(metrics.mce(probabilities, labels), 0.35)
 
 
 def test_every_bin_edge_is_an_upper_edge():
@@ -179,7 +179,7 @@ def test_every_bin_edge_is_an_upper_edge():
         top = np.array([k / 15, (k - 0.5) / 15])
         rest = (1 - top) / 14
         probabilities = np.column_stack([top, *[rest] * 14])
-        _close(metrics.mce(probabilities, np.array([0, 1])), abs(0.5 - (k - 0.25) / 15))
+        _assert_close(metrics.mce(probabilities, np.array([0, 1])), abs(0.5 - (k - 0.25) / 15))
 
 
 def test_equal_probabilities_predict_the_first_class():
@@ -191,8 +191,8 @@ def test_softmax_agrees_with_direct_computation_and_keeps_the_shape():
     logits = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
     expected = np.exp(logits.astype(np.float64))
     expected /= expected.sum(axis=-1, keepdims=True)
-    _close(metrics.softmax(logits), expected)
-    _close(metrics.log_softmax(logits), np.log(expected))
+    _assert_close(metrics.softmax(logits), expected)
+    _assert_close(metrics.log_softmax(logits), np.log(expected))
     assert metrics.softmax(logits).dtype == metrics.log_softmax(logits).dtype == np.float64
 
 
@@ -208,12 +208,12 @@ def test_softmax_agrees_with_direct_computation_and_keeps_the_shape():
     ],
 )
 def test_softmax_stands_extreme_logits(logits, expected):
-    _close(metrics.softmax(logits), expected)
+    _assert_close(metrics.softmax(logits), expected)
     assert np.isfinite(metrics.log_softmax(logits)).all()
 
 
 def test_log_softmax_keeps_what_softmax_rounds_away():
-    _close(metrics.log_softmax([0.0, -800.0]), [0.0, -800.0])
+    _assert_close(metrics.log_softmax([0.0, -800.0]), [0.0, -800.0])
 
 
 FAULTS = [
@@ -283,7 +283,7 @@ def test_point_metrics_hold_what_the_single_functions_give(case):
         *("recall_macro", "log_loss", "brier", "ece", "mce"),
     ):
         assert type(found[name]) is float
-        _close(found[name], getattr(metrics, name)(probabilities, labels))
+        _assert_close(found[name], getattr(metrics, name)(probabilities, labels))
     area, reason = metrics.roc_auc_ovr_macro(probabilities, labels, names)
     assert found["roc_auc_ovr_macro"] == area
     assert found["notes"] == ({} if area is not None else {"roc_auc_ovr_macro": reason})

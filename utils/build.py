@@ -42,8 +42,8 @@ def build_ensemble(config: Config, workspace: Workspace, *, force: bool = False)
     wanted = [method for method in methods if method in ensembles.COMBINERS]
     if not wanted:
         raise UserError(
-            f"{config.source}: runs.score_ensemble.methods names nothing that can be built ({', '.join(methods) or 'empty'}); "
-            f"choose from {', '.join(ensembles.COMBINERS)}"
+            f"{config.source}: runs.score_ensemble.methods names nothing that can be built "
+            f"({', '.join(methods) or 'empty'}); choose from {', '.join(ensembles.COMBINERS)}"
         )
     digests = {method: _inputs_digest(config, store, members, method) for method in wanted}
     fresh = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -114,10 +113,10 @@ def discover(config: Config, workspace: Workspace, *, verify: bool = False, forc
         problems += found
     digests.save()
     if not members:
+        refused = "".join(f"; {problem.message}" for problem in problems if problem.severity == "error")
         raise UserError(
-            f"{workspace.checkpoints}: no trained model (expected files such as CustomConvNeXt_final.pth"
-            f"{''.join('; ' + problem.message for problem in problems if problem.severity == 'error')}). Train some first: "
-            "make demo, or python BASE-BACK/src/main.py"
+            f"{workspace.checkpoints}: no trained model (expected files such as CustomConvNeXt_final.pth{refused}). "
+            "Train some first: make demo, or python BASE-BACK/src/main.py"
         )
     path = base_back.locate()
     catalog = Catalog(
@@ -140,13 +139,7 @@ def load(workspace: Workspace) -> Catalog:
     if record.get("schema") != SCHEMA:
         raise UserError(f"{workspace.catalog}: schema {record.get('schema')!r}; expected {SCHEMA}. {RUN_DISCOVER}")
     try:
-        members = {
-            name: Member(
-                name=name,
-                **{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()},
-            )
-            for name, entry in record["members"].items()
-        }
+        members = {name: _member_of_record(name, entry) for name, entry in record["members"].items()}
         return Catalog(
             base_back=record["base_back"],
             classes=tuple(record["classes"]),
@@ -156,6 +149,11 @@ def load(workspace: Workspace) -> Catalog:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{workspace.catalog}: not the form of a catalog ({error}). {RUN_DISCOVER}") from error
+
+
+def _member_of_record(name: str, entry: dict[str, Any]) -> Member:
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    return Member(name=name, **values)
 
 
 def select(catalog: Catalog, config: Config) -> list[Member]:
@@ -169,8 +167,8 @@ def select(catalog: Catalog, config: Config) -> list[Member]:
     unknown = [f"{name!r}{did_you_mean(name, known)}" for name in named if name not in known]
     if unknown:
         raise UserError(
-            f"{config.source}: backbones.include or backbones.exclude names no backbone; known: {', '.join(sorted(known))}; "
-            f"found: {', '.join(unknown)}"
+            f"{config.source}: backbones.include or backbones.exclude names no backbone; "
+            f"known: {', '.join(sorted(known))}; found: {', '.join(unknown)}"
         )
     wanted = config.backbones.selected
     missing = [name for name in wanted if name not in catalog.members]
@@ -179,18 +177,13 @@ def select(catalog: Catalog, config: Config) -> list[Member]:
     found = sorted(name for name in wanted if name in catalog.members and catalog.members[name].usable)
     if not found:
         raise UserError(
-            f"{config.source}: none of {', '.join(wanted) or 'an empty list'} is in {workspace_words(catalog)}. Train one "
-            "of them, or name others in backbones.include"
+            f"{config.source}: none of {', '.join(wanted) or 'an empty list'} is in the catalog, which holds "
+            f"{', '.join(sorted(catalog.members))}. Train one of them, or name others in backbones.include"
         )
     return [catalog.members[name] for name in found]
 
 
-def workspace_words(catalog: Catalog) -> str:
-    """The catalog's members in words, for a message."""
-    return f"the catalog, which holds {', '.join(sorted(catalog.members)) or 'nothing'}"
-
-
-def current_digest(workspace: Workspace, member: Member, digests: FileDigests) -> None:
+def check_current(workspace: Workspace, member: Member, digests: FileDigests) -> None:
     """Raise UserError when a member's checkpoint is not the one that discovery saw."""
     entry = member.checkpoints[0]
     path = workspace.base / entry["path"]

@@ -12,9 +12,9 @@ import numpy as np
 
 from utils import ensemble_methods
 from utils.artifacts import digest_of, read_arrays, read_json, read_tensors, write_arrays, write_json, write_tensors
+from utils.catalog import Member
 from utils.combiner import Combiner
 from utils.errors import UserError, did_you_mean
-from utils.catalog import Member
 from utils.metrics import log_loss_per_row, softmax
 from utils.predictions import Rows, Store
 from utils.recommendation import Candidate, recommend
@@ -117,7 +117,7 @@ def crossfit(make: type[Combiner], rows: Rows, folds: Mapping[tuple[str, str], i
 
 
 def save(workspace: Workspace, ensemble: Ensemble, unseen: Crossfit, record: Mapping[str, Any]) -> None:
-    """Write an ensemble; `ensemble.json` comes last and its absence means that there is none. `record` is kept in it."""
+    """Write an ensemble; `ensemble.json`, which also keeps `record`, comes last: without it there is none."""
     folder = workspace.ensemble(ensemble.name)
     (folder / "ensemble.json").unlink(missing_ok=True)
     for stale in folder.glob("predictions_*.npz"):
@@ -170,8 +170,8 @@ def load(workspace: Workspace, name: str) -> Ensemble:
     if record is None:
         known = names(workspace)
         raise UserError(
-            f"{workspace.ensemble(name)}: no such ensemble. Build it: python ensemble_orchestrator.py build-ensemble. Built "
-            f"so far: {', '.join(known) or 'none'}{did_you_mean(name, known)}"
+            f"{workspace.ensemble(name)}: no such ensemble. Build it: python ensemble_orchestrator.py build-ensemble. "
+            f"Built so far: {', '.join(known) or 'none'}{did_you_mean(name, known)}"
         )
     folder = workspace.ensemble(name)
     remedy = _rebuild(name)
@@ -239,7 +239,7 @@ def network_provenance(store: Store) -> Provenance:
 
 
 def recommended(store: Store, members: Mapping[str, Member], saved: Mapping[str, Ensemble]) -> dict[str, Any]:
-    """Which member or ensemble to use, by honest rows alone; see `recommendation.recommend` for the rule and the form."""
+    """Which member or ensemble to use, by honest rows alone; the rule is `recommendation.recommend`."""
     found = []
     for name, parts in store.honest_parts(list(members.values())).items():
         keys = [(part.split, sample_id) for part in parts for sample_id in part.sample_ids.tolist()]

@@ -1,4 +1,4 @@
-"""`evaluate`: every member and ensemble scored on rows it has never seen, in one order, with the recommended one named."""
+"""`evaluate`: every member and ensemble scored on rows it has never seen, ranked, with the recommended one named."""
 
 from __future__ import annotations
 
@@ -67,10 +67,9 @@ def evaluate(
         )
     if not saved:
         logger.warning("no ensemble is built; members alone are scored. Run build-ensemble first")
-    key = digest_of(
-        [VERSION, split, {n: e.inputs_digest for n, e in saved.items()}]
-        + [{n: store.key(m, split) for n, m in members.items()}, config.runs.score_ensemble.optimization_metric]
-    )
+    built_from = {name: ensemble.inputs_digest for name, ensemble in saved.items()}
+    run_on = {name: store.key(member, split) for name, member in members.items()}
+    key = digest_of([VERSION, split, built_from, run_on, config.runs.score_ensemble.optimization_metric])
     ranking = read_json(workspace.ranking(split), remedy="Remove it, then evaluate again")
     if ranking and ranking.get("inputs_digest") == key and not force and model_name is None:
         return _present(workspace, ranking, split, "up to date")
@@ -84,8 +83,8 @@ def evaluate(
     contaminated = {item.name: _overlap(item.provenance.fitted_on, rows) for item in scored}
     if model_name is not None and contaminated[model_name] and not allow_contaminated:
         raise ContaminatedError(
-            f"{model_name}: {contaminated[model_name]} of {len(rows.labels)} rows of {split} gave it its parameters, so the "
-            "score would flatter it. Use another split, or --allow-contaminated to see it marked"
+            f"{model_name}: {contaminated[model_name]} of {len(rows.labels)} rows of {split} gave it its "
+            "parameters, so the score would flatter it. Use another split, or --allow-contaminated to see it marked"
         )
     recommended = ensembles.recommended(store, members, saved)
     ranked = {}

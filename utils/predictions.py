@@ -117,6 +117,7 @@ class Store:
         if not missing:
             return
         device = streaming.resolve_device(self.config.device)
+        threads = streaming.decoding_threads(self.config.dataset.num_workers)
         sizes = {member.img_size for member, _ in missing}
         if sizes != {self.config.dataset.img_size}:
             logger.warning(
@@ -126,8 +127,8 @@ class Store:
             )
         start = time.monotonic()
         for number, (member, gaps) in enumerate(missing, start=1):
-            catalog.current_digest(self.workspace, member, self.digests)
-            self._stream(member, gaps, device)
+            catalog.check_current(self.workspace, member, self.digests)
+            self._stream(member, gaps, device, threads)
             left = (time.monotonic() - start) / number * (len(missing) - number)
             logger.info("[%d/%d] streamed %s over %s; about %.0f s left", number, len(missing), member.name, gaps, left)
         self.digests.save()
@@ -185,7 +186,7 @@ class Store:
             and self.workspace.embeddings(member.name, split).is_file()
         )
 
-    def _stream(self, member: Member, splits: Sequence[str], device: str) -> None:
+    def _stream(self, member: Member, splits: Sequence[str], device: str, threads: int) -> None:
         """Run one member; its arrays grow on disk under temporary names and appear when a split is complete."""
         images = [self.images(split) for split in splits]
         batch_size = self.config.dataset.batch_size
@@ -195,6 +196,7 @@ class Store:
             batch_size=batch_size,
             device=device,
             image_cache=self.workspace.image_cache,
+            decoding_threads=threads,
         )
         order = [member.classes.index(name) for name in self.catalog.classes]
         current = next(batches)
@@ -295,7 +297,8 @@ def align(parts: Mapping[str, Sequence[MemberRows]], classes: tuple[str, ...]) -
     """Bring members together: {member: its rows of one or more splits} -> the rows that all members have.
 
     Members are ordered by name, rows by (split, sample id), columns by `classes`. Raises UserError for duplicate ids,
-    other class sets, labels that disagree, logits that are not finite, or nothing in common; tells how many are left out.
+    other class sets, labels that disagree, logits that are not finite, or nothing in common; tells how many rows are
+    left out.
     """
     members = tuple(sorted(parts))
     keyed = {member: _keyed(member, parts[member], classes) for member in members}
@@ -379,8 +382,8 @@ def crossfit_folds(store: Store) -> dict[tuple[str, str], int]:
     folds = min(CROSSFIT_FOLDS, fewest)
     if folds < 2:
         raise UserError(
-            f"{store.workspace.split_dir}: a class has one group of images in train and val; cross-fitting needs two. Add "
-            "images, or widen dataset.group_regex"
+            f"{store.workspace.split_dir}: a class has one group of images in train and val; cross-fitting needs two. "
+            "Add images, or widen dataset.group_regex"
         )
     arrays = {
         "key": np.array(key),

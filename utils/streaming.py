@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from utils.artifacts import FileDigests, digest_of
 from utils.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 logger = logging.getLogger("disease_pipeline")
@@ -113,13 +113,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path) if _is_zip(path) else []
         raise UserError(
             f"{path}: refused, since loading it could run code ({', '.join(wanted) or str(error).splitlines()[0]}); "
-            "expected a checkpoint of tensors and plain values. Save it again as a state dictionary, or leave the member out "
-            "with backbones.exclude"
+            "expected a checkpoint of tensors and plain values. Save it again as a state dictionary, or leave the "
+            "member out with backbones.exclude"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(
-            f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]}). Train the backbone again, or leave it "
-            "out with backbones.exclude"
+            f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]}). Train the backbone again, or "
+            "leave it out with backbones.exclude"
         ) from error
     if not isinstance(record, dict):
         raise UserError(f"{path}: holds a {type(record).__name__}; expected a dictionary with model_state_dict")
@@ -173,7 +173,13 @@ def _takes_size(models: Any) -> bool:
 
 
 def stream(
-    spec: NetworkSpec, splits: Sequence[ImageSplit], *, batch_size: int, device: str, image_cache: Path
+    spec: NetworkSpec,
+    splits: Sequence[ImageSplit],
+    *,
+    batch_size: int,
+    device: str,
+    image_cache: Path,
+    decoding_threads: int = 1,
 ) -> Iterator[Batch]:
     """Logits and embeddings of one network over the given splits, batch by batch, in the order of the rows.
 
@@ -189,7 +195,11 @@ def stream(
         for images in splits:
             try:
                 pixels = decoder.open_images(
-                    images.paths, images.contents, decoder.resized_side(spec.img_size), image_cache
+                    images.paths,
+                    images.contents,
+                    decoder.resized_side(spec.img_size),
+                    image_cache,
+                    threads=decoding_threads,
                 )
             except decoder.UnreadableImages as error:
                 raise UserError(f"{error}. Remove or replace the files, then run discover again") from error
@@ -245,6 +255,14 @@ def resolve_device(wanted: str) -> str:
     if wanted != "auto":
         logger.warning("device %s: no CUDA device here, the CPU is used", wanted)
     return "cpu"
+
+
+def decoding_threads(wanted: int) -> int:
+    """`dataset.num_workers`, one at the least and no more than the cores; says so when it is cut."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if wanted > cores:
+        logger.warning("dataset.num_workers is %d; this machine has %d cores, which is what is used", wanted, cores)
+    return max(1, min(wanted, cores))
 
 
 def safe_delete_model(model: nn.Module) -> None:

@@ -148,7 +148,7 @@ def get_loss_function_for_backbone(backbone_name: str, num_classes: int) -> nn.M
 def create_optimized_optimizer(model: nn.Module, lr: float, backbone_name: str) -> torch.optim.Optimizer:
     """AdamW over all parameters, with the architecture's factor on `lr`."""
     rate = lr * RATE_FACTORS.get(backbone_name, 1.0)
-    return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=WEIGHT_DECAY)
+    return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=WEIGHT_DECAY, fused=True)
 
 
 def create_improved_scheduler(

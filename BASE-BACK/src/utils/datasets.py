@@ -47,7 +47,7 @@ def _open_rgb(path: str) -> Any:
 
 
 class OptimizedImageDataset(Dataset):
-    """Images from a list of (path, class index); an item is (image, index). Raises ValueError with an unreadable path."""
+    """Images from a list of (path, class index); an item is (image, index). An unreadable path raises ValueError."""
 
     def __init__(
         self, samples: Sequence[tuple[str, int]], class_names: Sequence[str], transform: Callable | None = None

@@ -1,4 +1,4 @@
-"""Every image decoded once: uint8 pixels, keyed by the content of the file, memory-mapped by whoever trains or predicts.
+"""Every image decoded once: uint8 pixels, keyed by the file's content, memory-mapped by whoever trains or predicts.
 
 An image is stored as `Resize(side)` leaves it (shorter side `side`, longer side in proportion, bilinear), so that a
 centre crop of it is, bit for bit, what the evaluation transform sees, and a random crop has the whole image to choose
@@ -97,16 +97,18 @@ def open_images(
     side: int,
     folder: Path,
     *,
+    threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DecodedImages:
     """Pixels of the given files from the packs in `folder`; what no pack holds is decoded first, into a new one.
 
-    `contents` are the files' SHA-256 digests. Raises `UnreadableImages` after everything readable was stored.
+    `contents` are the files' SHA-256 digests; `threads` decode side by side (default: the cores,
+    eight at most). Raises `UnreadableImages` after everything readable was stored.
     """
     index = _read_indices(folder, side)
     missing = {content: path for path, content in zip(paths, contents, strict=True) if content not in index}
     if missing:
-        problems = _decode(missing, side, folder, progress)
+        problems = _decode(missing, side, folder, threads or min(8, os.cpu_count() or 1), progress)
         if problems:
             raise UnreadableImages(problems)
         index = _read_indices(folder, side)
@@ -133,12 +135,15 @@ def _read_indices(folder: Path, side: int) -> dict[str, tuple[Path, int, int, in
 
 
 def _decode(
-    missing: dict[str, Path], side: int, folder: Path, progress: Callable[[int, int], None] | None
+    missing: dict[str, Path],
+    side: int,
+    folder: Path,
+    threads: int,
+    progress: Callable[[int, int], None] | None,
 ) -> list[tuple[Path, str]]:
     """Write packs of the missing images; returns those that cannot be read."""
     problems: list[tuple[Path, str]] = []
     waiting = list(missing.items())
-    threads = min(8, os.cpu_count() or 1)
     done = 0
 
     def attempt(item: tuple[str, Path]) -> tuple[str, Path, np.ndarray | None, str]:

@@ -151,8 +151,8 @@ def _check_sizes(classes: list[str], labels: np.ndarray, groups: np.ndarray, raw
             problems.append(f"class {name!r} has {images} readable image(s) in {parts} group(s)")
     if problems:
         raise SplitError(
-            f"{raw_dir}: {'; '.join(problems)}; expected at least 3, one for each of train, val and test: add images or "
-            "take the class folder away"
+            f"{raw_dir}: {'; '.join(problems)}; expected at least 3, one for each of train, val and test: add images "
+            "or take the class folder away"
         )
 
 

@@ -70,7 +70,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
 def open_array(path: Path, *, remedy: str) -> np.ndarray:
     """A memory map of a `.npy` file. Raises UserError with `remedy` for a missing, damaged or pickled one."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(
             f"{path}: cannot be read, {error}; expected an array without pickled objects. {remedy}"
@@ -86,7 +86,8 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def read_arrays(path: Path, *, remedy: str) -> dict[str, np.ndarray]:
     """All arrays of a `.npz` file. Raises UserError with `remedy` for a missing, damaged or pickled one."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here, since numpy leaves the file open when what it holds is no archive.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(

@@ -1,0 +1,120 @@
+"""Files appear whole or not at all; what is damaged is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+
+import numpy as np
+import pytest
+
+from utils import artifacts
+from utils.artifacts import FileDigests
+from utils.errors import UserError
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "record.json"
+    artifacts.write_json(path, {"a": 1})
+
+    def fail_half_way():
+        with artifacts.replacing(path) as temporary:
+            temporary.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_half_way()
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_the_file_is_invisible_under_its_name_until_it_is_complete(tmp_path):
+    path = tmp_path / "deep" / "array.npy"
+    with artifacts.replacing(path) as temporary:
+        np.save(temporary, np.arange(3))
+        assert not path.exists()
+    assert np.load(path).tolist() == [0, 1, 2]
+
+
+def test_written_files_have_the_permissions_of_any_other_file(tmp_path):
+    artifacts.write_text(tmp_path / "ours", "x")
+    (tmp_path / "other").write_text("x")
+    ours, other = (stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("ours", "other"))
+    assert ours == other
+
+
+def test_records_are_sorted_and_refuse_nan(tmp_path):
+    artifacts.write_json(tmp_path / "r.json", {"b": 1, "a": "é"})
+    assert (tmp_path / "r.json").read_text() == '{\n "a": "é",\n "b": 1\n}\n'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        artifacts.write_json(tmp_path / "r.json", {"a": float("nan")})
+    assert artifacts.read_json(tmp_path / "r.json", remedy="x") == {"b": 1, "a": "é"}
+    assert artifacts.read_json(tmp_path / "none.json", remedy="x") is None
+
+
+def test_equal_arrays_give_equal_bytes(tmp_path):
+    arrays = {"b/0": np.arange(5), "a": np.array(["x", "yy"])}
+    artifacts.write_arrays(tmp_path / "1.npz", arrays)
+    artifacts.write_arrays(tmp_path / "2.npz", dict(reversed(arrays.items())))
+    artifacts.write_tensors(tmp_path / "1.safetensors", {"w": np.eye(2), "v": np.ones(1)})
+    artifacts.write_tensors(tmp_path / "2.safetensors", {"v": np.ones(1), "w": np.eye(2)})
+    for ending in ("npz", "safetensors"):
+        assert (tmp_path / f"1.{ending}").read_bytes() == (tmp_path / f"2.{ending}").read_bytes()
+    assert artifacts.read_arrays(tmp_path / "1.npz", remedy="x")["b/0"].tolist() == [0, 1, 2, 3, 4]
+    assert np.array_equal(artifacts.read_tensors(tmp_path / "1.safetensors", remedy="x")["w"], np.eye(2))
+
+
+@pytest.mark.parametrize(
+    ("read", "name"),
+    [
+        (artifacts.read_json, "x.json"),
+        (artifacts.open_array, "x.npy"),
+        (artifacts.read_arrays, "x.npz"),
+        (artifacts.read_tensors, "x.safetensors"),
+    ],
+)
+@pytest.mark.parametrize("content", [b"", b"{", b"PK\x03\x04junk", b"\x93NUMPY\x01", b"\xff" * 40])
+def test_damaged_files_are_named_with_the_remedy(tmp_path, read, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}: .*Mend it so"):
+        read(tmp_path / name, remedy="Mend it so")
+
+
+def test_pickled_objects_are_refused(tmp_path):
+    np.save(tmp_path / "x.npy", np.array([{}], dtype=object))
+    np.savez(tmp_path / "x.npz", a=np.array([{}], dtype=object))
+    with pytest.raises(UserError, match="without pickled objects"):
+        artifacts.open_array(tmp_path / "x.npy", remedy="")
+    with pytest.raises(UserError, match="without pickled objects"):
+        artifacts.read_arrays(tmp_path / "x.npz", remedy="")
+
+
+def test_digests_are_remembered_while_the_file_is_the_same(tmp_path):
+    file, memory = tmp_path / "weights", tmp_path / "digests.json"
+    file.write_bytes(b"one")
+    digests = FileDigests(memory)
+    first = digests.of(file)
+    digests.keep(first, {"size": "tiny"})
+    digests.save()
+    again = FileDigests(memory)
+    assert (again.of(file), again.facts(first)) == (first, {"size": "tiny"})
+    times = (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    file.write_bytes(b"two")
+    os.utime(file, ns=(times[0], times[1] + 1))
+    assert again.of(file) != first
+    replaced = tmp_path / "other"
+    replaced.write_bytes(b"six")
+    os.utime(replaced, ns=(times[0], times[1] + 1))  # equal size and time, another file
+    replaced.replace(file)
+    assert again.of(file) == FileDigests(tmp_path / "fresh.json").of(file)
+
+
+def test_nothing_is_written_when_nothing_was_learned(tmp_path):
+    FileDigests(tmp_path / "digests.json").save()
+    assert not (tmp_path / "digests.json").exists()
+
+
+def test_digest_of_does_not_depend_on_the_order_of_keys():
+    assert artifacts.digest_of({"a": 1, "b": [2]}) == artifacts.digest_of({"b": [2], "a": 1})
+    assert artifacts.digest_of({"a": 1}) != artifacts.digest_of({"a": 2})

@@ -1,0 +1,129 @@
+"""Saving, loading and cross-fitting ensembles, with hand-made rows and combiners."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from utils import ensembles
+from utils.ensemble_methods import SoftVoting
+from utils.ensembles import Ensemble, Provenance, RowSet
+from utils.errors import UserError
+from utils.metrics import softmax
+from utils.predictions import Rows
+from utils.workspace import Workspace
+
+N = 30
+IDS = np.array([f"a/{n:02d}.png" for n in range(N)])
+
+
+@dataclass
+class PriorOfLabels:
+    """Answers every row with the class frequencies of the rows it was fitted on: it shows whose labels it has read."""
+
+    learns: ClassVar[bool] = True
+    frequencies: np.ndarray | None = None
+
+    def fit(self, logits, labels):
+        self.frequencies = np.bincount(labels, minlength=logits.shape[2]) / len(labels)
+        return self
+
+    def predict_proba(self, logits):
+        return np.tile(self.frequencies, (logits.shape[1], 1))
+
+
+@pytest.fixture
+def rows():
+    rng = np.random.default_rng(0)
+    split = np.array(["train"] * 20 + ["val"] * 10)
+    logits = rng.normal(size=(2, N, 3)).astype(np.float32)
+    return Rows(("a", "b"), ("x", "y", "z"), split, IDS, rng.integers(0, 3, N), logits, np.ones(N, dtype=bool))
+
+
+@pytest.fixture
+def folds(rows):
+    return {key: n % 3 for n, key in enumerate(zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True))}
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    return Workspace(tmp_path, *(tmp_path / name for name in "abcdefg"))
+
+
+def ensemble(rows, name="soft_voting_ensemble"):
+    seen = Provenance(
+        (RowSet("train", "in_sample", tuple(IDS[:20].tolist())), RowSet("val", "held_out", ("a/20.png",))),
+        (RowSet("val", "held_out", tuple(IDS[20:].tolist())),),
+    )
+    digests = {"a": "1", "b": "2"}
+    return Ensemble(name, "soft_voting", rows.members, rows.classes, SoftVoting(), seen, "digest", digests, 42)
+
+
+def test_a_cross_fitted_row_never_depends_on_a_label_of_its_fold(rows, folds):
+    unseen = ensembles.crossfit(PriorOfLabels, rows, folds)
+    for fold in range(3):
+        inside = unseen.fold == fold
+        expected = np.bincount(rows.labels[~inside], minlength=3) / (~inside).sum()
+        np.testing.assert_allclose(unseen.probabilities[inside], np.tile(expected, (inside.sum(), 1)), atol=1e-7)
+
+
+def test_a_vote_answers_every_row_as_it_would_at_inference(rows, folds):
+    unseen = ensembles.crossfit(SoftVoting, rows, folds)
+    np.testing.assert_allclose(unseen.probabilities, softmax(rows.logits).mean(axis=0), atol=1e-7)
+    assert unseen.keys() == list(folds)
+
+
+def test_an_ensemble_survives_the_disk(rows, folds, workspace):
+    before = ensemble(rows)
+    ensembles.save(workspace, before, ensembles.crossfit(SoftVoting, rows, folds), {"crossfit": {"n": N}})
+    after = ensembles.load(workspace, before.name)
+    assert replace(after, combiner=before.combiner) == before
+    assert ensembles.predict(after, rows).tobytes() == ensembles.predict(before, rows).tobytes()
+    assert ensembles.names(workspace) == [before.name]
+    assert ensembles.stored_digest(workspace, before.name) == "digest"
+    unseen = ensembles.load_crossfit(workspace, before.name)
+    assert unseen.keys() == list(folds)
+    assert unseen.probabilities.dtype == np.float32
+
+
+def test_without_its_record_there_is_no_ensemble(rows, folds, workspace):
+    ensembles.save(workspace, ensemble(rows), ensembles.crossfit(SoftVoting, rows, folds), {})
+    (workspace.ensemble("soft_voting_ensemble") / "ensemble.json").unlink()  # as when killed before the last write
+    assert ensembles.names(workspace) == []
+    with pytest.raises(UserError, match="no such ensemble"):
+        ensembles.load(workspace, "soft_voting_ensemble")
+
+
+def test_an_unknown_name_is_answered_with_the_nearest(rows, folds, workspace):
+    ensembles.save(workspace, ensemble(rows), ensembles.crossfit(SoftVoting, rows, folds), {})
+    with pytest.raises(UserError, match="did you mean 'soft_voting_ensemble'"):
+        ensembles.load(workspace, "soft_votingensemble")
+
+
+def test_ids_that_are_not_those_of_the_record_are_refused(rows, folds, workspace):
+    ensembles.save(workspace, ensemble(rows), ensembles.crossfit(SoftVoting, rows, folds), {})
+    path = workspace.ensemble("soft_voting_ensemble") / "provenance.npz"
+    with np.load(path) as arrays:
+        changed = {name: array[:-1] if "train" in name else array for name, array in arrays.items()}
+    np.savez(path, **changed)
+    with pytest.raises(UserError, match=r"its ids are not those of ensemble\.json"):
+        ensembles.load(workspace, "soft_voting_ensemble")
+
+
+def test_a_new_version_removes_predictions_of_the_old_one(rows, folds, workspace):
+    stale = Path(workspace.ensemble("soft_voting_ensemble")) / "predictions_test.npz"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"old")
+    ensembles.save(workspace, ensemble(rows), ensembles.crossfit(SoftVoting, rows, folds), {})
+    assert not stale.exists()
+
+
+def test_other_members_or_classes_are_refused(rows):
+    with pytest.raises(UserError, match="needs members a, b"):
+        ensembles.predict(ensemble(rows), replace(rows, members=("a", "c")))
+    with pytest.raises(UserError, match="on 3 classes"):
+        ensembles.predict(ensemble(rows), replace(rows, classes=("x", "z", "y")))

@@ -222,8 +222,8 @@ EPOCHS_FINETUNE = _whole("DBT_EPOCHS_FINETUNE", 25, 1)
 PATIENCE_HEAD = 5
 PATIENCE_FT = 5
 WEIGHT_DECAY = 1e-4
-# Networks start from random weights here, so the whole-network rate is one at which they learn.
-BACKBONE_LR = _positive("DBT_BACKBONE_LR", 1e-3)
+# Networks start from random weights here, so the whole-network rate is one at which they learn; small ones bear more.
+BACKBONE_LR = _positive("DBT_BACKBONE_LR", 2e-3 if MODEL_SIZE == "tiny" else 1e-3)
 HEAD_LR = _positive("DBT_HEAD_LR", 1e-3)
 ENABLE_KFOLD_CV = _flag("DBT_ENABLE_KFOLD_CV", True)
 ENABLE_EXPORT = _flag("DBT_ENABLE_EXPORT", True)

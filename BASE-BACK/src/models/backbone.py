@@ -48,8 +48,10 @@ class Backbone(nn.Module):
     """An image classifier: `(B, 3, H, W)` normalised float32 -> logits `(B, num_classes)` in train and eval mode.
 
     A subclass gives the keyword arguments of both sizes (`plans`), the image sizes they accept (`image_rules`) and
-    `build`. Attributes: `architecture` (the class name), `size` ("full" or "tiny"), `img_size` (pixels),
-    `num_classes`, `num_features` (width of the embedding).
+    `build`; `fixed_img_size` says that images must have exactly `img_size` pixels. For every one of them,
+    `get_classifier()(forward_head(f, pre_logits=True))` equals `forward_head(f)`.
+    Attributes: `architecture` (the class name), `size` ("full" or "tiny"), `img_size` (pixels), `num_classes`,
+    `num_features` (width of the embedding).
     Raises ValueError for a size, image size or number of classes that cannot work.
     """
 
@@ -89,7 +91,8 @@ class Backbone(nn.Module):
         # Not while tracing: there the sizes are tensors, and a comparison is a warning.
         if self.fixed_img_size and not torch.jit.is_tracing() and x.shape[2:] != (self.img_size, self.img_size):
             raise ValueError(
-                f"{self.architecture} was built for img_size={self.img_size}, found images of {tuple(x.shape[2:])} pixels"
+                f"{self.architecture} was built for img_size={self.img_size}, found images of {tuple(x.shape[2:])} "
+                "pixels; resize them or build it with their img_size"
             )
         return self.network.forward_features(x)
 

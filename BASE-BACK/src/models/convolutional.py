@@ -167,19 +167,25 @@ class CustomCSPDarkNet(Backbone):
     image_rules: ClassVar = {"full": ImageRule(32), "tiny": ImageRule(16)}
     plans: ClassVar = {
         "full": {
-            "stem": 32,
+            "stem": CspStemCfg(out_chs=32, stride=1),
             "depth": (1, 2, 4, 4, 2),
             "out_chs": (64, 128, 256, 512, 1024),
             "stride": 2,
             "act_layer": "mish",
         },
-        "tiny": {"stem": 16, "depth": (1, 1, 1), "out_chs": (24, 48, 96), "stride": 2, "act_layer": "leaky_relu"},
+        "tiny": {
+            "stem": CspStemCfg(out_chs=16, stride=2),
+            "depth": (1, 1, 1),
+            "out_chs": (24, 48, 96),
+            "stride": 2,
+            "act_layer": "leaky_relu",
+        },
     }
 
-    def build(self, stem: int, act_layer: str, **stages: Any) -> nn.Module:
+    def build(self, stem: CspStemCfg, act_layer: str, **stages: Any) -> nn.Module:
         """CSPDarkNet of one size."""
         config = CspModelCfg(
-            stem=CspStemCfg(out_chs=stem, kernel_size=3, stride=1 if self.size == "full" else 2),
+            stem=stem,
             stages=CspStagesCfg(stage_type="csp", block_type="dark", block_ratio=0.5, bottle_ratio=0.5, **stages),
             act_layer=act_layer,
         )
@@ -219,7 +225,7 @@ class CustomInceptionV4(Backbone):
 class CustomRegNet(Backbone):
     """RegNet: stage widths on a quantised line and grouped convolutions of one group width (Radosavovic et al. 2020).
 
-    `(B, 3, H, W)` -> logits `(B, num_classes)`. With squeeze-and-excitation, that is of the Y kind.
+    `(B, 3, H, W)` -> logits `(B, num_classes)`. `full` has squeeze-and-excitation too (RegNetY), `tiny` has not.
     """
 
     image_rules: ClassVar = {"full": ImageRule(32), "tiny": ImageRule(16)}
@@ -261,6 +267,7 @@ class CustomDenseNetHybrid(Backbone):
                 layers[name.replace("transition", "gate")] = SqueezeExcite(layer.norm.num_features, rd_ratio=1 / 16)
             layers[name] = layer
         if patch_stem:
+            # On small images the strided 7x7 convolution and max pooling would take a third of all the time.
             layers["conv0"] = nn.Conv2d(3, layers["conv0"].out_channels, 4, stride=4, bias=False)
             del layers["pool0"]
         network.features = nn.Sequential(layers)

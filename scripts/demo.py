@@ -26,6 +26,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 QUICK_BACKBONES = ("CustomConvNeXt", "CustomViTHybrid", "CustomSwinTransformer", "CustomResNetMish", "CustomMobileOne")
 LEFT_OUT = 4  # exit code of a step that finished without some requested part
 DIGITS_EPOCHS = 12
+DIGITS = 1797
+FEW_IMAGES = 1000  # below, smaller batches: the networks need steps more than steps need images
 MOST_EPOCHS = 40
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 
@@ -52,14 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         *("BASE-BACK/src/main.py", "--size", "tiny", "--workspace", str(workspace), "--data", str(data)),
         *("--backbones", *(QUICK_BACKBONES if options.quick else ("all",))),
         *("--folds", "2" if options.quick else "3"),
-        *("--epochs-head", "1", "--epochs-finetune", str(epochs_for(data) if options.data else DIGITS_EPOCHS)),
+        *("--epochs-head", "1", "--epochs-finetune", str(epochs_for(count_images(data)))),
         *("--augment", "full" if options.data else "no_flip"),
     ]
     own = ["--workspace", str(workspace)] if options.data else []
     pipeline = ["ensemble_orchestrator.py", "pipeline", "--config", "configs/digits_demo.yaml", *own]
     code = 0
     for step in (train, pipeline):
-        found = run(step, batch_size="64")
+        found = run(step, batch_size=32 if count_images(data) < FEW_IMAGES else 64)
         if found not in (0, LEFT_OUT):
             return found
         code = max(code, found)
@@ -70,10 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def run(step: Sequence[str], *, batch_size: str) -> int:
+def run(step: Sequence[str], *, batch_size: int) -> int:
     """Run one of the project's programs, as a user would type it, and show the line."""
     print(f"\n$ python {shlex.join(step)}", flush=True)
-    environment = os.environ | {"DBT_BATCH_SIZE": batch_size}
+    environment = os.environ | {"DBT_BATCH_SIZE": str(batch_size)}
     return subprocess.run([sys.executable, *step], cwd=PROJECT, env=environment, check=False).returncode
 
 
@@ -83,10 +85,14 @@ def workspace_of(data: Path) -> Path:
     return PROJECT / "workspaces" / f"{name}-{hashlib.sha256(os.fsencode(data)).hexdigest()[:8]}"
 
 
-def epochs_for(data: Path) -> int:
+def count_images(data: Path) -> int:
+    """Image files in the class folders of `data`."""
+    return sum(path.suffix.lower() in SUFFIXES for path in data.glob("*/*"))
+
+
+def epochs_for(count: int) -> int:
     """Epochs of fine-tuning that show a network about as many images as the digits' twelve do, forty at the most."""
-    count = sum(path.suffix.lower() in SUFFIXES for path in data.glob("*/*"))
-    return min(MOST_EPOCHS, max(DIGITS_EPOCHS, DIGITS_EPOCHS * 1797 // max(1, count)))
+    return min(MOST_EPOCHS, max(DIGITS_EPOCHS, DIGITS_EPOCHS * DIGITS // max(1, count)))
 
 
 def write_digits(folder: Path) -> None:

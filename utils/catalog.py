@@ -86,8 +86,8 @@ class Catalog:
 def discover(config: Config, workspace: Workspace, *, verify: bool = False, force: bool = False) -> Result:
     """Find trained models, check them and write the catalog.
 
-    `verify` also loads every member and runs one batch. A scan is cheap, so it is always made (`force` changes
-    nothing). Raises UserError when there is no member.
+    `verify` also loads every member and runs one batch, once for the same weights and images unless `force`; a scan is
+    cheap, so it is always made. Raises UserError when there is no member.
     """
     digests = FileDigests(workspace.digests)
     splits = {split: streaming.list_images(workspace.split_dir, split, digests) for split in SPLITS}
@@ -109,7 +109,7 @@ def discover(config: Config, workspace: Workspace, *, verify: bool = False, forc
             members[name] = replace(members[name], usable=False)
         problems += found
     if verify:
-        members, found = _verify(config, workspace, members, splits["val"])
+        members, found = _verify(config, workspace, members, splits["val"], digests, force=force)
         problems += found
     digests.save()
     if not members:
@@ -325,9 +325,19 @@ def _member_problems(workspace: Workspace, member: Member, train: ImageSplit) ->
 
 
 def _verify(
-    config: Config, workspace: Workspace, members: dict[str, Member], val: ImageSplit
+    config: Config,
+    workspace: Workspace,
+    members: dict[str, Member],
+    val: ImageSplit,
+    digests: FileDigests,
+    *,
+    force: bool,
 ) -> tuple[dict[str, Member], list[Problem]]:
-    """Load every member and run one batch of val images."""
+    """Load every member that has not run yet and run one batch of val images."""
+    keys = {name: digest_of(["verified", member.digest, val.digest]) for name, member in members.items()}
+    waiting = {name: member for name, member in members.items() if force or not digests.facts(keys[name])}
+    if not waiting:
+        return members, []
     device = streaming.resolve_device(config.device)
     count = min(config.dataset.batch_size, len(val.sample_ids))
     few = replace(
@@ -337,14 +347,14 @@ def _verify(
         paths=val.paths[:count],
         contents=val.contents[:count],
     )
-    checked, problems = {}, []
-    for name, member in members.items():
+    checked, problems = dict(members), []
+    for name, member in waiting.items():
         try:
             for batch in streaming.stream(
                 member.network(workspace), [few], batch_size=count, device=device, image_cache=workspace.image_cache
             ):
                 logger.info("verify %s: logits %s, embeddings %s", name, batch.logits.shape, batch.embeddings.shape)
-            checked[name] = member
+            digests.keep(keys[name], True)
         except UserError as error:
             checked[name] = replace(member, usable=False)
             problems.append(Problem("does_not_run", "error", name, str(error), "See the message"))

@@ -141,7 +141,8 @@ def _stage(
             seconds,
             file_only=seconds < 20,  # short epochs would flood the terminal
         )
-        if epoch - best.epoch >= patience:
+        # While the rate is high the validation loss goes up and down; a long wait there says nothing.
+        if epoch - max(best.epoch, epochs // 2) >= patience:
             break
     assert best is not None  # epochs is at least 1
     best.snapshots = snapshots

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from config import settings
 
-TRAINING_VERSION = 1  # raised whenever the same recipe would give other weights
+TRAINING_VERSION = 2  # raised whenever the same recipe would give other weights
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -107,6 +110,20 @@ def test_weights_depend_on_the_seed_alone_and_survive_a_state_dictionary(name):
 
 
 @every
+def test_a_last_batch_of_one_image_trains(name):
+    """BatchNorm needs more than one value a channel: no map of a tiny network may shrink to one pixel."""
+    assert torch.isfinite(build(name).train()(images(1, 32))).all()
+
+
+@every
+def test_building_draws_from_the_generator_of_torch_alone(name):
+    python, numbers = random.getstate(), np.random.get_state()[1].tolist()
+    build(name)
+    assert random.getstate() == python
+    assert np.random.get_state()[1].tolist() == numbers
+
+
+@every
 def test_tiny_takes_larger_images(name):
     with torch.no_grad():
         assert build(name, img_size=64).eval()(images(2, 64)).shape == (2, 5)
@@ -164,9 +181,16 @@ def test_a_routed_convolution_equals_a_convolution_with_each_images_own_kernel()
 def test_mobile_one_can_be_folded_into_plain_convolutions():
     from timm.utils.model import reparameterize_model
 
-    model = build("CustomMobileOne").eval()
+    model = build("CustomMobileOne").train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+    model(3 * images(16, 32) + 1)  # running means and variances away from 0 and 1
+    model.eval()
     folded = reparameterize_model(model).eval()
     assert parameters(folded) < parameters(model)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     with torch.no_grad():
         torch.testing.assert_close(folded(images(3, 32)), model(images(3, 32)), atol=1e-4, rtol=1e-4)
 
@@ -179,6 +203,8 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_the_known_ones():
     assert all(name in str(caught.value) for name in NAMES)
     assert create_custom_backbone_safe("CustomConvNext", 3) is None
     assert "CustomConvNext" in create_custom_backbone_safe.last_error
+    assert create_custom_backbone_safe("CustomConvNeXt", 3, size="tiny") is not None
+    assert create_custom_backbone_safe.last_error is None
 
 
 @pytest.mark.parametrize(
@@ -189,3 +215,60 @@ def test_sizes_that_cannot_work_are_refused(options):
 
     with pytest.raises(ValueError, match=r"size"):
         create_custom_backbone("CustomSwinTransformer", 3, **options)
+
+
+@pytest.mark.parametrize(
+    ("setting", "asked", "found"),
+    [
+        (("tiny", 48), {}, ("tiny", 48)),
+        (("tiny", 48), {"size": "tiny"}, ("tiny", 48)),
+        (("tiny", 48), {"size": "full"}, ("full", 224)),
+        (("full", 160), {"size": "tiny"}, ("tiny", 32)),
+        (("full", 160), {"img_size": 64}, ("full", 64)),
+        (("full", 160), {"size": "tiny", "img_size": 64}, ("tiny", 64)),
+    ],
+)
+def test_what_is_not_asked_for_comes_from_the_settings_of_the_same_size(monkeypatch, setting, asked, found):
+    from config import settings
+    from models.backbone import resolve_sizes
+
+    monkeypatch.setattr(settings, "MODEL_SIZE", setting[0])
+    monkeypatch.setattr(settings, "IMG_SIZE", setting[1])
+    assert resolve_sizes(asked.get("size"), asked.get("img_size")) == found
+
+
+def test_a_refused_image_size_names_the_allowed_ones():
+    with pytest.raises(ValueError, match=r"img_size=48 does not fit .* allowed are 32 or more, in steps of 32 pixels"):
+        build("CustomSwinTransformer", img_size=48)
+
+
+@pytest.mark.parametrize(
+    "name", ["CustomViTHybrid", "CustomSwinTransformer", "CustomCoAtNet", "CustomDeiTStyle", "CustomMaxViT"]
+)
+def test_attention_refuses_images_of_another_size_than_it_was_built_for(name):
+    with pytest.raises(ValueError, match=r"img_size=32, found images of \(64, 64\) pixels"):
+        build(name)(images(1, 64))
+
+
+def test_the_windows_divide_every_map_of_swin():
+    """At 224 pixels the maps have sides 56, 28, 14 and 7, at 160 pixels 40, 20, 10 and 5."""
+    from models import CustomSwinTransformer
+
+    for size, img_size, window in (("tiny", 32, 4), ("tiny", 64, 4), ("full", 64, 2), ("full", 160, 5)):
+        network = CustomSwinTransformer(3, size=size, img_size=img_size).network
+        assert {block.window_size for layer in network.layers for block in layer.blocks} == {(window, window)}
+
+
+@pytest.mark.parametrize("classes", [0, -1, True, 2.0])
+def test_a_number_of_classes_that_cannot_be_is_refused(classes):
+    with pytest.raises(ValueError, match="num_classes"):
+        build("CustomConvNeXt", classes)
+
+
+def test_activations_are_new_modules_by_name():
+    from models import get_activation_fn
+
+    x = torch.linspace(-3, 3, 7)
+    torch.testing.assert_close(get_activation_fn("mish")(x), x * torch.tanh(nn.functional.softplus(x)))
+    with pytest.raises(ValueError, match="did you mean 'gelu'"):
+        get_activation_fn("gellu")

@@ -220,5 +220,5 @@ def test_every_file_of_arrays_is_free_of_pickles(built):
 
 
 def test_times_are_shown_as_the_base_pipeline_shows_them(own_copy, orchestrator):
-    done = orchestrator("discover", "--verify", *DEMO, workspace=own_copy)
+    done = orchestrator("discover", "--verify", "--force", *DEMO, workspace=own_copy)
     assert re.search(r"^\d\d:\d\d:\d\d \| INFO \| verify CustomConvNeXt: logits \(28, 4\)", done.stderr, re.MULTILINE)

@@ -26,6 +26,7 @@ class CustomViTHybrid(Backbone):
 
     fixed_img_size: ClassVar = True
     image_rules: ClassVar = {"full": ImageRule(32, 16), "tiny": ImageRule(16, 8)}
+    # `tiny` sees a few hundred batches in all: too few for timm's small initial weights and near-equal positions.
     plans: ClassVar = {
         "full": {
             "stem": (48, 96, 192, 384),
@@ -34,7 +35,6 @@ class CustomViTHybrid(Backbone):
             "num_heads": 6,
             "drop_path_rate": 0.1,
         },
-        # Few batches in all: Xavier weights set out faster than timm's small ones.
         "tiny": {
             "stem": (16, 32, 80),
             "embed_dim": 80,
@@ -42,19 +42,23 @@ class CustomViTHybrid(Backbone):
             "num_heads": 4,
             "mlp_ratio": 2.0,
             "weight_init": "jax",
+            "position_std": 0.4,
         },
     }
 
-    def build(self, stem: tuple[int, ...], **plan: Any) -> nn.Module:
+    def build(self, stem: tuple[int, ...], position_std: float = 0.02, **plan: Any) -> nn.Module:
         """Vision transformer of one size whose stem halves the image once for each width in `stem`."""
         convolutions = ConvStem(depth=len(stem), channels=stem, stride=(2,) * len(stem))
-        return VisionTransformer(
+        network = VisionTransformer(
             img_size=self.img_size,
             num_classes=self.num_classes,
             embed_layer=partial(HybridEmbed, backbone=convolutions, proj=False),
             patch_size=1,
             **plan,
         )
+        nn.init.trunc_normal_(network.pos_embed, std=position_std)
+        nn.init.trunc_normal_(network.head.weight, std=0.02)
+        return network
 
 
 class CustomSwinTransformer(Backbone):
@@ -66,7 +70,7 @@ class CustomSwinTransformer(Backbone):
 
     fixed_img_size: ClassVar = True
     image_rules: ClassVar = {"full": ImageRule(64, 32), "tiny": ImageRule(32, 32)}
-    # `tiny` sees a few hundred batches in all: too few for timm's small initial weights and near-equal positions.
+    # `tiny`: see CustomViTHybrid.
     plans: ClassVar = {
         "full": {
             "patch_size": 4,
@@ -153,7 +157,7 @@ class CustomDeiTStyle(Backbone):
 
     fixed_img_size: ClassVar = True
     image_rules: ClassVar = {"full": ImageRule(32, 16), "tiny": ImageRule(16, 8)}
-    # `tiny`: see CustomSwinTransformer.
+    # `tiny`: see CustomViTHybrid.
     plans: ClassVar = {
         "full": {"patch_size": 16, "embed_dim": 384, "depth": 10, "num_heads": 6, "drop_path_rate": 0.1},
         "tiny": {

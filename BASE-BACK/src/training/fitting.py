@@ -208,9 +208,8 @@ class _Training:
 
     def _restore(self, running: dict[str, Any], optimizer: Any, scheduler: Any) -> None:
         self.model.load_state_dict(running["weights"])
-        # Copies: both keep what they are given and change it, and the best epoch may share its storage.
-        optimizer.load_state_dict(copy.deepcopy(running["optimizer"]))
-        scheduler.load_state_dict(copy.deepcopy(running["schedule"]))
+        optimizer.load_state_dict(running["optimizer"])
+        scheduler.load_state_dict(running["schedule"])
         self.train_loader.epoch = running["epoch"] + 1
         restore_random_state(running["random"], self.device)
 

@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 STAGES = ("verify", "split", "kfold", "train", "test", "export")
+EXTERNAL_STAGES = STAGES[:3]  # the rest would replace what the other pipeline has trained
 
 
 def train_backbone_with_metrics(
@@ -102,6 +103,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--folds", metavar="N", help="folds of the out-of-fold predictions (DBT_K_FOLDS)")
     parser.add_argument("--data", metavar="DIR", help="folder with one folder of images per class (DBT_RAW_DIR)")
     parser.add_argument("--workspace", metavar="DIR", help="where everything is written (DBT_BASE_DIR)")
+    parser.add_argument(
+        "--base-back",
+        metavar="DIR",
+        help="make out-of-fold predictions for the architectures of another BASE-BACK: its networks, our K-fold "
+        f"(stages {', '.join(EXTERNAL_STAGES)}; nothing is written into DIR)",
+    )
     parser.add_argument("--augment", choices=("full", "no_flip", "none"), help="training transform (DBT_AUGMENT)")
     parser.add_argument("--seed", metavar="N", help="seed of everything random (DBT_SEED)")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes side by side (default: the usable cores)")
@@ -124,7 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for option, variable in variables.items():
         if arguments[option] is not None:
             os.environ[variable] = arguments[option]
-    for option, variable in (("data", "DBT_RAW_DIR"), ("workspace", "DBT_BASE_DIR")):
+    os.environ.pop("DBT_EXTERNAL_BASE_BACK", None)  # the option alone decides
+    folders = {"data": "DBT_RAW_DIR", "workspace": "DBT_BASE_DIR", "base_back": "DBT_EXTERNAL_BASE_BACK"}
+    for option, variable in folders.items():
         if arguments[option] is not None:
             os.environ[variable] = str(Path(arguments[option]).expanduser().absolute())
     names = arguments["backbones"] or ["all"]
@@ -144,8 +153,17 @@ def _run(arguments: dict[str, Any]) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    from training.external import ExternalError
     from training.stages import run_stages
 
+    backbones = settings.BACKBONES
+    if settings.EXTERNAL_BASE_BACK:
+        try:
+            backbones = _external_backbones(arguments["stages"] or [])
+        except ExternalError as error:
+            print(error, file=sys.stderr)
+            return 2
+        arguments["stages"] = arguments["stages"] or list(EXTERNAL_STAGES)
     stages = arguments["stages"] or [
         stage
         for stage in STAGES
@@ -154,7 +172,7 @@ def _run(arguments: dict[str, Any]) -> int:
     ]
     stages = [stage for stage in STAGES if stage in stages]
     try:
-        summary = run_stages(settings.BACKBONES, stages, jobs=arguments["jobs"], force=arguments["force"])
+        summary = run_stages(backbones, stages, jobs=arguments["jobs"], force=arguments["force"])
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -169,6 +187,27 @@ def _run(arguments: dict[str, Any]) -> int:
     if summary.failed and not any(summary.results.values()):
         return 1
     return 4 if summary.failed or summary.left_out else 0
+
+
+def _external_backbones(stages: Sequence[str]) -> list[str]:
+    """The architectures of the other BASE-BACK that were asked for; raises `ExternalError` for what it cannot do."""
+    from config import settings
+    from training.external import ExternalError, external_names
+
+    refused = [stage for stage in stages if stage not in EXTERNAL_STAGES]
+    if refused:
+        raise ExternalError(
+            f"--stages: found {', '.join(refused)}; with --base-back only {', '.join(EXTERNAL_STAGES)}: the "
+            "members are trained by the pipeline they come from"
+        )
+    known = external_names(settings.EXTERNAL_BASE_BACK)
+    if not os.environ.get("DBT_BACKBONES", "").strip():
+        return known
+    unknown = [name for name in settings.BACKBONES if name not in known]
+    if unknown:
+        folder = settings.EXTERNAL_BASE_BACK
+        raise ExternalError(f"--backbones: {folder} has no {', '.join(unknown)}; it has {', '.join(known)}")
+    return settings.BACKBONES
 
 
 def _terminate(*_: object) -> None:

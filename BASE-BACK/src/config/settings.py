@@ -41,6 +41,7 @@ __all__ = [
     "EXPORT_CONFIG",
     "EXPORT_FORMATS",
     "EXPORT_TYPES",
+    "EXTERNAL_BASE_BACK",
     "GROUP_REGEX",
     "HEAD_LR",
     "IMAGE_CACHE_DIR",
@@ -57,6 +58,7 @@ __all__ = [
     "PRETRAINED_DIR",
     "PRETRAINED_DOWNLOAD_MAP",
     "PRETRAINED_PATHS",
+    "PROGRESS_SECONDS",
     "RAW_DIR",
     "SEED",
     "SMOKE_CHECK_DIR",
@@ -107,6 +109,16 @@ def _positive(name: str, default: float) -> float:
     return _read(name, default, convert, "a number above 0")
 
 
+def _seconds(name: str, default: float) -> float:
+    def convert(text: str) -> float:
+        value = float(text)
+        if not 0 <= value < float("inf"):
+            raise ValueError
+        return value
+
+    return _read(name, default, convert, "a number of seconds from 0")
+
+
 def _choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
     def convert(text: str) -> str:
         if text not in allowed:
@@ -138,6 +150,13 @@ def _group_regex(name: str) -> str | None:
         return text
 
     return _read(name, None, convert, "a regular expression with exactly one group, such as '^(patient[0-9]+)_'")
+
+
+def _external() -> Path | None:
+    text = os.environ.get("DBT_EXTERNAL_BASE_BACK", "").strip()
+    if text and MODEL_SIZE == "tiny":
+        raise SettingsError("DBT_MODEL_SIZE: found 'tiny'; the networks of another BASE-BACK have one size: full")
+    return Path(text).absolute() if text else None
 
 
 def _class_count(root: Path) -> int:
@@ -194,6 +213,8 @@ ALL_BACKBONES = [
 
 def _backbones(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
+    if names and EXTERNAL_BASE_BACK:
+        return names  # its code knows which there are
     unknown = [name for name in names if name not in ALL_BACKBONES]
     if unknown or not names:
         near = [match for name in unknown for match in get_close_matches(name, ALL_BACKBONES, n=1)]
@@ -205,8 +226,9 @@ def _backbones(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-BACKBONES = _read("DBT_BACKBONES", ALL_BACKBONES, _backbones, "a comma list of backbones")
 MODEL_SIZE = _choice("DBT_MODEL_SIZE", "full", ("full", "tiny"))
+EXTERNAL_BASE_BACK = _external()  # the folder whose networks K-fold trains in place of ours; main.py --base-back
+BACKBONES = _read("DBT_BACKBONES", ALL_BACKBONES, _backbones, "a comma list of backbones")
 IMG_SIZE = _whole("DBT_IMG_SIZE", 224 if MODEL_SIZE == "full" else 32, 8)
 BATCH_SIZE = _whole("DBT_BATCH_SIZE", 32, 2)
 K_FOLDS = _whole("DBT_K_FOLDS", 5, 2)
@@ -230,6 +252,7 @@ ENABLE_EXPORT = _flag("DBT_ENABLE_EXPORT", True)
 ENABLE_TRANSFER_LEARNING = True
 TRANSFER_LEARNING_MODE = "fine_tuning"
 SNAPSHOTS = _whole("DBT_SNAPSHOTS", 3, 0)  # the weights of the last epochs of fine-tuning that are kept
+PROGRESS_SECONDS = _seconds("DBT_PROGRESS_SECONDS", 5.0)  # least time between two saves of a training; 0: every epoch
 PRETRAINED_DOWNLOAD_MAP: dict[str, str] = {}
 PRETRAINED_PATHS: dict[str, str] = {}
 

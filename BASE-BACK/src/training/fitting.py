@@ -1,4 +1,8 @@
-"""Head training, then fine-tuning: the recipe by which the final network and every fold network are trained."""
+"""Head training, then fine-tuning: the recipe by which the final network and every fold network are trained.
+
+What a training needs to go on is saved between epochs; nothing else of a process reaches the weights, so that an
+interrupted training ends with those of an undisturbed one.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training.external import last_linear_layers
 from training.pipeline import (
     create_improved_scheduler,
     create_optimized_optimizer,
@@ -19,6 +24,7 @@ from training.pipeline import (
     train_epoch_optimized,
     validate_epoch_optimized,
 )
+from training.progress import Progress, random_state, restore_random_state
 from training.recipe import Recipe
 from utils import logger, set_seed
 
@@ -40,7 +46,7 @@ class Stage:
     optimizer: dict[str, Any]
     schedule: dict[str, Any]
     snapshots: list[tuple[int, Weights]] = field(default_factory=list)
-    """(epoch, weights) of the last epochs."""
+    """(epoch, weights) of the last epochs of the stage."""
 
 
 @dataclass
@@ -68,85 +74,145 @@ def fit(
     *,
     purpose: tuple[object, ...],
     device: torch.device,
+    progress: Progress | None = None,
 ) -> Fitted:
     """Train `model` by the recipe; the epoch is chosen on the val split (accuracy, then loss), never on other rows.
 
     `make_train_loader(seed)` gives the training batches; `purpose` names the training, ("final",) or ("fold", 2),
-    and with it its seeds. Raises FloatingPointError when the loss stops being a number.
+    and with it its seeds. With `progress` it goes on where that was saved, and saves there.
+    Raises FloatingPointError when the loss stops being a number.
     """
     criterion = get_loss_function_for_backbone(recipe.backbone, len(recipe.classes))
     model.to(device)
-    stages = []
-    for name, epochs in (("head", recipe.epochs_head), ("finetune", recipe.epochs_finetune)):
-        if epochs:
+    plan = [(name, n) for name, n in (("head", recipe.epochs_head), ("finetune", recipe.epochs_finetune)) if n]
+    stages, running = _saved(progress, plan)
+    for name, epochs in plan:
+        if name not in [stage.name for stage in stages]:
             seed = recipe.seed_for(*purpose, name)
+            _choose_trainable(recipe, model, device, head_only=name == "head")
             set_seed(seed)
-            _freeze_body(model, freeze=name == "head")
-            stages.append(_stage(name, epochs, recipe, model, make_train_loader(seed), val_loader, criterion, device))
-            if name == "head":
-                model.load_state_dict(stages[-1].weights)
+            train_loader = make_train_loader(seed)
+            training = _Training(recipe, model, train_loader, val_loader, criterion, device, stages, progress)
+            stages.append(training.run(name, epochs, running))
+            running = None
+            if progress:
+                progress.save(_record(stages))
+        if name == "head":
+            model.load_state_dict(stages[0].weights)
     best = max(reversed(stages), key=lambda stage: (stage.accuracy, -stage.loss))
     model.load_state_dict(best.weights)
     validation = validate_epoch_optimized(model, val_loader, criterion, device)[:5]
     return Fitted(model, stages, best, tuple(float(value) for value in validation))  # type: ignore[arg-type]
 
 
-def _freeze_body(model: nn.Module, *, freeze: bool) -> None:
+def _saved(progress: Progress | None, plan: list[tuple[str, int]]) -> tuple[list[Stage], dict[str, Any] | None]:
+    """The finished stages of an interrupted training and the state of the one that was under way."""
+    record = progress.load() if progress else None
+    if progress is None or record is None:
+        return [], None
+    stages = [Stage(**stage) for stage in record["stages"]]
+    running = record["running"]
+    if len(stages) == len(plan):
+        logger.info("%s: resumed after its last epoch", progress.path.stem)
+    else:
+        name, epochs = plan[len(stages)]
+        epoch = running["epoch"] + 2 if running else 1
+        logger.info("%s: resumed %s at epoch %d of %d", progress.path.stem, name, epoch, epochs)
+    return stages, running
+
+
+def _record(stages: list[Stage], running: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"stages": [vars(stage) for stage in stages], "running": running}
+
+
+def _choose_trainable(recipe: Recipe, model: nn.Module, device: torch.device, *, head_only: bool) -> None:
     """Leave only the last layer trainable, or everything."""
     for parameter in model.parameters():
-        parameter.requires_grad_(not freeze)
-    for parameter in model.get_classifier().parameters():  # type: ignore[operator]
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(not head_only)
+    if not head_only:
+        return
+    if recipe.base_back is None:
+        layers = [model.get_classifier()]  # type: ignore[operator]
+    else:
+        layers = last_linear_layers(model, len(recipe.classes), recipe.img_size, device)
+    for layer in layers:
+        for parameter in layer.parameters():
+            parameter.requires_grad_(True)
 
 
-def _stage(
-    name: str,
-    epochs: int,
-    recipe: Recipe,
-    model: nn.Module,
-    train_loader: Any,
-    val_loader: Any,
-    criterion: nn.Module,
-    device: torch.device,
-) -> Stage:
-    rate = recipe.head_lr if name == "head" else recipe.backbone_lr
-    patience = recipe.patience_head if name == "head" else recipe.patience_finetune
-    optimizer = create_optimized_optimizer(model, rate, recipe.backbone)
-    scheduler = create_improved_scheduler(optimizer, epochs, len(train_loader), recipe.backbone)
-    best: Stage | None = None
-    rows: list[EpochRow] = []
-    snapshots: list[tuple[int, Weights]] = []
-    for epoch in range(epochs):
-        start = time.monotonic()
-        trained = train_epoch_optimized(model, train_loader, optimizer, criterion, device, scheduler=scheduler)
-        checked = validate_epoch_optimized(model, val_loader, criterion, device)
-        rows.append((trained[0], checked[0], checked[1], trained[1], checked[4]))
-        if name == "finetune" and recipe.snapshots:
-            snapshots = [*snapshots, (epoch, copy_weights(model))][-recipe.snapshots :]
-        if best is None or (checked[1], -checked[0]) > (best.accuracy, -best.loss):
-            best = Stage(
-                name,
-                copy_weights(model),
-                epoch,
-                checked[1],
-                checked[0],
-                rows,
-                copy.deepcopy(optimizer.state_dict()),
-                _plain(scheduler.state_dict()),
+@dataclass
+class _Training:
+    """One stage of one network."""
+
+    recipe: Recipe
+    model: nn.Module
+    train_loader: Any
+    val_loader: Any
+    criterion: nn.Module
+    device: torch.device
+    finished: list[Stage]
+    progress: Progress | None
+
+    def run(self, name: str, epochs: int, running: dict[str, Any] | None) -> Stage:
+        """Train up to `epochs` epochs, from the saved state `running` where there is one."""
+        recipe, model, device = self.recipe, self.model, self.device
+        rate = recipe.head_lr if name == "head" else recipe.backbone_lr
+        patience = recipe.patience_head if name == "head" else recipe.patience_finetune
+        kept = recipe.snapshots if name == "finetune" else 0
+        optimizer = create_optimized_optimizer(model, rate, recipe.backbone)
+        scheduler = create_improved_scheduler(optimizer, epochs, len(self.train_loader), recipe.backbone)
+        best: Stage | None = None
+        rows: list[EpochRow] = []
+        snapshots: list[tuple[int, Weights]] = []
+        if running:
+            best = Stage(**running["best"])
+            rows, snapshots = best.rows, best.snapshots
+            self._restore(running, optimizer, scheduler)
+        for epoch in range(len(rows), epochs):
+            start = time.monotonic()
+            trained = train_epoch_optimized(
+                model, self.train_loader, optimizer, self.criterion, device, scheduler=scheduler
             )
-        seconds = time.monotonic() - start
-        logger.info(
-            "%s %s epoch %d/%d: train loss %.4f accuracy %.4f, val loss %.4f accuracy %.4f F1 %.4f, %.1f s",
-            *(recipe.backbone, name, epoch + 1, epochs, trained[0], trained[1], checked[0], checked[1], checked[4]),
-            seconds,
-            file_only=seconds < 20,  # short epochs would flood the terminal
-        )
-        # While the rate is high the validation loss goes up and down; a long wait there says nothing.
-        if epoch - max(best.epoch, epochs // 2) >= patience:
-            break
-    assert best is not None  # epochs is at least 1
-    best.snapshots = snapshots
-    return best
+            checked = validate_epoch_optimized(model, self.val_loader, self.criterion, device)
+            rows.append((trained[0], checked[0], checked[1], trained[1], checked[4]))
+            weights = copy_weights(model)
+            snapshots = [*snapshots, (epoch, weights)][-kept:] if kept else []
+            if best is None or (checked[1], -checked[0]) > (best.accuracy, -best.loss):
+                state, schedule = copy.deepcopy(optimizer.state_dict()), _plain(scheduler.state_dict())
+                best = Stage(name, weights, epoch, checked[1], checked[0], rows, state, schedule)
+            best.snapshots = snapshots
+            seconds = time.monotonic() - start
+            logger.info(
+                "%s %s epoch %d/%d: train loss %.4f accuracy %.4f, val loss %.4f accuracy %.4f F1 %.4f, %.1f s",
+                *(recipe.backbone, name, epoch + 1, epochs, trained[0], trained[1], checked[0], checked[1], checked[4]),
+                seconds,
+                file_only=seconds < 20,  # short epochs would flood the terminal
+            )
+            # While the rate is high the validation loss goes up and down; a long wait there says nothing.
+            if epoch - max(best.epoch, epochs // 2) >= patience:
+                break
+            if self.progress and epoch + 1 < epochs and self.progress.due():
+                self.progress.save(_record(self.finished, self._state(best, epoch, weights, optimizer, scheduler)))
+        assert best is not None  # epochs is at least 1
+        return best
+
+    def _state(self, best: Stage, epoch: int, weights: Weights, optimizer: Any, scheduler: Any) -> dict[str, Any]:
+        """What the next epoch needs of those before."""
+        return {
+            "epoch": epoch,
+            "best": vars(best),
+            "weights": weights,
+            "optimizer": optimizer.state_dict(),
+            "schedule": _plain(scheduler.state_dict()),
+            "random": random_state(self.device),
+        }
+
+    def _restore(self, running: dict[str, Any], optimizer: Any, scheduler: Any) -> None:
+        self.model.load_state_dict(running["weights"])
+        optimizer.load_state_dict(running["optimizer"])
+        scheduler.load_state_dict(running["schedule"])
+        self.train_loader.epoch = running["epoch"] + 1
+        restore_random_state(running["random"], self.device)
 
 
 def copy_weights(model: nn.Module) -> Weights:

@@ -24,6 +24,10 @@ class Ledger:
         state = read_json(self.path) or {}
         self.units: dict[str, dict[str, Any]] = state.get("units", {})
         self._foreign = {key: value for key, value in state.items() if key != "units"}
+        # What another pipeline has trained in this workspace stays in its state.
+        trained_here = {name.split(" ")[0] for name in self.units if name.endswith(" train")}
+        self._others = {name: result for name, result in state.get("results", {}).items() if name not in trained_here}
+        self._others_completed = [name for name in state.get("completed_backbones", []) if name not in trained_here]
 
     def is_finished(self, unit: Unit) -> bool:
         """Whether the unit's outcome lies on disk, as it was written."""
@@ -72,9 +76,11 @@ class Ledger:
                 "kfold_cv": kfold_summary(oof["fold_accuracies"]) if oof else None,
                 "training_time_seconds": round(self.seconds(backbone), 3),
             }
+        completed = [name for name in results if self.result(name, "test") is not None]
+        others = [name for name in self._others_completed if name not in results]
         state = self._foreign | {
-            "completed_backbones": [name for name in results if self.result(name, "test") is not None],
-            "results": results,
+            "completed_backbones": others + completed,
+            "results": self._others | results,
             "units": self.units,
             "timestamp": datetime.now().astimezone().isoformat(),
         }

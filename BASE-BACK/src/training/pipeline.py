@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -201,4 +202,16 @@ def save_checkpoint(
 def write_checkpoint(path: Path, record: dict[str, Any]) -> None:
     """Write one checkpoint atomically, with bytes that depend on its content alone."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        torch.save(record, file)  # an open file: a path would put its name into the archive
+        torch.save(_unshared(record), file)  # an open file: a path would put its name into the archive
+
+
+def _unshared(value: Any) -> Any:
+    """Equal containers and strings for equal content.
+
+    A pickle notes which objects are one and the same, and that differs between values computed and values read back.
+    """
+    if isinstance(value, dict):
+        return {_unshared(key): _unshared(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_unshared(item) for item in value)
+    return sys.intern(value) if type(value) is str else value

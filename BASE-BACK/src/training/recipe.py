@@ -34,9 +34,13 @@ class Recipe:
     snapshots: int
     seed: int
     version: int = TRAINING_VERSION
+    base_back: str | None = None
+    """Digest of the code of the other BASE-BACK that the network comes from; None: from ours."""
 
     @classmethod
-    def from_settings(cls, backbone: str, classes: list[str], split_digest: str) -> Recipe:
+    def from_settings(
+        cls, backbone: str, classes: list[str], split_digest: str, base_back: str | None = None
+    ) -> Recipe:
         """The recipe that the settings of this process describe."""
         debug = settings.DEBUG_MODE
         return cls(
@@ -57,11 +61,15 @@ class Recipe:
             group_regex=settings.GROUP_REGEX,
             snapshots=settings.SNAPSHOTS,
             seed=settings.SEED,
+            base_back=base_back,
         )
 
     def digest(self, *parts: object) -> str:
         """Digest of the recipe and of `parts`, which say what of it is meant: ("fold", 2, 5)."""
-        text = json.dumps([asdict(self), *parts], sort_keys=True)
+        values = asdict(self)
+        if self.base_back is None:
+            del values["base_back"]  # so that work of our own networks, done before there was a choice, stays known
+        text = json.dumps([values, *parts], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def seed_for(self, *parts: object) -> int:
@@ -79,4 +87,4 @@ class Recipe:
             "augment": self.augment,
             "group_regex": self.group_regex,
             "split_digest": self.split_digest,
-        }
+        } | ({"base_back": "external"} if self.base_back else {})

@@ -12,16 +12,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from config import settings
+from training.external import source_digest
 from training.ledger import Ledger, kfold_summary
 from training.pool import run_units
 from training.recipe import Recipe
-from training.units import Outcome, Unit, oof_path
+from training.units import Outcome, Unit, oof_path, progress_path
 from utils import DEVICE, logger, smoke_checker
 from utils.devices import usable_cores
-from utils.files import write_json
+from utils.files import read_json, write_json
 from utils.samples import digest_of_contents
 from utils.splitting import prepare_optimized_datasets, read_manifest, split_contents, verify_dataset_split
 
@@ -79,11 +81,14 @@ def run_stages(
         logger.info("%d of %d pieces of work are finished and kept", len(summary.skipped), len(units))
     for unit in chosen:
         ledger.forget(unit)
+        if force:
+            progress_path(unit).unlink(missing_ok=True)
     jobs, threads = _processes(jobs)
     progress = _Progress(chosen)
 
     def finished(unit: Unit, outcome: Outcome, seconds: float) -> None:
         ledger.add(unit, outcome, seconds)
+        progress_path(unit).unlink(missing_ok=True)  # after the entry: a run killed in between has lost nothing
         summary.done.append(unit.name)
         _write_backbone_records(unit.recipe, ledger)
         if unit.kind == "oof":
@@ -104,10 +109,10 @@ def run_stages(
         smoke_checker.save_summary()
     for unit in units:
         _write_backbone_records(unit.recipe, ledger)
-    _clean_up()
+    _clean_up([unit for unit in units if unit.name not in summary.failed])
     summary.seconds = round(time.monotonic() - start, 3)
     summary.results = {name: _figures(name, ledger) for name in backbones}
-    if chosen:
+    if chosen and settings.EXTERNAL_BASE_BACK is None:  # else it belongs to the pipeline that trained the members
         _write_pipeline_summary(summary, ledger)
     return summary
 
@@ -122,7 +127,9 @@ def plan(backbones: Sequence[str], stages: Sequence[str], folds: int) -> list[Un
     for split in ("train", "val", "test"):
         classes, _, contents = split_contents(settings.SPLIT_DIR, split)
         digests[split] = digest_of_contents(contents)
-    recipes = [Recipe.from_settings(name, classes, f"{digests['train']}/{digests['val']}") for name in backbones]
+    split_digest = f"{digests['train']}/{digests['val']}"
+    external = source_digest(settings.EXTERNAL_BASE_BACK) if settings.EXTERNAL_BASE_BACK else None
+    recipes = [Recipe.from_settings(name, classes, split_digest, external) for name in backbones]
     units: list[Unit] = []
     for stage in stages:
         for recipe in recipes:
@@ -242,7 +249,17 @@ def _write_backbone_records(recipe: Recipe, ledger: Ledger) -> None:
             "split_digest": recipe.split_digest,
             "oof_file": oof_path(name).name,
         }
-        _write_if_changed(settings.KFOLD_DIR / f"{name}_kfold_results.json", record)
+        path = settings.KFOLD_DIR / f"{name}_kfold_results.json"
+        _keep_foreign(path)
+        _write_if_changed(path, record)
+
+
+def _keep_foreign(path: Path) -> None:
+    """Rename the K-fold results of a pipeline that kept no out-of-fold predictions, before ours take their name."""
+    kept = path.with_suffix(".before.json")
+    if path.is_file() and not kept.exists() and "oof_file" not in (read_json(path) or {}):
+        path.rename(kept)
+        logger.warning("%s was made by another pipeline; it is kept as %s", path, kept.name)
 
 
 def _write_if_changed(path: Any, record: dict[str, Any]) -> None:
@@ -290,16 +307,22 @@ def _write_pipeline_summary(summary: Summary, ledger: Ledger) -> None:
 
 def _remove_surplus_folds(unit: Unit) -> None:
     """Fold networks beyond the number of folds belong to an earlier run with more of them."""
-    for path in settings.CKPT_DIR.glob(f"{unit.recipe.backbone}_fold*.pth"):
-        number = path.stem.rpartition("_fold")[2]
-        if number.isdigit() and int(number) >= unit.folds:
-            path.unlink()
+    for folder in (settings.CKPT_DIR, settings.CKPT_DIR / ".progress"):
+        for path in folder.glob(f"{unit.recipe.backbone}_fold*.pth"):
+            number = path.stem.rpartition("_fold")[2]
+            if number.isdigit() and int(number) >= unit.folds:
+                path.unlink()
 
 
-def _clean_up() -> None:
-    """Remove what killed runs left under temporary names."""
-    for folder in (settings.CKPT_DIR, settings.KFOLD_DIR, settings.METRICS_DIR, settings.IMAGE_CACHE_DIR):
+def _clean_up(finished: Sequence[Unit]) -> None:
+    """Remove what killed runs left under temporary names, and the progress of trainings that are finished."""
+    progress = settings.CKPT_DIR / ".progress"
+    for unit in finished:
+        progress_path(unit).unlink(missing_ok=True)
+    for folder in (progress, settings.CKPT_DIR, settings.KFOLD_DIR, settings.METRICS_DIR, settings.IMAGE_CACHE_DIR):
         for leftover in folder.glob(".*.partial*"):
             leftover.unlink(missing_ok=True)
     for leftover in settings.SPLIT_DIR.parent.glob(f".{settings.SPLIT_DIR.name}.partial*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    if progress.is_dir() and not any(progress.iterdir()):
+        progress.rmdir()

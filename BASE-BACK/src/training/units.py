@@ -43,6 +43,12 @@ def checkpoint_path(backbone: str, role: str) -> Path:
     return settings.CKPT_DIR / f"{backbone}_{role}.pth"
 
 
+def progress_path(unit: Unit) -> Path:
+    """`checkpoints/.progress/<backbone>_<train or fold<k>>.pth`, which is there while the unit is under way."""
+    number = unit.fold if unit.kind == "fold" else ""
+    return settings.CKPT_DIR / ".progress" / f"{unit.recipe.backbone}_{unit.kind}{number}.pth"
+
+
 def oof_path(backbone: str) -> Path:
     """`kfold_results/<backbone>_oof_predictions.npz`."""
     return settings.KFOLD_DIR / f"{backbone}_oof_predictions.npz"

@@ -13,6 +13,7 @@ from torch import nn
 
 from config import settings
 from models import create_custom_backbone
+from training.external import ExternalError, create_external
 from training.fitting import copy_weights, fit, metrics_record
 from training.pipeline import (
     get_loss_function_for_backbone,
@@ -20,8 +21,9 @@ from training.pipeline import (
     validate_epoch_optimized,
     write_checkpoint,
 )
+from training.progress import Progress
 from training.recipe import Recipe
-from training.units import Outcome, Unit, checkpoint_path, oof_path
+from training.units import Outcome, Unit, checkpoint_path, oof_path, progress_path
 from utils import DEVICE, set_seed
 from utils.datasets import BatchLoader, DecodedDataset
 from utils.files import atomic_path
@@ -42,9 +44,11 @@ def open_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The network of one of our checkpoints in evaluation mode on the CPU, and the checkpoint's `extra`."""
     record = torch.load(path, map_location="cpu", weights_only=True)
     extra = record["extra"]
-    model = create_custom_backbone(
-        extra["backbone_name"], len(extra["classes"]), size=extra["model_size"], img_size=extra["img_size"]
-    )
+    name, classes = extra["backbone_name"], len(extra["classes"])
+    if extra.get("base_back") == "external":
+        model = _external_network(name, classes)
+    else:
+        model = create_custom_backbone(name, classes, size=extra["model_size"], img_size=extra["img_size"])
     model.load_state_dict(record["model_state_dict"])
     return model.eval(), extra
 
@@ -70,9 +74,21 @@ def logits_of(model: nn.Module, dataset: DecodedDataset, batch_size: int) -> np.
 
 def _new_network(recipe: Recipe, *purpose: object) -> nn.Module:
     set_seed(recipe.seed_for(*purpose, "weights"))
+    if recipe.base_back is not None:
+        return _external_network(recipe.backbone, len(recipe.classes))
     return create_custom_backbone(
         recipe.backbone, len(recipe.classes), size=recipe.model_size, img_size=recipe.img_size
     )
+
+
+def _external_network(name: str, num_classes: int) -> nn.Module:
+    if settings.EXTERNAL_BASE_BACK is None:
+        raise ExternalError(f"{name}: its network comes from another BASE-BACK; name its folder with --base-back DIR")
+    return create_external(settings.EXTERNAL_BASE_BACK, name, num_classes)
+
+
+def _progress(unit: Unit) -> Progress:
+    return Progress(progress_path(unit), unit.digest)
 
 
 def _train_loader(recipe: Recipe, dataset: DecodedDataset) -> Callable[[int], BatchLoader]:
@@ -98,9 +114,8 @@ def _fold(unit: Unit) -> Outcome:
     fitting = train.subset(np.flatnonzero(fold_of != unit.fold))
     val = BatchLoader(DecodedDataset.of_split("val", recipe.img_size), recipe.batch_size)
     purpose = ("fold", unit.fold, unit.folds)
-    fitted = fit(
-        recipe, _new_network(recipe, *purpose), _train_loader(recipe, fitting), val, purpose=purpose, device=DEVICE
-    )
+    model, loader = _new_network(recipe, *purpose), _train_loader(recipe, fitting)
+    fitted = fit(recipe, model, loader, val, purpose=purpose, device=DEVICE, progress=_progress(unit))
     path = checkpoint_path(recipe.backbone, f"fold{unit.fold}")
     extra = recipe.explain() | {
         "fold": unit.fold,
@@ -147,9 +162,8 @@ def _train(unit: Unit) -> Outcome:
     recipe = unit.recipe
     train = DecodedDataset.of_split("train", recipe.img_size)
     val = BatchLoader(DecodedDataset.of_split("val", recipe.img_size), recipe.batch_size)
-    fitted = fit(
-        recipe, _new_network(recipe, "final"), _train_loader(recipe, train), val, purpose=("final",), device=DEVICE
-    )
+    model, loader = _new_network(recipe, "final"), _train_loader(recipe, train)
+    fitted = fit(recipe, model, loader, val, purpose=("final",), device=DEVICE, progress=_progress(unit))
     explained = recipe.explain()
     files = []
     for stage in fitted.stages:

@@ -1,0 +1,92 @@
+"""How far a training is, on disk: a killed one goes on from its last saved epoch and ends with the same bytes."""
+
+from __future__ import annotations
+
+import random
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from config import settings
+from training.pipeline import write_checkpoint
+from utils import logger
+
+FORMAT = 1  # raised whenever the record below changes
+SHARE_OF_TIME = 20  # saving takes at most a twentieth of the time, however slow the disk is
+
+
+class Progress:
+    """The progress file of one training, `checkpoints/.progress/<backbone>_<unit>.pth`.
+
+    It is used when it is whole and was written under the same `digest`; any other is named and removed. `seconds` is
+    the least time between two saves (`DBT_PROGRESS_SECONDS`); 0 saves every epoch.
+    """
+
+    def __init__(self, path: Path, digest: str, seconds: float = settings.PROGRESS_SECONDS) -> None:
+        self.path = path
+        self.key = f"{FORMAT} {digest}"
+        self.seconds = seconds
+        self._saved = time.monotonic()
+        self._cost = 0.0
+
+    def load(self) -> dict[str, Any] | None:
+        """The record saved last, its tensors on the CPU; None where there is none that can be used."""
+        if not self.path.is_file():
+            return None
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                broken = archive.testzip()  # torch compares no checksums
+            if broken:
+                raise zipfile.BadZipFile(broken)
+            record = torch.load(self.path, map_location="cpu", weights_only=True)
+            problem = None if record["key"] == self.key else "belongs to other data, settings or another version"
+        except Exception as error:  # a damaged file raises whatever the broken place leads to
+            problem = f"is damaged ({type(error).__name__})"
+        if problem is None:
+            return record
+        logger.warning("%s %s; it is removed and this training starts from its beginning", self.path, problem)
+        self.path.unlink(missing_ok=True)
+        return None
+
+    def due(self) -> bool:
+        """Whether enough time has passed since the last save."""
+        passed = time.monotonic() - self._saved
+        return self.seconds == 0 or passed >= max(self.seconds, SHARE_OF_TIME * self._cost)
+
+    def save(self, record: dict[str, Any]) -> None:
+        """Replace the file. A disk that takes no more is said and does not end the training."""
+        start = time.monotonic()
+        try:
+            write_checkpoint(self.path, record | {"key": self.key})
+        except (OSError, RuntimeError) as error:  # torch's writer raises either where the disk is full
+            logger.warning("%s: progress could not be saved (%s); the training goes on", self.path, error, dedupe=True)
+        self._saved = time.monotonic()
+        self._cost = self._saved - start
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """State of every generator that a training may draw from, as values that `weights_only` reads."""
+    bits = np.random.get_state(legacy=False)
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": bits | {"state": bits["state"] | {"key": bits["state"]["key"].tolist()}},
+        "random": random.getstate(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Set every generator to what `random_state` found."""
+    torch.set_rng_state(state["torch"])
+    bits = state["numpy"]
+    key = np.array(bits["state"]["key"], dtype=np.uint32)
+    np.random.set_state(bits | {"state": bits["state"] | {"key": key}})
+    random.setstate(state["random"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])

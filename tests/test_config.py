@@ -262,7 +262,7 @@ def test_every_section_is_closed_and_frozen():
                 yield from sections(field.annotation)
 
     found = list(sections(Config))
-    assert len(found) == 20
+    assert len(found) == 21
     for section in found:
         assert section.model_config["frozen"]
         with pytest.raises(ValidationError, match="extra"):

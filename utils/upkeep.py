@@ -45,7 +45,7 @@ def status(config: Config, workspace: Workspace, *, force: bool = False) -> Resu
     }
     writer, locked = _writer(workspace)
     following = _next_command(config, found)
-    untrained = following == "discover" and not _has_networks(workspace)
+    base_command = _base_command(workspace) if following == "discover" else None
     text = [
         f"workspace    {workspace.base}{f'; ours in {workspace.output}' if workspace.output else ''}",
         *([f"writing      {locked}"] if locked else []),
@@ -57,8 +57,8 @@ def status(config: Config, workspace: Workspace, *, force: bool = False) -> Resu
         *_links(workspace),
         *(f"problem: {problem}" for problem in found.problems),
     ]
-    if untrained:
-        text.append(f"next: train networks: {_training_command(workspace)}")
+    if base_command:
+        text.append(f"next: {base_command}")
     elif following is None and not found.problems:
         text.append("nothing is missing or stale")
     document = {
@@ -76,7 +76,7 @@ def status(config: Config, workspace: Workspace, *, force: bool = False) -> Resu
         "quota_gb": config.cache.quota_gb,
         "problems": list(found.problems),
     }
-    return Result("\n".join(text), document, next=None if untrained else following)
+    return Result("\n".join(text), document, next=None if base_command else following)
 
 
 def clean(
@@ -216,14 +216,13 @@ def _next_command(config: Config, found: Inventory) -> str | None:
     return None if found.evaluation.state == CURRENT else "evaluate"
 
 
-def _has_networks(workspace: Workspace) -> bool:
-    split = all((workspace.split_dir / name).is_dir() for name in SPLITS)
-    return split and workspace.checkpoints.is_dir() and any(workspace.checkpoints.glob("*.pth"))
-
-
-def _training_command(workspace: Workspace) -> str:
-    program = base_back.locate() / "src" / "main.py"
-    return f"make demo, or {shlex.join(['python', str(program), '--workspace', str(workspace.base)])}"
+def _base_command(workspace: Workspace) -> str | None:
+    """What the base pipeline has to do before anything can be discovered; None when it is done."""
+    program = str(base_back.locate() / "src" / "main.py")
+    command = shlex.join(["python", program, "--workspace", str(workspace.base)])
+    if not workspace.checkpoints.is_dir() or not any(workspace.checkpoints.glob("*.pth")):
+        return f"train networks: make demo, or {command}"
+    return None if all((workspace.split_dir / name).is_dir() for name in SPLITS) else f"{command} --stages split"
 
 
 def _catalog_words(found: Inventory) -> str:

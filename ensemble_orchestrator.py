@@ -93,7 +93,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "pipeline": Command(
         "ensemble_orchestrator:run_pipeline",
-        "all stages in order: discover --verify, build-ensemble, evaluate",
+        "all stages in order: discover --verify, build-ensemble, evaluate, clean --temporary",
         "pipeline --config configs/digits_demo.yaml",
         {},
         writes=True,

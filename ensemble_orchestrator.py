@@ -13,10 +13,12 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -52,6 +54,10 @@ class Command(NamedTuple):
     example: str
     arguments: dict[str, dict[str, Any]]
     """What this command alone takes; the common options are added to all."""
+    writes: bool | tuple[str, ...]
+    """Whether it changes the workspace, of which it is then the one writer; or the options that make it do so."""
+    decodes: bool = False
+    """Whether images may have to be decoded, for which the quota makes room first."""
 
 
 COMMANDS: dict[str, Command] = {
@@ -60,12 +66,15 @@ COMMANDS: dict[str, Command] = {
         "find trained models, check them, write the catalog",
         "discover --verify",
         {"--verify": {"action": "store_true", "help": "also load every member and run one batch"}},
+        writes=True,
     ),
     "build-ensemble": Command(
         "utils.build:build_ensemble",
         "build the score-level ensembles that the configuration lists",
         "build-ensemble --config configs/quick_ensemble.yaml",
         {},
+        writes=True,
+        decodes=True,
     ),
     "evaluate": Command(
         "utils.evaluation:evaluate",
@@ -79,18 +88,45 @@ COMMANDS: dict[str, Command] = {
                 "help": "with --model-name: score it even on rows it was fitted on, marked",
             },
         },
+        writes=True,
+        decodes=True,
     ),
     "pipeline": Command(
         "ensemble_orchestrator:run_pipeline",
-        "all stages in order: discover --verify, build-ensemble, evaluate",
+        "all stages in order: discover --verify, build-ensemble, evaluate, clean --temporary",
         "pipeline --config configs/digits_demo.yaml",
         {},
+        writes=True,
+        decodes=True,
+    ),
+    "status": Command(
+        "utils.upkeep:status",
+        "what is built, what is stale and why, what takes room, what to type next",
+        "status --json",
+        {},
+        writes=False,
+    ),
+    "clean": Command(
+        "utils.upkeep:clean",
+        "list what may be removed; --confirm removes it",
+        "clean --stale --confirm",
+        {
+            "--confirm": {"action": "store_true", "help": "remove what is listed"},
+            "--temporary": {
+                "action": "store_true",
+                "help": "remove files under temporary names at once, and nothing else",
+            },
+            "--cache": {"action": "store_true", "help": "the decoded images as well"},
+            "--stale": {"action": "store_true", "help": "stale ensembles as well"},
+        },
+        writes=("confirm", "temporary"),
     ),
 }
 PIPELINE: tuple[tuple[str, dict[str, Any]], ...] = (
     ("discover", {"verify": True}),
     ("build-ensemble", {}),
     ("evaluate", {}),
+    ("clean", {"temporary": True}),
 )
 COMMON: dict[str, dict[str, Any]] = {
     "--config": {
@@ -108,6 +144,11 @@ COMMON: dict[str, dict[str, Any]] = {
         "metavar": "DIR",
         "help": "the base pipeline's folder (default: DBT_BASE_DIR, else beside BASE-BACK)",
     },
+    "--output": {
+        "metavar": "DIR",
+        "help": "where everything of ours goes, such as ensembles/, when the workspace is read-only or somebody "
+        "else's (default: DBT_ENSEMBLE_DIR, else the workspace)",
+    },
     "--base-back": {
         "metavar": "DIR",
         "help": "the base pipeline (default: BASE_BACK_DIR, ../BASE-BACK, the bundled one)",
@@ -118,6 +159,8 @@ COMMON: dict[str, dict[str, Any]] = {
     "--verbose": {"action": "store_true", "help": "more messages"},
     "--quiet": {"action": "store_true", "help": "warnings and errors only"},
 }
+TYPED_AGAIN = ("--config", "--set", "--workspace", "--output", "--base-back", "--device")
+"""Common options that belong to the next command as well."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -173,10 +216,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(error)
     finally:
         signal.signal(signal.SIGTERM, previous)
+    following = {"next": _line(result.next, common)} if result.next else {}
     if common["--json"]:
-        print(json.dumps(result.document | {"failures": result.failures}, sort_keys=True))
+        print(json.dumps(result.document | {"failures": result.failures} | following, sort_keys=True))
     else:
-        print(result.text)
+        print("\n".join([result.text, *(f"next: {line}" for line in following.values())]))
     for failure in result.failures:
         print(f"left out: {failure}", file=sys.stderr)
     return PARTIAL if result.failures else 0
@@ -184,6 +228,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _attribute(option: str) -> str:
     return option.removeprefix("--").replace("-", "_")
+
+
+def _line(command: str, common: dict[str, Any]) -> str:
+    """A command as it is typed, with the common options of this one."""
+    words = ["python", "ensemble_orchestrator.py", *command.split()]
+    for option in TYPED_AGAIN:
+        if common[option] != COMMON[option].get("default"):
+            values = common[option] if isinstance(common[option], list) else [common[option]]
+            words += [word for value in values for word in (option, value)]
+    return shlex.join(words)
 
 
 def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -> Result:
@@ -207,11 +261,22 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
     base_back.bind(common["--base-back"], folder)
     if config.dataset.group_regex is not None:
         os.environ.setdefault("DBT_GROUP_REGEX", config.dataset.group_regex)
+    from utils import caches, locks
     from utils.workspace import Workspace
 
-    workspace = Workspace.of_settings()
-    base_back.set_up_logging(level=level, log_file=workspace.log_file, stream=sys.stderr)
-    return call(name, config, workspace, options)
+    workspace = Workspace.of_settings(common["--output"])
+    writes = COMMANDS[name].writes
+    if not isinstance(writes, bool):
+        writes = any(options[option] for option in writes)
+    with locks.one_writer(workspace.lock, name) if writes else nullcontext():
+        # After the lock, which has its own words for a workspace that cannot be written.
+        base_back.set_up_logging(level=level, log_file=workspace.log_file, stream=sys.stderr)
+        try:
+            if COMMANDS[name].decodes:
+                caches.enforce_quota(workspace.image_cache, config.cache.quota_gb)
+            return call(name, config, workspace, options)
+        except OSError as error:
+            raise errors.UserError(errors.file_trouble(error, workspace.root)) from error
 
 
 def _report(error: BaseException) -> int:

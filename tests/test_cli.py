@@ -30,7 +30,7 @@ def test_help_lists_what_works_and_loads_nothing_heavy():
     )
     done = run_python("-c", code)
     assert done.returncode == 0, done.stderr
-    for command in ("discover", "build-ensemble", "evaluate", "pipeline"):
+    for command in ("discover", "build-ensemble", "evaluate", "pipeline", "status", "clean"):
         assert re.search(rf"^    {command}\s", done.stdout, re.MULTILINE)
     assert "stack" not in done.stdout
 
@@ -173,6 +173,77 @@ def test_a_bug_is_one_line_and_its_traceback_is_in_the_log(own_copy):
     assert "Traceback (most recent call last)" in log
 
 
+FAILING = (
+    "import errno, os, sys, pathlib, numpy as np\n"
+    "import ensemble_orchestrator as o\n"
+    "place, way = sys.argv.pop(1), sys.argv.pop(1)\n"
+    "full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\n"
+    "replace = pathlib.Path.replace\n"
+    "def failing_replace(self, target):\n"
+    "    if str(target).endswith(place):\n"
+    "        raise full\n"
+    "    return replace(self, target)\n"
+    "def short_write(*a, **k):\n"
+    "    raise OSError('4096 requested and 100 written')\n"  # numpy's words, without a number
+    "if way == 'replace':\n"
+    "    pathlib.Path.replace = failing_replace\n"
+    "else:\n"
+    "    np.savez = short_write\n"
+    "sys.exit(o.main(sys.argv[1:]))"
+)
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "way"),
+    [
+        ("discover", "ensemble_catalog.json", "replace"),
+        ("build-ensemble", "soft_voting_ensemble/combiner.safetensors", "replace"),
+        ("build-ensemble", "soft_voting_ensemble/crossfit.npz", "savez"),
+        ("evaluate", "ranking.json", "replace"),
+    ],
+)
+def test_a_full_disk_names_the_file_and_the_remedy_and_leaves_nothing_half_written(own_copy, command, place, way):
+    before = {path: path.read_bytes() for path in own_copy.rglob("*.json")}
+    options = ("--force", "--quiet", *DEMO, "--workspace", str(own_copy))
+    done = run_python("-c", FAILING, place, way, command, *options)
+    assert done.returncode == 1
+    line = done.stderr.strip().splitlines()[-1]
+    assert f"{place}: cannot be written (" in line
+    assert ("No space left on device" if way == "replace" else "4096 requested and 100 written") in line
+    assert "Free some space (python ensemble_orchestrator.py clean shows what may go)" in line
+    assert "Traceback" not in done.stderr
+    assert not list(own_copy.rglob(".*partial*"))
+    assert not (own_copy / "ensembles" / ".lock").exists()
+    if place.endswith(".json"):
+        written = next(path for path in before if str(path).endswith(place))
+        assert written.read_bytes() == before[written]
+    else:  # an ensemble without its record is none
+        assert not (own_copy / "ensembles" / "models" / "soft_voting_ensemble" / "ensemble.json").exists()
+    done = run_python(str(PROJECT / "ensemble_orchestrator.py"), command, *options)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_file_that_vanishes_in_between_is_named_with_a_remedy(own_copy):
+    code = (
+        "import sys, pathlib, ensemble_orchestrator as o, utils.streaming as s\n"
+        "original = s.list_images\n"
+        "def late(split_dir, split, digests):\n"
+        "    find = digests.of\n"
+        "    def of(path):\n"
+        "        path.unlink()\n"
+        "        digests.of = find\n"
+        "        return find(path)\n"
+        "    digests.of = of\n"
+        "    return original(split_dir, split, digests)\n"
+        "s.list_images = late\n"
+        "sys.exit(o.main(sys.argv[1:]))"
+    )
+    done = run_python("-c", code, "discover", *DEMO, "--quiet", "--workspace", str(own_copy))
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert re.search(r"split_dataset/train/0/\d+\.png: No such file or directory\. It vanished in between", line)
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interruption_leaves_nothing_half_written(own_copy, sent, code):
     hold = (
@@ -194,9 +265,11 @@ def test_interruption_leaves_nothing_half_written(own_copy, sent, code):
         text=True,
     )
     assert process.stdout.readline() == "ready\n"
+    assert json.loads((own_copy / "ensembles" / ".lock").read_text())["command"] == "build-ensemble"
     process.send_signal(sent)
     process.communicate(timeout=60)
     assert process.returncode == code
+    assert not (own_copy / "ensembles" / ".lock").exists()
     assert not list((own_copy / "ensembles").rglob(".*partial*"))
 
 

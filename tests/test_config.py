@@ -115,7 +115,7 @@ def test_shipped_file_holds_the_printed_values():
 
 
 def test_defaults_are_the_printed_values_and_the_keys_of_ours():
-    assert _places(Config().as_dict()) == LEAVES | {"dataset.group_regex": None}
+    assert _places(Config().as_dict()) == LEAVES | {"dataset.group_regex": None, "cache.quota_gb": 20.0}
 
 
 def test_specified_names_contain_every_printed_default():
@@ -262,7 +262,7 @@ def test_every_section_is_closed_and_frozen():
                 yield from sections(field.annotation)
 
     found = list(sections(Config))
-    assert len(found) == 20
+    assert len(found) == 21
     for section in found:
         assert section.model_config["frozen"]
         with pytest.raises(ValidationError, match="extra"):

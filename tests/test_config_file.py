@@ -207,7 +207,7 @@ MISTAKES = [
     ("runs: {moe: {enabel: true}}", "runs.moe.enabel: unknown key; allowed: enable, num_experts, top_k, "
      "gating_hidden_dim, epochs; did you mean 'enable'?"),
     ("moe: {enable: true}", "moe: unknown key; allowed: project, device, seed, dataset, backbones, exports, runs, "
-     "pruning, distillation; did you mean 'runs.moe'?"),
+     "pruning, distillation, cache; did you mean 'runs.moe'?"),
     ("runs.moe.enable: true", "runs.moe.enable: unknown key; allowed: project"),
     ("runs: {moe: {top_k: 6}}", "runs.moe.top_k: found 6; expected at most num_experts, which is 5"),
     ("runs: {stacking: {mlp_config: {hidden_dims: [8, 0]}}}", "runs.stacking.mlp_config.hidden_dims.1: found 0;"),
@@ -261,7 +261,7 @@ def test_a_mistake_is_answered_with_place_found_and_expected(file, text, words):
         ("runs.moe.enabel=true", "--set runs.moe.enabel=true: unknown key; allowed: enable, num_experts, top_k, "
          "gating_hidden_dim, epochs; did you mean 'enable'?"),
         ("moe.enable=true", "--set moe.enable=true: moe: unknown key; allowed: project, device, seed, dataset, "
-         "backbones, exports, runs, pruning, distillation; did you mean 'runs.moe'?"),
+         "backbones, exports, runs, pruning, distillation, cache; did you mean 'runs.moe'?"),
         ("runs.moe.epochs=0", "--set runs.moe.epochs=0: found 0; expected a whole number of at least 1"),
         ("runs.moe.epochs=", "--set runs.moe.epochs=: found nothing (null); expected a whole number of at least 1"),
         ("runs.moe={epochs: 0}", "--set runs.moe={epochs: 0}: runs.moe.epochs: found 0; expected a whole number"),

@@ -17,15 +17,21 @@ from typing import Any
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.errors import UserError, cannot_write
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path in the folder of `path` that takes its place when the block ends well, else vanishes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The ending stays last, since numpy adds its own where it is missing.
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".partial{path.suffix}", dir=path.parent)
+    """A temporary path in the folder of `path` that takes its place when the block ends well, else vanishes.
+
+    Raises UserError, with path and remedy, where the disk is full or the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The ending stays last, since numpy adds its own where it is missing.
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".partial{path.suffix}", dir=path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -36,6 +42,10 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.filename not in (None, str(temporary), str(path)):
+            raise  # another file, which was read to fill this one
+        raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -145,6 +155,14 @@ class FileDigests:
         self._files[str(path)] = [*state, digest]
         self._changed = True
         return digest
+
+    def is_unchanged(self, path: Path) -> bool | None:
+        """Whether a file is still as it was when its digest was taken, without reading it; None when it never was."""
+        known = self._files.get(str(path))
+        if known is None:
+            return None
+        status = path.stat()
+        return known[:3] == [status.st_size, status.st_mtime_ns, status.st_ino]
 
     def facts(self, digest: str) -> Any:
         """What was kept for a content; None when nothing was."""

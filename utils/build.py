@@ -45,7 +45,7 @@ def build_ensemble(config: Config, workspace: Workspace, *, force: bool = False)
             f"{config.source}: runs.score_ensemble.methods names nothing that can be built "
             f"({', '.join(methods) or 'empty'}); choose from {', '.join(ensembles.COMBINERS)}"
         )
-    digests = {method: _inputs_digest(config, store, members, method) for method in wanted}
+    digests = {method: inputs_digest(config, store, members, method) for method in wanted}
     fresh = [
         method
         for method in wanted
@@ -144,7 +144,7 @@ def _row_sets(rows: Rows) -> tuple[RowSet, ...]:
     )
 
 
-def _inputs_digest(config: Config, store: Store, members: Sequence[Member], method: str) -> str:
+def inputs_digest(config: Config, store: Store, members: Sequence[Member], method: str) -> str:
     """Everything an ensemble depends on; found without opening an image or a checkpoint."""
     oof = {member.name: member.oof["sha256"] if member.oof else None for member in members}
     keys = {member.name: store.key(member, "val") for member in members}

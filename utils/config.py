@@ -279,6 +279,10 @@ class Distillation(Section):
     batch_size: Count = 32
 
 
+class Cache(Section):
+    quota_gb: Limit = 20.0
+
+
 class Config(Section):
     """The whole file; `source` is where it was read from and no part of the values."""
 
@@ -291,6 +295,7 @@ class Config(Section):
     runs: Runs = Runs()
     pruning: Pruning = Pruning()
     distillation: Distillation = Distillation()
+    cache: Cache = Cache()
     _source: Path = PrivateAttr(default=Path("built-in configuration"))
 
     @property

@@ -13,8 +13,20 @@ Anything else that reaches the top is a bug (exit 70). The codes stand in `ensem
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
+
+ELSEWHERE = "write elsewhere with --output DIR (or DBT_ENSEMBLE_DIR)"
+_FREE = f"Free some space (python ensemble_orchestrator.py clean shows what may go), or {ELSEWHERE}"
+_ACCESS = f"Expected a folder that can be written; {ELSEWHERE}"
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _FREE),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _ACCESS),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), f"Expected folders, not files, on the way there; {ELSEWHERE}"),
+    errno.ENOENT: "It vanished in between. Put it back, or run `python ensemble_orchestrator.py discover` again",
+}
 
 
 class OrchestratorError(Exception):
@@ -49,3 +61,24 @@ def did_you_mean(word: object, words: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest of `words`, or nothing when none is near."""
     near = get_close_matches(str(word), list(words), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """What to raise when `path` cannot be written: the reason and the remedy for it."""
+    return UserError(f"{path}: cannot be written ({_reason(error)}). {_remedy(error)}")
+
+
+def file_trouble(error: OSError, place: Path | None) -> str:
+    """The words for an OSError that nobody caught: its file, else something in `place`."""
+    named = error.filename if error.filename is not None else f"a file in {place}" if place else "a file"
+    return f"{named}: {_reason(error)}. {_remedy(error)}"
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error) or type(error).__name__
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno is None:  # numpy's short write: it counts bytes and does not say why
+        return _FREE
+    return _REMEDIES.get(error.errno, "Look after the file or its disk, then run the command again")

@@ -13,7 +13,7 @@ import numpy as np
 
 from utils import catalog, ensembles
 from utils.artifacts import digest_of, read_arrays, read_json, write_arrays, write_json
-from utils.catalog import Member
+from utils.catalog import Catalog, Member
 from utils.config import Config
 from utils.ensembles import Ensemble, Provenance
 from utils.errors import ContaminatedError, UserError, did_you_mean
@@ -58,7 +58,7 @@ def evaluate(
     found = catalog.load(workspace)
     store = Store(config, workspace, found)
     saved = {name: ensembles.load(workspace, name) for name in ensembles.names(workspace)}
-    members = _members_to_score(config, store, saved)
+    members = members_to_score(found, catalog.select(found, config), saved)
     if model_name is not None and model_name not in [*saved, *members]:
         known = [*saved, *members]
         raise UserError(
@@ -67,9 +67,7 @@ def evaluate(
         )
     if not saved:
         logger.warning("no ensemble is built; members alone are scored. Run build-ensemble first")
-    built_from = {name: ensemble.inputs_digest for name, ensemble in saved.items()}
-    run_on = {name: store.key(member, split) for name, member in members.items()}
-    key = digest_of([VERSION, split, built_from, run_on, config.runs.score_ensemble.optimization_metric])
+    key = inputs_digest(store, saved, members, split)
     ranking = read_json(workspace.ranking(split), remedy="Remove it, then evaluate again")
     if ranking and ranking.get("inputs_digest") == key and not force and model_name is None:
         return _present(workspace, ranking, split, "up to date")
@@ -109,12 +107,19 @@ def evaluate(
     return _present(workspace, ranking, split, "written")
 
 
-def _members_to_score(config: Config, store: Store, saved: Mapping[str, Ensemble]) -> dict[str, Member]:
+def members_to_score(found: Catalog, selected: Sequence[Member], saved: Mapping[str, Ensemble]) -> dict[str, Member]:
     """Members of the configuration and of every saved ensemble."""
-    chosen = {member.name: member for member in catalog.select(store.catalog, config)}
+    chosen = {member.name: member for member in selected}
     for ensemble in saved.values():
-        chosen |= {name: store.catalog.members[name] for name in ensemble.members if name in store.catalog.members}
+        chosen |= {name: found.members[name] for name in ensemble.members if name in found.members}
     return dict(sorted(chosen.items()))
+
+
+def inputs_digest(store: Store, saved: Mapping[str, Ensemble], members: Mapping[str, Member], split: str) -> str:
+    """Everything a ranking depends on; found without opening an image or a checkpoint."""
+    built_from = {name: ensemble.inputs_digest for name, ensemble in saved.items()}
+    run_on = {name: store.key(member, split) for name, member in members.items()}
+    return digest_of([VERSION, split, built_from, run_on, store.config.runs.score_ensemble.optimization_metric])
 
 
 def _is_stale(members: Mapping[str, Member], ensemble: Ensemble) -> bool:

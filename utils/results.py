@@ -16,3 +16,5 @@ class Result:
     """The same for a program: printed by `--json`."""
     failures: list[str] = field(default_factory=list)
     """Requested parts that failed or were left out, each with its reason; any makes the exit code 4."""
+    next: str | None = None
+    """The command to type next, such as `evaluate`; the command line adds the common options that were typed."""

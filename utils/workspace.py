@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils import base_back
+from utils.errors import UserError
 
 SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """The base pipeline's folders, which are read, and `ensembles/`, which is ours."""
+    """The base pipeline's folders, which are read, and ours, which lie beside them or in a folder of their own."""
 
     base: Path
     """Root; records hold paths relative to it."""
@@ -21,14 +23,25 @@ class Workspace:
     metrics: Path
     kfold: Path
     deployment: Path
+    """The base pipeline's exports; ours go to `exports`."""
     image_cache: Path
+    """Decoded images; with an output of its own it is another one than the base pipeline's."""
     logs: Path
+    output: Path | None = None
+    """Where everything of ours goes; None: into the root."""
 
     @classmethod
-    def of_settings(cls) -> Workspace:
-        """The workspace that the mounted BASE-BACK's settings name; loads them, without torch."""
+    def of_settings(cls, output: str | None = None) -> Workspace:
+        """The workspace that the mounted BASE-BACK's settings name; loads them, without torch.
+
+        `output`, else the environment variable DBT_ENSEMBLE_DIR, takes everything of ours. Raises UserError where it
+        is no folder.
+        """
         settings = base_back.settings()
         base = Path(settings.BASE_DIR)
+        own = _output(output, base)
+        placed = getattr(settings, "IMAGE_CACHE_DIR", None) or os.environ.get("DBT_IMAGE_CACHE_DIR")
+        image_cache = Path(placed or base / "image_cache").absolute()
         return cls(
             base=base,
             split_dir=Path(settings.SPLIT_DIR),
@@ -36,9 +49,15 @@ class Workspace:
             metrics=Path(settings.METRICS_DIR),
             kfold=Path(settings.KFOLD_DIR),
             deployment=Path(settings.DEPLOY_DIR),
-            image_cache=Path(getattr(settings, "IMAGE_CACHE_DIR", base / "image_cache")),
-            logs=Path(settings.DEBUG_LOG_DIR),
+            image_cache=own / image_cache.name if own and image_cache.is_relative_to(base) else image_cache,
+            logs=own / "debug_logs" if own else Path(settings.DEBUG_LOG_DIR),
+            output=own,
         )
+
+    @property
+    def root(self) -> Path:
+        """The folder that everything of ours lies in."""
+        return self.output or self.base
 
     def relative(self, path: Path) -> str:
         """`path` as records name it: below the root with `/`, else absolute."""
@@ -61,7 +80,12 @@ class Workspace:
     @property
     def ensembles(self) -> Path:
         """The folder that holds everything of ours but metrics and exports."""
-        return self.base / "ensembles"
+        return self.root / "ensembles"
+
+    @property
+    def lock(self) -> Path:
+        """Says who writes, while somebody does."""
+        return self.ensembles / ".lock"
 
     @property
     def catalog(self) -> Path:
@@ -78,21 +102,36 @@ class Workspace:
         """The workspace's folds over the honest rows."""
         return self.ensembles / "crossfit_folds.npz"
 
+    @property
+    def all_predictions(self) -> Path:
+        """One folder per member."""
+        return self.ensembles / "predictions"
+
+    @property
+    def all_oof(self) -> Path:
+        """One file per member."""
+        return self.ensembles / "oof_predictions"
+
+    @property
+    def all_embeddings(self) -> Path:
+        """One folder per member."""
+        return self.ensembles / "fusion_embeddings"
+
     def predictions(self, member: str, split: str) -> Path:
         """Folder of one member's arrays on one split."""
-        return self.ensembles / "predictions" / member / split
+        return self.all_predictions / member / split
 
     def oof(self, member: str) -> Path:
         """Validated out-of-fold predictions of one member."""
-        return self.ensembles / "oof_predictions" / f"{member}.npz"
+        return self.all_oof / f"{member}.npz"
 
     def embeddings(self, member: str, split: str) -> Path:
         """Embeddings of one member on one split; the record lies beside it."""
-        return self.ensembles / "fusion_embeddings" / member / f"{split}.npy"
+        return self.all_embeddings / member / f"{split}.npy"
 
     def embeddings_record(self, member: str, split: str) -> Path:
         """Ids, classes and member digest of the embeddings."""
-        return self.ensembles / "fusion_embeddings" / member / f"{split}_record.json"
+        return self.all_embeddings / member / f"{split}_record.json"
 
     @property
     def models(self) -> Path:
@@ -103,22 +142,43 @@ class Workspace:
         """Folder of one saved ensemble."""
         return self.models / name
 
+    @property
+    def scores(self) -> Path:
+        """Folder of everything that `evaluate` writes."""
+        return (self.output / "metrics_output" if self.output else self.metrics) / "ensembles"
+
+    @property
+    def exports(self) -> Path:
+        """One folder per exported ensemble, beside the base pipeline's own exports unless there is an output."""
+        return self.output / "deployment_models" if self.output else self.deployment
+
     def ensemble_metrics(self, name: str, split: str) -> Path:
         """Scores of one ensemble; those of the test split have the plain name."""
-        return self.metrics / "ensembles" / name / _by_split("metrics", split)
+        return self.scores / name / _by_split("metrics", split)
 
     def member_metrics(self, member: str, split: str) -> Path:
         """Scores of one member."""
-        return self.metrics / "ensembles" / "members" / member / _by_split("metrics", split)
+        return self.scores / "members" / member / _by_split("metrics", split)
 
     def ranking(self, split: str) -> Path:
         """Members and ensembles in order."""
-        return self.metrics / "ensembles" / _by_split("ranking", split)
+        return self.scores / _by_split("ranking", split)
 
     @property
     def log_file(self) -> Path:
         """Messages of every command, with the traceback of whatever was a bug."""
         return self.logs / "ensemble_orchestrator.log"
+
+
+def _output(given: str | None, base: Path) -> Path | None:
+    asked = given or os.environ.get("DBT_ENSEMBLE_DIR")
+    if not asked:
+        return None
+    folder = Path(os.path.abspath(os.path.expanduser(asked)))
+    if folder.exists() and not folder.is_dir():
+        place = "--output" if given else "DBT_ENSEMBLE_DIR"
+        raise UserError(f"{place} {folder}: a file; expected a folder, which is made where there is none")
+    return None if folder == base else folder
 
 
 def _by_split(stem: str, split: str) -> str:

@@ -1,0 +1,42 @@
+"""The forecast before a long run: its size, what moves it, and its words."""
+
+from __future__ import annotations
+
+import pytest
+
+from utils.estimates import Estimate, extraction
+
+RESNET50 = 25_600_000 * 4  # bytes of its checkpoint
+
+
+def test_a_network_of_known_speed_is_forecast_within_a_factor_of_three():
+    """ResNet-50 at 224 pixels answers about 5 photographs per second and core in float32."""
+    found = extraction([RESNET50], 1000, batch_size=32, cores=1)
+    assert 1000 / 5 / 3 < found.seconds < 1000 / 5 * 3
+
+
+def test_what_makes_it_longer_and_larger():
+    few = extraction([RESNET50] * 3, 200, batch_size=32, cores=2)
+    assert extraction([RESNET50] * 15, 200, batch_size=32, cores=2).seconds == pytest.approx(5 * few.seconds)
+    assert extraction([RESNET50] * 3, 200, batch_size=1, cores=2).seconds > few.seconds
+    assert extraction([RESNET50] * 3, 200, batch_size=32, on_cuda=True).seconds < few.seconds
+    assert extraction([RESNET50] * 3, 200, batch_size=32, img_size=32, cores=2).seconds < few.seconds / 10
+    decoding = extraction([RESNET50] * 3, 200, batch_size=32, to_decode=200, cores=2)
+    assert decoding.seconds > few.seconds
+    assert decoding.megabytes - few.megabytes == pytest.approx(200 * 255 * 255 * 4 / 1e6)  # 4:3, three bytes a pixel
+
+
+def test_nothing_to_run_is_no_time():
+    assert extraction([], 0, batch_size=32) == Estimate(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "words"),
+    [
+        (Estimate(4.4, 0.2), "about 4 s and 1 MB"),
+        (Estimate(89, 12), "about 89 s and 12 MB"),
+        (Estimate(5400, 3400), "about 90 min and 3400 MB"),
+    ],
+)
+def test_words(estimate, words):
+    assert str(estimate) == words

@@ -1,0 +1,189 @@
+"""One writer per workspace: real processes, living and killed, other hosts, and two who see the same dead owner."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT
+
+from utils import locks
+from utils.errors import UserError
+
+HOLD = (
+    "import sys, pathlib, time\n"
+    "from utils import locks\n"
+    "with locks.one_writer(pathlib.Path(sys.argv[1]), 'build-ensemble'):\n"
+    "    print('held', flush=True)\n"
+    "    time.sleep(120)\n"
+)
+
+
+@pytest.fixture
+def heard(caplog):
+    logger = logging.getLogger("disease_pipeline")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture
+def lock(tmp_path) -> Path:
+    return tmp_path / "ensembles" / ".lock"
+
+
+@pytest.fixture
+def holder(lock):
+    """A real process that holds the lock."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], cwd=PROJECT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def leave(lock: Path, **changed) -> str:
+    """A lock file of this process with some facts changed."""
+    lock.parent.mkdir(exist_ok=True)
+    lock.write_text(json.dumps(asdict(replace(locks.this_process("stack"), **changed))))
+    return lock.read_text()
+
+
+def take(lock: Path) -> dict:
+    with locks.one_writer(lock, "discover"):
+        return json.loads(lock.read_text())
+
+
+def test_the_lock_says_who_writes_and_goes_however_the_block_ends(lock):
+    record = take(lock)
+    assert record["host"] == socket.gethostname()
+    assert (record["pid"], record["command"]) == (os.getpid(), "discover")
+    assert record["boot"] == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert record["started"] > 0
+    with pytest.raises(KeyboardInterrupt), locks.one_writer(lock, "discover"):
+        raise KeyboardInterrupt
+    assert list(lock.parent.iterdir()) == []
+
+
+def test_a_second_command_is_refused_by_name_of_the_first_and_takes_over_when_that_is_killed(
+    holder, lock, tmp_path, orchestrator
+):
+    before = lock.read_text()
+    done = orchestrator("discover", workspace=tmp_path)
+    assert done.returncode == 1
+    assert f"being written by `build-ensemble`, process {holder.pid} on host {socket.gethostname()}" in done.stderr
+    assert str(lock.parent) in done.stderr
+    assert lock.read_text() == before
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    done = orchestrator("discover", workspace=tmp_path)
+    assert f"process {holder.pid} on host {socket.gethostname()}" in done.stderr
+    assert "runs no more; taken over" in done.stderr
+    assert "Split the images first" in done.stderr  # it went on to what is wrong with an empty workspace
+    assert not lock.exists()
+
+
+def test_a_killed_process_that_nobody_has_waited_for_is_dead(holder, lock):
+    os.kill(holder.pid, signal.SIGKILL)
+    while Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        pass
+    assert take(lock)["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("changed", [{"started": 1}, {"boot": "another"}, {"pid": 2**22 + 1}])
+def test_what_is_certainly_dead_is_taken_over(lock, changed, heard):
+    leave(lock, **changed)
+    assert take(lock)["command"] == "discover"
+    assert "left by `stack`" in heard.text
+    assert not lock.exists()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"host": "elsewhere", "pid": 2**22 + 1},
+        {"host": "elsewhere", "boot": "another"},
+        {"pid_space": "pid:[1]", "pid": 2**22 + 1},  # another container of this host
+    ],
+)
+def test_what_cannot_be_seen_from_here_is_never_taken_over(lock, changed):
+    before = leave(lock, **changed)
+    host = changed.get("host", socket.gethostname())
+    with pytest.raises(UserError) as caught:
+        take(lock)
+    owner = json.loads(before)
+    for words in (f"process {owner['pid']} on host {host}", "`stack`", f"since {owner['since']}", f"rm {lock}"):
+        assert words in str(caught.value)
+    assert lock.read_text() == before
+    assert list(lock.parent.iterdir()) == [lock]
+
+
+def test_the_same_process_is_refused_as_well(lock):
+    with locks.one_writer(lock, "pipeline"), pytest.raises(UserError, match="`pipeline`"):
+        take(lock)
+
+
+@pytest.mark.parametrize("meanwhile", ["replaced", "rewritten", "removed"])
+def test_of_two_who_see_the_same_dead_owner_one_wins(lock, monkeypatch, meanwhile):
+    """The other process is quicker between our look at the owner and our turn to replace the file."""
+    leave(lock, started=1)
+    real = fcntl.flock
+
+    def late(file, operation):
+        monkeypatch.setattr(fcntl, "flock", real)
+        if meanwhile == "replaced":
+            lock.unlink()
+        if meanwhile == "removed":
+            lock.unlink()
+        else:
+            leave(lock, command="evaluate")
+        return real(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    if meanwhile == "removed":
+        assert take(lock)["command"] == "discover"
+        return
+    with pytest.raises(UserError, match="`evaluate`"):
+        take(lock)
+    assert json.loads(lock.read_text())["command"] == "evaluate"
+
+
+def test_where_there_are_no_hard_links_the_lock_still_excludes(lock, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with locks.one_writer(lock, "pipeline"), pytest.raises(UserError, match="`pipeline`"):
+        take(lock)
+    assert not lock.exists()
+
+
+def test_a_damaged_lock_is_named_with_the_command_that_removes_it(lock):
+    lock.parent.mkdir()
+    lock.write_text("{")
+    with pytest.raises(UserError, match=rf"{lock}: damaged.*rm {lock}"):
+        take(lock)
+
+
+def test_a_lock_that_became_another_s_is_left_to_it(lock, heard):
+    with locks.one_writer(lock, "discover"):
+        lock.unlink()
+        leave(lock, host="elsewhere")
+    assert json.loads(lock.read_text())["host"] == "elsewhere"
+    assert "removed or taken by somebody else" in heard.text
+
+
+def test_a_workspace_that_cannot_be_written_is_named_with_the_option_to_add(tmp_path):
+    (tmp_path / "ensembles").write_text("a file")
+    with pytest.raises(UserError, match=rf"{tmp_path}/ensembles/.lock: cannot be written .*--output DIR"):
+        take(tmp_path / "ensembles" / ".lock")

@@ -1,0 +1,366 @@
+"""`status` finds what is built, stale and next without torch; `clean` removes what it lists, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import PROJECT, run_python
+
+import ensemble_orchestrator
+from utils import catalog, inventory, locks, upkeep
+from utils.config_file import load
+from utils.errors import ConfigError
+from utils.workspace import Workspace
+
+CONFIG = PROJECT / "configs" / "digits_demo.yaml"
+DEMO = ("--config", "configs/digits_demo.yaml")
+NAMES = ("split_dataset", "checkpoints", "metrics_output", "kfold_results", "deployment_models", "image_cache", "logs")
+
+
+def at(base: Path) -> Workspace:
+    return Workspace(base, *(base / name for name in NAMES))
+
+
+@pytest.fixture
+def workspace(own_copy) -> Workspace:
+    return at(own_copy)
+
+
+def look(workspace: Workspace, *overrides: str) -> inventory.Inventory:
+    return inventory.take(load(CONFIG, overrides=overrides), workspace)
+
+
+def status(workspace: Workspace, *overrides: str):
+    return upkeep.status(load(CONFIG, overrides=overrides), workspace)
+
+
+def clean(workspace: Workspace, **options: bool):
+    return upkeep.clean(load(CONFIG), workspace, **options)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# status ---------------------------------------------------------------------------------------------------------------
+def test_a_finished_workspace_is_current_and_has_no_next_command(workspace):
+    found = status(workspace)
+    assert found.next is None
+    assert found.text.endswith("nothing is missing or stale")
+    assert found.document["catalog"]["state"] == found.document["evaluation"]["state"] == "current"
+    assert {state["state"] for state in found.document["ensembles"].values()} == {"current"}
+    assert {state["state"] for splits in found.document["predictions"].values() for state in splits.values()} == {
+        "current"
+    }
+    sizes = found.document["bytes"]
+    assert sizes["temporary"] == 0
+    assert all(sizes[name] > 0 for name in ("decoded_images", "predictions", "embeddings", "ensembles"))
+    assert found.document["quota_gb"] == 20
+
+
+def test_status_loads_no_torch_and_writes_nothing(own_copy):
+    before = files(own_copy)
+    code = (
+        "import sys, ensemble_orchestrator as o\n"
+        "assert o.main(sys.argv[1:]) == 0\n"
+        "assert not {'torch', 'sklearn', 'PIL', 'timm'} & set(sys.modules)"
+    )
+    done = run_python("-c", code, "status", *DEMO, "--quiet", "--workspace", str(own_copy))
+    assert done.returncode == 0, done.stderr
+    left = {name: content for name, content in files(own_copy).items() if not name.endswith(".log")}
+    assert left == {name: content for name, content in before.items() if not name.endswith(".log")}
+
+
+def test_the_next_command_leads_from_images_to_a_ranking(trained, tmp_path):
+    """Doing what it says, again and again, ends."""
+    base = Path(shutil.copytree(trained, tmp_path / "w"))
+    said = []
+    while (found := json.loads(run(base, "status", "--json").stdout)).get("next"):
+        words = found["next"].split()
+        assert words[:2] == ["python", "ensemble_orchestrator.py"]
+        said.append(words[2])
+        done = run_python(*words[1:])
+        assert done.returncode == 0, done.stderr
+        assert len(said) < 5, said
+    assert said == ["discover", "build-ensemble", "evaluate"]
+
+
+def run(base: Path, *options: str):
+    return run_python(str(PROJECT / "ensemble_orchestrator.py"), *options, *DEMO, "--workspace", str(base))
+
+
+def test_an_empty_workspace_is_told_how_to_train(tmp_path):
+    done = run(tmp_path, "status")
+    assert done.returncode == 0
+    assert f"next: train networks: make demo, or python {PROJECT}/BASE-BACK/src/main.py --workspace {tmp_path}" in (
+        done.stdout
+    )
+
+
+def touched(path: Path) -> None:
+    later = time.time() + 10
+    os.utime(path, (later, later))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda w: touched(w.checkpoint("CustomConvNeXt", "final")),
+            "checkpoints/CustomConvNeXt_final.pth has changed",
+        ),
+        (lambda w: w.checkpoint("CustomConvNeXt", "fold1").unlink(), "checkpoints/CustomConvNeXt_fold1.pth is gone"),
+        (lambda w: touched(w.base_oof("CustomViTHybrid")), "CustomViTHybrid_oof_predictions.npz has changed"),
+        (lambda w: copied(w, "New", "final"), "New_final.pth is new"),
+        (lambda w: copied(w, "CustomConvNeXt", "snapshot9"), "CustomConvNeXt_snapshot9.pth is new"),
+        (lambda w: touched(w.split_dir / "val" / "1"), "images of val were added or removed"),
+    ],
+    ids=["changed", "gone", "oof", "new member", "new role", "images"],
+)
+def test_a_catalog_older_than_its_files_is_stale_with_the_reason(workspace, change, reason):
+    catalog.discover(load(CONFIG), workspace)  # the digests of the copy's own files are known from here on
+    change(workspace)
+    state = look(workspace).catalog
+    assert state.state == "stale"
+    assert len(state.reasons) == 1
+    assert reason in state.reasons[0]
+    found = status(workspace)
+    assert found.next == "discover"
+    assert reason in found.text
+
+
+def copied(workspace: Workspace, backbone: str, role: str) -> None:
+    shutil.copy(workspace.checkpoint("CustomConvNeXt", "final"), workspace.checkpoint(backbone, role))
+
+
+def test_in_a_moved_workspace_times_decide(workspace):
+    assert look(workspace).catalog.state == "current"
+    touched(workspace.checkpoint("CustomConvNeXt", "final"))
+    assert look(workspace).catalog.reasons == ("checkpoints/CustomConvNeXt_final.pth has changed",)
+
+
+def test_a_split_that_is_gone_is_made_before_anything_else(workspace):
+    shutil.rmtree(workspace.split_dir / "test")
+    found = status(workspace)
+    assert f"{workspace.split_dir / 'test'} is gone" in found.text
+    assert found.text.endswith(f"main.py --workspace {workspace.base} --stages split")
+    assert found.next is None
+
+
+def test_a_missing_and_a_damaged_catalog(workspace):
+    workspace.catalog.write_text("{")
+    assert look(workspace).catalog.state == "damaged"
+    assert status(workspace).next == "discover"
+    workspace.catalog.unlink()
+    assert look(workspace).catalog.state == "missing"
+    assert status(workspace).next == "discover"
+
+
+def test_ensembles_and_predictions_of_an_old_checkpoint_are_named(workspace):
+    shutil.copy(workspace.checkpoint("CustomConvNeXt", "snapshot1"), workspace.checkpoint("CustomConvNeXt", "final"))
+    catalog.discover(load(CONFIG), workspace)
+    found = look(workspace)
+    assert found.catalog.state == "current"
+    assert set(found.stale_ensembles()) == {"hard_voting_ensemble", "logit_averaging_ensemble", "soft_voting_ensemble"}
+    assert found.ensembles["soft_voting_ensemble"].reasons == ("CustomConvNeXt has another checkpoint now",)
+    assert str(found.predictions["CustomConvNeXt"]["val"]) == "stale: of an old checkpoint"
+    assert found.predictions["CustomViTHybrid"]["val"].state == "current"
+    assert found.evaluation.state == "stale"
+    assert status(workspace).next == "build-ensemble"
+    assert "CustomConvNeXt on test  stale: of an old checkpoint" in status(workspace).text
+
+
+def test_other_settings_and_other_members_make_an_ensemble_stale(workspace):
+    (reason,) = look(workspace, "seed=7").ensembles["soft_voting_ensemble"].reasons
+    assert "seed" in reason
+    found = look(workspace, "backbones.exclude=[CustomViTHybrid]")
+    (reason,) = found.ensembles["soft_voting_ensemble"].reasons
+    assert reason == (
+        "built from CustomConvNeXt, CustomResNetMish, CustomViTHybrid; the configuration selects CustomConvNeXt, "
+        "CustomResNetMish"
+    )
+    assert status(workspace, "backbones.exclude=[CustomViTHybrid]").next == "build-ensemble"
+
+
+def test_a_damaged_ensemble_and_a_missing_one(workspace):
+    (workspace.ensemble("soft_voting_ensemble") / "combiner.safetensors").write_bytes(b"x")
+    (workspace.ensemble("hard_voting_ensemble") / "ensemble.json").unlink()
+    found = look(workspace)
+    assert found.ensembles["soft_voting_ensemble"].state == "damaged"
+    assert found.ensembles["hard_voting_ensemble"].state == "missing"
+    assert status(workspace).next == "build-ensemble"
+
+
+def test_an_ensemble_that_the_configuration_does_not_list_is_no_reason_to_build(workspace):
+    shutil.copy(workspace.checkpoint("CustomConvNeXt", "snapshot1"), workspace.checkpoint("CustomConvNeXt", "final"))
+    catalog.discover(load(CONFIG), workspace)
+    assert status(workspace, "runs.score_ensemble.enable=false").next == "evaluate"
+
+
+def test_a_configuration_that_selects_nothing_is_said(workspace):
+    found = status(workspace, "backbones.include=[CustomRegNet]")
+    assert "problem: " in found.text
+    assert found.document["problems"][0].count("none of CustomRegNet is in the catalog") == 1
+    assert found.next is None
+
+
+def test_a_reader_is_not_blocked_and_sees_who_writes(own_copy):
+    hold = (
+        "import sys, pathlib\n"
+        "from utils import locks\n"
+        "with locks.one_writer(pathlib.Path(sys.argv[1]), 'stack'):\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", hold, str(at(own_copy).lock)]
+    process = subprocess.Popen(command, cwd=PROJECT, stdin=pipe, stdout=pipe, text=True)
+    assert process.stdout.readline() == "held\n"
+    done = run(own_copy, "status", "--json")
+    assert done.returncode == 0, done.stderr
+    writer = json.loads(done.stdout)["writer"]
+    assert (writer["command"], writer["pid"], writer["dead"]) == ("stack", process.pid, False)
+    assert run(own_copy, "clean").returncode == 0  # lists only
+    refused = run(own_copy, "clean", "--confirm")
+    assert refused.returncode == 1
+    assert f"`stack`, process {process.pid}" in refused.stderr
+    process.communicate()
+    assert not at(own_copy).lock.exists()
+
+
+def test_a_dead_writer_is_shown_as_such(workspace):
+    owner = locks.this_process("stack")
+    workspace.lock.write_text(json.dumps(vars(owner) | {"started": 1}))
+    assert "runs no more" in status(workspace).text
+    workspace.lock.write_text("{")
+    assert "damaged" in status(workspace).text
+
+
+# clean ----------------------------------------------------------------------------------------------------------------
+def leave_rubbish(workspace: Workspace) -> dict[str, Path]:
+    """One of each kind of thing that may go."""
+    temporary = workspace.models / ".crossfit.abcd1234.partial.npz"
+    temporary.write_bytes(b"12345")
+    gone = workspace.predictions("Gone", "val")
+    gone.mkdir(parents=True)
+    np.save(gone / "logits.npy", np.zeros(10))
+    workspace.embeddings("Gone", "val").parent.mkdir(parents=True)
+    np.save(workspace.embeddings("Gone", "val"), np.zeros(10))
+    workspace.oof("Gone").write_bytes(b"123")
+    return {"temporary": temporary, "predictions": gone, "oof": workspace.oof("Gone")}
+
+
+def test_clean_lists_and_removes_nothing_without_confirm(workspace):
+    leave_rubbish(workspace)
+    before = files(workspace.base)
+    found = clean(workspace)
+    assert found.document["removed"] == []
+    assert files(workspace.base) == before
+    groups = {group["what"]: group for group in found.document["groups"]}
+    assert groups["temporary files"]["bytes"] == 5
+    assert [item["name"] for item in groups["predictions of members that are gone"]["items"]] == [
+        "Gone",
+        "Gone",
+        "Gone.npz",
+    ]
+    assert groups["decoded images"]["bytes"] > 0
+    assert groups["decoded images"]["option"] == "--cache"
+    assert found.next == "clean --confirm"
+    assert "nothing is removed without --confirm" in found.text
+
+
+def test_clean_confirm_removes_what_it_lists_and_nothing_else(workspace):
+    before = files(workspace.base)
+    leave_rubbish(workspace)
+    found = clean(workspace, confirm=True)
+    assert found.failures == []
+    assert len(found.document["removed"]) == 4
+    assert files(workspace.base) == before
+    assert not (workspace.ensembles / "predictions" / "Gone").exists()
+    assert status(workspace).next is None
+    assert clean(workspace).text.endswith("nothing to remove")
+
+
+def test_clean_temporary_removes_at_once_and_only_that(workspace):
+    rubbish = leave_rubbish(workspace)
+    base_own = workspace.checkpoints / ".x.abcd1234.partial.pth"
+    base_own.write_bytes(b"the base pipeline's")
+    assert clean(workspace, temporary=True).document["bytes_removed"] == 5
+    assert not rubbish["temporary"].exists()
+    assert rubbish["predictions"].exists()
+    assert base_own.exists()
+    with pytest.raises(ConfigError, match="takes neither"):
+        clean(workspace, temporary=True, cache=True)
+
+
+def test_clean_cache_and_stale_remove_what_can_be_made_again(workspace):
+    shutil.copy(workspace.checkpoint("CustomConvNeXt", "snapshot1"), workspace.checkpoint("CustomConvNeXt", "final"))
+    catalog.discover(load(CONFIG), workspace)
+    found = clean(workspace, cache=True, stale=True)
+    assert found.next == "clean --cache --stale --confirm"
+    assert "soft_voting_ensemble: stale: CustomConvNeXt has another checkpoint now" in found.text
+    base = {name: content for name, content in files(workspace.base).items() if "image_cache" not in name}
+    found = clean(workspace, cache=True, stale=True, confirm=True)
+    assert found.failures == []
+    assert list(workspace.models.iterdir()) == []
+    assert list(workspace.image_cache.iterdir()) == []
+    left = files(workspace.base)
+    assert left == {name: content for name, content in base.items() if not name.startswith(str(workspace.models))}
+
+
+def test_clean_never_goes_through_a_link(workspace, tmp_path):
+    """Our folders moved to another disk by a link: what is there is listed as a link and stays."""
+    leave_rubbish(workspace)
+    for place in (workspace.all_predictions, workspace.models, workspace.image_cache):
+        shutil.move(place, tmp_path / place.name)
+        place.symlink_to(tmp_path / place.name)
+    kept = {folder: files(tmp_path / folder.name) for folder in (workspace.all_predictions, workspace.image_cache)}
+    found = clean(workspace, confirm=True, cache=True, stale=True)
+    assert kept == {folder: files(tmp_path / folder.name) for folder in kept}
+    assert (tmp_path / "models" / "soft_voting_ensemble" / "ensemble.json").is_file()
+    assert found.text.count("symbolic link, not gone through") == 3
+    assert not workspace.embeddings("Gone", "val").exists()  # not behind a link
+    moved = shutil.move(workspace.ensembles, tmp_path / "all")
+    workspace.ensembles.symlink_to(moved)
+    np.save(Path(moved) / ".a.abcd1234.partial.npy", np.zeros(3))
+    before = files(Path(moved))
+    assert clean(workspace, temporary=True).document["removed"] == []
+    assert files(Path(moved)) == before
+
+
+def test_clean_without_a_catalog_cannot_tell_which_members_are_gone(workspace):
+    rubbish = leave_rubbish(workspace)
+    workspace.catalog.unlink()
+    clean(workspace, confirm=True)
+    assert rubbish["predictions"].exists()
+    assert not rubbish["temporary"].exists()
+
+
+# the quota ------------------------------------------------------------------------------------------------------------
+def test_the_quota_is_kept_before_a_command_that_decodes_and_told(own_copy):
+    """Nothing is decoded again while every result is there."""
+    packs = list((own_copy / "image_cache").glob("*.npz"))
+    assert packs
+    done = run(own_copy, "discover", "--set", "cache.quota_gb=0.0001")
+    assert done.returncode == 0, done.stderr
+    assert all(path.exists() for path in packs)  # decodes nothing, so it needs no room
+    done = run(own_copy, "build-ensemble", "--set", "cache.quota_gb=0.0001")
+    assert done.returncode == 0, done.stderr
+    assert "more than the 0.0001 GB of cache.quota_gb" in done.stderr
+    assert not any(path.exists() for path in packs)
+    assert "up to date" in done.stdout
+
+
+def test_the_table_says_which_commands_write():
+    writes = {name: command.writes for name, command in ensemble_orchestrator.COMMANDS.items()}
+    assert writes["status"] is False
+    assert writes["clean"] == ("confirm", "temporary")
+    assert all(writes[name] is True for name in ("discover", "build-ensemble", "evaluate", "pipeline"))

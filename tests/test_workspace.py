@@ -1,0 +1,177 @@
+"""Names of folders, an output of its own, and a workspace that cannot be written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import PROJECT, run_python
+
+from utils import base_back
+from utils.errors import UserError
+from utils.workspace import Workspace
+
+DEMO = ("--config", "configs/digits_demo.yaml")
+PROGRAM = str(PROJECT / "ensemble_orchestrator.py")
+
+
+def settings_of(base: Path, **more: Path) -> SimpleNamespace:
+    folders = {
+        "SPLIT_DIR": "split_dataset",
+        "CKPT_DIR": "checkpoints",
+        "METRICS_DIR": "metrics_output",
+        "KFOLD_DIR": "kfold_results",
+        "DEPLOY_DIR": "deployment_models",
+        "DEBUG_LOG_DIR": "debug_logs",
+    }
+    return SimpleNamespace(BASE_DIR=base, **{key: base / name for key, name in folders.items()}, **more)
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(base_back, "settings", lambda: settings_of(tmp_path / "base"))
+    monkeypatch.delenv("DBT_ENSEMBLE_DIR", raising=False)
+    monkeypatch.delenv("DBT_IMAGE_CACHE_DIR", raising=False)
+    return tmp_path / "base"
+
+
+def ours(workspace: Workspace) -> list[Path]:
+    """Every place that is written to."""
+    return [
+        *(workspace.ensembles, workspace.catalog, workspace.digests, workspace.lock, workspace.crossfit_folds),
+        *(workspace.predictions("A", "val"), workspace.oof("A"), workspace.embeddings("A", "val")),
+        *(workspace.embeddings_record("A", "val"), workspace.ensemble("x"), workspace.ensemble_metrics("x", "test")),
+        *(workspace.member_metrics("A", "val"), workspace.ranking("test"), workspace.exports),
+        *(workspace.image_cache, workspace.log_file),
+    ]
+
+
+def test_without_an_output_everything_lies_in_the_workspace(base):
+    workspace = Workspace.of_settings()
+    assert all(path.is_relative_to(base) for path in ours(workspace))
+    assert workspace.ranking("val") == base / "metrics_output" / "ensembles" / "ranking_val.json"
+    assert workspace.exports == workspace.deployment
+
+
+@pytest.mark.parametrize("by", ["option", "variable"])
+def test_an_output_takes_everything_of_ours_and_nothing_of_the_base(base, tmp_path, monkeypatch, by):
+    if by == "variable":
+        monkeypatch.setenv("DBT_ENSEMBLE_DIR", str(tmp_path / "out"))
+    workspace = Workspace.of_settings(str(tmp_path / "out") if by == "option" else None)
+    assert all(path.is_relative_to(tmp_path / "out") for path in ours(workspace))
+    assert workspace.ranking("test") == tmp_path / "out" / "metrics_output" / "ensembles" / "ranking.json"
+    read = (workspace.checkpoint("A", "final"), workspace.training_metrics("A"), workspace.base_oof("A"))
+    assert all(path.is_relative_to(base) for path in (*read, workspace.split_dir, workspace.deployment))
+    assert workspace.relative(base / "checkpoints" / "A_final.pth") == "checkpoints/A_final.pth"
+    assert workspace.relative(tmp_path / "out" / "x") == (tmp_path / "out" / "x").as_posix()
+
+
+def test_the_option_wins_over_the_variable_and_the_workspace_itself_is_no_output(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("DBT_ENSEMBLE_DIR", str(tmp_path / "variable"))
+    assert Workspace.of_settings(str(tmp_path / "option")).output == tmp_path / "option"
+    assert Workspace.of_settings(str(base)).output is None
+    monkeypatch.chdir(tmp_path)
+    assert Workspace.of_settings("here").output == tmp_path / "here"
+
+
+def test_a_cache_that_was_placed_elsewhere_stays_there(base, tmp_path, monkeypatch):
+    placed = tmp_path / "big disk"
+    monkeypatch.setenv("DBT_IMAGE_CACHE_DIR", str(placed))
+    assert Workspace.of_settings(str(tmp_path / "out")).image_cache == placed  # a foreign BASE-BACK has no setting
+    monkeypatch.setattr(base_back, "settings", lambda: settings_of(base, IMAGE_CACHE_DIR=placed))
+    assert Workspace.of_settings().image_cache == placed
+
+
+def test_an_output_that_is_a_file_is_refused(base, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"--output .*file: a file; expected a folder"):
+        Workspace.of_settings(str(tmp_path / "file"))
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        status = path.lstat()
+        found[str(path)] = (status.st_mtime_ns, status.st_size if path.is_file() else 0)
+    return found
+
+
+@pytest.fixture
+def read_only(tmp_path, trained) -> Path:
+    base = Path(shutil.copytree(trained, tmp_path / "base"))
+    for path in [base, *base.rglob("*")]:
+        if path.is_dir():
+            path.chmod(0o555)
+    yield base
+    for path in [base, *base.rglob("*")]:
+        if path.is_dir():
+            path.chmod(0o755)
+
+
+def bound_by_permissions() -> list[str]:
+    """What to put before a command so that permissions hold for it, also where the tests run as root."""
+    if os.geteuid() != 0:
+        return []
+    without = ["--inh-caps=-dac_override", "--bounding-set=-dac_override"]
+    if shutil.which("setpriv") is None:
+        pytest.skip("permissions do not bind root, and there is no setpriv to give up its privilege")
+    return ["setpriv", *without]
+
+
+def run_bound(*options: str, workspace: Path) -> subprocess.CompletedProcess[str]:
+    command = [*bound_by_permissions(), sys.executable, PROGRAM, *options, *DEMO, "--workspace", str(workspace)]
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("DBT_") and key != "BASE_BACK_DIR"}
+    return subprocess.run(command, cwd=PROJECT, env=clean, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_a_read_only_workspace_is_one_clear_message_and_with_an_output_everything_works(read_only, tmp_path):
+    before = snapshot(read_only)
+    done = run_bound("discover", workspace=read_only)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert f"{read_only}/ensembles/.lock: cannot be written (Permission denied)" in done.stderr
+    assert "--output DIR (or DBT_ENSEMBLE_DIR)" in done.stderr
+    done = run_bound("status", workspace=read_only)
+    assert done.returncode == 0
+    assert done.stderr == ""  # a reader needs nothing to be written
+    out = tmp_path / "out"
+    done = run_bound("pipeline", "--output", str(out), "--json", workspace=read_only)
+    assert done.returncode == 0, done.stderr
+    assert "cannot be written" not in done.stderr
+    catalog = json.loads((out / "ensembles" / "ensemble_catalog.json").read_text())
+    assert catalog["members"]["CustomConvNeXt"]["checkpoints"][0]["path"] == "checkpoints/CustomConvNeXt_final.pth"
+    places = ("metrics_output/ensembles/ranking.json", "ensembles/models/soft_voting_ensemble/ensemble.json")
+    assert all((out / place).is_file() for place in places)
+    assert list((out / "image_cache").glob("*.npz"))
+    assert (out / "debug_logs" / "ensemble_orchestrator.log").is_file()
+    assert sorted(path.name for path in out.iterdir()) == ["debug_logs", "ensembles", "image_cache", "metrics_output"]
+    assert snapshot(read_only) == before
+    assert not stat.S_IMODE(read_only.stat().st_mode) & 0o200
+
+
+def test_an_output_in_somebody_else_s_workspace_gives_the_same_bytes(built, tmp_path, orchestrator):
+    before = snapshot(built)
+    done = orchestrator("pipeline", *DEMO, "--output", str(tmp_path / "out"), workspace=built)
+    assert done.returncode == 0, done.stderr
+    assert snapshot(built) == before
+    for path in (built / "ensembles" / "models").rglob("*"):
+        if path.is_file():
+            assert path.read_bytes() == (tmp_path / "out" / path.relative_to(built)).read_bytes(), path
+    done = orchestrator("status", *DEMO, "--json", "--output", str(tmp_path / "out"), workspace=built)
+    assert json.loads(done.stdout)["output"] == str(tmp_path / "out")
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(trained, tmp_path):
+    (tmp_path / "file").write_text("x")
+    place = tmp_path / "file" / "below"
+    done = run_python(PROGRAM, "discover", "--workspace", str(trained), "--output", str(place))
+    assert done.returncode == 1
+    assert f"{place}/ensembles/.lock: cannot be written (Not a directory)" in done.stderr
+    assert "Expected folders, not files, on the way there" in done.stderr

@@ -1,0 +1,144 @@
+"""What takes up room on disk, found and removed without ever going through a symbolic link."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger("disease_pipeline")
+
+TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.partial(\.[^.]+)?")
+"""As `artifacts.replacing` and the base pipeline's writer name what is not finished."""
+PACK = re.compile(r"(\d+_[0-9a-f]+)\.np[yz]")
+"""Files of the decoded-image cache; the two of one pack share the first part."""
+HOUR = 3600.0
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that can be counted and removed."""
+
+    name: str
+    paths: tuple[Path, ...]
+    """In the order in which they may go: what makes the others valid comes first."""
+    size: int
+    """Bytes."""
+    modified: float
+    """Of the newest file, seconds since the epoch."""
+
+
+def files(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Regular files at any depth; nothing where `folder` is a link or is not there."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.is_dir(follow_symlinks=False):
+                yield from files(Path(entry.path))
+            elif entry.is_file(follow_symlinks=False):
+                yield entry
+
+
+def size(folder: Path) -> int:
+    """Bytes of all regular files below a folder."""
+    return sum(status.st_size for entry in files(folder) if (status := _status(entry)))
+
+
+def children(folder: Path) -> list[Item]:
+    """One item per file or folder that lies directly in `folder`, links left out."""
+    if folder.is_symlink() or not folder.is_dir():
+        return []
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink():
+            continue
+        status = path.stat()
+        found.append(Item(path.name, (path,), size(path) if path.is_dir() else status.st_size, status.st_mtime))
+    return found
+
+
+def leftovers(folder: Path, *, shared: bool) -> list[Item]:
+    """Files under temporary names, which a killed process left.
+
+    In a `shared` folder another program may be writing, so only what nobody has touched for an hour counts there.
+    """
+    found = []
+    for entry in files(folder):
+        if not TEMPORARY.fullmatch(entry.name) or (status := _status(entry)) is None:
+            continue
+        may_be_alive = shared or entry.name.startswith(".lock.")
+        if not may_be_alive or time.time() - status.st_mtime > HOUR:
+            found.append(Item(entry.name, (Path(entry.path),), status.st_size, status.st_mtime))
+    return found
+
+
+def packs(image_cache: Path) -> list[Item]:
+    """The packs of decoded images, oldest first; their index goes before their pixels."""
+    found: dict[str, list[tuple[Path, os.stat_result]]] = {}
+    for entry in files(image_cache):
+        match = PACK.fullmatch(entry.name)
+        if match and Path(entry.path).parent == image_cache and (status := _status(entry)):
+            found.setdefault(match[1], []).append((Path(entry.path), status))
+    items = [
+        Item(
+            name,
+            tuple(path for path, _ in sorted(parts, key=lambda part: part[0].suffix, reverse=True)),
+            sum(status.st_size for _, status in parts),
+            max(status.st_mtime for _, status in parts),
+        )
+        for name, parts in found.items()
+    ]
+    return sorted(items, key=lambda item: (item.modified, item.name))
+
+
+def enforce_quota(image_cache: Path, quota_gb: float | None) -> list[Item]:
+    """Remove the oldest packs until the decoded images keep within the quota (10^9 bytes each); what was removed."""
+    found = packs(image_cache)
+    total = sum(item.size for item in found)
+    removed: list[Item] = []
+    while quota_gb is not None and total > quota_gb * 1e9:
+        removed.append(found[len(removed)])
+        remove(removed[-1])
+        total -= removed[-1].size
+    if removed:
+        logger.warning(
+            "decoded images take more than the %g GB of cache.quota_gb: the %d oldest of %d packs are removed (%s) and "
+            "decoded again when they are needed",
+            quota_gb,
+            len(removed),
+            len(found),
+            shown(sum(item.size for item in removed)),
+        )
+    return removed
+
+
+def remove(item: Item) -> None:
+    """Remove an item, in its order; links inside it go as names, what they point to stays. Raises OSError."""
+    for path in item.paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def shown(size: float) -> str:
+    """Bytes for a reader: `3.4 MB`."""
+    for unit in ("B", "kB", "MB"):
+        if size < 999.5:
+            return f"{size:.0f} {unit}" if size >= 99.5 or unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Of an entry itself; None when it vanished since it was listed."""
+    try:
+        return entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,186 @@
+"""What a workspace holds, what of it is stale and why; found from names, times and records, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils import base_back, build, catalog, ensembles, evaluation
+from utils.artifacts import FileDigests, read_json
+from utils.catalog import Catalog, Member
+from utils.config import Config
+from utils.ensembles import Ensemble
+from utils.errors import UserError
+from utils.predictions import Store
+from utils.workspace import SPLITS, Workspace
+
+CURRENT, STALE, MISSING, DAMAGED = "current", "stale", "missing", "damaged"
+ANSWERED = ("val", "test")
+
+
+@dataclass(frozen=True)
+class State:
+    """Of one thing: current, stale, missing or damaged, and why."""
+
+    state: str
+    reasons: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.state + (f": {'; '.join(self.reasons)}" if self.reasons else "")
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Everything that a later command would find out, found out before it."""
+
+    catalog: State
+    found: Catalog | None
+    """None while there is no catalog that can be read."""
+    predictions: dict[str, dict[str, State]] = field(default_factory=dict)
+    """{member: {split: state}} for the members that are in use."""
+    ensembles: dict[str, State] = field(default_factory=dict)
+    """Saved ones, and those the configuration lists."""
+    evaluation: State = field(default_factory=lambda: State(MISSING))
+    problems: tuple[str, ...] = ()
+
+    def stale_ensembles(self) -> dict[str, State]:
+        """Saved ensembles that a build would no longer make as they are."""
+        return {name: state for name, state in self.ensembles.items() if state.state in (STALE, DAMAGED)}
+
+
+def take(config: Config, workspace: Workspace) -> Inventory:
+    """Look at everything. Never writes, and raises nothing for what is missing or damaged: it is part of the answer."""
+    try:
+        found = catalog.load(workspace) if workspace.catalog.is_file() else None
+    except UserError as error:
+        return Inventory(State(DAMAGED, (str(error),)), None)
+    if found is None:
+        return Inventory(State(MISSING), None)
+    store = Store(config, workspace, found)
+    outdated = _since_discovery(workspace, found, store.digests)
+    of_catalog = State(STALE if outdated else CURRENT, tuple(outdated))
+    saved, states = _saved(workspace)
+    try:
+        selected = catalog.select(found, config)
+    except UserError as error:
+        return Inventory(of_catalog, found, ensembles=states, problems=(str(error),))
+    for name, ensemble in saved.items():
+        states[name] = _ensemble_state(config, store, ensemble, selected)
+    for name in configured(config):
+        states.setdefault(name, State(MISSING))
+    in_use = evaluation.members_to_score(found, selected, saved)
+    return Inventory(
+        catalog=of_catalog,
+        found=found,
+        predictions={
+            name: {split: _predictions_state(store, member, split) for split in ANSWERED}
+            for name, member in in_use.items()
+        },
+        ensembles=dict(sorted(states.items())),
+        evaluation=_evaluation_state(store, saved, in_use),
+    )
+
+
+def configured(config: Config) -> list[str]:
+    """Names of the ensembles that the configuration lists and this version builds."""
+    methods = config.runs.score_ensemble.methods if config.runs.score_ensemble.enable else ()
+    return [ensembles.NAMES[method] for method in methods if method in ensembles.NAMES]
+
+
+def _since_discovery(workspace: Workspace, found: Catalog, digests: FileDigests) -> list[str]:
+    """What has changed since the catalog was written, by sizes and times alone; no checkpoint is read."""
+    written = workspace.catalog.stat().st_mtime
+    reasons = []
+    for member in found.members.values():
+        places = [entry["path"] for entry in member.checkpoints] + ([member.oof["path"]] if member.oof else [])
+        for place in places:
+            path = workspace.base / place
+            if not path.exists():
+                reasons.append(f"{place} is gone")
+            elif not _is_unchanged(path, digests, written):
+                reasons.append(f"{place} has changed")
+    reasons += [f"{path.name} is new" for path in _unlisted(workspace, found, written)]
+    for split in SPLITS:
+        folder = workspace.split_dir / split
+        places = [folder, *(path for path in folder.iterdir() if path.is_dir())] if folder.is_dir() else []
+        if not places:
+            reasons.append(f"{folder} is gone")
+        elif any(path.stat().st_mtime > written for path in places):
+            reasons.append(f"images of {split} were added or removed")
+    if base_back.source_digest(base_back.locate()) != found.base_back["digest"]:
+        reasons.append("the code of BASE-BACK is another")
+    return reasons
+
+
+def _is_unchanged(path: Path, digests: FileDigests, written: float) -> bool:
+    known = digests.is_unchanged(path)
+    return path.stat().st_mtime <= written if known is None else known
+
+
+def _unlisted(workspace: Workspace, found: Catalog, written: float) -> list[Path]:
+    """Checkpoints that discovery would take and that the catalog does not know."""
+    if not workspace.checkpoints.is_dir():
+        return []
+    listed = {workspace.base / entry["path"] for member in found.members.values() for entry in member.checkpoints}
+    refused = {problem.member for problem in found.problems}
+    new = []
+    for path in sorted(set(workspace.checkpoints.iterdir()) - listed):
+        match = catalog.CHECKPOINT_NAME.fullmatch(path.name)
+        if match is None or (match["name"] not in found.members and match["role"] not in catalog.STAGES):
+            continue
+        if match["name"] not in refused - set(found.members) or path.stat().st_mtime > written:
+            new.append(path)
+    return new
+
+
+def _saved(workspace: Workspace) -> tuple[dict[str, Ensemble], dict[str, State]]:
+    saved, states = {}, {}
+    for name in ensembles.names(workspace):
+        try:
+            saved[name] = ensembles.load(workspace, name)
+        except UserError as error:
+            states[name] = State(DAMAGED, (str(error),))
+    return saved, states
+
+
+def _ensemble_state(config: Config, store: Store, ensemble: Ensemble, selected: Sequence[Member]) -> State:
+    members = store.catalog.members
+    gone = [name for name in ensemble.members if name not in members]
+    other = [
+        name for name, digest in ensemble.member_digests.items() if name in members and members[name].digest != digest
+    ]
+    reasons = [f"{name} is no longer in the catalog" for name in gone]
+    reasons += [f"{name} has another checkpoint now" for name in other]
+    if not reasons and ensemble.method in ensembles.NAMES:
+        wanted = tuple(sorted(member.name for member in selected))
+        if wanted != ensemble.members:
+            reasons.append(f"built from {', '.join(ensemble.members)}; the configuration selects {', '.join(wanted)}")
+        elif build.inputs_digest(config, store, selected, ensemble.method) != ensemble.inputs_digest:
+            reasons.append("its images, out-of-fold predictions, seed or groups are others now")
+    return State(STALE if reasons else CURRENT, tuple(reasons))
+
+
+def _predictions_state(store: Store, member: Member, split: str) -> State:
+    try:
+        record = read_json(store.workspace.predictions(member.name, split) / "record.json", remedy="Remove it")
+    except UserError as error:
+        return State(DAMAGED, (str(error),))
+    if record is None:
+        return State(MISSING)
+    if record.get("key") == store.key(member, split):
+        return State(CURRENT)
+    of_old = record.get("member_digest") != member.digest
+    return State(STALE, ("of an old checkpoint" if of_old else "of other images",))
+
+
+def _evaluation_state(store: Store, saved: Mapping[str, Ensemble], in_use: Mapping[str, Member]) -> State:
+    try:
+        ranking = read_json(store.workspace.ranking("test"), remedy="Evaluate again")
+    except UserError as error:
+        return State(DAMAGED, (str(error),))
+    if ranking is None:
+        return State(MISSING)
+    if ranking.get("inputs_digest") == evaluation.inputs_digest(store, saved, in_use, "test"):
+        return State(CURRENT)
+    return State(STALE, ("members or ensembles have changed since",))

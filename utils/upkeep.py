@@ -1,0 +1,262 @@
+"""`status` and `clean`: what there is and what to do next; what may be removed, and its removal."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from utils import base_back, caches, inventory, locks
+from utils.caches import Item, shown
+from utils.config import Config
+from utils.errors import ConfigError, UserError, cannot_write
+from utils.inventory import CURRENT, MISSING, Inventory
+from utils.results import Result
+from utils.workspace import SPLITS, Workspace
+
+MOST_REASONS = 5
+
+
+@dataclass(frozen=True)
+class Group:
+    """Things of one kind that may be removed."""
+
+    what: str
+    items: tuple[Item, ...]
+    option: str | None
+    """Without it they are listed and stay."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all items."""
+        return sum(item.size for item in self.items)
+
+
+def status(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
+    """What is built, what is stale and why, what takes room and what to type next. Writes nothing (`force` neither)."""
+    found = inventory.take(config, workspace)
+    sizes = {
+        "decoded_images": sum(item.size for item in caches.packs(workspace.image_cache)),
+        "predictions": caches.size(workspace.all_predictions) + caches.size(workspace.all_oof),
+        "embeddings": caches.size(workspace.all_embeddings),
+        "ensembles": caches.size(workspace.models),
+        "temporary": sum(item.size for item in _temporary(workspace)),
+    }
+    writer, locked = _writer(workspace)
+    following = _next_command(config, found)
+    base_command = _base_command(workspace) if following == "discover" else None
+    text = [
+        f"workspace    {workspace.base}{f'; ours in {workspace.output}' if workspace.output else ''}",
+        *([f"writing      {locked}"] if locked else []),
+        f"catalog      {_catalog_words(found)}",
+        *_prediction_lines(found),
+        *_lines("ensembles", [f"{name}  {state}" for name, state in found.ensembles.items()] or ["none"]),
+        *([f"evaluation   {found.evaluation}"] if found.found else []),
+        *_lines("room", _size_words(sizes, config)),
+        *_links(workspace),
+        *(f"problem: {problem}" for problem in found.problems),
+    ]
+    if base_command:
+        text.append(f"next: {base_command}")
+    elif following is None and not found.problems:
+        text.append("nothing is missing or stale")
+    document = {
+        "workspace": str(workspace.base),
+        "output": None if workspace.output is None else str(workspace.output),
+        "writer": writer,
+        "catalog": asdict(found.catalog) | {"members": sorted(found.found.members) if found.found else []},
+        "predictions": {
+            name: {split: asdict(state) for split, state in states.items()}
+            for name, states in found.predictions.items()
+        },
+        "ensembles": {name: asdict(state) for name, state in found.ensembles.items()},
+        "evaluation": asdict(found.evaluation),
+        "bytes": sizes,
+        "quota_gb": config.cache.quota_gb,
+        "problems": list(found.problems),
+    }
+    return Result("\n".join(text), document, next=None if base_command else following)
+
+
+def clean(
+    config: Config,
+    workspace: Workspace,
+    *,
+    confirm: bool = False,
+    temporary: bool = False,
+    cache: bool = False,
+    stale: bool = False,
+    force: bool = False,
+) -> Result:
+    """List what may be removed, and remove it with `confirm`: temporary files and predictions of members that are gone;
+    with `cache` also the decoded images, with `stale` also stale ensembles.
+
+    `temporary` removes files under temporary names, nothing else, and needs no `confirm`. Base files and whatever lies
+    behind a symbolic link are never touched (`force` changes nothing). What cannot be removed is a failure of the
+    result.
+    """
+    if temporary and (confirm or cache or stale):
+        raise ConfigError("clean --temporary: takes neither --confirm nor --cache nor --stale; it removes at once")
+    groups = [Group("temporary files", tuple(_temporary(workspace)), None)]
+    if not temporary:
+        groups += _removable(config, workspace)
+    allowed = {None, *(["--cache"] if cache else []), *(["--stale"] if stale else [])}
+    chosen = [group for group in groups if group.option in allowed]
+    removed, failures = _remove(chosen) if confirm or temporary else ([], [])
+    lines = []
+    for group in groups:
+        note = "" if group.option in allowed else f"  (stay, unless {group.option})"
+        lines.append(f"{group.what:38} {len(group.items):>5}  {shown(group.size):>8}{note}")
+        lines += [f"  {item.name}  {shown(item.size)}" for item in group.items if len(group.items) <= 20]
+    lines += _links(workspace)
+    waiting = not (confirm or temporary) and any(group.items for group in chosen)
+    if confirm or temporary:
+        lines.append(f"removed: {len(removed)}, {shown(sum(item.size for item in removed))}")
+    else:
+        lines.append("nothing is removed without --confirm" if waiting else "nothing to remove")
+    options = [option for option, given in (("--cache", cache), ("--stale", stale)) if given]
+    document = {
+        "groups": [
+            {
+                "what": group.what,
+                "option": group.option,
+                "bytes": group.size,
+                "items": [{"name": item.name, "bytes": item.size, "path": str(item.paths[0])} for item in group.items],
+            }
+            for group in groups
+        ],
+        "removed": [str(item.paths[0]) for item in removed],
+        "bytes_removed": sum(item.size for item in removed),
+    }
+    return Result("\n".join(lines), document, failures, " ".join(["clean", *options, "--confirm"]) if waiting else None)
+
+
+def _remove(groups: list[Group]) -> tuple[list[Item], list[str]]:
+    removed, failures = [], []
+    for group in groups:
+        for item in group.items:
+            try:
+                caches.remove(item)
+                removed.append(item)
+            except OSError as error:
+                failures.append(str(cannot_write(item.paths[0], error)))
+    return removed, failures
+
+
+def _temporary(workspace: Workspace) -> list[Item]:
+    """Leftovers in the folders that only we write, and old ones in the cache that the base pipeline writes as well."""
+    own = [workspace.ensembles, workspace.scores, *([workspace.exports] if workspace.output else [])]
+    found = [
+        item for folder in own if not _linked(workspace, folder) for item in caches.leftovers(folder, shared=False)
+    ]
+    return found + caches.leftovers(workspace.image_cache, shared=True)
+
+
+def _removable(config: Config, workspace: Workspace) -> list[Group]:
+    found = inventory.take(config, workspace)
+    gone: list[Item] = []
+    if found.found is not None:
+        members = found.found.members
+        for folder in (workspace.all_predictions, workspace.all_embeddings, workspace.all_oof):
+            items = [] if _linked(workspace, folder) else caches.children(folder)
+            gone += [item for item in items if item.name.removesuffix(".npz") not in members]
+    saved = [] if _linked(workspace, workspace.models) else caches.children(workspace.models)
+    stale = found.stale_ensembles()
+    old = [
+        Item(
+            f"{item.name}: {stale[item.name]}", (item.paths[0] / "ensemble.json", *item.paths), item.size, item.modified
+        )
+        for item in saved
+        if item.name in stale
+    ]
+    return [
+        Group("predictions of members that are gone", tuple(gone), None),
+        Group("decoded images", tuple(caches.packs(workspace.image_cache)), "--cache"),
+        Group("stale ensembles", tuple(old), "--stale"),
+    ]
+
+
+def _linked(workspace: Workspace, folder: Path) -> Path | None:
+    """The symbolic link on the way from the workspace to one of our folders; nothing behind it is ours to remove."""
+    way = [path for path in (folder, *folder.parents) if path.is_relative_to(workspace.root) and path != workspace.root]
+    return next((path for path in (way or [folder]) if path.is_symlink()), None)
+
+
+def _links(workspace: Workspace) -> list[str]:
+    """A line for each of our places that a symbolic link leads to."""
+    places = (
+        *(workspace.ensembles, workspace.all_predictions, workspace.all_embeddings, workspace.all_oof),
+        *(workspace.models, workspace.scores, workspace.image_cache),
+    )
+    links = dict.fromkeys(link for place in places if (link := _linked(workspace, place)))
+    return [f"symbolic link, not gone through: {link}" for link in links]
+
+
+def _writer(workspace: Workspace) -> tuple[dict[str, Any] | None, str | None]:
+    """Who writes now, as a record and in words."""
+    try:
+        owner = locks.owner_of(workspace.lock)
+    except UserError as error:
+        return None, str(error)
+    if owner is None:
+        return None, None
+    dead = locks.is_dead(owner)
+    words = f"{owner}{' (runs no more; the next command that writes takes over)' if dead else ''}"
+    return asdict(owner) | {"dead": dead}, words
+
+
+def _next_command(config: Config, found: Inventory) -> str | None:
+    if found.catalog.state != CURRENT:
+        return "discover"
+    if found.problems:
+        return None
+    if any(found.ensembles[name].state != CURRENT for name in inventory.configured(config)):
+        return "build-ensemble"
+    return None if found.evaluation.state == CURRENT else "evaluate"
+
+
+def _base_command(workspace: Workspace) -> str | None:
+    """What the base pipeline has to do before anything can be discovered; None when it is done."""
+    program = str(base_back.locate() / "src" / "main.py")
+    command = shlex.join(["python", program, "--workspace", str(workspace.base)])
+    if not workspace.checkpoints.is_dir() or not any(workspace.checkpoints.glob("*.pth")):
+        return f"train networks: make demo, or {command}"
+    return None if all((workspace.split_dir / name).is_dir() for name in SPLITS) else f"{command} --stages split"
+
+
+def _catalog_words(found: Inventory) -> str:
+    if found.found is None:
+        return str(found.catalog)
+    usable = sum(member.usable for member in found.found.members.values())
+    counts = {kind: sum(p.severity == kind for p in found.found.problems) for kind in ("error", "warning")}
+    reasons = found.catalog.reasons
+    more = (f"and {len(reasons) - MOST_REASONS} more",) if len(reasons) > MOST_REASONS else ()
+    words = "; ".join((*reasons[:MOST_REASONS], *more))
+    return (
+        f"{found.catalog.state}: {words + '; ' if words else ''}{usable} of {len(found.found.members)} members usable, "
+        f"{counts['error']} error(s), {counts['warning']} warning(s)"
+    )
+
+
+def _prediction_lines(found: Inventory) -> list[str]:
+    if not found.predictions:
+        return []
+    states = [(name, split, state) for name, splits in found.predictions.items() for split, state in splits.items()]
+    current = sum(state.state == CURRENT for _, _, state in states)
+    missing = sum(state.state == MISSING for _, _, state in states)
+    lines = [f"{current} of {len(states)} current (members on val and test), {missing} missing"]
+    return _lines(
+        "predictions", lines + [f"{n} on {s}  {t}" for n, s, t in states if t.state not in (CURRENT, MISSING)]
+    )
+
+
+def _size_words(sizes: dict[str, int], config: Config) -> list[str]:
+    quota = config.cache.quota_gb
+    limit = "no limit" if quota is None else f"at most {quota:g} GB kept"
+    words = [f"{shown(size):>8}  {name.replace('_', ' ')}" for name, size in sizes.items()]
+    return [f"{words[0]} ({limit}: cache.quota_gb)", *words[1:]]
+
+
+def _lines(title: str, lines: list[str]) -> list[str]:
+    return [f"{title if number == 0 else '':12} {line}" for number, line in enumerate(lines)]

@@ -24,7 +24,7 @@ from training.external import last_linear_layers
 
 NAMES = ("CustomConvNeXt", "CustomCoAtNet")
 OPTIONS = ("--stages", "kfold", "--folds", "2", "--epochs-head", "1", "--epochs-finetune", "1")
-PIXELS = {"DBT_IMG_SIZE": "32"}
+PIXELS = {"DBT_IMG_SIZE": "32", "PYTHONDONTWRITEBYTECODE": ""}  # it would hide what our loader writes
 STATE = {"completed_backbones": ["CustomConvNeXt"], "results": {"CustomConvNeXt": {"accuracy": 0.5}}, "timestamp": "x"}
 RESULTS = {"backbone": "CustomConvNeXt", "k_folds": 5, "fold_accuracies": [0.5], "mean_accuracy": 0.5}
 
@@ -212,7 +212,7 @@ def test_our_modules_are_the_same_before_and_after(case, tmp_path):
     from conftest import PROJECT
 
     code = CALL.format(src=str(PROJECT / "BASE-BACK" / "src"), folder=str(case.base_back))
-    done = run_python("-c", code, environment={"DBT_BASE_DIR": str(tmp_path)}, cwd=tmp_path)
+    done = run_python("-c", code, environment=PIXELS | {"DBT_BASE_DIR": str(tmp_path)}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "CustomNobody" in done.stderr

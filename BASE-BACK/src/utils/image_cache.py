@@ -115,9 +115,7 @@ def _resized(image: Any, sides: Sequence[int]) -> dict[int, np.ndarray]:
     for side in sides:
         length = int(side * long / short)
         if side * length > LARGEST_RESIZED:
-            raise ValueError(
-                f"{width} x {height} pixels; with its shorter side at {side} it has {side * length} pixels"
-            )
+            raise ValueError(f"{width} x {height} pixels, and still {side * length} with its shorter side at {side}")
         targets[side] = (side, length) if width <= height else (length, side)
     rgb = image.convert("RGB")
     return {side: np.asarray(rgb.resize(size, Image.Resampling.BILINEAR)) for side, size in targets.items()}

@@ -30,7 +30,7 @@ def test_it_covers_the_bundled_architectures(extraction):
 
 def test_photographs_are_all_different_and_lie_in_three_splits(extraction, tmp_path):
     workspace = extraction.lay_out(tmp_path / "w", 30, 64, None)
-    files = [path for path in (workspace / "split_dataset").rglob("*.jpg")]
+    files = list((workspace / "split_dataset").rglob("*.jpg"))
     assert len({path.read_bytes() for path in files}) == len(files) == 38
     assert len(list((workspace / "split_dataset" / "val" / "china").iterdir())) == 15
     with Image.open(files[0]) as image:

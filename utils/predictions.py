@@ -29,6 +29,7 @@ from utils.artifacts import (
     write_json,
 )
 from utils.catalog import Catalog, Member
+from utils.checkpoints import reading_ahead
 from utils.config import Config
 from utils.errors import UserError
 from utils.streaming import ImageSplit
@@ -36,7 +37,7 @@ from utils.workspace import Workspace
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 1  # raised whenever the same weights and images would give other arrays
+VERSION = 2  # raised whenever the same weights and images would give other arrays
 CROSSFIT_FOLDS = 5
 AGAIN = "Remove it, then run the command again"
 
@@ -125,10 +126,15 @@ class Store:
                 self.config.dataset.img_size,
                 ", ".join(map(str, sorted(sizes))),
             )
+        wanted = sorted({split for _, gaps in missing for split in gaps})
+        cache = self.workspace.image_cache
+        streaming.decode([self.images(split) for split in wanted], sorted(sizes), image_cache=cache, threads=threads)
+        files = [member.network(self.workspace).checkpoint for member, _ in missing]
         start = time.monotonic()
         for number, (member, gaps) in enumerate(missing, start=1):
             catalog.check_current(self.workspace, member, self.digests)
-            self._stream(member, gaps, device, threads)
+            with reading_ahead(files[number] if number < len(files) else None):
+                self._stream(member, gaps, device, threads)
             left = (time.monotonic() - start) / number * (len(missing) - number)
             logger.info("[%d/%d] streamed %s over %s; about %.0f s left", number, len(missing), member.name, gaps, left)
         self.digests.save()
@@ -183,7 +189,7 @@ class Store:
             record is not None
             and record["key"] == self.key(member, split)
             and whole
-            and self.workspace.embeddings(member.name, split).is_file()
+            and (record.get("width") == 0 or self.workspace.embeddings(member.name, split).is_file())
         )
 
     def _stream(self, member: Member, splits: Sequence[str], device: str, threads: int) -> None:
@@ -197,6 +203,7 @@ class Store:
             device=device,
             image_cache=self.workspace.image_cache,
             decoding_threads=threads,
+            val=self.images("val"),
         )
         order = [member.classes.index(name) for name in self.catalog.classes]
         current = next(batches)
@@ -208,17 +215,23 @@ class Store:
                 logits = _growing(stack, logits_path, (len(split.paths), len(order)))
                 width = current.embeddings.shape[1]
                 place = self.workspace.embeddings(member.name, split.split)
-                embeddings = _growing(stack, place, (len(split.paths), width))
+                place.unlink(missing_ok=True)
+                embeddings = _growing(stack, place, (len(split.paths), width)) if width else None
                 while current is not None and current.split == split.split:
                     stop = current.start + len(current.logits)
                     logits[current.start : stop] = current.logits[:, order]
-                    embeddings[current.start : stop] = current.embeddings
+                    if embeddings is not None:
+                        embeddings[current.start : stop] = current.embeddings
+                    batch_size = current.batch_size
                     current = next(batches, None)  # type: ignore[assignment]
                 logits.flush()
-                embeddings.flush()
-            self._finish(member, split, width, device, time.monotonic() - start)
+                if embeddings is not None:
+                    embeddings.flush()
+            facts = {"device": device, "batch_size": batch_size, "seconds": round(time.monotonic() - start, 3)}
+            self._finish(member, split, facts | {"width": width})
 
-    def _finish(self, member: Member, split: ImageSplit, width: int, device: str, seconds: float) -> None:
+    def _finish(self, member: Member, split: ImageSplit, facts: dict[str, Any]) -> None:
+        """The rest of what belongs to one member and split, the record last; width 0: it has no embeddings."""
         folder = self.workspace.predictions(member.name, split.split)
         write_array(folder / "labels.npy", split.labels)
         write_array(folder / "sample_ids.npy", np.array(split.sample_ids))
@@ -232,13 +245,11 @@ class Store:
             "member_digest": member.digest,
             "split_digest": split.digest,
             "img_size": member.img_size,
-            "device": device,
-            "batch_size": self.config.dataset.batch_size,
-            "seconds": round(seconds, 3),
+            **facts,
         }
         kind = "in_sample" if split.split == "train" else "held_out"
         place = self.workspace.embeddings_record(member.name, split.split)
-        write_json(place, record | {"width": width, "rows": kind, "sample_ids": list(split.sample_ids)})
+        write_json(place, record | {"rows": kind, "sample_ids": list(split.sample_ids)})
         write_json(folder / "record.json", record)
 
 

@@ -1,16 +1,15 @@
 """Images past networks: one network resident at a time, its logits and embeddings handed on batch by batch.
 
-The pixels come from the decoded-image cache, so that any number of networks costs one decode.
+The pixels come from the decoded-image cache, so that any number of networks and of image sizes costs one decode.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,20 @@ import numpy as np
 
 from utils import base_back
 from utils.artifacts import FileDigests, digest_of
+from utils.checkpoints import read_checkpoint, weights_of
 from utils.errors import UserError
+from utils.networks import (
+    RETRAIN,
+    NetworkSpec,
+    Outputs,
+    build,
+    cleanup_memory,
+    keeps_channels_last,
+    logits_and_embeddings,
+    out_of_memory,
+    safe_delete_model,
+    surplus_is_dead,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,6 +39,26 @@ logger = logging.getLogger("disease_pipeline")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+PROBE_ROWS = 2
+LARGEST_BATCH = 4096  # beyond it a GPU gains nothing, and the pixels of a batch stay below a gigabyte
+
+__all__ = [
+    "Batch",
+    "ImageSplit",
+    "NetworkSpec",
+    "cleanup_memory",
+    "decode",
+    "decoding_threads",
+    "list_images",
+    "logits_and_embeddings",
+    "normalise",
+    "open_network",
+    "read_checkpoint",
+    "resolve_device",
+    "safe_delete_model",
+    "stream",
+    "weights_of",
+]
 
 
 @dataclass(frozen=True)
@@ -46,18 +78,6 @@ class ImageSplit:
 
 
 @dataclass(frozen=True)
-class NetworkSpec:
-    """What is needed to build one trained network and to prepare its images."""
-
-    architecture: str
-    checkpoint: Path
-    size: str
-    img_size: int
-    classes: tuple[str, ...]
-    """In the order of the network's outputs."""
-
-
-@dataclass(frozen=True)
 class Batch:
     """Outputs for consecutive rows of one split."""
 
@@ -66,7 +86,9 @@ class Batch:
     logits: np.ndarray
     """float32 (B, C)"""
     embeddings: np.ndarray
-    """float32 (B, D)"""
+    """float32 (B, D); D is 0 for a network whose embedding cannot be found"""
+    batch_size: int
+    """Images at a time, as memory allowed it here."""
 
 
 def list_images(split_dir: Path, split: str, digests: FileDigests) -> ImageSplit:
@@ -96,80 +118,24 @@ def _shown(path: Path) -> str:
     return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's record, on the CPU, with nothing executed from it.
-
-    NumPy's scalars are allowed, since real checkpoints hold them. Raises UserError for a file that is missing, damaged
-    or asks for anything else; there is no second, less careful try.
-    """
-    import pickle
-
-    import torch
-
-    try:
-        with torch.serialization.safe_globals(_allowed_globals()):
-            record = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path) if _is_zip(path) else []
-        raise UserError(
-            f"{path}: refused, since loading it could run code ({', '.join(wanted) or str(error).splitlines()[0]}); "
-            "expected a checkpoint of tensors and plain values. Save it again as a state dictionary, or leave the "
-            "member out with backbones.exclude"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]}). Train the backbone again, or "
-            "leave it out with backbones.exclude"
-        ) from error
-    if not isinstance(record, dict):
-        raise UserError(f"{path}: holds a {type(record).__name__}; expected a dictionary with model_state_dict")
-    return record
-
-
-def _allowed_globals() -> list[Any]:
-    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
-    kinds = [np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType]
-    return [scalar, (scalar, "numpy.core.multiarray.scalar"), *kinds]
-
-
-def _is_zip(path: Path) -> bool:
-    import zipfile
-
-    return zipfile.is_zipfile(path)
-
-
-def weights_of(record: dict[str, Any]) -> dict[str, Any]:
-    """The state dictionary in a checkpoint's record: under its usual names, or the record itself."""
-    for key in ("model_state_dict", "state_dict"):
-        if isinstance(record.get(key), dict):
-            return record[key]
-    return record
-
-
 def open_network(spec: NetworkSpec) -> nn.Module:
     """Build the network and load its weights, in evaluation mode on the CPU. Raises UserError when they do not fit."""
-    models = base_back.load("models")
-    weights = weights_of(read_checkpoint(spec.checkpoint))
-    options = {"size": spec.size, "img_size": spec.img_size} if _takes_size(models) else {}
-    model = models.create_custom_backbone_safe(spec.architecture, len(spec.classes), **options)
-    if model is None:
-        reason = getattr(models.create_custom_backbone_safe, "last_error", None) or "see the log above"
-        raise UserError(f"{spec.checkpoint}: the network {spec.architecture} cannot be built ({reason})")
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(
-            f"{spec.checkpoint}: the weights do not fit {spec.architecture} ({spec.size}, {spec.img_size} px, "
-            f"{len(spec.classes)} classes): {first}. Train the backbone again, or leave it out with backbones.exclude"
-        ) from error
-    return model.eval()
+    factory = None if spec.source == "timm" else base_back.load("models").create_custom_backbone_safe
+    return build(spec, weights_of(read_checkpoint(spec.checkpoint)), factory)
 
 
-def _takes_size(models: Any) -> bool:
-    import inspect
+def decode(splits: Sequence[ImageSplit], sizes: Sequence[int], *, image_cache: Path, threads: int = 1) -> None:
+    """Decode what the image cache lacks of the splits, each file once, for networks of all the given image sizes.
 
-    return "size" in inspect.signature(models.create_custom_backbone_safe).parameters
+    Raises UserError that names the files which cannot be read, after everything readable was kept.
+    """
+    decoder = base_back.bundled("image_cache")
+    sides = sorted({decoder.resized_side(size) for size in sizes})
+    for images in splits:
+        try:
+            decoder.decode_images(images.paths, images.contents, sides, image_cache, threads=threads)
+        except decoder.UnreadableImages as error:
+            raise _unreadable(error) from error
 
 
 def stream(
@@ -180,55 +146,197 @@ def stream(
     device: str,
     image_cache: Path,
     decoding_threads: int = 1,
+    val: ImageSplit | None = None,
 ) -> Iterator[Batch]:
     """Logits and embeddings of one network over the given splits, batch by batch, in the order of the rows.
 
-    The network is gone from memory when the iterator ends. Raises UserError for unreadable images, weights that do not
-    fit, or logits that are not finite (named by image).
+    On the CPU `batch_size` images at a time, on CUDA as many as memory allows, found by doubling; halved when memory
+    runs out. A network with more outputs than classes is first run over `val`, or the val split among `splits`, to show
+    that the surplus is dead; it is then cut. The network is gone from memory when the iterator ends. Raises UserError
+    for unreadable images, weights that do not fit, outputs that are fewer than the classes or alive beyond them, images
+    that one at a time do not fit into memory, or logits that are not finite (named by image).
     """
-    import torch
+    if not splits:
+        return
 
-    decoder = base_back.bundled("image_cache")
-    model = open_network(spec).to(device)
-    on_cuda = torch.device(device).type == "cuda"
+    def opened(images: ImageSplit) -> Any:
+        return _open(images, spec.img_size, image_cache, decoding_threads)
+
+    pixels = [opened(images) for images in splits]
+    passing = _Pass(spec, open_network(spec), batch_size, device)
     try:
-        for images in splits:
-            try:
-                pixels = decoder.open_images(
-                    images.paths,
-                    images.contents,
-                    decoder.resized_side(spec.img_size),
-                    image_cache,
-                    threads=decoding_threads,
-                )
-            except decoder.UnreadableImages as error:
-                raise UserError(f"{error}. Remove or replace the files, then run discover again") from error
-            for start in range(0, len(images.paths), batch_size):
-                rows = range(start, min(start + batch_size, len(images.paths)))
-                batch = normalise(torch.from_numpy(pixels.centre_crops(rows, spec.img_size)).to(device))
-                precision = torch.autocast("cuda", dtype=torch.bfloat16) if on_cuda else nullcontext()
-                with torch.inference_mode(), precision:
-                    logits, embeddings = logits_and_embeddings(model, batch)
-                found = Batch(images.split, start, logits.float().cpu().numpy(), embeddings.float().cpu().numpy())
-                _check_finite(spec, images, found)
-                yield found
+        passing.probe(pixels[0])
+        if passing.outputs.count > len(spec.classes):
+            proof = next((images for images in splits if images.split == "val"), val)
+            _require_dead_surplus(passing, proof, opened)
+        for images, own in zip(splits, pixels, strict=True):
+            yield from passing.over(images, own)
     finally:
-        safe_delete_model(model)
+        safe_delete_model(passing.model)
         cleanup_memory()
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), as the base pipeline's evaluation transform ends."""
+@dataclass
+class _Pass:
+    """One network on its device and what a pass over images needs."""
+
+    spec: NetworkSpec
+    model: nn.Module
+    batch_size: int
+    device: str
+    buffer: Any = field(default=None, init=False)
+    """Pixels of a batch on the CPU, float32, written over by the next one."""
+
+    def __post_init__(self) -> None:
+        import torch
+
+        self.on_cuda = torch.device(self.device).type == "cuda"
+        self.growing = self.on_cuda
+        self.layout = torch.channels_last if keeps_channels_last(self.model) else torch.contiguous_format
+        layout = torch.channels_last if keeps_channels_last(self.model) else torch.preserve_format
+        self.model = self.model.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
+        self.outputs = Outputs(self.model, str(self.spec.checkpoint))
+
+    def probe(self, pixels: Any) -> None:
+        """Learn the number of outputs and the way to the embedding from a split's first rows."""
+        import torch
+
+        with torch.inference_mode(), self._precision():
+            try:
+                self.outputs.probe(self._load(pixels, range(min(PROBE_ROWS, len(pixels)))))
+            # What a network says of an image size that it was not made for.
+            except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+                if out_of_memory(error):
+                    raise self._too_large() from error
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UserError(
+                    f"{self.spec.checkpoint}: {self.spec.architecture} fails on images of {self.spec.img_size} px "
+                    f"({reason}); expected the size that it was trained with. {RETRAIN}"
+                ) from error
+        if self.outputs.count < len(self.spec.classes):
+            raise UserError(
+                f"{self.spec.checkpoint}: {self.outputs.count} outputs for {len(self.spec.classes)} classes. {RETRAIN}"
+            )
+
+    def over(self, images: ImageSplit, pixels: Any, *, cut: bool = True) -> Iterator[Batch]:
+        """All rows of a split; on CUDA the next batch is on its way before the results of the last are fetched."""
+        waiting: tuple[int, Tensor, Tensor] | None = None
+        start, total = 0, len(images.paths)
+        while start < total:
+            rows = range(start, min(start + self.batch_size, total))
+            found = self._forward(pixels, rows)
+            if found is None:
+                continue
+            if waiting is not None:
+                yield self._fetch(images, waiting, cut)
+            waiting = (start, *found)
+            start = rows.stop
+            if not self.on_cuda:
+                yield self._fetch(images, waiting, cut)
+                waiting = None
+            elif self.growing and len(rows) == self.batch_size:
+                self.batch_size = min(2 * self.batch_size, LARGEST_BATCH)
+        if waiting is not None:
+            yield self._fetch(images, waiting, cut)
+
+    def _forward(self, pixels: Any, rows: range) -> tuple[Tensor, Tensor] | None:
+        """Logits and embeddings of some rows; None when memory ran out, and fewer are to be tried."""
+        import torch
+
+        try:
+            with torch.inference_mode(), self._precision():
+                return self.outputs(self._load(pixels, rows))
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            if len(rows) == 1:
+                raise self._too_large() from error
+        # Outside the handler, whose traceback would keep the tensors of the failed try alive.
+        self.batch_size, self.growing, self.buffer = max(1, len(rows) // 2), False, None
+        logger.warning(
+            "%s: out of memory with %d images at a time; going on with %d",
+            self.spec.checkpoint.name,
+            len(rows),
+            self.batch_size,
+        )
+        cleanup_memory()
+        return None
+
+    def _fetch(self, images: ImageSplit, found: tuple[int, Tensor, Tensor], cut: bool) -> Batch:
+        start, logits, embeddings = found
+        columns = len(self.spec.classes) if cut else self.outputs.count
+        arrays = [tensor.float().cpu().numpy() for tensor in (logits[:, :columns], embeddings)]
+        batch = Batch(images.split, start, *arrays, self.batch_size)
+        _check_finite(self.spec, images, batch)
+        return batch
+
+    def _load(self, pixels: Any, rows: range) -> Tensor:
+        """Normalised pixels of some rows on the device, float32 (B, 3, H, W) in the network's layout."""
+        import torch
+
+        crops = torch.from_numpy(pixels.centre_crops(rows, self.spec.img_size))
+        if self.on_cuda:
+            # torch hands out the same few pinned blocks again, each once the copy from it has ended.
+            return normalise(crops.pin_memory().to(self.device, non_blocking=True), layout=self.layout)
+        if self.buffer is None or len(self.buffer) < len(crops):
+            shape = (len(crops), 3, self.spec.img_size, self.spec.img_size)
+            self.buffer = torch.empty(shape, memory_format=self.layout)
+        return normalise(crops, layout=self.layout, out=self.buffer[: len(crops)])
+
+    def _precision(self) -> Any:
+        import torch
+
+        return torch.autocast("cuda", dtype=torch.bfloat16) if self.on_cuda else nullcontext()
+
+    def _too_large(self) -> UserError:
+        return UserError(
+            f"{self.spec.checkpoint}: out of memory with a single image of {self.spec.img_size} px on {self.device}. "
+            "Free memory there, choose another --device, or leave it out with backbones.exclude"
+        )
+
+
+def _require_dead_surplus(passing: _Pass, val: ImageSplit | None, opened: Callable[[ImageSplit], Any]) -> None:
+    """Raise UserError unless the outputs beyond the classes are dead on the val rows."""
+    spec = passing.spec
+    said = f"{spec.checkpoint}: {passing.outputs.count} outputs for {len(spec.classes)} classes"
+    if val is None:
+        raise UserError(f"{said}, and no val split to show that the surplus is dead. {RETRAIN}")
+    logits = np.concatenate([batch.logits for batch in passing.over(val, opened(val), cut=False)])
+    if reason := surplus_is_dead(logits, len(spec.classes)):
+        raise UserError(f"{said}, and the surplus is not dead: on the val rows {reason}. {RETRAIN}")
+    logger.warning("%s; the surplus is dead on the %d val rows and is cut", said, len(logits))
+
+
+def _open(images: ImageSplit, img_size: int, image_cache: Path, threads: int) -> Any:
+    """Decoded pixels of a split; what the cache lacks is decoded first."""
+    decoder = base_back.bundled("image_cache")
+    side = decoder.resized_side(img_size)
+    try:
+        return decoder.open_images(images.paths, images.contents, side, image_cache, threads=threads)
+    except decoder.UnreadableImages as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> UserError:
+    return UserError(f"{error}. Remove or replace the files, then run discover again")
+
+
+def normalise(pixels: Tensor, *, layout: Any = None, out: Tensor | None = None) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), as the base pipeline's evaluation transform ends, bit for bit.
+
+    One copy turns bytes into floats in the memory layout wanted (default: contiguous), into `out` where it is given;
+    the arithmetic is done in place.
+    """
     import torch
 
-    mean, std = (torch.tensor(values, device=pixels.device) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
-
-
-def logits_and_embeddings(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (B, C) and the input of the last layer (B, D), from one forward pass."""
-    embeddings = model.forward_head(model.forward_features(images), pre_logits=True)  # type: ignore[operator]
-    return model.get_classifier()(embeddings), embeddings  # type: ignore[operator]
+    planes = pixels.permute(0, 3, 1, 2)
+    if out is None:
+        layout = layout or torch.contiguous_format
+        out = torch.empty(planes.shape, device=pixels.device, memory_format=layout)
+    mean, std = (
+        torch.tensor(values, device=pixels.device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    return out.copy_(planes).div_(255).sub_(mean).div_(std)
 
 
 def _check_finite(spec: NetworkSpec, images: ImageSplit, batch: Batch) -> None:
@@ -263,21 +371,3 @@ def decoding_threads(wanted: int) -> int:
     if wanted > cores:
         logger.warning("dataset.num_workers is %d; this machine has %d cores, which is what is used", wanted, cores)
     return max(1, min(wanted, cores))
-
-
-def safe_delete_model(model: nn.Module) -> None:
-    """Free a network's parameters and buffers at once, even where something still refers to it."""
-    import torch
-
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = torch.empty(0, dtype=tensor.dtype)
-
-
-def cleanup_memory() -> None:
-    """Collect garbage and give the CUDA cache back, between any two networks."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.synchronize()

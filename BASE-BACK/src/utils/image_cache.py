@@ -9,18 +9,27 @@ written last: a pack without index does not exist. Packs are never changed; new 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import threading
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .files import atomic_path
 
-PACK_BYTES = 1 << 30
+PACK_BYTES = 1 << 27  # held in memory until the pack is written
 DECODE_AHEAD = 64  # images in flight between the decoding threads and the writer
+LARGE_PIXELS = 1 << 25  # images above this are decoded one at a time, so that threads do not multiply their memory
+LARGEST_RESIZED = 1 << 26
+
+logger = logging.getLogger("disease_pipeline")
+_one_large_image = threading.Lock()
 
 
 class UnreadableImages(ValueError):
@@ -75,20 +84,41 @@ def resized_side(size: int) -> int:
 def read_image(path: Path, side: int) -> np.ndarray:
     """Decode one file to RGB with its shorter side at `side`, uint8 (height, width, 3).
 
-    EXIF orientation is ignored, as in the evaluation transform. Raises ValueError with the path and the reason.
+    EXIF orientation is ignored, as in the evaluation transform, and 16 bits a channel are clipped to 8 as there.
+    Raises ValueError with the path and the reason.
     """
+    return _read_image(path, [side])[0][side]
+
+
+def _read_image(path: Path, sides: Sequence[int]) -> tuple[dict[int, np.ndarray], str]:
+    """One file at each of the sides, decoded once, and Pillow's name of its mode."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            rgb = image.convert("RGB")
+            mode = image.mode
+            if image.width * image.height > LARGE_PIXELS:
+                with _one_large_image:
+                    return _resized(image, sides), mode
+            return _resized(image, sides), mode
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         reason = str(error).replace(repr(str(path)), "it").replace(str(path), "it")
         raise ValueError(f"{path}: cannot be decoded ({reason})") from error
-    width, height = rgb.size
-    short, long = side, int(side * max(width, height) / min(width, height))
-    target = (short, long) if width <= height else (long, short)
-    return np.asarray(rgb.resize(target, Image.Resampling.BILINEAR))
+
+
+def _resized(image: Any, sides: Sequence[int]) -> dict[int, np.ndarray]:
+    from PIL import Image
+
+    width, height = image.size
+    long, short = max(width, height), min(width, height)
+    targets = {}
+    for side in sides:
+        length = int(side * long / short)
+        if side * length > LARGEST_RESIZED:
+            raise ValueError(f"{width} x {height} pixels, and still {side * length} with its shorter side at {side}")
+        targets[side] = (side, length) if width <= height else (length, side)
+    rgb = image.convert("RGB")
+    return {side: np.asarray(rgb.resize(size, Image.Resampling.BILINEAR)) for side, size in targets.items()}
 
 
 def open_images(
@@ -105,19 +135,52 @@ def open_images(
     `contents` are the files' SHA-256 digests; `threads` decode side by side (default: the cores,
     eight at most). Raises `UnreadableImages` after everything readable was stored.
     """
+    decode_images(paths, contents, [side], folder, threads=threads, progress=progress)
     index = _read_indices(folder, side)
-    missing = {content: path for path, content in zip(paths, contents, strict=True) if content not in index}
-    if missing:
-        problems = _decode(missing, side, folder, threads or min(8, os.cpu_count() or 1), progress)
-        if problems:
-            raise UnreadableImages(problems)
-        index = _read_indices(folder, side)
     entries = [index[content] for content in contents]
     names = sorted({entry[0] for entry in entries})
     packs = tuple(np.load(name, mmap_mode="r") for name in names)
     pack = np.array([names.index(entry[0]) for entry in entries], dtype=np.int32)
     offset, height, width = (np.array([entry[place] for entry in entries], dtype=np.int64) for place in (1, 2, 3))
     return DecodedImages(packs, pack, offset, height, width)
+
+
+def decode_images(
+    paths: Sequence[Path],
+    contents: Sequence[str],
+    sides: Sequence[int],
+    folder: Path,
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Store what no pack in `folder` holds yet at one of the `sides`; each file is decoded once for all of them.
+
+    Arguments as for `open_images`. Says once how many images lose range. Raises `UnreadableImages` after everything
+    readable was stored.
+    """
+    lacking: dict[str, tuple[Path, list[int]]] = {}
+    for side in sides:
+        index = _read_indices(folder, side)
+        for path, content in zip(paths, contents, strict=True):
+            if content not in index:
+                entry = lacking.setdefault(content, (path, []))
+                if side not in entry[1]:
+                    entry[1].append(side)
+    if not lacking:
+        return
+    with warnings.catch_warnings():
+        # Both are upstream's behaviour as well; an image that is too large to be meant is an error, not a warning.
+        warnings.filterwarnings("ignore", "Image size .* exceeds limit")
+        warnings.filterwarnings("ignore", "Palette images with Transparency")
+        problems, clipped = _decode(lacking, folder, threads or min(8, os.cpu_count() or 1), progress)
+    if clipped:
+        logger.warning(
+            f"{len(clipped)} of {len(paths)} images have more than 8 bits a channel and are clipped to 255, as the "
+            f"evaluation transform does it: first {clipped[0]}. Convert them to 8 bits to keep their range"
+        )
+    if problems:
+        raise UnreadableImages(problems)
 
 
 def _read_indices(folder: Path, side: int) -> dict[str, tuple[Path, int, int, int]]:
@@ -135,55 +198,74 @@ def _read_indices(folder: Path, side: int) -> dict[str, tuple[Path, int, int, in
 
 
 def _decode(
-    missing: dict[str, Path],
-    side: int,
+    lacking: dict[str, tuple[Path, list[int]]],
     folder: Path,
     threads: int,
     progress: Callable[[int, int], None] | None,
-) -> list[tuple[Path, str]]:
-    """Write packs of the missing images; returns those that cannot be read."""
+) -> tuple[list[tuple[Path, str]], list[Path]]:
+    """Write packs of the images; returns those that cannot be read, and those whose channels were clipped."""
     problems: list[tuple[Path, str]] = []
-    waiting = list(missing.items())
-    done = 0
+    clipped: list[Path] = []
+    packs: dict[int, _Pack] = {}
+    waiting = list(lacking.items())
 
-    def attempt(item: tuple[str, Path]) -> tuple[str, Path, np.ndarray | None, str]:
-        content, path = item
+    def attempt(item: tuple[str, tuple[Path, list[int]]]) -> tuple[dict[int, np.ndarray], str, str]:
+        _, (path, sides) = item
         try:
-            return content, path, read_image(path, side), ""
+            return *_read_image(path, sides), ""
         except ValueError as error:
-            return content, path, None, str(error).removeprefix(f"{path}: ")
+            return {}, "", str(error).removeprefix(f"{path}: ")
 
     with ThreadPoolExecutor(threads) as pool:
-        while waiting:
-            rows: list[tuple[str, int, int, int]] = []
-            pixels: list[np.ndarray] = []
-            filled = 0
-            while waiting and filled < PACK_BYTES:
-                batch, waiting = waiting[:DECODE_AHEAD], waiting[DECODE_AHEAD:]
-                for content, path, image, reason in pool.map(attempt, batch):
-                    done += 1
-                    if image is None:
-                        problems.append((path, reason))
-                        continue
-                    rows.append((content, filled, *image.shape[:2]))
-                    pixels.append(image.reshape(-1))
-                    filled += image.size
-                if progress:
-                    progress(done, len(missing))
-            if rows:
-                _write_pack(rows, pixels, side, folder)
-    return problems
+        for start in range(0, len(waiting), DECODE_AHEAD):
+            batch = waiting[start : start + DECODE_AHEAD]
+            for (content, (path, _)), (images, mode, reason) in zip(batch, pool.map(attempt, batch), strict=True):
+                if reason:
+                    problems.append((path, reason))
+                if mode in ("I", "F") or mode.startswith("I;16"):
+                    clipped.append(path)
+                for side, image in images.items():
+                    pack = packs.setdefault(side, _Pack(side, folder))
+                    pack.add(content, image)
+                    if pack.filled >= PACK_BYTES:
+                        packs.pop(side).write()
+            if progress:
+                progress(min(start + DECODE_AHEAD, len(waiting)), len(waiting))
+    for pack in packs.values():
+        pack.write()
+    return problems, clipped
 
 
-def _write_pack(rows: list[tuple[str, int, int, int]], pixels: list[np.ndarray], side: int, folder: Path) -> None:
-    name = hashlib.sha256("".join(row[0] for row in rows).encode()).hexdigest()[:16]
-    with atomic_path(folder / f"{side}_{name}.npy") as temporary:
-        np.save(temporary, np.concatenate(pixels))
-    with atomic_path(folder / f"{side}_{name}.npz") as temporary:
-        np.savez(
-            temporary,
-            contents=np.stack([np.frombuffer(bytes.fromhex(row[0]), dtype=np.uint8) for row in rows]),
-            offset=np.array([row[1] for row in rows], dtype=np.int64),
-            height=np.array([row[2] for row in rows], dtype=np.int32),
-            width=np.array([row[3] for row in rows], dtype=np.int32),
-        )
+class _Pack:
+    """Images on their way to one pack."""
+
+    def __init__(self, side: int, folder: Path) -> None:
+        self.side = side
+        self.folder = folder
+        self.filled = 0
+        self._rows: list[tuple[str, int, int, int]] = []
+        self._pixels: list[np.ndarray] = []
+
+    def add(self, content: str, image: np.ndarray) -> None:
+        """One more image."""
+        self._rows.append((content, self.filled, *image.shape[:2]))
+        self._pixels.append(image.reshape(-1))
+        self.filled += image.size
+
+    def write(self) -> None:
+        """Write both files, the index last."""
+        name = hashlib.sha256("".join(row[0] for row in self._rows).encode()).hexdigest()[:16]
+        with atomic_path(self.folder / f"{self.side}_{name}.npy") as temporary, temporary.open("wb") as file:
+            # One after another, since joining them first would take their memory twice.
+            head = {"descr": "|u1", "fortran_order": False, "shape": (self.filled,)}
+            np.lib.format.write_array_header_1_0(file, head)
+            for pixels in self._pixels:
+                file.write(pixels)
+        with atomic_path(self.folder / f"{self.side}_{name}.npz") as temporary:
+            np.savez(
+                temporary,
+                contents=np.stack([np.frombuffer(bytes.fromhex(row[0]), dtype=np.uint8) for row in self._rows]),
+                offset=np.array([row[1] for row in self._rows], dtype=np.int64),
+                height=np.array([row[2] for row in self._rows], dtype=np.int32),
+                width=np.array([row[3] for row in self._rows], dtype=np.int32),
+            )

@@ -108,6 +108,14 @@ def checkpoint_files(workspace: Workspace) -> dict[str, dict[str, Path]]:
     return found
 
 
+def kfold_command(workspace: Workspace, backbones: Sequence[str]) -> str:
+    """What to type for out-of-fold predictions of these backbones, the bundled BASE-BACK's or a mounted one's."""
+    script, mounted = base_back.BUNDLED / "src" / "main.py", base_back.locate()
+    shown = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
+    external = f" --base-back {mounted}" if base_back.kind(mounted) == "external" else ""
+    return f"python {shown} --stages kfold --backbones {' '.join(backbones)}{external} --workspace {workspace.base}"
+
+
 def save(workspace: Workspace, catalog: Catalog) -> None:
     """Write `ensemble_catalog.json`."""
     write_json(workspace.catalog, catalog.as_record())

@@ -51,6 +51,8 @@ def discover(
             problems += found
         except UserError as error:
             problems.append(Problem("checkpoint_refused", "error", candidate.name, str(error), "See the message"))
+            if candidate.remembered is not None:  # a declaration outlives its file
+                members[candidate.name] = replace(candidate.remembered, usable=False, oof=None)
     inspector = Inspector(config, workspace, scan.classes, scan.splits, digests)
     if verify:
         threads = streaming.decoding_threads(config.dataset.num_workers)
@@ -58,8 +60,9 @@ def discover(
     for name, member in members.items():
         if verify and _is_verified(config, member):
             inspection.verify(inspector, member)
-        members[name], found = _judged(inspector, member)
-        problems += found
+        if member.usable:
+            members[name], found = _judged(inspector, member)
+            problems += found
     digests.save()
     _require_members(workspace, members, problems)
     path = base_back.locate()
@@ -121,7 +124,13 @@ def _declared(scan: Scan, add: Sequence[str]) -> list[Candidate]:
     for member in _remembered(scan.workspace):
         path = scan.workspace.base / member.checkpoints[0]["path"]
         found[member.name] = Candidate(
-            member.name, path, "final", member.architecture, img_size=member.img_size, others=_folds(scan, member.name)
+            member.name,
+            path,
+            "final",
+            member.architecture,
+            img_size=member.img_size,
+            others=_folds(scan, member.name),
+            remembered=member,
         )
     trained = {candidate.name for candidate in _trained(scan.workspace)}
     for declaration in add:
@@ -254,6 +263,6 @@ def _problem_lines(problems: Sequence[Problem]) -> list[str]:
         names = members.setdefault((problem.severity, problem.message, problem.remedy), [])
         names += [problem.member] if problem.member else []
     return [
-        f"{severity}: {', '.join(names) + ': ' if names else ''}{message}. {remedy}"
+        f"{severity}: {', '.join(names) + ': ' if names else ''}{message}. {remedy[:1].upper()}{remedy[1:]}"
         for (severity, message, remedy), names in members.items()
     ]

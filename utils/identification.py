@@ -15,7 +15,7 @@ import numpy as np
 
 from utils import base_back, out_of_fold, streaming, training_records
 from utils.artifacts import FileDigests, digest_of
-from utils.catalog import STAGES, TIMM, Member, Problem
+from utils.catalog import STAGES, TIMM, Member, Problem, kfold_command
 from utils.config import Config
 from utils.errors import UserError
 from utils.streaming import ImageSplit
@@ -42,6 +42,8 @@ class Candidate:
     is_derived: bool = False
     img_size: int | None = None
     """Where the file says nothing; None: the settings'."""
+    remembered: Member | None = None
+    """What the last catalog said of a declared network."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def _oof(scan: Scan, member: Member) -> tuple[dict[str, Any] | None, list[Proble
         if member.source == "derived":
             return None, []
         remedy = (
-            "Retrain with ENABLE_KFOLD_CV=True (python BASE-BACK/src/main.py --stages kfold), or exclude it from "
+            f"Retrain with ENABLE_KFOLD_CV=True ({kfold_command(scan.workspace, [name])}), or exclude it from "
             "stacking: backbones.exclude"
         )
         return None, [Problem("no_oof", "warning", name, f"No K-fold results for backbone {name}", remedy)]

@@ -142,7 +142,7 @@ def measured_problems(classes: Sequence[str], member: Member, facts: Mapping[str
         remedy = "write the names into the checkpoint, extra.classes in the order of its outputs, or train it again"
         problems.append(Problem("class_order_measured", "error", name, message, remedy))
     recorded = member.recorded_accuracy
-    if recorded is not None and abs(recorded - accuracy) > max(TOLERATED, TOLERATED_ROWS / n):
+    if recorded is not None and abs(recorded - accuracy) > max(TOLERATED, TOLERATED_ROWS / n) + 1e-9:
         message = f"recorded accuracy {recorded:.4f}; measured on the {n} val images it is {accuracy:.4f}"
         remedy = "what is measured counts; was it trained on another split, or is the file from another run?"
         problems.append(Problem("accuracy_differs", "warning", name, message, remedy))

@@ -38,8 +38,9 @@ def discover(
 
     `verify` also runs every trained member, and derived ones that the configuration includes, on all val images, and
     out-of-fold predictions' networks on a sample of train images. `add` declares networks of timm,
-    `NAME=timm:MODEL@FILE`; later discoveries keep them. A scan is cheap, so it is always made (`force` changes
-    nothing). Raises UserError when there is no member, or for a declaration that cannot be followed.
+    `NAME=timm:MODEL@FILE`; later discoveries keep them. What was measured once is known by digest and measured again
+    only with `force`; a scan is cheap, so it is always made. Raises UserError when there is no member, or for a
+    declaration that cannot be followed.
     """
     digests = FileDigests(workspace.digests)
     scan = Scan(config, workspace, digests, _list_splits(workspace, digests))
@@ -59,7 +60,7 @@ def discover(
         inspector = replace(inspector, device=streaming.resolve_device(config.device), threads=threads)
     for name, member in members.items():
         if verify and _is_verified(config, member):
-            inspection.verify(inspector, member)
+            inspection.verify(inspector, member, force=force)
         if member.usable:
             members[name], found = _judged(inspector, member)
             problems += found

@@ -67,15 +67,15 @@ def measured_key(member: Member, val_digest: str, classes: tuple[str, ...]) -> s
     return digest_of(["measured", VERSION, member.digest, val_digest, list(classes)])
 
 
-def verify(inspector: Inspector, member: Member) -> None:
+def verify(inspector: Inspector, member: Member, *, force: bool = False) -> None:
     """Run a member on all val images and a sample of its out-of-fold rows; remember what was found.
 
-    What is remembered already is not measured again, but a network that did not run is tried again.
+    What is remembered already is not measured again, unless `force`, but a network that did not run is tried again.
     """
     measured, honesty = inspector.measured_key(member), inspector.honesty_key(member)
     known = inspector.digests.facts(measured)
-    is_measured = known is not None and "error" not in known
-    is_checked = member.oof is None or inspector.digests.facts(honesty) is not None
+    is_measured = known is not None and "error" not in known and not force
+    is_checked = member.oof is None or (inspector.digests.facts(honesty) is not None and not force)
     if is_measured and is_checked:
         return
     val, train = inspector.splits["val"], inspector.splits["train"]

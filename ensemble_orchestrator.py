@@ -62,10 +62,18 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "discover": Command(
-        "utils.catalog:discover",
+        "utils.discovery:discover",
         "find trained models, check them, write the catalog",
         "discover --verify",
-        {"--verify": {"action": "store_true", "help": "also load every member and run one batch"}},
+        {
+            "--verify": {"action": "store_true", "help": "also run every member and measure what is recorded of it"},
+            "--add": {
+                "metavar": "NAME=timm:MODEL@FILE",
+                "action": "append",
+                "default": [],
+                "help": "declare a network of timm and its weights as a member; kept by later discoveries; repeatable",
+            },
+        },
         writes=True,
     ),
     "build-ensemble": Command(

@@ -2,7 +2,8 @@
 
 It behaves as the public one does: every module tries a relative import and falls back to the absolute one, settings
 make folders when imported, the logger writes to stdout and opens files in the working directory unless it has a
-handler. Two small networks stand for the fifteen. `DBT_NUM_CLASSES` and its kin mean nothing to it.
+handler. Five small networks stand for the fifteen, with the five kinds of classifier that the public ones have.
+`DBT_NUM_CLASSES` and its kin mean nothing to it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ PRETRAINED_DIR, DEBUG_LOG_DIR = BASE_DIR / "pretrained_weights", BASE_DIR / "deb
 for _made in (CKPT_DIR, PLOTS_DIR, METRICS_DIR, KFOLD_DIR, DEPLOY_DIR, SMOKE_CHECK_DIR, PRETRAINED_DIR, DEBUG_LOG_DIR):
     _made.mkdir(parents=True, exist_ok=True)
 
-BACKBONES = ["CustomConvNeXt", "CustomCoAtNet"]
+BACKBONES = ["CustomConvNeXt", "CustomResNetMish", "CustomSwinTransformer", "CustomCoAtNet", "CustomDeiTStyle"]
 IMG_SIZE, BATCH_SIZE, NUM_CLASSES, K_FOLDS, SEED = 224, 32, 13, 5, 42
 EPOCHS_HEAD, EPOCHS_FINETUNE, PATIENCE_HEAD, PATIENCE_FT = 40, 25, 5, 5
 WEIGHT_DECAY, BACKBONE_LR, HEAD_LR = 1e-4, 1e-6, 1e-3
@@ -228,6 +229,7 @@ class ConvNeXtBlock(nn.Module):
 """
 
 ARCHITECTURES = """
+import torch
 from torch import nn
 
 from .blocks import ConvNeXtBlock
@@ -242,20 +244,68 @@ class CustomConvNeXt(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 4, stride=4)
         self.block = ConvNeXtBlock(8)
-        self.head = nn.Linear(8, num_classes)
+        self.pool = nn.AdaptiveAvgPool2d(4)
+        self.norm = nn.LayerNorm(128)
+        self.head = nn.Linear(128, num_classes)
     def forward(self, x):
-        return self.head(self.block(self.stem(x)).mean((2, 3)))
+        return self.head(self.norm(self.pool(self.block(self.stem(x))).flatten(1)))
+
+class CustomResNetMish(nn.Module):
+    def __init__(self, num_classes=1000):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 16, 4, stride=4), nn.BatchNorm2d(16), nn.Mish(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.Mish(),
+        )
+        self.avgpool = nn.AdaptiveAvgPool2d(4)
+        self.fc = nn.Linear(512, num_classes)
+    def forward(self, x):
+        return self.fc(torch.flatten(self.avgpool(self.layers(x)), 1))
+
+class WindowMixing(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(7, width))
+        self.register_buffer("relative_position_index", torch.arange(16).remainder(7))
+        self.mix = nn.Linear(width, width)
+    def forward(self, x):
+        return x + torch.relu(self.mix(x + self.bias[self.relative_position_index]))
+
+class CustomSwinTransformer(nn.Module):
+    def __init__(self, num_classes=1000):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 24, 8, stride=8)
+        self.pool = nn.AdaptiveAvgPool2d(4)
+        self.layers = WindowMixing(24)
+        self.head = nn.Sequential(nn.Flatten(), nn.LayerNorm(384), nn.Dropout(0.1), nn.Linear(384, num_classes))
+    def forward(self, x):
+        return self.head(self.layers(self.pool(self.patches(x)).flatten(2).transpose(1, 2)))
 
 class CustomCoAtNet(nn.Module):
     def __init__(self, num_classes=1000):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.BatchNorm2d(8), nn.ReLU())
-        first = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6)]
-        self.head = nn.Sequential(*first, nn.ReLU(), nn.Dropout(), nn.Identity(), nn.Linear(6, num_classes))
+        first = [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 32)]
+        self.head = nn.Sequential(*first, nn.ReLU(), nn.Dropout(0.1), nn.Identity(), nn.Linear(32, num_classes))
     def forward(self, x):
         return self.head(self.stem(x))
 
-BACKBONE_MAP = {"CustomConvNeXt": CustomConvNeXt, "CustomCoAtNet": CustomCoAtNet}
+class CustomDeiTStyle(nn.Module):
+    def __init__(self, num_classes=1000):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 24, 8, stride=8)
+        self.pool = nn.AdaptiveAvgPool2d(4)
+        self.norm = nn.LayerNorm(384)
+        self.head = nn.Linear(384, num_classes)
+        self.head_dist = nn.Linear(384, num_classes)
+    def forward(self, x):
+        features = self.norm(torch.relu(self.pool(self.patches(x))).flatten(1))
+        return (self.head(features) + self.head_dist(features.tanh())) / 2
+
+BACKBONE_MAP = {
+    "CustomConvNeXt": CustomConvNeXt, "CustomResNetMish": CustomResNetMish,
+    "CustomSwinTransformer": CustomSwinTransformer, "CustomCoAtNet": CustomCoAtNet, "CustomDeiTStyle": CustomDeiTStyle,
+}
 
 def create_custom_backbone(name, num_classes=1000):
     if name not in BACKBONE_MAP:
@@ -272,7 +322,8 @@ def create_custom_backbone_safe(name, num_classes=1000):
 
 MODELS = """
 from .architectures import (
-    BACKBONE_MAP, CustomCoAtNet, CustomConvNeXt, create_custom_backbone, create_custom_backbone_safe,
+    BACKBONE_MAP, CustomCoAtNet, CustomConvNeXt, CustomDeiTStyle, CustomResNetMish, CustomSwinTransformer,
+    create_custom_backbone, create_custom_backbone_safe,
 )
 from .blocks import ConvNeXtBlock
 """
@@ -386,11 +437,15 @@ FILES = {
 }
 
 
-def build(parent: Path, name: str = "BASE-BACK") -> Path:
-    """Write the package into `parent/name` and return that folder; `parent` is its default workspace."""
+def build(parent: Path, name: str = "BASE-BACK", *, img_size: int = 224) -> Path:
+    """Write the package into `parent/name` and return that folder; `parent` is its default workspace.
+
+    The public one's images have 224 pixels; networks that a test trains are content with less.
+    """
     folder = parent / name
     for path, source in FILES.items():
         file = folder / "src" / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(source.lstrip("\n"), encoding="utf-8")
+        text = source.lstrip("\n").replace("= 224, 32, 13", f"= {img_size}, 32, 13")
+        file.write_text(text, encoding="utf-8")
     return folder

@@ -124,7 +124,12 @@ def test_an_unreadable_checkpoint_is_named_and_the_others_are_found(workspace, o
     done = orchestrator("discover", *DEMO, workspace=workspace)
     assert done.returncode == 4
     assert words in done.stdout
-    assert sorted(catalog(workspace)["members"]) == ["CustomConvNeXt", "CustomViTHybrid"]
+    members = catalog(workspace)["members"]
+    assert sorted(name for name in members if members[name]["source"] == "trained") == [
+        "CustomConvNeXt",
+        "CustomViTHybrid",
+    ]
+    assert members["CustomResNetMish_snapshot1"]["parents"] == ["CustomResNetMish"]
 
 
 def test_verify_finds_weights_of_another_architecture(workspace, orchestrator):

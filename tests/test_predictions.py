@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils import catalog, streaming
+from utils import catalog, discovery, streaming
 from utils.config_file import load
 from utils.errors import UserError
 from utils.predictions import MemberRows, Store, align, crossfit_folds
@@ -117,7 +118,7 @@ def store(tmp_path, trained):
     base = Path(shutil.copytree(trained, tmp_path / "w"))
     workspace = workspace_at(base)
     config = load(CONFIG)
-    catalog.discover(config, workspace)
+    discovery.discover(config, workspace)
     return Store(config, workspace, catalog.load(workspace))
 
 
@@ -191,7 +192,7 @@ def test_one_network_is_resident_and_its_memory_is_released(store, monkeypatch):
         return network
 
     monkeypatch.setattr(streaming, "open_network", tracking)
-    store.ensure(list(store.catalog.members.values()), ("val",))
+    store.ensure([m for m in store.catalog.members.values() if m.source == "trained"], ("val",))
     assert len(alive) == 3
 
 
@@ -224,16 +225,18 @@ def test_oof_that_does_not_fit_is_refused_by_name(store, change, words):
     with np.load(path) as arrays:
         broken = change(dict(arrays))
     np.savez(path, **broken)
-    catalog.discover(store.config, store.workspace)
-    again = Store(store.config, store.workspace, catalog.load(store.workspace))
-    with pytest.raises(UserError, match=f"predictions of CustomConvNeXt refused: .*{words}"):
-        again.oof(again.catalog.members["CustomConvNeXt"])
+    result = discovery.discover(store.config, store.workspace)
+    found = catalog.load(store.workspace)
+    assert re.search(f"predictions of CustomConvNeXt refused: .*{re.escape(words)}", result.text)
+    assert "oof_refused" in {problem.code for problem in found.problems if problem.member == "CustomConvNeXt"}
+    again = Store(store.config, store.workspace, found)
+    assert again.oof(found.members["CustomConvNeXt"]) is None
     assert not store.workspace.oof("CustomConvNeXt").is_file()
 
 
 def test_pickled_arrays_are_refused_and_the_member_is_used_without_them(store):
     np.savez(store.workspace.base_oof("CustomConvNeXt"), logits=np.array([{"a": 1}], dtype=object))
-    result = catalog.discover(store.config, store.workspace)
+    result = discovery.discover(store.config, store.workspace)
     assert "expected arrays without pickled objects" in result.text
     member = catalog.load(store.workspace).members["CustomConvNeXt"]
     assert member.usable

@@ -92,9 +92,8 @@ def honest_rows(store: Store, members: Sequence[Member]) -> Rows:
         logger.warning("No K-fold results for backbone %s", name)
     if without:
         logger.warning(
-            "only the val rows are honest for all members; out-of-fold predictions come from: "
-            "python BASE-BACK/src/main.py --stages kfold --backbones %s",
-            " ".join(without),
+            "only the val rows are honest for all members; out-of-fold predictions come from: %s",
+            catalog.kfold_command(store.workspace, without),
         )
     return align(parts, store.catalog.classes)
 

@@ -1,26 +1,30 @@
-"""Discovery: which trained members a workspace holds, what is known of each, and what is wrong."""
+"""The catalog: which trained members a workspace holds, what is known of each, and what is wrong."""
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from utils import base_back, streaming
-from utils.artifacts import FileDigests, digest_of, read_arrays, read_json, write_json
+from utils import base_back
+from utils.artifacts import FileDigests, read_json, write_json
 from utils.config import Config
 from utils.errors import UserError, did_you_mean
-from utils.results import Result
-from utils.streaming import ImageSplit, NetworkSpec
-from utils.workspace import SPLITS, Workspace
+from utils.streaming import NetworkSpec
+from utils.workspace import Workspace
 
 logger = logging.getLogger("disease_pipeline")
 
 SCHEMA = 1
 STAGES = ("final", "finetune_best", "head_best")  # the first that exists is the member
-CHECKPOINT_NAME = re.compile(r"(?P<name>.+)_(?P<role>final|finetune_best|head_best|fold\d+|snapshot\d+)\.pth")
+DERIVED = r"snapshot\d+|uniform_soup|greedy_soup|distilled"
+CHECKPOINT_NAME = re.compile(
+    rf"(?P<name>.+)_(?P<role>final|finetune_best|head_best|fold\d+|(?:head|finetune)_epoch\d+|{DERIVED})\.pth"
+)
+TIMM = "timm:"  # begins the architecture of a member that is built by timm, not by BASE-BACK
 RUN_DISCOVER = "Run `python ensemble_orchestrator.py discover` first"
 
 
@@ -30,7 +34,7 @@ class Problem:
 
     code: str
     severity: str
-    """error: the member cannot be used; warning: it can; info."""
+    """error: the member cannot be used; warning: it can, and something is worse than it looks; info."""
     member: str | None
     message: str
     remedy: str
@@ -57,12 +61,17 @@ class Member:
     """Of the weights and of what is needed to run them."""
     usable: bool = True
     source: str = "trained"
+    """trained, or derived from other members' weights or outputs"""
     parents: tuple[str, ...] = ()
+    recorded_test_accuracy: float | None = None
 
-    def network(self, workspace: Workspace) -> NetworkSpec:
-        """How to build and run it."""
-        path = workspace.base / self.checkpoints[0]["path"]
-        return NetworkSpec(self.architecture, path, self.size, self.img_size, self.classes)
+    def network(self, workspace: Workspace, stage: str | None = None) -> NetworkSpec:
+        """How to build and run it, or the network of another of its stages, such as `fold0`."""
+        entries = [entry for entry in self.checkpoints if stage in (None, entry["stage"])]
+        path = workspace.base / entries[0]["path"]
+        architecture = self.architecture.removeprefix(TIMM)
+        options: dict[str, Any] = {"source": "timm"} if self.architecture.startswith(TIMM) else {}
+        return NetworkSpec(architecture, path, self.size, self.img_size, self.classes, **options)
 
 
 @dataclass(frozen=True)
@@ -82,57 +91,54 @@ class Catalog:
             del member["name"]
         return record
 
+    def with_problems(self, found: Sequence[Problem], *, members: Collection[str], codes: Collection[str]) -> Catalog:
+        """The catalog with `found` in place of all problems of these members and codes."""
+        kept = [p for p in self.problems if p.member not in members or p.code not in codes]
+        return replace(self, problems=(*kept, *found))
 
-def discover(config: Config, workspace: Workspace, *, verify: bool = False, force: bool = False) -> Result:
-    """Find trained models, check them and write the catalog.
 
-    `verify` also loads every member and runs one batch, once for the same weights and images unless `force`; a scan is
-    cheap, so it is always made. Raises UserError when there is no member.
-    """
-    digests = FileDigests(workspace.digests)
-    splits = {split: streaming.list_images(workspace.split_dir, split, digests) for split in SPLITS}
-    problems = _split_problems(splits)
-    members: dict[str, Member] = {}
-    classes = splits["train"].classes
-    for name, roles in sorted(_checkpoints(workspace).items()):
-        try:
-            members[name] = _member(workspace, name, roles, classes, digests)
-        except UserError as error:
-            problems.append(Problem("checkpoint_refused", "error", name, str(error), "See the message"))
-            continue
-        try:
-            members[name] = replace(members[name], oof=_oof_facts(workspace, name, digests))
-        except UserError as error:
-            problems.append(Problem("oof_refused", "warning", name, str(error), "It is used without them"))
-        found = _member_problems(workspace, members[name], splits["train"])
-        if any(problem.severity == "error" for problem in found):
-            members[name] = replace(members[name], usable=False)
-        problems += found
-    if verify:
-        members, found = _verify(config, workspace, members, splits["val"], digests, force=force)
-        problems += found
-    digests.save()
-    if not members:
-        refused = "".join(f"; {problem.message}" for problem in problems if problem.severity == "error")
-        raise UserError(
-            f"{workspace.checkpoints}: no trained model (expected files such as CustomConvNeXt_final.pth{refused}). "
-            "Train some first: make demo, or python BASE-BACK/src/main.py"
-        )
-    path = base_back.locate()
-    catalog = Catalog(
-        base_back={"path": str(path), "kind": base_back.kind(path), "digest": base_back.source_digest(path)},
-        classes=classes,
-        splits={name: {"n": len(split.sample_ids), "digest": split.digest} for name, split in splits.items()},
-        members=members,
-        problems=tuple(problems),
-    )
+def checkpoint_files(workspace: Workspace) -> dict[str, dict[str, Path]]:
+    """{backbone: {role: file}} of every file in the checkpoint folder whose name is one of BASE-BACK's or ours."""
+    found: dict[str, dict[str, Path]] = {}
+    if workspace.checkpoints.is_dir():
+        for path in sorted(workspace.checkpoints.iterdir()):
+            match = CHECKPOINT_NAME.fullmatch(path.name)
+            if match and path.is_file():
+                found.setdefault(match["name"], {})[match["role"]] = path
+    return found
+
+
+def kfold_command(workspace: Workspace, backbones: Sequence[str]) -> str:
+    """What to type for out-of-fold predictions of these backbones, the bundled BASE-BACK's or a mounted one's."""
+    script, mounted = base_back.BUNDLED / "src" / "main.py", base_back.locate()
+    shown = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
+    external = f" --base-back {mounted}" if base_back.kind(mounted) == "external" else ""
+    return f"python {shown} --stages kfold --backbones {' '.join(backbones)}{external} --workspace {workspace.base}"
+
+
+def save(workspace: Workspace, catalog: Catalog) -> None:
+    """Write `ensemble_catalog.json`."""
     write_json(workspace.catalog, catalog.as_record())
-    failures = [f"{p.member}: {p.message}" for p in problems if p.severity == "error"]
-    return Result(_table(workspace, catalog, verify=verify), catalog.as_record(), failures)
 
 
 def load(workspace: Workspace) -> Catalog:
-    """The catalog on disk. Raises UserError, with the specification's words, when there is none."""
+    """The catalog on disk, with a warning when it is older than what it describes.
+
+    Raises UserError, with the specification's words, when there is none.
+    """
+    found = read(workspace)
+    stale = stale_files(workspace, found)
+    if stale:
+        logger.warning(
+            "the catalog is older than %s%s; run `python ensemble_orchestrator.py discover` to take in what is new",
+            ", ".join(stale[:3]),
+            f" and {len(stale) - 3} more files" if len(stale) > 3 else "",
+        )
+    return found
+
+
+def read(workspace: Workspace) -> Catalog:
+    """The catalog as it is written. Raises UserError when there is none, or it is damaged."""
     record = read_json(workspace.catalog, remedy=RUN_DISCOVER)
     if record is None:
         raise UserError(f"Catalog not found: {workspace.catalog}. {RUN_DISCOVER}")
@@ -151,6 +157,25 @@ def load(workspace: Workspace) -> Catalog:
         raise UserError(f"{workspace.catalog}: not the form of a catalog ({error}). {RUN_DISCOVER}") from error
 
 
+def stale_files(workspace: Workspace, catalog: Catalog) -> list[str]:
+    """Names of checkpoints, out-of-fold and metrics files that are newer than the catalog or not in it, by name.
+
+    Goes by time of change alone, and reads no file; what a member was built from is compared by digest when it is used.
+    """
+    written = workspace.catalog.stat().st_mtime_ns
+    listed = {entry["path"] for member in catalog.members.values() for entry in member.checkpoints}
+    refused = {problem.member for problem in catalog.problems}
+    found = []
+    for backbone, roles in checkpoint_files(workspace).items():
+        for role, path in roles.items():
+            unknown = workspace.relative(path) not in listed and not {backbone, f"{backbone}_{role}"} & refused
+            if path.stat().st_mtime_ns > written or (unknown and role in STAGES):
+                found.append(path)
+    records = [place(name) for name in catalog.members for place in (workspace.base_oof, workspace.training_metrics)]
+    found += [path for path in records if path.is_file() and path.stat().st_mtime_ns > written]
+    return sorted(path.name for path in found)
+
+
 def _member_of_record(name: str, entry: dict[str, Any]) -> Member:
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
     return Member(name=name, **values)
@@ -163,7 +188,9 @@ def select(catalog: Catalog, config: Config) -> list[Member]:
     """
     named = [*config.backbones.include, *config.backbones.exclude]
     settings = base_back.settings()
-    known = {*getattr(settings, "ALL_BACKBONES", settings.BACKBONES), *catalog.members}
+    # A mounted BASE-BACK may have fewer backbones than the specification, whose names are always understood.
+    printed = type(config.backbones).model_fields["include"].default
+    known = {*getattr(settings, "ALL_BACKBONES", settings.BACKBONES), *printed, *catalog.members}
     unknown = [f"{name!r}{did_you_mean(name, known)}" for name in named if name not in known]
     if unknown:
         raise UserError(
@@ -193,186 +220,3 @@ def check_current(workspace: Workspace, member: Member, digests: FileDigests) ->
         raise UserError(f"{path}: the checkpoint of {member.name} is gone. Train it again or run discover") from None
     if found != entry["sha256"]:
         raise UserError(f"{path}: changed since discovery. Run `python ensemble_orchestrator.py discover` again")
-
-
-def _checkpoints(workspace: Workspace) -> dict[str, dict[str, Path]]:
-    """{backbone: {role: file}} for every backbone with at least one checkpoint that can be a member."""
-    found: dict[str, dict[str, Path]] = {}
-    if workspace.checkpoints.is_dir():
-        for path in sorted(workspace.checkpoints.iterdir()):
-            match = CHECKPOINT_NAME.fullmatch(path.name)
-            if match and path.is_file():
-                found.setdefault(match["name"], {})[match["role"]] = path
-    return {name: roles for name, roles in found.items() if any(stage in roles for stage in STAGES)}
-
-
-def _member(
-    workspace: Workspace, name: str, roles: dict[str, Path], classes: tuple[str, ...], digests: FileDigests
-) -> Member:
-    main = next(stage for stage in STAGES if stage in roles)
-    facts = _checkpoint_facts(roles[main], name, classes, digests)
-    others = sorted(role for role in roles if role != main)
-    checkpoints = tuple(
-        {"path": workspace.relative(roles[role]), "stage": role, "sha256": digests.of(roles[role])}
-        for role in [main, *others]
-    )
-    metrics = read_json(workspace.training_metrics(name), remedy="Train the backbone again")
-    recorded = (metrics or {}).get("final_accuracy") if main == "final" else facts["accuracy"]
-    status = workspace.deployment / name / "export_status.json"
-    exports = read_json(status, remedy="Export again") or {}
-    identity = {key: facts[key] for key in ("architecture", "size", "img_size", "classes")}
-    return Member(
-        name=name,
-        architecture=facts["architecture"],
-        size=facts["size"],
-        img_size=facts["img_size"],
-        classes=tuple(facts["classes"]),
-        checkpoints=checkpoints,
-        exports=tuple(sorted(form for form, entry in exports.items() if _is_ok(entry))),
-        metrics=workspace.relative(workspace.training_metrics(name)) if metrics else None,
-        oof=None,
-        recorded_accuracy=recorded,
-        digest=digest_of([checkpoints[0]["sha256"], identity]),
-    )
-
-
-def _is_ok(entry: object) -> bool:
-    return isinstance(entry, dict) and entry.get("status") == "ok"
-
-
-def _checkpoint_facts(path: Path, name: str, classes: tuple[str, ...], digests: FileDigests) -> dict[str, Any]:
-    """What a checkpoint says of itself, remembered by content; where it says nothing, the settings speak."""
-    digest = digests.of(path)
-    known = digests.facts(digest)
-    if known is None:
-        record = streaming.read_checkpoint(path)
-        extra = record.get("extra") if isinstance(record.get("extra"), dict) else {}
-        accuracy = extra.get("final_accuracy", extra.get("accuracy"))
-        known = {
-            "architecture": extra.get("backbone_name"),
-            "size": extra.get("model_size"),
-            "img_size": extra.get("img_size"),
-            "classes": list(extra["classes"]) if "classes" in extra else None,
-            "accuracy": None if accuracy is None else float(accuracy),
-        }
-        digests.keep(digest, known)
-    return {
-        "architecture": known["architecture"] or name,
-        "size": known["size"] or "full",
-        "img_size": known["img_size"] or int(base_back.settings().IMG_SIZE),
-        "classes": known["classes"] or list(classes),
-        "accuracy": known["accuracy"],
-    }
-
-
-def _oof_facts(workspace: Workspace, name: str, digests: FileDigests) -> dict[str, Any] | None:
-    path = workspace.base_oof(name)
-    if not path.is_file():
-        return None
-    arrays = read_arrays(path, remedy="Run K-fold again: python BASE-BACK/src/main.py --stages kfold")
-    fold = arrays.get("fold")
-    return {
-        "path": workspace.relative(path),
-        "rows": len(arrays["sample_ids"]) if "sample_ids" in arrays else 0,
-        "folds": 0 if fold is None else len(set(fold.tolist())),
-        "sha256": digests.of(path),
-    }
-
-
-def _split_problems(splits: dict[str, ImageSplit]) -> list[Problem]:
-    problems = []
-    where: dict[str, tuple[str, str]] = {}
-    for name, split in splits.items():
-        if split.classes != splits["train"].classes:
-            message = (
-                f"{name} has the classes {', '.join(split.classes)}, train has {', '.join(splits['train'].classes)}"
-            )
-            problems.append(Problem("split_classes", "error", None, message, "split the images anew"))
-        for sample_id, content in zip(split.sample_ids, split.contents, strict=True):
-            seen = where.setdefault(content, (name, sample_id))
-            if seen[0] != name:
-                message = f"the same image in two splits: {seen[0]}/{seen[1]} and {name}/{sample_id}"
-                problems.append(Problem("duplicate_across_splits", "warning", None, message, "evaluate leaves it out"))
-    return problems
-
-
-def _member_problems(workspace: Workspace, member: Member, train: ImageSplit) -> list[Problem]:
-    problems = []
-    if member.oof is None:
-        problems.append(
-            Problem(
-                "no_oof",
-                "warning",
-                member.name,
-                f"No K-fold results for backbone {member.name}",
-                "Retrain with ENABLE_KFOLD_CV=True (python BASE-BACK/src/main.py --stages kfold), or exclude it from "
-                "stacking: backbones.exclude",
-            )
-        )
-    elif member.oof["rows"] != len(train.sample_ids):
-        message = f"out-of-fold predictions for {member.oof['rows']} of {len(train.sample_ids)} train images"
-        problems.append(Problem("oof_rows", "warning", member.name, message, "run K-fold on this split again"))
-    if set(member.classes) != set(train.classes):
-        message = f"trained on the classes {', '.join(member.classes)}; the split has {', '.join(train.classes)}"
-        problems.append(Problem("classes", "error", member.name, message, "train it on this split"))
-    elif member.classes != train.classes:
-        message = "its classes stand in another order; they are matched by name"
-        problems.append(Problem("class_order", "warning", member.name, message, "nothing to do"))
-    if member.metrics is None:
-        message = f"no {workspace.training_metrics(member.name).name}, so its recorded accuracy is unknown"
-        problems.append(Problem("no_metrics", "info", member.name, message, "nothing to do"))
-    return problems
-
-
-def _verify(
-    config: Config,
-    workspace: Workspace,
-    members: dict[str, Member],
-    val: ImageSplit,
-    digests: FileDigests,
-    *,
-    force: bool,
-) -> tuple[dict[str, Member], list[Problem]]:
-    """Load every member that has not run yet and run one batch of val images."""
-    keys = {name: digest_of(["verified", member.digest, val.digest]) for name, member in members.items()}
-    waiting = {name: member for name, member in members.items() if force or not digests.facts(keys[name])}
-    if not waiting:
-        return members, []
-    device = streaming.resolve_device(config.device)
-    count = min(config.dataset.batch_size, len(val.sample_ids))
-    few = replace(
-        val,
-        sample_ids=val.sample_ids[:count],
-        labels=val.labels[:count],
-        paths=val.paths[:count],
-        contents=val.contents[:count],
-    )
-    checked, problems = dict(members), []
-    for name, member in waiting.items():
-        try:
-            for batch in streaming.stream(
-                member.network(workspace), [few], batch_size=count, device=device, image_cache=workspace.image_cache
-            ):
-                logger.info("verify %s: logits %s, embeddings %s", name, batch.logits.shape, batch.embeddings.shape)
-            digests.keep(keys[name], True)
-        except UserError as error:
-            checked[name] = replace(member, usable=False)
-            problems.append(Problem("does_not_run", "error", name, str(error), "See the message"))
-    return checked, problems
-
-
-def _table(workspace: Workspace, catalog: Catalog, *, verify: bool) -> str:
-    width = max(len(name) for name in catalog.members)
-    lines = [f"{'member':{width}}  size  px   recorded  out-of-fold rows  checkpoints"]
-    for name, member in sorted(catalog.members.items()):
-        recorded = "-" if member.recorded_accuracy is None else f"{member.recorded_accuracy:.4f}"
-        oof = "-" if member.oof is None else f"{member.oof['rows']} in {member.oof['folds']} folds"
-        lines.append(
-            f"{name:{width}}  {member.size:4}  {member.img_size:<3}  {recorded:8}  {oof:16}  {len(member.checkpoints)}"
-            f"{'' if member.usable else '  cannot be used'}"
-        )
-    sizes = ", ".join(f"{split} {facts['n']}" for split, facts in catalog.splits.items())
-    lines.append(f"{len(catalog.members)} members, {len(catalog.classes)} classes, images: {sizes}")
-    lines += [f"{p.severity}: {p.member + ': ' if p.member else ''}{p.message}. {p.remedy}" for p in catalog.problems]
-    lines.append(f"{'verified, ' if verify else ''}written: {workspace.catalog}")
-    return "\n".join(lines)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import base_back, catalog, streaming
+from utils import base_back, catalog, inspection, out_of_fold, streaming
 from utils.artifacts import (
     FileDigests,
     digest_of,
@@ -137,6 +137,9 @@ class Store:
                 self._stream(member, gaps, device, threads)
             left = (time.monotonic() - start) / number * (len(missing) - number)
             logger.info("[%d/%d] streamed %s over %s; about %.0f s left", number, len(missing), member.name, gaps, left)
+        outputs = {member.name: self.rows(member, "val") for member, gaps in missing if "val" in gaps}
+        measured = {name: (rows.logits, rows.labels) for name, rows in outputs.items()}
+        self.catalog = inspection.take_measurements(self.workspace, self.catalog, self.digests, measured)
         self.digests.save()
 
     def rows(self, member: Member, split: str) -> MemberRows:
@@ -168,7 +171,7 @@ class Store:
         path = self.workspace.base / member.oof["path"]
         if self.digests.of(path) != member.oof["sha256"]:
             raise UserError(f"{path}: changed since discovery. Run `python ensemble_orchestrator.py discover` again")
-        arrays = _validated_oof(path, member, self.images("train"), self.catalog.classes)
+        arrays = out_of_fold.read(path, member.name, self.images("train"), self.catalog.classes).arrays()
         write_arrays(cache, arrays | {"key": np.array(key)})
         return _oof_rows(arrays, self.catalog.classes)
 
@@ -263,45 +266,6 @@ def _oof_rows(arrays: Mapping[str, np.ndarray], classes: tuple[str, ...]) -> Mem
     return MemberRows(
         "train", classes, arrays["sample_ids"], arrays["labels"], arrays["logits"], np.ones(len(arrays["labels"]), bool)
     )
-
-
-def _validated_oof(path: Path, member: Member, train: ImageSplit, classes: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Out-of-fold arrays with columns in the workspace's class order. Raises UserError that names what does not fit."""
-    remedy = "Run K-fold again: python BASE-BACK/src/main.py --stages kfold --force"
-    arrays = read_arrays(path, remedy=remedy)
-
-    def refuse(reason: str) -> UserError:
-        return UserError(f"{path}: out-of-fold predictions of {member.name} refused: {reason}. {remedy}")
-
-    missing = [name for name in ("logits", "labels", "sample_ids", "fold") if name not in arrays]
-    if missing:
-        raise refuse(f"no array {', '.join(missing)}")
-    ids, logits, labels = arrays["sample_ids"], arrays["logits"], arrays["labels"]
-    own = tuple(str(name) for name in arrays["classes"]) if "classes" in arrays else classes
-    if sorted(own) != sorted(classes):
-        raise refuse(f"its classes are {', '.join(own)}; the split has {', '.join(classes)}")
-    if logits.shape != (len(ids), len(own)) or labels.shape != ids.shape or arrays["fold"].shape != ids.shape:
-        raise refuse(f"logits {logits.shape}, labels {labels.shape} and fold {arrays['fold'].shape} for {len(ids)} ids")
-    if len(np.unique(ids)) != len(ids):
-        raise refuse("a sample id occurs twice, so a row stands in two folds")
-    outside = np.setdiff1d(ids, np.array(train.sample_ids))
-    if outside.size:
-        raise refuse(f"{outside.size} rows are not train images, first {outside[0]}")
-    bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
-    if bad.size:
-        raise refuse(f"{bad.size} rows have NaN or infinite logits, first {ids[bad[0]]}")
-    order = [own.index(name) for name in classes]
-    to_ours = np.array([classes.index(name) for name in own])
-    place = {sample_id: row for row, sample_id in enumerate(train.sample_ids)}
-    truth = train.labels[[place[str(sample_id)] for sample_id in ids]]
-    if not np.array_equal(to_ours[labels], truth):
-        raise refuse("its labels are not those of the class folders")
-    return {
-        "logits": np.ascontiguousarray(logits[:, order], dtype=np.float32),
-        "labels": truth.astype(np.int64),
-        "sample_ids": ids,
-        "fold": arrays["fold"],
-    }
 
 
 def align(parts: Mapping[str, Sequence[MemberRows]], classes: tuple[str, ...]) -> Rows:

@@ -76,6 +76,24 @@ class Workspace:
         """Out-of-fold predictions as the base pipeline wrote them."""
         return self.kfold / f"{backbone}_oof_predictions.npz"
 
+    def kfold_results(self, backbone: str) -> Path:
+        """Fold accuracies; beside them, where the pipeline keeps them, the out-of-fold predictions."""
+        return self.kfold / f"{backbone}_kfold_results.json"
+
+    def class_mapping(self, backbone: str) -> Path:
+        """Names of the outputs, as an export recorded them."""
+        return self.deployment / backbone / "class_mapping.json"
+
+    @property
+    def pipeline_summary(self) -> Path:
+        """Figures of the base pipeline's last run."""
+        return self.metrics / "pipeline_summary.json"
+
+    @property
+    def recovery_state(self) -> Path:
+        """What the base pipeline had finished."""
+        return self.checkpoints / ".recovery_state.json"
+
     # ours ------------------------------------------------------------------------------------------------------------
     @property
     def ensembles(self) -> Path:

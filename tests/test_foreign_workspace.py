@@ -1,0 +1,153 @@
+"""A workspace that somebody else's BASE-BACK left: read exactly, its faults said, nothing of it touched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import foreign_workspace
+import numpy as np
+import pytest
+from conftest import PROJECT, run_python
+from mounting import snapshot
+
+DEMO = ("--config", "configs/digits_demo.yaml", "--device", "cpu")
+SURPLUS = "the network has 13 outputs for 10 classes; the last 3 are cut off"
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """Shared: read it, never write into it."""
+    return foreign_workspace.build(tmp_path_factory.mktemp("foreign"))
+
+
+@pytest.fixture(scope="module")
+def run(foreign, tmp_path_factory):
+    """Run a command on a copy of the workspace with the foreign package mounted."""
+
+    def run(*options, workspace):
+        place = ("--workspace", str(workspace), "--base-back", str(foreign.base_back))
+        return run_python(str(PROJECT / "ensemble_orchestrator.py"), *options, *DEMO, *place)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def discovered(foreign, run, tmp_path_factory):
+    """A copy after `discover`, and what the command said."""
+    workspace = tmp_path_factory.mktemp("copy") / "w"
+    shutil.copytree(foreign.workspace, workspace)
+    before = snapshot(foreign.base_back)
+    done = run("discover", workspace=workspace)
+    assert done.returncode == 0, done.stderr
+    assert snapshot(foreign.base_back) == before
+    return workspace, done.stdout
+
+
+def catalog(workspace):
+    return json.loads((workspace / "ensembles" / "ensemble_catalog.json").read_text())
+
+
+def test_every_member_is_the_file_that_the_contract_names(discovered):
+    workspace, _ = discovered
+    found = catalog(workspace)
+    stages = {name: [entry["stage"] for entry in m["checkpoints"]] for name, m in found["members"].items()}
+    assert stages == {
+        "CustomCoAtNet": ["final", "finetune_best", "head_best"],
+        "CustomConvNeXt": ["final", "head_best"],
+        "CustomDeiTStyle": ["head_best"],
+        "CustomResNetMish": ["final"],
+        "CustomSwinTransformer": ["final"],
+    }
+    assert found["base_back"]["kind"] == "external"
+    assert all(member["classes"] == list("0123456789") for member in found["members"].values())
+    assert all((member["img_size"], member["usable"]) == (32, True) for member in found["members"].values())
+
+
+def test_accuracies_are_those_of_the_files(discovered, foreign):
+    workspace, _ = discovered
+    members = catalog(workspace)["members"]
+    for name, member in members.items():
+        if name == "CustomDeiTStyle":
+            continue
+        metrics = json.loads((workspace / "metrics_output" / f"{name}_training_metrics.json").read_text())
+        assert member["recorded_accuracy"] == metrics["final_accuracy"]
+        with np.load(foreign.expected / f"{name}.npz") as expected:
+            # Of CustomCoAtNet from the last run's summary, of the others from the recovery state.
+            assert member["recorded_test_accuracy"] == pytest.approx(float(expected["accuracy"]))
+    assert 0 < members["CustomDeiTStyle"]["recorded_accuracy"] <= 1  # NumPy's scalar in head_best
+
+
+def test_what_would_mislead_is_said(discovered):
+    workspace, text = discovered
+    problems = {(p["member"], p["code"]): p for p in catalog(workspace)["problems"]}
+    for name in catalog(workspace)["members"]:
+        assert problems[name, "surplus_logits"]["message"] == SURPLUS
+        assert problems[name, "no_oof"]["message"] == f"No K-fold results for backbone {name}"
+        assert "--stages kfold --backbones" in problems[name, "no_oof"]["remedy"]
+        assert "--base-back" in problems[name, "no_oof"]["remedy"]
+    best = problems["CustomResNetMish", "best_accuracy_not_kept"]["message"]
+    assert best.startswith("CustomResNetMish_final.pth holds the last epoch, whose accuracy is 0.")
+    assert best.endswith("belongs to an epoch that was not kept")
+    best = problems["CustomConvNeXt", "best_accuracy_not_kept"]["message"]
+    assert best.endswith("is that of CustomConvNeXt_head_best.pth")
+    assert ("CustomSwinTransformer", "best_accuracy_not_kept") not in problems
+    kfold = problems["CustomSwinTransformer", "kfold_over_all_images"]["message"]
+    assert "ran over the raw folder, val and test images included, and kept no predictions" in kfold
+    assert "its mean accuracy 0.9000 is no estimate" in kfold
+    assert not [key for key in problems if key[1] in ("class_mapping", "class_order", "stale_metrics")]
+    assert all(problem["message"] in text for problem in problems.values())
+
+
+def test_an_export_record_of_other_names_is_said(discovered, run, tmp_path):
+    workspace = shutil.copytree(discovered[0], tmp_path / "w")
+    path = workspace / "deployment_models" / "CustomSwinTransformer" / "class_mapping.json"
+    path.write_text(json.dumps({str(k): str(9 - k) for k in range(10)}))
+    assert run("discover", workspace=workspace).returncode == 0
+    (problem,) = [p for p in catalog(workspace)["problems"] if p["code"] == "class_mapping"]
+    assert "class_mapping.json names the outputs 9, 8, 7" in problem["message"]
+
+
+def test_more_class_folders_than_outputs_cannot_be_used(discovered, run, tmp_path):
+    workspace = shutil.copytree(discovered[0], tmp_path / "w")
+    for split in ("train", "val", "test"):
+        for name in ("10", "11", "12", "13"):
+            shutil.copytree(workspace / "split_dataset" / split / "3", workspace / "split_dataset" / split / name)
+    done = run("discover", workspace=workspace)
+    assert done.returncode == 4
+    assert "the network has 13 outputs; the split has 14 classes" in done.stdout
+    assert not any(member["usable"] for member in catalog(workspace)["members"].values())
+
+
+def test_a_workspace_under_a_windows_name_is_found(foreign, run, tmp_path):
+    """A BASE-BACK whose folder has another name writes to a drive's path, which elsewhere is a folder of that name."""
+    shutil.copytree(foreign.workspace, tmp_path / "F:\\Disease Training")
+    done = run("discover", workspace=tmp_path)
+    assert done.returncode == 1
+    assert "Disease Training'; give it with --workspace" in done.stderr
+    assert run("discover", workspace=tmp_path / "F:\\Disease Training").returncode == 0
+
+
+def test_voted_and_evaluated_as_its_own_code_would(discovered, foreign, run, tmp_path):
+    pytest.importorskip("utils.networks", reason="running networks of other shapes comes with utils.networks")
+    workspace = shutil.copytree(discovered[0], tmp_path / "w")
+    done = run("pipeline", workspace=workspace)
+    assert done.returncode == 0, done.stderr
+    assert "No K-fold results for backbone CustomConvNeXt" in done.stderr
+    assert "only the val rows are honest for all members" in done.stderr
+    assert f"--base-back {foreign.base_back} --workspace {workspace}" in done.stderr
+    assert done.stdout.startswith("== discover")  # its logger, which writes to stdout, has no say
+    for path in foreign.expected.glob("*.npz"):
+        folder = workspace / "ensembles" / "predictions" / path.stem / "test"
+        logits, ids = np.load(folder / "logits.npy"), np.load(folder / "sample_ids.npy")
+        with np.load(path) as expected:
+            rows = np.argsort(expected["sample_ids"])
+            assert expected["sample_ids"][rows].tolist() == ids.tolist()
+            its = expected["probabilities"][rows].astype(np.float64)
+        # Its 13 probabilities without the dead three, which ours never had.
+        assert its[:, 10:].sum(axis=1).mean() < 0.05
+        its = its[:, :10] / its[:, :10].sum(axis=1, keepdims=True)
+        ours = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+        np.testing.assert_allclose(ours / ours.sum(axis=1, keepdims=True), its, atol=1e-5)
+    ranking = json.loads((workspace / "metrics_output" / "ensembles" / "ranking.json").read_text())
+    assert ranking["recommended"]["evidence"]["rows"] == "val"

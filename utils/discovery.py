@@ -1,0 +1,269 @@
+"""Discovery: scan a workspace for trained members, check what they say against each other, write the catalog.
+
+The scan reads files and runs no network; `verify` has `utils.inspection` run them.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils import base_back, catalog, inspection, streaming
+from utils.artifacts import FileDigests
+from utils.catalog import DERIVED, STAGES, TIMM, Catalog, Member, Problem
+from utils.config import Config
+from utils.errors import UserError, did_you_mean
+from utils.identification import Candidate, Scan, identify
+from utils.inspection import Inspector
+from utils.results import Result
+from utils.streaming import ImageSplit
+from utils.workspace import SPLITS, Workspace
+
+logger = logging.getLogger("disease_pipeline")
+
+ADDED = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)=timm:(?P<model>[^@\s]+)@(?P<file>.+)")
+NAMED_PAIRS = 20  # pairs of equal images that are named one by one
+
+
+def discover(
+    config: Config, workspace: Workspace, *, verify: bool = False, add: Sequence[str] = (), force: bool = False
+) -> Result:
+    """Find trained models, check them and write the catalog.
+
+    `verify` also runs every trained member, and derived ones that the configuration includes, on all val images, and
+    out-of-fold predictions' networks on a sample of train images. `add` declares networks of timm,
+    `NAME=timm:MODEL@FILE`; later discoveries keep them. What was measured once is known by digest and measured again
+    only with `force`; a scan is cheap, so it is always made. Raises UserError when there is no member, or for a
+    declaration that cannot be followed.
+    """
+    digests = FileDigests(workspace.digests)
+    scan = Scan(config, workspace, digests, _list_splits(workspace, digests))
+    problems = _split_problems(scan.splits)
+    members: dict[str, Member] = {}
+    for candidate in [*_trained(workspace), *_declared(scan, add)]:
+        try:
+            members[candidate.name], found = identify(scan, candidate)
+            problems += found
+        except UserError as error:
+            problems.append(Problem("checkpoint_refused", "error", candidate.name, str(error), "See the message"))
+            if candidate.remembered is not None:  # a declaration outlives its file
+                members[candidate.name] = replace(candidate.remembered, usable=False, oof=None)
+    inspector = Inspector(config, workspace, scan.classes, scan.splits, digests)
+    if verify:
+        threads = streaming.decoding_threads(config.dataset.num_workers)
+        inspector = replace(inspector, device=streaming.resolve_device(config.device), threads=threads)
+    for name, member in members.items():
+        if verify and _is_verified(config, member):
+            inspection.verify(inspector, member, force=force)
+        if member.usable:
+            members[name], found = _judged(inspector, member)
+            problems += found
+    digests.save()
+    _require_members(workspace, members, problems)
+    path = base_back.locate()
+    found_all = Catalog(
+        base_back={"path": str(path), "kind": base_back.kind(path), "digest": base_back.source_digest(path)},
+        classes=scan.classes,
+        splits={name: {"n": len(split.sample_ids), "digest": split.digest} for name, split in scan.splits.items()},
+        members=members,
+        problems=tuple(problems),
+    )
+    catalog.save(workspace, found_all)
+    measured = {name: digests.facts(inspector.measured_key(member)) or {} for name, member in members.items()}
+    failures = [f"{p.member or 'split'}: {p.message}" for p in problems if p.severity == "error"]
+    return Result(_table(workspace, found_all, measured, verify=verify), found_all.as_record(), failures)
+
+
+def _is_verified(config: Config, member: Member) -> bool:
+    return member.usable and (member.source != "derived" or member.name in config.backbones.selected)
+
+
+# which files there are --------------------------------------------------------------------------------------------
+
+
+def _list_splits(workspace: Workspace, digests: FileDigests) -> dict[str, ImageSplit]:
+    try:
+        return {split: streaming.list_images(workspace.split_dir, split, digests) for split in SPLITS}
+    except UserError as error:
+        raise UserError(f"{error}{_windows_folder(workspace)}") from error
+
+
+def _windows_folder(workspace: Workspace) -> str:
+    """A hint at a workspace under a Windows drive's name, which a BASE-BACK makes when its own folder is renamed."""
+    places = (Path.cwd(), workspace.base)
+    names = [entry for place in places if place.is_dir() for entry in place.iterdir() if entry.name[1:3] == ":\\"]
+    found = sorted(str(entry) for entry in names if (entry / "checkpoints").is_dir())
+    if not found:
+        return ""
+    return f". A BASE-BACK that was not told its workspace has written to {found[0]!r}; give it with --workspace"
+
+
+def _trained(workspace: Workspace) -> list[Candidate]:
+    """A backbone's final, else fine-tuned, else head checkpoint is a member; so is each derived file."""
+    found = []
+    for backbone, roles in catalog.checkpoint_files(workspace).items():
+        stage = next((stage for stage in STAGES if stage in roles), None)
+        derived = {role: path for role, path in roles.items() if re.fullmatch(DERIVED, role)}
+        if stage is not None:
+            others = {role: path for role, path in sorted(roles.items()) if role != stage}
+            found.append(Candidate(backbone, roles[stage], stage, backbone, others))
+        for role, path in derived.items():
+            parents = () if role == "distilled" else (backbone,)
+            found.append(Candidate(f"{backbone}_{role}", path, role, backbone, {}, parents, is_derived=True))
+    return sorted(found, key=lambda candidate: candidate.name)
+
+
+def _declared(scan: Scan, add: Sequence[str]) -> list[Candidate]:
+    """Networks of timm: those that the catalog on disk holds and those declared now, which replace them by name."""
+    found: dict[str, Candidate] = {}
+    for member in _remembered(scan.workspace):
+        path = scan.workspace.base / member.checkpoints[0]["path"]
+        found[member.name] = Candidate(
+            member.name,
+            path,
+            "final",
+            member.architecture,
+            img_size=member.img_size,
+            others=_folds(scan, member.name),
+            remembered=member,
+        )
+    trained = {candidate.name for candidate in _trained(scan.workspace)}
+    for declaration in add:
+        match = ADDED.fullmatch(declaration)
+        if match is None:
+            raise UserError(
+                f"--add {declaration}: expected NAME=timm:MODEL@FILE, such as --add leaf=timm:resnet18@weights/leaf.pth"
+            )
+        name, path = match["name"], Path(match["file"]).expanduser().absolute()
+        if name in trained:
+            raise UserError(f"--add {declaration}: a checkpoint of {name} is in {scan.workspace.checkpoints} already")
+        if not path.is_file():
+            near = did_you_mean(path.name, [entry.name for entry in path.parent.glob("*")])
+            raise UserError(f"--add {declaration}: {path}: no such file{near}")
+        _require_timm_model(declaration, match["model"])
+        found[name] = Candidate(
+            name,
+            path,
+            "final",
+            f"{TIMM}{match['model']}",
+            img_size=scan.config.dataset.img_size,
+            others=_folds(scan, name),
+        )
+    return [found[name] for name in sorted(found)]
+
+
+def _folds(scan: Scan, name: str) -> dict[str, Path]:
+    return catalog.checkpoint_files(scan.workspace).get(name, {})
+
+
+def _remembered(workspace: Workspace) -> list[Member]:
+    """Members of the catalog on disk that were declared; none, said in words, where it cannot be read."""
+    if not workspace.catalog.is_file():
+        return []
+    try:
+        members = catalog.read(workspace).members
+    except UserError as error:
+        logger.warning("%s; networks declared with --add must be declared again", error)
+        return []
+    return [member for member in members.values() if member.architecture.startswith(TIMM)]
+
+
+def _require_timm_model(declaration: str, model: str) -> None:
+    import timm
+
+    if not timm.is_model(model):
+        near = did_you_mean(model, timm.list_models())
+        raise UserError(f"--add {declaration}: timm {timm.__version__} has no model {model!r}{near}")
+
+
+# what was found, for a catalog and for a person ----------------------------------------------------------------------
+
+
+def _judged(inspector: Inspector, member: Member) -> tuple[Member, list[Problem]]:
+    """A member after what running it has shown, now or at any time before."""
+    measured = inspector.digests.facts(inspector.measured_key(member))
+    honesty = inspector.digests.facts(inspector.honesty_key(member)) if member.oof is not None else None
+    problems = inspection.measured_problems(inspector.classes, member, measured) if measured else []
+    usable = member.usable and not any(problem.severity == "error" for problem in problems)
+    found = inspection.honesty_problems(member, honesty) if honesty else []
+    is_refused = any(problem.code in inspection.REFUSING for problem in found)
+    if measured and member.oof is not None and not is_refused:
+        found += inspection.suspicion(member, member.oof["accuracy"], measured)
+    return replace(member, usable=usable, oof=None if is_refused else member.oof), [*problems, *found]
+
+
+def _split_problems(splits: Mapping[str, ImageSplit]) -> list[Problem]:
+    problems = []
+    train = splits["train"]
+    for name, split in splits.items():
+        if split.classes != train.classes:
+            message = f"{name} has the classes {', '.join(split.classes)}, train has {', '.join(train.classes)}"
+            problems.append(Problem("split_classes", "error", None, message, "split the images anew"))
+    names = np.array([f"{split.split}/{sample_id}" for split in splits.values() for sample_id in split.sample_ids])
+    where = np.concatenate([np.full(len(split.sample_ids), number) for number, split in enumerate(splits.values())])
+    contents = np.array([content for split in splits.values() for content in split.contents])
+    _, group = np.unique(contents, return_inverse=True)
+    order = np.lexsort((np.arange(len(group)), group))
+    starts = np.flatnonzero(np.r_[True, group[order][1:] != group[order][:-1]])
+    first = order[np.repeat(starts, np.diff(np.r_[starts, len(order)]))]  # of each row's group, the earliest
+    twins = np.flatnonzero(where[order] != where[first])
+    for row in twins[:NAMED_PAIRS]:
+        message = f"the same image in two splits: {names[first[row]]} and {names[order[row]]}"
+        problems.append(Problem("duplicate_across_splits", "warning", None, message, "evaluate leaves it out"))
+    if len(twins) > NAMED_PAIRS:
+        message = f"{len(twins) - NAMED_PAIRS} more images stand in two splits"
+        problems.append(Problem("duplicate_across_splits", "warning", None, message, "split the images anew"))
+    return problems
+
+
+def _require_members(workspace: Workspace, members: Mapping[str, Member], problems: Sequence[Problem]) -> None:
+    if members:
+        return
+    refused = "".join(f"; {problem.message}" for problem in problems if problem.severity == "error")
+    raise UserError(
+        f"{workspace.checkpoints}: no trained model (expected files such as CustomConvNeXt_final.pth{refused}). "
+        f"Train some first: make demo, or python BASE-BACK/src/main.py{_windows_folder(workspace)}"
+    )
+
+
+def _table(workspace: Workspace, found: Catalog, measured: Mapping[str, Mapping[str, Any]], *, verify: bool) -> str:
+    shown = {name: member for name, member in sorted(found.members.items()) if member.source != "derived"}
+    width = max((len(name) for name in shown), default=6)
+    lines = [f"{'member':{width}}  size  px   recorded  measured  out-of-fold rows  checkpoints"]
+    for name, member in shown.items():
+        oof = "-" if member.oof is None else f"{member.oof['rows']} in {member.oof['folds']} folds"
+        lines.append(
+            f"{name:{width}}  {member.size:4}  {member.img_size:<3}  {_figure(member.recorded_accuracy):8}  "
+            f"{_figure(measured[name].get('accuracy')):8}  {oof:16}  {len(member.checkpoints)}"
+            f"{'' if member.usable else '  cannot be used'}"
+        )
+    derived = [name for name, member in sorted(found.members.items()) if member.source == "derived"]
+    if derived:
+        lines.append(f"derived, used only where backbones.include names them: {', '.join(derived)}")
+    sizes = ", ".join(f"{split} {facts['n']}" for split, facts in found.splits.items())
+    lines.append(f"{len(shown)} members, {len(found.classes)} classes, images: {sizes}")
+    lines += _problem_lines(found.problems)
+    lines.append(f"{'verified, ' if verify else ''}written: {workspace.catalog}")
+    return "\n".join(lines)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _problem_lines(problems: Sequence[Problem]) -> list[str]:
+    """One line for each problem; the same problem of several members is one line."""
+    members: dict[tuple[str, str, str], list[str]] = {}
+    for problem in problems:
+        names = members.setdefault((problem.severity, problem.message, problem.remedy), [])
+        names += [problem.member] if problem.member else []
+    return [
+        f"{severity}: {', '.join(names) + ': ' if names else ''}{message}. {remedy[:1].upper()}{remedy[1:]}"
+        for (severity, message, remedy), names in members.items()
+    ]

@@ -1,0 +1,236 @@
+"""What files say of one trained network: its architecture, classes, accuracy, out-of-fold predictions; no network runs.
+
+Everything learned from a file is remembered by its digest, so that a second look reads nothing and needs no torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils import base_back, out_of_fold, streaming, training_records
+from utils.artifacts import FileDigests, digest_of
+from utils.catalog import STAGES, TIMM, Member, Problem, kfold_command
+from utils.config import Config
+from utils.errors import UserError
+from utils.streaming import ImageSplit
+from utils.workspace import Workspace
+
+logger = logging.getLogger("disease_pipeline")
+
+VERSION = 2  # raised whenever the same file would give other facts
+CLASSIFIERS = {"head", "heads", "head_dist", "fc", "classifier"}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Files that may be a member."""
+
+    name: str
+    path: Path
+    stage: str
+    backbone: str
+    """Its architecture, where the file names none; whose records describe it."""
+    others: dict[str, Path] = field(default_factory=dict)
+    """{stage: file} of the same training."""
+    parents: tuple[str, ...] = ()
+    is_derived: bool = False
+    img_size: int | None = None
+    """Where the file says nothing; None: the settings'."""
+    remembered: Member | None = None
+    """What the last catalog said of a declared network."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What every step of one discovery needs."""
+
+    config: Config
+    workspace: Workspace
+    digests: FileDigests
+    splits: dict[str, ImageSplit]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """In the order of the sorted class folders."""
+        return self.splits["train"].classes
+
+
+def identify(scan: Scan, candidate: Candidate) -> tuple[Member, list[Problem]]:
+    """What files say of a candidate. Raises UserError for a checkpoint that is gone, refused or cannot be read."""
+    workspace, digests = scan.workspace, scan.digests
+    facts = _checkpoint_facts(candidate.path, digests)
+    checkpoints = tuple(
+        {"path": workspace.relative(path), "stage": stage, "sha256": digests.of(path)}
+        for stage, path in [(candidate.stage, candidate.path), *candidate.others.items()]
+    )
+    siblings = {
+        stage: _checkpoint_facts(candidate.others[stage], digests)["accuracy"]
+        for stage in STAGES
+        if stage in candidate.others and candidate.stage == "final" and _is_readable(candidate.others[stage], digests)
+    }
+    recorded = None
+    if not candidate.is_derived:
+        recorded = training_records.read(
+            workspace,
+            candidate.name,
+            stage=candidate.stage,
+            checkpoint=candidate.path,
+            own=facts["accuracy"],
+            siblings=siblings,
+        )
+    declared = candidate.backbone.startswith(TIMM)
+    identity = {
+        "architecture": candidate.backbone if declared else facts["architecture"] or candidate.backbone,
+        "size": facts["size"] or "full",
+        "img_size": facts["img_size"] or candidate.img_size or int(base_back.settings().IMG_SIZE),
+        "classes": facts["classes"] or list(scan.classes),
+    }
+    member = Member(
+        name=candidate.name,
+        architecture=identity["architecture"],
+        size=identity["size"],
+        img_size=identity["img_size"],
+        classes=tuple(identity["classes"]),
+        checkpoints=checkpoints,
+        exports=recorded.exports if recorded else (),
+        metrics=workspace.relative(recorded.path) if recorded and recorded.path else None,
+        oof=None,
+        recorded_accuracy=recorded.accuracy if recorded else facts["accuracy"],
+        digest=digest_of([checkpoints[0]["sha256"], identity]),
+        source="derived" if candidate.is_derived else "trained",
+        parents=candidate.parents or tuple(facts["parents"]),
+        recorded_test_accuracy=recorded.test_accuracy if recorded else None,
+    )
+    problems = list(recorded.problems) if recorded else []
+    problems += _class_problems(scan, member, facts)
+    if member.img_size != scan.config.dataset.img_size:
+        message = f"made for {member.img_size} px; dataset.img_size is {scan.config.dataset.img_size}"
+        problems.append(Problem("image_size", "info", member.name, message, "its own size is used"))
+    oof, found = _oof(scan, member)
+    problems += found
+    usable = not any(problem.severity == "error" for problem in problems)
+    return replace(member, oof=oof, usable=usable), problems
+
+
+def _is_readable(path: Path, digests: FileDigests) -> bool:
+    try:
+        _checkpoint_facts(path, digests)
+    except UserError as error:
+        logger.warning("%s", error)
+        return False
+    return True
+
+
+def _checkpoint_facts(path: Path, digests: FileDigests) -> dict[str, Any]:
+    """What a checkpoint says of itself, remembered by content; None where it says nothing."""
+    try:
+        digest = digests.of(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: the checkpoint is gone. Put it back, or declare another with --add") from None
+    known = digests.facts(digest)
+    if known is None or known.get("version") != VERSION:
+        record = streaming.read_checkpoint(path)
+        extra = record.get("extra") if isinstance(record.get("extra"), dict) else {}
+        accuracy = extra.get("final_accuracy", extra.get("accuracy"))
+        known = {
+            "version": VERSION,
+            "architecture": extra.get("backbone_name"),
+            "size": extra.get("model_size"),
+            "img_size": extra.get("img_size"),
+            "classes": [str(name) for name in extra["classes"]] if extra.get("classes") else None,
+            "accuracy": None if accuracy is None else float(accuracy),
+            "parents": [str(name) for name in extra.get("parents") or ()],
+            "outputs": _outputs(streaming.weights_of(record)),
+        }
+        digests.keep(digest, known)
+    return known
+
+
+def _outputs(weights: Mapping[str, Any]) -> int | None:
+    """How many logits a network has: the rows of the last matrix of its classifier."""
+    matrices = [name for name, value in weights.items() if name.endswith("weight") and getattr(value, "ndim", 0) == 2]
+    last = [name for name in matrices if CLASSIFIERS & set(name.split("."))] or matrices
+    return int(weights[last[-1]].shape[0]) if last else None
+
+
+def _class_problems(scan: Scan, member: Member, facts: Mapping[str, Any]) -> list[Problem]:
+    """Classes by the file, else by the folders, checked against folders, export record and width of the classifier."""
+    problems = []
+    folders = scan.classes
+    if set(member.classes) != set(folders):
+        message = f"trained on the classes {', '.join(member.classes)}; the split has {', '.join(folders)}"
+        problems.append(Problem("classes", "error", member.name, message, "train it on this split"))
+    elif member.classes != folders:
+        message = "its classes stand in another order; they are matched by name"
+        problems.append(Problem("class_order", "warning", member.name, message, "nothing to do"))
+    if facts["classes"] is None and facts["outputs"] is not None:
+        outputs, count = facts["outputs"], len(folders)
+        if outputs < count:
+            message = f"the network has {outputs} outputs; the split has {count} classes"
+            problems.append(Problem("classes", "error", member.name, message, "train it on this split"))
+        elif outputs > count:
+            message = f"the network has {outputs} outputs for {count} classes; the last {outputs - count} are cut off"
+            remedy = "nothing to do; running it shows whether they are dead"
+            problems.append(Problem("surplus_logits", "warning", member.name, message, remedy))
+    mapping = None if member.source == "derived" else training_records.class_mapping(scan.workspace, member.name)
+    if mapping is not None and mapping[: len(member.classes)] != member.classes:
+        file = scan.workspace.relative(scan.workspace.class_mapping(member.name))
+        message = f"{file} names the outputs {', '.join(mapping)}; they are taken to be {', '.join(member.classes)}"
+        remedy = "discover --verify measures which is true"
+        problems.append(Problem("class_mapping", "warning", member.name, message, remedy))
+    return problems
+
+
+def _oof(scan: Scan, member: Member) -> tuple[dict[str, Any] | None, list[Problem]]:
+    """Facts of a member's out-of-fold predictions, and what is wrong with them or their absence."""
+    name, train = member.name, scan.splits["train"]
+    path = scan.workspace.base_oof(name)
+    if not path.is_file():
+        if member.source == "derived":
+            return None, []
+        remedy = (
+            f"Retrain with ENABLE_KFOLD_CV=True ({kfold_command(scan.workspace, [name])}), or exclude it from "
+            "stacking: backbones.exclude"
+        )
+        return None, [Problem("no_oof", "warning", name, f"No K-fold results for backbone {name}", remedy)]
+    digest = scan.digests.of(path)
+    key = digest_of(["oof", VERSION, digest, train.digest, list(scan.classes)])
+    facts = scan.digests.facts(key)
+    if facts is None:
+        facts = _oof_facts(path, name, train, scan.classes)
+        scan.digests.keep(key, facts)
+    if "refused" in facts:
+        return None, [Problem("oof_refused", "warning", name, facts["refused"], "It is used without them")]
+    problems = []
+    total, rows, twins = len(train.sample_ids), facts["rows"], facts["twins"]
+    if rows != total:
+        message = f"out-of-fold predictions for {rows} of {total} train images; {total - rows} rows are missing"
+        problems.append(Problem("oof_rows", "warning", name, message, "run K-fold on this split again"))
+    if twins:
+        message = f"{len(twins)} out-of-fold rows have an equal image in another fold, first {twins[0]}"
+        problems.append(Problem("oof_twins", "warning", name, message, "run K-fold on this split again"))
+    if facts["kind"] == "half-precision probabilities":
+        message = "its out-of-fold probabilities have half precision, as training on CUDA gives them"
+        problems.append(Problem("half_precision", "info", name, message, "run K-fold again for exact ones"))
+    kept = ("rows", "folds", "accuracy")
+    return {"path": scan.workspace.relative(path), "sha256": digest} | {key: facts[key] for key in kept}, problems
+
+
+def _oof_facts(path: Path, name: str, train: ImageSplit, classes: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        found = out_of_fold.read(path, name, train, classes)
+    except UserError as error:
+        return {"refused": str(error)}
+    return {
+        "rows": len(found.labels),
+        "folds": len(np.unique(found.fold)),
+        "accuracy": found.accuracy,
+        "kind": found.kind,
+        "twins": out_of_fold.twins_apart(found, train),
+    }

@@ -1,0 +1,142 @@
+"""Out-of-fold predictions: read from a file, fitted to the train rows, and told apart from in-sample ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils.artifacts import read_arrays
+from utils.errors import UserError
+from utils.streaming import ImageSplit
+
+SMALLEST_PROBABILITY = 1e-12  # log(p) of anything smaller is taken at this
+EQUAL = 1e-5  # logits closer than this, relative where they are above 1, come from the same network
+SAME_NETWORK_SHARE = 0.01  # more equal rows than this share are no coincidence
+BEYOND_CHANCE = 0.001  # p value below which out-of-fold rows are suspiciously better than val rows
+FLOOR = {"probabilities": 1e-11, "half-precision probabilities": 1e-3}
+"""What is smaller says nothing of the network: rounding and clipping made it."""
+ROUNDING = {"probabilities": 1e-4, "half-precision probabilities": 3e-3}
+"""How far log-probabilities above the floor are off by rounding alone."""
+
+
+@dataclass(frozen=True)
+class OutOfFold:
+    """Predictions for train rows by networks that were trained on the other folds."""
+
+    logits: np.ndarray
+    """float32 (N, C), columns in the workspace's class order"""
+    labels: np.ndarray
+    """int64 (N,), indices into the workspace's classes"""
+    sample_ids: np.ndarray
+    """unicode (N,)"""
+    fold: np.ndarray
+    """int64 (N,)"""
+    kind: str
+    """What the file held: logits, probabilities or half-precision probabilities."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is stored of them."""
+        return {"logits": self.logits, "labels": self.labels, "sample_ids": self.sample_ids, "fold": self.fold}
+
+    @property
+    def accuracy(self) -> float:
+        """Share of rows whose largest logit is the true class."""
+        return float((self.logits.argmax(axis=1) == self.labels).mean())
+
+
+def read(path: Path, name: str, train: ImageSplit, classes: tuple[str, ...]) -> OutOfFold:
+    """The out-of-fold predictions of member `name`, columns brought into the order of `classes`.
+
+    Raises UserError that names what does not fit: arrays, shapes, classes, rows in two folds or outside the train
+    split, labels that are not those of the class folders, values that are not finite.
+    """
+    remedy = "Run K-fold again: python BASE-BACK/src/main.py --stages kfold --force"
+    arrays = read_arrays(path, remedy=remedy)
+
+    def refuse(reason: str) -> UserError:
+        return UserError(f"{path}: out-of-fold predictions of {name} refused: {reason}. {remedy}")
+
+    missing = [key for key in ("labels", "sample_ids", "fold") if key not in arrays]
+    if "logits" not in arrays and "probabilities" not in arrays:
+        missing.insert(0, "logits")
+    if missing:
+        raise refuse(f"no array {', '.join(missing)}")
+    ids, labels, fold = arrays["sample_ids"], arrays["labels"], arrays["fold"]
+    values = arrays["logits"] if "logits" in arrays else arrays["probabilities"]
+    own = tuple(str(label) for label in arrays["classes"]) if "classes" in arrays else classes
+    if sorted(own) != sorted(classes):
+        raise refuse(f"its classes are {', '.join(own)}; the split has {', '.join(classes)}")
+    if not len(ids) or values.shape != (len(ids), len(own)) or labels.shape != ids.shape or fold.shape != ids.shape:
+        raise refuse(f"outputs {values.shape}, labels {labels.shape} and fold {fold.shape} for {len(ids)} ids")
+    if len(np.unique(ids)) != len(ids):
+        raise refuse("a sample id occurs twice, so a row stands in two folds")
+    outside = np.setdiff1d(ids, np.array(train.sample_ids))
+    if outside.size:
+        raise refuse(f"{outside.size} rows are not train images, first {outside[0]}")
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if bad.size:
+        raise refuse(f"{bad.size} rows have NaN or infinite logits, first {ids[bad[0]]}")
+    kind = "logits"
+    if "logits" not in arrays:
+        kind = "half-precision probabilities" if values.dtype == np.float16 else "probabilities"
+        if values.min() < 0 or np.abs(values.astype(np.float64).sum(axis=1) - 1).max() > 0.01:
+            raise refuse("a row of its probabilities does not sum to 1")
+        values = np.log(np.maximum(values.astype(np.float64), SMALLEST_PROBABILITY))
+    truth = train.labels[_places(ids, train.sample_ids)]
+    if labels.min() < 0 or labels.max() >= len(own):
+        raise refuse(f"its labels reach from {labels.min()} to {labels.max()} for {len(own)} classes")
+    if not np.array_equal(np.array([classes.index(label) for label in own])[labels], truth):
+        raise refuse("its labels are not those of the class folders")
+    order = [own.index(label) for label in classes]
+    logits = np.ascontiguousarray(values[:, order], dtype=np.float32)
+    return OutOfFold(logits, truth.astype(np.int64), ids, fold.astype(np.int64), kind)
+
+
+def twins_apart(predictions: OutOfFold, train: ImageSplit) -> list[str]:
+    """Sample ids whose image stands in another fold under another name, so that its network has seen it."""
+    contents = np.array(train.contents)[_places(predictions.sample_ids, train.sample_ids)]
+    _, group = np.unique(contents, return_inverse=True)
+    order = np.lexsort((predictions.fold, group))
+    same = group[order][1:] == group[order][:-1]
+    apart = np.unique(group[order][1:][same & (predictions.fold[order][1:] != predictions.fold[order][:-1])])
+    return sorted(predictions.sample_ids[np.isin(group, apart)].tolist())
+
+
+def _places(sample_ids: np.ndarray, known: tuple[str, ...]) -> np.ndarray:
+    """Where each id stands in `known`, which holds all of them; int64 (N,)."""
+    place = {sample_id: row for row, sample_id in enumerate(known)}
+    return np.array([place[sample_id] for sample_id in sample_ids.tolist()], dtype=np.int64)
+
+
+def equal_rows(kind: str, stored: np.ndarray, logits: np.ndarray, *, tolerance: float) -> tuple[int, int]:
+    """How many rows of a network's `logits` (N, C) are the `stored` ones, and of how many that can be told.
+
+    `tolerance` is absolute, and relative to a row's largest logit where that is above 1. Probabilities are compared as
+    log-probabilities; rows in which one class has all of it are left out, since every confident network gives them.
+    """
+    if kind == "logits":
+        scale = np.maximum(1.0, np.abs(logits).max(axis=1))
+        return int((np.abs(stored - logits).max(axis=1) <= tolerance * scale).sum()), len(logits)
+    floor = math.log(FLOOR[kind])
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    logs = np.maximum(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)), floor)
+    telling = np.partition(logs, -2, axis=1)[:, -2] > floor + 1
+    near = np.abs(logs - np.maximum(stored, floor)).max(axis=1) <= max(tolerance, ROUNDING[kind])
+    return int((near & telling).sum()), int(telling.sum())
+
+
+def better_by_chance(better: Mapping[str, float], other: Mapping[str, float]) -> float:
+    """One-sided p value that shares `better` and `other`, each {accuracy, n}, come from equal chances of being right.
+
+    Two-proportion z test with the pooled share; 1 where every row is right or every row is wrong.
+    """
+    n, m = better["n"], other["n"]
+    pooled = (better["accuracy"] * n + other["accuracy"] * m) / (n + m)
+    error = math.sqrt(pooled * (1 - pooled) * (1 / n + 1 / m))
+    if error == 0:
+        return 1.0
+    return 0.5 * math.erfc((better["accuracy"] - other["accuracy"]) / error / math.sqrt(2))

@@ -1,0 +1,152 @@
+"""What the base pipeline wrote down about a backbone, and where that misleads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.artifacts import read_json
+from utils.catalog import Problem
+from utils.workspace import Workspace
+
+DIFFERS = 0.005  # accuracies further apart than half a point are not the same figure
+SLACK_S = 60.0  # a record written this much before its checkpoint belongs to an earlier training
+AGAIN = "Train the backbone again, or remove the file"
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """The figures of one backbone; None where nothing is recorded."""
+
+    path: Path | None
+    """The metrics file, where there is one."""
+    accuracy: float | None
+    """On val, of the file that is the member."""
+    test_accuracy: float | None
+    exports: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+
+def read(
+    workspace: Workspace, backbone: str, *, stage: str, checkpoint: Path, own: float | None, siblings: Mapping[str, Any]
+) -> TrainingRecord:
+    """What is recorded for `checkpoint`, which is the backbone's `stage`.
+
+    `own` is the accuracy that the checkpoint itself holds, `siblings` those of the backbone's other stages by name.
+    Of the metrics file only `final_accuracy` describes `final`; `best_accuracy` may belong to an epoch that no file
+    holds. Raises UserError for a damaged record.
+    """
+    path = workspace.training_metrics(backbone)
+    metrics = read_json(path, remedy=AGAIN)
+    metrics = metrics if isinstance(metrics, dict) else None
+    problems: list[Problem] = []
+    accuracy = own
+    if metrics is None:
+        message = f"no {path.name}, so what was measured in training is unknown"
+        problems.append(Problem("no_metrics", "info", backbone, message, "nothing to do"))
+    elif stage == "final":
+        written = _number(metrics.get("final_accuracy"))
+        stale = _stale(path, checkpoint, written, own)
+        if stale is not None:
+            problems.append(Problem("stale_metrics", "warning", backbone, stale, "discover --verify measures it"))
+        else:
+            accuracy = written
+        best = _best_not_kept(metrics, accuracy, siblings, checkpoint)
+        if best is not None:
+            remedy = "its ensembles are judged by what the file itself gives; discover --verify measures it"
+            problems.append(Problem("best_accuracy_not_kept", "warning", backbone, best, remedy))
+    kfold = kfold_over_all_images(workspace, backbone)
+    problems += [kfold] if kfold is not None else []
+    return TrainingRecord(
+        path=path if metrics is not None else None,
+        accuracy=accuracy,
+        test_accuracy=_test_accuracy(workspace, backbone, metrics or {}),
+        exports=_exports(workspace, backbone),
+        problems=tuple(problems),
+    )
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _stale(path: Path, checkpoint: Path, written: float | None, own: float | None) -> str | None:
+    """Why the metrics file does not describe the checkpoint; None when it does, as far as can be told.
+
+    The checkpoint's own word decides. Times of files, which a copy may change, count only where it is silent.
+    """
+    if own is not None and written is not None:
+        if abs(own - written) <= DIFFERS:
+            return None
+        return f"{path.name} has the accuracy {written:.4f}, {checkpoint.name} itself {own:.4f}; the file's own counts"
+    older = checkpoint.stat().st_mtime - path.stat().st_mtime
+    if older <= SLACK_S:
+        return None
+    return f"{path.name} is {older / 60:.0f} minutes older than {checkpoint.name}, so it describes another training"
+
+
+def _best_not_kept(
+    metrics: Mapping[str, Any], accuracy: float | None, siblings: Mapping[str, Any], checkpoint: Path
+) -> str | None:
+    best = _number(metrics.get("best_accuracy"))
+    if best is None or accuracy is None or abs(best - accuracy) <= DIFFERS:
+        return None
+    holders = [stage for stage, found in siblings.items() if found is not None and abs(found - best) < 1e-6]
+    where = (
+        f"{best:.4f} is that of {checkpoint.name.replace('_final', '_' + holders[0])}"
+        if holders
+        else f"{best:.4f} belongs to an epoch that was not kept"
+    )
+    return f"{checkpoint.name} holds the last epoch, whose accuracy is {accuracy:.4f}; {where}"
+
+
+def _test_accuracy(workspace: Workspace, backbone: str, metrics: Mapping[str, Any]) -> float | None:
+    """From the metrics file where it has it, else the summary of the last run, else the recovery state."""
+    summary = read_json(workspace.pipeline_summary, remedy=AGAIN) or {}
+    state = read_json(workspace.recovery_state, remedy=AGAIN) or {}
+    places = (
+        metrics,
+        _inner(summary, "training_results", backbone, "final_metrics"),
+        _inner(state, "results", backbone, "metrics"),
+    )
+    return next((found for place in places if (found := _number(place.get("test_accuracy"))) is not None), None)
+
+
+def _inner(record: Any, *keys: str) -> dict[str, Any]:
+    """The dictionary below `keys`; an empty one where the record has another shape."""
+    for key in keys:
+        record = record.get(key) if isinstance(record, dict) else None
+    return record if isinstance(record, dict) else {}
+
+
+def _exports(workspace: Workspace, backbone: str) -> tuple[str, ...]:
+    record = read_json(workspace.deployment / backbone / "export_status.json", remedy="Export again") or {}
+    done = (form for form, entry in record.items() if isinstance(entry, dict) and entry.get("status") == "ok")
+    return tuple(sorted(done))
+
+
+def kfold_over_all_images(workspace: Workspace, backbone: str) -> Problem | None:
+    """A K-fold record without predictions: it was made over the raw folder, val and test images included."""
+    path = workspace.kfold_results(backbone)
+    record = read_json(path, remedy=AGAIN)
+    if not isinstance(record, dict) or "oof_file" in record or "split_digest" in record:
+        return None
+    mean = _number(record.get("mean_accuracy"))
+    figure = f"its mean accuracy {mean:.4f} " if mean is not None else "its accuracy "
+    message = (
+        f"its K-fold ({path.name}) ran over the raw folder, val and test images included, and kept no predictions; "
+        f"{figure}is no estimate for this split"
+    )
+    return Problem("kfold_over_all_images", "info", backbone, message, "nothing to do; it is not used")
+
+
+def class_mapping(workspace: Workspace, backbone: str) -> tuple[str, ...] | None:
+    """Class names in the order of the outputs as an export recorded them; None without record or real names."""
+    record = read_json(workspace.class_mapping(backbone), remedy="Export again")
+    if not isinstance(record, dict) or not all(str(key).isdigit() for key in record):
+        return None
+    names = tuple(str(record[key]) for key in sorted(record, key=int))
+    placeholders = tuple(f"class_{number}" for number in range(len(names)))
+    return None if names == placeholders or not names else names

@@ -129,7 +129,6 @@ def test_a_workspace_under_a_windows_name_is_found(foreign, run, tmp_path):
 
 
 def test_voted_and_evaluated_as_its_own_code_would(discovered, foreign, run, tmp_path):
-    pytest.importorskip("utils.networks", reason="running networks of other shapes comes with utils.networks")
     workspace = shutil.copytree(discovered[0], tmp_path / "w")
     done = run("pipeline", workspace=workspace)
     assert done.returncode == 0, done.stderr

@@ -361,6 +361,30 @@ def config_path():
     return PROJECT / "configs" / "digits_demo.yaml"
 
 
+def test_a_timm_network_runs_and_gives_the_logits_of_timm(workspace, config, tmp_path):
+    import timm
+    from PIL import Image
+    from utils.datasets import create_optimized_transforms
+    from utils.predictions import Store
+
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet", num_classes=4).eval()
+    torch.save({"state_dict": network.state_dict()}, tmp_path / "leaf.pth")
+    discovery.discover(config, workspace, verify=True, add=[f"leaf=timm:test_resnet@{tmp_path / 'leaf.pth'}"])
+    found = catalog.read(workspace)
+    assert found.members["leaf"].usable
+    store = Store(config, workspace, found)
+    store.ensure([found.members["leaf"]], ("test",))
+    rows = store.rows(found.members["leaf"], "test")
+    transform = create_optimized_transforms(32, is_training=False)
+    images = []
+    for sample_id in rows.sample_ids:
+        with Image.open(workspace.split_dir / "test" / str(sample_id)) as image:
+            images.append(transform(image.convert("RGB")))
+    with torch.inference_mode():
+        np.testing.assert_allclose(rows.logits, network(torch.stack(images)).numpy(), atol=1e-4)
+
+
 def test_a_timm_network_is_declared_once_and_kept(workspace, config, tmp_path):
     import timm
 

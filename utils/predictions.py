@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import base_back, catalog, inspection, out_of_fold, streaming
+from utils import base_back, catalog, estimates, inspection, out_of_fold, streaming
 from utils.artifacts import (
     FileDigests,
     digest_of,
@@ -130,6 +130,14 @@ class Store:
         cache = self.workspace.image_cache
         streaming.decode([self.images(split) for split in wanted], sorted(sizes), image_cache=cache, threads=threads)
         files = [member.network(self.workspace).checkpoint for member, _ in missing]
+        expected = estimates.extraction(
+            [path.stat().st_size for path in files if path.is_file()],
+            sum(self.catalog.splits[split]["n"] for split in wanted),
+            batch_size=self.config.dataset.batch_size,
+            img_size=max(sizes),
+            on_cuda=device != "cpu",
+        )
+        logger.info("streaming %d member(s) over %s: %s", len(missing), ", ".join(wanted), expected)
         start = time.monotonic()
         for number, (member, gaps) in enumerate(missing, start=1):
             catalog.check_current(self.workspace, member, self.digests)

@@ -123,8 +123,8 @@ def _unlisted(workspace: Workspace, found: Catalog, written: float) -> list[Path
     if not workspace.checkpoints.is_dir():
         return []
     listed = {workspace.base / entry["path"] for member in found.members.values() for entry in member.checkpoints}
-    names = (path for path in workspace.checkpoints.iterdir() if catalog.CHECKPOINT_NAME.fullmatch(path.name))
-    statuses = {path: path.stat() for path in sorted(set(names) - listed)}
+    named = {path for path in workspace.checkpoints.iterdir() if catalog.CHECKPOINT_NAME.fullmatch(path.name)}
+    statuses = {path: path.stat() for path in sorted(named - listed) if path.is_file()}
     return [path for path, status in statuses.items() if max(status.st_mtime, status.st_ctime) > written]
 
 

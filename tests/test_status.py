@@ -138,7 +138,8 @@ def test_a_catalog_older_than_its_files_is_stale_with_the_reason(workspace, chan
 
 
 def copied(workspace: Workspace, backbone: str, role: str) -> None:
-    shutil.copy(workspace.checkpoint("CustomConvNeXt", "final"), workspace.checkpoint(backbone, role))
+    """With the time of change of the original, as `cp -p` does it."""
+    shutil.copy2(workspace.checkpoint("CustomConvNeXt", "final"), workspace.checkpoint(backbone, role))
 
 
 def test_in_a_moved_workspace_times_decide(workspace):

@@ -119,19 +119,13 @@ def _is_unchanged(path: Path, digests: FileDigests, written: float) -> bool:
 
 
 def _unlisted(workspace: Workspace, found: Catalog, written: float) -> list[Path]:
-    """Checkpoints that discovery would take and that the catalog does not know."""
+    """Checkpoints that came after the last discovery; also copies that kept their time of change."""
     if not workspace.checkpoints.is_dir():
         return []
     listed = {workspace.base / entry["path"] for member in found.members.values() for entry in member.checkpoints}
-    refused = {problem.member for problem in found.problems}
-    new = []
-    for path in sorted(set(workspace.checkpoints.iterdir()) - listed):
-        match = catalog.CHECKPOINT_NAME.fullmatch(path.name)
-        if match is None or (match["name"] not in found.members and match["role"] not in catalog.STAGES):
-            continue
-        if match["name"] not in refused - set(found.members) or path.stat().st_mtime > written:
-            new.append(path)
-    return new
+    named = {path for path in workspace.checkpoints.iterdir() if catalog.CHECKPOINT_NAME.fullmatch(path.name)}
+    statuses = {path: path.stat() for path in sorted(named - listed) if path.is_file()}
+    return [path for path, status in statuses.items() if max(status.st_mtime, status.st_ctime) > written]
 
 
 def _saved(workspace: Workspace) -> tuple[dict[str, Ensemble], dict[str, State]]:

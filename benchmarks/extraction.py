@@ -287,14 +287,14 @@ def save(workspace: Path, arguments: Sequence[str]) -> dict[str, Any]:
 
 def _opened() -> Any:
     """The prediction store of the workspace in the environment, after discovery."""
-    from utils import catalog
+    from utils import catalog, discovery
     from utils.config_file import load
     from utils.predictions import Store
     from utils.workspace import Workspace
 
     config = load(CONFIG, overrides=[f"dataset.batch_size={BATCH}", "device=cpu"])
     place = Workspace.of_settings()
-    catalog.discover(config, place)
+    discovery.discover(config, place)
     return Store(config, place, catalog.load(place))
 
 

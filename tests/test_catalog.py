@@ -97,7 +97,7 @@ def test_a_hostile_checkpoint_is_refused_by_name_and_nothing_runs(workspace, orc
     torch.save({"model_state_dict": Hostile()}, workspace / "checkpoints" / "CustomConvNeXt_final.pth")
     done = orchestrator("discover", "--verify", *DEMO, workspace=workspace)
     assert done.returncode == 4
-    assert "refused, since loading it could run code (posix.system)" in done.stdout
+    assert "refused, since loading it could run code: it asks for posix.system" in done.stdout
     assert not canary.exists()
     assert "CustomConvNeXt" not in catalog(workspace)["members"]
     assert orchestrator("build-ensemble", *DEMO, workspace=workspace).returncode == 0
@@ -139,7 +139,7 @@ def test_verify_finds_weights_of_another_architecture(workspace, orchestrator):
     torch.save(record | {"model_state_dict": other["model_state_dict"]}, path)
     done = orchestrator("discover", "--verify", *DEMO, workspace=workspace)
     assert done.returncode == 4
-    assert "the weights do not fit CustomConvNeXt (tiny, 32 px, 4 classes)" in done.stdout
+    assert "the weights of another architecture" in done.stdout
     assert catalog(workspace)["members"]["CustomConvNeXt"]["usable"] is False
 
 

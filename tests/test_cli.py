@@ -249,6 +249,7 @@ def test_a_file_that_vanishes_in_between_is_named_with_a_remedy(own_copy):
 def test_interruption_leaves_nothing_half_written(own_copy, sent, code):
     hold = (
         "import sys, time, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "import ensemble_orchestrator as o, utils.streaming as s\n"
         "original = s.open_network\n"
         "def slow(spec):\n"
@@ -295,4 +296,4 @@ def test_every_file_of_arrays_is_free_of_pickles(built):
 
 def test_times_are_shown_as_the_base_pipeline_shows_them(own_copy, orchestrator):
     done = orchestrator("discover", "--verify", "--force", *DEMO, workspace=own_copy)
-    assert re.search(r"^\d\d:\d\d:\d\d \| INFO \| verify CustomConvNeXt: logits \(28, 4\)", done.stderr, re.MULTILINE)
+    assert re.search(r"^\d\d:\d\d:\d\d \| INFO \| verify CustomConvNeXt: ran on ", done.stderr, re.MULTILINE)

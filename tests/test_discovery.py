@@ -364,6 +364,7 @@ def config_path():
 def test_a_timm_network_runs_and_gives_the_logits_of_timm(workspace, config, tmp_path):
     import timm
     from PIL import Image
+
     from utils.datasets import create_optimized_transforms
     from utils.predictions import Store
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import PROJECT, run_python
 
 import ensemble_orchestrator
-from utils import catalog, inventory, locks, upkeep
+from utils import discovery, inventory, locks, upkeep
 from utils.config_file import load
 from utils.errors import ConfigError
 from utils.workspace import Workspace
@@ -126,7 +126,7 @@ def touched(path: Path) -> None:
     ids=["changed", "gone", "oof", "new member", "new role", "images"],
 )
 def test_a_catalog_older_than_its_files_is_stale_with_the_reason(workspace, change, reason):
-    catalog.discover(load(CONFIG), workspace)  # the digests of the copy's own files are known from here on
+    discovery.discover(load(CONFIG), workspace)  # the digests of the copy's own files are known from here on
     change(workspace)
     state = look(workspace).catalog
     assert state.state == "stale"
@@ -167,7 +167,7 @@ def test_a_missing_and_a_damaged_catalog(workspace):
 
 def test_ensembles_and_predictions_of_an_old_checkpoint_are_named(workspace):
     shutil.copy(workspace.checkpoint("CustomConvNeXt", "snapshot1"), workspace.checkpoint("CustomConvNeXt", "final"))
-    catalog.discover(load(CONFIG), workspace)
+    discovery.discover(load(CONFIG), workspace)
     found = look(workspace)
     assert found.catalog.state == "current"
     assert set(found.stale_ensembles()) == {"hard_voting_ensemble", "logit_averaging_ensemble", "soft_voting_ensemble"}
@@ -202,7 +202,7 @@ def test_a_damaged_ensemble_and_a_missing_one(workspace):
 
 def test_an_ensemble_that_the_configuration_does_not_list_is_no_reason_to_build(workspace):
     shutil.copy(workspace.checkpoint("CustomConvNeXt", "snapshot1"), workspace.checkpoint("CustomConvNeXt", "final"))
-    catalog.discover(load(CONFIG), workspace)
+    discovery.discover(load(CONFIG), workspace)
     assert status(workspace, "runs.score_ensemble.enable=false").next == "evaluate"
 
 
@@ -304,7 +304,7 @@ def test_clean_temporary_removes_at_once_and_only_that(workspace):
 
 def test_clean_cache_and_stale_remove_what_can_be_made_again(workspace):
     shutil.copy(workspace.checkpoint("CustomConvNeXt", "snapshot1"), workspace.checkpoint("CustomConvNeXt", "final"))
-    catalog.discover(load(CONFIG), workspace)
+    discovery.discover(load(CONFIG), workspace)
     found = clean(workspace, cache=True, stale=True)
     assert found.next == "clean --cache --stale --confirm"
     assert "soft_voting_ensemble: stale: CustomConvNeXt has another checkpoint now" in found.text

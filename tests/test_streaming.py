@@ -14,7 +14,7 @@ import torch
 from conftest import PROJECT
 from PIL import Image
 
-from utils import base_back, catalog, streaming
+from utils import base_back, catalog, discovery, streaming
 from utils.artifacts import FileDigests
 from utils.config_file import load
 from utils.errors import UserError
@@ -232,7 +232,7 @@ def store(trained, tmp_path):
     workspace.checkpoints.mkdir()
     shutil.copy(trained / "checkpoints" / "CustomConvNeXt_final.pth", workspace.checkpoints)
     config = load(PROJECT / "configs" / "digits_demo.yaml")
-    catalog.discover(config, workspace)
+    discovery.discover(config, workspace)
     return Store(config, workspace, catalog.load(workspace))
 
 
@@ -263,6 +263,7 @@ def test_the_next_members_file_is_read_while_this_one_runs(store, monkeypatch):
 
     first = store.catalog.members["CustomConvNeXt"]
     second = replace(first, name="Other")
+    store.catalog = replace(store.catalog, members=store.catalog.members | {"Other": second})
     order = []
 
     @contextmanager

@@ -211,3 +211,15 @@ def test_a_killed_run_leaves_whole_files_and_the_next_one_ends_the_same(base_mai
             trained / "checkpoints", f"{backbone}_*.pth"
         )
     assert not list(workspace.rglob(".*partial*"))
+
+
+def test_kept_weights_do_not_train_on():
+    """The state dictionary shares its storage with the network, so keeping it keeps the last epoch's weights."""
+    from training.fitting import copy_weights
+
+    network = torch.nn.Linear(2, 2)
+    kept = copy_weights(network)
+    before = {name: tensor.clone() for name, tensor in kept.items()}
+    with torch.no_grad():
+        network.weight.add_(1)
+    assert all(torch.equal(kept[name], before[name]) for name in before)

@@ -32,6 +32,7 @@ HARMLESS = re.compile(
     r"torch\.\w+|torch\._utils\._rebuild\w+|torch\.storage\.\w+|torch\.nn\.parameter\.Parameter"
     r"|torch\._tensor\._rebuild\w+|collections\.(OrderedDict|Counter|defaultdict)"
     r"|numpy\._?core\.multiarray\.scalar|numpy\.dtype|numpy\.dtypes\.(Float64|Float32|Int64)DType|_codecs\.encode"
+    r"|(__builtin__|builtins)\.(set|bytearray|complex)"
 )
 SAVE_WEIGHTS = 'torch.save({"model_state_dict": model.state_dict()}, FILE)'
 

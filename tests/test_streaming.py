@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -202,6 +203,25 @@ def test_outputs_that_are_alive_missing_or_unproven_are_refused(laid, tmp_path):
         laid.run(spec=widened(laid, tmp_path, bias=-30.0), splits=laid.splits[1:])
     with pytest.raises(UserError, match="4 outputs for 5 classes"):
         laid.run(spec=replace(laid.spec, classes=("0", "1", "2", "3", "4")))
+
+
+@pytest.mark.parametrize("ring", [False, True])
+def test_a_network_is_gone_after_its_pass_and_only_a_ring_costs_a_collection(laid, monkeypatch, ring):
+    alive, collections = [], []
+    original, clean = streaming.open_network, streaming.cleanup_memory
+
+    def tracking(spec):
+        network = original(spec)
+        if ring:
+            network.itself = [network]
+        alive.append(weakref.ref(network))
+        return network
+
+    monkeypatch.setattr(streaming, "open_network", tracking)
+    monkeypatch.setattr(streaming, "cleanup_memory", lambda: (collections.append(1), clean()))
+    laid.run()
+    assert alive[0]() is None
+    assert len(collections) == ring
 
 
 def test_two_image_sizes_cost_one_decode(laid, monkeypatch):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -173,7 +174,12 @@ def stream(
             yield from passing.over(images, own)
     finally:
         safe_delete_model(passing.model)
-        cleanup_memory()
+        left = weakref.ref(passing.model)
+        on_cuda = passing.on_cuda
+        del passing
+        # A whole collection takes longer than a small network; it is needed where references in a ring keep one alive.
+        if on_cuda or left() is not None:
+            cleanup_memory()
 
 
 @dataclass

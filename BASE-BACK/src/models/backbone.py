@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -57,6 +58,8 @@ class Backbone(nn.Module):
 
     plans: ClassVar[dict[str, dict[str, Any]]]
     image_rules: ClassVar[dict[str, ImageRule]]
+    build: Callable[..., nn.Module]
+    """The network of one size, with timm's `forward_features`, `forward_head` and `get_classifier`."""
     fixed_img_size: ClassVar[bool] = False
 
     def __init__(self, num_classes: int = 1000, *, size: str | None = None, img_size: int | None = None) -> None:
@@ -78,10 +81,6 @@ class Backbone(nn.Module):
             # Fused attention needs ONNX opset 14 and gains nothing on these few tokens.
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False
-
-    def build(self, **plan: Any) -> nn.Module:
-        """The network of one size. It has timm's `forward_features`, `forward_head` and `get_classifier`."""
-        raise NotImplementedError
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """`(B, 3, H, W)` -> the last feature map or token sequence, before pooling.

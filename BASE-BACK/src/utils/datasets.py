@@ -46,7 +46,22 @@ def _open_rgb(path: str) -> Any:
         raise ValueError(f"{path}: cannot be decoded ({error})") from error
 
 
-class OptimizedImageDataset(Dataset):
+class _ImageFiles(Dataset):
+    """Image files that are opened when they are asked for; an item is (image, class index)."""
+
+    samples: list[tuple[str, int]]
+    transform: Callable | None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, label = self.samples[index]
+        image = _open_rgb(path)
+        return (self.transform(image) if self.transform else image), label
+
+
+class OptimizedImageDataset(_ImageFiles):
     """Images from a list of (path, class index); an item is (image, index). An unreadable path raises ValueError."""
 
     def __init__(
@@ -57,20 +72,12 @@ class OptimizedImageDataset(Dataset):
         self.classes = list(class_names)
         self.transform = transform
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        path, label = self.samples[index]
-        image = _open_rgb(path)
-        return (self.transform(image) if self.transform else image), label
-
 
 class OptimizedTempDataset(OptimizedImageDataset):
     """The same under the name that the folds of K-fold use."""
 
 
-class WindowsCompatibleImageFolder(Dataset):
+class WindowsCompatibleImageFolder(_ImageFiles):
     """A folder of class folders, one level deep, in the order of the sorted paths; an item is (image, index)."""
 
     def __init__(self, root: str | Path, transform: Callable | None = None) -> None:
@@ -79,14 +86,6 @@ class WindowsCompatibleImageFolder(Dataset):
         self.classes, found = scan(self.root)
         self.class_to_idx = {name: index for index, name in enumerate(self.classes)}
         self.samples = [(str(sample.path), sample.label) for sample in found]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        path, label = self.samples[index]
-        image = _open_rgb(path)
-        return (self.transform(image) if self.transform else image), label
 
 
 def create_optimized_transforms(size: int = IMG_SIZE, is_training: bool = True) -> Callable:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,12 +200,6 @@ def load_crossfit(workspace: Workspace, name: str) -> Crossfit:
 def names(workspace: Workspace) -> list[str]:
     """Saved ensembles, sorted."""
     return sorted(path.parent.name for path in workspace.models.glob("*/ensemble.json"))
-
-
-def remove(workspace: Workspace, name: str) -> None:
-    """Take a saved ensemble away, `ensemble.json` first."""
-    (workspace.ensemble(name) / "ensemble.json").unlink(missing_ok=True)
-    shutil.rmtree(workspace.ensemble(name), ignore_errors=True)
 
 
 def _rebuild(name: str) -> str:

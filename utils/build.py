@@ -45,13 +45,13 @@ def build_ensemble(config: Config, workspace: Workspace, *, force: bool = False)
 def score_level(store: Store, members: Sequence[Member], force: bool) -> Result:
     """`runs.score_ensemble`: votes, weights and greedy selection over all the members."""
     config, settings = store.config, store.config.runs.score_ensemble
-    unknown = [method for method in settings.methods if method not in ensembles.COMBINERS]
-    failures = [f"{method}: this version builds {', '.join(ensembles.COMBINERS)}" for method in unknown]
-    wanted = [method for method in settings.methods if method in ensembles.COMBINERS]
+    unknown = [method for method in settings.methods if method not in ensembles.NAMES]
+    failures = [f"{method}: this version builds {', '.join(ensembles.NAMES)}" for method in unknown]
+    wanted = [method for method in settings.methods if method in ensembles.NAMES]
     if not wanted:
         raise UserError(
             f"{config.source}: runs.score_ensemble.methods names nothing that can be built "
-            f"({', '.join(settings.methods) or 'empty'}); choose from {', '.join(ensembles.COMBINERS)}"
+            f"({', '.join(settings.methods) or 'empty'}); choose from {', '.join(ensembles.NAMES)}"
         )
     fresh = [method for method in wanted if force or not _is_up_to_date(store, members, method)]
     if fresh:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import foreign_workspace
 import numpy as np
 import pytest
 from conftest import PROJECT, run_python
 from mounting import snapshot
+from test_workspace import run_bound
 
 DEMO = ("--config", "configs/digits_demo.yaml", "--device", "cpu")
+MADE = ("debug_logs", "plots_metrics", "pretrained_weights", "smoke_checks")  # by its settings, and empty
 SURPLUS = "the network has 13 outputs for 10 classes; the last 3 are cut off"
 
 
@@ -25,9 +28,10 @@ def foreign(tmp_path_factory):
 def run(foreign, tmp_path_factory):
     """Run a command on a copy of the workspace with the foreign package mounted."""
 
-    def run(*options, workspace):
+    def run(*options, workspace, environment=None):
         place = ("--workspace", str(workspace), "--base-back", str(foreign.base_back))
-        return run_python(str(PROJECT / "ensemble_orchestrator.py"), *options, *DEMO, *place)
+        program = str(PROJECT / "ensemble_orchestrator.py")
+        return run_python(program, *options, *DEMO, *place, environment=environment)
 
     return run
 
@@ -150,3 +154,56 @@ def test_voted_and_evaluated_as_its_own_code_would(discovered, foreign, run, tmp
         np.testing.assert_allclose(ours / ours.sum(axis=1, keepdims=True), its, atol=1e-5)
     ranking = json.loads((workspace / "metrics_output" / "ensembles" / "ranking.json").read_text())
     assert ranking["recommended"]["evidence"]["rows"] == "val"
+
+
+@pytest.fixture
+def bare(foreign, tmp_path):
+    """A copy without the empty folders, as a copy of what matters to somebody lacks them."""
+    workspace = Path(shutil.copytree(foreign.workspace, tmp_path / "w"))
+    for name in MADE:
+        (workspace / name).rmdir()
+    return workspace
+
+
+@pytest.fixture
+def read_only(bare):
+    """The same, of somebody else, who lets us read."""
+    folders = [bare, *(path for path in bare.rglob("*") if path.is_dir())]
+    for path in folders:
+        path.chmod(0o555)
+    yield bare
+    for path in folders:
+        path.chmod(0o755)
+
+
+def test_its_settings_make_no_folder_where_an_output_takes_everything(bare, run, tmp_path):
+    before = snapshot(bare)
+    for variable in (False, True):
+        output = ("--output", str(tmp_path / "out")) if not variable else ()
+        environment = {"DBT_ENSEMBLE_DIR": str(tmp_path / "out")} if variable else {}
+        done = run("discover", *output, workspace=bare, environment=environment)
+        assert done.returncode == 0, done.stderr
+        assert snapshot(bare) == before
+    done = run("discover", "--output", str(bare), workspace=bare)  # the workspace itself is no output of its own
+    assert done.returncode == 0, done.stderr
+    assert all((bare / name).is_dir() for name in MADE)
+
+
+def test_a_workspace_that_can_only_be_read_is_voted_and_evaluated_with_an_output(read_only, foreign, tmp_path):
+    before = snapshot(read_only)
+    mounted = ("--base-back", str(foreign.base_back), "--device", "cpu")
+    done = run_bound("status", *mounted, workspace=read_only)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = run_bound("discover", *mounted, workspace=read_only)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert f"{read_only}/ensembles/.lock: cannot be written (Permission denied)" in line
+    assert "--output DIR (or DBT_ENSEMBLE_DIR)" in line
+    out = tmp_path / "out"
+    for command in ("discover", "build-ensemble", "evaluate"):
+        done = run_bound(command, *mounted, "--output", str(out), workspace=read_only)
+        assert done.returncode == 0, done.stderr
+        assert "cannot be written" not in done.stderr
+    ranking = json.loads((out / "metrics_output" / "ensembles" / "ranking.json").read_text())
+    assert len(ranking["rows"]) == 5 + 3
+    assert snapshot(read_only) == before

@@ -224,6 +224,37 @@ def test_a_full_disk_names_the_file_and_the_remedy_and_leaves_nothing_half_writt
     assert done.returncode == 0, done.stderr
 
 
+ON_A_SMALL_DISK = """
+mount -t tmpfs -o size=8k none "$1" && place="$1" && shift || exit 99
+"$@"
+code=$?
+find "$place" -type f
+exit $code
+"""
+
+
+def test_a_disk_that_fills_while_a_network_answers_is_an_error_and_no_signal(own_copy):
+    """A real disk of two pages: the first and the last of an embedding file fit, what lies between does not."""
+    for name in ("predictions", "fusion_embeddings"):
+        shutil.rmtree(own_copy / "ensembles" / name)
+    small = own_copy / "ensembles" / "fusion_embeddings"
+    small.mkdir()
+    program = (sys.executable, str(PROJECT / "ensemble_orchestrator.py"))
+    command = (*program, "build-ensemble", "--force", "--quiet", *DEMO, "--workspace", str(own_copy))
+    alone = ("unshare", "-rm", "sh", "-c", ON_A_SMALL_DISK, "sh", str(small))
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    done = subprocess.run([*alone, *command], cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert f"{small}/CustomConvNeXt/val.npy: cannot be written (No space left on device). Free some space" in line
+    assert done.stdout == ""  # nothing is left on the small disk
+    assert not list(own_copy.rglob(".*partial*"))
+    assert not (own_copy / "ensembles" / "predictions" / "CustomConvNeXt" / "val" / "logits.npy").exists()
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_file_that_vanishes_in_between_is_named_with_a_remedy(own_copy):
     code = (
         "import sys, pathlib, ensemble_orchestrator as o, utils.streaming as s\n"

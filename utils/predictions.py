@@ -24,6 +24,7 @@ from utils.artifacts import (
     read_arrays,
     read_json,
     replacing,
+    reserve,
     write_array,
     write_arrays,
     write_json,
@@ -267,7 +268,9 @@ class Store:
 def _growing(stack: ExitStack, path: Path, shape: tuple[int, int]) -> np.memmap:
     """A float32 array that is filled on disk and takes its name when the stack ends well."""
     temporary = stack.enter_context(replacing(path))
-    return np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+    array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+    reserve(temporary, array.offset)
+    return array
 
 
 def _oof_rows(arrays: Mapping[str, np.ndarray], classes: tuple[str, ...]) -> MemberRows:

@@ -103,6 +103,25 @@ def test_what_would_mislead_is_said(discovered):
     assert all(problem["message"] in text for problem in problems.values())
 
 
+def test_predictions_that_do_not_fit_are_made_again_with_its_networks(discovered, foreign, run, tmp_path):
+    """One command for all members that need the same."""
+    workspace = shutil.copytree(discovered[0], tmp_path / "w")
+    ids = [f"{digit}/{next((workspace / 'split_dataset' / 'train' / digit).iterdir()).name}" for digit in "0123456789"]
+    arrays = {"logits": np.eye(10, dtype=np.float32), "labels": np.arange(10), "sample_ids": np.array(ids)}
+    for name in ("CustomCoAtNet", "CustomConvNeXt"):
+        np.savez(workspace / "kfold_results" / f"{name}_oof_predictions.npz", **arrays, fold=np.arange(10) % 2)
+    np.savez(workspace / "kfold_results" / "CustomDeiTStyle_oof_predictions.npz", **arrays)
+    done = run("discover", workspace=workspace)
+    assert done.returncode == 0, done.stderr
+    end = f"--base-back {foreign.base_back} --workspace {workspace}"
+    (line,) = [line for line in done.stdout.splitlines() if "10 of 400 train images" in line]
+    assert line.startswith("warning: CustomCoAtNet, CustomConvNeXt: out-of-fold predictions for 10 of 400")
+    assert line.endswith(f"--stages kfold --backbones CustomCoAtNet CustomConvNeXt {end}")
+    (line,) = [line for line in done.stdout.splitlines() if "refused: no array fold" in line]
+    assert "It is used without them. Run K-fold on this split again: python" in line
+    assert line.endswith(f"--stages kfold --backbones CustomDeiTStyle {end}")
+
+
 def test_an_export_record_of_other_names_is_said(discovered, run, tmp_path):
     workspace = shutil.copytree(discovered[0], tmp_path / "w")
     path = workspace / "deployment_models" / "CustomSwinTransformer" / "class_mapping.json"

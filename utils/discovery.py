@@ -191,10 +191,10 @@ def _judged(inspector: Inspector, member: Member) -> tuple[Member, list[Problem]
     honesty = inspector.digests.facts(inspector.honesty_key(member)) if member.oof is not None else None
     problems = inspection.measured_problems(inspector.classes, member, measured) if measured else []
     usable = member.usable and not any(problem.severity == "error" for problem in problems)
-    found = inspection.honesty_problems(member, honesty) if honesty else []
+    found = inspection.honesty_problems(inspector.workspace, member, honesty) if honesty else []
     is_refused = any(problem.code in inspection.REFUSING for problem in found)
     if measured and member.oof is not None and not is_refused:
-        found += inspection.suspicion(member, member.oof["accuracy"], measured)
+        found += inspection.suspicion(inspector.workspace, member, member.oof["accuracy"], measured)
     return replace(member, usable=usable, oof=None if is_refused else member.oof), [*problems, *found]
 
 
@@ -258,12 +258,15 @@ def _figure(value: float | None) -> str:
 
 
 def _problem_lines(problems: Sequence[Problem]) -> list[str]:
-    """One line for each problem; the same problem of several members is one line."""
+    """One line for each problem; the same problem of several members is one line, and so is a command for them all."""
     members: dict[tuple[str, str, str], list[str]] = {}
     for problem in problems:
-        names = members.setdefault((problem.severity, problem.message, problem.remedy), [])
+        remedy = re.sub(rf"(?<=--backbones ){re.escape(problem.member or '')}(?= )", "{names}", problem.remedy)
+        names = members.setdefault((problem.severity, problem.message, remedy), [])
         names += [problem.member] if problem.member else []
     return [
-        f"{severity}: {', '.join(names) + ': ' if names else ''}{message}. {remedy[:1].upper()}{remedy[1:]}"
+        f"{severity}: {', '.join(names) + ': ' if names else ''}{message}. {remedy[:1].upper()}{remedy[1:]}".replace(
+            "{names}", " ".join(names)
+        )
         for (severity, message, remedy), names in members.items()
     ]

@@ -15,7 +15,7 @@ import numpy as np
 
 from utils import catalog, out_of_fold, streaming
 from utils.artifacts import FileDigests, digest_of
-from utils.catalog import Catalog, Member, Problem
+from utils.catalog import TIMM, Catalog, Member, Problem
 from utils.config import Config
 from utils.errors import UserError
 from utils.out_of_fold import OutOfFold
@@ -35,7 +35,7 @@ REFOLDED = 0.02  # a fold network that is run again may differ by this share of 
 AUTOCAST_REFOLDED = 0.1
 MEASURED_CODES = ("accuracy_differs", "class_order_measured", "does_not_run", "oof_suspected")
 REFUSING = ("oof_in_sample", "oof_fold_disagrees")
-KFOLD_AGAIN = "It is used without them; run K-fold on this split again: python BASE-BACK/src/main.py --stages kfold"
+NOT_USED = "It is used without them"
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,8 @@ def verify(inspector: Inspector, member: Member, *, force: bool = False) -> None
         if is_checked:
             inspector.digests.keep(measured, measure(_logits(inspector, member, [val])["val"], val.labels))
             return
-        predictions = out_of_fold.read(
-            inspector.workspace.base / member.oof["path"], member.name, train, inspector.classes
-        )
+        path, remedy = inspector.workspace.base / member.oof["path"], fold_again(inspector.workspace, member)
+        predictions = out_of_fold.read(path, member.name, train, inspector.classes, remedy=remedy)
         sample = _sample(inspector.config.seed, predictions)
         found = _logits(inspector, member, [val, _rows_of(train, predictions, sample)])
         inspector.digests.keep(measured, measure(found["val"], val.labels))
@@ -149,7 +148,14 @@ def measured_problems(classes: Sequence[str], member: Member, facts: Mapping[str
     return problems
 
 
-def suspicion(member: Member, oof_accuracy: float, facts: Mapping[str, Any]) -> list[Problem]:
+def fold_again(workspace: Workspace, member: Member) -> str:
+    """What to do for other out-of-fold predictions of a member, as a sentence without its full stop."""
+    if member.architecture.startswith(TIMM):
+        return f"Write <member>_oof_predictions.npz into {workspace.kfold}, by networks trained on folds of train"
+    return f"Run K-fold on this split again: {catalog.kfold_command(workspace, [member.name])}"
+
+
+def suspicion(workspace: Workspace, member: Member, oof_accuracy: float, facts: Mapping[str, Any]) -> list[Problem]:
     """Out-of-fold rows that are right more often than val rows beyond chance, one-sided at 0.001."""
     if "error" in facts or member.oof is None:
         return []
@@ -161,27 +167,28 @@ def suspicion(member: Member, oof_accuracy: float, facts: Mapping[str, Any]) -> 
         f"out-of-fold accuracy {oof_accuracy:.4f} on {rows['n']} rows beats val accuracy {facts['accuracy']:.4f} on "
         f"{facts['n']} beyond chance (p = {chance:.1g}); its networks may have seen the rows"
     )
-    remedy = "If you do not know how it was made, run K-fold again: python BASE-BACK/src/main.py --stages kfold"
+    remedy = f"Unless it is known how they were made, they prove nothing. {fold_again(workspace, member)}"
     return [Problem("oof_suspected", "warning", member.name, message, remedy)]
 
 
-def honesty_problems(member: Member, facts: Mapping[str, Any]) -> list[Problem]:
+def honesty_problems(workspace: Workspace, member: Member, facts: Mapping[str, Any]) -> list[Problem]:
     """What the check on a sample of train rows says against out-of-fold predictions; any of these refuses them."""
     problems = []
+    refused = f"{NOT_USED}. {fold_again(workspace, member)}"
     share = out_of_fold.SAME_NETWORK_SHARE
     if facts["equal"] > share * facts["told"]:
         message = (
             f"out-of-fold predictions refused: {facts['equal']} of {facts['told']} sampled rows are what the full "
             "network gives, which was trained on them"
         )
-        problems.append(Problem("oof_in_sample", "warning", member.name, message, KFOLD_AGAIN))
+        problems.append(Problem("oof_in_sample", "warning", member.name, message, refused))
     for fold, (differing, rows) in sorted(facts["refolded"].items()):
         if differing > share * rows:
             message = (
                 f"out-of-fold predictions refused: {fold} run again differs on {differing} of {rows} sampled rows, so "
                 "they are not this fold network's"
             )
-            problems.append(Problem("oof_fold_disagrees", "warning", member.name, message, KFOLD_AGAIN))
+            problems.append(Problem("oof_fold_disagrees", "warning", member.name, message, refused))
     for message in facts["unreadable"]:
         remedy = "Its fold was not checked; train the folds again"
         problems.append(Problem("fold_unreadable", "info", member.name, message, remedy))
@@ -271,7 +278,7 @@ def take_measurements(
         digests.keep(measured_key(member, found.splits["val"]["digest"], found.classes), facts)
         problems += measured_problems(found.classes, member, facts)
         if member.oof is not None and member.oof.get("accuracy") is not None:
-            problems += suspicion(member, member.oof["accuracy"], facts)
+            problems += suspicion(workspace, member, member.oof["accuracy"], facts)
     wrong = {problem.member: problem.message for problem in problems if problem.severity == "error"}
     members = {name: replace(m, usable=m.usable and name not in wrong) for name, m in found.members.items()}
     updated = replace(found, members=members).with_problems(problems, members=set(outputs), codes=MEASURED_CODES)

@@ -180,7 +180,9 @@ class Store:
         path = self.workspace.base / member.oof["path"]
         if self.digests.of(path) != member.oof["sha256"]:
             raise UserError(f"{path}: changed since discovery. Run `python ensemble_orchestrator.py discover` again")
-        arrays = out_of_fold.read(path, member.name, self.images("train"), self.catalog.classes).arrays()
+        remedy = inspection.fold_again(self.workspace, member)
+        found = out_of_fold.read(path, member.name, self.images("train"), self.catalog.classes, remedy=remedy)
+        arrays = found.arrays()
         write_arrays(cache, arrays | {"key": np.array(key)})
         return _oof_rows(arrays, self.catalog.classes)
 

@@ -73,6 +73,12 @@ COMMANDS: dict[str, Command] = {
                 "default": [],
                 "help": "declare a network of timm and its weights as a member; kept by later discoveries; repeatable",
             },
+            "--remove": {
+                "metavar": "NAME",
+                "action": "append",
+                "default": [],
+                "help": "forget a network that was declared with --add; its file stays; repeatable",
+            },
         },
         writes=True,
     ),

@@ -168,3 +168,58 @@ def test_declarations_that_cannot_be_followed_change_nothing(workspace, config, 
     with pytest.raises(UserError, match=words):
         discovery.discover(config, workspace, add=[declaration.format(file=file)])
     assert not workspace.catalog.exists()
+
+
+def declare(workspace, config, *names):
+    import timm
+
+    for name in names:
+        file = workspace.base / f"{name}.pth"
+        torch.save(timm.create_model("test_resnet", num_classes=4).state_dict(), file)
+    add = [f"{name}=timm:test_resnet@{workspace.base / name}.pth" for name in names]
+    return discovery.discover(config, workspace, add=add)
+
+
+def names_of_trained(workspace):
+    return {name for name, member in catalog.read(workspace).members.items() if member.source == "trained"}
+
+
+def test_a_declared_network_is_taken_back_by_name_and_its_file_stays(workspace, config):
+    declare(workspace, config, "leaf", "tree")
+    discovery.discover(config, workspace, remove=["leaf"])
+    for _ in range(2):
+        assert names_of_trained(workspace) == {NAME, "tree"}
+        discovery.discover(config, workspace)
+    assert (workspace.base / "leaf.pth").is_file()
+    declare(workspace, config, "leaf")
+    again = [f"leaf=timm:test_vit@{workspace.base / 'leaf.pth'}"]
+    discovery.discover(config, workspace, add=again, remove=["leaf", "tree"])
+    assert names_of_trained(workspace) == {NAME, "leaf"}
+    assert catalog.read(workspace).members["leaf"].architecture == "timm:test_vit"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("laef", r"--remove laef: no network that was declared with --add; declared: leaf; did you mean 'leaf'\?"),
+        (NAME, rf"--remove {NAME}: .*declared: leaf\. What is in .*checkpoints is left out with backbones\.exclude"),
+    ],
+)
+def test_only_what_was_declared_is_taken_back(workspace, config, name, words):
+    declare(workspace, config, "leaf")
+    before = workspace.catalog.read_bytes()
+    with pytest.raises(UserError, match=words):
+        discovery.discover(config, workspace, remove=["leaf", name])
+    assert workspace.catalog.read_bytes() == before
+
+
+def test_the_last_member_is_taken_back_for_good(workspace, config):
+    declare(workspace, config, "leaf")
+    for path in workspace.checkpoints.glob(f"{NAME}*"):
+        path.unlink()
+    discovery.discover(config, workspace)
+    assert names_of_trained(workspace) == {"leaf"}
+    for options in ({"remove": ["leaf"]}, {}):
+        with pytest.raises(UserError, match="no trained model"):
+            discovery.discover(config, workspace, **options)
+        assert not workspace.catalog.exists()

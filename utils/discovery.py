@@ -32,21 +32,27 @@ NAMED_PAIRS = 20  # pairs of equal images that are named one by one
 
 
 def discover(
-    config: Config, workspace: Workspace, *, verify: bool = False, add: Sequence[str] = (), force: bool = False
+    config: Config,
+    workspace: Workspace,
+    *,
+    verify: bool = False,
+    add: Sequence[str] = (),
+    remove: Sequence[str] = (),
+    force: bool = False,
 ) -> Result:
     """Find trained models, check them and write the catalog.
 
     `verify` also runs every trained member, and derived ones that the configuration includes, on all val images, and
     out-of-fold predictions' networks on a sample of train images. `add` declares networks of timm,
-    `NAME=timm:MODEL@FILE`; later discoveries keep them. What was measured once is known by digest and measured again
-    only with `force`; a scan is cheap, so it is always made. Raises UserError when there is no member, or for a
-    declaration that cannot be followed.
+    `NAME=timm:MODEL@FILE`; later discoveries keep them until `remove` names them. What was measured once is known by
+    digest and measured again only with `force`; a scan is cheap, so it is always made. Raises UserError when there is
+    no member, or for a declaration that cannot be followed or taken back.
     """
     digests = FileDigests(workspace.digests)
     scan = Scan(config, workspace, digests, _list_splits(workspace, digests))
     problems = _split_problems(scan.splits)
     members: dict[str, Member] = {}
-    for candidate in [*_trained(workspace), *_declared(scan, add)]:
+    for candidate in [*_trained(workspace), *_declared(scan, add, remove)]:
         try:
             members[candidate.name], found = identify(scan, candidate)
             problems += found
@@ -65,6 +71,8 @@ def discover(
             members[name], found = _judged(inspector, member)
             problems += found
     digests.save()
+    if remove and not members:
+        workspace.catalog.unlink(missing_ok=True)  # it would go on declaring what was taken back
     _require_members(workspace, members, problems)
     path = base_back.locate()
     found_all = Catalog(
@@ -119,10 +127,17 @@ def _trained(workspace: Workspace) -> list[Candidate]:
     return sorted(found, key=lambda candidate: candidate.name)
 
 
-def _declared(scan: Scan, add: Sequence[str]) -> list[Candidate]:
-    """Networks of timm: those that the catalog on disk holds and those declared now, which replace them by name."""
+def _declared(scan: Scan, add: Sequence[str], remove: Sequence[str]) -> list[Candidate]:
+    """Networks of timm: what the catalog on disk holds less `remove`, and those declared now, which replace it by name.
+
+    Raises UserError for a declaration that cannot be followed, or a name to remove that is not declared.
+    """
+    remembered = _remembered(scan.workspace)
+    _require_declared(scan.workspace, remove, [member.name for member in remembered])
     found: dict[str, Candidate] = {}
-    for member in _remembered(scan.workspace):
+    for member in remembered:
+        if member.name in remove:
+            continue
         path = scan.workspace.base / member.checkpoints[0]["path"]
         found[member.name] = Candidate(
             member.name,
@@ -172,6 +187,15 @@ def _remembered(workspace: Workspace) -> list[Member]:
         logger.warning("%s; networks declared with --add must be declared again", error)
         return []
     return [member for member in members.values() if member.architecture.startswith(TIMM)]
+
+
+def _require_declared(workspace: Workspace, remove: Sequence[str], declared: Sequence[str]) -> None:
+    for name in remove:
+        if name not in declared:
+            raise UserError(
+                f"--remove {name}: no network that was declared with --add; declared: {', '.join(declared) or 'none'}"
+                f"{did_you_mean(name, declared)}. What is in {workspace.checkpoints} is left out with backbones.exclude"
+            )
 
 
 def _require_timm_model(declaration: str, model: str) -> None:

@@ -122,6 +122,34 @@ def test_predictions_that_do_not_fit_are_made_again_with_its_networks(discovered
     assert line.endswith(f"--stages kfold --backbones CustomDeiTStyle {end}")
 
 
+def test_folds_of_its_networks_are_checked_with_it_and_left_open_with_another(
+    discovered, run, foreign, base_main, tmp_path
+):
+    workspace = shutil.copytree(discovered[0], tmp_path / "w")
+    kfold = ("--stages", "kfold", "--backbones", "CustomConvNeXt", "--folds", "2", "--epochs-head", "0")
+    theirs = ("--base-back", str(foreign.base_back))
+    pixels = {"DBT_IMG_SIZE": "32"}
+    done = base_main(*theirs, *kfold, "--epochs-finetune", "2", workspace=workspace, environment=pixels)
+    assert done.returncode == 0, done.stderr
+    bundled = ("--workspace", str(workspace), "--base-back", str(PROJECT / "BASE-BACK"))
+    done = run_python(str(PROJECT / "ensemble_orchestrator.py"), "discover", "--verify", *DEMO, *bundled)
+    assert done.returncode == 4
+    said = "CustomConvNeXt_final.pth: the weights of another architecture"
+    assert said in done.stdout
+    assert "where another BASE-BACK has trained it, mount that one: --base-back DIR" in done.stdout
+    assert "refused" not in done.stdout
+    done = run("discover", workspace=workspace)  # runs nothing, and does not hold the wrong mount against them
+    assert done.returncode == 0, done.stderr
+    assert all(member["usable"] for member in catalog(workspace)["members"].values())
+    done = run("discover", "--verify", workspace=workspace)
+    assert done.returncode == 0, done.stderr
+    for fold in ("fold0", "fold1"):
+        assert f"verify CustomConvNeXt {fold}: ran on" in done.stderr
+    assert catalog(workspace)["members"]["CustomConvNeXt"]["oof"]["rows"] == 400
+    found = {p["code"] for p in catalog(workspace)["problems"] if p["member"] == "CustomConvNeXt"}
+    assert not {code for code in found if code.startswith(("oof", "fold", "no_oof"))}
+
+
 def test_an_export_record_of_other_names_is_said(discovered, run, tmp_path):
     workspace = shutil.copytree(discovered[0], tmp_path / "w")
     path = workspace / "deployment_models" / "CustomSwinTransformer" / "class_mapping.json"
@@ -173,6 +201,8 @@ def test_voted_and_evaluated_as_its_own_code_would(discovered, foreign, run, tmp
         np.testing.assert_allclose(ours / ours.sum(axis=1, keepdims=True), its, atol=1e-5)
     ranking = json.loads((workspace / "metrics_output" / "ensembles" / "ranking.json").read_text())
     assert ranking["recommended"]["evidence"]["rows"] == "val"
+    surplus = {p["message"] for p in catalog(workspace)["problems"] if p["code"] == "surplus_logits"}
+    assert surplus == {f"{SURPLUS}; on the 50 val images they are dead"}
 
 
 @pytest.fixture

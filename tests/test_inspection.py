@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from one_member import NAME, change, change_oof, classifier, codes, codes_after, config, set_accuracy, workspace
 
 from utils import base_back, catalog, discovery, inspection
@@ -15,6 +16,7 @@ from utils.errors import UserError
 from utils.predictions import Store
 
 __all__ = ["config", "workspace"]
+SURPLUS = "the network has 7 outputs"
 
 
 def test_honest_predictions_pass_and_nothing_is_run_again(workspace, config, monkeypatch):
@@ -190,3 +192,99 @@ def test_outputs_in_another_order_than_their_names_are_measured(workspace, confi
     with pytest.raises(UserError, match="The same command goes on without CustomConvNeXt"):
         store.ensure([store.catalog.members[NAME]], ("val",))
     assert catalog.read(workspace).members[NAME].usable is False
+
+
+def widen(record, bias):
+    """Three more outputs, and a checkpoint that does not name its classes, as the public base pipeline leaves them."""
+    del record["extra"]["classes"]
+    for name in classifier(record):
+        value = record["model_state_dict"][name]
+        more = torch.full((3,), bias) if value.ndim == 1 else torch.zeros(3, value.shape[1])
+        record["model_state_dict"][name] = torch.cat([value, more])
+
+
+def surplus(workspace):
+    return [problem for problem in catalog.read(workspace).problems if problem.code == "surplus_logits"]
+
+
+@pytest.mark.parametrize("by", ["verify", "the first pass"])
+def test_surplus_outputs_that_running_has_shown_to_be_dead_are_said_to_be(workspace, config, by):
+    change(workspace.checkpoint(NAME, "final"), lambda record: widen(record, -30.0))
+    discovery.discover(config, workspace)
+    (problem,) = surplus(workspace)
+    assert (problem.severity, problem.message) == ("warning", f"{SURPLUS} for 4 classes; the last 3 are cut off")
+    if by == "verify":
+        discovery.discover(config, workspace, verify=True)
+    else:
+        store = Store(config, workspace, catalog.load(workspace))
+        store.ensure([store.catalog.members[NAME]], ("val",))
+    for _ in range(2):
+        (problem,) = surplus(workspace)
+        assert (problem.severity, problem.remedy) == ("info", "nothing to do")
+        assert problem.message.endswith("the last 3 are cut off; on the 28 val images they are dead")
+        discovery.discover(config, workspace)
+
+
+def test_surplus_outputs_that_are_alive_are_an_error_and_no_longer_said_to_be_cut_off(workspace, config):
+    change(workspace.checkpoint(NAME, "final"), lambda record: widen(record, 30.0))
+    result = discovery.discover(config, workspace, verify=True)
+    for _ in range(2):
+        (problem,) = surplus(workspace)
+        assert problem.severity == "error"
+        assert "7 outputs for 4 classes, and the surplus is not dead: on the val rows" in problem.message
+        assert catalog.read(workspace).members[NAME].usable is False
+        assert any(problem.message in failure for failure in result.failures)
+        result = discovery.discover(config, workspace)
+
+
+def test_a_network_that_does_not_run_shows_nothing_of_its_surplus(workspace, config):
+    def break_it(record):
+        widen(record, -30.0)
+        record["model_state_dict"].pop(next(iter(record["model_state_dict"])))
+
+    change(workspace.checkpoint(NAME, "final"), break_it)
+    discovery.discover(config, workspace, verify=True)
+    assert "does_not_run" in codes(workspace)
+    assert [problem.severity for problem in surplus(workspace)] == ["warning"]
+
+
+# another BASE-BACK's networks ---------------------------------------------------------------------------------------
+
+
+def test_a_fold_of_another_base_back_is_not_checked_and_refuses_nothing(workspace, config, monkeypatch):
+    """Once the right one is mounted, a scan forgets that it could not be run, and the next verification runs it."""
+    change(workspace.checkpoint(NAME, "fold0"), lambda record: record["extra"].update(base_back="external"))
+    for _ in range(2):
+        discovery.discover(config, workspace, verify=True)
+        (problem,) = [problem for problem in catalog.read(workspace).problems if problem.member == NAME]
+        assert (problem.code, problem.severity) == ("fold_unreadable", "info")
+        assert "CustomConvNeXt_fold0.pth: its network is another BASE-BACK's, and the bundled one is" in problem.message
+        assert "--base-back DIR" in problem.message
+        assert catalog.read(workspace).members[NAME].oof["rows"] == 224
+    monkeypatch.setattr(base_back, "source_digest", lambda path: "another")
+    discovery.discover(config, workspace)
+    assert not codes(workspace)
+    monkeypatch.setattr(base_back, "kind", lambda path: "external")
+    ran = []
+    original = inspection._logits
+
+    def listening(*arguments):
+        ran.append(arguments[3:])
+        return original(*arguments)
+
+    monkeypatch.setattr(inspection, "_logits", listening)
+    discovery.discover(config, workspace, verify=True)
+    assert ran == [(), ("fold0",), ("fold1",)]
+    assert not codes(workspace)
+
+
+def test_what_did_not_run_with_one_base_back_is_open_with_another(workspace, config, monkeypatch):
+    change(workspace.checkpoint(NAME, "final"), lambda record: record["extra"].update(base_back="external"))
+    result = discovery.discover(config, workspace, verify=True)
+    assert result.failures
+    assert codes(workspace) == {"does_not_run"}
+    discovery.discover(config, workspace)
+    assert codes(workspace) == {"does_not_run"}  # a scan with the same one does not forget
+    monkeypatch.setattr(base_back, "source_digest", lambda path: "another")
+    assert not discovery.discover(config, workspace).failures
+    assert catalog.read(workspace).members[NAME].usable

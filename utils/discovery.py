@@ -60,7 +60,9 @@ def discover(
             problems.append(Problem("checkpoint_refused", "error", candidate.name, str(error), "See the message"))
             if candidate.remembered is not None:  # a declaration outlives its file
                 members[candidate.name] = replace(candidate.remembered, usable=False, oof=None)
-    inspector = Inspector(config, workspace, scan.classes, scan.splits, digests)
+    path = base_back.locate()
+    code = base_back.source_digest(path)
+    inspector = Inspector(config, workspace, scan.classes, scan.splits, digests, code)
     if verify:
         threads = streaming.decoding_threads(config.dataset.num_workers)
         inspector = replace(inspector, device=streaming.resolve_device(config.device), threads=threads)
@@ -74,16 +76,16 @@ def discover(
     if remove and not members:
         workspace.catalog.unlink(missing_ok=True)  # it would go on declaring what was taken back
     _require_members(workspace, members, problems)
-    path = base_back.locate()
+    measured = {name: inspector.measured(member) or {} for name, member in members.items()}
+    problems = inspection.with_proof(problems, measured)
     found_all = Catalog(
-        base_back={"path": str(path), "kind": base_back.kind(path), "digest": base_back.source_digest(path)},
+        base_back={"path": str(path), "kind": base_back.kind(path), "digest": code},
         classes=scan.classes,
         splits={name: {"n": len(split.sample_ids), "digest": split.digest} for name, split in scan.splits.items()},
         members=members,
         problems=tuple(problems),
     )
     catalog.save(workspace, found_all)
-    measured = {name: digests.facts(inspector.measured_key(member)) or {} for name, member in members.items()}
     failures = [f"{p.member or 'split'}: {p.message}" for p in problems if p.severity == "error"]
     return Result(_table(workspace, found_all, measured, verify=verify), found_all.as_record(), failures)
 
@@ -211,8 +213,7 @@ def _require_timm_model(declaration: str, model: str) -> None:
 
 def _judged(inspector: Inspector, member: Member) -> tuple[Member, list[Problem]]:
     """A member after what running it has shown, now or at any time before."""
-    measured = inspector.digests.facts(inspector.measured_key(member))
-    honesty = inspector.digests.facts(inspector.honesty_key(member)) if member.oof is not None else None
+    measured, honesty = inspector.measured(member), inspector.honesty(member)
     problems = inspection.measured_problems(inspector.classes, member, measured) if measured else []
     usable = member.usable and not any(problem.severity == "error" for problem in problems)
     found = inspection.honesty_problems(inspector.workspace, member, honesty) if honesty else []

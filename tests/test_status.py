@@ -72,9 +72,21 @@ def test_an_empty_workspace_is_told_how_to_train(tmp_path):
     )
 
 
-def touched(path: Path) -> None:
-    later = time.time() + 10
-    os.utime(path, (later, later))
+def touched(path: Path, seconds: float = 10) -> None:
+    then = time.time() + seconds
+    os.utime(path, (then, then))
+
+
+def images(workspace: Workspace) -> list[Path]:
+    return sorted((workspace.split_dir / "val").glob("*/*.png"))
+
+
+def edited(paths: list[Path]) -> None:
+    """Another last byte, in place: name, size and folder are as before."""
+    for path in paths:
+        with path.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\0")
 
 
 @pytest.mark.parametrize(
@@ -89,11 +101,15 @@ def touched(path: Path) -> None:
         (lambda w: copied(w, "New", "final"), "New_final.pth is new"),
         (lambda w: copied(w, "CustomConvNeXt", "snapshot9"), "CustomConvNeXt_snapshot9.pth is new"),
         (lambda w: touched(w.split_dir / "val" / "1"), "images of val were added or removed"),
+        (lambda w: edited(images(w)[:1]), "val/0/{first} has changed"),
+        (lambda w: edited(images(w)), "28 images of val have changed, first 0/{first}"),
+        (lambda w: [path.unlink() or touched(path.parent, -10) for path in images(w)[:7]], "val/0: the class folder"),
     ],
-    ids=["changed", "gone", "oof", "new member", "new role", "images"],
+    ids=["changed", "gone", "oof", "new member", "new role", "images", "edited", "all edited", "empty class"],
 )
 def test_a_catalog_older_than_its_files_is_stale_with_the_reason(workspace, change, reason):
     discovery.discover(load(CONFIG), workspace)  # the digests of the copy's own files are known from here on
+    reason = reason.format(first=images(workspace)[0].name)
     change(workspace)
     state = look(workspace).catalog
     assert state.state == "stale"
@@ -112,7 +128,11 @@ def copied(workspace: Workspace, backbone: str, role: str) -> None:
 def test_in_a_moved_workspace_times_decide(workspace):
     assert look(workspace).catalog.state == "current"
     touched(workspace.checkpoint("CustomConvNeXt", "final"))
-    assert look(workspace).catalog.reasons == ("checkpoints/CustomConvNeXt_final.pth has changed",)
+    touched(images(workspace)[0])
+    assert look(workspace).catalog.reasons == (
+        "checkpoints/CustomConvNeXt_final.pth has changed",
+        f"val/0/{images(workspace)[0].name} has changed",
+    )
 
 
 def test_a_split_that_is_gone_is_made_before_anything_else(workspace):

@@ -13,7 +13,7 @@ import torch
 from conftest import PROJECT
 from one_member import NAME, change, change_oof, codes, config, config_path, workspace
 
-from utils import catalog, discovery
+from utils import catalog, discovery, inspection
 from utils.config_file import load
 from utils.errors import UserError
 from utils.predictions import Store
@@ -88,6 +88,33 @@ def test_equal_images_in_two_splits_are_named_with_both_paths(workspace, config)
     assert "3 more images stand in two splits" in result.text
 
 
+def test_equal_images_of_one_split_are_nobody_s_problem(workspace, config):
+    first = sorted((workspace.split_dir / "test" / "2").iterdir())[0]
+    shutil.copy(first, first.with_name("zz.png"))
+    discovery.discover(config, workspace)
+    assert catalog.read(workspace).problems == ()
+
+
+def test_splits_of_other_classes_are_an_error(workspace, config):
+    (workspace.split_dir / "val" / "3").rename(workspace.split_dir / "val" / "4")
+    result = discovery.discover(config, workspace)
+    assert result.failures == ["split: val has the classes 0, 1, 2, 4, train has 0, 1, 2, 3"]
+
+
+def test_the_furthest_stage_that_is_there_is_the_member(workspace, config):
+    stages = ["final", "finetune_best", "head_best"]
+    while stages:
+        discovery.discover(config, workspace)
+        member = catalog.read(workspace).members[NAME]
+        assert [
+            entry["stage"] for entry in member.checkpoints if not entry["stage"].startswith(("fold", "snap"))
+        ] == stages
+        assert member.checkpoints[0]["path"] == f"checkpoints/{NAME}_{stages[0]}.pth"
+        workspace.checkpoint(NAME, stages.pop(0)).unlink()
+    discovery.discover(config, workspace)  # folds and snapshots alone are no member
+    assert NAME not in catalog.read(workspace).members
+
+
 def test_derived_files_are_members_only_by_name(workspace, config):
     shutil.copy(workspace.checkpoint(NAME, "final"), workspace.checkpoint(NAME, "uniform_soup"))
     shutil.copy(workspace.checkpoint(NAME, "final"), workspace.checkpoint(NAME, "distilled"))
@@ -147,9 +174,41 @@ def test_a_timm_network_is_declared_once_and_kept(workspace, config, tmp_path):
     file.rename(tmp_path / "gone.pth")
     result = discovery.discover(config, workspace)
     assert "leaf.pth: the checkpoint is gone. Put it back" in result.text
+    assert [failure.partition(":")[0] for failure in result.failures] == ["leaf"]
+    assert [line.split()[0] for line in result.text.splitlines() if line.endswith("cannot be used")] == ["leaf"]
     (tmp_path / "gone.pth").rename(file)
     discovery.discover(config, workspace)
     assert catalog.read(workspace).members["leaf"].usable
+    discovery.discover(other_size, workspace, add=[declaration])
+    discovery.discover(config, workspace)
+    assert catalog.read(workspace).members["leaf"].img_size == 64  # as declared, whatever a later configuration says
+
+
+def test_folds_of_a_declared_network_are_listed_with_it(workspace, config):
+    shutil.copy(workspace.checkpoint(NAME, "fold0"), workspace.checkpoint("leaf", "fold0"))
+    for _ in range(2):
+        declare(workspace, config, "leaf")
+        stages = [entry["stage"] for entry in catalog.read(workspace).members["leaf"].checkpoints]
+        assert stages == ["final", "fold0"]
+        discovery.discover(config, workspace)
+
+
+def test_derived_members_are_run_where_the_configuration_names_them(workspace, config, monkeypatch):
+    ran = []
+    monkeypatch.setattr(inspection, "verify", lambda inspector, member, *, force: ran.append(member.name))
+    discovery.discover(config, workspace, verify=True)
+    assert ran == [NAME]
+    included = load(config_path(), overrides=[f"backbones.include=[{NAME}_snapshot1]", "device=cpu"])
+    discovery.discover(included, workspace, verify=True)
+    assert ran[1:] == [NAME, f"{NAME}_snapshot1"]
+
+
+def test_without_any_member_the_reasons_are_told(workspace, config):
+    for path in workspace.checkpoints.glob("*.pth"):
+        path.unlink()
+    workspace.checkpoint(NAME, "final").touch()
+    with pytest.raises(UserError, match=rf"no trained model .*{NAME}_final\.pth: empty; expected a checkpoint"):
+        discovery.discover(config, workspace)
 
 
 @pytest.mark.parametrize(

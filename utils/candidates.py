@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from utils.errors import UserError
 
 TIE = 1e-12
-BLOCK = 2**17  # numbers handled at a time, so that they stay in a core's cache
+BLOCK = 2**15  # numbers handled at a time, so that they stay in a core's cache
 Floats = NDArray[np.float64]
 
 
@@ -256,7 +256,7 @@ class Votes:
     def losses(self, *, all_exact: bool = False) -> Floats:
         reach = (self.total + self.lowest).max(axis=0)
         live = self.total + self.highest >= reach - self.SLACK
-        counts = live.sum(axis=0)
+        counts = live.sum(axis=0, dtype=np.int32)
         settled = counts == 1
         predicted = (live & settled).sum(axis=1)
         hits = np.bincount(self.labels[settled & live[self.labels, np.arange(self.rows)]], minlength=self.classes)
@@ -279,20 +279,21 @@ class Votes:
         self, values: NDArray[np.float32], rows: NDArray[np.intp], slots: list[NDArray[np.intp]]
     ) -> NDArray[np.intp]:
         """Predicted class (b, open rows) with each member of a block added."""
-        winners = np.zeros((len(values), len(rows)), dtype=np.intp)
+        winners = np.zeros((len(values), len(rows)), dtype=np.int32)
         best = np.full(winners.shape, -np.inf)
         for classes in slots:
             some = rows[: len(classes)]
             reached = np.take(values, some * self.classes + classes, axis=1) + self.total[classes, some]
-            better = reached > best[:, : len(some)]  # ascending classes: the first of equals stays
-            np.copyto(winners[:, : len(some)], classes, where=better)
-            np.copyto(best[:, : len(some)], reached, where=better)
+            far = best[:, : len(some)]
+            # Ascending classes and a strict comparison: the first of equals stays.
+            winners[:, : len(some)] = np.where(reached > far, classes, winners[:, : len(some)])
+            np.maximum(far, reached, out=far)
         return winners
 
 
-def _slots(live: NDArray[np.bool_], counts: NDArray[np.intp]) -> list[NDArray[np.intp]]:
+def _slots(live: NDArray[np.bool_], counts: NDArray[Any]) -> list[NDArray[np.int32]]:
     """The first, second, ... live class of each row that has so many; rows (n, C) with most live classes first."""
-    classes = np.nonzero(live)[1]
+    classes = np.nonzero(live)[1].astype(np.int32)
     starts = np.cumsum(counts) - counts
     return [classes[starts[counts > slot] + slot] for slot in range(counts[0] if len(counts) else 0)]
 

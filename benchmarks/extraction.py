@@ -11,6 +11,7 @@ last line of the output is one JSON object.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -201,22 +202,29 @@ def lay_out(workspace: Path, photographs: int, pixels: int, data: Path | None) -
 
 
 def _crops(photographs: int, pixels: int) -> Any:
-    """(class, writer) of ever other crops of the two photographs, by turns."""
+    """(class, writer) of ever other crops of the two photographs, by turns.
+
+    Each class holds crops of both: were it one photograph, a network with random weights could tell them apart with the
+    names exchanged, and the product would refuse it.
+    """
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_sample_image
 
     rng = np.random.default_rng(photographs)
-    scenes = {name: load_sample_image(f"{name}.jpg") for name in ("china", "flower")}
+    scenes = [load_sample_image(f"{name}.jpg") for name in ("china", "flower")]
     while True:
-        for name, scene in scenes.items():
+        for name, scene in itertools.product(("first", "second"), scenes):
             top, left = (int(rng.integers(0, length - pixels)) for length in scene.shape[:2])
             crop = Image.fromarray(scene[top : top + pixels, left : left + pixels])
             yield name, lambda path, crop=crop: crop.save(path, quality=92)
 
 
 def _own_images(data: Path, photographs: int) -> Any:
-    """(class, writer) of the images in class folders, by turns; again from the start where there are too few."""
+    """(class, writer) of the images in class folders, by turns; again from the start where there are too few.
+
+    Each class is given images of all, for the same reason as the crops.
+    """
     suffixes = (".jpg", ".jpeg", ".png", ".bmp")
     classes = sorted(path for path in data.iterdir() if path.is_dir())
     files = {folder.name: sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes) for folder in classes}
@@ -225,7 +233,8 @@ def _own_images(data: Path, photographs: int) -> Any:
         raise SystemExit(f"--data {data}: {len(files)} class folder(s) with images; two are needed")
     number = 0
     while True:
-        for name, found in files.items():
+        for turn, name in enumerate(files):
+            found = list(files.values())[(turn + number) % len(files)]
             source = found[number % len(found)]
             yield name, lambda path, source=source: shutil.copyfile(source, path)
         number += 1

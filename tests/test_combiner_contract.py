@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
-from utils.combiner import Combiner
+from utils.combiner import Combiner, MemberFacts
+from utils.config import Config
 from utils.ensembles import COMBINERS
 
 M, N, C = 4, 60, 3
+FACTS = MemberFacts(("a", "b", "c", "d"), np.array([0.6, 0.7, 0.7, 0.5]), np.full(M, 10.0), np.full(M, 1.0))
 
 
 @pytest.fixture
@@ -18,17 +23,19 @@ def rows():
     labels = rng.integers(0, C, N)
     logits = rng.normal(size=(M, N, C)).astype(np.float32)
     logits[:, np.arange(N), labels] += 1
-    return logits, labels
+    return logits, labels, np.arange(N) % 5
 
 
 @pytest.fixture(params=sorted(COMBINERS))
 def make(request):
-    return COMBINERS[request.param]
+    return partial(COMBINERS[request.param].configured, Config(), FACTS)
 
 
 def test_answers_the_protocol(make):
     assert isinstance(make(), Combiner)
-    assert isinstance(make.learns, bool)
+    assert isinstance(make().learns, bool)
+    for place in make().settings:
+        Config().at(place)
 
 
 def test_probabilities_are_probabilities(make, rows):
@@ -45,7 +52,7 @@ def test_same_rows_same_bytes(make, rows):
 
 def test_state_restores_the_combiner(make, rows):
     fitted = make().fit(*rows)
-    again = make.from_state(fitted.state())
+    again = type(fitted).from_state(fitted.state())
     assert again.predict_proba(rows[0]).tobytes() == fitted.predict_proba(rows[0]).tobytes()
 
 
@@ -57,12 +64,36 @@ def test_rows_do_not_influence_one_another(make, rows):
 
 
 def test_the_order_of_members_does_not_matter_to_a_vote(make, rows):
-    if make.learns:
+    if make().learns:
         pytest.skip("a fitted combiner knows its members by their place")
-    logits, labels = rows
-    np.testing.assert_allclose(
-        make().fit(logits[::-1], labels).predict_proba(logits[::-1]), make().predict_proba(logits), atol=1e-12
-    )
+    logits = rows[0]
+    np.testing.assert_allclose(make().predict_proba(logits[::-1]), make().predict_proba(logits), atol=1e-12)
+
+
+def test_what_it_does_not_use_can_be_left_out(make, rows):
+    logits, labels, folds = rows
+    logits[3] = 0  # a member that knows nothing
+    fitted = make().fit(logits, labels, folds)
+    used = fitted.used(M)
+    assert used.shape == (M,)
+    assert used.any()
+    alone = fitted.restricted(used).predict_proba(logits[used])
+    np.testing.assert_allclose(alone, fitted.predict_proba(logits), atol=1e-12)
+
+
+def test_its_report_is_for_json_and_its_weights_are_named(make, rows):
+    report = json.loads(json.dumps(make().fit(*rows).report(FACTS.names), allow_nan=False))
+    if report.get("weights") is not None:
+        assert tuple(report["weights"]) == FACTS.names
+        assert min(report["weights"].values()) >= 0
+
+
+def test_fitting_again_starts_anew(make, rows):
+    logits, labels, folds = rows
+    twice = make().fit(logits[:, ::2], labels[::2], folds[::2]).fit(*rows)
+    assert {k: v.tobytes() for k, v in twice.state().items()} == {
+        k: v.tobytes() for k, v in make().fit(*rows).state().items()
+    }
 
 
 @pytest.mark.parametrize("batch", [1, 3, 17])
@@ -78,6 +109,6 @@ def test_module_agrees_traced_at_two_rows_and_run_at_others(make, rows, batch):
 
 def test_extreme_logits_stay_finite(make):
     logits = np.array([[[1e30, 0, -1e30]], [[-1e30, 1e30, 0]], [[0, 0, 0]], [[3e38, -3e38, 0]]], dtype=np.float32)
-    found = make().fit(logits, np.array([0])).predict_proba(logits)
+    found = make().fit(logits, np.array([0]), np.array([0])).predict_proba(logits)
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-9)

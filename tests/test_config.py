@@ -115,7 +115,17 @@ def test_shipped_file_holds_the_printed_values():
 
 
 def test_defaults_are_the_printed_values_and_the_keys_of_ours():
-    assert _places(Config().as_dict()) == LEAVES | {"dataset.group_regex": None, "cache.quota_gb": 20.0}
+    assert _places(Config().as_dict()) == LEAVES | {
+        "dataset.group_regex": None,
+        "cache.quota_gb": 20.0,
+        "runs.score_ensemble.pool": "auto",
+        "runs.score_ensemble.fit_rows": "honest",
+        "runs.score_ensemble.temperature": "auto",
+        "runs.stacking.fit_rows": "honest",
+        "runs.stacking.fallback": True,
+        "runs.stacking.inference_members": "auto",
+        "pruning.pick": "best",
+    }
 
 
 def test_specified_names_contain_every_printed_default():

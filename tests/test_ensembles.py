@@ -28,7 +28,7 @@ class PriorOfLabels:
     learns: ClassVar[bool] = True
     frequencies: np.ndarray | None = None
 
-    def fit(self, logits, labels):
+    def fit(self, logits, labels, folds):
         self.frequencies = np.bincount(labels, minlength=logits.shape[2]) / len(labels)
         return self
 
@@ -46,7 +46,7 @@ def rows():
 
 @pytest.fixture
 def folds(rows):
-    return {key: n % 3 for n, key in enumerate(zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True))}
+    return np.arange(len(rows.labels)) % 3
 
 
 @pytest.fixture
@@ -60,11 +60,13 @@ def ensemble(rows, name="soft_voting_ensemble"):
         (RowSet("val", "held_out", tuple(IDS[20:].tolist())),),
     )
     digests = {"a": "1", "b": "2"}
-    return Ensemble(name, "soft_voting", rows.members, rows.classes, SoftVoting(), seen, "digest", digests, 42)
+    return Ensemble(
+        name, "soft_voting", rows.members, rows.members, rows.classes, SoftVoting(), seen, "digest", digests, 42
+    )
 
 
 def test_a_cross_fitted_row_never_depends_on_a_label_of_its_fold(rows, folds):
-    unseen = ensembles.crossfit(PriorOfLabels, rows, folds)
+    unseen = ensembles.crossfit(PriorOfLabels(), rows, folds)
     for fold in range(3):
         inside = unseen.fold == fold
         expected = np.bincount(rows.labels[~inside], minlength=3) / (~inside).sum()
@@ -72,26 +74,26 @@ def test_a_cross_fitted_row_never_depends_on_a_label_of_its_fold(rows, folds):
 
 
 def test_a_vote_answers_every_row_as_it_would_at_inference(rows, folds):
-    unseen = ensembles.crossfit(SoftVoting, rows, folds)
+    unseen = ensembles.crossfit(SoftVoting(), rows, folds)
     np.testing.assert_allclose(unseen.probabilities, softmax(rows.logits).mean(axis=0), atol=1e-7)
-    assert unseen.keys() == list(folds)
+    assert unseen.keys() == list(zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True))
 
 
 def test_an_ensemble_survives_the_disk(rows, folds, workspace):
     before = ensemble(rows)
-    ensembles.save(workspace, before, ensembles.crossfit(SoftVoting, rows, folds), {"crossfit": {"n": N}})
+    ensembles.save(workspace, before, ensembles.crossfit(SoftVoting(), rows, folds), {"crossfit": {"n": N}})
     after = ensembles.load(workspace, before.name)
     assert replace(after, combiner=before.combiner) == before
     assert ensembles.predict(after, rows).tobytes() == ensembles.predict(before, rows).tobytes()
     assert ensembles.names(workspace) == [before.name]
     assert ensembles.stored_digest(workspace, before.name) == "digest"
     unseen = ensembles.load_crossfit(workspace, before.name)
-    assert unseen.keys() == list(folds)
+    assert unseen.keys() == list(zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True))
     assert unseen.probabilities.dtype == np.float32
 
 
 def test_without_its_record_there_is_no_ensemble(rows, folds, workspace):
-    ensembles.save(workspace, ensemble(rows), ensembles.crossfit(SoftVoting, rows, folds), {})
+    ensembles.save(workspace, ensemble(rows), ensembles.crossfit(SoftVoting(), rows, folds), {})
     (workspace.ensemble("soft_voting_ensemble") / "ensemble.json").unlink()  # as when killed before the last write
     assert ensembles.names(workspace) == []
     with pytest.raises(UserError, match="no such ensemble"):
@@ -99,13 +101,13 @@ def test_without_its_record_there_is_no_ensemble(rows, folds, workspace):
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(rows, folds, workspace):
-    ensembles.save(workspace, ensemble(rows), ensembles.crossfit(SoftVoting, rows, folds), {})
+    ensembles.save(workspace, ensemble(rows), ensembles.crossfit(SoftVoting(), rows, folds), {})
     with pytest.raises(UserError, match="did you mean 'soft_voting_ensemble'"):
         ensembles.load(workspace, "soft_votingensemble")
 
 
 def test_ids_that_are_not_those_of_the_record_are_refused(rows, folds, workspace):
-    ensembles.save(workspace, ensemble(rows), ensembles.crossfit(SoftVoting, rows, folds), {})
+    ensembles.save(workspace, ensemble(rows), ensembles.crossfit(SoftVoting(), rows, folds), {})
     path = workspace.ensemble("soft_voting_ensemble") / "provenance.npz"
     with np.load(path) as arrays:
         changed = {name: array[:-1] if "train" in name else array for name, array in arrays.items()}
@@ -118,7 +120,7 @@ def test_a_new_version_removes_predictions_of_the_old_one(rows, folds, workspace
     stale = Path(workspace.ensemble("soft_voting_ensemble")) / "predictions_test.npz"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"old")
-    ensembles.save(workspace, ensemble(rows), ensembles.crossfit(SoftVoting, rows, folds), {})
+    ensembles.save(workspace, ensemble(rows), ensembles.crossfit(SoftVoting(), rows, folds), {})
     assert not stale.exists()
 
 

@@ -32,7 +32,7 @@ def test_photographs_are_all_different_and_lie_in_three_splits(extraction, tmp_p
     workspace = extraction.lay_out(tmp_path / "w", 30, 64, None)
     files = list((workspace / "split_dataset").rglob("*.jpg"))
     assert len({path.read_bytes() for path in files}) == len(files) == 38
-    assert len(list((workspace / "split_dataset" / "val" / "china").iterdir())) == 15
+    assert len(list((workspace / "split_dataset" / "val" / "first").iterdir())) == 16
     with Image.open(files[0]) as image:
         assert image.size == (64, 64)
 

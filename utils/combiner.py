@@ -3,26 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Protocol, Self, runtime_checkable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
 
+from utils.config import Config
+
 if TYPE_CHECKING:
     from torch import nn
+
+
+@dataclass(frozen=True)
+class MemberFacts:
+    """What a recipe may know of M members beyond their outputs, in the order of the arrays."""
+
+    names: tuple[str, ...]
+    recorded_accuracy: np.ndarray
+    """float64 (M,), a share; NaN where nothing is recorded"""
+    latency_ms: np.ndarray
+    """float64 (M,), milliseconds for one image; NaN where it was not measured"""
+    size_mb: np.ndarray
+    """float64 (M,), 10^6 bytes on disk; NaN where there is no file"""
 
 
 @runtime_checkable
 class Combiner(Protocol):
     """Turns the logits of M members into class probabilities.
 
-    Arrays only: names, files, rows and honesty are the business of whoever calls. Members come in the order of their
-    names, classes in the workspace's order. A combiner whose `learns` is false fits nothing, so every row is unseen.
+    Arrays only: files, rows and honesty are the business of whoever calls. Members come in the order of their names,
+    classes in the workspace's order. A combiner whose `learns` is false fits nothing, so every row is unseen.
     """
 
-    learns: ClassVar[bool]
+    settings: ClassVar[tuple[str, ...]]
+    """Places of the configuration that it depends on, such as `runs.score_ensemble.pool`."""
+    learns: bool
 
-    def fit(self, logits: np.ndarray, labels: np.ndarray) -> Self:
-        """Fit on logits (M, N, C) and labels (N,), which come from networks that did not see the rows."""
+    @classmethod
+    def configured(cls, config: Config, members: MemberFacts) -> Self:
+        """An unfitted one with the settings of the configuration."""
+
+    def fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Self:
+        """Fit on logits (M, N, C) and labels (N,), which come from networks that did not see the rows.
+
+        `folds` (N,) are the workspace's folds of these rows: whatever is tuned, stopped early, calibrated or blended in
+        here is decided by leaving one of them out, so that a copy fitted on all folds but one has read none of its
+        labels. Fitting again starts anew.
+        """
 
     def predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Logits (M, N, C) -> probabilities float64 (N, C) whose rows sum to 1."""
@@ -31,8 +58,17 @@ class Combiner(Protocol):
         """The same map for export: logits float32 (B, M, C) -> probabilities float32 (B, C)."""
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything fitted, as arrays."""
+        """Everything fitted, as arrays of numbers."""
 
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray]) -> Self:
-        """The combiner whose `state` this is."""
+        """The combiner whose `state` this is; it answers, and is not fitted again."""
+
+    def used(self, members: int) -> np.ndarray:
+        """Which of the members the fitted combiner needs, bool (M,)."""
+
+    def restricted(self, used: np.ndarray) -> Self:
+        """The same map on the used members' logits alone."""
+
+    def report(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """What a person wants to know of the fit, ready for JSON; `weights` {member: weight} where there are any."""

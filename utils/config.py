@@ -20,7 +20,7 @@ from utils.errors import UserError
 # What the specification's file and text print is accepted before its method is built; the families' tables add to it.
 SPECIFIED: dict[str, tuple[str, ...]] = {
     "exports.formats": ("state_dict", "checkpoint", "torchscript", "onnx", "tflite", "tensorrt", "custom"),
-    "runs.score_ensemble.methods": ("soft_voting", "hard_voting", "logit_averaging", "weighted"),
+    "runs.score_ensemble.methods": ("soft_voting", "hard_voting", "logit_averaging", "weighted", "greedy_selection"),
     "runs.model_soup.methods": ("uniform", "greedy"),
     "runs.stacking.meta_learners": ("lr", "xgb", "rf", "mlp"),
     "runs.fusion.fusion_methods": ("concat_mlp", "attention", "bilinear", "cca_aligned"),
@@ -30,6 +30,7 @@ SPECIFIED: dict[str, tuple[str, ...]] = {
 A_LIST = "expected a list such as [a, b], or [] for none"
 A_NAME = "expected a name, without slashes, leading dot or outer spaces"
 Metric = Literal["f1_macro", "accuracy", "log_loss", "brier"]
+FitRows = Literal["honest", "val", "oof"]
 
 
 def _check(expected: str, fits: Callable[[Any], bool], turn: Callable[[Any], Any] = lambda raw: raw) -> BeforeValidator:
@@ -174,6 +175,9 @@ class ScoreEnsemble(Section):
     methods: Names = ("soft_voting", "hard_voting", "logit_averaging", "weighted")
     optimize_weights: Flag = True
     optimization_metric: Metric = "f1_macro"
+    pool: Literal["auto", "linear", "log_linear"] = "auto"
+    fit_rows: FitRows = "honest"
+    temperature: Literal["auto", "off", "per_member"] = "auto"
 
 
 class ModelSoup(Section):
@@ -206,6 +210,9 @@ class Stacking(Section):
     meta_learners: Names = ("lr", "xgb", "mlp")
     mlp_config: StackingMlp = StackingMlp()
     xgb_config: StackingXgb = StackingXgb()
+    fit_rows: Literal["honest", "oof"] = "honest"
+    fallback: Flag = True
+    inference_members: Literal["auto", "full", "folds"] = "auto"
 
 
 class FusionHead(Section):
@@ -265,6 +272,7 @@ class Pruning(Section):
     enable: Flag = True
     methods: Names = ("greedy_forward", "greedy_backward", "diversity_max", "clustering")
     target_size: Count = 7
+    pick: Literal["best", "knee", "fastest"] = "best"
     cost_budget: CostBudget = CostBudget()
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from utils.combiner import Combiner
+from utils.combiner import Combiner, MemberFacts
+from utils.config import Config
 from utils.metrics import softmax
 
 if TYPE_CHECKING:
@@ -19,10 +20,16 @@ if TYPE_CHECKING:
 class Voting:
     """What the three ways of voting share: they fit nothing and hold nothing."""
 
+    settings: ClassVar[tuple[str, ...]] = ()
     learns: ClassVar[bool] = False
 
-    def fit(self, logits: np.ndarray, labels: np.ndarray) -> Self:
-        """Nothing to fit; logits (M, N, C), labels (N,)."""
+    @classmethod
+    def configured(cls, config: Config, members: MemberFacts) -> Self:
+        """Nothing to set."""
+        return cls()
+
+    def fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Self:
+        """Nothing to fit; logits (M, N, C), labels (N,), folds (N,)."""
         return self
 
     def state(self) -> dict[str, np.ndarray]:
@@ -33,6 +40,18 @@ class Voting:
     def from_state(cls, state: Mapping[str, np.ndarray]) -> Self:
         """A new one."""
         return cls()
+
+    def used(self, members: int) -> np.ndarray:
+        """All of them, (M,)."""
+        return np.ones(members, dtype=bool)
+
+    def restricted(self, used: np.ndarray) -> Self:
+        """Itself: every member is as good as another."""
+        return self
+
+    def report(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """Equal weights."""
+        return {"weights": dict.fromkeys(names, 1 / len(names))}
 
 
 class SoftVoting(Voting):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from utils.predictions import Rows, Store
 from utils.recommendation import Candidate, recommend
 from utils.workspace import Workspace
 
-SCHEMA = 1
+SCHEMA = 2
 COMBINERS: dict[str, type[Combiner]] = {**ensemble_methods.COMBINERS}
+CHOSEN_ON_VAL = ("greedy_soup", "distilled")
+"""In the name of whatever val rows have chosen."""
 NAMES = {method: f"{method}_ensemble" for method in ensemble_methods.COMBINERS}
 """Method -> name of its ensemble; in configuration either may be used."""
 
@@ -61,7 +64,9 @@ class Ensemble:
     name: str
     method: str
     members: tuple[str, ...]
-    """Sorted."""
+    """Those that are needed to answer, sorted."""
+    candidates: tuple[str, ...]
+    """All that it was chosen from, sorted."""
     classes: tuple[str, ...]
     combiner: Combiner
     provenance: Provenance
@@ -101,17 +106,19 @@ def predict(ensemble: Ensemble, rows: Rows) -> np.ndarray:
     return ensemble.combiner.predict_proba(rows.logits)
 
 
-def crossfit(make: type[Combiner], rows: Rows, folds: Mapping[tuple[str, str], int]) -> Crossfit:
-    """Cross-fitted predictions of a combiner on honest rows; one that learns nothing answers all rows at once."""
-    fold = np.array([folds[key] for key in zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True)])
+def crossfit(recipe: Combiner, rows: Rows, fold: np.ndarray) -> Crossfit:
+    """Cross-fitted predictions of an unfitted combiner on honest rows with their folds (N,).
+
+    One that learns nothing answers all rows at once.
+    """
     probabilities = np.empty((len(rows.labels), len(rows.classes)), dtype=np.float32)
-    if make.learns:
+    if recipe.learns:
         for held_out in np.unique(fold):
             inside, outside = fold == held_out, fold != held_out
-            copy = make().fit(rows.logits[:, outside], rows.labels[outside])
-            probabilities[inside] = copy.predict_proba(rows.logits[:, inside])
+            fitted = deepcopy(recipe).fit(rows.logits[:, outside], rows.labels[outside], fold[outside])
+            probabilities[inside] = fitted.predict_proba(rows.logits[:, inside])
     else:
-        probabilities[:] = make().fit(rows.logits, rows.labels).predict_proba(rows.logits)
+        probabilities[:] = recipe.predict_proba(rows.logits)
     return Crossfit(probabilities, rows.labels, rows.sample_ids, rows.split, fold)
 
 
@@ -148,6 +155,7 @@ def save(workspace: Workspace, ensemble: Ensemble, unseen: Crossfit, record: Map
             "name": ensemble.name,
             "method": ensemble.method,
             "members": list(ensemble.members),
+            "candidates": list(ensemble.candidates),
             "member_digests": ensemble.member_digests,
             "classes": list(ensemble.classes),
             "inputs_digest": ensemble.inputs_digest,
@@ -180,6 +188,7 @@ def load(workspace: Workspace, name: str) -> Ensemble:
             name=name,
             method=record["method"],
             members=tuple(record["members"]),
+            candidates=tuple(record["candidates"]),
             classes=tuple(record["classes"]),
             combiner=make.from_state(read_tensors(folder / "combiner.safetensors", remedy=remedy)),
             provenance=_provenance(folder, record, remedy),
@@ -254,4 +263,5 @@ def _candidate(
     labels: np.ndarray,
 ) -> Candidate:
     hits = probabilities.argmax(axis=1) == labels
-    return Candidate(name, kind, method, tuple(keys), log_loss_per_row(probabilities, labels), hits)
+    losses = log_loss_per_row(probabilities, labels)
+    return Candidate(name, kind, method, tuple(keys), losses, hits, any(word in name for word in CHOSEN_ON_VAL))

@@ -123,9 +123,8 @@ def inputs_digest(store: Store, saved: Mapping[str, Ensemble], members: Mapping[
 
 
 def _is_stale(members: Mapping[str, Member], ensemble: Ensemble) -> bool:
-    return any(
-        name not in members or members[name].digest != digest for name, digest in ensemble.member_digests.items()
-    )
+    digests = ensemble.member_digests
+    return any(name not in members or members[name].digest != digests[name] for name in ensemble.members)
 
 
 def _evaluated_rows(store: Store, members: Mapping[str, Member], split: str) -> tuple[Rows, int]:
@@ -205,13 +204,12 @@ def _write_metrics(
     unmeasured = ("ci95", "vs_best_single", "vs_soft_voting", "latency_ms")
     notes = record.pop("notes") | dict.fromkeys(unmeasured, NOT_MEASURED)
     checkpoints = [workspace.base / store.catalog.members[name].checkpoints[0]["path"] for name in item.members]
-    weights = {name: 1 / len(item.members) for name in item.members}
-    unseen = None
+    weights, unseen = {item.name: 1.0}, None
     if item.kind == "ensemble":
-        folder = workspace.ensemble(item.name)
-        unseen = read_json(folder / "ensemble.json", remedy="Build the ensemble again")["crossfit"] | {
-            "log_loss_ci95": None
-        }
+        saved = read_json(workspace.ensemble(item.name) / "ensemble.json", remedy="Build the ensemble again")
+        weights, unseen = saved.get("weights"), saved["crossfit"] | {"log_loss_ci95": None}
+        if weights is None:
+            notes["weights"] = f"{saved['method']} is no weighted mean of its members"
         notes["crossfit.log_loss_ci95"] = NOT_MEASURED
     else:
         notes["crossfit"] = "a single member is not fitted on predictions"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils import base_back, build, catalog, ensembles, evaluation
+from utils import base_back, catalog, ensembles, evaluation, fitting
 from utils.artifacts import FileDigests, read_json
 from utils.catalog import Catalog, Member
 from utils.config import Config
@@ -148,10 +148,12 @@ def _ensemble_state(config: Config, store: Store, ensemble: Ensemble, selected: 
     reasons += [f"{name} has another checkpoint now" for name in other]
     if not reasons and ensemble.method in ensembles.NAMES:
         wanted = tuple(sorted(member.name for member in selected))
-        if wanted != ensemble.members:
-            reasons.append(f"built from {', '.join(ensemble.members)}; the configuration selects {', '.join(wanted)}")
-        elif build.inputs_digest(config, store, selected, ensemble.method) != ensemble.inputs_digest:
-            reasons.append("its images, out-of-fold predictions, seed or groups are others now")
+        if wanted != ensemble.candidates:
+            reasons.append(
+                f"built from {', '.join(ensemble.candidates)}; the configuration selects {', '.join(wanted)}"
+            )
+        elif fitting.inputs_digest(config, store, selected, ensemble.method) != ensemble.inputs_digest:
+            reasons.append("its images, out-of-fold predictions, seed or settings are others now")
     return State(STALE if reasons else CURRENT, tuple(reasons))
 
 

@@ -10,8 +10,14 @@ import numpy as np
 
 from utils.errors import UserError
 
-SIMPLEST_FIRST = ("soft_voting", "logit_averaging", "hard_voting")
-"""Among candidates that cannot be told apart the first is recommended; hard voting's shares are no probabilities."""
+SIMPLEST_FIRST = (
+    *("soft_voting", "logit_averaging", "weighted", "greedy_selection", "pruned", "stacking_lr", "stacking_mlp"),
+    *("stacking_rf", "stacking_xgb", "fusion", "moe", "meta_fuser", "hard_voting"),
+)
+"""Beginnings of methods: among candidates that cannot be told apart the first is recommended, others after them.
+
+Hard voting comes late, since its shares are no probabilities.
+"""
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,8 @@ class Candidate:
     """log-loss of each row in nats, (N,)"""
     hits: np.ndarray
     """bool (N,): the most probable class is the true one"""
+    chosen_on_val: bool = False
+    """Val rows decided what it is, so that they cannot speak for it."""
 
 
 def recommend(found: Sequence[Candidate]) -> dict[str, Any]:
@@ -35,7 +43,7 @@ def recommend(found: Sequence[Candidate]) -> dict[str, Any]:
     Candidates with out-of-fold rows are compared on the rows they all share; without any, all are compared on val. The
     lowest log-loss wins, or the simplest ensemble within one paired standard error of it; a single member wins only
     when it is the lowest itself. A candidate with val rows alone replaces the winner only when the 95 % interval of the
-    paired difference on the val rows lies above 0.
+    paired difference on the val rows lies above 0; one that was chosen on val never does.
     """
     with_oof = [candidate for candidate in found if any(split == "train" for split, _ in candidate.keys)]
     compared = with_oof or list(found)
@@ -85,7 +93,7 @@ def _val_only_challengers(
 ) -> tuple[str, str, list[tuple[str, str]]]:
     by_name = {candidate.name: candidate for candidate in found}
     for challenger in sorted(found, key=lambda candidate: candidate.name):
-        if challenger.name in {candidate.name for candidate in compared}:
+        if challenger.name in {candidate.name for candidate in compared} or challenger.chosen_on_val:
             continue
         rows = sorted(set(challenger.keys) & set(by_name[winner].keys))
         if len(rows) < 2:
@@ -110,4 +118,5 @@ def _within_one_error(losses: np.ndarray, lowest: np.ndarray) -> bool:
 
 
 def _simplicity(candidate: Candidate) -> int:
-    return SIMPLEST_FIRST.index(candidate.method) if candidate.method in SIMPLEST_FIRST else len(SIMPLEST_FIRST)
+    method = candidate.method or ""
+    return next((place for place, start in enumerate(SIMPLEST_FIRST) if method.startswith(start)), len(SIMPLEST_FIRST))

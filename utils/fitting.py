@@ -1,0 +1,170 @@
+"""One recipe, one saved ensemble: the rows it may be fitted on, its cross-fitted predictions, its provenance."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils import catalog, ensembles
+from utils.artifacts import digest_of
+from utils.catalog import Member
+from utils.combiner import Combiner, MemberFacts
+from utils.config import Config
+from utils.ensembles import Crossfit, Ensemble, Provenance, RowSet
+from utils.errors import HonestyError
+from utils.metrics import accuracy, log_loss
+from utils.predictions import Rows, Store, align, crossfit_folds
+
+logger = logging.getLogger("disease_pipeline")
+
+VERSION = 2  # raised whenever the same inputs would give another ensemble
+KINDS_OF_ROWS = {"train": "oof", "val": "held_out"}
+
+
+@dataclass(frozen=True)
+class HonestRows:
+    """Honest predictions of some members with the workspace's folds of the rows."""
+
+    rows: Rows
+    fold: np.ndarray
+    """int64 (N,)"""
+
+    def of_split(self, split: str) -> HonestRows:
+        """The rows of one split alone."""
+        places = np.flatnonzero(self.rows.split == split)
+        return HonestRows(self.rows.take(places), self.fold[places])
+
+
+def honest_rows(store: Store, members: Sequence[Member], *, kind: str = "honest") -> HonestRows:
+    """The rows on which every member has an honest prediction: out-of-fold on train, held out on val.
+
+    `kind`: honest (both), val or oof. Where no member has out-of-fold predictions these are the val rows, said in
+    words. Where some have, the others' lack is said and the val rows are what all share. Raises HonestyError where
+    `oof` is asked for and there is none.
+    """
+    parts = store.honest_parts(members)
+    without = [member.name for member in members if not any(part.split == "train" for part in parts[member.name])]
+    for name in without:
+        logger.warning("No K-fold results for backbone %s", name)
+    if without:
+        logger.warning(
+            "only the val rows are honest for all members; out-of-fold predictions come from: %s",
+            catalog.kfold_command(store.workspace, without),
+        )
+    rows = align(parts, store.catalog.classes)
+    folds = crossfit_folds(store)
+    fold = np.array([folds[key] for key in zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True)])
+    found = HonestRows(rows, fold)
+    if kind == "honest":
+        return found
+    split = {"val": "val", "oof": "train"}[kind]
+    found = found.of_split(split)
+    if not len(found.fold):
+        raise HonestyError(
+            f"fit_rows: {kind} asks for out-of-fold rows, which not all of {', '.join(rows.members)} have. Make them: "
+            f"{catalog.kfold_command(store.workspace, without)}; or set fit_rows to honest"
+        )
+    return found
+
+
+def facts(store: Store, members: Sequence[Member], latencies: Mapping[str, float] | None = None) -> MemberFacts:
+    """What recipes may know of the members; `latencies` {member: milliseconds for one image} where measured."""
+    measured = latencies or {}
+    nan = float("nan")
+    return MemberFacts(
+        names=tuple(member.name for member in members),
+        recorded_accuracy=np.array(
+            [nan if member.recorded_accuracy is None else member.recorded_accuracy for member in members]
+        ),
+        latency_ms=np.array([measured.get(member.name, nan) for member in members]),
+        size_mb=np.array([_size_mb(store, member) for member in members]),
+    )
+
+
+def build(
+    store: Store,
+    name: str,
+    method: str,
+    recipe: Combiner,
+    members: Sequence[Member],
+    honest: HonestRows,
+    *,
+    selected_on: Sequence[RowSet] = (),
+) -> Ensemble:
+    """Cross-fit, fit on all the honest rows, keep the members that are needed, save.
+
+    `recipe` is an unfitted combiner over `members`, which come by name; `selected_on` are rows that chose among members
+    or recipes before.
+    """
+    rows = honest.rows
+    unseen = ensembles.crossfit(recipe, rows, honest.fold)
+    combiner = recipe.fit(rows.logits, rows.labels, honest.fold)
+    seen = ensembles.network_provenance(store)
+    fitted = row_sets(rows) if combiner.learns else ()
+    used = combiner.used(len(rows.members))
+    ensemble = Ensemble(
+        name=name,
+        method=method,
+        members=tuple(member for member, needed in zip(rows.members, used, strict=True) if needed),
+        candidates=rows.members,
+        classes=rows.classes,
+        combiner=combiner.restricted(used),
+        provenance=Provenance((*seen.fitted_on, *fitted), (*seen.selected_on, *selected_on)),
+        inputs_digest=inputs_digest(store.config, store, members, method),
+        member_digests={member.name: member.digest for member in members},
+        seed=store.config.seed,
+    )
+    record: dict[str, Any] = {
+        **combiner.report(rows.members),
+        "config_digest": store.config.digest("backbones", *recipe.settings, "dataset.group_regex", "seed"),
+        "crossfit": scores(unseen),
+    }
+    ensembles.save(store.workspace, ensemble, unseen, record)
+    logger.info("built %s from %d of %d members", name, len(ensemble.members), len(rows.members))
+    return ensemble
+
+
+def scores(unseen: Crossfit) -> dict[str, Any]:
+    """`{n, accuracy, log_loss}` of cross-fitted predictions."""
+    return {
+        "n": len(unseen.labels),
+        "accuracy": accuracy(unseen.probabilities, unseen.labels),
+        "log_loss": log_loss(unseen.probabilities, unseen.labels),
+    }
+
+
+def line(store: Store, name: str, state: str) -> str:
+    """One saved ensemble as the commands show it: its unseen score, and how many members it needs."""
+    unseen = scores(ensembles.load_crossfit(store.workspace, name))
+    return (
+        f"{name:32} {state:11} accuracy {unseen['accuracy']:.4f}  log-loss {unseen['log_loss']:.4f}  "
+        f"on {unseen['n']} honest rows"
+    )
+
+
+def inputs_digest(config: Config, store: Store, members: Sequence[Member], method: str) -> str:
+    """Everything an ensemble depends on; found without opening an image or a checkpoint."""
+    oof = {member.name: member.oof["sha256"] if member.oof else None for member in members}
+    keys = {member.name: store.key(member, "val") for member in members}
+    settings = ensembles.COMBINERS[method].settings
+    recorded = [member.recorded_accuracy for member in members] if settings else None
+    rule = config.digest(*settings, "dataset.group_regex", "seed")
+    return digest_of([VERSION, method, keys, oof, recorded, store.catalog.splits["train"]["digest"], rule])
+
+
+def row_sets(rows: Rows) -> tuple[RowSet, ...]:
+    """The honest rows as provenance lists them, one set per split."""
+    return tuple(
+        RowSet(split, KINDS_OF_ROWS[split], tuple(rows.sample_ids[rows.split == split].tolist()))
+        for split in np.unique(rows.split).tolist()
+    )
+
+
+def _size_mb(store: Store, member: Member) -> float:
+    path: Path = store.workspace.base / member.checkpoints[0]["path"]
+    return path.stat().st_size / 1e6 if path.is_file() else float("nan")

@@ -84,6 +84,19 @@ COMMANDS: dict[str, Command] = {
         writes=True,
         decodes=True,
     ),
+    "stack": Command(
+        "utils.stack_building:stack",
+        "fit meta-learners on the members' out-of-fold predictions",
+        "stack --set runs.stacking.meta_learners=[lr,mlp]",
+        {
+            "--strict": {
+                "action": "store_true",
+                "help": "end with 1 where a member has no out-of-fold predictions, instead of leaving it out",
+            },
+        },
+        writes=True,
+        decodes=True,
+    ),
     "evaluate": Command(
         "utils.evaluation:evaluate",
         "score members and ensembles, rank them, name the recommended one",
@@ -101,7 +114,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "pipeline": Command(
         "ensemble_orchestrator:run_pipeline",
-        "all stages in order: discover --verify, build-ensemble, evaluate, clean --temporary",
+        "all stages in order: discover --verify, build-ensemble, stack, evaluate, clean --temporary",
         "pipeline --config configs/digits_demo.yaml",
         {},
         writes=True,
@@ -133,6 +146,7 @@ COMMANDS: dict[str, Command] = {
 PIPELINE: tuple[tuple[str, dict[str, Any]], ...] = (
     ("discover", {"verify": True}),
     ("build-ensemble", {}),
+    ("stack", {}),
     ("evaluate", {}),
     ("clean", {"temporary": True}),
 )

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from utils import ensemble_methods
+from utils import ensemble_methods, stacking_methods
 from utils.artifacts import digest_of, read_arrays, read_json, read_tensors, write_arrays, write_json, write_tensors
 from utils.catalog import Member
-from utils.combiner import Combiner
+from utils.combiner import Combiner, fit_crossfitted
 from utils.errors import UserError, did_you_mean
 from utils.metrics import log_loss_per_row, softmax
 from utils.predictions import Rows, Store
@@ -21,7 +20,7 @@ from utils.recommendation import Candidate, recommend
 from utils.workspace import Workspace
 
 SCHEMA = 2
-COMBINERS: dict[str, type[Combiner]] = {**ensemble_methods.COMBINERS}
+COMBINERS: dict[str, type[Combiner]] = {**ensemble_methods.COMBINERS, **stacking_methods.COMBINERS}
 CHOSEN_ON_VAL = ("greedy_soup", "distilled")
 """In the name of whatever val rows have chosen."""
 NAMES = {method: f"{method}_ensemble" for method in ensemble_methods.COMBINERS}
@@ -107,18 +106,8 @@ def predict(ensemble: Ensemble, rows: Rows) -> np.ndarray:
 
 
 def crossfit(recipe: Combiner, rows: Rows, fold: np.ndarray) -> Crossfit:
-    """Cross-fitted predictions of an unfitted combiner on honest rows with their folds (N,).
-
-    One that learns nothing answers all rows at once.
-    """
-    probabilities = np.empty((len(rows.labels), len(rows.classes)), dtype=np.float32)
-    if recipe.learns:
-        for held_out in np.unique(fold):
-            inside, outside = fold == held_out, fold != held_out
-            fitted = deepcopy(recipe).fit(rows.logits[:, outside], rows.labels[outside], fold[outside])
-            probabilities[inside] = fitted.predict_proba(rows.logits[:, inside])
-    else:
-        probabilities[:] = recipe.predict_proba(rows.logits)
+    """Fit an unfitted combiner on honest rows with their folds (N,); gives its cross-fitted predictions on them."""
+    probabilities = fit_crossfitted(recipe, rows.logits, rows.labels, fold)
     return Crossfit(probabilities, rows.labels, rows.sample_ids, rows.split, fold)
 
 
@@ -167,13 +156,13 @@ def save(workspace: Workspace, ensemble: Ensemble, unseen: Crossfit, record: Map
 
 def stored_digest(workspace: Workspace, name: str) -> str | None:
     """`inputs_digest` of a saved ensemble; None when there is none."""
-    record = _record(workspace, name)
-    return None if record is None else record.get("inputs_digest")
+    found = record_of(workspace, name)
+    return None if found is None else found.get("inputs_digest")
 
 
 def load(workspace: Workspace, name: str) -> Ensemble:
     """A saved ensemble. Raises UserError for an unknown name, with the known ones, or a damaged folder."""
-    record = _record(workspace, name)
+    record = record_of(workspace, name)
     if record is None:
         known = names(workspace)
         raise UserError(
@@ -215,7 +204,8 @@ def _rebuild(name: str) -> str:
     return f"Build {name} again: python ensemble_orchestrator.py build-ensemble --force"
 
 
-def _record(workspace: Workspace, name: str) -> dict[str, Any] | None:
+def record_of(workspace: Workspace, name: str) -> dict[str, Any] | None:
+    """What `ensemble.json` holds; None when there is no such ensemble."""
     return read_json(workspace.ensemble(name) / "ensemble.json", remedy=_rebuild(name))
 
 

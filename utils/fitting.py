@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,32 +95,33 @@ def build(
     honest: HonestRows,
     *,
     selected_on: Sequence[RowSet] = (),
+    judge: Callable[[Crossfit], dict[str, Any]] | None = None,
 ) -> Ensemble:
     """Cross-fit, fit on all the honest rows, keep the members that are needed, save.
 
     `recipe` is an unfitted combiner over `members`, which come by name; `selected_on` are rows that chose among members
-    or recipes before.
+    or recipes before; what `judge` says of the cross-fitted predictions is kept in the record.
     """
     rows = honest.rows
     unseen = ensembles.crossfit(recipe, rows, honest.fold)
-    combiner = recipe.fit(rows.logits, rows.labels, honest.fold)
     seen = ensembles.network_provenance(store)
-    fitted = row_sets(rows) if combiner.learns else ()
-    used = combiner.used(len(rows.members))
+    fitted = row_sets(rows) if recipe.learns else ()
+    used = recipe.used(len(rows.members))
     ensemble = Ensemble(
         name=name,
         method=method,
         members=tuple(member for member, needed in zip(rows.members, used, strict=True) if needed),
         candidates=rows.members,
         classes=rows.classes,
-        combiner=combiner.restricted(used),
+        combiner=recipe.restricted(used),
         provenance=Provenance((*seen.fitted_on, *fitted), (*seen.selected_on, *selected_on)),
         inputs_digest=inputs_digest(store.config, store, members, method),
         member_digests={member.name: member.digest for member in members},
         seed=store.config.seed,
     )
     record: dict[str, Any] = {
-        **combiner.report(rows.members),
+        **recipe.report(rows.members),
+        **(judge(unseen) if judge else {}),
         "config_digest": store.config.digest("backbones", *recipe.settings, "dataset.group_regex", "seed"),
         "crossfit": scores(unseen),
     }

@@ -16,7 +16,13 @@ from utils.ensembles import COMBINERS
 
 M, N, C = 4, 60, 3
 QUICK = validate(
-    {"runs": {"stacking": {"mlp_config": {"hidden_dims": [8], "epochs": 4}}}}, source=Path("of the battery")
+    {
+        "runs": {
+            "stacking": {"mlp_config": {"hidden_dims": [8], "epochs": 4}},
+            "meta_fuser": {"fuser_type": "attention", "mlp_config": {"hidden_dims": [8], "epochs": 4}},
+        }
+    },
+    source=Path("of the battery"),
 )
 FACTS = MemberFacts(("a", "b", "c", "d"), np.array([0.6, 0.7, 0.7, 0.5]), np.full(M, 10.0), np.full(M, 1.0))
 

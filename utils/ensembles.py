@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from utils import ensemble_methods, stacking_methods
+from utils import ensemble_methods, meta_methods, stacking_methods
 from utils.artifacts import digest_of, read_arrays, read_json, read_tensors, write_arrays, write_json, write_tensors
 from utils.catalog import Member
 from utils.combiner import Combiner, fit_crossfitted
@@ -20,7 +20,11 @@ from utils.recommendation import Candidate, recommend
 from utils.workspace import Workspace
 
 SCHEMA = 2
-COMBINERS: dict[str, type[Combiner]] = {**ensemble_methods.COMBINERS, **stacking_methods.COMBINERS}
+COMBINERS: dict[str, type[Combiner]] = {
+    **ensemble_methods.COMBINERS,
+    **stacking_methods.COMBINERS,
+    **meta_methods.COMBINERS,
+}
 CHOSEN_ON_VAL = ("greedy_soup", "distilled")
 """In the name of whatever val rows have chosen."""
 NAMES = {method: f"{method}_ensemble" for method in ensemble_methods.COMBINERS}
@@ -54,6 +58,21 @@ class Provenance:
     """Rows whose labels decided a parameter, of the combiner or of a member's network."""
     selected_on: tuple[RowSet, ...]
     """Rows that decided a choice: an epoch, a method."""
+
+
+def joined(parts: Sequence[Provenance]) -> Provenance:
+    """What any of the parts has seen, one set of rows per split and kind."""
+
+    def union(sets: Iterable[RowSet]) -> tuple[RowSet, ...]:
+        ids: dict[tuple[str, str], set[str]] = {}
+        for rows in sets:
+            ids.setdefault((rows.split, rows.rows), set()).update(rows.sample_ids)
+        return tuple(RowSet(split, kind, tuple(sorted(found))) for (split, kind), found in sorted(ids.items()))
+
+    return Provenance(
+        union(rows for part in parts for rows in part.fitted_on),
+        union(rows for part in parts for rows in part.selected_on),
+    )
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ class Guards:
     """{name: log-loss (N,) in nats}"""
     best_single: str
     """The member of lowest log-loss."""
+    seed: int
 
 
 def measure(config: Config, members: MemberFacts, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Guards:
@@ -42,10 +43,10 @@ def measure(config: Config, members: MemberFacts, logits: np.ndarray, labels: np
     }
     for name, recipe in recipes.items():
         losses[name] = log_loss_per_row(fit_crossfitted(recipe, logits, labels, folds), labels)
-    return Guards(losses, members.names[best])
+    return Guards(losses, members.names[best], config.seed)
 
 
-def judge(guards: Guards, losses: np.ndarray, *, seed: int) -> dict[str, Any]:
+def judge(guards: Guards, losses: np.ndarray) -> dict[str, Any]:
     """A learned combiner's losses (N,) beside the guards': `{guards, beats_guards, verdict}`, ready for JSON.
 
     Every gain is a mean paired difference with its 95 % bootstrap interval; the guards are beaten when the interval of
@@ -53,7 +54,7 @@ def judge(guards: Guards, losses: np.ndarray, *, seed: int) -> dict[str, Any]:
     """
     found = {}
     for name, own in guards.losses.items():
-        low, high = bootstrap_interval(own - losses, seed=seed)
+        low, high = bootstrap_interval(own - losses, seed=guards.seed)
         found[name] = {"log_loss": float(own.mean()), "gain": float((own - losses).mean()), "gain_ci95": [low, high]}
     best = min(found, key=lambda name: (found[name]["log_loss"], name))
     low, high = found[best]["gain_ci95"]

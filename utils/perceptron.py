@@ -1,7 +1,7 @@
 """A multi-layer perceptron on members' outputs, trained on whole tensors in memory; when to stop is left open.
 
-Trained by AdamW (Loshchilov and Hutter 2019) with a cosine schedule. The models at several epochs of one training and
-at several weight decays are the settings that `utils.nested` chooses from: early stopping on rows that are held out.
+The models at several epochs of one training and at several weight decays are the settings that `utils.nested` chooses
+from: early stopping on rows that are held out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import numpy as np
 from utils.metrics import softmax
 from utils.stacking_features import features, standardisation
 
-BATCH = 128
 STOPS = 6
 DECAYS = (0.1, 1.0)
 
@@ -77,44 +76,42 @@ class PerceptronLearner:
         return model
 
     def _stops(self) -> list[int]:
-        """Epochs at which a model is kept."""
-        return sorted({max(1, round(self.epochs * share)) for share in np.linspace(1 / STOPS, 1, STOPS)})
+        from utils.loops import spread_stops
+
+        return spread_stops(self.epochs, STOPS)
 
     def _train(
         self, logits: np.ndarray, labels: np.ndarray, kind: str, decay: float, stops: Sequence[int]
     ) -> Iterator[Layers]:
         import torch
-        from torch.nn import functional as F
+        from torch import nn
+
+        from utils.loops import train
 
         raw = features(logits, kind)
         width, classes = logits.shape[0] * logits.shape[2], logits.shape[2]
         centre, scale = standardisation(raw, [width] + [1] * (raw.shape[1] - width))
-        x = torch.from_numpy(((raw - centre) / scale).astype(np.float32))
-        y = torch.from_numpy(labels)
-        sizes = [x.shape[1], *self.hidden_dims, classes]
-        batches = max(1, len(x) // BATCH)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the same sums in the same order on every machine's cores
-        try:
-            with torch.random.fork_rng(devices=[]), torch.enable_grad():
-                torch.manual_seed(self.seed)
-                layers = [torch.nn.Linear(*pair) for pair in pairwise(sizes)]
-                parameters = [parameter for layer in layers for parameter in layer.parameters()]
-                optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=decay)
-                schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs * batches)
-                for epoch in range(1, max(stops) + 1):
-                    for rows in torch.randperm(len(x)).tensor_split(batches):
-                        values = x[rows]
-                        for place, layer in enumerate(layers):
-                            values = layer(F.dropout(F.relu(values), self.dropout) if place else values)
-                        optimizer.zero_grad(set_to_none=True)
-                        F.cross_entropy(values, y[rows]).backward()
-                        optimizer.step()
-                        schedule.step()
-                    if epoch in stops:
-                        yield _kept(layers, kind, centre, scale)
-        finally:
-            torch.set_num_threads(threads)
+        sizes = [raw.shape[1], *self.hidden_dims, classes]
+
+        def make() -> nn.Module:
+            layers: list[nn.Module] = []
+            for pair in pairwise(sizes):
+                layers += [nn.Linear(*pair), nn.ReLU(), nn.Dropout(self.dropout)]
+            return nn.Sequential(*layers[:-2])
+
+        inputs = torch.from_numpy(((raw - centre) / scale).astype(np.float32))
+        modules = train(
+            make,
+            inputs,
+            torch.from_numpy(labels),
+            epochs=self.epochs,
+            stops=stops,
+            lr=self.lr,
+            weight_decay=decay,
+            seed=self.seed,
+        )
+        for module in modules:
+            yield _kept([layer for layer in module if isinstance(layer, nn.Linear)], kind, centre, scale)
 
 
 def _kept(layers: Sequence[Any], kind: str, centre: np.ndarray, scale: np.ndarray) -> Layers:

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
 from utils import catalog, ensembles, fitting, guards
 from utils.catalog import Member
 from utils.config import Config, require_enabled
-from utils.ensembles import Crossfit
 from utils.errors import HonestyError, UserError
-from utils.guards import Guards
-from utils.metrics import log_loss_per_row
 from utils.predictions import Store
 from utils.results import Result
 from utils.stacking_methods import COMBINERS
@@ -49,7 +44,7 @@ def stack(config: Config, workspace: Workspace, *, strict: bool = False, force: 
         for method in fresh:
             logger.info("fitting %s on %d honest rows of %d members", method, len(honest.fold), len(members))
             recipe = COMBINERS[method].configured(config, known)
-            fitting.build(store, method, method, recipe, members, honest, judge=partial(_judged, simple, config.seed))
+            fitting.build(store, method, method, recipe, members, honest, beside=simple)
     store.digests.save()
     lines = []
     for method in wanted:
@@ -64,10 +59,6 @@ def stack(config: Config, workspace: Workspace, *, strict: bool = False, force: 
         "folder": str(workspace.models),
     }
     return Result("\n".join(lines), document, failures, "evaluate")
-
-
-def _judged(simple: Guards, seed: int, unseen: Crossfit) -> dict[str, Any]:
-    return guards.judge(simple, log_loss_per_row(unseen.probabilities, unseen.labels), seed=seed)
 
 
 def _with_out_of_fold(store: Store, members: Sequence[Member], strict: bool) -> list[Member]:

@@ -92,6 +92,41 @@ class OnFeatures(nn.Module):
         return self.module(self.features(logits))
 
 
+class GatedMixture(nn.Module):
+    """Mixture of the members' probabilities with weights that a small network gives for each image."""
+
+    def __init__(self, matrices: Sequence[np.ndarray], biases: Sequence[np.ndarray]) -> None:
+        super().__init__()
+        self.features = StackingFeatures("log_probabilities")
+        for name, matrix, bias in zip(("hidden", "scores"), matrices, biases, strict=True):
+            self.register_buffer(f"{name}_matrix", _tensor(matrix))
+            self.register_buffer(f"{name}_bias", _tensor(bias))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Logits (B, M, C) -> probabilities (B, C)."""
+        hidden = torch.relu(self.features(logits) @ self.hidden_matrix + self.hidden_bias)
+        weights = torch.softmax(hidden @ self.scores_matrix + self.scores_bias, dim=1)
+        return (weights[:, :, None] * torch.softmax(logits, dim=2)).sum(dim=1)
+
+
+class FusedInputs(nn.Module):
+    """A fuser over ensembles that share their members."""
+
+    def __init__(self, inputs: Sequence[nn.Module], places: Sequence[np.ndarray], fuser: nn.Module) -> None:
+        super().__init__()
+        self.inputs, self.fuser = nn.ModuleList(inputs), fuser
+        for number, own in enumerate(places):
+            self.register_buffer(f"places{number}", torch.from_numpy(np.asarray(own, dtype=np.int64)))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Logits (B, M, C) -> probabilities (B, C)."""
+        said = [
+            module(logits.index_select(1, self.get_buffer(f"places{number}")))
+            for number, module in enumerate(self.inputs)
+        ]
+        return self.fuser(torch.stack(said, dim=1).clamp_min(SMALLEST_PROBABILITY).log())
+
+
 def _centred_log(probabilities: Tensor) -> Tensor:
     logs = probabilities.clamp_min(SMALLEST_PROBABILITY).log()
     return logs - logs.mean(dim=-1, keepdim=True)

@@ -22,6 +22,8 @@ from utils.metrics import SIGN_TOLERANCE, SMALLEST_PROBABILITY, SUM_TOLERANCE
 
 TIE = 1e-12
 BLOCK = 2**15  # numbers handled at a time, so that they stay in a core's cache
+KEPT_BYTES = 2**28  # of a memory map that may stay in memory
+ROWS = 2**14  # rows whose votes are counted at a time, for the same reason
 Floats = NDArray[np.float64]
 
 
@@ -103,6 +105,7 @@ class Members:
         self.shape = probabilities.shape
         self._flat = probabilities.reshape(len(probabilities), -1)
         self._map = _map_of(probabilities)
+        self._seen = 0
 
     def blocks(self, columns: int) -> Iterator[tuple[slice, NDArray[np.float32]]]:
         """(which members, their probabilities (b, N * C)), b for `columns` numbers of interest per member."""
@@ -116,9 +119,12 @@ class Members:
         return self._read(slice(member, member + 1)).reshape(self.shape[1:])
 
     def _read(self, block: slice) -> NDArray[np.float32]:
-        if self._map is not None:  # what was read before need not stay in memory
+        found = self._flat[block]
+        self._seen += found.nbytes
+        if self._map is not None and self._seen > KEPT_BYTES:
             self._map.madvise(mmap.MADV_DONTNEED)
-        return np.asarray(self._flat[block], dtype=np.float32)
+            self._seen = found.nbytes
+        return np.asarray(found, dtype=np.float32)
 
 
 def _map_of(array: NDArray[Any]) -> mmap.mmap | None:
@@ -304,41 +310,37 @@ class Votes:
         return float(self.of_counts(hits, np.bincount(winners, minlength=self.classes), self.support))
 
     def losses(self, *, all_exact: bool = False) -> Floats:
-        reach = (self.total + self.lowest).max(axis=0)
-        live = self.total + self.highest >= reach - self.SLACK * (self.size + 1)
+        count = self.members.shape[0]
+        hits, predicted = (np.zeros((count, self.classes), dtype=np.intp) for _ in range(2))
+        for first in range(0, self.rows, ROWS):
+            self._count(slice(first, min(first + ROWS, self.rows)), hits, predicted)
+        return self.of_counts(hits, predicted, self.support)
+
+    def _count(self, part: slice, hits: NDArray[np.intp], predicted: NDArray[np.intp]) -> None:
+        """Add the hits and predictions (M, C) on some of the rows, with each member added."""
+        total, truth = self.total[:, part], self.labels[part]
+        reach = (total + self.lowest[:, part]).max(axis=0) - self.SLACK * (self.size + 1)
+        live = total + self.highest[:, part] >= reach
         counts = live.sum(axis=0, dtype=np.int32)
         settled = counts == 1
-        predicted = np.count_nonzero(live & settled, axis=1)
-        hits = np.bincount(self.labels[settled & live[self.labels, np.arange(self.rows)]], minlength=self.classes)
-        found = np.empty(self.members.shape[0])
+        predicted += np.count_nonzero(live & settled, axis=1)
+        hits += np.bincount(truth[settled & live[truth, np.arange(len(truth))]], minlength=self.classes)
         rows = np.flatnonzero(~settled)
         rows = rows[np.argsort(-counts[rows], kind="stable")]
         slots = _slots(live[:, rows].T, counts[rows])
-        truth = self.labels[rows]
+        places = [(part.start + rows[: len(classes)]) * self.classes + classes for classes in slots]
+        totals = [total[classes, rows[: len(classes)]] for classes in slots]
         for block, values in self.members.blocks(len(rows)):
-            winners = self._winners(values, rows, slots)
-            offsets = np.arange(len(winners))[:, None] * self.classes
-            shape = (len(winners), self.classes)
-            size = len(winners) * self.classes
-            of_block = np.bincount((winners + offsets).ravel(), minlength=size).reshape(shape)
-            right = np.bincount((winners + offsets)[winners == truth], minlength=size).reshape(shape)
-            found[block] = self.of_counts(hits + right, predicted + of_block, self.support)
-        return found
-
-    def _winners(
-        self, values: NDArray[np.float32], rows: NDArray[np.intp], slots: list[NDArray[np.intp]]
-    ) -> NDArray[np.intp]:
-        """Predicted class (b, open rows) with each member of a block added."""
-        winners = np.zeros((len(values), len(rows)), dtype=np.int32)
-        best = np.full(winners.shape, -np.inf)
-        for classes in slots:
-            some = rows[: len(classes)]
-            reached = np.take(values, some * self.classes + classes, axis=1) + self.total[classes, some]
-            far = best[:, : len(some)]
-            # Ascending classes and a strict comparison: the first of equals stays.
-            winners[:, : len(some)] = np.where(reached > far, classes, winners[:, : len(some)])
-            np.maximum(far, reached, out=far)
-        return winners
+            winners = np.zeros((len(values), len(rows)), dtype=np.int32)
+            best = np.full(winners.shape, -np.inf)
+            for classes, place, before in zip(slots, places, totals, strict=True):
+                reached = np.take(values, place, axis=1) + before
+                far, who = best[:, : len(place)], winners[:, : len(place)]
+                who[:] = np.where(reached > far, classes, who)  # classes ascend: the first of equals stays
+                np.maximum(far, reached, out=far)
+            numbered = winners + np.arange(len(winners))[:, None] * self.classes
+            for table, found in ((predicted, numbered.ravel()), (hits, numbered[winners == truth[rows]])):
+                table[block] += np.bincount(found, minlength=len(winners) * self.classes).reshape(-1, self.classes)
 
 
 def _slots(live: NDArray[np.bool_], counts: NDArray[Any]) -> list[NDArray[np.int32]]:

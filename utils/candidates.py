@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -27,24 +26,11 @@ ROWS = 2**14  # rows whose votes are counted at a time, for the same reason
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Pool:
-    """A sum of members' probabilities."""
-
-    total: Floats | None
-    """(N, C); None where nothing was summed."""
-    size: float
-    """The weight of what was summed: how many members, each counted as often as it was taken."""
-
-
-EMPTY = Pool(None, 0.0)
-
-
 class Scorer(Protocol):
     """One metric on M members' probabilities (M, N, C), which it never writes, and labels (N,)."""
 
-    def begin(self, pool: Pool) -> None:
-        """Start anew at this pool; the empty one is where a new scorer stands."""
+    def begin(self, total: NDArray[Any] | None, size: float) -> None:
+        """Start anew at the pool `total` (N, C) of weight `size`; None and 0 is the empty one, where one is made."""
 
     def add(self, member: int) -> None:
         """Take one more of this member into the pool."""
@@ -85,7 +71,7 @@ def candidate_losses(
         raise UserError(f"weight of a candidate: found {weight}; expected a number from 1e-9 to 1")
     found = scorer(candidates, labels, metric)
     size = (1 - weight) / weight
-    found.begin(Pool(np.asarray(current, dtype=np.float64) * size, size) if size else EMPTY)
+    found.begin(np.asarray(current, dtype=np.float64) * size, size)
     return found.losses(all_exact=True)
 
 
@@ -176,12 +162,12 @@ class LogLoss:
             _check(found, block.start)
             self.of_truth[block, : self.rows] = found
         self.clips = lowest < SMALLEST_PROBABILITY
-        self.begin(EMPTY)
+        self.begin(None, 0)
 
-    def begin(self, pool: Pool) -> None:
-        self.size = pool.size
+    def begin(self, total: NDArray[Any] | None, size: float) -> None:
+        self.size = float(size)
         self.total = np.full(self.columns, self.size)
-        self.total[: self.rows] = 0 if pool.total is None else pool.total.ravel()[self.place]
+        self.total[: self.rows] = 0 if total is None else total.ravel()[self.place]
 
     def add(self, member: int) -> None:
         self.total += self.of_truth[member]
@@ -234,13 +220,13 @@ class Brier:
             self.squares[member] = wide @ wide
             self.truths[member] = wide[self.place].sum()
         self.products: dict[int, Floats] = {}
-        self.begin(EMPTY)
+        self.begin(None, 0)
 
-    def begin(self, pool: Pool) -> None:
-        self.size = pool.size
+    def begin(self, total: NDArray[Any] | None, size: float) -> None:
+        self.size = float(size)
         self.square, self.truth, self.with_total = 0.0, 0.0, np.zeros(len(self.squares))
-        if pool.total is not None:
-            wide = pool.total.ravel()
+        if total is not None:
+            wide = np.asarray(total, dtype=np.float64).ravel()
             self.square, self.truth = float(wide @ wide), float(wide[self.place].sum())
             self.with_total = self._products(wide)
 
@@ -293,12 +279,12 @@ class Votes:
                 _check(members.one(member)[None], member)
         self.highest, self.lowest = np.ascontiguousarray(highest.T), np.ascontiguousarray(lowest.T)
         self.support = np.bincount(labels, minlength=self.classes)
-        self.begin(EMPTY)
+        self.begin(None, 0)
 
-    def begin(self, pool: Pool) -> None:
-        self.size = pool.size
-        total = np.zeros((self.rows, self.classes)) if pool.total is None else pool.total
-        self.total = np.array(total.T, dtype=np.float64, order="C")
+    def begin(self, total: NDArray[Any] | None, size: float) -> None:
+        self.size = float(size)
+        begun = np.zeros((self.rows, self.classes)) if total is None else total
+        self.total = np.array(begun.T, dtype=np.float64, order="C")
 
     def add(self, member: int) -> None:
         self.total += self.members.one(member).T

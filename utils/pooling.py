@@ -5,14 +5,18 @@ Scores are log-probabilities (M, N, C) of M members, clipped from below at `LOWE
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from utils import candidates, pools, temperature
-from utils.metrics import METRICS, SMALLEST_PROBABILITY, log_softmax
+from utils.metrics import METRICS, SMALLEST_PROBABILITY, log_softmax, softmax
+
+if TYPE_CHECKING:
+    from torch import nn
 
 STRENGTHS = (np.inf, 10.0, 3.0, 1.0, 0.3, 0.1, 0.01, 0.001, 0.0)
 """Penalties towards equal weights that are tried, the strongest first: it wins a tie."""
@@ -91,6 +95,88 @@ class LogLinear:
 
 
 POOLS: dict[str, Pool] = {pool.name: pool for pool in (Linear(), LogLinear())}
+
+
+@dataclass(kw_only=True)
+class PooledMembers:
+    """The map of a pool of members, whoever chose its weights; what the combiners of this kind share.
+
+    All weights are kept as shares that sum to 1; the sum of log-linear weights is the inverse of the temperature.
+    """
+
+    metric: str = "f1_macro"
+    calibration: str = "auto"
+    """auto, off or per_member"""
+    pool: Pool = POOLS["linear"]
+    shares: Floats = field(default_factory=lambda: np.ones(0))
+    """(M,), sum 1"""
+    temperature: float = 1.0
+    member_temperatures: Floats = field(default_factory=lambda: np.ones(0))
+    """(M,)"""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the fit found out about itself."""
+
+    def predict_proba(self, logits: np.ndarray) -> np.ndarray:
+        """Logits (M, N, C) -> probabilities (N, C)."""
+        sums = np.tensordot(self.shares, self.pool.parts(self._scores(logits)), axes=1)
+        return softmax(self.pool.pooled(sums) / self.temperature)
+
+    def to_module(self) -> nn.Module:
+        """Logits (B, M, C) -> probabilities (B, C)."""
+        from utils import heads
+
+        make = heads.LinearPool if self.pool.name == "linear" else heads.LogLinearPool
+        return make(self.shares, self.temperature, self.member_temperatures)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Shares and temperatures of the members, (M,), and the pool's temperature and kind, (1,)."""
+        return {
+            "shares": self.shares,
+            "member_temperatures": self.member_temperatures,
+            "temperature": np.array([self.temperature]),
+            "log_linear": np.array([self.pool.name == "log_linear"], dtype=np.uint8),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, np.ndarray]) -> Self:
+        """The pool whose `state` this is."""
+        return cls(
+            pool=POOLS["log_linear" if state["log_linear"][0] else "linear"],
+            shares=state["shares"],
+            member_temperatures=state["member_temperatures"],
+            temperature=float(state["temperature"][0]),
+        )
+
+    def used(self, members: int) -> np.ndarray:
+        """Those with a share, (M,)."""
+        return self.shares > 0
+
+    def restricted(self, used: np.ndarray) -> Self:
+        """The same map on the used members' logits."""
+        state = self.state()
+        return self.from_state({**state, **{key: state[key][used] for key in ("shares", "member_temperatures")}})
+
+    def report(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """Shares by name, pool and temperature, and what the fit found out about itself.
+
+        `selection_score` is that of the rows fitted on, `cross_validated_score` that of folds left out, both by
+        `optimization_metric`; `equal_weights_score` is that of the plain mean of the probabilities.
+        """
+        found: dict[str, Any] = {
+            "weights": dict(zip(names, self.shares.tolist(), strict=True)),
+            "pool": self.pool.name,
+            "temperature": self.temperature,
+            "member_temperatures": None,
+            "optimization_metric": self.metric,
+            **self.facts,
+        }
+        if (self.member_temperatures != 1).any():
+            found["member_temperatures"] = dict(zip(names, self.member_temperatures.tolist(), strict=True))
+        return found
+
+    def _scores(self, logits: np.ndarray) -> Floats:
+        divided = np.asarray(logits, dtype=np.float64) / self.member_temperatures[:, None, None]
+        return np.maximum(log_softmax(divided), LOWEST_SCORE)
 
 
 @dataclass(frozen=True)

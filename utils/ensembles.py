@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 
 from utils import ensemble_methods, meta_methods, stacking_methods
-from utils.artifacts import digest_of, read_arrays, read_json, read_tensors, write_arrays, write_json, write_tensors
+from utils.artifacts import (
+    digest_of,
+    read_arrays,
+    read_json,
+    read_tensors,
+    write_arrays,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from utils.catalog import Member
 from utils.combiner import Combiner, fit_crossfitted
 from utils.errors import UserError, did_you_mean
@@ -136,7 +145,13 @@ def save(workspace: Workspace, ensemble: Ensemble, unseen: Crossfit, record: Map
     (folder / "ensemble.json").unlink(missing_ok=True)
     for stale in folder.glob("predictions_*.npz"):
         stale.unlink()
-    write_tensors(folder / "combiner.safetensors", ensemble.combiner.state())
+    state = ensemble.combiner.state()
+    texts = {name.replace("/", "_"): name for name in sorted(state) if name.endswith(".json")}
+    for stale in folder.glob("*booster.json"):
+        stale.unlink()
+    for file, name in texts.items():
+        write_text(folder / file, state[name].tobytes().decode())
+    write_tensors(folder / "combiner.safetensors", {name: state[name] for name in state.keys() - texts.values()})
     write_arrays(
         folder / "crossfit.npz",
         {
@@ -160,6 +175,7 @@ def save(workspace: Workspace, ensemble: Ensemble, unseen: Crossfit, record: Map
         {
             **record,
             "schema": SCHEMA,
+            "texts": texts,
             "name": ensemble.name,
             "method": ensemble.method,
             "members": list(ensemble.members),
@@ -198,7 +214,7 @@ def load(workspace: Workspace, name: str) -> Ensemble:
             members=tuple(record["members"]),
             candidates=tuple(record["candidates"]),
             classes=tuple(record["classes"]),
-            combiner=make.from_state(read_tensors(folder / "combiner.safetensors", remedy=remedy)),
+            combiner=make.from_state(_state(folder, record["texts"], remedy)),
             provenance=_provenance(folder, record, remedy),
             inputs_digest=record["inputs_digest"],
             member_digests=record["member_digests"],
@@ -226,6 +242,17 @@ def _rebuild(name: str) -> str:
 def record_of(workspace: Workspace, name: str) -> dict[str, Any] | None:
     """What `ensemble.json` holds; None when there is no such ensemble."""
     return read_json(workspace.ensemble(name) / "ensemble.json", remedy=_rebuild(name))
+
+
+def _state(folder: Path, texts: Mapping[str, str], remedy: str) -> dict[str, np.ndarray]:
+    """What a combiner's `state` gave: its arrays, and its texts as bytes."""
+    found = dict(read_tensors(folder / "combiner.safetensors", remedy=remedy))
+    for file, name in texts.items():
+        path = folder / Path(file).name
+        if not path.is_file():
+            raise UserError(f"{path}: missing. {remedy}")
+        found[name] = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    return found
 
 
 def _provenance(folder: Path, record: Mapping[str, Any], remedy: str) -> Provenance:

@@ -18,7 +18,7 @@ from utils.combiner import Combiner, MemberFacts, fit_crossfitted
 from utils.config import Config
 from utils.metrics import SMALLEST_PROBABILITY
 from utils.perceptron import PerceptronLearner
-from utils.stacking_methods import Learner, Model, Stacker, StackingPerceptron
+from utils.stacking_methods import Learner, Model, Stacker, StackingBooster, StackingPerceptron
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,6 +36,12 @@ class FuserPerceptron(StackingPerceptron):
     def learner_of(cls, config: Config) -> Learner:
         shape = config.runs.meta_fuser.mlp_config
         return PerceptronLearner(KINDS_OF_FEATURES, shape.hidden_dims, shape.epochs, shape.lr, DROPOUT, config.seed)
+
+
+class FuserBooster(StackingBooster):
+    """Gradient-boosted trees on the inputs' probabilities, shaped by `runs.stacking.xgb_config`."""
+
+    settings = (*FuserPerceptron.settings, "runs.stacking.xgb_config")
 
 
 class FuserAttention(Stacker):
@@ -68,7 +74,7 @@ class FuserAttention(Stacker):
         )
 
 
-FUSERS: dict[str, type[Stacker]] = {"mlp": FuserPerceptron, "attention": FuserAttention}
+FUSERS: dict[str, type[Stacker]] = {"xgb": FuserBooster, "mlp": FuserPerceptron, "attention": FuserAttention}
 """`runs.meta_fuser.fuser_type` -> class."""
 
 
@@ -97,7 +103,7 @@ class MetaFuser:
     with permuted labels.
     """
 
-    settings: ClassVar[tuple[str, ...]] = FuserPerceptron.settings
+    settings: ClassVar[tuple[str, ...]] = FuserBooster.settings
     learns: ClassVar[bool] = True
 
     inputs: Sequence[Input]

@@ -241,11 +241,76 @@ class StackingPerceptron(Stacker):
         return Layers(KINDS[int(state["kind"][0])], matrices, biases)
 
 
+class StackingBooster(Stacker):
+    """Gradient-boosted trees on the members' outputs."""
+
+    settings = (*Stacker.settings, "runs.stacking.xgb_config")
+
+    @classmethod
+    def learner_of(cls, config: Config) -> Learner:
+        from utils.boosting import BoosterLearner
+
+        shape = config.runs.stacking.xgb_config
+        return BoosterLearner(shape.n_estimators, shape.max_depth, shape.learning_rate, config.seed)
+
+    def _module(self) -> nn.Module:
+        from utils.boosting import KIND, Booster
+        from utils.stacking_heads import OnFeatures
+
+        assert isinstance(self.model, Booster)
+        return OnFeatures(KIND, self.model.module)
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        from utils.boosting import Booster
+
+        assert isinstance(self.model, Booster)
+        text = np.frombuffer(self.model.text, dtype=np.uint8)
+        return {"classes": np.array([self.model.classes]), "booster.json": text}
+
+    @classmethod
+    def _model(cls, state: Mapping[str, np.ndarray]) -> Model:
+        from utils.boosting import Booster
+
+        return Booster(state["booster.json"].tobytes(), int(state["classes"][0]))
+
+
+class StackingForest(Stacker):
+    """A random forest on the members' outputs."""
+
+    @classmethod
+    def learner_of(cls, config: Config) -> Learner:
+        from utils.forest import ForestLearner
+
+        return ForestLearner(config.seed)
+
+    def _module(self) -> nn.Module:
+        from utils.forest import KIND, Forest
+        from utils.stacking_heads import OnFeatures
+
+        assert isinstance(self.model, Forest)
+        return OnFeatures(KIND, self.model.module)
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        from utils.forest import Forest
+
+        assert isinstance(self.model, Forest)
+        return {f"forest_{name}": values for name, values in self.model.arrays.items()}
+
+    @classmethod
+    def _model(cls, state: Mapping[str, np.ndarray]) -> Model:
+        from utils.forest import Forest
+
+        own = {name.removeprefix("forest_"): values for name, values in state.items() if name.startswith("forest_")}
+        return Forest(own)
+
+
 def _logs(probabilities: np.ndarray) -> np.ndarray:
     return np.log(np.maximum(probabilities, SMALLEST_PROBABILITY))
 
 
 COMBINERS: dict[str, type[Combiner]] = {
     "stacking_lr": StackingLogistic,
+    "stacking_xgb": StackingBooster,
+    "stacking_rf": StackingForest,
     "stacking_mlp": StackingPerceptron,
 }

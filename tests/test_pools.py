@@ -210,6 +210,17 @@ def test_a_warm_start_ends_at_the_same_weights_in_fewer_steps(pool):
     np.testing.assert_allclose(far.weights, cold.weights, atol=1e-4)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_the_optimum_is_found_from_where_the_loss_is_steep_and_flat(seed):
+    # Logits up to the hundreds, sums of weights up to 20: the soft-max is saturated, most of all where it is wrong.
+    rng = np.random.default_rng(seed)
+    scores = 10 ** rng.uniform(0, 2) * rng.normal(size=(rng.integers(1, 4), rng.integers(2, 12), rng.integers(2, 4)))
+    labels = rng.integers(0, scores.shape[2], scores.shape[1])
+    for total in (0.05, 1, 20):
+        found = pools.log_linear(scores, labels, start=total * rng.dirichlet(np.ones(len(scores))))
+        assert found.gap <= pools.TOLERANCE
+
+
 def test_the_only_member_that_is_right_where_all_others_fail_keeps_what_this_is_worth():
     # Row 7: all but member 4 give 1e-12. The weight w of member 4 costs 0.69 w / 0.99 a row and gains log(w) / 1000.
     of_truth = np.full((5, 1000), 0.9)

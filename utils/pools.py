@@ -21,7 +21,7 @@ SCALES = (0.05, 20.0)
 TOLERANCE = 1e-9
 STEPS = 200
 BLOCK = 4096  # numbers per member that are worked on at a time, so that they stay in the cache
-ROUNDING = 1e-13  # of a value: smaller differences are noise
+ROUNDING = 1e-13  # of a value: smaller differences are noise, as is 1e-15 of any loss
 RIDGE = 1e-11  # of the curvature: flat directions are not walked in
 Floats = NDArray[np.float64]
 
@@ -118,13 +118,11 @@ class LogLinearLogLoss:
         value, gradient, hessian = 0.0, np.zeros(self.members), np.zeros((self.members, self.members))
         for margins, losses, probabilities in self._pooled(weights):
             value += float(losses.sum())
-            roots = np.sqrt(probabilities)
-            scaled = margins * roots
-            means = (scaled * roots).sum(axis=1)
-            flat = scaled.reshape(self.members, -1)
+            means = (margins * probabilities).sum(axis=1)
             gradient += means.sum(axis=1)
-            hessian += flat @ flat.T
-            hessian -= means @ means.T
+            # Centred first: the difference of two sums may come out below 0 where the soft-max is saturated.
+            spread = ((margins - means[:, None]) * np.sqrt(probabilities)).reshape(self.members, -1)
+            hessian += spread @ spread.T
         return value / self.rows, gradient / self.rows, hessian / self.rows
 
     def _pooled(self, weights: Floats) -> Iterator[tuple[Floats, Floats, Floats]]:
@@ -231,7 +229,7 @@ def minimise(
             break
         direction = shared(_quadratic_step(hessian, gradient, weights, sums), loss.twins)
         slope = float(gradient @ direction)
-        if -slope <= ROUNDING * abs(value):  # values no longer tell better from worse: whole steps by the slope alone
+        if -slope <= ROUNDING * (abs(value) + 0.01):  # values no longer tell better from worse: trust the slope
             last += 1
             moved: Floats | None = weights + direction
         else:

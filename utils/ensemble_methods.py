@@ -10,6 +10,7 @@ import numpy as np
 
 from utils.combiner import Combiner, MemberFacts
 from utils.config import Config
+from utils.greedy import GreedySelection
 from utils.metrics import softmax
 
 if TYPE_CHECKING:
@@ -112,4 +113,5 @@ COMBINERS: dict[str, type[Combiner]] = {
     "soft_voting": SoftVoting,
     "hard_voting": HardVoting,
     "logit_averaging": LogitAveraging,
+    "greedy_selection": GreedySelection,
 }

@@ -174,6 +174,29 @@ class PooledMembers:
             found["member_temperatures"] = dict(zip(names, self.member_temperatures.tolist(), strict=True))
         return found
 
+    def _compared(
+        self, unseen: Floats | None, logits: np.ndarray, labels: np.ndarray, notes: list[str]
+    ) -> dict[str, Any]:
+        """What `report` says of scores; `unseen` are probabilities (N, C) of rows of folds left out."""
+        metric = METRICS[self.metric]
+        equal = metric.function(softmax(logits).mean(axis=0), labels)
+        held_out = None if unseen is None else metric.function(unseen, labels)
+        beaten = None
+        if held_out is not None and np.ptp(labels):
+            beaten = held_out > equal if metric.higher_is_better else held_out < equal
+            if not beaten:
+                notes = [
+                    *notes,
+                    f"equal weights are not beaten: {self.metric} {equal:.4f} with them, {held_out:.4f} with these",
+                ]
+        return {
+            "selection_score": metric.function(self.predict_proba(logits), labels),
+            "cross_validated_score": held_out,
+            "equal_weights_score": equal,
+            "beats_equal_weights": beaten,
+            "notes": notes,
+        }
+
     def _scores(self, logits: np.ndarray) -> Floats:
         divided = np.asarray(logits, dtype=np.float64) / self.member_temperatures[:, None, None]
         return np.maximum(log_softmax(divided), LOWEST_SCORE)

@@ -12,7 +12,8 @@ from utils import temperature
 from utils.combiner import MemberFacts
 from utils.config import Config
 from utils.metrics import METRICS, SMALLEST_PROBABILITY, softmax
-from utils.pooling import PIECEWISE_CONSTANT, PooledMembers
+from utils.pooled_members import PooledMembers
+from utils.pooling import PIECEWISE_CONSTANT
 from utils.selection import Selection, select
 
 STEPS = 25

@@ -12,7 +12,8 @@ from utils import pooling, temperature
 from utils.combiner import MemberFacts
 from utils.config import Config
 from utils.errors import UserError
-from utils.pooling import POOLS, PooledMembers, Weighting
+from utils.pooled_members import POOLS, PooledMembers
+from utils.pooling import Weighting
 
 UNTESTED_STRENGTH = 0.01  # of the penalty where one fold leaves nothing to choose by
 Floats = NDArray[np.float64]

@@ -7,7 +7,8 @@ import pytest
 
 from utils import pooling, pools, temperature
 from utils.metrics import METRICS, log_loss, log_softmax, softmax
-from utils.pooling import POOLS, Weighting
+from utils.pooled_members import LOWEST_SCORE, POOLS
+from utils.pooling import Weighting
 
 
 def members_of(members, rows, classes, *, seed=0, skill=1.5, calibration=(1.0, 1.0)):
@@ -17,7 +18,7 @@ def members_of(members, rows, classes, *, seed=0, skill=1.5, calibration=(1.0, 1
     logits = rng.normal(size=(members, rows, classes)) + 0.7 * rng.normal(size=(rows, classes))
     logits[:, np.arange(rows), labels] += skill
     logits *= rng.uniform(*calibration, size=(members, 1, 1))
-    return np.maximum(log_softmax(logits), pooling.LOWEST_SCORE), labels, np.arange(rows) % 4
+    return np.maximum(log_softmax(logits), LOWEST_SCORE), labels, np.arange(rows) % 4
 
 
 @pytest.fixture(params=sorted(POOLS))

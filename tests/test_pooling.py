@@ -7,7 +7,8 @@ import pytest
 
 from utils import pooling, pools, temperature
 from utils.metrics import METRICS, log_loss, log_softmax, softmax
-from utils.pooling import POOLS, Weighting
+from utils.pooled_members import LOWEST_SCORE, POOLS
+from utils.pooling import Weighting
 
 
 def members_of(members, rows, classes, *, seed=0, skill=1.5, calibration=(1.0, 1.0)):
@@ -17,7 +18,7 @@ def members_of(members, rows, classes, *, seed=0, skill=1.5, calibration=(1.0, 1
     logits = rng.normal(size=(members, rows, classes)) + 0.7 * rng.normal(size=(rows, classes))
     logits[:, np.arange(rows), labels] += skill
     logits *= rng.uniform(*calibration, size=(members, 1, 1))
-    return np.maximum(log_softmax(logits), pooling.LOWEST_SCORE), labels, np.arange(rows) % 4
+    return np.maximum(log_softmax(logits), LOWEST_SCORE), labels, np.arange(rows) % 4
 
 
 @pytest.fixture(params=sorted(POOLS))
@@ -83,7 +84,8 @@ def test_a_mixture_is_judged_at_the_temperature_that_it_will_have():
     np.testing.assert_allclose(np.exp(found.unseen), softmax(plain / choice.of_rows[:, None]), atol=1e-9)
 
 
-def test_a_log_linear_pool_gets_no_second_temperature():
+def test_a_log_linear_pool_gets_no_second_temperature(monkeypatch):
+    monkeypatch.delattr(temperature, "choose")
     scores, labels, folds = members_of(4, 200, 3, calibration=(0.2, 0.3))
     found = pooling.tune(POOLS["log_linear"], scores, labels, folds, "log_loss", calibrate=True)
     assert found.temperature == 1

@@ -12,8 +12,8 @@ from utils import pooling, temperature
 from utils.combiner import MemberFacts
 from utils.config import Config
 from utils.errors import UserError
-from utils.metrics import METRICS, softmax
-from utils.pooling import POOLS, PooledMembers, Weighting
+from utils.pooled_members import POOLS, PooledMembers
+from utils.pooling import Weighting
 
 UNTESTED_STRENGTH = 0.01  # of the penalty where one fold leaves nothing to choose by
 Floats = NDArray[np.float64]
@@ -100,28 +100,15 @@ class WeightedPool(PooledMembers):
         return shares
 
     def _judged(self, found: Weighting, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        metric = METRICS[self.metric]
-        equal = metric.function(softmax(logits).mean(axis=0), labels)
-        unseen_score = None if found.unseen is None else metric.function(np.exp(found.unseen), labels)
-        notes, beaten = [], None
+        unseen, notes = found.unseen, []
         if not np.ptp(labels):
             notes.append(f"all {len(labels)} rows are of one class: nothing was fitted")
-        elif unseen_score is None:
+        elif unseen is None:
             notes.append(f"one fold only: penalty {UNTESTED_STRENGTH}, no temperature, no comparison of pools")
-        else:
-            beaten = unseen_score > equal if metric.higher_is_better else unseen_score < equal
-            if not beaten:
-                notes.append(
-                    f"equal weights are not beaten: {self.metric} {equal:.4f} with them, {unseen_score:.4f} with these"
-                )
         strength = "infinite" if found.strength is not None and np.isinf(found.strength) else found.strength
         return {
             "strength": strength,
             "duality_gap": found.gap,
             "members_added": found.added,
-            "selection_score": metric.function(self.predict_proba(logits), labels),
-            "cross_validated_score": unseen_score,
-            "equal_weights_score": equal,
-            "beats_equal_weights": beaten,
-            "notes": notes,
+            **self._compared(None if unseen is None else np.exp(unseen), logits, labels, notes),
         }

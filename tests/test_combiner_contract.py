@@ -18,7 +18,7 @@ M, N, C = 4, 60, 3
 QUICK = validate(
     {
         "runs": {
-            "stacking": {"mlp_config": {"hidden_dims": [8], "epochs": 4}},
+            "stacking": {"mlp_config": {"hidden_dims": [8], "epochs": 4}, "xgb_config": {"n_estimators": 10}},
             "meta_fuser": {"fuser_type": "attention", "mlp_config": {"hidden_dims": [8], "epochs": 4}},
         }
     },

@@ -15,14 +15,13 @@ import numpy as np
 
 from utils.errors import UserError
 from utils.loops import spread_stops
-from utils.stacking_features import features
+from utils.stacking_features import STEPS, features
 from utils.trees import BoosterProbabilities, booster_module, probabilities
 
 if TYPE_CHECKING:
     import xgboost
 
 STOPS = 10
-KIND = "probabilities"  # trees ask in what order values stand, which a logarithm does not change
 REBUILD = "Build it again: python ensemble_orchestrator.py stack --force"
 
 
@@ -41,7 +40,7 @@ class Booster:
 
     def predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Logits (M, N, C) -> probabilities (N, C)."""
-        return probabilities(self.module, features(logits, KIND))
+        return probabilities(self.module, features(logits, STEPS))
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,13 @@ class BoosterLearner:
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
         """The fewest rounds first."""
-        return [{"features": KIND, "rounds": stop} for stop in spread_stops(self.n_estimators, STOPS)]
+        return [{"features": STEPS, "rounds": stop} for stop in spread_stops(self.n_estimators, STOPS)]
 
     def predictions(self, logits: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
         """Probabilities float32 (G, H, C) of held-out logits (M, H, C) after a training on logits (M, N, C)."""
         stops = [setting["rounds"] for setting in self.settings()]
         booster = self._train(logits, labels, max(stops))
-        rows = _library().DMatrix(features(held_out, KIND), nthread=1)
+        rows = _library().DMatrix(features(held_out, STEPS), nthread=1)
         shape = held_out.shape[1:]
         return np.stack([booster.predict(rows, iteration_range=(0, stop)).reshape(shape) for stop in stops])
 
@@ -82,7 +81,7 @@ class BoosterLearner:
             "verbosity": 0,
         }
         library = _library()
-        rows = library.DMatrix(features(logits, KIND), label=labels, nthread=1)
+        rows = library.DMatrix(features(logits, STEPS), label=labels, nthread=1)
         return library.train(options, rows, num_boost_round=rounds)
 
 

@@ -13,12 +13,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from utils.stacking_features import features
+from utils.stacking_features import STEPS, features
 from utils.trees import ForestProbabilities, forest_arrays, forest_module, probabilities
 
-KIND = "probabilities"  # trees ask in what order values stand, which a logarithm does not change
-TREES = 200
-LEAVES = (1, 5, 20)
+TREES = 100
+LEAVES = (1, 5)
 SHRINKAGES = (1.0, 10.0, 50.0)
 
 
@@ -36,7 +35,7 @@ class Forest:
 
     def predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Logits (M, N, C) -> probabilities (N, C)."""
-        return probabilities(self.module, features(logits, KIND))
+        return probabilities(self.module, features(logits, STEPS))
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,14 @@ class ForestLearner:
     def settings(self) -> Sequence[Mapping[str, Any]]:
         """Sizes of leaf by shrinkages, the smoothest last."""
         return [
-            {"features": KIND, "min_samples_leaf": leaf, "shrinkage": shrinkage}
+            {"features": STEPS, "min_samples_leaf": leaf, "shrinkage": shrinkage}
             for leaf in LEAVES
             for shrinkage in SHRINKAGES
         ]
 
     def predictions(self, logits: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
         """Probabilities float32 (G, H, C) of held-out logits (M, H, C) after fits on logits (M, N, C)."""
-        rows = features(held_out, KIND)
+        rows = features(held_out, STEPS)
         found = []
         for leaf in LEAVES:
             grown = self._grow(logits, labels, leaf)
@@ -74,4 +73,4 @@ class ForestLearner:
         from sklearn.ensemble import RandomForestClassifier
 
         grower = RandomForestClassifier(TREES, min_samples_leaf=leaf, random_state=self.seed, n_jobs=1)
-        return grower.fit(features(logits, KIND), labels)
+        return grower.fit(features(logits, STEPS), labels)

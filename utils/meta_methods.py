@@ -131,10 +131,7 @@ class MetaFuser:
 
     def fit_crossfitted(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
         """Fit; gives the fuser's cross-fitted probabilities (N, C)."""
-        seen = [
-            fit_crossfitted(each.combiner, logits[each.places], labels, folds) if each.unseen is None else each.unseen
-            for each in self.inputs
-        ]
+        seen = [_unseen(each, logits, labels, folds) for each in self.inputs]
         return self.fuser.fit_crossfitted(_as_logits(seen), labels, folds)
 
     def predict_proba(self, logits: np.ndarray) -> np.ndarray:
@@ -192,6 +189,14 @@ class MetaFuser:
         """What the fuser found."""
         facts = self.fuser.report(tuple(each.method for each in self.inputs))
         return {**facts, "fuser_type": self.fuser_type, "inputs": [each.method for each in self.inputs]}
+
+
+def _unseen(one: Input, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """Cross-fitted probabilities (N, C) of an input; with one fold there are none, and it answers as it is."""
+    if one.unseen is not None:
+        return one.unseen
+    found = fit_crossfitted(one.combiner, logits[one.places], labels, folds)
+    return one.combiner.predict_proba(logits[one.places]) if np.isnan(found).any() else found
 
 
 def _as_logits(probabilities: Sequence[np.ndarray]) -> np.ndarray:

@@ -10,10 +10,14 @@ from utils.metrics import SMALLEST_PROBABILITY, softmax
 
 KINDS = ("log_probabilities", "log_probabilities+disagreement", "probabilities")
 """Logits are missing on purpose: centred over the classes they are the centred log-probabilities."""
+STEPS = "steps"
+"""The kind for trees: log-probabilities in whole steps. Trees put their thresholds where rows lie, so the last bit of a
+number would decide; on steps this and another runtime's arithmetic all but always meet."""
+STEPS_PER_NAT = 64
 
 
 def features(logits: np.ndarray, kind: str) -> np.ndarray:
-    """Logits (M, N, C) -> features float64 (N, F) of one of the `KINDS`.
+    """Logits (M, N, C) -> features float64 (N, F) of one of the `KINDS`, or `STEPS`.
 
     Log-probabilities are centred over the classes, so that a member's certainty about all classes at once, which says
     nothing about any of them, is no feature. Disagreement is, per image, the entropy of the mean probability, the mean
@@ -22,7 +26,12 @@ def features(logits: np.ndarray, kind: str) -> np.ndarray:
     """
     members, rows, classes = logits.shape
     probabilities = softmax(logits)
-    main = centred_log(probabilities) if kind.startswith("log_probabilities") else probabilities
+    if kind == STEPS:
+        main = np.round(np.log(np.maximum(probabilities, SMALLEST_PROBABILITY)) * STEPS_PER_NAT)
+    elif kind.startswith("log_probabilities"):
+        main = centred_log(probabilities)
+    else:
+        main = probabilities
     columns = [main.transpose(1, 0, 2).reshape(rows, members * classes)]
     if kind.endswith("+disagreement"):
         total, mean = _entropy(probabilities.mean(axis=0)), _entropy(probabilities).mean(axis=0)

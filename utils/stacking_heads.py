@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.metrics import SMALLEST_PROBABILITY
+from utils.stacking_features import STEPS, STEPS_PER_NAT
 
 
 class TemperedBlend(nn.Module):
@@ -35,7 +36,12 @@ class StackingFeatures(nn.Module):
     def forward(self, logits: Tensor) -> Tensor:
         """Members by classes, then what measures their disagreement."""
         probabilities = torch.softmax(logits, dim=2)
-        main = _centred_log(probabilities) if self.kind.startswith("log_probabilities") else probabilities
+        if self.kind == STEPS:
+            main = torch.round(probabilities.clamp_min(SMALLEST_PROBABILITY).log() * STEPS_PER_NAT)
+        elif self.kind.startswith("log_probabilities"):
+            main = _centred_log(probabilities)
+        else:
+            main = probabilities
         columns = [main.flatten(1)]
         if self.kind.endswith("+disagreement"):
             mean = probabilities.mean(dim=1)

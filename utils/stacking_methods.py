@@ -18,7 +18,7 @@ from utils.config import Config
 from utils.logistic import Coefficients, LogisticLearner
 from utils.metrics import SMALLEST_PROBABILITY, log_loss, softmax
 from utils.perceptron import Layers, PerceptronLearner
-from utils.stacking_features import KINDS
+from utils.stacking_features import KINDS, STEPS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -254,11 +254,11 @@ class StackingBooster(Stacker):
         return BoosterLearner(shape.n_estimators, shape.max_depth, shape.learning_rate, config.seed)
 
     def _module(self) -> nn.Module:
-        from utils.boosting import KIND, Booster
+        from utils.boosting import Booster
         from utils.stacking_heads import OnFeatures
 
         assert isinstance(self.model, Booster)
-        return OnFeatures(KIND, self.model.module)
+        return OnFeatures(STEPS, self.model.module)
 
     def _arrays(self) -> dict[str, np.ndarray]:
         from utils.boosting import Booster
@@ -284,11 +284,11 @@ class StackingForest(Stacker):
         return ForestLearner(config.seed)
 
     def _module(self) -> nn.Module:
-        from utils.forest import KIND, Forest
+        from utils.forest import Forest
         from utils.stacking_heads import OnFeatures
 
         assert isinstance(self.model, Forest)
-        return OnFeatures(KIND, self.model.module)
+        return OnFeatures(STEPS, self.model.module)
 
     def _arrays(self) -> dict[str, np.ndarray]:
         from utils.forest import Forest

@@ -119,4 +119,4 @@ def test_missing_inputs_are_built_on_the_spot_or_named(own_copy, orchestrator):
     alone = ("--set", "runs.meta_fuser.input_ensembles=[soft_voting,stacking_xbg]")
     refused = orchestrator("meta-fuse", *QUICK, *alone, workspace=own_copy)
     assert refused.returncode == 1
-    assert "stacking_xgb?" in refused.stderr
+    assert "did you mean 'stacking_xgb'" in refused.stderr

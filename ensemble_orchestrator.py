@@ -90,6 +90,27 @@ COMMANDS: dict[str, Command] = {
         writes=True,
         decodes=True,
     ),
+    "stack": Command(
+        "utils.stack_building:stack",
+        "fit meta-learners on the members' out-of-fold predictions",
+        "stack --set runs.stacking.meta_learners=[lr,mlp]",
+        {
+            "--strict": {
+                "action": "store_true",
+                "help": "end with 1 where a member has no out-of-fold predictions, instead of leaving it out",
+            },
+        },
+        writes=True,
+        decodes=True,
+    ),
+    "meta-fuse": Command(
+        "utils.meta_building:meta_fuse",
+        "fit an ensemble of ensembles on their cross-fitted predictions",
+        "meta-fuse --set runs.meta_fuser.fuser_type=attention",
+        {},
+        writes=True,
+        decodes=True,
+    ),
     "evaluate": Command(
         "utils.evaluation:evaluate",
         "score members and ensembles, rank them, name the recommended one",
@@ -107,7 +128,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "pipeline": Command(
         "ensemble_orchestrator:run_pipeline",
-        "all stages in order: discover --verify, build-ensemble, evaluate, clean --temporary",
+        "all stages in order: discover --verify, build-ensemble, stack, meta-fuse, evaluate, clean --temporary",
         "pipeline --config configs/digits_demo.yaml",
         {},
         writes=True,
@@ -136,12 +157,15 @@ COMMANDS: dict[str, Command] = {
         writes=("confirm", "temporary"),
     ),
 }
-PIPELINE: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("discover", {"verify": True}),
-    ("build-ensemble", {}),
-    ("evaluate", {}),
-    ("clean", {"temporary": True}),
+PIPELINE: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
+    ("discover", {"verify": True}, ()),
+    ("build-ensemble", {}, ("runs.score_ensemble", "runs.model_soup", "runs.snapshot_ensemble", "pruning")),
+    ("stack", {}, ("runs.stacking",)),
+    ("meta-fuse", {}, ("runs.meta_fuser",)),
+    ("evaluate", {}, ()),
+    ("clean", {"temporary": True}, ()),
 )
+"""Command, its options, and the sections of the configuration of which one must be on."""
 COMMON: dict[str, dict[str, Any]] = {
     "--config": {
         "metavar": "FILE",
@@ -203,7 +227,10 @@ def run_pipeline(config: Config, workspace: Workspace, *, force: bool = False) -
     from utils.results import Result
 
     texts, documents, failures = [], {}, []
-    for number, (name, options) in enumerate(PIPELINE, start=1):
+    for number, (name, options, sections) in enumerate(PIPELINE, start=1):
+        if sections and not any(config.at(f"{section}.enable") for section in sections):
+            logger.info("stage %d of %d: %s is off in the configuration", number, len(PIPELINE), name)
+            continue
         logger.info("stage %d of %d: %s", number, len(PIPELINE), name)
         result = call(name, config, workspace, options | {"force": force})
         texts.append(f"== {name}\n{result.text}")

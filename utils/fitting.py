@@ -17,7 +17,8 @@ from utils.combiner import Combiner, MemberFacts
 from utils.config import Config
 from utils.ensembles import Crossfit, Ensemble, Provenance, RowSet
 from utils.errors import HonestyError
-from utils.metrics import accuracy, log_loss
+from utils.guards import Guards, judge
+from utils.metrics import accuracy, log_loss, log_loss_per_row
 from utils.predictions import Rows, Store, align, crossfit_folds
 
 logger = logging.getLogger("disease_pipeline")
@@ -94,39 +95,45 @@ def build(
     members: Sequence[Member],
     honest: HonestRows,
     *,
-    selected_on: Sequence[RowSet] = (),
+    also: Any = None,
+    seen: Sequence[Provenance] = (),
+    beside: Guards | None = None,
 ) -> Ensemble:
     """Cross-fit, fit on all the honest rows, keep the members that are needed, save.
 
-    `recipe` is an unfitted combiner over `members`, which come by name; `selected_on` are rows that chose among members
-    or recipes before.
+    `recipe` is an unfitted combiner over `members`, which come by name; `also` is what `inputs_digest` says; `seen` is
+    what the recipe's parts or its choice have seen before; `beside` are the simple combinations on the
+    same rows, which a learned one is compared with.
     """
     rows = honest.rows
     unseen = ensembles.crossfit(recipe, rows, honest.fold)
-    combiner = recipe.fit(rows.logits, rows.labels, honest.fold)
-    seen = ensembles.network_provenance(store)
-    fitted = row_sets(rows) if combiner.learns else ()
-    used = combiner.used(len(rows.members))
+    own = Provenance(row_sets(rows) if recipe.learns else (), ())
+    used = recipe.used(len(rows.members))
     ensemble = Ensemble(
         name=name,
         method=method,
         members=tuple(member for member, needed in zip(rows.members, used, strict=True) if needed),
         candidates=rows.members,
         classes=rows.classes,
-        combiner=combiner.restricted(used),
-        provenance=Provenance((*seen.fitted_on, *fitted), (*seen.selected_on, *selected_on)),
-        inputs_digest=inputs_digest(store.config, store, members, method),
+        combiner=recipe.restricted(used),
+        provenance=ensembles.joined([ensembles.network_provenance(store), own, *seen]),
+        inputs_digest=inputs_digest(store.config, store, members, method, also=also),
         member_digests={member.name: member.digest for member in members},
         seed=store.config.seed,
     )
     record: dict[str, Any] = {
-        **combiner.report(rows.members),
+        **recipe.report(rows.members),
+        **(_beside(beside, unseen) if beside else {}),
         "config_digest": store.config.digest("backbones", *recipe.settings, "dataset.group_regex", "seed"),
         "crossfit": scores(unseen),
     }
     ensembles.save(store.workspace, ensemble, unseen, record)
     logger.info("built %s from %d of %d members", name, len(ensemble.members), len(rows.members))
     return ensemble
+
+
+def _beside(simple: Guards, unseen: Crossfit) -> dict[str, Any]:
+    return judge(simple, log_loss_per_row(unseen.probabilities, unseen.labels))
 
 
 def scores(unseen: Crossfit) -> dict[str, Any]:
@@ -147,14 +154,18 @@ def line(store: Store, name: str, state: str) -> str:
     )
 
 
-def inputs_digest(config: Config, store: Store, members: Sequence[Member], method: str) -> str:
-    """Everything an ensemble depends on; found without opening an image or a checkpoint."""
+def inputs_digest(config: Config, store: Store, members: Sequence[Member], method: str, *, also: Any = None) -> str:
+    """Everything an ensemble depends on; found without opening an image or a checkpoint.
+
+    `also` is what it depends on beside members, images and settings, ready for JSON, such as the digests of other
+    ensembles.
+    """
     oof = {member.name: member.oof["sha256"] if member.oof else None for member in members}
     keys = {member.name: store.key(member, "val") for member in members}
     settings = ensembles.COMBINERS[method].settings
     recorded = [member.recorded_accuracy for member in members] if settings else None
     rule = config.digest(*settings, "dataset.group_regex", "seed")
-    return digest_of([VERSION, method, keys, oof, recorded, store.catalog.splits["train"]["digest"], rule])
+    return digest_of([VERSION, method, keys, oof, recorded, store.catalog.splits["train"]["digest"], rule, also])
 
 
 def row_sets(rows: Rows) -> tuple[RowSet, ...]:

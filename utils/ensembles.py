@@ -16,8 +16,9 @@ from utils.catalog import Member
 from utils.combiner import Combiner
 from utils.errors import UserError, did_you_mean
 from utils.metrics import log_loss_per_row, softmax
-from utils.predictions import Rows, Store
+from utils.predictions import Store
 from utils.recommendation import Candidate, recommend
+from utils.rows import Rows
 from utils.workspace import Workspace
 
 SCHEMA = 2

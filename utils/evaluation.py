@@ -18,8 +18,9 @@ from utils.config import Config
 from utils.ensembles import Ensemble, Provenance
 from utils.errors import ContaminatedError, UserError, did_you_mean
 from utils.metrics import METRICS, point_metrics, softmax
-from utils.predictions import Rows, Store, align
+from utils.predictions import Store
 from utils.results import Result
+from utils.rows import Rows, align
 from utils.workspace import Workspace
 
 logger = logging.getLogger("disease_pipeline")

@@ -17,8 +17,10 @@ from utils.combiner import Combiner, MemberFacts
 from utils.config import Config
 from utils.ensembles import Crossfit, Ensemble, Provenance, RowSet
 from utils.errors import HonestyError
+from utils.folds import crossfit_folds
 from utils.metrics import accuracy, log_loss
-from utils.predictions import Rows, Store, align, crossfit_folds
+from utils.predictions import Store
+from utils.rows import Rows, align
 
 logger = logging.getLogger("disease_pipeline")
 

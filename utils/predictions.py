@@ -1,7 +1,6 @@
 """The prediction store: logits, embeddings, labels and sample ids per member and split, on disk, keyed by digest.
 
 What is on disk is memory-mapped; what is missing is streamed, one member at a time, all wanted splits in one pass.
-Rows are matched by (split, sample id) and columns by class name, never by position.
 """
 
 from __future__ import annotations
@@ -10,13 +9,12 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from utils import base_back, catalog, estimates, inspection, out_of_fold, streaming
+from utils import catalog, estimates, inspection, out_of_fold, streaming
 from utils.artifacts import (
     FileDigests,
     digest_of,
@@ -32,60 +30,14 @@ from utils.catalog import Catalog, Member
 from utils.checkpoints import reading_ahead
 from utils.config import Config
 from utils.errors import UserError
+from utils.rows import MemberRows
 from utils.streaming import ImageSplit
 from utils.workspace import Workspace
 
 logger = logging.getLogger("disease_pipeline")
 
 VERSION = 2  # raised whenever the same weights and images would give other arrays
-CROSSFIT_FOLDS = 5
 AGAIN = "Remove it, then run the command again"
-
-
-@dataclass(frozen=True)
-class MemberRows:
-    """One member's outputs on rows of one split, in any order."""
-
-    split: str
-    classes: tuple[str, ...]
-    sample_ids: np.ndarray
-    """unicode (N,)"""
-    labels: np.ndarray
-    """int64 (N,), indices into `classes`"""
-    logits: np.ndarray
-    """float32 (N, C)"""
-    honest: np.ndarray
-    """bool (N,): the network that answered has not seen the row"""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The outputs of M members on the N rows that all of them have, members and rows sorted, classes in one order."""
-
-    members: tuple[str, ...]
-    classes: tuple[str, ...]
-    split: np.ndarray
-    """unicode (N,)"""
-    sample_ids: np.ndarray
-    """unicode (N,)"""
-    labels: np.ndarray
-    """int64 (N,)"""
-    logits: np.ndarray
-    """float32 (M, N, C)"""
-    honest: np.ndarray
-    """bool (N,): honest for every member"""
-
-    def take(self, rows: np.ndarray) -> Rows:
-        """Some of the rows."""
-        return Rows(
-            self.members,
-            self.classes,
-            self.split[rows],
-            self.sample_ids[rows],
-            self.labels[rows],
-            self.logits[:, rows],
-            self.honest[rows],
-        )
 
 
 class Store:
@@ -274,110 +226,3 @@ def _oof_rows(arrays: Mapping[str, np.ndarray], classes: tuple[str, ...]) -> Mem
     return MemberRows(
         "train", classes, arrays["sample_ids"], arrays["labels"], arrays["logits"], np.ones(len(arrays["labels"]), bool)
     )
-
-
-def align(parts: Mapping[str, Sequence[MemberRows]], classes: tuple[str, ...]) -> Rows:
-    """Bring members together: {member: its rows of one or more splits} -> the rows that all members have.
-
-    Members are ordered by name, rows by (split, sample id), columns by `classes`. Raises UserError for duplicate ids,
-    other class sets, labels that disagree, logits that are not finite, or nothing in common; tells how many rows are
-    left out.
-    """
-    members = tuple(sorted(parts))
-    keyed = {member: _keyed(member, parts[member], classes) for member in members}
-    common = set.intersection(*(set(rows) for rows, _, _ in keyed.values()))
-    if not common:
-        raise UserError(f"{', '.join(members)}: no row in common; were they run on the same split?")
-    order = sorted(common)
-    for member, (rows, _, _) in keyed.items():
-        if len(rows) > len(order):
-            logger.warning("%s: %d of %d rows are not shared by all members", member, len(rows) - len(order), len(rows))
-    logits = np.empty((len(members), len(order), len(classes)), dtype=np.float32)
-    labels = np.empty((len(members), len(order)), dtype=np.int64)
-    honest = np.ones(len(order), dtype=bool)
-    for index, member in enumerate(members):
-        rows, own_logits, facts = keyed[member]
-        places = [rows[key] for key in order]
-        logits[index] = own_logits[places]
-        labels[index], marks = facts[0][places], facts[1][places]
-        honest &= marks
-        bad = np.flatnonzero(~np.isfinite(logits[index]).all(axis=1))
-        if bad.size:
-            raise UserError(f"member {member}: {bad.size} row(s) with NaN or infinity, first {order[bad[0]][1]}")
-        differing = np.flatnonzero(labels[index] != labels[0])
-        if differing.size:
-            raise UserError(
-                f"members {members[0]} and {member}: {differing.size} label(s) disagree, first {order[differing[0]][1]}"
-            )
-    return Rows(
-        members=members,
-        classes=classes,
-        split=np.array([split for split, _ in order]),
-        sample_ids=np.array([sample_id for _, sample_id in order]),
-        labels=labels[0],
-        logits=logits,
-        honest=honest,
-    )
-
-
-def _keyed(
-    member: str, parts: Sequence[MemberRows], classes: tuple[str, ...]
-) -> tuple[dict[tuple[str, str], int], np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """{(split, id): row}, logits and (labels, honest) of one member over its parts, columns in `classes` order."""
-    logits, labels, honest = [], [], []
-    keys: list[tuple[str, str]] = []
-    for part in parts:
-        if sorted(part.classes) != sorted(classes):
-            raise UserError(f"member {member}: classes {', '.join(part.classes)}; expected {', '.join(classes)}")
-        logits.append(np.asarray(part.logits)[:, [part.classes.index(name) for name in classes]])
-        labels.append(np.array([classes.index(name) for name in part.classes])[np.asarray(part.labels)])
-        honest.append(np.asarray(part.honest))
-        keys += [(part.split, sample_id) for sample_id in part.sample_ids.tolist()]
-    rows = {key: row for row, key in enumerate(keys)}
-    if len(rows) < len(keys):
-        seen: set[tuple[str, str]] = set()
-        twice = next(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise UserError(f"member {member}: the sample id {'/'.join(twice)} occurs twice")
-    return rows, np.concatenate(logits), (np.concatenate(labels), np.concatenate(honest))
-
-
-def crossfit_folds(store: Store) -> dict[tuple[str, str], int]:
-    """{(split, sample id): fold} over the train and val rows: the workspace's one assignment, made once and kept.
-
-    Stratified and seeded; rows of one group (`dataset.group_regex`) or of equal content share a fold. Five folds, fewer
-    where a class has fewer groups. Made anew when images, seed or group rule change.
-    """
-    rule, seed = store.config.dataset.group_regex, store.config.seed
-    digests = [store.catalog.splits[split]["digest"] for split in ("train", "val")]
-    key = digest_of([VERSION, digests, rule, seed])
-    path = store.workspace.crossfit_folds
-    if path.is_file():
-        arrays = read_arrays(path, remedy=AGAIN)
-        if str(arrays["key"]) == key:
-            return _fold_table(arrays)
-    dealing = base_back.bundled("samples")
-    images = [store.images("train"), store.images("val")]
-    labels = np.concatenate([split.labels for split in images])
-    ids = [sample_id for split in images for sample_id in split.sample_ids]
-    contents = [content for split in images for content in split.contents]
-    groups = dealing.group_indices(ids, contents, rule)
-    fewest = min(len(np.unique(groups[labels == label])) for label in np.unique(labels))
-    folds = min(CROSSFIT_FOLDS, fewest)
-    if folds < 2:
-        raise UserError(
-            f"{store.workspace.split_dir}: a class has one group of images in train and val; cross-fitting needs two. "
-            "Add images, or widen dataset.group_regex"
-        )
-    arrays = {
-        "key": np.array(key),
-        "split": np.concatenate([np.full(len(split.sample_ids), split.split) for split in images]),
-        "sample_ids": np.array(ids),
-        "fold": dealing.stratified_bins(labels, groups, [1 / folds] * folds, seed),
-    }
-    write_arrays(path, arrays)
-    return _fold_table(arrays)
-
-
-def _fold_table(arrays: Mapping[str, Any]) -> dict[tuple[str, str], int]:
-    names = zip(arrays["split"].tolist(), arrays["sample_ids"].tolist(), strict=True)
-    return dict(zip(names, arrays["fold"].tolist(), strict=True))

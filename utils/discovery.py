@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from utils import base_back, catalog, inspection, streaming
+from utils import catalog, inspection, streaming
 from utils.artifacts import FileDigests
-from utils.catalog import DERIVED, STAGES, TIMM, Catalog, Member, Problem
+from utils.catalog import DERIVED, IMPORTED, STAGES, TIMM, Catalog, Member, Problem
 from utils.config import Config
 from utils.errors import UserError, did_you_mean
 from utils.identification import Candidate, Scan, identify
 from utils.inspection import Inspector
+from utils.predictions import with_imported
 from utils.results import Result
 from utils.streaming import ImageSplit
 from utils.workspace import SPLITS, Workspace
@@ -39,14 +40,17 @@ def discover(
     `verify` also runs every trained member, and derived ones that the configuration includes, on all val images, and
     out-of-fold predictions' networks on a sample of train images. `add` declares networks of timm,
     `NAME=timm:MODEL@FILE`; later discoveries keep them. What was measured once is known by digest and measured again
-    only with `force`; a scan is cheap, so it is always made. Raises UserError when there is no member, or for a
-    declaration that cannot be followed.
+    only with `force`; a scan is cheap, so it is always made. Imported members stay. Raises UserError when there is no
+    member, or for a declaration that cannot be followed.
     """
+    earlier = _earlier(workspace)
+    if earlier and earlier.imported() and not earlier.has_images and not workspace.has_images and not add:
+        return _without_images(workspace, earlier)
     digests = FileDigests(workspace.digests)
     scan = Scan(config, workspace, digests, _list_splits(workspace, digests))
     problems = _split_problems(scan.splits)
     members: dict[str, Member] = {}
-    for candidate in [*_trained(workspace), *_declared(scan, add)]:
+    for candidate in [*_trained(workspace), *_declared(scan, add, earlier)]:
         try:
             members[candidate.name], found = identify(scan, candidate)
             problems += found
@@ -65,19 +69,33 @@ def discover(
             members[name], found = _judged(inspector, member)
             problems += found
     digests.save()
-    _require_members(workspace, members, problems)
-    path = base_back.locate()
-    found_all = Catalog(
-        base_back={"path": str(path), "kind": base_back.kind(path), "digest": base_back.source_digest(path)},
+    listed = Catalog(
+        base_back=catalog.mounted(),
         classes=scan.classes,
         splits={name: {"n": len(split.sample_ids), "digest": split.digest} for name, split in scan.splits.items()},
         members=members,
         problems=tuple(problems),
     )
-    catalog.save(workspace, found_all)
-    measured = {name: digests.facts(inspector.measured_key(member)) or {} for name, member in members.items()}
-    failures = [f"{p.member or 'split'}: {p.message}" for p in problems if p.severity == "error"]
-    return Result(_table(workspace, found_all, measured, verify=verify), found_all.as_record(), failures)
+    if earlier:
+        listed = with_imported(config, workspace, listed, earlier)
+    _require_members(workspace, listed)
+    measured = {name: digests.facts(inspector.measured_key(member)) or {} for name, member in listed.members.items()}
+    return _written(workspace, listed, measured, verify=verify)
+
+
+def _without_images(workspace: Workspace, earlier: Catalog) -> Result:
+    """The catalog of imported members alone, who say themselves which samples there are."""
+    if catalog.checkpoint_files(workspace):
+        logger.warning("%s: checkpoints are left out, since there are no images to run them on", workspace.checkpoints)
+    return _written(workspace, replace(earlier, base_back=catalog.mounted()), {}, verify=False)
+
+
+def _written(
+    workspace: Workspace, found: Catalog, measured: Mapping[str, Mapping[str, Any]], *, verify: bool
+) -> Result:
+    catalog.save(workspace, found)
+    failures = [f"{p.member or 'split'}: {p.message}" for p in found.problems if p.severity == "error"]
+    return Result(_table(workspace, found, measured, verify=verify), found.as_record(), failures)
 
 
 def _is_verified(config: Config, member: Member) -> bool:
@@ -119,10 +137,11 @@ def _trained(workspace: Workspace) -> list[Candidate]:
     return sorted(found, key=lambda candidate: candidate.name)
 
 
-def _declared(scan: Scan, add: Sequence[str]) -> list[Candidate]:
+def _declared(scan: Scan, add: Sequence[str], earlier: Catalog | None) -> list[Candidate]:
     """Networks of timm: those that the catalog on disk holds and those declared now, which replace them by name."""
     found: dict[str, Candidate] = {}
-    for member in _remembered(scan.workspace):
+    remembered = earlier.members.values() if earlier else ()
+    for member in (member for member in remembered if member.architecture.startswith(TIMM)):
         path = scan.workspace.base / member.checkpoints[0]["path"]
         found[member.name] = Candidate(
             member.name,
@@ -162,16 +181,15 @@ def _folds(scan: Scan, name: str) -> dict[str, Path]:
     return catalog.checkpoint_files(scan.workspace).get(name, {})
 
 
-def _remembered(workspace: Workspace) -> list[Member]:
-    """Members of the catalog on disk that were declared; none, said in words, where it cannot be read."""
+def _earlier(workspace: Workspace) -> Catalog | None:
+    """The catalog on disk; None, said in words, where it cannot be read."""
     if not workspace.catalog.is_file():
-        return []
+        return None
     try:
-        members = catalog.read(workspace).members
+        return catalog.read(workspace)
     except UserError as error:
-        logger.warning("%s; networks declared with --add must be declared again", error)
-        return []
-    return [member for member in members.values() if member.architecture.startswith(TIMM)]
+        logger.warning("%s; what was declared with --add or imported must be given again", error)
+        return None
 
 
 def _require_timm_model(declaration: str, model: str) -> None:
@@ -222,10 +240,10 @@ def _split_problems(splits: Mapping[str, ImageSplit]) -> list[Problem]:
     return problems
 
 
-def _require_members(workspace: Workspace, members: Mapping[str, Member], problems: Sequence[Problem]) -> None:
-    if members:
+def _require_members(workspace: Workspace, found: Catalog) -> None:
+    if found.members:
         return
-    refused = "".join(f"; {problem.message}" for problem in problems if problem.severity == "error")
+    refused = "".join(f"; {problem.message}" for problem in found.problems if problem.severity == "error")
     raise UserError(
         f"{workspace.checkpoints}: no trained model (expected files such as CustomConvNeXt_final.pth{refused}). "
         f"Train some first: make demo, or python BASE-BACK/src/main.py{_windows_folder(workspace)}"
@@ -238,32 +256,22 @@ def _table(workspace: Workspace, found: Catalog, measured: Mapping[str, Mapping[
     lines = [f"{'member':{width}}  size  px   recorded  measured  out-of-fold rows  checkpoints"]
     for name, member in shown.items():
         oof = "-" if member.oof is None else f"{member.oof['rows']} in {member.oof['folds']} folds"
+        is_imported = member.source == IMPORTED
         lines.append(
-            f"{name:{width}}  {member.size:4}  {member.img_size:<3}  {_figure(member.recorded_accuracy):8}  "
-            f"{_figure(measured[name].get('accuracy')):8}  {oof:16}  {len(member.checkpoints)}"
-            f"{'' if member.usable else '  cannot be used'}"
+            f"{name:{width}}  {'-' if is_imported else member.size:4}  {member.img_size or '-':<3}  "
+            f"{_figure(member.recorded_accuracy):8}  {_figure(measured.get(name, {}).get('accuracy')):8}  {oof:16}  "
+            f"{'imported' if is_imported else len(member.checkpoints)}{'' if member.usable else '  cannot be used'}"
         )
     derived = [name for name, member in sorted(found.members.items()) if member.source == "derived"]
     if derived:
         lines.append(f"derived, used only where backbones.include names them: {', '.join(derived)}")
     sizes = ", ".join(f"{split} {facts['n']}" for split, facts in found.splits.items())
-    lines.append(f"{len(shown)} members, {len(found.classes)} classes, images: {sizes}")
-    lines += _problem_lines(found.problems)
+    what = "images" if found.has_images else "samples"
+    lines.append(f"{len(shown)} members, {len(found.classes)} classes, {what}: {sizes}")
+    lines += catalog.problem_lines(found.problems)
     lines.append(f"{'verified, ' if verify else ''}written: {workspace.catalog}")
     return "\n".join(lines)
 
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def _problem_lines(problems: Sequence[Problem]) -> list[str]:
-    """One line for each problem; the same problem of several members is one line."""
-    members: dict[tuple[str, str, str], list[str]] = {}
-    for problem in problems:
-        names = members.setdefault((problem.severity, problem.message, problem.remedy), [])
-        names += [problem.member] if problem.member else []
-    return [
-        f"{severity}: {', '.join(names) + ': ' if names else ''}{message}. {remedy[:1].upper()}{remedy[1:]}"
-        for (severity, message, remedy), names in members.items()
-    ]

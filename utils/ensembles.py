@@ -233,11 +233,14 @@ def _provenance(folder: Path, record: Mapping[str, Any], remedy: str) -> Provena
 
 
 def network_provenance(store: Store) -> Provenance:
-    """What the members' networks have seen: the train rows gave their weights, the val rows chose their epochs."""
-    train, val = store.images("train"), store.images("val")
+    """What the members' networks have seen: the train rows gave their weights, the val rows chose their epochs.
+
+    Of imported members nobody knows, so that the same is taken to be true.
+    """
+    train, val = store.samples("train").sample_ids, store.samples("val").sample_ids
     return Provenance(
-        fitted_on=(RowSet("train", "in_sample", train.sample_ids),),
-        selected_on=(RowSet("val", "held_out", val.sample_ids),),
+        fitted_on=(RowSet("train", "in_sample", train),) if train else (),
+        selected_on=(RowSet("val", "held_out", val),) if val else (),
     )
 
 

@@ -136,8 +136,8 @@ def measured_problems(classes: Sequence[str], member: Member, facts: Mapping[str
             f"output {output} is {classes[label]}" for label, output in enumerate(facts["order"]) if output != label
         ]
         message = (
-            f"its classes stand in another order than the sorted class folders: accuracy {accuracy:.4f} on {n} val "
-            f"images as it is, {facts['matched']:.4f} if {', '.join(pairs[:6])}{' ...' if len(pairs) > 6 else ''}"
+            f"its classes stand in another order than the workspace's: accuracy {accuracy:.4f} on {n} val rows "
+            f"as it is, {facts['matched']:.4f} if {', '.join(pairs[:6])}{' ...' if len(pairs) > 6 else ''}"
         )
         remedy = "write the names into the checkpoint, extra.classes in the order of its outputs, or train it again"
         problems.append(Problem("class_order_measured", "error", name, message, remedy))

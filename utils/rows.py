@@ -15,6 +15,8 @@ from utils.errors import UserError
 
 logger = logging.getLogger("disease_pipeline")
 
+UNKNOWN = -1  # the label of a row whose class nobody has said
+
 
 @dataclass(frozen=True)
 class MemberRows:
@@ -25,11 +27,23 @@ class MemberRows:
     sample_ids: np.ndarray
     """unicode (N,)"""
     labels: np.ndarray
-    """int64 (N,), indices into `classes`"""
+    """int64 (N,), indices into `classes`; UNKNOWN where nobody has said it"""
     logits: np.ndarray
     """float32 (N, C)"""
     honest: np.ndarray
     """bool (N,): the network that answered has not seen the row"""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of one split."""
+
+    split: str
+    sample_ids: tuple[str, ...]
+    labels: np.ndarray
+    """int64 (N,); UNKNOWN where nobody has said it"""
+    contents: tuple[str, ...] | None
+    """SHA-256 of each image; None where there are no images"""
 
 
 @dataclass(frozen=True)
@@ -43,7 +57,7 @@ class Rows:
     sample_ids: np.ndarray
     """unicode (N,)"""
     labels: np.ndarray
-    """int64 (N,)"""
+    """int64 (N,); UNKNOWN where no member says it"""
     logits: np.ndarray
     """float32 (M, N, C)"""
     honest: np.ndarray
@@ -62,12 +76,36 @@ class Rows:
         )
 
 
+def gather(split: str, classes: Sequence[str], parts: Mapping[str, Sequence[MemberRows]]) -> Samples:
+    """Every sample that a member has a row of, where no images say which there are: {member: its rows of the split}.
+
+    Labels come from whoever knows them. Raises UserError for labels that disagree.
+    """
+    label: dict[str, int] = {}
+    giver: dict[str, str] = {}
+    for member in sorted(parts):
+        for part in parts[member]:
+            own = dict(zip(part.sample_ids.tolist(), part.labels.tolist(), strict=True))
+            known = {key: number for key, number in own.items() if number != UNKNOWN}
+            differing = [key for key, number in known.items() if label.get(key, UNKNOWN) not in (UNKNOWN, number)]
+            if differing:
+                first = min(differing)
+                raise UserError(
+                    f"members {giver[first]} and {member}: {len(differing)} label(s) of {split} disagree, "
+                    f"first {first}: {classes[label[first]]} for {giver[first]}, {classes[own[first]]} for {member}"
+                )
+            label = own | label | known
+            giver = dict.fromkeys(known, member) | giver
+    ids = tuple(sorted(label))
+    return Samples(split, ids, np.array([label[key] for key in ids], dtype=np.int64), None)
+
+
 def align(parts: Mapping[str, Sequence[MemberRows]], classes: tuple[str, ...]) -> Rows:
     """Bring members together: {member: its rows of one or more splits} -> the rows that all members have.
 
-    Members are ordered by name, rows by (split, sample id), columns by `classes`. Raises UserError for duplicate ids,
-    other class sets, labels that disagree, logits that are not finite, or nothing in common; tells how many rows are
-    left out.
+    Members are ordered by name, rows by (split, sample id), columns by `classes`; a label that one member does not know
+    comes from another. Raises UserError for duplicate ids, other class sets, labels that disagree, logits that are not
+    finite, or nothing in common; tells how many rows are left out.
     """
     members = tuple(sorted(parts))
     keyed = {member: _keyed(member, parts[member], classes) for member in members}
@@ -80,6 +118,7 @@ def align(parts: Mapping[str, Sequence[MemberRows]], classes: tuple[str, ...]) -
             logger.warning("%s: %d of %d rows are not shared by all members", member, len(rows) - len(order), len(rows))
     logits = np.empty((len(members), len(order), len(classes)), dtype=np.float32)
     labels = np.empty((len(members), len(order)), dtype=np.int64)
+    label = np.full(len(order), UNKNOWN)
     honest = np.ones(len(order), dtype=bool)
     for index, member in enumerate(members):
         rows, own_logits, facts = keyed[member]
@@ -90,17 +129,19 @@ def align(parts: Mapping[str, Sequence[MemberRows]], classes: tuple[str, ...]) -
         bad = np.flatnonzero(~np.isfinite(logits[index]).all(axis=1))
         if bad.size:
             raise UserError(f"member {member}: {bad.size} row(s) with NaN or infinity, first {order[bad[0]][1]}")
-        differing = np.flatnonzero(labels[index] != labels[0])
+        differing = np.flatnonzero((labels[index] != label) & (labels[index] != UNKNOWN) & (label != UNKNOWN))
         if differing.size:
+            other = members[int(np.argmax(labels[:index, differing[0]] != UNKNOWN))]
             raise UserError(
-                f"members {members[0]} and {member}: {differing.size} label(s) disagree, first {order[differing[0]][1]}"
+                f"members {other} and {member}: {differing.size} label(s) disagree, first {order[differing[0]][1]}"
             )
+        label = np.where(label == UNKNOWN, labels[index], label)
     return Rows(
         members=members,
         classes=classes,
         split=np.array([split for split, _ in order]),
         sample_ids=np.array([sample_id for _, sample_id in order]),
-        labels=labels[0],
+        labels=label,
         logits=logits,
         honest=honest,
     )
@@ -116,7 +157,8 @@ def _keyed(
         if sorted(part.classes) != sorted(classes):
             raise UserError(f"member {member}: classes {', '.join(part.classes)}; expected {', '.join(classes)}")
         logits.append(np.asarray(part.logits)[:, [part.classes.index(name) for name in classes]])
-        labels.append(np.array([classes.index(name) for name in part.classes])[np.asarray(part.labels)])
+        own = np.asarray(part.labels)
+        labels.append(np.where(own == UNKNOWN, UNKNOWN, np.array([classes.index(name) for name in part.classes])[own]))
         honest.append(np.asarray(part.honest))
         keys += [(part.split, sample_id) for sample_id in part.sample_ids.tolist()]
     rows = {key: row for row, key in enumerate(keys)}

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
+from utils import catalog, importing
+from utils.config_file import load
+from utils.predictions import Store
+from utils.results import Result
 from utils.workspace import Workspace
+
+CONFIG = load(Path(__file__).resolve().parents[1] / "configs" / "digits_demo.yaml")
+NAMES = ("bayes", "forest", "linear")
 
 CLASSES = ("ant", "bee", "cat")
 ROWS = {"oof": 60, "val": 30, "test": 30, "train": 60}
@@ -44,11 +54,21 @@ def write(
     change: Callable[[str, str, Arrays], Arrays] = lambda name, stem, given: given,
 ) -> Path:
     """`folder/<member>/<stem>.npz` of members {name: seed}; `change(member, stem, arrays)` spoils what it likes."""
-    for name, seed in (members or {"bayes": 1, "forest": 2, "linear": 3}).items():
+    for name, seed in (members or {name: seed for seed, name in enumerate(NAMES, start=1)}).items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         for stem in stems:
             np.savez(folder / name / f"{stem}.npz", **change(name, stem, arrays(stem, seed)))
     return folder
+
+
+def without(*keys: str) -> Callable[[Arrays], Arrays]:
+    """Some arrays less."""
+    return lambda given: {key: value for key, value in given.items() if key not in keys}
+
+
+def fewer(rows: Any) -> Callable[[Arrays], Arrays]:
+    """Some rows alone."""
+    return lambda given: {key: value if key == "classes" else value[rows] for key, value in given.items()}
 
 
 def changing(name: str, stem: str, alter: Callable[[Arrays], Arrays]) -> Callable[[str, str, Arrays], Arrays]:
@@ -61,3 +81,34 @@ def empty_workspace(base: Path) -> Workspace:
     base.mkdir(parents=True, exist_ok=True)
     names = ("split_dataset", "checkpoints", "metrics_output", "kfold_results", "deployment_models", "cache", "logs")
     return Workspace(base, *(base / name for name in names))
+
+
+def content(folder: Path) -> dict[Path, bytes]:
+    """All files below a folder."""
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@contextmanager
+def logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Let `caplog` hear the project's logger, which does not propagate."""
+    logger = logging.getLogger("disease_pipeline")
+    logger.addHandler(caplog.handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
+def take_in(workspace: Workspace, folder: Path, **options: bool) -> Result:
+    """`import-predictions --from folder`."""
+    return importing.import_predictions(CONFIG, workspace, folder=str(folder), **options)
+
+
+def opened(workspace: Workspace) -> Store:
+    """The prediction store of the catalog on disk."""
+    return Store(CONFIG, workspace, catalog.read(workspace))
+
+
+def codes(workspace: Workspace, member: str | None = None) -> set[str]:
+    """Codes of what the catalog says of a member, or of all together."""
+    return {problem.code for problem in catalog.read(workspace).problems if problem.member == member}

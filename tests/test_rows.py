@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from utils.errors import UserError
-from utils.rows import MemberRows, align
+from utils.rows import UNKNOWN, MemberRows, align, gather
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -89,3 +89,32 @@ def with_nan(rows):
 def test_members_that_do_not_fit_are_named(broken, words):
     with pytest.raises(UserError, match=words):
         align({"a": [member(1)], "b": [broken]}, CLASSES)
+
+
+def unlabelled(rows, kept=()):
+    return replace(rows, labels=np.where(np.isin(np.arange(20), kept), rows.labels, UNKNOWN))
+
+
+def test_a_label_that_one_member_does_not_know_comes_from_another():
+    parts = {"a": [unlabelled(member(1), kept=[0])], "b": [permuted_classes(unlabelled(member(2), [1, 2]), [2, 0, 1])]}
+    rows = align(parts, CLASSES)
+    known = np.isin(rows.sample_ids, [f"ant/{n}.png" for n in range(3)])
+    order = np.argsort(member(1).sample_ids)
+    assert np.array_equal(rows.labels, np.where(known, member(1).labels[order], UNKNOWN))
+    wrong = replace(member(3), labels=(member(3).labels + 1) % 3)
+    with pytest.raises(UserError, match=r"members a and c: 1 label\(s\) disagree, first ant/0.png"):
+        align(parts | {"c": [replace(wrong, labels=np.where(np.arange(20) < 1, wrong.labels, UNKNOWN))]}, CLASSES)
+
+
+def test_samples_are_gathered_from_whoever_has_them():
+    one = unlabelled(member(1, ids=tuple(f"ant/{n}.png" for n in range(20))), kept=[3])
+    other = unlabelled(member(2, ids=tuple(f"ant/{n}.png" for n in range(10, 30))), kept=[0, 1])
+    samples = gather("val", CLASSES, {"b": [other], "a": [one], "c": []})
+    assert samples.sample_ids == tuple(sorted(f"ant/{n}.png" for n in range(30)))
+    label = dict(zip(samples.sample_ids, samples.labels.tolist(), strict=True))
+    assert label.pop("ant/3.png") == one.labels[3]
+    assert [label.pop("ant/10.png"), label.pop("ant/11.png")] == other.labels[:2].tolist()
+    assert set(label.values()) == {UNKNOWN}
+    liar = replace(one, labels=(one.labels + 1) % 3)
+    with pytest.raises(UserError, match=r"members a and d: 1 label\(s\) of val disagree, first ant/3.png: \w+ for a"):
+        gather("val", CLASSES, {"d": [liar], "a": [one]})

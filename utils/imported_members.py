@@ -132,9 +132,7 @@ def agree_on_classes(
         for stem, part in given[name].items():
             own, columns = part.classes, part.logits.shape[1]
             if own is not None and set(own) != set(known):
-                raise UserError(
-                    f"member {name}: {stem}.npz has the classes {_shown(own)}; expected {_shown(known)}, as the others"
-                )
+                raise UserError(f"member {name}: {stem}.npz has the classes {_shown(own)}; expected {_shown(known)}")
             if columns != len(known):
                 raise UserError(
                     f"member {name}: {stem}.npz has {columns} columns and no `classes`; expected the {len(known)} "

@@ -131,7 +131,7 @@ def _matched(
     if images:
         fitted = for_each(parts, lambda name: imported_members.on_images(name, parts[name], images))
     else:
-        samples = {split: gather(split, classes, _rows(ground, parts, split)) for split in SPLITS}
+        samples = for_each(SPLITS, lambda split: gather(split, classes, _rows(ground, parts, split)))
         fitted = for_each(parts, lambda name: imported_members.on_samples(name, parts[name], samples))
     place = {name: workspace.relative(workspace.oof(name)) for name in fitted}
     arrivals = for_each(fitted, lambda name: imported_judgement.judge(name, fitted[name][0], place[name]))
@@ -230,9 +230,10 @@ def _result(
         )
         members[name] = {"state": states[name], "rows": rows, "accuracy": accuracy, "digest": arrival.member.digest}
     lines += catalog.problem_lines([p for p in listed.problems if p.member is None or p.member in arrivals])
-    if len(listed.members) == 1:
+    count = sum(member.source != "derived" for member in listed.members.values())
+    if count == 1:
         lines.append("one member alone: an ensemble of it answers as it does. Import more")
-    lines.append(f"{len(listed.members)} members, {len(listed.classes)} classes")
+    lines.append(f"{count} members, {len(listed.classes)} classes")
     lines.append(f"{UP_TO_DATE if set(states.values()) == {UP_TO_DATE} else 'written'}: {workspace.catalog}")
     document = {
         "members": members,

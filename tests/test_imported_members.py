@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import PROJECT
 from given_predictions import (
     CONFIG,
     NAMES,
@@ -23,8 +22,7 @@ from given_predictions import (
     write,
 )
 
-from utils import build, catalog, evaluation, importing
-from utils.config_file import load
+from utils import build, catalog, evaluation
 from utils.errors import UserError
 
 
@@ -94,26 +92,6 @@ def test_one_member_and_one_class_are_told(tmp_path, workspace):
     assert "bayes: all 10 rows of val.npz are of class ant" in result.text
     with pytest.raises(UserError, match="all 10 honest rows that the members share are of class ant; nothing can be"):
         build.build_ensemble(CONFIG, workspace)
-
-
-def test_a_class_with_one_row_cannot_be_cross_fitted(tmp_path, workspace):
-    def one_cat(name, stem, given):
-        return fewer(np.flatnonzero(given["labels"] != 2).tolist() + np.flatnonzero(given["labels"] == 2)[:1].tolist())(
-            given
-        )
-
-    take_in(workspace, write(tmp_path / "given", stems=("val",), change=one_cat))
-    with pytest.raises(UserError, match="one group of samples of class cat; cross-fitting needs two"):
-        build.build_ensemble(CONFIG, workspace)
-
-
-def test_folds_keep_groups_together_by_their_names_alone(tmp_path, workspace):
-    config = load(PROJECT / "configs" / "digits_demo.yaml", overrides=[r"dataset.group_regex=^\d\d\d(\d)\.png$"])
-    importing.import_predictions(config, workspace, folder=str(write(tmp_path / "given")))
-    build.build_ensemble(config, workspace)
-    with np.load(workspace.crossfit_folds) as folds:
-        groups = [sample_id[-5] for sample_id in folds["sample_ids"].tolist()]
-        assert len({(group, fold) for group, fold in zip(groups, folds["fold"].tolist(), strict=True)}) == 10
 
 
 # refusals -----------------------------------------------------------------------------------------------------------

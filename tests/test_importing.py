@@ -90,9 +90,8 @@ def test_the_same_again_changes_nothing_and_other_content_replaces(tmp_path, wor
     assert not workspace.predictions("bayes", "test").joinpath("record.json").exists()  # the new one has no test.npz
     result = build.build_ensemble(CONFIG, workspace)
     assert len(result.document["built"]) == 3  # not what was built of the old one
-    assert {entry["state"] for entry in take_in(workspace, folder, force=True).document["members"].values()} == {
-        "up to date"
-    }
+    forced = take_in(workspace, folder, force=True).document["members"]
+    assert {entry["state"] for entry in forced.values()} == {"replaced"}
 
 
 def test_members_that_come_later_join_those_that_are_there(tmp_path, workspace):

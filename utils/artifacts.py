@@ -144,7 +144,7 @@ def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
         shape, _, dtype = readers[version](header)
         there = entry.file_size - header.tell()
     if dtype.hasobject:
-        raise ValueError(f"{entry.filename} holds pickled objects")
+        raise ValueError(f"{entry.filename} holds pickled objects (text goes into an array of type str)")
     if min(shape, default=0) < 0 or math.prod(shape) * max(dtype.itemsize, 1) != there:
         raise ValueError(f"{entry.filename} declares {dtype} of shape {shape}; {there} bytes are there")
     with archive.open(entry) as file:

@@ -95,8 +95,8 @@ def read_folder(source: Path) -> dict[str, dict[str, Predictions]]:
 
 
 def _read_member(name: str, files: Mapping[str, Path]) -> dict[str, Predictions]:
-    if not is_name(name):
-        raise UserError(f"member {name!r}: expected a folder name without backslashes and outer spaces. Rename it")
+    if not is_name(name) or not name.isprintable():
+        raise UserError(f"member {name!r}: expected a printable name without backslashes and outer spaces. Rename it")
     if not {"oof", "val"} & files.keys():
         raise UserError(
             f"member {name}: neither oof.npz nor val.npz, so there is nothing to fit or choose on. Add one of them"
@@ -162,8 +162,9 @@ def in_order(predictions: Predictions, stem: str, classes: tuple[str, ...]) -> P
     """Rows sorted by id, columns by the workspace's classes, labels as its numbers."""
     own = predictions.classes or classes
     rows = np.argsort(predictions.sample_ids, kind="stable")
-    columns = [own.index(name) for name in classes]
-    number = np.array([classes.index(name) for name in own])
+    column = {name: place for place, name in enumerate(own)}
+    columns = np.array([column[name] for name in classes])
+    number = np.argsort(columns)  # of each of the file's columns in the workspace's order
     labels = predictions.labels[rows]
     return Part(
         MemberRows(

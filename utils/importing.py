@@ -55,8 +55,8 @@ def import_predictions(config: Config, workspace: Workspace, *, folder: str, for
     if ground.staying is not None:
         listed = with_imported(config, workspace, listed, ground.staying)
     store = Store(config, workspace, listed)
-    states = {name: _state(store, earlier, arrival) for name, arrival in arrivals.items()}
-    written = [name for name, state in states.items() if force or state != UP_TO_DATE]
+    states = {name: _state(store, earlier, arrival, force=force) for name, arrival in arrivals.items()}
+    written = [name for name, state in states.items() if state != UP_TO_DATE]
     if earlier is not None and earlier.imported().keys() & set(written):
         _save_without(workspace, ground)
     for name in written:
@@ -103,7 +103,9 @@ def _ground(config: Config, workspace: Workspace, earlier: Catalog | None, arriv
         staying = replace(earlier, members=members, problems=problems)
         if earlier.has_images:
             store = Store(config, workspace, earlier)
-            return Ground({split: store.images(split) for split in SPLITS}, staying, {})
+            images = {split: store.images(split) for split in SPLITS}
+            store.digests.save()
+            return Ground(images, staying, {})
     if workspace.has_images:
         digests = FileDigests(workspace.digests)
         images = {split: streaming.list_images(workspace.split_dir, split, digests) for split in SPLITS}
@@ -180,13 +182,14 @@ def _split_facts(classes: tuple[str, ...], samples: Samples) -> dict[str, Any]:
 # what is written ----------------------------------------------------------------------------------------------------
 
 
-def _state(store: Store, earlier: Catalog | None, arrival: Arrival) -> str:
+def _state(store: Store, earlier: Catalog | None, arrival: Arrival, *, force: bool) -> str:
     member = arrival.member
     known = earlier.imported().get(member.name) if earlier is not None else None
     if known is None:
         return NEW
     whole = all(store.is_stored(member, SPLIT_OF[stem]) for stem in arrival.parts if stem != "oof")
-    return UP_TO_DATE if known == member and whole and not store.outdated(member) else REPLACED
+    is_current = known == member and whole and not store.outdated(member)
+    return UP_TO_DATE if is_current and not force else REPLACED
 
 
 def _save_without(workspace: Workspace, ground: Ground) -> None:

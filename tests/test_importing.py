@@ -14,6 +14,7 @@ from given_predictions import (
     NAMES,
     arrays,
     changing,
+    codes,
     content,
     empty_workspace,
     fewer,
@@ -105,6 +106,30 @@ def test_members_that_come_later_join_those_that_are_there(tmp_path, workspace):
     assert (found.splits, found.classes) == (other.splits, other.classes)
 
 
+def test_what_was_said_of_a_member_is_not_forgotten_when_another_comes(tmp_path, workspace):
+    ants = changing("bayes", "val", lambda given: fewer(given["labels"] == 0)(given))
+    take_in(workspace, write(tmp_path / "one", {"bayes": 1}, change=ants))
+    take_in(workspace, write(tmp_path / "two", {"linear": 3}))
+    assert codes(workspace, "bayes") == {"single_class"}
+    take_in(workspace, write(tmp_path / "three", {"bayes": 1}))
+    assert codes(workspace, "bayes") == set()
+
+
+def test_rows_of_a_member_that_is_not_used_decide_the_folds_as_well(tmp_path, workspace):
+    config = load(PROJECT / "configs" / "digits_demo.yaml", overrides=["backbones.include=[bayes,forest]"])
+    take_in(workspace, write(tmp_path / "one", {"bayes": 1, "forest": 2}))
+    build.build_ensemble(config, workspace)
+    assert build.build_ensemble(config, workspace).document["built"] == []
+
+    def longer(name, stem, given):
+        more = {key: value if key == "classes" else value[:5] for key, value in given.items()}
+        more["sample_ids"] = np.char.add(more["sample_ids"], ".more")
+        return {key: value if key == "classes" else np.concatenate([value, more[key]]) for key, value in given.items()}
+
+    take_in(workspace, write(tmp_path / "two", {"linear": 3}, change=longer))
+    assert len(build.build_ensemble(config, workspace).document["built"]) == 3
+
+
 def test_probabilities_and_their_logarithms_are_one_member(tmp_path, workspace):
     def as_probabilities(name, stem, given):
         return without("logits")(given) | {"probabilities": softmax(given["logits"])}
@@ -175,9 +200,12 @@ def test_without_any_out_of_fold_rows_val_is_what_is_honest(tmp_path, workspace,
 # kills --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_kill_at_any_write_leaves_a_catalog_whose_members_are_whole(tmp_path, workspace, monkeypatch):
+@pytest.mark.parametrize(("arriving", "staying"), [(("forest", "linear"), ["bayes"]), (("bayes", "forest"), [])])
+def test_a_kill_at_any_write_leaves_a_catalog_whose_members_are_whole(
+    tmp_path, workspace, monkeypatch, arriving, staying
+):
     take_in(workspace, write(tmp_path / "given", {"bayes": 1, "forest": 2}))
-    change = write(tmp_path / "more", {"forest": 8, "linear": 3}, stems=("oof", "val", "test"))
+    change = write(tmp_path / "more", dict.fromkeys(arriving, 8))
     saved = shutil.copytree(workspace.base, tmp_path / "saved")
     replacing = artifacts.replacing
     for survived in range(100):
@@ -193,19 +221,22 @@ def test_a_kill_at_any_write_leaves_a_catalog_whose_members_are_whole(tmp_path, 
         monkeypatch.setattr(artifacts, "replacing", dying)
         try:
             take_in(workspace, change)
+            break
         except KeyboardInterrupt:
             monkeypatch.setattr(artifacts, "replacing", replacing)
-            store = opened(workspace)
-            assert sorted(store.catalog.members) in (["bayes"], ["bayes", "forest"])
-            for member in store.catalog.members.values():
-                assert not store.outdated(member)
-                assert store.rows(member, "test").logits.shape == (30, 3)
-            assert len(store.samples("val").sample_ids) == store.catalog.splits["val"]["n"]
+        assert survived == 0 or workspace.catalog.is_file() is bool(staying)
+        if not workspace.catalog.is_file():
+            continue
+        store = opened(workspace)
+        assert sorted(store.catalog.members) in (staying, ["bayes", "forest"])
+        for member in store.catalog.members.values():
+            assert not store.outdated(member)
+            assert store.rows(member, "test").logits.shape == (30, 3)
+        assert len(store.samples("val").sample_ids) == store.catalog.splits["val"]["n"]
+        if survived % 8 == 0:
             build.build_ensemble(CONFIG, workspace)
-        else:
-            break
     assert survived > 20
-    assert sorted(catalog.read(workspace).members) == list(NAMES)
+    assert sorted(catalog.read(workspace).members) == sorted({"bayes", "forest", *arriving})
 
 
 def test_a_damaged_catalog_without_images_is_told_and_made_anew(tmp_path, workspace, caplog):

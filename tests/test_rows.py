@@ -107,14 +107,14 @@ def test_a_label_that_one_member_does_not_know_comes_from_another():
 
 
 def test_samples_are_gathered_from_whoever_has_them():
-    one = unlabelled(member(1, ids=tuple(f"ant/{n}.png" for n in range(20))), kept=[3])
+    one = unlabelled(member(1, ids=tuple(f"ant/{n}.png" for n in range(20))), kept=[3, 12])
     other = unlabelled(member(2, ids=tuple(f"ant/{n}.png" for n in range(10, 30))), kept=[0, 1])
     samples = gather("val", CLASSES, {"b": [other], "a": [one], "c": []})
     assert samples.sample_ids == tuple(sorted(f"ant/{n}.png" for n in range(30)))
     label = dict(zip(samples.sample_ids, samples.labels.tolist(), strict=True))
-    assert label.pop("ant/3.png") == one.labels[3]
+    assert [label.pop("ant/3.png"), label.pop("ant/12.png")] == one.labels[[3, 12]].tolist()
     assert [label.pop("ant/10.png"), label.pop("ant/11.png")] == other.labels[:2].tolist()
     assert set(label.values()) == {UNKNOWN}
     liar = replace(one, labels=(one.labels + 1) % 3)
-    with pytest.raises(UserError, match=r"members a and d: 1 label\(s\) of val disagree, first ant/3.png: \w+ for a"):
+    with pytest.raises(UserError, match=r"members a and d: 2 label\(s\) of val disagree, first ant/12.png: \w+ for a"):
         gather("val", CLASSES, {"d": [liar], "a": [one]})

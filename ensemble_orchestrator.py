@@ -82,6 +82,20 @@ COMMANDS: dict[str, Command] = {
         },
         writes=True,
     ),
+    "import-predictions": Command(
+        "utils.importing:import_predictions",
+        "take in members that are known by their predictions alone, made by any tool",
+        "import-predictions --from ~/predictions",
+        {
+            "--from": {
+                "metavar": "DIR",
+                "required": True,
+                "dest": "folder",
+                "help": "holds <member>/{oof,val,test}.npz; the form is described in README",
+            },
+        },
+        writes=True,
+    ),
     "build-ensemble": Command(
         "utils.build:build_ensemble",
         "build the score-level ensembles that the configuration lists",

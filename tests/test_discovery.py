@@ -260,8 +260,11 @@ def test_a_declared_network_is_taken_back_by_name_and_its_file_stays(workspace, 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("laef", r"--remove laef: no network that was declared with --add; declared: leaf; did you mean 'leaf'\?"),
-        (NAME, rf"--remove {NAME}: .*declared: leaf\. What is in .*checkpoints is left out with backbones\.exclude"),
+        (
+            "laef",
+            r"--remove laef: no network that was declared with --add, nor imported; these were: leaf; did you mean",
+        ),
+        (NAME, rf"--remove {NAME}: .*these were: leaf\. What is in .*checkpoints is left out with backbones\.exclude"),
     ],
 )
 def test_only_what_was_declared_is_taken_back(workspace, config, name, words):

@@ -15,7 +15,7 @@ from utils.ensemble_methods import SoftVoting
 from utils.ensembles import Ensemble, Provenance, RowSet
 from utils.errors import UserError
 from utils.metrics import softmax
-from utils.predictions import Rows
+from utils.rows import Rows
 from utils.workspace import Workspace
 
 N = 30

@@ -177,3 +177,13 @@ def test_a_file_in_the_place_of_a_folder_is_named(trained, tmp_path):
     assert done.returncode == 1
     assert f"{place}/ensembles/.lock: cannot be written (Not a directory)" in done.stderr
     assert "Expected folders, not files, on the way there" in done.stderr
+
+
+def test_empty_splits_are_no_images(tmp_path):
+    workspace = Workspace(tmp_path, *(tmp_path / name for name in ("split", *"bcdefg")))
+    assert not workspace.has_images
+    (tmp_path / "split" / "train" / ".hidden").mkdir(parents=True)
+    (tmp_path / "split" / "val").mkdir()
+    assert not workspace.has_images
+    (tmp_path / "split" / "val" / "ant").mkdir()
+    assert workspace.has_images

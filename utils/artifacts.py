@@ -8,10 +8,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import tempfile
+import tokenize
 import zipfile
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,9 @@ from utils.errors import UserError, cannot_write
 
 NOT_OFFERED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # a file system that sets no room aside
 BLOCK = 1 << 20
+DEFLATED_AT_MOST = 1032  # bytes that one deflated byte can stand for
+_DAMAGE = (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, tokenize.TokenError, RecursionError)
+"""What reading a damaged array raises; the last four come from its header, which numpy reads as a Python literal."""
 
 
 @contextmanager
@@ -104,7 +110,7 @@ def open_array(path: Path, *, remedy: str) -> np.ndarray:
     """A memory map of a `.npy` file. Raises UserError with `remedy` for a missing, damaged or pickled one."""
     try:
         return np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except _DAMAGE as error:
         raise UserError(
             f"{path}: cannot be read, {error}; expected an array without pickled objects. {remedy}"
         ) from error
@@ -117,15 +123,54 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_arrays(path: Path, *, remedy: str) -> dict[str, np.ndarray]:
-    """All arrays of a `.npz` file. Raises UserError with `remedy` for a missing, damaged or pickled one."""
+    """All arrays of a `.npz` file. Raises UserError with `remedy` for a missing, damaged or pickled one.
+
+    Nothing is taken on trust: before memory is asked for, the shape in each array's header is held against the bytes
+    that the archive has for it, and those against the file and the machine.
+    """
     try:
-        # Opened here, since numpy leaves the file open when what it holds is no archive.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            _check_sizes(archive.infolist(), path.stat().st_size)
+            return {entry.filename.removesuffix(".npy"): _array(archive, entry) for entry in archive.infolist()}
+    except (*_DAMAGE, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         raise UserError(
             f"{path}: cannot be read, {error}; expected arrays without pickled objects. {remedy}"
         ) from error
+
+
+def _check_sizes(entries: Sequence[zipfile.ZipInfo], size: int) -> None:
+    """ValueError for an archive that promises more bytes than its `size` can hold or this machine should give."""
+    names = [entry.filename for entry in entries]
+    strangers = [name for name in names if not name.endswith(".npy")]
+    if strangers or len(set(names)) < len(names):
+        raise ValueError(f"it holds {strangers[0]}" if strangers else "two of its arrays have one name")
+    methods = {entry.compress_type for entry in entries} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+    if methods:
+        raise ValueError(f"it is compressed by method {min(methods)}, neither stored nor deflated")
+    if sum(entry.compress_size for entry in entries) > size:
+        raise ValueError("its parts are longer than the file")
+    swollen = [entry.filename for entry in entries if entry.file_size > DEFLATED_AT_MOST * entry.compress_size]
+    if swollen:
+        raise ValueError(f"{swollen[0]} promises more bytes than its part of the file can hold")
+    total, most = sum(entry.file_size for entry in entries), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if total > most // 2:
+        raise ValueError(f"its arrays take {total / 1e9:.1f} GB, more than half of this machine's {most / 1e9:.1f} GB")
+
+
+def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(entry) as header:
+        version = np.lib.format.read_magic(header)
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in readers:
+            raise ValueError(f"{entry.filename} has the format version {version}")
+        shape, _, dtype = readers[version](header)
+        there = entry.file_size - header.tell()
+    if dtype.hasobject:
+        raise ValueError(f"{entry.filename} holds pickled objects (text goes into an array of type str)")
+    if min(shape, default=0) < 0 or math.prod(shape) * max(dtype.itemsize, 1) != there:
+        raise ValueError(f"{entry.filename} declares {dtype} of shape {shape}; {there} bytes are there")
+    with archive.open(entry) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -25,6 +25,7 @@ DERIVED = r"snapshot\d+|uniform_soup|greedy_soup|distilled"
 CHECKPOINT_NAME = re.compile(
     rf"(?P<name>.+)_(?P<role>final|finetune_best|head_best|fold\d+|(?:head|finetune)_epoch\d+|{DERIVED})\.pth"
 )
+IMPORTED = "imported"
 TIMM = "timm:"  # begins the architecture of a member that is built by timm, not by BASE-BACK
 RUN_DISCOVER = "Run `python ensemble_orchestrator.py discover` first"
 
@@ -43,31 +44,37 @@ class Problem:
 
 @dataclass(frozen=True)
 class Member:
-    """One trained model that can be ensembled."""
+    """One trained model, or one set of predictions, that can be ensembled."""
 
     name: str
     architecture: str
     size: str
-    img_size: int
+    img_size: int | None
+    """In pixels; None for an imported member, whose architecture and size are `unknown` as well."""
     classes: tuple[str, ...]
     """In the order of the network's outputs."""
     checkpoints: tuple[dict[str, str], ...]
-    """{path, stage, sha256}, the member's own first."""
+    """{path, stage, sha256}, the member's own first; none of an imported member"""
     exports: tuple[str, ...]
     metrics: str | None
     oof: dict[str, Any] | None
-    """{path, rows, folds, sha256}"""
+    """{path, rows, folds, accuracy, sha256}"""
     recorded_accuracy: float | None
     digest: str
-    """Of the weights and of what is needed to run them."""
+    """Of the weights and of what is needed to run them; of the predictions of an imported member"""
     usable: bool = True
     source: str = "trained"
-    """trained, or derived from other members' weights or outputs"""
+    """trained; derived from other members' weights or outputs; imported: known by its predictions alone"""
     parents: tuple[str, ...] = ()
     recorded_test_accuracy: float | None = None
 
     def network(self, workspace: Workspace, stage: str | None = None) -> NetworkSpec:
-        """How to build and run it, or the network of another of its stages, such as `fold0`."""
+        """How to build and run it, or the network of another of its stages, such as `fold0`.
+
+        Raises UserError for an imported member.
+        """
+        if self.source == IMPORTED or self.img_size is None:
+            raise UserError(f"{self.name}: imported predictions; there is no network that could be run")
         entries = [entry for entry in self.checkpoints if stage in (None, entry["stage"])]
         path = workspace.base / entries[0]["path"]
         architecture = self.architecture.removeprefix(TIMM)
@@ -82,8 +89,18 @@ class Catalog:
     base_back: dict[str, str]
     classes: tuple[str, ...]
     splits: dict[str, dict[str, Any]]
+    """{split: {n, digest}}, with `images: false` where imported predictions alone say which rows there are"""
     members: dict[str, Member]
     problems: tuple[Problem, ...] = field(default=())
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the splits are folders of images."""
+        return all(facts.get("images", True) for facts in self.splits.values())
+
+    def imported(self) -> dict[str, Member]:
+        """The members that are known by their predictions alone."""
+        return {name: member for name, member in self.members.items() if member.source == IMPORTED}
 
     def as_record(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -116,6 +133,12 @@ def kfold_command(workspace: Workspace, backbones: Sequence[str]) -> str:
     external = ["--base-back", str(mounted)] if base_back.kind(mounted) == "external" else []
     words = ["python", str(shown), "--stages", "kfold", "--backbones", *backbones, *external]
     return shlex.join([*words, "--workspace", str(workspace.base)])
+
+
+def mounted() -> dict[str, str]:
+    """The BASE-BACK that is mounted, as a catalog records it."""
+    path = base_back.locate()
+    return {"path": str(path), "kind": base_back.kind(path), "digest": base_back.source_digest(path)}
 
 
 def save(workspace: Workspace, catalog: Catalog) -> None:
@@ -186,7 +209,8 @@ def _member_of_record(name: str, entry: dict[str, Any]) -> Member:
 def select(catalog: Catalog, config: Config) -> list[Member]:
     """The members that the configuration asks for, by name. Raises UserError when fewer than one is left.
 
-    A named backbone that was never trained is left out with a warning; one that no backbone is called is an error.
+    Imported members are asked for by name, or by leaving `include` as the specification prints it. A named backbone
+    that was never trained is left out with a warning; one that no backbone is called is an error.
     """
     named = [*config.backbones.include, *config.backbones.exclude]
     settings = base_back.settings()
@@ -200,8 +224,11 @@ def select(catalog: Catalog, config: Config) -> list[Member]:
             f"known: {', '.join(sorted(known))}; found: {', '.join(unknown)}"
         )
     wanted = config.backbones.selected
+    imported = catalog.imported()
+    if config.backbones.include == printed:
+        wanted += tuple(name for name in imported if name not in (*wanted, *config.backbones.exclude))
     missing = [name for name in wanted if name not in catalog.members]
-    if missing:
+    if missing and (config.backbones.include != printed or len(imported) < len(catalog.members)):
         logger.warning("Model %s not found, skipping (train it, then run discover)", ", ".join(missing))
     found = sorted(name for name in wanted if name in catalog.members and catalog.members[name].usable)
     if not found:
@@ -222,3 +249,18 @@ def check_current(workspace: Workspace, member: Member, digests: FileDigests) ->
         raise UserError(f"{path}: the checkpoint of {member.name} is gone. Train it again or run discover") from None
     if found != entry["sha256"]:
         raise UserError(f"{path}: changed since discovery. Run `python ensemble_orchestrator.py discover` again")
+
+
+def problem_lines(problems: Sequence[Problem]) -> list[str]:
+    """One line for each problem; the same problem of several members is one line, and so is a command for them all."""
+    members: dict[tuple[str, str, str], list[str]] = {}
+    for problem in problems:
+        remedy = re.sub(rf"(?<=--backbones ){re.escape(problem.member or '')}(?= )", "{names}", problem.remedy)
+        names = members.setdefault((problem.severity, problem.message, remedy), [])
+        names += [problem.member] if problem.member else []
+    return [
+        f"{severity}: {', '.join(names) + ': ' if names else ''}{message}. {remedy[:1].upper()}{remedy[1:]}".replace(
+            "{names}", " ".join(names)
+        )
+        for (severity, message, remedy), names in members.items()
+    ]

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from utils import base_back, catalog, inspection, streaming
+from utils import catalog, inspection, streaming
 from utils.artifacts import FileDigests
-from utils.catalog import DERIVED, STAGES, TIMM, Catalog, Member, Problem
+from utils.catalog import DERIVED, IMPORTED, STAGES, TIMM, Catalog, Member, Problem
 from utils.config import Config
 from utils.errors import UserError, did_you_mean
 from utils.identification import Candidate, Scan, identify
 from utils.inspection import Inspector
+from utils.predictions import with_imported
 from utils.results import Result
 from utils.streaming import ImageSplit
 from utils.workspace import SPLITS, Workspace
@@ -44,15 +45,18 @@ def discover(
 
     `verify` also runs every trained member, and derived ones that the configuration includes, on all val images, and
     out-of-fold predictions' networks on a sample of train images. `add` declares networks of timm,
-    `NAME=timm:MODEL@FILE`; later discoveries keep them until `remove` names them. What was measured once is known by
-    digest and measured again only with `force`; a scan is cheap, so it is always made. Raises UserError when there is
-    no member, or for a declaration that cannot be followed or taken back.
+    `NAME=timm:MODEL@FILE`; later discoveries keep them, and imported members, until `remove` names them. What was
+    measured once is known by digest and measured again only with `force`; a scan is cheap, so it is always made. Raises
+    UserError when there is no member, or for a declaration that cannot be followed or taken back.
     """
+    earlier = _less(workspace, _earlier(workspace), remove)
+    if earlier and not earlier.has_images and not workspace.has_images and not add:
+        return _without_images(workspace, earlier)
     digests = FileDigests(workspace.digests)
     scan = Scan(config, workspace, digests, _list_splits(workspace, digests))
     problems = _split_problems(scan.splits)
     members: dict[str, Member] = {}
-    for candidate in [*_trained(workspace), *_declared(scan, add, remove)]:
+    for candidate in [*_trained(workspace), *_declared(scan, add, earlier)]:
         try:
             members[candidate.name], found = identify(scan, candidate)
             problems += found
@@ -60,9 +64,8 @@ def discover(
             problems.append(Problem("checkpoint_refused", "error", candidate.name, str(error), "See the message"))
             if candidate.remembered is not None:  # a declaration outlives its file
                 members[candidate.name] = replace(candidate.remembered, usable=False, oof=None)
-    path = base_back.locate()
-    code = base_back.source_digest(path)
-    inspector = Inspector(config, workspace, scan.classes, scan.splits, digests, code)
+    mounted = catalog.mounted()
+    inspector = Inspector(config, workspace, scan.classes, scan.splits, digests, mounted["digest"])
     if verify:
         threads = streaming.decoding_threads(config.dataset.num_workers)
         inspector = replace(inspector, device=streaming.resolve_device(config.device), threads=threads)
@@ -75,19 +78,37 @@ def discover(
     digests.save()
     if remove and not members:
         workspace.catalog.unlink(missing_ok=True)  # it would go on declaring what was taken back
-    _require_members(workspace, members, problems)
-    measured = {name: inspector.measured(member) or {} for name, member in members.items()}
-    problems = inspection.with_proof(problems, measured)
-    found_all = Catalog(
-        base_back={"path": str(path), "kind": base_back.kind(path), "digest": code},
+    listed = Catalog(
+        base_back=mounted,
         classes=scan.classes,
         splits={name: {"n": len(split.sample_ids), "digest": split.digest} for name, split in scan.splits.items()},
         members=members,
         problems=tuple(problems),
     )
-    catalog.save(workspace, found_all)
-    failures = [f"{p.member or 'split'}: {p.message}" for p in problems if p.severity == "error"]
-    return Result(_table(workspace, found_all, measured, verify=verify), found_all.as_record(), failures)
+    if earlier:
+        listed = with_imported(config, workspace, listed, earlier)
+    _require_members(workspace, listed)
+    measured = {name: inspector.measured(member) or {} for name, member in listed.members.items()}
+    listed = replace(listed, problems=tuple(inspection.with_proof(listed.problems, measured)))
+    return _written(workspace, listed, measured, verify=verify)
+
+
+def _without_images(workspace: Workspace, earlier: Catalog) -> Result:
+    """The catalog of imported members alone, who say themselves which samples there are."""
+    if not earlier.members:
+        workspace.catalog.unlink(missing_ok=True)  # it would go on listing what was taken back
+    _require_members(workspace, earlier)
+    if catalog.checkpoint_files(workspace):
+        logger.warning("%s: checkpoints are left out, since there are no images to run them on", workspace.checkpoints)
+    return _written(workspace, replace(earlier, base_back=catalog.mounted()), {}, verify=False)
+
+
+def _written(
+    workspace: Workspace, found: Catalog, measured: Mapping[str, Mapping[str, Any]], *, verify: bool
+) -> Result:
+    catalog.save(workspace, found)
+    failures = [f"{p.member or 'split'}: {p.message}" for p in found.problems if p.severity == "error"]
+    return Result(_table(workspace, found, measured, verify=verify), found.as_record(), failures)
 
 
 def _is_verified(config: Config, member: Member) -> bool:
@@ -129,17 +150,14 @@ def _trained(workspace: Workspace) -> list[Candidate]:
     return sorted(found, key=lambda candidate: candidate.name)
 
 
-def _declared(scan: Scan, add: Sequence[str], remove: Sequence[str]) -> list[Candidate]:
-    """Networks of timm: what the catalog on disk holds less `remove`, and those declared now, which replace it by name.
+def _declared(scan: Scan, add: Sequence[str], earlier: Catalog | None) -> list[Candidate]:
+    """Networks of timm: those of the earlier catalog and those declared now, which replace them by name.
 
-    Raises UserError for a declaration that cannot be followed, or a name to remove that is not declared.
+    Raises UserError for a declaration that cannot be followed.
     """
-    remembered = _remembered(scan.workspace)
-    _require_declared(scan.workspace, remove, [member.name for member in remembered])
     found: dict[str, Candidate] = {}
-    for member in remembered:
-        if member.name in remove:
-            continue
+    remembered = earlier.members.values() if earlier else ()
+    for member in (member for member in remembered if member.architecture.startswith(TIMM)):
         path = scan.workspace.base / member.checkpoints[0]["path"]
         found[member.name] = Candidate(
             member.name,
@@ -179,25 +197,33 @@ def _folds(scan: Scan, name: str) -> dict[str, Path]:
     return catalog.checkpoint_files(scan.workspace).get(name, {})
 
 
-def _remembered(workspace: Workspace) -> list[Member]:
-    """Members of the catalog on disk that were declared; none, said in words, where it cannot be read."""
+def _earlier(workspace: Workspace) -> Catalog | None:
+    """The catalog on disk; None, said in words, where it cannot be read."""
     if not workspace.catalog.is_file():
-        return []
+        return None
     try:
-        members = catalog.read(workspace).members
+        return catalog.read(workspace)
     except UserError as error:
-        logger.warning("%s; networks declared with --add must be declared again", error)
-        return []
-    return [member for member in members.values() if member.architecture.startswith(TIMM)]
+        logger.warning("%s; what was declared with --add or imported must be given again", error)
+        return None
 
 
-def _require_declared(workspace: Workspace, remove: Sequence[str], declared: Sequence[str]) -> None:
+def _less(workspace: Workspace, earlier: Catalog | None, remove: Sequence[str]) -> Catalog | None:
+    """The earlier catalog without the members to remove. Raises UserError where one was never given by the user."""
+    members = earlier.members if earlier else {}
+    given = [name for name, one in members.items() if one.architecture.startswith(TIMM) or one.source == IMPORTED]
     for name in remove:
-        if name not in declared:
+        if name not in given:
             raise UserError(
-                f"--remove {name}: no network that was declared with --add; declared: {', '.join(declared) or 'none'}"
-                f"{did_you_mean(name, declared)}. What is in {workspace.checkpoints} is left out with backbones.exclude"
+                f"--remove {name}: no network that was declared with --add, nor imported; these were: "
+                f"{', '.join(given) or 'none'}{did_you_mean(name, given)}. What is in {workspace.checkpoints} is left "
+                "out with backbones.exclude"
             )
+    if earlier is None or not remove:
+        return earlier
+    kept = {name: member for name, member in members.items() if name not in remove}
+    problems = tuple(problem for problem in earlier.problems if problem.member not in remove)
+    return replace(earlier, members=kept, problems=problems)
 
 
 def _require_timm_model(declaration: str, model: str) -> None:
@@ -219,7 +245,8 @@ def _judged(inspector: Inspector, member: Member) -> tuple[Member, list[Problem]
     found = inspection.honesty_problems(inspector.workspace, member, honesty) if honesty else []
     is_refused = any(problem.code in inspection.REFUSING for problem in found)
     if measured and member.oof is not None and not is_refused:
-        found += inspection.suspicion(inspector.workspace, member, member.oof["accuracy"], measured)
+        remedy = inspection.fold_again(inspector.workspace, member)
+        found += inspection.suspicion(member, member.oof["accuracy"], measured, remedy=remedy)
     return replace(member, usable=usable, oof=None if is_refused else member.oof), [*problems, *found]
 
 
@@ -247,10 +274,10 @@ def _split_problems(splits: Mapping[str, ImageSplit]) -> list[Problem]:
     return problems
 
 
-def _require_members(workspace: Workspace, members: Mapping[str, Member], problems: Sequence[Problem]) -> None:
-    if members:
+def _require_members(workspace: Workspace, found: Catalog) -> None:
+    if found.members:
         return
-    refused = "".join(f"; {problem.message}" for problem in problems if problem.severity == "error")
+    refused = "".join(f"; {problem.message}" for problem in found.problems if problem.severity == "error")
     raise UserError(
         f"{workspace.checkpoints}: no trained model (expected files such as CustomConvNeXt_final.pth{refused}). "
         f"Train some first: make demo, or python BASE-BACK/src/main.py{_windows_folder(workspace)}"
@@ -263,35 +290,22 @@ def _table(workspace: Workspace, found: Catalog, measured: Mapping[str, Mapping[
     lines = [f"{'member':{width}}  size  px   recorded  measured  out-of-fold rows  checkpoints"]
     for name, member in shown.items():
         oof = "-" if member.oof is None else f"{member.oof['rows']} in {member.oof['folds']} folds"
+        is_imported = member.source == IMPORTED
         lines.append(
-            f"{name:{width}}  {member.size:4}  {member.img_size:<3}  {_figure(member.recorded_accuracy):8}  "
-            f"{_figure(measured[name].get('accuracy')):8}  {oof:16}  {len(member.checkpoints)}"
-            f"{'' if member.usable else '  cannot be used'}"
+            f"{name:{width}}  {'-' if is_imported else member.size:4}  {member.img_size or '-':<3}  "
+            f"{_figure(member.recorded_accuracy):8}  {_figure(measured.get(name, {}).get('accuracy')):8}  {oof:16}  "
+            f"{'imported' if is_imported else len(member.checkpoints)}{'' if member.usable else '  cannot be used'}"
         )
     derived = [name for name, member in sorted(found.members.items()) if member.source == "derived"]
     if derived:
         lines.append(f"derived, used only where backbones.include names them: {', '.join(derived)}")
     sizes = ", ".join(f"{split} {facts['n']}" for split, facts in found.splits.items())
-    lines.append(f"{len(shown)} members, {len(found.classes)} classes, images: {sizes}")
-    lines += _problem_lines(found.problems)
+    what = "images" if found.has_images else "samples"
+    lines.append(f"{len(shown)} members, {len(found.classes)} classes, {what}: {sizes}")
+    lines += catalog.problem_lines(found.problems)
     lines.append(f"{'verified, ' if verify else ''}written: {workspace.catalog}")
     return "\n".join(lines)
 
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def _problem_lines(problems: Sequence[Problem]) -> list[str]:
-    """One line for each problem; the same problem of several members is one line, and so is a command for them all."""
-    members: dict[tuple[str, str, str], list[str]] = {}
-    for problem in problems:
-        remedy = re.sub(rf"(?<=--backbones ){re.escape(problem.member or '')}(?= )", "{names}", problem.remedy)
-        names = members.setdefault((problem.severity, problem.message, remedy), [])
-        names += [problem.member] if problem.member else []
-    return [
-        f"{severity}: {', '.join(names) + ': ' if names else ''}{message}. {remedy[:1].upper()}{remedy[1:]}".replace(
-            "{names}", " ".join(names)
-        )
-        for (severity, message, remedy), names in members.items()
-    ]

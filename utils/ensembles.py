@@ -24,8 +24,9 @@ from utils.catalog import Member
 from utils.combiner import Combiner, fit_crossfitted
 from utils.errors import UserError, did_you_mean
 from utils.metrics import log_loss_per_row, softmax
-from utils.predictions import Rows, Store
+from utils.predictions import Store
 from utils.recommendation import Candidate, recommend
+from utils.rows import Rows
 from utils.workspace import Workspace
 
 SCHEMA = 2
@@ -268,11 +269,14 @@ def _provenance(folder: Path, record: Mapping[str, Any], remedy: str) -> Provena
 
 
 def network_provenance(store: Store) -> Provenance:
-    """What the members' networks have seen: the train rows gave their weights, the val rows chose their epochs."""
-    train, val = store.images("train"), store.images("val")
+    """What the members' networks have seen: the train rows gave their weights, the val rows chose their epochs.
+
+    Of imported members nobody knows, so that the same is taken to be true.
+    """
+    train, val = store.samples("train").sample_ids, store.samples("val").sample_ids
     return Provenance(
-        fitted_on=(RowSet("train", "in_sample", train.sample_ids),),
-        selected_on=(RowSet("val", "held_out", val.sample_ids),),
+        fitted_on=(RowSet("train", "in_sample", train),) if train else (),
+        selected_on=(RowSet("val", "held_out", val),) if val else (),
     )
 
 

@@ -13,13 +13,14 @@ import numpy as np
 
 from utils import catalog, ensembles
 from utils.artifacts import digest_of, read_arrays, read_json, write_arrays, write_json
-from utils.catalog import Catalog, Member
+from utils.catalog import IMPORTED, Catalog, Member
 from utils.config import Config
 from utils.ensembles import Ensemble, Provenance
 from utils.errors import ContaminatedError, UserError, did_you_mean
 from utils.metrics import METRICS, point_metrics, softmax
-from utils.predictions import Rows, Store, align
+from utils.predictions import IMPORT, Store
 from utils.results import Result
+from utils.rows import UNKNOWN, Rows, align
 from utils.workspace import Workspace
 
 logger = logging.getLogger("disease_pipeline")
@@ -128,8 +129,26 @@ def _is_stale(members: Mapping[str, Member], ensemble: Ensemble) -> bool:
 
 
 def _evaluated_rows(store: Store, members: Mapping[str, Member], split: str) -> tuple[Rows, int]:
-    """All members on the split, less the rows whose content is that of a train or val image under another name."""
+    """All members on the split, less rows without a label and rows whose content is that of a train or val image."""
     rows = align({name: [store.rows(member, split)] for name, member in members.items()}, store.catalog.classes)
+    copies = _copies(store, rows, split) if store.catalog.has_images else []
+    for sample_id, twin in copies[:5]:
+        logger.warning("evaluate: %s/%s is the same image as %s and is left out", split, sample_id, twin)
+    if copies:
+        logger.warning("evaluate: %d row(s) left out for every member and ensemble", len(copies))
+    unknown = rows.labels == UNKNOWN
+    if unknown.any():
+        logger.warning("evaluate: %d of %d row(s) of %s are left out: no label", unknown.sum(), len(unknown), split)
+    if unknown.all():
+        raise UserError(f"{split}: no row has a label. Write labels into {split}.npz of any member, then: {IMPORT}")
+    keep = ~np.isin(rows.sample_ids, [sample_id for sample_id, _ in copies]) & ~unknown
+    if not keep.any():
+        raise UserError(f"{split}: every image is also a train or val image. Split the images anew")
+    return rows.take(np.flatnonzero(keep)), len(copies)
+
+
+def _copies(store: Store, rows: Rows, split: str) -> list[tuple[str, str]]:
+    """(sample id, train or val sample of the same content) of the evaluated rows that have one."""
     seen = {
         content: f"{other}/{sample_id}"
         for other in ("train", "val")
@@ -138,17 +157,7 @@ def _evaluated_rows(store: Store, members: Mapping[str, Member], split: str) -> 
     }
     images = store.images(split)
     content_of = dict(zip(images.sample_ids, images.contents, strict=True))
-    copies = [
-        (sample_id, seen[content_of[sample_id]]) for sample_id in rows.sample_ids if content_of[sample_id] in seen
-    ]
-    for sample_id, twin in copies[:5]:
-        logger.warning("evaluate: %s/%s is the same image as %s and is left out", split, sample_id, twin)
-    if copies:
-        logger.warning("evaluate: %d row(s) left out for every member and ensemble", len(copies))
-    keep = ~np.isin(rows.sample_ids, [sample_id for sample_id, _ in copies])
-    if not keep.any():
-        raise UserError(f"{split}: every image is also a train or val image. Split the images anew")
-    return rows.take(np.flatnonzero(keep)), len(copies)
+    return [(sample_id, seen[content_of[sample_id]]) for sample_id in rows.sample_ids if content_of[sample_id] in seen]
 
 
 def _score_all(
@@ -203,7 +212,11 @@ def _write_metrics(
     fitted, selected = _overlap(item.provenance.fitted_on, rows), _overlap(item.provenance.selected_on, rows)
     unmeasured = ("ci95", "vs_best_single", "vs_soft_voting", "latency_ms")
     notes = record.pop("notes") | dict.fromkeys(unmeasured, NOT_MEASURED)
-    checkpoints = [workspace.base / store.catalog.members[name].checkpoints[0]["path"] for name in item.members]
+    imported = [name for name in item.members if store.catalog.members[name].source == IMPORTED]
+    if imported:
+        notes |= dict.fromkeys(("latency_ms", "size_mb"), f"known by predictions alone: {', '.join(imported)}")
+    if not store.catalog.has_images:
+        notes["overlap.dropped"] = "there are no images, so that equal samples under two names cannot be told"
     weights, unseen = {item.name: 1.0}, None
     if item.kind == "ensemble":
         saved = read_json(workspace.ensemble(item.name) / "ensemble.json", remedy="Build the ensemble again")
@@ -219,7 +232,7 @@ def _write_metrics(
         "split": split,
         "members": list(item.members),
         "weights": weights,
-        "size_mb": round(sum(path.stat().st_size for path in checkpoints) / 1e6, 3),
+        "size_mb": None if imported else _size_mb(store, item.members),
         "crossfit": unseen,
         "fitted_on": [part.as_record() for part in item.provenance.fitted_on],
         "selected_on": [part.as_record() for part in item.provenance.selected_on],
@@ -235,6 +248,11 @@ def _write_metrics(
     place = workspace.ensemble_metrics if item.kind == "ensemble" else workspace.member_metrics
     write_json(place(item.name, split), record)
     return record
+
+
+def _size_mb(store: Store, members: Sequence[str]) -> float:
+    files = [store.workspace.base / store.catalog.members[name].checkpoints[0]["path"] for name in members]
+    return round(sum(file.stat().st_size for file in files) / 1e6, 3)
 
 
 def _ranking(ranked: Mapping[str, Any], kinds: Mapping[str, str], split: str, metric: str) -> dict[str, Any]:
@@ -260,7 +278,7 @@ def _present(workspace: Workspace, ranking: Mapping[str, Any], split: str, state
     width = max(len(row["name"]) for row in ranking["rows"])
     chosen = ranking["recommended"]
     lines = [
-        f"{split} split, {ranking['n']} images, ordered by {ranking['order'][0]}",
+        f"{split} split, {ranking['n']} samples, ordered by {ranking['order'][0]}",
         f"rank  {'name':{width}}  kind      accuracy  F1 macro  log-loss  ECE",
     ]
     for row in ranking["rows"]:

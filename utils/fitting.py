@@ -12,14 +12,16 @@ import numpy as np
 
 from utils import catalog, ensembles
 from utils.artifacts import digest_of
-from utils.catalog import Member
+from utils.catalog import IMPORTED, Member
 from utils.combiner import Combiner, MemberFacts
 from utils.config import Config
 from utils.ensembles import Crossfit, Ensemble, Provenance, RowSet
-from utils.errors import HonestyError
+from utils.errors import HonestyError, UserError
+from utils.folds import crossfit_folds
 from utils.guards import Guards, judge
 from utils.metrics import accuracy, log_loss, log_loss_per_row
-from utils.predictions import Rows, Store, align, crossfit_folds
+from utils.predictions import IMPORT, Store
+from utils.rows import Rows, align
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -49,15 +51,19 @@ def honest_rows(store: Store, members: Sequence[Member], *, kind: str = "honest"
     `oof` is asked for and there is none.
     """
     parts = store.honest_parts(members)
-    without = [member.name for member in members if not any(part.split == "train" for part in parts[member.name])]
-    for name in without:
-        logger.warning("No K-fold results for backbone %s", name)
+    without = [member for member in members if not any(part.split == "train" for part in parts[member.name])]
+    for member in without:
+        of_import = member.source == IMPORTED
+        logger.warning("%s %s", "No oof.npz of member" if of_import else "No K-fold results for backbone", member.name)
     if without:
-        logger.warning(
-            "only the val rows are honest for all members; out-of-fold predictions come from: %s",
-            catalog.kfold_command(store.workspace, without),
-        )
+        source = _source_of_oof(store, without)
+        logger.warning("only the val rows are honest for all members; out-of-fold predictions come from: %s", source)
     rows = align(parts, store.catalog.classes)
+    if len(np.unique(rows.labels)) < 2:
+        raise UserError(
+            f"all {len(rows.labels)} honest rows that the members share are of class {rows.classes[rows.labels[0]]}; "
+            "nothing can be learned from one class. Give predictions of the others, on train (out-of-fold) or val"
+        )
     folds = crossfit_folds(store)
     fold = np.array([folds[key] for key in zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True)])
     found = HonestRows(rows, fold)
@@ -66,11 +72,19 @@ def honest_rows(store: Store, members: Sequence[Member], *, kind: str = "honest"
     split = {"val": "val", "oof": "train"}[kind]
     found = found.of_split(split)
     if not len(found.fold):
+        source = _source_of_oof(store, without) if kind == "oof" else f"val.npz and {IMPORT}"
         raise HonestyError(
-            f"fit_rows: {kind} asks for out-of-fold rows, which not all of {', '.join(rows.members)} have. Make them: "
-            f"{catalog.kfold_command(store.workspace, without)}; or set fit_rows to honest"
+            f"fit_rows: {kind} asks for {KINDS_OF_ROWS[split]} rows, which not all of {', '.join(rows.members)} have. "
+            f"Make them: {source}; or set fit_rows to honest"
         )
     return found
+
+
+def _source_of_oof(store: Store, members: Sequence[Member]) -> str:
+    """Where these members' out-of-fold predictions can come from, as it is typed."""
+    trained = [member.name for member in members if member.source != IMPORTED]
+    imported = [f"oof.npz and {IMPORT}"] if len(trained) < len(members) else []
+    return "; ".join([*([catalog.kfold_command(store.workspace, trained)] if trained else []), *imported])
 
 
 def facts(store: Store, members: Sequence[Member], latencies: Mapping[str, float] | None = None) -> MemberFacts:
@@ -164,8 +178,9 @@ def inputs_digest(config: Config, store: Store, members: Sequence[Member], metho
     keys = {member.name: store.key(member, "val") for member in members}
     settings = ensembles.COMBINERS[method].settings
     recorded = [member.recorded_accuracy for member in members] if settings else None
+    splits = [store.catalog.splits[split]["digest"] for split in KINDS_OF_ROWS]  # which decide the folds
     rule = config.digest(*settings, "dataset.group_regex", "seed")
-    return digest_of([VERSION, method, keys, oof, recorded, store.catalog.splits["train"]["digest"], rule, also])
+    return digest_of([VERSION, method, keys, oof, recorded, splits, rule, also])
 
 
 def row_sets(rows: Rows) -> tuple[RowSet, ...]:
@@ -177,5 +192,7 @@ def row_sets(rows: Rows) -> tuple[RowSet, ...]:
 
 
 def _size_mb(store: Store, member: Member) -> float:
+    if member.source == IMPORTED:
+        return float("nan")
     path: Path = store.workspace.base / member.checkpoints[0]["path"]
     return path.stat().st_size / 1e6 if path.is_file() else float("nan")

@@ -149,8 +149,8 @@ def measured_problems(classes: Sequence[str], member: Member, facts: Mapping[str
             f"output {output} is {classes[label]}" for label, output in enumerate(facts["order"]) if output != label
         ]
         message = (
-            f"its classes stand in another order than the sorted class folders: accuracy {accuracy:.4f} on {n} val "
-            f"images as it is, {facts['matched']:.4f} if {', '.join(pairs[:6])}{' ...' if len(pairs) > 6 else ''}"
+            f"its classes stand in another order than the workspace's: accuracy {accuracy:.4f} on {n} val rows "
+            f"as it is, {facts['matched']:.4f} if {', '.join(pairs[:6])}{' ...' if len(pairs) > 6 else ''}"
         )
         remedy = "write the names into the checkpoint, extra.classes in the order of its outputs, or train it again"
         problems.append(Problem("class_order_measured", "error", name, message, remedy))
@@ -186,7 +186,7 @@ def fold_again(workspace: Workspace, member: Member) -> str:
     return f"Run K-fold on this split again: {catalog.kfold_command(workspace, [member.name])}"
 
 
-def suspicion(workspace: Workspace, member: Member, oof_accuracy: float, facts: Mapping[str, Any]) -> list[Problem]:
+def suspicion(member: Member, oof_accuracy: float, facts: Mapping[str, Any], *, remedy: str) -> list[Problem]:
     """Out-of-fold rows that are right more often than val rows beyond chance, one-sided at 0.001."""
     if "error" in facts or member.oof is None:
         return []
@@ -198,7 +198,7 @@ def suspicion(workspace: Workspace, member: Member, oof_accuracy: float, facts: 
         f"out-of-fold accuracy {oof_accuracy:.4f} on {rows['n']} rows beats val accuracy {facts['accuracy']:.4f} on "
         f"{facts['n']} beyond chance (p = {chance:.1g}); its networks may have seen the rows"
     )
-    remedy = f"Unless it is known how they were made, they prove nothing. {fold_again(workspace, member)}"
+    remedy = f"Unless it is known how they were made, they prove nothing. {remedy}"
     return [Problem("oof_suspected", "warning", member.name, message, remedy)]
 
 
@@ -310,7 +310,7 @@ def take_measurements(
         digests.keep(measured_key(member, found.splits["val"]["digest"], found.classes), facts)
         problems += measured_problems(found.classes, member, facts)
         if member.oof is not None and member.oof.get("accuracy") is not None:
-            problems += suspicion(workspace, member, member.oof["accuracy"], facts)
+            problems += suspicion(member, member.oof["accuracy"], facts, remedy=fold_again(workspace, member))
     wrong = {problem.member: problem.message for problem in problems if problem.severity == "error"}
     members = {name: replace(m, usable=m.usable and name not in wrong) for name, m in found.members.items()}
     updated = replace(found, members=members).with_problems(problems, members=set(outputs), codes=MEASURED_CODES)

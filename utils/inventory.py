@@ -8,7 +8,7 @@ from pathlib import Path
 
 from utils import base_back, catalog, ensembles, evaluation, fitting
 from utils.artifacts import FileDigests, read_json
-from utils.catalog import Catalog, Member
+from utils.catalog import IMPORTED, Catalog, Member
 from utils.config import Config
 from utils.ensembles import Ensemble
 from utils.errors import UserError
@@ -101,7 +101,9 @@ def _since_discovery(workspace: Workspace, found: Catalog, digests: FileDigests)
             elif not _is_unchanged(path, digests, written):
                 reasons.append(f"{place} has changed")
     reasons += [f"{path.name} is new" for path in _unlisted(workspace, found, written)]
-    for split in SPLITS:
+    if not found.has_images and workspace.has_images:
+        reasons.append("there are images now")
+    for split in SPLITS if found.has_images else ():
         folder = workspace.split_dir / split
         places = [folder, *(path for path in folder.iterdir() if path.is_dir())] if folder.is_dir() else []
         if not places:
@@ -159,7 +161,10 @@ def _ensemble_state(config: Config, store: Store, ensemble: Ensemble, selected: 
         name for name, digest in ensemble.member_digests.items() if name in members and members[name].digest != digest
     ]
     reasons = [f"{name} is no longer in the catalog" for name in gone]
-    reasons += [f"{name} has another checkpoint now" for name in other]
+    reasons += [
+        f"{name} has {'other predictions' if members[name].source == IMPORTED else 'another checkpoint'} now"
+        for name in other
+    ]
     if not reasons and ensemble.method in ensembles.NAMES:
         wanted = tuple(sorted(member.name for member in selected))
         if wanted != ensemble.candidates:

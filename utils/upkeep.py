@@ -47,7 +47,8 @@ def status(config: Config, workspace: Workspace, *, force: bool = False) -> Resu
     }
     writer, locked = _writer(workspace)
     following = _next_command(config, found)
-    base_command = _base_command(workspace) if following == "discover" else None
+    imported = found.found is not None and bool(found.found.imported())
+    base_command = _base_command(workspace) if following == "discover" and not imported else None
     text = [
         f"workspace    {workspace.base}{f'; ours in {workspace.output}' if workspace.output else ''}",
         *([f"writing      {locked}"] if locked else []),

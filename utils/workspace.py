@@ -59,6 +59,11 @@ class Workspace:
         """The folder that everything of ours lies in."""
         return self.output or self.base
 
+    @property
+    def has_images(self) -> bool:
+        """Whether any split holds a class folder; a base pipeline may make empty splits."""
+        return any(path.is_dir() for split in SPLITS for path in (self.split_dir / split).glob("[!.]*"))
+
     def relative(self, path: Path) -> str:
         """`path` as records name it: below the root with `/`, else absolute."""
         return path.relative_to(self.base).as_posix() if path.is_relative_to(self.base) else path.as_posix()

@@ -85,6 +85,17 @@ def test_ranking_is_in_order_and_recommends_without_the_test_split(built, own_co
     assert other["rows"] != rows
 
 
+def test_a_metric_of_which_less_is_better_orders_upwards(own_copy, orchestrator):
+    before = read(own_copy / "metrics_output" / "ensembles" / "ranking.json")
+    wanted = ("--set", "runs.score_ensemble.optimization_metric=log_loss")
+    assert orchestrator("evaluate", *wanted, *DEMO, workspace=own_copy).returncode == 0
+    ranking = read(own_copy / "metrics_output" / "ensembles" / "ranking.json")
+    losses = [row["log_loss"] for row in ranking["rows"]]
+    assert losses == sorted(losses)
+    assert ranking["order"][0] == "log_loss"
+    assert ranking["recommended"] == before["recommended"]
+
+
 def test_crossfit_rows_are_the_honest_rows_by_the_right_networks(built):
     with np.load(built / "ensembles" / "models" / "soft_voting_ensemble" / "crossfit.npz") as arrays:
         unseen = dict(arrays)

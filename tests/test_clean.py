@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from dataclasses import replace
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from finished_workspace import CONFIG, clean, files, run, status, workspace
 
-from utils import catalog, discovery
+from utils import caches, catalog, discovery
 from utils.config_file import load
 from utils.errors import ConfigError, UserError
 from utils.workspace import Workspace
@@ -73,6 +74,40 @@ def test_clean_temporary_removes_at_once_and_only_that(workspace):
     assert base_own.exists()
     with pytest.raises(ConfigError, match="takes neither"):
         clean(workspace, temporary=True, cache=True)
+
+
+def test_what_cannot_be_removed_is_told_and_the_rest_goes(workspace, monkeypatch):
+    rubbish = leave_rubbish(workspace)
+    original = caches.remove
+
+    def refusing(item):
+        if item.name.endswith(".partial.npz"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        original(item)
+
+    monkeypatch.setattr(caches, "remove", refusing)
+    found = clean(workspace, confirm=True)
+    (failure,) = found.failures
+    assert failure.startswith(f"{rubbish['temporary']}: cannot be written (Permission denied)")
+    assert len(found.document["removed"]) == 3
+    assert not rubbish["predictions"].exists()
+
+
+def test_a_folder_that_the_base_pipeline_writes_as_well_is_cleaned_of_what_is_old(workspace, tmp_path):
+    """Our exports lie beside its own, unless there is an output; the decoded images are everybody's."""
+    cached = workspace.image_cache / ".36_0123.abcd1234.partial.npy"
+    exported = workspace.exports / ".metadata.abcd1234.partial.json"
+    elsewhere = replace(workspace, output=tmp_path / "out")
+    ours = elsewhere.exports / ".metadata.abcd1234.partial.json"
+    ours.parent.mkdir(parents=True)
+    for path in (cached, exported, ours):
+        path.write_bytes(b"1")
+    assert clean(workspace, temporary=True).document["removed"] == []
+    assert clean(elsewhere, temporary=True).document["removed"] == [str(ours)]
+    before = cached.stat().st_mtime - 4000
+    os.utime(cached, (before, before))
+    assert clean(workspace, temporary=True).document["removed"] == [str(cached)]
+    assert exported.exists()
 
 
 def test_clean_cache_and_stale_remove_what_can_be_made_again(workspace):

@@ -77,6 +77,12 @@ def touched(path: Path, seconds: float = 10) -> None:
     os.utime(path, (then, then))
 
 
+def of_other_code(workspace: Workspace) -> None:
+    record = json.loads(workspace.catalog.read_text())
+    record["base_back"]["digest"] = "another"
+    workspace.catalog.write_text(json.dumps(record))
+
+
 def images(workspace: Workspace) -> list[Path]:
     return sorted((workspace.split_dir / "val").glob("*/*.png"))
 
@@ -104,8 +110,9 @@ def edited(paths: list[Path]) -> None:
         (lambda w: edited(images(w)[:1]), "val/0/{first} has changed"),
         (lambda w: edited(images(w)), "28 images of val have changed, first 0/{first}"),
         (lambda w: [path.unlink() or touched(path.parent, -10) for path in images(w)[:7]], "val/0: the class folder"),
+        (lambda w: of_other_code(w), "the code of BASE-BACK is another"),
     ],
-    ids=["changed", "gone", "oof", "new member", "new role", "images", "edited", "all edited", "empty class"],
+    ids=["changed", "gone", "oof", "new member", "new role", "images", "edited", "all edited", "empty class", "code"],
 )
 def test_a_catalog_older_than_its_files_is_stale_with_the_reason(workspace, change, reason):
     discovery.discover(load(CONFIG), workspace)  # the digests of the copy's own files are known from here on
@@ -164,6 +171,23 @@ def test_ensembles_and_predictions_of_an_old_checkpoint_are_named(workspace):
     assert found.evaluation.state == "stale"
     assert status(workspace).next == "build-ensemble"
     assert "CustomConvNeXt on test  stale: of an old checkpoint" in status(workspace).text
+
+
+def test_predictions_of_other_images_and_damaged_ones_are_named(workspace):
+    edited(images(workspace)[:1])
+    (workspace.predictions("CustomConvNeXt", "test") / "record.json").write_text("{")
+    discovery.discover(load(CONFIG), workspace)
+    found = look(workspace).predictions["CustomConvNeXt"]
+    assert str(found["val"]) == "stale: of other images"
+    assert found["test"].state == "damaged"
+
+
+def test_an_ensemble_of_a_member_that_is_gone_is_stale(workspace):
+    for path in workspace.checkpoints.glob("CustomViTHybrid*"):
+        path.unlink()
+    discovery.discover(load(CONFIG), workspace)
+    reasons = look(workspace).ensembles["soft_voting_ensemble"].reasons
+    assert reasons == ("CustomViTHybrid is no longer in the catalog",)
 
 
 def test_other_settings_and_other_members_make_an_ensemble_stale(workspace):

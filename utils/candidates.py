@@ -279,6 +279,7 @@ class Votes:
                 _check(members.one(member)[None], member)
         self.highest, self.lowest = np.ascontiguousarray(highest.T), np.ascontiguousarray(lowest.T)
         self.support = np.bincount(labels, minlength=self.classes)
+        self.kind = np.int16 if self.classes < 2**15 else np.int32  # numbers of classes: the smaller, the faster
         self.begin(None, 0)
 
     def begin(self, total: NDArray[Any] | None, size: float) -> None:
@@ -307,7 +308,7 @@ class Votes:
         total, truth = self.total[:, part], self.labels[part]
         reach = (total + self.lowest[:, part]).max(axis=0) - self.SLACK * (self.size + 1)
         live = total + self.highest[:, part] >= reach
-        counts = live.sum(axis=0, dtype=np.int32)
+        counts = live.sum(axis=0, dtype=self.kind)
         settled = counts == 1
         predicted += np.count_nonzero(live & settled, axis=1)
         hits += np.bincount(truth[settled & live[truth, np.arange(len(truth))]], minlength=self.classes)
@@ -317,21 +318,22 @@ class Votes:
         places = [(part.start + rows[: len(classes)]) * self.classes + classes for classes in slots]
         totals = [total[classes, rows[: len(classes)]] for classes in slots]
         for block, values in self.members.blocks(len(rows)):
-            winners = np.zeros((len(values), len(rows)), dtype=np.int32)
+            winners = np.zeros((len(values), len(rows)), dtype=self.kind)
             best = np.full(winners.shape, -np.inf)
             for classes, place, before in zip(slots, places, totals, strict=True):
                 reached = np.take(values, place, axis=1) + before
                 far, who = best[:, : len(place)], winners[:, : len(place)]
-                who[:] = np.where(reached > far, classes, who)  # classes ascend: the first of equals stays
+                # Classes ascend: the winner has the highest number of those that beat all before them.
+                np.maximum(who, (reached > far) * classes, out=who)
                 np.maximum(far, reached, out=far)
             numbered = winners + np.arange(len(winners))[:, None] * self.classes
             for table, found in ((predicted, numbered.ravel()), (hits, numbered[winners == truth[rows]])):
                 table[block] += np.bincount(found, minlength=len(winners) * self.classes).reshape(-1, self.classes)
 
 
-def _slots(live: NDArray[np.bool_], counts: NDArray[Any]) -> list[NDArray[np.int32]]:
+def _slots(live: NDArray[np.bool_], counts: NDArray[Any]) -> list[NDArray[Any]]:
     """The first, second, ... live class of each row that has so many; rows (n, C) with most live classes first."""
-    classes = np.nonzero(live)[1].astype(np.int32)
+    classes = np.nonzero(live)[1].astype(counts.dtype)
     starts = np.cumsum(counts) - counts
     return [classes[starts[counts > slot] + slot] for slot in range(counts[0] if len(counts) else 0)]
 

@@ -84,7 +84,8 @@ def test_a_mixture_is_judged_at_the_temperature_that_it_will_have():
     np.testing.assert_allclose(np.exp(found.unseen), softmax(plain / choice.of_rows[:, None]), atol=1e-9)
 
 
-def test_a_log_linear_pool_gets_no_second_temperature():
+def test_a_log_linear_pool_gets_no_second_temperature(monkeypatch):
+    monkeypatch.delattr(temperature, "choose")
     scores, labels, folds = members_of(4, 200, 3, calibration=(0.2, 0.3))
     found = pooling.tune(POOLS["log_linear"], scores, labels, folds, "log_loss", calibrate=True)
     assert found.temperature == 1

@@ -57,7 +57,7 @@ class Linear:
 
     def loss(self, parts: Floats, labels: NDArray[Any], metric: str) -> pools.Loss:
         if metric == "brier":
-            return pools.LinearBrier(pools.residual_products(parts, labels))
+            return pools.LinearBrier(parts, labels)
         return pools.LinearLogLoss(parts[:, np.arange(len(labels)), labels])
 
     def votes(self, parts: Floats) -> NDArray[np.float32]:

@@ -73,6 +73,12 @@ COMMANDS: dict[str, Command] = {
                 "default": [],
                 "help": "declare a network of timm and its weights as a member; kept by later discoveries; repeatable",
             },
+            "--remove": {
+                "metavar": "NAME",
+                "action": "append",
+                "default": [],
+                "help": "forget a network that was declared with --add; its file stays; repeatable",
+            },
         },
         writes=True,
     ),
@@ -249,10 +255,10 @@ def _line(command: str, common: dict[str, Any]) -> str:
 
 
 def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -> Result:
-    from utils import base_back
+    from utils import base_back, messages
 
     level = logging.DEBUG if common["--verbose"] else logging.WARNING if common["--quiet"] else logging.INFO
-    base_back.set_up_logging(level=level, log_file=None, stream=sys.stderr)
+    messages.set_up_logging(level=level, log_file=None, stream=sys.stderr)
     from utils.config_file import find, load
     from utils.ensemble_methods import COMBINERS
 
@@ -266,6 +272,8 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
         folder = str(Path(folder).expanduser().absolute())
         if not Path(folder).is_dir():
             raise errors.UserError(f"--workspace {folder}: no such folder; make demo DATA=... prints the one it made")
+    if common["--output"] is not None:  # for BASE-BACK's settings and for processes that are started from here
+        os.environ["DBT_ENSEMBLE_DIR"] = str(Path(common["--output"]).expanduser().absolute())
     base_back.bind(common["--base-back"], folder)
     if config.dataset.group_regex is not None:
         os.environ.setdefault("DBT_GROUP_REGEX", config.dataset.group_regex)
@@ -278,7 +286,7 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
         writes = any(options[option] for option in writes)
     with locks.one_writer(workspace.lock, name) if writes else nullcontext():
         # After the lock, which has its own words for a workspace that cannot be written.
-        base_back.set_up_logging(level=level, log_file=workspace.log_file, stream=sys.stderr)
+        messages.set_up_logging(level=level, log_file=workspace.log_file, stream=sys.stderr)
         try:
             if COMMANDS[name].decodes:
                 caches.enforce_quota(workspace.image_cache, config.cache.quota_gb)

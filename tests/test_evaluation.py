@@ -70,6 +70,9 @@ def test_ranking_is_in_order_and_recommends_without_the_test_split(built, own_co
     evidence = ranking["recommended"]["evidence"]
     assert evidence["rows"] == "oof+val"
     assert evidence["n"] == 224 + 28
+    with np.load(built / "ensembles" / "models" / ranking["recommended"]["name"] / "crossfit.npz") as unseen:
+        hits = unseen["probabilities"].argmax(axis=1) == unseen["labels"]
+    assert evidence["accuracy"] == pytest.approx(hits.mean())
     assert ranking["peers"]["soft_voting"] == "soft_voting_ensemble"
     # Whatever the test labels say, the recommendation stays.
     test = own_copy / "split_dataset" / "test"

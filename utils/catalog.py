@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -112,8 +113,9 @@ def kfold_command(workspace: Workspace, backbones: Sequence[str]) -> str:
     """What to type for out-of-fold predictions of these backbones, the bundled BASE-BACK's or a mounted one's."""
     script, mounted = base_back.BUNDLED / "src" / "main.py", base_back.locate()
     shown = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
-    external = f" --base-back {mounted}" if base_back.kind(mounted) == "external" else ""
-    return f"python {shown} --stages kfold --backbones {' '.join(backbones)}{external} --workspace {workspace.base}"
+    external = ["--base-back", str(mounted)] if base_back.kind(mounted) == "external" else []
+    words = ["python", str(shown), "--stages", "kfold", "--backbones", *backbones, *external]
+    return shlex.join([*words, "--workspace", str(workspace.base)])
 
 
 def save(workspace: Workspace, catalog: Catalog) -> None:

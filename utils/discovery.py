@@ -32,21 +32,27 @@ NAMED_PAIRS = 20  # pairs of equal images that are named one by one
 
 
 def discover(
-    config: Config, workspace: Workspace, *, verify: bool = False, add: Sequence[str] = (), force: bool = False
+    config: Config,
+    workspace: Workspace,
+    *,
+    verify: bool = False,
+    add: Sequence[str] = (),
+    remove: Sequence[str] = (),
+    force: bool = False,
 ) -> Result:
     """Find trained models, check them and write the catalog.
 
     `verify` also runs every trained member, and derived ones that the configuration includes, on all val images, and
     out-of-fold predictions' networks on a sample of train images. `add` declares networks of timm,
-    `NAME=timm:MODEL@FILE`; later discoveries keep them. What was measured once is known by digest and measured again
-    only with `force`; a scan is cheap, so it is always made. Raises UserError when there is no member, or for a
-    declaration that cannot be followed.
+    `NAME=timm:MODEL@FILE`; later discoveries keep them until `remove` names them. What was measured once is known by
+    digest and measured again only with `force`; a scan is cheap, so it is always made. Raises UserError when there is
+    no member, or for a declaration that cannot be followed or taken back.
     """
     digests = FileDigests(workspace.digests)
     scan = Scan(config, workspace, digests, _list_splits(workspace, digests))
     problems = _split_problems(scan.splits)
     members: dict[str, Member] = {}
-    for candidate in [*_trained(workspace), *_declared(scan, add)]:
+    for candidate in [*_trained(workspace), *_declared(scan, add, remove)]:
         try:
             members[candidate.name], found = identify(scan, candidate)
             problems += found
@@ -54,7 +60,9 @@ def discover(
             problems.append(Problem("checkpoint_refused", "error", candidate.name, str(error), "See the message"))
             if candidate.remembered is not None:  # a declaration outlives its file
                 members[candidate.name] = replace(candidate.remembered, usable=False, oof=None)
-    inspector = Inspector(config, workspace, scan.classes, scan.splits, digests)
+    path = base_back.locate()
+    code = base_back.source_digest(path)
+    inspector = Inspector(config, workspace, scan.classes, scan.splits, digests, code)
     if verify:
         threads = streaming.decoding_threads(config.dataset.num_workers)
         inspector = replace(inspector, device=streaming.resolve_device(config.device), threads=threads)
@@ -65,17 +73,19 @@ def discover(
             members[name], found = _judged(inspector, member)
             problems += found
     digests.save()
+    if remove and not members:
+        workspace.catalog.unlink(missing_ok=True)  # it would go on declaring what was taken back
     _require_members(workspace, members, problems)
-    path = base_back.locate()
+    measured = {name: inspector.measured(member) or {} for name, member in members.items()}
+    problems = inspection.with_proof(problems, measured)
     found_all = Catalog(
-        base_back={"path": str(path), "kind": base_back.kind(path), "digest": base_back.source_digest(path)},
+        base_back={"path": str(path), "kind": base_back.kind(path), "digest": code},
         classes=scan.classes,
         splits={name: {"n": len(split.sample_ids), "digest": split.digest} for name, split in scan.splits.items()},
         members=members,
         problems=tuple(problems),
     )
     catalog.save(workspace, found_all)
-    measured = {name: digests.facts(inspector.measured_key(member)) or {} for name, member in members.items()}
     failures = [f"{p.member or 'split'}: {p.message}" for p in problems if p.severity == "error"]
     return Result(_table(workspace, found_all, measured, verify=verify), found_all.as_record(), failures)
 
@@ -119,10 +129,17 @@ def _trained(workspace: Workspace) -> list[Candidate]:
     return sorted(found, key=lambda candidate: candidate.name)
 
 
-def _declared(scan: Scan, add: Sequence[str]) -> list[Candidate]:
-    """Networks of timm: those that the catalog on disk holds and those declared now, which replace them by name."""
+def _declared(scan: Scan, add: Sequence[str], remove: Sequence[str]) -> list[Candidate]:
+    """Networks of timm: what the catalog on disk holds less `remove`, and those declared now, which replace it by name.
+
+    Raises UserError for a declaration that cannot be followed, or a name to remove that is not declared.
+    """
+    remembered = _remembered(scan.workspace)
+    _require_declared(scan.workspace, remove, [member.name for member in remembered])
     found: dict[str, Candidate] = {}
-    for member in _remembered(scan.workspace):
+    for member in remembered:
+        if member.name in remove:
+            continue
         path = scan.workspace.base / member.checkpoints[0]["path"]
         found[member.name] = Candidate(
             member.name,
@@ -174,6 +191,15 @@ def _remembered(workspace: Workspace) -> list[Member]:
     return [member for member in members.values() if member.architecture.startswith(TIMM)]
 
 
+def _require_declared(workspace: Workspace, remove: Sequence[str], declared: Sequence[str]) -> None:
+    for name in remove:
+        if name not in declared:
+            raise UserError(
+                f"--remove {name}: no network that was declared with --add; declared: {', '.join(declared) or 'none'}"
+                f"{did_you_mean(name, declared)}. What is in {workspace.checkpoints} is left out with backbones.exclude"
+            )
+
+
 def _require_timm_model(declaration: str, model: str) -> None:
     import timm
 
@@ -187,14 +213,13 @@ def _require_timm_model(declaration: str, model: str) -> None:
 
 def _judged(inspector: Inspector, member: Member) -> tuple[Member, list[Problem]]:
     """A member after what running it has shown, now or at any time before."""
-    measured = inspector.digests.facts(inspector.measured_key(member))
-    honesty = inspector.digests.facts(inspector.honesty_key(member)) if member.oof is not None else None
+    measured, honesty = inspector.measured(member), inspector.honesty(member)
     problems = inspection.measured_problems(inspector.classes, member, measured) if measured else []
     usable = member.usable and not any(problem.severity == "error" for problem in problems)
-    found = inspection.honesty_problems(member, honesty) if honesty else []
+    found = inspection.honesty_problems(inspector.workspace, member, honesty) if honesty else []
     is_refused = any(problem.code in inspection.REFUSING for problem in found)
     if measured and member.oof is not None and not is_refused:
-        found += inspection.suspicion(member, member.oof["accuracy"], measured)
+        found += inspection.suspicion(inspector.workspace, member, member.oof["accuracy"], measured)
     return replace(member, usable=usable, oof=None if is_refused else member.oof), [*problems, *found]
 
 
@@ -258,12 +283,15 @@ def _figure(value: float | None) -> str:
 
 
 def _problem_lines(problems: Sequence[Problem]) -> list[str]:
-    """One line for each problem; the same problem of several members is one line."""
+    """One line for each problem; the same problem of several members is one line, and so is a command for them all."""
     members: dict[tuple[str, str, str], list[str]] = {}
     for problem in problems:
-        names = members.setdefault((problem.severity, problem.message, problem.remedy), [])
+        remedy = re.sub(rf"(?<=--backbones ){re.escape(problem.member or '')}(?= )", "{names}", problem.remedy)
+        names = members.setdefault((problem.severity, problem.message, remedy), [])
         names += [problem.member] if problem.member else []
     return [
-        f"{severity}: {', '.join(names) + ': ' if names else ''}{message}. {remedy[:1].upper()}{remedy[1:]}"
+        f"{severity}: {', '.join(names) + ': ' if names else ''}{message}. {remedy[:1].upper()}{remedy[1:]}".replace(
+            "{names}", " ".join(names)
+        )
         for (severity, message, remedy), names in members.items()
     ]

@@ -48,13 +48,12 @@ class OutOfFold:
         return float((self.logits.argmax(axis=1) == self.labels).mean())
 
 
-def read(path: Path, name: str, train: ImageSplit, classes: tuple[str, ...]) -> OutOfFold:
+def read(path: Path, name: str, train: ImageSplit, classes: tuple[str, ...], *, remedy: str) -> OutOfFold:
     """The out-of-fold predictions of member `name`, columns brought into the order of `classes`.
 
-    Raises UserError that names what does not fit: arrays, shapes, classes, rows in two folds or outside the train
-    split, labels that are not those of the class folders, values that are not finite.
+    Raises UserError that names what does not fit, and then says `remedy`: arrays, shapes, classes, rows in two folds or
+    outside the train split, labels that are not those of the class folders, values that are not finite.
     """
-    remedy = "Run K-fold again: python BASE-BACK/src/main.py --stages kfold --force"
     arrays = read_arrays(path, remedy=remedy)
 
     def refuse(reason: str) -> UserError:

@@ -83,9 +83,9 @@ def race_rows(folder: Path, members: int, count: int, *, turns: int) -> list[dic
     for turn in range(turns):
         sides = [("selected", ours, sys.executable), ("peer", theirs, str(PEER))]
         for name, found, python in sides if turn % 2 == 0 else sides[::-1]:
-            for metric, entry in (
-                part(name, folder, [str(TRIES[members])], python=python).items() if Path(python).is_file() else ()
-            ):
+            if not Path(python).is_file():
+                continue
+            for metric, entry in part(name, folder, [str(TRIES[members])], python=python).items():
                 found[metric].append(entry)
                 print(f"{members:5} members {metric:9} {name:9} {entry['seconds']:9.4f} s", file=sys.stderr, flush=True)
     peer_losses = part("losses", folder, []) if PEER.is_file() else {}

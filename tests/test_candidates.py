@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -56,6 +58,34 @@ def test_candidates_join_a_mixture_that_is_none_of_theirs(metric, rows):
         found = candidate_losses(current, probabilities, labels, weight=weight, metric=metric)
         total, size = current * ((1 - weight) / weight), (1 - weight) / weight
         np.testing.assert_allclose(found, literal(total, size, probabilities, labels, metric), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("metric", RULES)
+def test_candidates_that_all_agree_need_not_turn_a_mixture_that_is_none_of_theirs(metric):
+    members = np.full((2, 4, 2), (0.9, 0.1), dtype=np.float32)
+    current, labels = np.full((4, 2), (0.2, 0.8)), np.array([1, 1, 1, 0])
+    for weight in (0.1, 0.9):
+        found = candidate_losses(current, members, labels, weight=weight, metric=metric)
+        total, size = current * ((1 - weight) / weight), (1 - weight) / weight
+        np.testing.assert_allclose(found, literal(total, size, members, labels, metric), rtol=0, atol=1e-12)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is told by Linux alone")
+@pytest.mark.parametrize("metric", RULES)
+def test_a_memory_map_does_not_stay_in_memory(metric, tmp_path, monkeypatch):
+    def of_files():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile:")) / 1000
+
+    monkeypatch.setattr("utils.candidates.KEPT_BYTES", 2**20)
+    np.save(tmp_path / "probabilities.npy", np.full((40, 20_000, 10), 0.1, dtype=np.float32))
+    mapped = np.load(tmp_path / "probabilities.npy", mmap_mode="r")
+    before = of_files()
+    growing = scorer(mapped, np.zeros(20_000, dtype=int), metric)
+    growing.losses()
+    growing.add(0)
+    growing.losses()
+    assert of_files() - before < 10  # of 32 MB
 
 
 @pytest.mark.parametrize("metric", RULES)

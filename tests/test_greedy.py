@@ -21,8 +21,12 @@ NAMES = ("ash", "birch", "cedar", "elm", "fir", "oak")
 
 @pytest.fixture
 def rows():
+    return drawn(5)
+
+
+def drawn(seed):
     """Two good members that err differently, two of less use, two that know nothing."""
-    rng = np.random.default_rng(5)
+    rng = np.random.default_rng(seed)
     labels = rng.integers(0, C, N)
     logits = rng.normal(size=(M, N, C)) * 1.5
     for member, skill in enumerate((3, 3, 1.5, 1, 0, 0)):
@@ -61,13 +65,11 @@ def test_the_fewest_within_one_paired_error_are_taken():
     assert fewest_within_one_error(np.zeros((3, 1))) == 1
 
 
-@pytest.mark.parametrize("metric", RULES)
-def test_it_is_what_its_parts_say_step_by_step(metric, rows, monkeypatch):
+def literally(metric, rows, *, seed):
+    """(members taken, bags, size) by the parts alone: every fold, with and without three bags, six steps at most."""
     logits, labels, folds = rows
-    monkeypatch.setattr(greedy, "STEPS", 6)
-    monkeypatch.setattr(greedy, "BAGS", 3)
     probabilities = softmax(logits).astype(np.float32)
-    options = {"metric": metric, "steps": 6, "sorted_start": True, "seed": 9}
+    options = {"metric": metric, "steps": 6, "sorted_start": True, "seed": seed}
     if metric in ("accuracy", "f1_macro"):
         options["tie_breaker"] = "log_loss"
     ways = []
@@ -83,11 +85,25 @@ def test_it_is_what_its_parts_say_step_by_step(metric, rows, monkeypatch):
         ways.append((losses[size - 1].mean(), bags, size))
     _, bags, size = min(ways, key=lambda way: way[0])
     paths = select(probabilities, labels, bags=bags, **options).paths
-    taken = [member for path in paths for member in path.members[:size]]
-    found = GreedySelection(metric=metric, seed=9, calibration="off").fit(*rows)
-    np.testing.assert_allclose(found.shares, np.bincount(taken, minlength=M) / len(taken), atol=1e-12)
-    assert found.report(NAMES)["size"] == size
-    np.testing.assert_allclose(found.predict_proba(logits), probabilities[taken].mean(axis=0, dtype=float), atol=1e-6)
+    return [member for path in paths for member in path.members[:size]], bags, size
+
+
+@pytest.mark.parametrize("metric", RULES)
+def test_it_is_what_its_parts_say_step_by_step(metric, monkeypatch):
+    monkeypatch.setattr(greedy, "STEPS", 6)
+    monkeypatch.setattr(greedy, "BAGS", 3)
+    seen = set()
+    for seed in range(6):
+        rows = drawn(seed)
+        taken, bags, size = literally(metric, rows, seed=seed)
+        found = GreedySelection(metric=metric, seed=seed, calibration="off").fit(*rows)
+        np.testing.assert_allclose(found.shares, np.bincount(taken, minlength=M) / len(taken), atol=1e-12)
+        assert found.report(NAMES)["size"] == size
+        expected = softmax(rows[0])[taken].mean(axis=0)
+        np.testing.assert_allclose(found.predict_proba(rows[0]), expected, atol=1e-6)
+        seen.add(bags)
+    if metric in ("accuracy", "f1_macro"):
+        assert seen == {0, 3}  # both happen, so that the choice was looked at
 
 
 def test_members_that_know_nothing_are_left_out(rows):

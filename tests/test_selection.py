@@ -23,13 +23,13 @@ def loss_of(members, probabilities, labels, metric, start=None):
     return 1 - found if METRICS[metric].higher_is_better else found
 
 
-def first_best(losses, seconds=None):
-    """Place of the least loss; of equals the one of least second loss; of those the first."""
+def first_best(losses, seconds=None, random=None):
+    """Place of the least loss; of equals the one of least second loss; of those the first, or one drawn."""
     best = [place for place, loss in enumerate(losses) if loss <= min(losses) + TIE]
     if seconds is not None:
         least = min(seconds[place] for place in best)
         best = [place for place in best if seconds[place] <= least + TIE]
-    return best[0]
+    return best[0] if random is None else int(random.choice(best))
 
 
 def shortest_best(losses, lowest=np.inf):
@@ -40,7 +40,7 @@ def shortest_best(losses, lowest=np.inf):
     return kept
 
 
-def reference(probabilities, labels, metric, steps, *, sorted_start=False, start=None, tie_breaker=None):
+def reference(probabilities, labels, metric, steps, *, sorted_start=False, start=None, tie_breaker=None, random=None):
     """Members taken, losses and how many are kept: one candidate and one whole mixture at a time."""
     everyone = range(len(probabilities))
     members, losses = [], []
@@ -57,7 +57,7 @@ def reference(probabilities, labels, metric, steps, *, sorted_start=False, start
         second = None
         if tie_breaker:
             second = [loss_of([*members, member], probabilities, labels, tie_breaker, start) for member in everyone]
-        best = first_best(tried, second)
+        best = first_best(tried, second, random)
         members.append(best)
         losses.append(tried[best])
     before = np.inf if start is None else loss_of([], probabilities, labels, metric, start)
@@ -122,6 +122,24 @@ def test_log_loss_decides_between_equals_where_it_is_asked_to(metric):
         assert_equal(found.paths[0], reference(probabilities, labels, metric, 5, tie_breaker="log_loss"))
         differs += found.paths[0].members != select(probabilities, labels, metric=metric, steps=5).paths[0].members
     assert differs > 10
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1_macro"])
+def test_later_tries_draw_among_equals_and_the_best_is_taken(metric):
+    gains = 0
+    for seed in range(40):
+        probabilities, labels = draw(seed)
+        ways = [reference(probabilities, labels, metric, 6)]
+        for number in (1, 2, 3):
+            random = np.random.default_rng([seed, 0, number])
+            ways.append(reference(probabilities, labels, metric, 6, random=random))
+        best = ways[0]
+        for way in ways[1:]:
+            best = way if min(way[1]) < min(best[1]) - TIE else best
+        found = select(probabilities, labels, metric=metric, steps=6, tries=4, seed=seed).paths[0]
+        assert_equal(found, best)
+        gains += best is not ways[0]
+    assert gains
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +261,7 @@ def test_one_member_and_one_class_are_no_special_cases(metric):
         ({"metric": "auc"}, "auc; expected one of log_loss"),
         ({"steps": 0}, "steps 0"),
         ({"bags": -1}, "bags -1"),
+        ({"tries": 0}, "tries 0"),
         ({"bag_share": 0.0}, "bag_share 0.0"),
         ({"start": np.array([1.0])}, "expected 4 finite numbers"),
         ({"start": np.array([1, 0, 0, -1])}, "expected 4 finite numbers"),

@@ -49,7 +49,7 @@ def test_arrays_have_the_size_asked_for_and_keep_what_members_know(benchmark, fo
 
 def test_both_sides_are_scored_by_one_function(benchmark, folder):
     benchmark.resampled(folder, ["5", "600"])
-    found = benchmark.selected(folder, [])
+    found = benchmark.selected(folder, ["2"])
     probabilities, labels = np.load(folder / "probabilities.npy"), np.load(folder / "labels.npy")
     for metric, entry in found.items():
         weights = np.load(folder / f"{metric}.npy")

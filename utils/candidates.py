@@ -257,10 +257,11 @@ class Brier:
 class Votes:
     """Accuracy and macro F1: only rows whose predicted class depends on the candidate are looked at, exactly.
 
-    With `lowest` and `highest` (C, N) over all members, a class of a row can win only if total + highest reaches the
-    largest total + lowest. A row with one such class is settled for all candidates at once; of the others only those
-    classes are read. This leaves out what all members agree on and what is dominated by another class, and more of it
-    with every member that is added, because no single one can overturn a lead above 1.
+    With `lowest` and `highest` over all members, a class of a row can win only if total + highest reaches the largest
+    total + lowest. A row with one such class is settled for all candidates at once; of the others only those classes
+    are read. This leaves out what all members agree on and what is dominated by another class, and more of it with
+    every member that is added, because no single one can overturn a lead above 1. Rows where the lowest of one class is
+    above the highest of all others are not looked at again.
     """
 
     SLACK = 1e-9  # of the pool's size: more than what sums in float64 are rounded by
@@ -277,61 +278,75 @@ class Votes:
         if not _are_proper(lowest.min(), highest.max()):
             for member in range(count):
                 _check(members.one(member)[None], member)
-        self.highest, self.lowest = np.ascontiguousarray(highest.T), np.ascontiguousarray(lowest.T)
+        self.bounds = (lowest.T.copy(order="C"), highest.T.copy(order="C"))
+        everywhere = np.arange(self.rows)
+        self.leaders = lowest.argmax(axis=1)
+        highest[everywhere, self.leaders] = -np.inf
+        self.leads = lowest[everywhere, self.leaders] - highest.max(axis=1)
         self.support = np.bincount(labels, minlength=self.classes)
+        self.kind = np.int16 if self.classes < 2**15 else np.int32  # numbers of classes: the smaller, the faster
         self.begin(None, 0)
 
     def begin(self, total: NDArray[Any] | None, size: float) -> None:
         self.size = float(size)
-        begun = np.zeros((self.rows, self.classes)) if total is None else total
-        self.total = np.array(begun.T, dtype=np.float64, order="C")
+        sure = self.leads > 1e-6 + self.SLACK * self.size
+        if total is not None:  # it may be no sum of these members
+            sure &= total[np.arange(self.rows), self.leaders] >= total.max(axis=1)
+        self.play = np.flatnonzero(~sure)
+        self.lowest, self.highest = (np.take(bound, self.play, axis=1) for bound in self.bounds)
+        self.total = np.zeros((self.classes, len(self.play)))
+        if total is not None:
+            self.total += total[self.play].T
+        self.predicted = np.bincount(self.leaders[sure], minlength=self.classes)
+        self.hits = np.bincount(self.labels[sure & (self.leaders == self.labels)], minlength=self.classes)
 
     def add(self, member: int) -> None:
-        self.total += self.members.one(member).T
+        self.total += self.members.one(member)[self.play].T
         self.size += 1
 
     def loss(self) -> float:
         winners = self.total.argmax(axis=0)
-        hits = np.bincount(winners[winners == self.labels], minlength=self.classes)
-        return float(self.of_counts(hits, np.bincount(winners, minlength=self.classes), self.support))
+        right = winners[winners == self.labels[self.play]]
+        hits, predicted = (np.bincount(found, minlength=self.classes) for found in (right, winners))
+        return float(self.of_counts(self.hits + hits, self.predicted + predicted, self.support))
 
     def losses(self, *, all_exact: bool = False) -> Floats:
-        count = self.members.shape[0]
-        hits, predicted = (np.zeros((count, self.classes), dtype=np.intp) for _ in range(2))
-        for first in range(0, self.rows, ROWS):
-            self._count(slice(first, min(first + ROWS, self.rows)), hits, predicted)
+        hits, predicted = (np.tile(table, (self.members.shape[0], 1)) for table in (self.hits, self.predicted))
+        for first in range(0, len(self.play), ROWS):
+            self._count(slice(first, first + ROWS), hits, predicted)
         return self.of_counts(hits, predicted, self.support)
 
     def _count(self, part: slice, hits: NDArray[np.intp], predicted: NDArray[np.intp]) -> None:
-        """Add the hits and predictions (M, C) on some of the rows, with each member added."""
-        total, truth = self.total[:, part], self.labels[part]
+        """Add the hits and predictions (M, C) on some of the rows in play, with each member added."""
+        total, truth = self.total[:, part], self.labels[self.play[part]]
         reach = (total + self.lowest[:, part]).max(axis=0) - self.SLACK * (self.size + 1)
         live = total + self.highest[:, part] >= reach
-        counts = live.sum(axis=0, dtype=np.int32)
+        counts = live.sum(axis=0, dtype=self.kind)
         settled = counts == 1
         predicted += np.count_nonzero(live & settled, axis=1)
         hits += np.bincount(truth[settled & live[truth, np.arange(len(truth))]], minlength=self.classes)
         rows = np.flatnonzero(~settled)
         rows = rows[np.argsort(-counts[rows], kind="stable")]
         slots = _slots(live[:, rows].T, counts[rows])
-        places = [(part.start + rows[: len(classes)]) * self.classes + classes for classes in slots]
+        places = [self.play[part][rows[: len(classes)]] * self.classes + classes for classes in slots]
         totals = [total[classes, rows[: len(classes)]] for classes in slots]
         for block, values in self.members.blocks(len(rows)):
-            winners = np.zeros((len(values), len(rows)), dtype=np.int32)
+            winners = np.zeros((len(values), len(rows)), dtype=self.kind)
             best = np.full(winners.shape, -np.inf)
             for classes, place, before in zip(slots, places, totals, strict=True):
                 reached = np.take(values, place, axis=1) + before
                 far, who = best[:, : len(place)], winners[:, : len(place)]
-                who[:] = np.where(reached > far, classes, who)  # classes ascend: the first of equals stays
+                # Classes ascend: the winner has the highest number of those that beat all before them.
+                np.maximum(who, (reached > far) * classes, out=who)
                 np.maximum(far, reached, out=far)
             numbered = winners + np.arange(len(winners))[:, None] * self.classes
             for table, found in ((predicted, numbered.ravel()), (hits, numbered[winners == truth[rows]])):
                 table[block] += np.bincount(found, minlength=len(winners) * self.classes).reshape(-1, self.classes)
 
 
-def _slots(live: NDArray[np.bool_], counts: NDArray[Any]) -> list[NDArray[np.int32]]:
+def _slots(live: NDArray[np.bool_], counts: NDArray[Any]) -> list[NDArray[Any]]:
     """The first, second, ... live class of each row that has so many; rows (n, C) with most live classes first."""
-    classes = np.nonzero(live)[1].astype(np.int32)
+    classes = np.nonzero(live)[1].astype(counts.dtype)
     starts = np.cumsum(counts) - counts
     return [classes[starts[counts > slot] + slot] for slot in range(counts[0] if len(counts) else 0)]
 

@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 from utils.candidates import TIE, Floats, Scorer, scorer, weighted_sum
 from utils.errors import UserError
 
+Members = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Path:
     """How one bag was chosen."""
 
-    members: tuple[int, ...]
+    members: Members
     """Members in the order in which they were taken."""
     losses: tuple[float, ...]
     """Loss of the pool after each, the lower the better: log-loss, Brier score, 1 - accuracy or 1 - macro F1."""
@@ -61,8 +63,9 @@ def select(
     start: NDArray[Any] | None = None,
     bags: int = 0,
     bag_share: float = 0.5,
-    seed: int = 0,
     tie_breaker: str | None = None,
+    tries: int = 1,
+    seed: int = 0,
 ) -> Selection:
     """Choose members for the least loss of their mean on probabilities (M, N, C) and labels (N,).
 
@@ -70,14 +73,16 @@ def select(
     `sorted_start` it is the best members, as many as have the least loss together; with `start` it is that sum of
     members, counts or weights (M,), which the path does not list and which may stay as it is. `bags` pools are chosen
     from a share of the members each, drawn by the seed, and put together. `tie_breaker` is a second metric for
-    candidates that the first finds equal. Metrics are log_loss, brier, accuracy and f1_macro. Probabilities may be
+    candidates that the first finds equal; with more `tries`, the later ones draw among equals by the seed, and the
+    first path of least loss is taken. Metrics are log_loss, brier, accuracy and f1_macro. Probabilities may be
     memory-mapped: beside (M, N) numbers for log-loss, memory does not grow with M. UserError for what cannot be scored.
     """
     scorers = [scorer(probabilities, labels, name) for name in (metric, tie_breaker) if name]
     count = len(probabilities)
-    _check(steps=steps, count=count, start=start, bags=bags, bag_share=bag_share)
+    _check(steps=steps, count=count, start=start, bags=bags, bag_share=bag_share, tries=tries)
     begun = np.zeros(count) if start is None else np.asarray(start, dtype=np.float64)
     total = weighted_sum(probabilities, begun) if begun.any() else None
+    pools = _Pools(scorers, total, float(begun.sum()))
     alone = scorers[0].losses(all_exact=True) if sorted_start and total is None else None
     counts, paths = np.zeros(count), []
     for bag in range(max(1, bags)):
@@ -85,60 +90,91 @@ def select(
         if bags:
             drawn = np.random.default_rng([seed, bag]).permutation(count)[max(1, round(bag_share * count)) :]
             allowed[drawn] = False
-        first = [] if alone is None else _best_together(scorers[0], np.where(allowed, alone, np.inf), steps)
-        for each in scorers:
-            each.begin(total, begun.sum())
-        path = _walk(scorers, allowed, steps, first)
+        first = () if alone is None else _best_together(pools, np.where(allowed, alone, np.inf), steps)
+        path = _walk(pools, allowed, steps, first, None)
+        for number in range(1, tries):
+            other = _walk(pools, allowed, steps, first, np.random.default_rng([seed, bag, number]))
+            if min(other.losses) < min(path.losses) - TIE:
+                path = other
         paths.append(path)
         counts += begun + np.bincount(path.members[: path.kept], minlength=count)
     return Selection(counts, tuple(paths))
 
 
-def _check(*, steps: int, count: int, start: NDArray[Any] | None, bags: int, bag_share: float) -> None:
-    if steps < 1 or bags < 0 or not 0 < bag_share <= 1:
+def _check(*, steps: int, count: int, start: NDArray[Any] | None, bags: int, bag_share: float, tries: int) -> None:
+    if steps < 1 or bags < 0 or not 0 < bag_share <= 1 or tries < 1:
         raise UserError(
-            f"selection: found steps {steps}, bags {bags}, bag_share {bag_share}; expected at least 1 step, "
-            "at least 0 bags and a share above 0, at most 1"
+            f"selection: found steps {steps}, bags {bags}, bag_share {bag_share}, tries {tries}; expected at least 1 "
+            "step, at least 0 bags, a share above 0, at most 1, and at least 1 try"
         )
     if start is not None and (np.shape(start) != (count,) or not np.all(np.isfinite(start)) or np.min(start) < 0):
         raise UserError(f"start of the selection: expected {count} finite numbers, none below 0; found {start}")
 
 
-def _walk(scorers: list[Scorer], allowed: NDArray[np.bool_], steps: int, first: list[int]) -> Path:
-    """One bag: what is taken of the allowed members (M,) from where the scorers stand, some of it known."""
-    members: list[int] = []
+class _Pools:
+    """Losses of the pools that a start and the members taken since make; each pool is scored once."""
+
+    def __init__(self, scorers: list[Scorer], total: Floats | None, size: float) -> None:
+        self.scorers, self.total, self.size = scorers, total, size
+        self._stand: list[Members | None] = [None] * len(scorers)
+        self._known: dict[Members, Floats] = {}
+
+    def at(self, members: Members, which: int = 0) -> Scorer:
+        """A scorer, standing at the pool."""
+        found, stands = self.scorers[which], self._stand[which]
+        if stands is None or members[: len(stands)] != stands:
+            found.begin(self.total, self.size)
+            stands = ()
+        for member in members[len(stands) :]:
+            found.add(member)
+        self._stand[which] = members
+        return found
+
+    def losses(self, members: Members) -> Floats:
+        """Losses (M,) with each member added."""
+        if members not in self._known:
+            self._known[members] = self.at(members).losses()
+        return self._known[members]
+
+    def best(self, members: Members, losses: Floats, random: np.random.Generator | None) -> int:
+        """The candidate of least loss; of equals that of the tie-breaker, and of those the first, or one drawn."""
+        equal = np.flatnonzero(losses <= losses.min() + TIE)
+        if len(equal) > 1 and len(self.scorers) > 1:
+            second = self.at(members, 1).losses(all_exact=True)[equal]
+            equal = equal[second <= second.min() + TIE]
+        return int(equal[0] if random is None else random.choice(equal))
+
+
+def _walk(
+    pools: _Pools, allowed: NDArray[np.bool_], steps: int, first: Members, random: np.random.Generator | None
+) -> Path:
+    """What is taken of the allowed members (M,) from the start; the first of them are known."""
+    members: Members = ()
     losses: list[float] = []
-    lowest, kept = scorers[0].loss() if scorers[0].size else np.inf, 0
+    lowest, kept = pools.at(()).loss() if pools.size else np.inf, 0
     while len(members) < steps:
-        found = None if len(members) < len(first) else np.where(allowed, scorers[0].losses(), np.inf)
-        members.append(first[len(members)] if found is None else _first_best(scorers, found))
-        for each in scorers:
-            each.add(members[-1])
-        losses.append(scorers[0].loss() if found is None else float(found[members[-1]]))
+        if len(members) < len(first):
+            members = first[: len(members) + 1]
+            losses.append(pools.at(members).loss())
+        else:
+            found = np.where(allowed, pools.losses(members), np.inf)
+            best = pools.best(members, found, random)
+            members = (*members, best)
+            losses.append(float(found[best]))
         if losses[-1] < lowest - TIE:
             lowest, kept = losses[-1], len(losses)
-    return Path(tuple(members), tuple(losses), kept)
+    return Path(members, tuple(losses), kept)
 
 
-def _best_together(one: Scorer, alone: Floats, most: int) -> list[int]:
+def _best_together(pools: _Pools, alone: Floats, most: int) -> Members:
     """The members of least loss alone (M,), as many as have the least loss together; those of infinite loss are out."""
-    one.begin(None, 0)
     left = alone.copy()
-    members: list[int] = []
+    members: Members = ()
     kept, lowest = 0, np.inf
     for _ in range(min(most, np.isfinite(alone).sum())):
-        members.append(int(np.flatnonzero(left <= left.min() + TIE)[0]))
+        members = (*members, int(np.flatnonzero(left <= left.min() + TIE)[0]))
         left[members[-1]] = np.inf
-        one.add(members[-1])
-        if one.loss() < lowest - TIE:
-            lowest, kept = one.loss(), len(members)
+        loss = pools.at(members).loss()
+        if loss < lowest - TIE:
+            lowest, kept = loss, len(members)
     return members[:kept]
-
-
-def _first_best(scorers: list[Scorer], losses: Floats) -> int:
-    """The candidate of least loss; of equals that of the tie-breaker, and of those the first."""
-    best = np.flatnonzero(losses <= losses.min() + TIE)
-    for each in scorers[1:] if len(best) > 1 else ():
-        second = each.losses(all_exact=True)[best]
-        best = best[second <= second.min() + TIE]
-    return int(best[0])

@@ -1,9 +1,8 @@
 """How good would the pool be with this member added? Losses of all candidates at once; numpy alone.
 
-A pool is a sum of members' probabilities `total` (N, C) and the weight `size` of what was summed. Adding member m gives
-the mixture (total + p_m) / (size + 1). Losses are the lower the better: log-loss in nats, Brier's 0 to 2, 1 - accuracy
-and 1 - macro F1 as `utils.metrics` defines them, the predicted class being the first of the highest. Probabilities are
-read as float32. Losses are sums in float64 whose last digits depend on the order of summation, so that two of them
+Member m added to a pool makes the mixture (total + p_m) / (size + 1). Losses are the lower the better: log-loss, Brier
+score, 1 - accuracy and 1 - macro F1 as `utils.metrics` defines them; the predicted class is the first of the highest.
+Probabilities are read as float32, sums are float64. The last digits of a sum depend on its order, so that two losses
 count as equal when they differ by no more than `TIE`.
 """
 
@@ -11,36 +10,55 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from utils.errors import UserError
+from utils.metrics import SIGN_TOLERANCE, SMALLEST_PROBABILITY, SUM_TOLERANCE
 
 TIE = 1e-12
 BLOCK = 2**15  # numbers handled at a time, so that they stay in a core's cache
 Floats = NDArray[np.float64]
 
 
+@dataclass(frozen=True)
+class Pool:
+    """A sum of members' probabilities."""
+
+    total: Floats | None
+    """(N, C); None where nothing was summed."""
+    size: float
+    """The weight of what was summed: how many members, each counted as often as it was taken."""
+
+
+EMPTY = Pool(None, 0.0)
+
+
 class Scorer(Protocol):
     """One metric on M members' probabilities (M, N, C), which it never writes, and labels (N,)."""
 
-    def begin(self, total: NDArray[Any] | None, size: float) -> None:
-        """Start at the pool `total` (N, C) of weight `size`; None and 0 is the empty pool."""
+    def begin(self, pool: Pool) -> None:
+        """Start anew at this pool; the empty one is where a new scorer stands."""
 
     def add(self, member: int) -> None:
         """Take one more of this member into the pool."""
+
+    def loss(self) -> float:
+        """Loss of the pool as it is, which is not empty."""
 
     def losses(self, *, all_exact: bool = False) -> Floats:
         """Losses (M,) with each member added; exact to rounding within 1e-6 of the lowest, elsewhere to 1e-6."""
 
 
-def scorer(probabilities: NDArray[Any], labels: NDArray[Any], metric: str, *, smallest: float = 1e-12) -> Scorer:
+def scorer(probabilities: NDArray[Any], labels: NDArray[Any], metric: str) -> Scorer:
     """What scores candidates by `metric`: log_loss, brier, accuracy or f1_macro.
 
     Probabilities (M, N, C), also memory-mapped: blocks of members are read one after the other and let go. Labels (N,)
-    in 0..C-1. `smallest` is where log-loss clips. UserError for shapes that do not fit and numbers that are not finite.
+    in 0..C-1. UserError for shapes that do not fit and numbers that are not finite.
     """
     if probabilities.ndim != 3 or 0 in probabilities.shape:
         raise UserError(f"probabilities: found shape {probabilities.shape}; expected (members, rows, classes)")
@@ -51,7 +69,7 @@ def scorer(probabilities: NDArray[Any], labels: NDArray[Any], metric: str, *, sm
         raise UserError(f"labels: found {labels.min()}..{labels.max()}; expected 0..{classes - 1}")
     if metric not in SCORERS:
         raise UserError(f"metric: found {metric}; expected one of {', '.join(SCORERS)}")
-    return SCORERS[metric](Members(probabilities), labels.astype(np.intp), smallest)
+    return SCORERS[metric](Members(probabilities), labels.astype(np.intp))
 
 
 def candidate_losses(
@@ -61,12 +79,21 @@ def candidate_losses(
 
     With weight 1 the candidates alone. Where one candidate after the other is added, `scorer` keeps what they share.
     """
-    if not 0 < weight <= 1:
-        raise UserError(f"weight of a candidate: found {weight}; expected a number above 0, at most 1")
+    if not 1e-9 <= weight <= 1:
+        raise UserError(f"weight of a candidate: found {weight}; expected a number from 1e-9 to 1")
     found = scorer(candidates, labels, metric)
     size = (1 - weight) / weight
-    found.begin(np.asarray(current, dtype=np.float64) * size, size)
+    found.begin(Pool(np.asarray(current, dtype=np.float64) * size, size) if size else EMPTY)
     return found.losses(all_exact=True)
+
+
+def weighted_sum(probabilities: NDArray[Any], weights: NDArray[Any]) -> Floats:
+    """Sum (N, C) of members' probabilities (M, N, C), each times its weight (M,), as the scorers read them."""
+    members = Members(probabilities)
+    total = np.zeros(probabilities.shape[1:])
+    for member in np.flatnonzero(weights):
+        total += weights[member] * members.one(member).astype(np.float64)
+    return total
 
 
 class Members:
@@ -104,13 +131,20 @@ def _map_of(array: NDArray[Any]) -> mmap.mmap | None:
     return found if readable and isinstance(found, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") else None
 
 
-def _refuse_wrong(member: int, values: NDArray[Any]) -> None:
-    wrong = ~(np.isfinite(values) & (values >= -1e-6) & (values <= 1 + 1e-3))
-    if wrong.any():
-        raise UserError(
-            f"probabilities: member {member} has {int(wrong.sum())} values outside 0..1, the first is "
-            f"{values[wrong][0]}; expected a soft-max of its logits"
-        )
+def _check(values: NDArray[Any], first: int = 0) -> None:
+    """UserError where the probabilities (b, ...) of members `first`, `first + 1`, ... are none."""
+    if _are_proper(values.min(), values.max()):
+        return
+    for member, own in enumerate(values, start=first):
+        if not _are_proper(own.min(), own.max()):
+            raise UserError(
+                f"probabilities: those of member {member} reach from {own.min()} to {own.max()}; expected numbers from "
+                "0 to 1, such as the soft-max of logits"
+            )
+
+
+def _are_proper(lowest: Any, highest: Any) -> bool:
+    return bool(lowest >= -SIGN_TOLERANCE and highest <= 1 + SUM_TOLERANCE)  # NaN is neither
 
 
 class LogLoss:
@@ -122,11 +156,10 @@ class LogLoss:
 
     FACTORS = 24
 
-    def __init__(self, members: Members, labels: NDArray[np.intp], smallest: float) -> None:
+    def __init__(self, members: Members, labels: NDArray[np.intp]) -> None:
         count, self.rows, classes = members.shape
         self.columns = -(-self.rows // self.FACTORS) * self.FACTORS
         place = np.arange(self.rows) * classes + labels
-        self.smallest = smallest
         self.place = place
         # Columns beyond the rows hold probability 1, whose logarithm adds nothing.
         self.of_truth = np.ones((count, self.columns), dtype=np.float32)
@@ -134,26 +167,29 @@ class LogLoss:
         for block, values in members.blocks(self.rows):
             found = np.take(values, place, axis=1)
             lowest = min(lowest, float(found.min()))
-            if not (found.min() >= -1e-6 and found.max() <= 1 + 1e-3):  # NaN is caught, too
-                for member, row in enumerate(found, start=block.start):
-                    _refuse_wrong(member, row)
+            _check(found, block.start)
             self.of_truth[block, : self.rows] = found
-        self.clips = lowest < smallest
-        self.begin(None, 0)
+        self.clips = lowest < SMALLEST_PROBABILITY
+        self.begin(EMPTY)
 
-    def begin(self, total: NDArray[Any] | None, size: float) -> None:
-        self.size = float(size)
+    def begin(self, pool: Pool) -> None:
+        self.size = pool.size
         self.total = np.full(self.columns, self.size)
-        self.total[: self.rows] = 0 if total is None else np.asarray(total, dtype=np.float64).ravel()[self.place]
+        self.total[: self.rows] = 0 if pool.total is None else pool.total.ravel()[self.place]
 
     def add(self, member: int) -> None:
         self.total += self.of_truth[member]
         self.size += 1
 
+    def loss(self) -> float:
+        mixture = np.maximum(self.total[: self.rows] / self.size, SMALLEST_PROBABILITY)
+        return float(-np.log(mixture).mean())
+
     def losses(self, *, all_exact: bool = False) -> Floats:
+        everyone = slice(0, len(self.of_truth))
         if all_exact:
-            return self._losses(np.arange(len(self.of_truth)), np.float64)
-        found = self._losses(slice(0, len(self.of_truth)), np.float32)
+            return self._losses(everyone, np.float64)
+        found = self._losses(everyone, np.float32)
         near = np.flatnonzero(found <= found.min() + 1e-6)
         found[near] = self._losses(near, np.float64)
         return found
@@ -166,7 +202,7 @@ class LogLoss:
         for first in range(0, len(of_truth), step):
             values = np.add(of_truth[first : first + step], total, dtype=kind)
             if self.clips:
-                np.maximum(values, (self.size + 1) * self.smallest, out=values)
+                np.maximum(values, (self.size + 1) * SMALLEST_PROBABILITY, out=values)
             parts = values.reshape(len(values), self.FACTORS, -1)
             threes = parts[:, :8] * parts[:, 8:16]
             threes *= parts[:, 16:]
@@ -187,18 +223,20 @@ class Brier:
         self.squares, self.truths = np.empty(count), np.empty(count)
         for member in range(count):
             values = members.one(member)
-            _refuse_wrong(member, values)
+            _check(values[None], member)
             wide = values.ravel().astype(np.float64)
             self.squares[member] = wide @ wide
             self.truths[member] = wide[self.place].sum()
         self.products: dict[int, Floats] = {}
-        self.begin(None, 0)
+        self.begin(EMPTY)
 
-    def begin(self, total: NDArray[Any] | None, size: float) -> None:
-        self.size = float(size)
-        wide = np.zeros(0) if total is None else np.asarray(total, dtype=np.float64).ravel()
-        self.square, self.truth = float(wide @ wide), float(wide[self.place].sum()) if len(wide) else 0.0
-        self.with_total = self._products(wide) if len(wide) else np.zeros(len(self.squares))
+    def begin(self, pool: Pool) -> None:
+        self.size = pool.size
+        self.square, self.truth, self.with_total = 0.0, 0.0, np.zeros(len(self.squares))
+        if pool.total is not None:
+            wide = pool.total.ravel()
+            self.square, self.truth = float(wide @ wide), float(wide[self.place].sum())
+            self.with_total = self._products(wide)
 
     def _products(self, wide: Floats) -> Floats:
         return np.array(
@@ -213,10 +251,15 @@ class Brier:
         self.with_total = self.with_total + self.products[member]
         self.size += 1
 
+    def loss(self) -> float:
+        return float(self._loss(self.square, self.truth, self.size))
+
+    def _loss(self, squares: Any, truths: Any, size: float) -> Any:
+        return (squares / size**2 - 2 * truths / size) / self.rows + 1
+
     def losses(self, *, all_exact: bool = False) -> Floats:
-        size = self.size + 1
-        squares = (self.square + 2 * self.with_total + self.squares) / size**2
-        return (squares - 2 * (self.truth + self.truths) / size) / self.rows + 1
+        squares = self.square + 2 * self.with_total + self.squares
+        return self._loss(squares, self.truth + self.truths, self.size + 1)
 
 
 class Votes:
@@ -228,7 +271,7 @@ class Votes:
     with every member that is added, because no single one can overturn a lead above 1.
     """
 
-    SLACK = 1e-9  # beyond the rounding of sums in float64
+    SLACK = 1e-9  # of the pool's size: more than what sums in float64 are rounded by
 
     def __init__(self, members: Members, labels: NDArray[np.intp], *, of_counts: Callable[..., Floats]) -> None:
         self.members, self.labels, self.of_counts = members, labels, of_counts
@@ -239,26 +282,33 @@ class Votes:
             values = members.one(member)
             np.maximum(highest, values, out=highest)
             np.minimum(lowest, values, out=lowest)
-        if not (lowest.min() >= -1e-6 and highest.max() <= 1 + 1e-3):
+        if not _are_proper(lowest.min(), highest.max()):
             for member in range(count):
-                _refuse_wrong(member, members.one(member))
+                _check(members.one(member)[None], member)
         self.highest, self.lowest = np.ascontiguousarray(highest.T), np.ascontiguousarray(lowest.T)
         self.support = np.bincount(labels, minlength=self.classes)
-        self.begin(None, 0)
+        self.begin(EMPTY)
 
-    def begin(self, total: NDArray[Any] | None, size: float) -> None:
-        shape = (self.classes, self.rows)
-        self.total = np.zeros(shape) if total is None else np.array(np.asarray(total).T, dtype=np.float64, order="C")
+    def begin(self, pool: Pool) -> None:
+        self.size = pool.size
+        total = np.zeros((self.rows, self.classes)) if pool.total is None else pool.total
+        self.total = np.array(total.T, dtype=np.float64, order="C")
 
     def add(self, member: int) -> None:
         self.total += self.members.one(member).T
+        self.size += 1
+
+    def loss(self) -> float:
+        winners = self.total.argmax(axis=0)
+        hits = np.bincount(winners[winners == self.labels], minlength=self.classes)
+        return float(self.of_counts(hits, np.bincount(winners, minlength=self.classes), self.support))
 
     def losses(self, *, all_exact: bool = False) -> Floats:
         reach = (self.total + self.lowest).max(axis=0)
-        live = self.total + self.highest >= reach - self.SLACK
+        live = self.total + self.highest >= reach - self.SLACK * (self.size + 1)
         counts = live.sum(axis=0, dtype=np.int32)
         settled = counts == 1
-        predicted = (live & settled).sum(axis=1)
+        predicted = np.count_nonzero(live & settled, axis=1)
         hits = np.bincount(self.labels[settled & live[self.labels, np.arange(self.rows)]], minlength=self.classes)
         found = np.empty(self.members.shape[0])
         rows = np.flatnonzero(~settled)
@@ -310,9 +360,9 @@ def _f1_loss(hits: NDArray[np.intp], predicted: NDArray[np.intp], support: NDArr
     return found
 
 
-SCORERS: dict[str, Callable[[Members, NDArray[np.intp], float], Scorer]] = {
+SCORERS: dict[str, Callable[[Members, NDArray[np.intp]], Scorer]] = {
     "log_loss": LogLoss,
-    "brier": lambda members, labels, smallest: Brier(members, labels),
-    "accuracy": lambda members, labels, smallest: Votes(members, labels, of_counts=_accuracy_loss),
-    "f1_macro": lambda members, labels, smallest: Votes(members, labels, of_counts=_f1_loss),
+    "brier": Brier,
+    "accuracy": partial(Votes, of_counts=_accuracy_loss),
+    "f1_macro": partial(Votes, of_counts=_f1_loss),
 }

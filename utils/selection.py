@@ -1,0 +1,141 @@
+"""Greedy selection with replacement: again and again the member whose addition helps the pool most; numpy alone.
+
+Caruana et al. 2004, "Ensemble selection from libraries of models" (ICML), and Caruana, Munson and Niculescu-Mizil 2006,
+"Getting the most out of ensemble selection" (ICDM) for bags. A pool is the mean of its members' probabilities, each
+counted as often as it was taken. Of candidates whose losses are equal (`candidates.TIE`) the first wins, so members
+come sorted by name. What the metrics are and why scoring is fast stands in `utils.candidates`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from utils.candidates import EMPTY, TIE, Floats, Pool, Scorer, scorer, weighted_sum
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Path:
+    """How one bag was chosen."""
+
+    members: tuple[int, ...]
+    """Members in the order in which they were taken."""
+    losses: tuple[float, ...]
+    """Loss of the pool after each, the lower the better: log-loss, Brier score, 1 - accuracy or 1 - macro F1."""
+    kept: int
+    """How many of them from the front make the pool: as few as have the lowest loss."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The members chosen and how."""
+
+    counts: Floats
+    """(M,): how often each member is in the pool, all bags together; whole numbers unless the start was not."""
+    paths: tuple[Path, ...]
+    """One per bag; one in all without bags."""
+
+    @property
+    def weights(self) -> Floats:
+        """Shares (M,) of the members in the pool, sum 1."""
+        return self.counts / self.counts.sum()
+
+
+def select(
+    probabilities: NDArray[Any],
+    labels: NDArray[Any],
+    *,
+    metric: str,
+    steps: int = 25,
+    sorted_start: bool = False,
+    start: NDArray[Any] | None = None,
+    bags: int = 0,
+    bag_share: float = 0.5,
+    seed: int = 0,
+    tie_breaker: str | None = None,
+) -> Selection:
+    """Choose members for the least loss of their mean on probabilities (M, N, C) and labels (N,).
+
+    At most `steps` are taken, and as few of them kept as have the lowest loss. The pool is empty at first; with
+    `sorted_start` it is the best members, as many as have the least loss together; with `start` it is that sum of
+    members, counts or weights (M,), which the path does not list and which may stay as it is. `bags` pools are chosen
+    from a share of the members each, drawn by the seed, and put together. `tie_breaker` is a second metric for
+    candidates that the first finds equal. Metrics are log_loss, brier, accuracy and f1_macro. Probabilities may be
+    memory-mapped: beside (M, N) numbers for log-loss, memory does not grow with M. UserError for what cannot be scored.
+    """
+    scorers = [scorer(probabilities, labels, name) for name in (metric, tie_breaker) if name]
+    count = len(probabilities)
+    _check(steps=steps, count=count, start=start, bags=bags, bag_share=bag_share)
+    begun = np.zeros(count) if start is None else np.asarray(start, dtype=np.float64)
+    pool = Pool(weighted_sum(probabilities, begun), float(begun.sum())) if begun.any() else EMPTY
+    counts, paths = np.zeros(count), []
+    for bag in range(max(1, bags)):
+        allowed = np.ones(count, dtype=bool)
+        if bags:
+            drawn = np.random.default_rng([seed, bag]).permutation(count)[max(1, round(bag_share * count)) :]
+            allowed[drawn] = False
+        path = _walk(scorers, pool, allowed, steps=steps, sorted_start=sorted_start and pool is EMPTY)
+        paths.append(path)
+        counts += begun + np.bincount(path.members[: path.kept], minlength=count)
+    return Selection(counts, tuple(paths))
+
+
+def _check(*, steps: int, count: int, start: NDArray[Any] | None, bags: int, bag_share: float) -> None:
+    if steps < 1 or bags < 0 or not 0 < bag_share <= 1:
+        raise UserError(
+            f"selection: found steps {steps}, bags {bags}, bag_share {bag_share}; expected at least 1 step, "
+            "at least 0 bags and a share above 0, at most 1"
+        )
+    if start is not None and (np.shape(start) != (count,) or not np.all(np.isfinite(start)) or np.min(start) < 0):
+        raise UserError(f"start of the selection: expected {count} finite numbers, none below 0; found {start}")
+
+
+def _walk(scorers: list[Scorer], pool: Pool, allowed: NDArray[np.bool_], *, steps: int, sorted_start: bool) -> Path:
+    """One bag: what is taken of the allowed members (M,), beginning at the pool."""
+    members, losses = _best_together(scorers[0], allowed, steps) if sorted_start else ([], [])
+    for each in scorers:
+        each.begin(pool)
+        for member in members:
+            each.add(member)
+    kept = len(members)
+    lowest = scorers[0].loss() if members or pool.size else np.inf
+    while len(members) < steps:
+        found = np.where(allowed, scorers[0].losses(), np.inf)
+        best = _first_best(scorers, found)
+        members.append(best)
+        losses.append(float(found[best]))
+        if losses[-1] < lowest - TIE:
+            lowest, kept = losses[-1], len(losses)
+        for each in scorers:
+            each.add(best)
+    return Path(tuple(members), tuple(losses), kept)
+
+
+def _best_together(one: Scorer, allowed: NDArray[np.bool_], most: int) -> tuple[list[int], list[float]]:
+    """The best single members, as many as have the least loss together, and the losses on the way."""
+    one.begin(EMPTY)
+    alone = np.where(allowed, one.losses(all_exact=True), np.inf)
+    members: list[int] = []
+    losses: list[float] = []
+    kept, lowest = 0, np.inf
+    for _ in range(min(most, int(allowed.sum()))):
+        members.append(int(np.flatnonzero(alone <= alone.min() + TIE)[0]))
+        alone[members[-1]] = np.inf
+        one.add(members[-1])
+        losses.append(one.loss())
+        if losses[-1] < lowest - TIE:
+            lowest, kept = losses[-1], len(losses)
+    return members[:kept], losses[:kept]
+
+
+def _first_best(scorers: list[Scorer], losses: Floats) -> int:
+    """The candidate of least loss; of equals that of the tie-breaker, and of those the first."""
+    best = np.flatnonzero(losses <= losses.min() + TIE)
+    for each in scorers[1:] if len(best) > 1 else ():
+        second = each.losses(all_exact=True)[best]
+        best = best[second <= second.min() + TIE]
+    return int(best[0])

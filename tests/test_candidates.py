@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from utils.candidates import SCORERS, Pool, candidate_losses, scorer, weighted_sum
+from utils.candidates import SCORERS, candidate_losses, scorer, weighted_sum
 from utils.errors import UserError
 from utils.metrics import METRICS, softmax
 
@@ -63,10 +63,10 @@ def test_a_scorer_can_begin_anew(metric, rows):
     used = scorer(*rows, metric)
     fresh = used.losses()
     used.add(2)
-    pool = Pool(weighted_sum(rows[0], np.array([0, 0.5, 0, 0, 2, 0])), 2.5)
-    used.begin(pool)
+    total = weighted_sum(rows[0], np.array([0, 0.5, 0, 0, 2, 0]))
+    used.begin(total, 2.5)
     new = scorer(*rows, metric)
-    new.begin(pool)
+    new.begin(total, 2.5)
     assert used.losses().tolist() == new.losses().tolist() != fresh.tolist()
 
 

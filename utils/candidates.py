@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,27 +21,16 @@ from utils.metrics import SIGN_TOLERANCE, SMALLEST_PROBABILITY, SUM_TOLERANCE
 
 TIE = 1e-12
 BLOCK = 2**15  # numbers handled at a time, so that they stay in a core's cache
+KEPT_BYTES = 2**28  # of a memory map that may stay in memory
+ROWS = 2**14  # rows whose votes are counted at a time, for the same reason
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Pool:
-    """A sum of members' probabilities."""
-
-    total: Floats | None
-    """(N, C); None where nothing was summed."""
-    size: float
-    """The weight of what was summed: how many members, each counted as often as it was taken."""
-
-
-EMPTY = Pool(None, 0.0)
 
 
 class Scorer(Protocol):
     """One metric on M members' probabilities (M, N, C), which it never writes, and labels (N,)."""
 
-    def begin(self, pool: Pool) -> None:
-        """Start anew at this pool; the empty one is where a new scorer stands."""
+    def begin(self, total: NDArray[Any] | None, size: float) -> None:
+        """Start anew at the pool `total` (N, C) of weight `size`; None and 0 is the empty one, where one is made."""
 
     def add(self, member: int) -> None:
         """Take one more of this member into the pool."""
@@ -83,7 +71,7 @@ def candidate_losses(
         raise UserError(f"weight of a candidate: found {weight}; expected a number from 1e-9 to 1")
     found = scorer(candidates, labels, metric)
     size = (1 - weight) / weight
-    found.begin(Pool(np.asarray(current, dtype=np.float64) * size, size) if size else EMPTY)
+    found.begin(np.asarray(current, dtype=np.float64) * size, size)
     return found.losses(all_exact=True)
 
 
@@ -103,6 +91,7 @@ class Members:
         self.shape = probabilities.shape
         self._flat = probabilities.reshape(len(probabilities), -1)
         self._map = _map_of(probabilities)
+        self._seen = 0
 
     def blocks(self, columns: int) -> Iterator[tuple[slice, NDArray[np.float32]]]:
         """(which members, their probabilities (b, N * C)), b for `columns` numbers of interest per member."""
@@ -116,9 +105,12 @@ class Members:
         return self._read(slice(member, member + 1)).reshape(self.shape[1:])
 
     def _read(self, block: slice) -> NDArray[np.float32]:
-        if self._map is not None:  # what was read before need not stay in memory
+        found = self._flat[block]
+        self._seen += found.nbytes
+        if self._map is not None and self._seen > KEPT_BYTES:
             self._map.madvise(mmap.MADV_DONTNEED)
-        return np.asarray(self._flat[block], dtype=np.float32)
+            self._seen = found.nbytes
+        return np.asarray(found, dtype=np.float32)
 
 
 def _map_of(array: NDArray[Any]) -> mmap.mmap | None:
@@ -170,12 +162,12 @@ class LogLoss:
             _check(found, block.start)
             self.of_truth[block, : self.rows] = found
         self.clips = lowest < SMALLEST_PROBABILITY
-        self.begin(EMPTY)
+        self.begin(None, 0)
 
-    def begin(self, pool: Pool) -> None:
-        self.size = pool.size
+    def begin(self, total: NDArray[Any] | None, size: float) -> None:
+        self.size = float(size)
         self.total = np.full(self.columns, self.size)
-        self.total[: self.rows] = 0 if pool.total is None else pool.total.ravel()[self.place]
+        self.total[: self.rows] = 0 if total is None else total.ravel()[self.place]
 
     def add(self, member: int) -> None:
         self.total += self.of_truth[member]
@@ -228,13 +220,13 @@ class Brier:
             self.squares[member] = wide @ wide
             self.truths[member] = wide[self.place].sum()
         self.products: dict[int, Floats] = {}
-        self.begin(EMPTY)
+        self.begin(None, 0)
 
-    def begin(self, pool: Pool) -> None:
-        self.size = pool.size
+    def begin(self, total: NDArray[Any] | None, size: float) -> None:
+        self.size = float(size)
         self.square, self.truth, self.with_total = 0.0, 0.0, np.zeros(len(self.squares))
-        if pool.total is not None:
-            wide = pool.total.ravel()
+        if total is not None:
+            wide = np.asarray(total, dtype=np.float64).ravel()
             self.square, self.truth = float(wide @ wide), float(wide[self.place].sum())
             self.with_total = self._products(wide)
 
@@ -287,12 +279,12 @@ class Votes:
                 _check(members.one(member)[None], member)
         self.highest, self.lowest = np.ascontiguousarray(highest.T), np.ascontiguousarray(lowest.T)
         self.support = np.bincount(labels, minlength=self.classes)
-        self.begin(EMPTY)
+        self.begin(None, 0)
 
-    def begin(self, pool: Pool) -> None:
-        self.size = pool.size
-        total = np.zeros((self.rows, self.classes)) if pool.total is None else pool.total
-        self.total = np.array(total.T, dtype=np.float64, order="C")
+    def begin(self, total: NDArray[Any] | None, size: float) -> None:
+        self.size = float(size)
+        begun = np.zeros((self.rows, self.classes)) if total is None else total
+        self.total = np.array(begun.T, dtype=np.float64, order="C")
 
     def add(self, member: int) -> None:
         self.total += self.members.one(member).T
@@ -304,41 +296,37 @@ class Votes:
         return float(self.of_counts(hits, np.bincount(winners, minlength=self.classes), self.support))
 
     def losses(self, *, all_exact: bool = False) -> Floats:
-        reach = (self.total + self.lowest).max(axis=0)
-        live = self.total + self.highest >= reach - self.SLACK * (self.size + 1)
+        count = self.members.shape[0]
+        hits, predicted = (np.zeros((count, self.classes), dtype=np.intp) for _ in range(2))
+        for first in range(0, self.rows, ROWS):
+            self._count(slice(first, min(first + ROWS, self.rows)), hits, predicted)
+        return self.of_counts(hits, predicted, self.support)
+
+    def _count(self, part: slice, hits: NDArray[np.intp], predicted: NDArray[np.intp]) -> None:
+        """Add the hits and predictions (M, C) on some of the rows, with each member added."""
+        total, truth = self.total[:, part], self.labels[part]
+        reach = (total + self.lowest[:, part]).max(axis=0) - self.SLACK * (self.size + 1)
+        live = total + self.highest[:, part] >= reach
         counts = live.sum(axis=0, dtype=np.int32)
         settled = counts == 1
-        predicted = np.count_nonzero(live & settled, axis=1)
-        hits = np.bincount(self.labels[settled & live[self.labels, np.arange(self.rows)]], minlength=self.classes)
-        found = np.empty(self.members.shape[0])
+        predicted += np.count_nonzero(live & settled, axis=1)
+        hits += np.bincount(truth[settled & live[truth, np.arange(len(truth))]], minlength=self.classes)
         rows = np.flatnonzero(~settled)
         rows = rows[np.argsort(-counts[rows], kind="stable")]
         slots = _slots(live[:, rows].T, counts[rows])
-        truth = self.labels[rows]
+        places = [(part.start + rows[: len(classes)]) * self.classes + classes for classes in slots]
+        totals = [total[classes, rows[: len(classes)]] for classes in slots]
         for block, values in self.members.blocks(len(rows)):
-            winners = self._winners(values, rows, slots)
-            offsets = np.arange(len(winners))[:, None] * self.classes
-            shape = (len(winners), self.classes)
-            size = len(winners) * self.classes
-            of_block = np.bincount((winners + offsets).ravel(), minlength=size).reshape(shape)
-            right = np.bincount((winners + offsets)[winners == truth], minlength=size).reshape(shape)
-            found[block] = self.of_counts(hits + right, predicted + of_block, self.support)
-        return found
-
-    def _winners(
-        self, values: NDArray[np.float32], rows: NDArray[np.intp], slots: list[NDArray[np.intp]]
-    ) -> NDArray[np.intp]:
-        """Predicted class (b, open rows) with each member of a block added."""
-        winners = np.zeros((len(values), len(rows)), dtype=np.int32)
-        best = np.full(winners.shape, -np.inf)
-        for classes in slots:
-            some = rows[: len(classes)]
-            reached = np.take(values, some * self.classes + classes, axis=1) + self.total[classes, some]
-            far = best[:, : len(some)]
-            # Ascending classes and a strict comparison: the first of equals stays.
-            winners[:, : len(some)] = np.where(reached > far, classes, winners[:, : len(some)])
-            np.maximum(far, reached, out=far)
-        return winners
+            winners = np.zeros((len(values), len(rows)), dtype=np.int32)
+            best = np.full(winners.shape, -np.inf)
+            for classes, place, before in zip(slots, places, totals, strict=True):
+                reached = np.take(values, place, axis=1) + before
+                far, who = best[:, : len(place)], winners[:, : len(place)]
+                who[:] = np.where(reached > far, classes, who)  # classes ascend: the first of equals stays
+                np.maximum(far, reached, out=far)
+            numbered = winners + np.arange(len(winners))[:, None] * self.classes
+            for table, found in ((predicted, numbered.ravel()), (hits, numbered[winners == truth[rows]])):
+                table[block] += np.bincount(found, minlength=len(winners) * self.classes).reshape(-1, self.classes)
 
 
 def _slots(live: NDArray[np.bool_], counts: NDArray[Any]) -> list[NDArray[np.int32]]:

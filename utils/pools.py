@@ -60,7 +60,7 @@ class LinearLogLoss:
     def __init__(self, of_truth: NDArray[Any]) -> None:
         self.of_truth = np.maximum(np.asarray(of_truth, dtype=np.float64), SMALLEST_PROBABILITY)
         self.members = len(self.of_truth)
-        self.twins = _twins([self.of_truth])
+        self.twins = twins([self.of_truth])
 
     def value(self, weights: Floats) -> float:
         """Mean of -log of the mixture, in nats."""
@@ -107,7 +107,7 @@ class LogLinearLogLoss:
             _margins(scores[:, start : start + length], labels[start : start + length])
             for start in range(0, self.rows, length)
         ]
-        self.twins = _twins(self.blocks)
+        self.twins = twins(self.blocks)
 
     def value(self, weights: Floats) -> float:
         """Mean of -log of the pool's probability of the true class, in nats."""
@@ -222,14 +222,14 @@ def minimise(
     if np.isinf(strength):
         common = minimise(_CommonWeight(loss), sums=sums, tolerance=tolerance)
         return Solution(np.full(loss.members, common.weights[0] / loss.members), common.value, common.gap, common.steps)
-    weights = _feasible(_shared(np.ones(loss.members) if start is None else start, loss.twins), sums)
+    weights = _feasible(shared(np.ones(loss.members) if start is None else start, loss.twins), sums)
     step = last = 0
     while True:
         value, gradient, hessian = _penalised(loss, weights, strength)
         gap = duality_gap(weights, gradient, sums)
         if gap <= tolerance or step == STEPS or last == 2:
             break
-        direction = _shared(_quadratic_step(hessian, gradient, weights, sums), loss.twins)
+        direction = shared(_quadratic_step(hessian, gradient, weights, sums), loss.twins)
         slope = float(gradient @ direction)
         if -slope <= ROUNDING * abs(value):  # values no longer tell better from worse: whole steps by the slope alone
             last += 1
@@ -256,8 +256,8 @@ def _margins(scores: NDArray[Any], labels: NDArray[Any]) -> Floats:
     return np.ascontiguousarray(differences.transpose(0, 2, 1))
 
 
-def _twins(blocks: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
-    """The first member with equal numbers, (M,), of blocks (M, ...); few numbers tell most members apart."""
+def twins(blocks: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
+    """For each member the first with equal numbers, (M,), in blocks (M, ...); few numbers tell most apart."""
     found = np.arange(len(blocks[0]))
     heads = blocks[0].reshape(len(found), -1)[:, :16]
     for member in found[1:]:
@@ -268,7 +268,7 @@ def _twins(blocks: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
     return found
 
 
-def _shared(values: NDArray[Any], twins: NDArray[np.int64]) -> Floats:
+def shared(values: NDArray[Any], twins: NDArray[np.int64]) -> Floats:
     """Values (M,) with those of equal members replaced by their mean."""
     counts = np.bincount(twins, minlength=len(twins))[twins]
     means: Floats = np.bincount(twins, weights=values, minlength=len(twins))[twins] / counts

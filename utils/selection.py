@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.candidates import EMPTY, TIE, Floats, Pool, Scorer, scorer, weighted_sum
+from utils.candidates import TIE, Floats, Scorer, scorer, weighted_sum
 from utils.errors import UserError
 
 
@@ -71,14 +71,17 @@ def select(
     count = len(probabilities)
     _check(steps=steps, count=count, start=start, bags=bags, bag_share=bag_share)
     begun = np.zeros(count) if start is None else np.asarray(start, dtype=np.float64)
-    pool = Pool(weighted_sum(probabilities, begun), float(begun.sum())) if begun.any() else EMPTY
+    total = weighted_sum(probabilities, begun) if begun.any() else None
     counts, paths = np.zeros(count), []
     for bag in range(max(1, bags)):
         allowed = np.ones(count, dtype=bool)
         if bags:
             drawn = np.random.default_rng([seed, bag]).permutation(count)[max(1, round(bag_share * count)) :]
             allowed[drawn] = False
-        path = _walk(scorers, pool, allowed, steps=steps, sorted_start=sorted_start and pool is EMPTY)
+        first = _best_together(scorers[0], allowed, steps) if sorted_start and total is None else []
+        for each in scorers:
+            each.begin(total, begun.sum())
+        path = _walk(scorers, allowed, steps, first)
         paths.append(path)
         counts += begun + np.bincount(path.members[: path.kept], minlength=count)
     return Selection(counts, tuple(paths))
@@ -94,42 +97,35 @@ def _check(*, steps: int, count: int, start: NDArray[Any] | None, bags: int, bag
         raise UserError(f"start of the selection: expected {count} finite numbers, none below 0; found {start}")
 
 
-def _walk(scorers: list[Scorer], pool: Pool, allowed: NDArray[np.bool_], *, steps: int, sorted_start: bool) -> Path:
-    """One bag: what is taken of the allowed members (M,), beginning at the pool."""
-    members, losses = _best_together(scorers[0], allowed, steps) if sorted_start else ([], [])
-    for each in scorers:
-        each.begin(pool)
-        for member in members:
-            each.add(member)
-    kept = len(members)
-    lowest = scorers[0].loss() if members or pool.size else np.inf
+def _walk(scorers: list[Scorer], allowed: NDArray[np.bool_], steps: int, first: list[int]) -> Path:
+    """One bag: what is taken of the allowed members (M,) from where the scorers stand, some of it known."""
+    members: list[int] = []
+    losses: list[float] = []
+    lowest, kept = scorers[0].loss() if scorers[0].size else np.inf, 0
     while len(members) < steps:
-        found = np.where(allowed, scorers[0].losses(), np.inf)
-        best = _first_best(scorers, found)
-        members.append(best)
-        losses.append(float(found[best]))
+        found = None if len(members) < len(first) else np.where(allowed, scorers[0].losses(), np.inf)
+        members.append(first[len(members)] if found is None else _first_best(scorers, found))
+        for each in scorers:
+            each.add(members[-1])
+        losses.append(scorers[0].loss() if found is None else float(found[members[-1]]))
         if losses[-1] < lowest - TIE:
             lowest, kept = losses[-1], len(losses)
-        for each in scorers:
-            each.add(best)
     return Path(tuple(members), tuple(losses), kept)
 
 
-def _best_together(one: Scorer, allowed: NDArray[np.bool_], most: int) -> tuple[list[int], list[float]]:
-    """The best single members, as many as have the least loss together, and the losses on the way."""
-    one.begin(EMPTY)
+def _best_together(one: Scorer, allowed: NDArray[np.bool_], most: int) -> list[int]:
+    """The best single members, as many as have the least loss together."""
+    one.begin(None, 0)
     alone = np.where(allowed, one.losses(all_exact=True), np.inf)
     members: list[int] = []
-    losses: list[float] = []
     kept, lowest = 0, np.inf
     for _ in range(min(most, int(allowed.sum()))):
         members.append(int(np.flatnonzero(alone <= alone.min() + TIE)[0]))
         alone[members[-1]] = np.inf
         one.add(members[-1])
-        losses.append(one.loss())
-        if losses[-1] < lowest - TIE:
-            lowest, kept = losses[-1], len(losses)
-    return members[:kept], losses[:kept]
+        if one.loss() < lowest - TIE:
+            lowest, kept = one.loss(), len(members)
+    return members[:kept]
 
 
 def _first_best(scorers: list[Scorer], losses: Floats) -> int:

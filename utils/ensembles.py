@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import ensemble_methods
+from utils import ensemble_methods, pruning_methods
 from utils.artifacts import digest_of, read_arrays, read_json, read_tensors, write_arrays, write_json, write_tensors
 from utils.catalog import Member
 from utils.combiner import Combiner
@@ -21,7 +21,7 @@ from utils.recommendation import Candidate, recommend
 from utils.workspace import Workspace
 
 SCHEMA = 2
-COMBINERS: dict[str, type[Combiner]] = {**ensemble_methods.COMBINERS}
+COMBINERS: dict[str, type[Combiner]] = {**ensemble_methods.COMBINERS, **pruning_methods.COMBINERS}
 CHOSEN_ON_VAL = ("greedy_soup", "distilled")
 """In the name of whatever val rows have chosen."""
 NAMES = {method: f"{method}_ensemble" for method in ensemble_methods.COMBINERS}

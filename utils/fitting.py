@@ -95,11 +95,12 @@ def build(
     honest: HonestRows,
     *,
     selected_on: Sequence[RowSet] = (),
+    measured: Mapping[str, Any] | None = None,
 ) -> Ensemble:
     """Cross-fit, fit on all the honest rows, keep the members that are needed, save.
 
     `recipe` is an unfitted combiner over `members`, which come by name; `selected_on` are rows that chose among members
-    or recipes before.
+    or recipes before; `measured` is what was measured of the members and decides, ready for JSON.
     """
     rows = honest.rows
     unseen = ensembles.crossfit(recipe, rows, honest.fold)
@@ -115,12 +116,13 @@ def build(
         classes=rows.classes,
         combiner=combiner.restricted(used),
         provenance=Provenance((*seen.fitted_on, *fitted), (*seen.selected_on, *selected_on)),
-        inputs_digest=inputs_digest(store.config, store, members, method),
+        inputs_digest=inputs_digest(store.config, store, members, method, measured=measured),
         member_digests={member.name: member.digest for member in members},
         seed=store.config.seed,
     )
     record: dict[str, Any] = {
         **combiner.report(rows.members),
+        **({} if measured is None else {"measured": measured}),
         "config_digest": store.config.digest("backbones", *recipe.settings, "dataset.group_regex", "seed"),
         "crossfit": scores(unseen),
     }
@@ -147,14 +149,25 @@ def line(store: Store, name: str, state: str) -> str:
     )
 
 
-def inputs_digest(config: Config, store: Store, members: Sequence[Member], method: str) -> str:
-    """Everything an ensemble depends on; found without opening an image or a checkpoint."""
+def inputs_digest(
+    config: Config,
+    store: Store,
+    members: Sequence[Member],
+    method: str,
+    *,
+    measured: Mapping[str, Any] | None = None,
+) -> str:
+    """Everything an ensemble depends on; found without opening an image or a checkpoint.
+
+    `measured` as `build` says.
+    """
     oof = {member.name: member.oof["sha256"] if member.oof else None for member in members}
     keys = {member.name: store.key(member, "val") for member in members}
     settings = ensembles.COMBINERS[method].settings
     recorded = [member.recorded_accuracy for member in members] if settings else None
     rule = config.digest(*settings, "dataset.group_regex", "seed")
-    return digest_of([VERSION, method, keys, oof, recorded, store.catalog.splits["train"]["digest"], rule])
+    inputs = [VERSION, method, keys, oof, recorded, store.catalog.splits["train"]["digest"], rule]
+    return digest_of(inputs if measured is None else [*inputs, measured])
 
 
 def row_sets(rows: Rows) -> tuple[RowSet, ...]:

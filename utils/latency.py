@@ -61,11 +61,13 @@ def measure(store: Store, members: Sequence[Member], *, batches: Sequence[int] =
     A member without a network (predictions only) is left out. A batch that memory is too small for is missing. Raises
     UserError for a checkpoint that is gone, another one than discovery saw, or does not run.
     """
+    networks = [member for member in members if member.checkpoints]
+    if not networks:
+        return {}
     import torch
 
     device = streaming.resolve_device(store.config.device)
     place, threads = _named(device), torch.get_num_threads()
-    networks = [member for member in members if member.checkpoints]
     known = stored(store.workspace, networks, place, threads)
     wanted = {
         member.name: [size for size in batches if member.name not in known or size not in known[member.name].batches]
@@ -102,7 +104,7 @@ def _read(workspace: Workspace) -> Mapping[str, Any]:
 
 
 def _key(device: str, threads: int) -> str:
-    return f"{device}, {threads} threads"
+    return f"{device}, threads: {threads}"
 
 
 def _keep(workspace: Workspace, member: Member, record: Record) -> None:

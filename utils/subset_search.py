@@ -170,15 +170,13 @@ def greedy_backward(problem: Problem) -> list[Subset]:
     inside = problem.affordable.copy()
     removers = [remover(problem.probabilities, problem.labels, inside, metric) for metric in problem.metrics]
     found: list[Subset] = []
-    reasons: dict[int, str] = {}
     while True:
         kept = np.flatnonzero(inside).tolist()
         if len(kept) <= problem.target_size and problem.are_open(kept):
-            found.append(Subset(tuple(kept), dict(reasons)))
+            found.append(Subset(tuple(kept)))
         if len(kept) == 1:
             return found[::-1]
         worst = _best([each.losses() for each in removers], inside, last=True)
-        reasons[worst] = f"the least missed of {len(kept)}"
         for each in removers:
             each.remove(worst)
         inside[worst] = False
@@ -189,8 +187,8 @@ def diversity_max(problem: Problem) -> list[Subset]:
 
     Two members disagree on a row that exactly one of them gets right. Disagreement alone would take the worst members:
     none is taken whose accuracy is not at least half-way from guessing the most frequent class to the best member, and
-    none with which the mean is worse by more than one paired standard error. Where none is left, the subsets end. Of
-    members that disagree equally the better comes first.
+    none with which the mean is right on fewer rows by more than one paired standard error. Where none is left, the
+    subsets end. Of members that disagree equally the better comes first.
     """
     scorers = problem.scorers()
     accuracy = problem.hits.mean(axis=1)
@@ -209,12 +207,12 @@ def diversity_max(problem: Problem) -> list[Subset]:
         allowed = problem.open(chosen) & (accuracy >= least)
         order = [-problem.diversity.disagreement[:, chosen].mean(axis=1)]
         order += [each.losses(all_exact=True) for each in scorers]
-        before = row_scores(total / len(chosen), problem.labels, problem.metric)
+        before = row_scores(total / len(chosen), problem.labels, "accuracy")
         while allowed.any():
             member = _best(order, allowed)
             allowed[member] = False
             after = (total + problem.probabilities[member]) / (len(chosen) + 1)
-            if within_one_error(before, row_scores(after, problem.labels, problem.metric)):
+            if within_one_error(before, row_scores(after, problem.labels, "accuracy")):
                 break
         else:
             return found
@@ -307,9 +305,11 @@ def _groups(problem: Problem, members: NDArray[np.intp]) -> list[NDArray[np.intp
     from scipy.cluster.hierarchy import cut_tree, linkage
     from scipy.spatial.distance import squareform
 
-    distances = 1 - problem.diversity.error_correlation[np.ix_(members, members)]
+    # Of equal distances scipy joins the first; turned round, the first by name stay groups of their own longest.
+    turned = members[::-1]
+    distances = 1 - problem.diversity.error_correlation[np.ix_(turned, turned)]
     tree = linkage(squareform(distances, checks=False), method="average")
-    return list(cut_tree(tree).T[::-1])
+    return [labels[::-1] for labels in cut_tree(tree).T[::-1]]
 
 
 WAYS: dict[str, Callable[[Problem], list[Subset]]] = {

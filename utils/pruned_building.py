@@ -108,7 +108,7 @@ def _say_what_is_odd(config: Config, facts: MemberFacts) -> None:
 def _lines(store: Store, name: str, state: str) -> str:
     """The ensemble's line, and below it what it keeps."""
     record = read_json(store.workspace.ensemble(name) / "ensemble.json", remedy="Build it again with --force")
-    took, size = record["latency_ms"], record["size_mb"]
-    costs = [f"{took:.4g} ms for one image"] * (took is not None) + [f"{size:.4g} MB"] * (size is not None)
     kept = f"keeps {len(record['members'])} of {len(record['candidates'])}: {', '.join(record['path'])}"
-    return f"{fitting.line(store, name, state)}\n    {', '.join([kept, *costs])}"
+    costs = ((record["latency_ms"], "ms for one image"), (record["size_mb"], "MB"))
+    known = [f"{value:.4g} {unit}" for value, unit in costs if value is not None]
+    return f"{fitting.line(store, name, state)}\n    {', '.join([kept, *known])}"

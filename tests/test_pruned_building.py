@@ -52,11 +52,10 @@ def test_every_method_is_built_and_then_kept(workspace):
     result = build(workspace)
     assert result.failures == []
     assert result.document["built"] == sorted(PRUNED)
-    measured = {
-        entry["member"]: entry["batches"]["batch_1"]["p50"]
-        for of_network in json.loads(workspace.latency.read_text())["networks"].values()
-        for entry in of_network.values()
-    }
+    networks = json.loads(workspace.latency.read_text())["networks"]
+    entries = [entry for of_network in networks.values() for entry in of_network.values()]
+    assert all(entry["batches"].keys() == {"batch_1"} for entry in entries)
+    measured = {entry["member"]: entry["batches"]["batch_1"]["p50"] for entry in entries}
     for name in PRUNED:
         found = record(workspace, name)
         assert found["measured"]["latency_ms"] == measured
@@ -179,6 +178,13 @@ def test_a_member_whose_costs_are_unknown_is_not_bound_and_that_is_said_once(wor
 def test_a_target_beyond_the_members_is_said(workspace, heard):
     build(workspace, "pruning.methods=[greedy_forward]")
     assert "pruning.target_size is 7; there are 3 members to keep" in heard.messages
+
+
+def test_rows_are_those_that_weights_are_fitted_on(workspace):
+    build(workspace, "pruning.methods=[greedy_forward]")
+    assert [part["rows"] for part in record(workspace)["fitted_on"]] == ["in_sample", "oof", "held_out"]
+    build(workspace, "pruning.methods=[greedy_forward]", "runs.score_ensemble.fit_rows=val")
+    assert [part["rows"] for part in record(workspace)["fitted_on"]] == ["in_sample", "held_out"]
 
 
 def test_one_member_makes_an_ensemble_of_one(workspace):

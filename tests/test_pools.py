@@ -52,7 +52,7 @@ def solve_linear(scores, labels, **options):
 
 
 def solve_brier(scores, labels, **options):
-    return pools.linear_brier(pools.residual_products(np.exp(scores), labels), **options)
+    return pools.linear_brier(np.exp(scores), labels, **options)
 
 
 POOLS = {
@@ -169,6 +169,16 @@ def test_equal_members_get_equal_weights_that_are_worth_one(pool, strength):
         assert doubled.weights[[0, 2, 6]].sum() == pytest.approx(single.weights[0], abs=1e-5)
 
 
+def test_members_that_are_nearly_equal_are_not_taken_for_equal(pool):
+    solve, _, _ = pool
+    scores, labels = INPUTS["plain"]
+    near = scores[1].copy()
+    near[np.arange(60), labels] += 1e-7  # no longer sums to 1, and a little better on every row
+    found = solve(np.concatenate([scores, near[None]]), labels)
+    assert found.gap <= pools.TOLERANCE
+    assert found.weights[1] != found.weights[5]
+
+
 def test_members_that_are_all_equal_share_equally(pool):
     solve, _, sums = pool
     scores, labels = INPUTS["plain"]
@@ -210,6 +220,17 @@ def test_a_warm_start_ends_at_the_same_weights_in_fewer_steps(pool):
     np.testing.assert_allclose(far.weights, cold.weights, atol=1e-4)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_the_optimum_is_found_from_where_the_loss_is_steep_and_flat(seed):
+    # Logits up to the hundreds, sums of weights up to 20: the soft-max is saturated, most of all where it is wrong.
+    rng = np.random.default_rng(seed)
+    scores = 10 ** rng.uniform(0, 2) * rng.normal(size=(rng.integers(1, 4), rng.integers(2, 12), rng.integers(2, 4)))
+    labels = rng.integers(0, scores.shape[2], scores.shape[1])
+    for total in (0.05, 1, 20):
+        found = pools.log_linear(scores, labels, start=total * rng.dirichlet(np.ones(len(scores))))
+        assert found.gap <= pools.TOLERANCE
+
+
 def test_the_only_member_that_is_right_where_all_others_fail_keeps_what_this_is_worth():
     # Row 7: all but member 4 give 1e-12. The weight w of member 4 costs 0.69 w / 0.99 a row and gains log(w) / 1000.
     of_truth = np.full((5, 1000), 0.9)
@@ -234,13 +255,6 @@ def test_scores_may_be_logits():
     scores, labels = INPUTS["plain"]
     moved = scores + np.random.default_rng(0).normal(size=(5, 60, 1))
     np.testing.assert_allclose(pools.log_linear(moved, labels).weights, pools.log_linear(scores, labels).weights)
-
-
-def test_products_of_residuals_are_those_written_out():
-    scores, labels = INPUTS["plain"]
-    residuals = np.exp(scores) - np.eye(3)[labels]
-    expected = [[np.mean([a @ b for a, b in zip(x, y, strict=True)]) for x in residuals] for y in residuals]
-    np.testing.assert_allclose(pools.residual_products(np.exp(scores), labels), expected, rtol=1e-12)
 
 
 def test_the_same_rows_give_the_same_bytes(pool):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from utils.combiner import MemberFacts
 from utils.config import Config, CostBudget
 from utils.metrics import accuracy, log_loss, softmax
 from utils.pruning_methods import COMBINERS, PICKS, Clustering, DiversityMax, GreedyBackward, GreedyForward, Point
-from utils.subset_search import NothingFits, Subset, greedy_forward
+from utils.subset_search import NothingFits, Problem, Subset, greedy_forward
 
 NO_LIMIT = CostBudget(max_latency_ms=None, max_size_mb=None)
 LETTERS = "abcdefghij"
@@ -54,13 +55,16 @@ def trio(rows=200):
     )
 
 
+def task(logits, labels, metric):
+    return Problem(tuple(LETTERS[: len(logits)]), softmax(logits).astype(np.float32), labels, metric, 10)
+
+
 # what is picked -------------------------------------------------------------------------------------------------------
 def point(members, hits, latency, size=1.0):
-    rows = np.zeros(100)
-    rows[:hits] = 1
-    return Point(
-        Subset(tuple(range(members))), 1.0, np.zeros((100, 2)), rows, hits / 100, 1 - hits / 100, latency, size
-    )
+    losses = np.ones(100)
+    losses[:hits] = 0
+    subset = Subset(tuple(range(members)))
+    return Point(subset, 1.0, np.zeros((100, 2)), losses, hits / 100, 1 - hits / 100, latency, size)
 
 
 CURVE = [point(1, 60, 10), point(2, 85, 20), point(3, 87, 60), point(4, 90, 110)]
@@ -92,7 +96,7 @@ def test_without_latencies_numbers_of_members_stand_for_them():
 
 
 def test_equal_scores_go_to_the_lower_log_loss_and_then_to_fewer_members():
-    sharper = Point(*(vars(CURVE[3]) | {"log_loss": 0.01}).values())
+    sharper = replace(CURVE[3], log_loss=0.01)
     assert PICKS["best"]([*CURVE, sharper]) == 4
     assert PICKS["best"]([CURVE[3], point(5, 90, 110)]) == 0
 
@@ -113,7 +117,7 @@ def test_pick_decides_what_a_fit_keeps():
     rows, latency = zoo(members=8, rows=600, seed=1), [40, 35, 30, 25, 20, 15, 10, 5]
     found = {}
     for pick in PICKS:
-        fitted = GreedyForward(facts(8, latency), metric="brier", budget=NO_LIMIT, pick=pick).fit(*rows)
+        fitted = GreedyForward(members=facts(8, latency), metric="brier", budget=NO_LIMIT, pick=pick).fit(*rows)
         expected = fitted.points[PICKS[pick](fitted.points)].subset.members
         assert np.flatnonzero(fitted.used(8)).tolist() == sorted(expected)
         found[pick] = fitted.report(facts(8).names)
@@ -128,7 +132,7 @@ def test_pick_decides_what_a_fit_keeps():
 @pytest.mark.parametrize("name", sorted(COMBINERS))
 def test_the_answer_is_the_plain_mean_of_the_kept_with_one_temperature(name):
     logits, labels, folds = zoo(sharpness=0.4)
-    fitted = COMBINERS[name](facts(5), metric="accuracy", target_size=3).fit(logits, labels, folds)
+    fitted = COMBINERS[name](members=facts(5), metric="accuracy", target_size=3).fit(logits, labels, folds)
     kept = fitted.used(5)
     assert 1 <= kept.sum() <= 3
     mean = softmax(logits[kept]).mean(axis=0)
@@ -140,9 +144,9 @@ def test_the_answer_is_the_plain_mean_of_the_kept_with_one_temperature(name):
 
 def test_temperature_may_be_off_or_each_members_own():
     logits, labels, folds = zoo(sharpness=0.4)
-    off = GreedyForward(facts(5), calibration="off").fit(logits, labels, folds)
+    off = GreedyForward(members=facts(5), calibration="off").fit(logits, labels, folds)
     assert off.temperature == 1
-    own = GreedyForward(facts(5), calibration="per_member").fit(logits, labels, folds)
+    own = GreedyForward(members=facts(5), calibration="per_member").fit(logits, labels, folds)
     assert (own.member_temperatures < 1).all()
     report = own.report(facts(5).names)
     assert report["member_temperatures"].keys() == set("abcde")
@@ -156,18 +160,16 @@ def test_the_size_is_chosen_by_folds_left_out():
         unseen = np.empty((6, 100, 3))
         for fold in range(5):
             inside = folds == fold
-            others = GreedyForward(facts(6), metric="accuracy")._problem(
-                np.log(probabilities[:, ~inside]), labels[~inside]
-            )
+            others = task(logits[:, ~inside], labels[~inside], "accuracy")
             for place, subset in enumerate(greedy_forward(others)):
                 unseen[place, inside] = probabilities[list(subset.members)][:, inside].mean(axis=0)
         scores = [(-accuracy(own, labels), log_loss(own, labels)) for own in unseen]
         size = min(range(6), key=lambda place: (round(scores[place][0], 9), scores[place][1])) + 1
         options = {"metric": "accuracy", "target_size": 6, "budget": NO_LIMIT}
-        fitted = GreedyForward(facts(6), **options).fit(logits, labels, folds)
+        fitted = GreedyForward(members=facts(6), **options).fit(logits, labels, folds)
         assert fitted.used(6).sum() == size
         assert fitted.report(facts(6).names)["cross_validated_score"] == pytest.approx(-scores[size - 1][0])
-        by_the_rows_themselves = GreedyForward(facts(6), **options).fit(logits, labels, np.zeros_like(folds))
+        by_the_rows_themselves = GreedyForward(members=facts(6), **options).fit(logits, labels, np.zeros_like(folds))
         assert by_the_rows_themselves.report(facts(6).names)["cross_validated_score"] is None
         chosen.append((size, by_the_rows_themselves.used(6).sum()))
     assert any(size != other for size, other in chosen)
@@ -175,12 +177,12 @@ def test_the_size_is_chosen_by_folds_left_out():
 
 def test_held_out_scores_read_no_label_of_their_fold():
     logits, labels, folds = zoo(rows=100)
-    task = GreedyForward(facts(5), metric="log_loss")._problem(np.log(softmax(logits)), labels)
+    same = task(logits, labels, "log_loss")
     other = labels.copy()
     other[folds == 2] = (other[folds == 2] + 1) % 3
-    changed = GreedyForward(facts(5), metric="log_loss")._problem(np.log(softmax(logits)), other)
+    changed = task(logits, other, "log_loss")
     subsets = [Subset((0,)), Subset((0, 1)), Subset((0, 1, 2))]
-    found = [pruning_methods._of_folds(each, subsets, folds, "greedy_forward") for each in (task, changed)]
+    found = [pruning_methods._of_folds(each, subsets, folds, "greedy_forward") for each in (same, changed)]
     assert (found[0][:, folds == 2] == found[1][:, folds == 2]).all()
     assert (found[0] != found[1]).any()
 
@@ -188,8 +190,8 @@ def test_held_out_scores_read_no_label_of_their_fold():
 def test_a_fold_whose_search_ends_early_repeats_its_last_subset():
     labels = np.arange(40) % 2
     logits = np.stack([said(labels, []), said(labels, range(0, 40, 3))])
-    task = DiversityMax(facts(2))._problem(np.log(softmax(logits)), labels)
-    found = pruning_methods._of_folds(task, [Subset((0,)), Subset((0, 1)), Subset((1,))], labels % 2, "greedy_forward")
+    both = task(logits, labels, "f1_macro")
+    found = pruning_methods._of_folds(both, [Subset((0,)), Subset((0, 1)), Subset((1,))], labels % 2, "greedy_forward")
     assert found.shape == (3, 40, 2)
     assert (found[1] == found[2]).all()
 
@@ -198,7 +200,7 @@ def test_a_fold_whose_search_ends_early_repeats_its_last_subset():
 def test_little_data_and_a_single_class_are_fitted_without_a_choice(name):
     logits, labels, folds = zoo()
     for these, of_fold in ((np.zeros_like(labels), folds), (labels, np.zeros_like(folds))):
-        fitted = COMBINERS[name](facts(5)).fit(logits, these, of_fold)
+        fitted = COMBINERS[name](members=facts(5)).fit(logits, these, of_fold)
         assert fitted.temperature == 1
         report = fitted.report(facts(5).names)
         assert report["notes"] == [
@@ -210,14 +212,14 @@ def test_little_data_and_a_single_class_are_fitted_without_a_choice(name):
 @pytest.mark.parametrize("name", sorted(COMBINERS))
 def test_equal_members_leave_one(name):
     logits, labels, folds = zoo(members=1)
-    fitted = COMBINERS[name](facts(4)).fit(np.repeat(logits, 4, axis=0), labels, folds)
+    fitted = COMBINERS[name](members=facts(4)).fit(np.repeat(logits, 4, axis=0), labels, folds)
     assert fitted.used(4).tolist() == [True, False, False, False]
 
 
 @pytest.mark.parametrize("name", sorted(COMBINERS))
 def test_one_member_is_kept(name):
     logits, labels, folds = zoo(members=1)
-    fitted = COMBINERS[name](facts(1)).fit(logits, labels, folds)
+    fitted = COMBINERS[name](members=facts(1)).fit(logits, labels, folds)
     report = fitted.report(("a",))
     assert report["weights"] == {"a": 1.0}
     assert report["diversity"] is None
@@ -228,7 +230,7 @@ def test_a_pool_of_good_members_is_better_than_the_best_of_them():
     logits, labels, folds = zoo(members=8, rows=600)
     single = max(accuracy(softmax(own), labels) for own in logits)
     for name in COMBINERS:
-        fitted = COMBINERS[name](facts(8), metric="accuracy", budget=NO_LIMIT).fit(logits, labels, folds)
+        fitted = COMBINERS[name](members=facts(8), metric="accuracy", budget=NO_LIMIT).fit(logits, labels, folds)
         assert accuracy(fitted.predict_proba(logits), labels) >= single, name
 
 
@@ -247,12 +249,14 @@ def test_the_budget_binds_members_and_the_whole():
     logits, labels, folds = zoo()
     budget = CostBudget(max_latency_ms=25, max_size_mb=None)
     for name in COMBINERS:
-        fitted = COMBINERS[name](facts(5, [10, 10, 10, 26, 5]), budget=budget).fit(logits, labels, folds)
+        fitted = COMBINERS[name](members=facts(5, [10, 10, 10, 26, 5]), budget=budget).fit(logits, labels, folds)
         kept = fitted.used(5)
         assert not kept[3]
         assert np.array([10, 10, 10, 26, 5])[kept].sum() <= 25
     with pytest.raises(NothingFits, match="e alone: 5 ms > 2 ms"):
-        GreedyForward(facts(5, [10, 10, 10, 26, 5]), budget=CostBudget(max_latency_ms=2)).fit(logits, labels, folds)
+        GreedyForward(members=facts(5, [10, 10, 10, 26, 5]), budget=CostBudget(max_latency_ms=2)).fit(
+            logits, labels, folds
+        )
 
 
 # what is said ---------------------------------------------------------------------------------------------------------
@@ -260,7 +264,9 @@ def report(combiner, rows, **options):
     logits, labels, folds = rows
     names = tuple(LETTERS[: len(logits)])
     settings = {"metric": "accuracy", "budget": NO_LIMIT} | options
-    return combiner(settings.pop("facts", facts(len(logits))), **settings).fit(logits, labels, folds).report(names)
+    return (
+        combiner(members=settings.pop("facts", facts(len(logits))), **settings).fit(logits, labels, folds).report(names)
+    )
 
 
 def test_a_member_that_adds_nothing_is_told_by_what_it_would_change():
@@ -352,7 +358,7 @@ def test_unknown_costs_are_null():
 
 def test_what_is_restored_answers_and_is_not_fitted_again():
     logits, labels, folds = zoo()
-    fitted = GreedyBackward(facts(5), target_size=2).fit(logits, labels, folds)
+    fitted = GreedyBackward(members=facts(5), target_size=2).fit(logits, labels, folds)
     again = GreedyBackward.from_state(fitted.state())
     assert (again.predict_proba(logits) == fitted.predict_proba(logits)).all()
     with pytest.raises(AssertionError, match="not fitted again"):

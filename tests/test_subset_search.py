@@ -15,8 +15,6 @@ from utils.subset_search import (
     diversity_max,
     greedy_backward,
     greedy_forward,
-    row_scores,
-    within_one_error,
 )
 
 UNLIMITED = float("inf")
@@ -243,43 +241,3 @@ def test_where_the_best_of_a_family_has_no_room_the_next_best_stands_for_it():
     two = clustering(problem(*families(), target=2, costs=[6, 5, 2, 2, 2], most=8.0))[1]
     assert two.members == (1, 2)
     assert 0 not in two.reasons
-
-
-# scores of rows -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("metric", METRIC_NAMES)
-def test_row_scores_average_to_the_metric(metric):
-    probabilities, labels = zoo(classes=4)
-    mean = probabilities.mean(axis=0, dtype=np.float64)
-    sign = 1 if METRICS[metric].higher_is_better else -1
-    assert row_scores(mean, labels, metric).mean() == pytest.approx(sign * METRICS[metric].function(mean, labels))
-
-
-def test_row_scores_of_macro_f1_are_its_change_when_a_row_counts_a_little_more():
-    probabilities, labels = zoo(rows=200, classes=4)
-    mean = probabilities.mean(axis=0, dtype=np.float64)
-    found = row_scores(mean, labels, "f1_macro")
-    predicted, step = mean.argmax(axis=1), 1e-6
-
-    def f1(weights):
-        values = []
-        for label in range(4):
-            hits = weights[(predicted == label) & (labels == label)].sum()
-            values.append(2 * hits / (weights[predicted == label].sum() + weights[labels == label].sum()))
-        return np.mean(values)
-
-    plain = f1(np.ones(200))
-    for row in range(0, 200, 7):
-        weights = np.ones(200)
-        weights[row] += step
-        assert found[row] - plain == pytest.approx(200 * (f1(weights) - plain) / step, abs=1e-4)
-
-
-def test_one_standard_error_is_that_of_the_paired_difference():
-    best = np.array([1.0, 1, 1, 1, 1, 1, 1, 1])
-    one_off, two_off = best.copy(), best.copy()
-    one_off[0] = two_off[0] = two_off[1] = two_off[2] = 0
-    assert within_one_error(best, one_off)  # 1/8 below, and the error is 1/8
-    assert not within_one_error(best, two_off)  # 3/8 below, and the error is 0.18
-    assert within_one_error(best, best)
-    assert within_one_error(one_off, best)
-    assert not within_one_error(best[:1], one_off[:1])

@@ -1,18 +1,20 @@
 """Which pool, how strong a penalty, which members more: what held-out folds decide about weights.
 
-Scores are log-probabilities (M, N, C) of M members, clipped from below at `LOWEST_SCORE`; labels and folds are (N,).
+Scores are log-probabilities (M, N, C) of M members, clipped from below at `LOWEST_SCORE` of `utils.pooled_members`;
+labels and folds are (N,).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from utils import candidates, pools, temperature
-from utils.metrics import METRICS, SMALLEST_PROBABILITY, log_softmax
+from utils.metrics import METRICS, log_softmax
+from utils.pooled_members import Floats, Pool
 
 STRENGTHS = (np.inf, 10.0, 3.0, 1.0, 0.3, 0.1, 0.01, 0.001, 0.0)
 """Penalties towards equal weights that are tried, the strongest first: it wins a tie."""
@@ -22,75 +24,6 @@ PIECEWISE_CONSTANT = ("accuracy", "f1_macro")
 BAGS = 5
 VOTES = 20  # what the pool weighs when members of one vote each are added
 ADDITIONS = 10
-LOWEST_SCORE = float(np.log(SMALLEST_PROBABILITY))
-Floats = NDArray[np.float64]
-
-
-class Pool(Protocol):
-    """How weights turn members into probabilities, and which loss they are to have the least of."""
-
-    name: str
-    sums: tuple[float, float]
-    """Bounds of the sum of the weights."""
-    scales: bool
-    """That sum is free: it is an inverse temperature."""
-
-    def parts(self, scores: Floats) -> Floats:
-        """What is summed, (M, N, C)."""
-
-    def pooled(self, sums: Floats) -> Floats:
-        """Log-probabilities (..., N, C) of weighted sums of the parts."""
-
-    def loss(self, parts: Floats, labels: NDArray[Any], metric: str) -> pools.Loss:
-        """The convex loss that stands for `metric`."""
-
-    def votes(self, parts: Floats) -> NDArray[np.float32]:
-        """Numbers from 0 to 1, (M, N, C), whose weighted sums are largest where those of the parts are."""
-
-
-class Linear:
-    """Mixture of probabilities."""
-
-    name = "linear"
-    sums = (1.0, 1.0)
-    scales = False
-
-    def parts(self, scores: Floats) -> Floats:
-        return np.exp(scores)
-
-    def pooled(self, sums: Floats) -> Floats:
-        return log_softmax(np.log(np.maximum(sums, SMALLEST_PROBABILITY)))
-
-    def loss(self, parts: Floats, labels: NDArray[Any], metric: str) -> pools.Loss:
-        if metric == "brier":
-            return pools.LinearBrier(pools.residual_products(parts, labels))
-        return pools.LinearLogLoss(parts[:, np.arange(len(labels)), labels])
-
-    def votes(self, parts: Floats) -> NDArray[np.float32]:
-        return parts.astype(np.float32)
-
-
-class LogLinear:
-    """Soft-max of the weighted sum of log-probabilities; its weights are those of least log-loss for every metric."""
-
-    name = "log_linear"
-    sums = pools.SCALES
-    scales = True
-
-    def parts(self, scores: Floats) -> Floats:
-        return scores
-
-    def pooled(self, sums: Floats) -> Floats:
-        return log_softmax(sums)
-
-    def loss(self, parts: Floats, labels: NDArray[Any], metric: str) -> pools.Loss:
-        return pools.LogLinearLogLoss(parts, labels)
-
-    def votes(self, parts: Floats) -> NDArray[np.float32]:
-        return (1 - parts / LOWEST_SCORE).astype(np.float32)
-
-
-POOLS: dict[str, Pool] = {pool.name: pool for pool in (Linear(), LogLinear())}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ SCALES = (0.05, 20.0)
 TOLERANCE = 1e-9
 STEPS = 200
 BLOCK = 4096  # numbers per member that are worked on at a time, so that they stay in the cache
-ROUNDING = 1e-13  # of a value: smaller differences are noise
+ROUNDING = 1e-13  # of a value: smaller differences are noise, as is 1e-15 of any loss
 RIDGE = 1e-11  # of the curvature: flat directions are not walked in
 Floats = NDArray[np.float64]
 
@@ -74,14 +74,19 @@ class LinearLogLoss:
 
 
 class LinearBrier:
-    """Brier score of a mixture, by the mean products (M, M) of the members' residuals (`residual_products`)."""
+    """Brier score of a mixture of probabilities (M, N, C) with labels (N,): quadratic in weights that sum to 1."""
 
-    def __init__(self, products: NDArray[Any]) -> None:
-        self.products = np.asarray(products, dtype=np.float64)
-        self.members = len(self.products)
-        own = np.diag(self.products)
-        apart = own[:, None] + own - 2 * self.products  # mean squared distances of the members' probabilities
-        self.twins = (apart <= 1e-14 * (own[:, None] + own)).argmax(axis=1)
+    def __init__(self, probabilities: NDArray[Any], labels: NDArray[Any]) -> None:
+        self.members, rows, classes = probabilities.shape
+        self.products = np.zeros((self.members, self.members))
+        length = max(1, BLOCK // classes)
+        for start in range(0, rows, length):
+            residuals = probabilities[:, start : start + length].astype(np.float64)
+            truth = labels[start : start + length]
+            residuals[:, np.arange(len(truth)), truth] -= 1
+            flat = residuals.reshape(self.members, -1)
+            self.products += flat @ flat.T / rows
+        self.twins = twins([probabilities])
 
     def value(self, weights: Floats) -> float:
         """Mean over rows of the squared distance to the one-hot truth, where the weights sum to 1."""
@@ -118,13 +123,11 @@ class LogLinearLogLoss:
         value, gradient, hessian = 0.0, np.zeros(self.members), np.zeros((self.members, self.members))
         for margins, losses, probabilities in self._pooled(weights):
             value += float(losses.sum())
-            roots = np.sqrt(probabilities)
-            scaled = margins * roots
-            means = (scaled * roots).sum(axis=1)
-            flat = scaled.reshape(self.members, -1)
+            means = (margins * probabilities).sum(axis=1)
             gradient += means.sum(axis=1)
-            hessian += flat @ flat.T
-            hessian -= means @ means.T
+            # Centred first: the difference of two sums may come out below 0 where the soft-max is saturated.
+            spread = ((margins - means[:, None]) * np.sqrt(probabilities)).reshape(self.members, -1)
+            hessian += spread @ spread.T
         return value / self.rows, gradient / self.rows, hessian / self.rows
 
     def _pooled(self, weights: Floats) -> Iterator[tuple[Floats, Floats, Floats]]:
@@ -167,10 +170,15 @@ def linear(
 
 
 def linear_brier(
-    products: NDArray[Any], *, strength: float = 0.0, start: Floats | None = None, tolerance: float = TOLERANCE
+    probabilities: NDArray[Any],
+    labels: NDArray[Any],
+    *,
+    strength: float = 0.0,
+    start: Floats | None = None,
+    tolerance: float = TOLERANCE,
 ) -> Solution:
-    """Weights of the mixture of least Brier score, from `residual_products` (M, M); the rest as `minimise` says."""
-    return minimise(LinearBrier(products), strength=strength, start=start, tolerance=tolerance)
+    """Weights of the mixture of least Brier score for probabilities (M, N, C) with labels (N,); see `minimise`."""
+    return minimise(LinearBrier(probabilities, labels), strength=strength, start=start, tolerance=tolerance)
 
 
 def log_linear(
@@ -189,20 +197,6 @@ def log_linear(
     """
     loss = LogLinearLogLoss(scores, labels)
     return minimise(loss, strength=strength, start=start, sums=sums, tolerance=tolerance)
-
-
-def residual_products(probabilities: NDArray[Any], labels: NDArray[Any]) -> Floats:
-    """Mean over rows of the products (M, M) of the members' probabilities (M, N, C) less the one-hot truth (N,)."""
-    members, rows, classes = probabilities.shape
-    found = np.zeros((members, members))
-    length = max(1, BLOCK // classes)
-    for start in range(0, rows, length):
-        residuals = probabilities[:, start : start + length].astype(np.float64)
-        truth = labels[start : start + length]
-        residuals[:, np.arange(len(truth)), truth] -= 1
-        flat = residuals.reshape(members, -1)
-        found += flat @ flat.T
-    return found / rows
 
 
 def minimise(
@@ -231,7 +225,7 @@ def minimise(
             break
         direction = shared(_quadratic_step(hessian, gradient, weights, sums), loss.twins)
         slope = float(gradient @ direction)
-        if -slope <= ROUNDING * abs(value):  # values no longer tell better from worse: whole steps by the slope alone
+        if -slope <= ROUNDING * (abs(value) + 0.01):  # values no longer tell better from worse: trust the slope
             last += 1
             moved: Floats | None = weights + direction
         else:

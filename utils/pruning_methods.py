@@ -17,10 +17,10 @@ from utils import temperature
 from utils.candidates import TIE, candidate_losses
 from utils.combiner import Combiner, MemberFacts
 from utils.config import Config, CostBudget
-from utils.metrics import METRICS, SMALLEST_PROBABILITY, log_softmax
-from utils.pooling import PIECEWISE_CONSTANT, POOLS, Weighting
-from utils.subset_search import WAYS, Limit, Problem, Subset, row_scores, within_one_error
-from utils.weighting import WeightedPool
+from utils.metrics import METRICS, SMALLEST_PROBABILITY, log_softmax, row_losses, within_one_error
+from utils.pooled_members import PooledMembers
+from utils.pooling import PIECEWISE_CONSTANT
+from utils.subset_search import WAYS, Limit, Problem, Subset
 
 SHOWN = 3  # names in a reason
 LABELS = {"f1_macro": "F1 macro", "accuracy": "accuracy", "log_loss": "log-loss", "brier": "Brier score"}
@@ -36,8 +36,8 @@ class Point:
     """Temperature of the mean."""
     unseen: Floats
     """Log-probabilities (N, C): where there are folds, each row's by the subset that was found without its fold."""
-    row_scores: Floats
-    """(N,), of the unseen ones; more is better"""
+    losses: Floats
+    """(N,), the metric's, of the unseen ones"""
     score: float
     """The metric of the unseen ones."""
     log_loss: float
@@ -51,8 +51,8 @@ class Point:
         return self.latency_ms or 0.0, self.size_mb or 0.0, len(self.subset.members)
 
 
-@dataclass
-class Pruned(WeightedPool):
+@dataclass(kw_only=True)
+class Pruned(PooledMembers):
     """Plain mean of the members that are kept, with a temperature; which, one way of `subset_search` says.
 
     The way finds subsets from small to large on the rows given to fit. Each is scored by subsets of its place that the
@@ -71,8 +71,10 @@ class Pruned(WeightedPool):
         *("pruning.target_size", "pruning.pick", "pruning.cost_budget", "device"),
         *(f"runs.score_ensemble.{key}" for key in ("optimization_metric", "temperature", "fit_rows")),
     )
+    learns: ClassVar[bool] = True
     way: ClassVar[str]
 
+    members: MemberFacts | None = None
     target_size: int = 7
     pick: str = "best"
     budget: CostBudget = field(default_factory=CostBudget)
@@ -84,7 +86,7 @@ class Pruned(WeightedPool):
         """With the settings of `pruning`, and the metric and the temperature of `runs.score_ensemble`."""
         shared, own = config.runs.score_ensemble, config.pruning
         return cls(
-            members,
+            members=members,
             metric=shared.optimization_metric,
             calibration=shared.temperature,
             target_size=own.target_size,
@@ -102,10 +104,17 @@ class Pruned(WeightedPool):
             Limit("MB", f"{place}.max_size_mb", self.budget.max_size_mb or unlimited, self.members.size_mb),
         )
 
-    def _weighted(
-        self, scores: Floats, labels: np.ndarray, folds: np.ndarray, *, testable: bool, calibrate: bool
-    ) -> Weighting:
-        problem = self._problem(scores, labels)
+    def fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Self:
+        """Fit on logits (M, N, C), labels (N,) and folds (N,).
+
+        With one fold or one class nothing can be held out: subsets are scored on the rows that chose them.
+        """
+        testable = bool(np.ptp(folds)) and bool(np.ptp(labels))
+        calibrate = testable and self.calibration != "off"
+        self.member_temperatures = np.ones(len(logits))
+        if calibrate and self.calibration == "per_member":
+            self.member_temperatures = temperature.choose_per_member(logits, labels, folds)
+        problem = self._problem(logits, labels)
         subsets = WAYS[self.way](problem)
         if testable:
             unseen = _of_folds(problem, subsets, folds, self.way)
@@ -117,15 +126,21 @@ class Pruned(WeightedPool):
             self._point(subset, np.log(own.clip(SMALLEST_PROBABILITY)), labels, folds, calibrate=early)
             for subset, own in zip(subsets, unseen, strict=True)
         )
-        found = self.points[self._picked()]
+        found = self.points[PICKS[self.pick](self.points)]
         if calibrate and not early:
             found = self._point(found.subset, found.unseen, labels, folds, calibrate=True)
-        shares = np.bincount(found.subset.members, minlength=len(scores)) / len(found.subset.members)
-        return Weighting(POOLS["linear"], shares, found.divisor, found.unseen if testable else None)
+        self.shares = np.bincount(found.subset.members, minlength=len(logits)) / len(found.subset.members)
+        self.temperature = found.divisor
+        notes = (
+            [] if testable else ["one fold or one class only: scores are those of the rows that chose, no temperature"]
+        )
+        compared = self._compared(np.exp(found.unseen) if testable else None, logits, labels, notes)
+        self.facts = self._found(problem) | compared
+        return self
 
-    def _problem(self, scores: Floats, labels: np.ndarray) -> Problem:
+    def _problem(self, logits: np.ndarray, labels: np.ndarray) -> Problem:
         assert self.members is not None, "a restored ensemble is not fitted again"
-        probabilities = np.exp(scores).astype(np.float32)
+        probabilities = np.exp(self._scores(logits)).astype(np.float32)
         return Problem(self.members.names, probabilities, labels, self.metric, self.target_size, self.limits)
 
     def _point(
@@ -140,29 +155,19 @@ class Pruned(WeightedPool):
             subset,
             divisor,
             unseen,
-            row_scores(probabilities, labels, self.metric),
+            row_losses(probabilities, labels, self.metric),
             METRICS[self.metric].function(probabilities, labels),
             METRICS["log_loss"].function(probabilities, labels),
             *(limit.known(subset.members) for limit in self.limits),
         )
 
-    def _picked(self) -> int:
-        """Which of the points is taken."""
-        return PICKS[self.pick](self.points)
-
-    def _judged(self, found: Weighting, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        assert self.members is not None, "a restored ensemble is not fitted again"
-        metric, names = METRICS[self.metric], self.members.names
-        problem, taken = self._problem(self._scores(logits), labels), self._picked()
+    def _found(self, problem: Problem) -> dict[str, Any]:
+        """What the search found out, for `ensemble.json`."""
+        names, front = problem.names, _front(self.points)
+        taken, best = PICKS[self.pick](self.points), PICKS["best"](self.points)
         kept = self.points[taken]
-        reasons = _reasons(problem, kept, self.points[_best(self.points)], self.pick)
-        front = _front(self.points)
-        notes = []
-        if found.unseen is None:
-            notes.append("one fold or one class only: scores are those of the rows that chose, no temperature")
+        reasons = _reasons(problem, kept, self.points[best], self.pick)
         return {
-            "selection_score": metric.function(self.predict_proba(logits), labels),
-            "cross_validated_score": None if found.unseen is None else kept.score,
             "pick": self.pick,
             "target_size": self.target_size,
             "cost_budget": self.budget.model_dump(),
@@ -183,7 +188,6 @@ class Pruned(WeightedPool):
                 }
                 for place, point in enumerate(self.points)
             ],
-            "notes": notes,
         }
 
 
@@ -202,33 +206,36 @@ def _of_folds(problem: Problem, subsets: Sequence[Subset], folds: np.ndarray, wa
 
 def _front(points: Sequence[Point]) -> list[int]:
     """Places of the points that no other beats: as good in score, latency and size, and better in one of them."""
-    signs = np.array([point.row_scores.mean() for point in points])
-    values = np.column_stack([-signs, np.array([point.cost[:2] for point in points])])
+    values = np.array([[point.losses.mean(), *point.cost[:2]] for point in points])
     no_worse = (values[:, None] <= values + TIE).all(axis=2)
     better = (values[:, None] < values - TIE).any(axis=2)
     return np.flatnonzero(~(no_worse & better).any(axis=0)).tolist()
 
 
 def _best(points: Sequence[Point]) -> int:
-    highest = max(point.row_scores.mean() for point in points)
-    near = [place for place, point in enumerate(points) if point.row_scores.mean() >= highest - TIE]
-    lowest = min(points[place].log_loss for place in near)
-    return next(place for place in near if points[place].log_loss <= lowest + TIE)
+    lowest = min(point.losses.mean() for point in points)
+    near = [place for place, point in enumerate(points) if point.losses.mean() <= lowest + TIE]
+    least = min(points[place].log_loss for place in near)
+    return next(place for place in near if points[place].log_loss <= least + TIE)
 
 
 def _fastest(points: Sequence[Point]) -> int:
-    best = points[_best(points)]
-    near = [place for place, point in enumerate(points) if within_one_error(best.row_scores, point.row_scores)]
+    best = _best(points)
+    near = [
+        place
+        for place, point in enumerate(points)
+        if place == best or within_one_error(point.losses, points[best].losses)
+    ]
     return min(near, key=lambda place: (points[place].cost, place))
 
 
 def _knee(points: Sequence[Point]) -> int:
     is_timed = any(point.latency_ms for point in points)
     costs = np.array([point.cost[0 if is_timed else 2] for point in points])
-    scores = np.array([point.row_scores.mean() for point in points])
-    if np.ptp(costs) == 0 or np.ptp(scores) <= TIE:
+    losses = np.array([point.losses.mean() for point in points])
+    if np.ptp(costs) == 0 or np.ptp(losses) <= TIE:
         return _best(points)
-    above = (scores - scores.min()) / np.ptp(scores) - (costs - costs.min()) / np.ptp(costs)
+    above = (losses.max() - losses) / np.ptp(losses) - (costs - costs.min()) / np.ptp(costs)
     return int(np.argmax(above)) if above.max() > TIE else _best(points)
 
 
@@ -299,28 +306,28 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class GreedyForward(Pruned):
     """Start empty, add the best."""
 
     way: ClassVar[str] = "greedy_forward"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class GreedyBackward(Pruned):
     """Start with all, leave out the one that is missed least."""
 
     way: ClassVar[str] = "greedy_backward"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DiversityMax(Pruned):
     """Start with the best, add the one that disagrees most with those taken."""
 
     way: ClassVar[str] = "diversity_max"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Clustering(Pruned):
     """The best of each group of members that err alike."""
 

@@ -80,7 +80,7 @@ class Brier:
         self, probabilities: NDArray[np.float32], labels: NDArray[np.int64], inside: NDArray[np.bool_]
     ) -> None:
         self.inside = inside.copy()
-        self.products = pools.residual_products(probabilities, labels)
+        self.products = pools.LinearBrier(probabilities, labels).products
 
     def remove(self, member: int) -> None:
         self.inside[member] = False

@@ -44,6 +44,12 @@ class Selection:
         """Shares (M,) of the members in the pool, sum 1."""
         return self.counts / self.counts.sum()
 
+    def weights_by_size(self) -> Floats:
+        """Shares (S, M) when each bag keeps its first 1, 2, ... S members and there was no start."""
+        taken = np.array([path.members for path in self.paths])
+        counts = np.stack([(taken == member).sum(axis=0) for member in range(len(self.counts))], axis=1)
+        return counts.cumsum(axis=0) / (len(taken) * np.arange(1, taken.shape[1] + 1)[:, None])
+
 
 def select(
     probabilities: NDArray[Any],
@@ -72,13 +78,14 @@ def select(
     _check(steps=steps, count=count, start=start, bags=bags, bag_share=bag_share)
     begun = np.zeros(count) if start is None else np.asarray(start, dtype=np.float64)
     total = weighted_sum(probabilities, begun) if begun.any() else None
+    alone = scorers[0].losses(all_exact=True) if sorted_start and total is None else None
     counts, paths = np.zeros(count), []
     for bag in range(max(1, bags)):
         allowed = np.ones(count, dtype=bool)
         if bags:
             drawn = np.random.default_rng([seed, bag]).permutation(count)[max(1, round(bag_share * count)) :]
             allowed[drawn] = False
-        first = _best_together(scorers[0], allowed, steps) if sorted_start and total is None else []
+        first = [] if alone is None else _best_together(scorers[0], np.where(allowed, alone, np.inf), steps)
         for each in scorers:
             each.begin(total, begun.sum())
         path = _walk(scorers, allowed, steps, first)
@@ -113,15 +120,15 @@ def _walk(scorers: list[Scorer], allowed: NDArray[np.bool_], steps: int, first: 
     return Path(tuple(members), tuple(losses), kept)
 
 
-def _best_together(one: Scorer, allowed: NDArray[np.bool_], most: int) -> list[int]:
-    """The best single members, as many as have the least loss together."""
+def _best_together(one: Scorer, alone: Floats, most: int) -> list[int]:
+    """The members of least loss alone (M,), as many as have the least loss together; those of infinite loss are out."""
     one.begin(None, 0)
-    alone = np.where(allowed, one.losses(all_exact=True), np.inf)
+    left = alone.copy()
     members: list[int] = []
     kept, lowest = 0, np.inf
-    for _ in range(min(most, int(allowed.sum()))):
-        members.append(int(np.flatnonzero(alone <= alone.min() + TIE)[0]))
-        alone[members[-1]] = np.inf
+    for _ in range(min(most, np.isfinite(alone).sum())):
+        members.append(int(np.flatnonzero(left <= left.min() + TIE)[0]))
+        left[members[-1]] = np.inf
         one.add(members[-1])
         if one.loss() < lowest - TIE:
             lowest, kept = one.loss(), len(members)

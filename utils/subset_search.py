@@ -17,7 +17,7 @@ from utils import diversity
 from utils.candidates import TIE, Scorer, scorer, weighted_sum
 from utils.diversity import Diversity
 from utils.errors import UserError
-from utils.metrics import log_loss_per_row
+from utils.metrics import row_losses, within_one_error
 from utils.removals import remover
 
 ROUNDING = 1e-9  # of a limit, by which a sum of costs may exceed it
@@ -207,12 +207,12 @@ def diversity_max(problem: Problem) -> list[Subset]:
         allowed = problem.open(chosen) & (accuracy >= least)
         order = [-problem.diversity.disagreement[:, chosen].mean(axis=1)]
         order += [each.losses(all_exact=True) for each in scorers]
-        before = row_scores(total / len(chosen), problem.labels, "accuracy")
+        before = row_losses(total / len(chosen), problem.labels, "accuracy")
         while allowed.any():
             member = _best(order, allowed)
             allowed[member] = False
             after = (total + problem.probabilities[member]) / (len(chosen) + 1)
-            if within_one_error(before, row_scores(after, problem.labels, "accuracy")):
+            if within_one_error(row_losses(after, problem.labels, "accuracy"), before):
                 break
         else:
             return found
@@ -247,38 +247,6 @@ def clustering(problem: Problem) -> list[Subset]:
                 }
         found.append(Subset(tuple(chosen), reasons))
     return found
-
-
-def row_scores(probabilities: Floats, labels: NDArray[np.int64], metric: str) -> Floats:
-    """What each row (N,) adds to the metric, whose mean it is; negative for a loss, so that more is better.
-
-    Macro F1 is no mean over rows: it is taken to first order around its value, by its influence function (Hampel
-    1974), which is 0 on average.
-    """
-    if metric == "log_loss":
-        return -log_loss_per_row(probabilities, labels)
-    if metric == "brier":
-        of_truth = probabilities[np.arange(len(labels)), labels]
-        found: Floats = 2 * of_truth - 1 - (probabilities**2).sum(axis=1)
-        return found
-    predicted = probabilities.argmax(axis=1)
-    hits = predicted == labels
-    if metric == "accuracy":
-        return hits.astype(np.float64)
-    classes = probabilities.shape[1]
-    sums = np.bincount(labels, minlength=classes) + np.bincount(predicted, minlength=classes)
-    inverse = 1 / np.maximum(sums, 1)
-    f1 = 2 * np.bincount(labels[hits], minlength=classes) * inverse
-    influence = 2 * hits * inverse[labels] - (f1 * inverse)[labels] - (f1 * inverse)[predicted]
-    found = f1.mean() + influence * (len(labels) / classes)
-    return found
-
-
-def within_one_error(best: Floats, others: Floats) -> bool:
-    """Whether row scores (N,) are on average at most one paired standard error below the best's (N,)."""
-    difference = best - others
-    error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
-    return bool(difference.mean() <= error + TIE)
 
 
 def _best(losses: Sequence[Floats], allowed: NDArray[np.bool_], *, last: bool = False) -> int:

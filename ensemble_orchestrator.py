@@ -100,7 +100,12 @@ COMMANDS: dict[str, Command] = {
         "utils.build:build_ensemble",
         "build the score-level ensembles that the configuration lists",
         "build-ensemble --config configs/quick_ensemble.yaml",
-        {},
+        {
+            "--pick": {
+                "choices": ("best", "knee", "fastest"),
+                "help": "which of the pruned subsets to keep (default: the configuration's pruning.pick)",
+            }
+        },
         writes=True,
         decodes=True,
     ),

@@ -351,13 +351,13 @@ def _slots(live: NDArray[np.bool_], counts: NDArray[Any]) -> list[NDArray[Any]]:
     return [classes[starts[counts > slot] + slot] for slot in range(counts[0] if len(counts) else 0)]
 
 
-def _accuracy_loss(hits: NDArray[np.intp], predicted: NDArray[np.intp], support: NDArray[np.intp]) -> Floats:
+def accuracy_loss(hits: NDArray[np.intp], predicted: NDArray[np.intp], support: NDArray[np.intp]) -> Floats:
     """1 - accuracy (...,) of hits and predictions (..., C) and rows (C,) per class."""
     found: Floats = 1 - hits.sum(axis=-1) / support.sum()
     return found
 
 
-def _f1_loss(hits: NDArray[np.intp], predicted: NDArray[np.intp], support: NDArray[np.intp]) -> Floats:
+def f1_loss(hits: NDArray[np.intp], predicted: NDArray[np.intp], support: NDArray[np.intp]) -> Floats:
     """1 - macro F1, to which a class that is neither labelled nor predicted gives 0."""
     found: Floats = 1 - (2 * hits / np.maximum(predicted + support, 1)).mean(axis=-1)
     return found
@@ -366,6 +366,6 @@ def _f1_loss(hits: NDArray[np.intp], predicted: NDArray[np.intp], support: NDArr
 SCORERS: dict[str, Callable[[Members, NDArray[np.intp]], Scorer]] = {
     "log_loss": LogLoss,
     "brier": Brier,
-    "accuracy": partial(Votes, of_counts=_accuracy_loss),
-    "f1_macro": partial(Votes, of_counts=_f1_loss),
+    "accuracy": partial(Votes, of_counts=accuracy_loss),
+    "f1_macro": partial(Votes, of_counts=f1_loss),
 }

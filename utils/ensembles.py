@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import ensemble_methods, meta_methods, stacking_methods
+from utils import ensemble_methods, meta_methods, pruning_methods, stacking_methods
 from utils.artifacts import (
     digest_of,
     read_arrays,
@@ -32,6 +32,7 @@ from utils.workspace import Workspace
 SCHEMA = 2
 COMBINERS: dict[str, type[Combiner]] = {
     **ensemble_methods.COMBINERS,
+    **pruning_methods.COMBINERS,
     **stacking_methods.COMBINERS,
     **meta_methods.COMBINERS,
 }

@@ -115,9 +115,9 @@ def build(
 ) -> Ensemble:
     """Cross-fit, fit on all the honest rows, keep the members that are needed, save.
 
-    `recipe` is an unfitted combiner over `members`, which come by name; `also` is what `inputs_digest` says; `seen` is
-    what the recipe's parts or its choice have seen before; `beside` are the simple combinations on the
-    same rows, which a learned one is compared with.
+    `recipe` is an unfitted combiner over `members`, which come by name; `also` is what `inputs_digest` says, kept in
+    the record; `seen` is what the recipe's parts or its choice have seen before; `beside` are the simple combinations
+    on the same rows, which a learned one is compared with.
     """
     rows = honest.rows
     unseen = ensembles.crossfit(recipe, rows, honest.fold)
@@ -138,6 +138,7 @@ def build(
     record: dict[str, Any] = {
         **recipe.report(rows.members),
         **(_beside(beside, unseen) if beside else {}),
+        **({} if also is None else {"depends_on": also}),
         "config_digest": store.config.digest("backbones", *recipe.settings, "dataset.group_regex", "seed"),
         "crossfit": scores(unseen),
     }
@@ -172,7 +173,7 @@ def inputs_digest(config: Config, store: Store, members: Sequence[Member], metho
     """Everything an ensemble depends on; found without opening an image or a checkpoint.
 
     `also` is what it depends on beside members, images and settings, ready for JSON, such as the digests of other
-    ensembles.
+    ensembles or latencies that were measured.
     """
     oof = {member.name: member.oof["sha256"] if member.oof else None for member in members}
     keys = {member.name: store.key(member, "val") for member in members}

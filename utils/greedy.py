@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from utils import temperature
 from utils.combiner import MemberFacts
 from utils.config import Config
-from utils.metrics import METRICS, SMALLEST_PROBABILITY, softmax
+from utils.metrics import METRICS, SMALLEST_PROBABILITY, row_losses, softmax
 from utils.pooled_members import PooledMembers
 from utils.pooling import PIECEWISE_CONSTANT
 from utils.selection import Selection, select
@@ -130,29 +130,6 @@ class GreedySelection(PooledMembers):
         if "bags" in found:
             found["bags"] = [{**bag, "path": [names[member] for member in bag["path"]]} for bag in found["bags"]]
         return found
-
-
-def row_losses(probabilities: NDArray[Any], labels: NDArray[Any], metric: str) -> Floats:
-    """Losses (N,) of rows of probabilities (N, C), whose mean is the metric's loss.
-
-    Macro F1 is no mean over rows; each gets the loss of all plus what it itself moves it by in first order, so that the
-    spread of these numbers is that of the metric (Hampel 1974, the influence curve).
-    """
-    rows, classes = probabilities.shape
-    winners = probabilities.argmax(axis=1)
-    hits = winners == labels
-    if metric == "accuracy":
-        return 1.0 - hits
-    of_truth = probabilities[np.arange(rows), labels].astype(np.float64)
-    if metric == "log_loss":
-        return -np.log(np.maximum(of_truth, SMALLEST_PROBABILITY))
-    if metric == "brier":
-        return (probabilities.astype(np.float64) ** 2).sum(axis=1) - 2 * of_truth + 1
-    counts = np.bincount(winners, minlength=classes) + np.bincount(labels, minlength=classes)
-    per_row = 1 / np.maximum(counts, 1)
-    f1 = 2 * np.bincount(labels[hits], minlength=classes) * per_row
-    moved = 2 * hits * per_row[labels] - (f1 * per_row)[winners] - (f1 * per_row)[labels]
-    return 1 - f1.mean() - moved * rows / classes
 
 
 def fewest_within_one_error(losses: Floats) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils import base_back, catalog, ensembles, evaluation, fitting
+from utils import base_back, catalog, ensembles, evaluation, fitting, pruned_building
 from utils.artifacts import FileDigests, read_json
 from utils.catalog import IMPORTED, Catalog, Member
 from utils.config import Config
@@ -85,7 +85,8 @@ def take(config: Config, workspace: Workspace) -> Inventory:
 def configured(config: Config) -> list[str]:
     """Names of the ensembles that the configuration lists and this version builds."""
     methods = config.runs.score_ensemble.methods if config.runs.score_ensemble.enable else ()
-    return [ensembles.NAMES[method] for method in methods if method in ensembles.NAMES]
+    score_level = [ensembles.NAMES[method] for method in methods if method in ensembles.NAMES]
+    return score_level + pruned_building.names(config)
 
 
 def _since_discovery(workspace: Workspace, found: Catalog, digests: FileDigests) -> list[str]:
@@ -165,15 +166,21 @@ def _ensemble_state(config: Config, store: Store, ensemble: Ensemble, selected: 
         f"{name} has {'other predictions' if members[name].source == IMPORTED else 'another checkpoint'} now"
         for name in other
     ]
-    if not reasons and ensemble.method in ensembles.NAMES:
+    if not reasons and (ensemble.method in ensembles.NAMES or ensemble.name in pruned_building.names(config)):
         wanted = tuple(sorted(member.name for member in selected))
         if wanted != ensemble.candidates:
             reasons.append(
                 f"built from {', '.join(ensemble.candidates)}; the configuration selects {', '.join(wanted)}"
             )
-        elif fitting.inputs_digest(config, store, selected, ensemble.method) != ensemble.inputs_digest:
+        elif not _is_as_built(config, store, ensemble, selected):
             reasons.append("its images, out-of-fold predictions, seed or settings are others now")
     return State(STALE if reasons else CURRENT, tuple(reasons))
+
+
+def _is_as_built(config: Config, store: Store, ensemble: Ensemble, selected: Sequence[Member]) -> bool:
+    if ensemble.method not in ensembles.NAMES:
+        return pruned_building.is_current(store, selected, ensemble.name)
+    return fitting.inputs_digest(config, store, selected, ensemble.method) == ensemble.inputs_digest
 
 
 def _predictions_state(store: Store, member: Member, split: str) -> State:

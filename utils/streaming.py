@@ -9,7 +9,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,7 @@ __all__ = [
     "normalise",
     "open_network",
     "read_checkpoint",
+    "resident",
     "resolve_device",
     "safe_delete_model",
     "stream",
@@ -197,6 +198,34 @@ def stream(
         del passing
         # A whole collection takes longer than a small network; it is needed where references in a ring keep one alive.
         if on_cuda or left() is not None:
+            cleanup_memory()
+
+
+@contextmanager
+def resident(spec: NetworkSpec, device: str) -> Iterator[tuple[Callable[[Tensor], Tensor], Callable[[int], Tensor]]]:
+    """One network alone in memory as `stream` runs it: what answers images with logits, and what makes such images.
+
+    The second gives B images of seeded noise (B, 3, H, W), normalised, on the device and in the network's layout.
+    Raises UserError as `open_network` does.
+    """
+    import torch
+
+    passing = _Pass(spec, open_network(spec), 1, device)
+
+    def answer(images: Tensor) -> Tensor:
+        with torch.inference_mode(), passing._precision():
+            return passing.model(images)  # type: ignore[no-any-return]
+
+    def noise(count: int) -> Tensor:
+        shape = (count, 3, spec.img_size, spec.img_size)
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return images.to(device=device, memory_format=passing.layout)
+
+    try:
+        yield answer, noise
+    finally:
+        safe_delete_model(passing.model)
+        if passing.on_cuda:
             cleanup_memory()
 
 

@@ -126,6 +126,11 @@ class Workspace:
         return self.ensembles / "digests.json"
 
     @property
+    def latency(self) -> Path:
+        """How long members' networks take, measured once."""
+        return self.ensembles / "latency.json"
+
+    @property
     def crossfit_folds(self) -> Path:
         """The workspace's folds over the honest rows."""
         return self.ensembles / "crossfit_folds.npz"

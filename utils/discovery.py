@@ -21,7 +21,7 @@ from utils.config import Config
 from utils.errors import UserError, did_you_mean
 from utils.identification import Candidate, Scan, identify
 from utils.inspection import Inspector
-from utils.predictions import with_imported
+from utils.predictions import Store, with_imported
 from utils.results import Result
 from utils.streaming import ImageSplit
 from utils.workspace import SPLITS, Workspace
@@ -45,7 +45,7 @@ def discover(
     """
     earlier = _earlier(workspace)
     if earlier and earlier.imported() and not earlier.has_images and not workspace.has_images and not add:
-        return _without_images(workspace, earlier)
+        return _without_images(config, workspace, earlier)
     digests = FileDigests(workspace.digests)
     scan = Scan(config, workspace, digests, _list_splits(workspace, digests))
     problems = _split_problems(scan.splits)
@@ -83,11 +83,12 @@ def discover(
     return _written(workspace, listed, measured, verify=verify)
 
 
-def _without_images(workspace: Workspace, earlier: Catalog) -> Result:
+def _without_images(config: Config, workspace: Workspace, earlier: Catalog) -> Result:
     """The catalog of imported members alone, who say themselves which samples there are."""
     if catalog.checkpoint_files(workspace):
         logger.warning("%s: checkpoints are left out, since there are no images to run them on", workspace.checkpoints)
-    return _written(workspace, replace(earlier, base_back=catalog.mounted()), {}, verify=False)
+    splits = Store(config, workspace, earlier).splits()
+    return _written(workspace, replace(earlier, base_back=catalog.mounted(), splits=splits), {}, verify=False)
 
 
 def _written(

@@ -115,8 +115,8 @@ def test_one_member_and_one_class_are_told(tmp_path, workspace):
             "member linear: no row of val in common with the other members; its first id is val/ant/",
         ),
         (
-            changing("linear", "val", lambda a: a | {"classes": np.array(["ant", "bee", "dog"])}),
-            r"member linear: val\.npz has the classes ant, bee, dog; expected ant, bee, cat",
+            changing("bayes", "oof", lambda a: a | {"classes": np.array(["ant", "bee", "dog"])}),
+            r"member bayes: oof\.npz has the classes ant, bee, dog; expected ant, bee, cat",
         ),
         (
             changing("linear", "val", lambda a: without("classes")(a) | {"logits": np.eye(4)[a["labels"]]}),

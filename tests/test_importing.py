@@ -277,4 +277,4 @@ def test_a_later_discovery_keeps_them_and_what_was_said_of_them(tmp_path, worksp
     result = discovery.discover(CONFIG, workspace, verify=True)
     assert catalog.read(workspace) == before
     assert not result.failures
-    assert "3 members, 3 classes, samples: test 30, train 60, val 30" in result.text
+    assert "3 members, 3 classes, samples: train 60, val 30, test 30" in result.text

@@ -21,7 +21,7 @@ from utils.config import Config
 from utils.errors import UserError, did_you_mean
 from utils.identification import Candidate, Scan, identify
 from utils.inspection import Inspector
-from utils.predictions import with_imported
+from utils.predictions import Store, with_imported
 from utils.results import Result
 from utils.streaming import ImageSplit
 from utils.workspace import SPLITS, Workspace
@@ -51,7 +51,7 @@ def discover(
     """
     earlier = _less(workspace, _earlier(workspace), remove)
     if earlier and not earlier.has_images and not workspace.has_images and not add:
-        return _without_images(workspace, earlier)
+        return _without_images(config, workspace, earlier)
     digests = FileDigests(workspace.digests)
     scan = Scan(config, workspace, digests, _list_splits(workspace, digests))
     problems = _split_problems(scan.splits)
@@ -93,14 +93,15 @@ def discover(
     return _written(workspace, listed, measured, verify=verify)
 
 
-def _without_images(workspace: Workspace, earlier: Catalog) -> Result:
+def _without_images(config: Config, workspace: Workspace, earlier: Catalog) -> Result:
     """The catalog of imported members alone, who say themselves which samples there are."""
     if not earlier.members:
         workspace.catalog.unlink(missing_ok=True)  # it would go on listing what was taken back
     _require_members(workspace, earlier)
     if catalog.checkpoint_files(workspace):
         logger.warning("%s: checkpoints are left out, since there are no images to run them on", workspace.checkpoints)
-    return _written(workspace, replace(earlier, base_back=catalog.mounted()), {}, verify=False)
+    splits = Store(config, workspace, earlier).splits()
+    return _written(workspace, replace(earlier, base_back=catalog.mounted(), splits=splits), {}, verify=False)
 
 
 def _written(

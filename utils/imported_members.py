@@ -120,13 +120,14 @@ def agree_on_classes(
 ) -> tuple[tuple[str, ...], list[Problem]]:
     """The order of the classes, and what is to be said of it.
 
-    `known` are those of the images or of members that are there already. Without any, names that all files share are
-    sorted, and where no file has names the columns are called 0 to C-1. Raises UserError for files that do not agree.
+    `known` are those of the images or of members that are there already. Without any, the names that most files have
+    are sorted, and where no file has names the columns are called 0 to C-1. Raises UserError for files that differ.
     """
     files = {(name, stem): part for name, parts in given.items() for stem, part in parts.items()}
     if known is None:
-        named = [part.classes for part in files.values() if part.classes is not None]
-        known = _ordered(named[0] if named else map(str, range(next(iter(files.values())).logits.shape[1])))
+        named = Counter(_ordered(part.classes) for part in files.values() if part.classes is not None)
+        widest = max(part.logits.shape[1] for part in files.values())
+        known = min(named, key=lambda names: (-named[names], names)) if named else tuple(map(str, range(widest)))
 
     def check(name: str) -> None:
         for stem, part in given[name].items():

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from utils import catalog, imported_judgement, imported_members, streaming
-from utils.artifacts import FileDigests, digest_of
+from utils.artifacts import FileDigests
 from utils.catalog import IMPORTED, Catalog, Problem
 from utils.config import Config
 from utils.errors import UserError
 from utils.imported_judgement import Arrival
 from utils.imported_members import SPLIT_OF, Part, for_each
 from utils.prediction_files import Predictions
-from utils.predictions import Store, with_imported
+from utils.predictions import Store, split_facts, with_imported
 from utils.results import Result
-from utils.rows import MemberRows, Samples, gather
+from utils.rows import MemberRows, gather
 from utils.streaming import ImageSplit
 from utils.workspace import SPLITS, Workspace
 
@@ -58,7 +58,7 @@ def import_predictions(config: Config, workspace: Workspace, *, folder: str, for
     states = {name: _state(store, earlier, arrival, force=force) for name, arrival in arrivals.items()}
     written = [name for name, state in states.items() if state != UP_TO_DATE]
     if earlier is not None and earlier.imported().keys() & set(written):
-        _save_without(workspace, ground)
+        _save_without(config, workspace, ground)
     for name in written:
         _store(store, arrivals[name])
     if earlier != listed or written:
@@ -162,7 +162,7 @@ def _splits_of_rows(
         honest = {name: part for name, held in rows.items() for part in held if part.honest.all()}
         problems += imported_members.rows_in_common(split, honest)
     problems += imported_members.same_samples(samples)
-    return {split: _split_facts(classes, found) for split, found in samples.items()}, problems
+    return {split: split_facts(classes, found) for split, found in samples.items()}, problems
 
 
 def _rows(ground: Ground, parts: Mapping[str, Mapping[str, Part]], split: str) -> dict[str, list[MemberRows]]:
@@ -171,12 +171,6 @@ def _rows(ground: Ground, parts: Mapping[str, Mapping[str, Part]], split: str) -
         name: [part.rows for stem, part in files.items() if SPLIT_OF[stem] == split] for name, files in parts.items()
     }
     return ground.held[split] | arriving
-
-
-def _split_facts(classes: tuple[str, ...], samples: Samples) -> dict[str, Any]:
-    """A split as the catalog lists it where imported members alone say which samples there are."""
-    digest = digest_of([list(classes), list(samples.sample_ids), samples.labels.tolist()])
-    return {"n": len(samples.sample_ids), "digest": digest, "images": False}
 
 
 # what is written ----------------------------------------------------------------------------------------------------
@@ -192,16 +186,14 @@ def _state(store: Store, earlier: Catalog | None, arrival: Arrival, *, force: bo
     return UP_TO_DATE if is_current and not force else REPLACED
 
 
-def _save_without(workspace: Workspace, ground: Ground) -> None:
+def _save_without(config: Config, workspace: Workspace, ground: Ground) -> None:
     """The catalog without what is about to be replaced, so that a kill leaves none that lists half-written members."""
     staying = ground.staying
     if staying is None or not staying.members:
         workspace.catalog.unlink()
         return
     if ground.images is None:
-        classes = staying.classes
-        found = {split: gather(split, classes, ground.held[split]) for split in SPLITS}
-        staying = replace(staying, splits={split: _split_facts(classes, samples) for split, samples in found.items()})
+        staying = replace(staying, splits=Store(config, workspace, staying).splits())
     catalog.save(workspace, staying)
 
 

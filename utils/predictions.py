@@ -80,6 +80,10 @@ class Store:
             self._samples[split] = gather(split, self.catalog.classes, self.held(split))
         return self._samples[split]
 
+    def splits(self) -> dict[str, dict[str, Any]]:
+        """The splits as a catalog lists them where there are no images: by what its imported members hold."""
+        return {split: split_facts(self.catalog.classes, self.samples(split)) for split in SPLITS}
+
     def held(self, split: str) -> dict[str, list[MemberRows]]:
         """{imported member: its rows of a split}; of train the in-sample and the out-of-fold ones."""
         parts: dict[str, list[MemberRows]] = {}
@@ -323,6 +327,12 @@ def _oof_rows(arrays: Mapping[str, np.ndarray], classes: tuple[str, ...]) -> Mem
     return MemberRows(
         "train", classes, arrays["sample_ids"], arrays["labels"], arrays["logits"], np.ones(len(arrays["labels"]), bool)
     )
+
+
+def split_facts(classes: tuple[str, ...], samples: Samples) -> dict[str, Any]:
+    """A split as the catalog lists it where imported members alone say which samples there are."""
+    digest = digest_of([list(classes), list(samples.sample_ids), samples.labels.tolist()])
+    return {"n": len(samples.sample_ids), "digest": digest, "images": False}
 
 
 def with_imported(config: Config, workspace: Workspace, found: Catalog, earlier: Catalog) -> Catalog:

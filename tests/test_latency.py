@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +43,14 @@ def member(store):
         )
 
     return make
+
+
+@pytest.fixture
+def heard(caplog):
+    logger = logging.getLogger("disease_pipeline")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture
@@ -140,6 +149,19 @@ def test_a_batch_that_memory_is_too_small_for_is_missing_and_the_other_is_kept(s
     assert list(measure(store, [member("a")])["a"].batches) == [1]
 
 
+def test_a_busy_machine_is_told_when_something_is_measured_on_it(store, member, monkeypatch, heard):
+    monkeypatch.setattr(latency.os, "getloadavg", lambda: (7.5, 1, 1))
+    monkeypatch.setattr(latency.os, "cpu_count", lambda: 8)
+    measure(store, [member("a")], batches=[1])
+    assert "busy" not in heard.text
+    monkeypatch.setattr(latency.os, "cpu_count", lambda: 2)
+    measure(store, [member("a")], batches=[1])  # known already
+    assert "busy" not in heard.text
+    measure(store, [member("b")], batches=[1])
+    words = "this machine is busy (load 7.5, 2 cores): latencies come out too high, and are kept; remove"
+    assert f"{words} {store.workspace.latency}" in heard.text
+
+
 class Clock:
     """Every forward pass takes the next of the given times; the last comes again and again."""
 
@@ -188,10 +210,16 @@ def test_one_network_is_in_memory_at_a_time_and_none_is_left(store, member, monk
 def test_the_network_that_is_measured_answers_as_the_one_that_is_streamed(store, member):
     spec = member("a").network(store.workspace)
     model = streaming.open_network(spec)
-    with streaming.resident(spec, "cpu") as (answer, noise):
-        images = noise(4)
-        assert images.shape == (4, 3, 32, 32)
-        assert torch.equal(images, noise(4))
-        found = answer(images)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with streaming.resident(spec, "cpu") as (answer, placed):
+        found = answer(placed(images))
         assert not found.requires_grad
     torch.testing.assert_close(found, model(images).detach())
+
+
+def test_equal_networks_are_timed_on_equal_images(store, member, monkeypatch):
+    seen = []
+    monkeypatch.setattr(latency, "timing_of", lambda answer, images: (seen.append(images), Timing(1.0, 1.0, 1))[1])
+    measure(store, [member("a"), member("b")], batches=[2])
+    assert [tuple(images.shape) for images in seen] == [(2, 3, 32, 32)] * 2
+    assert torch.equal(*seen)

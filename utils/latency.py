@@ -7,6 +7,7 @@ it measured anew.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,8 @@ def measure(store: Store, members: Sequence[Member], *, batches: Sequence[int] =
         for member in networks
     }
     missing = [member for member in networks if wanted[member.name]]
+    if missing:
+        _say_when_busy(store.workspace)
     for number, member in enumerate(missing, start=1):
         catalog.check_current(store.workspace, member, store.digests)
         found = _measured(member, store.workspace, device, wanted[member.name])
@@ -116,6 +119,18 @@ def _keep(workspace: Workspace, member: Member, record: Record) -> None:
     write_json(workspace.latency, {"networks": kept})
 
 
+def _say_when_busy(workspace: Workspace) -> None:
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if load > cores:
+        logger.warning(
+            "this machine is busy (load %.1f, %d cores): latencies come out too high, and are kept; remove %s to have "
+            "them measured again when it is idle",
+            load,
+            cores,
+            workspace.latency,
+        )
+
+
 def _named(device: str) -> str:
     import torch
 
@@ -123,11 +138,14 @@ def _named(device: str) -> str:
 
 
 def _measured(member: Member, workspace: Workspace, device: str, batches: Sequence[int]) -> dict[int, Timing]:
-    found = {}
-    with streaming.resident(member.network(workspace), device) as (answer, noise):
+    import torch
+
+    found, spec = {}, member.network(workspace)
+    with streaming.resident(spec, device) as (answer, placed):
         for size in batches:
+            noise = torch.randn(size, 3, spec.img_size, spec.img_size, generator=torch.Generator().manual_seed(0))
             try:
-                found[size] = timing_of(answer, noise(size))
+                found[size] = timing_of(answer, placed(noise))
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise

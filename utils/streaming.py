@@ -202,11 +202,10 @@ def stream(
 
 
 @contextmanager
-def resident(spec: NetworkSpec, device: str) -> Iterator[tuple[Callable[[Tensor], Tensor], Callable[[int], Tensor]]]:
-    """One network alone in memory as `stream` runs it: what answers images with logits, and what makes such images.
+def resident(spec: NetworkSpec, device: str) -> Iterator[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+    """One network alone in memory, as `stream` runs it: what answers placed images with logits, and what places them.
 
-    The second gives B images of seeded noise (B, 3, H, W), normalised, on the device and in the network's layout.
-    Raises UserError as `open_network` does.
+    Images are normalised (B, 3, H, W); placed, they lie on the device in the network's layout.
     """
     import torch
 
@@ -216,13 +215,8 @@ def resident(spec: NetworkSpec, device: str) -> Iterator[tuple[Callable[[Tensor]
         with torch.inference_mode(), passing._precision():
             return passing.model(images)  # type: ignore[no-any-return]
 
-    def noise(count: int) -> Tensor:
-        shape = (count, 3, spec.img_size, spec.img_size)
-        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        return images.to(device=device, memory_format=passing.layout)
-
     try:
-        yield answer, noise
+        yield answer, lambda images: images.to(device=device, memory_format=passing.layout)
     finally:
         safe_delete_model(passing.model)
         if passing.on_cuda:

@@ -7,9 +7,9 @@
     python benchmarks/selection.py --quick           smaller arrays, not the ones to report
 
 The outputs are resampled with noise to the sizes that are asked for. Both sides read the same float32 arrays from files
-in processes of their own and take turns; what is timed is the selection alone. Both scores are computed by
-`utils.metrics` from the weights that were found. Where `.venv-bench` is missing, the peer's figures are null. The last
-line of the output is one JSON object.
+in processes of their own, on one thread, and take turns; what is timed is the selection alone, in CPU seconds, which
+other work on the machine disturbs least. Both scores are computed by `utils.metrics` from the weights that were found.
+Where `.venv-bench` is missing, the peer's figures are null. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ STEPS = 25
 METRICS = ("log_loss", "accuracy", "f1_macro")
 GOALS = {15: {"log_loss": 300, "accuracy": 15, "f1_macro": 15}, 150: {"log_loss": 100, "accuracy": 15, "f1_macro": 15}}
 TRIES = {15: 3, 150: 6}  # ways of breaking ties, of which the best is kept; the peer draws among equals once
+TURNS = {15: 3, 150: 2}
 REPEATS = 5  # of ours within a turn: a run of milliseconds is easily disturbed
 LIMIT_MB = 2000
 GROWTH = 1.25  # of the time per number, from the smallest of three sizes to the largest
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows: list[dict[str, Any]] = []
         for members in GOALS:
             size = [members, 1_000 if options.quick else 10_000]
-            rows += race_rows(folder, *size, turns=1 if options.quick else 3)
+            rows += race_rows(folder, *size, turns=1 if options.quick else TURNS[members])
         rows += weight_rows(folder, 15, 1_000 if options.quick else 10_000)
         rows += growth_rows(folder, *((60, 3_000) if options.quick else (1_500, 100_000)))
     report(
@@ -262,7 +263,7 @@ def resampled(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def selected(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
-    """Seconds of our selection from an empty pool, the least of a few runs, and the loss of what it found."""
+    """CPU seconds of our selection from an empty pool, the least of a few runs, and the loss of what it found."""
     import numpy as np
 
     from utils.selection import select
@@ -272,16 +273,16 @@ def selected(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
     for metric in METRICS:
         times = []
         for _ in range(REPEATS):
-            start = time.perf_counter()
+            start = time.process_time()
             chosen = select(probabilities, labels, metric=metric, steps=STEPS, tries=int(arguments[0]))
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
         np.save(folder / f"{metric}.npy", chosen.weights)
         found[metric] = {"seconds": min(times), "loss": _loss(probabilities, labels, chosen.weights, metric)}
     return found
 
 
 def peer(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
-    """Seconds of AutoGluon's selection; runs in its environment."""
+    """CPU seconds of AutoGluon's selection; runs in its environment."""
     import numpy as np
     from autogluon.core import metrics
     from autogluon.core.models.greedy_ensemble.ensemble_selection import EnsembleSelection
@@ -290,9 +291,9 @@ def peer(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
     found = {}
     for metric in METRICS:
         chosen = EnsembleSelection(STEPS, "multiclass", getattr(metrics, metric))
-        start = time.perf_counter()
+        start = time.process_time()
         chosen.fit(list(probabilities), labels)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         np.save(folder / f"peer_{metric}.npy", chosen.weights_)
         found[metric] = {"seconds": seconds}
     return found

@@ -293,6 +293,7 @@ class Votes:
         if total is not None:  # it may be no sum of these members
             sure &= total[np.arange(self.rows), self.leaders] >= total.max(axis=1)
         self.play = np.flatnonzero(~sure)
+        self.truth = self.labels[self.play]
         self.lowest, self.highest = (np.take(bound, self.play, axis=1) for bound in self.bounds)
         self.total = np.zeros((self.classes, len(self.play)))
         if total is not None:
@@ -306,7 +307,7 @@ class Votes:
 
     def loss(self) -> float:
         winners = self.total.argmax(axis=0)
-        right = winners[winners == self.labels[self.play]]
+        right = winners[winners == self.truth]
         hits, predicted = (np.bincount(found, minlength=self.classes) for found in (right, winners))
         return float(self.of_counts(self.hits + hits, self.predicted + predicted, self.support))
 
@@ -318,7 +319,7 @@ class Votes:
 
     def _count(self, part: slice, hits: NDArray[np.intp], predicted: NDArray[np.intp]) -> None:
         """Add the hits and predictions (M, C) on some of the rows in play, with each member added."""
-        total, truth = self.total[:, part], self.labels[self.play[part]]
+        total, truth = self.total[:, part], self.truth[part]
         reach = (total + self.lowest[:, part]).max(axis=0) - self.SLACK * (self.size + 1)
         live = total + self.highest[:, part] >= reach
         counts = live.sum(axis=0, dtype=self.kind)

@@ -104,6 +104,8 @@ def test_a_new_network_is_like_the_trained_one_else_like_most_else_as_the_settin
     assert found(img_size=99) == ("tiny", 48, "no_flip", settings.BACKBONE_LRS["tiny"])
     torch.save({"model_state_dict": {}, "extra": {"accuracy": np.float64(0.5)}}, tmp_path / f"{NAME}_final.pth")
     assert found() == ("tiny", 48, "no_flip", settings.BACKBONE_LRS["tiny"])  # another pipeline's file says nothing
+    trained(NAME, "final", "their size", 64, "full")
+    assert found()[0] == "tiny"
     (tmp_path / f"{NAME}_final.pth").unlink()
     trained(NAME, "head_best", "tiny", 64, "none")
     assert found() == ("tiny", 64, "none", settings.BACKBONE_LRS["tiny"])

@@ -21,7 +21,7 @@ from utils.recommendation import Candidate, recommend
 from utils.workspace import Workspace
 
 SCHEMA = 2
-COMBINERS: dict[str, type[Combiner]] = {**ensemble_methods.COMBINERS}
+COMBINERS: dict[str, type[Combiner]] = {**ensemble_methods.COMBINERS, **ensemble_methods.SAVED_AS}
 CHOSEN_ON_VAL = ("greedy_soup", "distilled")
 """In the name of whatever val rows have chosen."""
 NAMES = {method: f"{method}_ensemble" for method in ensemble_methods.COMBINERS}

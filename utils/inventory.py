@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils import base_back, catalog, ensembles, evaluation, fitting
+from utils import base_back, catalog, ensembles, evaluation, fitting, snapshot_building
 from utils.artifacts import FileDigests, read_json
 from utils.catalog import Catalog, Member
 from utils.config import Config
@@ -67,6 +67,8 @@ def take(config: Config, workspace: Workspace) -> Inventory:
         return Inventory(of_catalog, found, ensembles=states, problems=(str(error),))
     for name, ensemble in saved.items():
         states[name] = _ensemble_state(config, store, ensemble, selected)
+    if config.runs.snapshot_ensemble.enable:
+        states[snapshot_building.NAME] = _snapshot_state(store, selected, states)
     for name in configured(config):
         states.setdefault(name, State(MISSING))
     in_use = evaluation.members_to_score(found, selected, saved)
@@ -85,7 +87,8 @@ def take(config: Config, workspace: Workspace) -> Inventory:
 def configured(config: Config) -> list[str]:
     """Names of the ensembles that the configuration lists and this version builds."""
     methods = config.runs.score_ensemble.methods if config.runs.score_ensemble.enable else ()
-    return [ensembles.NAMES[method] for method in methods if method in ensembles.NAMES]
+    names = [ensembles.NAMES[method] for method in methods if method in ensembles.NAMES]
+    return names + ([snapshot_building.NAME] if config.runs.snapshot_ensemble.enable else [])
 
 
 def _since_discovery(workspace: Workspace, found: Catalog, digests: FileDigests) -> list[str]:
@@ -155,6 +158,18 @@ def _ensemble_state(config: Config, store: Store, ensemble: Ensemble, selected: 
         elif fitting.inputs_digest(config, store, selected, ensemble.method) != ensemble.inputs_digest:
             reasons.append("its images, out-of-fold predictions, seed or settings are others now")
     return State(STALE if reasons else CURRENT, tuple(reasons))
+
+
+def _snapshot_state(store: Store, selected: Sequence[Member], states: Mapping[str, State]) -> State:
+    """Of the mean of all snapshots; `states` are those of the ensembles on disk by themselves."""
+    known = states.get(snapshot_building.NAME, State(MISSING))
+    if known.state != CURRENT:
+        return known
+    try:
+        reason = snapshot_building.reason_against(store, selected)
+    except UserError as error:
+        return State(DAMAGED, (str(error),))
+    return State(STALE, (reason,)) if reason else known
 
 
 def _predictions_state(store: Store, member: Member, split: str) -> State:

@@ -80,7 +80,8 @@ class Recipe:
         own = manager.get_latest_backbone_checkpoint(self.backbone)
         others = sorted(settings.TRAINED_DIR.glob("*_final.pth"))
         for paths in ([own] if own else [], others):
-            known = [facts for path in paths if set(FACTS) <= (facts := read_extra(path)).keys()]
+            known = [facts for facts in map(read_extra, paths) if set(FACTS) <= facts.keys()]
+            known = [facts for facts in known if facts["model_size"] in settings.BACKBONE_LRS]
             if known:
                 most = Counter(tuple(facts[name] for name in names) for facts in known).most_common(1)[0][0]
                 found = replace(self, **dict(zip(names, most, strict=True)))

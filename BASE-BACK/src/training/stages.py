@@ -324,7 +324,9 @@ def _clean_up(finished: Sequence[Unit]) -> None:
     for folder in (progress, settings.CKPT_DIR, settings.KFOLD_DIR, settings.METRICS_DIR, settings.IMAGE_CACHE_DIR):
         for leftover in folder.glob(".*.partial*"):
             leftover.unlink(missing_ok=True)
-    for leftover in settings.SPLIT_DIR.parent.glob(f".{settings.SPLIT_DIR.name}.partial*"):
+    # A split that lies elsewhere is somebody else's, who may be making it.
+    own = settings.SPLIT_DIR.parent == settings.BASE_DIR
+    for leftover in settings.SPLIT_DIR.parent.glob(f".{settings.SPLIT_DIR.name}.partial*") if own else ():
         shutil.rmtree(leftover, ignore_errors=True)
     if progress.is_dir() and not any(progress.iterdir()):
         progress.rmdir()

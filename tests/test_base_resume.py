@@ -6,10 +6,8 @@ import hashlib
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROJECT, ZOO_BACKBONES, ZOO_FOLDS, ZOO_OPTIONS
+from killing import digests, run_and_kill
 
 from config import settings
 from models import create_custom_backbone
@@ -32,42 +31,6 @@ KILLS = 10
 CPU = torch.device("cpu")
 
 
-def digests(workspace: Path) -> dict[str, str]:
-    """Every checkpoint and out-of-fold file of a workspace."""
-    files = [*workspace.glob("checkpoints/*.pth"), *workspace.glob("kfold_results/*.npz")]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def events(workspace: Path) -> set[tuple[str, int]]:
-    """Files of trainings with their times: each saved epoch and each checkpoint makes a new one."""
-    found = set()
-    for path in [*workspace.glob("checkpoints/.progress/[!.]*.pth"), *workspace.glob("checkpoints/*.pth")]:
-        try:
-            found.add((path.name, path.stat().st_mtime_ns))
-        except FileNotFoundError:  # finished while we looked
-            continue
-    return found
-
-
-def run_and_kill(command: list[str], environment: dict[str, str], workspace: Path, rng: random.Random) -> int | None:
-    """Start a run and kill it with all its processes after a few files, at any moment; its exit code if it ended."""
-    count, delay = rng.randint(1, 4), rng.uniform(0, 0.15)
-    seen = events(workspace)
-    fresh: set[tuple[str, int]] = set()
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    while len(fresh) < count and process.poll() is None:
-        time.sleep(0.005)
-        fresh |= events(workspace) - seen
-    time.sleep(delay)
-    ended = process.poll()
-    if ended is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return ended
-
-
 def test_ten_kills_in_a_training_of_three_backbones_change_no_byte(trained, tmp_path):
     workspace = tmp_path / "w"
     shutil.copytree(trained / "split_dataset", workspace / "split_dataset")
@@ -80,7 +43,7 @@ def test_ten_kills_in_a_training_of_three_backbones_change_no_byte(trained, tmp_
     rng = random.Random(20)
     for number in range(KILLS):
         assert run_and_kill(command, environment, workspace, rng) is None, f"run {number} ended before it was killed"
-        for path in workspace.glob("checkpoints/*.pth"):
+        for path in workspace.glob("checkpoints/[!.]*.pth"):
             torch.load(path, weights_only=True)  # whole, whenever the kill came
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from utils import catalog, ensembles, fitting, pruned_building
+from utils import catalog, ensembles, fitting, pruned_building, snapshot_building
 from utils.catalog import Member
 from utils.config import Config, require_enabled
 from utils.errors import UserError
@@ -81,7 +81,7 @@ def _is_up_to_date(store: Store, members: Sequence[Member], method: str) -> bool
 
 def _sections_without_builder(config: Config) -> list[str]:
     """Switched-on sections of this command that this version does not build."""
-    places = ("runs.model_soup", "runs.snapshot_ensemble")
+    places = ("runs.model_soup",)
     return [f"{place}: not built by this version" for place in places if config.at(f"{place}.enable")]
 
 
@@ -89,4 +89,5 @@ KEYS = ("built", "up_to_date")
 SECTIONS: dict[str, Callable[[Store, Sequence[Member], bool], Result]] = {
     "runs.score_ensemble": score_level,
     pruned_building.PLACE: pruned_building.pruned,
+    snapshot_building.PLACE: snapshot_building.snapshots,
 }

@@ -116,10 +116,10 @@ class Catalog:
 
 
 def checkpoint_files(workspace: Workspace) -> dict[str, dict[str, Path]]:
-    """{backbone: {role: file}} of every file in the checkpoint folder whose name is one of BASE-BACK's or ours."""
+    """{backbone: {role: file}} of every file in the checkpoint folders whose name is one of BASE-BACK's or ours."""
     found: dict[str, dict[str, Path]] = {}
-    if workspace.checkpoints.is_dir():
-        for path in sorted(workspace.checkpoints.iterdir()):
+    for folder in dict.fromkeys((workspace.checkpoints, workspace.derived_checkpoints)):  # ours come last and win
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             match = CHECKPOINT_NAME.fullmatch(path.name)
             if match and path.is_file():
                 found.setdefault(match["name"], {})[match["role"]] = path

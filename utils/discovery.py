@@ -112,6 +112,27 @@ def _written(
     return Result(_table(workspace, found, measured, verify=verify), found.as_record(), failures)
 
 
+def take_in(
+    config: Config, workspace: Workspace, digests: FileDigests, train: ImageSplit, found: Catalog, names: Sequence[str]
+) -> Catalog:
+    """The catalog with the named derived members as their checkpoints lie on disk now; it is saved.
+
+    The rest stays as it was found, and a named one whose checkpoint is gone leaves. Raises UserError for a checkpoint
+    that cannot be read.
+    """
+    scan = Scan(config, workspace, digests, {"train": train})
+    members = {name: member for name, member in found.members.items() if name not in names}
+    problems: list[Problem] = []
+    for candidate in _trained(workspace):
+        if candidate.is_derived and candidate.name in names:
+            members[candidate.name], own = identify(scan, candidate)
+            problems += own
+    codes = {problem.code for problem in found.problems}
+    updated = replace(found, members=members).with_problems(problems, members=set(names), codes=codes)
+    catalog.save(workspace, updated)
+    return updated
+
+
 def _is_verified(config: Config, member: Member) -> bool:
     return member.usable and (member.source != "derived" or member.name in config.backbones.selected)
 

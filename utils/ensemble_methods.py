@@ -110,6 +110,10 @@ class LogitAveraging(Voting):
         return ProbabilityOfMeanLogits()
 
 
+SAVED_AS: dict[str, type[Combiner]] = {
+    "snapshot": SoftVoting,
+}
+"""Ensembles whose work was done in making their members: the one network, or the mean of a few, answers."""
 COMBINERS: dict[str, type[Combiner]] = {
     "soft_voting": SoftVoting,
     "hard_voting": HardVoting,

@@ -32,6 +32,7 @@ from utils.workspace import Workspace
 SCHEMA = 2
 COMBINERS: dict[str, type[Combiner]] = {
     **ensemble_methods.COMBINERS,
+    **ensemble_methods.SAVED_AS,
     **pruning_methods.COMBINERS,
     **stacking_methods.COMBINERS,
     **meta_methods.COMBINERS,

@@ -1,4 +1,4 @@
-"""How long a first pass over all images will take and how much disk it fills, said before it starts."""
+"""How long a pass over all images, or a training, will take and how much disk it fills, said before it starts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ SECONDS_PER_BATCH = 0.02
 DECODED_PER_SECOND = 100  # photographs, on one core
 ENLARGED = 1.14  # shorter side of a decoded image, in image sizes; photographs are 4:3
 FLOATS_PER_ROW = 1024  # embedding and logits of a usual network
+STEP = 3  # forward passes that one step of training is worth
+COPIES = (
+    7  # of the weights that a training under way keeps: now and at its best, with the optimizer's two each; a margin
+)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one pass of several members over the same images."""
+    """Of one piece of work over several members."""
 
     seconds: float
     megabytes: float
@@ -49,12 +53,44 @@ def extraction(
     """
     cores = cores or os.cpu_count() or 1
     speed = PER_GPU if on_cuda else PER_CORE * cores
-    work = sum(checkpoint_bytes) / BYTES_PER_PARAMETER * MULTIPLY_ADDS_PER_PARAMETER * (img_size / REFERENCE_SIDE) ** 2
     batches = -(-images // batch_size)
-    seconds = images * work / speed
+    seconds = images * sum(_multiply_adds(size, img_size) for size in checkpoint_bytes) / speed
     seconds += len(checkpoint_bytes) * (SECONDS_PER_MEMBER + batches * SECONDS_PER_BATCH)
     seconds += sum(checkpoint_bytes) / READING + to_decode / (DECODED_PER_SECOND * cores)
     side = int(img_size * ENLARGED)
     pixels = to_decode * side * side * 4 / 3 * 3
     rows = len(checkpoint_bytes) * images * FLOATS_PER_ROW * 4
     return Estimate(seconds, (pixels + rows) / 1e6)
+
+
+def training(
+    checkpoint_bytes: Sequence[int],
+    images: int,
+    *,
+    epochs: int,
+    kept: int,
+    batch_size: int,
+    img_size: int = REFERENCE_SIDE,
+    on_cuda: bool = False,
+    cores: int | None = None,
+) -> Estimate:
+    """Time and disk for training one network per checkpoint for `epochs` epochs of `images` images, `kept` files left.
+
+    One network after the other on a GPU; one a core side by side without. `checkpoint_bytes` holds the size of a file
+    of bare weights of each. The disk is that of the end and of the largest progress file. Right within a factor of
+    about three.
+    """
+    speed, places = (PER_GPU, 1) if on_cuda else (PER_CORE, cores or os.cpu_count() or 1)
+    batches = epochs * -(-images // batch_size)
+    each = [
+        STEP * (epochs * images * _multiply_adds(size, img_size) / speed + batches * SECONDS_PER_BATCH)
+        for size in checkpoint_bytes
+    ]
+    seconds = max([sum(each) / places, *each])
+    under_way = sorted(checkpoint_bytes)[-places:]
+    return Estimate(seconds, (kept * sum(checkpoint_bytes) + (COPIES + kept) * sum(under_way)) / 1e6)
+
+
+def _multiply_adds(checkpoint_bytes: int, img_size: int) -> float:
+    """Of one image on its way through a network."""
+    return checkpoint_bytes / BYTES_PER_PARAMETER * MULTIPLY_ADDS_PER_PARAMETER * (img_size / REFERENCE_SIDE) ** 2

@@ -59,7 +59,8 @@ def evaluate(
     found = catalog.load(workspace)
     store = Store(config, workspace, found)
     saved = {name: ensembles.load(workspace, name) for name in ensembles.names(workspace)}
-    members = members_to_score(found, catalog.select(found, config), saved)
+    selected = catalog.select(found, config)
+    members = members_to_score(found, selected, saved)
     if model_name is not None and model_name not in [*saved, *members]:
         known = [*saved, *members]
         raise UserError(
@@ -85,10 +86,11 @@ def evaluate(
             f"{model_name}: {contaminated[model_name]} of {len(rows.labels)} rows of {split} gave it its "
             "parameters, so the score would flatter it. Use another split, or --allow-contaminated to see it marked"
         )
-    recommended = ensembles.recommended(store, members, saved)
+    own = _answering_alone(members, selected)
+    recommended = ensembles.recommended(store, own, saved)
     ranked = {}
     for item in scored:
-        if model_name in (None, item.name):
+        if item.name == model_name or (model_name is None and (item.name in saved or item.name in own)):
             ranked[item.name] = _write_metrics(workspace, item, rows, split, dropped, store)
     if model_name is not None:
         text = _one(workspace, ranked[model_name], model_name in saved, split)
@@ -114,6 +116,11 @@ def members_to_score(found: Catalog, selected: Sequence[Member], saved: Mapping[
     for ensemble in saved.values():
         chosen |= {name: found.members[name] for name in ensemble.members if name in found.members}
     return dict(sorted(chosen.items()))
+
+
+def _answering_alone(members: Mapping[str, Member], selected: Sequence[Member]) -> dict[str, Member]:
+    """Members with a rank of their own; a derived one that nobody names is ranked as the ensemble made of it."""
+    return {name: member for name, member in members.items() if member.source != "derived" or member in selected}
 
 
 def inputs_digest(store: Store, saved: Mapping[str, Ensemble], members: Mapping[str, Member], split: str) -> str:

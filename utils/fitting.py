@@ -47,17 +47,23 @@ def honest_rows(store: Store, members: Sequence[Member], *, kind: str = "honest"
     """The rows on which every member has an honest prediction: out-of-fold on train, held out on val.
 
     `kind`: honest (both), val or oof. Where no member has out-of-fold predictions these are the val rows, said in
-    words. Where some have, the others' lack is said and the val rows are what all share. Raises HonestyError where
-    `oof` is asked for and there is none.
+    words. Where some have, the others' lack is said and the val rows are what all share. Derived members never have
+    any, which is said only where others have. Raises HonestyError where `oof` is asked for and there is none.
     """
     parts = store.honest_parts(members)
-    without = [member for member in members if not any(part.split == "train" for part in parts[member.name])]
+    lacking = [member for member in members if not any(part.split == "train" for part in parts[member.name])]
+    without = [member for member in lacking if member.source != "derived"]
+    derived = [member.name for member in lacking if member.source == "derived"]
     for member in without:
         of_import = member.source == IMPORTED
         logger.warning("%s %s", "No oof.npz of member" if of_import else "No K-fold results for backbone", member.name)
     if without:
         source = _source_of_oof(store, without)
         logger.warning("only the val rows are honest for all members; out-of-fold predictions come from: %s", source)
+    elif 0 < len(derived) < len(members):
+        logger.warning(
+            "only the val rows are honest for all members; derived ones have no others: %s", ", ".join(derived)
+        )
     rows = align(parts, store.catalog.classes)
     if len(np.unique(rows.labels)) < 2:
         raise UserError(
@@ -72,10 +78,12 @@ def honest_rows(store: Store, members: Sequence[Member], *, kind: str = "honest"
     split = {"val": "val", "oof": "train"}[kind]
     found = found.of_split(split)
     if not len(found.fold):
-        source = _source_of_oof(store, without) if kind == "oof" else f"val.npz and {IMPORT}"
+        remedies = [f"Make them: {_source_of_oof(store, without)}"] if kind == "oof" and without else []
+        remedies += [f"Leave out what is derived: {', '.join(derived)}"] if kind == "oof" and derived else []
+        remedies += [f"Make them: val.npz and {IMPORT}"] if kind == "val" else []
         raise HonestyError(
             f"fit_rows: {kind} asks for {KINDS_OF_ROWS[split]} rows, which not all of {', '.join(rows.members)} have. "
-            f"Make them: {source}; or set fit_rows to honest"
+            f"{'. '.join(remedies)}; or set fit_rows to honest"
         )
     return found
 
@@ -112,12 +120,13 @@ def build(
     also: Any = None,
     seen: Sequence[Provenance] = (),
     beside: Guards | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> Ensemble:
     """Cross-fit, fit on all the honest rows, keep the members that are needed, save.
 
     `recipe` is an unfitted combiner over `members`, which come by name; `also` is what `inputs_digest` says, kept in
     the record; `seen` is what the recipe's parts or its choice have seen before; `beside` are the simple combinations
-    on the same rows, which a learned one is compared with.
+    on the same rows, which a learned one is compared with; `notes` stand in `ensemble.json` as well.
     """
     rows = honest.rows
     unseen = ensembles.crossfit(recipe, rows, honest.fold)
@@ -136,6 +145,7 @@ def build(
         seed=store.config.seed,
     )
     record: dict[str, Any] = {
+        **(notes or {}),
         **recipe.report(rows.members),
         **(_beside(beside, unseen) if beside else {}),
         **({} if also is None else {"depends_on": also}),
@@ -164,7 +174,7 @@ def line(store: Store, name: str, state: str) -> str:
     """One saved ensemble as the commands show it: its unseen score, and how many members it needs."""
     unseen = scores(ensembles.load_crossfit(store.workspace, name))
     return (
-        f"{name:32} {state:11} accuracy {unseen['accuracy']:.4f}  log-loss {unseen['log_loss']:.4f}  "
+        f"{name:36} {state:11} accuracy {unseen['accuracy']:.4f}  log-loss {unseen['log_loss']:.4f}  "
         f"on {unseen['n']} honest rows"
     )
 

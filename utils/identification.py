@@ -6,6 +6,7 @@ Everything learned from a file is remembered by its digest, so that a second loo
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,9 @@ from utils.workspace import Workspace
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 2  # raised whenever the same file would give other facts
+VERSION = 3  # raised whenever the same file would give other facts
+SNAPSHOT = re.compile(r"snapshot\d+")
+CYCLE = "cycle"  # what the base pipeline's checkpoints of cyclic training say of themselves
 CLASSIFIERS = {"head", "heads", "head_dist", "fc", "classifier"}
 
 
@@ -68,6 +71,7 @@ def identify(scan: Scan, candidate: Candidate) -> tuple[Member, list[Problem]]:
     checkpoints = tuple(
         {"path": workspace.relative(path), "stage": stage, "sha256": digests.of(path)}
         for stage, path in [(candidate.stage, candidate.path), *candidate.others.items()]
+        if not (SNAPSHOT.fullmatch(stage) and path != candidate.path and _is_of_a_cycle(path, digests))
     )
     siblings = {
         stage: _checkpoint_facts(candidate.others[stage], digests)["accuracy"]
@@ -118,6 +122,11 @@ def identify(scan: Scan, candidate: Candidate) -> tuple[Member, list[Problem]]:
     return replace(member, oof=oof, usable=usable), problems
 
 
+def _is_of_a_cycle(path: Path, digests: FileDigests) -> bool:
+    """Whether a snapshot comes from cyclic training, which begins anew and shares nothing with the backbone's own."""
+    return _is_readable(path, digests) and _checkpoint_facts(path, digests)["stage"] == CYCLE
+
+
 def _is_readable(path: Path, digests: FileDigests) -> bool:
     try:
         _checkpoint_facts(path, digests)
@@ -145,6 +154,7 @@ def _checkpoint_facts(path: Path, digests: FileDigests) -> dict[str, Any]:
             "img_size": extra.get("img_size"),
             "classes": [str(name) for name in extra["classes"]] if extra.get("classes") else None,
             "accuracy": None if accuracy is None else float(accuracy),
+            "stage": extra.get("stage"),
             "parents": [str(name) for name in extra.get("parents") or ()],
             "outputs": _outputs(streaming.weights_of(record)),
         }

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils import base_back, catalog, ensembles, evaluation, fitting, pruned_building
+from utils import base_back, catalog, ensembles, evaluation, fitting, pruned_building, snapshot_building
 from utils.artifacts import FileDigests, read_json
 from utils.catalog import IMPORTED, Catalog, Member
 from utils.config import Config
@@ -67,6 +67,8 @@ def take(config: Config, workspace: Workspace) -> Inventory:
         return Inventory(of_catalog, found, ensembles=states, problems=(str(error),))
     for name, ensemble in saved.items():
         states[name] = _ensemble_state(config, store, ensemble, selected)
+    if config.runs.snapshot_ensemble.enable:
+        states[snapshot_building.NAME] = _snapshot_state(store, selected, states)
     for name in configured(config):
         states.setdefault(name, State(MISSING))
     in_use = evaluation.members_to_score(found, selected, saved)
@@ -85,8 +87,9 @@ def take(config: Config, workspace: Workspace) -> Inventory:
 def configured(config: Config) -> list[str]:
     """Names of the ensembles that the configuration lists and this version builds."""
     methods = config.runs.score_ensemble.methods if config.runs.score_ensemble.enable else ()
-    score_level = [ensembles.NAMES[method] for method in methods if method in ensembles.NAMES]
-    return score_level + pruned_building.names(config)
+    names = [ensembles.NAMES[method] for method in methods if method in ensembles.NAMES]
+    names += pruned_building.names(config)
+    return names + ([snapshot_building.NAME] if config.runs.snapshot_ensemble.enable else [])
 
 
 def _since_discovery(workspace: Workspace, found: Catalog, digests: FileDigests) -> list[str]:
@@ -181,6 +184,18 @@ def _is_as_built(config: Config, store: Store, ensemble: Ensemble, selected: Seq
     if ensemble.method not in ensembles.NAMES:
         return pruned_building.is_current(store, selected, ensemble.name)
     return fitting.inputs_digest(config, store, selected, ensemble.method) == ensemble.inputs_digest
+
+
+def _snapshot_state(store: Store, selected: Sequence[Member], states: Mapping[str, State]) -> State:
+    """Of the mean of all snapshots; `states` are those of the ensembles on disk by themselves."""
+    known = states.get(snapshot_building.NAME, State(MISSING))
+    if known.state != CURRENT:
+        return known
+    try:
+        reason = snapshot_building.reason_against(store, selected)
+    except UserError as error:
+        return State(DAMAGED, (str(error),))
+    return State(STALE, (reason,)) if reason else known
 
 
 def _predictions_state(store: Store, member: Member, split: str) -> State:

@@ -106,6 +106,11 @@ class Workspace:
 
     # ours ------------------------------------------------------------------------------------------------------------
     @property
+    def derived_checkpoints(self) -> Path:
+        """Folder of the weights that we make: the base pipeline's own, unless there is an output."""
+        return self.output / "checkpoints" if self.output else self.checkpoints
+
+    @property
     def ensembles(self) -> Path:
         """The folder that holds everything of ours but metrics and exports."""
         return self.root / "ensembles"
@@ -174,6 +179,11 @@ class Workspace:
     def ensemble(self, name: str) -> Path:
         """Folder of one saved ensemble."""
         return self.models / name
+
+    @property
+    def snapshots(self) -> Path:
+        """Which trainings the snapshots came from."""
+        return self.ensembles / "snapshots.json"
 
     @property
     def scores(self) -> Path:

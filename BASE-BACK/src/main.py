@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 STAGES = ("verify", "split", "kfold", "train", "test", "export")
+ON_REQUEST = ("snapshots",)  # more training than most want: only where it is named
 EXTERNAL_STAGES = STAGES[:3]  # the rest would replace what the other pipeline has trained
 
 
@@ -96,18 +97,26 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Example: python BASE-BACK/src/main.py --backbones all --size tiny --data ~/leaves --workspace ~/work",
     )
     parser.add_argument("--backbones", nargs="+", metavar="NAME", help="names, or all (default: all)")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, metavar="STAGE", help=f"of {', '.join(STAGES)}")
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        choices=(*STAGES, *ON_REQUEST),
+        metavar="STAGE",
+        help=f"of {', '.join(STAGES)}; also {', '.join(ON_REQUEST)}, which runs only when named",
+    )
     parser.add_argument("--size", choices=("full", "tiny"), help="224 px networks or 32 px ones (DBT_MODEL_SIZE)")
     parser.add_argument("--epochs-head", metavar="N", help="epochs of head training (DBT_EPOCHS_HEAD)")
     parser.add_argument("--epochs-finetune", metavar="N", help="epochs of fine-tuning (DBT_EPOCHS_FINETUNE)")
     parser.add_argument("--folds", metavar="N", help="folds of the out-of-fold predictions (DBT_K_FOLDS)")
+    parser.add_argument("--snapshots", metavar="N", help="cycles of the stage snapshots (DBT_CYCLES)")
+    parser.add_argument("--epochs-per-cycle", metavar="N", help="epochs of each of them (DBT_EPOCHS_PER_CYCLE)")
     parser.add_argument("--data", metavar="DIR", help="folder with one folder of images per class (DBT_RAW_DIR)")
     parser.add_argument("--workspace", metavar="DIR", help="where everything is written (DBT_BASE_DIR)")
     parser.add_argument(
         "--base-back",
         metavar="DIR",
-        help="make out-of-fold predictions for the architectures of another BASE-BACK: its networks, our K-fold "
-        f"(stages {', '.join(EXTERNAL_STAGES)}; nothing is written into DIR)",
+        help="make out-of-fold predictions, or snapshots, for the architectures of another BASE-BACK: its networks, "
+        f"our training (stages {', '.join((*EXTERNAL_STAGES, *ON_REQUEST))}; nothing is written into DIR)",
     )
     parser.add_argument("--augment", choices=("full", "no_flip", "none"), help="training transform (DBT_AUGMENT)")
     parser.add_argument("--seed", metavar="N", help="seed of everything random (DBT_SEED)")
@@ -125,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "epochs_head": "DBT_EPOCHS_HEAD",
         "epochs_finetune": "DBT_EPOCHS_FINETUNE",
         "folds": "DBT_K_FOLDS",
+        "snapshots": "DBT_CYCLES",
+        "epochs_per_cycle": "DBT_EPOCHS_PER_CYCLE",
         "augment": "DBT_AUGMENT",
         "seed": "DBT_SEED",
     }
@@ -154,8 +165,11 @@ def _run(arguments: dict[str, Any]) -> int:
         print(error, file=sys.stderr)
         return 2
     from training.external import ExternalError
+    from training.pool import end_with
     from training.stages import run_stages
 
+    if settings.PARENT:
+        end_with(settings.PARENT)
     backbones = settings.BACKBONES
     if settings.EXTERNAL_BASE_BACK:
         try:
@@ -170,7 +184,7 @@ def _run(arguments: dict[str, Any]) -> int:
         if not (stage == "kfold" and not settings.ENABLE_KFOLD_CV)
         and not (stage == "export" and not settings.ENABLE_EXPORT)
     ]
-    stages = [stage for stage in STAGES if stage in stages]
+    stages = [stage for stage in (*STAGES, *ON_REQUEST) if stage in stages]
     try:
         summary = run_stages(backbones, stages, jobs=arguments["jobs"], force=arguments["force"])
     except (ValueError, OSError) as error:
@@ -194,10 +208,11 @@ def _external_backbones(stages: Sequence[str]) -> list[str]:
     from config import settings
     from training.external import ExternalError, external_names
 
-    refused = [stage for stage in stages if stage not in EXTERNAL_STAGES]
+    allowed = (*EXTERNAL_STAGES, *ON_REQUEST)
+    refused = [stage for stage in stages if stage not in allowed]
     if refused:
         raise ExternalError(
-            f"--stages: found {', '.join(refused)}; with --base-back only {', '.join(EXTERNAL_STAGES)}: the "
+            f"--stages: found {', '.join(refused)}; with --base-back only {', '.join(allowed)}: the "
             "members are trained by the pipeline they come from"
         )
     known = external_names(settings.EXTERNAL_BASE_BACK)

@@ -20,9 +20,11 @@ __all__ = [
     "AUGMENT",
     "BACKBONES",
     "BACKBONE_LR",
+    "BACKBONE_LRS",
     "BASE_DIR",
     "BATCH_SIZE",
     "CKPT_DIR",
+    "CYCLES",
     "DEBUG_BACKBONE",
     "DEBUG_BATCH_SIZE",
     "DEBUG_ENABLE_EXPORT",
@@ -38,6 +40,7 @@ __all__ = [
     "ENABLE_TRANSFER_LEARNING",
     "EPOCHS_FINETUNE",
     "EPOCHS_HEAD",
+    "EPOCHS_PER_CYCLE",
     "EXPORT_CONFIG",
     "EXPORT_FORMATS",
     "EXPORT_TYPES",
@@ -52,6 +55,7 @@ __all__ = [
     "MODEL_SIZE",
     "NUM_CLASSES",
     "NUM_WORKERS",
+    "PARENT",
     "PATIENCE_FT",
     "PATIENCE_HEAD",
     "PLOTS_DIR",
@@ -65,6 +69,7 @@ __all__ = [
     "SNAPSHOTS",
     "SPLIT_DIR",
     "TEST_DIR",
+    "TRAINED_DIR",
     "TRAIN_DIR",
     "TRANSFER_LEARNING_MODE",
     "VAL_DIR",
@@ -169,6 +174,7 @@ def _class_count(root: Path) -> int:
 # The default is the folder that holds BASE-BACK, whatever BASE-BACK itself is called.
 BASE_DIR = Path(os.environ.get("DBT_BASE_DIR") or Path(__file__).resolve().parents[3]).absolute()
 CKPT_DIR = BASE_DIR / "checkpoints"
+TRAINED_DIR = Path(os.environ.get("DBT_TRAINED_DIR") or CKPT_DIR).absolute()  # whose sizes a new network takes
 PLOTS_DIR = BASE_DIR / "plots_metrics"
 METRICS_DIR = BASE_DIR / "metrics_output"
 KFOLD_DIR = BASE_DIR / "kfold_results"
@@ -245,14 +251,18 @@ PATIENCE_HEAD = 5
 PATIENCE_FT = 5
 WEIGHT_DECAY = 1e-4
 # Networks start from random weights here, so the whole-network rate is one at which they learn; small ones bear more.
-BACKBONE_LR = _positive("DBT_BACKBONE_LR", 2e-3 if MODEL_SIZE == "tiny" else 1e-3)
+BACKBONE_LRS = {size: _positive("DBT_BACKBONE_LR", rate) for size, rate in (("full", 1e-3), ("tiny", 2e-3))}
+BACKBONE_LR = BACKBONE_LRS[MODEL_SIZE]
 HEAD_LR = _positive("DBT_HEAD_LR", 1e-3)
 ENABLE_KFOLD_CV = _flag("DBT_ENABLE_KFOLD_CV", True)
 ENABLE_EXPORT = _flag("DBT_ENABLE_EXPORT", True)
 ENABLE_TRANSFER_LEARNING = True
 TRANSFER_LEARNING_MODE = "fine_tuning"
 SNAPSHOTS = _whole("DBT_SNAPSHOTS", 3, 0)  # the weights of the last epochs of fine-tuning that are kept
+CYCLES = _whole("DBT_CYCLES", 5, 1)  # of the stage snapshots, each of which leaves one network
+EPOCHS_PER_CYCLE = _whole("DBT_EPOCHS_PER_CYCLE", 10, 1)
 PROGRESS_SECONDS = _seconds("DBT_PROGRESS_SECONDS", 5.0)  # least time between two saves of a training; 0: every epoch
+PARENT = _whole("DBT_PARENT", 0, 0)  # the process that started this one and that it ends with; 0: none
 PRETRAINED_DOWNLOAD_MAP: dict[str, str] = {}
 PRETRAINED_PATHS: dict[str, str] = {}
 

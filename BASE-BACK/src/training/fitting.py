@@ -1,4 +1,4 @@
-"""Head training, then fine-tuning: the recipe by which the final network and every fold network are trained.
+"""Phases of a training: head training, then fine-tuning, by which the final network and every fold network are trained.
 
 What a training needs to go on is saved between epochs; nothing else of a process reaches the weights, so that an
 interrupted training ends with those of an undisturbed one.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,15 +27,34 @@ from training.pipeline import (
 from training.progress import Progress, random_state, restore_random_state
 from training.recipe import Recipe
 from utils import logger, set_seed
+from utils.logs import duration
 
 Weights = dict[str, Tensor]
 EpochRow = tuple[float, float, float, float, float]
 """(train_loss, val_loss, val_acc, train_acc, val_f1)"""
 
 
+@dataclass(frozen=True)
+class Phase:
+    """A number of epochs under one schedule."""
+
+    name: str
+    epochs: int
+    rate: float
+    """What the optimizer starts from; the architecture has a factor on it."""
+    patience: int | None
+    """Epochs without progress after which it ends early; None: it goes to its end."""
+    schedule: Callable[[torch.optim.Optimizer, int, int, str], torch.optim.lr_scheduler.LRScheduler]
+    """(optimizer, epochs, steps in an epoch, backbone) -> schedule counted in steps."""
+    kept: int = 0
+    """How many snapshots are kept, the last ones."""
+    every: int = 1
+    """Epochs from one snapshot to the next."""
+
+
 @dataclass
 class Stage:
-    """Outcome of head training or of fine-tuning; the weights are those of its best epoch on the val split."""
+    """Outcome of one phase; the weights are those of its best epoch on the val split."""
 
     name: str
     weights: Weights
@@ -46,7 +65,7 @@ class Stage:
     optimizer: dict[str, Any]
     schedule: dict[str, Any]
     snapshots: list[tuple[int, Weights]] = field(default_factory=list)
-    """(epoch, weights) of the last epochs of the stage."""
+    """(epoch, weights), those that the phase keeps."""
 
 
 @dataclass
@@ -74,30 +93,33 @@ def fit(
     *,
     purpose: tuple[object, ...],
     device: torch.device,
+    phases: Sequence[Phase] | None = None,
     progress: Progress | None = None,
+    keep: Callable[[int, EpochRow, Weights], object] | None = None,
 ) -> Fitted:
     """Train `model` by the recipe; the epoch is chosen on the val split (accuracy, then loss), never on other rows.
 
     `make_train_loader(seed)` gives the training batches; `purpose` names the training, ("final",) or ("fold", 2),
-    and with it its seeds. With `progress` it goes on where that was saved, and saves there.
-    Raises FloatingPointError when the loss stops being a number.
+    and with it its seeds. `phases` are head training and fine-tuning unless others are given. With `progress` it goes
+    on where that was saved, and saves there. `keep(epoch, row, weights)` is handed each snapshot when it is taken,
+    before it counts as saved. Raises FloatingPointError when the loss stops being a number.
     """
     criterion = get_loss_function_for_backbone(recipe.backbone, len(recipe.classes))
     model.to(device)
-    plan = [(name, n) for name, n in (("head", recipe.epochs_head), ("finetune", recipe.epochs_finetune)) if n]
+    plan = usual_phases(recipe) if phases is None else phases
     stages, running = _saved(progress, plan)
-    for name, epochs in plan:
-        if name not in [stage.name for stage in stages]:
-            seed = recipe.seed_for(*purpose, name)
-            _choose_trainable(recipe, model, device, head_only=name == "head")
+    for phase in plan:
+        if phase.name not in [stage.name for stage in stages]:
+            seed = recipe.seed_for(*purpose, phase.name)
+            _choose_trainable(recipe, model, device, head_only=phase.name == "head")
             set_seed(seed)
             train_loader = make_train_loader(seed)
-            training = _Training(recipe, model, train_loader, val_loader, criterion, device, stages, progress)
-            stages.append(training.run(name, epochs, running))
+            training = _Training(recipe, model, train_loader, val_loader, criterion, device, stages, progress, keep)
+            stages.append(training.run(phase, running))
             running = None
             if progress:
                 progress.save(_record(stages))
-        if name == "head":
+        if phase.name == "head":
             model.load_state_dict(stages[0].weights)
     best = max(reversed(stages), key=lambda stage: (stage.accuracy, -stage.loss))
     model.load_state_dict(best.weights)
@@ -105,7 +127,17 @@ def fit(
     return Fitted(model, stages, best, tuple(float(value) for value in validation))  # type: ignore[arg-type]
 
 
-def _saved(progress: Progress | None, plan: list[tuple[str, int]]) -> tuple[list[Stage], dict[str, Any] | None]:
+def usual_phases(recipe: Recipe) -> list[Phase]:
+    """Head training and fine-tuning, less what has no epochs."""
+    schedule = create_improved_scheduler
+    head = Phase("head", recipe.epochs_head, recipe.head_lr, recipe.patience_head, schedule)
+    finetune = Phase(
+        "finetune", recipe.epochs_finetune, recipe.backbone_lr, recipe.patience_finetune, schedule, recipe.snapshots
+    )
+    return [phase for phase in (head, finetune) if phase.epochs]
+
+
+def _saved(progress: Progress | None, plan: Sequence[Phase]) -> tuple[list[Stage], dict[str, Any] | None]:
     """The finished stages of an interrupted training and the state of the one that was under way."""
     record = progress.load() if progress else None
     if progress is None or record is None:
@@ -115,9 +147,9 @@ def _saved(progress: Progress | None, plan: list[tuple[str, int]]) -> tuple[list
     if len(stages) == len(plan):
         logger.info("%s: resumed after its last epoch", progress.path.stem)
     else:
-        name, epochs = plan[len(stages)]
+        phase = plan[len(stages)]
         epoch = running["epoch"] + 2 if running else 1
-        logger.info("%s: resumed %s at epoch %d of %d", progress.path.stem, name, epoch, epochs)
+        logger.info("%s: resumed %s at epoch %d of %d", progress.path.stem, phase.name, epoch, phase.epochs)
     return stages, running
 
 
@@ -142,7 +174,7 @@ def _choose_trainable(recipe: Recipe, model: nn.Module, device: torch.device, *,
 
 @dataclass
 class _Training:
-    """One stage of one network."""
+    """One phase of one network."""
 
     recipe: Recipe
     model: nn.Module
@@ -152,15 +184,13 @@ class _Training:
     device: torch.device
     finished: list[Stage]
     progress: Progress | None
+    keep: Callable[[int, EpochRow, Weights], object] | None
 
-    def run(self, name: str, epochs: int, running: dict[str, Any] | None) -> Stage:
-        """Train up to `epochs` epochs, from the saved state `running` where there is one."""
-        recipe, model, device = self.recipe, self.model, self.device
-        rate = recipe.head_lr if name == "head" else recipe.backbone_lr
-        patience = recipe.patience_head if name == "head" else recipe.patience_finetune
-        kept = recipe.snapshots if name == "finetune" else 0
-        optimizer = create_optimized_optimizer(model, rate, recipe.backbone)
-        scheduler = create_improved_scheduler(optimizer, epochs, len(self.train_loader), recipe.backbone)
+    def run(self, phase: Phase, running: dict[str, Any] | None) -> Stage:
+        """Train through the phase, from the saved state `running` where there is one."""
+        recipe, model, device, epochs = self.recipe, self.model, self.device, phase.epochs
+        optimizer = create_optimized_optimizer(model, phase.rate, recipe.backbone)
+        scheduler = phase.schedule(optimizer, epochs, len(self.train_loader), recipe.backbone)
         best: Stage | None = None
         rows: list[EpochRow] = []
         snapshots: list[tuple[int, Weights]] = []
@@ -176,20 +206,27 @@ class _Training:
             checked = validate_epoch_optimized(model, self.val_loader, self.criterion, device)
             rows.append((trained[0], checked[0], checked[1], trained[1], checked[4]))
             weights = copy_weights(model)
-            snapshots = [*snapshots, (epoch, weights)][-kept:] if kept else []
+            is_snapshot = phase.kept > 0 and (epoch + 1) % phase.every == 0
+            if is_snapshot:
+                snapshots = [*snapshots, (epoch, weights)][-phase.kept :]
+                if self.keep:
+                    self.keep(epoch, rows[-1], weights)
             if best is None or (checked[1], -checked[0]) > (best.accuracy, -best.loss):
                 state, schedule = copy.deepcopy(optimizer.state_dict()), _plain(scheduler.state_dict())
-                best = Stage(name, weights, epoch, checked[1], checked[0], rows, state, schedule)
+                best = Stage(phase.name, weights, epoch, checked[1], checked[0], rows, state, schedule)
             best.snapshots = snapshots
             seconds = time.monotonic() - start
             logger.info(
-                "%s %s epoch %d/%d: train loss %.4f accuracy %.4f, val loss %.4f accuracy %.4f F1 %.4f, %.1f s",
-                *(recipe.backbone, name, epoch + 1, epochs, trained[0], trained[1], checked[0], checked[1], checked[4]),
-                seconds,
-                file_only=seconds < 20,  # short epochs would flood the terminal
+                "%s %s epoch %d/%d: train loss %.4f accuracy %.4f, val loss %.4f accuracy %.4f F1 %.4f, %.1f s; "
+                "at most %s left",
+                *(recipe.backbone, phase.name, epoch + 1, epochs),
+                *(trained[0], trained[1], checked[0], checked[1], checked[4]),
+                *(seconds, duration(seconds * (epochs - epoch - 1))),
+                # Short epochs would flood the terminal; the end of a cycle is worth a line.
+                file_only=seconds < 20 and not (is_snapshot and phase.every > 1),
             )
             # While the rate is high the validation loss goes up and down; a long wait there says nothing.
-            if epoch - max(best.epoch, epochs // 2) >= patience:
+            if phase.patience is not None and epoch - max(best.epoch, epochs // 2) >= phase.patience:
                 break
             if self.progress and epoch + 1 < epochs and self.progress.due():
                 self.progress.save(_record(self.finished, self._state(best, epoch, weights, optimizer, scheduler)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from config.settings import WEIGHT_DECAY
-from utils import DEVICE
+from utils import DEVICE, logger
 from utils.files import atomic_path
 
 TRANSFORMERS = ("CustomSwinTransformer", "CustomViTHybrid", "CustomDeiTStyle", "CustomCoAtNet", "CustomMaxViT")
@@ -203,6 +203,16 @@ def write_checkpoint(path: Path, record: dict[str, Any]) -> None:
     """Write one checkpoint atomically, with bytes that depend on its content alone."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         torch.save(_unshared(record), file)  # an open file: a path would put its name into the archive
+
+
+def read_extra(path: Path) -> dict[str, Any]:
+    """What one of our checkpoints says of itself, its tensors left on disk; {} for a file that is not one of ours."""
+    try:
+        record = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return dict(record["extra"])
+    except Exception as error:  # another pipeline's file raises whatever its form leads to
+        logger.debug("%s: says nothing of itself that we can read (%s)", path, error)
+        return {}
 
 
 def _unshared(value: Any) -> Any:

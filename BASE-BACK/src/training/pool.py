@@ -25,11 +25,16 @@ def _start_worker(parent: int, threads: int | None) -> None:
 
     if threads:
         torch.set_num_threads(threads)
+    end_with(parent)
+
+
+def end_with(parent: int) -> None:
+    """End this process soon after the one that started it: nobody is left to take its result."""
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(PARENT_CHECK_SECONDS)
-        os._exit(1)  # nobody is left to take the result
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 

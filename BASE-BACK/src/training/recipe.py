@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 
 from config import settings
+from training.pipeline import read_extra
+from utils.checkpoint_manager import CheckpointManager
 
 TRAINING_VERSION = 2  # raised whenever the same recipe would give other weights
+FACTS = ("model_size", "img_size", "augment", "group_regex")
+"""What a checkpoint says of how its network was built and trained."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,25 @@ class Recipe:
             seed=settings.SEED,
             base_back=base_back,
         )
+
+    def like_trained(self) -> Recipe:
+        """The recipe for one more network beside those that are trained: built and shown its images as they are.
+
+        Size, image size, augmentation and group rule are those of the backbone's own checkpoint, else those of most
+        others; the settings count in a workspace without checkpoints. The rate goes with the size.
+        """
+        names = ("img_size", "augment", "group_regex") if self.base_back else FACTS
+        manager = CheckpointManager(settings.TRAINED_DIR)
+        own = manager.get_latest_backbone_checkpoint(self.backbone)
+        others = sorted(settings.TRAINED_DIR.glob("*_final.pth"))
+        for paths in ([own] if own else [], others):
+            known = [facts for facts in map(read_extra, paths) if set(FACTS) <= facts.keys()]
+            known = [facts for facts in known if facts["model_size"] in settings.BACKBONE_LRS]
+            if known:
+                most = Counter(tuple(facts[name] for name in names) for facts in known).most_common(1)[0][0]
+                found = replace(self, **dict(zip(names, most, strict=True)))
+                return replace(found, backbone_lr=settings.BACKBONE_LRS[found.model_size])
+        return self
 
     def digest(self, *parts: object) -> str:
         """Digest of the recipe and of `parts`, which say what of it is meant: ("fold", 2, 5)."""

@@ -1,4 +1,4 @@
-"""The seven stages in order: verify, K-fold, head training and fine-tuning, test, export, clean-up.
+"""The stages in order: verify, split, K-fold, head training and fine-tuning, test, export, snapshots, clean-up.
 
 What is finished, by the digest of data, settings and training version, is skipped in words.
 """
@@ -19,16 +19,17 @@ from training.external import source_digest
 from training.ledger import Ledger, kfold_summary
 from training.pool import run_units
 from training.recipe import Recipe
+from training.snapshots import remove_surplus_snapshots, snapshot_unit
 from training.units import Outcome, Unit, oof_path, progress_path
 from utils import DEVICE, logger, smoke_checker
 from utils.devices import usable_cores
 from utils.files import atomic_path, read_json, write_json
+from utils.logs import duration
 from utils.samples import digest_of_contents
 from utils.splitting import prepare_optimized_datasets, read_manifest, split_contents, verify_dataset_split
 
-STAGES = ("verify", "split", "kfold", "train", "test", "export")
-KINDS = {"verify": ("verify",), "kfold": ("fold", "oof"), "train": ("train",), "test": ("test",), "export": ("export",)}
-WEIGHT = {"fold": 10, "train": 12, "verify": 1, "oof": 1, "test": 1, "export": 2}  # rough cost, for the time left
+KINDS = ("verify", "train", "test", "export")  # stages that are one unit of the same name
+WEIGHT = {"fold": 10, "train": 12, "verify": 1, "oof": 1, "test": 1, "export": 2, "snapshots": 12}  # rough cost
 MAX_JOBS = 8
 
 
@@ -92,6 +93,8 @@ def run_stages(
         _write_backbone_records(unit.recipe, ledger)
         if unit.kind == "oof":
             _remove_surplus_folds(unit)
+        if unit.kind == "snapshots":
+            remove_surplus_snapshots(unit)
         if unit.kind == "verify":
             smoke_checker.log_check(unit.recipe.backbone, "PASS", f"{outcome.result['num_params']} parameters")
         progress.tell(unit, outcome, seconds)
@@ -111,7 +114,8 @@ def run_stages(
     _clean_up([unit for unit in units if unit.name not in summary.failed])
     summary.seconds = round(time.monotonic() - start, 3)
     summary.results = {name: _figures(name, ledger) for name in backbones}
-    if chosen and settings.EXTERNAL_BASE_BACK is None:  # else it belongs to the pipeline that trained the members
+    trains_members = any(unit.kind != "snapshots" for unit in chosen) and settings.EXTERNAL_BASE_BACK is None
+    if trains_members:  # else the summary belongs to the run that trained them
         _write_pipeline_summary(summary, ledger)
     return summary
 
@@ -140,6 +144,8 @@ def plan(backbones: Sequence[str], stages: Sequence[str], folds: int) -> list[Un
                 ]
                 after = tuple(f"{name} fold {fold}" for fold in range(folds))
                 units.append(Unit("oof", recipe, recipe.digest("oof", folds), after, folds=folds))
+            elif stage == "snapshots":
+                units.append(snapshot_unit(recipe))
             elif stage in KINDS:
                 after = (f"{name} train",) if stage in ("test", "export") else ()
                 extra = {"test": [digests["test"]], "export": [settings.EXPORT_FORMATS]}.get(stage, [])
@@ -195,15 +201,9 @@ def _headline(unit: Unit, result: dict[str, Any]) -> str:
         return f"out-of-fold accuracy {kfold_summary(result['fold_accuracies'])['mean']:.3f}, "
     if unit.kind == "train":
         return f"val accuracy {result['metrics']['final_accuracy']:.3f}, "
+    if unit.kind == "snapshots":
+        return f"val accuracies {' '.join(f'{accuracy:.3f}' for accuracy in result['val_accuracies'])}, "
     return f"test accuracy {result['test_accuracy']:.3f}, " if unit.kind == "test" else ""
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3 h 20 min`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _decoding_progress() -> Any:
@@ -224,6 +224,8 @@ def _figures(backbone: str, ledger: Ledger) -> dict[str, Any]:
     figures |= ledger.result(backbone, "export") or {}
     if oof:
         figures["kfold"] = kfold_summary(oof["fold_accuracies"])
+    if snapshots := ledger.result(backbone, "snapshots"):
+        figures["snapshots"] = snapshots
     return figures
 
 
@@ -281,7 +283,7 @@ def _write_pipeline_summary(summary: Summary, ledger: Ledger) -> None:
         }
         training[backbone] = {
             "final_accuracy": figures.get("final_accuracy"),
-            "final_metrics": {key: value for key, value in figures.items() if key != "kfold"},
+            "final_metrics": {key: value for key, value in figures.items() if key not in ("kfold", "snapshots")},
             "kfold_results": figures.get("kfold"),
             "training_time": round(ledger.seconds(backbone), 3),
             "status": "failed" if errors else "success",
@@ -319,7 +321,9 @@ def _clean_up(finished: Sequence[Unit]) -> None:
     for folder in (progress, settings.CKPT_DIR, settings.KFOLD_DIR, settings.METRICS_DIR, settings.IMAGE_CACHE_DIR):
         for leftover in folder.glob(".*.partial*"):
             leftover.unlink(missing_ok=True)
-    for leftover in settings.SPLIT_DIR.parent.glob(f".{settings.SPLIT_DIR.name}.partial*"):
+    # A split that lies elsewhere is somebody else's, who may be making it.
+    own = settings.SPLIT_DIR.parent == settings.BASE_DIR
+    for leftover in settings.SPLIT_DIR.parent.glob(f".{settings.SPLIT_DIR.name}.partial*") if own else ():
         shutil.rmtree(leftover, ignore_errors=True)
     if progress.is_dir() and not any(progress.iterdir()):
         progress.rmdir()

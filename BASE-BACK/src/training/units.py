@@ -15,7 +15,7 @@ class Unit:
     """One piece of work on one backbone."""
 
     kind: str
-    """verify, fold, oof, train, test or export."""
+    """verify, fold, oof, train, test, export or snapshots."""
     recipe: Recipe
     digest: str
     """Of everything that decides the outcome."""
@@ -23,6 +23,8 @@ class Unit:
     """Names of the units that must be finished before."""
     fold: int = 0
     folds: int = 0
+    first: int = 0
+    """Number of the first snapshot's file."""
 
     @property
     def name(self) -> str:
@@ -44,7 +46,7 @@ def checkpoint_path(backbone: str, role: str) -> Path:
 
 
 def progress_path(unit: Unit) -> Path:
-    """`checkpoints/.progress/<backbone>_<train or fold<k>>.pth`, which is there while the unit is under way."""
+    """`checkpoints/.progress/<backbone>_<train, fold<k> or snapshots>.pth`, there while the unit is under way."""
     number = unit.fold if unit.kind == "fold" else ""
     return settings.CKPT_DIR / ".progress" / f"{unit.recipe.backbone}_{unit.kind}{number}.pth"
 

@@ -14,7 +14,7 @@ from torch import nn
 from config import settings
 from models import create_custom_backbone
 from training.external import ExternalError, create_external
-from training.fitting import copy_weights, fit, metrics_record
+from training.fitting import EpochRow, Weights, copy_weights, fit, metrics_record
 from training.pipeline import (
     get_loss_function_for_backbone,
     save_checkpoint,
@@ -23,6 +23,7 @@ from training.pipeline import (
 )
 from training.progress import Progress
 from training.recipe import Recipe
+from training.snapshots import ROLE, snapshot_phase
 from training.units import Outcome, Unit, checkpoint_path, oof_path, progress_path
 from utils import DEVICE, set_seed
 from utils.datasets import BatchLoader, DecodedDataset
@@ -185,6 +186,36 @@ def _train(unit: Unit) -> Outcome:
     return Outcome(tuple(files), {"metrics": metrics, "history": fitted.history})
 
 
+def _snapshots(unit: Unit) -> Outcome:
+    """Train a fresh network through all cycles; the network at the end of each is written then, whatever val says."""
+    recipe, phase = unit.recipe, snapshot_phase(unit.recipe)
+    train = DecodedDataset.of_split("train", recipe.img_size)
+    val = BatchLoader(DecodedDataset.of_split("val", recipe.img_size), recipe.batch_size)
+    model, loader = _new_network(recipe, "snapshots"), _train_loader(recipe, train)
+    explained = recipe.explain()
+
+    def write(epoch: int, row: EpochRow, weights: Weights) -> Path:
+        cycle = epoch // phase.every
+        path = checkpoint_path(recipe.backbone, f"snapshot{unit.first + cycle}")
+        extra = explained | {"epoch": epoch, "stage": ROLE, "cycle": cycle + 1, "accuracy": row[2]}
+        write_checkpoint(path, {"model_state_dict": weights, "extra": extra})
+        return path
+
+    fitted = fit(
+        *(recipe, model, loader, val),
+        purpose=("snapshots",),
+        device=DEVICE,
+        phases=[phase],
+        progress=_progress(unit),
+        keep=write,
+    )
+    stage = fitted.stages[0]
+    # Again, since a file may have gone while the training was interrupted; equal weights give equal bytes.
+    files = [write(epoch, stage.rows[epoch], weights) for epoch, weights in stage.snapshots]
+    accuracies = [stage.rows[epoch][2] for epoch, _ in stage.snapshots]
+    return Outcome(tuple(files), {"files": [path.name for path in files], "val_accuracies": accuracies})
+
+
 def _test(unit: Unit) -> Outcome:
     """Score the final network on the test split, once."""
     recipe = unit.recipe
@@ -226,4 +257,5 @@ WORK: dict[str, Callable[[Unit], Outcome]] = {
     "train": _train,
     "test": _test,
     "export": _export,
+    "snapshots": _snapshots,
 }

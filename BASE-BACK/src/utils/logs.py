@@ -29,6 +29,14 @@ class _LogFile(logging.FileHandler):
         return super()._open()
 
 
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def _for_terminal(record: logging.LogRecord) -> bool:
     return not getattr(record, "file_only", False)
 

@@ -20,7 +20,8 @@ logger = logging.getLogger("disease_pipeline")
 
 SCHEMA = 1
 STAGES = ("final", "finetune_best", "head_best")  # the first that exists is the member
-DERIVED = r"snapshot\d+|uniform_soup|greedy_soup|distilled"
+MADE = r"uniform_soup|greedy_soup|wise_ft|distilled"  # by us, from other members
+DERIVED = rf"snapshot\d+|{MADE}"
 CHECKPOINT_NAME = re.compile(
     rf"(?P<name>.+)_(?P<role>final|finetune_best|head_best|fold\d+|(?:head|finetune)_epoch\d+|{DERIVED})\.pth"
 )
@@ -98,10 +99,10 @@ class Catalog:
 
 
 def checkpoint_files(workspace: Workspace) -> dict[str, dict[str, Path]]:
-    """{backbone: {role: file}} of every file in the checkpoint folder whose name is one of BASE-BACK's or ours."""
+    """{backbone: {role: file}} of every file in the checkpoint folders whose name is one of BASE-BACK's or ours."""
     found: dict[str, dict[str, Path]] = {}
-    if workspace.checkpoints.is_dir():
-        for path in sorted(workspace.checkpoints.iterdir()):
+    for folder in dict.fromkeys((workspace.checkpoints, workspace.derived_checkpoints)):  # ours come last and win
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             match = CHECKPOINT_NAME.fullmatch(path.name)
             if match and path.is_file():
                 found.setdefault(match["name"], {})[match["role"]] = path
@@ -210,9 +211,9 @@ def select(catalog: Catalog, config: Config) -> list[Member]:
     return [catalog.members[name] for name in found]
 
 
-def check_current(workspace: Workspace, member: Member, digests: FileDigests) -> None:
-    """Raise UserError when a member's checkpoint is not the one that discovery saw."""
-    entry = member.checkpoints[0]
+def check_current(workspace: Workspace, member: Member, digests: FileDigests, stage: str | None = None) -> None:
+    """Raise UserError when a member's checkpoint, or that of another of its stages, is not what discovery saw."""
+    entry = next(entry for entry in member.checkpoints if stage in (None, entry["stage"]))
     path = workspace.base / entry["path"]
     try:
         found = digests.of(path)

@@ -16,7 +16,7 @@ import numpy as np
 
 from utils import base_back, catalog, inspection, streaming
 from utils.artifacts import FileDigests
-from utils.catalog import DERIVED, STAGES, TIMM, Catalog, Member, Problem
+from utils.catalog import DERIVED, MADE, STAGES, TIMM, Catalog, Member, Problem
 from utils.config import Config
 from utils.errors import UserError, did_you_mean
 from utils.identification import Candidate, Scan, identify
@@ -80,6 +80,25 @@ def discover(
     return Result(_table(workspace, found_all, measured, verify=verify), found_all.as_record(), failures)
 
 
+def take_in(
+    config: Config, workspace: Workspace, digests: FileDigests, train: ImageSplit, found: Catalog, names: Sequence[str]
+) -> Catalog:
+    """The catalog with the named derived members, whose checkpoints were just written; it is saved.
+
+    The rest stays as it was found. Raises UserError for a checkpoint that cannot be read.
+    """
+    scan = Scan(config, workspace, digests, {"train": train})
+    members, problems = dict(found.members), []
+    for candidate in _trained(workspace):
+        if candidate.is_derived and candidate.name in names:
+            members[candidate.name], own = identify(scan, candidate)
+            problems += own
+    codes = {problem.code for problem in found.problems}
+    updated = replace(found, members=members).with_problems(problems, members=set(names), codes=codes)
+    catalog.save(workspace, updated)
+    return updated
+
+
 def _is_verified(config: Config, member: Member) -> bool:
     return member.usable and (member.source != "derived" or member.name in config.backbones.selected)
 
@@ -111,7 +130,7 @@ def _trained(workspace: Workspace) -> list[Candidate]:
         stage = next((stage for stage in STAGES if stage in roles), None)
         derived = {role: path for role, path in roles.items() if re.fullmatch(DERIVED, role)}
         if stage is not None:
-            others = {role: path for role, path in sorted(roles.items()) if role != stage}
+            others = _others(roles, stage)
             found.append(Candidate(backbone, roles[stage], stage, backbone, others))
         for role, path in derived.items():
             parents = () if role == "distilled" else (backbone,)
@@ -159,7 +178,12 @@ def _declared(scan: Scan, add: Sequence[str]) -> list[Candidate]:
 
 
 def _folds(scan: Scan, name: str) -> dict[str, Path]:
-    return catalog.checkpoint_files(scan.workspace).get(name, {})
+    return _others(catalog.checkpoint_files(scan.workspace).get(name, {}), None)
+
+
+def _others(roles: Mapping[str, Path], own: str | None) -> dict[str, Path]:
+    """Files of the same training beside the member's own: what was made of it later is not listed with it."""
+    return {role: path for role, path in sorted(roles.items()) if role != own and not re.fullmatch(MADE, role)}
 
 
 def _remembered(workspace: Workspace) -> list[Member]:
@@ -171,7 +195,7 @@ def _remembered(workspace: Workspace) -> list[Member]:
     except UserError as error:
         logger.warning("%s; networks declared with --add must be declared again", error)
         return []
-    return [member for member in members.values() if member.architecture.startswith(TIMM)]
+    return [m for m in members.values() if m.architecture.startswith(TIMM) and m.source == "trained"]
 
 
 def _require_timm_model(declaration: str, model: str) -> None:

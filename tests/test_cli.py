@@ -85,8 +85,10 @@ def test_the_full_configuration_names_what_is_not_built_and_exits_4(own_copy, or
     done = orchestrator("build-ensemble", workspace=own_copy)
     assert done.returncode == 4
     assert "left out: weighted: this version builds" in done.stderr
-    assert "left out: runs.model_soup: not built by this version" in done.stderr
+    assert "left out: pruning: not built by this version" in done.stderr
+    assert "runs.model_soup" not in done.stderr
     assert "soft_voting_ensemble" in done.stdout
+    assert "greedy_soup_CustomConvNeXt           built" in done.stdout
 
 
 def test_pipeline_twice_does_nothing_the_second_time_and_loads_no_torch(own_copy):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from utils import catalog, ensembles, fitting
+from utils import catalog, ensembles, fitting, soup_building
 from utils.catalog import Member
 from utils.config import Config, require_enabled
 from utils.errors import UserError
@@ -77,9 +77,12 @@ def _is_up_to_date(store: Store, members: Sequence[Member], method: str) -> bool
 
 def _sections_without_builder(config: Config) -> list[str]:
     """Switched-on sections of this command that this version does not build."""
-    places = ("runs.model_soup", "runs.snapshot_ensemble", "pruning")
+    places = ("runs.snapshot_ensemble", "pruning")
     return [f"{place}: not built by this version" for place in places if config.at(f"{place}.enable")]
 
 
 KEYS = ("built", "up_to_date")
-SECTIONS: dict[str, Callable[[Store, Sequence[Member], bool], Result]] = {"runs.score_ensemble": score_level}
+SECTIONS: dict[str, Callable[[Store, Sequence[Member], bool], Result]] = {
+    soup_building.PLACE: soup_building.model_soups,  # first: what it makes may be a member of the others
+    "runs.score_ensemble": score_level,
+}

@@ -108,6 +108,12 @@ class LogitAveraging(Voting):
         return ProbabilityOfMeanLogits()
 
 
+SAVED_AS: dict[str, type[Combiner]] = {
+    "uniform_soup": SoftVoting,
+    "greedy_soup": SoftVoting,
+    "wise_ft": SoftVoting,
+}
+"""Ensembles whose work was done in making their members: the one network, or the mean of a few, answers."""
 COMBINERS: dict[str, type[Combiner]] = {
     "soft_voting": SoftVoting,
     "hard_voting": HardVoting,

@@ -21,8 +21,8 @@ from utils.recommendation import Candidate, recommend
 from utils.workspace import Workspace
 
 SCHEMA = 2
-COMBINERS: dict[str, type[Combiner]] = {**ensemble_methods.COMBINERS}
-CHOSEN_ON_VAL = ("greedy_soup", "distilled")
+COMBINERS: dict[str, type[Combiner]] = {**ensemble_methods.COMBINERS, **ensemble_methods.SAVED_AS}
+CHOSEN_ON_VAL = ("greedy_soup", "wise_ft", "distilled")
 """In the name of whatever val rows have chosen."""
 NAMES = {method: f"{method}_ensemble" for method in ensemble_methods.COMBINERS}
 """Method -> name of its ensemble; in configuration either may be used."""

@@ -84,10 +84,11 @@ def evaluate(
             f"{model_name}: {contaminated[model_name]} of {len(rows.labels)} rows of {split} gave it its "
             "parameters, so the score would flatter it. Use another split, or --allow-contaminated to see it marked"
         )
-    recommended = ensembles.recommended(store, members, saved)
+    own = _answering_alone(config, members)
+    recommended = ensembles.recommended(store, own, saved)
     ranked = {}
     for item in scored:
-        if model_name in (None, item.name):
+        if item.name == model_name or (model_name is None and (item.name in saved or item.name in own)):
             ranked[item.name] = _write_metrics(workspace, item, rows, split, dropped, store)
     if model_name is not None:
         text = _one(workspace, ranked[model_name], model_name in saved, split)
@@ -115,11 +116,18 @@ def members_to_score(found: Catalog, selected: Sequence[Member], saved: Mapping[
     return dict(sorted(chosen.items()))
 
 
+def _answering_alone(config: Config, members: Mapping[str, Member]) -> dict[str, Member]:
+    """Members with a rank of their own; a derived one that nobody names is ranked as the ensemble made of it."""
+    named = config.backbones.selected
+    return {name: member for name, member in members.items() if member.source != "derived" or name in named}
+
+
 def inputs_digest(store: Store, saved: Mapping[str, Ensemble], members: Mapping[str, Member], split: str) -> str:
     """Everything a ranking depends on; found without opening an image or a checkpoint."""
     built_from = {name: ensemble.inputs_digest for name, ensemble in saved.items()}
     run_on = {name: store.key(member, split) for name, member in members.items()}
-    return digest_of([VERSION, split, built_from, run_on, store.config.runs.score_ensemble.optimization_metric])
+    own = sorted(_answering_alone(store.config, members))
+    return digest_of([VERSION, split, built_from, run_on, own, store.config.runs.score_ensemble.optimization_metric])
 
 
 def _is_stale(members: Mapping[str, Member], ensemble: Ensemble) -> bool:

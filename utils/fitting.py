@@ -44,17 +44,23 @@ def honest_rows(store: Store, members: Sequence[Member], *, kind: str = "honest"
     """The rows on which every member has an honest prediction: out-of-fold on train, held out on val.
 
     `kind`: honest (both), val or oof. Where no member has out-of-fold predictions these are the val rows, said in
-    words. Where some have, the others' lack is said and the val rows are what all share. Raises HonestyError where
-    `oof` is asked for and there is none.
+    words. Where some have, the others' lack is said and the val rows are what all share. Derived members never have
+    any, which is said only where others have. Raises HonestyError where `oof` is asked for and there is none.
     """
     parts = store.honest_parts(members)
-    without = [member.name for member in members if not any(part.split == "train" for part in parts[member.name])]
+    lacking = [member for member in members if not any(part.split == "train" for part in parts[member.name])]
+    without = [member.name for member in lacking if member.source != "derived"]
+    derived = [member.name for member in lacking if member.source == "derived"]
     for name in without:
         logger.warning("No K-fold results for backbone %s", name)
     if without:
         logger.warning(
             "only the val rows are honest for all members; out-of-fold predictions come from: %s",
             catalog.kfold_command(store.workspace, without),
+        )
+    elif 0 < len(derived) < len(members):
+        logger.warning(
+            "only the val rows are honest for all members; derived ones have no others: %s", ", ".join(derived)
         )
     rows = align(parts, store.catalog.classes)
     folds = crossfit_folds(store)
@@ -65,9 +71,11 @@ def honest_rows(store: Store, members: Sequence[Member], *, kind: str = "honest"
     split = {"val": "val", "oof": "train"}[kind]
     found = found.of_split(split)
     if not len(found.fold):
+        remedies = [f"Make them: {catalog.kfold_command(store.workspace, without)}"] if without else []
+        remedies += [f"Leave out what is derived: {', '.join(derived)}"] if derived else []
         raise HonestyError(
-            f"fit_rows: {kind} asks for out-of-fold rows, which not all of {', '.join(rows.members)} have. Make them: "
-            f"{catalog.kfold_command(store.workspace, without)}; or set fit_rows to honest"
+            f"fit_rows: {kind} asks for out-of-fold rows, which not all of {', '.join(rows.members)} have. "
+            f"{'. '.join(remedies)}; or set fit_rows to honest"
         )
     return found
 
@@ -95,11 +103,12 @@ def build(
     honest: HonestRows,
     *,
     selected_on: Sequence[RowSet] = (),
+    notes: Mapping[str, Any] | None = None,
 ) -> Ensemble:
     """Cross-fit, fit on all the honest rows, keep the members that are needed, save.
 
     `recipe` is an unfitted combiner over `members`, which come by name; `selected_on` are rows that chose among members
-    or recipes before.
+    or recipes before; `notes` stand in `ensemble.json` as well.
     """
     rows = honest.rows
     unseen = ensembles.crossfit(recipe, rows, honest.fold)
@@ -120,6 +129,7 @@ def build(
         seed=store.config.seed,
     )
     record: dict[str, Any] = {
+        **(notes or {}),
         **combiner.report(rows.members),
         "config_digest": store.config.digest("backbones", *recipe.settings, "dataset.group_regex", "seed"),
         "crossfit": scores(unseen),
@@ -142,7 +152,7 @@ def line(store: Store, name: str, state: str) -> str:
     """One saved ensemble as the commands show it: its unseen score, and how many members it needs."""
     unseen = scores(ensembles.load_crossfit(store.workspace, name))
     return (
-        f"{name:32} {state:11} accuracy {unseen['accuracy']:.4f}  log-loss {unseen['log_loss']:.4f}  "
+        f"{name:36} {state:11} accuracy {unseen['accuracy']:.4f}  log-loss {unseen['log_loss']:.4f}  "
         f"on {unseen['n']} honest rows"
     )
 

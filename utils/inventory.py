@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils import base_back, catalog, ensembles, evaluation, fitting
+from utils import base_back, catalog, ensembles, evaluation, fitting, soup_building
 from utils.artifacts import FileDigests, read_json
 from utils.catalog import Catalog, Member
 from utils.config import Config
@@ -30,6 +30,9 @@ class State:
         return self.state + (f": {'; '.join(self.reasons)}" if self.reasons else "")
 
 
+GIVEN_BY_NONE = State(STALE, ("its backbone's checkpoints of today give no such soup",))
+
+
 @dataclass(frozen=True)
 class Inventory:
     """Everything that a later command would find out, found out before it."""
@@ -41,6 +44,8 @@ class Inventory:
     """{member: {split: state}} for the members that are in use."""
     ensembles: dict[str, State] = field(default_factory=dict)
     """Saved ones, and those the configuration lists."""
+    wanted: tuple[str, ...] = ()
+    """Ensembles that `build-ensemble` would see to."""
     evaluation: State = field(default_factory=lambda: State(MISSING))
     problems: tuple[str, ...] = ()
 
@@ -67,7 +72,13 @@ def take(config: Config, workspace: Workspace) -> Inventory:
         return Inventory(of_catalog, found, ensembles=states, problems=(str(error),))
     for name, ensemble in saved.items():
         states[name] = _ensemble_state(config, store, ensemble, selected)
-    for name in configured(config):
+    wanted = configured(config)
+    if config.runs.model_soup.enable:
+        for member in (member for member in selected if member.source == "trained"):
+            soups = _soup_states(store, member, states)
+            states |= soups
+            wanted += [name for name, state in soups.items() if state != GIVEN_BY_NONE]
+    for name in wanted:
         states.setdefault(name, State(MISSING))
     in_use = evaluation.members_to_score(found, selected, saved)
     return Inventory(
@@ -78,12 +89,13 @@ def take(config: Config, workspace: Workspace) -> Inventory:
             for name, member in in_use.items()
         },
         ensembles=dict(sorted(states.items())),
+        wanted=tuple(wanted),
         evaluation=_evaluation_state(store, saved, in_use),
     )
 
 
 def configured(config: Config) -> list[str]:
-    """Names of the ensembles that the configuration lists and this version builds."""
+    """Names of the score-level ensembles that the configuration lists and this version builds."""
     methods = config.runs.score_ensemble.methods if config.runs.score_ensemble.enable else ()
     return [ensembles.NAMES[method] for method in methods if method in ensembles.NAMES]
 
@@ -155,6 +167,19 @@ def _ensemble_state(config: Config, store: Store, ensemble: Ensemble, selected: 
         elif fitting.inputs_digest(config, store, selected, ensemble.method) != ensemble.inputs_digest:
             reasons.append("its images, out-of-fold predictions, seed or settings are others now")
     return State(STALE if reasons else CURRENT, tuple(reasons))
+
+
+def _soup_states(store: Store, member: Member, states: Mapping[str, State]) -> dict[str, State]:
+    """Of the soups that one backbone's checkpoints give; `states` are those of the ensembles on disk by themselves."""
+    try:
+        reasons = soup_building.reasons_against(store, member)
+    except UserError as error:
+        return {store.workspace.soup(member.name).name: State(DAMAGED, (str(error),))}
+    found = dict.fromkeys(soup_building.leftovers(store, member), GIVEN_BY_NONE)
+    for name, reason in reasons.items():
+        known = states.get(name, State(MISSING))
+        found[name] = State(STALE, (reason,)) if reason and known.state == CURRENT else known
+    return found
 
 
 def _predictions_state(store: Store, member: Member, split: str) -> State:

@@ -1,6 +1,6 @@
 """What a soup of many checkpoints takes: peak memory above the level after imports, and seconds.
 
-    python benchmarks/soup_memory.py            fifteen checkpoints of 25 million parameters, 1.5 GB in a temporary folder
+    python benchmarks/soup_memory.py            fifteen checkpoints of 25 million parameters (1.5 GB on disk)
     python benchmarks/soup_memory.py --quick    five of 5 million, not the form to report
 
 The weights are random, in 160 tensors of a large network's shapes. The last line of the output is one JSON object.

@@ -219,6 +219,7 @@ def statistics(model):
 def test_statistics_are_those_of_a_pass_over_the_same_data_by_hand(dropout, limit, used):
     model = net(dropout=dropout)
     model.norm.running_mean += 100  # what was there before is forgotten
+    model.norm.num_batches_tracked += 50
     assert soups.recompute_bn_statistics(model, batches(), num_batches=limit) == used
     with torch.no_grad():
         expected = by_hand(net(), batches()[:used])
@@ -337,6 +338,11 @@ def test_two_trainings_from_one_network_have_none(trunk):
     assert loss < 0.02
     assert error < 0.02
     assert soups.similarity(ingredient(first), ingredient(second)) > 0.9
+
+
+def test_a_barrier_is_what_lies_above_the_mean_of_the_ends():
+    assert soups.barrier(0.2, 0.4, 0.5) == pytest.approx(0.2)
+    assert soups.barrier(0.0, 0.5, 0.2) == pytest.approx(-0.05)
 
 
 def test_similarity_looks_at_matrices_alone():

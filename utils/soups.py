@@ -53,7 +53,7 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     """SHA-256 of names, types, shapes and values, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(weights):
-        tensor = weights[name].contiguous()
+        tensor = weights[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

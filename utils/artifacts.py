@@ -193,6 +193,19 @@ def read_tensors(path: Path, *, remedy: str) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: cannot be read, {error}; expected a safetensors file. {remedy}") from error
 
 
+def write_checkpoint(path: Path, weights: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+    """Write a network in the base pipeline's form, atomically; equal content gives equal bytes.
+
+    `weights` {name: tensor}; `extra` is what it says of itself, JSON-ready.
+    """
+    import torch
+
+    # A pickle notes which strings are one object; those that come out of the parser are alike every time.
+    plain = json.loads(json.dumps(extra, sort_keys=True, allow_nan=False))
+    with replacing(path) as temporary, temporary.open("wb") as file:  # a path would put its name into the archive
+        torch.save({"model_state_dict": dict(weights), "extra": plain}, file)
+
+
 def digest_of(value: Any) -> str:
     """SHA-256 of a JSON-ready value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from utils import catalog, ensembles, fitting, pruned_building, snapshot_building
+from utils import catalog, ensembles, fitting, pruned_building, snapshot_building, soup_building
 from utils.catalog import Member
 from utils.config import Config, require_enabled
 from utils.errors import UserError
@@ -32,7 +32,6 @@ def build_ensemble(config: Config, workspace: Workspace, *, pick: str | None = N
     members = catalog.select(found, config)
     store = Store(config, workspace, found)
     results = [section(store, members, force) for section in sections]
-    results.append(Result("", {}, _sections_without_builder(config)))
     store.digests.save()
     lines = [result.text for result in results if result.text]
     lines.append(f"{len(members)} members: {', '.join(member.name for member in members)}")
@@ -79,15 +78,10 @@ def _is_up_to_date(store: Store, members: Sequence[Member], method: str) -> bool
     return ensembles.stored_digest(store.workspace, ensembles.NAMES[method]) == wanted
 
 
-def _sections_without_builder(config: Config) -> list[str]:
-    """Switched-on sections of this command that this version does not build."""
-    places = ("runs.model_soup",)
-    return [f"{place}: not built by this version" for place in places if config.at(f"{place}.enable")]
-
-
 KEYS = ("built", "up_to_date")
 SECTIONS: dict[str, Callable[[Store, Sequence[Member], bool], Result]] = {
+    soup_building.PLACE: soup_building.model_soups,  # first: what it makes may be a member of the others
+    snapshot_building.PLACE: snapshot_building.snapshots,
     "runs.score_ensemble": score_level,
     pruned_building.PLACE: pruned_building.pruned,
-    snapshot_building.PLACE: snapshot_building.snapshots,
 }

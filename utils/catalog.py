@@ -21,7 +21,8 @@ logger = logging.getLogger("disease_pipeline")
 
 SCHEMA = 1
 STAGES = ("final", "finetune_best", "head_best")  # the first that exists is the member
-DERIVED = r"snapshot\d+|uniform_soup|greedy_soup|distilled"
+MADE = r"uniform_soup|greedy_soup|wise_ft|distilled"  # by us, from other members
+DERIVED = rf"snapshot\d+|{MADE}"
 CHECKPOINT_NAME = re.compile(
     rf"(?P<name>.+)_(?P<role>final|finetune_best|head_best|fold\d+|(?:head|finetune)_epoch\d+|{DERIVED})\.pth"
 )
@@ -239,9 +240,9 @@ def select(catalog: Catalog, config: Config) -> list[Member]:
     return [catalog.members[name] for name in found]
 
 
-def check_current(workspace: Workspace, member: Member, digests: FileDigests) -> None:
-    """Raise UserError when a member's checkpoint is not the one that discovery saw."""
-    entry = member.checkpoints[0]
+def check_current(workspace: Workspace, member: Member, digests: FileDigests, stage: str | None = None) -> None:
+    """Raise UserError when a member's checkpoint, or that of another of its stages, is not what discovery saw."""
+    entry = next(entry for entry in member.checkpoints if stage in (None, entry["stage"]))
     path = workspace.base / entry["path"]
     try:
         found = digests.of(path)

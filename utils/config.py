@@ -21,7 +21,7 @@ from utils.errors import UserError
 SPECIFIED: dict[str, tuple[str, ...]] = {
     "exports.formats": ("state_dict", "checkpoint", "torchscript", "onnx", "tflite", "tensorrt", "custom"),
     "runs.score_ensemble.methods": ("soft_voting", "hard_voting", "logit_averaging", "weighted", "greedy_selection"),
-    "runs.model_soup.methods": ("uniform", "greedy"),
+    "runs.model_soup.methods": ("uniform", "greedy", "wise_ft"),
     "runs.stacking.meta_learners": ("lr", "xgb", "rf", "mlp"),
     "runs.fusion.fusion_methods": ("concat_mlp", "attention", "bilinear", "cca_aligned"),
     "runs.meta_fuser.fuser_type": ("xgb", "mlp", "attention"),

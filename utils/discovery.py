@@ -16,7 +16,7 @@ import numpy as np
 
 from utils import catalog, inspection, streaming
 from utils.artifacts import FileDigests
-from utils.catalog import DERIVED, IMPORTED, STAGES, TIMM, Catalog, Member, Problem
+from utils.catalog import DERIVED, IMPORTED, MADE, STAGES, TIMM, Catalog, Member, Problem
 from utils.config import Config
 from utils.errors import UserError, did_you_mean
 from utils.identification import Candidate, Scan, identify
@@ -164,7 +164,7 @@ def _trained(workspace: Workspace) -> list[Candidate]:
         stage = next((stage for stage in STAGES if stage in roles), None)
         derived = {role: path for role, path in roles.items() if re.fullmatch(DERIVED, role)}
         if stage is not None:
-            others = {role: path for role, path in sorted(roles.items()) if role != stage}
+            others = _others(roles, stage)
             found.append(Candidate(backbone, roles[stage], stage, backbone, others))
         for role, path in derived.items():
             parents = () if role == "distilled" else (backbone,)
@@ -216,7 +216,12 @@ def _declared(scan: Scan, add: Sequence[str], earlier: Catalog | None) -> list[C
 
 
 def _folds(scan: Scan, name: str) -> dict[str, Path]:
-    return catalog.checkpoint_files(scan.workspace).get(name, {})
+    return _others(catalog.checkpoint_files(scan.workspace).get(name, {}), None)
+
+
+def _others(roles: Mapping[str, Path], own: str | None) -> dict[str, Path]:
+    """Files of the same training beside the member's own: what was made of it later is not listed with it."""
+    return {role: path for role, path in sorted(roles.items()) if role != own and not re.fullmatch(MADE, role)}
 
 
 def _earlier(workspace: Workspace) -> Catalog | None:

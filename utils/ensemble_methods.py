@@ -112,6 +112,9 @@ class LogitAveraging(Voting):
 
 SAVED_AS: dict[str, type[Combiner]] = {
     "snapshot": SoftVoting,
+    "uniform_soup": SoftVoting,
+    "greedy_soup": SoftVoting,
+    "wise_ft": SoftVoting,
 }
 """Ensembles whose work was done in making their members: the one network, or the mean of a few, answers."""
 COMBINERS: dict[str, type[Combiner]] = {

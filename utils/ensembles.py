@@ -37,7 +37,7 @@ COMBINERS: dict[str, type[Combiner]] = {
     **stacking_methods.COMBINERS,
     **meta_methods.COMBINERS,
 }
-CHOSEN_ON_VAL = ("greedy_soup", "distilled")
+CHOSEN_ON_VAL = ("greedy_soup", "wise_ft", "distilled")
 """In the name of whatever val rows have chosen."""
 NAMES = {method: f"{method}_ensemble" for method in ensemble_methods.COMBINERS}
 """Method -> name of its ensemble; in configuration either may be used."""

@@ -127,7 +127,8 @@ def inputs_digest(store: Store, saved: Mapping[str, Ensemble], members: Mapping[
     """Everything a ranking depends on; found without opening an image or a checkpoint."""
     built_from = {name: ensemble.inputs_digest for name, ensemble in saved.items()}
     run_on = {name: store.key(member, split) for name, member in members.items()}
-    return digest_of([VERSION, split, built_from, run_on, store.config.runs.score_ensemble.optimization_metric])
+    own = sorted(_answering_alone(store.config, members))
+    return digest_of([VERSION, split, built_from, run_on, own, store.config.runs.score_ensemble.optimization_metric])
 
 
 def _is_stale(members: Mapping[str, Member], ensemble: Ensemble) -> bool:

@@ -260,14 +260,7 @@ def _honesty(
 def _rows_of(train: ImageSplit, predictions: OutOfFold, rows: np.ndarray) -> ImageSplit:
     """The train images of some out-of-fold rows, in their order."""
     place = {sample_id: row for row, sample_id in enumerate(train.sample_ids)}
-    places = [place[sample_id] for sample_id in predictions.sample_ids[rows].tolist()]
-    return replace(
-        train,
-        sample_ids=tuple(train.sample_ids[row] for row in places),
-        labels=train.labels[places],
-        paths=tuple(train.paths[row] for row in places),
-        contents=tuple(train.contents[row] for row in places),
-    )
+    return train.take([place[sample_id] for sample_id in predictions.sample_ids[rows].tolist()])
 
 
 def _logits(

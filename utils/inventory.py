@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils import base_back, catalog, ensembles, evaluation, fitting, pruned_building, snapshot_building
+from utils import base_back, catalog, ensembles, evaluation, fitting, pruned_building, snapshot_building, soup_building
 from utils.artifacts import FileDigests, read_json
 from utils.catalog import IMPORTED, Catalog, Member
 from utils.config import Config
@@ -30,6 +30,9 @@ class State:
         return self.state + (f": {'; '.join(self.reasons)}" if self.reasons else "")
 
 
+GIVEN_BY_NONE = State(STALE, ("its backbone's checkpoints of today give no such soup",))
+
+
 @dataclass(frozen=True)
 class Inventory:
     """Everything that a later command would find out, found out before it."""
@@ -41,6 +44,10 @@ class Inventory:
     """{member: {split: state}} for the members that are in use."""
     ensembles: dict[str, State] = field(default_factory=dict)
     """Saved ones, and those the configuration lists."""
+    wanted: tuple[str, ...] = ()
+    """Ensembles that `build-ensemble` would see to."""
+    learned: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """{later command: ensembles that it would see to}"""
     evaluation: State = field(default_factory=lambda: State(MISSING))
     problems: tuple[str, ...] = ()
 
@@ -67,9 +74,16 @@ def take(config: Config, workspace: Workspace) -> Inventory:
         return Inventory(of_catalog, found, ensembles=states, problems=(str(error),))
     for name, ensemble in saved.items():
         states[name] = _ensemble_state(config, store, ensemble, selected)
+    wanted = configured(config)
     if config.runs.snapshot_ensemble.enable:
         states[snapshot_building.NAME] = _snapshot_state(store, selected, states)
-    for name in configured(config):
+    if config.runs.model_soup.enable:
+        for member in (member for member in selected if member.source == "trained"):
+            soups = _soup_states(store, member, states)
+            states |= soups
+            wanted += [name for name, state in soups.items() if state != GIVEN_BY_NONE]
+    learned = _learned(config)
+    for name in (*wanted, *(name for names in learned.values() for name in names)):
         states.setdefault(name, State(MISSING))
     in_use = evaluation.members_to_score(found, selected, saved)
     return Inventory(
@@ -80,16 +94,25 @@ def take(config: Config, workspace: Workspace) -> Inventory:
             for name, member in in_use.items()
         },
         ensembles=dict(sorted(states.items())),
+        wanted=tuple(wanted),
+        learned=learned,
         evaluation=_evaluation_state(store, saved, in_use),
     )
 
 
 def configured(config: Config) -> list[str]:
-    """Names of the ensembles that the configuration lists and this version builds."""
+    """Names of the score-level ensembles that the configuration lists and this version builds."""
     methods = config.runs.score_ensemble.methods if config.runs.score_ensemble.enable else ()
     names = [ensembles.NAMES[method] for method in methods if method in ensembles.NAMES]
     names += pruned_building.names(config)
     return names + ([snapshot_building.NAME] if config.runs.snapshot_ensemble.enable else [])
+
+
+def _learned(config: Config) -> dict[str, tuple[str, ...]]:
+    """What `stack` and `meta-fuse` would build, by command."""
+    stacking = tuple(f"stacking_{learner}" for learner in config.runs.stacking.meta_learners)
+    found = {"stack": stacking} if config.runs.stacking.enable else {}
+    return found | ({"meta-fuse": ("meta_fuser",)} if config.runs.meta_fuser.enable else {})
 
 
 def _since_discovery(workspace: Workspace, found: Catalog, digests: FileDigests) -> list[str]:
@@ -196,6 +219,19 @@ def _snapshot_state(store: Store, selected: Sequence[Member], states: Mapping[st
     except UserError as error:
         return State(DAMAGED, (str(error),))
     return State(STALE, (reason,)) if reason else known
+
+
+def _soup_states(store: Store, member: Member, states: Mapping[str, State]) -> dict[str, State]:
+    """Of the soups that one backbone's checkpoints give; `states` are those of the ensembles on disk by themselves."""
+    try:
+        reasons = soup_building.reasons_against(store, member)
+    except UserError as error:
+        return {store.workspace.soup(member.name).name: State(DAMAGED, (str(error),))}
+    found = dict.fromkeys(soup_building.leftovers(store, member), GIVEN_BY_NONE)
+    for name, reason in reasons.items():
+        known = states.get(name, State(MISSING))
+        found[name] = State(STALE, (reason,)) if reason and known.state == CURRENT else known
+    return found
 
 
 def _predictions_state(store: Store, member: Member, split: str) -> State:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from utils import base_back, caches, inventory, locks
 from utils.artifacts import read_json
 from utils.caches import Item, shown
+from utils.catalog import MADE
 from utils.config import Config
 from utils.errors import ConfigError, UserError, cannot_write
 from utils.inventory import CURRENT, MISSING, Inventory
@@ -17,6 +19,8 @@ from utils.results import Result
 from utils.workspace import SPLITS, Workspace
 
 MOST_REASONS = 5
+UNFINISHED = re.compile(rf"\..+_(?:{MADE})\.[a-z0-9_]{{8}}\.partial\.pth")
+"""Checkpoints of ours under temporary names, in a folder where the base pipeline may be writing its own."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def status(config: Config, workspace: Workspace, *, force: bool = False) -> Resu
         "temporary": sum(item.size for item in _temporary(workspace)),
     }
     writer, locked = _writer(workspace)
-    following = _next_command(config, found)
+    following = _next_command(found)
     imported = found.found is not None and bool(found.found.imported())
     base_command = _base_command(workspace) if following == "discover" and not imported else None
     text = [
@@ -153,6 +157,8 @@ def _temporary(workspace: Workspace) -> list[Item]:
     found = [
         item for folder in own if not _linked(workspace, folder) for item in caches.leftovers(folder, shared=False)
     ]
+    made = [] if _linked(workspace, workspace.derived_checkpoints) else caches.children(workspace.derived_checkpoints)
+    found += [item for item in made if UNFINISHED.fullmatch(item.name)]
     return found + caches.leftovers(workspace.image_cache, shared=True)
 
 
@@ -227,13 +233,16 @@ def _writer(workspace: Workspace) -> tuple[dict[str, Any] | None, str | None]:
     return asdict(owner) | {"dead": dead}, words
 
 
-def _next_command(config: Config, found: Inventory) -> str | None:
+def _next_command(found: Inventory) -> str | None:
     if found.catalog.state != CURRENT:
         return "discover"
     if found.problems:
         return None
-    if any(found.ensembles[name].state != CURRENT for name in inventory.configured(config)):
+    if any(found.ensembles[name].state != CURRENT for name in found.wanted):
         return "build-ensemble"
+    for command, names in found.learned.items():
+        if any(found.ensembles[name].state != CURRENT for name in names):
+            return command
     return None if found.evaluation.state == CURRENT else "evaluate"
 
 

@@ -110,6 +110,10 @@ class Workspace:
         """Folder of the weights that we make: the base pipeline's own, unless there is an output."""
         return self.output / "checkpoints" if self.output else self.checkpoints
 
+    def derived_checkpoint(self, backbone: str, role: str) -> Path:
+        """`role`: uniform_soup, greedy_soup, wise_ft, distilled."""
+        return self.derived_checkpoints / f"{backbone}_{role}.pth"
+
     @property
     def ensembles(self) -> Path:
         """The folder that holds everything of ours but metrics and exports."""
@@ -179,6 +183,10 @@ class Workspace:
     def ensemble(self, name: str) -> Path:
         """Folder of one saved ensemble."""
         return self.models / name
+
+    def soup(self, backbone: str) -> Path:
+        """What became of one backbone's checkpoints when they were averaged."""
+        return self.ensembles / "soups" / f"{backbone}.json"
 
     @property
     def snapshots(self) -> Path:

@@ -186,8 +186,8 @@ def test_a_timm_network_is_declared_once_and_kept(workspace, config, tmp_path):
 
 def test_folds_of_a_declared_network_are_listed_with_it(workspace, config):
     shutil.copy(workspace.checkpoint(NAME, "fold0"), workspace.checkpoint("leaf", "fold0"))
+    declare(workspace, config, "leaf")
     for _ in range(2):
-        declare(workspace, config, "leaf")
         stages = [entry["stage"] for entry in catalog.read(workspace).members["leaf"].checkpoints]
         assert stages == ["final", "fold0"]
         discovery.discover(config, workspace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -36,6 +37,37 @@ def test_the_file_is_invisible_under_its_name_until_it_is_complete(tmp_path):
         np.save(temporary, np.arange(3))
         assert not path.exists()
     assert np.load(path).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("way", ["set aside", "not offered", "unknown here"])
+def test_a_sparse_file_is_given_its_room_and_keeps_its_content(tmp_path, monkeypatch, way):
+    path, shape = tmp_path / "a.npy", (700, 1000)  # more than two blocks of the slow way
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    assert path.stat().st_blocks * 512 < 10_000
+    if way == "not offered":
+        monkeypatch.setattr(os, "posix_fallocate", failing(errno.EOPNOTSUPP))
+    elif way == "unknown here":
+        monkeypatch.delattr(os, "posix_fallocate")
+    size = path.stat().st_size
+    artifacts.reserve(path, array.offset)
+    assert path.stat().st_blocks * 512 >= path.stat().st_size == size
+    array[:] = 1
+    array.flush()
+    assert np.array_equal(np.load(path), np.ones(shape, dtype=np.float32))
+
+
+def failing(number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_room_that_is_not_there_is_an_error(tmp_path, monkeypatch):
+    array = np.lib.format.open_memmap(tmp_path / "a.npy", mode="w+", dtype=np.float32, shape=(9, 9))
+    monkeypatch.setattr(os, "posix_fallocate", failing(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left"):
+        artifacts.reserve(tmp_path / "a.npy", array.offset)
 
 
 def test_written_files_have_the_permissions_of_any_other_file(tmp_path):

@@ -62,7 +62,7 @@ def strangers(foreign: Mount) -> Mount:
 def test_the_printed_import_block_works_from_any_folder(mount: Mount) -> None:
     script = mount.cwd.parent / "probe" / "script.py"
     script.write_text(
-        "import utils, utils.base_back\nutils.base_back.set_up_logging(level='DEBUG')\n"
+        "import utils, utils.messages\nutils.messages.set_up_logging(level='DEBUG')\n"
         + BLOCK
         + """
 import json, logging, pickle, sys

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,6 +59,7 @@ def test_without_an_output_everything_lies_in_the_workspace(base):
     assert all(path.is_relative_to(base) for path in ours(workspace))
     assert workspace.ranking("val") == base / "metrics_output" / "ensembles" / "ranking_val.json"
     assert workspace.exports == workspace.deployment
+    assert replace(workspace, deployment=base / "elsewhere").exports == base / "elsewhere"
 
 
 @pytest.mark.parametrize("by", ["option", "variable"])

@@ -5,6 +5,7 @@ Records are JSON with sorted keys, arrays `.npy` / `.npz` without pickled object
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -22,6 +23,8 @@ import numpy as np
 
 from utils.errors import UserError, cannot_write
 
+NOT_OFFERED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # a file system that sets no room aside
+BLOCK = 1 << 20
 DEFLATED_AT_MOST = 1032  # bytes that one deflated byte can stand for
 _DAMAGE = (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, tokenize.TokenError, RecursionError)
 """What reading a damaged array raises; the last four come from its header, which numpy reads as a Python literal."""
@@ -55,6 +58,25 @@ def replacing(path: Path) -> Iterator[Path]:
         raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def reserve(path: Path, start: int) -> None:
+    """Give a sparse file all the room from byte `start` on, which is zeros so far; OSError where the disk has none.
+
+    Filling a hole of a memory-mapped file on a full disk is no error but a signal (SIGBUS), which ends the process.
+    """
+    size = path.stat().st_size
+    with path.open("r+b", buffering=0) as file:
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), start, size - start)
+                return
+            except OSError as error:
+                if error.errno not in NOT_OFFERED:
+                    raise
+        file.seek(start)
+        while (left := size - file.tell()) > 0:
+            file.write(bytes(min(left, BLOCK)))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -129,8 +130,9 @@ def kfold_command(workspace: Workspace, backbones: Sequence[str]) -> str:
     """What to type for out-of-fold predictions of these backbones, the bundled BASE-BACK's or a mounted one's."""
     script, mounted = base_back.BUNDLED / "src" / "main.py", base_back.locate()
     shown = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
-    external = f" --base-back {mounted}" if base_back.kind(mounted) == "external" else ""
-    return f"python {shown} --stages kfold --backbones {' '.join(backbones)}{external} --workspace {workspace.base}"
+    external = ["--base-back", str(mounted)] if base_back.kind(mounted) == "external" else []
+    words = ["python", str(shown), "--stages", "kfold", "--backbones", *backbones, *external]
+    return shlex.join([*words, "--workspace", str(workspace.base)])
 
 
 def mounted() -> dict[str, str]:
@@ -250,12 +252,15 @@ def check_current(workspace: Workspace, member: Member, digests: FileDigests) ->
 
 
 def problem_lines(problems: Sequence[Problem]) -> list[str]:
-    """One line for each problem; the same problem of several members is one line."""
+    """One line for each problem; the same problem of several members is one line, and so is a command for them all."""
     members: dict[tuple[str, str, str], list[str]] = {}
     for problem in problems:
-        names = members.setdefault((problem.severity, problem.message, problem.remedy), [])
+        remedy = re.sub(rf"(?<=--backbones ){re.escape(problem.member or '')}(?= )", "{names}", problem.remedy)
+        names = members.setdefault((problem.severity, problem.message, remedy), [])
         names += [problem.member] if problem.member else []
     return [
-        f"{severity}: {', '.join(names) + ': ' if names else ''}{message}. {remedy[:1].upper()}{remedy[1:]}"
+        f"{severity}: {', '.join(names) + ': ' if names else ''}{message}. {remedy[:1].upper()}{remedy[1:]}".replace(
+            "{names}", " ".join(names)
+        )
         for (severity, message, remedy), names in members.items()
     ]

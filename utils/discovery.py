@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, inspection, streaming
+from utils import catalog, imported_members, inspection, streaming
 from utils.artifacts import FileDigests
 from utils.catalog import DERIVED, IMPORTED, STAGES, TIMM, Catalog, Member, Problem
 from utils.config import Config
@@ -33,18 +33,24 @@ NAMED_PAIRS = 20  # pairs of equal images that are named one by one
 
 
 def discover(
-    config: Config, workspace: Workspace, *, verify: bool = False, add: Sequence[str] = (), force: bool = False
+    config: Config,
+    workspace: Workspace,
+    *,
+    verify: bool = False,
+    add: Sequence[str] = (),
+    remove: Sequence[str] = (),
+    force: bool = False,
 ) -> Result:
     """Find trained models, check them and write the catalog.
 
     `verify` also runs every trained member, and derived ones that the configuration includes, on all val images, and
     out-of-fold predictions' networks on a sample of train images. `add` declares networks of timm,
-    `NAME=timm:MODEL@FILE`; later discoveries keep them. What was measured once is known by digest and measured again
-    only with `force`; a scan is cheap, so it is always made. Imported members stay. Raises UserError when there is no
-    member, or for a declaration that cannot be followed.
+    `NAME=timm:MODEL@FILE`; later discoveries keep them, and imported members, until `remove` names them. What was
+    measured once is known by digest and measured again only with `force`; a scan is cheap, so it is always made. Raises
+    UserError when there is no member, or for a declaration that cannot be followed or taken back.
     """
-    earlier = _earlier(workspace)
-    if earlier and earlier.imported() and not earlier.has_images and not workspace.has_images and not add:
+    earlier = _less(workspace, _earlier(workspace), remove)
+    if earlier and not earlier.has_images and not workspace.has_images and not add:
         return _without_images(config, workspace, earlier)
     digests = FileDigests(workspace.digests)
     scan = Scan(config, workspace, digests, _list_splits(workspace, digests))
@@ -58,7 +64,8 @@ def discover(
             problems.append(Problem("checkpoint_refused", "error", candidate.name, str(error), "See the message"))
             if candidate.remembered is not None:  # a declaration outlives its file
                 members[candidate.name] = replace(candidate.remembered, usable=False, oof=None)
-    inspector = Inspector(config, workspace, scan.classes, scan.splits, digests)
+    mounted = catalog.mounted()
+    inspector = Inspector(config, workspace, scan.classes, scan.splits, digests, mounted["digest"])
     if verify:
         threads = streaming.decoding_threads(config.dataset.num_workers)
         inspector = replace(inspector, device=streaming.resolve_device(config.device), threads=threads)
@@ -70,7 +77,7 @@ def discover(
             problems += found
     digests.save()
     listed = Catalog(
-        base_back=catalog.mounted(),
+        base_back=mounted,
         classes=scan.classes,
         splits={name: {"n": len(split.sample_ids), "digest": split.digest} for name, split in scan.splits.items()},
         members=members,
@@ -78,17 +85,27 @@ def discover(
     )
     if earlier:
         listed = with_imported(config, workspace, listed, earlier)
+    if remove and not listed.members:
+        workspace.catalog.unlink(missing_ok=True)  # it would go on listing what was taken back
     _require_members(workspace, listed)
-    measured = {name: digests.facts(inspector.measured_key(member)) or {} for name, member in listed.members.items()}
+    measured = {name: inspector.measured(member) or {} for name, member in listed.members.items()}
+    listed = replace(listed, problems=tuple(inspection.with_proof(listed.problems, measured)))
     return _written(workspace, listed, measured, verify=verify)
 
 
 def _without_images(config: Config, workspace: Workspace, earlier: Catalog) -> Result:
     """The catalog of imported members alone, who say themselves which samples there are."""
+    if not earlier.members:
+        workspace.catalog.unlink(missing_ok=True)  # it would go on listing what was taken back
+    _require_members(workspace, earlier)
     if catalog.checkpoint_files(workspace):
         logger.warning("%s: checkpoints are left out, since there are no images to run them on", workspace.checkpoints)
-    splits = Store(config, workspace, earlier).splits()
-    return _written(workspace, replace(earlier, base_back=catalog.mounted(), splits=splits), {}, verify=False)
+    store = Store(config, workspace, earlier)
+    samples = {split: store.samples(split) for split in SPLITS}
+    problems = [problem for problem in earlier.problems if problem.code not in imported_members.UNSHARED]
+    problems += imported_members.unshared({split: store.held(split) for split in SPLITS}, samples)
+    listed = replace(earlier, base_back=catalog.mounted(), splits=store.splits(), problems=tuple(problems))
+    return _written(workspace, listed, {}, verify=False)
 
 
 def _written(
@@ -139,7 +156,10 @@ def _trained(workspace: Workspace) -> list[Candidate]:
 
 
 def _declared(scan: Scan, add: Sequence[str], earlier: Catalog | None) -> list[Candidate]:
-    """Networks of timm: those that the catalog on disk holds and those declared now, which replace them by name."""
+    """Networks of timm: those of the earlier catalog and those declared now, which replace them by name.
+
+    Raises UserError for a declaration that cannot be followed.
+    """
     found: dict[str, Candidate] = {}
     remembered = earlier.members.values() if earlier else ()
     for member in (member for member in remembered if member.architecture.startswith(TIMM)):
@@ -193,6 +213,24 @@ def _earlier(workspace: Workspace) -> Catalog | None:
         return None
 
 
+def _less(workspace: Workspace, earlier: Catalog | None, remove: Sequence[str]) -> Catalog | None:
+    """The earlier catalog without the members to remove. Raises UserError where one was never given by the user."""
+    members = earlier.members if earlier else {}
+    given = [name for name, one in members.items() if one.architecture.startswith(TIMM) or one.source == IMPORTED]
+    for name in remove:
+        if name not in given:
+            raise UserError(
+                f"--remove {name}: no network that was declared with --add, nor imported; these were: "
+                f"{', '.join(given) or 'none'}{did_you_mean(name, given)}. What is in {workspace.checkpoints} is left "
+                "out with backbones.exclude"
+            )
+    if earlier is None or not remove:
+        return earlier
+    kept = {name: member for name, member in members.items() if name not in remove}
+    problems = tuple(problem for problem in earlier.problems if problem.member not in remove)
+    return replace(earlier, members=kept, problems=problems)
+
+
 def _require_timm_model(declaration: str, model: str) -> None:
     import timm
 
@@ -206,14 +244,14 @@ def _require_timm_model(declaration: str, model: str) -> None:
 
 def _judged(inspector: Inspector, member: Member) -> tuple[Member, list[Problem]]:
     """A member after what running it has shown, now or at any time before."""
-    measured = inspector.digests.facts(inspector.measured_key(member))
-    honesty = inspector.digests.facts(inspector.honesty_key(member)) if member.oof is not None else None
+    measured, honesty = inspector.measured(member), inspector.honesty(member)
     problems = inspection.measured_problems(inspector.classes, member, measured) if measured else []
     usable = member.usable and not any(problem.severity == "error" for problem in problems)
-    found = inspection.honesty_problems(member, honesty) if honesty else []
+    found = inspection.honesty_problems(inspector.workspace, member, honesty) if honesty else []
     is_refused = any(problem.code in inspection.REFUSING for problem in found)
     if measured and member.oof is not None and not is_refused:
-        found += inspection.suspicion(member, member.oof["accuracy"], measured)
+        remedy = inspection.fold_again(inspector.workspace, member)
+        found += inspection.suspicion(member, member.oof["accuracy"], measured, remedy=remedy)
     return replace(member, usable=usable, oof=None if is_refused else member.oof), [*problems, *found]
 
 

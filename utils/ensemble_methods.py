@@ -10,7 +10,9 @@ import numpy as np
 
 from utils.combiner import Combiner, MemberFacts
 from utils.config import Config
+from utils.greedy import GreedySelection
 from utils.metrics import softmax
+from utils.weighting import WeightedPool
 
 if TYPE_CHECKING:
     from torch import nn
@@ -112,4 +114,6 @@ COMBINERS: dict[str, type[Combiner]] = {
     "soft_voting": SoftVoting,
     "hard_voting": HardVoting,
     "logit_averaging": LogitAveraging,
+    "weighted": WeightedPool,
+    "greedy_selection": GreedySelection,
 }

@@ -80,10 +80,7 @@ def judge(name: str, parts: Mapping[str, Part], oof_path: str) -> Arrival:
         }
     member = replace(member, oof=oof, recorded_accuracy=None if measured is None else measured["accuracy"])
     if oof is not None and measured is not None:
-        remedy = "If you do not know how oof.npz was made, make it again"
-        problems += [
-            replace(problem, remedy=remedy) for problem in inspection.suspicion(member, oof["accuracy"], measured)
-        ]
+        problems += inspection.suspicion(member, oof["accuracy"], measured, remedy="Make oof.npz again")
     return Arrival(member, kept, tuple(problems))
 
 

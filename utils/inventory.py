@@ -110,9 +110,23 @@ def _since_discovery(workspace: Workspace, found: Catalog, digests: FileDigests)
             reasons.append(f"{folder} is gone")
         elif any(path.stat().st_mtime > written for path in places):
             reasons.append(f"images of {split} were added or removed")
+        else:
+            reasons += _edited(folder, digests, written)
     if base_back.source_digest(base_back.locate()) != found.base_back["digest"]:
         reasons.append("the code of BASE-BACK is another")
     return reasons
+
+
+def _edited(folder: Path, digests: FileDigests, written: float) -> list[str]:
+    """A line on the images of a split that were changed in place, which their folders do not show; none is read."""
+    try:
+        _, samples = base_back.bundled("samples").scan(folder)
+    except ValueError as error:  # a class folder that holds no image
+        return [str(error)]
+    edited = [sample.sample_id for sample in samples if not _is_unchanged(sample.path, digests, written)]
+    if len(edited) < 2:
+        return [f"{folder.name}/{sample_id} has changed" for sample_id in edited]
+    return [f"{len(edited)} images of {folder.name} have changed, first {edited[0]}"]
 
 
 def _is_unchanged(path: Path, digests: FileDigests, written: float) -> bool:

@@ -48,13 +48,12 @@ class OutOfFold:
         return float((self.logits.argmax(axis=1) == self.labels).mean())
 
 
-def read(path: Path, name: str, train: ImageSplit, classes: tuple[str, ...]) -> OutOfFold:
+def read(path: Path, name: str, train: ImageSplit, classes: tuple[str, ...], *, remedy: str) -> OutOfFold:
     """The out-of-fold predictions of member `name`, columns brought into the order of `classes`.
 
-    Raises UserError that names what does not fit: whatever `prediction_files.read` refuses, other classes, rows outside
-    the train split, labels that are not those of the class folders.
+    Raises UserError that names what does not fit, and then says `remedy`: whatever `prediction_files.read` refuses,
+    other classes, rows outside the train split, labels that are not those of the class folders.
     """
-    remedy = "Run K-fold again: python BASE-BACK/src/main.py --stages kfold --force"
     what = f"out-of-fold predictions of {name}"
     needs = ("labels", "fold")
     found = prediction_files.read(path, what=what, remedy=remedy, needs=needs, sum_tolerance=SUM_TOLERANCE)

@@ -23,6 +23,7 @@ from utils.artifacts import (
     read_arrays,
     read_json,
     replacing,
+    reserve,
     write_array,
     write_arrays,
     write_json,
@@ -186,7 +187,9 @@ class Store:
         path = self.workspace.base / member.oof["path"]
         if self.digests.of(path) != member.oof["sha256"]:
             raise UserError(f"{path}: changed since discovery. Run `python ensemble_orchestrator.py discover` again")
-        arrays = out_of_fold.read(path, member.name, self.images("train"), self.catalog.classes).arrays()
+        remedy = inspection.fold_again(self.workspace, member)
+        found = out_of_fold.read(path, member.name, self.images("train"), self.catalog.classes, remedy=remedy)
+        arrays = found.arrays()
         write_arrays(cache, arrays | {"key": np.array(self._oof_key(member.oof))})
         return _oof_rows(arrays, self.catalog.classes)
 
@@ -315,7 +318,9 @@ class Store:
 def _growing(stack: ExitStack, path: Path, shape: tuple[int, int]) -> np.memmap:
     """A float32 array that is filled on disk and takes its name when the stack ends well."""
     temporary = stack.enter_context(replacing(path))
-    return np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+    array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+    reserve(temporary, array.offset)
+    return array
 
 
 def _oof_rows(arrays: Mapping[str, np.ndarray], classes: tuple[str, ...]) -> MemberRows:

@@ -47,6 +47,7 @@ __all__ = [
     "Batch",
     "ImageSplit",
     "NetworkSpec",
+    "SurplusIsAlive",
     "cleanup_memory",
     "decode",
     "decoding_threads",
@@ -60,6 +61,10 @@ __all__ = [
     "stream",
     "weights_of",
 ]
+
+
+class SurplusIsAlive(UserError):
+    """A network has more outputs than there are classes, and those beyond them answer too."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +125,22 @@ def _shown(path: Path) -> str:
 
 
 def open_network(spec: NetworkSpec) -> nn.Module:
-    """Build the network and load its weights, in evaluation mode on the CPU. Raises UserError when they do not fit."""
-    factory = None if spec.source == "timm" else base_back.load("models").create_custom_backbone_safe
-    return build(spec, weights_of(read_checkpoint(spec.checkpoint)), factory)
+    """Build the network and load its weights, in evaluation mode on the CPU.
+
+    Raises UserError when they do not fit, or the checkpoint says that another BASE-BACK than the one mounted has its
+    network.
+    """
+    record = read_checkpoint(spec.checkpoint)
+    if spec.source == "timm":
+        return build(spec, weights_of(record))
+    extra = record.get("extra")
+    is_of_another = isinstance(extra, dict) and extra.get("base_back") == "external"
+    if is_of_another and base_back.kind(base_back.locate()) == "bundled":
+        raise UserError(
+            f"{spec.checkpoint}: its network is another BASE-BACK's, and the bundled one is mounted. Mount the one it "
+            "was trained with: --base-back DIR"
+        )
+    return build(spec, weights_of(record), base_back.load("models").create_custom_backbone_safe)
 
 
 def decode(splits: Sequence[ImageSplit], sizes: Sequence[int], *, image_cache: Path, threads: int = 1) -> None:
@@ -302,14 +320,14 @@ class _Pass:
 
 
 def _require_dead_surplus(passing: _Pass, val: ImageSplit | None, opened: Callable[[ImageSplit], Any]) -> None:
-    """Raise UserError unless the outputs beyond the classes are dead on the val rows."""
+    """Raise SurplusIsAlive, or UserError without val rows, unless the outputs beyond the classes are dead on them."""
     spec = passing.spec
     said = f"{spec.checkpoint}: {passing.outputs.count} outputs for {len(spec.classes)} classes"
     if val is None:
         raise UserError(f"{said}, and no val split to show that the surplus is dead. {RETRAIN}")
     logits = np.concatenate([batch.logits for batch in passing.over(val, opened(val), cut=False)])
     if reason := surplus_is_dead(logits, len(spec.classes)):
-        raise UserError(f"{said}, and the surplus is not dead: on the val rows {reason}. {RETRAIN}")
+        raise SurplusIsAlive(f"{said}, and the surplus is not dead: on the val rows {reason}. {RETRAIN}")
     logger.warning("%s; the surplus is dead on the %d val rows and is cut", said, len(logits))
 
 

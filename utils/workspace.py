@@ -99,6 +99,11 @@ class Workspace:
         """What the base pipeline had finished."""
         return self.checkpoints / ".recovery_state.json"
 
+    @property
+    def training_progress(self) -> Path:
+        """`<backbone>_train.pth` or `<backbone>_fold<k>.pth` for each training that is under way."""
+        return self.checkpoints / ".progress"
+
     # ours ------------------------------------------------------------------------------------------------------------
     @property
     def ensembles(self) -> Path:

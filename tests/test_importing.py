@@ -278,3 +278,22 @@ def test_a_later_discovery_keeps_them_and_what_was_said_of_them(tmp_path, worksp
     assert catalog.read(workspace) == before
     assert not result.failures
     assert "3 members, 3 classes, samples: train 60, val 30, test 30" in result.text
+
+
+def test_a_member_that_is_taken_back_takes_its_rows_with_it(tmp_path, workspace):
+    def longer(given):
+        more = given["sample_ids"][:2]
+        return fewer(np.r_[:30, :2])(given) | {"sample_ids": np.append(given["sample_ids"], np.char.add(more, ".more"))}
+
+    take_in(workspace, write(tmp_path / "given", change=changing("forest", "val", longer)))
+    assert codes(workspace) == {"rows_not_shared"}
+    assert catalog.read(workspace).splits["val"]["n"] == 32
+    discovery.discover(CONFIG, workspace, remove=["forest"])
+    other = empty_workspace(tmp_path / "v")
+    take_in(other, write(tmp_path / "two", {"bayes": 1, "linear": 3}))
+    assert catalog.read(workspace) == catalog.read(other)
+    assert build.build_ensemble(CONFIG, workspace).document["members"] == ["bayes", "linear"]
+    with pytest.raises(UserError, match="no trained model"):
+        discovery.discover(CONFIG, workspace, remove=["bayes", "linear"])
+    assert not workspace.catalog.exists()
+    take_in(workspace, tmp_path / "given")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, inspection, streaming
+from utils import catalog, imported_members, inspection, streaming
 from utils.artifacts import FileDigests
 from utils.catalog import DERIVED, IMPORTED, MADE, STAGES, TIMM, Catalog, Member, Problem
 from utils.config import Config
@@ -76,8 +76,6 @@ def discover(
             members[name], found = _judged(inspector, member)
             problems += found
     digests.save()
-    if remove and not members:
-        workspace.catalog.unlink(missing_ok=True)  # it would go on declaring what was taken back
     listed = Catalog(
         base_back=mounted,
         classes=scan.classes,
@@ -87,6 +85,8 @@ def discover(
     )
     if earlier:
         listed = with_imported(config, workspace, listed, earlier)
+    if remove and not listed.members:
+        workspace.catalog.unlink(missing_ok=True)  # it would go on listing what was taken back
     _require_members(workspace, listed)
     measured = {name: inspector.measured(member) or {} for name, member in listed.members.items()}
     listed = replace(listed, problems=tuple(inspection.with_proof(listed.problems, measured)))
@@ -100,8 +100,12 @@ def _without_images(config: Config, workspace: Workspace, earlier: Catalog) -> R
     _require_members(workspace, earlier)
     if catalog.checkpoint_files(workspace):
         logger.warning("%s: checkpoints are left out, since there are no images to run them on", workspace.checkpoints)
-    splits = Store(config, workspace, earlier).splits()
-    return _written(workspace, replace(earlier, base_back=catalog.mounted(), splits=splits), {}, verify=False)
+    store = Store(config, workspace, earlier)
+    samples = {split: store.samples(split) for split in SPLITS}
+    problems = [problem for problem in earlier.problems if problem.code not in imported_members.UNSHARED]
+    problems += imported_members.unshared({split: store.held(split) for split in SPLITS}, samples)
+    listed = replace(earlier, base_back=catalog.mounted(), splits=store.splits(), problems=tuple(problems))
+    return _written(workspace, listed, {}, verify=False)
 
 
 def _written(

@@ -58,7 +58,7 @@ def honest_rows(store: Store, members: Sequence[Member], *, kind: str = "honest"
         of_import = member.source == IMPORTED
         logger.warning("%s %s", "No oof.npz of member" if of_import else "No K-fold results for backbone", member.name)
     if without:
-        source = _source_of_oof(store, without)
+        source = source_of_oof(store, without)
         logger.warning("only the val rows are honest for all members; out-of-fold predictions come from: %s", source)
     elif 0 < len(derived) < len(members):
         logger.warning(
@@ -78,7 +78,7 @@ def honest_rows(store: Store, members: Sequence[Member], *, kind: str = "honest"
     split = {"val": "val", "oof": "train"}[kind]
     found = found.of_split(split)
     if not len(found.fold):
-        remedies = [f"Make them: {_source_of_oof(store, without)}"] if kind == "oof" and without else []
+        remedies = [f"Make them: {source_of_oof(store, without)}"] if kind == "oof" and without else []
         remedies += [f"Leave out what is derived: {', '.join(derived)}"] if kind == "oof" and derived else []
         remedies += [f"Make them: val.npz and {IMPORT}"] if kind == "val" else []
         raise HonestyError(
@@ -88,7 +88,7 @@ def honest_rows(store: Store, members: Sequence[Member], *, kind: str = "honest"
     return found
 
 
-def _source_of_oof(store: Store, members: Sequence[Member]) -> str:
+def source_of_oof(store: Store, members: Sequence[Member]) -> str:
     """Where these members' out-of-fold predictions can come from, as it is typed."""
     trained = [member.name for member in members if member.source != IMPORTED]
     imported = [f"oof.npz and {IMPORT}"] if len(trained) < len(members) else []

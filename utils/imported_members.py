@@ -25,6 +25,8 @@ logger = logging.getLogger("disease_pipeline")
 
 SPLIT_OF = {"oof": "train", "val": "val", "test": "test", "train": "train"}
 """What a member's folder may hold, and of which split it is; `train` is in-sample."""
+UNSHARED = ("rows_not_shared", "same_ids")
+"""Codes of what `unshared` says."""
 LAYOUT = "DIR/<member>/{oof,val,test}.npz"
 MEND = "Mend the file, then import again"
 T = TypeVar("T")
@@ -254,9 +256,9 @@ def _on_samples(name: str, stem: str, part: Part, samples: Samples) -> tuple[Par
     return part.take(kept, labels[kept]), problems
 
 
-def rows_in_common(split: str, parts: Mapping[str, MemberRows]) -> list[Problem]:
-    """What members do not share of a split: {member: its rows}. Raises UserError for one that shares nothing."""
-    holders = Counter(sample_id for part in parts.values() for sample_id in part.sample_ids.tolist())
+def require_rows_in_common(split: str, held: Mapping[str, Sequence[MemberRows]]) -> None:
+    """UserError for a member that shares no honest row of a split with the others: {member: its rows}."""
+    parts, holders = _honest(held)
 
     def check(name: str) -> None:
         ids = parts[name].sample_ids.tolist()
@@ -268,15 +270,31 @@ def rows_in_common(split: str, parts: Mapping[str, MemberRows]) -> list[Problem]
             )
 
     for_each(parts, check)
-    sizes = [len(part.sample_ids) for part in parts.values()]
-    shared = sum(count == len(parts) for count in holders.values())
-    if not parts or shared == max(sizes):
-        return []
-    message = f"the members have {min(sizes)} to {max(sizes)} rows of {split} and share {shared}, which are used"
-    return [Problem("rows_not_shared", "warning", None, message, "give the missing predictions if there are any")]
 
 
-def same_samples(samples: Mapping[str, Samples]) -> list[Problem]:
+def unshared(held: Mapping[str, Mapping[str, Sequence[MemberRows]]], samples: Mapping[str, Samples]) -> list[Problem]:
+    """What is to be said of the splits where there are no images: {split: {member: its rows}}, {split: samples}."""
+    problems = []
+    for split in SPLITS:
+        parts, holders = _honest(held[split])
+        sizes = [len(part.sample_ids) for part in parts.values()]
+        shared = sum(count == len(parts) for count in holders.values())
+        if parts and shared < max(sizes):
+            message = (
+                f"the members have {min(sizes)} to {max(sizes)} rows of {split} and share {shared}, which are used"
+            )
+            remedy = "give the missing predictions if there are any"
+            problems.append(Problem("rows_not_shared", "warning", None, message, remedy))
+    return problems + _same_samples(samples)
+
+
+def _honest(held: Mapping[str, Sequence[MemberRows]]) -> tuple[dict[str, MemberRows], Counter[str]]:
+    """The honest rows of those who have some, and how many members have a row of each sample."""
+    parts = {name: part for name, rows in held.items() for part in rows if part.honest.all()}
+    return parts, Counter(sample_id for part in parts.values() for sample_id in part.sample_ids.tolist())
+
+
+def _same_samples(samples: Mapping[str, Samples]) -> list[Problem]:
     """Ids that stand in two splits with the same labels throughout: perhaps the same samples; images would tell."""
     problems = []
     for one, other in combinations(SPLITS, 2):

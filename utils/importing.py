@@ -155,14 +155,12 @@ def _splits_of_rows(
     ground: Ground, classes: tuple[str, ...], parts: Mapping[str, Mapping[str, Part]]
 ) -> tuple[dict[str, dict[str, Any]], list[Problem]]:
     """The splits as the rows of all imported members make them, and what members do not share."""
-    samples, problems = {}, []
+    held = {split: _rows(ground, parts, split) for split in SPLITS}
     for split in SPLITS:
-        rows = _rows(ground, parts, split)
-        samples[split] = gather(split, classes, rows)
-        honest = {name: part for name, held in rows.items() for part in held if part.honest.all()}
-        problems += imported_members.rows_in_common(split, honest)
-    problems += imported_members.same_samples(samples)
-    return {split: split_facts(classes, found) for split, found in samples.items()}, problems
+        imported_members.require_rows_in_common(split, held[split])
+    samples = {split: gather(split, classes, rows) for split, rows in held.items()}
+    splits = {split: split_facts(classes, found) for split, found in samples.items()}
+    return splits, imported_members.unshared(held, samples)
 
 
 def _rows(ground: Ground, parts: Mapping[str, Mapping[str, Part]], split: str) -> dict[str, list[MemberRows]]:

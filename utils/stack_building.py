@@ -63,22 +63,23 @@ def stack(config: Config, workspace: Workspace, *, strict: bool = False, force: 
 
 def _with_out_of_fold(store: Store, members: Sequence[Member], strict: bool) -> list[Member]:
     """The members that have out-of-fold predictions; all of them, with a warning, where none has."""
-    without = [member.name for member in members if member.oof is None]
+    without = [member for member in members if member.oof is None]
+    names = [member.name for member in without]
     if not without:
         return list(members)
-    command = catalog.kfold_command(store.workspace, without)
+    command = fitting.source_of_oof(store, without)
     if strict:
         raise UserError(
-            f"No K-fold results for backbone {', '.join(without)}. Either make them: {command}; or exclude from "
-            f"stacking: --set backbones.exclude=[{','.join(without)}]"
+            f"No K-fold results for backbone {', '.join(names)}. Either make them: {command}; or exclude from "
+            f"stacking: --set backbones.exclude=[{','.join(names)}]"
         )
     if len(without) < len(members):
-        for name in without:
+        for member in without:
             logger.warning(
                 "No K-fold results for backbone %s; it is left out. Either retrain with ENABLE_KFOLD_CV=True (%s), or "
                 "add it to backbones.exclude",
-                name,
-                catalog.kfold_command(store.workspace, [name]),
+                member.name,
+                fitting.source_of_oof(store, [member]),
             )
         return [member for member in members if member.oof is not None]
     if store.config.runs.stacking.fit_rows == "oof":

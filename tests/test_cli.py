@@ -32,7 +32,7 @@ def test_help_lists_what_works_and_loads_nothing_heavy():
     assert done.returncode == 0, done.stderr
     for command in ("discover", "build-ensemble", "evaluate", "pipeline", "status", "clean"):
         assert re.search(rf"^    {command}\s", done.stdout, re.MULTILINE)
-    assert "stack" not in done.stdout
+    assert "export" not in done.stdout
 
 
 @pytest.mark.parametrize("command", ensemble_orchestrator.COMMANDS)
@@ -83,7 +83,6 @@ def test_the_quick_start_of_the_specification(trained, tmp_path, orchestrator):
 
 def test_the_full_configuration_builds_every_method_it_lists(own_copy, orchestrator):
     done = orchestrator("build-ensemble", workspace=own_copy)
-    assert done.returncode == 4
     assert done.returncode == 0, done.stderr
     assert "soft_voting_ensemble" in done.stdout
     assert "greedy_soup_CustomConvNeXt           built" in done.stdout

@@ -150,11 +150,11 @@ def test_the_last_override_of_a_place_wins_over_the_file(file):
 
 
 def test_names_of_the_family_tables_are_accepted_and_listed(file):
-    path = file("runs: {score_ensemble: {methods: [greedy_selection, greedy_selectoin]}}")
+    path = file("runs: {score_ensemble: {methods: [a_method, greedy_selectoin]}}")
     names = {"runs.score_ensemble.methods": {"soft_voting": 1, "greedy_selection": 2, "a_method": 3}}
     assert _problems(path, names=names) == [
         "runs.score_ensemble.methods.1: found 'greedy_selectoin'; allowed: soft_voting, hard_voting, logit_averaging, "
-        "weighted, a_method, greedy_selection; did you mean 'greedy_selection'?"
+        "weighted, greedy_selection, a_method; did you mean 'greedy_selection'?"
     ]
     assert len(_problems(path)) == 2
 

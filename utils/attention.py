@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from utils.metrics import SMALLEST_PROBABILITY, softmax
+from utils.nested import spread_stops
 from utils.stacking_features import features, standardisation
 
 KIND = "log_probabilities"
@@ -65,8 +66,6 @@ class AttentionLearner:
         return gate
 
     def _stops(self) -> list[int]:
-        from utils.loops import spread_stops
-
         return spread_stops(self.epochs, STOPS)
 
     def _train(self, logits: np.ndarray, labels: np.ndarray, stops: Sequence[int]) -> Iterator[Gate]:

@@ -183,7 +183,7 @@ def _declared(scan: Scan, add: Sequence[str], earlier: Catalog | None) -> list[C
     """
     found: dict[str, Candidate] = {}
     remembered = earlier.members.values() if earlier else ()
-    for member in (member for member in remembered if member.architecture.startswith(TIMM)):
+    for member in (member for member in remembered if _is_declared(member)):
         path = scan.workspace.base / member.checkpoints[0]["path"]
         found[member.name] = Candidate(
             member.name,
@@ -239,10 +239,14 @@ def _earlier(workspace: Workspace) -> Catalog | None:
         return None
 
 
+def _is_declared(member: Member) -> bool:
+    return member.architecture.startswith(TIMM) and member.source == "trained"
+
+
 def _less(workspace: Workspace, earlier: Catalog | None, remove: Sequence[str]) -> Catalog | None:
     """The earlier catalog without the members to remove. Raises UserError where one was never given by the user."""
     members = earlier.members if earlier else {}
-    given = [name for name, one in members.items() if one.architecture.startswith(TIMM) or one.source == IMPORTED]
+    given = [name for name, one in members.items() if _is_declared(one) or one.source == IMPORTED]
     for name in remove:
         if name not in given:
             raise UserError(

@@ -86,7 +86,7 @@ def evaluate(
             f"{model_name}: {contaminated[model_name]} of {len(rows.labels)} rows of {split} gave it its "
             "parameters, so the score would flatter it. Use another split, or --allow-contaminated to see it marked"
         )
-    own = _answering_alone(members, selected)
+    own = _answering_alone(config, members)
     recommended = ensembles.recommended(store, own, saved)
     ranked = {}
     for item in scored:
@@ -118,9 +118,10 @@ def members_to_score(found: Catalog, selected: Sequence[Member], saved: Mapping[
     return dict(sorted(chosen.items()))
 
 
-def _answering_alone(members: Mapping[str, Member], selected: Sequence[Member]) -> dict[str, Member]:
+def _answering_alone(config: Config, members: Mapping[str, Member]) -> dict[str, Member]:
     """Members with a rank of their own; a derived one that nobody names is ranked as the ensemble made of it."""
-    return {name: member for name, member in members.items() if member.source != "derived" or member in selected}
+    named = config.backbones.selected
+    return {name: member for name, member in members.items() if member.source != "derived" or name in named}
 
 
 def inputs_digest(store: Store, saved: Mapping[str, Ensemble], members: Mapping[str, Member], split: str) -> str:

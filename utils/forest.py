@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from utils.stacking_features import STEPS, features
-from utils.trees import ForestProbabilities, forest_arrays, forest_module, probabilities
+
+if TYPE_CHECKING:
+    from utils.trees import ForestProbabilities
 
 TREES = 100
 LEAVES = (1, 5)
@@ -31,10 +33,14 @@ class Forest:
     @cached_property
     def module(self) -> ForestProbabilities:
         """Features (B, F) -> probabilities (B, C) as gathers and comparisons."""
+        from utils.trees import forest_module
+
         return forest_module(self.arrays)
 
     def predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Logits (M, N, C) -> probabilities (N, C)."""
+        from utils.trees import probabilities
+
         return probabilities(self.module, features(logits, STEPS))
 
 
@@ -55,6 +61,8 @@ class ForestLearner:
 
     def predictions(self, logits: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
         """Probabilities float32 (G, H, C) of held-out logits (M, H, C) after fits on logits (M, N, C)."""
+        from utils.trees import forest_arrays, forest_module, probabilities
+
         rows = features(held_out, STEPS)
         found = []
         for leaf in LEAVES:
@@ -66,6 +74,8 @@ class ForestLearner:
 
     def fit(self, logits: np.ndarray, labels: np.ndarray, setting: Mapping[str, Any]) -> Forest:
         """The forest under one setting."""
+        from utils.trees import forest_arrays
+
         grown = self._grow(logits, labels, setting["min_samples_leaf"])
         return Forest(forest_arrays(grown, classes=logits.shape[2], shrinkage=setting["shrinkage"]))
 

@@ -46,8 +46,3 @@ def train(
                     yield module
     finally:
         torch.set_num_threads(threads)
-
-
-def spread_stops(epochs: int, count: int) -> list[int]:
-    """`count` epochs, fewer where there are not as many, evenly spread up to the last."""
-    return sorted({max(1, round(epochs * (place + 1) / count)) for place in range(count)})

@@ -90,6 +90,11 @@ def cross_validate(
     return Nested(setting, losses, outer[setting], unseen, inner)
 
 
+def spread_stops(epochs: int, count: int) -> list[int]:
+    """`count` epochs, fewer where there are not as many, evenly spread up to the last."""
+    return sorted({max(1, round(epochs * (place + 1) / count)) for place in range(count)})
+
+
 def _all_fits(
     learner: Learner,
     logits: np.ndarray,

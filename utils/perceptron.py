@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from utils.metrics import softmax
+from utils.nested import spread_stops
 from utils.stacking_features import features, standardisation
 
 STOPS = 6
@@ -66,8 +67,6 @@ class PerceptronLearner:
         return model
 
     def _stops(self) -> list[int]:
-        from utils.loops import spread_stops
-
         return spread_stops(self.epochs, STOPS)
 
     def _train(self, logits: np.ndarray, labels: np.ndarray, kind: str, stops: Sequence[int]) -> Iterator[Layers]:

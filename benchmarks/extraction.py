@@ -26,7 +26,7 @@ from typing import Any
 from reporting import report, row
 
 PROJECT = Path(__file__).resolve().parents[1]
-CONFIG = PROJECT / "configs" / "digits_demo.yaml"
+CONFIG = PROJECT / "configs" / "votes.yaml"
 ORCHESTRATOR = PROJECT / "ensemble_orchestrator.py"
 PIXELS = {"full": 224, "tiny": 32}
 BATCH = 32

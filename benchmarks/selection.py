@@ -28,7 +28,7 @@ from typing import Any
 from reporting import report, row
 
 PROJECT = Path(__file__).resolve().parents[1]
-CONFIG = PROJECT / "configs" / "digits_demo.yaml"
+CONFIG = PROJECT / "configs" / "votes.yaml"
 PEER = PROJECT / ".venv-bench" / "bin" / "python"
 CLASSES = 13
 STEPS = 25

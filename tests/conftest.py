@@ -127,7 +127,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, trained: Path, orchestrator)
 
     def make(workspace: Path) -> None:
         shutil.copytree(trained, workspace, dirs_exist_ok=True)
-        done = orchestrator("pipeline", "--config", "configs/digits_demo.yaml", workspace=workspace)
+        done = orchestrator("pipeline", "--config", "configs/votes.yaml", workspace=workspace)
         assert done.returncode == 0, done.stderr
 
     return made_once(tmp_path_factory, "built", make)

@@ -11,8 +11,8 @@ from utils import inventory, upkeep
 from utils.config_file import load
 from utils.workspace import Workspace
 
-CONFIG = PROJECT / "configs" / "digits_demo.yaml"
-DEMO = ("--config", "configs/digits_demo.yaml")
+CONFIG = PROJECT / "configs" / "votes.yaml"
+DEMO = ("--config", "configs/votes.yaml")
 NAMES = ("split_dataset", "checkpoints", "metrics_output", "kfold_results", "deployment_models", "image_cache", "logs")
 
 

@@ -17,7 +17,7 @@ from utils.predictions import Store
 from utils.results import Result
 from utils.workspace import Workspace
 
-CONFIG = load(Path(__file__).resolve().parents[1] / "configs" / "digits_demo.yaml")
+CONFIG = load(Path(__file__).resolve().parents[1] / "configs" / "votes.yaml")
 NAMES = ("bayes", "forest", "linear")
 
 CLASSES = ("ant", "bee", "cat")

@@ -19,7 +19,7 @@ NAME = "CustomConvNeXt"
 
 @pytest.fixture
 def config():
-    return load(PROJECT / "configs" / "digits_demo.yaml", overrides=["device=cpu"])
+    return load(PROJECT / "configs" / "votes.yaml", overrides=["device=cpu"])
 
 
 @pytest.fixture
@@ -74,4 +74,4 @@ def codes_after(config, workspace, **options):
 
 
 def config_path():
-    return PROJECT / "configs" / "digits_demo.yaml"
+    return PROJECT / "configs" / "votes.yaml"

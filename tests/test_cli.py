@@ -17,7 +17,7 @@ import ensemble_orchestrator
 from utils import errors
 
 QUICK = ("--config", "configs/quick_ensemble.yaml")
-DEMO = ("--config", "configs/digits_demo.yaml")
+DEMO = ("--config", "configs/votes.yaml")
 
 
 def test_help_lists_what_works_and_loads_nothing_heavy():

@@ -60,7 +60,7 @@ def test_metrics_of_another_training_do_not_count(workspace, config):
 
 
 def test_another_image_size_than_the_configurations_is_said(workspace):
-    config = load(PROJECT / "configs" / "digits_demo.yaml", overrides=["dataset.img_size=64", "device=cpu"])
+    config = load(PROJECT / "configs" / "votes.yaml", overrides=["dataset.img_size=64", "device=cpu"])
     assert "made for 32 px; dataset.img_size is 64" in discovery.discover(config, workspace).text
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from utils.metrics import softmax
 
-DEMO = ("--config", "configs/digits_demo.yaml")
+DEMO = ("--config", "configs/votes.yaml")
 MEMBERS = ("CustomConvNeXt", "CustomResNetMish", "CustomViTHybrid")
 NAMES = ("soft_voting_ensemble", "hard_voting_ensemble", "logit_averaging_ensemble")
 KEYS = {

@@ -28,7 +28,7 @@ def test_a_class_with_one_row_cannot_be_cross_fitted(tmp_path, workspace):
 
 
 def test_folds_keep_groups_together_by_their_names_alone(tmp_path, workspace):
-    config = load(PROJECT / "configs" / "digits_demo.yaml", overrides=[r"dataset.group_regex=^\d\d\d(\d)\.png$"])
+    config = load(PROJECT / "configs" / "votes.yaml", overrides=[r"dataset.group_regex=^\d\d\d(\d)\.png$"])
     importing.import_predictions(config, workspace, folder=str(write(tmp_path / "given")))
     build.build_ensemble(config, workspace)
     with np.load(workspace.crossfit_folds) as folds:

@@ -13,7 +13,7 @@ from conftest import PROJECT, run_python
 from mounting import snapshot
 from test_workspace import run_bound
 
-DEMO = ("--config", "configs/digits_demo.yaml", "--device", "cpu")
+DEMO = ("--config", "configs/votes.yaml", "--device", "cpu")
 MADE = ("debug_logs", "plots_metrics", "pretrained_weights", "smoke_checks")  # by its settings, and empty
 SURPLUS = "the network has 13 outputs for 10 classes; the last 3 are cut off"
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import run_python
 from given_predictions import content, empty_workspace, opened, shuffled, take_in
 
-DEMO = ("--config", "configs/digits_demo.yaml")
+DEMO = ("--config", "configs/votes.yaml")
 MEMBERS = ("bayes", "forest", "logistic", "neighbours")
 ENSEMBLES = ("hard_voting_ensemble", "logit_averaging_ensemble", "soft_voting_ensemble")
 
@@ -142,7 +142,7 @@ def test_every_command_runs_without_images_and_without_torch(given, tmp_path):
         "lines = [['import-predictions', '--from', folder], ['build-ensemble'], ['evaluate'],\n"
         "    ['evaluate', '--split', 'val'], ['discover'], ['status'], ['clean'], ['pipeline'], ['status']]\n"
         "for line in lines:\n"
-        "    common = ['--workspace', place, '--config', 'configs/digits_demo.yaml']\n"
+        "    common = ['--workspace', place, '--config', 'configs/votes.yaml']\n"
         "    assert o.main([*line, *common]) == 0, line\n"
         "    assert not {'torch', 'sklearn', 'PIL', 'timm'} & set(sys.modules), line"
     )

@@ -116,7 +116,7 @@ def test_what_was_said_of_a_member_is_not_forgotten_when_another_comes(tmp_path,
 
 
 def test_rows_of_a_member_that_is_not_used_decide_the_folds_as_well(tmp_path, workspace):
-    config = load(PROJECT / "configs" / "digits_demo.yaml", overrides=["backbones.include=[bayes,forest]"])
+    config = load(PROJECT / "configs" / "votes.yaml", overrides=["backbones.include=[bayes,forest]"])
     take_in(workspace, write(tmp_path / "one", {"bayes": 1, "forest": 2}))
     build.build_ensemble(config, workspace)
     assert build.build_ensemble(config, workspace).document["built"] == []
@@ -263,7 +263,7 @@ def test_a_damaged_catalog_without_images_is_told_and_made_anew(tmp_path, worksp
 )
 def test_imported_members_join_unless_the_configuration_names_others(tmp_path, workspace, overrides, chosen, caplog):
     take_in(workspace, write(tmp_path / "given"))
-    config = load(PROJECT / "configs" / "digits_demo.yaml", overrides=overrides)
+    config = load(PROJECT / "configs" / "votes.yaml", overrides=overrides)
     with logged(caplog):
         found = catalog.select(catalog.read(workspace), config)
     assert tuple(member.name for member in found) == chosen

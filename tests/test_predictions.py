@@ -19,7 +19,7 @@ from utils.folds import crossfit_folds
 from utils.predictions import Store
 from utils.workspace import Workspace
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "digits_demo.yaml"
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "votes.yaml"
 
 
 def workspace_at(base: Path) -> Workspace:

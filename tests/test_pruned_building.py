@@ -14,7 +14,7 @@ from utils.config_file import load
 from utils.errors import UserError
 from utils.workspace import Workspace
 
-CONFIG = PROJECT / "configs" / "digits_demo.yaml"
+CONFIG = PROJECT / "configs" / "votes.yaml"
 NAMES = ("split_dataset", "checkpoints", "metrics_output", "kfold_results", "deployment_models", "image_cache", "logs")
 METHODS = ("greedy_forward", "greedy_backward", "diversity_max", "clustering")
 PRUNED = tuple(f"pruned_{method}" for method in METHODS)

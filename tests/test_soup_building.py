@@ -29,7 +29,7 @@ SETTINGS = (
     "runs.model_soup.methods=[uniform, greedy, wise_ft]",
 )
 ROLES = ("uniform_soup", "greedy_soup", "wise_ft")
-DEMO = PROJECT / "configs" / "digits_demo.yaml"
+DEMO = PROJECT / "configs" / "votes.yaml"
 
 
 def config(*overrides):

@@ -36,7 +36,7 @@ def one_backbone(trained, base):
 
 
 def config(*overrides):
-    return load(PROJECT / "configs" / "digits_demo.yaml", overrides=["device=cpu", *overrides])
+    return load(PROJECT / "configs" / "votes.yaml", overrides=["device=cpu", *overrides])
 
 
 def store_at(base, *overrides):

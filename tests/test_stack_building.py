@@ -14,7 +14,7 @@ QUICK = (
     *("--set", "runs.stacking.mlp_config.hidden_dims=[16]", "--set", "runs.stacking.meta_learners=[lr,mlp]"),
     *("--set", "runs.meta_fuser.enable=true", "--set", "runs.meta_fuser.fuser_type=attention"),
     *("--set", "runs.meta_fuser.input_ensembles=[soft_voting,logit_averaging,stacking_lr]"),
-    *("--set", "runs.meta_fuser.mlp_config.epochs=6", "--config", "configs/digits_demo.yaml"),
+    *("--set", "runs.meta_fuser.mlp_config.epochs=6", "--config", "configs/votes.yaml"),
 )
 
 

@@ -19,7 +19,7 @@ from utils import base_back
 from utils.errors import UserError
 from utils.workspace import Workspace
 
-DEMO = ("--config", "configs/digits_demo.yaml")
+DEMO = ("--config", "configs/votes.yaml")
 PROGRAM = str(PROJECT / "ensemble_orchestrator.py")
 
 

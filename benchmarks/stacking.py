@@ -138,10 +138,12 @@ def outcome(arrays: Mapping[str, np.ndarray]) -> Outcome:
         losses[name] = log_loss(answers, truth)
     offered, beside = _recipes(config, MemberFacts(names, unknown, unknown, unknown))
     for name, recipe in {**offered, **beside}.items():
+        start = time.process_time()
         unseen = fit_crossfitted(recipe, logits, labels, folds)
         losses[name] = log_loss(recipe.predict_proba(test), truth)
         if name in offered:
             candidates.append(candidate(name, "ensemble", name, unseen))
+        print(f"  {name}: {time.process_time() - start:.1f} s of CPU", file=sys.stderr, flush=True)
     chosen = recommend(candidates)
     losses = {
         "recommended": losses[chosen["name"]],

@@ -210,9 +210,9 @@ def select(catalog: Catalog, config: Config) -> list[Member]:
     return [catalog.members[name] for name in found]
 
 
-def check_current(workspace: Workspace, member: Member, digests: FileDigests) -> None:
-    """Raise UserError when a member's checkpoint is not the one that discovery saw."""
-    entry = member.checkpoints[0]
+def check_current(workspace: Workspace, member: Member, digests: FileDigests, *, stage: str | None = None) -> None:
+    """Raise UserError when a member's checkpoint, or that of another of its stages, is not what discovery saw."""
+    entry = next(entry for entry in member.checkpoints if stage in (None, entry["stage"]))
     path = workspace.base / entry["path"]
     try:
         found = digests.of(path)

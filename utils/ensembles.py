@@ -101,6 +101,8 @@ class Ensemble:
     """Of members, predictions, configuration and folds: equal digest, equal ensemble."""
     member_digests: dict[str, str]
     seed: int
+    inference: str = "full"
+    """What answers for its members: their full networks, or the mean of their fold networks (`folds`)."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +126,14 @@ class Crossfit:
 
 
 def predict(ensemble: Ensemble, rows: Rows) -> np.ndarray:
-    """Probabilities float64 (N, C). Raises UserError when members or classes are not the ensemble's."""
+    """Probabilities float64 (N, C). Raises UserError for other members, classes or networks than the ensemble's."""
     if rows.members != ensemble.members or rows.classes != ensemble.classes:
         raise UserError(
             f"{ensemble.name}: needs members {', '.join(ensemble.members)} on {len(ensemble.classes)} classes, got "
             f"{', '.join(rows.members)} on {len(rows.classes)}"
         )
+    if rows.inference != ensemble.inference:
+        raise UserError(f"{ensemble.name}: needs its members' {ensemble.inference} networks, got {rows.inference}")
     return ensemble.combiner.predict_proba(rows.logits)
 
 
@@ -184,6 +188,7 @@ def save(workspace: Workspace, ensemble: Ensemble, unseen: Crossfit, record: Map
             "classes": list(ensemble.classes),
             "inputs_digest": ensemble.inputs_digest,
             "seed": ensemble.seed,
+            "inference": ensemble.inference,
             **{kind: [rows.as_record() for rows in all_rows] for kind, all_rows in sets.items()},
         },
     )
@@ -219,6 +224,7 @@ def load(workspace: Workspace, name: str) -> Ensemble:
             inputs_digest=record["inputs_digest"],
             member_digests=record["member_digests"],
             seed=record["seed"],
+            inference=record["inference"],
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / 'ensemble.json'}: not the form of an ensemble ({error!r}). {remedy}") from error

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, ensembles
+from utils import catalog, ensembles, fold_networks
 from utils.artifacts import digest_of
 from utils.catalog import Member
 from utils.combiner import Combiner, MemberFacts
@@ -19,11 +19,11 @@ from utils.ensembles import Crossfit, Ensemble, Provenance, RowSet
 from utils.errors import HonestyError
 from utils.guards import Guards, judge
 from utils.metrics import accuracy, log_loss, log_loss_per_row
-from utils.predictions import Rows, Store, align, crossfit_folds
+from utils.predictions import Rows, Store, crossfit_folds
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 2  # raised whenever the same inputs would give another ensemble
+VERSION = 3  # raised whenever the same inputs would give another ensemble
 KINDS_OF_ROWS = {"train": "oof", "val": "held_out"}
 
 
@@ -41,15 +41,17 @@ class HonestRows:
         return HonestRows(self.rows.take(places), self.fold[places])
 
 
-def honest_rows(store: Store, members: Sequence[Member], *, kind: str = "honest") -> HonestRows:
+def honest_rows(
+    store: Store, members: Sequence[Member], *, kind: str = "honest", inference: str = fold_networks.FULL
+) -> HonestRows:
     """The rows on which every member has an honest prediction: out-of-fold on train, held out on val.
 
-    `kind`: honest (both), val or oof. Where no member has out-of-fold predictions these are the val rows, said in
-    words. Where some have, the others' lack is said and the val rows are what all share. Raises HonestyError where
-    `oof` is asked for and there is none.
+    `kind`: honest (both), val or oof; `inference`: which networks answer on val. Where no member has out-of-fold
+    predictions these are the val rows, said in words. Where some have, the others' lack is said and the val rows are
+    what all share. Raises HonestyError where `oof` is asked for and there is none.
     """
-    parts = store.honest_parts(members)
-    without = [member.name for member in members if not any(part.split == "train" for part in parts[member.name])]
+    rows = fold_networks.honest(store, members, inference)
+    without = [member.name for member in members if member.oof is None]
     for name in without:
         logger.warning("No K-fold results for backbone %s", name)
     if without:
@@ -57,7 +59,6 @@ def honest_rows(store: Store, members: Sequence[Member], *, kind: str = "honest"
             "only the val rows are honest for all members; out-of-fold predictions come from: %s",
             catalog.kfold_command(store.workspace, without),
         )
-    rows = align(parts, store.catalog.classes)
     folds = crossfit_folds(store)
     fold = np.array([folds[key] for key in zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True)])
     found = HonestRows(rows, fold)
@@ -98,12 +99,13 @@ def build(
     also: Any = None,
     seen: Sequence[Provenance] = (),
     beside: Guards | None = None,
+    noted: Mapping[str, Any] | None = None,
 ) -> Ensemble:
     """Cross-fit, fit on all the honest rows, keep the members that are needed, save.
 
     `recipe` is an unfitted combiner over `members`, which come by name; `also` is what `inputs_digest` says; `seen` is
     what the recipe's parts or its choice have seen before; `beside` are the simple combinations on the
-    same rows, which a learned one is compared with.
+    same rows, which a learned one is compared with; `noted` is what its record is to say beside.
     """
     rows = honest.rows
     unseen = ensembles.crossfit(recipe, rows, honest.fold)
@@ -118,12 +120,14 @@ def build(
         combiner=recipe.restricted(used),
         provenance=ensembles.joined([ensembles.network_provenance(store), own, *seen]),
         inputs_digest=inputs_digest(store.config, store, members, method, also=also),
-        member_digests={member.name: member.digest for member in members},
+        member_digests={member.name: fold_networks.digest(member, rows.inference) for member in members},
         seed=store.config.seed,
+        inference=rows.inference,
     )
     record: dict[str, Any] = {
         **recipe.report(rows.members),
         **(_beside(beside, unseen) if beside else {}),
+        **(noted or {}),
         "config_digest": store.config.digest("backbones", *recipe.settings, "dataset.group_regex", "seed"),
         "crossfit": scores(unseen),
     }

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils import base_back, catalog, ensembles, evaluation, fitting
+from utils import base_back, catalog, ensembles, evaluation, fitting, fold_networks
 from utils.artifacts import FileDigests, read_json
 from utils.catalog import Catalog, Member
 from utils.config import Config
@@ -142,7 +142,9 @@ def _ensemble_state(config: Config, store: Store, ensemble: Ensemble, selected: 
     members = store.catalog.members
     gone = [name for name in ensemble.members if name not in members]
     other = [
-        name for name, digest in ensemble.member_digests.items() if name in members and members[name].digest != digest
+        name
+        for name, digest in ensemble.member_digests.items()
+        if name in members and fold_networks.digest(members[name], ensemble.inference) != digest
     ]
     reasons = [f"{name} is no longer in the catalog" for name in gone]
     reasons += [f"{name} has another checkpoint now" for name in other]

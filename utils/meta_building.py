@@ -88,7 +88,9 @@ def _inputs(store: Store, selected: Sequence[Member]) -> tuple[dict[str, Ensembl
             kind = store.config.runs.score_ensemble.fit_rows if recipe.learns else "honest"
             fitting.build(store, name, method, recipe, selected, fitting.honest_rows(store, selected, kind=kind))
         elif record is None:
-            failures.append(f"{typed}: not built. {_command(typed)}{did_you_mean(typed, known)}")
+            failures.append(
+                f"{typed}: not built. Build it: {ensembles.build_command(typed)}{did_you_mean(typed, known)}"
+            )
             continue
         ensemble = ensembles.load(store.workspace, name)
         if ensemble.method not in PARTS:
@@ -108,12 +110,6 @@ def _inputs(store: Store, selected: Sequence[Member]) -> tuple[dict[str, Ensembl
             f"needed. {'; '.join(failures)}"
         )
     return dict(sorted(found.items())), failures
-
-
-def _command(name: str) -> str:
-    family = {"stacking": "stack", "fusion": "fusion-train", "moe": "fusion-train", "distilled": "distill"}
-    command = family.get(name.split("_")[0], "build-ensemble")
-    return f"Build it: python ensemble_orchestrator.py {command}"
 
 
 def _inference(found: Mapping[str, Ensemble]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from utils import catalog, ensembles, fitting, fold_networks, guards, inference_choice
@@ -15,6 +15,7 @@ from utils.fitting import HonestRows
 from utils.fold_networks import FOLDS, FULL
 from utils.guards import Guards
 from utils.inference_choice import Measurement
+from utils.inspection import REFUSING
 from utils.predictions import Store
 from utils.results import Result
 from utils.stacking_methods import COMBINERS
@@ -23,6 +24,8 @@ from utils.workspace import Workspace
 logger = logging.getLogger("disease_pipeline")
 
 STREAMED = ("val", "test")
+REFUSED = ("oof_refused", *REFUSING)
+"""Codes of what discovery holds against out-of-fold predictions that it does not use."""
 
 
 def stack(config: Config, workspace: Workspace, *, strict: bool = False, force: bool = False) -> Result:
@@ -43,26 +46,11 @@ def stack(config: Config, workspace: Workspace, *, strict: bool = False, force: 
     also = {method: _fold_inputs(config, members, method) for method in wanted}
     digests = {m: fitting.inputs_digest(config, store, members, m, also=also[m]) for m in wanted}
     fresh = [m for m in wanted if force or ensembles.stored_digest(workspace, m) != digests[m]]
-    if fresh:
-        store.ensure(members, STREAMED)
-        known = fitting.facts(store, members)
-        measured = _measured(store, members, known)
-        prepared: dict[str, tuple[HonestRows, Guards]] = {}
-        for method in fresh:
-            choice = inference_choice.choose(
-                config.runs.stacking.inference_members,
-                measured,
-                lacking=_lacking(members),
-                feeds_fuser=_feeds_fuser(config, method),
-            )
-            inference = choice["chosen"]
-            if inference not in prepared:
-                prepared[inference] = _prepared(store, members, known, inference)
-            honest, simple = prepared[inference]
-            logger.info("fitting %s on %d honest rows of %d members", method, len(honest.fold), len(members))
-            recipe = COMBINERS[method].configured(config, known)
-            noted = {"inference_members": choice}
-            fitting.build(store, method, method, recipe, members, honest, also=also[method], beside=simple, noted=noted)
+    failed = _fitted(store, members, fresh, also)
+    failures += [f"{method}: {reason}" for method, reason in failed.items()]
+    wanted, fresh = ([method for method in some if method not in failed] for some in (wanted, fresh))
+    if not wanted:
+        raise UserError("; ".join(failures))
     store.digests.save()
     records = {method: ensembles.record_of(workspace, method) or {} for method in wanted}
     lines = []
@@ -81,6 +69,38 @@ def stack(config: Config, workspace: Workspace, *, strict: bool = False, force: 
         "folder": str(workspace.models),
     }
     return Result("\n".join(lines), document, failures, "evaluate")
+
+
+def _fitted(
+    store: Store, members: Sequence[Member], fresh: Sequence[str], also: Mapping[str, Any]
+) -> dict[str, UserError]:
+    """Fit and save these; {method: what kept it from being fitted}, such as a library that is not there."""
+    if not fresh:
+        return {}
+    store.ensure(members, STREAMED)
+    known = fitting.facts(store, members)
+    measured = _measured(store, members, known)
+    prepared: dict[str, tuple[HonestRows, Guards]] = {}
+    failed = {}
+    for method in fresh:
+        choice = inference_choice.choose(
+            store.config.runs.stacking.inference_members,
+            measured,
+            lacking=_lacking(members),
+            feeds_fuser=_feeds_fuser(store.config, method),
+        )
+        inference = choice["chosen"]
+        if inference not in prepared:
+            prepared[inference] = _prepared(store, members, known, inference)
+        honest, simple = prepared[inference]
+        logger.info("fitting %s on %d honest rows of %d members", method, len(honest.fold), len(members))
+        recipe = COMBINERS[method].configured(store.config, known)
+        noted = {"inference_members": choice}
+        try:
+            fitting.build(store, method, method, recipe, members, honest, also=also[method], beside=simple, noted=noted)
+        except UserError as error:
+            failed[method] = error
+    return failed
 
 
 def _measured(store: Store, members: Sequence[Member], known: MemberFacts) -> Measurement:
@@ -131,6 +151,9 @@ def _with_out_of_fold(store: Store, members: Sequence[Member], strict: bool) -> 
     if not without:
         return list(members)
     command = catalog.kfold_command(store.workspace, without)
+    for problem in store.catalog.problems:
+        if problem.member in without and problem.code in REFUSED:
+            logger.warning("%s: %s", problem.member, problem.message)
     if strict:
         raise UserError(
             f"No K-fold results for backbone {', '.join(without)}. Either make them: {command}; or exclude from "

@@ -19,7 +19,13 @@ from utils.metrics import accuracy, log_loss
 from utils.predictions import Store
 
 MEMBER = "CustomConvNeXt"
-QUICK = ("--set", "runs.stacking.meta_learners=[lr]", "--config", "configs/votes.yaml")
+QUICK = (
+    *("--set", "runs.stacking.enable=true"),
+    "--set",
+    "runs.stacking.meta_learners=[lr]",
+    "--config",
+    "configs/votes.yaml",
+)
 
 M, N, C = 3, 160, 4
 FACTS = MemberFacts(("a", "b", "c"), np.full(M, 0.7), np.full(M, np.nan), np.full(M, np.nan))

@@ -13,7 +13,10 @@ from utils.config_file import load
 from utils.errors import UserError
 from utils.predictions import Store
 
-DEMO = ("--config", "configs/votes.yaml", "--set", "runs.stacking.meta_learners=[lr]")
+DEMO = (
+    *("--config", "configs/votes.yaml", "--set", "runs.stacking.enable=true"),
+    *("--set", "runs.stacking.meta_learners=[lr]"),
+)
 FOLDS = (*DEMO, "--set", "runs.stacking.inference_members=folds")
 
 

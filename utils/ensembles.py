@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from utils.recommendation import Candidate, recommend
 from utils.rows import Rows
 from utils.workspace import Workspace
 
-SCHEMA = 2
+SCHEMA = 3
 COMBINERS: dict[str, type[Combiner]] = {
     **ensemble_methods.COMBINERS,
     **ensemble_methods.SAVED_AS,
@@ -104,6 +105,8 @@ class Ensemble:
     """Of members, predictions, configuration and folds: equal digest, equal ensemble."""
     member_digests: dict[str, str]
     seed: int
+    inference: str = "full"
+    """What answers for its members: their full networks, or the mean of their fold networks (`folds`)."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +130,14 @@ class Crossfit:
 
 
 def predict(ensemble: Ensemble, rows: Rows) -> np.ndarray:
-    """Probabilities float64 (N, C). Raises UserError when members or classes are not the ensemble's."""
+    """Probabilities float64 (N, C). Raises UserError for other members, classes or networks than the ensemble's."""
     if rows.members != ensemble.members or rows.classes != ensemble.classes:
         raise UserError(
             f"{ensemble.name}: needs members {', '.join(ensemble.members)} on {len(ensemble.classes)} classes, got "
             f"{', '.join(rows.members)} on {len(rows.classes)}"
         )
+    if rows.inference != ensemble.inference:
+        raise UserError(f"{ensemble.name}: needs its members' {ensemble.inference} networks, got {rows.inference}")
     return ensemble.combiner.predict_proba(rows.logits)
 
 
@@ -149,12 +154,17 @@ def save(workspace: Workspace, ensemble: Ensemble, unseen: Crossfit, record: Map
     for stale in folder.glob("predictions_*.npz"):
         stale.unlink()
     state = ensemble.combiner.state()
-    texts = {name.replace("/", "_"): name for name in sorted(state) if name.endswith(".json")}
+    texts = {
+        name.replace("/", "_"): {"name": name, "sha256": sha256(state[name].tobytes()).hexdigest()}
+        for name in sorted(state)
+        if name.endswith(".json")
+    }
     for stale in folder.glob("*booster.json"):
         stale.unlink()
-    for file, name in texts.items():
-        write_text(folder / file, state[name].tobytes().decode())
-    write_tensors(folder / "combiner.safetensors", {name: state[name] for name in state.keys() - texts.values()})
+    for file, text in texts.items():
+        write_text(folder / file, state[text["name"]].tobytes().decode())
+    kept = state.keys() - {text["name"] for text in texts.values()}
+    write_tensors(folder / "combiner.safetensors", {name: state[name] for name in kept})
     write_arrays(
         folder / "crossfit.npz",
         {
@@ -187,6 +197,7 @@ def save(workspace: Workspace, ensemble: Ensemble, unseen: Crossfit, record: Map
             "classes": list(ensemble.classes),
             "inputs_digest": ensemble.inputs_digest,
             "seed": ensemble.seed,
+            "inference": ensemble.inference,
             **{kind: [rows.as_record() for rows in all_rows] for kind, all_rows in sets.items()},
         },
     )
@@ -204,7 +215,7 @@ def load(workspace: Workspace, name: str) -> Ensemble:
     if record is None:
         known = names(workspace)
         raise UserError(
-            f"{workspace.ensemble(name)}: no such ensemble. Build it: python ensemble_orchestrator.py build-ensemble. "
+            f"{workspace.ensemble(name)}: no such ensemble. Build it: {build_command(name)}. "
             f"Built so far: {', '.join(known) or 'none'}{did_you_mean(name, known)}"
         )
     folder = workspace.ensemble(name)
@@ -222,6 +233,7 @@ def load(workspace: Workspace, name: str) -> Ensemble:
             inputs_digest=record["inputs_digest"],
             member_digests=record["member_digests"],
             seed=record["seed"],
+            inference=record["inference"],
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / 'ensemble.json'}: not the form of an ensemble ({error!r}). {remedy}") from error
@@ -238,8 +250,15 @@ def names(workspace: Workspace) -> list[str]:
     return sorted(path.parent.name for path in workspace.models.glob("*/ensemble.json"))
 
 
+def build_command(name: str) -> str:
+    """What to type to build an ensemble, by its name."""
+    families = {"stacking": "stack", "fusion": "fusion-train", "moe": "fusion-train", "distilled": "distill"}
+    command = {"meta_fuser": "meta-fuse"}.get(name) or families.get(name.split("_")[0], "build-ensemble")
+    return f"python ensemble_orchestrator.py {command}"
+
+
 def _rebuild(name: str) -> str:
-    return f"Build {name} again: python ensemble_orchestrator.py build-ensemble --force"
+    return f"Build {name} again: {build_command(name)} --force"
 
 
 def record_of(workspace: Workspace, name: str) -> dict[str, Any] | None:
@@ -247,14 +266,17 @@ def record_of(workspace: Workspace, name: str) -> dict[str, Any] | None:
     return read_json(workspace.ensemble(name) / "ensemble.json", remedy=_rebuild(name))
 
 
-def _state(folder: Path, texts: Mapping[str, str], remedy: str) -> dict[str, np.ndarray]:
-    """What a combiner's `state` gave: its arrays, and its texts as bytes."""
+def _state(folder: Path, texts: Mapping[str, Mapping[str, str]], remedy: str) -> dict[str, np.ndarray]:
+    """What a combiner's `state` gave: its arrays, and its texts as bytes. Raises UserError for texts of other bytes."""
     found = dict(read_tensors(folder / "combiner.safetensors", remedy=remedy))
-    for file, name in texts.items():
+    for file, text in texts.items():
         path = folder / Path(file).name
         if not path.is_file():
             raise UserError(f"{path}: missing. {remedy}")
-        found[name] = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+        content = path.read_bytes()
+        if sha256(content).hexdigest() != text["sha256"]:
+            raise UserError(f"{path}: damaged, its bytes are not those that ensemble.json recorded. {remedy}")
+        found[text["name"]] = np.frombuffer(content, dtype=np.uint8)
     return found
 
 

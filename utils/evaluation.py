@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 import numpy as np
 
-from utils import catalog, ensembles
+from utils import catalog, ensembles, fold_networks
 from utils.artifacts import digest_of, read_arrays, read_json, write_arrays, write_json
 from utils.catalog import IMPORTED, Catalog, Member
 from utils.config import Config
@@ -134,7 +134,10 @@ def inputs_digest(store: Store, saved: Mapping[str, Ensemble], members: Mapping[
 
 def _is_stale(members: Mapping[str, Member], ensemble: Ensemble) -> bool:
     digests = ensemble.member_digests
-    return any(name not in members or members[name].digest != digests[name] for name in ensemble.members)
+    return any(
+        name not in members or fold_networks.digest(members[name], ensemble.inference) != digests[name]
+        for name in ensemble.members
+    )
 
 
 def _evaluated_rows(store: Store, members: Mapping[str, Member], split: str) -> tuple[Rows, int]:
@@ -178,24 +181,29 @@ def _score_all(
         for name in members
     ]
     for name, ensemble in saved.items():
-        own = _only(rows, ensemble.members)
+        own = _answers(store, ensemble, rows, split)
         probabilities = _stored_predictions(store, ensemble, own, split)
         record = store.config.digest("runs.score_ensemble")
         scored.append(Scored(name, "ensemble", ensemble.members, probabilities, ensemble.provenance, record))
     return scored
 
 
-def _only(rows: Rows, members: Sequence[str]) -> Rows:
-    places = [rows.members.index(name) for name in members]
-    return Rows(
-        tuple(members), rows.classes, rows.split, rows.sample_ids, rows.labels, rows.logits[places], rows.honest
-    )
+def _answers(store: Store, ensemble: Ensemble, rows: Rows, split: str) -> Rows:
+    """What the networks that answer for the ensemble's members give on the rows."""
+    if ensemble.inference == fold_networks.FULL:
+        places = [rows.members.index(name) for name in ensemble.members]
+        return replace(rows, members=ensemble.members, logits=rows.logits[places])
+    members = [store.catalog.members[name] for name in ensemble.members]
+    fold_networks.ensure(store, members, (split,), ensemble.inference)
+    found = fold_networks.aligned(store, members, split, ensemble.inference)
+    return found.take(np.flatnonzero(np.isin(found.sample_ids, rows.sample_ids)))
 
 
 def _stored_predictions(store: Store, ensemble: Ensemble, rows: Rows, split: str) -> np.ndarray:
     """The ensemble's probabilities on the rows, kept as `predictions_<split>.npz` for whoever asks again."""
     path = store.workspace.ensemble(ensemble.name) / f"predictions_{split}.npz"
-    keys = [store.key(store.catalog.members[name], split) for name in ensemble.members]
+    members = [store.catalog.members[name] for name in ensemble.members]
+    keys = [fold_networks.key(store, member, split, ensemble.inference) for member in members]
     key = digest_of([ensemble.inputs_digest, keys, rows.sample_ids.tolist()])
     if path.is_file():
         arrays = read_arrays(path, remedy="Remove it, then evaluate again")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, ensembles
+from utils import catalog, ensembles, fold_networks
 from utils.artifacts import digest_of
 from utils.catalog import IMPORTED, Member
 from utils.combiner import Combiner, MemberFacts
@@ -21,11 +21,11 @@ from utils.folds import crossfit_folds
 from utils.guards import Guards, judge
 from utils.metrics import accuracy, log_loss, log_loss_per_row
 from utils.predictions import IMPORT, Store
-from utils.rows import Rows, align
+from utils.rows import Rows
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 2  # raised whenever the same inputs would give another ensemble
+VERSION = 3  # raised whenever the same inputs would give another ensemble
 KINDS_OF_ROWS = {"train": "oof", "val": "held_out"}
 
 
@@ -43,15 +43,18 @@ class HonestRows:
         return HonestRows(self.rows.take(places), self.fold[places])
 
 
-def honest_rows(store: Store, members: Sequence[Member], *, kind: str = "honest") -> HonestRows:
+def honest_rows(
+    store: Store, members: Sequence[Member], *, kind: str = "honest", inference: str = fold_networks.FULL
+) -> HonestRows:
     """The rows on which every member has an honest prediction: out-of-fold on train, held out on val.
 
-    `kind`: honest (both), val or oof. Where no member has out-of-fold predictions these are the val rows, said in
-    words. Where some have, the others' lack is said and the val rows are what all share. Derived members never have
-    any, which is said only where others have. Raises HonestyError where `oof` is asked for and there is none.
+    `kind`: honest (both), val or oof; `inference`: which networks answer on val. Where no member has out-of-fold
+    predictions these are the val rows, said in words. Where some have, the others' lack is said and the val rows are
+    what all share. Derived members never have any, which is said only where others have. Raises HonestyError where
+    `oof` is asked for and there is none.
     """
-    parts = store.honest_parts(members)
-    lacking = [member for member in members if not any(part.split == "train" for part in parts[member.name])]
+    rows = fold_networks.honest(store, members, inference)
+    lacking = [member for member in members if member.oof is None]
     without = [member for member in lacking if member.source != "derived"]
     derived = [member.name for member in lacking if member.source == "derived"]
     for member in without:
@@ -64,7 +67,6 @@ def honest_rows(store: Store, members: Sequence[Member], *, kind: str = "honest"
         logger.warning(
             "only the val rows are honest for all members; derived ones have no others: %s", ", ".join(derived)
         )
-    rows = align(parts, store.catalog.classes)
     if len(np.unique(rows.labels)) < 2:
         raise UserError(
             f"all {len(rows.labels)} honest rows that the members share are of class {rows.classes[rows.labels[0]]}; "
@@ -141,8 +143,9 @@ def build(
         combiner=recipe.restricted(used),
         provenance=ensembles.joined([ensembles.network_provenance(store), own, *seen]),
         inputs_digest=inputs_digest(store.config, store, members, method, also=also),
-        member_digests={member.name: member.digest for member in members},
+        member_digests={member.name: fold_networks.digest(member, rows.inference) for member in members},
         seed=store.config.seed,
+        inference=rows.inference,
     )
     record: dict[str, Any] = {
         **(notes or {}),

@@ -6,7 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils import base_back, catalog, ensembles, evaluation, fitting, pruned_building, snapshot_building, soup_building
+from utils import (
+    base_back,
+    catalog,
+    ensembles,
+    evaluation,
+    fitting,
+    fold_networks,
+    pruned_building,
+    snapshot_building,
+    soup_building,
+)
 from utils.artifacts import FileDigests, read_json
 from utils.catalog import IMPORTED, Catalog, Member
 from utils.config import Config
@@ -185,7 +195,9 @@ def _ensemble_state(config: Config, store: Store, ensemble: Ensemble, selected: 
     members = store.catalog.members
     gone = [name for name in ensemble.members if name not in members]
     other = [
-        name for name, digest in ensemble.member_digests.items() if name in members and members[name].digest != digest
+        name
+        for name, digest in ensemble.member_digests.items()
+        if name in members and fold_networks.digest(members[name], ensemble.inference) != digest
     ]
     reasons = [f"{name} is no longer in the catalog" for name in gone]
     reasons += [

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from utils import catalog, ensembles, fitting, guards
+from utils import catalog, ensembles, fitting, fold_networks, guards
 from utils.catalog import Member
 from utils.config import Config, require_enabled
 from utils.ensembles import Ensemble
 from utils.errors import UserError, did_you_mean
 from utils.fitting import HonestRows
+from utils.fold_networks import FULL
 from utils.meta_methods import FUSERS, PARTS, Input, MetaFuser
 from utils.predictions import Store
 from utils.results import Result
@@ -41,12 +42,12 @@ def meta_fuse(config: Config, workspace: Workspace, *, force: bool = False) -> R
     store = Store(config, workspace, catalog.load(workspace))
     selected = catalog.select(store.catalog, config)
     found, failures = _inputs(store, selected)
-    members = _members(store, found.values())
+    members = _members(store, found)
     also = {name: one.inputs_digest for name, one in found.items()}
     wanted = fitting.inputs_digest(config, store, members, METHOD, also=also)
     fresh = force or ensembles.stored_digest(workspace, NAME) != wanted
     if fresh:
-        store.ensure(members, STREAMED)
+        fold_networks.ensure(store, members, STREAMED, _inference(found))
         known = fitting.facts(store, members)
         rows, inputs = _aligned(store, members, found)
         simple = guards.measure(config, known, rows.rows.logits, rows.rows.labels, rows.fold)
@@ -87,13 +88,22 @@ def _inputs(store: Store, selected: Sequence[Member]) -> tuple[dict[str, Ensembl
             kind = store.config.runs.score_ensemble.fit_rows if recipe.learns else "honest"
             fitting.build(store, name, method, recipe, selected, fitting.honest_rows(store, selected, kind=kind))
         elif record is None:
-            failures.append(f"{typed}: not built. {_command(typed)}{did_you_mean(typed, known)}")
+            failures.append(
+                f"{typed}: not built. Build it: {ensembles.build_command(typed)}{did_you_mean(typed, known)}"
+            )
             continue
         ensemble = ensembles.load(store.workspace, name)
         if ensemble.method not in PARTS:
             failures.append(f"{typed}: {ensemble.method} cannot be an input; these can: {', '.join(PARTS)}")
             continue
         found[name] = ensemble
+    if any(one.inference == FULL for one in found.values()):
+        for name in [name for name, one in found.items() if one.inference != FULL]:
+            del found[name]
+            failures.append(
+                f"{names[name]}: its members' fold networks answer, and full networks for the other inputs. Build it "
+                "again: python ensemble_orchestrator.py stack --set runs.stacking.inference_members=full"
+            )
     if len(found) < 2:
         raise UserError(
             f"{store.config.source}: runs.meta_fuser.input_ensembles leaves {len(found)} ensemble(s) to fuse, two are "
@@ -102,20 +112,19 @@ def _inputs(store: Store, selected: Sequence[Member]) -> tuple[dict[str, Ensembl
     return dict(sorted(found.items())), failures
 
 
-def _command(name: str) -> str:
-    family = {"stacking": "stack", "fusion": "fusion-train", "moe": "fusion-train", "distilled": "distill"}
-    command = family.get(name.split("_")[0], "build-ensemble")
-    return f"Build it: python ensemble_orchestrator.py {command}"
+def _inference(found: Mapping[str, Ensemble]) -> str:
+    """Which networks answer for the members of the inputs; it is the same for all."""
+    return next(iter(found.values())).inference
 
 
-def _members(store: Store, found: Iterable[Ensemble]) -> list[Member]:
+def _members(store: Store, found: Mapping[str, Ensemble]) -> list[Member]:
     """The members of all inputs, by name. Raises UserError where one is gone or has another checkpoint now."""
     needed: dict[str, str] = {}
-    for one in found:
+    for one in found.values():
         needed |= {name: one.member_digests[name] for name in one.members}
     for name, digest in needed.items():
         member = store.catalog.members.get(name)
-        if member is None or member.digest != digest:
+        if member is None or fold_networks.digest(member, _inference(found)) != digest:
             state = "is no longer in the catalog" if member is None else "has another checkpoint now"
             raise UserError(f"{name} {state}; build the inputs again: python ensemble_orchestrator.py build-ensemble")
     return [store.catalog.members[name] for name in sorted(needed)]
@@ -123,7 +132,7 @@ def _members(store: Store, found: Iterable[Ensemble]) -> list[Member]:
 
 def _aligned(store: Store, members: Sequence[Member], found: Mapping[str, Ensemble]) -> tuple[HonestRows, list[Input]]:
     """The honest rows that all inputs have cross-fitted predictions on, and the inputs with those predictions."""
-    honest = fitting.honest_rows(store, members)
+    honest = fitting.honest_rows(store, members, inference=_inference(found))
     keys = list(zip(honest.rows.split.tolist(), honest.rows.sample_ids.tolist(), strict=True))
     unseen = {name: ensembles.load_crossfit(store.workspace, name) for name in found}
     place_of = {name: {key: place for place, key in enumerate(one.keys())} for name, one in unseen.items()}

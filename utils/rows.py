@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -62,17 +62,18 @@ class Rows:
     """float32 (M, N, C)"""
     honest: np.ndarray
     """bool (N,): honest for every member"""
+    inference: str = "full"
+    """What answered on val and test: the members' full networks, or the mean of their fold networks (`folds`)"""
 
     def take(self, rows: np.ndarray) -> Rows:
         """Some of the rows."""
-        return Rows(
-            self.members,
-            self.classes,
-            self.split[rows],
-            self.sample_ids[rows],
-            self.labels[rows],
-            self.logits[:, rows],
-            self.honest[rows],
+        return replace(
+            self,
+            split=self.split[rows],
+            sample_ids=self.sample_ids[rows],
+            labels=self.labels[rows],
+            logits=self.logits[:, rows],
+            honest=self.honest[rows],
         )
 
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from utils import catalog, ensembles, fitting, guards
+from utils import catalog, ensembles, fitting, fold_networks, guards, inference_choice
 from utils.catalog import Member
+from utils.combiner import MemberFacts
 from utils.config import Config, require_enabled
 from utils.errors import HonestyError, UserError
+from utils.fitting import HonestRows
+from utils.fold_networks import FOLDS, FULL
+from utils.guards import Guards
+from utils.inference_choice import Measurement
+from utils.inspection import REFUSING
 from utils.predictions import Store
 from utils.results import Result
 from utils.stacking_methods import COMBINERS
@@ -17,6 +24,8 @@ from utils.workspace import Workspace
 logger = logging.getLogger("disease_pipeline")
 
 STREAMED = ("val", "test")
+REFUSED = ("oof_refused", *REFUSING)
+"""Codes of what discovery holds against out-of-fold predictions that it does not use."""
 
 
 def stack(config: Config, workspace: Workspace, *, strict: bool = False, force: bool = False) -> Result:
@@ -34,31 +43,106 @@ def stack(config: Config, workspace: Workspace, *, strict: bool = False, force: 
     unknown = [method for method in methods if method not in COMBINERS]
     failures = [f"{method}: this version builds {', '.join(COMBINERS)}" for method in unknown]
     wanted = [method for method in methods if method in COMBINERS]
-    digests = {method: fitting.inputs_digest(config, store, members, method) for method in wanted}
+    also = {method: _fold_inputs(config, members, method) for method in wanted}
+    digests = {m: fitting.inputs_digest(config, store, members, m, also=also[m]) for m in wanted}
     fresh = [m for m in wanted if force or ensembles.stored_digest(workspace, m) != digests[m]]
-    if fresh:
-        store.ensure(members, STREAMED)
-        honest = fitting.honest_rows(store, members, kind=config.runs.stacking.fit_rows)
-        known = fitting.facts(store, members)
-        simple = guards.measure(config, known, honest.rows.logits, honest.rows.labels, honest.fold)
-        for method in fresh:
-            logger.info("fitting %s on %d honest rows of %d members", method, len(honest.fold), len(members))
-            recipe = COMBINERS[method].configured(config, known)
-            fitting.build(store, method, method, recipe, members, honest, beside=simple)
+    failed = _fitted(store, members, fresh, also)
+    failures += [f"{method}: {reason}" for method, reason in failed.items()]
+    wanted, fresh = ([method for method in some if method not in failed] for some in (wanted, fresh))
+    if not wanted:
+        raise UserError("; ".join(failures))
     store.digests.save()
+    records = {method: ensembles.record_of(workspace, method) or {} for method in wanted}
     lines = []
-    for method in wanted:
-        verdict = ensembles.record_of(workspace, method)["verdict"]
-        lines += [fitting.line(store, method, "built" if method in fresh else "up to date"), f"    {verdict}"]
+    for method, record in records.items():
+        lines += [fitting.line(store, method, "built" if method in fresh else "up to date"), f"    {record['verdict']}"]
+        lines.append(f"    {inference_choice.told(record['inference_members'])[0]}")
+    for record in list(records.values())[:1]:
+        lines += inference_choice.told(record["inference_members"])[1:]
     lines += [f"{len(members)} members: {', '.join(member.name for member in members)}", f"written: {workspace.models}"]
     document = {
         "built": sorted(fresh),
         "up_to_date": sorted(set(wanted) - set(fresh)),
         "members": [member.name for member in members],
-        "verdicts": {method: ensembles.record_of(workspace, method)["verdict"] for method in wanted},
+        "verdicts": {method: record["verdict"] for method, record in records.items()},
+        "inference_members": {method: record["inference_members"] for method, record in records.items()},
         "folder": str(workspace.models),
     }
     return Result("\n".join(lines), document, failures, "evaluate")
+
+
+def _fitted(
+    store: Store, members: Sequence[Member], fresh: Sequence[str], also: Mapping[str, Any]
+) -> dict[str, UserError]:
+    """Fit and save these; {method: what kept it from being fitted}, such as a library that is not there."""
+    if not fresh:
+        return {}
+    store.ensure(members, STREAMED)
+    known = fitting.facts(store, members)
+    measured = _measured(store, members, known)
+    prepared: dict[str, tuple[HonestRows, Guards]] = {}
+    failed = {}
+    for method in fresh:
+        choice = inference_choice.choose(
+            store.config.runs.stacking.inference_members,
+            measured,
+            lacking=_lacking(members),
+            feeds_fuser=_feeds_fuser(store.config, method),
+        )
+        inference = choice["chosen"]
+        if inference not in prepared:
+            prepared[inference] = _prepared(store, members, known, inference)
+        honest, simple = prepared[inference]
+        logger.info("fitting %s on %d honest rows of %d members", method, len(honest.fold), len(members))
+        recipe = COMBINERS[method].configured(store.config, known)
+        notes = {"inference_members": choice}
+        try:
+            fitting.build(store, method, method, recipe, members, honest, also=also[method], beside=simple, notes=notes)
+        except UserError as error:
+            failed[method] = error
+    return failed
+
+
+def _measured(store: Store, members: Sequence[Member], known: MemberFacts) -> Measurement:
+    """Full networks beside the means of fold networks, where these may be chosen.
+
+    Raises UserError where fold networks are asked for and a member lacks them.
+    """
+    asked, lacking = store.config.runs.stacking.inference_members, _lacking(members)
+    if asked == FOLDS and lacking:
+        raise UserError(
+            f"runs.stacking.inference_members is folds, and not every fold network is there of {', '.join(lacking)}. "
+            f"Make them: {catalog.kfold_command(store.workspace, lacking)}; or use the full networks: --set "
+            "runs.stacking.inference_members=full"
+        )
+    full = fitting.honest_rows(store, members)
+    folds = None
+    if asked != FULL and not lacking:
+        fold_networks.ensure(store, members, ("val",), FOLDS)
+        folds = fitting.honest_rows(store, members, inference=FOLDS).rows
+    return inference_choice.measure(store.config, known, full.fold, full.rows, folds)
+
+
+def _prepared(store: Store, members: Sequence[Member], known: MemberFacts, inference: str) -> tuple[HonestRows, Guards]:
+    """The rows to fit on and the simple combinations on them, by the networks that are to answer."""
+    fold_networks.ensure(store, members, STREAMED, inference)
+    honest = fitting.honest_rows(store, members, kind=store.config.runs.stacking.fit_rows, inference=inference)
+    return honest, guards.measure(store.config, known, honest.rows.logits, honest.rows.labels, honest.fold)
+
+
+def _lacking(members: Sequence[Member]) -> list[str]:
+    """Members without a complete set of fold networks."""
+    return [member.name for member in members if not fold_networks.stages(member)]
+
+
+def _feeds_fuser(config: Config, method: str) -> bool:
+    fuser = config.runs.meta_fuser
+    return fuser.enable and method in fuser.input_ensembles
+
+
+def _fold_inputs(config: Config, members: Sequence[Member], method: str) -> list[Any]:
+    """What a stacker depends on beside what every ensemble does: whether it feeds the fuser, and the fold networks."""
+    return [_feeds_fuser(config, method), [fold_networks.digest(member, FOLDS) for member in members]]
 
 
 def _with_out_of_fold(store: Store, members: Sequence[Member], strict: bool) -> list[Member]:
@@ -68,6 +152,9 @@ def _with_out_of_fold(store: Store, members: Sequence[Member], strict: bool) -> 
     if not without:
         return list(members)
     command = fitting.source_of_oof(store, without)
+    for problem in store.catalog.problems:
+        if problem.member in names and problem.code in REFUSED:
+            logger.warning("%s: %s", problem.member, problem.message)
     if strict:
         raise UserError(
             f"No K-fold results for backbone {', '.join(names)}. Either make them: {command}; or exclude from "

@@ -77,7 +77,8 @@ class Stacker:
     """What the stackers share; a subclass names its learner and how its model becomes arrays and a torch module."""
 
     settings: ClassVar[tuple[str, ...]] = (
-        *("runs.stacking.fallback", "runs.stacking.fit_rows", "runs.score_ensemble.temperature"),
+        *("runs.stacking.fallback", "runs.stacking.fit_rows", "runs.stacking.inference_members"),
+        "runs.score_ensemble.temperature",
     )
     learns: ClassVar[bool] = True
 

@@ -163,6 +163,10 @@ class Workspace:
         """Folder of one member's arrays on one split."""
         return self.all_predictions / member / split
 
+    def fold_predictions(self, member: str, split: str) -> Path:
+        """Mean of the outputs of one member's fold networks on one split; what it depends on lies beside it."""
+        return self.predictions(member, split) / "folds.npy"
+
     def oof(self, member: str) -> Path:
         """Validated out-of-fold predictions of one member."""
         return self.all_oof / f"{member}.npz"

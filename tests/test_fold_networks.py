@@ -1,0 +1,94 @@
+"""The mean of really trained fold networks beside the full network of each member."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_predictions import CONFIG, workspace_at
+
+from utils import catalog, discovery, fold_networks, streaming
+from utils.config_file import load
+from utils.errors import UserError
+from utils.metrics import softmax
+from utils.predictions import Store
+
+NAME = "CustomConvNeXt"
+
+
+@pytest.fixture
+def store(tmp_path, trained):
+    """One member of three, which is what these tests run."""
+    base = Path(shutil.copytree(trained, tmp_path / "w"))
+    for path in (base / "checkpoints").glob("*.pth"):
+        if not path.name.startswith(NAME):
+            path.unlink()
+    workspace = workspace_at(base)
+    config = load(CONFIG, overrides=["device=cpu"])
+    discovery.discover(config, workspace)
+    return Store(config, workspace, catalog.load(workspace))
+
+
+def outputs(store, member, stage, split):
+    batches = streaming.stream(
+        member.network(store.workspace, stage=stage),
+        [store.images(split)],
+        batch_size=64,
+        device="cpu",
+        image_cache=store.workspace.image_cache,
+        decoding_threads=1,
+        val=None,
+    )
+    return np.concatenate([batch.logits for batch in batches])
+
+
+def test_the_mean_of_the_fold_networks_is_stored_beside_the_full_network(store):
+    member = store.catalog.members[NAME]
+    assert fold_networks.stages(member) == ("fold0", "fold1")
+    fold_networks.ensure(store, [member], ("val", "test"), "folds")
+    for split in ("val", "test"):
+        found = fold_networks.rows(store, member, split, "folds")
+        full = fold_networks.rows(store, member, split, "full")
+        expected = np.mean([softmax(outputs(store, member, stage, split)) for stage in ("fold0", "fold1")], axis=0)
+        np.testing.assert_allclose(softmax(found.logits), expected, atol=1e-6)
+        assert found.sample_ids.tolist() == full.sample_ids.tolist()
+        assert np.abs(softmax(full.logits) - expected).max() > 0.01
+    assert fold_networks.aligned(store, [member], "val", "folds").inference == "folds"
+    joined = fold_networks.honest(store, [member], "folds")
+    np.testing.assert_array_equal(
+        joined.logits[0, joined.split == "val"], fold_networks.rows(store, member, "val", "folds").logits
+    )
+    np.testing.assert_array_equal(
+        joined.logits[:, joined.split == "train"],
+        fold_networks.honest(store, [member], "full").logits[:, joined.split == "train"],
+    )
+
+
+def test_nothing_is_run_twice_and_a_changed_fold_network_is_refused(store, monkeypatch):
+    member = store.catalog.members[NAME]
+    fold_networks.ensure(store, [member], ("val",), "folds")
+    path = store.workspace.checkpoint(NAME, "fold1")
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(UserError, match=r"fold1\.pth: changed since discovery"):
+        fold_networks.ensure(store, [member], ("val", "test"), "folds")
+    monkeypatch.setattr(streaming, "stream", lambda *_, **__: pytest.fail("a network was run again"))
+    fold_networks.ensure(store, [member], ("val",), "folds")
+
+
+def test_other_fold_networks_are_other_members_to_whoever_asks_for_them_alone(store):
+    member = store.catalog.members[NAME]
+    others = [entry | {"sha256": "0"} if entry["stage"] == "fold1" else entry for entry in member.checkpoints]
+    changed = replace(member, checkpoints=tuple(others))
+    assert fold_networks.digest(changed, "full") == fold_networks.digest(member, "full") == member.digest
+    assert fold_networks.digest(changed, "folds") != fold_networks.digest(member, "folds")
+    assert fold_networks.key(store, changed, "val", "folds") != fold_networks.key(store, member, "val", "folds")
+
+
+def test_without_every_fold_network_there_is_no_mean(store):
+    member = store.catalog.members[NAME]
+    one = tuple(entry for entry in member.checkpoints if entry["stage"] != "fold1")
+    assert fold_networks.stages(replace(member, checkpoints=one)) == ()
+    assert fold_networks.stages(replace(member, oof=None)) == ()  # refused predictions speak for no network

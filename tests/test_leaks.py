@@ -1,0 +1,103 @@
+"""What must not leak: in-sample predictions into a stacker, and labels into predictions that are called unseen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_predictions import CONFIG, workspace_at
+
+from utils import catalog
+from utils.combiner import MemberFacts, fit_crossfitted
+from utils.config import validate
+from utils.config_file import load
+from utils.ensembles import COMBINERS
+from utils.meta_methods import FUSERS
+from utils.metrics import accuracy, log_loss
+from utils.predictions import Store
+
+MEMBER = "CustomConvNeXt"
+QUICK = (
+    *("--set", "runs.stacking.enable=true"),
+    "--set",
+    "runs.stacking.meta_learners=[lr]",
+    "--config",
+    "configs/votes.yaml",
+)
+
+M, N, C = 3, 160, 4
+FACTS = MemberFacts(("a", "b", "c"), np.full(M, 0.7), np.full(M, np.nan), np.full(M, np.nan))
+DRAWS = 2
+
+
+def test_memorised_train_rows_passed_off_as_out_of_fold_reach_no_stacker(own_copy, orchestrator):
+    workspace = workspace_at(own_copy)
+    member = catalog.read(workspace).members[MEMBER]
+    store = Store(load(CONFIG, overrides=["device=cpu"]), workspace, catalog.read(workspace))
+    store.ensure([member], ("train",))
+    in_sample = store.rows(member, "train")
+    place = {str(sample_id): row for row, sample_id in enumerate(in_sample.sample_ids)}
+    with np.load(workspace.base_oof(MEMBER)) as found:
+        arrays = dict(found)
+    rows = [place[sample_id] for sample_id in arrays["sample_ids"].tolist()]
+    np.savez(workspace.base_oof(MEMBER), **(arrays | {"logits": np.array(in_sample.logits)[rows]}))
+    for path in workspace.checkpoints.glob(f"{MEMBER}_fold*.pth"):
+        path.unlink()  # whoever passes them off has no fold networks to show
+    verified = orchestrator("discover", "--verify", "--config", "configs/votes.yaml", workspace=own_copy)
+    assert "out-of-fold predictions refused: 224 of 224" in verified.stdout
+    refused = orchestrator("stack", *QUICK, "--strict", workspace=own_copy)
+    assert refused.returncode == 1
+    assert f"No K-fold results for backbone {MEMBER}" in refused.stderr
+    done = orchestrator("stack", *QUICK, workspace=own_copy)
+    assert done.returncode == 0, done.stderr
+    assert f"{MEMBER}: out-of-fold predictions refused: 224 of 224" in done.stderr
+    record = json.loads((own_copy / "ensembles" / "models" / "stacking_lr" / "ensemble.json").read_text())
+    assert record["members"] == ["CustomResNetMish", "CustomViTHybrid"]
+
+
+def recipe(method: str, fuser_type: str):
+    """Unfitted, without what would draw it to the uniform probabilities and so hide a leak."""
+    shape = {"hidden_dims": [8], "epochs": 6, "lr": 0.01}
+    runs = {
+        "score_ensemble": {"temperature": "off"},
+        "stacking": {"mlp_config": shape, "xgb_config": {"n_estimators": 10}, "fallback": False},
+        "meta_fuser": {
+            "mlp_config": shape,
+            "fuser_type": fuser_type,
+            "input_ensembles": ["soft_voting", "stacking_lr", "stacking_xgb"],
+        },
+    }
+    config = validate({"runs": runs}, source=Path("of the test"))
+    return COMBINERS[method].configured(config, FACTS)
+
+
+EVERY = [(method, "xgb") for method in sorted(COMBINERS)] + [
+    ("meta_fuser", kind) for kind in sorted(FUSERS) if kind != "xgb"
+]
+
+
+@pytest.mark.parametrize(("method", "fuser_type"), EVERY)
+def test_unseen_predictions_of_shuffled_labels_are_no_better_than_chance(method, fuser_type):
+    """Over several draws, so that little of a leak hides in chance; any leak of a row's own label shows at once."""
+    hits, losses = [], []
+    for draw in range(DRAWS):
+        rng = np.random.default_rng(draw)
+        labels = np.arange(N) % C
+        logits = rng.normal(size=(M, N, C)).astype(np.float32)
+        logits[:, np.arange(N), labels] += 2  # members that know the true labels, which the shuffled ones are not
+        shuffled = rng.permutation(labels)
+        unseen = fit_crossfitted(recipe(method, fuser_type), logits, shuffled, rng.integers(0, 5, N))
+        hits.append(accuracy(unseen, shuffled))
+        losses.append(log_loss(unseen, shuffled))
+    assert np.mean(hits) < 1 / C + 3 * np.sqrt(1 / C * (1 - 1 / C) / (N * DRAWS))
+    assert np.mean(losses) > np.log(C) - 0.02
+
+
+def test_the_experiment_finds_a_leak_where_there_is_one():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(M, N, C)).astype(np.float32)
+    shuffled = rng.permutation(np.arange(N) % C)
+    seen = recipe("stacking_xgb", "xgb").fit(logits, shuffled, rng.integers(0, 5, N)).predict_proba(logits)
+    assert accuracy(seen, shuffled) > 1 / C + 3 * np.sqrt(1 / C * (1 - 1 / C) / (N * DRAWS))

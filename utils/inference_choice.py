@@ -1,0 +1,130 @@
+"""Should the members' full networks answer at inference, or the means of the fold networks that a stacker learned from?
+
+A stacker is fitted on out-of-fold rows. Full networks have seen more images and are surer of themselves, means of fold
+networks are smoother; val rows tell which of the two suits what was learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from utils.combiner import MemberFacts
+from utils.config import Config
+from utils.metrics import accuracy, log_loss_per_row, log_softmax, softmax
+from utils.rows import Rows
+from utils.weighting import WeightedPool
+
+MEASURED_WITH = "log-linear pool fitted on out-of-fold rows"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What val rows say of the two."""
+
+    full: np.ndarray | None
+    """float64 (N,): log-loss of the pool on the full networks' val rows; None where no member has out-of-fold rows"""
+    folds: np.ndarray | None
+    """The same on the means of the fold networks; None where they are not there or were not asked for."""
+    shift: dict[str, dict[str, Any]]
+    """{member: {out_of_fold, full, folds: what `describe` says}}"""
+
+    @property
+    def gain(self) -> tuple[float, float] | None:
+        """How much lower the log-loss of the fold networks is, and its standard error."""
+        if self.full is None or self.folds is None or len(self.full) < 2:
+            return None
+        difference = self.full - self.folds
+        return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
+
+
+def measure(config: Config, members: MemberFacts, fold: np.ndarray, full: Rows, folds: Rows | None) -> Measurement:
+    """Fit a log-linear pool on out-of-fold rows and score it on val, by full networks and by means of fold networks.
+
+    The two hold the same rows, out-of-fold and val, with their cross-fit folds (N,). The pool stands for every learner:
+    it has weights and a temperature, and what a change of networks shifts first is how sure members are.
+    """
+    train, val = np.flatnonzero(full.split == "train"), np.flatnonzero(full.split == "val")
+    shift = {
+        name: {
+            "out_of_fold": describe(full.logits[place, train], full.labels[train]),
+            "full": describe(full.logits[place, val], full.labels[val]),
+            "folds": None if folds is None else describe(folds.logits[place, val], folds.labels[val]),
+        }
+        for place, name in enumerate(full.members)
+    }
+    if not len(train) or not len(val):
+        return Measurement(None, None, shift)
+    pool = replace(
+        WeightedPool.configured(config, members), metric="log_loss", kind="log_linear", optimize_weights=True
+    )
+    pool.fit(full.logits[:, train], full.labels[train], fold[train])
+    losses = [
+        None if rows is None else log_loss_per_row(pool.predict_proba(rows.logits[:, val]), rows.labels[val])
+        for rows in (full, folds)
+    ]
+    return Measurement(losses[0], losses[1], shift)
+
+
+def describe(logits: np.ndarray, labels: np.ndarray) -> dict[str, float] | None:
+    """Accuracy, mean largest probability and mean entropy in nats of logits (N, C); None without rows."""
+    if not len(labels):
+        return None
+    logs, probabilities = log_softmax(logits), softmax(logits)
+    return {
+        "n": len(labels),
+        "accuracy": accuracy(probabilities, labels),
+        "mean_largest_probability": float(probabilities.max(axis=1).mean()),
+        "mean_entropy": float(-(probabilities * logs).sum(axis=1).mean()),
+    }
+
+
+def choose(asked: str, measured: Measurement, *, lacking: Sequence[str], feeds_fuser: bool) -> dict[str, Any]:
+    """`{asked, chosen, reason, val_log_loss, gain_of_folds, standard_error, measured_with, shift}`, ready for JSON.
+
+    `auto` takes the fold networks where their gain on val exceeds its standard error, and nothing else stands against
+    it: members `lacking` them, or a fuser that takes the stacker as an input beside ensembles of full networks.
+    """
+    gain = measured.gain
+    if asked != "auto":
+        chosen, reason = asked, "asked for"
+    elif lacking:
+        chosen, reason = "full", f"no complete set of fold networks: {', '.join(lacking)}"
+    elif feeds_fuser:
+        chosen, reason = "full", "the inputs of runs.meta_fuser share their members' networks"
+    elif gain is None:
+        chosen, reason = "full", "no val rows to measure on"
+    else:
+        chosen = "folds" if gain[0] > gain[1] else "full"
+        sign = "more" if chosen == "folds" else "no more"
+        reason = f"fold networks gain {gain[0]:+.4f} in log-loss on val, {sign} than one standard error {gain[1]:.4f}"
+    return {
+        "asked": asked,
+        "chosen": chosen,
+        "reason": reason,
+        "val_log_loss": {
+            kind: None if losses is None else float(losses.mean())
+            for kind, losses in (("full", measured.full), ("folds", measured.folds))
+        },
+        "gain_of_folds": None if gain is None else gain[0],
+        "standard_error": None if gain is None else gain[1],
+        "measured_with": MEASURED_WITH,
+        "shift": measured.shift,
+    }
+
+
+def told(record: dict[str, Any]) -> list[str]:
+    """The choice and the shift, one line each and one per member."""
+    lines = [f"inference members: {record['chosen']} ({record['reason']})"]
+    for name, kinds in record["shift"].items():
+        parts = [
+            f"{kind.replace('_', '-')} {found['mean_largest_probability']:.3f} / {found['mean_entropy']:.3f} / "
+            f"{found['accuracy']:.3f}"
+            for kind, found in kinds.items()
+            if found is not None
+        ]
+        lines.append(f"    {name}, mean largest probability / entropy / accuracy: {', '.join(parts)}")
+    return lines

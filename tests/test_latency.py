@@ -70,7 +70,6 @@ def test_a_network_is_measured_once_and_its_times_are_kept(store, member, opened
         assert (record.device, record.threads) == ("cpu", torch.get_num_threads())
         assert list(record.batches) == [1, 32]
         assert all(0 < timing.p50 <= timing.p95 and timing.runs >= 1 for timing in record.batches.values())
-        assert record.batches[32].p50 > record.batches[1].p50
     before = store.workspace.latency.read_bytes()
     assert measure(store, members) == found
     assert len(opened) == 2

@@ -6,6 +6,7 @@ of the plain mean) is chosen by rows that the fit did not see, all within the ro
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
@@ -73,7 +74,7 @@ def calibrate(
 
 
 @dataclass
-class Stacker:
+class Stacker(ABC):
     """What the stackers share; a subclass names its learner and how its model becomes arrays and a torch module."""
 
     settings: ClassVar[tuple[str, ...]] = (
@@ -104,9 +105,9 @@ class Stacker:
         )
 
     @classmethod
+    @abstractmethod
     def learner_of(cls, config: Config) -> Learner:
         """The learner that the configuration describes."""
-        raise NotImplementedError
 
     def fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Self:
         """Choose and fit on logits (M, N, C), labels (N,), folds (N,)."""
@@ -177,15 +178,18 @@ class Stacker:
     def _calibrated(self, answers: np.ndarray, mean: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Calibration:
         return calibrate(answers, mean, labels, folds, tempered=self.tempered, fallback=self.fallback)
 
+    @abstractmethod
     def _module(self) -> nn.Module:
-        raise NotImplementedError
+        """Logits (B, M, C) -> the learner's probabilities (B, C)."""
 
+    @abstractmethod
     def _arrays(self) -> dict[str, np.ndarray]:
-        raise NotImplementedError
+        """The model as arrays of numbers, and texts as bytes under a name that ends in `.json`."""
 
     @classmethod
+    @abstractmethod
     def _model(cls, state: Mapping[str, np.ndarray]) -> Model:
-        raise NotImplementedError
+        """The model whose `_arrays` are in `state`."""
 
 
 class StackingLogistic(Stacker):

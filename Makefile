@@ -28,7 +28,7 @@ demo: setup ## train, combine and compare small networks, from nothing to a repo
 		$${DEMO_DATA:+--data} $${DEMO_DATA:+"$$DEMO_DATA"} $(ARGS)
 
 test: setup ## run the fast tests
-	@$(IN_ENVIRONMENT) -m pytest -q -n 2 --dist loadfile $(ARGS)
+	@$(IN_ENVIRONMENT) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: setup ## run the slow tests
 	@$(IN_ENVIRONMENT) -m pytest -q -m slow $(ARGS)

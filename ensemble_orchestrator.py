@@ -73,6 +73,26 @@ COMMANDS: dict[str, Command] = {
                 "default": [],
                 "help": "declare a network of timm and its weights as a member; kept by later discoveries; repeatable",
             },
+            "--remove": {
+                "metavar": "NAME",
+                "action": "append",
+                "default": [],
+                "help": "forget a network that was declared with --add; its file stays; repeatable",
+            },
+        },
+        writes=True,
+    ),
+    "import-predictions": Command(
+        "utils.importing:import_predictions",
+        "take in members that are known by their predictions alone, made by any tool",
+        "import-predictions --from ~/predictions",
+        {
+            "--from": {
+                "metavar": "DIR",
+                "required": True,
+                "dest": "folder",
+                "help": "holds <member>/{oof,val,test}.npz; the form is described in README",
+            },
         },
         writes=True,
     ),
@@ -80,6 +100,32 @@ COMMANDS: dict[str, Command] = {
         "utils.build:build_ensemble",
         "build the score-level ensembles that the configuration lists",
         "build-ensemble --config configs/quick_ensemble.yaml",
+        {
+            "--pick": {
+                "choices": ("best", "knee", "fastest"),
+                "help": "which of the pruned subsets to keep (default: the configuration's pruning.pick)",
+            }
+        },
+        writes=True,
+        decodes=True,
+    ),
+    "stack": Command(
+        "utils.stack_building:stack",
+        "fit meta-learners on the members' out-of-fold predictions",
+        "stack --set runs.stacking.meta_learners=[lr,mlp]",
+        {
+            "--strict": {
+                "action": "store_true",
+                "help": "end with 1 where a member has no out-of-fold predictions, instead of leaving it out",
+            },
+        },
+        writes=True,
+        decodes=True,
+    ),
+    "meta-fuse": Command(
+        "utils.meta_building:meta_fuse",
+        "fit an ensemble of ensembles on their cross-fitted predictions",
+        "meta-fuse --set runs.meta_fuser.fuser_type=attention",
         {},
         writes=True,
         decodes=True,
@@ -101,7 +147,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "pipeline": Command(
         "ensemble_orchestrator:run_pipeline",
-        "all stages in order: discover --verify, build-ensemble, evaluate, clean --temporary",
+        "all stages in order: discover --verify, build-ensemble, stack, meta-fuse, evaluate, clean --temporary",
         "pipeline --config configs/digits_demo.yaml",
         {},
         writes=True,
@@ -130,12 +176,15 @@ COMMANDS: dict[str, Command] = {
         writes=("confirm", "temporary"),
     ),
 }
-PIPELINE: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("discover", {"verify": True}),
-    ("build-ensemble", {}),
-    ("evaluate", {}),
-    ("clean", {"temporary": True}),
+PIPELINE: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
+    ("discover", {"verify": True}, ()),
+    ("build-ensemble", {}, ("runs.score_ensemble", "runs.model_soup", "runs.snapshot_ensemble", "pruning")),
+    ("stack", {}, ("runs.stacking",)),
+    ("meta-fuse", {}, ("runs.meta_fuser",)),
+    ("evaluate", {}, ()),
+    ("clean", {"temporary": True}, ()),
 )
+"""Command, its options, and the sections of the configuration of which one must be on."""
 COMMON: dict[str, dict[str, Any]] = {
     "--config": {
         "metavar": "FILE",
@@ -197,7 +246,10 @@ def run_pipeline(config: Config, workspace: Workspace, *, force: bool = False) -
     from utils.results import Result
 
     texts, documents, failures = [], {}, []
-    for number, (name, options) in enumerate(PIPELINE, start=1):
+    for number, (name, options, sections) in enumerate(PIPELINE, start=1):
+        if sections and not any(config.at(f"{section}.enable") for section in sections):
+            logger.info("stage %d of %d: %s is off in the configuration", number, len(PIPELINE), name)
+            continue
         logger.info("stage %d of %d: %s", number, len(PIPELINE), name)
         result = call(name, config, workspace, options | {"force": force})
         texts.append(f"== {name}\n{result.text}")
@@ -249,10 +301,10 @@ def _line(command: str, common: dict[str, Any]) -> str:
 
 
 def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -> Result:
-    from utils import base_back
+    from utils import base_back, messages
 
     level = logging.DEBUG if common["--verbose"] else logging.WARNING if common["--quiet"] else logging.INFO
-    base_back.set_up_logging(level=level, log_file=None, stream=sys.stderr)
+    messages.set_up_logging(level=level, log_file=None, stream=sys.stderr)
     from utils.config_file import find, load
     from utils.ensemble_methods import COMBINERS
 
@@ -266,6 +318,8 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
         folder = str(Path(folder).expanduser().absolute())
         if not Path(folder).is_dir():
             raise errors.UserError(f"--workspace {folder}: no such folder; make demo DATA=... prints the one it made")
+    if common["--output"] is not None:  # for BASE-BACK's settings and for processes that are started from here
+        os.environ["DBT_ENSEMBLE_DIR"] = str(Path(common["--output"]).expanduser().absolute())
     base_back.bind(common["--base-back"], folder)
     if config.dataset.group_regex is not None:
         os.environ.setdefault("DBT_GROUP_REGEX", config.dataset.group_regex)
@@ -278,7 +332,7 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
         writes = any(options[option] for option in writes)
     with locks.one_writer(workspace.lock, name) if writes else nullcontext():
         # After the lock, which has its own words for a workspace that cannot be written.
-        base_back.set_up_logging(level=level, log_file=workspace.log_file, stream=sys.stderr)
+        messages.set_up_logging(level=level, log_file=workspace.log_file, stream=sys.stderr)
         try:
             if COMMANDS[name].decodes:
                 caches.enforce_quota(workspace.image_cache, config.cache.quota_gb)

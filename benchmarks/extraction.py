@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -24,8 +23,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from reporting import report, row
+
 PROJECT = Path(__file__).resolve().parents[1]
-CONFIG = PROJECT / "configs" / "digits_demo.yaml"
+CONFIG = PROJECT / "configs" / "votes.yaml"
 ORCHESTRATOR = PROJECT / "ensemble_orchestrator.py"
 PIXELS = {"full": 224, "tiny": 32}
 BATCH = 32
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             *tiny_rows(Path(folder), names, options.data),
             discovery_row(Path(folder), ARCHITECTURES, 20 if options.quick else 200, options.data),
         ]
-    report(rows, quick=options.quick)
+    report("extraction", rows, quick=options.quick, packages=("torch", "timm", "numpy", "pillow"))
     return 0
 
 
@@ -143,48 +144,6 @@ def discovery_row(folder: Path, names: Sequence[str], megabytes: int, data: Path
     size = sum(path.stat().st_size for path in (workspace / "checkpoints").iterdir()) / 1e9
     what = f"discover again, {len(names)} members, {size:.1f} GB of checkpoints"
     return row(what, second, "s", "under 2", second < 2, f"first {first:.1f} s, {size / first:.2f} GB/s")
-
-
-def row(what: str, figure: float | None, unit: str, goal: str | None, holds: bool | None, peer: str | None) -> dict:
-    """One row of the report."""
-    value = None if figure is None else round(figure, 3)
-    return {"what": what, "figure": value, "unit": unit, "goal": goal, "holds": holds, "peer": peer}
-
-
-def report(rows: list[dict[str, Any]], *, quick: bool) -> None:
-    """A table for people, then one JSON object."""
-    import numpy
-    import PIL
-    import timm
-    import torch
-
-    versions = {"python": platform.python_version()}
-    versions |= {module.__name__: module.__version__ for module in (torch, timm, numpy, PIL)}
-    machine = {"processor": _processor(), "cores": _cores(), "threads": torch.get_num_threads(), "system": _system()}
-    print(f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads; torch {torch.__version__}")
-    for entry in rows:
-        verdict = {True: "holds", False: "MISSED", None: ""}[entry["holds"]]
-        figure = "-" if entry["figure"] is None else f"{entry['figure']:.3f}"
-        print(f"{entry['what']:72} {figure:>9} {entry['unit']}")
-        if entry["goal"] or entry["peer"]:
-            print(f"{'':72} goal: {entry['goal'] or '-'}; beside it: {entry['peer'] or '-'}  {verdict}")
-    print(
-        json.dumps({"benchmark": "extraction", "quick": quick, "machine": machine, "versions": versions, "rows": rows})
-    )
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _system() -> str:
-    return f"{platform.system()} {platform.release()}"
 
 
 # a workspace ---------------------------------------------------------------------------------------------------------

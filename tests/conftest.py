@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
 import os
 import shutil
 import subprocess
@@ -90,27 +91,46 @@ def orchestrator() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first process of a test run fills; the others wait for it and share it."""
+    base = factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, done = shared / name, shared / f"{name}.done"
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, base_main) -> Path:
     """A workspace as the base pipeline leaves it: 280 digits of four classes, three tiny backbones, two folds.
 
     Shared by all tests: read it, never write into it.
     """
-    workspace = tmp_path_factory.mktemp("trained")
-    write_digits(workspace / "Data")
-    done = base_main("--backbones", *ZOO_BACKBONES, *ZOO_OPTIONS, workspace=workspace)
-    assert done.returncode == 0, done.stderr
-    return workspace
+
+    def make(workspace: Path) -> None:
+        write_digits(workspace / "Data")
+        done = base_main("--backbones", *ZOO_BACKBONES, *ZOO_OPTIONS, workspace=workspace)
+        assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, "trained", make)
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory, trained: Path, orchestrator) -> Path:
     """A copy of the trained workspace after `pipeline`. Shared: read it, never write into it."""
-    workspace = tmp_path_factory.mktemp("built")
-    shutil.copytree(trained, workspace, dirs_exist_ok=True)
-    done = orchestrator("pipeline", "--config", "configs/digits_demo.yaml", workspace=workspace)
-    assert done.returncode == 0, done.stderr
-    return workspace
+
+    def make(workspace: Path) -> None:
+        shutil.copytree(trained, workspace, dirs_exist_ok=True)
+        done = orchestrator("pipeline", "--config", "configs/votes.yaml", workspace=workspace)
+        assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, "built", make)
 
 
 @pytest.fixture

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
+import zipfile
 
 import numpy as np
 import pytest
@@ -35,6 +37,37 @@ def test_the_file_is_invisible_under_its_name_until_it_is_complete(tmp_path):
         np.save(temporary, np.arange(3))
         assert not path.exists()
     assert np.load(path).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("way", ["set aside", "not offered", "unknown here"])
+def test_a_sparse_file_is_given_its_room_and_keeps_its_content(tmp_path, monkeypatch, way):
+    path, shape = tmp_path / "a.npy", (700, 1000)  # more than two blocks of the slow way
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    assert path.stat().st_blocks * 512 < 10_000
+    if way == "not offered":
+        monkeypatch.setattr(os, "posix_fallocate", failing(errno.EOPNOTSUPP))
+    elif way == "unknown here":
+        monkeypatch.delattr(os, "posix_fallocate")
+    size = path.stat().st_size
+    artifacts.reserve(path, array.offset)
+    assert path.stat().st_blocks * 512 >= path.stat().st_size == size
+    array[:] = 1
+    array.flush()
+    assert np.array_equal(np.load(path), np.ones(shape, dtype=np.float32))
+
+
+def failing(number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_room_that_is_not_there_is_an_error(tmp_path, monkeypatch):
+    array = np.lib.format.open_memmap(tmp_path / "a.npy", mode="w+", dtype=np.float32, shape=(9, 9))
+    monkeypatch.setattr(os, "posix_fallocate", failing(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left"):
+        artifacts.reserve(tmp_path / "a.npy", array.offset)
 
 
 def test_written_files_have_the_permissions_of_any_other_file(tmp_path):
@@ -88,6 +121,64 @@ def test_pickled_objects_are_refused(tmp_path):
         artifacts.open_array(tmp_path / "x.npy", remedy="")
     with pytest.raises(UserError, match="without pickled objects"):
         artifacts.read_arrays(tmp_path / "x.npz", remedy="")
+
+
+def npz(path, header, data=bytes(8), method=zipfile.ZIP_STORED, name="a.npy"):
+    """An archive of one array with this header."""
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr(name, b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + data)
+    return path
+
+
+def header(shape, dtype="<f8"):
+    return f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (header("(1000000000000, 13)"), r"declares float64 of shape \(1000000000000, 13\); 8 bytes are there"),
+        (header("(0, 100000000000000000000000)"), "8 bytes are there"),
+        (header("(1000000000000,)", "<U0"), "8 bytes are there"),
+        (header("(-1,)"), r"shape \(-1,\)"),
+        ("{[]: 1}\n", "unhashable"),
+        ("(" * 9000 + "\n", "cannot be read"),
+        ("'''\n", "EOF in multi-line string"),
+    ],
+)
+def test_a_header_that_lies_is_refused_before_memory_is_asked_for(tmp_path, monkeypatch, text, words):
+    monkeypatch.setattr(np.lib.format, "read_array", lambda *_, **__: pytest.fail("memory was asked for"))
+    with pytest.raises(UserError, match=words):
+        artifacts.read_arrays(npz(tmp_path / "x.npz", text), remedy="")
+
+
+def test_an_archive_that_promises_more_than_it_holds_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, a=np.zeros(4_000_000))  # deflate makes a thousandth of it
+    assert artifacts.read_arrays(path, remedy="")["a"].shape == (4_000_000,)
+    raw = bytearray(path.read_bytes())
+    for place in (22, raw.rindex(b"PK\x01\x02") + 24):  # the length of the content, where an archive says it
+        raw[place : place + 4] = (2**31).to_bytes(4, "little")
+    (tmp_path / "y.npz").write_bytes(raw)
+    with pytest.raises(UserError, match=r"a\.npy promises more bytes than its part of the file can hold"):
+        artifacts.read_arrays(tmp_path / "y.npz", remedy="")
+    monkeypatch.setattr(os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 10_000)
+    with pytest.raises(UserError, match=r"0\.0 GB, more than half of this machine"):
+        artifacts.read_arrays(path, remedy="")
+
+
+def test_a_flipped_bit_another_file_and_another_compression_are_refused(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, a=np.arange(100.0))
+    raw = bytearray(path.read_bytes())
+    raw[600] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match="Bad CRC-32"):
+        artifacts.read_arrays(path, remedy="")
+    with pytest.raises(UserError, match=r"it holds README\.txt"):
+        artifacts.read_arrays(npz(path, header("(1,)"), name="README.txt"), remedy="")
+    with pytest.raises(UserError, match="compressed by method 14"):
+        artifacts.read_arrays(npz(path, header("(1,)"), method=zipfile.ZIP_LZMA), remedy="")
 
 
 def test_digests_are_remembered_while_the_file_is_the_same(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-DEMO = ("--config", "configs/digits_demo.yaml")
+DEMO = ("--config", "configs/votes.yaml")
 
 
 @pytest.fixture

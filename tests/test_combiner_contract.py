@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from utils.combiner import Combiner, MemberFacts
-from utils.config import Config
+from utils.config import Config, validate
 from utils.ensembles import COMBINERS
 
 M, N, C = 4, 60, 3
+QUICK = validate(
+    {
+        "runs": {
+            "stacking": {"mlp_config": {"hidden_dims": [8], "epochs": 4}, "xgb_config": {"n_estimators": 10}},
+            "meta_fuser": {"fuser_type": "attention", "mlp_config": {"hidden_dims": [8], "epochs": 4}},
+        }
+    },
+    source=Path("of the battery"),
+)
 FACTS = MemberFacts(("a", "b", "c", "d"), np.array([0.6, 0.7, 0.7, 0.5]), np.full(M, 10.0), np.full(M, 1.0))
 
 
@@ -28,7 +38,7 @@ def rows():
 
 @pytest.fixture(params=sorted(COMBINERS))
 def make(request):
-    return partial(COMBINERS[request.param].configured, Config(), FACTS)
+    return partial(COMBINERS[request.param].configured, QUICK, FACTS)
 
 
 def test_answers_the_protocol(make):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -14,7 +15,7 @@ from utils.ensemble_methods import SoftVoting
 from utils.ensembles import Ensemble, Provenance, RowSet
 from utils.errors import UserError
 from utils.metrics import softmax
-from utils.predictions import Rows
+from utils.rows import Rows
 from utils.workspace import Workspace
 
 N = 30
@@ -106,14 +107,33 @@ def test_an_unknown_name_is_answered_with_the_nearest(rows, folds, workspace):
         ensembles.load(workspace, "soft_votingensemble")
 
 
-def test_ids_that_are_not_those_of_the_record_are_refused(rows, folds, workspace):
+@pytest.mark.parametrize("alter", [lambda ids: ids[:-1], lambda ids: np.array([*ids[:-1], "a/99.png"])])
+def test_ids_that_are_not_those_of_the_record_are_refused(rows, folds, workspace, alter):
     ensembles.save(workspace, ensemble(rows), ensembles.crossfit(SoftVoting(), rows, folds), {})
     path = workspace.ensemble("soft_voting_ensemble") / "provenance.npz"
     with np.load(path) as arrays:
-        changed = {name: array[:-1] if "train" in name else array for name, array in arrays.items()}
+        changed = {name: alter(array) if "train" in name else array for name, array in arrays.items()}
     np.savez(path, **changed)
     with pytest.raises(UserError, match=r"its ids are not those of ensemble\.json"):
         ensembles.load(workspace, "soft_voting_ensemble")
+
+
+@pytest.mark.parametrize("change", [{"members": None}, {"method": "no such method"}])
+def test_a_record_of_another_form_is_named_with_the_command_that_mends_it(rows, folds, workspace, change):
+    ensembles.save(workspace, ensemble(rows), ensembles.crossfit(SoftVoting(), rows, folds), {})
+    path = workspace.ensemble("soft_voting_ensemble") / "ensemble.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=r"ensemble\.json: not the form of an ensemble .*build-ensemble --force"):
+        ensembles.load(workspace, "soft_voting_ensemble")
+
+
+def test_a_save_that_ends_half_way_leaves_no_ensemble_of_two_versions(rows, folds, workspace, monkeypatch):
+    unseen = ensembles.crossfit(SoftVoting(), rows, folds)
+    ensembles.save(workspace, ensemble(rows), unseen, {})
+    monkeypatch.setattr(ensembles, "write_arrays", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ensembles.save(workspace, ensemble(rows), unseen, {})
+    assert ensembles.names(workspace) == []
 
 
 def test_a_new_version_removes_predictions_of_the_old_one(rows, folds, workspace):

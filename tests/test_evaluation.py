@@ -10,7 +10,8 @@ import pytest
 
 from utils.metrics import softmax
 
-DEMO = ("--config", "configs/digits_demo.yaml")
+DEMO = ("--config", "configs/votes.yaml")
+MEMBERS = ("CustomConvNeXt", "CustomResNetMish", "CustomViTHybrid")
 NAMES = ("soft_voting_ensemble", "hard_voting_ensemble", "logit_averaging_ensemble")
 KEYS = {
     *("name", "split", "n_samples", "n_classes", "accuracy", "f1_macro", "f1_weighted", "precision_macro"),
@@ -28,6 +29,12 @@ def metrics(workspace, name, file="metrics.json"):
     return read(workspace / "metrics_output" / "ensembles" / name / file)
 
 
+def stored(workspace, array):
+    """All members' arrays of this name on the test split."""
+    folder = workspace / "ensembles" / "predictions"
+    return np.stack([np.load(folder / name / "test" / f"{array}.npy") for name in MEMBERS])
+
+
 @pytest.mark.parametrize("name", [*NAMES, "members/CustomConvNeXt", "members/CustomViTHybrid"])
 def test_metrics_have_every_key_and_null_has_a_reason(built, name):
     record = metrics(built, name)
@@ -39,15 +46,14 @@ def test_metrics_have_every_key_and_null_has_a_reason(built, name):
     assert {part["split"] for part in record["fitted_on"]} == {"train"}
     assert {part["split"] for part in record["selected_on"]} == {"val"}
     assert sum(record["weights"].values()) == pytest.approx(1)
+    sizes = [(built / "checkpoints" / f"{member}_final.pth").stat().st_size for member in record["members"]]
+    assert record["size_mb"] == pytest.approx(sum(sizes) / 1e6, abs=1e-3)
 
 
 def test_scores_are_those_of_the_members_logits_by_hand(built):
     from sklearn import metrics as sk
 
-    names = ("CustomConvNeXt", "CustomResNetMish", "CustomViTHybrid")
-    folder = built / "ensembles" / "predictions"
-    logits = np.stack([np.load(folder / name / "test" / "logits.npy") for name in names])
-    labels = np.load(folder / names[0] / "test" / "labels.npy")
+    logits, labels = stored(built, "logits"), stored(built, "labels")[0]
     expected = {
         "soft_voting_ensemble": softmax(logits).mean(axis=0),
         "logit_averaging_ensemble": softmax(logits.mean(axis=0)),
@@ -70,6 +76,9 @@ def test_ranking_is_in_order_and_recommends_without_the_test_split(built, own_co
     evidence = ranking["recommended"]["evidence"]
     assert evidence["rows"] == "oof+val"
     assert evidence["n"] == 224 + 28
+    with np.load(built / "ensembles" / "models" / ranking["recommended"]["name"] / "crossfit.npz") as unseen:
+        hits = unseen["probabilities"].argmax(axis=1) == unseen["labels"]
+    assert evidence["accuracy"] == pytest.approx(hits.mean())
     assert ranking["peers"]["soft_voting"] == "soft_voting_ensemble"
     # Whatever the test labels say, the recommendation stays.
     test = own_copy / "split_dataset" / "test"
@@ -80,14 +89,36 @@ def test_ranking_is_in_order_and_recommends_without_the_test_split(built, own_co
     other = read(own_copy / "metrics_output" / "ensembles" / "ranking.json")
     assert other["recommended"] == ranking["recommended"]
     assert other["rows"] != rows
+    # And what was stored for the rows as they were is not taken for those of now.
+    logits, labels = stored(own_copy, "logits"), stored(own_copy, "labels")[0]
+    hits = softmax(logits).mean(axis=0).argmax(axis=1) == labels
+    assert metrics(own_copy, "soft_voting_ensemble")["accuracy"] == pytest.approx(hits.mean())
+
+
+def test_members_of_an_ensemble_are_scored_though_the_configuration_leaves_them_out(own_copy, orchestrator):
+    left_out = ("--set", "backbones.exclude=[CustomViTHybrid]")
+    done = orchestrator("evaluate", "--force", *left_out, *DEMO, workspace=own_copy)
+    assert done.returncode == 0, done.stderr
+    rows = read(own_copy / "metrics_output" / "ensembles" / "ranking.json")["rows"]
+    assert {row["name"] for row in rows} == {*NAMES, *MEMBERS}
+
+
+def test_a_metric_of_which_less_is_better_orders_upwards(own_copy, orchestrator):
+    before = read(own_copy / "metrics_output" / "ensembles" / "ranking.json")
+    wanted = ("--set", "runs.score_ensemble.optimization_metric=log_loss")
+    assert orchestrator("evaluate", *wanted, *DEMO, workspace=own_copy).returncode == 0
+    ranking = read(own_copy / "metrics_output" / "ensembles" / "ranking.json")
+    losses = [row["log_loss"] for row in ranking["rows"]]
+    assert losses == sorted(losses)
+    assert ranking["order"][0] == "log_loss"
+    assert ranking["recommended"] == before["recommended"]
 
 
 def test_crossfit_rows_are_the_honest_rows_by_the_right_networks(built):
     with np.load(built / "ensembles" / "models" / "soft_voting_ensemble" / "crossfit.npz") as arrays:
         unseen = dict(arrays)
-    names = ("CustomConvNeXt", "CustomResNetMish", "CustomViTHybrid")
     by_id = {}
-    for name in names:
+    for name in MEMBERS:
         with np.load(built / "kfold_results" / f"{name}_oof_predictions.npz") as oof:
             for sample_id, logits in zip(oof["sample_ids"].tolist(), oof["logits"], strict=True):
                 by_id.setdefault(("train", sample_id), []).append(softmax(logits[None])[0])
@@ -124,8 +155,11 @@ def test_a_test_image_that_is_also_a_train_image_is_left_out_for_all(own_copy, o
 
 
 def test_one_model_by_name_and_an_unknown_name(own_copy, orchestrator):
+    others = [own_copy / "metrics_output" / "ensembles" / name / "metrics.json" for name in NAMES[1:]]
+    before = [path.stat().st_mtime_ns for path in others]
     done = orchestrator("evaluate", "--model-name", "soft_voting_ensemble", *DEMO, workspace=own_copy)
     assert done.returncode == 0
+    assert [path.stat().st_mtime_ns for path in others] == before
     assert done.stdout.startswith("soft_voting_ensemble on test: accuracy")
     done = orchestrator("evaluate", "--model-name", "soft_voting_ensembel", *DEMO, workspace=own_copy)
     assert done.returncode == 1

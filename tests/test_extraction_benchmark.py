@@ -10,7 +10,6 @@ from conftest import PROJECT, run_python
 from PIL import Image
 
 PROGRAM = PROJECT / "benchmarks" / "extraction.py"
-KEYS = {"what", "figure", "unit", "goal", "holds", "peer"}
 
 
 @pytest.fixture(scope="module")
@@ -49,22 +48,6 @@ def test_own_images_are_taken_by_turns_from_their_classes(extraction, tmp_path):
     ]
     with pytest.raises(SystemExit, match="two are needed"):
         extraction.lay_out(tmp_path / "v", 6, 64, tmp_path / "data" / "oak")
-
-
-def test_the_last_line_is_the_report(extraction, capsys):
-    rows = [
-        extraction.row("time", 1.05, "of the other", "at most 1.1", True, "3 s"),
-        extraction.row("memory", None, "MB", "at most 1.1", None, None),
-    ]
-    extraction.report(rows, quick=True)
-    lines = capsys.readouterr().out.splitlines()
-    found = json.loads(lines[-1])
-    assert found["benchmark"] == "extraction"
-    assert found["machine"]["cores"] >= 1
-    assert {"python", "torch", "timm", "numpy"} <= found["versions"].keys()
-    assert [entry.keys() == KEYS for entry in found["rows"]] == [True, True]
-    assert any("1.050 of the other" in line for line in lines)
-    assert any("goal: at most 1.1; beside it: 3 s  holds" in line for line in lines)
 
 
 def test_a_part_measures_the_product_beside_the_bare_passes(extraction, tmp_path):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import foreign_workspace
 import numpy as np
 import pytest
 from conftest import PROJECT, run_python
 from mounting import snapshot
+from test_workspace import run_bound
 
-DEMO = ("--config", "configs/digits_demo.yaml", "--device", "cpu")
+DEMO = ("--config", "configs/votes.yaml", "--device", "cpu")
+MADE = ("debug_logs", "plots_metrics", "pretrained_weights", "smoke_checks")  # by its settings, and empty
 SURPLUS = "the network has 13 outputs for 10 classes; the last 3 are cut off"
 
 
@@ -25,9 +28,10 @@ def foreign(tmp_path_factory):
 def run(foreign, tmp_path_factory):
     """Run a command on a copy of the workspace with the foreign package mounted."""
 
-    def run(*options, workspace):
+    def run(*options, workspace, environment=None):
         place = ("--workspace", str(workspace), "--base-back", str(foreign.base_back))
-        return run_python(str(PROJECT / "ensemble_orchestrator.py"), *options, *DEMO, *place)
+        program = str(PROJECT / "ensemble_orchestrator.py")
+        return run_python(program, *options, *DEMO, *place, environment=environment)
 
     return run
 
@@ -99,6 +103,53 @@ def test_what_would_mislead_is_said(discovered):
     assert all(problem["message"] in text for problem in problems.values())
 
 
+def test_predictions_that_do_not_fit_are_made_again_with_its_networks(discovered, foreign, run, tmp_path):
+    """One command for all members that need the same."""
+    workspace = shutil.copytree(discovered[0], tmp_path / "w")
+    ids = [f"{digit}/{next((workspace / 'split_dataset' / 'train' / digit).iterdir()).name}" for digit in "0123456789"]
+    arrays = {"logits": np.eye(10, dtype=np.float32), "labels": np.arange(10), "sample_ids": np.array(ids)}
+    for name in ("CustomCoAtNet", "CustomConvNeXt"):
+        np.savez(workspace / "kfold_results" / f"{name}_oof_predictions.npz", **arrays, fold=np.arange(10) % 2)
+    np.savez(workspace / "kfold_results" / "CustomDeiTStyle_oof_predictions.npz", **arrays)
+    done = run("discover", workspace=workspace)
+    assert done.returncode == 0, done.stderr
+    end = f"--base-back {foreign.base_back} --workspace {workspace}"
+    (line,) = [line for line in done.stdout.splitlines() if "10 of 400 train images" in line]
+    assert line.startswith("warning: CustomCoAtNet, CustomConvNeXt: out-of-fold predictions for 10 of 400")
+    assert line.endswith(f"--stages kfold --backbones CustomCoAtNet CustomConvNeXt {end}")
+    (line,) = [line for line in done.stdout.splitlines() if "refused: no array fold" in line]
+    assert "It is used without them. Run K-fold on this split again: python" in line
+    assert line.endswith(f"--stages kfold --backbones CustomDeiTStyle {end}")
+
+
+def test_folds_of_its_networks_are_checked_with_it_and_left_open_with_another(
+    discovered, run, foreign, base_main, tmp_path
+):
+    workspace = shutil.copytree(discovered[0], tmp_path / "w")
+    kfold = ("--stages", "kfold", "--backbones", "CustomConvNeXt", "--folds", "2", "--epochs-head", "0")
+    theirs = ("--base-back", str(foreign.base_back))
+    pixels = {"DBT_IMG_SIZE": "32"}
+    done = base_main(*theirs, *kfold, "--epochs-finetune", "2", workspace=workspace, environment=pixels)
+    assert done.returncode == 0, done.stderr
+    bundled = ("--workspace", str(workspace), "--base-back", str(PROJECT / "BASE-BACK"))
+    done = run_python(str(PROJECT / "ensemble_orchestrator.py"), "discover", "--verify", *DEMO, *bundled)
+    assert done.returncode == 4
+    said = "CustomConvNeXt_final.pth: the weights of another architecture"
+    assert said in done.stdout
+    assert "where another BASE-BACK has trained it, mount that one: --base-back DIR" in done.stdout
+    assert "refused" not in done.stdout
+    done = run("discover", workspace=workspace)  # runs nothing, and does not hold the wrong mount against them
+    assert done.returncode == 0, done.stderr
+    assert all(member["usable"] for member in catalog(workspace)["members"].values())
+    done = run("discover", "--verify", workspace=workspace)
+    assert done.returncode == 0, done.stderr
+    for fold in ("fold0", "fold1"):
+        assert f"verify CustomConvNeXt {fold}: ran on" in done.stderr
+    assert catalog(workspace)["members"]["CustomConvNeXt"]["oof"]["rows"] == 400
+    found = {p["code"] for p in catalog(workspace)["problems"] if p["member"] == "CustomConvNeXt"}
+    assert not {code for code in found if code.startswith(("oof", "fold", "no_oof"))}
+
+
 def test_an_export_record_of_other_names_is_said(discovered, run, tmp_path):
     workspace = shutil.copytree(discovered[0], tmp_path / "w")
     path = workspace / "deployment_models" / "CustomSwinTransformer" / "class_mapping.json"
@@ -150,3 +201,58 @@ def test_voted_and_evaluated_as_its_own_code_would(discovered, foreign, run, tmp
         np.testing.assert_allclose(ours / ours.sum(axis=1, keepdims=True), its, atol=1e-5)
     ranking = json.loads((workspace / "metrics_output" / "ensembles" / "ranking.json").read_text())
     assert ranking["recommended"]["evidence"]["rows"] == "val"
+    surplus = {p["message"] for p in catalog(workspace)["problems"] if p["code"] == "surplus_logits"}
+    assert surplus == {f"{SURPLUS}; on the 50 val images they are dead"}
+
+
+@pytest.fixture
+def bare(foreign, tmp_path):
+    """A copy without the empty folders, as a copy of what matters to somebody lacks them."""
+    workspace = Path(shutil.copytree(foreign.workspace, tmp_path / "w"))
+    for name in MADE:
+        (workspace / name).rmdir()
+    return workspace
+
+
+@pytest.fixture
+def read_only(bare):
+    """The same, of somebody else, who lets us read."""
+    folders = [bare, *(path for path in bare.rglob("*") if path.is_dir())]
+    for path in folders:
+        path.chmod(0o555)
+    yield bare
+    for path in folders:
+        path.chmod(0o755)
+
+
+def test_its_settings_make_no_folder_where_an_output_takes_everything(bare, run, tmp_path):
+    before = snapshot(bare)
+    for variable in (False, True):
+        output = ("--output", str(tmp_path / "out")) if not variable else ()
+        environment = {"DBT_ENSEMBLE_DIR": str(tmp_path / "out")} if variable else {}
+        done = run("discover", *output, workspace=bare, environment=environment)
+        assert done.returncode == 0, done.stderr
+        assert snapshot(bare) == before
+    done = run("discover", "--output", str(bare), workspace=bare)  # the workspace itself is no output of its own
+    assert done.returncode == 0, done.stderr
+    assert all((bare / name).is_dir() for name in MADE)
+
+
+def test_a_workspace_that_can_only_be_read_is_voted_and_evaluated_with_an_output(read_only, foreign, tmp_path):
+    before = snapshot(read_only)
+    mounted = ("--base-back", str(foreign.base_back), "--device", "cpu")
+    done = run_bound("status", *mounted, workspace=read_only)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = run_bound("discover", *mounted, workspace=read_only)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert f"{read_only}/ensembles/.lock: cannot be written (Permission denied)" in line
+    assert "--output DIR (or DBT_ENSEMBLE_DIR)" in line
+    out = tmp_path / "out"
+    for command in ("discover", "build-ensemble", "evaluate"):
+        done = run_bound(command, *mounted, "--output", str(out), workspace=read_only)
+        assert done.returncode == 0, done.stderr
+        assert "cannot be written" not in done.stderr
+    ranking = json.loads((out / "metrics_output" / "ensembles" / "ranking.json").read_text())
+    assert len(ranking["rows"]) == 5 + 3
+    assert snapshot(read_only) == before

@@ -183,6 +183,13 @@ def test_a_lock_that_became_another_s_is_left_to_it(lock, heard):
     assert "removed or taken by somebody else" in heard.text
 
 
+def test_a_lock_that_somebody_removed_is_told_and_ends_nothing(lock, heard):
+    with locks.one_writer(lock, "discover"):
+        lock.unlink()
+    assert f"{lock}: removed or taken by somebody else" in heard.text
+    assert list(lock.parent.iterdir()) == []
+
+
 def test_a_workspace_that_cannot_be_written_is_named_with_the_option_to_add(tmp_path):
     (tmp_path / "ensembles").write_text("a file")
     with pytest.raises(UserError, match=rf"{tmp_path}/ensembles/.lock: cannot be written .*--output DIR"):

@@ -320,3 +320,36 @@ def test_metrics_need_numpy_alone():
     code = "import sys, utils.metrics; print(sorted({'torch', 'sklearn', 'scipy', 'pydantic'} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", sorted(metrics.METRICS))
+def test_losses_of_rows_average_to_the_metric(case, name):
+    found, metric = metrics.row_losses(*case, name), metrics.METRICS[name]
+    assert found.shape == case[1].shape
+    expected = metric.function(*case)
+    _assert_close(found.mean(), 1 - expected if metric.higher_is_better else expected)
+
+
+def test_a_rows_loss_of_macro_f1_is_how_it_moves_when_the_row_counts_a_little_more():
+    probabilities, labels = CASES["three classes"]
+    predicted, rows = probabilities.argmax(axis=1), len(labels)
+    found, step = metrics.row_losses(probabilities, labels, "f1_macro"), 1e-6
+
+    def loss(weights):
+        return 1 - reference.f1_score(labels, predicted, average="macro", sample_weight=weights)
+
+    for row in range(0, rows, 19):
+        weights = np.ones(rows)
+        weights[row] += step
+        moved = rows * (loss(weights) - loss(np.ones(rows))) / step
+        assert found[row] - found.mean() == pytest.approx(moved, abs=1e-4)
+
+
+def test_one_standard_error_is_that_of_the_paired_difference():
+    lowest, one_off, three_off = np.zeros(8), np.zeros(8), np.zeros(8)
+    one_off[0] = three_off[:3] = 1
+    assert metrics.within_one_error(one_off, lowest)  # 1/8 above, and the error is 1/8
+    assert not metrics.within_one_error(three_off, lowest)  # 3/8 above, and the error is 0.18
+    assert metrics.within_one_error(lowest, lowest)
+    assert metrics.within_one_error(lowest, one_off)
+    assert not metrics.within_one_error(one_off[:1], lowest[:1])

@@ -15,7 +15,7 @@ from utils.base_back import BUNDLED
 
 __all__ = ["foreign", "foreign_base_back", "mount"]
 # Ours that consist of torch modules; whoever imports one of these does so where it is needed.
-TORCH_MODULES = ("heads",)
+TORCH_MODULES = {"heads", "loops", "soup_trials", "soups", "stacking_heads", "trees"}
 STRANGERS = ("config.py", "models/__init__.py", "training.py", "export.py", "utils/__init__.py")
 
 # The specification's block; only its `...` ends are left out.
@@ -62,7 +62,7 @@ def strangers(foreign: Mount) -> Mount:
 def test_the_printed_import_block_works_from_any_folder(mount: Mount) -> None:
     script = mount.cwd.parent / "probe" / "script.py"
     script.write_text(
-        "import utils, utils.base_back\nutils.base_back.set_up_logging(level='DEBUG')\n"
+        "import utils, utils.messages\nutils.messages.set_up_logging(level='DEBUG')\n"
         + BLOCK
         + """
 import json, logging, pickle, sys

@@ -1,4 +1,4 @@
-"""Alignment of members by id and class name, and the prediction store on really trained members."""
+"""The prediction store on really trained members."""
 
 from __future__ import annotations
 
@@ -15,89 +15,11 @@ import torch
 from utils import catalog, discovery, streaming
 from utils.config_file import load
 from utils.errors import UserError
-from utils.predictions import MemberRows, Store, align, crossfit_folds
+from utils.folds import crossfit_folds
+from utils.predictions import Store
 from utils.workspace import Workspace
 
-CLASSES = ("ant", "bee", "cat")
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "digits_demo.yaml"
-
-
-def member(seed, ids=tuple(f"ant/{n}.png" for n in range(20)), split="val"):
-    rng = np.random.default_rng(seed)
-    labels = np.random.default_rng(99).integers(0, 3, len(ids))
-    logits = rng.normal(size=(len(ids), 3)).astype(np.float32)
-    return MemberRows(split, CLASSES, np.array(ids), labels, logits, np.ones(len(ids), dtype=bool))
-
-
-def shuffled(rows, seed):
-    order = np.random.default_rng(seed).permutation(len(rows.labels))
-    return replace(rows, sample_ids=rows.sample_ids[order], labels=rows.labels[order], logits=rows.logits[order])
-
-
-def permuted_classes(rows, order):
-    """The same outputs with columns, class names and label numbers in another order."""
-    number = np.argsort(order)
-    return replace(
-        rows, classes=tuple(CLASSES[k] for k in order), logits=rows.logits[:, order], labels=number[rows.labels]
-    )
-
-
-def test_rows_are_matched_by_id_and_columns_by_name():
-    a, b = member(1), member(2)
-    expected = align({"a": [a], "b": [b]}, CLASSES)
-    found = align({"b": [permuted_classes(shuffled(b, 5), [2, 0, 1])], "a": [shuffled(a, 6)]}, CLASSES)
-    assert found.members == ("a", "b")
-    assert np.array_equal(found.logits, expected.logits)
-    assert np.array_equal(found.labels, expected.labels)
-    assert np.array_equal(found.sample_ids, expected.sample_ids)
-
-
-def test_equal_ids_of_two_splits_are_two_rows():
-    rows = align({"a": [member(1), member(2, split="train")]}, CLASSES)
-    assert len(rows.labels) == 40
-    assert set(rows.split.tolist()) == {"train", "val"}
-
-
-def test_only_shared_rows_are_kept_and_the_rest_is_told(caplog):
-    few = member(2, ids=tuple(f"ant/{n}.png" for n in range(5, 20)))
-    few = replace(few, labels=member(1).labels[5:])
-    with caplog.at_level("WARNING", logger="disease_pipeline"):
-        import logging
-
-        logging.getLogger("disease_pipeline").addHandler(caplog.handler)
-        rows = align({"a": [member(1)], "b": [few]}, CLASSES)
-        logging.getLogger("disease_pipeline").removeHandler(caplog.handler)
-    assert len(rows.labels) == 15
-    assert "ant/5.png" in rows.sample_ids.tolist()
-    assert "a: 5 of 20 rows are not shared" in caplog.text
-
-
-def spoil(rows, **changes):
-    return replace(rows, **changes)
-
-
-def with_nan(rows):
-    logits = rows.logits.copy()
-    logits[7, 1] = np.nan
-    return spoil(rows, logits=logits)
-
-
-@pytest.mark.parametrize(
-    ("broken", "words"),
-    [
-        (with_nan(member(2)), r"member b: 1 row\(s\) with NaN or infinity, first ant/7.png"),
-        (spoil(member(2), labels=(member(2).labels + 1) % 3), r"members a and b: 20 label\(s\) disagree"),
-        (
-            spoil(member(2), sample_ids=np.array(["ant/0.png"] * 20)),
-            "member b: the sample id val/ant/0.png occurs twice",
-        ),
-        (spoil(member(2), classes=("ant", "bee", "dog")), "member b: classes ant, bee, dog; expected ant, bee, cat"),
-        (spoil(member(2), split="test"), "no row in common"),
-    ],
-)
-def test_members_that_do_not_fit_are_named(broken, words):
-    with pytest.raises(UserError, match=words):
-        align({"a": [member(1)], "b": [broken]}, CLASSES)
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "votes.yaml"
 
 
 def workspace_at(base: Path) -> Workspace:

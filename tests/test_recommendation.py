@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -39,6 +41,9 @@ def test_the_simplest_within_one_standard_error_is_preferred():
     chosen = recommend(found)
     assert chosen["name"] == "soft_voting_ensemble"
     assert "simplest within one standard error" in chosen["reason"]
+    # Of the mean of the difference, not of a single row: 0.1 is three of these and a fifth of those.
+    found[0] = candidate("soft_voting_ensemble", BASE + noise - noise.mean() + 0.1, method="soft_voting")
+    assert recommend(found)["name"] == "logit_averaging_ensemble"
 
 
 def test_a_single_member_wins_only_by_being_lowest():
@@ -49,14 +54,40 @@ def test_a_single_member_wins_only_by_being_lowest():
     assert recommend([near, better])["name"] == "soft_voting_ensemble"
 
 
+def test_a_member_is_never_the_simpler_ensemble():
+    noise = RNG.normal(0, 0.5, 200)
+    near = candidate("a", BASE + noise - noise.mean() + 0.01, kind="member")
+    assert recommend([near, candidate("fusion_x", BASE, method="fusion")])["name"] == "fusion_x"
+
+
+def test_equals_are_told_apart_by_name_in_whatever_order_they_come():
+    twins = [candidate(name, BASE, kind="member") for name in "ba"]
+    for found in (twins, twins[::-1]):
+        assert (recommend(found)["name"], recommend(found)["best_single"]) == ("a", "a")
+
+
+def test_the_evidence_is_that_of_the_chosen_one():
+    hits = np.arange(200) % 4 > 0
+    chosen = recommend([replace(candidate("a", BASE, kind="member"), hits=hits)])
+    error = 1.96 * BASE.std(ddof=1) / np.sqrt(200)
+    assert chosen["evidence"]["accuracy"] == 0.75
+    assert chosen["evidence"]["log_loss_ci95"] == pytest.approx([BASE.mean() - error, BASE.mean() + error])
+
+
 def test_val_only_candidates_must_be_clearly_better():
     voting = candidate("soft_voting_ensemble", BASE + 0.2, method="soft_voting")
     val = np.concatenate([np.full(100, 9.0), BASE[100:] + 0.1])  # its train rows do not exist
     keys = tuple(("val", f"a/{n}.png") for n in range(100, 200))
     clear = Candidate("b", "ensemble", "fusion", keys, val[100:], np.ones(100, dtype=bool))
-    assert recommend([voting, clear])["name"] == "b"
+    chosen = recommend([voting, clear])
+    assert chosen["name"] == "b"
+    assert (chosen["evidence"]["rows"], chosen["evidence"]["n"]) == ("val", 100)
     unclear = Candidate("b", "ensemble", "fusion", keys, BASE[100:] + 0.2 + RNG.normal(0, 1, 100), np.ones(100, bool))
-    assert recommend([voting, unclear])["name"] == "soft_voting_ensemble"
+    chosen = recommend([voting, unclear])
+    assert chosen["name"] == "soft_voting_ensemble"
+    assert (chosen["evidence"]["rows"], chosen["evidence"]["n"]) == ("oof+val", 200)
+    single = Candidate("b", "ensemble", "fusion", keys[:1], np.zeros(1), np.ones(1, dtype=bool))
+    assert recommend([voting, single])["name"] == "soft_voting_ensemble"  # one row shows no spread
 
 
 def test_without_oof_all_are_compared_on_val():

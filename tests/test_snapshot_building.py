@@ -32,11 +32,11 @@ ASKED = (
     *("runs.snapshot_ensemble.enable=true", "runs.snapshot_ensemble.n_snapshots=2"),
     "runs.snapshot_ensemble.epochs_per_cycle=1",
 )
-COMMAND = ("--config", "configs/digits_demo.yaml", *(word for value in ASKED for word in ("--set", value)))
+COMMAND = ("--config", "configs/votes.yaml", *(word for value in ASKED for word in ("--set", value)))
 
 
 def config(*overrides: str):
-    return load(PROJECT / "configs" / "digits_demo.yaml", overrides=[*ASKED, *overrides])
+    return load(PROJECT / "configs" / "votes.yaml", overrides=[*ASKED, *overrides])
 
 
 def at(base: Path, output: Path | None = None) -> Workspace:

@@ -1,4 +1,4 @@
-"""`status` finds what is built, stale and next without torch; `clean` removes what it lists, and nothing else."""
+"""`status` finds what is built, stale and next without torch, and writes nothing."""
 
 from __future__ import annotations
 
@@ -10,47 +10,18 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import PROJECT, run_python
+from finished_workspace import CONFIG, DEMO, at, files, look, run, status, workspace
 
 import ensemble_orchestrator
-from utils import discovery, inventory, locks, upkeep
+from utils import discovery, locks
 from utils.config_file import load
-from utils.errors import ConfigError
 from utils.workspace import Workspace
 
-CONFIG = PROJECT / "configs" / "digits_demo.yaml"
-DEMO = ("--config", "configs/digits_demo.yaml")
-NAMES = ("split_dataset", "checkpoints", "metrics_output", "kfold_results", "deployment_models", "image_cache", "logs")
+__all__ = ["workspace"]
 
 
-def at(base: Path) -> Workspace:
-    return Workspace(base, *(base / name for name in NAMES))
-
-
-@pytest.fixture
-def workspace(own_copy) -> Workspace:
-    return at(own_copy)
-
-
-def look(workspace: Workspace, *overrides: str) -> inventory.Inventory:
-    return inventory.take(load(CONFIG, overrides=overrides), workspace)
-
-
-def status(workspace: Workspace, *overrides: str):
-    return upkeep.status(load(CONFIG, overrides=overrides), workspace)
-
-
-def clean(workspace: Workspace, **options: bool):
-    return upkeep.clean(load(CONFIG), workspace, **options)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-# status ---------------------------------------------------------------------------------------------------------------
 def test_a_finished_workspace_is_current_and_has_no_next_command(workspace):
     found = status(workspace)
     assert found.next is None
@@ -93,10 +64,6 @@ def test_the_next_command_leads_from_images_to_a_ranking(trained, tmp_path):
     assert said == ["discover", "build-ensemble", "evaluate"]
 
 
-def run(base: Path, *options: str):
-    return run_python(str(PROJECT / "ensemble_orchestrator.py"), *options, *DEMO, "--workspace", str(base))
-
-
 def test_an_empty_workspace_is_told_how_to_train(tmp_path):
     done = run(tmp_path, "status")
     assert done.returncode == 0
@@ -105,9 +72,27 @@ def test_an_empty_workspace_is_told_how_to_train(tmp_path):
     )
 
 
-def touched(path: Path) -> None:
-    later = time.time() + 10
-    os.utime(path, (later, later))
+def touched(path: Path, seconds: float = 10) -> None:
+    then = time.time() + seconds
+    os.utime(path, (then, then))
+
+
+def of_other_code(workspace: Workspace) -> None:
+    record = json.loads(workspace.catalog.read_text())
+    record["base_back"]["digest"] = "another"
+    workspace.catalog.write_text(json.dumps(record))
+
+
+def images(workspace: Workspace) -> list[Path]:
+    return sorted((workspace.split_dir / "val").glob("*/*.png"))
+
+
+def edited(paths: list[Path]) -> None:
+    """Another last byte, in place: name, size and folder are as before."""
+    for path in paths:
+        with path.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\0")
 
 
 @pytest.mark.parametrize(
@@ -122,11 +107,16 @@ def touched(path: Path) -> None:
         (lambda w: copied(w, "New", "final"), "New_final.pth is new"),
         (lambda w: copied(w, "CustomConvNeXt", "snapshot9"), "CustomConvNeXt_snapshot9.pth is new"),
         (lambda w: touched(w.split_dir / "val" / "1"), "images of val were added or removed"),
+        (lambda w: edited(images(w)[:1]), "val/0/{first} has changed"),
+        (lambda w: edited(images(w)), "28 images of val have changed, first 0/{first}"),
+        (lambda w: [path.unlink() or touched(path.parent, -10) for path in images(w)[:7]], "val/0: the class folder"),
+        (lambda w: of_other_code(w), "the code of BASE-BACK is another"),
     ],
-    ids=["changed", "gone", "oof", "new member", "new role", "images"],
+    ids=["changed", "gone", "oof", "new member", "new role", "images", "edited", "all edited", "empty class", "code"],
 )
 def test_a_catalog_older_than_its_files_is_stale_with_the_reason(workspace, change, reason):
     discovery.discover(load(CONFIG), workspace)  # the digests of the copy's own files are known from here on
+    reason = reason.format(first=images(workspace)[0].name)
     change(workspace)
     state = look(workspace).catalog
     assert state.state == "stale"
@@ -145,7 +135,11 @@ def copied(workspace: Workspace, backbone: str, role: str) -> None:
 def test_in_a_moved_workspace_times_decide(workspace):
     assert look(workspace).catalog.state == "current"
     touched(workspace.checkpoint("CustomConvNeXt", "final"))
-    assert look(workspace).catalog.reasons == ("checkpoints/CustomConvNeXt_final.pth has changed",)
+    touched(images(workspace)[0])
+    assert look(workspace).catalog.reasons == (
+        "checkpoints/CustomConvNeXt_final.pth has changed",
+        f"val/0/{images(workspace)[0].name} has changed",
+    )
 
 
 def test_a_split_that_is_gone_is_made_before_anything_else(workspace):
@@ -177,6 +171,23 @@ def test_ensembles_and_predictions_of_an_old_checkpoint_are_named(workspace):
     assert found.evaluation.state == "stale"
     assert status(workspace).next == "build-ensemble"
     assert "CustomConvNeXt on test  stale: of an old checkpoint" in status(workspace).text
+
+
+def test_predictions_of_other_images_and_damaged_ones_are_named(workspace):
+    edited(images(workspace)[:1])
+    (workspace.predictions("CustomConvNeXt", "test") / "record.json").write_text("{")
+    discovery.discover(load(CONFIG), workspace)
+    found = look(workspace).predictions["CustomConvNeXt"]
+    assert str(found["val"]) == "stale: of other images"
+    assert found["test"].state == "damaged"
+
+
+def test_an_ensemble_of_a_member_that_is_gone_is_stale(workspace):
+    for path in workspace.checkpoints.glob("CustomViTHybrid*"):
+        path.unlink()
+    discovery.discover(load(CONFIG), workspace)
+    reasons = look(workspace).ensembles["soft_voting_ensemble"].reasons
+    assert reasons == ("CustomViTHybrid is no longer in the catalog",)
 
 
 def test_other_settings_and_other_members_make_an_ensemble_stale(workspace):
@@ -243,121 +254,6 @@ def test_a_dead_writer_is_shown_as_such(workspace):
     assert "runs no more" in status(workspace).text
     workspace.lock.write_text("{")
     assert "damaged" in status(workspace).text
-
-
-# clean ----------------------------------------------------------------------------------------------------------------
-def leave_rubbish(workspace: Workspace) -> dict[str, Path]:
-    """One of each kind of thing that may go."""
-    temporary = workspace.models / ".crossfit.abcd1234.partial.npz"
-    temporary.write_bytes(b"12345")
-    gone = workspace.predictions("Gone", "val")
-    gone.mkdir(parents=True)
-    np.save(gone / "logits.npy", np.zeros(10))
-    workspace.embeddings("Gone", "val").parent.mkdir(parents=True)
-    np.save(workspace.embeddings("Gone", "val"), np.zeros(10))
-    workspace.oof("Gone").write_bytes(b"123")
-    return {"temporary": temporary, "predictions": gone, "oof": workspace.oof("Gone")}
-
-
-def test_clean_lists_and_removes_nothing_without_confirm(workspace):
-    leave_rubbish(workspace)
-    before = files(workspace.base)
-    found = clean(workspace)
-    assert found.document["removed"] == []
-    assert files(workspace.base) == before
-    groups = {group["what"]: group for group in found.document["groups"]}
-    assert groups["temporary files"]["bytes"] == 5
-    assert [item["name"] for item in groups["predictions of members that are gone"]["items"]] == [
-        "Gone",
-        "Gone",
-        "Gone.npz",
-    ]
-    assert groups["decoded images"]["bytes"] > 0
-    assert groups["decoded images"]["option"] == "--cache"
-    assert found.next == "clean --confirm"
-    assert "nothing is removed without --confirm" in found.text
-
-
-def test_clean_confirm_removes_what_it_lists_and_nothing_else(workspace):
-    before = files(workspace.base)
-    leave_rubbish(workspace)
-    found = clean(workspace, confirm=True)
-    assert found.failures == []
-    assert len(found.document["removed"]) == 4
-    assert files(workspace.base) == before
-    assert not (workspace.ensembles / "predictions" / "Gone").exists()
-    assert status(workspace).next is None
-    assert clean(workspace).text.endswith("nothing to remove")
-
-
-def test_clean_temporary_removes_at_once_and_only_that(workspace):
-    rubbish = leave_rubbish(workspace)
-    base_own = workspace.checkpoints / ".x.abcd1234.partial.pth"
-    base_own.write_bytes(b"the base pipeline's")
-    assert clean(workspace, temporary=True).document["bytes_removed"] == 5
-    assert not rubbish["temporary"].exists()
-    assert rubbish["predictions"].exists()
-    assert base_own.exists()
-    with pytest.raises(ConfigError, match="takes neither"):
-        clean(workspace, temporary=True, cache=True)
-
-
-def test_clean_cache_and_stale_remove_what_can_be_made_again(workspace):
-    shutil.copy(workspace.checkpoint("CustomConvNeXt", "snapshot1"), workspace.checkpoint("CustomConvNeXt", "final"))
-    discovery.discover(load(CONFIG), workspace)
-    found = clean(workspace, cache=True, stale=True)
-    assert found.next == "clean --cache --stale --confirm"
-    assert "soft_voting_ensemble: stale: CustomConvNeXt has another checkpoint now" in found.text
-    base = {name: content for name, content in files(workspace.base).items() if "image_cache" not in name}
-    found = clean(workspace, cache=True, stale=True, confirm=True)
-    assert found.failures == []
-    assert list(workspace.models.iterdir()) == []
-    assert list(workspace.image_cache.iterdir()) == []
-    left = files(workspace.base)
-    assert left == {name: content for name, content in base.items() if not name.startswith(str(workspace.models))}
-
-
-def test_clean_never_goes_through_a_link(workspace, tmp_path):
-    """Our folders moved to another disk by a link: what is there is listed as a link and stays."""
-    leave_rubbish(workspace)
-    for place in (workspace.all_predictions, workspace.models, workspace.image_cache):
-        shutil.move(place, tmp_path / place.name)
-        place.symlink_to(tmp_path / place.name)
-    kept = {folder: files(tmp_path / folder.name) for folder in (workspace.all_predictions, workspace.image_cache)}
-    found = clean(workspace, confirm=True, cache=True, stale=True)
-    assert kept == {folder: files(tmp_path / folder.name) for folder in kept}
-    assert (tmp_path / "models" / "soft_voting_ensemble" / "ensemble.json").is_file()
-    assert found.text.count("symbolic link, not gone through") == 3
-    assert not workspace.embeddings("Gone", "val").exists()  # not behind a link
-    moved = shutil.move(workspace.ensembles, tmp_path / "all")
-    workspace.ensembles.symlink_to(moved)
-    np.save(Path(moved) / ".a.abcd1234.partial.npy", np.zeros(3))
-    before = files(Path(moved))
-    assert clean(workspace, temporary=True).document["removed"] == []
-    assert files(Path(moved)) == before
-
-
-def test_clean_without_a_catalog_cannot_tell_which_members_are_gone(workspace):
-    rubbish = leave_rubbish(workspace)
-    workspace.catalog.unlink()
-    clean(workspace, confirm=True)
-    assert rubbish["predictions"].exists()
-    assert not rubbish["temporary"].exists()
-
-
-# the quota ------------------------------------------------------------------------------------------------------------
-def test_the_quota_is_kept_before_a_command_that_decodes_and_told(own_copy):
-    """Nothing is decoded again while every result is there."""
-    packs = list((own_copy / "image_cache").glob("*.npz"))
-    assert packs
-    done = run(own_copy, "discover", "--set", "cache.quota_gb=0.0001")
-    assert done.returncode == 0, done.stderr
-    assert all(path.exists() for path in packs)  # decodes nothing, so it needs no room
-    done = run(own_copy, "build-ensemble", "--set", "cache.quota_gb=0.0001")
-    assert done.returncode == 0, done.stderr
-    assert "more than the 0.0001 GB of cache.quota_gb" in done.stderr
-    assert not any(path.exists() for path in packs)
-    assert "up to date" in done.stdout
 
 
 def test_the_table_says_which_commands_write():

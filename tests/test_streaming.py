@@ -251,7 +251,7 @@ def store(trained, tmp_path):
     shutil.copytree(trained / "split_dataset", workspace.split_dir)
     workspace.checkpoints.mkdir()
     shutil.copy(trained / "checkpoints" / "CustomConvNeXt_final.pth", workspace.checkpoints)
-    config = load(PROJECT / "configs" / "digits_demo.yaml")
+    config = load(PROJECT / "configs" / "votes.yaml")
     discovery.discover(config, workspace)
     return Store(config, workspace, catalog.load(workspace))
 

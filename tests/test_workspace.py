@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from utils import base_back
 from utils.errors import UserError
 from utils.workspace import Workspace
 
-DEMO = ("--config", "configs/digits_demo.yaml")
+DEMO = ("--config", "configs/votes.yaml")
 PROGRAM = str(PROJECT / "ensemble_orchestrator.py")
 
 
@@ -58,6 +59,7 @@ def test_without_an_output_everything_lies_in_the_workspace(base):
     assert all(path.is_relative_to(base) for path in ours(workspace))
     assert workspace.ranking("val") == base / "metrics_output" / "ensembles" / "ranking_val.json"
     assert workspace.exports == workspace.deployment
+    assert replace(workspace, deployment=base / "elsewhere").exports == base / "elsewhere"
 
 
 @pytest.mark.parametrize("by", ["option", "variable"])
@@ -175,3 +177,13 @@ def test_a_file_in_the_place_of_a_folder_is_named(trained, tmp_path):
     assert done.returncode == 1
     assert f"{place}/ensembles/.lock: cannot be written (Not a directory)" in done.stderr
     assert "Expected folders, not files, on the way there" in done.stderr
+
+
+def test_empty_splits_are_no_images(tmp_path):
+    workspace = Workspace(tmp_path, *(tmp_path / name for name in ("split", *"bcdefg")))
+    assert not workspace.has_images
+    (tmp_path / "split" / "train" / ".hidden").mkdir(parents=True)
+    (tmp_path / "split" / "val").mkdir()
+    assert not workspace.has_images
+    (tmp_path / "split" / "val" / "ant").mkdir()
+    assert workspace.has_images

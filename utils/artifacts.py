@@ -5,12 +5,16 @@ Records are JSON with sorted keys, arrays `.npy` / `.npz` without pickled object
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
 import tempfile
+import tokenize
 import zipfile
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,12 @@ from typing import Any
 import numpy as np
 
 from utils.errors import UserError, cannot_write
+
+NOT_OFFERED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # a file system that sets no room aside
+BLOCK = 1 << 20
+DEFLATED_AT_MOST = 1032  # bytes that one deflated byte can stand for
+_DAMAGE = (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, tokenize.TokenError, RecursionError)
+"""What reading a damaged array raises; the last four come from its header, which numpy reads as a Python literal."""
 
 
 @contextmanager
@@ -48,6 +58,25 @@ def replacing(path: Path) -> Iterator[Path]:
         raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def reserve(path: Path, start: int) -> None:
+    """Give a sparse file all the room from byte `start` on, which is zeros so far; OSError where the disk has none.
+
+    Filling a hole of a memory-mapped file on a full disk is no error but a signal (SIGBUS), which ends the process.
+    """
+    size = path.stat().st_size
+    with path.open("r+b", buffering=0) as file:
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), start, size - start)
+                return
+            except OSError as error:
+                if error.errno not in NOT_OFFERED:
+                    raise
+        file.seek(start)
+        while (left := size - file.tell()) > 0:
+            file.write(bytes(min(left, BLOCK)))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -81,7 +110,7 @@ def open_array(path: Path, *, remedy: str) -> np.ndarray:
     """A memory map of a `.npy` file. Raises UserError with `remedy` for a missing, damaged or pickled one."""
     try:
         return np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except _DAMAGE as error:
         raise UserError(
             f"{path}: cannot be read, {error}; expected an array without pickled objects. {remedy}"
         ) from error
@@ -94,15 +123,54 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_arrays(path: Path, *, remedy: str) -> dict[str, np.ndarray]:
-    """All arrays of a `.npz` file. Raises UserError with `remedy` for a missing, damaged or pickled one."""
+    """All arrays of a `.npz` file. Raises UserError with `remedy` for a missing, damaged or pickled one.
+
+    Nothing is taken on trust: before memory is asked for, the shape in each array's header is held against the bytes
+    that the archive has for it, and those against the file and the machine.
+    """
     try:
-        # Opened here, since numpy leaves the file open when what it holds is no archive.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            _check_sizes(archive.infolist(), path.stat().st_size)
+            return {entry.filename.removesuffix(".npy"): _array(archive, entry) for entry in archive.infolist()}
+    except (*_DAMAGE, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         raise UserError(
             f"{path}: cannot be read, {error}; expected arrays without pickled objects. {remedy}"
         ) from error
+
+
+def _check_sizes(entries: Sequence[zipfile.ZipInfo], size: int) -> None:
+    """ValueError for an archive that promises more bytes than its `size` can hold or this machine should give."""
+    names = [entry.filename for entry in entries]
+    strangers = [name for name in names if not name.endswith(".npy")]
+    if strangers or len(set(names)) < len(names):
+        raise ValueError(f"it holds {strangers[0]}" if strangers else "two of its arrays have one name")
+    methods = {entry.compress_type for entry in entries} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+    if methods:
+        raise ValueError(f"it is compressed by method {min(methods)}, neither stored nor deflated")
+    if sum(entry.compress_size for entry in entries) > size:
+        raise ValueError("its parts are longer than the file")
+    swollen = [entry.filename for entry in entries if entry.file_size > DEFLATED_AT_MOST * entry.compress_size]
+    if swollen:
+        raise ValueError(f"{swollen[0]} promises more bytes than its part of the file can hold")
+    total, most = sum(entry.file_size for entry in entries), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if total > most // 2:
+        raise ValueError(f"its arrays take {total / 1e9:.1f} GB, more than half of this machine's {most / 1e9:.1f} GB")
+
+
+def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(entry) as header:
+        version = np.lib.format.read_magic(header)
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in readers:
+            raise ValueError(f"{entry.filename} has the format version {version}")
+        shape, _, dtype = readers[version](header)
+        there = entry.file_size - header.tell()
+    if dtype.hasobject:
+        raise ValueError(f"{entry.filename} holds pickled objects (text goes into an array of type str)")
+    if min(shape, default=0) < 0 or math.prod(shape) * max(dtype.itemsize, 1) != there:
+        raise ValueError(f"{entry.filename} declares {dtype} of shape {shape}; {there} bytes are there")
+    with archive.open(entry) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -123,6 +191,19 @@ def read_tensors(path: Path, *, remedy: str) -> dict[str, np.ndarray]:
         return load(path.read_bytes())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read, {error}; expected a safetensors file. {remedy}") from error
+
+
+def write_checkpoint(path: Path, weights: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+    """Write a network in the base pipeline's form, atomically; equal content gives equal bytes.
+
+    `weights` {name: tensor}; `extra` is what it says of itself, JSON-ready.
+    """
+    import torch
+
+    # A pickle notes which strings are one object; those that come out of the parser are alike every time.
+    plain = json.loads(json.dumps(extra, sort_keys=True, allow_nan=False))
+    with replacing(path) as temporary, temporary.open("wb") as file:  # a path would put its name into the archive
+        torch.save({"model_state_dict": dict(weights), "extra": plain}, file)
 
 
 def digest_of(value: Any) -> str:

@@ -12,20 +12,22 @@ ever written into a BASE-BACK that is not the bundled one.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib.machinery import SOURCE_SUFFIXES, FileFinder, ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import spec_from_file_location
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 from utils.errors import UserError
+from utils.messages import LOGGER_NAME, set_up_logging
 
 PROJECT = Path(os.path.abspath(__file__)).parents[1]
 BUNDLED = PROJECT / "BASE-BACK"
@@ -34,7 +36,6 @@ EXPORTS = (
     "logger", "smoke_checker", "DEVICE", "get_device", "set_seed", "get_optimal_workers", "OPTIMAL_WORKERS",
     "compute_file_sha256", "get_device_info", "DedupLogger", "SmokeCheckLogger",
 )  # fmt: skip
-LOGGER_NAME = "disease_pipeline"
 
 _OURS = "utils"
 _BASE_UTILS = "utils._base"
@@ -261,9 +262,38 @@ class _Loader(SourceFileLoader):
         """Run the file; the log level that the command line chose outlives BASE-BACK's own."""
         logger = logging.getLogger(LOGGER_NAME)
         level = logger.level
-        super().exec_module(module)
+        with _sparing_the_workspace() if module.__name__.startswith("config") else nullcontext():
+            super().exec_module(module)
         if level != logging.NOTSET:
             logger.setLevel(level)
+
+
+@contextmanager
+def _sparing_the_workspace() -> Iterator[None]:
+    """Read settings that make folders of the workspace: none with an output of ours elsewhere, else those that can be.
+
+    Nothing of ours needs them; whoever writes into one that is missing makes it, or says why it cannot be made.
+    """
+    workspace, output = os.environ["DBT_BASE_DIR"], os.environ.get("DBT_ENSEMBLE_DIR")
+    is_only_read = bool(output) and not _same(_absolute(output), workspace)
+    make = os.mkdir
+
+    def spare(path: Any, *arguments: Any, **options: Any) -> None:
+        is_inside = _absolute(os.fsdecode(path)).is_relative_to(workspace)
+        if is_inside and is_only_read:
+            return
+        try:
+            make(path, *arguments, **options)
+        except OSError as error:
+            if not is_inside or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            logging.getLogger(LOGGER_NAME).debug("%s: not made by BASE-BACK's settings (%s)", path, error.strerror)
+
+    os.mkdir = spare  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os.mkdir = make
 
 
 class _Finder:
@@ -335,63 +365,3 @@ def exported(name: str) -> Any:
     value = getattr(importlib.import_module(_BASE_UTILS), name)
     setattr(sys.modules[_OURS], name, value)
     return value
-
-
-class _Terminal(logging.StreamHandler[TextIO]):
-    """Writes to the stream given, or to whatever sys.stderr is when the message comes."""
-
-    def __init__(self, stream: TextIO | None) -> None:
-        self._given = stream
-        super().__init__(stream)
-
-    @property
-    def stream(self) -> TextIO:
-        return self._given or sys.stderr
-
-    @stream.setter
-    def stream(self, value: TextIO) -> None:
-        """The base class assigns sys.stderr here; it is looked up anew for every message instead."""
-
-
-class _LogFile(RotatingFileHandler):
-    """A log file of at most 5 MB and three older ones, opened (and its folder made) with the first message."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, maxBytes=5_000_000, backupCount=3, encoding="utf-8", delay=True)
-
-    def _open(self) -> Any:
-        os.makedirs(os.path.dirname(self.baseFilename), exist_ok=True)
-        return super()._open()
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Say once that the file cannot be written, and go on without it."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            super().handleError(record)
-            return
-        logger = logging.getLogger(LOGGER_NAME)
-        logger.removeHandler(self)
-        logger.warning("log file %s cannot be written (%s); messages go to the terminal only", self.baseFilename, error)
-
-
-def set_up_logging(
-    *, level: int | str = logging.INFO, log_file: Path | None = None, stream: TextIO | None = None
-) -> logging.Logger:
-    """Give the logger `disease_pipeline` one terminal handler (stderr unless `stream`) and, if asked, a log file.
-
-    `level` is the terminal's; the file also holds what is below it. Called again, it replaces the handlers it gave
-    before; handlers of others stay.
-    """
-    logger = logging.getLogger(LOGGER_NAME)
-    for old in [handler for handler in logger.handlers if isinstance(handler, (_Terminal, _LogFile))]:
-        logger.removeHandler(old)
-        old.close()
-    handlers: list[logging.Handler] = [_Terminal(stream), *([_LogFile(log_file)] if log_file is not None else [])]
-    formatter = logging.Formatter("%(asctime)s | %(levelname)s | %(message)s", datefmt="%H:%M:%S")
-    for handler in handlers:
-        handler.setFormatter(formatter)
-        logger.addHandler(handler)
-    handlers[0].setLevel(level)
-    logger.setLevel(logging.DEBUG if log_file is not None else level)
-    logger.propagate = False
-    return logger

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from utils import catalog, ensembles, fitting, snapshot_building
+from utils import catalog, ensembles, fitting, pruned_building, snapshot_building, soup_building
 from utils.catalog import Member
 from utils.config import Config, require_enabled
 from utils.errors import UserError
@@ -15,12 +15,16 @@ from utils.workspace import Workspace
 STREAMED = ("val", "test")  # one pass serves the honest rows and the evaluation that follows
 
 
-def build_ensemble(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
+def build_ensemble(config: Config, workspace: Workspace, *, pick: str | None = None, force: bool = False) -> Result:
     """Build the score-level ensembles that the configuration lists, from honest predictions.
 
-    What is there with equal inputs is kept, unless `force`. Raises UserError without catalog or members; what could not
-    be built is a failure of the result.
+    `pick` takes the place of `pruning.pick`. What is there with equal inputs is kept, unless `force`. Raises UserError
+    without catalog or members, and for a `pick` where pruning is off; what could not be built is a failure of the
+    result.
     """
+    if pick is not None:
+        require_enabled(config, pruned_building.PLACE)
+        config = config.model_copy(update={"pruning": config.pruning.model_copy(update={"pick": pick})})
     sections = [section for place, section in SECTIONS.items() if config.at(f"{place}.enable")]
     if not sections:
         require_enabled(config, next(iter(SECTIONS)))
@@ -28,7 +32,6 @@ def build_ensemble(config: Config, workspace: Workspace, *, force: bool = False)
     members = catalog.select(found, config)
     store = Store(config, workspace, found)
     results = [section(store, members, force) for section in sections]
-    results.append(Result("", {}, _sections_without_builder(config)))
     store.digests.save()
     lines = [result.text for result in results if result.text]
     lines.append(f"{len(members)} members: {', '.join(member.name for member in members)}")
@@ -75,14 +78,10 @@ def _is_up_to_date(store: Store, members: Sequence[Member], method: str) -> bool
     return ensembles.stored_digest(store.workspace, ensembles.NAMES[method]) == wanted
 
 
-def _sections_without_builder(config: Config) -> list[str]:
-    """Switched-on sections of this command that this version does not build."""
-    places = ("runs.model_soup", "pruning")
-    return [f"{place}: not built by this version" for place in places if config.at(f"{place}.enable")]
-
-
 KEYS = ("built", "up_to_date")
 SECTIONS: dict[str, Callable[[Store, Sequence[Member], bool], Result]] = {
-    "runs.score_ensemble": score_level,
+    soup_building.PLACE: soup_building.model_soups,  # first: what it makes may be a member of the others
     snapshot_building.PLACE: snapshot_building.snapshots,
+    "runs.score_ensemble": score_level,
+    pruned_building.PLACE: pruned_building.pruned,
 }

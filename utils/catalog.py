@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,10 +21,12 @@ logger = logging.getLogger("disease_pipeline")
 
 SCHEMA = 1
 STAGES = ("final", "finetune_best", "head_best")  # the first that exists is the member
-DERIVED = r"snapshot\d+|uniform_soup|greedy_soup|distilled"
+MADE = r"uniform_soup|greedy_soup|wise_ft|distilled"  # by us, from other members
+DERIVED = rf"snapshot\d+|{MADE}"
 CHECKPOINT_NAME = re.compile(
     rf"(?P<name>.+)_(?P<role>final|finetune_best|head_best|fold\d+|(?:head|finetune)_epoch\d+|{DERIVED})\.pth"
 )
+IMPORTED = "imported"
 TIMM = "timm:"  # begins the architecture of a member that is built by timm, not by BASE-BACK
 RUN_DISCOVER = "Run `python ensemble_orchestrator.py discover` first"
 
@@ -42,31 +45,37 @@ class Problem:
 
 @dataclass(frozen=True)
 class Member:
-    """One trained model that can be ensembled."""
+    """One trained model, or one set of predictions, that can be ensembled."""
 
     name: str
     architecture: str
     size: str
-    img_size: int
+    img_size: int | None
+    """In pixels; None for an imported member, whose architecture and size are `unknown` as well."""
     classes: tuple[str, ...]
     """In the order of the network's outputs."""
     checkpoints: tuple[dict[str, str], ...]
-    """{path, stage, sha256}, the member's own first."""
+    """{path, stage, sha256}, the member's own first; none of an imported member"""
     exports: tuple[str, ...]
     metrics: str | None
     oof: dict[str, Any] | None
-    """{path, rows, folds, sha256}"""
+    """{path, rows, folds, accuracy, sha256}"""
     recorded_accuracy: float | None
     digest: str
-    """Of the weights and of what is needed to run them."""
+    """Of the weights and of what is needed to run them; of the predictions of an imported member"""
     usable: bool = True
     source: str = "trained"
-    """trained, or derived from other members' weights or outputs"""
+    """trained; derived from other members' weights or outputs; imported: known by its predictions alone"""
     parents: tuple[str, ...] = ()
     recorded_test_accuracy: float | None = None
 
     def network(self, workspace: Workspace, stage: str | None = None) -> NetworkSpec:
-        """How to build and run it, or the network of another of its stages, such as `fold0`."""
+        """How to build and run it, or the network of another of its stages, such as `fold0`.
+
+        Raises UserError for an imported member.
+        """
+        if self.source == IMPORTED or self.img_size is None:
+            raise UserError(f"{self.name}: imported predictions; there is no network that could be run")
         entries = [entry for entry in self.checkpoints if stage in (None, entry["stage"])]
         path = workspace.base / entries[0]["path"]
         architecture = self.architecture.removeprefix(TIMM)
@@ -81,8 +90,18 @@ class Catalog:
     base_back: dict[str, str]
     classes: tuple[str, ...]
     splits: dict[str, dict[str, Any]]
+    """{split: {n, digest}}, with `images: false` where imported predictions alone say which rows there are"""
     members: dict[str, Member]
     problems: tuple[Problem, ...] = field(default=())
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the splits are folders of images."""
+        return all(facts.get("images", True) for facts in self.splits.values())
+
+    def imported(self) -> dict[str, Member]:
+        """The members that are known by their predictions alone."""
+        return {name: member for name, member in self.members.items() if member.source == IMPORTED}
 
     def as_record(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -112,8 +131,15 @@ def kfold_command(workspace: Workspace, backbones: Sequence[str]) -> str:
     """What to type for out-of-fold predictions of these backbones, the bundled BASE-BACK's or a mounted one's."""
     script, mounted = base_back.BUNDLED / "src" / "main.py", base_back.locate()
     shown = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
-    external = f" --base-back {mounted}" if base_back.kind(mounted) == "external" else ""
-    return f"python {shown} --stages kfold --backbones {' '.join(backbones)}{external} --workspace {workspace.base}"
+    external = ["--base-back", str(mounted)] if base_back.kind(mounted) == "external" else []
+    words = ["python", str(shown), "--stages", "kfold", "--backbones", *backbones, *external]
+    return shlex.join([*words, "--workspace", str(workspace.base)])
+
+
+def mounted() -> dict[str, str]:
+    """The BASE-BACK that is mounted, as a catalog records it."""
+    path = base_back.locate()
+    return {"path": str(path), "kind": base_back.kind(path), "digest": base_back.source_digest(path)}
 
 
 def save(workspace: Workspace, catalog: Catalog) -> None:
@@ -184,7 +210,8 @@ def _member_of_record(name: str, entry: dict[str, Any]) -> Member:
 def select(catalog: Catalog, config: Config) -> list[Member]:
     """The members that the configuration asks for, by name. Raises UserError when fewer than one is left.
 
-    A named backbone that was never trained is left out with a warning; one that no backbone is called is an error.
+    Imported members are asked for by name, or by leaving `include` as the specification prints it. A named backbone
+    that was never trained is left out with a warning; one that no backbone is called is an error.
     """
     named = [*config.backbones.include, *config.backbones.exclude]
     settings = base_back.settings()
@@ -198,8 +225,11 @@ def select(catalog: Catalog, config: Config) -> list[Member]:
             f"known: {', '.join(sorted(known))}; found: {', '.join(unknown)}"
         )
     wanted = config.backbones.selected
+    imported = catalog.imported()
+    if config.backbones.include == printed:
+        wanted += tuple(name for name in imported if name not in (*wanted, *config.backbones.exclude))
     missing = [name for name in wanted if name not in catalog.members]
-    if missing:
+    if missing and (config.backbones.include != printed or len(imported) < len(catalog.members)):
         logger.warning("Model %s not found, skipping (train it, then run discover)", ", ".join(missing))
     found = sorted(name for name in wanted if name in catalog.members and catalog.members[name].usable)
     if not found:
@@ -210,9 +240,9 @@ def select(catalog: Catalog, config: Config) -> list[Member]:
     return [catalog.members[name] for name in found]
 
 
-def check_current(workspace: Workspace, member: Member, digests: FileDigests) -> None:
-    """Raise UserError when a member's checkpoint is not the one that discovery saw."""
-    entry = member.checkpoints[0]
+def check_current(workspace: Workspace, member: Member, digests: FileDigests, stage: str | None = None) -> None:
+    """Raise UserError when a member's checkpoint, or that of another of its stages, is not what discovery saw."""
+    entry = next(entry for entry in member.checkpoints if stage in (None, entry["stage"]))
     path = workspace.base / entry["path"]
     try:
         found = digests.of(path)
@@ -220,3 +250,18 @@ def check_current(workspace: Workspace, member: Member, digests: FileDigests) ->
         raise UserError(f"{path}: the checkpoint of {member.name} is gone. Train it again or run discover") from None
     if found != entry["sha256"]:
         raise UserError(f"{path}: changed since discovery. Run `python ensemble_orchestrator.py discover` again")
+
+
+def problem_lines(problems: Sequence[Problem]) -> list[str]:
+    """One line for each problem; the same problem of several members is one line, and so is a command for them all."""
+    members: dict[tuple[str, str, str], list[str]] = {}
+    for problem in problems:
+        remedy = re.sub(rf"(?<=--backbones ){re.escape(problem.member or '')}(?= )", "{names}", problem.remedy)
+        names = members.setdefault((problem.severity, problem.message, remedy), [])
+        names += [problem.member] if problem.member else []
+    return [
+        f"{severity}: {', '.join(names) + ': ' if names else ''}{message}. {remedy[:1].upper()}{remedy[1:]}".replace(
+            "{names}", " ".join(names)
+        )
+        for (severity, message, remedy), names in members.items()
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
@@ -72,3 +73,30 @@ class Combiner(Protocol):
 
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
         """What a person wants to know of the fit, ready for JSON; `weights` {member: weight} where there are any."""
+
+
+@runtime_checkable
+class SharesFits(Combiner, Protocol):
+    """A combiner whose cross-fitted copies and final fit have trainings in common."""
+
+    def fit_crossfitted(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
+        """Fit as `fit` does; gives the probabilities (N, C) of copies that were fitted without the row's fold."""
+
+
+def fit_crossfitted(recipe: Combiner, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """Fit a recipe on logits (M, N, C), labels (N,), folds (N,); gives its cross-fitted probabilities float32 (N, C).
+
+    The rows of one fold are answered by a copy of the whole recipe that was fitted on the other folds. What learns
+    nothing answers as it will at inference.
+    """
+    if isinstance(recipe, SharesFits):
+        return recipe.fit_crossfitted(logits, labels, folds).astype(np.float32)
+    recipe.fit(logits, labels, folds)
+    if not recipe.learns:
+        return recipe.predict_proba(logits).astype(np.float32)
+    probabilities = np.empty(logits.shape[1:], dtype=np.float32)
+    for held_out in np.unique(folds):
+        inside, outside = folds == held_out, folds != held_out
+        copy = deepcopy(recipe).fit(logits[:, outside], labels[outside], folds[outside])
+        probabilities[inside] = copy.predict_proba(logits[:, inside])
+    return probabilities

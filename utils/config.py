@@ -21,7 +21,7 @@ from utils.errors import UserError
 SPECIFIED: dict[str, tuple[str, ...]] = {
     "exports.formats": ("state_dict", "checkpoint", "torchscript", "onnx", "tflite", "tensorrt", "custom"),
     "runs.score_ensemble.methods": ("soft_voting", "hard_voting", "logit_averaging", "weighted", "greedy_selection"),
-    "runs.model_soup.methods": ("uniform", "greedy"),
+    "runs.model_soup.methods": ("uniform", "greedy", "wise_ft"),
     "runs.stacking.meta_learners": ("lr", "xgb", "rf", "mlp"),
     "runs.fusion.fusion_methods": ("concat_mlp", "attention", "bilinear", "cca_aligned"),
     "runs.meta_fuser.fuser_type": ("xgb", "mlp", "attention"),
@@ -63,7 +63,8 @@ def _has_one_group(pattern: object) -> bool:
         return False
 
 
-def _is_name(raw: object) -> bool:
+def is_name(raw: object) -> bool:
+    """Whether a member or an ensemble may be called so, and a folder with it."""
     return isinstance(raw, str) and bool(re.fullmatch(r"(?![.\s])[^/\\\x00-\x1f]+(?<!\s)", raw))
 
 
@@ -74,7 +75,7 @@ def _names(raw: object, info: ValidationInfo) -> object:
     if not raw and info.data.get("enable"):
         raise ValueError("expected at least one name, or enable: false")
     twice = [(position, item, "expected each name once") for position, item in enumerate(raw) if item in raw[:position]]
-    if problems := [(position, item, A_NAME) for position, item in enumerate(raw) if not _is_name(item)] + twice:
+    if problems := [(position, item, A_NAME) for position, item in enumerate(raw) if not is_name(item)] + twice:
         raise PydanticCustomError("items", "see the context", {"items": problems})
     return raw
 
@@ -108,7 +109,7 @@ Shrinkage = Annotated[float, _check("expected a number above 0, at most 1", lamb
 Dropout = Annotated[float, _check("expected a number from 0 to below 1", lambda number: 0 <= number < 1, _real)]
 Flag = Annotated[bool, _check("expected true or false, without quotes", lambda raw: isinstance(raw, bool))]
 Text = Annotated[str, _check("expected text, in quotes", lambda raw: isinstance(raw, str) and raw.strip() != "")]
-Name = Annotated[str, _check(A_NAME, _is_name)]
+Name = Annotated[str, _check(A_NAME, is_name)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 Sizes = Annotated[tuple[Count, ...], _check(A_LIST, lambda raw: isinstance(raw, (list, tuple)))]
 Device = Annotated[
@@ -152,6 +153,11 @@ class Dataset(Section):
 
 
 class Backbones(Section):
+    """Which members are combined.
+
+    Imported members are named in `include` like others; where it is left as printed here, all of them join.
+    """
+
     include: Names = (
         *("CustomConvNeXt", "CustomEfficientNetV4", "CustomGhostNetV2", "CustomResNetMish", "CustomCSPDarkNet"),
         *("CustomInceptionV4", "CustomViTHybrid", "CustomSwinTransformer", "CustomCoAtNet", "CustomRegNet"),

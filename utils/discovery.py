@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from utils import base_back, catalog, inspection, streaming
+from utils import catalog, imported_members, inspection, streaming
 from utils.artifacts import FileDigests
-from utils.catalog import DERIVED, STAGES, TIMM, Catalog, Member, Problem
+from utils.catalog import DERIVED, IMPORTED, MADE, STAGES, TIMM, Catalog, Member, Problem
 from utils.config import Config
 from utils.errors import UserError, did_you_mean
 from utils.identification import Candidate, Scan, identify
 from utils.inspection import Inspector
+from utils.predictions import Store, with_imported
 from utils.results import Result
 from utils.streaming import ImageSplit
 from utils.workspace import SPLITS, Workspace
@@ -32,21 +33,30 @@ NAMED_PAIRS = 20  # pairs of equal images that are named one by one
 
 
 def discover(
-    config: Config, workspace: Workspace, *, verify: bool = False, add: Sequence[str] = (), force: bool = False
+    config: Config,
+    workspace: Workspace,
+    *,
+    verify: bool = False,
+    add: Sequence[str] = (),
+    remove: Sequence[str] = (),
+    force: bool = False,
 ) -> Result:
     """Find trained models, check them and write the catalog.
 
     `verify` also runs every trained member, and derived ones that the configuration includes, on all val images, and
     out-of-fold predictions' networks on a sample of train images. `add` declares networks of timm,
-    `NAME=timm:MODEL@FILE`; later discoveries keep them. What was measured once is known by digest and measured again
-    only with `force`; a scan is cheap, so it is always made. Raises UserError when there is no member, or for a
-    declaration that cannot be followed.
+    `NAME=timm:MODEL@FILE`; later discoveries keep them, and imported members, until `remove` names them. What was
+    measured once is known by digest and measured again only with `force`; a scan is cheap, so it is always made. Raises
+    UserError when there is no member, or for a declaration that cannot be followed or taken back.
     """
+    earlier = _less(workspace, _earlier(workspace), remove)
+    if earlier and not earlier.has_images and not workspace.has_images and not add:
+        return _without_images(config, workspace, earlier)
     digests = FileDigests(workspace.digests)
     scan = Scan(config, workspace, digests, _list_splits(workspace, digests))
     problems = _split_problems(scan.splits)
     members: dict[str, Member] = {}
-    for candidate in [*_trained(workspace), *_declared(scan, add)]:
+    for candidate in [*_trained(workspace), *_declared(scan, add, earlier)]:
         try:
             members[candidate.name], found = identify(scan, candidate)
             problems += found
@@ -54,7 +64,8 @@ def discover(
             problems.append(Problem("checkpoint_refused", "error", candidate.name, str(error), "See the message"))
             if candidate.remembered is not None:  # a declaration outlives its file
                 members[candidate.name] = replace(candidate.remembered, usable=False, oof=None)
-    inspector = Inspector(config, workspace, scan.classes, scan.splits, digests)
+    mounted = catalog.mounted()
+    inspector = Inspector(config, workspace, scan.classes, scan.splits, digests, mounted["digest"])
     if verify:
         threads = streaming.decoding_threads(config.dataset.num_workers)
         inspector = replace(inspector, device=streaming.resolve_device(config.device), threads=threads)
@@ -65,19 +76,44 @@ def discover(
             members[name], found = _judged(inspector, member)
             problems += found
     digests.save()
-    _require_members(workspace, members, problems)
-    path = base_back.locate()
-    found_all = Catalog(
-        base_back={"path": str(path), "kind": base_back.kind(path), "digest": base_back.source_digest(path)},
+    listed = Catalog(
+        base_back=mounted,
         classes=scan.classes,
         splits={name: {"n": len(split.sample_ids), "digest": split.digest} for name, split in scan.splits.items()},
         members=members,
         problems=tuple(problems),
     )
-    catalog.save(workspace, found_all)
-    measured = {name: digests.facts(inspector.measured_key(member)) or {} for name, member in members.items()}
-    failures = [f"{p.member or 'split'}: {p.message}" for p in problems if p.severity == "error"]
-    return Result(_table(workspace, found_all, measured, verify=verify), found_all.as_record(), failures)
+    if earlier:
+        listed = with_imported(config, workspace, listed, earlier)
+    if remove and not listed.members:
+        workspace.catalog.unlink(missing_ok=True)  # it would go on listing what was taken back
+    _require_members(workspace, listed)
+    measured = {name: inspector.measured(member) or {} for name, member in listed.members.items()}
+    listed = replace(listed, problems=tuple(inspection.with_proof(listed.problems, measured)))
+    return _written(workspace, listed, measured, verify=verify)
+
+
+def _without_images(config: Config, workspace: Workspace, earlier: Catalog) -> Result:
+    """The catalog of imported members alone, who say themselves which samples there are."""
+    if not earlier.members:
+        workspace.catalog.unlink(missing_ok=True)  # it would go on listing what was taken back
+    _require_members(workspace, earlier)
+    if catalog.checkpoint_files(workspace):
+        logger.warning("%s: checkpoints are left out, since there are no images to run them on", workspace.checkpoints)
+    store = Store(config, workspace, earlier)
+    samples = {split: store.samples(split) for split in SPLITS}
+    problems = [problem for problem in earlier.problems if problem.code not in imported_members.UNSHARED]
+    problems += imported_members.unshared({split: store.held(split) for split in SPLITS}, samples)
+    listed = replace(earlier, base_back=catalog.mounted(), splits=store.splits(), problems=tuple(problems))
+    return _written(workspace, listed, {}, verify=False)
+
+
+def _written(
+    workspace: Workspace, found: Catalog, measured: Mapping[str, Mapping[str, Any]], *, verify: bool
+) -> Result:
+    catalog.save(workspace, found)
+    failures = [f"{p.member or 'split'}: {p.message}" for p in found.problems if p.severity == "error"]
+    return Result(_table(workspace, found, measured, verify=verify), found.as_record(), failures)
 
 
 def take_in(
@@ -132,7 +168,7 @@ def _trained(workspace: Workspace) -> list[Candidate]:
         stage = next((stage for stage in STAGES if stage in roles), None)
         derived = {role: path for role, path in roles.items() if re.fullmatch(DERIVED, role)}
         if stage is not None:
-            others = {role: path for role, path in sorted(roles.items()) if role != stage}
+            others = _others(roles, stage)
             found.append(Candidate(backbone, roles[stage], stage, backbone, others))
         for role, path in derived.items():
             parents = () if role == "distilled" else (backbone,)
@@ -140,10 +176,14 @@ def _trained(workspace: Workspace) -> list[Candidate]:
     return sorted(found, key=lambda candidate: candidate.name)
 
 
-def _declared(scan: Scan, add: Sequence[str]) -> list[Candidate]:
-    """Networks of timm: those that the catalog on disk holds and those declared now, which replace them by name."""
+def _declared(scan: Scan, add: Sequence[str], earlier: Catalog | None) -> list[Candidate]:
+    """Networks of timm: those of the earlier catalog and those declared now, which replace them by name.
+
+    Raises UserError for a declaration that cannot be followed.
+    """
     found: dict[str, Candidate] = {}
-    for member in _remembered(scan.workspace):
+    remembered = earlier.members.values() if earlier else ()
+    for member in (member for member in remembered if _is_declared(member)):
         path = scan.workspace.base / member.checkpoints[0]["path"]
         found[member.name] = Candidate(
             member.name,
@@ -180,19 +220,45 @@ def _declared(scan: Scan, add: Sequence[str]) -> list[Candidate]:
 
 
 def _folds(scan: Scan, name: str) -> dict[str, Path]:
-    return catalog.checkpoint_files(scan.workspace).get(name, {})
+    return _others(catalog.checkpoint_files(scan.workspace).get(name, {}), None)
 
 
-def _remembered(workspace: Workspace) -> list[Member]:
-    """Members of the catalog on disk that were declared; none, said in words, where it cannot be read."""
+def _others(roles: Mapping[str, Path], own: str | None) -> dict[str, Path]:
+    """Files of the same training beside the member's own: what was made of it later is not listed with it."""
+    return {role: path for role, path in sorted(roles.items()) if role != own and not re.fullmatch(MADE, role)}
+
+
+def _earlier(workspace: Workspace) -> Catalog | None:
+    """The catalog on disk; None, said in words, where it cannot be read."""
     if not workspace.catalog.is_file():
-        return []
+        return None
     try:
-        members = catalog.read(workspace).members
+        return catalog.read(workspace)
     except UserError as error:
-        logger.warning("%s; networks declared with --add must be declared again", error)
-        return []
-    return [member for member in members.values() if member.architecture.startswith(TIMM)]
+        logger.warning("%s; what was declared with --add or imported must be given again", error)
+        return None
+
+
+def _is_declared(member: Member) -> bool:
+    return member.architecture.startswith(TIMM) and member.source == "trained"
+
+
+def _less(workspace: Workspace, earlier: Catalog | None, remove: Sequence[str]) -> Catalog | None:
+    """The earlier catalog without the members to remove. Raises UserError where one was never given by the user."""
+    members = earlier.members if earlier else {}
+    given = [name for name, one in members.items() if _is_declared(one) or one.source == IMPORTED]
+    for name in remove:
+        if name not in given:
+            raise UserError(
+                f"--remove {name}: no network that was declared with --add, nor imported; these were: "
+                f"{', '.join(given) or 'none'}{did_you_mean(name, given)}. What is in {workspace.checkpoints} is left "
+                "out with backbones.exclude"
+            )
+    if earlier is None or not remove:
+        return earlier
+    kept = {name: member for name, member in members.items() if name not in remove}
+    problems = tuple(problem for problem in earlier.problems if problem.member not in remove)
+    return replace(earlier, members=kept, problems=problems)
 
 
 def _require_timm_model(declaration: str, model: str) -> None:
@@ -208,14 +274,14 @@ def _require_timm_model(declaration: str, model: str) -> None:
 
 def _judged(inspector: Inspector, member: Member) -> tuple[Member, list[Problem]]:
     """A member after what running it has shown, now or at any time before."""
-    measured = inspector.digests.facts(inspector.measured_key(member))
-    honesty = inspector.digests.facts(inspector.honesty_key(member)) if member.oof is not None else None
+    measured, honesty = inspector.measured(member), inspector.honesty(member)
     problems = inspection.measured_problems(inspector.classes, member, measured) if measured else []
     usable = member.usable and not any(problem.severity == "error" for problem in problems)
-    found = inspection.honesty_problems(member, honesty) if honesty else []
+    found = inspection.honesty_problems(inspector.workspace, member, honesty) if honesty else []
     is_refused = any(problem.code in inspection.REFUSING for problem in found)
     if measured and member.oof is not None and not is_refused:
-        found += inspection.suspicion(member, member.oof["accuracy"], measured)
+        remedy = inspection.fold_again(inspector.workspace, member)
+        found += inspection.suspicion(member, member.oof["accuracy"], measured, remedy=remedy)
     return replace(member, usable=usable, oof=None if is_refused else member.oof), [*problems, *found]
 
 
@@ -243,10 +309,10 @@ def _split_problems(splits: Mapping[str, ImageSplit]) -> list[Problem]:
     return problems
 
 
-def _require_members(workspace: Workspace, members: Mapping[str, Member], problems: Sequence[Problem]) -> None:
-    if members:
+def _require_members(workspace: Workspace, found: Catalog) -> None:
+    if found.members:
         return
-    refused = "".join(f"; {problem.message}" for problem in problems if problem.severity == "error")
+    refused = "".join(f"; {problem.message}" for problem in found.problems if problem.severity == "error")
     raise UserError(
         f"{workspace.checkpoints}: no trained model (expected files such as CustomConvNeXt_final.pth{refused}). "
         f"Train some first: make demo, or python BASE-BACK/src/main.py{_windows_folder(workspace)}"
@@ -259,32 +325,22 @@ def _table(workspace: Workspace, found: Catalog, measured: Mapping[str, Mapping[
     lines = [f"{'member':{width}}  size  px   recorded  measured  out-of-fold rows  checkpoints"]
     for name, member in shown.items():
         oof = "-" if member.oof is None else f"{member.oof['rows']} in {member.oof['folds']} folds"
+        is_imported = member.source == IMPORTED
         lines.append(
-            f"{name:{width}}  {member.size:4}  {member.img_size:<3}  {_figure(member.recorded_accuracy):8}  "
-            f"{_figure(measured[name].get('accuracy')):8}  {oof:16}  {len(member.checkpoints)}"
-            f"{'' if member.usable else '  cannot be used'}"
+            f"{name:{width}}  {'-' if is_imported else member.size:4}  {member.img_size or '-':<3}  "
+            f"{_figure(member.recorded_accuracy):8}  {_figure(measured.get(name, {}).get('accuracy')):8}  {oof:16}  "
+            f"{'imported' if is_imported else len(member.checkpoints)}{'' if member.usable else '  cannot be used'}"
         )
     derived = [name for name, member in sorted(found.members.items()) if member.source == "derived"]
     if derived:
         lines.append(f"derived, used only where backbones.include names them: {', '.join(derived)}")
     sizes = ", ".join(f"{split} {facts['n']}" for split, facts in found.splits.items())
-    lines.append(f"{len(shown)} members, {len(found.classes)} classes, images: {sizes}")
-    lines += _problem_lines(found.problems)
+    what = "images" if found.has_images else "samples"
+    lines.append(f"{len(shown)} members, {len(found.classes)} classes, {what}: {sizes}")
+    lines += catalog.problem_lines(found.problems)
     lines.append(f"{'verified, ' if verify else ''}written: {workspace.catalog}")
     return "\n".join(lines)
 
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def _problem_lines(problems: Sequence[Problem]) -> list[str]:
-    """One line for each problem; the same problem of several members is one line."""
-    members: dict[tuple[str, str, str], list[str]] = {}
-    for problem in problems:
-        names = members.setdefault((problem.severity, problem.message, problem.remedy), [])
-        names += [problem.member] if problem.member else []
-    return [
-        f"{severity}: {', '.join(names) + ': ' if names else ''}{message}. {remedy[:1].upper()}{remedy[1:]}"
-        for (severity, message, remedy), names in members.items()
-    ]

@@ -10,7 +10,9 @@ import numpy as np
 
 from utils.combiner import Combiner, MemberFacts
 from utils.config import Config
+from utils.greedy import GreedySelection
 from utils.metrics import softmax
+from utils.weighting import WeightedPool
 
 if TYPE_CHECKING:
     from torch import nn
@@ -110,10 +112,15 @@ class LogitAveraging(Voting):
 
 SAVED_AS: dict[str, type[Combiner]] = {
     "snapshot": SoftVoting,
+    "uniform_soup": SoftVoting,
+    "greedy_soup": SoftVoting,
+    "wise_ft": SoftVoting,
 }
 """Ensembles whose work was done in making their members: the one network, or the mean of a few, answers."""
 COMBINERS: dict[str, type[Combiner]] = {
     "soft_voting": SoftVoting,
     "hard_voting": HardVoting,
     "logit_averaging": LogitAveraging,
+    "weighted": WeightedPool,
+    "greedy_selection": GreedySelection,
 }

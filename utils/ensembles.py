@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from copy import deepcopy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from utils import ensemble_methods
-from utils.artifacts import digest_of, read_arrays, read_json, read_tensors, write_arrays, write_json, write_tensors
+from utils import ensemble_methods, meta_methods, pruning_methods, stacking_methods
+from utils.artifacts import (
+    digest_of,
+    read_arrays,
+    read_json,
+    read_tensors,
+    write_arrays,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from utils.catalog import Member
-from utils.combiner import Combiner
+from utils.combiner import Combiner, fit_crossfitted
 from utils.errors import UserError, did_you_mean
 from utils.metrics import log_loss_per_row, softmax
-from utils.predictions import Rows, Store
+from utils.predictions import Store
 from utils.recommendation import Candidate, recommend
+from utils.rows import Rows
 from utils.workspace import Workspace
 
 SCHEMA = 2
-COMBINERS: dict[str, type[Combiner]] = {**ensemble_methods.COMBINERS, **ensemble_methods.SAVED_AS}
-CHOSEN_ON_VAL = ("greedy_soup", "distilled")
+COMBINERS: dict[str, type[Combiner]] = {
+    **ensemble_methods.COMBINERS,
+    **ensemble_methods.SAVED_AS,
+    **pruning_methods.COMBINERS,
+    **stacking_methods.COMBINERS,
+    **meta_methods.COMBINERS,
+}
+CHOSEN_ON_VAL = ("greedy_soup", "wise_ft", "distilled")
 """In the name of whatever val rows have chosen."""
 NAMES = {method: f"{method}_ensemble" for method in ensemble_methods.COMBINERS}
 """Method -> name of its ensemble; in configuration either may be used."""
@@ -55,6 +70,21 @@ class Provenance:
     """Rows whose labels decided a parameter, of the combiner or of a member's network."""
     selected_on: tuple[RowSet, ...]
     """Rows that decided a choice: an epoch, a method."""
+
+
+def joined(parts: Sequence[Provenance]) -> Provenance:
+    """What any of the parts has seen, one set of rows per split and kind."""
+
+    def union(sets: Iterable[RowSet]) -> tuple[RowSet, ...]:
+        ids: dict[tuple[str, str], set[str]] = {}
+        for rows in sets:
+            ids.setdefault((rows.split, rows.rows), set()).update(rows.sample_ids)
+        return tuple(RowSet(split, kind, tuple(sorted(found))) for (split, kind), found in sorted(ids.items()))
+
+    return Provenance(
+        union(rows for part in parts for rows in part.fitted_on),
+        union(rows for part in parts for rows in part.selected_on),
+    )
 
 
 @dataclass(frozen=True)
@@ -107,18 +137,8 @@ def predict(ensemble: Ensemble, rows: Rows) -> np.ndarray:
 
 
 def crossfit(recipe: Combiner, rows: Rows, fold: np.ndarray) -> Crossfit:
-    """Cross-fitted predictions of an unfitted combiner on honest rows with their folds (N,).
-
-    One that learns nothing answers all rows at once.
-    """
-    probabilities = np.empty((len(rows.labels), len(rows.classes)), dtype=np.float32)
-    if recipe.learns:
-        for held_out in np.unique(fold):
-            inside, outside = fold == held_out, fold != held_out
-            fitted = deepcopy(recipe).fit(rows.logits[:, outside], rows.labels[outside], fold[outside])
-            probabilities[inside] = fitted.predict_proba(rows.logits[:, inside])
-    else:
-        probabilities[:] = recipe.predict_proba(rows.logits)
+    """Fit an unfitted combiner on honest rows with their folds (N,); gives its cross-fitted predictions on them."""
+    probabilities = fit_crossfitted(recipe, rows.logits, rows.labels, fold)
     return Crossfit(probabilities, rows.labels, rows.sample_ids, rows.split, fold)
 
 
@@ -128,7 +148,13 @@ def save(workspace: Workspace, ensemble: Ensemble, unseen: Crossfit, record: Map
     (folder / "ensemble.json").unlink(missing_ok=True)
     for stale in folder.glob("predictions_*.npz"):
         stale.unlink()
-    write_tensors(folder / "combiner.safetensors", ensemble.combiner.state())
+    state = ensemble.combiner.state()
+    texts = {name.replace("/", "_"): name for name in sorted(state) if name.endswith(".json")}
+    for stale in folder.glob("*booster.json"):
+        stale.unlink()
+    for file, name in texts.items():
+        write_text(folder / file, state[name].tobytes().decode())
+    write_tensors(folder / "combiner.safetensors", {name: state[name] for name in state.keys() - texts.values()})
     write_arrays(
         folder / "crossfit.npz",
         {
@@ -152,6 +178,7 @@ def save(workspace: Workspace, ensemble: Ensemble, unseen: Crossfit, record: Map
         {
             **record,
             "schema": SCHEMA,
+            "texts": texts,
             "name": ensemble.name,
             "method": ensemble.method,
             "members": list(ensemble.members),
@@ -167,13 +194,13 @@ def save(workspace: Workspace, ensemble: Ensemble, unseen: Crossfit, record: Map
 
 def stored_digest(workspace: Workspace, name: str) -> str | None:
     """`inputs_digest` of a saved ensemble; None when there is none."""
-    record = _record(workspace, name)
-    return None if record is None else record.get("inputs_digest")
+    found = record_of(workspace, name)
+    return None if found is None else found.get("inputs_digest")
 
 
 def load(workspace: Workspace, name: str) -> Ensemble:
     """A saved ensemble. Raises UserError for an unknown name, with the known ones, or a damaged folder."""
-    record = _record(workspace, name)
+    record = record_of(workspace, name)
     if record is None:
         known = names(workspace)
         raise UserError(
@@ -190,7 +217,7 @@ def load(workspace: Workspace, name: str) -> Ensemble:
             members=tuple(record["members"]),
             candidates=tuple(record["candidates"]),
             classes=tuple(record["classes"]),
-            combiner=make.from_state(read_tensors(folder / "combiner.safetensors", remedy=remedy)),
+            combiner=make.from_state(_state(folder, record["texts"], remedy)),
             provenance=_provenance(folder, record, remedy),
             inputs_digest=record["inputs_digest"],
             member_digests=record["member_digests"],
@@ -215,8 +242,20 @@ def _rebuild(name: str) -> str:
     return f"Build {name} again: python ensemble_orchestrator.py build-ensemble --force"
 
 
-def _record(workspace: Workspace, name: str) -> dict[str, Any] | None:
+def record_of(workspace: Workspace, name: str) -> dict[str, Any] | None:
+    """What `ensemble.json` holds; None when there is no such ensemble."""
     return read_json(workspace.ensemble(name) / "ensemble.json", remedy=_rebuild(name))
+
+
+def _state(folder: Path, texts: Mapping[str, str], remedy: str) -> dict[str, np.ndarray]:
+    """What a combiner's `state` gave: its arrays, and its texts as bytes."""
+    found = dict(read_tensors(folder / "combiner.safetensors", remedy=remedy))
+    for file, name in texts.items():
+        path = folder / Path(file).name
+        if not path.is_file():
+            raise UserError(f"{path}: missing. {remedy}")
+        found[name] = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    return found
 
 
 def _provenance(folder: Path, record: Mapping[str, Any], remedy: str) -> Provenance:
@@ -232,11 +271,14 @@ def _provenance(folder: Path, record: Mapping[str, Any], remedy: str) -> Provena
 
 
 def network_provenance(store: Store) -> Provenance:
-    """What the members' networks have seen: the train rows gave their weights, the val rows chose their epochs."""
-    train, val = store.images("train"), store.images("val")
+    """What the members' networks have seen: the train rows gave their weights, the val rows chose their epochs.
+
+    Of imported members nobody knows, so that the same is taken to be true.
+    """
+    train, val = store.samples("train").sample_ids, store.samples("val").sample_ids
     return Provenance(
-        fitted_on=(RowSet("train", "in_sample", train.sample_ids),),
-        selected_on=(RowSet("val", "held_out", val.sample_ids),),
+        fitted_on=(RowSet("train", "in_sample", train),) if train else (),
+        selected_on=(RowSet("val", "held_out", val),) if val else (),
     )
 
 

@@ -13,13 +13,14 @@ import numpy as np
 
 from utils import catalog, ensembles
 from utils.artifacts import digest_of, read_arrays, read_json, write_arrays, write_json
-from utils.catalog import Catalog, Member
+from utils.catalog import IMPORTED, Catalog, Member
 from utils.config import Config
 from utils.ensembles import Ensemble, Provenance
 from utils.errors import ContaminatedError, UserError, did_you_mean
 from utils.metrics import METRICS, point_metrics, softmax
-from utils.predictions import Rows, Store, align
+from utils.predictions import IMPORT, Store
 from utils.results import Result
+from utils.rows import UNKNOWN, Rows, align
 from utils.workspace import Workspace
 
 logger = logging.getLogger("disease_pipeline")
@@ -85,7 +86,7 @@ def evaluate(
             f"{model_name}: {contaminated[model_name]} of {len(rows.labels)} rows of {split} gave it its "
             "parameters, so the score would flatter it. Use another split, or --allow-contaminated to see it marked"
         )
-    own = _answering_alone(members, selected)
+    own = _answering_alone(config, members)
     recommended = ensembles.recommended(store, own, saved)
     ranked = {}
     for item in scored:
@@ -117,16 +118,18 @@ def members_to_score(found: Catalog, selected: Sequence[Member], saved: Mapping[
     return dict(sorted(chosen.items()))
 
 
-def _answering_alone(members: Mapping[str, Member], selected: Sequence[Member]) -> dict[str, Member]:
+def _answering_alone(config: Config, members: Mapping[str, Member]) -> dict[str, Member]:
     """Members with a rank of their own; a derived one that nobody names is ranked as the ensemble made of it."""
-    return {name: member for name, member in members.items() if member.source != "derived" or member in selected}
+    named = config.backbones.selected
+    return {name: member for name, member in members.items() if member.source != "derived" or name in named}
 
 
 def inputs_digest(store: Store, saved: Mapping[str, Ensemble], members: Mapping[str, Member], split: str) -> str:
     """Everything a ranking depends on; found without opening an image or a checkpoint."""
     built_from = {name: ensemble.inputs_digest for name, ensemble in saved.items()}
     run_on = {name: store.key(member, split) for name, member in members.items()}
-    return digest_of([VERSION, split, built_from, run_on, store.config.runs.score_ensemble.optimization_metric])
+    own = sorted(_answering_alone(store.config, members))
+    return digest_of([VERSION, split, built_from, run_on, own, store.config.runs.score_ensemble.optimization_metric])
 
 
 def _is_stale(members: Mapping[str, Member], ensemble: Ensemble) -> bool:
@@ -135,8 +138,26 @@ def _is_stale(members: Mapping[str, Member], ensemble: Ensemble) -> bool:
 
 
 def _evaluated_rows(store: Store, members: Mapping[str, Member], split: str) -> tuple[Rows, int]:
-    """All members on the split, less the rows whose content is that of a train or val image under another name."""
+    """All members on the split, less rows without a label and rows whose content is that of a train or val image."""
     rows = align({name: [store.rows(member, split)] for name, member in members.items()}, store.catalog.classes)
+    copies = _copies(store, rows, split) if store.catalog.has_images else []
+    for sample_id, twin in copies[:5]:
+        logger.warning("evaluate: %s/%s is the same image as %s and is left out", split, sample_id, twin)
+    if copies:
+        logger.warning("evaluate: %d row(s) left out for every member and ensemble", len(copies))
+    unknown = rows.labels == UNKNOWN
+    if unknown.any():
+        logger.warning("evaluate: %d of %d row(s) of %s are left out: no label", unknown.sum(), len(unknown), split)
+    if unknown.all():
+        raise UserError(f"{split}: no row has a label. Write labels into {split}.npz of any member, then: {IMPORT}")
+    keep = ~np.isin(rows.sample_ids, [sample_id for sample_id, _ in copies]) & ~unknown
+    if not keep.any():
+        raise UserError(f"{split}: every image is also a train or val image. Split the images anew")
+    return rows.take(np.flatnonzero(keep)), len(copies)
+
+
+def _copies(store: Store, rows: Rows, split: str) -> list[tuple[str, str]]:
+    """(sample id, train or val sample of the same content) of the evaluated rows that have one."""
     seen = {
         content: f"{other}/{sample_id}"
         for other in ("train", "val")
@@ -145,17 +166,7 @@ def _evaluated_rows(store: Store, members: Mapping[str, Member], split: str) -> 
     }
     images = store.images(split)
     content_of = dict(zip(images.sample_ids, images.contents, strict=True))
-    copies = [
-        (sample_id, seen[content_of[sample_id]]) for sample_id in rows.sample_ids if content_of[sample_id] in seen
-    ]
-    for sample_id, twin in copies[:5]:
-        logger.warning("evaluate: %s/%s is the same image as %s and is left out", split, sample_id, twin)
-    if copies:
-        logger.warning("evaluate: %d row(s) left out for every member and ensemble", len(copies))
-    keep = ~np.isin(rows.sample_ids, [sample_id for sample_id, _ in copies])
-    if not keep.any():
-        raise UserError(f"{split}: every image is also a train or val image. Split the images anew")
-    return rows.take(np.flatnonzero(keep)), len(copies)
+    return [(sample_id, seen[content_of[sample_id]]) for sample_id in rows.sample_ids if content_of[sample_id] in seen]
 
 
 def _score_all(
@@ -210,7 +221,11 @@ def _write_metrics(
     fitted, selected = _overlap(item.provenance.fitted_on, rows), _overlap(item.provenance.selected_on, rows)
     unmeasured = ("ci95", "vs_best_single", "vs_soft_voting", "latency_ms")
     notes = record.pop("notes") | dict.fromkeys(unmeasured, NOT_MEASURED)
-    checkpoints = [workspace.base / store.catalog.members[name].checkpoints[0]["path"] for name in item.members]
+    imported = [name for name in item.members if store.catalog.members[name].source == IMPORTED]
+    if imported:
+        notes |= dict.fromkeys(("latency_ms", "size_mb"), f"known by predictions alone: {', '.join(imported)}")
+    if not store.catalog.has_images:
+        notes["overlap.dropped"] = "there are no images, so that equal samples under two names cannot be told"
     weights, unseen = {item.name: 1.0}, None
     if item.kind == "ensemble":
         saved = read_json(workspace.ensemble(item.name) / "ensemble.json", remedy="Build the ensemble again")
@@ -226,7 +241,7 @@ def _write_metrics(
         "split": split,
         "members": list(item.members),
         "weights": weights,
-        "size_mb": round(sum(path.stat().st_size for path in checkpoints) / 1e6, 3),
+        "size_mb": None if imported else _size_mb(store, item.members),
         "crossfit": unseen,
         "fitted_on": [part.as_record() for part in item.provenance.fitted_on],
         "selected_on": [part.as_record() for part in item.provenance.selected_on],
@@ -242,6 +257,11 @@ def _write_metrics(
     place = workspace.ensemble_metrics if item.kind == "ensemble" else workspace.member_metrics
     write_json(place(item.name, split), record)
     return record
+
+
+def _size_mb(store: Store, members: Sequence[str]) -> float:
+    files = [store.workspace.base / store.catalog.members[name].checkpoints[0]["path"] for name in members]
+    return round(sum(file.stat().st_size for file in files) / 1e6, 3)
 
 
 def _ranking(ranked: Mapping[str, Any], kinds: Mapping[str, str], split: str, metric: str) -> dict[str, Any]:
@@ -267,7 +287,7 @@ def _present(workspace: Workspace, ranking: Mapping[str, Any], split: str, state
     width = max(len(row["name"]) for row in ranking["rows"])
     chosen = ranking["recommended"]
     lines = [
-        f"{split} split, {ranking['n']} images, ordered by {ranking['order'][0]}",
+        f"{split} split, {ranking['n']} samples, ordered by {ranking['order'][0]}",
         f"rank  {'name':{width}}  kind      accuracy  F1 macro  log-loss  ECE",
     ]
     for row in ranking["rows"]:

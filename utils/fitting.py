@@ -12,13 +12,16 @@ import numpy as np
 
 from utils import catalog, ensembles
 from utils.artifacts import digest_of
-from utils.catalog import Member
+from utils.catalog import IMPORTED, Member
 from utils.combiner import Combiner, MemberFacts
 from utils.config import Config
 from utils.ensembles import Crossfit, Ensemble, Provenance, RowSet
-from utils.errors import HonestyError
-from utils.metrics import accuracy, log_loss
-from utils.predictions import Rows, Store, align, crossfit_folds
+from utils.errors import HonestyError, UserError
+from utils.folds import crossfit_folds
+from utils.guards import Guards, judge
+from utils.metrics import accuracy, log_loss, log_loss_per_row
+from utils.predictions import IMPORT, Store
+from utils.rows import Rows, align
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -49,20 +52,24 @@ def honest_rows(store: Store, members: Sequence[Member], *, kind: str = "honest"
     """
     parts = store.honest_parts(members)
     lacking = [member for member in members if not any(part.split == "train" for part in parts[member.name])]
-    without = [member.name for member in lacking if member.source != "derived"]
+    without = [member for member in lacking if member.source != "derived"]
     derived = [member.name for member in lacking if member.source == "derived"]
-    for name in without:
-        logger.warning("No K-fold results for backbone %s", name)
+    for member in without:
+        of_import = member.source == IMPORTED
+        logger.warning("%s %s", "No oof.npz of member" if of_import else "No K-fold results for backbone", member.name)
     if without:
-        logger.warning(
-            "only the val rows are honest for all members; out-of-fold predictions come from: %s",
-            catalog.kfold_command(store.workspace, without),
-        )
+        source = source_of_oof(store, without)
+        logger.warning("only the val rows are honest for all members; out-of-fold predictions come from: %s", source)
     elif 0 < len(derived) < len(members):
         logger.warning(
             "only the val rows are honest for all members; derived ones have no others: %s", ", ".join(derived)
         )
     rows = align(parts, store.catalog.classes)
+    if len(np.unique(rows.labels)) < 2:
+        raise UserError(
+            f"all {len(rows.labels)} honest rows that the members share are of class {rows.classes[rows.labels[0]]}; "
+            "nothing can be learned from one class. Give predictions of the others, on train (out-of-fold) or val"
+        )
     folds = crossfit_folds(store)
     fold = np.array([folds[key] for key in zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True)])
     found = HonestRows(rows, fold)
@@ -71,13 +78,21 @@ def honest_rows(store: Store, members: Sequence[Member], *, kind: str = "honest"
     split = {"val": "val", "oof": "train"}[kind]
     found = found.of_split(split)
     if not len(found.fold):
-        remedies = [f"Make them: {catalog.kfold_command(store.workspace, without)}"] if without else []
-        remedies += [f"Leave out what is derived: {', '.join(derived)}"] if derived else []
+        remedies = [f"Make them: {source_of_oof(store, without)}"] if kind == "oof" and without else []
+        remedies += [f"Leave out what is derived: {', '.join(derived)}"] if kind == "oof" and derived else []
+        remedies += [f"Make them: val.npz and {IMPORT}"] if kind == "val" else []
         raise HonestyError(
-            f"fit_rows: {kind} asks for out-of-fold rows, which not all of {', '.join(rows.members)} have. "
+            f"fit_rows: {kind} asks for {KINDS_OF_ROWS[split]} rows, which not all of {', '.join(rows.members)} have. "
             f"{'. '.join(remedies)}; or set fit_rows to honest"
         )
     return found
+
+
+def source_of_oof(store: Store, members: Sequence[Member]) -> str:
+    """Where these members' out-of-fold predictions can come from, as it is typed."""
+    trained = [member.name for member in members if member.source != IMPORTED]
+    imported = [f"oof.npz and {IMPORT}"] if len(trained) < len(members) else []
+    return "; ".join([*([catalog.kfold_command(store.workspace, trained)] if trained else []), *imported])
 
 
 def facts(store: Store, members: Sequence[Member], latencies: Mapping[str, float] | None = None) -> MemberFacts:
@@ -102,41 +117,48 @@ def build(
     members: Sequence[Member],
     honest: HonestRows,
     *,
-    selected_on: Sequence[RowSet] = (),
+    also: Any = None,
+    seen: Sequence[Provenance] = (),
+    beside: Guards | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> Ensemble:
     """Cross-fit, fit on all the honest rows, keep the members that are needed, save.
 
-    `recipe` is an unfitted combiner over `members`, which come by name; `selected_on` are rows that chose among members
-    or recipes before; `notes` stand in `ensemble.json` as well.
+    `recipe` is an unfitted combiner over `members`, which come by name; `also` is what `inputs_digest` says, kept in
+    the record; `seen` is what the recipe's parts or its choice have seen before; `beside` are the simple combinations
+    on the same rows, which a learned one is compared with; `notes` stand in `ensemble.json` as well.
     """
     rows = honest.rows
     unseen = ensembles.crossfit(recipe, rows, honest.fold)
-    combiner = recipe.fit(rows.logits, rows.labels, honest.fold)
-    seen = ensembles.network_provenance(store)
-    fitted = row_sets(rows) if combiner.learns else ()
-    used = combiner.used(len(rows.members))
+    own = Provenance(row_sets(rows) if recipe.learns else (), ())
+    used = recipe.used(len(rows.members))
     ensemble = Ensemble(
         name=name,
         method=method,
         members=tuple(member for member, needed in zip(rows.members, used, strict=True) if needed),
         candidates=rows.members,
         classes=rows.classes,
-        combiner=combiner.restricted(used),
-        provenance=Provenance((*seen.fitted_on, *fitted), (*seen.selected_on, *selected_on)),
-        inputs_digest=inputs_digest(store.config, store, members, method),
+        combiner=recipe.restricted(used),
+        provenance=ensembles.joined([ensembles.network_provenance(store), own, *seen]),
+        inputs_digest=inputs_digest(store.config, store, members, method, also=also),
         member_digests={member.name: member.digest for member in members},
         seed=store.config.seed,
     )
     record: dict[str, Any] = {
         **(notes or {}),
-        **combiner.report(rows.members),
+        **recipe.report(rows.members),
+        **(_beside(beside, unseen) if beside else {}),
+        **({} if also is None else {"depends_on": also}),
         "config_digest": store.config.digest("backbones", *recipe.settings, "dataset.group_regex", "seed"),
         "crossfit": scores(unseen),
     }
     ensembles.save(store.workspace, ensemble, unseen, record)
     logger.info("built %s from %d of %d members", name, len(ensemble.members), len(rows.members))
     return ensemble
+
+
+def _beside(simple: Guards, unseen: Crossfit) -> dict[str, Any]:
+    return judge(simple, log_loss_per_row(unseen.probabilities, unseen.labels))
 
 
 def scores(unseen: Crossfit) -> dict[str, Any]:
@@ -157,14 +179,19 @@ def line(store: Store, name: str, state: str) -> str:
     )
 
 
-def inputs_digest(config: Config, store: Store, members: Sequence[Member], method: str) -> str:
-    """Everything an ensemble depends on; found without opening an image or a checkpoint."""
+def inputs_digest(config: Config, store: Store, members: Sequence[Member], method: str, *, also: Any = None) -> str:
+    """Everything an ensemble depends on; found without opening an image or a checkpoint.
+
+    `also` is what it depends on beside members, images and settings, ready for JSON, such as the digests of other
+    ensembles or latencies that were measured.
+    """
     oof = {member.name: member.oof["sha256"] if member.oof else None for member in members}
     keys = {member.name: store.key(member, "val") for member in members}
     settings = ensembles.COMBINERS[method].settings
     recorded = [member.recorded_accuracy for member in members] if settings else None
+    splits = [store.catalog.splits[split]["digest"] for split in KINDS_OF_ROWS]  # which decide the folds
     rule = config.digest(*settings, "dataset.group_regex", "seed")
-    return digest_of([VERSION, method, keys, oof, recorded, store.catalog.splits["train"]["digest"], rule])
+    return digest_of([VERSION, method, keys, oof, recorded, splits, rule, also])
 
 
 def row_sets(rows: Rows) -> tuple[RowSet, ...]:
@@ -176,5 +203,7 @@ def row_sets(rows: Rows) -> tuple[RowSet, ...]:
 
 
 def _size_mb(store: Store, member: Member) -> float:
+    if member.source == IMPORTED:
+        return float("nan")
     path: Path = store.workspace.base / member.checkpoints[0]["path"]
     return path.stat().st_size / 1e6 if path.is_file() else float("nan")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+SMALLEST_PROBABILITY = 1e-12
 
 
 class MeanOfProbabilities(nn.Module):
@@ -31,3 +36,44 @@ class VoteShares(nn.Module):
         votes = nn.functional.one_hot(logits.argmax(dim=2), logits.shape[2])
         shares = votes.to(logits.dtype).mean(dim=1)
         return (1 - self.tie_share) * shares + self.tie_share * torch.softmax(logits, dim=2).mean(dim=1)
+
+
+class LinearPool(nn.Module):
+    """Mixture of the members' probabilities by `shares` (M,), of which a temperature is taken where it is not 1.
+
+    `member_temperatures` (M,) divide the members' logits.
+    """
+
+    shares: Tensor
+    member_temperatures: Tensor
+
+    def __init__(self, shares: np.ndarray, temperature: float, member_temperatures: np.ndarray) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.register_buffer("shares", torch.tensor(shares, dtype=torch.float32)[:, None])
+        self.register_buffer("member_temperatures", torch.tensor(member_temperatures, dtype=torch.float32)[:, None])
+
+    def forward(self, logits: Tensor) -> Tensor:
+        probabilities = (torch.softmax(logits / self.member_temperatures, dim=2) * self.shares).sum(dim=1)
+        if self.temperature == 1:
+            return probabilities
+        return torch.softmax(torch.log(probabilities.clamp(min=SMALLEST_PROBABILITY)) / self.temperature, dim=1)
+
+
+class LogLinearPool(nn.Module):
+    """Soft-max of the members' log-probabilities, at least `log(1e-12)` each, summed by `shares` (M,) / temperature.
+
+    `member_temperatures` (M,) divide the members' logits.
+    """
+
+    weights: Tensor
+    member_temperatures: Tensor
+
+    def __init__(self, shares: np.ndarray, temperature: float, member_temperatures: np.ndarray) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.tensor(shares / temperature, dtype=torch.float32)[:, None])
+        self.register_buffer("member_temperatures", torch.tensor(member_temperatures, dtype=torch.float32)[:, None])
+
+    def forward(self, logits: Tensor) -> Tensor:
+        scores = torch.log_softmax(logits / self.member_temperatures, dim=2).clamp(min=math.log(SMALLEST_PROBABILITY))
+        return torch.softmax((scores * self.weights).sum(dim=1), dim=1)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import base_back, out_of_fold, streaming, training_records
+from utils import base_back, inspection, out_of_fold, streaming, training_records
 from utils.artifacts import FileDigests, digest_of
 from utils.catalog import STAGES, TIMM, Member, Problem, kfold_command
 from utils.config import Config
@@ -201,13 +201,14 @@ def _oof(scan: Scan, member: Member) -> tuple[dict[str, Any] | None, list[Proble
     """Facts of a member's out-of-fold predictions, and what is wrong with them or their absence."""
     name, train = member.name, scan.splits["train"]
     path = scan.workspace.base_oof(name)
+    again = inspection.fold_again(scan.workspace, member)
     if not path.is_file():
         if member.source == "derived":
             return None, []
-        remedy = (
-            f"Retrain with ENABLE_KFOLD_CV=True ({kfold_command(scan.workspace, [name])}), or exclude it from "
-            "stacking: backbones.exclude"
-        )
+        remedy = f"{again}, or exclude it from stacking: backbones.exclude"
+        if not member.architecture.startswith(TIMM):
+            command = kfold_command(scan.workspace, [name])
+            remedy = f"Retrain with ENABLE_KFOLD_CV=True ({command}), or exclude it from stacking: backbones.exclude"
         return None, [Problem("no_oof", "warning", name, f"No K-fold results for backbone {name}", remedy)]
     digest = scan.digests.of(path)
     key = digest_of(["oof", VERSION, digest, train.digest, list(scan.classes)])
@@ -216,15 +217,15 @@ def _oof(scan: Scan, member: Member) -> tuple[dict[str, Any] | None, list[Proble
         facts = _oof_facts(path, name, train, scan.classes)
         scan.digests.keep(key, facts)
     if "refused" in facts:
-        return None, [Problem("oof_refused", "warning", name, facts["refused"], "It is used without them")]
+        return None, [Problem("oof_refused", "warning", name, facts["refused"], again)]
     problems = []
     total, rows, twins = len(train.sample_ids), facts["rows"], facts["twins"]
     if rows != total:
         message = f"out-of-fold predictions for {rows} of {total} train images; {total - rows} rows are missing"
-        problems.append(Problem("oof_rows", "warning", name, message, "run K-fold on this split again"))
+        problems.append(Problem("oof_rows", "warning", name, message, again))
     if twins:
         message = f"{len(twins)} out-of-fold rows have an equal image in another fold, first {twins[0]}"
-        problems.append(Problem("oof_twins", "warning", name, message, "run K-fold on this split again"))
+        problems.append(Problem("oof_twins", "warning", name, message, again))
     if facts["kind"] == "half-precision probabilities":
         message = "its out-of-fold probabilities have half precision, as training on CUDA gives them"
         problems.append(Problem("half_precision", "info", name, message, "run K-fold again for exact ones"))
@@ -234,7 +235,7 @@ def _oof(scan: Scan, member: Member) -> tuple[dict[str, Any] | None, list[Proble
 
 def _oof_facts(path: Path, name: str, train: ImageSplit, classes: tuple[str, ...]) -> dict[str, Any]:
     try:
-        found = out_of_fold.read(path, name, train, classes)
+        found = out_of_fold.read(path, name, train, classes, remedy=inspection.NOT_USED)
     except UserError as error:
         return {"refused": str(error)}
     return {

@@ -15,7 +15,7 @@ import numpy as np
 
 from utils import catalog, out_of_fold, streaming
 from utils.artifacts import FileDigests, digest_of
-from utils.catalog import Catalog, Member, Problem
+from utils.catalog import TIMM, Catalog, Member, Problem
 from utils.config import Config
 from utils.errors import UserError
 from utils.out_of_fold import OutOfFold
@@ -35,7 +35,7 @@ REFOLDED = 0.02  # a fold network that is run again may differ by this share of 
 AUTOCAST_REFOLDED = 0.1
 MEASURED_CODES = ("accuracy_differs", "class_order_measured", "does_not_run", "oof_suspected")
 REFUSING = ("oof_in_sample", "oof_fold_disagrees")
-KFOLD_AGAIN = "It is used without them; run K-fold on this split again: python BASE-BACK/src/main.py --stages kfold"
+NOT_USED = "It is used without them"
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,20 @@ class Inspector:
     classes: tuple[str, ...]
     splits: Mapping[str, ImageSplit]
     digests: FileDigests
+    base_back: str
+    """Digest of the BASE-BACK that is mounted: what could not run with another may run with this one."""
     device: str = "cpu"
     threads: int = 1
+
+    def measured(self, member: Member) -> dict[str, Any] | None:
+        """What running it on val has shown, now or before; None when that is not known."""
+        facts = self.digests.facts(self.measured_key(member))
+        return None if facts and "error" in facts and facts.get("base_back") != self.base_back else facts
+
+    def honesty(self, member: Member) -> dict[str, Any] | None:
+        """What the check of out-of-fold predictions has shown, less folds that another BASE-BACK could not run."""
+        facts = self.digests.facts(self.honesty_key(member)) if member.oof is not None else None
+        return facts | {"unreadable": []} if facts and facts.get("base_back") != self.base_back else facts
 
     def measured_key(self, member: Member) -> str:
         """What a measurement on val depends on."""
@@ -70,12 +82,13 @@ def measured_key(member: Member, val_digest: str, classes: tuple[str, ...]) -> s
 def verify(inspector: Inspector, member: Member, *, force: bool = False) -> None:
     """Run a member on all val images and a sample of its out-of-fold rows; remember what was found.
 
-    What is remembered already is not measured again, unless `force`, but a network that did not run is tried again.
+    What is remembered already is not measured again, unless `force`, but a network that did not run is tried again, and
+    so are folds that did not run with another BASE-BACK.
     """
     measured, honesty = inspector.measured_key(member), inspector.honesty_key(member)
-    known = inspector.digests.facts(measured)
+    known, checked = inspector.digests.facts(measured), inspector.digests.facts(honesty)
     is_measured = known is not None and "error" not in known and not force
-    is_checked = member.oof is None or (inspector.digests.facts(honesty) is not None and not force)
+    is_checked = member.oof is None or (checked is not None and checked == inspector.honesty(member) and not force)
     if is_measured and is_checked:
         return
     val, train = inspector.splits["val"], inspector.splits["train"]
@@ -83,15 +96,15 @@ def verify(inspector: Inspector, member: Member, *, force: bool = False) -> None
         if is_checked:
             inspector.digests.keep(measured, measure(_logits(inspector, member, [val])["val"], val.labels))
             return
-        predictions = out_of_fold.read(
-            inspector.workspace.base / member.oof["path"], member.name, train, inspector.classes
-        )
+        path, remedy = inspector.workspace.base / member.oof["path"], fold_again(inspector.workspace, member)
+        predictions = out_of_fold.read(path, member.name, train, inspector.classes, remedy=remedy)
         sample = _sample(inspector.config.seed, predictions)
         found = _logits(inspector, member, [val, _rows_of(train, predictions, sample)])
         inspector.digests.keep(measured, measure(found["val"], val.labels))
         inspector.digests.keep(honesty, _honesty(inspector, member, predictions, sample, found["train"]))
     except UserError as error:
-        inspector.digests.keep(measured, {"error": str(error)})
+        code = "surplus_logits" if isinstance(error, streaming.SurplusIsAlive) else "does_not_run"
+        inspector.digests.keep(measured, {"error": str(error), "code": code, "base_back": inspector.base_back})
 
 
 def _sample(seed: int, predictions: OutOfFold) -> np.ndarray:
@@ -128,7 +141,7 @@ def measured_problems(classes: Sequence[str], member: Member, facts: Mapping[str
     """
     name = member.name
     if "error" in facts:
-        return [Problem("does_not_run", "error", name, facts["error"], "See the message")]
+        return [Problem(facts.get("code", "does_not_run"), "error", name, facts["error"], "See the message")]
     problems = []
     n, accuracy = facts["n"], facts["accuracy"]
     if n >= FEWEST_ROWS and facts["matched"] > 0.5 and facts["matched"] - accuracy > SWAPPED:
@@ -136,8 +149,8 @@ def measured_problems(classes: Sequence[str], member: Member, facts: Mapping[str
             f"output {output} is {classes[label]}" for label, output in enumerate(facts["order"]) if output != label
         ]
         message = (
-            f"its classes stand in another order than the sorted class folders: accuracy {accuracy:.4f} on {n} val "
-            f"images as it is, {facts['matched']:.4f} if {', '.join(pairs[:6])}{' ...' if len(pairs) > 6 else ''}"
+            f"its classes stand in another order than the workspace's: accuracy {accuracy:.4f} on {n} val rows "
+            f"as it is, {facts['matched']:.4f} if {', '.join(pairs[:6])}{' ...' if len(pairs) > 6 else ''}"
         )
         remedy = "write the names into the checkpoint, extra.classes in the order of its outputs, or train it again"
         problems.append(Problem("class_order_measured", "error", name, message, remedy))
@@ -149,7 +162,31 @@ def measured_problems(classes: Sequence[str], member: Member, facts: Mapping[str
     return problems
 
 
-def suspicion(member: Member, oof_accuracy: float, facts: Mapping[str, Any]) -> list[Problem]:
+def with_proof(problems: Sequence[Problem], measured: Mapping[str, Mapping[str, Any] | None]) -> list[Problem]:
+    """The problems, where surplus outputs of a member that has been run are said to be dead, or are an error alone.
+
+    `measured` is {member: facts of `measure`}; a network whose surplus is alive has no such facts, but an error.
+    """
+    found = []
+    for problem in problems:
+        facts = measured.get(problem.member or "") or {}
+        is_open = problem.code == "surplus_logits" and problem.severity == "warning"
+        if is_open and "n" in facts:
+            message = f"{problem.message}; on the {facts['n']} val images they are dead"
+            found.append(replace(problem, severity="info", message=message, remedy="nothing to do"))
+        elif not is_open or facts.get("code") != problem.code:
+            found.append(problem)
+    return found
+
+
+def fold_again(workspace: Workspace, member: Member) -> str:
+    """What to do for other out-of-fold predictions of a member, as a sentence without its full stop."""
+    if member.architecture.startswith(TIMM):
+        return f"Write <member>_oof_predictions.npz into {workspace.kfold}, by networks trained on folds of train"
+    return f"Run K-fold on this split again: {catalog.kfold_command(workspace, [member.name])}"
+
+
+def suspicion(member: Member, oof_accuracy: float, facts: Mapping[str, Any], *, remedy: str) -> list[Problem]:
     """Out-of-fold rows that are right more often than val rows beyond chance, one-sided at 0.001."""
     if "error" in facts or member.oof is None:
         return []
@@ -161,29 +198,30 @@ def suspicion(member: Member, oof_accuracy: float, facts: Mapping[str, Any]) -> 
         f"out-of-fold accuracy {oof_accuracy:.4f} on {rows['n']} rows beats val accuracy {facts['accuracy']:.4f} on "
         f"{facts['n']} beyond chance (p = {chance:.1g}); its networks may have seen the rows"
     )
-    remedy = "If you do not know how it was made, run K-fold again: python BASE-BACK/src/main.py --stages kfold"
+    remedy = f"Unless it is known how they were made, they prove nothing. {remedy}"
     return [Problem("oof_suspected", "warning", member.name, message, remedy)]
 
 
-def honesty_problems(member: Member, facts: Mapping[str, Any]) -> list[Problem]:
+def honesty_problems(workspace: Workspace, member: Member, facts: Mapping[str, Any]) -> list[Problem]:
     """What the check on a sample of train rows says against out-of-fold predictions; any of these refuses them."""
     problems = []
+    refused = f"{NOT_USED}. {fold_again(workspace, member)}"
     share = out_of_fold.SAME_NETWORK_SHARE
     if facts["equal"] > share * facts["told"]:
         message = (
             f"out-of-fold predictions refused: {facts['equal']} of {facts['told']} sampled rows are what the full "
             "network gives, which was trained on them"
         )
-        problems.append(Problem("oof_in_sample", "warning", member.name, message, KFOLD_AGAIN))
+        problems.append(Problem("oof_in_sample", "warning", member.name, message, refused))
     for fold, (differing, rows) in sorted(facts["refolded"].items()):
         if differing > share * rows:
             message = (
                 f"out-of-fold predictions refused: {fold} run again differs on {differing} of {rows} sampled rows, so "
                 "they are not this fold network's"
             )
-            problems.append(Problem("oof_fold_disagrees", "warning", member.name, message, KFOLD_AGAIN))
+            problems.append(Problem("oof_fold_disagrees", "warning", member.name, message, refused))
     for message in facts["unreadable"]:
-        remedy = "Its fold was not checked; train the folds again"
+        remedy = "Its fold was not checked; see the message"
         problems.append(Problem("fold_unreadable", "info", member.name, message, remedy))
     return problems
 
@@ -193,8 +231,8 @@ def _honesty(
 ) -> dict[str, Any]:
     """Compare out-of-fold predictions with the full network's `logits` on the sample, and with their fold networks'.
 
-    `{equal, told, refolded: {fold: [differing, rows]}, unreadable: [message]}`; fold networks that are not there are
-    passed over.
+    `{equal, told, refolded: {fold: [differing, rows]}, unreadable: [message], base_back}`; fold networks that are not
+    there are passed over.
     """
     on_cuda = inspector.device != "cpu"
     kind, stored = predictions.kind, predictions.logits
@@ -215,20 +253,14 @@ def _honesty(
         tolerance = AUTOCAST_REFOLDED if on_cuda else REFOLDED
         same, judged = out_of_fold.equal_rows(kind, stored[rows], again["train"], tolerance=tolerance)
         refolded[stage] = [judged - same, judged]
-    return {"equal": equal, "told": told, "refolded": refolded, "unreadable": unreadable}
+    found = {"equal": equal, "told": told, "refolded": refolded, "unreadable": unreadable}
+    return found | {"base_back": inspector.base_back}
 
 
 def _rows_of(train: ImageSplit, predictions: OutOfFold, rows: np.ndarray) -> ImageSplit:
     """The train images of some out-of-fold rows, in their order."""
     place = {sample_id: row for row, sample_id in enumerate(train.sample_ids)}
-    places = [place[sample_id] for sample_id in predictions.sample_ids[rows].tolist()]
-    return replace(
-        train,
-        sample_ids=tuple(train.sample_ids[row] for row in places),
-        labels=train.labels[places],
-        paths=tuple(train.paths[row] for row in places),
-        contents=tuple(train.contents[row] for row in places),
-    )
+    return train.take([place[sample_id] for sample_id in predictions.sample_ids[rows].tolist()])
 
 
 def _logits(
@@ -265,16 +297,17 @@ def take_measurements(
     the catalog says so, for a member that cannot be used.
     """
     problems: list[Problem] = []
-    for name, (logits, labels) in sorted(outputs.items()):
+    measured = {name: measure(logits, labels) for name, (logits, labels) in sorted(outputs.items())}
+    for name, facts in measured.items():
         member = found.members[name]
-        facts = measure(logits, labels)
         digests.keep(measured_key(member, found.splits["val"]["digest"], found.classes), facts)
         problems += measured_problems(found.classes, member, facts)
         if member.oof is not None and member.oof.get("accuracy") is not None:
-            problems += suspicion(member, member.oof["accuracy"], facts)
+            problems += suspicion(member, member.oof["accuracy"], facts, remedy=fold_again(workspace, member))
     wrong = {problem.member: problem.message for problem in problems if problem.severity == "error"}
     members = {name: replace(m, usable=m.usable and name not in wrong) for name, m in found.members.items()}
     updated = replace(found, members=members).with_problems(problems, members=set(outputs), codes=MEASURED_CODES)
+    updated = replace(updated, problems=tuple(with_proof(updated.problems, measured)))
     for problem in problems:
         if problem.severity != "error" and problem not in found.problems:
             logger.warning("%s: %s. %s", problem.member, problem.message, problem.remedy)

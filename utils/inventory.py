@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils import base_back, catalog, ensembles, evaluation, fitting, snapshot_building
+from utils import base_back, catalog, ensembles, evaluation, fitting, pruned_building, snapshot_building, soup_building
 from utils.artifacts import FileDigests, read_json
-from utils.catalog import Catalog, Member
+from utils.catalog import IMPORTED, Catalog, Member
 from utils.config import Config
 from utils.ensembles import Ensemble
 from utils.errors import UserError
@@ -30,6 +30,9 @@ class State:
         return self.state + (f": {'; '.join(self.reasons)}" if self.reasons else "")
 
 
+GIVEN_BY_NONE = State(STALE, ("its backbone's checkpoints of today give no such soup",))
+
+
 @dataclass(frozen=True)
 class Inventory:
     """Everything that a later command would find out, found out before it."""
@@ -41,6 +44,10 @@ class Inventory:
     """{member: {split: state}} for the members that are in use."""
     ensembles: dict[str, State] = field(default_factory=dict)
     """Saved ones, and those the configuration lists."""
+    wanted: tuple[str, ...] = ()
+    """Ensembles that `build-ensemble` would see to."""
+    learned: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """{later command: ensembles that it would see to}"""
     evaluation: State = field(default_factory=lambda: State(MISSING))
     problems: tuple[str, ...] = ()
 
@@ -67,9 +74,16 @@ def take(config: Config, workspace: Workspace) -> Inventory:
         return Inventory(of_catalog, found, ensembles=states, problems=(str(error),))
     for name, ensemble in saved.items():
         states[name] = _ensemble_state(config, store, ensemble, selected)
+    wanted = configured(config)
     if config.runs.snapshot_ensemble.enable:
         states[snapshot_building.NAME] = _snapshot_state(store, selected, states)
-    for name in configured(config):
+    if config.runs.model_soup.enable:
+        for member in (member for member in selected if member.source == "trained"):
+            soups = _soup_states(store, member, states)
+            states |= soups
+            wanted += [name for name, state in soups.items() if state != GIVEN_BY_NONE]
+    learned = _learned(config)
+    for name in (*wanted, *(name for names in learned.values() for name in names)):
         states.setdefault(name, State(MISSING))
     in_use = evaluation.members_to_score(found, selected, saved)
     return Inventory(
@@ -80,15 +94,25 @@ def take(config: Config, workspace: Workspace) -> Inventory:
             for name, member in in_use.items()
         },
         ensembles=dict(sorted(states.items())),
+        wanted=tuple(wanted),
+        learned=learned,
         evaluation=_evaluation_state(store, saved, in_use),
     )
 
 
 def configured(config: Config) -> list[str]:
-    """Names of the ensembles that the configuration lists and this version builds."""
+    """Names of the score-level ensembles that the configuration lists and this version builds."""
     methods = config.runs.score_ensemble.methods if config.runs.score_ensemble.enable else ()
     names = [ensembles.NAMES[method] for method in methods if method in ensembles.NAMES]
+    names += pruned_building.names(config)
     return names + ([snapshot_building.NAME] if config.runs.snapshot_ensemble.enable else [])
+
+
+def _learned(config: Config) -> dict[str, tuple[str, ...]]:
+    """What `stack` and `meta-fuse` would build, by command."""
+    stacking = tuple(f"stacking_{learner}" for learner in config.runs.stacking.meta_learners)
+    found = {"stack": stacking} if config.runs.stacking.enable else {}
+    return found | ({"meta-fuse": ("meta_fuser",)} if config.runs.meta_fuser.enable else {})
 
 
 def _since_discovery(workspace: Workspace, found: Catalog, digests: FileDigests) -> list[str]:
@@ -104,16 +128,32 @@ def _since_discovery(workspace: Workspace, found: Catalog, digests: FileDigests)
             elif not _is_unchanged(path, digests, written):
                 reasons.append(f"{place} has changed")
     reasons += [f"{path.name} is new" for path in _unlisted(workspace, found, written)]
-    for split in SPLITS:
+    if not found.has_images and workspace.has_images:
+        reasons.append("there are images now")
+    for split in SPLITS if found.has_images else ():
         folder = workspace.split_dir / split
         places = [folder, *(path for path in folder.iterdir() if path.is_dir())] if folder.is_dir() else []
         if not places:
             reasons.append(f"{folder} is gone")
         elif any(path.stat().st_mtime > written for path in places):
             reasons.append(f"images of {split} were added or removed")
+        else:
+            reasons += _edited(folder, digests, written)
     if base_back.source_digest(base_back.locate()) != found.base_back["digest"]:
         reasons.append("the code of BASE-BACK is another")
     return reasons
+
+
+def _edited(folder: Path, digests: FileDigests, written: float) -> list[str]:
+    """A line on the images of a split that were changed in place, which their folders do not show; none is read."""
+    try:
+        _, samples = base_back.bundled("samples").scan(folder)
+    except ValueError as error:  # a class folder that holds no image
+        return [str(error)]
+    edited = [sample.sample_id for sample in samples if not _is_unchanged(sample.path, digests, written)]
+    if len(edited) < 2:
+        return [f"{folder.name}/{sample_id} has changed" for sample_id in edited]
+    return [f"{len(edited)} images of {folder.name} have changed, first {edited[0]}"]
 
 
 def _is_unchanged(path: Path, digests: FileDigests, written: float) -> bool:
@@ -148,16 +188,25 @@ def _ensemble_state(config: Config, store: Store, ensemble: Ensemble, selected: 
         name for name, digest in ensemble.member_digests.items() if name in members and members[name].digest != digest
     ]
     reasons = [f"{name} is no longer in the catalog" for name in gone]
-    reasons += [f"{name} has another checkpoint now" for name in other]
-    if not reasons and ensemble.method in ensembles.NAMES:
+    reasons += [
+        f"{name} has {'other predictions' if members[name].source == IMPORTED else 'another checkpoint'} now"
+        for name in other
+    ]
+    if not reasons and (ensemble.method in ensembles.NAMES or ensemble.name in pruned_building.names(config)):
         wanted = tuple(sorted(member.name for member in selected))
         if wanted != ensemble.candidates:
             reasons.append(
                 f"built from {', '.join(ensemble.candidates)}; the configuration selects {', '.join(wanted)}"
             )
-        elif fitting.inputs_digest(config, store, selected, ensemble.method) != ensemble.inputs_digest:
+        elif not _is_as_built(config, store, ensemble, selected):
             reasons.append("its images, out-of-fold predictions, seed or settings are others now")
     return State(STALE if reasons else CURRENT, tuple(reasons))
+
+
+def _is_as_built(config: Config, store: Store, ensemble: Ensemble, selected: Sequence[Member]) -> bool:
+    if ensemble.method not in ensembles.NAMES:
+        return pruned_building.is_current(store, selected, ensemble.name)
+    return fitting.inputs_digest(config, store, selected, ensemble.method) == ensemble.inputs_digest
 
 
 def _snapshot_state(store: Store, selected: Sequence[Member], states: Mapping[str, State]) -> State:
@@ -170,6 +219,19 @@ def _snapshot_state(store: Store, selected: Sequence[Member], states: Mapping[st
     except UserError as error:
         return State(DAMAGED, (str(error),))
     return State(STALE, (reason,)) if reason else known
+
+
+def _soup_states(store: Store, member: Member, states: Mapping[str, State]) -> dict[str, State]:
+    """Of the soups that one backbone's checkpoints give; `states` are those of the ensembles on disk by themselves."""
+    try:
+        reasons = soup_building.reasons_against(store, member)
+    except UserError as error:
+        return {store.workspace.soup(member.name).name: State(DAMAGED, (str(error),))}
+    found = dict.fromkeys(soup_building.leftovers(store, member), GIVEN_BY_NONE)
+    for name, reason in reasons.items():
+        known = states.get(name, State(MISSING))
+        found[name] = State(STALE, (reason,)) if reason and known.state == CURRENT else known
+    return found
 
 
 def _predictions_state(store: Store, member: Member, split: str) -> State:

@@ -180,13 +180,15 @@ def _refusal(lock: Path, owner: Owner) -> str:
 
 
 def _release(lock: Path, record: str) -> None:
+    """Remove the lock, unless it is no longer ours: that somebody else has removed or taken it is said."""
     try:
-        if lock.read_text(encoding="utf-8") == record:
-            lock.unlink()
-            return
+        is_ours = lock.read_text(encoding="utf-8") == record
     except FileNotFoundError:
-        pass
-    logger.warning("%s: removed or taken by somebody else while this command wrote", lock)
+        is_ours = False
+    if is_ours:
+        lock.unlink(missing_ok=True)
+    else:
+        logger.warning("%s: removed or taken by somebody else while this command wrote", lock)
 
 
 def _boot() -> str | None:

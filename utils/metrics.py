@@ -19,6 +19,7 @@ SMALLEST_PROBABILITY = 1e-12
 SUM_TOLERANCE = 1e-3
 SIGN_TOLERANCE = 1e-6
 BINS = 15
+ROUNDING = 1e-12
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
@@ -244,6 +245,39 @@ def point_metrics(probabilities: ArrayLike, labels: ArrayLike, classes: Sequence
         },
         "notes": {"roc_auc_ovr_macro": reason} if area is None else {},
     }
+
+
+def row_losses(probabilities: NDArray[Any], labels: NDArray[Any], metric: str) -> Floats:
+    """Losses (N,) of rows of probabilities (N, C), whose mean is the metric's loss, unchecked.
+
+    Macro F1 is no mean over rows; each gets the loss of all plus what it itself moves it by in first order, so that the
+    spread of these numbers is that of the metric (Hampel 1974, the influence curve).
+    """
+    rows, classes = probabilities.shape
+    winners = probabilities.argmax(axis=1)
+    hits = winners == labels
+    if metric == "accuracy":
+        return 1.0 - hits
+    of_truth = probabilities[np.arange(rows), labels].astype(np.float64)
+    if metric == "log_loss":
+        found: Floats = -np.log(np.maximum(of_truth, SMALLEST_PROBABILITY))
+        return found
+    if metric == "brier":
+        found = (probabilities.astype(np.float64) ** 2).sum(axis=1) - 2 * of_truth + 1
+        return found
+    counts = np.bincount(winners, minlength=classes) + np.bincount(labels, minlength=classes)
+    per_row = 1 / np.maximum(counts, 1)
+    f1 = 2 * np.bincount(labels[hits], minlength=classes) * per_row
+    moved = 2 * hits * per_row[labels] - (f1 * per_row)[winners] - (f1 * per_row)[labels]
+    found = 1 - f1.mean() - moved * rows / classes
+    return found
+
+
+def within_one_error(losses: Floats, lowest: Floats) -> bool:
+    """Whether losses (N,) are on average within one standard error of the lowest's (N,), the error of paired rows."""
+    apart = losses - lowest
+    error = apart.std(ddof=1) / np.sqrt(len(apart)) if len(apart) > 1 else 0.0
+    return bool(apart.mean() <= error + ROUNDING)
 
 
 class Metric(NamedTuple):

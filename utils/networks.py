@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("disease_pipeline")
 
 RETRAIN = "Train the backbone again, or leave it out with backbones.exclude"
+MOUNT = "; where another BASE-BACK has trained it, mount that one: --base-back DIR"
 TOLERANCE = 1e-4  # between the logits and the linear map of the embedding, relative to the largest logit above 1
 MOST_HEADS = 4
 
@@ -170,7 +171,7 @@ def _misfit(spec: NetworkSpec, model: nn.Module, weights: Mapping[str, Tensor]) 
     if len(common) < 0.5 * max(len(own), len(weights)):
         return (
             f"the weights of another architecture: they share {len(common)} of {len(own)} names with {kind}; "
-            f"first of theirs: {next(iter(weights))}"
+            f"first of theirs: {next(iter(weights))}{MOUNT if spec.source == 'base_back' else ''}"
         )
     absent, surplus = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [

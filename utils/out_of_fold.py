@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.artifacts import read_arrays
+from utils import prediction_files
 from utils.errors import UserError
 from utils.streaming import ImageSplit
 
-SMALLEST_PROBABILITY = 1e-12  # log(p) of anything smaller is taken at this
 EQUAL = 1e-5  # logits closer than this, relative where they are above 1, come from the same network
 SAME_NETWORK_SHARE = 0.01  # more equal rows than this share are no coincidence
+SUM_TOLERANCE = 0.01  # training on CUDA leaves probabilities of half precision
 BEYOND_CHANCE = 0.001  # p value below which out-of-fold rows are suspiciously better than val rows
 FLOOR = {"probabilities": 1e-11, "half-precision probabilities": 1e-3}
 """What is smaller says nothing of the network: rounding and clipping made it."""
@@ -48,52 +48,34 @@ class OutOfFold:
         return float((self.logits.argmax(axis=1) == self.labels).mean())
 
 
-def read(path: Path, name: str, train: ImageSplit, classes: tuple[str, ...]) -> OutOfFold:
+def read(path: Path, name: str, train: ImageSplit, classes: tuple[str, ...], *, remedy: str) -> OutOfFold:
     """The out-of-fold predictions of member `name`, columns brought into the order of `classes`.
 
-    Raises UserError that names what does not fit: arrays, shapes, classes, rows in two folds or outside the train
-    split, labels that are not those of the class folders, values that are not finite.
+    Raises UserError that names what does not fit, and then says `remedy`: whatever `prediction_files.read` refuses,
+    other classes, rows outside the train split, labels that are not those of the class folders.
     """
-    remedy = "Run K-fold again: python BASE-BACK/src/main.py --stages kfold --force"
-    arrays = read_arrays(path, remedy=remedy)
+    what = f"out-of-fold predictions of {name}"
+    needs = ("labels", "fold")
+    found = prediction_files.read(path, what=what, remedy=remedy, needs=needs, sum_tolerance=SUM_TOLERANCE)
 
     def refuse(reason: str) -> UserError:
-        return UserError(f"{path}: out-of-fold predictions of {name} refused: {reason}. {remedy}")
+        return UserError(f"{path}: {what} refused: {reason}. {remedy}")
 
-    missing = [key for key in ("labels", "sample_ids", "fold") if key not in arrays]
-    if "logits" not in arrays and "probabilities" not in arrays:
-        missing.insert(0, "logits")
-    if missing:
-        raise refuse(f"no array {', '.join(missing)}")
-    ids, labels, fold = arrays["sample_ids"], arrays["labels"], arrays["fold"]
-    values = arrays["logits"] if "logits" in arrays else arrays["probabilities"]
-    own = tuple(str(label) for label in arrays["classes"]) if "classes" in arrays else classes
+    own = classes if found.classes is None else found.classes
     if sorted(own) != sorted(classes):
         raise refuse(f"its classes are {', '.join(own)}; the split has {', '.join(classes)}")
-    if not len(ids) or values.shape != (len(ids), len(own)) or labels.shape != ids.shape or fold.shape != ids.shape:
-        raise refuse(f"outputs {values.shape}, labels {labels.shape} and fold {fold.shape} for {len(ids)} ids")
-    if len(np.unique(ids)) != len(ids):
-        raise refuse("a sample id occurs twice, so a row stands in two folds")
+    if found.logits.shape[1] != len(classes):
+        raise refuse(f"{found.logits.shape[1]} outputs; the split has {len(classes)} classes")
+    ids, labels = found.sample_ids, found.labels
     outside = np.setdiff1d(ids, np.array(train.sample_ids))
     if outside.size:
         raise refuse(f"{outside.size} rows are not train images, first {outside[0]}")
-    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
-    if bad.size:
-        raise refuse(f"{bad.size} rows have NaN or infinite logits, first {ids[bad[0]]}")
-    kind = "logits"
-    if "logits" not in arrays:
-        kind = "half-precision probabilities" if values.dtype == np.float16 else "probabilities"
-        if values.min() < 0 or np.abs(values.astype(np.float64).sum(axis=1) - 1).max() > 0.01:
-            raise refuse("a row of its probabilities does not sum to 1")
-        values = np.log(np.maximum(values.astype(np.float64), SMALLEST_PROBABILITY))
     truth = train.labels[_places(ids, train.sample_ids)]
-    if labels.min() < 0 or labels.max() >= len(own):
-        raise refuse(f"its labels reach from {labels.min()} to {labels.max()} for {len(own)} classes")
-    if not np.array_equal(np.array([classes.index(label) for label in own])[labels], truth):
+    if labels.min() < 0 or not np.array_equal(np.array([classes.index(label) for label in own])[labels], truth):
         raise refuse("its labels are not those of the class folders")
     order = [own.index(label) for label in classes]
-    logits = np.ascontiguousarray(values[:, order], dtype=np.float32)
-    return OutOfFold(logits, truth.astype(np.int64), ids, fold.astype(np.int64), kind)
+    logits = np.ascontiguousarray(found.logits[:, order])
+    return OutOfFold(logits, truth.astype(np.int64), ids, found.fold, found.kind)
 
 
 def twins_apart(predictions: OutOfFold, train: ImageSplit) -> list[str]:

@@ -1,7 +1,6 @@
 """The prediction store: logits, embeddings, labels and sample ids per member and split, on disk, keyed by digest.
 
 What is on disk is memory-mapped; what is missing is streamed, one member at a time, all wanted splits in one pass.
-Rows are matched by (split, sample id) and columns by class name, never by position.
 """
 
 from __future__ import annotations
@@ -10,13 +9,13 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from utils import base_back, catalog, estimates, inspection, out_of_fold, streaming
+from utils import catalog, estimates, inspection, out_of_fold, streaming
 from utils.artifacts import (
     FileDigests,
     digest_of,
@@ -24,68 +23,26 @@ from utils.artifacts import (
     read_arrays,
     read_json,
     replacing,
+    reserve,
     write_array,
     write_arrays,
     write_json,
 )
-from utils.catalog import Catalog, Member
+from utils.catalog import IMPORTED, Catalog, Member, Problem
 from utils.checkpoints import reading_ahead
 from utils.config import Config
 from utils.errors import UserError
+from utils.rows import MemberRows, Samples, gather
 from utils.streaming import ImageSplit
-from utils.workspace import Workspace
+from utils.workspace import SPLITS, Workspace
 
 logger = logging.getLogger("disease_pipeline")
 
 VERSION = 2  # raised whenever the same weights and images would give other arrays
-CROSSFIT_FOLDS = 5
+ARRAYS = ("logits", "labels", "sample_ids", "honest")
+IMPORT = "python ensemble_orchestrator.py import-predictions --from DIR"
+OUTDATED = "imported_outdated"
 AGAIN = "Remove it, then run the command again"
-
-
-@dataclass(frozen=True)
-class MemberRows:
-    """One member's outputs on rows of one split, in any order."""
-
-    split: str
-    classes: tuple[str, ...]
-    sample_ids: np.ndarray
-    """unicode (N,)"""
-    labels: np.ndarray
-    """int64 (N,), indices into `classes`"""
-    logits: np.ndarray
-    """float32 (N, C)"""
-    honest: np.ndarray
-    """bool (N,): the network that answered has not seen the row"""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The outputs of M members on the N rows that all of them have, members and rows sorted, classes in one order."""
-
-    members: tuple[str, ...]
-    classes: tuple[str, ...]
-    split: np.ndarray
-    """unicode (N,)"""
-    sample_ids: np.ndarray
-    """unicode (N,)"""
-    labels: np.ndarray
-    """int64 (N,)"""
-    logits: np.ndarray
-    """float32 (M, N, C)"""
-    honest: np.ndarray
-    """bool (N,): honest for every member"""
-
-    def take(self, rows: np.ndarray) -> Rows:
-        """Some of the rows."""
-        return Rows(
-            self.members,
-            self.classes,
-            self.split[rows],
-            self.sample_ids[rows],
-            self.labels[rows],
-            self.logits[:, rows],
-            self.honest[rows],
-        )
 
 
 class Store:
@@ -97,9 +54,12 @@ class Store:
         self.catalog = found
         self.digests = FileDigests(workspace.digests)
         self._images: dict[str, ImageSplit] = {}
+        self._samples: dict[str, Samples] = {}
 
     def images(self, split: str) -> ImageSplit:
-        """The images of a split as they lie on disk now. Raises UserError when discovery saw others."""
+        """The images of a split as they lie on disk now. Raises UserError when discovery saw others, or none."""
+        if not self.catalog.has_images:
+            raise UserError(f"{self.workspace.split_dir}: no images, and this needs some; all members are imported")
         if split not in self._images:
             images = streaming.list_images(self.workspace.split_dir, split, self.digests)
             recorded = self.catalog.splits.get(split, {}).get("digest")
@@ -111,9 +71,35 @@ class Store:
             self._images[split] = images
         return self._images[split]
 
+    def samples(self, split: str) -> Samples:
+        """The samples of a split: its images, or where there are none, whatever imported members have rows of."""
+        if self.catalog.has_images:
+            images = self.images(split)
+            return Samples(split, images.sample_ids, images.labels, images.contents)
+        if split not in self._samples:
+            self._samples[split] = gather(split, self.catalog.classes, self.held(split))
+        return self._samples[split]
+
+    def splits(self) -> dict[str, dict[str, Any]]:
+        """The splits as a catalog lists them where there are no images: by what its imported members hold."""
+        return {split: split_facts(self.catalog.classes, self.samples(split)) for split in SPLITS}
+
+    def held(self, split: str) -> dict[str, list[MemberRows]]:
+        """{imported member: its rows of a split}; of train the in-sample and the out-of-fold ones."""
+        parts: dict[str, list[MemberRows]] = {}
+        for name, member in self.catalog.imported().items():
+            oof = self.oof(member) if split == "train" else None
+            parts[name] = [self.rows(member, split)] if self.has(member, split) else []
+            parts[name] += [oof] if oof is not None else []
+        return parts
+
     def ensure(self, members: Sequence[Member], splits: Sequence[str]) -> None:
-        """Stream what is missing of the given members and splits, one member after another."""
-        missing = [(m, gaps) for m in members if (gaps := [s for s in splits if not self._is_stored(m, s)])]
+        """Stream what is missing of the given members and splits, one member after another.
+
+        An imported member has what its files gave; `rows` says what is missing there.
+        """
+        networks = [member for member in members if member.source != IMPORTED]
+        missing = [(m, gaps) for m in networks if (gaps := [s for s in splits if not self.is_stored(m, s)])]
         self.digests.save()
         if not missing:
             return
@@ -150,18 +136,39 @@ class Store:
         self.catalog = inspection.take_measurements(self.workspace, self.catalog, self.digests, measured)
         self.digests.save()
 
-    def rows(self, member: Member, split: str) -> MemberRows:
-        """One member's stored rows of a split, memory-mapped; they must have been ensured."""
+    def has(self, member: Member, split: str) -> bool:
+        """Whether a member has answers for a split, or can give them."""
+        return member.source != IMPORTED or self._record(member, split) is not None
+
+    def is_stored(self, member: Member, split: str) -> bool:
+        """Whether a member's arrays of a split are there, whole and of what the catalog describes."""
         folder = self.workspace.predictions(member.name, split)
-        arrays = {
-            name: open_array(folder / f"{name}.npy", remedy=AGAIN)
-            for name in ("sample_ids", "labels", "logits", "honest")
-        }
+        record = self._record(member, split)
+        whole = all((folder / f"{name}.npy").is_file() for name in ARRAYS)
+        return (
+            record is not None
+            and record["key"] == self.key(member, split)
+            and whole
+            and (record.get("width") == 0 or self.workspace.embeddings(member.name, split).is_file())
+        )
+
+    def rows(self, member: Member, split: str) -> MemberRows:
+        """One member's stored rows of a split, memory-mapped; they must have been ensured.
+
+        Raises UserError for an imported member whose files did not hold the split, or held it for other images.
+        """
+        if member.source == IMPORTED and not self.is_stored(member, split):
+            wrong = "those imported are of other images or classes" if self.has(member, split) else "none are imported"
+            instead = ", or use --split val" if split == "test" else ""
+            remedy = f"Write DIR/{member.name}/{split}.npz and import it{instead}: {IMPORT}"
+            raise UserError(f"member {member.name}: no predictions for {split}; {wrong}. {remedy}")
+        folder = self.workspace.predictions(member.name, split)
+        arrays = {name: open_array(folder / f"{name}.npy", remedy=AGAIN) for name in ARRAYS}
         return MemberRows(split=split, classes=self.catalog.classes, **arrays)
 
     def key(self, member: Member, split: str) -> str:
         """What the stored arrays of a member and split depend on."""
-        return digest_of([VERSION, member.digest, self.catalog.splits[split]["digest"], list(self.catalog.classes)])
+        return digest_of([VERSION, member.digest, self._images_digest(split), list(self.catalog.classes)])
 
     def oof(self, member: Member) -> MemberRows | None:
         """A member's out-of-fold rows of the train split, from the validated cache; None when it has none.
@@ -171,37 +178,80 @@ class Store:
         if member.oof is None:
             return None
         cache = self.workspace.oof(member.name)
-        key = digest_of([VERSION, member.oof["sha256"], self.catalog.splits["train"]["digest"]])
-        if cache.is_file():
-            arrays = read_arrays(cache, remedy=AGAIN)
-            if str(arrays.get("key")) == key:
-                return _oof_rows(arrays, self.catalog.classes)
+        arrays = self._cached_oof(member)
+        if arrays is not None:
+            return _oof_rows(arrays, self.catalog.classes)
+        if member.source == IMPORTED:
+            wrong = "not the out-of-fold predictions that were imported for these images"
+            raise UserError(f"{cache}: {wrong}. Import them again: {IMPORT}")
         path = self.workspace.base / member.oof["path"]
         if self.digests.of(path) != member.oof["sha256"]:
             raise UserError(f"{path}: changed since discovery. Run `python ensemble_orchestrator.py discover` again")
-        arrays = out_of_fold.read(path, member.name, self.images("train"), self.catalog.classes).arrays()
-        write_arrays(cache, arrays | {"key": np.array(key)})
+        remedy = inspection.fold_again(self.workspace, member)
+        found = out_of_fold.read(path, member.name, self.images("train"), self.catalog.classes, remedy=remedy)
+        arrays = found.arrays()
+        write_arrays(cache, arrays | {"key": np.array(self._oof_key(member.oof))})
         return _oof_rows(arrays, self.catalog.classes)
 
     def honest_parts(self, members: Sequence[Member]) -> dict[str, list[MemberRows]]:
-        """{member: its honest rows}: out-of-fold on train where it has them, held out on val."""
+        """{member: its honest rows}: out-of-fold on train where it has them, held out on val.
+
+        Val may be missing where an imported member has out-of-fold rows.
+        """
         parts: dict[str, list[MemberRows]] = {}
         for member in members:
             oof = self.oof(member)
-            parts[member.name] = [*([oof] if oof is not None else []), self.rows(member, "val")]
+            held_out = [self.rows(member, "val")] if oof is None or self.has(member, "val") else []
+            parts[member.name] = [*([oof] if oof is not None else []), *held_out]
         return parts
 
-    def _is_stored(self, member: Member, split: str) -> bool:
-        folder = self.workspace.predictions(member.name, split)
-        record = read_json(folder / "record.json", remedy=AGAIN)
-        names = ("logits", "labels", "sample_ids", "honest")
-        whole = all((folder / f"{name}.npy").is_file() for name in names)
-        return (
-            record is not None
-            and record["key"] == self.key(member, split)
-            and whole
-            and (record.get("width") == 0 or self.workspace.embeddings(member.name, split).is_file())
+    def outdated(self, member: Member) -> list[str]:
+        """What an imported member has for other images, classes or contents than the catalog describes."""
+        found = [split for split in SPLITS if self.has(member, split) and not self.is_stored(member, split)]
+        return found + (["out-of-fold"] if member.oof is not None and self._cached_oof(member) is None else [])
+
+    def keep(self, member: Member, rows: MemberRows, embeddings: np.ndarray | None) -> None:
+        """Store rows of an imported member, sorted by id, and their embeddings (N, D); the record comes last."""
+        folder = self.workspace.predictions(member.name, rows.split)
+        (folder / "record.json").unlink(missing_ok=True)
+        write_array(folder / "logits.npy", rows.logits)
+        if embeddings is not None:
+            write_array(self.workspace.embeddings(member.name, rows.split), embeddings)
+        samples = Samples(rows.split, tuple(rows.sample_ids.tolist()), rows.labels, None)
+        self._finish(member, samples, {"width": 0 if embeddings is None else embeddings.shape[1]})
+
+    def keep_oof(self, name: str, oof: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+        """Store out-of-fold rows of an imported member: `oof` as the catalog lists them; their arrays."""
+        write_arrays(self.workspace.oof(name), {**arrays, "key": np.array(self._oof_key(oof))})
+
+    def forget(self, name: str) -> None:
+        """Remove everything that is stored of a member, records first."""
+        for split in SPLITS:
+            folder = self.workspace.predictions(name, split)
+            for path in (folder / "record.json", *(folder / f"{array}.npy" for array in ARRAYS)):
+                path.unlink(missing_ok=True)
+            self.workspace.embeddings_record(name, split).unlink(missing_ok=True)
+            self.workspace.embeddings(name, split).unlink(missing_ok=True)
+        self.workspace.oof(name).unlink(missing_ok=True)
+
+    def _images_digest(self, split: str) -> str | None:
+        return self.catalog.splits[split]["digest"] if self.catalog.has_images else None
+
+    def _cached_oof(self, member: Member) -> dict[str, np.ndarray] | None:
+        cache = self.workspace.oof(member.name)
+        if member.oof is None or not cache.is_file():
+            return None
+        arrays = read_arrays(cache, remedy=AGAIN)
+        return arrays if str(arrays.get("key")) == self._oof_key(member.oof) else None
+
+    def _oof_key(self, oof: Mapping[str, Any]) -> str:
+        return digest_of([VERSION, oof["sha256"], self._images_digest("train")])
+
+    def _record(self, member: Member, split: str) -> dict[str, Any] | None:
+        record: dict[str, Any] | None = read_json(
+            self.workspace.predictions(member.name, split) / "record.json", remedy=AGAIN
         )
+        return record
 
     def _stream(self, member: Member, splits: Sequence[str], device: str, threads: int) -> None:
         """Run one member; its arrays grow on disk under temporary names and appear when a split is complete."""
@@ -239,35 +289,38 @@ class Store:
                 if embeddings is not None:
                     embeddings.flush()
             facts = {"device": device, "batch_size": batch_size, "seconds": round(time.monotonic() - start, 3)}
-            self._finish(member, split, facts | {"width": width})
+            self._finish(member, self.samples(split.split), facts | {"width": width})
 
-    def _finish(self, member: Member, split: ImageSplit, facts: dict[str, Any]) -> None:
+    def _finish(self, member: Member, samples: Samples, facts: dict[str, Any]) -> None:
         """The rest of what belongs to one member and split, the record last; width 0: it has no embeddings."""
-        folder = self.workspace.predictions(member.name, split.split)
-        write_array(folder / "labels.npy", split.labels)
-        write_array(folder / "sample_ids.npy", np.array(split.sample_ids))
-        write_array(folder / "honest.npy", np.full(len(split.paths), split.split != "train"))
+        split = samples.split
+        folder = self.workspace.predictions(member.name, split)
+        write_array(folder / "labels.npy", samples.labels)
+        write_array(folder / "sample_ids.npy", np.array(samples.sample_ids))
+        write_array(folder / "honest.npy", np.full(len(samples.sample_ids), split != "train"))
         record = {
-            "key": self.key(member, split.split),
+            "key": self.key(member, split),
             "member": member.name,
-            "split": split.split,
-            "n": len(split.paths),
+            "split": split,
+            "n": len(samples.sample_ids),
             "classes": list(self.catalog.classes),
             "member_digest": member.digest,
-            "split_digest": split.digest,
+            "split_digest": self.catalog.splits[split]["digest"],
             "img_size": member.img_size,
             **facts,
         }
-        kind = "in_sample" if split.split == "train" else "held_out"
-        place = self.workspace.embeddings_record(member.name, split.split)
-        write_json(place, record | {"rows": kind, "sample_ids": list(split.sample_ids)})
+        kind = "in_sample" if split == "train" else "held_out"
+        place = self.workspace.embeddings_record(member.name, split)
+        write_json(place, record | {"rows": kind, "sample_ids": list(samples.sample_ids)})
         write_json(folder / "record.json", record)
 
 
 def _growing(stack: ExitStack, path: Path, shape: tuple[int, int]) -> np.memmap:
     """A float32 array that is filled on disk and takes its name when the stack ends well."""
     temporary = stack.enter_context(replacing(path))
-    return np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+    array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+    reserve(temporary, array.offset)
+    return array
 
 
 def _oof_rows(arrays: Mapping[str, np.ndarray], classes: tuple[str, ...]) -> MemberRows:
@@ -276,108 +329,31 @@ def _oof_rows(arrays: Mapping[str, np.ndarray], classes: tuple[str, ...]) -> Mem
     )
 
 
-def align(parts: Mapping[str, Sequence[MemberRows]], classes: tuple[str, ...]) -> Rows:
-    """Bring members together: {member: its rows of one or more splits} -> the rows that all members have.
+def split_facts(classes: tuple[str, ...], samples: Samples) -> dict[str, Any]:
+    """A split as the catalog lists it where imported members alone say which samples there are."""
+    digest = digest_of([list(classes), list(samples.sample_ids), samples.labels.tolist()])
+    return {"n": len(samples.sample_ids), "digest": digest, "images": False}
 
-    Members are ordered by name, rows by (split, sample id), columns by `classes`. Raises UserError for duplicate ids,
-    other class sets, labels that disagree, logits that are not finite, or nothing in common; tells how many rows are
-    left out.
+
+def with_imported(config: Config, workspace: Workspace, found: Catalog, earlier: Catalog) -> Catalog:
+    """`found` with the imported members of an `earlier` catalog and what was said of them.
+
+    One whose rows are of other images or classes than those found now stays, but cannot be used, and this is said. One
+    that bears the name of a trained member gives way.
     """
-    members = tuple(sorted(parts))
-    keyed = {member: _keyed(member, parts[member], classes) for member in members}
-    common = set.intersection(*(set(rows) for rows, _, _ in keyed.values()))
-    if not common:
-        raise UserError(f"{', '.join(members)}: no row in common; were they run on the same split?")
-    order = sorted(common)
-    for member, (rows, _, _) in keyed.items():
-        if len(rows) > len(order):
-            logger.warning("%s: %d of %d rows are not shared by all members", member, len(rows) - len(order), len(rows))
-    logits = np.empty((len(members), len(order), len(classes)), dtype=np.float32)
-    labels = np.empty((len(members), len(order)), dtype=np.int64)
-    honest = np.ones(len(order), dtype=bool)
-    for index, member in enumerate(members):
-        rows, own_logits, facts = keyed[member]
-        places = [rows[key] for key in order]
-        logits[index] = own_logits[places]
-        labels[index], marks = facts[0][places], facts[1][places]
-        honest &= marks
-        bad = np.flatnonzero(~np.isfinite(logits[index]).all(axis=1))
-        if bad.size:
-            raise UserError(f"member {member}: {bad.size} row(s) with NaN or infinity, first {order[bad[0]][1]}")
-        differing = np.flatnonzero(labels[index] != labels[0])
-        if differing.size:
-            raise UserError(
-                f"members {members[0]} and {member}: {differing.size} label(s) disagree, first {order[differing[0]][1]}"
-            )
-    return Rows(
-        members=members,
-        classes=classes,
-        split=np.array([split for split, _ in order]),
-        sample_ids=np.array([sample_id for _, sample_id in order]),
-        labels=labels[0],
-        logits=logits,
-        honest=honest,
-    )
-
-
-def _keyed(
-    member: str, parts: Sequence[MemberRows], classes: tuple[str, ...]
-) -> tuple[dict[tuple[str, str], int], np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """{(split, id): row}, logits and (labels, honest) of one member over its parts, columns in `classes` order."""
-    logits, labels, honest = [], [], []
-    keys: list[tuple[str, str]] = []
-    for part in parts:
-        if sorted(part.classes) != sorted(classes):
-            raise UserError(f"member {member}: classes {', '.join(part.classes)}; expected {', '.join(classes)}")
-        logits.append(np.asarray(part.logits)[:, [part.classes.index(name) for name in classes]])
-        labels.append(np.array([classes.index(name) for name in part.classes])[np.asarray(part.labels)])
-        honest.append(np.asarray(part.honest))
-        keys += [(part.split, sample_id) for sample_id in part.sample_ids.tolist()]
-    rows = {key: row for row, key in enumerate(keys)}
-    if len(rows) < len(keys):
-        seen: set[tuple[str, str]] = set()
-        twice = next(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise UserError(f"member {member}: the sample id {'/'.join(twice)} occurs twice")
-    return rows, np.concatenate(logits), (np.concatenate(labels), np.concatenate(honest))
-
-
-def crossfit_folds(store: Store) -> dict[tuple[str, str], int]:
-    """{(split, sample id): fold} over the train and val rows: the workspace's one assignment, made once and kept.
-
-    Stratified and seeded; rows of one group (`dataset.group_regex`) or of equal content share a fold. Five folds, fewer
-    where a class has fewer groups. Made anew when images, seed or group rule change.
-    """
-    rule, seed = store.config.dataset.group_regex, store.config.seed
-    digests = [store.catalog.splits[split]["digest"] for split in ("train", "val")]
-    key = digest_of([VERSION, digests, rule, seed])
-    path = store.workspace.crossfit_folds
-    if path.is_file():
-        arrays = read_arrays(path, remedy=AGAIN)
-        if str(arrays["key"]) == key:
-            return _fold_table(arrays)
-    dealing = base_back.bundled("samples")
-    images = [store.images("train"), store.images("val")]
-    labels = np.concatenate([split.labels for split in images])
-    ids = [sample_id for split in images for sample_id in split.sample_ids]
-    contents = [content for split in images for content in split.contents]
-    groups = dealing.group_indices(ids, contents, rule)
-    fewest = min(len(np.unique(groups[labels == label])) for label in np.unique(labels))
-    folds = min(CROSSFIT_FOLDS, fewest)
-    if folds < 2:
-        raise UserError(
-            f"{store.workspace.split_dir}: a class has one group of images in train and val; cross-fitting needs two. "
-            "Add images, or widen dataset.group_regex"
-        )
-    arrays = {
-        "key": np.array(key),
-        "split": np.concatenate([np.full(len(split.sample_ids), split.split) for split in images]),
-        "sample_ids": np.array(ids),
-        "fold": dealing.stratified_bins(labels, groups, [1 / folds] * folds, seed),
-    }
-    write_arrays(path, arrays)
-    return _fold_table(arrays)
-
-
-def _fold_table(arrays: Mapping[str, Any]) -> dict[tuple[str, str], int]:
-    names = zip(arrays["split"].tolist(), arrays["sample_ids"].tolist(), strict=True)
-    return dict(zip(names, arrays["fold"].tolist(), strict=True))
+    kept = earlier.imported()
+    joined = replace(found, members={**kept, **found.members}, problems=())
+    store = Store(config, workspace, joined)
+    members, problems = dict(joined.members), list(found.problems)
+    for name, member in kept.items():
+        if name in found.members:
+            message = "a network is called like these imported predictions, which are left out"
+            problems.append(Problem("imported_name", "error", name, message, "import them under another name"))
+            continue
+        problems += [problem for problem in earlier.problems if problem.member == name and problem.code != OUTDATED]
+        outdated = store.outdated(member)
+        if outdated:
+            message = f"imported for other images or classes: {', '.join(outdated)}"
+            problems.append(Problem(OUTDATED, "error", name, message, f"import it again: {IMPORT}"))
+        members[name] = replace(member, usable=not outdated)
+    return replace(joined, members=members, problems=tuple(problems))

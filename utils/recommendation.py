@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from utils.errors import UserError
+from utils.metrics import within_one_error
 
 SIMPLEST_FIRST = (
     *("soft_voting", "logit_averaging", "weighted", "greedy_selection", "pruned", "stacking_lr", "stacking_mlp"),
@@ -59,7 +60,7 @@ def recommend(found: Sequence[Candidate]) -> dict[str, Any]:
         near = [
             name
             for name in means
-            if by_name[name].kind == "ensemble" and _within_one_error(losses[name], losses[lowest])
+            if by_name[name].kind == "ensemble" and within_one_error(losses[name], losses[lowest])
         ]
         winner = min(near, key=lambda name: (_simplicity(by_name[name]), name))
         if winner != lowest:
@@ -108,13 +109,6 @@ def _val_only_challengers(
 def _on(candidate: Candidate, values: np.ndarray, keys: Iterable[tuple[str, str]]) -> np.ndarray:
     place = {key: row for row, key in enumerate(candidate.keys)}
     return values[[place[key] for key in keys]]
-
-
-def _within_one_error(losses: np.ndarray, lowest: np.ndarray) -> bool:
-    difference = losses - lowest
-    if len(difference) < 2:
-        return bool(difference.mean() <= 0)
-    return bool(difference.mean() <= difference.std(ddof=1) / len(difference) ** 0.5)
 
 
 def _simplicity(candidate: Candidate) -> int:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,19 +47,26 @@ __all__ = [
     "Batch",
     "ImageSplit",
     "NetworkSpec",
+    "SurplusIsAlive",
     "cleanup_memory",
     "decode",
     "decoding_threads",
     "list_images",
     "logits_and_embeddings",
     "normalise",
+    "open_images",
     "open_network",
     "read_checkpoint",
+    "resident",
     "resolve_device",
     "safe_delete_model",
     "stream",
     "weights_of",
 ]
+
+
+class SurplusIsAlive(UserError):
+    """A network has more outputs than there are classes, and those beyond them answer too."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,16 @@ class ImageSplit:
     """SHA-256 of each file."""
     digest: str
     """Of ids, labels and contents."""
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> ImageSplit:
+        """Some of the images, in the order of `rows`; the digest stays the whole split's."""
+        return replace(
+            self,
+            sample_ids=tuple(self.sample_ids[row] for row in rows),
+            labels=self.labels[rows],
+            paths=tuple(self.paths[row] for row in rows),
+            contents=tuple(self.contents[row] for row in rows),
+        )
 
 
 @dataclass(frozen=True)
@@ -119,10 +136,28 @@ def _shown(path: Path) -> str:
     return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def open_network(spec: NetworkSpec) -> nn.Module:
-    """Build the network and load its weights, in evaluation mode on the CPU. Raises UserError when they do not fit."""
+def open_network(spec: NetworkSpec, weights: Mapping[str, Any] | None = None) -> nn.Module:
+    """Build the network and load its weights, in evaluation mode on the CPU; `weights` replace those in the file.
+
+    Raises UserError when they do not fit, or the checkpoint says that another BASE-BACK than the one mounted has its
+    network.
+    """
+    if weights is None:
+        record = read_checkpoint(spec.checkpoint)
+        _require_its_base_back(spec, record)
+        weights = weights_of(record)
     factory = None if spec.source == "timm" else base_back.load("models").create_custom_backbone_safe
-    return build(spec, weights_of(read_checkpoint(spec.checkpoint)), factory)
+    return build(spec, weights, factory)
+
+
+def _require_its_base_back(spec: NetworkSpec, record: Mapping[str, Any]) -> None:
+    extra = record.get("extra")
+    is_of_another = spec.source != "timm" and isinstance(extra, dict) and extra.get("base_back") == "external"
+    if is_of_another and base_back.kind(base_back.locate()) == "bundled":
+        raise UserError(
+            f"{spec.checkpoint}: its network is another BASE-BACK's, and the bundled one is mounted. Mount the one it "
+            "was trained with: --base-back DIR"
+        )
 
 
 def decode(splits: Sequence[ImageSplit], sizes: Sequence[int], *, image_cache: Path, threads: int = 1) -> None:
@@ -148,23 +183,25 @@ def stream(
     image_cache: Path,
     decoding_threads: int = 1,
     val: ImageSplit | None = None,
+    opener: Callable[[NetworkSpec], nn.Module] | None = None,
 ) -> Iterator[Batch]:
     """Logits and embeddings of one network over the given splits, batch by batch, in the order of the rows.
 
     On the CPU `batch_size` images at a time, on CUDA as many as memory allows, found by doubling; halved when memory
     runs out. A network with more outputs than classes is first run over `val`, or the val split among `splits`, to show
-    that the surplus is dead; it is then cut. The network is gone from memory when the iterator ends. Raises UserError
-    for unreadable images, weights that do not fit, outputs that are fewer than the classes or alive beyond them, images
-    that one at a time do not fit into memory, or logits that are not finite (named by image).
+    that the surplus is dead; it is then cut. The network, which `opener` may give in place of `open_network`, is gone
+    from memory when the iterator ends. Raises UserError for unreadable images, weights that do not fit, outputs that
+    are fewer than the classes or alive beyond them, images that one at a time do not fit into memory, or logits that
+    are not finite (named by image).
     """
     if not splits:
         return
 
     def opened(images: ImageSplit) -> Any:
-        return _open(images, spec.img_size, image_cache, decoding_threads)
+        return open_images(images, spec.img_size, image_cache=image_cache, threads=decoding_threads)
 
     pixels = [opened(images) for images in splits]
-    passing = _Pass(spec, open_network(spec), batch_size, device)
+    passing = _Pass(spec, (opener or open_network)(spec), batch_size, device)
     try:
         passing.probe(pixels[0])
         if passing.outputs.count > len(spec.classes):
@@ -179,6 +216,28 @@ def stream(
         del passing
         # A whole collection takes longer than a small network; it is needed where references in a ring keep one alive.
         if on_cuda or left() is not None:
+            cleanup_memory()
+
+
+@contextmanager
+def resident(spec: NetworkSpec, device: str) -> Iterator[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+    """One network alone in memory, as `stream` runs it: what answers placed images with logits, and what places them.
+
+    Images are normalised (B, 3, H, W); placed, they lie on the device in the network's layout.
+    """
+    import torch
+
+    passing = _Pass(spec, open_network(spec), 1, device)
+
+    def answer(images: Tensor) -> Tensor:
+        with torch.inference_mode(), passing._precision():
+            return passing.model(images)  # type: ignore[no-any-return]
+
+    try:
+        yield answer, lambda images: images.to(device=device, memory_format=passing.layout)
+    finally:
+        safe_delete_model(passing.model)
+        if passing.on_cuda:
             cleanup_memory()
 
 
@@ -302,19 +361,19 @@ class _Pass:
 
 
 def _require_dead_surplus(passing: _Pass, val: ImageSplit | None, opened: Callable[[ImageSplit], Any]) -> None:
-    """Raise UserError unless the outputs beyond the classes are dead on the val rows."""
+    """Raise SurplusIsAlive, or UserError without val rows, unless the outputs beyond the classes are dead on them."""
     spec = passing.spec
     said = f"{spec.checkpoint}: {passing.outputs.count} outputs for {len(spec.classes)} classes"
     if val is None:
         raise UserError(f"{said}, and no val split to show that the surplus is dead. {RETRAIN}")
     logits = np.concatenate([batch.logits for batch in passing.over(val, opened(val), cut=False)])
     if reason := surplus_is_dead(logits, len(spec.classes)):
-        raise UserError(f"{said}, and the surplus is not dead: on the val rows {reason}. {RETRAIN}")
+        raise SurplusIsAlive(f"{said}, and the surplus is not dead: on the val rows {reason}. {RETRAIN}")
     logger.warning("%s; the surplus is dead on the %d val rows and is cut", said, len(logits))
 
 
-def _open(images: ImageSplit, img_size: int, image_cache: Path, threads: int) -> Any:
-    """Decoded pixels of a split; what the cache lacks is decoded first."""
+def open_images(images: ImageSplit, img_size: int, *, image_cache: Path, threads: int) -> Any:
+    """Decoded pixels of a split for networks of one image size; what the cache lacks is decoded first."""
     decoder = base_back.bundled("image_cache")
     side = decoder.resized_side(img_size)
     try:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from utils import base_back, caches, inventory, locks
+from utils.artifacts import read_json
 from utils.caches import Item, shown
+from utils.catalog import MADE
 from utils.config import Config
 from utils.errors import ConfigError, UserError, cannot_write
 from utils.inventory import CURRENT, MISSING, Inventory
@@ -16,6 +19,8 @@ from utils.results import Result
 from utils.workspace import SPLITS, Workspace
 
 MOST_REASONS = 5
+UNFINISHED = re.compile(rf"\..+_(?:{MADE})\.[a-z0-9_]{{8}}\.partial\.pth")
+"""Checkpoints of ours under temporary names, in a folder where the base pipeline may be writing its own."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,13 @@ def status(config: Config, workspace: Workspace, *, force: bool = False) -> Resu
         "predictions": caches.size(workspace.all_predictions) + caches.size(workspace.all_oof),
         "embeddings": caches.size(workspace.all_embeddings),
         "ensembles": caches.size(workspace.models),
+        "training_progress": caches.size(workspace.training_progress),
         "temporary": sum(item.size for item in _temporary(workspace)),
     }
     writer, locked = _writer(workspace)
-    following = _next_command(config, found)
-    base_command = _base_command(workspace) if following == "discover" else None
+    following = _next_command(found)
+    imported = found.found is not None and bool(found.found.imported())
+    base_command = _base_command(workspace) if following == "discover" and not imported else None
     text = [
         f"workspace    {workspace.base}{f'; ours in {workspace.output}' if workspace.output else ''}",
         *([f"writing      {locked}"] if locked else []),
@@ -89,12 +96,12 @@ def clean(
     stale: bool = False,
     force: bool = False,
 ) -> Result:
-    """List what may be removed, and remove it with `confirm`: temporary files and predictions of members that are gone;
-    with `cache` also the decoded images, with `stale` also stale ensembles.
+    """List what may be removed, and remove it with `confirm`: temporary files, predictions of members that are gone and
+    progress of finished trainings; with `cache` also the decoded images, with `stale` also stale ensembles.
 
-    `temporary` removes files under temporary names, nothing else, and needs no `confirm`. Base files and whatever lies
-    behind a symbolic link are never touched (`force` changes nothing). What cannot be removed is a failure of the
-    result.
+    `temporary` removes files under temporary names, nothing else, and needs no `confirm`. Other base files and whatever
+    lies behind a symbolic link are never touched (`force` changes nothing). What cannot be removed is a failure of the
+    result. Raises UserError for a damaged recovery state, by which finished trainings are known.
     """
     if temporary and (confirm or cache or stale):
         raise ConfigError("clean --temporary: takes neither --confirm nor --cache nor --stale; it removes at once")
@@ -150,6 +157,8 @@ def _temporary(workspace: Workspace) -> list[Item]:
     found = [
         item for folder in own if not _linked(workspace, folder) for item in caches.leftovers(folder, shared=False)
     ]
+    made = [] if _linked(workspace, workspace.derived_checkpoints) else caches.children(workspace.derived_checkpoints)
+    found += [item for item in made if UNFINISHED.fullmatch(item.name)]
     return found + caches.leftovers(workspace.image_cache, shared=True)
 
 
@@ -172,9 +181,27 @@ def _removable(config: Config, workspace: Workspace) -> list[Group]:
     ]
     return [
         Group("predictions of members that are gone", tuple(gone), None),
+        Group("progress of finished trainings", tuple(_finished_progress(workspace)), None),
         Group("decoded images", tuple(caches.packs(workspace.image_cache)), "--cache"),
         Group("stale ensembles", tuple(old), "--stale"),
     ]
+
+
+def _finished_progress(workspace: Workspace) -> list[Item]:
+    """Progress files that a run left which was killed when its training had just been entered as finished.
+
+    A training that is under way or waits to go on has no entry, or saves after the files that an older entry names.
+    """
+    if workspace.output is not None or _linked(workspace, workspace.training_progress):
+        return []
+    state = read_json(workspace.recovery_state, remedy="Remove it, and the base pipeline trains anew") or {}
+    written = {}
+    for unit, entry in state.get("units", {}).items():
+        backbone, _, kind = unit.partition(" ")
+        times = [modified for _, modified, _ in entry["files"].values()]
+        written[f"{backbone}_{kind.replace(' ', '')}.pth"] = max(times, default=0) / 1e9
+    files = caches.children(workspace.training_progress)
+    return [item for item in files if item.modified <= written.get(item.name, 0)]
 
 
 def _linked(workspace: Workspace, folder: Path) -> Path | None:
@@ -206,13 +233,16 @@ def _writer(workspace: Workspace) -> tuple[dict[str, Any] | None, str | None]:
     return asdict(owner) | {"dead": dead}, words
 
 
-def _next_command(config: Config, found: Inventory) -> str | None:
+def _next_command(found: Inventory) -> str | None:
     if found.catalog.state != CURRENT:
         return "discover"
     if found.problems:
         return None
-    if any(found.ensembles[name].state != CURRENT for name in inventory.configured(config)):
+    if any(found.ensembles[name].state != CURRENT for name in found.wanted):
         return "build-ensemble"
+    for command, names in found.learned.items():
+        if any(found.ensembles[name].state != CURRENT for name in names):
+            return command
     return None if found.evaluation.state == CURRENT else "evaluate"
 
 

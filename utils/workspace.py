@@ -59,6 +59,11 @@ class Workspace:
         """The folder that everything of ours lies in."""
         return self.output or self.base
 
+    @property
+    def has_images(self) -> bool:
+        """Whether any split holds a class folder; a base pipeline may make empty splits."""
+        return any(path.is_dir() for split in SPLITS for path in (self.split_dir / split).glob("[!.]*"))
+
     def relative(self, path: Path) -> str:
         """`path` as records name it: below the root with `/`, else absolute."""
         return path.relative_to(self.base).as_posix() if path.is_relative_to(self.base) else path.as_posix()
@@ -94,11 +99,20 @@ class Workspace:
         """What the base pipeline had finished."""
         return self.checkpoints / ".recovery_state.json"
 
+    @property
+    def training_progress(self) -> Path:
+        """`<backbone>_train.pth` or `<backbone>_fold<k>.pth` for each training that is under way."""
+        return self.checkpoints / ".progress"
+
     # ours ------------------------------------------------------------------------------------------------------------
     @property
     def derived_checkpoints(self) -> Path:
         """Folder of the weights that we make: the base pipeline's own, unless there is an output."""
         return self.output / "checkpoints" if self.output else self.checkpoints
+
+    def derived_checkpoint(self, backbone: str, role: str) -> Path:
+        """`role`: uniform_soup, greedy_soup, wise_ft, distilled."""
+        return self.derived_checkpoints / f"{backbone}_{role}.pth"
 
     @property
     def ensembles(self) -> Path:
@@ -119,6 +133,11 @@ class Workspace:
     def digests(self) -> Path:
         """Remembered digests of files."""
         return self.ensembles / "digests.json"
+
+    @property
+    def latency(self) -> Path:
+        """How long members' networks take, measured once."""
+        return self.ensembles / "latency.json"
 
     @property
     def crossfit_folds(self) -> Path:
@@ -164,6 +183,10 @@ class Workspace:
     def ensemble(self, name: str) -> Path:
         """Folder of one saved ensemble."""
         return self.models / name
+
+    def soup(self, backbone: str) -> Path:
+        """What became of one backbone's checkpoints when they were averaged."""
+        return self.ensembles / "soups" / f"{backbone}.json"
 
     @property
     def snapshots(self) -> Path:

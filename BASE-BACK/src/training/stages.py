@@ -6,7 +6,6 @@ What is finished, by the digest of data, settings and training version, is skipp
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from training.snapshots import remove_surplus_snapshots, snapshot_unit
 from training.units import Outcome, Unit, oof_path, progress_path
 from utils import DEVICE, logger, smoke_checker
 from utils.devices import usable_cores
-from utils.files import read_json, write_json
+from utils.files import atomic_path, read_json, write_json
 from utils.logs import duration
 from utils.samples import digest_of_contents
 from utils.splitting import prepare_optimized_datasets, read_manifest, split_contents, verify_dataset_split
@@ -301,10 +300,8 @@ def _write_pipeline_summary(summary: Summary, ledger: Ledger) -> None:
     }
     write_json(settings.METRICS_DIR / "pipeline_summary.json", record)
     lines = [f"{name}: {entry['status']}" for name, entry in training.items()]
-    status = settings.CKPT_DIR / "recovery_status.txt"
-    temporary = status.with_name(f".{status.name}.{os.getpid()}.partial")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    temporary.replace(status)
+    with atomic_path(settings.CKPT_DIR / "recovery_status.txt") as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _remove_surplus_folds(unit: Unit) -> None:

@@ -14,7 +14,10 @@ from typing import Any
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well and vanishes when it does not."""
+    """A temporary path beside `path` that takes its place when the block ends well and vanishes when it does not.
+
+    Raises OSError that names `path` where the disk takes no more.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The ending stays last: numpy and others add one of their own where it is missing.
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".partial{path.suffix}", dir=path.parent)
@@ -28,6 +31,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        # A failed write names no file; torch's writer then adds an error of its own, which says nothing of the disk.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError) or reason.filename is not None:
+            raise
+        raise OSError(reason.errno, reason.strerror or str(reason), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,0 +1,45 @@
+"""A workspace in which everything is built, for tests to age, litter or break, and the commands that look after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT, run_python
+
+from utils import inventory, upkeep
+from utils.config_file import load
+from utils.workspace import Workspace
+
+CONFIG = PROJECT / "configs" / "votes.yaml"
+DEMO = ("--config", "configs/votes.yaml")
+NAMES = ("split_dataset", "checkpoints", "metrics_output", "kfold_results", "deployment_models", "image_cache", "logs")
+
+
+def at(base: Path) -> Workspace:
+    return Workspace(base, *(base / name for name in NAMES))
+
+
+@pytest.fixture
+def workspace(own_copy) -> Workspace:
+    return at(own_copy)
+
+
+def look(workspace: Workspace, *overrides: str) -> inventory.Inventory:
+    return inventory.take(load(CONFIG, overrides=overrides), workspace)
+
+
+def status(workspace: Workspace, *overrides: str):
+    return upkeep.status(load(CONFIG, overrides=overrides), workspace)
+
+
+def clean(workspace: Workspace, **options: bool):
+    return upkeep.clean(load(CONFIG), workspace, **options)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def run(base: Path, *options: str):
+    return run_python(str(PROJECT / "ensemble_orchestrator.py"), *options, *DEMO, "--workspace", str(base))

@@ -1,0 +1,25 @@
+"""What every benchmark prints."""
+
+from __future__ import annotations
+
+import json
+
+from reporting import report, row
+
+KEYS = {"what", "figure", "unit", "goal", "holds", "peer"}
+
+
+def test_the_last_line_is_the_report(capsys):
+    rows = [
+        row("time", 1.05, "of the other", "at most 1.1", True, "3 s"),
+        row("memory", None, "MB", "at most 1.1", None, None),
+    ]
+    report("some", rows, quick=True, packages=("numpy",), source="photographs")
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(lines[-1])
+    assert (found["benchmark"], found["quick"], found["source"]) == ("some", True, "photographs")
+    assert found["machine"]["cores"] >= 1
+    assert found["versions"].keys() == {"python", "numpy"}
+    assert [entry.keys() == KEYS for entry in found["rows"]] == [True, True]
+    assert any("1.050 of the other" in line for line in lines)
+    assert any("goal: at most 1.1; beside it: 3 s  holds" in line for line in lines)

@@ -1,0 +1,36 @@
+"""Cross-fitting folds where no images are there to be looked at."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import PROJECT
+from given_predictions import CONFIG, empty_workspace, fewer, take_in, write
+
+from utils import build, importing
+from utils.config_file import load
+from utils.errors import UserError
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    return empty_workspace(tmp_path / "w")
+
+
+def test_a_class_with_one_row_cannot_be_cross_fitted(tmp_path, workspace):
+    def one_cat(name, stem, given):
+        cats = np.flatnonzero(given["labels"] == 2)
+        return fewer(np.setdiff1d(np.arange(30), cats[1:]))(given)
+
+    take_in(workspace, write(tmp_path / "given", stems=("val",), change=one_cat))
+    with pytest.raises(UserError, match="one group of samples of class cat; cross-fitting needs two"):
+        build.build_ensemble(CONFIG, workspace)
+
+
+def test_folds_keep_groups_together_by_their_names_alone(tmp_path, workspace):
+    config = load(PROJECT / "configs" / "votes.yaml", overrides=[r"dataset.group_regex=^\d\d\d(\d)\.png$"])
+    importing.import_predictions(config, workspace, folder=str(write(tmp_path / "given")))
+    build.build_ensemble(config, workspace)
+    with np.load(workspace.crossfit_folds) as folds:
+        groups = [sample_id[-5] for sample_id in folds["sample_ids"].tolist()]
+        assert len({(group, fold) for group, fold in zip(groups, folds["fold"].tolist(), strict=True)}) == 10

@@ -1,0 +1,64 @@
+"""The simple combinations that a learned one is held against."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from utils import guards
+from utils.combiner import MemberFacts
+from utils.config import Config
+from utils.metrics import log_loss, softmax
+
+N, C = 200, 3
+FACTS = MemberFacts(("a", "b"), np.array([0.5, 0.6]), np.full(2, np.nan), np.full(2, np.nan))
+
+
+@pytest.fixture
+def measured():
+    rng = np.random.default_rng(2)
+    labels = rng.integers(0, C, N)
+    logits = rng.normal(size=(2, N, C)).astype(np.float32)
+    logits[1, np.arange(N), labels] += 2
+    return guards.measure(Config(), FACTS, logits, labels, np.arange(N) % 5), logits, labels
+
+
+def test_the_five_simple_combinations_are_measured_on_unseen_rows(measured):
+    found, logits, labels = measured
+    assert list(found.losses) == [
+        *("best_single", "soft_voting", "greedy_selection", "convex_weights", "log_linear_pool"),
+    ]
+    assert found.best_single == "b"
+    assert found.losses["best_single"].mean() == pytest.approx(log_loss(softmax(logits[1]), labels))
+    assert found.losses["soft_voting"].mean() == pytest.approx(log_loss(softmax(logits).mean(axis=0), labels), abs=1e-6)
+    assert found.losses["log_linear_pool"].mean() < found.losses["soft_voting"].mean()
+
+
+def test_a_clear_gain_beats_and_a_hair_does_not(measured):
+    found = measured[0]
+    best = min(found.losses.values(), key=lambda losses: losses.mean())
+    clear = guards.judge(found, best - 0.1)
+    assert clear["beats_guards"]
+    assert clear["verdict"].startswith("beats ")
+    noise = np.random.default_rng(0).normal(size=N)
+    hair = guards.judge(found, best + 0.3 * (noise - noise.mean()) - 1e-6)
+    assert not hair["beats_guards"]
+    assert hair["verdict"].startswith("does not beat ")
+    worse = guards.judge(found, best + 0.1)
+    assert not worse["beats_guards"]
+    assert worse["verdict"].startswith("is worse than ")
+
+
+def test_every_gain_stands_with_its_interval(measured):
+    found = measured[0]
+    record = guards.judge(found, found.losses["soft_voting"] - 0.2)
+    gain = record["guards"]["soft_voting"]
+    assert gain["gain"] == pytest.approx(0.2)
+    np.testing.assert_allclose(gain["gain_ci95"], 0.2)
+
+
+def test_the_interval_covers_the_true_mean_as_often_as_it_says():
+    rng = np.random.default_rng(4)
+    draws = rng.normal(0.3, 1.0, size=(200, 150))
+    inside = [low <= 0.3 <= high for low, high in (guards.bootstrap_interval(one, seed=1) for one in draws)]
+    assert 0.90 <= np.mean(inside) <= 0.99

@@ -1,0 +1,225 @@
+"""Latencies: measured once per network, device and threads, with real runs, and never again."""
+
+from __future__ import annotations
+
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from utils import latency, streaming
+from utils.artifacts import FileDigests
+from utils.catalog import Member
+from utils.config import Config
+from utils.errors import UserError
+from utils.latency import Timing, measure, stored, timing_of
+from utils.workspace import Workspace
+
+MODEL = "test_resnet"
+
+
+@pytest.fixture
+def store(tmp_path):
+    workspace = Workspace(tmp_path, *(tmp_path / name for name in "abcdefg"))
+    return SimpleNamespace(
+        workspace=workspace, config=Config(device="cpu"), digests=FileDigests(tmp_path / "digests.json")
+    )
+
+
+@pytest.fixture
+def member(store):
+    """A function that makes a member with a checkpoint of timm's smallest network."""
+    import timm
+
+    def make(name, digest=None):
+        path = store.workspace.base / f"{name}.pth"
+        torch.manual_seed(0)
+        torch.save(timm.create_model(MODEL, num_classes=3).state_dict(), path)
+        checkpoint = {"path": path.name, "stage": "final", "sha256": store.digests.of(path)}
+        return Member(
+            name, f"timm:{MODEL}", "full", 32, ("x", "y", "z"), (checkpoint,), (), None, None, 0.9, digest or name
+        )
+
+    return make
+
+
+@pytest.fixture
+def heard(caplog):
+    logger = logging.getLogger("disease_pipeline")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The networks that were opened, in order."""
+    seen = []
+    original = streaming.open_network
+    monkeypatch.setattr(streaming, "open_network", lambda spec: (seen.append(spec.checkpoint.stem), original(spec))[1])
+    return seen
+
+
+def test_a_network_is_measured_once_and_its_times_are_kept(store, member, opened):
+    members = [member("b"), member("a")]
+    found = measure(store, members)
+    assert list(found) == opened == ["b", "a"]
+    for record in found.values():
+        assert (record.device, record.threads) == ("cpu", torch.get_num_threads())
+        assert list(record.batches) == [1, 32]
+        assert all(0 < timing.p50 <= timing.p95 and timing.runs >= 1 for timing in record.batches.values())
+        assert record.batches[32].p50 > record.batches[1].p50
+    before = store.workspace.latency.read_bytes()
+    assert measure(store, members) == found
+    assert len(opened) == 2
+    assert store.workspace.latency.read_bytes() == before
+    assert stored(store.workspace, members, "cpu", torch.get_num_threads()) == found
+
+
+def test_only_the_missing_batch_is_measured_later(store, member):
+    first = measure(store, [member("a")], batches=[1])["a"]
+    both = measure(store, [member("a")])["a"]
+    assert list(both.batches) == [1, 32]
+    assert both.batches[1] == first.batches[1]
+
+
+def test_other_weights_threads_and_devices_are_measured_for_themselves(store, member, opened, monkeypatch):
+    measure(store, [member("a")], batches=[1])
+    threads = torch.get_num_threads()
+    assert stored(store.workspace, [member("a", "other weights")], "cpu", threads) == {}
+    assert stored(store.workspace, [member("a")], "cpu", threads + 1) == {}
+    assert stored(store.workspace, [member("a")], "cuda (A)", threads) == {}
+    measure(store, [member("a", "other weights")], batches=[1])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    assert measure(store, [member("a")], batches=[1])["a"].threads == threads + 1
+    assert opened == ["a", "a", "a"]
+    assert list(stored(store.workspace, [member("a")], "cpu", threads)) == ["a"]
+
+
+def test_members_of_one_content_share_a_measurement(store, member, opened):
+    found = measure(store, [member("a", "same"), member("b", "other")], batches=[1])
+    again = measure(store, [member("copy", "same")], batches=[1])
+    assert again["copy"] == found["a"]
+    assert opened == ["a", "b"]
+
+
+def test_the_record_is_sorted_json_that_names_device_threads_and_member(store, member):
+    measure(store, [member("b"), member("a")], batches=[1])
+    text = store.workspace.latency.read_text()
+    record = json.loads(text)
+    assert list(record["networks"]) == ["a", "b"]
+    (entry,) = record["networks"]["a"].values()
+    assert (entry["member"], entry["device"], entry["threads"]) == ("a", "cpu", torch.get_num_threads())
+    assert entry["batches"]["batch_1"].keys() == {"p50", "p95", "runs"}
+
+
+def test_a_member_without_a_network_is_left_out(store, member):
+    imported = Member("p", "", "", 0, ("x",), (), (), None, None, None, "p", source="imported")
+    assert list(measure(store, [imported, member("a")], batches=[1])) == ["a"]
+
+
+def test_a_checkpoint_that_is_gone_or_another_is_named(store, member):
+    gone = member("a")
+    (store.workspace.base / "a.pth").unlink()
+    with pytest.raises(UserError, match=r"a\.pth: the checkpoint of a is gone"):
+        measure(store, [gone])
+    (store.workspace.base / "a.pth").write_bytes(b"other")
+    with pytest.raises(UserError, match="changed since discovery"):
+        measure(store, [gone])
+
+
+def test_a_damaged_record_is_named_with_the_remedy(store, member):
+    store.workspace.latency.parent.mkdir(parents=True)
+    store.workspace.latency.write_text("{")
+    with pytest.raises(UserError, match=r"latency\.json: damaged.*measured again"):
+        measure(store, [member("a")])
+
+
+def test_a_batch_that_memory_is_too_small_for_is_missing_and_the_other_is_kept(store, member, monkeypatch):
+    original = latency.timing_of
+
+    def limited(answer, images):
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(answer, images)
+
+    monkeypatch.setattr(latency, "timing_of", limited)
+    assert list(measure(store, [member("a")])["a"].batches) == [1]
+
+
+def test_a_busy_machine_is_told_when_something_is_measured_on_it(store, member, monkeypatch, heard):
+    monkeypatch.setattr(latency.os, "getloadavg", lambda: (7.5, 1, 1))
+    monkeypatch.setattr(latency.os, "cpu_count", lambda: 8)
+    measure(store, [member("a")], batches=[1])
+    assert "busy" not in heard.text
+    monkeypatch.setattr(latency.os, "cpu_count", lambda: 2)
+    measure(store, [member("a")], batches=[1])  # known already
+    assert "busy" not in heard.text
+    measure(store, [member("b")], batches=[1])
+    words = "this machine is busy (load 7.5, 2 cores): latencies come out too high, and are kept; remove"
+    assert f"{words} {store.workspace.latency}" in heard.text
+
+
+class Clock:
+    """Every forward pass takes the next of the given times; the last comes again and again."""
+
+    def __init__(self, monkeypatch, seconds):
+        self.now, self.calls, self.seconds = 0.0, 0, seconds
+        monkeypatch.setattr(latency.time, "perf_counter", lambda: self.now)
+
+    def __call__(self, images):
+        self.now += self.seconds[min(self.calls, len(self.seconds) - 1)]
+        self.calls += 1
+
+
+IMAGES = torch.zeros(1, 3, 4, 4)
+
+
+def test_warm_up_is_not_counted(monkeypatch):
+    clock = Clock(monkeypatch, [0.090, 0.020, 0.010])
+    assert timing_of(clock, IMAGES) == Timing(10.0, 10.0, 15)
+    assert clock.calls == 2 + 15
+
+
+def test_percentiles_are_those_of_the_counted_runs(monkeypatch):
+    clock = Clock(monkeypatch, [0.2, 0.010, 0.020, 0.030, 0.040, 0.060])
+    assert timing_of(clock, IMAGES) == Timing(30.0, 56.0, 5)
+
+
+@pytest.mark.parametrize(("seconds", "runs"), [(1e-5, 50), (0.004, 38), (0.1, 5), (0.7, 3), (5.0, 1)])
+def test_a_slow_network_is_run_a_few_times_and_a_quick_one_often(monkeypatch, seconds, runs):
+    assert timing_of(Clock(monkeypatch, [seconds]), IMAGES).runs == runs
+
+
+def test_one_network_is_in_memory_at_a_time_and_none_is_left(store, member, monkeypatch):
+    alive = []
+    original = streaming.open_network
+
+    def watched(spec):
+        assert all(sum(tensor.numel() for tensor in model.parameters()) == 0 for model in alive)
+        alive.append(original(spec))
+        return alive[-1]
+
+    monkeypatch.setattr(streaming, "open_network", watched)
+    measure(store, [member("a"), member("b")], batches=[1])
+    assert [sum(tensor.numel() for tensor in model.parameters()) for model in alive] == [0, 0]
+
+
+def test_the_network_that_is_measured_answers_as_the_one_that_is_streamed(store, member):
+    spec = member("a").network(store.workspace)
+    model = streaming.open_network(spec)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with streaming.resident(spec, "cpu") as (answer, placed):
+        found = answer(placed(images))
+        assert not found.requires_grad
+    torch.testing.assert_close(found, model(images).detach())
+
+
+def test_equal_networks_are_timed_on_equal_images(store, member, monkeypatch):
+    seen = []
+    monkeypatch.setattr(latency, "timing_of", lambda answer, images: (seen.append(images), Timing(1.0, 1.0, 1))[1])
+    measure(store, [member("a"), member("b")], batches=[2])
+    assert [tuple(images.shape) for images in seen] == [(2, 3, 32, 32)] * 2
+    assert torch.equal(*seen)

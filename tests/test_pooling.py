@@ -1,0 +1,214 @@
+"""What held-out folds decide about weights, against the same decisions written out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from utils import pooling, pools, temperature
+from utils.metrics import METRICS, log_loss, log_softmax, softmax
+from utils.pooled_members import LOWEST_SCORE, POOLS
+from utils.pooling import Weighting
+
+
+def members_of(members, rows, classes, *, seed=0, skill=1.5, calibration=(1.0, 1.0)):
+    """Scores (M, N, C) of members whose logits are right up to a factor from `calibration`, labels and 4 folds (N,)."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, rows)
+    logits = rng.normal(size=(members, rows, classes)) + 0.7 * rng.normal(size=(rows, classes))
+    logits[:, np.arange(rows), labels] += skill
+    logits *= rng.uniform(*calibration, size=(members, 1, 1))
+    return np.maximum(log_softmax(logits), LOWEST_SCORE), labels, np.arange(rows) % 4
+
+
+@pytest.fixture(params=sorted(POOLS))
+def pool(request):
+    return POOLS[request.param]
+
+
+def output(pool, scores, weights):
+    """Probabilities (N, C), a row at a time."""
+    if pool.name == "linear":
+        return np.array([weights @ np.exp(scores[:, n]) for n in range(scores.shape[1])])
+    return np.array([softmax(weights @ scores[:, n]) for n in range(scores.shape[1])])
+
+
+def brier_rows(probabilities, labels):
+    return np.sum((probabilities - np.eye(probabilities.shape[1])[labels]) ** 2, axis=1)
+
+
+@pytest.mark.parametrize("metric", ["log_loss", "brier"])
+def test_the_penalty_is_the_best_on_folds_left_out(pool, metric):
+    scores, labels, folds = members_of(5, 120, 3, calibration=(0.5, 3))
+    found = pooling.tune(pool, scores, labels, folds, metric, calibrate=False)
+    held_out = {}
+    for strength in pooling.STRENGTHS:
+        unseen = np.empty((120, 3))
+        for fold in range(4):
+            inside = folds == fold
+            loss = pool.loss(pool.parts(scores[:, ~inside]), labels[~inside], metric)
+            fitted = pools.minimise(loss, strength=strength, sums=pool.sums)
+            unseen[inside] = output(pool, scores[:, inside], fitted.weights)
+        held_out[strength] = METRICS[metric].function(unseen, labels)
+        if strength == found.strength:
+            np.testing.assert_allclose(np.exp(found.unseen), unseen, atol=2e-3)
+    assert held_out[found.strength] == pytest.approx(min(held_out.values()), abs=1e-5)
+    assert len({round(value, 4) for value in held_out.values()}) > 3  # there was something to choose
+    last = pools.minimise(pool.loss(pool.parts(scores), labels, metric), strength=found.strength, sums=pool.sums)
+    np.testing.assert_allclose(found.weights, last.weights, atol=1e-4)
+
+
+def test_few_rows_of_equals_stay_together_and_many_rows_tell_members_apart(pool):
+    scores, labels, folds = members_of(8, 40, 3, seed=3, skill=0.5)
+    few = pooling.tune(pool, scores, labels, folds, "log_loss", calibrate=False)
+    assert np.ptp(few.weights) / few.weights.mean() < 0.2
+    scores, labels, folds = members_of(8, 2000, 3, seed=3, skill=0.5)
+    scores[2] = log_softmax(2 * scores[0] + 3 * np.eye(3)[labels])
+    many = pooling.tune(pool, scores, labels, folds, "log_loss", calibrate=False)
+    assert many.weights[2] > 0.8 * many.weights.sum()
+    assert many.strength < few.strength
+
+
+def test_a_mixture_is_judged_at_the_temperature_that_it_will_have():
+    scores, labels, folds = members_of(5, 400, 3, seed=1, calibration=(0.2, 0.3))  # all of them too timid
+    found = pooling.tune(POOLS["linear"], scores, labels, folds, "log_loss", calibrate=True)
+    raw = pooling.tune(POOLS["linear"], scores, labels, folds, "log_loss", calibrate=False)
+    assert raw.temperature == 1
+    assert found.temperature < 0.5
+    assert log_loss(np.exp(found.unseen), labels) < log_loss(np.exp(raw.unseen), labels) - 0.05
+    plain = np.empty((400, 3))
+    for fold, weights in enumerate(found.of_folds):
+        plain[folds == fold] = np.log(output(POOLS["linear"], scores[:, folds == fold], weights))
+    choice = temperature.choose(plain, labels, folds)
+    assert choice.temperature == pytest.approx(found.temperature)
+    np.testing.assert_allclose(np.exp(found.unseen), softmax(plain / choice.of_rows[:, None]), atol=1e-9)
+
+
+def test_a_log_linear_pool_gets_no_second_temperature(monkeypatch):
+    monkeypatch.delattr(temperature, "choose")
+    scores, labels, folds = members_of(4, 200, 3, calibration=(0.2, 0.3))
+    found = pooling.tune(POOLS["log_linear"], scores, labels, folds, "log_loss", calibrate=True)
+    assert found.temperature == 1
+    assert found.weights.sum() > 2
+
+
+def test_equal_weights_win_where_they_clearly_hit_more():
+    # Member 0 is sure and mostly right; the other two are timid, right together on every row, and cost log-loss.
+    labels = np.arange(400) % 2
+    wrong = np.arange(400) % 5 == 0
+    of_truth = np.array([np.where(wrong, 0.45, 0.97), np.full(400, 0.6), np.full(400, 0.6)])
+    scores = np.log(np.stack([np.where(labels == k, of_truth, 1 - of_truth) for k in (0, 1)], axis=2))
+    folds = np.arange(400) // 5 % 4
+    smooth = pooling.tune(POOLS["linear"], scores, labels, folds, "log_loss", calibrate=False)
+    assert smooth.weights[0] > 0.9
+    found = pooling.tune(POOLS["linear"], scores, labels, folds, "accuracy", calibrate=False)
+    np.testing.assert_array_equal(found.weights, 1 / 3)
+    assert METRICS["accuracy"].function(np.exp(found.unseen), labels) == 1
+
+
+def weighting_with(losses, pool="linear"):
+    """Two classes, every row of class 0 with this loss."""
+    of_truth = np.exp(-np.asarray(losses))
+    return Weighting(POOLS[pool], np.ones(1), unseen=np.log(np.stack([of_truth, 1 - of_truth], axis=1)))
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(0.021, "log_linear"), (0.019, "linear"), (-0.05, "linear")])
+def test_the_linear_pool_stays_within_one_standard_error(gain, expected):
+    # Gains of mean `gain` and standard deviation 0.2 over 100 rows: their standard error is 0.02.
+    apart = 0.2 * np.resize([1.0, -1.0], 100) * np.sqrt(99 / 100)
+    linear, other = weighting_with(np.full(100, 1.0)), weighting_with(1 - gain - apart, "log_linear")
+    assert pooling.preferred(linear, other, np.zeros(100, dtype=int), "log_loss").pool.name == expected
+
+
+def test_the_two_pools_are_compared_by_the_metrics_own_loss():
+    linear, other = weighting_with([0.1, 4.0] * 50), weighting_with([0.5, 2.0] * 50, "log_linear")
+    labels = np.zeros(100, dtype=int)
+    expected = [brier_rows(np.exp(found.unseen), labels) for found in (linear, other)]
+    np.testing.assert_allclose(pooling.losses(linear.unseen, labels, "brier"), expected[0])
+    gains = expected[0] - expected[1]
+    clear = gains.mean() > gains.std(ddof=1) / 10
+    assert (pooling.preferred(linear, other, labels, "brier") is other) == clear
+    assert pooling.preferred(linear, other, labels, "log_loss") is other
+
+
+def literally_added(pool, scores, labels, weights, metric, seed):
+    """The mean over bags of greedy additions, one candidate at a time."""
+    rng, moved = np.random.default_rng(seed), np.zeros(len(weights))
+    for _ in range(pooling.BAGS):
+        rows = np.sort(rng.integers(len(labels), size=len(labels)))
+        counts = pooling.VOTES * weights / weights.sum()
+
+        def judged(counts, rows=rows):
+            shares = counts / counts.sum() * weights.sum()
+            found = output(pool, scores[:, rows], shares)
+            return METRICS[metric].function(found, labels[rows]), -log_loss(found, labels[rows])
+
+        reached = judged(counts)[0]
+        for _ in range(pooling.ADDITIONS):
+            best = max(range(len(weights)), key=lambda m: (*judged(counts + np.eye(len(weights))[m]), -m))
+            score = judged(counts + np.eye(len(weights))[best])[0]
+            if score <= reached + 1e-12:
+                break
+            reached, counts = score, counts + np.eye(len(weights))[best]
+        moved += counts / counts.sum() / pooling.BAGS
+    return moved * weights.sum()
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1_macro"])
+def test_additions_are_those_of_a_literal_search(pool, metric, monkeypatch):
+    monkeypatch.setattr(pooling, "_score", lambda unseen, labels, metric: next(rising))
+    monkeypatch.setattr(pooling, "VOTES", 4)
+    for seed in range(3):
+        rising = iter([2.0, 1.0])  # held-out folds are made to gain, so that the additions are kept
+        scores, labels, folds = members_of(5, 60, 3, seed=seed, skill=0.8, calibration=(0.5, 2))
+        weights = np.array([0.5, 0.0, 0.3, 0.2, 0.0])
+        start = Weighting(pool, weights, unseen=np.zeros((60, 3)), of_folds=(weights,) * 4)
+        found = pooling.with_members_added(start, scores, labels, folds, metric, seed=seed, calibrate=False)
+        expected = literally_added(pool, scores, labels, weights, metric, seed)
+        np.testing.assert_allclose(found.weights, expected, atol=1e-12)
+        assert np.abs(expected - weights).max() > 0.01 * weights.sum()
+
+
+@pytest.fixture
+def nearly_right():
+    """Scores (2, 300, 2), labels and folds: on each fifth row member 0 is just wrong; member 1 is timid and right."""
+    labels = np.arange(300) % 2
+    wrong = np.arange(300) % 5 == 0
+    of_truth = np.array([np.where(wrong, 0.495, 0.95), np.full(300, 0.7)])
+    scores = np.log(np.stack([np.where(labels == k, of_truth, 1 - of_truth) for k in (0, 1)], axis=2))
+    return scores, labels, np.arange(300) // 5 % 4
+
+
+def with_additions(pool, scores, labels, folds, weights):
+    start = pooling.given(pool, scores, labels, folds, weights, calibrate=False)
+    start = Weighting(pool, weights, unseen=start.unseen, of_folds=(weights,) * 4)
+    return start, pooling.with_members_added(start, scores, labels, folds, "accuracy", seed=0, calibrate=False)
+
+
+def test_members_that_raise_accuracy_are_added_where_held_out_folds_gain(pool, nearly_right):
+    scores, labels, folds = nearly_right
+    start, found = with_additions(pool, scores, labels, folds, np.array([1.0, 0.0]))
+    assert found.added
+    np.testing.assert_allclose(found.weights, [20 / 21, 1 / 21])
+    assert METRICS["accuracy"].function(np.exp(start.unseen), labels) == 0.8
+    assert METRICS["accuracy"].function(np.exp(found.unseen), labels) == 1
+
+
+def test_members_that_are_equal_are_added_equally(pool, nearly_right):
+    scores, labels, folds = nearly_right
+    _, found = with_additions(pool, scores[[0, 1, 1]], labels, folds, np.array([1.0, 0.0, 0.0]))
+    np.testing.assert_allclose(found.weights, [20 / 21, 0.5 / 21, 0.5 / 21])
+    assert found.weights[1] == found.weights[2]
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1_macro"])
+def test_additions_never_lower_the_score_of_held_out_folds(pool, metric):
+    kept = []
+    for seed in range(8):
+        scores, labels, folds = members_of(6, 80, 3, seed=seed, skill=0.8)
+        start = pooling.tune(pool, scores, labels, folds, metric, calibrate=False)
+        found = pooling.with_members_added(start, scores, labels, folds, metric, seed=0, calibrate=False)
+        before, after = (METRICS[metric].function(np.exp(each.unseen), labels) for each in (start, found))
+        assert after > before if found.added else found is start
+        kept.append(found.added)
+    assert not all(kept)  # fitted to the sample, they were turned down

@@ -1,0 +1,120 @@
+"""Members are brought together by id and class name, never by position."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from utils.errors import UserError
+from utils.rows import UNKNOWN, MemberRows, align, gather
+
+CLASSES = ("ant", "bee", "cat")
+
+
+def member(seed, ids=tuple(f"ant/{n}.png" for n in range(20)), split="val"):
+    rng = np.random.default_rng(seed)
+    labels = np.random.default_rng(99).integers(0, 3, len(ids))
+    logits = rng.normal(size=(len(ids), 3)).astype(np.float32)
+    return MemberRows(split, CLASSES, np.array(ids), labels, logits, np.ones(len(ids), dtype=bool))
+
+
+def shuffled(rows, seed):
+    order = np.random.default_rng(seed).permutation(len(rows.labels))
+    return replace(rows, sample_ids=rows.sample_ids[order], labels=rows.labels[order], logits=rows.logits[order])
+
+
+def permuted_classes(rows, order):
+    """The same outputs with columns, class names and label numbers in another order."""
+    number = np.argsort(order)
+    return replace(
+        rows, classes=tuple(CLASSES[k] for k in order), logits=rows.logits[:, order], labels=number[rows.labels]
+    )
+
+
+def test_rows_are_matched_by_id_and_columns_by_name():
+    a, b = member(1), member(2)
+    expected = align({"a": [a], "b": [b]}, CLASSES)
+    found = align({"b": [permuted_classes(shuffled(b, 5), [2, 0, 1])], "a": [shuffled(a, 6)]}, CLASSES)
+    assert found.members == ("a", "b")
+    assert np.array_equal(found.logits, expected.logits)
+    assert np.array_equal(found.labels, expected.labels)
+    assert np.array_equal(found.sample_ids, expected.sample_ids)
+
+
+def test_equal_ids_of_two_splits_are_two_rows():
+    rows = align({"a": [member(1), member(2, split="train")]}, CLASSES)
+    assert len(rows.labels) == 40
+    assert set(rows.split.tolist()) == {"train", "val"}
+
+
+def test_only_shared_rows_are_kept_and_the_rest_is_told(caplog):
+    few = member(2, ids=tuple(f"ant/{n}.png" for n in range(5, 20)))
+    few = replace(few, labels=member(1).labels[5:])
+    with caplog.at_level("WARNING", logger="disease_pipeline"):
+        import logging
+
+        logging.getLogger("disease_pipeline").addHandler(caplog.handler)
+        rows = align({"a": [member(1)], "b": [few]}, CLASSES)
+        logging.getLogger("disease_pipeline").removeHandler(caplog.handler)
+    assert len(rows.labels) == 15
+    assert "ant/5.png" in rows.sample_ids.tolist()
+    assert "a: 5 of 20 rows are not shared" in caplog.text
+
+
+def spoil(rows, **changes):
+    return replace(rows, **changes)
+
+
+def with_nan(rows):
+    logits = rows.logits.copy()
+    logits[7, 1] = np.nan
+    return spoil(rows, logits=logits)
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (with_nan(member(2)), r"member b: 1 row\(s\) with NaN or infinity, first ant/7.png"),
+        (spoil(member(2), labels=(member(2).labels + 1) % 3), r"members a and b: 20 label\(s\) disagree"),
+        (
+            spoil(member(2), sample_ids=np.array(["ant/0.png"] * 20)),
+            "member b: the sample id val/ant/0.png occurs twice",
+        ),
+        (spoil(member(2), classes=("ant", "bee", "dog")), "member b: classes ant, bee, dog; expected ant, bee, cat"),
+        (spoil(member(2), split="test"), "no row in common"),
+    ],
+)
+def test_members_that_do_not_fit_are_named(broken, words):
+    with pytest.raises(UserError, match=words):
+        align({"a": [member(1)], "b": [broken]}, CLASSES)
+
+
+def unlabelled(rows, kept=()):
+    return replace(rows, labels=np.where(np.isin(np.arange(20), kept), rows.labels, UNKNOWN))
+
+
+def test_a_label_that_one_member_does_not_know_comes_from_another():
+    parts = {"a": [unlabelled(member(1), kept=[0])], "b": [unlabelled(permuted_classes(member(2), [2, 0, 1]), [1, 2])]}
+    rows = align(parts, CLASSES)
+    known = np.isin(rows.sample_ids, [f"ant/{n}.png" for n in range(3)])
+    order = np.argsort(member(1).sample_ids)
+    assert np.array_equal(rows.labels, np.where(known, member(1).labels[order], UNKNOWN))
+    wrong = replace(member(3), labels=(member(3).labels + 1) % 3)
+    with pytest.raises(UserError, match=r"members a and c: 1 label\(s\) disagree, first ant/0.png"):
+        align(parts | {"c": [replace(wrong, labels=np.where(np.arange(20) < 1, wrong.labels, UNKNOWN))]}, CLASSES)
+
+
+def test_samples_are_gathered_from_whoever_has_them():
+    one = unlabelled(member(1, ids=tuple(f"ant/{n}.png" for n in range(20))), kept=[3, 12])
+    other = unlabelled(member(2, ids=tuple(f"ant/{n}.png" for n in range(10, 30))), kept=[0, 1])
+    samples = gather("val", CLASSES, {"b": [other], "a": [one], "c": []})
+    assert samples.sample_ids == tuple(sorted(f"ant/{n}.png" for n in range(30)))
+    label = dict(zip(samples.sample_ids, samples.labels.tolist(), strict=True))
+    assert [label.pop("ant/3.png"), label.pop("ant/12.png")] == one.labels[[3, 12]].tolist()
+    assert [label.pop("ant/10.png"), label.pop("ant/11.png")] == other.labels[:2].tolist()
+    assert set(label.values()) == {UNKNOWN}
+    liar = replace(one, labels=(one.labels + 1) % 3)
+    with pytest.raises(UserError, match=r"members a and d: 2 label\(s\) of val disagree, first ant/12.png: \w+ for a"):
+        gather("val", CLASSES, {"d": [liar], "a": [one]})

@@ -1,0 +1,142 @@
+"""Stackers and the meta-fuser: what they may read, what they gain, and what they fall back to."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from utils.combiner import MemberFacts, fit_crossfitted
+from utils.config import validate
+from utils.ensemble_methods import COMBINERS as VOTES
+from utils.meta_methods import FUSERS, Input, MetaFuser
+from utils.metrics import accuracy, log_loss, softmax
+from utils.stacking_methods import COMBINERS, Calibration, calibrate
+
+M, N, C = 3, 300, 3
+FACTS = MemberFacts(("a", "b", "c"), np.full(M, 0.7), np.full(M, np.nan), np.full(M, np.nan))
+QUICK = {
+    "runs": {
+        "stacking": {"mlp_config": {"hidden_dims": [8], "epochs": 10, "lr": 0.01}, "xgb_config": {"n_estimators": 10}},
+        "meta_fuser": {
+            "mlp_config": {"hidden_dims": [8], "epochs": 10, "lr": 0.01},
+            "input_ensembles": ["soft_voting", "logit_averaging", "stacking_lr"],
+            "fuser_type": "attention",
+        },
+    }
+}
+CONFIG = validate(QUICK, source=Path("of the test"))
+
+
+@pytest.fixture
+def rows():
+    """Two members that confuse the last two classes, and one that tells those apart alone: a stacker can gain."""
+    rng = np.random.default_rng(11)
+    labels = rng.integers(0, C, N)
+    logits = rng.normal(size=(M, N, C)).astype(np.float32)
+    first = labels == 0
+    logits[:2, first, 0] += 3
+    logits[:2, ~first, 1:] += 3
+    own = np.where(labels == 2, 2, 1)
+    logits[2, np.arange(N), own] += 3
+    return logits, labels, rng.integers(0, 5, N)
+
+
+@pytest.fixture(params=sorted(COMBINERS))
+def make(request):
+    return partial(COMBINERS[request.param].configured, CONFIG, FACTS)
+
+
+def test_a_fold_is_answered_by_what_has_not_read_its_labels(make, rows):
+    logits, labels, folds = rows
+    before = fit_crossfitted(make(), logits, labels, folds)
+    changed = np.where(folds == 2, (labels + 1) % C, labels)
+    after = fit_crossfitted(make(), logits, changed, folds)
+    np.testing.assert_array_equal(after[folds == 2], before[folds == 2])
+    assert not np.array_equal(after[folds != 2], before[folds != 2])
+
+
+def test_shuffled_labels_are_not_learned(make, rows):
+    logits, labels, folds = rows
+    shuffled = np.random.default_rng(0).permutation(labels)
+    unseen = fit_crossfitted(make(), logits, shuffled, folds)
+    assert accuracy(unseen, shuffled) < 1 / C + 3 * np.sqrt(1 / C * (1 - 1 / C) / N)
+
+
+def test_a_stacker_beats_the_plain_mean_where_there_is_something_to_learn(make, rows):
+    logits, labels, folds = rows
+    unseen = fit_crossfitted(make(), logits, labels, folds)
+    assert log_loss(unseen, labels) < log_loss(softmax(logits).mean(axis=0), labels) - 0.05
+
+
+def test_the_report_tells_what_was_chosen_and_its_two_scores(make, rows):
+    report = make().fit(*rows).report(FACTS.names)
+    assert report["selection_score"] < report["cross_validated_log_loss"]
+    assert report["settings_tried"] == len(make().learner.settings())
+    assert report["setting"] in [dict(setting) for setting in make().learner.settings()]
+
+
+def test_useless_learners_fall_back_to_the_mean():
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, C, N)
+    mean = np.full((N, C), 0.1)
+    mean[np.arange(N), labels] = 0.8
+    noise = rng.dirichlet(np.ones(C), N)
+    folds = np.arange(N) % 5
+    found = calibrate(noise, mean, labels, folds, tempered=True, fallback=True)
+    assert found.share < 0.02
+    alone = calibrate(noise, mean, labels, folds, tempered=True, fallback=False)
+    assert alone.share == 1
+
+
+def test_temperature_and_share_are_applied_in_this_order():
+    probabilities, mean = np.array([[0.8, 0.2]]), np.array([[0.5, 0.5]])
+    found = Calibration(temperature=2.0, share=0.25).apply(probabilities, mean)
+    tempered = np.sqrt(0.8) / (np.sqrt(0.8) + np.sqrt(0.2))
+    assert found[0, 0] == pytest.approx(0.25 * tempered + 0.75 * 0.5)
+
+
+@pytest.mark.parametrize("kind", sorted(FUSERS))
+def test_every_fuser_takes_the_inputs_unseen_predictions_and_nothing_else(rows, kind):
+    config = validate(
+        QUICK
+        | {
+            "runs": QUICK["runs"]
+            | {
+                "meta_fuser": {"fuser_type": kind}
+                | {key: value for key, value in QUICK["runs"]["meta_fuser"].items() if key != "fuser_type"}
+            }
+        },
+        source=Path("x"),
+    )
+    logits, labels, folds = rows
+    everyone = np.arange(M)
+    vote = VOTES["soft_voting"].configured(config, FACTS)
+    unseen = [np.random.default_rng(k).dirichlet(np.ones(C), N).astype(np.float32) for k in range(2)]
+    inputs = [Input("soft_voting", vote, everyone, one) for one in unseen]
+    first = MetaFuser.over(config, FACTS, inputs)
+    found = fit_crossfitted(first, logits, labels, folds)
+    second = MetaFuser.over(config, FACTS, inputs)
+    np.testing.assert_array_equal(fit_crossfitted(second, np.zeros_like(logits), labels, folds), found)
+
+
+def test_a_fuser_keeps_the_members_of_its_inputs_alone(rows):
+    logits, labels, folds = rows
+    places = [np.array([0]), np.array([2])]
+    inputs = [Input("soft_voting", VOTES["soft_voting"].configured(CONFIG, FACTS), own) for own in places]
+    fuser = MetaFuser.over(CONFIG, FACTS, inputs).fit(logits, labels, folds)
+    np.testing.assert_array_equal(fuser.used(M), [True, False, True])
+    np.testing.assert_allclose(
+        fuser.restricted(fuser.used(M)).predict_proba(logits[[0, 2]]), fuser.predict_proba(logits), atol=1e-12
+    )
+
+
+def test_attention_weights_sum_to_one_and_depend_on_the_image(rows):
+    logits, labels, folds = rows
+    gate = FUSERS["attention"].configured(CONFIG, FACTS).fit(logits, labels, folds).model
+    weights = gate.weights(logits)
+    assert weights.shape == (N, M)
+    np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-12)
+    assert weights.std(axis=0).max() > 1e-3

@@ -1,0 +1,143 @@
+"""The greedy ensemble: members selected with replacement, as many as held-out folds support."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from utils import temperature
+from utils.combiner import MemberFacts
+from utils.config import Config
+from utils.metrics import METRICS, SMALLEST_PROBABILITY, row_losses, softmax
+from utils.pooled_members import PooledMembers
+from utils.pooling import PIECEWISE_CONSTANT
+from utils.selection import Selection, select
+
+STEPS = 25
+BAGS = 20
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """One way to select, by the folds left out."""
+
+    bags: int
+    losses: Floats
+    """(S,): loss of held-out rows when each bag keeps 1, 2, ... S members"""
+    size: int
+    """The smallest within one standard error of the least loss."""
+    unseen: Floats
+    """Probabilities (N, C) of each row at that size, from members selected without its fold."""
+
+
+@dataclass(kw_only=True)
+class GreedySelection(PooledMembers):
+    """Mean of members selected with replacement for the configured metric (`utils.selection`), the best at the start.
+
+    How many are taken is decided by leaving folds out: the fewest whose held-out loss is within one standard error of
+    the least. Bags of half the members each (Caruana et al. 2006) take the place of one selection where held-out rows
+    gain by it, and so does a temperature. Accuracy and macro F1 leave many candidates equal: log-loss decides then.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("runs.score_ensemble.optimization_metric", "runs.score_ensemble.temperature")
+    learns: ClassVar[bool] = True
+
+    seed: int = 42
+
+    @classmethod
+    def configured(cls, config: Config, members: MemberFacts) -> Self:
+        """With the metric and the kind of temperature of `runs.score_ensemble`."""
+        settings = config.runs.score_ensemble
+        return cls(metric=settings.optimization_metric, calibration=settings.temperature, seed=config.seed)
+
+    def fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Self:
+        """Fit on logits (M, N, C), labels (N,) and folds (N,).
+
+        With one fold nothing can be held out: one selection without bags or temperature, as long as its loss falls.
+        """
+        testable = bool(np.ptp(folds))
+        self.member_temperatures, self.temperature = np.ones(len(logits)), 1.0
+        if testable and self.calibration == "per_member":
+            self.member_temperatures = temperature.choose_per_member(logits, labels, folds)
+        probabilities = np.exp(self._scores(logits)).astype(np.float32)
+        if not testable:
+            chosen = self._select(probabilities, labels, bags=0)
+            return self._keep(chosen, chosen.paths[0].kept, None, logits, labels)
+        tried = [self._tried(probabilities, labels, folds, bags=bags) for bags in (0, BAGS)]
+        best = min(tried, key=lambda way: way.losses[way.size - 1])  # of equals the one without bags
+        unseen = best.unseen
+        if self.calibration != "off":
+            scores = np.log(np.maximum(unseen, SMALLEST_PROBABILITY))
+            choice = temperature.choose(scores, labels, folds)
+            self.temperature, unseen = choice.temperature, softmax(scores / choice.of_rows[:, None])
+        chosen = self._select(probabilities, labels, bags=best.bags)
+        self._keep(chosen, best.size, unseen, logits, labels)
+        self.facts["held_out_scores"] = self._scores_of(best.losses)
+        return self
+
+    def _select(self, probabilities: NDArray[np.float32], labels: np.ndarray, *, bags: int) -> Selection:
+        second = "log_loss" if self.metric in PIECEWISE_CONSTANT else None
+        return select(
+            probabilities,
+            labels,
+            metric=self.metric,
+            steps=STEPS,
+            sorted_start=True,
+            bags=bags,
+            seed=self.seed,
+            tie_breaker=second,
+        )
+
+    def _tried(self, probabilities: NDArray[np.float32], labels: np.ndarray, folds: np.ndarray, *, bags: int) -> _Tried:
+        by_size = np.empty((STEPS, *probabilities.shape[1:]), dtype=np.float32)
+        for fold in np.unique(folds):
+            inside = folds == fold
+            shares = self._select(probabilities[:, ~inside], labels[~inside], bags=bags).weights_by_size()
+            by_size[:, inside] = np.tensordot(shares.astype(np.float32), probabilities[:, inside], axes=1)
+        losses = np.stack([row_losses(mixture, labels, self.metric) for mixture in by_size])
+        size = fewest_within_one_error(losses)
+        return _Tried(bags, losses.mean(axis=1), size, by_size[size - 1].astype(np.float64))
+
+    def _keep(
+        self, chosen: Selection, size: int, unseen: Floats | None, logits: np.ndarray, labels: np.ndarray
+    ) -> Self:
+        """Take the members of the first `size` steps, and say how good they are."""
+        self.shares = chosen.weights_by_size()[size - 1]
+        notes = [] if unseen is not None else ["one fold only: no early stop by held-out rows, no bags, no temperature"]
+        self.facts = {
+            "size": size,
+            "bags": [
+                {"path": path.members[:size], "scores": self._scores_of(np.array(path.losses[:size]))}
+                for path in chosen.paths
+            ],
+            **self._compared(unseen, logits, labels, notes),
+        }
+        return self
+
+    def _scores_of(self, losses: Floats) -> list[float]:
+        return (1 - losses if METRICS[self.metric].higher_is_better else losses).tolist()
+
+    def report(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """As `PooledMembers` says; `bags` hold the path of each by name and the score after each step.
+
+        `held_out_scores` are those of rows of folds left out, when each bag keeps 1, 2, ... members.
+        """
+        found = super().report(names)
+        if "bags" in found:
+            found["bags"] = [{**bag, "path": [names[member] for member in bag["path"]]} for bag in found["bags"]]
+        return found
+
+
+def fewest_within_one_error(losses: Floats) -> int:
+    """The first of sizes 1, 2, ... S whose mean loss is within one standard error of the least; losses (S, N).
+
+    The error is that of the mean of paired differences (Breiman et al. 1984, the one-standard-error rule).
+    """
+    means = losses.mean(axis=1)
+    apart = losses - losses[means.argmin()]
+    errors = apart.std(axis=1, ddof=1 if losses.shape[1] > 1 else 0) / np.sqrt(losses.shape[1])
+    return int(np.flatnonzero(apart.mean(axis=1) <= errors + 1e-12)[0]) + 1

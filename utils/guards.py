@@ -1,0 +1,76 @@
+"""The combinations that a learned combiner has to beat on the same rows: what it gains over each, and how surely."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from utils.combiner import Combiner, MemberFacts, fit_crossfitted
+from utils.config import Config
+from utils.ensemble_methods import COMBINERS
+from utils.metrics import log_loss_per_row, softmax
+from utils.weighting import WeightedPool
+
+REPLICATES = 2000
+BLOCK = 100  # replicates drawn at a time: bounds the memory
+
+
+@dataclass(frozen=True)
+class Guards:
+    """Losses of the simple combinations on N honest rows, each by copies that did not see the row's fold."""
+
+    losses: Mapping[str, np.ndarray]
+    """{name: log-loss (N,) in nats}"""
+    best_single: str
+    """The member of lowest log-loss."""
+    seed: int
+
+
+def measure(config: Config, members: MemberFacts, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Guards:
+    """Best single, plain mean, greedy selection, convex weights and log-linear pool on logits (M, N, C)."""
+    singles = np.array([log_loss_per_row(softmax(own), labels) for own in logits])
+    best = int(singles.mean(axis=1).argmin())
+    losses = {"best_single": singles[best]}
+    weighted = WeightedPool.configured(config, members)
+    recipes: dict[str, Combiner] = {
+        "soft_voting": COMBINERS["soft_voting"].configured(config, members),
+        "greedy_selection": COMBINERS["greedy_selection"].configured(config, members),
+        "convex_weights": replace(weighted, metric="log_loss", kind="linear", optimize_weights=True),
+        "log_linear_pool": replace(weighted, metric="log_loss", kind="log_linear", optimize_weights=True),
+    }
+    for name, recipe in recipes.items():
+        losses[name] = log_loss_per_row(fit_crossfitted(recipe, logits, labels, folds), labels)
+    return Guards(losses, members.names[best], config.seed)
+
+
+def judge(guards: Guards, losses: np.ndarray) -> dict[str, Any]:
+    """A learned combiner's losses (N,) beside the guards': `{guards, beats_guards, verdict}`, ready for JSON.
+
+    Every gain is a mean paired difference with its 95 % bootstrap interval; the guards are beaten when the interval of
+    the gain over the best of them lies above 0.
+    """
+    found = {}
+    for name, own in guards.losses.items():
+        low, high = bootstrap_interval(own - losses, seed=guards.seed)
+        found[name] = {"log_loss": float(own.mean()), "gain": float((own - losses).mean()), "gain_ci95": [low, high]}
+    best = min(found, key=lambda name: (found[name]["log_loss"], name))
+    low, high = found[best]["gain_ci95"]
+    beats = low > 0
+    label = f"{best} ({guards.best_single})" if best == "best_single" else best
+    words = "beats" if beats else "does not beat" if high > 0 else "is worse than"
+    verdict = (
+        f"{words} {label}, the best of the simple combinations: log-loss {losses.mean():.4f} against "
+        f"{found[best]['log_loss']:.4f}, gain {found[best]['gain']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    )
+    return {"guards": found, "best_single": guards.best_single, "beats_guards": beats, "verdict": verdict}
+
+
+def bootstrap_interval(differences: np.ndarray, *, seed: int) -> tuple[float, float]:
+    """95 % percentile interval of the mean of paired differences (N,), by resampling the rows (Efron 1979)."""
+    rng, rows = np.random.default_rng(seed), len(differences)
+    means = [differences[rng.integers(0, rows, (BLOCK, rows))].mean(axis=1) for _ in range(REPLICATES // BLOCK)]
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    return float(low), float(high)

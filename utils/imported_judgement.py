@@ -1,0 +1,124 @@
+"""Imported members judged: are out-of-fold predictions honest, do columns stand in their order, what is the content?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from utils import inspection, out_of_fold
+from utils.artifacts import digest_of
+from utils.catalog import IMPORTED, Member, Problem
+from utils.errors import UserError
+from utils.imported_members import Part
+from utils.metrics import log_softmax
+from utils.rows import MemberRows
+
+COARSE_SHARE = 0.5  # of equal rows, where a model knows few different answers
+COARSEST_LAST = ("logits", "probabilities", "half-precision probabilities")
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A member that may join, and what is stored of it."""
+
+    member: Member
+    parts: dict[str, Part]
+    """{oof, val, test, train: what is kept of the file}"""
+    problems: tuple[Problem, ...]
+
+
+def judge(name: str, parts: Mapping[str, Part], oof_path: str) -> Arrival:
+    """A member as the catalog lists it, after its predictions were held against each other and against its labels.
+
+    Out-of-fold predictions that are those of `train` are refused; the member is then used without them. Raises
+    UserError where nothing honest is left, or the columns stand in another order than is said.
+    """
+    kept: dict[str, Part] = dict(parts)
+    problems: list[Problem] = []
+    member = Member(
+        name=name,
+        architecture="unknown",
+        size="unknown",
+        img_size=None,
+        classes=next(iter(parts.values())).rows.classes,
+        checkpoints=(),
+        exports=(),
+        metrics=None,
+        oof=None,
+        recorded_accuracy=None,
+        digest=_content_digest(parts),
+        source=IMPORTED,
+    )
+    measured = None
+    if "val" in parts:
+        val = parts["val"].rows
+        measured = inspection.measure(val.logits, val.labels)
+        problems += _single_class(name, val)
+        for problem in inspection.measured_problems(member.classes, member, measured):
+            raise UserError(f"member {name}: {problem.message}. Write `classes` in the order of its columns")
+    if "oof" in parts and "train" in parts:
+        equal, told = copied_rows(parts["oof"], parts["train"])
+        if equal > chance_of_equal(parts["train"]) * told:
+            message = f"out-of-fold predictions refused: {equal} of {told} rows that can tell are those of train.npz"
+            remedy = "write what cross-validation predicts into oof.npz"
+            if "val" not in kept:
+                raise UserError(f"member {name}: {message}, and there is no val.npz; {remedy}")
+            problems.append(Problem("oof_in_sample", "warning", name, message, f"it is used without them; {remedy}"))
+            del kept["oof"]
+    oof = None
+    if "oof" in kept:
+        rows, fold = kept["oof"].rows, kept["oof"].fold
+        oof = {
+            "path": oof_path,
+            "rows": len(rows.labels),
+            "folds": len(np.unique(fold)),
+            "accuracy": float((rows.logits.argmax(axis=1) == rows.labels).mean()),
+            "sha256": _content_digest({"oof": kept["oof"]}),
+        }
+    member = replace(member, oof=oof, recorded_accuracy=None if measured is None else measured["accuracy"])
+    if oof is not None and measured is not None:
+        problems += inspection.suspicion(member, oof["accuracy"], measured, remedy="Make oof.npz again")
+    return Arrival(member, kept, tuple(problems))
+
+
+def _single_class(name: str, val: MemberRows) -> list[Problem]:
+    only = np.unique(val.labels)
+    if len(only) > 1:
+        return []
+    message = f"all {len(val.labels)} rows of val.npz are of class {val.classes[only[0]]}"
+    return [Problem("single_class", "warning", name, message, "Predictions of all classes are needed to choose by")]
+
+
+def copied_rows(oof: Part, train: Part) -> tuple[int, int]:
+    """How many out-of-fold rows are what the full model answers, and of how many that can be told."""
+    ids, places, own = np.intersect1d(oof.rows.sample_ids, train.rows.sample_ids, return_indices=True)
+    if not len(ids):
+        return 0, 0
+    stored, full = oof.rows.logits[places], train.rows.logits[own]
+    kind = max(oof.kind, train.kind, key=COARSEST_LAST.index)
+    if kind != "logits":
+        stored = log_softmax(stored)
+    return out_of_fold.equal_rows(kind, stored, full, tolerance=out_of_fold.EQUAL)
+
+
+def chance_of_equal(train: Part) -> float:
+    """Share of equal rows that an honest model may have.
+
+    Nearest neighbours and small forests know few different numbers, fewer than there are rows, and meet them again.
+    """
+    few = np.unique(train.rows.logits).size < len(train.rows.labels)
+    return COARSE_SHARE if few else out_of_fold.SAME_NETWORK_SHARE
+
+
+def _content_digest(parts: Mapping[str, Part]) -> str:
+    """SHA-256 of what is stored, whatever the order of rows and columns in the files was."""
+    digest = hashlib.sha256()
+    for stem, part in sorted(parts.items()):
+        digest.update(digest_of([stem, list(part.rows.classes), part.rows.sample_ids.tolist()]).encode())
+        for array in (part.rows.labels, part.rows.logits, part.fold, part.embeddings):
+            digest.update(digest_of(None if array is None else [array.dtype.str, array.shape]).encode())
+            digest.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,238 @@
+"""`import-predictions`: members known by their predictions alone join the workspace; the catalog comes last."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from utils import catalog, imported_judgement, imported_members, streaming
+from utils.artifacts import FileDigests
+from utils.catalog import IMPORTED, Catalog, Problem
+from utils.config import Config
+from utils.errors import UserError
+from utils.imported_judgement import Arrival
+from utils.imported_members import SPLIT_OF, Part, for_each
+from utils.prediction_files import Predictions
+from utils.predictions import Store, split_facts, with_imported
+from utils.results import Result
+from utils.rows import MemberRows, gather
+from utils.streaming import ImageSplit
+from utils.workspace import SPLITS, Workspace
+
+logger = logging.getLogger("disease_pipeline")
+
+UP_TO_DATE, REPLACED, NEW = "up to date", "replaced", "imported"
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What arriving members are matched with."""
+
+    images: dict[str, ImageSplit] | None
+    """By split; None where imported members alone say which samples there are."""
+    staying: Catalog | None
+    """The catalog less the members that arrive anew; None where there is none."""
+    held: dict[str, dict[str, list[MemberRows]]]
+    """{split: {member: rows}} of imported members that stay; empty where there are images."""
+
+
+def import_predictions(config: Config, workspace: Workspace, *, folder: str, force: bool = False) -> Result:
+    """Read `folder/<member>/{oof,val,test,train}.npz`, check them together and take the members in: all or none.
+
+    With images, rows are those of the splits and labels those of the class folders; without, both come from the files.
+    Members of the same content stay as they are, unless `force`; others of the same name are replaced. Everything is
+    held in memory at once, as in `build-ensemble`. Raises UserError for whatever does not fit.
+    """
+    source = Path(folder).expanduser().absolute()
+    given = imported_members.read_folder(source)
+    earlier = _earlier(workspace)
+    _require_free_names(workspace, earlier, sorted(given))
+    ground = _ground(config, workspace, earlier, given.keys())
+    arrivals, listed = _matched(workspace, ground, given)
+    if ground.staying is not None:
+        listed = with_imported(config, workspace, listed, ground.staying)
+    store = Store(config, workspace, listed)
+    states = {name: _state(store, earlier, arrival, force=force) for name, arrival in arrivals.items()}
+    written = [name for name, state in states.items() if state != UP_TO_DATE]
+    if earlier is not None and earlier.imported().keys() & set(written):
+        _save_without(config, workspace, ground)
+    for name in written:
+        _store(store, arrivals[name])
+    if earlier != listed or written:
+        catalog.save(workspace, listed)
+    return _result(workspace, listed, arrivals, states)
+
+
+# what is there ------------------------------------------------------------------------------------------------------
+
+
+def _earlier(workspace: Workspace) -> Catalog | None:
+    """The catalog on disk. A damaged one counts for nothing where no images can restore it, and this is said."""
+    if not workspace.catalog.is_file():
+        return None
+    try:
+        return catalog.read(workspace)
+    except UserError as error:
+        if workspace.has_images:
+            raise
+        logger.warning("%s; what was imported before must be imported again", error)
+        return None
+
+
+def _require_free_names(workspace: Workspace, earlier: Catalog | None, names: Sequence[str]) -> None:
+    taken = dict.fromkeys(catalog.checkpoint_files(workspace), "a network")
+    if earlier is not None:
+        taken |= dict.fromkeys(earlier.members.keys() - earlier.imported().keys(), "a network")
+    taken |= {path.name: "an ensemble" for path in workspace.models.glob("*")}
+
+    def check(name: str) -> None:
+        if name in taken:
+            raise UserError(f"member {name}: {taken[name]} of this workspace has that name. Rename the folder")
+
+    for_each(names, check)
+
+
+def _ground(config: Config, workspace: Workspace, earlier: Catalog | None, arriving: Set[str]) -> Ground:
+    staying = None
+    if earlier is not None:
+        members = {name: member for name, member in earlier.members.items() if name not in arriving}
+        problems = tuple(problem for problem in earlier.problems if problem.member not in arriving)
+        staying = replace(earlier, members=members, problems=problems)
+        if earlier.has_images:
+            store = Store(config, workspace, earlier)
+            images = {split: store.images(split) for split in SPLITS}
+            store.digests.save()
+            return Ground(images, staying, {})
+    if workspace.has_images:
+        digests = FileDigests(workspace.digests)
+        images = {split: streaming.list_images(workspace.split_dir, split, digests) for split in SPLITS}
+        digests.save()
+        return Ground(images, staying, {})
+    held = Store(config, workspace, staying).held if staying is not None else lambda _: {}
+    return Ground(None, staying, {split: held(split) for split in SPLITS})
+
+
+# what arrives -------------------------------------------------------------------------------------------------------
+
+
+def _matched(
+    workspace: Workspace, ground: Ground, given: Mapping[str, Mapping[str, Predictions]]
+) -> tuple[dict[str, Arrival], Catalog]:
+    """The members in the workspace's terms, judged, and a catalog of them and of what else but imported ones stays."""
+    images, staying = ground.images, ground.staying
+    known = staying.classes if staying and staying.members else None
+    known = images["train"].classes if images else known
+    classes, problems = imported_members.agree_on_classes(given, known, has_images=images is not None)
+    parts = {
+        name: {stem: imported_members.in_order(part, stem, classes) for stem, part in files.items()}
+        for name, files in given.items()
+    }
+    if images:
+        fitted = for_each(parts, lambda name: imported_members.on_images(name, parts[name], images))
+    else:
+        samples = for_each(SPLITS, lambda split: gather(split, classes, _rows(ground, parts, split)))
+        fitted = for_each(parts, lambda name: imported_members.on_samples(name, parts[name], samples))
+    place = {name: workspace.relative(workspace.oof(name)) for name in fitted}
+    arrivals = for_each(fitted, lambda name: imported_judgement.judge(name, fitted[name][0], place[name]))
+    problems += [problem for name in arrivals for problem in (*fitted[name][1], *arrivals[name].problems)]
+    members = {name: arrival.member for name, arrival in arrivals.items()}
+    if images:
+        splits = {split: {"n": len(found.sample_ids), "digest": found.digest} for split, found in images.items()}
+        if staying is not None and staying.has_images:
+            members |= {name: member for name, member in staying.members.items() if member.source != IMPORTED}
+            problems = [*(p for p in staying.problems if p.member not in staying.imported()), *problems]
+    else:
+        kept = {name: arrival.parts for name, arrival in arrivals.items()}
+        splits, found_in_rows = _splits_of_rows(ground, classes, kept)
+        problems += found_in_rows
+    return arrivals, Catalog(catalog.mounted(), classes, splits, dict(sorted(members.items())), tuple(problems))
+
+
+def _splits_of_rows(
+    ground: Ground, classes: tuple[str, ...], parts: Mapping[str, Mapping[str, Part]]
+) -> tuple[dict[str, dict[str, Any]], list[Problem]]:
+    """The splits as the rows of all imported members make them, and what members do not share."""
+    held = {split: _rows(ground, parts, split) for split in SPLITS}
+    for split in SPLITS:
+        imported_members.require_rows_in_common(split, held[split])
+    samples = {split: gather(split, classes, rows) for split, rows in held.items()}
+    splits = {split: split_facts(classes, found) for split, found in samples.items()}
+    return splits, imported_members.unshared(held, samples)
+
+
+def _rows(ground: Ground, parts: Mapping[str, Mapping[str, Part]], split: str) -> dict[str, list[MemberRows]]:
+    """{member: its rows of a split}, of members that stay and of those that arrive."""
+    arriving = {
+        name: [part.rows for stem, part in files.items() if SPLIT_OF[stem] == split] for name, files in parts.items()
+    }
+    return ground.held[split] | arriving
+
+
+# what is written ----------------------------------------------------------------------------------------------------
+
+
+def _state(store: Store, earlier: Catalog | None, arrival: Arrival, *, force: bool) -> str:
+    member = arrival.member
+    known = earlier.imported().get(member.name) if earlier is not None else None
+    if known is None:
+        return NEW
+    whole = all(store.is_stored(member, SPLIT_OF[stem]) for stem in arrival.parts if stem != "oof")
+    is_current = known == member and whole and not store.outdated(member)
+    return UP_TO_DATE if is_current and not force else REPLACED
+
+
+def _save_without(config: Config, workspace: Workspace, ground: Ground) -> None:
+    """The catalog without what is about to be replaced, so that a kill leaves none that lists half-written members."""
+    staying = ground.staying
+    if staying is None or not staying.members:
+        workspace.catalog.unlink()
+        return
+    if ground.images is None:
+        staying = replace(staying, splits=Store(config, workspace, staying).splits())
+    catalog.save(workspace, staying)
+
+
+def _store(store: Store, arrival: Arrival) -> None:
+    member = arrival.member
+    store.forget(member.name)
+    for stem, part in arrival.parts.items():
+        if stem == "oof" and member.oof is not None:
+            rows = part.rows
+            arrays = {"logits": rows.logits, "labels": rows.labels, "sample_ids": rows.sample_ids, "fold": part.fold}
+            store.keep_oof(member.name, member.oof, arrays)
+        else:
+            store.keep(member, part.rows, part.embeddings)
+
+
+def _result(
+    workspace: Workspace, listed: Catalog, arrivals: Mapping[str, Arrival], states: Mapping[str, str]
+) -> Result:
+    width = max(6, *map(len, arrivals))
+    lines = [f"{'member':{width}}  state       out-of-fold rows  val     test    accuracy on val"]
+    members = {}
+    for name, arrival in arrivals.items():
+        rows = {stem: len(part.rows.labels) for stem, part in arrival.parts.items()}
+        oof, accuracy = arrival.member.oof, arrival.member.recorded_accuracy
+        shown = "-" if oof is None else f"{oof['rows']} in {oof['folds']} folds"
+        lines.append(
+            f"{name:{width}}  {states[name]:10}  {shown:16}  "
+            f"{rows.get('val', '-'):<6}  {rows.get('test', '-'):<6}  {'-' if accuracy is None else f'{accuracy:.4f}'}"
+        )
+        members[name] = {"state": states[name], "rows": rows, "accuracy": accuracy, "digest": arrival.member.digest}
+    lines += catalog.problem_lines([p for p in listed.problems if p.member is None or p.member in arrivals])
+    count = sum(member.source != "derived" for member in listed.members.values())
+    if count == 1:
+        lines.append("one member alone: an ensemble of it answers as it does. Import more")
+    lines.append(f"{count} members, {len(listed.classes)} classes")
+    lines.append(f"{UP_TO_DATE if set(states.values()) == {UP_TO_DATE} else 'written'}: {workspace.catalog}")
+    document = {
+        "members": members,
+        "classes": list(listed.classes),
+        "splits": listed.splits,
+        "problems": [asdict(problem) for problem in listed.problems],
+        "catalog": str(workspace.catalog),
+    }
+    return Result("\n".join(lines), document, next="build-ensemble")

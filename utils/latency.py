@@ -1,0 +1,185 @@
+"""How long members' networks take, measured once per network, device and threads, and kept for whoever asks.
+
+A measured time is reused for ever, so that what is decided by it repeats. Removing `ensembles/latency.json` has all of
+it measured anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from utils import catalog, streaming
+from utils.artifacts import read_json, write_json
+from utils.catalog import Member
+from utils.networks import out_of_memory
+from utils.predictions import Store
+from utils.workspace import Workspace
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger("disease_pipeline")
+
+BATCHES = (1, 32)
+WARM_UP, WARM = 3, 0.1  # at most so many runs, or seconds, that are not counted, at least one run
+FEWEST, MOST = 5, 50  # runs that are counted
+ENOUGH, LONGEST = 0.15, 2.0  # seconds of counted runs: enough with the fewest, and no further run after the longest
+AGAIN = "Remove it; latencies are then measured again"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of forward passes over one batch of images that lie on the device already, in milliseconds."""
+
+    p50: float
+    p95: float
+    runs: int
+    """How many were counted."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One member's network on one device."""
+
+    device: str
+    """`cpu`, or `cuda` with the name of the GPU"""
+    threads: int
+    """torch's on the processor"""
+    batches: dict[int, Timing]
+    """By the number of images; what memory was too small for is missing."""
+
+
+def measure(store: Store, members: Sequence[Member], *, batches: Sequence[int] = BATCHES) -> dict[str, Record]:
+    """{member: how long its network takes}, measured where it is not known yet, one network in memory at a time.
+
+    A member without a network (predictions only) is left out. A batch that memory is too small for is missing. Raises
+    UserError for a checkpoint that is gone, another one than discovery saw, or does not run.
+    """
+    networks = [member for member in members if member.checkpoints]
+    if not networks:
+        return {}
+    import torch
+
+    device = streaming.resolve_device(store.config.device)
+    place, threads = _named(device), torch.get_num_threads()
+    known = stored(store.workspace, networks, place, threads)
+    wanted = {
+        member.name: [size for size in batches if member.name not in known or size not in known[member.name].batches]
+        for member in networks
+    }
+    missing = [member for member in networks if wanted[member.name]]
+    if missing:
+        _say_when_busy(store.workspace)
+    for number, member in enumerate(missing, start=1):
+        catalog.check_current(store.workspace, member, store.digests)
+        found = _measured(member, store.workspace, device, wanted[member.name])
+        before = known[member.name].batches if member.name in known else {}
+        known[member.name] = Record(place, threads, before | found)
+        _keep(store.workspace, member, known[member.name])
+        took = ", ".join(f"{timing.p50:.3g} ms for {size}" for size, timing in found.items())
+        logger.info(
+            "[%d/%d] measured %s on %s (threads: %d): %s", number, len(missing), member.name, place, threads, took
+        )
+    return {member.name: known[member.name] for member in networks}
+
+
+def stored(workspace: Workspace, members: Sequence[Member], device: str, threads: int) -> dict[str, Record]:
+    """{member: what is known of it on this device}, without torch; members that were not measured there are missing."""
+    kept = _read(workspace)
+    found = {}
+    for member in members:
+        entry = kept.get(member.digest, {}).get(_key(device, threads))
+        if entry is not None:
+            batches = {int(name.removeprefix("batch_")): Timing(**timing) for name, timing in entry["batches"].items()}
+            found[member.name] = Record(device, threads, batches)
+    return found
+
+
+def _read(workspace: Workspace) -> Mapping[str, Any]:
+    return (read_json(workspace.latency, remedy=AGAIN) or {}).get("networks", {})
+
+
+def _key(device: str, threads: int) -> str:
+    return f"{device}, threads: {threads}"
+
+
+def _keep(workspace: Workspace, member: Member, record: Record) -> None:
+    """After each member, so that a killed command has measured something."""
+    kept = dict(_read(workspace))
+    batches = {f"batch_{size}": vars(timing) for size, timing in record.batches.items()}
+    entry = {"device": record.device, "threads": record.threads, "member": member.name, "batches": batches}
+    kept[member.digest] = kept.get(member.digest, {}) | {_key(record.device, record.threads): entry}
+    write_json(workspace.latency, {"networks": kept})
+
+
+def _say_when_busy(workspace: Workspace) -> None:
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if load > cores:
+        logger.warning(
+            "this machine is busy (load %.1f, %d cores): latencies come out too high, and are kept; remove %s to have "
+            "them measured again when it is idle",
+            load,
+            cores,
+            workspace.latency,
+        )
+
+
+def _named(device: str) -> str:
+    import torch
+
+    return f"cuda ({torch.cuda.get_device_name(device)})" if torch.device(device).type == "cuda" else device
+
+
+def _measured(member: Member, workspace: Workspace, device: str, batches: Sequence[int]) -> dict[int, Timing]:
+    import torch
+
+    found, spec = {}, member.network(workspace)
+    with streaming.resident(spec, device) as (answer, placed):
+        for size in batches:
+            noise = torch.randn(size, 3, spec.img_size, spec.img_size, generator=torch.Generator().manual_seed(0))
+            try:
+                found[size] = timing_of(answer, placed(noise))
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                logger.warning("%s: out of memory with %d images on %s; not measured", member.name, size, device)
+    return found
+
+
+def timing_of(answer: Callable[[Tensor], Tensor], images: Tensor) -> Timing:
+    """Time forward passes of `answer` over images (B, 3, H, W), after a warm-up; on a GPU by its own events."""
+    once = _by_events if images.is_cuda else _by_clock
+    spent, warm_runs = 0.0, 0
+    while not warm_runs or (spent < WARM and warm_runs < WARM_UP):
+        spent += once(answer, images)
+        warm_runs += 1
+    found: list[float] = []
+    while len(found) < MOST and (sum(found) < ENOUGH or len(found) < FEWEST) and sum(found) < LONGEST:
+        found.append(once(answer, images))
+    p50, p95 = (round(1000 * float(value), 4) for value in np.percentile(found, (50, 95)))
+    return Timing(p50, p95, len(found))
+
+
+def _by_clock(answer: Callable[[Tensor], Tensor], images: Tensor) -> float:
+    start = time.perf_counter()
+    answer(images)
+    return time.perf_counter() - start
+
+
+def _by_events(answer: Callable[[Tensor], Tensor], images: Tensor) -> float:
+    import torch
+
+    with torch.cuda.device(images.device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        answer(images)
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end) / 1000

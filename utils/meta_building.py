@@ -1,0 +1,144 @@
+"""The command `meta-fuse`: a fuser on the cross-fitted predictions of the ensembles that the configuration names."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from utils import catalog, ensembles, fitting, guards
+from utils.catalog import Member
+from utils.config import Config, require_enabled
+from utils.ensembles import Ensemble
+from utils.errors import UserError, did_you_mean
+from utils.fitting import HonestRows
+from utils.meta_methods import FUSERS, PARTS, Input, MetaFuser
+from utils.predictions import Store
+from utils.results import Result
+from utils.workspace import Workspace
+
+logger = logging.getLogger("disease_pipeline")
+
+NAME = METHOD = "meta_fuser"
+STREAMED = ("val", "test")
+
+
+def meta_fuse(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
+    """Fit the fuser on its inputs' cross-fitted predictions and on nothing else.
+
+    Inputs that vote and are not there are built on the spot; others are named with the command that makes them, and
+    fewer than two are refused. What is there with equal inputs is kept, unless `force`. Raises UserError without
+    catalog, members or inputs.
+    """
+    require_enabled(config, "runs.meta_fuser")
+    kind = config.runs.meta_fuser.fuser_type
+    if kind not in FUSERS:
+        raise UserError(
+            f"{config.source}: runs.meta_fuser.fuser_type {kind}: this version builds {', '.join(FUSERS)}"
+            f"{did_you_mean(kind, FUSERS)}"
+        )
+    store = Store(config, workspace, catalog.load(workspace))
+    selected = catalog.select(store.catalog, config)
+    found, failures = _inputs(store, selected)
+    members = _members(store, found.values())
+    also = {name: one.inputs_digest for name, one in found.items()}
+    wanted = fitting.inputs_digest(config, store, members, METHOD, also=also)
+    fresh = force or ensembles.stored_digest(workspace, NAME) != wanted
+    if fresh:
+        store.ensure(members, STREAMED)
+        known = fitting.facts(store, members)
+        rows, inputs = _aligned(store, members, found)
+        simple = guards.measure(config, known, rows.rows.logits, rows.rows.labels, rows.fold)
+        recipe = MetaFuser.over(config, known, inputs)
+        logger.info("fitting %s (%s) on %s", NAME, kind, ", ".join(found))
+        seen = [one.provenance for one in found.values()]
+        fitting.build(store, NAME, METHOD, recipe, members, rows, also=also, seen=seen, beside=simple)
+    store.digests.save()
+    record = ensembles.record_of(workspace, NAME) or {}
+    lines = [
+        fitting.line(store, NAME, "built" if fresh else "up to date"),
+        f"    {record['verdict']}",
+        f"inputs: {', '.join(found)}",
+        f"written: {workspace.ensemble(NAME)}",
+    ]
+    document = {
+        "built": [NAME] if fresh else [],
+        "up_to_date": [] if fresh else [NAME],
+        "inputs": list(found),
+        "verdict": record["verdict"],
+        "folder": str(workspace.models),
+    }
+    return Result("\n".join(lines), document, failures, "evaluate")
+
+
+def _inputs(store: Store, selected: Sequence[Member]) -> tuple[dict[str, Ensemble], list[str]]:
+    """The inputs that are there or can be made at once, by the names of their ensembles, and what is missing."""
+    asked = store.config.runs.meta_fuser.input_ensembles
+    names = {ensembles.NAMES.get(name, name): name for name in asked}
+    known = [*ensembles.names(store.workspace), *ensembles.NAMES.values(), *PARTS]
+    found, failures = {}, []
+    for name, typed in names.items():
+        record = ensembles.record_of(store.workspace, name)
+        method = next((method for method, ensemble in ensembles.NAMES.items() if ensemble == name), None)
+        if record is None and method is not None:
+            recipe = ensembles.COMBINERS[method].configured(store.config, fitting.facts(store, selected))
+            store.ensure(selected, STREAMED)
+            kind = store.config.runs.score_ensemble.fit_rows if recipe.learns else "honest"
+            fitting.build(store, name, method, recipe, selected, fitting.honest_rows(store, selected, kind=kind))
+        elif record is None:
+            failures.append(f"{typed}: not built. {_command(typed)}{did_you_mean(typed, known)}")
+            continue
+        ensemble = ensembles.load(store.workspace, name)
+        if ensemble.method not in PARTS:
+            failures.append(f"{typed}: {ensemble.method} cannot be an input; these can: {', '.join(PARTS)}")
+            continue
+        found[name] = ensemble
+    if len(found) < 2:
+        raise UserError(
+            f"{store.config.source}: runs.meta_fuser.input_ensembles leaves {len(found)} ensemble(s) to fuse, two are "
+            f"needed. {'; '.join(failures)}"
+        )
+    return dict(sorted(found.items())), failures
+
+
+def _command(name: str) -> str:
+    family = {"stacking": "stack", "fusion": "fusion-train", "moe": "fusion-train", "distilled": "distill"}
+    command = family.get(name.split("_")[0], "build-ensemble")
+    return f"Build it: python ensemble_orchestrator.py {command}"
+
+
+def _members(store: Store, found: Iterable[Ensemble]) -> list[Member]:
+    """The members of all inputs, by name. Raises UserError where one is gone or has another checkpoint now."""
+    needed: dict[str, str] = {}
+    for one in found:
+        needed |= {name: one.member_digests[name] for name in one.members}
+    for name, digest in needed.items():
+        member = store.catalog.members.get(name)
+        if member is None or member.digest != digest:
+            state = "is no longer in the catalog" if member is None else "has another checkpoint now"
+            raise UserError(f"{name} {state}; build the inputs again: python ensemble_orchestrator.py build-ensemble")
+    return [store.catalog.members[name] for name in sorted(needed)]
+
+
+def _aligned(store: Store, members: Sequence[Member], found: Mapping[str, Ensemble]) -> tuple[HonestRows, list[Input]]:
+    """The honest rows that all inputs have cross-fitted predictions on, and the inputs with those predictions."""
+    honest = fitting.honest_rows(store, members)
+    keys = list(zip(honest.rows.split.tolist(), honest.rows.sample_ids.tolist(), strict=True))
+    unseen = {name: ensembles.load_crossfit(store.workspace, name) for name in found}
+    place_of = {name: {key: place for place, key in enumerate(one.keys())} for name, one in unseen.items()}
+    shared = [place for place, key in enumerate(keys) if all(key in places for places in place_of.values())]
+    if len(shared) < len(keys):
+        logger.warning("%d of %d honest rows are not shared by all inputs", len(keys) - len(shared), len(keys))
+    if not shared:
+        raise UserError(
+            f"no row on which all of {', '.join(found)} have cross-fitted predictions; give them the same fit_rows and "
+            "build them again"
+        )
+    rows = honest.rows.take(np.array(shared))
+    inputs = []
+    for name, one in found.items():
+        own = [place_of[name][keys[place]] for place in shared]
+        places = np.array([rows.members.index(member) for member in one.members])
+        inputs.append(Input(one.method, one.combiner, places, unseen[name].probabilities[own]))
+    return HonestRows(rows, honest.fold[shared]), inputs

@@ -1,0 +1,218 @@
+"""Ensemble of ensembles: a fuser on the cross-fitted predictions of other ensembles, and on nothing else.
+
+The fuser is a stacker whose members are the inputs. At inference the inputs answer from the members' logits, each
+member run once however many inputs it serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+
+from utils import ensemble_methods, stacking_methods
+from utils.attention import AttentionLearner, Gate
+from utils.combiner import Combiner, MemberFacts, fit_crossfitted
+from utils.config import Config
+from utils.metrics import SMALLEST_PROBABILITY
+from utils.perceptron import PerceptronLearner
+from utils.stacking_methods import Learner, Model, Stacker, StackingBooster, StackingPerceptron
+
+if TYPE_CHECKING:
+    from torch import nn
+
+KINDS_OF_FEATURES = ("log_probabilities", "probabilities")
+DROPOUT = 0.3  # runs.meta_fuser.mlp_config has no key for it
+
+
+class FuserPerceptron(StackingPerceptron):
+    """A small neural network on the inputs' probabilities."""
+
+    settings = ("runs.meta_fuser", "runs.score_ensemble.temperature", "runs.stacking.fallback")
+
+    @classmethod
+    def learner_of(cls, config: Config) -> Learner:
+        shape = config.runs.meta_fuser.mlp_config
+        return PerceptronLearner(KINDS_OF_FEATURES, shape.hidden_dims, shape.epochs, shape.lr, DROPOUT, config.seed)
+
+
+class FuserBooster(StackingBooster):
+    """Gradient-boosted trees on the inputs' probabilities, shaped by `runs.stacking.xgb_config`."""
+
+    settings = (*FuserPerceptron.settings, "runs.stacking.xgb_config")
+
+
+class FuserAttention(Stacker):
+    """A mixture of the inputs whose weights depend on what they say."""
+
+    settings = FuserPerceptron.settings
+
+    @classmethod
+    def learner_of(cls, config: Config) -> Learner:
+        shape = config.runs.meta_fuser.mlp_config
+        return AttentionLearner(shape.hidden_dims[-1] if shape.hidden_dims else 64, shape.epochs, shape.lr, config.seed)
+
+    def _module(self) -> nn.Module:
+        from utils.stacking_heads import GatedMixture
+
+        assert isinstance(self.model, Gate)
+        return GatedMixture(self.model.matrices, self.model.biases)
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        assert isinstance(self.model, Gate)
+        names = ("hidden", "scores")
+        matrices = {f"{name}_matrix": value for name, value in zip(names, self.model.matrices, strict=True)}
+        return matrices | {f"{name}_bias": value for name, value in zip(names, self.model.biases, strict=True)}
+
+    @classmethod
+    def _model(cls, state: Mapping[str, np.ndarray]) -> Model:
+        return Gate(
+            (state["hidden_matrix"], state["scores_matrix"]),
+            (state["hidden_bias"], state["scores_bias"]),
+        )
+
+
+FUSERS: dict[str, type[Stacker]] = {"xgb": FuserBooster, "mlp": FuserPerceptron, "attention": FuserAttention}
+"""`runs.meta_fuser.fuser_type` -> class."""
+
+
+PARTS: dict[str, type[Combiner]] = {**ensemble_methods.COMBINERS, **stacking_methods.COMBINERS}
+"""Methods that may be inputs."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """One ensemble among the inputs."""
+
+    method: str
+    combiner: Combiner
+    places: np.ndarray
+    """int64: where its members stand among the M members"""
+    unseen: np.ndarray | None = None
+    """float (N, C): cross-fitted probabilities on the rows of the fit, for an input that is fitted already"""
+
+
+@dataclass
+class MetaFuser:
+    """A fuser with its inputs: members' logits in, as for any other combiner.
+
+    Cross-fitted over the same folds as its inputs: what it sees of other folds' rows comes from copies of the inputs
+    that have read this fold's labels, which is accepted (Wolpert's stacking does the same) and held to chance by a test
+    with permuted labels.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = FuserBooster.settings
+    learns: ClassVar[bool] = True
+
+    inputs: Sequence[Input]
+    fuser: Stacker
+    fuser_type: str
+
+    @classmethod
+    def configured(cls, config: Config, members: MemberFacts) -> Self:
+        """Unfitted inputs over all members: those of `runs.meta_fuser.input_ensembles` that are in `PARTS`."""
+        everyone = np.arange(len(members.names))
+        methods = [name.removesuffix("_ensemble") for name in config.runs.meta_fuser.input_ensembles]
+        inputs = [Input(m, PARTS[m].configured(config, members), everyone) for m in methods if m in PARTS]
+        return cls.over(config, members, inputs)
+
+    @classmethod
+    def over(cls, config: Config, members: MemberFacts, inputs: Sequence[Input]) -> Self:
+        """An unfitted fuser over inputs, which may be fitted already."""
+        kind = config.runs.meta_fuser.fuser_type
+        return cls(inputs, FUSERS[kind].configured(config, members), kind)
+
+    def fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Self:
+        """Fit what is not fitted yet on logits (M, N, C), labels (N,), folds (N,)."""
+        self.fit_crossfitted(logits, labels, folds)
+        return self
+
+    def fit_crossfitted(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
+        """Fit; gives the fuser's cross-fitted probabilities (N, C)."""
+        seen = [_unseen(each, logits, labels, folds) for each in self.inputs]
+        return self.fuser.fit_crossfitted(_as_logits(seen), labels, folds)
+
+    def predict_proba(self, logits: np.ndarray) -> np.ndarray:
+        """Logits (M, N, C) -> probabilities (N, C)."""
+        said = [each.combiner.predict_proba(logits[each.places]) for each in self.inputs]
+        return self.fuser.predict_proba(_as_logits(said))
+
+    def to_module(self) -> nn.Module:
+        """Logits (B, M, C) -> probabilities (B, C)."""
+        from utils.stacking_heads import FusedInputs
+
+        modules = [each.combiner.to_module() for each in self.inputs]
+        return FusedInputs(modules, [each.places for each in self.inputs], self.fuser.to_module())
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The arrays of the fuser under `fuser/`, of each input under `inputs/<k>/`; names as bytes."""
+        found = {"fuser_type": _bytes(self.fuser_type)}
+        found |= {f"fuser/{name}": values for name, values in self.fuser.state().items()}
+        for place, each in enumerate(self.inputs):
+            start = f"inputs/{place:03d}"
+            found |= {f"{start}/method": _bytes(each.method), f"{start}/places": each.places}
+            found |= {f"{start}/state/{name}": values for name, values in each.combiner.state().items()}
+        return found
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, np.ndarray]) -> Self:
+        """The fuser whose `state` this is."""
+        starts = sorted({name.rsplit("/", 1)[0] for name in state if name.endswith("/method")})
+        inputs = []
+        for start in starts:
+            method = _text(state[f"{start}/method"])
+            combiner = PARTS[method].from_state(_below(state, f"{start}/state/"))
+            inputs.append(Input(method, combiner, state[f"{start}/places"]))
+        kind = _text(state["fuser_type"])
+        return cls(inputs, FUSERS[kind].from_state(_below(state, "fuser/")), kind)
+
+    def used(self, members: int) -> np.ndarray:
+        """The members of any input, bool (M,)."""
+        found = np.zeros(members, dtype=bool)
+        for each in self.inputs:
+            found[each.places[each.combiner.used(len(each.places))]] = True
+        return found
+
+    def restricted(self, used: np.ndarray) -> Self:
+        """The same over the used members alone."""
+        place_of = np.cumsum(used) - 1
+        inputs = []
+        for each in self.inputs:
+            own = each.combiner.used(len(each.places))
+            places = place_of[each.places[own]]
+            inputs.append(replace(each, combiner=each.combiner.restricted(own), places=places, unseen=None))
+        return type(self)(inputs, self.fuser, self.fuser_type)
+
+    def report(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """What the fuser found."""
+        facts = self.fuser.report(tuple(each.method for each in self.inputs))
+        return {**facts, "fuser_type": self.fuser_type, "inputs": [each.method for each in self.inputs]}
+
+
+def _unseen(one: Input, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """Cross-fitted probabilities (N, C) of an input; with one fold there are none, and it answers as it is."""
+    if one.unseen is not None:
+        return one.unseen
+    found = fit_crossfitted(one.combiner, logits[one.places], labels, folds)
+    return one.combiner.predict_proba(logits[one.places]) if np.isnan(found).any() else found
+
+
+def _as_logits(probabilities: Sequence[np.ndarray]) -> np.ndarray:
+    return np.log(np.maximum(np.stack(probabilities), SMALLEST_PROBABILITY))
+
+
+def _below(state: Mapping[str, np.ndarray], start: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(start): values for name, values in state.items() if name.startswith(start)}
+
+
+def _bytes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), dtype=np.uint8)
+
+
+def _text(values: np.ndarray) -> str:
+    return values.tobytes().decode()
+
+
+COMBINERS: dict[str, type[Combiner]] = {"meta_fuser": MetaFuser}

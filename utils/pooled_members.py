@@ -1,0 +1,192 @@
+"""Members pooled into one: the two kinds of pool, and the combiner that a pool with weights and temperatures is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from utils import pools
+from utils.metrics import METRICS, SMALLEST_PROBABILITY, log_softmax, softmax
+
+if TYPE_CHECKING:
+    from torch import nn
+
+LOWEST_SCORE = float(np.log(SMALLEST_PROBABILITY))
+"""Where members' log-probabilities are clipped."""
+Floats = NDArray[np.float64]
+
+
+class Pool(Protocol):
+    """How weights turn members into probabilities, and which loss they are to have the least of."""
+
+    name: str
+    sums: tuple[float, float]
+    """Bounds of the sum of the weights."""
+    scales: bool
+    """That sum is free: it is an inverse temperature."""
+
+    def parts(self, scores: Floats) -> Floats:
+        """What is summed, (M, N, C)."""
+
+    def pooled(self, sums: Floats) -> Floats:
+        """Log-probabilities (..., N, C) of weighted sums of the parts."""
+
+    def loss(self, parts: Floats, labels: NDArray[Any], metric: str) -> pools.Loss:
+        """The convex loss that stands for `metric`."""
+
+    def votes(self, parts: Floats) -> NDArray[np.float32]:
+        """Numbers from 0 to 1, (M, N, C), whose weighted sums are largest where those of the parts are."""
+
+
+class Linear:
+    """Mixture of probabilities."""
+
+    name = "linear"
+    sums = (1.0, 1.0)
+    scales = False
+
+    def parts(self, scores: Floats) -> Floats:
+        return np.exp(scores)
+
+    def pooled(self, sums: Floats) -> Floats:
+        return log_softmax(np.log(np.maximum(sums, SMALLEST_PROBABILITY)))
+
+    def loss(self, parts: Floats, labels: NDArray[Any], metric: str) -> pools.Loss:
+        if metric == "brier":
+            return pools.LinearBrier(parts, labels)
+        return pools.LinearLogLoss(parts[:, np.arange(len(labels)), labels])
+
+    def votes(self, parts: Floats) -> NDArray[np.float32]:
+        return parts.astype(np.float32)
+
+
+class LogLinear:
+    """Soft-max of the weighted sum of log-probabilities; its weights are those of least log-loss for every metric."""
+
+    name = "log_linear"
+    sums = pools.SCALES
+    scales = True
+
+    def parts(self, scores: Floats) -> Floats:
+        return scores
+
+    def pooled(self, sums: Floats) -> Floats:
+        return log_softmax(sums)
+
+    def loss(self, parts: Floats, labels: NDArray[Any], metric: str) -> pools.Loss:
+        return pools.LogLinearLogLoss(parts, labels)
+
+    def votes(self, parts: Floats) -> NDArray[np.float32]:
+        return (1 - parts / LOWEST_SCORE).astype(np.float32)
+
+
+POOLS: dict[str, Pool] = {pool.name: pool for pool in (Linear(), LogLinear())}
+
+
+@dataclass(kw_only=True)
+class PooledMembers:
+    """The map of a pool of members, whoever chose its weights; what the combiners of this kind share.
+
+    All weights are kept as shares that sum to 1; the sum of log-linear weights is the inverse of the temperature.
+    """
+
+    metric: str = "f1_macro"
+    calibration: str = "auto"
+    """auto, off or per_member"""
+    pool: Pool = POOLS["linear"]
+    shares: Floats = field(default_factory=lambda: np.ones(0))
+    """(M,), sum 1"""
+    temperature: float = 1.0
+    member_temperatures: Floats = field(default_factory=lambda: np.ones(0))
+    """(M,)"""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the fit found out about itself."""
+
+    def predict_proba(self, logits: np.ndarray) -> np.ndarray:
+        """Logits (M, N, C) -> probabilities (N, C)."""
+        sums = np.tensordot(self.shares, self.pool.parts(self._scores(logits)), axes=1)
+        return softmax(self.pool.pooled(sums) / self.temperature)
+
+    def to_module(self) -> nn.Module:
+        """Logits (B, M, C) -> probabilities (B, C)."""
+        from utils import heads
+
+        make = heads.LinearPool if self.pool.name == "linear" else heads.LogLinearPool
+        return make(self.shares, self.temperature, self.member_temperatures)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Shares and temperatures of the members, (M,), and the pool's temperature and kind, (1,)."""
+        return {
+            "shares": self.shares,
+            "member_temperatures": self.member_temperatures,
+            "temperature": np.array([self.temperature]),
+            "log_linear": np.array([self.pool.name == "log_linear"], dtype=np.uint8),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, np.ndarray]) -> Self:
+        """The pool whose `state` this is."""
+        return cls(
+            pool=POOLS["log_linear" if state["log_linear"][0] else "linear"],
+            shares=state["shares"],
+            member_temperatures=state["member_temperatures"],
+            temperature=float(state["temperature"][0]),
+        )
+
+    def used(self, members: int) -> np.ndarray:
+        """Those with a share, (M,)."""
+        return self.shares > 0
+
+    def restricted(self, used: np.ndarray) -> Self:
+        """The same map on the used members' logits."""
+        state = self.state()
+        return self.from_state({**state, **{key: state[key][used] for key in ("shares", "member_temperatures")}})
+
+    def report(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """Shares by name, pool and temperature, and what the fit found out about itself.
+
+        `selection_score` is that of the rows fitted on, `cross_validated_score` that of folds left out, both by
+        `optimization_metric`; `equal_weights_score` is that of the plain mean of the probabilities.
+        """
+        found: dict[str, Any] = {
+            "weights": dict(zip(names, self.shares.tolist(), strict=True)),
+            "pool": self.pool.name,
+            "temperature": self.temperature,
+            "member_temperatures": None,
+            "optimization_metric": self.metric,
+            **self.facts,
+        }
+        if (self.member_temperatures != 1).any():
+            found["member_temperatures"] = dict(zip(names, self.member_temperatures.tolist(), strict=True))
+        return found
+
+    def _compared(
+        self, unseen: Floats | None, logits: np.ndarray, labels: np.ndarray, notes: list[str]
+    ) -> dict[str, Any]:
+        """What `report` says of scores; `unseen` are probabilities (N, C) of rows of folds left out."""
+        metric = METRICS[self.metric]
+        equal = metric.function(softmax(logits).mean(axis=0), labels)
+        held_out = None if unseen is None else metric.function(unseen, labels)
+        beaten = None
+        if held_out is not None and np.ptp(labels):
+            beaten = held_out > equal if metric.higher_is_better else held_out < equal
+            if not beaten:
+                notes = [
+                    *notes,
+                    f"equal weights are not beaten: {self.metric} {equal:.4f} with them, {held_out:.4f} with these",
+                ]
+        return {
+            "selection_score": metric.function(self.predict_proba(logits), labels),
+            "cross_validated_score": held_out,
+            "equal_weights_score": equal,
+            "beats_equal_weights": beaten,
+            "notes": notes,
+        }
+
+    def _scores(self, logits: np.ndarray) -> Floats:
+        divided = np.asarray(logits, dtype=np.float64) / self.member_temperatures[:, None, None]
+        return np.maximum(log_softmax(divided), LOWEST_SCORE)

@@ -1,0 +1,223 @@
+"""Which pool, how strong a penalty, which members more: what held-out folds decide about weights.
+
+Scores are log-probabilities (M, N, C) of M members, clipped from below at `LOWEST_SCORE` of `utils.pooled_members`;
+labels and folds are (N,).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from utils import candidates, pools, temperature
+from utils.metrics import METRICS, log_softmax
+from utils.pooled_members import Floats, Pool
+
+STRENGTHS = (np.inf, 10.0, 3.0, 1.0, 0.3, 0.1, 0.01, 0.001, 0.0)
+"""Penalties towards equal weights that are tried, the strongest first: it wins a tie."""
+TUNING_TOLERANCE = 1e-6  # of weights that only choose a strength
+PIECEWISE_CONSTANT = ("accuracy", "f1_macro")
+"""Metrics that higher is better of, which the log-loss stands for and members are added for."""
+BAGS = 5
+VOTES = 20  # what the pool weighs when members of one vote each are added
+ADDITIONS = 10
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """Weights of a pool, and what held-out folds say of them."""
+
+    pool: Pool
+    weights: Floats
+    """(M,), fitted on all rows"""
+    temperature: float = 1.0
+    """What the pooled log-probabilities are divided by."""
+    unseen: Floats | None = None
+    """Log-probabilities (N, C) of each row by what was fitted without its fold; None where there is one fold."""
+    of_folds: tuple[Floats, ...] = ()
+    """Those weights, in the order of the folds."""
+    strength: float | None = None
+    """Of the penalty; None where weights were not fitted."""
+    gap: float | None = None
+    """Bound on the distance from the least loss."""
+    added: bool = False
+    """Members were added for a metric that is piecewise constant."""
+
+
+def given(
+    pool: Pool, scores: Floats, labels: NDArray[Any], folds: NDArray[Any], weights: Floats, *, calibrate: bool
+) -> Weighting:
+    """Weights (M,) that are not fitted; with `calibrate` a temperature is."""
+    unseen = pool.pooled(np.tensordot(weights, pool.parts(scores), axes=1))
+    divisor, unseen = _calibrated(unseen, labels, folds, calibrate=calibrate)
+    return Weighting(pool, weights, divisor, unseen)
+
+
+def fit(pool: Pool, scores: Floats, labels: NDArray[Any], metric: str, *, strength: float) -> Weighting:
+    """Weights of least loss and penalty, of which nothing held out says anything."""
+    found = pools.minimise(pool.loss(pool.parts(scores), labels, metric), strength=strength, sums=pool.sums)
+    return Weighting(pool, found.weights, strength=strength, gap=found.gap)
+
+
+def tune(
+    pool: Pool, scores: Floats, labels: NDArray[Any], folds: NDArray[Any], metric: str, *, calibrate: bool
+) -> Weighting:
+    """Weights under the penalty with the least loss on folds left out: Brier score for `brier`, else log-loss.
+
+    With `calibrate` a pool whose weights have no free sum is given a temperature first. Equal weights, which the
+    infinite penalty gives, win where they hit more of the rows left out, by more than one standard error, and that is
+    what `metric` counts.
+    """
+    calibrate = calibrate and not pool.scales
+    parts = pool.parts(scores)
+    paths = [
+        _path(pool, pool.loss(parts[:, folds != number], labels[folds != number], metric))
+        for number in np.unique(folds)
+    ]
+    tried = [
+        _calibrated(_unseen(pool, parts, folds, of), labels, folds, calibrate=calibrate)
+        for of in zip(*paths, strict=True)
+    ]
+    means = np.array([losses(unseen, labels, metric).mean() for _, unseen in tried])
+    best = int(np.flatnonzero(means <= means.min() * (1 + 1e-9))[0])
+    if metric in PIECEWISE_CONSTANT and _hits_more(tried[0][1], tried[best][1], labels, metric):
+        best = 0
+    of_folds = tuple(path[best] for path in paths)
+    found = pools.minimise(
+        pool.loss(parts, labels, metric),
+        strength=STRENGTHS[best],
+        sums=pool.sums,
+        start=np.mean(of_folds, axis=0),
+    )
+    return Weighting(pool, found.weights, *tried[best], of_folds, STRENGTHS[best], found.gap)
+
+
+def preferred(linear: Weighting, other: Weighting, labels: NDArray[Any], metric: str) -> Weighting:
+    """The linear pool, unless the other's held-out loss is lower by more than one standard error of the difference."""
+    gains = losses(linear.unseen, labels, metric) - losses(other.unseen, labels, metric)
+    return other if _is_clear(gains) else linear
+
+
+def with_members_added(
+    found: Weighting,
+    scores: Floats,
+    labels: NDArray[Any],
+    folds: NDArray[Any],
+    metric: str,
+    *,
+    seed: int,
+    calibrate: bool,
+) -> Weighting:
+    """The weights moved by members that raise accuracy or macro F1, where held-out folds gain by it; else `found`."""
+    parts = found.pool.parts(scores)
+    of_folds = tuple(
+        _moved(found.pool, parts[:, folds != number], labels[folds != number], weights, metric, seed)
+        for number, weights in zip(np.unique(folds), found.of_folds, strict=True)
+    )
+    unseen = _unseen(found.pool, parts, folds, of_folds)
+    if _score(unseen, labels, metric) <= _score(found.unseen, labels, metric):
+        return found
+    divisor, unseen = _calibrated(unseen, labels, folds, calibrate=calibrate)
+    weights = _moved(found.pool, parts, labels, found.weights, metric, seed)
+    return replace(found, weights=weights, temperature=divisor, unseen=unseen, of_folds=of_folds, added=True)
+
+
+def losses(log_probabilities: Floats, labels: NDArray[Any], metric: str) -> Floats:
+    """Loss of each row (..., N) of log-probabilities (..., N, C): Brier score for `brier`, else log-loss."""
+    of_truth = log_probabilities[..., np.arange(len(labels)), labels]
+    if metric != "brier":
+        return -of_truth
+    found: Floats = (np.exp(log_probabilities) ** 2).sum(axis=-1) - 2 * np.exp(of_truth) + 1
+    return found
+
+
+def _calibrated(
+    log_probabilities: Floats, labels: NDArray[Any], folds: NDArray[Any], *, calibrate: bool
+) -> tuple[float, Floats]:
+    """A temperature, and log-probabilities (N, C) divided by those of the other folds; 1 without `calibrate`."""
+    if not calibrate:
+        return 1.0, log_probabilities
+    choice = temperature.choose(log_probabilities, labels, folds)
+    return choice.temperature, log_softmax(log_probabilities / choice.of_rows[:, None])
+
+
+def _score(log_probabilities: Floats, labels: NDArray[Any], metric: str) -> float:
+    return METRICS[metric].function(np.exp(log_probabilities), labels)
+
+
+def _hits_more(first: Floats, second: Floats, labels: NDArray[Any], metric: str) -> bool:
+    """Whether the first log-probabilities (N, C) have the higher score and clearly more hits."""
+    gains = (first.argmax(axis=1) == labels).astype(float) - (second.argmax(axis=1) == labels)
+    return _is_clear(gains) and _score(first, labels, metric) > _score(second, labels, metric)
+
+
+def _is_clear(gains: Floats) -> bool:
+    """Whether the mean of paired gains (N,) is above its standard error."""
+    return bool(gains.mean() > gains.std(ddof=1) / np.sqrt(len(gains)))
+
+
+def _path(pool: Pool, loss: pools.Loss) -> Floats:
+    """Weights (S, M) of all strengths; each starts where the stronger one ended."""
+    path: list[Floats] = []
+    for strength in STRENGTHS:
+        start = path[-1] if path else None
+        found = pools.minimise(loss, strength=strength, sums=pool.sums, start=start, tolerance=TUNING_TOLERANCE)
+        path.append(found.weights)
+    return np.stack(path)
+
+
+def _unseen(pool: Pool, parts: Floats, folds: NDArray[Any], of_folds: tuple[Floats, ...]) -> Floats:
+    found = np.empty(parts.shape[1:])
+    for number, weights in zip(np.unique(folds), of_folds, strict=True):
+        inside = folds == number
+        found[inside] = pool.pooled(np.tensordot(weights, parts[:, inside], axes=1))
+    return found
+
+
+def _moved(pool: Pool, parts: Floats, labels: NDArray[Any], weights: Floats, metric: str, seed: int) -> Floats:
+    """Weights (M,) of unchanged sum after greedy additions of members, the mean over bootstrap samples of the rows."""
+    random, votes = np.random.default_rng(seed), pool.votes(parts)
+    counts = np.zeros(len(weights))
+    for _ in range(BAGS):
+        rows = np.sort(random.integers(len(labels), size=len(labels)))
+        counts += _additions(pool, parts, votes[:, rows], labels[rows], rows, weights, metric)
+    return pools.shared(counts, pools.twins([parts])) * (weights.sum() / counts.sum())
+
+
+def _additions(
+    pool: Pool,
+    parts: Floats,
+    votes: NDArray[np.float32],
+    labels: NDArray[Any],
+    rows: NDArray[Any],
+    weights: Floats,
+    metric: str,
+) -> Floats:
+    """Votes (M,) that sum to 1 after adding members, one at a time, while the metric on the sampled rows rises.
+
+    Of members that raise it equally, the one of least log-loss, then the first.
+    """
+    total = weights.sum()
+    counts = VOTES * weights / total
+    scorer = candidates.scorer(votes, labels, metric)
+    scorer.begin(np.tensordot(counts.astype(np.float32), votes, axes=1), VOTES)
+    sums = np.tensordot(counts, parts, axes=1)[rows]
+    reached = scorer.loss()
+    for size in range(VOTES + 1, VOTES + ADDITIONS + 1):
+        found = scorer.losses()
+        if found.min() >= reached - candidates.TIE:
+            break
+        reached = found.min()
+        tied = np.flatnonzero(found <= reached + candidates.TIE)
+        smooth = [
+            losses(pool.pooled((sums + parts[member, rows]) * (total / size)), labels, "log_loss").mean()
+            for member in tied
+        ]
+        chosen = int(tied[np.argmin(smooth)])
+        scorer.add(chosen)
+        sums += parts[chosen, rows]
+        counts[chosen] += 1
+    return counts / counts.sum()

@@ -1,0 +1,147 @@
+"""The form in which predictions are exchanged: one `.npz` for a member and a split, whoever wrote it.
+
+logits float32 (N, C) or probabilities (N, C)    one column per class
+sample_ids unicode (N,)                          path below the split's folder, with `/`
+labels int64 (N,)                                numbers of the file's own columns, -1 where unknown; may be absent
+classes unicode (C,)                             names of the columns; may be absent
+fold int64 (N,), embeddings float16/32 (N, D)    where they mean something
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils.artifacts import read_arrays
+from utils.errors import UserError
+from utils.metrics import SIGN_TOLERANCE, SMALLEST_PROBABILITY, SUM_TOLERANCE
+from utils.rows import UNKNOWN
+
+NUMBERS, WHOLE_NUMBERS = "fiu", "iu"
+KINDS = {
+    **dict.fromkeys(("logits", "probabilities", "embeddings"), NUMBERS),
+    **dict.fromkeys(("labels", "fold"), WHOLE_NUMBERS),
+    "sample_ids": "U",
+    "classes": "U" + WHOLE_NUMBERS,
+}
+"""What each array may hold, by numpy's letters for kinds of values."""
+
+
+class _UnfitError(Exception):
+    """What does not fit, without the file's name."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What one file holds, in its own order of rows and columns."""
+
+    logits: np.ndarray
+    """float32 (N, C); log-probabilities where the file has probabilities"""
+    labels: np.ndarray
+    """int64 (N,), numbers of columns; UNKNOWN where nothing is said"""
+    sample_ids: np.ndarray
+    """unicode (N,), each once"""
+    classes: tuple[str, ...] | None
+    """Names of the columns; None where the file has none."""
+    fold: np.ndarray | None
+    """int64 (N,)"""
+    embeddings: np.ndarray | None
+    """float32 (N, D)"""
+    kind: str
+    """What the file held: logits, probabilities or half-precision probabilities."""
+
+
+def read(
+    path: Path, *, what: str, remedy: str, needs: Sequence[str] = (), sum_tolerance: float = SUM_TOLERANCE
+) -> Predictions:
+    """Read and check one file; `what` it is and a `remedy` go into every message.
+
+    `needs` are arrays that may be absent elsewhere. Raises UserError that names what does not fit: missing arrays,
+    types, shapes, a sample id that occurs twice, labels without a column, values that are not finite, probabilities
+    that do not sum to 1 within `sum_tolerance`.
+    """
+    arrays = read_arrays(path, remedy=remedy)
+    try:
+        return _checked({key: arrays[key] for key in KINDS if key in arrays}, needs, sum_tolerance)
+    except _UnfitError as error:
+        raise UserError(f"{path}: {what} refused: {error}. {remedy}") from error
+
+
+def _checked(arrays: Mapping[str, np.ndarray], needs: Sequence[str], sum_tolerance: float) -> Predictions:
+    missing = [key for key in ("sample_ids", *needs) if key not in arrays]
+    name = "logits" if "logits" in arrays else "probabilities"
+    if missing or name not in arrays:
+        raise _UnfitError(f"no array {', '.join(missing if name in arrays else ['logits', *missing])}")
+    values, ids, labels, embeddings = (arrays.get(key) for key in (name, "sample_ids", "labels", "embeddings"))
+    if values.ndim != 2 or values.shape[1] < 2 or not len(values):
+        raise _UnfitError(f"{name} of shape {values.shape}; expected a row per sample and a column per class")
+    count, columns = values.shape
+    shapes = {"sample_ids": (count,), "labels": (count,), "fold": (count,), "classes": (columns,)}
+    for key, array in arrays.items():
+        if array.dtype.kind not in KINDS[key]:
+            expected = {NUMBERS: "numbers", WHOLE_NUMBERS: "whole numbers"}.get(KINDS[key], "text")
+            raise _UnfitError(f"{key} hold {array.dtype}; expected {expected}")
+        if array.shape != shapes.get(key, (count, array.size // count)):
+            raise _UnfitError(f"{key} of shape {array.shape} beside {name} of shape {values.shape}")
+    _require_unique("sample id", ids)
+    if labels is not None and (labels.min() < UNKNOWN or labels.max() >= columns):
+        raise _UnfitError(f"its labels reach from {labels.min()} to {labels.max()} for {columns} classes")
+    kind, values = name, _finite(name, values, ids)
+    if name == "probabilities":
+        kind = "half-precision probabilities" if arrays[name].dtype == np.float16 else name
+        values = _log_probabilities(values, ids, sum_tolerance)
+    return Predictions(
+        logits=_single(name, values, ids),
+        labels=np.full(count, UNKNOWN) if labels is None else labels.astype(np.int64),
+        sample_ids=ids,
+        classes=_classes(arrays["classes"]) if "classes" in arrays else None,
+        fold=arrays["fold"].astype(np.int64) if "fold" in arrays else None,
+        embeddings=None if embeddings is None else _single("embeddings", embeddings, ids),
+        kind=kind,
+    )
+
+
+def _require_unique(what: str, names: np.ndarray) -> None:
+    try:
+        "".join(names.tolist()).encode()
+    except ValueError as error:  # half of a surrogate pair, or no character at all
+        raise _UnfitError(f"a {what} is no text ({error})") from error
+    found, counts = np.unique(names, return_counts=True)
+    if len(found) < len(names):
+        raise _UnfitError(f"the {what} {found[counts > 1][0]} occurs twice")
+
+
+def _classes(names: np.ndarray) -> tuple[str, ...]:
+    texts = names.astype(str)
+    _require_unique("class", texts)
+    return tuple(texts.tolist())
+
+
+def _finite(name: str, values: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    rows = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if rows.size:
+        hint = " (log of 0? Give probabilities instead)" if name == "logits" and np.isneginf(values[rows]).any() else ""
+        raise _UnfitError(f"{rows.size} rows have NaN or infinite {name}, first {ids[rows[0]]}{hint}")
+    return values
+
+
+def _single(name: str, values: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+        return _finite(name, values.astype(np.float32), ids)
+
+
+def _log_probabilities(values: np.ndarray, ids: np.ndarray, sum_tolerance: float) -> np.ndarray:
+    """log(p) in float64 (N, C), p clipped at 1e-12."""
+    values = values.astype(np.float64)
+    rows = np.flatnonzero(values.min(axis=1) < -SIGN_TOLERANCE)
+    if rows.size:
+        raise _UnfitError(f"{rows.size} rows have probabilities below 0, first {ids[rows[0]]}")
+    sums = values.sum(axis=1)
+    rows = np.flatnonzero(np.abs(sums - 1) > sum_tolerance)
+    if rows.size:
+        first = f"first {ids[rows[0]]} with {sums[rows[0]]:.4g}"
+        raise _UnfitError(f"the probabilities of {rows.size} rows do not sum to 1 within {sum_tolerance:g}, {first}")
+    return np.log(np.maximum(values, SMALLEST_PROBABILITY))

@@ -1,0 +1,339 @@
+"""Pruned ensembles: the plain mean of the members that are worth their time and size.
+
+Kuncheva and Whitaker (2003) on diversity, Caruana et al. (2004) on greedy selection, Giacinto and Roli (2001) on
+clusters of members that err alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from utils import temperature
+from utils.candidates import TIE, candidate_losses
+from utils.combiner import Combiner, MemberFacts
+from utils.config import Config, CostBudget
+from utils.metrics import METRICS, SMALLEST_PROBABILITY, log_softmax, row_losses, within_one_error
+from utils.pooled_members import PooledMembers
+from utils.pooling import PIECEWISE_CONSTANT
+from utils.subset_search import WAYS, Limit, Problem, Subset
+
+SHOWN = 3  # names in a reason
+LABELS = {"f1_macro": "F1 macro", "accuracy": "accuracy", "log_loss": "log-loss", "brier": "Brier score"}
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A subset on the way, what it is worth and what it costs."""
+
+    subset: Subset
+    divisor: float
+    """Temperature of the mean."""
+    unseen: Floats
+    """Log-probabilities (N, C): where there are folds, each row's by the subset that was found without its fold."""
+    losses: Floats
+    """(N,), the metric's, of the unseen ones"""
+    score: float
+    """The metric of the unseen ones."""
+    log_loss: float
+    latency_ms: float | None
+    """One member after the other; None where one was not measured."""
+    size_mb: float | None
+
+    @property
+    def cost(self) -> tuple[float, float, int]:
+        """Latency, size and number of members; what is unknown costs nothing."""
+        return self.latency_ms or 0.0, self.size_mb or 0.0, len(self.subset.members)
+
+
+@dataclass(kw_only=True)
+class Pruned(PooledMembers):
+    """Plain mean of the members that are kept, with a temperature; which, one way of `subset_search` says.
+
+    The way finds subsets from small to large on the rows given to fit. Each is scored by subsets of its place that the
+    same way finds without one fold, on that fold; by these scores `pick` takes one:
+
+    - best: the best score; of equals the lower log-loss, then the smaller;
+    - fastest: the one of least latency (of equals: size, then members) whose score is within one paired standard error
+      of the best;
+    - knee: with scores and latencies (numbers of members where none is known) stretched to 0..1, the largest score less
+      latency (Satopaa et al. 2011); the best where no subset lies above the line from the cheapest to the best.
+
+    fit raises NothingFits where the budget leaves no member.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = (
+        *("pruning.target_size", "pruning.pick", "pruning.cost_budget", "device"),
+        *(f"runs.score_ensemble.{key}" for key in ("optimization_metric", "temperature", "fit_rows")),
+    )
+    learns: ClassVar[bool] = True
+    way: ClassVar[str]
+
+    members: MemberFacts | None = None
+    target_size: int = 7
+    pick: str = "best"
+    budget: CostBudget = field(default_factory=CostBudget)
+    points: tuple[Point, ...] = field(default=(), repr=False)
+    """Subsets from small to large."""
+
+    @classmethod
+    def configured(cls, config: Config, members: MemberFacts) -> Self:
+        """With the settings of `pruning`, and the metric and the temperature of `runs.score_ensemble`."""
+        shared, own = config.runs.score_ensemble, config.pruning
+        return cls(
+            members=members,
+            metric=shared.optimization_metric,
+            calibration=shared.temperature,
+            target_size=own.target_size,
+            pick=own.pick,
+            budget=own.cost_budget,
+        )
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """What the budget allows, and what the members cost."""
+        assert self.members is not None, "a restored ensemble is not fitted again"
+        place, unlimited = "pruning.cost_budget", float("inf")
+        return (
+            Limit("ms", f"{place}.max_latency_ms", self.budget.max_latency_ms or unlimited, self.members.latency_ms),
+            Limit("MB", f"{place}.max_size_mb", self.budget.max_size_mb or unlimited, self.members.size_mb),
+        )
+
+    def fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Self:
+        """Fit on logits (M, N, C), labels (N,) and folds (N,).
+
+        With one fold or one class nothing can be held out: subsets are scored on the rows that chose them.
+        """
+        testable = bool(np.ptp(folds)) and bool(np.ptp(labels))
+        calibrate = testable and self.calibration != "off"
+        self.member_temperatures = np.ones(len(logits))
+        if calibrate and self.calibration == "per_member":
+            self.member_temperatures = temperature.choose_per_member(logits, labels, folds)
+        problem = self._problem(logits, labels)
+        subsets = WAYS[self.way](problem)
+        if testable:
+            unseen = _of_folds(problem, subsets, folds, self.way)
+        else:
+            unseen = np.stack([problem.mean(subset.members) for subset in subsets])
+        # A temperature turns no row's predicted class: where only that counts, the subset picked alone is given one.
+        early = calibrate and self.metric not in PIECEWISE_CONSTANT
+        self.points = tuple(
+            self._point(subset, np.log(own.clip(SMALLEST_PROBABILITY)), labels, folds, calibrate=early)
+            for subset, own in zip(subsets, unseen, strict=True)
+        )
+        found = self.points[PICKS[self.pick](self.points)]
+        if calibrate and not early:
+            found = self._point(found.subset, found.unseen, labels, folds, calibrate=True)
+        self.shares = np.bincount(found.subset.members, minlength=len(logits)) / len(found.subset.members)
+        self.temperature = found.divisor
+        notes = (
+            [] if testable else ["one fold or one class only: scores are those of the rows that chose, no temperature"]
+        )
+        compared = self._compared(np.exp(found.unseen) if testable else None, logits, labels, notes)
+        self.facts = self._found(problem) | compared
+        return self
+
+    def _problem(self, logits: np.ndarray, labels: np.ndarray) -> Problem:
+        assert self.members is not None, "a restored ensemble is not fitted again"
+        probabilities = np.exp(self._scores(logits)).astype(np.float32)
+        return Problem(self.members.names, probabilities, labels, self.metric, self.target_size, self.limits)
+
+    def _point(
+        self, subset: Subset, unseen: Floats, labels: np.ndarray, folds: np.ndarray, *, calibrate: bool
+    ) -> Point:
+        divisor = 1.0
+        if calibrate:
+            choice = temperature.choose(unseen, labels, folds)
+            divisor, unseen = choice.temperature, log_softmax(unseen / choice.of_rows[:, None])
+        probabilities = np.exp(unseen)
+        return Point(
+            subset,
+            divisor,
+            unseen,
+            row_losses(probabilities, labels, self.metric),
+            METRICS[self.metric].function(probabilities, labels),
+            METRICS["log_loss"].function(probabilities, labels),
+            *(limit.known(subset.members) for limit in self.limits),
+        )
+
+    def _found(self, problem: Problem) -> dict[str, Any]:
+        """What the search found out, for `ensemble.json`."""
+        names, front = problem.names, _front(self.points)
+        taken, best = PICKS[self.pick](self.points), PICKS["best"](self.points)
+        kept = self.points[taken]
+        reasons = _reasons(problem, kept, self.points[best], self.pick)
+        return {
+            "pick": self.pick,
+            "target_size": self.target_size,
+            "cost_budget": self.budget.model_dump(),
+            "latency_ms": kept.latency_ms,
+            "size_mb": kept.size_mb,
+            "path": [names[member] for member in kept.subset.members],
+            "dropped": {names[member]: reason for member, reason in reasons.items()},
+            "diversity": problem.diversity.among(kept.subset.members),
+            "subsets": [
+                {
+                    "members": [names[member] for member in point.subset.members],
+                    self.metric: point.score,
+                    "log_loss": point.log_loss,
+                    "latency_ms": point.latency_ms,
+                    "size_mb": point.size_mb,
+                    "on_pareto_front": place in front,
+                    "picked": place == taken,
+                }
+                for place, point in enumerate(self.points)
+            ],
+        }
+
+
+def _of_folds(problem: Problem, subsets: Sequence[Subset], folds: np.ndarray, way: str) -> NDArray[np.float32]:
+    """Probabilities (K, N, C): of each row by the K subsets that are found without its fold, the last ones repeated."""
+    found = np.empty((len(subsets), *problem.probabilities.shape[1:]), dtype=np.float32)
+    for number in np.unique(folds):
+        inside = folds == number
+        others = WAYS[way](problem.of_rows(~inside))
+        held_out = problem.of_rows(inside)
+        means = [held_out.mean(subset.members) for subset in others[: len(subsets)]]
+        for place in range(len(subsets)):
+            found[place, inside] = means[min(place, len(means) - 1)]
+    return found
+
+
+def _front(points: Sequence[Point]) -> list[int]:
+    """Places of the points that no other beats: as good in score, latency and size, and better in one of them."""
+    values = np.array([[point.losses.mean(), *point.cost[:2]] for point in points])
+    no_worse = (values[:, None] <= values + TIE).all(axis=2)
+    better = (values[:, None] < values - TIE).any(axis=2)
+    return np.flatnonzero(~(no_worse & better).any(axis=0)).tolist()
+
+
+def _best(points: Sequence[Point]) -> int:
+    lowest = min(point.losses.mean() for point in points)
+    near = [place for place, point in enumerate(points) if point.losses.mean() <= lowest + TIE]
+    least = min(points[place].log_loss for place in near)
+    return next(place for place in near if points[place].log_loss <= least + TIE)
+
+
+def _fastest(points: Sequence[Point]) -> int:
+    best = _best(points)
+    near = [
+        place
+        for place, point in enumerate(points)
+        if place == best or within_one_error(point.losses, points[best].losses)
+    ]
+    return min(near, key=lambda place: (points[place].cost, place))
+
+
+def _knee(points: Sequence[Point]) -> int:
+    is_timed = any(point.latency_ms for point in points)
+    costs = np.array([point.cost[0 if is_timed else 2] for point in points])
+    losses = np.array([point.losses.mean() for point in points])
+    if np.ptp(costs) == 0 or np.ptp(losses) <= TIE:
+        return _best(points)
+    above = (losses.max() - losses) / np.ptp(losses) - (costs - costs.min()) / np.ptp(costs)
+    return int(np.argmax(above)) if above.max() > TIE else _best(points)
+
+
+PICKS = {"best": _best, "knee": _knee, "fastest": _fastest}
+
+
+def _reasons(problem: Problem, kept: Point, best: Point, pick: str) -> dict[int, str]:
+    """Why each of the others was dropped, in words; `best` is the point of the best score, whatever was picked."""
+    members = kept.subset.members
+    beside = _listed([problem.names[member] for member in members])
+    changes = _changes(problem, members)
+    not_worth = f"not worth its cost (pick: {pick})"
+    found = {}
+    for member in sorted(set(range(len(problem.names))) - set(members)):
+        gains, change = changes[member]
+        if excess := _excess(problem, [member]):
+            found[member] = f"over the budget: {excess}"
+        elif member in best.subset.members:
+            found[member] = f"{not_worth}: {_step(kept, best, problem.metric)}"
+        elif member in kept.subset.reasons:
+            found[member] = kept.subset.reasons[member]
+        elif excess := _excess(problem, [*members, member]):
+            found[member] = f"no room in the budget beside {beside}: {excess}"
+        elif not gains:
+            found[member] = f"adds nothing beyond {beside}: {change}"
+        elif len(members) == problem.target_size:
+            found[member] = f"beyond the target size of {problem.target_size}: {change}"
+        elif pick == "best":
+            found[member] = f"a gain on these rows, but larger subsets score no better: {change}"
+        else:
+            found[member] = f"{not_worth}: {change}"
+    return found
+
+
+def _step(kept: Point, best: Point, metric: str) -> str:
+    more = len(best.subset.members) - len(kept.subset.members)
+    words = f"{LABELS[metric]} {kept.score:.4f} -> {best.score:.4f} with {more} more"
+    if kept.latency_ms is not None and best.latency_ms is not None:
+        words += f", {kept.latency_ms:.4g} ms -> {best.latency_ms:.4g} ms"
+    return words
+
+
+def _excess(problem: Problem, members: Sequence[int]) -> str:
+    """Which limits these members together are beyond; nothing where they are within all."""
+    totals = [(limit, limit.spent(members)) for limit in problem.limits]
+    return " and ".join(limit.excess(total) for limit, total in totals if not limit.allows(total))
+
+
+def _changes(problem: Problem, kept: Sequence[int]) -> list[tuple[bool, str]]:
+    """Of each member (M,): whether the mean of the kept is better with it, and what it changes."""
+    mean, weight = problem.mean(kept), 1 / (len(kept) + 1)
+    gains = np.zeros(len(problem.names), dtype=int)  # the first metric that is another decides
+    words: list[list[str]] = [[] for _ in problem.names]
+    for metric in problem.metrics:
+        measure = METRICS[metric]
+        before = measure.function(mean, problem.labels)
+        losses = candidate_losses(mean, problem.probabilities, problem.labels, weight=weight, metric=metric)
+        afters = 1 - losses if measure.higher_is_better else losses
+        change = afters - before if measure.higher_is_better else before - afters
+        gains = np.where((gains == 0) & (np.abs(change) > TIE), np.sign(change).astype(int), gains)
+        for own, after in zip(words, afters, strict=True):
+            own.append(f"{LABELS[metric]} {before:.4f} -> {after:.4f}")
+    return [(bool(gain > 0), ", ".join(own)) for gain, own in zip(gains, words, strict=True)]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+@dataclass(kw_only=True)
+class GreedyForward(Pruned):
+    """Start empty, add the best."""
+
+    way: ClassVar[str] = "greedy_forward"
+
+
+@dataclass(kw_only=True)
+class GreedyBackward(Pruned):
+    """Start with all, leave out the one that is missed least."""
+
+    way: ClassVar[str] = "greedy_backward"
+
+
+@dataclass(kw_only=True)
+class DiversityMax(Pruned):
+    """Start with the best, add the one that disagrees most with those taken."""
+
+    way: ClassVar[str] = "diversity_max"
+
+
+@dataclass(kw_only=True)
+class Clustering(Pruned):
+    """The best of each group of members that err alike."""
+
+    way: ClassVar[str] = "clustering"
+
+
+COMBINERS: dict[str, type[Combiner]] = {
+    f"pruned_{combiner.way}": combiner for combiner in (GreedyForward, GreedyBackward, DiversityMax, Clustering)
+}

@@ -1,0 +1,363 @@
+"""One backbone's checkpoints and their mixtures on the val split: which lie in one basin, how good each mixture is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils import catalog, soups, streaming
+from utils.artifacts import digest_of
+from utils.catalog import Member
+from utils.checkpoints import read_checkpoint, weights_of
+from utils.errors import UserError
+from utils.metrics import METRICS, accuracy, log_loss, softmax
+from utils.predictions import Store
+from utils.soups import Ingredient
+from utils.streaming import ImageSplit
+
+logger = logging.getLogger("disease_pipeline")
+
+SHARED = 0.1  # cosine of weights from which on two networks count as begun alike; by chance it stays below 0.03
+TOLERATED = 0.02  # error of a midpoint above its better end's that is noise (Frankle et al. 2020: above the mean)
+TOLERATED_ROWS = 1.5  # and always one row, which on few images is more
+TOLERATED_LOSS = 0.1  # nats, likewise: errors alone say little where there are few
+ALL_PAIRS = 4  # checkpoints up to which every pair is tried; of more, each with the best one
+BATCHES = 100
+FEWEST_IMAGES = 16  # in a batch: the variance of fewer says little
+
+Mix = tuple[tuple[str, int], ...]
+"""(name of an ingredient, its share), sorted by name."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How one network does on the val rows."""
+
+    score: float
+    """by the metric that the configuration selects by"""
+    accuracy: float
+    log_loss: float
+    rank: tuple[float, float]
+    """The higher the better: score, then log-loss."""
+
+    def as_record(self) -> dict[str, float]:
+        """JSON-ready."""
+        return {"score": self.score, "accuracy": self.accuracy, "log_loss": self.log_loss}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A mixture with the averages of its parts' BatchNorm statistics, and with statistics of its own."""
+
+    averaged: Figures
+    recomputed: Figures | None
+    """None where there is nothing to recompute, or it is switched off."""
+
+    @property
+    def is_recomputed(self) -> bool:
+        """Whether the recomputed statistics are better; of equals the averaged ones are kept."""
+        return self.recomputed is not None and self.recomputed.rank > self.averaged.rank
+
+    @property
+    def kept(self) -> Figures:
+        """Of the better one."""
+        return self.recomputed if self.recomputed is not None and self.is_recomputed else self.averaged
+
+    def as_record(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "averaged": self.averaged.as_record(),
+            "recomputed": self.recomputed.as_record() if self.recomputed else None,
+            "kept": "recomputed" if self.is_recomputed else "averaged",
+        }
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two checkpoints and the middle of the line between them."""
+
+    names: tuple[str, str]
+    similarity: float
+    error: float
+    """Of the midpoint above the mean of the ends, as a share of the val rows: the barrier."""
+    log_loss: float
+    """The same in nats."""
+    error_rise: float
+    """Error of the midpoint above the better end's."""
+    log_loss_rise: float
+    """The same in nats."""
+    is_recomputed: bool
+    """Whether the midpoint was better with statistics of its own."""
+    is_connected: bool
+    """Begun alike, and halfway no worse than the better of them."""
+
+    def as_record(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "between": list(self.names),
+            "similarity": round(self.similarity, 4),
+            "error_barrier": self.error,
+            "log_loss_barrier": self.log_loss,
+            "error_rise": self.error_rise,
+            "log_loss_rise": self.log_loss_rise,
+            "recomputed": self.is_recomputed,
+            "connected": self.is_connected,
+        }
+
+
+class Trials:
+    """Every mixture is computed and run once; one network is in memory at a time."""
+
+    def __init__(self, store: Store, member: Member, ingredients: Mapping[str, Ingredient]) -> None:
+        self.store = store
+        self.member = member
+        self.ingredients = ingredients
+        self.spec = member.network(store.workspace)
+        self.device = streaming.resolve_device(store.config.device)
+        self.threads = streaming.decoding_threads(store.config.dataset.num_workers)
+        first = next(iter(ingredients.values())).open()
+        normalised = any(name.endswith("running_mean") for name in first)
+        self.recomputes = normalised and store.config.runs.model_soup.recompute_bn
+        self._known: dict[tuple[Mix, bool], Figures] = {}
+
+    def alone(self, name: str) -> Figures:
+        """One checkpoint as it is."""
+        return self._figures(((name, 1),))
+
+    def trial(self, mix: Mix) -> Trial:
+        """A mixture with both kinds of statistics; a checkpoint alone keeps its own."""
+        if (mix, True) not in self._known and self.recomputes and len(mix) > 1:
+            weights = self.weights(mix, recompute=False)
+            self._figures(mix, weights)
+            self._known[mix, True] = self._scored(mix, self._recomputed(mix, weights))
+        return Trial(self._figures(mix), self._known.get((mix, True)))
+
+    def weights(self, mix: Mix, *, recompute: bool) -> Mapping[str, Tensor]:
+        """The state dictionary of a mixture."""
+        if len(mix) == 1:
+            return self.ingredients[mix[0][0]].open()
+        mixed = soups.mixture([self.ingredients[name] for name, _ in mix], [share for _, share in mix])
+        return self._recomputed(mix, mixed) if recompute else mixed
+
+    def _recomputed(self, mix: Mix, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        model = streaming.open_network(self._named(mix), weights).to(self.device)
+        try:
+            soups.recompute_bn_statistics(model, self._train_batches(), BATCHES)
+            return {**weights, **soups.statistics_of(model)}
+        finally:
+            streaming.safe_delete_model(model)
+
+    def _figures(self, mix: Mix, weights: Mapping[str, Tensor] | None = None) -> Figures:
+        """Of the averaged statistics; `weights` where they are at hand."""
+        if (mix, False) not in self._known:
+            self._known[mix, False] = self._scored(mix, weights or self.weights(mix, recompute=False))
+        return self._known[mix, False]
+
+    def _scored(self, mix: Mix, weights: Mapping[str, Tensor]) -> Figures:
+        batches = streaming.stream(
+            self._named(mix),
+            [self._val],
+            batch_size=self.store.config.dataset.batch_size,
+            device=self.device,
+            image_cache=self.store.workspace.image_cache,
+            decoding_threads=self.threads,
+            opener=partial(streaming.open_network, weights=weights),
+        )
+        order = [self.member.classes.index(name) for name in self.store.catalog.classes]
+        probabilities = softmax(np.concatenate([batch.logits for batch in batches])[:, order])
+        labels = self._val.labels
+        metric = METRICS[self.store.config.runs.score_ensemble.optimization_metric]
+        score, loss = metric.function(probabilities, labels), log_loss(probabilities, labels)
+        rank = (score if metric.higher_is_better else -score, -loss)
+        return Figures(score, accuracy(probabilities, labels), loss, rank)
+
+    def _named(self, mix: Mix) -> streaming.NetworkSpec:
+        """Messages about a mixture name what it was made of; there is no file yet."""
+        parts = " + ".join(name for name, _ in mix)
+        return replace(self.spec, checkpoint=self.spec.checkpoint.with_name(f"{self.member.name}: {parts}"))
+
+    @cached_property
+    def _val(self) -> ImageSplit:
+        return self.store.images("val")
+
+    @cached_property
+    def _shuffled(self) -> tuple[ImageSplit, Any, int]:
+        """Train images in a seeded order, their pixels, and how many make a batch; every batch is full.
+
+        In the order of the folders a batch would hold one class, and its mean would be no mean of the data.
+        """
+        train = self.store.images("train")
+        size = min(max(self.store.config.dataset.batch_size, FEWEST_IMAGES), len(train.paths))
+        count = min(BATCHES, len(train.paths) // size) * size
+        order = np.random.default_rng(self.store.config.seed).permutation(len(train.paths))[:count]
+        images = train.take(order)
+        cache = self.store.workspace.image_cache
+        return images, streaming.open_images(images, self.spec.img_size, image_cache=cache, threads=self.threads), size
+
+    def _train_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        images, pixels, size = self._shuffled
+        for start in range(0, len(images.paths), size):
+            crops = torch.from_numpy(pixels.centre_crops(range(start, start + size), self.spec.img_size))
+            yield streaming.normalise(crops), torch.from_numpy(images.labels[start : start + size])
+
+    def pair(self, one: str, other: str) -> Pair:
+        """Whether two checkpoints began alike, and what lies halfway between them.
+
+        A barrier rises above the mean of the ends. There is none on a slope either, where the middle between a good
+        network and an unfinished one is worse than the good one: so the better end is what the middle must come up to.
+        Where it does not, it is given statistics of its own, whose lack alone may be the cause (Jordan et al. 2022,
+        REPAIR).
+        """
+        similarity = soups.similarity(self.ingredients[one], self.ingredients[other])
+        ends = (self.alone(one), self.alone(other))
+        better = max(ends, key=lambda end: end.rank)
+        allowed = max(TOLERATED, TOLERATED_ROWS / len(self._val.labels)) + 1e-9
+
+        def comes_up(middle: Figures) -> bool:
+            return better.accuracy - middle.accuracy <= allowed and middle.log_loss - better.log_loss <= TOLERATED_LOSS
+
+        mix: Mix = tuple(sorted(((one, 1), (other, 1))))
+        middle, is_recomputed = self._figures(mix), False
+        if similarity >= SHARED and self.recomputes and not comes_up(middle):
+            trial = self.trial(mix)
+            middle, is_recomputed = trial.kept, trial.is_recomputed
+        return Pair(
+            names=(one, other),
+            similarity=similarity,
+            error=soups.barrier(*(1 - end.accuracy for end in ends), 1 - middle.accuracy),
+            log_loss=soups.barrier(*(end.log_loss for end in ends), middle.log_loss),
+            error_rise=better.accuracy - middle.accuracy,
+            log_loss_rise=middle.log_loss - better.log_loss,
+            is_recomputed=is_recomputed,
+            is_connected=similarity >= SHARED and comes_up(middle),
+        )
+
+
+# looking at checkpoints ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found out about one backbone's checkpoints."""
+
+    trials: Trials
+    basin: tuple[str, ...]
+    """Stages that may be averaged, the best on val first."""
+    pairs: tuple[dict[str, Any], ...]
+    ingredients: tuple[dict[str, Any], ...]
+    """All checkpoints: stage, path, sha256, figures on val, `left_out` with the reason or null."""
+
+
+def look_at(store: Store, member: Member, entries: Sequence[Mapping[str, str]]) -> Survey:
+    """Which of a backbone's checkpoints can be averaged at all, how good they are, which lie together.
+
+    `entries` are the catalog's, the member's own first; the anchor is the best on val that began as the own one did.
+    Raises UserError where the own one cannot be used.
+    """
+    own = entries[0]["stage"]
+    ingredients, left_out = _usable(store, member, entries)
+    trials = Trials(store, member, ingredients)
+    figures = {}
+    for name in ingredients:
+        try:
+            figures[name] = trials.alone(name)
+        except UserError as error:
+            if name == own:
+                raise
+            logger.warning("%s; left out of the soups of %s", error, member.name)
+            left_out[name] = str(error)
+    ordered = sorted(figures, key=lambda name: (-figures[name].rank[0], -figures[name].rank[1], name))
+    alike = {name: soups.similarity(ingredients[own], ingredients[name]) for name in ordered}
+    related = [name for name in ordered if alike[name] >= SHARED]
+    unrelated = [name for name in ordered if name not in related]
+    left_out |= dict.fromkeys(unrelated, "another initialisation")
+    pairs = _pairs(trials, related, unrelated)
+    basin: list[str] = []
+    for name in related:
+        wall = next((p for p in pairs if not p.is_connected and name in p.names and set(p.names) & set(basin)), None)
+        if wall is None:
+            basin.append(name)
+        else:
+            other = next(end for end in wall.names if end != name)
+            left_out[name] = (
+                f"halfway to {other} the error rises by {wall.error_rise:.4f}, the log-loss by {wall.log_loss_rise:.4f}"
+            )
+    for name, reason in left_out.items():
+        logger.debug("%s %s: left out of its soups: %s", member.name, name, reason)
+    looked_at = tuple(
+        entry | {"left_out": left_out.get(name)} | (figures[name].as_record() if name in figures else {})
+        for name, entry in ((entry["stage"], entry) for entry in entries)
+    )
+    return Survey(trials, tuple(basin), tuple(pair.as_record() for pair in pairs), looked_at)
+
+
+def _pairs(trials: Trials, related: Sequence[str], unrelated: Sequence[str]) -> list[Pair]:
+    """The best with every other checkpoint; where few began alike, also those connected with it among themselves."""
+    found = [trials.pair(related[0], name) for name in (*related[1:], *unrelated)]
+    if len(related) <= ALL_PAIRS:
+        near = [pair.names[1] for pair in found if pair.is_connected]
+        found += [trials.pair(*names) for names in combinations(near, 2)]
+    return found
+
+
+def _usable(
+    store: Store, member: Member, entries: Sequence[Mapping[str, str]]
+) -> tuple[dict[str, Ingredient], dict[str, str]]:
+    """The checkpoints with weights of their own that fit the first, and why the others are none: {stage: reason}."""
+    found: dict[str, Ingredient] = {}
+    left_out: dict[str, str] = {}
+    stage_of: dict[str, str] = {}
+    for entry in entries:
+        stage, path = entry["stage"], store.workspace.base / entry["path"]
+        ingredient = Ingredient(stage, partial(_weights, path))
+        try:
+            catalog.check_current(store.workspace, member, store.digests, stage)
+            weights = ingredient.open()
+        except UserError as error:
+            if not found:
+                raise
+            logger.warning("%s; left out of the soups of %s", error, member.name)
+            left_out[stage] = str(error)
+            continue
+        first = next(iter(found.values())).open() if found else weights
+        if lines := soups.differences(first, weights):
+            more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
+            logger.warning("%s: left out of the soups of %s: %s%s", path, member.name, lines[0], more)
+            left_out[stage] = f"other tensors than {entries[0]['stage']}: {lines[0]}{more}"
+            continue
+        same = stage_of.setdefault(_weights_digest(store, entry["sha256"], weights), stage)
+        if same == stage:
+            found[stage] = ingredient
+        else:
+            left_out[stage] = f"the weights of {same}"
+    return found, left_out
+
+
+def _weights(path: Path) -> Mapping[str, Tensor]:
+    weights = weights_of(read_checkpoint(path))
+    others = [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]
+    if others or not weights:
+        raise UserError(
+            f"{path}: no weights ({', '.join(map(str, others[:3])) or 'empty'}); expected a dictionary of tensors. "
+            "Remove the file, then run discover again"
+        )
+    return weights
+
+
+def _weights_digest(store: Store, sha256: str, weights: Mapping[str, Tensor]) -> str:
+    """Of the weights alone; remembered by the digest of the file."""
+    key = digest_of(["weights", sha256])
+    known = store.digests.facts(key)
+    if known is None:
+        known = soups.weights_digest(weights)
+        store.digests.keep(key, known)
+    return known

@@ -1,0 +1,146 @@
+"""Stackers as torch modules: member logits (B, M, C) in, class probabilities (B, C) out, for any B."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from utils.metrics import SMALLEST_PROBABILITY
+from utils.stacking_features import STEPS, STEPS_PER_NAT
+
+
+class TemperedBlend(nn.Module):
+    """A learner's probabilities at a temperature, mixed with the members' plain mean."""
+
+    def __init__(self, learner: nn.Module, temperature: float, share: float) -> None:
+        super().__init__()
+        self.learner, self.temperature, self.share = learner, temperature, share
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Logits (B, M, C) -> probabilities (B, C)."""
+        scores = self.learner(logits).clamp_min(SMALLEST_PROBABILITY).log()
+        mean = torch.softmax(logits, dim=2).mean(dim=1)
+        return self.share * torch.softmax(scores / self.temperature, dim=1) + (1 - self.share) * mean
+
+
+class StackingFeatures(nn.Module):
+    """The features of `utils.stacking_features`: logits (B, M, C) -> (B, F)."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Members by classes, then what measures their disagreement."""
+        probabilities = torch.softmax(logits, dim=2)
+        if self.kind == STEPS:
+            main = torch.round(probabilities.clamp_min(SMALLEST_PROBABILITY).log() * STEPS_PER_NAT)
+        elif self.kind.startswith("log_probabilities"):
+            main = _centred_log(probabilities)
+        else:
+            main = probabilities
+        columns = [main.flatten(1)]
+        if self.kind.endswith("+disagreement"):
+            mean = probabilities.mean(dim=1)
+            total, own = _entropy(mean), _entropy(probabilities).mean(dim=1)
+            spread = (probabilities - mean[:, None]).square().mean(dim=1).sqrt()
+            columns += [torch.stack([total, own, total - own], dim=1), spread]
+        return torch.cat(columns, dim=1)
+
+
+class LogisticOnFeatures(nn.Module):
+    """A log-linear pool plus an affine map of the features, through a soft-max."""
+
+    def __init__(self, kind: str, weights: np.ndarray, matrix: np.ndarray, bias: np.ndarray) -> None:
+        super().__init__()
+        self.features = StackingFeatures(kind)
+        self.register_buffer("weights", _tensor(weights).reshape(1, -1, 1))
+        self.register_buffer("matrix", _tensor(matrix))
+        self.register_buffer("bias", _tensor(bias))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Logits (B, M, C) -> probabilities (B, C)."""
+        pooled = (self.weights * _centred_log(torch.softmax(logits, dim=2))).sum(dim=1)
+        return torch.softmax(pooled + self.features(logits) @ self.matrix + self.bias, dim=1)
+
+
+class PerceptronOnFeatures(nn.Module):
+    """Affine maps with ReLU between them on the features, through a soft-max."""
+
+    def __init__(self, kind: str, matrices: Sequence[np.ndarray], biases: Sequence[np.ndarray]) -> None:
+        super().__init__()
+        self.features = StackingFeatures(kind)
+        layers: list[nn.Module] = []
+        for matrix, bias in zip(matrices, biases, strict=True):
+            layer = nn.Linear(*matrix.shape)
+            layer.weight = nn.Parameter(_tensor(matrix.T), requires_grad=False)
+            layer.bias = nn.Parameter(_tensor(bias), requires_grad=False)
+            layers += [layer, nn.ReLU()]
+        self.layers = nn.Sequential(*layers[:-1])
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Logits (B, M, C) -> probabilities (B, C)."""
+        return torch.softmax(self.layers(self.features(logits)), dim=1)
+
+
+class OnFeatures(nn.Module):
+    """Any module that takes features, fed with them."""
+
+    def __init__(self, kind: str, module: nn.Module) -> None:
+        super().__init__()
+        self.features, self.module = StackingFeatures(kind), module
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Logits (B, M, C) -> probabilities (B, C)."""
+        return self.module(self.features(logits))
+
+
+class GatedMixture(nn.Module):
+    """Mixture of the members' probabilities with weights that a small network gives for each image."""
+
+    def __init__(self, matrices: Sequence[np.ndarray], biases: Sequence[np.ndarray]) -> None:
+        super().__init__()
+        self.features = StackingFeatures("log_probabilities")
+        for name, matrix, bias in zip(("hidden", "scores"), matrices, biases, strict=True):
+            self.register_buffer(f"{name}_matrix", _tensor(matrix))
+            self.register_buffer(f"{name}_bias", _tensor(bias))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Logits (B, M, C) -> probabilities (B, C)."""
+        hidden = torch.relu(self.features(logits) @ self.hidden_matrix + self.hidden_bias)
+        weights = torch.softmax(hidden @ self.scores_matrix + self.scores_bias, dim=1)
+        return (weights[:, :, None] * torch.softmax(logits, dim=2)).sum(dim=1)
+
+
+class FusedInputs(nn.Module):
+    """A fuser over ensembles that share their members."""
+
+    def __init__(self, inputs: Sequence[nn.Module], places: Sequence[np.ndarray], fuser: nn.Module) -> None:
+        super().__init__()
+        self.inputs, self.fuser = nn.ModuleList(inputs), fuser
+        for number, own in enumerate(places):
+            self.register_buffer(f"places{number}", torch.from_numpy(np.asarray(own, dtype=np.int64)))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Logits (B, M, C) -> probabilities (B, C)."""
+        said = [
+            module(logits.index_select(1, self.get_buffer(f"places{number}")))
+            for number, module in enumerate(self.inputs)
+        ]
+        return self.fuser(torch.stack(said, dim=1).clamp_min(SMALLEST_PROBABILITY).log())
+
+
+def _centred_log(probabilities: Tensor) -> Tensor:
+    logs = probabilities.clamp_min(SMALLEST_PROBABILITY).log()
+    return logs - logs.mean(dim=-1, keepdim=True)
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    return -(probabilities * probabilities.clamp_min(SMALLEST_PROBABILITY).log()).sum(dim=-1)
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))

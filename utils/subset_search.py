@@ -1,0 +1,288 @@
+"""Which members to keep: four ways to find subsets whose plain mean is good, within limits of time and size.
+
+Members come sorted by name. Better means the metric; of equals (`candidates.TIE`) the lower log-loss, then the first.
+Each way answers with subsets from small to large, at most `target_size` members each and all of them within the limits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from utils import diversity
+from utils.candidates import TIE, Scorer, scorer, weighted_sum
+from utils.diversity import Diversity
+from utils.errors import UserError
+from utils.metrics import row_losses, within_one_error
+from utils.removals import remover
+
+ROUNDING = 1e-9  # of a limit, by which a sum of costs may exceed it
+Floats = NDArray[np.float64]
+
+
+class NothingFits(UserError):
+    """The limits leave no member."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What may be spent, by each member and by all that are kept."""
+
+    unit: str
+    place: str
+    """Where it stands in the configuration."""
+    most: float
+    """Infinity where there is no limit."""
+    costs: Floats
+    """(M,); what is unknown is NaN and counts as nothing"""
+
+    def spent(self, members: Sequence[int]) -> float:
+        """The sum over these members, as far as it is known."""
+        return float(np.nansum(self.costs[list(members)]))
+
+    def known(self, members: Sequence[int]) -> float | None:
+        """The sum over these members; None where one of them is unknown."""
+        total = float(self.costs[list(members)].sum())
+        return None if np.isnan(total) else total
+
+    def allows(self, spent: Floats | float) -> NDArray[np.bool_]:
+        """Whether so much may be spent."""
+        return np.asarray(spent <= self.most * (1 + ROUNDING))
+
+    def excess(self, spent: float) -> str:
+        """`130 ms > 100 ms`."""
+        return f"{spent:.4g} {self.unit} > {self.most:.4g} {self.unit}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Members on rows, and what is asked of a subset."""
+
+    names: tuple[str, ...]
+    """(M,), sorted"""
+    probabilities: NDArray[np.float32]
+    """(M, N, C)"""
+    labels: NDArray[np.int64]
+    """(N,)"""
+    metric: str
+    """f1_macro, accuracy, log_loss or brier"""
+    target_size: int
+    """The most members to keep."""
+    limits: tuple[Limit, ...] = ()
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metric and, where it is another, the tie-breaker."""
+        return tuple(dict.fromkeys((self.metric, "log_loss")))
+
+    @cached_property
+    def affordable(self) -> NDArray[np.bool_]:
+        """Which members (M,) are within the limits by themselves. Raises NothingFits where none is."""
+        found = self.open(())
+        if not found.any():
+            raise NothingFits(self._cheapest())
+        return found
+
+    def open(self, members: Sequence[int]) -> NDArray[np.bool_]:
+        """Which members (M,) the limits allow beside these, which are none of them."""
+        found = np.ones(len(self.names), dtype=bool)
+        for limit in self.limits:
+            found &= limit.allows(limit.spent(members) + np.nan_to_num(limit.costs))
+        found[list(members)] = False
+        return found
+
+    def are_open(self, members: Sequence[int]) -> bool:
+        """Whether the limits allow these together."""
+        return all(limit.allows(limit.spent(members)) for limit in self.limits)
+
+    @cached_property
+    def hits(self) -> NDArray[np.bool_]:
+        """(M, N): the member is right."""
+        found: NDArray[np.bool_] = self.probabilities.argmax(axis=2) == self.labels
+        return found
+
+    @cached_property
+    def diversity(self) -> Diversity:
+        """Of each pair of members."""
+        return diversity.pairwise(self.hits)
+
+    def scorers(self) -> list[Scorer]:
+        """Of the metric and of the tie-breaker."""
+        return [scorer(self.probabilities, self.labels, metric) for metric in self.metrics]
+
+    def mean(self, members: Sequence[int]) -> Floats:
+        """Plain mean (N, C) of members' probabilities."""
+        weights = np.bincount(members, minlength=len(self.names))
+        return weighted_sum(self.probabilities, weights) / len(members)
+
+    def of_rows(self, rows: NDArray[np.bool_]) -> Problem:
+        """The same on some of the rows."""
+        return Problem(
+            self.names, self.probabilities[:, rows], self.labels[rows], self.metric, self.target_size, self.limits
+        )
+
+    def _cheapest(self) -> str:
+        """Words for limits that no member is within: the one that exceeds them by the smallest factor."""
+        factors = np.max([np.nan_to_num(limit.costs) / limit.most for limit in self.limits], axis=0)
+        nearest = int(factors.argmin())
+        broken = [limit for limit in self.limits if not limit.allows(limit.spent([nearest]))]
+        values = " and ".join(f"{limit.excess(limit.spent([nearest]))} ({limit.place})" for limit in broken)
+        return (
+            f"no member is within the budget; the cheapest possible is {self.names[nearest]} alone: {values}. Raise "
+            "the limit, or set it to null"
+        )
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Members that were found to go together."""
+
+    members: tuple[int, ...]
+    """In the order in which they were taken."""
+    reasons: dict[int, str] = field(default_factory=dict)
+    """Why others were not, as far as the way of finding knows."""
+
+
+def greedy_forward(problem: Problem) -> list[Subset]:
+    """Start empty, add the best, again and again."""
+    scorers = problem.scorers()
+    chosen: list[int] = []
+    found: list[Subset] = []
+    allowed = problem.affordable
+    while allowed.any() and len(chosen) < problem.target_size:
+        chosen.append(_best([each.losses(all_exact=True) for each in scorers], allowed))
+        for each in scorers:
+            each.add(chosen[-1])
+        found.append(Subset(tuple(chosen)))
+        allowed = problem.open(chosen)
+    return found
+
+
+def greedy_backward(problem: Problem) -> list[Subset]:
+    """Start with all that are within the limits by themselves, leave out the one that is missed least, and again.
+
+    Of equals the last by name is left out.
+    """
+    inside = problem.affordable.copy()
+    removers = [remover(problem.probabilities, problem.labels, inside, metric) for metric in problem.metrics]
+    found: list[Subset] = []
+    while True:
+        kept = np.flatnonzero(inside).tolist()
+        if len(kept) <= problem.target_size and problem.are_open(kept):
+            found.append(Subset(tuple(kept)))
+        if len(kept) == 1:
+            return found[::-1]
+        worst = _best([each.losses() for each in removers], inside, last=True)
+        for each in removers:
+            each.remove(worst)
+        inside[worst] = False
+
+
+def diversity_max(problem: Problem) -> list[Subset]:
+    """Start with the best, add the one whose mean disagreement with those taken is the largest.
+
+    Two members disagree on a row that exactly one of them gets right. Disagreement alone would take the worst members:
+    none is taken whose accuracy is not at least half-way from guessing the most frequent class to the best member, and
+    none with which the mean is right on fewer rows by more than one paired standard error. Where none is left, the
+    subsets end. Of members that disagree equally the better comes first.
+    """
+    scorers = problem.scorers()
+    accuracy = problem.hits.mean(axis=1)
+    chosen = [_best([each.losses(all_exact=True) for each in scorers], problem.affordable)]
+    guessing = np.bincount(problem.labels).max() / len(problem.labels)
+    least = min(accuracy[chosen[0]], (accuracy[chosen[0]] + guessing) / 2)
+    reasons = {
+        int(member): f"hopeless: accuracy {accuracy[member]:.4f}, half-way from guessing to the best is {least:.4f}"
+        for member in np.flatnonzero(accuracy < least)
+    }
+    found = [Subset(tuple(chosen), reasons)]
+    total = problem.mean(chosen)
+    while len(chosen) < problem.target_size:
+        for each in scorers:
+            each.add(chosen[-1])
+        allowed = problem.open(chosen) & (accuracy >= least)
+        order = [-problem.diversity.disagreement[:, chosen].mean(axis=1)]
+        order += [each.losses(all_exact=True) for each in scorers]
+        before = row_losses(total / len(chosen), problem.labels, "accuracy")
+        while allowed.any():
+            member = _best(order, allowed)
+            allowed[member] = False
+            after = (total + problem.probabilities[member]) / (len(chosen) + 1)
+            if within_one_error(row_losses(after, problem.labels, "accuracy"), before):
+                break
+        else:
+            return found
+        chosen.append(member)
+        total += problem.probabilities[member]
+        found.append(Subset(tuple(chosen), reasons))
+    return found
+
+
+def clustering(problem: Problem) -> list[Subset]:
+    """Group members that err on the same rows, keep the best of each group.
+
+    Hierarchical clustering, average linkage on 1 - error correlation. Groups come in the order of their best members;
+    where the limits leave no room for the best of a group its next best is kept, and none where none fits.
+    """
+    members = np.flatnonzero(problem.affordable)
+    ranks = _ranks(problem)
+    found = []
+    for labels in _groups(problem, members)[: problem.target_size]:
+        groups = [members[labels == label] for label in np.unique(labels)]
+        groups = [group[np.argsort(ranks[group])] for group in groups]
+        chosen: list[int] = []
+        reasons: dict[int, str] = {}
+        for group in sorted(groups, key=lambda group: ranks[group[0]]):
+            fitting = group[problem.open(chosen)[group]]
+            if len(fitting):
+                chosen.append(int(fitting[0]))
+                reasons |= {
+                    int(member): f"represented by {problem.names[chosen[-1]]} (error correlation "
+                    f"{problem.diversity.error_correlation[member, chosen[-1]]:.2f})"
+                    for member in fitting
+                }
+        found.append(Subset(tuple(chosen), reasons))
+    return found
+
+
+def _best(losses: Sequence[Floats], allowed: NDArray[np.bool_], *, last: bool = False) -> int:
+    """The first, or last, of the allowed members (M,) with the least loss; of equals that of the next losses."""
+    left = np.flatnonzero(allowed)
+    for found in losses:
+        left = left[found[left] <= found[left].min() + TIE]
+    return int(left[-1 if last else 0])
+
+
+def _ranks(problem: Problem) -> NDArray[np.intp]:
+    """Place (M,) of each member when they are sorted from the best to the worst."""
+    losses = [each.losses(all_exact=True) for each in problem.scorers()]
+    ranks = np.full(len(problem.names), -1)
+    for place in range(len(ranks)):
+        ranks[_best(losses, ranks < 0)] = place
+    return ranks
+
+
+def _groups(problem: Problem, members: NDArray[np.intp]) -> list[NDArray[np.intp]]:
+    """Labels of the members' groups, for one group, for two, and so on to one for each member."""
+    if len(members) == 1:
+        return [np.zeros(1, dtype=np.intp)]
+    from scipy.cluster.hierarchy import cut_tree, linkage
+    from scipy.spatial.distance import squareform
+
+    # Of equal distances scipy joins the first; turned round, the first by name stay groups of their own longest.
+    turned = members[::-1]
+    distances = 1 - problem.diversity.error_correlation[np.ix_(turned, turned)]
+    tree = linkage(squareform(distances, checks=False), method="average")
+    return [labels[::-1] for labels in cut_tree(tree).T[::-1]]
+
+
+WAYS: dict[str, Callable[[Problem], list[Subset]]] = {
+    "greedy_forward": greedy_forward,
+    "greedy_backward": greedy_backward,
+    "diversity_max": diversity_max,
+    "clustering": clustering,
+}

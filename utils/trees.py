@@ -1,0 +1,361 @@
+"""Tree ensembles as torch modules made of gathers and comparisons: features (B, F) in, probabilities (B, C) out.
+
+A row goes down all trees at once, in as many steps as the deepest tree has levels, whatever the data: no branch, so
+that one module serves PyTorch, TorchScript, ONNX and TFLite. There are two layouts. Up to `PERFECT_DEPTH` levels every
+tree is filled up to a perfect one, whose places are found by doubling; deeper ones keep their nodes and look up the
+child, a fourth gather a step. Places are int32: with int64 a large batch takes twice as long.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from sklearn.ensemble import RandomForestClassifier
+
+PERFECT_DEPTH = 8
+BLOCK = 256
+"""Rows at a time: what 1,300 trees do with them stays in the caches of a core."""
+XGBOOST = ((2, 1), (4, 0))
+"""Versions of XGBoost whose JSON is known: the first, and the first that is not."""
+_OF_ANOTHER_FORM = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The K nodes of T trees as one table: the T roots, then level by level, siblings side by side."""
+
+    child: np.ndarray
+    """int32 (K,), the left child, which the right one follows; a leaf is its own child"""
+    feature: np.ndarray
+    """int32 (K,), column of the features"""
+    threshold: np.ndarray
+    """float32 (K,)"""
+    missing_left: np.ndarray
+    """bool (K,), whether a missing value goes left"""
+    level_sizes: tuple[int, ...]
+    """Nodes on each level, T first"""
+
+    @property
+    def is_leaf(self) -> np.ndarray:
+        """bool (K,)"""
+        return self.child == np.arange(len(self.child))
+
+    @property
+    def trees(self) -> int:
+        """T"""
+        return self.level_sizes[0]
+
+    @property
+    def depth(self) -> int:
+        """Steps from a root to the deepest leaf."""
+        return len(self.level_sizes) - 1
+
+
+# Layouts -------------------------------------------------------------------------------------------------------------
+class Descent(nn.Module):
+    """Features (B, F) -> the leaf that a row reaches in each of T trees, int32 (B, T), as a row of the table of leaves.
+
+    A value goes right from the threshold on (`inclusive`: XGBoost) or above it (scikit-learn). A missing one compares
+    as false and goes left; a node that sends it right looks at a copy of the features with infinity in its place.
+    """
+
+    def __init__(self, nodes: Nodes, table: np.ndarray, *, features: int, inclusive: bool) -> None:
+        super().__init__()
+        self.trees = nodes.trees
+        self.inclusive = inclusive
+        self.more_steps = max(nodes.depth - 1, 0)
+        column = np.where(nodes.missing_left, nodes.feature, nodes.feature + features)
+        # No value, not even infinity, is on the right of NaN: a row stays in its leaf.
+        threshold = np.where(nodes.is_leaf, np.float32(np.nan), nodes.threshold)
+        self.register_buffer("column", torch.from_numpy(column[table].astype(np.int64)))
+        self.register_buffer("threshold", torch.from_numpy(threshold[table].astype(np.float32)))
+        self.register_buffer("first_column", torch.from_numpy(column[: nodes.trees].astype(np.int64)))
+        self.register_buffer("first_threshold", torch.from_numpy(threshold[: nodes.trees].astype(np.float32)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        seen = torch.cat([features, features.masked_fill(torch.isnan(features), float("inf"))], dim=1)
+        right = self.goes_right(seen.index_select(1, self.first_column), self.first_threshold)
+        place = self.first_children + right
+        for _ in range(self.more_steps):
+            flat = place.reshape(-1)
+            values = seen.gather(1, self.column.index_select(0, flat).view(-1, self.trees))
+            right = self.goes_right(values, self.threshold.index_select(0, flat).view(-1, self.trees))
+            place = self.left_child(place) + right
+        return self.leaves(place)
+
+    def goes_right(self, values: Tensor, thresholds: Tensor) -> Tensor:
+        """0 or 1; of one type with the places, since PyTorch is ten times slower at mixed ones."""
+        right = values >= thresholds if self.inclusive else values > thresholds
+        return right.to(torch.int32)
+
+
+class PerfectDescent(Descent):
+    """The place p has the children 2p and 2p + 1; the roots' places are T to 2T - 1."""
+
+    def __init__(self, nodes: Nodes, levels: list[np.ndarray], *, features: int, inclusive: bool) -> None:
+        unused = levels[0]  # the places 0 to T - 1
+        super().__init__(nodes, np.concatenate([unused, *levels[:-1]]), features=features, inclusive=inclusive)
+        self.first_leaf = len(levels[-1])
+        self.register_buffer("first_children", 2 * torch.arange(nodes.trees, 2 * nodes.trees, dtype=torch.int32))
+
+    def left_child(self, place: Tensor) -> Tensor:
+        """The left child's place."""
+        return place + place
+
+    def leaves(self, place: Tensor) -> Tensor:
+        """Place on the last level -> row of the table of leaves."""
+        return place - self.first_leaf
+
+
+class LinkedDescent(Descent):
+    """The place is the node's number."""
+
+    def __init__(self, nodes: Nodes, *, features: int, inclusive: bool) -> None:
+        super().__init__(nodes, np.arange(len(nodes.child)), features=features, inclusive=inclusive)
+        self.register_buffer("child", torch.from_numpy(nodes.child.astype(np.int32)))
+        self.register_buffer("first_children", self.child[: nodes.trees].clone())
+
+    def left_child(self, place: Tensor) -> Tensor:
+        """The left child's place; a leaf's own."""
+        return self.child.index_select(0, place.reshape(-1)).view(-1, self.trees)
+
+    def leaves(self, place: Tensor) -> Tensor:
+        """Place -> row of the table of leaves."""
+        return place
+
+
+def _descent(nodes: Nodes, *, features: int, inclusive: bool, layout: str | None) -> tuple[Descent, np.ndarray]:
+    """The module, and the node that stands in each row of its table of leaves."""
+    if (layout or ("perfect" if nodes.depth <= PERFECT_DEPTH else "linked")) == "linked":
+        return LinkedDescent(nodes, features=features, inclusive=inclusive), np.arange(len(nodes.child))
+    levels = [np.arange(nodes.trees)]
+    for _ in range(max(nodes.depth, 1)):
+        left = nodes.child[levels[-1]]
+        levels.append(np.stack([left, left + ~nodes.is_leaf[levels[-1]]], axis=1).reshape(-1))
+    return PerfectDescent(nodes, levels, features=features, inclusive=inclusive), levels[-1]
+
+
+def _in_levels(
+    roots: np.ndarray, left: np.ndarray, right: np.ndarray, **columns: np.ndarray
+) -> tuple[Nodes, np.ndarray]:
+    """Nodes in any order, with `left` negative at leaves, as one table, and which node stands in each of its rows.
+
+    Raises ValueError where a node is reached twice.
+    """
+    level, sizes, order, children = roots, [], [], []
+    while len(level):
+        inner = left[level] >= 0
+        first, after = sum(sizes), sum(sizes) + len(level)
+        if after > len(left):
+            raise ValueError("a node has two parents")
+        child = np.arange(first, after)
+        child[inner] = after + 2 * np.arange(inner.sum())
+        children.append(child)
+        order.append(level)
+        sizes.append(len(level))
+        level = np.stack([left[level[inner]], right[level[inner]]], axis=1).reshape(-1)
+    rows = np.concatenate(order)
+    table = {name: column[rows] for name, column in columns.items()}
+    return Nodes(child=np.concatenate(children).astype(np.int32), level_sizes=tuple(sizes), **table), rows
+
+
+# XGBoost -------------------------------------------------------------------------------------------------------------
+class BoosterProbabilities(nn.Module):
+    """Soft-max of the base scores and the sums over trees, R for each of C classes."""
+
+    def __init__(self, descent: Descent, values: np.ndarray, base: np.ndarray) -> None:
+        super().__init__()
+        self.descent = descent
+        self.classes = len(base)
+        self.rounds = descent.trees // len(base)
+        self.register_buffer("values", torch.from_numpy(values))
+        self.register_buffer("base", torch.from_numpy(base))
+
+    def forward(self, features: Tensor) -> Tensor:
+        leaf = self.descent(features).reshape(-1)
+        scores = self.values.index_select(0, leaf).view(-1, self.rounds, self.classes).sum(dim=1) + self.base
+        return torch.softmax(scores, dim=1)
+
+
+def booster_module(
+    text: str | bytes, *, classes: int, source: object, remedy: str, layout: str | None = None
+) -> BoosterProbabilities:
+    """XGBoost's own JSON of a `multi:softprob` booster -> module of all its trees; XGBoost itself is not needed.
+
+    Features (B, F) may hold NaN for missing. Sums are float32 like the library's, but not in its order: the
+    probabilities of 1,300 trees differ by less than 1e-6. `layout` is perfect, linked or, by depth, None. Raises
+    UserError with `source` and `remedy` for a damaged text, another version, or a booster of another kind.
+    """
+    expected = f"expected the JSON of a gbtree booster of XGBoost {'.'.join(map(str, XGBOOST[0]))} or newer"
+    try:
+        record = json.loads(text)
+        version = tuple(int(part) for part in record["version"])
+        learner = record["learner"]
+    except _OF_ANOTHER_FORM as error:
+        raise UserError(f"{source}: damaged, {error!r}; {expected}. {remedy}") from error
+    if not XGBOOST[0] <= version[:2] < XGBOOST[1]:
+        written = ".".join(map(str, version))
+        raise UserError(f"{source}: written by XGBoost {written}; {expected}, below {XGBOOST[1][0]}. {remedy}")
+    try:
+        features, base, nodes, values = _booster(learner, classes)
+    except _OF_ANOTHER_FORM as error:
+        words = str(error) if type(error) is ValueError else repr(error)
+        raise UserError(f"{source}: damaged or of another kind, {words}; {expected}. {remedy}") from error
+    descent, leaf_nodes = _descent(nodes, features=features, inclusive=True, layout=layout)
+    return BoosterProbabilities(descent, values[leaf_nodes], base)
+
+
+def _booster(learner: Mapping[str, Any], classes: int) -> tuple[int, np.ndarray, Nodes, np.ndarray]:
+    """Number of features, base scores (C,), nodes with the trees of a round side by side, value of each node (K,)."""
+    parameters, booster = learner["learner_model_param"], learner["gradient_booster"]
+    _expect("objective", learner["objective"]["name"], "multi:softprob")
+    _expect("booster", booster["name"], "gbtree")
+    _expect("num_class", int(parameters["num_class"]), classes)
+    features, model = int(parameters["num_feature"]), booster["model"]
+    # One number until XGBoost 3.0, one for each class from 3.1 on. This objective takes them as they are.
+    base = np.atleast_1d(np.array(json.loads(parameters["base_score"]), dtype=np.float32))
+    if base.shape not in ((1,), (classes,)) or not np.isfinite(base).all():
+        raise ValueError(f"base_score is {parameters['base_score']}")
+    trees, owners = model["trees"], np.array(model["tree_info"], dtype=np.int64)
+    _expect("num_trees", int(model["gbtree_model_param"]["num_trees"]), len(trees))
+    if not len(trees) or not np.array_equal(np.bincount(owners, minlength=classes), [len(trees) / classes] * classes):
+        raise ValueError(f"{len(trees)} trees are not dealt out evenly to {classes} classes")
+    by_round = np.argsort(owners, kind="stable").reshape(classes, -1).T.reshape(-1)
+    sizes = np.array([len(tree["left_children"]) for tree in trees])
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+
+    def column(name: str, dtype: type) -> np.ndarray:
+        parts = [np.array(tree[name], dtype=dtype) for tree in trees]
+        if any(part.shape != (size,) for part, size in zip(parts, sizes, strict=True)):
+            raise ValueError(f"{name} has not one entry for each node")
+        return np.concatenate(parts)
+
+    if column("split_type", np.int64).any():
+        raise ValueError("it splits by categories")
+    own, start = np.repeat(sizes, sizes), np.repeat(starts, sizes)
+    left, right = column("left_children", np.int64), column("right_children", np.int64)
+    feature, values = column("split_indices", np.int64), column("split_conditions", np.float32)
+    inner = left >= 0
+    if not (np.where(inner, np.maximum(left, right), 0) < own).all() or (right[inner] < 0).any():
+        raise ValueError("a child is not in its tree")
+    feature = np.where(inner, feature, 0)  # a node that was pruned away holds none
+    if not ((feature >= 0) & (feature < features)).all() or not np.isfinite(values).all():
+        raise ValueError(f"a feature is not one of {features}, or a number is not finite")
+    nodes, rows = _in_levels(
+        starts[by_round],
+        np.where(inner, left + start, -1),
+        np.where(inner, right + start, -1),
+        feature=feature.astype(np.int32),
+        threshold=values,
+        missing_left=column("default_left", np.bool_),
+    )
+    return features, np.broadcast_to(base, classes).copy(), nodes, values[rows]
+
+
+def _expect(what: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise ValueError(f"{what} is {found!r}, not {expected!r}")
+
+
+# scikit-learn --------------------------------------------------------------------------------------------------------
+class ForestProbabilities(nn.Module):
+    """Mean over T trees of the class probabilities of the leaf."""
+
+    def __init__(self, descent: Descent, values: np.ndarray) -> None:
+        super().__init__()
+        self.descent = descent
+        self.trees = descent.trees
+        self.classes = values.shape[1]
+        self.register_buffer("values", torch.from_numpy(values))
+
+    def forward(self, features: Tensor) -> Tensor:
+        leaf = self.descent(features).reshape(-1)
+        return self.values.index_select(0, leaf).view(-1, self.trees, self.classes).mean(dim=1)
+
+
+def forest_arrays(estimator: RandomForestClassifier, *, classes: int, shrinkage: float = 0.0) -> dict[str, np.ndarray]:
+    """A fitted forest whose labels lie in 0..C-1 as arrays of numbers, for `forest_module`.
+
+    Without `shrinkage` the module equals the library's `predict_proba`. With it the probabilities of a node are drawn
+    to its parent's, the more the fewer rows the parent has beside `shrinkage` rows, and those of a root to the uniform
+    ones by one row: none is 0. Agarwal, Tan, Ronen, Singh and Yu (2022), Hierarchical Shrinkage.
+    """
+    trees = [tree.tree_ for tree in estimator.estimators_]
+    sizes = np.array([tree.node_count for tree in trees])
+    start = np.repeat(np.cumsum(sizes) - sizes, sizes)
+    left = np.concatenate([tree.children_left for tree in trees])
+    right = np.concatenate([tree.children_right for tree in trees])
+    # Infinity parts the missing values from all others; as the largest number it does so for infinity in their place.
+    exact = np.concatenate([tree.threshold for tree in trees]).clip(max=np.finfo(np.float32).max)
+    # Features are float32, thresholds float64: a float32 is above one when it is above the next float32 that is not.
+    threshold = exact.astype(np.float32)
+    threshold = np.where(threshold > exact, np.nextafter(threshold, np.float32(-np.inf)), threshold)
+    nodes, rows = _in_levels(
+        np.cumsum(sizes) - sizes,
+        np.where(left < 0, -1, left + start),
+        np.where(left < 0, -1, right + start),
+        feature=np.concatenate([tree.feature for tree in trees]).clip(0).astype(np.int32),
+        threshold=threshold,
+        missing_left=np.concatenate([tree.missing_go_to_left for tree in trees]).astype(bool),
+    )
+    shares = np.zeros((len(rows), classes))
+    shares[:, estimator.classes_] = np.concatenate([tree.value[:, 0] for tree in trees])[rows]
+    if shrinkage:
+        counts = np.concatenate([tree.weighted_n_node_samples for tree in trees])[rows, None]
+        shares = _shrunken(nodes, shares, counts, shrinkage)
+    return {
+        "child": nodes.child,
+        "feature": nodes.feature,
+        "leaves": shares[nodes.is_leaf].astype(np.float32),
+        "level_sizes": np.array(nodes.level_sizes),
+        "missing_left": nodes.missing_left,
+        "threshold": nodes.threshold,
+        "width": np.array([estimator.n_features_in_]),
+    }
+
+
+def _shrunken(nodes: Nodes, shares: np.ndarray, counts: np.ndarray, shrinkage: float) -> np.ndarray:
+    """Class shares (K, C) of nodes with `counts` (K, 1) rows -> shares (K, C), from the roots down."""
+    raw, found = shares.copy(), np.empty_like(shares)
+    roots = slice(nodes.trees)
+    raw[roots] = (shares[roots] * counts[roots] + 1 / shares.shape[1]) / (counts[roots] + 1)
+    found[roots] = raw[roots]
+    ends = np.cumsum(nodes.level_sizes)
+    for end, size in zip(ends, nodes.level_sizes, strict=True):
+        inner = np.flatnonzero(~nodes.is_leaf[end - size : end]) + end - size
+        for child in (nodes.child[inner], nodes.child[inner] + 1):
+            found[child] = found[inner] + (raw[child] - raw[inner]) / (1 + shrinkage / counts[inner])
+    return found
+
+
+def forest_module(arrays: Mapping[str, np.ndarray], *, layout: str | None = None) -> ForestProbabilities:
+    """What `forest_arrays` gave, from memory or disk -> module. `layout` is perfect, linked or, by depth, None."""
+    nodes = Nodes(
+        child=arrays["child"],
+        feature=arrays["feature"],
+        threshold=arrays["threshold"],
+        missing_left=arrays["missing_left"].astype(bool),
+        level_sizes=tuple(arrays["level_sizes"].tolist()),
+    )
+    values = np.zeros((len(nodes.child), arrays["leaves"].shape[1]), dtype=np.float32)
+    values[nodes.is_leaf] = arrays["leaves"]
+    descent, leaf_nodes = _descent(nodes, features=int(arrays["width"][0]), inclusive=False, layout=layout)
+    return ForestProbabilities(descent, values[leaf_nodes])
+
+
+def probabilities(module: nn.Module, features: np.ndarray) -> np.ndarray:
+    """Features (N, F) through a module of this room -> probabilities float64 (N, C) whose rows sum to 1."""
+    rows = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32))
+    with torch.inference_mode():
+        found = torch.cat([module(block) for block in rows.split(BLOCK)]).numpy().astype(np.float64)
+    return found / found.sum(axis=1, keepdims=True)

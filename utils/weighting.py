@@ -1,0 +1,114 @@
+"""The weighted ensemble: a linear or log-linear pool whose weights, penalty and temperature held-out folds decide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from utils import pooling, temperature
+from utils.combiner import MemberFacts
+from utils.config import Config
+from utils.errors import UserError
+from utils.pooled_members import POOLS, PooledMembers
+from utils.pooling import Weighting
+
+UNTESTED_STRENGTH = 0.01  # of the penalty where one fold leaves nothing to choose by
+Floats = NDArray[np.float64]
+
+
+@dataclass(kw_only=True)
+class WeightedPool(PooledMembers):
+    """Members weighted for least loss on the rows given to fit, as a linear or a log-linear pool.
+
+    Accuracy and macro F1 are piecewise constant: weights of least log-loss are the start, and members added greedily
+    (Caruana et al. 2004), on average over bootstrap samples, move them where held-out folds gain by it.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = tuple(
+        f"runs.score_ensemble.{key}" for key in ("optimize_weights", "optimization_metric", "pool", "temperature")
+    )
+    learns: ClassVar[bool] = True
+
+    members: MemberFacts | None = None
+    kind: str = "auto"
+    """auto, linear or log_linear"""
+    optimize_weights: bool = True
+    """False: weights proportional to the recorded accuracies."""
+    seed: int = 42
+
+    @classmethod
+    def configured(cls, config: Config, members: MemberFacts) -> Self:
+        """With the settings of `runs.score_ensemble`."""
+        settings = config.runs.score_ensemble
+        return cls(
+            members=members,
+            metric=settings.optimization_metric,
+            kind=settings.pool,
+            optimize_weights=settings.optimize_weights,
+            calibration=settings.temperature,
+            seed=config.seed,
+        )
+
+    def fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Self:
+        """Fit on logits (M, N, C), labels (N,) and folds (N,).
+
+        With one fold or one class nothing can be held out, so that nothing is chosen. UserError where the weights are
+        to follow recorded accuracies and a member has none.
+        """
+        testable = bool(np.ptp(folds)) and bool(np.ptp(labels))
+        calibrate = testable and self.calibration != "off"
+        self.member_temperatures = np.ones(len(logits))
+        if calibrate and self.calibration == "per_member":
+            self.member_temperatures = temperature.choose_per_member(logits, labels, folds)
+        found = self._weighted(self._scores(logits), labels, folds, testable=testable, calibrate=calibrate)
+        total = float(found.weights.sum())
+        self.pool, self.shares, self.temperature = found.pool, found.weights / total, found.temperature / total
+        self.facts = self._judged(found, logits, labels)
+        return self
+
+    def _weighted(
+        self, scores: Floats, labels: np.ndarray, folds: np.ndarray, *, testable: bool, calibrate: bool
+    ) -> Weighting:
+        only = POOLS["linear" if self.kind == "auto" else self.kind]
+        if not (self.optimize_weights and np.ptp(labels)):
+            shares = np.full(len(scores), 1 / len(scores)) if self.optimize_weights else self._recorded_shares()
+            return pooling.given(only, scores, labels, folds, shares, calibrate=calibrate)
+        if not testable:
+            return pooling.fit(only, scores, labels, self.metric, strength=UNTESTED_STRENGTH)
+        names = tuple(POOLS) if self.kind == "auto" else (self.kind,)
+        tuned = [pooling.tune(POOLS[name], scores, labels, folds, self.metric, calibrate=calibrate) for name in names]
+        found = pooling.preferred(*tuned, labels, self.metric) if len(tuned) > 1 else tuned[0]
+        if self.metric in pooling.PIECEWISE_CONSTANT:
+            options: dict[str, Any] = {"seed": self.seed, "calibrate": calibrate}
+            found = pooling.with_members_added(found, scores, labels, folds, self.metric, **options)
+        return found
+
+    def _recorded_shares(self) -> Floats:
+        assert self.members is not None, "a restored pool is not fitted again"
+        recorded = self.members.recorded_accuracy
+        missing = [name for name, value in zip(self.members.names, recorded, strict=True) if not value > 0]
+        if missing:
+            raise UserError(
+                f"runs.score_ensemble.optimize_weights is false, so that weights follow the recorded accuracies, and "
+                f"{', '.join(missing)} has none above 0. Measure it: python ensemble_orchestrator.py discover "
+                f"--verify; or set runs.score_ensemble.optimize_weights to true"
+            )
+        shares: Floats = recorded / recorded.sum()
+        return shares
+
+    def _judged(self, found: Weighting, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+        unseen, notes = found.unseen, []
+        if not np.ptp(labels):
+            notes.append(f"all {len(labels)} rows are of one class: nothing was fitted")
+        elif unseen is None:
+            notes.append(f"one fold only: penalty {UNTESTED_STRENGTH}, no temperature, no comparison of pools")
+        strength = "infinite" if found.strength is not None and np.isinf(found.strength) else found.strength
+        return {
+            "strength": strength,
+            "duality_gap": found.gap,
+            "members_added": found.added,
+            **self._compared(None if unseen is None else np.exp(unseen), logits, labels, notes),
+        }

@@ -100,8 +100,13 @@ def test_a_hostile_checkpoint_is_refused_by_name_and_nothing_runs(workspace, orc
     assert "refused, since loading it could run code: it asks for posix.system" in done.stdout
     assert not canary.exists()
     assert "CustomConvNeXt" not in catalog(workspace)["members"]
-    assert orchestrator("build-ensemble", *DEMO, workspace=workspace).returncode == 0
-    assert not canary.exists()
+    places = ("stacking.enable=true", "stacking.meta_learners=[lr]", "model_soup.enable=true", "meta_fuser.enable=true")
+    fuser = ("fuser_type=attention", "mlp_config.epochs=2", "input_ensembles=[soft_voting,stacking_lr]")
+    sets = [word for place in (*places, *(f"meta_fuser.{one}" for one in fuser)) for word in ("--set", f"runs.{place}")]
+    for command in ("build-ensemble", "stack", "meta-fuse", "evaluate", "status"):
+        done = orchestrator(command, *DEMO, *sets, workspace=workspace)
+        assert done.returncode == 0, done.stderr
+        assert not canary.exists()
 
 
 def test_numpy_scalars_in_a_checkpoint_are_allowed(workspace, orchestrator):

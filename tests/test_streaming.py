@@ -304,3 +304,9 @@ def test_cuda_doubles_its_batch_and_agrees_with_the_cpu(laid):
     assert [batch.start for batch in batches if batch.split == "val"] == [0, 2, 6, 14]
     np.testing.assert_allclose(joined(batches), joined(laid.run()), atol=0.3)  # bfloat16 keeps three digits
     np.testing.assert_array_equal(joined(batches).argmax(1), joined(laid.run()).argmax(1))
+
+
+def test_cores_are_told_once_however_often_images_are_decoded(heard):
+    for _ in range(3):
+        streaming.decoding_threads(10_001)
+    assert heard.text.count("dataset.num_workers is 10001") == 1

@@ -54,6 +54,7 @@ class Store:
         self.catalog = found
         self.digests = FileDigests(workspace.digests)
         self._images: dict[str, ImageSplit] = {}
+        self._sizes_told: set[int] = set()
         self._samples: dict[str, Samples] = {}
 
     def images(self, split: str) -> ImageSplit:
@@ -106,7 +107,8 @@ class Store:
         device = streaming.resolve_device(self.config.device)
         threads = streaming.decoding_threads(self.config.dataset.num_workers)
         sizes = {member.img_size for member, _ in missing}
-        if sizes != {self.config.dataset.img_size}:
+        if sizes != {self.config.dataset.img_size} and not sizes <= self._sizes_told:
+            self._sizes_told |= sizes
             logger.warning(
                 "dataset.img_size is %d; the checkpoints were trained at %s px, which is what is used",
                 self.config.dataset.img_size,

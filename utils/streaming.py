@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -434,5 +435,11 @@ def decoding_threads(wanted: int) -> int:
     """`dataset.num_workers`, one at the least and no more than the cores; says so when it is cut."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if wanted > cores:
-        logger.warning("dataset.num_workers is %d; this machine has %d cores, which is what is used", wanted, cores)
+        _tell_of_cores(wanted, cores)
     return max(1, min(wanted, cores))
+
+
+@cache
+def _tell_of_cores(wanted: int, cores: int) -> None:
+    """Once per process, however often images are decoded."""
+    logger.warning("dataset.num_workers is %d; this machine has %d cores, which is what is used", wanted, cores)

@@ -176,7 +176,8 @@ def keep(file: Path) -> None:
     from utils import catalog, fitting
     from utils.artifacts import write_arrays
     from utils.config_file import load
-    from utils.predictions import Store, align
+    from utils.predictions import Store
+    from utils.rows import align
     from utils.workspace import Workspace
 
     config, place = load(CONFIG, overrides=["device=cpu"]), Workspace.of_settings()

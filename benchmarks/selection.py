@@ -176,7 +176,8 @@ def honest(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
     """Honest predictions of the workspace in the environment."""
     from utils import catalog
     from utils.config_file import load
-    from utils.predictions import Store, align
+    from utils.predictions import Store
+    from utils.rows import align
     from utils.workspace import Workspace
 
     config, place = load(CONFIG, overrides=["device=cpu"]), Workspace.of_settings()

@@ -13,8 +13,10 @@ import torch
 from utils.combiner import Combiner, MemberFacts
 from utils.config import Config, validate
 from utils.ensembles import COMBINERS
+from utils.rows import Outputs
 
 M, N, C = 4, 60, 3
+WIDTHS = (5, 8, 4, 6)
 QUICK = validate(
     {
         "runs": {
@@ -27,23 +29,42 @@ QUICK = validate(
 FACTS = MemberFacts(("a", "b", "c", "d"), np.array([0.6, 0.7, 0.7, 0.5]), np.full(M, 10.0), np.full(M, 1.0))
 
 
-@pytest.fixture
-def rows():
-    rng = np.random.default_rng(7)
-    labels = rng.integers(0, C, N)
-    logits = rng.normal(size=(M, N, C)).astype(np.float32)
-    logits[:, np.arange(N), labels] += 1
-    return logits, labels, np.arange(N) % 5
-
-
 @pytest.fixture(params=sorted(COMBINERS))
 def make(request):
     return partial(COMBINERS[request.param].configured, QUICK, FACTS)
 
 
+@pytest.fixture
+def rows(make):
+    """Outputs, labels, folds; what reads embeddings gets some, each of a width of its own."""
+    rng = np.random.default_rng(7)
+    labels = rng.integers(0, C, N)
+    logits = rng.normal(size=(M, N, C)).astype(np.float32)
+    logits[:, np.arange(N), labels] += 1
+    outputs = logits
+    if make().reads_embeddings:
+        outputs = Outputs(
+            logits, tuple(_embeddings(rng, own, width) for own, width in zip(logits, WIDTHS, strict=True))
+        )
+    return outputs, labels, np.arange(N) % 5
+
+
+def _embeddings(rng, logits, width):
+    """(N, D): those of a network whose last layer reads them, near enough."""
+    return (logits @ rng.normal(size=(C, width)) + rng.normal(size=(N, width)) / 4).astype(np.float32)
+
+
+def _tensors(outputs):
+    """What the module takes: logits (N, M, C), and a list of embeddings where there are any."""
+    if isinstance(outputs, Outputs):
+        return _tensors(outputs.logits)[0], [torch.from_numpy(own) for own in outputs.embeddings]
+    return (torch.from_numpy(outputs.transpose(1, 0, 2).copy()),)
+
+
 def test_answers_the_protocol(make):
     assert isinstance(make(), Combiner)
     assert isinstance(make().learns, bool)
+    assert isinstance(make().reads_embeddings, bool)
     for place in make().settings:
         Config().at(place)
 
@@ -81,14 +102,14 @@ def test_the_order_of_members_does_not_matter_to_a_vote(make, rows):
 
 
 def test_what_it_does_not_use_can_be_left_out(make, rows):
-    logits, labels, folds = rows
-    logits[3] = 0  # a member that knows nothing
-    fitted = make().fit(logits, labels, folds)
+    outputs, labels, folds = rows
+    getattr(outputs, "logits", outputs)[3] = 0  # a member that knows nothing
+    fitted = make().fit(outputs, labels, folds)
     used = fitted.used(M)
     assert used.shape == (M,)
     assert used.any()
-    alone = fitted.restricted(used).predict_proba(logits[used])
-    np.testing.assert_allclose(alone, fitted.predict_proba(logits), atol=1e-12)
+    alone = fitted.restricted(used).predict_proba(outputs[used])
+    np.testing.assert_allclose(alone, fitted.predict_proba(outputs), atol=1e-12)
 
 
 def test_its_report_is_for_json_and_its_weights_are_named(make, rows):
@@ -99,8 +120,8 @@ def test_its_report_is_for_json_and_its_weights_are_named(make, rows):
 
 
 def test_fitting_again_starts_anew(make, rows):
-    logits, labels, folds = rows
-    twice = make().fit(logits[:, ::2], labels[::2], folds[::2]).fit(*rows)
+    outputs, labels, folds = rows
+    twice = make().fit(outputs[:, ::2], labels[::2], folds[::2]).fit(*rows)
     assert {k: v.tobytes() for k, v in twice.state().items()} == {
         k: v.tobytes() for k, v in make().fit(*rows).state().items()
     }
@@ -109,16 +130,18 @@ def test_fitting_again_starts_anew(make, rows):
 @pytest.mark.parametrize("batch", [1, 3, 17])
 def test_module_agrees_traced_at_two_rows_and_run_at_others(make, rows, batch):
     fitted = make().fit(*rows)
-    tensors = torch.from_numpy(rows[0].transpose(1, 0, 2).copy())  # (N, M, C)
-    traced = torch.jit.trace(fitted.to_module().eval(), tensors[:2])
-    found = traced(tensors[:batch]).numpy()
+    traced = torch.jit.trace(fitted.to_module().eval(), _tensors(rows[0][:, :2]))
+    with torch.no_grad():
+        found = traced(*_tensors(rows[0][:, :batch])).numpy()
     assert found.shape == (batch, C)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, fitted.predict_proba(rows[0][:, :batch]), rtol=0, atol=1e-5)
 
 
 def test_extreme_logits_stay_finite(make):
-    logits = np.array([[[1e30, 0, -1e30]], [[-1e30, 1e30, 0]], [[0, 0, 0]], [[3e38, -3e38, 0]]], dtype=np.float32)
-    found = make().fit(logits, np.array([0]), np.array([0])).predict_proba(logits)
+    outputs = np.array([[[1e30, 0, -1e30]], [[-1e30, 1e30, 0]], [[0, 0, 0]], [[3e38, -3e38, 0]]], dtype=np.float32)
+    if make().reads_embeddings:
+        outputs = Outputs(outputs, tuple(np.full((1, width), 1e30, dtype=np.float32) for width in WIDTHS))
+    found = make().fit(outputs, np.array([0]), np.array([0])).predict_proba(outputs)
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-9)

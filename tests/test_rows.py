@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from utils.errors import UserError
-from utils.rows import UNKNOWN, MemberRows, align, gather
+from utils.rows import UNKNOWN, MemberRows, Outputs, align, gather
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -118,3 +118,40 @@ def test_samples_are_gathered_from_whoever_has_them():
     liar = replace(one, labels=(one.labels + 1) % 3)
     with pytest.raises(UserError, match=r"members a and d: 2 label\(s\) of val disagree, first ant/12.png: \w+ for a"):
         gather("val", CLASSES, {"d": [liar], "a": [one]})
+
+
+def test_embeddings_come_in_the_order_of_the_rows_and_only_where_all_have_them():
+    a, b = member(1), member(2)
+    a = replace(a, embeddings=a.logits[:, :2] * 2)
+    b = replace(b, embeddings=b.logits * 3)
+    order = np.random.default_rng(5).permutation(20)
+    mixed = replace(
+        b, **{key: getattr(b, key)[order] for key in ("sample_ids", "labels", "logits", "honest", "embeddings")}
+    )
+    found = align({"b": [mixed], "a": [a]}, CLASSES)
+    assert isinstance(found.outputs, Outputs)
+    assert np.array_equal(found.embeddings[0], found.logits[0][:, :2] * 2)
+    assert np.array_equal(found.embeddings[1], found.logits[1] * 3)
+    some = found.take(np.array([4, 0]))
+    assert np.array_equal(some.embeddings[1], some.logits[1] * 3)
+    assert align({"a": [a], "b": [member(2)]}, CLASSES).embeddings is None
+    assert align({"a": [member(1)]}, CLASSES).outputs.shape == (1, 20, 3)
+
+
+@pytest.mark.parametrize(
+    ("key", "members", "rows"),
+    [
+        (np.array([2, 0]), [2, 0], range(6)),
+        (slice(None, None, -1), [2, 1, 0], range(6)),
+        ((slice(None), np.array([True, False] * 3)), [0, 1, 2], [0, 2, 4]),
+        ((np.array([False, True, False]), slice(1, 3)), [1], [1, 2]),
+    ],
+)
+def test_outputs_are_indexed_as_logits_are(key, members, rows):
+    logits = np.arange(3 * 6 * 2, dtype=np.float32).reshape(3, 6, 2)
+    outputs = Outputs(logits, tuple(np.full((6, place + 1), place) + np.arange(6)[:, None] for place in range(3)))
+    found = outputs[key]
+    assert found.shape == (len(members), len(rows), 2)
+    assert np.array_equal(found.logits, logits[members][:, list(rows)])
+    for own, place in zip(found.embeddings, members, strict=True):
+        assert np.array_equal(own, outputs.embeddings[place][list(rows)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from utils import catalog, ensembles, fitting, pruned_building, snapshot_building, soup_building
 from utils.catalog import Member
@@ -13,6 +13,8 @@ from utils.results import Result
 from utils.workspace import Workspace
 
 STREAMED = ("val", "test")  # one pass serves the honest rows and the evaluation that follows
+Section = Callable[[Store, Sequence[Member], bool], Result]
+"""Builds what one section of the configuration asks for, from the members; the flag builds it again."""
 
 
 def build_ensemble(config: Config, workspace: Workspace, *, pick: str | None = None, force: bool = False) -> Result:
@@ -25,13 +27,18 @@ def build_ensemble(config: Config, workspace: Workspace, *, pick: str | None = N
     if pick is not None:
         require_enabled(config, pruned_building.PLACE)
         config = config.model_copy(update={"pruning": config.pruning.model_copy(update={"pick": pick})})
-    sections = [section for place, section in SECTIONS.items() if config.at(f"{place}.enable")]
-    if not sections:
-        require_enabled(config, next(iter(SECTIONS)))
+    return _of_sections(SECTIONS, config, workspace, force)
+
+
+def _of_sections(sections: Mapping[str, Section], config: Config, workspace: Workspace, force: bool) -> Result:
+    """Run those that are on, over the members that the configuration selects, and join what they tell."""
+    wanted = [section for place, section in sections.items() if config.at(f"{place}.enable")]
+    if not wanted:
+        require_enabled(config, next(iter(sections)))
     found = catalog.load(workspace)
     members = catalog.select(found, config)
     store = Store(config, workspace, found)
-    results = [section(store, members, force) for section in sections]
+    results = [section(store, members, force) for section in wanted]
     store.digests.save()
     lines = [result.text for result in results if result.text]
     lines.append(f"{len(members)} members: {', '.join(member.name for member in members)}")
@@ -79,7 +86,7 @@ def _is_up_to_date(store: Store, members: Sequence[Member], method: str) -> bool
 
 
 KEYS = ("built", "up_to_date")
-SECTIONS: dict[str, Callable[[Store, Sequence[Member], bool], Result]] = {
+SECTIONS: dict[str, Section] = {
     soup_building.PLACE: soup_building.model_soups,  # first: what it makes may be a member of the others
     snapshot_building.PLACE: snapshot_building.snapshots,
     "runs.score_ensemble": score_level,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkab
 import numpy as np
 
 from utils.config import Config
+from utils.rows import Outputs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,12 +34,15 @@ class Combiner(Protocol):
     """Turns the logits of M members into class probabilities.
 
     Arrays only: files, rows and honesty are the business of whoever calls. Members come in the order of their names,
-    classes in the workspace's order. A combiner whose `learns` is false fits nothing, so every row is unseen.
+    classes in the workspace's order. A combiner whose `learns` is false fits nothing, so every row is unseen. One that
+    `reads_embeddings` gets `Outputs` wherever others get logits, and its module takes `(logits, embeddings)`, the
+    second a list of M tensors float32 (B, D_m).
     """
 
     settings: ClassVar[tuple[str, ...]]
     """Places of the configuration that it depends on, such as `runs.score_ensemble.pool`."""
     learns: bool
+    reads_embeddings: bool
 
     @classmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
@@ -83,9 +87,15 @@ class SharesFits(Combiner, Protocol):
         """Fit as `fit` does; gives the probabilities (N, C) of copies that were fitted without the row's fold."""
 
 
-def fit_crossfitted(recipe: Combiner, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
+def seen_by(combiner: Combiner, outputs: np.ndarray | Outputs) -> Any:
+    """What a combiner gets of the members' outputs: all of them, or the logits alone."""
+    return outputs.logits if isinstance(outputs, Outputs) and not combiner.reads_embeddings else outputs
+
+
+def fit_crossfitted(recipe: Combiner, logits: Any, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
     """Fit a recipe on logits (M, N, C), labels (N,), folds (N,); gives its cross-fitted probabilities float32 (N, C).
 
+    For a recipe that reads embeddings, `logits` are `Outputs`.
     The rows of one fold are answered by a copy of the whole recipe that was fitted on the other folds. What learns
     nothing answers as it will at inference.
     """

@@ -24,6 +24,7 @@ class Voting:
 
     settings: ClassVar[tuple[str, ...]] = ()
     learns: ClassVar[bool] = False
+    reads_embeddings: ClassVar[bool] = False
 
     @classmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:

@@ -22,7 +22,7 @@ from utils.artifacts import (
     write_text,
 )
 from utils.catalog import Member
-from utils.combiner import Combiner, fit_crossfitted
+from utils.combiner import Combiner, fit_crossfitted, seen_by
 from utils.errors import UserError, did_you_mean
 from utils.metrics import log_loss_per_row, softmax
 from utils.predictions import Store
@@ -138,12 +138,14 @@ def predict(ensemble: Ensemble, rows: Rows) -> np.ndarray:
         )
     if rows.inference != ensemble.inference:
         raise UserError(f"{ensemble.name}: needs its members' {ensemble.inference} networks, got {rows.inference}")
-    return ensemble.combiner.predict_proba(rows.logits)
+    if ensemble.combiner.reads_embeddings and rows.embeddings is None:
+        raise UserError(f"{ensemble.name}: needs its members' embeddings beside their logits")
+    return ensemble.combiner.predict_proba(seen_by(ensemble.combiner, rows.outputs))
 
 
 def crossfit(recipe: Combiner, rows: Rows, fold: np.ndarray) -> Crossfit:
     """Fit an unfitted combiner on honest rows with their folds (N,); gives its cross-fitted predictions on them."""
-    probabilities = fit_crossfitted(recipe, rows.logits, rows.labels, fold)
+    probabilities = fit_crossfitted(recipe, seen_by(recipe, rows.outputs), rows.labels, fold)
     return Crossfit(probabilities, rows.labels, rows.sample_ids, rows.split, fold)
 
 

@@ -190,12 +190,13 @@ def _score_all(
 
 def _answers(store: Store, ensemble: Ensemble, rows: Rows, split: str) -> Rows:
     """What the networks that answer for the ensemble's members give on the rows."""
-    if ensemble.inference == fold_networks.FULL:
+    embeddings = ensemble.combiner.reads_embeddings
+    if ensemble.inference == fold_networks.FULL and not embeddings:
         places = [rows.members.index(name) for name in ensemble.members]
         return replace(rows, members=ensemble.members, logits=rows.logits[places])
     members = [store.catalog.members[name] for name in ensemble.members]
     fold_networks.ensure(store, members, (split,), ensemble.inference)
-    found = fold_networks.aligned(store, members, split, ensemble.inference)
+    found = fold_networks.aligned(store, members, split, ensemble.inference, embeddings=embeddings)
     return found.take(np.flatnonzero(np.isin(found.sample_ids, rows.sample_ids)))
 
 

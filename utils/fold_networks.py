@@ -60,17 +60,20 @@ def ensure(store: Store, members: Sequence[Member], splits: Sequence[str], infer
     store.digests.save()
 
 
-def rows(store: Store, member: Member, split: str, inference: str) -> MemberRows:
-    """One member's stored rows of a split, memory-mapped; they must have been ensured."""
-    found = store.rows(member, split)
+def rows(store: Store, member: Member, split: str, inference: str, *, embeddings: bool = False) -> MemberRows:
+    """One member's stored rows of a split, memory-mapped; they must have been ensured.
+
+    Embeddings are always those of the full network: every fold network has a space of its own.
+    """
+    found = store.rows(member, split, embeddings=embeddings)
     if inference == FULL:
         return found
     return replace(found, logits=open_array(store.workspace.fold_predictions(member.name, split), remedy=AGAIN))
 
 
-def aligned(store: Store, members: Sequence[Member], split: str, inference: str) -> Rows:
+def aligned(store: Store, members: Sequence[Member], split: str, inference: str, *, embeddings: bool = False) -> Rows:
     """Members together on the rows of a split."""
-    parts = {member.name: [rows(store, member, split, inference)] for member in members}
+    parts = {member.name: [rows(store, member, split, inference, embeddings=embeddings)] for member in members}
     return replace(align(parts, store.catalog.classes), inference=inference)
 
 

@@ -45,6 +45,7 @@ class GreedySelection(PooledMembers):
 
     settings: ClassVar[tuple[str, ...]] = ("runs.score_ensemble.optimization_metric", "runs.score_ensemble.temperature")
     learns: ClassVar[bool] = True
+    reads_embeddings: ClassVar[bool] = False
 
     seed: int = 42
 

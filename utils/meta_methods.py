@@ -14,10 +14,11 @@ import numpy as np
 
 from utils import ensemble_methods, stacking_methods
 from utils.attention import AttentionLearner, Gate
-from utils.combiner import Combiner, MemberFacts, fit_crossfitted
+from utils.combiner import Combiner, MemberFacts, fit_crossfitted, seen_by
 from utils.config import Config
 from utils.metrics import SMALLEST_PROBABILITY
 from utils.perceptron import PerceptronLearner
+from utils.rows import Outputs
 from utils.stacking_methods import Learner, Model, Stacker, StackingBooster, StackingPerceptron
 
 if TYPE_CHECKING:
@@ -96,8 +97,9 @@ class Input:
 
 @dataclass
 class MetaFuser:
-    """A fuser with its inputs: members' logits in, as for any other combiner.
+    """A fuser with its inputs: members' outputs in, as for any other combiner.
 
+    It reads embeddings where one of its inputs does, and each input gets what it reads.
     Cross-fitted over the same folds as its inputs: what it sees of other folds' rows comes from copies of the inputs
     that have read this fold's labels, which is accepted (Wolpert's stacking does the same) and held to chance by a test
     with permuted labels.
@@ -124,27 +126,35 @@ class MetaFuser:
         kind = config.runs.meta_fuser.fuser_type
         return cls(inputs, FUSERS[kind].configured(config, members), kind)
 
-    def fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Self:
-        """Fit what is not fitted yet on logits (M, N, C), labels (N,), folds (N,)."""
-        self.fit_crossfitted(logits, labels, folds)
+    @property
+    def reads_embeddings(self) -> bool:
+        """Whether any input does."""
+        return any(each.combiner.reads_embeddings for each in self.inputs)
+
+    def fit(self, outputs: np.ndarray | Outputs, labels: np.ndarray, folds: np.ndarray) -> Self:
+        """Fit what is not fitted yet on outputs (M, N, C), labels (N,), folds (N,)."""
+        self.fit_crossfitted(outputs, labels, folds)
         return self
 
-    def fit_crossfitted(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    def fit_crossfitted(self, outputs: np.ndarray | Outputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
         """Fit; gives the fuser's cross-fitted probabilities (N, C)."""
-        seen = [_unseen(each, logits, labels, folds) for each in self.inputs]
+        seen = [_unseen(each, outputs, labels, folds) for each in self.inputs]
         return self.fuser.fit_crossfitted(_as_logits(seen), labels, folds)
 
-    def predict_proba(self, logits: np.ndarray) -> np.ndarray:
-        """Logits (M, N, C) -> probabilities (N, C)."""
-        said = [each.combiner.predict_proba(logits[each.places]) for each in self.inputs]
-        return self.fuser.predict_proba(_as_logits(said))
+    def predict_proba(self, outputs: np.ndarray | Outputs) -> np.ndarray:
+        """Outputs (M, N, C) -> probabilities (N, C)."""
+        return self.fuser.predict_proba(_as_logits([_said(each, outputs) for each in self.inputs]))
 
     def to_module(self) -> nn.Module:
-        """Logits (B, M, C) -> probabilities (B, C)."""
-        from utils.stacking_heads import FusedInputs
+        """Logits (B, M, C), and embeddings where it reads them -> probabilities (B, C)."""
+        from utils.stacking_heads import FusedInputs, FusedInputsWithEmbeddings
 
         modules = [each.combiner.to_module() for each in self.inputs]
-        return FusedInputs(modules, [each.places for each in self.inputs], self.fuser.to_module())
+        places = [each.places for each in self.inputs]
+        if not self.reads_embeddings:
+            return FusedInputs(modules, places, self.fuser.to_module())
+        reads = [each.combiner.reads_embeddings for each in self.inputs]
+        return FusedInputsWithEmbeddings(modules, places, self.fuser.to_module(), reads)
 
     def state(self) -> dict[str, np.ndarray]:
         """The arrays of the fuser under `fuser/`, of each input under `inputs/<k>/`; names as bytes."""
@@ -191,12 +201,16 @@ class MetaFuser:
         return {**facts, "fuser_type": self.fuser_type, "inputs": [each.method for each in self.inputs]}
 
 
-def _unseen(one: Input, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
+def _said(one: Input, outputs: np.ndarray | Outputs) -> np.ndarray:
+    return one.combiner.predict_proba(seen_by(one.combiner, outputs[one.places]))
+
+
+def _unseen(one: Input, outputs: np.ndarray | Outputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
     """Cross-fitted probabilities (N, C) of an input; with one fold there are none, and it answers as it is."""
     if one.unseen is not None:
         return one.unseen
-    found = fit_crossfitted(one.combiner, logits[one.places], labels, folds)
-    return one.combiner.predict_proba(logits[one.places]) if np.isnan(found).any() else found
+    found = fit_crossfitted(one.combiner, seen_by(one.combiner, outputs[one.places]), labels, folds)
+    return _said(one, outputs) if np.isnan(found).any() else found
 
 
 def _as_logits(probabilities: Sequence[np.ndarray]) -> np.ndarray:

@@ -154,10 +154,11 @@ class Store:
             and (record.get("width") == 0 or self.workspace.embeddings(member.name, split).is_file())
         )
 
-    def rows(self, member: Member, split: str) -> MemberRows:
+    def rows(self, member: Member, split: str, *, embeddings: bool = False) -> MemberRows:
         """One member's stored rows of a split, memory-mapped; they must have been ensured.
 
-        Raises UserError for an imported member whose files did not hold the split, or held it for other images.
+        Raises UserError for an imported member whose files did not hold the split, or held it for other images, and
+        where `embeddings` are asked for and it has none.
         """
         if member.source == IMPORTED and not self.is_stored(member, split):
             wrong = "those imported are of other images or classes" if self.has(member, split) else "none are imported"
@@ -166,7 +167,20 @@ class Store:
             raise UserError(f"member {member.name}: no predictions for {split}; {wrong}. {remedy}")
         folder = self.workspace.predictions(member.name, split)
         arrays = {name: open_array(folder / f"{name}.npy", remedy=AGAIN) for name in ARRAYS}
-        return MemberRows(split=split, classes=self.catalog.classes, **arrays)
+        found = MemberRows(split=split, classes=self.catalog.classes, **arrays)
+        if not embeddings:
+            return found
+        place = self.workspace.embeddings(member.name, split)
+        if not place.is_file():
+            raise UserError(
+                f"member {member.name}: no embeddings for {split}. "
+                + (
+                    f"Write them as `embeddings` (N, D) into DIR/{member.name}/{split}.npz and import it: {IMPORT}"
+                    if member.source == IMPORTED
+                    else "Its network has no last linear layer; leave it out with backbones.exclude"
+                )
+            )
+        return replace(found, embeddings=open_array(place, remedy=AGAIN))
 
     def key(self, member: Member, split: str) -> str:
         """What the stored arrays of a member and split depend on."""

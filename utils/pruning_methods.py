@@ -72,6 +72,7 @@ class Pruned(PooledMembers):
         *(f"runs.score_ensemble.{key}" for key in ("optimization_metric", "temperature", "fit_rows")),
     )
     learns: ClassVar[bool] = True
+    reads_embeddings: ClassVar[bool] = False
     way: ClassVar[str]
 
     members: MemberFacts | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +33,8 @@ class MemberRows:
     """float32 (N, C)"""
     honest: np.ndarray
     """bool (N,): the network that answered has not seen the row"""
+    embeddings: np.ndarray | None = None
+    """float (N, D), what the network's last layer reads; None where they are not asked for"""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,27 @@ class Samples:
     """int64 (N,); UNKNOWN where nobody has said it"""
     contents: tuple[str, ...] | None
     """SHA-256 of each image; None where there are no images"""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What M members give for N rows, for combiners that read embeddings; indexed as logits (M, N, C) are."""
+
+    logits: np.ndarray
+    """float32 (M, N, C)"""
+    embeddings: tuple[np.ndarray, ...]
+    """M arrays float (N, D_m), each of a width of its own"""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(M, N, C)"""
+        return self.logits.shape
+
+    def __getitem__(self, key: Any) -> Outputs:
+        """`outputs[members]` or `outputs[:, rows]`, by slices, masks or places."""
+        members, rows = key if isinstance(key, tuple) else (key, slice(None))
+        places = np.arange(len(self.embeddings))[members]
+        return Outputs(self.logits[members][:, rows], tuple(self.embeddings[place][rows] for place in places))
 
 
 @dataclass(frozen=True)
@@ -64,6 +88,13 @@ class Rows:
     """bool (N,): honest for every member"""
     inference: str = "full"
     """What answered on val and test: the members' full networks, or the mean of their fold networks (`folds`)"""
+    embeddings: tuple[np.ndarray, ...] | None = None
+    """M arrays float (N, D_m); None where they were not asked for"""
+
+    @property
+    def outputs(self) -> np.ndarray | Outputs:
+        """What combiners get: logits and embeddings where these were asked for, else the logits alone."""
+        return self.logits if self.embeddings is None else Outputs(self.logits, self.embeddings)
 
     def take(self, rows: np.ndarray) -> Rows:
         """Some of the rows."""
@@ -74,6 +105,7 @@ class Rows:
             labels=self.labels[rows],
             logits=self.logits[:, rows],
             honest=self.honest[rows],
+            embeddings=None if self.embeddings is None else tuple(part[rows] for part in self.embeddings),
         )
 
 
@@ -106,7 +138,7 @@ def align(parts: Mapping[str, Sequence[MemberRows]], classes: tuple[str, ...]) -
 
     Members are ordered by name, rows by (split, sample id), columns by `classes`; a label that one member does not know
     comes from another. Raises UserError for duplicate ids, other class sets, labels that disagree, logits that are not
-    finite, or nothing in common; tells how many rows are left out.
+    finite, or nothing in common; tells how many rows are left out. Embeddings come along where every part has them.
     """
     members = tuple(sorted(parts))
     keyed = {member: _keyed(member, parts[member], classes) for member in members}
@@ -121,9 +153,13 @@ def align(parts: Mapping[str, Sequence[MemberRows]], classes: tuple[str, ...]) -
     labels = np.empty((len(members), len(order)), dtype=np.int64)
     label = np.full(len(order), UNKNOWN)
     honest = np.ones(len(order), dtype=bool)
+    embedded = all(part.embeddings is not None for given in parts.values() for part in given)
+    embeddings: list[np.ndarray] = []
     for index, member in enumerate(members):
         rows, own_logits, facts = keyed[member]
         places = [rows[key] for key in order]
+        if embedded:
+            embeddings.append(np.concatenate([part.embeddings for part in parts[member]])[places])
         logits[index] = own_logits[places]
         labels[index], marks = facts[0][places], facts[1][places]
         honest &= marks
@@ -145,6 +181,7 @@ def align(parts: Mapping[str, Sequence[MemberRows]], classes: tuple[str, ...]) -
         labels=label,
         logits=logits,
         honest=honest,
+        embeddings=tuple(embeddings) if embedded else None,
     )
 
 

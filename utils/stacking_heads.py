@@ -126,11 +126,34 @@ class FusedInputs(nn.Module):
 
     def forward(self, logits: Tensor) -> Tensor:
         """Logits (B, M, C) -> probabilities (B, C)."""
-        said = [
-            module(logits.index_select(1, self.get_buffer(f"places{number}")))
-            for number, module in enumerate(self.inputs)
-        ]
+        said = [module(self._own(number, logits)) for number, module in enumerate(self.inputs)]
+        return self._fused(said)
+
+    def _own(self, number: int, logits: Tensor) -> Tensor:
+        return logits.index_select(1, self.get_buffer(f"places{number}"))
+
+    def _fused(self, said: list[Tensor]) -> Tensor:
         return self.fuser(torch.stack(said, dim=1).clamp_min(SMALLEST_PROBABILITY).log())
+
+
+class FusedInputsWithEmbeddings(FusedInputs):
+    """The same where some inputs read the members' embeddings as well: those whose `reads` is true."""
+
+    def __init__(
+        self, inputs: Sequence[nn.Module], places: Sequence[np.ndarray], fuser: nn.Module, reads: Sequence[bool]
+    ) -> None:
+        super().__init__(inputs, places, fuser)
+        self.own = [tuple(int(place) for place in own) for own in places]
+        self.reads = tuple(reads)
+
+    def forward(self, logits: Tensor, embeddings: list[Tensor]) -> Tensor:
+        """Logits (B, M, C) and M embeddings (B, D_m) -> probabilities (B, C)."""
+        said = []
+        for number, module in enumerate(self.inputs):
+            own = self._own(number, logits)
+            read = ([embeddings[place] for place in self.own[number]],) if self.reads[number] else ()
+            said.append(module(own, *read))
+        return self._fused(said)
 
 
 def _centred_log(probabilities: Tensor) -> Tensor:

@@ -82,6 +82,7 @@ class Stacker(ABC):
         "runs.score_ensemble.temperature",
     )
     learns: ClassVar[bool] = True
+    reads_embeddings: ClassVar[bool] = False
 
     learner: Learner | None = None
     tempered: bool = True

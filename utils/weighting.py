@@ -31,6 +31,7 @@ class WeightedPool(PooledMembers):
         f"runs.score_ensemble.{key}" for key in ("optimize_weights", "optimization_metric", "pool", "temperature")
     )
     learns: ClassVar[bool] = True
+    reads_embeddings: ClassVar[bool] = False
 
     members: MemberFacts | None = None
     kind: str = "auto"

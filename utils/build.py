@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from utils import catalog, ensembles, fitting, pruned_building, snapshot_building, soup_building
+from utils import catalog, discovery, ensembles, fitting, pruned_building, snapshot_building, soup_building
 from utils.catalog import Member
 from utils.config import Config, require_enabled
 from utils.errors import UserError
@@ -35,7 +35,7 @@ def _of_sections(sections: Mapping[str, Section], config: Config, workspace: Wor
     wanted = [section for place, section in sections.items() if config.at(f"{place}.enable")]
     if not wanted:
         require_enabled(config, next(iter(sections)))
-    found = catalog.load(workspace)
+    found = discovery.trusted(config, workspace)
     members = catalog.select(found, config)
     store = Store(config, workspace, found)
     results = [section(store, members, force) for section in wanted]

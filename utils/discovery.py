@@ -93,6 +93,27 @@ def discover(
     return _written(workspace, listed, measured, verify=verify)
 
 
+def trusted(config: Config, workspace: Workspace) -> Catalog:
+    """The catalog, in which every selected member's out-of-fold predictions have been held against its networks.
+
+    What a plain scan has not checked is checked now, once: nothing is fitted on rows that a network has seen. Imported
+    members were checked when they came. Raises UserError where there is no catalog.
+    """
+    found = catalog.load(workspace)
+    unchecked = [
+        member.name
+        for member in catalog.select(found, config)
+        if member.source != IMPORTED and member.oof is not None and not member.oof.get("checked")
+    ]
+    if not unchecked:
+        return found
+    logger.info(
+        "the out-of-fold predictions of %s were not checked yet: discover --verify runs first", ", ".join(unchecked)
+    )
+    discover(config, workspace, verify=True)
+    return catalog.load(workspace)
+
+
 def _without_images(config: Config, workspace: Workspace, earlier: Catalog) -> Result:
     """The catalog of imported members alone, who say themselves which samples there are."""
     if not earlier.members:
@@ -282,7 +303,8 @@ def _judged(inspector: Inspector, member: Member) -> tuple[Member, list[Problem]
     if measured and member.oof is not None and not is_refused:
         remedy = inspection.fold_again(inspector.workspace, member)
         found += inspection.suspicion(member, member.oof["accuracy"], measured, remedy=remedy)
-    return replace(member, usable=usable, oof=None if is_refused else member.oof), [*problems, *found]
+    oof = member.oof and {**member.oof, "checked": honesty is not None}
+    return replace(member, usable=usable, oof=None if is_refused else oof), [*problems, *found]
 
 
 def _split_problems(splits: Mapping[str, ImageSplit]) -> list[Problem]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from utils import catalog, ensembles, fitting, fold_networks, guards
+from utils import catalog, discovery, ensembles, fitting, fold_networks, guards
 from utils.catalog import Member
 from utils.config import Config, require_enabled
 from utils.ensembles import Ensemble
@@ -39,7 +39,7 @@ def meta_fuse(config: Config, workspace: Workspace, *, force: bool = False) -> R
             f"{config.source}: runs.meta_fuser.fuser_type {kind}: this version builds {', '.join(FUSERS)}"
             f"{did_you_mean(kind, FUSERS)}"
         )
-    store = Store(config, workspace, catalog.load(workspace))
+    store = Store(config, workspace, discovery.trusted(config, workspace))
     selected = catalog.select(store.catalog, config)
     found, failures = _inputs(store, selected)
     members = _members(store, found)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils import catalog, ensembles, fitting, fold_networks, guards, inference_choice
+from utils import catalog, discovery, ensembles, fitting, fold_networks, guards, inference_choice
 from utils.catalog import Member
 from utils.combiner import MemberFacts
 from utils.config import Config, require_enabled
@@ -36,7 +36,7 @@ def stack(config: Config, workspace: Workspace, *, strict: bool = False, force: 
     `force`. Raises UserError without catalog or members.
     """
     require_enabled(config, "runs.stacking")
-    found = catalog.load(workspace)
+    found = discovery.trusted(config, workspace)
     store = Store(config, workspace, found)
     members = _with_out_of_fold(store, catalog.select(found, config), strict)
     methods = [f"stacking_{learner}" for learner in config.runs.stacking.meta_learners]

@@ -18,6 +18,7 @@ from utils.metrics import BINS, by_confidence, checked, confidence_bins, log_los
 REPLICATES = 2000
 LEVEL = 0.95
 BLOCK = 8_000_000  # numbers that are held at a time in one array
+CACHED = 100_000  # numbers that stay close to the processor
 REFLECTED = ("ece", "ece_adaptive", "mce")
 """Metrics that a resample makes worse, see `interval`."""
 Floats = NDArray[np.float64]
@@ -135,28 +136,32 @@ class _Table:
         return found
 
     def _ece_adaptive(self, counts: NDArray[np.float32], drawn: Floats) -> Floats:
-        """As `metrics.ece_adaptive`: bins have equal shares of the rows of each sample."""
-        ordered = np.take(counts, self.order, axis=1)
-        rows = np.cumsum(ordered, axis=1, dtype=np.float64)[:, self.ends]
-        ordered *= self.gaps[self.order].astype(np.float32)
-        sums = np.cumsum(ordered, axis=1, dtype=np.float64)[:, self.ends]
-        lines, knots = rows.shape
-        bounds = drawn[:, None] * np.arange(1, BINS) / BINS
-        # One search for all samples: those of a later one lie beyond those of an earlier one.
-        beyond = (np.arange(lines) * 2.0 * drawn.max())[:, None]
-        place = np.searchsorted((rows + beyond).ravel(), (bounds + beyond).ravel()).reshape(bounds.shape)
-        place -= (np.arange(lines) * knots)[:, None]
-        before = np.maximum(place - 1, 0)
-        started = place > 0
-        at_end, at_start = (np.take_along_axis(rows, spot, axis=1) for spot in (place, before))
-        sum_end, sum_start = (np.take_along_axis(sums, spot, axis=1) for spot in (place, before))
-        at_start, sum_start = at_start * started, sum_start * started
-        share = (bounds - at_start) / (at_end - at_start)
-        at_bounds = np.concatenate(
-            [np.zeros((lines, 1)), sum_start + share * (sum_end - sum_start), sums[:, -1:]], axis=1
-        )
-        found: Floats = np.abs(np.diff(at_bounds, axis=1)).sum(axis=1) / drawn
-        return found
+        """As `metrics.ece_adaptive`: bins have equal shares of the rows of each sample. (b,)"""
+        found = np.empty(len(counts))
+        lines = max(1, CACHED // counts.shape[1])
+        gaps = self.gaps[self.order]
+        for first in range(0, len(counts), lines):
+            part = slice(first, first + lines)
+            ordered = np.take(counts[part], self.order, axis=1).astype(np.float64)
+            sums = np.cumsum(ordered * gaps, axis=1)
+            rows = np.cumsum(ordered, axis=1, out=ordered)
+            if len(self.ends) < counts.shape[1]:
+                rows, sums = rows[:, self.ends], sums[:, self.ends]
+            at_bounds = _interpolated(drawn[part, None] * np.arange(BINS + 1) / BINS, rows, sums)
+            found[part] = np.abs(np.diff(at_bounds, axis=1)).sum(axis=1)
+        return found / drawn
+
+
+def _interpolated(at: Floats, rows: Floats, sums: Floats) -> Floats:
+    """Sums (b, n) at some numbers of rows `at` (b, k), line by line, between those known; both begin with 0."""
+    place = np.stack([np.searchsorted(line, wanted) for line, wanted in zip(rows, at, strict=True)])
+    place = np.minimum(place, rows.shape[1] - 1)
+    before, started = np.maximum(place - 1, 0), place > 0
+    ends = [np.take_along_axis(values, place, axis=1) for values in (rows, sums)]
+    starts = [np.take_along_axis(values, before, axis=1) * started for values in (rows, sums)]
+    share = _ratio(at - starts[0], ends[0] - starts[0])
+    found: Floats = starts[1] + share * (ends[1] - starts[1])
+    return found
 
 
 def _ratio(part: Floats, whole: Floats) -> Floats:

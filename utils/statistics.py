@@ -85,7 +85,7 @@ class _Table:
     """What the metrics of one set of probabilities need to know of each row."""
 
     def __init__(self, scores: Floats, truth: Integers) -> None:
-        rows, self.classes = scores.shape
+        self.classes = scores.shape[1]
         self.truth = truth
         self.winner = scores.argmax(axis=1)
         confidence = scores.max(axis=1)

@@ -236,7 +236,7 @@ def _entropy(probabilities: Floats) -> Floats:
 
 
 def energy(logits: ArrayLike) -> Floats:
-    """Mean over members of the energy of each row's logits (M, N, C): (N,), high where a row is unlike the trained ones.
+    """Mean over members of the energy of each row's logits (M, N, C): (N,), high where a row is unlike what is known.
 
     Minus log-sum-exp (Liu et al. 2020).
     """
@@ -250,8 +250,8 @@ def foreign_hint(logits: ArrayLike, reference: ArrayLike) -> dict[str, Any] | No
     """Whether rows look unlike val rows, by the members' logits on both, (M, N, C) and (M, R, C).
 
     `{energy, max_logit: {reference, beyond}}`: the bound that 95 % of the reference rows keep, and the share of rows
-    beyond it; 0.05 where both are alike. A hint and no test: networks can be very sure of foreign images. None where the
-    logits are log-probabilities, whose energy is 0 and says nothing.
+    beyond it; 0.05 where both are alike. A hint and no test: networks can be very sure of foreign images. None where
+    the logits are log-probabilities, whose energy is 0 and says nothing.
     """
     rows, known = energy(logits), energy(reference)
     if np.ptp(known) < FLAT:

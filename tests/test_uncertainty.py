@@ -144,11 +144,13 @@ def test_mutual_information_by_hand():
 
 def test_the_hint_tells_foreign_rows_and_is_silent_about_log_probabilities():
     rng = np.random.default_rng(4)
-    known = rng.normal(size=(2, 1000, 5)) + 6 * np.eye(5)[rng.integers(0, 5, 1000)]
-    alike = rng.normal(size=(2, 1000, 5)) + 6 * np.eye(5)[rng.integers(0, 5, 1000)]
-    foreign = rng.normal(size=(2, 1000, 5))
+    known, alike = (rng.normal(size=(1000, 5)) + 6 * np.eye(5)[rng.integers(0, 5, 1000)] for _ in range(2))
+    foreign = rng.normal(size=(1000, 5))
+    of_known = uncertainty.unfamiliarity(known)
     for name in ("energy", "max_logit"):
-        assert uncertainty.foreign_hint(alike, known)[name]["beyond"] == pytest.approx(0.05, abs=0.03)
-        assert uncertainty.foreign_hint(foreign, known)[name]["beyond"] > 0.9
-    assert uncertainty.foreign_hint(alike, known)["max_logit"]["reference"] > 0
-    assert uncertainty.foreign_hint(np.log(softmax(alike)), np.log(softmax(known))) is None
+        found = uncertainty.foreign_hint(uncertainty.unfamiliarity(alike), of_known)
+        assert found[name]["beyond"] == pytest.approx(0.05, abs=0.03)
+        assert uncertainty.foreign_hint(uncertainty.unfamiliarity(foreign), of_known)[name]["beyond"] > 0.9
+    assert found["max_logit"]["reference"] == pytest.approx(np.quantile(known.max(axis=1), 0.05))
+    log_probabilities = uncertainty.unfamiliarity(np.log(softmax(known)))
+    assert uncertainty.foreign_hint(log_probabilities, log_probabilities) is None

@@ -235,30 +235,27 @@ def _entropy(probabilities: Floats) -> Floats:
     return found
 
 
-def energy(logits: ArrayLike) -> Floats:
-    """Mean over members of the energy of each row's logits (M, N, C): (N,), high where a row is unlike what is known.
+def unfamiliarity(logits: ArrayLike) -> Floats:
+    """How little a network knows of each row, by its logits (N, C): energy and minus the largest logit, (2, N).
 
-    Minus log-sum-exp (Liu et al. 2020).
+    The energy is minus log-sum-exp (Liu et al. 2020). Both are high where a row is unlike what is known.
     """
     values = np.asarray(logits, dtype=np.float64)
     highest = values.max(axis=-1)
-    found: Floats = -(highest + np.log(np.exp(values - highest[..., None]).sum(axis=-1))).mean(axis=0)
-    return found
+    return np.stack([-(highest + np.log(np.exp(values - highest[..., None]).sum(axis=-1))), -highest])
 
 
-def foreign_hint(logits: ArrayLike, reference: ArrayLike) -> dict[str, Any] | None:
-    """Whether rows look unlike val rows, by the members' logits on both, (M, N, C) and (M, R, C).
+def foreign_hint(rows: Floats, reference: Floats) -> dict[str, Any] | None:
+    """Whether rows look unlike val rows, by `unfamiliarity` of both, (2, N) and (2, R), or its mean over members.
 
     `{energy, max_logit: {reference, beyond}}`: the bound that 95 % of the reference rows keep, and the share of rows
     beyond it; 0.05 where both are alike. A hint and no test: networks can be very sure of foreign images. None where
     the logits are log-probabilities, whose energy is 0 and says nothing.
     """
-    rows, known = energy(logits), energy(reference)
-    if np.ptp(known) < FLAT:
+    if np.ptp(reference[0]) < FLAT:
         return None
-    highest = [-np.asarray(values, dtype=np.float64).max(axis=-1).mean(axis=0) for values in (logits, reference)]
     found = {}
-    for name, (here, there), sign in (("energy", (rows, known), 1), ("max_logit", highest, -1)):
-        bound = float(np.quantile(there, 0.95))
+    for name, here, known, sign in zip(("energy", "max_logit"), rows, reference, (1, -1), strict=True):
+        bound = float(np.quantile(known, 0.95))
         found[name] = {"reference": sign * bound, "beyond": float((here > bound).mean())}
     return found

@@ -85,16 +85,26 @@ def test_intervals_hold_the_truth_as_often_as_they_say(metric):
     for seed in range(200):
         probabilities, labels = rows(seed, count=150)
         samples = statistics.bootstrap([probabilities], labels, replicates=300, seed=seed)[metric][0]
-        low, high = statistics.interval(metric, METRICS[metric].function(probabilities, labels), samples)
+        low, high = statistics.interval(metric, METRICS[metric].function(probabilities, labels), samples, 150)
         held += low <= truth <= high
     assert 0.88 <= held / 200 <= 0.985  # 95 %, less what percentiles of small samples lack
 
 
 def test_calibration_errors_are_reflected_and_hold_their_value():
     samples = np.linspace(0.03, 0.05, 1001)
-    assert statistics.interval("ece", 0.03, samples) == [pytest.approx(0.0105, abs=1e-4), pytest.approx(0.03, abs=1e-3)]
-    assert statistics.interval("ece", 0.01, samples) == [0.0, 0.01]
-    assert statistics.interval("accuracy", 0.01, samples) == [pytest.approx(0.0305), pytest.approx(0.0495)]
+    around = statistics.interval("ece", 0.03, samples, 9)
+    assert around == [pytest.approx(0.0105, abs=1e-4), pytest.approx(0.03, abs=1e-3)]
+    assert statistics.interval("ece", 0.01, samples, 9) == [0.0, 0.01]
+    around = statistics.interval("accuracy", 0.01, samples, 9)
+    assert around == [pytest.approx(0.0305), pytest.approx(0.0495)]
+
+
+def test_an_accuracy_of_1_is_not_certain():
+    expected = binomtest(28, 28).proportion_ci(0.95, "exact")
+    found = statistics.interval("accuracy", 1.0, np.ones(100), 28)
+    assert found == pytest.approx([expected.low, expected.high])
+    expected = binomtest(0, 28).proportion_ci(0.95, "exact")
+    assert statistics.interval("accuracy", 0.0, np.zeros(100), 28) == pytest.approx([expected.low, expected.high])
 
 
 def test_a_class_without_rows_and_a_single_class():
@@ -104,7 +114,7 @@ def test_a_class_without_rows_and_a_single_class():
         assert "roc_auc_ovr_macro" not in found
         assert all(np.isfinite(values).all() for values in found.values())
         expected = point_metrics(probabilities, labels, "abc")
-        low, high = statistics.interval("f1_macro", 0, found["f1_macro"][0])
+        low, high = statistics.interval("f1_macro", 0, found["f1_macro"][0], 40)
         assert low <= expected["f1_macro"] <= high
 
 

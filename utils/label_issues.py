@@ -1,4 +1,4 @@
-"""Labels that are likely to be wrong: confident learning (Northcutt, Jiang and Chuang 2021) on cross-fitted predictions.
+"""Labels that are likely to be wrong: confident learning (Northcutt et al. 2021) on cross-fitted predictions.
 
 A row counts for the class that it has more probability of than the rows labelled so have on average. A row that counts
 for another class than its label is an issue.

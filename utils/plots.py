@@ -11,30 +11,42 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils.artifacts import replacing
+from utils.artifacts import digest_of, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-DPI = 150
+VERSION = 1  # raised whenever the same scores would give other pictures
+SHOWN = (
+    *("name", "split", "n_samples", "n_classes", "confusion_matrix", "per_class", "reliability", "ece", "mce"),
+    "selective",
+)
+HEADER = 4096  # bytes at the beginning of a PNG file that hold what it says of itself
+DPI = 130
 MOST_NAMES = 40  # classes whose names and numbers can still be read
 LONGEST = 18  # letters of a class's name
 
 
 def draw(kind: str, record: Mapping[str, Any], path: Path) -> None:
-    """Write one of `KINDS` of a `metrics.json` record as PNG, atomically."""
+    """Write one of `KINDS` of a `metrics.json` record as PNG, atomically; one of the same scores is kept as it is."""
+    digest = digest_of([VERSION, kind, {key: record[key] for key in SHOWN}])
+    if path.is_file() and digest.encode() in path.read_bytes()[:HEADER]:
+        return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    classes = record["n_classes"]
-    side = 5.0 if kind in ("reliability", "risk_coverage") else min(14.0, max(5.0, 2.5 + 0.35 * classes))
-    figure = Figure(figsize=(side, side * (0.85 if kind != "per_class_metrics" else 0.6)), layout="constrained")
+    by_class = kind in ("confusion_matrix", "per_class_metrics")
+    side = min(14.0, max(5.0, 2.5 + 0.35 * record["n_classes"])) if by_class else 5.0
+    height = max(4.0, side * 0.6) if kind == "per_class_metrics" else side * 0.9
+    figure = Figure(figsize=(side, height))
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    # Margins in inches; a layout engine would draw everything twice to find them.
+    left, below = (1.4, 1.3) if by_class else (0.7, 0.6)
+    axes = figure.add_axes((left / side, below / height, 1 - (left + 0.2) / side, 1 - (below + 0.4) / height))
     KINDS[kind](axes, record)
-    axes.set_title(f"{_plain(record['name'], 60)}: {record['split']}, {record['n_samples']} rows", fontsize=10)
+    axes.set_title(f"{_plain(record['name'], 48)}: {record['split']}, {record['n_samples']} rows", fontsize=9)
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=DPI, metadata={"Software": None})
+        figure.savefig(temporary, dpi=DPI, metadata={"Software": None, "Source": digest})
 
 
 def confusion_matrix(axes: Axes, record: Mapping[str, Any]) -> None:
@@ -66,8 +78,8 @@ def reliability(axes: Axes, record: Mapping[str, Any]) -> None:
     axes.plot([0, 1], [0, 1], color="#6e7781", linestyle="--", linewidth=1, label="perfect")
     axes.plot(confidence, accuracy, color="#0550ae", marker="o", markersize=4, label="accuracy")
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
-    axes.text(0.03, 0.8, f"ECE {record['ece']:.4f}\nMCE {record['mce']:.4f}", fontsize=8, transform=axes.transAxes)
-    axes.legend(loc="upper left", fontsize=8, frameon=False)
+    errors = f"ECE {record['ece']:.4f}, MCE {record['mce']:.4f}"
+    axes.legend(loc="upper left", fontsize=8, title=errors, title_fontsize=8)
 
 
 def risk_coverage(axes: Axes, record: Mapping[str, Any]) -> None:
@@ -79,7 +91,7 @@ def risk_coverage(axes: Axes, record: Mapping[str, Any]) -> None:
         axes.plot([found["answered"]], [found["error"]], "o", color="#cf222e", label="threshold from val")
     axes.set(xlabel="share of rows answered", ylabel="error among them", xlim=(0, 1))
     axes.set_ylim(bottom=0)
-    axes.legend(loc="upper left", fontsize=8, frameon=False)
+    axes.legend(loc="center left", fontsize=8)
 
 
 def per_class_metrics(axes: Axes, record: Mapping[str, Any]) -> None:
@@ -91,14 +103,14 @@ def per_class_metrics(axes: Axes, record: Mapping[str, Any]) -> None:
         axes.bar(places + 0.27 * (shift - 1), values, 0.25, color=color, label=key)
     if len(names) <= MOST_NAMES:
         axes.set_xticks(places, [_plain(name, LONGEST) for name in names], rotation=45, ha="right", fontsize=7)
-    axes.set_ylim(0, 1.02)
-    axes.legend(loc="lower left", fontsize=8)
+    axes.set_ylim(0, 1.25)  # room for the legend
+    axes.legend(loc="upper center", fontsize=8, ncols=3)
 
 
 def _plain(name: str, longest: int) -> str:
-    """A name as it stands, not read as a formula, cut where it is too long; what no font can draw as an escape."""
-    name = name.encode("utf-8", "backslashreplace").decode().replace("\n", " ").replace("$", r"\$")
-    return name if len(name) <= longest else f"{name[: longest - 3]}..."
+    """A name as it stands, not read as a formula, cut where it is too long."""
+    shown = name if len(name) <= longest else f"{name[: longest - 3]}..."
+    return shown.replace("\n", " ").replace("$", r"\$")
 
 
 KINDS: dict[str, Callable[[Axes, Mapping[str, Any]], None]] = {

@@ -132,7 +132,10 @@ def record(item: Scored, saved: Ensemble | None, context: Context) -> dict[str, 
     store, rows = context.store, context.rows
     found = point_metrics(item.probabilities, rows.labels, rows.classes)
     notes: dict[str, str] = found.pop("notes")
-    found["ci95"] = summary(found, context.samples, context.place[id(item)])
+    units = len(rows.labels) if context.groups is None else len(np.unique(context.groups))
+    found["ci95"] = summary(found, context.samples, context.place[id(item)], units)
+    if found["accuracy"] == 1:
+        notes["ci95"] = "no row is wrong: accuracy has an exact bound, the others no spread that resampling could show"
     for key, reference in context.references.items():
         found[key] = _compared(item, reference, context)
         if found[key] is None:
@@ -142,7 +145,6 @@ def record(item: Scored, saved: Ensemble | None, context: Context) -> dict[str, 
     fitted, selected = (
         scoring.overlap(sets, rows) for sets in (item.provenance.fitted_on, item.provenance.selected_on)
     )
-    units = len(rows.labels) if context.groups is None else len(np.unique(context.groups))
     found |= {
         "name": item.name,
         "split": context.split,

@@ -111,7 +111,7 @@ def each(members: Sequence[Member], action: Callable[[Sequence[Member]], object]
         try:
             action([member])
         except UserError as error:
-            failures[member.name], last = str(error), error
+            failures[member.name], last = str(error).removeprefix(f"member {member.name}: "), error
     if last is not None and len(failures) == len(members):
         raise last
     return failures

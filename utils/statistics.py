@@ -200,13 +200,17 @@ def _share_below(values: Floats, others: Floats) -> Floats:
     return found
 
 
-def interval(metric: str, value: float, samples: Floats) -> list[float]:
-    """The 95 % interval [low, high] of a metric with its bootstrap samples (B,).
+def interval(metric: str, value: float, samples: Floats, units: int) -> list[float]:
+    """The 95 % interval [low, high] of a metric with its bootstrap samples (B,) of so many rows or groups.
 
-    Percentiles. Calibration errors are sums of absolute values, which the noise of a resample only adds to: their
-    percentiles are reflected about the value, not below 0, and widened to hold it.
+    Percentiles. Where all or no rows are right, samples do not differ: accuracy then has the exact binomial bound
+    (Clopper and Pearson 1934). Calibration errors are sums of absolute values, which the noise of a resample only adds
+    to: their percentiles are reflected about the value, not below 0, and widened to hold it.
     """
     low, high = (float(bound) for bound in np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    if metric == "accuracy" and value in (0, 1):
+        reach = 1 - ((1 - LEVEL) / 2) ** (1 / units)
+        return [1 - reach, 1.0] if value else [0.0, reach]
     if metric not in REFLECTED:
         return [low, high]
     return [max(0.0, min(value, 2 * value - high)), max(value, 2 * value - low)]
@@ -250,10 +254,12 @@ def mean_interval(values: ArrayLike) -> list[float]:
     return [mean - error, mean + error]
 
 
-def summary(metrics: Mapping[str, Any], samples: Mapping[str, Floats], number: int) -> dict[str, list[float]]:
+def summary(
+    metrics: Mapping[str, Any], samples: Mapping[str, Floats], number: int, units: int
+) -> dict[str, list[float]]:
     """`ci95` {metric: [low, high]} of the one at `number` of what `bootstrap` gave, with its `metrics`."""
     return {
-        name: interval(name, metrics[name], values[number])
+        name: interval(name, metrics[name], values[number], units)
         for name, values in samples.items()
         if metrics.get(name) is not None
     }

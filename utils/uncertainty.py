@@ -87,11 +87,14 @@ def coverage_interval(calibrated: int, rows: int, alpha: float = ALPHA) -> list[
 
     The number covered is beta-binomial (Vovk 2012) for scores without ties; ties only add to it.
     """
-    from scipy.stats import betabinom
+    from scipy.special import betaln, gammaln
 
     place = _place(calibrated, alpha)
-    law = betabinom(rows, place, calibrated + 1 - place)
-    return [float(law.ppf(share)) / rows for share in (0.025, 0.975)]
+    hit, missed = place, calibrated + 1 - place
+    covered = np.arange(rows + 1)
+    ways = gammaln(rows + 1) - gammaln(covered + 1) - gammaln(rows - covered + 1)
+    below = np.cumsum(np.exp(ways + betaln(covered + hit, rows - covered + missed) - betaln(hit, missed)))
+    return [float(np.searchsorted(below, share)) / rows for share in (0.025, 0.975)]
 
 
 def _place(rows: int, alpha: float) -> int:

@@ -11,9 +11,9 @@ import pytest
 from given_predictions import CONFIG, NAMES, changing, empty_workspace, fewer, take_in, write
 from scipy.stats import binomtest
 
-from utils import build, catalog, evaluation, statistics
+from utils import build, catalog, evaluation, plots, statistics
 from utils.config_file import load
-from utils.errors import UserError
+from utils.errors import ConfigError, UserError
 from utils.metrics import METRICS, log_loss_per_row, softmax
 
 ENSEMBLES = ("hard_voting_ensemble", "logit_averaging_ensemble", "soft_voting_ensemble")
@@ -29,6 +29,14 @@ def built(tmp_path, *, config=CONFIG, **given):
     take_in(workspace, write(tmp_path / "given", **given))
     build.build_ensemble(config, workspace)
     return workspace
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_pictures():
+    """One kind of them; they take most of the time and have tests of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "KINDS", {"reliability": plots.reliability})
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +179,7 @@ def test_other_options_are_other_records_and_equal_ones_are_kept(tmp_path):
     assert found["selective"]["wanted_error"] == 0.1
     assert found["conformal_by_class"]["lac"]["classes"].keys() == {"ant", "bee", "cat"}
     for name, value in (("alpha", 0.0), ("wanted_error", 1.0), ("alpha", float("nan"))):
-        with pytest.raises(UserError, match="expected a share of rows"):
+        with pytest.raises(ConfigError, match="expected a share of rows"):
             evaluation.evaluate(CONFIG, workspace, **{name: value})
 
 

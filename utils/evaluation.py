@@ -15,7 +15,7 @@ from utils.artifacts import read_json, write_json, write_text
 from utils.catalog import IMPORTED, Member
 from utils.config import Config
 from utils.ensembles import Ensemble
-from utils.errors import ContaminatedError, UserError, did_you_mean
+from utils.errors import ConfigError, ContaminatedError, UserError, did_you_mean
 from utils.metrics import METRICS, softmax
 from utils.predictions import Store
 from utils.results import Result
@@ -47,8 +47,9 @@ def evaluate(
     """Score all members and ensembles, or the one named, and write `metrics.json` of each, plots, ranking and tables.
 
     A member or ensemble that cannot be scored is left out and named in the result's failures. Raises UserError without
-    catalog or ensembles, for an unknown name, and where nothing or not the one named can be scored; ContaminatedError
-    when the one asked for by name was fitted on evaluated rows, unless `allow_contaminated`.
+    catalog or ensembles, for an unknown name, and where nothing or not the one named can be scored; ConfigError for
+    shares that are none; ContaminatedError when the one asked for by name was fitted on evaluated rows, unless
+    `allow_contaminated`.
     """
     options = _checked(Options(alpha, wanted_error, class_conditional))
     found = catalog.load(workspace)
@@ -125,9 +126,10 @@ def evaluate(
 
 
 def _checked(options: Options) -> Options:
-    for option, value in (("--alpha", options.alpha), ("--wanted-error", options.wanted_error)):
-        if not 0 < value < 1:
-            raise UserError(f"{option} {value:g}: expected a share of rows between 0 and 1, such as 0.1")
+    told = {"--alpha": options.alpha, "--wanted-error": options.wanted_error}
+    wrong = [f"{option} {value:g}" for option, value in told.items() if not 0 < value < 1]
+    if wrong:
+        raise ConfigError(f"evaluate {' '.join(wrong)}: expected a share of rows between 0 and 1, such as 0.1")
     return options
 
 

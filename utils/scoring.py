@@ -98,7 +98,7 @@ def _is_stale(found: Catalog, ensemble: Ensemble) -> bool:
 def each(members: Sequence[Member], action: Callable[[Sequence[Member]], object]) -> dict[str, str]:
     """Do something for all members together, else for one after another: {member: why it failed}.
 
-    Raises the UserError where it fails for every one.
+    Raises the first one's UserError where it fails for all.
     """
     try:
         action(members)
@@ -106,15 +106,15 @@ def each(members: Sequence[Member], action: Callable[[Sequence[Member]], object]
     except UserError:
         if len(members) < 2:
             raise
-    failures, last = {}, None
+    errors: dict[str, UserError] = {}
     for member in members:
         try:
             action([member])
         except UserError as error:
-            failures[member.name], last = str(error).removeprefix(f"member {member.name}: "), error
-    if last is not None and len(failures) == len(members):
-        raise last
-    return failures
+            errors[member.name] = error
+    if len(errors) == len(members):
+        raise errors[members[0].name]
+    return {name: str(error).removeprefix(f"member {name}: ") for name, error in errors.items()}
 
 
 def answering(store: Store, members: Mapping[str, Member], split: str) -> tuple[dict[str, Member], dict[str, str]]:

@@ -161,7 +161,7 @@ def _plain_mean(rows: Rows, selected: Sequence[str], there: Mapping[str, Member]
         return None
     places = [rows.members.index(name) for name in names]
     mean = softmax(rows.logits[places]).mean(axis=0)
-    return Scored(SOFT_VOTING, "ensemble", names, mean, ensembles.Provenance((), ()), None)
+    return Scored(SOFT_VOTING, "ensemble", names, mean, ensembles.Provenance((), ()))
 
 
 def _latencies(store: Store, items: Sequence[Scored], saved: Mapping[str, Ensemble]) -> dict[str, Any]:

@@ -160,14 +160,14 @@ def record(item: Scored, saved: Ensemble | None, context: Context) -> dict[str, 
         "contaminated": fitted > 0,
         "optimistic": selected > 0,
         "overlap": {"fitted": fitted, "selected": selected, "dropped": context.dropped},
-        "config_digest": item.config_digest,
+        "config_digest": own["config_digest"] if own else None,
         "seed": store.config.seed,
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "notes": notes,
         **{key: own[key] for key in COPIED if own and key in own},
     }
-    if item.config_digest is None:
+    if own is None:
         notes["config_digest"] = "a member does not depend on the configuration"
     if not store.catalog.has_images:
         notes["overlap.dropped"] = "there are no images, so that equal samples under two names cannot be told"

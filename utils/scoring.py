@@ -38,7 +38,6 @@ class Scored:
     probabilities: np.ndarray
     """float64 (N, C)"""
     provenance: Provenance
-    config_digest: str | None
     disagreement: np.ndarray | None = None
     """Mutual information of its members' answers by row, (N,) in nats; None with one member."""
     inference: str = fold_networks.FULL
@@ -197,10 +196,8 @@ def score_all(
     """Everything that has answers to the rows, and why each ensemble that has none is left out."""
     networks = ensembles.network_provenance(store)
     scored = [
-        Scored(name, "member", (name,), softmax(rows.logits[rows.members.index(name)]), networks, None)
-        for name in members
+        Scored(name, "member", (name,), softmax(rows.logits[rows.members.index(name)]), networks) for name in members
     ]
-    record = store.config.digest("runs.score_ensemble")
     failures = {}
     for name, ensemble in saved.items():
         absent = [member for member in ensemble.members if member not in members]
@@ -213,7 +210,7 @@ def score_all(
             failures[name] = str(error)
             continue
         probabilities, disagreement = answers["probabilities"], answers.get("mutual_information")
-        facts = (name, "ensemble", ensemble.members, probabilities, ensemble.provenance, record, disagreement)
+        facts = (name, "ensemble", ensemble.members, probabilities, ensemble.provenance, disagreement)
         scored.append(Scored(*facts, inference=ensemble.inference))
     return scored, failures
 

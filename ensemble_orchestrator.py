@@ -141,6 +141,22 @@ COMMANDS: dict[str, Command] = {
                 "action": "store_true",
                 "help": "with --model-name: score it even on rows it was fitted on, marked",
             },
+            "--alpha": {
+                "metavar": "SHARE",
+                "type": float,
+                "default": 0.1,
+                "help": "share of images whose conformal set may miss the true class (default: %(default)s)",
+            },
+            "--wanted-error": {
+                "metavar": "SHARE",
+                "type": float,
+                "default": 0.05,
+                "help": "error to keep by not answering unsure images (default: %(default)s)",
+            },
+            "--class-conditional": {
+                "action": "store_true",
+                "help": "conformal sets with a threshold for each class as well",
+            },
         },
         writes=True,
         decodes=True,

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
+from utils import uncertainty
 from utils.metrics import softmax
 
 DEMO = ("--config", "configs/votes.yaml")
@@ -18,6 +19,8 @@ KEYS = {
     *("recall_macro", "log_loss", "brier", "ece", "mce", "roc_auc_ovr_macro", "confusion_matrix", "per_class", "ci95"),
     *("vs_best_single", "vs_soft_voting", "latency_ms", "size_mb", "members", "weights", "crossfit", "fitted_on"),
     *("selected_on", "contaminated", "optimistic", "overlap", "config_digest", "seed", "versions", "created", "notes"),
+    *("precision_weighted", "recall_weighted", "ece_adaptive", "reliability", "bootstrap", "conformal", "selective"),
+    *("mutual_information", "out_of_distribution"),
 }
 
 
@@ -35,15 +38,20 @@ def stored(workspace, array):
     return np.stack([np.load(folder / name / "test" / f"{array}.npy") for name in MEMBERS])
 
 
+def temperature(workspace):
+    return read(workspace / "ensembles" / "models" / "logit_averaging_ensemble" / "ensemble.json")["temperature"]
+
+
 @pytest.mark.parametrize("name", [*NAMES, "members/CustomConvNeXt", "members/CustomViTHybrid"])
 def test_metrics_have_every_key_and_null_has_a_reason(built, name):
     record = metrics(built, name)
     assert record.keys() == KEYS
-    assert all(key in record["notes"] for key, value in record.items() if value is None and key != "config_digest")
+    assert all(key in record["notes"] for key, value in record.items() if value is None)
     assert record["contaminated"] is False
     assert record["optimistic"] is False
     assert record["overlap"] == {"fitted": 0, "selected": 0, "dropped": 0}
-    assert {part["split"] for part in record["fitted_on"]} == {"train"}
+    honest = {"val"} if name == "logit_averaging_ensemble" else set()  # its temperature is fitted
+    assert {part["split"] for part in record["fitted_on"]} == {"train"} | honest
     assert {part["split"] for part in record["selected_on"]} == {"val"}
     assert sum(record["weights"].values()) == pytest.approx(1)
     sizes = [(built / "checkpoints" / f"{member}_final.pth").stat().st_size for member in record["members"]]
@@ -56,7 +64,7 @@ def test_scores_are_those_of_the_members_logits_by_hand(built):
     logits, labels = stored(built, "logits"), stored(built, "labels")[0]
     expected = {
         "soft_voting_ensemble": softmax(logits).mean(axis=0),
-        "logit_averaging_ensemble": softmax(logits.mean(axis=0)),
+        "logit_averaging_ensemble": softmax(logits.mean(axis=0) / temperature(built)),
     }
     for name, probabilities in expected.items():
         record = metrics(built, name)
@@ -64,6 +72,59 @@ def test_scores_are_those_of_the_members_logits_by_hand(built):
         assert record["f1_macro"] == pytest.approx(sk.f1_score(labels, probabilities.argmax(axis=1), average="macro"))
         assert record["log_loss"] == pytest.approx(sk.log_loss(labels, probabilities), abs=1e-6)
         assert record["confusion_matrix"] == sk.confusion_matrix(labels, probabilities.argmax(axis=1)).tolist()
+
+
+def test_latency_is_that_of_the_networks_and_the_combiner_and_measured_once(own_copy, orchestrator):
+    kept = read(own_copy / "ensembles" / "latency.json")
+    networks = {entry["member"]: entry for by_device in kept["networks"].values() for entry in by_device.values()}
+    combiners = {entry["ensemble"]: entry for by_device in kept["combiners"].values() for entry in by_device.values()}
+    assert combiners.keys() == set(NAMES)
+    for name in (*NAMES, "members/CustomConvNeXt"):
+        found = metrics(own_copy, name)["latency_ms"]
+        parts = [networks[member] for member in metrics(own_copy, name)["members"]]
+        parts += [combiners[name]] if name in NAMES else []
+        for size in ("batch_1", "batch_32"):
+            for key in ("p50", "p95"):
+                assert found[size][key] == pytest.approx(sum(part["batches"][size][key] for part in parts), abs=1e-3)
+        assert (found["device"], found["threads"]) == (parts[0]["device"], parts[0]["threads"])
+    before = metrics(own_copy, NAMES[0])
+    done = orchestrator("evaluate", "--force", *DEMO, workspace=own_copy)
+    assert done.returncode == 0, done.stderr
+    assert read(own_copy / "ensembles" / "latency.json") == kept
+    after = metrics(own_copy, NAMES[0])
+    assert {**before, "created": 0} == {**after, "created": 0}
+
+
+def test_pictures_and_tables_lie_beside_the_scores(built):
+    scores = built / "metrics_output" / "ensembles"
+    for name in NAMES:
+        for kind in ("confusion_matrix", "reliability", "risk_coverage", "per_class_metrics"):
+            assert (scores / name / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.suffix for path in scores.glob("ranking.*")} == {".json", ".csv", ".md", ".tex"}
+    first = (scores / "label_issues.csv").read_text().splitlines()
+    assert first[0].startswith("rank,split,sample_id,image,label,suggested")
+    for line in first[1:]:
+        assert (built / line.split(",")[3]).is_file()
+
+
+def test_conformal_sets_cover_test_rows_as_promised_over_ten_resplits(built):
+    parts = []
+    with np.load(built / "ensembles" / "models" / "soft_voting_ensemble" / "crossfit.npz") as arrays:
+        rows = arrays["split"] == "val"
+        parts.append((arrays["probabilities"][rows], arrays["labels"][rows]))
+    with np.load(built / "ensembles" / "models" / "soft_voting_ensemble" / "predictions_test.npz") as arrays:
+        parts.append((arrays["probabilities"], arrays["labels"]))
+    probabilities, labels = (np.concatenate(values) for values in zip(*parts, strict=True))
+    for kind in uncertainty.SCORES:
+        covered = []
+        for seed in range(10):
+            order = np.random.default_rng(seed).permutation(len(labels))
+            halves = [(probabilities[half], labels[half]) for half in np.array_split(order, 2)]
+            found = uncertainty.conformal(kind, *halves)
+            covered.append(found["coverage"])
+        low, high = found["coverage_interval"]
+        assert low <= np.mean(covered)
+        assert kind == "aps" or np.mean(covered) <= high
 
 
 def test_ranking_is_in_order_and_recommends_without_the_test_split(built, own_copy, orchestrator):

@@ -297,6 +297,7 @@ def test_point_metrics_are_plain_json_with_the_promised_keys():
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert set(found) == {
         *("accuracy", "f1_macro", "f1_weighted", "precision_macro", "recall_macro", "log_loss", "brier", "ece", "mce"),
+        *("precision_weighted", "recall_weighted", "ece_adaptive", "reliability"),
         *("roc_auc_ovr_macro", "confusion_matrix", "per_class", "n_samples", "n_classes", "notes"),
     }
     assert found["per_class"]["spot"] == {"precision": 0.5, "recall": 1.0, "f1": 2 / 3, "support": 1}

@@ -1,13 +1,14 @@
-"""Score-level combiners: voting on what the members say, with nothing to fit."""
+"""Score-level combiners: voting, which fits nothing, and what is fitted on the members' outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
+from utils import temperature
 from utils.combiner import Combiner, MemberFacts
 from utils.config import Config
 from utils.greedy import GreedySelection
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Voting:
-    """What the three ways of voting share: they fit nothing and hold nothing."""
+    """What the two ways of voting share: they fit nothing and hold nothing."""
 
     settings: ClassVar[tuple[str, ...]] = ()
     learns: ClassVar[bool] = False
@@ -97,18 +98,77 @@ class HardVoting(Voting):
         return VoteShares(self.TIE_SHARE)
 
 
-class LogitAveraging(Voting):
-    """Soft-max of the plain mean of the members' logits: the normalised geometric mean of their probabilities."""
+@dataclass(kw_only=True)
+class LogitAveraging:
+    """Soft-max of the plain mean of the members' logits: the normalised geometric mean of their probabilities.
+
+    A temperature divides the mean where held-out folds gain by it, and with `per_member` each member's logits before.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("runs.score_ensemble.temperature",)
+    learns: ClassVar[bool] = True
+
+    calibration: str = "auto"
+    """auto, off or per_member"""
+    temperature: float = 1.0
+    member_temperatures: np.ndarray = field(default_factory=lambda: np.ones(1))
+    """(M,), or one for all before it is fitted"""
+
+    @classmethod
+    def configured(cls, config: Config, members: MemberFacts) -> Self:
+        """With the kind of temperature of `runs.score_ensemble`."""
+        return cls(calibration=config.runs.score_ensemble.temperature)
+
+    def fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Self:
+        """Find the temperatures on logits (M, N, C), labels (N,), folds (N,); 1 with one fold or one class."""
+        self.member_temperatures, self.temperature = np.ones(len(logits)), 1.0
+        if self.calibration == "off" or min(len(np.unique(folds)), len(np.unique(labels))) < 2:
+            return self
+        if self.calibration == "per_member":
+            self.member_temperatures = temperature.choose_per_member(logits, labels, folds)
+        self.temperature = temperature.choose(self._mean(logits), labels, folds).temperature
+        return self
+
+    def _mean(self, logits: np.ndarray) -> np.ndarray:
+        divided = logits / self.member_temperatures[:, None, None]
+        mean: np.ndarray = divided.mean(axis=0, dtype=np.float64)
+        return mean
 
     def predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Logits (M, N, C) -> probabilities (N, C)."""
-        return softmax(logits.mean(axis=0, dtype=np.float64))
+        return softmax(self._mean(logits) / self.temperature)
 
     def to_module(self) -> nn.Module:
         """Logits (B, M, C) -> probabilities (B, C)."""
         from utils.heads import ProbabilityOfMeanLogits
 
-        return ProbabilityOfMeanLogits()
+        return ProbabilityOfMeanLogits(self.temperature, self.member_temperatures)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The temperatures, (1,) and (M,)."""
+        return {"temperature": np.array([self.temperature]), "member_temperatures": self.member_temperatures}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, np.ndarray]) -> Self:
+        """The one whose `state` this is."""
+        return cls(temperature=float(state["temperature"][0]), member_temperatures=state["member_temperatures"])
+
+    def used(self, members: int) -> np.ndarray:
+        """All of them, (M,)."""
+        return np.ones(members, dtype=bool)
+
+    def restricted(self, used: np.ndarray) -> Self:
+        """The same map on the used members' logits."""
+        return replace(self, member_temperatures=self.member_temperatures[used])
+
+    def report(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """Equal weights, and the temperatures."""
+        of_members = dict(zip(names, self.member_temperatures.tolist(), strict=True))
+        return {
+            "weights": dict.fromkeys(names, 1 / len(names)),
+            "temperature": self.temperature,
+            "member_temperatures": of_members if (self.member_temperatures != 1).any() else None,
+        }
 
 
 SAVED_AS: dict[str, type[Combiner]] = {

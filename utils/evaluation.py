@@ -3,43 +3,33 @@
 from __future__ import annotations
 
 import logging
-import platform
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from utils import catalog, ensembles, fold_networks
-from utils.artifacts import digest_of, read_arrays, read_json, write_arrays, write_json
-from utils.catalog import IMPORTED, Catalog, Member
+from utils import catalog, ensembles, label_issues, latency, leaderboard, plots, score_records, scoring
+from utils.artifacts import read_json, write_json, write_text
+from utils.catalog import IMPORTED, Member
 from utils.config import Config
-from utils.ensembles import Ensemble, Provenance
-from utils.errors import ContaminatedError, UserError, did_you_mean
-from utils.metrics import METRICS, point_metrics, softmax
-from utils.predictions import IMPORT, Store
+from utils.ensembles import Ensemble
+from utils.errors import ConfigError, ContaminatedError, UserError, did_you_mean
+from utils.metrics import METRICS, softmax
+from utils.predictions import Store
 from utils.results import Result
-from utils.rows import UNKNOWN, Rows, align
+from utils.rows import Rows
+from utils.score_records import Context, Options
+from utils.scoring import Scored
+from utils.statistics import holm
 from utils.workspace import Workspace
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 1  # raised whenever the same inputs would give other records
-NOT_MEASURED = "not measured by this version"
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One member or ensemble on the evaluated rows."""
-
-    name: str
-    kind: str
-    members: tuple[str, ...]
-    probabilities: np.ndarray
-    """float64 (N, C)"""
-    provenance: Provenance
-    config_digest: str | None
+SOFT_VOTING = "soft_voting_ensemble"
+COLUMNS = ("accuracy", "f1_macro", "log_loss", "ece", "ci95", "contaminated", "optimistic")
+COMPARED = ("vs_best_single", "vs_soft_voting")
 
 
 def evaluate(
@@ -49,18 +39,24 @@ def evaluate(
     split: str = "test",
     model_name: str | None = None,
     allow_contaminated: bool = False,
+    alpha: float = Options.alpha,
+    wanted_error: float = Options.wanted_error,
+    class_conditional: bool = False,
     force: bool = False,
 ) -> Result:
-    """Score all members and ensembles, or the one named, and write `metrics.json` of each and `ranking.json`.
+    """Score all members and ensembles, or the one named, and write `metrics.json` of each, plots, ranking and tables.
 
-    Raises UserError without catalog or ensembles, and for an unknown name; ContaminatedError when the one asked for by
-    name was fitted on evaluated rows, unless `allow_contaminated`.
+    A member or ensemble that cannot be scored is left out and named in the result's failures. Raises UserError without
+    catalog or ensembles, for an unknown name, and where nothing or not the one named can be scored; ConfigError for
+    shares that are none; ContaminatedError when the one asked for by name was fitted on evaluated rows, unless
+    `allow_contaminated`.
     """
+    options = _checked(Options(alpha, wanted_error, class_conditional))
     found = catalog.load(workspace)
     store = Store(config, workspace, found)
     saved = {name: ensembles.load(workspace, name) for name in ensembles.names(workspace)}
     selected = catalog.select(found, config)
-    members = members_to_score(found, selected, saved)
+    members = scoring.members_to_score(found, selected, saved)
     if model_name is not None and model_name not in [*saved, *members]:
         known = [*saved, *members]
         raise UserError(
@@ -69,259 +65,227 @@ def evaluate(
         )
     if not saved:
         logger.warning("no ensemble is built; members alone are scored. Run build-ensemble first")
-    key = inputs_digest(store, saved, members, split)
-    ranking = read_json(workspace.ranking(split), remedy="Remove it, then evaluate again")
-    if ranking and ranking.get("inputs_digest") == key and not force and model_name is None:
-        return _present(workspace, ranking, split, "up to date")
-    stale = [name for name, ensemble in saved.items() if _is_stale(found.members, ensemble)]
-    for name in stale:
-        logger.warning("%s was built from other checkpoints than the catalog holds; build it again", name)
-        del saved[name]
-    store.ensure(list(members.values()), ("val", split) if split != "val" else ("val",))
-    rows, dropped = _evaluated_rows(store, members, split)
-    scored = _score_all(store, saved, members, rows, split)
-    contaminated = {item.name: _overlap(item.provenance.fitted_on, rows) for item in scored}
-    if model_name is not None and contaminated[model_name] and not allow_contaminated:
-        raise ContaminatedError(
-            f"{model_name}: {contaminated[model_name]} of {len(rows.labels)} rows of {split} gave it its "
-            "parameters, so the score would flatter it. Use another split, or --allow-contaminated to see it marked"
-        )
-    own = _answering_alone(config, members)
-    recommended = ensembles.recommended(store, own, saved)
-    ranked = {}
-    for item in scored:
-        if item.name == model_name or (model_name is None and (item.name in saved or item.name in own)):
-            ranked[item.name] = _write_metrics(workspace, item, rows, split, dropped, store)
+    key = scoring.inputs_digest(store, saved, members, split)
+    before = read_json(workspace.ranking(split), remedy="Remove it, then evaluate again")
+    if model_name is None and not force and _is_current(before, key, options):
+        return _present(workspace, before, split, "up to date")
+    saved, failures = scoring.usable(found, saved)
+    there, silent = scoring.answering(store, members, split)
+    failures |= silent
+    rows, dropped = scoring.evaluated_rows(store, there, split)
+    scored, unscored = scoring.score_all(store, saved, there, rows, split)
+    failures |= unscored
+    by_name = {item.name: item for item in scored}
     if model_name is not None:
-        text = _one(workspace, ranked[model_name], model_name in saved, split)
-        return Result(text, ranked[model_name])
+        _require(by_name, model_name, failures, rows, split, allowed=allow_contaminated)
+    alone = scoring.ranked_alone(store, there)
+    # Who is recommended is a matter of honest rows; members without rows of this split may have them.
+    honest = {name: members[name] for name in members if name in there or not store.has(members[name], split)}
+    recommended = ensembles.recommended(store, scoring.ranked_alone(store, honest), saved)
+    items = [item for item in scored if item.name in saved or item.name in alone]
+    if model_name is not None:
+        items = [by_name[model_name]]
+    references = {
+        "vs_best_single": by_name.get(recommended["best_single"]),
+        "vs_soft_voting": by_name.get(SOFT_VOTING) or _plain_mean(rows, [member.name for member in selected], there),
+    }
+    context = Context(
+        store,
+        rows,
+        split,
+        items,
+        dropped=dropped,
+        references=references,
+        options=options,
+        **_latencies(store, items, saved, split),
+    )
+    records = {}
+    for item in items:
+        records[item.name] = score_records.record(item, saved.get(item.name), context)
+        _write(workspace, item, records[item.name], drawn=item.kind == "ensemble" or model_name is not None)
+    store.digests.save()
+    if model_name is not None:
+        return Result(_one(workspace, records[model_name], by_name[model_name].kind, split), records[model_name])
     metric = config.runs.score_ensemble.optimization_metric
-    ranking = _ranking(ranked, {item.name: item.kind for item in scored}, split, metric) | {
+    ranking = _ranking(records, {item.name: item.kind for item in items}, split, metric) | {
         "recommended": {name: recommended[name] for name in ("name", "reason", "evidence")},
         "peers": {
             "best_single": recommended["best_single"],
-            "soft_voting": "soft_voting_ensemble" if "soft_voting_ensemble" in saved else None,
-            "greedy_selection_ensemble": None,
+            "soft_voting": SOFT_VOTING if SOFT_VOTING in saved else None,
+            "greedy_selection_ensemble": "greedy_selection_ensemble" if "greedy_selection_ensemble" in saved else None,
         },
+        "label_issues": _label_issues(store, recommended["name"], saved),
+        "left_out": failures,
+        "options": asdict(options),
         "inputs_digest": key,
     }
+    for suffix, text_of in leaderboard.WRITERS.items():
+        write_text(workspace.ranking_table(split, suffix), text_of(ranking))
     write_json(workspace.ranking(split), ranking)
-    store.digests.save()
     return _present(workspace, ranking, split, "written")
 
 
-def members_to_score(found: Catalog, selected: Sequence[Member], saved: Mapping[str, Ensemble]) -> dict[str, Member]:
-    """Members of the configuration and of every saved ensemble."""
-    chosen = {member.name: member for member in selected}
-    for ensemble in saved.values():
-        chosen |= {name: found.members[name] for name in ensemble.members if name in found.members}
-    return dict(sorted(chosen.items()))
+def _checked(options: Options) -> Options:
+    told = {"--alpha": options.alpha, "--wanted-error": options.wanted_error}
+    wrong = [f"{option} {value:g}" for option, value in told.items() if not 0 < value < 1]
+    if wrong:
+        raise ConfigError(f"evaluate {' '.join(wrong)}: expected a share of rows between 0 and 1, such as 0.1")
+    return options
 
 
-def _answering_alone(config: Config, members: Mapping[str, Member]) -> dict[str, Member]:
-    """Members with a rank of their own; a derived one that nobody names is ranked as the ensemble made of it."""
-    named = config.backbones.selected
-    return {name: member for name, member in members.items() if member.source != "derived" or name in named}
+def _is_current(ranking: Mapping[str, Any] | None, key: str, options: Options) -> bool:
+    """Whether a ranking is what would be found now; with something left out it may not be, once that is mended."""
+    if not ranking or ranking.get("inputs_digest") != key or ranking.get("left_out"):
+        return False
+    return ranking.get("options") == asdict(options)
 
 
-def inputs_digest(store: Store, saved: Mapping[str, Ensemble], members: Mapping[str, Member], split: str) -> str:
-    """Everything a ranking depends on; found without opening an image or a checkpoint."""
-    built_from = {name: ensemble.inputs_digest for name, ensemble in saved.items()}
-    run_on = {name: store.key(member, split) for name, member in members.items()}
-    own = sorted(_answering_alone(store.config, members))
-    return digest_of([VERSION, split, built_from, run_on, own, store.config.runs.score_ensemble.optimization_metric])
+def _require(
+    scored: Mapping[str, Scored], name: str, failures: Mapping[str, str], rows: Rows, split: str, *, allowed: bool
+) -> None:
+    """Raise where the one asked for cannot be scored, or was fitted on the rows and that is not `allowed`."""
+    if name not in scored:
+        raise UserError(f"{name}: {failures.get(name, 'built from other checkpoints than the catalog holds')}")
+    fitted = scoring.overlap(scored[name].provenance.fitted_on, rows)
+    if fitted and not allowed:
+        raise ContaminatedError(
+            f"{name}: {fitted} of {len(rows.labels)} rows of {split} gave it its "
+            "parameters, so the score would flatter it. Use another split, or --allow-contaminated to see it marked"
+        )
 
 
-def _is_stale(members: Mapping[str, Member], ensemble: Ensemble) -> bool:
-    digests = ensemble.member_digests
-    return any(
-        name not in members or fold_networks.digest(members[name], ensemble.inference) != digests[name]
-        for name in ensemble.members
-    )
+def _plain_mean(rows: Rows, selected: Sequence[str], there: Mapping[str, Member]) -> Scored | None:
+    """Soft voting of the configuration's members, where it is not built."""
+    names = tuple(name for name in selected if name in there)
+    if not names:
+        return None
+    places = [rows.members.index(name) for name in names]
+    mean = softmax(rows.logits[places]).mean(axis=0)
+    return Scored(SOFT_VOTING, "ensemble", names, mean, ensembles.Provenance((), ()))
 
 
-def _evaluated_rows(store: Store, members: Mapping[str, Member], split: str) -> tuple[Rows, int]:
-    """All members on the split, less rows without a label and rows whose content is that of a train or val image."""
-    rows = align({name: [store.rows(member, split)] for name, member in members.items()}, store.catalog.classes)
-    copies = _copies(store, rows, split) if store.catalog.has_images else []
-    for sample_id, twin in copies[:5]:
-        logger.warning("evaluate: %s/%s is the same image as %s and is left out", split, sample_id, twin)
-    if copies:
-        logger.warning("evaluate: %d row(s) left out for every member and ensemble", len(copies))
-    unknown = rows.labels == UNKNOWN
-    if unknown.any():
-        logger.warning("evaluate: %d of %d row(s) of %s are left out: no label", unknown.sum(), len(unknown), split)
-    if unknown.all():
-        raise UserError(f"{split}: no row has a label. Write labels into {split}.npz of any member, then: {IMPORT}")
-    keep = ~np.isin(rows.sample_ids, [sample_id for sample_id, _ in copies]) & ~unknown
-    if not keep.any():
-        raise UserError(f"{split}: every image is also a train or val image. Split the images anew")
-    return rows.take(np.flatnonzero(keep)), len(copies)
+def _latencies(store: Store, items: Sequence[Scored], saved: Mapping[str, Ensemble], split: str) -> dict[str, Any]:
+    """`latencies` of networks, `combiners`, and why something is `unmeasured`; of what is scored, measured once."""
+    catalogued = store.catalog.members
+    run = [item for item in items if all(catalogued[name].source != IMPORTED for name in item.members)]
+    members = [catalogued[name] for name in sorted({name for item in run for name in item.members})]
+    found: dict[str, latency.Record] = {}
+    unmeasured: dict[str, str] = {}
 
+    def measure(some: Sequence[Member]) -> None:
+        found.update(latency.measure(store, some))
 
-def _copies(store: Store, rows: Rows, split: str) -> list[tuple[str, str]]:
-    """(sample id, train or val sample of the same content) of the evaluated rows that have one."""
-    seen = {
-        content: f"{other}/{sample_id}"
-        for other in ("train", "val")
-        if other != split
-        for sample_id, content in zip(store.images(other).sample_ids, store.images(other).contents, strict=True)
+    try:
+        unmeasured = scoring.each(members, measure)
+    except UserError as error:
+        unmeasured = {member.name: str(error) for member in members}
+    combiners = {
+        item.name: latency.measure_combiner(
+            store,
+            saved[item.name].inputs_digest,
+            item.name,
+            saved[item.name].combiner.to_module,
+            (len(item.members), item.probabilities.shape[1]),
+            _widths(store, saved[item.name], split),
+        )
+        for item in run
+        if item.name in saved
     }
-    images = store.images(split)
-    content_of = dict(zip(images.sample_ids, images.contents, strict=True))
-    return [(sample_id, seen[content_of[sample_id]]) for sample_id in rows.sample_ids if content_of[sample_id] in seen]
+    return {"latencies": found, "combiners": combiners, "unmeasured": unmeasured}
 
 
-def _score_all(
-    store: Store, saved: Mapping[str, Ensemble], members: Mapping[str, Member], rows: Rows, split: str
-) -> list[Scored]:
-    networks = ensembles.network_provenance(store)
-    scored = [
-        Scored(name, "member", (name,), softmax(rows.logits[rows.members.index(name)]), networks, None)
-        for name in members
-    ]
-    for name, ensemble in saved.items():
-        own = _answers(store, ensemble, rows, split)
-        probabilities = _stored_predictions(store, ensemble, own, split)
-        record = store.config.digest("runs.score_ensemble")
-        scored.append(Scored(name, "ensemble", ensemble.members, probabilities, ensemble.provenance, record))
-    return scored
-
-
-def _answers(store: Store, ensemble: Ensemble, rows: Rows, split: str) -> Rows:
-    """What the networks that answer for the ensemble's members give on the rows."""
-    embeddings = ensemble.combiner.reads_embeddings
-    if ensemble.inference == fold_networks.FULL and not embeddings:
-        places = [rows.members.index(name) for name in ensemble.members]
-        return replace(rows, members=ensemble.members, logits=rows.logits[places])
+def _widths(store: Store, ensemble: Ensemble, split: str) -> list[int]:
+    """Of its members' embeddings, where its combiner reads them."""
+    if not ensemble.combiner.reads_embeddings:
+        return []
     members = [store.catalog.members[name] for name in ensemble.members]
-    fold_networks.ensure(store, members, (split,), ensemble.inference)
-    found = fold_networks.aligned(store, members, split, ensemble.inference, embeddings=embeddings)
-    return found.take(np.flatnonzero(np.isin(found.sample_ids, rows.sample_ids)))
+    parts = [store.rows(member, split, embeddings=True).embeddings for member in members]
+    return [part.shape[1] for part in parts if part is not None]
 
 
-def _stored_predictions(store: Store, ensemble: Ensemble, rows: Rows, split: str) -> np.ndarray:
-    """The ensemble's probabilities on the rows, kept as `predictions_<split>.npz` for whoever asks again."""
-    path = store.workspace.ensemble(ensemble.name) / f"predictions_{split}.npz"
-    members = [store.catalog.members[name] for name in ensemble.members]
-    keys = [fold_networks.key(store, member, split, ensemble.inference) for member in members]
-    key = digest_of([ensemble.inputs_digest, keys, rows.sample_ids.tolist()])
-    if path.is_file():
-        arrays = read_arrays(path, remedy="Remove it, then evaluate again")
-        if str(arrays["key"]) == key:
-            return arrays["probabilities"]
-    probabilities = ensembles.predict(ensemble, rows)
-    arrays = {"probabilities": probabilities, "labels": rows.labels, "sample_ids": rows.sample_ids}
-    write_arrays(path, arrays | {"classes": np.array(rows.classes), "key": np.array(key)})
-    return probabilities
-
-
-def _overlap(sets: Sequence[ensembles.RowSet], rows: Rows) -> int:
-    """How many evaluated rows are among the given ones, by (split, sample id)."""
-    known = {(part.split, sample_id) for part in sets for sample_id in part.sample_ids}
-    return sum(key in known for key in zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True))
-
-
-def _write_metrics(
-    workspace: Workspace, item: Scored, rows: Rows, split: str, dropped: int, store: Store
-) -> dict[str, Any]:
-    """`metrics.json` of one member or ensemble; what this version does not measure is null, with the reason."""
-    record = point_metrics(item.probabilities, rows.labels, rows.classes)
-    fitted, selected = _overlap(item.provenance.fitted_on, rows), _overlap(item.provenance.selected_on, rows)
-    unmeasured = ("ci95", "vs_best_single", "vs_soft_voting", "latency_ms")
-    notes = record.pop("notes") | dict.fromkeys(unmeasured, NOT_MEASURED)
-    imported = [name for name in item.members if store.catalog.members[name].source == IMPORTED]
-    if imported:
-        notes |= dict.fromkeys(("latency_ms", "size_mb"), f"known by predictions alone: {', '.join(imported)}")
-    if not store.catalog.has_images:
-        notes["overlap.dropped"] = "there are no images, so that equal samples under two names cannot be told"
-    weights, unseen = {item.name: 1.0}, None
-    if item.kind == "ensemble":
-        saved = read_json(workspace.ensemble(item.name) / "ensemble.json", remedy="Build the ensemble again")
-        weights, unseen = saved.get("weights"), saved["crossfit"] | {"log_loss_ci95": None}
-        if weights is None:
-            notes["weights"] = f"{saved['method']} is no weighted mean of its members"
-        notes["crossfit.log_loss_ci95"] = NOT_MEASURED
-    else:
-        notes["crossfit"] = "a single member is not fitted on predictions"
-    record |= dict.fromkeys(unmeasured)
-    record |= {
-        "name": item.name,
-        "split": split,
-        "members": list(item.members),
-        "weights": weights,
-        "size_mb": None if imported else _size_mb(store, item.members),
-        "crossfit": unseen,
-        "fitted_on": [part.as_record() for part in item.provenance.fitted_on],
-        "selected_on": [part.as_record() for part in item.provenance.selected_on],
-        "contaminated": fitted > 0,
-        "optimistic": selected > 0,
-        "overlap": {"fitted": fitted, "selected": selected, "dropped": dropped},
-        "config_digest": item.config_digest,
-        "seed": store.config.seed,
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
-        "created": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "notes": notes,
-    }
-    place = workspace.ensemble_metrics if item.kind == "ensemble" else workspace.member_metrics
+def _write(workspace: Workspace, item: Scored, record: Mapping[str, Any], *, drawn: bool) -> None:
+    ensemble, split = item.kind == "ensemble", record["split"]
+    place = workspace.ensemble_metrics if ensemble else workspace.member_metrics
     write_json(place(item.name, split), record)
-    return record
+    for kind in plots.KINDS if drawn else ():
+        plots.draw(kind, record, workspace.plot(item.name if ensemble else f"members/{item.name}", kind, split))
 
 
-def _size_mb(store: Store, members: Sequence[str]) -> float:
-    files = [store.workspace.base / store.catalog.members[name].checkpoints[0]["path"] for name in members]
-    return round(sum(file.stat().st_size for file in files) / 1e6, 3)
-
-
-def _ranking(ranked: Mapping[str, Any], kinds: Mapping[str, str], split: str, metric: str) -> dict[str, Any]:
+def _ranking(records: Mapping[str, Any], kinds: Mapping[str, str], split: str, metric: str) -> dict[str, Any]:
     """Rows in order: the metric, then log-loss, then name; contaminated ones at the end without a rank."""
     higher_is_better = METRICS[metric][1]
 
     def place(name: str) -> tuple[bool, float, float, str]:
-        record = ranked[name]
+        record = records[name]
         value = -record[metric] if higher_is_better else record[metric]
         return record["contaminated"], value, record["log_loss"], name
 
+    corrected = {}
+    for key in COMPARED:
+        tested = {name: record[key]["mcnemar_p"] for name, record in records.items() if _is_tested(record, key)}
+        corrected[key] = holm(tested)
     rows = []
-    for rank, name in enumerate(sorted(ranked, key=place), start=1):
-        record = ranked[name]
-        columns = ("accuracy", "f1_macro", "log_loss", "ece", "ci95", "contaminated", "optimistic")
-        rank_or_none = None if record["contaminated"] else rank
-        rows.append({"rank": rank_or_none, "name": name, "kind": kinds[name]} | {key: record[key] for key in columns})
-    n = next(iter(ranked.values()))["n_samples"]
+    for rank, name in enumerate(sorted(records, key=place), start=1):
+        record = records[name]
+        row = {"rank": None if record["contaminated"] else rank, "name": name, "kind": kinds[name]}
+        row |= {key: record[key] for key in COLUMNS}
+        for key in COMPARED:
+            against = record[key]
+            row[key] = None if against is None else against | {"mcnemar_p_holm": corrected[key].get(name)}
+        rows.append(row)
+    n = next(iter(records.values()))["n_samples"]
     return {"split": split, "n": n, "order": [metric, "log_loss", "name"], "rows": rows}
 
 
+def _is_tested(record: Mapping[str, Any], key: str) -> bool:
+    """A contaminated one is no candidate, so that its test costs the others nothing."""
+    return record[key] is not None and not record["contaminated"]
+
+
+def _label_issues(store: Store, name: str, saved: Mapping[str, Ensemble]) -> dict[str, Any]:
+    """Write labels in doubt, by the honest answers of the recommended one; gives what the ranking says of them."""
+    workspace, classes = store.workspace, store.catalog.classes
+    if name in saved:
+        unseen = score_records.unseen_by_ensemble(store, name)
+    else:
+        unseen = score_records.unseen_by_member(store, store.catalog.members[name])
+    issues = label_issues.find(unseen.probabilities, unseen.labels)
+    splits, ids = unseen.split.tolist(), unseen.sample_ids.tolist()
+    files: dict[tuple[str, str], str] = {}
+    for split in sorted(set(splits)) if store.catalog.has_images else ():
+        images = store.images(split)
+        paths = zip(images.sample_ids, images.paths, strict=True)
+        files |= {(split, sample_id): workspace.relative(path) for sample_id, path in paths}
+    places = [files.get(key, "") for key in zip(splits, ids, strict=True)]
+    place = workspace.label_issues("csv")
+    text = label_issues.table(issues, unseen.probabilities, unseen.labels, splits, ids, places, classes)
+    write_text(place, text)
+    facts = {"model": name, "n": len(ids), "in_doubt": len(issues.rows)}
+    thresholds = [None if np.isnan(value) else float(value) for value in issues.thresholds]
+    detail = {"classes": list(classes), "thresholds": thresholds, "confident_joint": issues.counts.tolist()}
+    write_json(workspace.label_issues("json"), facts | detail)
+    return facts
+
+
 def _present(workspace: Workspace, ranking: Mapping[str, Any], split: str, state: str) -> Result:
-    width = max(len(row["name"]) for row in ranking["rows"])
-    chosen = ranking["recommended"]
-    lines = [
-        f"{split} split, {ranking['n']} samples, ordered by {ranking['order'][0]}",
-        f"rank  {'name':{width}}  kind      accuracy  F1 macro  log-loss  ECE",
-    ]
-    for row in ranking["rows"]:
-        marks = [mark for mark in ("contaminated", "optimistic") if row[mark]]
-        marks += ["recommended"] if row["name"] == chosen["name"] else []
-        rank = "-" if row["rank"] is None else row["rank"]
-        lines.append(
-            f"{rank:>4}  {row['name']:{width}}  {row['kind']:8}  {row['accuracy']:8.4f}  {row['f1_macro']:8.4f}  "
-            f"{row['log_loss']:8.4f}  {row['ece']:.4f}{'  ' + ', '.join(marks) if marks else ''}"
-        )
-    evidence = chosen["evidence"]
-    low, high = evidence["log_loss_ci95"]
-    lines.append(
-        f"recommended: {chosen['name']} ({chosen['reason']}; {evidence['n']} honest rows, {evidence['rows']}: log-loss "
-        f"{evidence['log_loss']:.4f} [{low:.4f}, {high:.4f}], accuracy {evidence['accuracy']:.4f})"
-    )
+    text = leaderboard.text(ranking, styled=leaderboard.is_terminal(sys.stdout))
+    doubt = ranking["label_issues"]
+    lines = [text]
+    if doubt["in_doubt"]:
+        rows = f"{doubt['in_doubt']} of {doubt['n']} honest rows"
+        lines.append(f"labels in doubt: {rows}, by {doubt['model']}: {workspace.label_issues('csv')}")
     lines.append(f"{state}: {workspace.ranking(split)}")
-    return Result("\n".join(lines), dict(ranking))
+    failures = [f"{name}: {reason}" for name, reason in sorted(ranking["left_out"].items())]
+    return Result("\n".join(lines), dict(ranking), failures)
 
 
-def _one(workspace: Workspace, record: Mapping[str, Any], is_ensemble: bool, split: str) -> str:
-    place = workspace.ensemble_metrics if is_ensemble else workspace.member_metrics
+def _one(workspace: Workspace, record: Mapping[str, Any], kind: str, split: str) -> str:
+    place = workspace.ensemble_metrics if kind == "ensemble" else workspace.member_metrics
     marks = [mark for mark in ("contaminated", "optimistic") if record[mark]]
+    low, high = record["ci95"]["accuracy"]
     return (
-        f"{record['name']} on {split}: accuracy {record['accuracy']:.4f}, F1 macro {record['f1_macro']:.4f}, log-loss "
-        f"{record['log_loss']:.4f}, ECE {record['ece']:.4f}{', ' + ', '.join(marks) if marks else ''}\n"
+        f"{record['name']} on {split}: accuracy {record['accuracy']:.4f} [{low:.4f}, {high:.4f}], F1 macro "
+        f"{record['f1_macro']:.4f}, log-loss {record['log_loss']:.4f}, ECE {record['ece']:.4f}"
+        f"{', ' + ', '.join(marks) if marks else ''}\n"
         f"written: {place(record['name'], split)}"
     )

@@ -19,10 +19,17 @@ class MeanOfProbabilities(nn.Module):
 
 
 class ProbabilityOfMeanLogits(nn.Module):
-    """Soft-max of the plain mean of the members' logits."""
+    """Soft-max of the plain mean of the members' logits, each divided by its own temperature (M,) and all by one."""
+
+    divisors: Tensor
+
+    def __init__(self, temperature: float, member_temperatures: np.ndarray) -> None:
+        super().__init__()
+        divisors = torch.tensor(member_temperatures * temperature, dtype=torch.float32)
+        self.register_buffer("divisors", divisors[:, None])
 
     def forward(self, logits: Tensor) -> Tensor:
-        return torch.softmax(logits.mean(dim=1), dim=1)
+        return torch.softmax((logits / self.divisors).mean(dim=1), dim=1)
 
 
 class VoteShares(nn.Module):

@@ -10,10 +10,10 @@ from utils import (
     base_back,
     catalog,
     ensembles,
-    evaluation,
     fitting,
     fold_networks,
     pruned_building,
+    scoring,
     snapshot_building,
     soup_building,
 )
@@ -95,7 +95,7 @@ def take(config: Config, workspace: Workspace) -> Inventory:
     learned = _learned(config)
     for name in (*wanted, *(name for names in learned.values() for name in names)):
         states.setdefault(name, State(MISSING))
-    in_use = evaluation.members_to_score(found, selected, saved)
+    in_use = scoring.members_to_score(found, selected, saved)
     return Inventory(
         catalog=of_catalog,
         found=found,
@@ -266,6 +266,6 @@ def _evaluation_state(store: Store, saved: Mapping[str, Ensemble], in_use: Mappi
         return State(DAMAGED, (str(error),))
     if ranking is None:
         return State(MISSING)
-    if ranking.get("inputs_digest") == evaluation.inputs_digest(store, saved, in_use, "test"):
+    if ranking.get("inputs_digest") == scoring.inputs_digest(store, saved, in_use, "test"):
         return State(CURRENT)
     return State(STALE, ("members or ensembles have changed since",))

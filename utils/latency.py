@@ -1,4 +1,4 @@
-"""How long members' networks take, measured once per network, device and threads, and kept for whoever asks.
+"""How long networks and combiners take, measured once per content, device and threads, and kept for whoever asks.
 
 A measured time is reused for ever, so that what is decided by it repeats. Removing `ensembles/latency.json` has all of
 it measured anew.
@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from utils.predictions import Store
 from utils.workspace import Workspace
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -82,7 +83,7 @@ def measure(store: Store, members: Sequence[Member], *, batches: Sequence[int] =
         found = _measured(member, store.workspace, device, wanted[member.name])
         before = known[member.name].batches if member.name in known else {}
         known[member.name] = Record(place, threads, before | found)
-        _keep(store.workspace, member, known[member.name])
+        _keep(store.workspace, "networks", member.digest, known[member.name], {"member": member.name})
         took = ", ".join(f"{timing.p50:.3g} ms for {size}" for size, timing in found.items())
         logger.info(
             "[%d/%d] measured %s on %s (threads: %d): %s", number, len(missing), member.name, place, threads, took
@@ -92,31 +93,74 @@ def measure(store: Store, members: Sequence[Member], *, batches: Sequence[int] =
 
 def stored(workspace: Workspace, members: Sequence[Member], device: str, threads: int) -> dict[str, Record]:
     """{member: what is known of it on this device}, without torch; members that were not measured there are missing."""
-    kept = _read(workspace)
+    kept = _read(workspace, "networks")
     found = {}
     for member in members:
         entry = kept.get(member.digest, {}).get(_key(device, threads))
         if entry is not None:
-            batches = {int(name.removeprefix("batch_")): Timing(**timing) for name, timing in entry["batches"].items()}
-            found[member.name] = Record(device, threads, batches)
+            found[member.name] = _record_of(entry, device, threads)
     return found
 
 
-def _read(workspace: Workspace) -> Mapping[str, Any]:
-    return (read_json(workspace.latency, remedy=AGAIN) or {}).get("networks", {})
+def measure_combiner(
+    store: Store,
+    digest: str,
+    name: str,
+    make: Callable[[], nn.Module],
+    shape: tuple[int, int],
+    widths: Sequence[int] = (),
+) -> Record:
+    """How long a combiner takes over logits (B, M, C) of `shape` (M, C), measured where `digest` is not known yet.
+
+    `make` gives its module, `name` says in the file whose it is; `widths` (M,) are those of the embeddings, where it
+    reads any.
+    """
+    import torch
+
+    device = streaming.resolve_device(store.config.device)
+    place, threads = _named(device), torch.get_num_threads()
+    entry = _read(store.workspace, "combiners").get(digest, {}).get(_key(place, threads))
+    if entry is not None:
+        return _record_of(entry, place, threads)
+    module, batches = make().to(device).eval(), {}
+    with torch.inference_mode():
+        for size in BATCHES:
+            random = torch.Generator().manual_seed(0)
+            logits = torch.randn(size, *shape, generator=random).to(device)
+            embeddings = [torch.randn(size, width, generator=random).to(device) for width in widths]
+            answer = partial(_answer, module, embeddings) if widths else module
+            batches[size] = timing_of(answer, logits)
+    found = Record(place, threads, batches)
+    _keep(store.workspace, "combiners", digest, found, {"ensemble": name})
+    return found
+
+
+def _answer(module: nn.Module, embeddings: list[Tensor], logits: Tensor) -> Tensor:
+    return module(logits, embeddings)
+
+
+def _read(workspace: Workspace, kind: str) -> Mapping[str, Any]:
+    """`kind`: networks or combiners."""
+    return (read_json(workspace.latency, remedy=AGAIN) or {}).get(kind, {})
+
+
+def _record_of(entry: Mapping[str, Any], device: str, threads: int) -> Record:
+    batches = {int(name.removeprefix("batch_")): Timing(**timing) for name, timing in entry["batches"].items()}
+    return Record(device, threads, batches)
 
 
 def _key(device: str, threads: int) -> str:
     return f"{device}, threads: {threads}"
 
 
-def _keep(workspace: Workspace, member: Member, record: Record) -> None:
-    """After each member, so that a killed command has measured something."""
-    kept = dict(_read(workspace))
+def _keep(workspace: Workspace, kind: str, digest: str, record: Record, says: Mapping[str, str]) -> None:
+    """After each one, so that a killed command has measured something; `says` whose it is."""
+    kept = read_json(workspace.latency, remedy=AGAIN) or {"networks": {}}
     batches = {f"batch_{size}": vars(timing) for size, timing in record.batches.items()}
-    entry = {"device": record.device, "threads": record.threads, "member": member.name, "batches": batches}
-    kept[member.digest] = kept.get(member.digest, {}) | {_key(record.device, record.threads): entry}
-    write_json(workspace.latency, {"networks": kept})
+    entry = {"device": record.device, "threads": record.threads, "batches": batches, **says}
+    table = kept.setdefault(kind, {})
+    table[digest] = table.get(digest, {}) | {_key(record.device, record.threads): entry}
+    write_json(workspace.latency, kept)
 
 
 def _say_when_busy(workspace: Workspace) -> None:

@@ -155,28 +155,82 @@ def brier(probabilities: ArrayLike, labels: ArrayLike) -> float:
 
 
 def _brier(scores: Floats, truth: Integers) -> float:
+    return float(_brier_per_row(scores, truth).mean())
+
+
+def _brier_per_row(scores: Floats, truth: Integers) -> Floats:
     of_truth = scores[np.arange(len(truth)), truth]
-    return float(((scores**2).sum(axis=1) - of_truth**2 + (1 - of_truth) ** 2).mean())
+    found: Floats = (scores**2).sum(axis=1) - of_truth**2 + (1 - of_truth) ** 2
+    return found
 
 
-def _calibration_gaps(scores: Floats, truth: Integers) -> tuple[Floats, Floats]:
-    """Per non-empty bin the share of rows in it and |accuracy - mean confidence|.
+def confidence_bins(confidence: Floats) -> Integers:
+    """Which of the 15 equal-width bins each confidence (N,) lies in, (N,).
 
     Bins are (lo, hi], the first also holds 0 and the last 1.0 and whatever rounding put above it.
     """
+    return np.searchsorted(np.arange(1, BINS) / BINS, confidence, side="left").astype(np.int64)
+
+
+def _calibration(scores: Floats, truth: Integers) -> tuple[Integers, Floats, Floats]:
+    """Rows, right answers and summed confidence of each of the 15 bins."""
     confidence = scores.max(axis=1)
-    bins = np.searchsorted(np.arange(1, BINS) / BINS, confidence, side="left")
-    counts = np.bincount(bins, minlength=BINS)
+    bins = confidence_bins(confidence)
     hits = np.bincount(bins, weights=scores.argmax(axis=1) == truth, minlength=BINS)
-    sums = np.bincount(bins, weights=confidence, minlength=BINS)
+    return np.bincount(bins, minlength=BINS), hits, np.bincount(bins, weights=confidence, minlength=BINS)
+
+
+def _calibration_gaps(scores: Floats, truth: Integers) -> tuple[Floats, Floats]:
+    """Per non-empty bin the share of rows in it and |accuracy - mean confidence|."""
+    counts, hits, sums = _calibration(scores, truth)
     filled = counts > 0
     return counts[filled] / len(truth), np.abs(hits - sums)[filled] / counts[filled]
+
+
+def reliability(probabilities: ArrayLike, labels: ArrayLike) -> dict[str, list[Any]]:
+    """What a reliability diagram shows: `confidence`, `accuracy` and `count` of each of the 15 bins.
+
+    Of an empty bin the confidence is its middle and the accuracy None.
+    """
+    counts, hits, sums = _calibration(*checked(probabilities, labels))
+    middles = (np.arange(BINS) + 0.5) / BINS
+    whole = np.maximum(counts, 1)
+    return {
+        "confidence": np.where(counts > 0, sums / whole, middles).tolist(),
+        "accuracy": [hit / count if count else None for hit, count in zip(hits.tolist(), counts.tolist(), strict=True)],
+        "count": counts.tolist(),
+    }
 
 
 def ece(probabilities: ArrayLike, labels: ArrayLike) -> float:
     """Expected calibration error of the top class over 15 equal-width bins (Guo et al. 2017)."""
     shares, gaps = _calibration_gaps(*checked(probabilities, labels))
     return float(shares @ gaps)
+
+
+def ece_adaptive(probabilities: ArrayLike, labels: ArrayLike) -> float:
+    """Expected calibration error of the top class over 15 bins of equally many rows (Nguyen and O'Connor 2015).
+
+    Rows in order of confidence; a row on the bound of two bins belongs to each in part, and so do rows of one
+    confidence, so that neither the order of rows nor their number decides.
+    """
+    return _ece_adaptive(*checked(probabilities, labels))
+
+
+def _ece_adaptive(scores: Floats, truth: Integers) -> float:
+    order, ends, gaps = by_confidence(scores, truth)
+    rows = np.append(0, ends + 1)
+    sums = np.append(0, np.cumsum(gaps[order])[ends])
+    at_bounds = np.interp(np.linspace(0, len(truth), BINS + 1), rows, sums)
+    return float(np.abs(np.diff(at_bounds)).sum() / len(truth))
+
+
+def by_confidence(scores: Floats, truth: Integers) -> tuple[Integers, Integers, Floats]:
+    """Rows in order of confidence (N,), places in it where a confidence ends, and hit minus confidence by row (N,)."""
+    confidence = scores.max(axis=1)
+    order = np.argsort(confidence, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(confidence[order]) > 0), len(truth) - 1)
+    return order, ends, (scores.argmax(axis=1) == truth) - confidence
 
 
 def mce(probabilities: ArrayLike, labels: ArrayLike) -> float:
@@ -233,11 +287,15 @@ def point_metrics(probabilities: ArrayLike, labels: ArrayLike, classes: Sequence
         "f1_macro": float(found["f1"].mean()),
         "f1_weighted": float(np.average(found["f1"], weights=found["support"])),
         "precision_macro": float(found["precision"].mean()),
+        "precision_weighted": float(np.average(found["precision"], weights=found["support"])),
         "recall_macro": float(found["recall"].mean()),
+        "recall_weighted": float(table.trace() / len(truth)),
         "log_loss": float(_log_losses(scores, truth).mean()),
         "brier": _brier(scores, truth),
         "ece": float(shares @ gaps),
+        "ece_adaptive": _ece_adaptive(scores, truth),
         "mce": float(gaps.max()),
+        "reliability": reliability(scores, truth),
         "roc_auc_ovr_macro": area,
         "confusion_matrix": table.tolist(),
         "per_class": {

@@ -219,6 +219,18 @@ class Workspace:
         """Members and ensembles in order."""
         return self.scores / _by_split("ranking", split)
 
+    def ranking_table(self, split: str, suffix: str) -> Path:
+        """The ranking as a table for papers: csv, md or tex."""
+        return self.ranking(split).with_suffix(f".{suffix}")
+
+    def plot(self, name: str, kind: str, split: str) -> Path:
+        """A picture of one ensemble's scores, or of a member's where the name is `members/<member>`."""
+        return self.scores / name / f"{kind}{'' if split == 'test' else f'_{split}'}.png"
+
+    def label_issues(self, suffix: str) -> Path:
+        """Labels that are likely to be wrong (csv), and how they were found (json)."""
+        return self.scores / f"label_issues.{suffix}"
+
     @property
     def log_file(self) -> Path:
         """Messages of every command, with the traceback of whatever was a bug."""

@@ -1,0 +1,86 @@
+"""The ranking as a table in a terminal and for papers."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pytest
+
+from utils import leaderboard
+
+HELD = {"name": "b", "delta_accuracy": 0.1, "mcnemar_p": 0.02, "mcnemar_p_holm": 0.04}
+
+
+def row(rank, name, **more):
+    intervals = {metric: [0.1, 0.9] for metric in leaderboard.METRICS}
+    scores = {"accuracy": 0.75, "f1_macro": 0.5, "log_loss": 1.25, "ece": 0.0625}
+    marks = {"contaminated": rank is None, "optimistic": False}
+    kind = {"rank": rank, "name": name, "kind": "ensemble", "ci95": intervals, "vs_best_single": HELD}
+    return kind | scores | marks | more
+
+
+@pytest.fixture
+def ranking():
+    evidence = {"rows": "oof+val", "n": 90, "log_loss": 0.4, "log_loss_ci95": [0.3, 0.5], "accuracy": 0.8}
+    names = [row(1, "a_much_longer_name"), row(2, "b", vs_best_single=None, optimistic=True), row(None, "x_%$|<&")]
+    return {
+        "split": "test",
+        "n": 30,
+        "order": ["f1_macro", "log_loss", "name"],
+        "rows": names,
+        "recommended": {"name": "b", "reason": "because", "evidence": evidence},
+        "peers": {"best_single": "b"},
+    }
+
+
+def test_a_plain_aligned_table_with_intervals_and_marks(ranking):
+    lines = leaderboard.text(ranking).splitlines()
+    assert "\x1b" not in "".join(lines)
+    assert lines[0] == "test split, 30 samples, ordered by f1_macro"
+    table = lines[1:5]
+    place = table[0].index("accuracy")
+    assert [line[place:].startswith("0.7500 [0.1000, 0.9000]  0.5000") for line in table[1:]] == [True] * 3
+    assert table[1].endswith("0.040")
+    assert table[2].endswith("optimistic, recommended")
+    assert table[3].startswith("   -  x_%$|<&")
+    assert table[3].endswith("contaminated")
+    assert lines[-1].startswith("recommended: b (because; 90 honest rows, oof+val: log-loss 0.4000 [0.3000, 0.5000], ")
+    assert "Holm" in lines[-2]
+
+
+def test_letters_are_styled_only_for_a_terminal(ranking, monkeypatch):
+    lines = leaderboard.text(ranking, styled=True).splitlines()
+    assert lines[3].startswith(leaderboard.BOLD)
+    assert lines[4].startswith(leaderboard.FAINT)
+    assert not leaderboard.is_terminal(io.StringIO())
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert leaderboard.is_terminal(terminal)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not leaderboard.is_terminal(terminal)
+
+
+def test_csv_holds_every_number_and_mark(ranking):
+    lines = list(csv.DictReader(io.StringIO(leaderboard.as_csv(ranking))))
+    assert [line["name"] for line in lines] == ["a_much_longer_name", "b", "x_%$|<&"]
+    assert (lines[0]["log_loss"], lines[0]["log_loss_low"], lines[0]["log_loss_high"]) == ("1.25", "0.1", "0.9")
+    assert (lines[0]["mcnemar_p_holm"], lines[1]["mcnemar_p_holm"]) == ("0.04", "")
+    assert (lines[2]["rank"], lines[2]["contaminated"], lines[1]["recommended"]) == ("", "true", "true")
+
+
+def test_names_are_escaped_for_markdown_and_latex(ranking):
+    markdown = leaderboard.as_markdown(ranking).splitlines()
+    assert {line.replace("\\|", "").count("|") for line in markdown} == {8}
+    assert "x\\_%$\\|\\<&" in markdown[-1]
+    latex = leaderboard.as_latex(ranking).splitlines()
+    assert r"x\_\%\$|<\& (contaminated)" in latex[-3]
+    assert {line.replace(r"\&", "").count("&") for line in latex if line.endswith(r"\\")} == {6}
+
+
+def test_one_without_intervals_is_shown_all_the_same(ranking):
+    ranking["rows"][0]["ci95"] = None
+    assert "0.7500  " in leaderboard.text(ranking)
+    assert all(write(ranking) for write in leaderboard.WRITERS.values())

@@ -1,0 +1,70 @@
+"""Pictures of scores: that they are drawn, from hostile names too, once, and without a window."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import PROJECT
+
+from utils import plots, uncertainty
+from utils.metrics import point_metrics, softmax
+
+
+def record(classes, count=60, name="some_ensemble"):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, len(classes), count)
+    probabilities = softmax(rng.normal(size=(count, len(classes))) + 2 * np.eye(len(classes))[labels])
+    found = point_metrics(probabilities, labels, classes)
+    selective = uncertainty.selective((probabilities, labels), (probabilities, labels), wanted_error=0.2)
+    return found | {"name": name, "split": "test", "selective": selective}
+
+
+@pytest.mark.parametrize("kind", sorted(plots.KINDS))
+@pytest.mark.parametrize(
+    ("classes", "name"),
+    [
+        (["a", "b"], "plain"),
+        (["$\\frac{", "<script>", "x" * 300, "two\nlines", "a_b^c"], "$x_{ %\n" + "long" * 99),
+        ([f"c{number}" for number in range(60)], "many classes"),
+    ],
+    ids=["two", "hostile", "many"],
+)
+def test_every_picture_is_drawn(tmp_path, kind, classes, name):
+    from PIL import Image
+
+    path = tmp_path / "new" / "picture.png"
+    plots.draw(kind, record(classes, name=name), path)
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 400
+        assert len(image.convert("L").getcolors()) > 10
+
+
+def test_a_picture_of_the_same_scores_is_kept(tmp_path):
+    path = tmp_path / "picture.png"
+    scores = record(["a", "b"])
+    plots.draw("reliability", scores, path)
+    before = path.stat().st_mtime_ns
+    plots.draw("reliability", scores | {"created": "later"}, path)
+    assert path.stat().st_mtime_ns == before
+    plots.draw("reliability", scores | {"ece": 0.5}, path)
+    assert path.stat().st_mtime_ns != before
+
+
+def test_neither_pyplot_nor_a_window_is_needed(tmp_path):
+    code = (
+        "import sys, test_plots, pathlib\n"
+        "from utils import plots\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "plots.draw('confusion_matrix', test_plots.record(['a', 'b']), pathlib.Path(sys.argv[1]))\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "DISPLAY"}
+    places = os.pathsep.join([str(PROJECT / "tests"), str(PROJECT)])
+    call = [sys.executable, "-c", code, str(tmp_path / "picture.png")]
+    done = subprocess.run(call, env=environment | {"PYTHONPATH": places}, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,122 @@
+"""Pictures of one member's or ensemble's scores, drawn from its `metrics.json` alone; matplotlib comes with the first.
+
+Figures are made without pyplot, so that no setting of the process is changed and no window is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from utils.artifacts import digest_of, replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+VERSION = 1  # raised whenever the same scores would give other pictures
+SHOWN = (
+    *("name", "split", "n_samples", "n_classes", "confusion_matrix", "per_class", "reliability", "ece", "mce"),
+    "selective",
+)
+HEADER = 4096  # bytes at the beginning of a PNG file that hold what it says of itself
+DPI = 130
+MOST_NAMES = 40  # classes whose names and numbers can still be read
+LONGEST = 18  # letters of a class's name
+
+
+def draw(kind: str, record: Mapping[str, Any], path: Path) -> None:
+    """Write one of `KINDS` of a `metrics.json` record as PNG, atomically; one of the same scores is kept as it is."""
+    digest = digest_of([VERSION, kind, {key: record[key] for key in SHOWN}])
+    if path.is_file() and digest.encode() in path.read_bytes()[:HEADER]:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    by_class = kind in ("confusion_matrix", "per_class_metrics")
+    side = min(14.0, max(5.0, 2.5 + 0.35 * record["n_classes"])) if by_class else 5.0
+    height = max(4.0, side * 0.6) if kind == "per_class_metrics" else side * 0.9
+    figure = Figure(figsize=(side, height))
+    FigureCanvasAgg(figure)
+    # Margins in inches; a layout engine would draw everything twice to find them.
+    left, below = (1.4, 1.3) if by_class else (0.7, 0.6)
+    axes = figure.add_axes((left / side, below / height, 1 - (left + 0.2) / side, 1 - (below + 0.4) / height))
+    KINDS[kind](axes, record)
+    axes.set_title(f"{_plain(record['name'], 48)}: {record['split']}, {record['n_samples']} rows", fontsize=9)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=DPI, metadata={"Software": None, "Source": digest})
+
+
+def confusion_matrix(axes: Axes, record: Mapping[str, Any]) -> None:
+    """Rows are the true classes, colours shares of their rows, numbers counts."""
+    counts = np.array(record["confusion_matrix"])
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    if len(counts) > MOST_NAMES:
+        return
+    names = [_plain(name, LONGEST) for name in record["per_class"]]
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=7)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    for row, column in zip(*np.nonzero(counts), strict=True):
+        dark = shares[row, column] > 0.5
+        color = "white" if dark else "black"
+        axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=color)
+
+
+def reliability(axes: Axes, record: Mapping[str, Any]) -> None:
+    """Accuracy over confidence in 15 bins, the diagonal being perfect, and where the rows are."""
+    found = record["reliability"]
+    filled = [bin_ for bin_, count in enumerate(found["count"]) if count]
+    confidence, accuracy = ([found[key][bin_] for bin_ in filled] for key in ("confidence", "accuracy"))
+    share = np.array(found["count"]) / record["n_samples"]
+    width = 1 / len(share)
+    axes.bar((np.arange(len(share)) + 0.5) * width, share, width * 0.95, color="#d0d7de", label="share of rows")
+    axes.plot([0, 1], [0, 1], color="#6e7781", linestyle="--", linewidth=1, label="perfect")
+    axes.plot(confidence, accuracy, color="#0550ae", marker="o", markersize=4, label="accuracy")
+    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
+    errors = f"ECE {record['ece']:.4f}, MCE {record['mce']:.4f}"
+    axes.legend(loc="upper left", fontsize=8, title=errors, title_fontsize=8)
+
+
+def risk_coverage(axes: Axes, record: Mapping[str, Any]) -> None:
+    """Error among the surest rows, over the share of rows that are answered."""
+    found = record["selective"]
+    axes.plot(found["coverage"], found["risk"], color="#0550ae")
+    axes.axhline(found["wanted_error"], color="#cf222e", linestyle="--", linewidth=1, label="wanted error")
+    if found["answered"] is not None and found["error"] is not None:
+        axes.plot([found["answered"]], [found["error"]], "o", color="#cf222e", label="threshold from val")
+    axes.set(xlabel="share of rows answered", ylabel="error among them", xlim=(0, 1))
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="center left", fontsize=8)
+
+
+def per_class_metrics(axes: Axes, record: Mapping[str, Any]) -> None:
+    """Precision, recall and F1 of each class."""
+    names = list(record["per_class"])
+    places = np.arange(len(names))
+    for shift, (key, color) in enumerate((("precision", "#0550ae"), ("recall", "#bf8700"), ("f1", "#1a7f37"))):
+        values = [record["per_class"][name][key] for name in names]
+        axes.bar(places + 0.27 * (shift - 1), values, 0.25, color=color, label=key)
+    if len(names) <= MOST_NAMES:
+        axes.set_xticks(places, [_plain(name, LONGEST) for name in names], rotation=45, ha="right", fontsize=7)
+    axes.set_ylim(0, 1.25)  # room for the legend
+    axes.legend(loc="upper center", fontsize=8, ncols=3)
+
+
+def _plain(name: str, longest: int) -> str:
+    """A name as it stands, not read as a formula, cut where it is too long."""
+    shown = name if len(name) <= longest else f"{name[: longest - 3]}..."
+    return shown.replace("\n", " ").replace("$", r"\$")
+
+
+KINDS: dict[str, Callable[[Axes, Mapping[str, Any]], None]] = {
+    "confusion_matrix": confusion_matrix,
+    "reliability": reliability,
+    "risk_coverage": risk_coverage,
+    "per_class_metrics": per_class_metrics,
+}
+"""Name of the file -> what draws it."""

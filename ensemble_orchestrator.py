@@ -131,8 +131,8 @@ COMMANDS: dict[str, Command] = {
         decodes=True,
     ),
     "evaluate": Command(
-        "utils.evaluation:evaluate",
-        "score members and ensembles, rank them, name the recommended one",
+        "utils.report:evaluate",
+        "score members and ensembles, rank them, name the recommended one, write the report",
         "evaluate --model-name soft_voting_ensemble",
         {
             "--split": {"choices": ("test", "val"), "default": "test", "help": "rows to score on (default: test)"},
@@ -255,7 +255,7 @@ def run_pipeline(config: Config, workspace: Workspace, *, force: bool = False) -
         texts.append(f"== {name}\n{result.text}")
         documents[name] = result.document
         failures += [f"{name}: {failure}" for failure in result.failures]
-    return Result("\n\n".join([*texts, str(workspace.ranking("test"))]), documents, failures)
+    return Result("\n\n".join([*texts, str(workspace.report("test"))]), documents, failures)
 
 
 def call(name: str, config: Config, workspace: Workspace, options: dict[str, Any]) -> Result:

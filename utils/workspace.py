@@ -219,6 +219,10 @@ class Workspace:
         """Members and ensembles in order."""
         return self.scores / _by_split("ranking", split)
 
+    def report(self, split: str) -> Path:
+        """The page that shows an evaluation; that of the test split has the plain name."""
+        return self.ensembles / "report" / ("index.html" if split == "test" else f"index_{split}.html")
+
     @property
     def log_file(self) -> Path:
         """Messages of every command, with the traceback of whatever was a bug."""

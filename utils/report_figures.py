@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils.report_text import shown
+from utils.report_text import listed, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -153,17 +153,18 @@ def front(points: Mapping[str, tuple[float, float]], best: set[str], focus: str,
     """Score (a share) against cost on a logarithmic axis, {name: (cost, score)}; those of the front are named."""
     with _sheet(label, height=3.6) as sheet:
         axes = sheet.axes[0]
-        for name, (cost, score) in points.items():
-            own = ACCENT if name == focus else INK if name in best else MUTED
-            axes.plot([cost], [score], marker="D" if name == focus else "o", color=own, markersize=6, linestyle="none")
-        line = sorted((points[name], name) for name in best)
-        axes.step(
-            [cost for (cost, _), _ in line], [score for (_, score), _ in line], where="post", color=INK, linewidth=0.9
-        )
-        named = line if (focus not in points or focus in best) else [*line, (points[focus], focus)]
-        for number, ((cost, score), name) in enumerate(named):
-            below = -11 if number % 2 else 6
-            axes.annotate(_short(name), (cost, score), (4, below), textcoords="offset points", fontsize=8)
+        for name in sorted(points, key=lambda name: (name == focus, name in best)):  # what matters lies on top
+            colour = ACCENT if name == focus else INK if name in best else MUTED
+            marker = "D" if name == focus else "o"
+            axes.plot(*([value] for value in points[name]), marker=marker, color=colour, markersize=6, linestyle="none")
+        line = sorted({points[name] for name in best})
+        axes.step(*zip(*line, strict=True), where="post", color=INK, linewidth=0.9)
+        places: dict[tuple[float, float], list[str]] = {}
+        for name in sorted({*best, *({focus} & points.keys())}, key=lambda name: (name != focus, name)):
+            places.setdefault(points[name], []).append(_short(name))
+        for number, (place, names) in enumerate(sorted(places.items())):
+            offset = (5, -12 if number % 2 else 6)
+            axes.annotate(listed(names, 1), place, offset, textcoords="offset points", fontsize=8)
         if all(cost > 0 for cost, _ in points.values()):
             axes.set_xscale("log")
             _plain_ticks(axes, [cost for cost, _ in points.values()])
@@ -185,7 +186,8 @@ def _plain_ticks(axes: Axes, costs: Sequence[float]) -> None:
 
 def reliability(panels: Sequence[tuple[str, Mapping[str, Any]]], label: str) -> str:
     """Accuracy against confidence of each panel (title, bins), and below them how many rows a bin holds."""
-    with _sheet(label, height=3.5, rows=2, columns=len(panels)) as sheet:
+    width = min(WIDTH, 1.2 + 2.6 * len(panels))
+    with _sheet(label, height=3.5, rows=2, columns=len(panels), width=width) as sheet:
         above, below = sheet.axes[: len(panels)], sheet.axes[len(panels) :]
         sheet.axes[0].get_gridspec().set_height_ratios([3, 1])
         for (title, bins), upper, lower in zip(panels, above, below, strict=True):
@@ -195,7 +197,7 @@ def reliability(panels: Sequence[tuple[str, Mapping[str, Any]]], label: str) -> 
             upper.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
             sure, right = ([bins[key][place] for place in kept] for key in ("confidence", "accuracy"))
             upper.plot(sure, right, color=ACCENT, marker="o", markersize=3.5, linewidth=1.4)
-            upper.set(xlim=(0, 1), ylim=(0, 1.02), title=_short(title, 44))
+            upper.set(xlim=(0, 1), ylim=(0, 1.02), title=_short(title, 36))
             lower.bar(middles, bins["count"], width=width * 0.85, color=ACCENT, alpha=0.5)
             lower.set(xlim=(0, 1), xlabel="confidence")
             lower.locator_params(axis="y", nbins=3)

@@ -135,15 +135,15 @@ def calibration(data: ReportData) -> dict[str, Any]:
     """Reliability diagrams of the best single model and of the focus, before and after its temperature."""
     panels = []
     before = without_temperature(data)
-    single = data.peers.get("best_single")
-    if single and data.metrics[single].get("reliability"):
-        panels.append((f"best single: {single}", data.metrics[single]["reliability"]))
+    for kind in ("best_single", "soft_voting") if before is None else ("best_single",):
+        if kind in data.peers and data.metrics[data.peers[kind]].get("reliability"):
+            panels.append((data.peers[kind], data.metrics[data.peers[kind]]["reliability"]))
     if data.answers is not None:
         if before is not None:
-            panels.append(("before its temperature", reliability(before, data.answers.labels)))
-        panels.append((f"as it answers: {data.focus}", reliability(data.answers.probabilities, data.answers.labels)))
+            panels.append(("before the temperature", reliability(before, data.answers.labels)))
+        panels.append((data.focus, reliability(data.answers.probabilities, data.answers.labels)))
     elif data.evaluated.get("reliability"):
-        panels.append((f"as it answers: {data.focus}", data.evaluated["reliability"]))
+        panels.append((data.focus, data.evaluated["reliability"]))
     temperature = data.record.get("temperature")
     words = {
         True: f"{data.focus} carries no temperature, so there is no before and after.",
@@ -281,7 +281,7 @@ def _image(store: Store, data: ReportData, item: Instructive) -> dict[str, Any]:
     right = sum(own["agrees"] for own in said)
     words = f"labelled {label}; {data.focus} says {answer} ({percent(item.probability, 0)})"
     if item.answer != item.label:
-        words += f" and gives {label} {percent(item.of_label, 0)}"
+        words += f", the label {percent(item.of_label, 0)}"
     agreeing = f"{right} of {len(said)} members say {label}" if said else ""
     return {
         "id": f"{item.split}/{item.sample_id}",

@@ -145,6 +145,31 @@ COMMANDS: dict[str, Command] = {
         writes=True,
         decodes=True,
     ),
+    "predict": Command(
+        "utils.predict:predict",
+        "classify image files by an ensemble or a member: class, probability, set, abstention, disagreement",
+        "predict --model-name soft_voting_ensemble photos/ --to answers.csv",
+        {
+            "paths": {
+                "metavar": "PATH",
+                "nargs": "+",
+                "help": "image files, folders, patterns in quotes, or - for a list on standard input (lines, or NUL)",
+            },
+            "--model-name": {"metavar": "NAME", "required": True, "help": "the ensemble or member that answers"},
+            "--to": {
+                "metavar": "FILE",
+                "help": "write there, block by block (default: the screen, up to 10,000 images)",
+            },
+            "--format": {
+                "choices": ("csv", "jsonl"),
+                "dest": "form",
+                "help": "default: by the ending of --to, else csv",
+            },
+            "--probabilities": {"action": "store_true", "help": "those of all classes as well"},
+            "--append": {"action": "store_true", "help": "go on with the file: images that it holds are passed over"},
+        },
+        writes=False,
+    ),
     "pipeline": Command(
         "ensemble_orchestrator:run_pipeline",
         "all stages in order: discover --verify, build-ensemble, stack, meta-fuse, evaluate, clean --temporary",

@@ -26,6 +26,7 @@ from utils.workspace import Workspace
 logger = logging.getLogger("disease_pipeline")
 
 DIGITS = 6
+ROUNDING = 1e-9
 MOST_ON_SCREEN = 10_000  # images; more need a file, which can be continued
 MOST_NAMED = 5  # unreadable images in messages
 QUIET = 10.0  # seconds between two lines of progress
@@ -54,15 +55,18 @@ class Thresholds:
     """What `evaluate` measured of a model: when a set of classes is large enough, and when to be silent."""
 
     lac: float | None
-    """A class is in the set when 1 - its probability is at most this (least ambiguous sets, Sadinle et al. 2019)."""
+    """A class is in the set when 1 - its probability is at most this (least ambiguous sets, Sadinle et al. 2019).
+
+    The most probable class always is."""
     abstain: float | None
     """Below this probability of the top class there is no answer to rely on."""
 
     def of_row(self, probabilities: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
         """`set` and `abstain` of one image, from (C,); None where they were not measured."""
-        inside = None if self.lac is None else np.flatnonzero(1 - probabilities <= self.lac)
+        inside = 1 - probabilities <= (np.inf if self.lac is None else self.lac + ROUNDING)
+        inside[probabilities.argmax()] = True
         return {
-            "set": None if inside is None else [classes[place] for place in inside],
+            "set": None if self.lac is None else [classes[place] for place in np.flatnonzero(inside)],
             "abstain": None if self.abstain is None else bool(probabilities.max() < self.abstain),
         }
 

@@ -40,16 +40,15 @@ def evaluate(
     *,
     split: str = "test",
     model_name: str | None = None,
-    allow_contaminated: bool = False,
     force: bool = False,
+    **options: Any,
 ) -> Result:
     """Score, rank and recommend as `evaluation.evaluate` does, then write the report; one model alone gets no report.
 
-    Raises what `evaluation.evaluate` raises. A report that could not be made is a failure of the result.
+    Raises what `evaluation.evaluate` raises, which gets the other `options`. A report that could not be made is a
+    failure of the result.
     """
-    found = evaluation.evaluate(
-        config, workspace, split=split, model_name=model_name, allow_contaminated=allow_contaminated, force=force
-    )
+    found = evaluation.evaluate(config, workspace, split=split, model_name=model_name, force=force, **options)
     if model_name is not None:
         return found
     path = workspace.report(split)

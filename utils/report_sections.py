@@ -193,7 +193,21 @@ def uncertainty(data: ReportData) -> dict[str, Any]:
         "aurc": number(selective.get("aurc")),
         "threshold": selective.get("threshold"),
         "wanted_error": selective.get("wanted_error"),
+        "answered": percent(selective.get("answered")),
+        "error": percent(selective.get("error")),
+        "foreign": _foreign(data.evaluated.get("out_of_distribution")),
     }
+
+
+def _foreign(found: Mapping[str, Any] | None) -> str:
+    """How many rows look unlike the val rows, in words."""
+    beyond = {key: found[key]["beyond"] for key in ("energy", "max_logit") if found and found.get(key)}
+    if not found or not beyond:
+        return ""
+    words = " and ".join(f"{percent(share)} by {key.replace('_', ' ')}" for key, share in beyond.items())
+    return (
+        f"Rows less familiar than 95 % of the val rows: {words}, where 5 % are usual ({found.get('limits', 'a hint')})."
+    )
 
 
 def errors(data: ReportData) -> dict[str, Any]:

@@ -280,7 +280,10 @@ def run_pipeline(config: Config, workspace: Workspace, *, force: bool = False) -
         texts.append(f"== {name}\n{result.text}")
         documents[name] = result.document
         failures += [f"{name}: {failure}" for failure in result.failures]
-    return Result("\n\n".join([*texts, str(workspace.report("test"))]), documents, failures)
+    page = workspace.report("test")
+    return Result(
+        "\n\n".join([*texts, str(page if page.is_file() else workspace.ranking("test"))]), documents, failures
+    )
 
 
 def call(name: str, config: Config, workspace: Workspace, options: dict[str, Any]) -> Result:

@@ -69,11 +69,11 @@ def write(config: Config, workspace: Workspace, split: str, *, force: bool = Fal
     path = workspace.report(split)
     key = inputs_digest(config, workspace, split)
     if not force and _key_of(path) == key:
-        return "up to date"
+        return path
     start = time.monotonic()
     write_text(path, render(config, Store(config, workspace, catalog.read(workspace)), split, key))
     logger.info("report of %s: %.1f s, %.1f MB", split, time.monotonic() - start, path.stat().st_size / 1e6)
-    return "written"
+    return path
 
 
 def inputs_digest(config: Config, workspace: Workspace, split: str) -> str:

@@ -100,7 +100,7 @@ def render(config: Config, store: Store, split: str, key: str) -> str:
     data = report_data.gather(store, split)
     try:
         chosen = instructive.choose(store, split, data.focus, data.members, data.inference, data.answers)
-    except UserError as error:
+    except (UserError, OSError) as error:
         chosen = []
         data.notes.append(f"Single images are not shown: {error}")
     members = report_sections.members(data)

@@ -92,12 +92,12 @@ def gather(store: Store, split: str) -> ReportData:
     inference = record.get("inference", fold_networks.FULL)
     try:
         answers = _of_ensemble(store, focus, split) if is_ensemble else _of_member(store, focus, kinds, split)
-    except UserError as error:
+    except (UserError, OSError) as error:
         answers = None
         notes.append(f"Single rows of {split} are not shown: {error}")
     try:
         contributions = contribute(store.honest_parts(members)) if len(members) > 1 else None
-    except UserError as error:
+    except (UserError, OSError) as error:
         contributions = None
         notes.append(f"What each member adds is not shown: {error}")
     found = ranking.get("peers") or {}

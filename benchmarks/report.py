@@ -97,7 +97,7 @@ def synthetic(
     catalog.save(workspace, found)
     _photographs(workspace, splits, size)
     store = Store(_votes(), workspace, found)
-    logits = {split: np.stack([_logits(rng, labels, words) for _ in members]) for split, (_, labels) in splits.items()}
+    logits = {split: _logits(rng, len(members), labels, len(words)) for split, (_, labels) in splits.items()}
     for number, member in enumerate(members):
         _keep(store, found.members[member], splits, {split: own[number] for split, own in logits.items()})
     names = [f"ensemble_{number:02}" for number in range(size.ensembles)]
@@ -132,9 +132,11 @@ def _split(
     return [ids[place] for place in order], labels[order]
 
 
-def _logits(rng: np.random.Generator, labels: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    noise = rng.normal(size=(len(labels), len(classes))) * 1.5
-    return (noise + 4 * np.eye(len(classes))[labels]).astype(np.float32)
+def _logits(rng: np.random.Generator, members: int, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Of members (M, N, C) that are often right, and err in part on the same rows."""
+    shared = rng.normal(size=(1, len(labels), classes)) * 1.5
+    own = rng.normal(size=(members, len(labels), classes)) * 1.5
+    return (shared + own + 4 * np.eye(classes)[labels]).astype(np.float32)
 
 
 def _catalog(members: Sequence[str], classes: tuple[str, ...], splits: Any, size: Size) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import PROJECT
 from finished_workspace import CONFIG, at
+from given_predictions import logged
 from PIL import Image
 
 from utils import catalog, classifier, ensembles, fold_networks
@@ -235,7 +236,7 @@ def test_a_list_on_standard_input(workspace):
     assert [record["path"] for record in json.loads(done.stdout)["images"]] == [str(path) for path in files]
 
 
-def test_sets_and_abstention_come_from_what_was_measured(workspace, caplog):
+def test_sets_and_abstention_come_from_what_was_measured(workspace):
     folder = workspace.split_dir / "test"
     path = workspace.ensemble_metrics(NAME, "test")
     record = json.loads(path.read_text())
@@ -262,14 +263,14 @@ def test_sets_and_abstention_come_from_what_was_measured(workspace, caplog):
     assert 0 < silent < len(sizes)
 
 
-def test_thresholds_of_an_older_ensemble_are_not_used(workspace, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("disease_pipeline"), "propagate", True)
+def test_thresholds_of_an_older_ensemble_are_not_used(workspace, caplog):
     path, built = workspace.ensemble_metrics(NAME, "test"), workspace.ensemble(NAME) / "ensemble.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"selective": {"threshold": 0.5}}))
     assert predicting.measured(workspace, NAME, is_ensemble=True).abstain == 0.5
     later = path.stat().st_mtime + 10
     os.utime(built, (later, later))
-    assert predicting.measured(workspace, NAME, is_ensemble=True).abstain is None
+    with logged(caplog):
+        assert predicting.measured(workspace, NAME, is_ensemble=True).abstain is None
     assert "was built again since it was evaluated" in caplog.text
 
 
@@ -277,8 +278,9 @@ def test_what_cannot_answer_is_refused_with_the_remedy(workspace, tmp_path):
     folder = workspace.split_dir / "test"
     with pytest.raises(UserError, match="did you mean 'soft_voting_ensemble'"):
         asked(workspace, folder, model_name="soft_voting_ensembel")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no image found"):
-        asked(workspace, tmp_path)
+        asked(workspace, tmp_path / "empty")
     with pytest.raises(UserError, match="name it with --to FILE"):
         asked(workspace, folder, append=True)
     checkpoint = workspace.checkpoints / "CustomResNetMish_final.pth"
@@ -303,16 +305,16 @@ def test_more_images_than_a_screen_takes_need_a_file(workspace, monkeypatch):
 
 
 def test_progress_tells_the_time_left(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("disease_pipeline"), "propagate", True)
     now = [0.0]
     monkeypatch.setattr(predicting.time, "monotonic", lambda: now[0])
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "disease_pipeline")
     progress = predicting._Progress(100, 2)
-    for seconds in (5.0, 12.0):
-        now[0] = seconds
-        progress.step(10)
-    now[0] = 30.0
-    progress.block_ends(50)
+    with logged(caplog):
+        for seconds in (5.0, 12.0):
+            now[0] = seconds
+            progress.step(10)
+        now[0] = 30.0
+        progress.block_ends(50)
     messages = [entry.getMessage() for entry in caplog.records]
     assert messages == ["10 % of 100 images by 2 networks; about 108 s left", "[50/100] images; about 30 s left"]
 

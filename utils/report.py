@@ -51,18 +51,15 @@ def evaluate(
     found = evaluation.evaluate(config, workspace, split=split, model_name=model_name, force=force, **options)
     if model_name is not None:
         return found
-    path = workspace.report(split)
     try:
-        state = write(config, workspace, split, force=force)
+        path = write(config, workspace, split, force=force)
     except UserError as error:
         return replace(found, failures=[*found.failures, f"report: {error}"])
-    return replace(
-        found, text=f"{found.text}\nreport {state}: {path}", document={**found.document, "report": str(path)}
-    )
+    return replace(found, text=f"{found.text}\nreport: {path}", document={**found.document, "report": str(path)})
 
 
-def write(config: Config, workspace: Workspace, split: str, *, force: bool = False) -> str:
-    """Write the page of a split; `up to date` when it is there for the same records, else `written`.
+def write(config: Config, workspace: Workspace, split: str, *, force: bool = False) -> Path:
+    """Write the page of a split, unless it is there for the same records; gives its place.
 
     Raises UserError where nothing was evaluated, or records are damaged.
     """

@@ -124,9 +124,10 @@ def _weakest(data: ReportData) -> str:
         f"{counted(own['support'], 'row')})"
     )
     pairs = confused(data)
-    return (
-        f"{found}; most often it takes {pairs[0][0]} for {pairs[0][1]} ({pairs[0][2]} times)." if pairs else f"{found}."
-    )
+    if not pairs:
+        return f"{found}."
+    often = "once" if pairs[0][2] == 1 else f"{pairs[0][2]} times"
+    return f"{found}; its most frequent error is {pairs[0][0]} taken for {pairs[0][1]} ({often})."
 
 
 def confused(data: ReportData, most: int = 10) -> list[tuple[str, str, int, int]]:

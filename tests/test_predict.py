@@ -331,3 +331,16 @@ def test_a_block_is_bounded_by_pixels_and_by_logits():
     assert photographs > 4000
     assert block([224], 20, 20_000) * 20 * 20_000 * 4 <= classifier.ARRAY_BYTES
     assert block([4096], 1, 10**7) == classifier.FEWEST
+
+
+def test_embeddings_come_along_for_combiners_that_read_them(workspace, tmp_path):
+    store = Store(load(CONFIG), workspace, catalog.load(workspace))
+    asking = WorkspaceClassifier(store, NAME)
+    asking.reads_embeddings = True
+    images = store.images("test")
+    for member in asking.members:
+        logits, embeddings = asking._member_rows(member, images, tmp_path / "cache", lambda count: None)
+        np.testing.assert_allclose(embeddings, np.load(workspace.embeddings(member.name, "test")), atol=1e-4)
+        np.testing.assert_allclose(
+            logits, np.load(workspace.predictions(member.name, "test") / "logits.npy"), atol=1e-4
+        )

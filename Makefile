@@ -2,7 +2,7 @@
 
 .SUFFIXES:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint clean-environment
+.PHONY: help setup demo test test-slow test-browser lint clean-environment
 
 PYTHON ?= python3
 QUICK ?=
@@ -32,6 +32,10 @@ test: setup ## run the fast tests
 
 test-slow: setup ## run the slow tests
 	@$(IN_ENVIRONMENT) -m pytest -q -m slow $(ARGS)
+
+test-browser: setup ## open the report in Chromium, which is installed first where apt may do so
+	@scripts/chromium.sh
+	@$(IN_ENVIRONMENT) -m pytest -q -rs -m browser $(ARGS)
 
 lint: setup ## check style and layout
 	@$(IN_ENVIRONMENT) -m ruff check .

@@ -131,8 +131,8 @@ COMMANDS: dict[str, Command] = {
         decodes=True,
     ),
     "evaluate": Command(
-        "utils.evaluation:evaluate",
-        "score members and ensembles, rank them, name the recommended one",
+        "utils.report:evaluate",
+        "score members and ensembles, rank them, name the recommended one, write the report",
         "evaluate --model-name soft_voting_ensemble",
         {
             "--split": {"choices": ("test", "val"), "default": "test", "help": "rows to score on (default: test)"},
@@ -160,6 +160,31 @@ COMMANDS: dict[str, Command] = {
         },
         writes=True,
         decodes=True,
+    ),
+    "predict": Command(
+        "utils.predict:predict",
+        "classify image files by an ensemble or a member: class, probability, set, abstention, disagreement",
+        "predict --model-name soft_voting_ensemble photos/ --to answers.csv",
+        {
+            "paths": {
+                "metavar": "PATH",
+                "nargs": "+",
+                "help": "image files, folders, patterns in quotes, or - for a list on standard input (lines, or NUL)",
+            },
+            "--model-name": {"metavar": "NAME", "required": True, "help": "the ensemble or member that answers"},
+            "--to": {
+                "metavar": "FILE",
+                "help": "write there, block by block (default: the screen, up to 10,000 images)",
+            },
+            "--format": {
+                "choices": ("csv", "jsonl"),
+                "dest": "form",
+                "help": "default: by the ending of --to, else csv",
+            },
+            "--probabilities": {"action": "store_true", "help": "those of all classes as well"},
+            "--append": {"action": "store_true", "help": "go on with the file: images that it holds are passed over"},
+        },
+        writes=False,
     ),
     "pipeline": Command(
         "ensemble_orchestrator:run_pipeline",
@@ -271,7 +296,10 @@ def run_pipeline(config: Config, workspace: Workspace, *, force: bool = False) -
         texts.append(f"== {name}\n{result.text}")
         documents[name] = result.document
         failures += [f"{name}: {failure}" for failure in result.failures]
-    return Result("\n\n".join([*texts, str(workspace.ranking("test"))]), documents, failures)
+    page = workspace.report("test")
+    return Result(
+        "\n\n".join([*texts, str(page if page.is_file() else workspace.ranking("test"))]), documents, failures
+    )
 
 
 def call(name: str, config: Config, workspace: Workspace, options: dict[str, Any]) -> Result:

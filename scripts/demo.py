@@ -69,7 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     activate = "" if os.environ.get("VIRTUAL_ENV") else ". .venv/bin/activate && "
     example = shlex.join(["python", "ensemble_orchestrator.py", "evaluate", *own])
     print(f"go on with, for example: {activate}{example}")
+    print(f"\nlook at the report:\n{report_of(workspace)}")
     return code
+
+
+def report_of(workspace: Path) -> Path:
+    """The page that the pipeline ends in."""
+    own = os.environ.get("DBT_ENSEMBLE_DIR")
+    return (Path(own).expanduser() if own else workspace) / "ensembles" / "report" / "index.html"
 
 
 def run(step: Sequence[str], *, batch_size: int) -> int:

@@ -62,8 +62,10 @@ def test_the_programs_are_run_with_the_users_folder_and_a_failure_ends_the_demo(
     assert steps[0][steps[0].index("--folds") + 1] == "2"
 
 
-def test_something_left_out_is_passed_on_as_4(tmp_path, monkeypatch):
+def test_something_left_out_is_passed_on_as_4_and_the_report_is_the_last_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "run", lambda step, batch_size: 4 if "main.py" in step[0] else 0)
     monkeypatch.setattr(demo, "PROJECT", tmp_path)
     (tmp_path / "leaves" / "a").mkdir(parents=True)
     assert demo.main(["--data", str(tmp_path / "leaves")]) == 4
+    workspace = demo.workspace_of(tmp_path / "leaves")
+    assert capsys.readouterr().out.splitlines()[-1] == str(workspace / "ensembles" / "report" / "index.html")

@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "environment.py"
-VERBS = ["help", "setup", "demo", "test", "test-slow", "lint", "clean-environment"]
+VERBS = ["help", "setup", "demo", "test", "test-slow", "test-browser", "lint", "clean-environment"]
 
 
 def requirement_lines() -> list[str]:
@@ -75,7 +75,7 @@ def test_the_two_lists_of_requirements_are_one():
 
 def test_every_requirement_is_a_range_with_its_reason():
     for line in requirement_lines():
-        assert re.fullmatch(r"[a-z-]+>=[0-9.]+,<[0-9.]+ +# \w.{5,}", line), line
+        assert re.fullmatch(r"[a-z0-9-]+>=[0-9.]+,<[0-9.]+ +# \w.{5,}", line), line
 
 
 def test_the_python_that_is_asked_for_is_the_same_everywhere():

@@ -6,12 +6,13 @@ accuracy", Machine Learning 51, compares them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
+SMALLEST_PROBABILITY = 1e-12
 ROWS = 2**16  # at a time; sums of so many are exact in float32
 Floats = NDArray[np.float64]
 
@@ -63,6 +64,26 @@ def pairwise(hits: NDArray[np.bool_]) -> Diversity:
         q_statistic=_ratio(agreeing - opposing, agreeing + opposing, equal),
         error_correlation=_ratio(agreeing - opposing, spread[:, None] * spread, equal),
     )
+
+
+def mutual_information(parts: Iterable[NDArray[np.floating]]) -> Floats:
+    """Between a row's class and the member that answers, in nats (N,), from each member's probabilities (N, C).
+
+    Entropy of the members' mean less the mean of their entropies: 0 where they agree, log(M) at most (Houlsby et al.
+    2011, "Bayesian active learning for classification and preference learning"). At least one member is needed.
+    """
+    total: Floats | float = 0.0
+    entropies: Floats | float = 0.0
+    count = 0
+    for own in parts:
+        total, entropies, count = total + own, entropies + _entropy(own), count + 1
+    found: Floats = np.maximum(_entropy(np.asarray(total) / count) - np.asarray(entropies) / count, 0.0)
+    return found
+
+
+def _entropy(probabilities: NDArray[np.floating]) -> Floats:
+    found: Floats = -(probabilities * np.log(np.clip(probabilities, SMALLEST_PROBABILITY, 1))).sum(axis=1)
+    return found
 
 
 def _ratio(part: Floats, whole: Floats, equal: NDArray[np.bool_]) -> Floats:

@@ -51,6 +51,7 @@ __all__ = [
     "SurplusIsAlive",
     "cleanup_memory",
     "decode",
+    "decode_readable",
     "decoding_threads",
     "list_images",
     "logits_and_embeddings",
@@ -166,13 +167,28 @@ def decode(splits: Sequence[ImageSplit], sizes: Sequence[int], *, image_cache: P
 
     Raises UserError that names the files which cannot be read, after everything readable was kept.
     """
+    for images in splits:
+        if error := _decoded(images, sizes, image_cache, threads):
+            raise _unreadable(error) from error
+
+
+def decode_readable(
+    images: ImageSplit, sizes: Sequence[int], *, image_cache: Path, threads: int = 1
+) -> dict[Path, str]:
+    """Decode as `decode` does; gives {file: why it cannot be read} and goes on."""
+    error: Any = _decoded(images, sizes, image_cache, threads)
+    return dict(error.problems) if error else {}
+
+
+def _decoded(images: ImageSplit, sizes: Sequence[int], image_cache: Path, threads: int) -> Exception | None:
+    """Keep everything readable in the cache; gives the error that names the rest."""
     decoder = base_back.bundled("image_cache")
     sides = sorted({decoder.resized_side(size) for size in sizes})
-    for images in splits:
-        try:
-            decoder.decode_images(images.paths, images.contents, sides, image_cache, threads=threads)
-        except decoder.UnreadableImages as error:
-            raise _unreadable(error) from error
+    try:
+        decoder.decode_images(images.paths, images.contents, sides, image_cache, threads=threads)
+    except decoder.UnreadableImages as error:
+        return error  # type: ignore[no-any-return]
+    return None
 
 
 def stream(

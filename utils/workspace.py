@@ -231,6 +231,10 @@ class Workspace:
         """Labels that are likely to be wrong (csv), and how they were found (json)."""
         return self.scores / f"label_issues.{suffix}"
 
+    def report(self, split: str) -> Path:
+        """The page that shows an evaluation; that of the test split has the plain name."""
+        return self.ensembles / "report" / ("index.html" if split == "test" else f"index_{split}.html")
+
     @property
     def log_file(self) -> Path:
         """Messages of every command, with the traceback of whatever was a bug."""

@@ -1,0 +1,346 @@
+"""`predict` on real networks: the answers of `evaluate`, row by row, whatever lies among the images."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from conftest import PROJECT
+from finished_workspace import CONFIG, at
+from given_predictions import logged
+from PIL import Image
+
+from utils import catalog, classifier, ensembles, fold_networks
+from utils import predict as predicting
+from utils.classifier import WorkspaceClassifier
+from utils.config_file import load
+from utils.errors import UserError
+from utils.predict import predict
+from utils.predictions import Store
+
+DEMO = ("--config", "configs/votes.yaml")
+NAME = "soft_voting_ensemble"
+
+
+@pytest.fixture
+def workspace(own_copy):
+    return at(own_copy)
+
+
+def asked(workspace, *paths, model_name: str = NAME, overrides: tuple[str, ...] = (), **options):
+    config = load(CONFIG, overrides=overrides)
+    return predict(config, workspace, paths=[str(path) for path in paths], model_name=model_name, **options)
+
+
+def by_id(records, folder) -> dict[str, dict]:
+    return {os.path.relpath(record["path"], folder): record for record in records}
+
+
+def stored(workspace, name: str = NAME) -> dict[str, np.ndarray]:
+    with np.load(workspace.ensemble(name) / "predictions_test.npz") as arrays:
+        return dict(arrays)
+
+
+def compare(records, arrays) -> None:
+    classes = arrays["classes"].tolist()
+    assert len(records) == len(arrays["sample_ids"])
+    for sample_id, expected in zip(arrays["sample_ids"].tolist(), arrays["probabilities"], strict=True):
+        record = records[sample_id]
+        assert record["class"] == classes[expected.argmax()]
+        assert record["probability"] == pytest.approx(expected.max(), abs=1e-5)
+        assert list(record["probabilities"]) == classes
+        assert list(record["probabilities"].values()) == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", [NAME, "hard_voting_ensemble", "logit_averaging_ensemble"])
+def test_it_agrees_with_evaluate_row_by_row(workspace, name):
+    folder = workspace.split_dir / "test"
+    found = asked(workspace, folder, model_name=name, probabilities=True)
+    records = by_id(found.document["images"], folder)
+    compare(records, stored(workspace, name))
+    metrics = json.loads(workspace.ensemble_metrics(name, "test").read_text())
+    hits = [record["class"] == sample_id.split("/")[0] for sample_id, record in records.items()]
+    assert np.mean(hits) == metrics["accuracy"]
+    assert all(0 <= record["disagreement"] <= np.log(3) for record in records.values())
+
+
+def test_a_member_answers_alone(workspace):
+    folder = workspace.split_dir / "test"
+    found = asked(workspace, folder, model_name="CustomConvNeXt", probabilities=True)
+    metrics = json.loads(workspace.member_metrics("CustomConvNeXt", "test").read_text())
+    records = by_id(found.document["images"], folder)
+    assert np.mean([record["class"] == key.split("/")[0] for key, record in records.items()]) == metrics["accuracy"]
+    assert {record["disagreement"] for record in records.values()} == {None}
+
+
+def test_fold_networks_answer_where_the_ensemble_was_built_on_them(workspace):
+    folder = workspace.split_dir / "test"
+    path = workspace.ensemble(NAME) / "ensemble.json"
+    record = json.loads(path.read_text())
+    store = Store(load(CONFIG), workspace, catalog.load(workspace))
+    members = [store.catalog.members[name] for name in record["members"]]
+    digests = {member.name: fold_networks.digest(member, "folds") for member in members}
+    path.write_text(json.dumps(record | {"inference": "folds", "member_digests": digests}))
+    fold_networks.ensure(store, members, ("test",), "folds")
+    rows = fold_networks.aligned(store, members, "test", "folds")
+    expected = ensembles.predict(ensembles.load(workspace, NAME), rows)
+    found = asked(workspace, folder, probabilities=True)
+    arrays = {"classes": np.array(rows.classes), "sample_ids": rows.sample_ids, "probabilities": expected}
+    compare(by_id(found.document["images"], folder), arrays)
+    assert WorkspaceClassifier(store, NAME).networks == 6
+
+
+def test_blocks_change_nothing_and_leave_nothing(workspace, monkeypatch, tmp_path):
+    folder = workspace.split_dir / "test"
+    whole = asked(workspace, folder, probabilities=True).document["images"]
+    monkeypatch.setattr(classifier, "MOST", 5)
+    monkeypatch.setattr(classifier, "FEWEST", 1)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(classifier.tempfile, "tempdir", str(tmp_path / "temporary"))
+    seen = []
+    answer = WorkspaceClassifier.answer
+
+    def watched(self, paths, step):
+        seen.append(len(paths))
+        return answer(self, paths, step)
+
+    monkeypatch.setattr(WorkspaceClassifier, "answer", watched)
+    parts = asked(workspace, folder, probabilities=True).document["images"]
+    assert max(seen) == 5
+    assert sum(seen) == len(whole) == len(parts)
+    assert [record["path"] for record in parts] == [record["path"] for record in whole]
+    for one, other in zip(parts, whole, strict=True):
+        assert one["probability"] == pytest.approx(other["probability"], abs=1e-5)
+        assert one["class"] == other["class"]
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def bomb(path, side: int) -> None:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")))
+
+
+@pytest.fixture
+def hostile(tmp_path, built):
+    """A folder of everything that people send, and which of it can be read."""
+    folder = tmp_path / "sent"
+    folder.mkdir()
+    source = sorted((at(built).split_dir / "test" / "2").iterdir())[0]
+    image = Image.open(source)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(folder / "rotated.png", exif=exif)
+    image.convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(np.asarray(image).astype(np.uint16) * 257).save(folder / "sixteen.png")
+    image.convert("RGBA").save(folder / "alpha.png")
+    image.convert("P").save(folder / "palette.png")
+    for name in ('quote".png', "<script>alert(1)</script>.png".replace("/", "_"), "new\nline.png", "com,ma.png"):
+        shutil.copy(source, folder / name)
+    shutil.copy(source, os.fsencode(folder) + b"/caf\xe9.png")
+    (folder / "empty.png").touch()
+    (folder / "words.jpg").write_text("no image")
+    (folder / "half.png").write_bytes(source.read_bytes()[: source.stat().st_size // 2])
+    bomb(folder / "bomb.png", 20_000)
+    return folder
+
+
+def test_what_cannot_be_read_is_a_row_and_exit_code_4(workspace, hostile, orchestrator):
+    to = hostile.parent / "answers.csv"
+    done = orchestrator("predict", "--model-name", NAME, str(hostile), "--to", str(to), *DEMO, workspace=workspace.base)
+    assert done.returncode == 4, done.stderr
+    with to.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        rows = {os.path.basename(row["path"]): row for row in csv.DictReader(file)}
+    bad = {"empty.png", "words.jpg", "half.png", "bomb.png"}
+    assert {name for name, row in rows.items() if row["error"]} == bad
+    assert "left out" in done.stderr
+    assert {row["class"] for name, row in rows.items() if name in bad} == {""}
+    good = rows.keys() - bad
+    assert good == {
+        *("rotated.png", "cmyk.jpg", "sixteen.png", "alpha.png", "palette.png", 'quote".png', "com,ma.png"),
+        *("<script>alert(1)<_script>.png", "new\nline.png", "caf\udce9.png"),
+    }
+    assert all(float(rows[name]["probability"]) > 0 for name in good)
+    # EXIF rotation is not applied in training and evaluation, so it is not applied here.
+    same = ("rotated.png", 'quote".png', "new\nline.png", "caf\udce9.png")
+    assert len({rows[name]["probability"] for name in same}) == 1
+
+
+def test_copies_of_an_unreadable_file_are_all_named(workspace, hostile):
+    shutil.copy(hostile / "words.jpg", hostile / "words again.jpg")
+    found = asked(workspace, hostile / "words.jpg", hostile / "words again.jpg", hostile / "alpha.png", "/nowhere.jpg")
+    errors = [record["error"] for record in found.document["images"]]
+    assert [error is not None for error in errors] == [True, True, False, True]
+    assert errors[3] == "No such file or directory"
+    assert len(found.failures) == 3
+
+
+def test_many_unreadable_files_are_counted(workspace, tmp_path):
+    for number in range(9):
+        (tmp_path / f"{number}.png").write_text(str(number))
+    found = asked(workspace, tmp_path)
+    assert len(found.failures) == 6
+    assert found.failures[-1].startswith("4 more unreadable images")
+
+
+def test_a_stopped_run_goes_on_where_it_was(workspace, tmp_path, monkeypatch):
+    folder, to = workspace.split_dir / "test", tmp_path / "answers.jsonl"
+    asked(workspace, folder, to=str(to), probabilities=True)
+    whole = to.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    to.write_bytes(b"".join(lines[:7]) + lines[7][:20])
+    seen = []
+    answer = WorkspaceClassifier.answer
+    watched = lambda self, paths, step: seen.extend(paths) or answer(self, paths, step)  # noqa: E731
+    monkeypatch.setattr(WorkspaceClassifier, "answer", watched)
+    found = asked(workspace, folder, to=str(to), probabilities=True, append=True)
+    assert len(seen) == len(lines) - 7
+    assert found.document["answered"] == len(lines) - 7
+    before = [json.loads(line) for line in lines]
+    after = [json.loads(line) for line in to.read_text().splitlines()]
+    assert [record["path"] for record in after] == [record["path"] for record in before]
+    for one, other in zip(after, before, strict=True):
+        assert one["probability"] == pytest.approx(other["probability"], abs=1e-5)
+    seen.clear()
+    asked(workspace, folder, to=str(to), probabilities=True, append=True)
+    assert seen == []
+
+
+def test_a_list_on_standard_input(workspace):
+    files = sorted((workspace.split_dir / "test" / "1").iterdir())[:3]
+    program = [
+        sys.executable,
+        str(PROJECT / "ensemble_orchestrator.py"),
+        "predict",
+        "--model-name",
+        NAME,
+        "-",
+        "--json",
+    ]
+    text = b"\0".join(os.fsencode(path) for path in files)
+    done = subprocess.run(
+        [*program, *DEMO, "--workspace", str(workspace.base)], input=text, capture_output=True, cwd=PROJECT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert [record["path"] for record in json.loads(done.stdout)["images"]] == [str(path) for path in files]
+
+
+def test_sets_and_abstention_come_from_what_was_measured(workspace):
+    folder = workspace.split_dir / "test"
+    path = workspace.ensemble_metrics(NAME, "test")
+    record = json.loads(path.read_text())
+    probabilities, classes = stored(workspace)["probabilities"], stored(workspace)["classes"].tolist()
+    limit = float(np.median(np.sort(probabilities, axis=1)[:, -2]))  # the second class is in half of the sets
+    sure = float(np.median(probabilities.max(axis=1)))
+    measured = {"conformal": {"lac": {"threshold": 1 - limit}}, "selective": {"threshold": sure}}
+    path.write_text(json.dumps(record | measured))
+    found = by_id(asked(workspace, folder).document["images"], folder)
+    sizes, silent = [], 0
+    for sample_id, expected in zip(stored(workspace)["sample_ids"].tolist(), probabilities, strict=True):
+        inside = found[sample_id]["set"]
+        assert classes[expected.argmax()] in inside
+        clear = np.abs(expected - limit) > 1e-4
+        assert {classes[place] for place in np.flatnonzero((expected >= limit) & clear)} <= set(inside)
+        assert not {classes[place] for place in np.flatnonzero((expected < limit) & clear)} & set(inside) - {
+            classes[expected.argmax()]
+        }
+        if abs(expected.max() - sure) > 1e-4:
+            assert found[sample_id]["abstain"] is bool(expected.max() < sure)
+        sizes.append(len(inside))
+        silent += found[sample_id]["abstain"]
+    assert 1 < np.mean(sizes) < 3
+    assert 0 < silent < len(sizes)
+
+
+def test_thresholds_of_an_older_ensemble_are_not_used(workspace, caplog):
+    path, built = workspace.ensemble_metrics(NAME, "test"), workspace.ensemble(NAME) / "ensemble.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"selective": {"threshold": 0.5}}))
+    assert predicting.measured(workspace, NAME, is_ensemble=True).abstain == 0.5
+    later = path.stat().st_mtime + 10
+    os.utime(built, (later, later))
+    with logged(caplog):
+        assert predicting.measured(workspace, NAME, is_ensemble=True).abstain is None
+    assert "was built again since it was evaluated" in caplog.text
+
+
+def test_what_cannot_answer_is_refused_with_the_remedy(workspace, tmp_path):
+    folder = workspace.split_dir / "test"
+    with pytest.raises(UserError, match="did you mean 'soft_voting_ensemble'"):
+        asked(workspace, folder, model_name="soft_voting_ensembel")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no image found"):
+        asked(workspace, tmp_path / "empty")
+    with pytest.raises(UserError, match="name it with --to FILE"):
+        asked(workspace, folder, append=True)
+    checkpoint = workspace.checkpoints / "CustomResNetMish_final.pth"
+    content = checkpoint.read_bytes()
+    checkpoint.unlink()
+    with pytest.raises(UserError, match=r"CustomResNetMish_final.pth: the checkpoint .* is gone. Train it again"):
+        asked(workspace, folder)
+    checkpoint.write_bytes(content + b" ")
+    with pytest.raises(UserError, match="changed since discovery"):
+        asked(workspace, folder)
+    record = json.loads(workspace.catalog.read_text())
+    del record["members"]["CustomResNetMish"]
+    workspace.catalog.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"its member CustomResNetMish is not in the catalog.*build-ensemble"):
+        asked(workspace, folder)
+
+
+def test_more_images_than_a_screen_takes_need_a_file(workspace, monkeypatch):
+    monkeypatch.setattr(predicting, "MOST_ON_SCREEN", 3)
+    with pytest.raises(UserError, match="need a file; name it with --to FILE"):
+        asked(workspace, workspace.split_dir / "test")
+
+
+def test_progress_tells_the_time_left(caplog, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(predicting.time, "monotonic", lambda: now[0])
+    caplog.set_level(logging.INFO, "disease_pipeline")
+    progress = predicting._Progress(100, 2)
+    with logged(caplog):
+        for seconds in (5.0, 12.0):
+            now[0] = seconds
+            progress.step(10)
+        now[0] = 30.0
+        progress.block_ends(50)
+    messages = [entry.getMessage() for entry in caplog.records]
+    assert messages == ["10 % of 100 images by 2 networks; about 108 s left", "[50/100] images; about 30 s left"]
+
+
+def test_a_block_is_bounded_by_pixels_and_by_logits():
+    def block(sizes, members, classes):
+        made = WorkspaceClassifier.__new__(WorkspaceClassifier)
+        made.sizes, made.members, made.classes = sizes, (None,) * members, (None,) * classes
+        return made.block
+
+    assert block([32], 3, 4) == classifier.MOST
+    photographs = block([224], 15, 13)
+    assert 4 * photographs * (1.14 * 224) ** 2 <= classifier.BLOCK_BYTES
+    assert photographs > 4000
+    assert block([224], 20, 20_000) * 20 * 20_000 * 4 <= classifier.ARRAY_BYTES
+    assert block([4096], 1, 10**7) == classifier.FEWEST
+
+
+def test_embeddings_come_along_for_combiners_that_read_them(workspace, tmp_path):
+    store = Store(load(CONFIG), workspace, catalog.load(workspace))
+    asking = WorkspaceClassifier(store, NAME)
+    asking.reads_embeddings = True
+    images = store.images("test")
+    for member in asking.members:
+        logits, embeddings = asking._member_rows(member, images, tmp_path / "cache", lambda count: None)
+        np.testing.assert_allclose(embeddings, np.load(workspace.embeddings(member.name, "test")), atol=1e-4)
+        np.testing.assert_allclose(
+            logits, np.load(workspace.predictions(member.name, "test") / "logits.npy"), atol=1e-4
+        )

@@ -1,0 +1,236 @@
+"""The page that `evaluate` writes: what is in it, for every kind of workspace, and when it is written again."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from html.parser import HTMLParser
+
+import given_predictions as given
+import pytest
+from conftest import PROJECT
+
+import ensemble_orchestrator
+import report as synthetic_report
+from utils import build, report, thumbnails
+from utils.artifacts import read_json, write_json
+from utils.config_file import load
+
+CONFIG = load(PROJECT / "configs" / "votes.yaml")
+DEMO = ("--config", "configs/votes.yaml")
+VOID = {"meta", "link", "br", "img", "hr"}
+
+
+class Page(HTMLParser):
+    """Elements, headings and text of a page; fails where tags do not match."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+    def of(self, tag: str) -> list[dict]:
+        return [facts for name, facts in self.elements if name == tag]
+
+
+def page_of(workspace, split: str = "test") -> Page:
+    return Page(workspace.report(split).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory):
+    workspace = synthetic_report.synthetic(tmp_path_factory.mktemp("synthetic"))
+    report.write(CONFIG, workspace, "test")
+    return workspace
+
+
+@pytest.fixture
+def imported(tmp_path):
+    """A workspace of imported predictions, without images, evaluated."""
+    workspace = given.empty_workspace(tmp_path / "workspace")
+    given.take_in(workspace, given.write(tmp_path / "given"))
+    build.build_ensemble(CONFIG, workspace)
+    report.evaluate(CONFIG, workspace)
+    return workspace
+
+
+def test_every_part_is_there_when_all_is_measured(synthetic):
+    page = page_of(synthetic)
+    for words in (
+        *("Use ensemble_00: lowest log-loss on honest rows", "Against the best single model (Custom00): +1.0 points"),
+        *("the two cannot be told apart here", "McNemar's exact p 0.2", "3 rows left out", "Ordered by log loss"),
+        *("Answer only above a probability of", "LAC", "APS", "91.0 %", "[86.0, 94.0]", "less familiar than 95 %"),
+        *("before the temperature", "Surely wrong", "Most disputed", "Likely mislabelled", "cpu, 2 threads"),
+        *("held out", "25.0 %", "does not beat log_linear_pool", "Error correlation"),
+    ):
+        assert words in page.text, words
+    assert len(page.of("img")) == 20
+    assert "not measured" not in page.text
+    labels = [facts["aria-label"] for facts in page.of("svg")]
+    assert len(labels) == 10
+    assert any("of each pair of 4 members" in label for label in labels)
+
+
+def test_it_is_one_file_that_asks_for_nothing(synthetic):
+    text = synthetic.report("test").read_text(encoding="utf-8")
+    page = page_of(synthetic)
+    assert not page.of("script")
+    assert all(facts["href"].startswith(("#", "data:,")) for facts in page.of("link") + page.of("a"))
+    assert all(facts["src"].startswith("data:image/") for facts in page.of("img"))
+    assert set(re.findall(r"https?:[^\s\"]+", text)) == set()
+    assert len(text) < 5e6
+    ids = [facts["id"] for _, facts in page.elements if "id" in facts]
+    assert len(ids) == len(set(ids))
+
+
+def test_it_is_the_same_again_and_written_only_when_a_record_changed(tmp_path):
+    workspace = synthetic_report.synthetic(tmp_path)
+    path = report.write(CONFIG, workspace, "test")
+    first, before = path.read_bytes(), path.stat().st_mtime_ns
+    assert report.write(CONFIG, workspace, "test") == path
+    assert path.stat().st_mtime_ns == before
+    report.write(CONFIG, workspace, "test", force=True)
+    assert path.stat().st_mtime_ns > before
+    assert path.read_bytes() == first
+    record = read_json(workspace.ensemble_metrics("ensemble_00", "test"), remedy="")
+    write_json(workspace.ensemble_metrics("ensemble_00", "test"), record | {"accuracy": 0.123})
+    report.write(CONFIG, workspace, "test")
+    assert "12.3 %" in page_of(workspace).text
+
+
+def test_without_images_rows_are_named_and_nothing_is_drawn_of_them(imported):
+    page = page_of(imported)
+    assert not page.of("img")
+    assert "There are no images in this workspace" in page.text
+    assert re.search(r"test/(ant|bee|cat)/3\d\d\d\.png", page.text)
+    assert "val/" in page.text or "train/" in page.text
+    assert "not measured" in page.text
+    assert "30 rows of test are few" in page.text
+
+
+def test_hostile_names_are_text(tmp_path):
+    classes = ("<script>alert(1)</script>", '" onload="alert(1)', "$x_1$ {{ 7 * 7 }}\n")
+    renamed = dict(zip(given.CLASSES, classes, strict=True))
+
+    def change(member, stem, arrays):
+        ids = [f"{row}<img src=x onerror=alert(1)>\udce9" for row in range(len(arrays["sample_ids"]))]
+        arrays["sample_ids"] = given.np.array([f"{stem}{name}".encode("utf-8", "replace").decode() for name in ids])
+        return arrays | {"classes": given.np.array([renamed[name] for name in arrays["classes"].tolist()])}
+
+    workspace = given.empty_workspace(tmp_path / "workspace")
+    given.take_in(workspace, given.write(tmp_path / "given", change=change))
+    build.build_ensemble(CONFIG, workspace)
+    report.evaluate(CONFIG, workspace)
+    page = page_of(workspace)
+    assert not page.of("script")
+    assert not page.of("img")
+    assert not any(key.startswith("on") for _, facts in page.elements for key in facts)
+    assert "<script>alert(1)</script>" in page.text
+    assert "$x_1$ {{ 7 * 7 }}\\n" in page.text
+    assert "<img src=x onerror=alert(1)>" in page.text
+
+
+def test_another_split_has_a_page_of_its_own(imported):
+    before = imported.report("test").read_bytes()
+    report.evaluate(CONFIG, imported, split="val")
+    assert "scores are optimistic" in page_of(imported, "val").text
+    assert imported.report("test").read_bytes() == before
+
+
+def test_one_model_alone_gets_no_page(imported):
+    imported.report("test").unlink()
+    found = report.evaluate(CONFIG, imported, model_name="soft_voting_ensemble")
+    assert not imported.report("test").exists()
+    assert "report" not in found.document
+
+
+def test_what_cannot_be_shown_is_said_and_the_rest_stays(tmp_path):
+    workspace = synthetic_report.synthetic(tmp_path)
+    (workspace.ensemble("ensemble_00") / "predictions_test.npz").unlink()
+    report.write(CONFIG, workspace, "test")
+    page = page_of(workspace)
+    assert "Single rows of test are not shown" in page.text
+    assert "Error correlation" in page.text
+    shutil.rmtree(workspace.all_oof)
+    report.write(CONFIG, workspace, "test", force=True)
+    page = page_of(workspace)
+    assert "What each member adds is not shown" in page.text
+    assert "Ranking" in page.text
+
+
+def test_a_damaged_record_is_a_failure_and_not_the_end(imported, monkeypatch):
+    def damaged(*_, **__):
+        raise report.UserError("x.json: damaged")
+
+    monkeypatch.setattr(report, "write", damaged)
+    found = report.evaluate(CONFIG, imported)
+    assert found.failures == ["report: x.json: damaged"]
+
+
+def test_an_image_that_is_gone_is_said(tmp_path):
+    workspace = synthetic_report.synthetic(tmp_path)
+    for path in (workspace.split_dir / "test").rglob("*.jpg"):
+        path.unlink()
+    report.write(CONFIG, workspace, "test")
+    page = page_of(workspace)
+    assert "the file is gone" in page.text
+    assert len(page.of("img")) < 20
+
+
+def test_thumbnails_are_made_for_the_chosen_images_alone(tmp_path, monkeypatch):
+    workspace = synthetic_report.synthetic(tmp_path)
+    made, thumbnail = [], thumbnails.thumbnail
+    monkeypatch.setattr("utils.report_sections.thumbnail", lambda path: made.append(path) or thumbnail(path))
+    report.write(CONFIG, workspace, "test")
+    assert len(made) == 20
+
+
+def test_the_commands_to_do_it_again_are_understood(tmp_path):
+    workspace = synthetic_report.synthetic(tmp_path)
+    config = load(PROJECT / "configs" / "votes.yaml", overrides=["runs.score_ensemble.methods=[soft_voting]", "seed=7"])
+    report.write(config, workspace, "test")
+    lines = [line for line in page_of(workspace).words if "ensemble_orchestrator.py" in line]
+    commands = [shlex.split(line) for line in "".join(lines).strip().splitlines()]
+    assert [words[2] for words in commands] == ["discover", "build-ensemble", "evaluate", "predict"]
+    for words in commands:
+        parsed = ensemble_orchestrator.build_parser().parse_args(words[2:])
+        again = load(PROJECT / parsed.config, overrides=parsed.set)
+        assert again.digest() == config.digest()
+        assert parsed.workspace == str(tmp_path)
+
+
+def test_the_commands_end_with_the_page(built, orchestrator, own_copy):
+    path = own_copy / "ensembles" / "report" / "index.html"
+    assert path.is_file()
+    done = orchestrator("pipeline", *DEMO, workspace=own_copy)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(path)
+    done = orchestrator("evaluate", *DEMO, "--json", workspace=own_copy)
+    assert json.loads(done.stdout)["report"] == str(path)
+    page = Page(path.read_text(encoding="utf-8"))
+    assert page.of("img")
+    assert all(facts["src"].startswith("data:image/png") for facts in page.of("img"))

@@ -1,0 +1,139 @@
+"""The report in a real browser: it opens from disk, says nothing on the console, and can be read and used by all."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import browser
+import pytest
+from conftest import PROJECT
+
+import report as synthetic_report
+from utils import report
+from utils.config_file import load
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(browser.found() is None, reason="no Chromium here; make test-browser installs it where it can"),
+]
+CLASSES = ("<script>document.title = 'taken'</script>", "a \"quoted\" & 'named' class", "line\nbreak", "Apfelbäume")
+NAME = "{row} <img src=x onerror=document.title='taken'> \".jpg"
+CONTRAST = 4.5  # WCAG 2, level AA, for text
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    workspace = synthetic_report.synthetic(tmp_path_factory.mktemp("synthetic"), classes=CLASSES, name=NAME)
+    report.write(load(PROJECT / "configs" / "votes.yaml"), workspace, "test")
+    return workspace.report("test")
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser.Browser() as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_opens_without_a_complaint_and_all_images_load(page, chromium, scheme):
+    chromium.open(page, scheme=scheme)
+    assert chromium.run("document.images.length") == 20
+    assert chromium.run("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    assert chromium.run("[...document.images].every(image => image.alt)")
+    assert chromium.run("document.querySelectorAll('svg.figure').length") >= 9
+    assert chromium.run("document.querySelectorAll('script, iframe, object, [onerror], [onload]').length") == 0
+    assert chromium.run("document.title") == "ensemble_00: test report"
+    assert chromium.complaints == []
+
+
+def test_user_text_is_shown_as_it_is_written(page, chromium):
+    chromium.open(page)
+    text = chromium.run("document.body.innerText")
+    assert CLASSES[0] in text
+    assert CLASSES[1] in text
+    assert "line\\nbreak" in text
+    assert "<img src=x onerror=document.title='taken'> \".jpg" in text
+
+
+def test_headings_are_in_order_and_ids_are_one_of_a_kind(page, chromium):
+    chromium.open(page)
+    levels = chromium.run("[...document.querySelectorAll('h1,h2,h3,h4,h5,h6')].map(node => Number(node.tagName[1]))")
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    ids = chromium.run("[...document.querySelectorAll('[id]')].map(node => node.id)")
+    assert len(ids) == len(set(ids))
+    targets = chromium.run("[...document.querySelectorAll('a[href^=\"#\"]')].map(node => node.hash.slice(1))")
+    assert targets
+    assert set(targets) <= set(ids)
+
+
+@pytest.mark.parametrize("width", [320, 400, 1000])
+def test_nothing_is_wider_than_the_window(page, chromium, width):
+    chromium.open(page, width=width)
+    chromium.run("document.querySelectorAll('details').forEach(node => node.open = true)")
+    assert chromium.run("document.documentElement.scrollWidth") <= width
+    assert chromium.run("Math.max(...[...document.images].map(image => image.getBoundingClientRect().right))") <= width
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_the_page(page, chromium, scheme):
+    chromium.open(page, scheme=scheme)
+    colours = chromium.run(
+        "['p', '.muted', 'figcaption', 'a', '.mark', 'svg text', '.differs', '.warning', '.cards dt'].map(query => {"
+        " const node = document.querySelector(query), style = getComputedStyle(node);"
+        " return [query, query.startsWith('svg') ? style.fill : style.color];})"
+    )
+    grounds = {
+        query: chromium.run(f"getComputedStyle(document.querySelector('{query}')).backgroundColor")
+        for query in ("body", ".cards div")
+    }
+    dark = scheme == "dark"
+    assert (luminance(grounds["body"]) < 0.1) is dark
+    for query, colour in colours:
+        for ground in grounds.values():
+            assert contrast(colour, ground) >= CONTRAST, (query, colour, ground)
+
+
+def test_the_keyboard_reaches_the_summary_tables_and_details(page, chromium):
+    chromium.open(page)
+    chromium.press("Tab")
+    assert chromium.run("document.activeElement.className") == "skip"
+    chromium.press("Enter")
+    assert chromium.run("location.hash") == "#summary"
+    scrolling = "[...document.querySelectorAll('.scroll')].filter(node => node.scrollWidth > node.clientWidth)"
+    chromium.open(page, width=400)
+    assert chromium.run(f"{scrolling}.length") > 0
+    assert chromium.run(f"{scrolling}.every(node => node.tabIndex === 0 && node.getAttribute('aria-label'))")
+    chromium.run("document.querySelector('.gallery summary').focus()")
+    chromium.press("Enter")
+    assert chromium.run("document.querySelector('.gallery details').open")
+
+
+def test_figures_and_tables_have_names(page, chromium):
+    chromium.open(page)
+    figures = "[...document.querySelectorAll('svg.figure')]"
+    assert chromium.run(f"{figures}.every(node => node.getAttribute('role') === 'img')")
+    labels = chromium.run(f"{figures}.map(node => node.getAttribute('aria-label'))")
+    assert all(len(label) > 20 for label in labels)
+    assert chromium.run("[...document.querySelectorAll('th')].every(node => node.scope)")
+
+
+def test_it_prints(page, chromium):
+    chromium.open(page, scheme="dark")
+    printed = chromium.pdf()
+    assert printed.startswith(b"%PDF")
+    assert printed.count(b"/Type /Page\n") + printed.count(b"/Type /Page ") + printed.count(b"/Type /Page/") >= 3
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of `rgb(r, g, b)` (WCAG 2)."""
+    shares = [int(part) / 255 for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
+    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    """Contrast ratio of two colours (WCAG 2)."""
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)

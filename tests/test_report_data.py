@@ -1,0 +1,126 @@
+"""What the report computes for itself, against examples that can be done by hand."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from utils import diversity, instructive, report_data
+from utils.errors import UserError
+from utils.instructive import Answers, Instructive
+from utils.metrics import ece, softmax
+from utils.rows import UNKNOWN, MemberRows
+
+
+def rows(split: str, ids: list[str], labels: list[int], probabilities: list[list[float]]) -> MemberRows:
+    logits = np.log(np.array(probabilities, dtype=np.float32))
+    classes = tuple("abc"[: logits.shape[1]])
+    return MemberRows(split, classes, np.array(ids), np.array(labels), logits, np.ones(len(ids), dtype=bool))
+
+
+def test_what_each_member_adds_to_the_plain_mean():
+    first = rows("val", ["1", "2", "3", "x"], [0, 0, 1, UNKNOWN], [[0.8, 0.2], [0.6, 0.4], [0.7, 0.3], [0.5, 0.5]])
+    second = rows("val", ["3", "2", "1"], [1, 0, 0], [[0.2, 0.8], [0.3, 0.7], [0.4, 0.6]])
+    third = rows("val", ["1", "2", "3", "4"], [0, 0, 1, 0], [[0.9, 0.1], [0.4, 0.6], [0.6, 0.4], [0.5, 0.5]])
+    found = report_data.contribute({"a": [first], "b": [second], "c": [third]})
+    truth = np.array([[0.8, 0.6, 0.3], [0.4, 0.3, 0.8], [0.9, 0.4, 0.4]])
+    assert found.rows == 3
+    assert found.accuracy == pytest.approx([2 / 3, 1 / 3, 1 / 3])
+    assert found.log_loss == pytest.approx(-np.log(truth).mean(axis=1))
+    assert found.alone_right.tolist() == [1, 1, 0]
+    mean = -np.log(truth.mean(axis=0)).mean()
+    assert found.mean_log_loss == pytest.approx(mean)
+    expected = [-np.log(np.delete(truth, place, axis=0).mean(axis=0)).mean() - mean for place in range(3)]
+    assert found.without == pytest.approx(expected)
+
+
+def test_members_without_a_common_row_are_an_error_in_words():
+    parts = {"a": [rows("val", ["1"], [0], [[0.9, 0.1]])], "b": [rows("train", ["1"], [0], [[0.9, 0.1]])]}
+    with pytest.raises(UserError, match="a, b: no labelled row"):
+        report_data.contribute(parts)
+
+
+def test_reliability_bins_are_closed_above_and_give_the_calibration_error():
+    probabilities = np.array([[1.0, 0.0], [0.6, 0.4], [0.6, 0.4], [0.55, 0.45], [1.0, 0.0]])
+    labels = np.array([0, 0, 1, 0, 1])
+    found = report_data.reliability(probabilities, labels)
+    assert found["count"][8] == 3  # (8/15, 9/15] holds 0.6 itself
+    assert found["count"][14] == 2
+    assert found["accuracy"][14] == 0.5
+    assert found["confidence"][14] == 1.0
+    assert found["accuracy"][0] is None
+    gaps = [
+        count * abs(right - sure)
+        for count, right, sure in zip(found["count"], found["accuracy"], found["confidence"], strict=True)
+        if count
+    ]
+    assert sum(gaps) / 5 == pytest.approx(ece(probabilities, labels))
+
+
+def test_a_temperature_is_undone():
+    logits = np.random.default_rng(0).normal(size=(20, 4))
+    answers = Answers(np.arange(20).astype(str), np.zeros(20, dtype=int), softmax(logits / 0.4))
+    data = SimpleNamespace(record={"temperature": 0.4}, answers=answers)
+    assert report_data.without_temperature(data) == pytest.approx(softmax(logits))
+    for record in ({}, {"temperature": None}, {"temperature": 1.0}, {"temperature": 0.4, "share_of_stacker": 0.5}):
+        assert report_data.without_temperature(SimpleNamespace(record=record, answers=answers)) is None
+
+
+def test_the_front_holds_what_no_other_beats():
+    points = {
+        "cheap": (1, 0.7),
+        "good": (3, 0.9),
+        "worse": (3, 0.8),
+        "dear": (4, 0.9),
+        "twin": (1, 0.7),
+        "bad": (2, 0.6),
+    }
+    assert report_data.pareto(points) == {"cheap", "twin", "good"}
+
+
+def test_mutual_information_of_members():
+    agreeing = [np.array([[0.9, 0.1]]), np.array([[0.9, 0.1]])]
+    opposed = [np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])]
+    unsure = [np.array([[0.5, 0.5]]), np.array([[0.5, 0.5]])]
+    values = [diversity.mutual_information(iter(parts))[0] for parts in (agreeing, opposed, unsure)]
+    assert values == pytest.approx([0, np.log(2), 0], abs=1e-9)
+
+
+def test_the_surest_errors_come_first_and_ties_by_name():
+    answers = Answers(
+        np.array(["d", "c", "b", "a", "e"]),
+        np.array([0, 1, 1, 1, 0]),
+        np.array([[0.9, 0.1], [0.8, 0.2], [0.8, 0.2], [0.99, 0.01], [0.4, 0.6]]),
+    )
+    found = instructive.surely_wrong("test", answers, None, 3)
+    assert [item.sample_id for item in found] == ["a", "b", "c"]
+    assert (found[0].answer, found[0].label, found[0].probability) == (0, 1, 0.99)
+    assert found[0].of_label == pytest.approx(0.01)
+
+
+def test_disputed_rows_are_those_not_shown_yet_on_which_members_differ():
+    answers = Answers(np.array(["a", "b", "c"]), np.zeros(3, dtype=int), np.full((3, 2), 0.5))
+    found = instructive.disputed("test", answers, np.array([0.5, 0.0, 0.2]), 5, {"a"})
+    assert [(item.sample_id, item.disagreement) for item in found] == [("c", 0.2)]
+    assert instructive.disputed("test", answers, None, 5, set()) == []
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ((20, 20, 20), (8, 6, 6)),
+        ((2, 20, 20), (2, 12, 6)),
+        ((2, 3, 20), (2, 3, 15)),
+        ((20, 0, 0), (20, 0, 0)),
+        ((0, 0, 0), (0, 0, 0)),
+    ],
+)
+def test_places_that_one_kind_leaves_go_to_the_others(counts, expected):
+    found = {
+        kind: [Instructive(kind, "test", str(number), 0, 1, 0.9, 0.1, None) for number in range(count)]
+        for kind, count in zip(instructive.SHARES, counts, strict=True)
+    }
+    chosen = [item.kind for item in instructive.shared_out(found, 20)]
+    assert tuple(map(chosen.count, instructive.SHARES)) == expected

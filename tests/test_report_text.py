@@ -1,0 +1,36 @@
+"""Text and numbers as a page shows them."""
+
+from __future__ import annotations
+
+import pytest
+
+from utils.report_text import counted, interval, listed, number, percent, shown
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain ü 漢", "plain ü 漢"),
+        ("a\nb\tc", "a\\nb\\tc"),
+        ("caf\udce9", "caf\\xe9"),
+        ("\ud800", "\\ud800"),
+        ("a\u202eb", "a\\u202eb"),
+        ("\x00\x1b[1m", "\\x00\\x1b[1m"),
+        ("<b>&", "<b>&"),
+        (3, "3"),
+    ],
+)
+def test_what_cannot_be_seen_is_written_out(text, expected):
+    assert shown(text) == expected
+    shown(text).encode("utf-8")
+
+
+def test_numbers_and_lists():
+    assert (number(0.12345), number(None), number(2, 1)) == ("0.1235", "not measured", "2.0")
+    assert (percent(0.1234), percent(None)) == ("12.3 %", "not measured")
+    assert (interval([0.1, 0.25], 2), interval(None)) == ("[0.10, 0.25]", "")
+    assert listed([]) == ""
+    assert listed(["a"]) == "a"
+    assert listed(["a", "b", "c"]) == "a, b and c"
+    assert listed(["a", "b", "c"], 1) == "a and 2 more"
+    assert (counted(1, "row"), counted(1200, "row")) == ("1 row", "1,200 rows")

@@ -1,0 +1,234 @@
+"""`predict`: class, probability, conformal set, abstention and disagreement for image files without labels."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from utils import catalog, image_paths
+from utils.answer_files import AnswerFile, Form
+from utils.artifacts import read_json
+from utils.classifier import BlockAnswers, WorkspaceClassifier
+from utils.config import Config
+from utils.errors import UserError
+from utils.predictions import Store
+from utils.report_text import shown
+from utils.results import Result
+from utils.workspace import Workspace
+
+logger = logging.getLogger("disease_pipeline")
+
+DIGITS = 6
+ROUNDING = 1e-9
+MOST_ON_SCREEN = 10_000  # images; more need a file, which can be continued
+MOST_NAMED = 5  # unreadable images in messages
+QUIET = 10.0  # seconds between two lines of progress
+
+
+class Classifier(Protocol):
+    """What answers for image files: the members in a workspace, or an exported file."""
+
+    version: str
+    classes: tuple[str, ...]
+
+    @property
+    def networks(self) -> int:
+        """How often every image is counted in the progress."""
+
+    @property
+    def block(self) -> int:
+        """Images at a time."""
+
+    def answer(self, paths: Sequence[Path], step: Any) -> BlockAnswers:
+        """Answers for the images of one block; `step(images)` tells of progress."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What `evaluate` measured of a model: when a set of classes is large enough, and when to be silent."""
+
+    lac: float | None
+    """A class is in the set when 1 - its probability is at most this (least ambiguous sets, Sadinle et al. 2019).
+
+    The most probable class always is."""
+    abstain: float | None
+    """Below this probability of the top class there is no answer to rely on."""
+
+    def of_row(self, probabilities: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
+        """`set` and `abstain` of one image, from (C,); None where they were not measured."""
+        inside = 1 - probabilities <= (np.inf if self.lac is None else self.lac + ROUNDING)
+        inside[probabilities.argmax()] = True
+        return {
+            "set": None if self.lac is None else [classes[place] for place in np.flatnonzero(inside)],
+            "abstain": None if self.abstain is None else bool(probabilities.max() < self.abstain),
+        }
+
+
+def predict(
+    config: Config,
+    workspace: Workspace,
+    *,
+    paths: Sequence[str],
+    model_name: str,
+    to: str | None = None,
+    form: str | None = None,
+    probabilities: bool = False,
+    append: bool = False,
+    force: bool = False,
+) -> Result:
+    """Answer for images, into the file `to` or, up to 10,000 of them, onto the screen.
+
+    `form` is csv or jsonl, by default what the file's ending says; `probabilities` adds those of all classes. With
+    `append` the file is continued: images that it holds are passed over. An image that cannot be read is a record with
+    its error and a failure of the result. Raises UserError without an image, for a model that cannot answer, and for a
+    file that is there and not to be continued.
+    """
+    if append and to is None:
+        raise UserError("--append goes on with a file; name it with --to FILE")
+    store = Store(config, workspace, catalog.load(workspace))
+    classifier = WorkspaceClassifier(store, model_name)
+    thresholds = measured(workspace, model_name, is_ensemble=classifier.ensemble is not None)
+    listing = image_paths.find(paths, sys.stdin.buffer)
+    failures = [f"{shown(name)}: no image in it" for name in listing.empty]
+    if not listing.paths:
+        raise UserError(f"{', '.join(map(shown, paths))}: no image found; expected image files, folders or patterns")
+    style = Form(form or _form_of(to), classifier.classes if probabilities else None)
+    if to is None:
+        return _on_screen(classifier, thresholds, listing.paths, style, failures)
+    file = AnswerFile(Path(to).expanduser(), style, classifier.version, append=append, replace=force)
+    left = [path for path in listing.paths if str(path) not in file.done]
+    if len(left) < len(listing.paths):
+        logger.info("%d of %d images are answered in %s", len(listing.paths) - len(left), len(listing.paths), file.path)
+    problems: list[str] = []
+    for records, lines in _answers(classifier, thresholds, left, style):
+        file.add(lines)
+        problems += _problems(records)
+    summary = {"file": str(file.path), "images": len(listing.paths), "answered": len(left) - len(problems)}
+    text = f"{model_name}: {len(left) - len(problems)} of {len(left)} images answered\nwritten: {file.path}"
+    return Result(
+        text, summary | {"model": classifier.version, "unreadable": len(problems)}, failures + _named(problems)
+    )
+
+
+def measured(workspace: Workspace, name: str, *, is_ensemble: bool) -> Thresholds:
+    """What the newest evaluation on test says of a model; without one, or one of an older ensemble, this is said."""
+    path = (workspace.ensemble_metrics if is_ensemble else workspace.member_metrics)(name, "test")
+    record: Mapping[str, Any] = read_json(path, remedy="Remove it, then evaluate again") or {}
+    built = workspace.ensemble(name) / "ensemble.json"
+    stale = bool(record) and is_ensemble and built.stat().st_mtime_ns > path.stat().st_mtime_ns
+    if stale:
+        record = {}
+    found = Thresholds(
+        ((record.get("conformal") or {}).get("lac") or {}).get("threshold"),
+        (record.get("selective") or {}).get("threshold"),
+    )
+    lacking = [word for word, value in (("set", found.lac), ("abstain", found.abstain)) if value is None]
+    if lacking:
+        why = "was built again since it was evaluated" if stale else "has no measured thresholds"
+        logger.warning(
+            "%s %s, so %s stay empty; run: python ensemble_orchestrator.py evaluate", name, why, " and ".join(lacking)
+        )
+    return found
+
+
+def _form_of(to: str | None) -> str:
+    return "jsonl" if to is not None and to.lower().endswith((".jsonl", ".ndjson")) else "csv"
+
+
+def _on_screen(
+    classifier: Classifier, thresholds: Thresholds, paths: Sequence[Path], style: Form, failures: list[str]
+) -> Result:
+    if len(paths) > MOST_ON_SCREEN:
+        raise UserError(f"{len(paths):,} images: more than {MOST_ON_SCREEN:,} need a file; name it with --to FILE")
+    records: list[dict[str, Any]] = []
+    text = style.head
+    for found, lines in _answers(classifier, thresholds, paths, style):
+        records += found
+        text += "".join(lines)
+    document = {"model": classifier.version, "images": [style.document(record) for record in records]}
+    # A terminal takes text alone; a file keeps the bytes of every name.
+    text = text.rstrip("\n").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return Result(text, document, failures + _named(_problems(records)))
+
+
+def _answers(
+    classifier: Classifier, thresholds: Thresholds, paths: Sequence[Path], style: Form
+) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
+    """Records and their lines, block by block."""
+    progress = _Progress(len(paths), classifier.networks)
+    for start in range(0, len(paths), classifier.block):
+        block = paths[start : start + classifier.block]
+        found = classifier.answer(block, progress.step)
+        yield _records(classifier, thresholds, block, found, style)
+        progress.block_ends(min(start + len(block), len(paths)))
+
+
+def _records(
+    classifier: Classifier, thresholds: Thresholds, paths: Sequence[Path], found: BlockAnswers, style: Form
+) -> tuple[list[dict[str, Any]], list[str]]:
+    row_of = {int(place): row for row, place in enumerate(found.readable)}
+    records, lines = [], []
+    for place, path in enumerate(paths):
+        record: dict[str, Any] = {"path": str(path), "class": None, "probability": None, "set": None, "abstain": None}
+        record |= {"disagreement": None, "model": classifier.version, "error": found.problems.get(place)}
+        values = None
+        if place in row_of:
+            row = found.probabilities[row_of[place]]
+            top = int(row.argmax())
+            record |= {"class": classifier.classes[top], "probability": round(float(row[top]), DIGITS)}
+            record |= thresholds.of_row(row, classifier.classes)
+            if found.disagreement is not None:
+                record["disagreement"] = round(float(found.disagreement[row_of[place]]), DIGITS)
+            values = [round(float(value), DIGITS) for value in row]
+        if style.classes is not None:
+            record["probabilities"] = values
+        records.append(record)
+        lines.append(style.line(record))
+    return records, lines
+
+
+def _problems(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [f"{shown(record['path'])}: {shown(record['error'])}" for record in records if record["error"] is not None]
+
+
+def _named(problems: Sequence[str]) -> list[str]:
+    more = len(problems) - MOST_NAMED
+    return [
+        *problems[:MOST_NAMED],
+        *([f"{more} more unreadable images, each with its error in its record"] if more > 0 else []),
+    ]
+
+
+class _Progress:
+    """Tells now and then how far it is, and how long it will take."""
+
+    def __init__(self, images: int, networks: int) -> None:
+        self.images, self.total = images, images * networks
+        self.networks, self.done = networks, 0
+        self.start = self.told = time.monotonic()
+
+    def step(self, images: int) -> None:
+        """One network has seen so many more images."""
+        self.done += images
+        now = time.monotonic()
+        if now - self.told >= QUIET:
+            self.told = now
+            left = (now - self.start) / self.done * (self.total - self.done)
+            share = self.done / self.total
+            logger.info(
+                "%.0f %% of %d images by %d networks; about %.0f s left", 100 * share, self.images, self.networks, left
+            )
+
+    def block_ends(self, images: int) -> None:
+        """So many images are answered; those that could not be read are counted as well."""
+        self.done = images * self.networks
+        spent = time.monotonic() - self.start
+        left = spent / images * (self.images - images)
+        logger.info("[%d/%d] images; about %.0f s left", images, self.images, left)

@@ -1,0 +1,53 @@
+"""What a page says: text of users made showable, and numbers as people write them."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+
+NOT_MEASURED = "not measured"
+_INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+_HARMLESS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"  # which some scripts are written with
+
+
+def shown(text: object) -> str:
+    """The text on one line, with what cannot be seen or encoded written out: `\\n`, `\\xff`, `\\u202e`.
+
+    Bytes of a file name that are no UTF-8, which Python keeps as lone surrogates, come out as `\\xNN`.
+    """
+    return "".join(_shown(letter) for letter in str(text))
+
+
+def _shown(letter: str) -> str:
+    code = ord(letter)
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"
+    if unicodedata.category(letter) not in _INVISIBLE or letter in _HARMLESS:
+        return letter
+    return letter.encode("unicode_escape").decode("ascii")
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A figure with a fixed number of digits, or `not measured`."""
+    return NOT_MEASURED if value is None else f"{value:.{digits}f}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share as a percentage, or `not measured`."""
+    return NOT_MEASURED if value is None else f"{100 * value:.{digits}f} %"
+
+
+def interval(bounds: Sequence[float] | None, digits: int = 4) -> str:
+    """`[low, high]`; nothing where there is none."""
+    return "" if bounds is None else f"[{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """`a, b and c`, the rest counted."""
+    kept = [*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])]
+    return " and ".join([", ".join(kept[:-1]), kept[-1]]) if len(kept) > 1 else "".join(kept)
+
+
+def counted(count: int, word: str) -> str:
+    """`1 image`, `2 images`."""
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"

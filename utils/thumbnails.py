@@ -1,0 +1,102 @@
+"""Small copies of images for a page: whatever the file holds, in bounded time, memory and size.
+
+They are for the eye, so that EXIF rotation and the full range of 16 bits count here; networks see neither.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SIDE = 160  # pixels of the longer side
+LARGEST = 64_000_000  # pixels; above, an image is described and not decoded
+FILE_BYTES = 256_000_000
+QUALITY = 80
+SMALL = 64  # up to here every pixel is kept, and the page enlarges them without blur
+BACKGROUND = (128, 128, 128)  # behind what is transparent: neither black nor white drawings vanish
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A small copy, or why there is none."""
+
+    uri: str | None
+    """`data:image/...;base64,...`"""
+    width: int = 0
+    height: int = 0
+    problem: str = ""
+
+
+def thumbnail(path: Path) -> Thumbnail:
+    """A small copy of an image file; for one that cannot be decoded, or is too large to be meant, the reason."""
+    from PIL import Image
+
+    try:
+        size = path.stat().st_size
+        if size > FILE_BYTES:
+            return Thumbnail(None, problem=f"a file of {size / 1e6:.0f} MB, too large to be shown")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # large images are refused below; oddities of metadata concern nobody here
+            with Image.open(path) as image:
+                width, height = image.size
+                if width * height > LARGEST:
+                    return Thumbnail(None, problem=f"{width} x {height} pixels, too large to be shown")
+                return _encoded(_small(image))
+    except FileNotFoundError:
+        return Thumbnail(None, problem="the file is gone")
+    # Decoders of damaged files raise whatever they meet, from struct.error to IndexError.
+    except Exception as error:
+        return Thumbnail(
+            None, problem=f"cannot be decoded ({str(error).replace(str(path), 'it') or type(error).__name__})"
+        )
+
+
+def _small(image: Image.Image) -> Image.Image:
+    """The first frame, upright, RGB, at most `SIDE` long."""
+    from PIL import Image, ImageOps
+
+    image.draft("RGB", (2 * SIDE, 2 * SIDE))  # a JPEG is decoded at a fraction of its size
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _eight_bits(image)
+    image = ImageOps.exif_transpose(image)
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        below = Image.new("RGBA", image.size, (*BACKGROUND, 255))
+        image = Image.alpha_composite(below, image)
+    image = image.convert("RGB")
+    image.thumbnail((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    return image
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Whole range of the image to 0..255, which keeps dark 16-bit pictures visible; its rotation is kept."""
+    from PIL import Image
+
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
+    low, high = float(values.min()), float(values.max())
+    scaled = (values - low) / max(high - low, 1e-12) * 255
+    found = Image.fromarray(scaled.astype(np.uint8))
+    found.info = dict(image.info)
+    if exif := image.getexif():
+        found.info["exif"] = exif.tobytes()
+    return found
+
+
+def _encoded(image: Image.Image) -> Thumbnail:
+    width, height = image.size
+    kept, buffer = max(width, height) <= SMALL, io.BytesIO()
+    if kept:
+        image.save(buffer, "PNG", optimize=True)
+    else:
+        image.save(buffer, "JPEG", quality=QUALITY)
+    text = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return Thumbnail(f"data:image/{'png' if kept else 'jpeg'};base64,{text}", width, height)

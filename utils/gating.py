@@ -10,13 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from utils.metrics import softmax
 from utils.nested import spread_stops
 from utils.stacking_features import features, standardisation
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from utils.routing_heads import NoisyTopK
 
 KIND = "log_probabilities"
 STOPS = 5
@@ -116,10 +121,9 @@ class GateLearner:
         self, experts: np.ndarray, logits: np.ndarray, labels: np.ndarray, stops: Sequence[int]
     ) -> Iterator[SparseGate]:
         import torch
-        from torch import Tensor, nn
 
         from utils.loops import train
-        from utils.routing_heads import NoisyTopK, balance_loss, z_loss
+        from utils.routing_heads import NoisyTopK
 
         reader = 0 if self.costs is None else int(np.argmin(self.costs[experts]))
         top_k, rows, classes = min(self.top_k, len(experts)), logits.shape[1], logits.shape[2]
@@ -127,11 +131,6 @@ class GateLearner:
         centre, scale = standardisation(raw, [classes])
         said = softmax(logits[experts]).transpose(1, 0, 2).reshape(rows, -1)
         inputs = np.concatenate([(raw - centre) / scale, said], axis=1).astype(np.float32)
-
-        def loss(module: nn.Module, batch: Tensor, truth: Tensor) -> Tensor:
-            found = module.route(batch, torch.randn(len(batch), len(experts)))
-            fit = nn.functional.nll_loss(found.log_probabilities, truth)
-            return fit + BALANCE * balance_loss(found.scores, found.chosen) + Z * z_loss(found.scores)
 
         modules = train(
             lambda: NoisyTopK((classes, self.width, len(experts), classes), top_k, reader),
@@ -142,7 +141,7 @@ class GateLearner:
             lr=LEARNING_RATE,
             weight_decay=WEIGHT_DECAY,
             seed=self.seed,
-            loss=loss,
+            loss=lambda gate, *batch: objective(gate, *batch, torch.randn(len(batch[0]), len(experts))),
         )
         for module in modules:
             first = module.hidden.weight.detach().numpy().astype(np.float64).T / scale[:, None]
@@ -155,6 +154,17 @@ class GateLearner:
                 (first.astype(np.float32), last),
                 (bias.astype(np.float32), module.scores.bias.detach().numpy().copy()),
             )
+
+
+def objective(gate: NoisyTopK, rows: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
+    """What a gate is trained to make small: log-loss of the mixture, and a little of balance and z-loss."""
+    from torch.nn.functional import nll_loss
+
+    from utils.routing_heads import balance_loss, z_loss
+
+    found = gate(rows, noise)
+    balance = balance_loss(found.scores, found.chosen)
+    return nll_loss(found.log_probabilities, labels) + BALANCE * balance + Z * z_loss(found.scores)
 
 
 def always(experts: np.ndarray, classes: int) -> SparseGate:

@@ -29,6 +29,7 @@ MOE, CASCADE = "runs.moe", "runs.cascade"
 STREAMED = ("val", "test")
 TIMED_ROWS = 64  # images of val that the ways to answer are timed on
 ONE_IMAGE = 1
+ITSELF = "itself"
 
 
 def mixture(store: Store, members: Sequence[Member], force: bool) -> Result:
@@ -105,12 +106,12 @@ class _Beside:
         if isinstance(combiner, MixtureOfExperts):
             ways["cascade"] = Cascade.configured(self.store.config, self.known)
         rows, fold = self.honest.rows, self.honest.fold
-        probabilities = {"itself": unseen.probabilities}
+        probabilities = {ITSELF: unseen.probabilities}
         for name, recipe in ways.items():
             probabilities[name] = fit_crossfitted(recipe, rows.logits, rows.labels, fold)
         best = self.known.names.index(self.simple.best_single)
         probabilities["best_single"] = softmax(rows.logits[best])
-        ways = {"itself": combiner, **ways}
+        ways = {ITSELF: combiner, **ways}
         experts = {name: needed(way, rows.logits) for name, way in ways.items()}
         experts["best_single"] = np.arange(len(self.members))[:, None] == np.full((1, len(fold)), best)
         took, how = self._timed(ways, best)
@@ -170,7 +171,8 @@ def _lines(store: Store, name: str, state: str) -> list[str]:
     lines.append(
         f"    {'':12} experts per image  ms per image (measured)  ms for one image (expected)  log-loss  accuracy"
     )
-    for other, found in record["beside"].items():
+    for other in (ITSELF, *(other for other in record["beside"] if other != ITSELF)):
+        found = record["beside"][other]
         lines.append(
             f"    {other:12} {found['experts']:17.2f}  {_shown(found['latency_ms']):>23}  "
             f"{_shown(found['expected_latency_ms']):>27}  {found['log_loss']:8.4f}  {found['accuracy']:8.4f}"
@@ -179,10 +181,10 @@ def _lines(store: Store, name: str, state: str) -> list[str]:
         lines += [
             f"    {expert}{' (read by the gate)' if expert == record['gate_reads'] else ''}: runs for "
             f"{use['runs']:.1%} of the images, mean weight {use['weight']:.3f}"
-            for expert, use in record["expert_use"].items()
+            for expert, use in ((expert, record["expert_use"][expert]) for expert in record["experts"])
         ]
     else:
-        shares = ", ".join(f"{member} {share:.1%}" for member, share in record["leaves"].items())
+        shares = ", ".join(f"{member} {record['leaves'][member]:.1%}" for member in record["chain"])
         lines.append(f"    images leave after: {shares} (threshold {record['threshold']:.4f})")
     return lines
 

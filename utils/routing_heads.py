@@ -69,7 +69,7 @@ class NoisyTopK(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def route(self, rows: Tensor, noise: Tensor) -> Routed:
+    def forward(self, rows: Tensor, noise: Tensor) -> Routed:
         """Rows (B, F + E x C) and standard normal noise (B, E) -> what was chosen and what it gives."""
         seen, said = rows.split([self.features, self.experts * self.classes], dim=1)
         hidden = torch.relu(self.hidden(seen))
@@ -79,10 +79,6 @@ class NoisyTopK(nn.Module):
         weights = _shares(noisy, chosen, self.reader)
         mixed = (weights[:, :, None] * said.view(-1, self.experts, self.classes)).sum(dim=1)
         return Routed(mixed.clamp_min(SMALLEST_PROBABILITY).log(), scores, chosen)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Rows -> log-probabilities (B, C)."""
-        return self.route(rows, torch.randn(len(rows), self.experts, dtype=rows.dtype)).log_probabilities
 
 
 class SparseMixture(nn.Module):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from utils.combiner import MemberFacts, fit_crossfitted
 from utils.config import validate
@@ -199,3 +202,37 @@ def test_leaving_shares_add_up(alike):
 def test_dense_recipes_start_unfitted():
     assert isinstance(configured("moe").dense(), MixtureOfExperts)
     assert configured("moe").dense().model is None
+
+
+# export ---------------------------------------------------------------------------------------------------------------
+def through_onnx(module):
+    import onnxruntime
+
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the exporter's own age
+        names = {"input_names": ["logits"], "dynamic_axes": {"logits": {0: "rows"}}}
+        torch.onnx.export(module, (torch.zeros(2, 5, C),), file, dynamo=False, **names)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    return lambda logits: session.run(None, {"logits": logits})[0]
+
+
+def through_torch_export(module):
+    """The way to TFLite."""
+    dynamic = ({0: torch.export.Dim("rows")},)
+    program = torch.export.export(module, (torch.zeros(2, 5, C),), dynamic_shapes=dynamic).module()
+    return lambda logits: program(torch.from_numpy(logits)).numpy()
+
+
+@pytest.mark.parametrize("runtime", [through_onnx, through_torch_export])
+@pytest.mark.parametrize(
+    ("method", "settings"), [("moe", {"num_experts": 5, "epochs": 20}), ("cascade", {"max_accuracy_loss": 0.02})]
+)
+def test_the_modules_have_no_control_flow_of_their_own(halves, method, settings, runtime):
+    logits = halves[0]
+    combiner = configured(method, **{method: settings}).fit(*halves)
+    assert len(np.unique(needed(combiner, logits).sum(axis=0))) > 1, "all rows go one way"
+    answer = runtime(combiner.to_module().eval())
+    for rows in (1, 17, N):
+        found = answer(np.ascontiguousarray(logits[:, :rows].transpose(1, 0, 2)))
+        np.testing.assert_allclose(found, combiner.predict_proba(logits[:, :rows]), atol=1e-5)

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     torch.set_num_threads(1)
-    size, batches, turns = ("tiny", 1, 1) if options.quick else ("full", 3, 2)
+    size, batches, turns = ("tiny", 1, 1) if options.quick else ("full", 2, 2)
     rows = [*time_rows(size, batches, turns, options.data), *accuracy_rows(found)]
     report("mixture", rows, quick=options.quick, packages=("torch", "timm", "numpy"), **found.facts())
     return 0

@@ -14,7 +14,11 @@ from given_predictions import CONFIG, take_in, write
 
 from utils import build, catalog, ensembles, moe_building, sparse, streaming
 from utils.config_file import load
+from utils.gating import SparseGate
+from utils.metrics import softmax
+from utils.moe_methods import Cascade, MixtureOfExperts
 from utils.predictions import Store
+from utils.routing import needed
 
 ON = (
     "runs.moe.enable=true",
@@ -68,12 +72,23 @@ def test_each_stands_beside_what_runs_more_and_less(fused, name, others):
     assert single["expected_latency_ms"] == pytest.approx(latencies[found["best_single"]])
 
 
-@pytest.mark.parametrize("name", ["moe", "cascade"])
-def test_images_are_answered_by_running_only_the_members_they_need(fused, name, monkeypatch):
-    store, _ = opened(fused)
-    ensemble = ensembles.load(store.workspace, name)
-    members = [store.catalog.members[member] for member in ensemble.members]
-    images = store.images("val")
+def by_predicted_class(logits: np.ndarray) -> MixtureOfExperts:
+    """A gate that reads the first of three members: classes 0 and 1 need the second too, 2 and 3 the third."""
+    picks = np.array([[0, 1, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]], dtype=np.float32)
+    eye, zeros = np.eye(4, dtype=np.float32), np.zeros(4, dtype=np.float32)
+    return MixtureOfExperts(model=SparseGate(np.arange(3), 0, 1, (eye, picks), (zeros, zeros[:3])))
+
+
+def by_half(logits: np.ndarray) -> Cascade:
+    """A cascade that half of the rows leave after the first of three members."""
+    return Cascade(chain=np.arange(3), threshold=float(np.median(softmax(logits[0]).max(axis=1))))
+
+
+@pytest.mark.parametrize("make", [by_predicted_class, by_half])
+def test_images_are_answered_by_running_only_the_members_they_need(fused, make, monkeypatch):
+    store, members = opened(fused)
+    logits = np.stack([store.rows(member, "val").logits for member in members])
+    combiner, images = make(logits), store.images("val")
     resident, rows = [], []
     opening, running = streaming.open_network, streaming.stream
 
@@ -89,11 +104,11 @@ def test_images_are_answered_by_running_only_the_members_they_need(fused, name, 
 
     monkeypatch.setattr(streaming, "open_network", one_at_a_time)
     monkeypatch.setattr(streaming, "stream", counted)
-    found, ran = sparse.answer(store, ensemble.combiner, members, images)
-    logits = np.stack([store.rows(member, "val").logits for member in members])
-    np.testing.assert_allclose(found, ensemble.combiner.predict_proba(logits), atol=1e-5)
-    assert sum(rows) == ran.sum() < ran.size
-    assert len(rows) == len(members)
+    found, ran = sparse.answer(store, combiner, members, images)
+    np.testing.assert_allclose(found, combiner.predict_proba(logits), atol=1e-5)
+    np.testing.assert_array_equal(ran, needed(combiner, logits))
+    assert (len(rows), rows[0]) == (3, 28)
+    assert 28 < sum(rows) == ran.sum() < 3 * 28
 
 
 def test_a_stopwatch_answers_as_the_store_does(fused):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from utils import moe_methods
 from utils.combiner import MemberFacts, fit_crossfitted
 from utils.config import validate
 from utils.metrics import accuracy, softmax
@@ -126,7 +127,15 @@ def test_the_table_of_use_adds_up(halves):
     assert sum(use["weight"] for use in table.values()) == pytest.approx(1)
     assert table[report["gate_reads"]]["runs"] == 1
     assert 2 <= report["expected_experts"] <= 3
+    assert (combiner.gate.weights(halves[0])[:, combiner.gate.reader] > 0).all()
     assert 1 <= report["balance"] + 0.05 <= 4
+
+
+@pytest.mark.parametrize("latency", [LATENCIES, LATENCIES[::-1], LATENCIES[[2, 0, 1, 3, 4]]])
+def test_the_gate_reads_the_cheapest_expert(halves, latency):
+    settings = {"moe": {"num_experts": 3, "top_k": 1, "epochs": 2}, "stacking": {"fallback": False}}
+    report = configured("moe", facts(latency), **settings).fit(*halves).report(NAMES)
+    assert report["gate_reads"] == min(report["experts"], key=lambda name: latency[NAMES.index(name)])
 
 
 def test_the_same_experts_serve_all_images_where_nothing_is_gained_by_a_gate(alike):
@@ -181,6 +190,20 @@ def test_more_accuracy_to_lose_means_fewer_members_to_run(alike):
     assert runs[0] > runs[1] > runs[2] > runs[3] == 1
     assert losses[1] > combiner.facts["accuracy_of_all"] - 0.03
     assert combiner.used(5).tolist() == [False, True, False, False, False], "nobody waits for the others"
+
+
+def test_rows_pass_the_chain_that_was_chosen_without_their_fold(alike, monkeypatch):
+    logits, labels, folds = alike
+    seen = []
+    choose = moe_methods.best_members
+    monkeypatch.setattr(
+        moe_methods, "best_members", lambda *rows, count: seen.append(rows) or choose(*rows, count=count)
+    )
+    configured("cascade").fit(logits, labels, folds)
+    assert len(seen) == 4
+    for fold, (others, truth) in enumerate(seen[1:]):
+        np.testing.assert_array_equal(others, logits[:, folds != fold])
+        np.testing.assert_array_equal(truth, labels[folds != fold])
 
 
 def test_a_dense_cascade_is_the_mean_of_its_chain(alike):

@@ -122,6 +122,14 @@ COMMANDS: dict[str, Command] = {
         writes=True,
         decodes=True,
     ),
+    "fusion-train": Command(
+        "utils.build:fusion_train",
+        "train a mixture of experts and a cascade, which run only the members that an image needs",
+        "fusion-train --set runs.moe.enable=true",
+        {},
+        writes=True,
+        decodes=True,
+    ),
     "meta-fuse": Command(
         "utils.meta_building:meta_fuse",
         "fit an ensemble of ensembles on their cross-fitted predictions",
@@ -188,7 +196,8 @@ COMMANDS: dict[str, Command] = {
     ),
     "pipeline": Command(
         "ensemble_orchestrator:run_pipeline",
-        "all stages in order: discover --verify, build-ensemble, stack, meta-fuse, evaluate, clean --temporary",
+        "all stages in order: discover --verify, build-ensemble, stack, fusion-train, meta-fuse, evaluate, "
+        "clean --temporary",
         "pipeline --config configs/digits_demo.yaml",
         {},
         writes=True,
@@ -221,6 +230,7 @@ PIPELINE: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("discover", {"verify": True}, ()),
     ("build-ensemble", {}, ("runs.score_ensemble", "runs.model_soup", "runs.snapshot_ensemble", "pruning")),
     ("stack", {}, ("runs.stacking",)),
+    ("fusion-train", {}, ("runs.fusion", "runs.moe", "runs.cascade")),
     ("meta-fuse", {}, ("runs.meta_fuser",)),
     ("evaluate", {}, ()),
     ("clean", {"temporary": True}, ()),

@@ -124,6 +124,9 @@ def test_defaults_are_the_printed_values_and_the_keys_of_ours():
         "runs.stacking.fit_rows": "honest",
         "runs.stacking.fallback": True,
         "runs.stacking.inference_members": "auto",
+        "runs.cascade.enable": False,
+        "runs.cascade.max_members": 5,
+        "runs.cascade.max_accuracy_loss": 0.005,
         "pruning.pick": "best",
     }
 
@@ -272,7 +275,7 @@ def test_every_section_is_closed_and_frozen():
                 yield from sections(field.annotation)
 
     found = list(sections(Config))
-    assert len(found) == 21
+    assert len(found) == 22
     for section in found:
         assert section.model_config["frozen"]
         with pytest.raises(ValidationError, match="extra"):

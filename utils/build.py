@@ -1,10 +1,19 @@
-"""The command `build-ensemble`: which sections are on, what is up to date, what is built."""
+"""The commands `build-ensemble` and `fusion-train`: which sections are on, what is up to date, what is built."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from utils import catalog, discovery, ensembles, fitting, pruned_building, snapshot_building, soup_building
+from utils import (
+    catalog,
+    discovery,
+    ensembles,
+    fitting,
+    moe_building,
+    pruned_building,
+    snapshot_building,
+    soup_building,
+)
 from utils.catalog import Member
 from utils.config import Config, require_enabled
 from utils.errors import UserError
@@ -28,6 +37,14 @@ def build_ensemble(config: Config, workspace: Workspace, *, pick: str | None = N
         require_enabled(config, pruned_building.PLACE)
         config = config.model_copy(update={"pruning": config.pruning.model_copy(update={"pick": pick})})
     return _of_sections(SECTIONS, config, workspace, force)
+
+
+def fusion_train(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
+    """Train what reads more of the members than their votes, and what runs fewer of them, by `FUSION_SECTIONS`.
+
+    What is there with equal inputs is kept, unless `force`. Raises UserError without catalog or members.
+    """
+    return _of_sections(FUSION_SECTIONS, config, workspace, force)
 
 
 def _of_sections(sections: Mapping[str, Section], config: Config, workspace: Workspace, force: bool) -> Result:
@@ -91,4 +108,8 @@ SECTIONS: dict[str, Section] = {
     snapshot_building.PLACE: snapshot_building.snapshots,
     "runs.score_ensemble": score_level,
     pruned_building.PLACE: pruned_building.pruned,
+}
+FUSION_SECTIONS: dict[str, Section] = {
+    moe_building.CASCADE: moe_building.cascades,
+    moe_building.MOE: moe_building.mixture,
 }

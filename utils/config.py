@@ -244,6 +244,14 @@ class Moe(Section):
     epochs: Count = 30
 
 
+class Cascade(Section):
+    """Members one after the other until they are sure; `max_accuracy_loss` against running all `max_members`."""
+
+    enable: Flag = False
+    max_members: Count = 5
+    max_accuracy_loss: Share = 0.005
+
+
 class MetaMlp(Section):
     hidden_dims: Sizes = (128, 64)
     epochs: Count = 30
@@ -266,6 +274,7 @@ class Runs(Section):
     stacking: Stacking = Stacking()
     fusion: Fusion = Fusion()
     moe: Moe = Moe()
+    cascade: Cascade = Cascade()
     meta_fuser: MetaFuser = MetaFuser()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import ensemble_methods, meta_methods, pruning_methods, stacking_methods
+from utils import ensemble_methods, meta_methods, moe_methods, pruning_methods, stacking_methods
 from utils.artifacts import (
     digest_of,
     read_arrays,
@@ -36,6 +36,7 @@ COMBINERS: dict[str, type[Combiner]] = {
     **ensemble_methods.SAVED_AS,
     **pruning_methods.COMBINERS,
     **stacking_methods.COMBINERS,
+    **moe_methods.COMBINERS,
     **meta_methods.COMBINERS,
 }
 CHOSEN_ON_VAL = ("greedy_soup", "wise_ft", "distilled")
@@ -254,7 +255,8 @@ def names(workspace: Workspace) -> list[str]:
 
 def build_command(name: str) -> str:
     """What to type to build an ensemble, by its name."""
-    families = {"stacking": "stack", "fusion": "fusion-train", "moe": "fusion-train", "distilled": "distill"}
+    families = {"stacking": "stack", "distilled": "distill"}
+    families |= dict.fromkeys(("fusion", "moe", "cascade"), "fusion-train")
     command = {"meta_fuser": "meta-fuse"}.get(name) or families.get(name.split("_")[0], "build-ensemble")
     return f"python ensemble_orchestrator.py {command}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,12 +123,14 @@ def build(
     seen: Sequence[Provenance] = (),
     beside: Guards | None = None,
     notes: Mapping[str, Any] | None = None,
+    after: Callable[[Combiner, Crossfit], Mapping[str, Any]] | None = None,
 ) -> Ensemble:
     """Cross-fit, fit on all the honest rows, keep the members that are needed, save.
 
     `recipe` is an unfitted combiner over `members`, which come by name; `also` is what `inputs_digest` says, kept in
     the record; `seen` is what the recipe's parts or its choice have seen before; `beside` are the simple combinations
-    on the same rows, which a learned one is compared with; `notes` stand in `ensemble.json` as well.
+    on the same rows, which a learned one is compared with; `notes` stand in `ensemble.json` as well, and so does what
+    `after` finds of the fitted combiner, still over all members, and its cross-fitted predictions.
     """
     rows = honest.rows
     unseen = ensembles.crossfit(recipe, rows, honest.fold)
@@ -151,6 +153,7 @@ def build(
         **(notes or {}),
         **recipe.report(rows.members),
         **(_beside(beside, unseen) if beside else {}),
+        **(after(recipe, unseen) if after else {}),
         **({} if also is None else {"depends_on": also}),
         "config_digest": store.config.digest("backbones", *recipe.settings, "dataset.group_regex", "seed"),
         "crossfit": scores(unseen),

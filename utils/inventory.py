@@ -12,6 +12,7 @@ from utils import (
     ensembles,
     fitting,
     fold_networks,
+    moe_building,
     pruned_building,
     scoring,
     snapshot_building,
@@ -119,9 +120,11 @@ def configured(config: Config) -> list[str]:
 
 
 def _learned(config: Config) -> dict[str, tuple[str, ...]]:
-    """What `stack` and `meta-fuse` would build, by command."""
+    """What `stack`, `fusion-train` and `meta-fuse` would build, by command."""
     stacking = tuple(f"stacking_{learner}" for learner in config.runs.stacking.meta_learners)
     found = {"stack": stacking} if config.runs.stacking.enable else {}
+    fused = tuple(moe_building.names(config))
+    found |= {"fusion-train": fused} if fused else {}
     return found | ({"meta-fuse": ("meta_fuser",)} if config.runs.meta_fuser.enable else {})
 
 
@@ -204,7 +207,7 @@ def _ensemble_state(config: Config, store: Store, ensemble: Ensemble, selected: 
         f"{name} has {'other predictions' if members[name].source == IMPORTED else 'another checkpoint'} now"
         for name in other
     ]
-    if not reasons and (ensemble.method in ensembles.NAMES or ensemble.name in pruned_building.names(config)):
+    if not reasons and (ensemble.method in ensembles.NAMES or ensemble.name in _by_latency(config)):
         wanted = tuple(sorted(member.name for member in selected))
         if wanted != ensemble.candidates:
             reasons.append(
@@ -215,7 +218,14 @@ def _ensemble_state(config: Config, store: Store, ensemble: Ensemble, selected: 
     return State(STALE if reasons else CURRENT, tuple(reasons))
 
 
+def _by_latency(config: Config) -> list[str]:
+    """Names of the ensembles that measured latencies decide."""
+    return [*pruned_building.names(config), *moe_building.names(config)]
+
+
 def _is_as_built(config: Config, store: Store, ensemble: Ensemble, selected: Sequence[Member]) -> bool:
+    if ensemble.name in moe_building.names(config):
+        return moe_building.is_current(store, selected, ensemble.name)
     if ensemble.method not in ensembles.NAMES:
         return pruned_building.is_current(store, selected, ensemble.name)
     return fitting.inputs_digest(config, store, selected, ensemble.method) == ensemble.inputs_digest

@@ -19,6 +19,7 @@ import numpy as np
 from utils import catalog, streaming
 from utils.artifacts import read_json, write_json
 from utils.catalog import Member
+from utils.combiner import MemberFacts
 from utils.networks import out_of_memory
 from utils.predictions import Store
 from utils.workspace import Workspace
@@ -100,6 +101,28 @@ def stored(workspace: Workspace, members: Sequence[Member], device: str, threads
         if entry is not None:
             found[member.name] = _record_of(entry, device, threads)
     return found
+
+
+def milliseconds(records: Mapping[str, Record], *, batch: int = 1) -> dict[str, float]:
+    """{member: half of its runs on so many images were faster}"""
+    return {name: record.batches[batch].p50 for name, record in records.items() if batch in record.batches}
+
+
+def as_input(facts: MemberFacts, records: Mapping[str, Record]) -> dict[str, Any]:
+    """What was measured and decides, for `ensemble.json` and its digest: device, threads, latencies and sizes."""
+    devices = {(record.device, record.threads) for record in records.values()}
+    device, threads = next(iter(devices), (None, None))
+    return {
+        "device": device,
+        "threads": threads,
+        "latency_ms": _by_name(facts.names, facts.latency_ms),
+        "size_mb": _by_name(facts.names, facts.size_mb),
+    }
+
+
+def _by_name(members: Sequence[str], values: np.ndarray) -> dict[str, float | None]:
+    pairs = zip(members, values.tolist(), strict=True)
+    return {name: None if np.isnan(value) else value for name, value in pairs}
 
 
 def measure_combiner(

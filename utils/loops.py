@@ -8,6 +8,13 @@ import torch
 from torch import Tensor, nn
 
 BATCH = 128
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""(module, inputs, labels) of one batch -> what is minimised."""
+
+
+def cross_entropy(module: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Of the module's scores (B, C)."""
+    return nn.functional.cross_entropy(module(inputs), labels)
 
 
 def train(
@@ -20,12 +27,13 @@ def train(
     lr: float,
     weight_decay: float,
     seed: int,
+    loss: Loss = cross_entropy,
 ) -> Iterator[nn.Module]:
     """Train the module that `make` builds on inputs (N, ...) and labels (N,); yields it at each of the epochs `stops`.
 
-    The module gives scores (N, C) whose soft-max are probabilities. AdamW (Loshchilov and Hutter 2019) with a cosine
-    schedule over `epochs`, whether or not the training is stopped before. What is yielded is trained on afterwards:
-    take from it what is needed.
+    The module gives scores (N, C) whose soft-max are probabilities, unless the `loss` says otherwise. AdamW (Loshchilov
+    and Hutter 2019) with a cosine schedule over `epochs`, whether or not the training is stopped before. What is
+    yielded is trained on afterwards: take from it what is needed.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same sums in the same order on every machine's cores
@@ -39,7 +47,7 @@ def train(
             for epoch in range(1, max(stops) + 1):
                 for rows in torch.randperm(len(inputs)).tensor_split(batches):
                     optimizer.zero_grad(set_to_none=True)
-                    nn.functional.cross_entropy(module(inputs[rows]), labels[rows]).backward()
+                    loss(module, inputs[rows], labels[rows]).backward()
                     optimizer.step()
                     schedule.step()
                 if epoch in stops:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -37,13 +36,13 @@ def pruned(store: Store, members: Sequence[Member], force: bool) -> Result:
     if fresh:
         store.ensure(members, STREAMED)
         records = latency.measure(store, members, batches=[ONE_IMAGE])
-        facts = fitting.facts(store, members, _milliseconds(records))
+        facts = fitting.facts(store, members, latency.milliseconds(records))
         _say_what_is_odd(config, facts)
         honest = fitting.honest_rows(store, members, kind=config.runs.score_ensemble.fit_rows)
         for name in fresh:
             recipe = COMBINERS[name].configured(config, facts)
             try:
-                fitting.build(store, name, name, recipe, members, honest, also=_measured(facts, records))
+                fitting.build(store, name, name, recipe, members, honest, also=latency.as_input(facts, records))
             except NothingFits as error:
                 failures.append(f"{name}: {error}")
     left_out = {failure.partition(":")[0] for failure in failures}
@@ -69,30 +68,8 @@ def is_current(store: Store, members: Sequence[Member], name: str) -> bool:
     if on is None:
         return False
     records = latency.stored(store.workspace, members, on["device"], on["threads"])
-    measured = _measured(fitting.facts(store, members, _milliseconds(records)), records)
+    measured = latency.as_input(fitting.facts(store, members, latency.milliseconds(records)), records)
     return bool(record["inputs_digest"] == fitting.inputs_digest(store.config, store, members, name, also=measured))
-
-
-def _milliseconds(records: Mapping[str, latency.Record]) -> dict[str, float]:
-    """{member: half of its runs on one image were faster}"""
-    return {name: record.batches[ONE_IMAGE].p50 for name, record in records.items() if ONE_IMAGE in record.batches}
-
-
-def _measured(facts: MemberFacts, records: Mapping[str, latency.Record]) -> dict[str, Any]:
-    """What was measured and decides, for `ensemble.json` and its digest."""
-    devices = {(record.device, record.threads) for record in records.values()}
-    device, threads = next(iter(devices), (None, None))
-    return {
-        "device": device,
-        "threads": threads,
-        "latency_ms": _by_name(facts.names, facts.latency_ms),
-        "size_mb": _by_name(facts.names, facts.size_mb),
-    }
-
-
-def _by_name(members: Sequence[str], values: np.ndarray) -> dict[str, float | None]:
-    pairs = zip(members, values.tolist(), strict=True)
-    return {name: None if np.isnan(value) else value for name, value in pairs}
 
 
 def _say_what_is_odd(config: Config, facts: MemberFacts) -> None:

@@ -13,7 +13,7 @@ from utils.metrics import within_one_error
 
 SIMPLEST_FIRST = (
     *("soft_voting", "logit_averaging", "weighted", "greedy_selection", "pruned", "stacking_lr", "stacking_mlp"),
-    *("stacking_rf", "stacking_xgb", "fusion", "moe", "meta_fuser", "hard_voting"),
+    *("stacking_rf", "stacking_xgb", "fusion", "cascade", "moe", "meta_fuser", "hard_voting"),
 )
 """Beginnings of methods: among candidates that cannot be told apart the first is recommended, others after them.
 

@@ -1,0 +1,48 @@
+"""Combiners that need only some members for each image: which are to run next, and how to run no others.
+
+A sparse combiner is asked row by row which members it needs, given what those that have run said; once it needs none,
+it answers. Whoever runs the members groups the rows by member, so that each network is in memory once per round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from utils.combiner import Combiner
+
+Run = Callable[[int, np.ndarray], np.ndarray]
+"""(member, its rows int64 (n,)) -> its logits (n, C)"""
+
+
+@runtime_checkable
+class Sparse(Combiner, Protocol):
+    """A combiner whose `predict_proba` reads, of each row, only the members that `route` has asked for."""
+
+    def route(self, logits: np.ndarray, ran: np.ndarray) -> np.ndarray:
+        """Members that rows need next, bool (M, N), given logits (M, N, C) of those that `ran`, bool (M, N).
+
+        Logits of members that have not run are not looked at. A row that needs none is answered.
+        """
+
+
+def execute(combiner: Sparse, run: Run, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Answer N rows of M members and C classes by running only what is needed, given `shape` (M, N, C).
+
+    Gives probabilities float64 (N, C) and who ran, bool (M, N). Each round calls `run` once per member, for all the
+    rows that need it, members in their order.
+    """
+    logits, ran = np.zeros(shape, dtype=np.float32), np.zeros(shape[:2], dtype=bool)
+    while (wanted := combiner.route(logits, ran) & ~ran).any():
+        for member in np.flatnonzero(wanted.any(axis=1)).tolist():
+            rows = np.flatnonzero(wanted[member])
+            logits[member, rows] = run(member, rows)
+        ran |= wanted
+    return combiner.predict_proba(logits), ran
+
+
+def needed(combiner: Sparse, logits: np.ndarray) -> np.ndarray:
+    """Which members rows would have run, bool (M, N), where all their logits (M, N, C) are known."""
+    return execute(combiner, lambda member, rows: logits[member, rows], logits.shape)[1]  # type: ignore[arg-type]

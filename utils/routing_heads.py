@@ -1,0 +1,146 @@
+"""Mixtures of experts and cascades as torch modules, and the losses that a gate is trained with.
+
+Modules for export compute all members' shares and leave out by weights of 0: no control flow depends on the data.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from utils.metrics import SMALLEST_PROBABILITY
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """Which `count` of the scores (B, E) are the largest, bool (B, E); of equals the first.
+
+    By comparing all pairs: what `topk` does with equal scores differs between runtimes.
+    """
+    experts = scores.shape[1]
+    earlier = torch.ones(experts, experts, dtype=torch.bool, device=scores.device).tril(-1)
+    own, other = scores[:, :, None], scores[:, None, :]
+    ahead = (other > own) | ((other == own) & earlier)
+    return ahead.to(scores.dtype).sum(dim=2) < count
+
+
+def balance_loss(scores: Tensor, chosen: Tensor) -> Tensor:
+    """E times the sum over experts of share of choices x mean probability; 1 where both are even.
+
+    Scores (B, E), choices bool (B, E). The probabilities are those of the soft-max over all E experts, whichever were
+    chosen: over the chosen alone they would not fall for an expert that is chosen too often (Fedus et al. 2022).
+    """
+    shares = chosen.to(scores.dtype).sum(dim=0) / chosen.sum()
+    return scores.shape[1] * (shares * torch.softmax(scores, dim=1).mean(dim=0)).sum()
+
+
+def z_loss(scores: Tensor) -> Tensor:
+    """Mean square of log-sum-exp of the scores (B, E), which keeps them small (Zoph et al. 2022)."""
+    return torch.logsumexp(scores, dim=1).square().mean()
+
+
+class Routed(NamedTuple):
+    """What a gate under training did with B rows."""
+
+    log_probabilities: Tensor
+    """(B, C)"""
+    scores: Tensor
+    """(B, E), without noise"""
+    chosen: Tensor
+    """bool (B, E): the largest noisy ones"""
+
+
+class NoisyTopK(nn.Module):
+    """A gate under training with noise on its scores (Shazeer et al. 2017), over experts that stay as they are.
+
+    Rows hold F features, then E x C probabilities of the experts. The expert `reader`, whose outputs the features are,
+    always takes part. Scores and noise start at zero and softplus(0), so that experts are chosen evenly at first.
+    """
+
+    def __init__(self, sizes: tuple[int, int, int, int], top_k: int, reader: int) -> None:
+        super().__init__()
+        self.features, width, self.experts, self.classes = sizes
+        self.top_k, self.reader = top_k, reader
+        self.hidden = nn.Linear(self.features, width)
+        self.scores, self.spread = nn.Linear(width, self.experts), nn.Linear(width, self.experts)
+        for layer in (self.scores, self.spread):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, rows: Tensor, noise: Tensor) -> Routed:
+        """Rows (B, F + E x C) and standard normal noise (B, E) -> what was chosen and what it gives."""
+        seen, said = rows.split([self.features, self.experts * self.classes], dim=1)
+        hidden = torch.relu(self.hidden(seen))
+        scores = self.scores(hidden)
+        noisy = scores + noise * nn.functional.softplus(self.spread(hidden))
+        chosen = largest(noisy, self.top_k)
+        weights = _shares(noisy, chosen, self.reader)
+        mixed = (weights[:, :, None] * said.view(-1, self.experts, self.classes)).sum(dim=1)
+        return Routed(mixed.clamp_min(SMALLEST_PROBABILITY).log(), scores, chosen)
+
+
+class SparseMixture(nn.Module):
+    """A fitted mixture: the experts of the largest scores and the one that is read, by a soft-max over these alone."""
+
+    def __init__(
+        self,
+        experts: np.ndarray,
+        reader: int,
+        top_k: int,
+        layers: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+        temperature: float,
+    ) -> None:
+        super().__init__()
+        self.reader, self.top_k, self.temperature = reader, top_k, temperature
+        self.register_buffer("experts", torch.from_numpy(np.asarray(experts, dtype=np.int64)))
+        for name, values in zip(("first", "first_bias", "last", "last_bias"), layers, strict=True):
+            self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Logits (B, M, C) -> probabilities (B, C)."""
+        probabilities = torch.softmax(logits.index_select(1, self.experts), dim=2)
+        logs = probabilities[:, self.reader].clamp_min(SMALLEST_PROBABILITY).log()
+        hidden = torch.relu((logs - logs.mean(dim=1, keepdim=True)) @ self.first + self.first_bias)
+        scores = hidden @ self.last + self.last_bias
+        weights = _shares(scores, largest(scores, self.top_k), self.reader)
+        return _tempered((weights[:, :, None] * probabilities).sum(dim=1), self.temperature)
+
+
+class EarlyExit(nn.Module):
+    """A cascade: the mean of the first members of the chain, as many as it takes until its largest probability is
+    at least `threshold`, or all of them.
+    """
+
+    def __init__(self, chain: np.ndarray, threshold: float, temperature: float) -> None:
+        super().__init__()
+        stages = len(chain)
+        self.threshold, self.temperature = threshold, temperature
+        self.register_buffer("chain", torch.from_numpy(np.asarray(chain, dtype=np.int64)))
+        triangle = torch.ones(stages, stages).tril()
+        self.register_buffer("running", triangle / torch.arange(1, stages + 1)[:, None])
+        self.register_buffer("earlier", triangle.tril(-1).T.contiguous())
+        self.register_buffer("is_last", torch.eye(stages)[-1])
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Logits (B, M, C) -> probabilities (B, C)."""
+        probabilities = torch.softmax(logits.index_select(1, self.chain), dim=2)
+        means = torch.matmul(self.running, probabilities)
+        stops = torch.maximum((means.amax(dim=2) >= self.threshold).to(logits.dtype), self.is_last)
+        before = torch.matmul(stops, self.earlier)
+        leaves = stops * (before < 0.5).to(logits.dtype)
+        return _tempered((leaves[:, :, None] * means).sum(dim=1), self.temperature)
+
+
+def _shares(scores: Tensor, chosen: Tensor, reader: int) -> Tensor:
+    """Soft-max of scores (B, E) over the chosen and the reader; exactly 0 for the others."""
+    takes_part = chosen | (torch.arange(scores.shape[1], device=scores.device) == reader)
+    powers = torch.exp(scores - scores.amax(dim=1, keepdim=True).detach()) * takes_part.to(scores.dtype)
+    return powers / powers.sum(dim=1, keepdim=True)
+
+
+def _tempered(probabilities: Tensor, temperature: float) -> Tensor:
+    if temperature == 1:
+        return probabilities
+    return torch.softmax(probabilities.clamp_min(SMALLEST_PROBABILITY).log() / temperature, dim=1)

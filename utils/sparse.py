@@ -1,0 +1,125 @@
+"""Images answered by a sparse combiner: only the members that an image needs run, one network in memory at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from utils import streaming
+from utils.catalog import Member
+from utils.predictions import Store
+from utils.routing import Sparse, execute
+from utils.streaming import ImageSplit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOST, ENOUGH = 5, 0.5  # runs, and seconds of them, after which nothing is timed again
+
+
+def answer(
+    store: Store, combiner: Sparse, members: Sequence[Member], images: ImageSplit
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities float64 (N, C) of a combiner over these members, and which of them ran, bool (M, N).
+
+    The rows that need a member are streamed through its network together; it is gone before the next one is opened.
+    Raises UserError as `streaming.stream` does, and for an imported member, which has no network.
+    """
+    config, workspace = store.config, store.workspace
+    device = streaming.resolve_device(config.device)
+    threads = streaming.decoding_threads(config.dataset.num_workers)
+
+    def run(member: int, rows: np.ndarray) -> np.ndarray:
+        own = members[member]
+        batches = streaming.stream(
+            own.network(workspace),
+            [images.take(rows)],
+            batch_size=config.dataset.batch_size,
+            device=device,
+            image_cache=workspace.image_cache,
+            decoding_threads=threads,
+            val=store.images("val") if store.catalog.has_images else None,
+        )
+        return np.concatenate([batch.logits for batch in batches])[:, _columns(store, own)]
+
+    return execute(combiner, run, (len(members), len(images.sample_ids), len(store.catalog.classes)))
+
+
+@dataclass
+class Stopwatch:
+    """Runs members' networks on some images of a split, and keeps how long forward passes and routing took.
+
+    Opening a network, decoding, and one image to warm up are not counted: a service has its networks in memory. Pixels
+    lie on the device before the clock starts.
+    """
+
+    store: Store
+    members: Sequence[Member]
+    images: ImageSplit
+    device: str
+    uncounted: float = field(default=0.0, init=False)
+
+    def of_combiner(self, combiner: Sparse) -> float:
+        """Milliseconds per image of all that `combiner` needs, in batches of `dataset.batch_size` per member."""
+        shape = (len(self.members), len(self.images.sample_ids), len(self.store.catalog.classes))
+        return self._per_image(lambda: execute(combiner, self.run, shape))
+
+    def of_member(self, member: int) -> float:
+        """Milliseconds per image of one member on all the images."""
+        rows = np.arange(len(self.images.sample_ids))
+        return self._per_image(lambda: self.run(member, rows))
+
+    def run(self, member: int, rows: np.ndarray) -> np.ndarray:
+        """Logits (n, C) of one member on some rows."""
+        own, found = self.members[member], []
+        spec, size = own.network(self.store.workspace), self.store.config.dataset.batch_size
+        with ExitStack() as stack:
+            with self._pause():
+                pixels = self._pixels(spec.img_size)
+                network, placed = stack.enter_context(streaming.resident(spec, self.device))
+                network(placed(_normalised(pixels, rows[:1], spec.img_size))).cpu()
+            for part in np.array_split(rows, -(-len(rows) // size)):
+                with self._pause():
+                    batch = placed(_normalised(pixels, part, spec.img_size))
+                found.append(network(batch).float().cpu().numpy())
+            with self._pause():
+                stack.close()
+        return np.concatenate(found)[:, _columns(self.store, own)]
+
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.uncounted += time.perf_counter() - start
+
+    def _pixels(self, img_size: int) -> Any:
+        threads = streaming.decoding_threads(self.store.config.dataset.num_workers)
+        cache = self.store.workspace.image_cache
+        return streaming.open_images(self.images, img_size, image_cache=cache, threads=threads)
+
+    def _per_image(self, once: Callable[[], Any]) -> float:
+        """Half of the runs took less; what takes long is run once."""
+        found: list[float] = []
+        while not found or (sum(found) < ENOUGH and len(found) < MOST):
+            self.uncounted, start = 0.0, time.perf_counter()
+            once()
+            found.append(time.perf_counter() - start - self.uncounted)
+        return round(1000 * float(np.median(found)) / len(self.images.sample_ids), 4)
+
+
+def _normalised(pixels: Any, rows: np.ndarray, img_size: int) -> Tensor:
+    import torch
+
+    return streaming.normalise(torch.from_numpy(pixels.centre_crops(rows.tolist(), img_size)))
+
+
+def _columns(store: Store, member: Member) -> list[int]:
+    """Places of the workspace's classes among the member's outputs."""
+    return [member.classes.index(name) for name in store.catalog.classes]

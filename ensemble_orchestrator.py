@@ -145,9 +145,18 @@ COMMANDS: dict[str, Command] = {
         writes=True,
         decodes=True,
     ),
+    "distill": Command(
+        "utils.distill_building:distill",
+        "teach one small network what an ensemble knows, and hold it against itself untaught",
+        "distill --set distillation.teacher=best",
+        {},
+        writes=True,
+        decodes=True,
+    ),
     "pipeline": Command(
         "ensemble_orchestrator:run_pipeline",
-        "all stages in order: discover --verify, build-ensemble, stack, meta-fuse, evaluate, clean --temporary",
+        "all stages in order: discover --verify, build-ensemble, stack, meta-fuse, evaluate, distill, evaluate again, "
+        "clean --temporary",
         "pipeline --config configs/digits_demo.yaml",
         {},
         writes=True,
@@ -182,9 +191,14 @@ PIPELINE: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("stack", {}, ("runs.stacking",)),
     ("meta-fuse", {}, ("runs.meta_fuser",)),
     ("evaluate", {}, ()),
+    ("distill", {}, ("distillation",)),
+    ("evaluate", {}, ("distillation",)),
     ("clean", {"temporary": True}, ()),
 )
-"""Command, its options, and the sections of the configuration of which one must be on."""
+"""Command, its options, and the sections of the configuration of which one must be on.
+
+What a command leaves stands under its name; the second time under `<name>-2`.
+"""
 COMMON: dict[str, dict[str, Any]] = {
     "--config": {
         "metavar": "FILE",
@@ -252,9 +266,11 @@ def run_pipeline(config: Config, workspace: Workspace, *, force: bool = False) -
             continue
         logger.info("stage %d of %d: %s", number, len(PIPELINE), name)
         result = call(name, config, workspace, options | {"force": force})
-        texts.append(f"== {name}\n{result.text}")
-        documents[name] = result.document
-        failures += [f"{name}: {failure}" for failure in result.failures]
+        times = 1 + sum(earlier == name for earlier, _, _ in PIPELINE[: number - 1])
+        stage = name if times == 1 else f"{name}-{times}"
+        texts.append(f"== {stage}\n{result.text}")
+        documents[stage] = result.document
+        failures += [f"{stage}: {failure}" for failure in result.failures]
     return Result("\n\n".join([*texts, str(workspace.ranking("test"))]), documents, failures)
 
 

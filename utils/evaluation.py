@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, ensembles, fold_networks
+from utils import catalog, distillation_controls, ensembles, fold_networks
 from utils.artifacts import digest_of, read_arrays, read_json, write_arrays, write_json
 from utils.catalog import IMPORTED, Catalog, Member
 from utils.config import Config
@@ -243,6 +243,11 @@ def _write_metrics(
         notes["crossfit.log_loss_ci95"] = NOT_MEASURED
     else:
         notes["crossfit"] = "a single member is not fitted on predictions"
+    if item.kind == "ensemble":
+        controls, said = distillation_controls.beside(
+            workspace, item.name, split, rows.sample_ids.tolist(), item.probabilities
+        )
+        record, notes = record | controls, notes | said
     record |= dict.fromkeys(unmeasured)
     record |= {
         "name": item.name,

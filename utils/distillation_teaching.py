@@ -110,7 +110,7 @@ def prepare(store: Store, teacher: Teacher, album: Album, kind: str, unseen: np.
         album,
         settings.batch_size,
         store.config.seed,
-        plain=_plain(store.config, album, kind, ~np.isnan(unseen).any(axis=1)),
+        plain=plainness(album, kind, ~np.isnan(unseen).any(axis=1), settings.alpha),
         views=settings.views if kind == VIEWS and album.kind != NO_VIEW else 0,
         mix=settings.mix,
         is_shared=kind == CONSISTENT,
@@ -139,19 +139,19 @@ def prepare(store: Store, teacher: Teacher, album: Album, kind: str, unseen: np.
     )
 
 
-def _plain(config: Config, album: Album, kind: str, known: np.ndarray) -> np.ndarray:
-    """How often each image is shown as in evaluation: cross-fitted targets belong to that view, labels to any.
+def plainness(album: Album, kind: str, known: np.ndarray, alpha: float) -> np.ndarray:
+    """How often each image of the album is shown as in evaluation, unicode (N,): never, half, always.
 
-    Half of each batch is shown so and is the teacher's part, the other half is the labels' part, so that an epoch costs
-    what one of plain training does.
+    Cross-fitted targets belong to that view, labels to any. Half of each batch is shown so and is the teacher's part,
+    the other half is the labels' part, so that an epoch costs what one of plain training does. `known` (n,) says which
+    of the train images, which come first, have a target.
     """
-    never = np.full(len(album), "never", dtype="<U6")
-    alpha = config.distillation.alpha
+    found = np.full(len(album), "never", dtype="<U6")
     if kind != OOF or album.kind == NO_VIEW or alpha == 0:
-        return never
-    never[: len(known)][known] = "always" if alpha == 1 else "half"
-    never[album.images.labels == UNKNOWN] = "always"
-    return never
+        return found
+    found[: len(known)][known] = "always" if alpha == 1 else "half"
+    found[album.images.labels == UNKNOWN] = "always"
+    return found
 
 
 def views_digest(lessons: Lessons) -> str | None:

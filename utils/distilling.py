@@ -29,7 +29,8 @@ from utils.metrics import accuracy, log_loss, softmax
 
 logger = logging.getLogger("disease_pipeline")
 
-PATIENCE = 5  # epochs without progress on val, counted from the middle: while the rate is high they say nothing
+# While the rate is high val goes up and down, and most is learned when it falls.
+PATIENCE, PATIENCE_SHARE = 5, 4  # epochs without progress on val that are allowed: so many, and a quarter of all
 MEMORY = 2.0  # epochs that the average of the weights looks back
 SLOWEST, FASTEST = 0.9998, 0.9  # bounds of its decay
 LARGEST_NORM = 1.0  # of a gradient, as the base pipeline clips it
@@ -54,6 +55,11 @@ class Course:
     alpha: float
     """Share of the teacher's part; 0: the network alone."""
     seed: int
+
+    @property
+    def patience(self) -> int:
+        """Epochs without progress on val after which it ends, counted from the middle."""
+        return max(PATIENCE, self.epochs // PATIENCE_SHARE)
 
 
 @dataclass
@@ -115,7 +121,7 @@ def train(
         if best is None or row["val_log_loss"] < best["val_log_loss"]:
             best = {"epoch": epoch, "val_log_loss": row["val_log_loss"], "weights": _copied(run.average.weights)}
         logger.debug("epoch %d/%d: %s, %.1f s", epoch + 1, course.epochs, row, time.monotonic() - start)
-        if epoch - max(best["epoch"], course.epochs // 2) >= PATIENCE:
+        if epoch - max(best["epoch"], course.epochs // 2) >= course.patience:
             break
         if progress and epoch + 1 < course.epochs and progress.is_due():
             progress.save(run.state() | {"best": best, "history": history, "finished": False})

@@ -35,10 +35,12 @@ from reporting import report, row
 PROJECT = Path(__file__).resolve().parents[1]
 STUDENT = "CustomMobileOne"
 SIDE = 32
-TEMPERATURE, ALPHA, RATE = 4.0, 0.5, 0.001  # the configuration's own
+TEMPERATURES, ALPHA, RATE = {"student": 4.0, "student at T = 2": 2.0}, 0.5, 0.001  # the first are the configuration's
+ALONE, TEACHER = "alone", "teacher"
 VERSION = 1  # raised whenever the same splits would give other figures
 CACHE = (5000, 4, 10)  # images, views, classes whose targets are to stay below two megabytes
 RESAMPLES = 10_000
+NONE = (None, None, None)  # neither goal nor peer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,29 +134,30 @@ def _words(outcome: Mapping[str, Any]) -> str:
 
 
 def taught(split: Mapping[str, np.ndarray], data: Path, epochs: int, *, whole: bool) -> dict[str, Any]:
-    """`{scores: {alone, student, teacher: {accuracy, log_loss, ece}}, history, entropy}` of one split, on test."""
+    """`{scores: {who: {accuracy, log_loss, ece}}, agreement, history, entropy, oof_accuracy}` of one split, on test."""
     from utils.distillation_controls import agreement, scores
     from utils.distilling import Course, logits_of, train
     from utils.metrics import softmax
 
     teacher, labels = _teacher(split), split["test_labels"]
     album, known = _albums(split, data, whole=whole), ~np.isnan(teacher["train"]).any(axis=1)
-    said, history = {"teacher": teacher["test"]}, {}
+    said, history = {TEACHER: teacher["test"]}, {}
 
     def say(_: int) -> np.ndarray:
         return teacher["train"]
 
-    for who, alpha in (("alone", 0.0), ("student", ALPHA)):
+    for who, temperature in {ALONE: None, **TEMPERATURES}.items():
+        alpha = 0.0 if temperature is None else ALPHA
         lessons = _lessons(album["train"], "oof" if alpha else None, known, batch=_batch(album))
-        course = Course(STUDENT, epochs, RATE, TEMPERATURE, alpha, seed=0)
+        course = Course(STUDENT, epochs, RATE, temperature or 1.0, alpha, seed=0)
         model = _fresh(len(split["classes"]))
         done = train(model, course, lessons, say if alpha else None, album["val"], device="cpu")
         said[who] = softmax(logits_of(model, album["test"], "cpu", done.weights))
         history[who] = done.history
     probabilities = np.exp(teacher["train"][known].astype(np.float64))
     return {
-        "scores": {who: scores(said[who], labels) for who in ("alone", "student", "teacher")},
-        "agreement": agreement(said["student"], said["teacher"]),
+        "scores": {who: scores(said[who], labels) for who in (ALONE, *TEMPERATURES, TEACHER)},
+        "agreement": {who: agreement(said[who], said[TEACHER]) for who in (ALONE, *TEMPERATURES)},
         "history": history,
         "entropy": float(-(probabilities * np.log(probabilities)).sum(axis=1).mean()),
         "oof_accuracy": float((teacher["train"].argmax(axis=1) == album["train"].images.labels)[known].mean()),
@@ -237,21 +240,33 @@ def score_rows(outcomes: Sequence[Mapping[str, Any]]) -> list[dict]:
     found = []
     for metric, sign in (("accuracy", 1), ("log_loss", -1)):
         of = {who: np.array([entry["scores"][who][metric] for entry in outcomes]) for who in outcomes[0]["scores"]}
-        gain, whole = sign * (of["student"] - of["alone"]), sign * (of["teacher"] - of["alone"])
+        whole = sign * (of[TEACHER] - of[ALONE])
         name, unit = metric.replace("_", "-"), "nats" if metric == "log_loss" else "share"
         found += [row(f"{name} {splits}: {who}", float(of[who].mean()), unit, None, None, None) for who in of]
-        low, high = _interval(gain)
-        said = f"95 % interval {low:.4f} to {high:.4f}; better in {int((gain > 0).sum())} of {len(gain)}"
-        found.append(
-            row(f"{name}: gain over the same network alone", float(gain.mean()), unit, "> 0", gain.mean() > 0, said)
-        )
-        share = float(gain.mean() / whole.mean()) if whole.mean() > 0 else None
-        bounds = _interval(gain, whole)
-        beside = "the teacher gains nothing" if share is None else f"95 % interval {bounds[0]:.2f} to {bounds[1]:.2f}"
-        holds = None if share is None else share >= 0.5
-        found.append(row(f"{name}: share of the teacher's gain that is kept", share, "", ">= 0.5", holds, beside))
+        for who in TEMPERATURES:
+            gain = sign * (of[who] - of[ALONE])
+            low, high = _interval(gain)
+            said = f"95 % interval {low:.4f} to {high:.4f}; better in {int((gain > 0).sum())} of {len(gain)}"
+            mean = float(gain.mean())
+            found.append(row(f"{name}: gain of the {who} over the network alone", mean, unit, "> 0", mean > 0, said))
+            share = mean / float(whole.mean()) if whole.mean() > 0 else None
+            bounds = _interval(gain, whole)
+            beside = (
+                "the teacher gains nothing" if share is None else f"95 % interval {bounds[0]:.2f} to {bounds[1]:.2f}"
+            )
+            holds = None if share is None else share >= 0.5
+            what = f"{name}: share of the teacher's gain kept by the {who}"
+            found.append(row(what, share, "", ">= 0.5", holds, beside))
     found += [
-        row("agreement of student and teacher", _mean(outcomes, "agreement"), "share", None, None, None),
+        *(
+            row(
+                f"agreement with the teacher: {who}",
+                _mean([entry["agreement"] for entry in outcomes], who),
+                "share",
+                *NONE,
+            )
+            for who in (ALONE, *TEMPERATURES)
+        ),
         row("entropy of the teacher's targets", _mean(outcomes, "entropy"), "nats", None, None, None),
         row(
             "accuracy of the teacher's targets (train rows)", _mean(outcomes, "oof_accuracy"), "share", None, None, None
@@ -307,7 +322,14 @@ def cost_rows(path: Path, data: Path, *, whole: bool) -> list[dict]:
         table = np.full((len(album), classes), -np.log(classes), dtype=np.float32)
         lessons.drawn(0)  # drawn once for all epochs where views come back
         start = time.process_time()
-        train(model, Course(STUDENT, 1, RATE, TEMPERATURE, ALPHA, 0), lessons, lambda _: table, one, device="cpu")
+        train(
+            model,
+            Course(STUDENT, 1, RATE, TEMPERATURES["student"], ALPHA, 0),
+            lessons,
+            lambda _: table,
+            one,
+            device="cpu",
+        )
         times[kind].append(time.process_time() - start - exam)
 
     from utils.distilling import logits_of
@@ -357,13 +379,13 @@ def draw(outcomes: Sequence[Mapping[str, Any]], file: Path, title: str) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), dpi=110)
     for axis, key, label in zip(axes, ("val_accuracy", "val_log_loss"), ("accuracy", "log-loss, nats"), strict=True):
-        for who, colour in (("alone", "#b0532a"), ("student", "#1f5f8b")):
+        for who, colour in zip((ALONE, *TEMPERATURES), ("#b0532a", "#1f5f8b", "#3a8f5c"), strict=True):
             curves = [[epoch[key] for epoch in entry["history"][who]] for entry in outcomes]
             for curve in curves:
                 axis.plot(range(1, len(curve) + 1), curve, color=colour, alpha=0.2, linewidth=0.8)
             shortest = min(map(len, curves))
             mean = np.mean([curve[:shortest] for curve in curves], axis=0)
-            axis.plot(range(1, shortest + 1), mean, color=colour, label="taught" if who == "student" else who)
+            axis.plot(range(1, shortest + 1), mean, color=colour, label=who)
         axis.set_xlabel("epoch")
         axis.set_ylabel(f"{label} on val")
     axes[1].set_yscale("log")

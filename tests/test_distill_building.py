@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROJECT, run_python
-from given_predictions import logged
+from given_predictions import empty_workspace, logged, take_in, write
 from killing import run_and_kill
 from test_predictions import workspace_at
 
@@ -169,6 +169,16 @@ def test_the_same_request_gives_the_same_bytes_and_the_control_is_the_same_netwo
     distill(own, SMALL, "distillation.alpha=0")
     alike = record(own, SMALL)
     assert alike["history"]["student"] == alike["history"]["alone"]
+
+
+def test_the_pipeline_distills_and_evaluates_again(own, orchestrator):
+    settings = [word for override in (*QUICK, SMALL) for word in ("--set", override)]
+    done = orchestrator("pipeline", "--config", "configs/votes.yaml", "--json", *settings, workspace=own.base)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["distill"]["built"] == ["distilled_convnext"]
+    names = [{row["name"] for row in found[stage]["rows"]} for stage in ("evaluate", "evaluate-2")]
+    assert names[1] - names[0] == {"distilled_convnext"}
 
 
 # who teaches ----------------------------------------------------------------------------------------------------------
@@ -382,14 +392,11 @@ def test_imported_predictions_teach_about_the_images_with_their_ids(imported):
             distill(imported, SMALL, f"distillation.targets={kind}")
 
 
-def test_without_images_there_is_nobody_to_teach(imported):
-    from utils import discovery
-
-    shutil.rmtree(imported.split_dir)
-    shutil.rmtree(imported.checkpoints, ignore_errors=True)
-    discovery.discover(config(), imported)
-    with pytest.raises(UserError, match="no images, and a student is shown some"):
-        distill(imported, SMALL)
+def test_without_images_there_is_nobody_to_teach(tmp_path):
+    workspace = empty_workspace(tmp_path / "w")
+    take_in(workspace, write(tmp_path / "given"))
+    with pytest.raises(UserError, match="no images, and a student is shown some; all members are imported"):
+        distill(workspace, SMALL)
 
 
 # what it refuses ------------------------------------------------------------------------------------------------------
@@ -455,11 +462,11 @@ def test_a_teacher_of_other_classes_or_checkpoints_is_refused(own):
 
 
 def test_a_student_larger_than_its_teacher_is_warned_of(own, caplog):
+    sizes = {name: own.checkpoint(name, "final").stat().st_size for name in ("CustomConvNeXt", "CustomResNetMish")}
+    small, large = sorted(sizes, key=sizes.__getitem__)
     with logged(caplog):
-        distill(
-            own, "distillation.student=CustomResNetMish", "distillation.teacher=CustomConvNeXt", "distillation.epochs=1"
-        )
-    assert "the student CustomResNetMish is larger than its teacher CustomConvNeXt" in caplog.text
+        distill(own, f"distillation.student={large}", f"distillation.teacher={small}", "distillation.epochs=1")
+    assert f"the student {large} is larger than its teacher {small}" in caplog.text
 
 
 def test_nothing_is_written_behind_a_link(own, tmp_path):
@@ -486,7 +493,7 @@ def test_kill_nine_in_the_middle_and_again_gives_equal_weights(own, tmp_path):
         assert ended is None, f"run {number} ended before it was killed"
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    log = (own.logs / "ensemble_orchestrator.log").read_text(encoding="utf-8")
+    log = (own.base / "debug_logs" / "ensemble_orchestrator.log").read_text(encoding="utf-8")
     assert ": resumed at epoch " in log
     expected = weights(undisturbed)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(own).items())

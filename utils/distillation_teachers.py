@@ -220,18 +220,20 @@ def _run(
     model = streaming.open_network(spec).to(device)
     try:
         outputs = Outputs(model, str(spec.checkpoint))
-        with torch.inference_mode(), torch.autocast("cuda", dtype=torch.bfloat16) if on_cuda else nullcontext():
-            for places, images in show(spec.img_size):
+        for places, images in show(spec.img_size):
+            # Around the network alone: images made in inference mode could teach nobody.
+            with torch.inference_mode(), torch.autocast("cuda", dtype=torch.bfloat16) if on_cuda else nullcontext():
                 placed = images.to(device)
                 if keeps_embeddings:
                     if embeddings is None:
                         outputs.probe(placed)
                     answer, read = outputs(placed)
-                    embeddings = np.empty((count, read.shape[1]), np.float32) if embeddings is None else embeddings
-                    embeddings[places.numpy()] = read.float().cpu().numpy()
                 else:
-                    answer = model(placed)
-                logits[places.numpy()] = answer[:, : len(spec.classes)].float().cpu().numpy()
+                    answer, read = model(placed), None
+            logits[places.numpy()] = answer[:, : len(spec.classes)].float().cpu().numpy()
+            if read is not None:
+                embeddings = np.empty((count, read.shape[1]), np.float32) if embeddings is None else embeddings
+                embeddings[places.numpy()] = read.float().cpu().numpy()
     finally:
         streaming.safe_delete_model(model)
         streaming.cleanup_memory()

@@ -111,7 +111,7 @@ def test_the_average_follows_slowly_and_copies_counters():
         model.num_batches_tracked.fill_(step)
         average.update(model)
         if step == 1:
-            assert 1 < average.weights["weight"][0] < 5
+            assert 4 < average.weights["weight"][0] < 5  # few steps are remembered shortly
     assert average.weights["weight"][0] == pytest.approx(5, abs=1e-3)
     assert average.weights["num_batches_tracked"] == 199
     again = Average(model, decay=0.9)

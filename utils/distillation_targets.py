@@ -29,8 +29,7 @@ def pack(targets: np.ndarray) -> dict[str, np.ndarray]:
     classes = targets.shape[2]
     if classes <= 2 * KEPT:
         return {"values": targets.astype(np.float16), "classes": np.array(classes)}
-    # NaN would be sorted to the front.
-    order = np.argsort(-np.where(np.isnan(targets), -np.inf, targets), axis=2, kind="stable")[:, :, :KEPT]
+    order = np.argsort(-targets, axis=2, kind="stable")[:, :, :KEPT]
     values = np.take_along_axis(targets, order, axis=2).astype(np.float16)
     return {"values": values, "places": order.astype(np.int32), "classes": np.array(classes)}
 

@@ -37,6 +37,7 @@ LARGEST_NORM = 1.0  # of a gradient, as the base pipeline clips it
 SECONDS = 5.0  # at least between two saves, unless DBT_PROGRESS_SECONDS says otherwise
 SHARE_OF_TIME = 20  # saving takes at most a twentieth of the time
 VAL_BATCH = 256
+LONG = 20.0  # seconds of an epoch from which on each is worth a line
 
 Weights = dict[str, Tensor]
 Teach = Callable[[int], np.ndarray]
@@ -99,13 +100,12 @@ def train(
     run = _Run(model, optimizer, schedule, Average(model, decay), criterion, course, device)
     best: dict[str, Any] | None = None
     history: list[dict[str, float]] = []
-    saved = progress.load() if progress else None
-    if saved is not None:
+    if progress is not None and (saved := progress.load()) is not None:
         best, history = saved["best"], saved["history"]
         if saved["finished"]:
-            return Trained(best["weights"], best["epoch"], history, len(history) < course.epochs)
+            return Trained(saved["best"]["weights"], saved["best"]["epoch"], history, len(history) < course.epochs)
         run.restore(saved)
-        logger.info("%s: resumed at epoch %d of %d", progress.path.stem, len(history) + 1, course.epochs)  # type: ignore[union-attr]
+        logger.info("%s: resumed at epoch %d of %d", progress.path.stem, len(history) + 1, course.epochs)
     labels = exam.images.labels
     for epoch in range(len(history), course.epochs):
         start = time.monotonic()
@@ -120,7 +120,13 @@ def train(
         history.append(row)
         if best is None or row["val_log_loss"] < best["val_log_loss"]:
             best = {"epoch": epoch, "val_log_loss": row["val_log_loss"], "weights": _copied(run.average.weights)}
-        logger.debug("epoch %d/%d: %s, %.1f s", epoch + 1, course.epochs, row, time.monotonic() - start)
+        seconds = time.monotonic() - start
+        logger.log(
+            logging.INFO if seconds >= LONG else logging.DEBUG,
+            "%s%s epoch %d/%d: train loss %.4f, val log-loss %.4f accuracy %.4f, %.1f s; at most %.0f min left",
+            *(course.backbone, "" if teach else " alone", epoch + 1, course.epochs, loss),
+            *(row["val_log_loss"], row["val_accuracy"], seconds, seconds * (course.epochs - epoch - 1) / 60),
+        )
         if epoch - max(best["epoch"], course.epochs // 2) >= course.patience:
             break
         if progress and epoch + 1 < course.epochs and progress.is_due():

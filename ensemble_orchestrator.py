@@ -169,6 +169,14 @@ COMMANDS: dict[str, Command] = {
         writes=True,
         decodes=True,
     ),
+    "distill": Command(
+        "utils.distill_building:distill",
+        "teach one small network what an ensemble knows, and hold it against itself untaught",
+        "distill --set distillation.teacher=best",
+        {},
+        writes=True,
+        decodes=True,
+    ),
     "predict": Command(
         "utils.predict:predict",
         "classify image files by an ensemble or a member: class, probability, set, abstention, disagreement",
@@ -196,7 +204,8 @@ COMMANDS: dict[str, Command] = {
     ),
     "pipeline": Command(
         "ensemble_orchestrator:run_pipeline",
-        "all stages in order: discover --verify, build-ensemble, stack, fusion-train, meta-fuse, evaluate, "
+        "all stages in order: discover --verify, build-ensemble, stack, fusion-train, meta-fuse, evaluate, distill, "
+        "evaluate again, "
         "clean --temporary",
         "pipeline --config configs/digits_demo.yaml",
         {},
@@ -233,9 +242,14 @@ PIPELINE: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("fusion-train", {}, ("runs.fusion", "runs.moe", "runs.cascade")),
     ("meta-fuse", {}, ("runs.meta_fuser",)),
     ("evaluate", {}, ()),
+    ("distill", {}, ("distillation",)),
+    ("evaluate", {}, ("distillation",)),
     ("clean", {"temporary": True}, ()),
 )
-"""Command, its options, and the sections of the configuration of which one must be on."""
+"""Command, its options, and the sections of the configuration of which one must be on.
+
+What a command leaves stands under its name; the second time under `<name>-2`.
+"""
 COMMON: dict[str, dict[str, Any]] = {
     "--config": {
         "metavar": "FILE",
@@ -303,9 +317,11 @@ def run_pipeline(config: Config, workspace: Workspace, *, force: bool = False) -
             continue
         logger.info("stage %d of %d: %s", number, len(PIPELINE), name)
         result = call(name, config, workspace, options | {"force": force})
-        texts.append(f"== {name}\n{result.text}")
-        documents[name] = result.document
-        failures += [f"{name}: {failure}" for failure in result.failures]
+        times = 1 + sum(earlier == name for earlier, _, _ in PIPELINE[: number - 1])
+        stage = name if times == 1 else f"{name}-{times}"
+        texts.append(f"== {stage}\n{result.text}")
+        documents[stage] = result.document
+        failures += [f"{stage}: {failure}" for failure in result.failures]
     page = workspace.report("test")
     return Result(
         "\n\n".join([*texts, str(page if page.is_file() else workspace.ranking("test"))]), documents, failures

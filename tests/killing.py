@@ -17,10 +17,11 @@ def digests(workspace: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def events(workspace: Path) -> set[tuple[str, int]]:
+def events(workspace: Path, watched: Path | None = None) -> set[tuple[str, int]]:
     """Files of trainings with their times: each saved epoch and each checkpoint makes a new one."""
     found = set()
-    for path in [*workspace.glob("checkpoints/.progress/[!.]*.pth"), *workspace.glob("checkpoints/*.pth")]:
+    folder = watched or workspace / "checkpoints" / ".progress"
+    for path in [*folder.glob("[!.]*.pth"), *workspace.glob("checkpoints/*.pth")]:
         try:
             found.add((path.name, path.stat().st_mtime_ns))
         except FileNotFoundError:  # finished while we looked
@@ -28,17 +29,26 @@ def events(workspace: Path) -> set[tuple[str, int]]:
     return found
 
 
-def run_and_kill(command: list[str], environment: dict[str, str], workspace: Path, rng: random.Random) -> int | None:
-    """Start a run and kill it with all its processes after a few files, at any moment; its exit code if it ended."""
+def run_and_kill(
+    command: list[str],
+    environment: dict[str, str],
+    workspace: Path,
+    rng: random.Random,
+    watched: Path | None = None,
+) -> int | None:
+    """Start a run and kill it with all its processes after a few files, at any moment; its exit code if it ended.
+
+    `watched` is where trainings save their progress, unless it is the base pipeline's place.
+    """
     count, delay = rng.randint(1, 4), rng.uniform(0, 0.15)
-    seen = events(workspace)
+    seen = events(workspace, watched)
     fresh: set[tuple[str, int]] = set()
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     while len(fresh) < count and process.poll() is None:
         time.sleep(0.005)
-        fresh |= events(workspace) - seen
+        fresh |= events(workspace, watched) - seen
     time.sleep(delay)
     ended = process.poll()
     if ended is None:

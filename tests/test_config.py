@@ -128,6 +128,11 @@ def test_defaults_are_the_printed_values_and_the_keys_of_ours():
         "runs.cascade.max_members": 5,
         "runs.cascade.max_accuracy_loss": 0.005,
         "pruning.pick": "best",
+        "distillation.targets": "auto",
+        "distillation.views": 4,
+        "distillation.mix": "none",
+        "distillation.unlabeled_dir": None,
+        "distillation.assistant": None,
     }
 
 
@@ -170,6 +175,11 @@ def test_every_key_refuses_what_is_of_another_kind(place):
         ("backbones.include", [[], ["vit_tiny.augreg_in1k", "a b"]], [["a/b"], ["..\\x"], [".x"], ["a", "a"], ["x "]]),
         ("runs.meta_fuser.input_ensembles", [["moe"]], [["meta_fuser"], [], ["moe", "moe"], [None]]),
         ("distillation.student", ["resnet18"], ["../x", "", "a\tb"]),
+        ("distillation.batch_size", [2, 64], [1, 0, 2.5]),
+        ("distillation.targets", ["auto", "oof", "consistent", "views"], ["val", None]),
+        ("distillation.mix", ["none", "mixup", "cutmix"], ["both", True]),
+        ("distillation.unlabeled_dir", [None, "~/more images"], ["", 5]),
+        ("distillation.assistant", [None, "CustomConvNeXt"], ["../x", "", 5, "CustomMobileOne"]),
     ],
 )  # fmt: skip
 def test_bounds(place, good, bad):

@@ -9,6 +9,7 @@ from pathlib import Path
 import foreign_workspace
 import numpy as np
 import pytest
+import torch
 from conftest import PROJECT, run_python
 from mounting import snapshot
 from test_workspace import run_bound
@@ -203,6 +204,22 @@ def test_voted_and_evaluated_as_its_own_code_would(discovered, foreign, run, tmp
     assert ranking["recommended"]["evidence"]["rows"] == "val"
     surplus = {p["message"] for p in catalog(workspace)["problems"] if p["code"] == "surplus_logits"}
     assert surplus == {f"{SURPLUS}; on the 50 val images they are dead"}
+
+
+def test_one_of_its_networks_is_taught_by_the_others(discovered, foreign, run, tmp_path):
+    workspace = shutil.copytree(discovered[0], tmp_path / "w")
+    settings = ("enable=true", "teacher=soft_voting", "student=CustomConvNeXt", "epochs=1")
+    own = [word for setting in settings for word in ("--set", f"distillation.{setting}")]
+    assert run("build-ensemble", workspace=workspace).returncode == 0
+    before = snapshot(foreign.base_back)
+    done = run("distill", *own, workspace=workspace)
+    assert done.returncode == 0, done.stderr
+    assert "targets: in_sample" in done.stderr  # it leaves no out-of-fold predictions
+    assert snapshot(foreign.base_back) == before
+    student = catalog(workspace)["members"]["CustomConvNeXt_distilled"]
+    assert (student["usable"], student["img_size"], len(student["classes"])) == (True, 32, 10)
+    extra = torch.load(workspace / "checkpoints" / "CustomConvNeXt_distilled.pth", weights_only=True)["extra"]
+    assert (extra["base_back"], extra["targets"]) == ("external", "consistent")
 
 
 @pytest.fixture

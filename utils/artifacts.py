@@ -60,6 +60,15 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def require_own_folder(folder: Path) -> None:
+    """Raise UserError where a folder that is to be written is a symbolic link."""
+    if folder.is_symlink():
+        raise UserError(
+            f"{folder}: a symbolic link to {folder.resolve()}; nothing is written behind links. Write elsewhere with "
+            "--output DIR (or DBT_ENSEMBLE_DIR)"
+        )
+
+
 def reserve(path: Path, start: int) -> None:
     """Give a sparse file all the room from byte `start` on, which is zeros so far; OSError where the disk has none.
 

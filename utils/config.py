@@ -94,6 +94,12 @@ def _at_most_experts(top_k: int, info: ValidationInfo) -> int:
     return top_k
 
 
+def _another(assistant: str | None, info: ValidationInfo) -> str | None:
+    if assistant is not None and assistant == info.data.get("student"):
+        raise ValueError("expected another network than the student")
+    return assistant
+
+
 def _others(inputs: tuple[str, ...]) -> tuple[str, ...]:
     if "meta_fuser" in inputs:
         raise ValueError("expected other ensembles: meta_fuser cannot be its own input")
@@ -110,6 +116,7 @@ Dropout = Annotated[float, _check("expected a number from 0 to below 1", lambda 
 Flag = Annotated[bool, _check("expected true or false, without quotes", lambda raw: isinstance(raw, bool))]
 Text = Annotated[str, _check("expected text, in quotes", lambda raw: isinstance(raw, str) and raw.strip() != "")]
 Name = Annotated[str, _check(A_NAME, is_name)]
+NameOrNone = Annotated[str | None, _check(f"{A_NAME}, or null", lambda raw: raw is None or is_name(raw))]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 Sizes = Annotated[tuple[Count, ...], _check(A_LIST, lambda raw: isinstance(raw, (list, tuple)))]
 Device = Annotated[
@@ -122,6 +129,11 @@ Device = Annotated[
 Pattern = Annotated[
     str | None,
     _check("expected null or a regex with exactly one group", lambda raw: raw is None or _has_one_group(raw)),
+]
+Batch = Annotated[int, _check("expected a whole number of at least 2", lambda number: number >= 2, _whole)]
+Folder = Annotated[
+    str | None,
+    _check("expected a folder, or null", lambda raw: raw is None or (isinstance(raw, str) and raw.strip() != "")),
 ]
 Limit = Annotated[
     float | None,
@@ -299,7 +311,12 @@ class Distillation(Section):
     alpha: Share = 0.5
     epochs: Count = 50
     lr: Positive = 0.001
-    batch_size: Count = 32
+    batch_size: Batch = 32
+    targets: Literal["auto", "oof", "consistent", "views"] = "auto"
+    views: Count = 4
+    mix: Literal["none", "mixup", "cutmix"] = "none"
+    unlabeled_dir: Folder = None
+    assistant: Annotated[NameOrNone, AfterValidator(_another)] = None
 
 
 class Cache(Section):

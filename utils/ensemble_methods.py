@@ -176,6 +176,7 @@ SAVED_AS: dict[str, type[Combiner]] = {
     "uniform_soup": SoftVoting,
     "greedy_soup": SoftVoting,
     "wise_ft": SoftVoting,
+    "distilled": SoftVoting,
 }
 """Ensembles whose work was done in making their members: the one network, or the mean of a few, answers."""
 COMBINERS: dict[str, type[Combiner]] = {

@@ -9,6 +9,7 @@ from pathlib import Path
 from utils import (
     base_back,
     catalog,
+    distillation_plan,
     ensembles,
     fitting,
     fold_networks,
@@ -93,6 +94,8 @@ def take(config: Config, workspace: Workspace) -> Inventory:
             soups = _soup_states(store, member, states)
             states |= soups
             wanted += [name for name, state in soups.items() if state != GIVEN_BY_NONE]
+    if config.distillation.enable:
+        states |= _student_states(store, states)
     learned = _learned(config)
     for name in (*wanted, *(name for names in learned.values() for name in names)):
         states.setdefault(name, State(MISSING))
@@ -120,12 +123,13 @@ def configured(config: Config) -> list[str]:
 
 
 def _learned(config: Config) -> dict[str, tuple[str, ...]]:
-    """What `stack`, `fusion-train` and `meta-fuse` would build, by command."""
+    """What `stack`, `fusion-train`, `meta-fuse` and `distill` would build, by command."""
     stacking = tuple(f"stacking_{learner}" for learner in config.runs.stacking.meta_learners)
     found = {"stack": stacking} if config.runs.stacking.enable else {}
     fused = tuple(moe_building.names(config))
     found |= {"fusion-train": fused} if fused else {}
-    return found | ({"meta-fuse": ("meta_fuser",)} if config.runs.meta_fuser.enable else {})
+    found |= {"meta-fuse": ("meta_fuser",)} if config.runs.meta_fuser.enable else {}
+    return found | ({"distill": tuple(distillation_plan.names(config))} if config.distillation.enable else {})
 
 
 def _since_discovery(workspace: Workspace, found: Catalog, digests: FileDigests) -> list[str]:
@@ -254,6 +258,19 @@ def _soup_states(store: Store, member: Member, states: Mapping[str, State]) -> d
         known = states.get(name, State(MISSING))
         found[name] = State(STALE, (reason,)) if reason and known.state == CURRENT else known
     return found
+
+
+def _student_states(store: Store, states: Mapping[str, State]) -> dict[str, State]:
+    """Of the students that the configuration asks for; `states` are those of the ensembles by themselves."""
+    try:
+        reasons = distillation_plan.reasons_against(store)
+    except UserError as error:
+        return dict.fromkeys(distillation_plan.names(store.config), State(DAMAGED, (str(error),)))
+    known = {name: states.get(name, State(MISSING)) for name in reasons}
+    return {
+        name: State(STALE, (reason,)) if reason and known[name].state == CURRENT else known[name]
+        for name, reason in reasons.items()
+    }
 
 
 def _predictions_state(store: Store, member: Member, split: str) -> State:

@@ -96,9 +96,9 @@ def build(spec: NetworkSpec, weights: Mapping[str, Any], factory: Callable[..., 
             f"tensors, bare or as model_state_dict or state_dict. {RETRAIN}"
         )
     outputs = _outputs_of(weights) or len(spec.classes)
-    model = _construct(spec, outputs, factory)
+    model = construct(spec, outputs, factory)
     if (true := _true_outputs(model, weights, outputs)) is not None:
-        model = _construct(spec, true, factory)
+        model = construct(spec, true, factory)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -121,7 +121,8 @@ def _true_outputs(model: nn.Module, weights: Mapping[str, Tensor], tried: int) -
     return int(next(iter(found))[0]) if len(found) == 1 and () not in found else None
 
 
-def _construct(spec: NetworkSpec, outputs: int, factory: Callable[..., Any] | None) -> nn.Module:
+def construct(spec: NetworkSpec, outputs: int, factory: Callable[..., Any] | None) -> nn.Module:
+    """A fresh network with that many outputs. Raises UserError where it cannot be built."""
     if spec.source == "timm":
         return _construct_timm(spec, outputs)
     if factory is None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import ensembles, fold_networks, scoring, uncertainty
+from utils import distillation_controls, ensembles, fold_networks, scoring, uncertainty
 from utils.catalog import IMPORTED, Member
 from utils.ensembles import Ensemble
 from utils.latency import Record, Timing
@@ -31,7 +31,7 @@ from utils.statistics import (
     summary,
 )
 
-COPIED = ("controls", "gain_kept", "expected_experts")
+COPIED = ("expected_experts",)
 """What an ensemble's own record may say of it that its scores repeat."""
 
 
@@ -142,6 +142,10 @@ def record(item: Scored, saved: Ensemble | None, context: Context) -> dict[str, 
             notes[key] = f"it is {item.name} itself" if reference is not None else "it has no answers to these rows"
     own = ensembles.record_of(store.workspace, item.name) if saved else None
     unseen = unseen_by_ensemble(store, item.name) if saved else unseen_by_member(store, _member(store, item.name))
+    if saved:
+        ids = rows.sample_ids.tolist()
+        told = distillation_controls.beside(store.workspace, item.name, context.split, ids, item.probabilities)
+        found, notes = found | told[0], notes | told[1]
     fitted, selected = (
         scoring.overlap(sets, rows) for sets in (item.provenance.fitted_on, item.provenance.selected_on)
     )

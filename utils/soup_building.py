@@ -12,11 +12,10 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils import discovery, ensembles, fitting
-from utils.artifacts import digest_of, read_json, write_checkpoint, write_json
+from utils.artifacts import digest_of, read_json, require_own_folder, write_checkpoint, write_json
 from utils.catalog import Member
 from utils.checkpoints import read_checkpoint
 from utils.ensembles import Provenance
@@ -147,7 +146,7 @@ def _of_backbone(store: Store, member: Member, force: bool) -> Outcome:
         if all(_is_whole(store, member, key, part) for key, part in made.items()):
             names = tuple(part["ensemble"] for part in made.values())
             return Outcome((), names, _lines(store, member, known, "up to date"))
-    _require_own_folder(store.workspace.derived_checkpoints)
+    require_own_folder(store.workspace.derived_checkpoints)
     from utils import soup_trials
 
     survey = soup_trials.look_at(store, member, _entries(member))
@@ -164,14 +163,6 @@ def _of_backbone(store: Store, member: Member, force: bool) -> Outcome:
     write_json(path, record)
     built = tuple(part["ensemble"] for part in made.values())
     return Outcome(built, (), _lines(store, member, record, "built"))
-
-
-def _require_own_folder(folder: Path) -> None:
-    if folder.is_symlink():
-        raise UserError(
-            f"{folder}: a symbolic link to {folder.resolve()}; nothing is written behind links. Write elsewhere with "
-            "--output DIR (or DBT_ENSEMBLE_DIR)"
-        )
 
 
 # three ways ----------------------------------------------------------------------------------------------------------

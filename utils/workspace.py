@@ -192,6 +192,10 @@ class Workspace:
         """What became of one backbone's checkpoints when they were averaged."""
         return self.ensembles / "soups" / f"{backbone}.json"
 
+    def distillation(self, name: str) -> Path:
+        """Folder of one student's targets, training under way, controls and record."""
+        return self.ensembles / "distillation" / name
+
     @property
     def snapshots(self) -> Path:
         """Which trainings the snapshots came from."""

@@ -7,6 +7,8 @@ decode, a dozen image objects and a loader process per image and epoch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -29,6 +31,41 @@ def _standardise(pixels: Tensor) -> Tensor:
     return pixels.sub_(mean).div_(std)
 
 
+@dataclass(frozen=True)
+class Views:
+    """How each of N images is shown: all that is random about it, whatever the size it is shown at."""
+
+    warps: Tensor
+    """(N, 2, 3), from output to input coordinates, both from -1 to 1"""
+    factors: Tensor
+    """(N, 3): of brightness, contrast and saturation"""
+    hues: Tensor
+    """(N,), turns in radians"""
+    erased: Tensor
+    """(N, 5): whether a rectangle is blackened, its share of the area, its ratio, and how far down and right it lies"""
+
+    def take(self, rows: Tensor) -> Views:
+        """Those of some images."""
+        return Views(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Views]) -> Views:
+        """One after the other."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+
+def draw_views(heights: Tensor, widths: Tensor, kind: str, generator: torch.Generator) -> Views:
+    """Views of images with the given float32 heights and widths (N,); kind: `full` or `no_flip`."""
+    count = len(heights)
+    warps = _warps(heights, widths, kind, generator)
+    factors = torch.stack([_uniform(count, 0.8, 1.2, generator) for _ in range(3)], dim=1)
+    hues = _uniform(count, -0.05 * 2 * math.pi, 0.05 * 2 * math.pi, generator)
+    chosen = (torch.rand(count, generator=generator) < 0.15).float()
+    shapes = [_uniform(count, 0.02, 0.33, generator), _uniform(count, math.log(0.3), math.log(3.3), generator).exp()]
+    places = [torch.rand(count, generator=generator) for _ in range(2)]
+    return Views(warps, factors, hues, torch.stack([chosen, *shapes, *places], dim=1))
+
+
 def augment(images: list[Tensor], size: int, kind: str, generator: torch.Generator) -> Tensor:
     """uint8 images, each (3, h, w) of its own shape -> normalised float32 batch (B, 3, size, size).
 
@@ -36,10 +73,20 @@ def augment(images: list[Tensor], size: int, kind: str, generator: torch.Generat
     random comes from `generator`.
     """
     if kind == "none":
+        return show(images, size, None)
+    heights, widths = (torch.tensor([image.shape[side] for image in images], dtype=torch.float32) for side in (1, 2))
+    return show(images, size, draw_views(heights, widths, kind, generator))
+
+
+def show(images: list[Tensor], size: int, views: Views | None) -> Tensor:
+    """uint8 images, each (3, h, w) of its own shape, as their views say -> normalised float32 (B, 3, size, size).
+
+    Without views the centre crops of the evaluation transform.
+    """
+    if views is None:
         return normalise(torch.stack([_centre(image, size) for image in images]))
-    matrices = _warps(images, kind, generator)
-    pixels = _warp(images, matrices, size) / 255
-    return _standardise(_erase(_jitter_colours(pixels, generator), generator))
+    pixels = _warp(images, views.warps, size) / 255
+    return _standardise(_erase(_colour(pixels, views), views.erased))
 
 
 def _centre(image: Tensor, size: int) -> Tensor:
@@ -51,15 +98,13 @@ def _uniform(count: int, low: float, high: float, generator: torch.Generator) ->
     return torch.rand(count, generator=generator) * (high - low) + low
 
 
-def _warps(images: list[Tensor], kind: str, generator: torch.Generator) -> Tensor:
+def _warps(heights: Tensor, widths: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     """Matrices (B, 2, 3) that lead from output to input coordinates, both from -1 to 1.
 
     Crop of 80-100 % of the area with aspect 3/4 to 4/3, flips, two turns (15 and 0 degrees), a shift by up to 10 %
     and a zoom of 95-105 %.
     """
-    count = len(images)
-    heights = torch.tensor([image.shape[1] for image in images], dtype=torch.float32)
-    widths = torch.tensor([image.shape[2] for image in images], dtype=torch.float32)
+    count = len(heights)
     area = _uniform(count, 0.8, 1.0, generator) * heights * widths
     ratio = torch.exp(_uniform(count, math.log(3 / 4), math.log(4 / 3), generator))
     crop_width = torch.minimum(torch.sqrt(area * ratio), widths) / widths
@@ -94,40 +139,35 @@ def _warp(images: list[Tensor], matrices: Tensor, size: int) -> Tensor:
     return output
 
 
-def _jitter_colours(pixels: Tensor, generator: torch.Generator) -> Tensor:
+def _colour(pixels: Tensor, views: Views) -> Tensor:
     """Brightness, contrast and saturation by 20 %, hue by 5 % of the circle; pixels 0-1 (B, 3, H, W), overwritten."""
-    count = len(pixels)
-
-    def factor() -> Tensor:
-        return _uniform(count, 0.8, 1.2, generator).view(-1, 1, 1, 1)
-
+    brightness, contrast, saturation = views.factors.T.contiguous().view(3, -1, 1, 1, 1)
     weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-    pixels = pixels.mul_(factor()).clamp_(0, 1)
+    pixels = pixels.mul_(brightness).clamp_(0, 1)
     mean = (pixels * weights).sum(1, keepdim=True).mean((2, 3), keepdim=True)
-    pixels = pixels.sub_(mean).mul_(factor()).add_(mean).clamp_(0, 1)
+    pixels = pixels.sub_(mean).mul_(contrast).add_(mean).clamp_(0, 1)
     grey = (pixels * weights).sum(1, keepdim=True)
-    pixels = pixels.sub_(grey).mul_(factor()).add_(grey).clamp_(0, 1)
-    return torch.einsum("bij,bjhw->bihw", _hue_turns(count, generator), pixels).clamp_(0, 1)
+    pixels = pixels.sub_(grey).mul_(saturation).add_(grey).clamp_(0, 1)
+    return torch.einsum("bij,bjhw->bihw", _hue_turns(views.hues), pixels).clamp_(0, 1)
 
 
-def _hue_turns(count: int, generator: torch.Generator) -> Tensor:
-    """Turns about the grey axis of the colour cube by up to 5 % of a circle, (B, 3, 3); grey stays grey."""
-    angle = _uniform(count, -0.05 * 2 * math.pi, 0.05 * 2 * math.pi, generator).view(-1, 1, 1)
+def _hue_turns(hues: Tensor) -> Tensor:
+    """Turns about the grey axis of the colour cube, (B, 3, 3); grey stays grey."""
+    angle = hues.view(-1, 1, 1)
     axis = torch.full((3, 3), 1 / 3)
     cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
     return torch.cos(angle) * torch.eye(3) + torch.sin(angle) * cross + (1 - torch.cos(angle)) * axis
 
 
-def _erase(pixels: Tensor, generator: torch.Generator) -> Tensor:
+def _erase(pixels: Tensor, erased: Tensor) -> Tensor:
     """Blacken a rectangle of 2-33 % of the area in 15 % of the images (Zhong et al. 2020)."""
-    count, _, height, width = pixels.shape
-    chosen = torch.rand(count, generator=generator) < 0.15
-    area = _uniform(count, 0.02, 0.33, generator) * height * width
-    ratio = torch.exp(_uniform(count, math.log(0.3), math.log(3.3), generator))
+    _, _, height, width = pixels.shape
+    chosen, share, ratio, down, right = erased.unbind(1)
+    area = share * height * width
     tall = torch.sqrt(area * ratio).round().clamp(1, height).int()
     wide = torch.sqrt(area / ratio).round().clamp(1, width).int()
-    top = (torch.rand(count, generator=generator) * (height - tall + 1)).int()
-    left = (torch.rand(count, generator=generator) * (width - wide + 1)).int()
+    top = (down * (height - tall + 1)).int()
+    left = (right * (width - wide + 1)).int()
     for row in chosen.nonzero().flatten().tolist():
         pixels[row, :, top[row] : top[row] + tall[row], left[row] : left[row] + wide[row]] = 0
     return pixels

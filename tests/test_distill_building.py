@@ -1,0 +1,502 @@
+"""The command `distill` on really trained networks: what it leaves, who teaches whom, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROJECT, run_python
+from given_predictions import empty_workspace, logged, take_in, write
+from killing import run_and_kill
+from test_predictions import workspace_at
+
+from utils import catalog, distill_building, ensembles, evaluation, inventory, streaming
+from utils import distillation_teachers as teachers
+from utils.config_file import load
+from utils.distillation_plan import record_of
+from utils.distillation_students import ensemble_name, find
+from utils.errors import ConfigError, HonestyError, UserError
+from utils.metrics import softmax
+from utils.predictions import Store
+
+QUICK = (
+    *("device=cpu", "distillation.enable=true", "distillation.teacher=soft_voting", "distillation.epochs=2"),
+    "dataset.num_workers=0",
+)
+SMALL = "distillation.student=CustomConvNeXt"  # the quickest to train
+NAME = "distilled_mobile"
+
+
+def config(*overrides):
+    return load(PROJECT / "configs" / "votes.yaml", overrides=[*QUICK, *overrides])
+
+
+def distill(workspace, *overrides, **options):
+    return distill_building.distill(config(*overrides), workspace, **options)
+
+
+def store_of(workspace, *overrides) -> Store:
+    return Store(config(*overrides), workspace, catalog.load(workspace))
+
+
+def record(workspace, *overrides) -> dict:
+    store = store_of(workspace, *overrides)
+    return record_of(store, find(store, store.config.distillation.student))
+
+
+def weights(workspace, name="CustomConvNeXt"):
+    return torch.load(workspace.checkpoint(name, "distilled"), weights_only=True)["model_state_dict"]
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory, built):
+    """The built workspace after `distill` and `evaluate`. Shared: read it, never write into it."""
+    workspace = workspace_at(Path(shutil.copytree(built, tmp_path_factory.mktemp("taught") / "w")))
+    result = distill(workspace)
+    assert result.document["built"] == [NAME]
+    evaluation.evaluate(config(), workspace)
+    return workspace
+
+
+@pytest.fixture
+def own(own_copy):
+    return workspace_at(own_copy)
+
+
+# what it leaves -------------------------------------------------------------------------------------------------------
+def test_a_student_is_a_derived_member_and_an_ensemble_of_its_own(taught):
+    member = catalog.load(taught).members["CustomMobileOne_distilled"]
+    assert (member.source, member.oof, member.usable) == ("derived", None, True)
+    assert member.parents == ("CustomConvNeXt", "CustomResNetMish", "CustomViTHybrid")
+    assert (member.size, member.img_size) == ("tiny", 32)  # as its neighbours are
+    ensemble = ensembles.load(taught, NAME)
+    assert (ensemble.method, ensemble.members) == ("distilled", ("CustomMobileOne_distilled",))
+    assert {(part.split, part.rows) for part in ensemble.provenance.selected_on} == {("val", "held_out")}
+    assert set(ensembles.load_crossfit(taught, NAME).split) == {"val"}
+    assert not list(taught.distillation(NAME).glob("progress_*"))
+    extra = torch.load(taught.checkpoint("CustomMobileOne", "distilled"), weights_only=True)["extra"]
+    assert (extra["stage"], extra["selected_on"], extra["augment"]) == ("distilled", "val", "no_flip")
+    assert extra["teacher"] == "soft_voting_ensemble"
+
+
+def test_metrics_have_the_controls_and_the_gain_that_is_kept(taught):
+    found = json.loads(taught.ensemble_metrics(NAME, "test").read_text())
+    for who in ("alone", "teacher"):
+        assert {"accuracy", "log_loss", "ece", "latency_ms", "size_mb"} <= found["controls"][who].keys()
+        assert found["controls"][who]["latency_ms"]["batch_1"]["p50"] > 0
+    teacher = json.loads(taught.ensemble_metrics("soft_voting_ensemble", "test").read_text())
+    for metric in ("accuracy", "log_loss", "ece"):
+        assert found["controls"]["teacher"][metric] == pytest.approx(teacher[metric], abs=1e-6)
+    assert found["controls"]["teacher"]["size_mb"] > found["controls"]["alone"]["size_mb"] == found["size_mb"]
+    assert set(found["gain_kept"]) == {"value", "ci95", "log_loss"}
+    assert "distillation" in found["notes"]["controls"]
+    assert not found["contaminated"]
+    others = json.loads(taught.ensemble_metrics("hard_voting_ensemble", "test").read_text())
+    assert "controls" not in others["notes"]
+
+
+def test_the_checkpoint_loads_without_this_project_and_gives_the_same_answers(taught, tmp_path):
+    program = """
+import sys, numpy as np, torch
+sys.path.insert(0, sys.argv[1])
+from training.work import open_network, logits_of
+from utils.datasets import DecodedDataset
+from pathlib import Path
+model, extra = open_network(Path(sys.argv[2]))
+assert "soup_building" not in " ".join(sys.modules)
+np.save(sys.argv[3], logits_of(model, DecodedDataset.of_split("test", extra["img_size"]), 32))
+"""
+    path = taught.checkpoint("CustomMobileOne", "distilled")
+    arguments = ("-c", program, str(PROJECT / "BASE-BACK" / "src"), str(path), str(tmp_path / "logits.npy"))
+    done = run_python(*arguments, environment={"DBT_BASE_DIR": str(taught.base)}, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    kept = np.load(taught.predictions("CustomMobileOne_distilled", "test") / "logits.npy")
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), kept, atol=1e-4)
+
+
+def test_a_second_run_keeps_it_and_needs_no_torch(taught):
+    program = (
+        "import sys; from ensemble_orchestrator import main; code = main(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    settings = [word for override in QUICK for word in ("--set", override)]
+    options = ("--config", "configs/votes.yaml", "--workspace", str(taught.base), "--json")
+    done = run_python("-c", program, "distill", *settings, *options)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["up_to_date"] == [NAME]
+
+
+def test_status_knows_whether_it_is_current(taught):
+    assert inventory.take(config(), taught).ensembles[NAME].state == "current"
+    other = inventory.take(config("distillation.temperature=2"), taught)
+    assert str(other.ensembles[NAME]) == "stale: its teacher, images or settings are others now"
+    missing = inventory.take(config(SMALL), taught)
+    assert missing.ensembles["distilled_convnext"].state == "missing"
+    assert missing.learned["distill"] == ("distilled_convnext",)
+    assert NAME not in inventory.take(config("distillation.enable=false"), taught).learned.get("distill", ())
+
+
+def test_it_stays_out_of_other_ensembles_and_is_never_recommended(taught):
+    assert "CustomMobileOne_distilled" not in ensembles.load(taught, "soft_voting_ensemble").candidates
+    ranking = json.loads(taught.ranking("test").read_text())
+    assert NAME in {row["name"] for row in ranking["rows"]}
+    assert ranking["recommended"]["name"] != NAME
+
+
+def test_names_are_those_of_the_contract():
+    names = {"CustomMobileOne": "distilled_mobile", "CustomConvNeXt": "distilled_convnext"}
+    names |= {"CustomGhostNetV2": "distilled_ghostnetv2", "resnet10t": "distilled_resnet10t"}
+    assert {name: ensemble_name(name) for name in names} == names
+
+
+def test_the_same_request_gives_the_same_bytes_and_the_control_is_the_same_network(own, tmp_path):
+    distill(own, SMALL)
+    first = own.checkpoint("CustomConvNeXt", "distilled").read_bytes()
+    distill(own, SMALL, force=True)
+    assert own.checkpoint("CustomConvNeXt", "distilled").read_bytes() == first
+    found = record(own, SMALL)
+    assert [len(rows) for rows in found["history"].values()] == [2, 2]
+    assert found["epochs"]["alone"]["run"] == found["epochs"]["student"]["run"]
+    # With nothing of the teacher's the student is its own control.
+    distill(own, SMALL, "distillation.alpha=0")
+    alike = record(own, SMALL)
+    assert alike["history"]["student"] == alike["history"]["alone"]
+
+
+def test_the_pipeline_distills_and_evaluates_again(own, orchestrator):
+    settings = [word for override in (*QUICK, SMALL) for word in ("--set", override)]
+    done = orchestrator("pipeline", "--config", "configs/votes.yaml", "--json", *settings, workspace=own.base)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["distill"]["built"] == ["distilled_convnext"]
+    names = [{row["name"] for row in found[stage]["rows"]} for stage in ("evaluate", "evaluate-2")]
+    assert names[1] - names[0] == {"distilled_convnext"}
+
+
+# who teaches ----------------------------------------------------------------------------------------------------------
+def test_oof_targets_come_from_networks_and_a_combiner_that_did_not_see_the_row(built):
+    """Against the arrays of the fold networks themselves, and copies of the combiner fitted on the other folds."""
+    workspace = workspace_at(built)
+    store = store_of(workspace)
+    ids = store.images("train").sample_ids
+    teacher = teachers.find(store, "soft_voting", besides="x")
+    parts = []
+    for name in teacher.ensemble.members:
+        with np.load(built / "kfold_results" / f"{name}_oof_predictions.npz") as arrays:
+            place = {sample_id: row for row, sample_id in enumerate(arrays["sample_ids"].tolist())}
+            parts.append(softmax(arrays["logits"][[place[sample_id] for sample_id in ids]]))
+    np.testing.assert_allclose(np.exp(teachers.unseen(store, teacher, "train", ids)), np.mean(parts, axis=0), atol=1e-5)
+    member = teachers.find(store, "CustomViTHybrid", besides="x")
+    where = list(teacher.ensemble.members).index("CustomViTHybrid")
+    np.testing.assert_allclose(np.exp(teachers.unseen(store, member, "train", ids)), parts[where], atol=1e-5)
+
+
+def test_a_combiner_s_targets_do_not_change_with_the_labels_of_their_own_fold(own):
+    """What a learned teacher says of a fold's rows comes from a copy that never read their labels."""
+    from utils import build, fitting
+
+    learned = ("runs.score_ensemble.methods=[weighted]",)
+    build.build_ensemble(config(*learned), own)
+    store = store_of(own)
+    teacher = teachers.find(store, "weighted", besides="x")
+    ids = store.images("train").sample_ids
+    said = teachers.unseen(store, teacher, "train", ids)
+    honest = fitting.honest_rows(store, teachers.members_of(store, teacher))
+    held_out = honest.fold == 0
+    recipe = ensembles.COMBINERS["weighted"].configured(
+        config(*learned), fitting.facts(store, teachers.members_of(store, teacher))
+    )
+    copy = recipe.fit(honest.rows.logits[:, ~held_out], honest.rows.labels[~held_out], honest.fold[~held_out])
+    own_rows = held_out & (honest.rows.split == "train")
+    expected = dict(
+        zip(honest.rows.sample_ids[own_rows], copy.predict_proba(honest.rows.logits[:, own_rows]), strict=True)
+    )
+    for place, sample_id in enumerate(ids):
+        if sample_id in expected:
+            np.testing.assert_allclose(np.exp(said[place]), expected[sample_id], atol=1e-5)
+
+
+def test_consistent_hands_teacher_and_student_the_same_tensors(own, monkeypatch):
+    """And one network of the teacher's is in memory at a time."""
+    shown: dict[str, list[torch.Tensor]] = {}
+    networks, residents = [], []
+
+    def listened(who, model):
+        def note(_, given):
+            if model.training or who not in ("student", "alone"):  # val is looked at in evaluation mode
+                shown.setdefault(who, []).append(given[0].clone())
+
+        model.register_forward_pre_hook(note)
+        return model
+
+    def open_network(spec, *given):
+        model = opened(spec, *given)
+        networks.append(model)
+        residents.append(sum(any(len(tensor) for tensor in one.parameters()) for one in networks))
+        return listened(spec.architecture, model)
+
+    opened, fresh = streaming.open_network, distill_building.students.fresh
+    turns = iter(("student", "alone"))
+    monkeypatch.setattr(streaming, "open_network", open_network)
+    monkeypatch.setattr(distill_building.students, "fresh", lambda *given: listened(next(turns), fresh(*given)))
+    distill(own, SMALL, "distillation.targets=consistent", "distillation.mix=cutmix", "distillation.epochs=1")
+    assert len(shown["student"]) == 7
+    for name in ("CustomConvNeXt", "CustomResNetMish", "CustomViTHybrid", "alone"):
+        pairs = zip(shown[name][:7], shown["student"], strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs), name
+    assert residents[:3] == [1, 1, 1]
+    assert record(own, SMALL)["targets"]["rows"] == "in_sample"
+
+
+def test_auto_says_when_the_teacher_has_seen_the_rows(own, caplog):
+    (own.base / "kfold_results" / "CustomViTHybrid_oof_predictions.npz").unlink()
+    from utils import build, discovery
+
+    discovery.discover(config(), own)
+    build.build_ensemble(config("runs.score_ensemble.methods=[soft_voting]"), own)
+    with logged(caplog):
+        distill(own, SMALL)
+    assert "soft_voting_ensemble has cross-fitted predictions for 0 of 224 train rows" in caplog.text
+    assert "targets: in_sample" in caplog.text
+    assert record(own, SMALL)["targets"] | {"views": 0} == {
+        "kind": "consistent",
+        "rows": "in_sample",
+        "views": 0,
+        "digest": None,
+        "unlabeled": 0,
+    }
+    with pytest.raises(HonestyError, match="no cross-fitted predictions of train rows"):
+        distill(own, SMALL, "distillation.targets=oof")
+
+
+def test_views_are_asked_about_once_and_found_again(own, monkeypatch, caplog):
+    views = ("distillation.targets=views", "distillation.views=2", "distillation.teacher=CustomConvNeXt")
+    passes = []
+    shown = teachers.shown
+    monkeypatch.setattr(teachers, "shown", lambda *given: passes.append(given[2]) or shown(*given))
+    distill(own, SMALL, *views)
+    assert passes == [2 * 224]
+    with np.load(own.distillation("distilled_convnext") / "targets.npz") as arrays:
+        assert arrays["values"].shape == (2, 224, 4)
+        assert arrays["values"].dtype == np.float16
+    distill(own, SMALL, *views, "distillation.temperature=2")
+    assert len(passes) == 1
+    with logged(caplog):
+        distill(own, SMALL, *views[:2], "distillation.teacher=CustomResNetMish")
+    assert "targets of another teacher" in caplog.text
+    assert len(passes) == 2
+
+
+def test_best_is_the_recommended_one_and_a_soup_or_member_may_teach(own):
+    distill(own, SMALL, "distillation.teacher=best")
+    store = store_of(own)
+    saved = {name: ensembles.load(own, name) for name in ensembles.names(own) if not name.startswith("distilled")}
+    members = {member.name: member for member in catalog.select(store.catalog, store.config)}
+    assert record(own, SMALL)["teacher"] == ensembles.recommended(store, members, saved)["name"]
+    distill(own, SMALL, "distillation.teacher=CustomResNetMish")
+    assert record(own, SMALL)["teacher"] == "CustomResNetMish"
+
+
+def test_a_model_of_timm_is_a_student_and_loads_with_timm_alone(own):
+    import timm
+
+    model = "test_resnet.r160_in1k" if timm.is_model("test_resnet") else "resnet10t"
+    student = f"distillation.student={model}"
+    distill(own, student, "distillation.epochs=1")
+    name = ensemble_name(model)
+    assert ensembles.load(own, name).members == (f"{model}_distilled",)
+    member = catalog.load(own).members[f"{model}_distilled"]
+    assert member.architecture == f"timm:{model}"
+    found = torch.load(own.checkpoint(model, "distilled"), weights_only=True)
+    timm.create_model(model, num_classes=4).load_state_dict(found["model_state_dict"])
+    from utils import discovery
+
+    discovery.discover(config(), own)  # a later scan finds it again
+    assert catalog.load(own).members[f"{model}_distilled"] == member
+
+
+def test_an_assistant_stands_between(own):
+    result = distill(own, SMALL, "distillation.assistant=CustomResNetMish", "distillation.epochs=1")
+    assert result.document["built"] == ["distilled_resnetmish", "distilled_convnext"]
+    assert record(own, SMALL)["teacher"] == "CustomResNetMish_distilled"
+    again = distill(own, SMALL, "distillation.assistant=CustomResNetMish", "distillation.epochs=1")
+    assert again.document["built"] == []
+
+
+# images without labels ------------------------------------------------------------------------------------------------
+def test_images_without_labels_join_with_the_teacher_s_words_alone(own, tmp_path, caplog):
+    folder = tmp_path / "more"
+    from PIL import Image
+
+    (folder / "deep").mkdir(parents=True)
+    for number in range(5):
+        pixels = np.random.default_rng(number).integers(0, 255, (36, 36, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "deep" / f"{number}.png")
+    test_image = next((own.split_dir / "test").glob("*/*.png"))
+    shutil.copy(test_image, folder / "leak.png")
+    with logged(caplog):
+        distill(own, SMALL, f"distillation.unlabeled_dir={folder}")
+    assert "1 of 6 images are in the splits, or twice, and are left out" in caplog.text
+    found = record(own, SMALL)
+    assert found["targets"]["unlabeled"] == 5
+    with np.load(own.distillation("distilled_convnext") / "targets.npz") as arrays:
+        assert arrays["values"].shape == (1, 229, 4)
+        assert np.isfinite(arrays["values"]).all()
+    (folder / "broken.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"1 unreadable image.*broken\.png"):
+        distill(own, SMALL, f"distillation.unlabeled_dir={folder}")
+
+
+# teachers known by their predictions alone ----------------------------------------------------------------------------
+@pytest.fixture
+def imported(own, tmp_path):
+    """The images of the workspace, and three members of which only the predictions are there."""
+    from utils import build, discovery, importing
+
+    store = store_of(own)
+    folder = tmp_path / "given"
+    for name in ("CustomConvNeXt", "CustomResNetMish", "CustomViTHybrid"):
+        member = store.catalog.members[name]
+        (folder / f"their_{name}").mkdir(parents=True)
+        for stem in ("val", "test"):
+            rows = store.rows(member, stem)
+            arrays = {"logits": rows.logits, "labels": rows.labels, "sample_ids": rows.sample_ids}
+            np.savez(folder / f"their_{name}" / f"{stem}.npz", **arrays, classes=np.array(rows.classes))
+        shutil.copy(own.base_oof(name), folder / f"their_{name}" / "oof.npz")
+    for place in (own.checkpoints, own.ensembles, own.kfold):
+        shutil.rmtree(place)
+    importing.import_predictions(config(), own, folder=str(folder))
+    discovery.discover(config(), own)
+    build.build_ensemble(config(), own)
+    return own
+
+
+def test_imported_predictions_teach_about_the_images_with_their_ids(imported):
+    distill(imported, SMALL)
+    found = record(imported, SMALL)
+    assert (found["targets"]["kind"], found["teacher"]) == ("oof", "soft_voting_ensemble")
+    assert found["costs"]["teacher"] == {"latency_ms": None, "size_mb": None}
+    evaluation.evaluate(config(SMALL), imported)
+    metrics = json.loads(imported.ensemble_metrics("distilled_convnext", "test").read_text())
+    assert metrics["controls"]["teacher"]["accuracy"] > 0
+    for kind in ("consistent", "views"):
+        with pytest.raises(UserError, match=f"{kind} shows the teacher every view.*predictions alone"):
+            distill(imported, SMALL, f"distillation.targets={kind}")
+
+
+def test_without_images_there_is_nobody_to_teach(tmp_path):
+    workspace = empty_workspace(tmp_path / "w")
+    take_in(workspace, write(tmp_path / "given"))
+    with pytest.raises(UserError, match="no images, and a student is shown some; all members are imported"):
+        distill(workspace, SMALL)
+
+
+# what it refuses ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("distillation.teacher=soft_votin", "soft_votin: unknown; did you mean 'soft_voting'?"),
+        ("distillation.teacher=stacking_lr", "not built. Build it: python ensemble_orchestrator.py stack"),
+        ("distillation.student=CustomMobilOne", "did you mean 'CustomMobileOne'?"),
+        ("distillation.student=resnet18x", "neither a backbone of BASE-BACK nor a model of timm"),
+        ("distillation.mix=mixup", "needs targets for mixed images"),
+        ("distillation.unlabeled_dir=/nowhere/at/all", "/nowhere/at/all: no such folder"),
+        ("distillation.teacher=distilled_convnext", "unknown"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(built, override, words):
+    with pytest.raises(UserError, match=None) as refused:
+        distill(workspace_at(built), SMALL, override)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_empty_folder_of_unlabeled_images_is_refused(built, tmp_path):
+    with pytest.raises(UserError, match="no image in it"):
+        distill(workspace_at(built), SMALL, f"distillation.unlabeled_dir={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(
+            "distillation.temperature=0",
+            "distillation.temperature=-1",
+            "distillation.alpha=1.1",
+            "distillation.alpha=-0.1",
+        ),
+        *("distillation.epochs=0", "distillation.targets=some", "distillation.batch_size=1", "distillation.views=0"),
+        "distillation.assistant=CustomMobileOne",
+    ],
+)
+def test_values_out_of_range_are_errors_of_the_configuration(override):
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        config(override)
+
+
+def test_a_student_cannot_teach_itself(taught):
+    for teacher in (NAME, "CustomMobileOne_distilled"):
+        with pytest.raises(UserError, match="the student itself"):
+            distill(taught, f"distillation.teacher={teacher}")
+
+
+def test_a_teacher_of_other_classes_or_checkpoints_is_refused(own):
+    path = own.ensemble("soft_voting_ensemble") / "ensemble.json"
+    whole = path.read_text()
+    path.write_text(json.dumps(json.loads(whole) | {"classes": ["a", "b", "c", "d"]}))
+    with pytest.raises(UserError, match="it answers for the classes a, b, c, d; the images are of 0, 1, 2, 3"):
+        distill(own, SMALL)
+    changed = json.loads(whole)
+    changed["member_digests"]["CustomConvNeXt"] = "0" * 64
+    path.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match="its member CustomConvNeXt has another checkpoint now"):
+        distill(own, SMALL)
+
+
+def test_a_student_larger_than_its_teacher_is_warned_of(own, caplog):
+    sizes = {name: own.checkpoint(name, "final").stat().st_size for name in ("CustomConvNeXt", "CustomResNetMish")}
+    small, large = sorted(sizes, key=sizes.__getitem__)
+    with logged(caplog):
+        distill(own, f"distillation.student={large}", f"distillation.teacher={small}", "distillation.epochs=1")
+    assert f"the student {large} is larger than its teacher {small}" in caplog.text
+
+
+def test_nothing_is_written_behind_a_link(own, tmp_path):
+    shutil.move(own.checkpoints, tmp_path / "elsewhere")
+    own.checkpoints.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="nothing is written behind links"):
+        distill(own, SMALL)
+
+
+# a kill at any moment -------------------------------------------------------------------------------------------------
+def test_kill_nine_in_the_middle_and_again_gives_equal_weights(own, tmp_path):
+    undisturbed = workspace_at(Path(shutil.copytree(own.base, tmp_path / "undisturbed")))
+    longer = (SMALL, "distillation.epochs=6")
+    distill(undisturbed, *longer)
+    settings = [word for override in (*QUICK, *longer) for word in ("--set", override)]
+    command = [sys.executable, str(PROJECT / "ensemble_orchestrator.py"), "distill", *settings]
+    command += ["--config", str(PROJECT / "configs" / "votes.yaml"), "--workspace", str(own.base)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("DBT_")}
+    environment |= {"DBT_PROGRESS_SECONDS": "0"}
+    rng = random.Random(2)
+    watched = own.distillation("distilled_convnext")
+    for number in range(3):
+        ended = run_and_kill(command, environment, own.base, rng, watched=watched)
+        assert ended is None, f"run {number} ended before it was killed"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    log = (own.base / "debug_logs" / "ensemble_orchestrator.log").read_text(encoding="utf-8")
+    assert ": resumed at epoch " in log
+    expected = weights(undisturbed)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(own).items())
+    assert record(own, *longer)["history"] == record(undisturbed, *longer)["history"]
+    assert not list(watched.glob("progress_*"))
+    assert not [path for path in own.base.rglob(".*partial*") if "distill" in str(path)]

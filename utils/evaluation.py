@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from utils import catalog, ensembles, fold_networks
-from utils.artifacts import digest_of, read_arrays, read_json, write_arrays, write_json
+from utils.artifacts import digest_of, read_arrays, read_record, write_arrays, write_json
 from utils.catalog import IMPORTED, Catalog, Member
 from utils.config import Config
 from utils.ensembles import Ensemble, Provenance
@@ -70,7 +70,7 @@ def evaluate(
     if not saved:
         logger.warning("no ensemble is built; members alone are scored. Run build-ensemble first")
     key = inputs_digest(store, saved, members, split)
-    ranking = read_json(workspace.ranking(split), remedy="Remove it, then evaluate again")
+    ranking = read_record(workspace.ranking(split), remedy="Remove it, then evaluate again")
     if ranking and ranking.get("inputs_digest") == key and not force and model_name is None:
         return _present(workspace, ranking, split, "up to date")
     stale = [name for name, ensemble in saved.items() if _is_stale(found.members, ensemble)]
@@ -236,7 +236,7 @@ def _write_metrics(
         notes["overlap.dropped"] = "there are no images, so that equal samples under two names cannot be told"
     weights, unseen = {item.name: 1.0}, None
     if item.kind == "ensemble":
-        saved = read_json(workspace.ensemble(item.name) / "ensemble.json", remedy="Build the ensemble again")
+        saved = read_record(workspace.ensemble(item.name) / "ensemble.json", remedy="Build the ensemble again")
         weights, unseen = saved.get("weights"), saved["crossfit"] | {"log_loss_ci95": None}
         if weights is None:
             notes["weights"] = f"{saved['method']} is no weighted mean of its members"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils import catalog, streaming
-from utils.artifacts import read_json, write_json
+from utils.artifacts import read_record, write_json
 from utils.catalog import Member
 from utils.networks import out_of_memory
 from utils.predictions import Store
@@ -103,7 +103,7 @@ def stored(workspace: Workspace, members: Sequence[Member], device: str, threads
 
 
 def _read(workspace: Workspace) -> Mapping[str, Any]:
-    return (read_json(workspace.latency, remedy=AGAIN) or {}).get("networks", {})
+    return (read_record(workspace.latency, remedy=AGAIN, form={"networks": dict}) or {}).get("networks", {})
 
 
 def _key(device: str, threads: int) -> str:

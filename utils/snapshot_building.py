@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils import base_back, discovery, ensembles, estimates, fitting, programs, streaming
-from utils.artifacts import digest_of, read_json, write_json
+from utils.artifacts import digest_of, read_record, write_json
 from utils.catalog import Member
 from utils.predictions import Store
 from utils.results import Result
@@ -82,7 +82,7 @@ def _parents(members: Sequence[Member]) -> list[Member]:
 
 def _trained_before(store: Store, parents: Sequence[Member]) -> list[str] | None:
     """Names of the snapshots when the last training was asked for the same and all its files are there."""
-    record = read_json(store.workspace.snapshots, remedy=AGAIN)
+    record = read_record(store.workspace.snapshots, remedy=AGAIN, form={"members": list})
     if record is None or record["key"] != _key(store, parents):
         return None
     for name in record["members"]:

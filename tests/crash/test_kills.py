@@ -105,14 +105,15 @@ def test_files_from_tomorrow_do_no_harm(undisturbed, synthetic, tmp_path):
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_pipeline_that_is_stopped_says_how_to_go_on_and_ends_alike(sent, code, undisturbed, synthetic, tmp_path):
     workspace = fresh(synthetic, tmp_path / "w", undisturbed / "ensembles" / "latency.json")
-    process = subprocess.Popen(
-        # A background job of a shell ignores SIGINT, and so would its children.
-        [sys.executable, "-c", "import signal, runpy, sys; signal.signal(2, signal.default_int_handler); "
-         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')", *LINE, "--workspace", str(workspace)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
+    # A background job of a shell ignores SIGINT, and so would its children.
+    code_of_child = (
+        "import signal, runpy, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code_of_child, *LINE, "--workspace", str(workspace)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while written(workspace) < 10 and process.poll() is None:
         time.sleep(0.003)
     process.send_signal(sent)

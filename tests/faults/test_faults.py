@@ -96,6 +96,14 @@ def living(folder: Path) -> None:
     s.text("ensembles/.lock", json.dumps(asdict(locks.this_process("stack"))))(folder)
 
 
+def silent(found: dict) -> None:
+    found["extra"] = {"classes": found["extra"]["classes"], "model_size": "tiny", "img_size": 32}
+
+
+def saying(key: str, value: object):
+    return lambda found: found["extra"].update({key: value})
+
+
 def leading_out(found: dict) -> None:
     found["members"]["../../evil"] = found["members"].pop(s.NAME)
 
@@ -248,7 +256,28 @@ CHECKPOINTS = [
     of_checkpoint("text", s.checkpoint(lambda path: path.write_text("weights"))),
     of_checkpoint("half a file", s.checkpoint(lambda path: path.write_bytes(path.read_bytes()[:20000]))),
     of_verified("no weights", s.weights(lambda found: found.update(model_state_dict={}))),
-    of_verified("weights of another architecture", s.another_architecture, f"{s.NAME}_final.pth"),
+    Fault(
+        *("another architecture, which says so", "trained", s.another_architecture, ("discover", *VOTES), 0),
+        (f"{s.NAME}_final.pth holds CustomResNetMish", "ame the file after it"),
+    ),
+    of_verified(
+        *("another architecture that says nothing", s.both(s.another_architecture, s.weights(silent))),
+        *(f"{s.NAME}_final.pth", "backbones.exclude"),
+    ),
+    *(
+        of_checkpoint(
+            f"a checkpoint whose {key} is {value!r}", s.weights(saying(key, value)), f"extra.{key}", "expected"
+        )
+        for key, value in (
+            *(
+                ("img_size", "big"),
+                ("img_size", 10**9),
+                ("final_accuracy", "high"),
+                ("classes", 7),
+                ("backbone_name", 3),
+            ),
+        )
+    ),
     of_verified("weights that are no numbers", s.weights(s.poisoned), "NaN or infinite logits", "backbones.exclude"),
     Fault(
         *(
@@ -301,7 +330,7 @@ FOLDS = [
 IMPORTS = [
     of_import("no folder", s.nothing, "given", "expected"),
     of_import("an empty folder", lambda folder: (folder / "given").mkdir(), "given", "oof"),
-    of_import("no labels anywhere", unlabelled, "labels"),
+    of_import("no labels anywhere", unlabelled, "forest: no row of oof.npz has a label"),
     of_import("an id twice", s.given("oof", first_ids), "forest/oof.npz", "occurs twice"),
     of_import("no number", s.given("val", with_value("logits", np.nan)), "forest/val.npz", "finite"),
     of_import("1e308", s.given("val", with_value("logits", 1e308, float)), "forest/val.npz"),

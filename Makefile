@@ -2,11 +2,13 @@
 
 .SUFFIXES:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint clean-environment
+.PHONY: help setup demo test test-slow crash fuzz lint clean-environment
 
 PYTHON ?= python3
 QUICK ?=
 ARGS ?=
+N ?= 2000
+SEED ?= 0
 IN_ENVIRONMENT = .venv/bin/python
 
 # The folder goes to the shell as a variable, word for word, so that spaces and dollar signs survive.
@@ -32,6 +34,12 @@ test: setup ## run the fast tests
 
 test-slow: setup ## run the slow tests
 	@$(IN_ENVIRONMENT) -m pytest -q -m slow $(ARGS)
+
+crash: setup ## kill the pipeline at forty random moments and at every write, and compare how it ends
+	@KILLS=40 STRIDE=1 $(IN_ENVIRONMENT) -m pytest -q -s -n 0 tests/crash $(ARGS)
+
+fuzz: setup ## feed hostile files to every reader; N=100000 for more of them
+	@$(IN_ENVIRONMENT) tests/fuzz/run.py $(N) $(SEED)
 
 lint: setup ## check style and layout
 	@$(IN_ENVIRONMENT) -m ruff check .

@@ -20,8 +20,8 @@ def content(workspace: Path) -> dict[str, str]:
     found = {}
     for path in sorted(workspace.rglob("*")):
         name = path.relative_to(workspace).as_posix()
-        if path.is_dir() or name.split("/")[0] in LEFT_OUT or name in REMEMBERED:
-            continue
+        if path.is_dir() or name.split("/")[0] in LEFT_OUT or name in REMEMBERED or path.name.startswith(".lock."):
+            continue  # a lock under a temporary name may be somebody's who waits; clean removes it after an hour
         if path.suffix == ".json":
             found[name] = json.dumps(_less(json.loads(path.read_text()), str(workspace)), sort_keys=True)
         else:
@@ -33,6 +33,11 @@ def differences(one: Path, other: Path) -> list[str]:
     """Names of files that differ or are in one workspace alone."""
     first, second = content(one), content(other)
     return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
+
+
+def unfinished(workspace: Path) -> list[str]:
+    """Files under temporary names, less those that may be of a process that asks for the lock."""
+    return [path.name for path in workspace.rglob(".*partial*") if not path.name.startswith(".lock.")]
 
 
 def _less(value: Any, place: str) -> Any:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PROJECT, run_python
-from equality import differences
+from equality import differences, unfinished
 
 from utils import caches
 
@@ -84,7 +84,7 @@ def test_a_killed_pipeline_goes_on_to_the_same_end(number, undisturbed, syntheti
     done = run_python(*LINE, "--workspace", str(workspace))
     assert done.returncode == 0, done.stderr
     assert differences(workspace, undisturbed) == [], f"killed at file {files} of {most}, {delay:.3f} s later"
-    assert not list(workspace.rglob(".*partial*"))
+    assert unfinished(workspace) == []
     assert not (workspace / "ensembles" / ".lock").exists()
     print(
         f"\nkill {number + 1} of {KILLS}, seed {SEED}: at file {files} of {most}, ended with {code}; equal at the end"
@@ -119,7 +119,7 @@ def test_a_pipeline_that_is_stopped_says_how_to_go_on_and_ends_alike(sent, code,
     process.send_signal(sent)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == code, errors
-    assert not list(workspace.rglob(".*partial*"))
+    assert unfinished(workspace) == []
     assert not (workspace / "ensembles" / ".lock").exists()
     if sent == signal.SIGINT:
         assert "nothing is half-written, the same command goes on" in errors

@@ -15,7 +15,7 @@ from equality import content, differences
 LINE = (
     *(str(PROJECT / "ensemble_orchestrator.py"), "pipeline", "--quiet", "--device", "cpu"),
     *("--set", "runs.score_ensemble.methods=[soft_voting,logit_averaging,weighted,greedy_selection]"),
-    *("--set", "runs.model_soup.enable=true", "--set", "pruning.enable=false"),
+    *("--set", "runs.model_soup.enable=true", "--set", "pruning.methods=[greedy_forward]"),
     *("--set", "runs.stacking.meta_learners=[lr,xgb,mlp]", "--set", "runs.stacking.mlp_config.epochs=3"),
     *("--set", "runs.stacking.xgb_config.n_estimators=5", "--set", "runs.fusion.enable=false"),
     *("--set", "runs.meta_fuser.input_ensembles=[soft_voting,stacking_lr]", "--set", "runs.meta_fuser.fuser_type=mlp"),

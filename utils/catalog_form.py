@@ -26,6 +26,12 @@ class _Part(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
 
+class _BaseBack(_Part):
+    path: str
+    kind: str
+    digest: str
+
+
 class _Split(_Part):
     n: int
     digest: str
@@ -64,7 +70,7 @@ class _Problem(_Part):
 
 
 class _Form(_Part):
-    base_back: dict[str, Any]
+    base_back: _BaseBack
     classes: list[str]
     splits: dict[Literal["train", "val", "test"], _Split]
     members: dict[Name, _Member]

@@ -26,7 +26,7 @@ KILLS, SEED = int(os.environ.get("KILLS", "4")), int(os.environ.get("SEED", "0")
 LINE = (
     *(str(PROJECT / "ensemble_orchestrator.py"), "pipeline", "--quiet", "--device", "cpu"),
     *("--set", "dataset.num_workers=0", "--set", "backbones.include=[CustomConvNeXt,CustomResNetMish]"),
-    *("--set", "runs.score_ensemble.methods=[soft_voting,weighted]", "--set", "pruning.enable=false"),
+    *("--set", "runs.score_ensemble.methods=[soft_voting,weighted]", "--set", "pruning.methods=[greedy_forward]"),
     *("--set", "runs.stacking.meta_learners=[lr]", "--set", "runs.fusion.enable=false"),
     *("--set", "runs.meta_fuser.input_ensembles=[soft_voting,stacking_lr]", "--set", "runs.meta_fuser.fuser_type=mlp"),
     *("--set", "runs.meta_fuser.mlp_config.epochs=2", "--set", "distillation.enable=false"),

@@ -19,7 +19,14 @@ def _plain(name: str) -> str:
     return name
 
 
+def _of_file(path: str) -> str:
+    if "\0" in path:
+        raise ValueError("expected a path, which holds no null character")
+    return path
+
+
 Name = Annotated[str, AfterValidator(_plain)]
+File = Annotated[str, AfterValidator(_of_file)]
 
 
 class _Part(BaseModel):
@@ -38,14 +45,17 @@ class _Split(_Part):
 
 
 class _Checkpoint(_Part):
-    path: str
+    path: File
     stage: str
     sha256: str
 
 
 class _Oof(_Part):
+    path: File
     sha256: str
     rows: int
+    folds: int
+    accuracy: float
 
 
 class _Member(_Part):
@@ -55,7 +65,11 @@ class _Member(_Part):
     img_size: int | None
     classes: list[str]
     checkpoints: list[_Checkpoint]
+    exports: list[str]
+    metrics: str | None
     oof: _Oof | None
+    recorded_accuracy: float | None
+    recorded_test_accuracy: float | None = None
     digest: str
     usable: bool
     parents: list[Name]

@@ -153,7 +153,7 @@ def prepare(folder: Path) -> dict[str, tuple[Any, Callable[[Any], None]]]:
 
     def record(document: Any) -> None:
         (place / "ensemble.json").write_text(json.dumps(document))
-        loaded()
+        loaded(answers=False)
 
     def booster(document: Any) -> None:
         content = json.dumps(document).encode()
@@ -167,11 +167,11 @@ def prepare(folder: Path) -> dict[str, tuple[Any, Callable[[Any], None]]]:
         (place / "combiner.safetensors").write_bytes(content)
         loaded()
 
-    def loaded() -> None:
+    def loaded(*, answers: bool = True) -> None:
         """The ensemble loads and answers, or says why not."""
         try:
             found = ensembles.load(workspace, "stacking_xgb")
-            with contextlib.redirect_stderr(io.StringIO()):
+            if answers:
                 found.combiner.predict_proba(np.zeros((len(found.members), 2, len(found.classes)), dtype=np.float32))
         except OrchestratorError:
             pass

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 from conftest import PROJECT, run_python
-
-sys.path.insert(0, str(Path(__file__).parent / "crash"))
 from equality import content, differences
 
 LINE = (

@@ -105,7 +105,9 @@ class Catalog:
 
     def as_record(self) -> dict[str, Any]:
         """JSON-ready."""
-        record = asdict(self) | {"schema": SCHEMA}
+        # In one order, whether a member was there at the scan or came with a build afterwards.
+        problems = sorted(self.problems, key=lambda one: (one.member or "", one.code, one.message))
+        record = asdict(replace(self, problems=tuple(problems))) | {"schema": SCHEMA}
         for member in record["members"].values():
             del member["name"]
         return record

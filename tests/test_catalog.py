@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils import catalog
+from utils.catalog import Catalog, Problem
 
 DEMO = ("--config", "configs/votes.yaml")
 
@@ -172,9 +172,7 @@ def test_an_unknown_backbone_in_the_configuration_is_named(workspace, orchestrat
 
 def test_problems_stand_in_one_order_whenever_their_member_came():
     """A soup is listed when it is built; a later scan finds it among the others, and writes the same bytes."""
-    found = [catalog.Problem("b", "info", name, "m", "r") for name in ("one", "two", None)]
-    first, second = (
-        catalog.Catalog({}, (), {}, {}, tuple(problems)).as_record() for problems in (found, reversed(found))
-    )
+    found = [Problem("b", "info", name, "m", "r") for name in ("one", "two", None)]
+    first, second = (Catalog({}, (), {}, {}, tuple(problems)).as_record() for problems in (found, reversed(found)))
     assert first == second
     assert [problem["member"] for problem in first["problems"]] == [None, "one", "two"]

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import foreign_base_back
 import pytest
 from conftest import PROJECT, run_python
 from in_process import run
@@ -142,6 +143,16 @@ def test_a_dry_run_in_a_process_of_its_own_makes_no_folder_either(own):
     done = run_python(program, "debug", "--dry-run", "--workspace", str(own))
     assert done.returncode == (4 if LATER else 0), done.stderr
     assert tree(own) == before
+
+
+def test_a_mounted_pipeline_that_makes_folders_makes_none_for_debug(tmp_path):
+    mounted = foreign_base_back.build(tmp_path)
+    (tmp_path / "w").mkdir()
+    program = str(PROJECT / "ensemble_orchestrator.py")
+    line = ("debug", "--section", "discover", "--dry-run", "--base-back", str(mounted), "--workspace")
+    done = run_python(program, *line, str(tmp_path / "w"))
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "w").iterdir()) == []
 
 
 def test_a_dry_run_says_what_is_missing(own):

@@ -2,11 +2,13 @@
 
 .SUFFIXES:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-browser lint clean-environment
+.PHONY: help setup demo test test-slow test-browser crash fuzz lint clean-environment
 
 PYTHON ?= python3
 QUICK ?=
 ARGS ?=
+N ?= 2000
+SEED ?= 0
 IN_ENVIRONMENT = .venv/bin/python
 
 # The folder goes to the shell as a variable, word for word, so that spaces and dollar signs survive.
@@ -36,6 +38,12 @@ test-slow: setup ## run the slow tests
 test-browser: setup ## open the report in Chromium, which is installed first where apt may do so
 	@scripts/chromium.sh
 	@$(IN_ENVIRONMENT) -m pytest -q -rs -m browser $(ARGS)
+
+crash: setup ## kill the pipeline at forty random moments and at every write, and compare how it ends
+	@KILLS=40 STRIDE=1 $(IN_ENVIRONMENT) -m pytest -q -s -n 0 -m '' tests/crash $(ARGS)
+
+fuzz: setup ## feed hostile files to every reader; N=100000 for more of them
+	@$(IN_ENVIRONMENT) tests/fuzz/run.py $(N) $(SEED)
 
 lint: setup ## check style and layout
 	@$(IN_ENVIRONMENT) -m ruff check .

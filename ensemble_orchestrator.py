@@ -58,8 +58,26 @@ class Command(NamedTuple):
     """Whether it changes the workspace, of which it is then the one writer; or the options that make it do so."""
     decodes: bool = False
     """Whether images may have to be decoded, for which the quota makes room first."""
+    keeps_out: bool = False
+    """Whether it leaves the workspace alone, log file included, but for a folder of its own."""
+    told: tuple[str, ...] = ()
+    """Common options that it is handed, beside --force."""
 
 
+DEBUG_SECTIONS = (
+    *(
+        "discover",
+        "smoke",
+        "kfold",
+        "extract_embeddings",
+        "build_ensemble",
+        "stack",
+        "fusion_train",
+        "moe",
+        "meta_fuse",
+    ),
+    *("recompute_bn", "evaluate", "distill", "export"),
+)
 COMMANDS: dict[str, Command] = {
     "discover": Command(
         "utils.discovery:discover",
@@ -234,6 +252,27 @@ COMMANDS: dict[str, Command] = {
         },
         writes=("confirm", "temporary"),
     ),
+    "debug": Command(
+        "ensemble_orchestrator:run_debug",
+        "run each section on small data, or beside your members, in debug_tmp/ alone",
+        "debug --section all --fast",
+        {
+            "--section": {
+                "metavar": "NAME",
+                "choices": (*DEBUG_SECTIONS, "all", "reset"),
+                "default": "all",
+                "help": f"one of {', '.join(DEBUG_SECTIONS)}; all (the default); reset, which empties debug_tmp/",
+            },
+            "--arch": {"metavar": "NAME", "help": "the one backbone that sections about single members look at"},
+            "--fast": {"action": "store_true", "help": "16 synthetic images, 2 folds and 1 epoch, really trained"},
+            "--dry-run": {"action": "store_true", "help": "say what would be read, written and spent; touch nothing"},
+            "--confirm": {"action": "store_true", "help": "let reset remove what is in debug_tmp/"},
+            "--inside": {"action": "store_true", "help": argparse.SUPPRESS},
+        },
+        writes=False,
+        keeps_out=True,
+        told=("--verbose",),
+    ),
 }
 PIPELINE: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("discover", {"verify": True}, ()),
@@ -334,6 +373,23 @@ def call(name: str, config: Config, workspace: Workspace, options: dict[str, Any
     return getattr(import_module(module), function)(config, workspace, **options)
 
 
+def run_debug(
+    config: Config, workspace: Workspace, *, inside: bool, section: str, verbose: bool, **options: Any
+) -> Result:
+    """`debug`, or with `inside` one of its sections, whose steps are lines of this very command line."""
+    from utils import debug_utils
+
+    def run(line: Sequence[str], config: Config, workspace: Workspace) -> Result:
+        typed = vars(build_parser().parse_args(line))
+        common = {_attribute(option) for option in COMMON} | {"command"}
+        own = {name: value for name, value in typed.items() if name not in common}
+        return call(line[0], config, workspace, own | {"force": True})
+
+    if inside:
+        return debug_utils.inside(config, workspace, section, run=run, verbose=verbose)
+    return debug_utils.debug(config, workspace, commands=COMMANDS, section=section, verbose=verbose, **options)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     options = vars(build_parser().parse_args(argv))  # usage errors end here with 2, before anything is imported
@@ -390,6 +446,9 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
             raise errors.UserError(f"--workspace {folder}: no such folder; make demo DATA=... prints the one it made")
     if common["--output"] is not None:  # for BASE-BACK's settings and for processes that are started from here
         os.environ["DBT_ENSEMBLE_DIR"] = str(Path(common["--output"]).expanduser().absolute())
+    command = COMMANDS[name]
+    if command.keeps_out:
+        base_back.spare_workspace()
     base_back.bind(common["--base-back"], folder)
     if config.dataset.group_regex is not None:
         os.environ.setdefault("DBT_GROUP_REGEX", config.dataset.group_regex)
@@ -397,14 +456,16 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
     from utils.workspace import Workspace
 
     workspace = Workspace.of_settings(common["--output"])
-    writes = COMMANDS[name].writes
+    options |= {_attribute(option): common[option] for option in command.told}
+    writes = command.writes
     if not isinstance(writes, bool):
         writes = any(options[option] for option in writes)
     with locks.one_writer(workspace.lock, name) if writes else nullcontext():
         # After the lock, which has its own words for a workspace that cannot be written.
-        messages.set_up_logging(level=level, log_file=workspace.log_file, stream=sys.stderr)
+        if not command.keeps_out:
+            messages.set_up_logging(level=level, log_file=workspace.log_file, stream=sys.stderr)
         try:
-            if COMMANDS[name].decodes:
+            if command.decodes:
                 caches.enforce_quota(workspace.image_cache, config.cache.quota_gb)
             return call(name, config, workspace, options)
         except OSError as error:
@@ -426,7 +487,7 @@ def _report(error: BaseException) -> int:
 
 def _log_file_words() -> str:
     files = [handler.baseFilename for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
-    return files[0] if files else "no log, since the workspace was not known yet"
+    return files[0] if files else "no log file (--verbose shows it)"
 
 
 def _terminate(*_: object) -> None:

@@ -122,6 +122,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory, base_main) -> Path:
 
 
 @pytest.fixture(scope="session")
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workspace of `debug --fast`: sixteen images of two classes, three tiny backbones, one epoch, two folds.
+
+    Shared by all tests: read it, never write into it.
+    """
+    from utils import debug_sandbox
+
+    def make(place: Path) -> None:
+        debug_sandbox.prepare(debug_sandbox.Sandbox(place, True, (), debug_sandbox.BACKBONES))
+
+    return made_once(tmp_path_factory, "synthetic", make)
+
+
+@pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory, trained: Path, orchestrator) -> Path:
     """A copy of the trained workspace after `pipeline`. Shared: read it, never write into it."""
 

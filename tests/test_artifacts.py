@@ -209,3 +209,22 @@ def test_nothing_is_written_when_nothing_was_learned(tmp_path):
 def test_digest_of_does_not_depend_on_the_order_of_keys():
     assert artifacts.digest_of({"a": 1, "b": [2]}) == artifacts.digest_of({"b": [2], "a": 1})
     assert artifacts.digest_of({"a": 1}) != artifacts.digest_of({"a": 2})
+
+
+@pytest.mark.parametrize(("content", "words"), [("[1]", "it holds a list"), ('{"a": 1}', "'members' is no list")])
+def test_a_record_of_another_form_is_damage(tmp_path, content, words):
+    path = tmp_path / "record.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=rf"record.json: damaged, {words}; expected a record of ours. Make it again"):
+        artifacts.read_record(path, remedy="Make it again", form={"members": list})
+
+
+def test_a_key_that_a_record_lacks_is_named_with_the_file_at_any_depth(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text('{"a": [{"b": 1}]}')
+    found = artifacts.read_record(path, remedy="Make it again")
+    assert found["a"][0]["b"] == 1
+    assert found.get("c") is None
+    with pytest.raises(UserError, match=r"record.json: damaged, it has no 'c'; .* Make it again"):
+        found["a"][0]["c"]
+    assert artifacts.read_record(tmp_path / "none.json", remedy="Make it again") is None

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from utils.catalog import Catalog, Problem
+
 DEMO = ("--config", "configs/votes.yaml")
 
 
@@ -166,3 +168,11 @@ def test_an_unknown_backbone_in_the_configuration_is_named(workspace, orchestrat
     done = orchestrator("build-ensemble", "--set", "backbones.include=[CustomMaxViT]", *DEMO, workspace=workspace)
     assert done.returncode == 1
     assert "none of CustomMaxViT is in the catalog" in done.stderr
+
+
+def test_problems_stand_in_one_order_whenever_their_member_came():
+    """A soup is listed when it is built; a later scan finds it among the others, and writes the same bytes."""
+    found = [Problem("b", "info", name, "m", "r") for name in ("one", "two", None)]
+    first, second = (Catalog({}, (), {}, {}, tuple(problems)).as_record() for problems in (found, reversed(found)))
+    assert first == second
+    assert [problem["member"] for problem in first["problems"]] == [None, "one", "two"]

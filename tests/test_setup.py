@@ -18,7 +18,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "environment.py"
-VERBS = ["help", "setup", "demo", "test", "test-slow", "test-browser", "lint", "clean-environment"]
+VERBS = [
+    *("help", "setup", "demo", "test", "test-slow", "test-browser", "crash", "fuzz", "lint", "clean-environment"),
+]
 
 
 def requirement_lines() -> list[str]:

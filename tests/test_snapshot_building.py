@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import PROJECT, run_python
 
-from utils import build, catalog, discovery, ensembles, inventory, snapshot_building
+from utils import build, catalog, discovery, ensembles, inventory, programs, snapshot_building
 from utils.config_file import load
 from utils.metrics import softmax
 from utils.workspace import Workspace
@@ -253,7 +253,7 @@ def test_a_training_that_fails_is_named_and_the_mean_is_that_of_the_others(copy,
         "failed": {"CustomConvNeXt snapshots": "its process died"},
         "results": {NAME: {"snapshots": {"files": files}}, "CustomConvNeXt": {}},
     }
-    monkeypatch.setattr(snapshot_building, "_run", lambda *_: (4, json.dumps(summary), []))
+    monkeypatch.setattr(programs, "run", lambda *_: (4, json.dumps(summary), []))
     copy.snapshots.unlink()
     result = build.build_ensemble(config("backbones.include=[CustomResNetMish, CustomConvNeXt]"), copy, force=True)
     assert result.failures == ["runs.snapshot_ensemble: CustomConvNeXt snapshots: its process died"]
@@ -264,7 +264,7 @@ def test_a_training_that_fails_is_named_and_the_mean_is_that_of_the_others(copy,
 
 def test_a_training_that_cannot_begin_is_told_with_its_last_words(copy, monkeypatch):
     copy.snapshots.unlink()
-    monkeypatch.setattr(snapshot_building, "_run", lambda *_: (2, "", ["DBT_SEED: found 'x'"]))
+    monkeypatch.setattr(programs, "run", lambda *_: (2, "", ["DBT_SEED: found 'x'"]))
     failure = build.build_ensemble(config(), copy).failures[0]
     assert "training ended with code 2: DBT_SEED: found 'x'. To see more: " in failure
     assert f"--stages snapshots --backbones {NAME} --snapshots 2 --epochs-per-cycle 1" in failure
@@ -281,7 +281,7 @@ def test_what_a_program_says_is_passed_on_at_its_level(caplog):
     target = logging.getLogger("disease_pipeline")
     target.addHandler(caplog.handler)
     try:
-        found = snapshot_building._run([sys.executable, "-c", code], dict(os.environ))
+        found = programs.run([sys.executable, "-c", code], dict(os.environ))
     finally:
         target.removeHandler(caplog.handler)
     assert found == (4, "{}\n", ["careful", "bare", "80 %s done"])

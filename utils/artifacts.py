@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,44 @@ def read_json(path: Path, *, remedy: str) -> Any:
         return None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged, {error}; expected a JSON record. {remedy}") from error
+
+
+class _Record(dict[str, Any]):
+    """A dictionary of a record of ours; a key that it lacks is damage of its file, not a mistake of the program."""
+
+    place: tuple[Path, str]
+
+    def __missing__(self, key: str) -> Any:
+        raise _no_record(*self.place, f"it has no {key!r}")
+
+
+def _no_record(path: Path, remedy: str, problem: str) -> UserError:
+    return UserError(f"{path}: damaged, {problem}; expected a record of ours. {remedy}")
+
+
+def read_record(path: Path, *, remedy: str, form: Mapping[str, type] = MappingProxyType({})) -> dict[str, Any] | None:
+    """A record of our own, whose keys may be relied on; None when there is no such file.
+
+    `form` {key: kind of its value}. Raises UserError with `remedy` for a damaged file, another form, and later for
+    every key that is asked for and not there, at any depth.
+    """
+    found = read_json(path, remedy=remedy)
+    if found is None:
+        return None
+    if not isinstance(found, dict):
+        raise _no_record(path, remedy, f"it holds a {type(found).__name__}")
+    for key, expected in form.items():
+        if not isinstance(found.get(key), expected):
+            raise _no_record(path, remedy, f"{key!r} is no {expected.__name__}")
+    kind = type("Record", (_Record,), {"place": (path, remedy)})
+    wrapped: dict[str, Any] = _wrapped(found, kind)
+    return wrapped
+
+
+def _wrapped(value: Any, kind: type) -> Any:
+    if isinstance(value, dict):
+        return kind({key: _wrapped(item, kind) for key, item in value.items()})
+    return [_wrapped(item, kind) for item in value] if isinstance(value, list) else value
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
@@ -228,8 +267,13 @@ class FileDigests:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        stored = read_json(path, remedy="Remove it; digests are then taken again.") or {}
-        self._files: dict[str, list[Any]] = stored.get("files", {})
+        form = {"files": dict, "facts": dict}
+        stored = read_record(path, remedy="Remove it; digests are then taken again.", form=form) or {}
+        self._files: dict[str, list[Any]] = {
+            name: entry
+            for name, entry in stored.get("files", {}).items()
+            if isinstance(entry, list) and len(entry) == 4
+        }
         self._facts: dict[str, Any] = stored.get("facts", {})
         self._changed = False
 

@@ -187,6 +187,11 @@ def bundled(name: str) -> ModuleType:
     return importlib.import_module(f"{_BUNDLED_UTILS}.{name}")
 
 
+def spare_workspace() -> None:
+    """Let settings that are read from now on make no folder of the workspace."""
+    _FINDER.spares = True
+
+
 def settings() -> ModuleType:
     """`config.settings` of the mounted BASE-BACK, read once per process; the bundled one needs no torch."""
     return load("config.settings")
@@ -270,12 +275,13 @@ class _Loader(SourceFileLoader):
 
 @contextmanager
 def _sparing_the_workspace() -> Iterator[None]:
-    """Read settings that make folders of the workspace: none with an output of ours elsewhere, else those that can be.
+    """Read settings that make folders of the workspace: none with an output of ours elsewhere, or where it shall be
+    spared, else those that can be.
 
     Nothing of ours needs them; whoever writes into one that is missing makes it, or says why it cannot be made.
     """
     workspace, output = os.environ["DBT_BASE_DIR"], os.environ.get("DBT_ENSEMBLE_DIR")
-    is_only_read = bool(output) and not _same(_absolute(output), workspace)
+    is_only_read = _FINDER.spares or (bool(output) and not _same(_absolute(output), workspace))
     make = os.mkdir
 
     def spare(path: Any, *arguments: Any, **options: Any) -> None:
@@ -300,6 +306,7 @@ class _Finder:
     """Answers for BASE-BACK's names, and for no others."""
 
     folder: Path | None = None
+    spares: bool = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from utils import base_back
+from utils import base_back, catalog_form
 from utils.artifacts import FileDigests, read_json, write_json
 from utils.config import Config
 from utils.errors import UserError, did_you_mean
@@ -105,7 +105,9 @@ class Catalog:
 
     def as_record(self) -> dict[str, Any]:
         """JSON-ready."""
-        record = asdict(self) | {"schema": SCHEMA}
+        # In one order, whether a member was there at the scan or came with a build afterwards.
+        problems = sorted(self.problems, key=lambda one: (one.member or "", one.code, one.message))
+        record = asdict(replace(self, problems=tuple(problems))) | {"schema": SCHEMA}
         for member in record["members"].values():
             del member["name"]
         return record
@@ -168,9 +170,11 @@ def read(workspace: Workspace) -> Catalog:
     record = read_json(workspace.catalog, remedy=RUN_DISCOVER)
     if record is None:
         raise UserError(f"Catalog not found: {workspace.catalog}. {RUN_DISCOVER}")
-    if record.get("schema") != SCHEMA:
-        raise UserError(f"{workspace.catalog}: schema {record.get('schema')!r}; expected {SCHEMA}. {RUN_DISCOVER}")
+    schema = record.get("schema") if isinstance(record, dict) else None
+    if schema != SCHEMA:
+        raise UserError(f"{workspace.catalog}: schema {schema!r}; expected {SCHEMA}. {RUN_DISCOVER}")
     try:
+        catalog_form.check(record)
         members = {name: _member_of_record(name, entry) for name, entry in record["members"].items()}
         return Catalog(
             base_back=record["base_back"],
@@ -179,7 +183,7 @@ def read(workspace: Workspace) -> Catalog:
             members=members,
             problems=tuple(Problem(**problem) for problem in record["problems"]),
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{workspace.catalog}: not the form of a catalog ({error}). {RUN_DISCOVER}") from error
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.artifacts import read_arrays, read_json, write_arrays
+from utils.artifacts import read_arrays, read_record, write_arrays
 from utils.metrics import accuracy, ece, log_loss, log_loss_per_row
 from utils.workspace import Workspace
 
@@ -34,7 +34,7 @@ def beside(
 
     `probabilities` (N, C) are the student's on the rows that are scored.
     """
-    record = read_json(workspace.distillation(name) / "record.json", remedy=AGAIN)
+    record = read_record(workspace.distillation(name) / "record.json", remedy=AGAIN)
     path = workspace.distillation(name) / "controls.npz"
     if record is None or not path.is_file():
         return {}, {}

@@ -9,7 +9,7 @@ from typing import Any
 from utils import base_back, ensembles, fitting, unlabeled
 from utils import distillation_students as students
 from utils import distillation_teachers as teachers
-from utils.artifacts import digest_of, read_json
+from utils.artifacts import digest_of, read_record
 from utils.config import Config
 from utils.distillation_students import Student
 from utils.distillation_teachers import METHOD, Teacher
@@ -70,7 +70,7 @@ def reasons_against(store: Store) -> dict[str, str | None]:
 def record_of(store: Store, student: Student) -> dict[str, Any] | None:
     """What became of a student the last time."""
     path = store.workspace.distillation(student.ensemble) / "record.json"
-    record: dict[str, Any] | None = read_json(path, remedy=AGAIN)
+    record: dict[str, Any] | None = read_record(path, remedy=AGAIN)
     return record
 
 

@@ -14,7 +14,7 @@ from utils import ensemble_methods, meta_methods, moe_methods, pruning_methods, 
 from utils.artifacts import (
     digest_of,
     read_arrays,
-    read_json,
+    read_record,
     read_tensors,
     write_arrays,
     write_json,
@@ -31,6 +31,12 @@ from utils.rows import Rows
 from utils.workspace import Workspace
 
 SCHEMA = 3
+FORM = {
+    **dict.fromkeys(("members", "candidates", "classes", "fitted_on", "selected_on"), list),
+    **dict.fromkeys(("member_digests", "texts"), dict),
+    **dict.fromkeys(("method", "inputs_digest"), str),
+}
+"""Kinds of what every `ensemble.json` holds."""
 COMBINERS: dict[str, type[Combiner]] = {
     **ensemble_methods.COMBINERS,
     **ensemble_methods.SAVED_AS,
@@ -238,7 +244,7 @@ def load(workspace: Workspace, name: str) -> Ensemble:
             seed=record["seed"],
             inference=record["inference"],
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / 'ensemble.json'}: not the form of an ensemble ({error!r}). {remedy}") from error
 
 
@@ -267,7 +273,7 @@ def _rebuild(name: str) -> str:
 
 def record_of(workspace: Workspace, name: str) -> dict[str, Any] | None:
     """What `ensemble.json` holds; None when there is no such ensemble."""
-    return read_json(workspace.ensemble(name) / "ensemble.json", remedy=_rebuild(name))
+    return read_record(workspace.ensemble(name) / "ensemble.json", remedy=_rebuild(name), form=FORM)
 
 
 def _state(folder: Path, texts: Mapping[str, Mapping[str, str]], remedy: str) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from utils import catalog, ensembles, label_issues, latency, leaderboard, plots, score_records, scoring
-from utils.artifacts import read_json, write_json, write_text
+from utils.artifacts import read_record, write_json, write_text
 from utils.catalog import IMPORTED, Member
 from utils.config import Config
 from utils.ensembles import Ensemble
@@ -66,7 +66,7 @@ def evaluate(
     if not saved:
         logger.warning("no ensemble is built; members alone are scored. Run build-ensemble first")
     key = scoring.inputs_digest(store, saved, members, split)
-    before = read_json(workspace.ranking(split), remedy="Remove it, then evaluate again")
+    before = read_record(workspace.ranking(split), remedy="Remove it, then evaluate again")
     if model_name is None and not force and _is_current(before, key, options):
         return _present(workspace, before, split, "up to date")
     saved, failures = scoring.usable(found, saved)

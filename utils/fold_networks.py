@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from utils import catalog, streaming
-from utils.artifacts import digest_of, open_array, read_json, write_array, write_json
+from utils.artifacts import digest_of, open_array, read_record, write_array, write_json
 from utils.catalog import Member
 from utils.metrics import log_softmax
 from utils.predictions import AGAIN, Store
@@ -87,7 +87,7 @@ def honest(store: Store, members: Sequence[Member], inference: str) -> Rows:
 
 def _is_stored(store: Store, member: Member, split: str) -> bool:
     path = store.workspace.fold_predictions(member.name, split)
-    record = read_json(path.with_suffix(".json"), remedy=AGAIN)
+    record = read_record(path.with_suffix(".json"), remedy=AGAIN)
     return record is not None and record.get("key") == key(store, member, split, FOLDS) and path.is_file()
 
 

@@ -6,6 +6,7 @@ Everything learned from a file is remembered by its digest, so that a second loo
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from utils.artifacts import FileDigests, digest_of
 from utils.catalog import STAGES, TIMM, Member, Problem, kfold_command
 from utils.config import Config
 from utils.errors import UserError
+from utils.networks import RETRAIN
 from utils.streaming import ImageSplit
 from utils.workspace import Workspace
 
@@ -27,6 +29,7 @@ logger = logging.getLogger("disease_pipeline")
 VERSION = 3  # raised whenever the same file would give other facts
 SNAPSHOT = re.compile(r"snapshot\d+")
 CYCLE = "cycle"  # what the base pipeline's checkpoints of cyclic training say of themselves
+LEAST_SIDE, MOST_SIDE = 8, 4096  # pixels of an image that a checkpoint may ask for
 CLASSIFIERS = {"head", "heads", "head_dist", "fc", "classifier"}
 
 
@@ -112,6 +115,10 @@ def identify(scan: Scan, candidate: Candidate) -> tuple[Member, list[Problem]]:
         recorded_test_accuracy=recorded.test_accuracy if recorded else None,
     )
     problems = list(recorded.problems) if recorded else []
+    if not declared and not candidate.is_derived and member.architecture != candidate.backbone:
+        message = f"{candidate.path.name} holds {member.architecture}, by what it says of itself; that is what is built"
+        remedy = f"name the file after it, or put {candidate.backbone}'s own there"
+        problems.append(Problem("architecture", "warning", member.name, message, remedy))
     problems += _class_problems(scan, member, facts)
     if member.img_size != scan.config.dataset.img_size:
         message = f"made for {member.img_size} px; dataset.img_size is {scan.config.dataset.img_size}"
@@ -146,20 +153,39 @@ def _checkpoint_facts(path: Path, digests: FileDigests) -> dict[str, Any]:
     if known is None or known.get("version") != VERSION:
         record = streaming.read_checkpoint(path)
         extra = record.get("extra") if isinstance(record.get("extra"), dict) else {}
-        accuracy = extra.get("final_accuracy", extra.get("accuracy"))
-        known = {
-            "version": VERSION,
-            "architecture": extra.get("backbone_name"),
-            "size": extra.get("model_size"),
-            "img_size": extra.get("img_size"),
-            "classes": [str(name) for name in extra["classes"]] if extra.get("classes") else None,
-            "accuracy": None if accuracy is None else float(accuracy),
-            "stage": extra.get("stage"),
-            "parents": [str(name) for name in extra.get("parents") or ()],
-            "outputs": _outputs(streaming.weights_of(record)),
-        }
+        known = {"version": VERSION, **_said(path, extra), "outputs": _outputs(streaming.weights_of(record))}
         digests.keep(digest, known)
     return known
+
+
+def _said(path: Path, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """What the part `extra` says, which anybody may have written. Raises UserError for other kinds of value."""
+    kinds: dict[str, tuple[type, ...]] = {
+        **dict.fromkeys(("backbone_name", "model_size", "stage"), (str,)),
+        **dict.fromkeys(("final_accuracy", "accuracy"), (int, float)),
+        **dict.fromkeys(("classes", "parents"), (list, tuple)),
+        "img_size": (int,),
+    }
+    for key, kind in kinds.items():
+        value = extra.get(key)
+        # NumPy's numbers, which other pipelines save, are told by what they convert to.
+        plain = value.item() if hasattr(value, "item") and key not in ("classes", "parents") else value
+        if plain is not None and not isinstance(plain, kind):
+            expected = " or ".join(one.__name__ for one in kind)
+            raise UserError(f"{path}: extra.{key} is {str(value)[:40]!r}; expected {expected}. {RETRAIN}")
+    side = extra.get("img_size")
+    if side is not None and not LEAST_SIDE <= int(side) <= MOST_SIDE:
+        raise UserError(f"{path}: extra.img_size is {side}; expected {LEAST_SIDE} to {MOST_SIDE} px. {RETRAIN}")
+    accuracy = extra.get("final_accuracy", extra.get("accuracy"))
+    return {
+        "architecture": extra.get("backbone_name"),
+        "size": extra.get("model_size"),
+        "img_size": None if side is None else int(side),
+        "classes": [str(name) for name in extra["classes"]] if extra.get("classes") else None,
+        "accuracy": None if accuracy is None or not math.isfinite(accuracy) else float(accuracy),
+        "stage": extra.get("stage"),
+        "parents": [str(name) for name in extra.get("parents") or ()],
+    }
 
 
 def _outputs(weights: Mapping[str, Any]) -> int | None:

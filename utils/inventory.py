@@ -19,7 +19,7 @@ from utils import (
     snapshot_building,
     soup_building,
 )
-from utils.artifacts import FileDigests, read_json
+from utils.artifacts import FileDigests, read_record
 from utils.catalog import IMPORTED, Catalog, Member
 from utils.config import Config
 from utils.ensembles import Ensemble
@@ -275,7 +275,7 @@ def _student_states(store: Store, states: Mapping[str, State]) -> dict[str, Stat
 
 def _predictions_state(store: Store, member: Member, split: str) -> State:
     try:
-        record = read_json(store.workspace.predictions(member.name, split) / "record.json", remedy="Remove it")
+        record = read_record(store.workspace.predictions(member.name, split) / "record.json", remedy="Remove it")
     except UserError as error:
         return State(DAMAGED, (str(error),))
     if record is None:
@@ -288,7 +288,7 @@ def _predictions_state(store: Store, member: Member, split: str) -> State:
 
 def _evaluation_state(store: Store, saved: Mapping[str, Ensemble], in_use: Mapping[str, Member]) -> State:
     try:
-        ranking = read_json(store.workspace.ranking("test"), remedy="Evaluate again")
+        ranking = read_record(store.workspace.ranking("test"), remedy="Evaluate again")
     except UserError as error:
         return State(DAMAGED, (str(error),))
     if ranking is None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils import catalog, streaming
-from utils.artifacts import read_json, write_json
+from utils.artifacts import read_record, write_json
 from utils.catalog import Member
 from utils.combiner import MemberFacts
 from utils.networks import out_of_memory
@@ -164,7 +164,7 @@ def _answer(module: nn.Module, embeddings: list[Tensor], logits: Tensor) -> Tens
 
 def _read(workspace: Workspace, kind: str) -> Mapping[str, Any]:
     """`kind`: networks or combiners."""
-    return (read_json(workspace.latency, remedy=AGAIN) or {}).get(kind, {})
+    return (read_record(workspace.latency, remedy=AGAIN, form={"networks": dict}) or {}).get(kind, {})
 
 
 def _record_of(entry: Mapping[str, Any], device: str, threads: int) -> Record:
@@ -178,7 +178,7 @@ def _key(device: str, threads: int) -> str:
 
 def _keep(workspace: Workspace, kind: str, digest: str, record: Record, says: Mapping[str, str]) -> None:
     """After each one, so that a killed command has measured something; `says` whose it is."""
-    kept = read_json(workspace.latency, remedy=AGAIN) or {"networks": {}}
+    kept = read_record(workspace.latency, remedy=AGAIN) or {"networks": {}}
     batches = {f"batch_{size}": vars(timing) for size, timing in record.batches.items()}
     entry = {"device": record.device, "threads": record.threads, "batches": batches, **says}
     table = kept.setdefault(kind, {})

@@ -14,7 +14,7 @@ import numpy as np
 
 from utils import catalog, image_paths
 from utils.answer_files import AnswerFile, Form
-from utils.artifacts import read_json
+from utils.artifacts import read_record
 from utils.classifier import BlockAnswers, WorkspaceClassifier
 from utils.config import Config
 from utils.errors import UserError
@@ -120,7 +120,7 @@ def predict(
 def measured(workspace: Workspace, name: str, *, is_ensemble: bool) -> Thresholds:
     """What the newest evaluation on test says of a model; without one, or one of an older ensemble, this is said."""
     path = (workspace.ensemble_metrics if is_ensemble else workspace.member_metrics)(name, "test")
-    record: Mapping[str, Any] = read_json(path, remedy="Remove it, then evaluate again") or {}
+    record: Mapping[str, Any] = read_record(path, remedy="Remove it, then evaluate again") or {}
     built = workspace.ensemble(name) / "ensemble.json"
     stale = bool(record) and is_ensemble and built.stat().st_mtime_ns > path.stat().st_mtime_ns
     if stale:

@@ -21,7 +21,7 @@ from utils.artifacts import (
     digest_of,
     open_array,
     read_arrays,
-    read_json,
+    read_record,
     replacing,
     reserve,
     write_array,
@@ -264,7 +264,7 @@ class Store:
         return digest_of([VERSION, oof["sha256"], self._images_digest("train")])
 
     def _record(self, member: Member, split: str) -> dict[str, Any] | None:
-        record: dict[str, Any] | None = read_json(
+        record: dict[str, Any] | None = read_record(
             self.workspace.predictions(member.name, split) / "record.json", remedy=AGAIN
         )
         return record

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from utils import fitting, latency
-from utils.artifacts import read_json
+from utils.artifacts import read_record
 from utils.catalog import Member
 from utils.combiner import MemberFacts
 from utils.config import Config
@@ -63,7 +63,7 @@ def is_current(store: Store, members: Sequence[Member], name: str) -> bool:
     Latencies are those of the device and the number of threads that it was built with.
     """
     path = store.workspace.ensemble(name) / "ensemble.json"
-    record = read_json(path, remedy="Build it again: python ensemble_orchestrator.py build-ensemble --force") or {}
+    record = read_record(path, remedy="Build it again: python ensemble_orchestrator.py build-ensemble --force") or {}
     on = record.get("depends_on")
     if on is None:
         return False
@@ -84,7 +84,7 @@ def _say_what_is_odd(config: Config, facts: MemberFacts) -> None:
 
 def _lines(store: Store, name: str, state: str) -> str:
     """The ensemble's line, and below it what it keeps."""
-    record = read_json(store.workspace.ensemble(name) / "ensemble.json", remedy="Build it again with --force")
+    record = read_record(store.workspace.ensemble(name) / "ensemble.json", remedy="Build it again with --force")
     kept = f"keeps {len(record['members'])} of {len(record['candidates'])}: {', '.join(record['path'])}"
     costs = ((record["latency_ms"], "ms for one image"), (record["size_mb"], "MB"))
     known = [f"{value:.4g} {unit}" for value, unit in costs if value is not None]

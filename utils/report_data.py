@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from utils import diversity, ensembles, fold_networks
-from utils.artifacts import read_arrays, read_json
+from utils.artifacts import read_arrays, read_record
 from utils.catalog import Member
 from utils.errors import UserError
 from utils.instructive import Answers
@@ -77,7 +77,7 @@ class ReportData:
 def gather(store: Store, split: str) -> ReportData:
     """Read what there is of a split. Raises UserError where nothing was evaluated yet."""
     workspace = store.workspace
-    ranking = read_json(workspace.ranking(split), remedy=AGAIN)
+    ranking = read_record(workspace.ranking(split), remedy=AGAIN)
     if ranking is None:
         raise UserError(f"{workspace.ranking(split)}: nothing is evaluated yet. Run evaluate first")
     metrics = read_metrics(workspace, ranking, split)
@@ -113,7 +113,7 @@ def read_metrics(workspace: Workspace, ranking: Mapping[str, Any], split: str) -
     found = {}
     for row in ranking["rows"]:
         place = workspace.ensemble_metrics if row["kind"] == "ensemble" else workspace.member_metrics
-        record = read_json(place(row["name"], split), remedy=AGAIN)
+        record = read_record(place(row["name"], split), remedy=AGAIN)
         if record is not None:
             found[row["name"]] = record
     if not found:

@@ -10,18 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shlex
-import subprocess
 import sys
-import tempfile
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from utils import base_back, discovery, ensembles, estimates, fitting, streaming
-from utils.artifacts import digest_of, read_json, write_json
+from utils import base_back, discovery, ensembles, estimates, fitting, programs, streaming
+from utils.artifacts import digest_of, read_record, write_json
 from utils.catalog import Member
 from utils.predictions import Store
 from utils.results import Result
@@ -34,10 +29,7 @@ NAME, METHOD = "snapshot_ensemble", "snapshot"
 STREAMED = ("val", "test")
 DECIDING = ("DBT_BATCH_SIZE", "DBT_BACKBONE_LR", "DBT_DEBUG_MODE", "DBT_DEBUG_BATCH_SIZE")
 """Variables that the weights depend on and that no checkpoint tells."""
-LINE = re.compile(r"\d\d:\d\d:\d\d \| (?P<level>[A-Z]+) \| (?P<text>.*)")
-"""As the base pipeline's logger writes it."""
 AGAIN = "Remove it, then run build-ensemble again"
-LAST_LINES = 3  # of what a failed training said
 
 
 def snapshots(store: Store, members: Sequence[Member], force: bool) -> Result:
@@ -90,7 +82,7 @@ def _parents(members: Sequence[Member]) -> list[Member]:
 
 def _trained_before(store: Store, parents: Sequence[Member]) -> list[str] | None:
     """Names of the snapshots when the last training was asked for the same and all its files are there."""
-    record = read_json(store.workspace.snapshots, remedy=AGAIN)
+    record = read_record(store.workspace.snapshots, remedy=AGAIN, form={"members": list})
     if record is None or record["key"] != _key(store, parents):
         return None
     for name in record["members"]:
@@ -126,7 +118,7 @@ def _train(store: Store, parents: Sequence[Member]) -> tuple[list[str], list[str
         *(settings.n_snapshots, len(parents), settings.epochs_per_cycle, _expected(store, parents)),
     )
     command = _command(store, parents)
-    code, said, errors = _run(command, _environment(store))
+    code, said, errors = programs.run(command, _environment(store))
     summary = json.loads(said) if said.strip() else None
     if summary is None:
         said = " ".join(errors) or "nothing was said"
@@ -201,25 +193,3 @@ def _environment(store: Store) -> dict[str, str]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         places["CUDA_VISIBLE_DEVICES"] = visible[number] if number < len(visible) and visible[number] else str(number)
     return os.environ | places
-
-
-def _run(command: Sequence[str], environment: dict[str, str]) -> tuple[int, str, list[str]]:
-    """Run a program of the base pipeline, its messages passed on as they come: (exit code, stdout, last lines)."""
-    last: deque[str] = deque(maxlen=LAST_LINES)
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
-        options: dict[str, Any] = {"text": True, "encoding": "utf-8", "errors": "replace", "env": environment}
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.PIPE, **options)
-        assert process.stderr is not None
-        try:
-            for line in process.stderr:
-                match = LINE.fullmatch(line.rstrip("\n"))
-                level = logging.getLevelName(match["level"]) if match else logging.DEBUG
-                logger.log(level if isinstance(level, int) else logging.INFO, "%s", match["text"] if match else line)
-                last.append(match["text"] if match else line.strip())
-            code = process.wait()
-        finally:
-            process.terminate()  # nothing, where it has ended
-            process.wait()
-            process.stderr.close()
-        output.seek(0)
-        return code, output.read(), list(last)

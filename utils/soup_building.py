@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils import discovery, ensembles, fitting
-from utils.artifacts import digest_of, read_json, require_own_folder, write_checkpoint, write_json
+from utils.artifacts import digest_of, read_record, require_own_folder, write_checkpoint, write_json
 from utils.catalog import Member
 from utils.checkpoints import read_checkpoint
 from utils.ensembles import Provenance
@@ -106,7 +106,7 @@ def reasons_against(store: Store, member: Member) -> dict[str, str | None]:
     One that the checkpoints do not give is left out.
     """
     names = {key: _ensemble(METHODS[key].role, member) for key in _methods(store)}
-    record = read_json(store.workspace.soup(member.name), remedy=AGAIN)
+    record = read_record(store.workspace.soup(member.name), remedy=AGAIN)
     if record is None:
         return dict.fromkeys(names.values(), "not built yet")
     if record["inputs_digest"] != inputs_digest(store, member):
@@ -121,7 +121,7 @@ def reasons_against(store: Store, member: Member) -> dict[str, str | None]:
 
 def leftovers(store: Store, member: Member) -> list[str]:
     """Saved soups of one backbone that its checkpoints of today do not give, by the last build."""
-    record = read_json(store.workspace.soup(member.name), remedy=AGAIN) or {"soups": {}}
+    record = read_record(store.workspace.soup(member.name), remedy=AGAIN) or {"soups": {}}
     none = [_ensemble(METHODS[key].role, member) for key, part in record["soups"].items() if "ensemble" not in part]
     return [name for name in none if ensembles.stored_digest(store.workspace, name) is not None]
 
@@ -140,7 +140,7 @@ def inputs_digest(store: Store, member: Member) -> str:
 
 def _of_backbone(store: Store, member: Member, force: bool) -> Outcome:
     path = store.workspace.soup(member.name)
-    known = None if force else read_json(path, remedy=AGAIN)
+    known = None if force else read_record(path, remedy=AGAIN)
     if known is not None and known["inputs_digest"] == inputs_digest(store, member):
         made = {key: part for key, part in known["soups"].items() if "ensemble" in part}
         if all(_is_whole(store, member, key, part) for key, part in made.items()):

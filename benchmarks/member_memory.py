@@ -1,0 +1,143 @@
+"""Peak memory against the number of members: networks streamed one at a time, combiners on predictions in arrays.
+
+    python benchmarks/member_memory.py            5 and 30 tiny networks; 5 and 50 imported members of 20,000 rows
+    python benchmarks/member_memory.py --quick    fewer of each, not the form to report
+
+Streaming must not grow with the members; what a combiner is fitted on does, by a constant that is told. Each figure is
+the highest resident size of a command in a process of its own. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+from reporting import report, row  # noqa: E402
+from utils import debug_sandbox  # noqa: E402
+
+CLASSES = 10
+IMAGES = 150  # of each class and split
+STREAMING_GOAL = 1.10
+VOTE = ("build-ensemble", "--set", "runs.score_ensemble.methods=[soft_voting]")
+COMBINERS = {
+    "weighted": ("build-ensemble", "--set", "runs.score_ensemble.methods=[weighted]"),
+    "stacking_lr": ("stack", "--set", "runs.stacking.meta_learners=[lr]"),
+}
+OFF = (
+    *("--set", "runs.model_soup.enable=false", "--set", "pruning.enable=false", "--device", "cpu", "--quiet"),
+    *("--set", "dataset.num_workers=0"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and report; returns 0, also where the goal is missed."""
+    parser = argparse.ArgumentParser(prog="member_memory.py", description="Peak memory against the number of members.")
+    parser.add_argument("--quick", action="store_true", help="fewer members and rows")
+    options = parser.parse_args(argv)
+    few, many, rows_each = (3, 6, 2000) if options.quick else (5, 30, 20000)
+    imported = 10 if options.quick else 50
+    with tempfile.TemporaryDirectory(prefix="member-memory-") as name:
+        folder = Path(name)
+        found = [streaming(folder, few, many)]
+        for combiner, line in COMBINERS.items():
+            found += combining(folder, combiner, line, imported, rows_each)
+    report("member_memory", found, quick=options.quick, packages=("torch", "numpy"))
+    return 0
+
+
+def streaming(folder: Path, few: int, many: int) -> dict:
+    """The row about networks: copies of three trained ones under names of their own, which are as many members."""
+    zoo = folder / "zoo"
+    debug_sandbox.prepare(debug_sandbox.Sandbox(zoo, True, (), debug_sandbox.BACKBONES))
+    shutil.rmtree(zoo / "split_dataset")
+    rng = np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        _images(zoo / "split_dataset" / split, rng)
+    peaks = {}
+    for count in (few, many):
+        place = Path(shutil.copytree(zoo, folder / f"zoo{count}"))
+        sources = sorted((zoo / "checkpoints").glob("*_final.pth"))
+        shutil.rmtree(place / "checkpoints")
+        shutil.rmtree(place / "kfold_results")
+        (place / "checkpoints").mkdir()
+        for number in range(count):
+            shutil.copy(sources[number % len(sources)], place / "checkpoints" / f"Copy{number:02d}_final.pth")
+        _run(place, "discover", *OFF)
+        names = ",".join(f"Copy{number:02d}" for number in range(count))
+        peaks[count] = _run(place, *VOTE, "--set", f"backbones.include=[{names}]", *OFF)
+    ratio = peaks[many] / peaks[few]
+    what = f"streaming {many} networks / {few}, peak memory"
+    beside = f"{peaks[many]:.0f} MB and {peaks[few]:.0f} MB"
+    return row(what, ratio, "times", f"at most {STREAMING_GOAL}", ratio <= STREAMING_GOAL, beside)
+
+
+def combining(folder: Path, combiner: str, line: Sequence[str], most: int, rows_each: int) -> list[dict]:
+    """Rows about one combiner: memory per member beyond the first five, in copies of one member's arrays."""
+    peaks = {}
+    for count in (5, most):
+        given, place = folder / f"given{count}", folder / f"{combiner}{count}"
+        _predictions(given, count, rows_each)
+        place.mkdir()
+        _run(place, "import-predictions", "--from", str(given), "--quiet")
+        peaks[count] = _run(place, *line, *OFF)
+    array = rows_each * CLASSES * 8 / 1e6  # of one member in double precision
+    constant = (peaks[most] - peaks[5]) / (most - 5) / array
+    what = f"{combiner} on {most} members x {rows_each} rows x {CLASSES} classes"
+    beside = f"{peaks[5]:.0f} MB with 5, {peaks[most]:.0f} MB with {most}"
+    return [row(what, constant, "double arrays (N, C) per member", "linear in M", None, beside)]
+
+
+def _images(folder: Path, rng: np.random.Generator) -> None:
+    from PIL import Image
+
+    for shift, name in zip((128, 0), debug_sandbox.CLASSES, strict=True):
+        (folder / name).mkdir(parents=True)
+        for number in range(IMAGES):
+            pixels = rng.integers(0, 128, (debug_sandbox.SIDE, debug_sandbox.SIDE, 3)) + shift
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number:03d}.png")
+
+
+def _predictions(folder: Path, members: int, rows_each: int) -> None:
+    """Predictions that are right on most rows; half of them out of fold on train, half held out on val."""
+    if folder.exists():
+        return
+    classes = np.array([f"c{number}" for number in range(CLASSES)])
+    for stem, count in (("oof", rows_each // 2), ("val", rows_each // 2)):
+        labels = np.arange(count) % CLASSES
+        ids = np.array([f"{classes[label]}/{stem}{row:06d}" for row, label in enumerate(labels)])
+        fold = {"fold": np.arange(count) // CLASSES % 5} if stem == "oof" else {}
+        for member in range(members):
+            rng = np.random.default_rng([member, len(stem), count])
+            logits = (rng.normal(size=(count, CLASSES)) + 2 * np.eye(CLASSES)[labels]).astype(np.float32)
+            place = folder / f"m{member:02d}"
+            place.mkdir(parents=True, exist_ok=True)
+            np.savez(place / f"{stem}.npz", logits=logits, labels=labels, sample_ids=ids, classes=classes, **fold)
+
+
+def _run(workspace: Path, *line: str) -> float:
+    """Run one command; its highest resident size in MB (10^6 bytes)."""
+    command = [sys.executable, str(PROJECT / "ensemble_orchestrator.py"), *line, "--workspace", str(workspace)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("DBT_")}
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode not in (0, 4):
+            said.seek(0)
+            raise RuntimeError(f"{' '.join(line)} ended with {process.returncode}: {said.read()[-2000:]}")
+    return usage.ru_maxrss * 1024 / 1e6
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Every write of a whole pipeline cut short, one after another: before, after and just ahead of the renaming, or by a
+full disk. The process is gone at once, as by SIGKILL; the next one ends with what an undisturbed one leaves.
+
+On imported members, which need no network, so that there is time for all of them. Every STRIDE-th write (9), each in
+one of the four ways; `make crash` takes all writes in all ways (STRIDE=1).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from equality import differences, unfinished
+from given_predictions import write
+from in_process import run
+
+STRIDE = int(os.environ.get("STRIDE", "9"))
+GONE = 99
+WAYS = ("before the write", "after the write", "before the renaming", "no room")
+LINE = (
+    *("pipeline", "--quiet", "--set", "runs.score_ensemble.methods=[soft_voting,weighted]"),
+    *("--set", "runs.model_soup.enable=false", "--set", "pruning.enable=false"),
+    *("--set", "runs.stacking.meta_learners=[lr]", "--set", "runs.fusion.enable=false"),
+    *("--set", "runs.meta_fuser.input_ensembles=[soft_voting,weighted]", "--set", "runs.meta_fuser.fuser_type=mlp"),
+    *("--set", "runs.meta_fuser.mlp_config.epochs=1", "--set", "distillation.enable=false"),
+    *("--set", "exports.enable=false"),
+)
+
+
+def in_child(work: Callable[[], int]) -> int:
+    """Exit code of `work` in a fork of this process."""
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            code = work()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def dying(way: str, number: int) -> None:
+    """From now on this process ends, or its disk is full, at its write `number`."""
+    left = iter(range(number))
+    make, fsync, replace = tempfile.mkstemp, os.fsync, pathlib.Path.replace
+
+    def is_due() -> bool:
+        return next(left, None) is None
+
+    def made(*arguments, **options):
+        found = make(*arguments, **options)
+        if way == WAYS[0] and is_due():
+            os._exit(GONE)
+        return found
+
+    def synced(handle):
+        if way == WAYS[1] and is_due():
+            os._exit(GONE)
+        return fsync(handle)
+
+    def replaced(self, target):
+        if way == WAYS[2] and is_due():
+            os._exit(GONE)
+        if way == WAYS[3] and is_due():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return replace(self, target)
+
+    tempfile.mkstemp, os.fsync, pathlib.Path.replace = made, synced, replaced
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    """Three imported members."""
+    folder = tmp_path_factory.mktemp("start")
+    write(folder / "given")
+    (folder / "w").mkdir()
+    done = run("import-predictions", "--from", folder / "given", workspace=folder / "w")
+    assert done.code == 0, done.stderr
+    return folder / "w"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(start, tmp_path_factory) -> Path:
+    """What a run leaves that nobody disturbs."""
+    folder = Path(shutil.copytree(start, tmp_path_factory.mktemp("undisturbed") / "w"))
+    done = run(*LINE, workspace=folder)
+    assert done.code == 0, done.stderr
+    return folder
+
+
+def count_writes(start: Path, folder: Path) -> int:
+    """Renamings of one run."""
+    shutil.copytree(start, folder)
+    found = []
+    replace = pathlib.Path.replace
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pathlib.Path, "replace", lambda self, target: (found.append(target), replace(self, target))[1])
+        assert run(*LINE, workspace=folder).code == 0
+    return len(found)
+
+
+def test_every_write_cut_short(start, undisturbed, tmp_path):
+    writes = count_writes(start, tmp_path / "counted")
+    assert writes > 20
+    cases = [(number, way) for number in range(0, writes, STRIDE) for way in WAYS]
+    if STRIDE > 1:  # the ways in turn
+        cases = [cases[position] for position in range(0, len(cases), len(WAYS) + 1)]
+    cut = 0
+    for position, (number, way) in enumerate(cases):
+        folder = Path(shutil.copytree(start, tmp_path / f"w{position}"))
+
+        def disturbed(folder=folder, way=way, number=number) -> int:
+            dying(way, number)
+            done = run(*LINE, workspace=folder)
+            assert done.code == 0 or "No space left on device" in done.stderr, done.stderr
+            return done.code
+
+        code = in_child(disturbed)
+        assert code in ((1, 4) if way == WAYS[3] else (GONE,)), (number, way, code)
+        if way == WAYS[3]:
+            assert unfinished(folder) == []
+            assert not (folder / "ensembles" / ".lock").exists()
+        assert in_child(lambda folder=folder: run(*LINE, workspace=folder).code) == 0
+        assert differences(folder, undisturbed) == [], (number, way)
+        shutil.rmtree(folder)
+        cut += 1
+    print(f"\nwrites cut short: {cut}, of {writes} writes in {len(WAYS)} ways")

@@ -1,0 +1,48 @@
+"""Whether two workspaces hold the same, by the rule of docs/contract.md: bytes, less what was measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+MEASURED = ("latency_ms", "seconds", "created", "versions")
+"""Keys of records that no two runs share."""
+LEFT_OUT = ("debug_logs", "image_cache", "debug_tmp")
+"""Folders of messages and of decoded pixels, which are made anew at need."""
+REMEMBERED = ("ensembles/digests.json", "ensembles/latency.json")
+"""Inodes and times of files; latencies, with which both runs have to begin."""
+
+
+def content(workspace: Path) -> dict[str, str]:
+    """{path: what must be equal} of every file of a workspace."""
+    found = {}
+    for path in sorted(workspace.rglob("*")):
+        name = path.relative_to(workspace).as_posix()
+        if path.is_dir() or name.split("/")[0] in LEFT_OUT or name in REMEMBERED or path.name.startswith(".lock."):
+            continue  # a lock under a temporary name may be somebody's who waits; clean removes it after an hour
+        if path.suffix == ".json":
+            found[name] = json.dumps(_less(json.loads(path.read_text()), str(workspace)), sort_keys=True)
+        else:
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """Names of files that differ or are in one workspace alone."""
+    first, second = content(one), content(other)
+    return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
+
+
+def unfinished(workspace: Path) -> list[str]:
+    """Files under temporary names, less those that may be of a process that asks for the lock."""
+    return [path.name for path in workspace.rglob(".*partial*") if not path.name.startswith(".lock.")]
+
+
+def _less(value: Any, place: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _less(item, place) for key, item in value.items() if key not in MEASURED}
+    if isinstance(value, list):
+        return [_less(item, place) for item in value]
+    return value.replace(place, "") if isinstance(value, str) else value

@@ -1,0 +1,218 @@
+"""Hostile input, many times: `python tests/fuzz/run.py N [SEED]`; `make fuzz N=100000`.
+
+One process under an address-space limit and an alarm. Every case ends well or with an error of the project's own
+(exit codes 1 to 4), within ten seconds, in two gigabytes, and leaves nothing beside its workspace. The first that does
+not ends the run with 1, and is shown made small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve()
+sys.path[:0] = [str(HERE.parents[2]), str(HERE.parents[1]), str(HERE.parent)]
+os.environ |= {"OMP_NUM_THREADS": "1", "DBT_MODEL_SIZE": "tiny"}
+os.environ.setdefault("DBT_BASE_DIR", tempfile.gettempdir())
+
+import cases  # noqa: E402
+import numpy as np  # noqa: E402
+from given_predictions import arrays, write  # noqa: E402
+from hypothesis import HealthCheck, given, seed, settings  # noqa: E402
+from in_process import run  # noqa: E402
+
+from utils import base_back, ensembles  # noqa: E402
+from utils.errors import OrchestratorError  # noqa: E402
+from utils.workspace import Workspace  # noqa: E402
+
+GIGABYTES, SECONDS = 2, 10
+SHARES = {
+    "configurations": 40,
+    "predictions": 20,
+    "catalogs": 15,
+    "records": 8,
+    "boosters": 5,
+    "tensors": 6,
+    "images": 6,
+}
+"""Per cent of the cases."""
+TYPED = (0, 1, 2, 3, 4)
+NAMES = ("split_dataset", "checkpoints", "metrics_output", "kfold_results", "deployment_models", "cache", "logs")
+STACK = ("--set", "runs.stacking.meta_learners=[xgb]", "--set", "runs.stacking.xgb_config.n_estimators=2")
+counts: Counter[str] = Counter()
+
+
+class HangError(Exception):
+    """A case that took too long."""
+
+
+def _hang(*_: object) -> None:
+    raise HangError(f"a case took more than {SECONDS} s")
+
+
+@contextmanager
+def watched(folder: Path, kind: str) -> Iterator[None]:
+    """One case: its alarm, and a look at what lies beside the workspace afterwards."""
+    before = sorted(path.name for path in folder.iterdir())
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+    after = sorted(path.name for path in folder.iterdir())
+    assert after == before, f"left beside the workspace: {sorted(set(after) - set(before))}"
+    counts[kind] += 1
+
+
+def typed(code: int, said: str) -> None:
+    assert code in TYPED, f"exit code {code}: {said[-2000:]}"
+
+
+def main(cases_wanted: int, start: int) -> int:
+    """Run all kinds; the exit code."""
+    signal.signal(signal.SIGALRM, _hang)
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
+        folder = Path(name)
+        os.chdir(folder)
+        kinds = prepare(folder)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (GIGABYTES << 30),) * 2)
+        for kind, (strategy, look) in kinds.items():
+            count = max(1, cases_wanted * SHARES[kind] // 100)
+            fuzzed(kind, folder, strategy, look, count, start)
+    total = ", ".join(f"{kind} {count}" for kind, count in counts.items())
+    print(f"fuzz: {sum(counts.values())} cases, seed {start}, none failed ({total})")
+    return 0
+
+
+def fuzzed(kind: str, folder: Path, strategy: Any, look: Callable[[Any], None], count: int, start: int) -> None:
+    """Give `look` this many examples of a strategy."""
+
+    @seed(start)
+    @settings(max_examples=count, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(strategy)
+    def case(example: Any) -> None:
+        with watched(folder, kind):
+            look(example)
+
+    case()
+
+
+def prepare(folder: Path) -> dict[str, tuple[Any, Callable[[Any], None]]]:
+    """{kind: (strategy, what is done with an example)}, and the valid files that they spoil."""
+    empty, imported, given_folder = folder / "empty", folder / "imported", folder / "given"
+    for place in (empty, imported):
+        place.mkdir()
+    write(given_folder)
+    assert run("import-predictions", "--from", given_folder, workspace=imported).code == 0
+    for line in (("build-ensemble", "--config", "configs/votes.yaml"), ("stack", *STACK)):
+        done = run(*line, workspace=imported)
+        assert done.code == 0, done.stderr
+    workspace = Workspace(imported, *(imported / name for name in NAMES))
+    catalog_text = workspace.catalog.read_text()
+    file = folder / "given.yaml"
+    file.touch()
+
+    def config(content: bytes) -> None:
+        file.write_bytes(content)
+        done = run("clean", "--quiet", "--config", file, workspace=empty)
+        typed(done.code, done.stderr)
+
+    def prediction(content: bytes) -> None:
+        target = given_folder / "forest" / "val.npz"
+        target.write_bytes(content)
+        shutil.rmtree(empty)
+        empty.mkdir()
+        done = run("import-predictions", "--quiet", "--from", given_folder, workspace=empty)
+        typed(done.code, done.stderr)
+
+    def catalog(document: Any) -> None:
+        workspace.catalog.write_text(json.dumps(document))
+        try:
+            for line in (("status",), ("build-ensemble", "--config", "configs/votes.yaml")):
+                done = run(*line, "--quiet", workspace=imported)
+                typed(done.code, done.stderr)
+        finally:
+            workspace.catalog.write_text(catalog_text)
+
+    place = workspace.ensemble("stacking_xgb")
+    texts = {path.name: path.read_bytes() for path in place.iterdir()}
+
+    def record(document: Any) -> None:
+        (place / "ensemble.json").write_text(json.dumps(document))
+        loaded(answers=False)
+
+    def booster(document: Any) -> None:
+        content = json.dumps(document).encode()
+        found = json.loads(texts["ensemble.json"])
+        found["texts"]["booster.json"]["sha256"] = hashlib.sha256(content).hexdigest()
+        (place / "ensemble.json").write_text(json.dumps(found))
+        (place / "booster.json").write_bytes(content)
+        loaded()
+
+    def tensor(content: bytes) -> None:
+        (place / "combiner.safetensors").write_bytes(content)
+        loaded()
+
+    def loaded(*, answers: bool = True) -> None:
+        """The ensemble loads and answers, or says why not."""
+        try:
+            found = ensembles.load(workspace, "stacking_xgb")
+            if answers:
+                found.combiner.predict_proba(np.zeros((len(found.members), 2, len(found.classes)), dtype=np.float32))
+        except OrchestratorError:
+            pass
+        finally:
+            for name, content in texts.items():
+                (place / name).write_bytes(content)
+
+    decoder = base_back.bundled("image_cache")
+    shown = folder / "image"
+
+    def image(content: bytes) -> None:
+        shown.write_bytes(content)
+        cache = empty / "image_cache"
+        with contextlib.suppress(decoder.UnreadableImages):
+            decoder.decode_images([shown], [hashlib.sha256(content).hexdigest()], [36], cache, threads=1)
+        shutil.rmtree(cache, ignore_errors=True)
+
+    shown.touch()
+    return {
+        "configurations": (cases.configurations(), config),
+        "predictions": (cases.predictions(arrays("val", 2)), prediction),
+        "catalogs": (cases.documents(json.loads(catalog_text)), catalog),
+        "records": (cases.documents(json.loads(texts["ensemble.json"])), record),
+        "boosters": (cases.documents(json.loads(texts["booster.json"])), booster),
+        "tensors": (cases.tensors(texts["combiner.safetensors"]), tensor),
+        "images": (images(), image),
+    }
+
+
+def images() -> Any:
+    """Small images of every kind that is read, spoilt."""
+    from hypothesis import strategies as st
+    from PIL import Image
+
+    valid = []
+    for form in ("PNG", "JPEG", "BMP"):
+        buffer = io.BytesIO()
+        Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(buffer, form)
+        valid.append(buffer.getvalue())
+    return st.one_of(*(cases.spoilt(content) for content in valid), st.binary(max_size=60))
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0))

@@ -1,0 +1,153 @@
+"""Ten defects made by hand, and for each a test that fails: `python tests/mutations.py [NUMBER ...]`.
+
+Each is patched into a copy of the project, where the test then runs. Prints a table; ends with 0 when every defect was
+caught, and with 1 when a test passed in spite of one. `tests/test_mutations.py` holds the patches to the sources.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+PROJECT = Path(__file__).resolve().parents[1]
+LEFT_OUT = (".git", ".venv", ".venv-bench", "__pycache__", ".pytest_cache", ".ruff_cache", "debug_tmp", "ensembles")
+
+
+class Defect(NamedTuple):
+    """A patch and who should notice."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+DEFECTS = (
+    Defect(
+        "a file that is written in place, not renamed",
+        "utils/artifacts.py",
+        "    try:\n        yield temporary\n",
+        "    try:\n        yield path\n        path.replace(temporary)\n",
+        "tests/test_artifacts.py",
+    ),
+    Defect(
+        "out-of-fold rows mixed up",
+        "utils/predictions.py",
+        'arrays["labels"], arrays["logits"], np.ones',
+        'arrays["labels"], arrays["logits"][::-1], np.ones',
+        "tests/test_imported_members.py tests/test_importing.py",
+    ),
+    Defect(
+        "the order of classes ignored",
+        "utils/imported_members.py",
+        "columns = np.array([column[name] for name in classes])",
+        "columns = np.arange(len(classes))",
+        "tests/test_imported_members.py tests/test_importing.py",
+    ),
+    Defect(
+        "BatchNorm not recomputed",
+        "utils/soups.py",
+        "                model(images.to(device))\n",
+        "",
+        "tests/test_soups.py",
+    ),
+    Defect(
+        "the temperature dropped from what is exported",
+        "utils/heads.py",
+        "torch.tensor(shares / temperature, dtype",
+        "torch.tensor(shares, dtype",
+        "tests/test_weighting.py",
+    ),
+    Defect(
+        "no lock",
+        "utils/locks.py",
+        "        _take(lock, record)\n    except",
+        "        pass\n    except",
+        "tests/test_locks.py",
+    ),
+    Defect(
+        "a member's name that leads out of its folder",
+        "utils/catalog_form.py",
+        "    if not is_name(name):",
+        "    if False:",
+        "tests/faults -k leads",
+    ),
+    Defect(
+        "contaminated results given by name",
+        "utils/evaluation.py",
+        "and contaminated[model_name] and not",
+        "and False and not",
+        "tests/faults -k fitted",
+    ),
+    Defect(
+        "a checkpoint unpickled without a list of what it may ask for",
+        "utils/checkpoints.py",
+        "weights_only=True",
+        "weights_only=False",
+        "tests/test_security.py tests/faults -k hostile",
+    ),
+    Defect(
+        "the upper edge of calibration bins left open",
+        "utils/metrics.py",
+        'confidence, side="left")',
+        'confidence, side="right")',
+        "tests/test_metrics.py",
+    ),
+    Defect(
+        "debug writes beside the trained members",
+        "utils/debug_sandbox.py",
+        '("--workspace", str(workspace.base), "--output", str(folder)), ())',
+        '("--workspace", str(workspace.base)), ())',
+        "tests/test_debug.py -k 'beside or damaged'",
+    ),
+    Defect(
+        "an overflowing archive is believed",
+        "utils/artifacts.py",
+        "    if min(shape, default=0) < 0 or math.prod(shape) * max(dtype.itemsize, 1) != there:",
+        "    if False:",
+        "tests/test_artifacts.py tests/test_prediction_files.py",
+    ),
+)
+
+
+def is_caught(defect: Defect) -> bool:
+    """Whether the test fails in a copy that has the defect."""
+    with tempfile.TemporaryDirectory(prefix="mutation-") as name:
+        copy = Path(name) / "project"
+        shutil.copytree(PROJECT, copy, ignore=shutil.ignore_patterns(*LEFT_OUT))
+        path = copy / defect.file
+        text = path.read_text(encoding="utf-8")
+        if text.count(defect.old) != 1:
+            raise ValueError(f"{defect.file}: {text.count(defect.old)} times {defect.old!r}; expected once")
+        path.write_text(text.replace(defect.old, defect.new), encoding="utf-8")
+        line = f"-m pytest -q -x -n 0 -p no:cacheprovider --basetemp {name}/pytest {defect.test}"
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("DBT_")}
+        done = subprocess.run(
+            [sys.executable, *shlex.split(line)], cwd=copy, env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode not in (0, 1):  # 1: tests failed; all else is no verdict
+            raise RuntimeError(f"{defect.what}: pytest ended with {done.returncode}: {done.stdout[-1500:]}")
+        return done.returncode == 1
+
+
+def main(chosen: list[int]) -> int:
+    """Try the defects; the exit code."""
+    missed = 0
+    for number, defect in enumerate(DEFECTS, start=1):
+        if chosen and number not in chosen:
+            continue
+        caught = is_caught(defect)
+        missed += not caught
+        print(f"{number:2}  {'caught' if caught else 'MISSED'}  {defect.what:62}  {defect.test}", flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main([int(word) for word in sys.argv[1:]]))

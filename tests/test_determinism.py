@@ -1,0 +1,54 @@
+"""The same seed gives the same bytes: `pipeline` in two copies of one workspace, in other folders, by other workers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from conftest import PROJECT, run_python
+from equality import content, differences
+
+LINE = (
+    *(str(PROJECT / "ensemble_orchestrator.py"), "pipeline", "--quiet", "--device", "cpu"),
+    *("--set", "runs.score_ensemble.methods=[soft_voting,logit_averaging,weighted,greedy_selection]"),
+    *("--set", "runs.model_soup.enable=true", "--set", "pruning.methods=[greedy_forward]"),
+    *("--set", "runs.stacking.meta_learners=[lr,xgb,mlp]", "--set", "runs.stacking.mlp_config.epochs=3"),
+    *("--set", "runs.stacking.xgb_config.n_estimators=5", "--set", "runs.fusion.enable=false"),
+    *("--set", "runs.meta_fuser.input_ensembles=[soft_voting,stacking_lr]", "--set", "runs.meta_fuser.fuser_type=mlp"),
+    *("--set", "runs.meta_fuser.mlp_config.epochs=3"),
+    *("--set", "distillation.enable=false", "--set", "exports.enable=false"),
+)
+KINDS = {".npy", ".npz", ".safetensors", ".json", ".pth"}
+
+
+def run(workspace: Path, workers: int) -> Path:
+    done = run_python(*LINE, "--set", f"dataset.num_workers={workers}", "--workspace", str(workspace))
+    assert done.returncode == 0, done.stderr
+    return workspace
+
+
+def test_a_pipeline_in_another_folder_by_other_workers_gives_the_same_bytes(synthetic, tmp_path):
+    one = run(Path(shutil.copytree(synthetic, tmp_path / "one")), 0)
+    other = Path(shutil.copytree(synthetic, tmp_path / "elsewhere" / "another"))
+    (other / "ensembles").mkdir()
+    shutil.copy(one / "ensembles" / "latency.json", other / "ensembles" / "latency.json")
+    run(other, 2)
+    found = content(one)
+    models = {name.split("/")[2] for name in found if name.startswith("ensembles/models/")}
+    assert {"stacking_lr", "stacking_xgb", "stacking_mlp", "meta_fuser", "weighted_ensemble"} <= models
+    assert {Path(name).suffix for name in found} >= KINDS
+    assert len(found) > 100
+    assert differences(one, other) == []
+
+
+def test_the_comparison_sees_one_altered_value(synthetic, tmp_path):
+    """The comparison above could fail: what is fitted with another seed differs, and so does one altered value."""
+    one = Path(shutil.copytree(synthetic, tmp_path / "one"))
+    other = Path(shutil.copytree(synthetic, tmp_path / "other"))
+    path = other / "kfold_results" / "CustomConvNeXt_oof_predictions.npz"
+    with np.load(path) as arrays:
+        changed = dict(arrays)
+    changed["logits"][0, 0] += 1e-6
+    np.savez(path, **changed)
+    assert differences(one, other) == ["kfold_results/CustomConvNeXt_oof_predictions.npz"]

@@ -1,0 +1,109 @@
+"""The form of a catalog on disk, checked in full when it is read: it may come from anywhere and names files."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+from utils.config import is_name
+
+SPLITS = ("train", "val", "test")
+MOST_PROBLEMS = 3
+
+
+def _plain(name: str) -> str:
+    """Members and backbones give folders their names: one that leads elsewhere would be written to."""
+    if not is_name(name):
+        raise ValueError("expected a name without slashes that does not begin with a dot")
+    return name
+
+
+def _of_file(path: str) -> str:
+    if "\0" in path:
+        raise ValueError("expected a path, which holds no null character")
+    return path
+
+
+Name = Annotated[str, AfterValidator(_plain)]
+File = Annotated[str, AfterValidator(_of_file)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _BaseBack(_Part):
+    path: str
+    kind: str
+    digest: str
+
+
+class _Split(_Part):
+    n: int
+    digest: str
+
+
+class _Checkpoint(_Part):
+    path: File
+    stage: str
+    sha256: str
+
+
+class _Oof(_Part):
+    path: File
+    sha256: str
+    rows: int
+    folds: int
+    accuracy: float
+
+
+class _Member(_Part):
+    source: Literal["trained", "imported", "derived"]
+    architecture: str
+    size: str
+    img_size: int | None
+    classes: list[str]
+    checkpoints: list[_Checkpoint]
+    exports: list[str]
+    metrics: str | None
+    oof: _Oof | None
+    recorded_accuracy: float | None
+    recorded_test_accuracy: float | None = None
+    digest: str
+    usable: bool
+    parents: list[Name]
+
+
+class _Problem(_Part):
+    code: str
+    severity: str
+    member: str | None
+    message: str
+    remedy: str
+
+
+class _Form(_Part):
+    base_back: _BaseBack
+    classes: list[str]
+    splits: dict[Literal["train", "val", "test"], _Split]
+    members: dict[Name, _Member]
+    problems: list[_Problem]
+
+
+def check(record: Any) -> None:
+    """ValueError that names what in a catalog has another form."""
+    try:
+        form = _Form.model_validate(record)
+    except ValidationError as error:
+        found = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        more = f" and {len(found) - MOST_PROBLEMS} more" if len(found) > MOST_PROBLEMS else ""
+        raise ValueError("; ".join(found[:MOST_PROBLEMS]) + more) from error
+    if lacking := [split for split in SPLITS if split not in form.splits]:
+        raise ValueError(f"splits: no {', '.join(lacking)}")
+    if without := [name for name, m in form.members.items() if m.source != "imported" and not m.checkpoints]:
+        raise ValueError(f"members.{without[0]}: no checkpoint")
+    if beyond := [name for name, m in form.members.items() if m.source != "imported" and m.img_size is None]:
+        raise ValueError(f"members.{beyond[0]}: no img_size")
+    if others := [name for name, m in form.members.items() if sorted(m.classes) != sorted(form.classes)]:
+        raise ValueError(f"members.{others[0]}: other classes than the catalog's")

@@ -1,0 +1,163 @@
+"""What `debug` looks at where no command of its own does the work: members, folds, embeddings, BatchNorm, files."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils import catalog, soups, streaming
+from utils.artifacts import open_array, read_arrays
+from utils.config import Config
+from utils.errors import UserError
+from utils.predictions import Store
+from utils.results import Result
+from utils.workspace import SPLITS, Workspace
+
+logger = logging.getLogger("disease_pipeline")
+
+FEW = 8  # images that a smoke check runs on
+FEWEST_IN_BATCH = 4  # a variance of fewer says little
+AGAIN = "Run `python ensemble_orchestrator.py debug --section reset --confirm`, then debug again"
+
+
+def smoke(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
+    """Every selected member loaded alone, run on a few val images, and gone again. Raises nothing; names failures."""
+    store = Store(config, workspace, catalog.load(workspace))
+    device = streaming.resolve_device(config.device)
+    images = store.images("val")
+    images = images.take(range(min(FEW, len(images.paths))))
+    lines, failures = [], []
+    for member in catalog.select(store.catalog, config):
+        try:
+            batches = streaming.stream(
+                member.network(workspace),
+                [images],
+                batch_size=config.dataset.batch_size,
+                device=device,
+                image_cache=workspace.image_cache,
+                val=store.images("val"),
+            )
+            outputs = [(batch.logits, batch.embeddings) for batch in batches]
+        except UserError as error:
+            failures.append(f"{member.name}: {error}")
+            continue
+        logits, embeddings = (np.concatenate(parts) for parts in zip(*outputs, strict=True))
+        lines.append(
+            f"{member.name}: logits {logits.shape} {_figures(logits)}, embeddings {embeddings.shape} "
+            f"{_figures(embeddings)}, {member.img_size} px, on {device}"
+        )
+    return _told(lines, failures)
+
+
+def kfold(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
+    """Out-of-fold predictions of every selected member, read and held against the train split."""
+    store = Store(config, workspace, catalog.load(workspace))
+    lines, failures = [], []
+    for member in catalog.select(store.catalog, config):
+        try:
+            rows = store.oof(member)
+        except UserError as error:
+            failures.append(f"{member.name}: {error}")
+            continue
+        if rows is None:
+            command = catalog.kfold_command(workspace, [member.name])
+            failures.append(f"No K-fold results for backbone {member.name}. Make them: {command}, or exclude it")
+            continue
+        right = float((rows.logits.argmax(axis=1) == rows.labels).mean())
+        lines.append(f"{member.name}: {len(rows.labels)} rows, logits {rows.logits.shape}, accuracy {right:.4f}")
+    return _told(lines, failures)
+
+
+def extract_embeddings(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
+    """Logits and embeddings of every selected member on every split, streamed into the prediction store."""
+    store = Store(config, workspace, catalog.load(workspace))
+    members = catalog.select(store.catalog, config)
+    if force:
+        for member in members:
+            for split in SPLITS:
+                (workspace.predictions(member.name, split) / "record.json").unlink(missing_ok=True)
+    store.ensure(members, SPLITS)
+    lines = []
+    for member in members:
+        for split in SPLITS:
+            logits = store.rows(member, split).logits
+            path = workspace.embeddings(member.name, split)
+            shape = open_array(path, remedy=AGAIN).shape if path.is_file() else "none"
+            lines.append(f"{member.name} on {split}: logits {logits.shape} {_figures(logits)}, embeddings {shape}")
+    return _told(lines, [])
+
+
+def recompute_bn(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
+    """BatchNorm statistics of every selected member anew; the weights must stay, every statistic be finite."""
+    import torch
+
+    store = Store(config, workspace, catalog.load(workspace))
+    train = store.images("train")
+    size = min(max(config.dataset.batch_size, FEWEST_IN_BATCH), len(train.paths))
+    order = np.random.default_rng(config.seed).permutation(len(train.paths))
+    shuffled = train.take(order)
+    lines, failures = [], []
+    for member in catalog.select(store.catalog, config):
+        spec = member.network(workspace)
+        pixels = streaming.open_images(
+            shuffled, spec.img_size, image_cache=workspace.image_cache, threads=config.dataset.num_workers
+        )
+        model = streaming.open_network(spec)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+        def batches(pixels: Any = pixels, side: int = spec.img_size) -> Iterator[tuple[Any, Any]]:
+            for start in range(0, len(order) - size + 1, size):
+                crops = torch.from_numpy(pixels.centre_crops(range(start, start + size), side))
+                yield streaming.normalise(crops), torch.from_numpy(shuffled.labels[start : start + size])
+
+        layers = len(soups.batch_norms(model))
+        count = soups.recompute_bn_statistics(model, batches())
+        after = model.state_dict()
+        statistics = [name for name in after if name.endswith(soups.STATISTICS)]
+        moved = max((float((after[n] - before[n]).abs().max()) for n in statistics if n.endswith("mean")), default=0.0)
+        changed = [name for name in after if name not in statistics and not torch.equal(after[name], before[name])]
+        wild = [name for name in statistics if not torch.isfinite(after[name]).all()]
+        if changed or wild:
+            failures.append(f"{member.name}: {', '.join((changed + wild)[:3])}: changed or not finite")
+        lines.append(
+            f"{member.name}: {layers} BatchNorm layers, {count} batches of {size}, means moved by up to {moved:.4g}"
+            if layers
+            else f"{member.name}: has no BatchNorm, nothing to recompute"
+        )
+        streaming.safe_delete_model(model)
+    return _told(lines, failures)
+
+
+def described(path: Path) -> str:
+    """A file that was written, for `--verbose`: shapes and statistics of arrays, keys of records."""
+    try:
+        if path.suffix == ".npy":
+            array = open_array(path, remedy=AGAIN)
+            return f"{path}: {array.dtype} {array.shape} {_figures(array)}"
+        if path.suffix == ".npz":
+            arrays = read_arrays(path, remedy=AGAIN)
+            parts = [f"{name} {array.dtype} {array.shape} {_figures(array)}" for name, array in arrays.items()]
+            return f"{path}: {'; '.join(parts)}"
+        if path.suffix == ".json":
+            record = json.loads(path.read_text(encoding="utf-8"))
+            keys = ", ".join(sorted(record)[:12]) if isinstance(record, dict) else f"{len(record)} items"
+            return f"{path}: {keys}"
+    except (UserError, OSError, ValueError) as error:
+        return f"{path}: {error}"
+    return f"{path}: {path.stat().st_size} bytes"
+
+
+def _figures(array: np.ndarray) -> str:
+    if not array.size or array.dtype.kind not in "fiub":
+        return ""
+    values = np.asarray(array, dtype=np.float64)
+    return f"[{values.min():.4g} .. {values.mean():.4g} .. {values.max():.4g}]"
+
+
+def _told(lines: list[str], failures: list[str]) -> Result:
+    return Result("\n".join(lines), {"lines": lines}, failures)

@@ -1,0 +1,249 @@
+"""The command `debug`: sections of the system run with small data or beside real members, in a folder of their own.
+
+Every section is a process of its own that runs the production commands in a sandbox below `debug_tmp/`. What it says
+and how long it took stands in a table and in `debug_tmp/report.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Container, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from utils import base_back, caches, catalog, debug_plan, debug_sandbox, locks, programs
+from utils.artifacts import write_json
+from utils.config import Backbones, Config
+from utils.debug_plan import ALL, RESET, SECTIONS
+from utils.debug_sandbox import Sandbox
+from utils.errors import ConfigError, UserError, did_you_mean
+from utils.results import Result
+from utils.workspace import Workspace
+
+logger = logging.getLogger("disease_pipeline")
+
+PASSED, PARTLY, FAILED, PLANNED, NOT_RUN = "passed", "partly", "failed", "planned", "not run"
+CODES = {0: PASSED, 4: PARTLY}
+CHOICES = (*SECTIONS, ALL, RESET)
+
+
+def debug(
+    config: Config,
+    workspace: Workspace,
+    *,
+    commands: Container[str],
+    section: str = ALL,
+    arch: str | None = None,
+    fast: bool = False,
+    dry_run: bool = False,
+    confirm: bool = False,
+    verbose: bool = False,
+    force: bool = False,
+) -> Result:
+    """Run sections in a sandbox, or with `dry_run` say what they would do and touch nothing.
+
+    `commands` names what the command line has. Sections that did not pass are failures of the result. Raises
+    ConfigError for an unknown `arch`, UserError for `reset` without `confirm`, and where the zoo cannot be trained.
+    """
+    if section == RESET:
+        return _reset(workspace, confirm=confirm, dry_run=dry_run)
+    _require_known(arch, workspace)
+    sandbox = debug_sandbox.choose(workspace, fast=fast, arch=arch)
+    if not fast and sandbox.is_synthetic:
+        logger.info("%s: nothing is trained there, so debug makes a small workspace", workspace.base)
+    names = debug_plan.chosen(section)
+    if dry_run:
+        return _plan(names, config, workspace, sandbox, commands, arch)
+    folder = debug_sandbox.folder_of(workspace)
+    rows: list[dict[str, Any]] = []
+    with locks.one_writer(folder / debug_sandbox.LOCK, "debug"):
+        start = time.monotonic()
+        settings = folder / "config.yaml"  # JSON is YAML; it holds what was typed with --set as well
+        write_json(settings, config.as_dict())
+        debug_sandbox.prepare(sandbox)
+        logger.info("debug: sandbox %s ready after %.1f s", sandbox.folder, time.monotonic() - start)
+        for number, name in enumerate(names, start=1):
+            before = next((row["section"] for row in rows if _stops(name, row)), None)
+            row = _missing(name, commands) or (
+                _row(name, NOT_RUN, 0.0, [f"{before} did not pass, and this goes on from it"])
+                if before
+                else _run(name, settings, sandbox, arch, verbose=verbose)
+            )
+            rows.append(row)
+            logger.info("[%d/%d] %s: %s, %.1f s", number, len(names), name, row["status"], row["seconds"])
+        report = {
+            "sandbox": str(sandbox.folder),
+            "synthetic": sandbox.is_synthetic,
+            "arch": arch,
+            "seconds": round(time.monotonic() - start, 3),
+            "passed": all(row["status"] == PASSED for row in rows),
+            "sections": rows,
+        }
+        write_json(folder / "report.json", report)
+    text = f"{table(rows)}\nwritten: {folder / 'report.json'}"
+    failures = [f"{row['section']}: {reason}" for row in rows for reason in row["failures"]]
+    return Result(text, report, failures)
+
+
+def inside(
+    config: Config,
+    workspace: Workspace,
+    section: str,
+    *,
+    run: Callable[[Sequence[str], Config, Workspace], Result],
+    verbose: bool = False,
+) -> Result:
+    """Run the steps of one section in the sandbox that is the workspace itself; what `debug` starts as a process.
+
+    `run(line, config, workspace)` runs one line of the command line. Raises UserError where the section leaves less
+    than it should.
+    """
+    from utils import debug_probes
+
+    debug_sandbox.require_inside(workspace)
+    documents: dict[str, Any] = {}
+    failures: list[str] = []
+    before = _state(workspace.root)
+    for step in SECTIONS[section].steps:
+        logger.debug("debug: %s", shlex.join(step))
+        if step[0] == "probe":
+            result: Result = getattr(debug_probes, step[1])(config, workspace, force=True)
+        else:
+            result = run(step, config, workspace)
+        for line in result.text.splitlines():
+            logger.debug("    %s", line)
+        documents[" ".join(step)] = result.document
+        failures += result.failures
+    after = _state(workspace.root)
+    written = sorted(path for path, state in after.items() if before.get(path) != state)
+    if verbose:
+        for path in written:
+            logger.debug("    wrote %s", debug_probes.described(path))
+    lacking = [pattern for pattern in SECTIONS[section].leaves if not any(workspace.root.glob(pattern))]
+    if lacking:
+        raise UserError(f"{workspace.root}: the section {section} left no {', '.join(lacking)}; found none there")
+    return Result(section, {"steps": documents, "written": [str(path) for path in written]}, failures)
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    """Section, status, seconds and what to do."""
+    lines = [f"{'section':20}{'status':9}{'seconds':>8}  what to do"]
+    for row in rows:
+        first, *others = row["failures"] or [""]
+        lines.append(f"{row['section']:20}{row['status']:9}{row['seconds']:>8.1f}  {first}".rstrip())
+        lines += [f"{'':39}{other}" for other in others]
+    return "\n".join(lines)
+
+
+def overrides(name: str, sandbox: Sandbox, arch: str | None) -> list[str]:
+    """Values of the configuration that a section runs with, on top of the user's."""
+    section = SECTIONS[name]
+    values = [*(debug_sandbox.SMALL if sandbox.is_synthetic else ()), *section.switches, *section.small]
+    members = [arch] if arch and section.per_member else list(sandbox.backbones)
+    if members:
+        values += [f"backbones.include=[{','.join(members)}]", "backbones.exclude=[]"]
+    return values
+
+
+def _run(name: str, settings: Path, sandbox: Sandbox, arch: str | None, *, verbose: bool) -> dict[str, Any]:
+    program = str(base_back.PROJECT / "ensemble_orchestrator.py")
+    command = [
+        *(sys.executable, program, "debug", "--section", name, "--inside", "--json", "--config", str(settings)),
+        *sandbox.options,
+        *(word for value in overrides(name, sandbox, arch) for word in ("--set", value)),
+        *(["--verbose"] if verbose else []),
+    ]
+    logger.debug("debug: %s", shlex.join(command))
+    start = time.monotonic()
+    code, said, last = programs.run(command, sandbox.environment())
+    seconds = time.monotonic() - start
+    try:
+        failures = list(json.loads(said)["failures"])
+    except (ValueError, KeyError, TypeError):
+        failures = []
+    status = CODES.get(code, FAILED)
+    if status == FAILED:
+        failures = [f"ended with {code}: {last[-1] if last else 'it said nothing'}"]
+    return _row(name, status, seconds, failures)
+
+
+def _row(name: str, status: str, seconds: float, failures: Sequence[str]) -> dict[str, Any]:
+    return {"section": name, "status": status, "seconds": round(seconds, 3), "failures": list(failures)}
+
+
+def _stops(name: str, row: dict[str, Any]) -> bool:
+    return row["section"] in SECTIONS[name].needs and row["status"] in (FAILED, NOT_RUN)
+
+
+def _missing(name: str, commands: Container[str]) -> dict[str, Any] | None:
+    lacking = debug_plan.missing_commands(SECTIONS[name], commands)
+    if not lacking:
+        return None
+    return _row(name, FAILED, 0.0, [f"this version has no command {', '.join(lacking)}; a later one builds it"])
+
+
+def _plan(
+    names: Sequence[str],
+    config: Config,
+    workspace: Workspace,
+    sandbox: Sandbox,
+    commands: Container[str],
+    arch: str | None,
+) -> Result:
+    lines, rows, failures = [f"sandbox: {sandbox.folder}"], [], []
+    if sandbox.is_synthetic:
+        count = len(debug_sandbox.CLASSES) * debug_sandbox.PER_CLASS
+        lines.append(
+            f"    makes   {count} images in {len(debug_sandbox.CLASSES)} classes and trains "
+            f"{', '.join(sandbox.backbones)} for one epoch and two folds: about {debug_sandbox.SECONDS} s, "
+            f"{debug_sandbox.MEMORY_MB} MB of memory, {debug_sandbox.MEGABYTES} MB of disk"
+        )
+    for name in names:
+        if sandbox.is_synthetic:
+            none = {"reads": [], "images": {}, "megabytes_read": 0, "missing": []}
+            cost = {"seconds": debug_sandbox.SECONDS / 2, "megabytes_written": 1, "memory_mb": debug_sandbox.MEMORY_MB}
+            plan = none | cost
+        else:
+            plan = debug_plan.of_workspace(SECTIONS[name], config, workspace, arch)
+        steps = [shlex.join((*step, *sandbox.options)) for step in SECTIONS[name].steps]
+        plan |= {"section": name, "status": PLANNED, "steps": steps, "set": overrides(name, sandbox, arch)}
+        plan["writes"] = [str(sandbox.folder / pattern) for pattern in SECTIONS[name].leaves]
+        absent = _missing(name, commands)
+        plan["failures"] = [*(absent["failures"] if absent else []), *(f"no {what}" for what in plan["missing"])]
+        rows.append(plan)
+        lines += debug_plan.words(name, plan, sandbox.folder)
+        failures += [f"{name}: {failure}" for failure in plan["failures"]]
+    lines.append("nothing was touched")
+    return Result("\n".join(lines), {"sandbox": str(sandbox.folder), "dry_run": True, "sections": rows}, failures)
+
+
+def _reset(workspace: Workspace, *, confirm: bool, dry_run: bool) -> Result:
+    folder = debug_sandbox.folder_of(workspace)
+    if dry_run:
+        size = caches.shown(caches.size(folder))
+        return Result(f"would remove {folder}, {size}\nnothing was touched", {"dry_run": True, "folder": str(folder)})
+    count, size = debug_sandbox.reset(workspace, confirm=confirm)
+    words = f"removed: {count} files, {caches.shown(size)}" if count else f"{folder}: nothing to remove"
+    return Result(words, {"removed": count, "bytes": size, "folder": str(folder)})
+
+
+def _require_known(arch: str | None, workspace: Workspace) -> None:
+    known = {*Backbones.model_fields["include"].default, *catalog.checkpoint_files(workspace)}
+    if arch is not None and arch not in known:
+        raise ConfigError(
+            f"--arch {arch}: no backbone is called so; expected one of {', '.join(sorted(known))}"
+            f"{did_you_mean(arch, known)}"
+        )
+
+
+def _state(folder: Path) -> dict[Path, tuple[int, int, int]]:
+    found = {}
+    for entry in caches.files(folder):
+        status = os.stat(entry.path)
+        found[Path(entry.path)] = (status.st_size, status.st_mtime_ns, status.st_ino)
+    return found

@@ -1,0 +1,39 @@
+"""Programs of the project that run in a process of their own, their messages passed on as they come."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import tempfile
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+logger = logging.getLogger("disease_pipeline")
+
+LINE = re.compile(r"\d\d:\d\d:\d\d \| (?P<level>[A-Z]+) \| (?P<text>.*)")
+"""As our logger and the base pipeline's write it."""
+LAST_LINES = 3  # of what a failed program said
+
+
+def run(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str, list[str]]:
+    """Run a program to its end: (exit code, stdout, last lines of its messages). It ends with the caller."""
+    last: deque[str] = deque(maxlen=LAST_LINES)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
+        options: dict[str, Any] = {"text": True, "encoding": "utf-8", "errors": "replace", "env": dict(environment)}
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.PIPE, **options)
+        assert process.stderr is not None
+        try:
+            for line in process.stderr:
+                match = LINE.fullmatch(line.rstrip("\n"))
+                level = logging.getLevelName(match["level"]) if match else logging.DEBUG
+                logger.log(level if isinstance(level, int) else logging.INFO, "%s", match["text"] if match else line)
+                last.append(match["text"] if match else line.strip())
+            code = process.wait()
+        finally:
+            process.terminate()  # nothing, where it has ended
+            process.wait()
+            process.stderr.close()
+        output.seek(0)
+        return code, output.read(), list(last)

@@ -53,14 +53,14 @@ def test_a_killed_worker_changes_no_byte(tmp_path, base_main):
     process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     victim = _training_worker(process, there)
     os.kill(victim, signal.SIGKILL)
-    said, _ = process.communicate(timeout=300)
+    said, _ = process.communicate(timeout=500)
     assert process.returncode == 0, said
     assert digests(there) == digests(here)
 
 
 def _training_worker(process: subprocess.Popen, workspace: Path) -> int:
     """A worker below `process` that is in a training which has saved an epoch."""
-    limit = time.monotonic() + 200
+    limit = time.monotonic() + 400
     while time.monotonic() < limit and process.poll() is None:
         time.sleep(0.02)
         if list(workspace.glob("checkpoints/.progress/[!.]*.pth")):

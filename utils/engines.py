@@ -140,6 +140,7 @@ class Ray:
     def _started(self, gpu: float) -> tuple[Any, Any]:
         try:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: starved beside any other program
             import ray
         except ImportError as error:
             raise UserError(f"--engine ray: ray cannot be imported ({error}). {INSTALL}") from error

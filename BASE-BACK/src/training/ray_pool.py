@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class RayPool:
     def __init__(self, jobs: int, threads: int | None, address: str | None) -> None:
         try:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: starved beside any other program
             import ray
         except ImportError as error:
             raise RayError(f"--engine ray: ray cannot be imported ({error}); {INSTALL}") from error
@@ -53,35 +54,28 @@ class RayPool:
         self.jobs = max(1, int(found.get("CPU", 1) if threads else found.get("GPU", 1)))
         gpus = 0 if threads else 1
         self._task = ray.remote(num_cpus=threads or 1, num_gpus=gpus, max_retries=RETRIES)(_work)
-        self._running: list[Any] = []
+        self._waiting = ThreadPoolExecutor(self.jobs)
 
     def submit(self, function: Callable[..., Any], unit: Any) -> Future:
         """What the function gives for the unit, once it is there."""
-        reference = self._task.remote(self._threads, function, unit)
-        self._running.append(reference)
-        own: Future = Future()
-        reference.future().add_done_callback(lambda done: self._hand_over(done, own))
-        return own
+        return self._waiting.submit(self._answer, function, unit)
 
-    def _hand_over(self, done: Future, own: Future) -> None:
-        error = done.exception()
-        if error is None:
-            own.set_result(done.result())
-        elif isinstance(error, self._ray.exceptions.RayTaskError):
-            own.set_exception(error.cause)
-        else:
-            own.set_exception(RuntimeError(f"its worker died {RETRIES + 1} times (killed, or out of memory?)"))
+    def _answer(self, function: Callable[..., Any], unit: Any) -> Any:
+        try:
+            return self._ray.get(self._task.remote(self._threads, function, unit))
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except self._ray.exceptions.RayError as error:
+            raise RuntimeError(f"its worker died {RETRIES + 1} times (killed, or out of memory?)") from error
 
     def shutdown(self, *, wait: bool = True) -> None:
-        """End the cluster that was started here, or leave the one that was joined."""
+        """End the cluster that was started here, or leave the one that was joined, whose workers then stop."""
         self._ray.shutdown()
+        self._waiting.shutdown(wait=wait)
 
     def kill(self) -> None:
-        """As `shutdown`, after what is running has been told to stop."""
-        _, left = self._ray.wait(self._running, num_returns=max(1, len(self._running)), timeout=0)
-        for reference in left:
-            self._ray.cancel(reference)
-        self._ray.shutdown()
+        """As `shutdown`: a job's workers end with it."""
+        self.shutdown(wait=False)
 
 
 def _work(threads: int | None, work: Callable[..., Any], unit: Any) -> Any:

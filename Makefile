@@ -2,7 +2,7 @@
 
 .SUFFIXES:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint clean-environment
+.PHONY: help setup demo test test-slow bench lint clean-environment
 
 PYTHON ?= python3
 QUICK ?=
@@ -32,6 +32,9 @@ test: setup ## run the fast tests
 
 test-slow: setup ## run the slow tests
 	@$(IN_ENVIRONMENT) -m pytest -q -m slow $(ARGS)
+
+bench: setup ## run all benchmarks (about an hour) and print one table of goals
+	@$(IN_ENVIRONMENT) benchmarks/all.py $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 lint: setup ## check style and layout
 	@$(IN_ENVIRONMENT) -m ruff check .

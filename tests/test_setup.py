@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "environment.py"
-VERBS = ["help", "setup", "demo", "test", "test-slow", "lint", "clean-environment"]
+VERBS = ["help", "setup", "demo", "test", "test-slow", "bench", "lint", "clean-environment"]
 
 
 def requirement_lines() -> list[str]:

@@ -168,11 +168,11 @@ def test_a_thousandth_of_a_hundred_members_on_ten_million_images_of_a_thousand_c
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     told = {}
     for metric in ("log_loss", "accuracy"):
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         found = select_in_blocks(shards, labels, metric=metric, steps=5)
-        told[metric] = round(time.perf_counter() - start, 1)
+        told[metric] = [round(time.perf_counter() - start, 1), round(time.process_time() - cpu, 1)]
         assert 1 <= found.paths[0].kept <= 5
         assert found.paths[0].losses[-1] < found.paths[0].losses[0]
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6
-    print(f"seconds {told}, peak memory grown by {grown:.2f} GB")
+    print(f"[seconds, CPU seconds] {told}, peak memory grown by {grown:.2f} GB")
     assert grown < 1.5

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from utils import engines, out_of_core, pools
+from utils.candidates import scorer
 from utils.errors import UserError
 from utils.metrics import softmax
 from utils.out_of_core import Shards, linear_weights, select_in_blocks
@@ -58,6 +59,17 @@ def test_the_same_members_and_losses_as_in_memory(given, metric, options):
     assert (there.counts == here.counts).all()
 
 
+@pytest.mark.parametrize("metric", ["log_loss", "brier", "accuracy", "f1_macro"])
+def test_every_candidate_has_its_loss_from_memory_whatever_was_asked_before(given, metric):
+    probabilities, shards, labels = given
+    here, there = scorer(probabilities, labels, metric), out_of_core.SCORERS[metric](shards, labels)
+    for member in (8, 3, 0, 8):
+        here.add(member)
+        there.add(member)
+        assert there.loss() == pytest.approx(here.loss(), abs=1e-9)
+        np.testing.assert_allclose(there.losses(all_exact=True), here.losses(all_exact=True), rtol=0, atol=1e-9)
+
+
 def test_log_loss_decides_where_accuracy_finds_members_equal(given):
     probabilities, shards, labels = given
     words = {"metric": "accuracy", "tie_breaker": "log_loss", "steps": 8}
@@ -72,13 +84,13 @@ def test_rows_that_no_member_can_change_are_not_read_again(tmp_path, monkeypatch
     read = []
     whole = Shards.read
     monkeypatch.setattr(Shards, "read", lambda self, block: read.append(len(block.places)) or whole(self, block))
-    scorer = out_of_core.SCORERS["accuracy"](shards, labels)
+    votes = out_of_core.SCORERS["accuracy"](shards, labels)
     seen = []
     for _ in range(25):
         read.clear()
-        scorer.losses()
+        votes.losses()
         seen.append(sum(read))
-        scorer.add(M - 1)
+        votes.add(M - 1)
     assert seen[0] == N
     assert sum(seen) < len(seen) * N / 2
 

@@ -2,7 +2,7 @@
 
 .SUFFIXES:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-browser crash fuzz lint clean-environment
+.PHONY: help setup demo test test-slow test-browser crash fuzz bench lint clean-environment
 
 PYTHON ?= python3
 QUICK ?=
@@ -44,6 +44,9 @@ crash: setup ## kill the pipeline at forty random moments and at every write, an
 
 fuzz: setup ## feed hostile files to every reader; N=100000 for more of them
 	@$(IN_ENVIRONMENT) tests/fuzz/run.py $(N) $(SEED)
+
+bench: setup ## run all benchmarks (about an hour) and print one table of goals
+	@$(IN_ENVIRONMENT) benchmarks/all.py $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 lint: setup ## check style and layout
 	@$(IN_ENVIRONMENT) -m ruff check .

@@ -315,12 +315,21 @@ COMMON: dict[str, dict[str, Any]] = {
         "help": "the base pipeline (default: BASE_BACK_DIR, ../BASE-BACK, the bundled one)",
     },
     "--device": {"metavar": "DEVICE", "help": "cuda, cuda:N, cpu or auto (default: the configuration's)"},
+    "--engine": {
+        "choices": ("local", "ray"),
+        "default": "local",
+        "help": "where independent jobs run: in this process, or on the workers of a Ray cluster (default: local)",
+    },
+    "--address": {
+        "metavar": "ADDRESS",
+        "help": "with --engine ray: the cluster to join, such as auto; without it one is started here for the command",
+    },
     "--force": {"action": "store_true", "help": "do again what is there already"},
     "--json": {"action": "store_true", "help": "one JSON document on stdout"},
     "--verbose": {"action": "store_true", "help": "more messages"},
     "--quiet": {"action": "store_true", "help": "warnings and errors only"},
 }
-TYPED_AGAIN = ("--config", "--set", "--workspace", "--output", "--base-back", "--device")
+TYPED_AGAIN = ("--config", "--set", "--workspace", "--output", "--base-back", "--device", "--engine", "--address")
 """Common options that belong to the next command as well."""
 
 
@@ -452,7 +461,7 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
     base_back.bind(common["--base-back"], folder)
     if config.dataset.group_regex is not None:
         os.environ.setdefault("DBT_GROUP_REGEX", config.dataset.group_regex)
-    from utils import caches, locks
+    from utils import caches, engines, locks
     from utils.workspace import Workspace
 
     workspace = Workspace.of_settings(common["--output"])
@@ -467,7 +476,8 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
         try:
             if command.decodes:
                 caches.enforce_quota(workspace.image_cache, config.cache.quota_gb)
-            return call(name, config, workspace, options)
+            with engines.using(common["--engine"], common["--address"]):
+                return call(name, config, workspace, options)
         except OSError as error:
             raise errors.UserError(errors.file_trouble(error, workspace.root)) from error
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from reporting import report, row
 
 PROJECT = Path(__file__).resolve().parents[1]
 GOAL = 3  # checkpoints
@@ -35,17 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.part:
         print(json.dumps(PARTS[options.part](options.folder)))
         return 0
-    rows = measure(quick=options.quick)
-    machine = {"cores": os.cpu_count(), "system": f"{platform.system()} {platform.release()}"}
-    for row in rows:
-        verdict = {True: "holds", False: "MISSED", None: ""}[row["holds"]]
-        figure = "-" if row["figure"] is None else f"{row['figure']:.2f}"
-        print(
-            f"{row['what']:62} {figure:>7} {row['unit']:12} goal: {row['goal'] or '-'}; {row['peer'] or ''}  {verdict}"
-        )
-    versions = {"python": platform.python_version(), "torch": _torch_version()}
-    document = {"benchmark": "soup_memory", "quick": options.quick, "machine": machine, "versions": versions}
-    print(json.dumps(document | {"rows": rows}))
+    report("soup_memory", measure(quick=options.quick), quick=options.quick, packages=("torch", "safetensors"))
     return 0
 
 
@@ -62,14 +53,9 @@ def measure(*, quick: bool) -> list[dict[str, Any]]:
     holds = None if peaks[0] is None else peaks[0] < GOAL
     beside = None if peaks[1] is None else f"all in memory at once: {peaks[1]:.2f}"
     return [
-        _row(f"{what}: peak memory", peaks[0], "checkpoints", f"under {GOAL}", holds, beside),
-        _row(f"{what}: averaged and written", ours["seconds"], "s", None, None, f"at once: {plain['seconds']:.2f} s"),
+        row(f"{what}: peak memory", peaks[0], "checkpoints", f"under {GOAL}", holds, beside),
+        row(f"{what}: averaged and written", ours["seconds"], "s", None, None, f"at once: {plain['seconds']:.2f} s"),
     ]
-
-
-def _row(what: str, figure: float | None, unit: str, goal: str | None, holds: bool | None, peer: str | None) -> dict:
-    value = None if figure is None else round(figure, 3)
-    return {"what": what, "figure": value, "unit": unit, "goal": goal, "holds": holds, "peer": peer}
 
 
 def _write_checkpoints(folder: Path, count: int, millions: int) -> None:
@@ -95,12 +81,6 @@ def _part(name: str, folder: Path) -> dict[str, Any]:
     if done.returncode != 0:
         raise SystemExit(f"the part {name} of the benchmark ended with {done.returncode}; see the messages above")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def _torch_version() -> str:
-    from importlib.metadata import version
-
-    return version("torch")
 
 
 # parts, each in a process of its own ---------------------------------------------------------------------------------

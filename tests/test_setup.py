@@ -19,7 +19,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "environment.py"
 VERBS = [
-    *("help", "setup", "demo", "test", "test-slow", "test-browser", "crash", "fuzz", "lint", "clean-environment"),
+    *("help", "setup", "demo", "test", "test-slow", "test-browser", "crash", "fuzz", "bench", "lint"),
+    "clean-environment",
 ]
 
 

@@ -11,11 +11,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from utils import catalog, streaming
+from utils import catalog, engines, streaming
 from utils.artifacts import digest_of, open_array, read_record, write_array, write_json
 from utils.catalog import Member
 from utils.metrics import log_softmax
-from utils.predictions import AGAIN, Store
+from utils.predictions import AGAIN, GPU_SHARE, Store
 from utils.rows import MemberRows, Rows, align
 
 logger = logging.getLogger("disease_pipeline")
@@ -53,10 +53,12 @@ def ensure(store: Store, members: Sequence[Member], splits: Sequence[str], infer
     store.ensure(members, splits)
     if inference == FULL:
         return
-    for member in members:
-        gaps = [split for split in splits if not _is_stored(store, member, split)]
-        if gaps:
-            _stream(store, member, gaps)
+    missing = [(m, gaps) for m in members if (gaps := [s for s in splits if not _is_stored(store, m, s)])]
+    engine = engines.current()
+    device = streaming.resolve_device(store.config.device) if missing else "cpu"
+    share = GPU_SHARE if device != "cpu" else 0.0
+    for _ in engine.each(_stream, missing, shared=(store, engine.placed(device)), what="fold networks", gpu=share):
+        pass
     store.digests.save()
 
 
@@ -91,11 +93,11 @@ def _is_stored(store: Store, member: Member, split: str) -> bool:
     return record is not None and record.get("key") == key(store, member, split, FOLDS) and path.is_file()
 
 
-def _stream(store: Store, member: Member, splits: Sequence[str]) -> None:
-    """Run the fold networks one after another; their summed probabilities stay in memory, (N, C) in float64."""
+def _stream(store: Store, device: str, job: tuple[Member, Sequence[str]]) -> None:
+    """Run a member's fold networks one after another; the sums stay in memory, (N, C) in float64 per split."""
+    member, splits = job
     images = [store.images(split) for split in splits]
     order = [member.classes.index(name) for name in store.catalog.classes]
-    device = streaming.resolve_device(store.config.device)
     names = stages(member)
     sums = {split.split: np.full((len(split.paths), len(order)), -np.inf) for split in images}
     for stage in names:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from utils import engines
 from utils.metrics import log_loss_per_row
 
 
@@ -103,17 +104,24 @@ def _all_fits(
     without: Sequence[tuple[int, ...]],
     jobs: int,
 ) -> list[np.ndarray]:
-    from joblib import Parallel, delayed
-    from threadpoolctl import threadpool_limits
-
-    def fit(held_out: tuple[int, ...]) -> np.ndarray:
-        out = np.isin(folds, held_out)
-        return learner.predictions(logits[:, ~out], labels[~out], logits[:, out])
-
     # One thread per fit: the same sums in the same order, whatever the number of cores.
-    with threadpool_limits(limits=1):
-        workers = jobs if learner.threads else 1
-        return list(Parallel(n_jobs=workers, prefer="threads")(delayed(fit)(held_out) for held_out in without))
+    fits = engines.current().each(
+        _fit,
+        without,
+        shared=(learner, logits, labels, folds),
+        what=f"fits of {type(learner).__name__.removesuffix('Learner').lower()}",
+        side_by_side=jobs if learner.threads else 1,
+        threads=1,
+    )
+    return list(fits)
+
+
+def _fit(
+    learner: Learner, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray, held_out: tuple[int, ...]
+) -> np.ndarray:
+    """(G, H, C) for the rows of the folds that are held out, fitted on the others."""
+    out = np.isin(folds, held_out)
+    return learner.predictions(logits[:, ~out], labels[~out], logits[:, out])
 
 
 def _losses(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, estimates, inspection, out_of_fold, streaming
+from utils import catalog, engines, estimates, inspection, out_of_fold, streaming
 from utils.artifacts import (
     FileDigests,
     digest_of,
@@ -39,6 +39,7 @@ from utils.workspace import SPLITS, Workspace
 logger = logging.getLogger("disease_pipeline")
 
 VERSION = 2  # raised whenever the same weights and images would give other arrays
+GPU_SHARE = 0.5  # of a GPU per member on a cluster: one reads its weights while the other runs
 ARRAYS = ("logits", "labels", "sample_ids", "honest")
 IMPORT = "python ensemble_orchestrator.py import-predictions --from DIR"
 OUTDATED = "imported_outdated"
@@ -126,11 +127,17 @@ class Store:
             on_cuda=device != "cpu",
         )
         logger.info("streaming %d member(s) over %s: %s", len(missing), ", ".join(wanted), expected)
+        engine = engines.current()
+        here = engine.name == engines.Local.name
+        following = [*files[1:], None] if here else [None] * len(files)
         start = time.monotonic()
-        for number, (member, gaps) in enumerate(missing, start=1):
-            catalog.check_current(self.workspace, member, self.digests)
-            with reading_ahead(files[number] if number < len(files) else None):
-                self._stream(member, gaps, device, threads)
+        streamed = engine.each(
+            Store._stream_missing,
+            [(member, gaps, ahead) for (member, gaps), ahead in zip(missing, following, strict=True)],
+            shared=(self, engine.placed(device), threads),
+            gpu=GPU_SHARE if device != "cpu" else 0.0,
+        )
+        for number, ((member, gaps), _) in enumerate(zip(missing, streamed, strict=True), start=1):
             left = (time.monotonic() - start) / number * (len(missing) - number)
             logger.info("[%d/%d] streamed %s over %s; about %.0f s left", number, len(missing), member.name, gaps, left)
         outputs = {member.name: self.rows(member, "val") for member, gaps in missing if "val" in gaps}
@@ -268,6 +275,13 @@ class Store:
             self.workspace.predictions(member.name, split) / "record.json", remedy=AGAIN
         )
         return record
+
+    def _stream_missing(self, device: str, threads: int, job: tuple[Member, Sequence[str], Path | None]) -> None:
+        """Run one member over the splits that it lacks, reading the file of the next one ahead where that is known."""
+        member, gaps, ahead = job
+        catalog.check_current(self.workspace, member, self.digests)
+        with reading_ahead(ahead):
+            self._stream(member, gaps, device, threads)
 
     def _stream(self, member: Member, splits: Sequence[str], device: str, threads: int) -> None:
         """Run one member; its arrays grow on disk under temporary names and appear when a split is complete."""

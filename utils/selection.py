@@ -79,9 +79,42 @@ def select(
     """
     scorers = [scorer(probabilities, labels, name) for name in (metric, tie_breaker) if name]
     count = len(probabilities)
-    _check(steps=steps, count=count, start=start, bags=bags, bag_share=bag_share, tries=tries)
     begun = np.zeros(count) if start is None else np.asarray(start, dtype=np.float64)
+    _check_start(begun, count)
     total = weighted_sum(probabilities, begun) if begun.any() else None
+    return select_scored(
+        scorers,
+        count,
+        begun=begun,
+        total=total,
+        steps=steps,
+        sorted_start=sorted_start,
+        bags=bags,
+        bag_share=bag_share,
+        tries=tries,
+        seed=seed,
+    )
+
+
+def select_scored(
+    scorers: list[Scorer],
+    count: int,
+    *,
+    begun: Floats | None = None,
+    total: Floats | None = None,
+    steps: int = 25,
+    sorted_start: bool = False,
+    bags: int = 0,
+    bag_share: float = 0.5,
+    tries: int = 1,
+    seed: int = 0,
+) -> Selection:
+    """As `select` of `count` members, by scorers that are made already: of the metric, and perhaps of the tie-breaker.
+
+    `begun` are counts or weights (M,) of the start and `total` (N, C) is their sum of members.
+    """
+    _check(steps=steps, bags=bags, bag_share=bag_share, tries=tries)
+    begun = np.zeros(count) if begun is None else begun
     pools = _Pools(scorers, total, float(begun.sum()))
     alone = scorers[0].losses(all_exact=True) if sorted_start and total is None else None
     counts, paths = np.zeros(count), []
@@ -101,13 +134,16 @@ def select(
     return Selection(counts, tuple(paths))
 
 
-def _check(*, steps: int, count: int, start: NDArray[Any] | None, bags: int, bag_share: float, tries: int) -> None:
+def _check(*, steps: int, bags: int, bag_share: float, tries: int) -> None:
     if steps < 1 or bags < 0 or not 0 < bag_share <= 1 or tries < 1:
         raise UserError(
             f"selection: found steps {steps}, bags {bags}, bag_share {bag_share}, tries {tries}; expected at least 1 "
             "step, at least 0 bags, a share above 0, at most 1, and at least 1 try"
         )
-    if start is not None and (np.shape(start) != (count,) or not np.all(np.isfinite(start)) or np.min(start) < 0):
+
+
+def _check_start(start: Floats, count: int) -> None:
+    if start.shape != (count,) or not np.isfinite(start).all() or start.min() < 0:
         raise UserError(f"start of the selection: expected {count} finite numbers, none below 0; found {start}")
 
 

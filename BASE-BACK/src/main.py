@@ -121,6 +121,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--augment", choices=("full", "no_flip", "none"), help="training transform (DBT_AUGMENT)")
     parser.add_argument("--seed", metavar="N", help="seed of everything random (DBT_SEED)")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes side by side (default: the usable cores)")
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="train in processes of this machine, or on the workers of a Ray cluster (default: local)",
+    )
+    parser.add_argument(
+        "--address",
+        metavar="ADDRESS",
+        help="with --engine ray: the cluster to join, such as auto; without it one is started here for this run",
+    )
     parser.add_argument("--force", action="store_true", help="do finished work again")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
@@ -128,7 +139,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    arguments = vars(build_parser().parse_args(argv))
+    parser = build_parser()
+    arguments = vars(parser.parse_args(argv))
+    if arguments["address"] is not None and arguments["engine"] != "ray":
+        parser.error("--address belongs to --engine ray")
     variables = {
         "size": "DBT_MODEL_SIZE",
         "epochs_head": "DBT_EPOCHS_HEAD",
@@ -186,7 +200,8 @@ def _run(arguments: dict[str, Any]) -> int:
     ]
     stages = [stage for stage in (*STAGES, *ON_REQUEST) if stage in stages]
     try:
-        summary = run_stages(backbones, stages, jobs=arguments["jobs"], force=arguments["force"])
+        options = {name: arguments[name] for name in ("jobs", "force", "engine", "address")}
+        summary = run_stages(backbones, stages, **options)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

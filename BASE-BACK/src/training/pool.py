@@ -9,12 +9,25 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from training.units import Outcome, Unit
 
 PARENT_CHECK_SECONDS = 1.0
+
+
+class Pool(Protocol):
+    """Where units run, several at a time."""
+
+    def submit(self, function: Callable[..., Any], unit: Unit) -> Future:
+        """What the function gives for the unit, once it is there."""
+
+    def shutdown(self, *, wait: bool = True) -> None:
+        """Nothing is running any more, or may go on to its end."""
+
+    def kill(self) -> None:
+        """End what is running at once: what it was writing lies under temporary names."""
 
 
 def _start_worker(parent: int, threads: int | None) -> None:
@@ -53,8 +66,11 @@ def run_units(
     threads: int | None,
     finished: Callable[[Unit, Outcome, float], None],
     failed: Callable[[Unit, str], None],
+    new_pool: Callable[[], Pool] | None = None,
 ) -> None:
     """Run units in `jobs` processes, each after those it names; the callbacks run in this process, one at a time.
+
+    `new_pool` makes what takes the place of processes of this machine.
 
     A unit fails by an exception or by the death of its process; whatever waits for it then fails with it, the rest
     goes on. Units that wait for something outside `units` start at once.
@@ -63,7 +79,8 @@ def run_units(
     done: set[str] = set()
     lost: set[str] = set()
     running: dict[Future, Unit] = {}
-    pool = _new_pool(jobs, threads)
+    make: Callable[[], Pool] = new_pool or (lambda: _new_pool(jobs, threads))
+    pool = make()
     try:
         while waiting or running:
             for unit in [u for u in waiting.values() if lost & set(u.after)]:
@@ -93,10 +110,10 @@ def run_units(
                     finished(unit, outcome, seconds)
             if broken:
                 pool.shutdown(wait=False)
-                pool = _new_pool(jobs, threads)
+                pool = make()
         pool.shutdown()
     except BaseException:
-        _kill(pool)
+        pool.kill()
         raise
 
 
@@ -104,13 +121,15 @@ def _names(running: dict[Future, Unit]) -> set[str]:
     return {unit.name for unit in running.values()}
 
 
-def _new_pool(jobs: int, threads: int | None) -> ProcessPoolExecutor:
+class _Processes(ProcessPoolExecutor):
+    """Processes of this machine."""
+
+    def kill(self) -> None:
+        for process in list((self._processes or {}).values()):
+            process.kill()
+        self.shutdown(wait=False, cancel_futures=True)
+
+
+def _new_pool(jobs: int, threads: int | None) -> Pool:
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(os.getpid(), threads))
-
-
-def _kill(pool: ProcessPoolExecutor) -> None:
-    """End the workers at once: what they were writing lies under temporary names."""
-    for process in list((pool._processes or {}).values()):
-        process.kill()
-    pool.shutdown(wait=False, cancel_futures=True)
+    return _Processes(jobs, mp_context=context, initializer=_start_worker, initargs=(os.getpid(), threads))

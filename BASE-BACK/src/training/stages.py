@@ -57,8 +57,13 @@ def run_stages(
     folds: int | None = None,
     jobs: int | None = None,
     force: bool = False,
+    engine: str = "local",
+    address: str | None = None,
 ) -> Summary:
     """Run the given stages for the given backbones and write every record; returns what was done.
+
+    `engine` is local, for processes of this machine, or ray, for the workers of the cluster at `address`, or of one
+    that is started here.
 
     Raises `SplitError` or FileNotFoundError when there is nothing to train on; a backbone that fails is named in the
     summary and the others go on.
@@ -83,7 +88,14 @@ def run_stages(
         ledger.forget(unit)
         if force:
             progress_path(unit).unlink(missing_ok=True)
+    wanted = jobs
     jobs, threads = _processes(jobs)
+    new_pool = None
+    if engine == "ray" and chosen:
+        from training.ray_pool import RayPool
+
+        cluster = RayPool(jobs, threads, address)
+        jobs, new_pool = min(wanted or cluster.jobs, cluster.jobs), lambda: cluster
     progress = _Progress(chosen)
 
     def finished(unit: Unit, outcome: Outcome, seconds: float) -> None:
@@ -106,7 +118,7 @@ def run_stages(
         logger.error("%s: %s", unit.name, reason)
         progress.drop(unit)
 
-    run_units(chosen, jobs=jobs, threads=threads, finished=finished, failed=failed)
+    run_units(chosen, jobs=jobs, threads=threads, finished=finished, failed=failed, new_pool=new_pool)
     if any(unit.kind == "verify" for unit in chosen):
         smoke_checker.save_summary()
     for unit in units:

@@ -1,0 +1,86 @@
+"""Units on the workers of a Ray cluster, in place of processes of this machine; see `training.pool`.
+
+Every machine needs this folder, its packages and the workspace under the same paths. A worker that dies is replaced and
+its unit run again, which goes on from the last saved epoch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+RETRIES = 3
+STORE_BYTES = 100_000_000  # units hand over paths and figures, no arrays
+INSTALL = "install it: pip install 'ray>=2.40,<3'; or leave --engine ray out"
+
+
+class RayError(ValueError):
+    """Ray is not installed, or no cluster answers; the text says what to do."""
+
+
+class RayPool:
+    """Submits units as `ProcessPoolExecutor` does; raises `RayError` where it cannot begin."""
+
+    def __init__(self, jobs: int, threads: int | None, address: str | None) -> None:
+        try:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: starved beside any other program
+            import ray
+        except ImportError as error:
+            raise RayError(f"--engine ray: ray cannot be imported ({error}); {INSTALL}") from error
+        self._ray, self._threads = ray, threads
+        here: dict[str, Any] = {} if address else {"num_cpus": jobs, "object_store_memory": STORE_BYTES}
+        variables = {name: value for name, value in os.environ.items() if name.startswith("DBT_")}
+        variables.pop("DBT_PARENT", None)  # a process of this machine alone
+        source = str(Path(__file__).resolve().parents[1])
+        paths = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
+        try:
+            ray.init(
+                address=address or "local",
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": variables | {"PYTHONPATH": paths}},
+                **here,
+            )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RayError(f"--address {address}: no Ray cluster can be joined there ({reason})") from error
+        found = ray.cluster_resources()
+        self.jobs = max(1, int(found.get("CPU", 1) if threads else found.get("GPU", 1)))
+        gpus = 0 if threads else 1
+        self._task = ray.remote(num_cpus=threads or 1, num_gpus=gpus, max_retries=RETRIES)(_work)
+        self._waiting = ThreadPoolExecutor(self.jobs)
+
+    def submit(self, function: Callable[..., Any], unit: Any) -> Future:
+        """What the function gives for the unit, once it is there."""
+        return self._waiting.submit(self._answer, function, unit)
+
+    def _answer(self, function: Callable[..., Any], unit: Any) -> Any:
+        try:
+            return self._ray.get(self._task.remote(self._threads, function, unit))
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except self._ray.exceptions.RayError as error:
+            raise RuntimeError(f"its worker died {RETRIES + 1} times (killed, or out of memory?)") from error
+
+    def shutdown(self, *, wait: bool = True) -> None:
+        """End the cluster that was started here, or leave the one that was joined, whose workers then stop."""
+        self._ray.shutdown()
+        self._waiting.shutdown(wait=wait)
+
+    def kill(self) -> None:
+        """As `shutdown`: a job's workers end with it."""
+        self.shutdown(wait=False)
+
+
+def _work(threads: int | None, work: Callable[..., Any], unit: Any) -> Any:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    return work(unit)

@@ -1,0 +1,168 @@
+"""The whole on five points: 3, 6 and 12 trained members at 1,000 images, 6 members at 500 and at 1,797.
+
+    python benchmarks/pipeline.py            scikit-learn's handwritten digits; trains the members once, then 10 minutes
+    python benchmarks/pipeline.py --quick    two members on 120 and 240 images, not the form to report
+
+Small members (32 px, two folds) are trained once per number of images and kept in `benchmarks/zoo/pipeline`, out of
+git. At each point `pipeline` runs into an empty folder and then once more, every family on that can be built, without
+tflite. How the time grows with members and with images is the slope of its logarithm. The last line of the output is
+one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from reporting import report, row
+
+PROJECT = Path(__file__).resolve().parents[1]
+CONFIG = PROJECT / "configs" / "digits_demo.yaml"
+ZOO = PROJECT / "benchmarks" / "zoo" / "pipeline"
+BACKBONES = (
+    *("CustomConvNeXt", "CustomViTHybrid", "CustomMobileOne", "CustomResNetMish", "CustomRegNet", "CustomGhostNetV2"),
+    *("CustomEfficientNetV4", "CustomDenseNetHybrid", "CustomDeiTStyle", "CustomInceptionV4", "CustomCSPDarkNet"),
+    "CustomDynamicConvNet",
+)
+POINTS = ((3, 1000), (6, 1000), (12, 1000), (6, 500), (6, 1797))
+QUICK_POINTS = ((1, 240), (2, 240), (2, 120))
+FORMATS = "exports.formats=[state_dict,checkpoint,torchscript,onnx]"
+ALLOWED = "at most 1 + 3 % of the first, no torch"
+LEFT_OUT = 4  # finished without some requested part
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run all points; returns 0, also where a goal is missed."""
+    parser = argparse.ArgumentParser(prog="pipeline.py", description="The whole pipeline on five points.")
+    parser.add_argument("--quick", action="store_true", help="two members on few images, not the form to report")
+    options = parser.parse_args(argv)
+    points = QUICK_POINTS if options.quick else POINTS
+    folder = ZOO.with_name("pipeline-quick") if options.quick else ZOO
+    for images in sorted({images for _, images in points}):
+        members = BACKBONES[: max(count for count, own in points if own == images)]
+        train(folder / f"digits{images}", images, members, epochs=1 if options.quick else 4)
+    found = [measure(folder / f"digits{images}", count) | {"images": images} for count, images in points]
+    report("pipeline", rows(found), quick=options.quick, packages=("torch", "numpy", "scikit-learn"), points=found)
+    return 0
+
+
+def rows(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Seconds of both runs at each point, and their growth."""
+    told = []
+    for point in found:
+        size = f"{point['members']} members, {point['images']:,} images"
+        failed = f"; left out: {'; '.join(point['left_out'])}" if point["left_out"] else ""
+        told.append(row(f"{size}: pipeline", point["first"], "s", None, None, f"{point['stages']} stages{failed}"))
+        holds = point["second"] <= 1 + 0.03 * point["first"] and not point["torch"]
+        said = "imported torch" if point["torch"] else "without torch"
+        told.append(row(f"{size}: second run", point["second"], f"s, {said}", ALLOWED, holds, None))
+    for name in ("members", "images"):
+        slope = growth(found, name)
+        if slope is not None:
+            holds = slope <= 1.1
+            told.append(
+                row(f"growth with {name}", slope, "power of them that time follows", "at most 1.1", holds, None)
+            )
+    return told
+
+
+def growth(found: Sequence[dict[str, Any]], name: str) -> float | None:
+    """Slope of log seconds over log `name`, on the most points that are equal otherwise; None for fewer than two."""
+    import numpy as np
+
+    other = "images" if name == "members" else "members"
+    alike = [[point for point in found if point[other] == value] for value in {point[other] for point in found}]
+    line = max(alike, key=len)
+    if len(line) < 2:
+        return None
+    slope, _ = np.polyfit(np.log([point[name] for point in line]), np.log([point["first"] for point in line]), 1)
+    return float(slope)
+
+
+def train(workspace: Path, images: int, members: Sequence[str], *, epochs: int) -> None:
+    """A workspace with so many digits and these networks; what is there is kept."""
+    data = workspace / "Data"
+    if not data.is_dir():
+        sys.path.insert(0, str(PROJECT / "scripts"))
+        from demo import write_digits
+
+        everything = ZOO.parent / "images"
+        workspace.mkdir(parents=True, exist_ok=True)
+        write_digits(everything)
+        partial = workspace / "Data.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        for path in sorted(everything.glob("*/*.png"), key=lambda path: path.name)[:images]:
+            (partial / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, partial / path.parent.name / path.name)
+        partial.rename(data)
+    command = [
+        *(sys.executable, str(PROJECT / "BASE-BACK" / "src" / "main.py"), "--workspace", str(workspace)),
+        *("--stages", "split", "kfold", "train", "--size", "tiny", "--folds", "2", "--augment", "no_flip"),
+        *("--epochs-head", "1", "--epochs-finetune", str(epochs), "--backbones", *members),
+    ]
+    start = time.monotonic()
+    done = subprocess.run(command, env=environment(), stdout=sys.stderr, check=False, cwd=PROJECT)
+    if done.returncode not in (0, LEFT_OUT):
+        raise SystemExit(f"training {len(members)} members on {images} images ended with {done.returncode}")
+    print(f"{workspace}: members ready after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+def measure(workspace: Path, count: int) -> dict[str, Any]:
+    """Seconds of `pipeline` into an empty folder and of a second run, start of Python included."""
+    with tempfile.TemporaryDirectory(prefix="pipeline-") as output:
+        first, second = (pipeline(workspace, Path(output), BACKBONES[:count]) for _ in range(2))
+    return {
+        "members": count,
+        "first": first["seconds"],
+        "second": second["seconds"],
+        "torch": second["torch"],
+        "stages": first["stages"],
+        "left_out": first["left_out"],
+    }
+
+
+def pipeline(workspace: Path, output: Path, members: Sequence[str]) -> dict[str, Any]:
+    """One run: seconds, whether torch was imported, stages, and what was left out."""
+    arguments = [
+        *("pipeline", "--json", "--quiet", "--config", str(CONFIG), "--device", "cpu", "--workspace", str(workspace)),
+        *("--output", str(output), "--set", f"backbones.include=[{','.join(members)}]", "--set", FORMATS),
+    ]
+    code = (
+        "import sys; import ensemble_orchestrator as program; code = program.main(sys.argv[1:]); "
+        "print('torch' in sys.modules); sys.exit(code)"
+    )
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environment() | {"PYTHONPATH": str(PROJECT)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        cwd=PROJECT,
+    )
+    seconds = time.perf_counter() - start
+    if done.returncode not in (0, LEFT_OUT):
+        raise SystemExit(f"pipeline with {len(members)} members ended with {done.returncode}; see the messages above")
+    *_, document, torch = done.stdout.splitlines()
+    said = json.loads(document)
+    print(f"{len(members):3} members, {workspace.name}: {seconds:7.2f} s", file=sys.stderr, flush=True)
+    stages = len([name for name in said if name != "failures"])
+    return {"seconds": seconds, "torch": torch == "True", "stages": stages, "left_out": said["failures"]}
+
+
+def environment() -> dict[str, str]:
+    """Without the settings of whoever runs this."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("DBT_") and key != "BASE_BACK_DIR"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""`make bench`: which programs it runs, what it makes of their last lines; the pipeline benchmark's figures."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+from conftest import PROJECT, run_python
+
+FOLDER = PROJECT / "benchmarks"
+
+
+def module(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return module("all")
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return module("pipeline")
+
+
+def test_every_program_of_the_folder_has_the_one_form(bench):
+    helpers = {"all", "prepare", "reporting", "stacking_costs"}
+    assert set(bench.programs()) == {path.stem for path in FOLDER.glob("*.py")} - helpers
+    for name in bench.programs():
+        assert '"--quick"' in (FOLDER / f"{name}.py").read_text(encoding="utf-8"), name
+
+
+REPORT = {
+    "benchmark": "speed",
+    "quick": True,
+    "rows": [
+        {"what": "a", "figure": 1.05, "unit": "x", "goal": "at most 1.1", "holds": True, "peer": None},
+        {"what": "b", "figure": 2.0, "unit": "x", "goal": "at most 1.1", "holds": False, "peer": None},
+        {"what": "c", "figure": None, "unit": "x", "goal": "at least 2", "holds": None, "peer": None},
+        {"what": "d", "figure": 3.0, "unit": "s", "goal": None, "holds": None, "peer": None},
+    ],
+}
+
+
+def test_the_table_shows_goal_figure_and_verdict(bench):
+    lines = bench.table([REPORT], ["broken"])
+    told = [line.split() for line in lines]
+    assert ["a", "1.050", "pass", "at", "most", "1.1"] in told
+    assert ["b", "2.000", "SHORT", "at", "most", "1.1"] in told
+    assert ["c", "-", "-", "at", "least", "2"] in told
+    assert not any(line.split()[:1] == ["d"] for line in lines)
+    assert lines[-1] == "1 pass, 1 short, 1 not measured, 1 failed: broken"
+
+
+def test_last_lines_are_read_and_failures_named(bench, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "FOLDER", tmp_path)
+    monkeypatch.setattr(bench, "programs", lambda: ["bad", "good", "mute"])
+    (tmp_path / "good.py").write_text(f"import sys\nprint('noise', sys.argv[1:])\nprint({json.dumps(REPORT)!r})")
+    (tmp_path / "bad.py").write_text("raise SystemExit(3)")
+    (tmp_path / "mute.py").write_text("print('no JSON')")
+    assert bench.main(["--quick"]) == 1
+    told = capsys.readouterr()
+    found = json.loads(told.out.splitlines()[-1])
+    assert (found["failed"], [report["benchmark"] for report in found["reports"]]) == (["bad", "mute"], ["speed"])
+    assert "noise ['--quick']" in told.err
+    assert bench.main(["good"]) == 0
+
+
+def test_an_unknown_name_is_usage(bench, capsys):
+    with pytest.raises(SystemExit) as ended:
+        bench.main(["nothing"])
+    assert ended.value.code == 2
+    assert "no benchmark called nothing; there are" in capsys.readouterr().err
+
+
+POINTS = [
+    {"members": members, "images": images, "first": members * images**0.5, "second": 0.5, "torch": False, "stages": 7}
+    | {"left_out": []}
+    for members, images in ((3, 1000), (6, 1000), (12, 1000), (6, 500), (6, 1797))
+]
+
+
+def test_growth_is_the_slope_among_points_that_are_equal_otherwise(pipeline):
+    assert pipeline.growth(POINTS, "members") == pytest.approx(1)
+    assert pipeline.growth(POINTS, "images") == pytest.approx(0.5)
+    assert pipeline.growth(POINTS[:1], "images") is None
+
+
+def test_a_second_run_is_held_to_a_second_and_three_percent(pipeline):
+    def verdicts(**change):
+        rows = pipeline.rows([{**POINTS[0], "first": 10.0, **change}])
+        return [row["holds"] for row in rows if "second run" in row["what"]]
+
+    assert verdicts(second=1.3) == [True]
+    assert verdicts(second=1.31) == [False]
+    assert verdicts(second=0.4, torch=True) == [False]
+
+
+@pytest.mark.slow
+def test_the_quick_form_of_the_pipeline_ends_with_its_report():
+    done = run_python(str(FOLDER / "pipeline.py"), "--quick")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [(point["members"], point["images"]) for point in found["points"]] == [(1, 240), (2, 240), (2, 120)]
+    assert all(row["holds"] for row in found["rows"] if "second run" in row["what"])

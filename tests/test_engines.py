@@ -1,0 +1,229 @@
+"""Where jobs run: in this process, and on the workers of a Ray cluster, one of which is killed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import PROJECT, run_python
+from given_predictions import write
+
+import ensemble_orchestrator
+from utils import engines
+from utils.errors import ConfigError, UserError
+
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: pip install 'ray>=2.40,<3'")
+THREE = "runs.stacking.meta_learners=[lr,xgb,mlp]"
+QUICK = ("runs.stacking.mlp_config.epochs=6", "runs.stacking.xgb_config.n_estimators=10")
+
+
+# jobs for workers, which import this file --------------------------------------------------------------------------
+def doubled(item):
+    return 2 * item
+
+
+def weighted(values, weights, item):
+    return float((values * weights).sum()) + item
+
+
+def refused(item):
+    raise UserError(f"job {item}: refused")
+
+
+def warned(item):
+    logging.getLogger("disease_pipeline").warning("job %d has something to say", item)
+    return item
+
+
+def killed_once(folder, item):
+    """Job 1 ends its worker by SIGKILL, as running out of memory would, until it has been done once."""
+    mark = Path(folder) / f"{item}.{os.getpid()}"
+    mark.touch()
+    if item == 1 and len(list(Path(folder).glob("1.*"))) == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def killed_always(item):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# in this process -----------------------------------------------------------------------------------------------------
+def test_jobs_run_here_one_after_the_other_unless_told_otherwise():
+    seen = []
+    found = engines.Local().each(lambda item: seen.append(threading.get_ident()) or item, [3, 1, 2])
+    assert next(found) == 3
+    assert len(seen) == 1, "the second job waits until the first result is taken"
+    assert list(found) == [1, 2]
+    assert set(seen) == {threading.get_ident()}
+
+
+def test_jobs_side_by_side_keep_their_order():
+    def slow_first(shared, item):
+        time.sleep(0.05 if item == 0 else 0)
+        return shared + item, threading.get_ident()
+
+    found = list(engines.Local().each(slow_first, range(4), shared=(10,), side_by_side=2, threads=1))
+    assert [value for value, _ in found] == [10, 11, 12, 13]
+    assert threading.get_ident() not in {thread for _, thread in found}
+
+
+def test_one_engine_at_a_time():
+    assert engines.current().name == "local"
+    names = []
+
+    def fail():
+        with engines.using("ray", "auto"):
+            names.append(engines.current().name)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert names == ["ray"]
+    assert engines.current().name == "local"
+
+
+def test_what_ray_prints_does_not_reach_stdout(capsys):
+    with engines.using("ray"):
+        print("a worker died")
+    print("a result")
+    assert capsys.readouterr() == ("a result\n", "a worker died\n")
+
+
+def test_the_command_line_knows_the_engines():
+    assert ensemble_orchestrator.COMMON["--engine"]["choices"] == tuple(engines.ENGINES)
+
+
+def test_an_address_belongs_to_ray(tmp_path):
+    message = "--address somewhere: belongs to --engine ray; found --engine local"
+    with pytest.raises(ConfigError, match=message), engines.using("local", "somewhere"):
+        pass
+    script = str(PROJECT / "ensemble_orchestrator.py")
+    done = run_python(script, "status", "--workspace", str(tmp_path), "--address", "somewhere")
+    assert done.returncode == 2
+    assert "belongs to --engine ray" in done.stderr
+
+
+def test_a_missing_ray_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with engines.using("ray"), pytest.raises(UserError, match=r"ray cannot be imported.*pip install 'ray>=2.40,<3'"):
+        list(engines.current().each(doubled, [1]))
+
+
+def test_without_jobs_nothing_is_started(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with engines.using("ray"):
+        assert list(engines.current().each(doubled, [])) == []
+
+
+def test_a_worker_sees_its_gpu_as_the_first():
+    assert engines.Local().placed("cuda:1") == "cuda:1"
+    assert engines.Ray().placed("cuda:1") == "cuda:0"
+    assert engines.Ray().placed("cpu") == "cpu"
+
+
+# on workers ----------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def cluster():
+    """Two workers, started here; the module's jobs are imported from this folder."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(PROJECT / "tests")
+    with pytest.MonkeyPatch.context() as patch, engines.using("ray"):
+        patch.setattr(engines, "_cores", lambda: 2)
+        yield engines.current()
+    os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+
+
+@needs_ray
+@pytest.mark.filterwarnings("ignore")
+class TestOnRay:
+    def test_results_come_in_the_order_of_the_jobs(self, cluster):
+        assert list(cluster.each(doubled, range(20), threads=1)) == list(range(0, 40, 2))
+
+    def test_what_is_shared_arrives_as_it_is(self, cluster):
+        rng = np.random.default_rng(0)
+        values, weights = rng.normal(size=(2, 300, 50))
+        here = list(engines.Local().each(weighted, [1, 2], shared=(values, weights), threads=1))
+        assert list(cluster.each(weighted, [1, 2], shared=(values, weights), threads=1)) == here
+
+    def test_a_killed_worker_is_replaced_and_its_job_run_again(self, cluster, tmp_path):
+        found = list(cluster.each(killed_once, range(6), shared=(str(tmp_path),), threads=1))
+        assert found == list(range(6))
+        starts = [path.name.split(".")[0] for path in tmp_path.iterdir()]
+        assert starts.count("1") == 2, "by two processes, the first of which is dead"
+
+    def test_a_job_that_kills_every_worker_is_named(self, cluster, monkeypatch):
+        monkeypatch.setattr(engines, "RETRIES", 1)
+        with pytest.raises(UserError, match="heavy fits: its worker died 2 times"):
+            list(cluster.each(killed_always, [1], what="heavy fits", threads=1))
+
+    def test_an_error_of_a_job_is_raised_here(self, cluster):
+        with pytest.raises(UserError, match=r"^job 7: refused$"):
+            list(cluster.each(refused, [7], threads=1))
+
+    def test_warnings_and_progress_are_heard_here(self, cluster, caplog):
+        logger = logging.getLogger("disease_pipeline")
+        logger.addHandler(caplog.handler)
+        try:
+            with caplog.at_level(logging.INFO, logger="disease_pipeline"):
+                assert list(cluster.each(warned, [1, 2], what="some jobs", threads=1)) == [1, 2]
+        finally:
+            logger.removeHandler(caplog.handler)
+        assert "job 2 has something to say" in caplog.messages
+        assert any(message.startswith("[2/2] some jobs") for message in caplog.messages)
+
+    def test_a_gpu_that_nobody_has_is_named(self, cluster):
+        with pytest.raises(UserError, match="the cluster has no GPU"):
+            list(cluster.each(doubled, [1], gpu=0.5))
+
+
+def fitted(folder: Path) -> dict[str, bytes]:
+    """What two engines must agree on: predictions and everything fitted, without what is measured."""
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".npy", ".npz", ".safetensors")]
+    files += sorted(folder.rglob("booster.json"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.slow
+@needs_ray
+def test_stacking_on_ray_gives_the_bytes_of_here(tmp_path, orchestrator):
+    first = tmp_path / "here"
+    first.mkdir()
+    options = ("--config", "configs/votes.yaml", "--set", "runs.stacking.enable=true", "--set", THREE)
+    options += tuple(word for value in QUICK for word in ("--set", value))
+    done = orchestrator("import-predictions", "--from", str(write(tmp_path / "given")), workspace=first)
+    assert done.returncode == 0, done.stderr
+    second = shutil.copytree(first, tmp_path / "there")
+    for workspace, engine in ((first, "local"), (second, "ray")):
+        done = orchestrator("stack", *options, "--engine", engine, "--json", workspace=workspace)
+        assert done.returncode == 0, done.stderr
+        assert len(json.loads(done.stdout)["built"]) == 3
+    assert "fits of" in done.stderr
+    found = fitted(first / "ensembles" / "models")
+    assert len(found) > 6
+    assert fitted(second / "ensembles" / "models") == found
+
+
+@pytest.mark.slow
+@needs_ray
+def test_streaming_on_ray_gives_the_bytes_of_here(tmp_path, trained, orchestrator):
+    found = []
+    for engine in ("local", "ray"):
+        workspace = shutil.copytree(trained, tmp_path / engine)
+        for command in ("discover", "build-ensemble"):
+            words = (command, "--config", "configs/votes.yaml", "--device", "cpu", "--engine", engine)
+            done = orchestrator(*words, workspace=workspace)
+            assert done.returncode == 0, done.stderr
+        found.append(fitted(workspace / "ensembles"))
+    assert any(name.endswith("logits.npy") for name in found[0])
+    assert found[1] == found[0]

@@ -22,7 +22,7 @@ from utils.files import atomic_path, read_json, write_json
 
 STATUS, CHECKSUMS, METADATA, CLASSES = "export_status.json", "checksums.json", "metadata.json", "class_mapping.json"
 RECORDS = (STATUS, CHECKSUMS, METADATA, CLASSES)
-NOT_BUILT = "this version's base export writes state_dict, checkpoint and torchscript"
+NOT_BUILT = f"this version's base export writes {', '.join(FORMATS)}"
 
 
 def export_and_package_model(

@@ -37,16 +37,25 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).cpu().eval()
 
 
+def is_ready(model: nn.Module) -> bool:
+    """Whether a model lies on the CPU and is in evaluation mode throughout."""
+    tensors = (*model.parameters(), *model.buffers())
+    return all(tensor.device.type == "cpu" for tensor in tensors) and not any(m.training for m in model.modules())
+
+
 def probe_batches(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Seeded noise in batches of 1, 3 and 17 rows; `shape` is that of one batch, `(B, 3, H, W)`."""
     generator = torch.Generator().manual_seed(settings.SEED)
+    if not dtype.is_floating_point:
+        return [torch.randint(0, 256, (rows, *shape[1:]), generator=generator).to(dtype) for rows in BATCH_SIZES]
     return [torch.randn(rows, *shape[1:], generator=generator).to(dtype) for rows in BATCH_SIZES]
 
 
 def answers(network: Callable[[Tensor], Any], batches: Sequence[Tensor]) -> list[Tensor]:
-    """Logits `(B, C)` of every batch. Raises ValueError when the network returns anything else."""
+    """Logits `(B, C)` of every batch; of several outputs the first. Raises ValueError when there is anything else."""
     with torch.no_grad():
-        found = [network(batch) for batch in batches]
+        given = [network(batch) for batch in batches]
+    found = [outputs[0] if isinstance(outputs, tuple) else outputs for outputs in given]
     for batch, logits in zip(batches, found, strict=True):
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(batch):
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -130,10 +139,20 @@ def _open_torchscript(path: Path, model: nn.Module) -> nn.Module:
         return torch.jit.load(path, map_location="cpu").eval()
 
 
-OPENERS: dict[str, Callable[[Path, nn.Module], nn.Module]] = {
+def _open_onnx(path: Path, model: nn.Module) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    first = session.get_outputs()[0].name
+    return lambda batch: torch.from_numpy(session.run([first], {given.name: batch.numpy()})[0])
+
+
+OPENERS: dict[str, Callable[[Path, nn.Module], Callable[[Tensor], Any]]] = {
     "state_dict": _open_state_dict,
     "checkpoint": _open_checkpoint,
     "torchscript": _open_torchscript,
+    "onnx": _open_onnx,
 }
 
 

@@ -145,6 +145,31 @@ COMMANDS: dict[str, Command] = {
         writes=True,
         decodes=True,
     ),
+    "export": Command(
+        "utils.export_utils:export",
+        "write an ensemble or a member as files of every format, each with the proof that it answers the same",
+        "export --model-name soft_voting_ensemble --formats onnx tflite",
+        {
+            "--model-name": {"metavar": "NAME", "help": "ensemble or member (default: the recommended one)"},
+            "--formats": {
+                "metavar": "FORMAT",
+                "nargs": "+",
+                "help": "of state_dict, checkpoint, torchscript, onnx, tflite, tensorrt (default: exports.formats)",
+            },
+            "--input": {
+                "choices": ("float-nchw", "uint8-nhwc"),
+                "help": "images as float32 in [0, 1], cut to size; or as they are decoded (default: exports.input)",
+            },
+            "--max-members": {
+                "metavar": "N",
+                "type": int,
+                "help": "refuse an ensemble of more members (default: exports.max_members)",
+            },
+            "--member-probabilities": {"action": "store_true", "help": "give each member's probabilities as well"},
+        },
+        writes=True,
+        decodes=True,
+    ),
     "pipeline": Command(
         "ensemble_orchestrator:run_pipeline",
         "all stages in order: discover --verify, build-ensemble, stack, meta-fuse, evaluate, clean --temporary",

@@ -63,7 +63,7 @@ def answers(network: Callable[[Tensor], Any], batches: Sequence[Tensor]) -> list
     return found
 
 
-def compare(expected: Sequence[Tensor], found: Sequence[Tensor]) -> dict[str, Any]:
+def compare(expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: float = TOLERANCE) -> dict[str, Any]:
     """Parity of two lists of logits `(B, C)`: the largest difference, and the labels that change.
 
     Rows whose two best logits lie closer than twice the tolerance are counted as `near_threshold`, not as flips.
@@ -74,11 +74,11 @@ def compare(expected: Sequence[Tensor], found: Sequence[Tensor]) -> dict[str, An
     before, after = torch.cat(list(expected)).double(), torch.cat(list(found)).double()
     difference = (before - after).abs().max().item()
     best = before.topk(min(2, before.shape[1]), dim=1).values
-    near = (best[:, 0] - best[:, -1] <= 2 * TOLERANCE) & (before.shape[1] > 1)
+    near = (best[:, 0] - best[:, -1] <= 2 * tolerance) & (before.shape[1] > 1)
     flips = (before.argmax(dim=1) != after.argmax(dim=1)) & ~near
     return {
         "rows": len(before),
-        "tolerance": TOLERANCE,
+        "tolerance": tolerance,
         "max_abs_diff": difference if torch.isfinite(before).all() and torch.isfinite(after).all() else None,
         "label_flips": int(flips.sum()),
         "near_threshold": int(near.sum()),
@@ -89,9 +89,13 @@ def compare(expected: Sequence[Tensor], found: Sequence[Tensor]) -> dict[str, An
 def check_file(
     kind: str, path: Path, model: nn.Module, batches: Sequence[Tensor], expected: Sequence[Tensor]
 ) -> dict[str, Any]:
-    """Open `path` as a file of this kind, run it, and return its parity. Raises ParityError when it disagrees."""
-    parity = compare(expected, answers(OPENERS[kind](path, model), batches))
-    if parity["max_abs_diff"] is None or parity["max_abs_diff"] > TOLERANCE or parity["label_flips"]:
+    """Open `path` as a file of this kind, run it, and return its parity. Raises ParityError when it disagrees.
+
+    A network may say itself what noise may change (`parity_tolerance`), as one with steps has to.
+    """
+    tolerance = getattr(model, "parity_tolerance", TOLERANCE)
+    parity = compare(expected, answers(OPENERS[kind](path, model), batches), tolerance)
+    if parity["max_abs_diff"] is None or parity["max_abs_diff"] > tolerance or parity["label_flips"]:
         raise ParityError(parity)
     return parity
 

@@ -166,6 +166,8 @@ COMMANDS: dict[str, Command] = {
                 "help": "refuse an ensemble of more members (default: exports.max_members)",
             },
             "--member-probabilities": {"action": "store_true", "help": "give each member's probabilities as well"},
+            "--check-tools": {"action": "store_true", "help": "only say what each format needs and what is installed"},
+            "--verify": {"metavar": "DIR", "help": "only check an export again: its checksums and its parity"},
         },
         writes=True,
         decodes=True,

@@ -8,10 +8,13 @@ size. Traced, the batch stays free, and so do height and width of uint8 images.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import PIL
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +22,7 @@ from utils.networks import Outputs
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CUT = 1.14  # the shorter side is brought to so many times the size of the centre square
+TALL_FIRST = 13  # Pillow that begins with the columns where the height shrinks by more than twice what the width does
 BITS = 22  # of the fixed-point weights by which Pillow resamples 8-bit images
 
 
@@ -75,8 +79,9 @@ class Member(nn.Module):
 class Preparation(nn.Module):
     """Raw images -> normalised squares (B, 3, S, S), bit for bit as the base pipeline's evaluation transform.
 
-    uint8 images are resampled as Pillow does it: by 22-bit weights, first along the rows, then along the columns, each
-    time rounded to 8 bits; in float64, where all that is exact. Without `resizes` images have their size already.
+    uint8 images are resampled as the Pillow does it that is installed when the network is made: by 22-bit weights along
+    the rows, then along the columns (for some tall images the other way round, from release 13 on), each time rounded
+    to 8 bits; in float64, where all that is exact. Without `resizes` images have their size already.
     """
 
     mean: Tensor
@@ -85,6 +90,7 @@ class Preparation(nn.Module):
     def __init__(self, img_size: int, *, takes_uint8: bool, resizes: bool = True) -> None:
         super().__init__()
         self.img_size, self.takes_uint8, self.resizes = img_size, takes_uint8, resizes
+        self.tall_first = int(PIL.__version__.partition(".")[0]) >= TALL_FIRST
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
 
@@ -99,18 +105,20 @@ class Preparation(nn.Module):
     def _cut(self, planes: Tensor) -> Tensor:
         """(B, 3, H, W) in float64 -> the centre square of the resized image, whole numbers."""
         shape = torch._shape_as_tensor(planes)  # a tensor, so that a trace keeps sizes free
-        short = torch.minimum(shape[2:3], shape[3:4])
-        rows = self._weights(planes[0, 0, :, 0], shape[2:3], short)
-        columns = self._weights(planes[0, 0, 0, :], shape[3:4], short)
-        across = _rounded(planes @ columns.transpose(0, 1))
-        return _rounded(rows @ across)
+        height, width = shape[2:3], shape[3:4]
+        short, side = torch.minimum(height, width), int(self.img_size * CUT)
+        rows = self._weights(planes[0, 0, :, 0], height, side * height // short)
+        columns = self._weights(planes[0, 0, 0, :], width, side * width // short).transpose(0, 1)
+        if not self.tall_first:
+            return _rounded(rows @ _rounded(planes @ columns))
+        fewer, narrower = height - side * height // short, width - side * width // short
+        return _by_the_shorter_way()(planes, rows, columns, (fewer > 0) & (fewer > 2 * narrower))
 
-    def _weights(self, line: Tensor, length: Tensor, short: Tensor) -> Tensor:
+    def _weights(self, line: Tensor, length: Tensor, resized: Tensor) -> Tensor:
         """Weights (S, length) of the pixels of a `line` (length,), of whose resized form the centre is kept.
 
-        `length` and `short`, the shorter side, are (1,): the exporter to ONNX takes double scalars for floats.
+        `length` and `resized` are (1,): the exporter to ONNX takes double scalars for floats.
         """
-        resized = int(self.img_size * CUT) * length // short
         left = resized - self.img_size
         start = left // 2 + (left % 2) * (left // 2 % 2)  # round(left / 2) as Python rounds: halves to even
         scale = length.double() / resized.double()
@@ -127,6 +135,23 @@ class Preparation(nn.Module):
 def _rounded(sums: Tensor) -> Tensor:
     """Sums of pixels times 22-bit weights -> 0 to 255."""
     return torch.clamp(torch.floor((sums + 2.0 ** (BITS - 1)) / 2.0**BITS), 0.0, 255.0)
+
+
+@cache
+def _by_the_shorter_way() -> Any:
+    """The two passes in either order, as a function whose branch outlives a trace."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.", category=DeprecationWarning)
+        return torch.jit.script(_passes)
+
+
+def _passes(planes: Tensor, rows: Tensor, columns: Tensor, tall: Tensor) -> Tensor:
+    half, whole = 2097152.0, 4194304.0  # 2 ** (BITS - 1) and 2 ** BITS
+    if bool(tall):
+        down = torch.clamp(torch.floor((torch.matmul(rows, planes) + half) / whole), 0.0, 255.0)
+        return torch.clamp(torch.floor((torch.matmul(down, columns) + half) / whole), 0.0, 255.0)
+    across = torch.clamp(torch.floor((torch.matmul(planes, columns) + half) / whole), 0.0, 255.0)
+    return torch.clamp(torch.floor((torch.matmul(rows, across) + half) / whole), 0.0, 255.0)
 
 
 class EnsembleNetwork(nn.Module):

@@ -114,8 +114,11 @@ def model_card(
     return "\n".join(lines)
 
 
-def write_parity(folder: Path, probe: Probe) -> None:
-    """Keep the rows of the certificate, so that it can be had again on another machine; as many as take 64 MB."""
+def write_parity(folder: Path, probe: Probe, squares: Sequence[np.ndarray]) -> None:
+    """Keep the rows of the certificate, so that it can be had again on another machine; as many as take 64 MB.
+
+    `squares` are the same rows cut to size, uint8 (S, S, 3), where a format takes them so.
+    """
     arrays: dict[str, np.ndarray] = {"probabilities": probe.probabilities}
     taken = 0
     for number, (batch, rows) in enumerate(zip(probe.batches, probe.rows, strict=True)):
@@ -123,4 +126,6 @@ def write_parity(folder: Path, probe: Probe) -> None:
         if taken > MOST_PARITY_BYTES and number:
             break
         arrays |= {f"batch_{number:04d}": batch, f"rows_{number:04d}": rows}
+    if squares:
+        arrays["squares"] = np.stack(squares)
     write_arrays(folder / PARITY, arrays)

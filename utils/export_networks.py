@@ -192,6 +192,7 @@ def describe(subject: Subject, form: Form, network: EnsembleNetwork | CombinerNe
         "method": subject.method,
         "members": members,
         "inference": subject.inference,
+        "jumps": subject.jumps,
         "input": given,
         "outputs": list(network.output_names),
         "inputs_digest": subject.inputs_digest,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,14 +22,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 ROWS = 64
-SPLITS = ("test", "val")
+SPLITS = ("test", "val", "train")
+"""In this order, until there are enough rows."""
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Real rows of one split: what goes in, and what the ensemble answers."""
+    """Real rows: what goes in, and what the ensemble answers."""
 
-    split: str
     images: list[np.ndarray]
     """Of each row what a file takes: float32 (3, S, S), uint8 (H, W, 3), or member logits float32 (M, C)"""
     squares: list[np.ndarray]
@@ -46,27 +48,46 @@ class Sampled:
 
 
 def sample(store: Store, subject: Subject, form: Form, network: nn.Module) -> Sampled:
-    """Up to 64 rows, evenly spread over the test split, else over val. Raises UserError where neither has any.
+    """Up to 64 rows, evenly spread over the test split; over val and train as well where these are too few.
+
+    Raises UserError where the members have no row in common.
 
     What is expected are the stored predictions, which `evaluate` scores. Those that a GPU made in 16 bits are no
     measure of a file in 32; there the network itself is run on the CPU.
     """
-    split = next((name for name in SPLITS if all(store.has(member, name) for member in subject.members)), None)
-    if split is None:
-        raise UserError(f"{subject.name}: no split that all its members have rows of, so that nothing can be compared")
     members = list(subject.members)
-    fold_networks.ensure(store, members, (split,), subject.inference)
-    everything = fold_networks.aligned(store, members, split, subject.inference, embeddings=subject.embeds)
-    count = len(everything.sample_ids)
-    rows = everything.take(np.unique(np.linspace(0, count - 1, min(ROWS, count)).round().astype(np.int64)))
+    parts: list[Rows] = []
+    for split in SPLITS:
+        wanted = ROWS - sum(len(part.sample_ids) for part in parts)
+        if wanted > 0 and all(store.has(member, split) for member in members):
+            fold_networks.ensure(store, members, (split,), subject.inference)
+            whole = fold_networks.aligned(store, members, split, subject.inference, embeddings=subject.embeds)
+            count = len(whole.sample_ids)
+            parts.append(whole.take(np.unique(np.linspace(0, count - 1, min(wanted, count)).round().astype(int))))
+    if not parts:
+        raise UserError(f"{subject.name}: no split that all its members have rows of, so that nothing can be compared")
+    rows = _joined(parts)
     if subject.imported:
         logits = rows.logits.transpose(1, 0, 2)
-        return Sampled(split, [np.ascontiguousarray(row) for row in logits], [], _expected(subject, rows))
+        return Sampled([np.ascontiguousarray(row) for row in logits], [], _expected(subject, rows))
     images, squares = _images(store, subject, form, rows)
     expected = _expected(subject, rows)
     if streaming.resolve_device(store.config.device) != "cpu":
         expected = _run(network, images, subject, expected)
-    return Sampled(split, images, squares, expected)
+    return Sampled(images, squares, expected)
+
+
+def _joined(parts: Sequence[Rows]) -> Rows:
+    embeddings = None
+    if parts[0].embeddings is not None:
+        embeddings = tuple(np.concatenate(own) for own in zip(*(part.embeddings or () for part in parts), strict=True))
+    return replace(
+        parts[0],
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in ("split", "sample_ids", "labels")},
+        honest=np.concatenate([part.honest for part in parts]),
+        logits=np.concatenate([part.logits for part in parts], axis=1),
+        embeddings=embeddings,
+    )
 
 
 def _expected(subject: Subject, rows: Rows) -> Probe:
@@ -81,18 +102,22 @@ def _expected(subject: Subject, rows: Rows) -> Probe:
 def _images(store: Store, subject: Subject, form: Form, rows: Rows) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """What a file takes of each row, and the centre squares."""
     size = max(member.img_size or 0 for member in subject.members)
-    split = store.images(str(rows.split[0]))
-    place_of = {sample_id: place for place, sample_id in enumerate(split.sample_ids)}
-    places = [place_of[sample_id] for sample_id in rows.sample_ids.tolist()]
     threads = streaming.decoding_threads(store.config.dataset.num_workers)
-    pixels = streaming.open_images(split, size, image_cache=store.workspace.image_cache, threads=threads)
-    squares = list(pixels.centre_crops(places, size))
+    squares: list[np.ndarray] = []
+    paths: list[Path] = []
+    for name in dict.fromkeys(rows.split.tolist()):
+        split = store.images(name)
+        place_of = {sample_id: place for place, sample_id in enumerate(split.sample_ids)}
+        places = [place_of[sample_id] for sample_id in rows.sample_ids[rows.split == name].tolist()]
+        pixels = streaming.open_images(split, size, image_cache=store.workspace.image_cache, threads=threads)
+        squares += list(pixels.centre_crops(places, size))
+        paths += [split.paths[place] for place in places]
     if form.input == UINT8_NHWC:
-        return [_decoded(split.paths[place]) for place in places], squares
+        return [_decoded(path) for path in paths], squares
     return [square.transpose(2, 0, 1).astype(np.float32) / np.float32(255) for square in squares], squares
 
 
-def _decoded(path: Any) -> np.ndarray:
+def _decoded(path: Path) -> np.ndarray:
     from PIL import Image
 
     with Image.open(path) as image:

@@ -13,6 +13,7 @@ from utils import (
     base_back,
     catalog,
     export_certificate,
+    export_checks,
     export_custom,
     export_folder,
     export_formats,
@@ -60,14 +61,21 @@ def export(
     input: str | None = None,
     max_members: int | None = None,
     member_probabilities: bool = False,
+    check_tools: bool = False,
+    verify: str | None = None,
     force: bool = False,
 ) -> Result:
     """Write `deployment_models/<name>/` for the ensemble or member named, else for the recommended one.
 
     Formats that are there already, whole and of the same ensemble, are kept unless `force`. A format that fails stops
-    no other and ends with exit code 4. Raises UserError for an unknown name, changed checkpoints, a folder that is not
+    no other and ends with exit code 4. `check_tools` tells instead what can be written here, `verify` whether the
+    export in a folder still holds. Raises UserError for an unknown name, changed checkpoints, a folder that is not
     ours, or a disk without room; ConfigError for an unknown format.
     """
+    if check_tools:
+        return export_checks.tools()
+    if verify is not None:
+        return export_checks.verify(Path(verify).expanduser())
     wanted = _known(formats or config.exports.formats)
     store = Store(config, workspace, catalog.load(workspace))
     name = model_name or export_networks.recommended(store)
@@ -217,7 +225,8 @@ def _finish(work: Work, status: dict[str, dict[str, Any]]) -> None:
     place = work.store.workspace.ensemble_metrics(subject.name, "test")
     score = read_json(place, remedy="Evaluate again")
     export_custom.write(staged / CUSTOM, subject.name, work.description, subject.classes, status, score)
-    export_custom.write_parity(staged / CUSTOM, work.sampled.probe())
+    squares = work.sampled.squares if work.form.input == UINT8_NHWC else ()
+    export_custom.write_parity(staged / CUSTOM, work.sampled.probe(), squares)
     files = [staged / CUSTOM / f"{subject.name}_custom.bin", *sorted((staged / CUSTOM).iterdir())]
     seconds = round(time.perf_counter() - started, 3)
     custom = export_formats.of_files(

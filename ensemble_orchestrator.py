@@ -174,7 +174,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "pipeline": Command(
         "ensemble_orchestrator:run_pipeline",
-        "all stages in order: discover --verify, build-ensemble, stack, meta-fuse, evaluate, clean --temporary",
+        "all stages in order: discover --verify, build-ensemble, stack, meta-fuse, evaluate, export, clean --temporary",
         "pipeline --config configs/digits_demo.yaml",
         {},
         writes=True,
@@ -209,6 +209,7 @@ PIPELINE: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("stack", {}, ("runs.stacking",)),
     ("meta-fuse", {}, ("runs.meta_fuser",)),
     ("evaluate", {}, ()),
+    ("export", {}, ("exports",)),
     ("clean", {"temporary": True}, ()),
 )
 """Command, its options, and the sections of the configuration of which one must be on."""

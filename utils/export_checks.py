@@ -108,7 +108,7 @@ def _again(
         "input": description["input"]["kind"],
         "member_probabilities": "member_probabilities" in description["outputs"],
     }
-    job = {"project": str(base_back.PROJECT), "name": description["ensemble"], "form": form}
+    job = {"project": str(base_back.PROJECT), "name": description["ensemble"], "form": form, "environment": {}}
     parity: dict[str, Any] | None = None
     for file in [file for file in entry["files"] if not file.endswith(".data")]:
         try:

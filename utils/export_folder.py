@@ -58,16 +58,12 @@ def _previous(final: Path) -> Path:
     return final.with_name(f".{final.name}.previous")
 
 
-def require_ours(final: Path) -> None:
-    """Raise UserError where another program's export lies in `final`, such as the base pipeline's of a backbone."""
+def is_ours(final: Path) -> bool:
+    """Whether nothing lies in `final` but an export of ours; the base pipeline's of a backbone may."""
     if not final.exists():
-        return
+        return True
     metadata = read_json(final / METADATA, remedy=AGAIN) if final.is_dir() else None
-    if not isinstance(metadata, dict) or "ensemble" not in metadata.get("training", {}):
-        raise UserError(
-            f"{final}: holds an export that is not ours (the base pipeline's of a backbone lies there). --force "
-            "replaces it; --output DIR writes elsewhere"
-        )
+    return isinstance(metadata, dict) and "ensemble" in (metadata.get("training") or {})
 
 
 def digest_of_file(path: Path) -> str:

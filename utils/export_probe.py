@@ -121,7 +121,7 @@ def _decoded(path: Path) -> np.ndarray:
     from PIL import Image
 
     with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+        return np.array(image.convert("RGB"))
 
 
 def _run(network: nn.Module, images: list[np.ndarray], subject: Subject, expected: Probe) -> Probe:

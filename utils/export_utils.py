@@ -22,7 +22,7 @@ from utils import (
     tflite_conversion,
 )
 from utils.artifacts import read_json
-from utils.config import Config
+from utils.config import Config, require_enabled
 from utils.errors import ConfigError, UserError, did_you_mean
 from utils.export_formats import CUSTOM, FORMATS, PACKAGED, TENSORRT, TFLITE
 from utils.export_networks import UINT8_NHWC, Form, Subject
@@ -76,6 +76,7 @@ def export(
         return export_checks.tools()
     if verify is not None:
         return export_checks.verify(Path(verify).expanduser())
+    require_enabled(config, "exports")
     wanted = _known(formats or config.exports.formats)
     store = Store(config, workspace, catalog.load(workspace))
     name = model_name or export_networks.recommended(store)
@@ -84,8 +85,8 @@ def export(
     form = Form(input or config.exports.input, member_probabilities)
     final = workspace.exports / subject.name
     export_folder.recover(final)
-    if not force:
-        export_folder.require_ours(final)
+    if not force and not export_folder.is_ours(final):
+        return _left(subject, final, model_name)
     source = export_networks.source_digest(subject, form)
     present = {} if force else export_folder.kept(final, source)
     if set(wanted) <= present.keys():
@@ -115,6 +116,18 @@ def export(
             status[format_name] = kept
         _finish(work, status)
     return _result(subject, final, status, wanted, "written")
+
+
+def _left(subject: Subject, final: Path, model_name: str | None) -> Result:
+    """Nothing is done where another program's export lies. Raises UserError where this one was asked for by name."""
+    words = f"{final}: holds an export that is not ours (the base pipeline's of a backbone lies there)"
+    if model_name is not None:
+        raise UserError(f"{words}. --force replaces it; --output DIR writes elsewhere")
+    text = (
+        f"the recommended one is the member {subject.name}, which the base pipeline has exported: {final}\n"
+        f"  export --model-name {subject.name} --force replaces that by one with preprocessing inside"
+    )
+    return Result(text, {"name": subject.name, "folder": str(final), "formats": {}})
 
 
 def _known(names: Sequence[str]) -> list[str]:
@@ -189,7 +202,11 @@ def _certified(work: Work, name: str, written: dict[str, Any]) -> dict[str, Any]
     is_tflite = name == TFLITE
     probe = work.sampled.probe(fixed=is_tflite, takes_uint8=work.form.input == UINT8_NHWC)
     python = {"python": tflite_conversion.interpreter()} if is_tflite else {}
-    job = {"project": str(base_back.PROJECT), "name": work.subject.name, "form": vars(work.form)}
+    place = work.store.workspace
+    environment = {"DBT_BASE_DIR": str(place.base)}
+    environment |= {"DBT_ENSEMBLE_DIR": str(place.output)} if place.output else {}
+    job = {"name": work.subject.name, "form": vars(work.form), "environment": environment}
+    job |= {"project": str(base_back.PROJECT)}
     parity, facts, reasons = None, {}, []
     for file in [file for file in written["files"] if not file.endswith(".data")]:
         try:

@@ -9,6 +9,7 @@ where the format is bare weights, which are put into networks that are built ane
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -93,6 +94,7 @@ def _by_torch(network: Any) -> Run:
 
 
 def _built_anew(job: dict[str, Any]) -> Any:
+    os.environ |= job["environment"]
     sys.path.insert(0, job["project"])
     from utils import base_back, catalog, export_networks
     from utils.config import Config

@@ -201,6 +201,7 @@ def bundled_export() -> ModuleType:
         names += [name for name in sys.modules if name.startswith(f"{_OURS}.") and _is_mounted(sys.modules[name])]
         aside = {name: sys.modules.pop(name) for name in names}
         mounted_at, _FINDER.folder = _FINDER.folder, BUNDLED
+        os.environ["BASE_BACK_DIR"] = str(BUNDLED)
         package = sys.modules[_OURS]
         path = list(package.__path__)
         package.__path__[:] = [*path[:1], str(BUNDLED / "src" / "utils")]
@@ -212,6 +213,7 @@ def bundled_export() -> ModuleType:
                 if _is_in(sys.modules[name], BUNDLED):
                     sys.modules[f"{_BUNDLED_EXPORT}.{name}"] = sys.modules.pop(name)
             _FINDER.folder, package.__path__[:] = mounted_at, path
+            os.environ["BASE_BACK_DIR"] = str(mounted_at)
             sys.modules.update(aside)
     return sys.modules[_BUNDLED_EXPORT]
 

@@ -439,3 +439,15 @@ def test_a_tensor_that_shares_its_bytes_is_kept_once_for_each_name(tmp_path):
     assert package(tmp_path, model, ["state_dict"])["successful_exports"] == ["state_dict"]
     weights = torch.load(tmp_path / "leaf" / FILES["state_dict"][0], weights_only=True)
     assert weights["head"].untyped_storage().nbytes() == weights["head"].nbytes
+
+
+def test_weights_that_are_too_many_for_one_onnx_file_lie_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "LARGEST_IN_ONE_FILE", 100)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, len(CLASSES)))
+    result = package(tmp_path, model, ["onnx"])
+    assert result["successful_exports"] == ["onnx"]
+    assert written(tmp_path / "leaf/onnx") == {"leaf.onnx", "leaf.onnx.data"}
+    assert "onnx/leaf.onnx.data" in result["checksums"]
+    monkeypatch.undo()
+    package(tmp_path, model, ["onnx"], force=True)
+    assert written(tmp_path / "leaf/onnx") == {"leaf.onnx"}

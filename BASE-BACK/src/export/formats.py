@@ -8,9 +8,11 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,8 @@ from export.smoke_tests import (
     probe_batches,
     torchscript_without_notices,
 )
+
+LARGEST_IN_ONE_FILE = 1_900_000_000  # bytes; a protocol buffer ends at 2 GB
 
 
 @dataclass(frozen=True)
@@ -95,30 +99,40 @@ def _write_trace(package: Package, path: Path) -> None:
 def _write_onnx(package: Package, path: Path) -> None:
     """By the tracing exporter, which folds BatchNorm into convolutions and needs no further package."""
     import onnx
+    from onnx.external_data_helper import convert_model_to_external_data, write_external_data_tensors
 
     network = package.deployed
     inputs, outputs = names_of(network, "input_names", ("input",)), names_of(network, "output_names", ("output",))
     free = getattr(network, "free_axes", {name: {0: "batch"} for name in inputs})
     opset = getattr(network, "onnx_opset", settings.EXPORT_CONFIG["onnx"].get("opset_version", 13))
-    with torchscript_without_notices(), torch.no_grad(), warnings.catch_warnings():
+    with ExitStack() as stack:
+        traced = Path(stack.enter_context(TemporaryDirectory(dir=path.parent, prefix=".onnx."))) / "traced.onnx"
+        stack.enter_context(torchscript_without_notices())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # of the exporter that was chosen on purpose
         warnings.filterwarnings("ignore", "Constant folding", category=UserWarning)
-        torch.onnx.export(
+        torch.onnx.export(  # by a path: beside it lie the weights of what is too large for one file
             network,
             (package.example,),
-            str(path),
+            str(traced),
             dynamo=False,
             opset_version=opset,
             input_names=list(inputs),
             output_names=list(outputs),
             dynamic_axes=free | {name: {0: "batch"} for name in outputs},
         )
-    model = onnx.load(str(path), load_external_data=False)
+        model = onnx.load(str(traced))
     said = {"arch_name": package.arch_name, "classes": package.checkpoint["extra"]["classes"], "opset": opset}
     said |= {"exporter": f"torch {torch.__version__}, dynamo=False"} | package.checkpoint.get("metadata", {})
     for name, value in said.items():
         text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
         model.metadata_props.add(key=name, value=text)
+    beside = path.parent / f"{package.arch_name}.onnx.data"
+    beside.unlink(missing_ok=True)
+    if sum(weight.nbytes for weight in package.weights.values()) > LARGEST_IN_ONE_FILE:
+        convert_model_to_external_data(model, all_tensors_to_one_file=True, location=beside.name)
+        write_external_data_tensors(model, str(path.parent))
     path.write_bytes(model.SerializeToString())
 
 

@@ -125,6 +125,8 @@ def test_defaults_are_the_printed_values_and_the_keys_of_ours():
         "runs.stacking.fallback": True,
         "runs.stacking.inference_members": "auto",
         "pruning.pick": "best",
+        "exports.input": "float-nchw",
+        "exports.max_members": None,
     }
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from finished_workspace import CONFIG, at
 from safetensors.torch import load_file, save_file
 
-from utils import export_checks, export_folder, export_formats, export_utils, tflite_conversion
+from utils import build, export_checks, export_folder, export_formats, export_utils, importing, tflite_conversion
 from utils.artifacts import read_arrays, read_json, write_json
 from utils.config_file import load
 from utils.errors import ConfigError, UserError
@@ -385,4 +386,33 @@ def test_the_command_line_ends_with_4_where_a_format_is_skipped(own_export, orch
     )  # fmt: skip
     assert done.returncode == 4
     assert "left out: tensorrt: skipped" in done.stderr
-    assert "64 real images, largest difference" in done.stdout
+    assert "64 real rows, largest difference" in done.stdout
+
+
+def test_an_ensemble_of_imported_members_exports_its_combiner_alone(tmp_path):
+    """Class names with commas, quotes and letters of any script come through."""
+    classes = ("leaf, spotted", 'the "healthy" one', "zdravý 葉")
+    base, names = tmp_path / "workspace", ("forest", "notebook")
+    base.mkdir()
+    rng = np.random.default_rng(1)
+    for split, count in (("oof", 90), ("val", 40), ("test", 70)):
+        labels = np.arange(count) % 3
+        for name in names:
+            logits = rng.normal(size=(count, 3)).astype(np.float32)
+            logits[np.arange(count), labels] += 1
+            given = {"labels": labels, "sample_ids": np.array([f"{split}{n:03d}" for n in range(count)])}
+            given |= {"fold": np.arange(count) % 5} if split == "oof" else {}
+            (tmp_path / "given" / name).mkdir(parents=True, exist_ok=True)
+            np.savez(tmp_path / "given" / name / f"{split}.npz", logits=logits, classes=np.array(classes), **given)
+    config = load(CONFIG, overrides=["exports.enable=true"])
+    importing.import_predictions(config, at(base), folder=str(tmp_path / "given"))
+    build.build_ensemble(config, at(base))
+    result = run(base, "hard_voting_ensemble", "torchscript", "onnx")
+    assert result.failures == []
+    folder = folder_of(base, "hard_voting_ensemble")
+    assert list(read_json(folder / "class_mapping.json", remedy="").values()) == list(classes)
+    session = onnxruntime.InferenceSession(str(folder / "onnx" / "hard_voting_ensemble.onnx"))
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == list(classes)
+    assert [(given.name, given.shape) for given in session.get_inputs()] == [("member_logits", ["batch", 2, 3])]
+    with pytest.raises(UserError, match="imported predictions; there is no network to export"):
+        run(base, "forest")

@@ -102,7 +102,7 @@ def model_card(
     checked = [entry["parity"] for entry in status.values() if entry.get("parity")]
     if checked:
         worst = max(parity["max_abs_diff"] or 0.0 for parity in checked)
-        lines += ["", f"Exported files differ from it by {worst:.2g} at most on {checked[0]['rows']} real images."]
+        lines += ["", f"Exported files differ from it by {worst:.2g} at most on {checked[0]['rows']} real rows."]
     lines += [
         "",
         "## Limits",

@@ -273,7 +273,7 @@ def _outcome(of: Mapping[str, Any]) -> str:
     if not parity:
         return f"ok, {of['path']}"
     return (
-        f"ok, {of['path']}, {of['size_mb']:.2f} MB: {parity['rows']} real images, largest difference "
+        f"ok, {of['path']}, {of['size_mb']:.2f} MB: {parity['rows']} real rows, largest difference "
         f"{parity['max_abs_diff']:.1e} (allowed {parity['tolerance']:g}), {parity['label_flips']} label flips"
         + (f", {parity['near_threshold']} at a step of the combiner" if parity["near_threshold"] else "")
     )

@@ -168,6 +168,7 @@ COMMANDS: dict[str, Command] = {
             "--member-probabilities": {"action": "store_true", "help": "give each member's probabilities as well"},
             "--check-tools": {"action": "store_true", "help": "only say what each format needs and what is installed"},
             "--verify": {"metavar": "DIR", "help": "only check an export again: its checksums and its parity"},
+            "--compare": {"action": "store_true", "help": "only list what is exported: accuracy, latency, size"},
         },
         writes=True,
         decodes=True,

@@ -17,7 +17,16 @@ import torch
 from finished_workspace import CONFIG, at
 from safetensors.torch import load_file, save_file
 
-from utils import build, export_checks, export_folder, export_formats, export_utils, importing, tflite_conversion
+from utils import (
+    build,
+    export_checks,
+    export_comparison,
+    export_folder,
+    export_formats,
+    export_utils,
+    importing,
+    tflite_conversion,
+)
 from utils.artifacts import read_arrays, read_json, write_json
 from utils.config_file import load
 from utils.errors import ConfigError, UserError
@@ -416,3 +425,44 @@ def test_an_ensemble_of_imported_members_exports_its_combiner_alone(tmp_path):
     assert [(given.name, given.shape) for given in session.get_inputs()] == [("member_logits", ["batch", 2, 3])]
     with pytest.raises(UserError, match="imported predictions; there is no network to export"):
         run(base, "forest")
+
+
+def test_exported_forms_are_compared_by_accuracy_latency_and_size(own_export):
+    status = read_json(folder_of(own_export) / "export_status.json", remedy="")
+    for name, latency, size in (("state_dict", 1.0, 5.0), ("torchscript", 2.0, 6.0), ("onnx", 3.0, 1.0)):
+        status[name] |= {"latency_ms": latency, "size_mb": size}
+    write_json(folder_of(own_export) / "export_status.json", status)
+    rows = export_comparison.compare(at(own_export)).document["rows"]
+    kinds = {(row["name"], row["format"]) for row in rows}
+    assert kinds == {(NAME, "state_dict"), (NAME, "torchscript"), (NAME, "onnx"), ("hard_voting_ensemble", "onnx")}
+    accuracy = read_json(at(own_export).ensemble_metrics(NAME, "test"), remedy="")["accuracy"]
+    assert {row["accuracy"] for row in rows if row["name"] == NAME} == {accuracy}
+    assert not {row["format"]: row for row in rows if row["name"] == NAME}["torchscript"]["pareto"]
+    shutil.rmtree(folder_of(own_export).parent)
+    with pytest.raises(UserError, match="nothing is exported"):
+        export_comparison.compare(at(own_export))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(tflite_conversion.missing() is not None, reason="needs litert-torch, see DBT_TFLITE_PYTHON")
+@pytest.mark.parametrize("sabotaged", [False, True])
+@pytest.mark.parametrize("given", ["float-nchw", "uint8-nhwc"])
+def test_tflite_is_converted_and_proved(own_export, monkeypatch, given, sabotaged):
+    convert = tflite_conversion.convert
+
+    def spoilt(network, sample, path, scratch):
+        convert(network, sample, path, scratch)
+        content = bytearray(path.read_bytes())
+        weights = network.members[0].networks[0].get_classifier().weight.detach().numpy()
+        place = content.index(weights[0].tobytes())
+        content[place : place + 4 * weights.shape[1]] = (weights[0] + 1).tobytes()
+        path.write_bytes(content)
+
+    if sabotaged:
+        monkeypatch.setattr(tflite_conversion, "convert", spoilt)
+    entry = run(own_export, NAME, "tflite", input=given, force=True).document["formats"]["tflite"]
+    assert entry["status"] == ("failed" if sabotaged else "ok"), entry["reason"]
+    if sabotaged:
+        assert "probabilities are off by" in entry["reason"]
+    else:
+        assert (entry["parity"]["rows"], entry["parity"]["batch_sizes"]) == (64, [1])

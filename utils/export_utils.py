@@ -14,6 +14,7 @@ from utils import (
     catalog,
     export_certificate,
     export_checks,
+    export_comparison,
     export_custom,
     export_folder,
     export_formats,
@@ -63,19 +64,23 @@ def export(
     member_probabilities: bool = False,
     check_tools: bool = False,
     verify: str | None = None,
+    compare: bool = False,
     force: bool = False,
 ) -> Result:
     """Write `deployment_models/<name>/` for the ensemble or member named, else for the recommended one.
 
     Formats that are there already, whole and of the same ensemble, are kept unless `force`. A format that fails stops
     no other and ends with exit code 4. `check_tools` tells instead what can be written here, `verify` whether the
-    export in a folder still holds. Raises UserError for an unknown name, changed checkpoints, a folder that is not
-    ours, or a disk without room; ConfigError for an unknown format.
+    export in a folder still holds, `compare` how the exported forms stand beside one another. Raises UserError for an
+    unknown name, changed checkpoints, a folder that is not ours, or a disk without room; ConfigError for an unknown
+    format.
     """
     if check_tools:
         return export_checks.tools()
     if verify is not None:
         return export_checks.verify(Path(verify).expanduser())
+    if compare:
+        return export_comparison.compare(workspace)
     require_enabled(config, "exports")
     wanted = _known(formats or config.exports.formats)
     store = Store(config, workspace, catalog.load(workspace))

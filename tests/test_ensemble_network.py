@@ -119,3 +119,35 @@ def test_members_of_unequal_size_share_raw_images_alone():
         EnsembleNetwork(parts, MeanOfProbabilities())
     raw = torch.randint(0, 256, (2, 11, 23, 3), dtype=torch.uint8)
     assert EnsembleNetwork(parts, MeanOfProbabilities(), takes_uint8=True)(raw).shape == (2, C)
+
+
+class Foreign(nn.Module):
+    """A network that offers no method but its forward pass; two heads, whose outputs are averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 5, 3)
+        self.one, self.other = nn.Linear(5, C), nn.Linear(5, C)
+
+    def forward(self, images):
+        pooled = self.convolution(images).mean(dim=(2, 3))
+        return (self.one(pooled) + self.other(pooled * 2)) / 2
+
+
+class Embeddings(nn.Module):
+    def forward(self, logits, embeddings):
+        return torch.cat([logits.mean(dim=1), *embeddings], dim=1)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_embeddings_of_a_network_without_methods_outlive_a_trace():
+    torch.manual_seed(0)
+    own = Foreign().eval()
+    network = EnsembleNetwork([MemberPart("foreign", [own], SIDE, range(C))], Embeddings(), embeds=True)
+    traced = torch.jit.trace(network, images_of(2), check_trace=False)
+    for count in (1, 5):
+        prepared = Preparation(SIDE, takes_uint8=False)(images_of(count))
+        pooled = own.convolution(prepared).mean(dim=(2, 3))
+        expected = torch.cat([own(prepared), pooled, pooled * 2], dim=1)
+        torch.testing.assert_close(network(images_of(count)), expected)
+        torch.testing.assert_close(traced(images_of(count)), expected)

@@ -253,6 +253,8 @@ def test_what_is_not_known_is_named_with_its_neighbour(exported):
         run(exported[0], "soft_votin_ensemble")
     with pytest.raises(ConfigError, match="unknown 'onxx'; did you mean 'onnx'"):
         run(exported[0], NAME, "onxx")
+    with pytest.raises(ConfigError, match="--max-members 0: expected a whole number of at least 1"):
+        run(exported[0], NAME, "onnx", max_members=0)
     with pytest.raises(UserError, match="3 members, --max-members allows 2"):
         run(exported[0], NAME, "onnx", max_members=2)
 

@@ -82,6 +82,8 @@ def export(
     if compare:
         return export_comparison.compare(workspace)
     require_enabled(config, "exports")
+    if max_members is not None and max_members < 1:
+        raise ConfigError(f"--max-members {max_members}: expected a whole number of at least 1")
     wanted = _known(formats or config.exports.formats)
     store = Store(config, workspace, catalog.load(workspace))
     name = model_name or export_networks.recommended(store)

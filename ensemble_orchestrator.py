@@ -195,6 +195,34 @@ COMMANDS: dict[str, Command] = {
         writes=True,
         decodes=True,
     ),
+    "export": Command(
+        "utils.export_utils:export",
+        "write an ensemble or a member as files of every format, each with the proof that it answers the same",
+        "export --model-name soft_voting_ensemble --formats onnx tflite",
+        {
+            "--model-name": {"metavar": "NAME", "help": "ensemble or member (default: the recommended one)"},
+            "--formats": {
+                "metavar": "FORMAT",
+                "nargs": "+",
+                "help": "of state_dict, checkpoint, torchscript, onnx, tflite, tensorrt (default: exports.formats)",
+            },
+            "--input": {
+                "choices": ("float-nchw", "uint8-nhwc"),
+                "help": "images as float32 in [0, 1], cut to size; or as they are decoded (default: exports.input)",
+            },
+            "--max-members": {
+                "metavar": "N",
+                "type": int,
+                "help": "refuse an ensemble of more members (default: exports.max_members)",
+            },
+            "--member-probabilities": {"action": "store_true", "help": "give each member's probabilities as well"},
+            "--check-tools": {"action": "store_true", "help": "only say what each format needs and what is installed"},
+            "--verify": {"metavar": "DIR", "help": "only check an export again: its checksums and its parity"},
+            "--compare": {"action": "store_true", "help": "only list what is exported: accuracy, latency, size"},
+        },
+        writes=True,
+        decodes=True,
+    ),
     "predict": Command(
         "utils.predict:predict",
         "classify image files by an ensemble or a member: class, probability, set, abstention, disagreement",
@@ -223,8 +251,7 @@ COMMANDS: dict[str, Command] = {
     "pipeline": Command(
         "ensemble_orchestrator:run_pipeline",
         "all stages in order: discover --verify, build-ensemble, stack, fusion-train, meta-fuse, evaluate, distill, "
-        "evaluate again, "
-        "clean --temporary",
+        "evaluate again, export, clean --temporary",
         "pipeline --config configs/digits_demo.yaml",
         {},
         writes=True,
@@ -283,6 +310,7 @@ PIPELINE: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("evaluate", {}, ()),
     ("distill", {}, ("distillation",)),
     ("evaluate", {}, ("distillation",)),
+    ("export", {}, ("exports",)),
     ("clean", {"temporary": True}, ()),
 )
 """Command, its options, and the sections of the configuration of which one must be on.

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,12 +28,13 @@ from export import (
 )
 from models import BACKBONE_MAP, create_custom_backbone
 
-BUILT = ["state_dict", "checkpoint", "torchscript"]
+BUILT = ["state_dict", "checkpoint", "torchscript", "onnx"]
 CLASSES = ["black spot", "canker", "healthy"]
 FILES = {
     "state_dict": ["state_dict/leaf_state_dict_cpu.pth", "state_dict/leaf_state_dict_cpu.safetensors"],
     "checkpoint": ["checkpoint/leaf_checkpoint_full.pth"],
     "torchscript": ["torchscript/leaf_trace.pt"],
+    "onnx": ["onnx/leaf.onnx"],
 }
 EVERY_FILE = {name for files in FILES.values() for name in files}
 SAMPLE = torch.zeros(1, 3, 8, 8)
@@ -80,13 +84,13 @@ def test_every_known_format_is_built_or_skipped_with_a_reason(tmp_path, monkeypa
     result = export_and_package_model(Leaf(), "leaf", SAMPLE, class_names=CLASSES)
     assert result["requested_formats"] == settings.EXPORT_TYPES
     assert result["successful_exports"] == BUILT
-    assert result["skipped_exports"] == ["onnx", "torchserve", "tensorrt", "tflite", "custom"]
+    assert result["skipped_exports"] == ["torchserve", "tensorrt", "tflite", "custom"]
     assert result["failed_exports"] == []
     status = record(tmp_path, "export_status.json")
     assert status == result["export_results"]
     for name in result["skipped_exports"]:
         assert status[name]["status"] == "skipped"
-        assert "writes state_dict, checkpoint and torchscript" in status[name]["reason"]
+        assert "writes state_dict, checkpoint, torchscript, onnx" in status[name]["reason"]
         assert status[name]["parity"] is None
     for name in BUILT:
         parity = status[name]["parity"]
@@ -196,6 +200,10 @@ def other_trace(given: formats.Package, path: Path) -> None:
     torch.jit.save(torch.jit.trace(Leaf(seed=9).eval(), given.batches[1]), path)
 
 
+def other_onnx(given: formats.Package, path: Path) -> None:
+    formats._write_onnx(replace(given, network=Leaf(seed=9).eval()), path)
+
+
 def half_a_file(given: formats.Package, path: Path) -> None:
     path.write_bytes(b"PK\x03\x04 and then the disk was full")
 
@@ -208,9 +216,11 @@ def half_a_file(given: formats.Package, path: Path) -> None:
         ("state_dict", "{}_state_dict_cpu.safetensors", other_weights, "ParityError"),
         ("checkpoint", "{}_checkpoint_full.pth", other_weights, "ParityError"),
         ("torchscript", "{}_trace.pt", other_trace, "ParityError"),
+        ("onnx", "{}.onnx", other_onnx, "ParityError"),
         ("state_dict", "{}_state_dict_cpu.safetensors", half_a_file, "SafetensorError"),
         ("checkpoint", "{}_checkpoint_full.pth", half_a_file, "Error"),
         ("torchscript", "{}_trace.pt", half_a_file, "Error"),
+        ("onnx", "{}.onnx", half_a_file, "InvalidProtobuf"),
     ],
 )
 def test_a_sabotaged_file_fails_its_format_and_leaves_nothing(tmp_path, monkeypatch, name, template, writer, reason):
@@ -238,7 +248,7 @@ def test_a_failed_format_leaves_the_file_that_was_there(tmp_path, monkeypatch):
 
 def test_a_trace_that_keeps_its_batch_size_fails(tmp_path):
     result = package(tmp_path, FrozenBatch())
-    assert result["failed_exports"] == ["torchscript"]
+    assert result["failed_exports"] == ["torchscript", "onnx"]
     assert result["successful_exports"] == ["state_dict", "checkpoint"]
 
 
@@ -258,7 +268,7 @@ def test_a_second_run_keeps_what_is_there_and_force_writes_it_again(tmp_path):
     first = record(tmp_path, "export_status.json")
     result = package(tmp_path, Leaf())
     assert result["skipped_exports"] == BUILT
-    assert "already there state_dict, checkpoint, torchscript" in result["one_line_summary"]
+    assert "already there state_dict, checkpoint, torchscript, onnx" in result["one_line_summary"]
     assert [path.stat().st_mtime_ns for path in files] == times
     assert record(tmp_path, "export_status.json") == first
     result = package(tmp_path, Leaf(), force=True)
@@ -273,7 +283,7 @@ def test_other_weights_or_a_damaged_file_are_written_again_without_force(tmp_pat
     bare = tmp_path / "leaf" / FILES["state_dict"][0]
     torch.testing.assert_close(torch.load(bare, weights_only=True), dict(Leaf(seed=1).state_dict()), rtol=0, atol=0)
     bare.write_bytes(bare.read_bytes()[:-1])
-    assert package(tmp_path, Leaf(seed=1))["skipped_exports"] == ["checkpoint", "torchscript"]
+    assert package(tmp_path, Leaf(seed=1))["skipped_exports"] == ["checkpoint", "torchscript", "onnx"]
     assert torch.load(bare, weights_only=True)
 
 
@@ -301,7 +311,7 @@ def test_files_of_earlier_weights_are_no_longer_ok(tmp_path):
     package(tmp_path, Leaf())
     package(tmp_path, Leaf(seed=1), ["torchscript"])
     status = record(tmp_path, "export_status.json")
-    assert [status[name]["status"] for name in BUILT] == ["skipped", "skipped", "ok"]
+    assert [status[name]["status"] for name in BUILT] == ["skipped", "skipped", "ok", "skipped"]
     assert "earlier weights" in status["checkpoint"]["reason"]
     package(tmp_path, Leaf(), ["state_dict"])
     assert record(tmp_path, "export_status.json")["state_dict"]["status"] == "ok"
@@ -355,7 +365,10 @@ def test_a_backbone_file_is_opened_into_a_freshly_built_network(tmp_path):
 
 def test_export_model_returns_the_paths_of_what_was_built(tmp_path):
     paths = export_model(Leaf(), "leaf", tmp_path / "out", (1, 3, 8, 8), ["pytorch", "onnx"], CLASSES)
-    assert paths == {"pytorch": tmp_path / "out" / FILES["state_dict"][0]}
+    assert paths == {
+        "pytorch": tmp_path / "out" / FILES["state_dict"][0],
+        "onnx": tmp_path / "out" / FILES["onnx"][0],
+    }
     assert json.loads((tmp_path / "out/class_mapping.json").read_text(encoding="utf-8"))["1"] == "canker"
     with pytest.raises(ValueError, match="did you mean 'onnx'"):
         export_model(Leaf(), "leaf", tmp_path / "none", (1, 3, 8, 8), ["onxx"])
@@ -381,7 +394,7 @@ def test_the_engine_packages_by_its_configuration(tmp_path):
 
 
 def test_smoke_tests_open_every_file_again(tmp_path):
-    result = package(tmp_path, Leaf(), [*BUILT, "onnx"])
+    result = package(tmp_path, Leaf(), [*BUILT, "tflite"])
     folder = tmp_path / "leaf"
     (folder / FILES["torchscript"][0]).write_bytes(b"no archive")
     torch.save(Leaf(seed=3).state_dict(), folder / FILES["state_dict"][0])
@@ -390,11 +403,51 @@ def test_smoke_tests_open_every_file_again(tmp_path):
         "state_dict": False,
         "checkpoint": True,
         "torchscript": False,
-        "onnx": False,
+        "onnx": True,
+        "tflite": False,
     }
     assert found["state_dict"]["parity"]["max_abs_diff"] > 1e-5
-    assert "writes state_dict" in found["onnx"]["details"]
+    assert "writes state_dict" in found["tflite"]["details"]
     paths = {"pytorch": folder / FILES["state_dict"][0]}
     assert run_export_smoke_tests(Leaf(seed=3), paths, folder, image_size=8)["pytorch"]["passed"]
     with pytest.raises(ValueError, match="3 logits; expected 13"):
         run_export_smoke_tests(Leaf(), {}, folder, num_classes=13, image_size=8)
+
+
+def test_an_onnx_file_says_what_it_is(tmp_path):
+    package(tmp_path, Leaf(), ["onnx"], training_metadata={"epochs": 3})
+    session = onnxruntime.InferenceSession(str(tmp_path / "leaf" / FILES["onnx"][0]))
+    said = session.get_modelmeta().custom_metadata_map
+    assert (json.loads(said["classes"]), said["epochs"], said["opset"]) == (CLASSES, "3", "13")
+    assert [given.shape for given in session.get_inputs()] == [["batch", 3, 8, 8]]
+    assert [given.name for given in session.get_outputs()] == ["output"]
+
+
+def test_mobile_one_is_deployed_as_plain_convolutions(tmp_path):
+    model = create_custom_backbone("CustomMobileOne", 3, size="tiny", img_size=32)
+    result = package(tmp_path, model, sample_input=None)
+    assert result["successful_exports"] == BUILT
+    nodes = [node.op_type for node in onnx.load(str(tmp_path / "leaf" / FILES["onnx"][0])).graph.node]
+    branches = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    assert "BatchNormalization" not in nodes
+    assert nodes.count("Conv") < branches
+
+
+def test_a_tensor_that_shares_its_bytes_is_kept_once_for_each_name(tmp_path):
+    model = Leaf()
+    model.register_buffer("head", model[6].weight.detach()[:1])
+    assert package(tmp_path, model, ["state_dict"])["successful_exports"] == ["state_dict"]
+    weights = torch.load(tmp_path / "leaf" / FILES["state_dict"][0], weights_only=True)
+    assert weights["head"].untyped_storage().nbytes() == weights["head"].nbytes
+
+
+def test_weights_that_are_too_many_for_one_onnx_file_lie_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "LARGEST_IN_ONE_FILE", 100)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, len(CLASSES)))
+    result = package(tmp_path, model, ["onnx"])
+    assert result["successful_exports"] == ["onnx"]
+    assert written(tmp_path / "leaf/onnx") == {"leaf.onnx", "leaf.onnx.data"}
+    assert "onnx/leaf.onnx.data" in result["checksums"]
+    monkeypatch.undo()
+    package(tmp_path, model, ["onnx"], force=True)
+    assert written(tmp_path / "leaf/onnx") == {"leaf.onnx"}

@@ -35,7 +35,7 @@ def test_members_are_listed_with_all_that_is_known(workspace, orchestrator):
     assert member["oof"]["rows"] == 224
     assert member["oof"]["folds"] == 2
     assert member["usable"] is True
-    assert member["exports"] == ["checkpoint", "state_dict", "torchscript"]
+    assert member["exports"] == ["checkpoint", "onnx", "state_dict", "torchscript"]
     metrics = json.loads((workspace / "metrics_output" / "CustomViTHybrid_training_metrics.json").read_text())
     assert member["recorded_accuracy"] == metrics["final_accuracy"]
     assert found["problems"] == []

@@ -277,6 +277,32 @@ print(json.dumps([said, seen, look()]))
     assert_whole(after, foreign)
 
 
+def test_the_bundled_export_is_there_whatever_is_mounted(mount: Mount) -> None:
+    """Its modules stand beside the mounted ones, which answer to their names before and after."""
+    code = """
+import json, sys
+import utils
+import config.settings, export, models, utils.datasets
+before = {name: id(module) for name, module in sys.modules.items() if name.partition(".")[0] in ("config", "export")}
+import torch
+from utils import base_back
+network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2)).eval()
+ours = base_back.bundled_export()
+done = ours.export_and_package_model(
+    network, "it", torch.zeros(1, 3, 2, 2), ["state_dict", "onnx"], sys.argv[1], class_names=["a", "b"]
+)
+same = ours is base_back.bundled_export()
+import config.settings, export, models, utils.datasets
+from utils import logger
+after = {name: id(sys.modules[name]) for name in before}
+files = [sys.modules[name].__file__ for name in ("config.settings", "export", "models", "utils.datasets")]
+print(json.dumps([done["successful_exports"], same, before == after, files]))
+"""
+    (done, same, kept, files), _ = mount.run("-c", code, str(mount.cwd / "deploy"))
+    assert (done, same, kept) == (["state_dict", "onnx"], True, True)
+    assert all(file.startswith(os.path.realpath(mount.base_back)) for file in map(os.path.realpath, files))
+
+
 def test_the_first_use_may_be_a_module_below_utils(foreign: Mount) -> None:
     """Also when the two halves of BASE-BACK's `utils` import one another."""
     foreign.base_back = build(foreign.cwd.parent / "circular")

@@ -40,6 +40,7 @@ EXPORTS = (
 _OURS = "utils"
 _BASE_UTILS = "utils._base"
 _BUNDLED_UTILS = "bundled_base_back_utils"
+_BUNDLED_EXPORT = "bundled_base_back_export"
 
 
 def locate(explicit: str | None = None) -> Path:
@@ -190,6 +191,45 @@ def bundled(name: str) -> ModuleType:
 def spare_workspace() -> None:
     """Let settings that are read from now on make no folder of the workspace."""
     _FINDER.spares = True
+
+
+def bundled_export() -> ModuleType:
+    """The bundled BASE-BACK's `export`, whatever is mounted; its `export_and_package_model` is what exports call.
+
+    Where another BASE-BACK is mounted, its modules step aside while the bundled ones are read for the first time; those
+    keep what they took, and the names lead to the mounted ones again.
+    """
+    if kind(bind()) == "bundled":
+        return load("export")
+    if _BUNDLED_EXPORT not in sys.modules:
+        names = [name for name in sys.modules if name.partition(".")[0] in ("config", "export")]
+        names += [name for name in sys.modules if name.startswith(f"{_OURS}.") and _is_mounted(sys.modules[name])]
+        aside = {name: sys.modules.pop(name) for name in names}
+        mounted_at, _FINDER.folder = _FINDER.folder, BUNDLED
+        os.environ["BASE_BACK_DIR"] = str(BUNDLED)
+        package = sys.modules[_OURS]
+        path = list(package.__path__)
+        package.__path__[:] = [*path[:1], str(BUNDLED / "src" / "utils")]
+        kept = set(sys.modules)
+        try:
+            sys.modules[_BUNDLED_EXPORT] = importlib.import_module("export")
+        finally:
+            for name in set(sys.modules) - kept - {_BUNDLED_EXPORT}:
+                if _is_in(sys.modules[name], BUNDLED):
+                    sys.modules[f"{_BUNDLED_EXPORT}.{name}"] = sys.modules.pop(name)
+            _FINDER.folder, package.__path__[:] = mounted_at, path
+            os.environ["BASE_BACK_DIR"] = str(mounted_at)
+            sys.modules.update(aside)
+    return sys.modules[_BUNDLED_EXPORT]
+
+
+def _is_mounted(module: ModuleType) -> bool:
+    return _FINDER.folder is not None and _is_in(module, _FINDER.folder)
+
+
+def _is_in(module: ModuleType, folder: Path) -> bool:
+    file = getattr(module, "__file__", None)
+    return file is not None and os.path.realpath(file).startswith(os.path.realpath(folder / "src") + os.sep)
 
 
 def settings() -> ModuleType:

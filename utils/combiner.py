@@ -36,7 +36,8 @@ class Combiner(Protocol):
     Arrays only: files, rows and honesty are the business of whoever calls. Members come in the order of their names,
     classes in the workspace's order. A combiner whose `learns` is false fits nothing, so every row is unseen. One that
     `reads_embeddings` gets `Outputs` wherever others get logits, and its module takes `(logits, embeddings)`, the
-    second a list of M tensors float32 (B, D_m).
+    second a list of M tensors float32 (B, D_m). One whose answer has steps (votes, trees, the best k experts) says so
+    by `jumps = True`, so that an export is proved on both sides of a step; where it is missing there are none.
     """
 
     settings: ClassVar[tuple[str, ...]]

@@ -186,6 +186,8 @@ class Backbones(Section):
 class Exports(Section):
     enable: Flag = True
     formats: Names = ("state_dict", "checkpoint", "torchscript", "onnx", "tflite")
+    input: Literal["float-nchw", "uint8-nhwc"] = "float-nchw"
+    max_members: Count | None = None
 
 
 class ScoreEnsemble(Section):

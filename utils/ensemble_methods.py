@@ -24,6 +24,7 @@ class Voting:
     """What the two ways of voting share: they fit nothing and hold nothing."""
 
     settings: ClassVar[tuple[str, ...]] = ()
+    jumps: ClassVar[bool] = False
     learns: ClassVar[bool] = False
     reads_embeddings: ClassVar[bool] = False
 
@@ -81,6 +82,8 @@ class HardVoting(Voting):
     """
 
     TIE_SHARE: ClassVar[float] = 5e-7
+
+    jumps = True
 
     def predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Logits (M, N, C) -> probabilities (N, C)."""

@@ -40,7 +40,8 @@ class VoteShares(nn.Module):
         self.tie_share = tie_share
 
     def forward(self, logits: Tensor) -> Tensor:
-        votes = nn.functional.one_hot(logits.argmax(dim=2), logits.shape[2])
+        # By comparison: no converter to TFLite knows one_hot.
+        votes = logits.argmax(dim=2, keepdim=True) == torch.arange(logits.shape[2], device=logits.device)
         shares = votes.to(logits.dtype).mean(dim=1)
         return (1 - self.tie_share) * shares + self.tie_share * torch.softmax(logits, dim=2).mean(dim=1)
 

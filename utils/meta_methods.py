@@ -135,6 +135,11 @@ class MetaFuser:
         """Whether any input does."""
         return any(each.combiner.reads_embeddings for each in self.inputs)
 
+    @property
+    def jumps(self) -> bool:
+        """Whether the fuser or any input does."""
+        return any(getattr(each, "jumps", False) for each in (self.fuser, *(each.combiner for each in self.inputs)))
+
     def fit(self, outputs: np.ndarray | Outputs, labels: np.ndarray, folds: np.ndarray) -> Self:
         """Fit what is not fitted yet on outputs (M, N, C), labels (N,), folds (N,)."""
         self.fit_crossfitted(outputs, labels, folds)

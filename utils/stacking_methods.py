@@ -77,6 +77,7 @@ def calibrate(
 class Stacker(ABC):
     """What the stackers share; a subclass names its learner and how its model becomes arrays and a torch module."""
 
+    jumps: ClassVar[bool] = False
     settings: ClassVar[tuple[str, ...]] = (
         *("runs.stacking.fallback", "runs.stacking.fit_rows", "runs.stacking.inference_members"),
         "runs.score_ensemble.temperature",
@@ -250,6 +251,8 @@ class StackingPerceptron(Stacker):
 class StackingBooster(Stacker):
     """Gradient-boosted trees on the members' outputs."""
 
+    jumps = True
+
     settings = (*Stacker.settings, "runs.stacking.xgb_config")
 
     @classmethod
@@ -282,6 +285,8 @@ class StackingBooster(Stacker):
 
 class StackingForest(Stacker):
     """A random forest on the members' outputs."""
+
+    jumps = True
 
     @classmethod
     def learner_of(cls, config: Config) -> Learner:

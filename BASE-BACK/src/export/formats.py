@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
+import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -15,7 +21,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from config import settings
-from export.smoke_tests import answers, check_file, evaluation_copy, probe_batches, torchscript_without_notices
+from export.smoke_tests import (
+    answers,
+    check_file,
+    evaluation_copy,
+    is_ready,
+    probe_batches,
+    torchscript_without_notices,
+)
+
+LARGEST_IN_ONE_FILE = 1_900_000_000  # bytes; a protocol buffer ends at 2 GB
 
 
 @dataclass(frozen=True)
@@ -24,9 +39,9 @@ class Package:
 
     arch_name: str
     network: nn.Module
-    """A copy of the model, on the CPU, in evaluation mode."""
+    """The model, or a copy where it is not on the CPU in evaluation mode; never changed here."""
     weights: dict[str, Tensor]
-    """Clones of its state dict: contiguous, on the CPU, sharing nothing."""
+    """Its state dict: contiguous, on the CPU, sharing nothing with one another."""
     checkpoint: dict[str, Any]
     """Everything that the full checkpoint holds."""
     batches: list[Tensor]
@@ -38,6 +53,23 @@ class Package:
     def width(self) -> int:
         """Number of logits."""
         return self.expected[0].shape[1]
+
+    @cached_property
+    def deployed(self) -> nn.Module:
+        """The same map in its form for inference: branches that training needs (MobileOne's) are one convolution."""
+        if not any(hasattr(module, "reparameterize") for module in self.network.modules()):
+            return self.network
+        network = copy.deepcopy(self.network)
+        for module in list(network.modules()):
+            if hasattr(module, "reparameterize"):
+                module.reparameterize()
+        return network
+
+    @property
+    def example(self) -> Tensor:
+        """Two rows to trace with: a batch of one is too easily taken for a constant."""
+        first = self.batches[0]
+        return torch.cat([first, first.flip(-1)])
 
     def source(self, name: str) -> str:
         """Digest of what decides the file of a format; equal digests need no new file."""
@@ -60,10 +92,53 @@ def _write_checkpoint(package: Package, path: Path) -> None:
 
 
 def _write_trace(package: Package, path: Path) -> None:
-    first = package.batches[0]
-    example = torch.cat([first, first.flip(-1)])  # two rows: a batch of one is too easily taken for a constant
     with torchscript_without_notices(), torch.no_grad(), path.open("wb") as file:
-        torch.jit.save(torch.jit.trace(package.network, example, check_trace=False), file)
+        torch.jit.save(torch.jit.trace(package.deployed, package.example, check_trace=False), file)
+
+
+def _write_onnx(package: Package, path: Path) -> None:
+    """By the tracing exporter, which folds BatchNorm into convolutions and needs no further package."""
+    import onnx
+    from onnx.external_data_helper import convert_model_to_external_data, write_external_data_tensors
+
+    network = package.deployed
+    inputs, outputs = names_of(network, "input_names", ("input",)), names_of(network, "output_names", ("output",))
+    free = getattr(network, "free_axes", {name: {0: "batch"} for name in inputs})
+    opset = getattr(network, "onnx_opset", settings.EXPORT_CONFIG["onnx"].get("opset_version", 13))
+    with ExitStack() as stack:
+        traced = Path(stack.enter_context(TemporaryDirectory(dir=path.parent, prefix=".onnx."))) / "traced.onnx"
+        stack.enter_context(torchscript_without_notices())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of the exporter that was chosen on purpose
+        warnings.filterwarnings("ignore", "Constant folding", category=UserWarning)
+        torch.onnx.export(  # by a path: beside it lie the weights of what is too large for one file
+            network,
+            (package.example,),
+            str(traced),
+            dynamo=False,
+            opset_version=opset,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_axes=free | {name: {0: "batch"} for name in outputs},
+        )
+        model = onnx.load(str(traced))
+    said = {"arch_name": package.arch_name, "classes": package.checkpoint["extra"]["classes"], "opset": opset}
+    said |= {"exporter": f"torch {torch.__version__}, dynamo=False"} | package.checkpoint.get("metadata", {})
+    for name, value in said.items():
+        text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+        model.metadata_props.add(key=name, value=text)
+    beside = path.parent / f"{package.arch_name}.onnx.data"
+    beside.unlink(missing_ok=True)
+    if sum(weight.nbytes for weight in package.weights.values()) > LARGEST_IN_ONE_FILE:
+        convert_model_to_external_data(model, all_tensors_to_one_file=True, location=beside.name)
+        write_external_data_tensors(model, str(path.parent))
+    path.write_bytes(model.SerializeToString())
+
+
+def names_of(network: nn.Module, attribute: str, default: tuple[str, ...]) -> tuple[str, ...]:
+    """What a network calls its inputs or outputs, where it says so."""
+    return tuple(getattr(network, attribute, default))
 
 
 def _save(content: Any, path: Path) -> None:
@@ -75,6 +150,7 @@ FORMATS: dict[str, dict[str, Callable[[Package, Path], None]]] = {
     "state_dict": {"{}_state_dict_cpu.pth": _write_weights, "{}_state_dict_cpu.safetensors": _write_safetensors},
     "checkpoint": {"{}_checkpoint_full.pth": _write_checkpoint},
     "torchscript": {"{}_trace.pt": _write_trace},
+    "onnx": {"{}.onnx": _write_onnx},
 }
 """Format -> its files and who writes them; the first file is the one that records name."""
 
@@ -100,12 +176,13 @@ def make_package(
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Package:
-    """Copy the model and run it once; raises ValueError when sample or classes do not fit it."""
+    """Run the model, or a copy of it, once; raises ValueError when sample or classes do not fit it."""
     side = getattr(model, "img_size", None) or settings.IMG_SIZE
     sample = torch.zeros(1, 3, side, side) if sample_input is None else sample_input
-    if sample.ndim != 4 or not sample.is_floating_point():
+    # A network that names its inputs says itself what they are, such as uint8 (B, H, W, 3).
+    if not hasattr(model, "input_names") and (sample.ndim != 4 or not sample.is_floating_point()):
         raise ValueError(f"sample_input is {sample.dtype} {tuple(sample.shape)}; expected floats (B, 3, H, W)")
-    network = evaluation_copy(model)
+    network = model if is_ready(model) else evaluation_copy(model)
     batches = probe_batches(sample.shape, sample.dtype)
     expected = answers(network, batches)
     width = expected[0].shape[1]
@@ -113,7 +190,7 @@ def make_package(
     for found, what in ((num_classes, "num_classes"), (len(names), "class names")):
         if found is not None and found != width:
             raise ValueError(f"{arch_name}: the model gives {width} logits, but there are {found} {what}")
-    weights = {name: tensor.detach().clone().contiguous() for name, tensor in network.state_dict().items()}
+    weights = _weights_of(network)
     extra = {"backbone_name": getattr(model, "architecture", arch_name), "classes": names}
     extra |= {"model_size": getattr(model, "size", None), "img_size": sample.shape[-1]}
     checkpoint: dict[str, Any] = {"model_state_dict": weights, "arch_name": arch_name, "extra": extra}
@@ -150,6 +227,18 @@ def plain(value: Any, place: str) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item, f"{place}[{number}]") for number, item in enumerate(value)]
     raise ValueError(f"{place} is a {type(value).__name__}; expected numbers, text, lists and dictionaries")
+
+
+def _weights_of(network: nn.Module) -> dict[str, Tensor]:
+    """The state dict; a tensor is copied only where it is a view or shares its bytes, which files would keep twice."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in network.state_dict().items():
+        place = tensor.untyped_storage()
+        whole = tensor.is_contiguous() and place.nbytes() == tensor.nbytes and place.data_ptr() not in seen
+        seen.add(place.data_ptr())
+        found[name] = tensor.detach() if whole else tensor.detach().clone(memory_format=torch.contiguous_format)
+    return found
 
 
 def _on_cpu(value: Any) -> Any:

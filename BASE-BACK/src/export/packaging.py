@@ -22,7 +22,7 @@ from utils.files import atomic_path, read_json, write_json
 
 STATUS, CHECKSUMS, METADATA, CLASSES = "export_status.json", "checksums.json", "metadata.json", "class_mapping.json"
 RECORDS = (STATUS, CHECKSUMS, METADATA, CLASSES)
-NOT_BUILT = "this version's base export writes state_dict, checkpoint and torchscript"
+NOT_BUILT = f"this version's base export writes {', '.join(FORMATS)}"
 
 
 def export_and_package_model(
@@ -134,6 +134,8 @@ def build(folder: Path, package: Package, name: str) -> dict[str, Any]:
             (folder / name).rmdir()
         reason = f"{type(error).__name__}: {error}"
         return _entry("failed", reason=reason, parity=getattr(error, "parity", None), seconds=_since(started))
+    # Weights that are too many for one ONNX file.
+    files |= {f"{name}/{beside.name}": compute_file_sha256(beside) for beside in (folder / name).glob("*.onnx.data")}
     path = next(iter(files))
     return _entry(
         "ok",

@@ -37,16 +37,25 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).cpu().eval()
 
 
+def is_ready(model: nn.Module) -> bool:
+    """Whether a model lies on the CPU and is in evaluation mode throughout."""
+    tensors = (*model.parameters(), *model.buffers())
+    return all(tensor.device.type == "cpu" for tensor in tensors) and not any(m.training for m in model.modules())
+
+
 def probe_batches(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Seeded noise in batches of 1, 3 and 17 rows; `shape` is that of one batch, `(B, 3, H, W)`."""
     generator = torch.Generator().manual_seed(settings.SEED)
+    if not dtype.is_floating_point:
+        return [torch.randint(0, 256, (rows, *shape[1:]), generator=generator).to(dtype) for rows in BATCH_SIZES]
     return [torch.randn(rows, *shape[1:], generator=generator).to(dtype) for rows in BATCH_SIZES]
 
 
 def answers(network: Callable[[Tensor], Any], batches: Sequence[Tensor]) -> list[Tensor]:
-    """Logits `(B, C)` of every batch. Raises ValueError when the network returns anything else."""
+    """Logits `(B, C)` of every batch; of several outputs the first. Raises ValueError when there is anything else."""
     with torch.no_grad():
-        found = [network(batch) for batch in batches]
+        given = [network(batch) for batch in batches]
+    found = [outputs[0] if isinstance(outputs, tuple) else outputs for outputs in given]
     for batch, logits in zip(batches, found, strict=True):
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(batch):
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -54,7 +63,7 @@ def answers(network: Callable[[Tensor], Any], batches: Sequence[Tensor]) -> list
     return found
 
 
-def compare(expected: Sequence[Tensor], found: Sequence[Tensor]) -> dict[str, Any]:
+def compare(expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: float = TOLERANCE) -> dict[str, Any]:
     """Parity of two lists of logits `(B, C)`: the largest difference, and the labels that change.
 
     Rows whose two best logits lie closer than twice the tolerance are counted as `near_threshold`, not as flips.
@@ -65,11 +74,11 @@ def compare(expected: Sequence[Tensor], found: Sequence[Tensor]) -> dict[str, An
     before, after = torch.cat(list(expected)).double(), torch.cat(list(found)).double()
     difference = (before - after).abs().max().item()
     best = before.topk(min(2, before.shape[1]), dim=1).values
-    near = (best[:, 0] - best[:, -1] <= 2 * TOLERANCE) & (before.shape[1] > 1)
+    near = (best[:, 0] - best[:, -1] <= 2 * tolerance) & (before.shape[1] > 1)
     flips = (before.argmax(dim=1) != after.argmax(dim=1)) & ~near
     return {
         "rows": len(before),
-        "tolerance": TOLERANCE,
+        "tolerance": tolerance,
         "max_abs_diff": difference if torch.isfinite(before).all() and torch.isfinite(after).all() else None,
         "label_flips": int(flips.sum()),
         "near_threshold": int(near.sum()),
@@ -80,9 +89,13 @@ def compare(expected: Sequence[Tensor], found: Sequence[Tensor]) -> dict[str, An
 def check_file(
     kind: str, path: Path, model: nn.Module, batches: Sequence[Tensor], expected: Sequence[Tensor]
 ) -> dict[str, Any]:
-    """Open `path` as a file of this kind, run it, and return its parity. Raises ParityError when it disagrees."""
-    parity = compare(expected, answers(OPENERS[kind](path, model), batches))
-    if parity["max_abs_diff"] is None or parity["max_abs_diff"] > TOLERANCE or parity["label_flips"]:
+    """Open `path` as a file of this kind, run it, and return its parity. Raises ParityError when it disagrees.
+
+    A network may say itself what noise may change (`parity_tolerance`), as one with steps has to.
+    """
+    tolerance = getattr(model, "parity_tolerance", TOLERANCE)
+    parity = compare(expected, answers(OPENERS[kind](path, model), batches), tolerance)
+    if parity["max_abs_diff"] is None or parity["max_abs_diff"] > tolerance or parity["label_flips"]:
         raise ParityError(parity)
     return parity
 
@@ -130,10 +143,20 @@ def _open_torchscript(path: Path, model: nn.Module) -> nn.Module:
         return torch.jit.load(path, map_location="cpu").eval()
 
 
-OPENERS: dict[str, Callable[[Path, nn.Module], nn.Module]] = {
+def _open_onnx(path: Path, model: nn.Module) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    first = session.get_outputs()[0].name
+    return lambda batch: torch.from_numpy(session.run([first], {given.name: batch.numpy()})[0])
+
+
+OPENERS: dict[str, Callable[[Path, nn.Module], Callable[[Tensor], Any]]] = {
     "state_dict": _open_state_dict,
     "checkpoint": _open_checkpoint,
     "torchscript": _open_torchscript,
+    "onnx": _open_onnx,
 }
 
 

@@ -1,0 +1,470 @@
+"""The command `export`, its folder, its certificate and what can go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from finished_workspace import CONFIG, at
+from safetensors.torch import load_file, save_file
+
+from utils import (
+    build,
+    export_checks,
+    export_comparison,
+    export_folder,
+    export_formats,
+    export_utils,
+    importing,
+    tflite_conversion,
+)
+from utils.artifacts import read_arrays, read_json, write_json
+from utils.config_file import load
+from utils.errors import ConfigError, UserError
+from utils.export_certificate import Answers, Probe, RunFailed, compare, dealt, run_afresh
+
+NAME = "soft_voting_ensemble"
+RECORDS = {"metadata.json", "class_mapping.json", "export_status.json", "checksums.json"}
+
+
+def run(base: Path, name: str | None = NAME, *formats: str, **options):
+    config = load(CONFIG, overrides=["exports.enable=true"])
+    return export_utils.export(config, at(base), model_name=name, formats=formats or ["onnx"], **options)
+
+
+def folder_of(base: Path, name: str = NAME) -> Path:
+    return base / "deployment_models" / name
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, built):
+    """A workspace with two exports: soft voting in most formats, and hard voting on raw images."""
+    base = Path(shutil.copytree(built, tmp_path_factory.mktemp("exported") / "workspace"))
+    results = {
+        NAME: run(base, NAME, "state_dict", "torchscript", "onnx", "tensorrt"),
+        "hard_voting_ensemble": run(base, "hard_voting", "onnx", input="uint8-nhwc", member_probabilities=True),
+    }
+    return base, results
+
+
+@pytest.fixture
+def own_export(tmp_path, exported):
+    """A copy of the exports to change or break."""
+    return Path(shutil.copytree(exported[0], tmp_path / "workspace"))
+
+
+def test_the_folder_is_as_the_specification_prints_it(exported):
+    base, results = exported
+    folder = folder_of(base)
+    assert {path.name for path in folder.iterdir()} == RECORDS | {"state_dict", "torchscript", "onnx", "custom"}
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - RECORDS
+    assert {name for name in files if not name.startswith("custom/")} == {
+        f"state_dict/{NAME}_state_dict_cpu.pth",
+        f"state_dict/{NAME}_state_dict_cpu.safetensors",
+        f"torchscript/{NAME}_trace.pt",
+        f"onnx/{NAME}.onnx",
+    }
+    assert {"README.md", "predict.py", "model_card.md", "ensemble.json", f"{NAME}_custom.bin"} <= {
+        path.name for path in (folder / "custom").iterdir()
+    }
+    assert not list(folder.parent.glob(".*"))
+    assert read_json(folder / "class_mapping.json", remedy="") == {str(n): str(n) for n in range(4)}
+    assert results[NAME].failures == [f"tensorrt: skipped, {results[NAME].document['formats']['tensorrt']['reason']}"]
+
+
+def test_every_file_carries_its_proof(exported):
+    status = read_json(folder_of(exported[0]) / "export_status.json", remedy="")
+    for name in ("state_dict", "torchscript", "onnx"):
+        entry = status[name]
+        assert entry["status"] == "ok"
+        assert (entry["parity"]["rows"], entry["parity"]["batch_sizes"]) == (64, [1, 3, 17])
+        assert entry["parity"]["max_abs_diff"] <= entry["parity"]["tolerance"] == 1e-4
+        assert (entry["parity"]["label_flips"], entry["parity"]["near_threshold"]) == (0, 0)
+        assert {"python", "onnxruntime" if name == "onnx" else "torch"} <= entry["versions"].keys()
+        assert entry["seconds"] > 0
+        assert entry["latency_ms"] > 0
+    assert "trtexec --onnx=onnx/soft_voting_ensemble.onnx" in status["tensorrt"]["reason"]
+
+
+def test_a_combiner_with_steps_is_compared_twice(exported):
+    entry = exported[1]["hard_voting_ensemble"].document["formats"]["onnx"]
+    assert entry["parity"]["members"]["max_abs_diff"] < 1e-4
+    assert entry["parity"]["combiner"]["label_flips"] == 0
+    outputs = read_json(folder_of(exported[0], "hard_voting_ensemble") / "metadata.json", remedy="")["training"][
+        "outputs"
+    ]
+    assert outputs == ["probabilities", "member_probabilities", "member_logits"]
+
+
+def test_an_export_that_is_there_is_kept_and_another_format_joins_it(own_export):
+    file = folder_of(own_export) / f"onnx/{NAME}.onnx"
+    before = file.stat()
+    assert "already there" in run(own_export, NAME, "onnx", "torchscript").text
+    run(own_export, NAME, "checkpoint", "onnx")
+    after = read_json(folder_of(own_export) / "export_status.json", remedy="")
+    assert file.stat().st_ino == before.st_ino
+    assert {name for name, entry in after.items() if entry["status"] == "ok"} == {
+        "state_dict",
+        "checkpoint",
+        "torchscript",
+        "onnx",
+        "custom",
+    }
+    assert export_folder.tampered(folder_of(own_export)) == []
+
+
+IMPORT_BLOCKER = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "torchvision", "timm", "sklearn", "scipy", "xgboost", "utils", "onnx"}:
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Blocker())
+import runpy
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", [NAME, "hard_voting_ensemble"])
+def test_the_delivered_program_predicts_what_evaluate_did(tmp_path, exported, name):
+    base, _ = exported
+    folder = Path(shutil.copytree(folder_of(base, name), tmp_path / "elsewhere"))
+    images = base / "split_dataset" / "test"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", IMPORT_BLOCKER, str(folder / "custom" / "predict.py"), str(images), "--json"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    found = {Path(answer["file"]).relative_to(images).as_posix(): answer["probabilities"] for answer in answers}
+    stored = read_arrays(at(base).ensemble(name) / "predictions_test.npz", remedy="")
+    assert sorted(found) == stored["sample_ids"].tolist()
+    classes = stored["classes"].tolist()
+    given = np.array([[found[key][label] for label in classes] for key in stored["sample_ids"].tolist()])
+    np.testing.assert_allclose(given, stored["probabilities"], rtol=0, atol=1e-5)
+
+
+def change_a_weight(path: Path) -> None:
+    """One weight of a written file."""
+    if path.suffix == ".safetensors":
+        weights = load_file(path)
+        name = next(name for name, value in weights.items() if value.ndim == 2)
+        weights[name][0] += 1
+        save_file(weights, path)
+    elif path.suffix == ".onnx":
+        model = onnx.load(str(path))
+        matrix = next(value for value in model.graph.initializer if len(value.dims) == 2)
+        values = onnx.numpy_helper.to_array(matrix).copy()
+        values[0] += 1
+        matrix.CopyFrom(onnx.numpy_helper.from_array(values, matrix.name))
+        onnx.save(model, str(path))
+    elif path.name.endswith("_trace.pt"):
+        network = torch.jit.load(str(path))
+        with torch.no_grad():
+            next(value for value in network.parameters() if value.ndim == 2)[0] += 1
+        torch.jit.save(network, str(path))
+    else:
+        content = torch.load(path, weights_only=True)
+        weights = content.get("model_state_dict", content)
+        next(value for value in weights.values() if value.ndim == 2)[0] += 1
+        torch.save(content, path)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["state_dict", "checkpoint", "torchscript", "onnx"])
+def test_a_weight_that_changes_after_writing_is_caught(own_export, monkeypatch, kind):
+    package = export_formats.package
+
+    def sabotaged(network, name, formats, staged, *rest):
+        done = package(network, name, formats, staged, *rest)
+        change_a_weight(staged / done[kind]["path"])
+        return done
+
+    monkeypatch.setattr(export_formats, "package", sabotaged)
+    result = run(own_export, NAME, kind, "onnx", force=True)
+    entry = result.document["formats"][kind]
+    assert (entry["status"], entry["path"]) == ("failed", None)
+    assert "probabilities are off by" in entry["reason"]
+    assert [failure.partition(":")[0] for failure in result.failures] == [kind]
+    folder = folder_of(own_export)
+    assert (folder / "failed" / kind).is_dir()
+    assert not (folder / kind).exists()
+    assert kind == "onnx" or result.document["formats"]["onnx"]["status"] == "ok"
+
+
+def test_an_interrupted_export_leaves_the_old_one_whole(own_export, monkeypatch):
+    before = {path: path.read_bytes() for path in folder_of(own_export).rglob("*") if path.is_file()}
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_utils, "_finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(own_export, NAME, "onnx", force=True)
+    assert {path: path.read_bytes() for path in folder_of(own_export).rglob("*") if path.is_file()} == before
+    assert not list(folder_of(own_export).parent.glob(".*"))
+
+
+def test_a_swap_that_was_killed_half_way_is_put_back(tmp_path):
+    final = tmp_path / "it"
+    (tmp_path / ".it.previous").mkdir()
+    (tmp_path / ".it.previous" / "old").touch()
+    (tmp_path / ".it.abcdefgh.partial").mkdir()
+    export_folder.recover(final)
+    assert [path.name for path in tmp_path.iterdir()] == ["it"]
+    assert (final / "old").is_file()
+
+
+def test_a_checkpoint_that_changed_or_is_gone_is_named(own_export):
+    path = own_export / "checkpoints" / "CustomConvNeXt_final.pth"
+    content = path.read_bytes()
+    path.write_bytes(content + b"x")
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(UserError, match=r"CustomConvNeXt_final\.pth: changed since discovery"):
+        run(own_export, NAME, "onnx", force=True)
+    path.unlink()
+    with pytest.raises(UserError, match=r"CustomConvNeXt_final\.pth: the checkpoint of CustomConvNeXt is gone"):
+        run(own_export, NAME, "onnx", force=True)
+
+
+def test_an_ensemble_of_other_checkpoints_is_named(own_export):
+    record = read_json(at(own_export).ensemble(NAME) / "ensemble.json", remedy="")
+    record["member_digests"]["CustomConvNeXt"] = "0" * 64
+    write_json(at(own_export).ensemble(NAME) / "ensemble.json", record)
+    with pytest.raises(UserError, match="CustomConvNeXt is another network than the one it was built from"):
+        run(own_export)
+
+
+def test_what_is_not_known_is_named_with_its_neighbour(exported):
+    with pytest.raises(UserError, match="did you mean 'soft_voting_ensemble'"):
+        run(exported[0], "soft_votin_ensemble")
+    with pytest.raises(ConfigError, match="unknown 'onxx'; did you mean 'onnx'"):
+        run(exported[0], NAME, "onxx")
+    with pytest.raises(ConfigError, match="--max-members 0: expected a whole number of at least 1"):
+        run(exported[0], NAME, "onnx", max_members=0)
+    with pytest.raises(UserError, match="3 members, --max-members allows 2"):
+        run(exported[0], NAME, "onnx", max_members=2)
+
+
+def test_the_base_pipelines_own_export_is_not_replaced(own_export):
+    with pytest.raises(UserError, match="holds an export that is not ours"):
+        run(own_export, "CustomConvNeXt")
+
+
+def test_a_member_alone_gives_its_logits(own_export):
+    result = run(own_export, "CustomConvNeXt", "onnx", force=True)
+    assert result.failures == []
+    metadata = read_json(folder_of(own_export, "CustomConvNeXt") / "metadata.json", remedy="")
+    assert metadata["training"]["outputs"] == ["probabilities", "logits"]
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(own_export, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(UserError, match="0 MB are free"):
+        run(own_export, NAME, "onnx", force=True)
+
+
+def test_verify_holds_and_names_what_was_tampered_with(own_export):
+    folder = folder_of(own_export, "hard_voting_ensemble")
+    assert "checksums hold" in export_checks.verify(folder).text
+    with (folder / "custom" / "README.md").open("a") as file:
+        file.write("one more line")
+    (folder / "onnx" / "hard_voting_ensemble.onnx").unlink()
+    with pytest.raises(UserError, match=r"hard_voting_ensemble\.onnx: gone; custom/README\.md: other bytes"):
+        export_checks.verify(folder)
+    with pytest.raises(UserError, match=r"no checksums\.json"):
+        export_checks.verify(folder.parent)
+
+
+def test_verify_finds_answers_that_differ(own_export):
+    folder = folder_of(own_export)
+    change_a_weight(folder / "onnx" / f"{NAME}.onnx")
+    write_json(folder / "checksums.json", export_folder.checksums(folder))
+    with pytest.raises(UserError, match=r"onnx: soft_voting_ensemble\.onnx: its probabilities are off by"):
+        export_checks.verify(folder)
+
+
+def test_tools_are_listed_with_what_they_need():
+    facts = export_checks.tools().document["formats"]
+    assert facts["onnx"]["ready"]
+    assert "onnxruntime" in facts["onnx"]["words"]
+    assert not facts["tensorrt"]["ready"]
+
+
+def test_tflite_without_its_tools_is_skipped_with_the_install_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("DBT_TFLITE_PYTHON", str(tmp_path / "no-python"))
+    entry = export_formats.convert_to_tflite(None, "it", tmp_path, tmp_path)
+    assert entry["status"] == "skipped"
+    assert "pip install torch litert-torch" in entry["reason"]
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("import sys; print('the converter says why'); sys.exit(3)", "ended with 3: the converter says why"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended with -9"),
+        ("import time; time.sleep(60)", "did not end within 2 s"),
+    ],
+)
+def test_a_converter_that_crashes_is_killed_or_hangs_fails_with_its_last_words(tmp_path, monkeypatch, program, reason):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{program}"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("DBT_TFLITE_PYTHON", str(python))
+    network = torch.nn.Flatten()
+    with pytest.raises(tflite_conversion.ConversionFailed, match=reason):
+        tflite_conversion.convert(network, torch.zeros(1, 2, 2), tmp_path / "a.tflite", tmp_path / "s", seconds=2)
+
+
+def test_images_of_unequal_size_are_dealt_to_batches_of_their_own():
+    images = [np.full((size, 4, 3), row, dtype=np.uint8) for row, size in enumerate([5, 7] * 11)]
+    batches, rows = dealt(images)
+    assert sorted(np.unique(np.concatenate(rows))) == list(range(22))
+    assert {len(batch) for batch in batches} == {1, 3, 17}
+    for batch, own in zip(batches, rows, strict=True):
+        assert batch[:, 0, 0, 0].tolist() == own.tolist()
+
+
+def answered(probabilities, **outputs) -> Answers:
+    return Answers(
+        np.arange(len(probabilities)), {"probabilities": np.array(probabilities, dtype=np.float32), **outputs}
+    )
+
+
+def test_a_label_that_flips_where_it_is_clear_fails():
+    probe = Probe([np.zeros((2, 1))], [np.arange(2)], np.array([[0.50001, 0.49999], [0.7, 0.3]]))
+    near = compare(probe, answered([[0.49999, 0.50001], [0.7, 0.3]]))
+    assert (near["passed"], near["parity"]["label_flips"]) == (True, 0)
+    clear = compare(probe, answered([[0.5, 0.5], [0.3, 0.7]]))
+    assert (clear["passed"], clear["parity"]["label_flips"]) == (False, 1)
+    assert not compare(probe, answered([[0.5, np.nan], [0.7, 0.3]]))["passed"]
+    assert "answers (2, 3)" in compare(probe, answered(np.zeros((2, 3))))["reason"]
+
+
+class Step:
+    """The first member's most probable class, for certain."""
+
+    def predict_proba(self, logits):
+        return np.eye(2)[logits[0].argmax(axis=1)]
+
+
+def test_rows_at_a_step_are_counted_and_left_out_of_the_end_to_end_comparison():
+    logits = np.tile(np.array([[1.0, 0.0]], dtype=np.float32), (40, 1))
+    logits[0] = [1e-6, 0]
+    probe = Probe([np.zeros((40, 1))], [np.arange(40)], np.tile([[1.0, 0.0]], (40, 1)), logits[None], None, Step())
+    own = logits.copy()
+    own[0] = [0, 1e-6]
+    found = compare(probe, answered(np.eye(2)[own.argmax(axis=1)], member_logits=own[:, None]))
+    assert (found["passed"], found["parity"]["near_threshold"], found["parity"]["max_abs_diff"]) == (True, 1, 0)
+    wrong = compare(probe, answered(np.eye(2)[logits.argmax(axis=1)], member_logits=own[:, None]))
+    assert "its combiner is off by 1 on its own members' outputs" in wrong["reason"]
+    own[:3] = [0, 1e-6]
+    probe.member_logits[0, :3] = [1e-6, 0]
+    many = compare(probe, answered(np.eye(2)[own.argmax(axis=1)], member_logits=own[:, None]))
+    assert "3 of 40 rows lie at a step" in many["reason"]
+    own[5] = [3, 0]
+    assert (
+        "members' probabilities are off"
+        in compare(probe, answered(np.eye(2)[own.argmax(axis=1)], member_logits=own[:, None]))["reason"]
+    )
+
+
+def test_a_runtime_that_fails_says_why(tmp_path):
+    path = tmp_path / "a.onnx"
+    path.write_bytes(b"no model")
+    probe = Probe([np.zeros((1, 3, 2, 2), dtype=np.float32)], [np.arange(1)], np.ones((1, 1)))
+    with pytest.raises(RunFailed, match=r"its runtime ended with 1: .*Protobuf"):
+        run_afresh("onnx", path, probe, ["probabilities"], tmp_path / "scratch")
+
+
+def test_the_command_line_ends_with_4_where_a_format_is_skipped(own_export, orchestrator):
+    done = orchestrator(
+        "export", "--config", "configs/votes.yaml", "--set", "exports.enable=true", "--model-name", NAME, "--formats",
+        "onnx", "tensorrt", workspace=own_export,
+    )  # fmt: skip
+    assert done.returncode == 4
+    assert "left out: tensorrt: skipped" in done.stderr
+    assert "64 real rows, largest difference" in done.stdout
+
+
+def test_an_ensemble_of_imported_members_exports_its_combiner_alone(tmp_path):
+    """Class names with commas, quotes and letters of any script come through."""
+    classes = ("leaf, spotted", 'the "healthy" one', "zdravý 葉")
+    base, names = tmp_path / "workspace", ("forest", "notebook")
+    base.mkdir()
+    rng = np.random.default_rng(1)
+    for split, count in (("oof", 90), ("val", 40), ("test", 70)):
+        labels = np.arange(count) % 3
+        for name in names:
+            logits = rng.normal(size=(count, 3)).astype(np.float32)
+            logits[np.arange(count), labels] += 1
+            given = {"labels": labels, "sample_ids": np.array([f"{split}{n:03d}" for n in range(count)])}
+            given |= {"fold": np.arange(count) % 5} if split == "oof" else {}
+            (tmp_path / "given" / name).mkdir(parents=True, exist_ok=True)
+            np.savez(tmp_path / "given" / name / f"{split}.npz", logits=logits, classes=np.array(classes), **given)
+    config = load(CONFIG, overrides=["exports.enable=true"])
+    importing.import_predictions(config, at(base), folder=str(tmp_path / "given"))
+    build.build_ensemble(config, at(base))
+    result = run(base, "hard_voting_ensemble", "torchscript", "onnx")
+    assert result.failures == []
+    folder = folder_of(base, "hard_voting_ensemble")
+    assert list(read_json(folder / "class_mapping.json", remedy="").values()) == list(classes)
+    session = onnxruntime.InferenceSession(str(folder / "onnx" / "hard_voting_ensemble.onnx"))
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == list(classes)
+    assert [(given.name, given.shape) for given in session.get_inputs()] == [("member_logits", ["batch", 2, 3])]
+    with pytest.raises(UserError, match="imported predictions; there is no network to export"):
+        run(base, "forest")
+
+
+def test_exported_forms_are_compared_by_accuracy_latency_and_size(own_export):
+    status = read_json(folder_of(own_export) / "export_status.json", remedy="")
+    for name, latency, size in (("state_dict", 1.0, 5.0), ("torchscript", 2.0, 6.0), ("onnx", 3.0, 1.0)):
+        status[name] |= {"latency_ms": latency, "size_mb": size}
+    write_json(folder_of(own_export) / "export_status.json", status)
+    rows = export_comparison.compare(at(own_export)).document["rows"]
+    kinds = {(row["name"], row["format"]) for row in rows}
+    assert kinds == {(NAME, "state_dict"), (NAME, "torchscript"), (NAME, "onnx"), ("hard_voting_ensemble", "onnx")}
+    accuracy = read_json(at(own_export).ensemble_metrics(NAME, "test"), remedy="")["accuracy"]
+    assert {row["accuracy"] for row in rows if row["name"] == NAME} == {accuracy}
+    assert not {row["format"]: row for row in rows if row["name"] == NAME}["torchscript"]["pareto"]
+    shutil.rmtree(folder_of(own_export).parent)
+    with pytest.raises(UserError, match="nothing is exported"):
+        export_comparison.compare(at(own_export))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(tflite_conversion.missing() is not None, reason="needs litert-torch, see DBT_TFLITE_PYTHON")
+@pytest.mark.parametrize("sabotaged", [False, True])
+@pytest.mark.parametrize("given", ["float-nchw", "uint8-nhwc"])
+def test_tflite_is_converted_and_proved(own_export, monkeypatch, given, sabotaged):
+    convert = tflite_conversion.convert
+
+    def spoilt(network, sample, path, scratch):
+        convert(network, sample, path, scratch)
+        content = bytearray(path.read_bytes())
+        weights = network.members[0].networks[0].get_classifier().weight.detach().numpy()
+        place = content.index(weights[0].tobytes())
+        content[place : place + 4 * weights.shape[1]] = (weights[0] + 1).tobytes()
+        path.write_bytes(content)
+
+    if sabotaged:
+        monkeypatch.setattr(tflite_conversion, "convert", spoilt)
+    entry = run(own_export, NAME, "tflite", input=given, force=True).document["formats"]["tflite"]
+    assert entry["status"] == ("failed" if sabotaged else "ok"), entry["reason"]
+    if sabotaged:
+        assert "probabilities are off by" in entry["reason"]
+    else:
+        assert (entry["parity"]["rows"], entry["parity"]["batch_sizes"]) == (64, [1])

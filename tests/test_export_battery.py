@@ -1,0 +1,131 @@
+"""Every combiner in the families' tables exported with its members and compared in the files' own runtimes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_combiner_contract import FACTS, QUICK, C, M
+from torch import nn
+
+from utils import export_formats
+from utils.combiner import seen_by
+from utils.ensemble_network import EnsembleNetwork, MemberPart
+from utils.ensembles import COMBINERS
+from utils.export_certificate import Answers, Probe, compare, dealt
+from utils.exported_runtimes import RUNTIMES
+from utils.rows import Outputs
+
+SIDE, N = 8, 70
+CLASSES = ("leaf, spotted", 'the "healthy" one', "zdravý 葉")
+WIDTHS = (5, 8, 4, 6)
+
+
+class Small(nn.Module):
+    """A network with timm's method names, its embedding of a width of its own."""
+
+    def __init__(self, seed: int, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.convolution = nn.Conv2d(3, width, 3, stride=2)
+        self.classifier = nn.Linear(width, C)
+        nn.init.normal_(self.classifier.weight, std=4.0)
+
+    def forward_features(self, images):
+        return torch.relu(self.convolution(images))
+
+    def forward_head(self, features, pre_logits=False):
+        embedding = features.mean(dim=(2, 3))
+        return embedding if pre_logits else self.classifier(embedding)
+
+    def get_classifier(self):
+        return self.classifier
+
+    def forward(self, images):
+        return self.forward_head(self.forward_features(images))
+
+
+@pytest.fixture(scope="module")
+def members():
+    """Networks, real rows of noise in [0, 1], and what the networks give for them."""
+    networks = [Small(seed, width).eval() for seed, width in enumerate(WIDTHS)]
+    parts = [MemberPart(f"m{place}", [network], SIDE, range(C)) for place, network in enumerate(networks)]
+    images = np.random.default_rng(3).random((N, 3, SIDE, SIDE), dtype=np.float32)
+    network = EnsembleNetwork(parts, _Everything(), embeds=True)
+    with torch.no_grad():
+        logits, embeddings = network(torch.from_numpy(images))
+    outputs = Outputs(logits.numpy().transpose(1, 0, 2), tuple(np.split(embeddings.numpy(), np.cumsum(WIDTHS)[:-1], 1)))
+    labels = outputs.logits.mean(axis=0).argmax(axis=1)
+    labels[::5] = (labels[::5] + 1) % C
+    return parts, images, outputs, labels
+
+
+class _Everything(nn.Module):
+    def forward(self, logits, embeddings):
+        return logits, torch.cat(embeddings, dim=1)
+
+
+@pytest.fixture(params=sorted(COMBINERS))
+def fitted(request, members):
+    """(combiner, what it reads)"""
+    _, _, outputs, labels = members
+    combiner = partial(COMBINERS[request.param].configured, QUICK, FACTS)()
+    seen = seen_by(combiner, outputs)
+    return combiner.fit(seen, labels, np.arange(N) % 5), seen
+
+
+def network_of(members, combiner):
+    jumps = bool(getattr(combiner, "jumps", False))
+    return EnsembleNetwork(members[0], combiner.to_module(), embeds=combiner.reads_embeddings, member_outputs=jumps)
+
+
+def probe_of(members, combiner, seen):
+    jumps = bool(getattr(combiner, "jumps", False))
+    batches, rows = dealt(list(members[1]))
+    found = Probe(batches, rows, combiner.predict_proba(seen))
+    if not jumps:
+        return found
+    embeddings = seen.embeddings if combiner.reads_embeddings else None
+    return replace(found, member_logits=members[2].logits, member_embeddings=embeddings, combiner=combiner)
+
+
+def answers_of(kind: str, path: Path, probe: Probe, outputs) -> Answers:
+    run, _ = RUNTIMES[kind](path, {"outputs": list(outputs)})
+    found = [run(batch) for batch in probe.batches]
+    joined = {name: np.concatenate([parts[place] for parts in found]) for place, name in enumerate(outputs)}
+    return Answers(np.concatenate(probe.rows), joined)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_its_files_answer_as_it_does(fitted, members, tmp_path):
+    combiner, seen = fitted
+    network, probe = network_of(members, combiner), probe_of(members, combiner, seen)
+    network.parity_tolerance = 1.0
+    staged = tmp_path / "it"
+    done = export_formats.package(
+        network, "it", ["torchscript", "onnx"], staged, torch.from_numpy(probe.batches[0]), {"made": "here"}, CLASSES
+    )
+    for kind in ("torchscript", "onnx"):
+        assert done[kind]["status"] == "ok", done[kind]["reason"]
+        outcome = compare(probe, answers_of(kind, staged / done[kind]["path"], probe, network.output_names))
+        assert outcome["passed"], (kind, outcome)
+        assert outcome["parity"]["rows"] == N
+        assert outcome["parity"]["batch_sizes"] == [1, 3, 17]
+
+
+def test_what_has_steps_says_so(fitted, members):
+    """A tiny change of the members' logits changes little, unless the combiner says that it jumps."""
+    combiner, seen = fitted
+    if getattr(combiner, "jumps", False):
+        return
+    logits = members[2].logits
+    before = combiner.predict_proba(seen)
+    for place in range(0, M * C):
+        shift = np.zeros((M, 1, C), dtype=np.float32)
+        shift[place // C, 0, place % C] = 1e-3
+        moved = replace(seen, logits=logits + shift) if isinstance(seen, Outputs) else logits + shift
+        assert np.abs(combiner.predict_proba(moved) - before).max() < 0.05

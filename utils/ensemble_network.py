@@ -1,0 +1,233 @@
+"""A whole ensemble as one network: raw images in, class probabilities out, preprocessing and combiner inside.
+
+Images are float32 (B, 3, S, S) in [0, 1], cut to the networks' size, or uint8 (B, H, W, 3) of any size, as decoded.
+
+Each member's network is held and run once, whatever the combiner does with it; images are prepared once for each image
+size. Traced, the batch stays free, and so do height and width of uint8 images.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import PIL
+import torch
+from torch import Tensor, nn
+
+from utils.networks import Outputs
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CUT = 1.14  # the shorter side is brought to so many times the size of the centre square
+TALL_FIRST = 13  # Pillow that begins with the columns where the height shrinks by more than twice what the width does
+BITS = 22  # of the fixed-point weights by which Pillow resamples 8-bit images
+
+
+@dataclass(frozen=True)
+class MemberPart:
+    """The networks that answer for one member, in evaluation mode on the CPU."""
+
+    name: str
+    networks: Sequence[nn.Module]
+    """One; or the fold networks, of whose probabilities the mean is taken."""
+    img_size: int
+    columns: Sequence[int]
+    """Which outputs of a network are the classes, in the ensemble's order."""
+    embedder: nn.Module | None = None
+    """The network whose last layer's input is the embedding, where that is none of `networks`."""
+
+
+class Member(nn.Module):
+    """One member: prepared images (B, 3, S, S) -> logits (B, C) and, where they are wanted, embeddings (B, D)."""
+
+    columns: Tensor
+
+    def __init__(self, part: MemberPart, *, embeds: bool) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(part.networks)
+        self.embedder = part.embedder
+        self.plain = list(part.columns) == list(range(len(part.columns)))
+        self.register_buffer("columns", torch.tensor(part.columns, dtype=torch.int64))
+        self._outputs: Outputs | None = None
+        if embeds:
+            self._outputs = Outputs(self.embedder or self.networks[0], part.name, checks=False)
+            with torch.no_grad():
+                self._outputs.probe(torch.zeros(2, 3, part.img_size, part.img_size))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The mean of several networks is given as the logarithm of their mean probability."""
+        embeddings = None
+        if self._outputs is not None:
+            logits, embeddings = self._outputs(images)
+        if self._outputs is None or self.embedder is not None:
+            logits = self.networks[0](images)
+        logits = self._cut(logits)
+        if len(self.networks) > 1:
+            parts = [logits, *(self._cut(network(images)) for network in list(self.networks)[1:])]
+            logits = torch.stack([torch.softmax(part, dim=1) for part in parts]).mean(dim=0).clamp_min(1e-30).log()
+        return logits, embeddings
+
+    def _cut(self, logits: Tensor) -> Tensor:
+        if self.plain:
+            return logits[:, : len(self.columns)]
+        return logits.index_select(1, self.columns)
+
+
+class Preparation(nn.Module):
+    """Raw images -> normalised squares (B, 3, S, S), bit for bit as the base pipeline's evaluation transform.
+
+    uint8 images are resampled as the Pillow does it that is installed when the network is made: by 22-bit weights along
+    the rows, then along the columns (for some tall images the other way round, from release 13 on), each time rounded
+    to 8 bits; in float64, where all that is exact. Without `resizes` images have their size already.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, img_size: int, *, takes_uint8: bool, resizes: bool = True) -> None:
+        super().__init__()
+        self.img_size, self.takes_uint8, self.resizes = img_size, takes_uint8, resizes
+        self.tall_first = int(PIL.__version__.partition(".")[0]) >= TALL_FIRST
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Raw images -> (B, 3, S, S)."""
+        if not self.takes_uint8:
+            return (images - self.mean) / self.std
+        planes = images.permute(0, 3, 1, 2)
+        pixels = self._cut(planes.double()).float() if self.resizes else planes.float()
+        return (pixels / 255 - self.mean) / self.std
+
+    def _cut(self, planes: Tensor) -> Tensor:
+        """(B, 3, H, W) in float64 -> the centre square of the resized image, whole numbers."""
+        shape = torch._shape_as_tensor(planes)  # a tensor, so that a trace keeps sizes free
+        height, width = shape[2:3], shape[3:4]
+        short, side = torch.minimum(height, width), int(self.img_size * CUT)
+        rows = self._weights(planes[0, 0, :, 0], height, side * height // short)
+        columns = self._weights(planes[0, 0, 0, :], width, side * width // short).transpose(0, 1)
+        if not self.tall_first:
+            return _rounded(rows @ _rounded(planes @ columns))
+        fewer, narrower = height - side * height // short, width - side * width // short
+        return _by_the_shorter_way()(planes, rows, columns, (fewer > 0) & (fewer > 2 * narrower))
+
+    def _weights(self, line: Tensor, length: Tensor, resized: Tensor) -> Tensor:
+        """Weights (S, length) of the pixels of a `line` (length,), of whose resized form the centre is kept.
+
+        `length` and `resized` are (1,): the exporter to ONNX takes double scalars for floats.
+        """
+        left = resized - self.img_size
+        start = left // 2 + (left % 2) * (left // 2 % 2)  # round(left / 2) as Python rounds: halves to even
+        scale = length.double() / resized.double()
+        support = torch.clamp(scale, min=1.0)
+        kept = torch.arange(self.img_size, dtype=torch.float64) + 0.5
+        centre = (kept + start.double()) * scale
+        places = torch.cumsum(torch.ones_like(line), 0) - 1.0
+        distance = (places[None] - centre[:, None] + 0.5) * torch.reciprocal(support)
+        weights = torch.clamp(1.0 - distance.abs(), min=0.0)
+        weights = weights / weights.sum(dim=1, keepdim=True)
+        return torch.floor(0.5 + weights * 2.0**BITS)
+
+
+def _rounded(sums: Tensor) -> Tensor:
+    """Sums of pixels times 22-bit weights -> 0 to 255."""
+    return torch.clamp(torch.floor((sums + 2.0 ** (BITS - 1)) / 2.0**BITS), 0.0, 255.0)
+
+
+@cache
+def _by_the_shorter_way() -> Any:
+    """The two passes in either order, as a function whose branch outlives a trace."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.", category=DeprecationWarning)
+        return torch.jit.script(_passes)
+
+
+def _passes(planes: Tensor, rows: Tensor, columns: Tensor, tall: Tensor) -> Tensor:
+    half, whole = 2097152.0, 4194304.0  # 2 ** (BITS - 1) and 2 ** BITS
+    if bool(tall):
+        down = torch.clamp(torch.floor((torch.matmul(rows, planes) + half) / whole), 0.0, 255.0)
+        return torch.clamp(torch.floor((torch.matmul(down, columns) + half) / whole), 0.0, 255.0)
+    across = torch.clamp(torch.floor((torch.matmul(planes, columns) + half) / whole), 0.0, 255.0)
+    return torch.clamp(torch.floor((torch.matmul(rows, across) + half) / whole), 0.0, 255.0)
+
+
+class EnsembleNetwork(nn.Module):
+    """Members and combiner as one module: raw images -> probabilities (B, C), and what else `output_names` lists.
+
+    `output_names`: `probabilities`; `logits` (B, C) of a single network without a combiner; `member_probabilities`
+    (B, M, C) on request; `member_logits` (B, M, C) and `member_embeddings` (B, sum of D_m) of a combiner that jumps, as
+    the proof of parity needs them.
+    """
+
+    input_names = ("images",)
+    onnx_opset = 17
+
+    def __init__(
+        self,
+        parts: Sequence[MemberPart],
+        combiner: nn.Module | None,
+        *,
+        takes_uint8: bool = False,
+        embeds: bool = False,
+        member_probabilities: bool = False,
+        member_outputs: bool = False,
+        resizes: bool = True,
+    ) -> None:
+        super().__init__()
+        sizes = sorted({part.img_size for part in parts})
+        if len(sizes) > 1 and not (takes_uint8 and resizes):
+            raise ValueError(f"members of {sizes} px cannot share one prepared image")
+        self.sizes = [part.img_size for part in parts]
+        self.img_size = max(sizes)
+        self.preparations = nn.ModuleDict(
+            {str(size): Preparation(size, takes_uint8=takes_uint8, resizes=resizes) for size in sizes}
+        )
+        self.members = nn.ModuleList(Member(part, embeds=embeds) for part in parts)
+        self.combiner = combiner
+        self.embeds, self.member_probabilities = embeds, member_probabilities
+        self.member_outputs = member_outputs and combiner is not None
+        names = ["probabilities", *([] if combiner is not None else ["logits"])]
+        names += ["member_probabilities"] if member_probabilities else []
+        if self.member_outputs:
+            names += ["member_logits", *(["member_embeddings"] if embeds else [])]
+        self.output_names = tuple(names)
+        free = {0: "batch"} | ({1: "height", 2: "width"} if takes_uint8 and resizes else {})
+        self.free_axes = {"images": free}
+        self.eval()
+
+    def forward(self, images: Tensor) -> Any:
+        """The outputs in the order of `output_names`; one alone comes without a tuple."""
+        prepared = {int(size): prepare(images) for size, prepare in self.preparations.items()}
+        answers = [member(prepared[size]) for size, member in zip(self.sizes, self.members, strict=True)]
+        logits = torch.stack([own for own, _ in answers], dim=1)
+        embeddings = [embedding for _, embedding in answers if embedding is not None]
+        if self.combiner is None:
+            found = [torch.softmax(logits[:, 0], dim=1), logits[:, 0]]
+        else:
+            found = [self.combiner(logits, embeddings) if self.embeds else self.combiner(logits)]
+        if self.member_probabilities:
+            found.append(torch.softmax(logits, dim=2))
+        if self.member_outputs:
+            found += [logits, *([torch.cat(embeddings, dim=1)] if self.embeds else [])]
+        return found[0] if len(found) == 1 else tuple(found)
+
+
+class CombinerNetwork(nn.Module):
+    """A combiner alone, for members that are known by their predictions: logits (B, M, C) -> probabilities (B, C)."""
+
+    input_names = ("member_logits",)
+    output_names = ("probabilities",)
+    onnx_opset = 17
+
+    def __init__(self, combiner: nn.Module) -> None:
+        super().__init__()
+        self.combiner = combiner
+        self.free_axes = {"member_logits": {0: "batch"}}
+        self.eval()
+
+    def forward(self, member_logits: Tensor) -> Tensor:
+        """Logits float32 (B, M, C) -> probabilities float32 (B, C)."""
+        return self.combiner(member_logits)  # type: ignore[no-any-return]

@@ -1,0 +1,154 @@
+"""What can be exported here, and whether an export of earlier, or of another machine, still holds."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils import base_back, export_certificate, export_custom, export_folder, tflite_conversion
+from utils.artifacts import read_arrays, read_json
+from utils.errors import UserError
+from utils.export_certificate import NEAR_AT_MOST, Probe, RunFailed
+from utils.export_formats import CUSTOM, FORMATS, TENSORRT, TFLITE
+from utils.results import Result
+
+logger = logging.getLogger("disease_pipeline")
+
+NEEDS: dict[str, tuple[str, ...]] = {
+    "state_dict": ("torch", "safetensors"),
+    "checkpoint": ("torch",),
+    "torchscript": ("torch",),
+    "onnx": ("torch", "onnx", "onnxruntime"),
+    TFLITE: ("litert_torch", "ai_edge_litert"),
+    TENSORRT: ("tensorrt",),
+    CUSTOM: (),
+}
+WITHOUT_WORKSPACE = ("torchscript", "onnx", TFLITE)
+
+
+def tools() -> Result:
+    """For each format what it needs, what of it is here, and the line that installs the rest."""
+    found = {name: _tool(name) for name in FORMATS}
+    lines = [f"{name:<12} {'ready' if facts['ready'] else 'no   '}  {facts['words']}" for name, facts in found.items()]
+    return Result("\n".join(lines), {"formats": found})
+
+
+def _tool(name: str) -> dict[str, Any]:
+    if name == TFLITE:
+        reason = tflite_conversion.missing()
+        words = reason or f"litert-torch and an interpreter in {tflite_conversion.interpreter()}"
+        return {"ready": reason is None, "words": words}
+    if name == TENSORRT:
+        words = "built by trtexec on the machine that runs it; export_status.json holds the command"
+        return {"ready": False, "words": words}
+    versions = {need: _version(need) for need in NEEDS[name]}
+    lacking = [need for need, known in versions.items() if known is None]
+    words = ", ".join(f"{need} {known or 'is not installed'}" for need, known in versions.items()) or "needs nothing"
+    install = f". Install: pip install {' '.join(lacking)}" if lacking else ""
+    return {"ready": not lacking, "words": words + install}
+
+
+def _version(name: str) -> str | None:
+    if importlib.util.find_spec(name) is None:
+        return None
+    try:
+        return version(name.replace("_", "-"))
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def verify(folder: Path) -> Result:
+    """Checksums and parity of an export again, by the rows that lie in it.
+
+    State dicts and checkpoints are put into networks of the workspace, where it has the ensemble. Raises UserError for
+    a folder that is no export, and for files that were tampered with, each named.
+    """
+    if wrong := export_folder.tampered(folder):
+        raise UserError(f"{folder}: not as it was exported: {'; '.join(wrong)}. {export_folder.AGAIN}")
+    status = read_json(folder / export_folder.STATUS, remedy=export_folder.AGAIN)
+    description = read_json(folder / export_folder.METADATA, remedy=export_folder.AGAIN)["training"]
+    kept = read_arrays(folder / CUSTOM / export_custom.PARITY, remedy=export_folder.AGAIN)
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
+        for name in FORMATS:
+            entry = status.get(name)
+            if entry is not None and entry["status"] == "ok" and entry.get("parity"):
+                found[name] = _again(folder, name, entry, description, kept, Path(scratch))
+    lines = [f"{folder}: checksums hold"]
+    lines += [f"  {name:<12} {facts['status']}: {facts['words']}" for name, facts in found.items()]
+    failures = [f"{name}: {facts['words']}" for name, facts in found.items() if facts["status"] == "failed"]
+    if failures:
+        raise UserError(f"{folder}: {'; '.join(failures)}. {export_folder.AGAIN}")
+    left = [f"{name}: {facts['words']}" for name, facts in found.items() if facts["status"] == "skipped"]
+    return Result("\n".join(lines), {"folder": str(folder), "formats": found}, left)
+
+
+def _again(
+    folder: Path,
+    name: str,
+    entry: Mapping[str, Any],
+    description: Mapping[str, Any],
+    kept: Mapping[str, np.ndarray],
+    scratch: Path,
+) -> dict[str, Any]:
+    """One format run and compared again."""
+    if name == TFLITE and (reason := tflite_conversion.missing()):
+        return {"status": "skipped", "words": reason, "parity": None}
+    python = {"python": tflite_conversion.interpreter()} if name == TFLITE else {}
+    probe = probe_of(kept, fixed=name == TFLITE)
+    form = {
+        "input": description["input"]["kind"],
+        "member_probabilities": "member_probabilities" in description["outputs"],
+    }
+    job = {"project": str(base_back.PROJECT), "name": description["ensemble"], "form": form, "environment": {}}
+    parity: dict[str, Any] | None = None
+    for file in [file for file in entry["files"] if not file.endswith(".data")]:
+        try:
+            answers = export_certificate.run_afresh(
+                name, folder / file, probe, description["outputs"], scratch / name, job=job, **python
+            )
+        except RunFailed as error:
+            state = "failed" if name in WITHOUT_WORKSPACE else "skipped"
+            return {"status": state, "words": f"{Path(file).name}: {error}", "parity": None}
+        outcome = export_certificate.compare(probe, answers)
+        parity = outcome["parity"]
+        if not outcome["passed"] and not (description["jumps"] and _differ_at_steps(probe, answers)):
+            return {"status": "failed", "words": f"{Path(file).name}: {outcome['reason']}", "parity": parity}
+    assert parity is not None
+    words = f"{parity['rows']} rows, largest difference {parity['max_abs_diff']:.1e}"
+    return {"status": "ok", "words": words, "parity": parity}
+
+
+def _differ_at_steps(probe: Probe, answers: export_certificate.Answers) -> bool:
+    """Whether few enough rows differ for a combiner with steps, which is not at hand to tell where they are."""
+    differing = np.abs(probe.probabilities[answers.rows] - answers.outputs["probabilities"]).max(axis=1)
+    return bool((differing > export_certificate.TOLERANCE).mean() <= NEAR_AT_MOST)
+
+
+def probe_of(kept: Mapping[str, np.ndarray], *, fixed: bool) -> Probe:
+    """The rows that an export keeps; `fixed`: one at a time, cut to size."""
+    numbers = sorted(name.removeprefix("batch_") for name in kept if name.startswith("batch_"))
+    probe = Probe(
+        [kept[f"batch_{number}"] for number in numbers],
+        [kept[f"rows_{number}"] for number in numbers],
+        kept["probabilities"],
+    )
+    if not fixed:
+        return probe
+    if "squares" in kept:
+        batches, rows = export_certificate.dealt(list(kept["squares"]), (1,))
+        return replace(probe, batches=batches, rows=rows)
+    single = [
+        (batch[place : place + 1], rows[place : place + 1])
+        for batch, rows in zip(probe.batches, probe.rows, strict=True)
+        for place in range(len(batch))
+    ]
+    return replace(probe, batches=[batch for batch, _ in single], rows=[rows for _, rows in single])

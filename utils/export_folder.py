@@ -1,0 +1,158 @@
+"""The folder of one export: filled under a temporary name, swapped in whole, checked again later."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+
+from utils.artifacts import read_json, write_json
+from utils.errors import UserError, cannot_write
+
+STATUS, CHECKSUMS, METADATA, CLASSES = "export_status.json", "checksums.json", "metadata.json", "class_mapping.json"
+AGAIN = "Export it again with --force"
+
+
+@contextmanager
+def replacing_folder(final: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `final` when the block ends well, else vanishes.
+
+    An export that was interrupted between its two renames is put back first, and what killed ones left is removed.
+    Raises UserError where the folder cannot be made.
+    """
+    recover(final)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        root = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
+    except OSError as error:
+        raise cannot_write(final, error) from error
+    try:
+        staged = root / final.name
+        staged.mkdir()
+        yield staged
+        previous = _previous(final)
+        if final.exists():
+            final.rename(previous)
+        staged.rename(final)
+        shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def recover(final: Path) -> None:
+    """Put back what an interrupted swap moved away; remove the unfinished folders of killed exports."""
+    previous = _previous(final)
+    if previous.is_dir() and not final.exists():
+        previous.rename(final)
+    shutil.rmtree(previous, ignore_errors=True)
+    for stale in final.parent.glob(f".{final.name}.*.partial") if final.parent.is_dir() else ():
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _previous(final: Path) -> Path:
+    return final.with_name(f".{final.name}.previous")
+
+
+def is_ours(final: Path) -> bool:
+    """Whether nothing lies in `final` but an export of ours; the base pipeline's of a backbone may."""
+    if not final.exists():
+        return True
+    metadata = read_json(final / METADATA, remedy=AGAIN) if final.is_dir() else None
+    return isinstance(metadata, dict) and "ensemble" in (metadata.get("training") or {})
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+def kept(final: Path, source_digest: str) -> dict[str, dict[str, Any]]:
+    """{format: its entry} of an earlier export that are `ok`, of the same source, and whole."""
+    status = read_json(final / STATUS, remedy=AGAIN) or {}
+    return {
+        name: entry
+        for name, entry in status.items()
+        if entry["status"] == "ok" and entry.get("source_digest") == source_digest and not changed(final, entry)
+    }
+
+
+def changed(folder: Path, entry: Mapping[str, Any]) -> list[str]:
+    """Files of an entry that are gone or hold other bytes."""
+    files: Mapping[str, str] = entry.get("files") or {}
+    return [
+        name for name, known in files.items() if not (folder / name).is_file() or digest_of_file(folder / name) != known
+    ]
+
+
+def take_over(final: Path, staged: Path, entry: Mapping[str, Any]) -> None:
+    """Bring the files of an entry over from an earlier export, without copying bytes where links are possible."""
+    for name in entry["files"]:
+        (staged / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(final / name, staged / name)
+        except OSError:
+            shutil.copyfile(final / name, staged / name)
+
+
+def set_aside(staged: Path, name: str) -> None:
+    """Move the files of a format that does not agree to `failed/`, where nobody takes them for good."""
+    if (staged / name).is_dir() and any((staged / name).iterdir()):
+        (staged / "failed").mkdir(exist_ok=True)
+        (staged / name).rename(staged / "failed" / name)
+    shutil.rmtree(staged / name, ignore_errors=True)
+
+
+def write_records(
+    staged: Path, metadata: Mapping[str, Any], classes: tuple[str, ...], status: Mapping[str, Any]
+) -> dict[str, str]:
+    """Write the four records; gives the checksums {relative path: SHA-256} of every file but the checksums' own."""
+    write_json(staged / CLASSES, {str(number): name for number, name in enumerate(classes)})
+    write_json(staged / METADATA, dict(metadata))
+    write_json(staged / STATUS, dict(status))
+    sums = checksums(staged)
+    write_json(staged / CHECKSUMS, sums)
+    return sums
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """{relative path: SHA-256} of every file but `checksums.json` and what is in `failed/`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    return {
+        name: digest_of_file(path)
+        for name, path in names.items()
+        if name != CHECKSUMS and not name.startswith("failed/")
+    }
+
+
+def tampered(folder: Path) -> list[str]:
+    """What `checksums.json` does not agree with, one line each. Raises UserError where there is no export."""
+    expected = read_json(folder / CHECKSUMS, remedy=AGAIN)
+    if expected is None:
+        raise UserError(f"{folder}: no {CHECKSUMS}, so it is no export. Give the folder that export wrote")
+    found = checksums(folder)
+    lines = [f"{name}: gone" for name in sorted(expected.keys() - found.keys())]
+    lines += [f"{name}: not part of the export" for name in sorted(found.keys() - expected.keys())]
+    return lines + [
+        f"{name}: other bytes" for name in sorted(expected) if name in found and found[name] != expected[name]
+    ]
+
+
+def require_room(final: Path, needed: int) -> None:
+    """Raise UserError where the disk has less room than `needed` bytes."""
+    place = final.parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"{final}: needs about {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free. Free some space (python "
+            "ensemble_orchestrator.py clean shows what may go), ask for fewer --formats, or write elsewhere with "
+            "--output DIR"
+        )

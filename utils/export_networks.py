@@ -1,0 +1,239 @@
+"""What is exported: an ensemble or a single member, found by name, and its networks put together as one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from utils import catalog, ensembles, fold_networks, streaming
+from utils.artifacts import digest_of
+from utils.catalog import IMPORTED, Member
+from utils.combiner import Combiner
+from utils.errors import UserError, did_you_mean
+from utils.predictions import Store
+
+if TYPE_CHECKING:
+    from utils.ensemble_network import CombinerNetwork, EnsembleNetwork, MemberPart
+
+logger = logging.getLogger("disease_pipeline")
+
+FLOAT_NCHW, UINT8_NHWC = "float-nchw", "uint8-nhwc"
+VERSION = 1  # raised whenever the same inputs would give other files
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An ensemble, or a single member, on its way into files."""
+
+    name: str
+    method: str
+    """Of the ensemble; `member` for a member alone."""
+    members: tuple[Member, ...]
+    classes: tuple[str, ...]
+    combiner: Combiner | None
+    inference: str
+    inputs_digest: str
+
+    @property
+    def imported(self) -> bool:
+        """Whether members are known by their predictions alone, so that the combiner is all there is to export."""
+        return any(member.source == IMPORTED for member in self.members)
+
+    @property
+    def jumps(self) -> bool:
+        """Whether the combiner's answer may change at a step, as of trees and votes."""
+        return self.combiner is not None and bool(getattr(self.combiner, "jumps", False))
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the combiner reads embeddings."""
+        return self.combiner is not None and self.combiner.reads_embeddings
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the images come in and what comes out."""
+
+    input: str = FLOAT_NCHW
+    member_probabilities: bool = False
+
+
+def find(store: Store, name: str) -> Subject:
+    """The ensemble or member of this name, with its members as the catalog holds them.
+
+    Raises UserError for an unknown name, with the nearest known one; for members that are gone or others than the
+    ensemble was built from; and for predictions whose combiner cannot stand alone.
+    """
+    saved, members = ensembles.names(store.workspace), store.catalog.members
+    if name not in saved and f"{name}_ensemble" in saved:
+        name = f"{name}_ensemble"
+    if name not in saved and name in members:
+        member = members[name]
+        if member.source == IMPORTED:
+            raise UserError(f"{name}: imported predictions; there is no network to export. Export an ensemble of them")
+        classes = store.catalog.classes
+        return Subject(name, "member", (member,), classes, None, fold_networks.FULL, member.digest)
+    if name not in saved:
+        known = [*saved, *members]
+        raise UserError(
+            f"--model-name {name}: neither a saved ensemble nor a member. Build it: {ensembles.build_command(name)}. "
+            f"Known: {', '.join(known)}{did_you_mean(name, known)}"
+        )
+    ensemble = ensembles.load(store.workspace, name)
+    again = f"Build it again: {ensembles.build_command(name)} --force"
+    gone = [member for member in ensemble.members if member not in members]
+    if gone:
+        raise UserError(f"{name}: its member {', '.join(gone)} is not in the catalog any more. {again}")
+    own = tuple(members[member] for member in ensemble.members)
+    for member in own:
+        if fold_networks.digest(member, ensemble.inference) != ensemble.member_digests[member.name]:
+            raise UserError(f"{name}: {member.name} is another network than the one it was built from. {again}")
+    found = Subject(
+        name, ensemble.method, own, ensemble.classes, ensemble.combiner, ensemble.inference, ensemble.inputs_digest
+    )
+    if found.imported and found.embeds:
+        raise UserError(
+            f"{name}: it reads the embeddings of imported members, and a combiner alone is exported for logits only"
+        )
+    return found
+
+
+def check_current(store: Store, subject: Subject) -> None:
+    """Raise UserError when a checkpoint that the export needs is gone, or not the one that discovery saw."""
+    for member in subject.members if not subject.imported else ():
+        for stage in _stages(subject, member):
+            catalog.check_current(store.workspace, member, store.digests, stage=stage)
+    store.digests.save()
+
+
+def assemble(store: Store, subject: Subject, form: Form, *, resizes: bool = True) -> EnsembleNetwork | CombinerNetwork:
+    """The subject as one network on the CPU, weights loaded.
+
+    Raises UserError where members of unequal image size are to share one prepared image.
+    """
+    from utils.ensemble_network import CombinerNetwork, EnsembleNetwork
+
+    if subject.imported:
+        assert subject.combiner is not None
+        return CombinerNetwork(subject.combiner.to_module())
+    sizes = {member.name: member.img_size for member in subject.members}
+    if form.input == FLOAT_NCHW and len(set(sizes.values())) > 1:
+        raise UserError(
+            f"{subject.name}: its members look at images of unequal size ("
+            + ", ".join(f"{name} {size} px" for name, size in sizes.items())
+            + "). Export it with --input uint8-nhwc, which resizes inside"
+        )
+    return EnsembleNetwork(
+        [_part(store, subject, member) for member in subject.members],
+        None if subject.combiner is None else subject.combiner.to_module(),
+        takes_uint8=form.input == UINT8_NHWC,
+        embeds=subject.embeds,
+        member_probabilities=form.member_probabilities,
+        member_outputs=subject.jumps,
+        resizes=resizes,
+    )
+
+
+def _part(store: Store, subject: Subject, member: Member) -> MemberPart:
+    from utils.ensemble_network import MemberPart
+
+    assert member.img_size is not None
+    specs = {stage: member.network(store.workspace, stage=stage) for stage in _stages(subject, member)}
+    networks = {stage: streaming.open_network(spec) for stage, spec in specs.items()}
+    embedder = networks.pop(None) if subject.inference == fold_networks.FOLDS and subject.embeds else None
+    columns = [member.classes.index(name) for name in subject.classes]
+    return MemberPart(member.name, list(networks.values()), member.img_size, columns, embedder)
+
+
+def _stages(subject: Subject, member: Member) -> tuple[str | None, ...]:
+    """Which of a member's checkpoints are needed; None is its own."""
+    if subject.inference != fold_networks.FOLDS:
+        return (None,)
+    return (*((None,) if subject.embeds else ()), *fold_networks.stages(member))
+
+
+def describe(subject: Subject, form: Form, network: EnsembleNetwork | CombinerNetwork) -> dict[str, Any]:
+    """What a file should say of itself, ready for JSON."""
+    from utils.ensemble_network import CUT, MEAN, STD, CombinerNetwork
+
+    members = [
+        {
+            "name": member.name,
+            "architecture": member.architecture,
+            "size": member.size,
+            "img_size": member.img_size,
+            "source": member.source,
+            "digest": member.digest,
+        }
+        for member in subject.members
+    ]
+    given: dict[str, Any]
+    if isinstance(network, CombinerNetwork):
+        shape = [None, len(members), len(subject.classes)]
+        given = {"kind": "member-logits", "name": "member_logits", "shape": shape, "dtype": "float32"}
+    else:
+        size = network.img_size
+        float_input = form.input == FLOAT_NCHW
+        given = {
+            "kind": form.input,
+            "name": "images",
+            "dtype": "float32" if float_input else "uint8",
+            "shape": [None, 3, size, size] if float_input else [None, None, None, 3],
+            "range": [0, 1] if float_input else [0, 255],
+            "img_size": size,
+            "shorter_side": int(size * CUT),
+            "resampling": "Pillow bilinear, then the centre square",
+            "normalised_inside": {"mean": list(MEAN), "std": list(STD)},
+        }
+    return {
+        "ensemble": subject.name,
+        "method": subject.method,
+        "members": members,
+        "inference": subject.inference,
+        "jumps": subject.jumps,
+        "input": given,
+        "outputs": list(network.output_names),
+        "inputs_digest": subject.inputs_digest,
+        "source_digest": source_digest(subject, form),
+    }
+
+
+def source_digest(subject: Subject, form: Form) -> str:
+    """Of everything that decides the files: equal digests, equal files."""
+    members = {member.name: fold_networks.digest(member, subject.inference) for member in subject.members}
+    return digest_of([VERSION, subject.name, subject.inputs_digest, members, list(subject.classes), vars(form)])
+
+
+def recommended(store: Store) -> str:
+    """Name of the recommended ensemble or member, by honest rows alone. Raises UserError where nothing is built."""
+    saved = {name: ensembles.load(store.workspace, name) for name in ensembles.names(store.workspace)}
+    chosen = {member.name: member for member in catalog.select(store.catalog, store.config)}
+    own = {name: member for name, member in chosen.items() if _answers_alone(member, store)}
+    current = {name: ensemble for name, ensemble in saved.items() if not _is_stale(store.catalog.members, ensemble)}
+    store.ensure(list(own.values()), ("val",))
+    found: str = ensembles.recommended(store, own, current)["name"]
+    return found
+
+
+def _answers_alone(member: Member, store: Store) -> bool:
+    return member.source != "derived" or member.name in store.config.backbones.selected
+
+
+def _is_stale(members: Mapping[str, Member], ensemble: ensembles.Ensemble) -> bool:
+    digests = ensemble.member_digests
+    return any(
+        name not in members or fold_networks.digest(members[name], ensemble.inference) != digests[name]
+        for name in ensemble.members
+    )
+
+
+def limited(subject: Subject, most: int | None) -> Subject:
+    """The subject. Raises UserError when it has more members than are allowed."""
+    if most is not None and len(subject.members) > most:
+        raise UserError(
+            f"{subject.name}: {len(subject.members)} members, --max-members allows {most}. Members cannot be left out "
+            "of a fitted combiner; export a pruned ensemble, whose size pruning.target_size sets, or distill it"
+        )
+    return replace(subject)

@@ -1,0 +1,153 @@
+"""Real rows for the proof of parity, and what the ensemble says of them by the way that `evaluate` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from utils import fold_networks, streaming
+from utils.combiner import seen_by
+from utils.errors import UserError
+from utils.export_certificate import BATCHES, Probe, dealt
+from utils.export_networks import UINT8_NHWC, Form, Subject
+from utils.metrics import softmax
+from utils.predictions import Store
+from utils.rows import Rows
+
+if TYPE_CHECKING:
+    from torch import nn
+
+ROWS = 64
+SPLITS = ("test", "val", "train")
+"""In this order, until there are enough rows."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Real rows: what goes in, and what the ensemble answers."""
+
+    images: list[np.ndarray]
+    """Of each row what a file takes: float32 (3, S, S), uint8 (H, W, 3), or member logits float32 (M, C)"""
+    squares: list[np.ndarray]
+    """Of each row the centre square, uint8 (S, S, 3), for files of a fixed size; empty without images"""
+    expected: Probe
+    """Without batches"""
+
+    def probe(self, *, fixed: bool = False, takes_uint8: bool = False) -> Probe:
+        """The rows as a file takes them; `fixed`: one at a time, cut to size already."""
+        if not fixed:
+            batches, rows = dealt(self.images)
+        else:
+            given = self.squares if takes_uint8 else self.images
+            batches, rows = dealt(given, (1,))
+        return replace(self.expected, batches=batches, rows=rows)
+
+
+def sample(store: Store, subject: Subject, form: Form, network: nn.Module) -> Sampled:
+    """Up to 64 rows, evenly spread over the test split; over val and train as well where these are too few.
+
+    Raises UserError where the members have no row in common.
+
+    What is expected are the stored predictions, which `evaluate` scores. Those that a GPU made in 16 bits are no
+    measure of a file in 32; there the network itself is run on the CPU.
+    """
+    members = list(subject.members)
+    parts: list[Rows] = []
+    for split in SPLITS:
+        wanted = ROWS - sum(len(part.sample_ids) for part in parts)
+        if wanted > 0 and all(store.has(member, split) for member in members):
+            fold_networks.ensure(store, members, (split,), subject.inference)
+            whole = fold_networks.aligned(store, members, split, subject.inference, embeddings=subject.embeds)
+            count = len(whole.sample_ids)
+            parts.append(whole.take(np.unique(np.linspace(0, count - 1, min(wanted, count)).round().astype(int))))
+    if not parts:
+        raise UserError(f"{subject.name}: no split that all its members have rows of, so that nothing can be compared")
+    rows = _joined(parts)
+    if subject.imported:
+        logits = rows.logits.transpose(1, 0, 2)
+        return Sampled([np.ascontiguousarray(row) for row in logits], [], _expected(subject, rows))
+    images, squares = _images(store, subject, form, rows)
+    expected = _expected(subject, rows)
+    if streaming.resolve_device(store.config.device) != "cpu":
+        expected = _run(network, images, subject, expected)
+    return Sampled(images, squares, expected)
+
+
+def _joined(parts: Sequence[Rows]) -> Rows:
+    embeddings = None
+    if parts[0].embeddings is not None:
+        embeddings = tuple(np.concatenate(own) for own in zip(*(part.embeddings or () for part in parts), strict=True))
+    return replace(
+        parts[0],
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in ("split", "sample_ids", "labels")},
+        honest=np.concatenate([part.honest for part in parts]),
+        logits=np.concatenate([part.logits for part in parts], axis=1),
+        embeddings=embeddings,
+    )
+
+
+def _expected(subject: Subject, rows: Rows) -> Probe:
+    if subject.combiner is None:
+        return Probe([], [], softmax(rows.logits[0].astype(np.float64)))
+    probabilities = subject.combiner.predict_proba(seen_by(subject.combiner, rows.outputs))
+    if not subject.jumps or subject.imported:
+        return Probe([], [], probabilities)
+    return Probe([], [], probabilities, rows.logits, rows.embeddings, subject.combiner)
+
+
+def _images(store: Store, subject: Subject, form: Form, rows: Rows) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """What a file takes of each row, and the centre squares."""
+    size = max(member.img_size or 0 for member in subject.members)
+    threads = streaming.decoding_threads(store.config.dataset.num_workers)
+    squares: list[np.ndarray] = []
+    paths: list[Path] = []
+    for name in dict.fromkeys(rows.split.tolist()):
+        split = store.images(name)
+        place_of = {sample_id: place for place, sample_id in enumerate(split.sample_ids)}
+        places = [place_of[sample_id] for sample_id in rows.sample_ids[rows.split == name].tolist()]
+        pixels = streaming.open_images(split, size, image_cache=store.workspace.image_cache, threads=threads)
+        squares += list(pixels.centre_crops(places, size))
+        paths += [split.paths[place] for place in places]
+    if form.input == UINT8_NHWC:
+        return [_decoded(path) for path in paths], squares
+    return [square.transpose(2, 0, 1).astype(np.float32) / np.float32(255) for square in squares], squares
+
+
+def _decoded(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return np.array(image.convert("RGB"))
+
+
+def _run(network: nn.Module, images: list[np.ndarray], subject: Subject, expected: Probe) -> Probe:
+    import torch
+
+    batches, rows = dealt(images, (BATCHES[-1], 1))
+    names = network.output_names
+    found: dict[str, list[Any]] = {}
+    with torch.inference_mode():
+        for batch, places in zip(batches, rows, strict=True):
+            answers = network(torch.from_numpy(batch))
+            parts = answers if isinstance(answers, tuple) else (answers,)
+            for name, part in zip(names, parts, strict=True):
+                found.setdefault(name, [None] * len(images))
+                for place, row in zip(places, part.numpy(), strict=True):
+                    found[name][place] = row
+    stacked = {name: np.stack(part) for name, part in found.items()}
+    if expected.member_logits is None:
+        return replace(expected, probabilities=stacked["probabilities"].astype(np.float64))
+    embeddings = expected.member_embeddings
+    if embeddings is not None:
+        ends = np.cumsum([part.shape[1] for part in embeddings])[:-1]
+        embeddings = tuple(np.split(stacked["member_embeddings"], ends, axis=1))
+    return replace(
+        expected,
+        probabilities=stacked["probabilities"].astype(np.float64),
+        member_logits=stacked["member_logits"].transpose(1, 0, 2),
+        member_embeddings=embeddings,
+    )

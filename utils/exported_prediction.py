@@ -1,0 +1,141 @@
+"""Class probabilities of image files from an exported ensemble. Needs onnxruntime, NumPy and Pillow, and nothing else.
+
+    python predict.py photo.jpg folder/ > predictions.csv
+    python predict.py --model ../onnx/soft_voting_ensemble.onnx --json photo.jpg
+
+The ONNX file says itself what it takes and what its classes are. This file is delivered with every export, so it may
+not import anything of the project that wrote it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
+BATCH = 32
+
+
+class ExportedModel:
+    """An exported ONNX file and what it says of itself. Raises ValueError for a file that no export of ours wrote."""
+
+    def __init__(self, path: Path | str, *, threads: int = 0) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime has a class of its own for each way to be no model
+            raise ValueError(
+                f"{path}: cannot be opened by onnxruntime ({error}); expected an exported .onnx"
+            ) from error
+        said = self.session.get_modelmeta().custom_metadata_map
+        try:
+            self.classes: list[str] = json.loads(said["classes"])
+            self.input: dict[str, Any] = json.loads(said["input"])
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"{path}: does not say its classes and its input; expected a file that export wrote"
+            ) from error
+        if self.input["kind"] not in ("float-nchw", "uint8-nhwc"):
+            raise ValueError(f"{path}: takes {self.input['kind']}, not images; feed it as its README says")
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """Prepared images -> probabilities float32 (B, C)."""
+        found: np.ndarray = self.session.run(["probabilities"], {self.input["name"]: images})[0]
+        return found
+
+    def prepare(self, path: Path) -> np.ndarray:
+        """One file in the form that the model takes. Raises ValueError for one that cannot be decoded."""
+        try:
+            with Image.open(path) as image:
+                rgb = image.convert("RGB")
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path}: cannot be decoded ({error})") from error
+        if self.input["kind"] == "uint8-nhwc":
+            return np.asarray(rgb)
+        return centre_square(rgb, self.input["shorter_side"], self.input["img_size"])
+
+    def predict(self, paths: Sequence[Path]) -> np.ndarray:
+        """Image files -> probabilities float32 (N, C)."""
+        found = np.empty((len(paths), len(self.classes)), dtype=np.float32)
+        for start in range(0, len(paths), BATCH):
+            images = [self.prepare(path) for path in paths[start : start + BATCH]]
+            for rows in _of_one_shape(images):
+                found[start + np.array(rows)] = self.run(np.stack([images[row] for row in rows]))
+        return found
+
+
+def centre_square(image: Image.Image, side: int, size: int) -> np.ndarray:
+    """Shorter side to `side`, the centre square of `size` cut out, in [0, 1]: float32 (3, size, size)."""
+    width, height = image.size
+    length = int(side * max(width, height) / min(width, height))
+    resized = image.resize((side, length) if width <= height else (length, side), Image.Resampling.BILINEAR)
+    left, top = (round((edge - size) / 2) for edge in resized.size)
+    pixels = np.asarray(resized.crop((left, top, left + size, top + size)))
+    return pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+
+
+def image_files(places: Sequence[Path | str]) -> list[Path]:
+    """The files, and of folders every image below them. Raises ValueError for a place that is not there."""
+    found: list[Path] = []
+    for place in map(Path, places):
+        if place.is_dir():
+            found += sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES)
+        elif place.is_file():
+            found.append(place)
+        else:
+            raise ValueError(f"{place}: no such file or folder")
+    if not found:
+        raise ValueError(f"no image ({', '.join(SUFFIXES)}) in {', '.join(map(str, places))}")
+    return found
+
+
+def _of_one_shape(images: Sequence[np.ndarray]) -> Iterator[list[int]]:
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(row)
+    yield from groups.values()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 0, or 1 with one line on stderr."""
+    here = Path(__file__).resolve().parent
+    parser = argparse.ArgumentParser(description="Class probabilities of image files from an exported ensemble.")
+    parser.add_argument("images", nargs="+", help="image files, or folders that hold some")
+    parser.add_argument("--model", help="the ONNX file (default: the one beside this export)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line in place of CSV")
+    options = parser.parse_args(arguments)
+    beside = sorted([*here.glob("*.onnx"), *(here.parent / "onnx").glob("*.onnx")])
+    try:
+        if not options.model and not beside:
+            raise ValueError(f"no ONNX file beside {here}; name one with --model, or export with --formats onnx")
+        model = ExportedModel(options.model or beside[0])
+        files = image_files(options.images)
+        probabilities = model.predict(files)
+    except ValueError as error:
+        print(f"predict: {error}", file=sys.stderr)
+        return 1
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    if not options.json:
+        table.writerow(["file", "class", *model.classes])
+    for path, row in zip(files, probabilities.tolist(), strict=True):
+        best = model.classes[int(np.argmax(row))]
+        if options.json:
+            of = dict(zip(model.classes, row, strict=True))
+            print(json.dumps({"file": str(path), "class": best, "probabilities": of}, ensure_ascii=False))
+        else:
+            table.writerow([path, best, *(f"{value:.6g}" for value in row)])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

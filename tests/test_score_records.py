@@ -341,7 +341,10 @@ def test_labels_in_doubt_are_listed_by_the_recommended_one(tmp_path):
     assert counts.sum() - counts.trace() == len(lines)
 
 
-def test_a_member_with_other_rows_of_test_narrows_what_is_scored(tmp_path):
-    workspace = built(tmp_path, change=changing("bayes", "test", fewer(slice(0, 20))))
+@pytest.mark.parametrize(("stem", "count"), [("test", 20), ("val", 30)])
+def test_a_member_with_fewer_rows_narrows_what_is_scored(tmp_path, stem, count):
+    workspace = built(tmp_path, change=changing("bayes", stem, fewer(slice(0, 20))))
     assert evaluation.evaluate(CONFIG, workspace).failures == []
-    assert record(workspace, "forest")["n_samples"] == 20
+    found = record(workspace, "soft_voting_ensemble")
+    assert found["n_samples"] == count
+    assert found["out_of_distribution"] is not None

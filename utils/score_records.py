@@ -113,18 +113,24 @@ class Context:
         self.place = {key: number for number, key in enumerate(compared)}
         answers = [item.probabilities for item in compared.values()]
         self.samples = bootstrap(answers, rows.labels, groups=self.groups, seed=store.config.seed)
-        self._unfamiliar: dict[tuple[str, str], Floats] = {}
+        self._unfamiliar: dict[tuple[str, str], tuple[np.ndarray, Floats]] = {}
 
     def unfamiliarity(self, names: Sequence[str], split: str) -> Floats:
-        """Mean over members of `uncertainty.unfamiliarity` of their full networks, (2, N); of each network once."""
-        for name in names:
-            if (name, split) not in self._unfamiliar:
-                found = self.rows.logits[self.rows.members.index(name)]
-                if split != self.split:
-                    found = np.asarray(self.store.rows(self.store.catalog.members[name], split).logits)
-                self._unfamiliar[name, split] = uncertainty.unfamiliarity(found)
-        mean: Floats = np.mean([self._unfamiliar[name, split] for name in names], axis=0)
+        """Mean over members of `uncertainty.unfamiliarity` of their full networks on the rows that all have, (2, N)."""
+        found = [self._of_network(name, split) for name in names]
+        shared = set.intersection(*(set(ids.tolist()) for ids, _ in found))
+        mean: Floats = np.mean([values[:, np.isin(ids, list(shared))] for ids, values in found], axis=0)
         return mean
+
+    def _of_network(self, name: str, split: str) -> tuple[np.ndarray, Floats]:
+        """Sample ids (N,) and what they are to one member's network, (2, N); found once."""
+        if (name, split) not in self._unfamiliar:
+            ids, logits = self.rows.sample_ids, self.rows.logits[self.rows.members.index(name)]
+            if split != self.split:
+                stored = self.store.rows(self.store.catalog.members[name], split)
+                ids, logits = np.asarray(stored.sample_ids), np.asarray(stored.logits)
+            self._unfamiliar[name, split] = ids, uncertainty.unfamiliarity(logits)
+        return self._unfamiliar[name, split]
 
 
 def record(item: Scored, saved: Ensemble | None, context: Context) -> dict[str, Any]:

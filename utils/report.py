@@ -7,6 +7,7 @@ made showable, then escaped.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
 from dataclasses import replace
@@ -78,7 +79,12 @@ def inputs_digest(config: Config, workspace: Workspace, split: str) -> str:
     files = [workspace.ranking(split), workspace.catalog]
     files += sorted(workspace.scores.rglob(workspace.ranking(split).name.replace("ranking", "metrics")))
     files += sorted(workspace.models.glob("*/ensemble.json"))
-    texts = [(str(path), path.read_bytes().decode("utf-8", "replace")) for path in files if path.is_file()]
+    # By their names within the workspace, so that a page stays current when the workspace moves.
+    texts = [
+        (os.path.relpath(path, workspace.root), path.read_bytes().decode("utf-8", "replace"))
+        for path in files
+        if path.is_file()
+    ]
     return digest_of([VERSION, split, texts, config.digest()])
 
 

@@ -122,6 +122,14 @@ COMMANDS: dict[str, Command] = {
         writes=True,
         decodes=True,
     ),
+    "fusion-train": Command(
+        "utils.build:fusion_train",
+        "train heads on the members' embeddings",
+        "fusion-train --set runs.fusion.fusion_methods=[concat_mlp,attention]",
+        {},
+        writes=True,
+        decodes=True,
+    ),
     "meta-fuse": Command(
         "utils.meta_building:meta_fuse",
         "fit an ensemble of ensembles on their cross-fitted predictions",
@@ -147,7 +155,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "pipeline": Command(
         "ensemble_orchestrator:run_pipeline",
-        "all stages in order: discover --verify, build-ensemble, stack, meta-fuse, evaluate, clean --temporary",
+        "all stages in order: discover --verify, build-ensemble, stack, fusion-train, meta-fuse, evaluate, clean",
         "pipeline --config configs/digits_demo.yaml",
         {},
         writes=True,
@@ -180,6 +188,7 @@ PIPELINE: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("discover", {"verify": True}, ()),
     ("build-ensemble", {}, ("runs.score_ensemble", "runs.model_soup", "runs.snapshot_ensemble", "pruning")),
     ("stack", {}, ("runs.stacking",)),
+    ("fusion-train", {}, ("runs.fusion",)),
     ("meta-fuse", {}, ("runs.meta_fuser",)),
     ("evaluate", {}, ()),
     ("clean", {"temporary": True}, ()),

@@ -1,10 +1,10 @@
-"""The command `build-ensemble`: which sections are on, what is up to date, what is built."""
+"""The commands `build-ensemble` and `fusion-train`: which sections are on, what is up to date, what is built."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from utils import catalog, ensembles, fitting, pruned_building, snapshot_building, soup_building
+from utils import catalog, ensembles, fitting, fusion_building, pruned_building, snapshot_building, soup_building
 from utils.catalog import Member
 from utils.config import Config, require_enabled
 from utils.errors import UserError
@@ -28,6 +28,15 @@ def build_ensemble(config: Config, workspace: Workspace, *, pick: str | None = N
         require_enabled(config, pruned_building.PLACE)
         config = config.model_copy(update={"pruning": config.pruning.model_copy(update={"pick": pick})})
     return _of_sections(SECTIONS, config, workspace, force)
+
+
+def fusion_train(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
+    """Fit what reads the members' embeddings, from the one pass that streams them.
+
+    What is there with equal inputs is kept, unless `force`. Raises UserError without catalog or members, and where no
+    section is on.
+    """
+    return _of_sections(FUSION_SECTIONS, config, workspace, force)
 
 
 def _of_sections(sections: Mapping[str, Section], config: Config, workspace: Workspace, force: bool) -> Result:
@@ -91,4 +100,7 @@ SECTIONS: dict[str, Section] = {
     snapshot_building.PLACE: snapshot_building.snapshots,
     "runs.score_ensemble": score_level,
     pruned_building.PLACE: pruned_building.pruned,
+}
+FUSION_SECTIONS: dict[str, Section] = {
+    fusion_building.PLACE: fusion_building.fusion,
 }

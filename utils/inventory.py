@@ -13,6 +13,7 @@ from utils import (
     evaluation,
     fitting,
     fold_networks,
+    fusion_building,
     pruned_building,
     snapshot_building,
     soup_building,
@@ -119,9 +120,10 @@ def configured(config: Config) -> list[str]:
 
 
 def _learned(config: Config) -> dict[str, tuple[str, ...]]:
-    """What `stack` and `meta-fuse` would build, by command."""
+    """What `stack`, `fusion-train` and `meta-fuse` would build, by command."""
     stacking = tuple(f"stacking_{learner}" for learner in config.runs.stacking.meta_learners)
     found = {"stack": stacking} if config.runs.stacking.enable else {}
+    found |= {"fusion-train": tuple(fusion_building.names(config))} if config.runs.fusion.enable else {}
     return found | ({"meta-fuse": ("meta_fuser",)} if config.runs.meta_fuser.enable else {})
 
 

@@ -1,9 +1,9 @@
 """Generalised canonical correlation analysis: what several views of the same rows have in common, in closed form.
 
 MAXVAR (Kettenring 1971; Carroll 1968): unit variates g of the rows that have the greatest sum, over the views, of the
-squared multiple correlations. They are the leading eigenvectors of the sum of the views' projectors. Each view's
-covariance is shrunk towards a multiple of the identity by Ledoit and Wolf's (2004) intensity, so that a view with more
-columns than rows, or with columns that repeat one another, does no harm. Reads no labels.
+squared multiple correlations. They are the leading eigenvectors of the sum of the views' projectors. To each view's
+covariance a ridge is added: the one by which Ledoit and Wolf (2004) shrink it towards a multiple of the identity, so
+that a view with more columns than rows, or with columns that repeat one another, does no harm. Reads no labels.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SMALLEST_EIGENVALUE = 1e-10  # relative to a view's largest: below it a direction is rounding
+SMALLEST_SHARE = 0.01  # of the covariance beside its ridge
 DENSE = 800  # up to so many columns in all, or where a quarter of the spectrum is asked for, all of it is cheaper
 Floats = NDArray[np.float64]
 
@@ -28,9 +29,9 @@ class SharedSpace:
     maps: tuple[Floats, ...]
     """M matrices (D_m, R): the sum of (view - centre) @ map has unit variance on the rows that were fitted on"""
     correlations: Floats
-    """(R,): (eigenvalue - 1) / (M - 1), which for two views are the canonical correlations"""
+    """(R,): mean correlation of every two mapped views; of two views without a ridge the canonical correlations"""
     shrinkage: Floats
-    """(M,): how far each view's covariance was moved towards a multiple of the identity, from 0 to 1"""
+    """(M,): share of the ridge in each view's covariance, from 0 to 1"""
 
 
 def shared_space(views: Sequence[NDArray], rank: int, *, shrinkage: float | None = None) -> SharedSpace:
@@ -56,9 +57,18 @@ def shared_space(views: Sequence[NDArray], rank: int, *, shrinkage: float | None
         return SharedSpace(tuple(centres), empty, np.zeros(1), np.array(intensities))
     ends = np.cumsum([part.shape[1] for part in whitened])[:-1]
     blocks = np.split(vectors, ends, axis=0)
+    correlations = _mean_correlations([part @ block for part, block in zip(whitened, blocks, strict=True)])
     maps = [whitener @ block / np.sqrt(values) for whitener, block in zip(whiteners, blocks, strict=True)]
-    correlations = np.minimum((values - 1) / (len(views) - 1), 1.0)  # a shrunk covariance may be exceeded
     return SharedSpace(tuple(centres), tuple(maps), correlations, np.array(intensities))
+
+
+def _mean_correlations(scores: Sequence[Floats]) -> Floats:
+    """Mean over the pairs of M views of the correlations of their scores (N, R), which are centred; (R,)."""
+    sizes = [np.sqrt(np.square(own).sum(axis=0)) for own in scores]
+    units = np.stack([own / np.where(size > 0, size, 1) for own, size in zip(scores, sizes, strict=True)])
+    total = np.square(units.sum(axis=0)).sum(axis=0) - np.square(units).sum(axis=(0, 1))
+    found: Floats = total / (len(scores) * (len(scores) - 1))
+    return found
 
 
 def principal_axes(values: NDArray, count: int) -> Floats:
@@ -79,12 +89,11 @@ def _ledoit_wolf(values: Floats) -> float:
 
 
 def _whitener(values: Floats, intensity: float) -> Floats:
-    """(D, K): columns of values @ whitener are uncorrelated, of unit variance where nothing was shrunk."""
+    """(D, K): columns of values @ whitener are uncorrelated, and of unit variance where there is no ridge."""
     width = values.shape[1]
     covariance = values.T @ values / len(values)
-    mean = np.trace(covariance) / width
-    covariance *= 1 - intensity
-    covariance[np.diag_indices(width)] += intensity * mean
+    ridge = intensity / max(1 - intensity, SMALLEST_SHARE) * np.trace(covariance) / width
+    covariance[np.diag_indices(width)] += ridge
     found, axes = np.linalg.eigh(covariance)
     kept = found > SMALLEST_EIGENVALUE * max(found[-1], 0)
     return axes[:, kept] / np.sqrt(found[kept])

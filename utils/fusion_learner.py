@@ -27,6 +27,7 @@ logger = logging.getLogger("disease_pipeline")
 STOPS = 6
 WEIGHT_DECAY = 1.0  # of AdamW, as in utils/perceptron.py
 RANKS = (16, 64)  # of bilinear products
+STEPS, SMALLEST_BATCH = 16, 16  # of an epoch at least, as long as batches are not smaller: few rows need them
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class HeadLearner:
 
         inputs = torch.from_numpy(np.concatenate(outputs.embeddings, axis=1))
         truth = torch.from_numpy(np.asarray(labels))
-        batch = BATCH
+        batch = min(BATCH, max(SMALLEST_BATCH, len(inputs) // STEPS))
         while True:
             modules = train(
                 lambda: shape.head(self.dropout),

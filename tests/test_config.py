@@ -124,6 +124,9 @@ def test_defaults_are_the_printed_values_and_the_keys_of_ours():
         "runs.stacking.fit_rows": "honest",
         "runs.stacking.fallback": True,
         "runs.stacking.inference_members": "auto",
+        "runs.fusion.train_embeddings": "auto",
+        "runs.fusion.seeds": 1,
+        "runs.fusion.label_smoothing": 0.0,
         "pruning.pick": "best",
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,6 +106,41 @@ def test_label_smoothing_reaches_the_loss(rows):
         for value in (0.0, 0.4)
     )
     assert smooth.max(axis=1).mean() < plain.max(axis=1).mean() - 0.05
+
+
+@pytest.mark.parametrize("method", ["concat_mlp", "attention", "bilinear", "cca_aligned"])
+def test_the_module_goes_to_onnx_with_a_free_batch(method, rows, tmp_path):
+    import onnxruntime
+
+    outputs, labels, folds = rows
+    fitted = recipe(method, shape={"epochs": 2}).fit(outputs, labels, folds)
+
+    def given(count):
+        logits = torch.from_numpy(outputs.logits[:, :count].transpose(1, 0, 2).copy())
+        return logits, [torch.from_numpy(own[:count]) for own in outputs.embeddings]
+
+    names = ["logits", "a", "b", "c"]
+    path = tmp_path / "fusion.onnx"
+    free = {name: {0: "batch"} for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            fitted.to_module().eval(),
+            given(2),
+            path,
+            dynamo=False,
+            opset_version=17,
+            input_names=names,
+            dynamic_axes=free,
+        )
+    session = onnxruntime.InferenceSession(path)
+    for count in (1, 3, 17):
+        logits, embeddings = given(count)
+        wanted = {each.name for each in session.get_inputs()}
+        feed = dict(zip(names, (values.numpy() for values in (logits, *embeddings)), strict=True))
+        (found,) = session.run(None, {name: value for name, value in feed.items() if name in wanted})
+        expected = fitted.predict_proba(outputs[:, :count])
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 # attention -----------------------------------------------------------------------------------------------------------

@@ -98,12 +98,16 @@ def side_by_side(embeddings: Sequence[np.ndarray], budget: int = BUDGET) -> Embe
 
 
 def shared(embeddings: Sequence[np.ndarray], rank: int = SHARED) -> EmbeddingMaps:
-    """The variates that members' embeddings (N, D_m) have in common, at most `rank`; see `utils.canonical`."""
+    """The variates that members' embeddings (N, D_m) have in common, at most `rank`; see `utils.canonical`.
+
+    Each is as wide as the members agree on it, so that a head sees less of what is hardly shared.
+    """
     first = side_by_side(embeddings, CCA_BUDGET)
     views = first.apply(embeddings)
     found = canonical.shared_space(views, max(1, min(rank, len(views[0]) // ROWS_PER_VARIATE)))
+    spread = np.maximum(found.correlations, 0)
     matrices = [  # the embeddings are centred already, and need no centres of the views
-        ((matrix.astype(np.float64) @ own) if matrix.size else own).astype(np.float32)
+        ((matrix.astype(np.float64) @ own if matrix.size else own) * spread).astype(np.float32)
         for matrix, own in zip(first.matrices, found.maps, strict=True)
     ]
     facts = {

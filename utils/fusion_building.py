@@ -64,6 +64,11 @@ def fusion(store: Store, members: Sequence[Member], force: bool) -> Result:
     rows that the section asks for and cannot have.
     """
     config = store.config
+    if config.runs.fusion.end_to_end:
+        raise UserError(
+            f"{config.source}: runs.fusion.end_to_end is true; this version trains heads on embeddings and leaves the "
+            "networks as they are. Go on without: --set runs.fusion.end_to_end=false"
+        )
     wanted = names(config)
     members = _with_embeddings(store, members)
     fresh = [name for name in wanted if force or not is_current(store, members, name)]

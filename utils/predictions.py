@@ -180,33 +180,19 @@ class Store:
                     else "Its network has no last linear layer; leave it out with backbones.exclude"
                 )
             )
-        self._require_current_embeddings(member, split)
+        record = read_json(self.workspace.embeddings_record(member.name, split), remedy=AGAIN) or {}
         embeddings = open_array(place, remedy=AGAIN)
-        if embeddings.ndim != 2 or len(embeddings) != len(found.sample_ids):
-            raise UserError(
-                f"{place}: embeddings of shape {embeddings.shape} for {len(found.sample_ids)} rows of {split}. {AGAIN}"
-            )
-        return replace(found, embeddings=embeddings)
+        wrong = "of another checkpoint, other classes or other images than the catalog holds"
+        if record.get("key") == self.key(member, split):
+            wrong = f"of shape {embeddings.shape} for {len(found.sample_ids)} rows"
+            if embeddings.ndim == 2 and len(embeddings) == len(found.sample_ids):
+                return replace(found, embeddings=embeddings)
+        raise UserError(f"{place}: embeddings {wrong}. Remove the folder {folder}, then run the command again")
 
     def lacks_embeddings(self, member: Member) -> bool:
         """Whether a member is known to have no embeddings; nobody knows before its val rows are stored."""
         record = self._record(member, "val")
         return record is not None and record.get("key") == self.key(member, "val") and record.get("width") == 0
-
-    def _require_current_embeddings(self, member: Member, split: str) -> None:
-        place = self.workspace.embeddings_record(member.name, split)
-        record = read_json(place, remedy=AGAIN) or {}
-        if record.get("key") == self.key(member, split):
-            return
-        wrong = [
-            what
-            for what, own in (("checkpoint", member.digest), ("classes", list(self.catalog.classes)))
-            if record.get("member_digest" if what == "checkpoint" else what) != own
-        ]
-        raise UserError(
-            f"{place}: its embeddings are of {f'another {wrong[0]}' if wrong else 'other images'} than the catalog "
-            f"holds. Remove the folder {self.workspace.predictions(member.name, split)}, then run the command again"
-        )
 
     def key(self, member: Member, split: str) -> str:
         """What the stored arrays of a member and split depend on."""

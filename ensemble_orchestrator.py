@@ -142,8 +142,8 @@ COMMANDS: dict[str, Command] = {
     ),
     "fusion-train": Command(
         "utils.build:fusion_train",
-        "train a mixture of experts and a cascade, which run only the members that an image needs",
-        "fusion-train --set runs.moe.enable=true",
+        "train heads on the members' embeddings, and what runs only the members that an image needs",
+        "fusion-train --set runs.fusion.fusion_methods=[concat_mlp,attention]",
         {},
         writes=True,
         decodes=True,

@@ -21,6 +21,7 @@ QUICK = validate(
     {
         "runs": {
             "stacking": {"mlp_config": {"hidden_dims": [8], "epochs": 4}, "xgb_config": {"n_estimators": 10}},
+            "fusion": {"fusion_config": {"hidden_dims": [8], "epochs": 4}},
             "meta_fuser": {"fuser_type": "attention", "mlp_config": {"hidden_dims": [8], "epochs": 4}},
         }
     },

@@ -143,7 +143,7 @@ def test_probabilities_and_their_logarithms_are_one_member(tmp_path, workspace):
     )
 
 
-def test_embeddings_are_kept_but_those_of_fold_networks_are_not(tmp_path, workspace):
+def test_embeddings_are_kept_those_of_out_of_fold_rows_beside_them(tmp_path, workspace):
     def with_embeddings(name, stem, given):
         rows = len(given["labels"])
         return given | {"embeddings": np.arange(rows * 2, dtype=np.float16).reshape(rows, 2)}
@@ -153,8 +153,12 @@ def test_embeddings_are_kept_but_those_of_fold_networks_are_not(tmp_path, worksp
     assert np.array_equal(np.load(workspace.embeddings("bayes", "test"))[:, 0], order * 2)
     record = json.loads(workspace.embeddings_record("bayes", "train").read_text())
     assert (record["rows"], record["width"]) == ("in_sample", 2)  # of the full network, marked
-    with np.load(workspace.oof("bayes")) as oof:
-        assert "embeddings" not in oof
+    store = opened(workspace)
+    member = store.catalog.members["bayes"]
+    order = np.argsort(arrays("oof", 1)["sample_ids"])
+    assert np.array_equal(store.oof(member, embeddings=True).embeddings[:, 0], order * 2)
+    assert store.oof(member).embeddings is None
+    assert store.has_oof_embeddings(member)
 
 
 def test_classes_without_names_are_numbers_in_their_order(tmp_path, workspace):

@@ -17,6 +17,7 @@ from utils.ensembles import COMBINERS
 from utils.meta_methods import FUSERS
 from utils.metrics import accuracy, log_loss
 from utils.predictions import Store
+from utils.rows import Outputs
 
 MEMBER = "CustomConvNeXt"
 QUICK = (
@@ -66,6 +67,7 @@ def recipe(method: str, fuser_type: str):
     runs = {
         "score_ensemble": {"temperature": "off"},
         "stacking": {"mlp_config": shape, "xgb_config": {"n_estimators": 10}, "fallback": False},
+        "fusion": {"fusion_config": shape},
         "meta_fuser": {
             "mlp_config": shape,
             "fuser_type": fuser_type,
@@ -91,7 +93,11 @@ def test_unseen_predictions_of_shuffled_labels_are_no_better_than_chance(method,
         logits = rng.normal(size=(M, N, C)).astype(np.float32)
         logits[:, np.arange(N), labels] += 2  # members that know the true labels, which the shuffled ones are not
         shuffled = rng.permutation(labels)
-        unseen = fit_crossfitted(recipe(method, fuser_type), logits, shuffled, rng.integers(0, 5, N))
+        unfitted = recipe(method, fuser_type)
+        outputs = logits
+        if unfitted.reads_embeddings:
+            outputs = Outputs(logits, tuple(logits @ rng.normal(size=(C, 6)).astype(np.float32)))
+        unseen = fit_crossfitted(unfitted, outputs, shuffled, rng.integers(0, 5, N))
         hits.append(accuracy(unseen, shuffled))
         losses.append(log_loss(unseen, shuffled))
     assert np.mean(hits) < 1 / C + 3 * np.sqrt(1 / C * (1 - 1 / C) / (N * DRAWS))

@@ -9,6 +9,7 @@ from utils import (
     discovery,
     ensembles,
     fitting,
+    fusion_building,
     moe_building,
     pruned_building,
     snapshot_building,
@@ -110,6 +111,7 @@ SECTIONS: dict[str, Section] = {
     pruned_building.PLACE: pruned_building.pruned,
 }
 FUSION_SECTIONS: dict[str, Section] = {
+    fusion_building.PLACE: fusion_building.fusion,
     moe_building.CASCADE: moe_building.cascades,
     moe_building.MOE: moe_building.mixture,
 }

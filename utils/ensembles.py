@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import ensemble_methods, meta_methods, moe_methods, pruning_methods, stacking_methods
+from utils import ensemble_methods, fusion_methods, meta_methods, moe_methods, pruning_methods, stacking_methods
 from utils.artifacts import (
     digest_of,
     read_arrays,
@@ -42,6 +42,7 @@ COMBINERS: dict[str, type[Combiner]] = {
     **ensemble_methods.SAVED_AS,
     **pruning_methods.COMBINERS,
     **stacking_methods.COMBINERS,
+    **fusion_methods.COMBINERS,
     **moe_methods.COMBINERS,
     **meta_methods.COMBINERS,
 }

@@ -123,6 +123,7 @@ def build(
     seen: Sequence[Provenance] = (),
     beside: Guards | None = None,
     notes: Mapping[str, Any] | None = None,
+    unseen: Crossfit | None = None,
     after: Callable[[Combiner, Crossfit], Mapping[str, Any]] | None = None,
 ) -> Ensemble:
     """Cross-fit, fit on all the honest rows, keep the members that are needed, save.
@@ -130,10 +131,12 @@ def build(
     `recipe` is an unfitted combiner over `members`, which come by name; `also` is what `inputs_digest` says, kept in
     the record; `seen` is what the recipe's parts or its choice have seen before; `beside` are the simple combinations
     on the same rows, which a learned one is compared with; `notes` stand in `ensemble.json` as well, and so does what
-    `after` finds of the fitted combiner, still over all members, and its cross-fitted predictions.
+    `after` finds of the fitted combiner, still over all members, and its cross-fitted predictions. Where `unseen` is
+    given, the recipe is fitted already, and these are its predictions on rows that it did not see.
     """
     rows = honest.rows
-    unseen = ensembles.crossfit(recipe, rows, honest.fold)
+    if unseen is None:
+        unseen = ensembles.crossfit(recipe, rows, honest.fold)
     own = Provenance(row_sets(rows) if recipe.learns else (), ())
     used = recipe.used(len(rows.members))
     ensemble = Ensemble(
@@ -201,11 +204,13 @@ def inputs_digest(config: Config, store: Store, members: Sequence[Member], metho
 
 
 def row_sets(rows: Rows) -> tuple[RowSet, ...]:
-    """The honest rows as provenance lists them, one set per split."""
-    return tuple(
-        RowSet(split, KINDS_OF_ROWS[split], tuple(rows.sample_ids[rows.split == split].tolist()))
-        for split in np.unique(rows.split).tolist()
-    )
+    """The rows as provenance lists them, one set per split; `in_sample` those that a network was fitted on."""
+    found = []
+    for split in np.unique(rows.split).tolist():
+        inside = rows.split == split
+        kind = KINDS_OF_ROWS[split] if rows.honest[inside].all() else "in_sample"
+        found.append(RowSet(split, kind, tuple(rows.sample_ids[inside].tolist())))
+    return tuple(found)
 
 
 def _size_mb(store: Store, member: Member) -> float:

@@ -202,6 +202,7 @@ def _store(store: Store, arrival: Arrival) -> None:
         if stem == "oof" and member.oof is not None:
             rows = part.rows
             arrays = {"logits": rows.logits, "labels": rows.labels, "sample_ids": rows.sample_ids, "fold": part.fold}
+            arrays |= {} if part.embeddings is None else {"embeddings": part.embeddings}
             store.keep_oof(member.name, member.oof, arrays)
         else:
             store.keep(member, part.rows, part.embeddings)

@@ -13,6 +13,7 @@ from utils import (
     ensembles,
     fitting,
     fold_networks,
+    fusion_building,
     moe_building,
     pruned_building,
     scoring,
@@ -126,7 +127,7 @@ def _learned(config: Config) -> dict[str, tuple[str, ...]]:
     """What `stack`, `fusion-train`, `meta-fuse` and `distill` would build, by command."""
     stacking = tuple(f"stacking_{learner}" for learner in config.runs.stacking.meta_learners)
     found = {"stack": stacking} if config.runs.stacking.enable else {}
-    fused = tuple(moe_building.names(config))
+    fused = (*fusion_building.names(config), *moe_building.names(config))
     found |= {"fusion-train": fused} if fused else {}
     found |= {"meta-fuse": ("meta_fuser",)} if config.runs.meta_fuser.enable else {}
     return found | ({"distill": tuple(distillation_plan.names(config))} if config.distillation.enable else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -12,9 +13,9 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """(module, inputs, labels) of one batch -> what is minimised."""
 
 
-def cross_entropy(module: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-    """Of the module's scores (B, C)."""
-    return nn.functional.cross_entropy(module(inputs), labels)
+def cross_entropy(module: nn.Module, inputs: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Of the module's scores (B, C); a share of each label may be spread over the classes (Szegedy et al. 2016)."""
+    return nn.functional.cross_entropy(module(inputs), labels, label_smoothing=label_smoothing)
 
 
 def train(
@@ -28,12 +29,13 @@ def train(
     weight_decay: float,
     seed: int,
     loss: Loss = cross_entropy,
+    batch: int = BATCH,
 ) -> Iterator[nn.Module]:
     """Train the module that `make` builds on inputs (N, ...) and labels (N,); yields it at each of the epochs `stops`.
 
     The module gives scores (N, C) whose soft-max are probabilities, unless the `loss` says otherwise. AdamW (Loshchilov
-    and Hutter 2019) with a cosine schedule over `epochs`, whether or not the training is stopped before. What is
-    yielded is trained on afterwards: take from it what is needed.
+    and Hutter 2019) with a cosine schedule over `epochs`, whether or not the training is stopped before; `batch` rows
+    at a time. What is yielded is trained on afterwards: take from it what is needed.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same sums in the same order on every machine's cores
@@ -41,15 +43,20 @@ def train(
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(seed)
             module = make().train()
-            batches = max(1, len(inputs) // BATCH)
-            optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
+            batches = max(1, len(inputs) // batch)
+            optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+            step = 0
             for epoch in range(1, max(stops) + 1):
-                for rows in torch.randperm(len(inputs)).tensor_split(batches):
+                order = torch.randperm(len(inputs))
+                # Gathered once per epoch: batches are then views, and nothing is copied between two steps.
+                shuffled = zip(inputs[order].tensor_split(batches), labels[order].tensor_split(batches), strict=True)
+                for values, truth in shuffled:
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr * (1 + math.cos(math.pi * step / (epochs * batches))) / 2
                     optimizer.zero_grad(set_to_none=True)
-                    loss(module, inputs[rows], labels[rows]).backward()
+                    loss(module, values, truth).backward()
                     optimizer.step()
-                    schedule.step()
+                    step += 1
                 if epoch in stops:
                     yield module
     finally:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from utils import ensemble_methods, moe_methods, stacking_methods
+from utils import ensemble_methods, fusion_methods, moe_methods, stacking_methods
 from utils.attention import AttentionLearner, Gate
 from utils.combiner import Combiner, MemberFacts, fit_crossfitted, seen_by
 from utils.config import Config
@@ -82,6 +82,7 @@ FUSERS: dict[str, type[Stacker]] = {"xgb": FuserBooster, "mlp": FuserPerceptron,
 PARTS: dict[str, type[Combiner]] = {
     **ensemble_methods.COMBINERS,
     **stacking_methods.COMBINERS,
+    **fusion_methods.COMBINERS,
     **moe_methods.COMBINERS,
 }
 """Methods that may be inputs."""

@@ -187,23 +187,54 @@ class Store:
                     else "Its network has no last linear layer; leave it out with backbones.exclude"
                 )
             )
-        return replace(found, embeddings=open_array(place, remedy=AGAIN))
+        record = read_record(self.workspace.embeddings_record(member.name, split), remedy=AGAIN) or {}
+        embeddings = open_array(place, remedy=AGAIN)
+        wrong = "of another checkpoint, other classes or other images than the catalog holds"
+        if record.get("key") == self.key(member, split):
+            wrong = f"of shape {embeddings.shape} for {len(found.sample_ids)} rows"
+            if embeddings.ndim == 2 and len(embeddings) == len(found.sample_ids):
+                return replace(found, embeddings=embeddings)
+        raise UserError(f"{place}: embeddings {wrong}. Remove the folder {folder}, then run the command again")
+
+    def lacks_embeddings(self, member: Member) -> bool:
+        """Whether a member is known to have no embeddings; nobody knows before its val rows are stored."""
+        record = self._record(member, "val")
+        return record is not None and record.get("key") == self.key(member, "val") and record.get("width") == 0
 
     def key(self, member: Member, split: str) -> str:
         """What the stored arrays of a member and split depend on."""
         return digest_of([VERSION, member.digest, self._images_digest(split), list(self.catalog.classes)])
 
-    def oof(self, member: Member) -> MemberRows | None:
+    def oof(self, member: Member, *, embeddings: bool = False) -> MemberRows | None:
         """A member's out-of-fold rows of the train split, from the validated cache; None when it has none.
 
-        Raises UserError for a file that does not fit the train split.
+        Their `embeddings` come along where they are asked for and an imported member's `oof.npz` held some, as it held
+        them. Raises UserError for a file that does not fit the train split.
         """
+        arrays = self._oof_arrays(member)
+        if arrays is None:
+            return None
+        rows = _oof_rows(arrays, self.catalog.classes)
+        return replace(rows, embeddings=arrays.get("embeddings")) if embeddings else rows
+
+    def oof_folds(self, member: Member) -> np.ndarray:
+        """int64 (N,): which fold each of a member's out-of-fold rows was left out of; it must have some."""
+        arrays = self._oof_arrays(member)
+        assert arrays is not None, f"{member.name} has no out-of-fold rows"
+        return arrays["fold"]
+
+    def has_oof_embeddings(self, member: Member) -> bool:
+        """Whether an imported member's `oof.npz` held embeddings."""
+        arrays = self._oof_arrays(member)
+        return arrays is not None and "embeddings" in arrays
+
+    def _oof_arrays(self, member: Member) -> dict[str, np.ndarray] | None:
         if member.oof is None:
             return None
         cache = self.workspace.oof(member.name)
         arrays = self._cached_oof(member)
         if arrays is not None:
-            return _oof_rows(arrays, self.catalog.classes)
+            return arrays
         if member.source == IMPORTED:
             wrong = "not the out-of-fold predictions that were imported for these images"
             raise UserError(f"{cache}: {wrong}. Import them again: {IMPORT}")
@@ -214,7 +245,7 @@ class Store:
         found = out_of_fold.read(path, member.name, self.images("train"), self.catalog.classes, remedy=remedy)
         arrays = found.arrays()
         write_arrays(cache, arrays | {"key": np.array(self._oof_key(member.oof))})
-        return _oof_rows(arrays, self.catalog.classes)
+        return arrays
 
     def honest_parts(self, members: Sequence[Member]) -> dict[str, list[MemberRows]]:
         """{member: its honest rows}: out-of-fold on train where it has them, held out on val.

@@ -19,6 +19,7 @@ from utils.config import Config
 from utils.logistic import Coefficients, LogisticLearner
 from utils.metrics import SMALLEST_PROBABILITY, log_loss, softmax
 from utils.perceptron import Layers, PerceptronLearner
+from utils.rows import Outputs
 from utils.stacking_features import KINDS, STEPS
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class Stacker(ABC):
     def fit_crossfitted(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
         """Fit, and give the cross-fitted probabilities (N, C) that the same fits make; NaN where there is one fold."""
         assert self.learner is not None, "a stacker that was read from a file is not fitted again"
-        mean = softmax(logits).mean(axis=0)
+        mean = plain_mean(logits)
         found = nested.cross_validate(self.learner, logits, labels, folds, jobs=self.jobs)
         unseen = np.full(found.unseen.shape, np.nan)
         for fold in np.unique(folds):
@@ -138,14 +139,18 @@ class Stacker(ABC):
             "setting": dict(setting),
             "settings_tried": len(found.losses),
             "cross_validated_log_loss": log_loss(found.answers, labels) if tested else None,
-            "selection_score": log_loss(self.predict_proba(logits), labels),
+            "selection_score": log_loss(self._answer(logits), labels),
         }
         return unseen
 
     def predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Logits (M, N, C) -> probabilities (N, C)."""
+        return self._answer(logits)
+
+    def _answer(self, seen: Any) -> np.ndarray:
+        """Probabilities (N, C) for what the learner sees of N rows."""
         assert self.model is not None, "not fitted"
-        return self.calibration.apply(self.model.predict_proba(logits), softmax(logits).mean(axis=0))
+        return self.calibration.apply(self.model.predict_proba(seen), plain_mean(seen))
 
     def to_module(self) -> nn.Module:
         """Logits (B, M, C) -> probabilities (B, C)."""
@@ -313,6 +318,11 @@ class StackingForest(Stacker):
 
         own = {name.removeprefix("forest_"): values for name, values in state.items() if name.startswith("forest_")}
         return Forest(own)
+
+
+def plain_mean(outputs: np.ndarray | Outputs) -> np.ndarray:
+    """Mean over the members of their probabilities, (N, C), from logits (M, N, C) or outputs that hold them."""
+    return softmax(outputs.logits if isinstance(outputs, Outputs) else outputs).mean(axis=0)
 
 
 def _logs(probabilities: np.ndarray) -> np.ndarray:

@@ -1,0 +1,135 @@
+"""What a fusion head reads of its members' embeddings: each centred, scaled and brought to a width. Reads no labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from utils import canonical
+from utils.stacking_features import standardisation
+
+if TYPE_CHECKING:
+    from torch import nn
+
+BUDGET = 1024  # numbers that a head reads at most; wider embeddings are reduced by PCA, each member's by itself
+CCA_BUDGET = 4096
+SHARED = 64  # variates that the members share at most
+ROWS_PER_VARIATE = 4
+
+
+@dataclass(frozen=True)
+class EmbeddingMaps:
+    """(embedding - centre) / scale, then a matrix where there is one; of all members side by side, or their sum."""
+
+    centres: tuple[np.ndarray, ...]
+    """M arrays float32 (D_m,)"""
+    scales: tuple[np.ndarray, ...]
+    """M arrays float32 (1,)"""
+    matrices: tuple[np.ndarray, ...]
+    """M arrays float32 (D_m, R_m); (0, 0) where the embedding stays as wide as it is"""
+    summed: bool
+    facts: Mapping[str, Any]
+    """What was found out, for the report."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of the blocks that a head reads: one per member, or a single one where they are summed."""
+        own = [matrix.shape[1] or len(centre) for matrix, centre in zip(self.matrices, self.centres, strict=True)]
+        return (own[0],) if self.summed else tuple(own)
+
+    def apply(self, embeddings: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+        """M embeddings (N, D_m) -> blocks float32 (N, R), computed as the exported module does."""
+        import torch
+
+        with torch.no_grad():
+            blocks = self.module()([torch.from_numpy(np.array(own, dtype=np.float32)) for own in embeddings])
+        return tuple(block.numpy() for block in blocks)
+
+    def module(self) -> nn.Module:
+        """The same as a torch module: a list of M tensors (B, D_m) -> a list of blocks (B, R)."""
+        from utils.fusion_heads import MappedEmbeddings
+
+        return MappedEmbeddings(self.centres, self.scales, self.matrices, summed=self.summed)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All arrays by name."""
+        found = {"summed": np.array([self.summed], dtype=np.uint8)}
+        for place, parts in enumerate(zip(self.centres, self.scales, self.matrices, strict=True)):
+            names = (f"{name}{place:03d}" for name in ("centre", "scale", "matrix"))
+            found |= {name: part for name, part in zip(names, parts, strict=True) if part.size}
+        return found
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, np.ndarray]) -> EmbeddingMaps:
+        """The maps whose `state` this is."""
+        count = sum(name.startswith("centre") for name in state)
+        none = np.zeros((0, 0), dtype=np.float32)
+        centres, scales, matrices = (
+            tuple(state.get(f"{name}{place:03d}", none) for place in range(count))
+            for name in ("centre", "scale", "matrix")
+        )
+        return cls(centres, scales, matrices, bool(state["summed"][0]), {})
+
+
+def side_by_side(embeddings: Sequence[np.ndarray], budget: int = BUDGET) -> EmbeddingMaps:
+    """Members' embeddings (N, D_m) beside one another, reduced where they are wider than `budget` together.
+
+    One scale per member, so that a number that hardly varies stays small. Principal axes are those of the rows given.
+    """
+    centres, scales = _standardised(embeddings)
+    widths = [own.shape[1] for own in embeddings]
+    shares = _shares(widths, budget)
+    matrices = []
+    kept = []
+    for own, centre, scale, share in zip(embeddings, centres, scales, shares, strict=True):
+        if share == own.shape[1]:
+            matrices.append(np.zeros((0, 0), dtype=np.float32))
+            kept.append(1.0)
+            continue
+        values = (own - centre) / scale
+        axes = canonical.principal_axes(values, share)
+        matrices.append(axes.astype(np.float32))
+        kept.append(float(np.square(values @ axes).sum() / max(np.square(values).sum(), 1e-300)))
+    facts = {"widths": widths, "read_widths": [int(share) for share in shares], "variance_kept": kept}
+    return EmbeddingMaps(centres, scales, tuple(matrices), False, facts)
+
+
+def shared(embeddings: Sequence[np.ndarray], rank: int = SHARED) -> EmbeddingMaps:
+    """The variates that members' embeddings (N, D_m) have in common, at most `rank`; see `utils.canonical`.
+
+    Each is as wide as the members agree on it, so that a head sees less of what is hardly shared.
+    """
+    first = side_by_side(embeddings, CCA_BUDGET)
+    views = first.apply(embeddings)
+    found = canonical.shared_space(views, max(1, min(rank, len(views[0]) // ROWS_PER_VARIATE)))
+    spread = np.maximum(found.correlations, 0)
+    matrices = [  # the embeddings are centred already, and need no centres of the views
+        ((matrix.astype(np.float64) @ own if matrix.size else own) * spread).astype(np.float32)
+        for matrix, own in zip(first.matrices, found.maps, strict=True)
+    ]
+    facts = {
+        **{name: first.facts[name] for name in ("widths", "variance_kept")},
+        "canonical_correlations": found.correlations.tolist(),
+        "rank": len(found.correlations),
+        "shrinkage": found.shrinkage.tolist(),
+    }
+    return EmbeddingMaps(first.centres, first.scales, tuple(matrices), True, facts)
+
+
+def _standardised(embeddings: Sequence[np.ndarray]) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    found = [standardisation(np.asarray(own, dtype=np.float64), [own.shape[1]]) for own in embeddings]
+    centres = tuple(centre.astype(np.float32) for centre, _ in found)
+    return centres, tuple(scale[:1].astype(np.float32) for _, scale in found)
+
+
+def _shares(widths: Sequence[int], budget: int) -> list[int]:
+    """Widths after reduction: as equal as the members allow, the narrow ones whole; at least 1 each."""
+    shares = dict.fromkeys(range(len(widths)), 0)
+    left, waiting = max(budget, len(widths)), sorted(range(len(widths)), key=lambda place: (widths[place], place))
+    for number, place in enumerate(waiting):
+        shares[place] = min(widths[place], left // (len(waiting) - number))
+        left -= shares[place]
+    return [shares[place] for place in range(len(widths))]

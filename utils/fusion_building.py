@@ -1,0 +1,233 @@
+"""The section `runs.fusion` of `fusion-train`: heads on the members' embeddings, beside what is simpler."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from utils import embedding_rows, ensembles, fitting, fold_networks, guards
+from utils.catalog import Member
+from utils.combiner import Combiner, MemberFacts
+from utils.config import Config
+from utils.embedding_rows import Embedded
+from utils.ensembles import Crossfit, Provenance
+from utils.errors import UserError
+from utils.fitting import HonestRows
+from utils.fold_networks import FOLDS
+from utils.folds import crossfit_folds
+from utils.fusion_methods import COMBINERS
+from utils.guards import Guards
+from utils.metrics import log_loss
+from utils.predictions import Store
+from utils.results import Result
+
+logger = logging.getLogger("disease_pipeline")
+
+PLACE = "runs.fusion"
+STREAMED = ("val", "test")
+VAL, ALIGNED, IN_SAMPLE = "val", "aligned", "in_sample"
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Rows that heads may be fitted on, rows that judge them, and the simple combinations on the latter."""
+
+    fitted: HonestRows
+    judged: HonestRows
+    simple: Guards
+    facts: dict[str, Any]
+    """Of the members' alignment."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted fusion and its predictions on rows that it did not see."""
+
+    recipe: Combiner
+    unseen: Crossfit
+
+    @property
+    def val_log_loss(self) -> float:
+        """On the val rows, which every basis has."""
+        rows = self.unseen.split == "val"
+        return log_loss(self.unseen.probabilities[rows], self.unseen.labels[rows])
+
+
+def fusion(store: Store, members: Sequence[Member], force: bool) -> Result:
+    """Fit the heads that the section lists on embeddings of honest rows; what is there is kept, unless `force`.
+
+    Members without embeddings are left out with a warning. Raises UserError where fewer than two are left, and for
+    rows that the section asks for and cannot have.
+    """
+    config = store.config
+    if config.runs.fusion.end_to_end:
+        raise UserError(
+            f"{config.source}: runs.fusion.end_to_end is true; this version trains heads on embeddings and leaves the "
+            "networks as they are. Go on without: --set runs.fusion.end_to_end=false"
+        )
+    wanted = names(config)
+    members = _with_embeddings(store, members)
+    fresh = [name for name in wanted if force or not is_current(store, members, name)]
+    failures = []
+    if fresh:
+        _stream(store, members)
+        members = _with_embeddings(store, members, told=True)
+        failures = _fitted(store, members, fresh)
+    left_out = {failure.partition(":")[0] for failure in failures}
+    built = [name for name in fresh if name not in left_out]
+    lines = []
+    for name in (name for name in wanted if name not in left_out):
+        record = ensembles.record_of(store.workspace, name) or {}
+        source = record["train_embeddings"]
+        lines.append(fitting.line(store, name, "built" if name in built else "up to date"))
+        lines += [f"    {record['verdict']}", f"    train embeddings: {source['chosen']} ({source['reason']})"]
+    kept = [name for name in wanted if name not in fresh]
+    return Result("\n".join(lines), {"built": built, "up_to_date": kept}, failures)
+
+
+def names(config: Config) -> list[str]:
+    """Ensembles that the section asks for."""
+    return [f"fusion_{method}" for method in config.runs.fusion.fusion_methods] if config.runs.fusion.enable else []
+
+
+def is_current(store: Store, members: Sequence[Member], name: str) -> bool:
+    """Whether a saved fusion is what a build would make of these members; found without torch."""
+    wanted = fitting.inputs_digest(store.config, store, members, name, also=_fold_inputs(members))
+    return ensembles.stored_digest(store.workspace, name) == wanted
+
+
+def _fold_inputs(members: Sequence[Member]) -> list[str]:
+    return [fold_networks.digest(member, FOLDS) for member in members]
+
+
+def _with_embeddings(store: Store, members: Sequence[Member], *, told: bool = False) -> list[Member]:
+    """Those that have embeddings, as far as is known before they are streamed."""
+    lacking = [member.name for member in members if store.lacks_embeddings(member)]
+    if told and lacking:
+        logger.warning("no embeddings, so left out of the fusion: %s", ", ".join(lacking))
+    left = [member for member in members if member.name not in lacking]
+    if len(left) < 2:
+        raise UserError(
+            f"{len(left)} member(s) with embeddings, and a fusion needs two{': no embeddings of ' if lacking else ''}"
+            f"{', '.join(lacking)}. Name others in backbones.include, or write `embeddings` into their val.npz"
+        )
+    return left
+
+
+def _stream(store: Store, members: Sequence[Member]) -> None:
+    splits = (*STREAMED, *(("train",) if store.config.runs.fusion.train_embeddings == IN_SAMPLE else ()))
+    if not store.config.runs.fusion.extract_embeddings:
+        missing = [f"{m.name}/{split}" for m in members for split in splits if not store.is_stored(m, split)]
+        if missing:
+            raise UserError(
+                f"{store.config.source}: runs.fusion.extract_embeddings is false, and {len(missing)} are not there, "
+                f"first {missing[0]}. Extract them: --set runs.fusion.extract_embeddings=true"
+            )
+    store.ensure(members, splits)
+
+
+def _fitted(store: Store, members: Sequence[Member], fresh: Sequence[str]) -> list[str]:
+    """Fit and save these; what kept one from being fitted, by its name."""
+    known = fitting.facts(store, members)
+    asked = store.config.runs.fusion.train_embeddings
+    bases, reason = _bases(store, members, known, asked)
+    failures = []
+    for name in fresh:
+        try:
+            fits = {kind: _fit(store.config, known, name, basis) for kind, basis in bases.items()}
+            losses = {kind: fit.val_log_loss for kind, fit in fits.items()}
+            chosen = min(losses, key=lambda kind: (losses[kind], kind))
+            if len(losses) > 1:
+                other = next(kind for kind in losses if kind != chosen)
+                reason = f"log-loss {losses[chosen]:.4f} on the val rows, {losses[other]:.4f} with {other}"
+            _save(store, name, members, bases[chosen], fits[chosen], _source(asked, chosen, reason, losses, bases))
+        except UserError as error:
+            failures.append(f"{name}: {error}")
+    return failures
+
+
+def _source(
+    asked: str, chosen: str, reason: str, losses: Mapping[str, float], bases: Mapping[str, Basis]
+) -> dict[str, Any]:
+    """What `ensemble.json` says of the embeddings that a fusion was fitted on."""
+    members = {kind: basis.facts for kind, basis in bases.items() if basis.facts}
+    return {"asked": asked, "chosen": chosen, "reason": reason, "val_log_loss": dict(losses), "members": members}
+
+
+def _bases(store: Store, members: Sequence[Member], known: MemberFacts, asked: str) -> tuple[dict[str, Basis], str]:
+    """The rows that are asked for, or all that `auto` chooses from, and why there is only one where there is."""
+    if asked == IN_SAMPLE:
+        logger.warning(
+            "runs.fusion.train_embeddings is in_sample: heads are fitted on embeddings of images that the networks "
+            "were trained on; val rows judge them"
+        )
+        return {IN_SAMPLE: _basis(store, known, embedding_rows.in_sample(store, members), in_sample=True)}, "asked for"
+    without = embedding_rows.why_not_aligned(store, members)
+    if asked == ALIGNED and without:
+        raise UserError(f"runs.fusion.train_embeddings is aligned: {without}; or use the val rows: {_use(VAL)}")
+    found, reason = {}, "asked for"
+    if asked != ALIGNED:
+        found[VAL] = _basis(store, known, embedding_rows.of_val(store, members))
+    if asked != VAL:
+        try:
+            if without:
+                raise UserError(without)
+            found[ALIGNED] = _basis(store, known, embedding_rows.aligned(store, members))
+        except UserError as error:
+            if asked == ALIGNED:
+                raise
+            logger.warning("fusion is fitted on val rows alone: %s", error)
+            reason = f"train rows cannot be aligned: {error}"
+    return found, reason
+
+
+def _use(kind: str) -> str:
+    return f"--set runs.fusion.train_embeddings={kind}"
+
+
+def _basis(store: Store, known: MemberFacts, embedded: Embedded, *, in_sample: bool = False) -> Basis:
+    rows = embedded.rows
+    if len(np.unique(rows.labels)) < 2:
+        raise UserError(f"all {len(rows.labels)} rows are of class {rows.classes[rows.labels[0]]}; give others too")
+    folds = crossfit_folds(store)
+    fold = np.array([folds[key] for key in zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True)])
+    fitted = judged = HonestRows(rows, fold)
+    if in_sample:
+        fitted, judged = fitted.of_split("train"), judged.of_split("val")
+    simple = guards.measure(store.config, known, judged.rows.logits, judged.rows.labels, judged.fold)
+    return Basis(fitted, judged, simple, embedded.facts)
+
+
+def _fit(config: Config, known: MemberFacts, name: str, basis: Basis) -> Fit:
+    recipe = COMBINERS[name].configured(config, known)
+    fitted, judged = basis.fitted, basis.judged
+    logger.info("fitting %s on %d rows of %d members", name, len(fitted.fold), len(known.names))
+    if judged is fitted:
+        return Fit(recipe, ensembles.crossfit(recipe, fitted.rows, fitted.fold))
+    recipe.fit(fitted.rows.outputs, fitted.rows.labels, fitted.fold)
+    rows = judged.rows
+    probabilities = recipe.predict_proba(rows.outputs).astype(np.float32)
+    return Fit(recipe, Crossfit(probabilities, rows.labels, rows.sample_ids, rows.split, judged.fold))
+
+
+def _save(
+    store: Store, name: str, members: Sequence[Member], basis: Basis, fit: Fit, source: Mapping[str, Any]
+) -> None:
+    seen = [Provenance((), fitting.row_sets(basis.fitted.rows))]  # rows left out stopped the training of others
+    fitting.build(
+        store,
+        name,
+        name,
+        fit.recipe,
+        members,
+        basis.fitted,
+        also=_fold_inputs(members),
+        seen=seen,
+        beside=basis.simple,
+        notes={"train_embeddings": source},
+        unseen=fit.unseen,
+    )

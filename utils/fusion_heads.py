@@ -1,0 +1,176 @@
+"""Fusion heads as torch modules: what they read of the members' embeddings, and the scores that they give.
+
+A head reads the members' blocks side by side, (B, W), and gives scores (B, C) whose soft-max are probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from utils.metrics import SMALLEST_PROBABILITY
+
+TOKEN = 64  # width of an attention token where no hidden width is configured
+ABSENT = 0.1  # share of the members that attention does without in each step of its training
+FAR_BELOW = -1e9  # the score of an absent member
+
+
+class MappedEmbeddings(nn.Module):
+    """Each member's embedding centred, scaled and multiplied by its matrix; side by side, or their sum."""
+
+    def __init__(
+        self,
+        centres: Sequence[np.ndarray],
+        scales: Sequence[np.ndarray],
+        matrices: Sequence[np.ndarray],
+        *,
+        summed: bool,
+    ) -> None:
+        super().__init__()
+        self.summed = summed
+        self.projected = [matrix.size > 0 for matrix in matrices]
+        for place, parts in enumerate(zip(centres, scales, matrices, strict=True)):
+            for name, part in zip(("centre", "scale", "matrix"), parts, strict=True):
+                self.register_buffer(f"{name}{place}", torch.tensor(part, dtype=torch.float32))
+
+    def forward(self, embeddings: list[Tensor]) -> list[Tensor]:
+        """M embeddings (B, D_m) -> M blocks (B, R_m), or one (B, R)."""
+        blocks = []
+        for place, own in enumerate(embeddings):
+            # The difference first: a product with a matrix before it would lose small differences of large numbers.
+            block = (own - self.get_buffer(f"centre{place}")) / self.get_buffer(f"scale{place}")
+            blocks.append(block @ self.get_buffer(f"matrix{place}") if self.projected[place] else block)
+        if not self.summed:
+            return blocks
+        total = blocks[0]
+        for block in blocks[1:]:
+            total = total + block
+        return [total]
+
+
+class Perceptron(nn.Module):
+    """Affine maps with ReLU between them; without a hidden width a single one."""
+
+    def __init__(self, width: int, hidden: Sequence[int], classes: int, dropout: float) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for pair in pairwise([width, *hidden, classes]):
+            layers += [nn.Linear(*pair), nn.ReLU(), nn.Dropout(dropout)]
+        self.layers = nn.Sequential(*layers[:-2])
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(B, W) -> scores (B, C)."""
+        return self.layers(values)
+
+
+class ConcatHead(Perceptron):
+    """A perceptron on all blocks side by side."""
+
+    def __init__(self, widths: Sequence[int], hidden: Sequence[int], classes: int, dropout: float, rank: int) -> None:
+        super().__init__(sum(widths), hidden, classes, dropout)
+
+
+class AttentionHead(nn.Module):
+    """Members as tokens of one width, weighed by gated attention (Ilse, Tomczak and Welling 2018), then a perceptron.
+
+    A member may be absent: its token is not seen and its weight is 0. Training leaves some out at random, so that the
+    head knows how to go without. Scores start at zero, so that training starts from the plain mean of the tokens.
+    """
+
+    def __init__(self, widths: Sequence[int], hidden: Sequence[int], classes: int, dropout: float, rank: int) -> None:
+        super().__init__()
+        self.widths = tuple(widths)
+        token, *further = hidden or (TOKEN,)
+        self.tokens = nn.ModuleList(nn.Linear(width, token) for width in widths)
+        self.gate, self.value = nn.Linear(token, token), nn.Linear(token, token)
+        self.score = nn.Linear(token, 1)
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+        self.dropout = nn.Dropout(dropout)
+        self.perceptron = Perceptron(token, further, classes, dropout)
+
+    def forward(self, values: Tensor, present: Tensor | None = None) -> Tensor:
+        """(B, W), and whether each member is present, bool (B, M) -> scores (B, C)."""
+        tokens, weights = self._weighed(values, present)
+        return self.perceptron(self.dropout((tokens * weights[:, :, None]).sum(dim=1)))
+
+    def weights(self, values: Tensor, present: Tensor | None = None) -> Tensor:
+        """(B, W) -> how much each member counts, (B, M); they sum to 1."""
+        return self._weighed(values, present)[1]
+
+    def _weighed(self, values: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+        parts = values.split(self.widths, dim=1)
+        tokens = torch.stack([torch.relu(layer(part)) for layer, part in zip(self.tokens, parts, strict=True)], dim=1)
+        if self.training:
+            present = torch.rand(tokens.shape[:2]) >= ABSENT
+        if present is not None:
+            tokens = torch.where(present[:, :, None], tokens, torch.zeros_like(tokens))
+        scores = self.score(torch.tanh(self.value(tokens)) * torch.sigmoid(self.gate(tokens))).squeeze(2)
+        if present is not None:
+            scores = torch.where(present, scores, torch.full_like(scores, FAR_BELOW))
+        return tokens, torch.softmax(scores, dim=1)
+
+
+class BilinearHead(nn.Module):
+    """Products of every two members' embeddings through maps of low rank, beside their sum, then a perceptron.
+
+    Low-rank bilinear pooling (Kim et al. 2017) of all pairs at once: with p_m the projection of member m to `rank`
+    numbers, the sum over pairs of p_m * p_n is ((sum p)^2 - sum p^2) / 2 (Rendle 2010), so that its cost grows with the
+    members and not with the pairs.
+    """
+
+    def __init__(self, widths: Sequence[int], hidden: Sequence[int], classes: int, dropout: float, rank: int) -> None:
+        super().__init__()
+        self.widths = tuple(widths)
+        self.pairs = max(1.0, len(widths) * (len(widths) - 1) / 2)
+        self.projections = nn.ModuleList(nn.Linear(width, rank) for width in widths)
+        self.dropout = nn.Dropout(dropout)
+        self.perceptron = Perceptron(2 * rank, hidden, classes, dropout)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(B, W) -> scores (B, C)."""
+        parts = values.split(self.widths, dim=1)
+        own = torch.stack([torch.tanh(layer(part)) for layer, part in zip(self.projections, parts, strict=True)], dim=1)
+        total = own.sum(dim=1)
+        products = (total * total - (own * own).sum(dim=1)) / 2
+        seen = torch.cat([total / len(self.widths) ** 0.5, products / self.pairs**0.5], dim=1)
+        return self.perceptron(self.dropout(seen))
+
+
+HEADS: dict[str, type[nn.Module]] = {
+    "concat_mlp": ConcatHead,
+    "attention": AttentionHead,
+    "bilinear": BilinearHead,
+    "cca_aligned": ConcatHead,
+}
+"""`runs.fusion.fusion_methods` -> head."""
+
+
+class MeanOfHeads(nn.Module):
+    """Mean probability of heads that differ by their seed."""
+
+    def __init__(self, heads: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(B, W) -> probabilities (B, C)."""
+        return torch.stack([torch.softmax(head(values), dim=1) for head in self.heads]).mean(dim=0)
+
+
+class FusedEmbeddings(nn.Module):
+    """A whole fusion: maps, heads, temperature, and a share of the members' plain mean."""
+
+    def __init__(self, maps: nn.Module, heads: nn.Module, temperature: float, share: float) -> None:
+        super().__init__()
+        self.maps, self.heads, self.temperature, self.share = maps, heads, temperature, share
+
+    def forward(self, logits: Tensor, embeddings: list[Tensor]) -> Tensor:
+        """Logits (B, M, C) and M embeddings (B, D_m) -> probabilities (B, C)."""
+        said = self.heads(torch.cat(self.maps(embeddings), dim=1)).clamp_min(SMALLEST_PROBABILITY).log()
+        mean = torch.softmax(logits, dim=2).mean(dim=1)
+        return self.share * torch.softmax(said / self.temperature, dim=1) + (1 - self.share) * mean

@@ -1,0 +1,198 @@
+"""Feature fusion: heads on the members' embeddings, held to the plain mean of the members' probabilities.
+
+A fusion is a stacker whose features are embeddings: how long it is trained, which rank products have, temperature and
+share of the plain mean are chosen by rows that the fit did not see. Centres, principal axes and shared variates are
+learned on all the rows of a fit, without a label, once for all of its copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+
+from utils import embedding_maps
+from utils.combiner import Combiner, MemberFacts
+from utils.config import Config
+from utils.embedding_maps import EmbeddingMaps
+from utils.errors import UserError
+from utils.fusion_learner import HeadLearner, Heads, Shape
+from utils.metrics import softmax
+from utils.rows import Outputs
+from utils.stacking_methods import Learner, Model, Stacker
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass
+class Fusion(Stacker):
+    """What the fusions share; a subclass names its head and what that reads."""
+
+    settings: ClassVar[tuple[str, ...]] = (
+        *("runs.fusion.fusion_config", "runs.fusion.label_smoothing", "runs.fusion.seeds"),
+        *("runs.fusion.train_embeddings", "runs.score_ensemble.temperature", "runs.stacking.fallback"),
+    )
+    reads_embeddings: ClassVar[bool] = True
+    method: ClassVar[str]
+    """As in `runs.fusion.fusion_methods`."""
+
+    names: tuple[str, ...] = ()
+    """Of the members, for messages."""
+    maps: EmbeddingMaps | None = None
+    averaged: dict[str, Any] = field(default_factory=dict)
+    """What the fitted head says of its members, for the report."""
+
+    @classmethod
+    def configured(cls, config: Config, members: MemberFacts) -> Self:
+        """With the settings of `runs.fusion`."""
+        return cls(
+            learner=cls.learner_of(config),
+            tempered=config.runs.score_ensemble.temperature != "off",
+            fallback=config.runs.stacking.fallback,
+            names=members.names,
+        )
+
+    @classmethod
+    def learner_of(cls, config: Config) -> Learner:
+        fusion = config.runs.fusion
+        head = fusion.fusion_config
+        return HeadLearner(
+            method=cls.method,
+            hidden=head.hidden_dims,
+            epochs=head.epochs,
+            lr=head.lr,
+            dropout=head.dropout,
+            label_smoothing=fusion.label_smoothing,
+            seeds=fusion.seeds,
+            seed=config.seed,
+        )
+
+    def fit_crossfitted(self, outputs: Outputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
+        """Fit on outputs (M, N, C), labels (N,), folds (N,); gives the cross-fitted probabilities (N, C).
+
+        Raises UserError for embeddings that are not finite, naming the member.
+        """
+        for name, own in zip(self.names, outputs.embeddings, strict=True):
+            bad = np.flatnonzero(~np.isfinite(own).all(axis=0))
+            if bad.size:
+                raise UserError(
+                    f"member {name}: {bad.size} of {own.shape[1]} columns of its embeddings hold NaN or infinity, "
+                    f"first column {bad[0]}. Leave it out: --set backbones.exclude=[{name}]; or mend what made them"
+                )
+        self.maps = self._maps_of(outputs)
+        seen = self._seen(outputs)
+        unseen = super().fit_crossfitted(seen, labels, folds)
+        self.averaged = self._of_members(seen)
+        return unseen
+
+    def predict_proba(self, outputs: Outputs) -> np.ndarray:
+        """Outputs (M, N, C) -> probabilities (N, C)."""
+        return self._answer(self._seen(outputs))
+
+    def to_module(self) -> nn.Module:
+        """Logits (B, M, C) and M embeddings (B, D_m) -> probabilities (B, C)."""
+        from utils.fusion_heads import FusedEmbeddings
+
+        assert self.maps is not None, "not fitted"
+        return FusedEmbeddings(self.maps.module(), self._module(), self.calibration.temperature, self.calibration.share)
+
+    def report(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """The chosen setting, its losses, its cost, what the maps found, and attention's weights."""
+        assert isinstance(self.model, Heads)
+        assert self.maps is not None
+        shape = self.model.shape
+        found = {"embeddings": {"blocks": list(shape.widths), **self.maps.facts}, "cost": shape.cost()}
+        return {**super().report(names), **found, **self.averaged}
+
+    def _maps_of(self, outputs: Outputs) -> EmbeddingMaps:
+        return embedding_maps.side_by_side(outputs.embeddings)
+
+    def _seen(self, outputs: Outputs) -> Outputs:
+        assert self.maps is not None, "not fitted"
+        return Outputs(outputs.logits, self.maps.apply(outputs.embeddings))
+
+    def _of_members(self, seen: Outputs) -> dict[str, Any]:
+        return {}
+
+    def _module(self) -> nn.Module:
+        from utils.fusion_heads import MeanOfHeads
+
+        assert isinstance(self.model, Heads)
+        return MeanOfHeads(self.model.modules())
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        assert isinstance(self.model, Heads)
+        assert self.maps is not None
+        shape = self.model.shape
+        found = {f"maps/{name}": values for name, values in self.maps.state().items()}
+        found["shape"] = np.array([shape.classes, shape.rank, len(shape.widths), *shape.widths, *shape.hidden])
+        for place, weights in enumerate(self.model.weights):
+            found |= {f"heads/{place:03d}/{name}": values for name, values in weights.items()}
+        return found
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, np.ndarray]) -> Self:
+        """The fusion whose `state` this is."""
+        found = super().from_state(state)
+        found.maps = EmbeddingMaps.from_state(_below(state, "maps/"))
+        return found
+
+    @classmethod
+    def _model(cls, state: Mapping[str, np.ndarray]) -> Model:
+        classes, rank, blocks, *rest = state["shape"].tolist()
+        shape = Shape(cls.method, tuple(rest[:blocks]), tuple(rest[blocks:]), classes, rank)
+        starts = sorted({name[: len("heads/000/")] for name in state if name.startswith("heads/")})
+        return Heads(shape, tuple(_below(state, start) for start in starts))
+
+
+class FusionConcat(Fusion):
+    """A perceptron on all embeddings side by side."""
+
+    method = "concat_mlp"
+
+
+class FusionAttention(Fusion):
+    """Members as tokens, weighed for each image; a member may be absent."""
+
+    method = "attention"
+
+    def predict_proba(self, outputs: Outputs, present: np.ndarray | None = None) -> np.ndarray:
+        """Outputs (M, N, C) -> probabilities (N, C); of the members that are `present` (N, M), each row with one."""
+        if present is None:
+            return super().predict_proba(outputs)
+        assert isinstance(self.model, Heads)
+        said = self.model.predict_proba(self._seen(outputs), present)
+        own = np.where(present.T[:, :, None], softmax(np.where(present.T[:, :, None], outputs.logits, 0)), 0)
+        return self.calibration.apply(said, own.sum(axis=0) / present.sum(axis=1, keepdims=True))
+
+    def _of_members(self, seen: Outputs) -> dict[str, Any]:
+        assert isinstance(self.model, Heads)
+        weights = self.model.attention(seen).mean(axis=0)
+        return {"weights": dict(zip(self.names, weights.tolist(), strict=True))}
+
+
+class FusionBilinear(Fusion):
+    """Products of every two members' embeddings through maps of low rank."""
+
+    method = "bilinear"
+
+
+class FusionShared(Fusion):
+    """A perceptron on what the members' embeddings have in common (generalised CCA)."""
+
+    method = "cca_aligned"
+
+    def _maps_of(self, outputs: Outputs) -> EmbeddingMaps:
+        return embedding_maps.shared(outputs.embeddings)
+
+
+def _below(state: Mapping[str, np.ndarray], start: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(start): values for name, values in state.items() if name.startswith(start)}
+
+
+COMBINERS: dict[str, type[Combiner]] = {
+    f"fusion_{kind.method}": kind for kind in (FusionConcat, FusionAttention, FusionBilinear, FusionShared)
+}

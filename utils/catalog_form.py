@@ -55,7 +55,7 @@ class _Oof(_Part):
     sha256: str
     rows: int
     folds: int
-    accuracy: float
+    accuracy: float | None
 
 
 class _Member(_Part):
@@ -105,5 +105,5 @@ def check(record: Any) -> None:
         raise ValueError(f"members.{without[0]}: no checkpoint")
     if beyond := [name for name, m in form.members.items() if m.source != "imported" and m.img_size is None]:
         raise ValueError(f"members.{beyond[0]}: no img_size")
-    if others := [name for name, m in form.members.items() if sorted(m.classes) != sorted(form.classes)]:
+    if others := [name for name, m in form.members.items() if m.usable and sorted(m.classes) != sorted(form.classes)]:
         raise ValueError(f"members.{others[0]}: other classes than the catalog's")

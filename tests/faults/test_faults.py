@@ -104,6 +104,17 @@ def saying(key: str, value: object):
     return lambda found: found["extra"].update({key: value})
 
 
+def of_other_classes(folder: Path) -> None:
+    import torch
+
+    for path in (folder / "checkpoints").glob(f"{s.NAME}_*.pth"):
+        found = torch.load(path, weights_only=True)
+        found["extra"]["classes"] = ["ant", "bee"]
+        torch.save(found, path)
+    done = run("discover", *VOTES, workspace=folder)
+    assert "trained on the classes ant, bee" in done.stdout + done.stderr
+
+
 def leading_out(found: dict) -> None:
     found["members"]["../../evil"] = found["members"].pop(s.NAME)
 
@@ -289,6 +300,12 @@ CHECKPOINTS = [
         ("changed since discovery", DISCOVER),
     ),
 ]
+OTHERS = [
+    Fault(
+        *("a member of other classes among good ones", "trained", of_other_classes),
+        *(("build-ensemble", *VOTES), 0, ("built soft_voting_ensemble from 2 of 2 members",)),
+    ),
+]
 IMAGES = [
     of_verified("no image but text", s.image(b"hello"), "split_dataset/val", "cannot be decoded", "then run discover"),
     of_verified("an image cut short", s.image(s.png(8, 8)[:60]), ".png", "truncated", "Remove or replace"),
@@ -386,7 +403,7 @@ BUILT = [
     ),
 ]
 FAULTS = [
-    *(*CONFIG, *USAGE, *NOTHING_THERE, *RECORDS, *CHECKPOINTS, *IMAGES, *FOLDS, *IMPORTS, *BUILT),
+    *(*CONFIG, *USAGE, *NOTHING_THERE, *RECORDS, *CHECKPOINTS, *OTHERS, *IMAGES, *FOLDS, *IMPORTS, *BUILT),
 ]
 
 

@@ -82,7 +82,8 @@ def test_the_files_for_digits_are_small_and_honour_the_machine(name):
     config = load(PROJECT / f"configs/{name}.yaml")
     assert (config.device, config.seed) == ("auto", 42)
     assert (config.dataset.img_size, config.dataset.batch_size, config.dataset.num_workers) == (32, 64, 0)
-    of_demo = {"runs.model_soup", "runs.stacking", "runs.meta_fuser", "pruning", "distillation", "exports"}
+    of_demo = {"runs.model_soup", "runs.stacking", "runs.fusion", "runs.moe", "runs.meta_fuser"}
+    of_demo |= {"pruning", "distillation", "exports"}
     more = of_demo if name == "digits_demo" else set()
     assert set(_on(config)) == {"runs.score_ensemble"} | more
 

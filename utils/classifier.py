@@ -62,7 +62,7 @@ class WorkspaceClassifier:
         self.inference = self.ensemble.inference if self.ensemble else fold_networks.FULL
         names = self.ensemble.members if self.ensemble else (name,)
         # Before the members, since it decides which of their networks are needed.
-        self.reads_embeddings = bool(self.ensemble and getattr(self.ensemble.combiner, "reads_embeddings", False))
+        self.reads_embeddings = bool(self.ensemble and self.ensemble.combiner.reads_embeddings)
         self.members = tuple(self._member(member) for member in names)
         self.classes = store.catalog.classes
         digest = self.ensemble.inputs_digest if self.ensemble else self.members[0].digest

@@ -110,6 +110,7 @@ class LogitAveraging:
 
     settings: ClassVar[tuple[str, ...]] = ("runs.score_ensemble.temperature",)
     learns: ClassVar[bool] = True
+    reads_embeddings: ClassVar[bool] = False
 
     calibration: str = "auto"
     """auto, off or per_member"""

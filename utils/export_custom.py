@@ -49,7 +49,8 @@ def readme(
         f"shorter side resized to {given.get('shorter_side')} px (bilinear), centre square cut out. Normalisation is "
         "inside.",
         "uint8-nhwc": "RGB images as they are decoded, uint8 (batch, height, width, 3), of any size. Resizing, cutting "
-        "and normalisation are inside. (The TFLite file has a fixed size: resize and cut before it.)",
+        f"and normalisation are inside. A TFLite file takes (1, {given.get('img_size')}, {given.get('img_size')}, 3): "
+        f"resize the shorter side to {given.get('shorter_side')} px (bilinear) and cut the centre square out first.",
         "member-logits": "the members' logits, float32 (batch, members, classes), members in the order below. The "
         "networks themselves are not part of it.",
     }[given["kind"]]
@@ -67,7 +68,8 @@ def readme(
     )
     return (
         f"# {name}\n\n{use}\n## Input and output\n\nInput `{given['name']}`: {takes}\n\nOutputs: {outputs}. "
-        f"`probabilities` is (batch, {len(classes)}), classes in the order of `class_mapping.json`.\n\n"
+        f"`probabilities` is (batch, {len(classes)}), classes in the order of `class_mapping.json`. "
+        "A TFLite file takes one image at a time and calls its outputs output_0, output_1 ... in this order.\n\n"
         f"Members: {members}.\n\n## Files\n\n{files}\n\n`export_status.json` holds the proof of each: it was opened "
         "again by its own runtime and compared on real images.\n"
     )

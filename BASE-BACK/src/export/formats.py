@@ -122,18 +122,30 @@ def _write_onnx(package: Package, path: Path) -> None:
             output_names=list(outputs),
             dynamic_axes=free | {name: {0: "batch"} for name in outputs},
         )
-        model = onnx.load(str(traced))
+        beside = path.parent / f"{package.arch_name}.onnx.data"
+        beside.unlink(missing_ok=True)
+        if sum(weight.nbytes for weight in package.weights.values()) > LARGEST_IN_ONE_FILE:
+            model = onnx.load(str(traced))
+            convert_model_to_external_data(model, all_tensors_to_one_file=True, location=beside.name)
+            write_external_data_tensors(model, str(path.parent))
+            traced.write_bytes(model.SerializeToString())
+        # Serialised messages that follow one another are one message: nothing has to be read again for a few words.
+        with traced.open("ab") as file:
+            file.write(_said_of(package, opset).SerializeToString())
+        traced.replace(path)
+
+
+def _said_of(package: Package, opset: int) -> Any:
+    """What an ONNX file says of itself, as a model of nothing else."""
+    import onnx
+
+    model = onnx.ModelProto()
     said = {"arch_name": package.arch_name, "classes": package.checkpoint["extra"]["classes"], "opset": opset}
     said |= {"exporter": f"torch {torch.__version__}, dynamo=False"} | package.checkpoint.get("metadata", {})
     for name, value in said.items():
         text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
         model.metadata_props.add(key=name, value=text)
-    beside = path.parent / f"{package.arch_name}.onnx.data"
-    beside.unlink(missing_ok=True)
-    if sum(weight.nbytes for weight in package.weights.values()) > LARGEST_IN_ONE_FILE:
-        convert_model_to_external_data(model, all_tensors_to_one_file=True, location=beside.name)
-        write_external_data_tensors(model, str(path.parent))
-    path.write_bytes(model.SerializeToString())
+    return model
 
 
 def names_of(network: nn.Module, attribute: str, default: tuple[str, ...]) -> tuple[str, ...]:

@@ -39,15 +39,18 @@ def train(
             batches = max(1, len(inputs) // batch)
             optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
             step = 0
+            # Gathered once per epoch into the same memory: batches are views, and nothing is copied between two steps.
+            values, truths = torch.empty_like(inputs), torch.empty_like(labels)
+            parts = list(zip(values.tensor_split(batches), truths.tensor_split(batches), strict=True))
             for epoch in range(1, max(stops) + 1):
                 order = torch.randperm(len(inputs))
-                # Gathered once per epoch: batches are then views, and nothing is copied between two steps.
-                shuffled = zip(inputs[order].tensor_split(batches), labels[order].tensor_split(batches), strict=True)
-                for values, truth in shuffled:
+                torch.index_select(inputs, 0, order, out=values)
+                torch.index_select(labels, 0, order, out=truths)
+                for part, truth in parts:
                     for group in optimizer.param_groups:
                         group["lr"] = lr * (1 + math.cos(math.pi * step / (epochs * batches))) / 2
                     optimizer.zero_grad(set_to_none=True)
-                    scores = module(values)
+                    scores = module(part)
                     nn.functional.cross_entropy(scores, truth, label_smoothing=label_smoothing).backward()
                     optimizer.step()
                     step += 1

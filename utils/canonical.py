@@ -39,7 +39,8 @@ def shared_space(
 ) -> SharedSpace:
     """At most `rank` variates of M >= 2 views (N, D_m); `shrinkage` takes the place of Ledoit and Wolf's intensity.
 
-    Their intensity is raised to `least` where it is below. Fewer where the views have fewer directions in all; one, which is 0 everywhere, where no view varies.
+    Their intensity is raised to `least` where it is below. Fewer variates where the views have fewer directions in all;
+    one, which is 0 everywhere, where no view varies.
     """
     rows = len(views[0])
     centres, whiteners, whitened, intensities = [], [], [], []

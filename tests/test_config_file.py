@@ -82,7 +82,8 @@ def test_the_files_for_digits_are_small_and_honour_the_machine(name):
     config = load(PROJECT / f"configs/{name}.yaml")
     assert (config.device, config.seed) == ("auto", 42)
     assert (config.dataset.img_size, config.dataset.batch_size, config.dataset.num_workers) == (32, 64, 0)
-    more = {"runs.model_soup", "runs.stacking", "runs.meta_fuser", "pruning"} if name == "digits_demo" else set()
+    learned = {"runs.stacking", "runs.fusion", "runs.meta_fuser"}
+    more = {"runs.model_soup", "pruning", *learned} if name == "digits_demo" else set()
     assert set(_on(config)) == {"runs.score_ensemble", "exports"} | more
 
 

@@ -183,7 +183,7 @@ def test_embeddings_of_another_checkpoint_or_shape_are_refused(own):
     place.write_text(json.dumps(kept))
     file = store.workspace.embeddings(members[0].name, "val")
     np.save(file, np.load(file)[:5])
-    with pytest.raises(UserError, match=r"val\.npy: embeddings of shape \(5, \d+\) for 28 rows of val"):
+    with pytest.raises(UserError, match=r"val\.npy: embeddings of shape \(5, \d+\) for 28 rows\."):
         store.rows(members[0], "val", embeddings=True)
 
 

@@ -34,17 +34,20 @@ class SharedSpace:
     """(M,): share of the ridge in each view's covariance, from 0 to 1"""
 
 
-def shared_space(views: Sequence[NDArray], rank: int, *, shrinkage: float | None = None) -> SharedSpace:
+def shared_space(
+    views: Sequence[NDArray], rank: int, *, shrinkage: float | None = None, least: float = 0.0
+) -> SharedSpace:
     """At most `rank` variates of M >= 2 views (N, D_m); `shrinkage` takes the place of Ledoit and Wolf's intensity.
 
-    Fewer where the views have fewer directions in all; one, which is 0 everywhere, where no view varies.
+    Their intensity is raised to `least` where it is below. Fewer variates where the views have fewer directions in all;
+    one, which is 0 everywhere, where no view varies.
     """
     rows = len(views[0])
     centres, whiteners, whitened, intensities = [], [], [], []
     for view in views:
         centre = view.mean(axis=0, dtype=np.float64)
         values = np.asarray(view, dtype=np.float64) - centre
-        intensity = _ledoit_wolf(values) if shrinkage is None else shrinkage
+        intensity = max(least, _ledoit_wolf(values)) if shrinkage is None else shrinkage
         whitener = _whitener(values, intensity)
         centres.append(centre)
         whiteners.append(whitener)

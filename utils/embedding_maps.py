@@ -18,6 +18,7 @@ BUDGET = 1024  # numbers that a head reads at most; wider embeddings are reduced
 CCA_BUDGET = 4096
 SHARED = 64  # variates that the members share at most
 ROWS_PER_VARIATE = 4
+LEAST_RIDGE = 0.1  # on 478 photographs: log-loss 0.344, with Ledoit and Wolf's own (0.005) 0.376, with 0.5 0.352
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def shared(embeddings: Sequence[np.ndarray], rank: int = SHARED) -> EmbeddingMap
     """
     first = side_by_side(embeddings, CCA_BUDGET)
     views = first.apply(embeddings)
-    found = canonical.shared_space(views, max(1, min(rank, len(views[0]) // ROWS_PER_VARIATE)))
+    variates = max(1, min(rank, len(views[0]) // ROWS_PER_VARIATE))
+    found = canonical.shared_space(views, variates, least=LEAST_RIDGE)
     spread = np.maximum(found.correlations, 0)
     matrices = [  # the embeddings are centred already, and need no centres of the views
         ((matrix.astype(np.float64) @ own if matrix.size else own) * spread).astype(np.float32)

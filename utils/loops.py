@@ -16,6 +16,7 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 def cross_entropy(module: nn.Module, inputs: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Of the module's scores (B, C); a share of each label may be spread over the classes (Szegedy et al. 2016)."""
     return nn.functional.cross_entropy(module(inputs), labels, label_smoothing=label_smoothing)
+GATHERED = 2**20  # bytes of rows that are brought together at a time, where a batch is smaller
 
 
 def train(
@@ -46,6 +47,12 @@ def train(
             batches = max(1, len(inputs) // batch)
             optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
             step = 0
+            # Several batches are gathered at once, into memory that is used again and stays in the processor's cache.
+            sizes = [len(rows) for rows in torch.arange(len(inputs)).tensor_split(batches)]
+            at_once = max(1, GATHERED // (max(sizes) * inputs[0].nbytes + 1))
+            groups = [sizes[place : place + at_once] for place in range(0, batches, at_once)]
+            together = [sum(group) for group in groups]
+            values, truths = inputs[: max(together)].clone(), labels[: max(together)].clone()
             for epoch in range(1, max(stops) + 1):
                 order = torch.randperm(len(inputs))
                 # Gathered once per epoch: batches are then views, and nothing is copied between two steps.
@@ -57,6 +64,18 @@ def train(
                     loss(module, values, truth).backward()
                     optimizer.step()
                     step += 1
+                for rows, group in zip(torch.randperm(len(inputs)).split(together), groups, strict=True):
+                    torch.index_select(inputs, 0, rows, out=values[: len(rows)])
+                    torch.index_select(labels, 0, rows, out=truths[: len(rows)])
+                    parts = values[: len(rows)].split(group), truths[: len(rows)].split(group)
+                    for part, truth in zip(*parts, strict=True):
+                        for options in optimizer.param_groups:
+                            options["lr"] = lr * (1 + math.cos(math.pi * step / (epochs * batches))) / 2
+                        optimizer.zero_grad(set_to_none=True)
+                        scores = module(part)
+                        nn.functional.cross_entropy(scores, truth, label_smoothing=label_smoothing).backward()
+                        optimizer.step()
+                        step += 1
                 if epoch in stops:
                     yield module
     finally:

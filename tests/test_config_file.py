@@ -86,9 +86,6 @@ def test_the_files_for_digits_are_small_and_honour_the_machine(name):
     of_demo |= {"pruning", "distillation", "exports"}
     more = of_demo if name == "digits_demo" else set()
     assert set(_on(config)) == {"runs.score_ensemble"} | more
-    learned = {"runs.stacking", "runs.fusion", "runs.meta_fuser"}
-    more = {"runs.model_soup", "pruning", *learned} if name == "digits_demo" else set()
-    assert set(_on(config)) == {"runs.score_ensemble", "exports"} | more
 
 
 DEFAULT_ON = _on(Config())

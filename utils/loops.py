@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 BATCH = 128
+GATHERED = 2**20  # bytes of rows that are brought together at a time, where a batch is smaller
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """(module, inputs, labels) of one batch -> what is minimised."""
 
@@ -16,7 +17,6 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 def cross_entropy(module: nn.Module, inputs: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Of the module's scores (B, C); a share of each label may be spread over the classes (Szegedy et al. 2016)."""
     return nn.functional.cross_entropy(module(inputs), labels, label_smoothing=label_smoothing)
-GATHERED = 2**20  # bytes of rows that are brought together at a time, where a batch is smaller
 
 
 def train(
@@ -54,16 +54,6 @@ def train(
             together = [sum(group) for group in groups]
             values, truths = inputs[: max(together)].clone(), labels[: max(together)].clone()
             for epoch in range(1, max(stops) + 1):
-                order = torch.randperm(len(inputs))
-                # Gathered once per epoch: batches are then views, and nothing is copied between two steps.
-                shuffled = zip(inputs[order].tensor_split(batches), labels[order].tensor_split(batches), strict=True)
-                for values, truth in shuffled:
-                    for group in optimizer.param_groups:
-                        group["lr"] = lr * (1 + math.cos(math.pi * step / (epochs * batches))) / 2
-                    optimizer.zero_grad(set_to_none=True)
-                    loss(module, values, truth).backward()
-                    optimizer.step()
-                    step += 1
                 for rows, group in zip(torch.randperm(len(inputs)).split(together), groups, strict=True):
                     torch.index_select(inputs, 0, rows, out=values[: len(rows)])
                     torch.index_select(labels, 0, rows, out=truths[: len(rows)])
@@ -72,8 +62,7 @@ def train(
                         for options in optimizer.param_groups:
                             options["lr"] = lr * (1 + math.cos(math.pi * step / (epochs * batches))) / 2
                         optimizer.zero_grad(set_to_none=True)
-                        scores = module(part)
-                        nn.functional.cross_entropy(scores, truth, label_smoothing=label_smoothing).backward()
+                        loss(module, part, truth).backward()
                         optimizer.step()
                         step += 1
                 if epoch in stops:

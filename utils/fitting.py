@@ -25,7 +25,7 @@ from utils.rows import Rows
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 3  # raised whenever the same inputs would give another ensemble
+VERSION = 4  # raised whenever the same inputs would give another ensemble
 KINDS_OF_ROWS = {"train": "oof", "val": "held_out"}
 
 

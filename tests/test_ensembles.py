@@ -118,12 +118,18 @@ def test_ids_that_are_not_those_of_the_record_are_refused(rows, folds, workspace
         ensembles.load(workspace, "soft_voting_ensemble")
 
 
-@pytest.mark.parametrize("change", [{"members": None}, {"method": "no such method"}])
-def test_a_record_of_another_form_is_named_with_the_command_that_mends_it(rows, folds, workspace, change):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"members": None}, "damaged, 'members' is no list"),
+        ({"method": "no such method"}, "not the form of an ensemble"),
+    ],
+)
+def test_a_record_of_another_form_is_named_with_the_command_that_mends_it(rows, folds, workspace, change, words):
     ensembles.save(workspace, ensemble(rows), ensembles.crossfit(SoftVoting(), rows, folds), {})
     path = workspace.ensemble("soft_voting_ensemble") / "ensemble.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(UserError, match=r"ensemble\.json: not the form of an ensemble .*build-ensemble --force"):
+    with pytest.raises(UserError, match=rf"ensemble\.json: {words}.*build-ensemble --force"):
         ensembles.load(workspace, "soft_voting_ensemble")
 
 

@@ -245,7 +245,7 @@ def load(workspace: Workspace, name: str) -> Ensemble:
             seed=record["seed"],
             inference=record["inference"],
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / 'ensemble.json'}: not the form of an ensemble ({error!r}). {remedy}") from error
 
 

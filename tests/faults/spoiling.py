@@ -150,6 +150,18 @@ def weights(change: Callable[[dict[str, Any]], object]) -> Spoil:
     return checkpoint(make)
 
 
+def shapeless(place: str, name: str) -> Spoil:
+    """One tensor of a safetensors file without any axis."""
+
+    def spoil(folder: Path) -> None:
+        from safetensors.numpy import load_file, save_file
+
+        found = load_file(folder / place)
+        save_file(found | {name: np.array(1.0)}, folder / place)
+
+    return spoil
+
+
 def poisoned(found: dict[str, Any]) -> None:
     for tensor in found["model_state_dict"].values():
         if tensor.is_floating_point():

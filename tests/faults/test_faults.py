@@ -384,6 +384,10 @@ BUILT = [
     of_built("a record of nothing", s.text(f"{WEIGHTED}/ensemble.json", "{}"), "ensemble.json: damaged", "--force"),
     of_built("weights cut", s.cut(f"{WEIGHTED}/combiner.safetensors"), "combiner.safetensors: cannot be read"),
     of_built("weights gone", s.gone(f"{WEIGHTED}/combiner.safetensors"), "combiner.safetensors", "--force"),
+    of_built(
+        *("a temperature without an axis", s.shapeless(f"{MODELS}/stacking_lr/combiner.safetensors", "temperature")),
+        *("stacking_lr", "not the form of an ensemble", "stack --force"),
+    ),
     of_built("a booster cut", s.cut(f"{MODELS}/stacking_xgb/booster.json"), "booster.json", "stack --force"),
     of_built("another booster", s.text(f"{MODELS}/stacking_xgb/booster.json", "{}"), "booster.json: damaged"),
     of_built("unseen predictions cut", s.cut(f"{WEIGHTED}/crossfit.npz"), "crossfit.npz: cannot be read", "--force"),

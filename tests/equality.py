@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ LEFT_OUT = ("debug_logs", "image_cache", "debug_tmp")
 """Folders of messages and of decoded pixels, which are made anew at need."""
 REMEMBERED = ("ensembles/digests.json", "ensembles/latency.json")
 """Inodes and times of files; latencies, with which both runs have to begin."""
+
+OF_THE_MOMENT = re.compile(r"\d{4}-\d\d-\d\dT[\d:+]+|(?<=name=\"inputs\" content=\")[0-9a-f]{64}")
+"""In the report: when records were written, and the digest of all that it shows, these times included."""
 
 
 def content(workspace: Path) -> dict[str, str]:
@@ -24,6 +28,8 @@ def content(workspace: Path) -> dict[str, str]:
             continue  # a lock under a temporary name may be somebody's who waits; clean removes it after an hour
         if path.suffix == ".json":
             found[name] = json.dumps(_less(json.loads(path.read_text()), str(workspace)), sort_keys=True)
+        elif path.suffix == ".html":
+            found[name] = OF_THE_MOMENT.sub("", path.read_text().replace(str(workspace), ""))
         else:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found

@@ -17,7 +17,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -62,6 +62,10 @@ class Command(NamedTuple):
     """Whether it leaves the workspace alone, log file included, but for a folder of its own."""
     told: tuple[str, ...] = ()
     """Common options that it is handed, beside --force."""
+    one_of: tuple[str, ...] = ()
+    """Options of which exactly one is typed."""
+    alone: tuple[tuple[str, str], ...] = ()
+    """(option, the function that it calls in place of the target): without configuration, workspace or BASE-BACK."""
 
 
 DEBUG_SECTIONS = (
@@ -206,6 +210,11 @@ COMMANDS: dict[str, Command] = {
                 "nargs": "+",
                 "help": "of state_dict, checkpoint, torchscript, onnx, tflite, tensorrt (default: exports.formats)",
             },
+            "--precision": {
+                "choices": ("fp32", "fp16", "int8"),
+                "nargs": "+",
+                "help": "beside the ONNX file, which is fp32, also those of fewer bits (default: exports.precision)",
+            },
             "--input": {
                 "choices": ("float-nchw", "uint8-nhwc"),
                 "help": "images as float32 in [0, 1], cut to size; or as they are decoded (default: exports.input)",
@@ -218,7 +227,10 @@ COMMANDS: dict[str, Command] = {
             "--member-probabilities": {"action": "store_true", "help": "give each member's probabilities as well"},
             "--check-tools": {"action": "store_true", "help": "only say what each format needs and what is installed"},
             "--verify": {"metavar": "DIR", "help": "only check an export again: its checksums and its parity"},
-            "--compare": {"action": "store_true", "help": "only list what is exported: accuracy, latency, size"},
+            "--compare": {
+                "action": "store_true",
+                "help": "only list and draw what is exported: accuracy, time, size",
+            },
         },
         writes=True,
         decodes=True,
@@ -233,7 +245,11 @@ COMMANDS: dict[str, Command] = {
                 "nargs": "+",
                 "help": "image files, folders, patterns in quotes, or - for a list on standard input (lines, or NUL)",
             },
-            "--model-name": {"metavar": "NAME", "required": True, "help": "the ensemble or member that answers"},
+            "--model-name": {"metavar": "NAME", "help": "the ensemble or member that answers"},
+            "--from-export": {
+                "metavar": "FILE",
+                "help": "an exported .onnx file answers, without workspace, BASE-BACK or torch",
+            },
             "--to": {
                 "metavar": "FILE",
                 "help": "write there, block by block (default: the screen, up to 10,000 images)",
@@ -247,6 +263,8 @@ COMMANDS: dict[str, Command] = {
             "--append": {"action": "store_true", "help": "go on with the file: images that it holds are passed over"},
         },
         writes=False,
+        one_of=("--model-name", "--from-export"),
+        alone=(("--from-export", "utils.predict:predict_from_export"),),
     ),
     "pipeline": Command(
         "ensemble_orchestrator:run_pipeline",
@@ -372,8 +390,9 @@ def build_parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         example = f"Example: python ensemble_orchestrator.py {command.example}"
         sub = commands.add_parser(name, help=command.help, description=command.help, epilog=example)
+        choice = sub.add_mutually_exclusive_group(required=True) if command.one_of else sub
         for option, settings in {**command.arguments, **COMMON}.items():
-            sub.add_argument(option, **settings)
+            (choice if option in command.one_of else sub).add_argument(option, **settings)
     return parser
 
 
@@ -406,8 +425,13 @@ def run_pipeline(config: Config, workspace: Workspace, *, force: bool = False) -
 
 def call(name: str, config: Config, workspace: Workspace, options: dict[str, Any]) -> Result:
     """Import and run one command."""
-    module, function = COMMANDS[name].target.split(":")
-    return getattr(import_module(module), function)(config, workspace, **options)
+    return _function(COMMANDS[name].target)(config, workspace, **options)
+
+
+def _function(target: str) -> Callable[..., Result]:
+    module, name = target.split(":")
+    found: Callable[..., Result] = getattr(import_module(module), name)
+    return found
 
 
 def run_debug(
@@ -468,6 +492,13 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
 
     level = logging.DEBUG if common["--verbose"] else logging.WARNING if common["--quiet"] else logging.INFO
     messages.set_up_logging(level=level, log_file=None, stream=sys.stderr)
+    command = COMMANDS[name]
+    for option in command.one_of:
+        if options[_attribute(option)] is None:
+            del options[_attribute(option)]
+    for option, target in command.alone:
+        if _attribute(option) in options:
+            return _function(target)(**options)
     from utils.config_file import find, load
     from utils.ensemble_methods import COMBINERS
 
@@ -483,7 +514,6 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
             raise errors.UserError(f"--workspace {folder}: no such folder; make demo DATA=... prints the one it made")
     if common["--output"] is not None:  # for BASE-BACK's settings and for processes that are started from here
         os.environ["DBT_ENSEMBLE_DIR"] = str(Path(common["--output"]).expanduser().absolute())
-    command = COMMANDS[name]
     if command.keeps_out:
         base_back.spare_workspace()
     base_back.bind(common["--base-back"], folder)

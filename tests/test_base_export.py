@@ -451,3 +451,32 @@ def test_weights_that_are_too_many_for_one_onnx_file_lie_beside_it(tmp_path, mon
     monkeypatch.undo()
     package(tmp_path, model, ["onnx"], force=True)
     assert written(tmp_path / "leaf/onnx") == {"leaf.onnx"}
+
+
+class Branched(nn.Module):
+    """Two branches in training, one convolution afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(2))
+
+    def forward(self, images):
+        return sum(branch(images) for branch in self.branches)
+
+    def reparameterize(self):
+        with torch.no_grad():
+            self.branches[0].weight += self.branches[1].weight
+            self.branches[0].bias += self.branches[1].bias
+        del self.branches[1]
+
+
+def test_the_form_for_inference_shares_what_does_not_change():
+    network = nn.Sequential(Branched(), Leaf()).eval()
+    before = network(SAMPLE)
+    deployed = formats.Package("leaf", network, {}, {}, [SAMPLE], [before]).deployed
+    assert len(deployed[0].branches) == 1
+    torch.testing.assert_close(deployed(SAMPLE), before)
+    assert len(network[0].branches) == 2
+    assert torch.equal(network(SAMPLE), before)
+    kept = dict(network[1].state_dict(keep_vars=True))
+    assert all(kept[name] is tensor for name, tensor in deployed[1].state_dict(keep_vars=True).items())

@@ -110,6 +110,19 @@ def test_a_folder_that_the_base_pipeline_writes_as_well_is_cleaned_of_what_is_ol
     assert exported.exists()
 
 
+def test_folders_that_killed_exports_left_go_and_exports_stay(workspace):
+    exports = workspace.exports
+    for name in (".it.abcd1234.partial/it", ".it.abcd1234.partial/scratch", ".b.previous", "b", ".c.previous"):
+        (exports / name).mkdir(parents=True)
+    (exports / ".it.abcd1234.partial" / "it" / "weights").write_bytes(b"12345")
+    (exports / ".other.abcd1234.partial" / "foreign").mkdir(parents=True)
+    assert status(workspace).document["bytes"]["temporary"] == 5
+    found = clean(workspace, temporary=True)
+    assert found.document["removed"] == [str(exports / ".b.previous"), str(exports / ".it.abcd1234.partial")]
+    assert sorted(path.name for path in exports.glob(".*")) == [".c.previous", ".other.abcd1234.partial"]
+    assert (exports / "b").is_dir()
+
+
 def test_clean_cache_and_stale_remove_what_can_be_made_again(workspace):
     shutil.copy(workspace.checkpoint("CustomConvNeXt", "snapshot1"), workspace.checkpoint("CustomConvNeXt", "final"))
     discovery.discover(load(CONFIG), workspace)

@@ -131,6 +131,7 @@ def test_defaults_are_the_printed_values_and_the_keys_of_ours():
         "runs.cascade.max_members": 5,
         "runs.cascade.max_accuracy_loss": 0.005,
         "pruning.pick": "best",
+        "exports.precision": ["fp32"],
         "exports.input": "float-nchw",
         "exports.max_members": None,
         "distillation.targets": "auto",

@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 import torch
 from finished_workspace import CONFIG, at
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from utils import (
@@ -23,6 +24,7 @@ from utils import (
     export_comparison,
     export_folder,
     export_formats,
+    export_precision,
     export_utils,
     importing,
     tflite_conversion,
@@ -390,6 +392,43 @@ def test_a_runtime_that_fails_says_why(tmp_path):
         run_afresh("onnx", path, probe, ["probabilities"], tmp_path / "scratch")
 
 
+def test_forms_of_fewer_bits_have_a_tolerance_of_their_own_and_their_accuracy(own_export):
+    """Made from the ONNX file that is there; ranges come from train, figures from test."""
+    folder = folder_of(own_export)
+    before = (folder / "onnx" / f"{NAME}.onnx").stat().st_ino
+    result = run(own_export, NAME, "onnx", precision=["fp32", "fp16", "int8"])
+    assert result.failures == []
+    assert (folder / "onnx" / f"{NAME}.onnx").stat().st_ino == before
+    measured = read_json(at(own_export).ensemble_metrics(NAME, "test"), remedy="")["accuracy"]
+    for precision, tolerance, share in (("fp16", 0.01, 0.7), ("int8", 0.1, 0.6)):
+        entry = result.document["formats"][f"onnx_{precision}"]
+        assert entry["path"] == f"onnx_{precision}/{NAME}_{precision}.onnx"
+        assert 1e-6 < entry["parity"]["max_abs_diff"] < entry["parity"]["tolerance"] == tolerance
+        assert entry["size_mb"] < share * result.document["formats"]["onnx"]["size_mb"]
+        accuracy = entry["test_accuracy"]
+        assert accuracy["ensemble"] == pytest.approx(measured)
+        assert accuracy["change"] == pytest.approx(accuracy["file"] - measured)
+    assert "onnx_int8" in export_checks.verify(folder).document["formats"]
+    rows = {row["format"]: row for row in export_comparison.compare(at(own_export)).document["rows"]}
+    assert rows["onnx_int8"]["accuracy"] == result.document["formats"]["onnx_int8"]["test_accuracy"]["file"]
+
+
+def test_a_form_of_fewer_bits_that_is_off_fails_alone(own_export, monkeypatch):
+    to_float16 = export_precision.to_float16
+
+    def spoilt(source, path):
+        to_float16(source, path)
+        change_a_weight(path)
+
+    monkeypatch.setattr(export_precision, "to_float16", spoilt)
+    monkeypatch.setattr(export_precision, "to_int8", lambda *_: 1 / 0)
+    formats = run(own_export, NAME, "onnx", precision=["fp16", "int8"], force=True).document["formats"]
+    assert "probabilities are off by" in formats["onnx_fp16"]["reason"]
+    assert formats["onnx_int8"]["reason"] == "ZeroDivisionError: division by zero"
+    assert [formats[name]["status"] for name in ("onnx", "onnx_fp16", "onnx_int8")] == ["ok", "failed", "failed"]
+    assert not (folder_of(own_export) / "onnx_fp16").exists()
+
+
 def test_the_command_line_ends_with_4_where_a_format_is_skipped(own_export, orchestrator):
     done = orchestrator(
         "export", "--config", "configs/votes.yaml", "--set", "exports.enable=true", "--model-name", NAME, "--formats",
@@ -434,7 +473,12 @@ def test_exported_forms_are_compared_by_accuracy_latency_and_size(own_export):
     for name, latency, size in (("state_dict", 1.0, 5.0), ("torchscript", 2.0, 6.0), ("onnx", 3.0, 1.0)):
         status[name] |= {"latency_ms": latency, "size_mb": size}
     write_json(folder_of(own_export) / "export_status.json", status)
-    rows = export_comparison.compare(at(own_export)).document["rows"]
+    document = export_comparison.compare(at(own_export)).document
+    rows, picture = document["rows"], at(own_export).scores / "exports.png"
+    assert document["picture"] == str(picture)
+    with Image.open(picture) as image:
+        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 24)}
+    assert {(31, 119, 180), (255, 127, 14), (44, 160, 44)} <= colours  # one for each format
     kinds = {(row["name"], row["format"]) for row in rows}
     assert kinds == {(NAME, "state_dict"), (NAME, "torchscript"), (NAME, "onnx"), ("hard_voting_ensemble", "onnx")}
     accuracy = read_json(at(own_export).ensemble_metrics(NAME, "test"), remedy="")["accuracy"]

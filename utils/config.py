@@ -118,6 +118,7 @@ Text = Annotated[str, _check("expected text, in quotes", lambda raw: isinstance(
 Name = Annotated[str, _check(A_NAME, is_name)]
 NameOrNone = Annotated[str | None, _check(f"{A_NAME}, or null", lambda raw: raw is None or is_name(raw))]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+Precisions = Annotated[tuple[Literal["fp32", "fp16", "int8"], ...], BeforeValidator(_names)]
 Sizes = Annotated[tuple[Count, ...], _check(A_LIST, lambda raw: isinstance(raw, (list, tuple)))]
 Device = Annotated[
     str,
@@ -186,6 +187,7 @@ class Backbones(Section):
 class Exports(Section):
     enable: Flag = True
     formats: Names = ("state_dict", "checkpoint", "torchscript", "onnx", "tflite")
+    precision: Precisions = ("fp32",)
     input: Literal["float-nchw", "uint8-nhwc"] = "float-nchw"
     max_members: Count | None = None
 

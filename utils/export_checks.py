@@ -18,6 +18,7 @@ from utils.artifacts import read_arrays, read_json
 from utils.errors import UserError
 from utils.export_certificate import NEAR_AT_MOST, Probe, RunFailed
 from utils.export_formats import CUSTOM, FORMATS, TENSORRT, TFLITE
+from utils.export_precision import REDUCED
 from utils.results import Result
 
 logger = logging.getLogger("disease_pipeline")
@@ -31,7 +32,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     TENSORRT: ("tensorrt",),
     CUSTOM: (),
 }
-WITHOUT_WORKSPACE = ("torchscript", "onnx", TFLITE)
+WITHOUT_WORKSPACE = ("torchscript", "onnx", *REDUCED, TFLITE)
 
 
 def tools() -> Result:
@@ -78,7 +79,7 @@ def verify(folder: Path) -> Result:
     kept = read_arrays(folder / CUSTOM / export_custom.PARITY, remedy=export_folder.AGAIN)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
-        for name in FORMATS:
+        for name in (*FORMATS, *REDUCED):
             entry = status.get(name)
             if entry is not None and entry["status"] == "ok" and entry.get("parity"):
                 found[name] = _again(folder, name, entry, description, kept, Path(scratch))
@@ -118,19 +119,20 @@ def _again(
         except RunFailed as error:
             state = "failed" if name in WITHOUT_WORKSPACE else "skipped"
             return {"status": state, "words": f"{Path(file).name}: {error}", "parity": None}
-        outcome = export_certificate.compare(probe, answers)
+        tolerance = entry["parity"]["tolerance"]
+        outcome = export_certificate.compare(probe, answers, tolerance)
         parity = outcome["parity"]
-        if not outcome["passed"] and not (description["jumps"] and _differ_at_steps(probe, answers)):
+        if not outcome["passed"] and not (description["jumps"] and _differ_at_steps(probe, answers, tolerance)):
             return {"status": "failed", "words": f"{Path(file).name}: {outcome['reason']}", "parity": parity}
     assert parity is not None
     words = f"{parity['rows']} rows, largest difference {parity['max_abs_diff']:.1e}"
     return {"status": "ok", "words": words, "parity": parity}
 
 
-def _differ_at_steps(probe: Probe, answers: export_certificate.Answers) -> bool:
+def _differ_at_steps(probe: Probe, answers: export_certificate.Answers, tolerance: float) -> bool:
     """Whether few enough rows differ for a combiner with steps, which is not at hand to tell where they are."""
     differing = np.abs(probe.probabilities[answers.rows] - answers.outputs["probabilities"]).max(axis=1)
-    return bool((differing > export_certificate.TOLERANCE).mean() <= NEAR_AT_MOST)
+    return bool((differing > tolerance).mean() <= NEAR_AT_MOST)
 
 
 def probe_of(kept: Mapping[str, np.ndarray], *, fixed: bool) -> Probe:

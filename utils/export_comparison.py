@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from utils import export_folder
-from utils.artifacts import read_json
+from utils.artifacts import read_json, replacing
 from utils.errors import UserError
 from utils.results import Result
 from utils.workspace import Workspace
 
+PICTURE = "exports.png"
+AXES = {"latency_ms": "one image [ms]", "size_mb": "file [MB]"}
+MARKERS = "osD^vP*X"
+LONGEST = 24  # letters of a name
+DPI = 130
+
 
 def compare(workspace: Workspace) -> Result:
-    """One row for each file that is `ok`; those that no other beats in accuracy, latency and size are marked.
+    """One row for each file that is `ok`; those that no other beats in accuracy, latency and size are marked, also in
+    the picture `metrics_output/ensembles/exports.png`.
 
     A file answers like its ensemble (that is what `ok` means), so it has that one's accuracy, where `evaluate` has
     measured it. Raises UserError where nothing is exported.
@@ -30,7 +38,7 @@ def compare(workspace: Workspace) -> Result:
                     {
                         "name": name,
                         "format": kind,
-                        "accuracy": score,
+                        "accuracy": (entry.get("test_accuracy") or {}).get("file", score),
                         "latency_ms": entry.get("latency_ms"),
                         "size_mb": entry["size_mb"],
                         "max_abs_diff": entry["parity"]["max_abs_diff"],
@@ -40,7 +48,53 @@ def compare(workspace: Workspace) -> Result:
         raise UserError(f"{workspace.exports}: nothing is exported. Run: python ensemble_orchestrator.py export")
     for row in rows:
         row["pareto"] = not any(_beats(other, row) for other in rows)
-    return Result(_table(rows), {"rows": rows})
+    picture = workspace.scores / PICTURE if any(row["accuracy"] is not None for row in rows) else None
+    text = _table(rows)
+    if picture is not None:
+        draw(rows, picture)
+        text += f"\nwritten: {picture}"
+    return Result(text, {"rows": rows, "picture": None if picture is None else str(picture)})
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Accuracy against one image's milliseconds and against size, as PNG; full marks where nothing is better in all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharey=True)
+    kinds = sorted({row["format"] for row in rows})
+    for axes, key, words in zip(panels, AXES, AXES.values(), strict=True):
+        for place, kind in enumerate(kinds):
+            own = [row for row in rows if row["format"] == kind and None not in (row["accuracy"], row[key])]
+            for best in (True, False):
+                some = [row for row in own if row["pareto"] == best]
+                axes.scatter(
+                    [row[key] for row in some],
+                    [row["accuracy"] for row in some],
+                    color=f"C{place}" if best else "none",
+                    edgecolor=f"C{place}",
+                    marker=MARKERS[place % len(MARKERS)],
+                    label=kind if best == any(row["pareto"] for row in own) and some else None,
+                )
+            for row in own:
+                if row["pareto"]:
+                    name = row["name"] if len(row["name"]) <= LONGEST else row["name"][: LONGEST - 1] + "\u2026"
+                    # Names of other formats lie lower, since equal accuracies are common.
+                    at = {"xytext": (4, -9 - 7 * place), "textcoords": "offset points", "fontsize": 6}
+                    axes.annotate(name, (row[key], row["accuracy"]), color=f"C{place}", parse_math=False, **at)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel(words)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy on test")
+    panels[1].legend(fontsize=7)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=DPI, metadata={"Software": None})
 
 
 def _score(workspace: Workspace, name: str) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from utils.artifacts import read_json, write_json
+from utils.caches import Item, children
 from utils.errors import UserError, cannot_write
 
 STATUS, CHECKSUMS, METADATA, CLASSES = "export_status.json", "checksums.json", "metadata.json", "class_mapping.json"
 AGAIN = "Export it again with --force"
+UNFINISHED = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}\.partial")
+MOVED = re.compile(r"\.(?P<name>.+)\.previous")
 
 
 @contextmanager
@@ -52,6 +56,21 @@ def recover(final: Path) -> None:
     shutil.rmtree(previous, ignore_errors=True)
     for stale in final.parent.glob(f".{final.name}.*.partial") if final.parent.is_dir() else ():
         shutil.rmtree(stale, ignore_errors=True)
+
+
+def leftovers(exports: Path) -> list[Item]:
+    """Folders directly in `exports` that killed exports left: unfinished ones, and old ones that have a successor.
+
+    Only while nobody exports; the base pipeline leaves no folders of such names.
+    """
+    return [item for item in children(exports) if item.paths[0].is_dir() and _is_left(item.paths[0])]
+
+
+def _is_left(folder: Path) -> bool:
+    if unfinished := UNFINISHED.fullmatch(folder.name):
+        return {entry.name for entry in folder.iterdir()} <= {unfinished["name"], "scratch"}
+    moved = MOVED.fullmatch(folder.name)
+    return moved is not None and (folder.parent / moved["name"]).is_dir()
 
 
 def _previous(final: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,14 @@ from utils.export_certificate import BATCHES, Probe, dealt
 from utils.export_networks import UINT8_NHWC, Form, Subject
 from utils.metrics import softmax
 from utils.predictions import Store
-from utils.rows import Rows
+from utils.rows import UNKNOWN, Rows
 
 if TYPE_CHECKING:
     from torch import nn
 
 ROWS = 64
+CALIBRATION = 128  # rows of train by which the range of 8-bit values is chosen
+AT_ONCE = 256  # images in memory
 SPLITS = ("test", "val", "train")
 """In this order, until there are enough rows."""
 
@@ -70,7 +72,7 @@ def sample(store: Store, subject: Subject, form: Form, network: nn.Module) -> Sa
     if subject.imported:
         logits = rows.logits.transpose(1, 0, 2)
         return Sampled([np.ascontiguousarray(row) for row in logits], [], _expected(subject, rows))
-    images, squares = _images(store, subject, form, rows)
+    images, squares = _images(store, subject, form, _places(store, rows))
     expected = _expected(subject, rows)
     if streaming.resolve_device(store.config.device) != "cpu":
         expected = _run(network, images, subject, expected)
@@ -99,16 +101,57 @@ def _expected(subject: Subject, rows: Rows) -> Probe:
     return Probe([], [], probabilities, rows.logits, rows.embeddings, subject.combiner)
 
 
-def _images(store: Store, subject: Subject, form: Form, rows: Rows) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """What a file takes of each row, and the centre squares."""
+def calibration(store: Store, subject: Subject, form: Form) -> list[np.ndarray]:
+    """Up to 128 images of the train split, evenly spread, as a file takes them."""
+    count = len(store.images("train").sample_ids)
+    places = np.unique(np.linspace(0, count - 1, min(CALIBRATION, count)).round().astype(int))
+    return _images(store, subject, form, {"train": places.tolist()})[0]
+
+
+def test_accuracy(
+    store: Store, subject: Subject, form: Form, run: Callable[[np.ndarray], Sequence[np.ndarray]]
+) -> dict[str, Any] | None:
+    """Accuracy on all labelled test rows: of the ensemble, and of a file whose `run` gives its probabilities first.
+
+    None without such rows.
+    """
+    members = list(subject.members)
+    if not all(store.has(member, "test") for member in members):
+        return None
+    whole = fold_networks.aligned(store, members, "test", subject.inference, embeddings=subject.embeds)
+    rows = whole.take(np.flatnonzero(whole.labels != UNKNOWN))
+    if not len(rows.labels):
+        return None
+    before = float((_expected(subject, rows).probabilities.argmax(axis=1) == rows.labels).mean())
+    hits = 0
+    for start in range(0, len(rows.labels), AT_ONCE):
+        part = rows.take(np.arange(start, min(start + AT_ONCE, len(rows.labels))))
+        images, _ = _images(store, subject, form, _places(store, part))
+        found = np.array([run(image[None])[0][0].argmax() for image in images])
+        hits += int((found == part.labels).sum())
+    after = hits / len(rows.labels)
+    return {"rows": len(rows.labels), "ensemble": before, "file": after, "change": after - before}
+
+
+def _places(store: Store, rows: Rows) -> dict[str, list[int]]:
+    """{split: places of its rows}, splits in the order in which they come, each in one piece."""
+    found = {}
+    for name in dict.fromkeys(rows.split.tolist()):
+        place_of = {sample_id: place for place, sample_id in enumerate(store.images(name).sample_ids)}
+        found[name] = [place_of[sample_id] for sample_id in rows.sample_ids[rows.split == name].tolist()]
+    return found
+
+
+def _images(
+    store: Store, subject: Subject, form: Form, wanted: Mapping[str, Sequence[int]]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """What a file takes of each row, and the centre squares; `wanted` is {split: places}."""
     size = max(member.img_size or 0 for member in subject.members)
     threads = streaming.decoding_threads(store.config.dataset.num_workers)
     squares: list[np.ndarray] = []
     paths: list[Path] = []
-    for name in dict.fromkeys(rows.split.tolist()):
+    for name, places in wanted.items():
         split = store.images(name)
-        place_of = {sample_id: place for place, sample_id in enumerate(split.sample_ids)}
-        places = [place_of[sample_id] for sample_id in rows.sample_ids[rows.split == name].tolist()]
         pixels = streaming.open_images(split, size, image_cache=store.workspace.image_cache, threads=threads)
         squares += list(pixels.centre_crops(places, size))
         paths += [split.paths[place] for place in places]

@@ -19,7 +19,9 @@ from utils import (
     export_folder,
     export_formats,
     export_networks,
+    export_precision,
     export_probe,
+    exported_runtimes,
     tflite_conversion,
 )
 from utils.artifacts import read_json
@@ -27,12 +29,14 @@ from utils.config import Config, require_enabled
 from utils.errors import ConfigError, UserError, did_you_mean
 from utils.export_formats import CUSTOM, FORMATS, PACKAGED, TENSORRT, TFLITE
 from utils.export_networks import UINT8_NHWC, Form, Subject
+from utils.export_precision import REDUCED
 from utils.export_probe import Sampled
 from utils.predictions import Store
 from utils.results import Result
 from utils.workspace import Workspace
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor, nn
 
 logger = logging.getLogger("disease_pipeline")
@@ -59,6 +63,7 @@ def export(
     *,
     model_name: str | None = None,
     formats: Sequence[str] | None = None,
+    precision: Sequence[str] | None = None,
     input: str | None = None,
     max_members: int | None = None,
     member_probabilities: bool = False,
@@ -84,7 +89,7 @@ def export(
     require_enabled(config, "exports")
     if max_members is not None and max_members < 1:
         raise ConfigError(f"--max-members {max_members}: expected a whole number of at least 1")
-    wanted = _known(formats or config.exports.formats)
+    wanted = _known(formats or config.exports.formats, precision or config.exports.precision)
     store = Store(config, workspace, catalog.load(workspace))
     name = model_name or export_networks.recommended(store)
     subject = export_networks.limited(export_networks.find(store, name), max_members or config.exports.max_members)
@@ -116,6 +121,8 @@ def export(
             source_digest=source,
         )
         status = _written(work, network, [name for name in wanted if name not in present])
+        source_of_reduced = (final if "onnx" in present else staged) / "onnx" / f"{subject.name}.onnx"
+        status |= _reduced(work, source_of_reduced, [name for name in wanted if name not in present])
         del network
         status = {name: _proved(work, name, written) for name, written in status.items()}
         for format_name, kept in present.items():
@@ -137,13 +144,17 @@ def _left(subject: Subject, final: Path, model_name: str | None) -> Result:
     return Result(text, {"name": subject.name, "folder": str(final), "formats": {}})
 
 
-def _known(names: Sequence[str]) -> list[str]:
-    """The formats asked for, each once, `custom` last and always. Raises ConfigError for an unknown one."""
+def _known(names: Sequence[str], precisions: Sequence[str]) -> list[str]:
+    """The formats asked for, each once, `custom` last and always; forms of fewer bits where there is an ONNX file.
+
+    Raises ConfigError for an unknown one.
+    """
     flat = list(dict.fromkeys(part for name in names for part in name.split(",") if part))
     unknown = [f"{name!r}{did_you_mean(name, FORMATS)}" for name in flat if name not in FORMATS]
     if unknown:
         raise ConfigError(f"--formats: unknown {', '.join(unknown)}. Known: {', '.join(FORMATS)}")
-    return [*(name for name in FORMATS if name in flat and name != CUSTOM), CUSTOM]
+    reduced = [name for name in REDUCED if "onnx" in flat and name.removeprefix("onnx_") in precisions]
+    return [*(name for name in FORMATS if name in flat and name != CUSTOM), *reduced, CUSTOM]
 
 
 def _needed(store: Store, subject: Subject, formats: Sequence[str]) -> int:
@@ -175,6 +186,22 @@ def _written(work: Work, network: nn.Module, formats: Sequence[str]) -> dict[str
         status[TFLITE] = export_formats.convert_to_tflite(opened, name, work.staged, work.scratch / "converter")
     if TENSORRT in formats:
         status[TENSORRT] = export_formats.tensorrt(name, work.description)
+    return status
+
+
+def _reduced(work: Work, source: Path, formats: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Write the ONNX files of fewer bits; {format: entry}, not proved yet."""
+    status = {}
+    for format_name in (name for name in REDUCED if name in formats):
+        if work.subject.imported:
+            status[format_name] = export_formats.entry("skipped", reason="a combiner alone has no networks to shorten")
+            continue
+        logger.info("export %s: writing %s", work.subject.name, format_name)
+
+        def opened() -> Sequence[np.ndarray]:
+            return export_probe.calibration(work.store, work.subject, work.form)
+
+        status[format_name] = export_precision.write(format_name, source, work.subject.name, work.staged, opened)
     return status
 
 
@@ -215,6 +242,7 @@ def _certified(work: Work, name: str, written: dict[str, Any]) -> dict[str, Any]
     job = {"name": work.subject.name, "form": vars(work.form), "environment": environment}
     job |= {"project": str(base_back.PROJECT)}
     parity, facts, reasons = None, {}, []
+    tolerance = export_precision.tolerance_of(name) if name in REDUCED else export_certificate.TOLERANCE
     for file in [file for file in written["files"] if not file.endswith(".data")]:
         try:
             answers = export_certificate.run_afresh(
@@ -223,7 +251,7 @@ def _certified(work: Work, name: str, written: dict[str, Any]) -> dict[str, Any]
         except export_certificate.RunFailed as error:
             reasons.append(f"{Path(file).name}: {error}")
             continue
-        outcome = export_certificate.compare(probe, answers)
+        outcome = export_certificate.compare(probe, answers, tolerance)
         if parity is None or not outcome["passed"]:
             parity, facts = outcome["parity"], answers.facts
         if not outcome["passed"]:
@@ -236,6 +264,9 @@ def _certified(work: Work, name: str, written: dict[str, Any]) -> dict[str, Any]
         "latency_ms": facts.get("latency_ms"),
         "source_digest": work.source_digest,
     }
+    if not reasons and name in REDUCED:
+        run, _ = exported_runtimes.open_onnx(work.staged / written["path"], {"outputs": ["probabilities"]})
+        known["test_accuracy"] = export_probe.test_accuracy(work.store, work.subject, work.form, run)
     if not reasons:
         return known
     lost = {"status": "failed", "reason": "; ".join(reasons), "path": None, "sha256": None, "files": {}}
@@ -283,12 +314,13 @@ def _outcome(of: Mapping[str, Any]) -> str:
         f"ok, {of['path']}, {of['size_mb']:.2f} MB: {parity['rows']} real rows, largest difference "
         f"{parity['max_abs_diff']:.1e} (allowed {parity['tolerance']:g}), {parity['label_flips']} label flips"
         + (f", {parity['near_threshold']} at a step of the combiner" if parity["near_threshold"] else "")
+        + (f", test accuracy {change['change']:+.4f}" if (change := of.get("test_accuracy")) else "")
     )
 
 
 def _result(subject: Subject, final: Path, status: Mapping[str, Any], wanted: Sequence[str], word: str) -> Result:
     lines = [f"{subject.name} -> {final} ({word})"]
-    lines += [f"  {name:<12} {_outcome(status[name])}" for name in FORMATS if name in status]
+    lines += [f"  {name:<12} {_outcome(status[name])}" for name in (*FORMATS, *REDUCED) if name in status]
     missing = [name for name in wanted if status[name]["status"] != "ok"]
     failures = [f"{name}: {status[name]['status']}, {status[name]['reason']}" for name in missing]
     document = {"name": subject.name, "folder": str(final), "formats": dict(status)}

@@ -22,11 +22,12 @@ import onnxruntime
 from PIL import Image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
-BATCH = 32
 
 
 class ExportedModel:
     """An exported ONNX file and what it says of itself. Raises ValueError for a file that no export of ours wrote."""
+
+    batch = 32  # images at a time
 
     def __init__(self, path: Path | str, *, threads: int = 0) -> None:
         options = onnxruntime.SessionOptions()
@@ -64,14 +65,18 @@ class ExportedModel:
             return np.asarray(rgb)
         return centre_square(rgb, self.input["shorter_side"], self.input["img_size"])
 
+    def run_each(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Prepared images, of any sizes where the model takes any -> probabilities float32 (N, C)."""
+        found = np.empty((len(images), len(self.classes)), dtype=np.float32)
+        for rows in _of_one_shape(images):
+            found[rows] = self.run(np.stack([images[row] for row in rows]))
+        return found
+
     def predict(self, paths: Sequence[Path]) -> np.ndarray:
         """Image files -> probabilities float32 (N, C)."""
-        found = np.empty((len(paths), len(self.classes)), dtype=np.float32)
-        for start in range(0, len(paths), BATCH):
-            images = [self.prepare(path) for path in paths[start : start + BATCH]]
-            for rows in _of_one_shape(images):
-                found[start + np.array(rows)] = self.run(np.stack([images[row] for row in rows]))
-        return found
+        starts = range(0, len(paths), self.batch)
+        parts = [self.run_each([self.prepare(path) for path in paths[at : at + self.batch]]) for at in starts]
+        return np.concatenate(parts)
 
 
 def centre_square(image: Image.Image, side: int, size: int) -> np.ndarray:

@@ -113,6 +113,8 @@ RUNTIMES: dict[str, Callable[[Path, dict[str, Any]], tuple[Run, dict[str, str]]]
     "checkpoint": open_weights,
     "torchscript": open_torchscript,
     "onnx": open_onnx,
+    "onnx_fp16": open_onnx,
+    "onnx_int8": open_onnx,
     "tflite": open_tflite,
 }
 

@@ -27,16 +27,19 @@ class Listing:
     """Folders and patterns in which no image was found."""
 
 
-def find(wanted: Sequence[str], stdin: BinaryIO) -> Listing:
+def find(wanted: Sequence[str], stdin: BinaryIO, suffixes: Sequence[str] | None = None) -> Listing:
     """The images below the given names; `-` stands for the list on `stdin`, one name a line or separated by NUL.
+
+    `suffixes` in small letters are those that the network was trained on, by default the base pipeline's.
 
     A folder is searched to any depth for files with an image's ending, hidden ones left out; a file that is named is
     taken as it is, and kept where it does not exist, so that its row can say so.
     """
+    known = (*(base_back.bundled("samples").SUFFIXES if suffixes is None else suffixes), *ALSO)
     paths: dict[str, None] = {}
     empty = []
     for name in _names(wanted, stdin):
-        found = list(_of_name(name))
+        found = list(_of_name(name, known))
         if not found:
             empty.append(name)
         paths.update(dict.fromkeys(found))
@@ -53,18 +56,18 @@ def _names(wanted: Sequence[str], stdin: BinaryIO) -> Iterator[str]:
         yield from (os.fsdecode(part) for part in parts if part)
 
 
-def _of_name(name: str) -> Iterator[str]:
+def _of_name(name: str, suffixes: tuple[str, ...]) -> Iterator[str]:
     if os.path.isdir(name):
-        yield from _below(name)
+        yield from _below(name, suffixes)
     elif not os.path.lexists(name) and glob.has_magic(name):
         for found in sorted(glob.glob(name, recursive=True)):
-            if os.path.isfile(found) and _is_image(found):
+            if os.path.isfile(found) and _is_image(found, suffixes):
                 yield found
     else:
         yield name
 
 
-def _below(folder: str) -> Iterator[str]:
+def _below(folder: str, suffixes: tuple[str, ...]) -> Iterator[str]:
     """Image files of a folder to any depth; links are followed, and a folder that is met again is passed over."""
     seen = {os.path.realpath(folder)}
     for place, folders, files in os.walk(folder, followlinks=True):
@@ -75,8 +78,9 @@ def _below(folder: str) -> Iterator[str]:
                 seen.add(real)
                 kept.append(name)
         folders[:] = kept
-        yield from (os.path.join(place, name) for name in sorted(files) if not name.startswith(".") and _is_image(name))
+        images = (name for name in sorted(files) if not name.startswith(".") and _is_image(name, suffixes))
+        yield from (os.path.join(place, name) for name in images)
 
 
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in (*base_back.bundled("samples").SUFFIXES, *ALSO)
+def _is_image(name: str, suffixes: tuple[str, ...]) -> bool:
+    return os.path.splitext(name)[1].lower() in suffixes

@@ -54,6 +54,7 @@ class MixtureOfExperts(Stacker):
     """
 
     settings = ("runs.moe", "runs.stacking.fallback", "runs.score_ensemble.temperature", "device")
+    jumps = True
 
     use: dict[str, Any] = field(default_factory=dict)
     """How the rows of the fit are spread over the experts."""
@@ -184,6 +185,7 @@ class Cascade:
     settings: ClassVar[tuple[str, ...]] = ("runs.cascade", "runs.score_ensemble.temperature", "device")
     learns: ClassVar[bool] = True
     reads_embeddings: ClassVar[bool] = False
+    jumps: ClassVar[bool] = True
 
     costs: np.ndarray | None = None
     """float64 (M,): what running a member costs, in any unit; None where nobody knows"""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,19 +91,112 @@ def predict(
     its error and a failure of the result. Raises UserError without an image, for a model that cannot answer, and for a
     file that is there and not to be continued.
     """
-    if append and to is None:
-        raise UserError("--append goes on with a file; name it with --to FILE")
+    answers = Answers(to, form, probabilities, append, force)
+    answers.check()
     store = Store(config, workspace, catalog.load(workspace))
     classifier = WorkspaceClassifier(store, model_name)
     thresholds = measured(workspace, model_name, is_ensemble=classifier.ensemble is not None)
-    listing = image_paths.find(paths, sys.stdin.buffer)
+    return _predicted(classifier, thresholds, image_paths.find(paths, sys.stdin.buffer), paths, answers)
+
+
+def predict_from_export(
+    *,
+    paths: Sequence[str],
+    from_export: str,
+    to: str | None = None,
+    form: str | None = None,
+    probabilities: bool = False,
+    append: bool = False,
+    force: bool = False,
+) -> Result:
+    """Answer as `predict` does, by an exported ONNX file alone: no workspace, no torch, no base pipeline.
+
+    The file holds no thresholds, so `set` and `abstain` stay empty. Raises UserError as `predict` does, and for a file
+    that is no export.
+    """
+    from utils.exported_prediction import SUFFIXES
+
+    answers = Answers(to, form, probabilities, append, force)
+    answers.check()
+    classifier = ExportClassifier(Path(from_export).expanduser())
+    listing = image_paths.find(paths, sys.stdin.buffer, SUFFIXES)
+    return _predicted(classifier, Thresholds(None, None), listing, paths, answers)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Where the answers go, and how they are written."""
+
+    to: str | None
+    form: str | None
+    probabilities: bool
+    append: bool
+    force: bool
+
+    def check(self) -> None:
+        """Raise UserError where there is nothing to go on with."""
+        if self.append and self.to is None:
+            raise UserError("--append goes on with a file; name it with --to FILE")
+
+    def style(self, classes: tuple[str, ...]) -> Form:
+        """Of the records."""
+        return Form(self.form or _form_of(self.to), classes if self.probabilities else None)
+
+
+class ExportClassifier:
+    """Answers by an exported ONNX file, in onnxruntime."""
+
+    networks, block = 1, 1024
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError for a file that is no export of images."""
+        from utils.exported_prediction import ExportedModel
+
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            self.model = ExportedModel(path)
+        except OSError as error:
+            raise UserError(f"--from-export {path}: {error.strerror}; expected an exported .onnx file") from error
+        except ValueError as error:
+            raise UserError(f"--from-export {error}") from error
+        self.classes = tuple(self.model.classes)
+        self.version = f"{path.stem}@{digest[:12]}"
+        """Name and digest of the file: answers of two files do not go into one."""
+
+    def answer(self, paths: Sequence[Path], step: Callable[[int], None]) -> BlockAnswers:
+        """Probabilities for image files; `step(images)` is called for every batch."""
+        found: dict[int, np.ndarray] = {}
+        problems: dict[int, str] = {}
+        for start in range(0, len(paths), self.model.batch):
+            images: dict[int, np.ndarray] = {}
+            for place, path in enumerate(paths[start : start + self.model.batch], start):
+                try:
+                    images[place] = self.model.prepare(path)
+                except ValueError as error:
+                    problems[place] = str(error).removeprefix(f"{path}: ")
+            if images:
+                found |= zip(images, self.model.run_each(list(images.values())), strict=True)
+                step(len(images))
+        rows = np.stack(list(found.values())) if found else np.empty((0, len(self.classes)))
+        return BlockAnswers(np.array(list(found), dtype=np.int64), rows.astype(np.float64), None, problems)
+
+
+def _predicted(
+    classifier: Classifier,
+    thresholds: Thresholds,
+    listing: image_paths.Listing,
+    paths: Sequence[str],
+    answers: Answers,
+) -> Result:
     failures = [f"{shown(name)}: no image in it" for name in listing.empty]
     if not listing.paths:
         raise UserError(f"{', '.join(map(shown, paths))}: no image found; expected image files, folders or patterns")
-    style = Form(form or _form_of(to), classifier.classes if probabilities else None)
-    if to is None:
+    style = answers.style(classifier.classes)
+    if answers.to is None:
         return _on_screen(classifier, thresholds, listing.paths, style, failures)
-    file = AnswerFile(Path(to).expanduser(), style, classifier.version, append=append, replace=force)
+    place = Path(answers.to).expanduser()
+    file = AnswerFile(place, style, classifier.version, append=answers.append, replace=answers.force)
     left = [path for path in listing.paths if str(path) not in file.done]
     if len(left) < len(listing.paths):
         logger.info("%d of %d images are answered in %s", len(listing.paths) - len(left), len(listing.paths), file.path)
@@ -111,7 +205,8 @@ def predict(
         file.add(lines)
         problems += _problems(records)
     summary = {"file": str(file.path), "images": len(listing.paths), "answered": len(left) - len(problems)}
-    text = f"{model_name}: {len(left) - len(problems)} of {len(left)} images answered\nwritten: {file.path}"
+    name = classifier.version.rpartition("@")[0]
+    text = f"{name}: {len(left) - len(problems)} of {len(left)} images answered\nwritten: {file.path}"
     return Result(
         text, summary | {"model": classifier.version, "unreadable": len(problems)}, failures + _named(problems)
     )

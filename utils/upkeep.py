@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from utils import base_back, caches, inventory, locks
+from utils import base_back, caches, export_folder, inventory, locks
 from utils.artifacts import read_json
 from utils.caches import Item, shown
 from utils.catalog import MADE
@@ -159,6 +159,7 @@ def _temporary(workspace: Workspace) -> list[Item]:
     ]
     made = [] if _linked(workspace, workspace.derived_checkpoints) else caches.children(workspace.derived_checkpoints)
     found += [item for item in made if UNFINISHED.fullmatch(item.name)]
+    found += [] if _linked(workspace, workspace.exports) else export_folder.leftovers(workspace.exports)
     return found + caches.leftovers(workspace.image_cache, shared=True)
 
 

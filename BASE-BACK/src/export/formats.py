@@ -56,10 +56,16 @@ class Package:
 
     @cached_property
     def deployed(self) -> nn.Module:
-        """The same map in its form for inference: branches that training needs (MobileOne's) are one convolution."""
-        if not any(hasattr(module, "reparameterize") for module in self.network.modules()):
+        """The same map in its form for inference: branches that training needs (MobileOne's) are one convolution.
+
+        A copy where there are such branches, which shares every other tensor: an ensemble is large.
+        """
+        changing = [module for module in self.network.modules() if hasattr(module, "reparameterize")]
+        if not changing:
             return self.network
-        network = copy.deepcopy(self.network)
+        own = {id(tensor) for module in changing for tensor in (*module.parameters(), *module.buffers())}
+        tensors = (*self.network.parameters(), *self.network.buffers())
+        network = copy.deepcopy(self.network, {id(tensor): tensor for tensor in tensors if id(tensor) not in own})
         for module in list(network.modules()):
             if hasattr(module, "reparameterize"):
                 module.reparameterize()

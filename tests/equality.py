@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 MEASURED = ("latency_ms", "seconds", "created", "versions")
 """Keys of records that no two runs share."""
+OF_THE_RUN = re.compile(
+    r"\d{4}-\d\d-\d\dT[\d:]+\+00:00|\b(?:[0-9a-f]{12}|[0-9a-f]{64})\b|(?<=dataset\.num_workers=)\d+"
+)
+"""What the report says of its own making: times, digests of records with times in them, how images were read."""
 LEFT_OUT = ("debug_logs", "image_cache", "debug_tmp")
 """Folders of messages and of decoded pixels, which are made anew at need."""
 REMEMBERED = ("ensembles/digests.json", "ensembles/latency.json")
@@ -24,6 +29,8 @@ def content(workspace: Path) -> dict[str, str]:
             continue  # a lock under a temporary name may be somebody's who waits; clean removes it after an hour
         if path.suffix == ".json":
             found[name] = json.dumps(_less(json.loads(path.read_text()), str(workspace)), sort_keys=True)
+        elif path.suffix == ".html":
+            found[name] = OF_THE_RUN.sub("", path.read_text(encoding="utf-8").replace(str(workspace), ""))
         else:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found

@@ -10,13 +10,14 @@ from typing import Any
 
 MEASURED = ("latency_ms", "seconds", "created", "versions")
 """Keys of records that no two runs share."""
+OF_THE_RUN = re.compile(
+    r"\d{4}-\d\d-\d\dT[\d:]+\+00:00|\b(?:[0-9a-f]{12}|[0-9a-f]{64})\b|(?<=dataset\.num_workers=)\d+"
+)
+"""What the report says of its own making: times, digests of records with times in them, how images were read."""
 LEFT_OUT = ("debug_logs", "image_cache", "debug_tmp")
 """Folders of messages and of decoded pixels, which are made anew at need."""
 REMEMBERED = ("ensembles/digests.json", "ensembles/latency.json")
 """Inodes and times of files; latencies, with which both runs have to begin."""
-
-OF_THE_MOMENT = re.compile(r"\d{4}-\d\d-\d\dT[\d:+]+|(?<=name=\"inputs\" content=\")[0-9a-f]{64}")
-"""In the report: when records were written, and the digest of all that it shows, these times included."""
 
 
 def content(workspace: Path) -> dict[str, str]:
@@ -29,7 +30,7 @@ def content(workspace: Path) -> dict[str, str]:
         if path.suffix == ".json":
             found[name] = json.dumps(_less(json.loads(path.read_text()), str(workspace)), sort_keys=True)
         elif path.suffix == ".html":
-            found[name] = OF_THE_MOMENT.sub("", path.read_text().replace(str(workspace), ""))
+            found[name] = OF_THE_RUN.sub("", path.read_text(encoding="utf-8").replace(str(workspace), ""))
         else:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found

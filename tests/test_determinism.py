@@ -14,12 +14,15 @@ LINE = (
     *("--set", "runs.score_ensemble.methods=[soft_voting,logit_averaging,weighted,greedy_selection]"),
     *("--set", "runs.model_soup.enable=true", "--set", "pruning.methods=[greedy_forward]"),
     *("--set", "runs.stacking.meta_learners=[lr,xgb,mlp]", "--set", "runs.stacking.mlp_config.epochs=3"),
-    *("--set", "runs.stacking.xgb_config.n_estimators=5", "--set", "runs.fusion.enable=false"),
-    *("--set", "runs.meta_fuser.input_ensembles=[soft_voting,stacking_lr]", "--set", "runs.meta_fuser.fuser_type=mlp"),
+    *("--set", "runs.stacking.xgb_config.n_estimators=5"),
+    *("--set", "runs.fusion.fusion_methods=[concat_mlp,attention]", "--set", "runs.fusion.fusion_config.epochs=2"),
+    *("--set", "runs.moe.enable=true", "--set", "runs.cascade.enable=true"),
+    *("--set", "runs.meta_fuser.input_ensembles=[soft_voting,stacking_lr,fusion_concat_mlp]"),
+    *("--set", "runs.meta_fuser.fuser_type=mlp"),
     *("--set", "runs.meta_fuser.mlp_config.epochs=3"),
     *("--set", "distillation.enable=false", "--set", "exports.enable=false"),
 )
-KINDS = {".npy", ".npz", ".safetensors", ".json", ".pth"}
+KINDS = {".npy", ".npz", ".safetensors", ".json", ".pth", ".html"}
 
 
 def run(workspace: Path, workers: int) -> Path:
@@ -37,6 +40,7 @@ def test_a_pipeline_in_another_folder_by_other_workers_gives_the_same_bytes(synt
     found = content(one)
     models = {name.split("/")[2] for name in found if name.startswith("ensembles/models/")}
     assert {"stacking_lr", "stacking_xgb", "stacking_mlp", "meta_fuser", "weighted_ensemble"} <= models
+    assert {"fusion_concat_mlp", "fusion_attention", "moe", "cascade"} <= models
     assert {Path(name).suffix for name in found} >= KINDS
     assert len(found) > 100
     assert differences(one, other) == []

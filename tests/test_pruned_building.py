@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 
 import pytest
 from conftest import PROJECT, run_python
@@ -49,6 +50,7 @@ def record(workspace, name=PRUNED[0]):
 
 def test_every_method_is_built_and_then_kept(workspace):
     assert set(states(workspace).values()) == {"missing"}
+    workspace.latency.unlink()  # of the evaluation, which measures batches as well
     result = build(workspace)
     assert result.failures == []
     assert result.document["built"] == sorted(PRUNED)
@@ -130,6 +132,30 @@ def test_a_budget_that_nothing_fits_is_a_failure_that_names_the_cheapest_and_the
     assert done.returncode == 4
     assert "left out: pruned_clustering: no member is within the budget; the cheapest possible is Custom" in done.stderr
     assert " ms > 0.0001 ms (pruning.cost_budget.max_latency_ms)" in done.stderr
+
+
+def test_that_nothing_fits_is_known_the_next_time_without_torch_and_forgotten_when_something_does(own_copy, workspace):
+    tight = ("pruning.methods=[clustering]", "pruning.cost_budget.max_size_mb=0.1")
+    first = build(workspace, *tight)
+    assert [failure.partition(":")[0] for failure in first.failures] == ["pruned_clustering"]
+    assert re.search(r"pruned_clustering +left out$", first.text, re.MULTILINE)
+    options = [word for value in (*ON, *tight) for word in ("--set", value)]
+    code = (
+        "import sys, ensemble_orchestrator as o\n"
+        "code = o.main(['build-ensemble', *sys.argv[1:]])\n"
+        "print(o.main(['status', *sys.argv[1:]]), *sorted({'torch', 'scipy', 'PIL'} & set(sys.modules)))\n"
+        "sys.exit(code)"
+    )
+    again = run_python("-c", code, "--config", str(CONFIG), "--workspace", str(own_copy), *options)
+    assert again.returncode == 4
+    assert again.stdout.splitlines()[-1] == "0"  # the code of status, and no library
+    assert f"left out: {first.failures[0]}\n" in again.stderr
+    assert re.search(r"pruned_clustering +left out, up to date$", again.stdout, re.MULTILINE)
+    assert "pruned_clustering" not in inventory.take(load(CONFIG, overrides=(*ON, *tight)), workspace).ensembles
+    assert build(workspace, *tight, force=True).failures == first.failures
+    assert build(workspace, "pruning.methods=[clustering]").document["built"] == ["pruned_clustering"]
+    assert json.loads(workspace.left_out.read_text()) == {}
+    assert build(workspace, *tight).failures == first.failures
 
 
 def test_a_budget_decides_who_is_kept(workspace):

@@ -85,7 +85,9 @@ def test_mutual_information_of_members():
     opposed = [np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])]
     unsure = [np.array([[0.5, 0.5]]), np.array([[0.5, 0.5]])]
     values = [diversity.mutual_information(iter(parts))[0] for parts in (agreeing, opposed, unsure)]
-    assert values == pytest.approx([0, np.log(2), 0], abs=1e-9)
+    assert values == pytest.approx([0, np.log(2), 0], abs=1e-12)
+    of_rows = diversity.mutual_information(np.array([[[0.5, 0.5], [1.0, 0.0]], [[0.5, 0.5], [0.0, 1.0]]]))
+    np.testing.assert_allclose(of_rows, [0, np.log(2)], atol=1e-12)
 
 
 def test_the_surest_errors_come_first_and_ties_by_name():

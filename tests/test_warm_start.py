@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import run_python
+from conftest import made_once, run_python
 from given_predictions import write
 
 OPTIONS = (
@@ -26,14 +26,29 @@ MODELS = {
 CODE = (
     "import sys, ensemble_orchestrator as program\n"
     "code = program.main(sys.argv[1:])\n"
-    "print(' '.join(sorted({'torch', 'sklearn', 'scipy', 'xgboost', 'PIL', 'timm', 'ray'} & set(sys.modules))))\n"
+    "heavy = {'torch', 'sklearn', 'scipy', 'xgboost', 'PIL', 'timm', 'ray', 'onnx', 'onnxruntime', 'matplotlib'}\n"
+    "print(' '.join(sorted(heavy & set(sys.modules))))\n"
     "sys.exit(code)"
 )
+SHORT = (
+    *("--config", "configs/digits_demo.yaml", "--json", "--quiet", "--device", "cpu"),
+    *("--set", "runs.stacking.mlp_config.epochs=2", "--set", "runs.stacking.xgb_config.n_estimators=3"),
+    *("--set", "runs.fusion.fusion_config.epochs=2", "--set", "distillation.epochs=1"),
+    *("--set", "pruning.cost_budget.max_latency_ms=null"),  # a busy machine is slow
+)
+"""Every family of the demo, each trained as little as can be."""
+FAMILIES = {
+    *("soft_voting_ensemble", "greedy_soup_CustomConvNeXt", "stacking_mlp", "fusion_concat_mlp", "fusion_cca_aligned"),
+    *("moe", "cascade", "meta_fuser", "pruned_clustering", "distilled_mobile"),
+}
+STAGES = ("build-ensemble", "stack", "fusion-train", "meta-fuse", "distill")
+LOOKED_AT = "ensembles/ensemble_catalog.json"
+"""Its time says when discovery last looked, by which `status` knows what came later; its bytes stay."""
 
 
-def pipeline(workspace: Path, *more: str) -> tuple[dict, set[str]]:
+def pipeline(workspace: Path, *more: str, options: tuple[str, ...] = OPTIONS) -> tuple[dict, set[str]]:
     """One run: its document, and which heavy libraries it loaded."""
-    done = run_python("-c", CODE, "pipeline", *OPTIONS, *more, "--workspace", str(workspace))
+    done = run_python("-c", CODE, "pipeline", *options, *more, "--workspace", str(workspace))
     assert done.returncode == 0, done.stderr
     *_, document, loaded = done.stdout.splitlines()
     return json.loads(document), set(loaded.split())
@@ -51,6 +66,15 @@ def times(workspace: Path) -> dict[str, int]:
     files = [path for path in folder.rglob("*") if path.suffix in (".npy", ".npz", ".safetensors")]
     files += folder.rglob("ensemble.json")
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in files}
+
+
+def files(workspace: Path) -> dict[str, tuple[bytes, int]]:
+    """Bytes and time of every file but the logs."""
+    found = {}
+    for path in (path for path in workspace.rglob("*") if path.is_file() and path.parent.name != "debug_logs"):
+        name = path.relative_to(workspace).as_posix()
+        found[name] = path.read_bytes(), 0 if name == LOOKED_AT else path.stat().st_mtime_ns
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +107,30 @@ def test_nothing_changed_nothing_done_and_no_torch(copy):
     assert times(copy) == before
 
 
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory, synthetic) -> Path:
+    """A workspace of trained members after `pipeline` with every family on. A second one is to change nothing in it."""
+
+    def make(workspace: Path) -> None:
+        shutil.copytree(synthetic, workspace, dirs_exist_ok=True)
+        document, _ = pipeline(workspace, options=SHORT)
+        assert built(document) >= FAMILIES
+        assert document["export"]["formats"]["onnx"]["status"] == "ok"
+
+    return made_once(tmp_path_factory, "everything", make)
+
+
+def test_nothing_changed_nothing_done_with_every_family_on(everything):
+    before = files(everything)
+    document, loaded = pipeline(everything, options=SHORT)
+    assert loaded == set()
+    assert built(document) == set()
+    assert {name for stage in STAGES for name in document[stage]["up_to_date"]} >= FAMILIES
+    after = files(everything)
+    assert [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)] == []
+    assert "ensembles/report/index.html" in after
+
+
 @pytest.mark.parametrize(
     ("key", "again"),
     [
@@ -90,7 +138,7 @@ def test_nothing_changed_nothing_done_and_no_torch(copy):
         ("runs.score_ensemble.optimization_metric=log_loss", {"weighted_ensemble", "greedy_selection_ensemble"}),
         ("runs.score_ensemble.pool=linear", {"weighted_ensemble"}),
         ("runs.meta_fuser.mlp_config.lr=0.01", {"meta_fuser"}),
-        ("runs.stacking.xgb_config.max_depth=3", {"meta_fuser"}),  # the fuser may be a booster, and names its settings
+        ("runs.stacking.xgb_config.max_depth=3", set()),  # the fuser is no booster
         ("project.name=another", set()),
     ],
 )

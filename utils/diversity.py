@@ -1,4 +1,4 @@
-"""How differently members err: four measures of each pair, from the rows that both, one or neither get right.
+"""How differently members err, by pairs and by rows: four measures of each pair, and one of each row.
 
 Kuncheva and Whitaker (2003), "Measures of diversity in classifier ensembles and their relationship with the ensemble
 accuracy", Machine Learning 51, compares them.
@@ -75,7 +75,8 @@ def mutual_information(parts: Iterable[NDArray[np.floating]]) -> Floats:
     total: Floats | float = 0.0
     entropies: Floats | float = 0.0
     count = 0
-    for own in parts:
+    for part in parts:
+        own = np.asarray(part, dtype=np.float64)
         total, entropies, count = total + own, entropies + _entropy(own), count + 1
     found: Floats = np.maximum(_entropy(np.asarray(total) / count) - np.asarray(entropies) / count, 0.0)
     return found

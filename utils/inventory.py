@@ -83,11 +83,12 @@ def take(config: Config, workspace: Workspace) -> Inventory:
     saved, states = _saved(workspace)
     try:
         selected = catalog.select(found, config)
+        left_out = pruned_building.left_out(store, selected)
     except UserError as error:
         return Inventory(of_catalog, found, ensembles=states, problems=(str(error),))
     for name, ensemble in saved.items():
         states[name] = _ensemble_state(config, store, ensemble, selected)
-    wanted = configured(config)
+    wanted = [name for name in configured(config) if name not in left_out]
     if config.runs.snapshot_ensemble.enable:
         states[snapshot_building.NAME] = _snapshot_state(store, selected, states)
     if config.runs.model_soup.enable:

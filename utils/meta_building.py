@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,7 @@ def meta_fuse(config: Config, workspace: Workspace, *, force: bool = False) -> R
     selected = catalog.select(store.catalog, config)
     found, failures = _inputs(store, selected)
     members = _members(store, found)
-    also = {name: one.inputs_digest for name, one in found.items()}
+    also = depends_on(config, found)
     wanted = fitting.inputs_digest(config, store, members, METHOD, also=also)
     fresh = force or ensembles.stored_digest(workspace, NAME) != wanted
     if fresh:
@@ -71,6 +72,12 @@ def meta_fuse(config: Config, workspace: Workspace, *, force: bool = False) -> R
         "folder": str(workspace.models),
     }
     return Result("\n".join(lines), document, failures, "evaluate")
+
+
+def depends_on(config: Config, found: Mapping[str, Ensemble]) -> dict[str, Any]:
+    """What the fuser depends on beside members and images: its inputs, and the settings of its own kind."""
+    own = FUSERS[config.runs.meta_fuser.fuser_type].settings
+    return {"inputs": {name: one.inputs_digest for name, one in found.items()}, "settings": config.digest(*own)}
 
 
 def _inputs(store: Store, selected: Sequence[Member]) -> tuple[dict[str, Ensemble], list[str]]:

@@ -110,7 +110,7 @@ class MetaFuser:
     with permuted labels.
     """
 
-    settings: ClassVar[tuple[str, ...]] = FuserBooster.settings
+    settings: ClassVar[tuple[str, ...]] = FuserPerceptron.settings  # what all fusers depend on; each may add its own
     learns: ClassVar[bool] = True
 
     inputs: Sequence[Input]

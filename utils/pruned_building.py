@@ -1,14 +1,18 @@
-"""The section `pruning` of `build-ensemble`: members are measured once, then each method keeps the ones worth it."""
+"""The section `pruning` of `build-ensemble`: members are measured once, then each method keeps the ones worth it.
+
+That a budget leaves a method nothing stands in `ensembles/pruning.json`, so that it is not tried again in vain.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from utils import fitting, latency
-from utils.artifacts import read_record
+from utils.artifacts import read_record, write_json
 from utils.catalog import Member
 from utils.combiner import MemberFacts
 from utils.config import Config
@@ -22,33 +26,40 @@ logger = logging.getLogger("disease_pipeline")
 PLACE = "pruning"
 STREAMED = ("val", "test")
 ONE_IMAGE = 1
+AGAIN = "Remove it, then run build-ensemble again"
 
 
 def pruned(store: Store, members: Sequence[Member], force: bool) -> Result:
     """Build `pruned_<method>` for each method of the section; what is there with equal inputs is kept, unless `force`.
 
     A method whose budget no member is within is a failure of the result, with the cheapest possible; the others go on.
+    It is a failure the next time too, from the record of this one.
     """
     config = store.config
     wanted = names(config)
-    fresh = [name for name in wanted if force or not is_current(store, members, name)]
-    failures = []
+    known = {} if force else left_out(store, members)
+    fresh = [name for name in wanted if name not in known and (force or not is_current(store, members, name))]
+    reasons = dict(known)
     if fresh:
         store.ensure(members, STREAMED)
         records = latency.measure(store, members, batches=[ONE_IMAGE])
         facts = fitting.facts(store, members, latency.milliseconds(records))
         _say_what_is_odd(config, facts)
         honest = fitting.honest_rows(store, members, kind=config.runs.score_ensemble.fit_rows)
+        also = latency.as_input(facts, records)
         for name in fresh:
             recipe = COMBINERS[name].configured(config, facts)
             try:
-                fitting.build(store, name, name, recipe, members, honest, also=latency.as_input(facts, records))
+                fitting.build(store, name, name, recipe, members, honest, also=also)
             except NothingFits as error:
-                failures.append(f"{name}: {error}")
-    left_out = {failure.partition(":")[0] for failure in failures}
-    built = [name for name in fresh if name not in left_out]
-    kept = [name for name in wanted if name not in fresh]
-    lines = [_lines(store, name, "built" if name in built else "up to date") for name in wanted if name not in left_out]
+                reasons[name] = str(error)
+        _note(store, members, fresh, reasons, also)
+    built = [name for name in fresh if name not in reasons]
+    kept = [name for name in wanted if name not in fresh and name not in reasons]
+    states = dict.fromkeys(wanted, "up to date") | dict.fromkeys(built, "built")
+    states |= {name: f"left out{', up to date' if name in known else ''}" for name in reasons}
+    lines = [f"{name:36} {states[name]}" if name in reasons else _lines(store, name, states[name]) for name in wanted]
+    failures = [f"{name}: {reasons[name]}" for name in wanted if name in reasons]
     return Result("\n".join(lines), {"built": built, "up_to_date": kept}, failures)
 
 
@@ -64,12 +75,40 @@ def is_current(store: Store, members: Sequence[Member], name: str) -> bool:
     """
     path = store.workspace.ensemble(name) / "ensemble.json"
     record = read_record(path, remedy="Build it again: python ensemble_orchestrator.py build-ensemble --force") or {}
+    return _is_of_today(store, members, name, record)
+
+
+def left_out(store: Store, members: Sequence[Member]) -> dict[str, str]:
+    """{ensemble: why a build would make none of these members, by the last that tried}; found without torch."""
+    record = read_record(store.workspace.left_out, remedy=AGAIN) or {}
+    return {
+        name: record[name]["reason"]
+        for name in names(store.config)
+        if name in record and _is_of_today(store, members, name, record[name])
+    }
+
+
+def _is_of_today(store: Store, members: Sequence[Member], name: str, record: Mapping[str, Any]) -> bool:
     on = record.get("depends_on")
     if on is None:
         return False
     records = latency.stored(store.workspace, members, on["device"], on["threads"])
     measured = latency.as_input(fitting.facts(store, members, latency.milliseconds(records)), records)
     return bool(record["inputs_digest"] == fitting.inputs_digest(store.config, store, members, name, also=measured))
+
+
+def _note(
+    store: Store, members: Sequence[Member], fresh: Sequence[str], reasons: Mapping[str, str], also: Mapping[str, Any]
+) -> None:
+    """Keep which of the ensembles just tried have no members, and forget it of the others."""
+    path = store.workspace.left_out
+    before = read_record(path, remedy=AGAIN) or {}
+    record = {name: entry for name, entry in before.items() if name not in fresh}
+    for name in (name for name in fresh if name in reasons):
+        digest = fitting.inputs_digest(store.config, store, members, name, also=also)
+        record[name] = {"inputs_digest": digest, "depends_on": also, "reason": reasons[name]}
+    if record != before:
+        write_json(path, record)
 
 
 def _say_what_is_odd(config: Config, facts: MemberFacts) -> None:

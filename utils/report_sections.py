@@ -333,6 +333,7 @@ def provenance(config: Config, store: Store, data: ReportData) -> dict[str, Any]
     ]
     base_back = store.catalog.base_back
     facts = {
+        "project": f"{config.project.name}, version {config.project.version}",
         "written": record.get("created"),
         "seed": record.get("seed"),
         "configuration": f"{config.source}, digest {config.digest()[:12]}",

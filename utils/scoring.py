@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import base_back, ensembles, fold_networks
+from utils import base_back, diversity, ensembles, fold_networks
 from utils.artifacts import digest_of, read_arrays, write_arrays
 from utils.catalog import Catalog, Member
 from utils.ensembles import Ensemble, Provenance
@@ -20,7 +20,6 @@ from utils.errors import UserError
 from utils.metrics import softmax
 from utils.predictions import IMPORT, Store
 from utils.rows import UNKNOWN, Rows, align
-from utils.uncertainty import mutual_information
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -242,7 +241,7 @@ def _stored_predictions(store: Store, ensemble: Ensemble, rows: Rows, split: str
             return arrays
     found: dict[str, Any] = {"probabilities": ensembles.predict(ensemble, rows)}
     if len(ensemble.members) > 1:
-        found["mutual_information"] = mutual_information(softmax(rows.logits))
+        found["mutual_information"] = diversity.mutual_information(softmax(rows.logits))
     found |= {"labels": rows.labels, "sample_ids": rows.sample_ids, "classes": np.array(rows.classes)}
     write_arrays(path, found | {"key": np.array(key)})
     return found

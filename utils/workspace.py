@@ -197,6 +197,11 @@ class Workspace:
         return self.ensembles / "distillation" / name
 
     @property
+    def left_out(self) -> Path:
+        """Which pruned ensembles the budget leaves no member."""
+        return self.ensembles / "pruning.json"
+
+    @property
     def snapshots(self) -> Path:
         """Which trainings the snapshots came from."""
         return self.ensembles / "snapshots.json"

@@ -244,7 +244,15 @@ COMMANDS: dict[str, Command] = {
                 "help": "default: by the ending of --to, else csv",
             },
             "--probabilities": {"action": "store_true", "help": "those of all classes as well"},
-            "--append": {"action": "store_true", "help": "go on with the file: images that it holds are passed over"},
+            "--sets": {
+                "choices": ("lac", "aps"),
+                "default": "lac",
+                "help": "smallest sets on average, or sets that grow where an image is hard (default: %(default)s)",
+            },
+            "--append": {
+                "action": "store_true",
+                "help": "go on with the file: images that it answers are passed over, errors are tried again",
+            },
         },
         writes=False,
     ),

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zlib
 
+import in_process
 import numpy as np
 import pytest
 from conftest import PROJECT
@@ -19,7 +20,7 @@ from finished_workspace import CONFIG, at
 from given_predictions import logged
 from PIL import Image
 
-from utils import catalog, classifier, ensembles, fold_networks
+from utils import catalog, classifier, ensembles, fold_networks, streaming, uncertainty
 from utils import predict as predicting
 from utils.classifier import WorkspaceClassifier
 from utils.config_file import load
@@ -71,6 +72,66 @@ def test_it_agrees_with_evaluate_row_by_row(workspace, name):
     hits = [record["class"] == sample_id.split("/")[0] for sample_id, record in records.items()]
     assert np.mean(hits) == metrics["accuracy"]
     assert all(0 <= record["disagreement"] <= np.log(3) for record in records.values())
+
+
+FAMILIES = (
+    *("--config", "configs/votes.yaml", "--quiet", "--set", "runs.fusion.enable=true"),
+    *("--set", "runs.fusion.fusion_methods=[concat_mlp]", "--set", "runs.fusion.fusion_config.epochs=3"),
+    *("--set", "runs.stacking.fallback=false", "--set", "runs.moe.enable=true", "--set", "runs.moe.epochs=3"),
+    *("--set", "runs.moe.num_experts=3", "--set", "runs.moe.top_k=1", "--set", "runs.cascade.enable=true"),
+    *("--set", "runs.meta_fuser.enable=true", "--set", "runs.meta_fuser.fuser_type=mlp"),
+    *("--set", "runs.meta_fuser.input_ensembles=[soft_voting,fusion_concat_mlp,moe]"),
+    *("--set", "runs.meta_fuser.mlp_config.epochs=3"),
+)
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory, built):
+    """A workspace with what reads embeddings and what runs only some members, evaluated. Read only."""
+    base = shutil.copytree(built, tmp_path_factory.mktemp("families") / "workspace")
+    for command in ("fusion-train", "meta-fuse", "evaluate"):
+        done = in_process.run(command, *FAMILIES, workspace=base)
+        assert done.code == 0, done.stderr
+    return at(base)
+
+
+@pytest.mark.parametrize("name", ["fusion_concat_mlp", "meta_fuser", "moe", "cascade"])
+def test_what_reads_embeddings_or_runs_few_members_agrees_as_well(families, name):
+    folder = families.split_dir / "test"
+    records = by_id(asked(families, folder, model_name=name, probabilities=True).document["images"], folder)
+    compare(records, stored(families, name))
+    metrics = json.loads(families.ensemble_metrics(name, "test").read_text())
+    assert np.mean([row["class"] == key.split("/")[0] for key, row in records.items()]) == metrics["accuracy"]
+
+
+def test_a_row_that_a_network_has_no_number_for_has_an_error_of_its_own(families, monkeypatch):
+    folder = families.split_dir / "test"
+    sick = sorted(folder.rglob("*.png"))[3]
+    running = streaming.stream
+
+    def spoiled(spec, splits, **options):
+        for batch in running(spec, splits, **options):
+            ids = splits[0].sample_ids[batch.start : batch.start + len(batch.logits)]
+            if spec.architecture == "CustomConvNeXt" and str(sick) in ids:
+                batch.logits[ids.index(str(sick))] = np.nan
+            yield batch
+
+    monkeypatch.setattr(streaming, "stream", spoiled)
+    for name in (NAME, "cascade", "CustomConvNeXt"):
+        found = asked(families, folder, model_name=name, probabilities=True)
+        said = {record["path"]: record["error"] for record in found.document["images"] if record["error"]}
+        ran = name != "cascade" or said  # a cascade need not have run it for this image
+        assert not ran or said == {str(sick): "CustomConvNeXt gives NaN or infinity for it"}
+        assert len(found.failures) == len(said)
+        records = by_id(found.document["images"], folder)
+        if name == NAME:
+            arrays = stored(families)
+            others = arrays["sample_ids"] != os.path.relpath(sick, folder)
+            del records[os.path.relpath(sick, folder)]
+            compare(
+                records,
+                {key: arrays[key][others] for key in ("sample_ids", "probabilities")} | {"classes": arrays["classes"]},
+            )
 
 
 def test_a_member_answers_alone(workspace):
@@ -261,6 +322,39 @@ def test_sets_and_abstention_come_from_what_was_measured(workspace):
         silent += found[sample_id]["abstain"]
     assert 1 < np.mean(sizes) < 3
     assert 0 < silent < len(sizes)
+
+
+def test_the_sets_that_are_asked_for_are_those_that_evaluate_measured(workspace):
+    path = workspace.ensemble_metrics(NAME, "test")
+    limits = {"lac": {"threshold": 0.6}, "aps": {"threshold": 0.9}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"conformal": limits}))
+    probabilities, classes = stored(workspace)["probabilities"], stored(workspace)["classes"].tolist()
+    found = {}
+    for kind, limit in (("lac", 0.6), ("aps", 0.9)):
+        thresholds = predicting.measured(workspace, NAME, is_ensemble=True, sets=kind)
+        found[kind] = [row["set"] for row in thresholds.of_rows(probabilities, classes)]
+        expected = uncertainty.prediction_sets(kind, probabilities, limit)
+        assert found[kind] == [[classes[place] for place in np.flatnonzero(row)] for row in expected]
+    assert found["lac"] != found["aps"]
+    folder = workspace.split_dir / "test"
+    records = by_id(asked(workspace, folder, sets="aps").document["images"], folder)
+    assert [records[name]["set"] for name in stored(workspace)["sample_ids"].tolist()] == found["aps"]
+
+
+def test_images_that_failed_are_tried_again(workspace, tmp_path):
+    good, sent, to = sorted((workspace.split_dir / "test").rglob("*.png"))[:3], tmp_path / "sent", tmp_path / "a.csv"
+    sent.mkdir()
+    for number, path in enumerate(good):
+        shutil.copy(path, sent / f"{number}.png")
+    (sent / "1.png").write_bytes(b"not yet copied")
+    assert asked(workspace, sent, to=str(to)).document["unreadable"] == 1
+    shutil.copy(good[1], sent / "1.png")
+    again = asked(workspace, sent, to=str(to), append=True)
+    assert (again.document["answered"], again.failures) == (1, [])
+    with to.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [os.path.basename(row["path"]) for row in rows] == ["0.png", "2.png", "1.png"]
+    assert {row["error"] for row in rows} == {""}
 
 
 def test_thresholds_of_an_older_ensemble_are_not_used(workspace, caplog):

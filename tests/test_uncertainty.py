@@ -136,12 +136,6 @@ def test_selective_keeps_at_most_50_points_and_judges_the_threshold_on_other_row
     assert uncertainty.confidence_threshold(*calibration, 0.1) == found["threshold"]
 
 
-def test_mutual_information_by_hand():
-    agree, differ = [[0.5, 0.5], [1.0, 0.0]], [[0.5, 0.5], [0.0, 1.0]]
-    found = uncertainty.mutual_information(np.array([agree, differ]))
-    np.testing.assert_allclose(found, [0, np.log(2)], atol=1e-12)
-
-
 def test_the_hint_tells_foreign_rows_and_is_silent_about_log_probabilities():
     rng = np.random.default_rng(4)
     known, alike = (rng.normal(size=(1000, 5)) + 6 * np.eye(5)[rng.integers(0, 5, 1000)] for _ in range(2))

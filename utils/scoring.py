@@ -15,12 +15,12 @@ import numpy as np
 from utils import base_back, ensembles, fold_networks
 from utils.artifacts import digest_of, read_arrays, write_arrays
 from utils.catalog import Catalog, Member
+from utils.diversity import mutual_information
 from utils.ensembles import Ensemble, Provenance
 from utils.errors import UserError
 from utils.metrics import softmax
 from utils.predictions import IMPORT, Store
 from utils.rows import UNKNOWN, Rows, align
-from utils.uncertainty import mutual_information
 
 logger = logging.getLogger("disease_pipeline")
 

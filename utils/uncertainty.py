@@ -1,4 +1,4 @@
-"""What a prediction is worth: sets that hold the true class, when to abstain, where members disagree, what is foreign.
+"""What a prediction is worth: sets that hold the true class, when to abstain, what is foreign.
 
 Thresholds are found on calibration rows, which are val rows that the same networks have not been trained on, and say
 something about other rows as far as both are drawn alike. Val rows also chose the members' epochs; that flatters them a
@@ -220,22 +220,6 @@ def selective(
         "answered": None if limit is None else float(sure.mean()),
         "error": float(wrong[sure].mean()) if sure.any() else None,
     }
-
-
-def mutual_information(probabilities: ArrayLike) -> Floats:
-    """How much the members' probabilities (M, N, C) disagree on each row, (N,) in nats; 0 where all say the same.
-
-    Entropy of their mean less their mean entropy (Depeweg et al. 2018): what asking one more member could still tell.
-    """
-    members = np.asarray(probabilities, dtype=np.float64)
-    found: Floats = np.maximum(_entropy(members.mean(axis=0)) - _entropy(members).mean(axis=0), 0)
-    return found
-
-
-def _entropy(probabilities: Floats) -> Floats:
-    logarithms = np.log(probabilities, out=np.zeros_like(probabilities), where=probabilities > 0)
-    found: Floats = -(probabilities * logarithms).sum(axis=-1)
-    return found
 
 
 def unfamiliarity(logits: ArrayLike) -> Floats:

@@ -41,10 +41,8 @@ def learned(data: ReportData) -> dict[str, Any]:
 
 
 def weights(data: ReportData) -> dict[str, Any]:
-    """`{names, rows, more}`: the share of each member in every ensemble that gives shares; most weight first."""
-    shares = {
-        name: record["weights"] for name, record in data.records.items() if isinstance(record.get("weights"), Mapping)
-    }
+    """`{names, rows, more}`: each member's share in every ensemble of several that gives shares; most weight first."""
+    shares = {name: own for name, record in data.records.items() if len(own := record.get("weights") or {}) > 1}
     total: dict[str, float] = {}
     for own in shares.values():
         for member, share in own.items():
@@ -61,13 +59,13 @@ def _sparse(data: ReportData, name: str, record: Mapping[str, Any]) -> dict[str,
     """How many members an image takes, beside all of them."""
     ways = record.get("beside") or {}
     own, whole = (ways.get(way) or {} for way in ("itself", "all_experts"))
-    fixed = "the same for every image" if record.get("is_fixed") else ""
+    count = whole.get("experts", len(data.metrics[name]["members"]))
     return {
         "name": name,
-        "experts": f"{record['expected_experts']:.2f} of {whole.get('experts', len(data.metrics[name]['members']))}",
+        "experts": f"{record['expected_experts']:.2f} of {count:.0f}",
         "latency": f"{number(own.get('latency_ms'), 2)} against {number(whole.get('latency_ms'), 2)}",
         "accuracy": f"{percent(own.get('accuracy'))} against {percent(whole.get('accuracy'))}",
-        "note": fixed,
+        "note": "the same for every image" if record.get("is_fixed") else "",
     }
 
 

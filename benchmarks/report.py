@@ -143,8 +143,12 @@ def _catalog(members: Sequence[str], classes: tuple[str, ...], splits: Any, size
     from utils.catalog import Catalog, Member
 
     oof = {"path": "", "rows": size.honest, "folds": 5, "accuracy": 0.9, "sha256": "0" * 64}
+    kept = {"stage": "final", "sha256": "0" * 64}
     entries = {
-        name: Member(name, name, "full", 224, classes, (), (), None, {**oof, "path": f"{name}.npz"}, None, name * 4)
+        name: Member(
+            *(name, name, "full", 224, classes, ({"path": f"checkpoints/{name}.pth", **kept},), (), None),
+            *({**oof, "path": f"{name}.npz"}, None, name * 4),
+        )
         for name in members
     }
     facts = {split: {"n": len(ids), "digest": split} for split, (ids, _) in splits.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import logging
 import os
 import shutil
 import subprocess
@@ -145,6 +146,15 @@ def built(tmp_path_factory: pytest.TempPathFactory, trained: Path, orchestrator)
         assert done.returncode == 0, done.stderr
 
     return made_once(tmp_path_factory, "built", make)
+
+
+@pytest.fixture
+def heard(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """`caplog` that hears the project's logger, which does not propagate."""
+    logger = logging.getLogger("disease_pipeline")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture

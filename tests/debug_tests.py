@@ -133,7 +133,7 @@ def test_an_exported_ensemble_is_loaded_again_and_agrees(workspace):
 
 
 def test_every_section_of_debug_stands_in_the_command_line():
-    from ensemble_orchestrator import DEBUG_SECTIONS
+    from utils.commands import DEBUG_SECTIONS
 
     assert tuple(SECTIONS) == DEBUG_SECTIONS
     assert tuple(debug_utils.CHOICES) == tuple(COMMANDS["debug"].arguments["--section"]["choices"])

@@ -8,6 +8,7 @@ import os
 
 import pytest
 
+from utils import answer_files
 from utils.answer_files import AnswerFile, Form
 from utils.errors import UserError
 
@@ -69,6 +70,21 @@ def test_wherever_it_was_cut_it_goes_on_to_the_same_bytes(tmp_path, form):
         path.write_bytes(whole[:end])
         written(path, form, append=True)
         assert path.read_bytes() == whole, end
+
+
+def test_records_with_an_error_go_and_the_others_stay_as_they_were(tmp_path, form, monkeypatch):
+    monkeypatch.setattr(answer_files, "PART", 5)
+    path, bad = tmp_path / "a", {NAMES[0], NAMES[3], NAMES[4], NAMES[-1]}
+    nothing = {"error": "no\nimage", "class": None, "probabilities": None}
+    lines = [form.line(record(name) | (nothing if name in bad else {})) for name in NAMES]
+    AnswerFile(path, form, "m@1", append=False, replace=False).add(lines)
+    with path.open("ab") as file:
+        file.write(lines[1].encode()[:20])  # cut off by a killed process
+    file = AnswerFile(path, form, "m@1", append=True, replace=False)
+    assert file.done == set(NAMES) - bad
+    kept = [line for name, line in zip(NAMES, lines, strict=True) if name not in bad]
+    assert path.read_bytes() == (form.head + "".join(kept)).encode("utf-8", "surrogateescape")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_file_is_not_replaced_unasked(tmp_path, form):

@@ -1,7 +1,8 @@
-"""docs/contract.md, read as tables: every command leaves the files, prints the keys and ends with the codes there."""
+"""docs/contract.md, read as tables: every command takes the options, leaves the files and prints the keys there."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -11,9 +12,11 @@ import pytest
 from conftest import PROJECT
 from given_predictions import write
 from in_process import run
+from test_imported_fusion import embedded
 
 import ensemble_orchestrator as o
-from utils import errors
+from utils import answer_files, errors
+from utils.config import Config, Section
 
 PAGE = (PROJECT / "docs" / "contract.md").read_text()
 SMALL = (
@@ -24,8 +27,10 @@ SMALL = (
         "--set",
         "runs.stacking.meta_learners=[lr]",
         "--set",
-        "runs.fusion.enable=false",
+        "runs.fusion.fusion_methods=[concat_mlp]",
     ),
+    *("--set", "runs.fusion.fusion_config.epochs=2", "--set", "runs.fusion.train_embeddings=val"),
+    *("--set", "runs.cascade.enable=true"),
     *("--set", "runs.meta_fuser.input_ensembles=[soft_voting,stacking_lr]", "--set", "runs.meta_fuser.fuser_type=mlp"),
     *("--set", "distillation.enable=false", "--set", "exports.enable=false", "--quiet"),
 )
@@ -34,13 +39,23 @@ LINES = {
     "discover": ("discover",),
     "build-ensemble": ("build-ensemble",),
     "stack": ("stack",),
+    "fusion-train": ("fusion-train",),
     "meta-fuse": ("meta-fuse",),
     "evaluate": ("evaluate",),
     "pipeline": ("pipeline",),
     "status": ("status",),
     "clean": ("clean",),
 }
-"""In this order each finds what it needs; `debug` has tests of its own, and so has what needs images."""
+"""In this order each finds what it needs; what needs images has a workspace of its own."""
+WITH_IMAGES = {
+    "predict": ("predict", "--model-name", "soft_voting_ensemble", "{images}"),
+    "export": ("export", "--model-name", "soft_voting_ensemble", "--formats", "state_dict"),
+    "distill": ("distill",),
+}
+TAUGHT = (
+    *("--set", "distillation.teacher=soft_voting_ensemble", "--set", "distillation.student=CustomConvNeXt"),
+    *("--set", "distillation.epochs=1", "--set", "distillation.enable=true", "--set", "exports.enable=true"),
+)
 
 
 def table(title: str) -> dict[str, list[str]]:
@@ -62,7 +77,7 @@ COMMANDS = table("Commands")
 def run_all(tmp_path_factory) -> tuple[Path, dict]:
     """A workspace of imported members after every command, and what each printed."""
     folder = tmp_path_factory.mktemp("contract")
-    write(folder / "given")
+    write(folder / "given", change=embedded(per_fold=False))
     (folder / "w").mkdir()
     found = {}
     for name, line in LINES.items():
@@ -77,11 +92,64 @@ def test_every_command_has_a_row():
     assert set(COMMANDS) == set(o.COMMANDS), "docs/contract.md, the table of commands: add a row, or take one away"
 
 
+def test_every_command_is_run():
+    assert {*LINES, *WITH_IMAGES, "debug"} == set(o.COMMANDS)
+
+
+def test_options_are_those_of_the_program():
+    found = {
+        name: {option for option, how in command.arguments.items() if how.get("help") is not argparse.SUPPRESS}
+        for name, command in o.COMMANDS.items()
+    }
+    stated = {name: words(cells[0]) for name, cells in table("Options").items()}
+    assert stated == found | {"all": set(o.COMMON)}, "docs/contract.md, the table of options"
+
+
+def keys_of(section: type[Section]) -> set[str]:
+    """Dotted keys of a section of the configuration."""
+    found = set()
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            found |= {f"{name}.{key}" for key in keys_of(kind)}
+        else:
+            found.add(name)
+    return found
+
+
+def test_keys_of_the_configuration_are_those_of_the_model():
+    stated = {
+        f"{place}.{key}".removeprefix("top.")
+        for place, cells in table("Configuration").items()
+        for key in words(cells[0])
+    }
+    assert stated == keys_of(Config), "docs/contract.md, the table of the configuration"
+
+
 @pytest.mark.parametrize("command", LINES)
 def test_a_command_keeps_to_its_row(command, run_all):
     workspace, found = run_all
     done, new = found[command]
     assert done.code == 0, done.stderr
+    check(command, done, new, workspace)
+
+
+@pytest.mark.parametrize("command", WITH_IMAGES)
+def test_a_command_that_needs_images_keeps_to_its_row(command, own_copy):
+    before = {path for path in own_copy.rglob("*") if path.is_file()}
+    line = [word.replace("{images}", str(own_copy / "split_dataset" / "test" / "2")) for word in WITH_IMAGES[command]]
+    done = run(*line, "--config", "configs/votes.yaml", "--json", "--quiet", *TAUGHT, workspace=own_copy)
+    assert done.code == 0, done.stderr
+    check(command, done, {path for path in own_copy.rglob("*") if path.is_file()} - before, own_copy)
+    if command == "predict":
+        columns = words(PAGE.split("records, in the file or under `images`")[1].replace("{", "").replace("}", ""))
+        assert done.document["images"][0].keys() == set(answer_files.COLUMNS) <= columns
+        done = run(*line, *("--to", str(own_copy / "a.csv")), "--json", "--quiet", workspace=own_copy)
+        assert done.document.keys() - {"failures"} == {"model", "file", "images", "answered", "unreadable"}
+
+
+def check(command: str, done, new: set[Path], workspace: Path) -> None:
+    """What a run printed and left is what the page says of its command."""
     document = json.loads(done.stdout)  # one document and nothing else on stdout
     files, keys = COMMANDS[command]
     assert done.stdout.count("\n") == 1
@@ -90,7 +158,7 @@ def test_a_command_keeps_to_its_row(command, run_all):
     assert document.keys() - {"failures", "next"} == expected
     for pattern in words(files):
         assert list(workspace.glob(pattern)), pattern
-    if files == "nothing":
+    if files.startswith("nothing"):
         assert {path for path in new if "debug_logs" not in path.parts} == set()
 
 
@@ -125,3 +193,13 @@ def test_records_hold_the_keys_of_the_page(pattern, run_all):
     assert files
     for path in files:
         assert words(table("Records")[pattern][0]) <= json.loads(path.read_text()).keys(), path
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "ranking.json"])
+def test_what_evaluate_writes_holds_no_key_that_the_page_lacks(name, run_all):
+    workspace, _ = run_all
+    stated = next(words(cells[0]) for pattern, cells in table("Records").items() if pattern.endswith(name))
+    found = [json.loads(path.read_text()).keys() for path in (workspace / "metrics_output").rglob(name)]
+    assert len(found) > (5 if name == "metrics.json" else 0)
+    sometimes = table("Inside metrics.json").keys() - stated if name == "metrics.json" else set()
+    assert set().union(*found) - sometimes == stated

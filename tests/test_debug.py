@@ -16,8 +16,9 @@ import pytest
 from conftest import PROJECT, run_python
 from in_process import run
 
-from ensemble_orchestrator import COMMANDS, DEBUG_SECTIONS
+from ensemble_orchestrator import COMMANDS
 from utils import debug_plan, debug_sandbox, debug_utils, locks, programs
+from utils.commands import DEBUG_SECTIONS
 from utils.debug_plan import SECTIONS
 
 LATER = {name for name in SECTIONS if debug_plan.missing_commands(SECTIONS[name], COMMANDS)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import struct
 import zlib
 
@@ -16,14 +15,6 @@ from utils import image_cache
 from utils.image_cache import UnreadableImages, decode_images, open_images, read_image, resized_side
 
 SIZE = 32
-
-
-@pytest.fixture
-def heard(caplog):
-    logger = logging.getLogger("disease_pipeline")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def gradient(height=60, width=90):

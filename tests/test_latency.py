@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -43,14 +42,6 @@ def member(store):
         )
 
     return make
-
-
-@pytest.fixture
-def heard(caplog):
-    logger = logging.getLogger("disease_pipeline")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture

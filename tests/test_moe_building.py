@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from finished_workspace import at
 from given_predictions import CONFIG, take_in, write
 
 from utils import build, catalog, ensembles, moe_building, sparse, streaming
+from utils.classifier import WorkspaceClassifier
 from utils.config_file import load
 from utils.gating import SparseGate
 from utils.metrics import softmax
@@ -104,9 +106,12 @@ def test_images_are_answered_by_running_only_the_members_they_need(fused, make, 
 
     monkeypatch.setattr(streaming, "open_network", one_at_a_time)
     monkeypatch.setattr(streaming, "stream", counted)
-    found, ran = sparse.answer(store, combiner, members, images)
-    np.testing.assert_allclose(found, combiner.predict_proba(logits), atol=1e-5)
-    np.testing.assert_array_equal(ran, needed(combiner, logits))
+    asking = WorkspaceClassifier(store, "cascade")
+    asking.ensemble, asking.members = replace(asking.ensemble, combiner=combiner), tuple(members)
+    found = asking.answer(images.paths, lambda count: None)
+    np.testing.assert_allclose(found.probabilities, combiner.predict_proba(logits), atol=1e-5)
+    ran = needed(combiner, logits)
+    np.testing.assert_array_equal(np.isnan(found.disagreement), ran.sum(axis=0) == 1)
     assert (len(rows), rows[0]) == (3, 28)
     assert 28 < sum(rows) == ran.sum() < 3 * 28
 

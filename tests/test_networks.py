@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -92,14 +91,6 @@ class Methods(Foreign):
 
 
 NETWORKS = {kind.__name__: kind for kind in (Foreign, TwoHeads, Bottleneck, Shared, Hidden, Methods)}
-
-
-@pytest.fixture
-def heard(caplog):
-    logger = logging.getLogger("disease_pipeline")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def factory(name, num_classes=1000):

@@ -19,7 +19,7 @@ from finished_workspace import CONFIG, at
 from given_predictions import logged
 from PIL import Image
 
-from utils import catalog, classifier, ensembles, fold_networks
+from utils import catalog, classifier, ensembles, fold_networks, uncertainty
 from utils import predict as predicting
 from utils.classifier import WorkspaceClassifier
 from utils.config_file import load
@@ -191,7 +191,7 @@ def test_many_unreadable_files_are_counted(workspace, tmp_path):
         (tmp_path / f"{number}.png").write_text(str(number))
     found = asked(workspace, tmp_path)
     assert len(found.failures) == 6
-    assert found.failures[-1].startswith("4 more unreadable images")
+    assert found.failures[-1].startswith("4 more images without an answer")
 
 
 def test_a_stopped_run_goes_on_where_it_was(workspace, tmp_path, monkeypatch):
@@ -261,6 +261,39 @@ def test_sets_and_abstention_come_from_what_was_measured(workspace):
         silent += found[sample_id]["abstain"]
     assert 1 < np.mean(sizes) < 3
     assert 0 < silent < len(sizes)
+
+
+def test_the_sets_that_are_asked_for_are_those_that_evaluate_measured(workspace):
+    path = workspace.ensemble_metrics(NAME, "test")
+    limits = {"lac": {"threshold": 0.6}, "aps": {"threshold": 0.9}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"conformal": limits}))
+    probabilities, classes = stored(workspace)["probabilities"], stored(workspace)["classes"].tolist()
+    found = {}
+    for kind, limit in (("lac", 0.6), ("aps", 0.9)):
+        thresholds = predicting.measured(workspace, NAME, is_ensemble=True, sets=kind)
+        found[kind] = [row["set"] for row in thresholds.of_rows(probabilities, classes)]
+        expected = uncertainty.prediction_sets(kind, probabilities, limit)
+        assert found[kind] == [[classes[place] for place in np.flatnonzero(row)] for row in expected]
+    assert found["lac"] != found["aps"]
+    folder = workspace.split_dir / "test"
+    records = by_id(asked(workspace, folder, sets="aps").document["images"], folder)
+    assert [records[name]["set"] for name in stored(workspace)["sample_ids"].tolist()] == found["aps"]
+
+
+def test_images_that_failed_are_tried_again(workspace, tmp_path):
+    good, sent, to = sorted((workspace.split_dir / "test").rglob("*.png"))[:3], tmp_path / "sent", tmp_path / "a.csv"
+    sent.mkdir()
+    for number, path in enumerate(good):
+        shutil.copy(path, sent / f"{number}.png")
+    (sent / "1.png").write_bytes(b"not yet copied")
+    assert asked(workspace, sent, to=str(to)).document["unreadable"] == 1
+    shutil.copy(good[1], sent / "1.png")
+    again = asked(workspace, sent, to=str(to), append=True)
+    assert (again.document["answered"], again.failures) == (1, [])
+    with to.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [os.path.basename(row["path"]) for row in rows] == ["0.png", "2.png", "1.png"]
+    assert {row["error"] for row in rows} == {""}
 
 
 def test_thresholds_of_an_older_ensemble_are_not_used(workspace, caplog):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 
 import pytest
@@ -25,14 +24,6 @@ ON = ("pruning.enable=true", "device=cpu", "pruning.cost_budget.max_latency_ms=n
 @pytest.fixture
 def workspace(own_copy):
     return Workspace(own_copy, *(own_copy / name for name in NAMES))
-
-
-@pytest.fixture
-def heard(caplog):
-    logger = logging.getLogger("disease_pipeline")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def build(workspace, *overrides, **options):

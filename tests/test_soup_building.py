@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 
 import numpy as np
@@ -69,14 +68,6 @@ def brewed(tmp_path_factory, trained):
 @pytest.fixture
 def own(tmp_path, brewed):
     return workspace_at(shutil.copytree(brewed.base, tmp_path / "w"))
-
-
-@pytest.fixture
-def heard(caplog):
-    logger = logging.getLogger("disease_pipeline")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 # what is written ------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 
 import numpy as np
@@ -57,14 +56,6 @@ def base(tmp_path_factory, trained):
 @pytest.fixture(scope="module")
 def looked(base):
     return survey(store_at(base))
-
-
-@pytest.fixture
-def heard(caplog):
-    logger = logging.getLogger("disease_pipeline")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import weakref
 from dataclasses import dataclass, replace
@@ -22,14 +21,6 @@ from utils.errors import UserError
 from utils.networks import Outputs
 from utils.predictions import Store
 from utils.workspace import Workspace
-
-
-@pytest.fixture
-def heard(caplog):
-    logger = logging.getLogger("disease_pipeline")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def test_normalised_pixels_are_those_of_the_base_transform():

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from utils.artifacts import replacing
 from utils.errors import UserError, cannot_write
 
 FORMATS = ("csv", "jsonl")
 COLUMNS = ("path", "class", "probability", "set", "abstain", "disagreement", "model", "error")
 FIRST_OF_JSON = b'{"path": '
+PART = 2**20  # bytes that are copied at a time
 PROBABILITY = "p:"  # begins the CSV column of a class
 
 
@@ -79,12 +81,14 @@ class AnswerFile:
     """A file that records are added to; what `add` returned from is on disk, whatever ends the process."""
 
     def __init__(self, path: Path, form: Form, model: str, *, append: bool, replace: bool) -> None:
-        """Begin the file, or go on with it: `done` are the paths that it holds. Raises UserError where that is unsafe.
+        """Begin the file, or go on with it: `done` are the paths that it answers. UserError where that is unsafe.
 
-        A record that was cut off by a killed process is removed.
+        A record that was cut off by a killed process is removed, and so are those that hold an error in place of an
+        answer.
         """
         self.path, self.form = path, form
         self.done: set[str] = set()
+        self.failed: list[tuple[int, int]] = []
         try:
             there = path.stat().st_size if path.exists() else 0
             if there and not (append or replace):
@@ -96,6 +100,7 @@ class AnswerFile:
                 end = self._read(model)
                 with path.open("r+b") as file:
                     file.truncate(end)
+                self._remove_failed(end)
                 if end == 0:
                     self._write(form.head, "wb")
             else:
@@ -124,13 +129,29 @@ class AnswerFile:
                 if self.form.format == "csv" and number == 0:
                     self._compare("columns", _parsed(text), list(self.form.columns))
                 else:
-                    path, own = self._record(text, number + 1)
+                    path, own, error = self._record(text, number + 1)
                     self._compare("answers of the model", own, model)
-                    self.done.add(path)
+                    if error:
+                        self.failed.append((end, stop))
+                    else:
+                        self.done.add(path)
                 end = stop
         if end == 0:
             self._require_beginning()
         return end
+
+    def _remove_failed(self, end: int) -> None:
+        """Take the records with an error out of a file of `end` bytes; the old file or the new one is there."""
+        if not self.failed:
+            return
+        with replacing(self.path) as temporary, self.path.open("rb") as old, temporary.open("wb") as new:
+            place = 0
+            for start, stop in [*self.failed, (end, end)]:
+                while place < start:
+                    part = old.read(min(start - place, PART))
+                    place += len(part)
+                    new.write(part)
+                place = old.seek(stop)
 
     def _require_beginning(self) -> None:
         """A file without a whole record is cut to nothing, so it must be the beginning of one of ours."""
@@ -139,15 +160,16 @@ class AnswerFile:
         if not (ours.startswith(text) or (self.form.format == "jsonl" and text.startswith(ours))):
             raise UserError(f"{self.path}: holds none of our answers. Name another file with --to")
 
-    def _record(self, text: str, number: int) -> tuple[str, str]:
+    def _record(self, text: str, number: int) -> tuple[str, str, str | None]:
+        """Path, model and error of a record."""
         try:
             if self.form.format == "csv":
                 cells = dict(zip(self.form.columns, _parsed(text), strict=True))
-                return cells["path"], cells["model"]
+                return cells["path"], cells["model"], cells["error"]
             record = json.loads(text)
             if ("probabilities" in record) != (self.form.classes is not None):
                 raise UserError(f"{self.path}: record {number} has other columns. Name another file with --to")
-            return record["path"], record["model"]
+            return record["path"], record["model"], record["error"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.path}: record {number} is none of ours ({error}). Name another file with --to"

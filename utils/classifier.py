@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, diversity, ensembles, fold_networks, streaming
+from utils import catalog, ensembles, fold_networks, streaming
 from utils.catalog import IMPORTED, Member
+from utils.diversity import mutual_information
 from utils.ensembles import Ensemble
 from utils.errors import UserError, did_you_mean
 from utils.metrics import log_softmax, softmax
 from utils.predictions import Store
+from utils.routing import Sparse, execute
 from utils.rows import UNKNOWN, Rows
 from utils.streaming import Batch, ImageSplit, NetworkSpec
 
@@ -40,9 +42,9 @@ class BlockAnswers:
     probabilities: np.ndarray
     """float64 (R, C)"""
     disagreement: np.ndarray | None
-    """float64 (R,): mutual information of the members in nats; None for fewer than two"""
+    """float64 (R,): mutual information of the members that ran, in nats, NaN where fewer than two did; None for one"""
     problems: dict[int, str]
-    """{place: why it could not be read}"""
+    """{place: why there is no answer}"""
 
 
 class WorkspaceClassifier:
@@ -136,19 +138,46 @@ class WorkspaceClassifier:
             kept = np.array([place for place in range(len(paths)) if place not in problems], dtype=np.int64)
             if not len(kept):
                 return BlockAnswers(kept, np.empty((0, len(self.classes))), None, problems)
-            rows = self._rows(images.take(kept), cache, step)
-        probabilities = ensembles.predict(self.ensemble, rows) if self.ensemble else softmax(rows.logits[0])
-        members = [softmax(logits) for logits in rows.logits]
-        disagreement = diversity.mutual_information(members) if len(members) > 1 else None
-        return BlockAnswers(kept, probabilities, disagreement, problems)
+            found = self._answers(images.take(kept), cache, step)
+        problems |= {int(kept[row]): reason for row, reason in found.problems.items()}
+        return replace(found, readable=kept[found.readable], problems=problems)
 
-    def _rows(self, images: ImageSplit, cache: Path, step: Callable[[int], None]) -> Rows:
-        """All members on readable images, one network in memory at a time."""
-        logits = np.empty((len(self.members), len(images.paths), len(self.classes)), dtype=np.float32)
-        embeddings = []
-        for place, member in enumerate(self.members):
-            logits[place], features = self._member_rows(member, images, cache, step)
-            embeddings.append(features)
+    def _answers(self, images: ImageSplit, cache: Path, step: Callable[[int], None]) -> BlockAnswers:
+        """Answers for readable images, one network in memory at a time; `readable` are rows of them.
+
+        A row for which a network gives NaN or infinity is a problem. Zeros stand for it until then, so that the
+        combiner answers the other rows.
+        """
+        problems: dict[int, str] = {}
+        features: list[np.ndarray | None] = []
+
+        def run(place: int, rows: np.ndarray) -> np.ndarray:
+            member = self.members[place]
+            logits, own = self._member_rows(member, images.take(rows), cache, step)
+            for array in (logits, own):
+                for row in () if array is None else np.flatnonzero(~np.isfinite(array).all(axis=1)):
+                    array[row] = 0
+                    problems.setdefault(int(rows[row]), f"{member.name} gives NaN or infinity for it")
+            features.append(own)
+            members[place, rows], ran[place, rows] = logits, True
+            return logits
+
+        everything = np.arange(len(images.paths))
+        members = np.zeros((len(self.members), len(everything), len(self.classes)), dtype=np.float32)
+        ran = np.zeros(members.shape[:2], dtype=bool)
+        if self.ensemble and isinstance(self.ensemble.combiner, Sparse):
+            probabilities, _ = execute(self.ensemble.combiner, run, members.shape)
+        else:
+            for place in range(len(self.members)):
+                run(place, everything)
+            rows = self._rows(images, members, features)
+            probabilities = ensembles.predict(self.ensemble, rows) if self.ensemble else softmax(members[0])
+        kept = np.array([row for row in everything if row not in problems], dtype=np.int64)
+        disagreement = _disagreement(members, ran)[kept] if len(members) > 1 else None
+        return BlockAnswers(kept, probabilities[kept], disagreement, problems)
+
+    def _rows(self, images: ImageSplit, logits: np.ndarray, embeddings: Sequence[np.ndarray | None]) -> Rows:
+        """All members' outputs on images, as an ensemble takes them."""
         rows = Rows(
             members=tuple(member.name for member in self.members),
             classes=self.classes,
@@ -196,6 +225,7 @@ class WorkspaceClassifier:
             image_cache=cache,
             decoding_threads=self.threads,
             val=self._val,
+            must_be_finite=False,
         )
 
     @property
@@ -205,6 +235,16 @@ class WorkspaceClassifier:
             return self.store.images("val")
         except UserError:
             return None
+
+
+def _disagreement(logits: np.ndarray, ran: np.ndarray) -> np.ndarray:
+    """Mutual information (N,) of the members (M, N, C) that ran, bool (M, N); NaN where fewer than two did."""
+    found = np.full(ran.shape[1], np.nan)
+    for those in np.unique(ran.T, axis=0):
+        rows = (ran == those[:, None]).all(axis=0)
+        if those.sum() > 1:
+            found[rows] = mutual_information(softmax(logits[place][rows]) for place in np.flatnonzero(those))
+    return found
 
 
 def _digests(paths: Sequence[Path]) -> tuple[tuple[str, ...], dict[int, str]]:

@@ -93,6 +93,11 @@ def seen_by(combiner: Combiner, outputs: np.ndarray | Outputs) -> Any:
     return outputs.logits if isinstance(outputs, Outputs) and not combiner.reads_embeddings else outputs
 
 
+def below(state: Mapping[str, np.ndarray], start: str) -> dict[str, np.ndarray]:
+    """The arrays of a part, kept among others under names that begin with `start`, by their own names."""
+    return {name.removeprefix(start): values for name, values in state.items() if name.startswith(start)}
+
+
 def fit_crossfitted(recipe: Combiner, logits: Any, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
     """Fit a recipe on logits (M, N, C), labels (N,), folds (N,); gives its cross-fitted probabilities float32 (N, C).
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from utils import embedding_maps
-from utils.combiner import Combiner, MemberFacts
+from utils.combiner import Combiner, MemberFacts, below
 from utils.config import Config
 from utils.embedding_maps import EmbeddingMaps
 from utils.errors import UserError
@@ -137,7 +137,7 @@ class Fusion(Stacker):
     def from_state(cls, state: Mapping[str, np.ndarray]) -> Self:
         """The fusion whose `state` this is."""
         found = super().from_state(state)
-        found.maps = EmbeddingMaps.from_state(_below(state, "maps/"))
+        found.maps = EmbeddingMaps.from_state(below(state, "maps/"))
         return found
 
     @classmethod
@@ -145,7 +145,7 @@ class Fusion(Stacker):
         classes, rank, blocks, *rest = state["shape"].tolist()
         shape = Shape(cls.method, tuple(rest[:blocks]), tuple(rest[blocks:]), classes, rank)
         starts = sorted({name[: len("heads/000/")] for name in state if name.startswith("heads/")})
-        return Heads(shape, tuple(_below(state, start) for start in starts))
+        return Heads(shape, tuple(below(state, start) for start in starts))
 
 
 class FusionConcat(Fusion):
@@ -187,10 +187,6 @@ class FusionShared(Fusion):
 
     def _maps_of(self, outputs: Outputs) -> EmbeddingMaps:
         return embedding_maps.shared(outputs.embeddings)
-
-
-def _below(state: Mapping[str, np.ndarray], start: str) -> dict[str, np.ndarray]:
-    return {name.removeprefix(start): values for name, values in state.items() if name.startswith(start)}
 
 
 COMBINERS: dict[str, type[Combiner]] = {

@@ -14,7 +14,7 @@ import numpy as np
 
 from utils import ensemble_methods, fusion_methods, moe_methods, stacking_methods
 from utils.attention import AttentionLearner, Gate
-from utils.combiner import Combiner, MemberFacts, fit_crossfitted, seen_by
+from utils.combiner import Combiner, MemberFacts, below, fit_crossfitted, seen_by
 from utils.config import Config
 from utils.metrics import SMALLEST_PROBABILITY
 from utils.perceptron import PerceptronLearner
@@ -183,10 +183,10 @@ class MetaFuser:
         inputs = []
         for start in starts:
             method = _text(state[f"{start}/method"])
-            combiner = PARTS[method].from_state(_below(state, f"{start}/state/"))
+            combiner = PARTS[method].from_state(below(state, f"{start}/state/"))
             inputs.append(Input(method, combiner, state[f"{start}/places"]))
         kind = _text(state["fuser_type"])
-        return cls(inputs, FUSERS[kind].from_state(_below(state, "fuser/")), kind)
+        return cls(inputs, FUSERS[kind].from_state(below(state, "fuser/")), kind)
 
     def used(self, members: int) -> np.ndarray:
         """The members of any input, bool (M,)."""
@@ -225,10 +225,6 @@ def _unseen(one: Input, outputs: np.ndarray | Outputs, labels: np.ndarray, folds
 
 def _as_logits(probabilities: Sequence[np.ndarray]) -> np.ndarray:
     return np.log(np.maximum(np.stack(probabilities), SMALLEST_PROBABILITY))
-
-
-def _below(state: Mapping[str, np.ndarray], start: str) -> dict[str, np.ndarray]:
-    return {name.removeprefix(start): values for name, values in state.items() if name.startswith(start)}
 
 
 def _bytes(text: str) -> np.ndarray:

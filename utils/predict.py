@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from utils import catalog, image_paths
+from utils import catalog, image_paths, uncertainty
 from utils.answer_files import AnswerFile, Form
 from utils.artifacts import read_record
 from utils.classifier import BlockAnswers, WorkspaceClassifier
@@ -27,9 +27,8 @@ from utils.workspace import Workspace
 logger = logging.getLogger("disease_pipeline")
 
 DIGITS = 6
-ROUNDING = 1e-9
 MOST_ON_SCREEN = 10_000  # images; more need a file, which can be continued
-MOST_NAMED = 5  # unreadable images in messages
+MOST_NAMED = 5  # images without an answer in messages
 QUIET = 10.0  # seconds between two lines of progress
 
 
@@ -55,21 +54,25 @@ class Classifier(Protocol):
 class Thresholds:
     """What `evaluate` measured of a model: when a set of classes is large enough, and when to be silent."""
 
-    lac: float | None
-    """A class is in the set when 1 - its probability is at most this (least ambiguous sets, Sadinle et al. 2019).
-
-    The most probable class always is."""
+    kind: str
+    """How sets are made, a key of `uncertainty.SCORES`"""
+    limit: float | None
+    """Scores up to it are in the set."""
     abstain: float | None
     """Below this probability of the top class there is no answer to rely on."""
 
-    def of_row(self, probabilities: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-        """`set` and `abstain` of one image, from (C,); None where they were not measured."""
-        inside = 1 - probabilities <= (np.inf if self.lac is None else self.lac + ROUNDING)
-        inside[probabilities.argmax()] = True
-        return {
-            "set": None if self.lac is None else [classes[place] for place in np.flatnonzero(inside)],
-            "abstain": None if self.abstain is None else bool(probabilities.max() < self.abstain),
-        }
+    def of_rows(self, probabilities: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """`set` and `abstain` of each image, from (N, C); None where they were not measured."""
+        found: list[dict[str, Any]] = [{"set": None, "abstain": None} for _ in probabilities]
+        if self.limit is not None:
+            for row, inside in zip(
+                found, uncertainty.prediction_sets(self.kind, probabilities, self.limit), strict=True
+            ):
+                row["set"] = [classes[place] for place in np.flatnonzero(inside)]
+        if self.abstain is not None:
+            for row, highest in zip(found, probabilities.max(axis=1), strict=True):
+                row["abstain"] = bool(highest < self.abstain)
+        return found
 
 
 def predict(
@@ -81,13 +84,15 @@ def predict(
     to: str | None = None,
     form: str | None = None,
     probabilities: bool = False,
+    sets: str = "lac",
     append: bool = False,
     force: bool = False,
 ) -> Result:
     """Answer for images, into the file `to` or, up to 10,000 of them, onto the screen.
 
-    `form` is csv or jsonl, by default what the file's ending says; `probabilities` adds those of all classes. With
-    `append` the file is continued: images that it holds are passed over. An image that cannot be read is a record with
+    `form` is csv or jsonl, by default what the file's ending says; `probabilities` adds those of all classes,
+    `sets` is a way to make prediction sets, lac or aps. With `append` the file is continued: images that it answers are
+    passed over, those with an error are tried again. An image that cannot be read is a record with
     its error and a failure of the result. Raises UserError without an image, for a model that cannot answer, and for a
     file that is there and not to be continued.
     """
@@ -95,7 +100,7 @@ def predict(
     answers.check()
     store = Store(config, workspace, catalog.load(workspace))
     classifier = WorkspaceClassifier(store, model_name)
-    thresholds = measured(workspace, model_name, is_ensemble=classifier.ensemble is not None)
+    thresholds = measured(workspace, model_name, is_ensemble=classifier.ensemble is not None, sets=sets)
     return _predicted(classifier, thresholds, image_paths.find(paths, sys.stdin.buffer), paths, answers)
 
 
@@ -106,6 +111,7 @@ def predict_from_export(
     to: str | None = None,
     form: str | None = None,
     probabilities: bool = False,
+    sets: str = "lac",
     append: bool = False,
     force: bool = False,
 ) -> Result:
@@ -120,7 +126,7 @@ def predict_from_export(
     answers.check()
     classifier = ExportClassifier(Path(from_export).expanduser())
     listing = image_paths.find(paths, sys.stdin.buffer, SUFFIXES)
-    return _predicted(classifier, Thresholds(None, None), listing, paths, answers)
+    return _predicted(classifier, Thresholds(sets, None, None), listing, paths, answers)
 
 
 @dataclass(frozen=True)
@@ -212,7 +218,7 @@ def _predicted(
     )
 
 
-def measured(workspace: Workspace, name: str, *, is_ensemble: bool) -> Thresholds:
+def measured(workspace: Workspace, name: str, *, is_ensemble: bool, sets: str = "lac") -> Thresholds:
     """What the newest evaluation on test says of a model; without one, or one of an older ensemble, this is said."""
     path = (workspace.ensemble_metrics if is_ensemble else workspace.member_metrics)(name, "test")
     record: Mapping[str, Any] = read_record(path, remedy="Remove it, then evaluate again") or {}
@@ -221,10 +227,11 @@ def measured(workspace: Workspace, name: str, *, is_ensemble: bool) -> Threshold
     if stale:
         record = {}
     found = Thresholds(
-        ((record.get("conformal") or {}).get("lac") or {}).get("threshold"),
+        sets,
+        ((record.get("conformal") or {}).get(sets) or {}).get("threshold"),
         (record.get("selective") or {}).get("threshold"),
     )
-    lacking = [word for word, value in (("set", found.lac), ("abstain", found.abstain)) if value is None]
+    lacking = [word for word, value in (("set", found.limit), ("abstain", found.abstain)) if value is None]
     if lacking:
         why = "was built again since it was evaluated" if stale else "has no measured thresholds"
         logger.warning(
@@ -269,6 +276,7 @@ def _records(
     classifier: Classifier, thresholds: Thresholds, paths: Sequence[Path], found: BlockAnswers, style: Form
 ) -> tuple[list[dict[str, Any]], list[str]]:
     row_of = {int(place): row for row, place in enumerate(found.readable)}
+    measured_of = thresholds.of_rows(found.probabilities, classifier.classes)
     records, lines = [], []
     for place, path in enumerate(paths):
         record: dict[str, Any] = {"path": str(path), "class": None, "probability": None, "set": None, "abstain": None}
@@ -278,8 +286,8 @@ def _records(
             row = found.probabilities[row_of[place]]
             top = int(row.argmax())
             record |= {"class": classifier.classes[top], "probability": round(float(row[top]), DIGITS)}
-            record |= thresholds.of_row(row, classifier.classes)
-            if found.disagreement is not None:
+            record |= measured_of[row_of[place]]
+            if found.disagreement is not None and not np.isnan(found.disagreement[row_of[place]]):
                 record["disagreement"] = round(float(found.disagreement[row_of[place]]), DIGITS)
             values = [round(float(value), DIGITS) for value in row]
         if style.classes is not None:
@@ -297,7 +305,7 @@ def _named(problems: Sequence[str]) -> list[str]:
     more = len(problems) - MOST_NAMED
     return [
         *problems[:MOST_NAMED],
-        *([f"{more} more unreadable images, each with its error in its record"] if more > 0 else []),
+        *([f"{more} more images without an answer, each with its error in its record"] if more > 0 else []),
     ]
 
 

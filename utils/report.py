@@ -24,7 +24,7 @@ from utils.workspace import Workspace
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 1  # raised whenever the same records would give another page
+VERSION = 2  # raised whenever the same records would give another page
 TEMPLATES = Path(__file__).with_name("templates")
 KEY = re.compile(rb'<meta name="inputs" content="([0-9a-f]{64})">')
 HEAD = 4096  # bytes in which the key stands
@@ -98,7 +98,7 @@ def _key_of(path: Path) -> str | None:
 
 def render(config: Config, store: Store, split: str, key: str) -> str:
     """The page of a split as one HTML text."""
-    from utils import instructive, report_data, report_sections, report_summary
+    from utils import instructive, report_data, report_learned, report_sections, report_summary
 
     data = report_data.gather(store, split)
     try:
@@ -106,7 +106,8 @@ def render(config: Config, store: Store, split: str, key: str) -> str:
     except (UserError, OSError) as error:
         chosen = []
         data.notes.append(f"Single images are not shown: {error}")
-    members = report_sections.members(data)
+    members, learned = report_sections.members(data), report_learned.learned(data)
+    empty = {anchor for anchor, found in (("members", members), ("learned", any(_rows(learned)))) if not found}
     context = {
         "key": key,
         "title": f"{config.project.name}: which ensemble to trust",
@@ -126,13 +127,21 @@ def render(config: Config, store: Store, split: str, key: str) -> str:
         "errors": report_sections.errors(data),
         "most_classes": report_sections.MOST_CLASSES,
         "members": members,
+        "learned": learned if any(_rows(learned)) else None,
+        "doubt": data.ranking.get("label_issues"),
+        "label_issues": store.workspace.relative(store.workspace.label_issues("csv")),
         "images": report_sections.images(store, data, chosen),
         "has_images": store.catalog.has_images,
         "explained": EXPLAINED,
         "provenance": report_sections.provenance(config, store, data),
-        "sections": [(anchor, word) for anchor, word in _sections() if anchor != "members" or members],
+        "sections": [(anchor, word) for anchor, word in _sections() if anchor not in empty],
     }
     return _template().render(context)
+
+
+def _rows(learned: dict[str, Any]) -> list[Any]:
+    """Of every part of `report_learned.learned`."""
+    return [learned["weights"]["rows"], *(learned[part] for part in ("verdicts", "sparse", "students"))]
 
 
 def _counts(ranking: dict[str, Any]) -> str:
@@ -151,6 +160,7 @@ def _sections() -> list[tuple[str, str]]:
         ("uncertainty", "Uncertainty"),
         ("errors", "Errors"),
         ("members", "Members"),
+        ("learned", "Combiners"),
         ("images", "Images"),
         ("provenance", "Provenance"),
     ]

@@ -54,8 +54,8 @@ class ReportData:
     """{name: what its `metrics.json` holds}, in the order of the ranking"""
     focus: str
     """What the report is about: the recommended member or ensemble."""
-    record: dict[str, Any]
-    """`ensemble.json` of the focus; empty for a member"""
+    records: dict[str, dict[str, Any]]
+    """{name: `ensemble.json`} of the ensembles among `metrics`, in their order"""
     classes: tuple[str, ...]
     members: tuple[Member, ...]
     """Those of the focus, or all that are ranked where it is a member."""
@@ -73,6 +73,11 @@ class ReportData:
         """Metrics of the focus."""
         return self.metrics[self.focus]
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """`ensemble.json` of the focus; empty for a member."""
+        return self.records.get(self.focus, {})
+
 
 def gather(store: Store, split: str) -> ReportData:
     """Read what there is of a split. Raises UserError where nothing was evaluated yet."""
@@ -86,7 +91,8 @@ def gather(store: Store, split: str) -> ReportData:
         focus = next(iter(metrics))
     kinds = {row["name"]: row["kind"] for row in ranking["rows"]}
     is_ensemble, notes = kinds[focus] == "ensemble", []
-    record = (ensembles.record_of(workspace, focus) or {}) if is_ensemble else {}
+    records = {name: ensembles.record_of(workspace, name) or {} for name in metrics if kinds[name] == "ensemble"}
+    record = records.get(focus, {})
     wanted = record.get("members") or [name for name, kind in kinds.items() if kind == "member"]
     members = tuple(store.catalog.members[name] for name in sorted(wanted) if name in store.catalog.members)
     inference = record.get("inference", fold_networks.FULL)
@@ -103,7 +109,7 @@ def gather(store: Store, split: str) -> ReportData:
     found = ranking.get("peers") or {}
     peers = {kind: found[kind] for kind in PEERS if found.get(kind) in metrics and found[kind] != focus}
     return ReportData(
-        split, ranking, metrics, focus, record, store.catalog.classes, members, inference, answers, peers,
+        split, ranking, metrics, focus, records, store.catalog.classes, members, inference, answers, peers,
         contributions, notes,
     )  # fmt: skip
 

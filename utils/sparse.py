@@ -1,4 +1,4 @@
-"""Images answered by a sparse combiner: only the members that an image needs run, one network in memory at a time."""
+"""What it takes to answer by a sparse combiner, measured: real networks on real images, only those that are needed."""
 
 from __future__ import annotations
 
@@ -20,34 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST, ENOUGH = 5, 0.5  # runs, and seconds of them, after which nothing is timed again
-
-
-def answer(
-    store: Store, combiner: Sparse, members: Sequence[Member], images: ImageSplit
-) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities float64 (N, C) of a combiner over these members, and which of them ran, bool (M, N).
-
-    The rows that need a member are streamed through its network together; it is gone before the next one is opened.
-    Raises UserError as `streaming.stream` does, and for an imported member, which has no network.
-    """
-    config, workspace = store.config, store.workspace
-    device = streaming.resolve_device(config.device)
-    threads = streaming.decoding_threads(config.dataset.num_workers)
-
-    def run(member: int, rows: np.ndarray) -> np.ndarray:
-        own = members[member]
-        batches = streaming.stream(
-            own.network(workspace),
-            [images.take(rows)],
-            batch_size=config.dataset.batch_size,
-            device=device,
-            image_cache=workspace.image_cache,
-            decoding_threads=threads,
-            val=store.images("val") if store.catalog.has_images else None,
-        )
-        return np.concatenate([batch.logits for batch in batches])[:, _columns(store, own)]
-
-    return execute(combiner, run, (len(members), len(images.sample_ids), len(store.catalog.classes)))
 
 
 @dataclass

@@ -201,6 +201,7 @@ def stream(
     decoding_threads: int = 1,
     val: ImageSplit | None = None,
     opener: Callable[[NetworkSpec], nn.Module] | None = None,
+    must_be_finite: bool = True,
 ) -> Iterator[Batch]:
     """Logits and embeddings of one network over the given splits, batch by batch, in the order of the rows.
 
@@ -209,7 +210,7 @@ def stream(
     that the surplus is dead; it is then cut. The network, which `opener` may give in place of `open_network`, is gone
     from memory when the iterator ends. Raises UserError for unreadable images, weights that do not fit, outputs that
     are fewer than the classes or alive beyond them, images that one at a time do not fit into memory, or logits that
-    are not finite (named by image).
+    are not finite (named by image), unless `must_be_finite` is off.
     """
     if not splits:
         return
@@ -218,7 +219,7 @@ def stream(
         return open_images(images, spec.img_size, image_cache=image_cache, threads=decoding_threads)
 
     pixels = [opened(images) for images in splits]
-    passing = _Pass(spec, (opener or open_network)(spec), batch_size, device)
+    passing = _Pass(spec, (opener or open_network)(spec), batch_size, device, must_be_finite)
     try:
         passing.probe(pixels[0])
         if passing.outputs.count > len(spec.classes):
@@ -266,6 +267,7 @@ class _Pass:
     model: nn.Module
     batch_size: int
     device: str
+    must_be_finite: bool = True
     buffer: Any = field(default=None, init=False)
     """Pixels of a batch on the CPU, float32, written over by the next one."""
 
@@ -349,7 +351,8 @@ class _Pass:
         columns = len(self.spec.classes) if cut else self.outputs.count
         arrays = [tensor.float().cpu().numpy() for tensor in (logits[:, :columns], embeddings)]
         batch = Batch(images.split, start, *arrays, self.batch_size)
-        _check_finite(self.spec, images, batch)
+        if self.must_be_finite:
+            _check_finite(self.spec, images, batch)
         return batch
 
     def _load(self, pixels: Any, rows: range) -> Tensor:

@@ -1,0 +1,92 @@
+"""What the report says of learned ensembles: weights, verdicts, members per image, students."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from test_report import CONFIG, page_of
+
+import report as synthetic_report
+from utils import report, report_learned
+from utils.artifacts import read_json, write_json
+
+MOE = {
+    "expected_experts": 1.5,
+    "is_fixed": False,
+    "beside": {
+        "itself": {"latency_ms": 2.0, "accuracy": 0.9},
+        "all_experts": {"experts": 3.0, "latency_ms": 6.0, "accuracy": 0.91},
+    },
+}
+SCORES = {"accuracy": 0.9, "log_loss": 0.3, "size_mb": 1.0}
+STUDENT = SCORES | {
+    "controls": {"alone": SCORES | {"accuracy": 0.8}, "teacher": SCORES | {"accuracy": 0.95, "name": "votes"}},
+    "gain_kept": {"value": 2 / 3, "ci95": [0.25, None]},
+    "notes": {"controls": "distillation helped"},
+}
+VERDICT = {"verdict": "beats soft_voting", "guards": {"soft_voting": {}}, "crossfit": {"log_loss": 0.25}}
+
+
+def found(records, metrics):
+    return report_learned.learned(SimpleNamespace(records=records, metrics=metrics))
+
+
+def test_weights_stand_by_member_and_single_members_have_none():
+    shares = {"one": {"a": 0.2, "b": 0.8}, "other": {"b": 0.5, "c": 0.5}, "soup": {"d": 1.0}, "trees": None}
+    table = found({name: {"weights": own} for name, own in shares.items()}, {})["weights"]
+    assert table["names"] == ["b", "c", "a"]
+    assert table["rows"] == [
+        {"name": "one", "shares": ["80.0 %", "-", "20.0 %"]},
+        {"name": "other", "shares": ["50.0 %", "50.0 %", "-"]},
+    ]
+
+
+def test_columns_of_many_members_are_cut(monkeypatch):
+    monkeypatch.setattr(report_learned, "MOST_MEMBERS", 2)
+    table = found({"one": {"weights": {"a": 0.2, "b": 0.5, "c": 0.3}}}, {})["weights"]
+    assert (table["names"], table["more"], table["rows"][0]["shares"]) == (["b", "c"], 1, ["50.0 %", "30.0 %"])
+
+
+def test_sparse_ones_stand_beside_all_their_members():
+    row = found({"moe": MOE}, {"moe": {"members": ["a", "b", "c"]}})["sparse"][0]
+    assert (row["experts"], row["latency"]) == ("1.50 of 3", "2.00 against 6.00")
+    assert (row["accuracy"], row["note"]) == ("90.0 % against 91.0 %", "")
+    assert found({"moe": MOE | {"is_fixed": True}}, {"moe": {"members": []}})["sparse"][0]["note"]
+
+
+def test_students_stand_beside_themselves_untaught_and_their_teacher():
+    row = found({}, {"student": STUDENT, "plain": SCORES})["students"]
+    assert len(row) == 1
+    assert row[0]["accuracy"] == ["90.0 %", "80.0 %", "95.0 %"]
+    assert (row[0]["teacher"], row[0]["kept"]) == ("votes", "67 % [25 %, open]")
+    nothing = STUDENT | {"gain_kept": None}
+    assert found({}, {"student": nothing})["students"][0]["kept"] == "-"
+
+
+def test_the_page_shows_them_and_leaves_the_part_out_without_any(tmp_path):
+    workspace = synthetic_report.synthetic(tmp_path)
+    names = sorted(path.name for path in workspace.models.iterdir())
+    for name, more in zip(names, ({}, VERDICT, MOE), strict=False):
+        path = workspace.ensemble(name) / "ensemble.json"
+        write_json(path, read_json(path, remedy="") | more)
+    path = workspace.ensemble_metrics(names[3], "test")
+    write_json(path, read_json(path, remedy="") | {key: STUDENT[key] for key in ("controls", "gain_kept", "notes")})
+    ranking = read_json(workspace.ranking("test"), remedy="")
+    doubt = {"label_issues": {"model": names[0], "n": 300, "in_doubt": 7}}
+    write_json(workspace.ranking("test"), ranking | doubt)
+    report.write(CONFIG, workspace, "test")
+    text = page_of(workspace).text
+    for words in (
+        *("How they combine", "beats soft_voting", "1.50 of 3", "67 % [25 %, open]", "distillation helped"),
+        *("7 of 300 honest rows", "metrics_output/ensembles/label_issues.csv"),
+    ):
+        assert words in text, words
+    for name in names:
+        path = workspace.ensemble(name) / "ensemble.json"
+        record = read_json(path, remedy="")
+        gone = ("weights", "verdict", "guards", "expected_experts")
+        write_json(path, {key: value for key, value in record.items() if key not in gone})
+        path = workspace.ensemble_metrics(name, "test")
+        write_json(path, {key: value for key, value in read_json(path, remedy="").items() if key != "controls"})
+    report.write(CONFIG, workspace, "test")
+    assert "How they combine" not in page_of(workspace).text

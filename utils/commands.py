@@ -1,0 +1,348 @@
+"""The table of commands: what each runs, takes and changes; the stages of `pipeline`, and what every command takes."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NamedTuple
+
+
+class Command(NamedTuple):
+    """One line of the table."""
+
+    target: str
+    """`module:function`, imported only when the command is typed; called with (config, workspace, options)."""
+    help: str
+    example: str
+    arguments: dict[str, dict[str, Any]]
+    """What this command alone takes; the common options are added to all."""
+    writes: bool | tuple[str, ...]
+    """Whether it changes the workspace, of which it is then the one writer; or the options that make it do so."""
+    decodes: bool = False
+    """Whether images may have to be decoded, for which the quota makes room first."""
+    keeps_out: bool = False
+    """Whether it leaves the workspace alone, log file included, but for a folder of its own."""
+    told: tuple[str, ...] = ()
+    """Common options that it is handed, beside --force."""
+    one_of: tuple[str, ...] = ()
+    """Options of which exactly one is typed."""
+    alone: tuple[tuple[str, str], ...] = ()
+    """(option, the function that it calls in place of the target): without configuration, workspace or BASE-BACK."""
+
+
+DEBUG_SECTIONS = (
+    *(
+        "discover",
+        "smoke",
+        "kfold",
+        "extract_embeddings",
+        "build_ensemble",
+        "stack",
+        "fusion_train",
+        "moe",
+        "meta_fuse",
+    ),
+    *("recompute_bn", "evaluate", "distill", "export"),
+)
+COMMANDS: dict[str, Command] = {
+    "discover": Command(
+        "utils.discovery:discover",
+        "find trained models, check them, write the catalog",
+        "discover --verify",
+        {
+            "--verify": {"action": "store_true", "help": "also run every member and measure what is recorded of it"},
+            "--add": {
+                "metavar": "NAME=timm:MODEL@FILE",
+                "action": "append",
+                "default": [],
+                "help": "declare a network of timm and its weights as a member; kept by later discoveries; repeatable",
+            },
+            "--remove": {
+                "metavar": "NAME",
+                "action": "append",
+                "default": [],
+                "help": "forget a network that was declared with --add; its file stays; repeatable",
+            },
+        },
+        writes=True,
+    ),
+    "import-predictions": Command(
+        "utils.importing:import_predictions",
+        "take in members that are known by their predictions alone, made by any tool",
+        "import-predictions --from ~/predictions",
+        {
+            "--from": {
+                "metavar": "DIR",
+                "required": True,
+                "dest": "folder",
+                "help": "holds <member>/{oof,val,test}.npz; the form is described in README",
+            },
+        },
+        writes=True,
+    ),
+    "build-ensemble": Command(
+        "utils.build:build_ensemble",
+        "build the score-level ensembles that the configuration lists",
+        "build-ensemble --config configs/quick_ensemble.yaml",
+        {
+            "--pick": {
+                "choices": ("best", "knee", "fastest"),
+                "help": "which of the pruned subsets to keep (default: the configuration's pruning.pick)",
+            }
+        },
+        writes=True,
+        decodes=True,
+    ),
+    "stack": Command(
+        "utils.stack_building:stack",
+        "fit meta-learners on the members' out-of-fold predictions",
+        "stack --set runs.stacking.meta_learners=[lr,mlp]",
+        {
+            "--strict": {
+                "action": "store_true",
+                "help": "end with 1 where a member has no out-of-fold predictions, instead of leaving it out",
+            },
+        },
+        writes=True,
+        decodes=True,
+    ),
+    "fusion-train": Command(
+        "utils.build:fusion_train",
+        "train heads on the members' embeddings, and what runs only the members that an image needs",
+        "fusion-train --set runs.fusion.fusion_methods=[concat_mlp,attention]",
+        {},
+        writes=True,
+        decodes=True,
+    ),
+    "meta-fuse": Command(
+        "utils.meta_building:meta_fuse",
+        "fit an ensemble of ensembles on their cross-fitted predictions",
+        "meta-fuse --set runs.meta_fuser.fuser_type=attention",
+        {},
+        writes=True,
+        decodes=True,
+    ),
+    "evaluate": Command(
+        "utils.report:evaluate",
+        "score members and ensembles, rank them, name the recommended one, write the report",
+        "evaluate --model-name soft_voting_ensemble",
+        {
+            "--split": {"choices": ("test", "val"), "default": "test", "help": "rows to score on (default: test)"},
+            "--model-name": {"metavar": "NAME", "help": "score this member or ensemble alone"},
+            "--allow-contaminated": {
+                "action": "store_true",
+                "help": "with --model-name: score it even on rows it was fitted on, marked",
+            },
+            "--alpha": {
+                "metavar": "SHARE",
+                "type": float,
+                "default": 0.1,
+                "help": "share of images whose conformal set may miss the true class (default: %(default)s)",
+            },
+            "--wanted-error": {
+                "metavar": "SHARE",
+                "type": float,
+                "default": 0.05,
+                "help": "error to keep by not answering unsure images (default: %(default)s)",
+            },
+            "--class-conditional": {
+                "action": "store_true",
+                "help": "conformal sets with a threshold for each class as well",
+            },
+        },
+        writes=True,
+        decodes=True,
+    ),
+    "distill": Command(
+        "utils.distill_building:distill",
+        "teach one small network what an ensemble knows, and hold it against itself untaught",
+        "distill --set distillation.teacher=best",
+        {},
+        writes=True,
+        decodes=True,
+    ),
+    "export": Command(
+        "utils.export_utils:export",
+        "write an ensemble or a member as files of every format, each with the proof that it answers the same",
+        "export --model-name soft_voting_ensemble --formats onnx tflite",
+        {
+            "--model-name": {"metavar": "NAME", "help": "ensemble or member (default: the recommended one)"},
+            "--formats": {
+                "metavar": "FORMAT",
+                "nargs": "+",
+                "help": "of state_dict, checkpoint, torchscript, onnx, tflite, tensorrt (default: exports.formats)",
+            },
+            "--precision": {
+                "choices": ("fp32", "fp16", "int8"),
+                "nargs": "+",
+                "help": "beside the ONNX file, which is fp32, also those of fewer bits (default: exports.precision)",
+            },
+            "--input": {
+                "choices": ("float-nchw", "uint8-nhwc"),
+                "help": "images as float32 in [0, 1], cut to size; or as they are decoded (default: exports.input)",
+            },
+            "--max-members": {
+                "metavar": "N",
+                "type": int,
+                "help": "refuse an ensemble of more members (default: exports.max_members)",
+            },
+            "--member-probabilities": {"action": "store_true", "help": "give each member's probabilities as well"},
+            "--check-tools": {"action": "store_true", "help": "only say what each format needs and what is installed"},
+            "--verify": {"metavar": "DIR", "help": "only check an export again: its checksums and its parity"},
+            "--compare": {
+                "action": "store_true",
+                "help": "only list and draw what is exported: accuracy, time, size",
+            },
+        },
+        writes=True,
+        decodes=True,
+    ),
+    "predict": Command(
+        "utils.predict:predict",
+        "classify image files by an ensemble or a member: class, probability, set, abstention, disagreement",
+        "predict --model-name soft_voting_ensemble photos/ --to answers.csv",
+        {
+            "paths": {
+                "metavar": "PATH",
+                "nargs": "+",
+                "help": "image files, folders, patterns in quotes, or - for a list on standard input (lines, or NUL)",
+            },
+            "--model-name": {"metavar": "NAME", "help": "the ensemble or member that answers"},
+            "--from-export": {
+                "metavar": "FILE",
+                "help": "an exported .onnx file answers, without workspace, BASE-BACK or torch",
+            },
+            "--to": {
+                "metavar": "FILE",
+                "help": "write there, block by block (default: the screen, up to 10,000 images)",
+            },
+            "--format": {
+                "choices": ("csv", "jsonl"),
+                "dest": "form",
+                "help": "default: by the ending of --to, else csv",
+            },
+            "--probabilities": {"action": "store_true", "help": "those of all classes as well"},
+            "--sets": {
+                "choices": ("lac", "aps"),
+                "default": "lac",
+                "help": "smallest sets on average, or sets that grow where an image is hard (default: %(default)s)",
+            },
+            "--append": {
+                "action": "store_true",
+                "help": "go on with the file: images that it answers are passed over, errors are tried again",
+            },
+        },
+        writes=False,
+        one_of=("--model-name", "--from-export"),
+        alone=(("--from-export", "utils.predict:predict_from_export"),),
+    ),
+    "pipeline": Command(
+        "ensemble_orchestrator:run_pipeline",
+        "all stages in order: discover --verify, build-ensemble, stack, fusion-train, meta-fuse, evaluate, distill, "
+        "evaluate again, export, clean --temporary",
+        "pipeline --config configs/digits_demo.yaml",
+        {},
+        writes=True,
+        decodes=True,
+    ),
+    "status": Command(
+        "utils.upkeep:status",
+        "what is built, what is stale and why, what takes room, what to type next",
+        "status --json",
+        {},
+        writes=False,
+    ),
+    "clean": Command(
+        "utils.upkeep:clean",
+        "list what may be removed; --confirm removes it",
+        "clean --stale --confirm",
+        {
+            "--confirm": {"action": "store_true", "help": "remove what is listed"},
+            "--temporary": {
+                "action": "store_true",
+                "help": "remove files under temporary names at once, and nothing else",
+            },
+            "--cache": {"action": "store_true", "help": "the decoded images as well"},
+            "--stale": {"action": "store_true", "help": "stale ensembles as well"},
+        },
+        writes=("confirm", "temporary"),
+    ),
+    "debug": Command(
+        "ensemble_orchestrator:run_debug",
+        "run each section on small data, or beside your members, in debug_tmp/ alone",
+        "debug --section all --fast",
+        {
+            "--section": {
+                "metavar": "NAME",
+                "choices": (*DEBUG_SECTIONS, "all", "reset"),
+                "default": "all",
+                "help": f"one of {', '.join(DEBUG_SECTIONS)}; all (the default); reset, which empties debug_tmp/",
+            },
+            "--arch": {"metavar": "NAME", "help": "the one backbone that sections about single members look at"},
+            "--fast": {"action": "store_true", "help": "16 synthetic images, 2 folds and 1 epoch, really trained"},
+            "--dry-run": {"action": "store_true", "help": "say what would be read, written and spent; touch nothing"},
+            "--confirm": {"action": "store_true", "help": "let reset remove what is in debug_tmp/"},
+            "--inside": {"action": "store_true", "help": argparse.SUPPRESS},
+        },
+        writes=False,
+        keeps_out=True,
+        told=("--verbose",),
+    ),
+}
+PIPELINE: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
+    ("discover", {"verify": True}, ()),
+    ("build-ensemble", {}, ("runs.score_ensemble", "runs.model_soup", "runs.snapshot_ensemble", "pruning")),
+    ("stack", {}, ("runs.stacking",)),
+    ("fusion-train", {}, ("runs.fusion", "runs.moe", "runs.cascade")),
+    ("meta-fuse", {}, ("runs.meta_fuser",)),
+    ("evaluate", {}, ()),
+    ("distill", {}, ("distillation",)),
+    ("evaluate", {}, ("distillation",)),
+    ("export", {}, ("exports",)),
+    ("clean", {"temporary": True}, ()),
+)
+"""Command, its options, and the sections of the configuration of which one must be on.
+
+What a command leaves stands under its name; the second time under `<name>-2`.
+"""
+COMMON: dict[str, dict[str, Any]] = {
+    "--config": {
+        "metavar": "FILE",
+        "default": "configs/ensemble_config.yaml",
+        "help": "relative to the working directory, then to the project (default: %(default)s)",
+    },
+    "--set": {
+        "metavar": "KEY=VALUE",
+        "action": "append",
+        "default": [],
+        "help": "change one value of the configuration, such as runs.moe.enable=true; repeatable",
+    },
+    "--workspace": {
+        "metavar": "DIR",
+        "help": "the base pipeline's folder (default: DBT_BASE_DIR, else beside BASE-BACK)",
+    },
+    "--output": {
+        "metavar": "DIR",
+        "help": "where everything of ours goes, such as ensembles/, when the workspace is read-only or somebody "
+        "else's (default: DBT_ENSEMBLE_DIR, else the workspace)",
+    },
+    "--base-back": {
+        "metavar": "DIR",
+        "help": "the base pipeline (default: BASE_BACK_DIR, ../BASE-BACK, the bundled one)",
+    },
+    "--device": {"metavar": "DEVICE", "help": "cuda, cuda:N, cpu or auto (default: the configuration's)"},
+    "--engine": {
+        "choices": ("local", "ray"),
+        "default": "local",
+        "help": "where independent jobs run: in this process, or on the workers of a Ray cluster (default: local)",
+    },
+    "--address": {
+        "metavar": "ADDRESS",
+        "help": "with --engine ray: the cluster to join, such as auto; without it one is started here for the command",
+    },
+    "--force": {"action": "store_true", "help": "do again what is there already"},
+    "--json": {"action": "store_true", "help": "one JSON document on stdout"},
+    "--verbose": {"action": "store_true", "help": "more messages"},
+    "--quiet": {"action": "store_true", "help": "warnings and errors only"},
+}
+TYPED_AGAIN = ("--config", "--set", "--workspace", "--output", "--base-back", "--device", "--engine", "--address")
+"""Common options that belong to the next command as well."""

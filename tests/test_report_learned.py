@@ -81,7 +81,11 @@ def test_the_page_shows_them_and_leaves_the_part_out_without_any(tmp_path):
         *("7 of 300 honest rows", "metrics_output/ensembles/label_issues.csv"),
     ):
         assert words in text, words
-    for name in names:
+    (workspace.ensemble(names[4]) / "ensemble.json").write_text("{}")
+    report.write(CONFIG, workspace, "test")
+    assert f"How {names[4]} combines is not shown" in page_of(workspace).text
+    (workspace.ensemble(names[4]) / "ensemble.json").unlink()
+    for name in [*names[:4], *names[5:]]:
         path = workspace.ensemble(name) / "ensemble.json"
         record = read_json(path, remedy="")
         gone = ("weights", "verdict", "guards", "expected_experts")

@@ -91,7 +91,7 @@ def gather(store: Store, split: str) -> ReportData:
         focus = next(iter(metrics))
     kinds = {row["name"]: row["kind"] for row in ranking["rows"]}
     is_ensemble, notes = kinds[focus] == "ensemble", []
-    records = {name: ensembles.record_of(workspace, name) or {} for name in metrics if kinds[name] == "ensemble"}
+    records = _records(workspace, [name for name in metrics if kinds[name] == "ensemble"], notes)
     record = records.get(focus, {})
     wanted = record.get("members") or [name for name, kind in kinds.items() if kind == "member"]
     members = tuple(store.catalog.members[name] for name in sorted(wanted) if name in store.catalog.members)
@@ -112,6 +112,17 @@ def gather(store: Store, split: str) -> ReportData:
         split, ranking, metrics, focus, records, store.catalog.classes, members, inference, answers, peers,
         contributions, notes,
     )  # fmt: skip
+
+
+def _records(workspace: Workspace, names: Sequence[str], notes: list[str]) -> dict[str, dict[str, Any]]:
+    """{name: `ensemble.json`} of those that are there and whole; of the others `notes` say why not."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = ensembles.record_of(workspace, name) or {}
+        except UserError as error:
+            notes.append(f"How {name} combines is not shown: {error}")
+    return found
 
 
 def read_metrics(workspace: Workspace, ranking: Mapping[str, Any], split: str) -> dict[str, dict[str, Any]]:

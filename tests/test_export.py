@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 import torch
 from finished_workspace import CONFIG, at
+from in_process import run as command_line
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -93,6 +94,7 @@ def test_every_file_carries_its_proof(exported):
         assert (entry["parity"]["label_flips"], entry["parity"]["near_threshold"]) == (0, 0)
         assert {"python", "onnxruntime" if name == "onnx" else "torch"} <= entry["versions"].keys()
         assert entry["seconds"] > 0
+        assert entry["members_run"] == "all"
         assert entry["latency_ms"] > 0
     assert "trtexec --onnx=onnx/soft_voting_ensemble.onnx" in status["tensorrt"]["reason"]
 
@@ -487,6 +489,33 @@ def test_exported_forms_are_compared_by_accuracy_latency_and_size(own_export):
     shutil.rmtree(folder_of(own_export).parent)
     with pytest.raises(UserError, match="nothing is exported"):
         export_comparison.compare(at(own_export))
+
+
+SET = (
+    "runs.stacking={enable: true, meta_learners: [xgb]}",
+    "runs.fusion={enable: true, fusion_methods: [cca_aligned], fusion_config: {hidden_dims: [8], epochs: 2}}",
+    "runs.moe={enable: true, num_experts: 3, epochs: 2}",
+    "runs.cascade.enable=true",
+    "runs.meta_fuser.enable=true",
+    "runs.meta_fuser.input_ensembles=[soft_voting, stacking_xgb, fusion_cca_aligned]",
+    "exports.enable=true",
+)
+LEARNED = ("--quiet", *(word for value in SET for word in ("--set", value)))
+
+
+@pytest.mark.slow
+def test_what_reads_embeddings_and_what_runs_few_members_is_exported(own_copy):
+    """By the commands, from the members' networks to files that answer as `evaluate` would."""
+    for command in ("stack", "fusion-train", "meta-fuse"):
+        assert command_line(command, "--config", CONFIG, *LEARNED, workspace=own_copy).code in (0, 4)
+    for name in ("fusion_cca_aligned", "moe", "cascade", "meta_fuser"):
+        typed = ("export", "--config", CONFIG, *LEARNED, "--model-name", name, "--formats", "torchscript", "onnx")
+        done = command_line(*typed, "--json", workspace=own_copy)
+        assert done.code == 0, done.stderr
+        for kind in ("torchscript", "onnx"):
+            entry = done.document["formats"][kind]
+            assert entry["parity"]["max_abs_diff"] < 1e-4
+            assert ("combiner" in entry["parity"]) == (name != "fusion_cca_aligned")
 
 
 @pytest.mark.slow

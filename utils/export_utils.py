@@ -263,6 +263,7 @@ def _certified(work: Work, name: str, written: dict[str, Any]) -> dict[str, Any]
         "versions": written["versions"] | facts.get("versions", {}),
         "latency_ms": facts.get("latency_ms"),
         "source_digest": work.source_digest,
+        "members_run": "all",  # no file has control flow, so that a sparse combiner leaves out by weights of 0
     }
     if not reasons and name in REDUCED:
         run, _ = exported_runtimes.open_onnx(work.staged / written["path"], {"outputs": ["probabilities"]})

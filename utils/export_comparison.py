@@ -76,6 +76,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                     [row["accuracy"] for row in some],
                     color=f"C{place}" if best else "none",
                     edgecolor=f"C{place}",
+                    linewidth=1.5,
                     marker=MARKERS[place % len(MARKERS)],
                     label=kind if best == any(row["pareto"] for row in own) and some else None,
                 )

@@ -8,7 +8,6 @@ import shutil
 import in_process
 import numpy as np
 import pytest
-import torch
 from finished_workspace import at
 from test_predict import NAME, asked, by_id, compare, stored
 
@@ -49,11 +48,14 @@ def test_a_row_that_a_network_has_no_number_for_has_an_error_of_its_own(families
     folder, sick = families.split_dir / "test", 3
     opening = streaming.open_network
 
+    def without_number(module, given, logits):
+        if len(logits) > sick:  # a first look at the network takes fewer rows
+            logits[sick] = np.nan
+
     def spoiled(spec, weights=None):
         network = opening(spec, weights)
         if spec.architecture == "CustomConvNeXt":
-            place = torch.tensor([sick])
-            network.register_forward_hook(lambda module, given, logits: logits.index_fill(0, place, np.nan))
+            network.register_forward_hook(without_number)
         return network
 
     healthy = asked(families, folder, model_name=name).document["images"]

@@ -30,6 +30,8 @@ logger = logging.getLogger("disease_pipeline")
 SOFT_VOTING = "soft_voting_ensemble"
 COLUMNS = ("accuracy", "f1_macro", "log_loss", "ece", "ci95", "contaminated", "optimistic")
 COMPARED = ("vs_best_single", "vs_soft_voting")
+SIMPLE = {"soft_voting": SOFT_VOTING, "greedy_selection_ensemble": "greedy_selection_ensemble"}
+"""Ensembles that others are held against, by what the ranking calls them."""
 
 
 def evaluate(
@@ -57,12 +59,7 @@ def evaluate(
     saved = {name: ensembles.load(workspace, name) for name in ensembles.names(workspace)}
     selected = catalog.select(found, config)
     members = scoring.members_to_score(found, selected, saved)
-    if model_name is not None and model_name not in [*saved, *members]:
-        known = [*saved, *members]
-        raise UserError(
-            f"--model-name {model_name}: neither a member nor an ensemble. Ensembles are built by: python "
-            f"ensemble_orchestrator.py build-ensemble. Known: {', '.join(known)}{did_you_mean(model_name, known)}"
-        )
+    _require_known(model_name, [*saved, *members])
     if not saved:
         logger.warning("no ensemble is built; members alone are scored. Run build-ensemble first")
     key = scoring.inputs_digest(store, saved, members, split)
@@ -109,11 +106,8 @@ def evaluate(
     metric = config.runs.score_ensemble.optimization_metric
     ranking = _ranking(records, {item.name: item.kind for item in items}, split, metric) | {
         "recommended": {name: recommended[name] for name in ("name", "reason", "evidence")},
-        "peers": {
-            "best_single": recommended["best_single"],
-            "soft_voting": SOFT_VOTING if SOFT_VOTING in saved else None,
-            "greedy_selection_ensemble": "greedy_selection_ensemble" if "greedy_selection_ensemble" in saved else None,
-        },
+        "peers": {"best_single": recommended["best_single"]}
+        | {kind: name if name in saved else None for kind, name in SIMPLE.items()},
         "label_issues": _label_issues(store, recommended["name"], saved),
         "left_out": failures,
         "options": asdict(options),
@@ -131,6 +125,15 @@ def _checked(options: Options) -> Options:
     if wrong:
         raise ConfigError(f"evaluate {' '.join(wrong)}: expected a share of rows between 0 and 1, such as 0.1")
     return options
+
+
+def _require_known(name: str | None, known: Sequence[str]) -> None:
+    """Raise UserError for a name that no member or ensemble has."""
+    if name is not None and name not in known:
+        raise UserError(
+            f"--model-name {name}: neither a member nor an ensemble. Ensembles are built by: python "
+            f"ensemble_orchestrator.py build-ensemble. Known: {', '.join(known)}{did_you_mean(name, known)}"
+        )
 
 
 def _is_current(ranking: Mapping[str, Any] | None, key: str, options: Options) -> bool:

@@ -81,7 +81,8 @@ def _log_loss() -> float:
 @pytest.mark.skipif("export" not in ensemble_orchestrator.COMMANDS, reason="this version has no command export")
 def test_it_is_exported(type_in):
     assert type_in("build-ensemble").returncode == 0
-    done = type_in("export", "--model-name", ENSEMBLE, "--set", "exports.formats=[torchscript]")
+    on = ("--set", "exports.enable=true", "--set", "exports.formats=[torchscript]")
+    done = type_in("export", "--model-name", ENSEMBLE, *on)
     assert done.returncode == 0, done.stderr
     status = json.loads((type_in.workspace / f"deployment_models/{ENSEMBLE}/export_status.json").read_text())
     assert status["torchscript"]["status"] == "ok"

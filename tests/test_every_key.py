@@ -55,6 +55,7 @@ OTHERS = {
     "distillation.assistant": "CustomRegNet",
     "exports.input": "uint8-nhwc",
     "exports.max_members": 1,
+    "exports.precision": ["fp32", "fp16"],
     "runs.fusion.train_embeddings": "val",
     "runs.fusion.label_smoothing": 0.1,
 }

@@ -15,7 +15,11 @@ from utils.base_back import BUNDLED
 
 __all__ = ["foreign", "foreign_base_back", "mount"]
 # Ours that consist of torch modules; whoever imports one of these does so where it is needed.
-TORCH_MODULES = {"fusion_heads", "heads", "loops", "soup_trials", "soups", "stacking_heads", "trees"}
+TORCH_MODULES = {
+    *("fusion_heads", "heads", "loops", "routing_heads", "soup_trials", "soups", "stacking_heads", "trees"),
+    *("distillation_methods", "distillation_teaching", "distilling", "ensemble_network", "lessons"),
+}
+"""Imported inside functions alone, once something is trained, averaged or exported."""
 STRANGERS = ("config.py", "models/__init__.py", "training.py", "export.py", "utils/__init__.py")
 
 # The specification's block; only its `...` ends are left out.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, soups, streaming
+from utils import catalog, streaming
 from utils.artifacts import open_array, read_arrays
 from utils.config import Config
 from utils.errors import UserError
@@ -95,6 +95,8 @@ def extract_embeddings(config: Config, workspace: Workspace, *, force: bool = Fa
 def recompute_bn(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
     """BatchNorm statistics of every selected member anew; the weights must stay, every statistic be finite."""
     import torch
+
+    from utils import soups
 
     store = Store(config, workspace, catalog.load(workspace))
     train = store.images("train")

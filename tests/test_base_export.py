@@ -94,8 +94,9 @@ def test_every_known_format_is_built_or_skipped_with_a_reason(tmp_path, monkeypa
         assert status[name]["parity"] is None
     for name in BUILT:
         parity = status[name]["parity"]
-        assert (parity["rows"], parity["batch_sizes"], parity["tolerance"]) == (21, [1, 3, 17], 1e-5)
-        assert (parity["label_flips"], parity["max_abs_diff"] <= 1e-5) == (0, True)
+        allowed = 1e-4 if name == "onnx" else 1e-5
+        assert (parity["rows"], parity["batch_sizes"], parity["tolerance"]) == (21, [1, 3, 17], allowed)
+        assert (parity["label_flips"], parity["max_abs_diff"] <= allowed) == (0, True)
         assert list(status[name]["files"]) == FILES[name]
     records = {"metadata.json", "class_mapping.json", "export_status.json", "checksums.json"}
     assert written(tmp_path / "leaf") == EVERY_FILE | records | set(BUILT)

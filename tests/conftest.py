@@ -152,9 +152,12 @@ def built(tmp_path_factory: pytest.TempPathFactory, trained: Path, orchestrator)
 def heard(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """`caplog` that hears the project's logger, which does not propagate."""
     logger = logging.getLogger("disease_pipeline")
+    level = logger.level
+    logger.setLevel(logging.DEBUG)  # whatever an earlier test left
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
+    logger.setLevel(level)
 
 
 @pytest.fixture

@@ -153,7 +153,7 @@ def heard(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture
     """`caplog` that hears the project's logger, which does not propagate."""
     logger = logging.getLogger("disease_pipeline")
     level = logger.level
-    logger.setLevel(logging.DEBUG)  # whatever an earlier test left
+    logger.setLevel(logging.INFO)  # whatever an earlier test left
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)

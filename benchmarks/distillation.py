@@ -52,13 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--curves", metavar="FILE", type=Path, help="draw the learning curves into this PNG")
     parser.add_argument("--quick", action="store_true", help="a zoo of two poor networks, three epochs")
     options = parser.parse_args(argv)
-    if options.data is not None and not options.data.is_dir():
-        print(f"--data {options.data}: no such folder; expected one folder of images per class in it", file=sys.stderr)
+    found = prepare.ready(options.data, quick=options.quick)
+    if found is None:
         return 1
-    found = prepare.found(options.data, quick=options.quick)
-    if not found.files:
-        print("no prepared splits: one is made first, which takes minutes", file=sys.stderr, flush=True)
-        found = prepare.prepare(1, options.data, quick=options.quick)
     files = found.files[: options.splits]
     print(f"{found.folder}: {len(files)} splits, {found.age_hours:.1f} hours old, digest {found.digest}")
     data = _set_up(options.data)

@@ -34,13 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", metavar="DIR", type=Path, help="the images whose prepared splits are read")
     parser.add_argument("--quick", action="store_true", help="a zoo of two poor networks, not the one to report")
     options = parser.parse_args(argv)
-    if options.data is not None and not options.data.is_dir():
-        print(f"--data {options.data}: no such folder; expected one folder of images per class in it", file=sys.stderr)
+    splits = prepare.ready(options.data, quick=options.quick)
+    if splits is None:
         return 1
-    splits = prepare.found(options.data, quick=options.quick)
-    if not splits.files:
-        print("no prepared splits: one is made first, which takes minutes", file=sys.stderr, flush=True)
-        splits = prepare.prepare(1, options.data, quick=options.quick)
     print(f"{splits.folder}: {len(splits.files)} splits, {splits.age_hours:.1f} hours old, digest {splits.digest}")
     sys.path.insert(0, str(PROJECT))
     rows = leak_rows([measure(prepare.read(path)) for path in splits.files])

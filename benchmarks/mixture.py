@@ -39,13 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", metavar="DIR", type=Path, help="folder with one folder of images per class")
     parser.add_argument("--quick", action="store_true", help="tiny networks, a zoo of two poor ones")
     options = parser.parse_args(argv)
-    if options.data is not None and not options.data.is_dir():
-        print(f"--data {options.data}: no such folder; expected one folder of images per class in it", file=sys.stderr)
+    found = prepare.ready(options.data, quick=options.quick)
+    if found is None:
         return 1
-    found = prepare.found(options.data, quick=options.quick)
-    if not found.files:
-        print("no prepared splits: one is made first, which takes minutes", file=sys.stderr, flush=True)
-        found = prepare.prepare(1, options.data, quick=options.quick)
     sys.path.insert(0, str(PROJECT))
     import torch
 

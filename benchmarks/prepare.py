@@ -103,6 +103,18 @@ def found(data: Path | None, *, quick: bool) -> Prepared:
     return Prepared(folder, tuple(sorted(folder.glob("split*.npz"))))
 
 
+def ready(data: Path | None, *, quick: bool) -> Prepared | None:
+    """The splits that are there, or one that is made now, in words; None, in words too, where `data` is no folder."""
+    if data is not None and not data.is_dir():
+        print(f"--data {data}: no such folder; expected one folder of images per class in it", file=sys.stderr)
+        return None
+    there = found(data, quick=quick)
+    if there.files:
+        return there
+    print("no prepared splits: one is made first, which takes minutes", file=sys.stderr, flush=True)
+    return prepare(1, data, quick=quick)
+
+
 def read(path: Path) -> dict[str, Any]:
     """The arrays of one split, as `keep` wrote them; needs the project on the path. Raises UserError where damaged."""
     from utils.artifacts import read_arrays

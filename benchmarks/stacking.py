@@ -61,15 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.peers:
         fit_peers(options.peers)
         return 0
-    if options.data is not None and not options.data.is_dir():
-        print(f"--data {options.data}: no such folder; expected one folder of images per class in it", file=sys.stderr)
-        return 1
     if not PEER.is_file():
         print(f"{PEER}: not there, so that less is compared; the second line of --help makes it", file=sys.stderr)
-    found = prepare.found(options.data, quick=options.quick)
-    if not found.files:
-        print("no prepared splits: one is made first, which takes minutes", file=sys.stderr, flush=True)
-        found = prepare.prepare(1, options.data, quick=options.quick)
+    found = prepare.ready(options.data, quick=options.quick)
+    if found is None:
+        return 1
     print(f"{found.folder}: {len(found.files)} splits, {found.age_hours:.1f} hours old, digest {found.digest}")
     sys.path.insert(0, str(PROJECT))
     with ExitStack() as stack:

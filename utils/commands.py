@@ -30,18 +30,19 @@ class Command(NamedTuple):
 
 
 DEBUG_SECTIONS = (
-    *(
-        "discover",
-        "smoke",
-        "kfold",
-        "extract_embeddings",
-        "build_ensemble",
-        "stack",
-        "fusion_train",
-        "moe",
-        "meta_fuse",
-    ),
-    *("recompute_bn", "evaluate", "distill", "export"),
+    "discover",
+    "smoke",
+    "kfold",
+    "extract_embeddings",
+    "build_ensemble",
+    "stack",
+    "fusion_train",
+    "moe",
+    "meta_fuse",
+    "recompute_bn",
+    "evaluate",
+    "distill",
+    "export",
 )
 COMMANDS: dict[str, Command] = {
     "discover": Command(

@@ -97,7 +97,6 @@ def predict(
     file that is there and not to be continued.
     """
     answers = Answers(to, form, probabilities, append, force)
-    answers.check()
     store = Store(config, workspace, catalog.load(workspace))
     classifier = WorkspaceClassifier(store, model_name)
     thresholds = measured(workspace, model_name, is_ensemble=classifier.ensemble is not None, sets=sets)
@@ -123,7 +122,6 @@ def predict_from_export(
     from utils.exported_prediction import SUFFIXES
 
     answers = Answers(to, form, probabilities, append, force)
-    answers.check()
     classifier = ExportClassifier(Path(from_export).expanduser())
     listing = image_paths.find(paths, sys.stdin.buffer, SUFFIXES)
     return _predicted(classifier, Thresholds(sets, None, None), listing, paths, answers)
@@ -131,7 +129,7 @@ def predict_from_export(
 
 @dataclass(frozen=True)
 class Answers:
-    """Where the answers go, and how they are written."""
+    """Where the answers go, and how they are written. Raises UserError where there is nothing to go on with."""
 
     to: str | None
     form: str | None
@@ -139,8 +137,7 @@ class Answers:
     append: bool
     force: bool
 
-    def check(self) -> None:
-        """Raise UserError where there is nothing to go on with."""
+    def __post_init__(self) -> None:
         if self.append and self.to is None:
             raise UserError("--append goes on with a file; name it with --to FILE")
 

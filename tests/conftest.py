@@ -21,7 +21,9 @@ sys.path.insert(0, str(PROJECT))
 # Settings are read once, by the first test file that imports a base module, which is while pytest collects.
 SETTINGS_FOLDER = tempfile.mkdtemp(prefix="settings-")
 atexit.register(shutil.rmtree, SETTINGS_FOLDER, ignore_errors=True)
-os.environ |= {"DBT_BASE_DIR": SETTINGS_FOLDER, "DBT_MODEL_SIZE": "tiny"}
+# One thread each, here and in every process that a test starts: two workers on two cores would wait for one another at
+# every parallel loop, which made the suite three times as long.
+os.environ |= {"DBT_BASE_DIR": SETTINGS_FOLDER, "DBT_MODEL_SIZE": "tiny", "OMP_NUM_THREADS": "1"}
 
 import utils  # noqa: E402, F401  (installs the mount)
 

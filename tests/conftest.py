@@ -21,7 +21,9 @@ sys.path.insert(0, str(PROJECT))
 # Settings are read once, by the first test file that imports a base module, which is while pytest collects.
 SETTINGS_FOLDER = tempfile.mkdtemp(prefix="settings-")
 atexit.register(shutil.rmtree, SETTINGS_FOLDER, ignore_errors=True)
-os.environ |= {"DBT_BASE_DIR": SETTINGS_FOLDER, "DBT_MODEL_SIZE": "tiny"}
+# One thread each, here and in every process that a test starts: two workers on two cores would wait for one another at
+# every parallel loop, which made the suite three times as long.
+os.environ |= {"DBT_BASE_DIR": SETTINGS_FOLDER, "DBT_MODEL_SIZE": "tiny", "OMP_NUM_THREADS": "1"}
 
 import utils  # noqa: E402, F401  (installs the mount)
 
@@ -38,7 +40,9 @@ def project_stays_clean() -> Iterator[None]:
     before = {path.name for path in PROJECT.iterdir()}
     yield
     new = {path.name for path in PROJECT.iterdir()} - before
-    assert new <= {".pytest_cache", ".ruff_cache", ".mypy_cache", ".hypothesis"}, f"tests wrote into the project: {sorted(new)}"
+    assert new <= {".pytest_cache", ".ruff_cache", ".mypy_cache", ".hypothesis"}, (
+        f"tests wrote into the project: {sorted(new)}"
+    )
 
 
 def write_digits(folder: Path, classes: tuple[int, ...] = ZOO_CLASSES, per_class: int = ZOO_PER_CLASS) -> Path:

@@ -15,9 +15,11 @@ from test_lessons import split_of
 from utils import base_back, joint_training
 from utils.errors import UserError
 from utils.fusion_heads import ConcatHead, MappedEmbeddings
-from utils.joint_training import Course, FusionHeads, Part, Tuned, train
+from utils.joint_parts import Course, FusionHeads, Moving, Part
+from utils.joint_training import Tuned, train
 from utils.lessons import Album, Lessons
 from utils.networks import NetworkSpec
+from utils.streaming import open_network
 
 NAMES = ("CustomConvNeXt", "CustomViTHybrid")
 NONE = np.zeros((0, 0), dtype=np.float32)
@@ -41,7 +43,7 @@ def parts(tmp_path_factory) -> list[Part]:
             Album(images.take(rows), 32, "none", image_cache=folder / "cache") for rows in (train_rows, val_rows)
         )
         part = Part(name, name, spec, [1, 2, 0], Lessons(album, 8, 1, np.full(16, "never")), exam, (NONE, NONE))
-        moving = joint_training._Moving(part, None, Course(1, 1e-3, 0.0, 1), "cpu")
+        moving = Moving(part, None, Course(1, 1e-3, 0.0, 1), "cpu")
         seen = moving.seen(album), moving.seen(exam)
         found.append(Part(name, name, spec, [1, 2, 0], part.lessons, exam, seen))
     return found
@@ -76,7 +78,7 @@ def test_it_learns_and_leaves_the_checkpoints_as_they_are(parts, tmp_path, budge
     assert [part.spec.checkpoint.read_bytes() for part in parts] == before
     assert found.epoch == min(range(9), key=lambda epoch: found.history[epoch]["val_log_loss"])
     if found.epoch:
-        own = joint_training.open_network(parts[0].spec).state_dict()
+        own = open_network(parts[0].spec).state_dict()
         tuned = found.weights(NAMES[0])
         assert any(not torch.equal(own[name], tuned[name]) for name in own)
 

@@ -80,7 +80,8 @@ def is_current(store: Store, members: Sequence[Member], name: str) -> bool:
 
 def build(store: Store, members: Sequence[Member], name: str, force: bool) -> None:
     """Train, keep the networks as derived members and the fusion over them. Raises UserError where it cannot be."""
-    from utils.joint_training import Course, FusionHeads, train
+    from utils.joint_parts import Course, FusionHeads
+    from utils.joint_training import train
 
     config, settings = store.config, store.config.runs.fusion
     wanted = key(store, members, name)
@@ -166,7 +167,7 @@ def _parts(store: Store, members: Sequence[Member]) -> list[Any]:
     import torch
 
     from utils.distillation_students import augmentation
-    from utils.joint_training import Part
+    from utils.joint_parts import Part
     from utils.lessons import Album, Lessons
 
     settings = store.config.dataset

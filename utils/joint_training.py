@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,51 +21,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils import base_back, training_memory
+from utils import training_memory
 from utils.artifacts import read_record, write_json
-from utils.distilling import LARGEST_NORM, VAL_BATCH, Progress
+from utils.distilling import LARGEST_NORM, Progress
 from utils.errors import UserError
-from utils.lessons import Album, Lessons, seed_of
+from utils.joint_parts import Course, FusionHeads, Moving, Part, in_memory
+from utils.lessons import seed_of
 from utils.metrics import accuracy, log_loss
-from utils.networks import NetworkSpec, Outputs, cleanup_memory, out_of_memory, safe_delete_model
-from utils.streaming import open_network
+from utils.networks import out_of_memory
 
 logger = logging.getLogger("disease_pipeline")
 
 OWN_SHARE = 0.3  # of the loss of each network's own classifier, as auxiliary ones have it (Szegedy et al. 2015)
-NETWORKS_SHARE = 0.1  # of the head's rate: the networks are trained already
 WEIGHT_DECAY = 0.01  # of the heads
-PROBED = 2  # images by which a network's embedding is found
 FORM = {"files": dict, "history": list, "blocks": list, "key": str}
 FROM_START = 0  # the epoch in which nothing has moved yet
-
-
-@dataclass(frozen=True)
-class Part:
-    """One member's network, how images are shown to it, and what it says before it moves."""
-
-    name: str
-    architecture: str
-    """By which the base pipeline chooses rate, schedule and criterion."""
-    spec: NetworkSpec
-    order: list[int]
-    """Places of the workspace's classes among the network's outputs"""
-    lessons: Lessons
-    exam: Album
-    """The val images"""
-    embeddings: tuple[Tensor, Tensor]
-    """Of the train and the val images, float32 (N, D)"""
-
-
-@dataclass(frozen=True)
-class Course:
-    """How long and how fast."""
-
-    epochs: int
-    lr: float
-    """Of the heads; networks move at a tenth of it, times the base pipeline's factor."""
-    label_smoothing: float
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -87,19 +57,6 @@ class Tuned:
         """A member's weights at the chosen epoch, read from disk; only where that is not 0."""
         record = torch.load(self.folder / _file(self.epoch, name), map_location="cpu", weights_only=True)
         return record["weights"]  # type: ignore[no-any-return]
-
-
-class FusionHeads(nn.Module):
-    """Maps that stay as they are, and the heads that learn on what they give."""
-
-    def __init__(self, maps: nn.Module, heads: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.maps, self.heads = maps, nn.ModuleList(heads)
-
-    def forward(self, embeddings: list[Tensor]) -> list[Tensor]:
-        """M embeddings (B, D_m) -> the scores (B, C) of each head."""
-        blocks = torch.cat(self.maps(embeddings), dim=1)
-        return [head(blocks) for head in self.heads]
 
 
 def train(
@@ -133,76 +90,6 @@ def _moved(epoch: int, number: int) -> str:
     return f"epoch{epoch}-block{number}-heads.pth"
 
 
-class _Moving:
-    """One network in memory with its optimizer and schedule."""
-
-    def __init__(self, part: Part, saved: Mapping[str, Any] | None, course: Course, device: str) -> None:
-        training = base_back.load("training")
-        self.part, self.device = part, device
-        self.model = open_network(part.spec, saved["weights"] if saved else None).to(device)
-        self.outputs = Outputs(self.model, part.name, checks=False)
-        with torch.no_grad():
-            self.outputs.probe(self._plainly(torch.arange(min(PROBED, len(part.exam)))))
-        self.model.train().requires_grad_(True)
-        self.optimizer = training.create_optimized_optimizer(self.model, NETWORKS_SHARE * course.lr, part.architecture)
-        steps = len(part.lessons)
-        self.schedule = training.create_improved_scheduler(self.optimizer, course.epochs, steps, part.architecture)
-        classes = len(part.exam.images.classes)
-        self.criterion = training.get_loss_function_for_backbone(part.architecture, classes).to(device)
-        if saved and "optimizer" in saved:
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.schedule.load_state_dict(saved["schedule"])
-
-    def answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, C) in the workspace's order of classes, and embeddings (B, D)."""
-        logits, embeddings = self.outputs(images.to(self.device, non_blocking=True))
-        logits = logits if isinstance(logits, Tensor) else logits[0]
-        return logits[:, self.part.order], embeddings
-
-    def seen(self, album: Album) -> Tensor:
-        """Embeddings float32 (N, D) of an album's images by the evaluation transform."""
-        self.model.eval()
-        found = []
-        with torch.no_grad():
-            for rows in torch.arange(len(album)).split(VAL_BATCH):
-                images = album.show(rows, self.part.spec.img_size, None).to(self.device)
-                found.append(self.outputs(images)[1].float().cpu())
-        return torch.cat(found)
-
-    def state(self) -> dict[str, Any]:
-        """Weights, optimizer and schedule, without functions, so that the file holds nothing but values."""
-        plain = (int, float, str, list, type(None))
-        return {
-            "weights": {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()},
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": {key: value for key, value in self.schedule.state_dict().items() if isinstance(value, plain)},
-        }
-
-    def step_bytes(self, batch_size: int) -> int:
-        """What a step on so many images fills."""
-        rows = torch.arange(len(self.part.lessons.album))[:batch_size]
-        images = self.part.lessons.album.show(rows, self.part.spec.img_size, None)
-        kept = training_memory.activation_bytes(self.model, lambda: torch.cat(self.answer(images), dim=1))
-        return training_memory.weights_bytes(self.model) + kept
-
-    def _plainly(self, rows: Tensor) -> Tensor:
-        return self.part.exam.show(rows, self.part.spec.img_size, None).to(self.device)
-
-
-@contextmanager
-def _in_memory(parts: Sequence[Part], saved: Sequence[Any], course: Course, device: str) -> Iterator[list[_Moving]]:
-    moving: list[_Moving] = []
-    try:
-        for part, own in zip(parts, saved, strict=True):
-            moving.append(_Moving(part, own, course, device))
-        yield moving
-    finally:
-        for one in moving:
-            safe_delete_model(one.model)
-        del moving
-        cleanup_memory()
-
-
 class _Run:
     """A training under way: what has moved how far, in memory and on disk."""
 
@@ -228,7 +115,7 @@ class _Run:
         self.folder.mkdir(parents=True)
         filled, twice = {}, []
         for name, part in self.parts.items():
-            with _in_memory([part], [None], self.course, self.device) as (moving,):
+            with in_memory([part], [None], self.course, self.device) as (moving,):
                 filled[name] = moving.step_bytes(batch_size)
                 if filled[name] > budget:
                     with training_memory.computed_twice(moving.model) as count:
@@ -338,7 +225,7 @@ class _Run:
         parts = [self.parts[name] for name in names]
         files = [self.state["files"].get(name) for name in names]
         saved = [Progress(self.folder / file, self.key).load() if file else None for file in files]
-        with _in_memory(parts, saved, self.course, self.device) as moving, ExitStack() as stack:
+        with in_memory(parts, saved, self.course, self.device) as moving, ExitStack() as stack:
             del saved
             for one in moving:
                 if one.part.name in self.state["twice"]:
@@ -356,7 +243,7 @@ class _Run:
                 self.state["files"][one.part.name] = file
         return loss
 
-    def _epoch(self, moving: Sequence[_Moving], epoch: int, number: int) -> float:
+    def _epoch(self, moving: Sequence[Moving], epoch: int, number: int) -> float:
         self.head.train()
         lessons = {one.part.name: one.part.lessons for one in moving}
         views = {name: own.drawn(epoch) for name, own in lessons.items()}
@@ -389,7 +276,7 @@ class _Run:
                 one.schedule.step()
         return total / count
 
-    def _losses(self, moving: Sequence[_Moving], images: Sequence[Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _losses(self, moving: Sequence[Moving], images: Sequence[Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy of the heads, and what the networks' own classifiers add."""
         labels = self.labels[rows].to(self.device)
         read = {name: train[rows].to(self.device) for name, (train, _) in self._still(moving)}
@@ -403,7 +290,7 @@ class _Run:
         said = [F.cross_entropy(each, labels, label_smoothing=smoothing) for each in scores]
         return torch.stack(said).mean(), own
 
-    def _still(self, moving: Sequence[_Moving]) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    def _still(self, moving: Sequence[Moving]) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
         active = {one.part.name for one in moving}
         return ((name, kept) for name, kept in self.embeddings.items() if name not in active)
 

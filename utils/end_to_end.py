@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import base_back, catalog, discovery, embedding_rows, ensembles, fitting, guards, streaming
+from utils import base_back, catalog, discovery, embedding_rows, ensembles, estimates, fitting, guards, streaming
 from utils.artifacts import digest_of, write_checkpoint
 from utils.catalog import IMPORTED, Member
 from utils.checkpoints import said_of_training
@@ -96,6 +96,7 @@ def build(store: Store, members: Sequence[Member], name: str, force: bool) -> No
     assert isinstance(recipe, Fusion)
     logger.info("fitting the head of %s on %d rows of %d members", name, len(fitted.fold), len(members))
     recipe.fit(fitted.rows.outputs, fitted.rows.labels, fitted.fold)
+    logger.info("training %d networks with %s: %s", len(members), name, _expected(store, members))
     head = FusionHeads(recipe.maps_module(), recipe.heads_to_train())
     tuned = train(
         _parts(store, members),
@@ -143,6 +144,20 @@ def line(record: Mapping[str, Any]) -> str:
 def _source() -> dict[str, Any]:
     reason = "networks and head are trained together on the train images"
     return {"asked": "end_to_end", "chosen": "end_to_end", "reason": reason, "val_log_loss": {}, "members": {}}
+
+
+def _expected(store: Store, members: Sequence[Member]) -> estimates.Estimate:
+    config = store.config
+    return estimates.training(
+        [member.network(store.workspace).checkpoint.stat().st_size for member in members],
+        len(store.images("train").paths),
+        epochs=config.runs.fusion.end_to_end_epochs,
+        kept=1,
+        batch_size=config.dataset.batch_size,
+        img_size=max(member.img_size or 0 for member in members),
+        on_cuda=streaming.resolve_device(config.device) != "cpu",
+        cores=1,  # which one network after the other may use together, as a single training does
+    )
 
 
 def _facts(derived: Sequence[Member], tuned: Any) -> dict[str, Any]:

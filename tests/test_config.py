@@ -125,6 +125,7 @@ def test_defaults_are_the_printed_values_and_the_keys_of_ours():
         "runs.stacking.fallback": True,
         "runs.stacking.inference_members": "auto",
         "runs.fusion.train_embeddings": "auto",
+        "runs.fusion.end_to_end_epochs": 4,
         "runs.fusion.seeds": 1,
         "runs.fusion.label_smoothing": 0.0,
         "runs.cascade.enable": False,

@@ -23,6 +23,7 @@ from utils import (
     distillation_plan,
     distillation_students,
     distillation_teachers,
+    end_to_end,
     ensembles,
     export_utils,
     fusion_building,
@@ -133,21 +134,23 @@ def how_it_streams(config: Config, workspace: Any, found: Any, member: Any) -> A
 
 
 def how_it_fuses(store: Store, members: Any) -> str:
-    """What `fusion-train` does first with predictions that are not there yet."""
+    """What `fusion-train` does first with predictions that are not there yet, and asks first of networks of its own."""
 
     def ensure(*_: Any) -> None:
-        raise Stopped
+        raise Stopped("streams")
+
+    def is_current(*_: Any) -> bool:
+        raise Stopped("looks at its own networks")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Store, "is_stored", lambda *_: False)
         patch.setattr(Store, "lacks_embeddings", lambda *_: False)
         patch.setattr(Store, "ensure", ensure)
+        patch.setattr(end_to_end, "is_current", is_current)
         try:
-            fusion_building.fusion(store, members, force=True)
-        except UserError as error:
-            return str(error)
-        except Stopped:
-            return "streams"
+            fusion_building.fusion(store, members, force=False)
+        except (UserError, Stopped) as told:
+            return str(told)
     return "has nothing to do"
 
 
@@ -207,6 +210,7 @@ def observed(config: Config, workspace: Any) -> dict[str, Any]:
         "snapshots": snapshot_building._key(store, [member]),
         "wanted": (inventory.configured(config), inventory._learned(config), soup_building._methods(store)),
         "fused": how_it_fuses(store, list(found.members.values())),
+        "trained_further": end_to_end.key(store, list(found.members.values()), "fusion_concat_mlp"),
         "meta": meta_building.depends_on(config, {}),
         "taught": how_it_teaches(store),
         "exported": how_it_exports(config, workspace),

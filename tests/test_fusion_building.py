@@ -198,12 +198,6 @@ def test_a_member_without_embeddings_is_left_out_and_one_alone_is_no_fusion(own,
         fusion_building._with_embeddings(store, members[:2])
 
 
-def test_end_to_end_is_refused_with_the_way_on(own, orchestrator):
-    refused = orchestrator("fusion-train", *QUICK, "--set", "runs.fusion.end_to_end=true", workspace=own)
-    assert refused.returncode == 1
-    assert "--set runs.fusion.end_to_end=false" in refused.stderr
-
-
 def test_extraction_that_is_switched_off_names_what_is_missing(own, orchestrator):
     shutil.rmtree(own / "ensembles" / "predictions" / "CustomConvNeXt" / "test")
     wanted = (*QUICK, *ONE, "--force", "--set", "runs.fusion.extract_embeddings=false")

@@ -22,6 +22,7 @@ logger = logging.getLogger("disease_pipeline")
 SCHEMA = 1
 STAGES = ("final", "finetune_best", "head_best")  # the first that exists is the member
 MADE = r"uniform_soup|greedy_soup|wise_ft|distilled"  # by us, from other members
+END_TO_END = "end_to_end"  # stage of a network that a fusion has trained further
 DERIVED = rf"snapshot\d+|{MADE}"
 CHECKPOINT_NAME = re.compile(
     rf"(?P<name>.+)_(?P<role>final|finetune_best|head_best|fold\d+|(?:head|finetune)_epoch\d+|{DERIVED})\.pth"

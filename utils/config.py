@@ -250,6 +250,7 @@ class Fusion(Section):
     fusion_methods: Names = ("concat_mlp", "attention", "bilinear", "cca_aligned")
     fusion_config: FusionHead = FusionHead()
     end_to_end: Flag = False
+    end_to_end_epochs: Count = 4
     train_embeddings: Literal["auto", "val", "aligned", "in_sample"] = "auto"
     seeds: Count = 1
     label_smoothing: Dropout = 0.0

@@ -183,7 +183,7 @@ def _windows_folder(workspace: Workspace) -> str:
 
 
 def _trained(workspace: Workspace) -> list[Candidate]:
-    """A backbone's final, else fine-tuned, else head checkpoint is a member; so is each derived file."""
+    """A backbone's final, else fine-tuned, else head checkpoint is a member; so is each derived file and network."""
     found = []
     for backbone, roles in catalog.checkpoint_files(workspace).items():
         stage = next((stage for stage in STAGES if stage in roles), None)
@@ -194,6 +194,9 @@ def _trained(workspace: Workspace) -> list[Candidate]:
         for role, path in derived.items():
             parents = () if role == "distilled" else (backbone,)
             found.append(Candidate(f"{backbone}_{role}", path, role, backbone, {}, parents, is_derived=True))
+    for path in sorted(workspace.models.glob("*/*.pth")):
+        name, of = f"{path.parent.name}_{path.stem}", path.stem
+        found.append(Candidate(name, path, catalog.END_TO_END, of, {}, (of,), is_derived=True))
     return sorted(found, key=lambda candidate: candidate.name)
 
 

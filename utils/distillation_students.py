@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from utils import base_back
+from utils import base_back, checkpoints
 from utils.artifacts import require_own_folder, write_checkpoint
 from utils.catalog import TIMM, Member
-from utils.checkpoints import read_checkpoint
 from utils.errors import UserError, did_you_mean
 from utils.networks import construct
 from utils.predictions import Store
@@ -26,8 +25,6 @@ PLACE = "distillation.student"
 ROLE = "distilled"
 SPOKEN = {"MobileOne": "mobile"}  # as the specification prints it
 KINDS = ("full", "no_flip", "none")
-EXPLAINED = ("augment", "group_regex", "split_digest")
-"""What the base pipeline writes into a checkpoint beside the identity that the catalog knows."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +119,9 @@ def said_of_training(store: Store, student: Student) -> dict[str, str]:
     """What the checkpoint that it is like says of how its images are shown and dealt out."""
     if student.like is None:
         return {}
-    extra = read_checkpoint(store.workspace.base / student.like.checkpoints[0]["path"]).get("extra")
-    found = extra if isinstance(extra, dict) else {}
-    return {name: found[name] for name in EXPLAINED if isinstance(found.get(name), str)}
+    found = checkpoints.said_of_training(store.workspace.base / student.like.checkpoints[0]["path"])
+    found.pop("base_back", None)  # the student is of whichever is mounted now
+    return found
 
 
 def augmentation(said: Mapping[str, str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -325,7 +325,12 @@ def recommended(store: Store, members: Mapping[str, Member], saved: Mapping[str,
         found.append(_candidate(name, "member", None, keys, probabilities, labels))
     for name, ensemble in saved.items():
         unseen = load_crossfit(store.workspace, name)
-        found.append(_candidate(name, "ensemble", ensemble.method, unseen.keys(), unseen.probabilities, unseen.labels))
+        found.append(
+            replace(
+                _candidate(name, "ensemble", ensemble.method, unseen.keys(), unseen.probabilities, unseen.labels),
+                chosen_on_val=_is_chosen_on_val(ensemble),
+            )
+        )
     return recommend(found)
 
 
@@ -340,3 +345,9 @@ def _candidate(
     hits = probabilities.argmax(axis=1) == labels
     losses = log_loss_per_row(probabilities, labels)
     return Candidate(name, kind, method, tuple(keys), losses, hits, any(word in name for word in CHOSEN_ON_VAL))
+
+
+def _is_chosen_on_val(ensemble: Ensemble) -> bool:
+    """Whether val rows decided what it is: by its name, or since its networks were trained further for it."""
+    trained_further = any(member.startswith(f"{ensemble.name}_") for member in ensemble.members)
+    return trained_further or any(word in ensemble.name for word in CHOSEN_ON_VAL)

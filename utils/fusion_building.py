@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import embedding_rows, ensembles, fitting, fold_networks, guards
+from utils import embedding_rows, end_to_end, ensembles, fitting, fold_networks, guards
 from utils.catalog import Member
 from utils.combiner import Combiner, MemberFacts
 from utils.config import Config
@@ -64,19 +64,17 @@ def fusion(store: Store, members: Sequence[Member], force: bool) -> Result:
     rows that the section asks for and cannot have.
     """
     config = store.config
-    if config.runs.fusion.end_to_end:
-        raise UserError(
-            f"{config.source}: runs.fusion.end_to_end is true; this version trains heads on embeddings and leaves the "
-            "networks as they are. Go on without: --set runs.fusion.end_to_end=false"
-        )
     wanted = names(config)
+    if config.runs.fusion.end_to_end:
+        end_to_end.require_networks(members)
     members = _with_embeddings(store, members)
     fresh = [name for name in wanted if force or not is_current(store, members, name)]
     failures = []
     if fresh:
         _stream(store, members)
         members = _with_embeddings(store, members, told=True)
-        failures = _fitted(store, members, fresh)
+        trains = config.runs.fusion.end_to_end
+        failures = _trained(store, members, fresh, force) if trains else _fitted(store, members, fresh)
     left_out = {failure.partition(":")[0] for failure in failures}
     built = [name for name in fresh if name not in left_out]
     lines = []
@@ -85,6 +83,7 @@ def fusion(store: Store, members: Sequence[Member], force: bool) -> Result:
         source = record["train_embeddings"]
         lines.append(fitting.line(store, name, "built" if name in built else "up to date"))
         lines += [f"    {record['verdict']}", f"    train embeddings: {source['chosen']} ({source['reason']})"]
+        lines += [f"    {end_to_end.line(record)}"] if "end_to_end" in record else []
     kept = [name for name in wanted if name not in fresh]
     return Result("\n".join(lines), {"built": built, "up_to_date": kept}, failures)
 
@@ -96,6 +95,8 @@ def names(config: Config) -> list[str]:
 
 def is_current(store: Store, members: Sequence[Member], name: str) -> bool:
     """Whether a saved fusion is what a build would make of these members; found without torch."""
+    if store.config.runs.fusion.end_to_end:
+        return end_to_end.is_current(store, members, name)
     wanted = fitting.inputs_digest(store.config, store, members, name, also=_fold_inputs(members))
     return ensembles.stored_digest(store.workspace, name) == wanted
 
@@ -128,6 +129,17 @@ def _stream(store: Store, members: Sequence[Member]) -> None:
                 f"first {missing[0]}. Extract them: --set runs.fusion.extract_embeddings=true"
             )
     store.ensure(members, splits)
+
+
+def _trained(store: Store, members: Sequence[Member], fresh: Sequence[str], force: bool) -> list[str]:
+    """Train and save these with their networks; what kept one from being trained, by its name."""
+    failures = []
+    for name in fresh:
+        try:
+            end_to_end.build(store, members, name, force)
+        except UserError as error:
+            failures.append(f"{name}: {error}")
+    return failures
 
 
 def _fitted(store: Store, members: Sequence[Member], fresh: Sequence[str]) -> list[str]:

@@ -106,7 +106,7 @@ class AttentionHead(nn.Module):
         parts = values.split(self.widths, dim=1)
         tokens = torch.stack([torch.relu(layer(part)) for layer, part in zip(self.tokens, parts, strict=True)], dim=1)
         if self.training:
-            present = torch.rand(tokens.shape[:2]) >= ABSENT
+            present = torch.rand(tokens.shape[:2], device=tokens.device) >= ABSENT
         if present is not None:
             tokens = torch.where(present[:, :, None], tokens, torch.zeros_like(tokens))
         scores = self.score(torch.tanh(self.value(tokens)) * torch.sigmoid(self.gate(tokens))).squeeze(2)

@@ -70,13 +70,13 @@ class Heads:
     weights: tuple[dict[str, np.ndarray], ...]
     """One set of named float32 arrays per seed."""
 
-    def modules(self) -> list[nn.Module]:
-        """The heads as torch modules in evaluation mode."""
+    def modules(self, dropout: float = 0.0) -> list[nn.Module]:
+        """The heads as torch modules in evaluation mode; `dropout` for those that are trained further."""
         import torch
 
         found = []
         for weights in self.weights:
-            head = self.shape.head().eval().requires_grad_(False)
+            head = self.shape.head(dropout).eval().requires_grad_(False)
             head.load_state_dict({name: torch.from_numpy(np.array(values)) for name, values in weights.items()})
             found.append(head)
         return found

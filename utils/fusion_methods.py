@@ -7,7 +7,7 @@ learned on all the rows of a fit, without a label, once for all of its copies.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -19,9 +19,9 @@ from utils.config import Config
 from utils.embedding_maps import EmbeddingMaps
 from utils.errors import UserError
 from utils.fusion_learner import HeadLearner, Heads, Shape
-from utils.metrics import softmax
+from utils.metrics import log_loss, softmax
 from utils.rows import Outputs
-from utils.stacking_methods import Learner, Model, Stacker
+from utils.stacking_methods import Learner, Model, Stacker, plain_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -98,6 +98,39 @@ class Fusion(Stacker):
 
         assert self.maps is not None, "not fitted"
         return FusedEmbeddings(self.maps.module(), self._module(), self.calibration.temperature, self.calibration.share)
+
+    def maps_module(self) -> nn.Module:
+        """What the heads read of the members' embeddings, as a torch module."""
+        assert self.maps is not None, "not fitted"
+        return self.maps.module()
+
+    def heads_to_train(self) -> list[nn.Module]:
+        """The fitted heads, one per seed, with their dropout."""
+        assert isinstance(self.model, Heads)
+        assert isinstance(self.learner, HeadLearner)
+        return self.model.modules(self.learner.dropout)
+
+    def retrained(
+        self, heads: Sequence[Mapping[str, np.ndarray]], outputs: Outputs, labels: np.ndarray, folds: np.ndarray
+    ) -> np.ndarray:
+        """Take weights that were trained elsewhere; temperature and share of the plain mean are chosen anew.
+
+        They are chosen on outputs (M, N, C), labels (N,), folds (N,) that neither heads nor networks were fitted on.
+        Gives probabilities (N, C), each by what the other folds chose.
+        """
+        assert isinstance(self.model, Heads)
+        self.model = Heads(self.model.shape, tuple(dict(own) for own in heads))
+        seen = self._seen(outputs)
+        said, mean = self.model.predict_proba(seen), plain_mean(seen)
+        unseen = np.empty_like(said)
+        for fold in np.unique(folds):
+            inside = folds == fold
+            copy = self._calibrated(said[~inside], mean[~inside], labels[~inside], folds[~inside])
+            unseen[inside] = copy.apply(said[inside], mean[inside])
+        self.calibration = self._calibrated(said, mean, labels, folds)
+        self.averaged = self._of_members(seen)
+        self.facts = {**self.facts, "selection_score": log_loss(self.calibration.apply(said, mean), labels)}
+        return unseen
 
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
         """The chosen setting, its losses, its cost, what the maps found, and attention's weights."""

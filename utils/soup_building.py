@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from utils import discovery, ensembles, fitting
 from utils.artifacts import digest_of, read_record, require_own_folder, write_checkpoint, write_json
 from utils.catalog import Member
-from utils.checkpoints import read_checkpoint
+from utils.checkpoints import said_of_training
 from utils.ensembles import Provenance
 from utils.errors import UserError
 from utils.predictions import Store
@@ -35,7 +35,6 @@ STAGE = re.compile(r"final|finetune_best|head_best|snapshot\d+|finetune_epoch(?P
 HEAD = "head_best"
 STEPS = 10  # of the alpha sweep
 STREAMED = ("val", "test")
-EXPLAINED = ("augment", "group_regex", "split_digest", "base_back")
 """What the base pipeline writes into a checkpoint beside the identity that the catalog knows."""
 AGAIN = "Remove it, then run build-ensemble again"
 
@@ -281,10 +280,7 @@ def _facts(soup: Soup, survey: Survey) -> dict[str, Any]:
 
 def _explanation(store: Store, member: Member, role: str, facts: Mapping[str, Any], survey: Survey) -> dict[str, Any]:
     """`extra` of the checkpoint: what the base pipeline needs to open it, and what it was made of."""
-    own = read_checkpoint(store.workspace.base / member.checkpoints[0]["path"]).get("extra")
-    kept = (
-        {name: own.get(name) for name in EXPLAINED if isinstance(own.get(name), str)} if isinstance(own, dict) else {}
-    )
+    kept = said_of_training(store.workspace.base / member.checkpoints[0]["path"])
     digests = {entry["stage"]: entry["sha256"] for entry in survey.ingredients}
     return kept | {
         "backbone_name": member.architecture,

@@ -188,6 +188,14 @@ class Workspace:
         """Folder of one saved ensemble."""
         return self.models / name
 
+    def tuned_checkpoint(self, ensemble: str, member: str) -> Path:
+        """Weights of a member's network as a fusion trained it further."""
+        return self.ensemble(ensemble) / f"{member}.pth"
+
+    def end_to_end(self, ensemble: str) -> Path:
+        """Folder of a training of networks and head together, while it is under way."""
+        return self.ensembles / "end_to_end" / ensemble
+
     def soup(self, backbone: str) -> Path:
         """What became of one backbone's checkpoints when they were averaged."""
         return self.ensembles / "soups" / f"{backbone}.json"

@@ -1,0 +1,253 @@
+"""`runs.fusion.end_to_end`: the members' networks trained further, together with the head that reads them.
+
+Every network of such a fusion is a derived member of its own, `ensembles/models/<fusion>/<member>.pth`; the base
+pipeline's checkpoints stay as they are. Train rows fit networks and heads, val rows choose the epoch and judge, so that
+no row of train is honest for them.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from utils import base_back, catalog, discovery, embedding_rows, ensembles, estimates, fitting, guards, streaming
+from utils.artifacts import digest_of, write_checkpoint
+from utils.catalog import IMPORTED, Member
+from utils.checkpoints import said_of_training
+from utils.ensembles import Crossfit, Provenance
+from utils.errors import UserError
+from utils.fitting import HonestRows
+from utils.folds import crossfit_folds
+from utils.fusion_methods import COMBINERS, Fusion
+from utils.predictions import Store
+
+logger = logging.getLogger("disease_pipeline")
+
+VERSION = 1  # raised whenever the same members and settings would give other networks
+SPLITS = ("train", "val", "test")
+STREAMED = ("val", "test")
+OFF = "--set runs.fusion.end_to_end=false"
+
+
+def require_networks(members: Sequence[Member]) -> None:
+    """Raise UserError for members that have no network to train."""
+    imported = [member.name for member in members if member.source == IMPORTED]
+    if imported:
+        raise UserError(
+            f"runs.fusion.end_to_end: {', '.join(imported)}: imported predictions, no network that could be trained. "
+            f"Leave out: --set backbones.exclude=[{','.join(imported)}]; or train heads alone: {OFF}"
+        )
+
+
+def derived_name(fusion: str, member: str) -> str:
+    """Of the member that a fusion's training makes of another; in the order of the members."""
+    return f"{fusion}_{member}"
+
+
+def key(store: Store, members: Sequence[Member], name: str) -> str:
+    """Everything that the networks of a fusion depend on; found without torch."""
+    config = store.config
+    return digest_of(
+        [
+            *(VERSION, fitting.VERSION, name, [member.digest for member in members]),
+            [store.catalog.splits[split]["digest"] for split in ("train", "val")],
+            list(store.catalog.classes),
+            config.digest(*COMBINERS[name].settings, "runs.fusion.end_to_end_epochs", "dataset.batch_size", "seed"),
+            base_back.source_digest(base_back.locate()),
+        ]
+    )
+
+
+def is_current(store: Store, members: Sequence[Member], name: str) -> bool:
+    """Whether a saved fusion and its networks are what a training of these members would make; without torch."""
+    record = ensembles.record_of(store.workspace, name) or {}
+    wanted = key(store, members, name)
+    own = [store.catalog.members.get(derived_name(name, member.name)) for member in members]
+    if record.get("depends_on") != wanted or None in own:
+        return False
+    derived = [member for member in own if member is not None]
+    paths = [store.workspace.tuned_checkpoint(name, member.name) for member in members]
+    return (
+        {member.name: member.checkpoints[0]["sha256"] for member in derived} == record["end_to_end"]["networks"]
+        and all(path.is_file() and store.digests.is_unchanged(path) is not False for path in paths)
+        and record["inputs_digest"] == fitting.inputs_digest(store.config, store, derived, name, also=wanted)
+    )
+
+
+def build(store: Store, members: Sequence[Member], name: str, force: bool) -> None:
+    """Train, keep the networks as derived members and the fusion over them. Raises UserError where it cannot be."""
+    from utils.joint_parts import Course, FusionHeads
+    from utils.joint_training import train
+
+    config, settings = store.config, store.config.runs.fusion
+    wanted = key(store, members, name)
+    folder = store.workspace.end_to_end(name)
+    if force:
+        shutil.rmtree(folder, ignore_errors=True)
+    store.ensure(members, SPLITS)
+    facts = fitting.facts(store, members)
+    basis = _honest(store, embedding_rows.in_sample(store, members).rows)
+    fitted, judged = basis.of_split("train"), basis.of_split("val")
+    recipe = COMBINERS[name].configured(config, facts)
+    assert isinstance(recipe, Fusion)
+    logger.info("fitting the head of %s on %d rows of %d members", name, len(fitted.fold), len(members))
+    recipe.fit(fitted.rows.outputs, fitted.rows.labels, fitted.fold)
+    logger.info("training %d networks with %s: %s", len(members), name, _expected(store, members))
+    head = FusionHeads(recipe.maps_module(), recipe.heads_to_train())
+    tuned = train(
+        _parts(store, members),
+        head,
+        Course(settings.end_to_end_epochs, settings.fusion_config.lr, settings.label_smoothing, config.seed),
+        folder=folder,
+        key=wanted,
+        device=streaming.resolve_device(config.device),
+        batch_size=config.dataset.batch_size,
+    )
+    weights = {member.name: _weights(store, member, tuned) for member in members}
+    derived = _kept(store, members, name, weights)
+    own = _honest(store, embedding_rows.of_val(store, derived).rows)
+    unseen = recipe.retrained(tuned.heads, own.rows.outputs, own.rows.labels, own.fold)
+    seen = [Provenance(fitting.row_sets(fitted.rows), fitting.row_sets(own.rows))]
+    fitting.build(
+        store,
+        name,
+        name,
+        recipe,
+        derived,
+        own,
+        also=wanted,
+        seen=seen,
+        beside=guards.measure(config, facts, judged.rows.logits, judged.rows.labels, judged.fold),
+        notes={"train_embeddings": _source(), "end_to_end": _facts(derived, tuned)},
+        unseen=Crossfit(unseen.astype(np.float32), own.rows.labels, own.rows.sample_ids, own.rows.split, own.fold),
+    )
+    shutil.rmtree(folder)
+
+
+def line(record: Mapping[str, Any]) -> str:
+    """What became of a training, for the terminal."""
+    facts = record["end_to_end"]
+    first, best = facts["history"][0], facts["history"][facts["epoch"]]
+    how = "together" if len(facts["blocks"]) == 1 else "one after the other"
+    if facts["epoch"] == 0:
+        return f"{len(facts['history']) - 1} epochs end to end, {how}: on val none is better than untouched networks"
+    return (
+        f"epoch {facts['epoch']} of {len(facts['history']) - 1} end to end, {how}: log-loss on val "
+        f"{first['val_log_loss']:.4f} before, {best['val_log_loss']:.4f} after"
+    )
+
+
+def _source() -> dict[str, Any]:
+    reason = "networks and head are trained together on the train images"
+    return {"asked": "end_to_end", "chosen": "end_to_end", "reason": reason, "val_log_loss": {}, "members": {}}
+
+
+def _expected(store: Store, members: Sequence[Member]) -> estimates.Estimate:
+    config = store.config
+    return estimates.training(
+        [member.network(store.workspace).checkpoint.stat().st_size for member in members],
+        len(store.images("train").paths),
+        epochs=config.runs.fusion.end_to_end_epochs,
+        kept=1,
+        batch_size=config.dataset.batch_size,
+        img_size=max(member.img_size or 0 for member in members),
+        on_cuda=streaming.resolve_device(config.device) != "cpu",
+        cores=1,  # which one network after the other may use together, as a single training does
+    )
+
+
+def _facts(derived: Sequence[Member], tuned: Any) -> dict[str, Any]:
+    return {
+        "epoch": tuned.epoch,
+        "history": tuned.history,
+        "blocks": tuned.blocks,
+        "computed_twice": tuned.twice,
+        "step_bytes": tuned.step_bytes,
+        "networks": {member.name: member.checkpoints[0]["sha256"] for member in derived},
+    }
+
+
+def _honest(store: Store, rows: Any) -> HonestRows:
+    folds = crossfit_folds(store)
+    fold = [folds[place] for place in zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True)]
+    return HonestRows(rows, np.array(fold))
+
+
+def _parts(store: Store, members: Sequence[Member]) -> list[Any]:
+    """Networks with their images, of which every file is decoded once for all of them."""
+    import torch
+
+    from utils.distillation_students import augmentation
+    from utils.joint_parts import Part
+    from utils.lessons import Album, Lessons
+
+    settings = store.config.dataset
+    images = {split: store.images(split) for split in ("train", "val")}
+    cache, threads = store.workspace.image_cache, streaming.decoding_threads(settings.num_workers)
+    sizes = sorted({member.img_size for member in members if member.img_size})
+    streaming.decode(list(images.values()), sizes, image_cache=cache, threads=threads)
+
+    def album(split: str, spec: Any, kind: str) -> Album:
+        return Album(images[split], spec.img_size, kind, image_cache=cache, threads=threads)
+
+    found = []
+    for member in members:
+        spec = member.network(store.workspace)
+        kind = augmentation(said_of_training(spec.checkpoint))
+        rows = {split: store.rows(member, split, embeddings=True) for split in images}
+        train = album("train", spec, kind)
+        never = np.full(len(train), "never")
+        found.append(
+            Part(
+                name=member.name,
+                architecture=member.architecture,
+                spec=spec,
+                order=[member.classes.index(name) for name in store.catalog.classes],
+                lessons=Lessons(train, settings.batch_size, store.config.seed, never),
+                exam=album("val", spec, kind),
+                embeddings=(_tensor(torch, rows["train"]), _tensor(torch, rows["val"])),
+            )
+        )
+    return found
+
+
+def _tensor(torch: Any, rows: Any) -> Any:
+    return torch.from_numpy(np.array(rows.embeddings, dtype=np.float32))
+
+
+def _weights(store: Store, member: Member, tuned: Any) -> Callable[[], Mapping[str, Any]]:
+    """What gives a member's weights at the chosen epoch, so that one set at a time is in memory."""
+    if tuned.epoch:
+        return lambda: tuned.weights(member.name)  # type: ignore[no-any-return]
+    from utils.checkpoints import read_checkpoint, weights_of
+
+    return lambda: weights_of(read_checkpoint(member.network(store.workspace).checkpoint))
+
+
+def _kept(
+    store: Store, members: Sequence[Member], name: str, weights: Mapping[str, Callable[[], Mapping[str, Any]]]
+) -> list[Member]:
+    """The networks as checkpoints and derived members, their val and test rows streamed."""
+    for member in members:
+        path = store.workspace.tuned_checkpoint(name, member.name)
+        extra = said_of_training(member.network(store.workspace).checkpoint) | {
+            "backbone_name": member.architecture,
+            "model_size": member.size,
+            "img_size": member.img_size,
+            "classes": list(member.classes),
+            "stage": catalog.END_TO_END,
+            "parents": [member.name],
+            "selected_on": "val",
+        }
+        write_checkpoint(path, weights[member.name](), extra)
+        logger.info("written: %s", path)
+    names = [derived_name(name, member.name) for member in members]
+    train = store.images("train")
+    store.catalog = discovery.take_in(store.config, store.workspace, store.digests, train, store.catalog, names)
+    derived = [store.catalog.members[own] for own in names]
+    store.ensure(derived, STREAMED)
+    return derived

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -30,14 +31,14 @@ QUICK = validate(
 FACTS = MemberFacts(("a", "b", "c", "d"), np.array([0.6, 0.7, 0.7, 0.5]), np.full(M, 10.0), np.full(M, 1.0))
 
 
-@pytest.fixture(params=sorted(COMBINERS))
+@pytest.fixture(params=sorted(COMBINERS), scope="module")
 def make(request):
     return partial(COMBINERS[request.param].configured, QUICK, FACTS)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def rows(make):
-    """Outputs, labels, folds; what reads embeddings gets some, each of a width of its own."""
+    """Outputs, labels, folds; what reads embeddings gets some, each of its own width. Shared: never write to it."""
     rng = np.random.default_rng(7)
     labels = rng.integers(0, C, N)
     logits = rng.normal(size=(M, N, C)).astype(np.float32)
@@ -48,6 +49,12 @@ def rows(make):
             logits, tuple(_embeddings(rng, own, width) for own, width in zip(logits, WIDTHS, strict=True))
         )
     return outputs, labels, np.arange(N) % 5
+
+
+@pytest.fixture(scope="module")
+def fitted(make, rows):
+    """Fitted once for all that only ask it."""
+    return make().fit(*rows)
 
 
 def _embeddings(rng, logits, width):
@@ -70,26 +77,24 @@ def test_answers_the_protocol(make):
         Config().at(place)
 
 
-def test_probabilities_are_probabilities(make, rows):
-    found = make().fit(*rows).predict_proba(rows[0])
+def test_probabilities_are_probabilities(fitted, rows):
+    found = fitted.predict_proba(rows[0])
     assert found.shape == (N, C)
     assert (found >= 0).all()
     np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-12)
 
 
-def test_same_rows_same_bytes(make, rows):
-    states = [{k: v.tobytes() for k, v in make().fit(*rows).state().items()} for _ in range(2)]
+def test_same_rows_same_bytes(make, rows, fitted):
+    states = [{k: v.tobytes() for k, v in one.state().items()} for one in (fitted, make().fit(*rows))]
     assert states[0] == states[1]
 
 
-def test_state_restores_the_combiner(make, rows):
-    fitted = make().fit(*rows)
+def test_state_restores_the_combiner(fitted, rows):
     again = type(fitted).from_state(fitted.state())
     assert again.predict_proba(rows[0]).tobytes() == fitted.predict_proba(rows[0]).tobytes()
 
 
-def test_rows_do_not_influence_one_another(make, rows):
-    fitted = make().fit(*rows)
+def test_rows_do_not_influence_one_another(fitted, rows):
     together = fitted.predict_proba(rows[0])
     alone = np.concatenate([fitted.predict_proba(rows[0][:, n : n + 1]) for n in range(N)])
     np.testing.assert_allclose(alone, together, atol=1e-12)
@@ -103,7 +108,7 @@ def test_the_order_of_members_does_not_matter_to_a_vote(make, rows):
 
 
 def test_what_it_does_not_use_can_be_left_out(make, rows):
-    outputs, labels, folds = rows
+    outputs, labels, folds = deepcopy(rows)
     getattr(outputs, "logits", outputs)[3] = 0  # a member that knows nothing
     fitted = make().fit(outputs, labels, folds)
     used = fitted.used(M)
@@ -113,24 +118,21 @@ def test_what_it_does_not_use_can_be_left_out(make, rows):
     np.testing.assert_allclose(alone, fitted.predict_proba(outputs), atol=1e-12)
 
 
-def test_its_report_is_for_json_and_its_weights_are_named(make, rows):
-    report = json.loads(json.dumps(make().fit(*rows).report(FACTS.names), allow_nan=False))
+def test_its_report_is_for_json_and_its_weights_are_named(fitted):
+    report = json.loads(json.dumps(fitted.report(FACTS.names), allow_nan=False))
     if report.get("weights") is not None:
         assert tuple(report["weights"]) == FACTS.names
         assert min(report["weights"].values()) >= 0
 
 
-def test_fitting_again_starts_anew(make, rows):
+def test_fitting_again_starts_anew(make, rows, fitted):
     outputs, labels, folds = rows
     twice = make().fit(outputs[:, ::2], labels[::2], folds[::2]).fit(*rows)
-    assert {k: v.tobytes() for k, v in twice.state().items()} == {
-        k: v.tobytes() for k, v in make().fit(*rows).state().items()
-    }
+    assert {k: v.tobytes() for k, v in twice.state().items()} == {k: v.tobytes() for k, v in fitted.state().items()}
 
 
 @pytest.mark.parametrize("batch", [1, 3, 17])
-def test_module_agrees_traced_at_two_rows_and_run_at_others(make, rows, batch):
-    fitted = make().fit(*rows)
+def test_module_agrees_traced_at_two_rows_and_run_at_others(fitted, rows, batch):
     traced = torch.jit.trace(fitted.to_module().eval(), _tensors(rows[0][:, :2]))
     with torch.no_grad():
         found = traced(*_tensors(rows[0][:, :batch])).numpy()

@@ -87,9 +87,17 @@ def base_main() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def orchestrator() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the orchestrator's command line: orchestrator("discover", workspace=...)."""
+    """Run the orchestrator's command line: orchestrator("discover", workspace=...).
 
-    def run(*options: str, workspace: Path | None = None, cwd: Path | None = None):
+    In this process, which has imported torch already; in one of its own where that is asked for (`apart`), as another
+    BASE-BACK needs it, or where it starts in another folder.
+    """
+    from in_process import run as run_here
+
+    def run(*options: str, workspace: Path | None = None, cwd: Path | None = None, apart: bool = False):
+        if cwd is None and not apart:
+            done = run_here(*options, workspace=workspace)
+            return subprocess.CompletedProcess(options, done.code, done.stdout, done.stderr)
         place = ("--workspace", str(workspace)) if workspace else ()
         return run_python(str(PROJECT / "ensemble_orchestrator.py"), *options, *place, cwd=cwd)
 

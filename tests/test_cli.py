@@ -142,7 +142,7 @@ def test_a_missing_workspace_and_a_wrong_base_back_are_named(tmp_path, orchestra
     done = orchestrator("discover", workspace=tmp_path / "none")
     assert done.returncode == 1
     assert "no such folder" in done.stderr
-    done = orchestrator("discover", "--base-back", str(tmp_path), workspace=trained)
+    done = orchestrator("discover", "--base-back", str(tmp_path), workspace=trained, apart=True)
     assert done.returncode == 1
     assert "no BASE-BACK there" in done.stderr
 

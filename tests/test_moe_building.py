@@ -177,7 +177,8 @@ def test_members_known_by_predictions_alone_are_mixed_without_times(tmp_path):
         assert set(ensemble.members) <= set(found["candidates"])
 
 
-def test_the_sections_are_off_unless_asked_for(built, orchestrator):
-    refused = orchestrator("fusion-train", "--config", "configs/votes.yaml", workspace=built)
+def test_the_sections_are_off_unless_asked_for(built, tmp_path, orchestrator):
+    own = shutil.copytree(built, tmp_path / "workspace")
+    refused = orchestrator("fusion-train", "--config", "configs/votes.yaml", workspace=own)
     assert refused.returncode == 1
     assert "is off" in refused.stderr

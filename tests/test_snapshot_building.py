@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import signal
@@ -270,7 +269,7 @@ def test_a_training_that_cannot_begin_is_told_with_its_last_words(copy, monkeypa
     assert f"--stages snapshots --backbones {NAME} --snapshots 2 --epochs-per-cycle 1" in failure
 
 
-def test_what_a_program_says_is_passed_on_at_its_level(caplog):
+def test_what_a_program_says_is_passed_on_at_its_level(heard):
     code = (
         "import sys\n"
         "for line in ('12:00:00 | WARNING | careful', 'bare', '12:00:01 | INFO | 80 %s done'): "
@@ -278,14 +277,9 @@ def test_what_a_program_says_is_passed_on_at_its_level(caplog):
         "print('{}')\n"
         "sys.exit(4)"
     )
-    target = logging.getLogger("disease_pipeline")
-    target.addHandler(caplog.handler)
-    try:
-        found = programs.run([sys.executable, "-c", code], dict(os.environ))
-    finally:
-        target.removeHandler(caplog.handler)
+    found = programs.run([sys.executable, "-c", code], dict(os.environ))
     assert found == (4, "{}\n", ["careful", "bare", "80 %s done"])
-    said = [(record.levelname, record.getMessage()) for record in caplog.records]
+    said = [(record.levelname, record.getMessage()) for record in heard.records]
     assert ("WARNING", "careful") in said
     assert ("INFO", "80 %s done") in said
 

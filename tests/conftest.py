@@ -75,12 +75,16 @@ def run_python(*arguments: str, environment: dict[str, str] | None = None, cwd: 
 
 @pytest.fixture(scope="session")
 def base_main() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the base pipeline's command line: base_main("--stages", "split", workspace=...)."""
+    """Run the base pipeline's command line: base_main("--stages", "split", workspace=...).
+
+    One process at a time unless `--jobs` says otherwise: the other core is the other worker's.
+    """
 
     def run(*options: str, workspace: Path, environment: dict[str, str] | None = None):
         script = str(PROJECT / "BASE-BACK" / "src" / "main.py")
         variables = {"DBT_AUGMENT": "no_flip", "DBT_BATCH_SIZE": "32"} | (environment or {})
-        return run_python(script, "--workspace", str(workspace), *options, environment=variables)
+        jobs = () if "--jobs" in options else ("--jobs", "1")
+        return run_python(script, "--workspace", str(workspace), *options, *jobs, environment=variables)
 
     return run
 

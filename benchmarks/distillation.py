@@ -8,9 +8,10 @@
 
 Per split: the weighted ensemble of six networks is fitted on honest rows (out-of-fold and val); its cross-fitted
 predictions of the train rows teach CustomMobileOne (`targets: oof`), val stops the training, and test, which nobody has
-seen, judges. What is finished is kept beside the splits, so that it goes on where it stopped. One thread; CPU seconds
-are compared, so that a busy machine disturbs little. `--curves FILE.png` draws the learning curves (needs matplotlib).
-The last line of the output is one JSON object.
+seen, judges. Each split is trained on several times, from other first weights, and their mean counts: one training says
+little. Intervals are Student's t over the splits. What is finished is kept beside the splits, so that it goes on where
+it stopped. One thread; CPU seconds are compared, so that a busy machine disturbs little. `--curves FILE.png` draws the
+learning curves (needs matplotlib). The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from typing import Any
 import numpy as np
 
 import prepare
-from reporting import report, row
+from reporting import interval, ratio_interval, report, row
 
 PROJECT = Path(__file__).resolve().parents[1]
 STUDENT = "CustomMobileOne"
 SIDE = 32
 TEMPERATURES, ALPHA, RATE = {"student": 4.0, "student at T = 2": 2.0}, 0.5, 0.001  # the first are the configuration's
 ALONE, TEACHER = "alone", "teacher"
-VERSION = 1  # raised whenever the same splits would give other figures
+VERSION = 2  # raised whenever the same splits would give other figures
 CACHE = (5000, 4, 10)  # images, views, classes whose targets are to stay below two megabytes
-RESAMPLES = 10_000
+TRAININGS = 2  # of each split
 NONE = (None, None, None)  # neither goal nor peer
 
 
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", metavar="DIR", type=Path, help="the images whose prepared splits are read")
     parser.add_argument("--splits", metavar="N", type=int, help="how many of the prepared splits (default: all)")
     parser.add_argument("--epochs", metavar="N", type=int, help="of each training (default: as the zoo had them)")
+    parser.add_argument("--trainings", metavar="N", type=int, default=TRAININGS, help=f"of a split ({TRAININGS})")
     parser.add_argument("--curves", metavar="FILE", type=Path, help="draw the learning curves into this PNG")
     parser.add_argument("--quick", action="store_true", help="a zoo of two poor networks, three epochs")
     options = parser.parse_args(argv)
@@ -61,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     epochs = options.epochs or (3 if options.quick else _epochs_for(data))
     with ExitStack() as stack:
         _on_one_thread(stack)
-        outcomes = [_kept(path, data, epochs, whole=options.data is None) for path in files]
+        # All splits first: whoever stops it has as many of them as there was time for.
+        seeds = range(1 if options.quick else options.trainings)
+        of_seeds = [[_kept(path, data, epochs, seed, whole=options.data is None) for path in files] for seed in seeds]
+        outcomes = [averaged(entries) for entries in zip(*of_seeds, strict=True)]
         rows = [*score_rows(outcomes), *cost_rows(files[0], data, whole=options.data is None), cache_row()]
     if options.curves:
         draw(outcomes, options.curves, "handwritten digits" if options.data is None else options.data.name)
@@ -73,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data="handwritten digits" if options.data is None else options.data.name,
         **(found.facts() | {"splits": len(files)}),
         epochs=epochs,
+        trainings=len(seeds),
         scores=[entry["scores"] for entry in outcomes],
     )
     return 0
@@ -107,19 +113,21 @@ def _on_one_thread(stack: ExitStack) -> None:
 # one split -----------------------------------------------------------------------------------------------------------
 
 
-def _kept(path: Path, data: Path, epochs: int, *, whole: bool) -> dict[str, Any]:
-    """The outcome of a split, from beside it where it is there already."""
+def _kept(path: Path, data: Path, epochs: int, seed: int, *, whole: bool) -> dict[str, Any]:
+    """The outcome of one training on a split, from beside it where it is there already."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    file = path.parent / "distillation" / f"{path.stem}-v{VERSION}-{epochs}.json"
+    file = path.parent / "distillation" / f"{path.stem}-v{VERSION}-{epochs}-{seed}.json"
     if file.is_file():
         known = json.loads(file.read_text())
         if known["digest"] == digest:
             return known  # type: ignore[no-any-return]
     start = time.process_time()
-    outcome = taught(prepare.read(path), data, epochs, whole=whole) | {"digest": digest}
+    outcome = taught(prepare.read(path), data, epochs, seed, whole=whole) | {"digest": digest}
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(outcome))
-    print(f"{path.stem}: {time.process_time() - start:.0f} CPU s, {_words(outcome)}", file=sys.stderr, flush=True)
+    print(
+        f"{path.stem}, {seed}: {time.process_time() - start:.0f} CPU s, {_words(outcome)}", file=sys.stderr, flush=True
+    )
     return outcome
 
 
@@ -129,8 +137,29 @@ def _words(outcome: Mapping[str, Any]) -> str:
     )
 
 
-def taught(split: Mapping[str, np.ndarray], data: Path, epochs: int, *, whole: bool) -> dict[str, Any]:
-    """`{scores: {who: {accuracy, log_loss, ece}}, agreement, history, entropy, oof_accuracy}` of one split, on test."""
+def averaged(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One outcome of several trainings on one split: means, and all learning curves."""
+    first = entries[0]
+
+    def mean(part: str, who: str, metric: str) -> float:
+        return float(np.mean([entry[part][who][metric] for entry in entries]))
+
+    return {
+        **{name: first[name] for name in ("entropy", "oof")},
+        "scores": {who: {name: mean("scores", who, name) for name in found} for who, found in first["scores"].items()},
+        "agreement": {
+            who: float(np.mean([entry["agreement"][who] for entry in entries])) for who in first["agreement"]
+        },
+        "history": {who: [entry["history"][who] for entry in entries] for who in first["history"]},
+    }
+
+
+def taught(split: Mapping[str, np.ndarray], data: Path, epochs: int, seed: int, *, whole: bool) -> dict[str, Any]:
+    """What became of one training on one split.
+
+    `{scores: {who: {accuracy, log_loss, ece}}, agreement: {who: share}}` on test, `history` by epoch, and of the
+    teacher's targets `entropy` and the scores `oof`, on train.
+    """
     from utils.distillation_controls import agreement, scores
     from utils.distilling import Course, logits_of, train
     from utils.metrics import softmax
@@ -144,9 +173,9 @@ def taught(split: Mapping[str, np.ndarray], data: Path, epochs: int, *, whole: b
 
     for who, temperature in {ALONE: None, **TEMPERATURES}.items():
         alpha = 0.0 if temperature is None else ALPHA
-        lessons = _lessons(album["train"], "oof" if alpha else None, known, batch=_batch(album))
-        course = Course(STUDENT, epochs, RATE, temperature or 1.0, alpha, seed=0)
-        model = _fresh(len(split["classes"]))
+        lessons = _lessons(album["train"], "oof" if alpha else None, known, batch=_batch(album), seed=seed)
+        course = Course(STUDENT, epochs, RATE, temperature or 1.0, alpha, seed=seed)
+        model = _fresh(len(split["classes"]), seed)
         done = train(model, course, lessons, say if alpha else None, album["val"], device="cpu")
         said[who] = softmax(logits_of(model, album["test"], "cpu", done.weights))
         history[who] = done.history
@@ -156,7 +185,7 @@ def taught(split: Mapping[str, np.ndarray], data: Path, epochs: int, *, whole: b
         "agreement": {who: agreement(said[who], said[TEACHER]) for who in (ALONE, *TEMPERATURES)},
         "history": history,
         "entropy": float(-(probabilities * np.log(probabilities)).sum(axis=1).mean()),
-        "oof_accuracy": float((teacher["train"].argmax(axis=1) == album["train"].images.labels)[known].mean()),
+        "oof": scores(probabilities, album["train"].images.labels[known]),
     }
 
 
@@ -203,12 +232,12 @@ def _albums(split: Mapping[str, np.ndarray], data: Path, *, whole: bool) -> dict
     return found
 
 
-def _lessons(album: Any, kind: str | None, known: np.ndarray, *, batch: int, views: int = 0) -> Any:
+def _lessons(album: Any, kind: str | None, known: np.ndarray, *, batch: int, seed: int = 0, views: int = 0) -> Any:
     from utils.distillation_teaching import plainness
     from utils.lessons import Lessons
 
     plain = plainness(album, kind, known, ALPHA) if kind else np.full(len(album), "never")
-    return Lessons(album, batch, 0, plain, views=views)
+    return Lessons(album, batch, seed, plain, views=views)
 
 
 def _batch(album: Mapping[str, Any]) -> int:
@@ -218,12 +247,12 @@ def _batch(album: Mapping[str, Any]) -> int:
     return 32 if sum(len(part) for part in album.values()) < FEW_IMAGES else 64
 
 
-def _fresh(classes: int) -> Any:
+def _fresh(classes: int, seed: int = 0) -> Any:
     import torch
 
     from utils import base_back
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return base_back.load("models").create_custom_backbone(STUDENT, classes, size="tiny", img_size=SIDE)
 
 
@@ -231,59 +260,50 @@ def _fresh(classes: int) -> Any:
 
 
 def score_rows(outcomes: Sequence[Mapping[str, Any]]) -> list[dict]:
-    """Mean over the splits, with the interval of a bootstrap over splits."""
+    """Means over the splits, with Student's interval, and Fieller's of the shares."""
     splits = f"over {len(outcomes)} splits"
     found = []
     for metric, sign in (("accuracy", 1), ("log_loss", -1)):
         of = {who: np.array([entry["scores"][who][metric] for entry in outcomes]) for who in outcomes[0]["scores"]}
         whole = sign * (of[TEACHER] - of[ALONE])
         name, unit = metric.replace("_", "-"), "nats" if metric == "log_loss" else "share"
-        found += [row(f"{name} {splits}: {who}", float(of[who].mean()), unit, None, None, None) for who in of]
+        found += [row(f"{name} {splits}: {who}", float(of[who].mean()), unit, *NONE) for who in of]
+        found.append(
+            row(f"{name}: gain of the teacher over the network alone", whole.mean(), unit, None, None, _gain(whole))
+        )
         for who in TEMPERATURES:
             gain = sign * (of[who] - of[ALONE])
-            low, high = _interval(gain)
-            said = f"95 % interval {low:.4f} to {high:.4f}; better in {int((gain > 0).sum())} of {len(gain)}"
-            mean = float(gain.mean())
-            found.append(row(f"{name}: gain of the {who} over the network alone", mean, unit, "> 0", mean > 0, said))
-            share = mean / float(whole.mean()) if whole.mean() > 0 else None
-            bounds = _interval(gain, whole)
-            beside = (
-                "the teacher gains nothing" if share is None else f"95 % interval {bounds[0]:.2f} to {bounds[1]:.2f}"
-            )
-            holds = None if share is None else share >= 0.5
-            what = f"{name}: share of the teacher's gain kept by the {who}"
-            found.append(row(what, share, "", ">= 0.5", holds, beside))
-    found += [
-        *(
-            row(
-                f"agreement with the teacher: {who}",
-                _mean([entry["agreement"] for entry in outcomes], who),
-                "share",
-                *NONE,
-            )
-            for who in (ALONE, *TEMPERATURES)
-        ),
-        row("entropy of the teacher's targets", _mean(outcomes, "entropy"), "nats", None, None, None),
-        row(
-            "accuracy of the teacher's targets (train rows)", _mean(outcomes, "oof_accuracy"), "share", None, None, None
-        ),
-    ]
-    return found
+            what = f"{name}: gain of the {who} over the network alone"
+            found.append(row(what, gain.mean(), unit, "> 0", bool(gain.mean() > 0), _gain(gain)))
+            found.append(_share_row(f"{name}: share of the teacher's gain kept by the {who}", gain, whole))
+    for who in (ALONE, *TEMPERATURES):
+        share = np.mean([entry["agreement"][who] for entry in outcomes])
+        found.append(row(f"agreement with the teacher: {who}", share, "share", *NONE))
+    for metric, unit in (("accuracy", "share"), ("log_loss", "nats")):
+        mean = np.mean([entry["oof"][metric] for entry in outcomes])
+        found.append(
+            row(f"{metric.replace('_', '-')} of the teacher's targets (train rows, cross-fitted)", mean, unit, *NONE)
+        )
+    entropy = np.mean([entry["entropy"] for entry in outcomes])
+    return [*found, row("entropy of the teacher's targets", entropy, "nats", *NONE)]
 
 
-def _mean(outcomes: Sequence[Mapping[str, Any]], key: str) -> float:
-    return float(np.mean([entry[key] for entry in outcomes]))
+def _gain(gain: np.ndarray) -> str:
+    bounds = interval(gain.tolist())
+    around = "no interval of one split" if bounds is None else f"95 % interval {bounds[0]:.4f} to {bounds[1]:.4f}"
+    return f"{around}; better in {int((gain > 0).sum())} of {len(gain)}"
 
 
-def _interval(gain: np.ndarray, whole: np.ndarray | None = None) -> tuple[float, float]:
-    """95 % interval of the mean over splits, or of the ratio of two means."""
-    drawn = np.random.default_rng(0).integers(len(gain), size=(RESAMPLES, len(gain)))
-    means = gain[drawn].mean(axis=1)
-    if whole is not None:
-        below = whole[drawn].mean(axis=1)
-        means = np.where(below > 0, means / np.where(below > 0, below, 1), np.where(means > 0, np.inf, -np.inf))
-    low, high = np.quantile(means, [0.025, 0.975], method="inverted_cdf")
-    return float(low), float(high)
+def _share_row(what: str, gain: np.ndarray, whole: np.ndarray) -> dict:
+    if whole.mean() <= 0:
+        return row(what, None, "", ">= 0.5", None, "the teacher gains nothing")
+    share, bounds = gain.mean() / whole.mean(), ratio_interval(gain.tolist(), whole.tolist())
+    beside = (
+        "no bounds: the teacher does not gain for certain"
+        if bounds is None
+        else f"95 % interval {bounds[0]:.2f} to {bounds[1]:.2f}"
+    )
+    return row(what, share, "", ">= 0.5", bool(share >= 0.5), beside)
 
 
 def cost_rows(path: Path, data: Path, *, whole: bool) -> list[dict]:
@@ -367,7 +387,7 @@ def cache_row() -> dict:
 
 
 def draw(outcomes: Sequence[Mapping[str, Any]], file: Path, title: str) -> None:
-    """Accuracy and log-loss on val by epoch: thin lines for splits, thick ones for their mean."""
+    """Accuracy and log-loss on val by epoch: thin lines for trainings, thick ones for their mean."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -376,7 +396,7 @@ def draw(outcomes: Sequence[Mapping[str, Any]], file: Path, title: str) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), dpi=110)
     for axis, key, label in zip(axes, ("val_accuracy", "val_log_loss"), ("accuracy", "log-loss, nats"), strict=True):
         for who, colour in zip((ALONE, *TEMPERATURES), ("#b0532a", "#1f5f8b", "#3a8f5c"), strict=True):
-            curves = [[epoch[key] for epoch in entry["history"][who]] for entry in outcomes]
+            curves = [[epoch[key] for epoch in one] for entry in outcomes for one in entry["history"][who]]
             for curve in curves:
                 axis.plot(range(1, len(curve) + 1), curve, color=colour, alpha=0.2, linewidth=0.8)
             shortest = min(map(len, curves))

@@ -21,9 +21,9 @@ def outcome(alone: float, student: float, teacher: float) -> dict:
     return {
         "scores": {"alone": scores(alone), **taught, "teacher": scores(teacher)},
         "agreement": dict.fromkeys(("alone", *taught), 0.9),
-        "history": {},
+        "history": {"alone": [{"val_accuracy": alone}]},
         "entropy": 0.3,
-        "oof_accuracy": 0.8,
+        "oof": scores(0.8),
     }
 
 
@@ -40,12 +40,28 @@ def test_the_share_that_is_kept_is_that_of_the_means():
     assert (gain["figure"], gain["holds"]) == (0.04, True)
     assert "better in 2 of 2" in gain["peer"]
     assert rows["accuracy over 2 splits: alone"]["figure"] == 0.81
+    assert rows["accuracy: gain of the teacher over the network alone"]["figure"] == pytest.approx(0.09)
+    assert rows["log-loss of the teacher's targets (train rows, cross-fitted)"]["figure"] == pytest.approx(0.2)
 
 
 def test_a_teacher_that_gains_nothing_leaves_no_share():
     rows = figures(distillation.score_rows([outcome(0.9, 0.9, 0.9)]))
     kept = rows["accuracy: share of the teacher's gain kept by the student"]
     assert (kept["figure"], kept["holds"], kept["peer"]) == (None, None, "the teacher gains nothing")
+
+
+def test_a_teacher_that_gains_on_some_splits_alone_leaves_a_share_without_bounds():
+    rows = figures(distillation.score_rows([outcome(0.8, 0.85, 0.9), outcome(0.8, 0.81, 0.79)]))
+    kept = rows["accuracy: share of the teacher's gain kept by the student"]
+    assert (kept["figure"], kept["peer"]) == (0.667, "no bounds: the teacher does not gain for certain")
+
+
+def test_the_trainings_of_a_split_count_as_their_mean():
+    found = distillation.averaged([outcome(0.8, 0.86, 0.9), outcome(0.82, 0.84, 0.9)])
+    assert found["scores"]["alone"]["accuracy"] == pytest.approx(0.81)
+    assert found["scores"]["student"]["log_loss"] == pytest.approx(0.15)
+    assert [curve[0]["val_accuracy"] for curve in found["history"]["alone"]] == [0.8, 0.82]
+    assert found["agreement"]["student"] == pytest.approx(0.9)
 
 
 def test_cached_targets_are_below_two_megabytes():
@@ -70,9 +86,9 @@ def test_one_split_is_taught_and_scored(tmp_path, monkeypatch):
         **{"test_ids": ids[test], "train_ids": ids[train], "train_labels": labels[train]},
     }
     monkeypatch.setattr(distillation.prepare, "ZOO", tmp_path / "zoo")
-    found = distillation.taught(split, data, 2, whole=True)
+    found = distillation.taught(split, data, 2, 1, whole=True)
     assert set(found["scores"]) == {"alone", *distillation.TEMPERATURES, "teacher"}
     assert found["scores"]["teacher"]["accuracy"] > 0.9
-    assert found["oof_accuracy"] > 0.9
+    assert found["oof"]["accuracy"] > 0.9
     assert [len(rows) for rows in found["history"].values()] == [2, 2, 2]
     assert found["history"]["student"] != found["history"]["alone"]

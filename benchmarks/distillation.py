@@ -31,17 +31,16 @@ from typing import Any
 import numpy as np
 
 import prepare
-from reporting import interval, ratio_interval, report, row
+from distillation_rows import ALONE, TEACHER, averaged, draw, score_rows
+from reporting import report, row
 
 PROJECT = Path(__file__).resolve().parents[1]
 STUDENT = "CustomMobileOne"
 SIDE = 32
 TEMPERATURES, ALPHA, RATE = {"student": 4.0, "student at T = 2": 2.0}, 0.5, 0.001  # the first are the configuration's
-ALONE, TEACHER = "alone", "teacher"
 VERSION = 2  # raised whenever the same splits would give other figures
 CACHE = (5000, 4, 10)  # images, views, classes whose targets are to stay below two megabytes
 TRAININGS = 2  # of each split
-NONE = (None, None, None)  # neither goal nor peer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,14 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         of_seeds = [[_kept(path, data, epochs, seed, whole=options.data is None) for path in files] for seed in seeds]
         outcomes = [averaged(entries) for entries in zip(*of_seeds, strict=True)]
         rows = [*score_rows(outcomes), *cost_rows(files[0], data, whole=options.data is None), cache_row()]
+    title = "handwritten digits" if options.data is None else options.data.name
     if options.curves:
-        draw(outcomes, options.curves, "handwritten digits" if options.data is None else options.data.name)
+        trained = f"{len(files)} splits, {len(seeds)} trainings each"
+        draw(outcomes, options.curves, f"{STUDENT}, {title}, {trained}")
     report(
         "distillation",
         rows,
         quick=options.quick,
         packages=("numpy", "torch", "timm"),
-        data="handwritten digits" if options.data is None else options.data.name,
+        data=title,
         **(found.facts() | {"splits": len(files)}),
         epochs=epochs,
         trainings=len(seeds),
@@ -135,23 +136,6 @@ def _words(outcome: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{who} {found['accuracy']:.4f} / {found['log_loss']:.4f}" for who, found in outcome["scores"].items()
     )
-
-
-def averaged(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One outcome of several trainings on one split: means, and all learning curves."""
-    first = entries[0]
-
-    def mean(part: str, who: str, metric: str) -> float:
-        return float(np.mean([entry[part][who][metric] for entry in entries]))
-
-    return {
-        **{name: first[name] for name in ("entropy", "oof")},
-        "scores": {who: {name: mean("scores", who, name) for name in found} for who, found in first["scores"].items()},
-        "agreement": {
-            who: float(np.mean([entry["agreement"][who] for entry in entries])) for who in first["agreement"]
-        },
-        "history": {who: [entry["history"][who] for entry in entries] for who in first["history"]},
-    }
 
 
 def taught(split: Mapping[str, np.ndarray], data: Path, epochs: int, seed: int, *, whole: bool) -> dict[str, Any]:
@@ -259,53 +243,6 @@ def _fresh(classes: int, seed: int = 0) -> Any:
 # rows ----------------------------------------------------------------------------------------------------------------
 
 
-def score_rows(outcomes: Sequence[Mapping[str, Any]]) -> list[dict]:
-    """Means over the splits, with Student's interval, and Fieller's of the shares."""
-    splits = f"over {len(outcomes)} splits"
-    found = []
-    for metric, sign in (("accuracy", 1), ("log_loss", -1)):
-        of = {who: np.array([entry["scores"][who][metric] for entry in outcomes]) for who in outcomes[0]["scores"]}
-        whole = sign * (of[TEACHER] - of[ALONE])
-        name, unit = metric.replace("_", "-"), "nats" if metric == "log_loss" else "share"
-        found += [row(f"{name} {splits}: {who}", float(of[who].mean()), unit, *NONE) for who in of]
-        found.append(
-            row(f"{name}: gain of the teacher over the network alone", whole.mean(), unit, None, None, _gain(whole))
-        )
-        for who in TEMPERATURES:
-            gain = sign * (of[who] - of[ALONE])
-            what = f"{name}: gain of the {who} over the network alone"
-            found.append(row(what, gain.mean(), unit, "> 0", bool(gain.mean() > 0), _gain(gain)))
-            found.append(_share_row(f"{name}: share of the teacher's gain kept by the {who}", gain, whole))
-    for who in (ALONE, *TEMPERATURES):
-        share = np.mean([entry["agreement"][who] for entry in outcomes])
-        found.append(row(f"agreement with the teacher: {who}", share, "share", *NONE))
-    for metric, unit in (("accuracy", "share"), ("log_loss", "nats")):
-        mean = np.mean([entry["oof"][metric] for entry in outcomes])
-        found.append(
-            row(f"{metric.replace('_', '-')} of the teacher's targets (train rows, cross-fitted)", mean, unit, *NONE)
-        )
-    entropy = np.mean([entry["entropy"] for entry in outcomes])
-    return [*found, row("entropy of the teacher's targets", entropy, "nats", *NONE)]
-
-
-def _gain(gain: np.ndarray) -> str:
-    bounds = interval(gain.tolist())
-    around = "no interval of one split" if bounds is None else f"95 % interval {bounds[0]:.4f} to {bounds[1]:.4f}"
-    return f"{around}; better in {int((gain > 0).sum())} of {len(gain)}"
-
-
-def _share_row(what: str, gain: np.ndarray, whole: np.ndarray) -> dict:
-    if whole.mean() <= 0:
-        return row(what, None, "", ">= 0.5", None, "the teacher gains nothing")
-    share, bounds = gain.mean() / whole.mean(), ratio_interval(gain.tolist(), whole.tolist())
-    beside = (
-        "no bounds: the teacher does not gain for certain"
-        if bounds is None
-        else f"95 % interval {bounds[0]:.2f} to {bounds[1]:.2f}"
-    )
-    return row(what, share, "", ">= 0.5", bool(share >= 0.5), beside)
-
-
 def cost_rows(path: Path, data: Path, *, whole: bool) -> list[dict]:
     """CPU seconds of an epoch with cached targets against one of the base pipeline's plain training."""
     from utils import base_back
@@ -384,32 +321,6 @@ def cache_row() -> dict:
         size = path.stat().st_size / 1e6
     what = f"cached targets, {images} images x {views} views x {classes} classes"
     return row(what, size, "MB", "< 2", size < 2, None)
-
-
-def draw(outcomes: Sequence[Mapping[str, Any]], file: Path, title: str) -> None:
-    """Accuracy and log-loss on val by epoch: thin lines for trainings, thick ones for their mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), dpi=110)
-    for axis, key, label in zip(axes, ("val_accuracy", "val_log_loss"), ("accuracy", "log-loss, nats"), strict=True):
-        for who, colour in zip((ALONE, *TEMPERATURES), ("#b0532a", "#1f5f8b", "#3a8f5c"), strict=True):
-            curves = [[epoch[key] for epoch in one] for entry in outcomes for one in entry["history"][who]]
-            for curve in curves:
-                axis.plot(range(1, len(curve) + 1), curve, color=colour, alpha=0.2, linewidth=0.8)
-            shortest = min(map(len, curves))
-            mean = np.mean([curve[:shortest] for curve in curves], axis=0)
-            axis.plot(range(1, shortest + 1), mean, color=colour, label=who)
-        axis.set_xlabel("epoch")
-        axis.set_ylabel(f"{label} on val")
-    axes[1].set_yscale("log")
-    axes[0].legend(frameon=False)
-    figure.suptitle(f"{STUDENT}, {title}, {len(outcomes)} splits")
-    figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
 
 
 if __name__ == "__main__":

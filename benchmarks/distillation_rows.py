@@ -11,33 +11,36 @@ import numpy as np
 from reporting import interval, ratio_interval, row
 
 ALONE, TEACHER = "alone", "teacher"
-COLOURS = ("#b0532a", "#1f5f8b", "#3a8f5c")
+COLOURS = ("#b0532a", "#1f5f8b", "#3a8f5c", "#8a6bb0")
 NONE = (None, None, None)  # neither goal nor peer
 
 
-def averaged(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One outcome of several trainings on one split: means, and all learning curves."""
-    first = entries[0]
-
-    def mean(part: str, who: str, metric: str) -> float:
-        return float(np.mean([entry[part][who][metric] for entry in entries]))
-
-    return {
-        **{name: first[name] for name in ("entropy", "oof")},
-        "scores": {who: {name: mean("scores", who, name) for name in found} for who, found in first["scores"].items()},
-        "agreement": {
-            who: float(np.mean([entry["agreement"][who] for entry in entries])) for who in first["agreement"]
-        },
-        "history": {who: [entry["history"][who] for entry in entries] for who in first["history"]},
-    }
+Outcome = Mapping[str, Mapping[str, Any]]
+"""Who -> `scores`, `agreement` and `history` of a student, `scores`, `oof` and `entropy` of the teacher."""
 
 
-def score_rows(outcomes: Sequence[Mapping[str, Any]]) -> list[dict]:
+def averaged(entries: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
+    """One outcome of several trainings on one split: means, and all learning curves under `history`."""
+    found: dict[str, dict[str, Any]] = {}
+    for who, first in entries[0].items():
+        every = [entry[who] for entry in entries]
+        metrics = first["scores"]
+        found[who] = {**first, "scores": {name: _mean([one["scores"] for one in every], name) for name in metrics}}
+        if who != TEACHER:
+            found[who] |= {"agreement": _mean(every, "agreement"), "history": [one["history"] for one in every]}
+    return found
+
+
+def _mean(found: Sequence[Mapping[str, float]], name: str) -> float:
+    return float(np.mean([one[name] for one in found]))
+
+
+def score_rows(outcomes: Sequence[Outcome]) -> list[dict]:
     """Means over the splits, with Student's interval, and Fieller's of the shares."""
     splits, students = f"over {len(outcomes)} splits", _students(outcomes)
     found = []
     for metric, sign in (("accuracy", 1), ("log_loss", -1)):
-        of = {who: np.array([entry["scores"][who][metric] for entry in outcomes]) for who in outcomes[0]["scores"]}
+        of = {who: np.array([entry[who]["scores"][metric] for entry in outcomes]) for who in outcomes[0]}
         whole = sign * (of[TEACHER] - of[ALONE])
         name, unit = metric.replace("_", "-"), "nats" if metric == "log_loss" else "share"
         found += [row(f"{name} {splits}: {who}", float(of[who].mean()), unit, *NONE) for who in of]
@@ -46,23 +49,21 @@ def score_rows(outcomes: Sequence[Mapping[str, Any]]) -> list[dict]:
         )
         for who in students:
             gain = sign * (of[who] - of[ALONE])
-            what = f"{name}: gain of the {who} over the network alone"
+            what = f"{name}: gain of the student ({who}) over the network alone"
             found.append(row(what, gain.mean(), unit, "> 0", bool(gain.mean() > 0), _gain(gain)))
-            found.append(_share_row(f"{name}: share of the teacher's gain kept by the {who}", gain, whole))
+            found.append(_share_row(f"{name}: share of the teacher's gain kept by the student ({who})", gain, whole))
     for who in (ALONE, *students):
-        share = np.mean([entry["agreement"][who] for entry in outcomes])
+        share = _mean([entry[who] for entry in outcomes], "agreement")
         found.append(row(f"agreement with the teacher: {who}", share, "share", *NONE))
+    teachers = [entry[TEACHER] for entry in outcomes]
     for metric, unit in (("accuracy", "share"), ("log_loss", "nats")):
-        mean = np.mean([entry["oof"][metric] for entry in outcomes])
-        found.append(
-            row(f"{metric.replace('_', '-')} of the teacher's targets (train rows, cross-fitted)", mean, unit, *NONE)
-        )
-    entropy = np.mean([entry["entropy"] for entry in outcomes])
-    return [*found, row("entropy of the teacher's targets", entropy, "nats", *NONE)]
+        what = f"{metric.replace('_', '-')} of the teacher's cross-fitted targets, train rows"
+        found.append(row(what, _mean([one["oof"] for one in teachers], metric), unit, *NONE))
+    return [*found, row("entropy of these targets", _mean(teachers, "entropy"), "nats", *NONE)]
 
 
-def _students(outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [who for who in outcomes[0]["scores"] if who not in (ALONE, TEACHER)]
+def _students(outcomes: Sequence[Outcome]) -> list[str]:
+    return [who for who in outcomes[0] if who not in (ALONE, TEACHER)]
 
 
 def _gain(gain: np.ndarray) -> str:
@@ -83,7 +84,7 @@ def _share_row(what: str, gain: np.ndarray, whole: np.ndarray) -> dict:
     return row(what, share, "", ">= 0.5", bool(share >= 0.5), beside)
 
 
-def draw(outcomes: Sequence[Mapping[str, Any]], file: Path, title: str) -> None:
+def draw(outcomes: Sequence[Outcome], file: Path, title: str) -> None:
     """Accuracy and log-loss on val by epoch: thin lines for trainings, thick ones for their mean."""
     import matplotlib
 
@@ -93,7 +94,7 @@ def draw(outcomes: Sequence[Mapping[str, Any]], file: Path, title: str) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), dpi=110)
     for axis, key, label in zip(axes, ("val_accuracy", "val_log_loss"), ("accuracy", "log-loss, nats"), strict=True):
         for who, colour in zip((ALONE, *_students(outcomes)), COLOURS, strict=False):
-            curves = [[epoch[key] for epoch in one] for entry in outcomes for one in entry["history"][who]]
+            curves = [[epoch[key] for epoch in one] for entry in outcomes for one in entry[who]["history"]]
             for curve in curves:
                 axis.plot(range(1, len(curve) + 1), curve, color=colour, alpha=0.2, linewidth=0.8)
             shortest = min(map(len, curves))

@@ -5,7 +5,7 @@
     python benchmarks/prepare.py --quick                  two networks, two folds, one epoch; not the ones to report
 
 What the networks answered is kept, one file per split in `benchmarks/zoo/<data>`; the networks are not, unless
-`--networks` asks for it (half a megabyte to ten each). Typed again it goes on where it stopped, and does nothing for a
+`--networks` asks for it (three megabytes per split). Typed again it goes on where it stopped, and does nothing for a
 split that is there. The last line of the output is one JSON object.
 """
 

@@ -1,16 +1,18 @@
 """A student taught by an ensemble, beside the same network trained alone and beside its teacher; what an epoch costs.
 
-    python benchmarks/prepare.py --splits 10       once, for hours: the small zoos whose predictions teach
+    python benchmarks/prepare.py --splits 10 --networks    once, for hours: the small zoos that teach
 
     python benchmarks/distillation.py                  handwritten digits; without prepared splits one is made first
     python benchmarks/distillation.py --data DIR       the splits that were prepared of these images
     python benchmarks/distillation.py --quick          a zoo of two poor networks, three epochs; not the one to report
 
-Per split: the weighted ensemble of six networks is fitted on honest rows (out-of-fold and val); its cross-fitted
-predictions of the train rows teach CustomMobileOne (`targets: oof`), val stops the training, and test, which nobody has
-seen, judges. What is finished is kept beside the splits, so that it goes on where it stopped. One thread; CPU seconds
-are compared, so that a busy machine disturbs little. `--curves FILE.png` draws the learning curves (needs matplotlib).
-The last line of the output is one JSON object.
+Per split: the weighted ensemble of six networks is fitted on honest rows (out-of-fold and val) and teaches
+CustomMobileOne by each kind of targets: `oof`, its cross-fitted predictions of the train rows; `views` and
+`consistent`, its answers to the views that the student is shown, where the networks of the splits were kept. Val stops
+the training, and test, which nobody has seen, judges. A split may be trained on several times (`--trainings`), from
+other first weights, and their mean counts. Intervals are Student's over the splits. What is finished is kept beside
+them, so that it goes on where it stopped. One thread; CPU seconds are compared, so that a busy machine disturbs little.
+`--curves FILE.png` draws the learning curves (needs matplotlib). The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,17 +32,17 @@ from typing import Any
 import numpy as np
 
 import prepare
+from distillation_rows import ALONE, TEACHER, averaged, draw, score_rows
 from reporting import report, row
 
 PROJECT = Path(__file__).resolve().parents[1]
 STUDENT = "CustomMobileOne"
 SIDE = 32
-TEMPERATURES, ALPHA, RATE = {"student": 4.0, "student at T = 2": 2.0}, 0.5, 0.001  # the first are the configuration's
-ALONE, TEACHER = "alone", "teacher"
-VERSION = 1  # raised whenever the same splits would give other figures
+TEMPERATURE, ALPHA, RATE, VIEWS = 4.0, 0.5, 0.001, 4  # as the configuration has them
+KINDS = ("oof", "views", "consistent")
+VERSION = 2  # raised whenever the same splits would give other figures
+TURNS = 5  # of which the quickest epoch counts
 CACHE = (5000, 4, 10)  # images, views, classes whose targets are to stay below two megabytes
-RESAMPLES = 10_000
-NONE = (None, None, None)  # neither goal nor peer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", metavar="DIR", type=Path, help="the images whose prepared splits are read")
     parser.add_argument("--splits", metavar="N", type=int, help="how many of the prepared splits (default: all)")
     parser.add_argument("--epochs", metavar="N", type=int, help="of each training (default: as the zoo had them)")
+    parser.add_argument("--trainings", metavar="N", type=int, default=1, help="of each split (default: 1)")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, help="of targets (default: all, or those without networks)"
+    )
     parser.add_argument("--curves", metavar="FILE", type=Path, help="draw the learning curves into this PNG")
     parser.add_argument("--quick", action="store_true", help="a zoo of two poor networks, three epochs")
     options = parser.parse_args(argv)
@@ -61,19 +67,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     epochs = options.epochs or (3 if options.quick else _epochs_for(data))
     with ExitStack() as stack:
         _on_one_thread(stack)
-        outcomes = [_kept(path, data, epochs, whole=options.data is None) for path in files]
-        rows = [*score_rows(outcomes), *cost_rows(files[0], data, whole=options.data is None), cache_row()]
+        # All splits first: whoever stops it has as many of them as there was time for.
+        seeds, whole = range(options.trainings), options.data is None
+        kinds = options.kinds or (KINDS if all(_networks(path).is_dir() for path in files) else KINDS[:1])
+        of_seeds = [[_kept(path, data, epochs, seed, kinds, whole=whole) for path in files] for seed in seeds]
+        outcomes = [averaged(entries) for entries in zip(*of_seeds, strict=True)]
+        rows = [*score_rows(outcomes), *cost_rows(files[0], data, whole=whole), cache_row()]
+    title = "handwritten digits" if options.data is None else options.data.name
     if options.curves:
-        draw(outcomes, options.curves, "handwritten digits" if options.data is None else options.data.name)
+        trained = f"{len(files)} splits, {len(seeds)} trainings each"
+        draw(outcomes, options.curves, f"{STUDENT}, {title}, {trained}")
     report(
         "distillation",
         rows,
         quick=options.quick,
         packages=("numpy", "torch", "timm"),
-        data="handwritten digits" if options.data is None else options.data.name,
+        data=title,
         **(found.facts() | {"splits": len(files)}),
         epochs=epochs,
-        scores=[entry["scores"] for entry in outcomes],
+        trainings=len(seeds),
+        scores=[{who: found["scores"] for who, found in entry.items()} for entry in outcomes],
     )
     return 0
 
@@ -107,61 +120,108 @@ def _on_one_thread(stack: ExitStack) -> None:
 # one split -----------------------------------------------------------------------------------------------------------
 
 
-def _kept(path: Path, data: Path, epochs: int, *, whole: bool) -> dict[str, Any]:
-    """The outcome of a split, from beside it where it is there already."""
+def _networks(path: Path) -> Path:
+    """The checkpoints of the members of a prepared split."""
+    return prepare.networks_of(path.parent, int(path.stem.removeprefix("split")))
+
+
+def _kept(
+    path: Path, data: Path, epochs: int, seed: int, kinds: Sequence[str], *, whole: bool
+) -> dict[str, dict[str, Any]]:
+    """{who: outcome} of one training of each on a split, from beside it what is there already."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    file = path.parent / "distillation" / f"{path.stem}-v{VERSION}-{epochs}.json"
-    if file.is_file():
-        known = json.loads(file.read_text())
-        if known["digest"] == digest:
-            return known  # type: ignore[no-any-return]
-    start = time.process_time()
-    outcome = taught(prepare.read(path), data, epochs, whole=whole) | {"digest": digest}
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(outcome))
-    print(f"{path.stem}: {time.process_time() - start:.0f} CPU s, {_words(outcome)}", file=sys.stderr, flush=True)
-    return outcome
+    found: dict[str, dict[str, Any]] = {}
+    room = None
+    for who in (ALONE, *kinds, TEACHER):
+        file = path.parent / "distillation" / f"{path.stem}-v{VERSION}-{epochs}-{seed}-{who}.json"
+        if file.is_file() and (known := json.loads(file.read_text()))["digest"] == digest:
+            found[who] = known
+            continue
+        start = time.process_time()
+        room = room or Classroom(prepare.read(path), data, _networks(path), whole=whole)
+        found[who] = room.teacher() if who == TEACHER else room.student(who, epochs, seed)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(found[who] | {"digest": digest}))
+        said = ", ".join(f"{name} {value:.4f}" for name, value in found[who]["scores"].items())
+        print(
+            f"{path.stem}, {seed}, {who}: {time.process_time() - start:.0f} CPU s, {said}", file=sys.stderr, flush=True
+        )
+    return found
 
 
-def _words(outcome: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{who} {found['accuracy']:.4f} / {found['log_loss']:.4f}" for who, found in outcome["scores"].items()
-    )
+class Classroom:
+    """A split with its images, and the ensemble that teaches on it."""
+
+    def __init__(self, split: Mapping[str, np.ndarray], data: Path, networks: Path, *, whole: bool) -> None:
+        self.split, self.networks = split, networks
+        self.albums = _albums(split, data, whole=whole)
+        self.combiner, self.unseen = _teacher(split)
+        self.said = self.combiner.predict_proba(split["test_logits"])
+
+    def teacher(self) -> dict[str, Any]:
+        """`scores` {accuracy, log_loss, ece} on test; of its cross-fitted targets the same, `oof`, and `entropy`."""
+        from utils.distillation_controls import scores
+
+        known = ~np.isnan(self.unseen).any(axis=1)
+        targets = np.exp(self.unseen[known].astype(np.float64))
+        return {
+            "scores": scores(self.said, self.split["test_labels"]),
+            "oof": scores(targets, self.split["train_labels"][known]),
+            "entropy": float(-(targets * np.log(targets)).sum(axis=1).mean()),
+        }
+
+    def student(self, who: str, epochs: int, seed: int) -> dict[str, Any]:
+        """`scores` and `agreement` with the teacher on test, `history` by epoch; `who`: a kind of targets, or alone."""
+        from utils.distillation_controls import agreement, scores
+        from utils.distilling import Course, logits_of, train
+        from utils.metrics import softmax
+
+        known = ~np.isnan(self.unseen).any(axis=1)
+        lessons = _lessons(self.albums["train"], who, known, batch=_batch(self.albums), seed=seed)
+        teach = None if who == ALONE else (lambda _: self.unseen) if who == "oof" else self._asked(lessons)
+        course = Course(STUDENT, epochs, RATE, TEMPERATURE, 0.0 if who == ALONE else ALPHA, seed=seed)
+        model = _fresh(len(self.split["classes"]), seed)
+        done = train(model, course, lessons, teach, self.albums["val"], device="cpu")
+        answers = softmax(logits_of(model, self.albums["test"], "cpu", done.weights))
+        return {
+            "scores": scores(answers, self.split["test_labels"]),
+            "agreement": agreement(answers, self.said),
+            "history": done.history,
+        }
+
+    def _asked(self, lessons: Any) -> Callable[[int], np.ndarray]:
+        """Epoch -> what the teacher says of the views of that epoch; once for those that come back."""
+        import torch
+
+        from utils import streaming
+        from utils.distillation_targets import log_probabilities
+        from utils.networks import NetworkSpec
+
+        classes, kept = tuple(self.split["classes"].tolist()), {}
+        paths = [self.networks / f"{name}_final.pth" for name in self.split["members"].tolist()]
+        specs = [NetworkSpec(path.stem.removesuffix("_final"), path, "tiny", SIDE, classes) for path in paths]
+        members = [streaming.open_network(spec).eval() for spec in specs]
+
+        def answered(epoch: int) -> np.ndarray:
+            logits = np.empty((len(members), len(lessons.album), len(classes)), dtype=np.float32)
+            for batch, images in lessons.pages(epoch, SIDE):
+                with torch.no_grad():
+                    logits[:, batch.rows.numpy()] = torch.stack([member(images) for member in members]).numpy()
+            return log_probabilities(self.combiner.predict_proba(logits))
+
+        def teach(epoch: int) -> np.ndarray:
+            if not lessons.views:
+                return answered(epoch)
+            number = epoch % lessons.views
+            if number not in kept:
+                kept[number] = answered(epoch)
+            return kept[number]
+
+        return teach
 
 
-def taught(split: Mapping[str, np.ndarray], data: Path, epochs: int, *, whole: bool) -> dict[str, Any]:
-    """`{scores: {who: {accuracy, log_loss, ece}}, agreement, history, entropy, oof_accuracy}` of one split, on test."""
-    from utils.distillation_controls import agreement, scores
-    from utils.distilling import Course, logits_of, train
-    from utils.metrics import softmax
-
-    teacher, labels = _teacher(split), split["test_labels"]
-    album, known = _albums(split, data, whole=whole), ~np.isnan(teacher["train"]).any(axis=1)
-    said, history = {TEACHER: teacher["test"]}, {}
-
-    def say(_: int) -> np.ndarray:
-        return teacher["train"]
-
-    for who, temperature in {ALONE: None, **TEMPERATURES}.items():
-        alpha = 0.0 if temperature is None else ALPHA
-        lessons = _lessons(album["train"], "oof" if alpha else None, known, batch=_batch(album))
-        course = Course(STUDENT, epochs, RATE, temperature or 1.0, alpha, seed=0)
-        model = _fresh(len(split["classes"]))
-        done = train(model, course, lessons, say if alpha else None, album["val"], device="cpu")
-        said[who] = softmax(logits_of(model, album["test"], "cpu", done.weights))
-        history[who] = done.history
-    probabilities = np.exp(teacher["train"][known].astype(np.float64))
-    return {
-        "scores": {who: scores(said[who], labels) for who in (ALONE, *TEMPERATURES, TEACHER)},
-        "agreement": {who: agreement(said[who], said[TEACHER]) for who in (ALONE, *TEMPERATURES)},
-        "history": history,
-        "entropy": float(-(probabilities * np.log(probabilities)).sum(axis=1).mean()),
-        "oof_accuracy": float((teacher["train"].argmax(axis=1) == album["train"].images.labels)[known].mean()),
-    }
-
-
-def _teacher(split: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Log-probabilities (N, C) of the train rows by copies that did not see them, probabilities of the test rows."""
+def _teacher(split: Mapping[str, np.ndarray]) -> tuple[Any, np.ndarray]:
+    """The fitted combiner, and log-probabilities (N, C) of the train rows by copies that did not see them."""
     from utils.combiner import MemberFacts, fit_crossfitted
     from utils.config_file import load
     from utils.distillation_targets import log_probabilities
@@ -178,7 +238,7 @@ def _teacher(split: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     for place, sample_id in enumerate(split["train_ids"].tolist()):
         if sample_id in row_of:
             targets[place] = log_probabilities(unseen[row_of[sample_id]])
-    return {"train": targets, "test": recipe.predict_proba(split["test_logits"])}
+    return recipe, targets
 
 
 def _albums(split: Mapping[str, np.ndarray], data: Path, *, whole: bool) -> dict[str, Any]:
@@ -203,12 +263,14 @@ def _albums(split: Mapping[str, np.ndarray], data: Path, *, whole: bool) -> dict
     return found
 
 
-def _lessons(album: Any, kind: str | None, known: np.ndarray, *, batch: int, views: int = 0) -> Any:
+def _lessons(album: Any, who: str, known: np.ndarray, *, batch: int, seed: int = 0) -> Any:
     from utils.distillation_teaching import plainness
     from utils.lessons import Lessons
 
-    plain = plainness(album, kind, known, ALPHA) if kind else np.full(len(album), "never")
-    return Lessons(album, batch, 0, plain, views=views)
+    plain = plainness(album, who, known, ALPHA)
+    return Lessons(
+        album, batch, seed, plain, views=VIEWS if who == "views" else 0, is_shared=who in ("views", "consistent")
+    )
 
 
 def _batch(album: Mapping[str, Any]) -> int:
@@ -218,72 +280,16 @@ def _batch(album: Mapping[str, Any]) -> int:
     return 32 if sum(len(part) for part in album.values()) < FEW_IMAGES else 64
 
 
-def _fresh(classes: int) -> Any:
+def _fresh(classes: int, seed: int = 0) -> Any:
     import torch
 
     from utils import base_back
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return base_back.load("models").create_custom_backbone(STUDENT, classes, size="tiny", img_size=SIDE)
 
 
 # rows ----------------------------------------------------------------------------------------------------------------
-
-
-def score_rows(outcomes: Sequence[Mapping[str, Any]]) -> list[dict]:
-    """Mean over the splits, with the interval of a bootstrap over splits."""
-    splits = f"over {len(outcomes)} splits"
-    found = []
-    for metric, sign in (("accuracy", 1), ("log_loss", -1)):
-        of = {who: np.array([entry["scores"][who][metric] for entry in outcomes]) for who in outcomes[0]["scores"]}
-        whole = sign * (of[TEACHER] - of[ALONE])
-        name, unit = metric.replace("_", "-"), "nats" if metric == "log_loss" else "share"
-        found += [row(f"{name} {splits}: {who}", float(of[who].mean()), unit, None, None, None) for who in of]
-        for who in TEMPERATURES:
-            gain = sign * (of[who] - of[ALONE])
-            low, high = _interval(gain)
-            said = f"95 % interval {low:.4f} to {high:.4f}; better in {int((gain > 0).sum())} of {len(gain)}"
-            mean = float(gain.mean())
-            found.append(row(f"{name}: gain of the {who} over the network alone", mean, unit, "> 0", mean > 0, said))
-            share = mean / float(whole.mean()) if whole.mean() > 0 else None
-            bounds = _interval(gain, whole)
-            beside = (
-                "the teacher gains nothing" if share is None else f"95 % interval {bounds[0]:.2f} to {bounds[1]:.2f}"
-            )
-            holds = None if share is None else share >= 0.5
-            what = f"{name}: share of the teacher's gain kept by the {who}"
-            found.append(row(what, share, "", ">= 0.5", holds, beside))
-    found += [
-        *(
-            row(
-                f"agreement with the teacher: {who}",
-                _mean([entry["agreement"] for entry in outcomes], who),
-                "share",
-                *NONE,
-            )
-            for who in (ALONE, *TEMPERATURES)
-        ),
-        row("entropy of the teacher's targets", _mean(outcomes, "entropy"), "nats", None, None, None),
-        row(
-            "accuracy of the teacher's targets (train rows)", _mean(outcomes, "oof_accuracy"), "share", None, None, None
-        ),
-    ]
-    return found
-
-
-def _mean(outcomes: Sequence[Mapping[str, Any]], key: str) -> float:
-    return float(np.mean([entry[key] for entry in outcomes]))
-
-
-def _interval(gain: np.ndarray, whole: np.ndarray | None = None) -> tuple[float, float]:
-    """95 % interval of the mean over splits, or of the ratio of two means."""
-    drawn = np.random.default_rng(0).integers(len(gain), size=(RESAMPLES, len(gain)))
-    means = gain[drawn].mean(axis=1)
-    if whole is not None:
-        below = whole[drawn].mean(axis=1)
-        means = np.where(below > 0, means / np.where(below > 0, below, 1), np.where(means > 0, np.inf, -np.inf))
-    low, high = np.quantile(means, [0.025, 0.975], method="inverted_cdf")
-    return float(low), float(high)
 
 
 def cost_rows(path: Path, data: Path, *, whole: bool) -> list[dict]:
@@ -313,14 +319,14 @@ def cost_rows(path: Path, data: Path, *, whole: bool) -> list[dict]:
         train_epoch_optimized(model, loader, optimizer, criterion)
 
     def cached(kind: str) -> None:
-        views = 4 if kind == "views" else 0
-        lessons = _lessons(album, kind, np.ones(len(album), bool), batch=batch, views=views)
+        lessons = _lessons(album, kind, np.ones(len(album), bool), batch=batch)
+        lessons.is_shared = False
         table = np.full((len(album), classes), -np.log(classes), dtype=np.float32)
         lessons.drawn(0)  # drawn once for all epochs where views come back
         start = time.process_time()
         train(
             model,
-            Course(STUDENT, 1, RATE, TEMPERATURES["student"], ALPHA, 0),
+            Course(STUDENT, 1, RATE, TEMPERATURE, ALPHA, 0),
             lessons,
             lambda _: table,
             one,
@@ -335,7 +341,7 @@ def cost_rows(path: Path, data: Path, *, whole: bool) -> list[dict]:
     logits_of(model, one, "cpu")
     exam = time.process_time() - start
     times: dict[str, list[float]] = {"plain": [], "oof": [], "views": []}
-    for _ in range(3):
+    for _ in range(TURNS):
         start = time.process_time()
         plain()
         times["plain"].append(time.process_time() - start)
@@ -364,32 +370,6 @@ def cache_row() -> dict:
         size = path.stat().st_size / 1e6
     what = f"cached targets, {images} images x {views} views x {classes} classes"
     return row(what, size, "MB", "< 2", size < 2, None)
-
-
-def draw(outcomes: Sequence[Mapping[str, Any]], file: Path, title: str) -> None:
-    """Accuracy and log-loss on val by epoch: thin lines for splits, thick ones for their mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), dpi=110)
-    for axis, key, label in zip(axes, ("val_accuracy", "val_log_loss"), ("accuracy", "log-loss, nats"), strict=True):
-        for who, colour in zip((ALONE, *TEMPERATURES), ("#b0532a", "#1f5f8b", "#3a8f5c"), strict=True):
-            curves = [[epoch[key] for epoch in entry["history"][who]] for entry in outcomes]
-            for curve in curves:
-                axis.plot(range(1, len(curve) + 1), curve, color=colour, alpha=0.2, linewidth=0.8)
-            shortest = min(map(len, curves))
-            mean = np.mean([curve[:shortest] for curve in curves], axis=0)
-            axis.plot(range(1, shortest + 1), mean, color=colour, label=who)
-        axis.set_xlabel("epoch")
-        axis.set_ylabel(f"{label} on val")
-    axes[1].set_yscale("log")
-    axes[0].legend(frameon=False)
-    figure.suptitle(f"{STUDENT}, {title}, {len(outcomes)} splits")
-    figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
 
 
 if __name__ == "__main__":

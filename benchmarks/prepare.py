@@ -4,8 +4,9 @@
     python benchmarks/prepare.py --splits 10 --data DIR   your own images, one folder per class
     python benchmarks/prepare.py --quick                  two networks, two folds, one epoch; not the ones to report
 
-What the networks answered is kept, one file per split in `benchmarks/zoo/<data>`; the networks are not. Typed again it
-goes on where it stopped, and does nothing for a split that is there. The last line of the output is one JSON object.
+What the networks answered is kept, one file per split in `benchmarks/zoo/<data>`; the networks are not, unless
+`--networks` asks for it (three megabytes per split). Typed again it goes on where it stopped, and does nothing for a
+split that is there. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", metavar="DIR", type=Path, help="folder with one folder of images per class")
     parser.add_argument("--jobs", metavar="N", help="trainings side by side (default: the usable cores)")
     parser.add_argument("--quick", action="store_true", help="two networks, two folds, one epoch")
+    parser.add_argument("--networks", action="store_true", help="keep the networks of the splits that are made now")
     parser.add_argument("--keep", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.keep:
@@ -79,20 +81,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.data is not None and not options.data.is_dir():
         print(f"--data {options.data}: no such folder; expected one folder of images per class in it", file=sys.stderr)
         return 1
-    found = prepare(options.splits, options.data, quick=options.quick, jobs=options.jobs)
+    kept = {"networks": options.networks, "jobs": options.jobs}
+    found = prepare(options.splits, options.data, quick=options.quick, **kept)
     print(f"{found.folder}: {len(found.files)} splits, {found.age_hours:.1f} hours old, digest {found.digest}")
     print(json.dumps({"prepared": str(found.folder), **found.facts()}))
     return 0
 
 
-def prepare(splits: int, data: Path | None, *, quick: bool, jobs: str | None = None) -> Prepared:
+def prepare(
+    splits: int, data: Path | None, *, quick: bool, networks: bool = False, jobs: str | None = None
+) -> Prepared:
     """The splits of seeds 0 to `splits` - 1, trained where they are missing. Raises SystemExit where a step fails."""
     folder = folder_of(data, quick=quick)
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(splits):
         if not file_of(folder, seed).is_file():
             start = time.monotonic()
-            _train(folder, seed, data, quick=quick, jobs=jobs)
+            _train(folder, seed, data, quick=quick, networks=networks, jobs=jobs)
             print(f"split {seed}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     return found(data, quick=quick)
 
@@ -136,7 +141,12 @@ def file_of(folder: Path, seed: int) -> Path:
     return folder / f"split{seed:03d}.npz"
 
 
-def _train(folder: Path, seed: int, data: Path | None, *, quick: bool, jobs: str | None) -> None:
+def networks_of(folder: Path, seed: int) -> Path:
+    """The folder of the checkpoints of one split, where they were kept."""
+    return folder / f"networks{seed:03d}"
+
+
+def _train(folder: Path, seed: int, data: Path | None, *, quick: bool, networks: bool, jobs: str | None) -> None:
     sys.path.insert(0, str(PROJECT / "scripts"))
     from demo import FEW_IMAGES, count_images, epochs_for, write_digits
 
@@ -166,6 +176,10 @@ def _train(folder: Path, seed: int, data: Path | None, *, quick: bool, jobs: str
     ]
     _run(training, environment)
     _run([str(PROJECT / "ensemble_orchestrator.py"), "discover", "--config", str(CONFIG)], environment)
+    if networks:
+        networks_of(folder, seed).mkdir(exist_ok=True)
+        for checkpoint in (workspace / "checkpoints").glob("*_final.pth"):
+            shutil.copy(checkpoint, networks_of(folder, seed))
     _run([__file__, "--keep", str(file_of(folder, seed))], environment | {"PYTHONPATH": str(PROJECT)})
     shutil.rmtree(workspace)
 

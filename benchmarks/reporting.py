@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 
 def row(what: str, figure: float | None, unit: str, goal: str | None, holds: bool | None, peer: str | None) -> dict:
     """One row of the report; None where something was not measured or has no goal."""
@@ -34,6 +36,38 @@ def report(benchmark: str, rows: list[dict], *, quick: bool, packages: Sequence[
             {"benchmark": benchmark, "quick": quick, "machine": machine, "versions": versions, "rows": rows} | facts
         )
     )
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of the mean of a few values by Student's t; None for one value."""
+    if len(values) < 2:
+        return None
+    half = _quantile(len(values)) * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return float(np.mean(values)) - half, float(np.mean(values)) + half
+
+
+def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of the ratio of two means of paired values, by Fieller's theorem (1954).
+
+    It holds the ratios r for which the mean of `parts` - r `wholes` may be 0. None for one value, and where the mean
+    of `wholes` may be 0 itself, so that any ratio goes with them.
+    """
+    if len(parts) < 2:
+        return None
+    reach = _quantile(len(parts)) ** 2 / len(parts)
+    part, whole = float(np.mean(parts)), float(np.mean(wholes))
+    (of_part, shared), (_, of_whole) = np.cov(parts, wholes).tolist()
+    square, middle, rest = whole**2 - reach * of_whole, part * whole - reach * shared, part**2 - reach * of_part
+    if square <= 0:
+        return None
+    half = max(0.0, middle**2 - square * rest) ** 0.5
+    return (middle - half) / square, (middle + half) / square
+
+
+def _quantile(count: int) -> float:
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, count - 1))
 
 
 def _processor() -> str:

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 import prepare
-from reporting import report, row
+from reporting import interval, report, row
 from stacking_costs import time_rows, tree_rows
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -253,16 +253,6 @@ def peer_versions() -> str | None:
         "print(*sorted(f'{e.name} {e.version}' for e in d() if e.name in ('autogluon.core', 'cma')), sep=', ')"
     )
     return subprocess.run([str(PEER), "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
-
-
-def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95 % interval of the mean of a few values by Student's t; None for one value."""
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return None
-    half = float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
-    return float(np.mean(values)) - half, float(np.mean(values)) + half
 
 
 def loss_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:

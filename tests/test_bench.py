@@ -29,7 +29,7 @@ def pipeline():
 
 
 def test_every_program_of_the_folder_has_the_one_form(bench):
-    helpers = {"all", "prepare", "reporting", "stacking_costs"}
+    helpers = {"all", "distillation_rows", "prepare", "reporting", "stacking_costs"}
     assert set(bench.programs()) == {path.stem for path in FOLDER.glob("*.py")} - helpers
     for name in bench.programs():
         assert '"--quick"' in (FOLDER / f"{name}.py").read_text(encoding="utf-8"), name

@@ -81,13 +81,6 @@ def test_rows_tell_mean_interval_and_where_the_recommended_one_loses():
     assert "[" not in alone[0]["unit"]
 
 
-def test_the_interval_is_student_s():
-    low, high = stacking.interval([1.0, 2.0, 3.0])
-    assert (low + high) / 2 == pytest.approx(2.0)
-    assert (high - low) / 2 == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
-    assert stacking.interval([1.0]) is None
-
-
 def test_the_bare_estimators_are_fitted_on_the_rows_of_the_nested_search():
     folds = np.array([0, 1, 2, 3, 0])
     fits = [tuple(np.flatnonzero(rows)) for rows in stacking_costs._rows_of_fits(folds)]

@@ -140,6 +140,23 @@ def test_differences_are_paired():
     assert statistics.difference_interval(found[0], found[1]) == [0.0, 0.0]
 
 
+def test_means_of_rows_are_those_that_the_bootstrap_of_all_metrics_finds():
+    probabilities, labels = rows(0)
+    hits = probabilities.argmax(axis=1) == labels
+    found = statistics.resampled_means([hits, np.ones(len(labels))], labels)
+    np.testing.assert_allclose(found[0], statistics.bootstrap([probabilities], labels)["accuracy"][0], atol=1e-6)
+    np.testing.assert_allclose(found[1], 1.0)
+
+
+def test_a_ratio_has_bounds_where_its_denominator_is_surely_above_zero():
+    wholes = np.linspace(0.5, 1.5, 2001)
+    low, high = statistics.ratio_interval(0.5 * wholes, wholes)
+    assert (low, high) == pytest.approx((0.5, 0.5))
+    assert statistics.ratio_interval(wholes, wholes - 0.54) == [None, None]  # 4 % of them are not
+    low, high = statistics.ratio_interval(wholes, wholes - 0.51)  # 1 %: left out
+    assert 1 < low < high
+
+
 def test_mcnemar_is_the_exact_binomial_test():
     rng = np.random.default_rng(5)
     for count in (1, 4, 30, 500):

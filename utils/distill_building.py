@@ -35,8 +35,8 @@ from utils.streaming import ImageSplit
 from utils.workspace import Workspace
 
 if TYPE_CHECKING:
-    from utils.distilling import Trained
-    from utils.lessons import Album
+    from utils.distilling import Course, Progress, Trained
+    from utils.lessons import Album, Lessons
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -104,58 +104,59 @@ def _outcome(store: Store, student: Student, record: Mapping[str, Any], *, is_fr
     return Outcome(student.ensemble, is_fresh, record["verdict"], lines)
 
 
+@dataclass(frozen=True)
+class _Showing:
+    """How student and control are shown images, and where they run."""
+
+    store: Store
+    student: Student
+    said: Mapping[str, str]
+    """What the checkpoint that the student is like says of that."""
+    device: str
+    threads: int
+
+    def album(self, images: ImageSplit) -> Album:
+        """Images at the student's size and by its augmentation."""
+        from utils.lessons import Album
+
+        cache, how = self.store.workspace.image_cache, students.augmentation(self.said)
+        return Album(images, self.student.img_size, how, image_cache=cache, threads=self.threads)
+
+    def decode(self, teacher: Teacher, images: ImageSplit) -> None:
+        """Open everything once, at each size that somebody looks at."""
+        found = {member.img_size for member in teachers.members_of(self.store, teacher)} | {self.student.img_size}
+        splits = [images, *(self.store.images(split) for split in STREAMED)]
+        sizes = sorted(size for size in found if size)
+        streaming.decode(splits, sizes, image_cache=self.store.workspace.image_cache, threads=self.threads)
+
+
 def _taught(
     store: Store, student: Student, teacher: Teacher, others: ImageSplit | None, key: str, force: bool
 ) -> dict[str, Any]:
     """Train the student and its control, keep both; returns the record."""
     from utils import distillation_teaching as teaching
-    from utils.distilling import Course, Progress, logits_of, train
-    from utils.lessons import Album, Lessons
+    from utils.distilling import train
 
-    config, settings = store.config, store.config.distillation
-    kind, unseen = teaching.kind_of(store, teacher, store.images("train"))
-    said = students.said_of_training(store, student)
-    device, threads = (
-        streaming.resolve_device(config.device),
-        streaming.decoding_threads(config.dataset.num_workers),
-    )
     start = time.monotonic()
-
-    def album(images: ImageSplit) -> Album:
-        how = students.augmentation(said)
-        return Album(images, student.img_size, how, image_cache=store.workspace.image_cache, threads=threads)
-
+    kind, unseen = teaching.kind_of(store, teacher, store.images("train"))
+    showing = _Showing(
+        store,
+        student,
+        students.said_of_training(store, student),
+        streaming.resolve_device(store.config.device),
+        streaming.decoding_threads(store.config.dataset.num_workers),
+    )
     images = unlabeled.joined(store.images("train"), others)
-    sizes = {student.img_size, *(member.img_size for member in teachers.members_of(store, teacher) if member.img_size)}
-    splits = [images, *(store.images(split) for split in STREAMED)]
-    streaming.decode(splits, sorted(sizes), image_cache=store.workspace.image_cache, threads=threads)
-    folder = store.workspace.distillation(student.ensemble)
-    paths = {who: folder / f"progress_{who}.pth" for who in ("student", ALONE)}
-    if force:
-        for path in paths.values():
-            path.unlink(missing_ok=True)
+    showing.decode(teacher, images)
+    progress = _progress(store, student, [key, kind], force)
     model = students.fresh(store, student)
     _compare_sizes(store, student, teacher, model)
     logger.info("teaching %s by %s, targets %s: %s", student.name, teacher.name, kind, _expected(store, model, images))
-    lessons = teaching.prepare(store, teacher, album(images), kind, unseen, name=student.ensemble)
-    exam = album(store.images("val"))
-    course = Course(
-        student.architecture, settings.epochs, settings.lr, settings.temperature, settings.alpha, config.seed
-    )
-    progress = {who: Progress(path, digest_of([key, kind, who])) for who, path in paths.items()}
-    taught = train(*(model, course, lessons.lessons, lessons.teach, exam), device=device, progress=progress["student"])
-    # The same network from the same weights, shown as many images by the same augmentation, told their labels alone.
-    own = album(store.images("train"))
-    same = -(-settings.epochs * len(lessons.lessons.album) // len(own))
-    never = np.full(len(own), "never")
-    plain = Lessons(own, settings.batch_size, config.seed, never, views=lessons.lessons.views, mix=settings.mix)
-    control = students.fresh(store, student)
-    course = replace(course, epochs=same, alpha=0.0)
-    alone = train(control, course, plain, None, exam, device=device, progress=progress[ALONE])
-    answers = {
-        split: softmax(logits_of(control, album(store.images(split)), device, alone.weights)) for split in STREAMED
-    }
-    derived, unseen_val = _kept(store, student, teacher, taught, said, kind)
+    lessons = teaching.prepare(store, teacher, showing.album(images), kind, unseen, name=student.ensemble)
+    given = (_course(store, student), lessons.lessons, lessons.teach, showing.album(store.images("val")))
+    taught = train(model, *given, device=showing.device, progress=progress["student"])
+    alone, answers = _alone(showing, lessons.lessons, progress[ALONE])
+    settings = store.config.distillation
     facts = {
         "teacher": teacher.name,
         "targets": {
@@ -170,17 +171,7 @@ def _taught(
         "epochs": {who: _epochs(one) for who, one in (("student", taught), (ALONE, alone))},
         "history": {"student": taught.history, ALONE: alone.history},
     }
-    fitting.build(
-        store,
-        student.ensemble,
-        METHOD,
-        ensembles.COMBINERS[METHOD].configured(config, fitting.facts(store, [derived])),
-        [derived],
-        unseen_val,
-        also=key,
-        seen=[teacher.ensemble.provenance, Provenance((), fitting.row_sets(unseen_val.rows))],
-        notes={"distillation": facts},
-    )
+    derived = _built(store, student, teacher, taught, showing.said, key, facts)
     verdict = comparison.keep(store, student, teacher, derived, answers)
     record = facts | {
         "key": key,
@@ -192,10 +183,78 @@ def _taught(
         "verdict": verdict,
         "seconds": round(time.monotonic() - start, 1),
     }
-    write_json(folder / "record.json", record)
-    for path in paths.values():
-        path.unlink(missing_ok=True)
+    write_json(store.workspace.distillation(student.ensemble) / "record.json", record)
+    for one in progress.values():
+        one.path.unlink(missing_ok=True)
     return record
+
+
+def _progress(store: Store, student: Student, key: list[str], force: bool) -> dict[str, Progress]:
+    """How far student and control are; nothing, where that is to be forgotten."""
+    from utils.distilling import Progress
+
+    folder = store.workspace.distillation(student.ensemble)
+    found = {who: Progress(folder / f"progress_{who}.pth", digest_of([*key, who])) for who in ("student", ALONE)}
+    if force:
+        for progress in found.values():
+            progress.path.unlink(missing_ok=True)
+    return found
+
+
+def _course(store: Store, student: Student) -> Course:
+    from utils.distilling import Course
+
+    settings = store.config.distillation
+    return Course(
+        *(student.architecture, settings.epochs, settings.lr, settings.temperature, settings.alpha),
+        seed=store.config.seed,
+    )
+
+
+def _alone(showing: _Showing, lessons: Lessons, progress: Progress) -> tuple[Trained, dict[str, np.ndarray]]:
+    """The control, and its probabilities {split: (N, C)}.
+
+    The same network from the same weights, shown as many images by the same augmentation, told their labels alone.
+    """
+    from utils.distilling import logits_of, train
+    from utils.lessons import Lessons
+
+    store, settings = showing.store, showing.store.config.distillation
+    album = showing.album(store.images("train"))
+    never = np.full(len(album), "never")
+    plain = Lessons(album, settings.batch_size, store.config.seed, never, views=lessons.views, mix=settings.mix)
+    epochs = -(-settings.epochs * len(lessons.album) // len(album))
+    course = replace(_course(store, showing.student), epochs=epochs, alpha=0.0)
+    model, exam = students.fresh(store, showing.student), showing.album(store.images("val"))
+    alone = train(model, course, plain, None, exam, device=showing.device, progress=progress)
+    albums = {split: showing.album(store.images(split)) for split in STREAMED}
+    answers = {split: softmax(logits_of(model, one, showing.device, alone.weights)) for split, one in albums.items()}
+    return alone, answers
+
+
+def _built(
+    store: Store,
+    student: Student,
+    teacher: Teacher,
+    taught: Trained,
+    said: Mapping[str, str],
+    key: str,
+    facts: Mapping[str, Any],
+) -> Member:
+    """The student as member and as an ensemble of that one member; `facts` stand in its `ensemble.json`."""
+    derived, unseen_val = _kept(store, student, teacher, taught, said, facts["targets"]["kind"])
+    fitting.build(
+        store,
+        student.ensemble,
+        METHOD,
+        ensembles.COMBINERS[METHOD].configured(store.config, fitting.facts(store, [derived])),
+        [derived],
+        unseen_val,
+        also=key,
+        seen=[teacher.ensemble.provenance, Provenance((), fitting.row_sets(unseen_val.rows))],
+        notes={"distillation": facts},
+    )
+    return derived
 
 
 def _kept(

@@ -12,12 +12,10 @@ import numpy as np
 
 from utils.artifacts import read_arrays, read_record, write_arrays
 from utils.metrics import accuracy, ece, log_loss, log_loss_per_row
+from utils.statistics import ratio_interval, resampled_means
 from utils.workspace import Workspace
 
 ALONE, TEACHER = "alone", "teacher"
-RESAMPLES = 2000
-TAIL = 0.025
-ROUNDING = 1e-12  # a gain that is none
 AGAIN = "Distill again: python ensemble_orchestrator.py distill --force"
 
 
@@ -79,7 +77,6 @@ def gain_kept(
     teacher may gain nothing, it has no bounds, since any share goes with that (Fieller 1954). `value` is null where the
     teacher is not better.
     """
-    drawn = _resampled(labels)
     found, reasons = {}, []
     for name, of_rows in (("accuracy", _hits), ("log_loss", _losses)):
         sign, said = (1 if name == "accuracy" else -1), name.replace("_", "-")
@@ -87,8 +84,8 @@ def gain_kept(
         gain, whole = float(own.mean() - base.mean()), float(top.mean() - base.mean())
         if whole <= 0:
             reasons.append(f"the teacher's {said} is not better than that of the network alone")
-        gains, wholes = (_means(each - base, drawn) for each in (own, top))
-        found[name] = {"value": gain / whole if whole > 0 else None, "ci95": _interval(gains, wholes)}
+        bounds = ratio_interval(*resampled_means([own - base, top - base], labels))
+        found[name] = {"value": gain / whole if whole > 0 else None, "ci95": bounds}
         if whole > 0 and None in found[name]["ci95"]:
             reasons.append(f"{len(labels)} rows do not show for certain that the teacher gains in {said}")
     return found["accuracy"] | {"log_loss": found["log_loss"]}, "; ".join(reasons)
@@ -122,26 +119,3 @@ def _hits(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def _losses(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return log_loss_per_row(probabilities, labels)
-
-
-def _resampled(labels: np.ndarray) -> np.ndarray:
-    """How often each row is drawn, (RESAMPLES, N), each class as often as it occurs."""
-    rng = np.random.default_rng(0)
-    counts = np.zeros((RESAMPLES, len(labels)))
-    for label in np.unique(labels):
-        places = np.flatnonzero(labels == label)
-        counts[:, places] = rng.multinomial(len(places), np.full(len(places), 1 / len(places)), size=RESAMPLES)
-    return counts
-
-
-def _means(values: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    return drawn @ values / len(values)
-
-
-def _interval(gains: np.ndarray, wholes: np.ndarray) -> list[float | None]:
-    """Of the shares of the resamples; null where more than 2.5 % of these show no gain of the teacher."""
-    if (wholes <= ROUNDING).mean() > TAIL:
-        return [None, None]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        shares = gains / wholes
-    return [float(bound) for bound in np.quantile(shares[wholes > ROUNDING], [TAIL, 1 - TAIL])]

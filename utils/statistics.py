@@ -19,6 +19,7 @@ REPLICATES = 2000
 LEVEL = 0.95
 BLOCK = 8_000_000  # numbers that are held at a time in one array
 CACHED = 100_000  # numbers that stay close to the processor
+ROUNDING = 1e-12  # a mean difference that is none
 REFLECTED = ("ece", "ece_adaptive", "mce")
 """Metrics that a resample makes worse, see `interval`."""
 Floats = NDArray[np.float64]
@@ -79,6 +80,12 @@ def bootstrap(
             for metric, values in table.metrics(counts).items():
                 found.setdefault(metric, np.empty((len(tables), replicates)))[number, block] = values
     return found
+
+
+def resampled_means(values: Sequence[ArrayLike], labels: ArrayLike) -> Floats:
+    """Means (K, B) of K values (N,) per row on the bootstrap samples of the rows with labels (N,), drawn together."""
+    table = np.stack([np.asarray(each, dtype=np.float64) for each in values], axis=1)
+    return np.concatenate([counts @ table for counts in resamples(labels)]).T / len(table)
 
 
 class _Table:
@@ -219,6 +226,17 @@ def interval(metric: str, value: float, samples: Floats, units: int) -> list[flo
 def difference_interval(samples: Floats, others: Floats) -> list[float]:
     """The 95 % interval of samples (B,) less others (B,), drawn together: the paired bootstrap, by percentiles."""
     return [float(bound) for bound in np.quantile(samples - others, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])]
+
+
+def ratio_interval(parts: Floats, wholes: Floats) -> list[float | None]:
+    """The 95 % interval of parts (B,) over wholes (B,), drawn together, by percentiles.
+
+    Nulls where more than 2.5 % of the wholes are not above 0: any ratio goes with that (Fieller 1954).
+    """
+    tail, is_there = (1 - LEVEL) / 2, wholes > ROUNDING
+    if (~is_there).mean() > tail:
+        return [None, None]
+    return [float(bound) for bound in np.quantile(parts[is_there] / wholes[is_there], [tail, 1 - tail])]
 
 
 def mcnemar(hits: ArrayLike, others: ArrayLike) -> float:

@@ -18,6 +18,7 @@ __all__ = ["foreign", "foreign_base_back", "mount"]
 TORCH_MODULES = {
     *("fusion_heads", "heads", "loops", "routing_heads", "soup_trials", "soups", "stacking_heads", "trees"),
     *("distillation_methods", "distillation_teaching", "distilling", "ensemble_network", "lessons"),
+    *("joint_parts", "joint_training", "training_memory"),
 }
 """Imported inside functions alone, once something is trained, averaged or exported."""
 STRANGERS = ("config.py", "models/__init__.py", "training.py", "export.py", "utils/__init__.py")

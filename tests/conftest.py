@@ -38,7 +38,9 @@ def project_stays_clean() -> Iterator[None]:
     before = {path.name for path in PROJECT.iterdir()}
     yield
     new = {path.name for path in PROJECT.iterdir()} - before
-    assert new <= {".pytest_cache", ".ruff_cache", ".mypy_cache", ".hypothesis"}, f"tests wrote into the project: {sorted(new)}"
+    assert new <= {".pytest_cache", ".ruff_cache", ".mypy_cache", ".hypothesis"}, (
+        f"tests wrote into the project: {sorted(new)}"
+    )
 
 
 def write_digits(folder: Path, classes: tuple[int, ...] = ZOO_CLASSES, per_class: int = ZOO_PER_CLASS) -> Path:

@@ -390,8 +390,8 @@ def test_a_runtime_that_fails_says_why(tmp_path):
     path = tmp_path / "a.onnx"
     path.write_bytes(b"no model")
     probe = Probe([np.zeros((1, 3, 2, 2), dtype=np.float32)], [np.arange(1)], np.ones((1, 1)))
-    with pytest.raises(RunFailed, match=r"its runtime ended with 1: .*Protobuf"):
-        run_afresh("onnx", path, probe, ["probabilities"], tmp_path / "scratch")
+    with pytest.raises(RunFailed, match=r"its runtime ended with 1: .*a.onnx: .*Protobuf"):
+        run_afresh("onnx", [path], probe, ["probabilities"], tmp_path / "scratch")
 
 
 def test_forms_of_fewer_bits_have_a_tolerance_of_their_own_and_their_accuracy(own_export):

@@ -257,6 +257,7 @@ def test_every_section_of_the_specification_is_there():
 def test_the_user_s_variables_do_not_reach_the_synthetic_workspace(monkeypatch, tmp_path):
     monkeypatch.setenv("DBT_SPLIT_DIR", "/elsewhere")
     monkeypatch.setenv("BASE_BACK_DIR", "/elsewhere")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
     sandbox = debug_sandbox.Sandbox(tmp_path, True, (), ())
     assert not {name for name in sandbox.environment() if name.startswith("DBT_") or name == "BASE_BACK_DIR"}
     assert sandbox.environment()["OMP_NUM_THREADS"] == "1"  # more of them wait for one another

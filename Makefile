@@ -40,7 +40,7 @@ test-browser: setup ## open the report in Chromium, which is installed first whe
 	@$(IN_ENVIRONMENT) -m pytest -q -rs -m browser $(ARGS)
 
 crash: setup ## kill the pipeline at forty random moments and at every write, and compare how it ends
-	@KILLS=40 STRIDE=1 $(IN_ENVIRONMENT) -m pytest -q -s -n 0 -m '' tests/crash $(ARGS)
+	@KILLS=40 STRIDE=1 OMP_NUM_THREADS=1 $(IN_ENVIRONMENT) -m pytest -v -rP -n 2 --dist load -m '' tests/crash $(ARGS)
 
 fuzz: setup ## feed hostile files to every reader; N=100000 for more of them
 	@$(IN_ENVIRONMENT) tests/fuzz/run.py $(N) $(SEED)

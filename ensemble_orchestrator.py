@@ -107,11 +107,11 @@ def run_debug(
     """`debug`, or with `inside` one of its sections, whose steps are lines of this very command line."""
     from utils import debug_utils
 
-    def run(line: Sequence[str], config: Config, workspace: Workspace) -> Result:
+    def run(line: Sequence[str], config: Config, workspace: Workspace, force: bool) -> Result:
         typed = vars(build_parser().parse_args(line))
         common = {_attribute(option) for option in COMMON} | {"command"}
         own = {name: value for name, value in typed.items() if name not in common}
-        return call(line[0], config, workspace, own | {"force": True})
+        return call(line[0], config, workspace, own | {"force": force})
 
     if inside:
         return debug_utils.inside(config, workspace, section, run=run, verbose=verbose)

@@ -249,8 +249,9 @@ def _proved(
         probe = export_certificate.Probe(batches, rows, expected, outputs.logits, own, combiner)
     python = {"python": tflite_conversion.interpreter()} if name == "tflite" else {}
     try:
-        answers = export_certificate.run_afresh(
-            name, staged / entry["path"], probe, network.output_names, scratch / "run", job={"threads": 1}, **python
+        files = [staged / entry["path"]]
+        (answers,) = export_certificate.run_afresh(
+            name, files, probe, network.output_names, scratch / "run", job={"threads": 1}, **python
         )
     except export_certificate.RunFailed as error:
         return failed | {"reason": str(error)}

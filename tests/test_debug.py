@@ -94,7 +94,8 @@ def test_a_section_without_its_command_never_passes(prepared, monkeypatch):
 
 def test_beside_trained_members_nothing_of_production_changes(own):
     before = tree(own)
-    done = run("debug", "--section", "build_ensemble", "--json", workspace=own)
+    budget = ("--set", "pruning.cost_budget.max_latency_ms=100000")  # whatever else this machine is doing
+    done = run("debug", "--section", "build_ensemble", "--json", *budget, workspace=own)
     assert done.code == 0, done.stderr
     assert done.document["synthetic"] is False
     assert (own / "debug_tmp" / "workspace" / "ensembles" / "models" / "soft_voting_ensemble").is_dir()
@@ -230,6 +231,20 @@ def test_a_section_that_leaves_nothing_does_not_pass(own, monkeypatch):
         debug_utils.inside(None, workspace, "stack", run=lambda *_: Result("", {}))
 
 
+def test_what_a_section_needs_is_kept_and_what_it_is_about_is_done_again(tmp_path, monkeypatch):
+    from utils.results import Result
+    from utils.workspace import Workspace
+
+    steps = (("build-ensemble",), ("stack",), ("meta-fuse",))
+    monkeypatch.setitem(SECTIONS, "meta_fuse", dataclasses.replace(SECTIONS["meta_fuse"], steps=steps, leaves=()))
+    forced = []
+    workspace = Workspace(tmp_path, *[tmp_path] * 7, output=tmp_path / "debug_tmp" / "workspace")
+    debug_utils.inside(
+        None, workspace, "meta_fuse", run=lambda *given: (forced.append((given[0], given[3])), Result("", {}))[1]
+    )
+    assert forced == [(steps[0], False), (steps[1], False), (steps[2], True)]
+
+
 def test_every_section_of_the_specification_is_there():
     printed = (
         *("discover", "smoke", "kfold", "extract_embeddings", "build_ensemble", "stack", "fusion_train"),
@@ -242,8 +257,10 @@ def test_every_section_of_the_specification_is_there():
 def test_the_user_s_variables_do_not_reach_the_synthetic_workspace(monkeypatch, tmp_path):
     monkeypatch.setenv("DBT_SPLIT_DIR", "/elsewhere")
     monkeypatch.setenv("BASE_BACK_DIR", "/elsewhere")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
     sandbox = debug_sandbox.Sandbox(tmp_path, True, (), ())
     assert not {name for name in sandbox.environment() if name.startswith("DBT_") or name == "BASE_BACK_DIR"}
+    assert sandbox.environment()["OMP_NUM_THREADS"] == "1"  # more of them wait for one another
 
 
 def test_messages_of_a_program_are_passed_on_and_its_end_is_told(caplog):

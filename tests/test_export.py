@@ -390,8 +390,30 @@ def test_a_runtime_that_fails_says_why(tmp_path):
     path = tmp_path / "a.onnx"
     path.write_bytes(b"no model")
     probe = Probe([np.zeros((1, 3, 2, 2), dtype=np.float32)], [np.arange(1)], np.ones((1, 1)))
-    with pytest.raises(RunFailed, match=r"its runtime ended with 1: .*Protobuf"):
-        run_afresh("onnx", path, probe, ["probabilities"], tmp_path / "scratch")
+    with pytest.raises(RunFailed, match=r"its runtime ended with 1: .*a.onnx: .*Protobuf"):
+        run_afresh("onnx", [path], probe, ["probabilities"], tmp_path / "scratch")
+
+
+def test_the_files_of_a_format_share_a_process_and_answer_each_for_itself(tmp_path):
+    from onnx import TensorProto, checker, helper, save
+
+    files = []
+    for name, operator in (("same", "Identity"), ("negative", "Neg")):
+        given, found = (helper.make_tensor_value_info(value, TensorProto.FLOAT, ["n", 2]) for value in ("x", "y"))
+        graph = helper.make_graph([helper.make_node(operator, ["x"], ["y"])], name, [given], [found])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        checker.check_model(model)
+        files.append(tmp_path / f"{name}.onnx")
+        save(model, files[-1])
+    rows = np.array([[1, 2], [3, 4]], dtype=np.float32)
+    probe = Probe([rows[:1], rows], [np.array([0]), np.array([0, 1])], np.ones((2, 2)))
+    same, negative = run_afresh("onnx", files, probe, ["y"], tmp_path / "scratch")
+    assert same.outputs["y"].tolist() == [[1, 2], [1, 2], [3, 4]]
+    assert negative.outputs["y"].tolist() == [[-1, -2], [-1, -2], [-3, -4]]
+    assert same.facts["latency_ms"] > 0
+    files[1].write_bytes(b"no model")
+    with pytest.raises(RunFailed, match=r"negative.onnx: "):
+        run_afresh("onnx", files, probe, ["y"], tmp_path / "scratch")
 
 
 def test_forms_of_fewer_bits_have_a_tolerance_of_their_own_and_their_accuracy(own_export):

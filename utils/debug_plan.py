@@ -30,7 +30,7 @@ class Section:
 
     about: str
     steps: tuple[tuple[str, ...], ...]
-    """Lines of the production command line, or `probe <name>` of `utils.debug_probes`, in order."""
+    """Lines of the production command line, or `probe <name>` of `utils.debug_probes`; the last is what is tried."""
     switches: tuple[str, ...] = ()
     """Values that the section needs in the configuration, as `--set` takes them."""
     small: tuple[str, ...] = ()
@@ -101,10 +101,10 @@ SECTIONS: dict[str, Section] = {
         "the mixture of experts",
         (("fusion-train",),),
         (
-            *("runs.fusion.enable=true", "runs.fusion.fusion_methods=[concat_mlp]", "runs.moe.enable=true"),
+            *("runs.fusion.enable=false", "runs.moe.enable=true"),
             *("runs.moe.num_experts=2", "runs.moe.top_k=1"),
         ),
-        ("runs.fusion.fusion_config.epochs=1", "runs.moe.epochs=1"),
+        ("runs.moe.epochs=1",),
         leaves=(f"{MODELS}/moe/ensemble.json",),
         reads=("checkpoints", "folds", "images"),
         trains=True,

@@ -95,13 +95,14 @@ def inside(
     workspace: Workspace,
     section: str,
     *,
-    run: Callable[[Sequence[str], Config, Workspace], Result],
+    run: Callable[[Sequence[str], Config, Workspace, bool], Result],
     verbose: bool = False,
 ) -> Result:
     """Run the steps of one section in the sandbox that is the workspace itself; what `debug` starts as a process.
 
-    `run(line, config, workspace)` runs one line of the command line. Raises UserError where the section leaves less
-    than it should.
+    `run(line, config, workspace, force)` runs one line of the command line. The last line is what the section is
+    about, so it is forced; those before it make what that needs, and keep what is there with equal inputs. Raises
+    UserError where the section leaves less than it should.
     """
     from utils import debug_probes
 
@@ -109,12 +110,13 @@ def inside(
     documents: dict[str, Any] = {}
     failures: list[str] = []
     before = _state(workspace.root)
-    for step in SECTIONS[section].steps:
+    steps = SECTIONS[section].steps
+    for step in steps:
         logger.debug("debug: %s", shlex.join(step))
         if step[0] == "probe":
             result: Result = getattr(debug_probes, step[1])(config, workspace, force=True)
         else:
-            result = run(step, config, workspace)
+            result = run(step, config, workspace, step is steps[-1])
         for line in result.text.splitlines():
             logger.debug("    %s", line)
         documents[" ".join(step)] = result.document

@@ -83,7 +83,7 @@ def dealt(images: Sequence[np.ndarray], sizes: Sequence[int] = BATCHES) -> tuple
 
 def run_afresh(
     kind: str,
-    path: Path,
+    files: Sequence[Path],
     probe: Probe,
     outputs: Sequence[str],
     scratch: Path,
@@ -91,16 +91,17 @@ def run_afresh(
     job: Mapping[str, Any] | None = None,
     python: str = sys.executable,
     seconds: float = SECONDS,
-) -> Answers:
-    """Answers of the file in a new process of `python`; `scratch` is a folder for what goes back and forth.
+) -> list[Answers]:
+    """Answers of each file of one format, in a new process of `python`; `scratch` is for what goes back and forth.
 
-    Raises RunFailed with the last lines of the process where it fails, hangs or is killed.
+    Each file is opened by itself; they share the process for the seconds that a runtime takes to be there. Raises
+    RunFailed with the last lines of the process, which name the file, where it fails, hangs or is killed.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     given, answers, place = (scratch / name for name in ("probe.npz", "answers.npz", "job.json"))
     named = {f"batch_{number:04d}": batch for number, batch in enumerate(probe.batches)}
     np.savez(given, allow_pickle=False, **named)
-    record = {**(job or {}), "format": kind, "file": str(path), "outputs": list(outputs)}
+    record = {**(job or {}), "format": kind, "files": [str(path) for path in files], "outputs": list(outputs)}
     record |= {"probe": str(given), "answers": str(answers)}
     place.write_text(json.dumps(record), encoding="utf-8")
     script = Path(__file__).with_name("exported_runtimes.py")
@@ -116,13 +117,20 @@ def run_afresh(
         raise RunFailed(f"its runtime did not end within {seconds:.0f} s") from error
     if done.returncode != 0 or not answers.is_file():
         raise RunFailed(f"its runtime ended with {done.returncode}: {last_lines(done.stderr)}")
+    rows = np.concatenate(probe.rows)
     with np.load(answers) as arrays:
-        found = {
-            output: np.concatenate([arrays[f"{name}/{output}"] for name in named]).astype(np.float32)
-            for output in outputs
-        }
         facts = json.loads(str(arrays["facts"]))
-    return Answers(np.concatenate(probe.rows), found, facts)
+        return [
+            Answers(
+                rows,
+                {
+                    output: np.concatenate([arrays[f"{place}/{name}/{output}"] for name in named]).astype(np.float32)
+                    for output in outputs
+                },
+                own,
+            )
+            for place, own in enumerate(facts)
+        ]
 
 
 def last_lines(text: str) -> str:

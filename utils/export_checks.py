@@ -16,7 +16,7 @@ import numpy as np
 from utils import base_back, export_certificate, export_custom, export_folder, tflite_conversion
 from utils.artifacts import read_arrays, read_json
 from utils.errors import UserError
-from utils.export_certificate import NEAR_AT_MOST, Probe, RunFailed
+from utils.export_certificate import NEAR_AT_MOST, Probe, RunFailed, run_afresh
 from utils.export_formats import CUSTOM, FORMATS, TENSORRT, TFLITE
 from utils.export_precision import REDUCED
 from utils.results import Result
@@ -111,19 +111,17 @@ def _again(
     }
     job = {"project": str(base_back.PROJECT), "name": description["ensemble"], "form": form, "environment": {}}
     parity: dict[str, Any] | None = None
-    for file in [file for file in entry["files"] if not file.endswith(".data")]:
-        try:
-            answers = export_certificate.run_afresh(
-                name, folder / file, probe, description["outputs"], scratch / name, job=job, **python
-            )
-        except RunFailed as error:
-            state = "failed" if name in WITHOUT_WORKSPACE else "skipped"
-            return {"status": state, "words": f"{Path(file).name}: {error}", "parity": None}
+    files = [folder / file for file in entry["files"] if not file.endswith(".data")]
+    try:
+        answered = run_afresh(name, files, probe, description["outputs"], scratch / name, job=job, **python)
+    except RunFailed as error:
+        return {"status": "failed" if name in WITHOUT_WORKSPACE else "skipped", "words": str(error), "parity": None}
+    for file, answers in zip(files, answered, strict=True):
         tolerance = entry["parity"]["tolerance"]
         outcome = export_certificate.compare(probe, answers, tolerance)
         parity = outcome["parity"]
         if not outcome["passed"] and not (description["jumps"] and _differ_at_steps(probe, answers, tolerance)):
-            return {"status": "failed", "words": f"{Path(file).name}: {outcome['reason']}", "parity": parity}
+            return {"status": "failed", "words": f"{file.name}: {outcome['reason']}", "parity": parity}
     assert parity is not None
     words = f"{parity['rows']} rows, largest difference {parity['max_abs_diff']:.1e}"
     return {"status": "ok", "words": words, "parity": parity}

@@ -27,6 +27,7 @@ from utils import (
 from utils.artifacts import read_json
 from utils.config import Config, require_enabled
 from utils.errors import ConfigError, UserError, did_you_mean
+from utils.export_certificate import RunFailed, run_afresh
 from utils.export_formats import CUSTOM, FORMATS, PACKAGED, TENSORRT, TFLITE
 from utils.export_networks import UINT8_NHWC, Form, Subject
 from utils.export_precision import REDUCED
@@ -243,19 +244,18 @@ def _certified(work: Work, name: str, written: dict[str, Any]) -> dict[str, Any]
     job |= {"project": str(base_back.PROJECT)}
     parity, facts, reasons = None, {}, []
     tolerance = export_precision.tolerance_of(name) if name in REDUCED else export_certificate.TOLERANCE
-    for file in [file for file in written["files"] if not file.endswith(".data")]:
-        try:
-            answers = export_certificate.run_afresh(
-                name, work.staged / file, probe, work.outputs, work.scratch / name, job=job, **python
-            )
-        except export_certificate.RunFailed as error:
-            reasons.append(f"{Path(file).name}: {error}")
-            continue
-        outcome = export_certificate.compare(probe, answers, tolerance)
-        if parity is None or not outcome["passed"]:
-            parity, facts = outcome["parity"], answers.facts
-        if not outcome["passed"]:
-            reasons.append(f"{Path(file).name}: {outcome['reason']}")
+    files = [work.staged / file for file in written["files"] if not file.endswith(".data")]
+    try:
+        answered = run_afresh(name, files, probe, work.outputs, work.scratch / name, job=job, **python)
+    except RunFailed as error:
+        reasons.append(str(error))
+    else:
+        for file, answers in zip(files, answered, strict=True):
+            outcome = export_certificate.compare(probe, answers, tolerance)
+            if parity is None or not outcome["passed"]:
+                parity, facts = outcome["parity"], answers.facts
+            if not outcome["passed"]:
+                reasons.append(f"{file.name}: {outcome['reason']}")
     seconds = round((written["seconds"] or 0) + time.perf_counter() - started, 3)
     known = written | {
         "parity": parity,

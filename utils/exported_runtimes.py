@@ -1,8 +1,8 @@
-"""An exported file, run by its own runtime in a process that has never seen the networks it was made from.
+"""Exported files of one format, run by its runtime in a process that has never seen the networks they were made from.
 
     python exported_runtimes.py JOB.json
 
-The job names a format, its file, the arrays to run and where the answers go. Nothing of the project is imported but
+The job names a format, its files, the arrays to run and where the answers go. Nothing of the project is imported but
 where the format is bare weights, which are put into networks that are built anew.
 """
 
@@ -131,20 +131,28 @@ def latency_ms(run: Run, one: np.ndarray, seconds: float = 1.0) -> float:
 
 
 def main(place: str) -> None:
-    """Run one job: the answers become `<batch>/<output>` of an .npz, with what was measured as JSON in `facts`."""
+    """Run one job: the answers become `<file's place>/<batch>/<output>` of an .npz; `facts` is JSON, one for each file.
+
+    Raises RuntimeError that names the file which does not run.
+    """
     job = json.loads(Path(place).read_text(encoding="utf-8"))
     if job.get("threads") and job["format"] in ("state_dict", "checkpoint", "torchscript"):
         import torch
 
         torch.set_num_threads(int(job["threads"]))
-    run, versions = RUNTIMES[job["format"]](Path(job["file"]), job)
     arrays: dict[str, np.ndarray] = {}
-    with np.load(job["probe"]) as probe:
-        names = sorted(probe.files)
-        for name in names:
-            found = run(probe[name])
-            arrays |= {f"{name}/{output}": part for output, part in zip(job["outputs"], found, strict=True)}
-        facts = {"versions": versions, "latency_ms": latency_ms(run, probe[names[0]][:1])}
+    facts: list[dict[str, Any]] = []
+    with np.load(job["probe"]) as given:
+        probe = {name: given[name] for name in sorted(given.files)}
+    for place, file in enumerate(map(Path, job["files"])):
+        try:
+            run, versions = RUNTIMES[job["format"]](file, job)
+            for name, batch in probe.items():
+                found = zip(job["outputs"], run(batch), strict=True)
+                arrays |= {f"{place}/{name}/{output}": part for output, part in found}
+            facts.append({"versions": versions, "latency_ms": latency_ms(run, next(iter(probe.values()))[:1])})
+        except Exception as error:
+            raise RuntimeError(f"{file.name}: {type(error).__name__}: {error}") from error
     arrays["facts"] = np.array(json.dumps(facts))
     with Path(job["answers"]).open("wb") as file:
         np.savez(file, **arrays)

@@ -94,9 +94,10 @@ def undisturbed(start, tmp_path_factory) -> Path:
     return folder
 
 
-def count_writes(start: Path, folder: Path) -> int:
+@pytest.fixture(scope="module")
+def writes(start, tmp_path_factory) -> int:
     """Renamings of one run."""
-    shutil.copytree(start, folder)
+    folder = Path(shutil.copytree(start, tmp_path_factory.mktemp("counted") / "w"))
     found = []
     replace = pathlib.Path.replace
     with pytest.MonkeyPatch.context() as patch:
@@ -105,17 +106,15 @@ def count_writes(start: Path, folder: Path) -> int:
     return len(found)
 
 
-def test_every_write_cut_short(start, undisturbed, tmp_path):
-    writes = count_writes(start, tmp_path / "counted")
+@pytest.mark.parametrize("way", WAYS)
+def test_every_write_cut_short(way, start, undisturbed, writes, tmp_path):
     assert writes > 20
-    cases = [(number, way) for number in range(0, writes, STRIDE) for way in WAYS]
-    if STRIDE > 1:  # the ways in turn
-        cases = [cases[position] for position in range(0, len(cases), len(WAYS) + 1)]
-    cut = 0
-    for position, (number, way) in enumerate(cases):
-        folder = Path(shutil.copytree(start, tmp_path / f"w{position}"))
+    turn = range(WAYS.index(way) * STRIDE, writes, STRIDE * len(WAYS))
+    chosen = turn if STRIDE > 1 else range(writes)
+    for number in chosen:
+        folder = Path(shutil.copytree(start, tmp_path / f"w{number}"))
 
-        def disturbed(folder=folder, way=way, number=number) -> int:
+        def disturbed(folder=folder, number=number) -> int:
             dying(way, number)
             done = run(*LINE, workspace=folder)
             assert done.code == 0 or "No space left on device" in done.stderr, done.stderr
@@ -129,5 +128,4 @@ def test_every_write_cut_short(start, undisturbed, tmp_path):
         assert in_child(lambda folder=folder: run(*LINE, workspace=folder).code) == 0
         assert differences(folder, undisturbed) == [], (number, way)
         shutil.rmtree(folder)
-        cut += 1
-    print(f"\nwrites cut short: {cut}, of {writes} writes in {len(WAYS)} ways")
+    print(f"\nwrites cut short, {way}: {len(chosen)} of {writes}")

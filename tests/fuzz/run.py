@@ -99,7 +99,7 @@ def main(cases_wanted: int, start: int) -> int:
 
 
 def fuzzed(kind: str, folder: Path, strategy: Any, look: Callable[[Any], None], count: int, start: int) -> None:
-    """Give `look` this many examples of a strategy."""
+    """Give `look` this many examples of a strategy; the screen is told when that is done, as a long run takes hours."""
 
     @seed(start)
     @settings(max_examples=count, database=None, deadline=None, suppress_health_check=list(HealthCheck))
@@ -109,6 +109,7 @@ def fuzzed(kind: str, folder: Path, strategy: Any, look: Callable[[Any], None], 
             look(example)
 
     case()
+    print(f"{kind}: {counts[kind]} cases, none failed", file=sys.stderr, flush=True)
 
 
 def prepare(folder: Path) -> dict[str, tuple[Any, Callable[[Any], None]]]:

@@ -19,6 +19,7 @@ from utils.fusion_heads import AttentionHead, BilinearHead
 from utils.fusion_methods import COMBINERS
 from utils.metrics import log_loss
 from utils.rows import Outputs
+from utils.stacking_methods import Calibration
 
 M, N, C = 3, 120, 3
 FACTS = MemberFacts(("a", "b", "c"), np.full(M, 0.7), np.full(M, np.nan), np.full(M, np.nan))
@@ -252,3 +253,15 @@ def test_out_of_memory_halves_the_batch_and_says_so(rows, monkeypatch, caplog):
     monkeypatch.setattr(loops, "train", never)
     with pytest.raises(UserError, match=r"out of memory with one row at a time.*hidden_dims"):
         recipe("concat_mlp").learner.fit(outputs, labels, {"rank": 0, "epochs": 2})
+
+
+def test_networks_trained_further_are_sharpened_only_where_rows_left_out_gain(rows):
+    outputs, labels, folds = rows
+    fitted = recipe("concat_mlp").fit(outputs, labels, folds)
+    told = fitted.predict_proba(outputs).argmax(axis=1)
+    told[0] = (told[0] + 1) % outputs.shape[2]  # one error, which the other folds know nothing of
+    unseen = fitted.retrained(fitted.model.weights, outputs, told, folds)
+    assert fitted.calibration == Calibration()
+    assert log_loss(unseen, told) == pytest.approx(log_loss(fitted.predict_proba(outputs), told))
+    unseen = fitted.retrained(fitted.model.weights, outputs, labels, folds)
+    assert log_loss(unseen, labels) <= log_loss(fitted.model.predict_proba(fitted._seen(outputs)), labels)

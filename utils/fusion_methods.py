@@ -21,7 +21,7 @@ from utils.errors import UserError
 from utils.fusion_learner import HeadLearner, Heads, Shape
 from utils.metrics import log_loss, softmax
 from utils.rows import Outputs
-from utils.stacking_methods import Learner, Model, Stacker, plain_mean
+from utils.stacking_methods import Calibration, Learner, Model, Stacker, plain_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -116,7 +116,8 @@ class Fusion(Stacker):
         """Take weights that were trained elsewhere; temperature and share of the plain mean are chosen anew.
 
         They are chosen on outputs (M, N, C), labels (N,), folds (N,) that neither heads nor networks were fitted on.
-        Gives probabilities (N, C), each by what the other folds chose.
+        They are kept only where rows of left-out folds gain. Gives probabilities (N, C), each by what the other folds
+        chose.
         """
         assert isinstance(self.model, Heads)
         self.model = Heads(self.model.shape, tuple(dict(own) for own in heads))
@@ -127,7 +128,10 @@ class Fusion(Stacker):
             inside = folds == fold
             copy = self._calibrated(said[~inside], mean[~inside], labels[~inside], folds[~inside])
             unseen[inside] = copy.apply(said[inside], mean[inside])
-        self.calibration = self._calibrated(said, mean, labels, folds)
+        # Networks that hardly err on few rows ask for a temperature near 0, which one error elsewhere makes costly.
+        gains = log_loss(unseen, labels) < log_loss(said, labels)
+        self.calibration = self._calibrated(said, mean, labels, folds) if gains else Calibration()
+        unseen = unseen if gains else said
         self.averaged = self._of_members(seen)
         self.facts = {**self.facts, "selection_score": log_loss(self.calibration.apply(said, mean), labels)}
         return unseen

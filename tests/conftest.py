@@ -27,6 +27,11 @@ os.environ |= {"DBT_BASE_DIR": SETTINGS_FOLDER, "DBT_MODEL_SIZE": "tiny", "OMP_N
 
 import utils  # noqa: E402, F401  (installs the mount)
 
+WITHOUT_TORCH = (
+    "import sys; from ensemble_orchestrator import main; code = main(sys.argv[1:]); "
+    "assert 'torch' not in sys.modules; sys.exit(code)"
+)
+"""The orchestrator's command line for `python -c`, which fails where a command has loaded torch."""
 ZOO_BACKBONES = ("CustomConvNeXt", "CustomResNetMish", "CustomViTHybrid")
 ZOO_CLASSES = (0, 1, 2, 3)
 ZOO_PER_CLASS = 70

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, run_python
+from conftest import PROJECT, WITHOUT_TORCH, run_python
 from given_predictions import empty_workspace, logged, take_in, write
 from killing import run_and_kill
 from test_predictions import workspace_at
@@ -123,13 +123,9 @@ np.save(sys.argv[3], logits_of(model, DecodedDataset.of_split("test", extra["img
 
 
 def test_a_second_run_keeps_it_and_needs_no_torch(taught):
-    program = (
-        "import sys; from ensemble_orchestrator import main; code = main(sys.argv[1:]); "
-        "assert 'torch' not in sys.modules; sys.exit(code)"
-    )
     settings = [word for override in QUICK for word in ("--set", override)]
     options = ("--config", "configs/votes.yaml", "--workspace", str(taught.base), "--json")
-    done = run_python("-c", program, "distill", *settings, *options)
+    done = run_python("-c", WITHOUT_TORCH, "distill", *settings, *options)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["up_to_date"] == [NAME]
 

@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, run_python
+from conftest import PROJECT, WITHOUT_TORCH, run_python
 from given_predictions import empty_workspace, opened, take_in, write
 from killing import digests, run_and_kill
+from test_predictions import workspace_at
 
 from utils import end_to_end, ensembles
 from utils.errors import UserError
@@ -22,10 +23,6 @@ QUICK = (
     *("--config", "configs/votes.yaml", "--set", "runs.fusion.enable=true", "--set", "runs.fusion.end_to_end=true"),
     *("--set", "runs.fusion.fusion_methods=[concat_mlp]", "--set", "runs.fusion.fusion_config.hidden_dims=[16]"),
     *("--set", "runs.fusion.fusion_config.epochs=6", "--set", "runs.fusion.end_to_end_epochs=3"),
-)
-WITHOUT_TORCH = (
-    "import sys; from ensemble_orchestrator import main; code = main(sys.argv[1:]); "
-    "assert 'torch' not in sys.modules; sys.exit(code)"
 )
 
 
@@ -76,14 +73,11 @@ def test_evaluate_scores_it_and_val_rows_cannot_recommend_it(trained_further):
     ranking = json.loads((trained_further / "metrics_output" / "ensembles" / "ranking.json").read_text())
     assert NAME in {row["name"] for row in ranking["rows"]}
     assert not {row["name"] for row in ranking["rows"]} & set(record(trained_further)["members"])
-    assert ensembles._is_chosen_on_val(ensembles.load(workspace_of(trained_further), NAME))
-    assert not ensembles._is_chosen_on_val(ensembles.load(workspace_of(trained_further), "soft_voting_ensemble"))
-
-
-def workspace_of(place: Path):
-    from test_predictions import workspace_at
-
-    return workspace_at(place)
+    chosen = {
+        name: ensembles._is_chosen_on_val(name, ensembles.load(workspace_at(trained_further), name))
+        for name in (NAME, "soft_voting_ensemble")
+    }
+    assert chosen == {NAME: True, "soft_voting_ensemble": False}
 
 
 def test_a_second_run_keeps_it_without_torch_and_another_setting_does_not(trained_further, tmp_path, orchestrator):

@@ -298,6 +298,10 @@ class FileDigests:
         status = path.stat()
         return known[:3] == [status.st_size, status.st_mtime_ns, status.st_ino]
 
+    def is_intact(self, path: Path) -> bool:
+        """Whether a file is there and not known to have changed; nothing is read."""
+        return path.is_file() and self.is_unchanged(path) is not False
+
     def facts(self, digest: str) -> Any:
         """What was kept for a content; None when nothing was."""
         return self._facts.get(digest)

@@ -130,6 +130,11 @@ def checkpoint_files(workspace: Workspace) -> dict[str, dict[str, Path]]:
     return found
 
 
+def trained_further(ensemble: str, member: str) -> str:
+    """Name of the member that an ensemble's end-to-end training makes of another; it keeps their order."""
+    return f"{ensemble}_{member}"
+
+
 def kfold_command(workspace: Workspace, backbones: Sequence[str]) -> str:
     """What to type for out-of-fold predictions of these backbones, the bundled BASE-BACK's or a mounted one's."""
     script, mounted = base_back.BUNDLED / "src" / "main.py", base_back.locate()

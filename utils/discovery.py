@@ -195,8 +195,8 @@ def _trained(workspace: Workspace) -> list[Candidate]:
             parents = () if role == "distilled" else (backbone,)
             found.append(Candidate(f"{backbone}_{role}", path, role, backbone, {}, parents, is_derived=True))
     for path in sorted(workspace.models.glob("*/*.pth")):
-        name, of = f"{path.parent.name}_{path.stem}", path.stem
-        found.append(Candidate(name, path, catalog.END_TO_END, of, {}, (of,), is_derived=True))
+        name = catalog.trained_further(path.parent.name, path.stem)
+        found.append(Candidate(name, path, catalog.END_TO_END, path.stem, {}, (path.stem,), is_derived=True))
     return sorted(found, key=lambda candidate: candidate.name)
 
 

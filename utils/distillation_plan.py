@@ -97,8 +97,7 @@ def is_whole(store: Store, student: Student, record: Mapping[str, Any], wanted: 
         record["key"] == wanted
         and derived is not None
         and derived.checkpoints[0]["sha256"] == record["sha256"]
-        and path.is_file()
-        and store.digests.is_unchanged(path) is not False
+        and store.digests.is_intact(path)
         and (store.workspace.distillation(student.ensemble) / "controls.npz").is_file()
         and ensembles.stored_digest(store.workspace, student.ensemble)
         == fitting.inputs_digest(store.config, store, [derived], METHOD, also=wanted)

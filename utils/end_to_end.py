@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,10 +20,16 @@ from utils.catalog import IMPORTED, Member
 from utils.checkpoints import said_of_training
 from utils.ensembles import Crossfit, Provenance
 from utils.errors import UserError
-from utils.fitting import HonestRows
-from utils.folds import crossfit_folds
 from utils.fusion_methods import COMBINERS, Fusion
+from utils.networks import NetworkSpec
 from utils.predictions import Store
+from utils.rows import MemberRows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from utils.joint_parts import Part
+    from utils.joint_training import Tuned
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -41,11 +47,6 @@ def require_networks(members: Sequence[Member]) -> None:
             f"runs.fusion.end_to_end: {', '.join(imported)}: imported predictions, no network that could be trained. "
             f"Leave out: --set backbones.exclude=[{','.join(imported)}]; or train heads alone: {OFF}"
         )
-
-
-def derived_name(fusion: str, member: str) -> str:
-    """Of the member that a fusion's training makes of another; in the order of the members."""
-    return f"{fusion}_{member}"
 
 
 def key(store: Store, members: Sequence[Member], name: str) -> str:
@@ -66,14 +67,14 @@ def is_current(store: Store, members: Sequence[Member], name: str) -> bool:
     """Whether a saved fusion and its networks are what a training of these members would make; without torch."""
     record = ensembles.record_of(store.workspace, name) or {}
     wanted = key(store, members, name)
-    own = [store.catalog.members.get(derived_name(name, member.name)) for member in members]
+    own = [store.catalog.members.get(catalog.trained_further(name, member.name)) for member in members]
     if record.get("depends_on") != wanted or None in own:
         return False
     derived = [member for member in own if member is not None]
     paths = [store.workspace.tuned_checkpoint(name, member.name) for member in members]
     return (
         {member.name: member.checkpoints[0]["sha256"] for member in derived} == record["end_to_end"]["networks"]
-        and all(path.is_file() and store.digests.is_unchanged(path) is not False for path in paths)
+        and all(map(store.digests.is_intact, paths))
         and record["inputs_digest"] == fitting.inputs_digest(store.config, store, derived, name, also=wanted)
     )
 
@@ -90,7 +91,7 @@ def build(store: Store, members: Sequence[Member], name: str, force: bool) -> No
         shutil.rmtree(folder, ignore_errors=True)
     store.ensure(members, SPLITS)
     facts = fitting.facts(store, members)
-    basis = _honest(store, embedding_rows.in_sample(store, members).rows)
+    basis = fitting.in_folds(store, embedding_rows.in_sample(store, members).rows)
     fitted, judged = basis.of_split("train"), basis.of_split("val")
     recipe = COMBINERS[name].configured(config, facts)
     assert isinstance(recipe, Fusion)
@@ -109,7 +110,7 @@ def build(store: Store, members: Sequence[Member], name: str, force: bool) -> No
     )
     weights = {member.name: _weights(store, member, tuned) for member in members}
     derived = _kept(store, members, name, weights)
-    own = _honest(store, embedding_rows.of_val(store, derived).rows)
+    own = fitting.in_folds(store, embedding_rows.of_val(store, derived).rows)
     unseen = recipe.retrained(tuned.heads, own.rows.outputs, own.rows.labels, own.fold)
     seen = [Provenance(fitting.row_sets(fitted.rows), fitting.row_sets(own.rows))]
     fitting.build(
@@ -160,7 +161,7 @@ def _expected(store: Store, members: Sequence[Member]) -> estimates.Estimate:
     )
 
 
-def _facts(derived: Sequence[Member], tuned: Any) -> dict[str, Any]:
+def _facts(derived: Sequence[Member], tuned: Tuned) -> dict[str, Any]:
     return {
         "epoch": tuned.epoch,
         "history": tuned.history,
@@ -171,16 +172,8 @@ def _facts(derived: Sequence[Member], tuned: Any) -> dict[str, Any]:
     }
 
 
-def _honest(store: Store, rows: Any) -> HonestRows:
-    folds = crossfit_folds(store)
-    fold = [folds[place] for place in zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True)]
-    return HonestRows(rows, np.array(fold))
-
-
-def _parts(store: Store, members: Sequence[Member]) -> list[Any]:
+def _parts(store: Store, members: Sequence[Member]) -> list[Part]:
     """Networks with their images, of which every file is decoded once for all of them."""
-    import torch
-
     from utils.distillation_students import augmentation
     from utils.joint_parts import Part
     from utils.lessons import Album, Lessons
@@ -191,7 +184,7 @@ def _parts(store: Store, members: Sequence[Member]) -> list[Any]:
     sizes = sorted({member.img_size for member in members if member.img_size})
     streaming.decode(list(images.values()), sizes, image_cache=cache, threads=threads)
 
-    def album(split: str, spec: Any, kind: str) -> Album:
+    def album(split: str, spec: NetworkSpec, kind: str) -> Album:
         return Album(images[split], spec.img_size, kind, image_cache=cache, threads=threads)
 
     found = []
@@ -209,20 +202,22 @@ def _parts(store: Store, members: Sequence[Member]) -> list[Any]:
                 order=[member.classes.index(name) for name in store.catalog.classes],
                 lessons=Lessons(train, settings.batch_size, store.config.seed, never),
                 exam=album("val", spec, kind),
-                embeddings=(_tensor(torch, rows["train"]), _tensor(torch, rows["val"])),
+                embeddings=(_tensor(rows["train"]), _tensor(rows["val"])),
             )
         )
     return found
 
 
-def _tensor(torch: Any, rows: Any) -> Any:
+def _tensor(rows: MemberRows) -> Tensor:
+    import torch
+
     return torch.from_numpy(np.array(rows.embeddings, dtype=np.float32))
 
 
-def _weights(store: Store, member: Member, tuned: Any) -> Callable[[], Mapping[str, Any]]:
+def _weights(store: Store, member: Member, tuned: Tuned) -> Callable[[], Mapping[str, Any]]:
     """What gives a member's weights at the chosen epoch, so that one set at a time is in memory."""
     if tuned.epoch:
-        return lambda: tuned.weights(member.name)  # type: ignore[no-any-return]
+        return lambda: tuned.weights(member.name)
     from utils.checkpoints import read_checkpoint, weights_of
 
     return lambda: weights_of(read_checkpoint(member.network(store.workspace).checkpoint))
@@ -245,7 +240,7 @@ def _kept(
         }
         write_checkpoint(path, weights[member.name](), extra)
         logger.info("written: %s", path)
-    names = [derived_name(name, member.name) for member in members]
+    names = [catalog.trained_further(name, member.name) for member in members]
     train = store.images("train")
     store.catalog = discovery.take_in(store.config, store.workspace, store.digests, train, store.catalog, names)
     derived = [store.catalog.members[own] for own in names]

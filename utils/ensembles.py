@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from utils.artifacts import (
     write_tensors,
     write_text,
 )
-from utils.catalog import Member
+from utils.catalog import Member, trained_further
 from utils.combiner import Combiner, fit_crossfitted, seen_by
 from utils.errors import UserError, did_you_mean
 from utils.metrics import log_loss_per_row, softmax
@@ -322,32 +322,27 @@ def recommended(store: Store, members: Mapping[str, Member], saved: Mapping[str,
         keys = [(part.split, sample_id) for part in parts for sample_id in part.sample_ids.tolist()]
         probabilities = np.concatenate([softmax(np.asarray(part.logits)) for part in parts])
         labels = np.concatenate([np.asarray(part.labels) for part in parts])
-        found.append(_candidate(name, "member", None, keys, probabilities, labels))
+        found.append(_candidate(name, None, keys, probabilities, labels))
     for name, ensemble in saved.items():
         unseen = load_crossfit(store.workspace, name)
-        found.append(
-            replace(
-                _candidate(name, "ensemble", ensemble.method, unseen.keys(), unseen.probabilities, unseen.labels),
-                chosen_on_val=_is_chosen_on_val(ensemble),
-            )
-        )
+        found.append(_candidate(name, ensemble, unseen.keys(), unseen.probabilities, unseen.labels))
     return recommend(found)
 
 
 def _candidate(
     name: str,
-    kind: str,
-    method: str | None,
+    ensemble: Ensemble | None,
     keys: list[tuple[str, str]],
     probabilities: np.ndarray,
     labels: np.ndarray,
 ) -> Candidate:
     hits = probabilities.argmax(axis=1) == labels
     losses = log_loss_per_row(probabilities, labels)
-    return Candidate(name, kind, method, tuple(keys), losses, hits, any(word in name for word in CHOSEN_ON_VAL))
+    kind, method = ("ensemble", ensemble.method) if ensemble else ("member", None)
+    return Candidate(name, kind, method, tuple(keys), losses, hits, _is_chosen_on_val(name, ensemble))
 
 
-def _is_chosen_on_val(ensemble: Ensemble) -> bool:
+def _is_chosen_on_val(name: str, ensemble: Ensemble | None) -> bool:
     """Whether val rows decided what it is: by its name, or since its networks were trained further for it."""
-    trained_further = any(member.startswith(f"{ensemble.name}_") for member in ensemble.members)
-    return trained_further or any(word in ensemble.name for word in CHOSEN_ON_VAL)
+    further = ensemble is not None and any(own.startswith(trained_further(name, "")) for own in ensemble.members)
+    return further or any(word in name for word in CHOSEN_ON_VAL)

@@ -72,9 +72,7 @@ def honest_rows(
             f"all {len(rows.labels)} honest rows that the members share are of class {rows.classes[rows.labels[0]]}; "
             "nothing can be learned from one class. Give predictions of the others, on train (out-of-fold) or val"
         )
-    folds = crossfit_folds(store)
-    fold = np.array([folds[key] for key in zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True)])
-    found = HonestRows(rows, fold)
+    found = in_folds(store, rows)
     if kind == "honest":
         return found
     split = {"val": "val", "oof": "train"}[kind]
@@ -88,6 +86,14 @@ def honest_rows(
             f"{'. '.join(remedies)}; or set fit_rows to honest"
         )
     return found
+
+
+def in_folds(store: Store, rows: Rows) -> HonestRows:
+    """Rows of train and val with the workspace's folds of them."""
+    folds = crossfit_folds(store)
+    return HonestRows(
+        rows, np.array([folds[key] for key in zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True)])
+    )
 
 
 def source_of_oof(store: Store, members: Sequence[Member]) -> str:

@@ -18,7 +18,6 @@ from utils.ensembles import Crossfit, Provenance
 from utils.errors import UserError
 from utils.fitting import HonestRows
 from utils.fold_networks import FOLDS
-from utils.folds import crossfit_folds
 from utils.fusion_methods import COMBINERS
 from utils.guards import Guards
 from utils.metrics import log_loss
@@ -205,9 +204,7 @@ def _basis(store: Store, known: MemberFacts, embedded: Embedded, *, in_sample: b
     rows = embedded.rows
     if len(np.unique(rows.labels)) < 2:
         raise UserError(f"all {len(rows.labels)} rows are of class {rows.classes[rows.labels[0]]}; give others too")
-    folds = crossfit_folds(store)
-    fold = np.array([folds[key] for key in zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True)])
-    fitted = judged = HonestRows(rows, fold)
+    fitted = judged = fitting.in_folds(store, rows)
     if in_sample:
         fitted, judged = fitted.of_split("train"), judged.of_split("val")
     simple = guards.measure(store.config, known, judged.rows.logits, judged.rows.labels, judged.fold)

@@ -96,8 +96,7 @@ class Fusion(Stacker):
         """Logits (B, M, C) and M embeddings (B, D_m) -> probabilities (B, C)."""
         from utils.fusion_heads import FusedEmbeddings
 
-        assert self.maps is not None, "not fitted"
-        return FusedEmbeddings(self.maps.module(), self._module(), self.calibration.temperature, self.calibration.share)
+        return FusedEmbeddings(self.maps_module(), self._module(), self.calibration.temperature, self.calibration.share)
 
     def maps_module(self) -> nn.Module:
         """What the heads read of the members' embeddings, as a torch module."""

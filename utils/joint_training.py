@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,15 +155,17 @@ class _Run:
         state = read_record(path, remedy=f"Remove {self.folder}", form=FORM) if path.is_file() else None
         if state is None or state["key"] != self.key:
             return False
-        heads = Progress(self.folder / state["heads"], self.key).load()
-        saved = {name: Progress(self.folder / file, self.key).load() for name, file in state["files"].items()}
-        if heads is None or any(own is None for own in saved.values()):
+        kept = {}
+        for name, file in state["files"].items():  # one at a time: each holds a network with its optimizer
+            own = self._read(file)
+            if own is None:
+                return False
+            kept[name] = own["train"], own["val"]
+            del own
+        if any(self._read(file) is None for file in self._of_best(state)) or not self._take_heads(state["heads"]):
             return False
         self.state = state
-        self.head.heads.load_state_dict(heads["weights"])
-        self.optimizer.load_state_dict(heads["optimizer"])
-        self.scaler.load_state_dict(heads["scaler"])
-        self.embeddings |= {name: (own["train"], own["val"]) for name, own in saved.items() if own is not None}
+        self.embeddings |= kept
         logger.info("resumed at epoch %d of %d, block %d", state["epoch"], self.course.epochs, state["block"] + 1)
         return True
 
@@ -180,13 +182,15 @@ class _Run:
             if state["block"] == len(state["blocks"]):
                 self._end_of_epoch(epoch)
             self._keep_heads(epoch, number)
-        best = state["best"]["epoch"]
-        last = Progress(self.folder / state["best"]["heads"], self.key).load()
-        assert last is not None, "written under this key"
-        self.head.heads.load_state_dict(last["weights"])
+        self._take_heads(state["best"]["heads"])
         return Tuned(
-            *(_arrays(self.head), best, state["history"], state["blocks"], state["twice"], state["step_bytes"]),
-            self.folder,
+            heads=_arrays(self.head),
+            epoch=state["best"]["epoch"],
+            history=state["history"],
+            blocks=state["blocks"],
+            twice=state["twice"],
+            step_bytes=state["step_bytes"],
+            folder=self.folder,
         )
 
     def _end_of_epoch(self, epoch: int) -> None:
@@ -218,13 +222,13 @@ class _Run:
                 self.state["chunks"] *= 2
                 logger.warning("%s: memory ran out; batches are taken in %d parts", names, self.state["chunks"])
             # The error, which holds the memory by its traceback, is gone here.
-            self._restore_heads()
+            self._take_heads(self.state["heads"])
 
     def _trained(self, epoch: int, number: int) -> float:
         names = self.state["blocks"][number]
         parts = [self.parts[name] for name in names]
         files = [self.state["files"].get(name) for name in names]
-        saved = [Progress(self.folder / file, self.key).load() if file else None for file in files]
+        saved = [self._read(file) if file else None for file in files]
         with in_memory(parts, saved, self.course, self.device) as moving, ExitStack() as stack:
             del saved
             for one in moving:
@@ -255,7 +259,7 @@ class _Run:
                 optimizer.zero_grad(set_to_none=True)
             chunks = max(1, min(self.state["chunks"], len(batch.rows) // 2))
             for places in torch.arange(len(batch.rows)).tensor_split(chunks):
-                shown = _piece(batch, places)
+                shown = replace(batch, rows=batch.rows[places], plain=batch.plain[places])
                 images = [
                     lessons[one.part.name].shown(shown, views[one.part.name], one.part.spec.img_size) for one in moving
                 ]
@@ -324,22 +328,30 @@ class _Run:
         }
         Progress(self.folder / state["heads"], self.key).save(record)
         write_json(self.folder / "state.json", state)
-        best = state["best"]
-        named = {"state.json", state["heads"], best["heads"], *state["files"].values()}
-        named |= {_file(best["epoch"], name) for name in self.parts}
+        named = {"state.json", state["heads"], *state["files"].values(), *self._of_best(state)}
         for path in self.folder.iterdir():
             if path.name not in named:
                 path.unlink()
 
-    def _restore_heads(self) -> None:
-        saved = Progress(self.folder / self.state["heads"], self.key).load()
-        assert saved is not None, "written under this key"
+    def _of_best(self, state: Mapping[str, Any]) -> list[str]:
+        """Files of the best epoch so far; the untouched networks have none of their own."""
+        best = state["best"]
+        networks = [_file(best["epoch"], name) for name in self.parts] if best["epoch"] != FROM_START else []
+        return [best["heads"], *networks]
+
+    def _read(self, file: str) -> dict[str, Any] | None:
+        """What a file of this training holds; None, said in words, where it is damaged or of another."""
+        return Progress(self.folder / file, self.key).load()
+
+    def _take_heads(self, file: str) -> bool:
+        """Go on from heads that were kept; whether they could be read."""
+        saved = self._read(file)
+        if saved is None:
+            return False
         self.head.heads.load_state_dict(saved["weights"])
         self.optimizer.load_state_dict(saved["optimizer"])
-
-
-def _piece(batch: Any, places: Tensor) -> Any:
-    return type(batch)(batch.rows[places], batch.plain[places], None)
+        self.scaler.load_state_dict(saved["scaler"])
+        return True
 
 
 def _arrays(head: FusionHeads) -> list[dict[str, np.ndarray]]:

@@ -88,7 +88,7 @@ def _trained_before(store: Store, parents: Sequence[Member]) -> list[str] | None
     for name in record["members"]:
         member = store.catalog.members.get(name)
         path = store.workspace.base / member.checkpoints[0]["path"] if member else None
-        if path is None or not path.is_file() or store.digests.is_unchanged(path) is False:
+        if path is None or not store.digests.is_intact(path):
             return None
     return list(record["members"])
 

@@ -321,8 +321,7 @@ def _is_whole(store: Store, member: Member, key: str, part: Mapping[str, Any]) -
     return (
         derived is not None
         and derived.checkpoints[0]["sha256"] == part["sha256"]
-        and path.is_file()
-        and store.digests.is_unchanged(path) is not False
+        and store.digests.is_intact(path)
         and ensembles.stored_digest(store.workspace, part["ensemble"])
         == fitting.inputs_digest(store.config, store, [derived], role)
     )

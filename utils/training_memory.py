@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -99,19 +99,14 @@ def _twice(part: nn.Module) -> Callable[..., Tensor]:
     return forward
 
 
-def _as_it_was(model: nn.Module) -> AbstractContextManager[None]:
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
     """The model's buffers, which a forward pass in training mode moves, put back at the end; random numbers as well."""
-
-    @contextmanager
-    def put_back() -> Iterator[None]:
-        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-        try:
-            with torch.random.fork_rng(devices=list(devices)):
-                yield
-        finally:
-            with torch.no_grad():
-                for name, buffer in model.named_buffers():
-                    buffer.data.copy_(before[name])  # unseen by the check for changes since the forward pass
-
-    return put_back()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        for name, buffer in model.named_buffers():
+            buffer.data.copy_(before[name])  # unseen by the check for changes since the forward pass

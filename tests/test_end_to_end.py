@@ -15,8 +15,10 @@ from given_predictions import empty_workspace, opened, take_in, write
 from killing import digests, run_and_kill
 from test_predictions import workspace_at
 
-from utils import end_to_end, ensembles
+from utils import catalog, end_to_end, ensembles
+from utils.config_file import load
 from utils.errors import UserError
+from utils.predictions import Store
 
 NAME = "fusion_concat_mlp"
 QUICK = (
@@ -94,6 +96,25 @@ def test_a_second_run_keeps_it_without_torch_and_another_setting_does_not(traine
     plain = orchestrator("fusion-train", *without, workspace=own)
     assert json.loads(plain.stdout)["built"] == [NAME]
     assert "end_to_end" not in record(own)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("runs.fusion.seeds=1", True),
+        ("runs.fusion.end_to_end_epochs=2", False),
+        ("runs.fusion.fusion_config.lr=0.01", False),
+        ("dataset.batch_size=16", False),
+        ("seed=7", False),
+    ],
+)
+def test_it_is_current_for_its_own_settings_alone(trained_further, override, expected):
+    overrides = [word for word in QUICK if "=" in word]
+    config = load(PROJECT / "configs" / "votes.yaml", overrides=[*overrides, override])
+    found = catalog.read(workspace_at(trained_further))
+    store = Store(config, workspace_at(trained_further), found)
+    members = [member for member in found.members.values() if member.source == "trained"]
+    assert end_to_end.is_current(store, members, NAME) is expected
 
 
 def test_killed_in_the_middle_it_goes_on_to_equal_networks(trained_further, built, tmp_path):

@@ -58,9 +58,11 @@ def head_of(parts: list[Part]) -> FusionHeads:
     return FusionHeads(maps, [ConcatHead(widths, (8,), 3, 0.1, 0)])
 
 
-def run(parts: list[Part], folder: Path, *, epochs: int = 2, budget: int = 10**12, lr: float = 1e-2) -> Tuned:
+def run(
+    parts: list[Part], folder: Path, *, epochs: int = 2, budget: int = 10**12, lr: float = 1e-2, key: str = "key"
+) -> Tuned:
     course = Course(epochs, lr, 0.0, seed=1)
-    return train(parts, head_of(parts), course, folder=folder, key="key", device="cpu", batch_size=8, budget=budget)
+    return train(parts, head_of(parts), course, folder=folder, key=key, device="cpu", batch_size=8, budget=budget)
 
 
 def end_of(folder: Path) -> dict[str, bytes]:
@@ -76,11 +78,23 @@ def test_it_learns_and_leaves_the_checkpoints_as_they_are(parts, tmp_path, budge
     losses = [row["train_loss"] for row in found.history[1:]]
     assert losses[-1] < 0.7 * losses[0]
     assert [part.spec.checkpoint.read_bytes() for part in parts] == before
+    for part in parts:
+        record = torch.load(found.folder / f"epoch8-{part.name}.pth", weights_only=True)
+        assert record["schedule"]["last_epoch"] == 8 * len(part.lessons)
     assert found.epoch == min(range(9), key=lambda epoch: found.history[epoch]["val_log_loss"])
     if found.epoch:
         own = open_network(parts[0].spec).state_dict()
         tuned = found.weights(NAMES[0])
         assert any(not torch.equal(own[name], tuned[name]) for name in own)
+
+
+def test_logits_come_in_the_order_of_the_workspaces_classes(parts):
+    part = parts[0]
+    moving = Moving(part, None, Course(1, 1e-3, 0.0, 1), "cpu")
+    images = part.exam.show(torch.arange(4), 32, None)
+    moving.model.eval()
+    with torch.no_grad():
+        assert torch.equal(moving.answer(images)[0], open_network(part.spec)(images)[:, part.order])
 
 
 class Interrupted(Exception):
@@ -128,8 +142,12 @@ def test_what_is_damaged_or_of_another_key_is_begun_anew(parts, tmp_path, caplog
         again = run(parts, tmp_path / "run")
     assert again.history == expected.history
     assert f"{damaged} is damaged" in caplog.text
-    (tmp_path / "run" / "state.json").write_text(json.dumps(state | {"key": "of others"}))
-    assert run(parts, tmp_path / "run").history == expected.history
+    caplog.clear()
+    with logged(caplog):
+        others = run(parts, tmp_path / "run", key="of others")
+    assert others.history == expected.history
+    assert "resumed" not in caplog.text
+    assert "belongs to another" not in caplog.text  # the state says so before any network is read
 
 
 def test_memory_that_runs_out_takes_smaller_parts_and_says_so(parts, tmp_path, monkeypatch, caplog):

@@ -18,7 +18,7 @@ from utils import base_back, catalog, discovery, embedding_rows, ensembles, esti
 from utils.artifacts import digest_of, write_checkpoint
 from utils.catalog import IMPORTED, Member
 from utils.checkpoints import said_of_training
-from utils.ensembles import Crossfit, Provenance
+from utils.ensembles import Crossfit
 from utils.errors import UserError
 from utils.fusion_methods import COMBINERS, Fusion
 from utils.networks import NetworkSpec
@@ -66,16 +66,17 @@ def key(store: Store, members: Sequence[Member], name: str) -> str:
 def is_current(store: Store, members: Sequence[Member], name: str) -> bool:
     """Whether a saved fusion and its networks are what a training of these members would make; without torch."""
     record = ensembles.record_of(store.workspace, name) or {}
-    wanted = key(store, members, name)
+    facts = record.get("end_to_end")
     own = [store.catalog.members.get(catalog.trained_further(name, member.name)) for member in members]
-    if record.get("depends_on") != wanted or None in own:
+    if facts is None or None in own:
         return False
     derived = [member for member in own if member is not None]
     paths = [store.workspace.tuned_checkpoint(name, member.name) for member in members]
     return (
-        {member.name: member.checkpoints[0]["sha256"] for member in derived} == record["end_to_end"]["networks"]
+        {member.name: member.checkpoints[0]["sha256"] for member in derived} == facts["networks"]
         and all(map(store.digests.is_intact, paths))
-        and record["inputs_digest"] == fitting.inputs_digest(store.config, store, derived, name, also=wanted)
+        and record["inputs_digest"]
+        == fitting.inputs_digest(store.config, store, derived, name, also=key(store, members, name))
     )
 
 
@@ -112,7 +113,6 @@ def build(store: Store, members: Sequence[Member], name: str, force: bool) -> No
     derived = _kept(store, members, name, weights)
     own = fitting.in_folds(store, embedding_rows.of_val(store, derived).rows)
     unseen = recipe.retrained(tuned.heads, own.rows.outputs, own.rows.labels, own.fold)
-    seen = [Provenance(fitting.row_sets(fitted.rows), fitting.row_sets(own.rows))]
     fitting.build(
         store,
         name,
@@ -121,7 +121,6 @@ def build(store: Store, members: Sequence[Member], name: str, force: bool) -> No
         derived,
         own,
         also=wanted,
-        seen=seen,
         beside=guards.measure(config, facts, judged.rows.logits, judged.rows.labels, judged.fold),
         notes={"train_embeddings": _source(), "end_to_end": _facts(derived, tuned)},
         unseen=Crossfit(unseen.astype(np.float32), own.rows.labels, own.rows.sample_ids, own.rows.split, own.fold),

@@ -243,8 +243,8 @@ def _teacher(split: Mapping[str, np.ndarray]) -> tuple[Any, np.ndarray]:
 
 def _albums(split: Mapping[str, np.ndarray], data: Path, *, whole: bool) -> dict[str, Any]:
     """The images of the three splits; `whole` where they must not be mirrored."""
+    from utils.image_splits import ImageSplit
     from utils.lessons import Album
-    from utils.streaming import ImageSplit
 
     of_val = split["split"] == "val"
     parts = {

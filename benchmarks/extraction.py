@@ -273,20 +273,20 @@ def full(workspace: Path, names: Sequence[str]) -> dict[str, Any]:
     """
     import torch
 
-    from utils import base_back, networks, streaming
+    from utils import base_back, image_splits, networks, streaming
 
     store = _opened()
     val = store.images("val")
     base_back.load("models")
     size = store.catalog.members[names[0]].img_size
     decoder = base_back.bundled("image_cache")
-    threads = streaming.decoding_threads(store.config.dataset.num_workers)
+    threads = image_splits.decoding_threads(store.config.dataset.num_workers)
     start = time.perf_counter()
     side = decoder.resized_side(size)
     pixels = decoder.open_images(val.paths, val.contents, side, workspace / "own_cache", threads=threads)
     decode = time.perf_counter() - start
     crops = torch.from_numpy(pixels.centre_crops(range(len(pixels)), size))
-    batches = [streaming.normalise(crop) for crop in crops.split(BATCH)]
+    batches = [image_splits.normalise(crop) for crop in crops.split(BATCH)]
     inside = _timed_passes(networks)
 
     def product(member: Any) -> float:

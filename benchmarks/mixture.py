@@ -132,16 +132,16 @@ def _pictures(count: int, pixels: int, data: Path | None) -> list[Any]:
     """Normalised images float32 (32, 3, H, W), batch by batch."""
     import torch
 
-    from utils import streaming
+    from utils import image_splits
     from utils.artifacts import FileDigests
 
     with tempfile.TemporaryDirectory(prefix="mixture-") as name:
         place = lay_out(Path(name), count, 300 if pixels > 64 else 64, data)
-        images = streaming.list_images(place / "split_dataset", "val", FileDigests(place / "digests.json"))
-        decoded = streaming.open_images(images, pixels, image_cache=place / "cache", threads=1)
+        images = image_splits.list_images(place / "split_dataset", "val", FileDigests(place / "digests.json"))
+        decoded = image_splits.open_images(images, pixels, image_cache=place / "cache", threads=1)
         order = np.random.default_rng(1).permutation(count)  # they are sorted by class
         return [
-            streaming.normalise(part) for part in torch.from_numpy(decoded.centre_crops(order, pixels)).split(BATCH)
+            image_splits.normalise(part) for part in torch.from_numpy(decoded.centre_crops(order, pixels)).split(BATCH)
         ]
 
 

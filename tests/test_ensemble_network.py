@@ -16,7 +16,7 @@ from torch import nn
 from utils import base_back
 from utils.ensemble_network import EnsembleNetwork, MemberPart, Preparation
 from utils.heads import MeanOfProbabilities
-from utils.streaming import normalise
+from utils.image_splits import normalise
 
 SIZES = [(8, 8), (9, 7), (33, 31), (36, 36), (41, 300), (333, 127), (1, 3)]
 

@@ -27,6 +27,7 @@ from utils import (
     ensembles,
     export_utils,
     fusion_building,
+    image_splits,
     inventory,
     meta_building,
     report,
@@ -123,9 +124,9 @@ def how_it_streams(config: Config, workspace: Any, found: Any, member: Any) -> A
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Store, "is_stored", lambda *_: False)
-            patch.setattr(streaming, "decode", lambda *_, **__: None)
+            patch.setattr(image_splits, "decode", lambda *_, **__: None)
             patch.setattr(streaming, "stream", stream)
-            patch.setattr(streaming, "decoding_threads", lambda wanted: wanted)
+            patch.setattr(image_splits, "decoding_threads", lambda wanted: wanted)
             with pytest.raises(Stopped):
                 Store(config, workspace, found).ensure([member], ["val"])
     finally:

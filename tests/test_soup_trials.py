@@ -12,7 +12,7 @@ from test_discovery import change
 from test_predictions import workspace_at
 from torch import nn
 
-from utils import catalog, discovery, soup_trials, streaming
+from utils import catalog, discovery, image_splits, soup_trials, streaming
 from utils.config_file import load
 from utils.errors import UserError
 from utils.metrics import accuracy, log_loss, softmax
@@ -116,8 +116,10 @@ def test_recomputed_statistics_are_those_of_shuffled_train_images_by_hand(base, 
     assert size == 64
     order = np.random.default_rng(store.config.seed).permutation(len(train.paths))
     order = order[: len(order) // size * size]
-    pixels = streaming.open_images(train, 32, image_cache=store.workspace.image_cache, threads=1)
-    batches = [streaming.normalise(torch.from_numpy(pixels.centre_crops(part, 32))) for part in order.reshape(-1, size)]
+    pixels = image_splits.open_images(train, 32, image_cache=store.workspace.image_cache, threads=1)
+    batches = [
+        image_splits.normalise(torch.from_numpy(pixels.centre_crops(part, 32))) for part in order.reshape(-1, size)
+    ]
     means, variances = by_hand(streaming.open_network(trials.spec, mixed), batches)
     for name in means:
         torch.testing.assert_close(found[f"{name}.running_mean"], means[name], rtol=1e-5, atol=1e-6)

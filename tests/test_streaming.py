@@ -14,7 +14,7 @@ import torch
 from conftest import PROJECT
 from PIL import Image
 
-from utils import base_back, catalog, discovery, streaming
+from utils import base_back, catalog, discovery, image_splits, networks, streaming
 from utils.artifacts import FileDigests
 from utils.config_file import load
 from utils.errors import UserError
@@ -31,7 +31,7 @@ def test_normalised_pixels_are_those_of_the_base_transform():
     pixels = np.random.default_rng(0).integers(0, 255, (36, 36, 3), dtype=np.uint8)
     expected = create_optimized_transforms(32, is_training=False)(Image.fromarray(pixels))
     crop = torch.from_numpy(pixels[2:34, 2:34][None])
-    assert torch.equal(streaming.normalise(crop)[0], expected)
+    assert torch.equal(image_splits.normalise(crop)[0], expected)
 
 
 def test_devices(heard, monkeypatch):
@@ -49,17 +49,17 @@ def test_devices(heard, monkeypatch):
 
 
 def test_decoding_threads_are_capped_with_a_warning(heard):
-    assert streaming.decoding_threads(0) == 1
+    assert image_splits.decoding_threads(0) == 1
     assert not heard.records
-    assert streaming.decoding_threads(10_000) < 10_000
+    assert image_splits.decoding_threads(10_000) < 10_000
     assert "dataset.num_workers is 10000; this machine has" in heard.text
 
 
 def test_a_deleted_model_frees_its_storage_even_where_it_is_still_referred_to():
     model = torch.nn.Sequential(torch.nn.Linear(100, 100), torch.nn.BatchNorm1d(100))
-    streaming.safe_delete_model(model)
+    networks.safe_delete_model(model)
     assert sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers())) == 0
-    streaming.cleanup_memory()
+    networks.cleanup_memory()
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Laid:
 
     splits: list
     cache: Path
-    spec: streaming.NetworkSpec
+    spec: networks.NetworkSpec
     model: torch.nn.Module
 
     def run(self, **options):
@@ -79,9 +79,9 @@ class Laid:
 @pytest.fixture
 def laid(trained, tmp_path):
     digests = FileDigests(tmp_path / "digests.json")
-    splits = [streaming.list_images(trained / "split_dataset", split, digests) for split in ("val", "test")]
+    splits = [image_splits.list_images(trained / "split_dataset", split, digests) for split in ("val", "test")]
     path = trained / "checkpoints" / "CustomResNetMish_final.pth"
-    spec = streaming.NetworkSpec("CustomResNetMish", path, "tiny", 32, splits[0].classes)
+    spec = networks.NetworkSpec("CustomResNetMish", path, "tiny", 32, splits[0].classes)
     return Laid(splits, tmp_path / "cache", spec, streaming.open_network(spec))
 
 
@@ -117,10 +117,10 @@ def test_logits_do_not_depend_on_the_layout_in_memory(laid, layout, monkeypatch)
 def test_pixels_are_normalised_in_place_in_the_layout_wanted(layout):
     pixels = torch.randint(0, 256, (3, 8, 8, 3), dtype=torch.uint8)
     place = torch.empty((5, 3, 8, 8), memory_format=layout)
-    found = streaming.normalise(pixels, layout=layout, out=place[:3])
+    found = image_splits.normalise(pixels, layout=layout, out=place[:3])
     assert found.data_ptr() == place.data_ptr()
     assert found.is_contiguous(memory_format=layout)
-    assert torch.equal(found, streaming.normalise(pixels))
+    assert torch.equal(found, image_splits.normalise(pixels))
 
 
 def failing_above(limit, error):
@@ -199,7 +199,7 @@ def test_outputs_that_are_alive_missing_or_unproven_are_refused(laid, tmp_path):
 @pytest.mark.parametrize("ring", [False, True])
 def test_a_network_is_gone_after_its_pass_and_only_a_ring_costs_a_collection(laid, monkeypatch, ring):
     alive, collections = [], []
-    original, clean = streaming.open_network, streaming.cleanup_memory
+    original, clean = streaming.open_network, networks.cleanup_memory
 
     def tracking(spec):
         network = original(spec)
@@ -225,7 +225,7 @@ def test_two_image_sizes_cost_one_decode(laid, monkeypatch):
         return original(path)
 
     monkeypatch.setattr(Image, "open", counting)
-    streaming.decode(laid.splits, [32, 64], image_cache=laid.cache, threads=2)
+    image_splits.decode(laid.splits, [32, 64], image_cache=laid.cache, threads=2)
     assert sorted(opened) == sorted(path for images in laid.splits for path in images.paths)
     laid.run()
     for size in (32, 64):
@@ -299,5 +299,5 @@ def test_cuda_doubles_its_batch_and_agrees_with_the_cpu(laid):
 
 def test_cores_are_told_once_however_often_images_are_decoded(heard):
     for _ in range(3):
-        streaming.decoding_threads(10_001)
+        image_splits.decoding_threads(10_001)
     assert heard.text.count("dataset.num_workers is 10001") == 1

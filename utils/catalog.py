@@ -14,7 +14,7 @@ from utils import base_back, catalog_form
 from utils.artifacts import FileDigests, read_json, write_json
 from utils.config import Config
 from utils.errors import UserError, did_you_mean
-from utils.streaming import NetworkSpec
+from utils.networks import NetworkSpec
 from utils.workspace import Workspace
 
 logger = logging.getLogger("disease_pipeline")

@@ -15,16 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, ensembles, fold_networks, streaming
+from utils import catalog, ensembles, fold_networks, image_splits, streaming
 from utils.catalog import IMPORTED, Member
 from utils.diversity import mutual_information
 from utils.ensembles import Ensemble
 from utils.errors import UserError, did_you_mean
+from utils.image_splits import ImageSplit
 from utils.metrics import log_softmax, softmax
+from utils.networks import NetworkSpec
 from utils.predictions import Store
 from utils.routing import Sparse, execute
 from utils.rows import UNKNOWN, Rows
-from utils.streaming import Batch, ImageSplit, NetworkSpec
+from utils.streaming import Batch
 
 SPLIT = "predict"  # what messages call images of no split
 BLOCK_BYTES = 2**31  # of decoded pixels on disk
@@ -71,7 +73,7 @@ class WorkspaceClassifier:
         self.version = f"{name}@{digest[:12]}"
         """Name and digest: answers of two versions do not go into one file."""
         self.device = streaming.resolve_device(store.config.device)
-        self.threads = streaming.decoding_threads(store.config.dataset.num_workers)
+        self.threads = image_splits.decoding_threads(store.config.dataset.num_workers)
         self.sizes = sorted({spec.img_size for member in self.members for spec in self._networks(member)})
 
     def _member(self, name: str) -> Member:
@@ -131,7 +133,7 @@ class WorkspaceClassifier:
             )
             cache = Path(folder)
             there = images.take([place for place in range(len(paths)) if place not in problems])
-            unread = streaming.decode_readable(there, self.sizes, image_cache=cache, threads=self.threads)
+            unread = image_splits.decode_readable(there, self.sizes, image_cache=cache, threads=self.threads)
             # A file is decoded once, whatever the number of its copies.
             reasons = {content: unread[path] for path, content in zip(paths, contents, strict=True) if path in unread}
             problems |= {place: reasons[content] for place, content in enumerate(contents) if content in reasons}

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, streaming
+from utils import catalog, image_splits, networks, streaming
 from utils.artifacts import open_array, read_arrays
 from utils.config import Config
 from utils.errors import UserError
@@ -106,7 +106,7 @@ def recompute_bn(config: Config, workspace: Workspace, *, force: bool = False) -
     lines, failures = [], []
     for member in catalog.select(store.catalog, config):
         spec = member.network(workspace)
-        pixels = streaming.open_images(
+        pixels = image_splits.open_images(
             shuffled, spec.img_size, image_cache=workspace.image_cache, threads=config.dataset.num_workers
         )
         model = streaming.open_network(spec)
@@ -115,7 +115,7 @@ def recompute_bn(config: Config, workspace: Workspace, *, force: bool = False) -
         def batches(pixels: Any = pixels, side: int = spec.img_size) -> Iterator[tuple[Any, Any]]:
             for start in range(0, len(order) - size + 1, size):
                 crops = torch.from_numpy(pixels.centre_crops(range(start, start + size), side))
-                yield streaming.normalise(crops), torch.from_numpy(shuffled.labels[start : start + size])
+                yield image_splits.normalise(crops), torch.from_numpy(shuffled.labels[start : start + size])
 
         layers = len(soups.batch_norms(model))
         count = soups.recompute_bn_statistics(model, batches())
@@ -131,7 +131,7 @@ def recompute_bn(config: Config, workspace: Workspace, *, force: bool = False) -
             if layers
             else f"{member.name}: has no BatchNorm, nothing to recompute"
         )
-        streaming.safe_delete_model(model)
+        networks.safe_delete_model(model)
     return _told(lines, failures)
 
 

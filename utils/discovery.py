@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, imported_members, inspection, streaming
+from utils import catalog, image_splits, imported_members, inspection, streaming
 from utils.artifacts import FileDigests
 from utils.catalog import DERIVED, IMPORTED, MADE, STAGES, TIMM, Catalog, Member, Problem
 from utils.config import Config
 from utils.errors import UserError, did_you_mean
 from utils.identification import Candidate, Scan, identify
+from utils.image_splits import ImageSplit
 from utils.inspection import Inspector
 from utils.predictions import Store, with_imported
 from utils.results import Result
-from utils.streaming import ImageSplit
 from utils.workspace import SPLITS, Workspace
 
 logger = logging.getLogger("disease_pipeline")
@@ -67,7 +67,7 @@ def discover(
     mounted = catalog.mounted()
     inspector = Inspector(config, workspace, scan.classes, scan.splits, digests, mounted["digest"])
     if verify:
-        threads = streaming.decoding_threads(config.dataset.num_workers)
+        threads = image_splits.decoding_threads(config.dataset.num_workers)
         inspector = replace(inspector, device=streaming.resolve_device(config.device), threads=threads)
     for name, member in members.items():
         if verify and _is_verified(config, member):
@@ -167,7 +167,7 @@ def _is_verified(config: Config, member: Member) -> bool:
 
 def _list_splits(workspace: Workspace, digests: FileDigests) -> dict[str, ImageSplit]:
     try:
-        return {split: streaming.list_images(workspace.split_dir, split, digests) for split in SPLITS}
+        return {split: image_splits.list_images(workspace.split_dir, split, digests) for split in SPLITS}
     except UserError as error:
         raise UserError(f"{error}{_windows_folder(workspace)}") from error
 

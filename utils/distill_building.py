@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import catalog, discovery, ensembles, estimates, fitting, streaming, unlabeled
+from utils import catalog, discovery, ensembles, estimates, fitting, image_splits, streaming, unlabeled
 from utils import distillation_comparison as comparison
 from utils import distillation_plan as plan
 from utils import distillation_students as students
@@ -28,10 +28,10 @@ from utils.distillation_students import Student
 from utils.distillation_teachers import METHOD, Teacher
 from utils.ensembles import Provenance
 from utils.errors import UserError
+from utils.image_splits import ImageSplit
 from utils.metrics import softmax
 from utils.predictions import Store
 from utils.results import Result
-from utils.streaming import ImageSplit
 from utils.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class _Showing:
         found = {member.img_size for member in teachers.members_of(self.store, teacher)} | {self.student.img_size}
         splits = [images, *(self.store.images(split) for split in STREAMED)]
         sizes = sorted(size for size in found if size)
-        streaming.decode(splits, sizes, image_cache=self.store.workspace.image_cache, threads=self.threads)
+        image_splits.decode(splits, sizes, image_cache=self.store.workspace.image_cache, threads=self.threads)
 
 
 def _taught(
@@ -144,7 +144,7 @@ def _taught(
         student,
         students.said_of_training(store, student),
         streaming.resolve_device(store.config.device),
-        streaming.decoding_threads(store.config.dataset.num_workers),
+        image_splits.decoding_threads(store.config.dataset.num_workers),
     )
     images = unlabeled.joined(store.images("train"), others)
     showing.decode(teacher, images)

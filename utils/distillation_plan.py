@@ -14,8 +14,8 @@ from utils.config import Config
 from utils.distillation_students import Student
 from utils.distillation_teachers import METHOD, Teacher
 from utils.errors import UserError
+from utils.image_splits import ImageSplit
 from utils.predictions import Store
-from utils.streaming import ImageSplit
 
 VERSION = 1  # raised whenever the same request would give another student
 PLACE = "distillation"

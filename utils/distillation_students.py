@@ -12,9 +12,8 @@ from utils import base_back, checkpoints
 from utils.artifacts import require_own_folder, write_checkpoint
 from utils.catalog import TIMM, Member
 from utils.errors import UserError, did_you_mean
-from utils.networks import construct
+from utils.networks import NetworkSpec, construct
 from utils.predictions import Store
-from utils.streaming import NetworkSpec
 
 if TYPE_CHECKING:
     from torch import nn

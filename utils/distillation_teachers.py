@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import catalog, ensembles, fold_networks, streaming
+from utils import catalog, ensembles, fold_networks, networks, streaming
 from utils.artifacts import digest_of
 from utils.catalog import IMPORTED, Member
 from utils.distillation_targets import log_probabilities
@@ -235,8 +235,8 @@ def _run(
                 embeddings = np.empty((count, read.shape[1]), np.float32) if embeddings is None else embeddings
                 embeddings[places.numpy()] = read.float().cpu().numpy()
     finally:
-        streaming.safe_delete_model(model)
-        streaming.cleanup_memory()
+        networks.safe_delete_model(model)
+        networks.cleanup_memory()
     return logits, embeddings
 
 

@@ -15,10 +15,10 @@ from utils.artifacts import digest_of
 from utils.config import Config
 from utils.distillation_teachers import Teacher
 from utils.errors import HonestyError, UserError
+from utils.image_splits import ImageSplit
 from utils.lessons import NO_VIEW, Album, Lessons
 from utils.predictions import Store
 from utils.rows import UNKNOWN
-from utils.streaming import ImageSplit
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, fold_networks, streaming
+from utils import catalog, fold_networks, image_splits, streaming
 from utils.alignment import agreement, ridge
 from utils.artifacts import digest_of, open_array, read_json, write_array, write_json
 from utils.catalog import IMPORTED, Member
@@ -182,7 +182,7 @@ def _embeddings(store: Store, member: Member, number: int, rows: MemberRows) -> 
             batch_size=store.config.dataset.batch_size,
             device=streaming.resolve_device(store.config.device),
             image_cache=store.workspace.image_cache,
-            decoding_threads=streaming.decoding_threads(store.config.dataset.num_workers),
+            decoding_threads=image_splits.decoding_threads(store.config.dataset.num_workers),
             val=store.images("val"),
         )
     )

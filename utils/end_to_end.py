@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import base_back, catalog, discovery, embedding_rows, ensembles, estimates, fitting, guards, streaming
+from utils import (
+    base_back,
+    catalog,
+    discovery,
+    embedding_rows,
+    ensembles,
+    estimates,
+    fitting,
+    guards,
+    image_splits,
+    streaming,
+)
 from utils.artifacts import digest_of, write_checkpoint
 from utils.catalog import IMPORTED, Member
 from utils.checkpoints import said_of_training
@@ -179,9 +190,9 @@ def _parts(store: Store, members: Sequence[Member]) -> list[Part]:
 
     settings = store.config.dataset
     images = {split: store.images(split) for split in ("train", "val")}
-    cache, threads = store.workspace.image_cache, streaming.decoding_threads(settings.num_workers)
+    cache, threads = store.workspace.image_cache, image_splits.decoding_threads(settings.num_workers)
     sizes = sorted({member.img_size for member in members if member.img_size})
-    streaming.decode(list(images.values()), sizes, image_cache=cache, threads=threads)
+    image_splits.decode(list(images.values()), sizes, image_cache=cache, threads=threads)
 
     def album(split: str, spec: NetworkSpec, kind: str) -> Album:
         return Album(images[split], spec.img_size, kind, image_cache=cache, threads=threads)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import fold_networks, streaming
+from utils import fold_networks, image_splits, streaming
 from utils.combiner import seen_by
 from utils.errors import UserError
 from utils.export_certificate import BATCHES, Probe, dealt
@@ -147,12 +147,12 @@ def _images(
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """What a file takes of each row, and the centre squares; `wanted` is {split: places}."""
     size = max(member.img_size or 0 for member in subject.members)
-    threads = streaming.decoding_threads(store.config.dataset.num_workers)
+    threads = image_splits.decoding_threads(store.config.dataset.num_workers)
     squares: list[np.ndarray] = []
     paths: list[Path] = []
     for name, places in wanted.items():
         split = store.images(name)
-        pixels = streaming.open_images(split, size, image_cache=store.workspace.image_cache, threads=threads)
+        pixels = image_splits.open_images(split, size, image_cache=store.workspace.image_cache, threads=threads)
         squares += list(pixels.centre_crops(places, size))
         paths += [split.paths[place] for place in places]
     if form.input == UINT8_NHWC:

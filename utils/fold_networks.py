@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from utils import catalog, engines, streaming
+from utils import catalog, engines, image_splits, streaming
 from utils.artifacts import digest_of, open_array, read_record, write_array, write_json
 from utils.catalog import Member
 from utils.metrics import log_softmax
@@ -109,7 +109,7 @@ def _stream(store: Store, device: str, job: tuple[Member, Sequence[str]]) -> Non
             batch_size=store.config.dataset.batch_size,
             device=device,
             image_cache=store.workspace.image_cache,
-            decoding_threads=streaming.decoding_threads(store.config.dataset.num_workers),
+            decoding_threads=image_splits.decoding_threads(store.config.dataset.num_workers),
             val=store.images("val"),
         )
         for batch in batches:

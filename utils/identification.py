@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from utils import base_back, inspection, out_of_fold, streaming, training_records
+from utils import base_back, checkpoints, inspection, out_of_fold, training_records
 from utils.artifacts import FileDigests, digest_of
 from utils.catalog import STAGES, TIMM, Member, Problem, kfold_command
 from utils.config import Config
 from utils.errors import UserError
+from utils.image_splits import ImageSplit
 from utils.networks import RETRAIN
-from utils.streaming import ImageSplit
 from utils.workspace import Workspace
 
 logger = logging.getLogger("disease_pipeline")
@@ -151,9 +151,9 @@ def _checkpoint_facts(path: Path, digests: FileDigests) -> dict[str, Any]:
         raise UserError(f"{path}: the checkpoint is gone. Put it back, or declare another with --add") from None
     known = digests.facts(digest)
     if known is None or known.get("version") != VERSION:
-        record = streaming.read_checkpoint(path)
+        record = checkpoints.read_checkpoint(path)
         extra = record.get("extra") if isinstance(record.get("extra"), dict) else {}
-        known = {"version": VERSION, **_said(path, extra), "outputs": _outputs(streaming.weights_of(record))}
+        known = {"version": VERSION, **_said(path, extra), "outputs": _outputs(checkpoints.weights_of(record))}
         digests.keep(digest, known)
     return known
 

@@ -16,9 +16,9 @@ from utils import prediction_files
 from utils.catalog import Problem
 from utils.config import is_name
 from utils.errors import UserError, did_you_mean
+from utils.image_splits import ImageSplit
 from utils.prediction_files import Predictions
 from utils.rows import UNKNOWN, MemberRows, Samples
-from utils.streaming import ImageSplit
 from utils.workspace import SPLITS
 
 logger = logging.getLogger("disease_pipeline")

@@ -8,18 +8,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from utils import catalog, imported_judgement, imported_members, streaming
+from utils import catalog, image_splits, imported_judgement, imported_members
 from utils.artifacts import FileDigests
 from utils.catalog import IMPORTED, Catalog, Problem
 from utils.config import Config
 from utils.errors import UserError
+from utils.image_splits import ImageSplit
 from utils.imported_judgement import Arrival
 from utils.imported_members import SPLIT_OF, Part, for_each
 from utils.prediction_files import Predictions
 from utils.predictions import Store, split_facts, with_imported
 from utils.results import Result
 from utils.rows import MemberRows, gather
-from utils.streaming import ImageSplit
 from utils.workspace import SPLITS, Workspace
 
 logger = logging.getLogger("disease_pipeline")
@@ -108,7 +108,7 @@ def _ground(config: Config, workspace: Workspace, earlier: Catalog | None, arriv
             return Ground(images, staying, {})
     if workspace.has_images:
         digests = FileDigests(workspace.digests)
-        images = {split: streaming.list_images(workspace.split_dir, split, digests) for split in SPLITS}
+        images = {split: image_splits.list_images(workspace.split_dir, split, digests) for split in SPLITS}
         digests.save()
         return Ground(images, staying, {})
     held = Store(config, workspace, staying).held if staying is not None else lambda _: {}

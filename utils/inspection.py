@@ -18,8 +18,8 @@ from utils.artifacts import FileDigests, digest_of
 from utils.catalog import TIMM, Catalog, Member, Problem
 from utils.config import Config
 from utils.errors import UserError
+from utils.image_splits import ImageSplit
 from utils.out_of_fold import OutOfFold
-from utils.streaming import ImageSplit
 from utils.workspace import Workspace
 
 logger = logging.getLogger("disease_pipeline")

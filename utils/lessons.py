@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import base_back, streaming
+from utils import base_back, image_splits
 from utils.distillation_methods import Mixing, draw_mixing
-from utils.streaming import ImageSplit
+from utils.image_splits import ImageSplit
 
 HELD = 1 << 28  # bytes of shown images that are kept while several networks look at the same ones
 NO_VIEW = "none"  # the kind of augmentation that shows everything as the evaluation transform does
@@ -62,13 +62,13 @@ class Album:
         """Normalised float32 (B, 3, size, size) of some rows, as `views` of theirs say; None: evaluation's crop."""
         pixels = self._pixels(size)
         if views is None:
-            return streaming.normalise(torch.from_numpy(pixels.centre_crops(rows.numpy(), size)))
+            return image_splits.normalise(torch.from_numpy(pixels.centre_crops(rows.numpy(), size)))
         images = [torch.from_numpy(pixels.image(row).copy()).permute(2, 0, 1) for row in rows.tolist()]
         return self._ways.show(images, size, views)  # type: ignore[no-any-return]
 
     def _pixels(self, size: int) -> Any:
         if size not in self._opened:
-            self._opened[size] = streaming.open_images(
+            self._opened[size] = image_splits.open_images(
                 self.images, size, image_cache=self._cache, threads=self._threads
             )
         return self._opened[size]

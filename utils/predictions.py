@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, engines, estimates, inspection, out_of_fold, streaming
+from utils import catalog, engines, estimates, image_splits, inspection, out_of_fold, streaming
 from utils.artifacts import (
     FileDigests,
     digest_of,
@@ -32,8 +32,8 @@ from utils.catalog import IMPORTED, Catalog, Member, Problem
 from utils.checkpoints import reading_ahead
 from utils.config import Config
 from utils.errors import UserError
+from utils.image_splits import ImageSplit
 from utils.rows import MemberRows, Samples, gather
-from utils.streaming import ImageSplit
 from utils.workspace import SPLITS, Workspace
 
 logger = logging.getLogger("disease_pipeline")
@@ -63,7 +63,7 @@ class Store:
         if not self.catalog.has_images:
             raise UserError(f"{self.workspace.split_dir}: no images, and this needs some; all members are imported")
         if split not in self._images:
-            images = streaming.list_images(self.workspace.split_dir, split, self.digests)
+            images = image_splits.list_images(self.workspace.split_dir, split, self.digests)
             recorded = self.catalog.splits.get(split, {}).get("digest")
             if images.digest != recorded:
                 raise UserError(
@@ -106,7 +106,7 @@ class Store:
         if not missing:
             return
         device = streaming.resolve_device(self.config.device)
-        threads = streaming.decoding_threads(self.config.dataset.num_workers)
+        threads = image_splits.decoding_threads(self.config.dataset.num_workers)
         sizes = {member.img_size for member, _ in missing}
         if sizes != {self.config.dataset.img_size} and not sizes <= self._sizes_told:
             self._sizes_told |= sizes
@@ -117,7 +117,7 @@ class Store:
             )
         wanted = sorted({split for _, gaps in missing for split in gaps})
         cache = self.workspace.image_cache
-        streaming.decode([self.images(split) for split in wanted], sorted(sizes), image_cache=cache, threads=threads)
+        image_splits.decode([self.images(split) for split in wanted], sorted(sizes), image_cache=cache, threads=threads)
         files = [member.network(self.workspace).checkpoint for member, _ in missing]
         expected = estimates.extraction(
             [path.stat().st_size for path in files if path.is_file()],

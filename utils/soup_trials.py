@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import catalog, soups, streaming
+from utils import catalog, image_splits, networks, soups, streaming
 from utils.artifacts import digest_of
 from utils.catalog import Member
 from utils.checkpoints import read_checkpoint, weights_of
 from utils.errors import UserError
+from utils.image_splits import ImageSplit
 from utils.metrics import METRICS, accuracy, log_loss, softmax
 from utils.predictions import Store
 from utils.soups import Ingredient
-from utils.streaming import ImageSplit
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -123,7 +123,7 @@ class Trials:
         self.ingredients = ingredients
         self.spec = member.network(store.workspace)
         self.device = streaming.resolve_device(store.config.device)
-        self.threads = streaming.decoding_threads(store.config.dataset.num_workers)
+        self.threads = image_splits.decoding_threads(store.config.dataset.num_workers)
         first = next(iter(ingredients.values())).open()
         normalised = any(name.endswith("running_mean") for name in first)
         self.recomputes = normalised and store.config.runs.model_soup.recompute_bn
@@ -154,7 +154,7 @@ class Trials:
             soups.recompute_bn_statistics(model, self._train_batches(), BATCHES)
             return {**weights, **soups.statistics_of(model)}
         finally:
-            streaming.safe_delete_model(model)
+            networks.safe_delete_model(model)
 
     def _figures(self, mix: Mix, weights: Mapping[str, Tensor] | None = None) -> Figures:
         """Of the averaged statistics; `weights` where they are at hand."""
@@ -180,7 +180,7 @@ class Trials:
         rank = (score if metric.higher_is_better else -score, -loss)
         return Figures(score, accuracy(probabilities, labels), loss, rank)
 
-    def _named(self, mix: Mix) -> streaming.NetworkSpec:
+    def _named(self, mix: Mix) -> networks.NetworkSpec:
         """Messages about a mixture name what it was made of; there is no file yet."""
         parts = " + ".join(name for name, _ in mix)
         return replace(self.spec, checkpoint=self.spec.checkpoint.with_name(f"{self.member.name}: {parts}"))
@@ -201,13 +201,17 @@ class Trials:
         order = np.random.default_rng(self.store.config.seed).permutation(len(train.paths))[:count]
         images = train.take(order)
         cache = self.store.workspace.image_cache
-        return images, streaming.open_images(images, self.spec.img_size, image_cache=cache, threads=self.threads), size
+        return (
+            images,
+            image_splits.open_images(images, self.spec.img_size, image_cache=cache, threads=self.threads),
+            size,
+        )
 
     def _train_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         images, pixels, size = self._shuffled
         for start in range(0, len(images.paths), size):
             crops = torch.from_numpy(pixels.centre_crops(range(start, start + size), self.spec.img_size))
-            yield streaming.normalise(crops), torch.from_numpy(images.labels[start : start + size])
+            yield image_splits.normalise(crops), torch.from_numpy(images.labels[start : start + size])
 
     def pair(self, one: str, other: str) -> Pair:
         """Whether two checkpoints began alike, and what lies halfway between them.

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import streaming
+from utils import image_splits, streaming
 from utils.catalog import Member
+from utils.image_splits import ImageSplit
 from utils.predictions import Store
 from utils.routing import Sparse, execute
-from utils.streaming import ImageSplit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,9 +72,9 @@ class Stopwatch:
             self.uncounted += time.perf_counter() - start
 
     def _pixels(self, img_size: int) -> Any:
-        threads = streaming.decoding_threads(self.store.config.dataset.num_workers)
+        threads = image_splits.decoding_threads(self.store.config.dataset.num_workers)
         cache = self.store.workspace.image_cache
-        return streaming.open_images(self.images, img_size, image_cache=cache, threads=threads)
+        return image_splits.open_images(self.images, img_size, image_cache=cache, threads=threads)
 
     def _per_image(self, once: Callable[[], Any]) -> float:
         """Half of the runs took less; what takes long is run once."""
@@ -89,7 +89,7 @@ class Stopwatch:
 def _normalised(pixels: Any, rows: np.ndarray, img_size: int) -> Tensor:
     import torch
 
-    return streaming.normalise(torch.from_numpy(pixels.centre_crops(rows.tolist(), img_size)))
+    return image_splits.normalise(torch.from_numpy(pixels.centre_crops(rows.tolist(), img_size)))
 
 
 def _columns(store: Store, member: Member) -> list[int]:

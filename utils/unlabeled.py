@@ -11,9 +11,9 @@ import numpy as np
 from utils import base_back
 from utils.artifacts import digest_of
 from utils.errors import UserError
+from utils.image_splits import ImageSplit
 from utils.predictions import Store
 from utils.rows import UNKNOWN
-from utils.streaming import ImageSplit
 from utils.workspace import SPLITS
 
 logger = logging.getLogger("disease_pipeline")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 
 import pytest
 from conftest import PROJECT, run_python
@@ -14,6 +15,7 @@ FOLDER = PROJECT / "benchmarks"
 def module(name):
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
     loaded = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = loaded  # where dataclasses look for the names in their annotations
     spec.loader.exec_module(loaded)
     return loaded
 
@@ -99,6 +101,30 @@ def test_a_second_run_is_held_to_a_second_and_three_percent(pipeline):
     assert verdicts(second=1.3) == [True]
     assert verdicts(second=1.31) == [False]
     assert verdicts(second=0.4, torch=True) == [False]
+
+
+@pytest.fixture(scope="module")
+def verbs():
+    return module("verbs")
+
+
+def test_a_verb_runs_in_a_clone_of_its_own_and_must_end_well(verbs, monkeypatch):
+    monkeypatch.setenv("MAKEFLAGS", " -- QUICK=1 ARGS=nothing")
+    monkeypatch.setenv("DBT_SEED", "3")
+    assert not {"MAKEFLAGS", "DBT_SEED"} & verbs.environment().keys()
+    helped = verbs.measured(verbs.Verb(("help",), 60))
+    assert (helped["what"], helped["goal"], helped["holds"]) == ("make help", "at most 60", True)
+    assert 0 < helped["figure"] < 60
+    failed = verbs.measured(verbs.Verb(("nothing",), 60))
+    assert failed["holds"] is False
+    assert failed["peer"].startswith("ended with 2: ")
+
+
+def test_a_verb_that_takes_too_long_is_short_whatever_it_ends_with(verbs):
+    demo = verbs.VERBS[0]
+    assert [verbs.judged(demo, seconds, code, "")["holds"] for seconds, code in ((240, 4), (241, 0), (9, 1))] == [
+        *(True, False, False)
+    ]
 
 
 @pytest.mark.slow

@@ -1,0 +1,132 @@
+"""How long a newcomer waits: `--help`, `make demo` small and whole, `make test`, each after installation.
+
+    python benchmarks/verbs.py            all of them, one after the other: about half an hour
+    python benchmarks/verbs.py --quick    `--help` alone
+
+Demos and tests run in fresh clones of what is committed here, on the environment that is installed (`.venv`); the
+clones are removed. `--help` takes turns with an interpreter that does nothing. The last line of the output is one JSON
+object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reporting import report, row
+
+PROJECT = Path(__file__).resolve().parents[1]
+HELP_SECONDS = 0.3
+TURNS = 11
+LEFT_OUT = 4  # a demo that finished without some requested part
+KEPT_LINES = 5
+OF_MAKE = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "QUICK", "DATA", "DEMO_DATA", "ARGS")
+"""What `make bench` hands down, and would make another demo of this one."""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb of the Makefile, and how long it may take."""
+
+    arguments: tuple[str, ...]
+    seconds: int
+    fine: tuple[int, ...] = (0,)
+    """Exit codes with which it did what it promises."""
+
+    @property
+    def what(self) -> str:
+        """As a person types it."""
+        return " ".join(("make", *self.arguments))
+
+
+VERBS = (
+    Verb(("demo", "QUICK=1"), 240, (0, LEFT_OUT)),
+    Verb(("demo",), 720, (0, LEFT_OUT)),
+    Verb(("test",), 600),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run all rows; returns 0, also where a goal is missed."""
+    parser = argparse.ArgumentParser(prog="verbs.py", description="Seconds of --help, make demo and make test.")
+    parser.add_argument("--quick", action="store_true", help="--help alone")
+    options = parser.parse_args(argv)
+    rows = [help_row()]
+    for verb in VERBS:
+        rows.append(not_measured(verb) if options.quick else measured(verb))
+    report("verbs", rows, quick=options.quick, packages=("torch", "numpy", "pytest"))
+    return 0
+
+
+def help_row() -> dict[str, Any]:
+    """Median seconds of `--help` beside those of an interpreter that does nothing, in turns."""
+    ours, bare = [], []
+    for _ in range(TURNS):
+        ours.append(seconds_of([sys.executable, "ensemble_orchestrator.py", "--help"]))
+        bare.append(seconds_of([sys.executable, "-c", "pass"]))
+    median = statistics.median(ours)
+    spread = f"{min(ours):.2f} to {max(ours):.2f} s; python alone: {statistics.median(bare):.2f} s"
+    return row("--help", median, "s", f"under {HELP_SECONDS}", median < HELP_SECONDS, spread)
+
+
+def seconds_of(command: Sequence[str]) -> float:
+    """Wall time of a command in the project's folder. Raises CalledProcessError where it fails."""
+    start = time.perf_counter()
+    subprocess.run(command, cwd=PROJECT, stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - start
+
+
+def measured(verb: Verb) -> dict[str, Any]:
+    """Wall time of a verb in a clone of its own; one that fails holds no goal."""
+    with tempfile.TemporaryDirectory(prefix="verbs-") as folder:
+        clone = Path(folder) / "clone"
+        subprocess.run(["git", "clone", "--quiet", str(PROJECT), str(clone)], check=True)
+        (clone / ".venv").symlink_to(PROJECT / ".venv")
+        start = time.perf_counter()
+        done = subprocess.run(
+            ["make", *verb.arguments],
+            cwd=clone,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        seconds = time.perf_counter() - start
+    last = done.stdout.strip().splitlines()[-KEPT_LINES:]
+    print("\n".join((f"{verb.what}: {seconds:.0f} s", *last)), file=sys.stderr, flush=True)
+    return judged(verb, seconds, done.returncode, last[-1] if last else "")
+
+
+def environment() -> dict[str, str]:
+    """This process's, as a newcomer has it."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in OF_MAKE and name != "BASE_BACK_DIR" and not name.startswith("DBT_")
+    }
+
+
+def judged(verb: Verb, seconds: float, code: int, said: str) -> dict[str, Any]:
+    """The row of a verb that ended so."""
+    well = code in verb.fine
+    beside = said if well else f"ended with {code}: {said}"
+    return row(verb.what, seconds, "s", f"at most {verb.seconds}", well and seconds <= verb.seconds, beside)
+
+
+def not_measured(verb: Verb) -> dict[str, Any]:
+    """The row of a verb that takes longer than this form may."""
+    return row(verb.what, None, "s", f"at most {verb.seconds}", None, "not with --quick")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

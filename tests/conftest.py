@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
@@ -64,13 +65,21 @@ def write_digits(folder: Path, classes: tuple[int, ...] = ZOO_CLASSES, per_class
     return folder
 
 
-def run_python(*arguments: str, environment: dict[str, str] | None = None, cwd: Path | None = None):
-    """Run a program of the project with this interpreter; returns the completed process."""
+def run_python(
+    *arguments: str, environment: dict[str, str] | None = None, cwd: Path | None = None, afresh: bool = False
+):
+    """Run a program of the project with this interpreter; returns the completed process.
+
+    A script starts where torch is imported already (`warm`), unless that is not wanted (`afresh`).
+    """
     clean = {key: value for key, value in os.environ.items() if not key.startswith("DBT_") and key != "BASE_BACK_DIR"}
+    variables = clean | {"PYTHONWARNINGS": "error::ResourceWarning"} | (environment or {})
+    if arguments[0].endswith(".py") and sys.platform == "linux" and not afresh:
+        return warm.run(arguments, environment=variables, cwd=cwd or PROJECT, timeout=600)
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd or PROJECT,
-        env=clean | {"PYTHONWARNINGS": "error::ResourceWarning"} | (environment or {}),
+        env=variables,
         capture_output=True,
         text=True,
         timeout=600,

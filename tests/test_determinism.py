@@ -26,7 +26,8 @@ KINDS = {".npy", ".npz", ".safetensors", ".json", ".pth", ".html"}
 
 
 def run(workspace: Path, workers: int) -> Path:
-    done = run_python(*LINE, "--set", f"dataset.num_workers={workers}", "--workspace", str(workspace))
+    options = ("--set", f"dataset.num_workers={workers}", "--workspace", str(workspace))
+    done = run_python(*LINE, *options, afresh=True)
     assert done.returncode == 0, done.stderr
     return workspace
 

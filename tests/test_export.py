@@ -11,29 +11,24 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from finished_workspace import CONFIG, at
-from in_process import run as command_line
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from utils import (
-    build,
     export_checks,
     export_comparison,
     export_folder,
     export_formats,
     export_precision,
     export_utils,
-    importing,
     tflite_conversion,
 )
 from utils.artifacts import read_arrays, read_json, write_json
 from utils.config_file import load
 from utils.errors import ConfigError, UserError
-from utils.export_certificate import Answers, Probe, RunFailed, compare, dealt, run_afresh
 
 NAME = "soft_voting_ensemble"
 RECORDS = {"metadata.json", "class_mapping.json", "export_status.json", "checksums.json"}
@@ -301,121 +296,6 @@ def test_verify_finds_answers_that_differ(own_export):
         export_checks.verify(folder)
 
 
-def test_tools_are_listed_with_what_they_need():
-    facts = export_checks.tools().document["formats"]
-    assert facts["onnx"]["ready"]
-    assert "onnxruntime" in facts["onnx"]["words"]
-    assert not facts["tensorrt"]["ready"]
-
-
-def test_tflite_without_its_tools_is_skipped_with_the_install_line(monkeypatch, tmp_path):
-    monkeypatch.setenv("DBT_TFLITE_PYTHON", str(tmp_path / "no-python"))
-    entry = export_formats.convert_to_tflite(None, "it", tmp_path, tmp_path)
-    assert entry["status"] == "skipped"
-    assert "pip install torch litert-torch" in entry["reason"]
-
-
-@pytest.mark.parametrize(
-    ("program", "reason"),
-    [
-        ("import sys; print('the converter says why'); sys.exit(3)", "ended with 3: the converter says why"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended with -9"),
-        ("import time; time.sleep(60)", "did not end within 2 s"),
-    ],
-)
-def test_a_converter_that_crashes_is_killed_or_hangs_fails_with_its_last_words(tmp_path, monkeypatch, program, reason):
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{program}"\n')
-    python.chmod(0o755)
-    monkeypatch.setenv("DBT_TFLITE_PYTHON", str(python))
-    network = torch.nn.Flatten()
-    with pytest.raises(tflite_conversion.ConversionFailed, match=reason):
-        tflite_conversion.convert(network, torch.zeros(1, 2, 2), tmp_path / "a.tflite", tmp_path / "s", seconds=2)
-
-
-def test_images_of_unequal_size_are_dealt_to_batches_of_their_own():
-    images = [np.full((size, 4, 3), row, dtype=np.uint8) for row, size in enumerate([5, 7] * 11)]
-    batches, rows = dealt(images)
-    assert sorted(np.unique(np.concatenate(rows))) == list(range(22))
-    assert {len(batch) for batch in batches} == {1, 3, 17}
-    for batch, own in zip(batches, rows, strict=True):
-        assert batch[:, 0, 0, 0].tolist() == own.tolist()
-
-
-def answered(probabilities, **outputs) -> Answers:
-    return Answers(
-        np.arange(len(probabilities)), {"probabilities": np.array(probabilities, dtype=np.float32), **outputs}
-    )
-
-
-def test_a_label_that_flips_where_it_is_clear_fails():
-    probe = Probe([np.zeros((2, 1))], [np.arange(2)], np.array([[0.50001, 0.49999], [0.7, 0.3]]))
-    near = compare(probe, answered([[0.49999, 0.50001], [0.7, 0.3]]))
-    assert (near["passed"], near["parity"]["label_flips"]) == (True, 0)
-    clear = compare(probe, answered([[0.5, 0.5], [0.3, 0.7]]))
-    assert (clear["passed"], clear["parity"]["label_flips"]) == (False, 1)
-    assert not compare(probe, answered([[0.5, np.nan], [0.7, 0.3]]))["passed"]
-    assert "answers (2, 3)" in compare(probe, answered(np.zeros((2, 3))))["reason"]
-
-
-class Step:
-    """The first member's most probable class, for certain."""
-
-    def predict_proba(self, logits):
-        return np.eye(2)[logits[0].argmax(axis=1)]
-
-
-def test_rows_at_a_step_are_counted_and_left_out_of_the_end_to_end_comparison():
-    logits = np.tile(np.array([[1.0, 0.0]], dtype=np.float32), (40, 1))
-    logits[0] = [1e-6, 0]
-    probe = Probe([np.zeros((40, 1))], [np.arange(40)], np.tile([[1.0, 0.0]], (40, 1)), logits[None], None, Step())
-    own = logits.copy()
-    own[0] = [0, 1e-6]
-    found = compare(probe, answered(np.eye(2)[own.argmax(axis=1)], member_logits=own[:, None]))
-    assert (found["passed"], found["parity"]["near_threshold"], found["parity"]["max_abs_diff"]) == (True, 1, 0)
-    wrong = compare(probe, answered(np.eye(2)[logits.argmax(axis=1)], member_logits=own[:, None]))
-    assert "its combiner is off by 1 on its own members' outputs" in wrong["reason"]
-    own[:3] = [0, 1e-6]
-    probe.member_logits[0, :3] = [1e-6, 0]
-    many = compare(probe, answered(np.eye(2)[own.argmax(axis=1)], member_logits=own[:, None]))
-    assert "3 of 40 rows lie at a step" in many["reason"]
-    own[5] = [3, 0]
-    assert (
-        "members' probabilities are off"
-        in compare(probe, answered(np.eye(2)[own.argmax(axis=1)], member_logits=own[:, None]))["reason"]
-    )
-
-
-def test_a_runtime_that_fails_says_why(tmp_path):
-    path = tmp_path / "a.onnx"
-    path.write_bytes(b"no model")
-    probe = Probe([np.zeros((1, 3, 2, 2), dtype=np.float32)], [np.arange(1)], np.ones((1, 1)))
-    with pytest.raises(RunFailed, match=r"its runtime ended with 1: .*a.onnx: .*Protobuf"):
-        run_afresh("onnx", [path], probe, ["probabilities"], tmp_path / "scratch")
-
-
-def test_the_files_of_a_format_share_a_process_and_answer_each_for_itself(tmp_path):
-    from onnx import TensorProto, checker, helper, save
-
-    files = []
-    for name, operator in (("same", "Identity"), ("negative", "Neg")):
-        given, found = (helper.make_tensor_value_info(value, TensorProto.FLOAT, ["n", 2]) for value in ("x", "y"))
-        graph = helper.make_graph([helper.make_node(operator, ["x"], ["y"])], name, [given], [found])
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-        checker.check_model(model)
-        files.append(tmp_path / f"{name}.onnx")
-        save(model, files[-1])
-    rows = np.array([[1, 2], [3, 4]], dtype=np.float32)
-    probe = Probe([rows[:1], rows], [np.array([0]), np.array([0, 1])], np.ones((2, 2)))
-    same, negative = run_afresh("onnx", files, probe, ["y"], tmp_path / "scratch")
-    assert same.outputs["y"].tolist() == [[1, 2], [1, 2], [3, 4]]
-    assert negative.outputs["y"].tolist() == [[-1, -2], [-1, -2], [-3, -4]]
-    assert same.facts["latency_ms"] > 0
-    files[1].write_bytes(b"no model")
-    with pytest.raises(RunFailed, match=r"negative.onnx: "):
-        run_afresh("onnx", files, probe, ["y"], tmp_path / "scratch")
-
-
 def test_forms_of_fewer_bits_have_a_tolerance_of_their_own_and_their_accuracy(own_export):
     """Made from the ONNX file that is there; ranges come from train, figures from test."""
     folder = folder_of(own_export)
@@ -463,35 +343,6 @@ def test_the_command_line_ends_with_4_where_a_format_is_skipped(own_export, orch
     assert "64 real rows, largest difference" in done.stdout
 
 
-def test_an_ensemble_of_imported_members_exports_its_combiner_alone(tmp_path):
-    """Class names with commas, quotes and letters of any script come through."""
-    classes = ("leaf, spotted", 'the "healthy" one', "zdravý 葉")
-    base, names = tmp_path / "workspace", ("forest", "notebook")
-    base.mkdir()
-    rng = np.random.default_rng(1)
-    for split, count in (("oof", 90), ("val", 40), ("test", 70)):
-        labels = np.arange(count) % 3
-        for name in names:
-            logits = rng.normal(size=(count, 3)).astype(np.float32)
-            logits[np.arange(count), labels] += 1
-            given = {"labels": labels, "sample_ids": np.array([f"{split}{n:03d}" for n in range(count)])}
-            given |= {"fold": np.arange(count) % 5} if split == "oof" else {}
-            (tmp_path / "given" / name).mkdir(parents=True, exist_ok=True)
-            np.savez(tmp_path / "given" / name / f"{split}.npz", logits=logits, classes=np.array(classes), **given)
-    config = load(CONFIG, overrides=["exports.enable=true"])
-    importing.import_predictions(config, at(base), folder=str(tmp_path / "given"))
-    build.build_ensemble(config, at(base))
-    result = run(base, "hard_voting_ensemble", "torchscript", "onnx")
-    assert result.failures == []
-    folder = folder_of(base, "hard_voting_ensemble")
-    assert list(read_json(folder / "class_mapping.json", remedy="").values()) == list(classes)
-    session = onnxruntime.InferenceSession(str(folder / "onnx" / "hard_voting_ensemble.onnx"))
-    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == list(classes)
-    assert [(given.name, given.shape) for given in session.get_inputs()] == [("member_logits", ["batch", 2, 3])]
-    with pytest.raises(UserError, match="imported predictions; there is no network to export"):
-        run(base, "forest")
-
-
 def test_exported_forms_are_compared_by_accuracy_latency_and_size(own_export):
     status = read_json(folder_of(own_export) / "export_status.json", remedy="")
     for name, latency, size in (("state_dict", 1.0, 5.0), ("torchscript", 2.0, 6.0), ("onnx", 3.0, 1.0)):
@@ -511,33 +362,6 @@ def test_exported_forms_are_compared_by_accuracy_latency_and_size(own_export):
     shutil.rmtree(folder_of(own_export).parent)
     with pytest.raises(UserError, match="nothing is exported"):
         export_comparison.compare(at(own_export))
-
-
-SET = (
-    "runs.stacking={enable: true, meta_learners: [xgb]}",
-    "runs.fusion={enable: true, fusion_methods: [cca_aligned], fusion_config: {hidden_dims: [8], epochs: 2}}",
-    "runs.moe={enable: true, num_experts: 3, epochs: 2}",
-    "runs.cascade.enable=true",
-    "runs.meta_fuser.enable=true",
-    "runs.meta_fuser.input_ensembles=[soft_voting, stacking_xgb, fusion_cca_aligned]",
-    "exports.enable=true",
-)
-LEARNED = ("--quiet", *(word for value in SET for word in ("--set", value)))
-
-
-@pytest.mark.slow
-def test_what_reads_embeddings_and_what_runs_few_members_is_exported(own_copy):
-    """By the commands, from the members' networks to files that answer as `evaluate` would."""
-    for command in ("stack", "fusion-train", "meta-fuse"):
-        assert command_line(command, "--config", CONFIG, *LEARNED, workspace=own_copy).code in (0, 4)
-    for name in ("fusion_cca_aligned", "moe", "cascade", "meta_fuser"):
-        typed = ("export", "--config", CONFIG, *LEARNED, "--model-name", name, "--formats", "torchscript", "onnx")
-        done = command_line(*typed, "--json", workspace=own_copy)
-        assert done.code == 0, done.stderr
-        for kind in ("torchscript", "onnx"):
-            entry = done.document["formats"][kind]
-            assert entry["parity"]["max_abs_diff"] < 1e-4
-            assert ("combiner" in entry["parity"]) == (name != "fusion_cca_aligned")
 
 
 @pytest.mark.slow

@@ -103,14 +103,28 @@ def evaluate(
     store.digests.save()
     if model_name is not None:
         return Result(_one(workspace, records[model_name], by_name[model_name].kind, split), records[model_name])
-    metric = config.runs.score_ensemble.optimization_metric
-    ranking = _ranking(records, {item.name: item.kind for item in items}, split, metric) | {
+    kinds = {item.name: item.kind for item in items}
+    return _ranked(context, saved, records, kinds, recommended, failures, key)
+
+
+def _ranked(
+    context: Context,
+    saved: Mapping[str, Ensemble],
+    records: Mapping[str, Mapping[str, Any]],
+    kinds: Mapping[str, str],
+    recommended: Mapping[str, Any],
+    failures: Mapping[str, str],
+    key: str,
+) -> Result:
+    """Write the ranking of all that was scored, as a record and as tables; `key` tells whether it is still current."""
+    store, split, workspace = context.store, context.split, context.store.workspace
+    ranking = _ranking(records, kinds, split, store.config.runs.score_ensemble.optimization_metric) | {
         "recommended": {name: recommended[name] for name in ("name", "reason", "evidence")},
         "peers": {"best_single": recommended["best_single"]}
         | {kind: name if name in saved else None for kind, name in SIMPLE.items()},
         "label_issues": _label_issues(store, recommended["name"], saved),
         "left_out": failures,
-        "options": asdict(options),
+        "options": asdict(context.options),
         "inputs_digest": key,
     }
     for suffix, text_of in leaderboard.WRITERS.items():

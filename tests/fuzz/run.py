@@ -112,8 +112,12 @@ def fuzzed(kind: str, folder: Path, strategy: Any, look: Callable[[Any], None], 
     print(f"{kind}: {counts[kind]} cases, none failed", file=sys.stderr, flush=True)
 
 
-def prepare(folder: Path) -> dict[str, tuple[Any, Callable[[Any], None]]]:
-    """{kind: (strategy, what is done with an example)}, and the valid files that they spoil."""
+Readers = dict[str, tuple[Any, Callable[[Any], None]]]
+"""{kind: (strategy, what is done with an example)}"""
+
+
+def prepare(folder: Path) -> Readers:
+    """Every reader, and the valid files that are spoilt for them."""
     empty, imported, given_folder = folder / "empty", folder / "imported", folder / "given"
     for place in (empty, imported):
         place.mkdir()
@@ -123,8 +127,13 @@ def prepare(folder: Path) -> dict[str, tuple[Any, Callable[[Any], None]]]:
         done = run(*line, workspace=imported)
         assert done.code == 0, done.stderr
     workspace = Workspace(imported, *(imported / name for name in NAMES))
+    of_commands = given_to_commands(folder / "given.yaml", given_folder, empty, workspace)
+    return of_commands | kept_of_an_ensemble(workspace) | decoded(folder / "image", empty)
+
+
+def given_to_commands(file: Path, given_folder: Path, empty: Path, workspace: Workspace) -> Readers:
+    """What commands read: a configuration, predictions of others, a catalog."""
     catalog_text = workspace.catalog.read_text()
-    file = folder / "given.yaml"
     file.touch()
 
     def config(content: bytes) -> None:
@@ -144,11 +153,20 @@ def prepare(folder: Path) -> dict[str, tuple[Any, Callable[[Any], None]]]:
         workspace.catalog.write_text(json.dumps(document))
         try:
             for line in (("status",), ("build-ensemble", "--config", "configs/votes.yaml")):
-                done = run(*line, "--quiet", workspace=imported)
+                done = run(*line, "--quiet", workspace=workspace.base)
                 typed(done.code, done.stderr)
         finally:
             workspace.catalog.write_text(catalog_text)
 
+    return {
+        "configurations": (cases.configurations(), config),
+        "predictions": (cases.predictions(arrays("val", 2)), prediction),
+        "catalogs": (cases.documents(json.loads(catalog_text)), catalog),
+    }
+
+
+def kept_of_an_ensemble(workspace: Workspace) -> Readers:
+    """What an ensemble is loaded from: its record, a booster, tensors."""
     place = workspace.ensemble("stacking_xgb")
     texts = {path.name: path.read_bytes() for path in place.iterdir()}
 
@@ -171,17 +189,25 @@ def prepare(folder: Path) -> dict[str, tuple[Any, Callable[[Any], None]]]:
     def loaded(*, answers: bool = True) -> None:
         """The ensemble loads and answers, or says why not."""
         try:
-            found = ensembles.load(workspace, "stacking_xgb")
-            if answers:
-                found.combiner.predict_proba(np.zeros((len(found.members), 2, len(found.classes)), dtype=np.float32))
-        except OrchestratorError:
-            pass
+            with contextlib.suppress(OrchestratorError):
+                found = ensembles.load(workspace, "stacking_xgb")
+                shape = (len(found.members), 2, len(found.classes))
+                if answers:
+                    found.combiner.predict_proba(np.zeros(shape, dtype=np.float32))
         finally:
             for name, content in texts.items():
                 (place / name).write_bytes(content)
 
+    return {
+        "records": (cases.documents(json.loads(texts["ensemble.json"])), record),
+        "boosters": (cases.documents(json.loads(texts["booster.json"])), booster),
+        "tensors": (cases.tensors(texts["combiner.safetensors"]), tensor),
+    }
+
+
+def decoded(shown: Path, empty: Path) -> Readers:
+    """Image files."""
     decoder = base_back.bundled("image_cache")
-    shown = folder / "image"
 
     def image(content: bytes) -> None:
         shown.write_bytes(content)
@@ -191,15 +217,7 @@ def prepare(folder: Path) -> dict[str, tuple[Any, Callable[[Any], None]]]:
         shutil.rmtree(cache, ignore_errors=True)
 
     shown.touch()
-    return {
-        "configurations": (cases.configurations(), config),
-        "predictions": (cases.predictions(arrays("val", 2)), prediction),
-        "catalogs": (cases.documents(json.loads(catalog_text)), catalog),
-        "records": (cases.documents(json.loads(texts["ensemble.json"])), record),
-        "boosters": (cases.documents(json.loads(texts["booster.json"])), booster),
-        "tensors": (cases.tensors(texts["combiner.safetensors"]), tensor),
-        "images": (images(), image),
-    }
+    return {"images": (images(), image)}
 
 
 def images() -> Any:

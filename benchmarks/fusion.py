@@ -33,7 +33,7 @@ MORE_MEMORY = 1.10
 SECONDS_OF_CCA = 20.0
 HEADS = {"narrow": (240, (64,)), "wide": (1024, (512, 256))}
 """Numbers that a head reads, and its hidden widths."""
-TURNS = 5
+TURNS = 15
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,9 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.path.insert(0, str(extraction.PROJECT))
     rows = []
     for name, (width, hidden) in HEADS.items():
-        rows += head_rows(
-            name, width, hidden, rows=1000 if options.quick else 10_000, epochs=2 if options.quick else 10
-        )
+        rows += head_rows(name, width, hidden, rows=1000 if options.quick else 10_000, epochs=2 if options.quick else 5)
     rows.append(shared_space_row(rows=1000 if options.quick else 10_000, width=64 if options.quick else 256))
     with tempfile.TemporaryDirectory(prefix="fusion-") as folder:
         rows.append(memory_row(Path(folder), "tiny" if options.quick else "full", options.data))

@@ -19,8 +19,9 @@ from conftest import PROJECT, run_python
 from given_predictions import write
 
 import ensemble_orchestrator
-from utils import engines
+from utils import engines, nested
 from utils.errors import ConfigError, UserError
+from utils.perceptron import PerceptronLearner
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: pip install 'ray>=2.40,<3'")
 THREE = "runs.stacking.meta_learners=[lr,xgb,mlp]"
@@ -38,6 +39,10 @@ def weighted(values, weights, item):
 
 def refused(item):
     raise UserError(f"job {item}: refused")
+
+
+def refused_later(item):
+    return item if item == 0 else refused(item)
 
 
 def warned(item):
@@ -76,6 +81,52 @@ def test_jobs_side_by_side_keep_their_order():
     found = list(engines.Local().each(slow_first, range(4), shared=(10,), side_by_side=2, threads=1))
     assert [value for value, _ in found] == [10, 11, 12, 13]
     assert threading.get_ident() not in {thread for _, thread in found}
+
+
+def with_process(shared, item):
+    return shared.sum() + item, os.getpid()
+
+
+def test_jobs_that_take_long_run_in_processes_and_keep_their_order(monkeypatch):
+    monkeypatch.setattr(engines, "WORTH_SECONDS", -1)
+    values = np.arange(400_000)  # large enough to be shared by a file
+    found = list(engines.Local().each(with_process, range(5), shared=(values,), apart=2, threads=1))
+    assert [value for value, _ in found] == [values.sum() + item for item in range(5)]
+    assert found[0][1] == os.getpid(), "the first shows here how long they take"
+    assert os.getpid() not in {process for _, process in found[1:]}
+
+
+def test_jobs_that_do_not_take_long_stay_here():
+    found = list(engines.Local().each(with_process, range(5), shared=(np.zeros(1),), apart=2, threads=1))
+    assert {process for _, process in found} == {os.getpid()}
+
+
+def test_what_a_process_warns_of_and_raises_arrives_here(monkeypatch, heard):
+    monkeypatch.setattr(engines, "WORTH_SECONDS", -1)
+    assert list(engines.Local().each(warned, range(3), apart=2)) == [0, 1, 2]
+    assert [f"job {item} has something to say" in heard.text for item in range(3)] == [True] * 3
+    with pytest.raises(UserError, match="job 1: refused"):
+        list(engines.Local().each(refused_later, range(3), apart=2))
+
+
+def test_jobs_go_on_here_when_a_process_dies(tmp_path, monkeypatch, heard):
+    monkeypatch.setattr(engines, "WORTH_SECONDS", -1)
+    found = engines.Local().each(killed_once, range(4), shared=(str(tmp_path),), what="fits", apart=2)
+    assert list(found) == [0, 1, 2, 3]
+    assert "fits: a process beside this one died" in heard.text
+    assert (tmp_path / f"1.{os.getpid()}").exists()
+
+
+def test_fits_in_processes_give_the_bytes_of_here(monkeypatch):
+    rng = np.random.default_rng(0)
+    labels, folds = rng.integers(0, 3, 60), np.arange(60) % 3
+    logits = rng.normal(size=(2, 60, 3)).astype(np.float32) + 2 * np.eye(3, dtype=np.float32)[labels]
+    learner = PerceptronLearner(("probabilities",), (8,), 4, 0.01, 0.1, 0)
+    here = nested.cross_validate(learner, logits, labels, folds, jobs=1)
+    monkeypatch.setattr(engines, "WORTH_SECONDS", -1)
+    beside = nested.cross_validate(learner, logits, labels, folds, jobs=2)
+    for name in ("losses", "answers", "unseen"):
+        assert getattr(here, name).tobytes() == getattr(beside, name).tobytes(), name
 
 
 def test_one_engine_at_a_time():

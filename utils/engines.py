@@ -21,6 +21,8 @@ logger = logging.getLogger("disease_pipeline")
 
 RETRIES = 3  # of a job whose worker died
 STORE_BYTES = 200_000_000  # shared memory of a cluster that is started here; what does not fit goes to disk
+WORTH_SECONDS = 10.0  # of work that is left, from which processes save time: to start them takes up to four
+MOST_APART = 8  # processes, of about 400 MB each
 TOLD_SECONDS = 1.0  # between two lines of progress
 INSTALL = "Install it: pip install 'ray>=2.40,<3'; or leave --engine ray out"
 
@@ -38,15 +40,17 @@ class Engine(Protocol):
         shared: Sequence[Any] = (),
         what: str | None = None,
         side_by_side: int = 1,
+        apart: int = 1,
         threads: int | None = None,
         gpu: float = 0.0,
     ) -> Iterator[Any]:
         """`function(*shared, item)` for each item, in their order; all results must be taken.
 
         `shared` is handed to every job and not to be written to. `what` names the jobs in lines of progress. In this
-        process `side_by_side` of them run in threads; a cluster runs as many as it has room for. `threads` is how many
-        a job's sums are split over (None: as many as torch takes here); `gpu` is the part of a GPU that it needs. What
-        a job raises is raised here; UserError where workers die again and again.
+        process `side_by_side` of them run in threads, and up to `apart` in processes beside it, where that saves time;
+        a cluster runs as many as it has room for. `threads` is how many a job's sums are split over (None: as many as
+        torch takes here); `gpu` is the part of a GPU that it needs. What a job raises is raised here; UserError where
+        workers die again and again.
         """
 
     def placed(self, device: str) -> str:
@@ -66,10 +70,14 @@ class Local:
         shared: Sequence[Any] = (),
         what: str | None = None,
         side_by_side: int = 1,
+        apart: int = 1,
         threads: int | None = None,
         gpu: float = 0.0,
     ) -> Iterator[Any]:
         """As `Engine` says; one job starts when the result of the last has been taken, unless some run side by side."""
+        if apart > 1:
+            yield from _apart(function, list(items), shared, what or "jobs", apart, threads)
+            return
         with _limited(threads):
             if side_by_side == 1:
                 for item in items:
@@ -86,6 +94,38 @@ class Local:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def _apart(
+    function: Callable[..., Any], jobs: Sequence[Any], shared: Sequence[Any], what: str, most: int, threads: int | None
+) -> Iterator[Any]:
+    """The first job here, and the others in processes where they would take long here; where one dies, here."""
+    done = 0
+
+    def here(last: int) -> Iterator[Any]:
+        nonlocal done
+        for job in jobs[done:last]:
+            with _limited(threads):
+                result = function(*shared, job)
+            done += 1
+            yield result
+
+    start = time.monotonic()
+    yield from here(1)
+    left = len(jobs) - done
+    if left > 1 and (time.monotonic() - start) * left > WORTH_SECONDS:
+        from joblib import Parallel, delayed
+        from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+        calls = [delayed(_run)((threads, False), function, job, *shared) for job in jobs[done:]]
+        try:
+            for result, warnings in Parallel(min(most, left, MOST_APART), "loky", return_as="generator")(calls):
+                _tell(warnings)
+                done += 1
+                yield result
+        except TerminatedWorkerError:
+            logger.warning("%s: a process beside this one died, perhaps for want of memory; going on here alone", what)
+    yield from here(len(jobs))
 
 
 class Ray:
@@ -109,6 +149,7 @@ class Ray:
         shared: Sequence[Any] = (),
         what: str | None = None,
         side_by_side: int = 1,
+        apart: int = 1,
         threads: int | None = None,
         gpu: float = 0.0,
     ) -> Iterator[Any]:
@@ -198,8 +239,8 @@ def using(name: str, address: str | None = None) -> Iterator[None]:
         _current = before
 
 
-def _run(limit: tuple[int, bool], function: Callable[..., Any], item: Any, *shared: Any) -> tuple[Any, list[Any]]:
-    """One job on a worker; its result, and what it warned of as (level, text)."""
+def _run(limit: tuple[int | None, bool], function: Callable[..., Any], item: Any, *shared: Any) -> tuple[Any, list[Any]]:
+    """One job in another process; its result, and what it warned of as (level, text)."""
     threads, of_torch = limit
     heard = _Heard()
     logger.addHandler(heard)
@@ -239,12 +280,17 @@ def _in_order(ray: Any, references: Sequence[Any], what: str | None) -> Iterator
                     logger.info("[%d/%d] %s; about %.0f s left", done, len(references), what, left)
                     told = now
             result, warnings = _result(ray, reference, what or "a job")
-            for level, text in warnings:
-                logger.log(level, "%s", text)
+            _tell(warnings)
             yield result
     finally:
         for reference in pending:  # those of a joined cluster would go on with what nobody waits for
             ray.cancel(reference)
+
+
+def _tell(warnings: Sequence[tuple[int, str]]) -> None:
+    """Of what a job warned elsewhere."""
+    for level, text in warnings:
+        logger.log(level, "%s", text)
 
 
 def _result(ray: Any, reference: Any, what: str) -> tuple[Any, list[Any]]:

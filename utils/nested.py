@@ -22,7 +22,7 @@ class Learner(Protocol):
     """Something that is fitted on members' logits under one of G settings."""
 
     threads: bool
-    """Whether fits may run side by side in threads and still give the same bytes."""
+    """Whether fits may run side by side in threads and still give the same bytes; in processes they always do."""
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
         """The G settings, ready for JSON; of equally good ones the first is taken."""
@@ -110,7 +110,7 @@ def _all_fits(
         without,
         shared=(learner, logits, labels, folds),
         what=f"fits of {type(learner).__name__.removesuffix('Learner').lower()}",
-        side_by_side=jobs if learner.threads else 1,
+        **{"side_by_side" if learner.threads else "apart": jobs},
         threads=1,
     )
     return list(fits)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import PROJECT
 
-from utils import plots, uncertainty
+from utils import engines, plots, uncertainty
 from utils.metrics import point_metrics, softmax
 
 
@@ -37,7 +37,7 @@ def test_every_picture_is_drawn(tmp_path, kind, classes, name):
     from PIL import Image
 
     path = tmp_path / "new" / "picture.png"
-    plots.draw(kind, record(classes, name=name), path)
+    plots.draw(plots.Picture(kind, record(classes, name=name), path))
     with Image.open(path) as image:
         assert image.format == "PNG"
         assert min(image.size) > 400
@@ -47,12 +47,24 @@ def test_every_picture_is_drawn(tmp_path, kind, classes, name):
 def test_a_picture_of_the_same_scores_is_kept(tmp_path):
     path = tmp_path / "picture.png"
     scores = record(["a", "b"])
-    plots.draw("reliability", scores, path)
+    plots.draw_all([plots.Picture("reliability", scores, path)])
     before = path.stat().st_mtime_ns
-    plots.draw("reliability", scores | {"created": "later"}, path)
+    plots.draw_all([plots.Picture("reliability", scores | {"created": "later"}, path)])
     assert path.stat().st_mtime_ns == before
-    plots.draw("reliability", scores | {"ece": 0.5}, path)
+    plots.draw_all([plots.Picture("reliability", scores | {"ece": 0.5}, path)])
     assert path.stat().st_mtime_ns != before
+
+
+def test_many_pictures_are_drawn_in_processes_with_the_same_bytes(tmp_path, monkeypatch):
+    def drawn(folder):
+        pictures = [plots.Picture(kind, record(["a", "b"]), tmp_path / folder / f"{kind}.png") for kind in plots.KINDS]
+        plots.draw_all(pictures)
+        return [picture.path.read_bytes() for picture in pictures]
+
+    here = drawn("here")
+    monkeypatch.setattr(engines, "WORTH_SECONDS", -1)
+    monkeypatch.setattr(engines, "cores", lambda: 2)
+    assert drawn("beside") == here
 
 
 def test_neither_pyplot_nor_a_window_is_needed(tmp_path):
@@ -60,7 +72,7 @@ def test_neither_pyplot_nor_a_window_is_needed(tmp_path):
         "import sys, test_plots, pathlib\n"
         "from utils import plots\n"
         "assert 'matplotlib' not in sys.modules\n"
-        "plots.draw('confusion_matrix', test_plots.record(['a', 'b']), pathlib.Path(sys.argv[1]))\n"
+        "plots.draw(plots.Picture('confusion_matrix', test_plots.record(['a', 'b']), pathlib.Path(sys.argv[1])))\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "DISPLAY"}

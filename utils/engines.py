@@ -27,6 +27,10 @@ TOLD_SECONDS = 1.0  # between two lines of progress
 INSTALL = "Install it: pip install 'ray>=2.40,<3'; or leave --engine ray out"
 
 
+Limit = tuple[int | None, bool]
+"""How many threads a job's sums are split over, and whether torch alone is told so."""
+
+
 class Engine(Protocol):
     """Runs jobs that do not know of each other."""
 
@@ -186,7 +190,7 @@ class Ray:
         except ImportError as error:
             raise UserError(f"--engine ray: ray cannot be imported ({error}). {INSTALL}") from error
         if self._task is None:
-            here = {} if self.address else {"num_cpus": _cores(), "object_store_memory": STORE_BYTES}
+            here = {} if self.address else {"num_cpus": cores(), "object_store_memory": STORE_BYTES}
             try:
                 ray.init(
                     address=self.address or "local",
@@ -239,7 +243,9 @@ def using(name: str, address: str | None = None) -> Iterator[None]:
         _current = before
 
 
-def _run(limit: tuple[int | None, bool], function: Callable[..., Any], item: Any, *shared: Any) -> tuple[Any, list[Any]]:
+def _run(
+    limit: tuple[int | None, bool], function: Callable[..., Any], item: Any, *shared: Any
+) -> tuple[Any, list[Any]]:
     """One job in another process; its result, and what it warned of as (level, text)."""
     threads, of_torch = limit
     heard = _Heard()
@@ -328,5 +334,6 @@ def _variables() -> dict[str, str]:
     return kept | {"PYTHONPATH": os.pathsep.join([project, *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Of this machine, as many as this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

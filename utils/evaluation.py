@@ -96,10 +96,13 @@ def evaluate(
         options=options,
         **_latencies(store, items, saved, split),
     )
-    records = {}
+    records, pictures = {}, []
     for item in items:
         records[item.name] = score_records.record(item, saved.get(item.name), context)
-        _write(workspace, item, records[item.name], drawn=item.kind == "ensemble" or model_name is not None)
+        _write(workspace, item, records[item.name])
+        if item.kind == "ensemble" or model_name is not None:
+            pictures += _pictures(workspace, item, records[item.name])
+    plots.draw_all(pictures)
     store.digests.save()
     if model_name is not None:
         return Result(_one(workspace, records[model_name], by_name[model_name].kind, split), records[model_name])
@@ -220,12 +223,14 @@ def _widths(store: Store, ensemble: Ensemble, split: str) -> list[int]:
     return [part.shape[1] for part in parts if part is not None]
 
 
-def _write(workspace: Workspace, item: Scored, record: Mapping[str, Any], *, drawn: bool) -> None:
-    ensemble, split = item.kind == "ensemble", record["split"]
-    place = workspace.ensemble_metrics if ensemble else workspace.member_metrics
-    write_json(place(item.name, split), record)
-    for kind in plots.KINDS if drawn else ():
-        plots.draw(kind, record, workspace.plot(item.name if ensemble else f"members/{item.name}", kind, split))
+def _write(workspace: Workspace, item: Scored, record: Mapping[str, Any]) -> None:
+    place = workspace.ensemble_metrics if item.kind == "ensemble" else workspace.member_metrics
+    write_json(place(item.name, record["split"]), record)
+
+
+def _pictures(workspace: Workspace, item: Scored, record: Mapping[str, Any]) -> list[plots.Picture]:
+    name = item.name if item.kind == "ensemble" else f"members/{item.name}"
+    return [plots.Picture(kind, record, workspace.plot(name, kind, record["split"])) for kind in plots.KINDS]
 
 
 def _ranking(records: Mapping[str, Any], kinds: Mapping[str, str], split: str, metric: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import base_back
+from utils import base_back, engines
 from utils.artifacts import FileDigests, digest_of
 from utils.errors import UserError
 
@@ -141,7 +140,7 @@ def normalise(pixels: Tensor, *, layout: Any = None, out: Tensor | None = None) 
 
 def decoding_threads(wanted: int) -> int:
     """`dataset.num_workers`, one at the least and no more than the cores; says so when it is cut."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = engines.cores()
     if wanted > cores:
         _tell_of_cores(wanted, cores)
     return max(1, min(wanted, cores))

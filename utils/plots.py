@@ -5,12 +5,14 @@ Figures are made without pyplot, so that no setting of the process is changed an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from utils import engines
 from utils.artifacts import digest_of, replacing
 
 if TYPE_CHECKING:
@@ -27,14 +29,37 @@ MOST_NAMES = 40  # classes whose names and numbers can still be read
 LONGEST = 18  # letters of a class's name
 
 
-def draw(kind: str, record: Mapping[str, Any], path: Path) -> None:
-    """Write one of `KINDS` of a `metrics.json` record as PNG, atomically; one of the same scores is kept as it is."""
-    digest = digest_of([VERSION, kind, {key: record[key] for key in SHOWN}])
-    if path.is_file() and digest.encode() in path.read_bytes()[:HEADER]:
-        return
+@dataclass(frozen=True)
+class Picture:
+    """One of `KINDS` of a `metrics.json` record, and the PNG file that it becomes."""
+
+    kind: str
+    record: Mapping[str, Any]
+    path: Path
+
+    @property
+    def digest(self) -> str:
+        """Of the scores that it shows."""
+        return digest_of([VERSION, self.kind, {key: self.record[key] for key in SHOWN}])
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the file shows these scores already."""
+        return self.path.is_file() and self.digest.encode() in self.path.read_bytes()[:HEADER]
+
+
+def draw_all(pictures: Sequence[Picture]) -> None:
+    """Draw those that are not there yet; many of them in several processes."""
+    missing = [picture for picture in pictures if not picture.is_there]
+    list(engines.current().each(draw, missing, what="pictures", apart=engines.cores()))
+
+
+def draw(picture: Picture) -> None:
+    """Write one picture, atomically."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    kind, record = picture.kind, picture.record
     by_class = kind in ("confusion_matrix", "per_class_metrics")
     side = min(14.0, max(5.0, 2.5 + 0.35 * record["n_classes"])) if by_class else 5.0
     height = max(4.0, side * 0.6) if kind == "per_class_metrics" else side * 0.9
@@ -45,8 +70,8 @@ def draw(kind: str, record: Mapping[str, Any], path: Path) -> None:
     axes = figure.add_axes((left / side, below / height, 1 - (left + 0.2) / side, 1 - (below + 0.4) / height))
     KINDS[kind](axes, record)
     axes.set_title(f"{_plain(record['name'], 48)}: {record['split']}, {record['n_samples']} rows", fontsize=9)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=DPI, metadata={"Software": None, "Source": digest})
+    with replacing(picture.path) as temporary:
+        figure.savefig(temporary, dpi=DPI, metadata={"Software": None, "Source": picture.digest})
 
 
 def confusion_matrix(axes: Axes, record: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Every benchmark, one after the other, and one table of goals, figures and whether they hold.
 
-    make bench                      all of them, about an hour; no figure counts that was taken beside other work
+    make bench                      all of them, nearly two hours; no figure counts taken beside other work
     make bench QUICK=1              their smaller forms, not the ones to report
     make bench ARGS="pipeline"      some of them by name
 

@@ -16,6 +16,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -70,4 +71,5 @@ def _run(command: list[str], environment: dict[str, str], cwd: str, streams: Seq
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
     finally:
+        threading._shutdown()  # ends pools of processes, which would be waited for in vain
         atexit._run_exitfuncs()

@@ -103,21 +103,22 @@ class Local:
 def _apart(
     function: Callable[..., Any], jobs: Sequence[Any], shared: Sequence[Any], what: str, most: int, threads: int | None
 ) -> Iterator[Any]:
-    """The first job here, and the others in processes where they would take long here; where one dies, here."""
-    done = 0
+    """Two jobs here, and the others in processes where they would take long here; where one dies, here."""
+    done, seconds = 0, []
 
     def here(last: int) -> Iterator[Any]:
         nonlocal done
         for job in jobs[done:last]:
+            start = time.monotonic()
             with _limited(threads):
                 result = function(*shared, job)
+            seconds.append(time.monotonic() - start)
             done += 1
             yield result
 
-    start = time.monotonic()
-    yield from here(1)
+    yield from here(2)  # of which the first may have had something to import
     left = len(jobs) - done
-    if left > 1 and (time.monotonic() - start) * left > WORTH_SECONDS:
+    if left > 1 and min(seconds) * left > WORTH_SECONDS:
         from joblib import Parallel, delayed
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 

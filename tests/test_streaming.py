@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import shutil
 import weakref
 from dataclasses import dataclass, replace
@@ -301,3 +303,24 @@ def test_cores_are_told_once_however_often_images_are_decoded(heard):
     for _ in range(3):
         image_splits.decoding_threads(10_001)
     assert heard.text.count("dataset.num_workers is 10001") == 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no malloc_trim")
+def test_freed_memory_is_given_back_to_the_system():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    networks.trim_memory()
+    kept = [np.ones(8000) for _ in range(3000)][-1]  # the last one keeps the others' room from shrinking by itself
+    before = resident()
+    networks.trim_memory()
+    assert before - resident() > 100e6
+    assert kept[0] == 1
+
+
+def test_memory_is_given_back_after_every_network(laid, monkeypatch):
+    given_back = []
+    monkeypatch.setattr(streaming, "trim_memory", lambda: given_back.append(1))
+    for count in (1, 2):
+        list(streaming.stream(laid.spec, laid.splits, batch_size=8, device="cpu", image_cache=laid.cache))
+        assert len(given_back) == count

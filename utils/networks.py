@@ -5,11 +5,13 @@ Nothing here knows BASE-BACK; whoever has its factory hands it over.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import inspect
 import logging
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -366,6 +368,16 @@ def safe_delete_model(model: nn.Module) -> None:
 
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = torch.empty(0, dtype=tensor.dtype)
+
+
+def trim_memory() -> None:
+    """Give freed memory back to the system, where the C library can (glibc).
+
+    Batches of one network leave holes that those of the next do not fill: without it fifteen full networks, one at a
+    time, took 1.15 times the memory of the largest three, with it 1.06.
+    """
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def cleanup_memory() -> None:

@@ -29,6 +29,7 @@ from utils.networks import (
     out_of_memory,
     safe_delete_model,
     surplus_is_dead,
+    trim_memory,
 )
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ def stream(
         # A whole collection takes longer than a small network; it is needed where references in a ring keep one alive.
         if on_cuda or left() is not None:
             cleanup_memory()
+        trim_memory()
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The whole road on real images: train a base zoo, discover it, build ensembles, score them.
 
     make demo                      scikit-learn's handwritten digits, fifteen backbones, three folds
-    make demo QUICK=1              five backbones, two folds
+    make demo QUICK=1              five backbones, two folds, shorter trainings of what combines them
     make demo DATA="~/my leaves"   your own images, one folder per class, in a workspace of their own
 
 Typed again it keeps what is finished. Ends with 0, or 4 when something was left out (named), else with the code of the
@@ -24,6 +24,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
 QUICK_BACKBONES = ("CustomConvNeXt", "CustomViTHybrid", "CustomSwinTransformer", "CustomResNetMish", "CustomMobileOne")
+QUICK_SETTINGS = ("runs.stacking.mlp_config.epochs=20", "runs.fusion.fusion_config.epochs=8", "distillation.epochs=6")
 LEFT_OUT = 4  # exit code of a step that finished without some requested part
 DIGITS_EPOCHS = 12
 DIGITS = 1797
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     own = ["--workspace", str(workspace)] if options.data else []
     pipeline = ["ensemble_orchestrator.py", "pipeline", "--config", "configs/digits_demo.yaml", *own]
+    if options.quick:
+        pipeline += [word for setting in QUICK_SETTINGS for word in ("--set", setting)]
     code = 0
     for step in (train, pipeline):
         found = run(step, batch_size=32 if count_images(data) < FEW_IMAGES else 64)

@@ -7,6 +7,8 @@ import sys
 import pytest
 from conftest import PROJECT, run_python
 
+from utils.config_file import load
+
 sys.path.insert(0, str(PROJECT / "scripts"))
 import demo
 
@@ -69,3 +71,18 @@ def test_something_left_out_is_passed_on_as_4_and_the_report_is_the_last_line(tm
     assert demo.main(["--data", str(tmp_path / "leaves")]) == 4
     workspace = demo.workspace_of(tmp_path / "leaves")
     assert capsys.readouterr().out.splitlines()[-1] == str(workspace / "ensembles" / "report" / "index.html")
+
+
+def test_the_quick_demo_shortens_settings_that_there_are(tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(demo, "run", lambda step, batch_size: steps.append(step) or 0)
+    monkeypatch.setattr(demo, "PROJECT", tmp_path)
+    (tmp_path / "leaves" / "a").mkdir(parents=True)
+    for quick in (["--quick"], []):
+        assert demo.main([*quick, "--data", str(tmp_path / "leaves")]) == 0
+    assert [step.count("--set") for step in steps] == [0, len(demo.QUICK_SETTINGS), 0, 0]
+    config = load(PROJECT / "configs" / "digits_demo.yaml")
+    shorter = load(PROJECT / "configs" / "digits_demo.yaml", overrides=demo.QUICK_SETTINGS)
+    assert shorter.runs.stacking.mlp_config.epochs < config.runs.stacking.mlp_config.epochs
+    assert shorter.runs.fusion.fusion_config.epochs < config.runs.fusion.fusion_config.epochs
+    assert shorter.distillation.epochs < config.distillation.epochs

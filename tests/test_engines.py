@@ -190,7 +190,7 @@ def cluster():
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(PROJECT / "tests")
     with pytest.MonkeyPatch.context() as patch, engines.using("ray"):
-        patch.setattr(engines, "_cores", lambda: 2)
+        patch.setattr(engines, "cores", lambda: 2)
         yield engines.current()
     os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
 

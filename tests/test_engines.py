@@ -211,7 +211,7 @@ class TestOnRay:
         found = list(cluster.each(killed_once, range(6), shared=(str(tmp_path),), threads=1))
         assert found == list(range(6))
         starts = [path.name.split(".")[0] for path in tmp_path.iterdir()]
-        assert starts.count("1") == 2, "by two processes, the first of which is dead"
+        assert starts.count("2") == 2, "by two processes, the first of which is dead"
 
     def test_a_job_that_kills_every_worker_is_named(self, cluster, monkeypatch):
         monkeypatch.setattr(engines, "RETRIES", 1)
@@ -256,7 +256,7 @@ def test_stacking_on_ray_gives_the_bytes_of_here(tmp_path, orchestrator):
     assert done.returncode == 0, done.stderr
     second = shutil.copytree(first, tmp_path / "there")
     for workspace, engine in ((first, "local"), (second, "ray")):
-        done = orchestrator("stack", *options, "--engine", engine, "--json", workspace=workspace)
+        done = orchestrator("stack", *options, "--engine", engine, "--json", workspace=workspace, apart=True)
         assert done.returncode == 0, done.stderr
         assert len(json.loads(done.stdout)["built"]) == 3
     assert "fits of" in done.stderr
@@ -273,7 +273,7 @@ def test_streaming_on_ray_gives_the_bytes_of_here(tmp_path, trained, orchestrato
         workspace = shutil.copytree(trained, tmp_path / engine)
         for command in ("discover", "build-ensemble"):
             words = (command, "--config", "configs/votes.yaml", "--device", "cpu", "--engine", engine)
-            done = orchestrator(*words, workspace=workspace)
+            done = orchestrator(*words, workspace=workspace, apart=True)
             assert done.returncode == 0, done.stderr
         found.append(fitted(workspace / "ensembles"))
     assert any(name.endswith("logits.npy") for name in found[0])

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from reporting import report, row
+from reporting import clean_environment, report, row
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONFIG = PROJECT / "configs" / "votes.yaml"
@@ -227,8 +226,7 @@ def command(name: str, workspace: Path) -> dict[str, Any]:
 
 
 def _environment(workspace: Path) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("DBT_") and key != "BASE_BACK_DIR"}
-    return kept | {"DBT_BASE_DIR": str(workspace), "PYTHONPATH": str(PROJECT)}
+    return clean_environment() | {"DBT_BASE_DIR": str(workspace), "PYTHONPATH": str(PROJECT)}
 
 
 # parts, each in a process of its own ---------------------------------------------------------------------------------

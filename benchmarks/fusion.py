@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 
 import extraction
-from reporting import report, row
+from reporting import clean_environment, report, row
 
 CLASSES, MEMBERS = 13, 15
 OUTSIDE = 5.0  # per cent of a training that may pass outside forward, backward and step
@@ -211,8 +210,7 @@ def memory_row(folder: Path, size: str, data: Path | None) -> dict[str, Any]:
 
 def _part(workspace: Path, names: Sequence[str]) -> dict[str, Any]:
     call = [sys.executable, __file__, "--part", "memory", "--folder", str(workspace), "--names", *names]
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("DBT_") and key != "BASE_BACK_DIR"}
-    environment = kept | {"DBT_BASE_DIR": str(workspace), "PYTHONPATH": str(extraction.PROJECT)}
+    environment = clean_environment() | {"DBT_BASE_DIR": str(workspace), "PYTHONPATH": str(extraction.PROJECT)}
     done = subprocess.run(call, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"the part memory of the benchmark ended with {done.returncode}; see the messages above")

@@ -23,7 +23,7 @@ import numpy as np
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
-from reporting import report, row  # noqa: E402
+from reporting import clean_environment, report, row  # noqa: E402
 from utils import debug_sandbox  # noqa: E402
 
 CLASSES = 10
@@ -128,7 +128,7 @@ def _predictions(folder: Path, members: int, rows_each: int) -> None:
 def _run(workspace: Path, *line: str) -> float:
     """Run one command; its highest resident size in MB (10^6 bytes)."""
     command = [sys.executable, str(PROJECT / "ensemble_orchestrator.py"), *line, "--workspace", str(workspace)]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("DBT_")}
+    environment = clean_environment()
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
         _, status, usage = os.wait4(process.pid, 0)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reporting import report, row
+from reporting import clean_environment, report, row
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONFIG = PROJECT / "configs" / "digits_demo.yaml"
@@ -110,7 +109,7 @@ def train(workspace: Path, images: int, members: Sequence[str], *, epochs: int) 
         *("--epochs-head", "1", "--epochs-finetune", str(epochs), "--backbones", *members),
     ]
     start = time.monotonic()
-    done = subprocess.run(command, env=environment(), stdout=sys.stderr, check=False, cwd=PROJECT)
+    done = subprocess.run(command, env=clean_environment(), stdout=sys.stderr, check=False, cwd=PROJECT)
     if done.returncode not in (0, LEFT_OUT):
         raise SystemExit(f"training {len(members)} members on {images} images ended with {done.returncode}")
     print(f"{workspace}: members ready after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
@@ -143,7 +142,7 @@ def pipeline(workspace: Path, output: Path, members: Sequence[str]) -> dict[str,
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
-        env=environment() | {"PYTHONPATH": str(PROJECT)},
+        env=clean_environment() | {"PYTHONPATH": str(PROJECT)},
         stdout=subprocess.PIPE,
         text=True,
         check=False,
@@ -157,11 +156,6 @@ def pipeline(workspace: Path, output: Path, members: Sequence[str]) -> dict[str,
     print(f"{len(members):3} members, {workspace.name}: {seconds:7.2f} s", file=sys.stderr, flush=True)
     stages = len([name for name in said if name != "failures"])
     return {"seconds": seconds, "torch": torch == "True", "stages": stages, "left_out": said["failures"]}
-
-
-def environment() -> dict[str, str]:
-    """Without the settings of whoever runs this."""
-    return {key: value for key, value in os.environ.items() if not key.startswith("DBT_") and key != "BASE_BACK_DIR"}
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reporting import clean_environment
+
 PROJECT = Path(__file__).resolve().parents[1]
 BASE_SOURCE = PROJECT / "BASE-BACK" / "src"
 CONFIG = PROJECT / "configs" / "digits_demo.yaml"
@@ -156,8 +158,7 @@ def _train(folder: Path, seed: int, data: Path | None, *, quick: bool, networks:
     images = count_images(data)
     workspace = folder / f"workspace{seed:03d}"
     workspace.mkdir(exist_ok=True)
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("DBT_") and key != "BASE_BACK_DIR"}
-    environment = kept | {
+    environment = clean_environment() | {
         "DBT_BASE_DIR": str(workspace),
         "DBT_RAW_DIR": str(data.expanduser().resolve()),
         "DBT_SEED": str(seed),

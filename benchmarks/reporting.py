@@ -38,6 +38,13 @@ def report(benchmark: str, rows: list[dict], *, quick: bool, packages: Sequence[
     )
 
 
+def clean_environment() -> dict[str, str]:
+    """This process's, without the settings of whoever runs it."""
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith("DBT_") and name != "BASE_BACK_DIR"
+    }
+
+
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """95 % interval of the mean of a few values by Student's t; None for one value."""
     if len(values) < 2:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from reporting import report, row
+from reporting import clean_environment, report, row
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONFIG = PROJECT / "configs" / "votes.yaml"
@@ -152,9 +151,8 @@ def part(
 ) -> dict[str, Any]:
     """What one part of this file, run in a process of its own on one thread, prints as its last line."""
     call = [python, __file__, "--part", name, "--folder", str(folder), "--arguments", *arguments]
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("DBT_") and key != "BASE_BACK_DIR"}
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    environment = kept | threads | ({"DBT_BASE_DIR": str(workspace.resolve())} if workspace else {})
+    environment = clean_environment() | threads | ({"DBT_BASE_DIR": str(workspace.resolve())} if workspace else {})
     if python == sys.executable:
         environment["PYTHONPATH"] = str(PROJECT)
     done = subprocess.run(call, env=environment, stdout=subprocess.PIPE, text=True, check=False)

@@ -11,7 +11,6 @@ object.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reporting import report, row
+from reporting import clean_environment, report, row
 
 PROJECT = Path(__file__).resolve().parents[1]
 HELP_SECONDS = 0.3
@@ -109,11 +108,7 @@ def measured(verb: Verb) -> dict[str, Any]:
 
 def environment() -> dict[str, str]:
     """This process's, as a newcomer has it."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name not in OF_MAKE and name != "BASE_BACK_DIR" and not name.startswith("DBT_")
-    }
+    return {name: value for name, value in clean_environment().items() if name not in OF_MAKE}
 
 
 def judged(verb: Verb, seconds: float, code: int, said: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ change. The numbers are those of `utils.candidates` on arrays in memory.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -284,8 +283,7 @@ class _Quadratic:
 
 
 def _each(function: Callable[..., Any], blocks: Sequence[Block], *shared: Any) -> Any:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return engines.current().each(function, blocks, shared=shared, side_by_side=cores, threads=1)
+    return engines.current().each(function, blocks, shared=shared, side_by_side=engines.cores(), threads=1)
 
 
 def _proper(shards: Shards, block: Block) -> NDArray[np.float32]:

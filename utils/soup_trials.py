@@ -201,11 +201,8 @@ class Trials:
         order = np.random.default_rng(self.store.config.seed).permutation(len(train.paths))[:count]
         images = train.take(order)
         cache = self.store.workspace.image_cache
-        return (
-            images,
-            image_splits.open_images(images, self.spec.img_size, image_cache=cache, threads=self.threads),
-            size,
-        )
+        pixels = image_splits.open_images(images, self.spec.img_size, image_cache=cache, threads=self.threads)
+        return images, pixels, size
 
     def _train_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         images, pixels, size = self._shuffled

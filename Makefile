@@ -45,7 +45,7 @@ crash: setup ## kill the pipeline at forty random moments and at every write, an
 fuzz: setup ## feed hostile files to every reader; N=100000 for more of them
 	@$(IN_ENVIRONMENT) tests/fuzz/run.py $(N) $(SEED)
 
-bench: setup ## run all benchmarks (nearly two hours) and print one table of goals
+bench: setup ## run all benchmarks (two hours and more) and print one table of goals
 	@$(IN_ENVIRONMENT) benchmarks/all.py $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 lint: setup ## check style and layout

@@ -1,11 +1,13 @@
 """Every benchmark, one after the other, and one table of goals, figures and whether they hold.
 
-    make bench                      all of them, nearly two hours; no figure counts taken beside other work
-    make bench QUICK=1              their smaller forms, not the ones to report
-    make bench ARGS="pipeline"      some of them by name
+    make bench                             all of them, over two hours; no figure counts taken beside other work
+    make bench QUICK=1                     their smaller forms, not the ones to report
+    make bench ARGS="pipeline"             some of them by name
+    make bench ARGS="--continue"           all but those whose report is kept already, which is shown with its commit
 
-Each program's own output goes to stderr and its last line, one JSON object, is read. The last line of the output is one
-JSON object that holds all of them. Ends with 1 where a program failed; a goal that is missed is no failure.
+Each program's own output goes to stderr; its last line, one JSON object, is kept in `benchmarks/zoo/reports`
+as soon as it is there. The table is Markdown; the last line of the output is one JSON object that holds all reports.
+Ends with 1 where a program failed; a goal that is missed is no failure.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
-WIDTH = 78
+HEADER = ("row", "figure", "goal", "")
+VERDICTS = {True: "pass", False: "SHORT", None: "not measured"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,22 +33,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make bench", description="All benchmarks and one table.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="the smaller forms, not the ones to report")
+    parser.add_argument("--continue", dest="kept", action="store_true", help="do not repeat those that are kept")
     options = parser.parse_args(argv)
     unknown = [name for name in options.names if name not in known]
     if unknown:
         parser.error(f"no benchmark called {', '.join(unknown)}; there are {', '.join(known)}")
     reports, failed = [], []
     for name in options.names or known:
+        keep = FOLDER / "zoo" / "reports" / f"{name}{'-quick' if options.quick else ''}.json"
+        if options.kept and keep.is_file():
+            reports.append(json.loads(keep.read_text(encoding="utf-8")))
+            continue
         start = time.monotonic()
         found = run(FOLDER / f"{name}.py", quick=options.quick)
         print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
         if found is None:
             failed.append(name)
-        else:
-            reports.append(found)
+            continue
+        reports.append(found | {"seconds": round(time.monotonic() - start), "commit": commit()})
+        keep.parent.mkdir(parents=True, exist_ok=True)
+        partial = keep.with_suffix(".partial")
+        partial.write_text(json.dumps(reports[-1]), encoding="utf-8")
+        partial.replace(keep)
     print("\n".join(table(reports, failed)))
     print(json.dumps({"benchmark": "all", "quick": options.quick, "failed": failed, "reports": reports}))
     return 1 if failed else 0
+
+
+def commit() -> str:
+    """The short name of what is checked out, with a plus where files differ from it; "unknown" outside of git."""
+    command = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty=+", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 def programs() -> list[str]:
@@ -84,22 +103,23 @@ def run(program: Path, *, quick: bool) -> dict[str, Any] | None:
 
 
 def table(reports: Sequence[dict[str, Any]], failed: Sequence[str]) -> list[str]:
-    """Rows that have a goal: what, figure, goal, pass or short; then what has none to be held against."""
-    lines = [f"{'':{WIDTH}} {'figure':>10}  {'':6} goal"]
+    """Rows that have a goal, in Markdown: what, figure, goal, verdict; then how many hold."""
+    cells = [HEADER]
     for found in reports:
-        lines.append(f"{found['benchmark']}{' (quick)' if found.get('quick') else ''}")
+        form = " (quick)" if found.get("quick") else ""
+        spent = f"{found['seconds']} s, commit {found['commit']}" if "commit" in found else ""
+        cells.append((f"**{found['benchmark']}**{form}", "", "", spent))
         for entry in found["rows"]:
-            if entry["goal"] is None:
-                continue
-            figure = "-" if entry["figure"] is None else f"{entry['figure']:.3f}"
-            verdict = {True: "pass", False: "SHORT", None: "-"}[entry["holds"]]
-            lines.append(f"  {entry['what'][: WIDTH - 2]:{WIDTH - 2}} {figure:>10}  {verdict:6} {entry['goal']}")
+            if entry["goal"] is not None:
+                figure = "" if entry["figure"] is None else f"{entry['figure']:.3f} {entry['unit']}".rstrip()
+                cells.append((entry["what"], figure, entry["goal"], VERDICTS[entry["holds"]]))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     verdicts = [entry["holds"] for found in reports for entry in found["rows"] if entry["goal"] is not None]
     missing = f", {len(failed)} failed: {', '.join(failed)}" if failed else ""
-    lines.append(
-        f"{verdicts.count(True)} pass, {verdicts.count(False)} short, {verdicts.count(None)} not measured{missing}"
-    )
-    return lines
+    counts = f"{verdicts.count(True)} pass, {verdicts.count(False)} short, {verdicts.count(None)} not measured"
+    return [*lines, "", counts + missing]
 
 
 if __name__ == "__main__":

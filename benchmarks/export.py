@@ -2,18 +2,16 @@
 
     python benchmarks/export.py                 every combiner over tiny members, fifteen of them for the times
     python benchmarks/export.py --quick         voting and trees alone, not the form to report
-    python benchmarks/export.py --full --record FILE.json   the fifteen full networks one by one; goes on where it was
 
-Networks have random weights, whose parity is no easier than that of trained ones; images are scikit-learn's digits, or
-those of `--data DIR`. TFLite is measured where its tools are (DBT_TFLITE_PYTHON). The last line is one JSON object.
+Networks have random weights, whose parity is no easier than that of trained ones; `export_full.py` has the full ones.
+Images are scikit-learn's digits, or those of `--data DIR`. TFLite is measured where its tools are (DBT_TFLITE_PYTHON).
+The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -22,13 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from export_proofs import CLASSES, PARITY, image_files, part, proved, squares
 
-PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT))
+from reporting import report, row
 
-from reporting import report, row  # noqa: E402
-
-PARITY, FASTER, ONNX_SECONDS, TFLITE_SECONDS, OVERHEAD = 1e-4, 2.0, 60.0, 360.0, 1.10
+FASTER, ONNX_SECONDS, TFLITE_SECONDS, OVERHEAD = 2.0, 60.0, 360.0, 1.10
 QUICK_KINDS = ("soft_voting", "hard_voting", "stacking_xgb")
 SMALL = {
     "runs": {
@@ -36,15 +32,12 @@ SMALL = {
         "meta_fuser": {"fuser_type": "attention", "mlp_config": {"hidden_dims": [16], "epochs": 5}},
     }
 }
-CLASSES = 10
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and report; returns 0, also where a goal is missed."""
     parser = argparse.ArgumentParser(prog="export.py", description="Parity, speed and time of exports.")
     parser.add_argument("--quick", action="store_true", help="few kinds and members")
-    parser.add_argument("--full", action="store_true", help="the fifteen full networks, one by one, without time limit")
-    parser.add_argument("--record", type=Path, default=Path("export-full.json"), help="what --full has measured so far")
     parser.add_argument("--data", type=Path, help="folder of images in place of the digits")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="export-bench-") as name:
@@ -53,11 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         import torch
 
         torch.set_num_threads(1)
-        files = _image_files(options.data, scratch, 96)
-        if options.full:
-            rows = full(files, scratch, options.record)
-        else:
-            rows = [*kinds(files, scratch, quick=options.quick), *times(files, scratch, quick=options.quick)]
+        files = image_files(options.data, scratch, 96)
+        rows = [*kinds(files, scratch, quick=options.quick), *times(files, scratch, quick=options.quick)]
     report("export", rows, quick=options.quick, packages=("torch", "onnx", "onnxruntime", "timm", "pillow"))
     return 0
 
@@ -74,8 +64,8 @@ def kinds(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
     from utils.rows import Outputs
 
     names = ("CustomConvNeXt", "CustomMobileOne", "CustomViTHybrid")
-    parts = [_part(name, "tiny") for name in names]
-    images = _squares(files, parts[0].img_size)
+    parts = [part(name, "tiny") for name in names]
+    images = squares(files, parts[0].img_size)
     everything = EnsembleNetwork(parts, _everything(), embeds=True)
     with torch.inference_mode():
         logits, *embeddings = everything(torch.from_numpy(images))
@@ -103,7 +93,7 @@ def kinds(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
                 lambda network=network, first=first: (network, first), kind, staged, scratch / "converter"
             )
         for name, entry in done.items():
-            outcome = _proved(name, entry, staged, images, combiner, seen, outputs if jumps else None, network, scratch)
+            outcome = proved(name, entry, staged, images, combiner, seen, outputs if jumps else None, network, scratch)
             print(f"{kind:24} {name:12} {outcome['reason'] or outcome['parity']}", file=sys.stderr)
             parity = outcome["parity"] or {"max_abs_diff": float("inf"), "label_flips": 0}
             found[name] = max(found.get(name, 0.0), parity["max_abs_diff"])
@@ -128,9 +118,9 @@ def times(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
     from utils.heads import MeanOfProbabilities
 
     names = list(BACKBONE_MAP)[: 5 if quick else 15]
-    parts = [_part(name, "tiny") for name in names]
+    parts = [part(name, "tiny") for name in names]
     network = EnsembleNetwork(parts, MeanOfProbabilities())
-    images = _squares(files, parts[0].img_size)
+    images = squares(files, parts[0].img_size)
     first, classes = torch.from_numpy(images[:1]), [str(number) for number in range(CLASSES)]
     given = {"kind": "float-nchw", "name": "images", "img_size": 32, "shorter_side": 36}
     start = time.perf_counter()
@@ -173,106 +163,6 @@ def times(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
     return [*rows, row(f"export of voting over {count} to TFLite", seconds, "s", "360", held, entry["reason"])]
 
 
-def full(files: Sequence[Path], scratch: Path, record: Path) -> list[dict]:
-    """Each full network alone: parity in each runtime, one image beside eager, peak memory beside the file."""
-    import torch
-
-    from models import BACKBONE_MAP
-    from utils import export_formats, tflite_conversion
-    from utils.artifacts import read_json, write_json
-    from utils.ensemble_network import EnsembleNetwork
-    from utils.exported_runtimes import latency_ms
-
-    known: dict[str, Any] = read_json(record, remedy="Remove it, then measure again") or {}
-    for name in BACKBONE_MAP:
-        if name in known:
-            continue
-        part = _part(name, "full")
-        network = EnsembleNetwork([part], None)
-        images = _squares(files[:21], part.img_size)
-        staged, first = scratch / name, torch.from_numpy(images[:1])
-        classes = [str(number) for number in range(CLASSES)]
-        done = export_formats.package(network, name, ["torchscript", "onnx"], staged, first, {}, classes)
-        if tflite_conversion.missing() is None:
-            done["tflite"] = export_formats.convert_to_tflite(
-                lambda network=network, first=first: (network, first), name, staged, scratch / "converter"
-            )
-        facts: dict[str, Any] = {}
-        for kind, entry in done.items():
-            outcome = _proved(kind, entry, staged, images, None, None, None, network, scratch)
-            parity = outcome["parity"] or {}
-            facts[kind] = {"reason": outcome["reason"], **parity, "latency_ms": outcome["latency_ms"]}
-
-        def eager(batch: np.ndarray, network: Any = network) -> Any:
-            with torch.inference_mode():
-                return network(torch.from_numpy(batch))
-
-        facts["eager_ms"] = latency_ms(eager, images[:1])
-        known[name] = facts
-        write_json(record, known)
-        print(f"{name}: {json.dumps(facts)}", file=sys.stderr)
-    rows = []
-    for kind in ("torchscript", "onnx", "tflite"):
-        found = [facts[kind].get("max_abs_diff", float("inf")) for facts in known.values() if kind in facts]
-        if found:
-            worst = max(found)
-            what = f"{kind}: largest difference over {len(found)} full networks, times 1e4"
-            rows.append(row(what, 1e4 * worst, "", "1", worst <= PARITY, None))
-    in_onnx = sum(facts["onnx"]["latency_ms"] for facts in known.values())
-    ratio = sum(facts["eager_ms"] for facts in known.values()) / in_onnx
-    rows.append(row("one image, all full networks: eager time over ONNX", ratio, "times", "1.0", ratio >= 1, None))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    return [*rows, row("peak memory of this process", peak, "GB", None, None, None)]
-
-
-def _proved(
-    name: str, entry: dict, staged: Path, images: np.ndarray, combiner: Any, seen: Any, outputs: Any, network: Any,
-    scratch: Path,
-) -> dict[str, Any]:  # fmt: skip
-    """The certificate of one file."""
-    import torch
-
-    from utils import export_certificate, tflite_conversion
-
-    failed = {"passed": False, "parity": None, "latency_ms": None}
-    if entry["status"] != "ok":
-        return failed | {"reason": entry["reason"]}
-    if combiner is None:
-        with torch.inference_mode():
-            expected = torch.cat([network(part)[0] for part in torch.from_numpy(images).split(4)]).double().numpy()
-    else:
-        expected = combiner.predict_proba(seen)
-    batches, rows = export_certificate.dealt(list(images), (1,) if name == "tflite" else export_certificate.BATCHES)
-    probe = export_certificate.Probe(batches, rows, expected)
-    if outputs is not None:
-        own = outputs.embeddings if combiner.reads_embeddings else None
-        probe = export_certificate.Probe(batches, rows, expected, outputs.logits, own, combiner)
-    python = {"python": tflite_conversion.interpreter()} if name == "tflite" else {}
-    try:
-        files = [staged / entry["path"]]
-        (answers,) = export_certificate.run_afresh(
-            name, files, probe, network.output_names, scratch / "run", job={"threads": 1}, **python
-        )
-    except export_certificate.RunFailed as error:
-        return failed | {"reason": str(error)}
-    return export_certificate.compare(probe, answers) | {"latency_ms": answers.facts["latency_ms"]}
-
-
-def _part(name: str, size: str) -> Any:
-    """A network with random weights whose BatchNorm has seen some noise."""
-    import torch
-
-    from models import create_custom_backbone
-    from utils.ensemble_network import MemberPart
-
-    torch.manual_seed(0)
-    network = create_custom_backbone(name, CLASSES, size=size)
-    side = network.img_size
-    with torch.no_grad():
-        network.train()(torch.randn(8, 3, side, side))
-    return MemberPart(name, [network.eval()], side, range(CLASSES))
-
-
 def _everything() -> Any:
     from torch import nn
 
@@ -283,30 +173,6 @@ def _everything() -> Any:
             return (logits, *embeddings)
 
     return Everything()
-
-
-def _squares(files: Sequence[Path], size: int) -> np.ndarray:
-    """Files as float32 (N, 3, size, size) in [0, 1]."""
-    from PIL import Image
-
-    from utils.exported_prediction import centre_square
-
-    return np.stack([centre_square(Image.open(file).convert("RGB"), int(size * 1.14), size) for file in files])
-
-
-def _image_files(data: Path | None, scratch: Path, count: int) -> list[Path]:
-    if data is not None:
-        from utils.exported_prediction import image_files
-
-        return image_files([data])[:count]
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    folder = scratch / "images"
-    folder.mkdir()
-    for number, pixels in enumerate(load_digits().images[:count]):
-        Image.fromarray(np.rint(pixels * (255 / 16)).astype(np.uint8)).save(folder / f"{number:03d}.png")
-    return sorted(folder.iterdir())
 
 
 def _best(run: Callable[[], Any]) -> float:

@@ -14,8 +14,8 @@ import numpy as np
 
 
 def row(what: str, figure: float | None, unit: str, goal: str | None, holds: bool | None, peer: str | None) -> dict:
-    """One row of the report; None where something was not measured or has no goal."""
-    value = None if figure is None else round(figure, 3)
+    """One row of the report; None where something was not measured, or is no number, or has no goal."""
+    value = None if figure is None or not np.isfinite(figure) else round(figure, 3)
     return {"what": what, "figure": value, "unit": unit, "goal": goal, "holds": holds, "peer": peer}
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import subprocess
 import sys
 
 import pytest
@@ -31,7 +33,7 @@ def pipeline():
 
 
 def test_every_program_of_the_folder_has_the_one_form(bench):
-    helpers = {"all", "distillation_rows", "prepare", "reporting", "stacking_costs"}
+    helpers = {"all", "distillation_rows", "export_proofs", "prepare", "reporting", "stacking_costs"}
     assert set(bench.programs()) == {path.stem for path in FOLDER.glob("*.py")} - helpers
     for name in bench.programs():
         assert '"--quick"' in (FOLDER / f"{name}.py").read_text(encoding="utf-8"), name
@@ -50,27 +52,70 @@ REPORT = {
 
 
 def test_the_table_shows_goal_figure_and_verdict(bench):
-    lines = bench.table([REPORT], ["broken"])
-    told = [line.split() for line in lines]
-    assert ["a", "1.050", "pass", "at", "most", "1.1"] in told
-    assert ["b", "2.000", "SHORT", "at", "most", "1.1"] in told
-    assert ["c", "-", "-", "at", "least", "2"] in told
-    assert not any(line.split()[:1] == ["d"] for line in lines)
-    assert lines[-1] == "1 pass, 1 short, 1 not measured, 1 failed: broken"
+    lines = bench.table([REPORT | {"seconds": 7, "commit": "abc"}], ["broken"])
+    told = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert told[0] == ["row", "figure", "goal", ""]
+    assert set(lines[1]) == {"|", "-"}
+    assert told[2:6] == [
+        ["**speed** (quick)", "", "", "7 s, commit abc"],
+        ["a", "1.050 x", "at most 1.1", "pass"],
+        ["b", "2.000 x", "at most 1.1", "SHORT"],
+        ["c", "", "at least 2", "not measured"],
+    ]
+    assert len({len(line) for line in lines[:6]}) == 1
+    assert lines[6:] == ["", "1 pass, 1 short, 1 not measured, 1 failed: broken"]
 
 
-def test_last_lines_are_read_and_failures_named(bench, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def programs(bench, tmp_path, monkeypatch):
+    """A folder with one benchmark that reports, one that fails and one that ends without JSON."""
     monkeypatch.setattr(bench, "FOLDER", tmp_path)
     monkeypatch.setattr(bench, "programs", lambda: ["bad", "good", "mute"])
     (tmp_path / "good.py").write_text(f"import sys\nprint('noise', sys.argv[1:])\nprint({json.dumps(REPORT)!r})")
     (tmp_path / "bad.py").write_text("raise SystemExit(3)")
     (tmp_path / "mute.py").write_text("print('no JSON')")
+    return tmp_path
+
+
+def test_last_lines_are_read_and_failures_named(bench, programs, capsys):
     assert bench.main(["--quick"]) == 1
     told = capsys.readouterr()
     found = json.loads(told.out.splitlines()[-1])
     assert (found["failed"], [report["benchmark"] for report in found["reports"]]) == (["bad", "mute"], ["speed"])
     assert "noise ['--quick']" in told.err
     assert bench.main(["good"]) == 0
+
+
+def test_a_report_is_kept_and_shown_again_where_that_is_asked_for(bench, programs, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "commit", lambda: "abc+")
+    assert bench.main(["good"]) == 0
+    assert [path.name for path in (programs / "zoo" / "reports").iterdir()] == ["good.json"]
+    assert bench.main(["good", "--quick"]) == 0  # another form, another file
+    (programs / "good.py").write_text("raise SystemExit(3)")
+    capsys.readouterr()
+    monkeypatch.setattr(bench, "commit", lambda: "def")
+    assert bench.main(["good", "--continue"]) == 0
+    told = capsys.readouterr().out
+    assert "0 s, commit abc+" in told
+    assert json.loads(told.splitlines()[-1])["reports"][0]["rows"] == REPORT["rows"]
+    assert bench.main(["good"]) == 1
+
+
+def test_the_commit_tells_of_files_that_differ(bench, tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    monkeypatch.setattr(bench, "FOLDER", tmp_path)
+    assert bench.commit() == "unknown"
+    git("init", "--quiet")
+    (tmp_path / "file").write_text("one")
+    git("add", "file")
+    git("commit", "--quiet", "-m", "one")
+    clean = bench.commit()
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    (tmp_path / "file").write_text("two")
+    assert bench.commit() == f"{clean}+"
 
 
 def test_an_unknown_name_is_usage(bench, capsys):

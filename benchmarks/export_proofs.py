@@ -1,0 +1,94 @@
+"""What both export benchmarks need: networks with random weights, images, the proof of a file in its own runtime."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import utils  # noqa: F401  (installs the mount)
+
+CLASSES = 10
+PARITY = 1e-4
+"""Largest difference of a probability that a file may show, as the certificate has it."""
+
+
+def proved(
+    name: str, entry: dict, staged: Path, images: np.ndarray, combiner: Any, seen: Any, outputs: Any, network: Any,
+    scratch: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """The certificate of one file, run in a new process by its own runtime on one thread.
+
+    Compared with `combiner` on what it has `seen`; where that is None, with the network itself.
+    """
+    import torch
+
+    from utils import export_certificate, tflite_conversion
+
+    failed = {"passed": False, "parity": None, "latency_ms": None}
+    if entry["status"] != "ok":
+        return failed | {"reason": entry["reason"]}
+    if combiner is None:
+        with torch.inference_mode():
+            expected = torch.cat([network(few) for few in torch.from_numpy(images).split(4)]).double().numpy()
+    else:
+        expected = combiner.predict_proba(seen)
+    batches, rows = export_certificate.dealt(list(images), (1,) if name == "tflite" else export_certificate.BATCHES)
+    probe = export_certificate.Probe(batches, rows, expected)
+    if outputs is not None:
+        own = outputs.embeddings if combiner.reads_embeddings else None
+        probe = export_certificate.Probe(batches, rows, expected, outputs.logits, own, combiner)
+    python = {"python": tflite_conversion.interpreter()} if name == "tflite" else {}
+    try:
+        files = [staged / entry["path"]]
+        (answers,) = export_certificate.run_afresh(
+            name, files, probe, network.output_names, scratch / "run", job={"threads": 1}, **python
+        )
+    except export_certificate.RunFailed as error:
+        return failed | {"reason": str(error)}
+    return export_certificate.compare(probe, answers) | {"latency_ms": answers.facts["latency_ms"]}
+
+
+def part(name: str, size: str) -> Any:
+    """A network with random weights whose BatchNorm has seen some noise."""
+    import torch
+
+    from models import create_custom_backbone
+    from utils.ensemble_network import MemberPart
+
+    torch.manual_seed(0)
+    network = create_custom_backbone(name, CLASSES, size=size)
+    side = network.img_size
+    with torch.no_grad():
+        network.train()(torch.randn(8, 3, side, side))
+    return MemberPart(name, [network.eval()], side, range(CLASSES))
+
+
+def squares(files: Sequence[Path], size: int) -> np.ndarray:
+    """Files as float32 (N, 3, size, size) in [0, 1]."""
+    from PIL import Image
+
+    from utils.exported_prediction import centre_square
+
+    return np.stack([centre_square(Image.open(file).convert("RGB"), int(size * 1.14), size) for file in files])
+
+
+def image_files(data: Path | None, scratch: Path, count: int) -> list[Path]:
+    """The first `count` images of a folder; without one, scikit-learn's digits as PNG files in `scratch`."""
+    if data is not None:
+        from utils import exported_prediction
+
+        return exported_prediction.image_files([data])[:count]
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    folder = scratch / "images"
+    folder.mkdir()
+    for number, pixels in enumerate(load_digits().images[:count]):
+        Image.fromarray(np.rint(pixels * (255 / 16)).astype(np.uint8)).save(folder / f"{number:03d}.png")
+    return sorted(folder.iterdir())

@@ -26,6 +26,8 @@ atexit.register(shutil.rmtree, SETTINGS_FOLDER, ignore_errors=True)
 # every parallel loop, which made the suite three times as long.
 os.environ |= {"DBT_BASE_DIR": SETTINGS_FOLDER, "DBT_MODEL_SIZE": "tiny", "OMP_NUM_THREADS": "1"}
 
+subprocess.Popen = warm.Popen  # type: ignore[misc]  # here and in the product, which starts programs of its own
+
 import utils  # noqa: E402, F401  (installs the mount)
 
 WITHOUT_TORCH = (
@@ -72,12 +74,11 @@ def run_python(
 
     A script starts where torch is imported already (`warm`), unless that is not wanted (`afresh`).
     """
+    options = ("-u",) if afresh else ()
     clean = {key: value for key, value in os.environ.items() if not key.startswith("DBT_") and key != "BASE_BACK_DIR"}
     variables = clean | {"PYTHONWARNINGS": "error::ResourceWarning"} | (environment or {})
-    if arguments[0].endswith(".py") and sys.platform == "linux" and not afresh:
-        return warm.run(arguments, environment=variables, cwd=cwd or PROJECT, timeout=600)
     return subprocess.run(
-        [sys.executable, *arguments],
+        [sys.executable, *options, *arguments],
         cwd=cwd or PROJECT,
         env=variables,
         capture_output=True,

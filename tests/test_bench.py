@@ -179,3 +179,15 @@ def test_the_quick_form_of_the_pipeline_ends_with_its_report():
     found = json.loads(done.stdout.splitlines()[-1])
     assert [(point["members"], point["images"]) for point in found["points"]] == [(1, 240), (2, 240), (2, 120)]
     assert all(row["holds"] for row in found["rows"] if "second run" in row["what"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["export", "export_full", "fusion", "member_memory", "mixture", "report", "soup_memory"]
+)
+def test_a_quick_form_ends_with_its_report(name):
+    done = run_python(str(FOLDER / f"{name}.py"), "--quick")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["benchmark"], found["quick"]) == (name, True)
+    assert [row["what"] for row in found["rows"] if row["goal"] and row["figure"] is None] == []

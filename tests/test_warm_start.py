@@ -46,9 +46,16 @@ LOOKED_AT = "ensembles/ensemble_catalog.json"
 """Its time says when discovery last looked, by which `status` knows what came later; its bytes stay."""
 
 
-def pipeline(workspace: Path, *more: str, options: tuple[str, ...] = OPTIONS) -> tuple[dict, set[str]]:
-    """One run: its document, and which heavy libraries it loaded."""
-    done = run_python("-c", CODE, "pipeline", *options, *more, "--workspace", str(workspace))
+def pipeline(workspace: Path, *more: str, options: tuple[str, ...] = OPTIONS) -> dict:
+    """The document of one run."""
+    done = run_python("ensemble_orchestrator.py", "pipeline", *options, *more, "--workspace", str(workspace))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def again(workspace: Path, options: tuple[str, ...] = OPTIONS) -> tuple[dict, set[str]]:
+    """The document of one more run by a new interpreter, and which heavy libraries that has loaded."""
+    done = run_python("-c", CODE, "pipeline", *options, "--workspace", str(workspace))
     assert done.returncode == 0, done.stderr
     *_, document, loaded = done.stdout.splitlines()
     return json.loads(document), set(loaded.split())
@@ -84,8 +91,7 @@ def finished(tmp_path_factory) -> Path:
     given = write(tmp_path_factory.mktemp("given"))
     done = run_python("ensemble_orchestrator.py", "import-predictions", "--from", str(given), *place(workspace))
     assert done.returncode == 0, done.stderr
-    document, _ = pipeline(workspace)
-    assert built(document) == MODELS
+    assert built(pipeline(workspace)) == MODELS
     return workspace
 
 
@@ -101,7 +107,7 @@ def copy(tmp_path, finished) -> Path:
 def test_nothing_changed_nothing_done_and_no_torch(copy):
     before = times(copy)
     assert len(before) > 3 * len(MODELS)
-    document, loaded = pipeline(copy)
+    document, loaded = again(copy)
     assert loaded == set()
     assert built(document) == set()
     assert times(copy) == before
@@ -113,7 +119,7 @@ def everything(tmp_path_factory, synthetic) -> Path:
 
     def make(workspace: Path) -> None:
         shutil.copytree(synthetic, workspace, dirs_exist_ok=True)
-        document, _ = pipeline(workspace, options=SHORT)
+        document = pipeline(workspace, options=SHORT)
         assert built(document) >= FAMILIES
         assert document["export"]["formats"]["onnx"]["status"] == "ok"
 
@@ -122,7 +128,7 @@ def everything(tmp_path_factory, synthetic) -> Path:
 
 def test_nothing_changed_nothing_done_with_every_family_on(everything):
     before = files(everything)
-    document, loaded = pipeline(everything, options=SHORT)
+    document, loaded = again(everything, SHORT)
     assert loaded == set()
     assert built(document) == set()
     assert {name for stage in STAGES for name in document[stage]["up_to_date"]} >= FAMILIES
@@ -132,7 +138,7 @@ def test_nothing_changed_nothing_done_with_every_family_on(everything):
 
 
 @pytest.mark.parametrize(
-    ("key", "again"),
+    ("key", "anew"),
     [
         ("runs.stacking.mlp_config.epochs=5", {"stacking_mlp", "meta_fuser"}),
         ("runs.score_ensemble.optimization_metric=log_loss", {"weighted_ensemble", "greedy_selection_ensemble"}),
@@ -142,10 +148,9 @@ def test_nothing_changed_nothing_done_with_every_family_on(everything):
         ("project.name=another", set()),
     ],
 )
-def test_a_changed_key_redoes_what_depends_on_it(copy, key, again):
+def test_a_changed_key_redoes_what_depends_on_it(copy, key, anew):
     before = times(copy)
-    document, _ = pipeline(copy, "--set", key)
-    assert built(document) == again
+    assert built(pipeline(copy, "--set", key)) == anew
     after = times(copy)
     changed = {Path(name) for name in before.keys() | after.keys() if after.get(name) != before.get(name)}
-    assert {path.parts[:2] for path in changed} == {("models", name) for name in again}
+    assert {path.parts[:2] for path in changed} == {("models", name) for name in anew}

@@ -1,9 +1,10 @@
-"""A program of the project in a process of its own that need not import torch again.
+"""Python programs of the project, in processes of their own that need not import torch again.
 
 A server imports the large packages once per worker, and every run is a fork of it with an environment, a folder,
-streams and an exit code of its own. Nothing of the project is imported before. Random states are seeded anew, so that
+streams, a session and an exit code of its own, which can be killed like any other. Nothing of the project is imported
+before. Processes that such a program spawns by multiprocessing are forks of it. Random states are seeded anew, so that
 what depends on them still differs from run to run; the order of sets does not, which is why tests of determinism start
-Python itself.
+Python itself (`python -u`).
 """
 
 from __future__ import annotations
@@ -15,32 +16,97 @@ import random
 import runpy
 import subprocess
 import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
+from multiprocessing import reduction
 from pathlib import Path
 from typing import Any
 
-LARGE = ("numpy", "torch", "torch._dynamo", "timm", "torchvision.transforms", "scipy.optimize", "sklearn.linear_model")
+LARGE = (
+    *("numpy", "torch", "torch._dynamo", "timm", "torchvision.transforms", "scipy.optimize", "sklearn.linear_model"),
+    *("onnxruntime", "safetensors.torch", "PIL.Image", "yaml", "pydantic"),
+)
 HERE = Path(__file__).resolve().parents[1]
+RUNS_A_PATH = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path("
+"""How the export certificate starts its program."""
 
 
-def run(
-    command: Sequence[str], *, environment: Mapping[str, str], cwd: Path, timeout: float
-) -> subprocess.CompletedProcess[str]:
-    """`python SCRIPT ARGUMENTS`: what it printed and its exit code; after `timeout` seconds it is killed."""
-    with tempfile.TemporaryDirectory() as folder:
-        streams = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = _server().Process(target=_run, args=(list(command), dict(environment), str(cwd), streams))
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            raise subprocess.TimeoutExpired(command, timeout)
-        printed = [path.read_text(encoding="utf-8") if path.is_file() else "" for path in streams]
-        return subprocess.CompletedProcess(list(command), process.exitcode, *printed)
+def suits(command: Any, cwd: Path) -> bool:
+    """Whether a program may run so: a script of the project by this interpreter."""
+    if sys.platform != "linux" or os.getpid() != _owner or not isinstance(command, (list, tuple)) or len(command) < 2:
+        return False
+    program, first = (os.fspath(part) for part in command[:2])
+    if program != sys.executable:
+        return False
+    if first == "-c":
+        return command[2].startswith(RUNS_A_PATH)
+    return first.endswith(".py") and (cwd / first).resolve().is_relative_to(HERE)
+
+
+class Popen(subprocess.Popen):
+    """`subprocess.Popen`, whose programs are forks of the server where that suits."""
+
+    _process: Any = None
+
+    def _execute_child(
+        self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell, *rest
+    ):
+        given, streams, session = rest[0], (rest[3], rest[5]), rest[-2]
+        plain = not (executable or preexec_fn or pass_fds or shell) and given in (-1, getattr(self, "_devnull", -1))
+        place = Path.cwd() if cwd is None else Path(cwd)
+        if not plain or -1 in streams or not suits(args, place):
+            super()._execute_child(
+                args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell, *rest
+            )
+            return
+        ready, told = os.pipe()
+        try:
+            command, environment = [os.fspath(part) for part in args], dict(os.environ if env is None else env)
+            handles = [_Handle(number) for number in (*streams, told)]
+            given = (command, environment, str(place), session, *handles)
+            self._process = _server().Process(target=_run, args=given)
+            self._process.start()
+        finally:
+            os.close(told)
+        self.pid = self._process.pid
+        self._child_created = True
+        os.read(ready, 1)  # from here on it has streams and a session of its own
+        os.close(ready)
+        self._close_pipe_fds(*rest[:6])
+
+    def _internal_poll(self, *arguments: Any, **options: Any) -> int | None:
+        if self._process is None:
+            return super()._internal_poll(*arguments, **options)
+        if self.returncode is None:
+            self.returncode = self._process.exitcode
+        return self.returncode
+
+    def _wait(self, timeout: float | None) -> int:
+        if self._process is None:
+            return super()._wait(timeout)
+        self._process.join(timeout)
+        if self._internal_poll() is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.returncode
+
+
+class _Handle:
+    """A stream of this process; in the child the number that it has there."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> Any:
+        return _detached, (reduction.DupFd(self.number),)
+
+
+def _detached(handle: Any) -> int:
+    return handle.detach()
+
+
+_owner = os.getpid()
 
 
 @cache
@@ -50,23 +116,46 @@ def _server() -> Any:
     return context
 
 
-def _run(command: list[str], environment: dict[str, str], cwd: str, streams: Sequence[Path]) -> None:
-    for number, path in enumerate(streams, start=1):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.dup2(file, number)
-        os.close(file)
+_get_context = multiprocessing.get_context
+
+
+def _forks_for_spawn(method: str | None = None) -> Any:
+    return _get_context("fork" if method == "spawn" else method)
+
+
+def _run(
+    command: Sequence[str], environment: Mapping[str, str], place: str, session: bool, out: int, err: int, told: int
+) -> None:
+    if session:
+        os.setsid()
+    for number, stream in ((1, out), (2, err)):
+        os.dup2(stream, number)
+        os.close(stream)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(cwd)
+    if "DBT_PARENT" in environment:
+        os.environ["DBT_PARENT"] = str(os.getppid())  # the server, which ends with the caller
+    os.chdir(place)
+    os.write(told, b"1")
+    os.close(told)
     given = environment.get("PYTHONPATH")
-    installed = [place for place in sys.path if "site-packages" in place or not Path(place).is_relative_to(HERE)]
-    sys.path[:] = [str(Path(command[0]).parent), *(given.split(os.pathsep) if given else ()), *installed]
-    sys.argv = command
+    installed = [path for path in sys.path if "site-packages" in path or not Path(path).is_relative_to(HERE)]
+    code = command[2] if command[1] == "-c" else None
+    first = "" if code else str(Path(command[1]).parent)
+    sys.path[:] = [first, *(given.split(os.pathsep) if given else ()), *installed]
+    sys.argv = ["-c", *command[3:]] if code else list(command[1:])
+    multiprocessing.get_context = _forks_for_spawn  # type: ignore[assignment]
     random.seed()
     sys.modules["numpy"].random.seed()
-    warnings.simplefilter("error", ResourceWarning)
+    if environment.get("PYTHONWARNINGS") == "ignore":
+        warnings.simplefilter("ignore")
+    elif "ResourceWarning" in environment.get("PYTHONWARNINGS", ""):
+        warnings.simplefilter("error", ResourceWarning)
     try:
-        runpy.run_path(command[0], run_name="__main__")
+        if code:
+            exec(code, {"__name__": "__main__"})
+        else:
+            runpy.run_path(command[1], run_name="__main__")
     except Exception:
         sys.excepthook(*sys.exc_info())
         sys.exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import gc
 import logging
 import os
 import shutil
@@ -40,6 +41,13 @@ ZOO_CLASSES = (0, 1, 2, 3)
 ZOO_PER_CLASS = 70
 ZOO_FOLDS = 2
 ZOO_OPTIONS = ("--size", "tiny", "--folds", str(ZOO_FOLDS), "--epochs-head", "1", "--epochs-finetune", "4")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the garbage collector need not look at half a million objects again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -74,7 +74,7 @@ class Mount:
         }
         environment = {name: value for name, value in environment.items() if value}
         done = subprocess.run(
-            [sys.executable, *command], cwd=self.cwd, env=environment, capture_output=True, text=True, timeout=120
+            [sys.executable, "-u", *command], cwd=self.cwd, env=environment, capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         return json.loads(done.stdout), done.stderr

@@ -15,7 +15,7 @@ from test_lessons import split_of
 from utils import base_back, joint_training
 from utils.errors import UserError
 from utils.fusion_heads import ConcatHead, MappedEmbeddings
-from utils.joint_parts import Course, FusionHeads, Moving, Part
+from utils.joint_parts import Course, FusionHeads, Moving, Part, in_memory
 from utils.joint_training import Tuned, train
 from utils.lessons import Album, Lessons
 from utils.networks import NetworkSpec
@@ -95,6 +95,17 @@ def test_logits_come_in_the_order_of_the_workspaces_classes(parts):
     moving.model.eval()
     with torch.no_grad():
         assert torch.equal(moving.answer(images)[0], open_network(part.spec)(images)[:, part.order])
+
+
+def test_weights_gradients_and_moments_are_freed_without_a_collection(parts):
+    with in_memory(parts[:1], [None], Course(1, 1e-3, 0.0, 1), "cpu") as (moving,):
+        moving.answer(parts[0].exam.show(torch.arange(4), 32, None))[0].sum().backward()
+        moving.optimizer.step()
+        assert any("exp_avg" in state for state in moving.optimizer.state.values())
+    assert not moving.optimizer.state
+    tensors = [*moving.model.parameters(), *moving.model.buffers()]
+    assert sum(tensor.numel() for tensor in tensors) == 0
+    assert all(weight.grad is None for weight in moving.model.parameters())
 
 
 class Interrupted(Exception):

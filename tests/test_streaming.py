@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
@@ -9,6 +10,7 @@ import shutil
 import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -201,7 +203,7 @@ def test_outputs_that_are_alive_missing_or_unproven_are_refused(laid, tmp_path):
 @pytest.mark.parametrize("ring", [False, True])
 def test_a_network_is_gone_after_its_pass_and_only_a_ring_costs_a_collection(laid, monkeypatch, ring):
     alive, collections = [], []
-    original, clean = streaming.open_network, networks.cleanup_memory
+    original = streaming.open_network
 
     def tracking(spec):
         network = original(spec)
@@ -211,7 +213,8 @@ def test_a_network_is_gone_after_its_pass_and_only_a_ring_costs_a_collection(lai
         return network
 
     monkeypatch.setattr(streaming, "open_network", tracking)
-    monkeypatch.setattr(streaming, "cleanup_memory", lambda: (collections.append(1), clean()))
+    collecting = SimpleNamespace(collect=lambda: (collections.append(1), gc.collect()))
+    monkeypatch.setattr(networks, "gc", collecting)
     laid.run()
     assert alive[0]() is None
     assert len(collections) == ring

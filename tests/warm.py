@@ -10,6 +10,7 @@ Python itself (`python -u`).
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import random
@@ -33,8 +34,8 @@ RUNS_A_PATH = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path("
 """How the export certificate starts its program."""
 
 
-def suits(command: Any, cwd: Path) -> bool:
-    """Whether a program may run so: a script of the project by this interpreter."""
+def suits(command: Any) -> bool:
+    """Whether a program may run so: a script by this interpreter, without options."""
     if sys.platform != "linux" or os.getpid() != _owner or not isinstance(command, (list, tuple)) or len(command) < 2:
         return False
     program, first = (os.fspath(part) for part in command[:2])
@@ -42,7 +43,7 @@ def suits(command: Any, cwd: Path) -> bool:
         return False
     if first == "-c":
         return command[2].startswith(RUNS_A_PATH)
-    return first.endswith(".py") and (cwd / first).resolve().is_relative_to(HERE)
+    return first.endswith(".py")
 
 
 class Popen(subprocess.Popen):
@@ -55,8 +56,7 @@ class Popen(subprocess.Popen):
     ):
         given, streams, session = rest[0], (rest[3], rest[5]), rest[-2]
         plain = not (executable or preexec_fn or pass_fds or shell) and given in (-1, getattr(self, "_devnull", -1))
-        place = Path.cwd() if cwd is None else Path(cwd)
-        if not plain or -1 in streams or not suits(args, place):
+        if not plain or -1 in streams or not suits(args):
             super()._execute_child(
                 args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell, *rest
             )
@@ -65,7 +65,7 @@ class Popen(subprocess.Popen):
         try:
             command, environment = [os.fspath(part) for part in args], dict(os.environ if env is None else env)
             handles = [_Handle(number) for number in (*streams, told)]
-            given = (command, environment, str(place), session, *handles)
+            given = (command, environment, os.getcwd() if cwd is None else str(cwd), session, *handles)
             self._process = _server().Process(target=_run, args=given)
             self._process.start()
         finally:
@@ -126,6 +126,7 @@ def _forks_for_spawn(method: str | None = None) -> Any:
 def _run(
     command: Sequence[str], environment: Mapping[str, str], place: str, session: bool, out: int, err: int, told: int
 ) -> None:
+    gc.freeze()  # what the server has imported stays, so that no collection needs to look at it
     if session:
         os.setsid()
     for number, stream in ((1, out), (2, err)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -218,6 +219,7 @@ def _run(
     logits = np.empty((count, len(spec.classes)), dtype=np.float32)
     embeddings: np.ndarray | None = None
     model = streaming.open_network(spec).to(device)
+    outputs: Outputs | None = None
     try:
         outputs = Outputs(model, str(spec.checkpoint))
         for places, images in show(spec.img_size):
@@ -236,7 +238,10 @@ def _run(
                 embeddings[places.numpy()] = read.float().cpu().numpy()
     finally:
         networks.safe_delete_model(model)
-        networks.cleanup_memory()
+        left = weakref.ref(model)
+        del model
+        outputs = None  # refers to it
+        networks.cleanup_memory([left])
     return logits, embeddings
 
 

@@ -113,6 +113,12 @@ class Moving:
         kept = training_memory.activation_bytes(self.model, lambda: torch.cat(self.answer(images), dim=1))
         return training_memory.weights_bytes(self.model) + kept
 
+    def release(self) -> None:
+        """Free weights, gradients and moments at once, though optimizer and schedule refer to one another."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
+        safe_delete_model(self.model)
+
     def _plainly(self, rows: Tensor) -> Tensor:
         return self.part.exam.show(rows, self.part.spec.img_size, None).to(self.device)
 
@@ -127,6 +133,5 @@ def in_memory(parts: Sequence[Part], saved: Sequence[Any], course: Course, devic
         yield moving
     finally:
         for one in moving:
-            safe_delete_model(one.model)
-        del moving
-        cleanup_memory()
+            one.release()
+        cleanup_memory(())

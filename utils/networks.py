@@ -10,7 +10,8 @@ import gc
 import inspect
 import logging
 import re
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
@@ -380,11 +381,17 @@ def trim_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def cleanup_memory() -> None:
-    """Collect garbage and give the CUDA cache back, between any two networks."""
+def cleanup_memory(left: Iterable[weakref.ref[nn.Module]] | None = None) -> None:
+    """Collect garbage and give the CUDA cache back, between any two networks.
+
+    `left` are networks that should be gone. Where they are, and there is no CUDA device, garbage is not collected: that
+    takes longer than a small network runs, and is needed only where references in a ring keep one alive.
+    """
     import torch
 
-    gc.collect()
-    if torch.cuda.is_available():
+    on_cuda = torch.cuda.is_available()
+    if left is None or on_cuda or any(network() is not None for network in left):
+        gc.collect()
+    if on_cuda:
         torch.cuda.empty_cache()
         torch.cuda.synchronize()

@@ -122,11 +122,8 @@ def stream(
     finally:
         safe_delete_model(passing.model)
         left = weakref.ref(passing.model)
-        on_cuda = passing.on_cuda
         del passing
-        # A whole collection takes longer than a small network; it is needed where references in a ring keep one alive.
-        if on_cuda or left() is not None:
-            cleanup_memory()
+        cleanup_memory([left])
         trim_memory()
 
 

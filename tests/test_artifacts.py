@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import stat
+import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -228,3 +231,21 @@ def test_a_key_that_a_record_lacks_is_named_with_the_file_at_any_depth(tmp_path)
     with pytest.raises(UserError, match=r"record.json: damaged, it has no 'c'; .* Make it again"):
         found["a"][0]["c"]
     assert artifacts.read_record(tmp_path / "none.json", remedy="Make it again") is None
+
+
+def test_arrays_are_opened_by_several_threads(tmp_path):
+    """Where a collection runs Python code, and so lets another thread on, while a header is read (gh-106905)."""
+    path = tmp_path / "x.npy"
+    artifacts.write_array(path, np.arange(3))
+    kept, interval = gc.get_threshold(), sys.getswitchinterval()
+    gc.callbacks.append(noticed := lambda *_: sum(range(50)))
+    gc.set_threshold(5)
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: artifacts.open_array(path, remedy="").sum(), range(2000)))
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*kept)
+        gc.callbacks.remove(noticed)
+    assert set(found) == {3}

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import tempfile
+import threading
 import tokenize
 import zipfile
 import zlib
@@ -29,6 +30,8 @@ BLOCK = 1 << 20
 DEFLATED_AT_MOST = 1032  # bytes that one deflated byte can stand for
 _DAMAGE = (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, tokenize.TokenError, RecursionError)
 """What reading a damaged array raises; the last four come from its header, which numpy reads as a Python literal."""
+_HEADERS = threading.Lock()
+"""Such literals are read by one thread at a time, since Python before 3.11.8 may mix up how deep two are (gh-106905)."""
 
 
 @contextmanager
@@ -157,7 +160,8 @@ def write_array(path: Path, array: np.ndarray) -> None:
 def open_array(path: Path, *, remedy: str) -> np.ndarray:
     """A memory map of a `.npy` file. Raises UserError with `remedy` for a missing, damaged or pickled one."""
     try:
-        return np.lib.format.open_memmap(path, mode="r")
+        with _HEADERS:
+            return np.lib.format.open_memmap(path, mode="r")
     except _DAMAGE as error:
         raise UserError(
             f"{path}: cannot be read, {error}; expected an array without pickled objects. {remedy}"

@@ -31,7 +31,7 @@ DEFLATED_AT_MOST = 1032  # bytes that one deflated byte can stand for
 _DAMAGE = (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, tokenize.TokenError, RecursionError)
 """What reading a damaged array raises; the last four come from its header, which numpy reads as a Python literal."""
 _HEADERS = threading.Lock()
-"""Such literals are read by one thread at a time, since Python before 3.11.8 may mix up how deep two are (gh-106905)."""
+"""Such literals are read by one thread at a time: Python before 3.11.8 may mix up how deep two are (gh-106905)."""
 
 
 @contextmanager

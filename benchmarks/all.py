@@ -23,6 +23,10 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent))
+
+from utils.artifacts import write_text  # noqa: E402
+
 HEADER = ("row", "figure", "goal", "")
 VERDICTS = {True: "pass", False: "SHORT", None: "not measured"}
 
@@ -52,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         reports.append(found | {"seconds": round(time.monotonic() - start), "commit": commit()})
         keep.parent.mkdir(parents=True, exist_ok=True)
-        partial = keep.with_suffix(".partial")
-        partial.write_text(json.dumps(reports[-1]), encoding="utf-8")
-        partial.replace(keep)
+        write_text(keep, json.dumps(reports[-1]))
     print("\n".join(table(reports, failed)))
     print(json.dumps({"benchmark": "all", "quick": options.quick, "failed": failed, "reports": reports}))
     return 1 if failed else 0

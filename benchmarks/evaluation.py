@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from reporting import report, row
+from reporting import peak_bytes, report, row
 
 PROJECT = Path(__file__).resolve().parents[1]
 ENSEMBLES, ROWS, CLASSES, REPLICATES = 40, 10_000, 13, 2000
@@ -114,7 +114,7 @@ def ours(ensembles: int, rows: int, classes: int, replicates: int) -> dict[str, 
     start, cpu = time.perf_counter(), time.process_time()
     bootstrap(probabilities, labels, replicates=replicates)
     taken = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
-    return taken | {"megabytes": _peak()}
+    return taken | {"megabytes": peak_bytes() / 1e6}
 
 
 def scikit_learn(ensembles: int, rows: int, classes: int, replicates: int) -> dict[str, Any]:
@@ -149,13 +149,6 @@ def scikit_learn(ensembles: int, rows: int, classes: int, replicates: int) -> di
     mine = bootstrap(probabilities, labels, replicates=replicates)
     apart = [np.abs(mine[name][:, : len(counts)] - found[:, :, place]).max() for place, name in enumerate(names)]
     return taken | {"difference": float(max(apart))}
-
-
-def _peak() -> float:
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def coverage_rows(data: Path | None) -> list[dict[str, Any]]:

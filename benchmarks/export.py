@@ -11,16 +11,14 @@ The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from export_proofs import CLASSES, PARITY, image_files, part, proved, squares
+from export_proofs import CLASSES, PARITY, part, prepared, proved, squares
 
 from reporting import report, row
 
@@ -40,13 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few kinds and members")
     parser.add_argument("--data", type=Path, help="folder of images in place of the digits")
     options = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="export-bench-") as name:
-        scratch = Path(name)
-        os.environ |= {"DBT_BASE_DIR": str(scratch / "workspace"), "DBT_MODEL_SIZE": "tiny"}
-        import torch
-
-        torch.set_num_threads(1)
-        files = image_files(options.data, scratch, 96)
+    with prepared("tiny", options.data, 96) as (scratch, files):
         rows = [*kinds(files, scratch, quick=options.quick), *times(files, scratch, quick=options.quick)]
     report("export", rows, quick=options.quick, packages=("torch", "onnx", "onnxruntime", "timm", "pillow"))
     return 0

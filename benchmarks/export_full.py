@@ -12,19 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from export_proofs import CLASSES, PARITY, image_files, part, proved, squares
+from export_proofs import CLASSES, PARITY, part, prepared, proved, squares
 
-from reporting import report, row
+from reporting import peak_bytes, report, row
 
 IMAGES = 21
 TURNS = 7
@@ -38,16 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="three networks")
     parser.add_argument("--data", type=Path, help="folder of images in place of the digits")
     options = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="export-full-") as name:
-        scratch = Path(name)
-        os.environ |= {"DBT_BASE_DIR": str(scratch / "workspace"), "DBT_MODEL_SIZE": "full"}
-        import torch
-
+    with prepared("full", options.data, IMAGES) as (scratch, files):
         from models import BACKBONE_MAP
 
-        torch.set_num_threads(1)
         names = QUICK_NAMES if options.quick else tuple(BACKBONE_MAP)
-        rows, alone = measured(names, image_files(options.data, scratch, IMAGES), scratch)
+        rows, alone = measured(names, files, scratch)
     packages = ("torch", "onnx", "onnxruntime", "timm", "pillow")
     report("export_full", rows, quick=options.quick, packages=packages, eager_ms=alone)
     return 0
@@ -61,7 +53,7 @@ def measured(names: Sequence[str], files: Sequence[Path], scratch: Path) -> tupl
     from utils.ensemble_network import EnsembleNetwork
     from utils.heads import MeanOfProbabilities
 
-    level = resident()
+    level = peak_bytes()
     parts = [part(name, "full") for name in names]
     network = EnsembleNetwork(parts, MeanOfProbabilities())
     weights = sum(weight.numel() * weight.element_size() for weight in network.state_dict().values())
@@ -71,7 +63,7 @@ def measured(names: Sequence[str], files: Sequence[Path], scratch: Path) -> tupl
     for kind in ("onnx", "torchscript"):
         start = time.perf_counter()
         done = export_formats.package(network, "voting", [kind], scratch / "voting", first, {"input": INPUT}, classes)
-        seconds, peak = time.perf_counter() - start, (resident() - level) / weights
+        seconds, peak = time.perf_counter() - start, (peak_bytes() - level) / weights
         entry = done[kind]
         outcome = proved(kind, entry, scratch / "voting", images, None, None, None, network, scratch)
         print(f"{kind}: {seconds:.0f} s, {json.dumps(outcome)}", file=sys.stderr, flush=True)
@@ -126,11 +118,6 @@ def milliseconds(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
     return 1000 * (time.perf_counter() - start)
-
-
-def resident() -> int:
-    """Bytes of memory that this process held at most so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,18 @@ import utils  # noqa: F401  (installs the mount)
 CLASSES = 10
 PARITY = 1e-4
 """Largest difference of a probability that a file may show, as the certificate has it."""
+
+
+@contextmanager
+def prepared(size: str, data: Path | None, count: int) -> Iterator[tuple[Path, list[Path]]]:
+    """A folder for what is made, and image files; networks of this size run on one thread."""
+    with tempfile.TemporaryDirectory(prefix="export-bench-") as name:
+        scratch = Path(name)
+        os.environ |= {"DBT_BASE_DIR": str(scratch / "workspace"), "DBT_MODEL_SIZE": size}
+        import torch
+
+        torch.set_num_threads(1)
+        yield scratch, image_files(data, scratch, count)
 
 
 def proved(

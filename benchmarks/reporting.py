@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +38,12 @@ def report(benchmark: str, rows: list[dict], *, quick: bool, packages: Sequence[
             {"benchmark": benchmark, "quick": quick, "machine": machine, "versions": versions, "rows": rows} | facts
         )
     )
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def clean_environment() -> dict[str, str]:

@@ -65,8 +65,8 @@ class Popen(subprocess.Popen):
         try:
             command, environment = [os.fspath(part) for part in args], dict(os.environ if env is None else env)
             handles = [_Handle(number) for number in (*streams, told)]
-            given = (command, environment, os.getcwd() if cwd is None else str(cwd), session, *handles)
-            self._process = _server().Process(target=_run, args=given)
+            place = os.getcwd() if cwd is None else str(cwd)
+            self._process = _server().Process(target=_run, args=(command, environment, place, session, *handles))
             self._process.start()
         finally:
             os.close(told)

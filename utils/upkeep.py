@@ -168,9 +168,12 @@ def _removable(config: Config, workspace: Workspace) -> list[Group]:
     gone: list[Item] = []
     if found.found is not None:
         members = found.found.members
-        for folder in (workspace.all_predictions, workspace.all_embeddings, workspace.all_oof):
+        for folder in (workspace.all_predictions, workspace.all_embeddings):
             items = [] if _linked(workspace, folder) else caches.children(folder)
-            gone += [item for item in items if item.name.removesuffix(".npz") not in members]
+            gone += [item for item in items if item.paths[0].is_dir() and item.name not in members]
+        kept = {workspace.oof(name).name for name in members}
+        items = [] if _linked(workspace, workspace.all_oof) else caches.children(workspace.all_oof)
+        gone += [item for item in items if item.paths[0].suffix == ".npz" and item.name not in kept]
     saved = [] if _linked(workspace, workspace.models) else caches.children(workspace.models)
     stale = found.stale_ensembles()
     old = [

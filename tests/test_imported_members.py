@@ -173,5 +173,5 @@ def test_folders_that_hold_no_predictions_are_told(tmp_path, workspace, caplog):
 def test_names_of_ensembles_are_taken(tmp_path, workspace):
     take_in(workspace, write(tmp_path / "given"))
     build.build_ensemble(CONFIG, workspace)
-    with pytest.raises(UserError, match="member soft_voting_ensemble: an ensemble of this workspace has that name"):
+    with pytest.raises(UserError, match="member 'soft_voting_ensemble': the name is reserved for ensembles"):
         take_in(workspace, write(tmp_path / "more", {"soft_voting_ensemble": 5}))

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
 import threading
 import tokenize
@@ -90,6 +91,16 @@ def reserve(path: Path, start: int) -> None:
         file.seek(start)
         while (left := size - file.tell()) > 0:
             file.write(bytes(min(left, BLOCK)))
+
+
+def link_file(source: Path, path: Path) -> None:
+    """Give a file that is only ever replaced as a whole another name; a copy where the file system has no links."""
+    with replacing(path) as temporary:
+        temporary.unlink()
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
 
 
 def write_text(path: Path, text: str) -> None:

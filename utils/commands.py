@@ -63,6 +63,12 @@ COMMANDS: dict[str, Command] = {
                 "default": [],
                 "help": "forget a network that was declared with --add; its file stays; repeatable",
             },
+            "--rename": {
+                "metavar": "OLD=NEW",
+                "action": "append",
+                "default": [],
+                "help": "give an imported or declared member another name, with all that is stored of it; repeatable",
+            },
         },
         writes=True,
     ),

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from utils import catalog, image_splits, imported_members, inspection, streaming
+from utils import catalog, image_splits, imported_members, inspection, member_names, renaming, streaming
 from utils.artifacts import FileDigests
 from utils.catalog import DERIVED, IMPORTED, MADE, STAGES, TIMM, Catalog, Member, Problem
 from utils.config import Config
@@ -28,7 +29,7 @@ from utils.workspace import SPLITS, Workspace
 
 logger = logging.getLogger("disease_pipeline")
 
-ADDED = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)=timm:(?P<model>[^@\s]+)@(?P<file>.+)")
+ADDED = re.compile(r"(?P<name>[^=]+)=timm:(?P<model>[^@\s]+)@(?P<file>.+)")
 NAMED_PAIRS = 20  # pairs of equal images that are named one by one
 
 
@@ -39,17 +40,49 @@ def discover(
     verify: bool = False,
     add: Sequence[str] = (),
     remove: Sequence[str] = (),
+    rename: Sequence[str] = (),
     force: bool = False,
 ) -> Result:
     """Find trained models, check them and write the catalog.
 
     `verify` also runs every trained member, and derived ones that the configuration includes, on all val images, and
     out-of-fold predictions' networks on a sample of train images. `add` declares networks of timm,
-    `NAME=timm:MODEL@FILE`; later discoveries keep them, and imported members, until `remove` names them. What was
-    measured once is known by digest and measured again only with `force`; a scan is cheap, so it is always made. Raises
-    UserError when there is no member, or for a declaration that cannot be followed or taken back.
+    `NAME=timm:MODEL@FILE`; later discoveries keep them, and imported members, until `remove` names them. `rename` gives
+    such members other names, `OLD=NEW`, with everything stored of them. What was measured once is known by digest and
+    measured again only with `force`; a scan is cheap, so it is always made. Raises UserError when there is no member,
+    or for a declaration or a renaming that cannot be followed or taken back.
     """
     earlier = _less(workspace, _earlier(workspace), remove)
+    earlier, names = renaming.start(workspace, earlier, rename, partial(_require_new, workspace, earlier))
+    result = _discovered(config, workspace, earlier, verify=verify, add=add, remove=remove, force=force)
+    renaming.remove_first_names(workspace, names)
+    return replace(result, text="\n".join([*renaming.lines(workspace, names), result.text]))
+
+
+def _require_new(
+    workspace: Workspace, earlier: Catalog | None, name: str, where: str, beside: Iterable[str] = ()
+) -> None:
+    """Raise UserError for a name that a member or an ensemble has, or that no new member may have.
+
+    `beside` are names that arrive with it.
+    """
+    taken = {path.name: "an ensemble" for path in workspace.models.glob("*")}
+    taken |= member_names.taken_by(earlier.members.values() if earlier else ())
+    taken |= dict.fromkeys([*(candidate.name for candidate in _trained(workspace)), *beside], "a network")
+    member_names.require_new(name, taken, where=where, remedy="Choose another name")
+
+
+def _discovered(
+    config: Config,
+    workspace: Workspace,
+    earlier: Catalog | None,
+    *,
+    verify: bool,
+    add: Sequence[str],
+    remove: Sequence[str],
+    force: bool,
+) -> Result:
+    """What a scan finds, with the declared and imported members of an `earlier` catalog."""
     if earlier and not earlier.has_images and not workspace.has_images and not add:
         return _without_images(config, workspace, earlier)
     digests = FileDigests(workspace.digests)
@@ -132,6 +165,8 @@ def _without_images(config: Config, workspace: Workspace, earlier: Catalog) -> R
 def _written(
     workspace: Workspace, found: Catalog, measured: Mapping[str, Mapping[str, Any]], *, verify: bool
 ) -> Result:
+    own = member_names.problems(found)
+    found = found.with_problems(own, members=found.members, codes={member_names.PROBLEM})
     catalog.save(workspace, found)
     failures = [f"{p.member or 'split'}: {p.message}" for p in found.problems if p.severity == "error"]
     return Result(_table(workspace, found, measured, verify=verify), found.as_record(), failures)
@@ -207,7 +242,7 @@ def _declared(scan: Scan, add: Sequence[str], earlier: Catalog | None) -> list[C
     """
     found: dict[str, Candidate] = {}
     remembered = earlier.members.values() if earlier else ()
-    for member in (member for member in remembered if _is_declared(member)):
+    for member in (member for member in remembered if renaming.is_declared(member)):
         path = scan.workspace.base / member.checkpoints[0]["path"]
         found[member.name] = Candidate(
             member.name,
@@ -228,6 +263,8 @@ def _declared(scan: Scan, add: Sequence[str], earlier: Catalog | None) -> list[C
         name, path = match["name"], Path(match["file"]).expanduser().absolute()
         if name in trained:
             raise UserError(f"--add {declaration}: a checkpoint of {name} is in {scan.workspace.checkpoints} already")
+        if name not in found:
+            _require_new(scan.workspace, earlier, name, f"--add {declaration}", found)
         if not path.is_file():
             near = did_you_mean(path.name, [entry.name for entry in path.parent.glob("*")])
             raise UserError(f"--add {declaration}: {path}: no such file{near}")
@@ -263,14 +300,10 @@ def _earlier(workspace: Workspace) -> Catalog | None:
         return None
 
 
-def _is_declared(member: Member) -> bool:
-    return member.architecture.startswith(TIMM) and member.source == "trained"
-
-
 def _less(workspace: Workspace, earlier: Catalog | None, remove: Sequence[str]) -> Catalog | None:
     """The earlier catalog without the members to remove. Raises UserError where one was never given by the user."""
     members = earlier.members if earlier else {}
-    given = [name for name, one in members.items() if _is_declared(one) or one.source == IMPORTED]
+    given = renaming.given(earlier)
     for name in remove:
         if name not in given:
             raise UserError(

@@ -14,7 +14,6 @@ import numpy as np
 
 from utils import prediction_files
 from utils.catalog import Problem
-from utils.config import is_name
 from utils.errors import UserError, did_you_mean
 from utils.image_splits import ImageSplit
 from utils.prediction_files import Predictions
@@ -97,8 +96,6 @@ def read_folder(source: Path) -> dict[str, dict[str, Predictions]]:
 
 
 def _read_member(name: str, files: Mapping[str, Path]) -> dict[str, Predictions]:
-    if not is_name(name) or not name.isprintable():
-        raise UserError(f"member {name!r}: expected a printable name without backslashes and outer spaces. Rename it")
     if not {"oof", "val"} & files.keys():
         raise UserError(
             f"member {name}: neither oof.npz nor val.npz, so there is nothing to fit or choose on. Add one of them"

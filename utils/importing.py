@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from utils import catalog, image_splits, imported_judgement, imported_members
+from utils import catalog, image_splits, imported_judgement, imported_members, member_names
 from utils.artifacts import FileDigests
 from utils.catalog import IMPORTED, Catalog, Problem
 from utils.config import Config
@@ -83,13 +83,19 @@ def _earlier(workspace: Workspace) -> Catalog | None:
 
 
 def _require_free_names(workspace: Workspace, earlier: Catalog | None, names: Sequence[str]) -> None:
+    """Raise UserError for names that new members may not have, and for those of imported ones that others have too."""
+    kept = earlier.imported() if earlier is not None else {}
+    others = earlier.members.values() if earlier is not None else ()
     taken = dict.fromkeys(catalog.checkpoint_files(workspace), "a network")
-    if earlier is not None:
-        taken |= dict.fromkeys(earlier.members.keys() - earlier.imported().keys(), "a network")
+    taken |= member_names.taken_by(one for one in others if one.name not in kept)
     taken |= {path.name: "an ensemble" for path in workspace.models.glob("*")}
 
     def check(name: str) -> None:
-        if name in taken:
+        if name not in kept:
+            beside = dict.fromkeys((other for other in names if other != name), "another folder")
+            all_taken = taken | member_names.taken_by(kept.values()) | beside
+            member_names.require_new(name, all_taken, where=f"member {name!r}", remedy="Rename the folder")
+        elif name in taken:
             raise UserError(f"member {name}: {taken[name]} of this workspace has that name. Rename the folder")
 
     for_each(names, check)

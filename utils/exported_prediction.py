@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's JPEG decoder opens MPO as well
 
 
 class ExportedModel:
@@ -57,7 +58,7 @@ class ExportedModel:
     def prepare(self, path: Path) -> np.ndarray:
         """One file in the form that the model takes. Raises ValueError for one that cannot be decoded."""
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 rgb = image.convert("RGB")
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path}: cannot be decoded ({error})") from error
@@ -77,6 +78,36 @@ class ExportedModel:
         starts = range(0, len(paths), self.batch)
         parts = [self.run_each([self.prepare(path) for path in paths[at : at + self.batch]]) for at in starts]
         return np.concatenate(parts)
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Open an image file; pixels are decoded when they are asked for.
+
+    Raises UnidentifiedImageError, an OSError, for a file in none of the formats; it names the format of the file
+    where Pillow knows it.
+    """
+    try:
+        return Image.open(path, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        if (name := format_of(path)) is None:
+            raise
+        expected = ", ".join(("MPO", *FORMATS))
+        raise UnidentifiedImageError(f"its content is of the format {name}; expected one of {expected}") from error
+
+
+def format_of(path: str | Path) -> str | None:
+    """Pillow's name for the format that the first bytes of a file claim, if it is none of FORMATS; opens no decoder."""
+    with open(path, "rb") as file:
+        prefix = file.read(16)
+    Image.init()
+    for name in [name for name in Image.ID if name not in FORMATS]:
+        accept = Image.OPEN[name][1]
+        try:
+            if accept is not None and accept(prefix):
+                return name
+        except Exception:  # of a prefix that is too short for this format
+            continue
+    return None
 
 
 def centre_square(image: Image.Image, side: int, size: int) -> np.ndarray:

@@ -191,14 +191,15 @@ def digits() -> tuple[Any, Any]:
 def images(folder: Path) -> tuple[Any, Any]:
     """Pixels (N, D) and labels (N,) of the images of one folder per class, made small."""
     import numpy as np
-    from PIL import Image
+
+    from utils.exported_prediction import open_image
 
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     pixels, labels = [], []
     for number, place in enumerate(classes):
         for path in sorted(place.iterdir()):
             if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp"):
-                with Image.open(path) as image:
+                with open_image(path) as image:
                     pixels.append(np.asarray(image.convert("RGB").resize((SIDE, SIDE))).ravel())
                 labels.append(number)
     if len(set(labels)) < 2:

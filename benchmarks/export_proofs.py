@@ -86,11 +86,9 @@ def part(name: str, size: str) -> Any:
 
 def squares(files: Sequence[Path], size: int) -> np.ndarray:
     """Files as float32 (N, 3, size, size) in [0, 1]."""
-    from PIL import Image
+    from utils.exported_prediction import centre_square, open_image
 
-    from utils.exported_prediction import centre_square
-
-    return np.stack([centre_square(Image.open(file).convert("RGB"), int(size * 1.14), size) for file in files])
+    return np.stack([centre_square(open_image(file).convert("RGB"), int(size * 1.14), size) for file in files])
 
 
 def image_files(data: Path | None, scratch: Path, count: int) -> list[Path]:

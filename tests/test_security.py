@@ -43,6 +43,8 @@ def complaints(source: str) -> list[str]:
             found.append(f"line {line}: a shell")
         if isinstance(options.get("allow_pickle"), ast.Constant) and options["allow_pickle"].value:
             found.append(f"line {line}: allow_pickle")
+        if name.endswith("Image.open") and "formats" not in options:
+            found.append(f"line {line}: Image.open of any format")
         if name == "yaml.load" and "Loader" not in options:
             found.append(f"line {line}: yaml.load without a loader")
     for node in ast.walk(tree):
@@ -69,6 +71,7 @@ def test_no_source_runs_data(path):
         "import numpy as np\nnp.load(path, allow_pickle=True)",
         "import pickle\npickle.loads(content)",
         "from dill import loads",
+        "from PIL import Image\nImage.open(path)",
     ],
 )
 def test_what_runs_data_is_seen(source):

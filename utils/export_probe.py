@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import fold_networks, image_splits, streaming
+from utils import base_back, fold_networks, image_splits, streaming
 from utils.combiner import seen_by
 from utils.errors import UserError
 from utils.export_certificate import BATCHES, Probe, dealt
@@ -161,9 +161,7 @@ def _images(
 
 
 def _decoded(path: Path) -> np.ndarray:
-    from PIL import Image
-
-    with Image.open(path) as image:
+    with base_back.bundled("image_files").open_image(path) as image:
         return np.array(image.convert("RGB"))
 
 

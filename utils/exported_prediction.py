@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's JPEG decoder opens MPO as well
+SUM_TOLERANCE = 0.01  # of probabilities in half precision
+SIGN_TOLERANCE = 1e-6
 
 
 class ExportedModel:
@@ -30,6 +32,9 @@ class ExportedModel:
     batch = 32  # images at a time
 
     def __init__(self, path: Path | str, *, threads: int = 0) -> None:
+        import onnxruntime  # here, since the checks below serve answers that no ONNX file gives as well
+
+        self.path = path
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         try:
@@ -50,14 +55,19 @@ class ExportedModel:
             raise ValueError(f"{path}: takes {self.input['kind']}, not images; feed it as its README says")
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        """Prepared images -> probabilities float32 (B, C)."""
-        found: np.ndarray = self.session.run(["probabilities"], {self.input["name"]: images})[0]
-        return found
+        """Prepared images -> probabilities float32 (B, C). Raises ValueError for an output of another form."""
+        answers = self.session.run(["probabilities"], {self.input["name"]: images})[0]
+        try:
+            check_form(answers, len(images), len(self.classes))
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}. Export the ensemble again") from error
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is no answer
+            return np.asarray(answers, dtype=np.float32)
 
     def prepare(self, path: Path) -> np.ndarray:
         """One file in the form that the model takes. Raises ValueError for one that cannot be decoded."""
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 rgb = image.convert("RGB")
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path}: cannot be decoded ({error})") from error
@@ -73,10 +83,70 @@ class ExportedModel:
         return found
 
     def predict(self, paths: Sequence[Path]) -> np.ndarray:
-        """Image files -> probabilities float32 (N, C)."""
+        """Image files -> probabilities float32 (N, C); `row_problems` says which rows are none."""
         starts = range(0, len(paths), self.batch)
         parts = [self.run_each([self.prepare(path) for path in paths[at : at + self.batch]]) for at in starts]
         return np.concatenate(parts)
+
+
+def check_form(answers: Any, rows: int, classes: int) -> None:
+    """Raise ValueError unless `answers` are floats (rows, classes)."""
+    if isinstance(answers, np.ndarray) and answers.dtype.kind == "f" and answers.shape == (rows, classes):
+        return
+    form = f"{answers.dtype} {answers.shape}" if isinstance(answers, np.ndarray) else type(answers).__name__
+    raise ValueError(
+        f"the probabilities of {rows} images are {form}; expected floats ({rows}, {classes}), a row for each image and "
+        "a column for each class"
+    )
+
+
+def row_problems(probabilities: np.ndarray) -> dict[int, str]:
+    """{row: why it is no answer} of floats (N, C): each row must be finite, from 0 to 1, and sum to 1."""
+    values = probabilities.astype(np.float64)
+    finite = np.isfinite(values).all(axis=1)
+    values[~finite] = 0
+    lowest, highest, sums = values.min(axis=1, initial=0), values.max(axis=1, initial=0), values.sum(axis=1)
+    out_of_range = (lowest < -SIGN_TOLERANCE) | (highest > 1 + SUM_TOLERANCE)
+    problems = {}
+    for row in np.flatnonzero(~finite | out_of_range | (np.abs(sums - 1) > SUM_TOLERANCE)).tolist():
+        if not finite[row]:
+            problems[row] = "NaN or infinity among its probabilities"
+        elif out_of_range[row]:
+            worst = lowest[row] if lowest[row] < -SIGN_TOLERANCE else highest[row]
+            problems[row] = f"its probabilities must be from 0 to 1; one is {worst:.4g}"
+        else:
+            problems[row] = f"its probabilities sum to {sums[row]:.4g}; expected 1 within {SUM_TOLERANCE:g}"
+    return problems
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Open an image file; pixels are decoded when they are asked for.
+
+    Raises UnidentifiedImageError, an OSError, for a file in none of the formats; it names the format of the file
+    where Pillow knows it.
+    """
+    try:
+        return Image.open(path, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        if (name := format_of(path)) is None:
+            raise
+        expected = ", ".join(("MPO", *FORMATS))
+        raise UnidentifiedImageError(f"its content is of the format {name}; expected one of {expected}") from error
+
+
+def format_of(path: str | Path) -> str | None:
+    """Pillow's name for the format that the first bytes of a file claim, if it is none of FORMATS; opens no decoder."""
+    with open(path, "rb") as file:
+        prefix = file.read(16)
+    Image.init()
+    for name in [name for name in Image.ID if name not in FORMATS]:
+        accept = Image.OPEN[name][1]
+        try:
+            if accept is not None and accept(prefix):
+                return name
+        except Exception:  # of a prefix that is too short for this format
+            continue
+    return None
 
 
 def centre_square(image: Image.Image, side: int, size: int) -> np.ndarray:
@@ -112,7 +182,7 @@ def _of_one_shape(images: Sequence[np.ndarray]) -> Iterator[list[int]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 0, or 1 with one line on stderr."""
+    """The command line; 0, or 1 with a line on stderr for what is wrong. An image without an answer has no row."""
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description="Class probabilities of image files from an exported ensemble.")
     parser.add_argument("images", nargs="+", help="image files, or folders that hold some")
@@ -129,17 +199,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"predict: {error}", file=sys.stderr)
         return 1
+    problems = row_problems(probabilities)
     table = csv.writer(sys.stdout, lineterminator="\n")
     if not options.json:
         table.writerow(["file", "class", *model.classes])
-    for path, row in zip(files, probabilities.tolist(), strict=True):
+    for number, (path, row) in enumerate(zip(files, probabilities.tolist(), strict=True)):
+        if number in problems:
+            print(f"predict: {path}: {problems[number]}", file=sys.stderr)
+            continue
         best = model.classes[int(np.argmax(row))]
         if options.json:
             of = dict(zip(model.classes, row, strict=True))
             print(json.dumps({"file": str(path), "class": best, "probabilities": of}, ensure_ascii=False))
         else:
             table.writerow([path, best, *(f"{value:.6g}" for value in row)])
-    return 0
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -168,7 +168,10 @@ class ExportClassifier:
         """Name and digest of the file: answers of two files do not go into one."""
 
     def answer(self, paths: Sequence[Path], step: Callable[[int], None]) -> BlockAnswers:
-        """Probabilities for image files; `step(images)` is called for every batch."""
+        """Probabilities for image files; `step(images)` is called for every batch.
+
+        Raises UserError for an output that is not a row of probabilities for each image.
+        """
         found: dict[int, np.ndarray] = {}
         problems: dict[int, str] = {}
         for start in range(0, len(paths), self.model.batch):
@@ -179,7 +182,11 @@ class ExportClassifier:
                 except ValueError as error:
                     problems[place] = str(error).removeprefix(f"{path}: ")
             if images:
-                found |= zip(images, self.model.run_each(list(images.values())), strict=True)
+                try:
+                    answers = self.model.run_each(list(images.values()))
+                except ValueError as error:
+                    raise UserError(f"--from-export {error}") from error
+                found |= zip(images, answers, strict=True)
                 step(len(images))
         rows = np.stack(list(found.values())) if found else np.empty((0, len(self.classes)))
         return BlockAnswers(np.array(list(found), dtype=np.int64), rows.astype(np.float64), None, problems)
@@ -264,9 +271,29 @@ def _answers(
     progress = _Progress(len(paths), classifier.networks)
     for start in range(0, len(paths), classifier.block):
         block = paths[start : start + classifier.block]
-        found = classifier.answer(block, progress.step)
+        found = _checked(classifier, classifier.answer(block, progress.step))
         yield _records(classifier, thresholds, block, found, style)
         progress.block_ends(min(start + len(block), len(paths)))
+
+
+def _checked(classifier: Classifier, answers: BlockAnswers) -> BlockAnswers:
+    """Answers that are probabilities; a row that is none becomes a problem of its image and of no other."""
+    from utils.exported_prediction import check_form, row_problems
+
+    try:
+        check_form(answers.probabilities, len(answers.readable), len(classifier.classes))
+    except ValueError as error:
+        raise UserError(f"{classifier.version}: {error}") from error
+    reasons = row_problems(answers.probabilities)
+    if not reasons:
+        return answers
+    kept = [row for row in range(len(answers.readable)) if row not in reasons]
+    return BlockAnswers(
+        answers.readable[kept],
+        answers.probabilities[kept],
+        None if answers.disagreement is None else answers.disagreement[kept],
+        answers.problems | {int(answers.readable[row]): reason for row, reason in reasons.items()},
+    )
 
 
 def _records(

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from utils import base_back
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -38,15 +40,14 @@ class Thumbnail:
 
 def thumbnail(path: Path) -> Thumbnail:
     """A small copy of an image file; for one that cannot be decoded, or is too large to be meant, the reason."""
-    from PIL import Image
-
+    image_files = base_back.bundled("image_files")
     try:
         size = path.stat().st_size
         if size > FILE_BYTES:
             return Thumbnail(None, problem=f"a file of {size / 1e6:.0f} MB, too large to be shown")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large images are refused below; oddities of metadata concern nobody here
-            with Image.open(path) as image:
+            with image_files.open_image(path) as image:
                 width, height = image.size
                 if width * height > LARGEST:
                     return Thumbnail(None, problem=f"{width} x {height} pixels, too large to be shown")

@@ -37,10 +37,10 @@ FEW_IMAGES = 300  # below, starting loader processes costs more than they save
 
 
 def _open_rgb(path: str) -> Any:
-    from PIL import Image
+    from utils.image_files import open_image
 
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise ValueError(f"{path}: cannot be decoded ({error})") from error

@@ -92,10 +92,10 @@ def read_image(path: Path, side: int) -> np.ndarray:
 
 def _read_image(path: Path, sides: Sequence[int]) -> tuple[dict[int, np.ndarray], str]:
     """One file at each of the sides, decoded once, and Pillow's name of its mode."""
-    from PIL import Image
+    from .image_files import open_image
 
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             mode = image.mode
             if image.width * image.height > LARGE_PIXELS:
                 with _one_large_image:

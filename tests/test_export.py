@@ -278,14 +278,14 @@ def test_a_disk_without_room_is_told_before_anything_is_written(own_export, monk
 
 def test_verify_holds_and_names_what_was_tampered_with(own_export):
     folder = folder_of(own_export, "hard_voting_ensemble")
-    assert "checksums hold" in export_checks.verify(folder).text
+    assert "checksums hold" in export_checks.verify(at(own_export), folder).text
     with (folder / "custom" / "README.md").open("a") as file:
         file.write("one more line")
     (folder / "onnx" / "hard_voting_ensemble.onnx").unlink()
     with pytest.raises(UserError, match=r"hard_voting_ensemble\.onnx: gone; custom/README\.md: other bytes"):
-        export_checks.verify(folder)
+        export_checks.verify(at(own_export), folder)
     with pytest.raises(UserError, match=r"no checksums\.json"):
-        export_checks.verify(folder.parent)
+        export_checks.verify(at(own_export), folder.parent)
 
 
 def test_verify_finds_answers_that_differ(own_export):
@@ -293,7 +293,7 @@ def test_verify_finds_answers_that_differ(own_export):
     change_a_weight(folder / "onnx" / f"{NAME}.onnx")
     write_json(folder / "checksums.json", export_folder.checksums(folder))
     with pytest.raises(UserError, match=r"onnx: soft_voting_ensemble\.onnx: its probabilities are off by"):
-        export_checks.verify(folder)
+        export_checks.verify(at(own_export), folder)
 
 
 def test_forms_of_fewer_bits_have_a_tolerance_of_their_own_and_their_accuracy(own_export):
@@ -312,7 +312,7 @@ def test_forms_of_fewer_bits_have_a_tolerance_of_their_own_and_their_accuracy(ow
         accuracy = entry["test_accuracy"]
         assert accuracy["ensemble"] == pytest.approx(measured)
         assert accuracy["change"] == pytest.approx(accuracy["file"] - measured)
-    assert "onnx_int8" in export_checks.verify(folder).document["formats"]
+    assert "onnx_int8" in export_checks.verify(at(own_export), folder).document["formats"]
     rows = {row["format"]: row for row in export_comparison.compare(at(own_export)).document["rows"]}
     assert rows["onnx_int8"]["accuracy"] == result.document["formats"]["onnx_int8"]["test_accuracy"]["file"]
 

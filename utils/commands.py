@@ -194,7 +194,14 @@ COMMANDS: dict[str, Command] = {
             },
             "--member-probabilities": {"action": "store_true", "help": "give each member's probabilities as well"},
             "--check-tools": {"action": "store_true", "help": "only say what each format needs and what is installed"},
-            "--verify": {"metavar": "DIR", "help": "only check an export again: its checksums and its parity"},
+            "--verify": {
+                "metavar": "DIR",
+                "help": "only check an export again: its checksums and its parity; DIR may be below the workspace",
+            },
+            "--trust": {
+                "action": "store_true",
+                "help": "with --verify: run its programs (TorchScript, TFLite) although another workspace wrote them",
+            },
             "--compare": {
                 "action": "store_true",
                 "help": "only list and draw what is exported: accuracy, time, size",

@@ -13,13 +13,21 @@ from typing import Any
 
 import numpy as np
 
-from utils import base_back, export_certificate, export_custom, export_folder, tflite_conversion
-from utils.artifacts import read_arrays, read_json
+from utils import (
+    base_back,
+    export_certificate,
+    export_custom,
+    export_folder,
+    exported_programs,
+    tflite_conversion,
+)
+from utils.artifacts import read_arrays, read_record
 from utils.errors import UserError
 from utils.export_certificate import NEAR_AT_MOST, Probe, RunFailed, run_afresh
 from utils.export_formats import CUSTOM, FORMATS, TENSORRT, TFLITE
 from utils.export_precision import REDUCED
 from utils.results import Result
+from utils.workspace import Workspace
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -66,16 +74,20 @@ def _version(name: str) -> str | None:
         return "unknown"
 
 
-def verify(folder: Path) -> Result:
+def verify(workspace: Workspace, folder: Path, *, trust: bool = False) -> Result:
     """Checksums and parity of an export again, by the rows that lie in it.
 
-    State dicts and checkpoints are put into networks of the workspace, where it has the ensemble. Raises UserError for
-    a folder that is no export, and for files that were tampered with, each named.
+    `folder` is relative to the working directory, else to the workspace. State dicts and checkpoints are put into
+    networks of the workspace, where it has the ensemble. Programs run if this workspace wrote them, or with `trust`.
+    Raises UserError for a folder that is no export, for files that were tampered with, each named, and for programs
+    that may not run.
     """
+    folder = _located(workspace, folder)
     if wrong := export_folder.tampered(folder):
         raise UserError(f"{folder}: not as it was exported: {'; '.join(wrong)}. {export_folder.AGAIN}")
-    status = read_json(folder / export_folder.STATUS, remedy=export_folder.AGAIN)
-    description = read_json(folder / export_folder.METADATA, remedy=export_folder.AGAIN)["training"]
+    status = _record(folder / export_folder.STATUS)
+    description = _record(folder / export_folder.METADATA)["training"]
+    exported_programs.require_runnable(workspace, folder, status, trust=trust)
     kept = read_arrays(folder / CUSTOM / export_custom.PARITY, remedy=export_folder.AGAIN)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
@@ -90,6 +102,25 @@ def verify(folder: Path) -> Result:
         raise UserError(f"{folder}: {'; '.join(failures)}. {export_folder.AGAIN}")
     left = [f"{name}: {facts['words']}" for name, facts in found.items() if facts["status"] == "skipped"]
     return Result("\n".join(lines), {"folder": str(folder), "formats": found}, left)
+
+
+def _located(workspace: Workspace, folder: Path) -> Path:
+    """The absolute folder. Raises UserError where there is none."""
+    places = list(dict.fromkeys([folder.absolute(), workspace.root / folder]))
+    for place in places:
+        if place.is_dir():
+            return place
+    raise UserError(
+        f"--verify {folder}: no such folder ({' and '.join(map(str, places))} looked for). Give the folder that export "
+        f"wrote, such as {workspace.exports / 'NAME'}"
+    )
+
+
+def _record(path: Path) -> dict[str, Any]:
+    record = read_record(path, remedy=export_folder.AGAIN)
+    if record is None:
+        raise UserError(f"{path}: no such file, so this is no export. Give the folder that export wrote")
+    return record
 
 
 def _again(
@@ -111,7 +142,7 @@ def _again(
     }
     job = {"project": str(base_back.PROJECT), "name": description["ensemble"], "form": form, "environment": {}}
     parity: dict[str, Any] | None = None
-    files = [folder / file for file in entry["files"] if not file.endswith(".data")]
+    files = [folder / file for file in export_folder.files_of(folder, entry) if not file.endswith(".data")]
     try:
         answered = run_afresh(name, files, probe, description["outputs"], scratch / name, job=job, **python)
     except RunFailed as error:

@@ -9,10 +9,10 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import file_digest
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from utils.artifacts import read_json, write_json
+from utils.artifacts import read_json, read_record, write_json
 from utils.caches import Item, children
 from utils.errors import UserError, cannot_write
 
@@ -103,15 +103,34 @@ def kept(final: Path, source_digest: str) -> dict[str, dict[str, Any]]:
 
 def changed(folder: Path, entry: Mapping[str, Any]) -> list[str]:
     """Files of an entry that are gone or hold other bytes."""
-    files: Mapping[str, str] = entry.get("files") or {}
     return [
-        name for name, known in files.items() if not (folder / name).is_file() or digest_of_file(folder / name) != known
+        name
+        for name in files_of(folder, entry)
+        if not (folder / name).is_file() or digest_of_file(folder / name) != entry["files"][name]
     ]
+
+
+def files_of(folder: Path, entry: Mapping[str, Any]) -> list[str]:
+    """Names of the files of an entry, relative to `folder`. Raises UserError for one that lies elsewhere."""
+    files = entry.get("files") or {}
+    if not isinstance(files, Mapping):
+        raise UserError(f"{folder / STATUS}: damaged, 'files' is no dict; expected {{file: SHA-256}}. {AGAIN}")
+    for name in files:
+        if _leads_out(folder, name):
+            raise UserError(f"{folder / STATUS}: names the file {name!r}; expected files in this folder. {AGAIN}")
+    return list(files)
+
+
+def _leads_out(folder: Path, name: str) -> bool:
+    """Whether a relative path is absolute, climbs, is no path, or goes through a symbolic link."""
+    path = PurePath(name)
+    steps = (folder.joinpath(*path.parts[:count]) for count in range(1, len(path.parts) + 1))
+    return path.is_absolute() or ".." in path.parts or "\0" in name or any(step.is_symlink() for step in steps)
 
 
 def take_over(final: Path, staged: Path, entry: Mapping[str, Any]) -> None:
     """Bring the files of an entry over from an earlier export, without copying bytes where links are possible."""
-    for name in entry["files"]:
+    for name in files_of(final, entry):
         (staged / name).parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(final / name, staged / name)
@@ -140,8 +159,8 @@ def write_records(
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """{relative path: SHA-256} of every file but `checksums.json` and what is in `failed/`."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """{relative path: SHA-256} of every file but `checksums.json`, symbolic links and what is in `failed/`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     names = {path.relative_to(folder).as_posix(): path for path in files}
     return {
         name: digest_of_file(path)
@@ -152,11 +171,13 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def tampered(folder: Path) -> list[str]:
     """What `checksums.json` does not agree with, one line each. Raises UserError where there is no export."""
-    expected = read_json(folder / CHECKSUMS, remedy=AGAIN)
+    expected = read_record(folder / CHECKSUMS, remedy=AGAIN)
     if expected is None:
         raise UserError(f"{folder}: no {CHECKSUMS}, so it is no export. Give the folder that export wrote")
+    links = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink()}
     found = checksums(folder)
-    lines = [f"{name}: gone" for name in sorted(expected.keys() - found.keys())]
+    lines = [f"{name}: a symbolic link" for name in sorted(links)]
+    lines += [f"{name}: gone" for name in sorted(expected.keys() - found.keys() - links)]
     lines += [f"{name}: not part of the export" for name in sorted(found.keys() - expected.keys())]
     return lines + [
         f"{name}: other bytes" for name in sorted(expected) if name in found and found[name] != expected[name]

@@ -21,6 +21,7 @@ from utils import (
     export_networks,
     export_precision,
     export_probe,
+    exported_programs,
     exported_runtimes,
     tflite_conversion,
 )
@@ -70,6 +71,7 @@ def export(
     member_probabilities: bool = False,
     check_tools: bool = False,
     verify: str | None = None,
+    trust: bool = False,
     compare: bool = False,
     force: bool = False,
 ) -> Result:
@@ -77,14 +79,16 @@ def export(
 
     Formats that are there already, whole and of the same ensemble, are kept unless `force`. A format that fails stops
     no other and ends with exit code 4. `check_tools` tells instead what can be written here, `verify` whether the
-    export in a folder still holds, `compare` how the exported forms stand beside one another. Raises UserError for an
-    unknown name, changed checkpoints, a folder that is not ours, or a disk without room; ConfigError for an unknown
-    format.
+    export in a folder still holds (`trust`: also one that another workspace wrote), `compare` how the exported forms
+    stand beside one another. Raises UserError for an unknown name, changed checkpoints, a folder that is not ours, or a
+    disk without room; ConfigError for an unknown format.
     """
+    if trust and verify is None:
+        raise ConfigError("--trust: expected --verify DIR beside it, whose programs it lets run")
     if check_tools:
         return export_checks.tools()
     if verify is not None:
-        return export_checks.verify(Path(verify).expanduser())
+        return export_checks.verify(workspace, Path(verify).expanduser(), trust=trust)
     if compare:
         return export_comparison.compare(workspace)
     require_enabled(config, "exports")
@@ -126,6 +130,8 @@ def export(
         status |= _reduced(work, source_of_reduced, [name for name in wanted if name not in present])
         del network
         status = {name: _proved(work, name, written) for name, written in status.items()}
+        # Before the folder appears, so that a kill in between leaves no export that is not recorded.
+        exported_programs.record(workspace, subject.name, status)
         for format_name, kept in present.items():
             export_folder.take_over(final, staged, kept)
             status[format_name] = kept

@@ -135,6 +135,11 @@ class Workspace:
         return self.ensembles / "digests.json"
 
     @property
+    def exported_files(self) -> Path:
+        """Digests of the files that exports from here wrote."""
+        return self.ensembles / "exported_files.json"
+
+    @property
     def latency(self) -> Path:
         """How long members' networks take, measured once."""
         return self.ensembles / "latency.json"

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import own_folders
 import pytest
 import warm
 
@@ -53,12 +54,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def project_stays_clean() -> Iterator[None]:
     """Whatever the tests write lies in temporary folders."""
-    before = {path.name for path in PROJECT.iterdir()}
-    yield
-    new = {path.name for path in PROJECT.iterdir()} - before
-    assert new <= {".pytest_cache", ".ruff_cache", ".mypy_cache", ".hypothesis"}, (
-        f"tests wrote into the project: {sorted(new)}"
-    )
+    with own_folders.kept_clean(PROJECT):
+        yield
 
 
 def write_digits(folder: Path, classes: tuple[int, ...] = ZOO_CLASSES, per_class: int = ZOO_PER_CLASS) -> Path:

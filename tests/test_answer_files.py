@@ -5,8 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+import sys
+import tempfile
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from utils import answer_files
 from utils.answer_files import AnswerFile, Form
@@ -31,7 +37,8 @@ def record(path: str, model: str = "m@1") -> dict:
 
 
 def written(path, form: Form, names=NAMES, *, model: str = "m@1", **how):
-    file = AnswerFile(path, form, model, append=how.get("append", False), replace=how.get("replace", False))
+    append, replace = how.get("append", False), how.get("replace", False)
+    file = AnswerFile(path, form, model, append=append, replace=replace, requested=set(names))
     file.add([form.line(record(name, model)) for name in names if name not in file.done])
     return file
 
@@ -80,7 +87,7 @@ def test_records_with_an_error_go_and_the_others_stay_as_they_were(tmp_path, for
     AnswerFile(path, form, "m@1", append=False, replace=False).add(lines)
     with path.open("ab") as file:
         file.write(lines[1].encode()[:20])  # cut off by a killed process
-    file = AnswerFile(path, form, "m@1", append=True, replace=False)
+    file = AnswerFile(path, form, "m@1", append=True, replace=False, requested=set(NAMES))
     assert file.done == set(NAMES) - bad
     kept = [line for name, line in zip(NAMES, lines, strict=True) if name not in bad]
     assert path.read_bytes() == (form.head + "".join(kept)).encode("utf-8", "surrogateescape")
@@ -120,3 +127,205 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, form):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         written(tmp_path / "file" / "a.csv", form)
+
+
+# what does not parse --------------------------------------------------------------------------------------------------
+def many(form: Form, count: int) -> bytes:
+    """A file of so many answers, of which every tenth has a line end in its path."""
+    names = (f"{number}{chr(10) if number % 10 == 9 else ''}.jpg" for number in range(count))
+    lines = [form.line(record(name)) for name in names]
+    return (form.head + "".join(lines)).encode("utf-8", "surrogateescape")
+
+
+def again(path: Path, form: Form, requested=frozenset()) -> AnswerFile:
+    return AnswerFile(path, form, "m@1", append=True, replace=False, requested=requested)
+
+
+@pytest.mark.parametrize("classes", [None, CLASSES])
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("number", [1, 10, 18])
+def test_a_stray_quote_anywhere_in_an_answer_is_named_and_changes_nothing(tmp_path, kind, classes, number):
+    """The last of twenty records, too, behind which the quotes stay open."""
+    form = Form(kind, classes)
+    path, whole = tmp_path / "a", many(form, 20)
+    lines = [form.line(record(f"{row}.jpg")).encode() for row in (number, 19)]
+    for line in lines:
+        changed_line = line if line in whole else form.line(record("18.jpg")).encode()
+        start = whole.index(changed_line)
+        for place in range(start, start + len(changed_line)):
+            changed = whole[:place] + b'"' + whole[place:]
+            path.write_bytes(changed)
+            try:
+                again(path, form)
+            except UserError as error:
+                message = str(error)
+                assert f"{path}: " in message
+                assert "line" in message
+                assert "--to" in message
+            else:  # as in a quoted cell, where the quote and its neighbour are text
+                assert len(read(path, form)) == 20
+            assert path.read_bytes() == changed
+
+
+def test_the_line_is_named(tmp_path, form):
+    path, whole = tmp_path / "a", many(form, 50)
+    path.write_bytes(whole.replace(b"7.jpg", b'7".jpg', 1))
+    offset = 2 if form.format == "jsonl" else 0  # the header has a class name with a line end
+    with pytest.raises(UserError, match=f"begins in line {10 - offset} .*nothing was changed"):
+        again(path, form)
+
+
+WRONG_PATH = b'{"path": ["a"], "model": "m@1", "error": null}\n'
+
+
+@pytest.mark.parametrize(
+    "line", [b"\n", b"x\n", b"5\n", b'"x"\n', b"[]\n", b"[" * 100_000 + b"\n", WRONG_PATH], ids=range(7)
+)
+def test_a_line_that_is_no_answer_is_named_and_changes_nothing(tmp_path, form, line):
+    path, whole = tmp_path / "a", many(form, 12)
+    first = form.line(record("0.jpg")).encode()
+    for changed in (whole.replace(first, first + line), whole + line):
+        path.write_bytes(changed)
+        with pytest.raises(UserError, match="nothing was changed"):
+            again(path, form)
+        assert path.read_bytes() == changed
+
+
+def test_a_last_line_that_is_not_the_beginning_of_an_answer_is_named_and_stays(tmp_path, form):
+    path, whole = tmp_path / "a", many(form, 12)
+    line = form.line(record("new.jpg"))
+    for tail in (b'my "notes"', (line.removesuffix("\n") + line[:-20]).encode()):
+        path.write_bytes(whole + tail)
+        with pytest.raises(UserError, match="nothing was changed"):
+            again(path, form)
+        assert path.read_bytes() == whole + tail
+
+
+def test_zeros_that_a_power_failure_left_are_a_torn_record(tmp_path, form):
+    path, whole = tmp_path / "a", many(form, 12)
+    path.write_bytes(whole + form.line(record("new.jpg")).encode()[:30] + bytes(4096))
+    again(path, form)
+    assert path.read_bytes() == whole
+
+
+def test_a_cell_may_be_longer_than_python_s_reader_takes(tmp_path, form):
+    path = tmp_path / "a"
+    long = form.line(record("a.jpg") | {"set": ["x" * 200_000]})
+    AnswerFile(path, form, "m@1", append=False, replace=False).add([long])
+    before = path.read_bytes()
+    assert again(path, form, {"a.jpg"}).done == {"a.jpg"}
+    assert path.read_bytes() == before
+
+
+def test_records_with_an_error_stay_where_nobody_tries_them_again(tmp_path, form):
+    path, nothing = tmp_path / "a", {"error": "no image", "class": None, "probabilities": None}
+    lines = [form.line(record(name) | nothing) for name in ("a.jpg", "b.jpg")]
+    AnswerFile(path, form, "m@1", append=False, replace=False).add(lines)
+    assert again(path, form, {"b.jpg", "c.jpg"}).done == set()
+    assert [row["path"] for row in read(path, form)] == ["a.jpg"]
+
+
+# any cut --------------------------------------------------------------------------------------------------------------
+TEXTS = st.text(st.sampled_from('a,"\n\r\udcff\u00fc {}[]:\\0'), max_size=12)
+RECORDS = st.builds(
+    lambda path, fields: record(path) | fields,
+    TEXTS,
+    st.fixed_dictionaries(
+        {
+            "class": st.sampled_from(CLASSES),
+            "set": st.lists(st.sampled_from(CLASSES), unique=True) | st.none(),
+            "disagreement": st.floats(0, 2) | st.none(),
+            "error": st.none() | TEXTS.map("no image: {}".format),
+            "probabilities": st.lists(st.floats(0, 1), min_size=3, max_size=3),
+        }
+    ),
+)
+
+
+@settings(deadline=None)
+@given(
+    records=st.lists(RECORDS, min_size=1, max_size=5, unique_by=lambda one: one["path"]),
+    kind=st.sampled_from(["csv", "jsonl"]),
+    classes=st.sampled_from([None, CLASSES]),
+    data=st.data(),
+)
+def test_wherever_a_file_is_cut_its_whole_answers_stay(records, kind, classes, data):
+    form = Form(kind, classes)
+    for one in records:
+        if one["error"] is not None:
+            one["class"] = one["probability"] = one["probabilities"] = None
+        if classes is None:
+            one.pop("probabilities")
+    pieces = [form.head, *map(form.line, records)]
+    pieces = [piece.encode("utf-8", "surrogateescape") for piece in pieces]
+    whole = b"".join(pieces)
+    cut = data.draw(st.integers(1, len(whole)))
+    ends = [sum(map(len, pieces[: number + 1])) for number in range(len(pieces))]
+    count = sum(end <= cut for end in ends) - 1  # whole records
+    answered = {one["path"] for one in records[: max(count, 0)] if one["error"] is None}
+    left = [one for one in records if one["path"] not in answered]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a"
+        path.write_bytes(whole[:cut])
+        file = again(path, form, {one["path"] for one in records})
+        assert file.done == answered
+        kept = [piece for one, piece in zip(records, pieces[1:], strict=True) if one["path"] in answered]
+        assert path.read_bytes() == pieces[0] + b"".join(kept)
+        file.add([form.line(one) for one in left])
+        assert sorted(row["path"] for row in read(path, form)) == sorted(one["path"] for one in records)
+
+
+# growth ---------------------------------------------------------------------------------------------------------------
+def work(path: Path, form: Form, requested=frozenset()) -> tuple[int, int]:
+    """Calls while a file is taken in, and bytes or characters of the strings whose methods are called."""
+    calls = size = 0
+
+    def count(_frame, event, function):
+        nonlocal calls, size
+        if event in ("call", "c_call"):
+            calls += 1
+            text = getattr(function, "__self__", None)
+            size += len(text) if isinstance(text, (bytes, str)) else 0
+
+    sys.setprofile(count)
+    try:
+        again(path, form, requested)
+    finally:
+        sys.setprofile(None)
+    return calls, size
+
+
+def test_work_grows_as_the_rows_do(tmp_path, form):
+    found = []
+    for count in (500, 1000, 2000):
+        path, nothing = tmp_path / str(count), {"error": "no image", "class": None, "probabilities": None}
+        path.write_bytes(many(form, count))
+        bad = [f"bad{number}.jpg" for number in range(count)]
+        with path.open("ab") as file:
+            file.write("".join(form.line(record(name) | nothing) for name in bad).encode())
+        found.append(work(path, form, set(bad[::2])))
+    for small, large in pairwise(found):
+        assert large[0] < 2.1 * small[0]
+        assert large[1] < 2.2 * small[1]  # numbers in names grow longer
+
+
+def test_work_grows_as_the_lines_of_one_record_do(tmp_path):
+    form, found = Form("csv", None), []
+    for count in (500, 1000, 2000):
+        path = tmp_path / str(count)
+        path.write_text(form.head + form.line(record("a.jpg") | {"error": "why\n" * count}))
+        found.append(work(path, form))
+    for small, large in pairwise(found):
+        assert large[0] < 2.1 * small[0]
+        assert large[1] < 2.1 * small[1]
+
+
+def test_quotes_that_stay_open_to_the_end_of_the_file_are_no_torn_record(tmp_path):
+    """As in 3.5 MB of recorded answers, all of which went as one."""
+    form, path = Form("csv", None), tmp_path / "a"
+    lines = [form.line(record(f"{number}.jpg") | {"set": None}) for number in range(1000)]
+    path.write_text(form.head + '"' + "".join(lines))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"begins in line 2 .*never closed"):
+        again(path, form)
+    assert path.read_bytes() == before

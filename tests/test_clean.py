@@ -68,8 +68,12 @@ def test_clean_temporary_removes_at_once_and_only_that(workspace):
     rubbish = leave_rubbish(workspace)
     base_own = workspace.checkpoints / ".x.abcd1234.partial.pth"
     base_own.write_bytes(b"the base pipeline's")
-    assert clean(workspace, temporary=True).document["bytes_removed"] == 5
+    training = workspace.distillation("distilled_x") / ".progress_student.abcd1234.partial.pth"
+    training.parent.mkdir(parents=True)
+    training.write_bytes(b"123")
+    assert clean(workspace, temporary=True).document["bytes_removed"] == 8
     assert not rubbish["temporary"].exists()
+    assert not training.exists()
     assert rubbish["predictions"].exists()
     assert base_own.exists()
     with pytest.raises(ConfigError, match="takes neither"):

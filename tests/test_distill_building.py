@@ -18,7 +18,7 @@ from given_predictions import logged
 from killing import run_and_kill
 from test_predictions import workspace_at
 
-from utils import catalog, distill_building, ensembles, evaluation, inventory, streaming
+from utils import catalog, distill_building, ensembles, evaluation, inventory, streaming, upkeep
 from utils import distillation_teachers as teachers
 from utils.config_file import load
 from utils.distillation_plan import record_of
@@ -356,6 +356,28 @@ def test_a_student_cannot_teach_itself(taught):
     for teacher in (NAME, "CustomMobileOne_distilled"):
         with pytest.raises(UserError, match="the student itself"):
             distill(taught, f"distillation.teacher={teacher}")
+
+
+# what killed trainings left -------------------------------------------------------------------------------------------
+def test_what_killed_trainings_left_is_counted_and_goes_with_the_next_one(own):
+    folder = own.distillation("distilled_convnext")
+    folder.mkdir(parents=True)
+    unfinished = [
+        folder / ".progress_student.abcd1234.partial.pth",
+        folder / ".targets.abcd1234.partial.npz",
+        own.checkpoints / ".CustomConvNeXt_distilled.abcd1234.partial.pth",
+    ]
+    of_the_base = own.checkpoints / ".CustomConvNeXt_final.abcd1234.partial.pth"
+    for path in (*unfinished, of_the_base):
+        path.write_bytes(b"12345")
+    assert upkeep.status(config(SMALL), own).document["bytes"]["temporary"] == 15
+    distill(own, SMALL, "distillation.epochs=1")
+    assert not [path for path in unfinished if path.exists()]
+    assert of_the_base.exists()
+    for path in (folder / "progress_student.pth", unfinished[0]):
+        path.write_bytes(b"of a training that was killed when it had just been recorded")
+    assert distill(own, SMALL, "distillation.epochs=1").document["up_to_date"] == ["distilled_convnext"]
+    assert sorted(path.name for path in folder.iterdir() if "progress" in path.name) == []
 
 
 # a kill at any moment -------------------------------------------------------------------------------------------------

@@ -115,6 +115,12 @@ def test_answers_of_two_files_do_not_go_into_one(tmp_path, exported):
     assert other.code == 1
     assert to.read_bytes() == before
     assert len({json.loads(line)["model"] for line in before.splitlines()}) == 1
+    damaged = before.replace(b'"path"', b'"path""', 1)
+    to.write_bytes(damaged)
+    refused = run("predict", "--from-export", files["float-nchw"], images, "--to", to, "--append")
+    assert refused.code == 1
+    assert f"{to}: the record that begins in line 1 " in refused.stderr
+    assert to.read_bytes() == damaged
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ from multiprocessing import reduction
 from pathlib import Path
 from typing import Any
 
+import own_folders
+
 LARGE = (
     *("numpy", "torch", "torch._dynamo", "timm", "torchvision.transforms", "scipy.optimize", "sklearn.linear_model"),
     *("onnxruntime", "safetensors.torch", "PIL.Image", "yaml", "pydantic"),
@@ -66,7 +68,8 @@ class Popen(subprocess.Popen):
             command, environment = [os.fspath(part) for part in args], dict(os.environ if env is None else env)
             handles = [_Handle(number) for number in (*streams, told)]
             place = os.getcwd() if cwd is None else str(cwd)
-            self._process = _server().Process(target=_run, args=(command, environment, place, session, *handles))
+            given_to_run = (command, environment, place, own_folders.watched(), session, *handles)
+            self._process = _server().Process(target=_run, args=given_to_run)
             self._process.start()
         finally:
             os.close(told)
@@ -124,7 +127,14 @@ def _forks_for_spawn(method: str | None = None) -> Any:
 
 
 def _run(
-    command: Sequence[str], environment: Mapping[str, str], place: str, session: bool, out: int, err: int, told: int
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    place: str,
+    watched: Sequence[str],
+    session: bool,
+    out: int,
+    err: int,
+    told: int,
 ) -> None:
     gc.freeze()  # what the server has imported stays, so that no collection needs to look at it
     if session:
@@ -137,6 +147,8 @@ def _run(
     if "DBT_PARENT" in environment:
         os.environ["DBT_PARENT"] = str(os.getppid())  # the server, which ends with the caller
     os.chdir(place)
+    for folder in watched:
+        own_folders.watch(Path(folder))
     os.write(told, b"1")
     os.close(told)
     given = environment.get("PYTHONPATH")

@@ -10,7 +10,10 @@ import csv
 import io
 import json
 import os
+import re
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,9 +23,21 @@ from utils.errors import UserError, cannot_write
 
 FORMATS = ("csv", "jsonl")
 COLUMNS = ("path", "class", "probability", "set", "abstain", "disagreement", "model", "error")
-FIRST_OF_JSON = b'{"path": '
+FIRST_OF_JSON = '{"path": '
 PART = 2**20  # bytes that are copied at a time
+LONGEST = 2**24  # bytes of a record; a path has at most a few thousand
 PROBABILITY = "p:"  # begins the CSV column of a class
+_QUOTED = r'"[^"]*+(?:""[^"]*+)*+"'
+_CELL = re.compile(rf'({_QUOTED}|[^",\r\n]*+)(?:,|\r?\n)')
+_FINISHED = re.compile(rf'(?:(?:{_QUOTED}|[^",\r\n]*+),)*+')
+_WHOLE = re.compile(rf'{_FINISHED.pattern}(?:{_QUOTED}|[^",\r\n]*+)\r?\n')
+"""A CSV record. Python's reader takes a quote in the middle of a cell for text, and the record for another one."""
+_TORN = re.compile(rf'{_FINISHED.pattern}(?:"[^"]*+(?:""[^"]*+)*+"?|[^",\r\n]*+\r?)')
+"""What a cut anywhere leaves of one."""
+REMEDY = (
+    "Restore or remove what is wrong and try again. Name another file with --to to leave this one as it is, or begin "
+    "anew with --force"
+)
 
 
 @dataclass(frozen=True)
@@ -77,18 +92,43 @@ def _csv_line(cells: Sequence[str]) -> str:
     return line.getvalue()
 
 
+@dataclass(frozen=True)
+class _Record:
+    """A piece of a file of answers."""
+
+    text: str
+    line: int
+    """Of the file where it begins, from 1 on."""
+    end: int
+    """Bytes of the file up to its end."""
+    is_whole: bool
+    """Whether it ends in a line end that is not part of a quoted cell; only the last piece may not."""
+
+
 class AnswerFile:
     """A file that records are added to; what `add` returned from is on disk, whatever ends the process."""
 
-    def __init__(self, path: Path, form: Form, model: str, *, append: bool, replace: bool) -> None:
-        """Begin the file, or go on with it: `done` are the paths that it answers. UserError where that is unsafe.
+    def __init__(
+        self,
+        path: Path,
+        form: Form,
+        model: str,
+        *,
+        append: bool,
+        replace: bool,
+        requested: AbstractSet[str] = frozenset(),
+    ) -> None:
+        """Begin the file, or go on with it: `done` are those of the `requested` paths that it answers.
 
-        A record that was cut off by a killed process is removed, and so are those that hold an error in place of an
-        answer.
+        A last record that was cut off by a killed process is removed, and so are those that hold an error for a
+        requested path, in place of an answer. Every other record stays as it is. Raises UserError, before anything is
+        changed, for a file that holds something else. The file is read once, record by record: what is remembered of
+        it grows with the requested paths and the removed records alone.
         """
         self.path, self.form = path, form
         self.done: set[str] = set()
-        self.failed: list[tuple[int, int]] = []
+        self.failed = array("Q")
+        """First and last place of each record to remove, one after the other."""
         try:
             there = path.stat().st_size if path.exists() else 0
             if there and not (append or replace):
@@ -97,7 +137,7 @@ class AnswerFile:
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
             if there and append:
-                end = self._read(model)
+                end = self._read(model, requested)
                 with path.open("r+b") as file:
                     file.truncate(end)
                 self._remove_failed(end)
@@ -121,59 +161,107 @@ class AnswerFile:
             file.flush()
             os.fsync(file.fileno())
 
-    def _read(self, model: str) -> int:
-        """Take in the paths of all whole records; returns where the last of them ends."""
+    def _read(self, model: str, requested: AbstractSet[str]) -> int:
+        """Check all records and take in which of the requested paths have one; returns where the last whole one ends.
+
+        Raises UserError for anything but whole records of ours and a torn one behind them.
+        """
         end = 0
         with self.path.open("rb") as file:
-            for number, (text, stop) in enumerate(_whole_records(file, quoted=self.form.format == "csv")):
-                if self.form.format == "csv" and number == 0:
-                    self._compare("columns", _parsed(text), list(self.form.columns))
+            for record in self._records(file, model):
+                if not record.is_whole:
+                    self._require_torn(record)
+                elif self.form.format == "csv" and record.line == 1:
+                    self._compare("columns", self._cells(record), list(self.form.columns))
                 else:
-                    path, own, error = self._record(text, number + 1)
-                    self._compare("answers of the model", own, model)
-                    if error:
-                        self.failed.append((end, stop))
-                    else:
+                    path, source, error = self._fields(record)
+                    self._compare("answers of the model", source, model)
+                    if path in requested and error:
+                        self.failed.extend((end, record.end))
+                    elif path in requested:
                         self.done.add(path)
-                end = stop
-        if end == 0:
-            self._require_beginning()
+                end = record.end if record.is_whole else end
         return end
+
+    def _records(self, file: BinaryIO, model: str) -> Iterator[_Record]:
+        """The pieces that a file falls into; each line is looked at once.
+
+        A line end between quotes belongs to a CSV cell. Quotes that are still open where a line ends as an answer of
+        `model` does are an error: what follows would pass for one cell, and for a torn record at the end of the file.
+        """
+        quoted = self.form.format == "csv"
+        values = rf"(?:,[^,\s]+){{{len(self.form.classes or ())}}}"
+        name = re.escape(model.replace('"', ""))
+        answer_end = re.compile(rf",{name},{values}\r?\n\Z".encode("utf-8", "surrogateescape"))
+        lines: list[bytes] = []
+        first, number, size, end, is_open = 1, 0, 0, 0, False
+        while line := file.readline(LONGEST + 1):
+            lines.append(line)
+            number, size, end = number + 1, size + len(line), end + len(line)
+            is_open ^= quoted and line.count(b'"') % 2 == 1
+            if size > LONGEST:
+                raise self._damaged(first, f"longer than {LONGEST:,} bytes")
+            if not line.endswith(b"\n"):
+                break
+            if not is_open:
+                yield _Record(_text(lines), first, end, is_whole=True)
+                lines, first, size = [], number + 1, 0
+            elif answer_end.search(line.replace(b'"', b"")):
+                raise self._damaged(first, "quotes that are never closed" if first == number else "unpaired quotes")
+        if lines:
+            yield _Record(_text(lines), first, end, is_whole=False)
+
+    def _require_torn(self, record: _Record) -> None:
+        """Raise UserError unless this is the beginning of a record, which a killed process did not finish."""
+        is_first, text = record.line == 1, record.text
+        if not is_first:
+            text = text.rstrip("\0")  # which a file system may leave when the power fails
+        if self.form.format == "csv":
+            is_torn = self.form.head.startswith(text) if is_first else _is_torn(text, len(self.form.columns))
+        else:
+            is_torn = FIRST_OF_JSON.startswith(text) or (text.startswith(FIRST_OF_JSON) and not _has_more(text))
+        if not is_torn and is_first:
+            raise UserError(f"{self.path}: holds none of our answers. Name another file with --to")
+        if not is_torn:
+            raise self._damaged(record.line, "neither an answer nor the beginning of one")
 
     def _remove_failed(self, end: int) -> None:
         """Take the records with an error out of a file of `end` bytes; the old file or the new one is there."""
         if not self.failed:
             return
+        self.failed.extend((end, end))
         with replacing(self.path) as temporary, self.path.open("rb") as old, temporary.open("wb") as new:
-            place = 0
-            for start, stop in [*self.failed, (end, end)]:
-                while place < start:
-                    part = old.read(min(start - place, PART))
-                    place += len(part)
+            position = 0
+            for start, stop in zip(self.failed[::2], self.failed[1::2], strict=True):
+                while position < start:
+                    part = old.read(min(start - position, PART))
+                    position += len(part)
                     new.write(part)
-                place = old.seek(stop)
+                position = old.seek(stop)
 
-    def _require_beginning(self) -> None:
-        """A file without a whole record is cut to nothing, so it must be the beginning of one of ours."""
-        text = self.path.read_bytes()
-        ours = self.form.head.encode("utf-8", "surrogateescape") or FIRST_OF_JSON
-        if not (ours.startswith(text) or (self.form.format == "jsonl" and text.startswith(ours))):
-            raise UserError(f"{self.path}: holds none of our answers. Name another file with --to")
+    def _cells(self, record: _Record) -> list[str]:
+        """Of a CSV record."""
+        if not _WHOLE.fullmatch(record.text):
+            raise self._damaged(record.line, "a quote that neither begins nor ends a cell")
+        return _parsed(record.text)
 
-    def _record(self, text: str, number: int) -> tuple[str, str, str | None]:
+    def _fields(self, record: _Record) -> tuple[str, str, str | None]:
         """Path, model and error of a record."""
+        if self.form.format == "csv":
+            cells = self._cells(record)
+            if len(cells) != len(self.form.columns):
+                raise self._damaged(record.line, f"{len(cells)} cells; expected {len(self.form.columns)}")
+            return cells[0], cells[COLUMNS.index("model")], cells[COLUMNS.index("error")]
         try:
-            if self.form.format == "csv":
-                cells = dict(zip(self.form.columns, _parsed(text), strict=True))
-                return cells["path"], cells["model"], cells["error"]
-            record = json.loads(text)
-            if ("probabilities" in record) != (self.form.classes is not None):
-                raise UserError(f"{self.path}: record {number} has other columns. Name another file with --to")
-            return record["path"], record["model"], record["error"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{self.path}: record {number} is none of ours ({error}). Name another file with --to"
-            ) from error
+            document = json.loads(record.text)
+            path, model, error = (document[name] for name in ("path", "model", "error"))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise self._damaged(record.line, f"no answer in JSON, {type(error).__name__}: {error}") from error
+        if not (isinstance(path, str) and isinstance(model, str) and isinstance(error, str | None)):
+            raise self._damaged(record.line, "path, model or error that is no text")
+        if ("probabilities" in document) != (self.form.classes is not None):
+            raise UserError(f"{self.path}: line {record.line} has other columns. Name another file with --to")
+        return path, model, error
 
     def _compare(self, what: str, found: Any, expected: Any) -> None:
         if found != expected:
@@ -183,19 +271,30 @@ class AnswerFile:
                 "begin anew with --force"
             )
 
+    def _damaged(self, line: int, content: str) -> UserError:
+        return UserError(
+            f"{self.path}: the record that begins in line {line} holds {content}; nothing was changed. {REMEDY}"
+        )
+
+
+def _text(lines: Sequence[bytes]) -> str:
+    return b"".join(lines).decode("utf-8", "surrogateescape")
+
+
+def _has_more(text: str) -> bool:
+    """Whether something follows a whole JSON document."""
+    try:
+        return json.JSONDecoder().raw_decode(text)[1] < len(text)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _is_torn(text: str, columns: int) -> bool:
+    """Whether a CSV record of so many columns may begin so."""
+    finished = _FINISHED.match(text)
+    return finished is not None and bool(_TORN.fullmatch(text)) and len(_parsed(finished[0])) < columns
+
 
 def _parsed(text: str) -> list[str]:
-    return next(csv.reader(io.StringIO(text, newline="")))
-
-
-def _whole_records(file: BinaryIO, *, quoted: bool) -> Iterator[tuple[str, int]]:
-    """(record, where it ends) of each record that ends in a line end; in CSV one between quotes does not count."""
-    parts: list[bytes] = []
-    stop = 0
-    for line in file:
-        parts.append(line)
-        stop += len(line)
-        record = b"".join(parts)
-        if line.endswith(b"\n") and not (quoted and record.count(b'"') % 2):
-            yield record.decode("utf-8", "surrogateescape"), stop
-            parts = []
+    """Cells that end in a comma or a line end, of any length: Python's reader has a limit for all of a process."""
+    return [cell[1:-1].replace('""', '"') if cell.startswith('"') else cell for cell in _CELL.findall(text)]

@@ -6,6 +6,7 @@ Records are JSON with sorted keys, arrays `.npy` / `.npz` without pickled object
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -63,6 +64,13 @@ def replacing(path: Path) -> Iterator[Path]:
         raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed processes left of `path` under temporary names, for a caller who alone writes that file."""
+    stem, suffix = glob.escape(path.stem), glob.escape(path.suffix)
+    for unfinished in path.parent.glob(f".{stem}.????????.partial{suffix}"):
+        unfinished.unlink(missing_ok=True)
 
 
 def require_own_folder(folder: Path) -> None:
@@ -259,12 +267,13 @@ def read_tensors(path: Path, *, remedy: str) -> dict[str, np.ndarray]:
 def write_checkpoint(path: Path, weights: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
     """Write a network in the base pipeline's form, atomically; equal content gives equal bytes.
 
-    `weights` {name: tensor}; `extra` is what it says of itself, JSON-ready.
+    `weights` {name: tensor}; `extra` is what it says of itself, JSON-ready. What a killed writer left of it goes.
     """
     import torch
 
     # A pickle notes which strings are one object; those that come out of the parser are alike every time.
     plain = json.loads(json.dumps(extra, sort_keys=True, allow_nan=False))
+    remove_unfinished(path)
     with replacing(path) as temporary, temporary.open("wb") as file:  # a path would put its name into the archive
         torch.save({"model_state_dict": dict(weights), "extra": plain}, file)
 

@@ -78,6 +78,12 @@ def leftovers(folder: Path, *, shared: bool) -> list[Item]:
     return found
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove all files under temporary names from a folder that only the caller writes. Raises OSError."""
+    for item in leftovers(folder, shared=False):
+        remove(item)
+
+
 def packs(image_cache: Path) -> list[Item]:
     """The packs of decoded images, oldest first; their index goes before their pixels."""
     found: dict[str, list[tuple[Path, os.stat_result]]] = {}

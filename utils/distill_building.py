@@ -10,11 +10,12 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import catalog, discovery, ensembles, estimates, fitting, image_splits, streaming, unlabeled
+from utils import caches, catalog, discovery, ensembles, estimates, fitting, image_splits, streaming, unlabeled
 from utils import distillation_comparison as comparison
 from utils import distillation_plan as plan
 from utils import distillation_students as students
@@ -85,7 +86,10 @@ def _one(store: Store, step: plan.Step, force: bool) -> Outcome:
     others = unlabeled.find(store)
     key = plan.key(store, student, teacher, others)
     record = plan.record_of(store, student)
+    folder = store.workspace.distillation(student.ensemble)
+    caches.remove_leftovers(folder)
     if not force and record is not None and plan.is_whole(store, student, record, key):
+        _forget_progress(folder)  # of a training that was killed when it had just been recorded
         return _outcome(store, student, record, is_fresh=False)
     students.require_known(student.name)
     record = _taught(store, student, teacher, others, key, force)
@@ -184,8 +188,7 @@ def _taught(
         "seconds": round(time.monotonic() - start, 1),
     }
     write_json(store.workspace.distillation(student.ensemble) / "record.json", record)
-    for one in progress.values():
-        one.path.unlink(missing_ok=True)
+    _forget_progress(store.workspace.distillation(student.ensemble))
     return record
 
 
@@ -194,11 +197,14 @@ def _progress(store: Store, student: Student, key: list[str], force: bool) -> di
     from utils.distilling import Progress
 
     folder = store.workspace.distillation(student.ensemble)
-    found = {who: Progress(folder / f"progress_{who}.pth", digest_of([*key, who])) for who in ("student", ALONE)}
     if force:
-        for progress in found.values():
-            progress.path.unlink(missing_ok=True)
-    return found
+        _forget_progress(folder)
+    return {who: Progress(folder / f"progress_{who}.pth", digest_of([*key, who])) for who in ("student", ALONE)}
+
+
+def _forget_progress(folder: Path) -> None:
+    for path in folder.glob("progress_*.pth"):
+        path.unlink(missing_ok=True)
 
 
 def _course(store: Store, student: Student) -> Course:

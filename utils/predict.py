@@ -206,7 +206,8 @@ def _predicted(
     if answers.to is None:
         return _on_screen(classifier, thresholds, listing.paths, style, failures)
     place = Path(answers.to).expanduser()
-    file = AnswerFile(place, style, classifier.version, append=answers.append, replace=answers.force)
+    names = {str(path) for path in listing.paths}
+    file = AnswerFile(place, style, classifier.version, append=answers.append, replace=answers.force, requested=names)
     left = [path for path in listing.paths if str(path) not in file.done]
     if len(left) < len(listing.paths):
         logger.info("%d of %d images are answered in %s", len(listing.paths) - len(left), len(listing.paths), file.path)

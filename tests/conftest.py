@@ -56,7 +56,7 @@ def project_stays_clean() -> Iterator[None]:
     before = {path.name for path in PROJECT.iterdir()}
     yield
     new = {path.name for path in PROJECT.iterdir()} - before
-    assert new <= {".pytest_cache", ".ruff_cache", ".mypy_cache", ".hypothesis"}, (
+    assert new <= {".pytest_cache", ".ruff_cache", ".mypy_cache", ".hypothesis", ".venv-newest"}, (
         f"tests wrote into the project: {sorted(new)}"
     )
 

@@ -2,7 +2,8 @@
 
 .SUFFIXES:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-browser crash fuzz bench lint clean-environment
+.PHONY: help setup demo test test-slow test-browser test-newest test-all crash fuzz bench lint clean-environment
+.NOTPARALLEL: # two test runs at once would share the cores
 
 PYTHON ?= python3
 QUICK ?=
@@ -10,6 +11,7 @@ ARGS ?=
 N ?= 2000
 SEED ?= 0
 IN_ENVIRONMENT = .venv/bin/python
+FAST_TESTS = -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # The folder goes to the shell as a variable, word for word, so that spaces and dollar signs survive.
 export DEMO_DATA := $(value DATA)
@@ -30,7 +32,7 @@ demo: setup ## train, combine and compare small networks, from nothing to a repo
 		$${DEMO_DATA:+--data} $${DEMO_DATA:+"$$DEMO_DATA"} $(ARGS)
 
 test: setup ## run the fast tests
-	@$(IN_ENVIRONMENT) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(IN_ENVIRONMENT) $(FAST_TESTS) $(ARGS)
 
 test-slow: setup ## run the slow tests
 	@$(IN_ENVIRONMENT) -m pytest -q -m slow $(ARGS)
@@ -38,6 +40,12 @@ test-slow: setup ## run the slow tests
 test-browser: setup ## open the report in Chromium, which is installed first where apt may do so
 	@scripts/chromium.sh
 	@$(IN_ENVIRONMENT) -m pytest -q -rs -m browser $(ARGS)
+
+test-newest: ## run the fast tests in .venv-newest, with the newest Python here and today's releases
+	@$(PYTHON) scripts/environment.py --newest --environment .venv-newest
+	@.venv-newest/bin/python $(FAST_TESTS) $(ARGS)
+
+test-all: test test-slow test-browser test-newest ## run fast, slow and browser tests, then test-newest
 
 crash: setup ## kill the pipeline at forty random moments and at every write, and compare how it ends
 	@KILLS=40 STRIDE=1 OMP_NUM_THREADS=1 $(IN_ENVIRONMENT) -m pytest -v -rP -n 2 --dist load -m '' tests/crash $(ARGS)
@@ -52,5 +60,5 @@ lint: setup ## check style and layout
 	@$(IN_ENVIRONMENT) -m ruff check .
 	@$(IN_ENVIRONMENT) -m ruff format --check .
 
-clean-environment: ## remove .venv
-	rm -rf .venv
+clean-environment: ## remove .venv and .venv-newest
+	rm -rf .venv .venv-newest

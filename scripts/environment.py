@@ -1,10 +1,13 @@
 """Make the project's own Python environment, or say at once that it is ready.
 
-    python3 scripts/environment.py [--environment DIR] [--requirements FILE]
+    python3 scripts/environment.py [--environment DIR] [--requirements FILE] [--newest]
 
 Standard library only, and written for Python 3.7 or newer, so that an old interpreter can still say what is missing.
 The environment holds a record of what it was made from. A record that fits means nothing to do; a record that says
 `installing` belongs to a run that was interrupted, and that environment is made anew.
+
+With `--newest` it is what a fresh machine gets today: the newest interpreter here, no package of the system, and the
+newest release of everything within its range, which the package index is asked for every time.
 """
 
 from __future__ import annotations
@@ -82,14 +85,21 @@ def version_of(python: str) -> str | None:
     return answer.stdout.strip() if answer.returncode == 0 else None
 
 
-def choose_interpreter() -> str:
-    """The running interpreter if it is new enough, else the newest suitable one on PATH."""
-    if sys.version_info[:2] >= LEAST:
+def choose_interpreter(newest: bool = False) -> str:
+    """The running interpreter if it is new enough, else the newest suitable one on PATH.
+
+    With `newest` the running interpreter is chosen only where PATH has no newer one.
+    """
+    running = sys.version_info[:2]
+    if running >= LEAST and not newest:
         return sys.executable
     for name in NAMES:
+        version = name[len("python") :]
+        if running >= LEAST and tuple(map(int, version.split("."))) <= running:
+            return sys.executable
         path = shutil.which(name)
         # A name on PATH proves little: version managers leave stand-ins for versions that are switched off.
-        if path and version_of(path) == name[len("python") :]:
+        if path and version_of(path) == version:
             return path
     raise SetupError(
         f"Python {LEAST[0]}.{LEAST[1]} or newer is needed; {sys.executable} is "
@@ -192,22 +202,23 @@ def suitable_on_system(python: str, requirements: Path) -> dict[str, str]:
 # Making and filling
 
 
-def create(python: str, environment: Path, requirements: Path) -> None:
-    """An environment without pip; it sees the system's packages only where the system's torch is suitable."""
+def create(python: str, environment: Path, requirements: Path, newest: bool = False) -> None:
+    """An environment without pip; it sees the system's packages only where the system's torch is suitable.
+
+    With `newest` it never sees them.
+    """
     inside = str(environment / "bin" / "python")
     bare = [python, "-m", "venv", "--without-pip"]
     # The environment itself is asked what it sees: for an interpreter that already lives in an environment, or with
     # folders of its own, that differs from what the interpreter sees.
-    answer = quiet([*bare, "--system-site-packages", str(environment)])
-    if answer.returncode:
-        raise SetupError(f"{python} -m venv failed:\n{answer.stdout.strip()}\n{venv_remedy(python)}")
-    shared = suitable_on_system(inside, requirements)
-    if shared:
-        say("this system's " + " and ".join(f"{name} {shared[name]}" for name in LARGE) + " are used")
-        return
-    answer = quiet([*bare, str(environment)])
-    if answer.returncode:
-        raise SetupError(f"{python} -m venv failed:\n{answer.stdout.strip()}\n{venv_remedy(python)}")
+    for options in [[]] if newest else [["--system-site-packages"], []]:
+        answer = quiet([*bare, *options, str(environment)])
+        if answer.returncode:
+            raise SetupError(f"{python} -m venv failed:\n{answer.stdout.strip()}\n{venv_remedy(python)}")
+        shared = suitable_on_system(inside, requirements) if options else {}
+        if shared:
+            say("this system's " + " and ".join(f"{name} {shared[name]}" for name in LARGE) + " are used")
+            return
 
 
 def venv_remedy(python: str) -> str:
@@ -235,10 +246,14 @@ def add_pip(python: str, environment: Path) -> None:
     )
 
 
-def install(environment: Path, requirements: Path) -> None:
-    """Pip with its own progress on the screen; its last error lines and a remedy when it fails."""
+def install(environment: Path, requirements: Path, newest: bool = False) -> None:
+    """Pip with its own progress on the screen; its last error lines and a remedy when it fails.
+
+    With `newest` a release that is there already gives way to a newer one.
+    """
     command = [str(environment / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check"]
-    command += ["--no-input", "-r", str(requirements)]
+    command += ["--no-input", *(["--upgrade", "--upgrade-strategy", "eager"] if newest else [])]
+    command += ["-r", str(requirements)]
     last: deque[str] = deque(maxlen=12)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as pip:
         for line in pip.stderr or ():
@@ -257,14 +272,18 @@ def install(environment: Path, requirements: Path) -> None:
     )
 
 
-def prepare(environment: Path, requirements: Path) -> None:
-    """Bring the environment to the requirements; does nothing when it is there already."""
-    if is_ready(environment, requirements):
+def prepare(environment: Path, requirements: Path, newest: bool = False) -> None:
+    """Bring the environment to the requirements; does nothing when it is there already, unless `newest` asks for more.
+
+    With `newest`, an environment of an older interpreter than the newest one here is made anew.
+    """
+    if not newest and is_ready(environment, requirements):
         say(f"{environment.name} is ready")
         return
     inside = str(environment / "bin" / "python")
     record, version = read_record(environment), version_of(inside)
-    if record is not None and (record.get("state") != "complete" or record.get("python") != version):
+    expected = version_of(choose_interpreter(newest)) if newest else version
+    if record is not None and not (record.get("state") == "complete" and record.get("python") == version == expected):
         say(f"{environment.name} is unfinished or belongs to another Python; it is made anew")
         shutil.rmtree(environment)
     elif record is None and environment.exists():
@@ -277,15 +296,15 @@ def prepare(environment: Path, requirements: Path) -> None:
     python = inside
     digest = requirements_digest(requirements)
     if not environment.exists():
-        python = choose_interpreter()
+        python = choose_interpreter(newest)
         say(f"making {environment.name} with Python {version_of(python)} ({python})")
         environment.mkdir(parents=True)
         write_record(environment, state="installing")
-        create(python, environment, requirements)
+        create(python, environment, requirements, newest)
     write_record(environment, state="installing")
     add_pip(python, environment)
     say(f"installing {requirements.name}; the first time takes some minutes")
-    install(environment, requirements)
+    install(environment, requirements, newest)
     write_record(environment, state="complete", python=version_of(inside) or "", requirements_sha256=digest)
     say(f"{environment.name} is ready")
 
@@ -294,9 +313,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Make the project's Python environment, or say that it is ready.")
     parser.add_argument("--environment", type=Path, default=ROOT / ".venv", help="folder (default: .venv)")
     parser.add_argument("--requirements", type=Path, default=ROOT / "requirements.txt", help="what it has to hold")
+    parser.add_argument(
+        "--newest",
+        action="store_true",
+        help="by the newest Python here, with the newest releases, nothing of the system",
+    )
     chosen = parser.parse_args()
     try:
-        prepare(Path(os.path.abspath(chosen.environment)), chosen.requirements)
+        prepare(Path(os.path.abspath(chosen.environment)), chosen.requirements, chosen.newest)
     except KeyboardInterrupt:
         print("\nenvironment: interrupted; the same command starts again", file=sys.stderr)
         return 130

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 PROJECT = Path(__file__).resolve().parents[1]
-LEFT_OUT = (".git", ".venv", ".venv-bench", "__pycache__", ".pytest_cache", ".ruff_cache", "debug_tmp", "ensembles")
+LEFT_OUT = (".git", ".venv*", "__pycache__", ".pytest_cache", ".ruff_cache", "debug_tmp", "ensembles")
 
 
 class Defect(NamedTuple):

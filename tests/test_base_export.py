@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from export import (
     formats,
     run_export_smoke_tests,
 )
+from utils.torchscript import exporter_without_notices, torchscript_without_notices
 
 BUILT = ["state_dict", "checkpoint", "torchscript", "onnx"]
 CLASSES = ["black spot", "canker", "healthy"]
@@ -207,7 +209,6 @@ def half_a_file(given: formats.Package, path: Path) -> None:
     path.write_bytes(b"PK\x03\x04 and then the disk was full")
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(
     ("name", "template", "writer", "reason"),
     [
@@ -380,6 +381,26 @@ def test_smoke_tests_open_every_file_again(tmp_path):
     assert run_export_smoke_tests(Leaf(seed=3), paths, folder, image_size=8)["pytorch"]["passed"]
     with pytest.raises(ValueError, match="3 logits; expected 13"):
         run_export_smoke_tests(Leaf(), {}, folder, num_classes=13, image_size=8)
+
+
+def test_an_export_shows_no_warning(tmp_path):
+    """Also none that pytest's own configuration ignores."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = package(tmp_path, Leaf())
+    assert result["successful_exports"] == BUILT
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
+def test_a_notice_of_torchscript_is_not_shown_whatever_its_category(category):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torchscript_without_notices():
+            warnings.warn("`torch.jit.trace` is deprecated. Please switch to `torch.export`.", category, stacklevel=1)
+            with pytest.raises(category, match="another"):
+                warnings.warn("another notice", category, stacklevel=1)
+        with exporter_without_notices():
+            warnings.warn("You are using the legacy TorchScript-based ONNX export.", category, stacklevel=1)
 
 
 def test_an_onnx_file_says_what_it_is(tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image
 from test_export_battery import SIDE, WIDTHS, C, Small
 from torch import nn
 
-from utils import base_back
+from utils import base_back, ensemble_network
 from utils.ensemble_network import EnsembleNetwork, MemberPart, Preparation
 from utils.heads import MeanOfProbabilities
 from utils.image_splits import normalise
@@ -61,6 +61,16 @@ def test_uint8_images_are_prepared_bit_for_bit_as_the_project_does_it(height, in
     given = torch.from_numpy(pixels)[None]
     torch.testing.assert_close(Preparation(32, takes_uint8=True)(given), expected, rtol=0, atol=0)
     torch.testing.assert_close(torch.from_numpy(in_onnx(given.numpy())), expected, rtol=0, atol=1e-6)
+
+
+def test_preparation_shows_no_warning(monkeypatch):
+    """Also none that pytest's own configuration ignores, where the branch is compiled for the first time."""
+    ensemble_network._by_the_shorter_way.cache_clear()
+    monkeypatch.setattr(ensemble_network.PIL, "__version__", "13.0.0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Preparation(32, takes_uint8=True)(torch.zeros(1, 40, 50, 3, dtype=torch.uint8))
+    assert ensemble_network._by_the_shorter_way.cache_info().misses == 1
 
 
 def test_images_in_0_to_1_are_normalised():
@@ -139,7 +149,7 @@ class Embeddings(nn.Module):
         return torch.cat([logits.mean(dim=1), *embeddings], dim=1)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_embeddings_of_a_network_without_methods_outlive_a_trace():
     torch.manual_seed(0)
     own = Foreign().eval()

@@ -182,7 +182,6 @@ def change_a_weight(path: Path) -> None:
         torch.save(content, path)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["state_dict", "checkpoint", "torchscript", "onnx"])
 def test_a_weight_that_changes_after_writing_is_caught(own_export, monkeypatch, kind):
     package = export_formats.package

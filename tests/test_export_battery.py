@@ -100,7 +100,6 @@ def answers_of(kind: str, path: Path, probe: Probe, outputs) -> Answers:
     return Answers(np.concatenate(probe.rows), joined)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_its_files_answer_as_it_does(fitted, members, tmp_path):
     combiner, seen = fitted
     network, probe = network_of(members, combiner), probe_of(members, combiner, seen)

@@ -19,8 +19,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "environment.py"
 VERBS = [
-    *("help", "setup", "demo", "test", "test-slow", "test-browser", "crash", "fuzz", "bench", "lint"),
-    "clean-environment",
+    *("help", "setup", "demo", "test", "test-slow", "test-browser", "test-newest", "test-all"),
+    *("crash", "fuzz", "bench", "lint", "clean-environment"),
 ]
 
 
@@ -36,13 +36,17 @@ def environment_script():
     return module
 
 
-def set_up(folder: Path, *, python_path: Path | None = None, check: bool = True) -> subprocess.CompletedProcess:
-    """Run the script for `folder/.venv` and `folder/requirements.txt`, without any package index."""
+def set_up(
+    folder: Path, *options: str, python_path: Path | None = None, wheels: Path | None = None, check: bool = True
+) -> subprocess.CompletedProcess:
+    """Run the script for `folder/.venv` and `folder/requirements.txt`, without any package index but `wheels`."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHONPATH"))}
     variables |= {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
     if python_path:
         variables["PYTHONPATH"] = str(python_path)
-    command = [sys.executable, SCRIPT, "--environment", folder / ".venv"]
+    if wheels:
+        variables["PIP_FIND_LINKS"] = wheels.as_uri()
+    command = [sys.executable, SCRIPT, *options, "--environment", folder / ".venv"]
     command += ["--requirements", folder / "requirements.txt"]
     answer = subprocess.run(command, env=variables, capture_output=True, text=True)
     assert not check or answer.returncode == 0, answer.stderr
@@ -224,6 +228,62 @@ def test_an_unsuitable_torch_of_the_system_is_shut_out(tmp_path, monkeypatch, ve
     assert "include-system-site-packages = false" in (tmp_path / ".venv/pyvenv.cfg").read_text(encoding="utf-8")
 
 
+def test_the_newest_environment_shuts_out_the_system(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(torch_of_the_system(tmp_path, "2.13.0+cpu")))
+    environment_script().create(sys.executable, tmp_path / ".venv", tmp_path / "requirements.txt", newest=True)
+    assert "include-system-site-packages = false" in (tmp_path / ".venv/pyvenv.cfg").read_text(encoding="utf-8")
+
+
+def test_the_newest_environment_follows_the_releases_within_the_ranges(tmp_path):
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    wheel(wheels, "tiny", "1.0")
+    (tmp_path / "requirements.txt").write_text("tiny>=1,<3\n", encoding="utf-8")
+    set_up(tmp_path, "--newest", wheels=wheels)
+    assert inside(tmp_path, "import tiny; print(tiny.version)") == "1.0"
+    for version in ("2.0", "3.0"):
+        wheel(wheels, "tiny", version)
+    assert set_up(tmp_path, wheels=wheels).stdout == "environment: .venv is ready\n"
+    assert "made anew" not in set_up(tmp_path, "--newest", wheels=wheels).stdout
+    assert inside(tmp_path, "import tiny; print(tiny.version)") == "2.0"
+
+
+@pytest.fixture
+def newer_interpreter(tmp_path, monkeypatch):
+    """The script, and a python3.99 on PATH that is this interpreter but for the version that it gives."""
+    script, folder = environment_script(), tmp_path / "bin"
+    folder.mkdir()
+    interpreter = folder / "python3.99"
+    lines = ("#!/bin/sh", 'if [ "$1" = -I ]; then echo 3.99; exit; fi', f'exec "{sys.executable}" "$@"')
+    interpreter.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(script, "NAMES", ("python3.99", f"python{sys.version_info[0]}.{sys.version_info[1]}"))
+    monkeypatch.setenv("PATH", str(folder))
+    return script, interpreter
+
+
+def test_the_newest_interpreter_is_the_running_one_unless_path_has_a_newer_one(newer_interpreter):
+    script, interpreter = newer_interpreter
+    assert script.choose_interpreter() == sys.executable
+    assert script.choose_interpreter(newest=True) == str(interpreter)
+    interpreter.write_text("#!/bin/sh\nexit 127\n", encoding="utf-8")
+    assert script.choose_interpreter(newest=True) == sys.executable
+
+
+def test_the_newest_environment_is_made_anew_for_a_newer_interpreter(newer_interpreter, tmp_path, capsys, monkeypatch):
+    script, interpreter = newer_interpreter
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    environment, requirements = tmp_path / ".venv", tmp_path / "requirements.txt"
+    requirements.touch()
+    hidden = interpreter.rename(tmp_path / "hidden")
+    script.prepare(environment, requirements, newest=True)
+    script.prepare(environment, requirements, newest=True)
+    assert "made anew" not in capsys.readouterr().out
+    hidden.rename(interpreter)
+    script.prepare(environment, requirements, newest=True)
+    assert f"made anew\nenvironment: making .venv with Python 3.99 ({interpreter})" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("version", "fits"),
     [
@@ -316,6 +376,38 @@ def test_demo_sets_up_first_and_hands_its_variables_on(clone, arguments, expecte
     assert demo == ["scripts/demo.py", *expected]
 
 
-def test_clean_environment_removes_the_environment_alone(clone):
+def shows_its_arguments(path: Path, name: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.write_text(f'#!/bin/sh\necho {name} "$@"\n', encoding="utf-8")
+    path.chmod(0o755)
+
+
+def test_the_newest_environment_is_brought_up_to_date_and_runs_the_fast_tests(clone):
+    shows_its_arguments(clone / ".venv-newest" / "bin" / "python", "newest")
+    shows_its_arguments(clone / ".venv" / "bin" / "python", "usual")
+    environment, tests = make(clone, "test-newest", "ARGS=-k export")
+    assert json.loads(environment) == ["scripts/environment.py", "--newest", "--environment", ".venv-newest"]
+    usual = make(clone, "test", "ARGS=-k export")[-1]
+    assert usual.startswith("usual -m pytest ")
+    assert tests == usual.replace("usual", "newest")
+
+
+def test_test_all_runs_every_kind_of_test_one_after_another(clone):
+    shows_its_arguments(clone / ".venv-newest" / "bin" / "python", "newest")
+    shows_its_arguments(clone / ".venv" / "bin" / "python", "usual")
+    shows_its_arguments(clone / "scripts" / "chromium.sh", "chromium")
+    lines = [line for line in make(clone, "test-all", "-j4") if not line.startswith("[")]
+    fast, slow, chromium, browser, newest = lines
+    assert fast == newest.replace("newest", "usual")
+    assert (chromium, slow.split(" -m ")[-1].strip(), browser.split(" -m ")[-1].strip()) == (
+        "chromium",
+        "slow",
+        "browser",
+    )
+
+
+def test_clean_environment_removes_the_environments_alone(clone):
+    shows_its_arguments(clone / ".venv-newest" / "bin" / "python", "newest")
     make(clone, "clean-environment")
     assert sorted(path.name for path in clone.iterdir()) == ["Makefile", "scripts"]

@@ -8,7 +8,6 @@ size. Traced, the batch stays free, and so do height and width of uint8 images.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +17,7 @@ import PIL
 import torch
 from torch import Tensor, nn
 
+from utils import base_back
 from utils.networks import Outputs
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -140,8 +140,7 @@ def _rounded(sums: Tensor) -> Tensor:
 @cache
 def _by_the_shorter_way() -> Any:
     """The two passes in either order, as a function whose branch outlives a trace."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"`torch\.jit\.", category=DeprecationWarning)
+    with base_back.bundled("torchscript").torchscript_without_notices():
         return torch.jit.script(_passes)
 
 

@@ -6,7 +6,6 @@ import copy
 import difflib
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,8 +26,8 @@ from export.smoke_tests import (
     evaluation_copy,
     is_ready,
     probe_batches,
-    torchscript_without_notices,
 )
+from utils.torchscript import exporter_without_notices, torchscript_without_notices
 
 LARGEST_IN_ONE_FILE = 1_900_000_000  # bytes; a protocol buffer ends at 2 GB
 
@@ -113,11 +112,8 @@ def _write_onnx(package: Package, path: Path) -> None:
     opset = getattr(network, "onnx_opset", settings.EXPORT_CONFIG["onnx"].get("opset_version", 13))
     with ExitStack() as stack:
         traced = Path(stack.enter_context(TemporaryDirectory(dir=path.parent, prefix=".onnx."))) / "traced.onnx"
-        stack.enter_context(torchscript_without_notices())
+        stack.enter_context(exporter_without_notices())
         stack.enter_context(torch.no_grad())
-        stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of the exporter that was chosen on purpose
-        warnings.filterwarnings("ignore", "Constant folding", category=UserWarning)
         torch.onnx.export(  # by a path: beside it lie the weights of what is too large for one file
             network,
             (package.example,),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from config import settings
 from utils import logger
+from utils.torchscript import torchscript_without_notices
 
 TOLERANCE = 1e-5  # on the logits
 OTHER_RUNTIMES = {"onnx": 1e-4}  # which sum in another order; logits of ten lose five digits by it
@@ -99,15 +98,6 @@ def check_file(
     if parity["max_abs_diff"] is None or parity["max_abs_diff"] > tolerance or parity["label_flips"]:
         raise ParityError(parity)
     return parity
-
-
-@contextmanager
-def torchscript_without_notices() -> Iterator[None]:
-    """TorchScript is what was asked for, so its deprecation is no news; a wrong trace is caught by the parity check."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"`torch\.jit\.", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
-        yield
 
 
 def _same_form(model: nn.Module) -> nn.Module:

@@ -23,13 +23,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils import errors
 from utils.commands import COMMANDS, COMMON, PIPELINE, TYPED_AGAIN
+from utils.core import errors
 
 if TYPE_CHECKING:
-    from utils.config import Config
-    from utils.results import Result
-    from utils.workspace import Workspace
+    from utils.core.config import Config
+    from utils.core.results import Result
+    from utils.core.workspace import Workspace
 
 PROJECT = Path(__file__).resolve().parent
 logger = logging.getLogger("disease_pipeline")
@@ -70,7 +70,7 @@ def exit_code(error: BaseException) -> int:
 
 def run_pipeline(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
     """The stages that exist, in the specification's order; a stage that finds its result present keeps it."""
-    from utils.results import Result
+    from utils.core.results import Result
 
     texts, documents, failures = [], {}, []
     for number, (name, options, sections) in enumerate(PIPELINE, start=1):
@@ -155,7 +155,8 @@ def _line(command: str, common: dict[str, Any]) -> str:
 
 
 def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -> Result:
-    from utils import base_back, messages
+    from utils import base_back
+    from utils.core import messages
 
     level = logging.DEBUG if common["--verbose"] else logging.WARNING if common["--quiet"] else logging.INFO
     messages.set_up_logging(level=level, log_file=None, stream=sys.stderr)
@@ -166,7 +167,7 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
     for option, target in command.alone:
         if _attribute(option) in options:
             return _function(target)(**options)
-    from utils.config_file import find, load
+    from utils.core.config_file import find, load
     from utils.ensemble_methods import COMBINERS
 
     overrides = list(common["--set"])
@@ -186,8 +187,8 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
     base_back.bind(common["--base-back"], folder)
     if config.dataset.group_regex is not None:
         os.environ.setdefault("DBT_GROUP_REGEX", config.dataset.group_regex)
-    from utils import caches, engines, locks
-    from utils.workspace import Workspace
+    from utils.core import caches, engines, locks
+    from utils.core.workspace import Workspace
 
     workspace = Workspace.of_settings(common["--output"])
     options |= {_attribute(option): common[option] for option in command.told}

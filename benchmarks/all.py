@@ -25,7 +25,7 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
 
-from utils.artifacts import write_text  # noqa: E402
+from utils.core.artifacts import write_text  # noqa: E402
 
 HEADER = ("row", "figure", "goal", "")
 VERDICTS = {True: "pass", False: "SHORT", None: "not measured"}

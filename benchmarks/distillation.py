@@ -223,7 +223,7 @@ class Classroom:
 def _teacher(split: Mapping[str, np.ndarray]) -> tuple[Any, np.ndarray]:
     """The fitted combiner, and log-probabilities (N, C) of the train rows by copies that did not see them."""
     from utils.combiner import MemberFacts, fit_crossfitted
-    from utils.config_file import load
+    from utils.core.config_file import load
     from utils.distillation_targets import log_probabilities
     from utils.weighting import WeightedPool
 

@@ -50,7 +50,7 @@ def kinds(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
 
     from utils import export_formats, tflite_conversion
     from utils.combiner import MemberFacts, seen_by
-    from utils.config import validate
+    from utils.core.config import validate
     from utils.ensemble_network import EnsembleNetwork
     from utils.ensembles import COMBINERS
     from utils.rows import Outputs

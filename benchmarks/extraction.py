@@ -254,9 +254,9 @@ def save(workspace: Path, arguments: Sequence[str]) -> dict[str, Any]:
 def _opened() -> Any:
     """The prediction store of the workspace in the environment, after discovery."""
     from utils import catalog, discovery
-    from utils.config_file import load
+    from utils.core.config_file import load
+    from utils.core.workspace import Workspace
     from utils.predictions import Store
-    from utils.workspace import Workspace
 
     config = load(CONFIG, overrides=[f"dataset.batch_size={BATCH}", "device=cpu"])
     place = Workspace.of_settings()

@@ -223,8 +223,8 @@ def memory(workspace: Path, names: Sequence[str]) -> dict[str, Any]:
     import torch  # noqa: F401
 
     from utils import base_back, build, discovery
-    from utils.config_file import load
-    from utils.workspace import Workspace
+    from utils.core.config_file import load
+    from utils.core.workspace import Workspace
 
     shutil.rmtree(workspace / "ensembles", ignore_errors=True)
     shutil.rmtree(workspace / "image_cache", ignore_errors=True)

@@ -49,7 +49,7 @@ def measure(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
     from dataclasses import replace
 
     from utils.combiner import MemberFacts
-    from utils.config_file import load
+    from utils.core.config_file import load
     from utils.metrics import accuracy, log_loss
     from utils.stacking_methods import COMBINERS
 

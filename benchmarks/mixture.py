@@ -133,7 +133,7 @@ def _pictures(count: int, pixels: int, data: Path | None) -> list[Any]:
     import torch
 
     from utils import image_splits
-    from utils.artifacts import FileDigests
+    from utils.core.artifacts import FileDigests
 
     with tempfile.TemporaryDirectory(prefix="mixture-") as name:
         place = lay_out(Path(name), count, 300 if pixels > 64 else 64, data)
@@ -182,7 +182,7 @@ def accuracy_rows(found: prepare.Prepared) -> list[dict[str, Any]]:
 def outcome(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float, float]]:
     """{way: test accuracy, test log-loss, networks run per test image} of one split."""
     from utils.combiner import MemberFacts
-    from utils.config_file import load
+    from utils.core.config_file import load
     from utils.ensembles import COMBINERS
     from utils.metrics import accuracy, log_loss
     from utils.routing import needed

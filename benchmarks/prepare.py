@@ -124,7 +124,7 @@ def ready(data: Path | None, *, quick: bool) -> Prepared | None:
 
 def read(path: Path) -> dict[str, Any]:
     """The arrays of one split, as `keep` wrote them; needs the project on the path. Raises UserError where damaged."""
-    from utils.artifacts import read_arrays
+    from utils.core.artifacts import read_arrays
 
     return read_arrays(path, remedy=AGAIN)
 
@@ -201,11 +201,11 @@ def keep(file: Path) -> None:
     import numpy as np
 
     from utils import catalog, fitting
-    from utils.artifacts import write_arrays
-    from utils.config_file import load
+    from utils.core.artifacts import write_arrays
+    from utils.core.config_file import load
+    from utils.core.workspace import Workspace
     from utils.predictions import Store
     from utils.rows import align
-    from utils.workspace import Workspace
 
     config, place = load(CONFIG, overrides=["device=cpu"]), Workspace.of_settings()
     known = catalog.load(place)

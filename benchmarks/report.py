@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(folder: Path, size: Size) -> tuple[float, float]:
     """Seconds to write the report of a synthetic workspace in an empty folder, imports included, and its megabytes."""
     from utils import report
-    from utils.config_file import load
+    from utils.core.config_file import load
 
     workspace = synthetic(folder, size)
     config = load(PROJECT / "configs" / "votes.yaml")
@@ -83,9 +83,9 @@ def synthetic(
     `classes` gives their names, `name` the file names, in which `{row}` counts. Returns the `Workspace`.
     """
     from utils import catalog
-    from utils.artifacts import write_json
+    from utils.core.artifacts import write_json
+    from utils.core.workspace import Workspace
     from utils.predictions import Store
-    from utils.workspace import Workspace
 
     folders = ("split_dataset", "checkpoints", "metrics_output", "kfold_results", "deployment", "image_cache", "logs")
     workspace = Workspace(base, *(base / folder for folder in folders))
@@ -117,7 +117,7 @@ def _counts(size: Size) -> dict[str, int]:
 
 
 def _votes() -> Any:
-    from utils.config_file import load
+    from utils.core.config_file import load
 
     return load(PROJECT / "configs" / "votes.yaml")
 
@@ -175,7 +175,7 @@ def _photographs(workspace: Any, splits: Any, size: Size) -> None:
 
 def _keep(store: Any, member: Any, splits: Any, logits: dict[str, np.ndarray]) -> None:
     """One member's stored predictions, and its out-of-fold ones."""
-    from utils.artifacts import write_array
+    from utils.core.artifacts import write_array
 
     for split in ("val", "test"):
         folder = store.workspace.predictions(member.name, split)
@@ -190,7 +190,7 @@ def _keep(store: Any, member: Any, splits: Any, logits: dict[str, np.ndarray]) -
 
 def _ensemble(store: Any, name: str, number: int, members: Sequence[str], splits: Any, logits: Any) -> None:
     """A plain mean under a name and temperature of its own, with the files that a built one has."""
-    from utils.artifacts import write_arrays, write_json
+    from utils.core.artifacts import write_arrays, write_json
     from utils.metrics import softmax
 
     folder = store.workspace.ensemble(name)
@@ -229,7 +229,7 @@ def _ensemble(store: Any, name: str, number: int, members: Sequence[str], splits
 
 def _record(store: Any, name: str, kind: str, test: tuple[list[str], np.ndarray]) -> dict[str, Any]:
     """`metrics.json` with every key that a report reads."""
-    from utils.artifacts import read_arrays
+    from utils.core.artifacts import read_arrays
     from utils.metrics import point_metrics, softmax
     from utils.report_data import reliability
 

@@ -173,10 +173,10 @@ def peer_version() -> str | None:
 def honest(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
     """Honest predictions of the workspace in the environment."""
     from utils import catalog
-    from utils.config_file import load
+    from utils.core.config_file import load
+    from utils.core.workspace import Workspace
     from utils.predictions import Store
     from utils.rows import align
-    from utils.workspace import Workspace
 
     config, place = load(CONFIG, overrides=["device=cpu"]), Workspace.of_settings()
     found = catalog.load(place)

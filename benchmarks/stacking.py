@@ -105,7 +105,7 @@ def _on_one_thread(stack: ExitStack) -> None:
 
 def settings() -> Any:
     """The demo's configuration with all stackers, all of it fitted for log-loss."""
-    from utils.config_file import load
+    from utils.core.config_file import load
 
     return load(prepare.CONFIG, overrides=OVERRIDES)
 

@@ -8,8 +8,8 @@ import pytest
 from conftest import PROJECT, run_python
 
 from utils import inventory, upkeep
-from utils.config_file import load
-from utils.workspace import Workspace
+from utils.core.config_file import load
+from utils.core.workspace import Workspace
 
 CONFIG = PROJECT / "configs" / "votes.yaml"
 DEMO = ("--config", "configs/votes.yaml")

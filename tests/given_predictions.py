@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from utils import catalog, importing
-from utils.config_file import load
+from utils.core.config_file import load
+from utils.core.results import Result
+from utils.core.workspace import Workspace
 from utils.predictions import Store
-from utils.results import Result
-from utils.workspace import Workspace
 
 CONFIG = load(Path(__file__).resolve().parents[1] / "configs" / "votes.yaml")
 NAMES = ("bayes", "forest", "linear")

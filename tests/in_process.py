@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ensemble_orchestrator
-from utils import messages
+from utils.core import messages
 
 
 @dataclass(frozen=True)

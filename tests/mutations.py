@@ -32,10 +32,10 @@ class Defect(NamedTuple):
 DEFECTS = (
     Defect(
         "a file that is written in place, not renamed",
-        "utils/artifacts.py",
+        "utils/core/artifacts.py",
         "    try:\n        yield temporary\n",
         "    try:\n        yield path\n        path.replace(temporary)\n",
-        "tests/test_artifacts.py",
+        "tests/core/test_artifacts.py",
     ),
     Defect(
         "out-of-fold rows mixed up",
@@ -67,10 +67,10 @@ DEFECTS = (
     ),
     Defect(
         "no lock",
-        "utils/locks.py",
+        "utils/core/locks.py",
         "        _take(lock, record)\n    except",
         "        pass\n    except",
-        "tests/test_locks.py",
+        "tests/core/test_locks.py",
     ),
     Defect(
         "a member's name that leads out of its folder",
@@ -109,10 +109,10 @@ DEFECTS = (
     ),
     Defect(
         "an overflowing archive is believed",
-        "utils/artifacts.py",
+        "utils/core/artifacts.py",
         "    if min(shape, default=0) < 0 or math.prod(shape) * max(dtype.itemsize, 1) != there:",
         "    if False:",
-        "tests/test_artifacts.py tests/test_prediction_files.py",
+        "tests/core/test_artifacts.py tests/test_prediction_files.py",
     ),
 )
 

@@ -12,7 +12,7 @@ from conftest import PROJECT
 from test_predictions import workspace_at
 
 from utils import catalog, discovery
-from utils.config_file import load
+from utils.core.config_file import load
 
 NAME = "CustomConvNeXt"
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from utils import answer_files
 from utils.answer_files import AnswerFile, Form
-from utils.errors import UserError
+from utils.core.errors import UserError
 
 CLASSES = ("ant", 'b"ee,', "c\nat")
 NAMES = (

@@ -11,7 +11,7 @@ from foreign_base_back import build
 from mounting import PROJECT, Mount, foreign, foreign_base_back, mount, mount_in
 
 from utils import base_back
-from utils.errors import UserError
+from utils.core.errors import UserError
 
 __all__ = ["foreign", "foreign_base_back", "mount"]
 
@@ -30,7 +30,7 @@ def test_the_order_of_search(foreign: Mount) -> None:
     code = f"""
 import json, os, shutil
 from utils.base_back import default_workspace, kind, locate
-from utils.errors import UserError
+from utils.core.errors import UserError
 root = {str(root)!r}
 found = [(str(locate(root + "/given")), str(default_workspace()))]
 found.append((str(locate()), kind(locate())))
@@ -71,7 +71,7 @@ print(json.dumps([module.__file__, module is base_back.bundled("samples"), look(
 def test_a_bad_setting_is_an_error_of_the_user(tmp_path: Path) -> None:
     code = """
 import json
-from utils import base_back, errors
+from utils import base_back; from utils.core import errors
 try:
     base_back.settings()
 except errors.UserError as error:
@@ -93,7 +93,7 @@ def test_what_cannot_be_loaded_is_said_with_its_remedy(foreign: Mount) -> None:
     code = """
 import json, os, sys
 from utils.base_back import load
-from utils.errors import UserError
+from utils.core.errors import UserError
 said = []
 for name in ("models", "export", "utils.nonsense", "config.settings"):
     if name == "config.settings":
@@ -103,9 +103,9 @@ for name in ("models", "export", "utils.nonsense", "config.settings"):
     except UserError as error:
         said.append(str(error))
 import utils
-del sys.modules["utils.errors"], utils.errors
-import utils.errors
-print(json.dumps([said, utils.errors.__file__]))
+del sys.modules["utils.core.errors"], utils.core.errors
+import utils.core.errors
+print(json.dumps([said, utils.core.errors.__file__]))
 """
     (said, ours), errors = foreign.run("-c", code)
     assert ours == str(PROJECT / "utils" / "errors.py")
@@ -116,7 +116,7 @@ print(json.dumps([said, utils.errors.__file__]))
     assert "complete BASE-BACK" in said[1]
     assert "No module named 'utils.nonsense'" in said[2]
     assert f"The workspace is {foreign.cwd / 'file'}" in said[3]
-    assert errors.count("src/utils/errors.py cannot be imported") == 1
+    assert errors.count("src/utils/core/errors.py cannot be imported") == 1
 
 
 @pytest.mark.parametrize(

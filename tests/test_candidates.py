@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from utils.candidates import SCORERS, candidate_losses, scorer, weighted_sum
-from utils.errors import UserError
+from utils.core.errors import UserError
 from utils.metrics import METRICS, softmax
 
 RULES = sorted(METRICS)

@@ -15,7 +15,7 @@ import torch
 
 from utils import checkpoints
 from utils.checkpoints import read_checkpoint, reading_ahead, weights_of
-from utils.errors import UserError
+from utils.core.errors import UserError
 
 
 class Canary:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from finished_workspace import CONFIG, clean, files, run, status, workspace
 
-from utils import caches, catalog, discovery
-from utils.config_file import load
-from utils.errors import ConfigError, UserError
-from utils.workspace import Workspace
+from utils import catalog, discovery
+from utils.core import caches
+from utils.core.config_file import load
+from utils.core.errors import ConfigError, UserError
+from utils.core.workspace import Workspace
 
 __all__ = ["workspace"]
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import PROJECT, run_python
 
 import ensemble_orchestrator
-from utils import errors
+from utils.core import errors
 
 QUICK = ("--config", "configs/quick_ensemble.yaml")
 DEMO = ("--config", "configs/votes.yaml")

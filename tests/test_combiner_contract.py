@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from utils.combiner import Combiner, MemberFacts
-from utils.config import Config, validate
+from utils.core.config import Config, validate
 from utils.ensembles import COMBINERS
 from utils.rows import Outputs
 

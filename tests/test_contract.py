@@ -15,8 +15,9 @@ from in_process import run
 from test_imported_fusion import embedded
 
 import ensemble_orchestrator as o
-from utils import answer_files, errors
-from utils.config import Config, Section
+from utils import answer_files
+from utils.core import errors
+from utils.core.config import Config, Section
 
 PAGE = (PROJECT / "docs" / "contract.md").read_text()
 SMALL = (

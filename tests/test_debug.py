@@ -17,8 +17,9 @@ from conftest import PROJECT, run_python
 from in_process import run
 
 from ensemble_orchestrator import COMMANDS
-from utils import debug_plan, debug_sandbox, debug_utils, locks, programs
+from utils import debug_plan, debug_sandbox, debug_utils
 from utils.commands import DEBUG_SECTIONS
+from utils.core import locks, subprocesses
 from utils.debug_plan import SECTIONS
 
 LATER = {name for name in SECTIONS if debug_plan.missing_commands(SECTIONS[name], COMMANDS)}
@@ -210,7 +211,7 @@ def test_the_inner_form_is_refused_outside_a_sandbox(own):
 
 
 def test_what_goes_on_from_a_failed_section_is_not_run(own, monkeypatch):
-    monkeypatch.setattr(programs, "run", lambda *_: (70, "", ["bug: KeyError"]))
+    monkeypatch.setattr(subprocesses, "run", lambda *_: (70, "", ["bug: KeyError"]))
     done = run("debug", "--section", "smoke", "--json", workspace=own)
     assert done.code == 4
     found = rows(done)
@@ -221,9 +222,9 @@ def test_what_goes_on_from_a_failed_section_is_not_run(own, monkeypatch):
 def test_a_section_that_leaves_nothing_does_not_pass(own, monkeypatch):
     place = own / "debug_tmp" / "workspace"
     monkeypatch.setattr(debug_utils, "SECTIONS", {"stack": SECTIONS["stack"]})
-    from utils.errors import UserError
-    from utils.results import Result
-    from utils.workspace import Workspace
+    from utils.core.errors import UserError
+    from utils.core.results import Result
+    from utils.core.workspace import Workspace
 
     names = ("split_dataset", "checkpoints", "metrics_output", "kfold_results", "deployment_models", "cache", "logs")
     workspace = Workspace(own, *(own / name for name in names), output=place)
@@ -232,8 +233,8 @@ def test_a_section_that_leaves_nothing_does_not_pass(own, monkeypatch):
 
 
 def test_what_a_section_needs_is_kept_and_what_it_is_about_is_done_again(tmp_path, monkeypatch):
-    from utils.results import Result
-    from utils.workspace import Workspace
+    from utils.core.results import Result
+    from utils.core.workspace import Workspace
 
     steps = (("build-ensemble",), ("stack",), ("meta-fuse",))
     monkeypatch.setitem(SECTIONS, "meta_fuse", dataclasses.replace(SECTIONS["meta_fuse"], steps=steps, leaves=()))
@@ -265,4 +266,4 @@ def test_the_user_s_variables_do_not_reach_the_synthetic_workspace(monkeypatch, 
 
 def test_messages_of_a_program_are_passed_on_and_its_end_is_told(caplog):
     code = "import sys; print('said'); print('10:00:00 | WARNING | careful', file=sys.stderr); sys.exit(3)"
-    assert programs.run([sys.executable, "-c", code], dict(os.environ)) == (3, "said\n", ["careful"])
+    assert subprocesses.run([sys.executable, "-c", code], dict(os.environ)) == (3, "said\n", ["careful"])

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import PROJECT, run_python
 
-from utils.config_file import load
+from utils.core.config_file import load
 
 sys.path.insert(0, str(PROJECT / "scripts"))
 import demo

@@ -14,8 +14,8 @@ from conftest import PROJECT
 from one_member import NAME, change, change_oof, codes, config, config_path, workspace
 
 from utils import catalog, discovery, inspection
-from utils.config_file import load
-from utils.errors import UserError
+from utils.core.config_file import load
+from utils.core.errors import UserError
 from utils.predictions import Store
 
 __all__ = ["config", "workspace"]

@@ -20,10 +20,10 @@ from test_predictions import workspace_at
 
 from utils import catalog, distill_building, ensembles, evaluation, inventory, streaming, upkeep
 from utils import distillation_teachers as teachers
-from utils.config_file import load
+from utils.core.config_file import load
+from utils.core.errors import HonestyError, UserError
 from utils.distillation_plan import record_of
 from utils.distillation_students import ensemble_name, find
-from utils.errors import HonestyError, UserError
 from utils.metrics import softmax
 from utils.predictions import Store
 

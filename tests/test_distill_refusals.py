@@ -12,7 +12,7 @@ from test_distill_building import SMALL, config, distill, record, store_of
 from test_predictions import workspace_at
 
 from utils import evaluation
-from utils.errors import ConfigError, UserError
+from utils.core.errors import ConfigError, UserError
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from given_predictions import logged
 
+from utils.core.errors import UserError
 from utils.distillation_targets import KEPT, content_digest, load, log_probabilities, pack, save, unpack
-from utils.errors import UserError
 
 
 def targets(views: int, rows: int, classes: int, spread: float = 0.1) -> np.ndarray:

@@ -9,8 +9,8 @@ from given_predictions import logged
 from test_lessons import split_of
 
 from utils import base_back
+from utils.core.errors import UserError
 from utils.distilling import Course, Progress, Trained, logits_of, train
-from utils.errors import UserError
 from utils.lessons import Album, Lessons
 
 NAME = "CustomViTHybrid"  # warm-up with cosine, BatchNorm

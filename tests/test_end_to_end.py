@@ -16,8 +16,8 @@ from killing import digests, run_and_kill
 from test_predictions import workspace_at
 
 from utils import catalog, end_to_end, ensembles
-from utils.config_file import load
-from utils.errors import UserError
+from utils.core.config_file import load
+from utils.core.errors import UserError
 from utils.predictions import Store
 
 NAME = "fusion_concat_mlp"

@@ -64,7 +64,7 @@ def overconfident(seed=0, members=3, count=400, classes=4):
 
 
 def test_averaged_logits_carry_a_temperature_where_held_out_rows_gain():
-    from utils.config import Config
+    from utils.core.config import Config
 
     rows = overconfident()
     settings = Config()

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from utils import ensembles
+from utils.core.errors import UserError
+from utils.core.workspace import Workspace
 from utils.ensemble_methods import SoftVoting
 from utils.ensembles import Ensemble, Provenance, RowSet
-from utils.errors import UserError
 from utils.metrics import softmax
 from utils.rows import Rows
-from utils.workspace import Workspace
 
 N = 30
 IDS = np.array([f"a/{n:02d}.png" for n in range(N)])

@@ -36,8 +36,8 @@ from utils import (
     streaming,
     unlabeled,
 )
-from utils.config import Config, validate
-from utils.errors import UserError
+from utils.core.config import Config, validate
+from utils.core.errors import UserError
 from utils.predictions import Store
 
 PRINTED = yaml.safe_load((PROJECT / "configs" / "ensemble_config.yaml").read_text(encoding="utf-8"))

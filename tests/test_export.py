@@ -26,9 +26,9 @@ from utils import (
     export_utils,
     tflite_conversion,
 )
-from utils.artifacts import read_arrays, read_json, write_json
-from utils.config_file import load
-from utils.errors import ConfigError, UserError
+from utils.core.artifacts import read_arrays, read_json, write_json
+from utils.core.config_file import load
+from utils.core.errors import ConfigError, UserError
 
 NAME = "soft_voting_ensemble"
 RECORDS = {"metadata.json", "class_mapping.json", "export_status.json", "checksums.json"}

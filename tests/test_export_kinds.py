@@ -12,9 +12,9 @@ from in_process import run as command_line
 from test_export import folder_of, run
 
 from utils import build, importing
-from utils.artifacts import read_json
-from utils.config_file import load
-from utils.errors import UserError
+from utils.core.artifacts import read_json
+from utils.core.config_file import load
+from utils.core.errors import UserError
 
 SET = (
     "runs.stacking={enable: true, meta_learners: [xgb]}",

@@ -14,7 +14,7 @@ import torch
 from finished_workspace import DEMO, at
 
 from utils import export_folder, exported_programs
-from utils.artifacts import read_json, write_json
+from utils.core.artifacts import read_json, write_json
 
 NAME = "soft_voting_ensemble"
 PROGRAM = f"torchscript/{NAME}_trace.pt"

@@ -11,8 +11,8 @@ import pytest
 from test_predictions import CONFIG, workspace_at
 
 from utils import catalog, discovery, fold_networks, streaming
-from utils.config_file import load
-from utils.errors import UserError
+from utils.core.config_file import load
+from utils.core.errors import UserError
 from utils.metrics import softmax
 from utils.predictions import Store
 

@@ -8,8 +8,8 @@ from conftest import PROJECT
 from given_predictions import CONFIG, empty_workspace, fewer, take_in, write
 
 from utils import build, importing
-from utils.config_file import load
-from utils.errors import UserError
+from utils.core.config_file import load
+from utils.core.errors import UserError
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from conftest import PROJECT
 from test_predictions import workspace_at
 
 from utils import catalog, embedding_rows, fusion_building
-from utils.config_file import load
-from utils.errors import UserError
+from utils.core.config_file import load
+from utils.core.errors import UserError
 from utils.predictions import Store
 
 METHODS = ("concat_mlp", "attention", "bilinear", "cca_aligned")

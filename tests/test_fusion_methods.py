@@ -13,8 +13,8 @@ import torch
 
 from utils import embedding_maps, fusion_learner, loops
 from utils.combiner import MemberFacts
-from utils.config import validate
-from utils.errors import UserError
+from utils.core.config import validate
+from utils.core.errors import UserError
 from utils.fusion_heads import AttentionHead, BilinearHead
 from utils.fusion_methods import COMBINERS
 from utils.metrics import log_loss

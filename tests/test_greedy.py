@@ -9,7 +9,7 @@ import pytest
 
 from utils import greedy
 from utils.combiner import MemberFacts
-from utils.config import Config
+from utils.core.config import Config
 from utils.greedy import GreedySelection, fewest_within_one_error, row_losses
 from utils.metrics import METRICS, log_loss, softmax
 from utils.selection import select

@@ -7,7 +7,7 @@ import pytest
 
 from utils import guards
 from utils.combiner import MemberFacts
-from utils.config import Config
+from utils.core.config import Config
 from utils.metrics import log_loss, softmax
 
 N, C = 200, 3

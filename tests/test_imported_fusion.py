@@ -10,8 +10,8 @@ from conftest import PROJECT
 from given_predictions import empty_workspace, take_in, write
 
 from utils import build
-from utils.config_file import load
-from utils.errors import UserError
+from utils.core.config_file import load
+from utils.core.errors import UserError
 
 WIDTH = 6
 OVERRIDES = (

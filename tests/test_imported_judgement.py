@@ -9,7 +9,7 @@ import pytest
 from given_predictions import CLASSES, arrays, changing, codes, empty_workspace, opened, take_in, write
 
 from utils import fitting
-from utils.errors import HonestyError, UserError
+from utils.core.errors import HonestyError, UserError
 from utils.imported_judgement import chance_of_equal, copied_rows
 from utils.imported_members import Part
 from utils.metrics import softmax

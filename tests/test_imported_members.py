@@ -23,7 +23,7 @@ from given_predictions import (
 )
 
 from utils import build, catalog, evaluation
-from utils.errors import UserError
+from utils.core.errors import UserError
 
 
 @pytest.fixture

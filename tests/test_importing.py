@@ -26,9 +26,10 @@ from given_predictions import (
     write,
 )
 
-from utils import artifacts, build, catalog, discovery, evaluation
-from utils.config_file import load
-from utils.errors import UserError
+from utils import build, catalog, discovery, evaluation
+from utils.core import artifacts
+from utils.core.config_file import load
+from utils.core.errors import UserError
 from utils.metrics import softmax
 
 

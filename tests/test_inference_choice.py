@@ -10,7 +10,7 @@ import pytest
 
 from utils import inference_choice
 from utils.combiner import MemberFacts
-from utils.config import Config
+from utils.core.config import Config
 from utils.inference_choice import Measurement
 from utils.rows import Rows
 

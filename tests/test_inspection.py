@@ -12,7 +12,7 @@ import torch
 from one_member import NAME, change, change_oof, classifier, codes, codes_after, config, set_accuracy, workspace
 
 from utils import base_back, catalog, discovery, inspection
-from utils.errors import UserError
+from utils.core.errors import UserError
 from utils.predictions import Store
 
 __all__ = ["config", "workspace"]

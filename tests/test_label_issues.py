@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from utils import label_issues
-from utils.errors import UserError
+from utils.core.errors import UserError
 from utils.metrics import softmax
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from utils import latency, streaming
-from utils.artifacts import FileDigests
 from utils.catalog import Member
-from utils.config import Config
-from utils.errors import UserError
+from utils.core.artifacts import FileDigests
+from utils.core.config import Config
+from utils.core.errors import UserError
+from utils.core.workspace import Workspace
 from utils.latency import Timing, measure, stored, timing_of
-from utils.workspace import Workspace
 
 MODEL = "test_resnet"
 

@@ -11,8 +11,8 @@ from test_predictions import CONFIG, workspace_at
 
 from utils import catalog
 from utils.combiner import MemberFacts, fit_crossfitted
-from utils.config import validate
-from utils.config_file import load
+from utils.core.config import validate
+from utils.core.config_file import load
 from utils.ensembles import COMBINERS
 from utils.meta_methods import FUSERS
 from utils.metrics import accuracy, log_loss

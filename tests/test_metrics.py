@@ -12,7 +12,7 @@ import pytest
 import sklearn.metrics as reference
 
 from utils import metrics
-from utils.errors import UserError
+from utils.core.errors import UserError
 
 PROJECT = Path(__file__).resolve().parent.parent
 

@@ -15,7 +15,7 @@ from given_predictions import CONFIG, take_in, write
 
 from utils import build, catalog, ensembles, moe_building, sparse, streaming
 from utils.classifier import WorkspaceClassifier
-from utils.config_file import load
+from utils.core.config_file import load
 from utils.gating import SparseGate
 from utils.metrics import softmax
 from utils.moe_methods import Cascade, MixtureOfExperts

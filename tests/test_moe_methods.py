@@ -12,7 +12,7 @@ import torch
 
 from utils import moe_methods
 from utils.combiner import MemberFacts, fit_crossfitted
-from utils.config import validate
+from utils.core.config import validate
 from utils.metrics import accuracy, softmax
 from utils.moe_methods import COMBINERS, Cascade, MixtureOfExperts
 from utils.routing import Sparse, execute, needed

@@ -67,11 +67,11 @@ def strangers(foreign: Mount) -> Mount:
 def test_the_printed_import_block_works_from_any_folder(mount: Mount) -> None:
     script = mount.cwd.parent / "probe" / "script.py"
     script.write_text(
-        "import utils, utils.messages\nutils.messages.set_up_logging(level='DEBUG')\n"
+        "import utils, utils.core.messages\nutils.core.messages.set_up_logging(level='DEBUG')\n"
         + BLOCK
         + """
 import json, logging, pickle, sys
-import export, models, training.pipeline, utils.errors, utils._base
+import export, models, training.pipeline, utils.core.errors, utils._base
 from probe import look
 
 name = "CustomConvNeXt"
@@ -175,7 +175,7 @@ from pathlib import Path
 import utils
 from models import BACKBONE_MAP
 from utils.datasets import WindowsCompatibleImageFolder
-from utils.errors import UserError
+from utils.core.errors import UserError
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -345,7 +345,7 @@ def test_a_second_mount_and_a_second_workspace_are_refused(foreign: Mount) -> No
     code = f"""
 import json, os
 from utils import base_back
-from utils.errors import UserError
+from utils.core.errors import UserError
 said = [str(base_back.bind()), str(base_back.bind()), str(base_back.bind({str(foreign.base_back)!r}))]
 base_back.bind(workspace="moved")
 said.append(os.environ["DBT_BASE_DIR"])
@@ -381,7 +381,7 @@ import json, sys, types
 import config, training
 sys.modules["export"] = types.ModuleType("export")
 import utils
-from utils.errors import UserError
+from utils.core.errors import UserError
 try:
     from models import BACKBONE_MAP
 except UserError as error:

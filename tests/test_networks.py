@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from utils import networks
-from utils.errors import UserError
+from utils.core.errors import UserError
 from utils.networks import NetworkSpec, Outputs, build, surplus_is_dead
 
 CLASSES = ("a", "b", "c", "d", "e")

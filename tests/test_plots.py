@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from conftest import PROJECT
 
-from utils import engines, plots, uncertainty
+from utils import plots, uncertainty
+from utils.core import engines
 from utils.metrics import point_metrics, softmax
 
 

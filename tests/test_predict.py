@@ -22,8 +22,8 @@ from PIL import Image
 from utils import catalog, classifier, ensembles, fold_networks, uncertainty
 from utils import predict as predicting
 from utils.classifier import WorkspaceClassifier
-from utils.config_file import load
-from utils.errors import UserError
+from utils.core.config_file import load
+from utils.core.errors import UserError
 from utils.predict import predict
 from utils.predictions import Store
 

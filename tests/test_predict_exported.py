@@ -16,7 +16,7 @@ from finished_workspace import CONFIG, at
 from in_process import run
 
 from utils import export_utils
-from utils.config_file import load
+from utils.core.config_file import load
 from utils.predict import predict, predict_from_export
 
 NAME = "soft_voting_ensemble"

@@ -10,7 +10,7 @@ import pytest
 from given_predictions import arrays
 
 from utils import prediction_files
-from utils.errors import UserError
+from utils.core.errors import UserError
 
 
 def read(tmp_path, given, **options):

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from utils import catalog, discovery, streaming
-from utils.config_file import load
-from utils.errors import UserError
+from utils.core.config_file import load
+from utils.core.errors import UserError
+from utils.core.workspace import Workspace
 from utils.folds import crossfit_folds
 from utils.predictions import Store
-from utils.workspace import Workspace
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "votes.yaml"
 

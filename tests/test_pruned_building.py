@@ -10,9 +10,9 @@ from conftest import PROJECT, run_python
 
 from utils import inventory, latency, pruned_building
 from utils.build import build_ensemble
-from utils.config_file import load
-from utils.errors import UserError
-from utils.workspace import Workspace
+from utils.core.config_file import load
+from utils.core.errors import UserError
+from utils.core.workspace import Workspace
 
 CONFIG = PROJECT / "configs" / "votes.yaml"
 NAMES = ("split_dataset", "checkpoints", "metrics_output", "kfold_results", "deployment_models", "image_cache", "logs")

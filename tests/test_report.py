@@ -15,8 +15,8 @@ from conftest import PROJECT
 import ensemble_orchestrator
 import report as synthetic_report
 from utils import build, report, thumbnails
-from utils.artifacts import read_json, write_json
-from utils.config_file import load
+from utils.core.artifacts import read_json, write_json
+from utils.core.config_file import load
 
 CONFIG = load(PROJECT / "configs" / "votes.yaml")
 DEMO = ("--config", "configs/votes.yaml")

@@ -10,7 +10,7 @@ from conftest import PROJECT
 
 import report as synthetic_report
 from utils import report
-from utils.config_file import load
+from utils.core.config_file import load
 
 pytestmark = [
     pytest.mark.browser,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from utils import diversity, instructive, report_data
-from utils.errors import UserError
+from utils.core.errors import UserError
 from utils.instructive import Answers, Instructive
 from utils.metrics import ece, softmax
 from utils.rows import UNKNOWN, MemberRows

@@ -8,7 +8,7 @@ from test_report import CONFIG, page_of
 
 import report as synthetic_report
 from utils import report, report_learned
-from utils.artifacts import read_json, write_json
+from utils.core.artifacts import read_json, write_json
 
 MOE = {
     "expected_experts": 1.5,

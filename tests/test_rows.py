@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from utils.errors import UserError
+from utils.core.errors import UserError
 from utils.rows import UNKNOWN, MemberRows, Outputs, align, gather
 
 CLASSES = ("ant", "bee", "cat")

@@ -12,8 +12,8 @@ from given_predictions import CONFIG, NAMES, changing, empty_workspace, fewer, t
 from scipy.stats import binomtest
 
 from utils import build, catalog, evaluation, plots, statistics
-from utils.config_file import load
-from utils.errors import ConfigError, UserError
+from utils.core.config_file import load
+from utils.core.errors import ConfigError, UserError
 from utils.metrics import METRICS, log_loss_per_row, softmax
 
 ENSEMBLES = ("hard_voting_ensemble", "logit_averaging_ensemble", "soft_voting_ensemble")

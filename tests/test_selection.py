@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from utils.candidates import TIE
-from utils.errors import UserError
+from utils.core.errors import UserError
 from utils.metrics import METRICS, softmax
 from utils.selection import select
 

@@ -19,10 +19,11 @@ import pytest
 import torch
 from conftest import PROJECT, run_python
 
-from utils import build, catalog, discovery, ensembles, inventory, programs, snapshot_building
-from utils.config_file import load
+from utils import build, catalog, discovery, ensembles, inventory, snapshot_building
+from utils.core import subprocesses
+from utils.core.config_file import load
+from utils.core.workspace import Workspace
 from utils.metrics import softmax
-from utils.workspace import Workspace
 
 NAME = "CustomResNetMish"
 PLACES = ("split_dataset", "checkpoints", "metrics_output", "kfold_results", "deployment_models", "image_cache", "logs")
@@ -252,7 +253,7 @@ def test_a_training_that_fails_is_named_and_the_mean_is_that_of_the_others(copy,
         "failed": {"CustomConvNeXt snapshots": "its process died"},
         "results": {NAME: {"snapshots": {"files": files}}, "CustomConvNeXt": {}},
     }
-    monkeypatch.setattr(programs, "run", lambda *_: (4, json.dumps(summary), []))
+    monkeypatch.setattr(subprocesses, "run", lambda *_: (4, json.dumps(summary), []))
     copy.snapshots.unlink()
     result = build.build_ensemble(config("backbones.include=[CustomResNetMish, CustomConvNeXt]"), copy, force=True)
     assert result.failures == ["runs.snapshot_ensemble: CustomConvNeXt snapshots: its process died"]
@@ -263,7 +264,7 @@ def test_a_training_that_fails_is_named_and_the_mean_is_that_of_the_others(copy,
 
 def test_a_training_that_cannot_begin_is_told_with_its_last_words(copy, monkeypatch):
     copy.snapshots.unlink()
-    monkeypatch.setattr(programs, "run", lambda *_: (2, "", ["DBT_SEED: found 'x'"]))
+    monkeypatch.setattr(subprocesses, "run", lambda *_: (2, "", ["DBT_SEED: found 'x'"]))
     failure = build.build_ensemble(config(), copy).failures[0]
     assert "training ended with code 2: DBT_SEED: found 'x'. To see more: " in failure
     assert f"--stages snapshots --backbones {NAME} --snapshots 2 --epochs-per-cycle 1" in failure
@@ -277,7 +278,7 @@ def test_what_a_program_says_is_passed_on_at_its_level(heard):
         "print('{}')\n"
         "sys.exit(4)"
     )
-    found = programs.run([sys.executable, "-c", code], dict(os.environ))
+    found = subprocesses.run([sys.executable, "-c", code], dict(os.environ))
     assert found == (4, "{}\n", ["careful", "bare", "80 %s done"])
     said = [(record.levelname, record.getMessage()) for record in heard.records]
     assert ("WARNING", "careful") in said

@@ -14,8 +14,8 @@ from test_predictions import workspace_at
 from test_soup_trials import NAME, one_backbone
 
 from utils import build, catalog, discovery, ensembles, inventory, soup_building
-from utils.config_file import load
-from utils.errors import UserError
+from utils.core.config_file import load
+from utils.core.errors import UserError
 from utils.metrics import log_loss, softmax
 from utils.predictions import Store
 from utils.soups import Ingredient, mixture
@@ -325,7 +325,7 @@ def test_a_damaged_record_is_named_with_its_remedy(own):
 
 
 def test_checkpoints_of_equal_content_have_equal_bytes(tmp_path):
-    from utils.artifacts import write_checkpoint
+    from utils.core.artifacts import write_checkpoint
 
     state = {"w": torch.arange(4.0), "n": torch.tensor(3)}
     text = "".join(["a", "b"])

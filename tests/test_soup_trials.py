@@ -13,8 +13,8 @@ from test_predictions import workspace_at
 from torch import nn
 
 from utils import catalog, discovery, image_splits, soup_trials, streaming
-from utils.config_file import load
-from utils.errors import UserError
+from utils.core.config_file import load
+from utils.core.errors import UserError
 from utils.metrics import accuracy, log_loss, softmax
 from utils.predictions import Store
 from utils.soup_trials import Figures, Trial, Trials

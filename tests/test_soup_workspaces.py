@@ -12,7 +12,7 @@ from test_soup_building import NAME, ROLES, brew, config
 from test_soup_trials import one_backbone
 
 from utils import catalog, discovery, evaluation, upkeep
-from utils.workspace import Workspace
+from utils.core.workspace import Workspace
 
 
 @pytest.fixture(scope="module")

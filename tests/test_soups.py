@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from utils import soups
-from utils.errors import UserError
+from utils.core.errors import UserError
 from utils.soups import Ingredient
 
 SHAPES = {

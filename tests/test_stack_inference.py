@@ -9,8 +9,8 @@ import pytest
 from test_predictions import CONFIG, workspace_at
 
 from utils import catalog, ensembles, fold_networks
-from utils.config_file import load
-from utils.errors import UserError
+from utils.core.config_file import load
+from utils.core.errors import UserError
 from utils.predictions import Store
 
 DEMO = (

@@ -12,13 +12,13 @@ import pytest
 
 from utils import ensembles, stacking_methods
 from utils.combiner import MemberFacts, fit_crossfitted
-from utils.config import validate
+from utils.core.config import validate
+from utils.core.errors import UserError
+from utils.core.workspace import Workspace
 from utils.ensembles import Ensemble, Provenance
-from utils.errors import UserError
 from utils.meta_methods import FUSERS, MetaFuser
 from utils.metrics import accuracy
 from utils.rows import MemberRows, Rows, align
-from utils.workspace import Workspace
 
 SHAPE = {"hidden_dims": [8], "epochs": 4, "lr": 0.01}
 LEARNERS = [*sorted(stacking_methods.COMBINERS), *(f"meta_fuser {kind}" for kind in sorted(FUSERS))]

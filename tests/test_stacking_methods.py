@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from utils.combiner import MemberFacts, fit_crossfitted
-from utils.config import validate
+from utils.core.config import validate
 from utils.ensemble_methods import COMBINERS as VOTES
 from utils.meta_methods import FUSERS, Input, MetaFuser
 from utils.metrics import log_loss, softmax

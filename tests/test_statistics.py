@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binomtest
 
 from utils import statistics
-from utils.errors import UserError
+from utils.core.errors import UserError
 from utils.metrics import METRICS, point_metrics, softmax
 
 

@@ -15,9 +15,10 @@ from conftest import PROJECT, run_python
 from finished_workspace import CONFIG, DEMO, at, files, look, run, status, workspace
 
 import ensemble_orchestrator
-from utils import discovery, locks
-from utils.config_file import load
-from utils.workspace import Workspace
+from utils import discovery
+from utils.core import locks
+from utils.core.config_file import load
+from utils.core.workspace import Workspace
 
 __all__ = ["workspace"]
 
@@ -227,7 +228,7 @@ def test_a_configuration_that_selects_nothing_is_said(workspace):
 def test_a_reader_is_not_blocked_and_sees_who_writes(own_copy):
     hold = (
         "import sys, pathlib\n"
-        "from utils import locks\n"
+        "from utils.core import locks\n"
         "with locks.one_writer(pathlib.Path(sys.argv[1]), 'stack'):\n"
         "    print('held', flush=True)\n"
         "    sys.stdin.read()\n"

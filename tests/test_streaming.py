@@ -19,12 +19,12 @@ from conftest import PROJECT
 from PIL import Image
 
 from utils import base_back, catalog, discovery, image_splits, networks, streaming
-from utils.artifacts import FileDigests
-from utils.config_file import load
-from utils.errors import UserError
+from utils.core.artifacts import FileDigests
+from utils.core.config_file import load
+from utils.core.errors import UserError
+from utils.core.workspace import Workspace
 from utils.networks import Outputs
 from utils.predictions import Store
-from utils.workspace import Workspace
 
 
 def test_normalised_pixels_are_those_of_the_base_transform():

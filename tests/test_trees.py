@@ -10,7 +10,7 @@ import torch
 import tree_cases as cases
 from sklearn.ensemble import RandomForestClassifier
 
-from utils.artifacts import read_tensors, write_tensors
+from utils.core.artifacts import read_tensors, write_tensors
 from utils.trees import forest_arrays, forest_module, probabilities
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import tree_cases as cases
 
-from utils.errors import UserError
+from utils.core.errors import UserError
 from utils.trees import booster_module, probabilities
 
 KEPT = sorted((Path(__file__).parent / "boosters").glob("*.json"))

@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import betabinom
 
 from utils import uncertainty
-from utils.errors import UserError
+from utils.core.errors import UserError
 from utils.metrics import softmax
 
 

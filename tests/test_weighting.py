@@ -10,8 +10,8 @@ import torch
 
 from utils import pools
 from utils.combiner import MemberFacts
-from utils.config import Config
-from utils.errors import UserError
+from utils.core.config import Config
+from utils.core.errors import UserError
 from utils.metrics import METRICS, log_loss, softmax
 from utils.weighting import UNTESTED_STRENGTH, WeightedPool
 

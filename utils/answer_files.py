@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from utils.artifacts import replacing
-from utils.errors import UserError, cannot_write
+from utils.core.artifacts import replacing
+from utils.core.errors import UserError, cannot_write
 
 FORMATS = ("csv", "jsonl")
 COLUMNS = ("path", "class", "probability", "set", "abstain", "disagreement", "model", "error")

@@ -26,8 +26,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from utils.errors import UserError
-from utils.messages import LOGGER_NAME, set_up_logging
+from utils.core.errors import UserError
+from utils.core.messages import LOGGER_NAME, set_up_logging
 
 PROJECT = Path(os.path.abspath(__file__)).parents[1]
 BUNDLED = PROJECT / "BASE-BACK"

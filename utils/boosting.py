@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.core.errors import UserError
 from utils.nested import spread_stops
 from utils.stacking_features import STEPS, features
 

@@ -16,11 +16,11 @@ from utils import (
     soup_building,
 )
 from utils.catalog import Member
-from utils.config import Config, require_enabled
-from utils.errors import UserError
+from utils.core.config import Config, require_enabled
+from utils.core.errors import UserError
+from utils.core.results import Result
+from utils.core.workspace import Workspace
 from utils.predictions import Store
-from utils.results import Result
-from utils.workspace import Workspace
 
 STREAMED = ("val", "test")  # one pass serves the honest rows and the evaluation that follows
 Section = Callable[[Store, Sequence[Member], bool], Result]

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from utils import base_back, catalog_form
-from utils.artifacts import FileDigests, read_json, write_json
-from utils.config import Config
-from utils.errors import UserError, did_you_mean
+from utils.core.artifacts import FileDigests, read_json, write_json
+from utils.core.config import Config
+from utils.core.errors import UserError, did_you_mean
+from utils.core.workspace import Workspace
 from utils.networks import NetworkSpec
-from utils.workspace import Workspace
 
 logger = logging.getLogger("disease_pipeline")
 

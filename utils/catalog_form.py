@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from utils.config import is_name
+from utils.core.config import is_name
 
 SPLITS = ("train", "val", "test")
 MOST_PROBLEMS = 3

@@ -17,9 +17,9 @@ import numpy as np
 
 from utils import catalog, ensembles, fold_networks, image_splits, streaming
 from utils.catalog import IMPORTED, Member
+from utils.core.errors import UserError, did_you_mean
 from utils.diversity import mutual_information
 from utils.ensembles import Ensemble
-from utils.errors import UserError, did_you_mean
 from utils.image_splits import ImageSplit
 from utils.metrics import log_softmax, softmax
 from utils.networks import NetworkSpec

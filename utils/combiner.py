@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkab
 
 import numpy as np
 
-from utils.config import Config
+from utils.core.config import Config
 from utils.rows import Outputs
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from utils import catalog, image_splits, networks, streaming
-from utils.artifacts import open_array, read_arrays
-from utils.config import Config
-from utils.errors import UserError
+from utils.core.artifacts import open_array, read_arrays
+from utils.core.config import Config
+from utils.core.errors import UserError
+from utils.core.results import Result
+from utils.core.workspace import SPLITS, Workspace
 from utils.predictions import Store
-from utils.results import Result
-from utils.workspace import SPLITS, Workspace
 
 logger = logging.getLogger("disease_pipeline")
 

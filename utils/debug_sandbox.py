@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import artifacts, base_back, caches, locks, programs
-from utils.errors import ConfigError, UserError
-from utils.workspace import Workspace
+from utils import base_back
+from utils.core import artifacts, caches, locks, subprocesses
+from utils.core.errors import ConfigError, UserError
+from utils.core.workspace import Workspace
 
 NAME, LOCK = "debug_tmp", ".lock"
 BACKBONES = ("CustomConvNeXt", "CustomResNetMish", "CustomViTHybrid")
@@ -95,7 +96,7 @@ def prepare(sandbox: Sandbox) -> None:
         *("--backbones", *sandbox.backbones, "--stages", "split", "kfold", "train"),
     ]
     variables = {"DBT_BATCH_SIZE": "4", "DBT_PARENT": str(os.getpid())}
-    code, _, last = programs.run(command, sandbox.environment() | variables)
+    code, _, last = subprocesses.run(command, sandbox.environment() | variables)
     if code:
         said = "; ".join(last) or "nothing"
         raise UserError(

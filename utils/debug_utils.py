@@ -16,14 +16,15 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils import base_back, caches, catalog, debug_plan, debug_sandbox, locks, programs
-from utils.artifacts import write_json
-from utils.config import Backbones, Config
+from utils import base_back, catalog, debug_plan, debug_sandbox
+from utils.core import caches, locks, subprocesses
+from utils.core.artifacts import write_json
+from utils.core.config import Backbones, Config
+from utils.core.errors import ConfigError, UserError, did_you_mean
+from utils.core.results import Result
+from utils.core.workspace import Workspace
 from utils.debug_plan import ALL, RESET, SECTIONS
 from utils.debug_sandbox import Sandbox
-from utils.errors import ConfigError, UserError, did_you_mean
-from utils.results import Result
-from utils.workspace import Workspace
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -162,7 +163,7 @@ def _run(name: str, settings: Path, sandbox: Sandbox, arch: str | None, *, verbo
     ]
     logger.debug("debug: %s", shlex.join(command))
     start = time.monotonic()
-    code, said, last = programs.run(command, sandbox.environment())
+    code, said, last = subprocesses.run(command, sandbox.environment())
     seconds = time.monotonic() - start
     try:
         failures = list(json.loads(said)["failures"])

@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 
 from utils import catalog, image_splits, imported_members, inspection, member_names, renaming, streaming
-from utils.artifacts import FileDigests
 from utils.catalog import DERIVED, IMPORTED, MADE, STAGES, TIMM, Catalog, Member, Problem
-from utils.config import Config
-from utils.errors import UserError, did_you_mean
+from utils.core.artifacts import FileDigests
+from utils.core.config import Config
+from utils.core.errors import UserError, did_you_mean
+from utils.core.results import Result
+from utils.core.workspace import SPLITS, Workspace
 from utils.identification import Candidate, Scan, identify
 from utils.image_splits import ImageSplit
 from utils.inspection import Inspector
 from utils.predictions import Store, with_imported
-from utils.results import Result
-from utils.workspace import SPLITS, Workspace
 
 logger = logging.getLogger("disease_pipeline")
 

@@ -15,25 +15,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import caches, catalog, discovery, ensembles, estimates, fitting, image_splits, streaming, unlabeled
+from utils import catalog, discovery, ensembles, fitting, image_splits, streaming, unlabeled
 from utils import distillation_comparison as comparison
 from utils import distillation_plan as plan
 from utils import distillation_students as students
 from utils import distillation_teachers as teachers
-from utils.artifacts import digest_of, write_json
 from utils.catalog import Member
-from utils.config import Config, require_enabled
+from utils.core import caches, estimates
+from utils.core.artifacts import digest_of, write_json
+from utils.core.config import Config, require_enabled
+from utils.core.errors import UserError
+from utils.core.results import Result
+from utils.core.workspace import Workspace
 from utils.distillation_controls import ALONE
 from utils.distillation_plan import STREAMED
 from utils.distillation_students import Student
 from utils.distillation_teachers import METHOD, Teacher
 from utils.ensembles import Provenance
-from utils.errors import UserError
 from utils.image_splits import ImageSplit
 from utils.metrics import softmax
 from utils.predictions import Store
-from utils.results import Result
-from utils.workspace import Workspace
 
 if TYPE_CHECKING:
     from utils.distilling import Course, Progress, Trained

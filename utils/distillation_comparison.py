@@ -12,10 +12,10 @@ from utils import distillation_controls as controls
 from utils import distillation_teachers as teachers
 from utils import fold_networks, latency
 from utils.catalog import Member
+from utils.core.errors import UserError
 from utils.distillation_controls import ALONE, TEACHER
 from utils.distillation_students import Student
 from utils.distillation_teachers import Teacher
-from utils.errors import UserError
 from utils.metrics import softmax
 from utils.predictions import Store
 

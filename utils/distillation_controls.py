@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from utils.artifacts import read_arrays, read_record, write_arrays
+from utils.core.artifacts import read_arrays, read_record, write_arrays
+from utils.core.workspace import Workspace
 from utils.metrics import accuracy, ece, log_loss, log_loss_per_row
 from utils.statistics import ratio_interval, resampled_means
-from utils.workspace import Workspace
 
 ALONE, TEACHER = "alone", "teacher"
 AGAIN = "Distill again: python ensemble_orchestrator.py distill --force"

@@ -9,11 +9,11 @@ from typing import Any
 from utils import base_back, ensembles, fitting, unlabeled
 from utils import distillation_students as students
 from utils import distillation_teachers as teachers
-from utils.artifacts import digest_of, read_record
-from utils.config import Config
+from utils.core.artifacts import digest_of, read_record
+from utils.core.config import Config
+from utils.core.errors import UserError
 from utils.distillation_students import Student
 from utils.distillation_teachers import METHOD, Teacher
-from utils.errors import UserError
 from utils.image_splits import ImageSplit
 from utils.predictions import Store
 

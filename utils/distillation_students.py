@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from utils import base_back, checkpoints
-from utils.artifacts import require_own_folder, write_checkpoint
 from utils.catalog import TIMM, Member
-from utils.errors import UserError, did_you_mean
+from utils.core.artifacts import require_own_folder, write_checkpoint
+from utils.core.errors import UserError, did_you_mean
 from utils.networks import NetworkSpec, construct
 from utils.predictions import Store
 

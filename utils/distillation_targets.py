@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.artifacts import read_arrays, write_arrays
+from utils.core.artifacts import read_arrays, write_arrays
 from utils.metrics import softmax
 
 logger = logging.getLogger("disease_pipeline")

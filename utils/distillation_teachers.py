@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils import catalog, ensembles, fold_networks, networks, streaming
-from utils.artifacts import digest_of
 from utils.catalog import IMPORTED, Member
+from utils.core.artifacts import digest_of
+from utils.core.errors import UserError, did_you_mean
 from utils.distillation_targets import log_probabilities
 from utils.ensemble_methods import SoftVoting
 from utils.ensembles import Ensemble
-from utils.errors import UserError, did_you_mean
 from utils.metrics import log_softmax, softmax
 from utils.networks import NetworkSpec, Outputs
 from utils.predictions import Store

@@ -11,10 +11,10 @@ import numpy as np
 
 from utils import distillation_targets as stored
 from utils import distillation_teachers as teachers
-from utils.artifacts import digest_of
-from utils.config import Config
+from utils.core.artifacts import digest_of
+from utils.core.config import Config
+from utils.core.errors import HonestyError, UserError
 from utils.distillation_teachers import Teacher
-from utils.errors import HonestyError, UserError
 from utils.image_splits import ImageSplit
 from utils.lessons import NO_VIEW, Album, Lessons
 from utils.predictions import Store

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from utils import base_back
-from utils.artifacts import replacing
+from utils.core.artifacts import replacing
+from utils.core.errors import UserError
 from utils.distillation_methods import Average, student_loss
-from utils.errors import UserError
 from utils.lessons import Album, Lessons, seed_of
 from utils.metrics import accuracy, log_loss, softmax
 

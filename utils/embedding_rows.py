@@ -16,9 +16,9 @@ import numpy as np
 
 from utils import catalog, fold_networks, image_splits, streaming
 from utils.alignment import agreement, ridge
-from utils.artifacts import digest_of, open_array, read_json, write_array, write_json
 from utils.catalog import IMPORTED, Member
-from utils.errors import UserError
+from utils.core.artifacts import digest_of, open_array, read_json, write_array, write_json
+from utils.core.errors import UserError
 from utils.fold_networks import FOLDS
 from utils.metrics import softmax
 from utils.predictions import AGAIN, IMPORT, Store

@@ -14,23 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import (
-    base_back,
-    catalog,
-    discovery,
-    embedding_rows,
-    ensembles,
-    estimates,
-    fitting,
-    guards,
-    image_splits,
-    streaming,
-)
-from utils.artifacts import digest_of, write_checkpoint
+from utils import base_back, catalog, discovery, embedding_rows, ensembles, fitting, guards, image_splits, streaming
 from utils.catalog import IMPORTED, Member
 from utils.checkpoints import said_of_training
+from utils.core import estimates
+from utils.core.artifacts import digest_of, write_checkpoint
+from utils.core.errors import UserError
 from utils.ensembles import Crossfit
-from utils.errors import UserError
 from utils.fusion_methods import COMBINERS, Fusion
 from utils.networks import NetworkSpec
 from utils.predictions import Store

@@ -10,7 +10,7 @@ import numpy as np
 
 from utils import temperature
 from utils.combiner import Combiner, MemberFacts
-from utils.config import Config
+from utils.core.config import Config
 from utils.greedy import GreedySelection
 from utils.metrics import softmax
 from utils.weighting import WeightedPool

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from utils import ensemble_methods, fusion_methods, meta_methods, moe_methods, pruning_methods, stacking_methods
-from utils.artifacts import (
+from utils.catalog import Member, trained_further
+from utils.combiner import Combiner, fit_crossfitted, seen_by
+from utils.core.artifacts import (
     digest_of,
     read_arrays,
     read_record,
@@ -21,14 +23,12 @@ from utils.artifacts import (
     write_tensors,
     write_text,
 )
-from utils.catalog import Member, trained_further
-from utils.combiner import Combiner, fit_crossfitted, seen_by
-from utils.errors import UserError, did_you_mean
+from utils.core.errors import UserError, did_you_mean
+from utils.core.workspace import Workspace
 from utils.metrics import log_loss_per_row, softmax
 from utils.predictions import Store
 from utils.recommendation import Candidate, recommend
 from utils.rows import Rows
-from utils.workspace import Workspace
 
 SCHEMA = 3
 FORM = {

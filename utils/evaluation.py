@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 
 from utils import catalog, ensembles, label_issues, latency, leaderboard, plots, score_records, scoring
-from utils.artifacts import read_record, write_json, write_text
 from utils.catalog import IMPORTED, Member
-from utils.config import Config
+from utils.core.artifacts import read_record, write_json, write_text
+from utils.core.config import Config
+from utils.core.errors import ConfigError, ContaminatedError, UserError, did_you_mean
+from utils.core.results import Result
+from utils.core.workspace import Workspace
 from utils.ensembles import Ensemble
-from utils.errors import ConfigError, ContaminatedError, UserError, did_you_mean
 from utils.metrics import METRICS, softmax
 from utils.predictions import Store
-from utils.results import Result
 from utils.rows import Rows
 from utils.score_records import Context, Options
 from utils.scoring import Scored
 from utils.statistics import holm
-from utils.workspace import Workspace
 
 logger = logging.getLogger("disease_pipeline")
 

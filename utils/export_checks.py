@@ -21,13 +21,13 @@ from utils import (
     exported_programs,
     tflite_conversion,
 )
-from utils.artifacts import read_arrays, read_record
-from utils.errors import UserError
+from utils.core.artifacts import read_arrays, read_record
+from utils.core.errors import UserError
+from utils.core.results import Result
+from utils.core.workspace import Workspace
 from utils.export_certificate import NEAR_AT_MOST, Probe, RunFailed, run_afresh
 from utils.export_formats import CUSTOM, FORMATS, TENSORRT, TFLITE
 from utils.export_precision import REDUCED
-from utils.results import Result
-from utils.workspace import Workspace
 
 logger = logging.getLogger("disease_pipeline")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from utils import export_folder
-from utils.artifacts import read_json, replacing
-from utils.errors import UserError
-from utils.results import Result
-from utils.workspace import Workspace
+from utils.core.artifacts import read_json, replacing
+from utils.core.errors import UserError
+from utils.core.results import Result
+from utils.core.workspace import Workspace
 
 PICTURE = "exports.png"
 AXES = {"latency_ms": "one image [ms]", "size_mb": "file [MB]"}

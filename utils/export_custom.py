@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.artifacts import write_arrays, write_json, write_text
+from utils.core.artifacts import write_arrays, write_json, write_text
 from utils.export_certificate import TOLERANCE, Probe
 
 PARITY = "parity.npz"

@@ -12,9 +12,9 @@ from hashlib import file_digest
 from pathlib import Path, PurePath
 from typing import Any
 
-from utils.artifacts import read_json, read_record, write_json
-from utils.caches import Item, children
-from utils.errors import UserError, cannot_write
+from utils.core.artifacts import read_json, read_record, write_json
+from utils.core.caches import Item, children
+from utils.core.errors import UserError, cannot_write
 
 STATUS, CHECKSUMS, METADATA, CLASSES = "export_status.json", "checksums.json", "metadata.json", "class_mapping.json"
 AGAIN = "Export it again with --force"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils import base_back, tflite_conversion
-from utils.errors import UserError
+from utils.core.errors import UserError
 from utils.export_folder import digest_of_file
 
 if TYPE_CHECKING:

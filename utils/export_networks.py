@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from utils import catalog, ensembles, fold_networks, streaming
-from utils.artifacts import digest_of
 from utils.catalog import IMPORTED, Member
 from utils.combiner import Combiner
-from utils.errors import UserError, did_you_mean
+from utils.core.artifacts import digest_of
+from utils.core.errors import UserError, did_you_mean
 from utils.predictions import Store
 
 if TYPE_CHECKING:

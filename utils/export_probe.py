@@ -11,7 +11,7 @@ import numpy as np
 
 from utils import base_back, fold_networks, image_splits, streaming
 from utils.combiner import seen_by
-from utils.errors import UserError
+from utils.core.errors import UserError
 from utils.export_certificate import BATCHES, Probe, dealt
 from utils.export_networks import UINT8_NHWC, Form, Subject
 from utils.metrics import softmax

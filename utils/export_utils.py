@@ -25,17 +25,17 @@ from utils import (
     exported_runtimes,
     tflite_conversion,
 )
-from utils.artifacts import read_json
-from utils.config import Config, require_enabled
-from utils.errors import ConfigError, UserError, did_you_mean
+from utils.core.artifacts import read_json
+from utils.core.config import Config, require_enabled
+from utils.core.errors import ConfigError, UserError, did_you_mean
+from utils.core.results import Result
+from utils.core.workspace import Workspace
 from utils.export_certificate import RunFailed, run_afresh
 from utils.export_formats import CUSTOM, FORMATS, PACKAGED, TENSORRT, TFLITE
 from utils.export_networks import UINT8_NHWC, Form, Subject
 from utils.export_precision import REDUCED
 from utils.export_probe import Sampled
 from utils.predictions import Store
-from utils.results import Result
-from utils.workspace import Workspace
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.artifacts import read_record, write_json
-from utils.errors import UserError
+from utils.core.artifacts import read_record, write_json
+from utils.core.errors import UserError
+from utils.core.workspace import Workspace
 from utils.export_folder import digest_of_file, files_of
-from utils.workspace import Workspace
 
 TORCHSCRIPT = "torchscript"
 PROGRAMS = (TORCHSCRIPT, "tflite")

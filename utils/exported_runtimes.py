@@ -97,9 +97,9 @@ def _built_anew(job: dict[str, Any]) -> Any:
     os.environ |= job["environment"]
     sys.path.insert(0, job["project"])
     from utils import base_back, catalog, export_networks
-    from utils.config import Config
+    from utils.core.config import Config
+    from utils.core.workspace import Workspace
     from utils.predictions import Store
-    from utils.workspace import Workspace
 
     base_back.bind()
     workspace = Workspace.of_settings()

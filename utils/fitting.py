@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from utils import catalog, ensembles, fold_networks
-from utils.artifacts import digest_of
 from utils.catalog import IMPORTED, Member
 from utils.combiner import Combiner, MemberFacts
-from utils.config import Config
+from utils.core.artifacts import digest_of
+from utils.core.config import Config
+from utils.core.errors import HonestyError, UserError
 from utils.ensembles import Crossfit, Ensemble, Provenance, RowSet
-from utils.errors import HonestyError, UserError
 from utils.folds import crossfit_folds
 from utils.guards import Guards, judge
 from utils.metrics import accuracy, log_loss, log_loss_per_row

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from utils import base_back
-from utils.artifacts import digest_of, read_arrays, write_arrays
-from utils.errors import UserError
+from utils.core.artifacts import digest_of, read_arrays, write_arrays
+from utils.core.errors import UserError
 from utils.predictions import AGAIN, Store
 from utils.rows import Samples
 

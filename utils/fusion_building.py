@@ -12,17 +12,17 @@ import numpy as np
 from utils import embedding_rows, end_to_end, ensembles, fitting, fold_networks, guards
 from utils.catalog import Member
 from utils.combiner import Combiner, MemberFacts
-from utils.config import Config
+from utils.core.config import Config
+from utils.core.errors import UserError
+from utils.core.results import Result
 from utils.embedding_rows import Embedded
 from utils.ensembles import Crossfit, Provenance
-from utils.errors import UserError
 from utils.fitting import HonestRows
 from utils.fold_networks import FOLDS
 from utils.fusion_methods import COMBINERS
 from utils.guards import Guards
 from utils.metrics import log_loss
 from utils.predictions import Store
-from utils.results import Result
 
 logger = logging.getLogger("disease_pipeline")
 

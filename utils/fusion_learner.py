@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.core.errors import UserError
 from utils.metrics import softmax
 from utils.nested import spread_stops
 from utils.networks import out_of_memory

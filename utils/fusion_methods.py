@@ -15,9 +15,9 @@ import numpy as np
 
 from utils import embedding_maps
 from utils.combiner import Combiner, MemberFacts, below
-from utils.config import Config
+from utils.core.config import Config
+from utils.core.errors import UserError
 from utils.embedding_maps import EmbeddingMaps
-from utils.errors import UserError
 from utils.fusion_learner import HeadLearner, Heads, Shape
 from utils.metrics import log_loss, softmax
 from utils.rows import Outputs

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from utils import temperature
 from utils.combiner import MemberFacts
-from utils.config import Config
+from utils.core.config import Config
 from utils.metrics import METRICS, SMALLEST_PROBABILITY, row_losses, softmax
 from utils.pooled_members import PooledMembers
 from utils.pooling import PIECEWISE_CONSTANT

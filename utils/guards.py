@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from utils.combiner import Combiner, MemberFacts, fit_crossfitted
-from utils.config import Config
+from utils.core.config import Config
 from utils.ensemble_methods import COMBINERS
 from utils.metrics import log_loss_per_row, softmax
 from utils.weighting import WeightedPool

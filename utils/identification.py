@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from utils import base_back, checkpoints, inspection, out_of_fold, training_records
-from utils.artifacts import FileDigests, digest_of
 from utils.catalog import STAGES, TIMM, Member, Problem, kfold_command
-from utils.config import Config
-from utils.errors import UserError
+from utils.core.artifacts import FileDigests, digest_of
+from utils.core.config import Config
+from utils.core.errors import UserError
+from utils.core.workspace import Workspace
 from utils.image_splits import ImageSplit
 from utils.networks import RETRAIN
-from utils.workspace import Workspace
 
 logger = logging.getLogger("disease_pipeline")
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import base_back, engines
-from utils.artifacts import FileDigests, digest_of
-from utils.errors import UserError
+from utils import base_back
+from utils.core import engines
+from utils.core.artifacts import FileDigests, digest_of
+from utils.core.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from utils import inspection, out_of_fold
-from utils.artifacts import digest_of
 from utils.catalog import IMPORTED, Member, Problem
-from utils.errors import UserError
+from utils.core.artifacts import digest_of
+from utils.core.errors import UserError
 from utils.imported_members import Part
 from utils.metrics import log_softmax
 from utils.rows import MemberRows

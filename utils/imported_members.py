@@ -14,11 +14,11 @@ import numpy as np
 
 from utils import prediction_files
 from utils.catalog import Problem
-from utils.errors import UserError, did_you_mean
+from utils.core.errors import UserError, did_you_mean
+from utils.core.workspace import SPLITS
 from utils.image_splits import ImageSplit
 from utils.prediction_files import Predictions
 from utils.rows import UNKNOWN, MemberRows, Samples
-from utils.workspace import SPLITS
 
 logger = logging.getLogger("disease_pipeline")
 

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from utils import catalog, image_splits, imported_judgement, imported_members, member_names
-from utils.artifacts import FileDigests
 from utils.catalog import IMPORTED, Catalog, Problem
-from utils.config import Config
-from utils.errors import UserError
+from utils.core.artifacts import FileDigests
+from utils.core.config import Config
+from utils.core.errors import UserError
+from utils.core.results import Result
+from utils.core.workspace import SPLITS, Workspace
 from utils.image_splits import ImageSplit
 from utils.imported_judgement import Arrival
 from utils.imported_members import SPLIT_OF, Part, for_each
 from utils.prediction_files import Predictions
 from utils.predictions import Store, split_facts, with_imported
-from utils.results import Result
 from utils.rows import MemberRows, gather
-from utils.workspace import SPLITS, Workspace
 
 logger = logging.getLogger("disease_pipeline")
 

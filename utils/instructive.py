@@ -13,7 +13,7 @@ import numpy as np
 
 from utils import diversity, ensembles, fold_networks
 from utils.catalog import Member
-from utils.errors import UserError
+from utils.core.errors import UserError
 from utils.metrics import softmax
 from utils.predictions import Store
 from utils.rows import UNKNOWN, MemberRows

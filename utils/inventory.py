@@ -20,13 +20,13 @@ from utils import (
     snapshot_building,
     soup_building,
 )
-from utils.artifacts import FileDigests, read_record
 from utils.catalog import IMPORTED, Catalog, Member
-from utils.config import Config
+from utils.core.artifacts import FileDigests, read_record
+from utils.core.config import Config
+from utils.core.errors import UserError
+from utils.core.workspace import SPLITS, Workspace
 from utils.ensembles import Ensemble
-from utils.errors import UserError
 from utils.predictions import Store
-from utils.workspace import SPLITS, Workspace
 
 CURRENT, STALE, MISSING, DAMAGED = "current", "stale", "missing", "damaged"
 ANSWERED = ("val", "test")

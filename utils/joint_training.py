@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from utils import training_memory
-from utils.artifacts import read_record, write_json
+from utils.core.artifacts import read_record, write_json
+from utils.core.errors import UserError
 from utils.distilling import LARGEST_NORM, Progress
-from utils.errors import UserError
 from utils.joint_parts import Course, FusionHeads, Moving, Part, in_memory
 from utils.lessons import seed_of
 from utils.metrics import accuracy, log_loss

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils import catalog, streaming
-from utils.artifacts import read_record, write_json
 from utils.catalog import Member
 from utils.combiner import MemberFacts
+from utils.core.artifacts import read_record, write_json
+from utils.core.workspace import Workspace
 from utils.networks import out_of_memory
 from utils.predictions import Store
-from utils.workspace import Workspace
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -19,7 +19,7 @@ from utils import (
     stacking_methods,
 )
 from utils.catalog import DERIVED, IMPORTED, TIMM, Catalog, Member, Problem
-from utils.errors import UserError
+from utils.core.errors import UserError
 
 FORM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 WORDS = "a letter or a digit, then at most 99 letters, digits, `_`, `.` and `-`"

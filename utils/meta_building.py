@@ -10,15 +10,15 @@ import numpy as np
 
 from utils import catalog, discovery, ensembles, fitting, fold_networks, guards
 from utils.catalog import Member
-from utils.config import Config, require_enabled
+from utils.core.config import Config, require_enabled
+from utils.core.errors import UserError, did_you_mean
+from utils.core.results import Result
+from utils.core.workspace import Workspace
 from utils.ensembles import Ensemble
-from utils.errors import UserError, did_you_mean
 from utils.fitting import HonestRows
 from utils.fold_networks import FULL
 from utils.meta_methods import FUSERS, PARTS, Input, MetaFuser
 from utils.predictions import Store
-from utils.results import Result
-from utils.workspace import Workspace
 
 logger = logging.getLogger("disease_pipeline")
 

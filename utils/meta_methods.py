@@ -15,7 +15,7 @@ import numpy as np
 from utils import ensemble_methods, fusion_methods, moe_methods, stacking_methods
 from utils.attention import AttentionLearner, Gate
 from utils.combiner import Combiner, MemberFacts, below, fit_crossfitted, seen_by
-from utils.config import Config
+from utils.core.config import Config
 from utils.metrics import SMALLEST_PROBABILITY
 from utils.perceptron import PerceptronLearner
 from utils.rows import Outputs

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from utils.errors import UserError
+from utils.core.errors import UserError
 
 SMALLEST_PROBABILITY = 1e-12
 SUM_TOLERANCE = 1e-3

@@ -12,14 +12,14 @@ import numpy as np
 from utils import catalog, ensembles, fitting, guards, latency, streaming
 from utils.catalog import Member
 from utils.combiner import Combiner, MemberFacts, fit_crossfitted
-from utils.config import Config
+from utils.core.config import Config
+from utils.core.results import Result
 from utils.ensembles import Crossfit
 from utils.fitting import HonestRows
 from utils.guards import Guards, bootstrap_interval
 from utils.metrics import log_loss_per_row, softmax
 from utils.moe_methods import COMBINERS, Cascade, MixtureOfExperts
 from utils.predictions import Store
-from utils.results import Result
 from utils.routing import needed
 from utils.sparse import Stopwatch
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from utils import temperature
 from utils.combiner import Combiner, MemberFacts
-from utils.config import Config
+from utils.core.config import Config
 from utils.gating import GateLearner, SparseGate
 from utils.metrics import SMALLEST_PROBABILITY, softmax
 from utils.routing import needed

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from utils import engines
+from utils.core import engines
 from utils.metrics import log_loss_per_row
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.core.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -142,7 +142,7 @@ def construct(spec: NetworkSpec, outputs: int, factory: Callable[..., Any] | Non
 def _construct_timm(spec: NetworkSpec, outputs: int) -> nn.Module:
     import timm
 
-    from utils.errors import did_you_mean
+    from utils.core.errors import did_you_mean
 
     # Names such as hf-hub:... would go to the network; only what the installed timm knows is built.
     if not timm.is_model(spec.architecture):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from utils import prediction_files
-from utils.errors import UserError
+from utils.core.errors import UserError
 from utils.image_splits import ImageSplit
 
 EQUAL = 1e-5  # logits closer than this, relative where they are above 1, come from the same network

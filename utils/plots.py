@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import engines
-from utils.artifacts import digest_of, replacing
+from utils.core import engines
+from utils.core.artifacts import digest_of, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,14 +15,14 @@ import numpy as np
 
 from utils import catalog, image_paths, uncertainty
 from utils.answer_files import AnswerFile, Form
-from utils.artifacts import read_record
 from utils.classifier import BlockAnswers, WorkspaceClassifier
-from utils.config import Config
-from utils.errors import UserError
+from utils.core.artifacts import read_record
+from utils.core.config import Config
+from utils.core.display_text import shown
+from utils.core.errors import UserError
+from utils.core.results import Result
+from utils.core.workspace import Workspace
 from utils.predictions import Store
-from utils.report_text import shown
-from utils.results import Result
-from utils.workspace import Workspace
 
 logger = logging.getLogger("disease_pipeline")
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.artifacts import read_arrays
-from utils.errors import UserError
+from utils.core.artifacts import read_arrays
+from utils.core.errors import UserError
 from utils.metrics import SIGN_TOLERANCE, SMALLEST_PROBABILITY, SUM_TOLERANCE
 from utils.rows import UNKNOWN
 

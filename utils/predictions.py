@@ -15,8 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, engines, estimates, image_splits, inspection, out_of_fold, streaming
-from utils.artifacts import (
+from utils import catalog, image_splits, inspection, out_of_fold, streaming
+from utils.catalog import IMPORTED, Catalog, Member, Problem
+from utils.checkpoints import reading_ahead
+from utils.core import engines, estimates
+from utils.core.artifacts import (
     FileDigests,
     digest_of,
     open_array,
@@ -28,13 +31,11 @@ from utils.artifacts import (
     write_arrays,
     write_json,
 )
-from utils.catalog import IMPORTED, Catalog, Member, Problem
-from utils.checkpoints import reading_ahead
-from utils.config import Config
-from utils.errors import UserError
+from utils.core.config import Config
+from utils.core.errors import UserError
+from utils.core.workspace import SPLITS, Workspace
 from utils.image_splits import ImageSplit
 from utils.rows import MemberRows, Samples, gather
-from utils.workspace import SPLITS, Workspace
 
 logger = logging.getLogger("disease_pipeline")
 

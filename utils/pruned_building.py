@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from utils import fitting, latency
-from utils.artifacts import read_record, write_json
 from utils.catalog import Member
 from utils.combiner import MemberFacts
-from utils.config import Config
+from utils.core.artifacts import read_record, write_json
+from utils.core.config import Config
+from utils.core.results import Result
 from utils.predictions import Store
 from utils.pruning_methods import COMBINERS
-from utils.results import Result
 from utils.subset_search import NothingFits
 
 logger = logging.getLogger("disease_pipeline")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from utils import temperature
 from utils.candidates import TIE, candidate_losses
 from utils.combiner import Combiner, MemberFacts
-from utils.config import Config, CostBudget
+from utils.core.config import Config, CostBudget
 from utils.metrics import METRICS, SMALLEST_PROBABILITY, log_softmax, row_losses, within_one_error
 from utils.pooled_members import PooledMembers
 from utils.pooling import PIECEWISE_CONSTANT

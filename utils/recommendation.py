@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.core.errors import UserError
 from utils.metrics import within_one_error
 
 SIMPLEST_FIRST = (

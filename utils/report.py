@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from utils import catalog, evaluation
-from utils.artifacts import digest_of, write_text
-from utils.config import Config
-from utils.errors import UserError
+from utils.core.artifacts import digest_of, write_text
+from utils.core.config import Config
+from utils.core.errors import UserError
+from utils.core.results import Result
+from utils.core.workspace import Workspace
 from utils.predictions import Store
-from utils.results import Result
-from utils.workspace import Workspace
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -145,7 +145,7 @@ def _rows(learned: dict[str, Any]) -> list[Any]:
 
 
 def _counts(ranking: dict[str, Any]) -> str:
-    from utils.report_text import counted
+    from utils.core.display_text import counted
 
     kinds = [row["kind"] for row in ranking["rows"]]
     return f"{counted(kinds.count('ensemble'), 'ensemble')} and {counted(kinds.count('member'), 'single member')}"
@@ -171,7 +171,7 @@ def _template() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    from utils.report_text import shown
+    from utils.core.display_text import shown
 
     def showable(value: Any) -> Any:
         return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from utils import diversity, ensembles, fold_networks
-from utils.artifacts import read_arrays, read_record
 from utils.catalog import Member
-from utils.errors import UserError
+from utils.core.artifacts import read_arrays, read_record
+from utils.core.errors import UserError
+from utils.core.workspace import Workspace
 from utils.instructive import Answers
 from utils.metrics import BINS, SMALLEST_PROBABILITY, log_softmax, softmax
 from utils.predictions import Store
 from utils.rows import UNKNOWN, MemberRows
-from utils.workspace import Workspace
 
 AGAIN = "Remove it, then evaluate again"
 SLICE = 4096  # rows at a time, whatever the number of classes

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils.report_text import listed, shown
+from utils.core.display_text import listed, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

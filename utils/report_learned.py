@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from utils.core.display_text import number, percent
 from utils.distillation_controls import ALONE, TEACHER
 from utils.report_data import ReportData
-from utils.report_text import number, percent
 
 MOST_MEMBERS = 30  # columns of the table of weights
 NONE = "-"

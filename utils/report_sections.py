@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from utils import config_file, ensembles, report_figures, report_summary
-from utils.config import Config
+from utils import ensembles, report_figures, report_summary
+from utils.core import config_file
+from utils.core.config import Config
+from utils.core.display_text import NOT_MEASURED, counted, interval, listed, number, percent
 from utils.instructive import Instructive
 from utils.predictions import Store
 from utils.report_data import ReportData, pareto, reliability, without_temperature
-from utils.report_text import NOT_MEASURED, counted, interval, listed, number, percent
 from utils.thumbnails import Thumbnail, thumbnail
 
 KINDS = {

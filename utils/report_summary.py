@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from utils.core.display_text import counted, interval, listed, number, percent
 from utils.metrics import METRICS
 from utils.report_data import ReportData
-from utils.report_text import counted, interval, listed, number, percent
 
 ROWS = {"oof+val": "out-of-fold predictions of the train images and the val images", "val": "the val images"}
 FEW = 500  # evaluated images, below which an interval is worth a sentence

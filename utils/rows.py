@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.core.errors import UserError
 
 logger = logging.getLogger("disease_pipeline")
 

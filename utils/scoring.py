@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from utils import base_back, diversity, ensembles, fold_networks
-from utils.artifacts import digest_of, read_arrays, write_arrays
 from utils.catalog import Catalog, Member
+from utils.core.artifacts import digest_of, read_arrays, write_arrays
+from utils.core.errors import UserError
 from utils.ensembles import Ensemble, Provenance
-from utils.errors import UserError
 from utils.metrics import softmax
 from utils.predictions import IMPORT, Store
 from utils.rows import UNKNOWN, Rows, align

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.candidates import TIE, Floats, Scorer, scorer, weighted_sum
-from utils.errors import UserError
+from utils.core.errors import UserError
 
 Members = tuple[int, ...]
 

@@ -15,11 +15,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils import base_back, discovery, ensembles, estimates, fitting, programs, streaming
-from utils.artifacts import digest_of, read_record, write_json
+from utils import base_back, discovery, ensembles, fitting, streaming
 from utils.catalog import Member
+from utils.core import estimates, subprocesses
+from utils.core.artifacts import digest_of, read_record, write_json
+from utils.core.results import Result
 from utils.predictions import Store
-from utils.results import Result
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -118,7 +119,7 @@ def _train(store: Store, parents: Sequence[Member]) -> tuple[list[str], list[str
         *(settings.n_snapshots, len(parents), settings.epochs_per_cycle, _expected(store, parents)),
     )
     command = _command(store, parents)
-    code, said, errors = programs.run(command, _environment(store))
+    code, said, errors = subprocesses.run(command, _environment(store))
     summary = json.loads(said) if said.strip() else None
     if summary is None:
         said = " ".join(errors) or "nothing was said"

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from utils import catalog, image_splits, networks, soups, streaming
-from utils.artifacts import digest_of
 from utils.catalog import Member
 from utils.checkpoints import read_checkpoint, weights_of
-from utils.errors import UserError
+from utils.core.artifacts import digest_of
+from utils.core.errors import UserError
 from utils.image_splits import ImageSplit
 from utils.metrics import METRICS, accuracy, log_loss, softmax
 from utils.predictions import Store

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from utils.errors import UserError
+from utils.core.errors import UserError
 
 BLOCKS = 8  # of a large network's weights; the more, the less memory, and the more often files are opened
 BLOCK = 1 << 24  # bytes that no block falls short of

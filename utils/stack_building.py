@@ -9,17 +9,17 @@ from typing import Any
 from utils import catalog, discovery, ensembles, fitting, fold_networks, guards, inference_choice
 from utils.catalog import Member
 from utils.combiner import MemberFacts
-from utils.config import Config, require_enabled
-from utils.errors import HonestyError, UserError
+from utils.core.config import Config, require_enabled
+from utils.core.errors import HonestyError, UserError
+from utils.core.results import Result
+from utils.core.workspace import Workspace
 from utils.fitting import HonestRows
 from utils.fold_networks import FOLDS, FULL
 from utils.guards import Guards
 from utils.inference_choice import Measurement
 from utils.inspection import REFUSING
 from utils.predictions import Store
-from utils.results import Result
 from utils.stacking_methods import COMBINERS
-from utils.workspace import Workspace
 
 logger = logging.getLogger("disease_pipeline")
 

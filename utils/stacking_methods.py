@@ -15,7 +15,7 @@ import numpy as np
 
 from utils import nested, pools, temperature
 from utils.combiner import Combiner, MemberFacts
-from utils.config import Config
+from utils.core.config import Config
 from utils.logistic import Coefficients, LogisticLearner
 from utils.metrics import SMALLEST_PROBABILITY, log_loss, softmax
 from utils.perceptron import Layers, PerceptronLearner

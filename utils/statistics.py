@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from utils.errors import UserError
+from utils.core.errors import UserError
 from utils.metrics import BINS, by_confidence, checked, confidence_bins, log_loss_per_row, row_losses
 
 REPLICATES = 2000

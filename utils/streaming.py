@@ -17,7 +17,7 @@ import numpy as np
 
 from utils import base_back
 from utils.checkpoints import read_checkpoint, weights_of
-from utils.errors import UserError
+from utils.core.errors import UserError
 from utils.image_splits import ImageSplit, normalise, open_images
 from utils.networks import (
     RETRAIN,

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from utils import diversity
 from utils.candidates import TIE, Scorer, scorer, weighted_sum
+from utils.core.errors import UserError
 from utils.diversity import Diversity
-from utils.errors import UserError
 from utils.metrics import row_losses, within_one_error
 from utils.removals import remover
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from utils.errors import UserError
+from utils.core.errors import UserError
 from utils.metrics import checked
 
 ALPHA = 0.1

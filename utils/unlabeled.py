@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from utils import base_back
-from utils.artifacts import digest_of
-from utils.errors import UserError
+from utils.core.artifacts import digest_of
+from utils.core.errors import UserError
+from utils.core.workspace import SPLITS
 from utils.image_splits import ImageSplit
 from utils.predictions import Store
 from utils.rows import UNKNOWN
-from utils.workspace import SPLITS
 
 logger = logging.getLogger("disease_pipeline")
 

@@ -8,15 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from utils import base_back, caches, export_folder, inventory, locks
-from utils.artifacts import read_json
-from utils.caches import Item, shown
+from utils import base_back, export_folder, inventory
 from utils.catalog import MADE
-from utils.config import Config
-from utils.errors import ConfigError, UserError, cannot_write
+from utils.core import caches, locks
+from utils.core.artifacts import read_json
+from utils.core.caches import Item, shown
+from utils.core.config import Config
+from utils.core.errors import ConfigError, UserError, cannot_write
+from utils.core.results import Result
+from utils.core.workspace import SPLITS, Workspace
 from utils.inventory import CURRENT, MISSING, Inventory
-from utils.results import Result
-from utils.workspace import SPLITS, Workspace
 
 MOST_REASONS = 5
 UNFINISHED = re.compile(rf"\..+_(?:{MADE})\.[a-z0-9_]{{8}}\.partial\.pth")

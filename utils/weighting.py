@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from utils import pooling, temperature
 from utils.combiner import MemberFacts
-from utils.config import Config
-from utils.errors import UserError
+from utils.core.config import Config
+from utils.core.errors import UserError
 from utils.pooled_members import POOLS, PooledMembers
 from utils.pooling import Weighting
 

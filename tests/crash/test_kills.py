@@ -20,7 +20,7 @@ import pytest
 from conftest import PROJECT, run_python
 from equality import differences, unfinished
 
-from utils import caches
+from utils.core import caches
 
 KILLS, SEED = int(os.environ.get("KILLS", "4")), int(os.environ.get("SEED", "0"))
 LINE = (
@@ -127,7 +127,7 @@ def test_a_pipeline_that_is_stopped_says_how_to_go_on_and_ends_alike(sent, code,
 
 def test_of_two_pipelines_one_is_refused_by_name_of_the_other(undisturbed, tmp_path):
     workspace = Path(shutil.copytree(undisturbed, tmp_path / "w"))
-    from utils import locks
+    from utils.core import locks
 
     with locks.one_writer(workspace / "ensembles" / ".lock", "pipeline"):
         done = run_python(*LINE, "--workspace", str(workspace))

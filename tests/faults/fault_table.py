@@ -13,7 +13,7 @@ import spoiling as s
 from given_predictions import fewer, without, write
 from in_process import run
 
-from utils import locks
+from utils.core import locks
 
 VOTES = (
     *("--set", "runs.score_ensemble.methods=[soft_voting,weighted]", "--set", "pruning.enable=false"),

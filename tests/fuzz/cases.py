@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from utils.config import Config
+from utils.core.config import Config
 
 ODD = st.one_of(
     st.none(),

@@ -35,8 +35,8 @@ from hypothesis import HealthCheck, given, seed, settings  # noqa: E402
 from in_process import run  # noqa: E402
 
 from utils import base_back, ensembles  # noqa: E402
-from utils.errors import OrchestratorError  # noqa: E402
-from utils.workspace import Workspace  # noqa: E402
+from utils.core.errors import OrchestratorError  # noqa: E402
+from utils.core.workspace import Workspace  # noqa: E402
 
 GIGABYTES, SECONDS = 2, 10
 SHARES = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils import base_back
-from utils.errors import UserError
+from utils.core.errors import UserError
 
 SPLITS = ("train", "val", "test")
 

@@ -21,8 +21,8 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from utils.config import SPECIFIED, Config, Runs, Section, validate
-from utils.errors import ConfigError, did_you_mean
+from utils.core.config import SPECIFIED, Config, Runs, Section, validate
+from utils.core.errors import ConfigError, did_you_mean
 
 MOST_FILES, MOST_LINES = 10, 100  # of the files near a missing one, and of problems, are shown
 MOST_BYTES, MOST_VALUES, LONGEST, DEEPEST = 1_000_000, 10_000, 1_000, 20  # beyond these it is no configuration

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT
 
-from utils import locks
-from utils.errors import UserError
+from utils.core import locks
+from utils.core.errors import UserError
 
 HOLD = (
     "import sys, pathlib, time\n"
-    "from utils import locks\n"
+    "from utils.core import locks\n"
     "with locks.one_writer(pathlib.Path(sys.argv[1]), 'build-ensemble'):\n"
     "    print('held', flush=True)\n"
     "    time.sleep(120)\n"

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from utils.config import SPECIFIED, Config, Section, require_enabled, validate
-from utils.errors import UserError
+from utils.core.config import SPECIFIED, Config, Section, require_enabled, validate
+from utils.core.errors import UserError
 
 PROJECT = Path(__file__).resolve().parent.parent
 # The values that the specification prints under "Configuration File", typed from there.
@@ -300,6 +300,6 @@ def test_every_section_is_closed_and_frozen():
 
 
 def test_reading_a_configuration_needs_no_torch():
-    code = "import sys, utils.config_file; print(sorted({'torch', 'numpy', 'sklearn'} & set(sys.modules)))"
+    code = "import sys, utils.core.config_file; print(sorted({'torch', 'numpy', 'sklearn'} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

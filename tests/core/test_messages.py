@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from utils import messages
+from utils.core import messages
 
 
 @pytest.fixture

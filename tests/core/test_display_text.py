@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from utils.report_text import counted, interval, listed, number, percent, shown
+from utils.core.display_text import counted, interval, listed, number, percent, shown
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ import pytest
 from conftest import PROJECT, run_python
 
 from utils import base_back
-from utils.errors import UserError
-from utils.workspace import Workspace
+from utils.core.errors import UserError
+from utils.core.workspace import Workspace
 
 DEMO = ("--config", "configs/votes.yaml")
 PROGRAM = str(PROJECT / "ensemble_orchestrator.py")

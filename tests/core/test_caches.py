@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils import base_back, caches
-from utils.artifacts import FileDigests, replacing
+from utils import base_back
+from utils.core import caches
+from utils.core.artifacts import FileDigests, replacing
 
 
 def decoded(folder: Path, count: int) -> Path:

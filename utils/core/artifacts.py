@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.errors import UserError, cannot_write
+from utils.core.errors import UserError, cannot_write
 
 NOT_OFFERED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # a file system that sets no room aside
 BLOCK = 1 << 20

@@ -23,7 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from utils.errors import UserError, cannot_write
+from utils.core.errors import UserError, cannot_write
 
 logger = logging.getLogger("disease_pipeline")
 

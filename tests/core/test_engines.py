@@ -19,8 +19,9 @@ from conftest import PROJECT, run_python
 from given_predictions import write
 
 import ensemble_orchestrator
-from utils import engines, nested
-from utils.errors import ConfigError, UserError
+from utils import nested
+from utils.core import engines
+from utils.core.errors import ConfigError, UserError
 from utils.perceptron import PerceptronLearner
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: pip install 'ray>=2.40,<3'")

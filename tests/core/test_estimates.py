@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from utils.estimates import Estimate, extraction, training
+from utils.core.estimates import Estimate, extraction, training
 
 RESNET50 = 25_600_000 * 4  # bytes of its checkpoint
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
 
-from utils.errors import ConfigError, UserError
+from utils.core.errors import ConfigError, UserError
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -331,7 +331,7 @@ def _torch_threads() -> int:
 def _variables() -> dict[str, str]:
     """What a worker needs to find this project and the workspace as this process does."""
     kept = {name: value for name, value in os.environ.items() if name.startswith("DBT_") or name == "BASE_BACK_DIR"}
-    project = str(Path(__file__).resolve().parents[1])
+    project = str(Path(__file__).resolve().parents[2])
     return kept | {"PYTHONPATH": os.pathsep.join([project, *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 

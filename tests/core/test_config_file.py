@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from utils.config import SPECIFIED, Config, require_enabled
-from utils.config_file import MOST_BYTES, MOST_VALUES, find, load
-from utils.errors import ConfigError, UserError
+from utils.core.config import SPECIFIED, Config, require_enabled
+from utils.core.config_file import MOST_BYTES, MOST_VALUES, find, load
+from utils.core.errors import ConfigError, UserError
 
 PROJECT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((PROJECT / "configs").glob("*.yaml"))

@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from utils import artifacts
-from utils.artifacts import FileDigests
-from utils.errors import UserError
+from utils.core import artifacts
+from utils.core.artifacts import FileDigests
+from utils.core.errors import UserError
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

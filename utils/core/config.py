@@ -1,6 +1,6 @@
 """The configuration: a closed, typed picture of what the YAML file may say; defaults are the specification's values.
 
-`utils.config_file` finds and reads the file; whoever is handed a `Config` needs only this room.
+`utils.core.config_file` finds and reads the file; whoever is handed a `Config` needs only this room.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PrivateAttr, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from utils.errors import UserError
+from utils.core.errors import UserError
 
 # What the specification's file and text print is accepted before its method is built; the families' tables add to it.
 SPECIFIED: dict[str, tuple[str, ...]] = {

@@ -1,0 +1,1 @@
+"""Configuration, workspace folders, atomic files, locks and worker processes; knows no array and no network."""

@@ -174,7 +174,7 @@ class Classroom:
         """`scores` and `agreement` with the teacher on test, `history` by epoch; `who`: a kind of targets, or alone."""
         from utils.distillation_controls import agreement, scores
         from utils.distilling import Course, logits_of, train
-        from utils.metrics import softmax
+        from utils.numeric.metrics import softmax
 
         known = ~np.isnan(self.unseen).any(axis=1)
         lessons = _lessons(self.albums["train"], who, known, batch=_batch(self.albums), seed=seed)

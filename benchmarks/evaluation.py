@@ -98,7 +98,7 @@ def answers(ensembles: int, rows: int, classes: int) -> tuple[list[Any], Any]:
     """Seeded probabilities (N, C) of each ensemble, right on most rows, and labels (N,)."""
     import numpy as np
 
-    from utils.metrics import softmax
+    from utils.numeric.metrics import softmax
 
     rng = np.random.default_rng(0)
     labels = rng.integers(0, classes, rows)
@@ -108,7 +108,7 @@ def answers(ensembles: int, rows: int, classes: int) -> tuple[list[Any], Any]:
 
 def ours(ensembles: int, rows: int, classes: int, replicates: int) -> dict[str, Any]:
     """Seconds, CPU seconds and peak resident megabytes of the bootstrap."""
-    from utils.statistics import bootstrap
+    from utils.numeric.statistics import bootstrap
 
     probabilities, labels = answers(ensembles, rows, classes)
     start, cpu = time.perf_counter(), time.process_time()
@@ -122,7 +122,7 @@ def scikit_learn(ensembles: int, rows: int, classes: int, replicates: int) -> di
     import numpy as np
     from sklearn import metrics
 
-    from utils.statistics import bootstrap, resamples
+    from utils.numeric.statistics import bootstrap, resamples
 
     probabilities, labels = answers(ensembles, rows, classes)
     names = ("accuracy", "precision_macro", "recall_macro", "f1_macro", "precision_weighted", "recall_weighted")
@@ -155,7 +155,7 @@ def coverage_rows(data: Path | None) -> list[dict[str, Any]]:
     """Share of rows whose set holds the true class, pooled over re-splits, and where it should lie."""
     import numpy as np
 
-    from utils import uncertainty
+    from utils.numeric import uncertainty
 
     probabilities, labels = held_out(*(images(data) if data else digits()))
     rows = []

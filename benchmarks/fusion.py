@@ -64,7 +64,7 @@ def head_rows(name: str, width: int, hidden: tuple[int, ...], *, rows: int, epoc
     import torch
 
     from utils.fusion_learner import WEIGHT_DECAY, Shape
-    from utils.loops import train
+    from utils.numeric.module_training import train
 
     inputs, labels = _embeddings(rows + rows // 5, width)
     fresh, truth, inputs, labels = inputs[rows:], labels[rows:], inputs[:rows], labels[:rows]
@@ -127,7 +127,7 @@ def _arithmetic(
     import torch
     from torch import nn
 
-    from utils.loops import BATCH
+    from utils.numeric.module_training import BATCH
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -153,7 +153,7 @@ def _through_loader(
     from torch import nn
     from torch.utils.data import DataLoader, TensorDataset
 
-    from utils.loops import BATCH
+    from utils.numeric.module_training import BATCH
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -175,8 +175,8 @@ def _through_loader(
 # the shared space ----------------------------------------------------------------------------------------------------
 def shared_space_row(*, rows: int, width: int) -> dict[str, Any]:
     """Generalised canonical correlations of fifteen members that share some of what they say."""
-    from utils.canonical import shared_space
     from utils.embedding_maps import LEAST_RIDGE, SHARED
+    from utils.numeric.cca import shared_space
 
     rng = np.random.default_rng(0)
     common = rng.normal(size=(rows, 40))

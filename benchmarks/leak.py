@@ -50,7 +50,7 @@ def measure(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
 
     from utils.combiner import MemberFacts
     from utils.core.config_file import load
-    from utils.metrics import accuracy, log_loss
+    from utils.numeric.metrics import accuracy, log_loss
     from utils.stacking_methods import COMBINERS
 
     own = arrays["split"] == "train"

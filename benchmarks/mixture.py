@@ -184,7 +184,7 @@ def outcome(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float, f
     from utils.combiner import MemberFacts
     from utils.core.config_file import load
     from utils.ensembles import COMBINERS
-    from utils.metrics import accuracy, log_loss
+    from utils.numeric.metrics import accuracy, log_loss
     from utils.routing import needed
 
     config = load(prepare.CONFIG, overrides=[f"runs.moe.top_k={TOP_K}", f"runs.moe.num_experts={len(EXPERTS)}"])

@@ -191,7 +191,7 @@ def _keep(store: Any, member: Any, splits: Any, logits: dict[str, np.ndarray]) -
 def _ensemble(store: Any, name: str, number: int, members: Sequence[str], splits: Any, logits: Any) -> None:
     """A plain mean under a name and temperature of its own, with the files that a built one has."""
     from utils.core.artifacts import write_arrays, write_json
-    from utils.metrics import softmax
+    from utils.numeric.metrics import softmax
 
     folder = store.workspace.ensemble(name)
     found = {split: softmax(own.mean(axis=0) * (0.8 + 0.01 * number)) for split, own in logits.items()}
@@ -230,7 +230,7 @@ def _ensemble(store: Any, name: str, number: int, members: Sequence[str], splits
 def _record(store: Any, name: str, kind: str, test: tuple[list[str], np.ndarray]) -> dict[str, Any]:
     """`metrics.json` with every key that a report reads."""
     from utils.core.artifacts import read_arrays
-    from utils.metrics import point_metrics, softmax
+    from utils.numeric.metrics import point_metrics, softmax
     from utils.report_data import reliability
 
     _, labels = test

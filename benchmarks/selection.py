@@ -8,7 +8,7 @@
 
 The outputs are resampled with noise to the sizes that are asked for. Both sides read the same float32 arrays from files
 in processes of their own, on one thread, and take turns; what is timed is the selection alone, in CPU seconds, which
-other work on the machine disturbs least. Both scores are computed by `utils.metrics` from the weights that were found.
+other work on the machine disturbs least. Both scores are computed by `utils.numeric.metrics` from the weights that were found.
 Where `.venv-bench` is missing, the peer's figures are null. The last line of the output is one JSON object.
 """
 
@@ -265,7 +265,7 @@ def selected(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
     """CPU seconds of our selection from an empty pool, the least of a few runs, and the loss of what it found."""
     import numpy as np
 
-    from utils.selection import select
+    from utils.numeric.selection import select
 
     probabilities, labels = np.load(folder / "probabilities.npy"), np.load(folder / "labels.npy")
     found = {}
@@ -302,7 +302,7 @@ def _loss(probabilities: Any, labels: Any, weights: Any, metric: str) -> float:
     """Loss of the weighted mean by the project's own metric, the lower the better."""
     import numpy as np
 
-    from utils.metrics import METRICS as FUNCTIONS
+    from utils.numeric.metrics import METRICS as FUNCTIONS
 
     score = FUNCTIONS[metric].function(np.tensordot(weights, probabilities.astype(np.float64), axes=1), labels)
     return 1 - score if FUNCTIONS[metric].higher_is_better else score
@@ -320,7 +320,7 @@ def weights(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
     """Seconds and certificate of the two convex pools, without a penalty."""
     import numpy as np
 
-    from utils import pools
+    from utils.numeric import pools
 
     probabilities, labels = np.load(folder / "probabilities.npy"), np.load(folder / "labels.npy")
     scores = np.log(np.maximum(probabilities, 1e-12, dtype=np.float64))
@@ -346,7 +346,7 @@ def large(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
     """
     import numpy as np
 
-    from utils.selection import select
+    from utils.numeric.selection import select
 
     metric, members, count = arguments[0], int(arguments[1]), int(arguments[2])
     probabilities, labels = np.load(folder / "probabilities.npy", mmap_mode="r"), np.load(folder / "labels.npy")

@@ -114,7 +114,7 @@ def settings() -> Any:
 def outcome(arrays: Mapping[str, np.ndarray]) -> Outcome:
     """Every way fitted on the honest rows of one split and scored on its test rows."""
     from utils.combiner import MemberFacts, fit_crossfitted
-    from utils.metrics import log_loss, log_loss_per_row, softmax
+    from utils.numeric.metrics import log_loss, log_loss_per_row, softmax
     from utils.recommendation import Candidate, recommend
 
     logits, labels, folds = arrays["logits"], arrays["labels"], arrays["fold"]
@@ -178,7 +178,7 @@ def _scikit_learn(logits: np.ndarray, labels: np.ndarray, test: np.ndarray) -> n
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    from utils.metrics import log_softmax
+    from utils.numeric.metrics import log_softmax
 
     steps = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     search = GridSearchCV(

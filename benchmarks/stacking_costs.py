@@ -146,7 +146,7 @@ def _training(learner: Any, kind: str, logits: np.ndarray, labels: np.ndarray, e
     from sklearn.preprocessing import scale
     from torch import nn
 
-    from utils.loops import BATCH
+    from utils.numeric.module_training import BATCH
     from utils.perceptron import WEIGHT_DECAY
     from utils.stacking_features import features
 

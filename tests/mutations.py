@@ -95,10 +95,10 @@ DEFECTS = (
     ),
     Defect(
         "the upper edge of calibration bins left open",
-        "utils/metrics.py",
+        "utils/numeric/metrics.py",
         'confidence, side="left")',
         'confidence, side="right")',
-        "tests/test_metrics.py",
+        "tests/numeric/test_metrics.py",
     ),
     Defect(
         "debug writes beside the trained members",

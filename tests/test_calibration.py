@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from utils import metrics
+from utils.numeric import metrics
 
 
 def two_classes(confidence, right):

@@ -24,7 +24,7 @@ from utils.core.config_file import load
 from utils.core.errors import HonestyError, UserError
 from utils.distillation_plan import record_of
 from utils.distillation_students import ensemble_name, find
-from utils.metrics import softmax
+from utils.numeric.metrics import softmax
 from utils.predictions import Store
 
 QUICK = (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from utils.ensemble_methods import HardVoting, LogitAveraging, SoftVoting
-from utils.metrics import softmax
+from utils.numeric.metrics import softmax
 
 
 def probabilities(row):

@@ -15,7 +15,7 @@ from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.ensemble_methods import SoftVoting
 from utils.ensembles import Ensemble, Provenance, RowSet
-from utils.metrics import softmax
+from utils.numeric.metrics import softmax
 from utils.rows import Rows
 
 N = 30

@@ -8,8 +8,8 @@ import shutil
 import numpy as np
 import pytest
 
-from utils import uncertainty
-from utils.metrics import softmax
+from utils.numeric import uncertainty
+from utils.numeric.metrics import softmax
 
 DEMO = ("--config", "configs/votes.yaml")
 MEMBERS = ("CustomConvNeXt", "CustomResNetMish", "CustomViTHybrid")

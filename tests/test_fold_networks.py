@@ -13,7 +13,7 @@ from test_predictions import CONFIG, workspace_at
 from utils import catalog, discovery, fold_networks, streaming
 from utils.core.config_file import load
 from utils.core.errors import UserError
-from utils.metrics import softmax
+from utils.numeric.metrics import softmax
 from utils.predictions import Store
 
 NAME = "CustomConvNeXt"

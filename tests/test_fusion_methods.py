@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from utils import embedding_maps, fusion_learner, loops
+from utils import embedding_maps, fusion_learner
 from utils.combiner import MemberFacts
 from utils.core.config import validate
 from utils.core.errors import UserError
 from utils.fusion_heads import AttentionHead, BilinearHead
 from utils.fusion_methods import COMBINERS
-from utils.metrics import log_loss
+from utils.numeric import module_training
+from utils.numeric.metrics import log_loss
 from utils.rows import Outputs
 from utils.stacking_methods import Calibration
 
@@ -238,8 +239,8 @@ def test_out_of_memory_halves_the_batch_and_says_so(rows, monkeypatch, caplog):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         yield from loops_train(*arguments, batch=batch, **options)
 
-    loops_train = loops.train
-    monkeypatch.setattr(loops, "train", train)
+    loops_train = module_training.train
+    monkeypatch.setattr(module_training, "train", train)
     monkeypatch.setattr(logging.getLogger("disease_pipeline"), "propagate", True)
     with caplog.at_level("WARNING"):
         recipe("concat_mlp").learner.fit(outputs, labels, {"rank": 0, "epochs": 2})
@@ -250,7 +251,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(rows, monkeypatch, caplog):
         raise MemoryError
         yield
 
-    monkeypatch.setattr(loops, "train", never)
+    monkeypatch.setattr(module_training, "train", never)
     with pytest.raises(UserError, match=r"out of memory with one row at a time.*hidden_dims"):
         recipe("concat_mlp").learner.fit(outputs, labels, {"rank": 0, "epochs": 2})
 

@@ -11,8 +11,8 @@ from utils import greedy
 from utils.combiner import MemberFacts
 from utils.core.config import Config
 from utils.greedy import GreedySelection, fewest_within_one_error, row_losses
-from utils.metrics import METRICS, log_loss, softmax
-from utils.selection import select
+from utils.numeric.metrics import METRICS, log_loss, softmax
+from utils.numeric.selection import select
 
 RULES = sorted(METRICS)
 M, N, C = 6, 240, 4

@@ -8,7 +8,7 @@ import pytest
 from utils import guards
 from utils.combiner import MemberFacts
 from utils.core.config import Config
-from utils.metrics import log_loss, softmax
+from utils.numeric.metrics import log_loss, softmax
 
 N, C = 200, 3
 FACTS = MemberFacts(("a", "b"), np.array([0.5, 0.6]), np.full(2, np.nan), np.full(2, np.nan))

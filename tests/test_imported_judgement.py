@@ -12,7 +12,7 @@ from utils import fitting
 from utils.core.errors import HonestyError, UserError
 from utils.imported_judgement import chance_of_equal, copied_rows
 from utils.imported_members import Part
-from utils.metrics import softmax
+from utils.numeric.metrics import softmax
 from utils.rows import MemberRows
 
 

@@ -30,7 +30,7 @@ from utils import build, catalog, discovery, evaluation
 from utils.core import artifacts
 from utils.core.config_file import load
 from utils.core.errors import UserError
-from utils.metrics import softmax
+from utils.numeric.metrics import softmax
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from utils.core.config import validate
 from utils.core.config_file import load
 from utils.ensembles import COMBINERS
 from utils.meta_methods import FUSERS
-from utils.metrics import accuracy, log_loss
+from utils.numeric.metrics import accuracy, log_loss
 from utils.predictions import Store
 from utils.rows import Outputs
 

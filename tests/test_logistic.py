@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from utils import pools
 from utils.logistic import LogisticLearner, fit_path
-from utils.metrics import log_loss, log_softmax, softmax
+from utils.numeric import pools
+from utils.numeric.metrics import log_loss, log_softmax, softmax
 from utils.stacking_features import KINDS, centred_log, features, standardisation
 
 M, N, C = 3, 200, 4

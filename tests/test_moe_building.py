@@ -17,8 +17,8 @@ from utils import build, catalog, ensembles, moe_building, sparse, streaming
 from utils.classifier import WorkspaceClassifier
 from utils.core.config_file import load
 from utils.gating import SparseGate
-from utils.metrics import softmax
 from utils.moe_methods import Cascade, MixtureOfExperts
+from utils.numeric.metrics import softmax
 from utils.predictions import Store
 from utils.routing import needed
 

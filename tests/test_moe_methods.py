@@ -13,8 +13,8 @@ import torch
 from utils import moe_methods
 from utils.combiner import MemberFacts, fit_crossfitted
 from utils.core.config import validate
-from utils.metrics import accuracy, softmax
 from utils.moe_methods import COMBINERS, Cascade, MixtureOfExperts
+from utils.numeric.metrics import accuracy, softmax
 from utils.routing import Sparse, execute, needed
 
 N, C = 600, 4

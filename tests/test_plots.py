@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from conftest import PROJECT
 
-from utils import plots, uncertainty
+from utils import plots
 from utils.core import engines
-from utils.metrics import point_metrics, softmax
+from utils.numeric import uncertainty
+from utils.numeric.metrics import point_metrics, softmax
 
 
 def record(classes, count=60, name="some_ensemble"):

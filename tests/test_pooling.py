@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from utils import pooling, pools, temperature
-from utils.metrics import METRICS, log_loss, log_softmax, softmax
+from utils import pooling
+from utils.numeric import pools, temperature
+from utils.numeric.metrics import METRICS, log_loss, log_softmax, softmax
 from utils.pooled_members import LOWEST_SCORE, POOLS
 from utils.pooling import Weighting
 

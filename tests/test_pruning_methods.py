@@ -11,7 +11,7 @@ import pytest
 from utils import pruning_methods
 from utils.combiner import MemberFacts
 from utils.core.config import Config, CostBudget
-from utils.metrics import accuracy, log_loss, softmax
+from utils.numeric.metrics import accuracy, log_loss, softmax
 from utils.pruning_methods import COMBINERS, PICKS, Clustering, DiversityMax, GreedyBackward, GreedyForward, Point
 from utils.subset_search import NothingFits, Problem, Subset, greedy_forward
 

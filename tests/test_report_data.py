@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from utils import diversity, instructive, report_data
+from utils import instructive, report_data
 from utils.core.errors import UserError
 from utils.instructive import Answers, Instructive
-from utils.metrics import ece, softmax
+from utils.numeric import diversity
+from utils.numeric.metrics import ece, softmax
 from utils.rows import UNKNOWN, MemberRows
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import PROJECT, run_python
 
-from utils.metrics import METRICS
+from utils.numeric.metrics import METRICS
 
 PROGRAM = PROJECT / "benchmarks" / "selection.py"
 

@@ -23,7 +23,7 @@ from utils import build, catalog, discovery, ensembles, inventory, snapshot_buil
 from utils.core import subprocesses
 from utils.core.config_file import load
 from utils.core.workspace import Workspace
-from utils.metrics import softmax
+from utils.numeric.metrics import softmax
 
 NAME = "CustomResNetMish"
 PLACES = ("split_dataset", "checkpoints", "metrics_output", "kfold_results", "deployment_models", "image_cache", "logs")

@@ -15,7 +15,7 @@ from torch import nn
 from utils import catalog, discovery, image_splits, soup_trials, streaming
 from utils.core.config_file import load
 from utils.core.errors import UserError
-from utils.metrics import accuracy, log_loss, softmax
+from utils.numeric.metrics import accuracy, log_loss, softmax
 from utils.predictions import Store
 from utils.soup_trials import Figures, Trial, Trials
 from utils.soups import Ingredient, mixture

@@ -11,7 +11,7 @@ import prepare
 import stacking
 import stacking_costs
 from utils.ensemble_methods import COMBINERS
-from utils.metrics import log_loss, softmax
+from utils.numeric.metrics import log_loss, softmax
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.ensembles import Ensemble, Provenance
 from utils.meta_methods import FUSERS, MetaFuser
-from utils.metrics import accuracy
+from utils.numeric.metrics import accuracy
 from utils.rows import MemberRows, Rows, align
 
 SHAPE = {"hidden_dims": [8], "epochs": 4, "lr": 0.01}

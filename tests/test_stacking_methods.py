@@ -12,7 +12,7 @@ from utils.combiner import MemberFacts, fit_crossfitted
 from utils.core.config import validate
 from utils.ensemble_methods import COMBINERS as VOTES
 from utils.meta_methods import FUSERS, Input, MetaFuser
-from utils.metrics import log_loss, softmax
+from utils.numeric.metrics import log_loss, softmax
 from utils.stacking_methods import COMBINERS, Calibration, calibrate
 
 M, N, C = 3, 300, 3

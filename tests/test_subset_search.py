@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from utils.metrics import METRICS, log_loss, softmax
+from utils.numeric.metrics import METRICS, log_loss, softmax
 from utils.subset_search import (
     WAYS,
     Limit,

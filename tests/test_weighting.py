@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from utils import pools
 from utils.combiner import MemberFacts
 from utils.core.config import Config
 from utils.core.errors import UserError
-from utils.metrics import METRICS, log_loss, softmax
+from utils.numeric import pools
+from utils.numeric.metrics import METRICS, log_loss, softmax
 from utils.weighting import UNTESTED_STRENGTH, WeightedPool
 
 NAMES = ("ash", "birch", "cedar", "elm", "fir")

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from utils.metrics import SMALLEST_PROBABILITY, softmax
-from utils.nested import spread_stops
+from utils.numeric.metrics import SMALLEST_PROBABILITY, softmax
+from utils.numeric.nested_cv import spread_stops
 from utils.stacking_features import features, standardisation
 
 KIND = "log_probabilities"
@@ -72,7 +72,7 @@ class AttentionLearner:
         import torch
         from torch import nn
 
-        from utils.loops import train
+        from utils.numeric.module_training import train
 
         members, rows, classes = logits.shape
         raw = features(logits, KIND)

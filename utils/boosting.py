@@ -1,6 +1,6 @@
 """Gradient-boosted trees on members' outputs: one training per kind of features, answered after several rounds.
 
-Chen and Guestrin (2016), XGBoost. The number of rounds is what `utils.nested` chooses: early stopping on rows that are
+Chen and Guestrin (2016), XGBoost. The number of rounds is what `utils.numeric.nested_cv` chooses: early stopping on rows that are
 held out, without a further split. Boosters are kept as the library's own JSON and answer without the library.
 """
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from utils.core.errors import UserError
-from utils.nested import spread_stops
+from utils.numeric.nested_cv import spread_stops
 from utils.stacking_features import STEPS, features
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ import numpy as np
 from utils import catalog, ensembles, fold_networks, image_splits, streaming
 from utils.catalog import IMPORTED, Member
 from utils.core.errors import UserError, did_you_mean
-from utils.diversity import mutual_information
 from utils.ensembles import Ensemble
 from utils.image_splits import ImageSplit
-from utils.metrics import log_softmax, softmax
 from utils.networks import NetworkSpec
+from utils.numeric.diversity import mutual_information
+from utils.numeric.metrics import log_softmax, softmax
 from utils.predictions import Store
 from utils.routing import Sparse, execute
 from utils.rows import UNKNOWN, Rows

@@ -33,7 +33,7 @@ from utils.distillation_students import Student
 from utils.distillation_teachers import METHOD, Teacher
 from utils.ensembles import Provenance
 from utils.image_splits import ImageSplit
-from utils.metrics import softmax
+from utils.numeric.metrics import softmax
 from utils.predictions import Store
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from utils.core.errors import UserError
 from utils.distillation_controls import ALONE, TEACHER
 from utils.distillation_students import Student
 from utils.distillation_teachers import Teacher
-from utils.metrics import softmax
+from utils.numeric.metrics import softmax
 from utils.predictions import Store
 
 logger = logging.getLogger("disease_pipeline")

@@ -12,8 +12,8 @@ import numpy as np
 
 from utils.core.artifacts import read_arrays, read_record, write_arrays
 from utils.core.workspace import Workspace
-from utils.metrics import accuracy, ece, log_loss, log_loss_per_row
-from utils.statistics import ratio_interval, resampled_means
+from utils.numeric.metrics import accuracy, ece, log_loss, log_loss_per_row
+from utils.numeric.statistics import ratio_interval, resampled_means
 
 ALONE, TEACHER = "alone", "teacher"
 AGAIN = "Distill again: python ensemble_orchestrator.py distill --force"

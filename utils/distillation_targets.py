@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.core.artifacts import read_arrays, write_arrays
-from utils.metrics import softmax
+from utils.numeric.metrics import softmax
 
 logger = logging.getLogger("disease_pipeline")
 

@@ -18,8 +18,8 @@ from utils.core.errors import UserError, did_you_mean
 from utils.distillation_targets import log_probabilities
 from utils.ensemble_methods import SoftVoting
 from utils.ensembles import Ensemble
-from utils.metrics import log_softmax, softmax
 from utils.networks import NetworkSpec, Outputs
+from utils.numeric.metrics import log_softmax, softmax
 from utils.predictions import Store
 from utils.rows import Rows
 

@@ -25,7 +25,7 @@ from utils.core.artifacts import replacing
 from utils.core.errors import UserError
 from utils.distillation_methods import Average, student_loss
 from utils.lessons import Album, Lessons, seed_of
-from utils.metrics import accuracy, log_loss, softmax
+from utils.numeric.metrics import accuracy, log_loss, softmax
 
 logger = logging.getLogger("disease_pipeline")
 

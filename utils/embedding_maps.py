@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import canonical
+from utils.numeric import cca
 from utils.stacking_features import standardisation
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def side_by_side(embeddings: Sequence[np.ndarray], budget: int = BUDGET) -> Embe
             kept.append(1.0)
             continue
         values = (own - centre) / scale
-        axes = canonical.principal_axes(values, share)
+        axes = cca.principal_axes(values, share)
         matrices.append(axes.astype(np.float32))
         kept.append(float(np.square(values @ axes).sum() / max(np.square(values).sum(), 1e-300)))
     facts = {"widths": widths, "read_widths": [int(share) for share in shares], "variance_kept": kept}
@@ -99,14 +99,14 @@ def side_by_side(embeddings: Sequence[np.ndarray], budget: int = BUDGET) -> Embe
 
 
 def shared(embeddings: Sequence[np.ndarray], rank: int = SHARED) -> EmbeddingMaps:
-    """The variates that members' embeddings (N, D_m) have in common, at most `rank`; see `utils.canonical`.
+    """The variates that members' embeddings (N, D_m) have in common, at most `rank`; see `utils.numeric.cca`.
 
     Each is as wide as the members agree on it, so that a head sees less of what is hardly shared.
     """
     first = side_by_side(embeddings, CCA_BUDGET)
     views = first.apply(embeddings)
     variates = max(1, min(rank, len(views[0]) // ROWS_PER_VARIATE))
-    found = canonical.shared_space(views, variates, least=LEAST_RIDGE)
+    found = cca.shared_space(views, variates, least=LEAST_RIDGE)
     spread = np.maximum(found.correlations, 0)
     matrices = [  # the embeddings are centred already, and need no centres of the views
         ((matrix.astype(np.float64) @ own if matrix.size else own) * spread).astype(np.float32)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from utils import temperature
 from utils.combiner import Combiner, MemberFacts
 from utils.core.config import Config
 from utils.greedy import GreedySelection
-from utils.metrics import softmax
+from utils.numeric import temperature
+from utils.numeric.metrics import softmax
 from utils.weighting import WeightedPool
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from utils.core.artifacts import (
 )
 from utils.core.errors import UserError, did_you_mean
 from utils.core.workspace import Workspace
-from utils.metrics import log_loss_per_row, softmax
+from utils.numeric.metrics import log_loss_per_row, softmax
 from utils.predictions import Store
 from utils.recommendation import Candidate, recommend
 from utils.rows import Rows

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, ensembles, label_issues, latency, leaderboard, plots, score_records, scoring
+from utils import catalog, ensembles, latency, leaderboard, plots, score_records, scoring
 from utils.catalog import IMPORTED, Member
 from utils.core.artifacts import read_record, write_json, write_text
 from utils.core.config import Config
@@ -18,12 +18,13 @@ from utils.core.errors import ConfigError, ContaminatedError, UserError, did_you
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.ensembles import Ensemble
-from utils.metrics import METRICS, softmax
+from utils.numeric import label_issues
+from utils.numeric.metrics import METRICS, softmax
+from utils.numeric.statistics import holm
 from utils.predictions import Store
 from utils.rows import Rows
 from utils.score_records import Context, Options
 from utils.scoring import Scored
-from utils.statistics import holm
 
 logger = logging.getLogger("disease_pipeline")
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from utils.combiner import Combiner
-from utils.metrics import softmax
+from utils.numeric.metrics import softmax
 from utils.rows import Outputs
 
 BATCHES = (1, 3, 17)

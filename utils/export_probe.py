@@ -14,7 +14,7 @@ from utils.combiner import seen_by
 from utils.core.errors import UserError
 from utils.export_certificate import BATCHES, Probe, dealt
 from utils.export_networks import UINT8_NHWC, Form, Subject
-from utils.metrics import softmax
+from utils.numeric.metrics import softmax
 from utils.predictions import Store
 from utils.rows import UNKNOWN, Rows
 

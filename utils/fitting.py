@@ -19,7 +19,7 @@ from utils.core.errors import HonestyError, UserError
 from utils.ensembles import Crossfit, Ensemble, Provenance, RowSet
 from utils.folds import crossfit_folds
 from utils.guards import Guards, judge
-from utils.metrics import accuracy, log_loss, log_loss_per_row
+from utils.numeric.metrics import accuracy, log_loss, log_loss_per_row
 from utils.predictions import IMPORT, Store
 from utils.rows import Rows
 

@@ -15,7 +15,7 @@ from utils import catalog, image_splits, streaming
 from utils.catalog import Member
 from utils.core import engines
 from utils.core.artifacts import digest_of, open_array, read_record, write_array, write_json
-from utils.metrics import log_softmax
+from utils.numeric.metrics import log_softmax
 from utils.predictions import AGAIN, GPU_SHARE, Store
 from utils.rows import MemberRows, Rows, align
 

@@ -1,7 +1,7 @@
 """Random forests on members' outputs, their leaves drawn towards their parents, so that no probability is 0.
 
 Breiman (2001), Random Forests; Agarwal et al. (2022), Hierarchical Shrinkage. How small a leaf may be and how far it is
-drawn are what `utils.nested` chooses.
+drawn are what `utils.numeric.nested_cv` chooses.
 """
 
 from __future__ import annotations

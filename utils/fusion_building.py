@@ -21,7 +21,7 @@ from utils.fitting import HonestRows
 from utils.fold_networks import FOLDS
 from utils.fusion_methods import COMBINERS
 from utils.guards import Guards
-from utils.metrics import log_loss
+from utils.numeric.metrics import log_loss
 from utils.predictions import Store
 
 logger = logging.getLogger("disease_pipeline")

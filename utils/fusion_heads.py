@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.metrics import SMALLEST_PROBABILITY
+from utils.numeric.metrics import SMALLEST_PROBABILITY
 
 TOKEN = 64  # width of an attention token where no hidden width is configured
 ABSENT = 0.1  # share of the members that attention does without in each step of its training

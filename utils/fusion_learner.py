@@ -1,6 +1,6 @@
 """Training of fusion heads on blocks of embeddings in memory; rank and length of the training are left open.
 
-The heads at several epochs of one training are settings that `utils.nested` chooses from: early stopping on rows that
+The heads at several epochs of one training are settings that `utils.numeric.nested_cv` chooses from: early stopping on rows that
 are held out, and never on those that a cross-fitted copy is asked about.
 """
 
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from utils.core.errors import UserError
-from utils.metrics import softmax
-from utils.nested import spread_stops
 from utils.networks import out_of_memory
+from utils.numeric.metrics import softmax
+from utils.numeric.nested_cv import spread_stops
 from utils.rows import Outputs
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class HeadLearner:
         """Named weights at each stop. Half as many rows at a time, said in words, where memory runs out."""
         import torch
 
-        from utils.loops import BATCH, cross_entropy, train
+        from utils.numeric.module_training import BATCH, cross_entropy, train
 
         inputs = torch.from_numpy(np.concatenate(outputs.embeddings, axis=1))
         truth = torch.from_numpy(np.asarray(labels))

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from utils.metrics import softmax
-from utils.nested import spread_stops
+from utils.numeric.metrics import softmax
+from utils.numeric.nested_cv import spread_stops
 from utils.stacking_features import features, standardisation
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class GateLearner:
     ) -> Iterator[SparseGate]:
         import torch
 
-        from utils.loops import train
+        from utils.numeric.module_training import train
         from utils.routing_heads import NoisyTopK
 
         reader = 0 if self.costs is None else int(np.argmin(self.costs[experts]))

@@ -8,13 +8,13 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from utils import temperature
 from utils.combiner import MemberFacts
 from utils.core.config import Config
-from utils.metrics import METRICS, SMALLEST_PROBABILITY, row_losses, softmax
+from utils.numeric import temperature
+from utils.numeric.metrics import METRICS, SMALLEST_PROBABILITY, row_losses, softmax
+from utils.numeric.selection import Selection, select
 from utils.pooled_members import PooledMembers
 from utils.pooling import PIECEWISE_CONSTANT
-from utils.selection import Selection, select
 
 STEPS = 25
 BAGS = 20
@@ -36,7 +36,7 @@ class _Tried:
 
 @dataclass(kw_only=True)
 class GreedySelection(PooledMembers):
-    """Mean of members selected with replacement for the configured metric (`utils.selection`), the best at the start.
+    """Mean of members selected with replacement for the configured metric (`utils.numeric.selection`), the best at the start.
 
     How many are taken is decided by leaving folds out: the fewest whose held-out loss is within one standard error of
     the least. Bags of half the members each (Caruana et al. 2006) take the place of one selection where held-out rows

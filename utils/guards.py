@@ -11,7 +11,7 @@ import numpy as np
 from utils.combiner import Combiner, MemberFacts, fit_crossfitted
 from utils.core.config import Config
 from utils.ensemble_methods import COMBINERS
-from utils.metrics import log_loss_per_row, softmax
+from utils.numeric.metrics import log_loss_per_row, softmax
 from utils.weighting import WeightedPool
 
 REPLICATES = 2000

@@ -13,7 +13,7 @@ from utils.catalog import IMPORTED, Member, Problem
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError
 from utils.imported_members import Part
-from utils.metrics import log_softmax
+from utils.numeric.metrics import log_softmax
 from utils.rows import MemberRows
 
 COARSE_SHARE = 0.5  # of equal rows, where a model knows few different answers

@@ -14,7 +14,7 @@ import numpy as np
 
 from utils.combiner import MemberFacts
 from utils.core.config import Config
-from utils.metrics import accuracy, log_loss_per_row, log_softmax, softmax
+from utils.numeric.metrics import accuracy, log_loss_per_row, log_softmax, softmax
 from utils.rows import Rows
 from utils.weighting import WeightedPool
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from utils import diversity, ensembles, fold_networks
+from utils import ensembles, fold_networks
 from utils.catalog import Member
 from utils.core.errors import UserError
-from utils.metrics import softmax
+from utils.numeric import diversity
+from utils.numeric.metrics import softmax
 from utils.predictions import Store
 from utils.rows import UNKNOWN, MemberRows
 

@@ -27,8 +27,8 @@ from utils.core.errors import UserError
 from utils.distilling import LARGEST_NORM, Progress
 from utils.joint_parts import Course, FusionHeads, Moving, Part, in_memory
 from utils.lessons import seed_of
-from utils.metrics import accuracy, log_loss
 from utils.networks import out_of_memory
+from utils.numeric.metrics import accuracy, log_loss
 
 logger = logging.getLogger("disease_pipeline")
 

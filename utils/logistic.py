@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from utils.metrics import softmax
+from utils.numeric.metrics import softmax
 from utils.stacking_features import centred_log, features, standardisation
 
 STRENGTHS = tuple(float(f"{10.0**power:.0e}") for power in np.arange(1, -4.25, -0.75))

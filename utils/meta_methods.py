@@ -16,7 +16,7 @@ from utils import ensemble_methods, fusion_methods, moe_methods, stacking_method
 from utils.attention import AttentionLearner, Gate
 from utils.combiner import Combiner, MemberFacts, below, fit_crossfitted, seen_by
 from utils.core.config import Config
-from utils.metrics import SMALLEST_PROBABILITY
+from utils.numeric.metrics import SMALLEST_PROBABILITY
 from utils.perceptron import PerceptronLearner
 from utils.rows import Outputs
 from utils.stacking_methods import Learner, Model, Stacker, StackingBooster, StackingPerceptron

@@ -17,8 +17,8 @@ from utils.core.results import Result
 from utils.ensembles import Crossfit
 from utils.fitting import HonestRows
 from utils.guards import Guards, bootstrap_interval
-from utils.metrics import log_loss_per_row, softmax
 from utils.moe_methods import COMBINERS, Cascade, MixtureOfExperts
+from utils.numeric.metrics import log_loss_per_row, softmax
 from utils.predictions import Store
 from utils.routing import needed
 from utils.sparse import Stopwatch

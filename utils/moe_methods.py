@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from utils import temperature
 from utils.combiner import Combiner, MemberFacts
 from utils.core.config import Config
 from utils.gating import GateLearner, SparseGate
-from utils.metrics import SMALLEST_PROBABILITY, softmax
+from utils.numeric import temperature
+from utils.numeric.metrics import SMALLEST_PROBABILITY, softmax
 from utils.routing import needed
 from utils.stacking_methods import Learner, Model, Stacker
 from utils.subset_search import Problem, greedy_forward

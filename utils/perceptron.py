@@ -1,6 +1,6 @@
 """A multi-layer perceptron on members' outputs, trained on whole tensors in memory; when to stop is left open.
 
-The models at several epochs of one training are the settings that `utils.nested` chooses from: early stopping on rows
+The models at several epochs of one training are the settings that `utils.numeric.nested_cv` chooses from: early stopping on rows
 that are held out.
 """
 
@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from utils.metrics import softmax
-from utils.nested import spread_stops
+from utils.numeric.metrics import softmax
+from utils.numeric.nested_cv import spread_stops
 from utils.stacking_features import features, standardisation
 
 STOPS = 6
@@ -73,7 +73,7 @@ class PerceptronLearner:
         import torch
         from torch import nn
 
-        from utils.loops import train
+        from utils.numeric.module_training import train
 
         raw = features(logits, kind)
         width, classes = logits.shape[0] * logits.shape[2], logits.shape[2]

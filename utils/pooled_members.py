@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from utils import pools
-from utils.metrics import METRICS, SMALLEST_PROBABILITY, log_softmax, softmax
+from utils.numeric import pools
+from utils.numeric.metrics import METRICS, SMALLEST_PROBABILITY, log_softmax, softmax
 
 if TYPE_CHECKING:
     from torch import nn

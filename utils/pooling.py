@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from utils import candidates, pools, temperature
-from utils.metrics import METRICS, log_softmax
+from utils.numeric import candidate_losses, pools, temperature
+from utils.numeric.metrics import METRICS, log_softmax
 from utils.pooled_members import Floats, Pool
 
 STRENGTHS = (np.inf, 10.0, 3.0, 1.0, 0.3, 0.1, 0.01, 0.001, 0.0)
@@ -202,16 +202,16 @@ def _additions(
     """
     total = weights.sum()
     counts = VOTES * weights / total
-    scorer = candidates.scorer(votes, labels, metric)
+    scorer = candidate_losses.scorer(votes, labels, metric)
     scorer.begin(np.tensordot(counts.astype(np.float32), votes, axes=1), VOTES)
     sums = np.tensordot(counts, parts, axes=1)[rows]
     reached = scorer.loss()
     for size in range(VOTES + 1, VOTES + ADDITIONS + 1):
         found = scorer.losses()
-        if found.min() >= reached - candidates.TIE:
+        if found.min() >= reached - candidate_losses.TIE:
             break
         reached = found.min()
-        tied = np.flatnonzero(found <= reached + candidates.TIE)
+        tied = np.flatnonzero(found <= reached + candidate_losses.TIE)
         smooth = [
             losses(pool.pooled((sums + parts[member, rows]) * (total / size)), labels, "log_loss").mean()
             for member in tied

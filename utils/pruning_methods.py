@@ -13,11 +13,11 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from utils import temperature
-from utils.candidates import TIE, candidate_losses
 from utils.combiner import Combiner, MemberFacts
 from utils.core.config import Config, CostBudget
-from utils.metrics import METRICS, SMALLEST_PROBABILITY, log_softmax, row_losses, within_one_error
+from utils.numeric import temperature
+from utils.numeric.candidate_losses import TIE, candidate_losses
+from utils.numeric.metrics import METRICS, SMALLEST_PROBABILITY, log_softmax, row_losses, within_one_error
 from utils.pooled_members import PooledMembers
 from utils.pooling import PIECEWISE_CONSTANT
 from utils.subset_search import WAYS, Limit, Problem, Subset

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from utils.core.errors import UserError
-from utils.metrics import within_one_error
+from utils.numeric.metrics import within_one_error
 
 SIMPLEST_FIRST = (
     *("soft_voting", "logit_averaging", "weighted", "greedy_selection", "pruned", "stacking_lr", "stacking_mlp"),

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from utils import diversity, ensembles, fold_networks
+from utils import ensembles, fold_networks
 from utils.catalog import Member
 from utils.core.artifacts import read_arrays, read_record
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.instructive import Answers
-from utils.metrics import BINS, SMALLEST_PROBABILITY, log_softmax, softmax
+from utils.numeric import diversity
+from utils.numeric.metrics import BINS, SMALLEST_PROBABILITY, log_softmax, softmax
 from utils.predictions import Store
 from utils.rows import UNKNOWN, MemberRows
 

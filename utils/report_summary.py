@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from utils.core.display_text import counted, interval, listed, number, percent
-from utils.metrics import METRICS
+from utils.numeric.metrics import METRICS
 from utils.report_data import ReportData
 
 ROWS = {"oof+val": "out-of-fold predictions of the train images and the val images", "val": "the val images"}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.metrics import SMALLEST_PROBABILITY
+from utils.numeric.metrics import SMALLEST_PROBABILITY
 
 
 def largest(scores: Tensor, count: int) -> Tensor:

@@ -13,15 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from utils import distillation_controls, ensembles, fold_networks, scoring, uncertainty
+from utils import distillation_controls, ensembles, fold_networks, scoring
 from utils.catalog import IMPORTED, Member
 from utils.ensembles import Ensemble
 from utils.latency import Record, Timing
-from utils.metrics import log_loss_per_row, point_metrics, softmax
-from utils.predictions import Store
-from utils.rows import UNKNOWN, Rows
-from utils.scoring import Scored
-from utils.statistics import (
+from utils.numeric import uncertainty
+from utils.numeric.metrics import log_loss_per_row, point_metrics, softmax
+from utils.numeric.statistics import (
     REPLICATES,
     Floats,
     bootstrap,
@@ -30,6 +28,9 @@ from utils.statistics import (
     mean_interval,
     summary,
 )
+from utils.predictions import Store
+from utils.rows import UNKNOWN, Rows
+from utils.scoring import Scored
 
 COPIED = ("expected_experts",)
 """What an ensemble's own record may say of it that its scores repeat."""

@@ -20,7 +20,7 @@ from utils.checkpoints import read_checkpoint, weights_of
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError
 from utils.image_splits import ImageSplit
-from utils.metrics import METRICS, accuracy, log_loss, softmax
+from utils.numeric.metrics import METRICS, accuracy, log_loss, softmax
 from utils.predictions import Store
 from utils.soups import Ingredient
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from utils.metrics import SMALLEST_PROBABILITY, softmax
+from utils.numeric.metrics import SMALLEST_PROBABILITY, softmax
 
 KINDS = ("log_probabilities", "log_probabilities+disagreement", "probabilities")
 """Logits are missing on purpose: centred over the classes they are the centred log-probabilities."""

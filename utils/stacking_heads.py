@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.metrics import SMALLEST_PROBABILITY
+from utils.numeric.metrics import SMALLEST_PROBABILITY
 from utils.stacking_features import STEPS, STEPS_PER_NAT
 
 

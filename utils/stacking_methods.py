@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 
-from utils import nested, pools, temperature
 from utils.combiner import Combiner, MemberFacts
 from utils.core.config import Config
 from utils.logistic import Coefficients, LogisticLearner
-from utils.metrics import SMALLEST_PROBABILITY, log_loss, softmax
+from utils.numeric import nested_cv, pools, temperature
+from utils.numeric.metrics import SMALLEST_PROBABILITY, log_loss, softmax
 from utils.perceptron import Layers, PerceptronLearner
 from utils.rows import Outputs
 from utils.stacking_features import KINDS, STEPS
@@ -33,7 +33,7 @@ class Model(Protocol):
         """Logits (M, N, C) -> probabilities (N, C)."""
 
 
-class Learner(nested.Learner, Protocol):
+class Learner(nested_cv.Learner, Protocol):
     """What a stacker trains."""
 
     def fit(self, logits: np.ndarray, labels: np.ndarray, setting: Mapping[str, Any]) -> Model:
@@ -121,7 +121,7 @@ class Stacker(ABC):
         """Fit, and give the cross-fitted probabilities (N, C) that the same fits make; NaN where there is one fold."""
         assert self.learner is not None, "a stacker that was read from a file is not fitted again"
         mean = plain_mean(logits)
-        found = nested.cross_validate(self.learner, logits, labels, folds, jobs=self.jobs)
+        found = nested_cv.cross_validate(self.learner, logits, labels, folds, jobs=self.jobs)
         unseen = np.full(found.unseen.shape, np.nan)
         for fold in np.unique(folds):
             copy = Calibration()

@@ -13,12 +13,12 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from utils import diversity
-from utils.candidates import TIE, Scorer, scorer, weighted_sum
 from utils.core.errors import UserError
-from utils.diversity import Diversity
-from utils.metrics import row_losses, within_one_error
-from utils.removals import remover
+from utils.numeric import diversity
+from utils.numeric.candidate_losses import TIE, Scorer, scorer, weighted_sum
+from utils.numeric.diversity import Diversity
+from utils.numeric.metrics import row_losses, within_one_error
+from utils.numeric.removal_losses import remover
 
 ROUNDING = 1e-9  # of a limit, by which a sum of costs may exceed it
 Floats = NDArray[np.float64]

@@ -8,10 +8,11 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from utils import pooling, temperature
+from utils import pooling
 from utils.combiner import MemberFacts
 from utils.core.config import Config
 from utils.core.errors import UserError
+from utils.numeric import temperature
 from utils.pooled_members import POOLS, PooledMembers
 from utils.pooling import Weighting
 

@@ -19,9 +19,9 @@ from conftest import PROJECT, run_python
 from given_predictions import write
 
 import ensemble_orchestrator
-from utils import nested
 from utils.core import engines
 from utils.core.errors import ConfigError, UserError
+from utils.numeric import nested_cv
 from utils.perceptron import PerceptronLearner
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: pip install 'ray>=2.40,<3'")
@@ -123,9 +123,9 @@ def test_fits_in_processes_give_the_bytes_of_here(monkeypatch):
     labels, folds = rng.integers(0, 3, 60), np.arange(60) % 3
     logits = rng.normal(size=(2, 60, 3)).astype(np.float32) + 2 * np.eye(3, dtype=np.float32)[labels]
     learner = PerceptronLearner(("probabilities",), (8,), 4, 0.01, 0.1, 0)
-    here = nested.cross_validate(learner, logits, labels, folds, jobs=1)
+    here = nested_cv.cross_validate(learner, logits, labels, folds, jobs=1)
     monkeypatch.setattr(engines, "WORTH_SECONDS", -1)
-    beside = nested.cross_validate(learner, logits, labels, folds, jobs=2)
+    beside = nested_cv.cross_validate(learner, logits, labels, folds, jobs=2)
     for name in ("losses", "answers", "unseen"):
         assert getattr(here, name).tobytes() == getattr(beside, name).tobytes(), name
 

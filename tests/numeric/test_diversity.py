@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from utils import diversity
-from utils.diversity import pairwise
+from utils.numeric import diversity
+from utils.numeric.diversity import pairwise
 
 
 def test_a_table_worked_out_by_hand():

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from utils.core import engines
-from utils.metrics import log_loss_per_row
+from utils.numeric.metrics import log_loss_per_row
 
 
 class Learner(Protocol):

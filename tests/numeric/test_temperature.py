@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from utils import temperature
-from utils.metrics import log_loss, softmax
+from utils.numeric import temperature
+from utils.numeric.metrics import log_loss, softmax
 
 
 def calibrated(rows, classes, *, seed=0, scale=2.0):

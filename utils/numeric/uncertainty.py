@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from utils.core.errors import UserError
-from utils.metrics import checked
+from utils.numeric.metrics import checked
 
 ALPHA = 0.1
 WANTED_ERROR = 0.05

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from utils import removals
-from utils.metrics import METRICS, softmax
-from utils.removals import REMOVERS, remover
+from utils.numeric import removal_losses
+from utils.numeric.metrics import METRICS, softmax
+from utils.numeric.removal_losses import REMOVERS, remover
 
 
 def zoo(members=7, rows=90, classes=4, seed=0):
@@ -32,7 +32,7 @@ def literal(probabilities, labels, inside, metric):
 @pytest.mark.parametrize("metric", sorted(REMOVERS))
 @pytest.mark.parametrize("block", [2**18, 50])
 def test_removing_one_after_the_other_equals_the_literal_metric(metric, block, monkeypatch):
-    monkeypatch.setattr(removals, "BLOCK", block)
+    monkeypatch.setattr(removal_losses, "BLOCK", block)
     for seed in range(3):
         probabilities, labels = zoo(seed=seed)
         inside = np.array([True, True, False, True, True, True, True])

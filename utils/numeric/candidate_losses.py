@@ -1,7 +1,7 @@
 """How good would the pool be with this member added? Losses of all candidates at once; numpy alone.
 
 Member m added to a pool makes the mixture (total + p_m) / (size + 1). Losses are the lower the better: log-loss, Brier
-score, 1 - accuracy and 1 - macro F1 as `utils.metrics` defines them; the predicted class is the first of the highest.
+score, 1 - accuracy and 1 - macro F1 as `utils.numeric.metrics` defines them; the predicted class is the first of the highest.
 Probabilities are read as float32, sums are float64. The last digits of a sum depend on its order, so that two losses
 count as equal when they differ by no more than `TIE`.
 """
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.core.errors import UserError
-from utils.metrics import SIGN_TOLERANCE, SMALLEST_PROBABILITY, SUM_TOLERANCE
+from utils.numeric.metrics import SIGN_TOLERANCE, SMALLEST_PROBABILITY, SUM_TOLERANCE
 
 TIE = 1e-12
 BLOCK = 2**15  # numbers handled at a time, so that they stay in a core's cache

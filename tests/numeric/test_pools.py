@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from utils import pools
+from utils.numeric import pools
 
 
 def members_of(members, rows, classes, *, seed=0, skill=1.5, sharpness=1.0):

@@ -8,9 +8,9 @@ import io
 import numpy as np
 import pytest
 
-from utils import label_issues
 from utils.core.errors import UserError
-from utils.metrics import softmax
+from utils.numeric import label_issues
+from utils.numeric.metrics import softmax
 
 
 def test_counts_by_hand():

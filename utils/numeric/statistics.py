@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from utils.core.errors import UserError
-from utils.metrics import BINS, by_confidence, checked, confidence_bins, log_loss_per_row, row_losses
+from utils.numeric.metrics import BINS, by_confidence, checked, confidence_bins, log_loss_per_row, row_losses
 
 REPLICATES = 2000
 LEVEL = 0.95
@@ -64,7 +64,7 @@ def bootstrap(
 ) -> dict[str, Floats]:
     """{metric: its value on every bootstrap sample (K, B)} of K probabilities (N, C) on the rows with labels (N,).
 
-    Equal to the functions of `utils.metrics` on the rows drawn, within 1e-5 (sums are taken in float32), but for
+    Equal to the functions of `utils.numeric.metrics` on the rows drawn, within 1e-5 (sums are taken in float32), but for
     `roc_auc_ovr_macro`: ranking each sample anew would take minutes, so that its value is moved by the influence of
     each row instead (DeLong et al. 1988), which is exact in first order. It is missing where some class has no rows.
     Memory is bounded whatever K, N and B. UserError for what cannot be scored.

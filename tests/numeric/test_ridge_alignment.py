@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from utils.alignment import STRENGTHS, agreement, ridge
+from utils.numeric.ridge_alignment import STRENGTHS, agreement, ridge
 
 
 def rotation(width, seed=0):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from utils import pools
+from utils.numeric import pools
 
 HIGHEST = 1 / pools.SCALES[0]
 LOWEST = 1 / pools.SCALES[1]

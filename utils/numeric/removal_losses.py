@@ -1,6 +1,6 @@
 """How good would the pool be without this member? Losses for all members at once; numpy alone.
 
-The counterpart of `utils.candidates`, with its losses: a pool is the plain mean of members, each in it once.
+The counterpart of `utils.numeric.candidate_losses`, with its losses: a pool is the plain mean of members, each in it once.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from utils import pools
-from utils.candidates import accuracy_loss, f1_loss
-from utils.metrics import SMALLEST_PROBABILITY
+from utils.numeric import pools
+from utils.numeric.candidate_losses import accuracy_loss, f1_loss
+from utils.numeric.metrics import SMALLEST_PROBABILITY
 
 FACTORS = 16  # probabilities multiplied before a logarithm is taken; so many of the smallest are still a number
 BLOCK = 2**18  # numbers handled at a time

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils import loops
+from utils.numeric import module_training
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 3), (5, 3), (300, 7), (900, 300), (900, 2500)])
@@ -16,12 +16,12 @@ def test_it_is_the_training_by_plain_batches_bit_for_bit(rows, width):
     torch.manual_seed(0)
     inputs, labels = torch.randn(rows, width), torch.randint(0, 3, (rows,))
     options = {"epochs": 3, "lr": 0.01, "weight_decay": 1.0}
-    (found,) = loops.train(lambda: nn.Linear(width, 3), inputs, labels, stops=[2], seed=1, **options)
+    (found,) = module_training.train(lambda: nn.Linear(width, 3), inputs, labels, stops=[2], seed=1, **options)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(1)
     module = nn.Linear(width, 3)
-    batches, step = max(1, rows // loops.BATCH), 0
+    batches, step = max(1, rows // module_training.BATCH), 0
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=1.0, fused=True)
     for _ in range(2):
         for places in torch.randperm(rows).tensor_split(batches):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from utils.candidates import TIE
 from utils.core.errors import UserError
-from utils.metrics import METRICS, softmax
-from utils.selection import select
+from utils.numeric.candidate_losses import TIE
+from utils.numeric.metrics import METRICS, softmax
+from utils.numeric.selection import select
 
 RULES = sorted(METRICS)
 

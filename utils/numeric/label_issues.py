@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from utils.metrics import ROUNDING, checked
+from utils.numeric.metrics import ROUNDING, checked
 
 COLUMNS = ("rank", "split", "sample_id", "image", "label", "suggested", "p_label", "p_suggested", "margin")
 

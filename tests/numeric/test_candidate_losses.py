@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from utils.candidates import SCORERS, candidate_losses, scorer, weighted_sum
 from utils.core.errors import UserError
-from utils.metrics import METRICS, softmax
+from utils.numeric.candidate_losses import SCORERS, candidate_losses, scorer, weighted_sum
+from utils.numeric.metrics import METRICS, softmax
 
 RULES = sorted(METRICS)
 M, N, C = 6, 157, 5
@@ -77,7 +77,7 @@ def test_a_memory_map_does_not_stay_in_memory(metric, tmp_path, monkeypatch):
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("RssFile:")) / 1000
 
-    monkeypatch.setattr("utils.candidates.KEPT_BYTES", 2**20)
+    monkeypatch.setattr("utils.numeric.candidate_losses.KEPT_BYTES", 2**20)
     np.save(tmp_path / "probabilities.npy", np.full((40, 20_000, 10), 0.1, dtype=np.float32))
     mapped = np.load(tmp_path / "probabilities.npy", mmap_mode="r")
     before = of_files()
@@ -103,7 +103,7 @@ def test_a_scorer_can_begin_anew(metric, rows):
 @pytest.mark.parametrize("metric", RULES)
 def test_many_members_are_scored_in_blocks(metric, rows, monkeypatch):
     whole = scorer(*rows, metric).losses()
-    monkeypatch.setattr("utils.candidates.BLOCK", 200)
+    monkeypatch.setattr("utils.numeric.candidate_losses.BLOCK", 200)
     np.testing.assert_allclose(scorer(*rows, metric).losses(), whole, rtol=0, atol=1e-15)
 
 

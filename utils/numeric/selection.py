@@ -3,7 +3,7 @@
 Caruana et al. 2004, "Ensemble selection from libraries of models" (ICML), and Caruana, Munson and Niculescu-Mizil 2006,
 "Getting the most out of ensemble selection" (ICDM) for bags. A pool is the mean of its members' probabilities, each
 counted as often as it was taken. Of candidates whose losses are equal (`candidates.TIE`) the first wins, so members
-come sorted by name. What the metrics are and why scoring is fast stands in `utils.candidates`.
+come sorted by name. What the metrics are and why scoring is fast stands in `utils.numeric.candidate_losses`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.candidates import TIE, Floats, Scorer, scorer, weighted_sum
 from utils.core.errors import UserError
+from utils.numeric.candidate_losses import TIE, Floats, Scorer, scorer, weighted_sum
 
 Members = tuple[int, ...]
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import sklearn.metrics as reference
 
-from utils import metrics
 from utils.core.errors import UserError
+from utils.numeric import metrics
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -318,7 +318,9 @@ def test_ranking_metrics_know_which_way_is_better():
 
 
 def test_metrics_need_numpy_alone():
-    code = "import sys, utils.metrics; print(sorted({'torch', 'sklearn', 'scipy', 'pydantic'} & set(sys.modules)))"
+    code = (
+        "import sys, utils.numeric.metrics; print(sorted({'torch', 'sklearn', 'scipy', 'pydantic'} & set(sys.modules)))"
+    )
     run = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
 

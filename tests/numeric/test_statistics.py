@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from utils import statistics
 from utils.core.errors import UserError
-from utils.metrics import METRICS, point_metrics, softmax
+from utils.numeric import statistics
+from utils.numeric.metrics import METRICS, point_metrics, softmax
 
 
 def rows(seed, count=200, classes=4, strength=1.0):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy.stats import betabinom
 
-from utils import uncertainty
 from utils.core.errors import UserError
-from utils.metrics import softmax
+from utils.numeric import uncertainty
+from utils.numeric.metrics import softmax
 
 
 def rows(rng, count, classes=5, strength=1.5):

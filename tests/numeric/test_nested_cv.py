@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from utils.metrics import log_loss
-from utils.nested import cross_validate
+from utils.numeric.metrics import log_loss
+from utils.numeric.nested_cv import cross_validate
 
 N, C = 40, 3
 

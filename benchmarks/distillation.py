@@ -195,7 +195,7 @@ class Classroom:
 
         from utils import streaming
         from utils.distillation_targets import log_probabilities
-        from utils.networks import NetworkSpec
+        from utils.networks.construction import NetworkSpec
 
         classes, kept = tuple(self.split["classes"].tolist()), {}
         paths = [self.networks / f"{name}_final.pth" for name in self.split["members"].tolist()]

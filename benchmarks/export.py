@@ -51,8 +51,8 @@ def kinds(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
     from utils import export_formats, tflite_conversion
     from utils.combiner import MemberFacts, seen_by
     from utils.core.config import validate
-    from utils.ensemble_network import EnsembleNetwork
     from utils.ensembles import COMBINERS
+    from utils.networks.ensemble_network import EnsembleNetwork
     from utils.rows import Outputs
 
     names = ("CustomConvNeXt", "CustomMobileOne", "CustomViTHybrid")
@@ -104,10 +104,10 @@ def times(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
 
     from models import BACKBONE_MAP
     from utils import export_formats, tflite_conversion
-    from utils.ensemble_network import EnsembleNetwork
     from utils.exported_prediction import ExportedModel
     from utils.exported_runtimes import latency_ms
     from utils.heads import MeanOfProbabilities
+    from utils.networks.ensemble_network import EnsembleNetwork
 
     names = list(BACKBONE_MAP)[: 5 if quick else 15]
     parts = [part(name, "tiny") for name in names]

@@ -50,8 +50,8 @@ def measured(names: Sequence[str], files: Sequence[Path], scratch: Path) -> tupl
     import torch
 
     from utils import export_formats
-    from utils.ensemble_network import EnsembleNetwork
     from utils.heads import MeanOfProbabilities
+    from utils.networks.ensemble_network import EnsembleNetwork
 
     level = peak_bytes()
     parts = [part(name, "full") for name in names]

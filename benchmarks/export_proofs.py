@@ -74,7 +74,7 @@ def part(name: str, size: str) -> Any:
     import torch
 
     from models import create_custom_backbone
-    from utils.ensemble_network import MemberPart
+    from utils.networks.ensemble_network import MemberPart
 
     torch.manual_seed(0)
     network = create_custom_backbone(name, CLASSES, size=size)

@@ -96,7 +96,7 @@ def _opened(size: str) -> Callable[[int, Any], np.ndarray]:
 
     import utils  # noqa: F401  (mounts BASE-BACK)
     from models import create_custom_backbone
-    from utils.networks import keeps_channels_last
+    from utils.networks.construction import keeps_channels_last
 
     networks, layouts = [], []
     for number, name in enumerate(EXPERTS):

@@ -88,8 +88,8 @@ def soup(folder: Path) -> dict[str, Any]:
     """The product's way: block by block from memory maps, then a checkpoint."""
     from functools import partial
 
-    from utils import checkpoints, soups
     from utils.core import artifacts
+    from utils.networks import checkpoints, soups
 
     def opened(path: Path) -> dict[str, Any]:
         return checkpoints.weights_of(checkpoints.read_checkpoint(path))

@@ -53,10 +53,10 @@ DEFECTS = (
     ),
     Defect(
         "BatchNorm not recomputed",
-        "utils/soups.py",
+        "utils/networks/soups.py",
         "                model(images.to(device))\n",
         "",
-        "tests/test_soups.py",
+        "tests/networks/test_soups.py",
     ),
     Defect(
         "the temperature dropped from what is exported",
@@ -88,7 +88,7 @@ DEFECTS = (
     ),
     Defect(
         "a checkpoint unpickled without a list of what it may ask for",
-        "utils/checkpoints.py",
+        "utils/networks/checkpoints.py",
         "weights_only=True",
         "weights_only=False",
         "tests/test_security.py tests/faults -k hostile",

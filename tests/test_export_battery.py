@@ -14,10 +14,10 @@ from torch import nn
 
 from utils import export_formats
 from utils.combiner import seen_by
-from utils.ensemble_network import EnsembleNetwork, MemberPart
 from utils.ensembles import COMBINERS
 from utils.export_certificate import Answers, Probe, compare, dealt
 from utils.exported_runtimes import RUNTIMES
+from utils.networks.ensemble_network import EnsembleNetwork, MemberPart
 from utils.rows import Outputs
 
 SIDE, N = 8, 70

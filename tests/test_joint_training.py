@@ -18,7 +18,7 @@ from utils.fusion_heads import ConcatHead, MappedEmbeddings
 from utils.joint_parts import Course, FusionHeads, Moving, Part, in_memory
 from utils.joint_training import Tuned, train
 from utils.lessons import Album, Lessons
-from utils.networks import NetworkSpec
+from utils.networks.construction import NetworkSpec
 from utils.streaming import open_network
 
 NAMES = ("CustomConvNeXt", "CustomViTHybrid")

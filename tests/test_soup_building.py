@@ -16,9 +16,9 @@ from test_soup_trials import NAME, one_backbone
 from utils import build, catalog, discovery, ensembles, inventory, soup_building
 from utils.core.config_file import load
 from utils.core.errors import UserError
+from utils.networks.soups import Ingredient, mixture
 from utils.numeric.metrics import log_loss, softmax
 from utils.predictions import Store
-from utils.soups import Ingredient, mixture
 
 SETTINGS = (
     "device=cpu",

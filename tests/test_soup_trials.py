@@ -15,10 +15,10 @@ from torch import nn
 from utils import catalog, discovery, image_splits, soup_trials, streaming
 from utils.core.config_file import load
 from utils.core.errors import UserError
+from utils.networks.soups import Ingredient, mixture
 from utils.numeric.metrics import accuracy, log_loss, softmax
 from utils.predictions import Store
 from utils.soup_trials import Figures, Trial, Trials
-from utils.soups import Ingredient, mixture
 
 NAME = "CustomResNetMish"
 STAGES = ("final", "finetune_best", "fold0", "head_best", "snapshot1", "snapshot2", "snapshot3")

@@ -18,12 +18,13 @@ import torch
 from conftest import PROJECT
 from PIL import Image
 
-from utils import base_back, catalog, discovery, image_splits, networks, streaming
+from utils import base_back, catalog, discovery, image_splits, streaming
 from utils.core.artifacts import FileDigests
 from utils.core.config_file import load
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
-from utils.networks import Outputs
+from utils.networks import construction
+from utils.networks.construction import Outputs
 from utils.predictions import Store
 
 
@@ -61,9 +62,9 @@ def test_decoding_threads_are_capped_with_a_warning(heard):
 
 def test_a_deleted_model_frees_its_storage_even_where_it_is_still_referred_to():
     model = torch.nn.Sequential(torch.nn.Linear(100, 100), torch.nn.BatchNorm1d(100))
-    networks.safe_delete_model(model)
+    construction.safe_delete_model(model)
     assert sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers())) == 0
-    networks.cleanup_memory()
+    construction.cleanup_memory()
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Laid:
 
     splits: list
     cache: Path
-    spec: networks.NetworkSpec
+    spec: construction.NetworkSpec
     model: torch.nn.Module
 
     def run(self, **options):
@@ -85,7 +86,7 @@ def laid(trained, tmp_path):
     digests = FileDigests(tmp_path / "digests.json")
     splits = [image_splits.list_images(trained / "split_dataset", split, digests) for split in ("val", "test")]
     path = trained / "checkpoints" / "CustomResNetMish_final.pth"
-    spec = networks.NetworkSpec("CustomResNetMish", path, "tiny", 32, splits[0].classes)
+    spec = construction.NetworkSpec("CustomResNetMish", path, "tiny", 32, splits[0].classes)
     return Laid(splits, tmp_path / "cache", spec, streaming.open_network(spec))
 
 
@@ -214,7 +215,7 @@ def test_a_network_is_gone_after_its_pass_and_only_a_ring_costs_a_collection(lai
 
     monkeypatch.setattr(streaming, "open_network", tracking)
     collecting = SimpleNamespace(collect=lambda: (collections.append(1), gc.collect()))
-    monkeypatch.setattr(networks, "gc", collecting)
+    monkeypatch.setattr(construction, "gc", collecting)
     laid.run()
     assert alive[0]() is None
     assert len(collections) == ring
@@ -254,7 +255,7 @@ def store(trained, tmp_path):
 
 def test_a_network_without_embeddings_is_stored_once_and_then_known(store, monkeypatch):
     monkeypatch.setattr(Outputs, "_methods_agree", lambda self, images, logits: False)
-    monkeypatch.setattr("utils.networks._heads", lambda calls, logits: ())
+    monkeypatch.setattr("utils.networks.construction._heads", lambda calls, logits: ())
     member = store.catalog.members["CustomConvNeXt"]
     store.ensure([member], ("val",))
     assert not store.workspace.embeddings("CustomConvNeXt", "val").exists()
@@ -313,10 +314,10 @@ def test_freed_memory_is_given_back_to_the_system():
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    networks.trim_memory()
+    construction.trim_memory()
     kept = [np.ones(8000) for _ in range(3000)][-1]  # the last one keeps the others' room from shrinking by itself
     before = resident()
-    networks.trim_memory()
+    construction.trim_memory()
     assert before - resident() > 100e6
     assert kept[0] == 1
 

@@ -15,7 +15,7 @@ from utils.core.artifacts import FileDigests, read_json, write_json
 from utils.core.config import Config
 from utils.core.errors import UserError, did_you_mean
 from utils.core.workspace import Workspace
-from utils.networks import NetworkSpec
+from utils.networks.construction import NetworkSpec
 
 logger = logging.getLogger("disease_pipeline")
 

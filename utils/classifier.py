@@ -20,7 +20,7 @@ from utils.catalog import IMPORTED, Member
 from utils.core.errors import UserError, did_you_mean
 from utils.ensembles import Ensemble
 from utils.image_splits import ImageSplit
-from utils.networks import NetworkSpec
+from utils.networks.construction import NetworkSpec
 from utils.numeric.diversity import mutual_information
 from utils.numeric.metrics import log_softmax, softmax
 from utils.predictions import Store

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, image_splits, networks, streaming
+from utils import catalog, image_splits, streaming
 from utils.core.artifacts import open_array, read_arrays
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import SPLITS, Workspace
+from utils.networks import construction
 from utils.predictions import Store
 
 logger = logging.getLogger("disease_pipeline")
@@ -96,7 +97,7 @@ def recompute_bn(config: Config, workspace: Workspace, *, force: bool = False) -
     """BatchNorm statistics of every selected member anew; the weights must stay, every statistic be finite."""
     import torch
 
-    from utils import soups
+    from utils.networks import soups
 
     store = Store(config, workspace, catalog.load(workspace))
     train = store.images("train")
@@ -131,7 +132,7 @@ def recompute_bn(config: Config, workspace: Workspace, *, force: bool = False) -
             if layers
             else f"{member.name}: has no BatchNorm, nothing to recompute"
         )
-        networks.safe_delete_model(model)
+        construction.safe_delete_model(model)
     return _told(lines, failures)
 
 

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from utils import base_back, checkpoints
+from utils import base_back
 from utils.catalog import TIMM, Member
 from utils.core.artifacts import require_own_folder, write_checkpoint
 from utils.core.errors import UserError, did_you_mean
-from utils.networks import NetworkSpec, construct
+from utils.networks import checkpoints
+from utils.networks.construction import NetworkSpec, construct
 from utils.predictions import Store
 
 if TYPE_CHECKING:

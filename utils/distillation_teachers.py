@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import catalog, ensembles, fold_networks, networks, streaming
+from utils import catalog, ensembles, fold_networks, streaming
 from utils.catalog import IMPORTED, Member
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError, did_you_mean
 from utils.distillation_targets import log_probabilities
 from utils.ensemble_methods import SoftVoting
 from utils.ensembles import Ensemble
-from utils.networks import NetworkSpec, Outputs
+from utils.networks import construction
+from utils.networks.construction import NetworkSpec, Outputs
 from utils.numeric.metrics import log_softmax, softmax
 from utils.predictions import Store
 from utils.rows import Rows
@@ -237,11 +238,11 @@ def _run(
                 embeddings = np.empty((count, read.shape[1]), np.float32) if embeddings is None else embeddings
                 embeddings[places.numpy()] = read.float().cpu().numpy()
     finally:
-        networks.safe_delete_model(model)
+        construction.safe_delete_model(model)
         left = weakref.ref(model)
         del model
         outputs = None  # refers to it
-        networks.cleanup_memory([left])
+        construction.cleanup_memory([left])
     return logits, embeddings
 
 

@@ -16,13 +16,13 @@ import numpy as np
 
 from utils import base_back, catalog, discovery, embedding_rows, ensembles, fitting, guards, image_splits, streaming
 from utils.catalog import IMPORTED, Member
-from utils.checkpoints import said_of_training
 from utils.core import estimates
 from utils.core.artifacts import digest_of, write_checkpoint
 from utils.core.errors import UserError
 from utils.ensembles import Crossfit
 from utils.fusion_methods import COMBINERS, Fusion
-from utils.networks import NetworkSpec
+from utils.networks.checkpoints import said_of_training
+from utils.networks.construction import NetworkSpec
 from utils.predictions import Store
 from utils.rows import MemberRows
 
@@ -218,7 +218,7 @@ def _weights(store: Store, member: Member, tuned: Tuned) -> Callable[[], Mapping
     """What gives a member's weights at the chosen epoch, so that one set at a time is in memory."""
     if tuned.epoch:
         return lambda: tuned.weights(member.name)
-    from utils.checkpoints import read_checkpoint, weights_of
+    from utils.networks.checkpoints import read_checkpoint, weights_of
 
     return lambda: weights_of(read_checkpoint(member.network(store.workspace).checkpoint))
 

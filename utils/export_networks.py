@@ -15,7 +15,7 @@ from utils.core.errors import UserError, did_you_mean
 from utils.predictions import Store
 
 if TYPE_CHECKING:
-    from utils.ensemble_network import CombinerNetwork, EnsembleNetwork, MemberPart
+    from utils.networks.ensemble_network import CombinerNetwork, EnsembleNetwork, MemberPart
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -113,7 +113,7 @@ def assemble(store: Store, subject: Subject, form: Form, *, resizes: bool = True
 
     Raises UserError where members of unequal image size are to share one prepared image.
     """
-    from utils.ensemble_network import CombinerNetwork, EnsembleNetwork
+    from utils.networks.ensemble_network import CombinerNetwork, EnsembleNetwork
 
     if subject.imported:
         assert subject.combiner is not None
@@ -137,7 +137,7 @@ def assemble(store: Store, subject: Subject, form: Form, *, resizes: bool = True
 
 
 def _part(store: Store, subject: Subject, member: Member) -> MemberPart:
-    from utils.ensemble_network import MemberPart
+    from utils.networks.ensemble_network import MemberPart
 
     assert member.img_size is not None
     specs = {stage: member.network(store.workspace, stage=stage) for stage in _stages(subject, member)}
@@ -156,7 +156,7 @@ def _stages(subject: Subject, member: Member) -> tuple[str | None, ...]:
 
 def describe(subject: Subject, form: Form, network: EnsembleNetwork | CombinerNetwork) -> dict[str, Any]:
     """What a file should say of itself, ready for JSON."""
-    from utils.ensemble_network import CUT, MEAN, STD, CombinerNetwork
+    from utils.networks.ensemble_network import CUT, MEAN, STD, CombinerNetwork
 
     members = [
         {

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from utils.core.errors import UserError
-from utils.networks import out_of_memory
+from utils.networks.construction import out_of_memory
 from utils.numeric.metrics import softmax
 from utils.numeric.nested_cv import spread_stops
 from utils.rows import Outputs

@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from utils import base_back, checkpoints, inspection, out_of_fold, training_records
+from utils import base_back, inspection, out_of_fold, training_records
 from utils.catalog import STAGES, TIMM, Member, Problem, kfold_command
 from utils.core.artifacts import FileDigests, digest_of
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.image_splits import ImageSplit
-from utils.networks import RETRAIN
+from utils.networks import checkpoints
+from utils.networks.construction import RETRAIN
 
 logger = logging.getLogger("disease_pipeline")
 

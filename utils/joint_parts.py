@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils import base_back, training_memory
+from utils import base_back
 from utils.distilling import VAL_BATCH
 from utils.lessons import Album, Lessons
-from utils.networks import NetworkSpec, Outputs, cleanup_memory, safe_delete_model
+from utils.networks import training_memory
+from utils.networks.construction import NetworkSpec, Outputs, cleanup_memory, safe_delete_model
 from utils.streaming import open_network
 
 NETWORKS_SHARE = 0.1  # of the head's rate: the networks are trained already

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils import training_memory
 from utils.core.artifacts import read_record, write_json
 from utils.core.errors import UserError
 from utils.distilling import LARGEST_NORM, Progress
 from utils.joint_parts import Course, FusionHeads, Moving, Part, in_memory
 from utils.lessons import seed_of
-from utils.networks import out_of_memory
+from utils.networks import training_memory
+from utils.networks.construction import out_of_memory
 from utils.numeric.metrics import accuracy, log_loss
 
 logger = logging.getLogger("disease_pipeline")

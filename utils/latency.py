@@ -21,7 +21,7 @@ from utils.catalog import Member
 from utils.combiner import MemberFacts
 from utils.core.artifacts import read_record, write_json
 from utils.core.workspace import Workspace
-from utils.networks import out_of_memory
+from utils.networks.construction import out_of_memory
 from utils.predictions import Store
 
 if TYPE_CHECKING:

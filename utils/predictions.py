@@ -17,7 +17,6 @@ import numpy as np
 
 from utils import catalog, image_splits, inspection, out_of_fold, streaming
 from utils.catalog import IMPORTED, Catalog, Member, Problem
-from utils.checkpoints import reading_ahead
 from utils.core import engines, estimates
 from utils.core.artifacts import (
     FileDigests,
@@ -35,6 +34,7 @@ from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.workspace import SPLITS, Workspace
 from utils.image_splits import ImageSplit
+from utils.networks.checkpoints import reading_ahead
 from utils.rows import MemberRows, Samples, gather
 
 logger = logging.getLogger("disease_pipeline")

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils import discovery, ensembles, fitting
 from utils.catalog import Member
-from utils.checkpoints import said_of_training
 from utils.core.artifacts import digest_of, read_record, require_own_folder, write_checkpoint, write_json
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.ensembles import Provenance
+from utils.networks.checkpoints import said_of_training
 from utils.predictions import Store
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _uniform(survey: Survey) -> Soup | str:
 
 def _greedy(survey: Survey) -> Soup | str:
     """The best of the basin, then whatever does not make it worse on val (Wortsman et al. 2022)."""
-    from utils.soups import greedy
+    from utils.networks.soups import greedy
 
     if len(survey.basin) < 2:
         return _nothing_to_average(survey)

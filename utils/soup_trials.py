@@ -14,15 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import catalog, image_splits, networks, soups, streaming
+from utils import catalog, image_splits, streaming
 from utils.catalog import Member
-from utils.checkpoints import read_checkpoint, weights_of
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError
 from utils.image_splits import ImageSplit
+from utils.networks import construction, soups
+from utils.networks.checkpoints import read_checkpoint, weights_of
+from utils.networks.soups import Ingredient
 from utils.numeric.metrics import METRICS, accuracy, log_loss, softmax
 from utils.predictions import Store
-from utils.soups import Ingredient
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -154,7 +155,7 @@ class Trials:
             soups.recompute_bn_statistics(model, self._train_batches(), BATCHES)
             return {**weights, **soups.statistics_of(model)}
         finally:
-            networks.safe_delete_model(model)
+            construction.safe_delete_model(model)
 
     def _figures(self, mix: Mix, weights: Mapping[str, Tensor] | None = None) -> Figures:
         """Of the averaged statistics; `weights` where they are at hand."""
@@ -180,7 +181,7 @@ class Trials:
         rank = (score if metric.higher_is_better else -score, -loss)
         return Figures(score, accuracy(probabilities, labels), loss, rank)
 
-    def _named(self, mix: Mix) -> networks.NetworkSpec:
+    def _named(self, mix: Mix) -> construction.NetworkSpec:
         """Messages about a mixture name what it was made of; there is no file yet."""
         parts = " + ".join(name for name, _ in mix)
         return replace(self.spec, checkpoint=self.spec.checkpoint.with_name(f"{self.member.name}: {parts}"))

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils import base_back
-from utils.checkpoints import read_checkpoint, weights_of
 from utils.core.errors import UserError
 from utils.image_splits import ImageSplit, normalise, open_images
-from utils.networks import (
+from utils.networks.checkpoints import read_checkpoint, weights_of
+from utils.networks.construction import (
     RETRAIN,
     NetworkSpec,
     Outputs,

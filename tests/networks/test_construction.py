@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from utils import networks
 from utils.core.errors import UserError
-from utils.networks import NetworkSpec, Outputs, build, surplus_is_dead
+from utils.networks import construction
+from utils.networks.construction import NetworkSpec, Outputs, build, surplus_is_dead
 
 CLASSES = ("a", "b", "c", "d", "e")
 
@@ -288,15 +288,15 @@ def test_label_smoothing_leaves_dead_outputs_that_are_called_dead():
 def test_the_table_of_layouts_names_bundled_architectures_only():
     from models import BACKBONE_MAP, create_custom_backbone
 
-    assert set().union(*networks.CHANNELS_LAST.values()) <= set(BACKBONE_MAP)
-    assert networks.keeps_channels_last(create_custom_backbone("CustomRegNet", 3, size="tiny", img_size=32))
-    assert not networks.keeps_channels_last(create_custom_backbone("CustomDeiTStyle", 3, size="tiny", img_size=32))
-    assert not networks.keeps_channels_last(Foreign(3))
+    assert set().union(*construction.CHANNELS_LAST.values()) <= set(BACKBONE_MAP)
+    assert construction.keeps_channels_last(create_custom_backbone("CustomRegNet", 3, size="tiny", img_size=32))
+    assert not construction.keeps_channels_last(create_custom_backbone("CustomDeiTStyle", 3, size="tiny", img_size=32))
+    assert not construction.keeps_channels_last(Foreign(3))
 
 
 def test_out_of_memory_is_known_on_every_device():
     said = "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried"
-    assert networks.out_of_memory(RuntimeError(said))
-    assert networks.out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert networks.out_of_memory(MemoryError())
-    assert not networks.out_of_memory(RuntimeError("shapes cannot be multiplied"))
+    assert construction.out_of_memory(RuntimeError(said))
+    assert construction.out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert construction.out_of_memory(MemoryError())
+    assert not construction.out_of_memory(RuntimeError("shapes cannot be multiplied"))

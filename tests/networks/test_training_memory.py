@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from utils import base_back, training_memory
+from utils import base_back
+from utils.networks import training_memory
 
 
 def network(name: str) -> nn.Module:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from utils import checkpoints
-from utils.checkpoints import read_checkpoint, reading_ahead, weights_of
 from utils.core.errors import UserError
+from utils.networks import checkpoints
+from utils.networks.checkpoints import read_checkpoint, reading_ahead, weights_of
 
 
 class Canary:

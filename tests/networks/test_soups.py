@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from utils import soups
 from utils.core.errors import UserError
-from utils.soups import Ingredient
+from utils.networks import soups
+from utils.networks.soups import Ingredient
 
 SHAPES = {
     "stem.weight": (6, 3, 3, 3),

@@ -1,0 +1,1 @@
+"""One trained network: build it, load its weights, average it, join it with others into one module."""

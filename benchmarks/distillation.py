@@ -193,9 +193,9 @@ class Classroom:
         """Epoch -> what the teacher says of the views of that epoch; once for those that come back."""
         import torch
 
-        from utils import streaming
         from utils.distillation_targets import log_probabilities
         from utils.networks.construction import NetworkSpec
+        from utils.predictions import streaming
 
         classes, kept = tuple(self.split["classes"].tolist()), {}
         paths = [self.networks / f"{name}_final.pth" for name in self.split["members"].tolist()]
@@ -243,8 +243,8 @@ def _teacher(split: Mapping[str, np.ndarray]) -> tuple[Any, np.ndarray]:
 
 def _albums(split: Mapping[str, np.ndarray], data: Path, *, whole: bool) -> dict[str, Any]:
     """The images of the three splits; `whole` where they must not be mirrored."""
-    from utils.image_splits import ImageSplit
     from utils.lessons import Album
+    from utils.predictions.image_splits import ImageSplit
 
     of_val = split["split"] == "val"
     parts = {

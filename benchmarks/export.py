@@ -53,7 +53,7 @@ def kinds(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
     from utils.core.config import validate
     from utils.ensembles import COMBINERS
     from utils.networks.ensemble_network import EnsembleNetwork
-    from utils.rows import Outputs
+    from utils.predictions.rows import Outputs
 
     names = ("CustomConvNeXt", "CustomMobileOne", "CustomViTHybrid")
     parts = [part(name, "tiny") for name in names]

@@ -253,10 +253,11 @@ def save(workspace: Path, arguments: Sequence[str]) -> dict[str, Any]:
 
 def _opened() -> Any:
     """The prediction store of the workspace in the environment, after discovery."""
-    from utils import catalog, discovery
+    from utils import discovery
     from utils.core.config_file import load
     from utils.core.workspace import Workspace
-    from utils.predictions import Store
+    from utils.predictions import catalog
+    from utils.predictions.store import Store
 
     config = load(CONFIG, overrides=[f"dataset.batch_size={BATCH}", "device=cpu"])
     place = Workspace.of_settings()
@@ -271,8 +272,9 @@ def full(workspace: Path, names: Sequence[str]) -> dict[str, Any]:
     """
     import torch
 
-    from utils import base_back, image_splits, streaming
+    from utils import base_back
     from utils.networks import construction
+    from utils.predictions import image_splits, streaming
 
     store = _opened()
     val = store.images("val")

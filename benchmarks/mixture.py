@@ -132,8 +132,8 @@ def _pictures(count: int, pixels: int, data: Path | None) -> list[Any]:
     """Normalised images float32 (32, 3, H, W), batch by batch."""
     import torch
 
-    from utils import image_splits
     from utils.core.artifacts import FileDigests
+    from utils.predictions import image_splits
 
     with tempfile.TemporaryDirectory(prefix="mixture-") as name:
         place = lay_out(Path(name), count, 300 if pixels > 64 else 64, data)

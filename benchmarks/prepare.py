@@ -200,12 +200,13 @@ def keep(file: Path) -> None:
     """
     import numpy as np
 
-    from utils import catalog, fitting
+    from utils import fitting
     from utils.core.artifacts import write_arrays
     from utils.core.config_file import load
     from utils.core.workspace import Workspace
-    from utils.predictions import Store
-    from utils.rows import align
+    from utils.predictions import catalog
+    from utils.predictions.rows import align
+    from utils.predictions.store import Store
 
     config, place = load(CONFIG, overrides=["device=cpu"]), Workspace.of_settings()
     known = catalog.load(place)

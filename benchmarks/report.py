@@ -82,10 +82,10 @@ def synthetic(
 
     `classes` gives their names, `name` the file names, in which `{row}` counts. Returns the `Workspace`.
     """
-    from utils import catalog
     from utils.core.artifacts import write_json
     from utils.core.workspace import Workspace
-    from utils.predictions import Store
+    from utils.predictions import catalog
+    from utils.predictions.store import Store
 
     folders = ("split_dataset", "checkpoints", "metrics_output", "kfold_results", "deployment", "image_cache", "logs")
     workspace = Workspace(base, *(base / folder for folder in folders))
@@ -140,7 +140,7 @@ def _logits(rng: np.random.Generator, members: int, labels: np.ndarray, classes:
 
 
 def _catalog(members: Sequence[str], classes: tuple[str, ...], splits: Any, size: Size) -> Any:
-    from utils.catalog import Catalog, Member
+    from utils.predictions.catalog import Catalog, Member
 
     oof = {"path": "", "rows": size.honest, "folds": 5, "accuracy": 0.9, "sha256": "0" * 64}
     kept = {"stage": "final", "sha256": "0" * 64}

@@ -172,11 +172,11 @@ def peer_version() -> str | None:
 # parts, each in a process of its own ---------------------------------------------------------------------------------
 def honest(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
     """Honest predictions of the workspace in the environment."""
-    from utils import catalog
     from utils.core.config_file import load
     from utils.core.workspace import Workspace
-    from utils.predictions import Store
-    from utils.rows import align
+    from utils.predictions import catalog
+    from utils.predictions.rows import align
+    from utils.predictions.store import Store
 
     config, place = load(CONFIG, overrides=["device=cpu"]), Workspace.of_settings()
     found = catalog.load(place)

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from utils import catalog, importing
+from utils import importing
 from utils.core.config_file import load
 from utils.core.results import Result
 from utils.core.workspace import Workspace
-from utils.predictions import Store
+from utils.predictions import catalog
+from utils.predictions.store import Store
 
 CONFIG = load(Path(__file__).resolve().parents[1] / "configs" / "votes.yaml")
 NAMES = ("bayes", "forest", "linear")

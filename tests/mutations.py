@@ -39,7 +39,7 @@ DEFECTS = (
     ),
     Defect(
         "out-of-fold rows mixed up",
-        "utils/predictions.py",
+        "utils/predictions/store.py",
         'arrays["labels"], arrays["logits"], np.ones',
         'arrays["labels"], arrays["logits"][::-1], np.ones',
         "tests/test_imported_members.py tests/test_importing.py",
@@ -74,7 +74,7 @@ DEFECTS = (
     ),
     Defect(
         "a member's name that leads out of its folder",
-        "utils/catalog_form.py",
+        "utils/predictions/catalog_records.py",
         "    if not is_name(name):",
         "    if False:",
         "tests/faults -k leads",
@@ -112,7 +112,7 @@ DEFECTS = (
         "utils/core/artifacts.py",
         "    if min(shape, default=0) < 0 or math.prod(shape) * max(dtype.itemsize, 1) != there:",
         "    if False:",
-        "tests/core/test_artifacts.py tests/test_prediction_files.py",
+        "tests/core/test_artifacts.py tests/predictions/test_prediction_files.py",
     ),
 )
 

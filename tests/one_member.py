@@ -11,8 +11,9 @@ import torch
 from conftest import PROJECT
 from test_predictions import workspace_at
 
-from utils import catalog, discovery
+from utils import discovery
 from utils.core.config_file import load
+from utils.predictions import catalog
 
 NAME = "CustomConvNeXt"
 

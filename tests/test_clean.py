@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from finished_workspace import CONFIG, clean, files, run, status, workspace
 
-from utils import catalog, discovery
+from utils import discovery
 from utils.core import caches
 from utils.core.config_file import load
 from utils.core.errors import ConfigError, UserError
 from utils.core.workspace import Workspace
+from utils.predictions import catalog
 
 __all__ = ["workspace"]
 

@@ -266,7 +266,7 @@ def test_a_disk_that_fills_is_an_error_and_no_signal(own_copy, place, file):
 
 def test_a_file_that_vanishes_in_between_is_named_with_a_remedy(own_copy):
     code = (
-        "import sys, pathlib, ensemble_orchestrator as o, utils.image_splits as s\n"
+        "import sys, pathlib, ensemble_orchestrator as o, utils.predictions.image_splits as s\n"
         "original = s.list_images\n"
         "def late(split_dir, split, digests):\n"
         "    find = digests.of\n"
@@ -290,7 +290,7 @@ def test_interruption_leaves_nothing_half_written(own_copy, sent, code):
     hold = (
         "import sys, time, signal\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
-        "import ensemble_orchestrator as o, utils.streaming as s\n"
+        "import ensemble_orchestrator as o, utils.predictions.streaming as s\n"
         "original = s.open_network\n"
         "def slow(spec):\n"
         "    print('ready', flush=True)\n"

@@ -14,7 +14,7 @@ import torch
 from utils.combiner import Combiner, MemberFacts
 from utils.core.config import Config, validate
 from utils.ensembles import COMBINERS
-from utils.rows import Outputs
+from utils.predictions.rows import Outputs
 
 M, N, C = 4, 60, 3
 WIDTHS = (5, 8, 4, 6)

@@ -13,10 +13,11 @@ import torch
 from conftest import PROJECT
 from one_member import NAME, change, change_oof, codes, config, config_path, workspace
 
-from utils import catalog, discovery, inspection
+from utils import discovery
 from utils.core.config_file import load
 from utils.core.errors import UserError
-from utils.predictions import Store
+from utils.predictions import catalog, inspection
+from utils.predictions.store import Store
 
 __all__ = ["config", "workspace"]
 
@@ -135,7 +136,7 @@ def test_a_timm_network_runs_and_gives_the_logits_of_timm(workspace, config, tmp
     from PIL import Image
 
     from utils.datasets import create_optimized_transforms
-    from utils.predictions import Store
+    from utils.predictions.store import Store
 
     torch.manual_seed(0)
     network = timm.create_model("test_resnet", num_classes=4).eval()

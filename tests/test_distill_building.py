@@ -18,14 +18,15 @@ from given_predictions import logged
 from killing import run_and_kill
 from test_predictions import workspace_at
 
-from utils import catalog, distill_building, ensembles, evaluation, inventory, streaming, upkeep
+from utils import distill_building, ensembles, evaluation, inventory, upkeep
 from utils import distillation_teachers as teachers
 from utils.core.config_file import load
 from utils.core.errors import HonestyError, UserError
 from utils.distillation_plan import record_of
 from utils.distillation_students import ensemble_name, find
 from utils.numeric.metrics import softmax
-from utils.predictions import Store
+from utils.predictions import catalog, streaming
+from utils.predictions.store import Store
 
 QUICK = (
     *("device=cpu", "distillation.enable=true", "distillation.teacher=soft_voting", "distillation.epochs=2"),

@@ -102,7 +102,7 @@ def test_networks_are_asked_about_the_views_that_the_student_is_shown(tmp_path, 
     monkeypatch.setattr(distillation.prepare, "ZOO", tmp_path / "zoo")
     room = distillation.Classroom(split, data, tmp_path, whole=True)
     asked = []
-    from utils import streaming
+    from utils.predictions import streaming
 
     def open_network(spec):
         asked.append(spec.checkpoint)

@@ -15,10 +15,11 @@ from given_predictions import empty_workspace, opened, take_in, write
 from killing import digests, run_and_kill
 from test_predictions import workspace_at
 
-from utils import catalog, end_to_end, ensembles
+from utils import end_to_end, ensembles
 from utils.core.config_file import load
 from utils.core.errors import UserError
-from utils.predictions import Store
+from utils.predictions import catalog
+from utils.predictions.store import Store
 
 NAME = "fusion_concat_mlp"
 QUICK = (

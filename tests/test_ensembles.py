@@ -16,7 +16,7 @@ from utils.core.workspace import Workspace
 from utils.ensemble_methods import SoftVoting
 from utils.ensembles import Ensemble, Provenance, RowSet
 from utils.numeric.metrics import softmax
-from utils.rows import Rows
+from utils.predictions.rows import Rows
 
 N = 30
 IDS = np.array([f"a/{n:02d}.png" for n in range(N)])

@@ -19,7 +19,6 @@ from finished_workspace import at
 import ensemble_orchestrator
 from utils import (
     build,
-    catalog,
     distillation_plan,
     distillation_students,
     distillation_teachers,
@@ -27,18 +26,17 @@ from utils import (
     ensembles,
     export_utils,
     fusion_building,
-    image_splits,
     inventory,
     meta_building,
     report,
     snapshot_building,
     soup_building,
-    streaming,
     unlabeled,
 )
 from utils.core.config import Config, validate
 from utils.core.errors import UserError
-from utils.predictions import Store
+from utils.predictions import catalog, image_splits, streaming
+from utils.predictions.store import Store
 
 PRINTED = yaml.safe_load((PROJECT / "configs" / "ensemble_config.yaml").read_text(encoding="utf-8"))
 OTHERS = {

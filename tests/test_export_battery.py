@@ -18,7 +18,7 @@ from utils.ensembles import COMBINERS
 from utils.export_certificate import Answers, Probe, compare, dealt
 from utils.exported_runtimes import RUNTIMES
 from utils.networks.ensemble_network import EnsembleNetwork, MemberPart
-from utils.rows import Outputs
+from utils.predictions.rows import Outputs
 
 SIDE, N = 8, 70
 CLASSES = ("leaf, spotted", 'the "healthy" one', "zdravý 葉")

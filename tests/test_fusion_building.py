@@ -12,10 +12,11 @@ import pytest
 from conftest import PROJECT
 from test_predictions import workspace_at
 
-from utils import catalog, embedding_rows, fusion_building
+from utils import embedding_rows, fusion_building
 from utils.core.config_file import load
 from utils.core.errors import UserError
-from utils.predictions import Store
+from utils.predictions import catalog
+from utils.predictions.store import Store
 
 METHODS = ("concat_mlp", "attention", "bilinear", "cca_aligned")
 QUICK = (

@@ -19,7 +19,7 @@ from utils.fusion_heads import AttentionHead, BilinearHead
 from utils.fusion_methods import COMBINERS
 from utils.numeric import module_training
 from utils.numeric.metrics import log_loss
-from utils.rows import Outputs
+from utils.predictions.rows import Outputs
 from utils.stacking_methods import Calibration
 
 M, N, C = 3, 120, 3

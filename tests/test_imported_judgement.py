@@ -13,7 +13,7 @@ from utils.core.errors import HonestyError, UserError
 from utils.imported_judgement import chance_of_equal, copied_rows
 from utils.imported_members import Part
 from utils.numeric.metrics import softmax
-from utils.rows import MemberRows
+from utils.predictions.rows import MemberRows
 
 
 @pytest.fixture

@@ -22,8 +22,9 @@ from given_predictions import (
     write,
 )
 
-from utils import build, catalog, evaluation
+from utils import build, evaluation
 from utils.core.errors import UserError
+from utils.predictions import catalog
 
 
 @pytest.fixture

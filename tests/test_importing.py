@@ -26,11 +26,12 @@ from given_predictions import (
     write,
 )
 
-from utils import build, catalog, discovery, evaluation
+from utils import build, discovery, evaluation
 from utils.core import artifacts
 from utils.core.config_file import load
 from utils.core.errors import UserError
 from utils.numeric.metrics import softmax
+from utils.predictions import catalog
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from utils import inference_choice
 from utils.combiner import MemberFacts
 from utils.core.config import Config
 from utils.inference_choice import Measurement
-from utils.rows import Rows
+from utils.predictions.rows import Rows
 
 N, C = 120, 3
 FACTS = MemberFacts(("a", "b"), np.array([0.5, 0.6]), np.full(2, np.nan), np.full(2, np.nan))

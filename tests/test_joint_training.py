@@ -19,7 +19,7 @@ from utils.joint_parts import Course, FusionHeads, Moving, Part, in_memory
 from utils.joint_training import Tuned, train
 from utils.lessons import Album, Lessons
 from utils.networks.construction import NetworkSpec
-from utils.streaming import open_network
+from utils.predictions.streaming import open_network
 
 NAMES = ("CustomConvNeXt", "CustomViTHybrid")
 NONE = np.zeros((0, 0), dtype=np.float32)

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from utils import latency, streaming
-from utils.catalog import Member
+from utils import latency
 from utils.core.artifacts import FileDigests
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.latency import Timing, measure, stored, timing_of
+from utils.predictions import streaming
+from utils.predictions.catalog import Member
 
 MODEL = "test_resnet"
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from test_predictions import CONFIG, workspace_at
 
-from utils import catalog
 from utils.combiner import MemberFacts, fit_crossfitted
 from utils.core.config import validate
 from utils.core.config_file import load
 from utils.ensembles import COMBINERS
 from utils.meta_methods import FUSERS
 from utils.numeric.metrics import accuracy, log_loss
-from utils.predictions import Store
-from utils.rows import Outputs
+from utils.predictions import catalog
+from utils.predictions.rows import Outputs
+from utils.predictions.store import Store
 
 MEMBER = "CustomConvNeXt"
 QUICK = (

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from utils.augmentation import augment
-from utils.image_splits import ImageSplit
 from utils.lessons import Album, Lessons
+from utils.predictions.image_splits import ImageSplit
 
 COUNT = 21
 

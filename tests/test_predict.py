@@ -19,14 +19,15 @@ from finished_workspace import CONFIG, at
 from given_predictions import logged
 from PIL import Image
 
-from utils import catalog, classifier, ensembles, fold_networks
+from utils import classifier, ensembles
 from utils import predict as predicting
 from utils.classifier import WorkspaceClassifier
 from utils.core.config_file import load
 from utils.core.errors import UserError
 from utils.numeric import uncertainty
 from utils.predict import predict
-from utils.predictions import Store
+from utils.predictions import catalog, fold_networks
+from utils.predictions.store import Store
 
 DEMO = ("--config", "configs/votes.yaml")
 NAME = "soft_voting_ensemble"

@@ -11,8 +11,8 @@ import pytest
 from finished_workspace import at
 from test_predict import NAME, asked, by_id, compare, stored
 
-from utils import streaming
 from utils.networks import construction
+from utils.predictions import streaming
 
 FAMILIES = (
     *("--config", "configs/votes.yaml", "--quiet", "--set", "runs.fusion.enable=true"),

@@ -12,7 +12,7 @@ from utils.core.errors import UserError
 from utils.instructive import Answers, Instructive
 from utils.numeric import diversity
 from utils.numeric.metrics import ece, softmax
-from utils.rows import UNKNOWN, MemberRows
+from utils.predictions.rows import UNKNOWN, MemberRows
 
 
 def rows(split: str, ids: list[str], labels: list[int], probabilities: list[list[float]]) -> MemberRows:

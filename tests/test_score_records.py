@@ -11,11 +11,12 @@ import pytest
 from given_predictions import CONFIG, NAMES, changing, empty_workspace, fewer, take_in, write
 from scipy.stats import binomtest
 
-from utils import build, catalog, evaluation, plots
+from utils import build, evaluation, plots
 from utils.core.config_file import load
 from utils.core.errors import ConfigError, UserError
 from utils.numeric import statistics
 from utils.numeric.metrics import METRICS, log_loss_per_row, softmax
+from utils.predictions import catalog
 
 ENSEMBLES = ("hard_voting_ensemble", "logit_averaging_ensemble", "soft_voting_ensemble")
 

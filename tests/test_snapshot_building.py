@@ -19,11 +19,12 @@ import pytest
 import torch
 from conftest import PROJECT, run_python
 
-from utils import build, catalog, discovery, ensembles, inventory, snapshot_building
+from utils import build, discovery, ensembles, inventory, snapshot_building
 from utils.core import subprocesses
 from utils.core.config_file import load
 from utils.core.workspace import Workspace
 from utils.numeric.metrics import softmax
+from utils.predictions import catalog
 
 NAME = "CustomResNetMish"
 PLACES = ("split_dataset", "checkpoints", "metrics_output", "kfold_results", "deployment_models", "image_cache", "logs")

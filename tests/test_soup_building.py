@@ -13,12 +13,13 @@ from test_discovery import change
 from test_predictions import workspace_at
 from test_soup_trials import NAME, one_backbone
 
-from utils import build, catalog, discovery, ensembles, inventory, soup_building
+from utils import build, discovery, ensembles, inventory, soup_building
 from utils.core.config_file import load
 from utils.core.errors import UserError
 from utils.networks.soups import Ingredient, mixture
 from utils.numeric.metrics import log_loss, softmax
-from utils.predictions import Store
+from utils.predictions import catalog
+from utils.predictions.store import Store
 
 SETTINGS = (
     "device=cpu",

@@ -12,12 +12,13 @@ from test_discovery import change
 from test_predictions import workspace_at
 from torch import nn
 
-from utils import catalog, discovery, image_splits, soup_trials, streaming
+from utils import discovery, soup_trials
 from utils.core.config_file import load
 from utils.core.errors import UserError
 from utils.networks.soups import Ingredient, mixture
 from utils.numeric.metrics import accuracy, log_loss, softmax
-from utils.predictions import Store
+from utils.predictions import catalog, image_splits, streaming
+from utils.predictions.store import Store
 from utils.soup_trials import Figures, Trial, Trials
 
 NAME = "CustomResNetMish"

@@ -11,8 +11,9 @@ from test_predictions import workspace_at
 from test_soup_building import NAME, ROLES, brew, config
 from test_soup_trials import one_backbone
 
-from utils import catalog, discovery, evaluation, upkeep
+from utils import discovery, evaluation, upkeep
 from utils.core.workspace import Workspace
+from utils.predictions import catalog
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from test_predictions import CONFIG, workspace_at
 
-from utils import catalog, ensembles, fold_networks
+from utils import ensembles
 from utils.core.config_file import load
 from utils.core.errors import UserError
-from utils.predictions import Store
+from utils.predictions import catalog, fold_networks
+from utils.predictions.store import Store
 
 DEMO = (
     *("--config", "configs/votes.yaml", "--set", "runs.stacking.enable=true"),

@@ -18,7 +18,7 @@ from utils.core.workspace import Workspace
 from utils.ensembles import Ensemble, Provenance
 from utils.meta_methods import FUSERS, MetaFuser
 from utils.numeric.metrics import accuracy
-from utils.rows import MemberRows, Rows, align
+from utils.predictions.rows import MemberRows, Rows, align
 
 SHAPE = {"hidden_dims": [8], "epochs": 4, "lr": 0.01}
 LEARNERS = [*sorted(stacking_methods.COMBINERS), *(f"meta_fuser {kind}" for kind in sorted(FUSERS))]

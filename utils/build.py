@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from utils import (
-    catalog,
     discovery,
     ensembles,
     fitting,
@@ -15,12 +14,13 @@ from utils import (
     snapshot_building,
     soup_building,
 )
-from utils.catalog import Member
 from utils.core.config import Config, require_enabled
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
-from utils.predictions import Store
+from utils.predictions import catalog
+from utils.predictions.catalog import Member
+from utils.predictions.store import Store
 
 STREAMED = ("val", "test")  # one pass serves the honest rows and the evaluation that follows
 Section = Callable[[Store, Sequence[Member], bool], Result]

@@ -15,18 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, ensembles, fold_networks, image_splits, streaming
-from utils.catalog import IMPORTED, Member
+from utils import ensembles
 from utils.core.errors import UserError, did_you_mean
 from utils.ensembles import Ensemble
-from utils.image_splits import ImageSplit
 from utils.networks.construction import NetworkSpec
 from utils.numeric.diversity import mutual_information
 from utils.numeric.metrics import log_softmax, softmax
-from utils.predictions import Store
+from utils.predictions import catalog, fold_networks, image_splits, streaming
+from utils.predictions.catalog import IMPORTED, Member
+from utils.predictions.image_splits import ImageSplit
+from utils.predictions.rows import UNKNOWN, Rows
+from utils.predictions.store import Store
+from utils.predictions.streaming import Batch
 from utils.routing import Sparse, execute
-from utils.rows import UNKNOWN, Rows
-from utils.streaming import Batch
 
 SPLIT = "predict"  # what messages call images of no split
 BLOCK_BYTES = 2**31  # of decoded pixels on disk

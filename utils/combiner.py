@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkab
 import numpy as np
 
 from utils.core.config import Config
-from utils.rows import Outputs
+from utils.predictions.rows import Outputs
 
 if TYPE_CHECKING:
     from torch import nn

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils import catalog
 from utils.core import caches, estimates
 from utils.core.config import Config
 from utils.core.workspace import SPLITS, Workspace
+from utils.predictions import catalog
 
 VOTES = (
     *("runs.score_ensemble.enable=true", "runs.score_ensemble.methods=[soft_voting,logit_averaging]"),

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, image_splits, streaming
 from utils.core.artifacts import open_array, read_arrays
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import SPLITS, Workspace
 from utils.networks import construction
-from utils.predictions import Store
+from utils.predictions import catalog, image_splits, streaming
+from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 

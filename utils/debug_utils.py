@@ -16,7 +16,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils import base_back, catalog, debug_plan, debug_sandbox
+from utils import base_back, debug_plan, debug_sandbox
 from utils.core import caches, locks, subprocesses
 from utils.core.artifacts import write_json
 from utils.core.config import Backbones, Config
@@ -25,6 +25,7 @@ from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.debug_plan import ALL, RESET, SECTIONS
 from utils.debug_sandbox import Sandbox
+from utils.predictions import catalog
 
 logger = logging.getLogger("disease_pipeline")
 

@@ -1,6 +1,6 @@
 """Discovery: scan a workspace for trained members, check what they say against each other, write the catalog.
 
-The scan reads files and runs no network; `verify` has `utils.inspection` run them.
+The scan reads files and runs no network; `verify` has `utils.predictions.inspection` run them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, image_splits, imported_members, inspection, member_names, renaming, streaming
-from utils.catalog import DERIVED, IMPORTED, MADE, STAGES, TIMM, Catalog, Member, Problem
+from utils import imported_members, member_names, renaming
 from utils.core.artifacts import FileDigests
 from utils.core.config import Config
 from utils.core.errors import UserError, did_you_mean
 from utils.core.results import Result
 from utils.core.workspace import SPLITS, Workspace
 from utils.identification import Candidate, Scan, identify
-from utils.image_splits import ImageSplit
-from utils.inspection import Inspector
-from utils.predictions import Store, with_imported
+from utils.predictions import catalog, image_splits, inspection, streaming
+from utils.predictions.catalog import DERIVED, IMPORTED, MADE, STAGES, TIMM, Catalog, Member, Problem
+from utils.predictions.image_splits import ImageSplit
+from utils.predictions.inspection import Inspector
+from utils.predictions.store import Store, with_imported
 
 logger = logging.getLogger("disease_pipeline")
 

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import catalog, discovery, ensembles, fitting, image_splits, streaming, unlabeled
+from utils import discovery, ensembles, fitting, unlabeled
 from utils import distillation_comparison as comparison
 from utils import distillation_plan as plan
 from utils import distillation_students as students
 from utils import distillation_teachers as teachers
-from utils.catalog import Member
 from utils.core import caches, estimates
 from utils.core.artifacts import digest_of, write_json
 from utils.core.config import Config, require_enabled
@@ -32,9 +31,11 @@ from utils.distillation_plan import STREAMED
 from utils.distillation_students import Student
 from utils.distillation_teachers import METHOD, Teacher
 from utils.ensembles import Provenance
-from utils.image_splits import ImageSplit
 from utils.numeric.metrics import softmax
-from utils.predictions import Store
+from utils.predictions import catalog, image_splits, streaming
+from utils.predictions.catalog import Member
+from utils.predictions.image_splits import ImageSplit
+from utils.predictions.store import Store
 
 if TYPE_CHECKING:
     from utils.distilling import Course, Progress, Trained

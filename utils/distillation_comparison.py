@@ -10,14 +10,15 @@ import numpy as np
 
 from utils import distillation_controls as controls
 from utils import distillation_teachers as teachers
-from utils import fold_networks, latency
-from utils.catalog import Member
+from utils import latency
 from utils.core.errors import UserError
 from utils.distillation_controls import ALONE, TEACHER
 from utils.distillation_students import Student
 from utils.distillation_teachers import Teacher
 from utils.numeric.metrics import softmax
-from utils.predictions import Store
+from utils.predictions import fold_networks
+from utils.predictions.catalog import Member
+from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 

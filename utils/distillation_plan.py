@@ -14,8 +14,8 @@ from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.distillation_students import Student
 from utils.distillation_teachers import METHOD, Teacher
-from utils.image_splits import ImageSplit
-from utils.predictions import Store
+from utils.predictions.image_splits import ImageSplit
+from utils.predictions.store import Store
 
 VERSION = 1  # raised whenever the same request would give another student
 PLACE = "distillation"

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from utils import base_back
-from utils.catalog import TIMM, Member
 from utils.core.artifacts import require_own_folder, write_checkpoint
 from utils.core.errors import UserError, did_you_mean
 from utils.networks import checkpoints
 from utils.networks.construction import NetworkSpec, construct
-from utils.predictions import Store
+from utils.predictions.catalog import TIMM, Member
+from utils.predictions.store import Store
 
 if TYPE_CHECKING:
     from torch import nn

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import catalog, ensembles, fold_networks, streaming
-from utils.catalog import IMPORTED, Member
+from utils import ensembles
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError, did_you_mean
 from utils.distillation_targets import log_probabilities
@@ -21,8 +20,10 @@ from utils.ensembles import Ensemble
 from utils.networks import construction
 from utils.networks.construction import NetworkSpec, Outputs
 from utils.numeric.metrics import log_softmax, softmax
-from utils.predictions import Store
-from utils.rows import Rows
+from utils.predictions import catalog, fold_networks, streaming
+from utils.predictions.catalog import IMPORTED, Member
+from utils.predictions.rows import Rows
+from utils.predictions.store import Store
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,10 +15,10 @@ from utils.core.artifacts import digest_of
 from utils.core.config import Config
 from utils.core.errors import HonestyError, UserError
 from utils.distillation_teachers import Teacher
-from utils.image_splits import ImageSplit
 from utils.lessons import NO_VIEW, Album, Lessons
-from utils.predictions import Store
-from utils.rows import UNKNOWN
+from utils.predictions.image_splits import ImageSplit
+from utils.predictions.rows import UNKNOWN
+from utils.predictions.store import Store
 
 if TYPE_CHECKING:
     import torch

@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, fold_networks, image_splits, streaming
-from utils.catalog import IMPORTED, Member
 from utils.core.artifacts import digest_of, open_array, read_json, write_array, write_json
 from utils.core.errors import UserError
-from utils.fold_networks import FOLDS
 from utils.numeric.metrics import softmax
 from utils.numeric.ridge_alignment import agreement, ridge
-from utils.predictions import AGAIN, IMPORT, Store
-from utils.rows import MemberRows, Rows, align
+from utils.predictions import catalog, fold_networks, image_splits, streaming
+from utils.predictions.catalog import IMPORTED, Member
+from utils.predictions.fold_networks import FOLDS
+from utils.predictions.rows import MemberRows, Rows, align
+from utils.predictions.store import AGAIN, IMPORT, Store
 
 logger = logging.getLogger("disease_pipeline")
 

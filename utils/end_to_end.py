@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import base_back, catalog, discovery, embedding_rows, ensembles, fitting, guards, image_splits, streaming
-from utils.catalog import IMPORTED, Member
+from utils import base_back, discovery, embedding_rows, ensembles, fitting, guards
 from utils.core import estimates
 from utils.core.artifacts import digest_of, write_checkpoint
 from utils.core.errors import UserError
@@ -23,8 +22,10 @@ from utils.ensembles import Crossfit
 from utils.fusion_methods import COMBINERS, Fusion
 from utils.networks.checkpoints import said_of_training
 from utils.networks.construction import NetworkSpec
-from utils.predictions import Store
-from utils.rows import MemberRows
+from utils.predictions import catalog, image_splits, streaming
+from utils.predictions.catalog import IMPORTED, Member
+from utils.predictions.rows import MemberRows
+from utils.predictions.store import Store
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from utils import ensemble_methods, fusion_methods, meta_methods, moe_methods, pruning_methods, stacking_methods
-from utils.catalog import Member, trained_further
 from utils.combiner import Combiner, fit_crossfitted, seen_by
 from utils.core.artifacts import (
     digest_of,
@@ -26,9 +25,10 @@ from utils.core.artifacts import (
 from utils.core.errors import UserError, did_you_mean
 from utils.core.workspace import Workspace
 from utils.numeric.metrics import log_loss_per_row, softmax
-from utils.predictions import Store
+from utils.predictions.catalog import Member, trained_further
+from utils.predictions.rows import Rows
+from utils.predictions.store import Store
 from utils.recommendation import Candidate, recommend
-from utils.rows import Rows
 
 SCHEMA = 3
 FORM = {

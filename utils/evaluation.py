@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, ensembles, latency, leaderboard, plots, score_records, scoring
-from utils.catalog import IMPORTED, Member
+from utils import ensembles, latency, leaderboard, plots, score_records, scoring
 from utils.core.artifacts import read_record, write_json, write_text
 from utils.core.config import Config
 from utils.core.errors import ConfigError, ContaminatedError, UserError, did_you_mean
@@ -21,8 +20,10 @@ from utils.ensembles import Ensemble
 from utils.numeric import label_issues
 from utils.numeric.metrics import METRICS, softmax
 from utils.numeric.statistics import holm
-from utils.predictions import Store
-from utils.rows import Rows
+from utils.predictions import catalog
+from utils.predictions.catalog import IMPORTED, Member
+from utils.predictions.rows import Rows
+from utils.predictions.store import Store
 from utils.score_records import Context, Options
 from utils.scoring import Scored
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from utils.combiner import Combiner
 from utils.numeric.metrics import softmax
-from utils.rows import Outputs
+from utils.predictions.rows import Outputs
 
 BATCHES = (1, 3, 17)
 TOLERANCE = 1e-4  # on probabilities

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from utils import catalog, ensembles, fold_networks, streaming
-from utils.catalog import IMPORTED, Member
+from utils import ensembles
 from utils.combiner import Combiner
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError, did_you_mean
-from utils.predictions import Store
+from utils.predictions import catalog, fold_networks, streaming
+from utils.predictions.catalog import IMPORTED, Member
+from utils.predictions.store import Store
 
 if TYPE_CHECKING:
     from utils.networks.ensemble_network import CombinerNetwork, EnsembleNetwork, MemberPart

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import base_back, fold_networks, image_splits, streaming
+from utils import base_back
 from utils.combiner import seen_by
 from utils.core.errors import UserError
 from utils.export_certificate import BATCHES, Probe, dealt
 from utils.export_networks import UINT8_NHWC, Form, Subject
 from utils.numeric.metrics import softmax
-from utils.predictions import Store
-from utils.rows import UNKNOWN, Rows
+from utils.predictions import fold_networks, image_splits, streaming
+from utils.predictions.rows import UNKNOWN, Rows
+from utils.predictions.store import Store
 
 if TYPE_CHECKING:
     from torch import nn

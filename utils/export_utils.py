@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from utils import (
     base_back,
-    catalog,
     export_certificate,
     export_checks,
     export_comparison,
@@ -35,7 +34,8 @@ from utils.export_formats import CUSTOM, FORMATS, PACKAGED, TENSORRT, TFLITE
 from utils.export_networks import UINT8_NHWC, Form, Subject
 from utils.export_precision import REDUCED
 from utils.export_probe import Sampled
-from utils.predictions import Store
+from utils.predictions import catalog
+from utils.predictions.store import Store
 
 if TYPE_CHECKING:
     import numpy as np

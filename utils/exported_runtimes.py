@@ -96,10 +96,11 @@ def _by_torch(network: Any) -> Run:
 def _built_anew(job: dict[str, Any]) -> Any:
     os.environ |= job["environment"]
     sys.path.insert(0, job["project"])
-    from utils import base_back, catalog, export_networks
+    from utils import base_back, export_networks
     from utils.core.config import Config
     from utils.core.workspace import Workspace
-    from utils.predictions import Store
+    from utils.predictions import catalog
+    from utils.predictions.store import Store
 
     base_back.bind()
     workspace = Workspace.of_settings()

@@ -10,18 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, ensembles, fold_networks
-from utils.catalog import IMPORTED, Member
+from utils import ensembles
 from utils.combiner import Combiner, MemberFacts
 from utils.core.artifacts import digest_of
 from utils.core.config import Config
 from utils.core.errors import HonestyError, UserError
 from utils.ensembles import Crossfit, Ensemble, Provenance, RowSet
-from utils.folds import crossfit_folds
 from utils.guards import Guards, judge
 from utils.numeric.metrics import accuracy, log_loss, log_loss_per_row
-from utils.predictions import IMPORT, Store
-from utils.rows import Rows
+from utils.predictions import catalog, fold_networks
+from utils.predictions.catalog import IMPORTED, Member
+from utils.predictions.folds import crossfit_folds
+from utils.predictions.rows import Rows
+from utils.predictions.store import IMPORT, Store
 
 logger = logging.getLogger("disease_pipeline")
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import embedding_rows, end_to_end, ensembles, fitting, fold_networks, guards
-from utils.catalog import Member
+from utils import embedding_rows, end_to_end, ensembles, fitting, guards
 from utils.combiner import Combiner, MemberFacts
 from utils.core.config import Config
 from utils.core.errors import UserError
@@ -18,11 +17,13 @@ from utils.core.results import Result
 from utils.embedding_rows import Embedded
 from utils.ensembles import Crossfit, Provenance
 from utils.fitting import HonestRows
-from utils.fold_networks import FOLDS
 from utils.fusion_methods import COMBINERS
 from utils.guards import Guards
 from utils.numeric.metrics import log_loss
-from utils.predictions import Store
+from utils.predictions import fold_networks
+from utils.predictions.catalog import Member
+from utils.predictions.fold_networks import FOLDS
+from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 

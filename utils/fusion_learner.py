@@ -18,7 +18,7 @@ from utils.core.errors import UserError
 from utils.networks.construction import out_of_memory
 from utils.numeric.metrics import softmax
 from utils.numeric.nested_cv import spread_stops
-from utils.rows import Outputs
+from utils.predictions.rows import Outputs
 
 if TYPE_CHECKING:
     from torch import nn

@@ -20,7 +20,7 @@ from utils.core.errors import UserError
 from utils.embedding_maps import EmbeddingMaps
 from utils.fusion_learner import HeadLearner, Heads, Shape
 from utils.numeric.metrics import log_loss, softmax
-from utils.rows import Outputs
+from utils.predictions.rows import Outputs
 from utils.stacking_methods import Calibration, Learner, Model, Stacker, plain_mean
 
 if TYPE_CHECKING:

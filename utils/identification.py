@@ -15,15 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from utils import base_back, inspection, out_of_fold, training_records
-from utils.catalog import STAGES, TIMM, Member, Problem, kfold_command
+from utils import base_back, training_records
 from utils.core.artifacts import FileDigests, digest_of
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
-from utils.image_splits import ImageSplit
 from utils.networks import checkpoints
 from utils.networks.construction import RETRAIN
+from utils.predictions import inspection, out_of_fold
+from utils.predictions.catalog import STAGES, TIMM, Member, Problem, kfold_command
+from utils.predictions.image_splits import ImageSplit
 
 logger = logging.getLogger("disease_pipeline")
 

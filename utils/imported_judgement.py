@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from utils import inspection, out_of_fold
-from utils.catalog import IMPORTED, Member, Problem
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError
 from utils.imported_members import Part
 from utils.numeric.metrics import log_softmax
-from utils.rows import MemberRows
+from utils.predictions import inspection, out_of_fold
+from utils.predictions.catalog import IMPORTED, Member, Problem
+from utils.predictions.rows import MemberRows
 
 COARSE_SHARE = 0.5  # of equal rows, where a model knows few different answers
 COARSEST_LAST = ("logits", "probabilities", "half-precision probabilities")

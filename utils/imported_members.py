@@ -12,13 +12,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from utils import prediction_files
-from utils.catalog import Problem
 from utils.core.errors import UserError, did_you_mean
 from utils.core.workspace import SPLITS
-from utils.image_splits import ImageSplit
-from utils.prediction_files import Predictions
-from utils.rows import UNKNOWN, MemberRows, Samples
+from utils.predictions import prediction_files
+from utils.predictions.catalog import Problem
+from utils.predictions.image_splits import ImageSplit
+from utils.predictions.prediction_files import Predictions
+from utils.predictions.rows import UNKNOWN, MemberRows, Samples
 
 logger = logging.getLogger("disease_pipeline")
 

@@ -8,19 +8,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from utils import catalog, image_splits, imported_judgement, imported_members, member_names
-from utils.catalog import IMPORTED, Catalog, Problem
+from utils import imported_judgement, imported_members, member_names
 from utils.core.artifacts import FileDigests
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import SPLITS, Workspace
-from utils.image_splits import ImageSplit
 from utils.imported_judgement import Arrival
 from utils.imported_members import SPLIT_OF, Part, for_each
-from utils.prediction_files import Predictions
-from utils.predictions import Store, split_facts, with_imported
-from utils.rows import MemberRows, gather
+from utils.predictions import catalog, image_splits
+from utils.predictions.catalog import IMPORTED, Catalog, Problem
+from utils.predictions.image_splits import ImageSplit
+from utils.predictions.prediction_files import Predictions
+from utils.predictions.rows import MemberRows, gather
+from utils.predictions.store import Store, split_facts, with_imported
 
 logger = logging.getLogger("disease_pipeline")
 

@@ -15,7 +15,7 @@ import numpy as np
 from utils.combiner import MemberFacts
 from utils.core.config import Config
 from utils.numeric.metrics import accuracy, log_loss_per_row, log_softmax, softmax
-from utils.rows import Rows
+from utils.predictions.rows import Rows
 from utils.weighting import WeightedPool
 
 MEASURED_WITH = "log-linear pool fitted on out-of-fold rows"

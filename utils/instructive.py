@@ -11,13 +11,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from utils import ensembles, fold_networks
-from utils.catalog import Member
+from utils import ensembles
 from utils.core.errors import UserError
 from utils.numeric import diversity
 from utils.numeric.metrics import softmax
-from utils.predictions import Store
-from utils.rows import UNKNOWN, MemberRows
+from utils.predictions import fold_networks
+from utils.predictions.catalog import Member
+from utils.predictions.rows import UNKNOWN, MemberRows
+from utils.predictions.store import Store
 
 MOST = 20
 SHARES = {"wrong": 8, "disputed": 6, "mislabelled": 6}

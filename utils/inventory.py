@@ -8,11 +8,9 @@ from pathlib import Path
 
 from utils import (
     base_back,
-    catalog,
     distillation_plan,
     ensembles,
     fitting,
-    fold_networks,
     fusion_building,
     moe_building,
     pruned_building,
@@ -20,13 +18,14 @@ from utils import (
     snapshot_building,
     soup_building,
 )
-from utils.catalog import IMPORTED, Catalog, Member
 from utils.core.artifacts import FileDigests, read_record
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.workspace import SPLITS, Workspace
 from utils.ensembles import Ensemble
-from utils.predictions import Store
+from utils.predictions import catalog, fold_networks
+from utils.predictions.catalog import IMPORTED, Catalog, Member
+from utils.predictions.store import Store
 
 CURRENT, STALE, MISSING, DAMAGED = "current", "stale", "missing", "damaged"
 ANSWERED = ("val", "test")

@@ -15,7 +15,7 @@ from utils.distilling import VAL_BATCH
 from utils.lessons import Album, Lessons
 from utils.networks import training_memory
 from utils.networks.construction import NetworkSpec, Outputs, cleanup_memory, safe_delete_model
-from utils.streaming import open_network
+from utils.predictions.streaming import open_network
 
 NETWORKS_SHARE = 0.1  # of the head's rate: the networks are trained already
 PROBED = 2  # images by which a network's embedding is found

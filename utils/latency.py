@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import catalog, streaming
-from utils.catalog import Member
 from utils.combiner import MemberFacts
 from utils.core.artifacts import read_record, write_json
 from utils.core.workspace import Workspace
 from utils.networks.construction import out_of_memory
-from utils.predictions import Store
+from utils.predictions import catalog, streaming
+from utils.predictions.catalog import Member
+from utils.predictions.store import Store
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

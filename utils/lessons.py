@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import base_back, image_splits
+from utils import base_back
 from utils.distillation_methods import Mixing, draw_mixing
-from utils.image_splits import ImageSplit
+from utils.predictions import image_splits
+from utils.predictions.image_splits import ImageSplit
 
 HELD = 1 << 28  # bytes of shown images that are kept while several networks look at the same ones
 NO_VIEW = "none"  # the kind of augmentation that shows everything as the evaluation transform does

@@ -18,8 +18,8 @@ from utils import (
     pruning_methods,
     stacking_methods,
 )
-from utils.catalog import DERIVED, IMPORTED, TIMM, Catalog, Member, Problem
 from utils.core.errors import UserError
+from utils.predictions.catalog import DERIVED, IMPORTED, TIMM, Catalog, Member, Problem
 
 FORM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 WORDS = "a letter or a digit, then at most 99 letters, digits, `_`, `.` and `-`"

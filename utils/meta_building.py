@@ -8,17 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, discovery, ensembles, fitting, fold_networks, guards
-from utils.catalog import Member
+from utils import discovery, ensembles, fitting, guards
 from utils.core.config import Config, require_enabled
 from utils.core.errors import UserError, did_you_mean
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.ensembles import Ensemble
 from utils.fitting import HonestRows
-from utils.fold_networks import FULL
 from utils.meta_methods import FUSERS, PARTS, Input, MetaFuser
-from utils.predictions import Store
+from utils.predictions import catalog, fold_networks
+from utils.predictions.catalog import Member
+from utils.predictions.fold_networks import FULL
+from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 

@@ -18,7 +18,7 @@ from utils.combiner import Combiner, MemberFacts, below, fit_crossfitted, seen_b
 from utils.core.config import Config
 from utils.numeric.metrics import SMALLEST_PROBABILITY
 from utils.perceptron import PerceptronLearner
-from utils.rows import Outputs
+from utils.predictions.rows import Outputs
 from utils.stacking_methods import Learner, Model, Stacker, StackingBooster, StackingPerceptron
 
 if TYPE_CHECKING:

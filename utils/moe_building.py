@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, ensembles, fitting, guards, latency, streaming
-from utils.catalog import Member
+from utils import ensembles, fitting, guards, latency
 from utils.combiner import Combiner, MemberFacts, fit_crossfitted
 from utils.core.config import Config
 from utils.core.results import Result
@@ -19,7 +18,9 @@ from utils.fitting import HonestRows
 from utils.guards import Guards, bootstrap_interval
 from utils.moe_methods import COMBINERS, Cascade, MixtureOfExperts
 from utils.numeric.metrics import log_loss_per_row, softmax
-from utils.predictions import Store
+from utils.predictions import catalog, streaming
+from utils.predictions.catalog import Member
+from utils.predictions.store import Store
 from utils.routing import needed
 from utils.sparse import Stopwatch
 

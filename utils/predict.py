@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from utils import catalog, image_paths
+from utils import image_paths
 from utils.answer_files import AnswerFile, Form
 from utils.classifier import BlockAnswers, WorkspaceClassifier
 from utils.core.artifacts import read_record
@@ -23,7 +23,8 @@ from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.numeric import uncertainty
-from utils.predictions import Store
+from utils.predictions import catalog
+from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 

@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from utils import catalog
-from utils.catalog import IMPORTED, TIMM, Catalog, Member
 from utils.core import caches
 from utils.core.artifacts import link_file, read_json, require_own_folder, write_json
 from utils.core.config import is_name
 from utils.core.errors import UserError, did_you_mean
 from utils.core.workspace import SPLITS, Workspace
-from utils.predictions import AGAIN
+from utils.predictions import catalog
+from utils.predictions.catalog import IMPORTED, TIMM, Catalog, Member
+from utils.predictions.store import AGAIN
 
 
 def given(found: Catalog | None) -> dict[str, Member]:

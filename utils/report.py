@@ -14,13 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from utils import catalog, evaluation
+from utils import evaluation
 from utils.core.artifacts import digest_of, write_text
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
-from utils.predictions import Store
+from utils.predictions import catalog
+from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 

@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from utils import ensembles, fold_networks
-from utils.catalog import Member
+from utils import ensembles
 from utils.core.artifacts import read_arrays, read_record
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.instructive import Answers
 from utils.numeric import diversity
 from utils.numeric.metrics import BINS, SMALLEST_PROBABILITY, log_softmax, softmax
-from utils.predictions import Store
-from utils.rows import UNKNOWN, MemberRows
+from utils.predictions import fold_networks
+from utils.predictions.catalog import Member
+from utils.predictions.rows import UNKNOWN, MemberRows
+from utils.predictions.store import Store
 
 AGAIN = "Remove it, then evaluate again"
 SLICE = 4096  # rows at a time, whatever the number of classes

@@ -14,7 +14,7 @@ from utils.core import config_file
 from utils.core.config import Config
 from utils.core.display_text import NOT_MEASURED, counted, interval, listed, number, percent
 from utils.instructive import Instructive
-from utils.predictions import Store
+from utils.predictions.store import Store
 from utils.report_data import ReportData, pareto, reliability, without_temperature
 from utils.thumbnails import Thumbnail, thumbnail
 

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import distillation_controls, ensembles, fold_networks, scoring
-from utils.catalog import IMPORTED, Member
+from utils import distillation_controls, ensembles, scoring
 from utils.ensembles import Ensemble
 from utils.latency import Record, Timing
 from utils.numeric import uncertainty
@@ -28,8 +27,10 @@ from utils.numeric.statistics import (
     mean_interval,
     summary,
 )
-from utils.predictions import Store
-from utils.rows import UNKNOWN, Rows
+from utils.predictions import fold_networks
+from utils.predictions.catalog import IMPORTED, Member
+from utils.predictions.rows import UNKNOWN, Rows
+from utils.predictions.store import Store
 from utils.scoring import Scored
 
 COPIED = ("expected_experts",)

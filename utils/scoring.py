@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from utils import base_back, ensembles, fold_networks
-from utils.catalog import Catalog, Member
+from utils import base_back, ensembles
 from utils.core.artifacts import digest_of, read_arrays, write_arrays
 from utils.core.errors import UserError
 from utils.ensembles import Ensemble, Provenance
 from utils.numeric import diversity
 from utils.numeric.metrics import softmax
-from utils.predictions import IMPORT, Store
-from utils.rows import UNKNOWN, Rows, align
+from utils.predictions import fold_networks
+from utils.predictions.catalog import Catalog, Member
+from utils.predictions.rows import UNKNOWN, Rows, align
+from utils.predictions.store import IMPORT, Store
 
 logger = logging.getLogger("disease_pipeline")
 

@@ -15,12 +15,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils import base_back, discovery, ensembles, fitting, streaming
-from utils.catalog import Member
+from utils import base_back, discovery, ensembles, fitting
 from utils.core import estimates, subprocesses
 from utils.core.artifacts import digest_of, read_record, write_json
 from utils.core.results import Result
-from utils.predictions import Store
+from utils.predictions import streaming
+from utils.predictions.catalog import Member
+from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils import discovery, ensembles, fitting
-from utils.catalog import Member
 from utils.core.artifacts import digest_of, read_record, require_own_folder, write_checkpoint, write_json
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.ensembles import Provenance
 from utils.networks.checkpoints import said_of_training
-from utils.predictions import Store
+from utils.predictions.catalog import Member
+from utils.predictions.store import Store
 
 if TYPE_CHECKING:
     from utils.soup_trials import Mix, Survey, Trial

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import catalog, image_splits, streaming
-from utils.catalog import Member
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError
-from utils.image_splits import ImageSplit
 from utils.networks import construction, soups
 from utils.networks.checkpoints import read_checkpoint, weights_of
 from utils.networks.soups import Ingredient
 from utils.numeric.metrics import METRICS, accuracy, log_loss, softmax
-from utils.predictions import Store
+from utils.predictions import catalog, image_splits, streaming
+from utils.predictions.catalog import Member
+from utils.predictions.image_splits import ImageSplit
+from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 

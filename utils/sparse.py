@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import image_splits, streaming
-from utils.catalog import Member
-from utils.image_splits import ImageSplit
-from utils.predictions import Store
+from utils.predictions import image_splits, streaming
+from utils.predictions.catalog import Member
+from utils.predictions.image_splits import ImageSplit
+from utils.predictions.store import Store
 from utils.routing import Sparse, execute
 
 if TYPE_CHECKING:

@@ -6,19 +6,20 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils import catalog, discovery, ensembles, fitting, fold_networks, guards, inference_choice
-from utils.catalog import Member
+from utils import discovery, ensembles, fitting, guards, inference_choice
 from utils.combiner import MemberFacts
 from utils.core.config import Config, require_enabled
 from utils.core.errors import HonestyError, UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.fitting import HonestRows
-from utils.fold_networks import FOLDS, FULL
 from utils.guards import Guards
 from utils.inference_choice import Measurement
-from utils.inspection import REFUSING
-from utils.predictions import Store
+from utils.predictions import catalog, fold_networks
+from utils.predictions.catalog import Member
+from utils.predictions.fold_networks import FOLDS, FULL
+from utils.predictions.inspection import REFUSING
+from utils.predictions.store import Store
 from utils.stacking_methods import COMBINERS
 
 logger = logging.getLogger("disease_pipeline")

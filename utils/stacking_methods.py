@@ -19,7 +19,7 @@ from utils.logistic import Coefficients, LogisticLearner
 from utils.numeric import nested_cv, pools, temperature
 from utils.numeric.metrics import SMALLEST_PROBABILITY, log_loss, softmax
 from utils.perceptron import Layers, PerceptronLearner
-from utils.rows import Outputs
+from utils.predictions.rows import Outputs
 from utils.stacking_features import KINDS, STEPS
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.catalog import Problem
 from utils.core.artifacts import read_json
 from utils.core.workspace import Workspace
+from utils.predictions.catalog import Problem
 
 DIFFERS = 0.005  # accuracies further apart than half a point are not the same figure
 SLACK_S = 60.0  # a record written this much before its checkpoint belongs to an earlier training

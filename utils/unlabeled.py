@@ -12,9 +12,9 @@ from utils import base_back
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError
 from utils.core.workspace import SPLITS
-from utils.image_splits import ImageSplit
-from utils.predictions import Store
-from utils.rows import UNKNOWN
+from utils.predictions.image_splits import ImageSplit
+from utils.predictions.rows import UNKNOWN
+from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 

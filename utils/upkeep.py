@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from utils import base_back, export_folder, inventory
-from utils.catalog import MADE
 from utils.core import caches, locks
 from utils.core.artifacts import read_json
 from utils.core.caches import Item, shown
@@ -18,6 +17,7 @@ from utils.core.errors import ConfigError, UserError, cannot_write
 from utils.core.results import Result
 from utils.core.workspace import SPLITS, Workspace
 from utils.inventory import CURRENT, MISSING, Inventory
+from utils.predictions.catalog import MADE
 
 MOST_REASONS = 5
 UNFINISHED = re.compile(rf"\..+_(?:{MADE})\.[a-z0-9_]{{8}}\.partial\.pth")

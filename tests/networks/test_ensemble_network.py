@@ -15,9 +15,9 @@ from torch import nn
 
 from utils import base_back
 from utils.heads import MeanOfProbabilities
-from utils.image_splits import normalise
 from utils.networks import ensemble_network
 from utils.networks.ensemble_network import EnsembleNetwork, MemberPart, Preparation
+from utils.predictions.image_splits import normalise
 
 SIZES = [(8, 8), (9, 7), (33, 31), (36, 36), (41, 300), (333, 127), (1, 3)]
 

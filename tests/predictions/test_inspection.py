@@ -11,9 +11,10 @@ import pytest
 import torch
 from one_member import NAME, change, change_oof, classifier, codes, codes_after, config, set_accuracy, workspace
 
-from utils import base_back, catalog, discovery, inspection
+from utils import base_back, discovery
 from utils.core.errors import UserError
-from utils.predictions import Store
+from utils.predictions import catalog, inspection
+from utils.predictions.store import Store
 
 __all__ = ["config", "workspace"]
 SURPLUS = "the network has 7 outputs"

@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, image_splits, inspection, out_of_fold, streaming
-from utils.catalog import IMPORTED, Catalog, Member, Problem
 from utils.core import engines, estimates
 from utils.core.artifacts import (
     FileDigests,
@@ -33,9 +31,11 @@ from utils.core.artifacts import (
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.workspace import SPLITS, Workspace
-from utils.image_splits import ImageSplit
 from utils.networks.checkpoints import reading_ahead
-from utils.rows import MemberRows, Samples, gather
+from utils.predictions import catalog, image_splits, inspection, out_of_fold, streaming
+from utils.predictions.catalog import IMPORTED, Catalog, Member, Problem
+from utils.predictions.image_splits import ImageSplit
+from utils.predictions.rows import MemberRows, Samples, gather
 
 logger = logging.getLogger("disease_pipeline")
 

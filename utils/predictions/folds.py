@@ -10,8 +10,8 @@ import numpy as np
 from utils import base_back
 from utils.core.artifacts import digest_of, read_arrays, write_arrays
 from utils.core.errors import UserError
-from utils.predictions import AGAIN, Store
-from utils.rows import Samples
+from utils.predictions.rows import Samples
+from utils.predictions.store import AGAIN, Store
 
 VERSION = 2  # raised whenever the same rows would be dealt out otherwise
 CROSSFIT_FOLDS = 5

@@ -17,7 +17,6 @@ import numpy as np
 
 from utils import base_back
 from utils.core.errors import UserError
-from utils.image_splits import ImageSplit, normalise, open_images
 from utils.networks.checkpoints import read_checkpoint, weights_of
 from utils.networks.construction import (
     RETRAIN,
@@ -31,6 +30,7 @@ from utils.networks.construction import (
     surplus_is_dead,
     trim_memory,
 )
+from utils.predictions.image_splits import ImageSplit, normalise, open_images
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

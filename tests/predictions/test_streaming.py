@@ -18,14 +18,15 @@ import torch
 from conftest import PROJECT
 from PIL import Image
 
-from utils import base_back, catalog, discovery, image_splits, streaming
+from utils import base_back, discovery
 from utils.core.artifacts import FileDigests
 from utils.core.config_file import load
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.networks import construction
 from utils.networks.construction import Outputs
-from utils.predictions import Store
+from utils.predictions import catalog, image_splits, streaming
+from utils.predictions.store import Store
 
 
 def test_normalised_pixels_are_those_of_the_base_transform():
@@ -276,7 +277,7 @@ def test_the_record_tells_the_batch_size_that_memory_allowed(store, monkeypatch)
 def test_the_next_members_file_is_read_while_this_one_runs(store, monkeypatch):
     from contextlib import contextmanager
 
-    from utils import predictions
+    from utils.predictions import store
 
     first = store.catalog.members["CustomConvNeXt"]
     second = replace(first, name="Other")
@@ -289,7 +290,7 @@ def test_the_next_members_file_is_read_while_this_one_runs(store, monkeypatch):
         yield
         order.append("done")
 
-    monkeypatch.setattr(predictions, "reading_ahead", telling)
+    monkeypatch.setattr(store, "reading_ahead", telling)
     store.ensure([first, second], ("val",))
     assert order == ["CustomConvNeXt_final.pth", "done", None, "done"]
 

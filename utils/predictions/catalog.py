@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from utils import base_back, catalog_form
+from utils import base_back
 from utils.core.artifacts import FileDigests, read_json, write_json
 from utils.core.config import Config
 from utils.core.errors import UserError, did_you_mean
 from utils.core.workspace import Workspace
 from utils.networks.construction import NetworkSpec
+from utils.predictions import catalog_records
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -180,7 +181,7 @@ def read(workspace: Workspace) -> Catalog:
     if schema != SCHEMA:
         raise UserError(f"{workspace.catalog}: schema {schema!r}; expected {SCHEMA}. {RUN_DISCOVER}")
     try:
-        catalog_form.check(record)
+        catalog_records.check(record)
         members = {name: _member_of_record(name, entry) for name, entry in record["members"].items()}
         return Catalog(
             base_back=record["base_back"],

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from given_predictions import arrays
 
-from utils import prediction_files
 from utils.core.errors import UserError
+from utils.predictions import prediction_files
 
 
 def read(tmp_path, given, **options):

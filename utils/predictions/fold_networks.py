@@ -11,13 +11,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from utils import catalog, image_splits, streaming
-from utils.catalog import Member
 from utils.core import engines
 from utils.core.artifacts import digest_of, open_array, read_record, write_array, write_json
 from utils.numeric.metrics import log_softmax
-from utils.predictions import AGAIN, GPU_SHARE, Store
-from utils.rows import MemberRows, Rows, align
+from utils.predictions import catalog, image_splits, streaming
+from utils.predictions.catalog import Member
+from utils.predictions.rows import MemberRows, Rows, align
+from utils.predictions.store import AGAIN, GPU_SHARE, Store
 
 logger = logging.getLogger("disease_pipeline")
 

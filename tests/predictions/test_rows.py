@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from utils.core.errors import UserError
-from utils.rows import UNKNOWN, MemberRows, Outputs, align, gather
+from utils.predictions.rows import UNKNOWN, MemberRows, Outputs, align, gather
 
 CLASSES = ("ant", "bee", "cat")
 

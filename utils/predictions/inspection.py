@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from utils import catalog, out_of_fold, streaming
-from utils.catalog import TIMM, Catalog, Member, Problem
 from utils.core.artifacts import FileDigests, digest_of
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
-from utils.image_splits import ImageSplit
-from utils.out_of_fold import OutOfFold
+from utils.predictions import catalog, out_of_fold, streaming
+from utils.predictions.catalog import TIMM, Catalog, Member, Problem
+from utils.predictions.image_splits import ImageSplit
+from utils.predictions.out_of_fold import OutOfFold
 
 logger = logging.getLogger("disease_pipeline")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from utils import out_of_fold
+from utils.predictions import out_of_fold
 
 
 def test_equal_rows_are_told_by_their_logits_even_where_all_are_sure():

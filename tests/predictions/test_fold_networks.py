@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from test_predictions import CONFIG, workspace_at
 
-from utils import catalog, discovery, fold_networks, streaming
+from utils import discovery
 from utils.core.config_file import load
 from utils.core.errors import UserError
 from utils.numeric.metrics import softmax
-from utils.predictions import Store
+from utils.predictions import catalog, fold_networks, streaming
+from utils.predictions.store import Store
 
 NAME = "CustomConvNeXt"
 

@@ -18,7 +18,7 @@ import numpy as np
 from utils.core.artifacts import read_arrays
 from utils.core.errors import UserError
 from utils.numeric.metrics import SIGN_TOLERANCE, SMALLEST_PROBABILITY, SUM_TOLERANCE
-from utils.rows import UNKNOWN
+from utils.predictions.rows import UNKNOWN
 
 NUMBERS, WHOLE_NUMBERS = "fiu", "iu"
 KINDS = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.catalog import Catalog, Problem
+from utils.predictions.catalog import Catalog, Problem
 
 DEMO = ("--config", "configs/votes.yaml")
 

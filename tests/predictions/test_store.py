@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from utils import catalog, discovery, streaming
+from utils import discovery
 from utils.core.config_file import load
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
-from utils.folds import crossfit_folds
-from utils.predictions import Store
+from utils.predictions import catalog, streaming
+from utils.predictions.folds import crossfit_folds
+from utils.predictions.store import Store
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "votes.yaml"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import prediction_files
 from utils.core.errors import UserError
-from utils.image_splits import ImageSplit
+from utils.predictions import prediction_files
+from utils.predictions.image_splits import ImageSplit
 
 EQUAL = 1e-5  # logits closer than this, relative where they are above 1, come from the same network
 SAME_NETWORK_SHARE = 0.01  # more equal rows than this share are no coincidence

@@ -253,15 +253,15 @@ def save(workspace: Path, arguments: Sequence[str]) -> dict[str, Any]:
 
 def _opened() -> Any:
     """The prediction store of the workspace in the environment, after discovery."""
-    from utils import discovery
     from utils.core.config_file import load
     from utils.core.workspace import Workspace
+    from utils.discovery import discover
     from utils.predictions import catalog
     from utils.predictions.store import Store
 
     config = load(CONFIG, overrides=[f"dataset.batch_size={BATCH}", "device=cpu"])
     place = Workspace.of_settings()
-    discovery.discover(config, place)
+    discover.discover(config, place)
     return Store(config, place, catalog.load(place))
 
 

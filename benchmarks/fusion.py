@@ -222,16 +222,17 @@ def memory(workspace: Path, names: Sequence[str]) -> dict[str, Any]:
     import sklearn.covariance  # noqa: F401  (so that what is imported later does not count)
     import torch  # noqa: F401
 
-    from utils import base_back, build, discovery
+    from utils import base_back, build
     from utils.core.config_file import load
     from utils.core.workspace import Workspace
+    from utils.discovery import discover
 
     shutil.rmtree(workspace / "ensembles", ignore_errors=True)
     shutil.rmtree(workspace / "image_cache", ignore_errors=True)
     overrides = [f"dataset.batch_size={extraction.BATCH}", "device=cpu", "runs.fusion.enable=true"]
     overrides += [f"backbones.include=[{','.join(names)}]", "runs.fusion.fusion_config.epochs=2"]
     config, place = load(extraction.CONFIG, overrides=overrides), Workspace.of_settings()
-    discovery.discover(config, place)
+    discover.discover(config, place)
     base_back.load("models")
     status = Path("/proc/self/status")
     if not status.is_file():

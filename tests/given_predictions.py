@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from utils import importing
 from utils.core.config_file import load
 from utils.core.results import Result
 from utils.core.workspace import Workspace
+from utils.discovery import import_predictions
 from utils.predictions import catalog
 from utils.predictions.store import Store
 
@@ -102,7 +102,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 def take_in(workspace: Workspace, folder: Path, **options: bool) -> Result:
     """`import-predictions --from folder`."""
-    return importing.import_predictions(CONFIG, workspace, folder=str(folder), **options)
+    return import_predictions.import_predictions(CONFIG, workspace, folder=str(folder), **options)
 
 
 def opened(workspace: Workspace) -> Store:

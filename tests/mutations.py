@@ -42,14 +42,14 @@ DEFECTS = (
         "utils/predictions/store.py",
         'arrays["labels"], arrays["logits"], np.ones',
         'arrays["labels"], arrays["logits"][::-1], np.ones',
-        "tests/test_imported_members.py tests/test_importing.py",
+        "tests/discovery/test_imported_members.py tests/discovery/test_import_predictions.py",
     ),
     Defect(
         "the order of classes ignored",
-        "utils/imported_members.py",
+        "utils/discovery/imported_members.py",
         "columns = np.array([column[name] for name in classes])",
         "columns = np.arange(len(classes))",
-        "tests/test_imported_members.py tests/test_importing.py",
+        "tests/discovery/test_imported_members.py tests/discovery/test_import_predictions.py",
     ),
     Defect(
         "BatchNorm not recomputed",

@@ -11,8 +11,8 @@ import torch
 from conftest import PROJECT
 from test_predictions import workspace_at
 
-from utils import discovery
 from utils.core.config_file import load
+from utils.discovery import discover
 from utils.predictions import catalog
 
 NAME = "CustomConvNeXt"
@@ -70,7 +70,7 @@ def set_accuracy(workspace, accuracy):
 
 
 def codes_after(config, workspace, **options):
-    discovery.discover(config, workspace, **options)
+    discover.discover(config, workspace, **options)
     return codes(workspace)
 
 

@@ -163,7 +163,7 @@ def test_a_workspace_without_networks_says_how_to_train(tmp_path, trained, orche
 
 def test_a_bug_is_one_line_and_its_traceback_is_in_the_log(own_copy):
     code = (
-        "import sys, ensemble_orchestrator as o, utils.discovery as c\n"
+        "import sys, ensemble_orchestrator as o, utils.discovery.discover as c\n"
         "c.discover = lambda *a, **k: 1 / 0\n"
         "sys.exit(o.main(sys.argv[1:]))"
     )

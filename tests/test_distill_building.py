@@ -255,9 +255,10 @@ def test_consistent_hands_teacher_and_student_the_same_tensors(own, monkeypatch)
 
 def test_auto_says_when_the_teacher_has_seen_the_rows(own, caplog):
     (own.base / "kfold_results" / "CustomViTHybrid_oof_predictions.npz").unlink()
-    from utils import build, discovery
+    from utils import build
+    from utils.discovery import discover
 
-    discovery.discover(config(), own)
+    discover.discover(config(), own)
     build.build_ensemble(config("runs.score_ensemble.methods=[soft_voting]"), own)
     with logged(caplog):
         distill(own, SMALL)
@@ -314,9 +315,9 @@ def test_a_model_of_timm_is_a_student_and_loads_with_timm_alone(own):
     assert member.architecture == f"timm:{model}"
     found = torch.load(own.checkpoint(model, "distilled"), weights_only=True)
     timm.create_model(model, num_classes=4).load_state_dict(found["model_state_dict"])
-    from utils import discovery
+    from utils.discovery import discover
 
-    discovery.discover(config(), own)  # a later scan finds it again
+    discover.discover(config(), own)  # a later scan finds it again
     assert catalog.load(own).members[f"{model}_distilled"] == member
 
 

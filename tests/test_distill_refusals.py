@@ -23,7 +23,8 @@ def own(own_copy):
 @pytest.fixture
 def imported(own, tmp_path):
     """The images of the workspace, and three members of which only the predictions are there."""
-    from utils import build, discovery, importing
+    from utils import build
+    from utils.discovery import discover, import_predictions
 
     store = store_of(own)
     folder = tmp_path / "given"
@@ -37,8 +38,8 @@ def imported(own, tmp_path):
         shutil.copy(own.base_oof(name), folder / f"their_{name}" / "oof.npz")
     for place in (own.checkpoints, own.ensembles, own.kfold):
         shutil.rmtree(place)
-    importing.import_predictions(config(), own, folder=str(folder))
-    discovery.discover(config(), own)
+    import_predictions.import_predictions(config(), own, folder=str(folder))
+    discover.discover(config(), own)
     build.build_ensemble(config(), own)
     return own
 

@@ -19,10 +19,11 @@ import pytest
 import torch
 from conftest import PROJECT, run_python
 
-from utils import build, discovery, ensembles, inventory, snapshot_building
+from utils import build, ensembles, inventory, snapshot_building
 from utils.core import subprocesses
 from utils.core.config_file import load
 from utils.core.workspace import Workspace
+from utils.discovery import discover
 from utils.numeric.metrics import softmax
 from utils.predictions import catalog
 
@@ -52,7 +53,7 @@ def discovered(trained, tmp_path_factory) -> Path:
     """A copy of the trained workspace with its catalog. Shared: read it, never write into it."""
     base = tmp_path_factory.mktemp("discovered")
     shutil.copytree(trained, base, dirs_exist_ok=True)
-    discovery.discover(config(), at(base))
+    discover.discover(config(), at(base))
     return base
 
 
@@ -61,7 +62,7 @@ def made(discovered, tmp_path_factory, orchestrator):
     """After a build with two snapshots of one cycle each, and what the command said. Shared: read it."""
     base = tmp_path_factory.mktemp("made")
     shutil.copytree(discovered, base, dirs_exist_ok=True)
-    discovery.discover(config(), at(base))  # digests are remembered by place
+    discover.discover(config(), at(base))  # digests are remembered by place
     done = orchestrator("build-ensemble", *COMMAND, "--json", workspace=base)
     assert done.returncode == 0, done.stderr
     return base, json.loads(done.stdout), done.stderr
@@ -71,7 +72,7 @@ def made(discovered, tmp_path_factory, orchestrator):
 def copy(made, tmp_path) -> Workspace:
     """A copy to change, whose files are known."""
     workspace = at(Path(shutil.copytree(made[0], tmp_path / "w")))
-    discovery.discover(config(), workspace)
+    discover.discover(config(), workspace)
     return workspace
 
 
@@ -194,7 +195,7 @@ def wait_for(happened: Callable[[], bool], process: subprocess.Popen | None = No
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
 def test_a_training_ends_with_the_build_that_asked_for_it(discovered, tmp_path):
     workspace = at(Path(shutil.copytree(discovered, tmp_path / "w")))
-    discovery.discover(config(), workspace)
+    discover.discover(config(), workspace)
     process = start(workspace, "--set", "runs.snapshot_ensemble.epochs_per_cycle=100000")
     wait_for((workspace.checkpoints / ".progress" / f"{NAME}_snapshots.pth").exists, process)
     trainers = children(process.pid)
@@ -206,7 +207,7 @@ def test_a_training_ends_with_the_build_that_asked_for_it(discovered, tmp_path):
 
 def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(made, discovered, tmp_path):
     workspace = at(Path(shutil.copytree(discovered, tmp_path / "w")))
-    discovery.discover(config(), workspace)
+    discover.discover(config(), workspace)
     process = start(workspace)
     wait_for(workspace.checkpoint(NAME, "snapshot4").exists, process)
     trainers = children(process.pid)
@@ -235,7 +236,7 @@ def test_with_an_output_of_its_own_nothing_is_written_into_the_workspace(discove
     (base / ".split_dataset.partialabc").mkdir()  # somebody splits
     before = {path: path.stat().st_mtime_ns for path in sorted(base.rglob("*"))}
     workspace = at(base, tmp_path / "out")
-    discovery.discover(config(), workspace)
+    discover.discover(config(), workspace)
     assert build.build_ensemble(config(), workspace).failures == []
     assert {path: path.stat().st_mtime_ns for path in sorted(base.rglob("*"))} == before
     members = catalog.read(workspace).members
@@ -244,7 +245,7 @@ def test_with_an_output_of_its_own_nothing_is_written_into_the_workspace(discove
     extra = torch.load(path, weights_only=True)["extra"]
     assert (extra["model_size"], extra["augment"]) == ("tiny", "no_flip")  # as the network in the workspace
     assert inventory.take(config(), workspace).ensembles["snapshot_ensemble"].state == "current"
-    discovery.discover(config(), workspace)  # which finds it there by itself
+    discover.discover(config(), workspace)  # which finds it there by itself
     assert catalog.read(workspace).members[f"{NAME}_snapshot4"] == members[f"{NAME}_snapshot4"]
 
 

@@ -13,9 +13,10 @@ from test_discovery import change
 from test_predictions import workspace_at
 from test_soup_trials import NAME, one_backbone
 
-from utils import build, discovery, ensembles, inventory, soup_building
+from utils import build, ensembles, inventory, soup_building
 from utils.core.config_file import load
 from utils.core.errors import UserError
+from utils.discovery import discover
 from utils.networks.soups import Ingredient, mixture
 from utils.numeric.metrics import log_loss, softmax
 from utils.predictions import catalog
@@ -208,7 +209,7 @@ def test_status_knows_which_soups_are_current_and_why_not(own):
     assert states()[0][names[0]] == "current"
     shutil.rmtree(own.ensemble(names[0]))
     assert states()[0][names[0]] == "missing"
-    discovery.discover(config(), own)
+    discover.discover(config(), own)
     assert set(brew(own).document["built"]) == set(names)
     assert set(states()[0].values()) == {"current"}
 
@@ -216,14 +217,14 @@ def test_status_knows_which_soups_are_current_and_why_not(own):
 def test_another_ingredient_is_another_soup(own):
     before = own.checkpoint(NAME, "uniform_soup").read_bytes()
     change(own.checkpoint(NAME, "snapshot2"), lambda r: r["model_state_dict"]["network.fc.bias"].add_(0.25))
-    discovery.discover(config(), own)
+    discover.discover(config(), own)
     assert f"uniform_soup_{NAME}" in brew(own).document["built"]
     assert own.checkpoint(NAME, "uniform_soup").read_bytes() != before
 
 
 def test_discovery_finds_the_soups_again_as_they_stand_in_the_catalog(own):
     before = catalog.load(own)
-    discovery.discover(config(), own)
+    discover.discover(config(), own)
     assert catalog.load(own).members == before.members
 
 
@@ -245,7 +246,7 @@ def test_a_soup_of_noisy_copies_beats_each_of_them(own):
                 found["model_state_dict"][name] = value + 0.6 * value.std() * noise if is_matrix else value
 
         change(own.checkpoint(NAME, stage), spoil)
-    discovery.discover(config(), own)
+    discover.discover(config(), own)
     metric = "runs.score_ensemble.optimization_metric=log_loss"
     result = brew(own, metric, "runs.model_soup.methods=[uniform, greedy]")
     parts = [entry["log_loss"] for entry in record(own)["ingredients"]]
@@ -262,7 +263,7 @@ def test_a_poor_part_makes_no_poor_greedy_soup_and_this_is_told(own):
 
     for stage in ("snapshot1", "snapshot2"):
         change(own.checkpoint(NAME, stage), spoil)
-    discovery.discover(config(), own)
+    discover.discover(config(), own)
     metric = "runs.score_ensemble.optimization_metric=log_loss"
     result = brew(own, metric, "runs.model_soup.methods=[greedy]")
     part = record(own)["soups"]["greedy"]
@@ -277,7 +278,7 @@ def test_nothing_to_average_is_told_and_a_failure_only_where_there_is_no_soup_at
     for path in own.checkpoints.glob("*.pth"):
         if not path.name.endswith(("_final.pth", "_finetune_best.pth", *(f"_{role}.pth" for role in ROLES))):
             path.unlink()
-    discovery.discover(config(), own)
+    discover.discover(config(), own)
     result = brew(own)
     assert "nothing to average: of 2 checkpoints one lies in the basin of final" in result.text
     assert "it needs head_best and a fine-tuned checkpoint with other weights; one of them is missing" in result.text

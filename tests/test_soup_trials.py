@@ -12,9 +12,10 @@ from test_discovery import change
 from test_predictions import workspace_at
 from torch import nn
 
-from utils import discovery, soup_trials
+from utils import soup_trials
 from utils.core.config_file import load
 from utils.core.errors import UserError
+from utils.discovery import discover
 from utils.networks.soups import Ingredient, mixture
 from utils.numeric.metrics import accuracy, log_loss, softmax
 from utils.predictions import catalog, image_splits, streaming
@@ -31,7 +32,7 @@ def one_backbone(trained, base):
     for path in (base / "checkpoints").glob("*.pth"):
         if not path.name.startswith(NAME) or "fold1" in path.name:
             path.unlink()
-    discovery.discover(config(), workspace_at(base))
+    discover.discover(config(), workspace_at(base))
     return base
 
 
@@ -233,7 +234,7 @@ def test_other_shapes_are_named_and_left_out(own, heard):
     path = own / "checkpoints" / f"{NAME}_snapshot1.pth"
     first = next(iter(torch.load(path, weights_only=True)["model_state_dict"]))
     change(path, widen)
-    discovery.discover(config(), workspace_at(own))
+    discover.discover(config(), workspace_at(own))
     found = survey(store_at(own))
     reason = {entry["stage"]: entry["left_out"] for entry in found.ingredients}["snapshot1"]
     assert reason.startswith(f"other tensors than final: {first} is float32 [1, 2], expected float32 [")
@@ -248,7 +249,7 @@ def test_a_checkpoint_that_changed_or_diverged_is_left_out_and_the_own_one_is_ne
         record["model_state_dict"]["network.fc.weight"].fill_(float("nan"))
 
     change(checkpoints / f"{NAME}_snapshot2.pth", diverge)
-    discovery.discover(config(), workspace_at(own))
+    discover.discover(config(), workspace_at(own))
     (checkpoints / f"{NAME}_snapshot1.pth").unlink()
     change(checkpoints / f"{NAME}_head_best.pth", lambda record: record["extra"].update(epoch=9))
     found = survey(store_at(own))

@@ -11,8 +11,9 @@ from test_predictions import workspace_at
 from test_soup_building import NAME, ROLES, brew, config
 from test_soup_trials import one_backbone
 
-from utils import discovery, evaluation, upkeep
+from utils import evaluation, upkeep
 from utils.core.workspace import Workspace
+from utils.discovery import discover
 from utils.predictions import catalog
 
 
@@ -38,11 +39,11 @@ def test_with_an_output_the_base_workspace_is_only_read(own, tmp_path):
     output = tmp_path / "ours"
     places = (own.split_dir, own.checkpoints, own.metrics, own.kfold, own.deployment, output / "image_cache")
     workspace = Workspace(own.base, *places, output / "debug_logs", output)
-    discovery.discover(config(), workspace)
+    discover.discover(config(), workspace)
     brew(workspace, "runs.model_soup.methods=[greedy]")
     assert (output / "checkpoints" / f"{NAME}_greedy_soup.pth").is_file()
     assert {path: path.stat().st_mtime_ns for path in own.base.rglob("*")} == before
-    discovery.discover(config(), workspace)
+    discover.discover(config(), workspace)
     member = catalog.load(workspace).members[f"{NAME}_greedy_soup"]
     assert member.checkpoints[0]["path"] == str(output / "checkpoints" / f"{NAME}_greedy_soup.pth")
     assert brew(workspace, "runs.model_soup.methods=[greedy]").document["built"] == []
@@ -50,7 +51,7 @@ def test_with_an_output_the_base_workspace_is_only_read(own, tmp_path):
 
 
 def own_discovered(workspace):
-    discovery.discover(config(), workspace)
+    discover.discover(config(), workspace)
     return workspace
 
 
@@ -76,7 +77,7 @@ def test_checkpoints_of_a_declared_network_give_a_soup_that_stays_derived(own):
         torch.save({"model_state_dict": other, "extra": explained}, own.base / f"leaf_{stage}.pth")
     for stage in ("snapshot1", "snapshot2"):
         shutil.move(own.base / f"leaf_{stage}.pth", own.checkpoints)
-    discovery.discover(config(), own, add=[f"leaf=timm:test_resnet@{own.base / 'leaf_final.pth'}"])
+    discover.discover(config(), own, add=[f"leaf=timm:test_resnet@{own.base / 'leaf_final.pth'}"])
     leaf = "backbones.include=[leaf]"
     assert "uniform_soup_leaf" in brew(own, leaf, "runs.model_soup.methods=[uniform]").document["built"]
     for _ in range(2):
@@ -84,7 +85,7 @@ def test_checkpoints_of_a_declared_network_give_a_soup_that_stays_derived(own):
         assert (soup.source, soup.architecture, soup.img_size) == ("derived", "timm:test_resnet", 32)
         assert soup.network(own).source == "timm"
         assert brew(own, leaf, "runs.model_soup.methods=[uniform]").document["built"] == []
-        discovery.discover(config(), own)
+        discover.discover(config(), own)
 
 
 # evaluate and clean ---------------------------------------------------------------------------------------------------

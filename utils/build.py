@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from utils import (
-    discovery,
-    ensembles,
-    fitting,
-    fusion_building,
-    moe_building,
-    pruned_building,
-    snapshot_building,
-    soup_building,
-)
+from utils import ensembles, fitting, fusion_building, moe_building, pruned_building, snapshot_building, soup_building
 from utils.core.config import Config, require_enabled
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
+from utils.discovery import discover
 from utils.predictions import catalog
 from utils.predictions.catalog import Member
 from utils.predictions.store import Store
@@ -53,7 +45,7 @@ def _of_sections(sections: Mapping[str, Section], config: Config, workspace: Wor
     wanted = [section for place, section in sections.items() if config.at(f"{place}.enable")]
     if not wanted:
         require_enabled(config, next(iter(sections)))
-    found = discovery.trusted(config, workspace)
+    found = discover.trusted(config, workspace)
     members = catalog.select(found, config)
     store = Store(config, workspace, found)
     results = [section(store, members, force) for section in wanted]

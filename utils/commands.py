@@ -46,7 +46,7 @@ DEBUG_SECTIONS = (
 )
 COMMANDS: dict[str, Command] = {
     "discover": Command(
-        "utils.discovery:discover",
+        "utils.discovery.discover:discover",
         "find trained models, check them, write the catalog",
         "discover --verify",
         {
@@ -73,7 +73,7 @@ COMMANDS: dict[str, Command] = {
         writes=True,
     ),
     "import-predictions": Command(
-        "utils.importing:import_predictions",
+        "utils.discovery.import_predictions:import_predictions",
         "take in members that are known by their predictions alone, made by any tool",
         "import-predictions --from ~/predictions",
         {

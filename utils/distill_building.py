@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import discovery, ensembles, fitting, unlabeled
 from utils import distillation_comparison as comparison
 from utils import distillation_plan as plan
 from utils import distillation_students as students
 from utils import distillation_teachers as teachers
+from utils import ensembles, fitting, unlabeled
 from utils.core import caches, estimates
 from utils.core.artifacts import digest_of, write_json
 from utils.core.config import Config, require_enabled
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
+from utils.discovery import discover
 from utils.distillation_controls import ALONE
 from utils.distillation_plan import STREAMED
 from utils.distillation_students import Student
@@ -282,7 +283,7 @@ def _kept(
     }
     students.write(store, student, taught.weights, facts)
     train = store.images("train")
-    store.catalog = discovery.take_in(
+    store.catalog = discover.take_in(
         store.config, store.workspace, store.digests, train, store.catalog, [student.member]
     )
     derived = store.catalog.members[student.member]

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import base_back, discovery, embedding_rows, ensembles, fitting, guards
+from utils import base_back, embedding_rows, ensembles, fitting, guards
 from utils.core import estimates
 from utils.core.artifacts import digest_of, write_checkpoint
 from utils.core.errors import UserError
+from utils.discovery import discover
 from utils.ensembles import Crossfit
 from utils.fusion_methods import COMBINERS, Fusion
 from utils.networks.checkpoints import said_of_training
@@ -243,7 +244,7 @@ def _kept(
         logger.info("written: %s", path)
     names = [catalog.trained_further(name, member.name) for member in members]
     train = store.images("train")
-    store.catalog = discovery.take_in(store.config, store.workspace, store.digests, train, store.catalog, names)
+    store.catalog = discover.take_in(store.config, store.workspace, store.digests, train, store.catalog, names)
     derived = [store.catalog.members[own] for own in names]
     store.ensure(derived, STREAMED)
     return derived

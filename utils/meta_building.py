@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from utils import discovery, ensembles, fitting, guards
+from utils import ensembles, fitting, guards
 from utils.core.config import Config, require_enabled
 from utils.core.errors import UserError, did_you_mean
 from utils.core.results import Result
 from utils.core.workspace import Workspace
+from utils.discovery import discover
 from utils.ensembles import Ensemble
 from utils.fitting import HonestRows
 from utils.meta_methods import FUSERS, PARTS, Input, MetaFuser
@@ -41,7 +42,7 @@ def meta_fuse(config: Config, workspace: Workspace, *, force: bool = False) -> R
             f"{config.source}: runs.meta_fuser.fuser_type {kind}: this version builds {', '.join(FUSERS)}"
             f"{did_you_mean(kind, FUSERS)}"
         )
-    store = Store(config, workspace, discovery.trusted(config, workspace))
+    store = Store(config, workspace, discover.trusted(config, workspace))
     selected = catalog.select(store.catalog, config)
     found, failures = _inputs(store, selected)
     members = _members(store, found)

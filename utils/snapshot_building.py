@@ -15,10 +15,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils import base_back, discovery, ensembles, fitting
+from utils import base_back, ensembles, fitting
 from utils.core import estimates, subprocesses
 from utils.core.artifacts import digest_of, read_record, write_json
 from utils.core.results import Result
+from utils.discovery import discover
 from utils.predictions import streaming
 from utils.predictions.catalog import Member
 from utils.predictions.store import Store
@@ -147,7 +148,7 @@ def _take_in(store: Store, parents: Sequence[Member], names: Sequence[str]) -> N
         if member.source == "derived" and any(name.startswith(f"{parent.name}_snapshot") for parent in parents)
     ]
     train = store.images("train")
-    store.catalog = discovery.take_in(
+    store.catalog = discover.take_in(
         store.config, store.workspace, store.digests, train, store.catalog, [*before, *names]
     )
 

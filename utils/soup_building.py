@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from utils import discovery, ensembles, fitting
+from utils import ensembles, fitting
 from utils.core.artifacts import digest_of, read_record, require_own_folder, write_checkpoint, write_json
 from utils.core.errors import UserError
 from utils.core.results import Result
+from utils.discovery import discover
 from utils.ensembles import Provenance
 from utils.networks.checkpoints import said_of_training
 from utils.predictions.catalog import Member
@@ -243,7 +244,7 @@ def _save(store: Store, member: Member, soups: Mapping[str, Soup], survey: Surve
             _explanation(store, member, METHODS[key].role, facts[key], survey),
         )
     train = store.images("train")
-    store.catalog = discovery.take_in(
+    store.catalog = discover.take_in(
         store.config, store.workspace, store.digests, train, store.catalog, list(names.values())
     )
     derived = {key: store.catalog.members[name] for key, name in names.items()}

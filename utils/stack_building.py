@@ -6,12 +6,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils import discovery, ensembles, fitting, guards, inference_choice
+from utils import ensembles, fitting, guards, inference_choice
 from utils.combiner import MemberFacts
 from utils.core.config import Config, require_enabled
 from utils.core.errors import HonestyError, UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
+from utils.discovery import discover
 from utils.fitting import HonestRows
 from utils.guards import Guards
 from utils.inference_choice import Measurement
@@ -37,7 +38,7 @@ def stack(config: Config, workspace: Workspace, *, strict: bool = False, force: 
     `force`. Raises UserError without catalog or members.
     """
     require_enabled(config, "runs.stacking")
-    found = discovery.trusted(config, workspace)
+    found = discover.trusted(config, workspace)
     store = Store(config, workspace, found)
     members = _with_out_of_fold(store, catalog.select(found, config), strict)
     methods = [f"stacking_{learner}" for learner in config.runs.stacking.meta_learners]

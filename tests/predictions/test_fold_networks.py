@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from test_predictions import CONFIG, workspace_at
 
-from utils import discovery
 from utils.core.config_file import load
 from utils.core.errors import UserError
+from utils.discovery import discover
 from utils.numeric.metrics import softmax
 from utils.predictions import catalog, fold_networks, streaming
 from utils.predictions.store import Store
@@ -29,7 +29,7 @@ def store(tmp_path, trained):
             path.unlink()
     workspace = workspace_at(base)
     config = load(CONFIG, overrides=["device=cpu"])
-    discovery.discover(config, workspace)
+    discover.discover(config, workspace)
     return Store(config, workspace, catalog.load(workspace))
 
 

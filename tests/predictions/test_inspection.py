@@ -11,8 +11,9 @@ import pytest
 import torch
 from one_member import NAME, change, change_oof, classifier, codes, codes_after, config, set_accuracy, workspace
 
-from utils import base_back, discovery
+from utils import base_back
 from utils.core.errors import UserError
+from utils.discovery import discover
 from utils.predictions import catalog, inspection
 from utils.predictions.store import Store
 
@@ -21,16 +22,16 @@ SURPLUS = "the network has 7 outputs"
 
 
 def test_honest_predictions_pass_and_nothing_is_run_again(workspace, config, monkeypatch):
-    result = discovery.discover(config, workspace, verify=True)
+    result = discover.discover(config, workspace, verify=True)
     assert not codes(workspace)
     assert not result.failures
     assert catalog.read(workspace).members[NAME].oof["rows"] == 224
     monkeypatch.setattr(inspection, "_logits", lambda *_: pytest.fail("a network was run again"))
-    assert discovery.discover(config, workspace, verify=True).text == result.text
+    assert discover.discover(config, workspace, verify=True).text == result.text
 
 
 def test_the_full_networks_outputs_passed_off_as_out_of_fold_are_refused_for_good(workspace, config):
-    discovery.discover(config, workspace)
+    discover.discover(config, workspace)
     found = catalog.read(workspace)
     store = Store(config, workspace, found)
     store.ensure([found.members[NAME]], ("train",))
@@ -44,9 +45,9 @@ def test_the_full_networks_outputs_passed_off_as_out_of_fold_are_refused_for_goo
         arrays["logits"] = np.array(in_sample.logits)[rows]
 
     change_oof(workspace, plant)
-    discovery.discover(config, workspace)
+    discover.discover(config, workspace)
     assert catalog.read(workspace).members[NAME].oof is not None  # a scan of files cannot tell
-    result = discovery.discover(config, workspace, verify=True)
+    result = discover.discover(config, workspace, verify=True)
     assert "out-of-fold predictions refused: 224 of 224 sampled rows are what the full network gives" in result.text
     for _ in range(2):
         found = catalog.read(workspace)
@@ -54,17 +55,17 @@ def test_the_full_networks_outputs_passed_off_as_out_of_fold_are_refused_for_goo
         assert found.members[NAME].usable
         assert Store(config, workspace, found).oof(found.members[NAME]) is None
         assert "oof_in_sample" in codes(workspace)
-        discovery.discover(config, workspace)  # a later scan, which runs nothing, does not forget
+        discover.discover(config, workspace)  # a later scan, which runs nothing, does not forget
 
 
 def test_a_few_planted_rows_are_enough(workspace, config):
-    discovery.discover(config, workspace)
+    discover.discover(config, workspace)
     found = catalog.read(workspace)
     store = Store(config, workspace, found)
     store.ensure([found.members[NAME]], ("train",))
     in_sample = np.array(store.rows(found.members[NAME], "train").logits)
     change_oof(workspace, lambda arrays: arrays["logits"].__setitem__(slice(0, 6), in_sample[:6]))
-    discovery.discover(config, workspace, verify=True)
+    discover.discover(config, workspace, verify=True)
     assert "oof_in_sample" in codes(workspace)
 
 
@@ -74,7 +75,7 @@ def test_a_tampered_fold_is_refused(workspace, config):
         arrays["logits"][rows, arrays["labels"][rows]] += 5
 
     change_oof(workspace, tamper)
-    result = discovery.discover(config, workspace, verify=True)
+    result = discover.discover(config, workspace, verify=True)
     assert re.search(r"refused: fold1 run again differs on 10 of \d+ sampled rows", result.text)
     assert "fold0 run again" not in result.text
     assert catalog.read(workspace).members[NAME].oof is None
@@ -101,14 +102,14 @@ def test_saturated_honest_predictions_pass(workspace, config):
         arrays["logits"] = arrays["logits"] * np.float32(1000)
 
     changed = change_oof(workspace, keep_right)
-    discovery.discover(config, workspace)
+    discover.discover(config, workspace)
     found = catalog.read(workspace)
     store = Store(config, workspace, found)
     store.ensure([found.members[NAME]], ("val",))
     rows = store.rows(found.members[NAME], "val")
     for row in np.flatnonzero(rows.logits.argmax(axis=1) != rows.labels):
         (workspace.split_dir / "val" / str(rows.sample_ids[row])).unlink()
-    discovery.discover(config, workspace, verify=True)
+    discover.discover(config, workspace, verify=True)
     found = catalog.read(workspace)
     assert found.members[NAME].oof["accuracy"] == 1
     top_two = np.sort(changed["logits"], axis=1)[:, -2:]
@@ -117,7 +118,7 @@ def test_saturated_honest_predictions_pass(workspace, config):
 
 
 def test_predictions_that_beat_val_beyond_chance_are_suspected(workspace, config):
-    discovery.discover(config, workspace)
+    discover.discover(config, workspace)
     member = catalog.read(workspace).members[NAME]
     measured = {"n": 100, "accuracy": 0.8}
     (problem,) = inspection.suspicion(replace(member, oof={"rows": 1000}), 0.95, measured, remedy="do this")
@@ -128,7 +129,7 @@ def test_predictions_that_beat_val_beyond_chance_are_suspected(workspace, config
 
 @pytest.mark.parametrize("kind", ["bundled", "external"])
 def test_every_remedy_names_the_base_back_that_is_mounted(workspace, config, monkeypatch, kind):
-    discovery.discover(config, workspace)
+    discover.discover(config, workspace)
     member = catalog.read(workspace).members[NAME]
     monkeypatch.setattr(base_back, "kind", lambda path: kind)
     monkeypatch.setattr(base_back, "locate", lambda: Path("/some where/BASE-BACK"))
@@ -155,7 +156,7 @@ def test_a_recorded_accuracy_that_the_network_does_not_have_is_contradicted(work
 
 
 def test_one_row_of_a_small_split_is_no_contradiction(workspace, config):
-    discovery.discover(config, workspace)
+    discover.discover(config, workspace)
     member = catalog.read(workspace).members[NAME]
 
     def found(recorded, n, right):
@@ -170,7 +171,7 @@ def test_one_row_of_a_small_split_is_no_contradiction(workspace, config):
 
 def test_the_first_pass_measures_what_it_streams_anyway(workspace, config):
     set_accuracy(workspace, 0.5)
-    discovery.discover(config, workspace)
+    discover.discover(config, workspace)
     store = Store(config, workspace, catalog.load(workspace))
     store.ensure([store.catalog.members[NAME]], ("val",))
     assert "accuracy_differs" in codes(workspace)
@@ -184,13 +185,13 @@ def test_outputs_in_another_order_than_their_names_are_measured(workspace, confi
 
     change(workspace.checkpoint(NAME, "final"), permute)
     workspace.base_oof(NAME).unlink()
-    result = discovery.discover(config, workspace, verify=True)
+    result = discover.discover(config, workspace, verify=True)
     assert re.search(r"if output 3 is 0, output 0 is 1, output 1 is 2, output 2 is 3", result.text)
     assert catalog.read(workspace).members[NAME].usable is False
     assert result.failures
     # Also without --verify: the pass that would have used it stops, and the next one goes without.
     workspace.digests.unlink()
-    discovery.discover(config, workspace)
+    discover.discover(config, workspace)
     store = Store(config, workspace, catalog.load(workspace))
     with pytest.raises(UserError, match="The same command goes on without CustomConvNeXt"):
         store.ensure([store.catalog.members[NAME]], ("val",))
@@ -213,11 +214,11 @@ def surplus(workspace):
 @pytest.mark.parametrize("by", ["verify", "the first pass"])
 def test_surplus_outputs_that_running_has_shown_to_be_dead_are_said_to_be(workspace, config, by):
     change(workspace.checkpoint(NAME, "final"), lambda record: widen(record, -30.0))
-    discovery.discover(config, workspace)
+    discover.discover(config, workspace)
     (problem,) = surplus(workspace)
     assert (problem.severity, problem.message) == ("warning", f"{SURPLUS} for 4 classes; the last 3 are cut off")
     if by == "verify":
-        discovery.discover(config, workspace, verify=True)
+        discover.discover(config, workspace, verify=True)
     else:
         store = Store(config, workspace, catalog.load(workspace))
         store.ensure([store.catalog.members[NAME]], ("val",))
@@ -225,19 +226,19 @@ def test_surplus_outputs_that_running_has_shown_to_be_dead_are_said_to_be(worksp
         (problem,) = surplus(workspace)
         assert (problem.severity, problem.remedy) == ("info", "nothing to do")
         assert problem.message.endswith("the last 3 are cut off; on the 28 val images they are dead")
-        discovery.discover(config, workspace)
+        discover.discover(config, workspace)
 
 
 def test_surplus_outputs_that_are_alive_are_an_error_and_no_longer_said_to_be_cut_off(workspace, config):
     change(workspace.checkpoint(NAME, "final"), lambda record: widen(record, 30.0))
-    result = discovery.discover(config, workspace, verify=True)
+    result = discover.discover(config, workspace, verify=True)
     for _ in range(2):
         (problem,) = surplus(workspace)
         assert problem.severity == "error"
         assert "7 outputs for 4 classes, and the surplus is not dead: on the val rows" in problem.message
         assert catalog.read(workspace).members[NAME].usable is False
         assert any(problem.message in failure for failure in result.failures)
-        result = discovery.discover(config, workspace)
+        result = discover.discover(config, workspace)
 
 
 def test_a_network_that_does_not_run_shows_nothing_of_its_surplus(workspace, config):
@@ -246,7 +247,7 @@ def test_a_network_that_does_not_run_shows_nothing_of_its_surplus(workspace, con
         record["model_state_dict"].pop(next(iter(record["model_state_dict"])))
 
     change(workspace.checkpoint(NAME, "final"), break_it)
-    discovery.discover(config, workspace, verify=True)
+    discover.discover(config, workspace, verify=True)
     assert "does_not_run" in codes(workspace)
     assert [problem.severity for problem in surplus(workspace)] == ["warning"]
 
@@ -258,14 +259,14 @@ def test_a_fold_of_another_base_back_is_not_checked_and_refuses_nothing(workspac
     """Once the right one is mounted, a scan forgets that it could not be run, and the next verification runs it."""
     change(workspace.checkpoint(NAME, "fold0"), lambda record: record["extra"].update(base_back="external"))
     for _ in range(2):
-        discovery.discover(config, workspace, verify=True)
+        discover.discover(config, workspace, verify=True)
         (problem,) = [problem for problem in catalog.read(workspace).problems if problem.member == NAME]
         assert (problem.code, problem.severity) == ("fold_unreadable", "info")
         assert "CustomConvNeXt_fold0.pth: its network is another BASE-BACK's, and the bundled one is" in problem.message
         assert "--base-back DIR" in problem.message
         assert catalog.read(workspace).members[NAME].oof["rows"] == 224
     monkeypatch.setattr(base_back, "source_digest", lambda path: "another")
-    discovery.discover(config, workspace)
+    discover.discover(config, workspace)
     assert not codes(workspace)
     monkeypatch.setattr(base_back, "kind", lambda path: "external")
     ran = []
@@ -276,18 +277,18 @@ def test_a_fold_of_another_base_back_is_not_checked_and_refuses_nothing(workspac
         return original(*arguments)
 
     monkeypatch.setattr(inspection, "_logits", listening)
-    discovery.discover(config, workspace, verify=True)
+    discover.discover(config, workspace, verify=True)
     assert ran == [(), ("fold0",), ("fold1",)]
     assert not codes(workspace)
 
 
 def test_what_did_not_run_with_one_base_back_is_open_with_another(workspace, config, monkeypatch):
     change(workspace.checkpoint(NAME, "final"), lambda record: record["extra"].update(base_back="external"))
-    result = discovery.discover(config, workspace, verify=True)
+    result = discover.discover(config, workspace, verify=True)
     assert result.failures
     assert codes(workspace) == {"does_not_run"}
-    discovery.discover(config, workspace)
+    discover.discover(config, workspace)
     assert codes(workspace) == {"does_not_run"}  # a scan with the same one does not forget
     monkeypatch.setattr(base_back, "source_digest", lambda path: "another")
-    assert not discovery.discover(config, workspace).failures
+    assert not discover.discover(config, workspace).failures
     assert catalog.read(workspace).members[NAME].usable

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from utils import discovery
 from utils.core.config_file import load
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
+from utils.discovery import discover
 from utils.predictions import catalog, streaming
 from utils.predictions.folds import crossfit_folds
 from utils.predictions.store import Store
@@ -41,7 +41,7 @@ def store(tmp_path, trained):
     base = Path(shutil.copytree(trained, tmp_path / "w"))
     workspace = workspace_at(base)
     config = load(CONFIG)
-    discovery.discover(config, workspace)
+    discover.discover(config, workspace)
     return Store(config, workspace, catalog.load(workspace))
 
 
@@ -148,7 +148,7 @@ def test_oof_that_does_not_fit_is_refused_by_name(store, change, words):
     with np.load(path) as arrays:
         broken = change(dict(arrays))
     np.savez(path, **broken)
-    result = discovery.discover(store.config, store.workspace)
+    result = discover.discover(store.config, store.workspace)
     found = catalog.load(store.workspace)
     assert re.search(f"predictions of CustomConvNeXt refused: .*{re.escape(words)}", result.text)
     assert "oof_refused" in {problem.code for problem in found.problems if problem.member == "CustomConvNeXt"}
@@ -159,7 +159,7 @@ def test_oof_that_does_not_fit_is_refused_by_name(store, change, words):
 
 def test_pickled_arrays_are_refused_and_the_member_is_used_without_them(store):
     np.savez(store.workspace.base_oof("CustomConvNeXt"), logits=np.array([{"a": 1}], dtype=object))
-    result = discovery.discover(store.config, store.workspace)
+    result = discover.discover(store.config, store.workspace)
     assert "expected arrays without pickled objects" in result.text
     member = catalog.load(store.workspace).members["CustomConvNeXt"]
     assert member.usable

@@ -18,11 +18,12 @@ import torch
 from conftest import PROJECT
 from PIL import Image
 
-from utils import base_back, discovery
+from utils import base_back
 from utils.core.artifacts import FileDigests
 from utils.core.config_file import load
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
+from utils.discovery import discover
 from utils.networks import construction
 from utils.networks.construction import Outputs
 from utils.predictions import catalog, image_splits, streaming
@@ -250,7 +251,7 @@ def store(trained, tmp_path):
     workspace.checkpoints.mkdir()
     shutil.copy(trained / "checkpoints" / "CustomConvNeXt_final.pth", workspace.checkpoints)
     config = load(PROJECT / "configs" / "votes.yaml")
-    discovery.discover(config, workspace)
+    discover.discover(config, workspace)
     return Store(config, workspace, catalog.load(workspace))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError
-from utils.imported_members import Part
+from utils.discovery.imported_members import Part
 from utils.numeric.metrics import log_softmax
 from utils.predictions import inspection, out_of_fold
 from utils.predictions.catalog import IMPORTED, Member, Problem

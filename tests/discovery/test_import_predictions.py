@@ -26,10 +26,11 @@ from given_predictions import (
     write,
 )
 
-from utils import build, discovery, evaluation
+from utils import build, evaluation
 from utils.core import artifacts
 from utils.core.config_file import load
 from utils.core.errors import UserError
+from utils.discovery import discover
 from utils.numeric.metrics import softmax
 from utils.predictions import catalog
 
@@ -280,7 +281,7 @@ def test_a_later_discovery_keeps_them_and_what_was_said_of_them(tmp_path, worksp
     ants = changing("bayes", "val", lambda given: fewer(given["labels"] == 0)(given))
     take_in(workspace, write(tmp_path / "given", change=ants))
     before = catalog.read(workspace)
-    result = discovery.discover(CONFIG, workspace, verify=True)
+    result = discover.discover(CONFIG, workspace, verify=True)
     assert catalog.read(workspace) == before
     assert not result.failures
     assert "3 members, 3 classes, samples: train 60, val 30, test 30" in result.text
@@ -294,12 +295,12 @@ def test_a_member_that_is_taken_back_takes_its_rows_with_it(tmp_path, workspace)
     take_in(workspace, write(tmp_path / "given", change=changing("forest", "val", longer)))
     assert codes(workspace) == {"rows_not_shared"}
     assert catalog.read(workspace).splits["val"]["n"] == 32
-    discovery.discover(CONFIG, workspace, remove=["forest"])
+    discover.discover(CONFIG, workspace, remove=["forest"])
     other = empty_workspace(tmp_path / "v")
     take_in(other, write(tmp_path / "two", {"bayes": 1, "linear": 3}))
     assert catalog.read(workspace) == catalog.read(other)
     assert build.build_ensemble(CONFIG, workspace).document["members"] == ["bayes", "linear"]
     with pytest.raises(UserError, match="no trained model"):
-        discovery.discover(CONFIG, workspace, remove=["bayes", "linear"])
+        discover.discover(CONFIG, workspace, remove=["bayes", "linear"])
     assert not workspace.catalog.exists()
     take_in(workspace, tmp_path / "given")

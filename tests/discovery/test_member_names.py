@@ -14,7 +14,7 @@ from in_process import run
 from named_members import VOTES, imported, stored
 
 from utils import distillation_students, ensembles, meta_building, snapshot_building, soup_building
-from utils.member_names import RESERVED
+from utils.discovery.member_names import RESERVED
 
 RESERVED_NAMES = (
     *("soft_voting_ensemble", "Soft_Voting_Ensemble", "weighted", "stacking_lr", "stacking_svm", "fusion_concat_mlp"),

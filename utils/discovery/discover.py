@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from utils import imported_members, member_names, renaming
 from utils.core.artifacts import FileDigests
 from utils.core.config import Config
 from utils.core.errors import UserError, did_you_mean
 from utils.core.results import Result
 from utils.core.workspace import SPLITS, Workspace
-from utils.identification import Candidate, Scan, identify
+from utils.discovery import imported_members, member_names, renaming
+from utils.discovery.identification import Candidate, Scan, identify
 from utils.predictions import catalog, image_splits, inspection, streaming
 from utils.predictions.catalog import DERIVED, IMPORTED, MADE, STAGES, TIMM, Catalog, Member, Problem
 from utils.predictions.image_splits import ImageSplit

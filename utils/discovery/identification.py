@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from utils import base_back, training_records
+from utils import base_back
 from utils.core.artifacts import FileDigests, digest_of
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
+from utils.discovery import training_records
 from utils.networks import checkpoints
 from utils.networks.construction import RETRAIN
 from utils.predictions import inspection, out_of_fold

@@ -13,9 +13,9 @@ import torch
 from conftest import PROJECT
 from one_member import NAME, change, change_oof, codes, config, config_path, workspace
 
-from utils import discovery
 from utils.core.config_file import load
 from utils.core.errors import UserError
+from utils.discovery import discover
 from utils.predictions import catalog, inspection
 from utils.predictions.store import Store
 
@@ -28,7 +28,7 @@ def test_half_precision_probabilities_are_taken_and_said(workspace, config):
         arrays["probabilities"] = (raised / raised.sum(axis=1, keepdims=True)).astype(np.float16)
 
     changed = change_oof(workspace, halve)
-    result = discovery.discover(config, workspace, verify=True)
+    result = discover.discover(config, workspace, verify=True)
     assert "its out-of-fold probabilities have half precision" in result.text
     assert codes(workspace) == {"half_precision"}
     found = catalog.read(workspace)
@@ -42,7 +42,7 @@ def test_missing_rows_are_counted_and_equal_images_in_two_folds_are_named(worksp
         one = str(arrays["sample_ids"][arrays["fold"] == 0][0])
         other = next(i for i in arrays["sample_ids"][arrays["fold"] == 1].tolist() if i[0] == one[0])
     shutil.copy(workspace.split_dir / "train" / one, workspace.split_dir / "train" / other)
-    result = discovery.discover(config, workspace)
+    result = discover.discover(config, workspace)
     assert "out-of-fold predictions for 221 of 224 train images; 3 rows are missing" in result.text
     assert f"2 out-of-fold rows have an equal image in another fold, first {min(one, other)}" in result.text
 
@@ -51,24 +51,24 @@ def test_metrics_of_another_training_do_not_count(workspace, config):
     path = workspace.training_metrics(NAME)
     own = json.loads(path.read_text())["final_accuracy"]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"final_accuracy": 0.123}))
-    result = discovery.discover(config, workspace)
+    result = discover.discover(config, workspace)
     assert f"has the accuracy 0.1230, {NAME}_final.pth itself {own:.4f}" in result.text
     assert catalog.read(workspace).members[NAME].recorded_accuracy == own
     change(workspace.checkpoint(NAME, "final"), lambda record: record["extra"].pop("final_accuracy"))
     os.utime(path, (1e9, 1e9))
-    result = discovery.discover(config, workspace)
+    result = discover.discover(config, workspace)
     assert re.search(rf"is \d+ minutes older than {NAME}_final.pth", result.text)
 
 
 def test_another_image_size_than_the_configurations_is_said(workspace):
     config = load(PROJECT / "configs" / "votes.yaml", overrides=["dataset.img_size=64", "device=cpu"])
-    assert "made for 32 px; dataset.img_size is 64" in discovery.discover(config, workspace).text
+    assert "made for 32 px; dataset.img_size is 64" in discover.discover(config, workspace).text
 
 
 def test_a_catalog_older_than_its_files_is_said(workspace, config, caplog):
     import logging
 
-    discovery.discover(config, workspace)
+    discover.discover(config, workspace)
     logging.getLogger("disease_pipeline").addHandler(caplog.handler)
     catalog.load(workspace)
     assert not caplog.records
@@ -83,7 +83,7 @@ def test_equal_images_in_two_splits_are_named_with_both_paths(workspace, config)
     for number, path in enumerate(train[:22]):
         shutil.copy(path, workspace.split_dir / "val" / "2" / f"zz_{number}.png")
     shutil.copy(train[0], workspace.split_dir / "test" / "3" / "zz.png")
-    result = discovery.discover(config, workspace)
+    result = discover.discover(config, workspace)
     assert f"the same image in two splits: train/2/{train[0].name} and val/2/zz_0.png" in result.text
     assert f"the same image in two splits: train/2/{train[0].name} and test/3/zz.png" in result.text
     assert "3 more images stand in two splits" in result.text
@@ -92,27 +92,27 @@ def test_equal_images_in_two_splits_are_named_with_both_paths(workspace, config)
 def test_equal_images_of_one_split_are_nobody_s_problem(workspace, config):
     first = sorted((workspace.split_dir / "test" / "2").iterdir())[0]
     shutil.copy(first, first.with_name("zz.png"))
-    discovery.discover(config, workspace)
+    discover.discover(config, workspace)
     assert catalog.read(workspace).problems == ()
 
 
 def test_splits_of_other_classes_are_an_error(workspace, config):
     (workspace.split_dir / "val" / "3").rename(workspace.split_dir / "val" / "4")
-    result = discovery.discover(config, workspace)
+    result = discover.discover(config, workspace)
     assert result.failures == ["split: val has the classes 0, 1, 2, 4, train has 0, 1, 2, 3"]
 
 
 def test_the_furthest_stage_that_is_there_is_the_member(workspace, config):
     stages = ["final", "finetune_best", "head_best"]
     while stages:
-        discovery.discover(config, workspace)
+        discover.discover(config, workspace)
         member = catalog.read(workspace).members[NAME]
         assert [
             entry["stage"] for entry in member.checkpoints if not entry["stage"].startswith(("fold", "snap"))
         ] == stages
         assert member.checkpoints[0]["path"] == f"checkpoints/{NAME}_{stages[0]}.pth"
         workspace.checkpoint(NAME, stages.pop(0)).unlink()
-    discovery.discover(config, workspace)  # folds and snapshots alone are no member
+    discover.discover(config, workspace)  # folds and snapshots alone are no member
     assert NAME not in catalog.read(workspace).members
 
 
@@ -120,7 +120,7 @@ def test_derived_files_are_members_only_by_name(workspace, config):
     shutil.copy(workspace.checkpoint(NAME, "final"), workspace.checkpoint(NAME, "uniform_soup"))
     shutil.copy(workspace.checkpoint(NAME, "final"), workspace.checkpoint(NAME, "distilled"))
     change(workspace.checkpoint(NAME, "distilled"), lambda record: record["extra"].update(parents=["A", "B"]))
-    result = discovery.discover(config, workspace)
+    result = discover.discover(config, workspace)
     assert "derived, used only where backbones.include names them: CustomConvNeXt_distilled" in result.text
     found = catalog.load(workspace)
     soup, student = found.members[f"{NAME}_uniform_soup"], found.members[f"{NAME}_distilled"]
@@ -141,7 +141,7 @@ def test_a_timm_network_runs_and_gives_the_logits_of_timm(workspace, config, tmp
     torch.manual_seed(0)
     network = timm.create_model("test_resnet", num_classes=4).eval()
     torch.save({"state_dict": network.state_dict()}, tmp_path / "leaf.pth")
-    discovery.discover(config, workspace, verify=True, add=[f"leaf=timm:test_resnet@{tmp_path / 'leaf.pth'}"])
+    discover.discover(config, workspace, verify=True, add=[f"leaf=timm:test_resnet@{tmp_path / 'leaf.pth'}"])
     found = catalog.read(workspace)
     assert found.members["leaf"].usable
     store = Store(config, workspace, found)
@@ -162,26 +162,26 @@ def test_a_timm_network_is_declared_once_and_kept(workspace, config, tmp_path):
     file = tmp_path / "leaf.pth"
     torch.save(timm.create_model("test_resnet", num_classes=4).state_dict(), file)
     declaration = f"leaf=timm:test_resnet@{file}"
-    discovery.discover(config, workspace, add=[declaration])
+    discover.discover(config, workspace, add=[declaration])
     first = catalog.read(workspace).members["leaf"]
     assert (first.source, first.architecture, first.img_size) == ("trained", "timm:test_resnet", 32)
     assert first.checkpoints[0]["path"] == str(file)
     assert first.classes == ("0", "1", "2", "3")
     other_size = load(config_path(), overrides=["dataset.img_size=64", "device=cpu"])
-    discovery.discover(other_size, workspace)
+    discover.discover(other_size, workspace)
     assert catalog.read(workspace).members["leaf"].digest == first.digest
     asked = load(config_path(), overrides=["backbones.include=[leaf]"])
     assert [member.name for member in catalog.select(catalog.read(workspace), asked)] == ["leaf"]
     file.rename(tmp_path / "gone.pth")
-    result = discovery.discover(config, workspace)
+    result = discover.discover(config, workspace)
     assert "leaf.pth: the checkpoint is gone. Put it back" in result.text
     assert [failure.partition(":")[0] for failure in result.failures] == ["leaf"]
     assert [line.split()[0] for line in result.text.splitlines() if line.endswith("cannot be used")] == ["leaf"]
     (tmp_path / "gone.pth").rename(file)
-    discovery.discover(config, workspace)
+    discover.discover(config, workspace)
     assert catalog.read(workspace).members["leaf"].usable
-    discovery.discover(other_size, workspace, add=[declaration])
-    discovery.discover(config, workspace)
+    discover.discover(other_size, workspace, add=[declaration])
+    discover.discover(config, workspace)
     assert catalog.read(workspace).members["leaf"].img_size == 64  # as declared, whatever a later configuration says
 
 
@@ -191,16 +191,16 @@ def test_folds_of_a_declared_network_are_listed_with_it(workspace, config):
     for _ in range(2):
         stages = [entry["stage"] for entry in catalog.read(workspace).members["leaf"].checkpoints]
         assert stages == ["final", "fold0"]
-        discovery.discover(config, workspace)
+        discover.discover(config, workspace)
 
 
 def test_derived_members_are_run_where_the_configuration_names_them(workspace, config, monkeypatch):
     ran = []
     monkeypatch.setattr(inspection, "verify", lambda inspector, member, *, force: ran.append(member.name))
-    discovery.discover(config, workspace, verify=True)
+    discover.discover(config, workspace, verify=True)
     assert ran == [NAME]
     included = load(config_path(), overrides=[f"backbones.include=[{NAME}_snapshot1]", "device=cpu"])
-    discovery.discover(included, workspace, verify=True)
+    discover.discover(included, workspace, verify=True)
     assert ran[1:] == [NAME, f"{NAME}_snapshot1"]
 
 
@@ -209,7 +209,7 @@ def test_without_any_member_the_reasons_are_told(workspace, config):
         path.unlink()
     workspace.checkpoint(NAME, "final").touch()
     with pytest.raises(UserError, match=rf"no trained model .*{NAME}_final\.pth: empty; expected a checkpoint"):
-        discovery.discover(config, workspace)
+        discover.discover(config, workspace)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_declarations_that_cannot_be_followed_change_nothing(workspace, config, 
     file = tmp_path / "leaf.pth"
     torch.save({}, file)
     with pytest.raises(UserError, match=words):
-        discovery.discover(config, workspace, add=[declaration.format(file=file)])
+        discover.discover(config, workspace, add=[declaration.format(file=file)])
     assert not workspace.catalog.exists()
 
 
@@ -237,7 +237,7 @@ def declare(workspace, config, *names):
         file = workspace.base / f"{name}.pth"
         torch.save(timm.create_model("test_resnet", num_classes=4).state_dict(), file)
     add = [f"{name}=timm:test_resnet@{workspace.base / name}.pth" for name in names]
-    return discovery.discover(config, workspace, add=add)
+    return discover.discover(config, workspace, add=add)
 
 
 def names_of_trained(workspace):
@@ -246,14 +246,14 @@ def names_of_trained(workspace):
 
 def test_a_declared_network_is_taken_back_by_name_and_its_file_stays(workspace, config):
     declare(workspace, config, "leaf", "tree")
-    discovery.discover(config, workspace, remove=["leaf"])
+    discover.discover(config, workspace, remove=["leaf"])
     for _ in range(2):
         assert names_of_trained(workspace) == {NAME, "tree"}
-        discovery.discover(config, workspace)
+        discover.discover(config, workspace)
     assert (workspace.base / "leaf.pth").is_file()
     declare(workspace, config, "leaf")
     again = [f"leaf=timm:test_vit@{workspace.base / 'leaf.pth'}"]
-    discovery.discover(config, workspace, add=again, remove=["leaf", "tree"])
+    discover.discover(config, workspace, add=again, remove=["leaf", "tree"])
     assert names_of_trained(workspace) == {NAME, "leaf"}
     assert catalog.read(workspace).members["leaf"].architecture == "timm:test_vit"
 
@@ -272,7 +272,7 @@ def test_only_what_was_declared_is_taken_back(workspace, config, name, words):
     declare(workspace, config, "leaf")
     before = workspace.catalog.read_bytes()
     with pytest.raises(UserError, match=words):
-        discovery.discover(config, workspace, remove=["leaf", name])
+        discover.discover(config, workspace, remove=["leaf", name])
     assert workspace.catalog.read_bytes() == before
 
 
@@ -280,9 +280,9 @@ def test_the_last_member_is_taken_back_for_good(workspace, config):
     declare(workspace, config, "leaf")
     for path in workspace.checkpoints.glob(f"{NAME}*"):
         path.unlink()
-    discovery.discover(config, workspace)
+    discover.discover(config, workspace)
     assert names_of_trained(workspace) == {"leaf"}
     for options in ({"remove": ["leaf"]}, {}):
         with pytest.raises(UserError, match="no trained model"):
-            discovery.discover(config, workspace, **options)
+            discover.discover(config, workspace, **options)
         assert not workspace.catalog.exists()

@@ -10,8 +10,8 @@ from given_predictions import CLASSES, arrays, changing, codes, empty_workspace,
 
 from utils import fitting
 from utils.core.errors import HonestyError, UserError
-from utils.imported_judgement import chance_of_equal, copied_rows
-from utils.imported_members import Part
+from utils.discovery.import_checks import chance_of_equal, copied_rows
+from utils.discovery.imported_members import Part
 from utils.numeric.metrics import softmax
 from utils.predictions.rows import MemberRows
 

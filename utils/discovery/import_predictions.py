@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from utils import imported_judgement, imported_members, member_names
 from utils.core.artifacts import FileDigests
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import SPLITS, Workspace
-from utils.imported_judgement import Arrival
-from utils.imported_members import SPLIT_OF, Part, for_each
+from utils.discovery import import_checks, imported_members, member_names
+from utils.discovery.import_checks import Arrival
+from utils.discovery.imported_members import SPLIT_OF, Part, for_each
 from utils.predictions import catalog, image_splits
 from utils.predictions.catalog import IMPORTED, Catalog, Problem
 from utils.predictions.image_splits import ImageSplit
@@ -143,7 +143,7 @@ def _matched(
         samples = for_each(SPLITS, lambda split: gather(split, classes, _rows(ground, parts, split)))
         fitted = for_each(parts, lambda name: imported_members.on_samples(name, parts[name], samples))
     place = {name: workspace.relative(workspace.oof(name)) for name in fitted}
-    arrivals = for_each(fitted, lambda name: imported_judgement.judge(name, fitted[name][0], place[name]))
+    arrivals = for_each(fitted, lambda name: import_checks.judge(name, fitted[name][0], place[name]))
     problems += [problem for name in arrivals for problem in (*fitted[name][1], *arrivals[name].problems)]
     members = {name: arrival.member for name, arrival in arrivals.items()}
     if images:

@@ -1,0 +1,1 @@
+"""Finds trained networks and imported predictions, checks them and writes the catalog."""

@@ -222,10 +222,10 @@ class Classroom:
 
 def _teacher(split: Mapping[str, np.ndarray]) -> tuple[Any, np.ndarray]:
     """The fitted combiner, and log-probabilities (N, C) of the train rows by copies that did not see them."""
-    from utils.combiner import MemberFacts, fit_crossfitted
+    from utils.combiners.protocol import MemberFacts, fit_crossfitted
+    from utils.combiners.weighting import WeightedPool
     from utils.core.config_file import load
     from utils.distillation_targets import log_probabilities
-    from utils.weighting import WeightedPool
 
     members = tuple(split["members"].tolist())
     unknown = np.full(len(members), np.nan)

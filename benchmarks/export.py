@@ -49,7 +49,7 @@ def kinds(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
     import torch
 
     from utils import export_formats, tflite_conversion
-    from utils.combiner import MemberFacts, seen_by
+    from utils.combiners.protocol import MemberFacts, seen_by
     from utils.core.config import validate
     from utils.ensembles import COMBINERS
     from utils.networks.ensemble_network import EnsembleNetwork
@@ -104,9 +104,9 @@ def times(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
 
     from models import BACKBONE_MAP
     from utils import export_formats, tflite_conversion
+    from utils.combiners.heads import MeanOfProbabilities
     from utils.exported_prediction import ExportedModel
     from utils.exported_runtimes import latency_ms
-    from utils.heads import MeanOfProbabilities
     from utils.networks.ensemble_network import EnsembleNetwork
 
     names = list(BACKBONE_MAP)[: 5 if quick else 15]

@@ -50,7 +50,7 @@ def measured(names: Sequence[str], files: Sequence[Path], scratch: Path) -> tupl
     import torch
 
     from utils import export_formats
-    from utils.heads import MeanOfProbabilities
+    from utils.combiners.heads import MeanOfProbabilities
     from utils.networks.ensemble_network import EnsembleNetwork
 
     level = peak_bytes()

@@ -63,7 +63,7 @@ def head_rows(name: str, width: int, hidden: tuple[int, ...], *, rows: int, epoc
     """A head trained on rows in memory: seconds outside its arithmetic, and the same through a DataLoader."""
     import torch
 
-    from utils.fusion_learner import WEIGHT_DECAY, Shape
+    from utils.combiners.fusion_learner import WEIGHT_DECAY, Shape
     from utils.numeric.module_training import train
 
     inputs, labels = _embeddings(rows + rows // 5, width)
@@ -175,7 +175,7 @@ def _through_loader(
 # the shared space ----------------------------------------------------------------------------------------------------
 def shared_space_row(*, rows: int, width: int) -> dict[str, Any]:
     """Generalised canonical correlations of fifteen members that share some of what they say."""
-    from utils.embedding_maps import LEAST_RIDGE, SHARED
+    from utils.combiners.embedding_maps import LEAST_RIDGE, SHARED
     from utils.numeric.cca import shared_space
 
     rng = np.random.default_rng(0)

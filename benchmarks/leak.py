@@ -48,7 +48,7 @@ def measure(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
     """{kind: {expected and test log-loss and accuracy}} of one split, fitted on its train images."""
     from dataclasses import replace
 
-    from utils.combiner import MemberFacts
+    from utils.combiners.protocol import MemberFacts
     from utils.core.config_file import load
     from utils.numeric.metrics import accuracy, log_loss
     from utils.stacking_methods import COMBINERS

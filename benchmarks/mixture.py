@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 # time ----------------------------------------------------------------------------------------------------------------
 def time_rows(size: str, batches: int, turns: int, data: Path | None) -> list[dict[str, Any]]:
     """The chosen experts against all five, and against the mean cost of those chosen."""
+    from utils.combiners.routing import execute
     from utils.moe_methods import MixtureOfExperts
-    from utils.routing import execute
 
     answer, pictures = _opened(size), _pictures(batches * BATCH, PIXELS[size], data)
     for member in range(len(EXPERTS)):
@@ -114,8 +114,8 @@ def _opened(size: str) -> Callable[[int, Any], np.ndarray]:
 
 def even_gate(logits: np.ndarray, reader: int) -> Any:
     """A gate with random weights whose scores on the reader's logits (N, C) have mean 0 and deviation 1 per expert."""
-    from utils.gating import KIND, SparseGate
-    from utils.stacking_features import features
+    from utils.combiners.gating import KIND, SparseGate
+    from utils.combiners.stacking_features import features
 
     rng = np.random.default_rng(0)
     seen = features(logits[None], KIND)
@@ -181,11 +181,11 @@ def accuracy_rows(found: prepare.Prepared) -> list[dict[str, Any]]:
 
 def outcome(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float, float]]:
     """{way: test accuracy, test log-loss, networks run per test image} of one split."""
-    from utils.combiner import MemberFacts
+    from utils.combiners.protocol import MemberFacts
+    from utils.combiners.routing import needed
     from utils.core.config_file import load
     from utils.ensembles import COMBINERS
     from utils.numeric.metrics import accuracy, log_loss
-    from utils.routing import needed
 
     config = load(prepare.CONFIG, overrides=[f"runs.moe.top_k={TOP_K}", f"runs.moe.num_experts={len(EXPERTS)}"])
     names = tuple(arrays["members"].tolist())

@@ -113,7 +113,7 @@ def settings() -> Any:
 # log-loss ------------------------------------------------------------------------------------------------------------
 def outcome(arrays: Mapping[str, np.ndarray]) -> Outcome:
     """Every way fitted on the honest rows of one split and scored on its test rows."""
-    from utils.combiner import MemberFacts, fit_crossfitted
+    from utils.combiners.protocol import MemberFacts, fit_crossfitted
     from utils.numeric.metrics import log_loss, log_loss_per_row, softmax
     from utils.recommendation import Candidate, recommend
 
@@ -157,9 +157,9 @@ def outcome(arrays: Mapping[str, np.ndarray]) -> Outcome:
 
 def _recipes(config: Any, facts: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the product builds under these settings, of which one is recommended; and what is compared beside."""
+    from utils.combiners.weighting import WeightedPool
     from utils.ensemble_methods import COMBINERS
     from utils.stacking_methods import COMBINERS as STACKERS
-    from utils.weighting import WeightedPool
 
     voting = {name: COMBINERS[name] for name in ("soft_voting", "hard_voting", "logit_averaging")}
     kinds = {**voting, "weighted": WeightedPool, "greedy_selection": COMBINERS["greedy_selection"], **STACKERS}

@@ -35,7 +35,7 @@ def time_rows(arrays: Mapping[str, np.ndarray], config: Any, *, turns: int) -> l
 
     Three folds in place of five: six fits and the last in place of fifteen and the last.
     """
-    from utils.combiner import MemberFacts
+    from utils.combiners.protocol import MemberFacts
     from utils.stacking_methods import COMBINERS
 
     logits, labels, folds = arrays["logits"], arrays["labels"], arrays["fold"] % 3
@@ -80,8 +80,8 @@ def _bare_booster(
 ) -> Iterator[Callable[[], Any]]:
     from xgboost import XGBClassifier
 
-    from utils.boosting import BINS
-    from utils.stacking_features import STEPS, features
+    from utils.combiners.boosting import BINS
+    from utils.combiners.stacking_features import STEPS, features
 
     table, learner = features(logits, STEPS), recipe.learner
     for number, rows in enumerate(fits):
@@ -96,8 +96,8 @@ def _bare_forest(
 ) -> Iterator[Callable[[], Any]]:
     from sklearn.ensemble import RandomForestClassifier
 
-    from utils.forest import LEAVES, TREES
-    from utils.stacking_features import STEPS, features
+    from utils.combiners.forest import LEAVES, TREES
+    from utils.combiners.stacking_features import STEPS, features
 
     table = features(logits, STEPS)
     for number, rows in enumerate(fits):
@@ -113,8 +113,8 @@ def _bare_logistic(
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import scale
 
-    from utils.logistic import ITERATIONS, TOLERANCE
-    from utils.stacking_features import features
+    from utils.combiners.logistic import ITERATIONS, TOLERANCE
+    from utils.combiners.stacking_features import features
 
     learner, setting = recipe.learner, recipe.facts["setting"]
     tables = {kind: scale(features(logits, kind)) for kind in learner.kinds}
@@ -146,9 +146,9 @@ def _training(learner: Any, kind: str, logits: np.ndarray, labels: np.ndarray, e
     from sklearn.preprocessing import scale
     from torch import nn
 
+    from utils.combiners.perceptron import WEIGHT_DECAY
+    from utils.combiners.stacking_features import features
     from utils.numeric.module_training import BATCH
-    from utils.perceptron import WEIGHT_DECAY
-    from utils.stacking_features import features
 
     table = torch.from_numpy(scale(features(logits, kind)).astype(np.float32))
     truth = torch.from_numpy(labels)
@@ -182,7 +182,7 @@ def tree_rows(*, rounds: int, turns: int) -> list[dict[str, Any]]:
     """A booster and a forest in both layouts beside their libraries: one row, many rows, the largest difference."""
     from xgboost import DMatrix
 
-    from utils.trees import booster_module, forest_arrays, forest_module
+    from utils.combiners.trees import booster_module, forest_arrays, forest_module
 
     booster, forest, table = _grown(rounds)
     text, trees = booster.save_raw("json"), forest_arrays(forest, classes=CLASSES)
@@ -222,7 +222,7 @@ def _grown(rounds: int) -> tuple[Any, Any, np.ndarray]:
 def _beside_library(
     what: str, library: Callable[[np.ndarray], np.ndarray], module: Any, table: np.ndarray, turns: int
 ) -> list[dict[str, Any]]:
-    from utils.trees import probabilities
+    from utils.combiners.trees import probabilities
 
     def ours(rows: np.ndarray) -> np.ndarray:
         return probabilities(module, rows)

@@ -60,10 +60,10 @@ DEFECTS = (
     ),
     Defect(
         "the temperature dropped from what is exported",
-        "utils/heads.py",
+        "utils/combiners/heads.py",
         "torch.tensor(shares / temperature, dtype",
         "torch.tensor(shares, dtype",
-        "tests/test_weighting.py",
+        "tests/combiners/test_weighting.py",
     ),
     Defect(
         "no lock",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.combiner import Combiner, MemberFacts
+from utils.combiners.protocol import Combiner, MemberFacts
 from utils.core.config import Config, validate
 from utils.ensembles import COMBINERS
 from utils.predictions.rows import Outputs

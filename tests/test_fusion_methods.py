@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from utils import embedding_maps, fusion_learner
-from utils.combiner import MemberFacts
+from utils.combiners import embedding_maps, fusion_learner
+from utils.combiners.fusion_heads import AttentionHead, BilinearHead
+from utils.combiners.protocol import MemberFacts
 from utils.core.config import validate
 from utils.core.errors import UserError
-from utils.fusion_heads import AttentionHead, BilinearHead
 from utils.fusion_methods import COMBINERS
 from utils.numeric import module_training
 from utils.numeric.metrics import log_loss

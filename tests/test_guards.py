@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from utils import guards
-from utils.combiner import MemberFacts
+from utils.combiners.protocol import MemberFacts
 from utils.core.config import Config
 from utils.numeric.metrics import log_loss, softmax
 

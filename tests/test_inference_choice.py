@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from utils import inference_choice
-from utils.combiner import MemberFacts
+from utils.combiners.protocol import MemberFacts
 from utils.core.config import Config
 from utils.inference_choice import Measurement
 from utils.predictions.rows import Rows

@@ -13,8 +13,8 @@ from given_predictions import logged
 from test_lessons import split_of
 
 from utils import base_back, joint_training
+from utils.combiners.fusion_heads import ConcatHead, MappedEmbeddings
 from utils.core.errors import UserError
-from utils.fusion_heads import ConcatHead, MappedEmbeddings
 from utils.joint_parts import Course, FusionHeads, Moving, Part, in_memory
 from utils.joint_training import Tuned, train
 from utils.lessons import Album, Lessons

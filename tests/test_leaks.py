@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_predictions import CONFIG, workspace_at
 
-from utils.combiner import MemberFacts, fit_crossfitted
+from utils.combiners.protocol import MemberFacts, fit_crossfitted
 from utils.core.config import validate
 from utils.core.config_file import load
 from utils.ensembles import COMBINERS

@@ -7,8 +7,8 @@ import pytest
 
 import mixture
 import prepare
+from utils.combiners.routing import needed
 from utils.moe_methods import MixtureOfExperts
-from utils.routing import needed
 
 
 def test_the_random_gate_is_spread_over_all_experts():

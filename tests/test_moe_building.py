@@ -15,13 +15,13 @@ from given_predictions import CONFIG, take_in, write
 
 from utils import build, ensembles, moe_building, sparse
 from utils.classifier import WorkspaceClassifier
+from utils.combiners.gating import SparseGate
+from utils.combiners.routing import needed
 from utils.core.config_file import load
-from utils.gating import SparseGate
 from utils.moe_methods import Cascade, MixtureOfExperts
 from utils.numeric.metrics import softmax
 from utils.predictions import catalog, streaming
 from utils.predictions.store import Store
-from utils.routing import needed
 
 ON = (
     "runs.moe.enable=true",

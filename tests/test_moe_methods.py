@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from utils import moe_methods
-from utils.combiner import MemberFacts, fit_crossfitted
+from utils.combiners.protocol import MemberFacts, fit_crossfitted
+from utils.combiners.routing import Sparse, execute, needed
 from utils.core.config import validate
 from utils.moe_methods import COMBINERS, Cascade, MixtureOfExperts
 from utils.numeric.metrics import accuracy, softmax
-from utils.routing import Sparse, execute, needed
 
 N, C = 600, 4
 NAMES = ("a", "b", "c", "d", "e")

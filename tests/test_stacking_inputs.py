@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from utils import ensembles, stacking_methods
-from utils.combiner import MemberFacts, fit_crossfitted
+from utils.combiners.protocol import MemberFacts, fit_crossfitted
 from utils.core.config import validate
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace

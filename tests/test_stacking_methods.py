@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from utils.combiner import MemberFacts, fit_crossfitted
+from utils.combiners.protocol import MemberFacts, fit_crossfitted
 from utils.core.config import validate
 from utils.ensemble_methods import COMBINERS as VOTES
 from utils.meta_methods import FUSERS, Input, MetaFuser

@@ -12,8 +12,8 @@ import pytest
 import torch
 import tree_cases as cases
 
+from utils.combiners.trees import booster_module, probabilities
 from utils.core.errors import UserError
-from utils.trees import booster_module, probabilities
 
 KEPT = sorted((Path(__file__).parent / "boosters").glob("*.json"))
 """Boosters with pruned nodes, rows and the library's answers, by one release each of XGBoost."""

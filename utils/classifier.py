@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from utils import ensembles
+from utils.combiners.routing import Sparse, execute
 from utils.core.errors import UserError, did_you_mean
 from utils.ensembles import Ensemble
 from utils.networks.construction import NetworkSpec
@@ -27,7 +28,6 @@ from utils.predictions.image_splits import ImageSplit
 from utils.predictions.rows import UNKNOWN, Rows
 from utils.predictions.store import Store
 from utils.predictions.streaming import Batch
-from utils.routing import Sparse, execute
 
 SPLIT = "predict"  # what messages call images of no split
 BLOCK_BYTES = 2**31  # of decoded pixels on disk

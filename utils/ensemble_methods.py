@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from utils.combiner import Combiner, MemberFacts
+from utils.combiners.greedy import GreedySelection
+from utils.combiners.protocol import Combiner, MemberFacts
+from utils.combiners.weighting import WeightedPool
 from utils.core.config import Config
-from utils.greedy import GreedySelection
 from utils.numeric import temperature
 from utils.numeric.metrics import softmax
-from utils.weighting import WeightedPool
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,7 +68,7 @@ class SoftVoting(Voting):
 
     def to_module(self) -> nn.Module:
         """Logits (B, M, C) -> probabilities (B, C)."""
-        from utils.heads import MeanOfProbabilities
+        from utils.combiners.heads import MeanOfProbabilities
 
         return MeanOfProbabilities()
 
@@ -96,7 +96,7 @@ class HardVoting(Voting):
 
     def to_module(self) -> nn.Module:
         """Logits (B, M, C) -> probabilities (B, C)."""
-        from utils.heads import VoteShares
+        from utils.combiners.heads import VoteShares
 
         return VoteShares(self.TIE_SHARE)
 
@@ -144,7 +144,7 @@ class LogitAveraging:
 
     def to_module(self) -> nn.Module:
         """Logits (B, M, C) -> probabilities (B, C)."""
-        from utils.heads import ProbabilityOfMeanLogits
+        from utils.combiners.heads import ProbabilityOfMeanLogits
 
         return ProbabilityOfMeanLogits(self.temperature, self.member_temperatures)
 

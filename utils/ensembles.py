@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from utils import ensemble_methods, fusion_methods, meta_methods, moe_methods, pruning_methods, stacking_methods
-from utils.combiner import Combiner, fit_crossfitted, seen_by
+from utils import ensemble_methods, fusion_methods, meta_methods, moe_methods, stacking_methods
+from utils.combiners import pruning
+from utils.combiners.protocol import Combiner, fit_crossfitted, seen_by
 from utils.core.artifacts import (
     digest_of,
     read_arrays,
@@ -40,7 +41,7 @@ FORM = {
 COMBINERS: dict[str, type[Combiner]] = {
     **ensemble_methods.COMBINERS,
     **ensemble_methods.SAVED_AS,
-    **pruning_methods.COMBINERS,
+    **pruning.COMBINERS,
     **stacking_methods.COMBINERS,
     **fusion_methods.COMBINERS,
     **moe_methods.COMBINERS,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.combiner import Combiner
+from utils.combiners.protocol import Combiner
 from utils.numeric.metrics import softmax
 from utils.predictions.rows import Outputs
 

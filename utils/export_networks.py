@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from utils import ensembles
-from utils.combiner import Combiner
+from utils.combiners.protocol import Combiner
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError, did_you_mean
 from utils.predictions import catalog, fold_networks, streaming

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils import base_back
-from utils.combiner import seen_by
+from utils.combiners.protocol import seen_by
 from utils.core.errors import UserError
 from utils.export_certificate import BATCHES, Probe, dealt
 from utils.export_networks import UINT8_NHWC, Form, Subject

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from utils import ensembles
-from utils.combiner import Combiner, MemberFacts
+from utils.combiners.protocol import Combiner, MemberFacts
 from utils.core.artifacts import digest_of
 from utils.core.config import Config
 from utils.core.errors import HonestyError, UserError

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from utils import embedding_rows, end_to_end, ensembles, fitting, guards
-from utils.combiner import Combiner, MemberFacts
+from utils.combiners.protocol import Combiner, MemberFacts
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.results import Result

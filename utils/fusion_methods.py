@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from utils import embedding_maps
-from utils.combiner import Combiner, MemberFacts, below
+from utils.combiners import embedding_maps
+from utils.combiners.embedding_maps import EmbeddingMaps
+from utils.combiners.fusion_learner import HeadLearner, Heads, Shape
+from utils.combiners.protocol import Combiner, MemberFacts, below
 from utils.core.config import Config
 from utils.core.errors import UserError
-from utils.embedding_maps import EmbeddingMaps
-from utils.fusion_learner import HeadLearner, Heads, Shape
 from utils.numeric.metrics import log_loss, softmax
 from utils.predictions.rows import Outputs
 from utils.stacking_methods import Calibration, Learner, Model, Stacker, plain_mean
@@ -94,7 +94,7 @@ class Fusion(Stacker):
 
     def to_module(self) -> nn.Module:
         """Logits (B, M, C) and M embeddings (B, D_m) -> probabilities (B, C)."""
-        from utils.fusion_heads import FusedEmbeddings
+        from utils.combiners.fusion_heads import FusedEmbeddings
 
         return FusedEmbeddings(self.maps_module(), self._module(), self.calibration.temperature, self.calibration.share)
 
@@ -154,7 +154,7 @@ class Fusion(Stacker):
         return {}
 
     def _module(self) -> nn.Module:
-        from utils.fusion_heads import MeanOfHeads
+        from utils.combiners.fusion_heads import MeanOfHeads
 
         assert isinstance(self.model, Heads)
         return MeanOfHeads(self.model.modules())

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from utils.combiner import Combiner, MemberFacts, fit_crossfitted
+from utils.combiners.protocol import Combiner, MemberFacts, fit_crossfitted
+from utils.combiners.weighting import WeightedPool
 from utils.core.config import Config
 from utils.ensemble_methods import COMBINERS
 from utils.numeric.metrics import log_loss_per_row, softmax
-from utils.weighting import WeightedPool
 
 REPLICATES = 2000
 BLOCK = 100  # replicates drawn at a time: bounds the memory

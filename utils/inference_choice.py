@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from utils.combiner import MemberFacts
+from utils.combiners.protocol import MemberFacts
+from utils.combiners.weighting import WeightedPool
 from utils.core.config import Config
 from utils.numeric.metrics import accuracy, log_loss_per_row, log_softmax, softmax
 from utils.predictions.rows import Rows
-from utils.weighting import WeightedPool
 
 MEASURED_WITH = "log-linear pool fitted on out-of-fold rows"
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils.combiner import MemberFacts
+from utils.combiners.protocol import MemberFacts
 from utils.core.artifacts import read_record, write_json
 from utils.core.workspace import Workspace
 from utils.networks.construction import out_of_memory

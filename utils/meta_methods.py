@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from utils import ensemble_methods, fusion_methods, moe_methods, stacking_methods
-from utils.attention import AttentionLearner, Gate
-from utils.combiner import Combiner, MemberFacts, below, fit_crossfitted, seen_by
+from utils.combiners.attention import AttentionLearner, Gate
+from utils.combiners.perceptron import PerceptronLearner
+from utils.combiners.protocol import Combiner, MemberFacts, below, fit_crossfitted, seen_by
 from utils.core.config import Config
 from utils.numeric.metrics import SMALLEST_PROBABILITY
-from utils.perceptron import PerceptronLearner
 from utils.predictions.rows import Outputs
 from utils.stacking_methods import Learner, Model, Stacker, StackingBooster, StackingPerceptron
 
@@ -56,7 +56,7 @@ class FuserAttention(Stacker):
         return AttentionLearner(shape.hidden_dims[-1] if shape.hidden_dims else 64, shape.epochs, shape.lr, config.seed)
 
     def _module(self) -> nn.Module:
-        from utils.stacking_heads import GatedMixture
+        from utils.combiners.stacking_heads import GatedMixture
 
         assert isinstance(self.model, Gate)
         return GatedMixture(self.model.matrices, self.model.biases)
@@ -157,7 +157,7 @@ class MetaFuser:
 
     def to_module(self) -> nn.Module:
         """Logits (B, M, C), and embeddings where it reads them -> probabilities (B, C)."""
-        from utils.stacking_heads import FusedInputs, FusedInputsWithEmbeddings
+        from utils.combiners.stacking_heads import FusedInputs, FusedInputsWithEmbeddings
 
         modules = [each.combiner.to_module() for each in self.inputs]
         places = [each.places for each in self.inputs]

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from utils import ensembles, fitting, guards, latency
-from utils.combiner import Combiner, MemberFacts, fit_crossfitted
+from utils.combiners.protocol import Combiner, MemberFacts, fit_crossfitted
+from utils.combiners.routing import needed
 from utils.core.config import Config
 from utils.core.results import Result
 from utils.ensembles import Crossfit
@@ -21,7 +22,6 @@ from utils.numeric.metrics import log_loss_per_row, softmax
 from utils.predictions import catalog, streaming
 from utils.predictions.catalog import Member
 from utils.predictions.store import Store
-from utils.routing import needed
 from utils.sparse import Stopwatch
 
 logger = logging.getLogger("disease_pipeline")

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from utils.combiner import Combiner, MemberFacts
+from utils.combiners.gating import GateLearner, SparseGate
+from utils.combiners.protocol import Combiner, MemberFacts
+from utils.combiners.routing import needed
+from utils.combiners.subset_search import Problem, greedy_forward
 from utils.core.config import Config
-from utils.gating import GateLearner, SparseGate
 from utils.numeric import temperature
 from utils.numeric.metrics import SMALLEST_PROBABILITY, softmax
-from utils.routing import needed
 from utils.stacking_methods import Learner, Model, Stacker
-from utils.subset_search import Problem, greedy_forward
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,7 +46,7 @@ def costs_of(members: MemberFacts) -> np.ndarray | None:
 
 @dataclass
 class MixtureOfExperts(Stacker):
-    """A few experts for each image, mixed by a gate that reads the cheapest of them (`utils.gating`).
+    """A few experts for each image, mixed by a gate that reads the cheapest of them (`utils.combiners.gating`).
 
     How long the gate is trained, if at all, is decided by nested folds as for stackers: where held-out rows do not gain
     by a gate, the same `top_k` experts serve every image (`runs.stacking.fallback` allows it). There is no share of the
@@ -96,7 +96,7 @@ class MixtureOfExperts(Stacker):
         return self.model
 
     def route(self, logits: np.ndarray, ran: np.ndarray) -> np.ndarray:
-        """First the expert that the gate reads, then those that it chooses; as `utils.routing.Sparse.route`."""
+        """First the expert that the gate reads, then those that it chooses; as `utils.combiners.routing.Sparse.route`."""
         return self.gate.route(logits, ran)
 
     def dense(self) -> Self:
@@ -142,7 +142,7 @@ class MixtureOfExperts(Stacker):
         }
 
     def _module(self) -> nn.Module:
-        from utils.routing_heads import SparseMixture
+        from utils.combiners.routing_heads import SparseMixture
 
         gate = self.gate
         layers = (gate.matrices[0], gate.biases[0], gate.matrices[1], gate.biases[1])
@@ -242,7 +242,7 @@ class Cascade:
         return self._tempered(_of_stage(means, _leaves(means, self.threshold)))
 
     def route(self, logits: np.ndarray, ran: np.ndarray) -> np.ndarray:
-        """The next of the chain for rows that are not sure yet; as `utils.routing.Sparse.route`."""
+        """The next of the chain for rows that are not sure yet; as `utils.combiners.routing.Sparse.route`."""
         leaves = _leaves(_running(logits[self.chain]), self.threshold)
         wanted, own = np.zeros(ran.shape, dtype=bool), ran[self.chain]
         following = own.sum(axis=0)  # the chain runs in its order, so that this is the place of the next one
@@ -253,7 +253,7 @@ class Cascade:
 
     def to_module(self) -> nn.Module:
         """Logits (B, M, C) -> probabilities (B, C)."""
-        from utils.routing_heads import EarlyExit
+        from utils.combiners.routing_heads import EarlyExit
 
         return EarlyExit(self.chain, self.threshold, self.temperature)
 

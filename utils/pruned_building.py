@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from utils import fitting, latency
-from utils.combiner import MemberFacts
+from utils.combiners.protocol import MemberFacts
+from utils.combiners.pruning import COMBINERS
+from utils.combiners.subset_search import NothingFits
 from utils.core.artifacts import read_record, write_json
 from utils.core.config import Config
 from utils.core.results import Result
 from utils.predictions.catalog import Member
 from utils.predictions.store import Store
-from utils.pruning_methods import COMBINERS
-from utils.subset_search import NothingFits
 
 logger = logging.getLogger("disease_pipeline")
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from utils.combiners.routing import Sparse, execute
 from utils.predictions import image_splits, streaming
 from utils.predictions.catalog import Member
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.store import Store
-from utils.routing import Sparse, execute
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from utils import ensembles, fitting, guards, inference_choice
-from utils.combiner import MemberFacts
+from utils.combiners.protocol import MemberFacts
 from utils.core.config import Config, require_enabled
 from utils.core.errors import HonestyError, UserError
 from utils.core.results import Result

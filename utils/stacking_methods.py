@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 
-from utils.combiner import Combiner, MemberFacts
+from utils.combiners.logistic import Coefficients, LogisticLearner
+from utils.combiners.perceptron import Layers, PerceptronLearner
+from utils.combiners.protocol import Combiner, MemberFacts
+from utils.combiners.stacking_features import KINDS, STEPS
 from utils.core.config import Config
-from utils.logistic import Coefficients, LogisticLearner
 from utils.numeric import nested_cv, pools, temperature
 from utils.numeric.metrics import SMALLEST_PROBABILITY, log_loss, softmax
-from utils.perceptron import Layers, PerceptronLearner
 from utils.predictions.rows import Outputs
-from utils.stacking_features import KINDS, STEPS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -154,7 +154,7 @@ class Stacker(ABC):
 
     def to_module(self) -> nn.Module:
         """Logits (B, M, C) -> probabilities (B, C)."""
-        from utils.stacking_heads import TemperedBlend
+        from utils.combiners.stacking_heads import TemperedBlend
 
         return TemperedBlend(self._module(), self.calibration.temperature, self.calibration.share)
 
@@ -207,7 +207,7 @@ class StackingLogistic(Stacker):
         return LogisticLearner(KINDS)
 
     def _module(self) -> nn.Module:
-        from utils.stacking_heads import LogisticOnFeatures
+        from utils.combiners.stacking_heads import LogisticOnFeatures
 
         assert isinstance(self.model, Coefficients)
         return LogisticOnFeatures(self.model.kind, self.model.weights, self.model.matrix, self.model.bias)
@@ -234,7 +234,7 @@ class StackingPerceptron(Stacker):
         return PerceptronLearner(kinds, shape.hidden_dims, shape.epochs, shape.lr, shape.dropout, config.seed)
 
     def _module(self) -> nn.Module:
-        from utils.stacking_heads import PerceptronOnFeatures
+        from utils.combiners.stacking_heads import PerceptronOnFeatures
 
         assert isinstance(self.model, Layers)
         return PerceptronOnFeatures(self.model.kind, self.model.matrices, self.model.biases)
@@ -262,20 +262,20 @@ class StackingBooster(Stacker):
 
     @classmethod
     def learner_of(cls, config: Config) -> Learner:
-        from utils.boosting import BoosterLearner
+        from utils.combiners.boosting import BoosterLearner
 
         shape = config.runs.stacking.xgb_config
         return BoosterLearner(shape.n_estimators, shape.max_depth, shape.learning_rate, config.seed)
 
     def _module(self) -> nn.Module:
-        from utils.boosting import Booster
-        from utils.stacking_heads import OnFeatures
+        from utils.combiners.boosting import Booster
+        from utils.combiners.stacking_heads import OnFeatures
 
         assert isinstance(self.model, Booster)
         return OnFeatures(STEPS, self.model.module)
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        from utils.boosting import Booster
+        from utils.combiners.boosting import Booster
 
         assert isinstance(self.model, Booster)
         text = np.frombuffer(self.model.text, dtype=np.uint8)
@@ -283,7 +283,7 @@ class StackingBooster(Stacker):
 
     @classmethod
     def _model(cls, state: Mapping[str, np.ndarray]) -> Model:
-        from utils.boosting import Booster
+        from utils.combiners.boosting import Booster
 
         return Booster(state["booster.json"].tobytes(), int(state["classes"][0]))
 
@@ -295,26 +295,26 @@ class StackingForest(Stacker):
 
     @classmethod
     def learner_of(cls, config: Config) -> Learner:
-        from utils.forest import ForestLearner
+        from utils.combiners.forest import ForestLearner
 
         return ForestLearner(config.seed)
 
     def _module(self) -> nn.Module:
-        from utils.forest import Forest
-        from utils.stacking_heads import OnFeatures
+        from utils.combiners.forest import Forest
+        from utils.combiners.stacking_heads import OnFeatures
 
         assert isinstance(self.model, Forest)
         return OnFeatures(STEPS, self.model.module)
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        from utils.forest import Forest
+        from utils.combiners.forest import Forest
 
         assert isinstance(self.model, Forest)
         return {f"forest_{name}": values for name, values in self.model.arrays.items()}
 
     @classmethod
     def _model(cls, state: Mapping[str, np.ndarray]) -> Model:
-        from utils.forest import Forest
+        from utils.combiners.forest import Forest
 
         own = {name.removeprefix("forest_"): values for name, values in state.items() if name.startswith("forest_")}
         return Forest(own)

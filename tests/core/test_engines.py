@@ -19,10 +19,10 @@ from conftest import PROJECT, run_python
 from given_predictions import write
 
 import ensemble_orchestrator
+from utils.combiners.perceptron import PerceptronLearner
 from utils.core import engines
 from utils.core.errors import ConfigError, UserError
 from utils.numeric import nested_cv
-from utils.perceptron import PerceptronLearner
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: pip install 'ray>=2.40,<3'")
 THREE = "runs.stacking.meta_learners=[lr,xgb,mlp]"

@@ -14,7 +14,7 @@ from test_export_battery import SIDE, WIDTHS, C, Small
 from torch import nn
 
 from utils import base_back
-from utils.heads import MeanOfProbabilities
+from utils.combiners.heads import MeanOfProbabilities
 from utils.networks import ensemble_network
 from utils.networks.ensemble_network import EnsembleNetwork, MemberPart, Preparation
 from utils.predictions.image_splits import normalise

@@ -10,14 +10,8 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 
-from utils import (
-    ensemble_methods,
-    fusion_methods,
-    meta_methods,
-    moe_methods,
-    pruning_methods,
-    stacking_methods,
-)
+from utils import ensemble_methods, fusion_methods, meta_methods, moe_methods, stacking_methods
+from utils.combiners import pruning
 from utils.core.errors import UserError
 from utils.predictions.catalog import DERIVED, IMPORTED, TIMM, Catalog, Member, Problem
 
@@ -32,14 +26,14 @@ FOLDERS = ("members",)
 """Beside ensembles' folders in `metrics_output/ensembles`."""
 _METHODS = {
     *ensemble_methods.COMBINERS,
-    *pruning_methods.COMBINERS,
+    *pruning.COMBINERS,
     *stacking_methods.COMBINERS,
     *fusion_methods.COMBINERS,
     *moe_methods.COMBINERS,
     *meta_methods.COMBINERS,
 }
 _FAMILIES = {
-    *(name.partition("_")[0] for name in (*pruning_methods.COMBINERS, *stacking_methods.COMBINERS)),
+    *(name.partition("_")[0] for name in (*pruning.COMBINERS, *stacking_methods.COMBINERS)),
     *(name.partition("_")[0] for name in fusion_methods.COMBINERS),
     *ensemble_methods.SAVED_AS,
 }

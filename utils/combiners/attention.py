@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from utils.combiners.stacking_features import features, standardisation
 from utils.numeric.metrics import SMALLEST_PROBABILITY, softmax
 from utils.numeric.nested_cv import spread_stops
-from utils.stacking_features import features, standardisation
 
 KIND = "log_probabilities"
 STOPS = 6
-WEIGHT_DECAY = 1.0  # of AdamW, as in utils/perceptron.py
+WEIGHT_DECAY = 1.0  # of AdamW, as in utils/combiners/perceptron.py
 
 
 @dataclass(frozen=True)

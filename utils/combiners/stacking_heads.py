@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.combiners.stacking_features import STEPS, STEPS_PER_NAT
 from utils.numeric.metrics import SMALLEST_PROBABILITY
-from utils.stacking_features import STEPS, STEPS_PER_NAT
 
 
 class TemperedBlend(nn.Module):
@@ -27,7 +27,7 @@ class TemperedBlend(nn.Module):
 
 
 class StackingFeatures(nn.Module):
-    """The features of `utils.stacking_features`: logits (B, M, C) -> (B, F)."""
+    """The features of `utils.combiners.stacking_features`: logits (B, M, C) -> (B, F)."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()

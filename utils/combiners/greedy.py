@@ -8,13 +8,13 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.combiner import MemberFacts
+from utils.combiners.pooled_members import PooledMembers
+from utils.combiners.pooling import PIECEWISE_CONSTANT
+from utils.combiners.protocol import MemberFacts
 from utils.core.config import Config
 from utils.numeric import temperature
 from utils.numeric.metrics import METRICS, SMALLEST_PROBABILITY, row_losses, softmax
 from utils.numeric.selection import Selection, select
-from utils.pooled_members import PooledMembers
-from utils.pooling import PIECEWISE_CONSTANT
 
 STEPS = 25
 BAGS = 20

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from utils.logistic import LogisticLearner, fit_path
+from utils.combiners.logistic import LogisticLearner, fit_path
+from utils.combiners.stacking_features import KINDS, centred_log, features, standardisation
 from utils.numeric import pools
 from utils.numeric.metrics import log_loss, log_softmax, softmax
-from utils.stacking_features import KINDS, centred_log, features, standardisation
 
 M, N, C = 3, 200, 4
 

@@ -13,14 +13,14 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.combiner import Combiner, MemberFacts
+from utils.combiners.pooled_members import PooledMembers
+from utils.combiners.pooling import PIECEWISE_CONSTANT
+from utils.combiners.protocol import Combiner, MemberFacts
+from utils.combiners.subset_search import WAYS, Limit, Problem, Subset
 from utils.core.config import Config, CostBudget
 from utils.numeric import temperature
 from utils.numeric.candidate_losses import TIE, candidate_losses
 from utils.numeric.metrics import METRICS, SMALLEST_PROBABILITY, log_softmax, row_losses, within_one_error
-from utils.pooled_members import PooledMembers
-from utils.pooling import PIECEWISE_CONSTANT
-from utils.subset_search import WAYS, Limit, Problem, Subset
 
 SHOWN = 3  # names in a reason
 LABELS = {"f1_macro": "F1 macro", "accuracy": "accuracy", "log_loss": "log-loss", "brier": "Brier score"}

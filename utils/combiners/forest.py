@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from utils.stacking_features import STEPS, features
+from utils.combiners.stacking_features import STEPS, features
 
 if TYPE_CHECKING:
-    from utils.trees import ForestProbabilities
+    from utils.combiners.trees import ForestProbabilities
 
 TREES = 100
 LEAVES = (1, 5)
@@ -28,18 +28,18 @@ class Forest:
     """A fitted forest."""
 
     arrays: Mapping[str, np.ndarray]
-    """As `utils.trees.forest_arrays` gives them."""
+    """As `utils.combiners.trees.forest_arrays` gives them."""
 
     @cached_property
     def module(self) -> ForestProbabilities:
         """Features (B, F) -> probabilities (B, C) as gathers and comparisons."""
-        from utils.trees import forest_module
+        from utils.combiners.trees import forest_module
 
         return forest_module(self.arrays)
 
     def predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Logits (M, N, C) -> probabilities (N, C)."""
-        from utils.trees import probabilities
+        from utils.combiners.trees import probabilities
 
         return probabilities(self.module, features(logits, STEPS))
 
@@ -61,7 +61,7 @@ class ForestLearner:
 
     def predictions(self, logits: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
         """Probabilities float32 (G, H, C) of held-out logits (M, H, C) after fits on logits (M, N, C)."""
-        from utils.trees import forest_arrays, forest_module, probabilities
+        from utils.combiners.trees import forest_arrays, forest_module, probabilities
 
         rows = features(held_out, STEPS)
         found = []
@@ -74,7 +74,7 @@ class ForestLearner:
 
     def fit(self, logits: np.ndarray, labels: np.ndarray, setting: Mapping[str, Any]) -> Forest:
         """The forest under one setting."""
-        from utils.trees import forest_arrays
+        from utils.combiners.trees import forest_arrays
 
         grown = self._grow(logits, labels, setting["min_samples_leaf"])
         return Forest(forest_arrays(grown, classes=logits.shape[2], shrinkage=setting["shrinkage"]))

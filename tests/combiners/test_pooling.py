@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from utils import pooling
+from utils.combiners import pooling
+from utils.combiners.pooled_members import LOWEST_SCORE, POOLS
+from utils.combiners.pooling import Weighting
 from utils.numeric import pools, temperature
 from utils.numeric.metrics import METRICS, log_loss, log_softmax, softmax
-from utils.pooled_members import LOWEST_SCORE, POOLS
-from utils.pooling import Weighting
 
 
 def members_of(members, rows, classes, *, seed=0, skill=1.5, calibration=(1.0, 1.0)):

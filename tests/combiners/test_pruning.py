@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from utils import pruning_methods
-from utils.combiner import MemberFacts
+from utils.combiners import pruning
+from utils.combiners.protocol import MemberFacts
+from utils.combiners.pruning import COMBINERS, PICKS, Clustering, DiversityMax, GreedyBackward, GreedyForward, Point
+from utils.combiners.subset_search import NothingFits, Problem, Subset, greedy_forward
 from utils.core.config import Config, CostBudget
 from utils.numeric.metrics import accuracy, log_loss, softmax
-from utils.pruning_methods import COMBINERS, PICKS, Clustering, DiversityMax, GreedyBackward, GreedyForward, Point
-from utils.subset_search import NothingFits, Problem, Subset, greedy_forward
 
 NO_LIMIT = CostBudget(max_latency_ms=None, max_size_mb=None)
 LETTERS = "abcdefghij"
@@ -110,7 +110,7 @@ def test_the_front_holds_what_no_other_beats_in_score_latency_and_size():
         point(5, 90, 30, 9.0),
         point(5, 90, 30, 9.0),  # the same again
     ]
-    assert pruning_methods._front(points) == [0, 2, 4, 5]
+    assert pruning._front(points) == [0, 2, 4, 5]
 
 
 def test_pick_decides_what_a_fit_keeps():
@@ -182,7 +182,7 @@ def test_held_out_scores_read_no_label_of_their_fold():
     other[folds == 2] = (other[folds == 2] + 1) % 3
     changed = task(logits, other, "log_loss")
     subsets = [Subset((0,)), Subset((0, 1)), Subset((0, 1, 2))]
-    found = [pruning_methods._of_folds(each, subsets, folds, "greedy_forward") for each in (same, changed)]
+    found = [pruning._of_folds(each, subsets, folds, "greedy_forward") for each in (same, changed)]
     assert (found[0][:, folds == 2] == found[1][:, folds == 2]).all()
     assert (found[0] != found[1]).any()
 
@@ -191,7 +191,7 @@ def test_a_fold_whose_search_ends_early_repeats_its_last_subset():
     labels = np.arange(40) % 2
     logits = np.stack([said(labels, []), said(labels, range(0, 40, 3))])
     both = task(logits, labels, "f1_macro")
-    found = pruning_methods._of_folds(both, [Subset((0,)), Subset((0, 1)), Subset((1,))], labels % 2, "greedy_forward")
+    found = pruning._of_folds(both, [Subset((0,)), Subset((0, 1)), Subset((1,))], labels % 2, "greedy_forward")
     assert found.shape == (3, 40, 2)
     assert (found[1] == found[2]).all()
 
@@ -318,8 +318,8 @@ def test_families_and_hopeless_members_are_told_in_their_own_words():
 
 
 def test_many_names_are_cut_short():
-    assert pruning_methods._listed(["a", "b", "c"]) == "a, b, c"
-    assert pruning_methods._listed(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
+    assert pruning._listed(["a", "b", "c"]) == "a, b, c"
+    assert pruning._listed(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
 
 
 @pytest.mark.parametrize("name", sorted(COMBINERS))

@@ -8,13 +8,13 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from utils import pooling
-from utils.combiner import MemberFacts
+from utils.combiners import pooling
+from utils.combiners.pooled_members import POOLS, PooledMembers
+from utils.combiners.pooling import Weighting
+from utils.combiners.protocol import MemberFacts
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.numeric import temperature
-from utils.pooled_members import POOLS, PooledMembers
-from utils.pooling import Weighting
 
 UNTESTED_STRENGTH = 0.01  # of the penalty where one fold leaves nothing to choose by
 Floats = NDArray[np.float64]

@@ -10,8 +10,8 @@ import torch
 import tree_cases as cases
 from sklearn.ensemble import RandomForestClassifier
 
+from utils.combiners.trees import forest_arrays, forest_module, probabilities
 from utils.core.artifacts import read_tensors, write_tensors
-from utils.trees import forest_arrays, forest_module, probabilities
 
 
 def grown(features, labels, *, trees: int = 15, **settings) -> RandomForestClassifier:

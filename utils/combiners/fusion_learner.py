@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("disease_pipeline")
 
 STOPS = 6
-WEIGHT_DECAY = 1.0  # of AdamW, as in utils/perceptron.py
+WEIGHT_DECAY = 1.0  # of AdamW, as in utils/combiners/perceptron.py
 RANKS = (16, 64)  # of bilinear products
 STEPS, SMALLEST_BATCH = 16, 16  # of an epoch at least, as long as batches are not smaller: few rows need them
 
@@ -46,7 +46,7 @@ class Shape:
 
     def head(self, dropout: float = 0.0) -> nn.Module:
         """A head with random weights."""
-        from utils.fusion_heads import HEADS
+        from utils.combiners.fusion_heads import HEADS
 
         return HEADS[self.method](self.widths, self.hidden, self.classes, dropout, self.rank)
 

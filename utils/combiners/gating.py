@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from utils.combiners.stacking_features import features, standardisation
 from utils.numeric.metrics import softmax
 from utils.numeric.nested_cv import spread_stops
-from utils.stacking_features import features, standardisation
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from utils.routing_heads import NoisyTopK
+    from utils.combiners.routing_heads import NoisyTopK
 
 KIND = "log_probabilities"
 STOPS = 5
 LEARNING_RATE = 0.003
-WEIGHT_DECAY = 1.0  # of AdamW, as in utils/perceptron.py
+WEIGHT_DECAY = 1.0  # of AdamW, as in utils/combiners/perceptron.py
 BALANCE, Z = 0.01, 0.001  # weights of the two losses, as in the papers
 
 
@@ -69,7 +69,7 @@ class SparseGate:
         return np.einsum("ne,enc->nc", self.weights(logits), softmax(logits[self.experts]))
 
     def route(self, logits: np.ndarray, ran: np.ndarray) -> np.ndarray:
-        """First the reader, then whom it names; as `utils.routing.Sparse.route`."""
+        """First the reader, then whom it names; as `utils.combiners.routing.Sparse.route`."""
         reader = self.experts[self.reader]
         wanted = np.zeros(ran.shape, dtype=bool)
         wanted[self.experts] = (self.weights(logits) > 0).T & ran[reader]
@@ -122,8 +122,8 @@ class GateLearner:
     ) -> Iterator[SparseGate]:
         import torch
 
+        from utils.combiners.routing_heads import NoisyTopK
         from utils.numeric.module_training import train
-        from utils.routing_heads import NoisyTopK
 
         reader = 0 if self.costs is None else int(np.argmin(self.costs[experts]))
         top_k, rows, classes = min(self.top_k, len(experts)), logits.shape[1], logits.shape[2]
@@ -160,7 +160,7 @@ def objective(gate: NoisyTopK, rows: Tensor, labels: Tensor, noise: Tensor) -> T
     """What a gate is trained to make small: log-loss of the mixture, and a little of balance and z-loss."""
     from torch.nn.functional import nll_loss
 
-    from utils.routing_heads import balance_loss, z_loss
+    from utils.combiners.routing_heads import balance_loss, z_loss
 
     found = gate(rows, noise)
     balance = balance_loss(found.scores, found.chosen)

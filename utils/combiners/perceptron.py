@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from utils.combiners.stacking_features import features, standardisation
 from utils.numeric.metrics import softmax
 from utils.numeric.nested_cv import spread_stops
-from utils.stacking_features import features, standardisation
 
 STOPS = 6
 WEIGHT_DECAY = 1.0  # of AdamW; less of it let held-out log-loss rise again on digits

@@ -113,7 +113,7 @@ class PooledMembers:
 
     def to_module(self) -> nn.Module:
         """Logits (B, M, C) -> probabilities (B, C)."""
-        from utils import heads
+        from utils.combiners import heads
 
         make = heads.LinearPool if self.pool.name == "linear" else heads.LogLinearPool
         return make(self.shares, self.temperature, self.member_temperatures)

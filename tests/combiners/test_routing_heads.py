@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from utils.gating import objective
-from utils.routing_heads import NoisyTopK, balance_loss, largest, z_loss
+from utils.combiners.gating import objective
+from utils.combiners.routing_heads import NoisyTopK, balance_loss, largest, z_loss
 
 ROWS, FEATURES, WIDTH, EXPERTS, CLASSES = 6, 3, 4, 3, 2
 

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from utils.combiners.stacking_features import centred_log, features, standardisation
 from utils.numeric.metrics import softmax
-from utils.stacking_features import centred_log, features, standardisation
 
 STRENGTHS = tuple(float(f"{10.0**power:.0e}") for power in np.arange(1, -4.25, -0.75))
 """Of the ridge, as a share of the mean log-loss; strongest first."""

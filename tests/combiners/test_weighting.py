@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from utils.combiner import MemberFacts
+from utils.combiners.protocol import MemberFacts
+from utils.combiners.weighting import UNTESTED_STRENGTH, WeightedPool
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.numeric import pools
 from utils.numeric.metrics import METRICS, log_loss, softmax
-from utils.weighting import UNTESTED_STRENGTH, WeightedPool
 
 NAMES = ("ash", "birch", "cedar", "elm", "fir")
 

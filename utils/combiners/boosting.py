@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from utils.combiners.stacking_features import STEPS, features
 from utils.core.errors import UserError
 from utils.numeric.nested_cv import spread_stops
-from utils.stacking_features import STEPS, features
 
 if TYPE_CHECKING:
     import xgboost
 
-    from utils.trees import BoosterProbabilities
+    from utils.combiners.trees import BoosterProbabilities
 
 STOPS = 10
 BINS = 64  # of a feature's values: two to three times as fast as 256, and no worse
@@ -38,13 +38,13 @@ class Booster:
     @cached_property
     def module(self) -> BoosterProbabilities:
         """Features (B, F) -> probabilities (B, C) as gathers and comparisons."""
-        from utils.trees import booster_module
+        from utils.combiners.trees import booster_module
 
         return booster_module(self.text, classes=self.classes, source="booster.json", remedy=REBUILD)
 
     def predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Logits (M, N, C) -> probabilities (N, C)."""
-        from utils.trees import probabilities
+        from utils.combiners.trees import probabilities
 
         return probabilities(self.module, features(logits, STEPS))
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from utils.combiners.stacking_features import standardisation
 from utils.numeric import cca
-from utils.stacking_features import standardisation
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,7 +51,7 @@ class EmbeddingMaps:
 
     def module(self) -> nn.Module:
         """The same as a torch module: a list of M tensors (B, D_m) -> a list of blocks (B, R)."""
-        from utils.fusion_heads import MappedEmbeddings
+        from utils.combiners.fusion_heads import MappedEmbeddings
 
         return MappedEmbeddings(self.centres, self.scales, self.matrices, summed=self.summed)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from utils.numeric.metrics import METRICS, log_loss, softmax
-from utils.subset_search import (
+from utils.combiners.subset_search import (
     WAYS,
     Limit,
     NothingFits,
@@ -16,6 +15,7 @@ from utils.subset_search import (
     greedy_backward,
     greedy_forward,
 )
+from utils.numeric.metrics import METRICS, log_loss, softmax
 
 UNLIMITED = float("inf")
 LETTERS = "abcdefghij"

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from utils.combiner import Combiner
+from utils.combiners.protocol import Combiner
 
 Run = Callable[[int, np.ndarray], np.ndarray]
 """(member, its rows int64 (n,)) -> its logits (n, C)"""

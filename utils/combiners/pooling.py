@@ -1,6 +1,6 @@
 """Which pool, how strong a penalty, which members more: what held-out folds decide about weights.
 
-Scores are log-probabilities (M, N, C) of M members, clipped from below at `LOWEST_SCORE` of `utils.pooled_members`;
+Scores are log-probabilities (M, N, C) of M members, clipped from below at `LOWEST_SCORE` of `utils.combiners.pooled_members`;
 labels and folds are (N,).
 """
 
@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from utils.combiners.pooled_members import Floats, Pool
 from utils.numeric import candidate_losses, pools, temperature
 from utils.numeric.metrics import METRICS, log_softmax
-from utils.pooled_members import Floats, Pool
 
 STRENGTHS = (np.inf, 10.0, 3.0, 1.0, 0.3, 0.1, 0.01, 0.001, 0.0)
 """Penalties towards equal weights that are tried, the strongest first: it wins a tie."""

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from utils import greedy
-from utils.combiner import MemberFacts
+from utils.combiners import greedy
+from utils.combiners.greedy import GreedySelection, fewest_within_one_error, row_losses
+from utils.combiners.protocol import MemberFacts
 from utils.core.config import Config
-from utils.greedy import GreedySelection, fewest_within_one_error, row_losses
 from utils.numeric.metrics import METRICS, log_loss, softmax
 from utils.numeric.selection import select
 

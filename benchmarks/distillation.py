@@ -243,8 +243,8 @@ def _teacher(split: Mapping[str, np.ndarray]) -> tuple[Any, np.ndarray]:
 
 def _albums(split: Mapping[str, np.ndarray], data: Path, *, whole: bool) -> dict[str, Any]:
     """The images of the three splits; `whole` where they must not be mirrored."""
-    from utils.lessons import Album
     from utils.predictions.image_splits import ImageSplit
+    from utils.training.image_views import Album
 
     of_val = split["split"] == "val"
     parts = {
@@ -265,7 +265,7 @@ def _albums(split: Mapping[str, np.ndarray], data: Path, *, whole: bool) -> dict
 
 def _lessons(album: Any, who: str, known: np.ndarray, *, batch: int, seed: int = 0) -> Any:
     from utils.distillation_teaching import plainness
-    from utils.lessons import Lessons
+    from utils.training.image_views import Lessons
 
     plain = plainness(album, who, known, ALPHA)
     return Lessons(

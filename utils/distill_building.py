@@ -40,7 +40,7 @@ from utils.predictions.store import Store
 
 if TYPE_CHECKING:
     from utils.distilling import Course, Progress, Trained
-    from utils.lessons import Album, Lessons
+    from utils.training.image_views import Album, Lessons
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -124,7 +124,7 @@ class _Showing:
 
     def album(self, images: ImageSplit) -> Album:
         """Images at the student's size and by its augmentation."""
-        from utils.lessons import Album
+        from utils.training.image_views import Album
 
         cache, how = self.store.workspace.image_cache, students.augmentation(self.said)
         return Album(images, self.student.img_size, how, image_cache=cache, threads=self.threads)
@@ -226,7 +226,7 @@ def _alone(showing: _Showing, lessons: Lessons, progress: Progress) -> tuple[Tra
     The same network from the same weights, shown as many images by the same augmentation, told their labels alone.
     """
     from utils.distilling import logits_of, train
-    from utils.lessons import Lessons
+    from utils.training.image_views import Lessons
 
     store, settings = showing.store, showing.store.config.distillation
     album = showing.album(store.images("train"))

@@ -134,7 +134,7 @@ def fresh(store: Store, student: Student) -> nn.Module:
     """The network with its first weights, the same every time. Raises UserError where it cannot be built."""
     import torch
 
-    from utils.lessons import seed_of
+    from utils.training.image_views import seed_of
 
     spec = student.spec(store)
     factory = None if spec.source == "timm" else base_back.load("models").create_custom_backbone_safe

@@ -15,10 +15,10 @@ from utils.core.artifacts import digest_of
 from utils.core.config import Config
 from utils.core.errors import HonestyError, UserError
 from utils.distillation_teachers import Teacher
-from utils.lessons import NO_VIEW, Album, Lessons
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.rows import UNKNOWN
 from utils.predictions.store import Store
+from utils.training.image_views import NO_VIEW, Album, Lessons
 
 if TYPE_CHECKING:
     import torch

@@ -24,8 +24,8 @@ from utils import base_back
 from utils.core.artifacts import replacing
 from utils.core.errors import UserError
 from utils.distillation_methods import Average, student_loss
-from utils.lessons import Album, Lessons, seed_of
 from utils.numeric.metrics import accuracy, log_loss, softmax
+from utils.training.image_views import Album, Lessons, seed_of
 
 logger = logging.getLogger("disease_pipeline")
 

@@ -31,8 +31,8 @@ from utils.predictions.store import Store
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from utils.joint_parts import Part
-    from utils.joint_training import Tuned
+    from utils.training.joint_networks import Part
+    from utils.training.joint_training import Tuned
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -85,8 +85,8 @@ def is_current(store: Store, members: Sequence[Member], name: str) -> bool:
 
 def build(store: Store, members: Sequence[Member], name: str, force: bool) -> None:
     """Train, keep the networks as derived members and the fusion over them. Raises UserError where it cannot be."""
-    from utils.joint_parts import Course, FusionHeads
-    from utils.joint_training import train
+    from utils.training.joint_networks import Course, FusionHeads
+    from utils.training.joint_training import train
 
     config, settings = store.config, store.config.runs.fusion
     wanted = key(store, members, name)
@@ -177,8 +177,8 @@ def _facts(derived: Sequence[Member], tuned: Tuned) -> dict[str, Any]:
 def _parts(store: Store, members: Sequence[Member]) -> list[Part]:
     """Networks with their images, of which every file is decoded once for all of them."""
     from utils.distillation_students import augmentation
-    from utils.joint_parts import Part
-    from utils.lessons import Album, Lessons
+    from utils.training.image_views import Album, Lessons
+    from utils.training.joint_networks import Part
 
     settings = store.config.dataset
     images = {split: store.images(split) for split in ("train", "val")}

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from utils import base_back
 from utils.distilling import VAL_BATCH
-from utils.lessons import Album, Lessons
 from utils.networks import training_memory
 from utils.networks.construction import NetworkSpec, Outputs, cleanup_memory, safe_delete_model
 from utils.predictions.streaming import open_network
+from utils.training.image_views import Album, Lessons
 
 NETWORKS_SHARE = 0.1  # of the head's rate: the networks are trained already
 PROBED = 2  # images by which a network's embedding is found

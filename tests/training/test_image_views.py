@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from utils.augmentation import augment
-from utils.lessons import Album, Lessons
 from utils.predictions.image_splits import ImageSplit
+from utils.training.image_views import Album, Lessons
 
 COUNT = 21
 

@@ -12,14 +12,15 @@ import torch
 from given_predictions import logged
 from test_lessons import split_of
 
-from utils import base_back, joint_training
+from utils import base_back
 from utils.combiners.fusion_heads import ConcatHead, MappedEmbeddings
 from utils.core.errors import UserError
-from utils.joint_parts import Course, FusionHeads, Moving, Part, in_memory
-from utils.joint_training import Tuned, train
-from utils.lessons import Album, Lessons
 from utils.networks.construction import NetworkSpec
 from utils.predictions.streaming import open_network
+from utils.training import joint_training
+from utils.training.image_views import Album, Lessons
+from utils.training.joint_networks import Course, FusionHeads, Moving, Part, in_memory
+from utils.training.joint_training import Tuned, train
 
 NAMES = ("CustomConvNeXt", "CustomViTHybrid")
 NONE = np.zeros((0, 0), dtype=np.float32)

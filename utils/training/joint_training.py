@@ -24,11 +24,11 @@ from torch.nn import functional as F
 from utils.core.artifacts import read_record, write_json
 from utils.core.errors import UserError
 from utils.distilling import LARGEST_NORM, Progress
-from utils.joint_parts import Course, FusionHeads, Moving, Part, in_memory
-from utils.lessons import seed_of
 from utils.networks import training_memory
 from utils.networks.construction import out_of_memory
 from utils.numeric.metrics import accuracy, log_loss
+from utils.training.image_views import seed_of
+from utils.training.joint_networks import Course, FusionHeads, Moving, Part, in_memory
 
 logger = logging.getLogger("disease_pipeline")
 

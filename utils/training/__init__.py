@@ -1,0 +1,1 @@
+"""Training loops of image networks, one or several at a time."""

@@ -49,9 +49,9 @@ def kinds(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
     import torch
 
     from utils import export_formats, tflite_conversion
+    from utils.building.ensembles import COMBINERS
     from utils.combiners.protocol import MemberFacts, seen_by
     from utils.core.config import validate
-    from utils.ensembles import COMBINERS
     from utils.networks.ensemble_network import EnsembleNetwork
     from utils.predictions.rows import Outputs
 

@@ -222,7 +222,8 @@ def memory(workspace: Path, names: Sequence[str]) -> dict[str, Any]:
     import sklearn.covariance  # noqa: F401  (so that what is imported later does not count)
     import torch  # noqa: F401
 
-    from utils import base_back, build
+    from utils import base_back
+    from utils.building import build_commands
     from utils.core.config_file import load
     from utils.core.workspace import Workspace
     from utils.discovery import discover
@@ -239,7 +240,7 @@ def memory(workspace: Path, names: Sequence[str]) -> dict[str, Any]:
         return {"megabytes": None}
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     level = extraction._kilobytes(status, "VmRSS")
-    build.fusion_train(config, place)
+    build_commands.fusion_train(config, place)
     return {"megabytes": round((extraction._kilobytes(status, "VmHWM") - level) / 1000)}
 
 

@@ -181,10 +181,10 @@ def accuracy_rows(found: prepare.Prepared) -> list[dict[str, Any]]:
 
 def outcome(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float, float]]:
     """{way: test accuracy, test log-loss, networks run per test image} of one split."""
+    from utils.building.ensembles import COMBINERS
     from utils.combiners.protocol import MemberFacts
     from utils.combiners.routing import needed
     from utils.core.config_file import load
-    from utils.ensembles import COMBINERS
     from utils.numeric.metrics import accuracy, log_loss
 
     config = load(prepare.CONFIG, overrides=[f"runs.moe.top_k={TOP_K}", f"runs.moe.num_experts={len(EXPERTS)}"])

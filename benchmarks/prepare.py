@@ -200,7 +200,7 @@ def keep(file: Path) -> None:
     """
     import numpy as np
 
-    from utils import fitting
+    from utils.building import fitting
     from utils.core.artifacts import write_arrays
     from utils.core.config_file import load
     from utils.core.workspace import Workspace

@@ -113,9 +113,9 @@ def settings() -> Any:
 # log-loss ------------------------------------------------------------------------------------------------------------
 def outcome(arrays: Mapping[str, np.ndarray]) -> Outcome:
     """Every way fitted on the honest rows of one split and scored on its test rows."""
+    from utils.building.recommendation import Candidate, recommend
     from utils.combiners.protocol import MemberFacts, fit_crossfitted
     from utils.numeric.metrics import log_loss, log_loss_per_row, softmax
-    from utils.recommendation import Candidate, recommend
 
     logits, labels, folds = arrays["logits"], arrays["labels"], arrays["fold"]
     test, truth = arrays["test_logits"], arrays["test_labels"]

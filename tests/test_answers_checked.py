@@ -16,7 +16,8 @@ from in_process import run
 from onnx_files import fixed, of_brightness
 from PIL import Image
 
-from utils import ensembles, exported_prediction
+from utils import exported_prediction
+from utils.building import ensembles
 
 NAN, INFINITY = float("nan"), float("inf")
 GOOD = (0.25, 0.75)

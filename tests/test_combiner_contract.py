@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from utils.building.ensembles import COMBINERS
 from utils.combiners.protocol import Combiner, MemberFacts
 from utils.core.config import Config, validate
-from utils.ensembles import COMBINERS
 from utils.predictions.rows import Outputs
 
 M, N, C = 4, 60, 3

@@ -18,8 +18,9 @@ from given_predictions import logged
 from killing import run_and_kill
 from test_predictions import workspace_at
 
-from utils import distill_building, ensembles, evaluation, inventory, upkeep
+from utils import distill_building, evaluation, inventory, upkeep
 from utils import distillation_teachers as teachers
+from utils.building import ensembles
 from utils.core.config_file import load
 from utils.core.errors import HonestyError, UserError
 from utils.distillation_plan import record_of
@@ -198,10 +199,10 @@ def test_oof_targets_come_from_networks_and_a_combiner_that_did_not_see_the_row(
 
 def test_a_combiner_s_targets_do_not_change_with_the_labels_of_their_own_fold(own):
     """What a learned teacher says of a fold's rows comes from a copy that never read their labels."""
-    from utils import build, fitting
+    from utils.building import build_commands, fitting
 
     learned = ("runs.score_ensemble.methods=[weighted]",)
-    build.build_ensemble(config(*learned), own)
+    build_commands.build_ensemble(config(*learned), own)
     store = store_of(own)
     teacher = teachers.find(store, "weighted", besides="x")
     ids = store.images("train").sample_ids
@@ -255,11 +256,11 @@ def test_consistent_hands_teacher_and_student_the_same_tensors(own, monkeypatch)
 
 def test_auto_says_when_the_teacher_has_seen_the_rows(own, caplog):
     (own.base / "kfold_results" / "CustomViTHybrid_oof_predictions.npz").unlink()
-    from utils import build
+    from utils.building import build_commands
     from utils.discovery import discover
 
     discover.discover(config(), own)
-    build.build_ensemble(config("runs.score_ensemble.methods=[soft_voting]"), own)
+    build_commands.build_ensemble(config("runs.score_ensemble.methods=[soft_voting]"), own)
     with logged(caplog):
         distill(own, SMALL)
     assert "soft_voting_ensemble has cross-fitted predictions for 0 of 224 train rows" in caplog.text

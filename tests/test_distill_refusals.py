@@ -23,7 +23,7 @@ def own(own_copy):
 @pytest.fixture
 def imported(own, tmp_path):
     """The images of the workspace, and three members of which only the predictions are there."""
-    from utils import build
+    from utils.building import build_commands
     from utils.discovery import discover, import_predictions
 
     store = store_of(own)
@@ -40,7 +40,7 @@ def imported(own, tmp_path):
         shutil.rmtree(place)
     import_predictions.import_predictions(config(), own, folder=str(folder))
     discover.discover(config(), own)
-    build.build_ensemble(config(), own)
+    build_commands.build_ensemble(config(), own)
     return own
 
 

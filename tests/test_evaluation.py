@@ -229,7 +229,7 @@ def test_one_model_by_name_and_an_unknown_name(own_copy, orchestrator):
 
 def plant_fitted_rows(workspace, name):
     """Let an ensemble's record say that it was fitted on the test rows."""
-    from utils.ensembles import RowSet
+    from utils.building.ensembles import RowSet
 
     folder = workspace / "ensembles" / "models" / name
     ids = tuple(f"{p.parent.name}/{p.name}" for p in sorted((workspace / "split_dataset" / "test").glob("*/*.png")))

@@ -18,20 +18,22 @@ from finished_workspace import at
 
 import ensemble_orchestrator
 from utils import (
-    build,
     distillation_plan,
     distillation_students,
     distillation_teachers,
+    export_utils,
+    inventory,
+    report,
+    unlabeled,
+)
+from utils.building import (
+    build_commands,
     end_to_end,
     ensembles,
-    export_utils,
-    fusion_building,
-    inventory,
-    meta_building,
-    report,
-    snapshot_building,
-    soup_building,
-    unlabeled,
+    fusion_builder,
+    meta_builder,
+    snapshot_builder,
+    soup_builder,
 )
 from utils.core.config import Config, validate
 from utils.core.errors import UserError
@@ -147,7 +149,7 @@ def how_it_fuses(store: Store, members: Any) -> str:
         patch.setattr(Store, "ensure", ensure)
         patch.setattr(end_to_end, "is_current", is_current)
         try:
-            fusion_building.fusion(store, members, force=False)
+            fusion_builder.fusion(store, members, force=False)
         except (UserError, Stopped) as told:
             return str(told)
     return "has nothing to do"
@@ -205,15 +207,18 @@ def observed(config: Config, workspace: Any) -> dict[str, Any]:
             method: config.digest(*combiner.settings, "dataset.group_regex", "seed")
             for method, combiner in ensembles.COMBINERS.items()
         },
-        "soups": soup_building.inputs_digest(store, member),
-        "snapshots": snapshot_building._key(store, [member]),
-        "wanted": (inventory.configured(config), inventory._learned(config), soup_building._methods(store)),
+        "soups": soup_builder.inputs_digest(store, member),
+        "snapshots": snapshot_builder._key(store, [member]),
+        "wanted": (inventory.configured(config), inventory._learned(config), soup_builder._methods(store)),
         "fused": how_it_fuses(store, list(found.members.values())),
         "trained_further": end_to_end.key(store, list(found.members.values()), "fusion_concat_mlp"),
-        "meta": meta_building.depends_on(config, {}),
+        "meta": meta_builder.depends_on(config, {}),
         "taught": how_it_teaches(store),
         "exported": how_it_exports(config, workspace),
-        "on": {place: config.at(f"{place}.enable") for place in {*sections, *build.SECTIONS, *build.FUSION_SECTIONS}},
+        "on": {
+            place: config.at(f"{place}.enable")
+            for place in {*sections, *build_commands.SECTIONS, *build_commands.FUSION_SECTIONS}
+        },
         "selected": selected,
         "streamed": how_it_streams(config, workspace, found, member),
     }
@@ -257,4 +262,4 @@ def test_settings_of_boosters_matter_to_a_fuser_that_is_one(built, as_printed):
     changed = {method for method, digest in found["recipes"].items() if digest != as_printed["recipes"][method]}
     assert changed == {"stacking_xgb"}
     mlp = {"runs.meta_fuser.fuser_type": "mlp"}
-    assert meta_building.depends_on(with_values(mlp), {}) == meta_building.depends_on(with_values({**mlp, key: 7}), {})
+    assert meta_builder.depends_on(with_values(mlp), {}) == meta_builder.depends_on(with_values({**mlp, key: 7}), {})

@@ -11,7 +11,7 @@ from finished_workspace import CONFIG, at
 from in_process import run as command_line
 from test_export import folder_of, run
 
-from utils import build
+from utils.building import build_commands
 from utils.core.artifacts import read_json
 from utils.core.config_file import load
 from utils.core.errors import UserError
@@ -61,7 +61,7 @@ def test_an_ensemble_of_imported_members_exports_its_combiner_alone(tmp_path):
             np.savez(tmp_path / "given" / name / f"{split}.npz", logits=logits, classes=np.array(classes), **given)
     config = load(CONFIG, overrides=["exports.enable=true"])
     import_predictions.import_predictions(config, at(base), folder=str(tmp_path / "given"))
-    build.build_ensemble(config, at(base))
+    build_commands.build_ensemble(config, at(base))
     result = run(base, "hard_voting_ensemble", "torchscript", "onnx")
     assert result.failures == []
     folder = folder_of(base, "hard_voting_ensemble")

@@ -9,7 +9,7 @@ import pytest
 from conftest import PROJECT
 from given_predictions import empty_workspace, take_in, write
 
-from utils import build
+from utils.building import build_commands
 from utils.core.config_file import load
 from utils.core.errors import UserError
 
@@ -51,7 +51,7 @@ def source(workspace):
 
 def test_embeddings_of_one_fixed_network_are_taken_as_they_are(workspace, tmp_path):
     take_in(workspace, write(tmp_path / "given", change=embedded(per_fold=False)))
-    build.fusion_train(config("runs.fusion.train_embeddings=aligned"), workspace)
+    build_commands.fusion_train(config("runs.fusion.train_embeddings=aligned"), workspace)
     found = source(workspace)
     assert found["chosen"] == "aligned"
     assert min(facts["agreement"] for facts in found["members"]["aligned"].values()) > 0.99
@@ -60,8 +60,8 @@ def test_embeddings_of_one_fixed_network_are_taken_as_they_are(workspace, tmp_pa
 def test_embeddings_of_fold_networks_are_not_pooled(workspace, tmp_path):
     take_in(workspace, write(tmp_path / "given", change=embedded(per_fold=True)))
     with pytest.raises(UserError, match="Embeddings of several fold networks cannot be pooled"):
-        build.fusion_train(config("runs.fusion.train_embeddings=aligned"), workspace)
-    build.fusion_train(config(), workspace)
+        build_commands.fusion_train(config("runs.fusion.train_embeddings=aligned"), workspace)
+    build_commands.fusion_train(config(), workspace)
     found = source(workspace)
     assert found["chosen"] == "val"
     assert "cannot be pooled" in found["reason"]
@@ -73,4 +73,4 @@ def test_members_without_embeddings_are_named(workspace, tmp_path):
 
     take_in(workspace, write(tmp_path / "given", change=some))
     with pytest.raises(UserError, match=r"1 member\(s\) with embeddings.*no embeddings of forest, linear"):
-        build.fusion_train(config(), workspace)
+        build_commands.fusion_train(config(), workspace)

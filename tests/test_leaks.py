@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from test_predictions import CONFIG, workspace_at
 
+from utils.building.ensembles import COMBINERS
 from utils.combiners.protocol import MemberFacts, fit_crossfitted
 from utils.core.config import validate
 from utils.core.config_file import load
-from utils.ensembles import COMBINERS
 from utils.meta_methods import FUSERS
 from utils.numeric.metrics import accuracy, log_loss
 from utils.predictions import catalog

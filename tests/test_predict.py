@@ -19,8 +19,9 @@ from finished_workspace import CONFIG, at
 from given_predictions import logged
 from PIL import Image
 
-from utils import classifier, ensembles
+from utils import classifier
 from utils import predict as predicting
+from utils.building import ensembles
 from utils.classifier import WorkspaceClassifier
 from utils.core.config_file import load
 from utils.core.errors import UserError

@@ -14,7 +14,8 @@ from conftest import PROJECT
 
 import ensemble_orchestrator
 import report as synthetic_report
-from utils import build, report, thumbnails
+from utils import report, thumbnails
+from utils.building import build_commands
 from utils.core.artifacts import read_json, write_json
 from utils.core.config_file import load
 
@@ -73,7 +74,7 @@ def imported(tmp_path):
     """A workspace of imported predictions, without images, evaluated."""
     workspace = given.empty_workspace(tmp_path / "workspace")
     given.take_in(workspace, given.write(tmp_path / "given"))
-    build.build_ensemble(CONFIG, workspace)
+    build_commands.build_ensemble(CONFIG, workspace)
     report.evaluate(CONFIG, workspace)
     return workspace
 
@@ -143,7 +144,7 @@ def test_hostile_names_are_text(tmp_path):
 
     workspace = given.empty_workspace(tmp_path / "workspace")
     given.take_in(workspace, given.write(tmp_path / "given", change=change))
-    build.build_ensemble(CONFIG, workspace)
+    build_commands.build_ensemble(CONFIG, workspace)
     report.evaluate(CONFIG, workspace)
     page = page_of(workspace)
     assert not page.of("script")

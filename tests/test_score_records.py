@@ -11,7 +11,8 @@ import pytest
 from given_predictions import CONFIG, NAMES, changing, empty_workspace, fewer, take_in, write
 from scipy.stats import binomtest
 
-from utils import build, evaluation, plots
+from utils import evaluation, plots
+from utils.building import build_commands
 from utils.core.config_file import load
 from utils.core.errors import ConfigError, UserError
 from utils.numeric import statistics
@@ -29,7 +30,7 @@ def built(tmp_path, *, config=CONFIG, **given):
     """A workspace of imported members with the three votes; `given` goes to what writes the predictions."""
     workspace = empty_workspace(tmp_path / "w")
     take_in(workspace, write(tmp_path / "given", **given))
-    build.build_ensemble(config, workspace)
+    build_commands.build_ensemble(config, workspace)
     return workspace
 
 
@@ -231,9 +232,9 @@ def test_a_member_without_rows_of_the_split_does_not_stop_the_others(tmp_path):
     folder = write(tmp_path / "given")
     (folder / "forest" / "test.npz").unlink()
     take_in(workspace, folder)
-    build.build_ensemble(CONFIG, workspace)
+    build_commands.build_ensemble(CONFIG, workspace)
     config = configured("backbones.include=[bayes,linear]", "runs.score_ensemble.methods=[soft_voting]")
-    build.build_ensemble(config, workspace)
+    build_commands.build_ensemble(config, workspace)
     result = evaluation.evaluate(config, workspace)
     assert [failure.split(":")[0] for failure in result.failures] == ["forest", *ENSEMBLES[:2]]
     assert "no predictions for test; none are imported" in result.failures[0]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_predictions import CONFIG, workspace_at
 
-from utils import ensembles
+from utils.building import ensembles
 from utils.core.config_file import load
 from utils.core.errors import UserError
 from utils.predictions import catalog, fold_networks

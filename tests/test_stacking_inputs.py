@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from utils import ensembles, stacking_methods
+from utils import stacking_methods
+from utils.building import ensembles
+from utils.building.ensembles import Ensemble, Provenance
 from utils.combiners.protocol import MemberFacts, fit_crossfitted
 from utils.core.config import validate
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
-from utils.ensembles import Ensemble, Provenance
 from utils.meta_methods import FUSERS, MetaFuser
 from utils.numeric.metrics import accuracy
 from utils.predictions.rows import MemberRows, Rows, align

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from utils import ensembles
+from utils.building import ensembles
+from utils.building.ensembles import Ensemble
 from utils.combiners.routing import Sparse, execute
 from utils.core.errors import UserError, did_you_mean
-from utils.ensembles import Ensemble
 from utils.networks.construction import NetworkSpec
 from utils.numeric.diversity import mutual_information
 from utils.numeric.metrics import log_softmax, softmax

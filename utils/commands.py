@@ -87,7 +87,7 @@ COMMANDS: dict[str, Command] = {
         writes=True,
     ),
     "build-ensemble": Command(
-        "utils.build:build_ensemble",
+        "utils.building.build_commands:build_ensemble",
         "build the score-level ensembles that the configuration lists",
         "build-ensemble --config configs/quick_ensemble.yaml",
         {
@@ -100,7 +100,7 @@ COMMANDS: dict[str, Command] = {
         decodes=True,
     ),
     "stack": Command(
-        "utils.stack_building:stack",
+        "utils.building.stacking_builder:stack",
         "fit meta-learners on the members' out-of-fold predictions",
         "stack --set runs.stacking.meta_learners=[lr,mlp]",
         {
@@ -113,7 +113,7 @@ COMMANDS: dict[str, Command] = {
         decodes=True,
     ),
     "fusion-train": Command(
-        "utils.build:fusion_train",
+        "utils.building.build_commands:fusion_train",
         "train heads on the members' embeddings, and what runs only the members that an image needs",
         "fusion-train --set runs.fusion.fusion_methods=[concat_mlp,attention]",
         {},
@@ -121,7 +121,7 @@ COMMANDS: dict[str, Command] = {
         decodes=True,
     ),
     "meta-fuse": Command(
-        "utils.meta_building:meta_fuse",
+        "utils.building.meta_builder:meta_fuse",
         "fit an ensemble of ensembles on their cross-fitted predictions",
         "meta-fuse --set runs.meta_fuser.fuser_type=attention",
         {},

@@ -19,7 +19,9 @@ from utils import distillation_comparison as comparison
 from utils import distillation_plan as plan
 from utils import distillation_students as students
 from utils import distillation_teachers as teachers
-from utils import ensembles, fitting, unlabeled
+from utils import unlabeled
+from utils.building import ensembles, fitting
+from utils.building.ensembles import Provenance
 from utils.core import caches, estimates
 from utils.core.artifacts import digest_of, write_json
 from utils.core.config import Config, require_enabled
@@ -31,7 +33,6 @@ from utils.distillation_controls import ALONE
 from utils.distillation_plan import STREAMED
 from utils.distillation_students import Student
 from utils.distillation_teachers import METHOD, Teacher
-from utils.ensembles import Provenance
 from utils.numeric.metrics import softmax
 from utils.predictions import catalog, image_splits, streaming
 from utils.predictions.catalog import Member

@@ -10,7 +10,7 @@ import numpy as np
 
 from utils import distillation_controls as controls
 from utils import distillation_teachers as teachers
-from utils import latency
+from utils.building import latency
 from utils.core.errors import UserError
 from utils.distillation_controls import ALONE, TEACHER
 from utils.distillation_students import Student

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from utils import base_back, ensembles, fitting, unlabeled
+from utils import base_back, unlabeled
 from utils import distillation_students as students
 from utils import distillation_teachers as teachers
+from utils.building import ensembles, fitting
 from utils.core.artifacts import digest_of, read_record
 from utils.core.config import Config
 from utils.core.errors import UserError

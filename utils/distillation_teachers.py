@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import ensembles
+from utils.building import ensembles
+from utils.building.ensembles import Ensemble
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError, did_you_mean
 from utils.distillation_targets import log_probabilities
 from utils.ensemble_methods import SoftVoting
-from utils.ensembles import Ensemble
 from utils.networks import construction
 from utils.networks.construction import NetworkSpec, Outputs
 from utils.numeric.metrics import log_softmax, softmax

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from utils import ensembles, latency, leaderboard, plots, score_records, scoring
+from utils import leaderboard, plots, score_records, scoring
+from utils.building import ensembles, latency
+from utils.building.ensembles import Ensemble
 from utils.core.artifacts import read_record, write_json, write_text
 from utils.core.config import Config
 from utils.core.errors import ConfigError, ContaminatedError, UserError, did_you_mean
 from utils.core.results import Result
 from utils.core.workspace import Workspace
-from utils.ensembles import Ensemble
 from utils.numeric import label_issues
 from utils.numeric.metrics import METRICS, softmax
 from utils.numeric.statistics import holm

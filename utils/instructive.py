@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from utils import ensembles
+from utils.building import ensembles
 from utils.core.errors import UserError
 from utils.numeric import diversity
 from utils.numeric.metrics import softmax

@@ -6,23 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils import (
-    base_back,
-    distillation_plan,
+from utils import base_back, distillation_plan, scoring
+from utils.building import (
     ensembles,
     fitting,
-    fusion_building,
-    moe_building,
-    pruned_building,
-    scoring,
-    snapshot_building,
-    soup_building,
+    fusion_builder,
+    moe_builder,
+    pruning_builder,
+    snapshot_builder,
+    soup_builder,
 )
+from utils.building.ensembles import Ensemble
 from utils.core.artifacts import FileDigests, read_record
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.workspace import SPLITS, Workspace
-from utils.ensembles import Ensemble
 from utils.predictions import catalog, fold_networks
 from utils.predictions.catalog import IMPORTED, Catalog, Member
 from utils.predictions.store import Store
@@ -82,14 +80,14 @@ def take(config: Config, workspace: Workspace) -> Inventory:
     saved, states = _saved(workspace)
     try:
         selected = catalog.select(found, config)
-        left_out = pruned_building.left_out(store, selected)
+        left_out = pruning_builder.left_out(store, selected)
     except UserError as error:
         return Inventory(of_catalog, found, ensembles=states, problems=(str(error),))
     for name, ensemble in saved.items():
         states[name] = _ensemble_state(config, store, ensemble, selected)
     wanted = [name for name in configured(config) if name not in left_out]
     if config.runs.snapshot_ensemble.enable:
-        states[snapshot_building.NAME] = _snapshot_state(store, selected, states)
+        states[snapshot_builder.NAME] = _snapshot_state(store, selected, states)
     if config.runs.model_soup.enable:
         for member in (member for member in selected if member.source == "trained"):
             soups = _soup_states(store, member, states)
@@ -119,15 +117,15 @@ def configured(config: Config) -> list[str]:
     """Names of the score-level ensembles that the configuration lists and this version builds."""
     methods = config.runs.score_ensemble.methods if config.runs.score_ensemble.enable else ()
     names = [ensembles.NAMES[method] for method in methods if method in ensembles.NAMES]
-    names += pruned_building.names(config)
-    return names + ([snapshot_building.NAME] if config.runs.snapshot_ensemble.enable else [])
+    names += pruning_builder.names(config)
+    return names + ([snapshot_builder.NAME] if config.runs.snapshot_ensemble.enable else [])
 
 
 def _learned(config: Config) -> dict[str, tuple[str, ...]]:
     """What `stack`, `fusion-train`, `meta-fuse` and `distill` would build, by command."""
     stacking = tuple(f"stacking_{learner}" for learner in config.runs.stacking.meta_learners)
     found = {"stack": stacking} if config.runs.stacking.enable else {}
-    fused = (*fusion_building.names(config), *moe_building.names(config))
+    fused = (*fusion_builder.names(config), *moe_builder.names(config))
     found |= {"fusion-train": fused} if fused else {}
     found |= {"meta-fuse": ("meta_fuser",)} if config.runs.meta_fuser.enable else {}
     return found | ({"distill": tuple(distillation_plan.names(config))} if config.distillation.enable else {})
@@ -225,24 +223,24 @@ def _ensemble_state(config: Config, store: Store, ensemble: Ensemble, selected: 
 
 def _by_latency(config: Config) -> list[str]:
     """Names of the ensembles that measured latencies decide."""
-    return [*pruned_building.names(config), *moe_building.names(config)]
+    return [*pruning_builder.names(config), *moe_builder.names(config)]
 
 
 def _is_as_built(config: Config, store: Store, ensemble: Ensemble, selected: Sequence[Member]) -> bool:
-    if ensemble.name in moe_building.names(config):
-        return moe_building.is_current(store, selected, ensemble.name)
+    if ensemble.name in moe_builder.names(config):
+        return moe_builder.is_current(store, selected, ensemble.name)
     if ensemble.method not in ensembles.NAMES:
-        return pruned_building.is_current(store, selected, ensemble.name)
+        return pruning_builder.is_current(store, selected, ensemble.name)
     return fitting.inputs_digest(config, store, selected, ensemble.method) == ensemble.inputs_digest
 
 
 def _snapshot_state(store: Store, selected: Sequence[Member], states: Mapping[str, State]) -> State:
     """Of the mean of all snapshots; `states` are those of the ensembles on disk by themselves."""
-    known = states.get(snapshot_building.NAME, State(MISSING))
+    known = states.get(snapshot_builder.NAME, State(MISSING))
     if known.state != CURRENT:
         return known
     try:
-        reason = snapshot_building.reason_against(store, selected)
+        reason = snapshot_builder.reason_against(store, selected)
     except UserError as error:
         return State(DAMAGED, (str(error),))
     return State(STALE, (reason,)) if reason else known
@@ -251,10 +249,10 @@ def _snapshot_state(store: Store, selected: Sequence[Member], states: Mapping[st
 def _soup_states(store: Store, member: Member, states: Mapping[str, State]) -> dict[str, State]:
     """Of the soups that one backbone's checkpoints give; `states` are those of the ensembles on disk by themselves."""
     try:
-        reasons = soup_building.reasons_against(store, member)
+        reasons = soup_builder.reasons_against(store, member)
     except UserError as error:
         return {store.workspace.soup(member.name).name: State(DAMAGED, (str(error),))}
-    found = dict.fromkeys(soup_building.leftovers(store, member), GIVEN_BY_NONE)
+    found = dict.fromkeys(soup_builder.leftovers(store, member), GIVEN_BY_NONE)
     for name, reason in reasons.items():
         known = states.get(name, State(MISSING))
         found[name] = State(STALE, (reason,)) if reason and known.state == CURRENT else known

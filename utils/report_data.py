@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import ensembles
+from utils.building import ensembles
 from utils.core.artifacts import read_arrays, read_record
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace

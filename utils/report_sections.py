@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from utils import ensembles, report_figures, report_summary
+from utils import report_figures, report_summary
+from utils.building import ensembles
 from utils.core import config_file
 from utils.core.config import Config
 from utils.core.display_text import NOT_MEASURED, counted, interval, listed, number, percent

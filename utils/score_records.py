@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from utils import distillation_controls, ensembles, scoring
-from utils.ensembles import Ensemble
-from utils.latency import Record, Timing
+from utils import distillation_controls, scoring
+from utils.building import ensembles
+from utils.building.ensembles import Ensemble
+from utils.building.latency import Record, Timing
 from utils.numeric import uncertainty
 from utils.numeric.metrics import log_loss_per_row, point_metrics, softmax
 from utils.numeric.statistics import (

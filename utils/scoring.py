@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from utils import base_back, ensembles
+from utils import base_back
+from utils.building import ensembles
+from utils.building.ensembles import Ensemble, Provenance
 from utils.core.artifacts import digest_of, read_arrays, write_arrays
 from utils.core.errors import UserError
-from utils.ensembles import Ensemble, Provenance
 from utils.numeric import diversity
 from utils.numeric.metrics import softmax
 from utils.predictions import fold_networks

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from given_predictions import CLASSES, arrays, changing, codes, empty_workspace, opened, take_in, write
 
-from utils import fitting
+from utils.building import fitting
 from utils.core.errors import HonestyError, UserError
 from utils.discovery.import_checks import chance_of_equal, copied_rows
 from utils.discovery.imported_members import Part

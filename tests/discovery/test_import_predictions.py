@@ -26,7 +26,8 @@ from given_predictions import (
     write,
 )
 
-from utils import build, evaluation
+from utils import evaluation
+from utils.building import build_commands
 from utils.core import artifacts
 from utils.core.config_file import load
 from utils.core.errors import UserError
@@ -73,7 +74,7 @@ def test_the_order_of_rows_and_classes_changes_no_byte(tmp_path, workspace):
     other = empty_workspace(tmp_path / "v")
     take_in(other, write(tmp_path / "shuffled", change=lambda name, stem, given: shuffled(given, len(name + stem))))
     for each in (workspace, other):
-        build.build_ensemble(CONFIG, each)
+        build_commands.build_ensemble(CONFIG, each)
     first, second = content(workspace.ensembles), content(other.ensembles)
     assert len(first) > 30
     assert first == second
@@ -82,7 +83,7 @@ def test_the_order_of_rows_and_classes_changes_no_byte(tmp_path, workspace):
 def test_the_same_again_changes_nothing_and_other_content_replaces(tmp_path, workspace):
     folder = write(tmp_path / "given")
     take_in(workspace, folder)
-    build.build_ensemble(CONFIG, workspace)
+    build_commands.build_ensemble(CONFIG, workspace)
     before = {path: path.stat().st_mtime_ns for path in workspace.ensembles.rglob("*")}
     again = take_in(workspace, write(tmp_path / "again", change=lambda name, stem, given: shuffled(given, 5)))
     assert {entry["state"] for entry in again.document["members"].values()} == {"up to date"}
@@ -92,7 +93,7 @@ def test_the_same_again_changes_nothing_and_other_content_replaces(tmp_path, wor
     states = {name: entry["state"] for name, entry in take_in(workspace, folder).document["members"].items()}
     assert states == {"bayes": "replaced", "forest": "up to date", "linear": "up to date"}
     assert not workspace.predictions("bayes", "test").joinpath("record.json").exists()  # the new one has no test.npz
-    result = build.build_ensemble(CONFIG, workspace)
+    result = build_commands.build_ensemble(CONFIG, workspace)
     assert len(result.document["built"]) == 3  # not what was built of the old one
     forced = take_in(workspace, folder, force=True).document["members"]
     assert {entry["state"] for entry in forced.values()} == {"replaced"}
@@ -121,8 +122,8 @@ def test_what_was_said_of_a_member_is_not_forgotten_when_another_comes(tmp_path,
 def test_rows_of_a_member_that_is_not_used_decide_the_folds_as_well(tmp_path, workspace):
     config = load(PROJECT / "configs" / "votes.yaml", overrides=["backbones.include=[bayes,forest]"])
     take_in(workspace, write(tmp_path / "one", {"bayes": 1, "forest": 2}))
-    build.build_ensemble(config, workspace)
-    assert build.build_ensemble(config, workspace).document["built"] == []
+    build_commands.build_ensemble(config, workspace)
+    assert build_commands.build_ensemble(config, workspace).document["built"] == []
 
     def longer(name, stem, given):
         more = {key: value if key == "classes" else value[:5] for key, value in given.items()}
@@ -130,7 +131,7 @@ def test_rows_of_a_member_that_is_not_used_decide_the_folds_as_well(tmp_path, wo
         return {key: value if key == "classes" else np.concatenate([value, more[key]]) for key, value in given.items()}
 
     take_in(workspace, write(tmp_path / "two", {"linear": 3}, change=longer))
-    assert len(build.build_ensemble(config, workspace).document["built"]) == 3
+    assert len(build_commands.build_ensemble(config, workspace).document["built"]) == 3
 
 
 def test_probabilities_and_their_logarithms_are_one_member(tmp_path, workspace):
@@ -182,7 +183,7 @@ def test_classes_without_names_are_numbers_in_their_order(tmp_path, workspace):
 
 def test_val_may_be_missing_where_there_are_out_of_fold_rows(tmp_path, workspace):
     take_in(workspace, write(tmp_path / "given", stems=("oof", "test")))
-    build.build_ensemble(CONFIG, workspace)
+    build_commands.build_ensemble(CONFIG, workspace)
     evaluation.evaluate(CONFIG, workspace)
     ranking = json.loads(workspace.ranking("test").read_text())
     assert ranking["recommended"]["evidence"]["n"] == 60
@@ -195,7 +196,7 @@ def test_val_may_be_missing_where_there_are_out_of_fold_rows(tmp_path, workspace
 def test_without_any_out_of_fold_rows_val_is_what_is_honest(tmp_path, workspace, caplog):
     take_in(workspace, write(tmp_path / "given", stems=("val", "test")))
     with logged(caplog):
-        build.build_ensemble(CONFIG, workspace)
+        build_commands.build_ensemble(CONFIG, workspace)
     assert "No oof.npz of member linear" in caplog.text
     assert (
         "out-of-fold predictions come from: oof.npz and python ensemble_orchestrator.py import-predict" in caplog.text
@@ -241,7 +242,7 @@ def test_a_kill_at_any_write_leaves_a_catalog_whose_members_are_whole(
             assert store.rows(member, "test").logits.shape == (30, 3)
         assert len(store.samples("val").sample_ids) == store.catalog.splits["val"]["n"]
         if survived % 8 == 0:
-            build.build_ensemble(CONFIG, workspace)
+            build_commands.build_ensemble(CONFIG, workspace)
     assert survived > 20
     assert sorted(catalog.read(workspace).members) == sorted({"bayes", "forest", *arriving})
 
@@ -299,7 +300,7 @@ def test_a_member_that_is_taken_back_takes_its_rows_with_it(tmp_path, workspace)
     other = empty_workspace(tmp_path / "v")
     take_in(other, write(tmp_path / "two", {"bayes": 1, "linear": 3}))
     assert catalog.read(workspace) == catalog.read(other)
-    assert build.build_ensemble(CONFIG, workspace).document["members"] == ["bayes", "linear"]
+    assert build_commands.build_ensemble(CONFIG, workspace).document["members"] == ["bayes", "linear"]
     with pytest.raises(UserError, match="no trained model"):
         discover.discover(CONFIG, workspace, remove=["bayes", "linear"])
     assert not workspace.catalog.exists()

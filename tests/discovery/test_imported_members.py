@@ -22,7 +22,8 @@ from given_predictions import (
     write,
 )
 
-from utils import build, evaluation
+from utils import evaluation
+from utils.building import build_commands
 from utils.core.errors import UserError
 from utils.predictions import catalog
 
@@ -39,7 +40,7 @@ def test_rows_that_not_all_have_are_told_and_left_out_of_ensembles(tmp_path, wor
     result = take_in(workspace, write(tmp_path / "given", change=changing("forest", "val", fewer(slice(4, None)))))
     assert "warning: the members have 26 to 30 rows of val and share 26, which are used" in result.text
     assert "rows_not_shared" in codes(workspace)
-    build.build_ensemble(CONFIG, workspace)
+    build_commands.build_ensemble(CONFIG, workspace)
     with np.load(workspace.ensemble("soft_voting_ensemble") / "crossfit.npz") as unseen:
         assert len(unseen["labels"]) == 60 + 26
 
@@ -58,7 +59,7 @@ def test_a_label_that_one_member_does_not_know_comes_from_another(tmp_path, work
         assert np.array_equal(rows.labels, truth["labels"][np.argsort(truth["sample_ids"])])
     assert (store.rows(store.catalog.members["bayes"], "test").labels == -1).all()
     assert codes(workspace, "bayes") == {"unlabelled"}
-    build.build_ensemble(CONFIG, workspace)
+    build_commands.build_ensemble(CONFIG, workspace)
     with pytest.raises(UserError, match=r"test: no row has a label. Write labels into test\.npz of any member"):
         evaluation.evaluate(CONFIG, workspace)
     assert evaluation.evaluate(CONFIG, workspace, split="val").document["n"] == 30
@@ -71,7 +72,7 @@ def test_rows_whose_class_nobody_knows_are_not_fitted_on_and_not_scored(tmp_path
     result = take_in(workspace, write(tmp_path / "given", change=hidden))
     assert "bayes, forest, linear: 5 of 30 rows of val.npz have no label and are left out" in result.text
     assert catalog.read(workspace).splits["train"]["n"] == 55
-    build.build_ensemble(CONFIG, workspace)
+    build_commands.build_ensemble(CONFIG, workspace)
     with logged(caplog):
         found = evaluation.evaluate(CONFIG, workspace)
     assert found.document["n"] == 25
@@ -92,7 +93,7 @@ def test_one_member_and_one_class_are_told(tmp_path, workspace):
     assert "one member alone: an ensemble of it answers as it does" in result.text
     assert "bayes: all 10 rows of val.npz are of class ant" in result.text
     with pytest.raises(UserError, match="all 10 honest rows that the members share are of class ant; nothing can be"):
-        build.build_ensemble(CONFIG, workspace)
+        build_commands.build_ensemble(CONFIG, workspace)
 
 
 # refusals -----------------------------------------------------------------------------------------------------------
@@ -173,6 +174,6 @@ def test_folders_that_hold_no_predictions_are_told(tmp_path, workspace, caplog):
 
 def test_names_of_ensembles_are_taken(tmp_path, workspace):
     take_in(workspace, write(tmp_path / "given"))
-    build.build_ensemble(CONFIG, workspace)
+    build_commands.build_ensemble(CONFIG, workspace)
     with pytest.raises(UserError, match="member 'soft_voting_ensemble': the name is reserved for ensembles"):
         take_in(workspace, write(tmp_path / "more", {"soft_voting_ensemble": 5}))

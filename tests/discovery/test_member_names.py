@@ -13,7 +13,8 @@ from given_predictions import content, write
 from in_process import run
 from named_members import VOTES, imported, stored
 
-from utils import distillation_students, ensembles, meta_building, snapshot_building, soup_building
+from utils import distillation_students
+from utils.building import ensembles, meta_builder, snapshot_builder, soup_builder
 from utils.discovery.member_names import RESERVED
 
 RESERVED_NAMES = (
@@ -135,9 +136,9 @@ def test_a_declaration_refuses_them_as_well(own_copy, tmp_path, name):
 
 
 def test_every_name_that_a_method_takes_is_reserved():
-    taken = [*ensembles.NAMES.values(), *ensembles.COMBINERS, meta_building.NAME, snapshot_building.NAME]
-    taken += [f"{method.role}_leaf" for method in soup_building.METHODS.values()]
-    taken += [f"leaf_{method.role}" for method in soup_building.METHODS.values()]
+    taken = [*ensembles.NAMES.values(), *ensembles.COMBINERS, meta_builder.NAME, snapshot_builder.NAME]
+    taken += [f"{method.role}_leaf" for method in soup_builder.METHODS.values()]
+    taken += [f"leaf_{method.role}" for method in soup_builder.METHODS.values()]
     taken += [distillation_students.ensemble_name("CustomMobileOne"), f"leaf_{distillation_students.ROLE}"]
     assert [name for name in taken if not RESERVED.fullmatch(name)] == []
 

@@ -34,7 +34,8 @@ from given_predictions import arrays, write  # noqa: E402
 from hypothesis import HealthCheck, given, seed, settings  # noqa: E402
 from in_process import run  # noqa: E402
 
-from utils import base_back, ensembles  # noqa: E402
+from utils import base_back
+from utils.building import ensembles  # noqa: E402
 from utils.core.errors import OrchestratorError  # noqa: E402
 from utils.core.workspace import Workspace  # noqa: E402
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import PROJECT
 from given_predictions import CONFIG, empty_workspace, fewer, take_in, write
 
-from utils import build
+from utils.building import build_commands
 from utils.core.config_file import load
 from utils.core.errors import UserError
 from utils.discovery import import_predictions
@@ -25,13 +25,13 @@ def test_a_class_with_one_row_cannot_be_cross_fitted(tmp_path, workspace):
 
     take_in(workspace, write(tmp_path / "given", stems=("val",), change=one_cat))
     with pytest.raises(UserError, match="one group of samples of class cat; cross-fitting needs two"):
-        build.build_ensemble(CONFIG, workspace)
+        build_commands.build_ensemble(CONFIG, workspace)
 
 
 def test_folds_keep_groups_together_by_their_names_alone(tmp_path, workspace):
     config = load(PROJECT / "configs" / "votes.yaml", overrides=[r"dataset.group_regex=^\d\d\d(\d)\.png$"])
     import_predictions.import_predictions(config, workspace, folder=str(write(tmp_path / "given")))
-    build.build_ensemble(config, workspace)
+    build_commands.build_ensemble(config, workspace)
     with np.load(workspace.crossfit_folds) as folds:
         groups = [sample_id[-5] for sample_id in folds["sample_ids"].tolist()]
         assert len({(group, fold) for group, fold in zip(groups, folds["fold"].tolist(), strict=True)}) == 10

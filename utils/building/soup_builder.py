@@ -14,18 +14,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from utils import ensembles, fitting
+from utils.building import ensembles, fitting
+from utils.building.ensembles import Provenance
 from utils.core.artifacts import digest_of, read_record, require_own_folder, write_checkpoint, write_json
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.discovery import discover
-from utils.ensembles import Provenance
 from utils.networks.checkpoints import said_of_training
 from utils.predictions.catalog import Member
 from utils.predictions.store import Store
 
 if TYPE_CHECKING:
-    from utils.soup_trials import Mix, Survey, Trial
+    from utils.building.soup_trials import Mix, Survey, Trial
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -147,7 +147,7 @@ def _of_backbone(store: Store, member: Member, force: bool) -> Outcome:
             names = tuple(part["ensemble"] for part in made.values())
             return Outcome((), names, _lines(store, member, known, "up to date"))
     require_own_folder(store.workspace.derived_checkpoints)
-    from utils import soup_trials
+    from utils.building import soup_trials
 
     survey = soup_trials.look_at(store, member, _entries(member))
     found = {key: METHODS[key].make(survey) for key in _methods(store)}
@@ -193,7 +193,7 @@ def _greedy(survey: Survey) -> Soup | str:
 
 def _wise_ft(survey: Survey) -> Soup | str:
     """The best point on the line from the trained head to the fine-tuned network (Wortsman et al. 2021, WiSE-FT)."""
-    from utils.soup_trials import SHARED
+    from utils.building.soup_trials import SHARED
 
     trials, own = survey.trials, survey.ingredients[0]["stage"]
     if HEAD not in trials.ingredients or own == HEAD:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from utils import ensembles, fitting, fusion_building, moe_building, pruned_building, snapshot_building, soup_building
+from utils.building import (
+    ensembles,
+    fitting,
+    fusion_builder,
+    moe_builder,
+    pruning_builder,
+    snapshot_builder,
+    soup_builder,
+)
 from utils.core.config import Config, require_enabled
 from utils.core.errors import UserError
 from utils.core.results import Result
@@ -27,7 +35,7 @@ def build_ensemble(config: Config, workspace: Workspace, *, pick: str | None = N
     result.
     """
     if pick is not None:
-        require_enabled(config, pruned_building.PLACE)
+        require_enabled(config, pruning_builder.PLACE)
         config = config.model_copy(update={"pruning": config.pruning.model_copy(update={"pick": pick})})
     return _of_sections(SECTIONS, config, workspace, force)
 
@@ -97,13 +105,13 @@ def _is_up_to_date(store: Store, members: Sequence[Member], method: str) -> bool
 
 KEYS = ("built", "up_to_date")
 SECTIONS: dict[str, Section] = {
-    soup_building.PLACE: soup_building.model_soups,  # first: what it makes may be a member of the others
-    snapshot_building.PLACE: snapshot_building.snapshots,
+    soup_builder.PLACE: soup_builder.model_soups,  # first: what it makes may be a member of the others
+    snapshot_builder.PLACE: snapshot_builder.snapshots,
     "runs.score_ensemble": score_level,
-    pruned_building.PLACE: pruned_building.pruned,
+    pruning_builder.PLACE: pruning_builder.pruned,
 }
 FUSION_SECTIONS: dict[str, Section] = {
-    fusion_building.PLACE: fusion_building.fusion,
-    moe_building.CASCADE: moe_building.cascades,
-    moe_building.MOE: moe_building.mixture,
+    fusion_builder.PLACE: fusion_builder.fusion,
+    moe_builder.CASCADE: moe_builder.cascades,
+    moe_builder.MOE: moe_builder.mixture,
 }

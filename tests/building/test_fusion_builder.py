@@ -12,7 +12,7 @@ import pytest
 from conftest import PROJECT
 from test_predictions import workspace_at
 
-from utils import embedding_rows, fusion_building
+from utils.building import embedding_rows, fusion_builder
 from utils.core.config_file import load
 from utils.core.errors import UserError
 from utils.predictions import catalog
@@ -193,10 +193,10 @@ def test_a_member_without_embeddings_is_left_out_and_one_alone_is_no_fusion(own,
     monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
     path = store.workspace.predictions(members[0].name, "val") / "record.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"width": 0}))
-    left = fusion_building._with_embeddings(store, members, told=True)
+    left = fusion_builder._with_embeddings(store, members, told=True)
     assert [member.name for member in left] == [member.name for member in members[1:]]
     with pytest.raises(UserError, match=rf"1 member\(s\) with embeddings.*no embeddings of {members[0].name}"):
-        fusion_building._with_embeddings(store, members[:2])
+        fusion_builder._with_embeddings(store, members[:2])
 
 
 def test_extraction_that_is_switched_off_names_what_is_missing(own, orchestrator):

@@ -12,7 +12,8 @@ from test_discovery import change
 from test_predictions import workspace_at
 from torch import nn
 
-from utils import soup_trials
+from utils.building import soup_trials
+from utils.building.soup_trials import Figures, Trial, Trials
 from utils.core.config_file import load
 from utils.core.errors import UserError
 from utils.discovery import discover
@@ -20,7 +21,6 @@ from utils.networks.soups import Ingredient, mixture
 from utils.numeric.metrics import accuracy, log_loss, softmax
 from utils.predictions import catalog, image_splits, streaming
 from utils.predictions.store import Store
-from utils.soup_trials import Figures, Trial, Trials
 
 NAME = "CustomResNetMish"
 STAGES = ("final", "finetune_best", "fold0", "head_best", "snapshot1", "snapshot2", "snapshot3")

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from utils.building.recommendation import Candidate, recommend
 from utils.core.errors import UserError
-from utils.recommendation import Candidate, recommend
 
 RNG = np.random.default_rng(0)
 BASE = RNG.gamma(1.0, 0.3, 200)

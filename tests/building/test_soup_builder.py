@@ -13,7 +13,8 @@ from test_discovery import change
 from test_predictions import workspace_at
 from test_soup_trials import NAME, one_backbone
 
-from utils import build, ensembles, inventory, soup_building
+from utils import inventory
+from utils.building import build_commands, ensembles, soup_builder
 from utils.core.config_file import load
 from utils.core.errors import UserError
 from utils.discovery import discover
@@ -38,7 +39,7 @@ def config(*overrides):
 
 
 def brew(workspace, *overrides, force=False):
-    return build.build_ensemble(config(*overrides), workspace, force=force)
+    return build_commands.build_ensemble(config(*overrides), workspace, force=force)
 
 
 def weights(path):
@@ -295,7 +296,7 @@ def test_trouble_with_one_backbone_is_a_failure_with_its_name(own):
     change(own.checkpoint(NAME, "final"), lambda r: r["model_state_dict"]["network.fc.bias"].add_(1))
     found = catalog.load(own)
     store = Store(config(), own, found)
-    result = soup_building.model_soups(store, [found.members[NAME]], True)
+    result = soup_builder.model_soups(store, [found.members[NAME]], True)
     assert [text.partition(": /")[0] for text in result.failures] == [f"runs.model_soup: {NAME}"]
     assert "changed since discovery" in result.failures[0]
 
@@ -313,7 +314,7 @@ def test_late_epochs_alone_are_looked_at(brewed):
     ]
     entries = tuple({"path": stage, "stage": stage, "sha256": stage} for stage in stages)
     object.__setattr__(member, "checkpoints", entries)
-    found = [entry["stage"] for entry in soup_building._entries(member)]
+    found = [entry["stage"] for entry in soup_builder._entries(member)]
     assert found == ["final", "finetune_epoch5", "finetune_epoch9", "fold0"]
 
 

@@ -10,11 +10,11 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from utils import ensembles
+from utils.building import ensembles
+from utils.building.ensembles import Ensemble, Provenance, RowSet
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.ensemble_methods import SoftVoting
-from utils.ensembles import Ensemble, Provenance, RowSet
 from utils.numeric.metrics import softmax
 from utils.predictions.rows import Rows
 

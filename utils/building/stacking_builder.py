@@ -6,16 +6,16 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils import ensembles, fitting, guards, inference_choice
+from utils.building import baselines, ensembles, fitting, inference_choice
+from utils.building.baselines import Guards
+from utils.building.fitting import HonestRows
+from utils.building.inference_choice import Measurement
 from utils.combiners.protocol import MemberFacts
 from utils.core.config import Config, require_enabled
 from utils.core.errors import HonestyError, UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.discovery import discover
-from utils.fitting import HonestRows
-from utils.guards import Guards
-from utils.inference_choice import Measurement
 from utils.predictions import catalog, fold_networks
 from utils.predictions.catalog import Member
 from utils.predictions.fold_networks import FOLDS, FULL
@@ -129,7 +129,7 @@ def _prepared(store: Store, members: Sequence[Member], known: MemberFacts, infer
     """The rows to fit on and the simple combinations on them, by the networks that are to answer."""
     fold_networks.ensure(store, members, STREAMED, inference)
     honest = fitting.honest_rows(store, members, kind=store.config.runs.stacking.fit_rows, inference=inference)
-    return honest, guards.measure(store.config, known, honest.rows.logits, honest.rows.labels, honest.fold)
+    return honest, baselines.measure(store.config, known, honest.rows.logits, honest.rows.labels, honest.fold)
 
 
 def _lacking(members: Sequence[Member]) -> list[str]:

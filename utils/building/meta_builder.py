@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from utils import ensembles, fitting, guards
+from utils.building import baselines, ensembles, fitting
+from utils.building.ensembles import Ensemble
+from utils.building.fitting import HonestRows
 from utils.core.config import Config, require_enabled
 from utils.core.errors import UserError, did_you_mean
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.discovery import discover
-from utils.ensembles import Ensemble
-from utils.fitting import HonestRows
 from utils.meta_methods import FUSERS, PARTS, Input, MetaFuser
 from utils.predictions import catalog, fold_networks
 from utils.predictions.catalog import Member
@@ -53,7 +53,7 @@ def meta_fuse(config: Config, workspace: Workspace, *, force: bool = False) -> R
         fold_networks.ensure(store, members, STREAMED, _inference(found))
         known = fitting.facts(store, members)
         rows, inputs = _aligned(store, members, found)
-        simple = guards.measure(config, known, rows.rows.logits, rows.rows.labels, rows.fold)
+        simple = baselines.measure(config, known, rows.rows.logits, rows.rows.labels, rows.fold)
         recipe = MetaFuser.over(config, known, inputs)
         logger.info("fitting %s (%s) on %s", NAME, kind, ", ".join(found))
         seen = [one.provenance for one in found.values()]

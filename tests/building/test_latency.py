@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from utils import latency
+from utils.building import latency
+from utils.building.latency import Timing, measure, stored, timing_of
 from utils.core.artifacts import FileDigests
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
-from utils.latency import Timing, measure, stored, timing_of
 from utils.predictions import streaming
 from utils.predictions.catalog import Member
 

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import base_back, embedding_rows, ensembles, fitting, guards
+from utils import base_back
+from utils.building import baselines, embedding_rows, ensembles, fitting
+from utils.building.ensembles import Crossfit
 from utils.core import estimates
 from utils.core.artifacts import digest_of, write_checkpoint
 from utils.core.errors import UserError
 from utils.discovery import discover
-from utils.ensembles import Crossfit
 from utils.fusion_methods import COMBINERS, Fusion
 from utils.networks.checkpoints import said_of_training
 from utils.networks.construction import NetworkSpec
@@ -124,7 +125,7 @@ def build(store: Store, members: Sequence[Member], name: str, force: bool) -> No
         derived,
         own,
         also=wanted,
-        beside=guards.measure(config, facts, judged.rows.logits, judged.rows.labels, judged.fold),
+        beside=baselines.measure(config, facts, judged.rows.logits, judged.rows.labels, judged.fold),
         notes={"train_embeddings": _source(), "end_to_end": _facts(derived, tuned)},
         unseen=Crossfit(unseen.astype(np.float32), own.rows.labels, own.rows.sample_ids, own.rows.split, own.fold),
     )

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from utils import embedding_rows, end_to_end, ensembles, fitting, guards
+from utils.building import baselines, embedding_rows, end_to_end, ensembles, fitting
+from utils.building.baselines import Guards
+from utils.building.embedding_rows import Embedded
+from utils.building.ensembles import Crossfit, Provenance
+from utils.building.fitting import HonestRows
 from utils.combiners.protocol import Combiner, MemberFacts
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.results import Result
-from utils.embedding_rows import Embedded
-from utils.ensembles import Crossfit, Provenance
-from utils.fitting import HonestRows
 from utils.fusion_methods import COMBINERS
-from utils.guards import Guards
 from utils.numeric.metrics import log_loss
 from utils.predictions import fold_networks
 from utils.predictions.catalog import Member
@@ -208,7 +208,7 @@ def _basis(store: Store, known: MemberFacts, embedded: Embedded, *, in_sample: b
     fitted = judged = fitting.in_folds(store, rows)
     if in_sample:
         fitted, judged = fitted.of_split("train"), judged.of_split("val")
-    simple = guards.measure(store.config, known, judged.rows.logits, judged.rows.labels, judged.fold)
+    simple = baselines.measure(store.config, known, judged.rows.logits, judged.rows.labels, judged.fold)
     return Basis(fitted, judged, simple, embedded.facts)
 
 

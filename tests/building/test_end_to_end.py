@@ -15,7 +15,7 @@ from given_predictions import empty_workspace, opened, take_in, write
 from killing import digests, run_and_kill
 from test_predictions import workspace_at
 
-from utils import end_to_end, ensembles
+from utils.building import end_to_end, ensembles
 from utils.core.config_file import load
 from utils.core.errors import UserError
 from utils.predictions import catalog

@@ -19,7 +19,8 @@ import pytest
 import torch
 from conftest import PROJECT, run_python
 
-from utils import build, ensembles, inventory, snapshot_building
+from utils import inventory
+from utils.building import build_commands, ensembles, snapshot_builder
 from utils.core import subprocesses
 from utils.core.config_file import load
 from utils.core.workspace import Workspace
@@ -80,7 +81,7 @@ def digests(workspace: Workspace) -> dict[str, str]:
     """Snapshots and what is saved of their mean."""
     files = [
         *workspace.derived_checkpoints.glob("*_snapshot*.pth"),
-        *(workspace.ensemble(snapshot_building.NAME) / name for name in ("crossfit.npz", "provenance.npz")),
+        *(workspace.ensemble(snapshot_builder.NAME) / name for name in ("crossfit.npz", "provenance.npz")),
     ]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -151,7 +152,7 @@ def test_what_is_there_is_known_without_torch_and_without_a_training(made, tmp_p
 def test_force_builds_again_from_finished_trainings(copy):
     before = {path: path.stat().st_mtime_ns for path in copy.checkpoints.glob("*.pth")}
     (copy.snapshots).unlink()
-    result = build.build_ensemble(config(), copy, force=True)
+    result = build_commands.build_ensemble(config(), copy, force=True)
     assert "snapshot_ensemble" in result.document["built"]
     assert {path: path.stat().st_mtime_ns for path in copy.checkpoints.glob("*.pth")} == before
 
@@ -160,7 +161,7 @@ def test_another_number_of_cycles_is_other_work_and_the_old_snapshots_leave(copy
     one = "runs.snapshot_ensemble.n_snapshots=1"
     state = inventory.take(config(one), copy).ensembles["snapshot_ensemble"]
     assert str(state) == "stale: its backbones, images or settings are others now, or a snapshot is gone"
-    assert build.build_ensemble(config(one), copy).failures == []
+    assert build_commands.build_ensemble(config(one), copy).failures == []
     assert ensembles.load(copy, "snapshot_ensemble").members == (f"{NAME}_snapshot4",)
     assert snapshots_of(copy) == [f"{NAME}_snapshot{number}" for number in (1, 2, 3, 4)]
     found = inventory.take(config(one), copy)
@@ -171,7 +172,7 @@ def test_a_snapshot_that_is_gone_is_made_again(copy):
     before = digests(copy)
     copy.checkpoint(NAME, "snapshot5").unlink()
     assert inventory.take(config(), copy).ensembles["snapshot_ensemble"].state == "stale"
-    assert build.build_ensemble(config(), copy).failures == []
+    assert build_commands.build_ensemble(config(), copy).failures == []
     assert digests(copy) == before
 
 
@@ -237,7 +238,7 @@ def test_with_an_output_of_its_own_nothing_is_written_into_the_workspace(discove
     before = {path: path.stat().st_mtime_ns for path in sorted(base.rglob("*"))}
     workspace = at(base, tmp_path / "out")
     discover.discover(config(), workspace)
-    assert build.build_ensemble(config(), workspace).failures == []
+    assert build_commands.build_ensemble(config(), workspace).failures == []
     assert {path: path.stat().st_mtime_ns for path in sorted(base.rglob("*"))} == before
     members = catalog.read(workspace).members
     path = tmp_path / "out" / "checkpoints" / f"{NAME}_snapshot4.pth"
@@ -257,7 +258,9 @@ def test_a_training_that_fails_is_named_and_the_mean_is_that_of_the_others(copy,
     }
     monkeypatch.setattr(subprocesses, "run", lambda *_: (4, json.dumps(summary), []))
     copy.snapshots.unlink()
-    result = build.build_ensemble(config("backbones.include=[CustomResNetMish, CustomConvNeXt]"), copy, force=True)
+    result = build_commands.build_ensemble(
+        config("backbones.include=[CustomResNetMish, CustomConvNeXt]"), copy, force=True
+    )
     assert result.failures == ["runs.snapshot_ensemble: CustomConvNeXt snapshots: its process died"]
     assert "; 2 snapshots of 1 backbone(s)" in result.text
     assert ensembles.load(copy, "snapshot_ensemble").members == (f"{NAME}_snapshot4", f"{NAME}_snapshot5")
@@ -267,7 +270,7 @@ def test_a_training_that_fails_is_named_and_the_mean_is_that_of_the_others(copy,
 def test_a_training_that_cannot_begin_is_told_with_its_last_words(copy, monkeypatch):
     copy.snapshots.unlink()
     monkeypatch.setattr(subprocesses, "run", lambda *_: (2, "", ["DBT_SEED: found 'x'"]))
-    failure = build.build_ensemble(config(), copy).failures[0]
+    failure = build_commands.build_ensemble(config(), copy).failures[0]
     assert "training ended with code 2: DBT_SEED: found 'x'. To see more: " in failure
     assert f"--stages snapshots --backbones {NAME} --snapshots 2 --epochs-per-cycle 1" in failure
 
@@ -303,7 +306,7 @@ def test_the_training_gets_the_device_of_the_configuration(device, visible, expe
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     store = SimpleNamespace(workspace=at(tmp_path), config=config(f"device={device}"))
-    assert snapshot_building._environment(store).get("CUDA_VISIBLE_DEVICES") == expected
+    assert snapshot_builder._environment(store).get("CUDA_VISIBLE_DEVICES") == expected
 
 
 def member(name: str, **changes: str) -> SimpleNamespace:
@@ -318,8 +321,8 @@ def test_only_networks_of_base_back_under_their_own_names_are_trained_anew(tmp_p
         member("copy", architecture="CustomConvNeXt"),
         member("theirs", source="imported"),
     ]
-    assert [found.name for found in snapshot_building._parents(kinds)] == ["CustomConvNeXt"]
-    result = snapshot_building.snapshots(SimpleNamespace(), kinds[1:], False)
+    assert [found.name for found in snapshot_builder._parents(kinds)] == ["CustomConvNeXt"]
+    result = snapshot_builder.snapshots(SimpleNamespace(), kinds[1:], False)
     assert result.failures == [
         "runs.snapshot_ensemble: none of the selected members is a network that BASE-BACK can train"
     ]

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from utils import ensembles
+from utils.building import ensembles
+from utils.building.baselines import Guards, judge
+from utils.building.ensembles import Crossfit, Ensemble, Provenance, RowSet
 from utils.combiners.protocol import Combiner, MemberFacts
 from utils.core.artifacts import digest_of
 from utils.core.config import Config
 from utils.core.errors import HonestyError, UserError
-from utils.ensembles import Crossfit, Ensemble, Provenance, RowSet
-from utils.guards import Guards, judge
 from utils.numeric.metrics import accuracy, log_loss, log_loss_per_row
 from utils.predictions import catalog, fold_networks
 from utils.predictions.catalog import IMPORTED, Member

@@ -15,7 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils import base_back, ensembles, fitting
+from utils import base_back
+from utils.building import ensembles, fitting
 from utils.core import estimates, subprocesses
 from utils.core.artifacts import digest_of, read_record, write_json
 from utils.core.results import Result

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from utils import ensemble_methods, fusion_methods, meta_methods, moe_methods, stacking_methods
+from utils.building.recommendation import Candidate, recommend
 from utils.combiners import pruning
 from utils.combiners.protocol import Combiner, fit_crossfitted, seen_by
 from utils.core.artifacts import (
@@ -29,7 +30,6 @@ from utils.numeric.metrics import log_loss_per_row, softmax
 from utils.predictions.catalog import Member, trained_further
 from utils.predictions.rows import Rows
 from utils.predictions.store import Store
-from utils.recommendation import Candidate, recommend
 
 SCHEMA = 3
 FORM = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import fitting, latency
+from utils.building import fitting, latency
 from utils.combiners.protocol import MemberFacts
 from utils.combiners.pruning import COMBINERS
 from utils.combiners.subset_search import NothingFits

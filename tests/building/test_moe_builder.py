@@ -13,7 +13,7 @@ import pytest
 from finished_workspace import at
 from given_predictions import CONFIG, take_in, write
 
-from utils import build, ensembles, moe_building, sparse
+from utils.building import build_commands, ensembles, moe_builder, sparse_timing
 from utils.classifier import WorkspaceClassifier
 from utils.combiners.gating import SparseGate
 from utils.combiners.routing import needed
@@ -120,7 +120,7 @@ def test_images_are_answered_by_running_only_the_members_they_need(fused, make, 
 def test_a_stopwatch_answers_as_the_store_does(fused):
     store, members = opened(fused)
     images = store.images("val").take([3, 9, 20])
-    watch = sparse.Stopwatch(store, members, images, "cpu")
+    watch = sparse_timing.Stopwatch(store, members, images, "cpu")
     found = watch.run(1, np.array([0, 2]))
     np.testing.assert_allclose(found, store.rows(members[1], "val").logits[[3, 20]], atol=1e-4)
     assert watch.of_member(1) > 0
@@ -131,14 +131,14 @@ def test_a_second_run_keeps_them_and_a_changed_setting_does_not(fused, orchestra
     again = orchestrator("fusion-train", *QUICK, "--json", workspace=workspace)
     assert json.loads(again.stdout)["up_to_date"] == ["cascade", "moe"]
     store, members = opened(workspace, "runs.moe.top_k=1")
-    assert moe_building.is_current(store, members, "cascade")
-    assert not moe_building.is_current(store, members, "moe")
+    assert moe_builder.is_current(store, members, "cascade")
+    assert not moe_builder.is_current(store, members, "moe")
     latencies = json.loads(store.workspace.latency.read_text())
     for entry in latencies["networks"].values():
         for measured in entry.values():
             measured["batches"]["batch_1"]["p50"] *= 2
     store.workspace.latency.write_text(json.dumps(latencies))
-    assert not moe_building.is_current(store, members, "cascade")
+    assert not moe_builder.is_current(store, members, "cascade")
 
 
 def test_evaluate_scores_them_and_meta_fuse_takes_them(fused, orchestrator, tmp_path):
@@ -166,7 +166,7 @@ def test_members_known_by_predictions_alone_are_mixed_without_times(tmp_path):
     workspace.base.mkdir()
     take_in(workspace, write(tmp_path / "given"))
     config = load(CONFIG.source, overrides=list(ON))
-    done = build.fusion_train(config, workspace)
+    done = build_commands.fusion_train(config, workspace)
     assert done.document["built"] == ["cascade", "moe"]
     for name in ("moe", "cascade"):
         found = record(workspace.base, name)

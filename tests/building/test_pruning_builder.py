@@ -8,8 +8,9 @@ import re
 import pytest
 from conftest import PROJECT, run_python
 
-from utils import inventory, latency, pruned_building
-from utils.build import build_ensemble
+from utils import inventory
+from utils.building import latency, pruning_builder
+from utils.building.build_commands import build_ensemble
 from utils.core.config_file import load
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
@@ -182,7 +183,7 @@ def test_a_member_whose_costs_are_unknown_is_not_bound_and_that_is_said_once(wor
         del found["CustomViTHybrid"]
         return found
 
-    monkeypatch.setattr(pruned_building.latency, "measure", without_one)
+    monkeypatch.setattr(pruning_builder.latency, "measure", without_one)
     result = build(workspace, "pruning.cost_budget.max_latency_ms=0.0001")
     assert result.failures == []
     assert record(workspace)["members"] == ["CustomViTHybrid"]

@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from utils import ensembles, fitting, guards, latency
+from utils.building import baselines, ensembles, fitting, latency
+from utils.building.baselines import Guards, bootstrap_interval
+from utils.building.ensembles import Crossfit
+from utils.building.fitting import HonestRows
+from utils.building.sparse_timing import Stopwatch
 from utils.combiners.protocol import Combiner, MemberFacts, fit_crossfitted
 from utils.combiners.routing import needed
 from utils.core.config import Config
 from utils.core.results import Result
-from utils.ensembles import Crossfit
-from utils.fitting import HonestRows
-from utils.guards import Guards, bootstrap_interval
 from utils.moe_methods import COMBINERS, Cascade, MixtureOfExperts
 from utils.numeric.metrics import log_loss_per_row, softmax
 from utils.predictions import catalog, streaming
 from utils.predictions.catalog import Member
 from utils.predictions.store import Store
-from utils.sparse import Stopwatch
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -63,7 +63,7 @@ def _section(store: Store, members: Sequence[Member], name: str, force: bool) ->
         known = fitting.facts(store, members, latency.milliseconds(records))
         honest = fitting.honest_rows(store, members)
         rows = honest.rows
-        simple = guards.measure(store.config, known, rows.logits, rows.labels, honest.fold)
+        simple = baselines.measure(store.config, known, rows.logits, rows.labels, honest.fold)
         recipe = COMBINERS[name].configured(store.config, known)
         beside = _Beside(store, members, known, honest, simple)
         logger.info("fitting %s on %d honest rows of %d members", name, len(honest.fold), len(members))

@@ -8,10 +8,10 @@ import math
 import numpy as np
 import pytest
 
-from utils import inference_choice
+from utils.building import inference_choice
+from utils.building.inference_choice import Measurement
 from utils.combiners.protocol import MemberFacts
 from utils.core.config import Config
-from utils.inference_choice import Measurement
 from utils.predictions.rows import Rows
 
 N, C = 120, 3

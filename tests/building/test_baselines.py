@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from utils import guards
+from utils.building import baselines
 from utils.combiners.protocol import MemberFacts
 from utils.core.config import Config
 from utils.numeric.metrics import log_loss, softmax
@@ -20,7 +20,7 @@ def measured():
     labels = rng.integers(0, C, N)
     logits = rng.normal(size=(2, N, C)).astype(np.float32)
     logits[1, np.arange(N), labels] += 2
-    return guards.measure(Config(), FACTS, logits, labels, np.arange(N) % 5), logits, labels
+    return baselines.measure(Config(), FACTS, logits, labels, np.arange(N) % 5), logits, labels
 
 
 def test_the_five_simple_combinations_are_measured_on_unseen_rows(measured):
@@ -37,21 +37,21 @@ def test_the_five_simple_combinations_are_measured_on_unseen_rows(measured):
 def test_a_clear_gain_beats_and_a_hair_does_not(measured):
     found = measured[0]
     best = min(found.losses.values(), key=lambda losses: losses.mean())
-    clear = guards.judge(found, best - 0.1)
+    clear = baselines.judge(found, best - 0.1)
     assert clear["beats_guards"]
     assert clear["verdict"].startswith("beats ")
     noise = np.random.default_rng(0).normal(size=N)
-    hair = guards.judge(found, best + 0.3 * (noise - noise.mean()) - 1e-6)
+    hair = baselines.judge(found, best + 0.3 * (noise - noise.mean()) - 1e-6)
     assert not hair["beats_guards"]
     assert hair["verdict"].startswith("does not beat ")
-    worse = guards.judge(found, best + 0.1)
+    worse = baselines.judge(found, best + 0.1)
     assert not worse["beats_guards"]
     assert worse["verdict"].startswith("is worse than ")
 
 
 def test_every_gain_stands_with_its_interval(measured):
     found = measured[0]
-    record = guards.judge(found, found.losses["soft_voting"] - 0.2)
+    record = baselines.judge(found, found.losses["soft_voting"] - 0.2)
     gain = record["guards"]["soft_voting"]
     assert gain["gain"] == pytest.approx(0.2)
     np.testing.assert_allclose(gain["gain_ci95"], 0.2)
@@ -60,5 +60,5 @@ def test_every_gain_stands_with_its_interval(measured):
 def test_the_interval_covers_the_true_mean_as_often_as_it_says():
     rng = np.random.default_rng(4)
     draws = rng.normal(0.3, 1.0, size=(200, 150))
-    inside = [low <= 0.3 <= high for low, high in (guards.bootstrap_interval(one, seed=1) for one in draws)]
+    inside = [low <= 0.3 <= high for low, high in (baselines.bootstrap_interval(one, seed=1) for one in draws)]
     assert 0.90 <= np.mean(inside) <= 0.99

@@ -160,7 +160,7 @@ class Classroom:
 
     def teacher(self) -> dict[str, Any]:
         """`scores` {accuracy, log_loss, ece} on test; of its cross-fitted targets the same, `oof`, and `entropy`."""
-        from utils.distillation_controls import scores
+        from utils.distillation.controls import scores
 
         known = ~np.isnan(self.unseen).any(axis=1)
         targets = np.exp(self.unseen[known].astype(np.float64))
@@ -172,8 +172,8 @@ class Classroom:
 
     def student(self, who: str, epochs: int, seed: int) -> dict[str, Any]:
         """`scores` and `agreement` with the teacher on test, `history` by epoch; `who`: a kind of targets, or alone."""
-        from utils.distillation_controls import agreement, scores
-        from utils.distilling import Course, logits_of, train
+        from utils.distillation.controls import agreement, scores
+        from utils.distillation.student_training import Course, logits_of, train
         from utils.numeric.metrics import softmax
 
         known = ~np.isnan(self.unseen).any(axis=1)
@@ -193,7 +193,7 @@ class Classroom:
         """Epoch -> what the teacher says of the views of that epoch; once for those that come back."""
         import torch
 
-        from utils.distillation_targets import log_probabilities
+        from utils.distillation.soft_targets import log_probabilities
         from utils.networks.construction import NetworkSpec
         from utils.predictions import streaming
 
@@ -225,7 +225,7 @@ def _teacher(split: Mapping[str, np.ndarray]) -> tuple[Any, np.ndarray]:
     from utils.combiners.protocol import MemberFacts, fit_crossfitted
     from utils.combiners.weighting import WeightedPool
     from utils.core.config_file import load
-    from utils.distillation_targets import log_probabilities
+    from utils.distillation.soft_targets import log_probabilities
 
     members = tuple(split["members"].tolist())
     unknown = np.full(len(members), np.nan)
@@ -264,7 +264,7 @@ def _albums(split: Mapping[str, np.ndarray], data: Path, *, whole: bool) -> dict
 
 
 def _lessons(album: Any, who: str, known: np.ndarray, *, batch: int, seed: int = 0) -> Any:
-    from utils.distillation_teaching import plainness
+    from utils.distillation.target_sources import plainness
     from utils.training.image_views import Lessons
 
     plain = plainness(album, who, known, ALPHA)
@@ -295,7 +295,7 @@ def _fresh(classes: int, seed: int = 0) -> Any:
 def cost_rows(path: Path, data: Path, *, whole: bool) -> list[dict]:
     """CPU seconds of an epoch with cached targets against one of the base pipeline's plain training."""
     from utils import base_back
-    from utils.distilling import Course, train
+    from utils.distillation.student_training import Course, train
 
     split = prepare.read(path)
     albums, classes = _albums(split, data, whole=whole), len(split["classes"])
@@ -334,7 +334,7 @@ def cost_rows(path: Path, data: Path, *, whole: bool) -> list[dict]:
         )
         times[kind].append(time.process_time() - start - exam)
 
-    from utils.distilling import logits_of
+    from utils.distillation.student_training import logits_of
 
     plain()  # warm
     start = time.process_time()
@@ -359,14 +359,14 @@ def cost_rows(path: Path, data: Path, *, whole: bool) -> list[dict]:
 
 def cache_row() -> dict:
     """Megabytes of the targets of many images in some views, as they are kept."""
-    from utils import distillation_targets
+    from utils.distillation import soft_targets
 
     images, views, classes = CACHE
     rng = np.random.default_rng(0)
-    targets = distillation_targets.log_probabilities(rng.dirichlet(np.full(classes, 0.1), size=(views, images)))
+    targets = soft_targets.log_probabilities(rng.dirichlet(np.full(classes, 0.1), size=(views, images)))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "targets.npz"
-        distillation_targets.save(path, "key", distillation_targets.pack(targets))
+        soft_targets.save(path, "key", soft_targets.pack(targets))
         size = path.stat().st_size / 1e6
     what = f"cached targets, {images} images x {views} views x {classes} classes"
     return row(what, size, "MB", "< 2", size < 2, None)

@@ -17,15 +17,7 @@ from conftest import PROJECT
 from finished_workspace import at
 
 import ensemble_orchestrator
-from utils import (
-    distillation_plan,
-    distillation_students,
-    distillation_teachers,
-    export_utils,
-    inventory,
-    report,
-    unlabeled,
-)
+from utils import export_utils, inventory, report
 from utils.building import (
     build_commands,
     end_to_end,
@@ -37,6 +29,7 @@ from utils.building import (
 )
 from utils.core.config import Config, validate
 from utils.core.errors import UserError
+from utils.distillation import student_plan, students, teachers, unlabeled
 from utils.predictions import catalog, image_splits, streaming
 from utils.predictions.store import Store
 
@@ -157,11 +150,11 @@ def how_it_fuses(store: Store, members: Any) -> str:
 
 def how_it_teaches(store: Store) -> Any:
     """Students and teachers, and what each student depends on, taught by an ensemble that is there."""
-    steps = distillation_plan.steps(store.config)
+    steps = student_plan.steps(store.config)
     try:
-        found = [distillation_students.find(store, step.student) for step in steps]
-        teacher = distillation_teachers.find(store, "soft_voting", besides=found[-1].member)
-        return steps, [distillation_plan.key(store, one, teacher, unlabeled.find(store)) for one in found]
+        found = [students.find(store, step.student) for step in steps]
+        teacher = teachers.find(store, "soft_voting", besides=found[-1].member)
+        return steps, [student_plan.key(store, one, teacher, unlabeled.find(store)) for one in found]
     except UserError as error:
         return str(error)
 

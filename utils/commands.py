@@ -160,7 +160,7 @@ COMMANDS: dict[str, Command] = {
         decodes=True,
     ),
     "distill": Command(
-        "utils.distill_building:distill",
+        "utils.distillation.student_builder:distill",
         "teach one small network what an ensemble knows, and hold it against itself untaught",
         "distill --set distillation.teacher=best",
         {},

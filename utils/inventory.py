@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils import base_back, distillation_plan, scoring
+from utils import base_back, scoring
 from utils.building import (
     ensembles,
     fitting,
@@ -21,6 +21,7 @@ from utils.core.artifacts import FileDigests, read_record
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.workspace import SPLITS, Workspace
+from utils.distillation import student_plan
 from utils.predictions import catalog, fold_networks
 from utils.predictions.catalog import IMPORTED, Catalog, Member
 from utils.predictions.store import Store
@@ -128,7 +129,7 @@ def _learned(config: Config) -> dict[str, tuple[str, ...]]:
     fused = (*fusion_builder.names(config), *moe_builder.names(config))
     found |= {"fusion-train": fused} if fused else {}
     found |= {"meta-fuse": ("meta_fuser",)} if config.runs.meta_fuser.enable else {}
-    return found | ({"distill": tuple(distillation_plan.names(config))} if config.distillation.enable else {})
+    return found | ({"distill": tuple(student_plan.names(config))} if config.distillation.enable else {})
 
 
 def _since_discovery(workspace: Workspace, found: Catalog, digests: FileDigests) -> list[str]:
@@ -262,9 +263,9 @@ def _soup_states(store: Store, member: Member, states: Mapping[str, State]) -> d
 def _student_states(store: Store, states: Mapping[str, State]) -> dict[str, State]:
     """Of the students that the configuration asks for; `states` are those of the ensembles by themselves."""
     try:
-        reasons = distillation_plan.reasons_against(store)
+        reasons = student_plan.reasons_against(store)
     except UserError as error:
-        return dict.fromkeys(distillation_plan.names(store.config), State(DAMAGED, (str(error),)))
+        return dict.fromkeys(student_plan.names(store.config), State(DAMAGED, (str(error),)))
     known = {name: states.get(name, State(MISSING)) for name in reasons}
     return {
         name: State(STALE, (reason,)) if reason and known[name].state == CURRENT else known[name]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from utils.core.display_text import number, percent
-from utils.distillation_controls import ALONE, TEACHER
+from utils.distillation.controls import ALONE, TEACHER
 from utils.report_data import ReportData
 
 MOST_MEMBERS = 30  # columns of the table of weights

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from utils import distillation_controls, scoring
+from utils import scoring
 from utils.building import ensembles
 from utils.building.ensembles import Ensemble
 from utils.building.latency import Record, Timing
+from utils.distillation import controls
 from utils.numeric import uncertainty
 from utils.numeric.metrics import log_loss_per_row, point_metrics, softmax
 from utils.numeric.statistics import (
@@ -153,7 +154,7 @@ def record(item: Scored, saved: Ensemble | None, context: Context) -> dict[str, 
     unseen = unseen_by_ensemble(store, item.name) if saved else unseen_by_member(store, _member(store, item.name))
     if saved:
         ids = rows.sample_ids.tolist()
-        told = distillation_controls.beside(store.workspace, item.name, context.split, ids, item.probabilities)
+        told = controls.beside(store.workspace, item.name, context.split, ids, item.probabilities)
         found, notes = found | told[0], notes | told[1]
     fitted, selected = (
         scoring.overlap(sets, rows) for sets in (item.provenance.fitted_on, item.provenance.selected_on)

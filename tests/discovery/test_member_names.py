@@ -13,9 +13,9 @@ from given_predictions import content, write
 from in_process import run
 from named_members import VOTES, imported, stored
 
-from utils import distillation_students
 from utils.building import ensembles, meta_builder, snapshot_builder, soup_builder
 from utils.discovery.member_names import RESERVED
+from utils.distillation import students
 
 RESERVED_NAMES = (
     *("soft_voting_ensemble", "Soft_Voting_Ensemble", "weighted", "stacking_lr", "stacking_svm", "fusion_concat_mlp"),
@@ -139,7 +139,7 @@ def test_every_name_that_a_method_takes_is_reserved():
     taken = [*ensembles.NAMES.values(), *ensembles.COMBINERS, meta_builder.NAME, snapshot_builder.NAME]
     taken += [f"{method.role}_leaf" for method in soup_builder.METHODS.values()]
     taken += [f"leaf_{method.role}" for method in soup_builder.METHODS.values()]
-    taken += [distillation_students.ensemble_name("CustomMobileOne"), f"leaf_{distillation_students.ROLE}"]
+    taken += [students.ensemble_name("CustomMobileOne"), f"leaf_{students.ROLE}"]
     assert [name for name in taken if not RESERVED.fullmatch(name)] == []
 
 

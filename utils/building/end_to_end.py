@@ -177,7 +177,7 @@ def _facts(derived: Sequence[Member], tuned: Tuned) -> dict[str, Any]:
 
 def _parts(store: Store, members: Sequence[Member]) -> list[Part]:
     """Networks with their images, of which every file is decoded once for all of them."""
-    from utils.distillation_students import augmentation
+    from utils.distillation.students import augmentation
     from utils.training.image_views import Album, Lessons
     from utils.training.joint_networks import Part
 

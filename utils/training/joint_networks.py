@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from utils import base_back
-from utils.distilling import VAL_BATCH
+from utils.distillation.student_training import VAL_BATCH
 from utils.networks import training_memory
 from utils.networks.construction import NetworkSpec, Outputs, cleanup_memory, safe_delete_model
 from utils.predictions.streaming import open_network

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from utils.core.artifacts import read_record, write_json
 from utils.core.errors import UserError
-from utils.distilling import LARGEST_NORM, Progress
+from utils.distillation.student_training import LARGEST_NORM, Progress
 from utils.networks import training_memory
 from utils.networks.construction import out_of_memory
 from utils.numeric.metrics import accuracy, log_loss

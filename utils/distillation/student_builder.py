@@ -15,11 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import distillation_comparison as comparison
-from utils import distillation_plan as plan
-from utils import distillation_students as students
-from utils import distillation_teachers as teachers
-from utils import unlabeled
 from utils.building import ensembles, fitting
 from utils.building.ensembles import Provenance
 from utils.core import caches, estimates
@@ -29,10 +24,13 @@ from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.discovery import discover
-from utils.distillation_controls import ALONE
-from utils.distillation_plan import STREAMED
-from utils.distillation_students import Student
-from utils.distillation_teachers import METHOD, Teacher
+from utils.distillation import student_comparison as comparison
+from utils.distillation import student_plan as plan
+from utils.distillation import students, teachers, unlabeled
+from utils.distillation.controls import ALONE
+from utils.distillation.student_plan import STREAMED
+from utils.distillation.students import Student
+from utils.distillation.teachers import METHOD, Teacher
 from utils.numeric.metrics import softmax
 from utils.predictions import catalog, image_splits, streaming
 from utils.predictions.catalog import Member
@@ -40,7 +38,7 @@ from utils.predictions.image_splits import ImageSplit
 from utils.predictions.store import Store
 
 if TYPE_CHECKING:
-    from utils.distilling import Course, Progress, Trained
+    from utils.distillation.student_training import Course, Progress, Trained
     from utils.training.image_views import Album, Lessons
 
 logger = logging.getLogger("disease_pipeline")
@@ -142,8 +140,8 @@ def _taught(
     store: Store, student: Student, teacher: Teacher, others: ImageSplit | None, key: str, force: bool
 ) -> dict[str, Any]:
     """Train the student and its control, keep both; returns the record."""
-    from utils import distillation_teaching as teaching
-    from utils.distilling import train
+    from utils.distillation import target_sources as teaching
+    from utils.distillation.student_training import train
 
     start = time.monotonic()
     kind, unseen = teaching.kind_of(store, teacher, store.images("train"))
@@ -198,7 +196,7 @@ def _taught(
 
 def _progress(store: Store, student: Student, key: list[str], force: bool) -> dict[str, Progress]:
     """How far student and control are; nothing, where that is to be forgotten."""
-    from utils.distilling import Progress
+    from utils.distillation.student_training import Progress
 
     folder = store.workspace.distillation(student.ensemble)
     if force:
@@ -212,7 +210,7 @@ def _forget_progress(folder: Path) -> None:
 
 
 def _course(store: Store, student: Student) -> Course:
-    from utils.distilling import Course
+    from utils.distillation.student_training import Course
 
     settings = store.config.distillation
     return Course(
@@ -226,7 +224,7 @@ def _alone(showing: _Showing, lessons: Lessons, progress: Progress) -> tuple[Tra
 
     The same network from the same weights, shown as many images by the same augmentation, told their labels alone.
     """
-    from utils.distilling import logits_of, train
+    from utils.distillation.student_training import logits_of, train
     from utils.training.image_views import Lessons
 
     store, settings = showing.store, showing.store.config.distillation

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils import distillation_targets as stored
-from utils import distillation_teachers as teachers
 from utils.core.artifacts import digest_of
 from utils.core.config import Config
 from utils.core.errors import HonestyError, UserError
-from utils.distillation_teachers import Teacher
+from utils.distillation import soft_targets as stored
+from utils.distillation import teachers
+from utils.distillation.teachers import Teacher
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.rows import UNKNOWN
 from utils.predictions.store import Store
@@ -23,7 +23,7 @@ from utils.training.image_views import NO_VIEW, Album, Lessons
 if TYPE_CHECKING:
     import torch
 
-    from utils.distilling import Teach
+    from utils.distillation.student_training import Teach
 
 logger = logging.getLogger("disease_pipeline")
 

@@ -15,7 +15,7 @@ from utils.building import ensembles
 from utils.building.ensembles import Ensemble
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError, did_you_mean
-from utils.distillation_targets import log_probabilities
+from utils.distillation.soft_targets import log_probabilities
 from utils.ensemble_methods import SoftVoting
 from utils.networks import construction
 from utils.networks.construction import NetworkSpec, Outputs

@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from utils import base_back, unlabeled
-from utils import distillation_students as students
-from utils import distillation_teachers as teachers
+from utils import base_back
 from utils.building import ensembles, fitting
 from utils.core.artifacts import digest_of, read_record
 from utils.core.config import Config
 from utils.core.errors import UserError
-from utils.distillation_students import Student
-from utils.distillation_teachers import METHOD, Teacher
+from utils.distillation import students, teachers, unlabeled
+from utils.distillation.students import Student
+from utils.distillation.teachers import METHOD, Teacher
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.store import Store
 

@@ -10,7 +10,7 @@ from test_lessons import split_of
 
 from utils import base_back
 from utils.core.errors import UserError
-from utils.distilling import Course, Progress, Trained, logits_of, train
+from utils.distillation.student_training import Course, Progress, Trained, logits_of, train
 from utils.training.image_views import Album, Lessons
 
 NAME = "CustomViTHybrid"  # warm-up with cosine, BatchNorm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from utils.distillation_controls import agreement, gain_kept, scores, verdict
+from utils.distillation.controls import agreement, gain_kept, scores, verdict
 
 
 def answers(hits: np.ndarray, labels: np.ndarray, sureness: float = 0.8) -> np.ndarray:

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from utils import distillation_controls as controls
-from utils import distillation_teachers as teachers
 from utils.building import latency
 from utils.core.errors import UserError
-from utils.distillation_controls import ALONE, TEACHER
-from utils.distillation_students import Student
-from utils.distillation_teachers import Teacher
+from utils.distillation import controls, teachers
+from utils.distillation.controls import ALONE, TEACHER
+from utils.distillation.students import Student
+from utils.distillation.teachers import Teacher
 from utils.numeric.metrics import softmax
 from utils.predictions import fold_networks
 from utils.predictions.catalog import Member

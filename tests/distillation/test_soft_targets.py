@@ -7,7 +7,7 @@ import pytest
 from given_predictions import logged
 
 from utils.core.errors import UserError
-from utils.distillation_targets import KEPT, content_digest, load, log_probabilities, pack, save, unpack
+from utils.distillation.soft_targets import KEPT, content_digest, load, log_probabilities, pack, save, unpack
 
 
 def targets(views: int, rows: int, classes: int, spread: float = 0.1) -> np.ndarray:

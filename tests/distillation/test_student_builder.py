@@ -18,13 +18,13 @@ from given_predictions import logged
 from killing import run_and_kill
 from test_predictions import workspace_at
 
-from utils import distill_building, evaluation, inventory, upkeep
-from utils import distillation_teachers as teachers
+from utils import evaluation, inventory, upkeep
 from utils.building import ensembles
 from utils.core.config_file import load
 from utils.core.errors import HonestyError, UserError
-from utils.distillation_plan import record_of
-from utils.distillation_students import ensemble_name, find
+from utils.distillation import student_builder, teachers
+from utils.distillation.student_plan import record_of
+from utils.distillation.students import ensemble_name, find
 from utils.numeric.metrics import softmax
 from utils.predictions import catalog, streaming
 from utils.predictions.store import Store
@@ -42,7 +42,7 @@ def config(*overrides):
 
 
 def distill(workspace, *overrides, **options):
-    return distill_building.distill(config(*overrides), workspace, **options)
+    return student_builder.distill(config(*overrides), workspace, **options)
 
 
 def store_of(workspace, *overrides) -> Store:
@@ -241,10 +241,10 @@ def test_consistent_hands_teacher_and_student_the_same_tensors(own, monkeypatch)
         residents.append(sum(any(len(tensor) for tensor in one.parameters()) for one in networks))
         return listened(spec.architecture, model)
 
-    opened, fresh = streaming.open_network, distill_building.students.fresh
+    opened, fresh = streaming.open_network, student_builder.students.fresh
     turns = iter(("student", "alone"))
     monkeypatch.setattr(streaming, "open_network", open_network)
-    monkeypatch.setattr(distill_building.students, "fresh", lambda *given: listened(next(turns), fresh(*given)))
+    monkeypatch.setattr(student_builder.students, "fresh", lambda *given: listened(next(turns), fresh(*given)))
     distill(own, SMALL, "distillation.targets=consistent", "distillation.mix=cutmix", "distillation.epochs=1")
     assert len(shown["student"]) == 7
     for name in ("CustomConvNeXt", "CustomResNetMish", "CustomViTHybrid", "alone"):

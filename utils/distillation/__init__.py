@@ -1,0 +1,1 @@
+"""Distils an ensemble into a single student network."""

@@ -64,13 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(folder: Path, size: Size) -> tuple[float, float]:
     """Seconds to write the report of a synthetic workspace in an empty folder, imports included, and its megabytes."""
-    from utils import report
     from utils.core.config_file import load
+    from utils.evaluation import report_page
 
     workspace = synthetic(folder, size)
     config = load(PROJECT / "configs" / "votes.yaml")
     start = time.perf_counter()
-    report.write(config, workspace, "test")
+    report_page.write(config, workspace, "test")
     return time.perf_counter() - start, workspace.report("test").stat().st_size / 1e6
 
 
@@ -230,8 +230,8 @@ def _ensemble(store: Any, name: str, number: int, members: Sequence[str], splits
 def _record(store: Any, name: str, kind: str, test: tuple[list[str], np.ndarray]) -> dict[str, Any]:
     """`metrics.json` with every key that a report reads."""
     from utils.core.artifacts import read_arrays
+    from utils.evaluation.report_data import reliability
     from utils.numeric.metrics import point_metrics, softmax
-    from utils.report_data import reliability
 
     _, labels = test
     if kind == "ensemble":

@@ -81,7 +81,7 @@ DEFECTS = (
     ),
     Defect(
         "contaminated results given by name",
-        "utils/evaluation.py",
+        "utils/evaluation/score_ranking.py",
         "if fitted and not allowed",
         "if False and not allowed",
         "tests/faults -k fitted",

@@ -11,8 +11,8 @@ from given_predictions import empty_workspace, logged, take_in, write
 from test_distill_building import SMALL, config, distill, record, store_of
 from test_predictions import workspace_at
 
-from utils import evaluation
 from utils.core.errors import ConfigError, UserError
+from utils.evaluation import score_ranking
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_imported_predictions_teach_about_the_images_with_their_ids(imported):
     found = record(imported, SMALL)
     assert (found["targets"]["kind"], found["teacher"]) == ("oof", "soft_voting_ensemble")
     assert found["costs"]["teacher"] == {"latency_ms": None, "size_mb": None}
-    evaluation.evaluate(config(SMALL), imported)
+    score_ranking.evaluate(config(SMALL), imported)
     metrics = json.loads(imported.ensemble_metrics("distilled_convnext", "test").read_text())
     assert metrics["controls"]["teacher"]["accuracy"] > 0
     for kind in ("consistent", "views"):

@@ -17,7 +17,7 @@ from conftest import PROJECT
 from finished_workspace import at
 
 import ensemble_orchestrator
-from utils import export_utils, inventory, report
+from utils import export_utils, inventory
 from utils.building import (
     build_commands,
     end_to_end,
@@ -30,6 +30,7 @@ from utils.building import (
 from utils.core.config import Config, validate
 from utils.core.errors import UserError
 from utils.distillation import student_plan, students, teachers, unlabeled
+from utils.evaluation import report_page
 from utils.predictions import catalog, image_splits, streaming
 from utils.predictions.store import Store
 
@@ -233,7 +234,7 @@ def test_changing_it_changes_something(key, built, as_printed):
 
 def test_the_report_names_the_project_as_it_is_configured(built):
     config = with_values({"project.version": "7.5 beta"})
-    page = report.render(config, Store(config, at(built), catalog.load(at(built))), "test", "")
+    page = report_page.render(config, Store(config, at(built), catalog.load(at(built))), "test", "")
     assert f'<td class="text">{config.project.name}, version 7.5 beta</td>' in page
 
 

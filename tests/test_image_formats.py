@@ -19,8 +19,8 @@ from PIL import Image
 
 from utils import exported_prediction, image_files
 from utils.datasets import OptimizedImageDataset
+from utils.evaluation.thumbnails import thumbnail
 from utils.export_probe import _decoded
-from utils.thumbnails import thumbnail
 
 NAME = "soft_voting_ensemble"
 CONFIG = ("--config", PROJECT / "configs" / "votes.yaml")

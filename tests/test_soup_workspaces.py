@@ -11,9 +11,10 @@ from test_predictions import workspace_at
 from test_soup_building import NAME, ROLES, brew, config
 from test_soup_trials import one_backbone
 
-from utils import evaluation, upkeep
+from utils import upkeep
 from utils.core.workspace import Workspace
 from utils.discovery import discover
+from utils.evaluation import score_ranking
 from utils.predictions import catalog
 
 
@@ -91,14 +92,14 @@ def test_checkpoints_of_a_declared_network_give_a_soup_that_stays_derived(own):
 # evaluate and clean ---------------------------------------------------------------------------------------------------
 def test_a_soup_is_ranked_once_and_under_its_own_name_where_it_is_asked_for(own):
     def ranked(*overrides):
-        rows = evaluation.evaluate(config(*overrides), own).document["rows"]
+        rows = score_ranking.evaluate(config(*overrides), own).document["rows"]
         return {row["name"]: row["kind"] for row in rows}
 
     soups = {f"{role}_{NAME}": "ensemble" for role in ROLES}
     assert ranked() == {NAME: "member", "soft_voting_ensemble": "ensemble", **soups}
     own_name = f"{NAME}_greedy_soup"
     assert ranked(f"backbones.include=[{NAME}, {own_name}]")[own_name] == "member"
-    alone = evaluation.evaluate(config(), own, model_name=own_name)
+    alone = score_ranking.evaluate(config(), own, model_name=own_name)
     assert alone.document["name"] == own_name
 
 

@@ -129,7 +129,7 @@ COMMANDS: dict[str, Command] = {
         decodes=True,
     ),
     "evaluate": Command(
-        "utils.report:evaluate",
+        "utils.evaluation.report_page:evaluate",
         "score members and ensembles, rank them, name the recommended one, write the report",
         "evaluate --model-name soft_voting_ensemble",
         {

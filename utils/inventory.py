@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils import base_back, scoring
+from utils import base_back
 from utils.building import (
     ensembles,
     fitting,
@@ -22,6 +22,7 @@ from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.workspace import SPLITS, Workspace
 from utils.distillation import student_plan
+from utils.evaluation import scoring
 from utils.predictions import catalog, fold_networks
 from utils.predictions.catalog import IMPORTED, Catalog, Member
 from utils.predictions.store import Store

@@ -18,13 +18,14 @@ from given_predictions import logged
 from killing import run_and_kill
 from test_predictions import workspace_at
 
-from utils import evaluation, inventory, upkeep
+from utils import inventory, upkeep
 from utils.building import ensembles
 from utils.core.config_file import load
 from utils.core.errors import HonestyError, UserError
 from utils.distillation import student_builder, teachers
 from utils.distillation.student_plan import record_of
 from utils.distillation.students import ensemble_name, find
+from utils.evaluation import score_ranking
 from utils.numeric.metrics import softmax
 from utils.predictions import catalog, streaming
 from utils.predictions.store import Store
@@ -64,7 +65,7 @@ def taught(tmp_path_factory, built):
     workspace = workspace_at(Path(shutil.copytree(built, tmp_path_factory.mktemp("taught") / "w")))
     result = distill(workspace)
     assert result.document["built"] == [NAME]
-    evaluation.evaluate(config(), workspace)
+    score_ranking.evaluate(config(), workspace)
     return workspace
 
 

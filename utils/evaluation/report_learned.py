@@ -10,7 +10,7 @@ from typing import Any
 
 from utils.core.display_text import number, percent
 from utils.distillation.controls import ALONE, TEACHER
-from utils.report_data import ReportData
+from utils.evaluation.report_data import ReportData
 
 MOST_MEMBERS = 30  # columns of the table of weights
 NONE = "-"

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from utils import leaderboard, plots, score_records, scoring
 from utils.building import ensembles, latency
 from utils.building.ensembles import Ensemble
 from utils.core.artifacts import read_record, write_json, write_text
@@ -18,6 +17,9 @@ from utils.core.config import Config
 from utils.core.errors import ConfigError, ContaminatedError, UserError, did_you_mean
 from utils.core.results import Result
 from utils.core.workspace import Workspace
+from utils.evaluation import leaderboard, plots, score_records, scoring
+from utils.evaluation.score_records import Context, Options
+from utils.evaluation.scoring import Scored
 from utils.numeric import label_issues
 from utils.numeric.metrics import METRICS, softmax
 from utils.numeric.statistics import holm
@@ -25,8 +27,6 @@ from utils.predictions import catalog
 from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.rows import Rows
 from utils.predictions.store import Store
-from utils.score_records import Context, Options
-from utils.scoring import Scored
 
 logger = logging.getLogger("disease_pipeline")
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from utils.core.display_text import counted, interval, listed, number, percent
+from utils.evaluation.report_data import ReportData
 from utils.numeric.metrics import METRICS
-from utils.report_data import ReportData
 
 ROWS = {"oof+val": "out-of-fold predictions of the train images and the val images", "val": "the val images"}
 FEW = 500  # evaluated images, below which an interval is worth a sentence

@@ -7,7 +7,7 @@ import io
 
 import pytest
 
-from utils import leaderboard
+from utils.evaluation import leaderboard
 
 HELD = {"name": "b", "delta_accuracy": 0.1, "mcnemar_p": 0.02, "mcnemar_p_holm": 0.04}
 

@@ -14,12 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from utils import evaluation
 from utils.core.artifacts import digest_of, write_text
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
+from utils.evaluation import score_ranking
 from utils.predictions import catalog
 from utils.predictions.store import Store
 
@@ -50,7 +50,7 @@ def evaluate(
     Raises what `evaluation.evaluate` raises, which gets the other `options`. A report that could not be made is a
     failure of the result.
     """
-    found = evaluation.evaluate(config, workspace, split=split, model_name=model_name, force=force, **options)
+    found = score_ranking.evaluate(config, workspace, split=split, model_name=model_name, force=force, **options)
     if model_name is not None:
         return found
     try:
@@ -99,11 +99,11 @@ def _key_of(path: Path) -> str | None:
 
 def render(config: Config, store: Store, split: str, key: str) -> str:
     """The page of a split as one HTML text."""
-    from utils import instructive, report_data, report_learned, report_sections, report_summary
+    from utils.evaluation import example_images, report_data, report_learned, report_sections, report_summary
 
     data = report_data.gather(store, split)
     try:
-        chosen = instructive.choose(store, split, data.focus, data.members, data.inference, data.answers)
+        chosen = example_images.choose(store, split, data.focus, data.members, data.inference, data.answers)
     except (UserError, OSError) as error:
         chosen = []
         data.notes.append(f"Single images are not shown: {error}")

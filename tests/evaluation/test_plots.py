@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import PROJECT
 
-from utils import plots
 from utils.core import engines
+from utils.evaluation import plots
 from utils.numeric import uncertainty
 from utils.numeric.metrics import point_metrics, softmax
 
@@ -72,7 +72,7 @@ def test_many_pictures_are_drawn_in_processes_with_the_same_bytes(tmp_path, monk
 def test_neither_pyplot_nor_a_window_is_needed(tmp_path):
     code = (
         "import sys, test_plots, pathlib\n"
-        "from utils import plots\n"
+        "from utils.evaluation import plots\n"
         "assert 'matplotlib' not in sys.modules\n"
         "plots.draw(plots.Picture('confusion_matrix', test_plots.record(['a', 'b']), pathlib.Path(sys.argv[1])))\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"

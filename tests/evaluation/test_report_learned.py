@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from test_report import CONFIG, page_of
 
 import report as synthetic_report
-from utils import report, report_learned
 from utils.core.artifacts import read_json, write_json
+from utils.evaluation import report_learned, report_page
 
 MOE = {
     "expected_experts": 1.5,
@@ -74,7 +74,7 @@ def test_the_page_shows_them_and_leaves_the_part_out_without_any(tmp_path):
     ranking = read_json(workspace.ranking("test"), remedy="")
     doubt = {"label_issues": {"model": names[0], "n": 300, "in_doubt": 7}}
     write_json(workspace.ranking("test"), ranking | doubt)
-    report.write(CONFIG, workspace, "test")
+    report_page.write(CONFIG, workspace, "test")
     text = page_of(workspace).text
     for words in (
         *("How they combine", "beats soft_voting", "1.50 of 3", "67 % [25 %, open]", "distillation helped"),
@@ -82,7 +82,7 @@ def test_the_page_shows_them_and_leaves_the_part_out_without_any(tmp_path):
     ):
         assert words in text, words
     (workspace.ensemble(names[4]) / "ensemble.json").write_text("{}")
-    report.write(CONFIG, workspace, "test")
+    report_page.write(CONFIG, workspace, "test")
     assert f"How {names[4]} combines is not shown" in page_of(workspace).text
     (workspace.ensemble(names[4]) / "ensemble.json").unlink()
     for name in [*names[:4], *names[5:]]:
@@ -92,5 +92,5 @@ def test_the_page_shows_them_and_leaves_the_part_out_without_any(tmp_path):
         write_json(path, {key: value for key, value in record.items() if key not in gone})
         path = workspace.ensemble_metrics(name, "test")
         write_json(path, {key: value for key, value in read_json(path, remedy="").items() if key != "controls"})
-    report.write(CONFIG, workspace, "test")
+    report_page.write(CONFIG, workspace, "test")
     assert "How they combine" not in page_of(workspace).text

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from utils import scoring
 from utils.building import ensembles
 from utils.building.ensembles import Ensemble
 from utils.building.latency import Record, Timing
 from utils.distillation import controls
+from utils.evaluation import scoring
+from utils.evaluation.scoring import Scored
 from utils.numeric import uncertainty
 from utils.numeric.metrics import log_loss_per_row, point_metrics, softmax
 from utils.numeric.statistics import (
@@ -33,7 +34,6 @@ from utils.predictions import fold_networks
 from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.rows import UNKNOWN, Rows
 from utils.predictions.store import Store
-from utils.scoring import Scored
 
 COPIED = ("expected_experts",)
 """What an ensemble's own record may say of it that its scores repeat."""

@@ -14,10 +14,10 @@ from conftest import PROJECT
 
 import ensemble_orchestrator
 import report as synthetic_report
-from utils import report, thumbnails
 from utils.building import build_commands
 from utils.core.artifacts import read_json, write_json
 from utils.core.config_file import load
+from utils.evaluation import report_page, thumbnails
 
 CONFIG = load(PROJECT / "configs" / "votes.yaml")
 DEMO = ("--config", "configs/votes.yaml")
@@ -65,7 +65,7 @@ def page_of(workspace, split: str = "test") -> Page:
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory):
     workspace = synthetic_report.synthetic(tmp_path_factory.mktemp("synthetic"))
-    report.write(CONFIG, workspace, "test")
+    report_page.write(CONFIG, workspace, "test")
     return workspace
 
 
@@ -75,7 +75,7 @@ def imported(tmp_path):
     workspace = given.empty_workspace(tmp_path / "workspace")
     given.take_in(workspace, given.write(tmp_path / "given"))
     build_commands.build_ensemble(CONFIG, workspace)
-    report.evaluate(CONFIG, workspace)
+    report_page.evaluate(CONFIG, workspace)
     return workspace
 
 
@@ -110,16 +110,16 @@ def test_it_is_one_file_that_asks_for_nothing(synthetic):
 
 def test_it_is_the_same_again_and_written_only_when_a_record_changed(tmp_path):
     workspace = synthetic_report.synthetic(tmp_path)
-    path = report.write(CONFIG, workspace, "test")
+    path = report_page.write(CONFIG, workspace, "test")
     first, before = path.read_bytes(), path.stat().st_mtime_ns
-    assert report.write(CONFIG, workspace, "test") == path
+    assert report_page.write(CONFIG, workspace, "test") == path
     assert path.stat().st_mtime_ns == before
-    report.write(CONFIG, workspace, "test", force=True)
+    report_page.write(CONFIG, workspace, "test", force=True)
     assert path.stat().st_mtime_ns > before
     assert path.read_bytes() == first
     record = read_json(workspace.ensemble_metrics("ensemble_00", "test"), remedy="")
     write_json(workspace.ensemble_metrics("ensemble_00", "test"), record | {"accuracy": 0.123})
-    report.write(CONFIG, workspace, "test")
+    report_page.write(CONFIG, workspace, "test")
     assert "12.3 %" in page_of(workspace).text
 
 
@@ -145,7 +145,7 @@ def test_hostile_names_are_text(tmp_path):
     workspace = given.empty_workspace(tmp_path / "workspace")
     given.take_in(workspace, given.write(tmp_path / "given", change=change))
     build_commands.build_ensemble(CONFIG, workspace)
-    report.evaluate(CONFIG, workspace)
+    report_page.evaluate(CONFIG, workspace)
     page = page_of(workspace)
     assert not page.of("script")
     assert not page.of("img")
@@ -157,14 +157,14 @@ def test_hostile_names_are_text(tmp_path):
 
 def test_another_split_has_a_page_of_its_own(imported):
     before = imported.report("test").read_bytes()
-    report.evaluate(CONFIG, imported, split="val")
+    report_page.evaluate(CONFIG, imported, split="val")
     assert "scores are optimistic" in page_of(imported, "val").text
     assert imported.report("test").read_bytes() == before
 
 
 def test_one_model_alone_gets_no_page(imported):
     imported.report("test").unlink()
-    found = report.evaluate(CONFIG, imported, model_name="soft_voting_ensemble")
+    found = report_page.evaluate(CONFIG, imported, model_name="soft_voting_ensemble")
     assert not imported.report("test").exists()
     assert "report" not in found.document
 
@@ -172,12 +172,12 @@ def test_one_model_alone_gets_no_page(imported):
 def test_what_cannot_be_shown_is_said_and_the_rest_stays(tmp_path):
     workspace = synthetic_report.synthetic(tmp_path)
     (workspace.ensemble("ensemble_00") / "predictions_test.npz").unlink()
-    report.write(CONFIG, workspace, "test")
+    report_page.write(CONFIG, workspace, "test")
     page = page_of(workspace)
     assert "Single rows of test are not shown" in page.text
     assert "Error correlation" in page.text
     shutil.rmtree(workspace.all_oof)
-    report.write(CONFIG, workspace, "test", force=True)
+    report_page.write(CONFIG, workspace, "test", force=True)
     page = page_of(workspace)
     assert "What each member adds is not shown" in page.text
     assert "Ranking" in page.text
@@ -185,10 +185,10 @@ def test_what_cannot_be_shown_is_said_and_the_rest_stays(tmp_path):
 
 def test_a_damaged_record_is_a_failure_and_not_the_end(imported, monkeypatch):
     def damaged(*_, **__):
-        raise report.UserError("x.json: damaged")
+        raise report_page.UserError("x.json: damaged")
 
-    monkeypatch.setattr(report, "write", damaged)
-    found = report.evaluate(CONFIG, imported)
+    monkeypatch.setattr(report_page, "write", damaged)
+    found = report_page.evaluate(CONFIG, imported)
     assert found.failures == ["report: x.json: damaged"]
 
 
@@ -196,7 +196,7 @@ def test_an_image_that_is_gone_is_said(tmp_path):
     workspace = synthetic_report.synthetic(tmp_path)
     for path in (workspace.split_dir / "test").rglob("*.jpg"):
         path.unlink()
-    report.write(CONFIG, workspace, "test")
+    report_page.write(CONFIG, workspace, "test")
     page = page_of(workspace)
     assert "the file is gone" in page.text
     assert len(page.of("img")) < 20
@@ -205,15 +205,15 @@ def test_an_image_that_is_gone_is_said(tmp_path):
 def test_thumbnails_are_made_for_the_chosen_images_alone(tmp_path, monkeypatch):
     workspace = synthetic_report.synthetic(tmp_path)
     made, thumbnail = [], thumbnails.thumbnail
-    monkeypatch.setattr("utils.report_sections.thumbnail", lambda path: made.append(path) or thumbnail(path))
-    report.write(CONFIG, workspace, "test")
+    monkeypatch.setattr("utils.evaluation.report_sections.thumbnail", lambda path: made.append(path) or thumbnail(path))
+    report_page.write(CONFIG, workspace, "test")
     assert len(made) == 20
 
 
 def test_the_commands_to_do_it_again_are_understood(tmp_path):
     workspace = synthetic_report.synthetic(tmp_path)
     config = load(PROJECT / "configs" / "votes.yaml", overrides=["runs.score_ensemble.methods=[soft_voting]", "seed=7"])
-    report.write(config, workspace, "test")
+    report_page.write(config, workspace, "test")
     lines = [line for line in page_of(workspace).words if "ensemble_orchestrator.py" in line]
     commands = [shlex.split(line) for line in "".join(lines).strip().splitlines()]
     assert [words[2] for words in commands] == ["discover", "build-ensemble", "evaluate", "predict"]

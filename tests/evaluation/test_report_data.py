@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from utils import instructive, report_data
 from utils.core.errors import UserError
-from utils.instructive import Answers, Instructive
+from utils.evaluation import example_images, report_data
+from utils.evaluation.example_images import Answers, Instructive
 from utils.numeric import diversity
 from utils.numeric.metrics import ece, softmax
 from utils.predictions.rows import UNKNOWN, MemberRows
@@ -97,7 +97,7 @@ def test_the_surest_errors_come_first_and_ties_by_name():
         np.array([0, 1, 1, 1, 0]),
         np.array([[0.9, 0.1], [0.8, 0.2], [0.8, 0.2], [0.99, 0.01], [0.4, 0.6]]),
     )
-    found = instructive.surely_wrong("test", answers, None, 3)
+    found = example_images.surely_wrong("test", answers, None, 3)
     assert [item.sample_id for item in found] == ["a", "b", "c"]
     assert (found[0].answer, found[0].label, found[0].probability) == (0, 1, 0.99)
     assert found[0].of_label == pytest.approx(0.01)
@@ -105,9 +105,9 @@ def test_the_surest_errors_come_first_and_ties_by_name():
 
 def test_disputed_rows_are_those_not_shown_yet_on_which_members_differ():
     answers = Answers(np.array(["a", "b", "c"]), np.zeros(3, dtype=int), np.full((3, 2), 0.5))
-    found = instructive.disputed("test", answers, np.array([0.5, 0.0, 0.2]), 5, {"a"})
+    found = example_images.disputed("test", answers, np.array([0.5, 0.0, 0.2]), 5, {"a"})
     assert [(item.sample_id, item.disagreement) for item in found] == [("c", 0.2)]
-    assert instructive.disputed("test", answers, None, 5, set()) == []
+    assert example_images.disputed("test", answers, None, 5, set()) == []
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_disputed_rows_are_those_not_shown_yet_on_which_members_differ():
 def test_places_that_one_kind_leaves_go_to_the_others(counts, expected):
     found = {
         kind: [Instructive(kind, "test", str(number), 0, 1, 0.9, 0.1, None) for number in range(count)]
-        for kind, count in zip(instructive.SHARES, counts, strict=True)
+        for kind, count in zip(example_images.SHARES, counts, strict=True)
     }
-    chosen = [item.kind for item in instructive.shared_out(found, 20)]
-    assert tuple(map(chosen.count, instructive.SHARES)) == expected
+    chosen = [item.kind for item in example_images.shared_out(found, 20)]
+    assert tuple(map(chosen.count, example_images.SHARES)) == expected

@@ -15,7 +15,7 @@ from utils.building import ensembles
 from utils.core.artifacts import read_arrays, read_record
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
-from utils.instructive import Answers
+from utils.evaluation.example_images import Answers
 from utils.numeric import diversity
 from utils.numeric.metrics import BINS, SMALLEST_PROBABILITY, log_softmax, softmax
 from utils.predictions import fold_networks

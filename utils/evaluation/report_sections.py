@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from utils import report_figures, report_summary
 from utils.building import ensembles
 from utils.core import config_file
 from utils.core.config import Config
 from utils.core.display_text import NOT_MEASURED, counted, interval, listed, number, percent
-from utils.instructive import Instructive
+from utils.evaluation import report_figures, report_summary
+from utils.evaluation.example_images import Instructive
+from utils.evaluation.report_data import ReportData, pareto, reliability, without_temperature
+from utils.evaluation.thumbnails import Thumbnail, thumbnail
 from utils.predictions.store import Store
-from utils.report_data import ReportData, pareto, reliability, without_temperature
-from utils.thumbnails import Thumbnail, thumbnail
 
 KINDS = {
     "wrong": "Surely wrong",

@@ -192,7 +192,7 @@ def images(folder: Path) -> tuple[Any, Any]:
     """Pixels (N, D) and labels (N,) of the images of one folder per class, made small."""
     import numpy as np
 
-    from utils.exported_prediction import open_image
+    from utils.inference.onnx_prediction import open_image
 
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     pixels, labels = [], []

@@ -105,8 +105,8 @@ def times(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
     from models import BACKBONE_MAP
     from utils import export_formats, tflite_conversion
     from utils.combiners.heads import MeanOfProbabilities
-    from utils.exported_prediction import ExportedModel
     from utils.exported_runtimes import latency_ms
+    from utils.inference.onnx_prediction import ExportedModel
     from utils.networks.ensemble_network import EnsembleNetwork
 
     names = list(BACKBONE_MAP)[: 5 if quick else 15]

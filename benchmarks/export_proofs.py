@@ -86,7 +86,7 @@ def part(name: str, size: str) -> Any:
 
 def squares(files: Sequence[Path], size: int) -> np.ndarray:
     """Files as float32 (N, 3, size, size) in [0, 1]."""
-    from utils.exported_prediction import centre_square, open_image
+    from utils.inference.onnx_prediction import centre_square, open_image
 
     return np.stack([centre_square(open_image(file).convert("RGB"), int(size * 1.14), size) for file in files])
 
@@ -94,9 +94,9 @@ def squares(files: Sequence[Path], size: int) -> np.ndarray:
 def image_files(data: Path | None, scratch: Path, count: int) -> list[Path]:
     """The first `count` images of a folder; without one, scikit-learn's digits as PNG files in `scratch`."""
     if data is not None:
-        from utils import exported_prediction
+        from utils.inference import onnx_prediction
 
-        return exported_prediction.image_files([data])[:count]
+        return onnx_prediction.image_files([data])[:count]
     from PIL import Image
     from sklearn.datasets import load_digits
 

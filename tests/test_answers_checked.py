@@ -16,8 +16,8 @@ from in_process import run
 from onnx_files import fixed, of_brightness
 from PIL import Image
 
-from utils import exported_prediction
 from utils.building import ensembles
+from utils.inference import onnx_prediction
 
 NAN, INFINITY = float("nan"), float("inf")
 GOOD = (0.25, 0.75)
@@ -96,7 +96,7 @@ def test_an_output_of_another_form_is_an_error_that_names_the_file(tmp_path, ima
 
 def delivered(tmp_path, model, images, *options):
     program = tmp_path / "predict.py"
-    shutil.copyfile(exported_prediction.__file__, program)
+    shutil.copyfile(onnx_prediction.__file__, program)
     command = [sys.executable, "-P", str(program), "--model", str(model), *map(str, images), *options]
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
 

@@ -15,9 +15,9 @@ from in_process import run
 from test_imported_fusion import embedded
 
 import ensemble_orchestrator as o
-from utils import answer_files
 from utils.core import errors
 from utils.core.config import Config, Section
+from utils.inference import answer_files
 
 PAGE = (PROJECT / "docs" / "contract.md").read_text()
 SMALL = (

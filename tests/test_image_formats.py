@@ -17,10 +17,11 @@ from in_process import run
 from onnx_files import constant
 from PIL import Image
 
-from utils import exported_prediction, image_files
+from utils import image_files
 from utils.datasets import OptimizedImageDataset
 from utils.evaluation.thumbnails import thumbnail
 from utils.export_probe import _decoded
+from utils.inference import onnx_prediction
 
 NAME = "soft_voting_ensemble"
 CONFIG = ("--config", PROJECT / "configs" / "votes.yaml")
@@ -88,7 +89,7 @@ def test_predict_from_export_refuses_it_and_answers_the_rest(eps, ghostscript, m
 
 def test_the_delivered_program_refuses_it(eps, ghostscript, model, tmp_path):
     program = tmp_path / "predict.py"
-    shutil.copyfile(exported_prediction.__file__, program)
+    shutil.copyfile(onnx_prediction.__file__, program)
     command = [sys.executable, "-P", str(program), "--model", str(model), str(eps)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -161,7 +162,7 @@ def test_what_is_no_image_or_a_damaged_one_has_no_other_format(content, tmp_path
 
 
 def test_the_delivered_program_opens_files_as_the_pipeline_does():
-    assert exported_prediction.FORMATS == image_files.FORMATS
+    assert onnx_prediction.FORMATS == image_files.FORMATS
     for name in ("open_image", "format_of"):
-        own, delivered = (inspect.getsource(getattr(module, name)) for module in (image_files, exported_prediction))
+        own, delivered = (inspect.getsource(getattr(module, name)) for module in (image_files, onnx_prediction))
         assert own == delivered

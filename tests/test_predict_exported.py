@@ -17,7 +17,7 @@ from in_process import run
 
 from utils import export_utils
 from utils.core.config_file import load
-from utils.predict import predict, predict_from_export
+from utils.inference.predict import predict, predict_from_export
 
 NAME = "soft_voting_ensemble"
 BLOCKED = """

@@ -211,7 +211,7 @@ COMMANDS: dict[str, Command] = {
         decodes=True,
     ),
     "predict": Command(
-        "utils.predict:predict",
+        "utils.inference.predict:predict",
         "classify image files by an ensemble or a member: class, probability, set, abstention, disagreement",
         "predict --model-name soft_voting_ensemble photos/ --to answers.csv",
         {
@@ -247,7 +247,7 @@ COMMANDS: dict[str, Command] = {
         },
         writes=False,
         one_of=("--model-name", "--from-export"),
-        alone=(("--from-export", "utils.predict:predict_from_export"),),
+        alone=(("--from-export", "utils.inference.predict:predict_from_export"),),
     ),
     "pipeline": Command(
         "ensemble_orchestrator:run_pipeline",

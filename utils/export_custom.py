@@ -14,7 +14,7 @@ from utils.core.artifacts import write_arrays, write_json, write_text
 from utils.export_certificate import TOLERANCE, Probe
 
 PARITY = "parity.npz"
-PREDICTION = "exported_prediction.py"
+PREDICTION = Path(__file__).parents[1] / "inference" / "onnx_prediction.py"
 """Delivered as predict.py, and imported by nobody here, since it needs onnxruntime."""
 MOST_PARITY_BYTES = 64_000_000
 EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file in the zip, so that equal content gives equal bytes
@@ -33,7 +33,7 @@ def write(
     write_text(folder / "README.md", readme(name, description, classes, status))
     write_text(folder / "model_card.md", model_card(name, description, classes, status, score))
     write_json(folder / "ensemble.json", {**description, "classes": list(classes)})
-    shutil.copyfile(Path(__file__).with_name(PREDICTION), folder / "predict.py")
+    shutil.copyfile(PREDICTION, folder / "predict.py")
     with zipfile.ZipFile(folder / f"{name}_custom.bin", "w", zipfile.ZIP_DEFLATED) as archive:
         for file in ("README.md", "ensemble.json", "model_card.md", "predict.py"):
             archive.writestr(zipfile.ZipInfo(file, EPOCH), (folder / file).read_bytes(), zipfile.ZIP_DEFLATED)

@@ -14,10 +14,10 @@ from finished_workspace import at
 from given_predictions import CONFIG, take_in, write
 
 from utils.building import build_commands, ensembles, moe_builder, sparse_timing
-from utils.classifier import WorkspaceClassifier
 from utils.combiners.gating import SparseGate
 from utils.combiners.routing import needed
 from utils.core.config_file import load
+from utils.inference.classifier import WorkspaceClassifier
 from utils.moe_methods import Cascade, MixtureOfExperts
 from utils.numeric.metrics import softmax
 from utils.predictions import catalog, streaming

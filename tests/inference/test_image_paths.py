@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.image_paths import find
+from utils.inference.image_paths import find
 
 
 @pytest.fixture

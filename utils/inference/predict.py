@@ -13,15 +13,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from utils import image_paths
-from utils.answer_files import AnswerFile, Form
-from utils.classifier import BlockAnswers, WorkspaceClassifier
 from utils.core.artifacts import read_record
 from utils.core.config import Config
 from utils.core.display_text import shown
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
+from utils.inference import image_paths
+from utils.inference.answer_files import AnswerFile, Form
+from utils.inference.classifier import BlockAnswers, WorkspaceClassifier
 from utils.numeric import uncertainty
 from utils.predictions import catalog
 from utils.predictions.store import Store
@@ -121,7 +121,7 @@ def predict_from_export(
     The file holds no thresholds, so `set` and `abstain` stay empty. Raises UserError as `predict` does, and for a file
     that is no export.
     """
-    from utils.exported_prediction import SUFFIXES
+    from utils.inference.onnx_prediction import SUFFIXES
 
     answers = Answers(to, form, probabilities, append, force)
     classifier = ExportClassifier(Path(from_export).expanduser())
@@ -155,7 +155,7 @@ class ExportClassifier:
 
     def __init__(self, path: Path) -> None:
         """Raises UserError for a file that is no export of images."""
-        from utils.exported_prediction import ExportedModel
+        from utils.inference.onnx_prediction import ExportedModel
 
         try:
             with path.open("rb") as file:
@@ -281,7 +281,7 @@ def _answers(
 
 def _checked(classifier: Classifier, answers: BlockAnswers) -> BlockAnswers:
     """Answers that are probabilities; a row that is none becomes a problem of its image and of no other."""
-    from utils.exported_prediction import check_form, row_problems
+    from utils.inference.onnx_prediction import check_form, row_problems
 
     try:
         check_form(answers.probabilities, len(answers.readable), len(classifier.classes))

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils import answer_files
-from utils.answer_files import AnswerFile, Form
 from utils.core.errors import UserError
+from utils.inference import answer_files
+from utils.inference.answer_files import AnswerFile, Form
 
 CLASSES = ("ant", 'b"ee,', "c\nat")
 NAMES = (

@@ -19,14 +19,14 @@ from finished_workspace import CONFIG, at
 from given_predictions import logged
 from PIL import Image
 
-from utils import classifier
-from utils import predict as predicting
 from utils.building import ensembles
-from utils.classifier import WorkspaceClassifier
 from utils.core.config_file import load
 from utils.core.errors import UserError
+from utils.inference import classifier
+from utils.inference import predict as predicting
+from utils.inference.classifier import WorkspaceClassifier
+from utils.inference.predict import predict
 from utils.numeric import uncertainty
-from utils.predict import predict
 from utils.predictions import catalog, fold_networks
 from utils.predictions.store import Store
 

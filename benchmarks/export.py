@@ -48,10 +48,10 @@ def kinds(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
     """Parity of every combiner over three tiny members, in each runtime."""
     import torch
 
-    from utils import export_formats, tflite_conversion
     from utils.building.ensembles import COMBINERS
     from utils.combiners.protocol import MemberFacts, seen_by
     from utils.core.config import validate
+    from utils.exporting import export_formats, tflite_conversion
     from utils.networks.ensemble_network import EnsembleNetwork
     from utils.predictions.rows import Outputs
 
@@ -103,9 +103,9 @@ def times(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
     import torch
 
     from models import BACKBONE_MAP
-    from utils import export_formats, tflite_conversion
     from utils.combiners.heads import MeanOfProbabilities
-    from utils.exported_runtimes import latency_ms
+    from utils.exporting import export_formats, tflite_conversion
+    from utils.exporting.runtimes import latency_ms
     from utils.inference.onnx_prediction import ExportedModel
     from utils.networks.ensemble_network import EnsembleNetwork
 

@@ -49,8 +49,8 @@ def measured(names: Sequence[str], files: Sequence[Path], scratch: Path) -> tupl
     """Rows of both formats and of one image; the eager milliseconds of each network."""
     import torch
 
-    from utils import export_formats
     from utils.combiners.heads import MeanOfProbabilities
+    from utils.exporting import export_formats
     from utils.networks.ensemble_network import EnsembleNetwork
 
     level = peak_bytes()

@@ -43,7 +43,7 @@ def proved(
     """
     import torch
 
-    from utils import export_certificate, tflite_conversion
+    from utils.exporting import parity_check, tflite_conversion
 
     failed = {"passed": False, "parity": None, "latency_ms": None}
     if entry["status"] != "ok":
@@ -53,20 +53,20 @@ def proved(
             expected = torch.cat([network(few) for few in torch.from_numpy(images).split(4)]).double().numpy()
     else:
         expected = combiner.predict_proba(seen)
-    batches, rows = export_certificate.dealt(list(images), (1,) if name == "tflite" else export_certificate.BATCHES)
-    probe = export_certificate.Probe(batches, rows, expected)
+    batches, rows = parity_check.dealt(list(images), (1,) if name == "tflite" else parity_check.BATCHES)
+    probe = parity_check.Probe(batches, rows, expected)
     if outputs is not None:
         own = outputs.embeddings if combiner.reads_embeddings else None
-        probe = export_certificate.Probe(batches, rows, expected, outputs.logits, own, combiner)
+        probe = parity_check.Probe(batches, rows, expected, outputs.logits, own, combiner)
     python = {"python": tflite_conversion.interpreter()} if name == "tflite" else {}
     try:
         files = [staged / entry["path"]]
-        (answers,) = export_certificate.run_afresh(
+        (answers,) = parity_check.run_afresh(
             name, files, probe, network.output_names, scratch / "run", job={"threads": 1}, **python
         )
-    except export_certificate.RunFailed as error:
+    except parity_check.RunFailed as error:
         return failed | {"reason": str(error)}
-    return export_certificate.compare(probe, answers) | {"latency_ms": answers.facts["latency_ms"]}
+    return parity_check.compare(probe, answers) | {"latency_ms": answers.facts["latency_ms"]}
 
 
 def part(name: str, size: str) -> Any:

@@ -17,7 +17,7 @@ from conftest import PROJECT
 from finished_workspace import at
 
 import ensemble_orchestrator
-from utils import export_utils, inventory
+from utils import inventory
 from utils.building import (
     build_commands,
     end_to_end,
@@ -31,6 +31,7 @@ from utils.core.config import Config, validate
 from utils.core.errors import UserError
 from utils.distillation import student_plan, students, teachers, unlabeled
 from utils.evaluation import report_page
+from utils.exporting import export
 from utils.predictions import catalog, image_splits, streaming
 from utils.predictions.store import Store
 
@@ -173,12 +174,12 @@ def how_it_exports(config: Config, workspace: Any) -> Any:
         raise Stopped
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_utils.export_networks, "check_current", lambda *_: None)
-        patch.setattr(export_utils.export_folder, "recover", lambda *_: None)
-        patch.setattr(export_utils.export_folder, "kept", kept)
-        patch.setattr(export_utils, "_needed", needed)
+        patch.setattr(export.exported_network, "check_current", lambda *_: None)
+        patch.setattr(export.export_folder, "recover", lambda *_: None)
+        patch.setattr(export.export_folder, "kept", kept)
+        patch.setattr(export, "_needed", needed)
         try:
-            export_utils.export(config, workspace, model_name="soft_voting")
+            export.export(config, workspace, model_name="soft_voting")
         except UserError as error:
             return str(error)
         except Stopped:

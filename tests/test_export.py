@@ -17,18 +17,18 @@ from finished_workspace import CONFIG, at
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from utils import (
+from utils.core.artifacts import read_arrays, read_json, write_json
+from utils.core.config_file import load
+from utils.core.errors import ConfigError, UserError
+from utils.exporting import (
+    export,
     export_checks,
     export_comparison,
     export_folder,
     export_formats,
-    export_precision,
-    export_utils,
+    reduced_precision,
     tflite_conversion,
 )
-from utils.core.artifacts import read_arrays, read_json, write_json
-from utils.core.config_file import load
-from utils.core.errors import ConfigError, UserError
 
 NAME = "soft_voting_ensemble"
 RECORDS = {"metadata.json", "class_mapping.json", "export_status.json", "checksums.json"}
@@ -36,7 +36,7 @@ RECORDS = {"metadata.json", "class_mapping.json", "export_status.json", "checksu
 
 def run(base: Path, name: str | None = NAME, *formats: str, **options):
     config = load(CONFIG, overrides=["exports.enable=true"])
-    return export_utils.export(config, at(base), model_name=name, formats=formats or ["onnx"], **options)
+    return export.export(config, at(base), model_name=name, formats=formats or ["onnx"], **options)
 
 
 def folder_of(base: Path, name: str = NAME) -> Path:
@@ -209,7 +209,7 @@ def test_an_interrupted_export_leaves_the_old_one_whole(own_export, monkeypatch)
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export_utils, "_finish", interrupted)
+    monkeypatch.setattr(export, "_finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(own_export, NAME, "onnx", force=True)
     assert {path: path.read_bytes() for path in folder_of(own_export).rglob("*") if path.is_file()} == before
@@ -317,14 +317,14 @@ def test_forms_of_fewer_bits_have_a_tolerance_of_their_own_and_their_accuracy(ow
 
 
 def test_a_form_of_fewer_bits_that_is_off_fails_alone(own_export, monkeypatch):
-    to_float16 = export_precision.to_float16
+    to_float16 = reduced_precision.to_float16
 
     def spoilt(source, path):
         to_float16(source, path)
         change_a_weight(path)
 
-    monkeypatch.setattr(export_precision, "to_float16", spoilt)
-    monkeypatch.setattr(export_precision, "to_int8", lambda *_: 1 / 0)
+    monkeypatch.setattr(reduced_precision, "to_float16", spoilt)
+    monkeypatch.setattr(reduced_precision, "to_int8", lambda *_: 1 / 0)
     formats = run(own_export, NAME, "onnx", precision=["fp16", "int8"], force=True).document["formats"]
     assert "probabilities are off by" in formats["onnx_fp16"]["reason"]
     assert formats["onnx_int8"]["reason"] == "ZeroDivisionError: division by zero"

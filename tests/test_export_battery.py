@@ -12,11 +12,11 @@ import torch
 from test_combiner_contract import FACTS, QUICK, C, M
 from torch import nn
 
-from utils import export_formats
 from utils.building.ensembles import COMBINERS
 from utils.combiners.protocol import seen_by
-from utils.export_certificate import Answers, Probe, compare, dealt
-from utils.exported_runtimes import RUNTIMES
+from utils.exporting import export_formats
+from utils.exporting.parity_check import Answers, Probe, compare, dealt
+from utils.exporting.runtimes import RUNTIMES
 from utils.networks.ensemble_network import EnsembleNetwork, MemberPart
 from utils.predictions.rows import Outputs
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from utils import export_checks, export_formats, tflite_conversion
+from utils.exporting import export_checks, export_formats, tflite_conversion
 
 
 def test_tools_are_listed_with_what_they_need():

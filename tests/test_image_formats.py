@@ -20,7 +20,7 @@ from PIL import Image
 from utils import image_files
 from utils.datasets import OptimizedImageDataset
 from utils.evaluation.thumbnails import thumbnail
-from utils.export_probe import _decoded
+from utils.exporting.parity_rows import _decoded
 from utils.inference import onnx_prediction
 
 NAME = "soft_voting_ensemble"

@@ -15,8 +15,8 @@ from conftest import PROJECT
 from finished_workspace import CONFIG, at
 from in_process import run
 
-from utils import export_utils
 from utils.core.config_file import load
+from utils.exporting import export
 from utils.inference.predict import predict, predict_from_export
 
 NAME = "soft_voting_ensemble"
@@ -42,7 +42,7 @@ def exported(tmp_path_factory, built):
     base = Path(shutil.copytree(built, tmp_path_factory.mktemp("exported") / "workspace"))
     config, files = load(CONFIG, overrides=["exports.enable=true"]), {}
     for kind in ("float-nchw", "uint8-nhwc"):
-        export_utils.export(config, at(base), model_name=NAME, formats=["onnx"], input=kind, force=True)
+        export.export(config, at(base), model_name=NAME, formats=["onnx"], input=kind, force=True)
         files[kind] = base / f"{kind}.onnx"
         shutil.copyfile(base / "deployment_models" / NAME / "onnx" / f"{NAME}.onnx", files[kind])
     return base, files

@@ -168,7 +168,7 @@ COMMANDS: dict[str, Command] = {
         decodes=True,
     ),
     "export": Command(
-        "utils.export_utils:export",
+        "utils.exporting.export:export",
         "write an ensemble or a member as files of every format, each with the proof that it answers the same",
         "export --model-name soft_voting_ensemble --formats onnx tflite",
         {

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from utils.core.artifacts import write_arrays, write_json, write_text
-from utils.export_certificate import TOLERANCE, Probe
+from utils.exporting.parity_check import TOLERANCE, Probe
 
 PARITY = "parity.npz"
 PREDICTION = Path(__file__).parents[1] / "inference" / "onnx_prediction.py"

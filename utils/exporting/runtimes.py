@@ -96,17 +96,18 @@ def _by_torch(network: Any) -> Run:
 def _built_anew(job: dict[str, Any]) -> Any:
     os.environ |= job["environment"]
     sys.path.insert(0, job["project"])
-    from utils import base_back, export_networks
+    from utils import base_back
     from utils.core.config import Config
     from utils.core.workspace import Workspace
+    from utils.exporting import exported_network
     from utils.predictions import catalog
     from utils.predictions.store import Store
 
     base_back.bind()
     workspace = Workspace.of_settings()
     store = Store(Config(), workspace, catalog.read(workspace))
-    subject = export_networks.find(store, job["name"])
-    return export_networks.assemble(store, subject, export_networks.Form(**job["form"]))
+    subject = exported_network.find(store, job["name"])
+    return exported_network.assemble(store, subject, exported_network.Form(**job["form"]))
 
 
 RUNTIMES: dict[str, Callable[[Path, dict[str, Any]], tuple[Run, dict[str, str]]]] = {

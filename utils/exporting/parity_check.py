@@ -104,7 +104,7 @@ def run_afresh(
     record = {**(job or {}), "format": kind, "files": [str(path) for path in files], "outputs": list(outputs)}
     record |= {"probe": str(given), "answers": str(answers)}
     place.write_text(json.dumps(record), encoding="utf-8")
-    script = Path(__file__).with_name("exported_runtimes.py")
+    script = Path(__file__).with_name("runtimes.py")
     # run_path does not put our folder first on the search path, where a module of ours could pass for another's.
     code = f"import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path({str(script)!r}, run_name='__main__')"
     command = [python, "-c", code, script.name, str(place)]

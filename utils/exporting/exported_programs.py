@@ -16,7 +16,7 @@ from typing import Any
 from utils.core.artifacts import read_record, write_json
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
-from utils.export_folder import digest_of_file, files_of
+from utils.exporting.export_folder import digest_of_file, files_of
 
 TORCHSCRIPT = "torchscript"
 PROGRAMS = (TORCHSCRIPT, "tflite")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from utils.export_certificate import Answers, Probe, RunFailed, compare, dealt, run_afresh
+from utils.exporting.parity_check import Answers, Probe, RunFailed, compare, dealt, run_afresh
 
 
 def test_images_of_unequal_size_are_dealt_to_batches_of_their_own():

@@ -9,31 +9,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils import (
-    base_back,
-    export_certificate,
-    export_checks,
-    export_comparison,
-    export_custom,
-    export_folder,
-    export_formats,
-    export_networks,
-    export_precision,
-    export_probe,
-    exported_programs,
-    exported_runtimes,
-    tflite_conversion,
-)
+from utils import base_back
 from utils.core.artifacts import read_json
 from utils.core.config import Config, require_enabled
 from utils.core.errors import ConfigError, UserError, did_you_mean
 from utils.core.results import Result
 from utils.core.workspace import Workspace
-from utils.export_certificate import RunFailed, run_afresh
-from utils.export_formats import CUSTOM, FORMATS, PACKAGED, TENSORRT, TFLITE
-from utils.export_networks import UINT8_NHWC, Form, Subject
-from utils.export_precision import REDUCED
-from utils.export_probe import Sampled
+from utils.exporting import (
+    custom_format,
+    export_checks,
+    export_comparison,
+    export_folder,
+    export_formats,
+    exported_network,
+    exported_programs,
+    parity_check,
+    parity_rows,
+    reduced_precision,
+    runtimes,
+    tflite_conversion,
+)
+from utils.exporting.export_formats import CUSTOM, FORMATS, PACKAGED, TENSORRT, TFLITE
+from utils.exporting.exported_network import UINT8_NHWC, Form, Subject
+from utils.exporting.parity_check import RunFailed, run_afresh
+from utils.exporting.parity_rows import Sampled
+from utils.exporting.reduced_precision import REDUCED
 from utils.predictions import catalog
 from utils.predictions.store import Store
 
@@ -96,15 +96,15 @@ def export(
         raise ConfigError(f"--max-members {max_members}: expected a whole number of at least 1")
     wanted = _known(formats or config.exports.formats, precision or config.exports.precision)
     store = Store(config, workspace, catalog.load(workspace))
-    name = model_name or export_networks.recommended(store)
-    subject = export_networks.limited(export_networks.find(store, name), max_members or config.exports.max_members)
-    export_networks.check_current(store, subject)
+    name = model_name or exported_network.recommended(store)
+    subject = exported_network.limited(exported_network.find(store, name), max_members or config.exports.max_members)
+    exported_network.check_current(store, subject)
     form = Form(input or config.exports.input, member_probabilities)
     final = workspace.exports / subject.name
     export_folder.recover(final)
     if not force and not export_folder.is_ours(final):
         return _left(subject, final, model_name)
-    source = export_networks.source_digest(subject, form)
+    source = exported_network.source_digest(subject, form)
     present = {} if force else export_folder.kept(final, source)
     if set(wanted) <= present.keys():
         status = read_json(final / export_folder.STATUS, remedy=export_folder.AGAIN)
@@ -113,15 +113,15 @@ def export(
         logger.info("exporting the recommended one: %s", subject.name)
     export_folder.require_room(final, _needed(store, subject, wanted))
     with export_folder.replacing_folder(final) as staged:
-        network = export_networks.assemble(store, subject, form)
+        network = exported_network.assemble(store, subject, form)
         work = Work(
             store=store,
             subject=subject,
             form=form,
             staged=staged,
             scratch=staged.parent / "scratch",
-            description=export_networks.describe(subject, form, network),
-            sampled=export_probe.sample(store, subject, form, network),
+            description=exported_network.describe(subject, form, network),
+            sampled=parity_rows.sample(store, subject, form, network),
             outputs=network.output_names,
             source_digest=source,
         )
@@ -177,7 +177,7 @@ def _written(work: Work, network: nn.Module, formats: Sequence[str]) -> dict[str
     import torch
 
     name, status = work.subject.name, {}
-    network.parity_tolerance = 1.0 if work.subject.jumps else export_certificate.TOLERANCE
+    network.parity_tolerance = 1.0 if work.subject.jumps else parity_check.TOLERANCE
     if packaged := [each for each in PACKAGED if each in formats]:
         logger.info("export %s: writing %s", name, ", ".join(packaged))
         first = torch.from_numpy(work.sampled.images[0][None])
@@ -206,9 +206,9 @@ def _reduced(work: Work, source: Path, formats: Sequence[str]) -> dict[str, dict
         logger.info("export %s: writing %s", work.subject.name, format_name)
 
         def opened() -> Sequence[np.ndarray]:
-            return export_probe.calibration(work.store, work.subject, work.form)
+            return parity_rows.calibration(work.store, work.subject, work.form)
 
-        status[format_name] = export_precision.write(format_name, source, work.subject.name, work.staged, opened)
+        status[format_name] = reduced_precision.write(format_name, source, work.subject.name, work.staged, opened)
     return status
 
 
@@ -221,7 +221,7 @@ def _of_fixed_size(work: Work, network: nn.Module) -> tuple[nn.Module, Tensor]:
         sizes = {member.img_size for member in work.subject.members}
         if len(sizes) > 1:
             raise UserError("its members look at images of unequal size, and a TFLite file takes one fixed size")
-        network = export_networks.assemble(work.store, work.subject, work.form, resizes=False)
+        network = exported_network.assemble(work.store, work.subject, work.form, resizes=False)
     probe = work.sampled.probe(fixed=True, takes_uint8=takes_uint8)
     return network, torch.from_numpy(probe.batches[0])
 
@@ -249,7 +249,7 @@ def _certified(work: Work, name: str, written: dict[str, Any]) -> dict[str, Any]
     job = {"name": work.subject.name, "form": vars(work.form), "environment": environment}
     job |= {"project": str(base_back.PROJECT)}
     parity, facts, reasons = None, {}, []
-    tolerance = export_precision.tolerance_of(name) if name in REDUCED else export_certificate.TOLERANCE
+    tolerance = reduced_precision.tolerance_of(name) if name in REDUCED else parity_check.TOLERANCE
     files = [work.staged / file for file in written["files"] if not file.endswith(".data")]
     try:
         answered = run_afresh(name, files, probe, work.outputs, work.scratch / name, job=job, **python)
@@ -257,7 +257,7 @@ def _certified(work: Work, name: str, written: dict[str, Any]) -> dict[str, Any]
         reasons.append(str(error))
     else:
         for file, answers in zip(files, answered, strict=True):
-            outcome = export_certificate.compare(probe, answers, tolerance)
+            outcome = parity_check.compare(probe, answers, tolerance)
             if parity is None or not outcome["passed"]:
                 parity, facts = outcome["parity"], answers.facts
             if not outcome["passed"]:
@@ -272,8 +272,8 @@ def _certified(work: Work, name: str, written: dict[str, Any]) -> dict[str, Any]
         "members_run": "all",  # no file has control flow, so that a sparse combiner leaves out by weights of 0
     }
     if not reasons and name in REDUCED:
-        run, _ = exported_runtimes.open_onnx(work.staged / written["path"], {"outputs": ["probabilities"]})
-        known["test_accuracy"] = export_probe.test_accuracy(work.store, work.subject, work.form, run)
+        run, _ = runtimes.open_onnx(work.staged / written["path"], {"outputs": ["probabilities"]})
+        known["test_accuracy"] = parity_rows.test_accuracy(work.store, work.subject, work.form, run)
     if not reasons:
         return known
     lost = {"status": "failed", "reason": "; ".join(reasons), "path": None, "sha256": None, "files": {}}
@@ -286,9 +286,9 @@ def _finish(work: Work, status: dict[str, dict[str, Any]]) -> None:
     started = time.perf_counter()
     place = work.store.workspace.ensemble_metrics(subject.name, "test")
     score = read_json(place, remedy="Evaluate again")
-    export_custom.write(staged / CUSTOM, subject.name, work.description, subject.classes, status, score)
+    custom_format.write(staged / CUSTOM, subject.name, work.description, subject.classes, status, score)
     squares = work.sampled.squares if work.form.input == UINT8_NHWC else ()
-    export_custom.write_parity(staged / CUSTOM, work.sampled.probe(), squares)
+    custom_format.write_parity(staged / CUSTOM, work.sampled.probe(), squares)
     files = [staged / CUSTOM / f"{subject.name}_custom.bin", *sorted((staged / CUSTOM).iterdir())]
     seconds = round(time.perf_counter() - started, 3)
     custom = export_formats.of_files(

@@ -13,8 +13,8 @@ import pytest
 import torch
 from finished_workspace import DEMO, at
 
-from utils import export_folder, exported_programs
 from utils.core.artifacts import read_json, write_json
+from utils.exporting import export_folder, exported_programs
 
 NAME = "soft_voting_ensemble"
 PROGRAM = f"torchscript/{NAME}_trace.pt"

@@ -13,21 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from utils import (
-    base_back,
-    export_certificate,
-    export_custom,
-    export_folder,
-    exported_programs,
-    tflite_conversion,
-)
+from utils import base_back
 from utils.core.artifacts import read_arrays, read_record
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
-from utils.export_certificate import NEAR_AT_MOST, Probe, RunFailed, run_afresh
-from utils.export_formats import CUSTOM, FORMATS, TENSORRT, TFLITE
-from utils.export_precision import REDUCED
+from utils.exporting import custom_format, export_folder, exported_programs, parity_check, tflite_conversion
+from utils.exporting.export_formats import CUSTOM, FORMATS, TENSORRT, TFLITE
+from utils.exporting.parity_check import NEAR_AT_MOST, Probe, RunFailed, run_afresh
+from utils.exporting.reduced_precision import REDUCED
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -88,7 +82,7 @@ def verify(workspace: Workspace, folder: Path, *, trust: bool = False) -> Result
     status = _record(folder / export_folder.STATUS)
     description = _record(folder / export_folder.METADATA)["training"]
     exported_programs.require_runnable(workspace, folder, status, trust=trust)
-    kept = read_arrays(folder / CUSTOM / export_custom.PARITY, remedy=export_folder.AGAIN)
+    kept = read_arrays(folder / CUSTOM / custom_format.PARITY, remedy=export_folder.AGAIN)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
         for name in (*FORMATS, *REDUCED):
@@ -149,7 +143,7 @@ def _again(
         return {"status": "failed" if name in WITHOUT_WORKSPACE else "skipped", "words": str(error), "parity": None}
     for file, answers in zip(files, answered, strict=True):
         tolerance = entry["parity"]["tolerance"]
-        outcome = export_certificate.compare(probe, answers, tolerance)
+        outcome = parity_check.compare(probe, answers, tolerance)
         parity = outcome["parity"]
         if not outcome["passed"] and not (description["jumps"] and _differ_at_steps(probe, answers, tolerance)):
             return {"status": "failed", "words": f"{file.name}: {outcome['reason']}", "parity": parity}
@@ -158,7 +152,7 @@ def _again(
     return {"status": "ok", "words": words, "parity": parity}
 
 
-def _differ_at_steps(probe: Probe, answers: export_certificate.Answers, tolerance: float) -> bool:
+def _differ_at_steps(probe: Probe, answers: parity_check.Answers, tolerance: float) -> bool:
     """Whether few enough rows differ for a combiner with steps, which is not at hand to tell where they are."""
     differing = np.abs(probe.probabilities[answers.rows] - answers.outputs["probabilities"]).max(axis=1)
     return bool((differing > tolerance).mean() <= NEAR_AT_MOST)
@@ -175,7 +169,7 @@ def probe_of(kept: Mapping[str, np.ndarray], *, fixed: bool) -> Probe:
     if not fixed:
         return probe
     if "squares" in kept:
-        batches, rows = export_certificate.dealt(list(kept["squares"]), (1,))
+        batches, rows = parity_check.dealt(list(kept["squares"]), (1,))
         return replace(probe, batches=batches, rows=rows)
     single = [
         (batch[place : place + 1], rows[place : place + 1])

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.export_formats import entry, of_files
+from utils.exporting.export_formats import entry, of_files
 
 TOLERANCES = {"fp16": 0.01, "int8": 0.1}
 """On probabilities: rounding of 2^-11 and 2^-8, grown over the layers of a network."""

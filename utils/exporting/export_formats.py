@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils import base_back, tflite_conversion
+from utils import base_back
 from utils.core.errors import UserError
-from utils.export_folder import digest_of_file
+from utils.exporting import tflite_conversion
+from utils.exporting.export_folder import digest_of_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -12,8 +12,8 @@ import numpy as np
 from utils import base_back
 from utils.combiners.protocol import seen_by
 from utils.core.errors import UserError
-from utils.export_certificate import BATCHES, Probe, dealt
-from utils.export_networks import UINT8_NHWC, Form, Subject
+from utils.exporting.exported_network import UINT8_NHWC, Form, Subject
+from utils.exporting.parity_check import BATCHES, Probe, dealt
 from utils.numeric.metrics import softmax
 from utils.predictions import fold_networks, image_splits, streaming
 from utils.predictions.rows import UNKNOWN, Rows

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils import export_folder
 from utils.core.artifacts import read_json, replacing
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
+from utils.exporting import export_folder
 
 PICTURE = "exports.png"
 AXES = {"latency_ms": "one image [ms]", "size_mb": "file [MB]"}

@@ -24,7 +24,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
 from reporting import clean_environment, report, row  # noqa: E402
-from utils import debug_sandbox  # noqa: E402
+from utils.operations import debug_sandbox  # noqa: E402
 
 CLASSES = 10
 IMAGES = 150  # of each class and split

@@ -164,7 +164,7 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Shared by all tests: read it, never write into it.
     """
-    from utils import debug_sandbox
+    from utils.operations import debug_sandbox
 
     def make(place: Path) -> None:
         debug_sandbox.prepare(debug_sandbox.Sandbox(place, True, (), debug_sandbox.BACKBONES))

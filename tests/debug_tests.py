@@ -15,9 +15,10 @@ import pytest
 from in_process import run
 
 from ensemble_orchestrator import COMMANDS
-from utils import debug_sandbox, debug_utils
+from utils import debug_utils
 from utils.core.workspace import SPLITS, Workspace
-from utils.debug_plan import SECTIONS
+from utils.operations import debug_sandbox
+from utils.operations.debug_plan import SECTIONS
 from utils.predictions import catalog, streaming
 
 SMALL = tuple(word for value in debug_sandbox.SMALL for word in ("--set", value))

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT, run_python
 
-from utils import inventory, upkeep
 from utils.core.config_file import load
 from utils.core.workspace import Workspace
+from utils.operations import inventory, upkeep
 
 CONFIG = PROJECT / "configs" / "votes.yaml"
 DEMO = ("--config", "configs/votes.yaml")

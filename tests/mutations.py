@@ -102,7 +102,7 @@ DEFECTS = (
     ),
     Defect(
         "debug writes beside the trained members",
-        "utils/debug_sandbox.py",
+        "utils/operations/debug_sandbox.py",
         '("--workspace", str(workspace.base), "--output", str(folder)), ())',
         '("--workspace", str(workspace.base)), ())',
         "tests/test_debug.py -k 'beside or damaged'",

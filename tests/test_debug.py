@@ -17,10 +17,11 @@ from conftest import PROJECT, run_python
 from in_process import run
 
 from ensemble_orchestrator import COMMANDS
-from utils import debug_plan, debug_sandbox, debug_utils
+from utils import debug_utils
 from utils.commands import DEBUG_SECTIONS
 from utils.core import locks, subprocesses
-from utils.debug_plan import SECTIONS
+from utils.operations import debug_plan, debug_sandbox
+from utils.operations.debug_plan import SECTIONS
 
 LATER = {name for name in SECTIONS if debug_plan.missing_commands(SECTIONS[name], COMMANDS)}
 """Sections whose command another version brings."""

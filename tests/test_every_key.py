@@ -17,7 +17,6 @@ from conftest import PROJECT
 from finished_workspace import at
 
 import ensemble_orchestrator
-from utils import inventory
 from utils.building import (
     build_commands,
     end_to_end,
@@ -32,6 +31,7 @@ from utils.core.errors import UserError
 from utils.distillation import student_plan, students, teachers, unlabeled
 from utils.evaluation import report_page
 from utils.exporting import export
+from utils.operations import inventory
 from utils.predictions import catalog, image_splits, streaming
 from utils.predictions.store import Store
 

@@ -11,10 +11,10 @@ from test_predictions import workspace_at
 from test_soup_building import NAME, ROLES, brew, config
 from test_soup_trials import one_backbone
 
-from utils import upkeep
 from utils.core.workspace import Workspace
 from utils.discovery import discover
 from utils.evaluation import score_ranking
+from utils.operations import upkeep
 from utils.predictions import catalog
 
 

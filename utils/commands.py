@@ -259,14 +259,14 @@ COMMANDS: dict[str, Command] = {
         decodes=True,
     ),
     "status": Command(
-        "utils.upkeep:status",
+        "utils.operations.upkeep:status",
         "what is built, what is stale and why, what takes room, what to type next",
         "status --json",
         {},
         writes=False,
     ),
     "clean": Command(
-        "utils.upkeep:clean",
+        "utils.operations.upkeep:clean",
         "list what may be removed; --confirm removes it",
         "clean --stale --confirm",
         {

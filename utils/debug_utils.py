@@ -16,15 +16,16 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils import base_back, debug_plan, debug_sandbox
+from utils import base_back
 from utils.core import caches, locks, subprocesses
 from utils.core.artifacts import write_json
 from utils.core.config import Backbones, Config
 from utils.core.errors import ConfigError, UserError, did_you_mean
 from utils.core.results import Result
 from utils.core.workspace import Workspace
-from utils.debug_plan import ALL, RESET, SECTIONS
-from utils.debug_sandbox import Sandbox
+from utils.operations import debug_plan, debug_sandbox
+from utils.operations.debug_plan import ALL, RESET, SECTIONS
+from utils.operations.debug_sandbox import Sandbox
 from utils.predictions import catalog
 
 logger = logging.getLogger("disease_pipeline")
@@ -106,7 +107,7 @@ def inside(
     about, so it is forced; those before it make what that needs, and keep what is there with equal inputs. Raises
     UserError where the section leaves less than it should.
     """
-    from utils import debug_probes
+    from utils.operations import debug_probes
 
     debug_sandbox.require_inside(workspace)
     documents: dict[str, Any] = {}

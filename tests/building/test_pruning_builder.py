@@ -8,12 +8,12 @@ import re
 import pytest
 from conftest import PROJECT, run_python
 
-from utils import inventory
 from utils.building import latency, pruning_builder
 from utils.building.build_commands import build_ensemble
 from utils.core.config_file import load
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
+from utils.operations import inventory
 
 CONFIG = PROJECT / "configs" / "votes.yaml"
 NAMES = ("split_dataset", "checkpoints", "metrics_output", "kfold_results", "deployment_models", "image_cache", "logs")

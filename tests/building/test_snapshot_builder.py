@@ -19,13 +19,13 @@ import pytest
 import torch
 from conftest import PROJECT, run_python
 
-from utils import inventory
 from utils.building import build_commands, ensembles, snapshot_builder
 from utils.core import subprocesses
 from utils.core.config_file import load
 from utils.core.workspace import Workspace
 from utils.discovery import discover
 from utils.numeric.metrics import softmax
+from utils.operations import inventory
 from utils.predictions import catalog
 
 NAME = "CustomResNetMish"

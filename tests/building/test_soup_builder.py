@@ -13,13 +13,13 @@ from test_discovery import change
 from test_predictions import workspace_at
 from test_soup_trials import NAME, one_backbone
 
-from utils import inventory
 from utils.building import build_commands, ensembles, soup_builder
 from utils.core.config_file import load
 from utils.core.errors import UserError
 from utils.discovery import discover
 from utils.networks.soups import Ingredient, mixture
 from utils.numeric.metrics import log_loss, softmax
+from utils.operations import inventory
 from utils.predictions import catalog
 from utils.predictions.store import Store
 

@@ -18,7 +18,6 @@ from given_predictions import logged
 from killing import run_and_kill
 from test_predictions import workspace_at
 
-from utils import inventory, upkeep
 from utils.building import ensembles
 from utils.core.config_file import load
 from utils.core.errors import HonestyError, UserError
@@ -27,6 +26,7 @@ from utils.distillation.student_plan import record_of
 from utils.distillation.students import ensemble_name, find
 from utils.evaluation import score_ranking
 from utils.numeric.metrics import softmax
+from utils.operations import inventory, upkeep
 from utils.predictions import catalog, streaming
 from utils.predictions.store import Store
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from utils import base_back, inventory
+from utils import base_back
 from utils.core import caches, locks
 from utils.core.artifacts import read_json
 from utils.core.caches import Item, shown
@@ -17,7 +17,8 @@ from utils.core.errors import ConfigError, UserError, cannot_write
 from utils.core.results import Result
 from utils.core.workspace import SPLITS, Workspace
 from utils.exporting import export_folder
-from utils.inventory import CURRENT, MISSING, Inventory
+from utils.operations import inventory
+from utils.operations.inventory import CURRENT, MISSING, Inventory
 from utils.predictions.catalog import MADE
 
 MOST_REASONS = 5

@@ -1,0 +1,1 @@
+"""Status, clean-up and debug runs of a workspace."""

@@ -48,7 +48,7 @@ def record(workspace: Path, name: str) -> dict:
 
 
 def opened(base: Path, *more: str) -> tuple[Store, list[catalog.Member]]:
-    config = load(Path(__file__).resolve().parents[1] / "configs" / "votes.yaml", overrides=[*ON, *more])
+    config = load(Path(__file__).resolve().parents[2] / "configs" / "votes.yaml", overrides=[*ON, *more])
     workspace = at(base)
     found = catalog.load(workspace)
     return Store(config, workspace, found), catalog.select(found, config)

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from utils.core.config import SPECIFIED, Config, Section, require_enabled, validate
 from utils.core.errors import UserError
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 # The values that the specification prints under "Configuration File", typed from there.
 PRINTED = {
     "project": {"name": "disease_classification_ensemble", "version": "1.0"},

@@ -10,7 +10,7 @@ from utils.core.config import SPECIFIED, Config, require_enabled
 from utils.core.config_file import MOST_BYTES, MOST_VALUES, find, load
 from utils.core.errors import ConfigError, UserError
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((PROJECT / "configs").glob("*.yaml"))
 QUICK = b"""\
 backbones:

@@ -99,7 +99,7 @@ def test_files_from_tomorrow_do_no_harm(undisturbed, synthetic, tmp_path):
     assert differences(workspace, undisturbed) == []
 
 
-@pytest.mark.slow  # `make crash` runs it; tests/test_cli.py stops a single command
+@pytest.mark.slow  # `make crash` runs it; tests/commands/test_cli.py stops a single command
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_pipeline_that_is_stopped_says_how_to_go_on_and_ends_alike(sent, code, undisturbed, synthetic, tmp_path):
     workspace = fresh(synthetic, tmp_path / "w", undisturbed / "ensembles" / "latency.json")

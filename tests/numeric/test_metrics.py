@@ -14,7 +14,7 @@ import sklearn.metrics as reference
 from utils.core.errors import UserError
 from utils.numeric import metrics
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 def _rows(*, seed: int, rows: int, classes: int, present: int | None = None, spread: float = 2.0):

@@ -20,7 +20,7 @@ from utils.predictions import catalog, streaming
 from utils.predictions.folds import crossfit_folds
 from utils.predictions.store import Store
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "votes.yaml"
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "votes.yaml"
 
 
 def workspace_at(base: Path) -> Workspace:

@@ -60,7 +60,7 @@ def test_plots_say_that_they_come_later_and_load_nothing():
         "print(generate_all_visualizations(None, 'CustomConvNeXt', {}, None, [], None, None))\n"
         "print('matplotlib' in sys.modules)"
     )
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     answer = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert answer.stdout.split() == ["{}", "False"]
     assert "plots come with a later version" in answer.stderr

@@ -18,7 +18,7 @@ from utils.discovery import import_predictions
 from utils.predictions import catalog
 from utils.predictions.store import Store
 
-CONFIG = load(Path(__file__).resolve().parents[1] / "configs" / "votes.yaml")
+CONFIG = load(Path(__file__).resolve().parents[2] / "configs" / "votes.yaml")
 NAMES = ("bayes", "forest", "linear")
 
 CLASSES = ("ant", "bee", "cat")

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from foreign_base_back import build
 
-PROJECT = Path(__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[2]
 
 # What a process, or a worker of it, sees of the mount; `look` imports none of it.
 PROBE = """

@@ -1,4 +1,4 @@
-"""What tests/test_warm.py runs: it tells of itself, fails or sleeps."""
+"""What tests/project/test_warm.py runs: it tells of itself, fails or sleeps."""
 
 import os
 import sys

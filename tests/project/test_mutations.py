@@ -1,4 +1,4 @@
-"""The defects of tests/mutations.py still fit the sources, and the page lists them all."""
+"""The defects of tests/support/mutations.py still fit the sources, and the page lists them all."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ LARGE = (
     *("numpy", "torch", "torch._dynamo", "timm", "torchvision.transforms", "scipy.optimize", "sklearn.linear_model"),
     *("onnxruntime", "safetensors.torch", "PIL.Image", "yaml", "pydantic"),
 )
-HERE = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parents[2]
 RUNS_A_PATH = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path("
 """How the export certificate starts its program."""
 

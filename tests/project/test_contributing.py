@@ -89,7 +89,7 @@ def test_it_is_exported(type_in):
 
 
 def test_the_battery_finds_it(project):
-    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_combiner_contract.py", "-k", METHOD)
+    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/combiners/test_combiner_battery.py", "-k", METHOD)
     done = run_python(*words, cwd=project)
     assert done.returncode == 0, done.stdout
     assert re.search(r"\b1[0-9] passed", done.stdout), done.stdout

@@ -1,7 +1,7 @@
-"""Ten defects made by hand, and for each a test that fails: `python tests/mutations.py [NUMBER ...]`.
+"""Ten defects made by hand, and for each a test that fails: `python tests/support/mutations.py [NUMBER ...]`.
 
 Each is patched into a copy of the project, where the test then runs. Prints a table; ends with 0 when every defect was
-caught, and with 1 when a test passed in spite of one. `tests/test_mutations.py` holds the patches to the sources.
+caught, and with 1 when a test passed in spite of one. `tests/project/test_mutations.py` holds the patches to the sources.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-PROJECT = Path(__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[2]
 LEFT_OUT = (".git", ".venv*", "__pycache__", ".pytest_cache", ".ruff_cache", "debug_tmp", "ensembles")
 
 
@@ -91,7 +91,7 @@ DEFECTS = (
         "utils/networks/checkpoints.py",
         "weights_only=True",
         "weights_only=False",
-        "tests/test_security.py tests/faults -k hostile",
+        "tests/project/test_security.py tests/faults -k hostile",
     ),
     Defect(
         "the upper edge of calibration bins left open",
@@ -105,7 +105,7 @@ DEFECTS = (
         "utils/operations/debug_sandbox.py",
         '("--workspace", str(workspace.base), "--output", str(folder)), ())',
         '("--workspace", str(workspace.base)), ())',
-        "tests/test_debug.py -k 'beside or damaged'",
+        "tests/operations/test_debug.py -k 'beside or damaged'",
     ),
     Defect(
         "an overflowing archive is believed",

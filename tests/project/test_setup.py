@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "environment.py"
 VERBS = [
     *("help", "setup", "demo", "test", "test-slow", "test-browser", "test-newest", "test-all"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from test_base_export import BUILT, CLASSES, FILES, SAMPLE, Leaf, package, written
+from packaging_cases import BUILT, CLASSES, FILES, SAMPLE, Leaf, package, written
 from torch import nn
 
 from export import export_and_package_model, formats

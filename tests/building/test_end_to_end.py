@@ -13,7 +13,7 @@ import pytest
 from conftest import PROJECT, WITHOUT_TORCH, run_python
 from given_predictions import empty_workspace, opened, take_in, write
 from killing import digests, run_and_kill
-from test_predictions import workspace_at
+from stored_predictions import workspace_at
 
 from utils.building import end_to_end, ensembles
 from utils.core.config_file import load

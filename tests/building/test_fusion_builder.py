@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PROJECT
-from test_predictions import workspace_at
+from stored_predictions import workspace_at
 
 from utils.building import embedding_rows, fusion_builder
 from utils.core.config_file import load

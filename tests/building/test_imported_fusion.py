@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 from conftest import PROJECT
+from embedded_members import embedded
 from given_predictions import empty_workspace, take_in, write
 
 from utils.building import build_commands
 from utils.core.config_file import load
 from utils.core.errors import UserError
 
-WIDTH = 6
 OVERRIDES = (
     *("device=cpu", "runs.fusion.enable=true", "runs.fusion.fusion_methods=[concat_mlp]"),
     *("runs.fusion.fusion_config.hidden_dims=[8]", "runs.fusion.fusion_config.epochs=6"),
@@ -22,22 +21,6 @@ OVERRIDES = (
 
 def config(*overrides):
     return load(PROJECT / "configs" / "votes.yaml", overrides=[*OVERRIDES, *overrides])
-
-
-def embedded(per_fold):
-    """Files whose logits are a linear map of their embeddings, of one space or of one more for each fold."""
-
-    def change(name, stem, given):
-        rng = np.random.default_rng(len(name))
-        back = rng.normal(size=(given["logits"].shape[1], WIDTH))
-        embeddings = given["logits"] @ back
-        if per_fold and stem == "oof":
-            for fold in np.unique(given["fold"]):
-                turned = np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))[0]
-                embeddings[given["fold"] == fold] @= turned
-        return given | {"embeddings": embeddings.astype(np.float32)}
-
-    return change
 
 
 @pytest.fixture

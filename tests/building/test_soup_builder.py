@@ -8,13 +8,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, run_python
-from test_discovery import change
-from test_predictions import workspace_at
-from test_soup_trials import NAME, one_backbone
+from conftest import run_python
+from one_member import change
+from soup_runs import DEMO, ROLES, SETTINGS, brew, config
+from soup_zoo import NAME, one_backbone
+from stored_predictions import workspace_at
 
-from utils.building import build_commands, ensembles, soup_builder
-from utils.core.config_file import load
+from utils.building import ensembles, soup_builder
 from utils.core.errors import UserError
 from utils.discovery import discover
 from utils.networks.soups import Ingredient, mixture
@@ -22,24 +22,6 @@ from utils.numeric.metrics import log_loss, softmax
 from utils.operations import inventory
 from utils.predictions import catalog
 from utils.predictions.store import Store
-
-SETTINGS = (
-    "device=cpu",
-    f"backbones.include=[{NAME}]",
-    "runs.score_ensemble.methods=[soft_voting]",
-    "runs.model_soup.enable=true",
-    "runs.model_soup.methods=[uniform, greedy, wise_ft]",
-)
-ROLES = ("uniform_soup", "greedy_soup", "wise_ft")
-DEMO = PROJECT / "configs" / "votes.yaml"
-
-
-def config(*overrides):
-    return load(DEMO, overrides=[*SETTINGS, *overrides])
-
-
-def brew(workspace, *overrides, force=False):
-    return build_commands.build_ensemble(config(*overrides), workspace, force=force)
 
 
 def weights(path):

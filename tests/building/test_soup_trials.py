@@ -7,14 +7,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT
-from test_discovery import change
-from test_predictions import workspace_at
+from one_member import change
+from soup_zoo import NAME, config
+from stored_predictions import workspace_at
 from torch import nn
 
 from utils.building import soup_trials
 from utils.building.soup_trials import Figures, Trial, Trials
-from utils.core.config_file import load
 from utils.core.errors import UserError
 from utils.discovery import discover
 from utils.networks.soups import Ingredient, mixture
@@ -22,22 +21,7 @@ from utils.numeric.metrics import accuracy, log_loss, softmax
 from utils.predictions import catalog, image_splits, streaming
 from utils.predictions.store import Store
 
-NAME = "CustomResNetMish"
 STAGES = ("final", "finetune_best", "fold0", "head_best", "snapshot1", "snapshot2", "snapshot3")
-
-
-def one_backbone(trained, base):
-    """A copy of the trained workspace with one backbone in it, discovered."""
-    shutil.copytree(trained, base)
-    for path in (base / "checkpoints").glob("*.pth"):
-        if not path.name.startswith(NAME) or "fold1" in path.name:
-            path.unlink()
-    discover.discover(config(), workspace_at(base))
-    return base
-
-
-def config(*overrides):
-    return load(PROJECT / "configs" / "votes.yaml", overrides=["device=cpu", *overrides])
 
 
 def store_at(base, *overrides):
@@ -48,11 +32,6 @@ def store_at(base, *overrides):
 def survey(store):
     member = store.catalog.members[NAME]
     return soup_trials.look_at(store, member, [e for e in member.checkpoints if e["stage"] in STAGES])
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, trained):
-    return one_backbone(trained, tmp_path_factory.mktemp("trials") / "w")
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_predictions import workspace_at
-from test_soup_building import NAME, ROLES, brew, config
-from test_soup_trials import one_backbone
+from soup_runs import NAME, ROLES, brew, config
+from soup_zoo import one_backbone
+from stored_predictions import workspace_at
 
 from utils.core.workspace import Workspace
 from utils.discovery import discover

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from test_predictions import CONFIG, workspace_at
+from stored_predictions import CONFIG, workspace_at
 
 from utils.building import ensembles
 from utils.core.config_file import load

@@ -5,30 +5,18 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from combiner_cases import FACTS, QUICK, C, M, N
 
 from utils.building.ensembles import COMBINERS
-from utils.combiners.protocol import Combiner, MemberFacts
-from utils.core.config import Config, validate
+from utils.combiners.protocol import Combiner
+from utils.core.config import Config
 from utils.predictions.rows import Outputs
 
-M, N, C = 4, 60, 3
 WIDTHS = (5, 8, 4, 6)
-QUICK = validate(
-    {
-        "runs": {
-            "stacking": {"mlp_config": {"hidden_dims": [8], "epochs": 4}, "xgb_config": {"n_estimators": 10}},
-            "fusion": {"fusion_config": {"hidden_dims": [8], "epochs": 4}},
-            "meta_fuser": {"fuser_type": "attention", "mlp_config": {"hidden_dims": [8], "epochs": 4}},
-        }
-    },
-    source=Path("of the battery"),
-)
-FACTS = MemberFacts(("a", "b", "c", "d"), np.array([0.6, 0.7, 0.7, 0.5]), np.full(M, 10.0), np.full(M, 1.0))
 
 
 @pytest.fixture(params=sorted(COMBINERS), scope="module")

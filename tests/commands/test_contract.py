@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from conftest import PROJECT
+from embedded_members import embedded
 from given_predictions import write
 from in_process import run
-from test_imported_fusion import embedded
 
 import ensemble_orchestrator as o
 from utils.core import errors

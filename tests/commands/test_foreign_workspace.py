@@ -10,9 +10,9 @@ import foreign_workspace
 import numpy as np
 import pytest
 import torch
+from bound_process import run_bound
 from conftest import PROJECT, run_python
 from mounting import snapshot
-from test_workspace import run_bound
 
 DEMO = ("--config", "configs/votes.yaml", "--device", "cpu")
 MADE = ("debug_logs", "plots_metrics", "pretrained_weights", "smoke_checks")  # by its settings, and empty

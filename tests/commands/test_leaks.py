@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_predictions import CONFIG, workspace_at
+from stored_predictions import CONFIG, workspace_at
 
 from utils.building.ensembles import COMBINERS
 from utils.combiners.protocol import MemberFacts, fit_crossfitted

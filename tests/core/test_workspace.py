@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import stat
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import PROJECT, run_python
+from bound_process import DEMO, PROGRAM, run_bound
+from conftest import run_python
 
 from utils import base_back
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
-
-DEMO = ("--config", "configs/votes.yaml")
-PROGRAM = str(PROJECT / "ensemble_orchestrator.py")
 
 
 def settings_of(base: Path, **more: Path) -> SimpleNamespace:
@@ -115,22 +110,6 @@ def read_only(tmp_path, trained) -> Path:
     for path in [base, *base.rglob("*")]:
         if path.is_dir():
             path.chmod(0o755)
-
-
-def bound_by_permissions() -> list[str]:
-    """What to put before a command so that permissions hold for it, also where the tests run as root."""
-    if os.geteuid() != 0:
-        return []
-    without = ["--inh-caps=-dac_override", "--bounding-set=-dac_override"]
-    if shutil.which("setpriv") is None:
-        pytest.skip("permissions do not bind root, and there is no setpriv to give up its privilege")
-    return ["setpriv", *without]
-
-
-def run_bound(*options: str, workspace: Path) -> subprocess.CompletedProcess[str]:
-    command = [*bound_by_permissions(), sys.executable, PROGRAM, *options, *DEMO, "--workspace", str(workspace)]
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("DBT_") and key != "BASE_BACK_DIR"}
-    return subprocess.run(command, cwd=PROJECT, env=clean, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_a_read_only_workspace_is_one_clear_message_and_with_an_output_everything_works(read_only, tmp_path):

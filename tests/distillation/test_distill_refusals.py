@@ -8,8 +8,8 @@ import shutil
 import numpy as np
 import pytest
 from given_predictions import empty_workspace, logged, take_in, write
-from test_distill_building import SMALL, config, distill, record, store_of
-from test_predictions import workspace_at
+from stored_predictions import workspace_at
+from student_runs import SMALL, config, distill, record, store_of
 
 from utils.core.errors import ConfigError, UserError
 from utils.evaluation import score_ranking

@@ -16,43 +16,19 @@ import torch
 from conftest import PROJECT, WITHOUT_TORCH, run_python
 from given_predictions import logged
 from killing import run_and_kill
-from test_predictions import workspace_at
+from stored_predictions import workspace_at
+from student_runs import QUICK, SMALL, config, distill, record, store_of
 
 from utils.building import ensembles
-from utils.core.config_file import load
 from utils.core.errors import HonestyError, UserError
 from utils.distillation import student_builder, teachers
-from utils.distillation.student_plan import record_of
-from utils.distillation.students import ensemble_name, find
+from utils.distillation.students import ensemble_name
 from utils.evaluation import score_ranking
 from utils.numeric.metrics import softmax
 from utils.operations import inventory, upkeep
 from utils.predictions import catalog, streaming
-from utils.predictions.store import Store
 
-QUICK = (
-    *("device=cpu", "distillation.enable=true", "distillation.teacher=soft_voting", "distillation.epochs=2"),
-    "dataset.num_workers=0",
-)
-SMALL = "distillation.student=CustomConvNeXt"  # the quickest to train
 NAME = "distilled_mobile"
-
-
-def config(*overrides):
-    return load(PROJECT / "configs" / "votes.yaml", overrides=[*QUICK, *overrides])
-
-
-def distill(workspace, *overrides, **options):
-    return student_builder.distill(config(*overrides), workspace, **options)
-
-
-def store_of(workspace, *overrides) -> Store:
-    return Store(config(*overrides), workspace, catalog.load(workspace))
-
-
-def record(workspace, *overrides) -> dict:
-    store = store_of(workspace, *overrides)
-    return record_of(store, find(store, store.config.distillation.student))
 
 
 def weights(workspace, name="CustomConvNeXt"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from digit_splits import split_of
 from given_predictions import logged
-from test_lessons import split_of
 
 from utils import base_back
 from utils.core.errors import UserError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from test_report import CONFIG, page_of
+from report_pages import CONFIG, page_of
 
 import report as synthetic_report
 from utils.core.artifacts import read_json, write_json

@@ -6,11 +6,11 @@ import json
 import re
 import shlex
 import shutil
-from html.parser import HTMLParser
 
 import given_predictions as given
 import pytest
 from conftest import PROJECT
+from report_pages import CONFIG, Page, page_of
 
 import ensemble_orchestrator
 import report as synthetic_report
@@ -19,47 +19,7 @@ from utils.core.artifacts import read_json, write_json
 from utils.core.config_file import load
 from utils.evaluation import report_page, thumbnails
 
-CONFIG = load(PROJECT / "configs" / "votes.yaml")
 DEMO = ("--config", "configs/votes.yaml")
-VOID = {"meta", "link", "br", "img", "hr"}
-
-
-class Page(HTMLParser):
-    """Elements, headings and text of a page; fails where tags do not match."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict]] = []
-        self.open: list[str] = []
-        self.words: list[str] = []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.words))
-
-    def of(self, tag: str) -> list[dict]:
-        return [facts for name, facts in self.elements if name == tag]
-
-
-def page_of(workspace, split: str = "test") -> Page:
-    return Page(workspace.report(split).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")

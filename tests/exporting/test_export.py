@@ -13,12 +13,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from finished_workspace import CONFIG, at
+from export_runs import NAME, folder_of, run
+from finished_workspace import at
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from utils.core.artifacts import read_arrays, read_json, write_json
-from utils.core.config_file import load
 from utils.core.errors import ConfigError, UserError
 from utils.exporting import (
     export,
@@ -30,17 +30,7 @@ from utils.exporting import (
     tflite_conversion,
 )
 
-NAME = "soft_voting_ensemble"
 RECORDS = {"metadata.json", "class_mapping.json", "export_status.json", "checksums.json"}
-
-
-def run(base: Path, name: str | None = NAME, *formats: str, **options):
-    config = load(CONFIG, overrides=["exports.enable=true"])
-    return export.export(config, at(base), model_name=name, formats=formats or ["onnx"], **options)
-
-
-def folder_of(base: Path, name: str = NAME) -> Path:
-    return base / "deployment_models" / name
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import onnxruntime
 import pytest
+from export_runs import folder_of, run
 from finished_workspace import CONFIG, at
 from in_process import run as command_line
-from test_export import folder_of, run
 
 from utils.building import build_commands
 from utils.core.artifacts import read_json

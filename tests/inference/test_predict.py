@@ -18,6 +18,7 @@ from conftest import PROJECT
 from finished_workspace import CONFIG, at
 from given_predictions import logged
 from PIL import Image
+from predict_runs import NAME, asked, by_id, compare, stored
 
 from utils.building import ensembles
 from utils.core.config_file import load
@@ -25,43 +26,11 @@ from utils.core.errors import UserError
 from utils.inference import classifier
 from utils.inference import predict as predicting
 from utils.inference.classifier import WorkspaceClassifier
-from utils.inference.predict import predict
 from utils.numeric import uncertainty
 from utils.predictions import catalog, fold_networks
 from utils.predictions.store import Store
 
 DEMO = ("--config", "configs/votes.yaml")
-NAME = "soft_voting_ensemble"
-
-
-@pytest.fixture
-def workspace(own_copy):
-    return at(own_copy)
-
-
-def asked(workspace, *paths, model_name: str = NAME, overrides: tuple[str, ...] = (), **options):
-    config = load(CONFIG, overrides=overrides)
-    return predict(config, workspace, paths=[str(path) for path in paths], model_name=model_name, **options)
-
-
-def by_id(records, folder) -> dict[str, dict]:
-    return {os.path.relpath(record["path"], folder): record for record in records}
-
-
-def stored(workspace, name: str = NAME) -> dict[str, np.ndarray]:
-    with np.load(workspace.ensemble(name) / "predictions_test.npz") as arrays:
-        return dict(arrays)
-
-
-def compare(records, arrays) -> None:
-    classes = arrays["classes"].tolist()
-    assert len(records) == len(arrays["sample_ids"])
-    for sample_id, expected in zip(arrays["sample_ids"].tolist(), arrays["probabilities"], strict=True):
-        record = records[sample_id]
-        assert record["class"] == classes[expected.argmax()]
-        assert record["probability"] == pytest.approx(expected.max(), abs=1e-5)
-        assert list(record["probabilities"]) == classes
-        assert list(record["probabilities"].values()) == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", [NAME, "hard_voting_ensemble", "logit_averaging_ensemble"])

@@ -9,7 +9,7 @@ import in_process
 import numpy as np
 import pytest
 from finished_workspace import at
-from test_predict import NAME, asked, by_id, compare, stored
+from predict_runs import NAME, asked, by_id, compare, stored
 
 from utils.networks import construction
 from utils.predictions import streaming

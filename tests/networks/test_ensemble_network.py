@@ -9,8 +9,8 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from battery_networks import SIDE, WIDTHS, C, Small
 from PIL import Image
-from test_export_battery import SIDE, WIDTHS, C, Small
 from torch import nn
 
 from utils import base_back

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_predictions import CONFIG, workspace_at
+from stored_predictions import CONFIG, workspace_at
 
 from utils.core.config_file import load
 from utils.core.errors import UserError

@@ -11,29 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from stored_predictions import CONFIG, workspace_at
 
 from utils.core.config_file import load
 from utils.core.errors import UserError
-from utils.core.workspace import Workspace
 from utils.discovery import discover
 from utils.predictions import catalog, streaming
 from utils.predictions.folds import crossfit_folds
 from utils.predictions.store import Store
-
-CONFIG = Path(__file__).resolve().parents[2] / "configs" / "votes.yaml"
-
-
-def workspace_at(base: Path) -> Workspace:
-    names = (
-        "split_dataset",
-        "checkpoints",
-        "metrics_output",
-        "kfold_results",
-        "deployment_models",
-        "image_cache",
-        "logs",
-    )
-    return Workspace(base, *(base / name for name in names))
 
 
 @pytest.fixture

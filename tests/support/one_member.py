@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROJECT
-from test_predictions import workspace_at
+from stored_predictions import workspace_at
 
 from utils.core.config_file import load
 from utils.discovery import discover

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from digit_splits import split_of
 from given_predictions import logged
-from test_lessons import split_of
 
 from utils import base_back
 from utils.combiners.fusion_heads import ConcatHead, MappedEmbeddings

@@ -1,0 +1,53 @@
+"""Shared by tests: helpers of test_report_page that other test modules use as well."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+from conftest import PROJECT
+
+from utils.core.config_file import load
+
+CONFIG = load(PROJECT / "configs" / "votes.yaml")
+
+
+VOID = {"meta", "link", "br", "img", "hr"}
+
+
+class Page(HTMLParser):
+    """Elements, headings and text of a page; fails where tags do not match."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+    def of(self, tag: str) -> list[dict]:
+        return [facts for name, facts in self.elements if name == tag]
+
+
+def page_of(workspace, split: str = "test") -> Page:
+    return Page(workspace.report(split).read_text(encoding="utf-8"))

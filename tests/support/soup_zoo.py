@@ -1,0 +1,33 @@
+"""Shared by tests: helpers of test_soup_trials that other test modules use as well."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from conftest import PROJECT
+from stored_predictions import workspace_at
+
+from utils.core.config_file import load
+from utils.discovery import discover
+
+NAME = "CustomResNetMish"
+
+
+def one_backbone(trained, base):
+    """A copy of the trained workspace with one backbone in it, discovered."""
+    shutil.copytree(trained, base)
+    for path in (base / "checkpoints").glob("*.pth"):
+        if not path.name.startswith(NAME) or "fold1" in path.name:
+            path.unlink()
+    discover.discover(config(), workspace_at(base))
+    return base
+
+
+def config(*overrides):
+    return load(PROJECT / "configs" / "votes.yaml", overrides=["device=cpu", *overrides])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, trained):
+    return one_backbone(trained, tmp_path_factory.mktemp("trials") / "w")

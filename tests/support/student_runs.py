@@ -1,0 +1,37 @@
+"""Shared by tests: helpers of test_student_builder that other test modules use as well."""
+
+from __future__ import annotations
+
+from conftest import PROJECT
+
+from utils.core.config_file import load
+from utils.distillation import student_builder
+from utils.distillation.student_plan import record_of
+from utils.distillation.students import find
+from utils.predictions import catalog
+from utils.predictions.store import Store
+
+QUICK = (
+    *("device=cpu", "distillation.enable=true", "distillation.teacher=soft_voting", "distillation.epochs=2"),
+    "dataset.num_workers=0",
+)
+
+
+SMALL = "distillation.student=CustomConvNeXt"  # the quickest to train
+
+
+def config(*overrides):
+    return load(PROJECT / "configs" / "votes.yaml", overrides=[*QUICK, *overrides])
+
+
+def distill(workspace, *overrides, **options):
+    return student_builder.distill(config(*overrides), workspace, **options)
+
+
+def store_of(workspace, *overrides) -> Store:
+    return Store(config(*overrides), workspace, catalog.load(workspace))
+
+
+def record(workspace, *overrides) -> dict:
+    store = store_of(workspace, *overrides)
+    return record_of(store, find(store, store.config.distillation.student))

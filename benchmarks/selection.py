@@ -8,8 +8,8 @@
 
 The outputs are resampled with noise to the sizes that are asked for. Both sides read the same float32 arrays from files
 in processes of their own, on one thread, and take turns; what is timed is the selection alone, in CPU seconds, which
-other work on the machine disturbs least. Both scores are computed by `utils.numeric.metrics` from the weights that were found.
-Where `.venv-bench` is missing, the peer's figures are null. The last line of the output is one JSON object.
+other work on the machine disturbs least. Both scores are computed by `utils.numeric.metrics` from the weights that
+were found. Where `.venv-bench` is missing, the peer's figures are null. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class MixtureOfExperts(Stacker):
         return self.model
 
     def route(self, logits: np.ndarray, ran: np.ndarray) -> np.ndarray:
-        """First the expert that the gate reads, then those that it chooses; as `utils.combiners.routing.Sparse.route`."""
+        """First the expert that the gate reads, then those that it chooses; see `routing.Sparse.route`."""
         return self.gate.route(logits, ran)
 
     def dense(self) -> Self:

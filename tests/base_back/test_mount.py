@@ -16,9 +16,9 @@ from utils.base_back import BUNDLED
 __all__ = ["foreign", "foreign_base_back", "mount"]
 # Ours that consist of torch modules; whoever imports one of these does so where it is needed.
 TORCH_MODULES = {
-    *("fusion_heads", "heads", "loops", "routing_heads", "soup_trials", "soups", "stacking_heads", "trees"),
-    *("distillation_methods", "distillation_teaching", "distilling", "ensemble_network", "lessons"),
-    *("joint_parts", "joint_training", "training_memory"),
+    *("fusion_heads", "heads", "module_training", "routing_heads", "soup_trials", "soups", "stacking_heads", "trees"),
+    *("distillation_methods", "target_sources", "student_training", "ensemble_network", "image_views"),
+    *("joint_networks", "joint_training", "training_memory"),
 }
 """Imported inside functions alone, once something is trained, averaged or exported."""
 STRANGERS = ("config.py", "models/__init__.py", "training.py", "export.py", "utils/__init__.py")
@@ -213,14 +213,15 @@ print(json.dumps([same, said, ours_first, theirs_first, sorted(label for _, labe
 
 
 def test_no_module_of_ours_loads_torch_or_binds(foreign: Mount) -> None:
-    names = sorted({file.stem for file in (PROJECT / "utils").glob("*.py")} - {"__init__", *TORCH_MODULES})
+    files = [file.relative_to(PROJECT).with_suffix("") for file in (PROJECT / "utils").rglob("*.py")]
+    names = sorted({".".join(file.parts) for file in files if file.stem not in {"__init__", *TORCH_MODULES}})
     code = f"""
 import importlib, json, os, sys
 before = dict(os.environ)
 from probe import look
 found = {{}}
 for name in {names!r}:
-    importlib.import_module("utils." + name)
+    importlib.import_module(name)
     seen = look()
     if seen["torch"] or dict(os.environ) != before or any("BASE-BACK" in file for file in seen["files"].values()):
         found[name] = sorted(seen["files"])

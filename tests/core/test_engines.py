@@ -189,7 +189,9 @@ def test_a_worker_sees_its_gpu_as_the_first():
 def cluster():
     """Two workers, started here; the module's jobs are imported from this folder."""
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(PROJECT / "tests")
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parent), str(PROJECT / "tests" / "support"), str(PROJECT / "tests")]
+    )
     with pytest.MonkeyPatch.context() as patch, engines.using("ray"):
         patch.setattr(engines, "cores", lambda: 2)
         yield engines.current()

@@ -78,7 +78,7 @@ def test_neither_pyplot_nor_a_window_is_needed(tmp_path):
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "DISPLAY"}
-    places = os.pathsep.join([str(PROJECT / "tests"), str(PROJECT)])
+    places = os.pathsep.join([*(str(PROJECT / "tests" / part) for part in ("evaluation", "support", "")), str(PROJECT)])
     call = [sys.executable, "-c", code, str(tmp_path / "picture.png")]
     done = subprocess.run(call, env=environment | {"PYTHONPATH": places}, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve()
-sys.path[:0] = [str(HERE.parents[2]), str(HERE.parents[1]), str(HERE.parent)]
+sys.path[:0] = [str(HERE.parents[2]), str(HERE.parents[1]), str(HERE.parents[1] / "support"), str(HERE.parent)]
 os.environ |= {"OMP_NUM_THREADS": "1", "DBT_MODEL_SIZE": "tiny"}
 os.environ.setdefault("DBT_BASE_DIR", tempfile.gettempdir())
 
@@ -34,7 +34,7 @@ from given_predictions import arrays, write  # noqa: E402
 from hypothesis import HealthCheck, given, seed, settings  # noqa: E402
 from in_process import run  # noqa: E402
 
-from utils import base_back
+from utils import base_back  # noqa: E402
 from utils.building import ensembles  # noqa: E402
 from utils.core.errors import OrchestratorError  # noqa: E402
 from utils.core.workspace import Workspace  # noqa: E402

@@ -278,7 +278,7 @@ def test_the_record_tells_the_batch_size_that_memory_allowed(store, monkeypatch)
 def test_the_next_members_file_is_read_while_this_one_runs(store, monkeypatch):
     from contextlib import contextmanager
 
-    from utils.predictions import store
+    from utils.predictions import store as prediction_store
 
     first = store.catalog.members["CustomConvNeXt"]
     second = replace(first, name="Other")
@@ -291,7 +291,7 @@ def test_the_next_members_file_is_read_while_this_one_runs(store, monkeypatch):
         yield
         order.append("done")
 
-    monkeypatch.setattr(store, "reading_ahead", telling)
+    monkeypatch.setattr(prediction_store, "reading_ahead", telling)
     store.ensure([first, second], ("val",))
     assert order == ["CustomConvNeXt_final.pth", "done", None, "done"]
 

@@ -1,7 +1,8 @@
 """Ten defects made by hand, and for each a test that fails: `python tests/support/mutations.py [NUMBER ...]`.
 
 Each is patched into a copy of the project, where the test then runs. Prints a table; ends with 0 when every defect was
-caught, and with 1 when a test passed in spite of one. `tests/project/test_mutations.py` holds the patches to the sources.
+caught, and with 1 when a test passed in spite of one. `tests/project/test_mutations.py` holds the patches to the
+sources.
 """
 
 from __future__ import annotations

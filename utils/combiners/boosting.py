@@ -1,6 +1,7 @@
 """Gradient-boosted trees on members' outputs: one training per kind of features, answered after several rounds.
 
-Chen and Guestrin (2016), XGBoost. The number of rounds is what `utils.numeric.nested_cv` chooses: early stopping on rows that are
+Chen and Guestrin (2016), XGBoost. The number of rounds is what `utils.numeric.nested_cv` chooses: early stopping on
+rows that are
 held out, without a further split. Boosters are kept as the library's own JSON and answer without the library.
 """
 

@@ -1,7 +1,7 @@
 """Training of fusion heads on blocks of embeddings in memory; rank and length of the training are left open.
 
-The heads at several epochs of one training are settings that `utils.numeric.nested_cv` chooses from: early stopping on rows that
-are held out, and never on those that a cross-fitted copy is asked about.
+The heads at several epochs of one training are settings that `utils.numeric.nested_cv` chooses from: early stopping on
+rows that are held out, and never on those that a cross-fitted copy is asked about.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ class _Tried:
 
 @dataclass(kw_only=True)
 class GreedySelection(PooledMembers):
-    """Mean of members selected with replacement for the configured metric (`utils.numeric.selection`), the best at the start.
+    """Mean of members selected with replacement for the configured metric (`utils.numeric.selection`), the best at the
+    start.
 
     How many are taken is decided by leaving folds out: the fewest whose held-out loss is within one standard error of
     the least. Bags of half the members each (Caruana et al. 2006) take the place of one selection where held-out rows

@@ -1,7 +1,7 @@
 """A multi-layer perceptron on members' outputs, trained on whole tensors in memory; when to stop is left open.
 
-The models at several epochs of one training are the settings that `utils.numeric.nested_cv` chooses from: early stopping on rows
-that are held out.
+The models at several epochs of one training are the settings that `utils.numeric.nested_cv` chooses from: early
+stopping on rows that are held out.
 """
 
 from __future__ import annotations

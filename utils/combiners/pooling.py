@@ -1,7 +1,7 @@
 """Which pool, how strong a penalty, which members more: what held-out folds decide about weights.
 
-Scores are log-probabilities (M, N, C) of M members, clipped from below at `LOWEST_SCORE` of `utils.combiners.pooled_members`;
-labels and folds are (N,).
+Scores are log-probabilities (M, N, C) of M members, clipped from below at `LOWEST_SCORE` of
+`utils.combiners.pooled_members`; labels and folds are (N,).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """How good would the pool be with this member added? Losses of all candidates at once; numpy alone.
 
 Member m added to a pool makes the mixture (total + p_m) / (size + 1). Losses are the lower the better: log-loss, Brier
-score, 1 - accuracy and 1 - macro F1 as `utils.numeric.metrics` defines them; the predicted class is the first of the highest.
+score, 1 - accuracy and 1 - macro F1 as `utils.numeric.metrics` defines them; the predicted class is the first of the
+highest.
 Probabilities are read as float32, sums are float64. The last digits of a sum depend on its order, so that two losses
 count as equal when they differ by no more than `TIE`.
 """

@@ -1,6 +1,7 @@
 """How good would the pool be without this member? Losses for all members at once; numpy alone.
 
-The counterpart of `utils.numeric.candidate_losses`, with its losses: a pool is the plain mean of members, each in it once.
+The counterpart of `utils.numeric.candidate_losses`, with its losses: a pool is the plain mean of members, each in it
+once.
 """
 
 from __future__ import annotations

@@ -64,7 +64,8 @@ def bootstrap(
 ) -> dict[str, Floats]:
     """{metric: its value on every bootstrap sample (K, B)} of K probabilities (N, C) on the rows with labels (N,).
 
-    Equal to the functions of `utils.numeric.metrics` on the rows drawn, within 1e-5 (sums are taken in float32), but for
+    Equal to the functions of `utils.numeric.metrics` on the rows drawn, within 1e-5 (sums are taken in float32), but
+    for
     `roc_auc_ovr_macro`: ranking each sample anew would take minutes, so that its value is moved by the influence of
     each row instead (DeLong et al. 1988), which is exact in first order. It is missing where some class has no rows.
     Memory is bounded whatever K, N and B. UserError for what cannot be scored.

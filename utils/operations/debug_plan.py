@@ -31,7 +31,7 @@ class Section:
 
     about: str
     steps: tuple[tuple[str, ...], ...]
-    """Lines of the production command line, or `probe <name>` of `utils.operations.debug_probes`; the last is what is tried."""
+    """Lines of the production command line, or `probe <name>` of `debug_probes`; the last is what is tried."""
     switches: tuple[str, ...] = ()
     """Values that the section needs in the configuration, as `--set` takes them."""
     small: tuple[str, ...] = ()

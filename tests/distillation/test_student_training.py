@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from digit_splits import split_of
-from given_predictions import logged
 
 from utils import base_back
 from utils.core.errors import UserError
-from utils.distillation.student_training import Course, Progress, Trained, logits_of, train
+from utils.distillation.student_training import Course, Trained, logits_of, train
 from utils.training.image_views import Album, Lessons
+from utils.training.progress import TrainingProgress
 
 NAME = "CustomViTHybrid"  # warm-up with cosine, BatchNorm
 
@@ -38,7 +38,9 @@ def teach(epoch: int) -> np.ndarray:
     return np.log(drawn).astype(np.float32)
 
 
-def run(albums, epochs: int = 4, progress: Progress | None = None, *, lr: float = 1e-3, name: str = NAME) -> Trained:
+def run(
+    albums, epochs: int = 4, progress: TrainingProgress | None = None, *, lr: float = 1e-3, name: str = NAME
+) -> Trained:
     lessons = Lessons(albums[0], 8, 1, np.full(16, "half"))
     course = Course(name, epochs, lr, 4.0, 0.5, seed=1)
     return train(fresh(name), course, lessons, teach, albums[1], device="cpu", progress=progress)
@@ -54,7 +56,7 @@ class Interrupted(Exception):
     """Stands for the kill."""
 
 
-class Stopping(Progress):
+class Stopping(TrainingProgress):
     def __init__(self, path, stop_after: int) -> None:
         super().__init__(path, "key")
         self.left, self.seconds = stop_after, 0.0
@@ -73,7 +75,9 @@ def test_stopped_after_any_epoch_it_ends_with_the_same_weights(albums, tmp_path,
         path = tmp_path / f"{stop}.pth"
         with pytest.raises(Interrupted):
             run(albums, progress=Stopping(path, stop), name=name)
-        assert same(run(albums, progress=Progress(path, "key"), name=name), expected), f"stopped after epoch {stop}"
+        assert same(run(albums, progress=TrainingProgress(path, "key"), name=name), expected), (
+            f"stopped after epoch {stop}"
+        )
 
 
 def test_it_learns_from_labels_and_from_a_teacher(albums, tmp_path):
@@ -116,21 +120,3 @@ def test_a_loss_that_is_no_number_is_said(albums):
     infinite = np.full((16, 3), -np.inf, dtype=np.float32)
     with pytest.raises(UserError, match=r"the loss became nan.*lower distillation\.lr"):
         train(fresh(), course, lessons, lambda _: infinite, albums[1], device="cpu")
-
-
-def test_progress_that_is_damaged_or_of_something_else_is_named_and_removed(tmp_path, caplog):
-    path = tmp_path / "progress_student.pth"
-    Progress(path, "one").save({"tensor": torch.arange(5000)})
-    whole = path.read_bytes()
-    assert torch.equal(Progress(path, "one").load()["tensor"], torch.arange(5000))
-    for content, key, words in (
-        (whole, "two", "belongs to another teacher, other images or settings"),
-        (whole[: len(whole) // 2], "one", "is damaged"),
-        (whole[:5000] + b"!" + whole[5001:], "one", "is damaged"),
-    ):
-        path.write_bytes(content)
-        caplog.clear()
-        with logged(caplog):
-            assert Progress(path, key).load() is None
-        assert f"{path} {words}" in caplog.text
-        assert not path.exists()

@@ -117,7 +117,7 @@ class Interrupted(Exception):
 def test_stopped_at_any_write_it_ends_with_the_same_bytes(parts, tmp_path, monkeypatch, budget):
     expected = run(parts, tmp_path / "undisturbed", budget=budget)
     whole = end_of(tmp_path / "undisturbed")
-    save = joint_training.Progress.save
+    save = joint_training.TrainingProgress.save
     for stop in (1, 2, 3, 5):
         writes = []
 
@@ -128,7 +128,7 @@ def test_stopped_at_any_write_it_ends_with_the_same_bytes(parts, tmp_path, monke
                 raise Interrupted
 
         with monkeypatch.context() as patched:
-            patched.setattr(joint_training.Progress, "save", counted)
+            patched.setattr(joint_training.TrainingProgress, "save", counted)
             with pytest.raises(Interrupted):
                 run(parts, tmp_path / "run", budget=budget)
         found = run(parts, tmp_path / "run", budget=budget)

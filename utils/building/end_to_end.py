@@ -177,8 +177,7 @@ def _facts(derived: Sequence[Member], tuned: Tuned) -> dict[str, Any]:
 
 def _parts(store: Store, members: Sequence[Member]) -> list[Part]:
     """Networks with their images, of which every file is decoded once for all of them."""
-    from utils.distillation.students import augmentation
-    from utils.training.image_views import Album, Lessons
+    from utils.training.image_views import Album, Lessons, augmentation_kind
     from utils.training.joint_networks import Part
 
     settings = store.config.dataset
@@ -193,7 +192,7 @@ def _parts(store: Store, members: Sequence[Member]) -> list[Part]:
     found = []
     for member in members:
         spec = member.network(store.workspace)
-        kind = augmentation(said_of_training(spec.checkpoint))
+        kind = augmentation_kind(said_of_training(spec.checkpoint))
         rows = {split: store.rows(member, split, embeddings=True) for split in images}
         train = album("train", spec, kind)
         never = np.full(len(train), "never")

@@ -38,8 +38,9 @@ from utils.predictions.image_splits import ImageSplit
 from utils.predictions.store import Store
 
 if TYPE_CHECKING:
-    from utils.distillation.student_training import Course, Progress, Trained
+    from utils.distillation.student_training import Course, Trained
     from utils.training.image_views import Album, Lessons
+    from utils.training.progress import TrainingProgress
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -123,9 +124,9 @@ class _Showing:
 
     def album(self, images: ImageSplit) -> Album:
         """Images at the student's size and by its augmentation."""
-        from utils.training.image_views import Album
+        from utils.training.image_views import Album, augmentation_kind
 
-        cache, how = self.store.workspace.image_cache, students.augmentation(self.said)
+        cache, how = self.store.workspace.image_cache, augmentation_kind(self.said)
         return Album(images, self.student.img_size, how, image_cache=cache, threads=self.threads)
 
     def decode(self, teacher: Teacher, images: ImageSplit) -> None:
@@ -194,14 +195,14 @@ def _taught(
     return record
 
 
-def _progress(store: Store, student: Student, key: list[str], force: bool) -> dict[str, Progress]:
+def _progress(store: Store, student: Student, key: list[str], force: bool) -> dict[str, TrainingProgress]:
     """How far student and control are; nothing, where that is to be forgotten."""
-    from utils.distillation.student_training import Progress
+    from utils.training.progress import TrainingProgress
 
     folder = store.workspace.distillation(student.ensemble)
     if force:
         _forget_progress(folder)
-    return {who: Progress(folder / f"progress_{who}.pth", digest_of([*key, who])) for who in ("student", ALONE)}
+    return {who: TrainingProgress(folder / f"progress_{who}.pth", digest_of([*key, who])) for who in ("student", ALONE)}
 
 
 def _forget_progress(folder: Path) -> None:
@@ -219,7 +220,7 @@ def _course(store: Store, student: Student) -> Course:
     )
 
 
-def _alone(showing: _Showing, lessons: Lessons, progress: Progress) -> tuple[Trained, dict[str, np.ndarray]]:
+def _alone(showing: _Showing, lessons: Lessons, progress: TrainingProgress) -> tuple[Trained, dict[str, np.ndarray]]:
     """The control, and its probabilities {split: (N, C)}.
 
     The same network from the same weights, shown as many images by the same augmentation, told their labels alone.

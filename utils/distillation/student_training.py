@@ -7,13 +7,10 @@ trained on. A training that was killed goes on from its last saved epoch and end
 from __future__ import annotations
 
 import logging
-import os
 import time
-import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from utils import base_back
-from utils.core.artifacts import replacing
 from utils.core.errors import UserError
 from utils.distillation_methods import Average, student_loss
 from utils.numeric.metrics import accuracy, log_loss, softmax
-from utils.training.image_views import Album, Lessons, seed_of
+from utils.training.image_views import EVALUATION_BATCH_SIZE, Album, Lessons, seed_of
+from utils.training.optimization import step_with_clipped_gradients
+from utils.training.progress import TrainingProgress, copied_weights, schedule_state
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -33,10 +31,6 @@ logger = logging.getLogger("disease_pipeline")
 PATIENCE, PATIENCE_SHARE = 5, 4  # epochs without progress on val that are allowed: so many, and a quarter of all
 MEMORY = 2.0  # epochs that the average of the weights looks back
 SLOWEST, FASTEST = 0.9998, 0.9  # bounds of its decay
-LARGEST_NORM = 1.0  # of a gradient, as the base pipeline clips it
-SECONDS = 5.0  # at least between two saves, unless DBT_PROGRESS_SECONDS says otherwise
-SHARE_OF_TIME = 20  # saving takes at most a twentieth of the time
-VAL_BATCH = 256
 LONG = 20.0  # seconds of an epoch from which on each is worth a line
 
 Weights = dict[str, Tensor]
@@ -84,7 +78,7 @@ def train(
     exam: Album,
     *,
     device: str,
-    progress: Progress | None = None,
+    progress: TrainingProgress | None = None,
 ) -> Trained:
     """Train `model` in place on the lessons; `exam` holds the val images. `teach` None: by labels alone.
 
@@ -119,7 +113,7 @@ def train(
         }
         history.append(row)
         if best is None or row["val_log_loss"] < best["val_log_loss"]:
-            best = {"epoch": epoch, "val_log_loss": row["val_log_loss"], "weights": _copied(run.average.weights)}
+            best = {"epoch": epoch, "val_log_loss": row["val_log_loss"], "weights": copied_weights(run.average.weights)}
         seconds = time.monotonic() - start
         logger.log(
             logging.INFO if seconds >= LONG else logging.DEBUG,
@@ -142,8 +136,8 @@ def logits_of(model: nn.Module, album: Album, device: str, weights: Mapping[str,
     model.to(device).eval()
     found = []
     with torch.inference_mode():
-        for start in range(0, len(album), VAL_BATCH):
-            rows = torch.arange(start, min(start + VAL_BATCH, len(album)))
+        for start in range(0, len(album), EVALUATION_BATCH_SIZE):
+            rows = torch.arange(start, min(start + EVALUATION_BATCH_SIZE, len(album)))
             images = album.show(rows, album.size, None).to(device)
             answer = torch.func.functional_call(model, dict(weights), (images,)) if weights else model(images)
             found.append(answer.float().cpu().numpy())
@@ -206,9 +200,7 @@ class _Run:
     def _step(self, loss: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_NORM)
-        self.scaler.step(self.optimizer)
+        step_with_clipped_gradients(self.scaler, self.optimizer, self.model)
         self.scaler.update()
         self.schedule.step()
         self.average.update(self.model)
@@ -219,14 +211,12 @@ class _Run:
 
     def state(self) -> dict[str, Any]:
         """What the next epoch needs of those before."""
-        plain = (int, float, str, list, type(None))
         return {
-            "weights": _copied(self.model.state_dict()),
-            "average": _copied(self.average.weights),
+            "weights": copied_weights(self.model.state_dict()),
+            "average": copied_weights(self.average.weights),
             "steps": self.average.steps,
             "optimizer": self.optimizer.state_dict(),
-            # Without functions, so that the file holds nothing but values.
-            "schedule": {key: value for key, value in self.schedule.state_dict().items() if isinstance(value, plain)},
+            "schedule": schedule_state(self.schedule),
             "scaler": self.scaler.state_dict(),
         }
 
@@ -237,47 +227,3 @@ class _Run:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
         self.scaler.load_state_dict(saved["scaler"])
-
-
-def _copied(weights: Mapping[str, Tensor]) -> Weights:
-    return {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
-
-
-class Progress:
-    """How far a training is, in one file; used when it is whole and was written under the same key."""
-
-    def __init__(self, path: Path, key: str) -> None:
-        self.path, self.key = path, key
-        self.seconds = float(os.environ.get("DBT_PROGRESS_SECONDS") or SECONDS)
-        self._saved, self._cost = time.monotonic(), 0.0
-
-    def load(self) -> dict[str, Any] | None:
-        """The record saved last; None where there is none that can be used, which is said and removed."""
-        if not self.path.is_file():
-            return None
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                if archive.testzip():  # torch compares no checksums
-                    raise zipfile.BadZipFile
-            record = torch.load(self.path, map_location="cpu", weights_only=True)
-            problem = None if record["key"] == self.key else "belongs to another teacher, other images or settings"
-        except Exception as error:  # a damaged file raises whatever the broken place leads to
-            problem = f"is damaged ({type(error).__name__})"
-        if problem is None:
-            return record  # type: ignore[no-any-return]
-        logger.warning("%s %s; it is removed and this training starts from its beginning", self.path, problem)
-        self.path.unlink(missing_ok=True)
-        return None
-
-    def is_due(self) -> bool:
-        """Whether enough time has passed since the last save."""
-        passed = time.monotonic() - self._saved
-        return self.seconds == 0 or passed >= max(self.seconds, SHARE_OF_TIME * self._cost)
-
-    def save(self, record: Mapping[str, Any]) -> None:
-        """Replace the file."""
-        start = time.monotonic()
-        with replacing(self.path) as temporary, temporary.open("wb") as file:
-            torch.save({**record, "key": self.key}, file)
-        self._saved = time.monotonic()
-        self._cost = self._saved - start

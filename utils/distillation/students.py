@@ -24,7 +24,6 @@ logger = logging.getLogger("disease_pipeline")
 PLACE = "distillation.student"
 ROLE = "distilled"
 SPOKEN = {"MobileOne": "mobile"}  # as the specification prints it
-KINDS = ("full", "no_flip", "none")
 
 
 @dataclass(frozen=True)
@@ -122,12 +121,6 @@ def said_of_training(store: Store, student: Student) -> dict[str, str]:
     found = checkpoints.said_of_training(store.workspace.base / student.like.checkpoints[0]["path"])
     found.pop("base_back", None)  # the student is of whichever is mounted now
     return found
-
-
-def augmentation(said: Mapping[str, str]) -> str:
-    """The base pipeline's kind of augmentation: the checkpoint's, else the settings'."""
-    kind = said.get("augment", getattr(base_back.settings(), "AUGMENT", "full"))
-    return kind if kind in KINDS else "full"
 
 
 def fresh(store: Store, student: Student) -> nn.Module:

@@ -7,7 +7,7 @@ that know no image size, so that a teacher can be shown the very same views.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,20 @@ from utils.predictions import image_splits
 from utils.predictions.image_splits import ImageSplit
 
 HELD = 1 << 28  # bytes of shown images that are kept while several networks look at the same ones
+EVALUATION_BATCH_SIZE = 256
+AUGMENTATION_KINDS = ("full", "no_flip", "none")
 NO_VIEW = "none"  # the kind of augmentation that shows everything as the evaluation transform does
 
 
 def seed_of(*parts: object) -> int:
     """A seed below 2**31 for one purpose."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
+
+
+def augmentation_kind(facts: Mapping[str, str]) -> str:
+    """The base pipeline's kind of augmentation: the one that a checkpoint records, else the settings'."""
+    kind = facts.get("augment", getattr(base_back.settings(), "AUGMENT", "full"))
+    return kind if kind in AUGMENTATION_KINDS else "full"
 
 
 class Album:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from utils import base_back
-from utils.distillation.student_training import VAL_BATCH
 from utils.networks import training_memory
 from utils.networks.construction import NetworkSpec, Outputs, cleanup_memory, safe_delete_model
 from utils.predictions.streaming import open_network
-from utils.training.image_views import Album, Lessons
+from utils.training.image_views import EVALUATION_BATCH_SIZE, Album, Lessons
+from utils.training.progress import copied_weights, schedule_state
 
 NETWORKS_SHARE = 0.1  # of the head's rate: the networks are trained already
 PROBED = 2  # images by which a network's embedding is found
@@ -93,18 +93,17 @@ class Moving:
         self.model.eval()
         found = []
         with torch.no_grad():
-            for rows in torch.arange(len(album)).split(VAL_BATCH):
+            for rows in torch.arange(len(album)).split(EVALUATION_BATCH_SIZE):
                 images = album.show(rows, self.part.spec.img_size, None).to(self.device)
                 found.append(self.outputs(images)[1].float().cpu())
         return torch.cat(found)
 
     def state(self) -> dict[str, Any]:
         """Weights, optimizer and schedule, without functions, so that the file holds nothing but values."""
-        plain = (int, float, str, list, type(None))
         return {
-            "weights": {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()},
+            "weights": copied_weights(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": {key: value for key, value in self.schedule.state_dict().items() if isinstance(value, plain)},
+            "schedule": schedule_state(self.schedule),
         }
 
     def step_bytes(self, batch_size: int) -> int:

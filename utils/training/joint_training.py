@@ -18,17 +18,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from utils.core.artifacts import read_record, write_json
 from utils.core.errors import UserError
-from utils.distillation.student_training import LARGEST_NORM, Progress
 from utils.networks import training_memory
 from utils.networks.construction import out_of_memory
 from utils.numeric.metrics import accuracy, log_loss
 from utils.training.image_views import seed_of
 from utils.training.joint_networks import Course, FusionHeads, Moving, Part, in_memory
+from utils.training.optimization import step_with_clipped_gradients
+from utils.training.progress import TrainingProgress, copied_weights
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -243,7 +244,7 @@ class _Run:
                 self.embeddings[one.part.name] = (train, one.seen(one.part.exam))
                 kept = dict(zip(("train", "val"), self.embeddings[one.part.name], strict=True))
                 file = _file(epoch, one.part.name)
-                Progress(self.folder / file, self.key).save(one.state() | kept)
+                TrainingProgress(self.folder / file, self.key).save(one.state() | kept)
                 self.state["files"][one.part.name] = file
         return loss
 
@@ -272,9 +273,7 @@ class _Run:
                 self.scaler.scale((heads + own) * len(places) / len(batch.rows)).backward()
                 total, count = total + heads.item() * len(places), count + len(places)
             for model, optimizer in ((self.head, self.optimizer), *((one.model, one.optimizer) for one in moving)):
-                self.scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
-                self.scaler.step(optimizer)
+                step_with_clipped_gradients(self.scaler, optimizer, model)
             self.scaler.update()
             for one in moving:
                 one.schedule.step()
@@ -322,11 +321,11 @@ class _Run:
         if state["best"]["epoch"] == epoch:
             state["best"]["heads"] = state["heads"]
         record = {
-            "weights": {name: tensor.detach().cpu().clone() for name, tensor in self.head.heads.state_dict().items()},
+            "weights": copied_weights(self.head.heads.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        Progress(self.folder / state["heads"], self.key).save(record)
+        TrainingProgress(self.folder / state["heads"], self.key).save(record)
         write_json(self.folder / "state.json", state)
         named = {"state.json", state["heads"], *state["files"].values(), *self._of_best(state)}
         for path in self.folder.iterdir():
@@ -341,7 +340,7 @@ class _Run:
 
     def _read(self, file: str) -> dict[str, Any] | None:
         """What a file of this training holds; None, said in words, where it is damaged or of another."""
-        return Progress(self.folder / file, self.key).load()
+        return TrainingProgress(self.folder / file, self.key).load()
 
     def _take_heads(self, file: str) -> bool:
         """Go on from heads that were kept; whether they could be read."""

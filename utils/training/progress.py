@@ -1,0 +1,72 @@
+"""The state of an interrupted training in one file, and the parts of a state that such a file may hold."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.core.artifacts import replacing
+
+logger = logging.getLogger("disease_pipeline")
+
+SECONDS = 5.0  # at least between two saves, unless DBT_PROGRESS_SECONDS says otherwise
+SHARE_OF_TIME = 20  # saving takes at most a twentieth of the time
+
+
+def copied_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the tensors of a state dictionary, on the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
+
+
+def schedule_state(schedule: torch.optim.lr_scheduler.LRScheduler) -> dict[str, Any]:
+    """The state of a learning-rate schedule without its functions, so that a file holds nothing but values."""
+    plain = (int, float, str, list, type(None))
+    return {key: value for key, value in schedule.state_dict().items() if isinstance(value, plain)}
+
+
+class TrainingProgress:
+    """How far a training is, in one file; used when it is whole and was written under the same key."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
+        self.seconds = float(os.environ.get("DBT_PROGRESS_SECONDS") or SECONDS)
+        self._saved, self._cost = time.monotonic(), 0.0
+
+    def load(self) -> dict[str, Any] | None:
+        """The record saved last; None where there is none that can be used, which is said and removed."""
+        if not self.path.is_file():
+            return None
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                if archive.testzip():  # torch compares no checksums
+                    raise zipfile.BadZipFile
+            record = torch.load(self.path, map_location="cpu", weights_only=True)
+            problem = None if record["key"] == self.key else "belongs to another teacher, other images or settings"
+        except Exception as error:  # a damaged file raises whatever the broken place leads to
+            problem = f"is damaged ({type(error).__name__})"
+        if problem is None:
+            return record  # type: ignore[no-any-return]
+        logger.warning("%s %s; it is removed and this training starts from its beginning", self.path, problem)
+        self.path.unlink(missing_ok=True)
+        return None
+
+    def is_due(self) -> bool:
+        """Whether enough time has passed since the last save."""
+        passed = time.monotonic() - self._saved
+        return self.seconds == 0 or passed >= max(self.seconds, SHARE_OF_TIME * self._cost)
+
+    def save(self, record: Mapping[str, Any]) -> None:
+        """Replace the file."""
+        start = time.monotonic()
+        with replacing(self.path) as temporary, temporary.open("wb") as file:
+            torch.save({**record, "key": self.key}, file)
+        self._saved = time.monotonic()
+        self._cost = self._saved - start

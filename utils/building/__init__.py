@@ -1,40 +1,41 @@
 """Builders: each fits ensembles of one family and saves them with provenance and baselines.
 
-Every ensemble stores cross-fitted predictions (`crossfit.npz`): for each out-of-sample row, the output of a copy of its
-recipe that read no label of the row's fold. The folds are one seeded, stratified, group-aware assignment per workspace.
-Voting fits nothing, so its cross-fitted predictions are its predictions. The recommendation reads these predictions and
-the members' out-of-sample predictions, never the test split: lowest log-loss, then the simplest ensemble within one paired
-standard error.
+Every ensemble stores cross-fitted predictions (`crossfit.npz`): for each out-of-sample row, the output of a copy of
+its recipe that read no label of the row's fold. The folds are one seeded, stratified, group-aware assignment per
+workspace. Voting fits nothing, so its cross-fitted predictions are its predictions. The recommendation reads these
+predictions and the members' out-of-sample predictions, never the test split: lowest log-loss, then the simplest
+ensemble within one paired standard error.
 
 Soups
-    Ingredients are the checkpoints of one backbone: `final`, `finetune_best`, `head_best`, snapshots, later epochs and
-    fold networks. Equal weights count once. Two checks on the validation split admit a checkpoint: a cosine of at least
-    0.1 between the weight matrices (unrelated networks are below 0.03, checkpoints of one training 0.5 to 1), and a
-    midpoint with the best checkpoint that is no worse than the better of the two (error within 2 points or one row,
-    log-loss within 0.1), also tried with recomputed BatchNorm statistics. `uniform` averages the admitted checkpoints,
-    `greedy` adds what does not make the metric fall, `wise_ft` takes the best of eleven points between `head_best` and
-    `final`. Every mixture is scored with averaged and with recomputed BatchNorm statistics; the better is kept. The
-    validation split chose all this and is recorded in `selected_on`.
+    Ingredients are the checkpoints of one backbone: `final`, `finetune_best`, `head_best`, snapshots, later epochs
+    and fold networks. Equal weights count once. Two checks on the validation split admit a checkpoint: a cosine of at
+    least 0.1 between the weight matrices (unrelated networks are below 0.03, checkpoints of one training 0.5 to 1),
+    and a midpoint with the best checkpoint that is no worse than the better of the two (error within 2 points or one
+    row, log-loss within 0.1), also tried with recomputed BatchNorm statistics. `uniform` averages the admitted
+    checkpoints, `greedy` adds what does not make the metric fall, `wise_ft` takes the best of eleven points between
+    `head_best` and `final`. Every mixture is scored with averaged and with recomputed BatchNorm statistics; the
+    better is kept. The validation split chose all this and is recorded in `selected_on`.
 
 Pruning
     `latency` times forward passes of each member (warm-up, 1 and 32 images, p50 and p95, CUDA events on a GPU).
-    `ensembles/latency.json` stores the times by member digest, device and threads; they are not measured again, so that
-    what they decide repeats. What a budget leaves without a member is recorded in `ensembles/pruning.json`.
+    `ensembles/latency.json` stores the times by member digest, device and threads; they are not measured again, so
+    that what they decide repeats. What a budget leaves without a member is recorded in `ensembles/pruning.json`.
 
 Fusion
-    Full networks answer at inference. `val` fits on their validation rows; `aligned` also on the training rows, with the
-    fold networks' embeddings mapped into the full network's space by a ridge regression that is fitted on validation rows
-    without labels. `auto` fits both and keeps the lower cross-fitted log-loss on validation rows. The linear map from
-    embeddings to logits that the validation rows give must hold on the training rows; otherwise they are refused.
+    Full networks answer at inference. `val` fits on their validation rows; `aligned` also on the training rows, with
+    the fold networks' embeddings mapped into the full network's space by a ridge regression that is fitted on
+    validation rows without labels. `auto` fits both and keeps the lower cross-fitted log-loss on validation rows. The
+    linear map from embeddings to logits that the validation rows give must hold on the training rows; otherwise they
+    are refused.
 
 Mixture of experts and cascade
-    Experts are the members that greedy forward selection takes first for log-loss. The gate reads the log-probabilities of
-    the cheapest expert; training is noisy top-k with the balance loss on the full softmax and a z-loss. In the cascade an
-    image leaves with the plain mean of the members that have run once its largest probability reaches a threshold; the
-    threshold comes from a fixed grid, so that no row lies on it.
+    Experts are the members that greedy forward selection takes first for log-loss. The gate reads the
+    log-probabilities of the cheapest expert; training is noisy top-k with the balance loss on the full softmax and a
+    z-loss. In the cascade an image leaves with the plain mean of the members that have run once its largest
+    probability reaches a threshold; the threshold comes from a fixed grid, so that no row lies on it.
 
 End to end
-    Training rows are in-sample for the networks, so validation rows alone choose the epoch (0: untouched networks), and
-    temperature and fallback are cross-fitted on them. The networks are derived members named `<fusion>_<member>`, and
-    rows that chose them cannot recommend the result.
+    Training rows are in-sample for the networks, so validation rows alone choose the epoch (0: untouched networks),
+    and temperature and fallback are cross-fitted on them. The networks are derived members named `<fusion>_<member>`,
+    and rows that chose them cannot recommend the result.
 """

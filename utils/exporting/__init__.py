@@ -1,18 +1,19 @@
 """Writes an ensemble as deployment files, each checked for parity in its own runtime.
 
 The bundled base pipeline's `export_and_package_model` writes state dict, checkpoint, TorchScript and ONNX. TFLite is
-converted from a traced program in a process of its own, with limits on time and memory. 64 rows of test (then val, then
-train, whose labels are not read) and their scored predictions are the reference; `runtimes` runs the files of each format
-in a new process and `parity_check` compares.
+converted from a traced program in a process of its own, with limits on time and memory. 64 rows of test (then val,
+then train, whose labels are not read) and their scored predictions are the reference; `runtimes` runs the files of
+each format in a new process and `parity_check` compares.
 
 A combiner with discontinuities (votes, trees, the best experts) declares `is_discontinuous`; its files also give
-`member_logits`, so that the combiner is compared on the file's own member outputs on every row. A row on which the combiner
-answers differently for the file's member outputs than for the expected ones, although these agree within 1e-4, lies at a
-discontinuity: it is counted (`near_threshold`, at most 5 %) and left out of the end-to-end comparison alone.
+`member_logits`, so that the combiner is compared on the file's own member outputs on every row. A row on which the
+combiner answers differently for the file's member outputs than for the expected ones, although these agree within
+1e-4, lies at a discontinuity: it is counted (`near_threshold`, at most 5 %) and left out of the end-to-end comparison
+alone.
 
-`reduced_precision` converts the members' nodes alone, since preprocessing and combiner are where small differences change
-labels; int8 ranges come from 128 training images. `exported_programs` decides whether `export --verify` may run a file: the
-workspace records the digests of the files that it writes, and TorchScript archives are searched for operators that touch
-files. A folder is filled under a temporary name and swapped in by two renames; the next export restores a swap that was
-killed between them.
+`reduced_precision` converts the members' nodes alone, since preprocessing and combiner are where small differences
+change labels; int8 ranges come from 128 training images. `exported_programs` decides whether `export --verify` may
+run a file: the workspace records the digests of the files that it writes, and TorchScript archives are searched for
+operators that touch files. A folder is filled under a temporary name and swapped in by two renames; the next export
+restores a swap that was killed between them.
 """

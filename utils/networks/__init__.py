@@ -1,7 +1,8 @@
 """One trained network: build it, load its weights, average it, join it with others into one module.
 
 Checkpoints are read with `weights_only=True` and NumPy's scalars allowed; a refusal is final. Soups sum weights in
-float64, 16 MB or an eighth of the weights at a time, with one file open. The joint network (`ensemble_network`) prepares
-images once per image size, runs each network once and applies the combiner's module; `uint8` images are resampled as
-Pillow does: a triangle filter as two matrices of 22-bit weights in float64, rounded to 8 bits after each.
+float64, 16 MB or an eighth of the weights at a time, with one file open. The joint network (`ensemble_network`)
+prepares images once per image size, runs each network once and applies the combiner's module; `uint8` images are
+resampled as Pillow does: a triangle filter as two matrices of 22-bit weights in float64, rounded to 8 bits after
+each.
 """

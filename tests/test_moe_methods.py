@@ -242,7 +242,7 @@ def through_onnx(module):
 
 def through_torch_export(module):
     """The way to TFLite."""
-    dynamic = ({0: torch.export.Dim("rows")},)
+    dynamic = ({0: torch.export.Dim("rows", max=2**31)},)  # torch 2.6 rejects a free size without a bound
     program = torch.export.export(module, (torch.zeros(2, 5, C),), dynamic_shapes=dynamic).module()
     return lambda logits: program(torch.from_numpy(logits)).numpy()
 

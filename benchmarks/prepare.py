@@ -213,7 +213,7 @@ def keep(file: Path) -> None:
     members = catalog.select(known, config)
     store = Store(config, place, known)
     store.ensure(members, SPLITS)
-    honest = fitting.honest_rows(store, members, kind="honest")
+    honest = fitting.out_of_sample_rows(store, members, kind="honest")
     arrays = {
         "members": np.array(honest.rows.members),
         "classes": np.array(honest.rows.classes),

@@ -37,21 +37,21 @@ def test_the_five_simple_combinations_are_measured_on_unseen_rows(measured):
 def test_a_clear_gain_beats_and_a_hair_does_not(measured):
     found = measured[0]
     best = min(found.losses.values(), key=lambda losses: losses.mean())
-    clear = baselines.judge(found, best - 0.1)
+    clear = baselines.compare(found, best - 0.1)
     assert clear["beats_guards"]
     assert clear["verdict"].startswith("beats ")
     noise = np.random.default_rng(0).normal(size=N)
-    hair = baselines.judge(found, best + 0.3 * (noise - noise.mean()) - 1e-6)
+    hair = baselines.compare(found, best + 0.3 * (noise - noise.mean()) - 1e-6)
     assert not hair["beats_guards"]
     assert hair["verdict"].startswith("does not beat ")
-    worse = baselines.judge(found, best + 0.1)
+    worse = baselines.compare(found, best + 0.1)
     assert not worse["beats_guards"]
     assert worse["verdict"].startswith("is worse than ")
 
 
 def test_every_gain_stands_with_its_interval(measured):
     found = measured[0]
-    record = baselines.judge(found, found.losses["soft_voting"] - 0.2)
+    record = baselines.compare(found, found.losses["soft_voting"] - 0.2)
     gain = record["guards"]["soft_voting"]
     assert gain["gain"] == pytest.approx(0.2)
     np.testing.assert_allclose(gain["gain_ci95"], 0.2)

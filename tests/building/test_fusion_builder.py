@@ -94,11 +94,11 @@ def test_a_rotation_between_train_and_inference_is_caught(fused):
     name = members[0].name
     val = store.rows(members[0], "val", embeddings=True)
     train = store.rows(members[0], "test", embeddings=True)
-    assert embedding_rows.require_one_space(name, train, val) > 0.5
+    assert embedding_rows.require_shared_space(name, train, val) > 0.5
     width = val.embeddings.shape[1]
     turned = np.linalg.qr(np.random.default_rng(0).normal(size=(width, width)))[0]
     with pytest.raises(UserError, match=rf"member {name}: .*not of the space of its val rows.*train_embeddings=val"):
-        embedding_rows.require_one_space(name, replace(train, embeddings=train.embeddings @ turned), val)
+        embedding_rows.require_shared_space(name, replace(train, embeddings=train.embeddings @ turned), val)
 
 
 def test_pooling_the_fold_networks_as_they_are_is_refused(own, monkeypatch):

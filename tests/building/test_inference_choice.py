@@ -105,6 +105,6 @@ def test_the_shift_is_described_in_known_numbers():
     assert shift["full"]["accuracy"] == shift["folds"]["accuracy"]
     assert shift["full"]["mean_entropy"] < shift["folds"]["mean_entropy"]
     record = inference_choice.choose("auto", measured(sure, full), lacking=[], feeds_fuser=False)
-    lines = inference_choice.told(json.loads(json.dumps(record, allow_nan=False)))
+    lines = inference_choice.summary_lines(json.loads(json.dumps(record, allow_nan=False)))
     assert lines[0].startswith("inference members: folds (fold networks gain +")
     assert [line.split()[0] for line in lines[1:]] == ["a,", "b,"]

@@ -13,7 +13,7 @@ from stored_predictions import workspace_at
 from torch import nn
 
 from utils.building import soup_trials
-from utils.building.soup_trials import Figures, Trial, Trials
+from utils.building.soup_trials import SoupScores, Trial, Trials
 from utils.core.errors import UserError
 from utils.discovery import discover
 from utils.networks.soups import Ingredient, mixture
@@ -31,7 +31,7 @@ def store_at(base, *overrides):
 
 def survey(store):
     member = store.catalog.members[NAME]
-    return soup_trials.look_at(store, member, [e for e in member.checkpoints if e["stage"] in STAGES])
+    return soup_trials.survey_checkpoints(store, member, [e for e in member.checkpoints if e["stage"] in STAGES])
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_figures_are_those_of_the_stored_predictions(base, looked):
     member = store.catalog.members[NAME]
     store.ensure([member], ("val",))
     rows = store.rows(member, "val")
-    found = looked.trials.alone("final")
+    found = looked.trials.single("final")
     assert found.accuracy == accuracy(softmax(rows.logits), rows.labels)
     assert found.log_loss == pytest.approx(log_loss(softmax(rows.logits), rows.labels), abs=1e-6)
 
@@ -59,7 +59,7 @@ def test_figures_are_those_of_the_stored_predictions(base, looked):
 def test_the_configured_metric_comes_first_and_log_loss_second(base, looked, metric, sign):
     store = store_at(base, f"runs.score_ensemble.optimization_metric={metric}")
     trials = Trials(store, store.catalog.members[NAME], looked.trials.ingredients)
-    found = trials.alone("snapshot1")
+    found = trials.single("snapshot1")
     assert found.rank == (sign * found.score, -found.log_loss)
     if metric in ("accuracy", "log_loss"):
         assert found.score == getattr(found, metric)
@@ -75,7 +75,7 @@ def test_a_mixture_is_run_once(looked, monkeypatch):
 
 def figures(acc, loss, score=None):
     score = acc if score is None else score
-    return Figures(score, acc, loss, (score, -loss))
+    return SoupScores(score, acc, loss, (score, -loss))
 
 
 def test_the_better_statistics_are_kept_and_the_averaged_ones_of_equals():
@@ -164,7 +164,7 @@ def test_late_epochs_lie_together_and_equal_weights_count_once(looked):
     assert reasons["finetune_best"] == "the weights of final"
     assert "snapshot2" in looked.basin
     assert looked.trials.pair("final", "snapshot2").similarity > 0.9
-    ranks = [looked.trials.alone(name).rank for name in looked.basin]
+    ranks = [looked.trials.single(name).rank for name in looked.basin]
     assert ranks == sorted(ranks, reverse=True)
 
 

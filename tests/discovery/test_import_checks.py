@@ -35,7 +35,7 @@ def test_out_of_fold_rows_that_are_those_of_train_are_refused_and_the_member_is_
     assert store.oof(forest) is not None
     assert not store.rows(bayes, "train").honest.any()
     with pytest.raises(HonestyError, match=r"which not all of bayes, forest have. Make them: oof\.npz and python"):
-        fitting.honest_rows(store, [bayes, forest], kind="oof")
+        fitting.out_of_sample_rows(store, [bayes, forest], kind="oof")
 
 
 def part(stem, logits, kind="logits"):

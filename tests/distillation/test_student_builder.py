@@ -184,10 +184,10 @@ def test_a_combiner_s_targets_do_not_change_with_the_labels_of_their_own_fold(ow
     teacher = teachers.find(store, "weighted", besides="x")
     ids = store.images("train").sample_ids
     said = teachers.unseen(store, teacher, "train", ids)
-    honest = fitting.honest_rows(store, teachers.members_of(store, teacher))
+    honest = fitting.out_of_sample_rows(store, teachers.members_of(store, teacher))
     held_out = honest.fold == 0
     recipe = ensembles.COMBINERS["weighted"].configured(
-        config(*learned), fitting.facts(store, teachers.members_of(store, teacher))
+        config(*learned), fitting.member_facts(store, teachers.members_of(store, teacher))
     )
     copy = recipe.fit(honest.rows.logits[:, ~held_out], honest.rows.labels[~held_out], honest.fold[~held_out])
     own_rows = held_out & (honest.rows.split == "train")

@@ -1,4 +1,4 @@
-"""The combinations that a learned combiner has to beat on the same rows: what it gains over each, and how surely."""
+"""Baselines of a learned combiner on the same rows: its gain over each simple combination, with an interval."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ BLOCK = 100  # replicates drawn at a time: bounds the memory
 
 
 @dataclass(frozen=True)
-class Guards:
-    """Losses of the simple combinations on N honest rows, each by copies that did not see the row's fold."""
+class Baselines:
+    """Cross-fitted losses of the simple combinations on N out-of-sample rows."""
 
     losses: Mapping[str, np.ndarray]
     """{name: log-loss (N,) in nats}"""
@@ -29,7 +29,9 @@ class Guards:
     seed: int
 
 
-def measure(config: Config, members: MemberFacts, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Guards:
+def measure(
+    config: Config, members: MemberFacts, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray
+) -> Baselines:
     """Best single, plain mean, greedy selection, convex weights and log-linear pool on logits (M, N, C)."""
     singles = np.array([log_loss_per_row(softmax(own), labels) for own in logits])
     best = int(singles.mean(axis=1).argmin())
@@ -43,29 +45,29 @@ def measure(config: Config, members: MemberFacts, logits: np.ndarray, labels: np
     }
     for name, recipe in recipes.items():
         losses[name] = log_loss_per_row(fit_crossfitted(recipe, logits, labels, folds), labels)
-    return Guards(losses, members.names[best], config.seed)
+    return Baselines(losses, members.names[best], config.seed)
 
 
-def judge(guards: Guards, losses: np.ndarray) -> dict[str, Any]:
-    """A learned combiner's losses (N,) beside the guards': `{guards, beats_guards, verdict}`, ready for JSON.
+def compare(baselines: Baselines, losses: np.ndarray) -> dict[str, Any]:
+    """Compare a learned combiner's losses (N,) with the baselines': `{guards, beats_guards, verdict}`, JSON-ready.
 
-    Every gain is a mean paired difference with its 95 % bootstrap interval; the guards are beaten when the interval of
-    the gain over the best of them lies above 0.
+    Every gain is a mean paired difference with its 95 % bootstrap interval. The combiner beats the baselines when the
+    interval of its gain over the best of them lies above 0.
     """
     found = {}
-    for name, own in guards.losses.items():
-        low, high = bootstrap_interval(own - losses, seed=guards.seed)
+    for name, own in baselines.losses.items():
+        low, high = bootstrap_interval(own - losses, seed=baselines.seed)
         found[name] = {"log_loss": float(own.mean()), "gain": float((own - losses).mean()), "gain_ci95": [low, high]}
     best = min(found, key=lambda name: (found[name]["log_loss"], name))
     low, high = found[best]["gain_ci95"]
     beats = low > 0
-    label = f"{best} ({guards.best_single})" if best == "best_single" else best
+    label = f"{best} ({baselines.best_single})" if best == "best_single" else best
     words = "beats" if beats else "does not beat" if high > 0 else "is worse than"
     verdict = (
         f"{words} {label}, the best of the simple combinations: log-loss {losses.mean():.4f} against "
         f"{found[best]['log_loss']:.4f}, gain {found[best]['gain']:+.4f} [{low:+.4f}, {high:+.4f}]"
     )
-    return {"guards": found, "best_single": guards.best_single, "beats_guards": beats, "verdict": verdict}
+    return {"guards": found, "best_single": baselines.best_single, "beats_guards": beats, "verdict": verdict}
 
 
 def bootstrap_interval(differences: np.ndarray, *, seed: int) -> tuple[float, float]:

@@ -35,7 +35,7 @@ def build_ensemble(config: Config, workspace: Workspace, *, pick: str | None = N
     result.
     """
     if pick is not None:
-        require_enabled(config, pruning_builder.PLACE)
+        require_enabled(config, pruning_builder.CONFIG_KEY)
         config = config.model_copy(update={"pruning": config.pruning.model_copy(update={"pick": pick})})
     return _of_sections(SECTIONS, config, workspace, force)
 
@@ -84,16 +84,16 @@ def score_level(store: Store, members: Sequence[Member], force: bool) -> Result:
     fresh = [method for method in wanted if force or not _is_up_to_date(store, members, method)]
     if fresh:
         store.ensure(members, STREAMED)
-        honest = fitting.honest_rows(store, members)
+        honest = fitting.out_of_sample_rows(store, members)
         for method in fresh:
-            recipe = ensembles.COMBINERS[method].configured(config, fitting.facts(store, members))
+            recipe = ensembles.COMBINERS[method].configured(config, fitting.member_facts(store, members))
             chosen = honest
             if recipe.learns and settings.fit_rows != "honest":
-                chosen = fitting.honest_rows(store, members, kind=settings.fit_rows)
+                chosen = fitting.out_of_sample_rows(store, members, kind=settings.fit_rows)
             fitting.build(store, ensembles.NAMES[method], method, recipe, members, chosen)
     names = [ensembles.NAMES[method] for method in wanted]
     built = [ensembles.NAMES[method] for method in fresh]
-    lines = [fitting.line(store, name, "built" if name in built else "up to date") for name in names]
+    lines = [fitting.summary_line(store, name, "built" if name in built else "up to date") for name in names]
     kept = [name for name in names if name not in built]
     return Result("\n".join(lines), {"built": built, "up_to_date": kept}, failures)
 
@@ -105,13 +105,13 @@ def _is_up_to_date(store: Store, members: Sequence[Member], method: str) -> bool
 
 KEYS = ("built", "up_to_date")
 SECTIONS: dict[str, Section] = {
-    soup_builder.PLACE: soup_builder.model_soups,  # first: what it makes may be a member of the others
-    snapshot_builder.PLACE: snapshot_builder.snapshots,
+    soup_builder.CONFIG_KEY: soup_builder.model_soups,  # first: what it makes may be a member of the others
+    snapshot_builder.CONFIG_KEY: snapshot_builder.snapshots,
     "runs.score_ensemble": score_level,
-    pruning_builder.PLACE: pruning_builder.pruned,
+    pruning_builder.CONFIG_KEY: pruning_builder.pruned,
 }
 FUSION_SECTIONS: dict[str, Section] = {
-    fusion_builder.PLACE: fusion_builder.fusion,
+    fusion_builder.CONFIG_KEY: fusion_builder.fusion,
     moe_builder.CASCADE: moe_builder.cascades,
     moe_builder.MOE: moe_builder.mixture,
 }

@@ -34,7 +34,7 @@ LEAST = 1 / 3  # of that agreement, which train rows of the same space keep; a r
 
 
 @dataclass(frozen=True)
-class Embedded:
+class EmbeddedRows:
     """Rows with embeddings, and what is known of how they came about."""
 
     rows: Rows
@@ -42,17 +42,17 @@ class Embedded:
     """{member: what its alignment explains, and how far its train rows agree with its last layer}"""
 
 
-def of_val(store: Store, members: Sequence[Member]) -> Embedded:
+def of_val(store: Store, members: Sequence[Member]) -> EmbeddedRows:
     """The full networks' val rows."""
-    return Embedded(fold_networks.aligned(store, members, "val", fold_networks.FULL, embeddings=True), {})
+    return EmbeddedRows(fold_networks.aligned(store, members, "val", fold_networks.FULL, embeddings=True), {})
 
 
-def in_sample(store: Store, members: Sequence[Member]) -> Embedded:
+def in_sample(store: Store, members: Sequence[Member]) -> EmbeddedRows:
     """The full networks' train rows, which they were fitted on, and their val rows."""
     return _joined(store, members, {member.name: store.rows(member, "train", embeddings=True) for member in members})
 
 
-def why_not_aligned(store: Store, members: Sequence[Member]) -> str | None:
+def reason_not_aligned(store: Store, members: Sequence[Member]) -> str | None:
     """What keeps train rows from being aligned, and the remedy; None where nothing does."""
     trained = [m for m in members if m.source != IMPORTED and not fold_networks.stages(m)]
     imported = [m for m in members if m.source == IMPORTED and not store.has_oof_embeddings(m)]
@@ -69,7 +69,7 @@ def why_not_aligned(store: Store, members: Sequence[Member]) -> str | None:
     return "; ".join(reasons) or None
 
 
-def aligned(store: Store, members: Sequence[Member]) -> Embedded:
+def aligned(store: Store, members: Sequence[Member]) -> EmbeddedRows:
     """Out-of-fold train rows in the full networks' spaces, and val rows.
 
     Fold networks are run where their embeddings are not kept yet. Embeddings of an imported member are taken as they
@@ -89,7 +89,7 @@ def aligned(store: Store, members: Sequence[Member]) -> Embedded:
     return replace(found, facts={n: {**facts, "explained": explained.get(n)} for n, facts in found.facts.items()})
 
 
-def require_one_space(name: str, train: MemberRows, val: MemberRows) -> float | None:
+def require_shared_space(name: str, train: MemberRows, val: MemberRows) -> float | None:
     """How far a member's train embeddings give its logits by the map that its val rows teach; None: it cannot be told.
 
     A network's logits are a linear map of its embeddings. In one space the map from the val rows holds for the train
@@ -116,7 +116,7 @@ def require_one_space(name: str, train: MemberRows, val: MemberRows) -> float | 
     return agreed
 
 
-def _joined(store: Store, members: Sequence[Member], train: dict[str, MemberRows]) -> Embedded:
+def _joined(store: Store, members: Sequence[Member], train: dict[str, MemberRows]) -> EmbeddedRows:
     parts, facts = {}, {}
     for member in members:
         val = store.rows(member, "val", embeddings=True)
@@ -126,9 +126,9 @@ def _joined(store: Store, members: Sequence[Member], train: dict[str, MemberRows
                 f"member {member.name}: embeddings of {own.embeddings.shape[1]} numbers on train and "
                 f"{val.embeddings.shape[1]} on val. {AGAIN}"
             )
-        facts[member.name] = {"agreement": require_one_space(member.name, own, val)}
+        facts[member.name] = {"agreement": require_shared_space(member.name, own, val)}
         parts[member.name] = [own, val]
-    return Embedded(align(parts, store.catalog.classes), facts)
+    return EmbeddedRows(align(parts, store.catalog.classes), facts)
 
 
 def _of_fold_networks(store: Store, member: Member, rows: MemberRows) -> tuple[np.ndarray, list[float]]:

@@ -80,7 +80,7 @@ def is_current(store: Store, members: Sequence[Member], name: str) -> bool:
         {member.name: member.checkpoints[0]["sha256"] for member in derived} == facts["networks"]
         and all(map(store.digests.is_intact, paths))
         and record["inputs_digest"]
-        == fitting.inputs_digest(store.config, store, derived, name, also=key(store, members, name))
+        == fitting.inputs_digest(store.config, store, derived, name, extra_inputs=key(store, members, name))
     )
 
 
@@ -95,8 +95,8 @@ def build(store: Store, members: Sequence[Member], name: str, force: bool) -> No
     if force:
         shutil.rmtree(folder, ignore_errors=True)
     store.ensure(members, SPLITS)
-    facts = fitting.facts(store, members)
-    basis = fitting.in_folds(store, embedding_rows.in_sample(store, members).rows)
+    facts = fitting.member_facts(store, members)
+    basis = fitting.with_folds(store, embedding_rows.in_sample(store, members).rows)
     fitted, judged = basis.of_split("train"), basis.of_split("val")
     recipe = COMBINERS[name].configured(config, facts)
     assert isinstance(recipe, Fusion)
@@ -115,8 +115,8 @@ def build(store: Store, members: Sequence[Member], name: str, force: bool) -> No
     )
     weights = {member.name: _weights(store, member, tuned) for member in members}
     derived = _kept(store, members, name, weights)
-    own = fitting.in_folds(store, embedding_rows.of_val(store, derived).rows)
-    unseen = recipe.retrained(tuned.heads, own.rows.outputs, own.rows.labels, own.fold)
+    own = fitting.with_folds(store, embedding_rows.of_val(store, derived).rows)
+    probabilities = recipe.retrained(tuned.heads, own.rows.outputs, own.rows.labels, own.fold)
     fitting.build(
         store,
         name,
@@ -124,15 +124,17 @@ def build(store: Store, members: Sequence[Member], name: str, force: bool) -> No
         recipe,
         derived,
         own,
-        also=wanted,
-        beside=baselines.measure(config, facts, judged.rows.logits, judged.rows.labels, judged.fold),
+        extra_inputs=wanted,
+        baselines=baselines.measure(config, facts, judged.rows.logits, judged.rows.labels, judged.fold),
         notes={"train_embeddings": _source(), "end_to_end": _facts(derived, tuned)},
-        unseen=Crossfit(unseen.astype(np.float32), own.rows.labels, own.rows.sample_ids, own.rows.split, own.fold),
+        crossfit=Crossfit(
+            probabilities.astype(np.float32), own.rows.labels, own.rows.sample_ids, own.rows.split, own.fold
+        ),
     )
     shutil.rmtree(folder)
 
 
-def line(record: Mapping[str, Any]) -> str:
+def summary_line(record: Mapping[str, Any]) -> str:
     """What became of a training, for the terminal."""
     facts = record["end_to_end"]
     first, best = facts["history"][0], facts["history"][facts["epoch"]]

@@ -82,7 +82,7 @@ class Provenance:
     """Rows that decided a choice: an epoch, a method."""
 
 
-def joined(parts: Sequence[Provenance]) -> Provenance:
+def merge_provenance(parts: Sequence[Provenance]) -> Provenance:
     """What any of the parts has seen, one set of rows per split and kind."""
 
     def union(sets: Iterable[RowSet]) -> tuple[RowSet, ...]:
@@ -158,7 +158,7 @@ def crossfit(recipe: Combiner, rows: Rows, fold: np.ndarray) -> Crossfit:
     return Crossfit(probabilities, rows.labels, rows.sample_ids, rows.split, fold)
 
 
-def save(workspace: Workspace, ensemble: Ensemble, unseen: Crossfit, record: Mapping[str, Any]) -> None:
+def save(workspace: Workspace, ensemble: Ensemble, crossfit: Crossfit, record: Mapping[str, Any]) -> None:
     """Write an ensemble; `ensemble.json`, which also keeps `record`, comes last: without it there is none."""
     folder = workspace.ensemble(ensemble.name)
     (folder / "ensemble.json").unlink(missing_ok=True)
@@ -179,11 +179,11 @@ def save(workspace: Workspace, ensemble: Ensemble, unseen: Crossfit, record: Map
     write_arrays(
         folder / "crossfit.npz",
         {
-            "probabilities": unseen.probabilities.astype(np.float32),
-            "labels": unseen.labels,
-            "sample_ids": unseen.sample_ids,
-            "split": unseen.split,
-            "fold": unseen.fold,
+            "probabilities": crossfit.probabilities.astype(np.float32),
+            "labels": crossfit.labels,
+            "sample_ids": crossfit.sample_ids,
+            "split": crossfit.split,
+            "fold": crossfit.fold,
             "classes": np.array(ensemble.classes),
         },
     )
@@ -325,8 +325,8 @@ def recommended(store: Store, members: Mapping[str, Member], saved: Mapping[str,
         labels = np.concatenate([np.asarray(part.labels) for part in parts])
         found.append(_candidate(name, None, keys, probabilities, labels))
     for name, ensemble in saved.items():
-        unseen = load_crossfit(store.workspace, name)
-        found.append(_candidate(name, ensemble, unseen.keys(), unseen.probabilities, unseen.labels))
+        crossfit = load_crossfit(store.workspace, name)
+        found.append(_candidate(name, ensemble, crossfit.keys(), crossfit.probabilities, crossfit.labels))
     return recommend(found)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from utils.building import ensembles
-from utils.building.baselines import Guards, judge
+from utils.building.baselines import Baselines, compare
 from utils.building.ensembles import Crossfit, Ensemble, Provenance, RowSet
 from utils.combiners.protocol import Combiner, MemberFacts
 from utils.core.artifacts import digest_of
@@ -31,22 +31,22 @@ KINDS_OF_ROWS = {"train": "oof", "val": "held_out"}
 
 
 @dataclass(frozen=True)
-class HonestRows:
+class OutOfSampleRows:
     """Honest predictions of some members with the workspace's folds of the rows."""
 
     rows: Rows
     fold: np.ndarray
     """int64 (N,)"""
 
-    def of_split(self, split: str) -> HonestRows:
+    def of_split(self, split: str) -> OutOfSampleRows:
         """The rows of one split alone."""
         places = np.flatnonzero(self.rows.split == split)
-        return HonestRows(self.rows.take(places), self.fold[places])
+        return OutOfSampleRows(self.rows.take(places), self.fold[places])
 
 
-def honest_rows(
+def out_of_sample_rows(
     store: Store, members: Sequence[Member], *, kind: str = "honest", inference: str = fold_networks.FULL
-) -> HonestRows:
+) -> OutOfSampleRows:
     """The rows on which every member has an honest prediction: out-of-fold on train, held out on val.
 
     `kind`: honest (both), val or oof; `inference`: which networks answer on val. Where no member has out-of-fold
@@ -73,7 +73,7 @@ def honest_rows(
             f"all {len(rows.labels)} honest rows that the members share are of class {rows.classes[rows.labels[0]]}; "
             "nothing can be learned from one class. Give predictions of the others, on train (out-of-fold) or val"
         )
-    found = in_folds(store, rows)
+    found = with_folds(store, rows)
     if kind == "honest":
         return found
     split = {"val": "val", "oof": "train"}[kind]
@@ -89,10 +89,10 @@ def honest_rows(
     return found
 
 
-def in_folds(store: Store, rows: Rows) -> HonestRows:
+def with_folds(store: Store, rows: Rows) -> OutOfSampleRows:
     """Rows of train and val with the workspace's folds of them."""
     folds = crossfit_folds(store)
-    return HonestRows(
+    return OutOfSampleRows(
         rows, np.array([folds[key] for key in zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True)])
     )
 
@@ -104,7 +104,7 @@ def source_of_oof(store: Store, members: Sequence[Member]) -> str:
     return "; ".join([*([catalog.kfold_command(store.workspace, trained)] if trained else []), *imported])
 
 
-def facts(store: Store, members: Sequence[Member], latencies: Mapping[str, float] | None = None) -> MemberFacts:
+def member_facts(store: Store, members: Sequence[Member], latencies: Mapping[str, float] | None = None) -> MemberFacts:
     """What recipes may know of the members; `latencies` {member: milliseconds for one image} where measured."""
     measured = latencies or {}
     nan = float("nan")
@@ -124,26 +124,30 @@ def build(
     method: str,
     recipe: Combiner,
     members: Sequence[Member],
-    honest: HonestRows,
+    out_of_sample: OutOfSampleRows,
     *,
-    also: Any = None,
-    seen: Sequence[Provenance] = (),
-    beside: Guards | None = None,
+    extra_inputs: Any = None,
+    prior_provenance: Sequence[Provenance] = (),
+    baselines: Baselines | None = None,
     notes: Mapping[str, Any] | None = None,
-    unseen: Crossfit | None = None,
-    after: Callable[[Combiner, Crossfit], Mapping[str, Any]] | None = None,
+    crossfit: Crossfit | None = None,
+    post_fit: Callable[[Combiner, Crossfit], Mapping[str, Any]] | None = None,
 ) -> Ensemble:
-    """Cross-fit, fit on all the honest rows, keep the members that are needed, save.
+    """Cross-fit an unfitted combiner, fit it on all out-of-sample rows, keep the members that it needs, save it.
 
-    `recipe` is an unfitted combiner over `members`, which come by name; `also` is what `inputs_digest` says, kept in
-    the record; `seen` is what the recipe's parts or its choice have seen before; `beside` are the simple combinations
-    on the same rows, which a learned one is compared with; `notes` stand in `ensemble.json` as well, and so does what
-    `after` finds of the fitted combiner, still over all members, and its cross-fitted predictions. Where `unseen` is
-    given, the recipe is fitted already, and these are its predictions on rows that it did not see.
+    Args:
+        recipe: An unfitted combiner over `members`, which are sorted by name.
+        extra_inputs: What the ensemble depends on beside `inputs_digest`'s usual inputs; kept in the record.
+        prior_provenance: Rows that the recipe's parts, or the choice of the recipe, were fitted or selected on before.
+        baselines: Losses of simple combinations on the same rows, which a learned combiner is compared with.
+        notes: Further entries of `ensemble.json`.
+        crossfit: Predictions on out-of-sample rows. Where they are given, `recipe` is fitted already.
+        post_fit: Gives further entries of `ensemble.json` from the fitted combiner, still over all members, and its
+            cross-fitted predictions.
     """
-    rows = honest.rows
-    if unseen is None:
-        unseen = ensembles.crossfit(recipe, rows, honest.fold)
+    rows = out_of_sample.rows
+    if crossfit is None:
+        crossfit = ensembles.crossfit(recipe, rows, out_of_sample.fold)
     own = Provenance(row_sets(rows) if recipe.learns else (), ())
     used = recipe.used(len(rows.members))
     ensemble = Ensemble(
@@ -153,8 +157,8 @@ def build(
         candidates=rows.members,
         classes=rows.classes,
         combiner=recipe.restricted(used),
-        provenance=ensembles.joined([ensembles.network_provenance(store), own, *seen]),
-        inputs_digest=inputs_digest(store.config, store, members, method, also=also),
+        provenance=ensembles.merge_provenance([ensembles.network_provenance(store), own, *prior_provenance]),
+        inputs_digest=inputs_digest(store.config, store, members, method, extra_inputs=extra_inputs),
         member_digests={member.name: fold_networks.digest(member, rows.inference) for member in members},
         seed=store.config.seed,
         inference=rows.inference,
@@ -162,44 +166,46 @@ def build(
     record: dict[str, Any] = {
         **(notes or {}),
         **recipe.report(rows.members),
-        **(_beside(beside, unseen) if beside else {}),
-        **(after(recipe, unseen) if after else {}),
-        **({} if also is None else {"depends_on": also}),
+        **(_compared(baselines, crossfit) if baselines else {}),
+        **(post_fit(recipe, crossfit) if post_fit else {}),
+        **({} if extra_inputs is None else {"depends_on": extra_inputs}),
         "config_digest": store.config.digest("backbones", *recipe.settings, "dataset.group_regex", "seed"),
-        "crossfit": scores(unseen),
+        "crossfit": scores(crossfit),
     }
-    ensembles.save(store.workspace, ensemble, unseen, record)
+    ensembles.save(store.workspace, ensemble, crossfit, record)
     logger.info("built %s from %d of %d members", name, len(ensemble.members), len(rows.members))
     return ensemble
 
 
-def _beside(simple: Guards, unseen: Crossfit) -> dict[str, Any]:
-    return judge(simple, log_loss_per_row(unseen.probabilities, unseen.labels))
+def _compared(baselines: Baselines, crossfit: Crossfit) -> dict[str, Any]:
+    return compare(baselines, log_loss_per_row(crossfit.probabilities, crossfit.labels))
 
 
-def scores(unseen: Crossfit) -> dict[str, Any]:
+def scores(crossfit: Crossfit) -> dict[str, Any]:
     """`{n, accuracy, log_loss}` of cross-fitted predictions."""
     return {
-        "n": len(unseen.labels),
-        "accuracy": accuracy(unseen.probabilities, unseen.labels),
-        "log_loss": log_loss(unseen.probabilities, unseen.labels),
+        "n": len(crossfit.labels),
+        "accuracy": accuracy(crossfit.probabilities, crossfit.labels),
+        "log_loss": log_loss(crossfit.probabilities, crossfit.labels),
     }
 
 
-def line(store: Store, name: str, state: str) -> str:
-    """One saved ensemble as the commands show it: its unseen score, and how many members it needs."""
-    unseen = scores(ensembles.load_crossfit(store.workspace, name))
+def summary_line(store: Store, name: str, state: str) -> str:
+    """One saved ensemble as the commands print it: its state and its cross-fitted scores."""
+    crossfit = scores(ensembles.load_crossfit(store.workspace, name))
     return (
-        f"{name:36} {state:11} accuracy {unseen['accuracy']:.4f}  log-loss {unseen['log_loss']:.4f}  "
-        f"on {unseen['n']} honest rows"
+        f"{name:36} {state:11} accuracy {crossfit['accuracy']:.4f}  log-loss {crossfit['log_loss']:.4f}  "
+        f"on {crossfit['n']} honest rows"
     )
 
 
-def inputs_digest(config: Config, store: Store, members: Sequence[Member], method: str, *, also: Any = None) -> str:
-    """Everything an ensemble depends on; found without opening an image or a checkpoint.
+def inputs_digest(
+    config: Config, store: Store, members: Sequence[Member], method: str, *, extra_inputs: Any = None
+) -> str:
+    """Digest of everything that an ensemble depends on; needs no image and no checkpoint.
 
-    `also` is what it depends on beside members, images and settings, ready for JSON, such as the digests of other
-    ensembles or latencies that were measured.
+    `extra_inputs` (ready for JSON) joins members, images and settings, such as digests of other ensembles or measured
+    latencies.
     """
     oof = {member.name: member.oof["sha256"] if member.oof else None for member in members}
     keys = {member.name: store.key(member, "val") for member in members}
@@ -207,7 +213,7 @@ def inputs_digest(config: Config, store: Store, members: Sequence[Member], metho
     recorded = [member.recorded_accuracy for member in members] if settings else None
     splits = [store.catalog.splits[split]["digest"] for split in KINDS_OF_ROWS]  # which decide the folds
     rule = config.digest(*settings, "dataset.group_regex", "seed")
-    return digest_of([VERSION, method, keys, oof, recorded, splits, rule, also])
+    return digest_of([VERSION, method, keys, oof, recorded, splits, rule, extra_inputs])
 
 
 def row_sets(rows: Rows) -> tuple[RowSet, ...]:

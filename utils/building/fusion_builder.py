@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from utils.building import baselines, embedding_rows, end_to_end, ensembles, fitting
-from utils.building.baselines import Guards
-from utils.building.embedding_rows import Embedded
+from utils.building.baselines import Baselines
+from utils.building.embedding_rows import EmbeddedRows
 from utils.building.ensembles import Crossfit, Provenance
-from utils.building.fitting import HonestRows
+from utils.building.fitting import OutOfSampleRows
 from utils.combiners.protocol import Combiner, MemberFacts
 from utils.core.config import Config
 from utils.core.errors import UserError
@@ -27,7 +27,7 @@ from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
-PLACE = "runs.fusion"
+CONFIG_KEY = "runs.fusion"
 STREAMED = ("val", "test")
 VAL, ALIGNED, IN_SAMPLE = "val", "aligned", "in_sample"
 
@@ -36,9 +36,9 @@ VAL, ALIGNED, IN_SAMPLE = "val", "aligned", "in_sample"
 class Basis:
     """Rows that heads may be fitted on, rows that judge them, and the simple combinations on the latter."""
 
-    fitted: HonestRows
-    judged: HonestRows
-    simple: Guards
+    fitted: OutOfSampleRows
+    judged: OutOfSampleRows
+    simple: Baselines
     facts: dict[str, Any]
     """Of the members' alignment."""
 
@@ -48,13 +48,13 @@ class Fit:
     """A fitted fusion and its predictions on rows that it did not see."""
 
     recipe: Combiner
-    unseen: Crossfit
+    crossfit: Crossfit
 
     @property
     def val_log_loss(self) -> float:
         """On the val rows, which every basis has."""
-        rows = self.unseen.split == "val"
-        return log_loss(self.unseen.probabilities[rows], self.unseen.labels[rows])
+        rows = self.crossfit.split == "val"
+        return log_loss(self.crossfit.probabilities[rows], self.crossfit.labels[rows])
 
 
 def fusion(store: Store, members: Sequence[Member], force: bool) -> Result:
@@ -81,7 +81,7 @@ def fusion(store: Store, members: Sequence[Member], force: bool) -> Result:
     for name in (name for name in wanted if name not in left_out):
         record = ensembles.record_of(store.workspace, name) or {}
         source = record["train_embeddings"]
-        lines.append(fitting.line(store, name, "built" if name in built else "up to date"))
+        lines.append(fitting.summary_line(store, name, "built" if name in built else "up to date"))
         lines += [f"    {record['verdict']}", f"    train embeddings: {source['chosen']} ({source['reason']})"]
         lines += [f"    {end_to_end.line(record)}"] if "end_to_end" in record else []
     kept = [name for name in wanted if name not in fresh]
@@ -97,7 +97,7 @@ def is_current(store: Store, members: Sequence[Member], name: str) -> bool:
     """Whether a saved fusion is what a build would make of these members; found without torch."""
     if store.config.runs.fusion.end_to_end:
         return end_to_end.is_current(store, members, name)
-    wanted = fitting.inputs_digest(store.config, store, members, name, also=_fold_inputs(members))
+    wanted = fitting.inputs_digest(store.config, store, members, name, extra_inputs=_fold_inputs(members))
     return ensembles.stored_digest(store.workspace, name) == wanted
 
 
@@ -144,7 +144,7 @@ def _trained(store: Store, members: Sequence[Member], fresh: Sequence[str], forc
 
 def _fitted(store: Store, members: Sequence[Member], fresh: Sequence[str]) -> list[str]:
     """Fit and save these; what kept one from being fitted, by its name."""
-    known = fitting.facts(store, members)
+    known = fitting.member_facts(store, members)
     asked = store.config.runs.fusion.train_embeddings
     bases, reason = _bases(store, members, known, asked)
     failures = []
@@ -178,7 +178,7 @@ def _bases(store: Store, members: Sequence[Member], known: MemberFacts, asked: s
             "were trained on; val rows judge them"
         )
         return {IN_SAMPLE: _basis(store, known, embedding_rows.in_sample(store, members), in_sample=True)}, "asked for"
-    without = embedding_rows.why_not_aligned(store, members)
+    without = embedding_rows.reason_not_aligned(store, members)
     if asked == ALIGNED and without:
         raise UserError(f"runs.fusion.train_embeddings is aligned: {without}; or use the val rows: {_use(VAL)}")
     found, reason = {}, "asked for"
@@ -201,11 +201,11 @@ def _use(kind: str) -> str:
     return f"--set runs.fusion.train_embeddings={kind}"
 
 
-def _basis(store: Store, known: MemberFacts, embedded: Embedded, *, in_sample: bool = False) -> Basis:
+def _basis(store: Store, known: MemberFacts, embedded: EmbeddedRows, *, in_sample: bool = False) -> Basis:
     rows = embedded.rows
     if len(np.unique(rows.labels)) < 2:
         raise UserError(f"all {len(rows.labels)} rows are of class {rows.classes[rows.labels[0]]}; give others too")
-    fitted = judged = fitting.in_folds(store, rows)
+    fitted = judged = fitting.with_folds(store, rows)
     if in_sample:
         fitted, judged = fitted.of_split("train"), judged.of_split("val")
     simple = baselines.measure(store.config, known, judged.rows.logits, judged.rows.labels, judged.fold)
@@ -227,7 +227,8 @@ def _fit(config: Config, known: MemberFacts, name: str, basis: Basis) -> Fit:
 def _save(
     store: Store, name: str, members: Sequence[Member], basis: Basis, fit: Fit, source: Mapping[str, Any]
 ) -> None:
-    seen = [Provenance((), fitting.row_sets(basis.fitted.rows))]  # rows left out stopped the training of others
+    # rows of a fold that is left out stop the training on the others
+    prior_provenance = [Provenance((), fitting.row_sets(basis.fitted.rows))]
     fitting.build(
         store,
         name,
@@ -235,9 +236,9 @@ def _save(
         fit.recipe,
         members,
         basis.fitted,
-        also=_fold_inputs(members),
-        seen=seen,
-        beside=basis.simple,
+        extra_inputs=_fold_inputs(members),
+        prior_provenance=prior_provenance,
+        baselines=basis.simple,
         notes={"train_embeddings": source},
-        unseen=fit.unseen,
+        crossfit=fit.crossfit,
     )

@@ -116,7 +116,7 @@ def choose(asked: str, measured: Measurement, *, lacking: Sequence[str], feeds_f
     }
 
 
-def told(record: dict[str, Any]) -> list[str]:
+def summary_lines(record: dict[str, Any]) -> list[str]:
     """The choice and the shift, one line each and one per member."""
     lines = [f"inference members: {record['chosen']} ({record['reason']})"]
     for name, kinds in record["shift"].items():

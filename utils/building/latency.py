@@ -108,7 +108,7 @@ def milliseconds(records: Mapping[str, Record], *, batch: int = 1) -> dict[str, 
     return {name: record.batches[batch].p50 for name, record in records.items() if batch in record.batches}
 
 
-def as_input(facts: MemberFacts, records: Mapping[str, Record]) -> dict[str, Any]:
+def latency_inputs(facts: MemberFacts, records: Mapping[str, Record]) -> dict[str, Any]:
     """What was measured and decides, for `ensemble.json` and its digest: device, threads, latencies and sizes."""
     devices = {(record.device, record.threads) for record in records.values()}
     device, threads = next(iter(devices), (None, None))

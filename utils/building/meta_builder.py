@@ -10,7 +10,7 @@ import numpy as np
 
 from utils.building import baselines, ensembles, fitting
 from utils.building.ensembles import Ensemble
-from utils.building.fitting import HonestRows
+from utils.building.fitting import OutOfSampleRows
 from utils.core.config import Config, require_enabled
 from utils.core.errors import UserError, did_you_mean
 from utils.core.results import Result
@@ -46,22 +46,32 @@ def meta_fuse(config: Config, workspace: Workspace, *, force: bool = False) -> R
     selected = catalog.select(store.catalog, config)
     found, failures = _inputs(store, selected)
     members = _members(store, found)
-    also = depends_on(config, found)
-    wanted = fitting.inputs_digest(config, store, members, METHOD, also=also)
+    extra_inputs = depends_on(config, found)
+    wanted = fitting.inputs_digest(config, store, members, METHOD, extra_inputs=extra_inputs)
     fresh = force or ensembles.stored_digest(workspace, NAME) != wanted
     if fresh:
         fold_networks.ensure(store, members, STREAMED, _inference(found))
-        known = fitting.facts(store, members)
+        known = fitting.member_facts(store, members)
         rows, inputs = _aligned(store, members, found)
         simple = baselines.measure(config, known, rows.rows.logits, rows.rows.labels, rows.fold)
         recipe = MetaFuser.over(config, known, inputs)
         logger.info("fitting %s (%s) on %s", NAME, kind, ", ".join(found))
-        seen = [one.provenance for one in found.values()]
-        fitting.build(store, NAME, METHOD, recipe, members, rows, also=also, seen=seen, beside=simple)
+        prior_provenance = [one.provenance for one in found.values()]
+        fitting.build(
+            store,
+            NAME,
+            METHOD,
+            recipe,
+            members,
+            rows,
+            extra_inputs=extra_inputs,
+            prior_provenance=prior_provenance,
+            baselines=simple,
+        )
     store.digests.save()
     record = ensembles.record_of(workspace, NAME) or {}
     lines = [
-        fitting.line(store, NAME, "built" if fresh else "up to date"),
+        fitting.summary_line(store, NAME, "built" if fresh else "up to date"),
         f"    {record['verdict']}",
         f"inputs: {', '.join(found)}",
         f"written: {workspace.ensemble(NAME)}",
@@ -92,10 +102,10 @@ def _inputs(store: Store, selected: Sequence[Member]) -> tuple[dict[str, Ensembl
         record = ensembles.record_of(store.workspace, name)
         method = next((method for method, ensemble in ensembles.NAMES.items() if ensemble == name), None)
         if record is None and method is not None:
-            recipe = ensembles.COMBINERS[method].configured(store.config, fitting.facts(store, selected))
+            recipe = ensembles.COMBINERS[method].configured(store.config, fitting.member_facts(store, selected))
             store.ensure(selected, STREAMED)
             kind = store.config.runs.score_ensemble.fit_rows if recipe.learns else "honest"
-            fitting.build(store, name, method, recipe, selected, fitting.honest_rows(store, selected, kind=kind))
+            fitting.build(store, name, method, recipe, selected, fitting.out_of_sample_rows(store, selected, kind=kind))
         elif record is None:
             failures.append(
                 f"{typed}: not built. Build it: {ensembles.build_command(typed)}{did_you_mean(typed, known)}"
@@ -139,12 +149,14 @@ def _members(store: Store, found: Mapping[str, Ensemble]) -> list[Member]:
     return [store.catalog.members[name] for name in sorted(needed)]
 
 
-def _aligned(store: Store, members: Sequence[Member], found: Mapping[str, Ensemble]) -> tuple[HonestRows, list[Input]]:
+def _aligned(
+    store: Store, members: Sequence[Member], found: Mapping[str, Ensemble]
+) -> tuple[OutOfSampleRows, list[Input]]:
     """The honest rows that all inputs have cross-fitted predictions on, and the inputs with those predictions."""
-    honest = fitting.honest_rows(store, members, inference=_inference(found))
+    honest = fitting.out_of_sample_rows(store, members, inference=_inference(found))
     keys = list(zip(honest.rows.split.tolist(), honest.rows.sample_ids.tolist(), strict=True))
-    unseen = {name: ensembles.load_crossfit(store.workspace, name) for name in found}
-    place_of = {name: {key: place for place, key in enumerate(one.keys())} for name, one in unseen.items()}
+    crossfit = {name: ensembles.load_crossfit(store.workspace, name) for name in found}
+    place_of = {name: {key: place for place, key in enumerate(one.keys())} for name, one in crossfit.items()}
     shared = [place for place, key in enumerate(keys) if all(key in places for places in place_of.values())]
     if len(shared) < len(keys):
         logger.warning("%d of %d honest rows are not shared by all inputs", len(keys) - len(shared), len(keys))
@@ -158,5 +170,5 @@ def _aligned(store: Store, members: Sequence[Member], found: Mapping[str, Ensemb
     for name, one in found.items():
         own = [place_of[name][keys[place]] for place in shared]
         places = np.array([rows.members.index(member) for member in one.members])
-        inputs.append(Input(one.method, one.combiner, places, unseen[name].probabilities[own]))
-    return HonestRows(rows, honest.fold[shared]), inputs
+        inputs.append(Input(one.method, one.combiner, places, crossfit[name].probabilities[own]))
+    return OutOfSampleRows(rows, honest.fold[shared]), inputs

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from utils.building import baselines, ensembles, fitting, latency
-from utils.building.baselines import Guards, bootstrap_interval
+from utils.building.baselines import Baselines, bootstrap_interval
 from utils.building.ensembles import Crossfit
-from utils.building.fitting import HonestRows
+from utils.building.fitting import OutOfSampleRows
 from utils.building.sparse_timing import Stopwatch
 from utils.combiners.protocol import Combiner, MemberFacts, fit_crossfitted
 from utils.combiners.routing import needed
@@ -60,15 +60,25 @@ def _section(store: Store, members: Sequence[Member], name: str, force: bool) ->
     if force or not is_current(store, members, name):
         store.ensure(members, STREAMED)
         records = latency.measure(store, members, batches=[ONE_IMAGE])
-        known = fitting.facts(store, members, latency.milliseconds(records))
-        honest = fitting.honest_rows(store, members)
+        known = fitting.member_facts(store, members, latency.milliseconds(records))
+        honest = fitting.out_of_sample_rows(store, members)
         rows = honest.rows
         simple = baselines.measure(store.config, known, rows.logits, rows.labels, honest.fold)
         recipe = COMBINERS[name].configured(store.config, known)
         beside = _Beside(store, members, known, honest, simple)
         logger.info("fitting %s on %d honest rows of %d members", name, len(honest.fold), len(members))
-        also = latency.as_input(known, records)
-        fitting.build(store, name, name, recipe, members, honest, also=also, beside=simple, after=beside.told_of)
+        extra_inputs = latency.latency_inputs(known, records)
+        fitting.build(
+            store,
+            name,
+            name,
+            recipe,
+            members,
+            honest,
+            extra_inputs=extra_inputs,
+            baselines=simple,
+            post_fit=beside.told_of,
+        )
         state, document = "built", {"built": [name], "up_to_date": []}
     else:
         state, document = "up to date", {"built": [], "up_to_date": [name]}
@@ -85,9 +95,11 @@ def is_current(store: Store, members: Sequence[Member], name: str) -> bool:
     if on is None:
         return False
     records = latency.stored(store.workspace, members, on["device"], on["threads"])
-    known = fitting.facts(store, members, latency.milliseconds(records))
-    also = latency.as_input(known, records)
-    return bool(record["inputs_digest"] == fitting.inputs_digest(store.config, store, members, name, also=also))
+    known = fitting.member_facts(store, members, latency.milliseconds(records))
+    extra_inputs = latency.latency_inputs(known, records)
+    return bool(
+        record["inputs_digest"] == fitting.inputs_digest(store.config, store, members, name, extra_inputs=extra_inputs)
+    )
 
 
 @dataclass(frozen=True)
@@ -97,17 +109,17 @@ class _Beside:
     store: Store
     members: Sequence[Member]
     known: MemberFacts
-    honest: HonestRows
-    simple: Guards
+    honest: OutOfSampleRows
+    simple: Baselines
 
-    def told_of(self, combiner: Combiner, unseen: Crossfit) -> dict[str, Any]:
+    def told_of(self, combiner: Combiner, crossfit: Crossfit) -> dict[str, Any]:
         """`beside` {name: losses, experts, latency} with the combiner's own under `itself`, and how it was timed."""
         assert isinstance(combiner, (MixtureOfExperts, Cascade))
         ways: dict[str, MixtureOfExperts | Cascade] = {"all_experts": combiner.dense()}
         if isinstance(combiner, MixtureOfExperts):
             ways["cascade"] = Cascade.configured(self.store.config, self.known)
         rows, fold = self.honest.rows, self.honest.fold
-        probabilities = {ITSELF: unseen.probabilities}
+        probabilities = {ITSELF: crossfit.probabilities}
         for name, recipe in ways.items():
             probabilities[name] = fit_crossfitted(recipe, rows.logits, rows.labels, fold)
         best = self.known.names.index(self.simple.best_single)
@@ -119,7 +131,7 @@ class _Beside:
         return {
             "beside": {
                 name: {
-                    **self._compared(own, unseen.probabilities),
+                    **self._compared(own, crossfit.probabilities),
                     "experts": float(experts[name].sum(axis=0).mean()),
                     "latency_ms": took.get(name),
                     "expected_latency_ms": self._expected(experts[name]),
@@ -166,7 +178,7 @@ class _Beside:
 def _lines(store: Store, name: str, state: str) -> list[str]:
     """The ensemble, what it is worth, and the table beside which it stands."""
     record = ensembles.record_of(store.workspace, name) or {}
-    lines = [fitting.line(store, name, state), f"    {record['verdict']}"]
+    lines = [fitting.summary_line(store, name, state), f"    {record['verdict']}"]
     if name == "moe" and record["is_fixed"]:
         lines.append("    held-out rows gain nothing by a gate: the same experts serve every image")
     lines.append(

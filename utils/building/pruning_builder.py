@@ -23,7 +23,7 @@ from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
-PLACE = "pruning"
+CONFIG_KEY = "pruning"
 STREAMED = ("val", "test")
 ONE_IMAGE = 1
 AGAIN = "Remove it, then run build-ensemble again"
@@ -43,17 +43,17 @@ def pruned(store: Store, members: Sequence[Member], force: bool) -> Result:
     if fresh:
         store.ensure(members, STREAMED)
         records = latency.measure(store, members, batches=[ONE_IMAGE])
-        facts = fitting.facts(store, members, latency.milliseconds(records))
+        facts = fitting.member_facts(store, members, latency.milliseconds(records))
         _say_what_is_odd(config, facts)
-        honest = fitting.honest_rows(store, members, kind=config.runs.score_ensemble.fit_rows)
-        also = latency.as_input(facts, records)
+        honest = fitting.out_of_sample_rows(store, members, kind=config.runs.score_ensemble.fit_rows)
+        extra_inputs = latency.latency_inputs(facts, records)
         for name in fresh:
             recipe = COMBINERS[name].configured(config, facts)
             try:
-                fitting.build(store, name, name, recipe, members, honest, also=also)
+                fitting.build(store, name, name, recipe, members, honest, extra_inputs=extra_inputs)
             except NothingFits as error:
                 reasons[name] = str(error)
-        _note(store, members, fresh, reasons, also)
+        _note(store, members, fresh, reasons, extra_inputs)
     built = [name for name in fresh if name not in reasons]
     kept = [name for name in wanted if name not in fresh and name not in reasons]
     states = dict.fromkeys(wanted, "up to date") | dict.fromkeys(built, "built")
@@ -93,20 +93,26 @@ def _is_of_today(store: Store, members: Sequence[Member], name: str, record: Map
     if on is None:
         return False
     records = latency.stored(store.workspace, members, on["device"], on["threads"])
-    measured = latency.as_input(fitting.facts(store, members, latency.milliseconds(records)), records)
-    return bool(record["inputs_digest"] == fitting.inputs_digest(store.config, store, members, name, also=measured))
+    measured = latency.latency_inputs(fitting.member_facts(store, members, latency.milliseconds(records)), records)
+    return bool(
+        record["inputs_digest"] == fitting.inputs_digest(store.config, store, members, name, extra_inputs=measured)
+    )
 
 
 def _note(
-    store: Store, members: Sequence[Member], fresh: Sequence[str], reasons: Mapping[str, str], also: Mapping[str, Any]
+    store: Store,
+    members: Sequence[Member],
+    fresh: Sequence[str],
+    reasons: Mapping[str, str],
+    extra_inputs: Mapping[str, Any],
 ) -> None:
     """Keep which of the ensembles just tried have no members, and forget it of the others."""
     path = store.workspace.left_out
     before = read_record(path, remedy=AGAIN) or {}
     record = {name: entry for name, entry in before.items() if name not in fresh}
     for name in (name for name in fresh if name in reasons):
-        digest = fitting.inputs_digest(store.config, store, members, name, also=also)
-        record[name] = {"inputs_digest": digest, "depends_on": also, "reason": reasons[name]}
+        digest = fitting.inputs_digest(store.config, store, members, name, extra_inputs=extra_inputs)
+        record[name] = {"inputs_digest": digest, "depends_on": extra_inputs, "reason": reasons[name]}
     if record != before:
         write_json(path, record)
 

@@ -28,7 +28,7 @@ from utils.predictions.store import Store
 logger = logging.getLogger("disease_pipeline")
 
 VERSION = 1  # raised whenever the same request would be answered by other snapshots
-PLACE = "runs.snapshot_ensemble"
+CONFIG_KEY = "runs.snapshot_ensemble"
 NAME, METHOD = "snapshot_ensemble", "snapshot"
 STREAMED = ("val", "test")
 DECIDING = ("DBT_BATCH_SIZE", "DBT_BACKBONE_LR", "DBT_DEBUG_MODE", "DBT_DEBUG_BATCH_SIZE")
@@ -44,15 +44,17 @@ def snapshots(store: Store, members: Sequence[Member], force: bool) -> Result:
     """
     parents = _parents(members)
     if not parents:
-        return Result("", {}, [f"{PLACE}: none of the selected members is a network that BASE-BACK can train"])
+        return Result("", {}, [f"{CONFIG_KEY}: none of the selected members is a network that BASE-BACK can train"])
     others = [member.name for member in members if member not in parents and member.source != "derived"]
     if others:
-        logger.warning("%s: no snapshots of %s, which BASE-BACK cannot train anew", PLACE, ", ".join(others))
+        logger.warning("%s: no snapshots of %s, which BASE-BACK cannot train anew", CONFIG_KEY, ", ".join(others))
     names, failures = _trained_before(store, parents), []
     if names is None:
         names, failures = _train(store, parents)
     found = [store.catalog.members[name] for name in names]
-    failures += [f"{PLACE}: {member.name} cannot be used; discover says why" for member in found if not member.usable]
+    failures += [
+        f"{CONFIG_KEY}: {member.name} cannot be used; discover says why" for member in found if not member.usable
+    ]
     usable = [member for member in found if member.usable]
     if not usable:
         return Result("", {}, failures)
@@ -60,8 +62,8 @@ def snapshots(store: Store, members: Sequence[Member], force: bool) -> Result:
     is_fresh = force or ensembles.stored_digest(store.workspace, NAME) != wanted
     if is_fresh:
         store.ensure(usable, STREAMED)
-        recipe = ensembles.COMBINERS[METHOD].configured(store.config, fitting.facts(store, usable))
-        fitting.build(store, NAME, METHOD, recipe, usable, fitting.honest_rows(store, usable))
+        recipe = ensembles.COMBINERS[METHOD].configured(store.config, fitting.member_facts(store, usable))
+        fitting.build(store, NAME, METHOD, recipe, usable, fitting.out_of_sample_rows(store, usable))
     state, key = ("built", "built") if is_fresh else ("up to date", "up_to_date")
     backbones = {parent for member in usable for parent in member.parents}
     text = f"{fitting.line(store, NAME, state)}; {len(usable)} snapshots of {len(backbones)} backbone(s)"
@@ -126,8 +128,8 @@ def _train(store: Store, parents: Sequence[Member]) -> tuple[list[str], list[str
     summary = json.loads(said) if said.strip() else None
     if summary is None:
         said = " ".join(errors) or "nothing was said"
-        return [], [f"{PLACE}: training ended with code {code}: {said}. To see more: {shlex.join(command)}"]
-    failures = [f"{PLACE}: {unit}: {reason}" for unit, reason in summary["failed"].items()]
+        return [], [f"{CONFIG_KEY}: training ended with code {code}: {said}. To see more: {shlex.join(command)}"]
+    failures = [f"{CONFIG_KEY}: {unit}: {reason}" for unit, reason in summary["failed"].items()]
     lost = {unit.partition(" ")[0] for unit in summary["failed"]}
     names = [
         Path(file).stem

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("disease_pipeline")
 
 VERSION = 1  # raised whenever the same checkpoints and images would give another soup
-PLACE = "runs.model_soup"
+CONFIG_KEY = "runs.model_soup"
 STAGE = re.compile(r"final|finetune_best|head_best|snapshot\d+|finetune_epoch(?P<epoch>\d+)|fold\d+")
 """Checkpoints of a backbone that are looked at, of single epochs those in the later half of fine-tuning."""
 HEAD = "head_best"
@@ -84,7 +84,7 @@ def model_soups(store: Store, members: Sequence[Member], force: bool) -> Result:
         try:
             outcome = _of_backbone(store, member, force)
         except UserError as error:
-            failures.append(f"{PLACE}: {member.name}: {error}")
+            failures.append(f"{CONFIG_KEY}: {member.name}: {error}")
             continue
         outcomes.append(outcome)
         if outcome.built:
@@ -94,7 +94,7 @@ def model_soups(store: Store, members: Sequence[Member], force: bool) -> Result:
     }
     if not any(document.values()) and not failures:
         failures.append(
-            f"{PLACE}: no selected backbone has two different checkpoints of one basin. The base pipeline keeps some "
+            f"{CONFIG_KEY}: no selected backbone has two different checkpoints of one basin. The base pipeline keeps some "
             "with DBT_SNAPSHOTS=3; or set runs.model_soup.enable to false"
         )
     return Result("\n".join(line for outcome in outcomes for line in outcome.lines), document, failures)
@@ -131,7 +131,7 @@ def inputs_digest(store: Store, member: Member) -> str:
     config = store.config
     files = [[entry["stage"], entry["sha256"]] for entry in _entries(member)]
     splits = [store.catalog.splits[split]["digest"] for split in ("train", "val")]
-    places = ("runs.score_ensemble.optimization_metric", PLACE, "dataset.batch_size", "seed")
+    places = ("runs.score_ensemble.optimization_metric", CONFIG_KEY, "dataset.batch_size", "seed")
     return digest_of([VERSION, member.digest, files, splits, list(store.catalog.classes), config.digest(*places)])
 
 
@@ -149,7 +149,7 @@ def _of_backbone(store: Store, member: Member, force: bool) -> Outcome:
     require_own_folder(store.workspace.derived_checkpoints)
     from utils.building import soup_trials
 
-    survey = soup_trials.look_at(store, member, _entries(member))
+    survey = soup_trials.survey_checkpoints(store, member, _entries(member))
     found = {key: METHODS[key].make(survey) for key in _methods(store)}
     made = _save(store, member, {key: soup for key, soup in found.items() if not isinstance(soup, str)}, survey)
     record = {
@@ -209,7 +209,7 @@ def _wise_ft(survey: Survey) -> Soup | str:
         "alpha": best / STEPS,
         "sweep": [{"alpha": step / STEPS} | found[step].as_record() for step in range(STEPS + 1)],
     }
-    rival = max((own, HEAD), key=lambda name: trials.alone(name).rank)
+    rival = max((own, HEAD), key=lambda name: trials.single(name).rank)
     return Soup(mixes[best], found[best], rival, notes, f"alpha {best / STEPS:.1f}")
 
 
@@ -251,15 +251,15 @@ def _save(store: Store, member: Member, soups: Mapping[str, Soup], survey: Surve
     store.ensure(list(derived.values()), STREAMED)
     for key, own in derived.items():
         role = METHODS[key].role
-        honest = fitting.honest_rows(store, [own])
+        honest = fitting.out_of_sample_rows(store, [own])
         fitting.build(
             store,
             _ensemble(role, member),
             role,
-            ensembles.COMBINERS[role].configured(store.config, fitting.facts(store, [own])),
+            ensembles.COMBINERS[role].configured(store.config, fitting.member_facts(store, [own])),
             [own],
             honest,
-            seen=[Provenance((), fitting.row_sets(honest.rows))],
+            prior_provenance=[Provenance((), fitting.row_sets(honest.rows))],
             notes={"soup": facts[key] | {"ingredients": list(survey.ingredients), "pairs": list(survey.pairs)}},
         )
         facts[key] |= {"ensemble": _ensemble(role, member), "sha256": own.checkpoints[0]["sha256"]}
@@ -267,7 +267,7 @@ def _save(store: Store, member: Member, soups: Mapping[str, Soup], survey: Surve
 
 
 def _facts(soup: Soup, survey: Survey) -> dict[str, Any]:
-    kept, rival = soup.trial.kept, survey.trials.alone(soup.rival)
+    kept, rival = soup.trial.kept, survey.trials.single(soup.rival)
     return {
         "shares": dict(soup.mix),
         "normalisation": soup.trial.as_record(),

@@ -40,7 +40,7 @@ Mix = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
-class Figures:
+class SoupScores:
     """How one network does on the val rows."""
 
     score: float
@@ -59,8 +59,8 @@ class Figures:
 class Trial:
     """A mixture with the averages of its parts' BatchNorm statistics, and with statistics of its own."""
 
-    averaged: Figures
-    recomputed: Figures | None
+    averaged: SoupScores
+    recomputed: SoupScores | None
     """None where there is nothing to recompute, or it is switched off."""
 
     @property
@@ -69,7 +69,7 @@ class Trial:
         return self.recomputed is not None and self.recomputed.rank > self.averaged.rank
 
     @property
-    def kept(self) -> Figures:
+    def kept(self) -> SoupScores:
         """Of the better one."""
         return self.recomputed if self.recomputed is not None and self.is_recomputed else self.averaged
 
@@ -128,9 +128,9 @@ class Trials:
         first = next(iter(ingredients.values())).open()
         normalised = any(name.endswith("running_mean") for name in first)
         self.recomputes = normalised and store.config.runs.model_soup.recompute_bn
-        self._known: dict[tuple[Mix, bool], Figures] = {}
+        self._known: dict[tuple[Mix, bool], SoupScores] = {}
 
-    def alone(self, name: str) -> Figures:
+    def single(self, name: str) -> SoupScores:
         """One checkpoint as it is."""
         return self._figures(((name, 1),))
 
@@ -157,13 +157,13 @@ class Trials:
         finally:
             construction.safe_delete_model(model)
 
-    def _figures(self, mix: Mix, weights: Mapping[str, Tensor] | None = None) -> Figures:
+    def _figures(self, mix: Mix, weights: Mapping[str, Tensor] | None = None) -> SoupScores:
         """Of the averaged statistics; `weights` where they are at hand."""
         if (mix, False) not in self._known:
             self._known[mix, False] = self._scored(mix, weights or self.weights(mix, recompute=False))
         return self._known[mix, False]
 
-    def _scored(self, mix: Mix, weights: Mapping[str, Tensor]) -> Figures:
+    def _scored(self, mix: Mix, weights: Mapping[str, Tensor]) -> SoupScores:
         batches = streaming.stream(
             self._named(mix),
             [self._val],
@@ -179,7 +179,7 @@ class Trials:
         metric = METRICS[self.store.config.runs.score_ensemble.optimization_metric]
         score, loss = metric.function(probabilities, labels), log_loss(probabilities, labels)
         rank = (score if metric.higher_is_better else -score, -loss)
-        return Figures(score, accuracy(probabilities, labels), loss, rank)
+        return SoupScores(score, accuracy(probabilities, labels), loss, rank)
 
     def _named(self, mix: Mix) -> construction.NetworkSpec:
         """Messages about a mixture name what it was made of; there is no file yet."""
@@ -220,11 +220,11 @@ class Trials:
         REPAIR).
         """
         similarity = soups.similarity(self.ingredients[one], self.ingredients[other])
-        ends = (self.alone(one), self.alone(other))
+        ends = (self.single(one), self.single(other))
         better = max(ends, key=lambda end: end.rank)
         allowed = max(TOLERATED, TOLERATED_ROWS / len(self._val.labels)) + 1e-9
 
-        def comes_up(middle: Figures) -> bool:
+        def comes_up(middle: SoupScores) -> bool:
             return better.accuracy - middle.accuracy <= allowed and middle.log_loss - better.log_loss <= TOLERATED_LOSS
 
         mix: Mix = tuple(sorted(((one, 1), (other, 1))))
@@ -259,7 +259,7 @@ class Survey:
     """All checkpoints: stage, path, sha256, figures on val, `left_out` with the reason or null."""
 
 
-def look_at(store: Store, member: Member, entries: Sequence[Mapping[str, str]]) -> Survey:
+def survey_checkpoints(store: Store, member: Member, entries: Sequence[Mapping[str, str]]) -> Survey:
     """Which of a backbone's checkpoints can be averaged at all, how good they are, which lie together.
 
     `entries` are the catalog's, the member's own first; the anchor is the best on val that began as the own one did.
@@ -271,7 +271,7 @@ def look_at(store: Store, member: Member, entries: Sequence[Mapping[str, str]]) 
     figures = {}
     for name in ingredients:
         try:
-            figures[name] = trials.alone(name)
+            figures[name] = trials.single(name)
         except UserError as error:
             if name == own:
                 raise

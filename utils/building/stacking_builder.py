@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from utils.building import baselines, ensembles, fitting, inference_choice
-from utils.building.baselines import Guards
-from utils.building.fitting import HonestRows
+from utils.building.baselines import Baselines
+from utils.building.fitting import OutOfSampleRows
 from utils.building.inference_choice import Measurement
 from utils.combiners.protocol import MemberFacts
 from utils.core.config import Config, require_enabled
@@ -45,10 +45,10 @@ def stack(config: Config, workspace: Workspace, *, strict: bool = False, force: 
     unknown = [method for method in methods if method not in COMBINERS]
     failures = [f"{method}: this version builds {', '.join(COMBINERS)}" for method in unknown]
     wanted = [method for method in methods if method in COMBINERS]
-    also = {method: _fold_inputs(config, members, method) for method in wanted}
-    digests = {m: fitting.inputs_digest(config, store, members, m, also=also[m]) for m in wanted}
+    extra_inputs = {method: _fold_inputs(config, members, method) for method in wanted}
+    digests = {m: fitting.inputs_digest(config, store, members, m, extra_inputs=extra_inputs[m]) for m in wanted}
     fresh = [m for m in wanted if force or ensembles.stored_digest(workspace, m) != digests[m]]
-    failed = _fitted(store, members, fresh, also)
+    failed = _fitted(store, members, fresh, extra_inputs)
     failures += [f"{method}: {reason}" for method, reason in failed.items()]
     wanted, fresh = ([method for method in some if method not in failed] for some in (wanted, fresh))
     if not wanted:
@@ -57,10 +57,13 @@ def stack(config: Config, workspace: Workspace, *, strict: bool = False, force: 
     records = {method: ensembles.record_of(workspace, method) or {} for method in wanted}
     lines = []
     for method, record in records.items():
-        lines += [fitting.line(store, method, "built" if method in fresh else "up to date"), f"    {record['verdict']}"]
+        lines += [
+            fitting.summary_line(store, method, "built" if method in fresh else "up to date"),
+            f"    {record['verdict']}",
+        ]
         lines.append(f"    {inference_choice.told(record['inference_members'])[0]}")
     for record in list(records.values())[:1]:
-        lines += inference_choice.told(record["inference_members"])[1:]
+        lines += inference_choice.summary_lines(record["inference_members"])[1:]
     lines += [f"{len(members)} members: {', '.join(member.name for member in members)}", f"written: {workspace.models}"]
     document = {
         "built": sorted(fresh),
@@ -74,15 +77,15 @@ def stack(config: Config, workspace: Workspace, *, strict: bool = False, force: 
 
 
 def _fitted(
-    store: Store, members: Sequence[Member], fresh: Sequence[str], also: Mapping[str, Any]
+    store: Store, members: Sequence[Member], fresh: Sequence[str], extra_inputs: Mapping[str, Any]
 ) -> dict[str, UserError]:
     """Fit and save these; {method: what kept it from being fitted}, such as a library that is not there."""
     if not fresh:
         return {}
     store.ensure(members, STREAMED)
-    known = fitting.facts(store, members)
+    known = fitting.member_facts(store, members)
     measured = _measured(store, members, known)
-    prepared: dict[str, tuple[HonestRows, Guards]] = {}
+    prepared: dict[str, tuple[OutOfSampleRows, Baselines]] = {}
     failed = {}
     for method in fresh:
         choice = inference_choice.choose(
@@ -99,7 +102,17 @@ def _fitted(
         recipe = COMBINERS[method].configured(store.config, known)
         notes = {"inference_members": choice}
         try:
-            fitting.build(store, method, method, recipe, members, honest, also=also[method], beside=simple, notes=notes)
+            fitting.build(
+                store,
+                method,
+                method,
+                recipe,
+                members,
+                honest,
+                extra_inputs=extra_inputs[method],
+                baselines=simple,
+                notes=notes,
+            )
         except UserError as error:
             failed[method] = error
     return failed
@@ -117,18 +130,20 @@ def _measured(store: Store, members: Sequence[Member], known: MemberFacts) -> Me
             f"Make them: {catalog.kfold_command(store.workspace, lacking)}; or use the full networks: --set "
             "runs.stacking.inference_members=full"
         )
-    full = fitting.honest_rows(store, members)
+    full = fitting.out_of_sample_rows(store, members)
     folds = None
     if asked != FULL and not lacking:
         fold_networks.ensure(store, members, ("val",), FOLDS)
-        folds = fitting.honest_rows(store, members, inference=FOLDS).rows
+        folds = fitting.out_of_sample_rows(store, members, inference=FOLDS).rows
     return inference_choice.measure(store.config, known, full.fold, full.rows, folds)
 
 
-def _prepared(store: Store, members: Sequence[Member], known: MemberFacts, inference: str) -> tuple[HonestRows, Guards]:
+def _prepared(
+    store: Store, members: Sequence[Member], known: MemberFacts, inference: str
+) -> tuple[OutOfSampleRows, Baselines]:
     """The rows to fit on and the simple combinations on them, by the networks that are to answer."""
     fold_networks.ensure(store, members, STREAMED, inference)
-    honest = fitting.honest_rows(store, members, kind=store.config.runs.stacking.fit_rows, inference=inference)
+    honest = fitting.out_of_sample_rows(store, members, kind=store.config.runs.stacking.fit_rows, inference=inference)
     return honest, baselines.measure(store.config, known, honest.rows.logits, honest.rows.labels, honest.fold)
 
 

@@ -104,7 +104,7 @@ def _outcome(store: Store, student: Student, record: Mapping[str, Any], *, is_fr
     stopped = f"stopped after {epochs['run']}" if epochs["stopped"] else f"{epochs['run']} epochs"
     targets = f"{record['targets']['kind']} ({record['targets']['rows']})"
     lines = (
-        fitting.line(store, student.ensemble, "built" if is_fresh else "up to date"),
+        fitting.summary_line(store, student.ensemble, "built" if is_fresh else "up to date"),
         f"    teacher {record['teacher']}, targets {targets}; {stopped}, epoch {epochs['best'] + 1} chosen on val",
         f"    on val, which chose the epochs: {record['verdict']}",
     )
@@ -256,11 +256,11 @@ def _built(
         store,
         student.ensemble,
         METHOD,
-        ensembles.COMBINERS[METHOD].configured(store.config, fitting.facts(store, [derived])),
+        ensembles.COMBINERS[METHOD].configured(store.config, fitting.member_facts(store, [derived])),
         [derived],
         unseen_val,
-        also=key,
-        seen=[teacher.ensemble.provenance, Provenance((), fitting.row_sets(unseen_val.rows))],
+        extra_inputs=key,
+        prior_provenance=[teacher.ensemble.provenance, Provenance((), fitting.row_sets(unseen_val.rows))],
         notes={"distillation": facts},
     )
     return derived
@@ -268,7 +268,7 @@ def _built(
 
 def _kept(
     store: Store, student: Student, teacher: Teacher, taught: Trained, said: Mapping[str, str], kind: str
-) -> tuple[Member, fitting.HonestRows]:
+) -> tuple[Member, fitting.OutOfSampleRows]:
     """The student's checkpoint and member, and its honest rows, which are those of val."""
     settings = store.config.distillation
     facts = {
@@ -288,7 +288,7 @@ def _kept(
     )
     derived = store.catalog.members[student.member]
     store.ensure([derived], STREAMED)
-    return derived, fitting.honest_rows(store, [derived])
+    return derived, fitting.out_of_sample_rows(store, [derived])
 
 
 def _epochs(one: Trained) -> dict[str, Any]:

@@ -100,5 +100,5 @@ def is_whole(store: Store, student: Student, record: Mapping[str, Any], wanted: 
         and store.digests.is_intact(path)
         and (store.workspace.distillation(student.ensemble) / "controls.npz").is_file()
         and ensembles.stored_digest(store.workspace, student.ensemble)
-        == fitting.inputs_digest(store.config, store, [derived], METHOD, also=wanted)
+        == fitting.inputs_digest(store.config, store, [derived], METHOD, extra_inputs=wanted)
     )

@@ -42,7 +42,7 @@ class State:
         return self.state + (f": {'; '.join(self.reasons)}" if self.reasons else "")
 
 
-GIVEN_BY_NONE = State(STALE, ("its backbone's checkpoints of today give no such soup",))
+NOT_PRODUCED = State(STALE, ("its backbone's checkpoints of today give no such soup",))
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def take(config: Config, workspace: Workspace) -> Inventory:
         for member in (member for member in selected if member.source == "trained"):
             soups = _soup_states(store, member, states)
             states |= soups
-            wanted += [name for name, state in soups.items() if state != GIVEN_BY_NONE]
+            wanted += [name for name, state in soups.items() if state != NOT_PRODUCED]
     if config.distillation.enable:
         states |= _student_states(store, states)
     learned = _learned(config)
@@ -254,7 +254,7 @@ def _soup_states(store: Store, member: Member, states: Mapping[str, State]) -> d
         reasons = soup_builder.reasons_against(store, member)
     except UserError as error:
         return {store.workspace.soup(member.name).name: State(DAMAGED, (str(error),))}
-    found = dict.fromkeys(soup_builder.leftovers(store, member), GIVEN_BY_NONE)
+    found = dict.fromkeys(soup_builder.leftovers(store, member), NOT_PRODUCED)
     for name, reason in reasons.items():
         known = states.get(name, State(MISSING))
         found[name] = State(STALE, (reason,)) if reason and known.state == CURRENT else known

@@ -83,7 +83,7 @@ def fusion(store: Store, members: Sequence[Member], force: bool) -> Result:
         source = record["train_embeddings"]
         lines.append(fitting.summary_line(store, name, "built" if name in built else "up to date"))
         lines += [f"    {record['verdict']}", f"    train embeddings: {source['chosen']} ({source['reason']})"]
-        lines += [f"    {end_to_end.line(record)}"] if "end_to_end" in record else []
+        lines += [f"    {end_to_end.summary_line(record)}"] if "end_to_end" in record else []
     kept = [name for name in wanted if name not in fresh]
     return Result("\n".join(lines), {"built": built, "up_to_date": kept}, failures)
 

@@ -133,4 +133,4 @@ def _lines(store: Store, name: str, state: str) -> str:
     kept = f"keeps {len(record['members'])} of {len(record['candidates'])}: {', '.join(record['path'])}"
     costs = ((record["latency_ms"], "ms for one image"), (record["size_mb"], "MB"))
     known = [f"{value:.4g} {unit}" for value, unit in costs if value is not None]
-    return f"{fitting.line(store, name, state)}\n    {', '.join([kept, *known])}"
+    return f"{fitting.summary_line(store, name, state)}\n    {', '.join([kept, *known])}"

@@ -66,7 +66,7 @@ def snapshots(store: Store, members: Sequence[Member], force: bool) -> Result:
         fitting.build(store, NAME, METHOD, recipe, usable, fitting.out_of_sample_rows(store, usable))
     state, key = ("built", "built") if is_fresh else ("up to date", "up_to_date")
     backbones = {parent for member in usable for parent in member.parents}
-    text = f"{fitting.line(store, NAME, state)}; {len(usable)} snapshots of {len(backbones)} backbone(s)"
+    text = f"{fitting.summary_line(store, NAME, state)}; {len(usable)} snapshots of {len(backbones)} backbone(s)"
     return Result(text, {key: [NAME]}, failures)
 
 

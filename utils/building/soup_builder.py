@@ -94,8 +94,8 @@ def model_soups(store: Store, members: Sequence[Member], force: bool) -> Result:
     }
     if not any(document.values()) and not failures:
         failures.append(
-            f"{CONFIG_KEY}: no selected backbone has two different checkpoints of one basin. The base pipeline keeps some "
-            "with DBT_SNAPSHOTS=3; or set runs.model_soup.enable to false"
+            f"{CONFIG_KEY}: no selected backbone has two different checkpoints of one basin. The base pipeline "
+            "keeps some with DBT_SNAPSHOTS=3; or set runs.model_soup.enable to false"
         )
     return Result("\n".join(line for outcome in outcomes for line in outcome.lines), document, failures)
 
@@ -334,7 +334,7 @@ def _lines(store: Store, member: Member, record: Mapping[str, Any], state: str) 
     for key in _methods(store):
         part, name = record["soups"][key], _ensemble(METHODS[key].role, member)
         if "ensemble" in part:
-            lines.append(f"{fitting.line(store, name, state)}; {_words(part, record['metric'])}")
+            lines.append(f"{fitting.summary_line(store, name, state)}; {_words(part, record['metric'])}")
         else:
             lines.append(f"{name:36} none        {part['reason']}")
     reasons: dict[str, list[str]] = {}

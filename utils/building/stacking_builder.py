@@ -61,7 +61,7 @@ def stack(config: Config, workspace: Workspace, *, strict: bool = False, force: 
             fitting.summary_line(store, method, "built" if method in fresh else "up to date"),
             f"    {record['verdict']}",
         ]
-        lines.append(f"    {inference_choice.told(record['inference_members'])[0]}")
+        lines.append(f"    {inference_choice.summary_lines(record['inference_members'])[0]}")
     for record in list(records.values())[:1]:
         lines += inference_choice.summary_lines(record["inference_members"])[1:]
     lines += [f"{len(members)} members: {', '.join(member.name for member in members)}", f"written: {workspace.models}"]

@@ -60,7 +60,7 @@ DEFECTS = (
         "tests/networks/test_soups.py",
     ),
     Defect(
-        "the temperature dropped from what is exported",
+        "the exported combiner without its temperature",
         "utils/combiners/heads.py",
         "torch.tensor(shares / temperature, dtype",
         "torch.tensor(shares, dtype",
@@ -81,21 +81,21 @@ DEFECTS = (
         "tests/faults -k leads",
     ),
     Defect(
-        "contaminated results given by name",
+        "contaminated results returned by name",
         "utils/evaluation/score_ranking.py",
         "if fitted and not allowed",
         "if False and not allowed",
         "tests/faults -k fitted",
     ),
     Defect(
-        "a checkpoint unpickled without a list of what it may ask for",
+        "a checkpoint unpickled without an allow-list",
         "utils/networks/checkpoints.py",
         "weights_only=True",
         "weights_only=False",
         "tests/project/test_security.py tests/faults -k hostile",
     ),
     Defect(
-        "the upper edge of calibration bins left open",
+        "the last calibration bin open at 1",
         "utils/numeric/metrics.py",
         'confidence, side="left")',
         'confidence, side="right")',
@@ -109,7 +109,7 @@ DEFECTS = (
         "tests/operations/test_debug.py -k 'beside or damaged'",
     ),
     Defect(
-        "an overflowing archive is believed",
+        "an archive with overflowing sizes is accepted",
         "utils/core/artifacts.py",
         "    if min(shape, default=0) < 0 or math.prod(shape) * max(dtype.itemsize, 1) != there:",
         "    if False:",

@@ -1,11 +1,11 @@
-"""The whole road on real images: train a base zoo, discover it, build ensembles, score them.
+"""The complete workflow on real images: train base networks, discover them, build ensembles, evaluate them.
 
     make demo                      scikit-learn's handwritten digits, fifteen backbones, three folds
     make demo QUICK=1              five backbones, two folds, shorter trainings of what combines them
-    make demo DATA="~/my leaves"   your own images, one folder per class, in a workspace of their own
+    make demo DATA="~/my leaves"   your own images, one folder per class, in a separate workspace
 
-Typed again it keeps what is finished. Ends with 0, or 4 when something was left out (named), else with the code of the
-step that failed.
+Run again, it keeps finished work. Exits with 0, with 4 if something was left out (named), else with the code of the
+failed step.
 """
 
 from __future__ import annotations
@@ -58,39 +58,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         *("--epochs-head", "1", "--epochs-finetune", str(epochs_for(count_images(data)))),
         *("--augment", "full" if options.data else "no_flip"),
     ]
-    own = ["--workspace", str(workspace)] if options.data else []
-    pipeline = ["ensemble_orchestrator.py", "pipeline", "--config", "configs/digits_demo.yaml", *own]
+    common = ["--workspace", str(workspace)] if options.data else []
+    pipeline = ["ensemble_orchestrator.py", "pipeline", "--config", "configs/digits_demo.yaml", *common]
     if options.quick:
         pipeline += [word for setting in QUICK_SETTINGS for word in ("--set", setting)]
     code = 0
     for step in (train, pipeline):
-        found = run(step, batch_size=32 if count_images(data) < FEW_IMAGES else 64)
-        if found not in (0, LEFT_OUT):
-            return found
-        code = max(code, found)
+        returncode = run(step, batch_size=32 if count_images(data) < FEW_IMAGES else 64)
+        if returncode not in (0, LEFT_OUT):
+            return returncode
+        code = max(code, returncode)
     print(f"\nworkspace: {workspace}")
     activate = "" if os.environ.get("VIRTUAL_ENV") else ". .venv/bin/activate && "
-    example = shlex.join(["python", "ensemble_orchestrator.py", "evaluate", *own])
-    print(f"go on with, for example: {activate}{example}")
-    print(f"\nlook at the report:\n{report_of(workspace)}")
+    example = shlex.join(["python", "ensemble_orchestrator.py", "evaluate", *common])
+    print(f"next, for example: {activate}{example}")
+    print(f"\nreport:\n{report_of(workspace)}")
     return code
 
 
 def report_of(workspace: Path) -> Path:
-    """The page that the pipeline ends in."""
-    own = os.environ.get("DBT_ENSEMBLE_DIR")
-    return (Path(own).expanduser() if own else workspace) / "ensembles" / "report" / "index.html"
+    """Path of the report that the pipeline writes."""
+    output = os.environ.get("DBT_ENSEMBLE_DIR")
+    return (Path(output).expanduser() if output else workspace) / "ensembles" / "report" / "index.html"
 
 
 def run(step: Sequence[str], *, batch_size: int) -> int:
-    """Run one of the project's programs, as a user would type it, and show the line."""
+    """Print and run one of the project's programs; returns its exit code."""
     print(f"\n$ python {shlex.join(step)}", flush=True)
     environment = os.environ | {"DBT_BATCH_SIZE": str(batch_size)}
     return subprocess.run([sys.executable, *step], cwd=PROJECT, env=environment, check=False).returncode
 
 
 def workspace_of(data: Path) -> Path:
-    """`workspaces/<folder>-<digest>`: one workspace per data folder, the same one every time."""
+    """`workspaces/<folder>-<digest>`: the workspace of a data folder, always the same."""
     name = re.sub(r"[^\w.-]+", "_", data.name) or "data"
     return PROJECT / "workspaces" / f"{name}-{hashlib.sha256(os.fsencode(data)).hexdigest()[:8]}"
 
@@ -101,7 +101,7 @@ def count_images(data: Path) -> int:
 
 
 def epochs_for(count: int) -> int:
-    """Epochs of fine-tuning that show a network about as many images as the digits' twelve do, forty at the most."""
+    """Epochs of fine-tuning with about as many training images in all as twelve epochs of the digits; at most forty."""
     return min(MOST_EPOCHS, max(DIGITS_EPOCHS, DIGITS_EPOCHS * DIGITS // max(1, count)))
 
 

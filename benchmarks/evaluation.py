@@ -108,11 +108,11 @@ def answers(ensembles: int, rows: int, classes: int) -> tuple[list[Any], Any]:
 
 def ours(ensembles: int, rows: int, classes: int, replicates: int) -> dict[str, Any]:
     """Seconds, CPU seconds and peak resident megabytes of the bootstrap."""
-    from utils.numeric.statistics import bootstrap
+    from utils.numeric.statistics import bootstrap_metrics
 
     probabilities, labels = answers(ensembles, rows, classes)
     start, cpu = time.perf_counter(), time.process_time()
-    bootstrap(probabilities, labels, replicates=replicates)
+    bootstrap_metrics(probabilities, labels, replicates=replicates)
     taken = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
     return taken | {"megabytes": peak_bytes() / 1e6}
 
@@ -122,13 +122,13 @@ def scikit_learn(ensembles: int, rows: int, classes: int, replicates: int) -> di
     import numpy as np
     from sklearn import metrics
 
-    from utils.numeric.statistics import bootstrap, resamples
+    from utils.numeric.statistics import bootstrap_counts, bootstrap_metrics
 
     probabilities, labels = answers(ensembles, rows, classes)
     names = ("accuracy", "precision_macro", "recall_macro", "f1_macro", "precision_weighted", "recall_weighted")
     names += ("f1_weighted", "log_loss", "brier")
     count = max(1, replicates // PART)
-    counts = next(iter(resamples(labels, replicates=replicates)))[:count].astype(int)
+    counts = next(iter(bootstrap_counts(labels, replicates=replicates)))[:count].astype(int)
     found = np.empty((ensembles, len(counts), len(names)))
     identity = np.eye(classes)
     start, cpu = time.perf_counter(), time.process_time()
@@ -146,7 +146,7 @@ def scikit_learn(ensembles: int, rows: int, classes: int, replicates: int) -> di
             found[number, sample] = values
     scale = count / len(counts)  # where one block of samples holds fewer
     taken = {"seconds": scale * (time.perf_counter() - start), "cpu": scale * (time.process_time() - cpu)}
-    mine = bootstrap(probabilities, labels, replicates=replicates)
+    mine = bootstrap_metrics(probabilities, labels, replicates=replicates)
     apart = [np.abs(mine[name][:, : len(counts)] - found[:, :, place]).max() for place, name in enumerate(names)]
     return taken | {"difference": float(max(apart))}
 
@@ -159,12 +159,12 @@ def coverage_rows(data: Path | None) -> list[dict[str, Any]]:
 
     probabilities, labels = held_out(*(images(data) if data else digits()))
     rows = []
-    for kind in uncertainty.SCORES:
+    for kind in uncertainty.NONCONFORMITY_SCORES:
         covered, sizes, around = [], [], [0.0, 0.0]
         for seed in range(RESPLITS):
             order = np.random.default_rng(seed).permutation(len(labels))
             halves = [(probabilities[half], labels[half]) for half in np.array_split(order, 2)]
-            found = uncertainty.conformal(kind, *halves)
+            found = uncertainty.conformal_metrics(kind, *halves)
             if found is None:
                 break
             covered.append(found["coverage"])

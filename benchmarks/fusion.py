@@ -64,7 +64,7 @@ def head_rows(name: str, width: int, hidden: tuple[int, ...], *, rows: int, epoc
     import torch
 
     from utils.combiners.fusion_learner import WEIGHT_DECAY, Shape
-    from utils.numeric.module_training import train
+    from utils.numeric.module_training import train_module
 
     inputs, labels = _embeddings(rows + rows // 5, width)
     fresh, truth, inputs, labels = inputs[rows:], labels[rows:], inputs[:rows], labels[:rows]
@@ -72,7 +72,7 @@ def head_rows(name: str, width: int, hidden: tuple[int, ...], *, rows: int, epoc
     options = {"epochs": epochs, "lr": 0.001, "weight_decay": WEIGHT_DECAY, "seed": 0}
 
     def ours() -> Any:
-        return list(train(lambda: shape.head(0.3), inputs, labels, stops=[epochs], **options))[-1]
+        return list(train_module(lambda: shape.head(0.3), inputs, labels, checkpoint_epochs=[epochs], **options))[-1]
 
     def loader() -> Any:
         return _through_loader(lambda: shape.head(0.3), inputs, labels, **options)
@@ -127,13 +127,13 @@ def _arithmetic(
     import torch
     from torch import nn
 
-    from utils.numeric.module_training import BATCH
+    from utils.numeric.module_training import BATCH_SIZE
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     module = make().train()
-    count = len(inputs) // BATCH
+    count = len(inputs) // BATCH_SIZE
     batches = list(zip(inputs.tensor_split(count), labels.tensor_split(count), strict=True))
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     for _ in range(epochs):
@@ -153,13 +153,13 @@ def _through_loader(
     from torch import nn
     from torch.utils.data import DataLoader, TensorDataset
 
-    from utils.numeric.module_training import BATCH
+    from utils.numeric.module_training import BATCH_SIZE
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     module = make().train()
-    batches = DataLoader(TensorDataset(inputs, labels), batch_size=BATCH, shuffle=True)
+    batches = DataLoader(TensorDataset(inputs, labels), batch_size=BATCH_SIZE, shuffle=True)
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(batches))
     for _ in range(epochs):
@@ -185,7 +185,7 @@ def shared_space_row(*, rows: int, width: int) -> dict[str, Any]:
         for _ in range(MEMBERS)
     ]
     start, used = time.perf_counter(), time.process_time()
-    found = shared_space(views, SHARED, least=LEAST_RIDGE)
+    found = shared_space(views, SHARED, min_shrinkage=LEAST_RIDGE)
     seconds, used = time.perf_counter() - start, time.process_time() - used
     assert found.correlations[:40].min() > found.correlations[40:].max(), "the forty shared variates come first"
     what = f"generalised CCA, {MEMBERS} members x {rows:,} rows x {width} numbers, {SHARED} variates"

@@ -265,7 +265,7 @@ def selected(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
     """CPU seconds of our selection from an empty pool, the least of a few runs, and the loss of what it found."""
     import numpy as np
 
-    from utils.numeric.selection import select
+    from utils.numeric.selection import select_members
 
     probabilities, labels = np.load(folder / "probabilities.npy"), np.load(folder / "labels.npy")
     found = {}
@@ -273,7 +273,7 @@ def selected(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
         times = []
         for _ in range(REPEATS):
             start = time.process_time()
-            chosen = select(probabilities, labels, metric=metric, steps=STEPS, tries=int(arguments[0]))
+            chosen = select_members(probabilities, labels, metric=metric, steps=STEPS, tries=int(arguments[0]))
             times.append(time.process_time() - start)
         np.save(folder / f"{metric}.npy", chosen.weights)
         found[metric] = {"seconds": min(times), "loss": _loss(probabilities, labels, chosen.weights, metric)}
@@ -325,8 +325,8 @@ def weights(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
     probabilities, labels = np.load(folder / "probabilities.npy"), np.load(folder / "labels.npy")
     scores = np.log(np.maximum(probabilities, 1e-12, dtype=np.float64))
     ways: dict[str, Callable[[], Any]] = {
-        "linear": lambda: pools.linear(probabilities[:, np.arange(len(labels)), labels]),
-        "log_linear": lambda: pools.log_linear(scores, labels),
+        "linear": lambda: pools.fit_linear(probabilities[:, np.arange(len(labels)), labels]),
+        "log_linear": lambda: pools.fit_log_linear(scores, labels),
     }
     found = {}
     for kind, way in ways.items():
@@ -346,7 +346,7 @@ def large(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
     """
     import numpy as np
 
-    from utils.numeric.selection import select
+    from utils.numeric.selection import select_members
 
     metric, members, count = arguments[0], int(arguments[1]), int(arguments[2])
     probabilities, labels = np.load(folder / "probabilities.npy", mmap_mode="r"), np.load(folder / "labels.npy")
@@ -355,7 +355,7 @@ def large(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
         np.save(folder / "part.npy", probabilities[:, :count])
         probabilities = np.load(folder / "part.npy", mmap_mode="r")
     start, cpu = time.perf_counter(), time.process_time()
-    select(probabilities, labels[:count], metric=metric, steps=STEPS)
+    select_members(probabilities, labels[:count], metric=metric, steps=STEPS)
     taken = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []

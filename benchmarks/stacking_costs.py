@@ -43,7 +43,7 @@ def time_rows(arrays: Mapping[str, np.ndarray], config: Any, *, turns: int) -> l
     rows = []
     for name, bare in BARE.items():
         facts = MemberFacts(tuple(arrays["members"].tolist()), unknown, unknown, unknown)
-        recipe = replace(COMBINERS[name].configured(config, facts), jobs=1)
+        recipe = replace(COMBINERS[name].configured(config, facts), n_jobs=1)
         own, beside = [], []
         for _ in range(turns):
             own.append(_cpu_seconds(lambda recipe=recipe: recipe.fit_crossfitted(logits, labels, folds)))
@@ -148,7 +148,7 @@ def _training(learner: Any, kind: str, logits: np.ndarray, labels: np.ndarray, e
 
     from utils.combiners.perceptron import WEIGHT_DECAY
     from utils.combiners.stacking_features import features
-    from utils.numeric.module_training import BATCH
+    from utils.numeric.module_training import BATCH_SIZE
 
     table = torch.from_numpy(scale(features(logits, kind)).astype(np.float32))
     truth = torch.from_numpy(labels)
@@ -161,7 +161,7 @@ def _training(learner: Any, kind: str, logits: np.ndarray, labels: np.ndarray, e
         module = nn.Sequential(*layers, nn.Linear(sizes[-1], logits.shape[2])).train()
         optimizer = torch.optim.AdamW(module.parameters(), lr=learner.lr, weight_decay=WEIGHT_DECAY)
         for _ in range(epochs):
-            for rows in torch.randperm(len(table)).tensor_split(max(1, len(table) // BATCH)):
+            for rows in torch.randperm(len(table)).tensor_split(max(1, len(table) // BATCH_SIZE)):
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(module(table[rows]), truth[rows]).backward()
                 optimizer.step()

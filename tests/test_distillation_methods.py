@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.distillation_methods import Average, Mixing, draw_mixing, student_loss, teacher_loss
+from utils.distillation_methods import Mixing, WeightAverage, draw_mixing, student_loss, teacher_loss
 
 B, C = 6, 5
 
@@ -35,12 +35,12 @@ def test_loss_and_gradient_are_the_closed_form(temperature):
     np.testing.assert_allclose(logits.grad.numpy(), temperature * (q - p) / B, atol=1e-14)
 
 
-def parts(alpha: float, smoothing: float = 0.0, taught=None, labelled=None, mixing=None) -> float:
+def parts(alpha: float, smoothing: float = 0.0, distilled=None, labelled=None, mixing=None) -> float:
     logits, labels, teacher = given()
     everything = torch.ones(B, dtype=torch.bool)
     return student_loss(
         *(logits, labels, teacher),
-        taught=everything if taught is None else taught,
+        distilled=everything if distilled is None else distilled,
         labelled=everything if labelled is None else labelled,
         mixing=mixing,
         criterion=nn.CrossEntropyLoss(label_smoothing=smoothing),
@@ -67,8 +67,8 @@ def test_each_part_is_the_mean_over_its_own_rows_and_nothing_without_any():
     wanted = 0.5 * teacher_loss(logits[:2], teacher[:2], 4.0) + 0.5 * nn.functional.cross_entropy(
         logits[2:], labels[2:]
     )
-    assert parts(0.5, taught=first, labelled=~first) == pytest.approx(wanted.item())
-    assert parts(0.5, taught=none, labelled=none) == 0
+    assert parts(0.5, distilled=first, labelled=~first) == pytest.approx(wanted.item())
+    assert parts(0.5, distilled=none, labelled=none) == 0
     assert parts(0.5, labelled=none) == pytest.approx(0.5 * teacher_loss(logits, teacher, 4.0).item())
 
 
@@ -93,18 +93,18 @@ def test_images_are_blended_or_pasted_by_the_share():
 def test_a_drawn_mixing_follows_from_the_seed_and_its_box_is_its_share(kind):
     drawn = [draw_mixing(kind, 8, np.random.default_rng(seed)) for seed in (3, 3, 4)]
     assert torch.equal(drawn[0].partner, drawn[1].partner)
-    assert drawn[0].share == drawn[1].share != drawn[2].share
+    assert drawn[0].weight == drawn[1].weight != drawn[2].weight
     assert sorted(drawn[0].partner.tolist()) == list(range(8))
     if kind == "cutmix":
         top, bottom, left, right = drawn[0].box
-        assert (bottom - top) * (right - left) == pytest.approx(1 - drawn[0].share)
+        assert (bottom - top) * (right - left) == pytest.approx(1 - drawn[0].weight)
         assert min(top, left) >= 0
         assert max(bottom, right) <= 1 + 1e-12
 
 
 def test_the_average_follows_slowly_and_copies_counters():
     model = nn.BatchNorm1d(2)
-    average = Average(model, decay=0.9)
+    average = WeightAverage(model, decay=0.9)
     for step in range(1, 200):
         with torch.no_grad():
             model.weight.fill_(5.0)
@@ -114,7 +114,7 @@ def test_the_average_follows_slowly_and_copies_counters():
             assert 4 < average.weights["weight"][0] < 5  # few steps are remembered shortly
     assert average.weights["weight"][0] == pytest.approx(5, abs=1e-3)
     assert average.weights["num_batches_tracked"] == 199
-    again = Average(model, decay=0.9)
+    again = WeightAverage(model, decay=0.9)
     again.restore(average.weights, average.steps)
     assert torch.equal(again.weights["weight"], average.weights["weight"])
     assert again.steps == 199

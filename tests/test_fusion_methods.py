@@ -233,14 +233,14 @@ def test_out_of_memory_halves_the_batch_and_says_so(rows, monkeypatch, caplog):
     outputs, labels, _ = rows
     tried = []
 
-    def train(*arguments, batch, **options):
-        tried.append(batch)
-        if batch > 4:
+    def train(*arguments, batch_size, **options):
+        tried.append(batch_size)
+        if batch_size > 4:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        yield from loops_train(*arguments, batch=batch, **options)
+        yield from loops_train(*arguments, batch_size=batch_size, **options)
 
-    loops_train = module_training.train
-    monkeypatch.setattr(module_training, "train", train)
+    loops_train = module_training.train_module
+    monkeypatch.setattr(module_training, "train_module", train)
     monkeypatch.setattr(logging.getLogger("disease_pipeline"), "propagate", True)
     with caplog.at_level("WARNING"):
         recipe("concat_mlp").learner.fit(outputs, labels, {"rank": 0, "epochs": 2})
@@ -251,7 +251,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(rows, monkeypatch, caplog):
         raise MemoryError
         yield
 
-    monkeypatch.setattr(module_training, "train", never)
+    monkeypatch.setattr(module_training, "train_module", never)
     with pytest.raises(UserError, match=r"out of memory with one row at a time.*hidden_dims"):
         recipe("concat_mlp").learner.fit(outputs, labels, {"rank": 0, "epochs": 2})
 

@@ -14,7 +14,7 @@ from utils import moe_methods
 from utils.combiners.protocol import MemberFacts, fit_crossfitted
 from utils.combiners.routing import Sparse, execute, needed
 from utils.core.config import validate
-from utils.moe_methods import COMBINERS, Cascade, MixtureOfExperts
+from utils.moe_methods import COMBINERS, CascadeCombiner, MixtureOfExperts
 from utils.numeric.metrics import accuracy, softmax
 
 N, C = 600, 4
@@ -208,7 +208,9 @@ def test_rows_pass_the_chain_that_was_chosen_without_their_fold(alike, monkeypat
 
 def test_a_dense_cascade_is_the_mean_of_its_chain(alike):
     logits, labels, folds = alike
-    dense = replace(Cascade.configured(validate({}, source="of a test"), facts()).dense(), tempered=False)
+    dense = replace(
+        CascadeCombiner.configured(validate({}, source="of a test"), facts()).dense(), use_temperature=False
+    )
     found = dense.fit(logits, labels, folds).predict_proba(logits)
     np.testing.assert_allclose(found, softmax(logits).mean(axis=0), atol=1e-12)
 

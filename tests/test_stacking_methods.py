@@ -11,7 +11,7 @@ import pytest
 from utils.combiners.protocol import MemberFacts, fit_crossfitted
 from utils.core.config import validate
 from utils.ensemble_methods import COMBINERS as VOTES
-from utils.meta_methods import FUSERS, Input, MetaFuser
+from utils.meta_methods import FUSERS, FuserInput, MetaFuserCombiner
 from utils.numeric.metrics import log_loss, softmax
 from utils.stacking_methods import COMBINERS, Calibration, calibrate
 
@@ -78,17 +78,17 @@ def test_useless_learners_fall_back_to_the_mean():
     mean[np.arange(N), labels] = 0.8
     noise = rng.dirichlet(np.ones(C), N)
     folds = np.arange(N) % 5
-    found = calibrate(noise, mean, labels, folds, tempered=True, fallback=True)
-    assert found.share < 0.02
-    alone = calibrate(noise, mean, labels, folds, tempered=True, fallback=False)
-    assert alone.share == 1
+    found = calibrate(noise, mean, labels, folds, use_temperature=True, fallback=True)
+    assert found.weight < 0.02
+    alone = calibrate(noise, mean, labels, folds, use_temperature=True, fallback=False)
+    assert alone.weight == 1
 
 
 def test_temperature_and_share_are_applied_in_this_order():
     probabilities, mean = np.array([[0.8, 0.2]]), np.array([[0.5, 0.5]])
-    found = Calibration(temperature=2.0, share=0.25).apply(probabilities, mean)
-    tempered = np.sqrt(0.8) / (np.sqrt(0.8) + np.sqrt(0.2))
-    assert found[0, 0] == pytest.approx(0.25 * tempered + 0.75 * 0.5)
+    found = Calibration(temperature=2.0, weight=0.25).apply(probabilities, mean)
+    use_temperature = np.sqrt(0.8) / (np.sqrt(0.8) + np.sqrt(0.2))
+    assert found[0, 0] == pytest.approx(0.25 * use_temperature + 0.75 * 0.5)
 
 
 @pytest.mark.parametrize("kind", sorted(FUSERS))
@@ -108,18 +108,18 @@ def test_every_fuser_takes_the_inputs_unseen_predictions_and_nothing_else(rows, 
     everyone = np.arange(M)
     vote = VOTES["soft_voting"].configured(config, FACTS)
     unseen = [np.random.default_rng(k).dirichlet(np.ones(C), N).astype(np.float32) for k in range(2)]
-    inputs = [Input("soft_voting", vote, everyone, one) for one in unseen]
-    first = MetaFuser.over(config, FACTS, inputs)
+    inputs = [FuserInput("soft_voting", vote, everyone, one) for one in unseen]
+    first = MetaFuserCombiner.over(config, FACTS, inputs)
     found = fit_crossfitted(first, logits, labels, folds)
-    second = MetaFuser.over(config, FACTS, inputs)
+    second = MetaFuserCombiner.over(config, FACTS, inputs)
     np.testing.assert_array_equal(fit_crossfitted(second, np.zeros_like(logits), labels, folds), found)
 
 
 def test_a_fuser_keeps_the_members_of_its_inputs_alone(rows):
     logits, labels, folds = rows
     places = [np.array([0]), np.array([2])]
-    inputs = [Input("soft_voting", VOTES["soft_voting"].configured(CONFIG, FACTS), own) for own in places]
-    fuser = MetaFuser.over(CONFIG, FACTS, inputs).fit(logits, labels, folds)
+    inputs = [FuserInput("soft_voting", VOTES["soft_voting"].configured(CONFIG, FACTS), own) for own in places]
+    fuser = MetaFuserCombiner.over(CONFIG, FACTS, inputs).fit(logits, labels, folds)
     np.testing.assert_array_equal(fuser.used(M), [True, False, True])
     np.testing.assert_allclose(
         fuser.restricted(fuser.used(M)).predict_proba(logits[[0, 2]]), fuser.predict_proba(logits), atol=1e-12

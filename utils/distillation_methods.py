@@ -33,7 +33,7 @@ class Mixing:
 
     partner: Tensor
     """int64 (B,), the place in the batch of the other one"""
-    share: float
+    weight: float
     """Of the image itself; of the partner what is left"""
     box: tuple[float, float, float, float] | None
     """Top, bottom, left and right of what comes from the partner, as shares of the sides; None: all is blended"""
@@ -42,7 +42,7 @@ class Mixing:
         """Images (B, C, H, W) mixed: blended (Zhang et al. 2018, mixup) or pasted (Yun et al. 2019, CutMix)."""
         others = images[self.partner]
         if self.box is None:
-            return self.share * images + (1 - self.share) * others
+            return self.weight * images + (1 - self.weight) * others
         top, bottom, left, right = self._pixels(images.shape[2], images.shape[3])
         mixed = images.clone()
         mixed[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
@@ -54,17 +54,16 @@ class Mixing:
         return round(top * height), round(bottom * height), round(left * width), round(right * width)
 
 
-MIXES = ("none", "mixup", "cutmix")
 CONCENTRATION = {"mixup": 0.2, "cutmix": 1.0}  # of the Beta distribution of the shares, as in the two papers
 
 
 def draw_mixing(kind: str, count: int, rng: np.random.Generator) -> Mixing:
     """A mixing of `count` images; `kind`: mixup or cutmix."""
-    share = float(rng.beta(CONCENTRATION[kind], CONCENTRATION[kind]))
+    weight = float(rng.beta(CONCENTRATION[kind], CONCENTRATION[kind]))
     partner = torch.from_numpy(rng.permutation(count))
     if kind == "mixup":
-        return Mixing(partner, share, None)
-    side = (1 - share) ** 0.5
+        return Mixing(partner, weight, None)
+    side = (1 - weight) ** 0.5
     top, left = ((1 - side) * rng.random(2)).tolist()
     return Mixing(partner, 1 - side**2, (top, top + side, left, left + side))
 
@@ -74,31 +73,31 @@ def student_loss(
     labels: Tensor,
     teacher: Tensor,
     *,
-    taught: Tensor,
+    distilled: Tensor,
     labelled: Tensor,
     mixing: Mixing | None,
     criterion: Callable[[Tensor, Tensor], Tensor],
     temperature: float,
     alpha: float,
 ) -> Tensor:
-    """alpha T^2 KL(teacher || student) over the `taught` rows + (1 - alpha) cross-entropy over the `labelled` ones.
+    """alpha T^2 KL(teacher || student) over the `distilled` rows + (1 - alpha) cross-entropy over the `labelled` ones.
 
     Logits (B, C), labels (B,), the teacher's log-probabilities (B, C), two masks (B,). `criterion` is the base
     pipeline's cross-entropy, whose label smoothing touches the labels' part alone. A part without rows is nothing.
     """
     loss = logits.sum() * 0.0
-    if alpha > 0 and bool(taught.any()):
-        loss = loss + alpha * teacher_loss(logits[taught], teacher[taught], temperature)
+    if alpha > 0 and bool(distilled.any()):
+        loss = loss + alpha * teacher_loss(logits[distilled], teacher[distilled], temperature)
     if alpha < 1 and bool(labelled.any()):
         own = criterion(logits[labelled], labels[labelled])
         if mixing is not None:
             others = criterion(logits[labelled], labels[mixing.partner][labelled])
-            own = mixing.share * own + (1 - mixing.share) * others
+            own = mixing.weight * own + (1 - mixing.weight) * others
         loss = loss + (1 - alpha) * own
     return loss
 
 
-class Average:
+class WeightAverage:
     """Exponential moving average of a network's weights; counters and indices are copied.
 
     It follows `decay`, and while few steps are behind it a shorter memory.
@@ -113,10 +112,10 @@ class Average:
     def update(self, model: nn.Module) -> None:
         """Take one more step's weights in."""
         self.steps += 1
-        share = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
+        weight = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point():
-                self.weights[name].lerp_(tensor, share)
+                self.weights[name].lerp_(tensor, weight)
             else:
                 self.weights[name].copy_(tensor)
 

@@ -129,8 +129,8 @@ class LogitAveraging:
         if self.calibration == "off" or min(len(np.unique(folds)), len(np.unique(labels))) < 2:
             return self
         if self.calibration == "per_member":
-            self.member_temperatures = temperature.choose_per_member(logits, labels, folds)
-        self.temperature = temperature.choose(self._mean(logits), labels, folds).temperature
+            self.member_temperatures = temperature.select_member_temperatures(logits, labels, folds)
+        self.temperature = temperature.select_temperature(self._mean(logits), labels, folds).temperature
         return self
 
     def _mean(self, logits: np.ndarray) -> np.ndarray:

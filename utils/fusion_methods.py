@@ -21,14 +21,14 @@ from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.numeric.metrics import log_loss, softmax
 from utils.predictions.rows import Outputs
-from utils.stacking_methods import Calibration, Learner, Model, Stacker, plain_mean
+from utils.stacking_methods import Calibration, Learner, Model, Stacker, mean_probabilities
 
 if TYPE_CHECKING:
     from torch import nn
 
 
 @dataclass
-class Fusion(Stacker):
+class FusionStacker(Stacker):
     """What the fusions share; a subclass names its head and what that reads."""
 
     settings: ClassVar[tuple[str, ...]] = (
@@ -42,21 +42,21 @@ class Fusion(Stacker):
     names: tuple[str, ...] = ()
     """Of the members, for messages."""
     maps: EmbeddingMaps | None = None
-    averaged: dict[str, Any] = field(default_factory=dict)
+    head_report: dict[str, Any] = field(default_factory=dict)
     """What the fitted head says of its members, for the report."""
 
     @classmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
         """With the settings of `runs.fusion`."""
         return cls(
-            learner=cls.learner_of(config),
-            tempered=config.runs.score_ensemble.temperature != "off",
+            learner=cls.make_learner(config),
+            use_temperature=config.runs.score_ensemble.temperature != "off",
             fallback=config.runs.stacking.fallback,
             names=members.names,
         )
 
     @classmethod
-    def learner_of(cls, config: Config) -> Learner:
+    def make_learner(cls, config: Config) -> Learner:
         fusion = config.runs.fusion
         head = fusion.fusion_config
         return HeadLearner(
@@ -85,7 +85,7 @@ class Fusion(Stacker):
         self.maps = self._maps_of(outputs)
         seen = self._seen(outputs)
         unseen = super().fit_crossfitted(seen, labels, folds)
-        self.averaged = self._of_members(seen)
+        self.head_report = self._of_members(seen)
         return unseen
 
     def predict_proba(self, outputs: Outputs) -> np.ndarray:
@@ -96,7 +96,9 @@ class Fusion(Stacker):
         """Logits (B, M, C) and M embeddings (B, D_m) -> probabilities (B, C)."""
         from utils.combiners.fusion_heads import FusedEmbeddings
 
-        return FusedEmbeddings(self.maps_module(), self._module(), self.calibration.temperature, self.calibration.share)
+        return FusedEmbeddings(
+            self.maps_module(), self._module(), self.calibration.temperature, self.calibration.weight
+        )
 
     def maps_module(self) -> nn.Module:
         """What the heads read of the members' embeddings, as a torch module."""
@@ -121,7 +123,7 @@ class Fusion(Stacker):
         assert isinstance(self.model, Heads)
         self.model = Heads(self.model.shape, tuple(dict(own) for own in heads))
         seen = self._seen(outputs)
-        said, mean = self.model.predict_proba(seen), plain_mean(seen)
+        said, mean = self.model.predict_proba(seen), mean_probabilities(seen)
         unseen = np.empty_like(said)
         for fold in np.unique(folds):
             inside = folds == fold
@@ -131,7 +133,7 @@ class Fusion(Stacker):
         gains = log_loss(unseen, labels) < log_loss(said, labels)
         self.calibration = self._calibrated(said, mean, labels, folds) if gains else Calibration()
         unseen = unseen if gains else said
-        self.averaged = self._of_members(seen)
+        self.head_report = self._of_members(seen)
         self.facts = {**self.facts, "selection_score": log_loss(self.calibration.apply(said, mean), labels)}
         return unseen
 
@@ -141,7 +143,7 @@ class Fusion(Stacker):
         assert self.maps is not None
         shape = self.model.shape
         found = {"embeddings": {"blocks": list(shape.widths), **self.maps.facts}, "cost": shape.cost()}
-        return {**super().report(names), **found, **self.averaged}
+        return {**super().report(names), **found, **self.head_report}
 
     def _maps_of(self, outputs: Outputs) -> EmbeddingMaps:
         return embedding_maps.side_by_side(outputs.embeddings)
@@ -184,13 +186,13 @@ class Fusion(Stacker):
         return Heads(shape, tuple(below(state, start) for start in starts))
 
 
-class FusionConcat(Fusion):
+class FusionConcat(FusionStacker):
     """A perceptron on all embeddings side by side."""
 
     method = "concat_mlp"
 
 
-class FusionAttention(Fusion):
+class FusionAttention(FusionStacker):
     """Members as tokens, weighed for each image; a member may be absent."""
 
     method = "attention"
@@ -210,13 +212,13 @@ class FusionAttention(Fusion):
         return {"weights": dict(zip(self.names, weights.tolist(), strict=True))}
 
 
-class FusionBilinear(Fusion):
+class FusionBilinear(FusionStacker):
     """Products of every two members' embeddings through maps of low rank."""
 
     method = "bilinear"
 
 
-class FusionShared(Fusion):
+class FusionShared(FusionStacker):
     """A perceptron on what the members' embeddings have in common (generalised CCA)."""
 
     method = "cca_aligned"

@@ -34,7 +34,7 @@ class FuserPerceptron(StackingPerceptron):
     settings = ("runs.meta_fuser", "runs.score_ensemble.temperature", "runs.stacking.fallback")
 
     @classmethod
-    def learner_of(cls, config: Config) -> Learner:
+    def make_learner(cls, config: Config) -> Learner:
         shape = config.runs.meta_fuser.mlp_config
         return PerceptronLearner(KINDS_OF_FEATURES, shape.hidden_dims, shape.epochs, shape.lr, DROPOUT, config.seed)
 
@@ -51,7 +51,7 @@ class FuserAttention(Stacker):
     settings = FuserPerceptron.settings
 
     @classmethod
-    def learner_of(cls, config: Config) -> Learner:
+    def make_learner(cls, config: Config) -> Learner:
         shape = config.runs.meta_fuser.mlp_config
         return AttentionLearner(shape.hidden_dims[-1] if shape.hidden_dims else 64, shape.epochs, shape.lr, config.seed)
 
@@ -79,7 +79,7 @@ FUSERS: dict[str, type[Stacker]] = {"xgb": FuserBooster, "mlp": FuserPerceptron,
 """`runs.meta_fuser.fuser_type` -> class."""
 
 
-PARTS: dict[str, type[Combiner]] = {
+INPUT_METHODS: dict[str, type[Combiner]] = {
     **ensemble_methods.COMBINERS,
     **stacking_methods.COMBINERS,
     **fusion_methods.COMBINERS,
@@ -89,19 +89,19 @@ PARTS: dict[str, type[Combiner]] = {
 
 
 @dataclass(frozen=True)
-class Input:
+class FuserInput:
     """One ensemble among the inputs."""
 
     method: str
     combiner: Combiner
-    places: np.ndarray
+    member_indices: np.ndarray
     """int64: where its members stand among the M members"""
-    unseen: np.ndarray | None = None
+    crossfit: np.ndarray | None = None
     """float (N, C): cross-fitted probabilities on the rows of the fit, for an input that is fitted already"""
 
 
 @dataclass
-class MetaFuser:
+class MetaFuserCombiner:
     """A fuser with its inputs: members' outputs in, as for any other combiner.
 
     It reads embeddings where one of its inputs does, and each input gets what it reads.
@@ -113,7 +113,7 @@ class MetaFuser:
     settings: ClassVar[tuple[str, ...]] = FuserPerceptron.settings  # what all fusers depend on; each may add its own
     learns: ClassVar[bool] = True
 
-    inputs: Sequence[Input]
+    inputs: Sequence[FuserInput]
     fuser: Stacker
     fuser_type: str
 
@@ -122,11 +122,13 @@ class MetaFuser:
         """Unfitted inputs over all members: those of `runs.meta_fuser.input_ensembles` that are in `PARTS`."""
         everyone = np.arange(len(members.names))
         methods = [name.removesuffix("_ensemble") for name in config.runs.meta_fuser.input_ensembles]
-        inputs = [Input(m, PARTS[m].configured(config, members), everyone) for m in methods if m in PARTS]
+        inputs = [
+            FuserInput(m, INPUT_METHODS[m].configured(config, members), everyone) for m in methods if m in INPUT_METHODS
+        ]
         return cls.over(config, members, inputs)
 
     @classmethod
-    def over(cls, config: Config, members: MemberFacts, inputs: Sequence[Input]) -> Self:
+    def over(cls, config: Config, members: MemberFacts, inputs: Sequence[FuserInput]) -> Self:
         """An unfitted fuser over inputs, which may be fitted already."""
         kind = config.runs.meta_fuser.fuser_type
         return cls(inputs, FUSERS[kind].configured(config, members), kind)
@@ -160,7 +162,7 @@ class MetaFuser:
         from utils.combiners.stacking_heads import FusedInputs, FusedInputsWithEmbeddings
 
         modules = [each.combiner.to_module() for each in self.inputs]
-        places = [each.places for each in self.inputs]
+        places = [each.member_indices for each in self.inputs]
         if not self.reads_embeddings:
             return FusedInputs(modules, places, self.fuser.to_module())
         reads = [each.combiner.reads_embeddings for each in self.inputs]
@@ -172,7 +174,7 @@ class MetaFuser:
         found |= {f"fuser/{name}": values for name, values in self.fuser.state().items()}
         for place, each in enumerate(self.inputs):
             start = f"inputs/{place:03d}"
-            found |= {f"{start}/method": _bytes(each.method), f"{start}/places": each.places}
+            found |= {f"{start}/method": _bytes(each.method), f"{start}/places": each.member_indices}
             found |= {f"{start}/state/{name}": values for name, values in each.combiner.state().items()}
         return found
 
@@ -183,8 +185,8 @@ class MetaFuser:
         inputs = []
         for start in starts:
             method = _text(state[f"{start}/method"])
-            combiner = PARTS[method].from_state(below(state, f"{start}/state/"))
-            inputs.append(Input(method, combiner, state[f"{start}/places"]))
+            combiner = INPUT_METHODS[method].from_state(below(state, f"{start}/state/"))
+            inputs.append(FuserInput(method, combiner, state[f"{start}/places"]))
         kind = _text(state["fuser_type"])
         return cls(inputs, FUSERS[kind].from_state(below(state, "fuser/")), kind)
 
@@ -192,7 +194,7 @@ class MetaFuser:
         """The members of any input, bool (M,)."""
         found = np.zeros(members, dtype=bool)
         for each in self.inputs:
-            found[each.places[each.combiner.used(len(each.places))]] = True
+            found[each.member_indices[each.combiner.used(len(each.member_indices))]] = True
         return found
 
     def restricted(self, used: np.ndarray) -> Self:
@@ -200,9 +202,9 @@ class MetaFuser:
         place_of = np.cumsum(used) - 1
         inputs = []
         for each in self.inputs:
-            own = each.combiner.used(len(each.places))
-            places = place_of[each.places[own]]
-            inputs.append(replace(each, combiner=each.combiner.restricted(own), places=places, unseen=None))
+            own = each.combiner.used(len(each.member_indices))
+            places = place_of[each.member_indices[own]]
+            inputs.append(replace(each, combiner=each.combiner.restricted(own), member_indices=places, crossfit=None))
         return type(self)(inputs, self.fuser, self.fuser_type)
 
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
@@ -211,15 +213,15 @@ class MetaFuser:
         return {**facts, "fuser_type": self.fuser_type, "inputs": [each.method for each in self.inputs]}
 
 
-def _said(one: Input, outputs: np.ndarray | Outputs) -> np.ndarray:
-    return one.combiner.predict_proba(seen_by(one.combiner, outputs[one.places]))
+def _said(one: FuserInput, outputs: np.ndarray | Outputs) -> np.ndarray:
+    return one.combiner.predict_proba(seen_by(one.combiner, outputs[one.member_indices]))
 
 
-def _unseen(one: Input, outputs: np.ndarray | Outputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
+def _unseen(one: FuserInput, outputs: np.ndarray | Outputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
     """Cross-fitted probabilities (N, C) of an input; with one fold there are none, and it answers as it is."""
-    if one.unseen is not None:
-        return one.unseen
-    found = fit_crossfitted(one.combiner, seen_by(one.combiner, outputs[one.places]), labels, folds)
+    if one.crossfit is not None:
+        return one.crossfit
+    found = fit_crossfitted(one.combiner, seen_by(one.combiner, outputs[one.member_indices]), labels, folds)
     return _said(one, outputs) if np.isnan(found).any() else found
 
 
@@ -235,4 +237,4 @@ def _text(values: np.ndarray) -> str:
     return values.tobytes().decode()
 
 
-COMBINERS: dict[str, type[Combiner]] = {"meta_fuser": MetaFuser}
+COMBINERS: dict[str, type[Combiner]] = {"meta_fuser": MetaFuserCombiner}

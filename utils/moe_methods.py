@@ -38,7 +38,7 @@ def best_members(logits: np.ndarray, labels: np.ndarray, *, count: int) -> tuple
     return greedy_forward(problem)[-1].members
 
 
-def costs_of(members: MemberFacts) -> np.ndarray | None:
+def member_costs(members: MemberFacts) -> np.ndarray | None:
     """What running each of the members costs (M,): milliseconds, else megabytes; None where neither is known of all."""
     known = [costs for costs in (members.latency_ms, members.size_mb) if not np.isnan(costs).any()]
     return known[0] if known else None
@@ -56,7 +56,7 @@ class MixtureOfExperts(Stacker):
     settings = ("runs.moe", "runs.stacking.fallback", "runs.score_ensemble.temperature", "device")
     jumps = True
 
-    use: dict[str, Any] = field(default_factory=dict)
+    expert_use: dict[str, Any] = field(default_factory=dict)
     """How the rows of the fit are spread over the experts."""
 
     @classmethod
@@ -64,12 +64,12 @@ class MixtureOfExperts(Stacker):
         """With the settings of `runs.moe`."""
         found = super().configured(config, members)
         assert isinstance(found.learner, GateLearner)
-        found.learner = replace(found.learner, costs=costs_of(members))
+        found.learner = replace(found.learner, costs=member_costs(members))
         found.fallback = False
         return found
 
     @classmethod
-    def learner_of(cls, config: Config) -> Learner:
+    def make_learner(cls, config: Config) -> Learner:
         own = config.runs.moe
         choose = partial(best_members, count=own.num_experts)
         fixed = config.runs.stacking.fallback
@@ -81,7 +81,7 @@ class MixtureOfExperts(Stacker):
         gate, ran = self.gate, needed(self, logits)
         weights, scores = gate.weights(logits), gate.scores(logits)
         choices = gate.chosen(scores).mean(axis=0) / gate.top_k
-        self.use = {
+        self.expert_use = {
             "expected_experts": float(ran.sum(axis=0).mean()),
             "balance": float(len(gate.experts) * (choices * softmax(scores).mean(axis=0)).sum()),
             "runs": ran[gate.experts].mean(axis=1),
@@ -103,7 +103,7 @@ class MixtureOfExperts(Stacker):
         """Unfitted, with all experts for every image."""
         assert isinstance(self.learner, GateLearner)
         every = replace(self.learner, top_k=sys.maxsize)
-        return type(self)(learner=every, tempered=self.tempered, fallback=False, jobs=self.jobs)
+        return type(self)(learner=every, use_temperature=self.use_temperature, fallback=False, n_jobs=self.n_jobs)
 
     def to_module(self) -> nn.Module:
         """Logits (B, M, C) -> probabilities (B, C)."""
@@ -128,7 +128,7 @@ class MixtureOfExperts(Stacker):
         experts = [names[place] for place in gate.experts]
         table = {
             name: {"runs": float(runs), "weight": float(weight)}
-            for name, runs, weight in zip(experts, self.use["runs"], self.use["weight"], strict=True)
+            for name, runs, weight in zip(experts, self.expert_use["runs"], self.expert_use["weight"], strict=True)
         }
         return {
             **found,
@@ -136,8 +136,8 @@ class MixtureOfExperts(Stacker):
             "gate_reads": experts[gate.reader],
             "top_k": gate.top_k,
             "is_fixed": found["setting"]["epochs"] == 0,
-            "expected_experts": self.use["expected_experts"],
-            "balance": self.use["balance"],
+            "expected_experts": self.expert_use["expected_experts"],
+            "balance": self.expert_use["balance"],
             "expert_use": table,
         }
 
@@ -172,7 +172,7 @@ class MixtureOfExperts(Stacker):
 
 
 @dataclass
-class Cascade:
+class CascadeCombiner:
     """Members one after the other, the cheapest first, until their mean is sure enough (Wang et al. 2022).
 
     A row leaves with the plain mean of the members that have run, once its largest probability is at least `threshold`.
@@ -191,7 +191,7 @@ class Cascade:
     """float64 (M,): what running a member costs, in any unit; None where nobody knows"""
     max_members: int = 5
     max_accuracy_loss: float = 0.005
-    tempered: bool = True
+    use_temperature: bool = True
     chain: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """int64 (S,): places among the M members in the order in which they run"""
     threshold: float = THRESHOLDS[-1]
@@ -201,12 +201,12 @@ class Cascade:
     @classmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
         """With the settings of `runs.cascade`."""
-        own, tempered = config.runs.cascade, config.runs.score_ensemble.temperature != "off"
-        return cls(costs_of(members), own.max_members, own.max_accuracy_loss, tempered)
+        own, use_temperature = config.runs.cascade, config.runs.score_ensemble.temperature != "off"
+        return cls(member_costs(members), own.max_members, own.max_accuracy_loss, use_temperature)
 
     def dense(self) -> Self:
         """Unfitted, with all of the chain for every image."""
-        return type(self)(self.costs, self.max_members, -1.0, self.tempered)
+        return type(self)(self.costs, self.max_members, -1.0, self.use_temperature)
 
     def fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Self:
         """Fit on logits (M, N, C), labels (N,), folds (N,)."""
@@ -225,8 +225,8 @@ class Cascade:
             self.chain = self.chain[:1]
         leaves = _leaves(means, self.threshold)
         answers = np.log(np.maximum(_of_stage(means, leaves), SMALLEST_PROBABILITY))
-        calibrate = self.tempered and bool(parts)
-        self.temperature = temperature.choose(answers, labels, folds).temperature if calibrate else 1.0
+        calibrate = self.use_temperature and bool(parts)
+        self.temperature = temperature.select_temperature(answers, labels, folds).temperature if calibrate else 1.0
         self.facts = {
             "max_accuracy_loss": self.max_accuracy_loss,
             "accuracy_of_all": float(accuracies[-1]),
@@ -314,4 +314,4 @@ def _of_stage(values: np.ndarray, stages: np.ndarray) -> np.ndarray:
     return values[stages, np.arange(len(stages))]
 
 
-COMBINERS: dict[str, type[Combiner]] = {"moe": MixtureOfExperts, "cascade": Cascade}
+COMBINERS: dict[str, type[Combiner]] = {"moe": MixtureOfExperts, "cascade": CascadeCombiner}

@@ -33,7 +33,7 @@ class Model(Protocol):
         """Logits (M, N, C) -> probabilities (N, C)."""
 
 
-class Learner(nested_cv.Learner, Protocol):
+class Learner(nested_cv.GridLearner, Protocol):
     """What a stacker trains."""
 
     def fit(self, logits: np.ndarray, labels: np.ndarray, setting: Mapping[str, Any]) -> Model:
@@ -45,12 +45,12 @@ class Calibration:
     """What is done to a learner's probabilities: a temperature, then a mixture with the members' plain mean."""
 
     temperature: float = 1.0
-    share: float = 1.0
-    """Of the learner; the rest is the plain mean's."""
+    weight: float = 1.0
+    """Weight of the learner's probabilities; the members' mean has the rest."""
 
     def apply(self, probabilities: np.ndarray, mean: np.ndarray) -> np.ndarray:
         """Learner's probabilities (N, C) and the members' mean (N, C) -> probabilities (N, C)."""
-        return self.share * softmax(_logs(probabilities) / self.temperature) + (1 - self.share) * mean
+        return self.weight * softmax(_logs(probabilities) / self.temperature) + (1 - self.weight) * mean
 
 
 def calibrate(
@@ -59,19 +59,21 @@ def calibrate(
     labels: np.ndarray,
     folds: np.ndarray,
     *,
-    tempered: bool,
+    use_temperature: bool,
     fallback: bool,
 ) -> Calibration:
     """Temperature and share for probabilities (N, C) of copies that did not see the rows.
 
     The share is the one of least log-loss beside the plain mean (N, C); without `fallback` it is 1.
     """
-    divisor = temperature.choose(_logs(probabilities), labels, folds).temperature if tempered else 1.0
+    divisor = (
+        temperature.select_temperature(_logs(probabilities), labels, folds).temperature if use_temperature else 1.0
+    )
     if not fallback:
         return Calibration(divisor)
     rows = np.arange(len(labels))
     both = np.stack([Calibration(divisor).apply(probabilities, mean)[rows, labels], mean[rows, labels]])
-    return Calibration(divisor, float(pools.linear(np.maximum(both, SMALLEST_PROBABILITY)).weights[0]))
+    return Calibration(divisor, float(pools.fit_linear(np.maximum(both, SMALLEST_PROBABILITY)).weights[0]))
 
 
 @dataclass
@@ -87,9 +89,9 @@ class Stacker(ABC):
     reads_embeddings: ClassVar[bool] = False
 
     learner: Learner | None = None
-    tempered: bool = True
+    use_temperature: bool = True
     fallback: bool = True
-    jobs: int = 1
+    n_jobs: int = 1
     model: Model | None = None
     calibration: Calibration = field(default_factory=Calibration)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -101,15 +103,15 @@ class Stacker(ABC):
         from joblib import cpu_count
 
         return cls(
-            learner=cls.learner_of(config),
-            tempered=config.runs.score_ensemble.temperature != "off",
+            learner=cls.make_learner(config),
+            use_temperature=config.runs.score_ensemble.temperature != "off",
             fallback=config.runs.stacking.fallback,
-            jobs=cpu_count(),
+            n_jobs=cpu_count(),
         )
 
     @classmethod
     @abstractmethod
-    def learner_of(cls, config: Config) -> Learner:
+    def make_learner(cls, config: Config) -> Learner:
         """The learner that the configuration describes."""
 
     def fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Self:
@@ -120,25 +122,25 @@ class Stacker(ABC):
     def fit_crossfitted(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
         """Fit, and give the cross-fitted probabilities (N, C) that the same fits make; NaN where there is one fold."""
         assert self.learner is not None, "a stacker that was read from a file is not fitted again"
-        mean = plain_mean(logits)
-        found = nested_cv.cross_validate(self.learner, logits, labels, folds, jobs=self.jobs)
-        unseen = np.full(found.unseen.shape, np.nan)
+        mean = mean_probabilities(logits)
+        found = nested_cv.cross_validate(self.learner, logits, labels, folds, n_jobs=self.n_jobs)
+        unseen = np.full(found.nested_crossfit.shape, np.nan)
         for fold in np.unique(folds):
             copy = Calibration()
-            if fold in found.inner:
-                places, answers = found.inner[fold]
+            if fold in found.inner_crossfit:
+                places, answers = found.inner_crossfit[fold]
                 copy = self._calibrated(answers, mean[places], labels[places], folds[places])
             inside = folds == fold
-            if not np.isnan(found.unseen[inside]).any():
-                unseen[inside] = copy.apply(found.unseen[inside], mean[inside])
+            if not np.isnan(found.nested_crossfit[inside]).any():
+                unseen[inside] = copy.apply(found.nested_crossfit[inside], mean[inside])
         setting = self.learner.settings()[found.setting]
         self.model = self.learner.fit(logits, labels, setting)
         tested = len(np.unique(folds)) > 1
-        self.calibration = self._calibrated(found.answers, mean, labels, folds) if tested else Calibration()
+        self.calibration = self._calibrated(found.crossfit, mean, labels, folds) if tested else Calibration()
         self.facts = {
             "setting": dict(setting),
-            "settings_tried": len(found.losses),
-            "cross_validated_log_loss": log_loss(found.answers, labels) if tested else None,
+            "settings_tried": len(found.setting_losses),
+            "cross_validated_log_loss": log_loss(found.crossfit, labels) if tested else None,
             "selection_score": log_loss(self._answer(logits), labels),
         }
         return unseen
@@ -150,17 +152,17 @@ class Stacker(ABC):
     def _answer(self, seen: Any) -> np.ndarray:
         """Probabilities (N, C) for what the learner sees of N rows."""
         assert self.model is not None, "not fitted"
-        return self.calibration.apply(self.model.predict_proba(seen), plain_mean(seen))
+        return self.calibration.apply(self.model.predict_proba(seen), mean_probabilities(seen))
 
     def to_module(self) -> nn.Module:
         """Logits (B, M, C) -> probabilities (B, C)."""
         from utils.combiners.stacking_heads import TemperedBlend
 
-        return TemperedBlend(self._module(), self.calibration.temperature, self.calibration.share)
+        return TemperedBlend(self._module(), self.calibration.temperature, self.calibration.weight)
 
     def state(self) -> dict[str, np.ndarray]:
         """The model's arrays, temperature and share (1,)."""
-        kept = {"temperature": self.calibration.temperature, "share": self.calibration.share}
+        kept = {"temperature": self.calibration.temperature, "share": self.calibration.weight}
         return {name: np.array([value]) for name, value in kept.items()} | self._arrays()
 
     @classmethod
@@ -179,11 +181,11 @@ class Stacker(ABC):
 
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
         """The chosen setting, its losses, temperature and share; there are no weights of members."""
-        kept = {"temperature": self.calibration.temperature, "share_of_stacker": self.calibration.share}
+        kept = {"temperature": self.calibration.temperature, "share_of_stacker": self.calibration.weight}
         return {**self.facts, **kept, "weights": None}
 
     def _calibrated(self, answers: np.ndarray, mean: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Calibration:
-        return calibrate(answers, mean, labels, folds, tempered=self.tempered, fallback=self.fallback)
+        return calibrate(answers, mean, labels, folds, use_temperature=self.use_temperature, fallback=self.fallback)
 
     @abstractmethod
     def _module(self) -> nn.Module:
@@ -203,7 +205,7 @@ class StackingLogistic(Stacker):
     """Multinomial logistic regression, plain or shrunk to the log-linear pool, whichever held-out rows prefer."""
 
     @classmethod
-    def learner_of(cls, config: Config) -> Learner:
+    def make_learner(cls, config: Config) -> Learner:
         return LogisticLearner(KINDS)
 
     def _module(self) -> nn.Module:
@@ -228,7 +230,7 @@ class StackingPerceptron(Stacker):
     settings = (*Stacker.settings, "runs.stacking.mlp_config")
 
     @classmethod
-    def learner_of(cls, config: Config) -> Learner:
+    def make_learner(cls, config: Config) -> Learner:
         shape = config.runs.stacking.mlp_config
         kinds = ("log_probabilities", "probabilities")
         return PerceptronLearner(kinds, shape.hidden_dims, shape.epochs, shape.lr, shape.dropout, config.seed)
@@ -261,7 +263,7 @@ class StackingBooster(Stacker):
     settings = (*Stacker.settings, "runs.stacking.xgb_config")
 
     @classmethod
-    def learner_of(cls, config: Config) -> Learner:
+    def make_learner(cls, config: Config) -> Learner:
         from utils.combiners.boosting import BoosterLearner
 
         shape = config.runs.stacking.xgb_config
@@ -294,7 +296,7 @@ class StackingForest(Stacker):
     jumps = True
 
     @classmethod
-    def learner_of(cls, config: Config) -> Learner:
+    def make_learner(cls, config: Config) -> Learner:
         from utils.combiners.forest import ForestLearner
 
         return ForestLearner(config.seed)
@@ -320,7 +322,7 @@ class StackingForest(Stacker):
         return Forest(own)
 
 
-def plain_mean(outputs: np.ndarray | Outputs) -> np.ndarray:
+def mean_probabilities(outputs: np.ndarray | Outputs) -> np.ndarray:
     """Mean over the members of their probabilities, (N, C), from logits (M, N, C) or outputs that hold them."""
     return softmax(outputs.logits if isinstance(outputs, Outputs) else outputs).mean(axis=0)
 

@@ -112,9 +112,9 @@ def test_pooling_the_fold_networks_as_they_are_is_refused(own, monkeypatch):
         def apply(self, values):
             return values
 
-    real = embedding_rows.ridge
+    real = embedding_rows.fit_ridge_map
     monkeypatch.setattr(
-        embedding_rows, "ridge", lambda one, two: Identity() if one.shape == two.shape else real(one, two)
+        embedding_rows, "fit_ridge_map", lambda one, two: Identity() if one.shape == two.shape else real(one, two)
     )
     with pytest.raises(UserError, match="Embeddings of several fold networks cannot be pooled"):
         embedding_rows.aligned(store, members)

@@ -18,7 +18,7 @@ from utils.combiners.gating import SparseGate
 from utils.combiners.routing import needed
 from utils.core.config_file import load
 from utils.inference.classifier import WorkspaceClassifier
-from utils.moe_methods import Cascade, MixtureOfExperts
+from utils.moe_methods import CascadeCombiner, MixtureOfExperts
 from utils.numeric.metrics import softmax
 from utils.predictions import catalog, streaming
 from utils.predictions.store import Store
@@ -82,9 +82,9 @@ def by_predicted_class(logits: np.ndarray) -> MixtureOfExperts:
     return MixtureOfExperts(model=SparseGate(np.arange(3), 0, 1, (eye, picks), (zeros, zeros[:3])))
 
 
-def by_half(logits: np.ndarray) -> Cascade:
+def by_half(logits: np.ndarray) -> CascadeCombiner:
     """A cascade that half of the rows leave after the first of three members."""
-    return Cascade(chain=np.arange(3), threshold=float(np.median(softmax(logits[0]).max(axis=1))))
+    return CascadeCombiner(chain=np.arange(3), threshold=float(np.median(softmax(logits[0]).max(axis=1))))
 
 
 @pytest.mark.parametrize("make", [by_predicted_class, by_half])

@@ -12,7 +12,7 @@ from utils.combiners.greedy import GreedySelection, fewest_within_one_error, row
 from utils.combiners.protocol import MemberFacts
 from utils.core.config import Config
 from utils.numeric.metrics import METRICS, log_loss, softmax
-from utils.numeric.selection import select
+from utils.numeric.selection import select_members
 
 RULES = sorted(METRICS)
 M, N, C = 6, 240, 4
@@ -76,7 +76,7 @@ def literally(metric, rows, *, seed):
     for bags in (0, 3):
         mixtures = np.zeros((6, N, C))
         for fold in range(5):
-            paths = select(probabilities[:, folds != fold], labels[folds != fold], bags=bags, **options).paths
+            paths = select_members(probabilities[:, folds != fold], labels[folds != fold], bags=bags, **options).paths
             for size in range(1, 7):
                 taken = [member for path in paths for member in path.members[:size]]
                 mixtures[size - 1, folds == fold] = probabilities[taken][:, folds == fold].mean(axis=0, dtype=float)
@@ -84,7 +84,7 @@ def literally(metric, rows, *, seed):
         size = fewest_within_one_error(losses)
         ways.append((losses[size - 1].mean(), bags, size))
     _, bags, size = min(ways, key=lambda way: way[0])
-    paths = select(probabilities, labels, bags=bags, **options).paths
+    paths = select_members(probabilities, labels, bags=bags, **options).paths
     return [member for path in paths for member in path.members[:size]], bags, size
 
 
@@ -159,7 +159,7 @@ def test_with_one_fold_nothing_is_held_out_and_it_says_so(rows):
     logits, labels, _ = rows
     found = GreedySelection(metric="log_loss").fit(logits, labels, np.zeros(N, dtype=np.int64))
     probabilities = softmax(logits).astype(np.float32)
-    path = select(probabilities, labels, metric="log_loss", steps=greedy.STEPS, sorted_start=True).paths[0]
+    path = select_members(probabilities, labels, metric="log_loss", steps=greedy.STEPS, sorted_start=True).paths[0]
     np.testing.assert_allclose(found.shares, np.bincount(path.members[: path.kept], minlength=M) / path.kept)
     report = found.report(NAMES)
     assert (report["cross_validated_score"], report["temperature"]) == (None, 1)

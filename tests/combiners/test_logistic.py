@@ -25,7 +25,7 @@ def rows():
 def test_a_strong_ridge_is_the_log_linear_pool(rows):
     logits, labels = rows
     (model,) = fit_path(logits, labels, form="shrunk_to_pool", kind=KINDS[0], strengths=[1e6])
-    pool = pools.log_linear(log_softmax(logits), labels)
+    pool = pools.fit_log_linear(log_softmax(logits), labels)
     np.testing.assert_allclose(model.weights, pool.weights, atol=1e-3)
     assert log_loss(model.predict_proba(logits), labels) == pytest.approx(pool.value, abs=1e-5)
 

@@ -80,13 +80,13 @@ def test_a_mixture_is_judged_at_the_temperature_that_it_will_have():
     plain = np.empty((400, 3))
     for fold, weights in enumerate(found.of_folds):
         plain[folds == fold] = np.log(output(POOLS["linear"], scores[:, folds == fold], weights))
-    choice = temperature.choose(plain, labels, folds)
+    choice = temperature.select_temperature(plain, labels, folds)
     assert choice.temperature == pytest.approx(found.temperature)
-    np.testing.assert_allclose(np.exp(found.unseen), softmax(plain / choice.of_rows[:, None]), atol=1e-9)
+    np.testing.assert_allclose(np.exp(found.unseen), softmax(plain / choice.row_temperatures[:, None]), atol=1e-9)
 
 
 def test_a_log_linear_pool_gets_no_second_temperature(monkeypatch):
-    monkeypatch.delattr(temperature, "choose")
+    monkeypatch.delattr(temperature, "select_temperature")
     scores, labels, folds = members_of(4, 200, 3, calibration=(0.2, 0.3))
     found = pooling.tune(POOLS["log_linear"], scores, labels, folds, "log_loss", calibrate=True)
     assert found.temperature == 1

@@ -17,7 +17,7 @@ from utils.combiners.protocol import MemberFacts, fit_crossfitted
 from utils.core.config import validate
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
-from utils.meta_methods import FUSERS, MetaFuser
+from utils.meta_methods import FUSERS, MetaFuserCombiner
 from utils.numeric.metrics import accuracy
 from utils.predictions.rows import MemberRows, Rows, align
 
@@ -37,7 +37,7 @@ def recipe(what: str, members: int):
     }
     known = MemberFacts(tuple("abcdef"[:members]), *(np.full(members, np.nan) for _ in range(3)))
     config = validate({"runs": runs}, source=Path("of the test"))
-    return (MetaFuser if fuser_type else stacking_methods.COMBINERS[method]).configured(config, known)
+    return (MetaFuserCombiner if fuser_type else stacking_methods.COMBINERS[method]).configured(config, known)
 
 
 def answered(what: str, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:

@@ -52,7 +52,7 @@ def test_a_log_linear_pool_sums_log_probabilities_by_weights_of_least_log_loss()
     weights = fitted.shares / fitted.temperature
     expected = np.array([softmax(weights @ np.log(softmax(logits[:, n]))) for n in range(len(labels))])
     np.testing.assert_allclose(fitted.predict_proba(logits), expected, atol=1e-9)
-    best = pools.log_linear(np.log(softmax(logits)), labels, strength=fitted.facts["strength"])
+    best = pools.fit_log_linear(np.log(softmax(logits)), labels, strength=fitted.facts["strength"])
     np.testing.assert_allclose(weights, best.weights, atol=1e-4)
 
 

@@ -123,10 +123,10 @@ def test_fits_in_processes_give_the_bytes_of_here(monkeypatch):
     labels, folds = rng.integers(0, 3, 60), np.arange(60) % 3
     logits = rng.normal(size=(2, 60, 3)).astype(np.float32) + 2 * np.eye(3, dtype=np.float32)[labels]
     learner = PerceptronLearner(("probabilities",), (8,), 4, 0.01, 0.1, 0)
-    here = nested_cv.cross_validate(learner, logits, labels, folds, jobs=1)
+    here = nested_cv.cross_validate(learner, logits, labels, folds, n_jobs=1)
     monkeypatch.setattr(engines, "WORTH_SECONDS", -1)
-    beside = nested_cv.cross_validate(learner, logits, labels, folds, jobs=2)
-    for name in ("losses", "answers", "unseen"):
+    beside = nested_cv.cross_validate(learner, logits, labels, folds, n_jobs=2)
+    for name in ("setting_losses", "crossfit", "nested_crossfit"):
         assert getattr(here, name).tobytes() == getattr(beside, name).tobytes(), name
 
 

@@ -115,12 +115,12 @@ def test_conformal_sets_cover_test_rows_as_promised_over_ten_resplits(built):
     with np.load(built / "ensembles" / "models" / "soft_voting_ensemble" / "predictions_test.npz") as arrays:
         parts.append((arrays["probabilities"], arrays["labels"]))
     probabilities, labels = (np.concatenate(values) for values in zip(*parts, strict=True))
-    for kind in uncertainty.SCORES:
+    for kind in uncertainty.NONCONFORMITY_SCORES:
         covered = []
         for seed in range(10):
             order = np.random.default_rng(seed).permutation(len(labels))
             halves = [(probabilities[half], labels[half]) for half in np.array_split(order, 2)]
-            found = uncertainty.conformal(kind, *halves)
+            found = uncertainty.conformal_metrics(kind, *halves)
             covered.append(found["coverage"])
         low, high = found["coverage_interval"]
         assert low <= np.mean(covered)

@@ -73,11 +73,11 @@ def answers(workspace, name):
 def test_intervals_hold_the_value_and_are_those_of_the_bootstrap(evaluated, name):
     found = record(evaluated, name)
     probabilities, labels = answers(evaluated, name)
-    samples = statistics.bootstrap([probabilities], labels, seed=CONFIG.seed)
+    samples = statistics.bootstrap_metrics([probabilities], labels, seed=CONFIG.seed)
     assert found["ci95"].keys() == samples.keys()
     for metric, (low, high) in found["ci95"].items():
         assert low <= found[metric] <= high, metric
-        assert [low, high] == statistics.interval(metric, found[metric], samples[metric][0], 30)
+        assert [low, high] == statistics.metric_interval(metric, found[metric], samples[metric][0], 30)
     assert found["bootstrap"] == {"replicates": 2000, "unit": "row", "units": 30}
     for metric, (function, _) in METRICS.items():
         assert found[metric] == function(probabilities, labels)
@@ -95,7 +95,7 @@ def test_comparisons_are_paired_on_the_same_rows(evaluated):
     assert found["delta_log_loss"] == pytest.approx(losses.mean())
     apart = int((hits & ~others).sum()), int((others & ~hits).sum())
     assert found["mcnemar_p"] == pytest.approx(binomtest(apart[0], sum(apart)).pvalue if sum(apart) else 1)
-    drawn = np.concatenate(list(statistics.resamples(labels, seed=CONFIG.seed)))
+    drawn = np.concatenate(list(statistics.bootstrap_counts(labels, seed=CONFIG.seed)))
     for key, values in (("delta_ci95", hits * 1.0 - others), ("delta_log_loss_ci95", losses)):
         assert found[key] == pytest.approx(np.quantile(drawn @ values / 30, [0.025, 0.975]).tolist(), abs=1e-5)
     own = record(evaluated, best)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from utils.core.errors import UserError
-from utils.numeric.candidate_losses import SCORERS, candidate_losses, scorer, weighted_sum
+from utils.numeric.candidate_losses import SCORERS, candidate_losses, make_scorer, weighted_sum
 from utils.numeric.metrics import METRICS, softmax
 
 RULES = sorted(METRICS)
@@ -37,7 +37,7 @@ def test_every_metric_of_the_configuration_can_be_scored():
 @pytest.mark.parametrize("metric", RULES)
 def test_a_pool_that_grows_is_scored_exactly(metric, rows):
     probabilities, labels = rows
-    total, growing = np.zeros((N, C)), scorer(*rows, metric)
+    total, growing = np.zeros((N, C)), make_scorer(*rows, metric)
     for size, member in enumerate((4, 1, 1, 5, 0, 2)):
         expected = literal(total, size, probabilities, labels, metric)
         np.testing.assert_allclose(growing.losses(all_exact=True), expected, rtol=0, atol=1e-13)
@@ -77,11 +77,11 @@ def test_a_memory_map_does_not_stay_in_memory(metric, tmp_path, monkeypatch):
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("RssFile:")) / 1000
 
-    monkeypatch.setattr("utils.numeric.candidate_losses.KEPT_BYTES", 2**20)
+    monkeypatch.setattr("utils.numeric.candidate_losses.MAX_MAPPED_BYTES", 2**20)
     np.save(tmp_path / "probabilities.npy", np.full((40, 20_000, 10), 0.1, dtype=np.float32))
     mapped = np.load(tmp_path / "probabilities.npy", mmap_mode="r")
     before = of_files()
-    growing = scorer(mapped, np.zeros(20_000, dtype=int), metric)
+    growing = make_scorer(mapped, np.zeros(20_000, dtype=int), metric)
     growing.losses()
     growing.add(0)
     growing.losses()
@@ -90,21 +90,21 @@ def test_a_memory_map_does_not_stay_in_memory(metric, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("metric", RULES)
 def test_a_scorer_can_begin_anew(metric, rows):
-    used = scorer(*rows, metric)
+    used = make_scorer(*rows, metric)
     fresh = used.losses()
     used.add(2)
     total = weighted_sum(rows[0], np.array([0, 0.5, 0, 0, 2, 0]))
     used.begin(total, 2.5)
-    new = scorer(*rows, metric)
+    new = make_scorer(*rows, metric)
     new.begin(total, 2.5)
     assert used.losses().tolist() == new.losses().tolist() != fresh.tolist()
 
 
 @pytest.mark.parametrize("metric", RULES)
 def test_many_members_are_scored_in_blocks(metric, rows, monkeypatch):
-    whole = scorer(*rows, metric).losses()
+    whole = make_scorer(*rows, metric).losses()
     monkeypatch.setattr("utils.numeric.candidate_losses.BLOCK", 200)
-    np.testing.assert_allclose(scorer(*rows, metric).losses(), whole, rtol=0, atol=1e-15)
+    np.testing.assert_allclose(make_scorer(*rows, metric).losses(), whole, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("metric", RULES)
@@ -113,7 +113,7 @@ def test_a_member_with_numbers_that_are_no_probabilities_is_named(metric, wrong,
     probabilities, labels = rows
     probabilities[3, 7] = wrong
     with pytest.raises(UserError, match="member 3 reach from"):
-        scorer(probabilities, labels, metric)
+        make_scorer(probabilities, labels, metric)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_member_with_numbers_that_are_no_probabilities_is_named(metric, wrong,
 )
 def test_shapes_and_labels_that_do_not_fit_are_told(shape, labels, words):
     with pytest.raises(UserError, match=words):
-        scorer(np.full(shape, 0.5, dtype=np.float32), np.array(labels), "log_loss")
+        make_scorer(np.full(shape, 0.5, dtype=np.float32), np.array(labels), "log_loss")
 
 
 def test_a_weight_that_is_none_is_told(rows):

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 
 from utils.numeric import diversity
-from utils.numeric.diversity import pairwise
+from utils.numeric.diversity import pairwise_diversity
 
 
 def test_a_table_worked_out_by_hand():
     # Both right on 4 rows, the first alone on 3, the second alone on 2, neither on 1.
     hits = np.array([[1] * 4 + [1] * 3 + [0] * 2 + [0], [1] * 4 + [0] * 3 + [1] * 2 + [0]], dtype=bool)
-    found = pairwise(hits)
+    found = pairwise_diversity(hits)
     assert found.disagreement[0, 1] == pytest.approx(5 / 10)
     assert found.double_fault[0, 1] == pytest.approx(1 / 10)
     assert found.q_statistic[0, 1] == pytest.approx((4 * 1 - 3 * 2) / (4 * 1 + 3 * 2))
     assert found.error_correlation[0, 1] == pytest.approx((4 * 1 - 3 * 2) / np.sqrt(7 * 3 * 6 * 4))
-    assert found.among([0, 1]) == {
+    assert found.mean_among([0, 1]) == {
         "disagreement": pytest.approx(0.5),
         "double_fault": pytest.approx(0.1),
         "q_statistic": pytest.approx(-0.2),
@@ -26,9 +26,9 @@ def test_a_table_worked_out_by_hand():
 
 
 def test_any_members_against_the_literal_definitions(monkeypatch):
-    monkeypatch.setattr(diversity, "ROWS", 64)
+    monkeypatch.setattr(diversity, "BLOCK_ROWS", 64)
     hits = np.random.default_rng(3).random((6, 200)) < np.array([0.5, 0.6, 0.7, 0.8, 0.9, 0.95])[:, None]
-    found = pairwise(hits)
+    found = pairwise_diversity(hits)
     for first in range(6):
         for second in range(6):
             pairs = list(zip(hits[first].tolist(), hits[second].tolist(), strict=True))
@@ -44,7 +44,7 @@ def test_any_members_against_the_literal_definitions(monkeypatch):
 
 def test_where_there_is_nothing_to_divide_by_equal_members_are_alike_and_others_independent():
     hits = np.array([[1, 1, 1], [1, 1, 1], [0, 0, 0], [1, 0, 1], [1, 0, 1]], dtype=bool)
-    found = pairwise(hits)
+    found = pairwise_diversity(hits)
     for measure in (found.q_statistic, found.error_correlation):
         assert (np.diag(measure) == 1).all()
         assert measure[0, 1] == measure[3, 4] == 1
@@ -54,6 +54,6 @@ def test_where_there_is_nothing_to_divide_by_equal_members_are_alike_and_others_
 
 def test_means_are_over_the_pairs_of_those_named():
     hits = np.array([[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]], dtype=bool)
-    assert pairwise(hits).among([0, 1, 2])["disagreement"] == pytest.approx((0.25 + 0.75 + 0.5) / 3)
-    assert pairwise(hits).among([0, 2])["disagreement"] == pytest.approx(0.75)
-    assert pairwise(hits).among([1]) is None
+    assert pairwise_diversity(hits).mean_among([0, 1, 2])["disagreement"] == pytest.approx((0.25 + 0.75 + 0.5) / 3)
+    assert pairwise_diversity(hits).mean_among([0, 2])["disagreement"] == pytest.approx(0.75)
+    assert pairwise_diversity(hits).mean_among([1]) is None

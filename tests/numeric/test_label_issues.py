@@ -23,7 +23,7 @@ def test_counts_by_hand():
             [0.45, 0.55],  # labelled 1, reaches none
         ]
     )
-    found = label_issues.find(probabilities, np.array([0, 0, 0, 1, 1]))
+    found = label_issues.find_label_issues(probabilities, np.array([0, 0, 0, 1, 1]))
     assert found.thresholds == pytest.approx([0.6, 0.675])
     assert found.counts.tolist() == [[2, 1], [0, 1]]
     assert found.rows.tolist() == [2]
@@ -33,10 +33,10 @@ def test_counts_by_hand():
 
 def test_the_class_with_most_probability_is_meant_where_several_are_reached():
     probabilities = np.array([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5], [0.1, 0.6, 0.3], [0.2, 0.2, 0.6]])
-    found = label_issues.find(probabilities, np.array([0, 0, 1, 2]))
+    found = label_issues.find_label_issues(probabilities, np.array([0, 0, 1, 2]))
     # Row 1 reaches neither 1 (0.6) nor 2 (0.6), row 0 reaches 0 (0.35).
     assert found.counts.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
-    twice = label_issues.find(np.array([[0.4, 0.6], [0.6, 0.4], [0.9, 0.1]]), np.array([0, 1, 1]))
+    twice = label_issues.find_label_issues(np.array([[0.4, 0.6], [0.6, 0.4], [0.9, 0.1]]), np.array([0, 1, 1]))
     # Thresholds 0.4 and 0.25: row 0 reaches both and counts for 1, whose probability is higher.
     assert twice.suggested[twice.rows == 0].tolist() == [1]
 
@@ -48,7 +48,7 @@ def test_changed_labels_are_found_first():
     wrong = rng.choice(800, 40, replace=False)
     labels = truth.copy()
     labels[wrong] = (truth[wrong] + 1) % 4
-    found = label_issues.find(softmax(logits), labels)
+    found = label_issues.find_label_issues(softmax(logits), labels)
     assert len(set(found.rows[:40].tolist()) & set(wrong.tolist())) >= 38
     assert (np.diff(found.margins) >= 0).all()
     assert found.counts.sum() - found.counts.trace() == len(found.rows)
@@ -58,19 +58,19 @@ def test_changed_labels_are_found_first():
 
 def test_a_class_without_rows_is_suggested_to_nobody():
     probabilities = np.array([[0.2, 0.1, 0.7], [0.1, 0.8, 0.1]])
-    found = label_issues.find(probabilities, np.array([0, 1]))
+    found = label_issues.find_label_issues(probabilities, np.array([0, 1]))
     assert np.isnan(found.thresholds[2])
     assert found.counts[:, 2].sum() == 0
     with pytest.raises(UserError, match="NaN"):
-        label_issues.find(np.array([[np.nan, 1.0]]), np.array([0]))
+        label_issues.find_label_issues(np.array([[np.nan, 1.0]]), np.array([0]))
 
 
 def test_names_of_files_survive_the_table():
     probabilities = np.array([[0.9, 0.1], [0.1, 0.9], [0.8, 0.2]])
     labels = np.array([1, 0, 0])
-    issues = label_issues.find(probabilities, labels)
+    issues = label_issues.find_label_issues(probabilities, labels)
     ids = ['a "quoted", name.png', "two\nlines.png", "\udcff.png"]
-    text = label_issues.table(issues, probabilities, labels, ["train", "val", "val"], ids, ids, ["<b>", "c,d"])
+    text = label_issues.issues_csv(issues, probabilities, labels, ["train", "val", "val"], ids, ids, ["<b>", "c,d"])
     text.encode("utf-8")
     lines = list(csv.DictReader(io.StringIO(text, newline="")))
     assert {line["sample_id"] for line in lines} == {ids[row].replace("\udcff", "\\udcff") for row in issues.rows}

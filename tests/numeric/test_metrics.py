@@ -351,8 +351,8 @@ def test_a_rows_loss_of_macro_f1_is_how_it_moves_when_the_row_counts_a_little_mo
 def test_one_standard_error_is_that_of_the_paired_difference():
     lowest, one_off, three_off = np.zeros(8), np.zeros(8), np.zeros(8)
     one_off[0] = three_off[:3] = 1
-    assert metrics.within_one_error(one_off, lowest)  # 1/8 above, and the error is 1/8
-    assert not metrics.within_one_error(three_off, lowest)  # 3/8 above, and the error is 0.18
-    assert metrics.within_one_error(lowest, lowest)
-    assert metrics.within_one_error(lowest, one_off)
-    assert not metrics.within_one_error(one_off[:1], lowest[:1])
+    assert metrics.within_one_standard_error(one_off, lowest)  # 1/8 above, and the error is 1/8
+    assert not metrics.within_one_standard_error(three_off, lowest)  # 3/8 above, and the error is 0.18
+    assert metrics.within_one_standard_error(lowest, lowest)
+    assert metrics.within_one_standard_error(lowest, one_off)
+    assert not metrics.within_one_standard_error(one_off[:1], lowest[:1])

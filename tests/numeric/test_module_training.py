@@ -15,13 +15,13 @@ from utils.numeric import module_training
 def test_it_is_the_training_by_plain_batches_bit_for_bit(rows, width):
     torch.manual_seed(0)
     inputs, labels = torch.randn(rows, width), torch.randint(0, 3, (rows,))
-    options = {"epochs": 3, "lr": 0.01, "weight_decay": 1.0}
-    (found,) = module_training.train(lambda: nn.Linear(width, 3), inputs, labels, stops=[2], seed=1, **options)
+    options = {"epochs": 3, "checkpoint_epochs": [2], "seed": 1, "lr": 0.01, "weight_decay": 1.0}
+    (found,) = module_training.train_module(lambda: nn.Linear(width, 3), inputs, labels, **options)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(1)
     module = nn.Linear(width, 3)
-    batches, step = max(1, rows // module_training.BATCH), 0
+    batches, step = max(1, rows // module_training.BATCH_SIZE), 0
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=1.0, fused=True)
     for _ in range(2):
         for places in torch.randperm(rows).tensor_split(batches):

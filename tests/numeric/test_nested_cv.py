@@ -20,7 +20,7 @@ class Prior:
     """Class frequencies of the rows it was fitted on, shrunk to equal ones by each of several amounts."""
 
     fits: list[int] = field(default_factory=list)
-    threads: ClassVar[bool] = True
+    thread_safe: ClassVar[bool] = True
     amounts: ClassVar[tuple[float, ...]] = (0.0, 5.0, 100.0)
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
@@ -56,7 +56,7 @@ def literal(logits, labels, folds):
 
 
 def test_unseen_predictions_are_those_of_the_literal_procedure(rows):
-    np.testing.assert_array_equal(cross_validate(Prior(), *rows).unseen, literal(*rows))
+    np.testing.assert_array_equal(cross_validate(Prior(), *rows).nested_crossfit, literal(*rows))
 
 
 def test_every_fit_is_made_once(rows):
@@ -71,21 +71,24 @@ def test_rows_of_a_fold_are_answered_without_its_labels(rows):
     for fold in range(4):
         changed = np.where(folds == fold, (labels + 1) % C, labels)
         after = cross_validate(Prior(), logits, changed, folds)
-        np.testing.assert_array_equal(after.unseen[folds == fold], before.unseen[folds == fold])
-        places, answers = after.inner[fold]
+        np.testing.assert_array_equal(after.nested_crossfit[folds == fold], before.nested_crossfit[folds == fold])
+        places, answers = after.inner_crossfit[fold]
         np.testing.assert_array_equal(places, np.flatnonzero(folds != fold))
-        np.testing.assert_array_equal(answers, before.inner[fold][1])
+        np.testing.assert_array_equal(answers, before.inner_crossfit[fold][1])
 
 
 def test_the_setting_of_the_final_fit_has_the_least_cross_validated_loss(rows):
     labels = rows[1]
     found = cross_validate(Prior(), *rows)
-    assert found.setting == int(np.argmin(found.losses))
-    assert log_loss(found.answers, labels) == pytest.approx(found.losses.min(), abs=1e-9)
+    assert found.setting == int(np.argmin(found.setting_losses))
+    assert log_loss(found.crossfit, labels) == pytest.approx(found.setting_losses.min(), abs=1e-9)
 
 
 def test_side_by_side_gives_the_same_bytes(rows):
-    assert cross_validate(Prior(), *rows, jobs=3).unseen.tobytes() == cross_validate(Prior(), *rows).unseen.tobytes()
+    assert (
+        cross_validate(Prior(), *rows, n_jobs=3).nested_crossfit.tobytes()
+        == cross_validate(Prior(), *rows).nested_crossfit.tobytes()
+    )
 
 
 def test_with_two_folds_a_copy_takes_the_first_setting(rows):
@@ -93,14 +96,14 @@ def test_with_two_folds_a_copy_takes_the_first_setting(rows):
     found = cross_validate(Prior(), logits, labels, folds % 2)
     outside = folds % 2 == 1
     counts = np.bincount(labels[outside], minlength=C)
-    np.testing.assert_allclose(found.unseen[~outside][0], counts / counts.sum(), rtol=1e-6)
-    assert found.inner == {}
-    assert np.isfinite(found.losses).all()
+    np.testing.assert_allclose(found.nested_crossfit[~outside][0], counts / counts.sum(), rtol=1e-6)
+    assert found.inner_crossfit == {}
+    assert np.isfinite(found.setting_losses).all()
 
 
 def test_with_one_fold_nothing_is_known(rows):
     logits, labels, _ = rows
     found = cross_validate(Prior(), logits, labels, np.zeros(N, dtype=int))
     assert found.setting == 0
-    assert np.isnan(found.unseen).all()
-    assert np.isnan(found.losses).all()
+    assert np.isnan(found.nested_crossfit).all()
+    assert np.isnan(found.setting_losses).all()

@@ -48,17 +48,17 @@ def log_linear_reference(scores, labels, weights, strength=0.0):
 
 
 def solve_linear(scores, labels, **options):
-    return pools.linear(np.exp(scores[:, np.arange(len(labels)), labels]), **options)
+    return pools.fit_linear(np.exp(scores[:, np.arange(len(labels)), labels]), **options)
 
 
 def solve_brier(scores, labels, **options):
-    return pools.linear_brier(np.exp(scores), labels, **options)
+    return pools.fit_linear_brier(np.exp(scores), labels, **options)
 
 
 POOLS = {
     "linear": (solve_linear, linear_reference, (1.0, 1.0)),
     "brier": (solve_brier, brier_reference, (1.0, 1.0)),
-    "log_linear": (pools.log_linear, log_linear_reference, pools.SCALES),
+    "log_linear": (pools.fit_log_linear, log_linear_reference, pools.SUM_BOUNDS),
 }
 INPUTS = {
     "plain": members_of(5, 60, 3),
@@ -186,7 +186,7 @@ def test_members_that_are_all_equal_share_equally(pool):
     assert len(set(found.weights)) == 1
     assert found.gap <= pools.TOLERANCE
     if sums[0] != sums[1]:
-        assert found.weights.sum() == pytest.approx(pools.log_linear(scores[:1], labels).weights[0], abs=1e-5)
+        assert found.weights.sum() == pytest.approx(pools.fit_log_linear(scores[:1], labels).weights[0], abs=1e-5)
 
 
 def test_a_strong_penalty_leads_to_equal_weights(pool):
@@ -201,8 +201,8 @@ def test_a_strong_penalty_leads_to_equal_weights(pool):
 
 def test_an_infinite_penalty_leaves_the_log_linear_pool_its_temperature():
     scores, labels = INPUTS["saturated"]
-    found = pools.log_linear(scores, labels, strength=np.inf)
-    scales = np.geomspace(*pools.SCALES, 500)
+    found = pools.fit_log_linear(scores, labels, strength=np.inf)
+    scales = np.geomspace(*pools.SUM_BOUNDS, 500)
     losses = [log_linear_reference(scores.mean(axis=0, keepdims=True), labels, np.array([scale])) for scale in scales]
     assert found.value == pytest.approx(min(losses), abs=1e-4)
     assert found.weights.sum() == pytest.approx(scales[np.argmin(losses)], rel=0.02)
@@ -227,7 +227,7 @@ def test_the_optimum_is_found_from_where_the_loss_is_steep_and_flat(seed):
     scores = 10 ** rng.uniform(0, 2) * rng.normal(size=(rng.integers(1, 4), rng.integers(2, 12), rng.integers(2, 4)))
     labels = rng.integers(0, scores.shape[2], scores.shape[1])
     for total in (0.05, 1, 20):
-        found = pools.log_linear(scores, labels, start=total * rng.dirichlet(np.ones(len(scores))))
+        found = pools.fit_log_linear(scores, labels, start=total * rng.dirichlet(np.ones(len(scores))))
         assert found.gap <= pools.TOLERANCE
 
 
@@ -236,7 +236,7 @@ def test_the_only_member_that_is_right_where_all_others_fail_keeps_what_this_is_
     of_truth = np.full((5, 1000), 0.9)
     of_truth[0], of_truth[4] = 0.99, 0.3
     of_truth[:4, 7] = 1e-12
-    found = pools.linear(of_truth)
+    found = pools.fit_linear(of_truth)
     assert found.gap <= pools.TOLERANCE
     np.testing.assert_array_equal(found.weights[1:4], 0)
     share = np.linspace(1e-4, 0.01, 100_000)
@@ -246,15 +246,17 @@ def test_the_only_member_that_is_right_where_all_others_fail_keeps_what_this_is_
 
 def test_separable_rows_end_at_a_finite_sum():
     scores, labels = INPUTS["separable"]
-    found = pools.log_linear(scores, labels)
+    found = pools.fit_log_linear(scores, labels)
     assert found.value < 1e-8
-    assert found.weights.sum() <= pools.SCALES[1] + 1e-12
+    assert found.weights.sum() <= pools.SUM_BOUNDS[1] + 1e-12
 
 
 def test_scores_may_be_logits():
     scores, labels = INPUTS["plain"]
     moved = scores + np.random.default_rng(0).normal(size=(5, 60, 1))
-    np.testing.assert_allclose(pools.log_linear(moved, labels).weights, pools.log_linear(scores, labels).weights)
+    np.testing.assert_allclose(
+        pools.fit_log_linear(moved, labels).weights, pools.fit_log_linear(scores, labels).weights
+    )
 
 
 def test_the_same_rows_give_the_same_bytes(pool):

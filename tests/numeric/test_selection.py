@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from utils.core.errors import UserError
-from utils.numeric.candidate_losses import TIE
+from utils.numeric.candidate_losses import TIE_TOLERANCE
 from utils.numeric.metrics import METRICS, softmax
-from utils.numeric.selection import select
+from utils.numeric.selection import select_members
 
 RULES = sorted(METRICS)
 
@@ -25,17 +25,17 @@ def loss_of(members, probabilities, labels, metric, start=None):
 
 def first_best(losses, seconds=None, random=None):
     """Place of the least loss; of equals the one of least second loss; of those the first, or one drawn."""
-    best = [place for place, loss in enumerate(losses) if loss <= min(losses) + TIE]
+    best = [place for place, loss in enumerate(losses) if loss <= min(losses) + TIE_TOLERANCE]
     if seconds is not None:
         least = min(seconds[place] for place in best)
-        best = [place for place in best if seconds[place] <= least + TIE]
+        best = [place for place in best if seconds[place] <= least + TIE_TOLERANCE]
     return best[0] if random is None else int(random.choice(best))
 
 
 def shortest_best(losses, lowest=np.inf):
     kept = 0
     for count, loss in enumerate(losses, start=1):
-        if loss < lowest - TIE:
+        if loss < lowest - TIE_TOLERANCE:
             lowest, kept = loss, count
     return kept
 
@@ -85,7 +85,7 @@ def draw(seed):
 def assert_equal(found, expected):
     members, losses, kept = expected
     assert found.members == tuple(members)
-    np.testing.assert_allclose(found.losses, losses, rtol=0, atol=TIE)
+    np.testing.assert_allclose(found.losses, losses, rtol=0, atol=TIE_TOLERANCE)
     assert found.kept == kept
 
 
@@ -94,7 +94,7 @@ def test_it_equals_the_reference_step_by_step(metric):
     for seed in range(60):
         probabilities, labels = draw(seed)
         for sorted_start in (False, True):
-            found = select(probabilities, labels, metric=metric, steps=7, sorted_start=sorted_start)
+            found = select_members(probabilities, labels, metric=metric, steps=7, sorted_start=sorted_start)
             expected = reference(probabilities, labels, metric, 7, sorted_start=sorted_start)
             assert_equal(found.paths[0], expected)
             kept = expected[0][: expected[2]]
@@ -107,7 +107,7 @@ def test_it_goes_on_from_a_weighted_pool(metric):
     for seed in range(30):
         probabilities, labels = draw(seed)
         start = np.random.default_rng(seed).dirichlet(np.ones(len(probabilities))) * 4
-        found = select(probabilities, labels, metric=metric, steps=5, start=start)
+        found = select_members(probabilities, labels, metric=metric, steps=5, start=start)
         assert_equal(found.paths[0], reference(probabilities, labels, metric, 5, start=start))
         taken = found.paths[0].members[: found.paths[0].kept]
         np.testing.assert_allclose(found.counts, start + np.bincount(taken, minlength=len(start)))
@@ -118,9 +118,11 @@ def test_log_loss_decides_between_equals_where_it_is_asked_to(metric):
     differs = 0
     for seed in range(40):
         probabilities, labels = draw(seed)
-        found = select(probabilities, labels, metric=metric, steps=5, tie_breaker="log_loss")
+        found = select_members(probabilities, labels, metric=metric, steps=5, tie_breaker="log_loss")
         assert_equal(found.paths[0], reference(probabilities, labels, metric, 5, tie_breaker="log_loss"))
-        differs += found.paths[0].members != select(probabilities, labels, metric=metric, steps=5).paths[0].members
+        differs += (
+            found.paths[0].members != select_members(probabilities, labels, metric=metric, steps=5).paths[0].members
+        )
     assert differs > 10
 
 
@@ -135,8 +137,8 @@ def test_later_tries_draw_among_equals_and_the_best_is_taken(metric):
             ways.append(reference(probabilities, labels, metric, 6, random=random))
         best = ways[0]
         for way in ways[1:]:
-            best = way if min(way[1]) < min(best[1]) - TIE else best
-        found = select(probabilities, labels, metric=metric, steps=6, tries=4, seed=seed).paths[0]
+            best = way if min(way[1]) < min(best[1]) - TIE_TOLERANCE else best
+        found = select_members(probabilities, labels, metric=metric, steps=6, tries=4, seed=seed).paths[0]
         assert_equal(found, best)
         gains += best is not ways[0]
     assert gains
@@ -165,29 +167,29 @@ def digits():
 
 @pytest.mark.parametrize("metric", RULES)
 def test_it_equals_the_reference_on_models_of_digits(metric, digits):
-    assert_equal(select(*digits, metric=metric, steps=10).paths[0], reference(*digits, metric, 10))
+    assert_equal(select_members(*digits, metric=metric, steps=10).paths[0], reference(*digits, metric, 10))
 
 
 @pytest.mark.parametrize("metric", RULES)
 def test_the_order_of_rows_does_not_matter(metric, digits):
     probabilities, labels = digits
     order = np.random.default_rng(0).permutation(len(labels))
-    found = select(probabilities[:, order], labels[order], metric=metric, steps=12)
-    assert found.paths[0].members == select(probabilities, labels, metric=metric, steps=12).paths[0].members
+    found = select_members(probabilities[:, order], labels[order], metric=metric, steps=12)
+    assert found.paths[0].members == select_members(probabilities, labels, metric=metric, steps=12).paths[0].members
 
 
 @pytest.mark.parametrize("metric", RULES)
 def test_no_more_members_are_kept_than_have_the_lowest_loss(metric, digits):
-    path = select(*digits, metric=metric, steps=20).paths[0]
+    path = select_members(*digits, metric=metric, steps=20).paths[0]
     assert len(path.members) == len(path.losses) == 20
-    assert path.losses[path.kept - 1] == pytest.approx(min(path.losses), abs=TIE)
-    assert min(path.losses[: path.kept - 1], default=np.inf) > min(path.losses) + TIE
+    assert path.losses[path.kept - 1] == pytest.approx(min(path.losses), abs=TIE_TOLERANCE)
+    assert min(path.losses[: path.kept - 1], default=np.inf) > min(path.losses) + TIE_TOLERANCE
 
 
 @pytest.mark.parametrize("metric", RULES)
 def test_a_start_that_nothing_improves_stays_as_it_is(metric):
     sure = np.array([[[1, 0], [0, 1]], [[0.2, 0.8], [0.9, 0.1]]], dtype=np.float32)
-    found = select(sure, np.array([0, 1]), metric=metric, steps=3, start=np.array([2.0, 0.0]))
+    found = select_members(sure, np.array([0, 1]), metric=metric, steps=3, start=np.array([2.0, 0.0]))
     assert found.paths[0].kept == 0
     assert found.counts.tolist() == [2, 0]
 
@@ -196,12 +198,12 @@ def test_of_twins_the_first_is_taken(digits):
     probabilities, labels = digits
     doubled = np.repeat(probabilities, 2, axis=0)
     for metric in RULES:
-        assert not set(select(doubled, labels, metric=metric).paths[0].members) & {1, 3, 5, 7}
+        assert not set(select_members(doubled, labels, metric=metric).paths[0].members) & {1, 3, 5, 7}
 
 
 def test_a_compromise_wins_that_no_member_votes_for():
     probabilities = np.array([[[0.5, 0.1, 0.4]], [[0.1, 0.5, 0.4]]], dtype=np.float32)
-    path = select(probabilities, np.array([2]), metric="accuracy", steps=3).paths[0]
+    path = select_members(probabilities, np.array([2]), metric="accuracy", steps=3).paths[0]
     assert path.members == (0, 1, 0)
     assert path.losses == (1, 0, 0)
     assert path.kept == 2
@@ -210,16 +212,16 @@ def test_a_compromise_wins_that_no_member_votes_for():
 def test_bags_draw_their_members_by_the_seed(digits):
     probabilities, labels = digits
     probabilities = np.concatenate([probabilities, probabilities[:, ::-1]])  # four that know nothing
-    found = select(probabilities, labels, metric="log_loss", steps=6, bags=8, seed=3)
-    again = select(probabilities, labels, metric="log_loss", steps=6, bags=8, seed=3)
+    found = select_members(probabilities, labels, metric="log_loss", steps=6, bags=8, seed=3)
+    again = select_members(probabilities, labels, metric="log_loss", steps=6, bags=8, seed=3)
     assert found.paths == again.paths
-    assert found.paths != select(probabilities, labels, metric="log_loss", steps=6, bags=8, seed=4).paths
+    assert found.paths != select_members(probabilities, labels, metric="log_loss", steps=6, bags=8, seed=4).paths
     assert len({path.members for path in found.paths}) > 1
     assert all(len(set(path.members)) <= 4 for path in found.paths)
     kept = [member for path in found.paths for member in path.members[: path.kept]]
     assert found.counts.tolist() == np.bincount(kept, minlength=8).tolist()
-    whole = select(probabilities, labels, metric="log_loss", steps=6, bags=1, bag_share=1)
-    assert whole.paths == select(probabilities, labels, metric="log_loss", steps=6).paths
+    whole = select_members(probabilities, labels, metric="log_loss", steps=6, bags=1, bag_share=1)
+    assert whole.paths == select_members(probabilities, labels, metric="log_loss", steps=6).paths
 
 
 @pytest.mark.parametrize("metric", RULES)
@@ -228,14 +230,16 @@ def test_a_memory_map_gives_the_same_and_is_left_alone(metric, digits, tmp_path)
     np.save(tmp_path / "probabilities.npy", probabilities)
     before = (tmp_path / "probabilities.npy").read_bytes()
     mapped = np.load(tmp_path / "probabilities.npy", mmap_mode="r")
-    found = select(mapped, labels, metric=metric, steps=6, start=np.array([1, 0, 1, 0]))
-    assert found.paths == select(probabilities, labels, metric=metric, steps=6, start=np.array([1, 0, 1, 0])).paths
+    found = select_members(mapped, labels, metric=metric, steps=6, start=np.array([1, 0, 1, 0]))
+    assert (
+        found.paths == select_members(probabilities, labels, metric=metric, steps=6, start=np.array([1, 0, 1, 0])).paths
+    )
     assert (tmp_path / "probabilities.npy").read_bytes() == before
     changed = np.load(tmp_path / "probabilities.npy", mmap_mode="c")
     changed[1] = changed[0]  # in this process's memory alone
     twins = probabilities.copy()
     twins[1] = twins[0]
-    assert select(changed, labels, metric=metric).paths == select(twins, labels, metric=metric).paths
+    assert select_members(changed, labels, metric=metric).paths == select_members(twins, labels, metric=metric).paths
 
 
 @pytest.mark.parametrize("metric", RULES)
@@ -243,15 +247,15 @@ def test_what_is_in_memory_is_not_written(metric, digits):
     probabilities, labels = digits
     copy = probabilities.copy()
     copy.setflags(write=False)
-    select(copy, labels, metric=metric, steps=4, sorted_start=True, bags=2)
+    select_members(copy, labels, metric=metric, steps=4, sorted_start=True, bags=2)
     assert (copy == probabilities).all()
 
 
 @pytest.mark.parametrize("metric", RULES)
 def test_one_member_and_one_class_are_no_special_cases(metric):
-    path = select(np.ones((1, 5, 1), dtype=np.float32), np.zeros(5, dtype=int), metric=metric, steps=3).paths[0]
+    path = select_members(np.ones((1, 5, 1), dtype=np.float32), np.zeros(5, dtype=int), metric=metric, steps=3).paths[0]
     assert path.members == (0, 0, 0)
-    np.testing.assert_allclose(path.losses, 0, atol=TIE)
+    np.testing.assert_allclose(path.losses, 0, atol=TIE_TOLERANCE)
     assert path.kept == 1
 
 
@@ -270,4 +274,4 @@ def test_one_member_and_one_class_are_no_special_cases(metric):
 )
 def test_settings_that_cannot_be_are_told(settings, words, digits):
     with pytest.raises(UserError, match=words):
-        select(*digits, **{"metric": "log_loss", **settings})
+        select_members(*digits, **{"metric": "log_loss", **settings})

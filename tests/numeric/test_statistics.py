@@ -20,7 +20,7 @@ def rows(seed, count=200, classes=4, strength=1.0):
 
 
 def drawn(labels, groups=None, replicates=30):
-    return np.concatenate(list(statistics.resamples(labels, groups, replicates=replicates, seed=1))).astype(int)
+    return np.concatenate(list(statistics.bootstrap_counts(labels, groups, replicates=replicates, seed=1))).astype(int)
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -34,7 +34,7 @@ def test_every_sample_is_scored_as_the_metrics_score_its_rows(grouped, rounded, 
         probabilities /= probabilities.sum(axis=1, keepdims=True)
     groups = np.random.default_rng(2).integers(0, 60, len(labels)) if grouped else None
     other = softmax(np.log(probabilities + 1e-3) * 2)
-    found = statistics.bootstrap([other, probabilities], labels, groups=groups, replicates=30, seed=1)
+    found = statistics.bootstrap_metrics([other, probabilities], labels, groups=groups, replicates=30, seed=1)
     for sample, counts in enumerate(drawn(labels, groups)):
         own = np.repeat(np.arange(len(labels)), counts)
         expected = point_metrics(probabilities[own], labels[own], "abcd")
@@ -50,7 +50,7 @@ def test_the_area_under_the_curve_has_the_interval_of_samples_that_are_ranked_an
     for line in counts:
         own = np.repeat(np.arange(len(labels)), line)
         anew.append(point_metrics(probabilities[own], labels[own], "abcd")["roc_auc_ovr_macro"])
-    found = statistics.bootstrap([probabilities], labels, replicates=300, seed=1)["roc_auc_ovr_macro"][0]
+    found = statistics.bootstrap_metrics([probabilities], labels, replicates=300, seed=1)["roc_auc_ovr_macro"][0]
     np.testing.assert_allclose(np.quantile(found, [0.025, 0.975]), np.quantile(anew, [0.025, 0.975]), atol=2e-3)
 
 
@@ -72,7 +72,8 @@ def test_classes_keep_their_size_and_groups_stay_whole():
 def test_the_same_seed_draws_the_same_samples():
     probabilities, labels = rows(0)
     first, again, other = (
-        statistics.bootstrap([probabilities], labels, replicates=20, seed=seed)["log_loss"] for seed in (1, 1, 2)
+        statistics.bootstrap_metrics([probabilities], labels, replicates=20, seed=seed)["log_loss"]
+        for seed in (1, 1, 2)
     )
     assert first.tobytes() == again.tobytes()
     assert first.tobytes() != other.tobytes()
@@ -84,44 +85,46 @@ def test_intervals_hold_the_truth_as_often_as_they_say(metric):
     held = 0
     for seed in range(200):
         probabilities, labels = rows(seed, count=150)
-        samples = statistics.bootstrap([probabilities], labels, replicates=300, seed=seed)[metric][0]
-        low, high = statistics.interval(metric, METRICS[metric].function(probabilities, labels), samples, 150)
+        samples = statistics.bootstrap_metrics([probabilities], labels, replicates=300, seed=seed)[metric][0]
+        low, high = statistics.metric_interval(metric, METRICS[metric].function(probabilities, labels), samples, 150)
         held += low <= truth <= high
     assert 0.88 <= held / 200 <= 0.985  # 95 %, less what percentiles of small samples lack
 
 
 def test_calibration_errors_are_reflected_and_hold_their_value():
     samples = np.linspace(0.03, 0.05, 1001)
-    around = statistics.interval("ece", 0.03, samples, 9)
+    around = statistics.metric_interval("ece", 0.03, samples, 9)
     assert around == [pytest.approx(0.0105, abs=1e-4), pytest.approx(0.03, abs=1e-3)]
-    assert statistics.interval("ece", 0.01, samples, 9) == [0.0, 0.01]
-    around = statistics.interval("accuracy", 0.01, samples, 9)
+    assert statistics.metric_interval("ece", 0.01, samples, 9) == [0.0, 0.01]
+    around = statistics.metric_interval("accuracy", 0.01, samples, 9)
     assert around == [pytest.approx(0.0305), pytest.approx(0.0495)]
 
 
 def test_an_accuracy_of_1_is_not_certain():
     expected = binomtest(28, 28).proportion_ci(0.95, "exact")
-    found = statistics.interval("accuracy", 1.0, np.ones(100), 28)
+    found = statistics.metric_interval("accuracy", 1.0, np.ones(100), 28)
     assert found == pytest.approx([expected.low, expected.high])
     expected = binomtest(0, 28).proportion_ci(0.95, "exact")
-    assert statistics.interval("accuracy", 0.0, np.zeros(100), 28) == pytest.approx([expected.low, expected.high])
+    assert statistics.metric_interval("accuracy", 0.0, np.zeros(100), 28) == pytest.approx(
+        [expected.low, expected.high]
+    )
 
 
 def test_a_class_without_rows_and_a_single_class():
     probabilities = softmax(np.random.default_rng(0).normal(size=(40, 3)))
     for labels in (np.arange(40) % 2, np.zeros(40, dtype=int)):
-        found = statistics.bootstrap([probabilities], labels, replicates=50)
+        found = statistics.bootstrap_metrics([probabilities], labels, replicates=50)
         assert "roc_auc_ovr_macro" not in found
         assert all(np.isfinite(values).all() for values in found.values())
         expected = point_metrics(probabilities, labels, "abc")
-        low, high = statistics.interval("f1_macro", 0, found["f1_macro"][0], 40)
+        low, high = statistics.metric_interval("f1_macro", 0, found["f1_macro"][0], 40)
         assert low <= expected["f1_macro"] <= high
 
 
 def test_probabilities_of_exactly_0_and_1():
     labels = np.arange(30) % 3
     probabilities = np.eye(3)[np.where(np.arange(30) < 6, (labels + 1) % 3, labels)]
-    found = statistics.bootstrap([probabilities], labels, replicates=200)
+    found = statistics.bootstrap_metrics([probabilities], labels, replicates=200)
     assert all(np.isfinite(values).all() for values in found.values())
     assert found["log_loss"][0].mean() == pytest.approx(0.2 * -np.log(1e-12), rel=0.05)
     np.testing.assert_allclose(found["ece"][0], 1 - found["accuracy"][0], atol=1e-6)
@@ -131,20 +134,22 @@ def test_nan_is_refused():
     probabilities, labels = rows(0)
     probabilities[7, 1] = np.nan
     with pytest.raises(UserError, match="NaN or infinity, first row 7"):
-        statistics.bootstrap([probabilities], labels, replicates=10)
+        statistics.bootstrap_metrics([probabilities], labels, replicates=10)
 
 
 def test_differences_are_paired():
     probabilities, labels = rows(0)
-    found = statistics.bootstrap([probabilities, probabilities], labels, replicates=100)["accuracy"]
+    found = statistics.bootstrap_metrics([probabilities, probabilities], labels, replicates=100)["accuracy"]
     assert statistics.difference_interval(found[0], found[1]) == [0.0, 0.0]
 
 
 def test_means_of_rows_are_those_that_the_bootstrap_of_all_metrics_finds():
     probabilities, labels = rows(0)
     hits = probabilities.argmax(axis=1) == labels
-    found = statistics.resampled_means([hits, np.ones(len(labels))], labels)
-    np.testing.assert_allclose(found[0], statistics.bootstrap([probabilities], labels)["accuracy"][0], atol=1e-6)
+    found = statistics.bootstrap_means([hits, np.ones(len(labels))], labels)
+    np.testing.assert_allclose(
+        found[0], statistics.bootstrap_metrics([probabilities], labels)["accuracy"][0], atol=1e-6
+    )
     np.testing.assert_allclose(found[1], 1.0)
 
 

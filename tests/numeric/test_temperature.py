@@ -24,8 +24,8 @@ def folds_of(rows, count=4):
 @pytest.mark.parametrize("factor", [0.2, 1.0, 5.0])
 def test_it_is_the_best_of_a_fine_grid(factor):
     logits, labels = calibrated(300, 4)
-    found = temperature.fit(logits * factor, labels)
-    grid = np.geomspace(temperature.LOWEST, temperature.HIGHEST, 2001)
+    found = temperature.fit_temperature(logits * factor, labels)
+    grid = np.geomspace(temperature.MIN_TEMPERATURE, temperature.MAX_TEMPERATURE, 2001)
     losses = [log_loss(softmax(logits * factor / value), labels) for value in grid]
     assert found == pytest.approx(grid[np.argmin(losses)], rel=0.005)
     assert found == pytest.approx(factor, rel=0.25)
@@ -33,32 +33,37 @@ def test_it_is_the_best_of_a_fine_grid(factor):
 
 def test_probabilities_serve_as_logits_do():
     logits, labels = calibrated(100, 3)
-    assert temperature.fit(np.log(softmax(3 * logits)), labels) == pytest.approx(temperature.fit(3 * logits, labels))
+    expected = temperature.fit_temperature(3 * logits, labels)
+    assert temperature.fit_temperature(np.log(softmax(3 * logits)), labels) == pytest.approx(expected)
 
 
 def test_it_stays_within_its_bounds_where_the_data_ask_for_more():
     logits = 0.2 * np.eye(3)[[0, 1, 2, 1]]
-    assert temperature.fit(logits, np.array([0, 1, 2, 1])) == pytest.approx(temperature.LOWEST)  # always right: colder
-    assert temperature.fit(logits, np.array([1, 2, 0, 2])) == pytest.approx(temperature.HIGHEST)  # always wrong: hotter
-    assert pytest.approx((0.05, 20)) == (temperature.LOWEST, temperature.HIGHEST)
+    assert temperature.fit_temperature(logits, np.array([0, 1, 2, 1])) == pytest.approx(
+        temperature.MIN_TEMPERATURE
+    )  # always right: colder
+    assert temperature.fit_temperature(logits, np.array([1, 2, 0, 2])) == pytest.approx(
+        temperature.MAX_TEMPERATURE
+    )  # always wrong: hotter
+    assert pytest.approx((0.05, 20)) == (temperature.MIN_TEMPERATURE, temperature.MAX_TEMPERATURE)
 
 
 def test_it_is_kept_where_held_out_rows_gain():
     logits, labels = calibrated(400, 4)
-    found = temperature.choose(4 * logits, labels, folds_of(400))
-    assert found.temperature == temperature.fit(4 * logits, labels)
-    assert found.held_out < found.before == pytest.approx(log_loss(softmax(4 * logits), labels), abs=1e-6)
+    found = temperature.select_temperature(4 * logits, labels, folds_of(400))
+    assert found.temperature == temperature.fit_temperature(4 * logits, labels)
+    assert found.held_out_loss < found.initial_loss == pytest.approx(log_loss(softmax(4 * logits), labels), abs=1e-6)
 
 
 def test_a_rows_temperature_is_fitted_on_the_other_folds_alone():
     logits, labels = calibrated(90, 3)
     folds = folds_of(90, 3)
-    found = temperature.choose(4 * logits, labels, folds)
+    found = temperature.select_temperature(4 * logits, labels, folds)
     for fold in range(3):
-        expected = temperature.fit(4 * logits[folds != fold], labels[folds != fold])
-        np.testing.assert_array_equal(found.of_rows[folds == fold], expected)
-    unseen = softmax(4 * logits / found.of_rows[:, None])
-    assert found.held_out == pytest.approx(log_loss(unseen, labels), abs=1e-9)
+        expected = temperature.fit_temperature(4 * logits[folds != fold], labels[folds != fold])
+        np.testing.assert_array_equal(found.row_temperatures[folds == fold], expected)
+    unseen = softmax(4 * logits / found.row_temperatures[:, None])
+    assert found.held_out_loss == pytest.approx(log_loss(unseen, labels), abs=1e-9)
 
 
 def test_it_is_dropped_where_held_out_rows_do_not_gain():
@@ -66,25 +71,25 @@ def test_it_is_dropped_where_held_out_rows_do_not_gain():
     logits = np.tile(np.array([[1.0, 0.0]]), (40, 1))
     folds = np.repeat([0, 1], 20)
     labels = np.where(folds == 0, np.arange(40) % 2, 0)
-    assert temperature.fit(logits, labels) != pytest.approx(1, abs=0.05)
-    found = temperature.choose(logits, labels, folds)
-    assert found.held_out > found.before
+    assert temperature.fit_temperature(logits, labels) != pytest.approx(1, abs=0.05)
+    found = temperature.select_temperature(logits, labels, folds)
+    assert found.held_out_loss > found.initial_loss
     assert found.temperature == 1
-    np.testing.assert_array_equal(found.of_rows, 1)
+    np.testing.assert_array_equal(found.row_temperatures, 1)
 
 
 def test_one_fold_leaves_nothing_to_judge_by():
     logits, labels = calibrated(50, 3)
-    found = temperature.choose(5 * logits, labels, np.zeros(50, dtype=np.int64))
-    assert (found.temperature, found.before) == (1, found.held_out)
+    found = temperature.select_temperature(5 * logits, labels, np.zeros(50, dtype=np.int64))
+    assert (found.temperature, found.initial_loss) == (1, found.held_out_loss)
 
 
 def test_each_member_gets_its_own():
     logits, labels = calibrated(600, 3)
-    found = temperature.choose_per_member(np.stack([logits / 3, logits * 4]), labels, folds_of(600))
+    found = temperature.select_member_temperatures(np.stack([logits / 3, logits * 4]), labels, folds_of(600))
     assert found == pytest.approx([1 / 3, 4], rel=0.15)
 
 
 def test_huge_logits_are_no_trouble():
     logits = np.array([[1e30, 0.0, -1e30], [0.0, 1e30, 0.0]])
-    assert np.isfinite(temperature.fit(logits, np.array([0, 0])))
+    assert np.isfinite(temperature.fit_temperature(logits, np.array([0, 0])))

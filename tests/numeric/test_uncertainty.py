@@ -29,14 +29,14 @@ def test_scores_by_hand():
 
 def test_the_threshold_is_the_right_order_statistic():
     scores = np.arange(1, 100) / 100
-    assert uncertainty.threshold(scores, 0.1) == 0.9  # the 90th of 99
-    assert uncertainty.threshold(scores[:9], 0.1) == 0.09  # nine rows are the fewest: the largest
-    assert uncertainty.threshold(scores[:8], 0.1) is None
-    assert uncertainty.fewest(0.1) == 9
-    assert uncertainty.fewest(0.05) == 19
+    assert uncertainty.conformal_threshold(scores, 0.1) == 0.9  # the 90th of 99
+    assert uncertainty.conformal_threshold(scores[:9], 0.1) == 0.09  # nine rows are the fewest: the largest
+    assert uncertainty.conformal_threshold(scores[:8], 0.1) is None
+    assert uncertainty.min_calibration_rows(0.1) == 9
+    assert uncertainty.min_calibration_rows(0.05) == 19
     for alpha in (0, 1, 1.5):
         with pytest.raises(UserError, match="alpha: found"):
-            uncertainty.threshold(scores, alpha)
+            uncertainty.conformal_threshold(scores, alpha)
 
 
 @pytest.mark.parametrize("kind", ["lac", "aps"])
@@ -47,7 +47,7 @@ def test_coverage_pooled_over_ten_resplits_is_as_promised(kind):
         shuffled = np.random.default_rng(seed).permutation(600)
         first, second = shuffled[:300], shuffled[300:]
         calibration, evaluated = [(probabilities[part], labels[part]) for part in (first, second)]
-        found = uncertainty.conformal(kind, calibration, evaluated)
+        found = uncertainty.conformal_metrics(kind, calibration, evaluated)
         covered += found["coverage"] / 10
         total += found["n"]
         low, high = found["coverage_interval"]
@@ -61,7 +61,7 @@ def test_coverage_pooled_over_ten_resplits_is_as_promised(kind):
 
 def test_sets_hold_the_top_class_and_grow_with_the_threshold():
     probabilities = np.array([[0.6, 0.3, 0.1], [0.34, 0.33, 0.33]])
-    for kind in uncertainty.SCORES:
+    for kind in uncertainty.NONCONFORMITY_SCORES:
         none = uncertainty.prediction_sets(kind, probabilities, 0.0)
         assert none.tolist() == [[True, False, False], [True, False, False]]
         assert uncertainty.prediction_sets(kind, probabilities, 1.0).all()
@@ -74,13 +74,13 @@ def test_sets_hold_the_top_class_and_grow_with_the_threshold():
 def test_probabilities_of_exactly_0_and_1_cover_everything_they_must():
     certain = np.eye(4)[np.arange(40) % 4]
     wrong = (np.arange(40) + (np.arange(40) < 20)) % 4  # half of the labels are another class
-    found = uncertainty.conformal("lac", (certain, wrong), (certain, wrong))
+    found = uncertainty.conformal_metrics("lac", (certain, wrong), (certain, wrong))
     assert (found["threshold"], found["coverage"], found["mean_size"]) == (1.0, 1.0, 4.0)
 
 
 def test_too_few_rows():
     probabilities, labels = rows(np.random.default_rng(1), 8)
-    assert uncertainty.conformal("lac", (probabilities, labels), (probabilities, labels)) is None
+    assert uncertainty.conformal_metrics("lac", (probabilities, labels), (probabilities, labels)) is None
 
 
 def test_each_class_has_its_own_threshold_and_too_few_rows_are_said():
@@ -89,7 +89,7 @@ def test_each_class_has_its_own_threshold_and_too_few_rows_are_said():
     rare = calibration[1] != 2
     rare[np.flatnonzero(~rare)[:5]] = True
     calibration = (calibration[0][rare], calibration[1][rare])
-    found = uncertainty.conformal_by_class("lac", calibration, evaluated, ("a", "b", "c"))["classes"]
+    found = uncertainty.class_conditional_metrics("lac", calibration, evaluated, ("a", "b", "c"))["classes"]
     for name in "ab":
         low, high = found[name]["coverage_interval"]
         assert low <= found[name]["coverage"] <= high
@@ -98,7 +98,7 @@ def test_each_class_has_its_own_threshold_and_too_few_rows_are_said():
     assert found["c"]["coverage"] == 1.0
     assert found["c"]["note"].startswith("too few rows: 5 val rows, and 0.1 needs 9")
     other = (evaluated[0][evaluated[1] != 1], evaluated[1][evaluated[1] != 1])
-    absent = uncertainty.conformal_by_class("lac", calibration, other, ("a", "b", "c"))["classes"]["b"]
+    absent = uncertainty.class_conditional_metrics("lac", calibration, other, ("a", "b", "c"))["classes"]["b"]
     assert (absent["coverage"], absent["coverage_interval"]) == (None, None)
 
 
@@ -108,12 +108,12 @@ def test_risk_and_coverage_by_hand():
     assert share.tolist() == [0.25, 0.5, 0.75, 1.0]
     # The two rows of 0.8 share their one error.
     assert risk.tolist() == [0.0, 0.25, pytest.approx(1 / 3), 0.5]
-    found = uncertainty.selective((probabilities, np.array([0, 1, 0, 1])), None)
+    found = uncertainty.selective_metrics((probabilities, np.array([0, 1, 0, 1])), None)
     assert found["aurc"] == pytest.approx(risk.mean())
     assert (found["threshold"], found["answered"], found["error"]) == (None, None, None)
 
 
-def test_the_lowest_confidence_that_keeps_the_wanted_error():
+def test_the_lowest_confidence_that_keeps_the_target_risk():
     confidence = np.array([0.95, 0.9, 0.9, 0.8, 0.7, 0.6])
     probabilities = np.stack([confidence, 1 - confidence], axis=1)
     labels = np.array([0, 0, 1, 0, 0, 1])
@@ -121,14 +121,14 @@ def test_the_lowest_confidence_that_keeps_the_wanted_error():
     assert uncertainty.confidence_threshold(probabilities, labels, 0.19) == 0.95
     assert uncertainty.confidence_threshold(probabilities, labels, 0.4) == 0.6
     assert uncertainty.confidence_threshold(probabilities, 1 - labels, 0.1) is None
-    with pytest.raises(UserError, match="wanted error"):
+    with pytest.raises(UserError, match="target risk"):
         uncertainty.confidence_threshold(probabilities, labels, 1.0)
 
 
 def test_selective_keeps_at_most_50_points_and_judges_the_threshold_on_other_rows():
     rng = np.random.default_rng(3)
     calibration, evaluated = rows(rng, 2000), rows(rng, 3000)
-    found = uncertainty.selective(evaluated, calibration, wanted_error=0.1)
+    found = uncertainty.selective_metrics(evaluated, calibration, target_risk=0.1)
     assert len(found["coverage"]) == len(found["risk"]) == 50
     assert (found["coverage"][-1], found["wanted_error"]) == (1.0, 0.1)
     assert found["error"] == pytest.approx(0.1, abs=0.03)
@@ -140,11 +140,11 @@ def test_the_hint_tells_foreign_rows_and_is_silent_about_log_probabilities():
     rng = np.random.default_rng(4)
     known, alike = (rng.normal(size=(1000, 5)) + 6 * np.eye(5)[rng.integers(0, 5, 1000)] for _ in range(2))
     foreign = rng.normal(size=(1000, 5))
-    of_known = uncertainty.unfamiliarity(known)
+    of_known = uncertainty.ood_scores(known)
     for name in ("energy", "max_logit"):
-        found = uncertainty.foreign_hint(uncertainty.unfamiliarity(alike), of_known)
+        found = uncertainty.ood_summary(uncertainty.ood_scores(alike), of_known)
         assert found[name]["beyond"] == pytest.approx(0.05, abs=0.03)
-        assert uncertainty.foreign_hint(uncertainty.unfamiliarity(foreign), of_known)[name]["beyond"] > 0.9
+        assert uncertainty.ood_summary(uncertainty.ood_scores(foreign), of_known)[name]["beyond"] > 0.9
     assert found["max_logit"]["reference"] == pytest.approx(np.quantile(known.max(axis=1), 0.05))
-    log_probabilities = uncertainty.unfamiliarity(np.log(softmax(known)))
-    assert uncertainty.foreign_hint(log_probabilities, log_probabilities) is None
+    log_probabilities = uncertainty.ood_scores(np.log(softmax(known)))
+    assert uncertainty.ood_summary(log_probabilities, log_probabilities) is None

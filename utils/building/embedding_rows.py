@@ -17,7 +17,7 @@ import numpy as np
 from utils.core.artifacts import digest_of, open_array, read_json, write_array, write_json
 from utils.core.errors import UserError
 from utils.numeric.metrics import softmax
-from utils.numeric.ridge_alignment import agreement, ridge
+from utils.numeric.ridge_alignment import fit_ridge_map, pearson_correlation
 from utils.predictions import catalog, fold_networks, image_splits, streaming
 from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.fold_networks import FOLDS
@@ -96,7 +96,7 @@ def require_shared_space(name: str, train: MemberRows, val: MemberRows) -> float
     rows too. Raises UserError where it does not: embeddings of fold networks as they are, or of another network.
     """
     expected = [rows.logits - rows.logits.mean(axis=1, keepdims=True) for rows in (val, train)]
-    found = ridge(val.embeddings, expected[0])
+    found = fit_ridge_map(val.embeddings, expected[0])
     known = np.sqrt(max(found.explained, 0.0))
     if known < TELLING:
         logger.warning(
@@ -106,7 +106,7 @@ def require_shared_space(name: str, train: MemberRows, val: MemberRows) -> float
             len(expected[0]),
         )
         return None
-    agreed = agreement(found.apply(train.embeddings), expected[1])
+    agreed = pearson_correlation(found.apply(train.embeddings), expected[1])
     if agreed < LEAST * known:
         raise UserError(
             f"member {name}: its train rows' embeddings are not of the space of its val rows: what gives its logits on "
@@ -154,7 +154,7 @@ def _of_fold_networks(store: Store, member: Member, rows: MemberRows) -> tuple[n
         inside = fold == number
         part = replace(rows, sample_ids=rows.sample_ids[inside], logits=rows.logits[inside])
         held_out, of_val = _embeddings(store, member, number, part)
-        to_full = ridge(of_val, full.embeddings)
+        to_full = fit_ridge_map(of_val, full.embeddings)
         found[inside] = to_full.apply(held_out)
         explained.append(to_full.explained)
     note.unlink(missing_ok=True)

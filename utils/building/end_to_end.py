@@ -21,7 +21,7 @@ from utils.core import estimates
 from utils.core.artifacts import digest_of, write_checkpoint
 from utils.core.errors import UserError
 from utils.discovery import discover
-from utils.fusion_methods import COMBINERS, Fusion
+from utils.fusion_methods import COMBINERS, FusionStacker
 from utils.networks.checkpoints import said_of_training
 from utils.networks.construction import NetworkSpec
 from utils.predictions import catalog, image_splits, streaming
@@ -99,7 +99,7 @@ def build(store: Store, members: Sequence[Member], name: str, force: bool) -> No
     basis = fitting.with_folds(store, embedding_rows.in_sample(store, members).rows)
     fitted, judged = basis.of_split("train"), basis.of_split("val")
     recipe = COMBINERS[name].configured(config, facts)
-    assert isinstance(recipe, Fusion)
+    assert isinstance(recipe, FusionStacker)
     logger.info("fitting the head of %s on %d rows of %d members", name, len(fitted.fold), len(members))
     recipe.fit(fitted.rows.outputs, fitted.rows.labels, fitted.fold)
     logger.info("training %d networks with %s: %s", len(members), name, _expected(store, members))

@@ -16,7 +16,7 @@ from utils.core.errors import UserError, did_you_mean
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.discovery import discover
-from utils.meta_methods import FUSERS, PARTS, Input, MetaFuser
+from utils.meta_methods import FUSERS, INPUT_METHODS, FuserInput, MetaFuserCombiner
 from utils.predictions import catalog, fold_networks
 from utils.predictions.catalog import Member
 from utils.predictions.fold_networks import FULL
@@ -54,7 +54,7 @@ def meta_fuse(config: Config, workspace: Workspace, *, force: bool = False) -> R
         known = fitting.member_facts(store, members)
         rows, inputs = _aligned(store, members, found)
         simple = baselines.measure(config, known, rows.rows.logits, rows.rows.labels, rows.fold)
-        recipe = MetaFuser.over(config, known, inputs)
+        recipe = MetaFuserCombiner.over(config, known, inputs)
         logger.info("fitting %s (%s) on %s", NAME, kind, ", ".join(found))
         prior_provenance = [one.provenance for one in found.values()]
         fitting.build(
@@ -96,7 +96,7 @@ def _inputs(store: Store, selected: Sequence[Member]) -> tuple[dict[str, Ensembl
     """The inputs that are there or can be made at once, by the names of their ensembles, and what is missing."""
     asked = store.config.runs.meta_fuser.input_ensembles
     names = {ensembles.NAMES.get(name, name): name for name in asked}
-    known = [*ensembles.names(store.workspace), *ensembles.NAMES.values(), *PARTS]
+    known = [*ensembles.names(store.workspace), *ensembles.NAMES.values(), *INPUT_METHODS]
     found, failures = {}, []
     for name, typed in names.items():
         record = ensembles.record_of(store.workspace, name)
@@ -112,8 +112,8 @@ def _inputs(store: Store, selected: Sequence[Member]) -> tuple[dict[str, Ensembl
             )
             continue
         ensemble = ensembles.load(store.workspace, name)
-        if ensemble.method not in PARTS:
-            failures.append(f"{typed}: {ensemble.method} cannot be an input; these can: {', '.join(PARTS)}")
+        if ensemble.method not in INPUT_METHODS:
+            failures.append(f"{typed}: {ensemble.method} cannot be an input; these can: {', '.join(INPUT_METHODS)}")
             continue
         found[name] = ensemble
     if any(one.inference == FULL for one in found.values()):
@@ -151,7 +151,7 @@ def _members(store: Store, found: Mapping[str, Ensemble]) -> list[Member]:
 
 def _aligned(
     store: Store, members: Sequence[Member], found: Mapping[str, Ensemble]
-) -> tuple[OutOfSampleRows, list[Input]]:
+) -> tuple[OutOfSampleRows, list[FuserInput]]:
     """The honest rows that all inputs have cross-fitted predictions on, and the inputs with those predictions."""
     honest = fitting.out_of_sample_rows(store, members, inference=_inference(found))
     keys = list(zip(honest.rows.split.tolist(), honest.rows.sample_ids.tolist(), strict=True))
@@ -170,5 +170,5 @@ def _aligned(
     for name, one in found.items():
         own = [place_of[name][keys[place]] for place in shared]
         places = np.array([rows.members.index(member) for member in one.members])
-        inputs.append(Input(one.method, one.combiner, places, crossfit[name].probabilities[own]))
+        inputs.append(FuserInput(one.method, one.combiner, places, crossfit[name].probabilities[own]))
     return OutOfSampleRows(rows, honest.fold[shared]), inputs

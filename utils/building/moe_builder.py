@@ -18,7 +18,7 @@ from utils.combiners.protocol import Combiner, MemberFacts, fit_crossfitted
 from utils.combiners.routing import needed
 from utils.core.config import Config
 from utils.core.results import Result
-from utils.moe_methods import COMBINERS, Cascade, MixtureOfExperts
+from utils.moe_methods import COMBINERS, CascadeCombiner, MixtureOfExperts
 from utils.numeric.metrics import log_loss_per_row, softmax
 from utils.predictions import catalog, streaming
 from utils.predictions.catalog import Member
@@ -114,10 +114,10 @@ class _Beside:
 
     def told_of(self, combiner: Combiner, crossfit: Crossfit) -> dict[str, Any]:
         """`beside` {name: losses, experts, latency} with the combiner's own under `itself`, and how it was timed."""
-        assert isinstance(combiner, (MixtureOfExperts, Cascade))
-        ways: dict[str, MixtureOfExperts | Cascade] = {"all_experts": combiner.dense()}
+        assert isinstance(combiner, (MixtureOfExperts, CascadeCombiner))
+        ways: dict[str, MixtureOfExperts | CascadeCombiner] = {"all_experts": combiner.dense()}
         if isinstance(combiner, MixtureOfExperts):
-            ways["cascade"] = Cascade.configured(self.store.config, self.known)
+            ways["cascade"] = CascadeCombiner.configured(self.store.config, self.known)
         rows, fold = self.honest.rows, self.honest.fold
         probabilities = {ITSELF: crossfit.probabilities}
         for name, recipe in ways.items():
@@ -158,7 +158,7 @@ class _Beside:
         return None if np.isnan(costs).any() else float((ran[used] * costs[:, None]).sum(axis=0).mean())
 
     def _timed(
-        self, ways: Mapping[str, MixtureOfExperts | Cascade], best: int
+        self, ways: Mapping[str, MixtureOfExperts | CascadeCombiner], best: int
     ) -> tuple[dict[str, float], dict[str, Any]]:
         """{name: milliseconds per image, really run on images of val}, and on which rows and device."""
         store = self.store

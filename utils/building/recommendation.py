@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from utils.core.errors import UserError
-from utils.numeric.metrics import within_one_error
+from utils.numeric.metrics import within_one_standard_error
 
 SIMPLEST_FIRST = (
     *("soft_voting", "logit_averaging", "weighted", "greedy_selection", "pruned", "stacking_lr", "stacking_mlp"),
@@ -60,7 +60,7 @@ def recommend(found: Sequence[Candidate]) -> dict[str, Any]:
         near = [
             name
             for name in means
-            if by_name[name].kind == "ensemble" and within_one_error(losses[name], losses[lowest])
+            if by_name[name].kind == "ensemble" and within_one_standard_error(losses[name], losses[lowest])
         ]
         winner = min(near, key=lambda name: (_simplicity(by_name[name]), name))
         if winner != lowest:

@@ -15,7 +15,7 @@ import numpy as np
 
 from utils.combiners.stacking_features import features, standardisation
 from utils.numeric.metrics import SMALLEST_PROBABILITY, softmax
-from utils.numeric.nested_cv import spread_stops
+from utils.numeric.nested_cv import evenly_spaced_epochs
 
 KIND = "log_probabilities"
 STOPS = 6
@@ -49,7 +49,7 @@ class AttentionLearner:
     epochs: int
     lr: float
     seed: int
-    threads: ClassVar[bool] = False  # torch's random numbers are the process's
+    thread_safe: ClassVar[bool] = False  # torch's random numbers are the process's
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
         """The shortest training first."""
@@ -66,13 +66,13 @@ class AttentionLearner:
         return gate
 
     def _stops(self) -> list[int]:
-        return spread_stops(self.epochs, STOPS)
+        return evenly_spaced_epochs(self.epochs, STOPS)
 
     def _train(self, logits: np.ndarray, labels: np.ndarray, stops: Sequence[int]) -> Iterator[Gate]:
         import torch
         from torch import nn
 
-        from utils.numeric.module_training import train
+        from utils.numeric.module_training import train_module
 
         members, rows, classes = logits.shape
         raw = features(logits, KIND)
@@ -96,12 +96,12 @@ class AttentionLearner:
                 mixed = (weights[:, :, None] * said.view(-1, members, classes)).sum(dim=1)
                 return mixed.clamp_min(SMALLEST_PROBABILITY).log()
 
-        modules = train(
+        modules = train_module(
             lambda: Mixture(self.width),
             torch.from_numpy(inputs),
             torch.from_numpy(labels),
             epochs=self.epochs,
-            stops=stops,
+            checkpoint_epochs=stops,
             lr=self.lr,
             weight_decay=WEIGHT_DECAY,
             seed=self.seed,

@@ -16,7 +16,7 @@ import numpy as np
 
 from utils.combiners.stacking_features import STEPS, features
 from utils.core.errors import UserError
-from utils.numeric.nested_cv import spread_stops
+from utils.numeric.nested_cv import evenly_spaced_epochs
 
 if TYPE_CHECKING:
     import xgboost
@@ -58,11 +58,11 @@ class BoosterLearner:
     max_depth: int
     learning_rate: float
     seed: int
-    threads: ClassVar[bool] = True
+    thread_safe: ClassVar[bool] = True
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
         """The fewest rounds first."""
-        return [{"features": STEPS, "rounds": stop} for stop in spread_stops(self.n_estimators, STOPS)]
+        return [{"features": STEPS, "rounds": stop} for stop in evenly_spaced_epochs(self.n_estimators, STOPS)]
 
     def predictions(self, logits: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
         """Probabilities float32 (G, H, C) of held-out logits (M, H, C) after a training on logits (M, N, C)."""

@@ -106,7 +106,7 @@ def shared(embeddings: Sequence[np.ndarray], rank: int = SHARED) -> EmbeddingMap
     first = side_by_side(embeddings, CCA_BUDGET)
     views = first.apply(embeddings)
     variates = max(1, min(rank, len(views[0]) // ROWS_PER_VARIATE))
-    found = cca.shared_space(views, variates, least=LEAST_RIDGE)
+    found = cca.shared_space(views, variates, min_shrinkage=LEAST_RIDGE)
     spread = np.maximum(found.correlations, 0)
     matrices = [  # the embeddings are centred already, and need no centres of the views
         ((matrix.astype(np.float64) @ own if matrix.size else own) * spread).astype(np.float32)

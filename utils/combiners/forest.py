@@ -49,7 +49,7 @@ class ForestLearner:
     """Forests of several sizes of leaf, each under several shrinkages."""
 
     seed: int
-    threads: ClassVar[bool] = True
+    thread_safe: ClassVar[bool] = True
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
         """Sizes of leaf by shrinkages, the smoothest last."""

@@ -17,7 +17,7 @@ import numpy as np
 from utils.core.errors import UserError
 from utils.networks.construction import out_of_memory
 from utils.numeric.metrics import softmax
-from utils.numeric.nested_cv import spread_stops
+from utils.numeric.nested_cv import evenly_spaced_epochs
 from utils.predictions.rows import Outputs
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class HeadLearner:
     label_smoothing: float
     seeds: int
     seed: int
-    threads: ClassVar[bool] = False  # torch's random numbers are the process's
+    thread_safe: ClassVar[bool] = False  # torch's random numbers are the process's
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
         """Ranks by stops, the cheapest first."""
@@ -148,7 +148,7 @@ class HeadLearner:
         return range(self.seed, self.seed + self.seeds)
 
     def _stops(self) -> list[int]:
-        return spread_stops(self.epochs, STOPS)
+        return evenly_spaced_epochs(self.epochs, STOPS)
 
     def _shape(self, outputs: Outputs, rank: int) -> Shape:
         widths = tuple(own.shape[1] for own in outputs.embeddings)
@@ -160,23 +160,23 @@ class HeadLearner:
         """Named weights at each stop. Half as many rows at a time, said in words, where memory runs out."""
         import torch
 
-        from utils.numeric.module_training import BATCH, cross_entropy, train
+        from utils.numeric.module_training import BATCH_SIZE, cross_entropy, train_module
 
         inputs = torch.from_numpy(np.concatenate(outputs.embeddings, axis=1))
         truth = torch.from_numpy(np.asarray(labels))
-        batch = min(BATCH, max(SMALLEST_BATCH, len(inputs) // STEPS))
+        batch = min(BATCH_SIZE, max(SMALLEST_BATCH, len(inputs) // STEPS))
         while True:
-            modules = train(
+            modules = train_module(
                 lambda: shape.head(self.dropout),
                 inputs,
                 truth,
                 epochs=self.epochs,
-                stops=stops or self._stops(),
+                checkpoint_epochs=stops or self._stops(),
                 lr=self.lr,
                 weight_decay=WEIGHT_DECAY,
                 seed=seed,
                 loss=partial(cross_entropy, label_smoothing=self.label_smoothing),
-                batch=batch,
+                batch_size=batch,
             )
             try:
                 found = [

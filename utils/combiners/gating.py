@@ -16,7 +16,7 @@ import numpy as np
 
 from utils.combiners.stacking_features import features, standardisation
 from utils.numeric.metrics import softmax
-from utils.numeric.nested_cv import spread_stops
+from utils.numeric.nested_cv import evenly_spaced_epochs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,7 +91,7 @@ class GateLearner:
     """Whether the first `top_k` experts for every image may take the place of a gate."""
     costs: np.ndarray | None = None
     """float64 (M,): what running a member costs, in any unit; None where nobody knows"""
-    threads: ClassVar[bool] = False  # torch's random numbers are the process's
+    thread_safe: ClassVar[bool] = False  # torch's random numbers are the process's
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
         """The shortest training first; 0 epochs are the same experts for every image."""
@@ -108,7 +108,7 @@ class GateLearner:
         return gate
 
     def _stops(self) -> list[int]:
-        return [*([0] if self.fixed else []), *spread_stops(self.epochs, STOPS)]
+        return [*([0] if self.fixed else []), *evenly_spaced_epochs(self.epochs, STOPS)]
 
     def _gates(self, logits: np.ndarray, labels: np.ndarray, stops: Sequence[int]) -> Iterator[SparseGate]:
         experts = np.array(self.choose(logits, labels), dtype=np.int64)
@@ -123,7 +123,7 @@ class GateLearner:
         import torch
 
         from utils.combiners.routing_heads import NoisyTopK
-        from utils.numeric.module_training import train
+        from utils.numeric.module_training import train_module
 
         reader = 0 if self.costs is None else int(np.argmin(self.costs[experts]))
         top_k, rows, classes = min(self.top_k, len(experts)), logits.shape[1], logits.shape[2]
@@ -132,12 +132,12 @@ class GateLearner:
         said = softmax(logits[experts]).transpose(1, 0, 2).reshape(rows, -1)
         inputs = np.concatenate([(raw - centre) / scale, said], axis=1).astype(np.float32)
 
-        modules = train(
+        modules = train_module(
             lambda: NoisyTopK((classes, self.width, len(experts), classes), top_k, reader),
             torch.from_numpy(inputs),
             torch.from_numpy(labels),
             epochs=self.epochs,
-            stops=stops,
+            checkpoint_epochs=stops,
             lr=LEARNING_RATE,
             weight_decay=WEIGHT_DECAY,
             seed=self.seed,

@@ -14,7 +14,7 @@ from utils.combiners.protocol import MemberFacts
 from utils.core.config import Config
 from utils.numeric import temperature
 from utils.numeric.metrics import METRICS, SMALLEST_PROBABILITY, row_losses, softmax
-from utils.numeric.selection import Selection, select
+from utils.numeric.selection import Selection, select_members
 
 STEPS = 25
 BAGS = 20
@@ -64,7 +64,7 @@ class GreedySelection(PooledMembers):
         testable = bool(np.ptp(folds))
         self.member_temperatures, self.temperature = np.ones(len(logits)), 1.0
         if testable and self.calibration == "per_member":
-            self.member_temperatures = temperature.choose_per_member(logits, labels, folds)
+            self.member_temperatures = temperature.select_member_temperatures(logits, labels, folds)
         probabilities = np.exp(self._scores(logits)).astype(np.float32)
         if not testable:
             chosen = self._select(probabilities, labels, bags=0)
@@ -74,8 +74,8 @@ class GreedySelection(PooledMembers):
         unseen = best.unseen
         if self.calibration != "off":
             scores = np.log(np.maximum(unseen, SMALLEST_PROBABILITY))
-            choice = temperature.choose(scores, labels, folds)
-            self.temperature, unseen = choice.temperature, softmax(scores / choice.of_rows[:, None])
+            choice = temperature.select_temperature(scores, labels, folds)
+            self.temperature, unseen = choice.temperature, softmax(scores / choice.row_temperatures[:, None])
         chosen = self._select(probabilities, labels, bags=best.bags)
         self._keep(chosen, best.size, unseen, logits, labels)
         self.facts["held_out_scores"] = self._scores_of(best.losses)
@@ -83,7 +83,7 @@ class GreedySelection(PooledMembers):
 
     def _select(self, probabilities: NDArray[np.float32], labels: np.ndarray, *, bags: int) -> Selection:
         second = "log_loss" if self.metric in PIECEWISE_CONSTANT else None
-        return select(
+        return select_members(
             probabilities,
             labels,
             metric=self.metric,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-SMALLEST_PROBABILITY = 1e-12
+from utils.numeric.metrics import SMALLEST_PROBABILITY
 
 
 class MeanOfProbabilities(nn.Module):

@@ -49,7 +49,7 @@ class LogisticLearner:
     kinds: tuple[str, ...]
     forms: tuple[str, ...] = ("shrunk_to_pool", "ridge")
     strengths: tuple[float, ...] = STRENGTHS
-    threads: ClassVar[bool] = True
+    thread_safe: ClassVar[bool] = True
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
         """Form by form, kind by kind, the strongest ridge first."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from utils.combiners.stacking_features import features, standardisation
 from utils.numeric.metrics import softmax
-from utils.numeric.nested_cv import spread_stops
+from utils.numeric.nested_cv import evenly_spaced_epochs
 
 STOPS = 6
 WEIGHT_DECAY = 1.0  # of AdamW; less of it let held-out log-loss rise again on digits
@@ -50,7 +50,7 @@ class PerceptronLearner:
     lr: float
     dropout: float
     seed: int
-    threads: ClassVar[bool] = False  # torch's random numbers are the process's
+    thread_safe: ClassVar[bool] = False  # torch's random numbers are the process's
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
         """Kinds of features by stops."""
@@ -67,13 +67,13 @@ class PerceptronLearner:
         return model
 
     def _stops(self) -> list[int]:
-        return spread_stops(self.epochs, STOPS)
+        return evenly_spaced_epochs(self.epochs, STOPS)
 
     def _train(self, logits: np.ndarray, labels: np.ndarray, kind: str, stops: Sequence[int]) -> Iterator[Layers]:
         import torch
         from torch import nn
 
-        from utils.numeric.module_training import train
+        from utils.numeric.module_training import train_module
 
         raw = features(logits, kind)
         width, classes = logits.shape[0] * logits.shape[2], logits.shape[2]
@@ -87,12 +87,12 @@ class PerceptronLearner:
             return nn.Sequential(*layers[:-2])
 
         inputs = torch.from_numpy(((raw - centre) / scale).astype(np.float32))
-        modules = train(
+        modules = train_module(
             make,
             inputs,
             torch.from_numpy(labels),
             epochs=self.epochs,
-            stops=stops,
+            checkpoint_epochs=stops,
             lr=self.lr,
             weight_decay=WEIGHT_DECAY,
             seed=self.seed,

@@ -35,7 +35,7 @@ class Pool(Protocol):
     def pooled(self, sums: Floats) -> Floats:
         """Log-probabilities (..., N, C) of weighted sums of the parts."""
 
-    def loss(self, parts: Floats, labels: NDArray[Any], metric: str) -> pools.Loss:
+    def loss(self, parts: Floats, labels: NDArray[Any], metric: str) -> pools.ConvexLoss:
         """The convex loss that stands for `metric`."""
 
     def votes(self, parts: Floats) -> NDArray[np.float32]:
@@ -55,7 +55,7 @@ class Linear:
     def pooled(self, sums: Floats) -> Floats:
         return log_softmax(np.log(np.maximum(sums, SMALLEST_PROBABILITY)))
 
-    def loss(self, parts: Floats, labels: NDArray[Any], metric: str) -> pools.Loss:
+    def loss(self, parts: Floats, labels: NDArray[Any], metric: str) -> pools.ConvexLoss:
         if metric == "brier":
             return pools.LinearBrier(parts, labels)
         return pools.LinearLogLoss(parts[:, np.arange(len(labels)), labels])
@@ -68,7 +68,7 @@ class LogLinear:
     """Soft-max of the weighted sum of log-probabilities; its weights are those of least log-loss for every metric."""
 
     name = "log_linear"
-    sums = pools.SCALES
+    sums = pools.SUM_BOUNDS
     scales = True
 
     def parts(self, scores: Floats) -> Floats:
@@ -77,7 +77,7 @@ class LogLinear:
     def pooled(self, sums: Floats) -> Floats:
         return log_softmax(sums)
 
-    def loss(self, parts: Floats, labels: NDArray[Any], metric: str) -> pools.Loss:
+    def loss(self, parts: Floats, labels: NDArray[Any], metric: str) -> pools.ConvexLoss:
         return pools.LogLinearLogLoss(parts, labels)
 
     def votes(self, parts: Floats) -> NDArray[np.float32]:

@@ -140,8 +140,8 @@ def _calibrated(
     """A temperature, and log-probabilities (N, C) divided by those of the other folds; 1 without `calibrate`."""
     if not calibrate:
         return 1.0, log_probabilities
-    choice = temperature.choose(log_probabilities, labels, folds)
-    return choice.temperature, log_softmax(log_probabilities / choice.of_rows[:, None])
+    choice = temperature.select_temperature(log_probabilities, labels, folds)
+    return choice.temperature, log_softmax(log_probabilities / choice.row_temperatures[:, None])
 
 
 def _score(log_probabilities: Floats, labels: NDArray[Any], metric: str) -> float:
@@ -159,7 +159,7 @@ def _is_clear(gains: Floats) -> bool:
     return bool(gains.mean() > gains.std(ddof=1) / np.sqrt(len(gains)))
 
 
-def _path(pool: Pool, loss: pools.Loss) -> Floats:
+def _path(pool: Pool, loss: pools.ConvexLoss) -> Floats:
     """Weights (S, M) of all strengths; each starts where the stronger one ended."""
     path: list[Floats] = []
     for strength in STRENGTHS:
@@ -184,7 +184,7 @@ def _moved(pool: Pool, parts: Floats, labels: NDArray[Any], weights: Floats, met
     for _ in range(BAGS):
         rows = np.sort(random.integers(len(labels), size=len(labels)))
         counts += _additions(pool, parts, votes[:, rows], labels[rows], rows, weights, metric)
-    return pools.shared(counts, pools.twins([parts])) * (weights.sum() / counts.sum())
+    return pools.average_duplicates(counts, pools.first_duplicates([parts])) * (weights.sum() / counts.sum())
 
 
 def _additions(
@@ -202,16 +202,16 @@ def _additions(
     """
     total = weights.sum()
     counts = VOTES * weights / total
-    scorer = candidate_losses.scorer(votes, labels, metric)
+    scorer = candidate_losses.make_scorer(votes, labels, metric)
     scorer.begin(np.tensordot(counts.astype(np.float32), votes, axes=1), VOTES)
     sums = np.tensordot(counts, parts, axes=1)[rows]
     reached = scorer.loss()
     for size in range(VOTES + 1, VOTES + ADDITIONS + 1):
         found = scorer.losses()
-        if found.min() >= reached - candidate_losses.TIE:
+        if found.min() >= reached - candidate_losses.TIE_TOLERANCE:
             break
         reached = found.min()
-        tied = np.flatnonzero(found <= reached + candidate_losses.TIE)
+        tied = np.flatnonzero(found <= reached + candidate_losses.TIE_TOLERANCE)
         smooth = [
             losses(pool.pooled((sums + parts[member, rows]) * (total / size)), labels, "log_loss").mean()
             for member in tied

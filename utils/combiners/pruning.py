@@ -19,8 +19,8 @@ from utils.combiners.protocol import Combiner, MemberFacts
 from utils.combiners.subset_search import WAYS, Limit, Problem, Subset
 from utils.core.config import Config, CostBudget
 from utils.numeric import temperature
-from utils.numeric.candidate_losses import TIE, candidate_losses
-from utils.numeric.metrics import METRICS, SMALLEST_PROBABILITY, log_softmax, row_losses, within_one_error
+from utils.numeric.candidate_losses import TIE_TOLERANCE, candidate_losses
+from utils.numeric.metrics import METRICS, SMALLEST_PROBABILITY, log_softmax, row_losses, within_one_standard_error
 
 SHOWN = 3  # names in a reason
 LABELS = {"f1_macro": "F1 macro", "accuracy": "accuracy", "log_loss": "log-loss", "brier": "Brier score"}
@@ -114,7 +114,7 @@ class Pruned(PooledMembers):
         calibrate = testable and self.calibration != "off"
         self.member_temperatures = np.ones(len(logits))
         if calibrate and self.calibration == "per_member":
-            self.member_temperatures = temperature.choose_per_member(logits, labels, folds)
+            self.member_temperatures = temperature.select_member_temperatures(logits, labels, folds)
         problem = self._problem(logits, labels)
         subsets = WAYS[self.way](problem)
         if testable:
@@ -149,8 +149,8 @@ class Pruned(PooledMembers):
     ) -> Point:
         divisor = 1.0
         if calibrate:
-            choice = temperature.choose(unseen, labels, folds)
-            divisor, unseen = choice.temperature, log_softmax(unseen / choice.of_rows[:, None])
+            choice = temperature.select_temperature(unseen, labels, folds)
+            divisor, unseen = choice.temperature, log_softmax(unseen / choice.row_temperatures[:, None])
         probabilities = np.exp(unseen)
         return Point(
             subset,
@@ -176,7 +176,7 @@ class Pruned(PooledMembers):
             "size_mb": kept.size_mb,
             "path": [names[member] for member in kept.subset.members],
             "dropped": {names[member]: reason for member, reason in reasons.items()},
-            "diversity": problem.diversity.among(kept.subset.members),
+            "diversity": problem.diversity.mean_among(kept.subset.members),
             "subsets": [
                 {
                     "members": [names[member] for member in point.subset.members],
@@ -208,16 +208,16 @@ def _of_folds(problem: Problem, subsets: Sequence[Subset], folds: np.ndarray, wa
 def _front(points: Sequence[Point]) -> list[int]:
     """Places of the points that no other beats: as good in score, latency and size, and better in one of them."""
     values = np.array([[point.losses.mean(), *point.cost[:2]] for point in points])
-    no_worse = (values[:, None] <= values + TIE).all(axis=2)
-    better = (values[:, None] < values - TIE).any(axis=2)
+    no_worse = (values[:, None] <= values + TIE_TOLERANCE).all(axis=2)
+    better = (values[:, None] < values - TIE_TOLERANCE).any(axis=2)
     return np.flatnonzero(~(no_worse & better).any(axis=0)).tolist()
 
 
 def _best(points: Sequence[Point]) -> int:
     lowest = min(point.losses.mean() for point in points)
-    near = [place for place, point in enumerate(points) if point.losses.mean() <= lowest + TIE]
+    near = [place for place, point in enumerate(points) if point.losses.mean() <= lowest + TIE_TOLERANCE]
     least = min(points[place].log_loss for place in near)
-    return next(place for place in near if points[place].log_loss <= least + TIE)
+    return next(place for place in near if points[place].log_loss <= least + TIE_TOLERANCE)
 
 
 def _fastest(points: Sequence[Point]) -> int:
@@ -225,7 +225,7 @@ def _fastest(points: Sequence[Point]) -> int:
     near = [
         place
         for place, point in enumerate(points)
-        if place == best or within_one_error(point.losses, points[best].losses)
+        if place == best or within_one_standard_error(point.losses, points[best].losses)
     ]
     return min(near, key=lambda place: (points[place].cost, place))
 
@@ -234,10 +234,10 @@ def _knee(points: Sequence[Point]) -> int:
     is_timed = any(point.latency_ms for point in points)
     costs = np.array([point.cost[0 if is_timed else 2] for point in points])
     losses = np.array([point.losses.mean() for point in points])
-    if np.ptp(costs) == 0 or np.ptp(losses) <= TIE:
+    if np.ptp(costs) == 0 or np.ptp(losses) <= TIE_TOLERANCE:
         return _best(points)
     above = (losses.max() - losses) / np.ptp(losses) - (costs - costs.min()) / np.ptp(costs)
-    return int(np.argmax(above)) if above.max() > TIE else _best(points)
+    return int(np.argmax(above)) if above.max() > TIE_TOLERANCE else _best(points)
 
 
 PICKS = {"best": _best, "knee": _knee, "fastest": _fastest}
@@ -296,7 +296,7 @@ def _changes(problem: Problem, kept: Sequence[int]) -> list[tuple[bool, str]]:
         losses = candidate_losses(mean, problem.probabilities, problem.labels, weight=weight, metric=metric)
         afters = 1 - losses if measure.higher_is_better else losses
         change = afters - before if measure.higher_is_better else before - afters
-        gains = np.where((gains == 0) & (np.abs(change) > TIE), np.sign(change).astype(int), gains)
+        gains = np.where((gains == 0) & (np.abs(change) > TIE_TOLERANCE), np.sign(change).astype(int), gains)
         for own, after in zip(words, afters, strict=True):
             own.append(f"{LABELS[metric]} {before:.4f} -> {after:.4f}")
     return [(bool(gain > 0), ", ".join(own)) for gain, own in zip(gains, words, strict=True)]

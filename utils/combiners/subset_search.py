@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from utils.core.errors import UserError
 from utils.numeric import diversity
-from utils.numeric.candidate_losses import TIE, Scorer, scorer, weighted_sum
+from utils.numeric.candidate_losses import TIE_TOLERANCE, Scorer, make_scorer, weighted_sum
 from utils.numeric.diversity import Diversity
-from utils.numeric.metrics import row_losses, within_one_error
-from utils.numeric.removal_losses import remover
+from utils.numeric.metrics import row_losses, within_one_standard_error
+from utils.numeric.removal_losses import make_removal_scorer
 
 ROUNDING = 1e-9  # of a limit, by which a sum of costs may exceed it
 Floats = NDArray[np.float64]
@@ -108,11 +108,11 @@ class Problem:
     @cached_property
     def diversity(self) -> Diversity:
         """Of each pair of members."""
-        return diversity.pairwise(self.hits)
+        return diversity.pairwise_diversity(self.hits)
 
     def scorers(self) -> list[Scorer]:
         """Of the metric and of the tie-breaker."""
-        return [scorer(self.probabilities, self.labels, metric) for metric in self.metrics]
+        return [make_scorer(self.probabilities, self.labels, metric) for metric in self.metrics]
 
     def mean(self, members: Sequence[int]) -> Floats:
         """Plain mean (N, C) of members' probabilities."""
@@ -168,7 +168,9 @@ def greedy_backward(problem: Problem) -> list[Subset]:
     Of equals the last by name is left out.
     """
     inside = problem.affordable.copy()
-    removers = [remover(problem.probabilities, problem.labels, inside, metric) for metric in problem.metrics]
+    removers = [
+        make_removal_scorer(problem.probabilities, problem.labels, inside, metric) for metric in problem.metrics
+    ]
     found: list[Subset] = []
     while True:
         kept = np.flatnonzero(inside).tolist()
@@ -212,7 +214,7 @@ def diversity_max(problem: Problem) -> list[Subset]:
             member = _best(order, allowed)
             allowed[member] = False
             after = (total + problem.probabilities[member]) / (len(chosen) + 1)
-            if within_one_error(row_losses(after, problem.labels, "accuracy"), before):
+            if within_one_standard_error(row_losses(after, problem.labels, "accuracy"), before):
                 break
         else:
             return found
@@ -253,7 +255,7 @@ def _best(losses: Sequence[Floats], allowed: NDArray[np.bool_], *, last: bool = 
     """The first, or last, of the allowed members (M,) with the least loss; of equals that of the next losses."""
     left = np.flatnonzero(allowed)
     for found in losses:
-        left = left[found[left] <= found[left].min() + TIE]
+        left = left[found[left] <= found[left].min() + TIE_TOLERANCE]
     return int(left[-1 if last else 0])
 
 

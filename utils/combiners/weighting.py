@@ -64,7 +64,7 @@ class WeightedPool(PooledMembers):
         calibrate = testable and self.calibration != "off"
         self.member_temperatures = np.ones(len(logits))
         if calibrate and self.calibration == "per_member":
-            self.member_temperatures = temperature.choose_per_member(logits, labels, folds)
+            self.member_temperatures = temperature.select_member_temperatures(logits, labels, folds)
         found = self._weighted(self._scores(logits), labels, folds, testable=testable, calibrate=calibrate)
         total = float(found.weights.sum())
         self.pool, self.shares, self.temperature = found.pool, found.weights / total, found.temperature / total

@@ -13,7 +13,7 @@ import numpy as np
 from utils.core.artifacts import read_arrays, read_record, write_arrays
 from utils.core.workspace import Workspace
 from utils.numeric.metrics import accuracy, ece, log_loss, log_loss_per_row
-from utils.numeric.statistics import ratio_interval, resampled_means
+from utils.numeric.statistics import bootstrap_means, ratio_interval
 
 ALONE, TEACHER = "alone", "teacher"
 AGAIN = "Distill again: python ensemble_orchestrator.py distill --force"
@@ -84,7 +84,7 @@ def gain_kept(
         gain, whole = float(own.mean() - base.mean()), float(top.mean() - base.mean())
         if whole <= 0:
             reasons.append(f"the teacher's {said} is not better than that of the network alone")
-        bounds = ratio_interval(*resampled_means([own - base, top - base], labels))
+        bounds = ratio_interval(*bootstrap_means([own - base, top - base], labels))
         found[name] = {"value": gain / whole if whole > 0 else None, "ci95": bounds}
         if whole > 0 and None in found[name]["ci95"]:
             reasons.append(f"{len(labels)} rows do not show for certain that the teacher gains in {said}")

@@ -10,18 +10,17 @@ from pathlib import Path
 import numpy as np
 
 from utils.core.artifacts import read_arrays, write_arrays
-from utils.numeric.metrics import softmax
+from utils.numeric.metrics import SMALLEST_PROBABILITY, softmax
 
 logger = logging.getLogger("disease_pipeline")
 
-SMALLEST = 1e-12  # probability below which a target says no more
 KEPT = 32  # largest probabilities of a row that are kept where there are more than twice as many classes
 AGAIN = "Remove it, then distill again"
 
 
 def log_probabilities(probabilities: np.ndarray) -> np.ndarray:
     """Log-probabilities float32, from probabilities (..., C) that may be 0."""
-    return np.log(np.maximum(probabilities, SMALLEST)).astype(np.float32)
+    return np.log(np.maximum(probabilities, SMALLEST_PROBABILITY)).astype(np.float32)
 
 
 def pack(targets: np.ndarray) -> dict[str, np.ndarray]:
@@ -41,7 +40,7 @@ def unpack(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         return _normalised(values)
     views, rows, kept = values.shape
     classes = int(arrays["classes"])
-    left = np.maximum(1 - np.exp(values).sum(axis=2, keepdims=True), SMALLEST) / (classes - kept)
+    left = np.maximum(1 - np.exp(values).sum(axis=2, keepdims=True), SMALLEST_PROBABILITY) / (classes - kept)
     found = np.broadcast_to(np.log(left), (views, rows, classes)).copy()
     np.put_along_axis(found, arrays["places"].astype(np.int64), values, axis=2)
     return _normalised(found)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from utils import base_back
 from utils.core.errors import UserError
-from utils.distillation_methods import Average, student_loss
+from utils.distillation_methods import WeightAverage, student_loss
 from utils.numeric.metrics import accuracy, log_loss, softmax
 from utils.training.image_views import EVALUATION_BATCH_SIZE, Album, Lessons, seed_of
 from utils.training.optimization import step_with_clipped_gradients
@@ -91,7 +91,7 @@ def train(
     classes = len(lessons.album.images.classes)
     criterion = training.get_loss_function_for_backbone(course.backbone, classes).to(device)
     decay = min(SLOWEST, max(FASTEST, 1 - 1 / (MEMORY * len(lessons))))
-    run = _Run(model, optimizer, schedule, Average(model, decay), criterion, course, device)
+    run = _Run(model, optimizer, schedule, WeightAverage(model, decay), criterion, course, device)
     best: dict[str, Any] | None = None
     history: list[dict[str, float]] = []
     if progress is not None and (saved := progress.load()) is not None:
@@ -151,7 +151,7 @@ class _Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
-    average: Average
+    average: WeightAverage
     criterion: nn.Module
     course: Course
     device: str
@@ -181,7 +181,7 @@ class _Run:
                 logits = logits if isinstance(logits, Tensor) else logits[0]
             loss = student_loss(
                 *(logits.float(), own_labels, own_targets),
-                taught=taught,
+                distilled=taught,
                 labelled=labelled,
                 mixing=batch.mixing,
                 criterion=self.criterion,

@@ -178,7 +178,7 @@ def contribute(parts: Mapping[str, Sequence[MemberRows]]) -> Contributions:
         alone_right=(right & (right.sum(axis=0) == 1)).sum(axis=1),
         without=without,
         mean_log_loss=mean,
-        pairs=diversity.pairwise(right),
+        pairs=diversity.pairwise_diversity(right),
     )
 
 

@@ -262,7 +262,7 @@ def members(data: ReportData) -> dict[str, Any] | None:
     ]
     label = f"Correlation of the errors of each pair of {len(found.names)} members; 0 where they err independently"
     svg = report_figures.pairs(found.pairs.error_correlation, found.names, label)
-    average = found.pairs.among(range(len(found.names))) or {}
+    average = found.pairs.mean_among(range(len(found.names))) or {}
     return {
         "rows": rows,
         "n": f"{found.rows:,}",

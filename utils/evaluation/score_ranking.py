@@ -274,7 +274,7 @@ def _label_issues(store: Store, name: str, saved: Mapping[str, Ensemble]) -> dic
         unseen = score_records.unseen_by_ensemble(store, name)
     else:
         unseen = score_records.unseen_by_member(store, store.catalog.members[name])
-    issues = label_issues.find(unseen.probabilities, unseen.labels)
+    issues = label_issues.find_label_issues(unseen.probabilities, unseen.labels)
     splits, ids = unseen.split.tolist(), unseen.sample_ids.tolist()
     files: dict[tuple[str, str], str] = {}
     for split in sorted(set(splits)) if store.catalog.has_images else ():
@@ -283,7 +283,7 @@ def _label_issues(store: Store, name: str, saved: Mapping[str, Ensemble]) -> dic
         files |= {(split, sample_id): workspace.relative(path) for sample_id, path in paths}
     places = [files.get(key, "") for key in zip(splits, ids, strict=True)]
     place = workspace.label_issues("csv")
-    text = label_issues.table(issues, unseen.probabilities, unseen.labels, splits, ids, places, classes)
+    text = label_issues.issues_csv(issues, unseen.probabilities, unseen.labels, splits, ids, places, classes)
     write_text(place, text)
     facts = {"model": name, "n": len(ids), "in_doubt": len(issues.rows)}
     thresholds = [None if np.isnan(value) else float(value) for value in issues.thresholds]

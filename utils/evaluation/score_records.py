@@ -24,11 +24,11 @@ from utils.numeric.metrics import log_loss_per_row, point_metrics, softmax
 from utils.numeric.statistics import (
     REPLICATES,
     Floats,
-    bootstrap,
+    bootstrap_metrics,
     difference_interval,
     mcnemar,
     mean_interval,
-    summary,
+    metric_intervals,
 )
 from utils.predictions import fold_networks
 from utils.predictions.catalog import IMPORTED, Member
@@ -45,7 +45,7 @@ class Options:
 
     alpha: float = uncertainty.ALPHA
     """Share of rows whose conformal set may miss the true class."""
-    wanted_error: float = uncertainty.WANTED_ERROR
+    wanted_error: float = uncertainty.TARGET_RISK
     """Share of answered rows that may be wrong when unsure ones are not answered."""
     class_conditional: bool = False
     """Whether each class gets a threshold of its own as well."""
@@ -116,11 +116,11 @@ class Context:
         compared = {id(item): item for item in (*scored, *references.values()) if item is not None}
         self.place = {key: number for number, key in enumerate(compared)}
         answers = [item.probabilities for item in compared.values()]
-        self.samples = bootstrap(answers, rows.labels, groups=self.groups, seed=store.config.seed)
+        self.samples = bootstrap_metrics(answers, rows.labels, groups=self.groups, seed=store.config.seed)
         self._unfamiliar: dict[tuple[str, str], tuple[np.ndarray, Floats]] = {}
 
     def unfamiliarity(self, names: Sequence[str], split: str) -> Floats:
-        """Mean over members of `uncertainty.unfamiliarity` of their full networks on the rows that all have, (2, N)."""
+        """Mean over members of `uncertainty.ood_scores` of their full networks on the rows that all have, (2, N)."""
         found = [self._of_network(name, split) for name in names]
         shared = set.intersection(*(set(ids.tolist()) for ids, _ in found))
         mean: Floats = np.mean([values[:, np.isin(ids, list(shared))] for ids, values in found], axis=0)
@@ -133,7 +133,7 @@ class Context:
             if split != self.split:
                 stored = self.store.rows(self.store.catalog.members[name], split)
                 ids, logits = np.asarray(stored.sample_ids), np.asarray(stored.logits)
-            self._unfamiliar[name, split] = ids, uncertainty.unfamiliarity(logits)
+            self._unfamiliar[name, split] = ids, uncertainty.ood_scores(logits)
         return self._unfamiliar[name, split]
 
 
@@ -143,7 +143,7 @@ def record(item: Scored, saved: Ensemble | None, context: Context) -> dict[str, 
     found = point_metrics(item.probabilities, rows.labels, rows.classes)
     notes: dict[str, str] = found.pop("notes")
     units = len(rows.labels) if context.groups is None else len(np.unique(context.groups))
-    found["ci95"] = summary(found, context.samples, context.place[id(item)], units)
+    found["ci95"] = metric_intervals(found, context.samples, context.place[id(item)], units)
     if found["accuracy"] == 1:
         notes["ci95"] = "no row is wrong: accuracy has an exact bound, the others no spread that resampling could show"
     for key, reference in context.references.items():
@@ -302,20 +302,22 @@ def _uncertainty(item: Scored, unseen: Unseen, context: Context, notes: dict[str
     missing = "val rows calibrate it, and cannot say how well" if context.split == "val" else "it has no val rows"
     if calibration is not None:
         sets = {
-            kind: uncertainty.conformal(kind, calibration, evaluated, alpha=options.alpha)
-            for kind in uncertainty.SCORES
+            kind: uncertainty.conformal_metrics(kind, calibration, evaluated, alpha=options.alpha)
+            for kind in uncertainty.NONCONFORMITY_SCORES
         }
-        n, needed = len(calibration[1]), uncertainty.fewest(options.alpha)
+        n, needed = len(calibration[1]), uncertainty.min_calibration_rows(options.alpha)
         missing = f"too few rows: {n} val rows, and an alpha of {options.alpha:g} needs {needed}"
         found["conformal"] = sets if all(sets.values()) else None
         if options.class_conditional:
             found["conformal_by_class"] = {
-                kind: uncertainty.conformal_by_class(kind, calibration, evaluated, rows.classes, alpha=options.alpha)
-                for kind in uncertainty.SCORES
+                kind: uncertainty.class_conditional_metrics(
+                    kind, calibration, evaluated, rows.classes, alpha=options.alpha
+                )
+                for kind in uncertainty.NONCONFORMITY_SCORES
             }
     if found["conformal"] is None:
         notes["conformal"] = missing
-    found["selective"] = uncertainty.selective(evaluated, calibration, wanted_error=options.wanted_error)
+    found["selective"] = uncertainty.selective_metrics(evaluated, calibration, target_risk=options.wanted_error)
     if found["selective"]["threshold"] is None:
         reached = f"on no part of the val rows is the error {options.wanted_error:g} or less"
         notes["selective.threshold"] = reached if calibration is not None else missing
@@ -336,7 +338,7 @@ def _foreign(item: Scored, context: Context, notes: dict[str, str]) -> dict[str,
         reason = "it has no val rows"
     elif item.inference == fold_networks.FULL:
         here, there = (context.unfamiliarity(item.members, split) for split in (context.split, "val"))
-        hint = uncertainty.foreign_hint(here, there)
+        hint = uncertainty.ood_summary(here, there)
     if hint is None:
         notes["out_of_distribution"] = reason
         return None

@@ -57,7 +57,7 @@ class Thresholds:
     """What `evaluate` measured of a model: when a set of classes is large enough, and when to be silent."""
 
     kind: str
-    """How sets are made, a key of `uncertainty.SCORES`"""
+    """How sets are made, a key of `uncertainty.NONCONFORMITY_SCORES`"""
     limit: float | None
     """Scores up to it are in the set."""
     abstain: float | None

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from utils.core.errors import UserError
 from utils.numeric.metrics import SIGN_TOLERANCE, SMALLEST_PROBABILITY, SUM_TOLERANCE
 
-TIE = 1e-12
+TIE_TOLERANCE = 1e-12
 BLOCK = 2**15  # numbers handled at a time, so that they stay in a core's cache
-KEPT_BYTES = 2**28  # of a memory map that may stay in memory
-ROWS = 2**14  # rows whose votes are counted at a time, for the same reason
+MAX_MAPPED_BYTES = 2**28  # of a memory map that may stay in memory
+VOTE_ROWS = 2**14  # rows whose votes are counted at a time, for the same reason
 Floats = NDArray[np.float64]
 
 
@@ -43,7 +43,7 @@ class Scorer(Protocol):
         """Losses (M,) with each member added; exact to rounding within 1e-6 of the lowest, elsewhere to 1e-6."""
 
 
-def scorer(probabilities: NDArray[Any], labels: NDArray[Any], metric: str) -> Scorer:
+def make_scorer(probabilities: NDArray[Any], labels: NDArray[Any], metric: str) -> Scorer:
     """What scores candidates by `metric`: log_loss, brier, accuracy or f1_macro.
 
     Probabilities (M, N, C), also memory-mapped: blocks of members are read one after the other and let go. Labels (N,)
@@ -58,7 +58,7 @@ def scorer(probabilities: NDArray[Any], labels: NDArray[Any], metric: str) -> Sc
         raise UserError(f"labels: found {labels.min()}..{labels.max()}; expected 0..{classes - 1}")
     if metric not in SCORERS:
         raise UserError(f"metric: found {metric}; expected one of {', '.join(SCORERS)}")
-    return SCORERS[metric](Members(probabilities), labels.astype(np.intp))
+    return SCORERS[metric](MemberBlocks(probabilities), labels.astype(np.intp))
 
 
 def candidate_losses(
@@ -70,7 +70,7 @@ def candidate_losses(
     """
     if not 1e-9 <= weight <= 1:
         raise UserError(f"weight of a candidate: found {weight}; expected a number from 1e-9 to 1")
-    found = scorer(candidates, labels, metric)
+    found = make_scorer(candidates, labels, metric)
     size = (1 - weight) / weight
     found.begin(np.asarray(current, dtype=np.float64) * size, size)
     return found.losses(all_exact=True)
@@ -78,14 +78,14 @@ def candidate_losses(
 
 def weighted_sum(probabilities: NDArray[Any], weights: NDArray[Any]) -> Floats:
     """Sum (N, C) of members' probabilities (M, N, C), each times its weight (M,), as the scorers read them."""
-    members = Members(probabilities)
+    members = MemberBlocks(probabilities)
     total = np.zeros(probabilities.shape[1:])
     for member in np.flatnonzero(weights):
         total += weights[member] * members.one(member).astype(np.float64)
     return total
 
 
-class Members:
+class MemberBlocks:
     """Probabilities (M, N, C) as float32 (M, N * C), read a block of members at a time."""
 
     def __init__(self, probabilities: NDArray[Any]) -> None:
@@ -108,7 +108,7 @@ class Members:
     def _read(self, block: slice) -> NDArray[np.float32]:
         found = self._flat[block]
         self._seen += found.nbytes
-        if self._map is not None and self._seen > KEPT_BYTES:
+        if self._map is not None and self._seen > MAX_MAPPED_BYTES:
             self._map.madvise(mmap.MADV_DONTNEED)
             self._seen = found.nbytes
         return np.asarray(found, dtype=np.float32)
@@ -140,7 +140,7 @@ def _are_proper(lowest: Any, highest: Any) -> bool:
     return bool(lowest >= -SIGN_TOLERANCE and highest <= 1 + SUM_TOLERANCE)  # NaN is neither
 
 
-class LogLoss:
+class LogLossScorer:
     """Needs each member's probability of the true class alone: (M, N) instead of (M, N, C).
 
     The sum of logarithms is the logarithm of a product: 24 rows are multiplied before one logarithm is taken, three of
@@ -149,19 +149,19 @@ class LogLoss:
 
     FACTORS = 24
 
-    def __init__(self, members: Members, labels: NDArray[np.intp]) -> None:
+    def __init__(self, members: MemberBlocks, labels: NDArray[np.intp]) -> None:
         count, self.rows, classes = members.shape
         self.columns = -(-self.rows // self.FACTORS) * self.FACTORS
         place = np.arange(self.rows) * classes + labels
         self.place = place
         # Columns beyond the rows hold probability 1, whose logarithm adds nothing.
-        self.of_truth = np.ones((count, self.columns), dtype=np.float32)
+        self.p_true = np.ones((count, self.columns), dtype=np.float32)
         lowest = 1.0
         for block, values in members.blocks(self.rows):
             found = np.take(values, place, axis=1)
             lowest = min(lowest, float(found.min()))
             _check(found, block.start)
-            self.of_truth[block, : self.rows] = found
+            self.p_true[block, : self.rows] = found
         self.clips = lowest < SMALLEST_PROBABILITY
         self.begin(None, 0)
 
@@ -171,7 +171,7 @@ class LogLoss:
         self.total[: self.rows] = 0 if total is None else total.ravel()[self.place]
 
     def add(self, member: int) -> None:
-        self.total += self.of_truth[member]
+        self.total += self.p_true[member]
         self.size += 1
 
     def loss(self) -> float:
@@ -179,7 +179,7 @@ class LogLoss:
         return float(-np.log(mixture).mean())
 
     def losses(self, *, all_exact: bool = False) -> Floats:
-        everyone = slice(0, len(self.of_truth))
+        everyone = slice(0, len(self.p_true))
         if all_exact:
             return self._losses(everyone, np.float64)
         found = self._losses(everyone, np.float32)
@@ -188,12 +188,12 @@ class LogLoss:
         return found
 
     def _losses(self, chosen: Any, kind: type[np.floating[Any]]) -> Floats:
-        of_truth = self.of_truth[chosen]
+        p_true = self.p_true[chosen]
         total = self.total.astype(kind)
-        sums = np.empty(len(of_truth))
+        sums = np.empty(len(p_true))
         step = max(1, BLOCK // self.columns)
-        for first in range(0, len(of_truth), step):
-            values = np.add(of_truth[first : first + step], total, dtype=kind)
+        for first in range(0, len(p_true), step):
+            values = np.add(p_true[first : first + step], total, dtype=kind)
             if self.clips:
                 np.maximum(values, (self.size + 1) * SMALLEST_PROBABILITY, out=values)
             parts = values.reshape(len(values), self.FACTORS, -1)
@@ -206,10 +206,10 @@ class LogLoss:
         return np.log(self.size + 1) * self.columns / self.rows - sums / self.rows
 
 
-class Brier:
+class BrierScorer:
     """Quadratic in the mixture, so that scalar products of members are all it needs; one pass for each new one."""
 
-    def __init__(self, members: Members, labels: NDArray[np.intp]) -> None:
+    def __init__(self, members: MemberBlocks, labels: NDArray[np.intp]) -> None:
         count, self.rows, classes = members.shape
         self.members = members
         self.place = np.arange(self.rows) * classes + labels
@@ -255,7 +255,7 @@ class Brier:
         return self._loss(squares, self.truth + self.truths, self.size + 1)
 
 
-class Votes:
+class VoteScorer:
     """Accuracy and macro F1: only rows whose predicted class depends on the candidate are looked at, exactly.
 
     With `lowest` and `highest` over all members, a class of a row can win only if total + highest reaches the largest
@@ -267,7 +267,7 @@ class Votes:
 
     SLACK = 1e-9  # of the pool's size: more than what sums in float64 are rounded by
 
-    def __init__(self, members: Members, labels: NDArray[np.intp], *, of_counts: Callable[..., Floats]) -> None:
+    def __init__(self, members: MemberBlocks, labels: NDArray[np.intp], *, of_counts: Callable[..., Floats]) -> None:
         self.members, self.labels, self.of_counts = members, labels, of_counts
         count, self.rows, self.classes = members.shape
         highest = members.one(0).copy()
@@ -314,8 +314,8 @@ class Votes:
 
     def losses(self, *, all_exact: bool = False) -> Floats:
         hits, predicted = (np.tile(table, (self.members.shape[0], 1)) for table in (self.hits, self.predicted))
-        for first in range(0, len(self.play), ROWS):
-            self._count(slice(first, first + ROWS), hits, predicted)
+        for first in range(0, len(self.play), VOTE_ROWS):
+            self._count(slice(first, first + VOTE_ROWS), hits, predicted)
         return self.of_counts(hits, predicted, self.support)
 
     def _count(self, part: slice, hits: NDArray[np.intp], predicted: NDArray[np.intp]) -> None:
@@ -365,9 +365,9 @@ def f1_loss(hits: NDArray[np.intp], predicted: NDArray[np.intp], support: NDArra
     return found
 
 
-SCORERS: dict[str, Callable[[Members, NDArray[np.intp]], Scorer]] = {
-    "log_loss": LogLoss,
-    "brier": Brier,
-    "accuracy": partial(Votes, of_counts=accuracy_loss),
-    "f1_macro": partial(Votes, of_counts=f1_loss),
+SCORERS: dict[str, Callable[[MemberBlocks, NDArray[np.intp]], Scorer]] = {
+    "log_loss": LogLossScorer,
+    "brier": BrierScorer,
+    "accuracy": partial(VoteScorer, of_counts=accuracy_loss),
+    "f1_macro": partial(VoteScorer, of_counts=f1_loss),
 }

@@ -35,19 +35,19 @@ class SharedSpace:
 
 
 def shared_space(
-    views: Sequence[NDArray], rank: int, *, shrinkage: float | None = None, least: float = 0.0
+    views: Sequence[NDArray], rank: int, *, shrinkage: float | None = None, min_shrinkage: float = 0.0
 ) -> SharedSpace:
     """At most `rank` variates of M >= 2 views (N, D_m); `shrinkage` takes the place of Ledoit and Wolf's intensity.
 
-    Their intensity is raised to `least` where it is below. Fewer variates where the views have fewer directions in all;
-    one, which is 0 everywhere, where no view varies.
+    Their intensity is at least `min_shrinkage`. Fewer variates where the views have fewer directions in all; one, which
+    is 0 everywhere, where no view varies.
     """
     rows = len(views[0])
     centres, whiteners, whitened, intensities = [], [], [], []
     for view in views:
         centre = view.mean(axis=0, dtype=np.float64)
         values = np.asarray(view, dtype=np.float64) - centre
-        intensity = max(least, _ledoit_wolf(values)) if shrinkage is None else shrinkage
+        intensity = max(min_shrinkage, _ledoit_wolf(values)) if shrinkage is None else shrinkage
         whitener = _whitener(values, intensity)
         centres.append(centre)
         whiteners.append(whitener)

@@ -12,8 +12,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-SMALLEST_PROBABILITY = 1e-12
-ROWS = 2**16  # at a time; sums of so many are exact in float32
+from utils.numeric.metrics import SMALLEST_PROBABILITY
+
+BLOCK_ROWS = 2**16  # at a time; sums of so many are exact in float32
 Floats = NDArray[np.float64]
 
 
@@ -30,7 +31,7 @@ class Diversity:
     error_correlation: Floats
     """Pearson's correlation of the two, each being 1 on rows that it gets wrong and 0 on others."""
 
-    def among(self, members: Sequence[int]) -> dict[str, float] | None:
+    def mean_among(self, members: Sequence[int]) -> dict[str, float] | None:
         """{measure: its mean over the pairs of these members}; None for fewer than two."""
         first, second = np.triu_indices(len(members), k=1)
         if not len(first):
@@ -40,7 +41,7 @@ class Diversity:
         return {field.name: float(getattr(self, field.name)[pairs].mean()) for field in fields(self)}
 
 
-def pairwise(hits: NDArray[np.bool_]) -> Diversity:
+def pairwise_diversity(hits: NDArray[np.bool_]) -> Diversity:
     """Diversity of members that get rows right as `hits` (M, N) says.
 
     Where Q or the correlation has nothing to divide by, as for a member that is right on all rows, it is 1 for members
@@ -48,8 +49,8 @@ def pairwise(hits: NDArray[np.bool_]) -> Diversity:
     """
     members, rows = hits.shape
     both = np.zeros((members, members))
-    for start in range(0, rows, ROWS):
-        block = hits[:, start : start + ROWS].astype(np.float32)
+    for start in range(0, rows, BLOCK_ROWS):
+        block = hits[:, start : start + BLOCK_ROWS].astype(np.float32)
         both += block @ block.T
     right = np.diag(both)
     only_first = right[:, None] - both

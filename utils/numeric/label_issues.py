@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from utils.numeric.metrics import ROUNDING, checked
+from utils.numeric.metrics import ROUNDING, check_probabilities
 
 COLUMNS = ("rank", "split", "sample_id", "image", "label", "suggested", "p_label", "p_suggested", "margin")
 
 
 @dataclass(frozen=True)
-class Issues:
+class LabelIssues:
     """What confident learning finds among N rows of C classes."""
 
     rows: NDArray[np.int64]
@@ -35,12 +35,12 @@ class Issues:
     """(C, C), the confident joint: rows labelled i that count for class j"""
 
 
-def find(probabilities: ArrayLike, labels: ArrayLike) -> Issues:
+def find_label_issues(probabilities: ArrayLike, labels: ArrayLike) -> LabelIssues:
     """Look for wrong labels (N,) by probabilities (N, C) of networks that have not seen them.
 
     Rows that reach no class's threshold count for none. UserError for what cannot be scored.
     """
-    scores, truth = checked(probabilities, labels)
+    scores, truth = check_probabilities(probabilities, labels)
     everywhere, classes = np.arange(len(truth)), scores.shape[1]
     support = np.bincount(truth, minlength=classes)
     sums = np.bincount(truth, weights=scores[everywhere, truth], minlength=classes)
@@ -53,11 +53,11 @@ def find(probabilities: ArrayLike, labels: ArrayLike) -> Issues:
     margins = scores[rows, truth[rows]] - scores[rows, counted[rows]]
     order = np.argsort(margins, kind="stable")
     rows = rows[order]
-    return Issues(rows, counted[rows], margins[order], thresholds, counts)
+    return LabelIssues(rows, counted[rows], margins[order], thresholds, counts)
 
 
-def table(
-    issues: Issues,
+def issues_csv(
+    issues: LabelIssues,
     probabilities: NDArray[np.floating],
     labels: NDArray[np.int64],
     splits: Sequence[str],

@@ -40,7 +40,7 @@ def softmax(logits: ArrayLike) -> Floats:
     return found
 
 
-def checked(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Floats, Integers]:
+def check_probabilities(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Floats, Integers]:
     """Probabilities (N, C), labels (N,) -> the same in float64 and int64; UserError for whatever cannot be scored."""
     scores, truth = np.asarray(probabilities), np.asarray(labels)
     if scores.ndim != 2 or 0 in scores.shape or scores.dtype.kind not in "fiu":
@@ -92,7 +92,7 @@ def _by_class(table: Integers) -> dict[str, NDArray[Any]]:
 
 def confusion_matrix(probabilities: ArrayLike, labels: ArrayLike) -> Integers:
     """Counts (C, C): rows are the true classes, columns the predicted ones."""
-    return _confusion(*checked(probabilities, labels))
+    return _confusion(*check_probabilities(probabilities, labels))
 
 
 def per_class(probabilities: ArrayLike, labels: ArrayLike) -> dict[str, NDArray[Any]]:
@@ -102,7 +102,7 @@ def per_class(probabilities: ArrayLike, labels: ArrayLike) -> dict[str, NDArray[
 
 def accuracy(probabilities: ArrayLike, labels: ArrayLike) -> float:
     """Share of rows whose predicted class is the true one."""
-    scores, truth = checked(probabilities, labels)
+    scores, truth = check_probabilities(probabilities, labels)
     return float((scores.argmax(axis=1) == truth).mean())
 
 
@@ -132,7 +132,7 @@ def log_loss_per_row(probabilities: ArrayLike, labels: ArrayLike) -> Floats:
 
     scikit-learn clips at the machine epsilon of the input's type (36.0 at most in float64) and is equal above 1e-12.
     """
-    return _log_losses(*checked(probabilities, labels))
+    return _log_losses(*check_probabilities(probabilities, labels))
 
 
 def log_loss(probabilities: ArrayLike, labels: ArrayLike) -> float:
@@ -141,8 +141,8 @@ def log_loss(probabilities: ArrayLike, labels: ArrayLike) -> float:
 
 
 def _log_losses(scores: Floats, truth: Integers) -> Floats:
-    of_truth = scores[np.arange(len(truth)), truth]
-    found: Floats = np.abs(np.log(of_truth.clip(SMALLEST_PROBABILITY, 1.0)))  # no logarithm here is above 0
+    p_true = scores[np.arange(len(truth)), truth]
+    found: Floats = np.abs(np.log(p_true.clip(SMALLEST_PROBABILITY, 1.0)))  # no logarithm here is above 0
     return found
 
 
@@ -151,7 +151,7 @@ def brier(probabilities: ArrayLike, labels: ArrayLike) -> float:
 
     Brier (1950), the original form; for two classes it is twice the score of one class that scikit-learn prints.
     """
-    return _brier(*checked(probabilities, labels))
+    return _brier(*check_probabilities(probabilities, labels))
 
 
 def _brier(scores: Floats, truth: Integers) -> float:
@@ -159,8 +159,8 @@ def _brier(scores: Floats, truth: Integers) -> float:
 
 
 def _brier_per_row(scores: Floats, truth: Integers) -> Floats:
-    of_truth = scores[np.arange(len(truth)), truth]
-    found: Floats = (scores**2).sum(axis=1) - of_truth**2 + (1 - of_truth) ** 2
+    p_true = scores[np.arange(len(truth)), truth]
+    found: Floats = (scores**2).sum(axis=1) - p_true**2 + (1 - p_true) ** 2
     return found
 
 
@@ -192,7 +192,7 @@ def reliability(probabilities: ArrayLike, labels: ArrayLike) -> dict[str, list[A
 
     Of an empty bin the confidence is its middle and the accuracy None.
     """
-    counts, hits, sums = _calibration(*checked(probabilities, labels))
+    counts, hits, sums = _calibration(*check_probabilities(probabilities, labels))
     middles = (np.arange(BINS) + 0.5) / BINS
     whole = np.maximum(counts, 1)
     return {
@@ -204,7 +204,7 @@ def reliability(probabilities: ArrayLike, labels: ArrayLike) -> dict[str, list[A
 
 def ece(probabilities: ArrayLike, labels: ArrayLike) -> float:
     """Expected calibration error of the top class over 15 equal-width bins (Guo et al. 2017)."""
-    shares, gaps = _calibration_gaps(*checked(probabilities, labels))
+    shares, gaps = _calibration_gaps(*check_probabilities(probabilities, labels))
     return float(shares @ gaps)
 
 
@@ -214,18 +214,18 @@ def ece_adaptive(probabilities: ArrayLike, labels: ArrayLike) -> float:
     Rows in order of confidence; a row on the bound of two bins belongs to each in part, and so do rows of one
     confidence, so that neither the order of rows nor their number decides.
     """
-    return _ece_adaptive(*checked(probabilities, labels))
+    return _ece_adaptive(*check_probabilities(probabilities, labels))
 
 
 def _ece_adaptive(scores: Floats, truth: Integers) -> float:
-    order, ends, gaps = by_confidence(scores, truth)
+    order, ends, gaps = order_by_confidence(scores, truth)
     rows = np.append(0, ends + 1)
     sums = np.append(0, np.cumsum(gaps[order])[ends])
     at_bounds = np.interp(np.linspace(0, len(truth), BINS + 1), rows, sums)
     return float(np.abs(np.diff(at_bounds)).sum() / len(truth))
 
 
-def by_confidence(scores: Floats, truth: Integers) -> tuple[Integers, Integers, Floats]:
+def order_by_confidence(scores: Floats, truth: Integers) -> tuple[Integers, Integers, Floats]:
     """Rows in order of confidence (N,), places in it where a confidence ends, and hit minus confidence by row (N,)."""
     confidence = scores.max(axis=1)
     order = np.argsort(confidence, kind="stable")
@@ -235,7 +235,7 @@ def by_confidence(scores: Floats, truth: Integers) -> tuple[Integers, Integers, 
 
 def mce(probabilities: ArrayLike, labels: ArrayLike) -> float:
     """The largest gap of any of the 15 bins that holds a row (Guo et al. 2017)."""
-    return float(_calibration_gaps(*checked(probabilities, labels))[1].max())
+    return float(_calibration_gaps(*check_probabilities(probabilities, labels))[1].max())
 
 
 def roc_auc_ovr_macro(
@@ -245,7 +245,7 @@ def roc_auc_ovr_macro(
 
     None and the reason, which names `classes` (C,) or their numbers, where a class has no rows or no others.
     """
-    scores, truth = checked(probabilities, labels)
+    scores, truth = check_probabilities(probabilities, labels)
     return _roc_auc(scores, truth, list(map(str, range(scores.shape[1]) if classes is None else classes)))
 
 
@@ -270,7 +270,7 @@ def point_metrics(probabilities: ArrayLike, labels: ArrayLike, classes: Sequence
 
     Probabilities (N, C), labels (N,), classes (C,) in column order; UserError for what cannot be scored.
     """
-    scores, truth = checked(probabilities, labels)
+    scores, truth = check_probabilities(probabilities, labels)
     names = list(map(str, classes))
     if len(names) != scores.shape[1] or len(set(names)) != len(names):
         raise UserError(
@@ -316,12 +316,12 @@ def row_losses(probabilities: NDArray[Any], labels: NDArray[Any], metric: str) -
     hits = winners == labels
     if metric == "accuracy":
         return 1.0 - hits
-    of_truth = probabilities[np.arange(rows), labels].astype(np.float64)
+    p_true = probabilities[np.arange(rows), labels].astype(np.float64)
     if metric == "log_loss":
-        found: Floats = -np.log(np.maximum(of_truth, SMALLEST_PROBABILITY))
+        found: Floats = -np.log(np.maximum(p_true, SMALLEST_PROBABILITY))
         return found
     if metric == "brier":
-        found = (probabilities.astype(np.float64) ** 2).sum(axis=1) - 2 * of_truth + 1
+        found = (probabilities.astype(np.float64) ** 2).sum(axis=1) - 2 * p_true + 1
         return found
     counts = np.bincount(winners, minlength=classes) + np.bincount(labels, minlength=classes)
     per_row = 1 / np.maximum(counts, 1)
@@ -331,7 +331,7 @@ def row_losses(probabilities: NDArray[Any], labels: NDArray[Any], metric: str) -
     return found
 
 
-def within_one_error(losses: Floats, lowest: Floats) -> bool:
+def within_one_standard_error(losses: Floats, lowest: Floats) -> bool:
     """Whether losses (N,) are on average within one standard error of the lowest's (N,), the error of paired rows."""
     apart = losses - lowest
     error = apart.std(ddof=1) / np.sqrt(len(apart)) if len(apart) > 1 else 0.0

@@ -1,8 +1,8 @@
-"""Nested cross-validation with every fit made once: which setting of a learner to use, and what that choice is worth.
+"""Nested cross-validation that makes every fit once: selects a learner's setting and measures what the selection gives.
 
-A copy for held-out fold k chooses its setting by leaving out a second fold j of the others. What is fitted without k
-and j serves the copy of k and the copy of j alike, and what is fitted without k answers k and helps to choose the
-setting of the final fit: K (K + 1) / 2 fits in place of K * K + K.
+The copy for held-out fold k selects its setting by leaving out a second fold j of the others. A fit without k and j
+serves the copies of k and of j alike; a fit without k predicts k and helps to select the setting of the final fit. So
+K (K + 1) / 2 fits replace K * K + K.
 """
 
 from __future__ import annotations
@@ -18,110 +18,113 @@ from utils.core import engines
 from utils.numeric.metrics import log_loss_per_row
 
 
-class Learner(Protocol):
-    """Something that is fitted on members' logits under one of G settings."""
+class GridLearner(Protocol):
+    """A learner with a grid of G settings, fitted on members' logits."""
 
-    threads: bool
-    """Whether fits may run side by side in threads and still give the same bytes; in processes they always do."""
+    thread_safe: bool
+    """Whether fits in concurrent threads give the same bytes as one after the other; in processes they always do."""
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
-        """The G settings, ready for JSON; of equally good ones the first is taken."""
+        """Return the G settings as JSON values; the first of equally good settings is selected."""
 
     def predictions(self, logits: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-        """Fit on logits (M, N, C) under every setting; probabilities float32 (G, H, C) of held-out logits (M, H, C)."""
+        """Fit every setting on logits (M, N, C) and labels (N,).
+
+        Returns probabilities float32 (G, H, C) for the held-out logits (M, H, C).
+        """
 
 
 @dataclass(frozen=True)
-class Nested:
-    """The outcome; rows in the order in which they were given."""
+class NestedResult:
+    """Result of `cross_validate`; rows keep the order of the input."""
 
     setting: int
-    """The setting of the final fit, chosen on all rows."""
-    losses: np.ndarray
-    """float64 (G,): cross-validated log-loss of each setting in nats; NaN where there is one fold only"""
-    answers: np.ndarray
-    """float32 (N, C): of copies without the row's fold, under the final setting"""
-    unseen: np.ndarray
-    """float32 (N, C): of copies without the row's fold, under the setting that each chose without it"""
-    inner: dict[int, tuple[np.ndarray, np.ndarray]]
-    """{fold: (places of the rows of the other folds, their probabilities)} without a label of this fold or their own"""
+    """Index of the setting of the final fit, selected on all rows."""
+    setting_losses: np.ndarray
+    """float64 (G,): cross-validated log-loss of each setting in nats; NaN where there is only one fold"""
+    crossfit: np.ndarray
+    """float32 (N, C): probabilities of the copies fitted without the row's fold, all under the final setting"""
+    nested_crossfit: np.ndarray
+    """float32 (N, C): probabilities of the same copies, each under the setting that it selected without the fold"""
+    inner_crossfit: dict[int, tuple[np.ndarray, np.ndarray]]
+    """{fold: (indices of the rows of the other folds, their probabilities)}, fitted without this fold and their own"""
 
 
 def cross_validate(
-    learner: Learner, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray, *, jobs: int = 1
-) -> Nested:
-    """Nested cross-validation over `folds` (N,) of logits (M, N, C), labels (N,); `jobs` fits run side by side.
+    learner: GridLearner, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray, *, n_jobs: int = 1
+) -> NestedResult:
+    """Run nested cross-validation over `folds` (N,) of logits (M, N, C) and labels (N,), `n_jobs` fits at a time.
 
-    With two folds a copy has nothing left to choose by and takes the first setting; with one fold so does the final
-    fit.
+    With two folds a copy has no inner fold to select by and takes the first setting; with one fold the final fit does.
     """
-    names = np.unique(folds).tolist()
-    count, classes = len(learner.settings()), logits.shape[2]
-    pairs = list(combinations(names, 2)) if len(names) > 2 else []
-    without = [(name,) for name in names] + pairs if len(names) > 1 else []
-    found = dict(zip(without, _all_fits(learner, logits, labels, folds, without, jobs), strict=True))
+    fold_names = np.unique(folds).tolist()
+    n_settings, n_classes = len(learner.settings()), logits.shape[2]
+    pairs = list(combinations(fold_names, 2)) if len(fold_names) > 2 else []
+    held_out_sets = [(name,) for name in fold_names] + pairs if len(fold_names) > 1 else []
+    all_fits = _all_fits(learner, logits, labels, folds, held_out_sets, n_jobs)
+    fits = dict(zip(held_out_sets, all_fits, strict=True))
 
-    def answers_to(fold: int, other: int | None = None) -> np.ndarray:
-        """(G, n, C) for the rows of `fold`, fitted without it and without `other`."""
+    def fold_predictions(fold: int, other: int | None = None) -> np.ndarray:
+        """Probabilities (G, n, C) for the rows of `fold`, fitted without it and without `other`."""
         held_out = (fold,) if other is None else tuple(sorted((fold, other)))
         rows = folds[np.isin(folds, held_out)]
-        return found[held_out][:, rows == fold]
+        return fits[held_out][:, rows == fold]
 
-    shape = (len(labels), classes)
-    if not found:
+    shape = (len(labels), n_classes)
+    if not fits:
         empty = np.full(shape, np.nan, dtype=np.float32)
-        return Nested(0, np.full(count, np.nan), empty, empty, {})
-    outer = np.empty((count, *shape), dtype=np.float32)
-    for name in names:
-        outer[:, folds == name] = answers_to(name)
-    losses = _losses(outer, labels)
-    setting = int(losses.argmin())
-    unseen, inner = np.empty(shape, dtype=np.float32), {}
-    for name in names:
-        chosen = 0
-        others = [other for other in names if other != name] if pairs else []
+        return NestedResult(0, np.full(n_settings, np.nan), empty, empty, {})
+    outer = np.empty((n_settings, *shape), dtype=np.float32)
+    for name in fold_names:
+        outer[:, folds == name] = fold_predictions(name)
+    setting_losses = _losses(outer, labels)
+    setting = int(setting_losses.argmin())
+    nested_crossfit, inner_crossfit = np.empty(shape, dtype=np.float32), {}
+    for name in fold_names:
+        selected = 0
+        others = [other for other in fold_names if other != name] if pairs else []
         if others:
-            places = np.flatnonzero(folds != name)
-            without_name = np.empty((count, len(places), classes), dtype=np.float32)
+            rows = np.flatnonzero(folds != name)
+            inner = np.empty((n_settings, len(rows), n_classes), dtype=np.float32)
             for other in others:
-                without_name[:, folds[places] == other] = answers_to(other, name)
-            chosen = int(_losses(without_name, labels[places]).argmin())
-            inner[name] = (places, without_name[chosen])
-        unseen[folds == name] = answers_to(name)[chosen]
-    return Nested(setting, losses, outer[setting], unseen, inner)
+                inner[:, folds[rows] == other] = fold_predictions(other, name)
+            selected = int(_losses(inner, labels[rows]).argmin())
+            inner_crossfit[name] = (rows, inner[selected])
+        nested_crossfit[folds == name] = fold_predictions(name)[selected]
+    return NestedResult(setting, setting_losses, outer[setting], nested_crossfit, inner_crossfit)
 
 
-def spread_stops(epochs: int, count: int) -> list[int]:
-    """`count` epochs, fewer where there are not as many, evenly spread up to the last."""
-    return sorted({max(1, round(epochs * (place + 1) / count)) for place in range(count)})
+def evenly_spaced_epochs(epochs: int, count: int) -> list[int]:
+    """Return `count` epochs evenly spaced up to the last one; fewer if `epochs` is smaller than `count`."""
+    return sorted({max(1, round(epochs * (index + 1) / count)) for index in range(count)})
 
 
 def _all_fits(
-    learner: Learner,
+    learner: GridLearner,
     logits: np.ndarray,
     labels: np.ndarray,
     folds: np.ndarray,
-    without: Sequence[tuple[int, ...]],
-    jobs: int,
+    held_out_sets: Sequence[tuple[int, ...]],
+    n_jobs: int,
 ) -> list[np.ndarray]:
     # One thread per fit: the same sums in the same order, whatever the number of cores.
     fits = engines.current().each(
         _fit,
-        without,
+        held_out_sets,
         shared=(learner, logits, labels, folds),
         what=f"fits of {type(learner).__name__.removesuffix('Learner').lower()}",
-        **{"side_by_side" if learner.threads else "apart": jobs},
+        **{"side_by_side" if learner.thread_safe else "apart": n_jobs},
         threads=1,
     )
     return list(fits)
 
 
 def _fit(
-    learner: Learner, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray, held_out: tuple[int, ...]
+    learner: GridLearner, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray, held_out: tuple[int, ...]
 ) -> np.ndarray:
-    """(G, H, C) for the rows of the folds that are held out, fitted on the others."""
-    out = np.isin(folds, held_out)
-    return learner.predictions(logits[:, ~out], labels[~out], logits[:, out])
+    """Return probabilities (G, H, C) for the rows of the held-out folds, fitted on the other rows."""
+    is_held_out = np.isin(folds, held_out)
+    return learner.predictions(logits[:, ~is_held_out], labels[~is_held_out], logits[:, is_held_out])
 
 
 def _losses(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -15,11 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-SMALLEST_PROBABILITY = 1e-12
-SCALES = (0.05, 20.0)
+from utils.numeric.metrics import SMALLEST_PROBABILITY
+
+SUM_BOUNDS = (0.05, 20.0)
 """Bounds of the sum of log-linear weights: those of a temperature, so that separable rows have an optimum too."""
 TOLERANCE = 1e-9
-STEPS = 200
+MAX_STEPS = 200
 BLOCK = 4096  # numbers per member that are worked on at a time, so that they stay in the cache
 ROUNDING = 1e-13  # of a value: smaller differences are noise, as is 1e-15 of any loss
 RIDGE = 1e-11  # of the curvature: flat directions are not walked in
@@ -40,11 +41,11 @@ class Solution:
     """Newton steps taken."""
 
 
-class Loss(Protocol):
+class ConvexLoss(Protocol):
     """A convex function of the weights (M,) of M members."""
 
     members: int
-    twins: NDArray[np.int64]
+    duplicate_of: NDArray[np.int64]
     """(M,): the first member whose outputs are the same; such members get the same weight."""
 
     def value(self, weights: Floats) -> float:
@@ -57,19 +58,19 @@ class Loss(Protocol):
 class LinearLogLoss:
     """Log-loss of a mixture, by each member's probability of the true class, (M, N)."""
 
-    def __init__(self, of_truth: NDArray[Any]) -> None:
-        self.of_truth = np.maximum(np.asarray(of_truth, dtype=np.float64), SMALLEST_PROBABILITY)
-        self.members = len(self.of_truth)
-        self.twins = twins([self.of_truth])
+    def __init__(self, p_true: NDArray[Any]) -> None:
+        self.p_true = np.maximum(np.asarray(p_true, dtype=np.float64), SMALLEST_PROBABILITY)
+        self.members = len(self.p_true)
+        self.duplicate_of = first_duplicates([self.p_true])
 
     def value(self, weights: Floats) -> float:
         """Mean of -log of the mixture, in nats."""
-        return float(-np.log(weights @ self.of_truth).mean())
+        return float(-np.log(weights @ self.p_true).mean())
 
     def derivatives(self, weights: Floats) -> tuple[float, Floats, Floats]:
         """As `Loss` says."""
-        mixture = weights @ self.of_truth
-        shares = self.of_truth / mixture
+        mixture = weights @ self.p_true
+        shares = self.p_true / mixture
         return float(-np.log(mixture).mean()), -shares.mean(axis=1), shares @ shares.T / mixture.size
 
 
@@ -86,7 +87,7 @@ class LinearBrier:
             residuals[:, np.arange(len(truth)), truth] -= 1
             flat = residuals.reshape(self.members, -1)
             self.products += flat @ flat.T / rows
-        self.twins = twins([probabilities])
+        self.duplicate_of = first_duplicates([probabilities])
 
     def value(self, weights: Floats) -> float:
         """Mean over rows of the squared distance to the one-hot truth, where the weights sum to 1."""
@@ -112,7 +113,7 @@ class LogLinearLogLoss:
             _margins(scores[:, start : start + length], labels[start : start + length])
             for start in range(0, self.rows, length)
         ]
-        self.twins = twins(self.blocks)
+        self.duplicate_of = first_duplicates(self.blocks)
 
     def value(self, weights: Floats) -> float:
         """Mean of -log of the pool's probability of the true class, in nats."""
@@ -144,9 +145,9 @@ class _CommonWeight:
     """A loss as a function of the one sum that all members share equally."""
 
     members = 1
-    twins = np.zeros(1, dtype=np.int64)
+    duplicate_of = np.zeros(1, dtype=np.int64)
 
-    def __init__(self, loss: Loss) -> None:
+    def __init__(self, loss: ConvexLoss) -> None:
         self.loss = loss
 
     def value(self, weights: Floats) -> float:
@@ -158,18 +159,18 @@ class _CommonWeight:
         return value, gradient.mean(keepdims=True), hessian.mean(keepdims=True)
 
 
-def linear(
-    of_truth: NDArray[Any], *, strength: float = 0.0, start: Floats | None = None, tolerance: float = TOLERANCE
+def fit_linear(
+    p_true: NDArray[Any], *, strength: float = 0.0, start: Floats | None = None, tolerance: float = TOLERANCE
 ) -> Solution:
     """Weights of the mixture of least log-loss.
 
-    `of_truth` (M, N) is each member's probability of the true class, clipped at 1e-12; `strength` and the rest as
+    `p_true` (M, N) is each member's probability of the true class, clipped at 1e-12; `strength` and the rest as
     `minimise` says.
     """
-    return minimise(LinearLogLoss(of_truth), strength=strength, start=start, tolerance=tolerance)
+    return minimise(LinearLogLoss(p_true), strength=strength, start=start, tolerance=tolerance)
 
 
-def linear_brier(
+def fit_linear_brier(
     probabilities: NDArray[Any],
     labels: NDArray[Any],
     *,
@@ -181,13 +182,13 @@ def linear_brier(
     return minimise(LinearBrier(probabilities, labels), strength=strength, start=start, tolerance=tolerance)
 
 
-def log_linear(
+def fit_log_linear(
     scores: NDArray[Any],
     labels: NDArray[Any],
     *,
     strength: float = 0.0,
     start: Floats | None = None,
-    sums: tuple[float, float] = SCALES,
+    sums: tuple[float, float] = SUM_BOUNDS,
     tolerance: float = TOLERANCE,
 ) -> Solution:
     """Weights of the log-linear pool of least log-loss.
@@ -200,7 +201,7 @@ def log_linear(
 
 
 def minimise(
-    loss: Loss,
+    loss: ConvexLoss,
     *,
     strength: float = 0.0,
     start: Floats | None = None,
@@ -216,14 +217,14 @@ def minimise(
     if np.isinf(strength):
         common = minimise(_CommonWeight(loss), sums=sums, tolerance=tolerance)
         return Solution(np.full(loss.members, common.weights[0] / loss.members), common.value, common.gap, common.steps)
-    weights = _feasible(shared(np.ones(loss.members) if start is None else start, loss.twins), sums)
+    weights = _feasible(average_duplicates(np.ones(loss.members) if start is None else start, loss.duplicate_of), sums)
     step = last = 0
     while True:
         value, gradient, hessian = _penalised(loss, weights, strength)
         gap = duality_gap(weights, gradient, sums)
-        if gap <= tolerance or step == STEPS or last == 2:
+        if gap <= tolerance or step == MAX_STEPS or last == 2:
             break
-        direction = shared(_quadratic_step(hessian, gradient, weights, sums), loss.twins)
+        direction = average_duplicates(_quadratic_step(hessian, gradient, weights, sums), loss.duplicate_of)
         slope = float(gradient @ direction)
         if -slope <= ROUNDING * (abs(value) + 0.01):  # values no longer tell better from worse: trust the slope
             last += 1
@@ -250,7 +251,7 @@ def _margins(scores: NDArray[Any], labels: NDArray[Any]) -> Floats:
     return np.ascontiguousarray(differences.transpose(0, 2, 1))
 
 
-def twins(blocks: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
+def first_duplicates(blocks: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
     """For each member the first with equal numbers, (M,), in blocks (M, ...); few numbers tell most apart."""
     found = np.arange(len(blocks[0]))
     heads = blocks[0].reshape(len(found), -1)[:, :16]
@@ -262,10 +263,10 @@ def twins(blocks: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
     return found
 
 
-def shared(values: NDArray[Any], twins: NDArray[np.int64]) -> Floats:
+def average_duplicates(values: NDArray[Any], duplicate_of: NDArray[np.int64]) -> Floats:
     """Values (M,) with those of equal members replaced by their mean."""
-    counts = np.bincount(twins, minlength=len(twins))[twins]
-    means: Floats = np.bincount(twins, weights=values, minlength=len(twins))[twins] / counts
+    counts = np.bincount(duplicate_of, minlength=len(duplicate_of))[duplicate_of]
+    means: Floats = np.bincount(duplicate_of, weights=values, minlength=len(duplicate_of))[duplicate_of] / counts
     return means
 
 
@@ -277,7 +278,7 @@ def _feasible(weights: Floats, sums: tuple[float, float]) -> Floats:
     return positive * (min(max(total, sums[0]), sums[1]) / total)
 
 
-def _penalised(loss: Loss, weights: Floats, strength: float) -> tuple[float, Floats, Floats]:
+def _penalised(loss: ConvexLoss, weights: Floats, strength: float) -> tuple[float, Floats, Floats]:
     value, gradient, hessian = loss.derivatives(weights)
     apart = weights - weights.mean()
     curvature = 2 * strength * (np.eye(loss.members) - 1 / loss.members)
@@ -285,7 +286,7 @@ def _penalised(loss: Loss, weights: Floats, strength: float) -> tuple[float, Flo
 
 
 def _descend(
-    loss: Loss, weights: Floats, direction: Floats, value: float, slope: float, strength: float
+    loss: ConvexLoss, weights: Floats, direction: Floats, value: float, slope: float, strength: float
 ) -> Floats | None:
     """The first of full, half, quarter... steps with half the fall of a quadratic (Armijo 1966); None where none has.
 

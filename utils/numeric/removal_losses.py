@@ -23,7 +23,7 @@ SLACK = 1e-9  # of the pool's size: more than what sums are rounded by
 Floats = NDArray[np.float64]
 
 
-class Remover(Protocol):
+class RemovalScorer(Protocol):
     """One metric on a pool of M members at first."""
 
     def remove(self, member: int) -> None:
@@ -33,17 +33,17 @@ class Remover(Protocol):
         """Losses (M,) without each member; infinite for those that are out, and where no other would be left."""
 
 
-def remover(
+def make_removal_scorer(
     probabilities: NDArray[np.float32], labels: NDArray[np.int64], inside: NDArray[np.bool_], metric: str
-) -> Remover:
+) -> RemovalScorer:
     """What scores removals by `metric`, from the pool of the members that are `inside` (M,).
 
     Probabilities (M, N, C), labels (N,); log_loss, brier, accuracy or f1_macro.
     """
-    return REMOVERS[metric](probabilities, labels, inside)
+    return REMOVAL_SCORERS[metric](probabilities, labels, inside)
 
 
-class LogLoss:
+class LogLossRemovalScorer:
     """Needs each member's probability of the true class alone."""
 
     def __init__(
@@ -52,13 +52,13 @@ class LogLoss:
         self.inside, self.rows = inside.copy(), len(labels)
         columns = -(-self.rows // FACTORS) * FACTORS
         # Columns beyond the rows hold probability 1, whose logarithm adds nothing.
-        self.of_truth = np.ones((len(probabilities), columns))
-        self.of_truth[:, : self.rows] = probabilities[:, np.arange(self.rows), labels]
-        self.total = self.of_truth[inside].sum(axis=0)
+        self.p_true = np.ones((len(probabilities), columns))
+        self.p_true[:, : self.rows] = probabilities[:, np.arange(self.rows), labels]
+        self.total = self.p_true[inside].sum(axis=0)
 
     def remove(self, member: int) -> None:
         self.inside[member] = False
-        self.total -= self.of_truth[member]
+        self.total -= self.p_true[member]
 
     def losses(self) -> Floats:
         found = np.full(len(self.inside), np.inf)
@@ -67,14 +67,14 @@ class LogLoss:
         step = max(1, BLOCK // len(self.total))
         for start in range(0, len(members) if others else 0, step):
             block = members[start : start + step]
-            values = (self.total - self.of_truth[block]) / others
+            values = (self.total - self.p_true[block]) / others
             values.clip(SMALLEST_PROBABILITY, out=values)
             products = values.reshape(len(block), -1, FACTORS).prod(axis=2)
             found[block] = -np.log(products).sum(axis=1) / self.rows
         return found
 
 
-class Brier:
+class BrierRemovalScorer:
     """The score of a mean is the mean product of its members' residuals, of which there is one table (M, M)."""
 
     def __init__(
@@ -96,7 +96,7 @@ class Brier:
         return found
 
 
-class Votes:
+class VoteRemovalScorer:
     """Accuracy and macro F1: a row whose largest sum leads by more than 1 is decided, whoever is taken out."""
 
     def __init__(
@@ -144,9 +144,9 @@ class Votes:
         return np.bincount(numbers, minlength=members * classes).reshape(members, classes)
 
 
-REMOVERS: dict[str, Callable[..., Remover]] = {
-    "log_loss": LogLoss,
-    "brier": Brier,
-    "accuracy": partial(Votes, of_counts=accuracy_loss),
-    "f1_macro": partial(Votes, of_counts=f1_loss),
+REMOVAL_SCORERS: dict[str, Callable[..., RemovalScorer]] = {
+    "log_loss": LogLossRemovalScorer,
+    "brier": BrierRemovalScorer,
+    "accuracy": partial(VoteRemovalScorer, of_counts=accuracy_loss),
+    "f1_macro": partial(VoteRemovalScorer, of_counts=f1_loss),
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-STRENGTHS = 10.0 ** np.arange(-8, 3)  # of the ridge, relative to the largest eigenvalue
+RIDGE_STRENGTHS = 10.0 ** np.arange(-8, 3)  # of the ridge, relative to the largest eigenvalue
 Floats = NDArray[np.float64]
 
 
@@ -30,7 +30,7 @@ class LinearMap:
         return (np.asarray(values, dtype=np.float64) - self.centre) @ self.matrix + self.offset
 
 
-def ridge(inputs: NDArray, targets: NDArray) -> LinearMap:
+def fit_ridge_map(inputs: NDArray, targets: NDArray) -> LinearMap:
     """The ridge regression of targets (N, K) on inputs (N, D) whose strength has the least leave-one-out error.
 
     In closed form from one decomposition (Allen 1974: what a row adds to its own fit is known).
@@ -42,13 +42,13 @@ def ridge(inputs: NDArray, targets: NDArray) -> LinearMap:
     seen = left.T @ wanted
     squares = values**2
     errors = []
-    for strength in STRENGTHS:
+    for strength in RIDGE_STRENGTHS:
         shares = squares / np.maximum(squares + strength * squares[0], np.finfo(float).tiny)
         own = 1 / rows + np.square(left) @ shares
         residuals = (wanted - left @ (shares[:, None] * seen)) / np.maximum(1 - own, 1e-6)[:, None]
         errors.append(float(np.square(residuals).sum()))
     best = int(np.argmin(errors))
-    strength = float(STRENGTHS[best])
+    strength = float(RIDGE_STRENGTHS[best])
     factors = values / np.maximum(squares + strength * squares[0], np.finfo(float).tiny)
     # Against the mean of the other rows, which is what is known of a row without a map.
     total = float(np.square(wanted).sum()) * (rows / max(1, rows - 1)) ** 2
@@ -56,7 +56,7 @@ def ridge(inputs: NDArray, targets: NDArray) -> LinearMap:
     return LinearMap(centre, right.T @ (factors[:, None] * seen), offset, strength, explained)
 
 
-def agreement(found: NDArray, expected: NDArray) -> float:
+def pearson_correlation(found: NDArray, expected: NDArray) -> float:
     """Correlation of (N, K) with (N, K) over all entries, each column centred; 0 where one of them does not vary."""
     one, other = (values - values.mean(axis=0) for values in (np.asarray(found), np.asarray(expected)))
     size = float(np.sqrt(np.square(one).sum() * np.square(other).sum()))

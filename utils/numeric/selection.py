@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.core.errors import UserError
-from utils.numeric.candidate_losses import TIE, Floats, Scorer, scorer, weighted_sum
+from utils.numeric.candidate_losses import TIE_TOLERANCE, Floats, Scorer, make_scorer, weighted_sum
 
 Members = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Path:
+class SelectionPath:
     """How one bag was chosen."""
 
     members: Members
@@ -38,7 +38,7 @@ class Selection:
 
     counts: Floats
     """(M,): how often each member is in the pool, all bags together; whole numbers unless the start was not."""
-    paths: tuple[Path, ...]
+    paths: tuple[SelectionPath, ...]
     """One per bag; one in all without bags."""
 
     @property
@@ -53,7 +53,7 @@ class Selection:
         return counts.cumsum(axis=0) / (len(taken) * np.arange(1, taken.shape[1] + 1)[:, None])
 
 
-def select(
+def select_members(
     probabilities: NDArray[Any],
     labels: NDArray[Any],
     *,
@@ -77,12 +77,12 @@ def select(
     first path of least loss is taken. Metrics are log_loss, brier, accuracy and f1_macro. Probabilities may be
     memory-mapped: beside (M, N) numbers for log-loss, memory does not grow with M. UserError for what cannot be scored.
     """
-    scorers = [scorer(probabilities, labels, name) for name in (metric, tie_breaker) if name]
+    scorers = [make_scorer(probabilities, labels, name) for name in (metric, tie_breaker) if name]
     count = len(probabilities)
     begun = np.zeros(count) if start is None else np.asarray(start, dtype=np.float64)
     _check_start(begun, count)
     total = weighted_sum(probabilities, begun) if begun.any() else None
-    return select_scored(
+    return select_with_scorers(
         scorers,
         count,
         begun=begun,
@@ -96,7 +96,7 @@ def select(
     )
 
 
-def select_scored(
+def select_with_scorers(
     scorers: list[Scorer],
     count: int,
     *,
@@ -127,7 +127,7 @@ def select_scored(
         path = _walk(pools, allowed, steps, first, None)
         for number in range(1, tries):
             other = _walk(pools, allowed, steps, first, np.random.default_rng([seed, bag, number]))
-            if min(other.losses) < min(path.losses) - TIE:
+            if min(other.losses) < min(path.losses) - TIE_TOLERANCE:
                 path = other
         paths.append(path)
         counts += begun + np.bincount(path.members[: path.kept], minlength=count)
@@ -174,16 +174,16 @@ class _Pools:
 
     def best(self, members: Members, losses: Floats, random: np.random.Generator | None) -> int:
         """The candidate of least loss; of equals that of the tie-breaker, and of those the first, or one drawn."""
-        equal = np.flatnonzero(losses <= losses.min() + TIE)
+        equal = np.flatnonzero(losses <= losses.min() + TIE_TOLERANCE)
         if len(equal) > 1 and len(self.scorers) > 1:
             second = self.at(members, 1).losses(all_exact=True)[equal]
-            equal = equal[second <= second.min() + TIE]
+            equal = equal[second <= second.min() + TIE_TOLERANCE]
         return int(equal[0] if random is None else random.choice(equal))
 
 
 def _walk(
     pools: _Pools, allowed: NDArray[np.bool_], steps: int, first: Members, random: np.random.Generator | None
-) -> Path:
+) -> SelectionPath:
     """What is taken of the allowed members (M,) from the start; the first of them are known."""
     members: Members = ()
     losses: list[float] = []
@@ -197,9 +197,9 @@ def _walk(
             best = pools.best(members, found, random)
             members = (*members, best)
             losses.append(float(found[best]))
-        if losses[-1] < lowest - TIE:
+        if losses[-1] < lowest - TIE_TOLERANCE:
             lowest, kept = losses[-1], len(losses)
-    return Path(members, tuple(losses), kept)
+    return SelectionPath(members, tuple(losses), kept)
 
 
 def _best_together(pools: _Pools, alone: Floats, most: int) -> Members:
@@ -208,9 +208,9 @@ def _best_together(pools: _Pools, alone: Floats, most: int) -> Members:
     members: Members = ()
     kept, lowest = 0, np.inf
     for _ in range(min(most, np.isfinite(alone).sum())):
-        members = (*members, int(np.flatnonzero(left <= left.min() + TIE)[0]))
+        members = (*members, int(np.flatnonzero(left <= left.min() + TIE_TOLERANCE)[0]))
         left[members[-1]] = np.inf
         loss = pools.at(members).loss()
-        if loss < lowest - TIE:
+        if loss < lowest - TIE_TOLERANCE:
             lowest, kept = loss, len(members)
     return members[:kept]

@@ -13,20 +13,28 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from utils.core.errors import UserError
-from utils.numeric.metrics import BINS, by_confidence, checked, confidence_bins, log_loss_per_row, row_losses
+from utils.numeric.metrics import (
+    BINS,
+    check_probabilities,
+    confidence_bins,
+    log_loss_per_row,
+    order_by_confidence,
+    row_losses,
+)
 
 REPLICATES = 2000
-LEVEL = 0.95
+CONFIDENCE_LEVEL = 0.95
+TAILS = ((1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2)
 BLOCK = 8_000_000  # numbers that are held at a time in one array
 CACHED = 100_000  # numbers that stay close to the processor
 ROUNDING = 1e-12  # a mean difference that is none
-REFLECTED = ("ece", "ece_adaptive", "mce")
+REFLECTED_METRICS = ("ece", "ece_adaptive", "mce")
 """Metrics that a resample makes worse, see `interval`."""
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 
-def resamples(
+def bootstrap_counts(
     labels: ArrayLike, groups: ArrayLike | None = None, *, replicates: int = REPLICATES, seed: int = 42
 ) -> Iterator[NDArray[np.float32]]:
     """Blocks (b, N) of counts: how often each of N rows is drawn, one line for each bootstrap sample.
@@ -54,7 +62,7 @@ def resamples(
         yield counts if groups is None else counts[:, unit]
 
 
-def bootstrap(
+def bootstrap_metrics(
     probabilities: Sequence[ArrayLike],
     labels: ArrayLike,
     *,
@@ -71,10 +79,10 @@ def bootstrap(
     Memory is bounded whatever K, N and B. UserError for what cannot be scored.
     """
     truth = np.asarray(labels)
-    tables = [_Table(*checked(scores, truth)) for scores in probabilities]
+    tables = [_Table(*check_probabilities(scores, truth)) for scores in probabilities]
     found: dict[str, Floats] = {}
     first = 0
-    for counts in resamples(truth, groups, replicates=replicates, seed=seed):
+    for counts in bootstrap_counts(truth, groups, replicates=replicates, seed=seed):
         block = slice(first, first + len(counts))
         first = block.stop
         for number, table in enumerate(tables):
@@ -83,10 +91,10 @@ def bootstrap(
     return found
 
 
-def resampled_means(values: Sequence[ArrayLike], labels: ArrayLike) -> Floats:
+def bootstrap_means(values: Sequence[ArrayLike], labels: ArrayLike) -> Floats:
     """Means (K, B) of K values (N,) per row on the bootstrap samples of the rows with labels (N,), drawn together."""
     table = np.stack([np.asarray(each, dtype=np.float64) for each in values], axis=1)
-    return np.concatenate([counts @ table for counts in resamples(labels)]).T / len(table)
+    return np.concatenate([counts @ table for counts in bootstrap_counts(labels)]).T / len(table)
 
 
 class _Table:
@@ -98,7 +106,7 @@ class _Table:
         self.winner = scores.argmax(axis=1)
         confidence = scores.max(axis=1)
         self.bins = confidence_bins(confidence)
-        self.order, self.ends, self.gaps = by_confidence(scores, truth)
+        self.order, self.ends, self.gaps = order_by_confidence(scores, truth)
         self.areas, influence = auc_influence(scores, truth)
         means = (log_loss_per_row(scores, truth), row_losses(scores, truth, "brier"), influence)
         self.means = np.stack(means, axis=1).astype(np.float32)
@@ -208,25 +216,25 @@ def _share_below(values: Floats, others: Floats) -> Floats:
     return found
 
 
-def interval(metric: str, value: float, samples: Floats, units: int) -> list[float]:
+def metric_interval(metric: str, value: float, samples: Floats, units: int) -> list[float]:
     """The 95 % interval [low, high] of a metric with its bootstrap samples (B,) of so many rows or groups.
 
     Percentiles. Where all or no rows are right, samples do not differ: accuracy then has the exact binomial bound
     (Clopper and Pearson 1934). Calibration errors are sums of absolute values, which the noise of a resample only adds
     to: their percentiles are reflected about the value, not below 0, and widened to hold it.
     """
-    low, high = (float(bound) for bound in np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    low, high = (float(bound) for bound in np.quantile(samples, TAILS))
     if metric == "accuracy" and value in (0, 1):
-        reach = 1 - ((1 - LEVEL) / 2) ** (1 / units)
+        reach = 1 - TAILS[0] ** (1 / units)
         return [1 - reach, 1.0] if value else [0.0, reach]
-    if metric not in REFLECTED:
+    if metric not in REFLECTED_METRICS:
         return [low, high]
     return [max(0.0, min(value, 2 * value - high)), max(value, 2 * value - low)]
 
 
 def difference_interval(samples: Floats, others: Floats) -> list[float]:
     """The 95 % interval of samples (B,) less others (B,), drawn together: the paired bootstrap, by percentiles."""
-    return [float(bound) for bound in np.quantile(samples - others, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])]
+    return [float(bound) for bound in np.quantile(samples - others, TAILS)]
 
 
 def ratio_interval(parts: Floats, wholes: Floats) -> list[float | None]:
@@ -234,7 +242,7 @@ def ratio_interval(parts: Floats, wholes: Floats) -> list[float | None]:
 
     Nulls where more than 2.5 % of the wholes are not above 0: any ratio goes with that (Fieller 1954).
     """
-    tail, is_there = (1 - LEVEL) / 2, wholes > ROUNDING
+    tail, is_there = TAILS[0], wholes > ROUNDING
     if (~is_there).mean() > tail:
         return [None, None]
     return [float(bound) for bound in np.quantile(parts[is_there] / wholes[is_there], [tail, 1 - tail])]
@@ -273,12 +281,12 @@ def mean_interval(values: ArrayLike) -> list[float]:
     return [mean - error, mean + error]
 
 
-def summary(
+def metric_intervals(
     metrics: Mapping[str, Any], samples: Mapping[str, Floats], number: int, units: int
 ) -> dict[str, list[float]]:
     """`ci95` {metric: [low, high]} of the one at `number` of what `bootstrap` gave, with its `metrics`."""
     return {
-        name: interval(name, metrics[name], values[number], units)
+        name: metric_interval(name, metrics[name], values[number], units)
         for name, values in samples.items()
         if metrics.get(name) is not None
     }

@@ -1,8 +1,7 @@
-"""One number that divides scores before the soft-max: what makes probabilities neither too sure nor too timid.
+"""Temperature scaling: one number that divides the scores before the softmax (Guo et al. 2017).
 
-Guo et al. (2017); fitted after pooling, as Rahaman and Thiery (2021) advise. The log-loss is convex in 1/T, which is
-the weight of a log-linear pool of one member, and T is bounded as that weight is. Scores are logits or
-log-probabilities.
+It is fitted after pooling, as Rahaman and Thiery (2021) advise. The log-loss is convex in 1/T, which is the weight of a
+log-linear pool of one member, so that T has the bounds of that weight. Scores are logits or log-probabilities.
 """
 
 from __future__ import annotations
@@ -15,50 +14,50 @@ from numpy.typing import NDArray
 
 from utils.numeric import pools
 
-HIGHEST = 1 / pools.SCALES[0]
-LOWEST = 1 / pools.SCALES[1]
+MAX_TEMPERATURE = 1 / pools.SUM_BOUNDS[0]
+MIN_TEMPERATURE = 1 / pools.SUM_BOUNDS[1]
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A temperature, and what it does to rows that it was not fitted on."""
+class TemperatureChoice:
+    """A temperature and its cross-validated log-losses."""
 
     temperature: float
     """Fitted on all rows; 1 where held-out rows do not gain."""
-    of_rows: Floats
+    row_temperatures: Floats
     """(N,): for each row the temperature fitted on the other folds; 1 where held-out rows do not gain."""
-    before: float
+    initial_loss: float
     """Log-loss at temperature 1, in nats."""
-    held_out: float
-    """Log-loss with each row's temperature fitted on the other folds; `before` where there is one fold only."""
+    held_out_loss: float
+    """Log-loss with each row's temperature fitted on the other folds; `initial_loss` where there is only one fold."""
 
 
-def fit(scores: NDArray[Any], labels: NDArray[Any]) -> float:
-    """The temperature of least log-loss for scores (N, C) with labels (N,), within `LOWEST` and `HIGHEST`."""
-    return 1 / float(pools.log_linear(scores[None], labels).weights[0])
+def fit_temperature(scores: NDArray[Any], labels: NDArray[Any]) -> float:
+    """Fit the temperature of least log-loss to scores (N, C) and labels (N,), between the minimum and the maximum."""
+    return 1 / float(pools.fit_log_linear(scores[None], labels).weights[0])
 
 
-def choose(scores: NDArray[Any], labels: NDArray[Any], folds: NDArray[Any]) -> Choice:
-    """A temperature for scores (N, C), kept only where rows of left-out `folds` (N,) gain by it."""
-    numbers = np.unique(folds)
-    before = _log_loss(scores, labels, 1.0)
-    of_rows, held_out = np.ones(len(labels)), 0.0
-    for number in numbers if len(numbers) > 1 else ():
-        inside = folds == number
-        found = fit(scores[~inside], labels[~inside])
-        of_rows[inside] = found
-        held_out += _log_loss(scores[inside], labels[inside], found) * inside.mean()
-    if len(numbers) == 1:
-        return Choice(1.0, of_rows, before, before)
-    if held_out >= before:
-        return Choice(1.0, np.ones(len(labels)), before, held_out)
-    return Choice(fit(scores, labels), of_rows, before, held_out)
+def select_temperature(scores: NDArray[Any], labels: NDArray[Any], folds: NDArray[Any]) -> TemperatureChoice:
+    """Fit a temperature to scores (N, C); it is 1 unless the rows of held-out `folds` (N,) gain by it."""
+    fold_names = np.unique(folds)
+    initial_loss = _log_loss(scores, labels, 1.0)
+    row_temperatures, held_out_loss = np.ones(len(labels)), 0.0
+    for fold in fold_names if len(fold_names) > 1 else ():
+        inside = folds == fold
+        fold_temperature = fit_temperature(scores[~inside], labels[~inside])
+        row_temperatures[inside] = fold_temperature
+        held_out_loss += _log_loss(scores[inside], labels[inside], fold_temperature) * inside.mean()
+    if len(fold_names) == 1:
+        return TemperatureChoice(1.0, row_temperatures, initial_loss, initial_loss)
+    if held_out_loss >= initial_loss:
+        return TemperatureChoice(1.0, np.ones(len(labels)), initial_loss, held_out_loss)
+    return TemperatureChoice(fit_temperature(scores, labels), row_temperatures, initial_loss, held_out_loss)
 
 
-def choose_per_member(logits: NDArray[Any], labels: NDArray[Any], folds: NDArray[Any]) -> Floats:
-    """Temperatures (M,) of members' logits (M, N, C), each chosen by itself as `choose` does."""
-    return np.array([choose(scores, labels, folds).temperature for scores in logits])
+def select_member_temperatures(logits: NDArray[Any], labels: NDArray[Any], folds: NDArray[Any]) -> Floats:
+    """Return temperatures (M,) of members' logits (M, N, C), each selected alone as `select_temperature` does."""
+    return np.array([select_temperature(scores, labels, folds).temperature for scores in logits])
 
 
 def _log_loss(scores: NDArray[Any], labels: NDArray[Any], temperature: float) -> float:

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from utils.core.errors import UserError
-from utils.numeric.metrics import checked
+from utils.numeric.metrics import check_probabilities
 
 ALPHA = 0.1
-WANTED_ERROR = 0.05
-POINTS = 50
+TARGET_RISK = 0.05
+MAX_CURVE_POINTS = 50
 ROUNDING = 1e-9
-FLAT = 1e-4  # a spread of energies that rounding alone makes
+MIN_ENERGY_RANGE = 1e-4  # a spread of energies that rounding alone makes
 Floats = NDArray[np.float64]
 
 
@@ -48,11 +48,11 @@ def aps_scores(probabilities: Floats) -> Floats:
     return found
 
 
-SCORES: dict[str, Callable[[Floats], Floats]] = {"lac": lac_scores, "aps": aps_scores}
+NONCONFORMITY_SCORES: dict[str, Callable[[Floats], Floats]] = {"lac": lac_scores, "aps": aps_scores}
 """Ways to make prediction sets: probabilities (N, C) -> scores (N, C), small where a class fits."""
 
 
-def threshold(scores: ArrayLike, alpha: float = ALPHA) -> float | None:
+def conformal_threshold(scores: ArrayLike, alpha: float = ALPHA) -> float | None:
     """The score that the true class of a new row stays within with probability 1 - alpha, from those of others (n,).
 
     The ceil((n + 1)(1 - alpha))-th smallest (Vovk et al. 2005); None for fewer than 1 / alpha - 1 rows, which no
@@ -65,7 +65,7 @@ def threshold(scores: ArrayLike, alpha: float = ALPHA) -> float | None:
     return None if place > len(values) else float(values[place - 1])
 
 
-def fewest(alpha: float) -> int:
+def min_calibration_rows(alpha: float) -> int:
     """How many calibration rows `threshold` needs at least."""
     return math.ceil(1 / alpha - 1 - ROUNDING)
 
@@ -77,7 +77,7 @@ def prediction_sets(kind: str, probabilities: ArrayLike, limits: float | ArrayLi
     """
     scores = np.asarray(probabilities, dtype=np.float64)
     bounds = np.asarray(limits, dtype=np.float64)
-    found = (SCORES[kind](scores) <= bounds + ROUNDING) | np.isnan(bounds)
+    found = (NONCONFORMITY_SCORES[kind](scores) <= bounds + ROUNDING) | np.isnan(bounds)
     found[np.arange(len(scores)), scores.argmax(axis=1)] = True
     return found
 
@@ -101,7 +101,7 @@ def _place(rows: int, alpha: float) -> int:
     return math.ceil((rows + 1) * (1 - alpha) - ROUNDING)
 
 
-def conformal(
+def conformal_metrics(
     kind: str,
     calibration: tuple[ArrayLike, ArrayLike],
     evaluated: tuple[ArrayLike, ArrayLike],
@@ -113,11 +113,11 @@ def conformal(
     `calibration` and `evaluated` are probabilities (N, C) and labels (N,); `n` counts the calibration rows and
     `coverage_interval` is that of `coverage_interval`. None where there are too few of them.
     """
-    scores, truth = checked(*calibration)
-    limit = threshold(SCORES[kind](scores)[np.arange(len(truth)), truth], alpha)
+    scores, truth = check_probabilities(*calibration)
+    limit = conformal_threshold(NONCONFORMITY_SCORES[kind](scores)[np.arange(len(truth)), truth], alpha)
     if limit is None:
         return None
-    others, labels = checked(*evaluated)
+    others, labels = check_probabilities(*evaluated)
     sets = prediction_sets(kind, others, limit)
     return {
         "alpha": alpha,
@@ -129,7 +129,7 @@ def conformal(
     }
 
 
-def conformal_by_class(
+def class_conditional_metrics(
     kind: str,
     calibration: tuple[ArrayLike, ArrayLike],
     evaluated: tuple[ArrayLike, ArrayLike],
@@ -142,24 +142,24 @@ def conformal_by_class(
     `{alpha, mean_size, coverage, classes: {class: {threshold, n, coverage, coverage_interval, note}}}`. A class with
     fewer than 1 / alpha - 1 calibration rows has no threshold, is in every set and says so in `note`.
     """
-    scores, truth = checked(*calibration)
-    own = SCORES[kind](scores)[np.arange(len(truth)), truth]
-    limits = [threshold(own[truth == number], alpha) for number in range(len(classes))]
-    others, labels = checked(*evaluated)
+    scores, truth = check_probabilities(*calibration)
+    own = NONCONFORMITY_SCORES[kind](scores)[np.arange(len(truth)), truth]
+    limits = [conformal_threshold(own[truth == number], alpha) for number in range(len(classes))]
+    others, labels = check_probabilities(*evaluated)
     sets = prediction_sets(kind, others, np.array([math.nan if limit is None else limit for limit in limits]))
     covered = sets[np.arange(len(labels)), labels]
     table: dict[str, Any] = {}
+    needed = min_calibration_rows(alpha)
     for number, name in enumerate(classes):
         calibrated, there = int((truth == number).sum()), int((labels == number).sum())
+        too_few = f"too few rows: {calibrated} val rows, and {alpha:g} needs {needed}; it is in every set"
         measurable = there > 0 and limits[number] is not None
         table[name] = {
             "threshold": limits[number],
             "n": calibrated,
             "coverage": float(covered[labels == number].mean()) if there else None,
             "coverage_interval": coverage_interval(calibrated, there, alpha) if measurable else None,
-            "note": None
-            if limits[number] is not None
-            else f"too few rows: {calibrated} val rows, and {alpha:g} needs {fewest(alpha)}; it is in every set",
+            "note": too_few if limits[number] is None else None,
         }
     mean_size = float(sets.sum(axis=1).mean())
     return {"alpha": alpha, "mean_size": mean_size, "coverage": float(covered.mean()), "classes": table}
@@ -170,7 +170,7 @@ def risk_coverage(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Floats, 
 
     Rows of one confidence are answered together; in between, their errors count in equal parts.
     """
-    scores, truth = checked(probabilities, labels)
+    scores, truth = check_probabilities(probabilities, labels)
     confidence = scores.max(axis=1)
     order = np.argsort(-confidence, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(confidence[order]) < 0), len(truth) - 1)
@@ -180,24 +180,26 @@ def risk_coverage(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Floats, 
     return answered / len(truth), errors / answered
 
 
-def confidence_threshold(probabilities: ArrayLike, labels: ArrayLike, wanted_error: float) -> float | None:
+def confidence_threshold(probabilities: ArrayLike, labels: ArrayLike, target_risk: float) -> float | None:
     """The lowest confidence from which on rows (N,) are wrong at most as often as wanted; None where there is none."""
-    if not 0 <= wanted_error < 1:
-        raise UserError(f"wanted error: found {wanted_error}; expected a share of rows from 0 to below 1, such as 0.05")
-    scores, truth = checked(probabilities, labels)
+    if not 0 <= target_risk < 1:
+        raise UserError(
+            f"target risk: found {target_risk}; expected a fraction of rows from 0 to below 1, such as 0.05"
+        )
+    scores, truth = check_probabilities(probabilities, labels)
     confidence = scores.max(axis=1)
     levels, place = np.unique(confidence, return_inverse=True)
     wrong = np.bincount(place, weights=scores.argmax(axis=1) != truth)[::-1].cumsum()[::-1]
     answered = np.bincount(place)[::-1].cumsum()[::-1]
-    fit = np.flatnonzero(wrong <= wanted_error * answered + ROUNDING)
+    fit = np.flatnonzero(wrong <= target_risk * answered + ROUNDING)
     return float(levels[fit[0]]) if len(fit) else None
 
 
-def selective(
+def selective_metrics(
     evaluated: tuple[ArrayLike, ArrayLike],
     calibration: tuple[ArrayLike, ArrayLike] | None,
     *,
-    wanted_error: float = WANTED_ERROR,
+    target_risk: float = TARGET_RISK,
 ) -> dict[str, Any]:
     """`{coverage, risk, aurc, threshold, wanted_error, answered, error}`: what abstaining on unsure rows gains.
 
@@ -206,9 +208,9 @@ def selective(
     `error` are the share of evaluated rows that reach it and how many of these are wrong.
     """
     share, risk = risk_coverage(*evaluated)
-    shown = np.unique(np.linspace(0, len(share) - 1, min(POINTS, len(share))).round().astype(int))
-    limit = None if calibration is None else confidence_threshold(*calibration, wanted_error)
-    scores, truth = checked(*evaluated)
+    shown = np.unique(np.linspace(0, len(share) - 1, min(MAX_CURVE_POINTS, len(share))).round().astype(int))
+    limit = None if calibration is None else confidence_threshold(*calibration, target_risk)
+    scores, truth = check_probabilities(*evaluated)
     sure = np.zeros(len(truth), dtype=bool) if limit is None else scores.max(axis=1) >= limit
     wrong = scores.argmax(axis=1) != truth
     return {
@@ -216,13 +218,13 @@ def selective(
         "risk": risk[shown].tolist(),
         "aurc": float(risk.mean()),
         "threshold": limit,
-        "wanted_error": wanted_error,
+        "wanted_error": target_risk,
         "answered": None if limit is None else float(sure.mean()),
         "error": float(wrong[sure].mean()) if sure.any() else None,
     }
 
 
-def unfamiliarity(logits: ArrayLike) -> Floats:
+def ood_scores(logits: ArrayLike) -> Floats:
     """How little a network knows of each row, by its logits (N, C): energy and minus the largest logit, (2, N).
 
     The energy is minus log-sum-exp (Liu et al. 2020). Both are high where a row is unlike what is known.
@@ -232,14 +234,14 @@ def unfamiliarity(logits: ArrayLike) -> Floats:
     return np.stack([-(highest + np.log(np.exp(values - highest[..., None]).sum(axis=-1))), -highest])
 
 
-def foreign_hint(rows: Floats, reference: Floats) -> dict[str, Any] | None:
+def ood_summary(rows: Floats, reference: Floats) -> dict[str, Any] | None:
     """Whether rows look unlike val rows, by `unfamiliarity` of both, (2, N) and (2, R), or its mean over members.
 
     `{energy, max_logit: {reference, beyond}}`: the bound that 95 % of the reference rows keep, and the share of rows
     beyond it; 0.05 where both are alike. A hint and no test: networks can be very sure of foreign images. None where
     the logits are log-probabilities, whose energy is 0 and says nothing.
     """
-    if np.ptp(reference[0]) < FLAT:
+    if np.ptp(reference[0]) < MIN_ENERGY_RANGE:
         return None
     found = {}
     for name, here, known, sign in zip(("energy", "max_logit"), rows, reference, (1, -1), strict=True):

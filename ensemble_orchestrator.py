@@ -114,7 +114,7 @@ def run_debug(
         return call(line[0], config, workspace, own | {"force": force})
 
     if inside:
-        return debug_utils.inside(config, workspace, section, run=run, verbose=verbose)
+        return debug_utils.run_section(config, workspace, section, run=run, verbose=verbose)
     return debug_utils.debug(config, workspace, commands=COMMANDS, section=section, verbose=verbose, **options)
 
 

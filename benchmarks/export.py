@@ -66,7 +66,7 @@ def kinds(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
     labels[::4] = (labels[::4] + 1) % CLASSES
     facts = MemberFacts(names, np.full(3, 0.8), np.full(3, 1.0), np.full(3, 1.0))
     config = validate(SMALL, source=Path("of the benchmark"))
-    tflite = tflite_conversion.missing() is None
+    tflite = tflite_conversion.missing_tools() is None
     found: dict[str, float] = {}
     flips = 0
     for kind in sorted(QUICK_KINDS if quick else COMBINERS):
@@ -79,9 +79,9 @@ def kinds(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
         staged = scratch / kind
         first = torch.from_numpy(images[:1])
         classes = [str(number) for number in range(CLASSES)]
-        done = export_formats.package(network, kind, ["torchscript", "onnx"], staged, first, {}, classes)
+        done = export_formats.write_packaged_formats(network, kind, ["torchscript", "onnx"], staged, first, {}, classes)
         if tflite:
-            done["tflite"] = export_formats.convert_to_tflite(
+            done["tflite"] = export_formats.write_tflite(
                 lambda network=network, first=first: (network, first), kind, staged, scratch / "converter"
             )
         for name, entry in done.items():
@@ -105,7 +105,7 @@ def times(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
     from models import BACKBONE_MAP
     from utils.combiners.heads import MeanOfProbabilities
     from utils.exporting import export_formats, tflite_conversion
-    from utils.exporting.runtimes import latency_ms
+    from utils.exporting.runtimes import measure_latency_ms
     from utils.inference.onnx_prediction import ExportedModel
     from utils.networks.ensemble_network import EnsembleNetwork
 
@@ -116,7 +116,9 @@ def times(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
     first, classes = torch.from_numpy(images[:1]), [str(number) for number in range(CLASSES)]
     given = {"kind": "float-nchw", "name": "images", "img_size": 32, "shorter_side": 36}
     start = time.perf_counter()
-    done = export_formats.package(network, "voting", ["onnx"], scratch / "voting", first, {"input": given}, classes)
+    done = export_formats.write_packaged_formats(
+        network, "voting", ["onnx"], scratch / "voting", first, {"input": given}, classes
+    )
     onnx_seconds = time.perf_counter() - start
     path = scratch / "voting" / done["onnx"]["path"]
     options = onnxruntime.SessionOptions()
@@ -128,8 +130,8 @@ def times(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
         with torch.inference_mode():
             return [torch.softmax(part.networks[0](prepared), dim=1) for part in parts]
 
-    ours = latency_ms(lambda batch: session.run(None, {"images": batch}), images[:1])
-    theirs = latency_ms(eager, images[:1])
+    ours = measure_latency_ms(lambda batch: session.run(None, {"images": batch}), images[:1])
+    theirs = measure_latency_ms(eager, images[:1])
     model = ExportedModel(path, threads=1)
 
     def bare() -> None:
@@ -144,12 +146,10 @@ def times(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
         row(f"one image, {count}: eager over ONNX", theirs / ours, "times", "2.0", theirs / ours >= FASTER, words),
         row("files to probabilities over bare onnxruntime", overhead, "times", "1.10", overhead <= OVERHEAD, None),
     ]
-    if tflite_conversion.missing() is not None:
+    if tflite_conversion.missing_tools() is not None:
         return [*rows, row(f"export of voting over {count} to TFLite", None, "s", "360", None, "tools not installed")]
     start = time.perf_counter()
-    entry = export_formats.convert_to_tflite(
-        lambda: (network, first), "voting", scratch / "voting", scratch / "converter"
-    )
+    entry = export_formats.write_tflite(lambda: (network, first), "voting", scratch / "voting", scratch / "converter")
     seconds = time.perf_counter() - start
     held = entry["status"] == "ok" and seconds < TFLITE_SECONDS
     return [*rows, row(f"export of voting over {count} to TFLite", seconds, "s", "360", held, entry["reason"])]

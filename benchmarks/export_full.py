@@ -62,7 +62,9 @@ def measured(names: Sequence[str], files: Sequence[Path], scratch: Path) -> tupl
     rows, paths, what = [], {}, f"voting over {len(names)} full networks, {weights / 1e6:.0f} MB"
     for kind in ("onnx", "torchscript"):
         start = time.perf_counter()
-        done = export_formats.package(network, "voting", [kind], scratch / "voting", first, {"input": INPUT}, classes)
+        done = export_formats.write_packaged_formats(
+            network, "voting", [kind], scratch / "voting", first, {"input": INPUT}, classes
+        )
         seconds, peak = time.perf_counter() - start, (peak_bytes() - level) / weights
         entry = done[kind]
         outcome = proved(kind, entry, scratch / "voting", images, None, None, None, network, scratch)

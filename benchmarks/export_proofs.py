@@ -53,20 +53,20 @@ def proved(
             expected = torch.cat([network(few) for few in torch.from_numpy(images).split(4)]).double().numpy()
     else:
         expected = combiner.predict_proba(seen)
-    batches, rows = parity_check.dealt(list(images), (1,) if name == "tflite" else parity_check.BATCHES)
-    probe = parity_check.Probe(batches, rows, expected)
+    batches, rows = parity_check.make_batches(list(images), (1,) if name == "tflite" else parity_check.BATCH_SIZES)
+    probe = parity_check.ReferenceBatches(batches, rows, expected)
     if outputs is not None:
         own = outputs.embeddings if combiner.reads_embeddings else None
-        probe = parity_check.Probe(batches, rows, expected, outputs.logits, own, combiner)
-    python = {"python": tflite_conversion.interpreter()} if name == "tflite" else {}
+        probe = parity_check.ReferenceBatches(batches, rows, expected, outputs.logits, own, combiner)
+    python = {"python": tflite_conversion.python_interpreter()} if name == "tflite" else {}
     try:
         files = [staged / entry["path"]]
-        (answers,) = parity_check.run_afresh(
+        (answers,) = parity_check.run_in_subprocess(
             name, files, probe, network.output_names, scratch / "run", job={"threads": 1}, **python
         )
-    except parity_check.RunFailed as error:
+    except parity_check.FileRunError as error:
         return failed | {"reason": str(error)}
-    return parity_check.compare(probe, answers) | {"latency_ms": answers.facts["latency_ms"]}
+    return parity_check.compare_outputs(probe, answers) | {"latency_ms": answers.facts["latency_ms"]}
 
 
 def part(name: str, size: str) -> Any:
@@ -86,9 +86,9 @@ def part(name: str, size: str) -> Any:
 
 def squares(files: Sequence[Path], size: int) -> np.ndarray:
     """Files as float32 (N, 3, size, size) in [0, 1]."""
-    from utils.inference.onnx_prediction import centre_square, open_image
+    from utils.inference.onnx_prediction import open_image, resize_and_crop
 
-    return np.stack([centre_square(open_image(file).convert("RGB"), int(size * 1.14), size) for file in files])
+    return np.stack([resize_and_crop(open_image(file).convert("RGB"), int(size * 1.14), size) for file in files])
 
 
 def image_files(data: Path | None, scratch: Path, count: int) -> list[Path]:
@@ -96,7 +96,7 @@ def image_files(data: Path | None, scratch: Path, count: int) -> list[Path]:
     if data is not None:
         from utils.inference import onnx_prediction
 
-        return onnx_prediction.image_files([data])[:count]
+        return onnx_prediction.list_image_files([data])[:count]
     from PIL import Image
     from sklearn.datasets import load_digits
 

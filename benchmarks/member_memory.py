@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def streaming(folder: Path, few: int, many: int) -> dict:
     """The row about networks: copies of three trained ones under names of their own, which are as many members."""
     zoo = folder / "zoo"
-    debug_sandbox.prepare(debug_sandbox.Sandbox(zoo, True, (), debug_sandbox.BACKBONES))
+    debug_sandbox.prepare_sandbox(debug_sandbox.Sandbox(zoo, True, (), debug_sandbox.BACKBONES))
     shutil.rmtree(zoo / "split_dataset")
     rng = np.random.default_rng(0)
     for split in ("train", "val", "test"):
@@ -104,7 +104,7 @@ def _images(folder: Path, rng: np.random.Generator) -> None:
     for shift, name in zip((128, 0), debug_sandbox.CLASSES, strict=True):
         (folder / name).mkdir(parents=True)
         for number in range(IMAGES):
-            pixels = rng.integers(0, 128, (debug_sandbox.SIDE, debug_sandbox.SIDE, 3)) + shift
+            pixels = rng.integers(0, 128, (debug_sandbox.IMAGE_SIZE, debug_sandbox.IMAGE_SIZE, 3)) + shift
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number:03d}.png")
 
 

@@ -167,7 +167,7 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from utils.operations import debug_sandbox
 
     def make(place: Path) -> None:
-        debug_sandbox.prepare(debug_sandbox.Sandbox(place, True, (), debug_sandbox.BACKBONES))
+        debug_sandbox.prepare_sandbox(debug_sandbox.Sandbox(place, True, (), debug_sandbox.BACKBONES))
 
     return made_once(tmp_path_factory, "synthetic", make)
 

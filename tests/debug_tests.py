@@ -15,13 +15,12 @@ import pytest
 from in_process import run
 
 from ensemble_orchestrator import COMMANDS
-from utils import debug_utils
 from utils.core.workspace import SPLITS, Workspace
 from utils.operations import debug_sandbox
 from utils.operations.debug_plan import SECTIONS
 from utils.predictions import catalog, streaming
 
-SMALL = tuple(word for value in debug_sandbox.SMALL for word in ("--set", value))
+SMALL = tuple(word for value in debug_sandbox.SYNTHETIC_SETTINGS for word in ("--set", value))
 """The printed configuration, for images of 32 pixels."""
 
 
@@ -42,7 +41,7 @@ def workspace(folder) -> Workspace:
 
 def typed(name: str, section: str, workspace: Workspace, *options: str):
     """A command with what `debug` sets for one of its sections."""
-    values = [*SECTIONS[section].switches, *SECTIONS[section].small]
+    values = [*SECTIONS[section].settings, *SECTIONS[section].quick_settings]
     overrides = [word for value in values for word in ("--set", value)]
     done = run(name, *options, *SMALL, *overrides, workspace=workspace.base)
     assert done.code == 0, done.stderr
@@ -138,4 +137,4 @@ def test_every_section_of_debug_stands_in_the_command_line():
     from utils.commands import DEBUG_SECTIONS
 
     assert tuple(SECTIONS) == DEBUG_SECTIONS
-    assert tuple(debug_utils.CHOICES) == tuple(COMMANDS["debug"].arguments["--section"]["choices"])
+    assert (*SECTIONS, "all", "reset") == tuple(COMMANDS["debug"].arguments["--section"]["choices"])

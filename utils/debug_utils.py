@@ -30,9 +30,8 @@ from utils.predictions import catalog
 
 logger = logging.getLogger("disease_pipeline")
 
-PASSED, PARTLY, FAILED, PLANNED, NOT_RUN = "passed", "partly", "failed", "planned", "not run"
-CODES = {0: PASSED, 4: PARTLY}
-CHOICES = (*SECTIONS, ALL, RESET)
+PASSED, PARTIAL, FAILED, PLANNED, NOT_RUN = "passed", "partly", "failed", "planned", "not run"
+STATUS_OF_EXIT_CODE = {0: PASSED, 4: PARTIAL}
 
 
 def debug(
@@ -56,19 +55,19 @@ def debug(
     if section == RESET:
         return _reset(workspace, confirm=confirm, dry_run=dry_run)
     _require_known(arch, workspace)
-    sandbox = debug_sandbox.choose(workspace, fast=fast, arch=arch)
+    sandbox = debug_sandbox.choose_sandbox(workspace, fast=fast, arch=arch)
     if not fast and sandbox.is_synthetic:
         logger.info("%s: nothing is trained there, so debug makes a small workspace", workspace.base)
-    names = debug_plan.chosen(section)
+    names = debug_plan.sections_to_run(section)
     if dry_run:
         return _plan(names, config, workspace, sandbox, commands, arch)
     folder = debug_sandbox.folder_of(workspace)
     rows: list[dict[str, Any]] = []
-    with locks.one_writer(folder / debug_sandbox.LOCK, "debug"):
+    with locks.one_writer(folder / debug_sandbox.LOCK_NAME, "debug"):
         start = time.monotonic()
         settings = folder / "config.yaml"  # JSON is YAML; it holds what was typed with --set as well
         write_json(settings, config.as_dict())
-        debug_sandbox.prepare(sandbox)
+        debug_sandbox.prepare_sandbox(sandbox)
         logger.info("debug: sandbox %s ready after %.1f s", sandbox.folder, time.monotonic() - start)
         for number, name in enumerate(names, start=1):
             before = next((row["section"] for row in rows if _stops(name, row)), None)
@@ -88,12 +87,12 @@ def debug(
             "sections": rows,
         }
         write_json(folder / "report.json", report)
-    text = f"{table(rows)}\nwritten: {folder / 'report.json'}"
+    text = f"{format_table(rows)}\nwritten: {folder / 'report.json'}"
     failures = [f"{row['section']}: {reason}" for row in rows for reason in row["failures"]]
     return Result(text, report, failures)
 
 
-def inside(
+def run_section(
     config: Config,
     workspace: Workspace,
     section: str,
@@ -109,7 +108,7 @@ def inside(
     """
     from utils.operations import debug_probes
 
-    debug_sandbox.require_inside(workspace)
+    debug_sandbox.require_sandbox(workspace)
     documents: dict[str, Any] = {}
     failures: list[str] = []
     before = _state(workspace.root)
@@ -128,14 +127,14 @@ def inside(
     written = sorted(path for path, state in after.items() if before.get(path) != state)
     if verbose:
         for path in written:
-            logger.debug("    wrote %s", debug_probes.described(path))
-    lacking = [pattern for pattern in SECTIONS[section].leaves if not any(workspace.root.glob(pattern))]
+            logger.debug("    wrote %s", debug_probes.describe_file(path))
+    lacking = [pattern for pattern in SECTIONS[section].outputs if not any(workspace.root.glob(pattern))]
     if lacking:
         raise UserError(f"{workspace.root}: the section {section} left no {', '.join(lacking)}; found none there")
     return Result(section, {"steps": documents, "written": [str(path) for path in written]}, failures)
 
 
-def table(rows: Iterable[dict[str, Any]]) -> str:
+def format_table(rows: Iterable[dict[str, Any]]) -> str:
     """Section, status, seconds and what to do."""
     lines = [f"{'section':20}{'status':9}{'seconds':>8}  what to do"]
     for row in rows:
@@ -145,10 +144,14 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def overrides(name: str, sandbox: Sandbox, arch: str | None) -> list[str]:
+def section_overrides(name: str, sandbox: Sandbox, arch: str | None) -> list[str]:
     """Values of the configuration that a section runs with, on top of the user's."""
     section = SECTIONS[name]
-    values = [*(debug_sandbox.SMALL if sandbox.is_synthetic else ()), *section.switches, *section.small]
+    values = [
+        *(debug_sandbox.SYNTHETIC_SETTINGS if sandbox.is_synthetic else ()),
+        *section.settings,
+        *section.quick_settings,
+    ]
     members = [arch] if arch and section.per_member else list(sandbox.backbones)
     if members:
         values += [f"backbones.include=[{','.join(members)}]", "backbones.exclude=[]"]
@@ -160,7 +163,7 @@ def _run(name: str, settings: Path, sandbox: Sandbox, arch: str | None, *, verbo
     command = [
         *(sys.executable, program, "debug", "--section", name, "--inside", "--json", "--config", str(settings)),
         *sandbox.options,
-        *(word for value in overrides(name, sandbox, arch) for word in ("--set", value)),
+        *(word for value in section_overrides(name, sandbox, arch) for word in ("--set", value)),
         *(["--verbose"] if verbose else []),
     ]
     logger.debug("debug: %s", shlex.join(command))
@@ -171,7 +174,7 @@ def _run(name: str, settings: Path, sandbox: Sandbox, arch: str | None, *, verbo
         failures = list(json.loads(said)["failures"])
     except (ValueError, KeyError, TypeError):
         failures = []
-    status = CODES.get(code, FAILED)
+    status = STATUS_OF_EXIT_CODE.get(code, FAILED)
     if status == FAILED:
         failures = [f"ended with {code}: {last[-1] if last else 'it said nothing'}"]
     return _row(name, status, seconds, failures)
@@ -182,7 +185,7 @@ def _row(name: str, status: str, seconds: float, failures: Sequence[str]) -> dic
 
 
 def _stops(name: str, row: dict[str, Any]) -> bool:
-    return row["section"] in SECTIONS[name].needs and row["status"] in (FAILED, NOT_RUN)
+    return row["section"] in SECTIONS[name].prerequisites and row["status"] in (FAILED, NOT_RUN)
 
 
 def _missing(name: str, commands: Container[str]) -> dict[str, Any] | None:
@@ -202,7 +205,7 @@ def _plan(
 ) -> Result:
     lines, rows, failures = [f"sandbox: {sandbox.folder}"], [], []
     if sandbox.is_synthetic:
-        count = len(debug_sandbox.CLASSES) * debug_sandbox.PER_CLASS
+        count = len(debug_sandbox.CLASSES) * debug_sandbox.IMAGES_PER_CLASS
         lines.append(
             f"    makes   {count} images in {len(debug_sandbox.CLASSES)} classes and trains "
             f"{', '.join(sandbox.backbones)} for one epoch and two folds: about {debug_sandbox.SECONDS} s, "
@@ -214,14 +217,14 @@ def _plan(
             cost = {"seconds": debug_sandbox.SECONDS / 2, "megabytes_written": 1, "memory_mb": debug_sandbox.MEMORY_MB}
             plan = none | cost
         else:
-            plan = debug_plan.of_workspace(SECTIONS[name], config, workspace, arch)
+            plan = debug_plan.plan_section(SECTIONS[name], config, workspace, arch)
         steps = [shlex.join((*step, *sandbox.options)) for step in SECTIONS[name].steps]
-        plan |= {"section": name, "status": PLANNED, "steps": steps, "set": overrides(name, sandbox, arch)}
-        plan["writes"] = [str(sandbox.folder / pattern) for pattern in SECTIONS[name].leaves]
+        plan |= {"section": name, "status": PLANNED, "steps": steps, "set": section_overrides(name, sandbox, arch)}
+        plan["writes"] = [str(sandbox.folder / pattern) for pattern in SECTIONS[name].outputs]
         absent = _missing(name, commands)
         plan["failures"] = [*(absent["failures"] if absent else []), *(f"no {what}" for what in plan["missing"])]
         rows.append(plan)
-        lines += debug_plan.words(name, plan, sandbox.folder)
+        lines += debug_plan.format_plan(name, plan, sandbox.folder)
         failures += [f"{name}: {failure}" for failure in plan["failures"]]
     lines.append("nothing was touched")
     return Result("\n".join(lines), {"sandbox": str(sandbox.folder), "dry_run": True, "sections": rows}, failures)
@@ -232,7 +235,7 @@ def _reset(workspace: Workspace, *, confirm: bool, dry_run: bool) -> Result:
     if dry_run:
         size = caches.shown(caches.size(folder))
         return Result(f"would remove {folder}, {size}\nnothing was touched", {"dry_run": True, "folder": str(folder)})
-    count, size = debug_sandbox.reset(workspace, confirm=confirm)
+    count, size = debug_sandbox.remove_sandboxes(workspace, confirm=confirm)
     words = f"removed: {count} files, {caches.shown(size)}" if count else f"{folder}: nothing to remove"
     return Result(words, {"removed": count, "bytes": size, "folder": str(folder)})
 

@@ -109,7 +109,7 @@ def test_images_are_answered_by_running_only_the_members_they_need(fused, make, 
     monkeypatch.setattr(streaming, "stream", counted)
     asking = WorkspaceClassifier(store, "cascade")
     asking.ensemble, asking.members = replace(asking.ensemble, combiner=combiner), tuple(members)
-    found = asking.answer(images.paths, lambda count: None)
+    found = asking.predict_block(images.paths, lambda count: None)
     np.testing.assert_allclose(found.probabilities, combiner.predict_proba(logits), atol=1e-5)
     ran = needed(combiner, logits)
     np.testing.assert_array_equal(np.isnan(found.disagreement), ran.sum(axis=0) == 1)

@@ -17,7 +17,7 @@ from in_process import run
 import ensemble_orchestrator as o
 from utils.core import errors
 from utils.core.config import Config, Section
-from utils.inference import answer_files
+from utils.inference import output_files
 
 PAGE = (PROJECT / "docs" / "contract.md").read_text()
 SMALL = (
@@ -144,7 +144,7 @@ def test_a_command_that_needs_images_keeps_to_its_row(command, own_copy):
     check(command, done, {path for path in own_copy.rglob("*") if path.is_file()} - before, own_copy)
     if command == "predict":
         columns = words(PAGE.split("records, in the file or under `images`")[1].replace("{", "").replace("}", ""))
-        assert done.document["images"][0].keys() == set(answer_files.COLUMNS) <= columns
+        assert done.document["images"][0].keys() == set(output_files.COLUMNS) <= columns
         done = run(*line, *("--to", str(own_copy / "a.csv")), "--json", "--quiet", workspace=own_copy)
         assert done.document.keys() - {"failures"} == {"model", "file", "images", "answered", "unreadable"}
 

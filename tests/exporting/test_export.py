@@ -108,7 +108,7 @@ def test_an_export_that_is_there_is_kept_and_another_format_joins_it(own_export)
         "onnx",
         "custom",
     }
-    assert export_folder.tampered(folder_of(own_export)) == []
+    assert export_folder.checksum_mismatches(folder_of(own_export)) == []
 
 
 IMPORT_BLOCKER = """
@@ -174,14 +174,14 @@ def change_a_weight(path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["state_dict", "checkpoint", "torchscript", "onnx"])
 def test_a_weight_that_changes_after_writing_is_caught(own_export, monkeypatch, kind):
-    package = export_formats.package
+    package = export_formats.write_packaged_formats
 
     def sabotaged(network, name, formats, staged, *rest):
         done = package(network, name, formats, staged, *rest)
         change_a_weight(staged / done[kind]["path"])
         return done
 
-    monkeypatch.setattr(export_formats, "package", sabotaged)
+    monkeypatch.setattr(export_formats, "write_packaged_formats", sabotaged)
     result = run(own_export, NAME, kind, "onnx", force=True)
     entry = result.document["formats"][kind]
     assert (entry["status"], entry["path"]) == ("failed", None)
@@ -211,7 +211,7 @@ def test_a_swap_that_was_killed_half_way_is_put_back(tmp_path):
     (tmp_path / ".it.previous").mkdir()
     (tmp_path / ".it.previous" / "old").touch()
     (tmp_path / ".it.abcdefgh.partial").mkdir()
-    export_folder.recover(final)
+    export_folder.recover_interrupted(final)
     assert [path.name for path in tmp_path.iterdir()] == ["it"]
     assert (final / "old").is_file()
 
@@ -280,7 +280,7 @@ def test_verify_holds_and_names_what_was_tampered_with(own_export):
 def test_verify_finds_answers_that_differ(own_export):
     folder = folder_of(own_export)
     change_a_weight(folder / "onnx" / f"{NAME}.onnx")
-    write_json(folder / "checksums.json", export_folder.checksums(folder))
+    write_json(folder / "checksums.json", export_folder.compute_checksums(folder))
     with pytest.raises(UserError, match=r"onnx: soft_voting_ensemble\.onnx: its probabilities are off by"):
         export_checks.verify(at(own_export), folder)
 
@@ -302,7 +302,7 @@ def test_forms_of_fewer_bits_have_a_tolerance_of_their_own_and_their_accuracy(ow
         assert accuracy["ensemble"] == pytest.approx(measured)
         assert accuracy["change"] == pytest.approx(accuracy["file"] - measured)
     assert "onnx_int8" in export_checks.verify(at(own_export), folder).document["formats"]
-    rows = {row["format"]: row for row in export_comparison.compare(at(own_export)).document["rows"]}
+    rows = {row["format"]: row for row in export_comparison.compare_exports(at(own_export)).document["rows"]}
     assert rows["onnx_int8"]["accuracy"] == result.document["formats"]["onnx_int8"]["test_accuracy"]["file"]
 
 
@@ -337,7 +337,7 @@ def test_exported_forms_are_compared_by_accuracy_latency_and_size(own_export):
     for name, latency, size in (("state_dict", 1.0, 5.0), ("torchscript", 2.0, 6.0), ("onnx", 3.0, 1.0)):
         status[name] |= {"latency_ms": latency, "size_mb": size}
     write_json(folder_of(own_export) / "export_status.json", status)
-    document = export_comparison.compare(at(own_export)).document
+    document = export_comparison.compare_exports(at(own_export)).document
     rows, picture = document["rows"], at(own_export).scores / "exports.png"
     assert document["picture"] == str(picture)
     with Image.open(picture) as image:
@@ -350,15 +350,15 @@ def test_exported_forms_are_compared_by_accuracy_latency_and_size(own_export):
     assert not {row["format"]: row for row in rows if row["name"] == NAME}["torchscript"]["pareto"]
     shutil.rmtree(folder_of(own_export).parent)
     with pytest.raises(UserError, match="nothing is exported"):
-        export_comparison.compare(at(own_export))
+        export_comparison.compare_exports(at(own_export))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(tflite_conversion.missing() is not None, reason="needs litert-torch, see DBT_TFLITE_PYTHON")
+@pytest.mark.skipif(tflite_conversion.missing_tools() is not None, reason="needs litert-torch, see DBT_TFLITE_PYTHON")
 @pytest.mark.parametrize("sabotaged", [False, True])
 @pytest.mark.parametrize("given", ["float-nchw", "uint8-nhwc"])
 def test_tflite_is_converted_and_proved(own_export, monkeypatch, given, sabotaged):
-    convert = tflite_conversion.convert
+    convert = tflite_conversion.convert_network
 
     def spoilt(network, sample, path, scratch):
         convert(network, sample, path, scratch)
@@ -369,7 +369,7 @@ def test_tflite_is_converted_and_proved(own_export, monkeypatch, given, sabotage
         path.write_bytes(content)
 
     if sabotaged:
-        monkeypatch.setattr(tflite_conversion, "convert", spoilt)
+        monkeypatch.setattr(tflite_conversion, "convert_network", spoilt)
     entry = run(own_export, NAME, "tflite", input=given, force=True).document["formats"]["tflite"]
     assert entry["status"] == ("failed" if sabotaged else "ok"), entry["reason"]
     if sabotaged:

@@ -16,7 +16,7 @@ from torch import nn
 from utils.building.ensembles import COMBINERS
 from utils.combiners.protocol import seen_by
 from utils.exporting import export_formats
-from utils.exporting.parity_check import Answers, Probe, compare, dealt
+from utils.exporting.parity_check import FileOutputs, ReferenceBatches, compare_outputs, make_batches
 from utils.exporting.runtimes import RUNTIMES
 from utils.networks.ensemble_network import EnsembleNetwork, MemberPart
 from utils.predictions.rows import Outputs
@@ -60,19 +60,19 @@ def network_of(members, combiner):
 
 def probe_of(members, combiner, seen):
     jumps = bool(getattr(combiner, "jumps", False))
-    batches, rows = dealt(list(members[1]))
-    found = Probe(batches, rows, combiner.predict_proba(seen))
+    batches, rows = make_batches(list(members[1]))
+    found = ReferenceBatches(batches, rows, combiner.predict_proba(seen))
     if not jumps:
         return found
     embeddings = seen.embeddings if combiner.reads_embeddings else None
     return replace(found, member_logits=members[2].logits, member_embeddings=embeddings, combiner=combiner)
 
 
-def answers_of(kind: str, path: Path, probe: Probe, outputs) -> Answers:
+def answers_of(kind: str, path: Path, probe: ReferenceBatches, outputs) -> FileOutputs:
     run, _ = RUNTIMES[kind](path, {"outputs": list(outputs)})
     found = [run(batch) for batch in probe.batches]
     joined = {name: np.concatenate([parts[place] for parts in found]) for place, name in enumerate(outputs)}
-    return Answers(np.concatenate(probe.rows), joined)
+    return FileOutputs(np.concatenate(probe.rows), joined)
 
 
 def test_its_files_answer_as_it_does(fitted, members, tmp_path):
@@ -80,12 +80,12 @@ def test_its_files_answer_as_it_does(fitted, members, tmp_path):
     network, probe = network_of(members, combiner), probe_of(members, combiner, seen)
     network.parity_tolerance = 1.0
     staged = tmp_path / "it"
-    done = export_formats.package(
+    done = export_formats.write_packaged_formats(
         network, "it", ["torchscript", "onnx"], staged, torch.from_numpy(probe.batches[0]), {"made": "here"}, CLASSES
     )
     for kind in ("torchscript", "onnx"):
         assert done[kind]["status"] == "ok", done[kind]["reason"]
-        outcome = compare(probe, answers_of(kind, staged / done[kind]["path"], probe, network.output_names))
+        outcome = compare_outputs(probe, answers_of(kind, staged / done[kind]["path"], probe, network.output_names))
         assert outcome["passed"], (kind, outcome)
         assert outcome["parity"]["rows"] == N
         assert outcome["parity"]["batch_sizes"] == [1, 3, 17]

@@ -100,13 +100,13 @@ def replace_program(folder: Path, content: Callable[[Path], None]) -> None:
     """Another program in an export, with every digest in its folder brought into line, as its author would."""
     content(folder / PROGRAM)
     status = read_json(folder / "export_status.json", remedy="")
-    status["torchscript"]["files"][PROGRAM] = export_folder.digest_of_file(folder / PROGRAM)
+    status["torchscript"]["files"][PROGRAM] = export_folder.file_sha256(folder / PROGRAM)
     rewrite_records(folder, status)
 
 
 def rewrite_records(folder: Path, status: dict) -> None:
     write_json(folder / "export_status.json", status)
-    write_json(folder / "checksums.json", export_folder.checksums(folder))
+    write_json(folder / "checksums.json", export_folder.compute_checksums(folder))
 
 
 def test_an_export_of_this_workspace_verifies_wherever_it_lies(own, tmp_path, monkeypatch, verify):
@@ -143,7 +143,7 @@ def test_a_kept_export_is_not_recorded_and_a_new_one_is(own, orchestrator):
     recorded = read_json(at(own).exported_files, remedy="")["files"].values()
     assert {file.split("/")[1] for file in recorded} == {"state_dict"}
     assert orchestrator(*line, "--formats", "torchscript", "--force", workspace=own).returncode == 0
-    digest = export_folder.digest_of_file(folder_of(own) / PROGRAM)
+    digest = export_folder.file_sha256(folder_of(own) / PROGRAM)
     assert read_json(at(own).exported_files, remedy="")["files"][digest] == f"{NAME}/{PROGRAM}"
 
 
@@ -164,7 +164,7 @@ def test_a_program_that_touches_files_never_runs(own, tmp_path, verify, module, 
     replace_program(folder, lambda path: scripted(module, canary, path, rewrite))
     if recorded:
         status = read_json(folder / "export_status.json", remedy="")
-        exported_programs.record(at(own), NAME, status)
+        exported_programs.record_files(at(own), NAME, status)
     done = verify(own, folder, *(() if recorded else ("--trust",)))
     assert not canary.exists()
     assert done.returncode == 1
@@ -222,7 +222,7 @@ def test_files_outside_the_folder_are_not_opened(own, tmp_path, verify, way):
         (folder / "link").mkdir()
         (folder / name).symlink_to(outside)
     status = read_json(folder / "export_status.json", remedy="")
-    status["torchscript"]["files"] = {name: export_folder.digest_of_file(outside)}
+    status["torchscript"]["files"] = {name: export_folder.file_sha256(outside)}
     rewrite_records(folder, status)
     done = verify(own, folder, "--trust")
     assert not canary.exists()
@@ -238,7 +238,7 @@ def test_an_export_takes_no_files_from_elsewhere(own, tmp_path, orchestrator, wa
     outside.write_bytes(b"of somebody else")
     status = read_json(folder / "export_status.json", remedy="")
     name = str(outside) if way == "absolute" else "../../../outside.pt"
-    status["torchscript"]["files"] = {name: export_folder.digest_of_file(outside)}
+    status["torchscript"]["files"] = {name: export_folder.file_sha256(outside)}
     rewrite_records(folder, status)
     done = orchestrator("export", "--model-name", NAME, "--formats", "state_dict", *ALONE, workspace=own)
     assert done.returncode == 1
@@ -262,5 +262,7 @@ def test_every_operator_of_torch_that_takes_a_file_is_refused():
     }
     names |= {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("prim::rpc_")}
     assert {"aten::save", "aten::from_file"} <= names
-    namespaces = {name.partition("::")[0] for name in names if name.partition("::")[2] not in exported_programs.REFUSED}
+    namespaces = {
+        name.partition("::")[0] for name in names if name.partition("::")[2] not in exported_programs.REFUSED_NAMES
+    }
     assert not namespaces & {"aten", "prim"}  # operators of other namespaces are refused whatever their name

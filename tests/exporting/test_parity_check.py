@@ -5,32 +5,39 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from utils.exporting.parity_check import Answers, Probe, RunFailed, compare, dealt, run_afresh
+from utils.exporting.parity_check import (
+    FileOutputs,
+    FileRunError,
+    ReferenceBatches,
+    compare_outputs,
+    make_batches,
+    run_in_subprocess,
+)
 
 
 def test_images_of_unequal_size_are_dealt_to_batches_of_their_own():
     images = [np.full((size, 4, 3), row, dtype=np.uint8) for row, size in enumerate([5, 7] * 11)]
-    batches, rows = dealt(images)
+    batches, rows = make_batches(images)
     assert sorted(np.unique(np.concatenate(rows))) == list(range(22))
     assert {len(batch) for batch in batches} == {1, 3, 17}
     for batch, own in zip(batches, rows, strict=True):
         assert batch[:, 0, 0, 0].tolist() == own.tolist()
 
 
-def answered(probabilities, **outputs) -> Answers:
-    return Answers(
+def answered(probabilities, **outputs) -> FileOutputs:
+    return FileOutputs(
         np.arange(len(probabilities)), {"probabilities": np.array(probabilities, dtype=np.float32), **outputs}
     )
 
 
 def test_a_label_that_flips_where_it_is_clear_fails():
-    probe = Probe([np.zeros((2, 1))], [np.arange(2)], np.array([[0.50001, 0.49999], [0.7, 0.3]]))
-    near = compare(probe, answered([[0.49999, 0.50001], [0.7, 0.3]]))
+    probe = ReferenceBatches([np.zeros((2, 1))], [np.arange(2)], np.array([[0.50001, 0.49999], [0.7, 0.3]]))
+    near = compare_outputs(probe, answered([[0.49999, 0.50001], [0.7, 0.3]]))
     assert (near["passed"], near["parity"]["label_flips"]) == (True, 0)
-    clear = compare(probe, answered([[0.5, 0.5], [0.3, 0.7]]))
+    clear = compare_outputs(probe, answered([[0.5, 0.5], [0.3, 0.7]]))
     assert (clear["passed"], clear["parity"]["label_flips"]) == (False, 1)
-    assert not compare(probe, answered([[0.5, np.nan], [0.7, 0.3]]))["passed"]
-    assert "answers (2, 3)" in compare(probe, answered(np.zeros((2, 3))))["reason"]
+    assert not compare_outputs(probe, answered([[0.5, np.nan], [0.7, 0.3]]))["passed"]
+    assert "answers (2, 3)" in compare_outputs(probe, answered(np.zeros((2, 3))))["reason"]
 
 
 class Step:
@@ -43,30 +50,32 @@ class Step:
 def test_rows_at_a_step_are_counted_and_left_out_of_the_end_to_end_comparison():
     logits = np.tile(np.array([[1.0, 0.0]], dtype=np.float32), (40, 1))
     logits[0] = [1e-6, 0]
-    probe = Probe([np.zeros((40, 1))], [np.arange(40)], np.tile([[1.0, 0.0]], (40, 1)), logits[None], None, Step())
+    probe = ReferenceBatches(
+        [np.zeros((40, 1))], [np.arange(40)], np.tile([[1.0, 0.0]], (40, 1)), logits[None], None, Step()
+    )
     own = logits.copy()
     own[0] = [0, 1e-6]
-    found = compare(probe, answered(np.eye(2)[own.argmax(axis=1)], member_logits=own[:, None]))
+    found = compare_outputs(probe, answered(np.eye(2)[own.argmax(axis=1)], member_logits=own[:, None]))
     assert (found["passed"], found["parity"]["near_threshold"], found["parity"]["max_abs_diff"]) == (True, 1, 0)
-    wrong = compare(probe, answered(np.eye(2)[logits.argmax(axis=1)], member_logits=own[:, None]))
+    wrong = compare_outputs(probe, answered(np.eye(2)[logits.argmax(axis=1)], member_logits=own[:, None]))
     assert "its combiner is off by 1 on its own members' outputs" in wrong["reason"]
     own[:3] = [0, 1e-6]
     probe.member_logits[0, :3] = [1e-6, 0]
-    many = compare(probe, answered(np.eye(2)[own.argmax(axis=1)], member_logits=own[:, None]))
+    many = compare_outputs(probe, answered(np.eye(2)[own.argmax(axis=1)], member_logits=own[:, None]))
     assert "3 of 40 rows lie at a step" in many["reason"]
     own[5] = [3, 0]
     assert (
         "members' probabilities are off"
-        in compare(probe, answered(np.eye(2)[own.argmax(axis=1)], member_logits=own[:, None]))["reason"]
+        in compare_outputs(probe, answered(np.eye(2)[own.argmax(axis=1)], member_logits=own[:, None]))["reason"]
     )
 
 
 def test_a_runtime_that_fails_says_why(tmp_path):
     path = tmp_path / "a.onnx"
     path.write_bytes(b"no model")
-    probe = Probe([np.zeros((1, 3, 2, 2), dtype=np.float32)], [np.arange(1)], np.ones((1, 1)))
-    with pytest.raises(RunFailed, match=r"its runtime ended with 1: .*a.onnx: .*Protobuf"):
-        run_afresh("onnx", [path], probe, ["probabilities"], tmp_path / "scratch")
+    probe = ReferenceBatches([np.zeros((1, 3, 2, 2), dtype=np.float32)], [np.arange(1)], np.ones((1, 1)))
+    with pytest.raises(FileRunError, match=r"its runtime ended with 1: .*a.onnx: .*Protobuf"):
+        run_in_subprocess("onnx", [path], probe, ["probabilities"], tmp_path / "scratch")
 
 
 def test_the_files_of_a_format_share_a_process_and_answer_each_for_itself(tmp_path):
@@ -81,11 +90,11 @@ def test_the_files_of_a_format_share_a_process_and_answer_each_for_itself(tmp_pa
         files.append(tmp_path / f"{name}.onnx")
         save(model, files[-1])
     rows = np.array([[1, 2], [3, 4]], dtype=np.float32)
-    probe = Probe([rows[:1], rows], [np.array([0]), np.array([0, 1])], np.ones((2, 2)))
-    same, negative = run_afresh("onnx", files, probe, ["y"], tmp_path / "scratch")
+    probe = ReferenceBatches([rows[:1], rows], [np.array([0]), np.array([0, 1])], np.ones((2, 2)))
+    same, negative = run_in_subprocess("onnx", files, probe, ["y"], tmp_path / "scratch")
     assert same.outputs["y"].tolist() == [[1, 2], [1, 2], [3, 4]]
     assert negative.outputs["y"].tolist() == [[-1, -2], [-1, -2], [-3, -4]]
     assert same.facts["latency_ms"] > 0
     files[1].write_bytes(b"no model")
-    with pytest.raises(RunFailed, match=r"negative.onnx: "):
-        run_afresh("onnx", files, probe, ["y"], tmp_path / "scratch")
+    with pytest.raises(FileRunError, match=r"negative.onnx: "):
+        run_in_subprocess("onnx", files, probe, ["y"], tmp_path / "scratch")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.inference.image_paths import find
+from utils.inference.image_paths import list_images
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def names(*wanted: str, stdin: bytes = b"") -> list[str]:
-    return [str(path) for path in find(wanted, io.BytesIO(stdin)).paths]
+    return [str(path) for path in list_images(wanted, io.BytesIO(stdin)).paths]
 
 
 def test_a_folder_gives_its_images_to_any_depth_in_order(folder):
@@ -50,7 +50,7 @@ def test_patterns_find_images_and_a_file_of_that_name_comes_first(folder):
 
 
 def test_what_holds_no_image_is_said(folder):
-    found = find(["empty", "in/*.gif", "in/b.jpg"], io.BytesIO())
+    found = list_images(["empty", "in/*.gif", "in/b.jpg"], io.BytesIO())
     assert found.empty == ("empty", "in/*.gif")
     assert found.paths == (Path("in/b.jpg"),)
 

@@ -68,24 +68,24 @@ def test_fold_networks_answer_where_the_ensemble_was_built_on_them(workspace):
     found = asked(workspace, folder, probabilities=True)
     arrays = {"classes": np.array(rows.classes), "sample_ids": rows.sample_ids, "probabilities": expected}
     compare(by_id(found.document["images"], folder), arrays)
-    assert WorkspaceClassifier(store, NAME).networks == 6
+    assert WorkspaceClassifier(store, NAME).n_networks == 6
 
 
 def test_blocks_change_nothing_and_leave_nothing(workspace, monkeypatch, tmp_path):
     folder = workspace.split_dir / "test"
     whole = asked(workspace, folder, probabilities=True).document["images"]
-    monkeypatch.setattr(classifier, "MOST", 5)
-    monkeypatch.setattr(classifier, "FEWEST", 1)
+    monkeypatch.setattr(classifier, "MAX_BLOCK", 5)
+    monkeypatch.setattr(classifier, "MIN_BLOCK", 1)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(classifier.tempfile, "tempdir", str(tmp_path / "temporary"))
     seen = []
-    answer = WorkspaceClassifier.answer
+    answer = WorkspaceClassifier.predict_block
 
     def watched(self, paths, step):
         seen.append(len(paths))
         return answer(self, paths, step)
 
-    monkeypatch.setattr(WorkspaceClassifier, "answer", watched)
+    monkeypatch.setattr(WorkspaceClassifier, "predict_block", watched)
     parts = asked(workspace, folder, probabilities=True).document["images"]
     assert max(seen) == 5
     assert sum(seen) == len(whole) == len(parts)
@@ -173,9 +173,9 @@ def test_a_stopped_run_goes_on_where_it_was(workspace, tmp_path, monkeypatch):
     lines = whole.splitlines(keepends=True)
     to.write_bytes(b"".join(lines[:7]) + lines[7][:20])
     seen = []
-    answer = WorkspaceClassifier.answer
+    answer = WorkspaceClassifier.predict_block
     watched = lambda self, paths, step: seen.extend(paths) or answer(self, paths, step)  # noqa: E731
-    monkeypatch.setattr(WorkspaceClassifier, "answer", watched)
+    monkeypatch.setattr(WorkspaceClassifier, "predict_block", watched)
     found = asked(workspace, folder, to=str(to), probabilities=True, append=True)
     assert len(seen) == len(lines) - 7
     assert found.document["answered"] == len(lines) - 7
@@ -242,8 +242,8 @@ def test_the_sets_that_are_asked_for_are_those_that_evaluate_measured(workspace)
     probabilities, classes = stored(workspace)["probabilities"], stored(workspace)["classes"].tolist()
     found = {}
     for kind, limit in (("lac", 0.6), ("aps", 0.9)):
-        thresholds = predicting.measured(workspace, NAME, is_ensemble=True, sets=kind)
-        found[kind] = [row["set"] for row in thresholds.of_rows(probabilities, classes)]
+        thresholds = predicting.load_thresholds(workspace, NAME, is_ensemble=True, sets=kind)
+        found[kind] = [row["set"] for row in thresholds.apply(probabilities, classes)]
         expected = uncertainty.prediction_sets(kind, probabilities, limit)
         assert found[kind] == [[classes[place] for place in np.flatnonzero(row)] for row in expected]
     assert found["lac"] != found["aps"]
@@ -271,11 +271,11 @@ def test_images_that_failed_are_tried_again(workspace, tmp_path):
 def test_thresholds_of_an_older_ensemble_are_not_used(workspace, caplog):
     path, built = workspace.ensemble_metrics(NAME, "test"), workspace.ensemble(NAME) / "ensemble.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"selective": {"threshold": 0.5}}))
-    assert predicting.measured(workspace, NAME, is_ensemble=True).abstain == 0.5
+    assert predicting.load_thresholds(workspace, NAME, is_ensemble=True).abstain == 0.5
     later = path.stat().st_mtime + 10
     os.utime(built, (later, later))
     with logged(caplog):
-        assert predicting.measured(workspace, NAME, is_ensemble=True).abstain is None
+        assert predicting.load_thresholds(workspace, NAME, is_ensemble=True).abstain is None
     assert "was built again since it was evaluated" in caplog.text
 
 
@@ -304,7 +304,7 @@ def test_what_cannot_answer_is_refused_with_the_remedy(workspace, tmp_path):
 
 
 def test_more_images_than_a_screen_takes_need_a_file(workspace, monkeypatch):
-    monkeypatch.setattr(predicting, "MOST_ON_SCREEN", 3)
+    monkeypatch.setattr(predicting, "MAX_IMAGES_ON_SCREEN", 3)
     with pytest.raises(UserError, match="need a file; name it with --to FILE"):
         asked(workspace, workspace.split_dir / "test")
 
@@ -328,14 +328,14 @@ def test_a_block_is_bounded_by_pixels_and_by_logits():
     def block(sizes, members, classes):
         made = WorkspaceClassifier.__new__(WorkspaceClassifier)
         made.sizes, made.members, made.classes = sizes, (None,) * members, (None,) * classes
-        return made.block
+        return made.block_size
 
-    assert block([32], 3, 4) == classifier.MOST
+    assert block([32], 3, 4) == classifier.MAX_BLOCK
     photographs = block([224], 15, 13)
     assert 4 * photographs * (1.14 * 224) ** 2 <= classifier.BLOCK_BYTES
     assert photographs > 4000
     assert block([224], 20, 20_000) * 20 * 20_000 * 4 <= classifier.ARRAY_BYTES
-    assert block([4096], 1, 10**7) == classifier.FEWEST
+    assert block([4096], 1, 10**7) == classifier.MIN_BLOCK
 
 
 def test_embeddings_come_along_for_combiners_that_read_them(workspace, tmp_path):

@@ -81,7 +81,7 @@ def test_all_sections_run_on_the_synthetic_images(tmp_path):
     for name, row in rows(done).items():
         assert row["status"] == ("failed" if name in LATER else "passed"), row
         assert row["seconds"] < 30
-        for pattern in SECTIONS[name].leaves if name not in LATER else ():
+        for pattern in SECTIONS[name].outputs if name not in LATER else ():
             assert list(sandbox.glob(pattern)), pattern
 
 
@@ -230,7 +230,7 @@ def test_a_section_that_leaves_nothing_does_not_pass(own, monkeypatch):
     names = ("split_dataset", "checkpoints", "metrics_output", "kfold_results", "deployment_models", "cache", "logs")
     workspace = Workspace(own, *(own / name for name in names), output=place)
     with pytest.raises(UserError, match=r"left no ensembles/models/stacking_\*/ensemble.json"):
-        debug_utils.inside(None, workspace, "stack", run=lambda *_: Result("", {}))
+        debug_utils.run_section(None, workspace, "stack", run=lambda *_: Result("", {}))
 
 
 def test_what_a_section_needs_is_kept_and_what_it_is_about_is_done_again(tmp_path, monkeypatch):
@@ -241,7 +241,7 @@ def test_what_a_section_needs_is_kept_and_what_it_is_about_is_done_again(tmp_pat
     monkeypatch.setitem(SECTIONS, "meta_fuse", dataclasses.replace(SECTIONS["meta_fuse"], steps=steps, leaves=()))
     forced = []
     workspace = Workspace(tmp_path, *[tmp_path] * 7, output=tmp_path / "debug_tmp" / "workspace")
-    debug_utils.inside(
+    debug_utils.run_section(
         None, workspace, "meta_fuse", run=lambda *given: (forced.append((given[0], given[3])), Result("", {}))[1]
     )
     assert forced == [(steps[0], False), (steps[1], False), (steps[2], True)]

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from utils.core.artifacts import write_arrays, write_json, write_text
-from utils.exporting.parity_check import TOLERANCE, Probe
+from utils.exporting.parity_check import TOLERANCE, ReferenceBatches
 
-PARITY = "parity.npz"
-PREDICTION = Path(__file__).parents[1] / "inference" / "onnx_prediction.py"
+PARITY_FILE = "parity.npz"
+PREDICT_PROGRAM = Path(__file__).parents[1] / "inference" / "onnx_prediction.py"
 """Delivered as predict.py, and imported by nobody here, since it needs onnxruntime."""
-MOST_PARITY_BYTES = 64_000_000
-EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file in the zip, so that equal content gives equal bytes
+MAX_PARITY_BYTES = 64_000_000
+ZIP_TIMESTAMP = (1980, 1, 1, 0, 0, 0)  # of every file in the zip, so that equal content gives equal bytes
 
 
-def write(
+def write_custom_folder(
     folder: Path,
     name: str,
     description: Mapping[str, Any],
@@ -33,10 +33,10 @@ def write(
     write_text(folder / "README.md", readme(name, description, classes, status))
     write_text(folder / "model_card.md", model_card(name, description, classes, status, score))
     write_json(folder / "ensemble.json", {**description, "classes": list(classes)})
-    shutil.copyfile(PREDICTION, folder / "predict.py")
+    shutil.copyfile(PREDICT_PROGRAM, folder / "predict.py")
     with zipfile.ZipFile(folder / f"{name}_custom.bin", "w", zipfile.ZIP_DEFLATED) as archive:
         for file in ("README.md", "ensemble.json", "model_card.md", "predict.py"):
-            archive.writestr(zipfile.ZipInfo(file, EPOCH), (folder / file).read_bytes(), zipfile.ZIP_DEFLATED)
+            archive.writestr(zipfile.ZipInfo(file, ZIP_TIMESTAMP), (folder / file).read_bytes(), zipfile.ZIP_DEFLATED)
 
 
 def readme(
@@ -117,7 +117,7 @@ def model_card(
     return "\n".join(lines)
 
 
-def write_parity(folder: Path, probe: Probe, squares: Sequence[np.ndarray]) -> None:
+def write_parity_rows(folder: Path, probe: ReferenceBatches, squares: Sequence[np.ndarray]) -> None:
     """Keep the rows of the certificate, so that it can be had again on another machine; as many as take 64 MB.
 
     `squares` are the same rows cut to size, uint8 (S, S, 3), where a format takes them so.
@@ -126,9 +126,9 @@ def write_parity(folder: Path, probe: Probe, squares: Sequence[np.ndarray]) -> N
     taken = 0
     for number, (batch, rows) in enumerate(zip(probe.batches, probe.rows, strict=True)):
         taken += batch.nbytes
-        if taken > MOST_PARITY_BYTES and number:
+        if taken > MAX_PARITY_BYTES and number:
             break
         arrays |= {f"batch_{number:04d}": batch, f"rows_{number:04d}": rows}
     if squares:
         arrays["squares"] = np.stack(squares)
-    write_arrays(folder / PARITY, arrays)
+    write_arrays(folder / PARITY_FILE, arrays)

@@ -30,9 +30,9 @@ from utils.exporting import (
     tflite_conversion,
 )
 from utils.exporting.export_formats import CUSTOM, FORMATS, PACKAGED, TENSORRT, TFLITE
-from utils.exporting.exported_network import UINT8_NHWC, Form, Subject
-from utils.exporting.parity_check import RunFailed, run_afresh
-from utils.exporting.parity_rows import Sampled
+from utils.exporting.exported_network import UINT8_NHWC, ExportSignature, ExportSource
+from utils.exporting.parity_check import FileRunError, run_in_subprocess
+from utils.exporting.parity_rows import ParitySample
 from utils.exporting.reduced_precision import REDUCED
 from utils.predictions import catalog
 from utils.predictions.store import Store
@@ -45,16 +45,16 @@ logger = logging.getLogger("disease_pipeline")
 
 
 @dataclass(frozen=True)
-class Work:
+class ExportJob:
     """One export under way."""
 
     store: Store
-    subject: Subject
-    form: Form
+    subject: ExportSource
+    form: ExportSignature
     staged: Path
     scratch: Path
     description: dict[str, Any]
-    sampled: Sampled
+    sampled: ParitySample
     outputs: tuple[str, ...]
     source_digest: str
 
@@ -86,42 +86,43 @@ def export(
     if trust and verify is None:
         raise ConfigError("--trust: expected --verify DIR beside it, whose programs it lets run")
     if check_tools:
-        return export_checks.tools()
+        return export_checks.list_tools()
     if verify is not None:
         return export_checks.verify(workspace, Path(verify).expanduser(), trust=trust)
     if compare:
-        return export_comparison.compare(workspace)
+        return export_comparison.compare_exports(workspace)
     require_enabled(config, "exports")
     if max_members is not None and max_members < 1:
         raise ConfigError(f"--max-members {max_members}: expected a whole number of at least 1")
     wanted = _known(formats or config.exports.formats, precision or config.exports.precision)
     store = Store(config, workspace, catalog.load(workspace))
-    name = model_name or exported_network.recommended(store)
-    subject = exported_network.limited(exported_network.find(store, name), max_members or config.exports.max_members)
-    exported_network.check_current(store, subject)
-    form = Form(input or config.exports.input, member_probabilities)
+    name = model_name or exported_network.recommended_name(store)
+    subject = exported_network.load_source(store, name)
+    exported_network.require_member_limit(subject, max_members or config.exports.max_members)
+    exported_network.require_current_checkpoints(store, subject)
+    form = ExportSignature(input or config.exports.input, member_probabilities)
     final = workspace.exports / subject.name
-    export_folder.recover(final)
-    if not force and not export_folder.is_ours(final):
+    export_folder.recover_interrupted(final)
+    if not force and not export_folder.is_replaceable(final):
         return _left(subject, final, model_name)
     source = exported_network.source_digest(subject, form)
-    present = {} if force else export_folder.kept(final, source)
+    present = {} if force else export_folder.reusable_formats(final, source)
     if set(wanted) <= present.keys():
-        status = read_json(final / export_folder.STATUS, remedy=export_folder.AGAIN)
+        status = read_json(final / export_folder.STATUS, remedy=export_folder.EXPORT_AGAIN)
         return _result(subject, final, status, wanted, "already there, whole and of the same ensemble")
     if model_name is None:
         logger.info("exporting the recommended one: %s", subject.name)
-    export_folder.require_room(final, _needed(store, subject, wanted))
+    export_folder.require_free_space(final, _needed(store, subject, wanted))
     with export_folder.replacing_folder(final) as staged:
-        network = exported_network.assemble(store, subject, form)
-        work = Work(
+        network = exported_network.assemble_network(store, subject, form)
+        work = ExportJob(
             store=store,
             subject=subject,
             form=form,
             staged=staged,
             scratch=staged.parent / "scratch",
-            description=exported_network.describe(subject, form, network),
-            sampled=parity_rows.sample(store, subject, form, network),
+            description=exported_network.describe_network(subject, form, network),
+            sampled=parity_rows.sample_rows(store, subject, form, network),
             outputs=network.output_names,
             source_digest=source,
         )
@@ -131,15 +132,15 @@ def export(
         del network
         status = {name: _proved(work, name, written) for name, written in status.items()}
         # Before the folder appears, so that a kill in between leaves no export that is not recorded.
-        exported_programs.record(workspace, subject.name, status)
+        exported_programs.record_files(workspace, subject.name, status)
         for format_name, kept in present.items():
-            export_folder.take_over(final, staged, kept)
+            export_folder.link_files(final, staged, kept)
             status[format_name] = kept
         _finish(work, status)
     return _result(subject, final, status, wanted, "written")
 
 
-def _left(subject: Subject, final: Path, model_name: str | None) -> Result:
+def _left(subject: ExportSource, final: Path, model_name: str | None) -> Result:
     """Nothing is done where another program's export lies. Raises UserError where this one was asked for by name."""
     words = f"{final}: holds an export that is not ours (the base pipeline's of a backbone lies there)"
     if model_name is not None:
@@ -164,15 +165,15 @@ def _known(names: Sequence[str], precisions: Sequence[str]) -> list[str]:
     return [*(name for name in FORMATS if name in flat and name != CUSTOM), *reduced, CUSTOM]
 
 
-def _needed(store: Store, subject: Subject, formats: Sequence[str]) -> int:
+def _needed(store: Store, subject: ExportSource, formats: Sequence[str]) -> int:
     """Bytes that the export takes at most, roughly: the weights once for each file and twice for what is under way."""
-    if subject.imported:
+    if subject.is_imported:
         return 0
     files = [store.workspace.base / entry["path"] for member in subject.members for entry in member.checkpoints[:1]]
     return sum(path.stat().st_size for path in files) * (len(formats) + 3)
 
 
-def _written(work: Work, network: nn.Module, formats: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _written(work: ExportJob, network: nn.Module, formats: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Write the files of the formats but `custom`; {format: entry}, not proved yet."""
     import torch
 
@@ -181,7 +182,7 @@ def _written(work: Work, network: nn.Module, formats: Sequence[str]) -> dict[str
     if packaged := [each for each in PACKAGED if each in formats]:
         logger.info("export %s: writing %s", name, ", ".join(packaged))
         first = torch.from_numpy(work.sampled.images[0][None])
-        status |= export_formats.package(
+        status |= export_formats.write_packaged_formats(
             network, name, packaged, work.staged, first, work.description, work.subject.classes
         )
     if TFLITE in formats:
@@ -190,59 +191,63 @@ def _written(work: Work, network: nn.Module, formats: Sequence[str]) -> dict[str
             return _of_fixed_size(work, network)
 
         logger.info("export %s: converting to tflite", name)
-        status[TFLITE] = export_formats.convert_to_tflite(opened, name, work.staged, work.scratch / "converter")
+        status[TFLITE] = export_formats.write_tflite(opened, name, work.staged, work.scratch / "converter")
     if TENSORRT in formats:
-        status[TENSORRT] = export_formats.tensorrt(name, work.description)
+        status[TENSORRT] = export_formats.tensorrt_entry(name, work.description)
     return status
 
 
-def _reduced(work: Work, source: Path, formats: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _reduced(work: ExportJob, source: Path, formats: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Write the ONNX files of fewer bits; {format: entry}, not proved yet."""
     status = {}
     for format_name in (name for name in REDUCED if name in formats):
-        if work.subject.imported:
-            status[format_name] = export_formats.entry("skipped", reason="a combiner alone has no networks to shorten")
+        if work.subject.is_imported:
+            status[format_name] = export_formats.format_entry(
+                "skipped", reason="a combiner alone has no networks to shorten"
+            )
             continue
         logger.info("export %s: writing %s", work.subject.name, format_name)
 
         def opened() -> Sequence[np.ndarray]:
-            return parity_rows.calibration(work.store, work.subject, work.form)
+            return parity_rows.calibration_images(work.store, work.subject, work.form)
 
-        status[format_name] = reduced_precision.write(format_name, source, work.subject.name, work.staged, opened)
+        status[format_name] = reduced_precision.write_reduced(
+            format_name, source, work.subject.name, work.staged, opened
+        )
     return status
 
 
-def _of_fixed_size(work: Work, network: nn.Module) -> tuple[nn.Module, Tensor]:
+def _of_fixed_size(work: ExportJob, network: nn.Module) -> tuple[nn.Module, Tensor]:
     """The network for one image at a time that is cut to size already, and such an image."""
     import torch
 
     takes_uint8 = work.form.input == UINT8_NHWC
-    if takes_uint8 and not work.subject.imported:
+    if takes_uint8 and not work.subject.is_imported:
         sizes = {member.img_size for member in work.subject.members}
         if len(sizes) > 1:
             raise UserError("its members look at images of unequal size, and a TFLite file takes one fixed size")
-        network = exported_network.assemble(work.store, work.subject, work.form, resizes=False)
-    probe = work.sampled.probe(fixed=True, takes_uint8=takes_uint8)
+        network = exported_network.assemble_network(work.store, work.subject, work.form, resizes=False)
+    probe = work.sampled.reference_batches(fixed=True, takes_uint8=takes_uint8)
     return network, torch.from_numpy(probe.batches[0])
 
 
-def _proved(work: Work, name: str, written: dict[str, Any]) -> dict[str, Any]:
+def _proved(work: ExportJob, name: str, written: dict[str, Any]) -> dict[str, Any]:
     """The entry after its files were run afresh: with the certificate, or `failed` with its files set aside."""
     found = _certified(work, name, written)
     if found["status"] == "failed":
-        export_folder.set_aside(work.staged, name)
+        export_folder.move_to_failed(work.staged, name)
     level = logging.INFO if found["status"] == "ok" else logging.WARNING
     logger.log(level, "export %s, %s: %s", work.subject.name, name, _outcome(found))
     return found
 
 
-def _certified(work: Work, name: str, written: dict[str, Any]) -> dict[str, Any]:
+def _certified(work: ExportJob, name: str, written: dict[str, Any]) -> dict[str, Any]:
     if written["status"] != "ok":
         return written
     started = time.perf_counter()
     is_tflite = name == TFLITE
-    probe = work.sampled.probe(fixed=is_tflite, takes_uint8=work.form.input == UINT8_NHWC)
-    python = {"python": tflite_conversion.interpreter()} if is_tflite else {}
+    probe = work.sampled.reference_batches(fixed=is_tflite, takes_uint8=work.form.input == UINT8_NHWC)
+    python = {"python": tflite_conversion.python_interpreter()} if is_tflite else {}
     place = work.store.workspace
     environment = {"DBT_BASE_DIR": str(place.base)}
     environment |= {"DBT_ENSEMBLE_DIR": str(place.output)} if place.output else {}
@@ -252,12 +257,12 @@ def _certified(work: Work, name: str, written: dict[str, Any]) -> dict[str, Any]
     tolerance = reduced_precision.tolerance_of(name) if name in REDUCED else parity_check.TOLERANCE
     files = [work.staged / file for file in written["files"] if not file.endswith(".data")]
     try:
-        answered = run_afresh(name, files, probe, work.outputs, work.scratch / name, job=job, **python)
-    except RunFailed as error:
+        answered = run_in_subprocess(name, files, probe, work.outputs, work.scratch / name, job=job, **python)
+    except FileRunError as error:
         reasons.append(str(error))
     else:
         for file, answers in zip(files, answered, strict=True):
-            outcome = parity_check.compare(probe, answers, tolerance)
+            outcome = parity_check.compare_outputs(probe, answers, tolerance)
             if parity is None or not outcome["passed"]:
                 parity, facts = outcome["parity"], answers.facts
             if not outcome["passed"]:
@@ -273,29 +278,29 @@ def _certified(work: Work, name: str, written: dict[str, Any]) -> dict[str, Any]
     }
     if not reasons and name in REDUCED:
         run, _ = runtimes.open_onnx(work.staged / written["path"], {"outputs": ["probabilities"]})
-        known["test_accuracy"] = parity_rows.test_accuracy(work.store, work.subject, work.form, run)
+        known["test_accuracy"] = parity_rows.measure_test_accuracy(work.store, work.subject, work.form, run)
     if not reasons:
         return known
     lost = {"status": "failed", "reason": "; ".join(reasons), "path": None, "sha256": None, "files": {}}
     return known | lost
 
 
-def _finish(work: Work, status: dict[str, dict[str, Any]]) -> None:
+def _finish(work: ExportJob, status: dict[str, dict[str, Any]]) -> None:
     """Write `custom/` and the records."""
     subject, staged = work.subject, work.staged
     started = time.perf_counter()
     place = work.store.workspace.ensemble_metrics(subject.name, "test")
     score = read_json(place, remedy="Evaluate again")
-    custom_format.write(staged / CUSTOM, subject.name, work.description, subject.classes, status, score)
+    custom_format.write_custom_folder(staged / CUSTOM, subject.name, work.description, subject.classes, status, score)
     squares = work.sampled.squares if work.form.input == UINT8_NHWC else ()
-    custom_format.write_parity(staged / CUSTOM, work.sampled.probe(), squares)
+    custom_format.write_parity_rows(staged / CUSTOM, work.sampled.reference_batches(), squares)
     files = [staged / CUSTOM / f"{subject.name}_custom.bin", *sorted((staged / CUSTOM).iterdir())]
     seconds = round(time.perf_counter() - started, 3)
-    custom = export_formats.of_files(
+    custom = export_formats.entry_of_files(
         staged, list(dict.fromkeys(files)), seconds=seconds, source_digest=work.source_digest
     )
     status[CUSTOM] = custom
-    metadata = read_json(staged / export_folder.METADATA, remedy=export_folder.AGAIN) or {}
+    metadata = read_json(staged / export_folder.METADATA, remedy=export_folder.EXPORT_AGAIN) or {}
     given = work.description["input"]
     metadata |= {
         "architecture": subject.name,
@@ -325,7 +330,7 @@ def _outcome(of: Mapping[str, Any]) -> str:
     )
 
 
-def _result(subject: Subject, final: Path, status: Mapping[str, Any], wanted: Sequence[str], word: str) -> Result:
+def _result(subject: ExportSource, final: Path, status: Mapping[str, Any], wanted: Sequence[str], word: str) -> Result:
     lines = [f"{subject.name} -> {final} ({word})"]
     lines += [f"  {name:<12} {_outcome(status[name])}" for name in (*FORMATS, *REDUCED) if name in status]
     missing = [name for name in wanted if status[name]["status"] != "ok"]

@@ -20,12 +20,12 @@ from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.exporting import custom_format, export_folder, exported_programs, parity_check, tflite_conversion
 from utils.exporting.export_formats import CUSTOM, FORMATS, TENSORRT, TFLITE
-from utils.exporting.parity_check import NEAR_AT_MOST, Probe, RunFailed, run_afresh
+from utils.exporting.parity_check import MAX_DISCONTINUITY_FRACTION, FileRunError, ReferenceBatches, run_in_subprocess
 from utils.exporting.reduced_precision import REDUCED
 
 logger = logging.getLogger("disease_pipeline")
 
-NEEDS: dict[str, tuple[str, ...]] = {
+REQUIRED_PACKAGES: dict[str, tuple[str, ...]] = {
     "state_dict": ("torch", "safetensors"),
     "checkpoint": ("torch",),
     "torchscript": ("torch",),
@@ -37,7 +37,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
 WITHOUT_WORKSPACE = ("torchscript", "onnx", *REDUCED, TFLITE)
 
 
-def tools() -> Result:
+def list_tools() -> Result:
     """For each format what it needs, what of it is here, and the line that installs the rest."""
     found = {name: _tool(name) for name in FORMATS}
     lines = [f"{name:<12} {'ready' if facts['ready'] else 'no   '}  {facts['words']}" for name, facts in found.items()]
@@ -46,13 +46,13 @@ def tools() -> Result:
 
 def _tool(name: str) -> dict[str, Any]:
     if name == TFLITE:
-        reason = tflite_conversion.missing()
-        words = reason or f"litert-torch and an interpreter in {tflite_conversion.interpreter()}"
+        reason = tflite_conversion.missing_tools()
+        words = reason or f"litert-torch and an interpreter in {tflite_conversion.python_interpreter()}"
         return {"ready": reason is None, "words": words}
     if name == TENSORRT:
         words = "built by trtexec on the machine that runs it; export_status.json holds the command"
         return {"ready": False, "words": words}
-    versions = {need: _version(need) for need in NEEDS[name]}
+    versions = {need: _version(need) for need in REQUIRED_PACKAGES[name]}
     lacking = [need for need, known in versions.items() if known is None]
     words = ", ".join(f"{need} {known or 'is not installed'}" for need, known in versions.items()) or "needs nothing"
     install = f". Install: pip install {' '.join(lacking)}" if lacking else ""
@@ -77,12 +77,12 @@ def verify(workspace: Workspace, folder: Path, *, trust: bool = False) -> Result
     that may not run.
     """
     folder = _located(workspace, folder)
-    if wrong := export_folder.tampered(folder):
-        raise UserError(f"{folder}: not as it was exported: {'; '.join(wrong)}. {export_folder.AGAIN}")
+    if wrong := export_folder.checksum_mismatches(folder):
+        raise UserError(f"{folder}: not as it was exported: {'; '.join(wrong)}. {export_folder.EXPORT_AGAIN}")
     status = _record(folder / export_folder.STATUS)
     description = _record(folder / export_folder.METADATA)["training"]
     exported_programs.require_runnable(workspace, folder, status, trust=trust)
-    kept = read_arrays(folder / CUSTOM / custom_format.PARITY, remedy=export_folder.AGAIN)
+    kept = read_arrays(folder / CUSTOM / custom_format.PARITY_FILE, remedy=export_folder.EXPORT_AGAIN)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
         for name in (*FORMATS, *REDUCED):
@@ -93,7 +93,7 @@ def verify(workspace: Workspace, folder: Path, *, trust: bool = False) -> Result
     lines += [f"  {name:<12} {facts['status']}: {facts['words']}" for name, facts in found.items()]
     failures = [f"{name}: {facts['words']}" for name, facts in found.items() if facts["status"] == "failed"]
     if failures:
-        raise UserError(f"{folder}: {'; '.join(failures)}. {export_folder.AGAIN}")
+        raise UserError(f"{folder}: {'; '.join(failures)}. {export_folder.EXPORT_AGAIN}")
     left = [f"{name}: {facts['words']}" for name, facts in found.items() if facts["status"] == "skipped"]
     return Result("\n".join(lines), {"folder": str(folder), "formats": found}, left)
 
@@ -111,7 +111,7 @@ def _located(workspace: Workspace, folder: Path) -> Path:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    record = read_record(path, remedy=export_folder.AGAIN)
+    record = read_record(path, remedy=export_folder.EXPORT_AGAIN)
     if record is None:
         raise UserError(f"{path}: no such file, so this is no export. Give the folder that export wrote")
     return record
@@ -126,24 +126,24 @@ def _again(
     scratch: Path,
 ) -> dict[str, Any]:
     """One format run and compared again."""
-    if name == TFLITE and (reason := tflite_conversion.missing()):
+    if name == TFLITE and (reason := tflite_conversion.missing_tools()):
         return {"status": "skipped", "words": reason, "parity": None}
-    python = {"python": tflite_conversion.interpreter()} if name == TFLITE else {}
-    probe = probe_of(kept, fixed=name == TFLITE)
+    python = {"python": tflite_conversion.python_interpreter()} if name == TFLITE else {}
+    probe = stored_batches(kept, fixed=name == TFLITE)
     form = {
         "input": description["input"]["kind"],
         "member_probabilities": "member_probabilities" in description["outputs"],
     }
     job = {"project": str(base_back.PROJECT), "name": description["ensemble"], "form": form, "environment": {}}
     parity: dict[str, Any] | None = None
-    files = [folder / file for file in export_folder.files_of(folder, entry) if not file.endswith(".data")]
+    files = [folder / file for file in export_folder.entry_files(folder, entry) if not file.endswith(".data")]
     try:
-        answered = run_afresh(name, files, probe, description["outputs"], scratch / name, job=job, **python)
-    except RunFailed as error:
+        answered = run_in_subprocess(name, files, probe, description["outputs"], scratch / name, job=job, **python)
+    except FileRunError as error:
         return {"status": "failed" if name in WITHOUT_WORKSPACE else "skipped", "words": str(error), "parity": None}
     for file, answers in zip(files, answered, strict=True):
         tolerance = entry["parity"]["tolerance"]
-        outcome = parity_check.compare(probe, answers, tolerance)
+        outcome = parity_check.compare_outputs(probe, answers, tolerance)
         parity = outcome["parity"]
         if not outcome["passed"] and not (description["jumps"] and _differ_at_steps(probe, answers, tolerance)):
             return {"status": "failed", "words": f"{file.name}: {outcome['reason']}", "parity": parity}
@@ -152,16 +152,16 @@ def _again(
     return {"status": "ok", "words": words, "parity": parity}
 
 
-def _differ_at_steps(probe: Probe, answers: parity_check.Answers, tolerance: float) -> bool:
+def _differ_at_steps(probe: ReferenceBatches, answers: parity_check.FileOutputs, tolerance: float) -> bool:
     """Whether few enough rows differ for a combiner with steps, which is not at hand to tell where they are."""
     differing = np.abs(probe.probabilities[answers.rows] - answers.outputs["probabilities"]).max(axis=1)
-    return bool((differing > tolerance).mean() <= NEAR_AT_MOST)
+    return bool((differing > tolerance).mean() <= MAX_DISCONTINUITY_FRACTION)
 
 
-def probe_of(kept: Mapping[str, np.ndarray], *, fixed: bool) -> Probe:
+def stored_batches(kept: Mapping[str, np.ndarray], *, fixed: bool) -> ReferenceBatches:
     """The rows that an export keeps; `fixed`: one at a time, cut to size."""
     numbers = sorted(name.removeprefix("batch_") for name in kept if name.startswith("batch_"))
-    probe = Probe(
+    probe = ReferenceBatches(
         [kept[f"batch_{number}"] for number in numbers],
         [kept[f"rows_{number}"] for number in numbers],
         kept["probabilities"],
@@ -169,7 +169,7 @@ def probe_of(kept: Mapping[str, np.ndarray], *, fixed: bool) -> Probe:
     if not fixed:
         return probe
     if "squares" in kept:
-        batches, rows = parity_check.dealt(list(kept["squares"]), (1,))
+        batches, rows = parity_check.make_batches(list(kept["squares"]), (1,))
         return replace(probe, batches=batches, rows=rows)
     single = [
         (batch[place : place + 1], rows[place : place + 1])

@@ -15,11 +15,11 @@ from utils.exporting import export_folder
 PICTURE = "exports.png"
 AXES = {"latency_ms": "one image [ms]", "size_mb": "file [MB]"}
 MARKERS = "osD^vP*X"
-LONGEST = 24  # letters of a name
+MAX_NAME_LENGTH = 24  # letters of a name
 DPI = 130
 
 
-def compare(workspace: Workspace) -> Result:
+def compare_exports(workspace: Workspace) -> Result:
     """One row for each file that is `ok`; those that no other beats in accuracy, latency and size are marked, also in
     the picture `metrics_output/ensembles/exports.png`.
 
@@ -28,11 +28,11 @@ def compare(workspace: Workspace) -> Result:
     """
     rows: list[dict[str, Any]] = []
     for place in sorted(workspace.exports.glob(f"[!.]*/{export_folder.STATUS}")):
-        if not export_folder.is_ours(place.parent):
+        if not export_folder.is_replaceable(place.parent):
             continue
         name = place.parent.name
         score = _score(workspace, name)
-        for kind, entry in sorted(read_json(place, remedy=export_folder.AGAIN).items()):
+        for kind, entry in sorted(read_json(place, remedy=export_folder.EXPORT_AGAIN).items()):
             if entry["status"] == "ok" and entry.get("parity"):
                 rows.append(
                     {
@@ -51,12 +51,12 @@ def compare(workspace: Workspace) -> Result:
     picture = workspace.scores / PICTURE if any(row["accuracy"] is not None for row in rows) else None
     text = _table(rows)
     if picture is not None:
-        draw(rows, picture)
+        draw_comparison(rows, picture)
         text += f"\nwritten: {picture}"
     return Result(text, {"rows": rows, "picture": None if picture is None else str(picture)})
 
 
-def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def draw_comparison(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Accuracy against one image's milliseconds and against size, as PNG; full marks where nothing is better in all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -82,7 +82,11 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 )
             for row in own:
                 if row["pareto"]:
-                    name = row["name"] if len(row["name"]) <= LONGEST else row["name"][: LONGEST - 1] + "\u2026"
+                    name = (
+                        row["name"]
+                        if len(row["name"]) <= MAX_NAME_LENGTH
+                        else row["name"][: MAX_NAME_LENGTH - 1] + "\u2026"
+                    )
                     # Names of other formats lie lower, since equal accuracies are common.
                     at = {"xytext": (4, -9 - 7 * place), "textcoords": "offset points", "fontsize": 6}
                     axes.annotate(name, (row[key], row["accuracy"]), color=f"C{place}", parse_math=False, **at)

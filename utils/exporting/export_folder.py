@@ -17,9 +17,9 @@ from utils.core.caches import Item, children
 from utils.core.errors import UserError, cannot_write
 
 STATUS, CHECKSUMS, METADATA, CLASSES = "export_status.json", "checksums.json", "metadata.json", "class_mapping.json"
-AGAIN = "Export it again with --force"
-UNFINISHED = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}\.partial")
-MOVED = re.compile(r"\.(?P<name>.+)\.previous")
+EXPORT_AGAIN = "Export it again with --force"
+STAGED_NAME = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}\.partial")
+PREVIOUS_NAME = re.compile(r"\.(?P<name>.+)\.previous")
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def replacing_folder(final: Path) -> Iterator[Path]:
     An export that was interrupted between its two renames is put back first, and what killed ones left is removed.
     Raises UserError where the folder cannot be made.
     """
-    recover(final)
+    recover_interrupted(final)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         root = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
@@ -48,7 +48,7 @@ def replacing_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def recover(final: Path) -> None:
+def recover_interrupted(final: Path) -> None:
     """Put back what an interrupted swap moved away; remove the unfinished folders of killed exports."""
     previous = _previous(final)
     if previous.is_dir() and not final.exists():
@@ -58,7 +58,7 @@ def recover(final: Path) -> None:
         shutil.rmtree(stale, ignore_errors=True)
 
 
-def leftovers(exports: Path) -> list[Item]:
+def unfinished_folders(exports: Path) -> list[Item]:
     """Folders directly in `exports` that killed exports left: unfinished ones, and old ones that have a successor.
 
     Only while nobody exports; the base pipeline leaves no folders of such names.
@@ -67,9 +67,9 @@ def leftovers(exports: Path) -> list[Item]:
 
 
 def _is_left(folder: Path) -> bool:
-    if unfinished := UNFINISHED.fullmatch(folder.name):
+    if unfinished := STAGED_NAME.fullmatch(folder.name):
         return {entry.name for entry in folder.iterdir()} <= {unfinished["name"], "scratch"}
-    moved = MOVED.fullmatch(folder.name)
+    moved = PREVIOUS_NAME.fullmatch(folder.name)
     return moved is not None and (folder.parent / moved["name"]).is_dir()
 
 
@@ -77,47 +77,49 @@ def _previous(final: Path) -> Path:
     return final.with_name(f".{final.name}.previous")
 
 
-def is_ours(final: Path) -> bool:
+def is_replaceable(final: Path) -> bool:
     """Whether nothing lies in `final` but an export of ours; the base pipeline's of a backbone may."""
     if not final.exists():
         return True
-    metadata = read_json(final / METADATA, remedy=AGAIN) if final.is_dir() else None
+    metadata = read_json(final / METADATA, remedy=EXPORT_AGAIN) if final.is_dir() else None
     return isinstance(metadata, dict) and "ensemble" in (metadata.get("training") or {})
 
 
-def digest_of_file(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()
 
 
-def kept(final: Path, source_digest: str) -> dict[str, dict[str, Any]]:
+def reusable_formats(final: Path, source_digest: str) -> dict[str, dict[str, Any]]:
     """{format: its entry} of an earlier export that are `ok`, of the same source, and whole."""
-    status = read_json(final / STATUS, remedy=AGAIN) or {}
+    status = read_json(final / STATUS, remedy=EXPORT_AGAIN) or {}
     return {
         name: entry
         for name, entry in status.items()
-        if entry["status"] == "ok" and entry.get("source_digest") == source_digest and not changed(final, entry)
+        if entry["status"] == "ok" and entry.get("source_digest") == source_digest and not changed_files(final, entry)
     }
 
 
-def changed(folder: Path, entry: Mapping[str, Any]) -> list[str]:
+def changed_files(folder: Path, entry: Mapping[str, Any]) -> list[str]:
     """Files of an entry that are gone or hold other bytes."""
     return [
         name
-        for name in files_of(folder, entry)
-        if not (folder / name).is_file() or digest_of_file(folder / name) != entry["files"][name]
+        for name in entry_files(folder, entry)
+        if not (folder / name).is_file() or file_sha256(folder / name) != entry["files"][name]
     ]
 
 
-def files_of(folder: Path, entry: Mapping[str, Any]) -> list[str]:
+def entry_files(folder: Path, entry: Mapping[str, Any]) -> list[str]:
     """Names of the files of an entry, relative to `folder`. Raises UserError for one that lies elsewhere."""
     files = entry.get("files") or {}
     if not isinstance(files, Mapping):
-        raise UserError(f"{folder / STATUS}: damaged, 'files' is no dict; expected {{file: SHA-256}}. {AGAIN}")
+        raise UserError(f"{folder / STATUS}: damaged, 'files' is no dict; expected {{file: SHA-256}}. {EXPORT_AGAIN}")
     for name in files:
         if _leads_out(folder, name):
-            raise UserError(f"{folder / STATUS}: names the file {name!r}; expected files in this folder. {AGAIN}")
+            raise UserError(
+                f"{folder / STATUS}: names the file {name!r}; expected files in this folder. {EXPORT_AGAIN}"
+            )
     return list(files)
 
 
@@ -128,9 +130,9 @@ def _leads_out(folder: Path, name: str) -> bool:
     return path.is_absolute() or ".." in path.parts or "\0" in name or any(step.is_symlink() for step in steps)
 
 
-def take_over(final: Path, staged: Path, entry: Mapping[str, Any]) -> None:
+def link_files(final: Path, staged: Path, entry: Mapping[str, Any]) -> None:
     """Bring the files of an entry over from an earlier export, without copying bytes where links are possible."""
-    for name in files_of(final, entry):
+    for name in entry_files(final, entry):
         (staged / name).parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(final / name, staged / name)
@@ -138,7 +140,7 @@ def take_over(final: Path, staged: Path, entry: Mapping[str, Any]) -> None:
             shutil.copyfile(final / name, staged / name)
 
 
-def set_aside(staged: Path, name: str) -> None:
+def move_to_failed(staged: Path, name: str) -> None:
     """Move the files of a format that does not agree to `failed/`, where nobody takes them for good."""
     if (staged / name).is_dir() and any((staged / name).iterdir()):
         (staged / "failed").mkdir(exist_ok=True)
@@ -153,29 +155,27 @@ def write_records(
     write_json(staged / CLASSES, {str(number): name for number, name in enumerate(classes)})
     write_json(staged / METADATA, dict(metadata))
     write_json(staged / STATUS, dict(status))
-    sums = checksums(staged)
+    sums = compute_checksums(staged)
     write_json(staged / CHECKSUMS, sums)
     return sums
 
 
-def checksums(folder: Path) -> dict[str, str]:
+def compute_checksums(folder: Path) -> dict[str, str]:
     """{relative path: SHA-256} of every file but `checksums.json`, symbolic links and what is in `failed/`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     names = {path.relative_to(folder).as_posix(): path for path in files}
     return {
-        name: digest_of_file(path)
-        for name, path in names.items()
-        if name != CHECKSUMS and not name.startswith("failed/")
+        name: file_sha256(path) for name, path in names.items() if name != CHECKSUMS and not name.startswith("failed/")
     }
 
 
-def tampered(folder: Path) -> list[str]:
+def checksum_mismatches(folder: Path) -> list[str]:
     """What `checksums.json` does not agree with, one line each. Raises UserError where there is no export."""
-    expected = read_record(folder / CHECKSUMS, remedy=AGAIN)
+    expected = read_record(folder / CHECKSUMS, remedy=EXPORT_AGAIN)
     if expected is None:
         raise UserError(f"{folder}: no {CHECKSUMS}, so it is no export. Give the folder that export wrote")
     links = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink()}
-    found = checksums(folder)
+    found = compute_checksums(folder)
     lines = [f"{name}: a symbolic link" for name in sorted(links)]
     lines += [f"{name}: gone" for name in sorted(expected.keys() - found.keys() - links)]
     lines += [f"{name}: not part of the export" for name in sorted(found.keys() - expected.keys())]
@@ -184,7 +184,7 @@ def tampered(folder: Path) -> list[str]:
     ]
 
 
-def require_room(final: Path, needed: int) -> None:
+def require_free_space(final: Path, needed: int) -> None:
     """Raise UserError where the disk has less room than `needed` bytes."""
     place = final.parent
     while not place.exists():

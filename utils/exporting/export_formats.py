@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from utils import base_back
 from utils.core.errors import UserError
 from utils.exporting import tflite_conversion
-from utils.exporting.export_folder import digest_of_file
+from utils.exporting.export_folder import file_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,21 +24,21 @@ TFLITE, TENSORRT, CUSTOM = "tflite", "tensorrt", "custom"
 FORMATS = (*PACKAGED, TFLITE, TENSORRT, CUSTOM)
 
 
-def entry(status: str, **known: Any) -> dict[str, Any]:
+def format_entry(status: str, **known: Any) -> dict[str, Any]:
     """One format's line of `export_status.json`."""
     empty = dict.fromkeys(("reason", "path", "sha256", "size_mb", "seconds", "parity"))
     return {"status": status, "versions": {"python": platform.python_version()}} | empty | known
 
 
-def of_files(folder: Path, paths: Sequence[Path], **known: Any) -> dict[str, Any]:
+def entry_of_files(folder: Path, paths: Sequence[Path], **known: Any) -> dict[str, Any]:
     """The entry of a format whose files are written; the first is the one that records name."""
-    files = {path.relative_to(folder).as_posix(): digest_of_file(path) for path in paths}
+    files = {path.relative_to(folder).as_posix(): file_sha256(path) for path in paths}
     first = next(iter(files))
     size = sum(path.stat().st_size for path in paths[:1])
-    return entry("ok", path=first, sha256=files[first], size_mb=round(size / 1e6, 3), files=files, **known)
+    return format_entry("ok", path=first, sha256=files[first], size_mb=round(size / 1e6, 3), files=files, **known)
 
 
-def package(
+def write_packaged_formats(
     network: nn.Module,
     name: str,
     formats: Sequence[str],
@@ -69,29 +69,29 @@ def package(
     return results
 
 
-def convert_to_tflite(
+def write_tflite(
     open_network: Callable[[], tuple[nn.Module, Tensor]], name: str, staged: Path, scratch: Path
 ) -> dict[str, Any]:
     """Write the TFLite file; its entry says `skipped` where the tools are missing or the network has no fixed size."""
-    if reason := tflite_conversion.missing():
-        return entry("skipped", reason=reason)
+    if reason := tflite_conversion.missing_tools():
+        return format_entry("skipped", reason=reason)
     started = time.perf_counter()
     path = staged / TFLITE / f"{name}.tflite"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         network, sample = open_network()
-        tflite_conversion.convert(network, sample, path, scratch)
+        tflite_conversion.convert_network(network, sample, path, scratch)
     except UserError as error:
         path.parent.rmdir()
-        return entry("skipped", reason=str(error))
+        return format_entry("skipped", reason=str(error))
     # Whatever stops one format is that format's reason, and the others go on.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        return entry("failed", reason=reason, seconds=round(time.perf_counter() - started, 3))
-    return of_files(staged, [path], seconds=round(time.perf_counter() - started, 3))
+        return format_entry("failed", reason=reason, seconds=round(time.perf_counter() - started, 3))
+    return entry_of_files(staged, [path], seconds=round(time.perf_counter() - started, 3))
 
 
-def tensorrt(name: str, description: Mapping[str, Any]) -> dict[str, Any]:
+def tensorrt_entry(name: str, description: Mapping[str, Any]) -> dict[str, Any]:
     """Never built here; the reason holds the command that builds it from the ONNX file on the machine that runs it."""
     given = description["input"]
     shape = "x".join("{batch}" if size is None else str(size) for size in given["shape"])
@@ -101,7 +101,7 @@ def tensorrt(name: str, description: Mapping[str, Any]) -> dict[str, Any]:
         f"--{bound}Shapes={given['name']}:{shape.format(batch=batch)}"
         for bound, batch in (("min", 1), ("opt", 16), ("max", 64))
     )
-    return entry(
+    return format_entry(
         "skipped",
         reason="an engine belongs to the GPU that runs it; build it there from the ONNX file: mkdir -p tensorrt && "
         f"trtexec --onnx=onnx/{name}.onnx --saveEngine=tensorrt/{name}_trt.engine {shapes}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from utils.building import ensembles
@@ -25,7 +25,7 @@ VERSION = 1  # raised whenever the same inputs would give other files
 
 
 @dataclass(frozen=True)
-class Subject:
+class ExportSource:
     """An ensemble, or a single member, on its way into files."""
 
     name: str
@@ -38,7 +38,7 @@ class Subject:
     inputs_digest: str
 
     @property
-    def imported(self) -> bool:
+    def is_imported(self) -> bool:
         """Whether members are known by their predictions alone, so that the combiner is all there is to export."""
         return any(member.source == IMPORTED for member in self.members)
 
@@ -48,20 +48,20 @@ class Subject:
         return self.combiner is not None and bool(getattr(self.combiner, "jumps", False))
 
     @property
-    def embeds(self) -> bool:
+    def reads_embeddings(self) -> bool:
         """Whether the combiner reads embeddings."""
         return self.combiner is not None and self.combiner.reads_embeddings
 
 
 @dataclass(frozen=True)
-class Form:
+class ExportSignature:
     """How the images come in and what comes out."""
 
     input: str = FLOAT_NCHW
     member_probabilities: bool = False
 
 
-def find(store: Store, name: str) -> Subject:
+def load_source(store: Store, name: str) -> ExportSource:
     """The ensemble or member of this name, with its members as the catalog holds them.
 
     Raises UserError for an unknown name, with the nearest known one; for members that are gone or others than the
@@ -75,7 +75,7 @@ def find(store: Store, name: str) -> Subject:
         if member.source == IMPORTED:
             raise UserError(f"{name}: imported predictions; there is no network to export. Export an ensemble of them")
         classes = store.catalog.classes
-        return Subject(name, "member", (member,), classes, None, fold_networks.FULL, member.digest)
+        return ExportSource(name, "member", (member,), classes, None, fold_networks.FULL, member.digest)
     if name not in saved:
         known = [*saved, *members]
         raise UserError(
@@ -91,32 +91,38 @@ def find(store: Store, name: str) -> Subject:
     for member in own:
         if fold_networks.digest(member, ensemble.inference) != ensemble.member_digests[member.name]:
             raise UserError(f"{name}: {member.name} is another network than the one it was built from. {again}")
-    found = Subject(
+    found = ExportSource(
         name, ensemble.method, own, ensemble.classes, ensemble.combiner, ensemble.inference, ensemble.inputs_digest
     )
-    if found.imported and found.embeds:
+    if found.is_imported and found.reads_embeddings:
         raise UserError(
             f"{name}: it reads the embeddings of imported members, and a combiner alone is exported for logits only"
         )
     return found
 
 
-def check_current(store: Store, subject: Subject) -> None:
+def require_current_checkpoints(store: Store, subject: ExportSource) -> None:
     """Raise UserError when a checkpoint that the export needs is gone, or not the one that discovery saw."""
-    for member in subject.members if not subject.imported else ():
+    for member in subject.members if not subject.is_imported else ():
         for stage in _stages(subject, member):
             catalog.check_current(store.workspace, member, store.digests, stage=stage)
     store.digests.save()
 
 
-def assemble(store: Store, subject: Subject, form: Form, *, resizes: bool = True) -> EnsembleNetwork | CombinerNetwork:
+def assemble_network(
+    store: Store,
+    subject: ExportSource,
+    form: ExportSignature,
+    *,
+    resizes: bool = True,
+) -> EnsembleNetwork | CombinerNetwork:
     """The subject as one network on the CPU, weights loaded.
 
     Raises UserError where members of unequal image size are to share one prepared image.
     """
     from utils.networks.ensemble_network import CombinerNetwork, EnsembleNetwork
 
-    if subject.imported:
+    if subject.is_imported:
         assert subject.combiner is not None
         return CombinerNetwork(subject.combiner.to_module())
     sizes = {member.name: member.img_size for member in subject.members}
@@ -130,32 +136,36 @@ def assemble(store: Store, subject: Subject, form: Form, *, resizes: bool = True
         [_part(store, subject, member) for member in subject.members],
         None if subject.combiner is None else subject.combiner.to_module(),
         takes_uint8=form.input == UINT8_NHWC,
-        embeds=subject.embeds,
+        embeds=subject.reads_embeddings,
         member_probabilities=form.member_probabilities,
         member_outputs=subject.jumps,
         resizes=resizes,
     )
 
 
-def _part(store: Store, subject: Subject, member: Member) -> MemberPart:
+def _part(store: Store, subject: ExportSource, member: Member) -> MemberPart:
     from utils.networks.ensemble_network import MemberPart
 
     assert member.img_size is not None
     specs = {stage: member.network(store.workspace, stage=stage) for stage in _stages(subject, member)}
     networks = {stage: streaming.open_network(spec) for stage, spec in specs.items()}
-    embedder = networks.pop(None) if subject.inference == fold_networks.FOLDS and subject.embeds else None
+    embedder = networks.pop(None) if subject.inference == fold_networks.FOLDS and subject.reads_embeddings else None
     columns = [member.classes.index(name) for name in subject.classes]
     return MemberPart(member.name, list(networks.values()), member.img_size, columns, embedder)
 
 
-def _stages(subject: Subject, member: Member) -> tuple[str | None, ...]:
+def _stages(subject: ExportSource, member: Member) -> tuple[str | None, ...]:
     """Which of a member's checkpoints are needed; None is its own."""
     if subject.inference != fold_networks.FOLDS:
         return (None,)
-    return (*((None,) if subject.embeds else ()), *fold_networks.stages(member))
+    return (*((None,) if subject.reads_embeddings else ()), *fold_networks.stages(member))
 
 
-def describe(subject: Subject, form: Form, network: EnsembleNetwork | CombinerNetwork) -> dict[str, Any]:
+def describe_network(
+    subject: ExportSource,
+    form: ExportSignature,
+    network: EnsembleNetwork | CombinerNetwork,
+) -> dict[str, Any]:
     """What a file should say of itself, ready for JSON."""
     from utils.networks.ensemble_network import CUT, MEAN, STD, CombinerNetwork
 
@@ -201,13 +211,13 @@ def describe(subject: Subject, form: Form, network: EnsembleNetwork | CombinerNe
     }
 
 
-def source_digest(subject: Subject, form: Form) -> str:
+def source_digest(subject: ExportSource, form: ExportSignature) -> str:
     """Of everything that decides the files: equal digests, equal files."""
     members = {member.name: fold_networks.digest(member, subject.inference) for member in subject.members}
     return digest_of([VERSION, subject.name, subject.inputs_digest, members, list(subject.classes), vars(form)])
 
 
-def recommended(store: Store) -> str:
+def recommended_name(store: Store) -> str:
     """Name of the recommended ensemble or member, by honest rows alone. Raises UserError where nothing is built."""
     saved = {name: ensembles.load(store.workspace, name) for name in ensembles.names(store.workspace)}
     chosen = {member.name: member for member in catalog.select(store.catalog, store.config)}
@@ -230,11 +240,10 @@ def _is_stale(members: Mapping[str, Member], ensemble: ensembles.Ensemble) -> bo
     )
 
 
-def limited(subject: Subject, most: int | None) -> Subject:
-    """The subject. Raises UserError when it has more members than are allowed."""
+def require_member_limit(subject: ExportSource, most: int | None) -> None:
+    """Raise UserError when the source has more than `most` members; None is no limit."""
     if most is not None and len(subject.members) > most:
         raise UserError(
             f"{subject.name}: {len(subject.members)} members, --max-members allows {most}. Members cannot be left out "
             "of a fitted combiner; export a pruned ensemble, whose size pruning.target_size sets, or distill it"
         )
-    return replace(subject)

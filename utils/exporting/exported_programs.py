@@ -16,13 +16,13 @@ from typing import Any
 from utils.core.artifacts import read_record, write_json
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
-from utils.exporting.export_folder import digest_of_file, files_of
+from utils.exporting.export_folder import entry_files, file_sha256
 
 TORCHSCRIPT = "torchscript"
 PROGRAMS = (TORCHSCRIPT, "tflite")
 """Formats whose files run only with a recorded digest or --trust."""
 REMEDY = "Move it away; exports made before then need --trust, or to be exported again"
-REFUSED = {
+REFUSED_NAMES = {
     "save": "aten::save writes a file",
     "from_file": "aten::from_file maps a file and may write it",
     "rpc_async": "prim::rpc_async calls other processes",
@@ -44,7 +44,7 @@ RECORD = re.compile(
 """Records of an archive as torch 2 writes them; older forms keep code elsewhere."""
 
 
-def record(workspace: Workspace, name: str, status: Mapping[str, Mapping[str, Any]]) -> None:
+def record_files(workspace: Workspace, name: str, status: Mapping[str, Mapping[str, Any]]) -> None:
     """Add the digests of the files that this workspace has just written for the export `name`.
 
     `status` {format: entry}. The record lies in the workspace, not in the export's folder, which travels.
@@ -66,13 +66,13 @@ def require_runnable(
     digests = _recorded(workspace)
     for name in PROGRAMS:
         entry = status.get(name) or {}
-        for path in (folder / file for file in files_of(folder, entry)):
+        for path in (folder / file for file in entry_files(folder, entry)):
             if name == TORCHSCRIPT and (problem := torchscript_problem(path)):
                 raise UserError(
                     f"{path}: {problem}; expected operators that only compute. It is not run, not even with --trust. "
                     "Remove the folder, or export the ensemble again with --force"
                 )
-            digest = digest_of_file(path)
+            digest = file_sha256(path)
             if not trust and digest not in digests:
                 raise UserError(
                     f"{path}: a program with SHA-256 {digest}, which {workspace.exported_files} does not list; "
@@ -112,8 +112,8 @@ def _problems(text: bytes, *, is_code: bool) -> Iterator[str]:
     """What a record names that must not run; of a pickle only the C++ classes, since all else comes from the code."""
     for match in NAME.finditer(text):
         name = match[0].decode("ascii")
-        if name in REFUSED and (is_code or name == "classes"):
-            yield REFUSED[name]
+        if name in REFUSED_NAMES and (is_code or name == "classes"):
+            yield REFUSED_NAMES[name]
         if is_code and name == "ops" and not OPERATOR.match(text, match.start()):
             line = text[match.start() :].split(b"\n", 1)[0][:80].decode("ascii", "backslashreplace")
             yield f"{line!r} is an operator of an extension"

@@ -17,15 +17,15 @@ from utils.combiners.protocol import Combiner
 from utils.numeric.metrics import softmax
 from utils.predictions.rows import Outputs
 
-BATCHES = (1, 3, 17)
+BATCH_SIZES = (1, 3, 17)
 TOLERANCE = 1e-4  # on probabilities
-NEAR_AT_MOST = 0.05  # share of rows that may lie at a step of the combiner
-LINES = 6  # of a failed process that are told
-SECONDS = 1800.0
+MAX_DISCONTINUITY_FRACTION = 0.05  # share of rows that may lie at a step of the combiner
+N_LOG_LINES = 6  # of a failed process that are told
+TIMEOUT_SECONDS = 1800.0
 
 
 @dataclass(frozen=True)
-class Probe:
+class ReferenceBatches:
     """Real rows in the form that a file takes, and what is expected of each."""
 
     batches: list[np.ndarray]
@@ -43,7 +43,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Answers:
+class FileOutputs:
     """What a file gave, row by row in the order of the probe's batches."""
 
     rows: np.ndarray
@@ -53,11 +53,14 @@ class Answers:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-class RunFailed(Exception):
+class FileRunError(Exception):
     """A file could not be run; the text is the end of what its process said."""
 
 
-def dealt(images: Sequence[np.ndarray], sizes: Sequence[int] = BATCHES) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def make_batches(
+    images: Sequence[np.ndarray],
+    sizes: Sequence[int] = BATCH_SIZES,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Images, each (H, W, 3) or (3, S, S), in batches of the given sizes in turn; with the rows in each.
 
     Images of one shape go together. A batch that there are too few images for is filled up with those there are, so
@@ -81,17 +84,17 @@ def dealt(images: Sequence[np.ndarray], sizes: Sequence[int] = BATCHES) -> tuple
     return [np.stack([images[row] for row in batch]) for batch in rows], rows
 
 
-def run_afresh(
+def run_in_subprocess(
     kind: str,
     files: Sequence[Path],
-    probe: Probe,
+    probe: ReferenceBatches,
     outputs: Sequence[str],
     scratch: Path,
     *,
     job: Mapping[str, Any] | None = None,
     python: str = sys.executable,
-    seconds: float = SECONDS,
-) -> list[Answers]:
+    seconds: float = TIMEOUT_SECONDS,
+) -> list[FileOutputs]:
     """Answers of each file of one format, in a new process of `python`; `scratch` is for what goes back and forth.
 
     Each file is opened by itself; they share the process for the seconds that a runtime takes to be there. Raises
@@ -114,14 +117,14 @@ def run_afresh(
             command, cwd=scratch, env=environment, capture_output=True, text=True, timeout=seconds, check=False
         )
     except subprocess.TimeoutExpired as error:
-        raise RunFailed(f"its runtime did not end within {seconds:.0f} s") from error
+        raise FileRunError(f"its runtime did not end within {seconds:.0f} s") from error
     if done.returncode != 0 or not answers.is_file():
-        raise RunFailed(f"its runtime ended with {done.returncode}: {last_lines(done.stderr)}")
+        raise FileRunError(f"its runtime ended with {done.returncode}: {last_lines(done.stderr)}")
     rows = np.concatenate(probe.rows)
     with np.load(answers) as arrays:
         facts = json.loads(str(arrays["facts"]))
         return [
-            Answers(
+            FileOutputs(
                 rows,
                 {
                     output: np.concatenate([arrays[f"{place}/{name}/{output}"] for name in named]).astype(np.float32)
@@ -136,10 +139,10 @@ def run_afresh(
 def last_lines(text: str) -> str:
     """The end of what a process said, in one line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " | ".join(lines[-LINES:]) or "it said nothing"
+    return " | ".join(lines[-N_LOG_LINES:]) or "it said nothing"
 
 
-def compare(probe: Probe, answers: Answers, tolerance: float = TOLERANCE) -> dict[str, Any]:
+def compare_outputs(probe: ReferenceBatches, answers: FileOutputs, tolerance: float = TOLERANCE) -> dict[str, Any]:
     """The certificate: `passed`, and the comparison as `export_status.json` keeps it.
 
     Where the file gives its members' outputs there are two comparisons. Those outputs, as probabilities, are held
@@ -172,7 +175,7 @@ def compare(probe: Probe, answers: Answers, tolerance: float = TOLERANCE) -> dic
             reasons.append(f"its members' probabilities are off by {difference:.3g}")
         if not strict <= tolerance or flips:
             reasons.append(f"its combiner is off by {strict:.3g} on its own members' outputs, {flips} label(s) differ")
-        if near.mean() > NEAR_AT_MOST:
+        if near.mean() > MAX_DISCONTINUITY_FRACTION:
             reasons.append(f"{int(near.sum())} of {len(near)} rows lie at a step of the combiner")
     compared = ~near
     largest = float(np.abs(expected - found)[compared].max()) if compared.any() else 0.0
@@ -186,7 +189,7 @@ def compare(probe: Probe, answers: Answers, tolerance: float = TOLERANCE) -> dic
     return {"passed": not reasons, "reason": "; ".join(reasons) or None, "parity": parity}
 
 
-def _member_outputs(probe: Probe, answers: Answers) -> np.ndarray | Outputs:
+def _member_outputs(probe: ReferenceBatches, answers: FileOutputs) -> np.ndarray | Outputs:
     """The file's own member outputs in the form that combiners take: (M, R, C)."""
     logits = answers.outputs["member_logits"].transpose(1, 0, 2)
     if probe.member_embeddings is None:

@@ -12,8 +12,8 @@ import numpy as np
 from utils import base_back
 from utils.combiners.protocol import seen_by
 from utils.core.errors import UserError
-from utils.exporting.exported_network import UINT8_NHWC, Form, Subject
-from utils.exporting.parity_check import BATCHES, Probe, dealt
+from utils.exporting.exported_network import UINT8_NHWC, ExportSignature, ExportSource
+from utils.exporting.parity_check import BATCH_SIZES, ReferenceBatches, make_batches
 from utils.numeric.metrics import softmax
 from utils.predictions import fold_networks, image_splits, streaming
 from utils.predictions.rows import UNKNOWN, Rows
@@ -22,35 +22,35 @@ from utils.predictions.store import Store
 if TYPE_CHECKING:
     from torch import nn
 
-ROWS = 64
-CALIBRATION = 128  # rows of train by which the range of 8-bit values is chosen
-AT_ONCE = 256  # images in memory
+N_ROWS = 64
+N_CALIBRATION_IMAGES = 128  # rows of train by which the range of 8-bit values is chosen
+ACCURACY_BLOCK_SIZE = 256  # images in memory
 SPLITS = ("test", "val", "train")
 """In this order, until there are enough rows."""
 
 
 @dataclass(frozen=True)
-class Sampled:
+class ParitySample:
     """Real rows: what goes in, and what the ensemble answers."""
 
     images: list[np.ndarray]
     """Of each row what a file takes: float32 (3, S, S), uint8 (H, W, 3), or member logits float32 (M, C)"""
     squares: list[np.ndarray]
     """Of each row the centre square, uint8 (S, S, 3), for files of a fixed size; empty without images"""
-    expected: Probe
+    expected: ReferenceBatches
     """Without batches"""
 
-    def probe(self, *, fixed: bool = False, takes_uint8: bool = False) -> Probe:
+    def reference_batches(self, *, fixed: bool = False, takes_uint8: bool = False) -> ReferenceBatches:
         """The rows as a file takes them; `fixed`: one at a time, cut to size already."""
         if not fixed:
-            batches, rows = dealt(self.images)
+            batches, rows = make_batches(self.images)
         else:
             given = self.squares if takes_uint8 else self.images
-            batches, rows = dealt(given, (1,))
+            batches, rows = make_batches(given, (1,))
         return replace(self.expected, batches=batches, rows=rows)
 
 
-def sample(store: Store, subject: Subject, form: Form, network: nn.Module) -> Sampled:
+def sample_rows(store: Store, subject: ExportSource, form: ExportSignature, network: nn.Module) -> ParitySample:
     """Up to 64 rows, evenly spread over the test split; over val and train as well where these are too few.
 
     Raises UserError where the members have no row in common.
@@ -61,23 +61,23 @@ def sample(store: Store, subject: Subject, form: Form, network: nn.Module) -> Sa
     members = list(subject.members)
     parts: list[Rows] = []
     for split in SPLITS:
-        wanted = ROWS - sum(len(part.sample_ids) for part in parts)
+        wanted = N_ROWS - sum(len(part.sample_ids) for part in parts)
         if wanted > 0 and all(store.has(member, split) for member in members):
             fold_networks.ensure(store, members, (split,), subject.inference)
-            whole = fold_networks.aligned(store, members, split, subject.inference, embeddings=subject.embeds)
+            whole = fold_networks.aligned(store, members, split, subject.inference, embeddings=subject.reads_embeddings)
             count = len(whole.sample_ids)
             parts.append(whole.take(np.unique(np.linspace(0, count - 1, min(wanted, count)).round().astype(int))))
     if not parts:
         raise UserError(f"{subject.name}: no split that all its members have rows of, so that nothing can be compared")
     rows = _joined(parts)
-    if subject.imported:
+    if subject.is_imported:
         logits = rows.logits.transpose(1, 0, 2)
-        return Sampled([np.ascontiguousarray(row) for row in logits], [], _expected(subject, rows))
+        return ParitySample([np.ascontiguousarray(row) for row in logits], [], _expected(subject, rows))
     images, squares = _images(store, subject, form, _places(store, rows))
     expected = _expected(subject, rows)
     if streaming.resolve_device(store.config.device) != "cpu":
         expected = _run(network, images, subject, expected)
-    return Sampled(images, squares, expected)
+    return ParitySample(images, squares, expected)
 
 
 def _joined(parts: Sequence[Rows]) -> Rows:
@@ -93,24 +93,24 @@ def _joined(parts: Sequence[Rows]) -> Rows:
     )
 
 
-def _expected(subject: Subject, rows: Rows) -> Probe:
+def _expected(subject: ExportSource, rows: Rows) -> ReferenceBatches:
     if subject.combiner is None:
-        return Probe([], [], softmax(rows.logits[0].astype(np.float64)))
+        return ReferenceBatches([], [], softmax(rows.logits[0].astype(np.float64)))
     probabilities = subject.combiner.predict_proba(seen_by(subject.combiner, rows.outputs))
-    if not subject.jumps or subject.imported:
-        return Probe([], [], probabilities)
-    return Probe([], [], probabilities, rows.logits, rows.embeddings, subject.combiner)
+    if not subject.jumps or subject.is_imported:
+        return ReferenceBatches([], [], probabilities)
+    return ReferenceBatches([], [], probabilities, rows.logits, rows.embeddings, subject.combiner)
 
 
-def calibration(store: Store, subject: Subject, form: Form) -> list[np.ndarray]:
+def calibration_images(store: Store, subject: ExportSource, form: ExportSignature) -> list[np.ndarray]:
     """Up to 128 images of the train split, evenly spread, as a file takes them."""
     count = len(store.images("train").sample_ids)
-    places = np.unique(np.linspace(0, count - 1, min(CALIBRATION, count)).round().astype(int))
+    places = np.unique(np.linspace(0, count - 1, min(N_CALIBRATION_IMAGES, count)).round().astype(int))
     return _images(store, subject, form, {"train": places.tolist()})[0]
 
 
-def test_accuracy(
-    store: Store, subject: Subject, form: Form, run: Callable[[np.ndarray], Sequence[np.ndarray]]
+def measure_test_accuracy(
+    store: Store, subject: ExportSource, form: ExportSignature, run: Callable[[np.ndarray], Sequence[np.ndarray]]
 ) -> dict[str, Any] | None:
     """Accuracy on all labelled test rows: of the ensemble, and of a file whose `run` gives its probabilities first.
 
@@ -119,14 +119,14 @@ def test_accuracy(
     members = list(subject.members)
     if not all(store.has(member, "test") for member in members):
         return None
-    whole = fold_networks.aligned(store, members, "test", subject.inference, embeddings=subject.embeds)
+    whole = fold_networks.aligned(store, members, "test", subject.inference, embeddings=subject.reads_embeddings)
     rows = whole.take(np.flatnonzero(whole.labels != UNKNOWN))
     if not len(rows.labels):
         return None
     before = float((_expected(subject, rows).probabilities.argmax(axis=1) == rows.labels).mean())
     hits = 0
-    for start in range(0, len(rows.labels), AT_ONCE):
-        part = rows.take(np.arange(start, min(start + AT_ONCE, len(rows.labels))))
+    for start in range(0, len(rows.labels), ACCURACY_BLOCK_SIZE):
+        part = rows.take(np.arange(start, min(start + ACCURACY_BLOCK_SIZE, len(rows.labels))))
         images, _ = _images(store, subject, form, _places(store, part))
         found = np.array([run(image[None])[0][0].argmax() for image in images])
         hits += int((found == part.labels).sum())
@@ -144,7 +144,7 @@ def _places(store: Store, rows: Rows) -> dict[str, list[int]]:
 
 
 def _images(
-    store: Store, subject: Subject, form: Form, wanted: Mapping[str, Sequence[int]]
+    store: Store, subject: ExportSource, form: ExportSignature, wanted: Mapping[str, Sequence[int]]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """What a file takes of each row, and the centre squares; `wanted` is {split: places}."""
     size = max(member.img_size or 0 for member in subject.members)
@@ -166,10 +166,15 @@ def _decoded(path: Path) -> np.ndarray:
         return np.array(image.convert("RGB"))
 
 
-def _run(network: nn.Module, images: list[np.ndarray], subject: Subject, expected: Probe) -> Probe:
+def _run(
+    network: nn.Module,
+    images: list[np.ndarray],
+    subject: ExportSource,
+    expected: ReferenceBatches,
+) -> ReferenceBatches:
     import torch
 
-    batches, rows = dealt(images, (BATCHES[-1], 1))
+    batches, rows = make_batches(images, (BATCH_SIZES[-1], 1))
     names = network.output_names
     found: dict[str, list[Any]] = {}
     with torch.inference_mode():

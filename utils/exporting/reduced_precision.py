@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.exporting.export_formats import entry, of_files
+from utils.exporting.export_formats import entry_of_files, format_entry
 
 TOLERANCES = {"fp16": 0.01, "int8": 0.1}
 """On probabilities: rounding of 2^-11 and 2^-8, grown over the layers of a network."""
@@ -29,7 +29,7 @@ def tolerance_of(format_name: str) -> float:
     return TOLERANCES[format_name.removeprefix("onnx_")]
 
 
-def write(
+def write_reduced(
     format_name: str, source: Path, name: str, staged: Path, calibration: Callable[[], Sequence[np.ndarray]]
 ) -> dict[str, Any]:
     """Write `<format>/<name>_<precision>.onnx` from the 32-bit file; its entry. `calibration` opens images of train.
@@ -46,8 +46,8 @@ def write(
             to_int8(source, path, calibration())
     except Exception as error:  # whatever stops one format, the others go on
         reason = f"{type(error).__name__}: {error}"
-        return entry("failed", reason=reason, seconds=round(time.perf_counter() - started, 3))
-    return of_files(staged, [path], seconds=round(time.perf_counter() - started, 3))
+        return format_entry("failed", reason=reason, seconds=round(time.perf_counter() - started, 3))
+    return entry_of_files(staged, [path], seconds=round(time.perf_counter() - started, 3))
 
 
 def to_float16(source: Path, path: Path) -> None:

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-Run = Callable[[np.ndarray], Sequence[np.ndarray]]
+RunFunction = Callable[[np.ndarray], Sequence[np.ndarray]]
 
 
-def open_onnx(path: Path, job: dict[str, Any]) -> tuple[Run, dict[str, str]]:
+def open_onnx(path: Path, job: dict[str, Any]) -> tuple[RunFunction, dict[str, str]]:
     """By onnxruntime, on the CPU."""
     import onnxruntime
 
@@ -34,7 +34,7 @@ def open_onnx(path: Path, job: dict[str, Any]) -> tuple[Run, dict[str, str]]:
     return lambda batch: session.run(names, {given.name: batch}), {"onnxruntime": onnxruntime.__version__}
 
 
-def open_torchscript(path: Path, job: dict[str, Any]) -> tuple[Run, dict[str, str]]:
+def open_torchscript(path: Path, job: dict[str, Any]) -> tuple[RunFunction, dict[str, str]]:
     """By torch.jit."""
     import torch
 
@@ -42,7 +42,7 @@ def open_torchscript(path: Path, job: dict[str, Any]) -> tuple[Run, dict[str, st
     return _by_torch(network), {"torch": str(torch.__version__)}
 
 
-def open_weights(path: Path, job: dict[str, Any]) -> tuple[Run, dict[str, str]]:
+def open_weights(path: Path, job: dict[str, Any]) -> tuple[RunFunction, dict[str, str]]:
     """A state dict or a full checkpoint: networks are built by the catalog, then take every weight from the file."""
     import torch
 
@@ -57,7 +57,7 @@ def open_weights(path: Path, job: dict[str, Any]) -> tuple[Run, dict[str, str]]:
     return _by_torch(network), {"torch": str(torch.__version__)}
 
 
-def open_tflite(path: Path, job: dict[str, Any]) -> tuple[Run, dict[str, str]]:
+def open_tflite(path: Path, job: dict[str, Any]) -> tuple[RunFunction, dict[str, str]]:
     """By ai-edge-litert, else by TensorFlow's interpreter; one image at a time, as the file has a fixed batch."""
     try:
         import ai_edge_litert as package
@@ -82,7 +82,7 @@ def open_tflite(path: Path, job: dict[str, Any]) -> tuple[Run, dict[str, str]]:
     return run, {package.__name__: str(getattr(package, "__version__", "unknown"))}
 
 
-def _by_torch(network: Any) -> Run:
+def _by_torch(network: Any) -> RunFunction:
     import torch
 
     def run(batch: np.ndarray) -> list[np.ndarray]:
@@ -106,11 +106,11 @@ def _built_anew(job: dict[str, Any]) -> Any:
     base_back.bind()
     workspace = Workspace.of_settings()
     store = Store(Config(), workspace, catalog.read(workspace))
-    subject = exported_network.find(store, job["name"])
-    return exported_network.assemble(store, subject, exported_network.Form(**job["form"]))
+    subject = exported_network.load_source(store, job["name"])
+    return exported_network.assemble_network(store, subject, exported_network.ExportSignature(**job["form"]))
 
 
-RUNTIMES: dict[str, Callable[[Path, dict[str, Any]], tuple[Run, dict[str, str]]]] = {
+RUNTIMES: dict[str, Callable[[Path, dict[str, Any]], tuple[RunFunction, dict[str, str]]]] = {
     "state_dict": open_weights,
     "checkpoint": open_weights,
     "torchscript": open_torchscript,
@@ -121,7 +121,7 @@ RUNTIMES: dict[str, Callable[[Path, dict[str, Any]], tuple[Run, dict[str, str]]]
 }
 
 
-def latency_ms(run: Run, one: np.ndarray, seconds: float = 1.0) -> float:
+def measure_latency_ms(run: RunFunction, one: np.ndarray, seconds: float = 1.0) -> float:
     """Median milliseconds of one run over a batch, after one that is not counted."""
     run(one)
     found: list[float] = []
@@ -152,7 +152,7 @@ def main(place: str) -> None:
             for name, batch in probe.items():
                 found = zip(job["outputs"], run(batch), strict=True)
                 arrays |= {f"{place}/{name}/{output}": part for output, part in found}
-            facts.append({"versions": versions, "latency_ms": latency_ms(run, next(iter(probe.values()))[:1])})
+            facts.append({"versions": versions, "latency_ms": measure_latency_ms(run, next(iter(probe.values()))[:1])})
         except Exception as error:
             raise RuntimeError(f"{file.name}: {type(error).__name__}: {error}") from error
     arrays["facts"] = np.array(json.dumps(facts))

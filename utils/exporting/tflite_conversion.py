@@ -18,28 +18,28 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-VARIABLE = "DBT_TFLITE_PYTHON"
+PYTHON_VARIABLE = "DBT_TFLITE_PYTHON"
 INSTALL = (
     "python3 -m venv tflite-env && tflite-env/bin/pip install torch litert-torch, then name it: "
-    f"export {VARIABLE}=$PWD/tflite-env/bin/python"
+    f"export {PYTHON_VARIABLE}=$PWD/tflite-env/bin/python"
 )
 CONVERTER, INTERPRETERS = "litert_torch", ("ai_edge_litert", "tensorflow")
-SECONDS = 1800.0
-SHARE_OF_MEMORY = 0.8
+TIMEOUT_SECONDS = 1800.0
+MEMORY_FRACTION = 0.8
 
 
-class ConversionFailed(Exception):
+class ConversionError(Exception):
     """The converter crashed, hung or ran out of memory; the text is the end of what it said."""
 
 
-def interpreter() -> str:
+def python_interpreter() -> str:
     """The Python that has the tools: the one that DBT_TFLITE_PYTHON names, else this one."""
-    return os.environ.get(VARIABLE) or sys.executable
+    return os.environ.get(PYTHON_VARIABLE) or sys.executable
 
 
-def missing() -> str | None:
+def missing_tools() -> str | None:
     """Why TFLite cannot be written here, with the line that installs what lacks; None where it can."""
-    python = interpreter()
+    python = python_interpreter()
     if python == sys.executable:
         found = {name for name in (CONVERTER, *INTERPRETERS) if importlib.util.find_spec(name)}
     else:
@@ -47,7 +47,7 @@ def missing() -> str | None:
         try:
             done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
-            return f"{VARIABLE} {python}: cannot be run ({error}). {INSTALL}"
+            return f"{PYTHON_VARIABLE} {python}: cannot be run ({error}). {INSTALL}"
         found = {name for name in (CONVERTER, *INTERPRETERS) if f"'{name}'" in done.stdout}
     lacking = [
         *([CONVERTER] if CONVERTER not in found else []),
@@ -56,7 +56,14 @@ def missing() -> str | None:
     return f"{' and '.join(lacking)} not installed for {python}. Install: {INSTALL}" if lacking else None
 
 
-def convert(network: nn.Module, sample: Tensor, path: Path, scratch: Path, *, seconds: float = SECONDS) -> None:
+def convert_network(
+    network: nn.Module,
+    sample: Tensor,
+    path: Path,
+    scratch: Path,
+    *,
+    seconds: float = TIMEOUT_SECONDS,
+) -> None:
     """Write `path` from the network, traced on one `sample`; `scratch` is a folder for what goes over.
 
     Raises ConversionFailed with the last lines of the converter where it fails, hangs or is killed.
@@ -67,22 +74,22 @@ def convert(network: nn.Module, sample: Tensor, path: Path, scratch: Path, *, se
     program = scratch / "program.pt2"
     with torch.no_grad():
         torch.export.save(torch.export.export(network, (sample,)), program)
-    memory = int(SHARE_OF_MEMORY * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    memory = int(MEMORY_FRACTION * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     code = f"import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path({__file__!r}, run_name='__main__')"
-    command = [interpreter(), "-c", code, Path(__file__).name, str(program), str(path), str(memory)]
+    command = [python_interpreter(), "-c", code, Path(__file__).name, str(program), str(path), str(memory)]
     log = scratch / "converter.log"
     with log.open("wb") as said:
         process = subprocess.Popen(command, cwd=scratch, stdout=said, stderr=subprocess.STDOUT)
         try:
             code_of_end = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired as error:
-            raise ConversionFailed(f"the converter did not end within {seconds:.0f} s: {_end(log)}") from error
+            raise ConversionError(f"the converter did not end within {seconds:.0f} s: {_end(log)}") from error
         finally:
             process.kill()
             process.wait()
             program.unlink(missing_ok=True)
     if code_of_end != 0 or not path.is_file():
-        raise ConversionFailed(f"the converter ended with {code_of_end}: {_end(log)}")
+        raise ConversionError(f"the converter ended with {code_of_end}: {_end(log)}")
 
 
 def _end(log: Path) -> str:

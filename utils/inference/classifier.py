@@ -32,12 +32,12 @@ from utils.predictions.streaming import Batch
 SPLIT = "predict"  # what messages call images of no split
 BLOCK_BYTES = 2**31  # of decoded pixels on disk
 ARRAY_BYTES = 2**28  # of logits in memory
-FEWEST, MOST = 64, 8192  # images of a block
-WIDE = 4 / 3  # photographs are so much longer than high
+MIN_BLOCK, MAX_BLOCK = 64, 8192  # images of a block
+ASPECT_RATIO = 4 / 3  # photographs are so much longer than high
 
 
 @dataclass(frozen=True)
-class BlockAnswers:
+class BlockPredictions:
     """What is said of the images of one block."""
 
     readable: np.ndarray
@@ -108,18 +108,18 @@ class WorkspaceClassifier:
         return [member.network(self.store.workspace, stage=stage) for stage in self._stages(member)]
 
     @property
-    def networks(self) -> int:
+    def n_networks(self) -> int:
         """How many are run over every image."""
         return sum(len(self._stages(member)) for member in self.members)
 
     @property
-    def block(self) -> int:
+    def block_size(self) -> int:
         """Images at a time, by the room that their pixels and logits take."""
-        pixels = 3 * WIDE * sum((1.14 * size) ** 2 for size in self.sizes)
+        pixels = 3 * ASPECT_RATIO * sum((1.14 * size) ** 2 for size in self.sizes)
         logits = 4 * len(self.members) * len(self.classes)
-        return int(min(MOST, max(FEWEST, min(BLOCK_BYTES / pixels, ARRAY_BYTES / logits))))
+        return int(min(MAX_BLOCK, max(MIN_BLOCK, min(BLOCK_BYTES / pixels, ARRAY_BYTES / logits))))
 
-    def answer(self, paths: Sequence[Path], step: Callable[[int], None]) -> BlockAnswers:
+    def predict_block(self, paths: Sequence[Path], step: Callable[[int], None]) -> BlockPredictions:
         """Probabilities for image files; `step(images)` is called for every batch of every network."""
         contents, problems = _digests(paths)
         with tempfile.TemporaryDirectory(prefix="predict-") as folder:
@@ -140,12 +140,12 @@ class WorkspaceClassifier:
             problems |= {place: reasons[content] for place, content in enumerate(contents) if content in reasons}
             kept = np.array([place for place in range(len(paths)) if place not in problems], dtype=np.int64)
             if not len(kept):
-                return BlockAnswers(kept, np.empty((0, len(self.classes))), None, problems)
+                return BlockPredictions(kept, np.empty((0, len(self.classes))), None, problems)
             found = self._answers(images.take(kept), cache, step)
         problems |= {int(kept[row]): reason for row, reason in found.problems.items()}
         return replace(found, readable=kept[found.readable], problems=problems)
 
-    def _answers(self, images: ImageSplit, cache: Path, step: Callable[[int], None]) -> BlockAnswers:
+    def _answers(self, images: ImageSplit, cache: Path, step: Callable[[int], None]) -> BlockPredictions:
         """Answers for readable images, one network in memory at a time; `readable` are rows of them.
 
         A row for which a network gives NaN or infinity is a problem. Zeros stand for it until then, so that the
@@ -177,7 +177,7 @@ class WorkspaceClassifier:
             probabilities = ensembles.predict(self.ensemble, rows) if self.ensemble else softmax(members[0])
         kept = np.array([row for row in everything if row not in problems], dtype=np.int64)
         disagreement = _disagreement(members, ran)[kept] if len(members) > 1 else None
-        return BlockAnswers(kept, probabilities[kept], disagreement, problems)
+        return BlockPredictions(kept, probabilities[kept], disagreement, problems)
 
     def _rows(self, images: ImageSplit, logits: np.ndarray, embeddings: Sequence[np.ndarray | None]) -> Rows:
         """All members' outputs on images, as an ensemble takes them."""

@@ -15,11 +15,11 @@ from typing import BinaryIO
 from utils import base_back
 
 STDIN = "-"
-ALSO = (".tif", ".tiff", ".webp")  # beside the suffixes that the base pipeline trains on
+EXTRA_SUFFIXES = (".tif", ".tiff", ".webp")  # beside the suffixes that the base pipeline trains on
 
 
 @dataclass(frozen=True)
-class Listing:
+class ImageListing:
     """The images that were asked for, each path once, in the order given; folders and patterns are sorted."""
 
     paths: tuple[Path, ...]
@@ -27,7 +27,7 @@ class Listing:
     """Folders and patterns in which no image was found."""
 
 
-def find(wanted: Sequence[str], stdin: BinaryIO, suffixes: Sequence[str] | None = None) -> Listing:
+def list_images(wanted: Sequence[str], stdin: BinaryIO, suffixes: Sequence[str] | None = None) -> ImageListing:
     """The images below the given names; `-` stands for the list on `stdin`, one name a line or separated by NUL.
 
     `suffixes` in small letters are those that the network was trained on, by default the base pipeline's.
@@ -35,7 +35,7 @@ def find(wanted: Sequence[str], stdin: BinaryIO, suffixes: Sequence[str] | None 
     A folder is searched to any depth for files with an image's ending, hidden ones left out; a file that is named is
     taken as it is, and kept where it does not exist, so that its row can say so.
     """
-    known = (*(base_back.bundled("samples").SUFFIXES if suffixes is None else suffixes), *ALSO)
+    known = (*(base_back.bundled("samples").SUFFIXES if suffixes is None else suffixes), *EXTRA_SUFFIXES)
     paths: dict[str, None] = {}
     empty = []
     for name in _names(wanted, stdin):
@@ -43,7 +43,7 @@ def find(wanted: Sequence[str], stdin: BinaryIO, suffixes: Sequence[str] | None 
         if not found:
             empty.append(name)
         paths.update(dict.fromkeys(found))
-    return Listing(tuple(map(Path, paths)), tuple(empty))
+    return ImageListing(tuple(map(Path, paths)), tuple(empty))
 
 
 def _names(wanted: Sequence[str], stdin: BinaryIO) -> Iterator[str]:

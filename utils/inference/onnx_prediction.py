@@ -29,7 +29,7 @@ SIGN_TOLERANCE = 1e-6
 class ExportedModel:
     """An exported ONNX file and what it says of itself. Raises ValueError for a file that no export of ours wrote."""
 
-    batch = 32  # images at a time
+    batch_size = 32  # images at a time
 
     def __init__(self, path: Path | str, *, threads: int = 0) -> None:
         import onnxruntime  # here, since the checks below serve answers that no ONNX file gives as well
@@ -58,7 +58,7 @@ class ExportedModel:
         """Prepared images -> probabilities float32 (B, C). Raises ValueError for an output of another form."""
         answers = self.session.run(["probabilities"], {self.input["name"]: images})[0]
         try:
-            check_form(answers, len(images), len(self.classes))
+            check_shape(answers, len(images), len(self.classes))
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}. Export the ensemble again") from error
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is no answer
@@ -73,7 +73,7 @@ class ExportedModel:
             raise ValueError(f"{path}: cannot be decoded ({error})") from error
         if self.input["kind"] == "uint8-nhwc":
             return np.asarray(rgb)
-        return centre_square(rgb, self.input["shorter_side"], self.input["img_size"])
+        return resize_and_crop(rgb, self.input["shorter_side"], self.input["img_size"])
 
     def run_each(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Prepared images, of any sizes where the model takes any -> probabilities float32 (N, C)."""
@@ -84,12 +84,12 @@ class ExportedModel:
 
     def predict(self, paths: Sequence[Path]) -> np.ndarray:
         """Image files -> probabilities float32 (N, C); `row_problems` says which rows are none."""
-        starts = range(0, len(paths), self.batch)
-        parts = [self.run_each([self.prepare(path) for path in paths[at : at + self.batch]]) for at in starts]
+        starts = range(0, len(paths), self.batch_size)
+        parts = [self.run_each([self.prepare(path) for path in paths[at : at + self.batch_size]]) for at in starts]
         return np.concatenate(parts)
 
 
-def check_form(answers: Any, rows: int, classes: int) -> None:
+def check_shape(answers: Any, rows: int, classes: int) -> None:
     """Raise ValueError unless `answers` are floats (rows, classes)."""
     if isinstance(answers, np.ndarray) and answers.dtype.kind == "f" and answers.shape == (rows, classes):
         return
@@ -149,7 +149,7 @@ def format_of(path: str | Path) -> str | None:
     return None
 
 
-def centre_square(image: Image.Image, side: int, size: int) -> np.ndarray:
+def resize_and_crop(image: Image.Image, side: int, size: int) -> np.ndarray:
     """Shorter side to `side`, the centre square of `size` cut out, in [0, 1]: float32 (3, size, size)."""
     width, height = image.size
     length = int(side * max(width, height) / min(width, height))
@@ -159,7 +159,7 @@ def centre_square(image: Image.Image, side: int, size: int) -> np.ndarray:
     return pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
 
 
-def image_files(places: Sequence[Path | str]) -> list[Path]:
+def list_image_files(places: Sequence[Path | str]) -> list[Path]:
     """The files, and of folders every image below them. Raises ValueError for a place that is not there."""
     found: list[Path] = []
     for place in map(Path, places):
@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.model and not beside:
             raise ValueError(f"no ONNX file beside {here}; name one with --model, or export with --formats onnx")
         model = ExportedModel(options.model or beside[0])
-        files = image_files(options.images)
+        files = list_image_files(options.images)
         probabilities = model.predict(files)
     except ValueError as error:
         print(f"predict: {error}", file=sys.stderr)

@@ -20,18 +20,18 @@ from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.inference import image_paths
-from utils.inference.answer_files import AnswerFile, Form
-from utils.inference.classifier import BlockAnswers, WorkspaceClassifier
+from utils.inference.classifier import BlockPredictions, WorkspaceClassifier
+from utils.inference.output_files import PredictionFile, RecordFormat
 from utils.numeric import uncertainty
 from utils.predictions import catalog
 from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
-DIGITS = 6
-MOST_ON_SCREEN = 10_000  # images; more need a file, which can be continued
-MOST_NAMED = 5  # images without an answer in messages
-QUIET = 10.0  # seconds between two lines of progress
+N_DIGITS = 6
+MAX_IMAGES_ON_SCREEN = 10_000  # images; more need a file, which can be continued
+MAX_PROBLEMS_NAMED = 5  # images without an answer in messages
+PROGRESS_SECONDS = 10.0  # seconds between two lines of progress
 
 
 class Classifier(Protocol):
@@ -41,14 +41,14 @@ class Classifier(Protocol):
     classes: tuple[str, ...]
 
     @property
-    def networks(self) -> int:
+    def n_networks(self) -> int:
         """How often every image is counted in the progress."""
 
     @property
-    def block(self) -> int:
+    def block_size(self) -> int:
         """Images at a time."""
 
-    def answer(self, paths: Sequence[Path], step: Any) -> BlockAnswers:
+    def predict_block(self, paths: Sequence[Path], step: Any) -> BlockPredictions:
         """Answers for the images of one block; `step(images)` tells of progress."""
 
 
@@ -63,7 +63,7 @@ class Thresholds:
     abstain: float | None
     """Below this probability of the top class there is no answer to rely on."""
 
-    def of_rows(self, probabilities: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
+    def apply(self, probabilities: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
         """`set` and `abstain` of each image, from (N, C); None where they were not measured."""
         found: list[dict[str, Any]] = [{"set": None, "abstain": None} for _ in probabilities]
         if self.limit is not None:
@@ -98,11 +98,11 @@ def predict(
     its error and a failure of the result. Raises UserError without an image, for a model that cannot answer, and for a
     file that is there and not to be continued.
     """
-    answers = Answers(to, form, probabilities, append, force)
+    answers = OutputOptions(to, form, probabilities, append, force)
     store = Store(config, workspace, catalog.load(workspace))
     classifier = WorkspaceClassifier(store, model_name)
-    thresholds = measured(workspace, model_name, is_ensemble=classifier.ensemble is not None, sets=sets)
-    return _predicted(classifier, thresholds, image_paths.find(paths, sys.stdin.buffer), paths, answers)
+    thresholds = load_thresholds(workspace, model_name, is_ensemble=classifier.ensemble is not None, sets=sets)
+    return _predicted(classifier, thresholds, image_paths.list_images(paths, sys.stdin.buffer), paths, answers)
 
 
 def predict_from_export(
@@ -123,14 +123,14 @@ def predict_from_export(
     """
     from utils.inference.onnx_prediction import SUFFIXES
 
-    answers = Answers(to, form, probabilities, append, force)
+    answers = OutputOptions(to, form, probabilities, append, force)
     classifier = ExportClassifier(Path(from_export).expanduser())
-    listing = image_paths.find(paths, sys.stdin.buffer, SUFFIXES)
+    listing = image_paths.list_images(paths, sys.stdin.buffer, SUFFIXES)
     return _predicted(classifier, Thresholds(sets, None, None), listing, paths, answers)
 
 
 @dataclass(frozen=True)
-class Answers:
+class OutputOptions:
     """Where the answers go, and how they are written. Raises UserError where there is nothing to go on with."""
 
     to: str | None
@@ -143,15 +143,15 @@ class Answers:
         if self.append and self.to is None:
             raise UserError("--append goes on with a file; name it with --to FILE")
 
-    def style(self, classes: tuple[str, ...]) -> Form:
+    def style(self, classes: tuple[str, ...]) -> RecordFormat:
         """Of the records."""
-        return Form(self.form or _form_of(self.to), classes if self.probabilities else None)
+        return RecordFormat(self.form or _form_of(self.to), classes if self.probabilities else None)
 
 
 class ExportClassifier:
     """Answers by an exported ONNX file, in onnxruntime."""
 
-    networks, block = 1, 1024
+    n_networks, block_size = 1, 1024
 
     def __init__(self, path: Path) -> None:
         """Raises UserError for a file that is no export of images."""
@@ -169,16 +169,16 @@ class ExportClassifier:
         self.version = f"{path.stem}@{digest[:12]}"
         """Name and digest of the file: answers of two files do not go into one."""
 
-    def answer(self, paths: Sequence[Path], step: Callable[[int], None]) -> BlockAnswers:
+    def predict_block(self, paths: Sequence[Path], step: Callable[[int], None]) -> BlockPredictions:
         """Probabilities for image files; `step(images)` is called for every batch.
 
         Raises UserError for an output that is not a row of probabilities for each image.
         """
         found: dict[int, np.ndarray] = {}
         problems: dict[int, str] = {}
-        for start in range(0, len(paths), self.model.batch):
+        for start in range(0, len(paths), self.model.batch_size):
             images: dict[int, np.ndarray] = {}
-            for place, path in enumerate(paths[start : start + self.model.batch], start):
+            for place, path in enumerate(paths[start : start + self.model.batch_size], start):
                 try:
                     images[place] = self.model.prepare(path)
                 except ValueError as error:
@@ -191,15 +191,15 @@ class ExportClassifier:
                 found |= zip(images, answers, strict=True)
                 step(len(images))
         rows = np.stack(list(found.values())) if found else np.empty((0, len(self.classes)))
-        return BlockAnswers(np.array(list(found), dtype=np.int64), rows.astype(np.float64), None, problems)
+        return BlockPredictions(np.array(list(found), dtype=np.int64), rows.astype(np.float64), None, problems)
 
 
 def _predicted(
     classifier: Classifier,
     thresholds: Thresholds,
-    listing: image_paths.Listing,
+    listing: image_paths.ImageListing,
     paths: Sequence[str],
-    answers: Answers,
+    answers: OutputOptions,
 ) -> Result:
     failures = [f"{shown(name)}: no image in it" for name in listing.empty]
     if not listing.paths:
@@ -209,7 +209,9 @@ def _predicted(
         return _on_screen(classifier, thresholds, listing.paths, style, failures)
     place = Path(answers.to).expanduser()
     names = {str(path) for path in listing.paths}
-    file = AnswerFile(place, style, classifier.version, append=answers.append, replace=answers.force, requested=names)
+    file = PredictionFile(
+        place, style, classifier.version, append=answers.append, replace=answers.force, requested=names
+    )
     left = [path for path in listing.paths if str(path) not in file.done]
     if len(left) < len(listing.paths):
         logger.info("%d of %d images are answered in %s", len(listing.paths) - len(left), len(listing.paths), file.path)
@@ -225,7 +227,7 @@ def _predicted(
     )
 
 
-def measured(workspace: Workspace, name: str, *, is_ensemble: bool, sets: str = "lac") -> Thresholds:
+def load_thresholds(workspace: Workspace, name: str, *, is_ensemble: bool, sets: str = "lac") -> Thresholds:
     """What the newest evaluation on test says of a model; without one, or one of an older ensemble, this is said."""
     path = (workspace.ensemble_metrics if is_ensemble else workspace.member_metrics)(name, "test")
     record: Mapping[str, Any] = read_record(path, remedy="Remove it, then evaluate again") or {}
@@ -252,46 +254,48 @@ def _form_of(to: str | None) -> str:
 
 
 def _on_screen(
-    classifier: Classifier, thresholds: Thresholds, paths: Sequence[Path], style: Form, failures: list[str]
+    classifier: Classifier, thresholds: Thresholds, paths: Sequence[Path], style: RecordFormat, failures: list[str]
 ) -> Result:
-    if len(paths) > MOST_ON_SCREEN:
-        raise UserError(f"{len(paths):,} images: more than {MOST_ON_SCREEN:,} need a file; name it with --to FILE")
+    if len(paths) > MAX_IMAGES_ON_SCREEN:
+        raise UserError(
+            f"{len(paths):,} images: more than {MAX_IMAGES_ON_SCREEN:,} need a file; name it with --to FILE"
+        )
     records: list[dict[str, Any]] = []
-    text = style.head
+    text = style.header
     for found, lines in _answers(classifier, thresholds, paths, style):
         records += found
         text += "".join(lines)
-    document = {"model": classifier.version, "images": [style.document(record) for record in records]}
+    document = {"model": classifier.version, "images": [style.as_document(record) for record in records]}
     # A terminal takes text alone; a file keeps the bytes of every name.
     text = text.rstrip("\n").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return Result(text, document, failures + _named(_problems(records)))
 
 
 def _answers(
-    classifier: Classifier, thresholds: Thresholds, paths: Sequence[Path], style: Form
+    classifier: Classifier, thresholds: Thresholds, paths: Sequence[Path], style: RecordFormat
 ) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
     """Records and their lines, block by block."""
-    progress = _Progress(len(paths), classifier.networks)
-    for start in range(0, len(paths), classifier.block):
-        block = paths[start : start + classifier.block]
-        found = _checked(classifier, classifier.answer(block, progress.step))
+    progress = _Progress(len(paths), classifier.n_networks)
+    for start in range(0, len(paths), classifier.block_size):
+        block = paths[start : start + classifier.block_size]
+        found = _checked(classifier, classifier.predict_block(block, progress.step))
         yield _records(classifier, thresholds, block, found, style)
         progress.block_ends(min(start + len(block), len(paths)))
 
 
-def _checked(classifier: Classifier, answers: BlockAnswers) -> BlockAnswers:
+def _checked(classifier: Classifier, answers: BlockPredictions) -> BlockPredictions:
     """Answers that are probabilities; a row that is none becomes a problem of its image and of no other."""
-    from utils.inference.onnx_prediction import check_form, row_problems
+    from utils.inference.onnx_prediction import check_shape, row_problems
 
     try:
-        check_form(answers.probabilities, len(answers.readable), len(classifier.classes))
+        check_shape(answers.probabilities, len(answers.readable), len(classifier.classes))
     except ValueError as error:
         raise UserError(f"{classifier.version}: {error}") from error
     reasons = row_problems(answers.probabilities)
     if not reasons:
         return answers
     kept = [row for row in range(len(answers.readable)) if row not in reasons]
-    return BlockAnswers(
+    return BlockPredictions(
         answers.readable[kept],
         answers.probabilities[kept],
         None if answers.disagreement is None else answers.disagreement[kept],
@@ -300,10 +304,10 @@ def _checked(classifier: Classifier, answers: BlockAnswers) -> BlockAnswers:
 
 
 def _records(
-    classifier: Classifier, thresholds: Thresholds, paths: Sequence[Path], found: BlockAnswers, style: Form
+    classifier: Classifier, thresholds: Thresholds, paths: Sequence[Path], found: BlockPredictions, style: RecordFormat
 ) -> tuple[list[dict[str, Any]], list[str]]:
     row_of = {int(place): row for row, place in enumerate(found.readable)}
-    measured_of = thresholds.of_rows(found.probabilities, classifier.classes)
+    measured_of = thresholds.apply(found.probabilities, classifier.classes)
     records, lines = [], []
     for place, path in enumerate(paths):
         record: dict[str, Any] = {"path": str(path), "class": None, "probability": None, "set": None, "abstain": None}
@@ -312,15 +316,15 @@ def _records(
         if place in row_of:
             row = found.probabilities[row_of[place]]
             top = int(row.argmax())
-            record |= {"class": classifier.classes[top], "probability": round(float(row[top]), DIGITS)}
+            record |= {"class": classifier.classes[top], "probability": round(float(row[top]), N_DIGITS)}
             record |= measured_of[row_of[place]]
             if found.disagreement is not None and not np.isnan(found.disagreement[row_of[place]]):
-                record["disagreement"] = round(float(found.disagreement[row_of[place]]), DIGITS)
-            values = [round(float(value), DIGITS) for value in row]
+                record["disagreement"] = round(float(found.disagreement[row_of[place]]), N_DIGITS)
+            values = [round(float(value), N_DIGITS) for value in row]
         if style.classes is not None:
             record["probabilities"] = values
         records.append(record)
-        lines.append(style.line(record))
+        lines.append(style.format_record(record))
     return records, lines
 
 
@@ -329,9 +333,9 @@ def _problems(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _named(problems: Sequence[str]) -> list[str]:
-    more = len(problems) - MOST_NAMED
+    more = len(problems) - MAX_PROBLEMS_NAMED
     return [
-        *problems[:MOST_NAMED],
+        *problems[:MAX_PROBLEMS_NAMED],
         *([f"{more} more images without an answer, each with its error in its record"] if more > 0 else []),
     ]
 
@@ -341,24 +345,28 @@ class _Progress:
 
     def __init__(self, images: int, networks: int) -> None:
         self.images, self.total = images, images * networks
-        self.networks, self.done = networks, 0
+        self.n_networks, self.done = networks, 0
         self.start = self.told = time.monotonic()
 
     def step(self, images: int) -> None:
         """One network has seen so many more images."""
         self.done += images
         now = time.monotonic()
-        if now - self.told >= QUIET:
+        if now - self.told >= PROGRESS_SECONDS:
             self.told = now
             left = (now - self.start) / self.done * (self.total - self.done)
             share = self.done / self.total
             logger.info(
-                "%.0f %% of %d images by %d networks; about %.0f s left", 100 * share, self.images, self.networks, left
+                "%.0f %% of %d images by %d networks; about %.0f s left",
+                100 * share,
+                self.images,
+                self.n_networks,
+                left,
             )
 
     def block_ends(self, images: int) -> None:
         """So many images are answered; those that could not be read are counted as well."""
-        self.done = images * self.networks
+        self.done = images * self.n_networks
         spent = time.monotonic() - self.start
         left = spent / images * (self.images - images)
         logger.info("[%d/%d] images; about %.0f s left", images, self.images, left)

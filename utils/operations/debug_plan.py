@@ -12,93 +12,93 @@ from utils.core.config import Config
 from utils.core.workspace import SPLITS, Workspace
 from utils.predictions import catalog
 
-VOTES = (
+VOTING_ONLY = (
     *("runs.score_ensemble.enable=true", "runs.score_ensemble.methods=[soft_voting,logit_averaging]"),
     *("runs.model_soup.enable=false", "runs.snapshot_ensemble.enable=false", "pruning.enable=false"),
 )
 """The two simplest ensembles alone, for sections that need some ensemble to go on from."""
-VOTE = "soft_voting_ensemble"
+VOTING_ENSEMBLE = "soft_voting_ensemble"
 MODELS = "ensembles/models"
-MOST_FILES = 12  # that a plan lists for each kind of file
+MAX_FILES_LISTED = 12  # that a plan lists for each kind of file
 WEIGHT_COPIES = 2  # of one member in memory: its file and its network
-ACTIVATIONS = 40  # floats that a network keeps for each input value on the way
+ACTIVATIONS_PER_INPUT = 40  # floats that a network keeps for each input value on the way
 TRAINING_COPIES = 4  # weights, gradients and the optimizer's two
 
 
 @dataclass(frozen=True)
-class Section:
+class DebugSection:
     """One row of the table."""
 
-    about: str
+    description: str
     steps: tuple[tuple[str, ...], ...]
     """Lines of the production command line, or `probe <name>` of `debug_probes`; the last is what is tried."""
-    switches: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
     """Values that the section needs in the configuration, as `--set` takes them."""
-    small: tuple[str, ...] = ()
+    quick_settings: tuple[str, ...] = ()
     """Values that keep a training of the section short."""
-    leaves: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
     """Files, as patterns below the sandbox, of which each must match one afterwards."""
     reads: tuple[str, ...] = ("checkpoints",)
     """Kinds of files of the workspace: checkpoints, folds, images."""
     per_member: bool = False
     """Whether `--arch` narrows it to one backbone; an ensemble of one would show nothing."""
     trains: bool = False
-    needs: tuple[str, ...] = ("discover",)
+    prerequisites: tuple[str, ...] = ("discover",)
     """Sections that have to run before."""
 
 
-SECTIONS: dict[str, Section] = {
-    "discover": Section(
+SECTIONS: dict[str, DebugSection] = {
+    "discover": DebugSection(
         "the scan of checkpoints, out-of-fold predictions and metrics",
         (("discover",),),
-        leaves=("ensembles/ensemble_catalog.json",),
+        outputs=("ensembles/ensemble_catalog.json",),
         reads=("checkpoints", "folds", "images"),
-        needs=(),
+        prerequisites=(),
     ),
-    "smoke": Section(
+    "smoke": DebugSection(
         "every member loaded alone and run on a few images",
         (("probe", "smoke"),),
         reads=("checkpoints", "images"),
         per_member=True,
     ),
-    "kfold": Section(
+    "kfold": DebugSection(
         "out-of-fold predictions read and held against the train split",
         (("probe", "kfold"),),
         reads=("folds", "images"),
         per_member=True,
     ),
-    "extract_embeddings": Section(
+    "extract_embeddings": DebugSection(
         "logits and embeddings of train, val and test",
         (("probe", "extract_embeddings"),),
-        leaves=("ensembles/fusion_embeddings/*/val.npy", "ensembles/predictions/*/val/logits.npy"),
+        outputs=("ensembles/fusion_embeddings/*/val.npy", "ensembles/predictions/*/val/logits.npy"),
         reads=("checkpoints", "images"),
         per_member=True,
     ),
-    "build_ensemble": Section(
+    "build_ensemble": DebugSection(
         "votes, weights, soups and pruned ensembles",
         (("build-ensemble",),),
         ("runs.score_ensemble.enable=true", "runs.model_soup.enable=true", "pruning.enable=true"),
-        leaves=(f"{MODELS}/*/ensemble.json",),
+        outputs=(f"{MODELS}/*/ensemble.json",),
         reads=("checkpoints", "folds", "images"),
     ),
-    "stack": Section(
+    "stack": DebugSection(
         "meta-learners on out-of-fold predictions",
         (("stack",),),
         ("runs.stacking.enable=true",),
         ("runs.stacking.mlp_config.epochs=1", "runs.stacking.xgb_config.n_estimators=5"),
-        leaves=(f"{MODELS}/stacking_*/ensemble.json",),
+        outputs=(f"{MODELS}/stacking_*/ensemble.json",),
         reads=("checkpoints", "folds", "images"),
     ),
-    "fusion_train": Section(
+    "fusion_train": DebugSection(
         "fusion heads on embeddings",
         (("fusion-train",),),
         ("runs.fusion.enable=true", "runs.moe.enable=false"),
         ("runs.fusion.fusion_config.epochs=1",),
-        leaves=(f"{MODELS}/fusion_*/ensemble.json",),
+        outputs=(f"{MODELS}/fusion_*/ensemble.json",),
         reads=("checkpoints", "folds", "images"),
         trains=True,
     ),
-    "moe": Section(
+    "moe": DebugSection(
         "the mixture of experts",
         (("fusion-train",),),
         (
@@ -106,49 +106,49 @@ SECTIONS: dict[str, Section] = {
             *("runs.moe.num_experts=2", "runs.moe.top_k=1"),
         ),
         ("runs.moe.epochs=1",),
-        leaves=(f"{MODELS}/moe/ensemble.json",),
+        outputs=(f"{MODELS}/moe/ensemble.json",),
         reads=("checkpoints", "folds", "images"),
         trains=True,
     ),
-    "meta_fuse": Section(
+    "meta_fuse": DebugSection(
         "an ensemble of ensembles",
         (("build-ensemble",), ("stack",), ("meta-fuse",)),
         (
-            *VOTES,
+            *VOTING_ONLY,
             *("runs.stacking.enable=true", "runs.stacking.meta_learners=[lr]", "runs.meta_fuser.enable=true"),
             "runs.meta_fuser.input_ensembles=[soft_voting,logit_averaging,stacking_lr]",
         ),
         ("runs.meta_fuser.mlp_config.epochs=1",),
-        leaves=(f"{MODELS}/meta_fuser/ensemble.json",),
+        outputs=(f"{MODELS}/meta_fuser/ensemble.json",),
         reads=("checkpoints", "folds", "images"),
     ),
-    "recompute_bn": Section(
+    "recompute_bn": DebugSection(
         "BatchNorm statistics of every member anew, from train images",
         (("probe", "recompute_bn"),),
         reads=("checkpoints", "images"),
         per_member=True,
     ),
-    "evaluate": Section(
+    "evaluate": DebugSection(
         "scores, ranking and recommendation",
         (("build-ensemble",), ("evaluate",)),
-        VOTES,
-        leaves=("metrics_output/ensembles/ranking.json",),
+        VOTING_ONLY,
+        outputs=("metrics_output/ensembles/ranking.json",),
         reads=("checkpoints", "folds", "images"),
     ),
-    "distill": Section(
+    "distill": DebugSection(
         "a student of one epoch, taught by soft voting",
         (("build-ensemble",), ("distill",)),
-        (*VOTES, "distillation.enable=true", f"distillation.teacher={VOTE}"),
+        (*VOTING_ONLY, "distillation.enable=true", f"distillation.teacher={VOTING_ENSEMBLE}"),
         ("distillation.epochs=1", "distillation.student=CustomMobileOne"),
-        leaves=(f"{MODELS}/distilled_*/ensemble.json",),
+        outputs=(f"{MODELS}/distilled_*/ensemble.json",),
         reads=("checkpoints", "folds", "images"),
         trains=True,
     ),
-    "export": Section(
+    "export": DebugSection(
         "one ensemble as a package, loaded again and compared",
-        (("build-ensemble",), ("export", "--model-name", VOTE)),
-        (*VOTES, "exports.enable=true"),
-        leaves=(f"deployment_models/{VOTE}/export_status.json",),
+        (("build-ensemble",), ("export", "--model-name", VOTING_ENSEMBLE)),
+        (*VOTING_ONLY, "exports.enable=true"),
+        outputs=(f"deployment_models/{VOTING_ENSEMBLE}/export_status.json",),
         reads=("checkpoints", "folds", "images"),
     ),
 }
@@ -156,19 +156,19 @@ SECTIONS: dict[str, Section] = {
 ALL, RESET = "all", "reset"
 
 
-def chosen(section: str) -> list[str]:
+def sections_to_run(section: str) -> list[str]:
     """The sections to run for `--section`, those before that are needed first."""
     if section == ALL:
         return list(SECTIONS)
-    return [*SECTIONS[section].needs, section]
+    return [*SECTIONS[section].prerequisites, section]
 
 
-def missing_commands(section: Section, commands: object) -> list[str]:
+def missing_commands(section: DebugSection, commands: object) -> list[str]:
     """Commands of its steps that the table of commands does not have."""
     return [step[0] for step in section.steps if step[0] != "probe" and step[0] not in commands]  # type: ignore[operator]
 
 
-def of_workspace(section: Section, config: Config, workspace: Workspace, arch: str | None) -> dict[str, Any]:
+def plan_section(section: DebugSection, config: Config, workspace: Workspace, arch: str | None) -> dict[str, Any]:
     """What the section would read of the workspace, and what it would cost; looks at sizes and opens nothing.
 
     `{reads: [{path, bytes}], megabytes_read, seconds, megabytes_written, memory_mb, missing: [..]}`.
@@ -195,7 +195,7 @@ def of_workspace(section: Section, config: Config, workspace: Workspace, arch: s
         expected = estimates.extraction(sizes, counted, to_decode=counted, **cost)
     values = config.dataset.batch_size * 3 * config.dataset.img_size**2
     copies = TRAINING_COPIES if section.trains else WEIGHT_COPIES
-    memory = copies * max(sizes, default=0) + 4 * values * ACTIVATIONS
+    memory = copies * max(sizes, default=0) + 4 * values * ACTIVATIONS_PER_INPUT
     read = [{"path": str(path), "bytes": path.stat().st_size} for path in files]
     return {
         "reads": read,
@@ -208,19 +208,19 @@ def of_workspace(section: Section, config: Config, workspace: Workspace, arch: s
     }
 
 
-def words(name: str, plan: dict[str, Any], sandbox: Path) -> Iterator[str]:
+def format_plan(name: str, plan: dict[str, Any], sandbox: Path) -> Iterator[str]:
     """The plan of one section for a person."""
     section = SECTIONS[name]
-    yield f"{name}: {section.about}"
+    yield f"{name}: {section.description}"
     for step in plan["steps"]:
         yield f"    runs    {step}"
-    for item in plan["reads"][:MOST_FILES]:
+    for item in plan["reads"][:MAX_FILES_LISTED]:
         yield f"    reads   {item['path']}  {caches.shown(item['bytes'])}"
-    if len(plan["reads"]) > MOST_FILES:
-        yield f"    reads   {len(plan['reads']) - MOST_FILES} more files"
+    if len(plan["reads"]) > MAX_FILES_LISTED:
+        yield f"    reads   {len(plan['reads']) - MAX_FILES_LISTED} more files"
     if plan["images"]:
         yield f"    reads   images: {', '.join(f'{split} {count}' for split, count in plan['images'].items())}"
-    for pattern in section.leaves:
+    for pattern in section.outputs:
         yield f"    writes  {sandbox / pattern}"
     yield (
         f"    costs   about {max(1, plan['seconds']):.0f} s, {max(1, plan['memory_mb']):.0f} MB of memory beside the "

@@ -21,9 +21,9 @@ from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
-FEW = 8  # images that a smoke check runs on
-FEWEST_IN_BATCH = 4  # a variance of fewer says little
-AGAIN = "Run `python ensemble_orchestrator.py debug --section reset --confirm`, then debug again"
+N_SMOKE_IMAGES = 8  # images that a smoke check runs on
+MIN_BATCH_SIZE = 4  # a variance of fewer says little
+RESET_REMEDY = "Run `python ensemble_orchestrator.py debug --section reset --confirm`, then debug again"
 
 
 def smoke(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
@@ -31,7 +31,7 @@ def smoke(config: Config, workspace: Workspace, *, force: bool = False) -> Resul
     store = Store(config, workspace, catalog.load(workspace))
     device = streaming.resolve_device(config.device)
     images = store.images("val")
-    images = images.take(range(min(FEW, len(images.paths))))
+    images = images.take(range(min(N_SMOKE_IMAGES, len(images.paths))))
     lines, failures = [], []
     for member in catalog.select(store.catalog, config):
         try:
@@ -88,7 +88,7 @@ def extract_embeddings(config: Config, workspace: Workspace, *, force: bool = Fa
         for split in SPLITS:
             logits = store.rows(member, split).logits
             path = workspace.embeddings(member.name, split)
-            shape = open_array(path, remedy=AGAIN).shape if path.is_file() else "none"
+            shape = open_array(path, remedy=RESET_REMEDY).shape if path.is_file() else "none"
             lines.append(f"{member.name} on {split}: logits {logits.shape} {_figures(logits)}, embeddings {shape}")
     return _told(lines, [])
 
@@ -101,7 +101,7 @@ def recompute_bn(config: Config, workspace: Workspace, *, force: bool = False) -
 
     store = Store(config, workspace, catalog.load(workspace))
     train = store.images("train")
-    size = min(max(config.dataset.batch_size, FEWEST_IN_BATCH), len(train.paths))
+    size = min(max(config.dataset.batch_size, MIN_BATCH_SIZE), len(train.paths))
     order = np.random.default_rng(config.seed).permutation(len(train.paths))
     shuffled = train.take(order)
     lines, failures = [], []
@@ -136,14 +136,14 @@ def recompute_bn(config: Config, workspace: Workspace, *, force: bool = False) -
     return _told(lines, failures)
 
 
-def described(path: Path) -> str:
+def describe_file(path: Path) -> str:
     """A file that was written, for `--verbose`: shapes and statistics of arrays, keys of records."""
     try:
         if path.suffix == ".npy":
-            array = open_array(path, remedy=AGAIN)
+            array = open_array(path, remedy=RESET_REMEDY)
             return f"{path}: {array.dtype} {array.shape} {_figures(array)}"
         if path.suffix == ".npz":
-            arrays = read_arrays(path, remedy=AGAIN)
+            arrays = read_arrays(path, remedy=RESET_REMEDY)
             parts = [f"{name} {array.dtype} {array.shape} {_figures(array)}" for name, array in arrays.items()]
             return f"{path}: {'; '.join(parts)}"
         if path.suffix == ".json":

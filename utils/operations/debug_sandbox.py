@@ -14,15 +14,15 @@ from utils.core import artifacts, caches, locks, subprocesses
 from utils.core.errors import ConfigError, UserError
 from utils.core.workspace import Workspace
 
-NAME, LOCK = "debug_tmp", ".lock"
+FOLDER_NAME, LOCK_NAME = "debug_tmp", ".lock"
 BACKBONES = ("CustomConvNeXt", "CustomResNetMish", "CustomViTHybrid")
 """Two families with their ways of normalising, and one that is both."""
 CLASSES = ("bright", "dark")
-PER_CLASS = 8
-SIDE = 32
+IMAGES_PER_CLASS = 8
+IMAGE_SIZE = 32
 SECONDS, MEGABYTES, MEMORY_MB = 10, 12, 400
 """What making the zoo takes on two cores."""
-SMALL = (
+SYNTHETIC_SETTINGS = (
     *("dataset.img_size=32", "dataset.batch_size=4", "dataset.num_workers=0", "dataset.group_regex=null"),
     *("backbones.exclude=[]", "runs.score_ensemble.fit_rows=honest", "runs.stacking.fit_rows=honest"),
     *("distillation.batch_size=4", "exports.formats=[state_dict,checkpoint,torchscript,onnx]"),
@@ -55,10 +55,10 @@ class Sandbox:
 
 def folder_of(workspace: Workspace) -> Path:
     """Everything that `debug` writes lies in it."""
-    return workspace.root / NAME
+    return workspace.root / FOLDER_NAME
 
 
-def choose(workspace: Workspace, *, fast: bool, arch: str | None) -> Sandbox:
+def choose_sandbox(workspace: Workspace, *, fast: bool, arch: str | None) -> Sandbox:
     """The synthetic workspace with `fast`, or where nothing is trained; else an output beside the trained members."""
     if fast or not has_members(workspace):
         folder = folder_of(workspace) / "synthetic"
@@ -74,13 +74,13 @@ def has_members(workspace: Workspace) -> bool:
     return workspace.checkpoints.is_dir() and any(workspace.checkpoints.glob("*.pth"))
 
 
-def require_inside(workspace: Workspace) -> None:
+def require_sandbox(workspace: Workspace) -> None:
     """ConfigError unless everything of ours goes into a sandbox."""
-    if workspace.root.parent.name != NAME:
-        raise ConfigError(f"--inside: {workspace.root} is no sandbox of debug; expected a folder in {NAME}/")
+    if workspace.root.parent.name != FOLDER_NAME:
+        raise ConfigError(f"--inside: {workspace.root} is no sandbox of debug; expected a folder in {FOLDER_NAME}/")
 
 
-def prepare(sandbox: Sandbox) -> None:
+def prepare_sandbox(sandbox: Sandbox) -> None:
     """Make what is missing of it: images, then networks trained for one epoch and two folds by the bundled pipeline.
 
     Raises UserError where the training fails.
@@ -111,15 +111,15 @@ def write_images(folder: Path) -> None:
 
     rng = np.random.default_rng(0)
     for shift, name in zip((128, 0), CLASSES, strict=True):
-        for number in range(PER_CLASS):
+        for number in range(IMAGES_PER_CLASS):
             path = folder / name / f"{number}.png"
-            pixels = rng.integers(0, 128, (SIDE, SIDE, 3)) + shift
+            pixels = rng.integers(0, 128, (IMAGE_SIZE, IMAGE_SIZE, 3)) + shift
             if not path.exists():
                 with artifacts.replacing(path) as temporary:
                     Image.fromarray(pixels.astype(np.uint8)).save(temporary)
 
 
-def reset(workspace: Workspace, *, confirm: bool) -> tuple[int, int]:
+def remove_sandboxes(workspace: Workspace, *, confirm: bool) -> tuple[int, int]:
     """Remove all that `debug` has left, failed exports and caches included: (files, bytes).
 
     Raises UserError with what would go unless `confirm`, and where the folder is a symbolic link.
@@ -127,7 +127,7 @@ def reset(workspace: Workspace, *, confirm: bool) -> tuple[int, int]:
     folder = folder_of(workspace)
     if folder.is_symlink():
         raise UserError(f"{folder}: a symbolic link; expected a folder of debug's own. Remove the link")
-    items = [item for item in caches.children(folder) if item.name != LOCK]
+    items = [item for item in caches.children(folder) if item.name != LOCK_NAME]
     count, size = sum(1 for _ in caches.files(folder)), sum(item.size for item in items)
     if items and not confirm:
         raise UserError(
@@ -135,7 +135,7 @@ def reset(workspace: Workspace, *, confirm: bool) -> tuple[int, int]:
             "python ensemble_orchestrator.py debug --section reset --confirm"
         )
     if items:
-        with locks.one_writer(folder / LOCK, "debug"):
+        with locks.one_writer(folder / LOCK_NAME, "debug"):
             for item in items:
                 caches.remove(item)
         folder.rmdir()

@@ -162,7 +162,7 @@ def _temporary(workspace: Workspace) -> list[Item]:
     ]
     made = [] if _linked(workspace, workspace.derived_checkpoints) else caches.children(workspace.derived_checkpoints)
     found += [item for item in made if UNFINISHED.fullmatch(item.name)]
-    found += [] if _linked(workspace, workspace.exports) else export_folder.leftovers(workspace.exports)
+    found += [] if _linked(workspace, workspace.exports) else export_folder.unfinished_folders(workspace.exports)
     return found + caches.leftovers(workspace.image_cache, shared=True)
 
 

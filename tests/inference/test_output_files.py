@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.core.errors import UserError
-from utils.inference import answer_files
-from utils.inference.answer_files import AnswerFile, Form
+from utils.inference import output_files
+from utils.inference.output_files import PredictionFile, RecordFormat
 
 CLASSES = ("ant", 'b"ee,', "c\nat")
 NAMES = (
@@ -36,14 +36,14 @@ def record(path: str, model: str = "m@1") -> dict:
     return found | {"disagreement": None, "model": model, "error": None, "probabilities": [0.5, 0.3, 0.2]}
 
 
-def written(path, form: Form, names=NAMES, *, model: str = "m@1", **how):
+def written(path, form: RecordFormat, names=NAMES, *, model: str = "m@1", **how):
     append, replace = how.get("append", False), how.get("replace", False)
-    file = AnswerFile(path, form, model, append=append, replace=replace, requested=set(names))
-    file.add([form.line(record(name, model)) for name in names if name not in file.done])
+    file = PredictionFile(path, form, model, append=append, replace=replace, requested=set(names))
+    file.add([form.format_record(record(name, model)) for name in names if name not in file.done])
     return file
 
 
-def read(path, form: Form) -> list[dict]:
+def read(path, form: RecordFormat) -> list[dict]:
     if form.format == "jsonl":
         return [json.loads(line) for line in path.read_text().splitlines()]
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
@@ -51,8 +51,8 @@ def read(path, form: Form) -> list[dict]:
 
 
 @pytest.fixture(params=["csv", "jsonl"])
-def form(request) -> Form:
-    return Form(request.param, CLASSES)
+def form(request) -> RecordFormat:
+    return RecordFormat(request.param, CLASSES)
 
 
 def test_every_name_comes_back(tmp_path, form):
@@ -80,17 +80,17 @@ def test_wherever_it_was_cut_it_goes_on_to_the_same_bytes(tmp_path, form):
 
 
 def test_records_with_an_error_go_and_the_others_stay_as_they_were(tmp_path, form, monkeypatch):
-    monkeypatch.setattr(answer_files, "PART", 5)
+    monkeypatch.setattr(output_files, "COPY_BYTES", 5)
     path, bad = tmp_path / "a", {NAMES[0], NAMES[3], NAMES[4], NAMES[-1]}
     nothing = {"error": "no\nimage", "class": None, "probabilities": None}
-    lines = [form.line(record(name) | (nothing if name in bad else {})) for name in NAMES]
-    AnswerFile(path, form, "m@1", append=False, replace=False).add(lines)
+    lines = [form.format_record(record(name) | (nothing if name in bad else {})) for name in NAMES]
+    PredictionFile(path, form, "m@1", append=False, replace=False).add(lines)
     with path.open("ab") as file:
         file.write(lines[1].encode()[:20])  # cut off by a killed process
-    file = AnswerFile(path, form, "m@1", append=True, replace=False, requested=set(NAMES))
+    file = PredictionFile(path, form, "m@1", append=True, replace=False, requested=set(NAMES))
     assert file.done == set(NAMES) - bad
     kept = [line for name, line in zip(NAMES, lines, strict=True) if name not in bad]
-    assert path.read_bytes() == (form.head + "".join(kept)).encode("utf-8", "surrogateescape")
+    assert path.read_bytes() == (form.header + "".join(kept)).encode("utf-8", "surrogateescape")
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -119,7 +119,7 @@ def test_answers_of_another_model_or_with_other_columns_are_refused(tmp_path, fo
     with pytest.raises(UserError, match="m@1; expected m@2"):
         written(path, form, model="m@2", append=True)
     with pytest.raises(UserError, match="columns"):
-        AnswerFile(path, Form(form.format, None), "m@1", append=True, replace=False)
+        PredictionFile(path, RecordFormat(form.format, None), "m@1", append=True, replace=False)
     assert path.read_bytes() == before
 
 
@@ -130,15 +130,15 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, form):
 
 
 # what does not parse --------------------------------------------------------------------------------------------------
-def many(form: Form, count: int) -> bytes:
+def many(form: RecordFormat, count: int) -> bytes:
     """A file of so many answers, of which every tenth has a line end in its path."""
     names = (f"{number}{chr(10) if number % 10 == 9 else ''}.jpg" for number in range(count))
-    lines = [form.line(record(name)) for name in names]
-    return (form.head + "".join(lines)).encode("utf-8", "surrogateescape")
+    lines = [form.format_record(record(name)) for name in names]
+    return (form.header + "".join(lines)).encode("utf-8", "surrogateescape")
 
 
-def again(path: Path, form: Form, requested=frozenset()) -> AnswerFile:
-    return AnswerFile(path, form, "m@1", append=True, replace=False, requested=requested)
+def again(path: Path, form: RecordFormat, requested=frozenset()) -> PredictionFile:
+    return PredictionFile(path, form, "m@1", append=True, replace=False, requested=requested)
 
 
 @pytest.mark.parametrize("classes", [None, CLASSES])
@@ -146,11 +146,11 @@ def again(path: Path, form: Form, requested=frozenset()) -> AnswerFile:
 @pytest.mark.parametrize("number", [1, 10, 18])
 def test_a_stray_quote_anywhere_in_an_answer_is_named_and_changes_nothing(tmp_path, kind, classes, number):
     """The last of twenty records, too, behind which the quotes stay open."""
-    form = Form(kind, classes)
+    form = RecordFormat(kind, classes)
     path, whole = tmp_path / "a", many(form, 20)
-    lines = [form.line(record(f"{row}.jpg")).encode() for row in (number, 19)]
+    lines = [form.format_record(record(f"{row}.jpg")).encode() for row in (number, 19)]
     for line in lines:
-        changed_line = line if line in whole else form.line(record("18.jpg")).encode()
+        changed_line = line if line in whole else form.format_record(record("18.jpg")).encode()
         start = whole.index(changed_line)
         for place in range(start, start + len(changed_line)):
             changed = whole[:place] + b'"' + whole[place:]
@@ -183,7 +183,7 @@ WRONG_PATH = b'{"path": ["a"], "model": "m@1", "error": null}\n'
 )
 def test_a_line_that_is_no_answer_is_named_and_changes_nothing(tmp_path, form, line):
     path, whole = tmp_path / "a", many(form, 12)
-    first = form.line(record("0.jpg")).encode()
+    first = form.format_record(record("0.jpg")).encode()
     for changed in (whole.replace(first, first + line), whole + line):
         path.write_bytes(changed)
         with pytest.raises(UserError, match="nothing was changed"):
@@ -193,7 +193,7 @@ def test_a_line_that_is_no_answer_is_named_and_changes_nothing(tmp_path, form, l
 
 def test_a_last_line_that_is_not_the_beginning_of_an_answer_is_named_and_stays(tmp_path, form):
     path, whole = tmp_path / "a", many(form, 12)
-    line = form.line(record("new.jpg"))
+    line = form.format_record(record("new.jpg"))
     for tail in (b'my "notes"', (line.removesuffix("\n") + line[:-20]).encode()):
         path.write_bytes(whole + tail)
         with pytest.raises(UserError, match="nothing was changed"):
@@ -203,15 +203,15 @@ def test_a_last_line_that_is_not_the_beginning_of_an_answer_is_named_and_stays(t
 
 def test_zeros_that_a_power_failure_left_are_a_torn_record(tmp_path, form):
     path, whole = tmp_path / "a", many(form, 12)
-    path.write_bytes(whole + form.line(record("new.jpg")).encode()[:30] + bytes(4096))
+    path.write_bytes(whole + form.format_record(record("new.jpg")).encode()[:30] + bytes(4096))
     again(path, form)
     assert path.read_bytes() == whole
 
 
 def test_a_cell_may_be_longer_than_python_s_reader_takes(tmp_path, form):
     path = tmp_path / "a"
-    long = form.line(record("a.jpg") | {"set": ["x" * 200_000]})
-    AnswerFile(path, form, "m@1", append=False, replace=False).add([long])
+    long = form.format_record(record("a.jpg") | {"set": ["x" * 200_000]})
+    PredictionFile(path, form, "m@1", append=False, replace=False).add([long])
     before = path.read_bytes()
     assert again(path, form, {"a.jpg"}).done == {"a.jpg"}
     assert path.read_bytes() == before
@@ -219,8 +219,8 @@ def test_a_cell_may_be_longer_than_python_s_reader_takes(tmp_path, form):
 
 def test_records_with_an_error_stay_where_nobody_tries_them_again(tmp_path, form):
     path, nothing = tmp_path / "a", {"error": "no image", "class": None, "probabilities": None}
-    lines = [form.line(record(name) | nothing) for name in ("a.jpg", "b.jpg")]
-    AnswerFile(path, form, "m@1", append=False, replace=False).add(lines)
+    lines = [form.format_record(record(name) | nothing) for name in ("a.jpg", "b.jpg")]
+    PredictionFile(path, form, "m@1", append=False, replace=False).add(lines)
     assert again(path, form, {"b.jpg", "c.jpg"}).done == set()
     assert [row["path"] for row in read(path, form)] == ["a.jpg"]
 
@@ -250,13 +250,13 @@ RECORDS = st.builds(
     data=st.data(),
 )
 def test_wherever_a_file_is_cut_its_whole_answers_stay(records, kind, classes, data):
-    form = Form(kind, classes)
+    form = RecordFormat(kind, classes)
     for one in records:
         if one["error"] is not None:
             one["class"] = one["probability"] = one["probabilities"] = None
         if classes is None:
             one.pop("probabilities")
-    pieces = [form.head, *map(form.line, records)]
+    pieces = [form.header, *map(form.format_record, records)]
     pieces = [piece.encode("utf-8", "surrogateescape") for piece in pieces]
     whole = b"".join(pieces)
     cut = data.draw(st.integers(1, len(whole)))
@@ -271,12 +271,12 @@ def test_wherever_a_file_is_cut_its_whole_answers_stay(records, kind, classes, d
         assert file.done == answered
         kept = [piece for one, piece in zip(records, pieces[1:], strict=True) if one["path"] in answered]
         assert path.read_bytes() == pieces[0] + b"".join(kept)
-        file.add([form.line(one) for one in left])
+        file.add([form.format_record(one) for one in left])
         assert sorted(row["path"] for row in read(path, form)) == sorted(one["path"] for one in records)
 
 
 # growth ---------------------------------------------------------------------------------------------------------------
-def work(path: Path, form: Form, requested=frozenset()) -> tuple[int, int]:
+def work(path: Path, form: RecordFormat, requested=frozenset()) -> tuple[int, int]:
     """Calls while a file is taken in, and bytes or characters of the strings whose methods are called."""
     calls = size = 0
 
@@ -302,7 +302,7 @@ def test_work_grows_as_the_rows_do(tmp_path, form):
         path.write_bytes(many(form, count))
         bad = [f"bad{number}.jpg" for number in range(count)]
         with path.open("ab") as file:
-            file.write("".join(form.line(record(name) | nothing) for name in bad).encode())
+            file.write("".join(form.format_record(record(name) | nothing) for name in bad).encode())
         found.append(work(path, form, set(bad[::2])))
     for small, large in pairwise(found):
         assert large[0] < 2.1 * small[0]
@@ -310,10 +310,10 @@ def test_work_grows_as_the_rows_do(tmp_path, form):
 
 
 def test_work_grows_as_the_lines_of_one_record_do(tmp_path):
-    form, found = Form("csv", None), []
+    form, found = RecordFormat("csv", None), []
     for count in (500, 1000, 2000):
         path = tmp_path / str(count)
-        path.write_text(form.head + form.line(record("a.jpg") | {"error": "why\n" * count}))
+        path.write_text(form.header + form.format_record(record("a.jpg") | {"error": "why\n" * count}))
         found.append(work(path, form))
     for small, large in pairwise(found):
         assert large[0] < 2.1 * small[0]
@@ -322,9 +322,9 @@ def test_work_grows_as_the_lines_of_one_record_do(tmp_path):
 
 def test_quotes_that_stay_open_to_the_end_of_the_file_are_no_torn_record(tmp_path):
     """As in 3.5 MB of recorded answers, all of which went as one."""
-    form, path = Form("csv", None), tmp_path / "a"
-    lines = [form.line(record(f"{number}.jpg") | {"set": None}) for number in range(1000)]
-    path.write_text(form.head + '"' + "".join(lines))
+    form, path = RecordFormat("csv", None), tmp_path / "a"
+    lines = [form.format_record(record(f"{number}.jpg") | {"set": None}) for number in range(1000)]
+    path.write_text(form.header + '"' + "".join(lines))
     before = path.read_bytes()
     with pytest.raises(UserError, match=r"begins in line 2 .*never closed"):
         again(path, form)

@@ -23,10 +23,10 @@ from utils.core.errors import UserError, cannot_write
 
 FORMATS = ("csv", "jsonl")
 COLUMNS = ("path", "class", "probability", "set", "abstain", "disagreement", "model", "error")
-FIRST_OF_JSON = '{"path": '
-PART = 2**20  # bytes that are copied at a time
-LONGEST = 2**24  # bytes of a record; a path has at most a few thousand
-PROBABILITY = "p:"  # begins the CSV column of a class
+JSON_PREFIX = '{"path": '
+COPY_BYTES = 2**20  # bytes that are copied at a time
+MAX_RECORD_BYTES = 2**24  # bytes of a record; a path has at most a few thousand
+PROBABILITY_PREFIX = "p:"  # begins the CSV column of a class
 _QUOTED = r'"[^"]*+(?:""[^"]*+)*+"'
 _CELL = re.compile(rf'({_QUOTED}|[^",\r\n]*+)(?:,|\r?\n)')
 _FINISHED = re.compile(rf'(?:(?:{_QUOTED}|[^",\r\n]*+),)*+')
@@ -41,7 +41,7 @@ REMEDY = (
 
 
 @dataclass(frozen=True)
-class Form:
+class RecordFormat:
     """How records are written."""
 
     format: str
@@ -52,23 +52,23 @@ class Form:
     @property
     def columns(self) -> tuple[str, ...]:
         """Of the CSV header."""
-        return COLUMNS + tuple(f"{PROBABILITY}{name}" for name in self.classes or ())
+        return COLUMNS + tuple(f"{PROBABILITY_PREFIX}{name}" for name in self.classes or ())
 
     @property
-    def head(self) -> str:
+    def header(self) -> str:
         """What stands before the first record."""
         return _csv_line(self.columns) if self.format == "csv" else ""
 
-    def line(self, record: Mapping[str, Any]) -> str:
+    def format_record(self, record: Mapping[str, Any]) -> str:
         """One record, with its line end; `probabilities` (C,) in it where the form has classes, None for no answer."""
         if self.format == "jsonl":
-            return json.dumps(self.document(record), allow_nan=False) + "\n"
+            return json.dumps(self.as_document(record), allow_nan=False) + "\n"
         cells = [_cell(record[name]) for name in COLUMNS]
         if self.classes is not None:
             cells += map(_cell, record["probabilities"] or [None] * len(self.classes))
         return _csv_line(cells)
 
-    def document(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    def as_document(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """A record as JSON has it: probabilities by class name."""
         values = record.get("probabilities")
         if self.classes is None or values is None:
@@ -105,13 +105,13 @@ class _Record:
     """Whether it ends in a line end that is not part of a quoted cell; only the last piece may not."""
 
 
-class AnswerFile:
+class PredictionFile:
     """A file that records are added to; what `add` returned from is on disk, whatever ends the process."""
 
     def __init__(
         self,
         path: Path,
-        form: Form,
+        form: RecordFormat,
         model: str,
         *,
         append: bool,
@@ -142,9 +142,9 @@ class AnswerFile:
                     file.truncate(end)
                 self._remove_failed(end)
                 if end == 0:
-                    self._write(form.head, "wb")
+                    self._write(form.header, "wb")
             else:
-                self._write(form.head, "wb")
+                self._write(form.header, "wb")
         except OSError as error:
             raise cannot_write(path, error) from error
 
@@ -195,12 +195,12 @@ class AnswerFile:
         answer_end = re.compile(rf",{name},{values}\r?\n\Z".encode("utf-8", "surrogateescape"))
         lines: list[bytes] = []
         first, number, size, end, is_open = 1, 0, 0, 0, False
-        while line := file.readline(LONGEST + 1):
+        while line := file.readline(MAX_RECORD_BYTES + 1):
             lines.append(line)
             number, size, end = number + 1, size + len(line), end + len(line)
             is_open ^= quoted and line.count(b'"') % 2 == 1
-            if size > LONGEST:
-                raise self._damaged(first, f"longer than {LONGEST:,} bytes")
+            if size > MAX_RECORD_BYTES:
+                raise self._damaged(first, f"longer than {MAX_RECORD_BYTES:,} bytes")
             if not line.endswith(b"\n"):
                 break
             if not is_open:
@@ -217,9 +217,9 @@ class AnswerFile:
         if not is_first:
             text = text.rstrip("\0")  # which a file system may leave when the power fails
         if self.form.format == "csv":
-            is_torn = self.form.head.startswith(text) if is_first else _is_torn(text, len(self.form.columns))
+            is_torn = self.form.header.startswith(text) if is_first else _is_torn(text, len(self.form.columns))
         else:
-            is_torn = FIRST_OF_JSON.startswith(text) or (text.startswith(FIRST_OF_JSON) and not _has_more(text))
+            is_torn = JSON_PREFIX.startswith(text) or (text.startswith(JSON_PREFIX) and not _has_more(text))
         if not is_torn and is_first:
             raise UserError(f"{self.path}: holds none of our answers. Name another file with --to")
         if not is_torn:
@@ -234,7 +234,7 @@ class AnswerFile:
             position = 0
             for start, stop in zip(self.failed[::2], self.failed[1::2], strict=True):
                 while position < start:
-                    part = old.read(min(start - position, PART))
+                    part = old.read(min(start - position, COPY_BYTES))
                     position += len(part)
                     new.write(part)
                 position = old.seek(stop)

@@ -53,7 +53,7 @@ def kinds(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
     from utils.core.config import validate
     from utils.exporting import export_formats, tflite_conversion
     from utils.networks.ensemble_network import EnsembleNetwork
-    from utils.predictions.rows import Outputs
+    from utils.predictions.rows import MemberOutputs
 
     names = ("CustomConvNeXt", "CustomMobileOne", "CustomViTHybrid")
     parts = [part(name, "tiny") for name in names]
@@ -61,7 +61,7 @@ def kinds(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
     everything = EnsembleNetwork(parts, _everything(), embeds=True)
     with torch.inference_mode():
         logits, *embeddings = everything(torch.from_numpy(images))
-    outputs = Outputs(logits.numpy().transpose(1, 0, 2), tuple(part.numpy() for part in embeddings))
+    outputs = MemberOutputs(logits.numpy().transpose(1, 0, 2), tuple(part.numpy() for part in embeddings))
     labels = outputs.logits.mean(axis=0).argmax(axis=1)
     labels[::4] = (labels[::4] + 1) % CLASSES
     facts = MemberFacts(names, np.full(3, 0.8), np.full(3, 1.0), np.full(3, 1.0))

@@ -74,14 +74,14 @@ def part(name: str, size: str) -> Any:
     import torch
 
     from models import create_custom_backbone
-    from utils.networks.ensemble_network import MemberPart
+    from utils.networks.ensemble_network import MemberNetworks
 
     torch.manual_seed(0)
     network = create_custom_backbone(name, CLASSES, size=size)
     side = network.img_size
     with torch.no_grad():
         network.train()(torch.randn(8, 3, side, side))
-    return MemberPart(name, [network.eval()], side, range(CLASSES))
+    return MemberNetworks(name, [network.eval()], side, range(CLASSES))
 
 
 def squares(files: Sequence[Path], size: int) -> np.ndarray:

@@ -185,7 +185,7 @@ def _keep(store: Any, member: Any, splits: Any, logits: dict[str, np.ndarray]) -
             write_array(folder / f"{name}.npy", array)
     ids, labels = splits["train"]
     arrays = {"logits": logits["train"], "labels": labels, "sample_ids": np.array(ids)}
-    store.keep_oof(member.name, member.oof, arrays | {"fold": np.arange(len(ids)) % 5})
+    store.write_imported_oof(member.name, member.oof, arrays | {"fold": np.arange(len(ids)) % 5})
 
 
 def _ensemble(store: Any, name: str, number: int, members: Sequence[str], splits: Any, logits: Any) -> None:

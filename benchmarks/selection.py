@@ -181,7 +181,7 @@ def honest(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
     config, place = load(CONFIG, overrides=["device=cpu"]), Workspace.of_settings()
     found = catalog.load(place)
     store = Store(config, place, found)
-    rows = align(store.honest_parts(catalog.select(found, config)), found.classes)
+    rows = align(store.out_of_sample_parts(catalog.select(found, config)), found.classes)
     return _saved(folder, rows.logits, rows.labels, "honest predictions of a workspace")
 
 

@@ -92,11 +92,13 @@ def soup(folder: Path) -> dict[str, Any]:
     from utils.networks import checkpoints, soups
 
     def opened(path: Path) -> dict[str, Any]:
-        return checkpoints.weights_of(checkpoints.read_checkpoint(path))
+        return checkpoints.state_dict_of(checkpoints.read_checkpoint(path))
 
     def work() -> None:
         ingredients = [soups.Ingredient(path.stem, partial(opened, path)) for path in sorted(folder.glob("?*.pth"))]
-        artifacts.write_checkpoint(folder / "soup" / "soup.pth", soups.mixture(ingredients), {"stage": "uniform_soup"})
+        artifacts.write_checkpoint(
+            folder / "soup" / "soup.pth", soups.weighted_average(ingredients), {"stage": "uniform_soup"}
+        )
 
     return _watched(work)
 

@@ -69,7 +69,7 @@ def test_a_model_is_loaded_with_its_weights_and_answers(workspace, name):
     import torch
 
     member = catalog.read(workspace).members[name]
-    with streaming.resident(member.network(workspace), "cpu") as (answer, place):
+    with streaming.network_on_device(member.network(workspace), "cpu") as (answer, place):
         logits = answer(place(torch.zeros(2, 3, 32, 32)))
     assert logits.shape == (2, len(debug_sandbox.CLASSES))
     assert torch.isfinite(logits).all()

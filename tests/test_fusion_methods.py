@@ -19,7 +19,7 @@ from utils.core.errors import UserError
 from utils.fusion_methods import COMBINERS
 from utils.numeric import module_training
 from utils.numeric.metrics import log_loss
-from utils.predictions.rows import Outputs
+from utils.predictions.rows import MemberOutputs
 from utils.stacking_methods import Calibration
 
 M, N, C = 3, 120, 3
@@ -43,7 +43,7 @@ def rows():
         (known @ rng.normal(size=(C, width)) + 0.3 * rng.normal(size=(N, width))).astype(np.float32)
         for width in (4, 7, 5)
     )
-    return Outputs(logits, embeddings), labels, np.arange(N) // C % 3
+    return MemberOutputs(logits, embeddings), labels, np.arange(N) // C % 3
 
 
 @pytest.mark.parametrize("method", ["concat_mlp", "attention", "bilinear", "cca_aligned"])
@@ -60,7 +60,7 @@ def test_heads_learn_what_only_the_embeddings_know(method, rows):
 @pytest.mark.parametrize("method", ["concat_mlp", "cca_aligned", "bilinear"])
 def test_embeddings_that_say_little_do_no_harm(method, odd, rows):
     outputs, labels, folds = rows
-    outputs = Outputs(outputs.logits, (*outputs.embeddings[:2], odd.astype(np.float32)))
+    outputs = MemberOutputs(outputs.logits, (*outputs.embeddings[:2], odd.astype(np.float32)))
     fitted = recipe(method)
     unseen = fitted.fit_crossfitted(outputs, labels, folds)
     assert log_loss(unseen, labels) < 0.7 * np.log(C)
@@ -157,7 +157,7 @@ def test_an_absent_member_is_not_seen_and_has_no_weight(rows):
     present = np.ones((N, M), dtype=bool)
     np.testing.assert_allclose(fitted.predict_proba(outputs, present), fitted.predict_proba(outputs), atol=1e-12)
     present[:, 1] = False
-    broken = Outputs(outputs.logits.copy(), tuple(own.copy() for own in outputs.embeddings))
+    broken = MemberOutputs(outputs.logits.copy(), tuple(own.copy() for own in outputs.embeddings))
     broken.logits[1], broken.embeddings[1][:] = np.nan, np.nan
     without = fitted.predict_proba(broken, present)
     np.testing.assert_allclose(without, fitted.predict_proba(outputs, present), atol=1e-12)

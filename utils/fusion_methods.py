@@ -20,7 +20,7 @@ from utils.combiners.protocol import Combiner, MemberFacts, below
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.numeric.metrics import log_loss, softmax
-from utils.predictions.rows import Outputs
+from utils.predictions.rows import MemberOutputs
 from utils.stacking_methods import Calibration, Learner, Model, Stacker, mean_probabilities
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class FusionStacker(Stacker):
             seed=config.seed,
         )
 
-    def fit_crossfitted(self, outputs: Outputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    def fit_crossfitted(self, outputs: MemberOutputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
         """Fit on outputs (M, N, C), labels (N,), folds (N,); gives the cross-fitted probabilities (N, C).
 
         Raises UserError for embeddings that are not finite, naming the member.
@@ -88,7 +88,7 @@ class FusionStacker(Stacker):
         self.head_report = self._of_members(seen)
         return unseen
 
-    def predict_proba(self, outputs: Outputs) -> np.ndarray:
+    def predict_proba(self, outputs: MemberOutputs) -> np.ndarray:
         """Outputs (M, N, C) -> probabilities (N, C)."""
         return self._answer(self._seen(outputs))
 
@@ -112,7 +112,7 @@ class FusionStacker(Stacker):
         return self.model.modules(self.learner.dropout)
 
     def retrained(
-        self, heads: Sequence[Mapping[str, np.ndarray]], outputs: Outputs, labels: np.ndarray, folds: np.ndarray
+        self, heads: Sequence[Mapping[str, np.ndarray]], outputs: MemberOutputs, labels: np.ndarray, folds: np.ndarray
     ) -> np.ndarray:
         """Take weights that were trained elsewhere; temperature and share of the plain mean are chosen anew.
 
@@ -145,14 +145,14 @@ class FusionStacker(Stacker):
         found = {"embeddings": {"blocks": list(shape.widths), **self.maps.facts}, "cost": shape.cost()}
         return {**super().report(names), **found, **self.head_report}
 
-    def _maps_of(self, outputs: Outputs) -> EmbeddingMaps:
+    def _maps_of(self, outputs: MemberOutputs) -> EmbeddingMaps:
         return embedding_maps.side_by_side(outputs.embeddings)
 
-    def _seen(self, outputs: Outputs) -> Outputs:
+    def _seen(self, outputs: MemberOutputs) -> MemberOutputs:
         assert self.maps is not None, "not fitted"
-        return Outputs(outputs.logits, self.maps.apply(outputs.embeddings))
+        return MemberOutputs(outputs.logits, self.maps.apply(outputs.embeddings))
 
-    def _of_members(self, seen: Outputs) -> dict[str, Any]:
+    def _of_members(self, seen: MemberOutputs) -> dict[str, Any]:
         return {}
 
     def _module(self) -> nn.Module:
@@ -197,7 +197,7 @@ class FusionAttention(FusionStacker):
 
     method = "attention"
 
-    def predict_proba(self, outputs: Outputs, present: np.ndarray | None = None) -> np.ndarray:
+    def predict_proba(self, outputs: MemberOutputs, present: np.ndarray | None = None) -> np.ndarray:
         """Outputs (M, N, C) -> probabilities (N, C); of the members that are `present` (N, M), each row with one."""
         if present is None:
             return super().predict_proba(outputs)
@@ -206,7 +206,7 @@ class FusionAttention(FusionStacker):
         own = np.where(present.T[:, :, None], softmax(np.where(present.T[:, :, None], outputs.logits, 0)), 0)
         return self.calibration.apply(said, own.sum(axis=0) / present.sum(axis=1, keepdims=True))
 
-    def _of_members(self, seen: Outputs) -> dict[str, Any]:
+    def _of_members(self, seen: MemberOutputs) -> dict[str, Any]:
         assert isinstance(self.model, Heads)
         weights = self.model.attention(seen).mean(axis=0)
         return {"weights": dict(zip(self.names, weights.tolist(), strict=True))}
@@ -223,7 +223,7 @@ class FusionShared(FusionStacker):
 
     method = "cca_aligned"
 
-    def _maps_of(self, outputs: Outputs) -> EmbeddingMaps:
+    def _maps_of(self, outputs: MemberOutputs) -> EmbeddingMaps:
         return embedding_maps.shared(outputs.embeddings)
 
 

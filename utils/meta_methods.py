@@ -18,7 +18,7 @@ from utils.combiners.perceptron import PerceptronLearner
 from utils.combiners.protocol import Combiner, MemberFacts, below, fit_crossfitted, seen_by
 from utils.core.config import Config
 from utils.numeric.metrics import SMALLEST_PROBABILITY
-from utils.predictions.rows import Outputs
+from utils.predictions.rows import MemberOutputs
 from utils.stacking_methods import Learner, Model, Stacker, StackingBooster, StackingPerceptron
 
 if TYPE_CHECKING:
@@ -143,17 +143,17 @@ class MetaFuserCombiner:
         """Whether the fuser or any input does."""
         return any(getattr(each, "jumps", False) for each in (self.fuser, *(each.combiner for each in self.inputs)))
 
-    def fit(self, outputs: np.ndarray | Outputs, labels: np.ndarray, folds: np.ndarray) -> Self:
+    def fit(self, outputs: np.ndarray | MemberOutputs, labels: np.ndarray, folds: np.ndarray) -> Self:
         """Fit what is not fitted yet on outputs (M, N, C), labels (N,), folds (N,)."""
         self.fit_crossfitted(outputs, labels, folds)
         return self
 
-    def fit_crossfitted(self, outputs: np.ndarray | Outputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    def fit_crossfitted(self, outputs: np.ndarray | MemberOutputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
         """Fit; gives the fuser's cross-fitted probabilities (N, C)."""
         seen = [_unseen(each, outputs, labels, folds) for each in self.inputs]
         return self.fuser.fit_crossfitted(_as_logits(seen), labels, folds)
 
-    def predict_proba(self, outputs: np.ndarray | Outputs) -> np.ndarray:
+    def predict_proba(self, outputs: np.ndarray | MemberOutputs) -> np.ndarray:
         """Outputs (M, N, C) -> probabilities (N, C)."""
         return self.fuser.predict_proba(_as_logits([_said(each, outputs) for each in self.inputs]))
 
@@ -213,11 +213,11 @@ class MetaFuserCombiner:
         return {**facts, "fuser_type": self.fuser_type, "inputs": [each.method for each in self.inputs]}
 
 
-def _said(one: FuserInput, outputs: np.ndarray | Outputs) -> np.ndarray:
+def _said(one: FuserInput, outputs: np.ndarray | MemberOutputs) -> np.ndarray:
     return one.combiner.predict_proba(seen_by(one.combiner, outputs[one.member_indices]))
 
 
-def _unseen(one: FuserInput, outputs: np.ndarray | Outputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
+def _unseen(one: FuserInput, outputs: np.ndarray | MemberOutputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
     """Cross-fitted probabilities (N, C) of an input; with one fold there are none, and it answers as it is."""
     if one.crossfit is not None:
         return one.crossfit

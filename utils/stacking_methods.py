@@ -20,7 +20,7 @@ from utils.combiners.stacking_features import KINDS, STEPS
 from utils.core.config import Config
 from utils.numeric import nested_cv, pools, temperature
 from utils.numeric.metrics import SMALLEST_PROBABILITY, log_loss, softmax
-from utils.predictions.rows import Outputs
+from utils.predictions.rows import MemberOutputs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -322,9 +322,9 @@ class StackingForest(Stacker):
         return Forest(own)
 
 
-def mean_probabilities(outputs: np.ndarray | Outputs) -> np.ndarray:
+def mean_probabilities(outputs: np.ndarray | MemberOutputs) -> np.ndarray:
     """Mean over the members of their probabilities, (N, C), from logits (M, N, C) or outputs that hold them."""
-    return softmax(outputs.logits if isinstance(outputs, Outputs) else outputs).mean(axis=0)
+    return softmax(outputs.logits if isinstance(outputs, MemberOutputs) else outputs).mean(axis=0)
 
 
 def _logs(probabilities: np.ndarray) -> np.ndarray:

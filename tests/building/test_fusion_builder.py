@@ -75,7 +75,7 @@ def test_embeddings_of_fold_networks_are_kept_and_stand_in_the_full_networks_spa
     found = embedding_rows.aligned(store, members)
     train = found.rows.split == "train"
     assert train.sum() == 224
-    assert found.rows.honest.all()
+    assert found.rows.out_of_sample.all()
     for member, embeddings in zip(members, found.rows.embeddings, strict=True):
         kept = json.loads(store.workspace.embeddings_record(member.name, "aligned").read_text())
         assert kept["rows"] == "oof"

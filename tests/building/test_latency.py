@@ -202,7 +202,7 @@ def test_the_network_that_is_measured_answers_as_the_one_that_is_streamed(store,
     spec = member("a").network(store.workspace)
     model = streaming.open_network(spec)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with streaming.resident(spec, "cpu") as (answer, placed):
+    with streaming.network_on_device(spec, "cpu") as (answer, placed):
         found = answer(placed(images))
         assert not found.requires_grad
     torch.testing.assert_close(found, model(images).detach())

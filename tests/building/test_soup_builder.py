@@ -17,7 +17,7 @@ from stored_predictions import workspace_at
 from utils.building import ensembles, soup_builder
 from utils.core.errors import UserError
 from utils.discovery import discover
-from utils.networks.soups import Ingredient, mixture
+from utils.networks.soups import Ingredient, weighted_average
 from utils.numeric.metrics import log_loss, softmax
 from utils.operations import inventory
 from utils.predictions import catalog
@@ -98,7 +98,7 @@ def test_the_uniform_soup_is_the_mean_of_its_basin(brewed):
     stages = list(part["shares"])
     assert len(stages) >= 2
     assert set(part["shares"].values()) == {1}
-    expected = mixture([Ingredient(s, lambda s=s: weights(brewed.checkpoint(NAME, s))) for s in stages])
+    expected = weighted_average([Ingredient(s, lambda s=s: weights(brewed.checkpoint(NAME, s))) for s in stages])
     found = weights(brewed.checkpoint(NAME, "uniform_soup"))
     assert found.keys() == expected.keys()
     learned = [name for name in found if "running_" not in name and "num_batches" not in name]
@@ -129,7 +129,7 @@ def test_wise_ft_is_the_best_of_eleven_points_from_head_to_final(brewed):
     kept = [step[step["kept"]] for step in part["sweep"]]
     best = max(range(11), key=lambda n: (kept[n]["score"], -kept[n]["log_loss"], n))
     assert part["alpha"] == best / 10
-    expected = mixture(
+    expected = weighted_average(
         [Ingredient(s, lambda s=s: weights(brewed.checkpoint(NAME, s))) for s in ("head_best", "final")],
         [10 - best, best],
     )

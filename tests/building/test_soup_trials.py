@@ -16,7 +16,7 @@ from utils.building import soup_trials
 from utils.building.soup_trials import SoupScores, Trial, Trials
 from utils.core.errors import UserError
 from utils.discovery import discover
-from utils.networks.soups import Ingredient, mixture
+from utils.networks.soups import Ingredient, weighted_average
 from utils.numeric.metrics import accuracy, log_loss, softmax
 from utils.predictions import catalog, image_splits, streaming
 from utils.predictions.store import Store
@@ -91,7 +91,7 @@ def test_the_better_statistics_are_kept_and_the_averaged_ones_of_equals():
 def test_recomputed_statistics_are_those_of_shuffled_train_images_by_hand(base, looked):
     trials, store = looked.trials, store_at(base)
     mix = (("final", 1), ("snapshot1", 1))
-    mixed = mixture([trials.ingredients[name] for name, _ in mix])
+    mixed = weighted_average([trials.ingredients[name] for name, _ in mix])
     found = trials.weights(mix, recompute=True)
     train, size = store.images("train"), store.config.dataset.batch_size
     assert size == 64

@@ -14,7 +14,7 @@ from combiner_cases import FACTS, QUICK, C, M, N
 from utils.building.ensembles import COMBINERS
 from utils.combiners.protocol import Combiner
 from utils.core.config import Config
-from utils.predictions.rows import Outputs
+from utils.predictions.rows import MemberOutputs
 
 WIDTHS = (5, 8, 4, 6)
 
@@ -33,7 +33,7 @@ def rows(make):
     logits[:, np.arange(N), labels] += 1
     outputs = logits
     if make().reads_embeddings:
-        outputs = Outputs(
+        outputs = MemberOutputs(
             logits, tuple(_embeddings(rng, own, width) for own, width in zip(logits, WIDTHS, strict=True))
         )
     return outputs, labels, np.arange(N) % 5
@@ -52,7 +52,7 @@ def _embeddings(rng, logits, width):
 
 def _tensors(outputs):
     """What the module takes: logits (N, M, C), and a list of embeddings where there are any."""
-    if isinstance(outputs, Outputs):
+    if isinstance(outputs, MemberOutputs):
         return _tensors(outputs.logits)[0], [torch.from_numpy(own) for own in outputs.embeddings]
     return (torch.from_numpy(outputs.transpose(1, 0, 2).copy()),)
 
@@ -132,7 +132,7 @@ def test_module_agrees_traced_at_two_rows_and_run_at_others(fitted, rows, batch)
 def test_extreme_logits_stay_finite(make):
     outputs = np.array([[[1e30, 0, -1e30]], [[-1e30, 1e30, 0]], [[0, 0, 0]], [[3e38, -3e38, 0]]], dtype=np.float32)
     if make().reads_embeddings:
-        outputs = Outputs(outputs, tuple(np.full((1, width), 1e30, dtype=np.float32) for width in WIDTHS))
+        outputs = MemberOutputs(outputs, tuple(np.full((1, width), 1e30, dtype=np.float32) for width in WIDTHS))
     found = make().fit(outputs, np.array([0]), np.array([0])).predict_proba(outputs)
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-9)

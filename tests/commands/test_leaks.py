@@ -16,7 +16,7 @@ from utils.core.config_file import load
 from utils.meta_methods import FUSERS
 from utils.numeric.metrics import accuracy, log_loss
 from utils.predictions import catalog
-from utils.predictions.rows import Outputs
+from utils.predictions.rows import MemberOutputs
 from utils.predictions.store import Store
 
 MEMBER = "CustomConvNeXt"
@@ -96,7 +96,7 @@ def test_unseen_predictions_of_shuffled_labels_are_no_better_than_chance(method,
         unfitted = recipe(method, fuser_type)
         outputs = logits
         if unfitted.reads_embeddings:
-            outputs = Outputs(logits, tuple(logits @ rng.normal(size=(C, 6)).astype(np.float32)))
+            outputs = MemberOutputs(logits, tuple(logits @ rng.normal(size=(C, 6)).astype(np.float32)))
         unseen = fit_crossfitted(unfitted, outputs, shuffled, rng.integers(0, 5, N))
         hits.append(accuracy(unseen, shuffled))
         losses.append(log_loss(unseen, shuffled))

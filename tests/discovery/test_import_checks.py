@@ -10,8 +10,8 @@ from given_predictions import CLASSES, arrays, changing, codes, empty_workspace,
 
 from utils.building import fitting
 from utils.core.errors import HonestyError, UserError
-from utils.discovery.import_checks import chance_of_equal, copied_rows
-from utils.discovery.imported_members import Part
+from utils.discovery.import_checks import count_copied_rows, equal_rows_limit
+from utils.discovery.imported_members import ImportedPart
 from utils.numeric.metrics import softmax
 from utils.predictions.rows import MemberRows
 
@@ -33,7 +33,7 @@ def test_out_of_fold_rows_that_are_those_of_train_are_refused_and_the_member_is_
     assert bayes.oof is None
     assert not workspace.oof("bayes").exists()
     assert store.oof(forest) is not None
-    assert not store.rows(bayes, "train").honest.any()
+    assert not store.rows(bayes, "train").out_of_sample.any()
     with pytest.raises(HonestyError, match=r"which not all of bayes, forest have. Make them: oof\.npz and python"):
         fitting.out_of_sample_rows(store, [bayes, forest], kind="oof")
 
@@ -41,7 +41,7 @@ def test_out_of_fold_rows_that_are_those_of_train_are_refused_and_the_member_is_
 def part(stem, logits, kind="logits"):
     given = arrays(stem, 1)
     rows = MemberRows("train", CLASSES, given["sample_ids"], given["labels"], logits, np.ones(len(logits), dtype=bool))
-    return Part(rows, kind, None, None)
+    return ImportedPart(rows, kind, None, None)
 
 
 def rounded(logits, steps):
@@ -56,22 +56,22 @@ def test_copied_rows_are_counted_by_id_whatever_the_files_hold(kinds):
     honest, full = arrays("oof", 1)["logits"], arrays("train", 1)["logits"]
     own = [full if kind == "logits" else np.log(softmax(full)).astype(np.float32) for kind in kinds]
     mixed = np.where(np.arange(60)[:, None] % 4 == 0, own[0], honest)
-    assert copied_rows(part("oof", mixed, kinds[0]), part("train", own[1], kinds[1])) == (15, 60)
-    assert copied_rows(part("oof", honest, kinds[0]), part("train", own[1], kinds[1])) == (0, 60)
+    assert count_copied_rows(part("oof", mixed, kinds[0]), part("train", own[1], kinds[1])) == (15, 60)
+    assert count_copied_rows(part("oof", honest, kinds[0]), part("train", own[1], kinds[1])) == (0, 60)
 
 
 def test_a_model_of_few_answers_may_meet_them_again():
     honest, full = (rounded(arrays(stem, 1)["logits"], steps=4) for stem in ("oof", "train"))
-    equal, told = copied_rows(part("oof", honest, "probabilities"), part("train", full, "probabilities"))
+    equal, told = count_copied_rows(part("oof", honest, "probabilities"), part("train", full, "probabilities"))
     assert 0.01 < equal / told < 0.5
-    assert chance_of_equal(part("train", full)) == 0.5
-    assert chance_of_equal(part("train", arrays("train", 1)["logits"])) == 0.01
+    assert equal_rows_limit(part("train", full)) == 0.5
+    assert equal_rows_limit(part("train", arrays("train", 1)["logits"])) == 0.01
 
 
 def test_members_without_a_common_row_cannot_be_compared():
     train = part("train", arrays("train", 1)["logits"])
     other = replace(train, rows=replace(train.rows, sample_ids=np.char.add("x", train.rows.sample_ids)))
-    assert copied_rows(other, train) == (0, 0)
+    assert count_copied_rows(other, train) == (0, 0)
 
 
 def test_out_of_fold_rows_that_are_too_good_are_suspected(tmp_path, workspace):

@@ -61,7 +61,7 @@ def test_members_join_an_empty_folder_with_what_their_files_say(tmp_path, worksp
     order = np.argsort(given["sample_ids"])
     for name in ("logits", "labels", "sample_ids"):
         assert np.array_equal(getattr(rows, name), given[name][order])
-    assert rows.honest.all()
+    assert rows.out_of_sample.all()
     assert np.array_equal(
         store.oof(member).logits, arrays("oof", 1)["logits"][np.argsort(arrays("oof", 1)["sample_ids"])]
     )
@@ -238,7 +238,7 @@ def test_a_kill_at_any_write_leaves_a_catalog_whose_members_are_whole(
         store = opened(workspace)
         assert sorted(store.catalog.members) in (staying, ["bayes", "forest"])
         for member in store.catalog.members.values():
-            assert not store.outdated(member)
+            assert not store.outdated_parts(member)
             assert store.rows(member, "test").logits.shape == (30, 3)
         assert len(store.samples("val").sample_ids) == store.catalog.splits["val"]["n"]
         if survived % 8 == 0:

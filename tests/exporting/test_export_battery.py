@@ -18,8 +18,8 @@ from utils.combiners.protocol import seen_by
 from utils.exporting import export_formats
 from utils.exporting.parity_check import FileOutputs, ReferenceBatches, compare_outputs, make_batches
 from utils.exporting.runtimes import RUNTIMES
-from utils.networks.ensemble_network import EnsembleNetwork, MemberPart
-from utils.predictions.rows import Outputs
+from utils.networks.ensemble_network import EnsembleNetwork, MemberNetworks
+from utils.predictions.rows import MemberOutputs
 
 CLASSES = ("leaf, spotted", 'the "healthy" one', "zdravý 葉")
 
@@ -28,12 +28,14 @@ CLASSES = ("leaf, spotted", 'the "healthy" one', "zdravý 葉")
 def members():
     """Networks, real rows of noise in [0, 1], and what the networks give for them."""
     networks = [Small(seed, width).eval() for seed, width in enumerate(WIDTHS)]
-    parts = [MemberPart(f"m{place}", [network], SIDE, range(C)) for place, network in enumerate(networks)]
+    parts = [MemberNetworks(f"m{place}", [network], SIDE, range(C)) for place, network in enumerate(networks)]
     images = np.random.default_rng(3).random((N, 3, SIDE, SIDE), dtype=np.float32)
     network = EnsembleNetwork(parts, _Everything(), embeds=True)
     with torch.no_grad():
         logits, embeddings = network(torch.from_numpy(images))
-    outputs = Outputs(logits.numpy().transpose(1, 0, 2), tuple(np.split(embeddings.numpy(), np.cumsum(WIDTHS)[:-1], 1)))
+    outputs = MemberOutputs(
+        logits.numpy().transpose(1, 0, 2), tuple(np.split(embeddings.numpy(), np.cumsum(WIDTHS)[:-1], 1))
+    )
     labels = outputs.logits.mean(axis=0).argmax(axis=1)
     labels[::5] = (labels[::5] + 1) % C
     return parts, images, outputs, labels
@@ -101,5 +103,5 @@ def test_what_has_steps_says_so(fitted, members):
     for place in range(0, M * C):
         shift = np.zeros((M, 1, C), dtype=np.float32)
         shift[place // C, 0, place % C] = 1e-3
-        moved = replace(seen, logits=logits + shift) if isinstance(seen, Outputs) else logits + shift
+        moved = replace(seen, logits=logits + shift) if isinstance(seen, MemberOutputs) else logits + shift
         assert np.abs(combiner.predict_proba(moved) - before).max() < 0.05

@@ -15,7 +15,7 @@ import torch
 
 from utils.core.errors import UserError
 from utils.networks import checkpoints
-from utils.networks.checkpoints import read_checkpoint, reading_ahead, weights_of
+from utils.networks.checkpoints import read_checkpoint, reading_ahead, state_dict_of
 
 
 class Canary:
@@ -36,7 +36,7 @@ def record():
 def test_weights_are_found_under_their_usual_names_or_bare(tmp_path, key):
     weights = {"fc.weight": torch.ones(2, 3)}
     torch.save({key: weights, "extra": {}} if key else weights, tmp_path / "m.pth")
-    assert torch.equal(weights_of(read_checkpoint(tmp_path / "m.pth"))["fc.weight"], torch.ones(2, 3))
+    assert torch.equal(state_dict_of(read_checkpoint(tmp_path / "m.pth"))["fc.weight"], torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("zipped", [True, False])

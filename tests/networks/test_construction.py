@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from utils.core.errors import UserError
 from utils.networks import construction
-from utils.networks.construction import NetworkSpec, Outputs, build, surplus_is_dead
+from utils.networks.construction import EmbeddingExtractor, NetworkSpec, build_network, extra_outputs_problem
 
 CLASSES = ("a", "b", "c", "d", "e")
 
@@ -104,7 +104,7 @@ def spec(name, classes=CLASSES, **options):
 
 def built_network(name, outputs=5):
     torch.manual_seed(0)
-    return build(spec(name), NETWORKS[name](outputs).state_dict(), factory)
+    return build_network(spec(name), NETWORKS[name](outputs).state_dict(), factory)
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_a_factory_without_sizes_and_integer_buffers(images):
     torch.manual_seed(3)
     original = Foreign(5).eval()
     original.index.copy_(torch.tensor([5, 4, 3, 2, 1, 0]))
-    model = build(spec("Foreign"), original.state_dict(), factory)
+    model = build_network(spec("Foreign"), original.state_dict(), factory)
     assert not model.training
     assert model.index.dtype == torch.int64
     with torch.inference_mode():
@@ -125,7 +125,7 @@ def test_a_factory_without_sizes_and_integer_buffers(images):
 
 @pytest.mark.parametrize("classes", [CLASSES, CLASSES[:2]])
 def test_the_weights_say_how_many_outputs_there_are(classes):
-    model = build(spec("Foreign", classes), Foreign(13).state_dict(), factory)
+    model = build_network(spec("Foreign", classes), Foreign(13).state_dict(), factory)
     assert model.head[-1].out_features == 13
 
 
@@ -135,7 +135,9 @@ def test_where_the_last_matrix_misleads_the_shapes_decide():
             super().__init__()
             self.head, self.stem = nn.Linear(8, num_classes), nn.Linear(4, 8)
 
-    found = build(spec("HeadFirst"), HeadFirst(3).state_dict(), lambda name, num_classes: HeadFirst(num_classes))
+    found = build_network(
+        spec("HeadFirst"), HeadFirst(3).state_dict(), lambda name, num_classes: HeadFirst(num_classes)
+    )
     assert found.head.out_features == 3
 
 
@@ -145,7 +147,7 @@ def test_a_bundled_network_takes_its_sizes_and_its_classes_from_the_file():
     # Its two heads come before everything else in the file, so the last matrix is not the classifier.
     weights = create_custom_backbone("CustomDeiTStyle", 3, size="tiny", img_size=32).state_dict()
     asked = NetworkSpec("CustomDeiTStyle", Path("d.pth"), "tiny", 32, CLASSES[:3])
-    assert build(asked, weights, create_custom_backbone_safe).num_classes == 3
+    assert build_network(asked, weights, create_custom_backbone_safe).num_classes == 3
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "deit_tiny_distilled_patch16_224"])
@@ -155,8 +157,8 @@ def test_a_timm_model_by_name(name, images):
     torch.manual_seed(0)
     options = {"img_size": 32} if "deit" in name else {}
     original = timm.create_model(name, pretrained=False, num_classes=5, **options).eval()
-    model = build(spec(name, source="timm"), original.state_dict())
-    outputs = Outputs(model, name)
+    model = build_network(spec(name, source="timm"), original.state_dict())
+    outputs = EmbeddingExtractor(model, name)
     with torch.inference_mode():
         outputs.probe(images[:2])
         logits, embeddings = outputs(images)
@@ -167,13 +169,13 @@ def test_a_timm_model_by_name(name, images):
 @pytest.mark.parametrize("name", ["resnet10", "hf-hub:timm/resnet10t.c3_in1k"])
 def test_a_timm_model_that_is_not_installed_is_named_and_not_fetched(name):
     with pytest.raises(UserError, match=r"has no model '.*resnet10.*Name one of timm.list_models"):
-        build(spec(name, source="timm"), Foreign(5).state_dict())
+        build_network(spec(name, source="timm"), Foreign(5).state_dict())
 
 
 def test_weights_that_do_not_fit_say_in_which_way():
     def said(weights, name="Foreign"):
         with pytest.raises(UserError) as caught:
-            build(spec(name), weights, factory)
+            build_network(spec(name), weights, factory)
         return str(caught.value)
 
     weights = Foreign(5).state_dict()
@@ -205,7 +207,7 @@ def linear_map(model, embeddings):
 )
 def test_embeddings_are_what_the_last_layers_read(name, outputs, width, images):
     model = built_network(name, outputs)
-    ways = Outputs(model, name)
+    ways = EmbeddingExtractor(model, name)
     with torch.inference_mode():
         ways.probe(images[:2])
         logits, embeddings = ways(images)
@@ -218,7 +220,7 @@ def test_embeddings_are_what_the_last_layers_read(name, outputs, width, images):
 
 def test_an_early_layer_with_as_many_outputs_is_not_the_head(images):
     model = built_network("Foreign", 8)  # head.0 has 8 outputs as well
-    ways = Outputs(model, "Foreign")
+    ways = EmbeddingExtractor(model, "Foreign")
     with torch.inference_mode():
         ways.probe(images[:2])
         _, embeddings = ways(images)
@@ -227,7 +229,7 @@ def test_an_early_layer_with_as_many_outputs_is_not_the_head(images):
 
 def test_methods_are_believed_only_where_they_give_the_logits(images):
     model = built_network("Methods")  # forward_head stops before the stack, get_classifier is its end
-    ways = Outputs(model, "Methods")
+    ways = EmbeddingExtractor(model, "Methods")
     with torch.inference_mode():
         ways.probe(images[:2])
         logits, embeddings = ways(images)
@@ -236,7 +238,7 @@ def test_methods_are_believed_only_where_they_give_the_logits(images):
 
 def test_a_network_without_embeddings_is_named_once_and_keeps_its_logits(images, heard):
     model = built_network("Hidden")
-    ways = Outputs(model, "Hidden_final.pth")
+    ways = EmbeddingExtractor(model, "Hidden_final.pth")
     with torch.inference_mode():
         ways.probe(images[:2])
         for _ in range(2):
@@ -252,7 +254,7 @@ def test_a_network_that_goes_another_way_for_some_images_is_refused(images):
         def forward(self, x):
             return super().forward(x) * (1 if len(x) < 5 else 2)
 
-    ways = Outputs(Moody(5).eval(), "Moody")
+    ways = EmbeddingExtractor(Moody(5).eval(), "Moody")
     with torch.inference_mode():
         ways.probe(images[:2])
         with pytest.raises(UserError, match="explain the logits of some images and not of others"):
@@ -265,24 +267,24 @@ def test_what_is_no_tensor_of_logits_is_refused(images):
             return super().forward(x), None
 
     with pytest.raises(UserError, match="returns tuple; expected one tensor of logits"):
-        Outputs(Pair(5).eval(), "Pair").probe(images)
+        EmbeddingExtractor(Pair(5).eval(), "Pair").probe(images)
 
 
 def test_surplus_outputs_are_dead_or_not():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(200, 13)) * 2
-    assert "is the largest on" in surplus_is_dead(logits, 10)
+    assert "is the largest on" in extra_outputs_problem(logits, 10)
     logits[:, 10:] = logits[:, :10].min(axis=1, keepdims=True)  # never the largest, and yet alive
     weak = logits * 0.1
-    assert "of the probability, 0.046 at most" in surplus_is_dead(weak, 10)
+    assert "of the probability, 0.046 at most" in extra_outputs_problem(weak, 10)
     logits[:, 10:] -= 20
-    assert surplus_is_dead(logits, 10) is None
+    assert extra_outputs_problem(logits, 10) is None
 
 
 def test_label_smoothing_leaves_dead_outputs_that_are_called_dead():
     target = np.full((50, 13), 0.1 / 13)
     target[np.arange(50), np.arange(50) % 10] += 0.9
-    assert surplus_is_dead(np.log(target), 10) is None
+    assert extra_outputs_problem(np.log(target), 10) is None
 
 
 def test_the_table_of_layouts_names_bundled_architectures_only():

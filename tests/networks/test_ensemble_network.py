@@ -16,7 +16,7 @@ from torch import nn
 from utils import base_back
 from utils.combiners.heads import MeanOfProbabilities
 from utils.networks import ensemble_network
-from utils.networks.ensemble_network import EnsembleNetwork, MemberPart, Preparation
+from utils.networks.ensemble_network import EnsembleNetwork, MemberNetworks, Preparation
 from utils.predictions.image_splits import normalise
 
 SIZES = [(8, 8), (9, 7), (33, 31), (36, 36), (41, 300), (333, 127), (1, 3)]
@@ -26,8 +26,8 @@ def images_of(count: int) -> torch.Tensor:
     return torch.rand(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
 
 
-def part(seed: int, **known) -> MemberPart:
-    return MemberPart(f"m{seed}", [Small(seed, WIDTHS[seed]).eval()], SIDE, range(C), **known)
+def part(seed: int, **known) -> MemberNetworks:
+    return MemberNetworks(f"m{seed}", [Small(seed, WIDTHS[seed]).eval()], SIDE, range(C), **known)
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +94,8 @@ def test_each_network_runs_once_and_images_are_prepared_once():
 
 def test_columns_follow_the_ensembles_order_and_dead_outputs_are_cut():
     network = Small(0, WIDTHS[0]).eval()
-    plain = EnsembleNetwork([MemberPart("m", [network], SIDE, [0, 1])], None)(images_of(2))[1]
-    turned = EnsembleNetwork([MemberPart("m", [network], SIDE, [1, 0])], None)(images_of(2))[1]
+    plain = EnsembleNetwork([MemberNetworks("m", [network], SIDE, [0, 1])], None)(images_of(2))[1]
+    turned = EnsembleNetwork([MemberNetworks("m", [network], SIDE, [1, 0])], None)(images_of(2))[1]
     assert plain.shape == (2, 2)
     torch.testing.assert_close(turned, plain.flip(1))
 
@@ -109,7 +109,7 @@ def test_the_fold_networks_answer_by_their_mean_and_the_full_one_embeds():
             seen.extend([logits, embeddings[0]])
             return logits[:, 0]
 
-    EnsembleNetwork([MemberPart("m", folds, SIDE, range(C), full)], Keep(), embeds=True)(images_of(3))
+    EnsembleNetwork([MemberNetworks("m", folds, SIDE, range(C), full)], Keep(), embeds=True)(images_of(3))
     prepared = Preparation(SIDE, takes_uint8=False)(images_of(3))
     mean = torch.stack([torch.softmax(fold(prepared), dim=1) for fold in folds]).mean(dim=0)
     torch.testing.assert_close(torch.softmax(seen[0][:, 0], dim=1), mean)
@@ -125,7 +125,7 @@ def test_outputs_on_request():
 
 
 def test_members_of_unequal_size_share_raw_images_alone():
-    parts = [part(0), MemberPart("large", [Small(1, 4).eval()], 2 * SIDE, range(C))]
+    parts = [part(0), MemberNetworks("large", [Small(1, 4).eval()], 2 * SIDE, range(C))]
     with pytest.raises(ValueError, match="cannot share"):
         EnsembleNetwork(parts, MeanOfProbabilities())
     raw = torch.randint(0, 256, (2, 11, 23, 3), dtype=torch.uint8)
@@ -154,7 +154,7 @@ class Embeddings(nn.Module):
 def test_embeddings_of_a_network_without_methods_outlive_a_trace():
     torch.manual_seed(0)
     own = Foreign().eval()
-    network = EnsembleNetwork([MemberPart("foreign", [own], SIDE, range(C))], Embeddings(), embeds=True)
+    network = EnsembleNetwork([MemberNetworks("foreign", [own], SIDE, range(C))], Embeddings(), embeds=True)
     traced = torch.jit.trace(network, images_of(2), check_trace=False)
     for count in (1, 5):
         prepared = Preparation(SIDE, takes_uint8=False)(images_of(count))

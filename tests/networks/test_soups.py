@@ -54,7 +54,7 @@ def bits(state):
 def test_copies_of_one_checkpoint_are_that_checkpoint_bit_by_bit(dtype, shares):
     state = weights(1, dtype)
     state["head.bias"][:3] = torch.tensor([-0.0, 1e-7, 3e4], dtype=dtype)
-    mixed = soups.mixture([ingredient(state, f"c{n}") for n in range(len(shares))], shares)
+    mixed = soups.weighted_average([ingredient(state, f"c{n}") for n in range(len(shares))], shares)
     assert bits(mixed) == bits(state)
     assert list(mixed) == list(state)
 
@@ -64,7 +64,7 @@ def test_an_average_is_the_mean_in_double_precision_wherever_blocks_end(monkeypa
     monkeypatch.setattr(soups, "BLOCKS", blocks)
     monkeypatch.setattr(soups, "BLOCK", 0)
     parts = ingredients(5)
-    mixed = soups.mixture(parts)
+    mixed = soups.weighted_average(parts)
     for name, shape in SHAPES.items():
         expected = np.mean([part.open()[name].double().numpy() for part in parts], axis=0).astype(np.float32)
         np.testing.assert_array_equal(mixed[name].numpy(), expected)
@@ -74,13 +74,13 @@ def test_an_average_is_the_mean_in_double_precision_wherever_blocks_end(monkeypa
 def test_sums_do_not_lose_what_single_precision_would():
     large, small = {"w": torch.tensor([2.0**30])}, {"w": torch.tensor([1.0])}
     parts = [ingredient(large), *(ingredient(small) for _ in range(63))]
-    assert soups.mixture(parts)["w"].item() == np.float32((2.0**30 + 63) / 64)
+    assert soups.weighted_average(parts)["w"].item() == np.float32((2.0**30 + 63) / 64)
     assert sum([np.float32(1)] * 63, np.float32(2.0**30)) == 2.0**30  # in single precision the small ones vanish
 
 
 def test_two_shares_are_a_point_on_the_line():
     first, second = ingredients(2)
-    mixed = soups.mixture([first, second], [3, 7])
+    mixed = soups.weighted_average([first, second], [3, 7])
     for name in SHAPES:
         expected = 0.3 * first.open()[name].double() + 0.7 * second.open()[name].double()
         torch.testing.assert_close(mixed[name], expected.float(), rtol=1e-7, atol=0)
@@ -88,25 +88,25 @@ def test_two_shares_are_a_point_on_the_line():
 
 def test_a_share_of_nothing_opens_nothing():
     never = Ingredient("never", lambda: pytest.fail("it was opened"))
-    mixed = soups.mixture([ingredient(weights(1)), never], [1, 0])
+    mixed = soups.weighted_average([ingredient(weights(1)), never], [1, 0])
     assert bits(mixed) == bits(weights(1))
 
 
 def test_counters_become_the_largest_and_other_integers_must_agree():
     parts = ingredients(3)
-    mixed = soups.mixture(parts)
+    mixed = soups.weighted_average(parts)
     assert mixed["norm.num_batches_tracked"].item() == 20
     assert mixed["norm.num_batches_tracked"].dtype == torch.int64
     assert mixed["index"].tolist() == [0, 1, 2, 3]
     other = weights(9) | {"index": torch.tensor([0, 1, 3, 2])}
     with pytest.raises(UserError, match=r"s9: index holds other torch\.int64 values than in s0"):
-        soups.mixture([*parts, ingredient(other, "s9")])
+        soups.weighted_average([*parts, ingredient(other, "s9")])
 
 
 def test_nothing_that_was_averaged_is_changed():
     state = weights(1, torch.float64)
     before = bits(state)
-    soups.mixture([ingredient(state), ingredient(weights(2, torch.float64))])
+    soups.weighted_average([ingredient(state), ingredient(weights(2, torch.float64))])
     assert bits(state) == before
 
 
@@ -117,13 +117,13 @@ def test_tensors_that_do_not_go_together_are_named():
     del other["scale"]
     other["extra"] = torch.zeros(1)
     with pytest.raises(UserError) as error:
-        soups.mixture([ingredient(weights(1), "final"), ingredient(other, "snapshot2")])
+        soups.weighted_average([ingredient(weights(1), "final"), ingredient(other, "snapshot2")])
     assert str(error.value).startswith(
         "snapshot2: its weights do not go together with those of final: scale is missing; extra is not in the first; "
         "head.weight is float32 [7, 40], expected float32 [5, 40]; and 1 more. "
     )
-    assert soups.differences(weights(1), other)[-1] == "head.bias is float16 [5], expected float32 [5]"
-    assert soups.differences(weights(1), weights(2)) == []
+    assert soups.state_dict_differences(weights(1), other)[-1] == "head.bias is float16 [5], expected float32 [5]"
+    assert soups.state_dict_differences(weights(1), weights(2)) == []
 
 
 def test_one_checkpoint_at_a_time_is_open(monkeypatch):
@@ -146,7 +146,7 @@ def test_one_checkpoint_at_a_time_is_open(monkeypatch):
 
     gc.disable()
     try:
-        soups.mixture([Ingredient(f"s{seed}", opener(seed)) for seed in range(6)])
+        soups.weighted_average([Ingredient(f"s{seed}", opener(seed)) for seed in range(6)])
     finally:
         gc.enable()
     assert len(alive) > 12
@@ -318,9 +318,9 @@ def grown(trunk, seed):
 
 
 def between(first, second):
-    middle = soups.mixture([ingredient(first, "one"), ingredient(second, "other")])
+    middle = soups.weighted_average([ingredient(first, "one"), ingredient(second, "other")])
     (loss, error), (other_loss, other_error), (mean_loss, mean_error) = map(loss_and_error, (first, second, middle))
-    return soups.barrier(loss, other_loss, mean_loss), soups.barrier(error, other_error, mean_error)
+    return soups.error_barrier(loss, other_loss, mean_loss), soups.error_barrier(error, other_error, mean_error)
 
 
 def test_the_barrier_between_unrelated_initialisations_is_found(trunk):
@@ -329,7 +329,7 @@ def test_the_barrier_between_unrelated_initialisations_is_found(trunk):
     loss, error = between(*trunk)
     assert loss > 0.3
     assert error > 0.2
-    assert abs(soups.similarity(*map(ingredient, trunk))) < 0.1
+    assert abs(soups.weight_cosine(*map(ingredient, trunk))) < 0.1
 
 
 def test_two_trainings_from_one_network_have_none(trunk):
@@ -337,22 +337,22 @@ def test_two_trainings_from_one_network_have_none(trunk):
     loss, error = between(first, second)
     assert loss < 0.02
     assert error < 0.02
-    assert soups.similarity(ingredient(first), ingredient(second)) > 0.9
+    assert soups.weight_cosine(ingredient(first), ingredient(second)) > 0.9
 
 
 def test_a_barrier_is_what_lies_above_the_mean_of_the_ends():
-    assert soups.barrier(0.2, 0.4, 0.5) == pytest.approx(0.2)
-    assert soups.barrier(0.0, 0.5, 0.2) == pytest.approx(-0.05)
+    assert soups.error_barrier(0.2, 0.4, 0.5) == pytest.approx(0.2)
+    assert soups.error_barrier(0.0, 0.5, 0.2) == pytest.approx(-0.05)
 
 
 def test_similarity_looks_at_matrices_alone():
     one = {"w": torch.tensor([[1.0, 0.0]]), "b": torch.ones(9)}
-    assert soups.similarity(ingredient(one), ingredient(one)) == 1
-    assert soups.similarity(ingredient(one), ingredient({"w": torch.tensor([[0.0, 5.0]]), "b": torch.ones(9)})) == 0
-    assert soups.similarity(ingredient(one), ingredient({"w": torch.tensor([[-3.0, 3.0]]), "b": one["b"]})) == (
+    assert soups.weight_cosine(ingredient(one), ingredient(one)) == 1
+    assert soups.weight_cosine(ingredient(one), ingredient({"w": torch.tensor([[0.0, 5.0]]), "b": torch.ones(9)})) == 0
+    assert soups.weight_cosine(ingredient(one), ingredient({"w": torch.tensor([[-3.0, 3.0]]), "b": one["b"]})) == (
         pytest.approx(-(0.5**0.5))
     )
-    assert soups.similarity(ingredient({"b": one["b"]}), ingredient({"b": one["b"]})) == 0
+    assert soups.weight_cosine(ingredient({"b": one["b"]}), ingredient({"b": one["b"]})) == 0
 
 
 # soups that are worth it ----------------------------------------------------------------------------------------------
@@ -362,7 +362,7 @@ def test_a_soup_beats_each_of_its_parts(trunk):
         generator = torch.Generator().manual_seed(seed)
         noisy = {n: v + 0.3 * torch.randn(v.shape, generator=generator) for n, v in trunk[0].items()}
         parts.append(ingredient(noisy, f"noisy{seed}"))
-    found = loss_and_error(soups.mixture(parts))
+    found = loss_and_error(soups.weighted_average(parts))
     of_parts = [loss_and_error(part.open()) for part in parts]
     assert found[0] < 0.8 * min(loss for loss, _ in of_parts)
     assert found[1] <= min(error for _, error in of_parts)
@@ -386,7 +386,7 @@ def test_greedy_is_the_papers_algorithm_and_never_ends_below_its_first(seed):
         return table.setdefault(tuple(names), float(rng.integers(0, 4)))
 
     names = "abcdef"[: 1 + seed % 6]
-    steps = soups.greedy(names, score)
+    steps = soups.greedy_soup(names, score)
     kept = [name for name, _, is_kept in steps if is_kept]
     assert kept == literal_greedy(names, score)
     assert [name for name, _, _ in steps] == list(names)

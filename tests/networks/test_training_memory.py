@@ -34,7 +34,7 @@ def test_a_step_of_blocks_computed_twice_is_the_same_step_and_keeps_less(name):
     plain = step(model, images)
     kept = training_memory.activation_bytes(model, lambda: model(images))
     model.load_state_dict(weights)
-    with training_memory.computed_twice(model) as count:
+    with training_memory.activation_checkpointing(model) as count:
         assert count > 1
         twice = step(model, images)
         less = training_memory.activation_bytes(model, lambda: model(images))
@@ -54,15 +54,15 @@ def test_activations_are_those_that_autograd_keeps():
     # The input of the linear layer, the sigmoid's result, and BatchNorm's running and own statistics.
     assert found == 4 * (10 * 100 + 10 * 50 + 4 * 50)
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
-    assert training_memory.weights_bytes(model) == 4 * 4 * (100 * 50 + 50 + 2 * 50)
+    assert training_memory.training_state_bytes(model) == 4 * 4 * (100 * 50 + 50 + 2 * 50)
 
 
 def test_the_budget_is_of_what_there_is_not_of_what_is_free(tmp_path, monkeypatch):
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(training_memory, "CONTROL_GROUPS", (limit,))
-    whole = training_memory.budget("cpu")
+    whole = training_memory.memory_budget("cpu")
     assert 1e8 < whole < 1e14
     limit.write_text("max\n")
-    assert training_memory.budget("cpu") == whole
+    assert training_memory.memory_budget("cpu") == whole
     limit.write_text("1000000\n")
-    assert training_memory.budget("cpu") == 500_000
+    assert training_memory.memory_budget("cpu") == 500_000

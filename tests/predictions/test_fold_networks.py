@@ -58,13 +58,13 @@ def test_the_mean_of_the_fold_networks_is_stored_beside_the_full_network(store):
         assert found.sample_ids.tolist() == full.sample_ids.tolist()
         assert np.abs(softmax(full.logits) - expected).max() > 0.01
     assert fold_networks.aligned(store, [member], "val", "folds").inference == "folds"
-    joined = fold_networks.honest(store, [member], "folds")
+    joined = fold_networks.out_of_sample(store, [member], "folds")
     np.testing.assert_array_equal(
         joined.logits[0, joined.split == "val"], fold_networks.rows(store, member, "val", "folds").logits
     )
     np.testing.assert_array_equal(
         joined.logits[:, joined.split == "train"],
-        fold_networks.honest(store, [member], "full").logits[:, joined.split == "train"],
+        fold_networks.out_of_sample(store, [member], "full").logits[:, joined.split == "train"],
     )
 
 

@@ -121,10 +121,10 @@ def test_predictions_that_beat_val_beyond_chance_are_suspected(workspace, config
     discover.discover(config, workspace)
     member = catalog.read(workspace).members[NAME]
     measured = {"n": 100, "accuracy": 0.8}
-    (problem,) = inspection.suspicion(replace(member, oof={"rows": 1000}), 0.95, measured, remedy="do this")
+    (problem,) = inspection.oof_accuracy_problems(replace(member, oof={"rows": 1000}), 0.95, measured, remedy="do this")
     assert (problem.code, problem.severity) == ("oof_suspected", "warning")
     assert problem.remedy.endswith("do this")
-    assert not inspection.suspicion(replace(member, oof={"rows": 1000}), 0.88, measured, remedy="do this")
+    assert not inspection.oof_accuracy_problems(replace(member, oof={"rows": 1000}), 0.88, measured, remedy="do this")
 
 
 @pytest.mark.parametrize("kind", ["bundled", "external"])
@@ -134,15 +134,15 @@ def test_every_remedy_names_the_base_back_that_is_mounted(workspace, config, mon
     monkeypatch.setattr(base_back, "kind", lambda path: kind)
     monkeypatch.setattr(base_back, "locate", lambda: Path("/some where/BASE-BACK"))
     facts = {"equal": 9, "told": 10, "refolded": {"fold0": [3, 4]}, "unreadable": []}
-    found = inspection.honesty_problems(workspace, member, facts)
-    remedy = inspection.fold_again(workspace, member)
-    found += inspection.suspicion(member, 0.95, {"n": 100, "accuracy": 0.5}, remedy=remedy)
+    found = inspection.leakage_problems(workspace, member, facts)
+    remedy = inspection.kfold_remedy(workspace, member)
+    found += inspection.oof_accuracy_problems(member, 0.95, {"n": 100, "accuracy": 0.5}, remedy=remedy)
     assert [problem.code for problem in found] == ["oof_in_sample", "oof_fold_disagrees", "oof_suspected"]
     external = "--base-back '/some where/BASE-BACK' " if kind == "external" else ""
     command = f"--stages kfold --backbones {NAME} {external}--workspace {workspace.base}"
     assert all(problem.remedy.endswith(command) for problem in found)
     declared = replace(member, architecture="timm:resnet18")  # of which no base pipeline makes folds
-    remedy = inspection.fold_again(workspace, declared)
+    remedy = inspection.kfold_remedy(workspace, declared)
     assert "--stages kfold" not in remedy
     assert f"<member>_oof_predictions.npz into {workspace.kfold}" in remedy
 

@@ -12,8 +12,8 @@ def test_equal_rows_are_told_by_their_logits_even_where_all_are_sure():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(500, 4)).astype(np.float32) * 300
     other = logits + rng.normal(size=logits.shape).astype(np.float32)
-    assert out_of_fold.equal_rows("logits", logits, logits, tolerance=1e-5) == (500, 500)
-    assert out_of_fold.equal_rows("logits", other, logits, tolerance=1e-5) == (0, 500)
+    assert out_of_fold.count_equal_rows("logits", logits, logits, tolerance=1e-5) == (500, 500)
+    assert out_of_fold.count_equal_rows("logits", other, logits, tolerance=1e-5) == (0, 500)
 
 
 @pytest.mark.parametrize("kind", ["probabilities", "half-precision probabilities"])
@@ -24,10 +24,10 @@ def test_probabilities_are_compared_where_they_tell_anything(kind):
     exact = np.exp(logits - logits.max(axis=1, keepdims=True))
     exact = (exact / exact.sum(axis=1, keepdims=True)).astype(np.float16 if "half" in kind else np.float32)
     stored = np.log(np.maximum(exact.astype(np.float64), 1e-12))
-    same, told = out_of_fold.equal_rows(kind, stored, logits, tolerance=1e-5)
+    same, told = out_of_fold.count_equal_rows(kind, stored, logits, tolerance=1e-5)
     assert same == told
     assert 150 <= told <= 250  # the sure half says nothing
-    different, told = out_of_fold.equal_rows(kind, stored, other, tolerance=1e-5)
+    different, told = out_of_fold.count_equal_rows(kind, stored, other, tolerance=1e-5)
     assert different <= 0.01 * told
 
 
@@ -37,4 +37,4 @@ def test_probabilities_are_compared_where_they_tell_anything(kind):
 )
 def test_the_proportion_test_is_the_textbooks(right, n, other_right, m, expected):
     better, other = {"accuracy": right / n, "n": n}, {"accuracy": other_right / m, "n": m}
-    assert out_of_fold.better_by_chance(better, other) == pytest.approx(expected, abs=1e-5)
+    assert out_of_fold.higher_accuracy_p_value(better, other) == pytest.approx(expected, abs=1e-5)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from utils.core.errors import UserError
-from utils.predictions.rows import UNKNOWN, MemberRows, Outputs, align, gather
+from utils.predictions.rows import UNKNOWN, MemberOutputs, MemberRows, align, collect_samples
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -109,7 +109,7 @@ def test_a_label_that_one_member_does_not_know_comes_from_another():
 def test_samples_are_gathered_from_whoever_has_them():
     one = unlabelled(member(1, ids=tuple(f"ant/{n}.png" for n in range(20))), kept=[3, 12])
     other = unlabelled(member(2, ids=tuple(f"ant/{n}.png" for n in range(10, 30))), kept=[0, 1])
-    samples = gather("val", CLASSES, {"b": [other], "a": [one], "c": []})
+    samples = collect_samples("val", CLASSES, {"b": [other], "a": [one], "c": []})
     assert samples.sample_ids == tuple(sorted(f"ant/{n}.png" for n in range(30)))
     label = dict(zip(samples.sample_ids, samples.labels.tolist(), strict=True))
     assert [label.pop("ant/3.png"), label.pop("ant/12.png")] == one.labels[[3, 12]].tolist()
@@ -117,7 +117,7 @@ def test_samples_are_gathered_from_whoever_has_them():
     assert set(label.values()) == {UNKNOWN}
     liar = replace(one, labels=(one.labels + 1) % 3)
     with pytest.raises(UserError, match=r"members a and d: 2 label\(s\) of val disagree, first ant/12.png: \w+ for a"):
-        gather("val", CLASSES, {"d": [liar], "a": [one]})
+        collect_samples("val", CLASSES, {"d": [liar], "a": [one]})
 
 
 def test_embeddings_come_in_the_order_of_the_rows_and_only_where_all_have_them():
@@ -126,10 +126,10 @@ def test_embeddings_come_in_the_order_of_the_rows_and_only_where_all_have_them()
     b = replace(b, embeddings=b.logits * 3)
     order = np.random.default_rng(5).permutation(20)
     mixed = replace(
-        b, **{key: getattr(b, key)[order] for key in ("sample_ids", "labels", "logits", "honest", "embeddings")}
+        b, **{key: getattr(b, key)[order] for key in ("sample_ids", "labels", "logits", "out_of_sample", "embeddings")}
     )
     found = align({"b": [mixed], "a": [a]}, CLASSES)
-    assert isinstance(found.outputs, Outputs)
+    assert isinstance(found.outputs, MemberOutputs)
     assert np.array_equal(found.embeddings[0], found.logits[0][:, :2] * 2)
     assert np.array_equal(found.embeddings[1], found.logits[1] * 3)
     some = found.take(np.array([4, 0]))
@@ -149,7 +149,7 @@ def test_embeddings_come_in_the_order_of_the_rows_and_only_where_all_have_them()
 )
 def test_outputs_are_indexed_as_logits_are(key, members, rows):
     logits = np.arange(3 * 6 * 2, dtype=np.float32).reshape(3, 6, 2)
-    outputs = Outputs(logits, tuple(np.full((6, place + 1), place) + np.arange(6)[:, None] for place in range(3)))
+    outputs = MemberOutputs(logits, tuple(np.full((6, place + 1), place) + np.arange(6)[:, None] for place in range(3)))
     found = outputs[key]
     assert found.shape == (len(members), len(rows), 2)
     assert np.array_equal(found.logits, logits[members][:, list(rows)])

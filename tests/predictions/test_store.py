@@ -54,7 +54,7 @@ def test_stored_logits_are_those_of_the_network_on_the_base_transform(store):
     with torch.inference_mode():
         again = network.get_classifier()(torch.from_numpy(embeddings)).numpy()
     np.testing.assert_allclose(again, rows.logits, atol=1e-5)
-    assert rows.honest.all()
+    assert rows.out_of_sample.all()
     assert [str(i).split("/")[0] for i in rows.sample_ids] == [store.catalog.classes[k] for k in rows.labels]
 
 
@@ -84,7 +84,7 @@ def test_nothing_is_run_twice_and_new_weights_are_run_again(store, monkeypatch):
 def test_in_sample_outputs_are_marked_dishonest(store):
     found = store.catalog.members["CustomConvNeXt"]
     store.ensure([found], ("train",))
-    assert not store.rows(found, "train").honest.any()
+    assert not store.rows(found, "train").out_of_sample.any()
 
 
 def test_one_network_is_resident_and_its_memory_is_released(store, monkeypatch):
@@ -110,7 +110,7 @@ def test_oof_rows_are_aligned_with_the_classes_and_cached(store):
     with np.load(store.workspace.base / found.oof["path"]) as arrays:
         assert np.array_equal(rows.logits, arrays["logits"])
     assert store.workspace.oof("CustomConvNeXt").is_file()
-    assert rows.honest.all()
+    assert rows.out_of_sample.all()
     assert rows.split == "train"
 
 

@@ -25,7 +25,7 @@ from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.discovery import discover
 from utils.networks import construction
-from utils.networks.construction import Outputs
+from utils.networks.construction import EmbeddingExtractor
 from utils.predictions import catalog, image_splits, streaming
 from utils.predictions.store import Store
 
@@ -149,7 +149,7 @@ def failing_above(limit, error):
 )
 def test_a_batch_that_does_not_fit_is_halved_and_said_and_loses_no_row(laid, heard, monkeypatch, error):
     expected = joined(laid.run())
-    monkeypatch.setattr(Outputs, "__call__", failing_above(5, error)(Outputs.__call__))
+    monkeypatch.setattr(EmbeddingExtractor, "__call__", failing_above(5, error)(EmbeddingExtractor.__call__))
     batches = laid.run()
     np.testing.assert_allclose(joined(batches), expected, atol=1e-5)
     assert {batch.batch_size for batch in batches} == {4}
@@ -157,13 +157,15 @@ def test_a_batch_that_does_not_fit_is_halved_and_said_and_loses_no_row(laid, hea
 
 
 def test_a_single_image_that_does_not_fit_ends_the_run(laid, monkeypatch):
-    monkeypatch.setattr(Outputs, "__call__", failing_above(0, MemoryError())(Outputs.__call__))
+    monkeypatch.setattr(EmbeddingExtractor, "__call__", failing_above(0, MemoryError())(EmbeddingExtractor.__call__))
     with pytest.raises(UserError, match="out of memory with a single image of 32 px on cpu"):
         laid.run()
 
 
 def test_other_errors_of_a_network_are_not_taken_for_memory(laid, monkeypatch):
-    monkeypatch.setattr(Outputs, "__call__", failing_above(5, RuntimeError("boom"))(Outputs.__call__))
+    monkeypatch.setattr(
+        EmbeddingExtractor, "__call__", failing_above(5, RuntimeError("boom"))(EmbeddingExtractor.__call__)
+    )
     with pytest.raises(RuntimeError, match="boom"):
         laid.run()
 
@@ -228,9 +230,9 @@ def test_two_image_sizes_cost_one_decode(laid, monkeypatch):
     opened = []
     original = Image.open
 
-    def counting(path):
+    def counting(path, **options):
         opened.append(path)
-        return original(path)
+        return original(path, **options)
 
     monkeypatch.setattr(Image, "open", counting)
     image_splits.decode(laid.splits, [32, 64], image_cache=laid.cache, threads=2)
@@ -256,7 +258,7 @@ def store(trained, tmp_path):
 
 
 def test_a_network_without_embeddings_is_stored_once_and_then_known(store, monkeypatch):
-    monkeypatch.setattr(Outputs, "_methods_agree", lambda self, images, logits: False)
+    monkeypatch.setattr(EmbeddingExtractor, "_methods_agree", lambda self, images, logits: False)
     monkeypatch.setattr("utils.networks.construction._heads", lambda calls, logits: ())
     member = store.catalog.members["CustomConvNeXt"]
     store.ensure([member], ("val",))
@@ -269,7 +271,7 @@ def test_a_network_without_embeddings_is_stored_once_and_then_known(store, monke
 
 
 def test_the_record_tells_the_batch_size_that_memory_allowed(store, monkeypatch):
-    monkeypatch.setattr(Outputs, "__call__", failing_above(10, MemoryError())(Outputs.__call__))
+    monkeypatch.setattr(EmbeddingExtractor, "__call__", failing_above(10, MemoryError())(EmbeddingExtractor.__call__))
     store.ensure([store.catalog.members["CustomConvNeXt"]], ("val",))
     record = json.loads((store.workspace.predictions("CustomConvNeXt", "val") / "record.json").read_text())
     assert record["batch_size"] == 7

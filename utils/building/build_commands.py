@@ -53,7 +53,7 @@ def _of_sections(sections: Mapping[str, Section], config: Config, workspace: Wor
     wanted = [section for place, section in sections.items() if config.at(f"{place}.enable")]
     if not wanted:
         require_enabled(config, next(iter(sections)))
-    found = discover.trusted(config, workspace)
+    found = discover.verified_catalog(config, workspace)
     members = catalog.select(found, config)
     store = Store(config, workspace, found)
     results = [section(store, members, force) for section in wanted]

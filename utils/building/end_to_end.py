@@ -22,7 +22,7 @@ from utils.core.artifacts import digest_of, write_checkpoint
 from utils.core.errors import UserError
 from utils.discovery import discover
 from utils.fusion_methods import COMBINERS, FusionStacker
-from utils.networks.checkpoints import said_of_training
+from utils.networks.checkpoints import training_metadata
 from utils.networks.construction import NetworkSpec
 from utils.predictions import catalog, image_splits, streaming
 from utils.predictions.catalog import IMPORTED, Member
@@ -71,7 +71,7 @@ def is_current(store: Store, members: Sequence[Member], name: str) -> bool:
     """Whether a saved fusion and its networks are what a training of these members would make; without torch."""
     record = ensembles.record_of(store.workspace, name) or {}
     facts = record.get("end_to_end")
-    own = [store.catalog.members.get(catalog.trained_further(name, member.name)) for member in members]
+    own = [store.catalog.members.get(catalog.end_to_end_member_name(name, member.name)) for member in members]
     if facts is None or None in own:
         return False
     derived = [member for member in own if member is not None]
@@ -194,7 +194,7 @@ def _parts(store: Store, members: Sequence[Member]) -> list[Part]:
     found = []
     for member in members:
         spec = member.network(store.workspace)
-        kind = augmentation_kind(said_of_training(spec.checkpoint))
+        kind = augmentation_kind(training_metadata(spec.checkpoint))
         rows = {split: store.rows(member, split, embeddings=True) for split in images}
         train = album("train", spec, kind)
         never = np.full(len(train), "never")
@@ -222,9 +222,9 @@ def _weights(store: Store, member: Member, tuned: Tuned) -> Callable[[], Mapping
     """What gives a member's weights at the chosen epoch, so that one set at a time is in memory."""
     if tuned.epoch:
         return lambda: tuned.weights(member.name)
-    from utils.networks.checkpoints import read_checkpoint, weights_of
+    from utils.networks.checkpoints import read_checkpoint, state_dict_of
 
-    return lambda: weights_of(read_checkpoint(member.network(store.workspace).checkpoint))
+    return lambda: state_dict_of(read_checkpoint(member.network(store.workspace).checkpoint))
 
 
 def _kept(
@@ -233,7 +233,7 @@ def _kept(
     """The networks as checkpoints and derived members, their val and test rows streamed."""
     for member in members:
         path = store.workspace.tuned_checkpoint(name, member.name)
-        extra = said_of_training(member.network(store.workspace).checkpoint) | {
+        extra = training_metadata(member.network(store.workspace).checkpoint) | {
             "backbone_name": member.architecture,
             "model_size": member.size,
             "img_size": member.img_size,
@@ -244,9 +244,9 @@ def _kept(
         }
         write_checkpoint(path, weights[member.name](), extra)
         logger.info("written: %s", path)
-    names = [catalog.trained_further(name, member.name) for member in members]
+    names = [catalog.end_to_end_member_name(name, member.name) for member in members]
     train = store.images("train")
-    store.catalog = discover.take_in(store.config, store.workspace, store.digests, train, store.catalog, names)
+    store.catalog = discover.register_derived(store.config, store.workspace, store.digests, train, store.catalog, names)
     derived = [store.catalog.members[own] for own in names]
     store.ensure(derived, STREAMED)
     return derived

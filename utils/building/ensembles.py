@@ -27,7 +27,7 @@ from utils.core.artifacts import (
 from utils.core.errors import UserError, did_you_mean
 from utils.core.workspace import Workspace
 from utils.numeric.metrics import log_loss_per_row, softmax
-from utils.predictions.catalog import Member, trained_further
+from utils.predictions.catalog import Member, end_to_end_member_name
 from utils.predictions.rows import Rows
 from utils.predictions.store import Store
 
@@ -319,7 +319,7 @@ def network_provenance(store: Store) -> Provenance:
 def recommended(store: Store, members: Mapping[str, Member], saved: Mapping[str, Ensemble]) -> dict[str, Any]:
     """Which member or ensemble to use, by honest rows alone; the rule is `recommendation.recommend`."""
     found = []
-    for name, parts in store.honest_parts(list(members.values())).items():
+    for name, parts in store.out_of_sample_parts(list(members.values())).items():
         keys = [(part.split, sample_id) for part in parts for sample_id in part.sample_ids.tolist()]
         probabilities = np.concatenate([softmax(np.asarray(part.logits)) for part in parts])
         labels = np.concatenate([np.asarray(part.labels) for part in parts])
@@ -345,5 +345,5 @@ def _candidate(
 
 def _is_chosen_on_val(name: str, ensemble: Ensemble | None) -> bool:
     """Whether val rows decided what it is: by its name, or since its networks were trained further for it."""
-    further = ensemble is not None and any(own.startswith(trained_further(name, "")) for own in ensemble.members)
+    further = ensemble is not None and any(own.startswith(end_to_end_member_name(name, "")) for own in ensemble.members)
     return further or any(word in name for word in CHOSEN_ON_VAL)

@@ -54,7 +54,7 @@ def out_of_sample_rows(
     what all share. Derived members never have any, which is said only where others have. Raises HonestyError where
     `oof` is asked for and there is none.
     """
-    rows = fold_networks.honest(store, members, inference)
+    rows = fold_networks.out_of_sample(store, members, inference)
     lacking = [member for member in members if member.oof is None]
     without = [member for member in lacking if member.source != "derived"]
     derived = [member.name for member in lacking if member.source == "derived"]
@@ -221,7 +221,7 @@ def row_sets(rows: Rows) -> tuple[RowSet, ...]:
     found = []
     for split in np.unique(rows.split).tolist():
         inside = rows.split == split
-        kind = KINDS_OF_ROWS[split] if rows.honest[inside].all() else "in_sample"
+        kind = KINDS_OF_ROWS[split] if rows.out_of_sample[inside].all() else "in_sample"
         found.append(RowSet(split, kind, tuple(rows.sample_ids[inside].tolist())))
     return tuple(found)
 

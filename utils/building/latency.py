@@ -208,7 +208,7 @@ def _measured(member: Member, workspace: Workspace, device: str, batches: Sequen
     import torch
 
     found, spec = {}, member.network(workspace)
-    with streaming.resident(spec, device) as (answer, placed):
+    with streaming.network_on_device(spec, device) as (answer, placed):
         for size in batches:
             noise = torch.randn(size, 3, spec.img_size, spec.img_size, generator=torch.Generator().manual_seed(0))
             try:

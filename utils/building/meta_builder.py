@@ -42,7 +42,7 @@ def meta_fuse(config: Config, workspace: Workspace, *, force: bool = False) -> R
             f"{config.source}: runs.meta_fuser.fuser_type {kind}: this version builds {', '.join(FUSERS)}"
             f"{did_you_mean(kind, FUSERS)}"
         )
-    store = Store(config, workspace, discover.trusted(config, workspace))
+    store = Store(config, workspace, discover.verified_catalog(config, workspace))
     selected = catalog.select(store.catalog, config)
     found, failures = _inputs(store, selected)
     members = _members(store, found)

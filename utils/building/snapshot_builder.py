@@ -151,7 +151,7 @@ def _take_in(store: Store, parents: Sequence[Member], names: Sequence[str]) -> N
         if member.source == "derived" and any(name.startswith(f"{parent.name}_snapshot") for parent in parents)
     ]
     train = store.images("train")
-    store.catalog = discover.take_in(
+    store.catalog = discover.register_derived(
         store.config, store.workspace, store.digests, train, store.catalog, [*before, *names]
     )
 

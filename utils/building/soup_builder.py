@@ -20,7 +20,7 @@ from utils.core.artifacts import digest_of, read_record, require_own_folder, wri
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.discovery import discover
-from utils.networks.checkpoints import said_of_training
+from utils.networks.checkpoints import training_metadata
 from utils.predictions.catalog import Member
 from utils.predictions.store import Store
 
@@ -178,12 +178,12 @@ def _uniform(survey: Survey) -> Soup | str:
 
 def _greedy(survey: Survey) -> Soup | str:
     """The best of the basin, then whatever does not make it worse on val (Wortsman et al. 2022)."""
-    from utils.networks.soups import greedy
+    from utils.networks.soups import greedy_soup
 
     if len(survey.basin) < 2:
         return _nothing_to_average(survey)
     trials = survey.trials
-    steps = greedy(survey.basin, lambda names: trials.trial(_mix(dict.fromkeys(names, 1))).kept.rank)
+    steps = greedy_soup(survey.basin, lambda names: trials.trial(_mix(dict.fromkeys(names, 1))).kept.rank)
     kept = [name for name, _, is_kept in steps if is_kept]
     path = [{"stage": name, "score": rank[0], "kept": is_kept} for name, rank, is_kept in steps]
     mix = _mix(dict.fromkeys(kept, 1))
@@ -244,7 +244,7 @@ def _save(store: Store, member: Member, soups: Mapping[str, Soup], survey: Surve
             _explanation(store, member, METHODS[key].role, facts[key], survey),
         )
     train = store.images("train")
-    store.catalog = discover.take_in(
+    store.catalog = discover.register_derived(
         store.config, store.workspace, store.digests, train, store.catalog, list(names.values())
     )
     derived = {key: store.catalog.members[name] for key, name in names.items()}
@@ -281,7 +281,7 @@ def _facts(soup: Soup, survey: Survey) -> dict[str, Any]:
 
 def _explanation(store: Store, member: Member, role: str, facts: Mapping[str, Any], survey: Survey) -> dict[str, Any]:
     """`extra` of the checkpoint: what the base pipeline needs to open it, and what it was made of."""
-    kept = said_of_training(store.workspace.base / member.checkpoints[0]["path"])
+    kept = training_metadata(store.workspace.base / member.checkpoints[0]["path"])
     digests = {entry["stage"]: entry["sha256"] for entry in survey.ingredients}
     return kept | {
         "backbone_name": member.architecture,

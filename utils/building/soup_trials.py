@@ -17,7 +17,7 @@ from torch import Tensor
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError
 from utils.networks import construction, soups
-from utils.networks.checkpoints import read_checkpoint, weights_of
+from utils.networks.checkpoints import read_checkpoint, state_dict_of
 from utils.networks.soups import Ingredient
 from utils.numeric.metrics import METRICS, accuracy, log_loss, softmax
 from utils.predictions import catalog, image_splits, streaming
@@ -146,7 +146,7 @@ class Trials:
         """The state dictionary of a mixture."""
         if len(mix) == 1:
             return self.ingredients[mix[0][0]].open()
-        mixed = soups.mixture([self.ingredients[name] for name, _ in mix], [share for _, share in mix])
+        mixed = soups.weighted_average([self.ingredients[name] for name, _ in mix], [share for _, share in mix])
         return self._recomputed(mix, mixed) if recompute else mixed
 
     def _recomputed(self, mix: Mix, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -219,7 +219,7 @@ class Trials:
         Where it does not, it is given statistics of its own, whose lack alone may be the cause (Jordan et al. 2022,
         REPAIR).
         """
-        similarity = soups.similarity(self.ingredients[one], self.ingredients[other])
+        similarity = soups.weight_cosine(self.ingredients[one], self.ingredients[other])
         ends = (self.single(one), self.single(other))
         better = max(ends, key=lambda end: end.rank)
         allowed = max(TOLERATED, TOLERATED_ROWS / len(self._val.labels)) + 1e-9
@@ -235,8 +235,8 @@ class Trials:
         return Pair(
             names=(one, other),
             similarity=similarity,
-            error=soups.barrier(*(1 - end.accuracy for end in ends), 1 - middle.accuracy),
-            log_loss=soups.barrier(*(end.log_loss for end in ends), middle.log_loss),
+            error=soups.error_barrier(*(1 - end.accuracy for end in ends), 1 - middle.accuracy),
+            log_loss=soups.error_barrier(*(end.log_loss for end in ends), middle.log_loss),
             error_rise=better.accuracy - middle.accuracy,
             log_loss_rise=middle.log_loss - better.log_loss,
             is_recomputed=is_recomputed,
@@ -278,7 +278,7 @@ def survey_checkpoints(store: Store, member: Member, entries: Sequence[Mapping[s
             logger.warning("%s; left out of the soups of %s", error, member.name)
             left_out[name] = str(error)
     ordered = sorted(figures, key=lambda name: (-figures[name].rank[0], -figures[name].rank[1], name))
-    alike = {name: soups.similarity(ingredients[own], ingredients[name]) for name in ordered}
+    alike = {name: soups.weight_cosine(ingredients[own], ingredients[name]) for name in ordered}
     related = [name for name in ordered if alike[name] >= SHARED]
     unrelated = [name for name in ordered if name not in related]
     left_out |= dict.fromkeys(unrelated, "another initialisation")
@@ -331,7 +331,7 @@ def _usable(
             left_out[stage] = str(error)
             continue
         first = next(iter(found.values())).open() if found else weights
-        if lines := soups.differences(first, weights):
+        if lines := soups.state_dict_differences(first, weights):
             more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
             logger.warning("%s: left out of the soups of %s: %s%s", path, member.name, lines[0], more)
             left_out[stage] = f"other tensors than {entries[0]['stage']}: {lines[0]}{more}"
@@ -345,7 +345,7 @@ def _usable(
 
 
 def _weights(path: Path) -> Mapping[str, Tensor]:
-    weights = weights_of(read_checkpoint(path))
+    weights = state_dict_of(read_checkpoint(path))
     others = [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]
     if others or not weights:
         raise UserError(

@@ -53,7 +53,7 @@ class Stopwatch:
         with ExitStack() as stack:
             with self._pause():
                 pixels = self._pixels(spec.img_size)
-                network, placed = stack.enter_context(streaming.resident(spec, self.device))
+                network, placed = stack.enter_context(streaming.network_on_device(spec, self.device))
                 network(placed(_normalised(pixels, rows[:1], spec.img_size))).cpu()
             for part in np.array_split(rows, -(-len(rows) // size)):
                 with self._pause():

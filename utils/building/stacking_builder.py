@@ -38,7 +38,7 @@ def stack(config: Config, workspace: Workspace, *, strict: bool = False, force: 
     `force`. Raises UserError without catalog or members.
     """
     require_enabled(config, "runs.stacking")
-    found = discover.trusted(config, workspace)
+    found = discover.verified_catalog(config, workspace)
     store = Store(config, workspace, found)
     members = _with_out_of_fold(store, catalog.select(found, config), strict)
     methods = [f"stacking_{learner}" for learner in config.runs.stacking.meta_learners]

@@ -18,7 +18,7 @@ from utils.core.errors import UserError
 from utils.networks.construction import out_of_memory
 from utils.numeric.metrics import softmax
 from utils.numeric.nested_cv import evenly_spaced_epochs
-from utils.predictions.rows import Outputs
+from utils.predictions.rows import MemberOutputs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,7 +81,7 @@ class Heads:
             found.append(head)
         return found
 
-    def predict_proba(self, outputs: Outputs, present: np.ndarray | None = None) -> np.ndarray:
+    def predict_proba(self, outputs: MemberOutputs, present: np.ndarray | None = None) -> np.ndarray:
         """Outputs whose embeddings are blocks (N, R) -> probabilities float64 (N, C).
 
         `present` (N, M), for attention alone: which members there are.
@@ -90,11 +90,11 @@ class Heads:
             [softmax(scores) for scores in self._each(outputs, lambda head, *given: head(*given), present)], axis=0
         )
 
-    def attention(self, outputs: Outputs, present: np.ndarray | None = None) -> np.ndarray:
+    def attention(self, outputs: MemberOutputs, present: np.ndarray | None = None) -> np.ndarray:
         """Attention's weights of the members, float64 (N, M)."""
         return np.mean(self._each(outputs, lambda head, *given: head.weights(*given), present), axis=0)
 
-    def _each(self, outputs: Outputs, call: Any, present: np.ndarray | None) -> list[np.ndarray]:
+    def _each(self, outputs: MemberOutputs, call: Any, present: np.ndarray | None) -> list[np.ndarray]:
         import torch
 
         values = torch.from_numpy(np.concatenate(outputs.embeddings, axis=1).astype(np.float64))
@@ -122,7 +122,7 @@ class HeadLearner:
         """Ranks by stops, the cheapest first."""
         return [{"rank": rank, "epochs": stop} for rank in self._ranks() for stop in self._stops()]
 
-    def predictions(self, outputs: Outputs, labels: np.ndarray, held_out: Outputs) -> np.ndarray:
+    def predictions(self, outputs: MemberOutputs, labels: np.ndarray, held_out: MemberOutputs) -> np.ndarray:
         """Probabilities float32 (G, H, C) of held-out blocks after trainings on the others; (M, N, C) as outputs."""
         found = []
         for rank in self._ranks():
@@ -134,7 +134,7 @@ class HeadLearner:
             found += list(np.mean(answers, axis=0).astype(np.float32))  # over the seeds, at each stop
         return np.stack(found)
 
-    def fit(self, outputs: Outputs, labels: np.ndarray, setting: Mapping[str, Any]) -> Heads:
+    def fit(self, outputs: MemberOutputs, labels: np.ndarray, setting: Mapping[str, Any]) -> Heads:
         """The heads of all seeds under one setting: the same schedule, stopped where the setting says."""
         shape = self._shape(outputs, setting["rank"])
         stop = [setting["epochs"]]
@@ -150,12 +150,12 @@ class HeadLearner:
     def _stops(self) -> list[int]:
         return evenly_spaced_epochs(self.epochs, STOPS)
 
-    def _shape(self, outputs: Outputs, rank: int) -> Shape:
+    def _shape(self, outputs: MemberOutputs, rank: int) -> Shape:
         widths = tuple(own.shape[1] for own in outputs.embeddings)
         return Shape(self.method, widths, self.hidden, outputs.shape[2], rank)
 
     def _train(
-        self, outputs: Outputs, labels: np.ndarray, shape: Shape, seed: int, stops: Sequence[int] | None = None
+        self, outputs: MemberOutputs, labels: np.ndarray, shape: Shape, seed: int, stops: Sequence[int] | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
         """Named weights at each stop. Half as many rows at a time, said in words, where memory runs out."""
         import torch

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkab
 import numpy as np
 
 from utils.core.config import Config
-from utils.predictions.rows import Outputs
+from utils.predictions.rows import MemberOutputs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,9 +88,9 @@ class SharesFits(Combiner, Protocol):
         """Fit as `fit` does; gives the probabilities (N, C) of copies that were fitted without the row's fold."""
 
 
-def seen_by(combiner: Combiner, outputs: np.ndarray | Outputs) -> Any:
+def seen_by(combiner: Combiner, outputs: np.ndarray | MemberOutputs) -> Any:
     """What a combiner gets of the members' outputs: all of them, or the logits alone."""
-    return outputs.logits if isinstance(outputs, Outputs) and not combiner.reads_embeddings else outputs
+    return outputs.logits if isinstance(outputs, MemberOutputs) and not combiner.reads_embeddings else outputs
 
 
 def below(state: Mapping[str, np.ndarray], start: str) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ from utils.core.errors import UserError, did_you_mean
 from utils.core.results import Result
 from utils.core.workspace import SPLITS, Workspace
 from utils.discovery import imported_members, member_names, renaming
-from utils.discovery.identification import Candidate, Scan, identify
+from utils.discovery.identification import MemberCandidate, Scan, identify
 from utils.predictions import catalog, image_splits, inspection, streaming
 from utils.predictions.catalog import DERIVED, IMPORTED, MADE, STAGES, TIMM, Catalog, Member, Problem
 from utils.predictions.image_splits import ImageSplit
@@ -54,10 +54,10 @@ def discover(
     or for a declaration or a renaming that cannot be followed or taken back.
     """
     earlier = _less(workspace, _earlier(workspace), remove)
-    earlier, names = renaming.start(workspace, earlier, rename, partial(_require_new, workspace, earlier))
+    earlier, names = renaming.begin(workspace, earlier, rename, partial(_require_new, workspace, earlier))
     result = _discovered(config, workspace, earlier, verify=verify, add=add, remove=remove, force=force)
-    renaming.remove_first_names(workspace, names)
-    return replace(result, text="\n".join([*renaming.lines(workspace, names), result.text]))
+    renaming.remove_old_names(workspace, names)
+    return replace(result, text="\n".join([*renaming.rename_messages(workspace, names), result.text]))
 
 
 def _require_new(
@@ -68,7 +68,7 @@ def _require_new(
     `beside` are names that arrive with it.
     """
     taken = {path.name: "an ensemble" for path in workspace.models.glob("*")}
-    taken |= member_names.taken_by(earlier.members.values() if earlier else ())
+    taken |= member_names.taken_names(earlier.members.values() if earlier else ())
     taken |= dict.fromkeys([*(candidate.name for candidate in _trained(workspace)), *beside], "a network")
     member_names.require_new(name, taken, where=where, remedy="Choose another name")
 
@@ -98,7 +98,7 @@ def _discovered(
             problems.append(Problem("checkpoint_refused", "error", candidate.name, str(error), "See the message"))
             if candidate.remembered is not None:  # a declaration outlives its file
                 members[candidate.name] = replace(candidate.remembered, usable=False, oof=None)
-    mounted = catalog.mounted()
+    mounted = catalog.mounted_base_back()
     inspector = Inspector(config, workspace, scan.classes, scan.splits, digests, mounted["digest"])
     if verify:
         threads = image_splits.decoding_threads(config.dataset.num_workers)
@@ -123,11 +123,11 @@ def _discovered(
         workspace.catalog.unlink(missing_ok=True)  # it would go on listing what was taken back
     _require_members(workspace, listed)
     measured = {name: inspector.measured(member) or {} for name, member in listed.members.items()}
-    listed = replace(listed, problems=tuple(inspection.with_proof(listed.problems, measured)))
+    listed = replace(listed, problems=tuple(inspection.with_extra_outputs_checked(listed.problems, measured)))
     return _written(workspace, listed, measured, verify=verify)
 
 
-def trusted(config: Config, workspace: Workspace) -> Catalog:
+def verified_catalog(config: Config, workspace: Workspace) -> Catalog:
     """The catalog, in which every selected member's out-of-fold predictions have been held against its networks.
 
     What a plain scan has not checked is checked now, once: nothing is fitted on rows that a network has seen. Imported
@@ -157,23 +157,23 @@ def _without_images(config: Config, workspace: Workspace, earlier: Catalog) -> R
         logger.warning("%s: checkpoints are left out, since there are no images to run them on", workspace.checkpoints)
     store = Store(config, workspace, earlier)
     samples = {split: store.samples(split) for split in SPLITS}
-    problems = [problem for problem in earlier.problems if problem.code not in imported_members.UNSHARED]
-    problems += imported_members.unshared({split: store.held(split) for split in SPLITS}, samples)
-    listed = replace(earlier, base_back=catalog.mounted(), splits=store.splits(), problems=tuple(problems))
+    problems = [problem for problem in earlier.problems if problem.code not in imported_members.SHARING_CODES]
+    problems += imported_members.sharing_problems({split: store.imported_rows(split) for split in SPLITS}, samples)
+    listed = replace(earlier, base_back=catalog.mounted_base_back(), splits=store.splits(), problems=tuple(problems))
     return _written(workspace, listed, {}, verify=False)
 
 
 def _written(
     workspace: Workspace, found: Catalog, measured: Mapping[str, Mapping[str, Any]], *, verify: bool
 ) -> Result:
-    own = member_names.problems(found)
+    own = member_names.name_problems(found)
     found = found.with_problems(own, members=found.members, codes={member_names.PROBLEM})
     catalog.save(workspace, found)
     failures = [f"{p.member or 'split'}: {p.message}" for p in found.problems if p.severity == "error"]
     return Result(_table(workspace, found, measured, verify=verify), found.as_record(), failures)
 
 
-def take_in(
+def register_derived(
     config: Config, workspace: Workspace, digests: FileDigests, train: ImageSplit, found: Catalog, names: Sequence[str]
 ) -> Catalog:
     """The catalog with the named derived members as their checkpoints lie on disk now; it is saved.
@@ -218,7 +218,7 @@ def _windows_folder(workspace: Workspace) -> str:
     return f". A BASE-BACK that was not told its workspace has written to {found[0]!r}; give it with --workspace"
 
 
-def _trained(workspace: Workspace) -> list[Candidate]:
+def _trained(workspace: Workspace) -> list[MemberCandidate]:
     """A backbone's final, else fine-tuned, else head checkpoint is a member; so is each derived file and network."""
     found = []
     for backbone, roles in catalog.checkpoint_files(workspace).items():
@@ -226,26 +226,26 @@ def _trained(workspace: Workspace) -> list[Candidate]:
         derived = {role: path for role, path in roles.items() if re.fullmatch(DERIVED, role)}
         if stage is not None:
             others = _others(roles, stage)
-            found.append(Candidate(backbone, roles[stage], stage, backbone, others))
+            found.append(MemberCandidate(backbone, roles[stage], stage, backbone, others))
         for role, path in derived.items():
             parents = () if role == "distilled" else (backbone,)
-            found.append(Candidate(f"{backbone}_{role}", path, role, backbone, {}, parents, is_derived=True))
+            found.append(MemberCandidate(f"{backbone}_{role}", path, role, backbone, {}, parents, is_derived=True))
     for path in sorted(workspace.models.glob("*/*.pth")):
-        name = catalog.trained_further(path.parent.name, path.stem)
-        found.append(Candidate(name, path, catalog.END_TO_END, path.stem, {}, (path.stem,), is_derived=True))
+        name = catalog.end_to_end_member_name(path.parent.name, path.stem)
+        found.append(MemberCandidate(name, path, catalog.END_TO_END, path.stem, {}, (path.stem,), is_derived=True))
     return sorted(found, key=lambda candidate: candidate.name)
 
 
-def _declared(scan: Scan, add: Sequence[str], earlier: Catalog | None) -> list[Candidate]:
+def _declared(scan: Scan, add: Sequence[str], earlier: Catalog | None) -> list[MemberCandidate]:
     """Networks of timm: those of the earlier catalog and those declared now, which replace them by name.
 
     Raises UserError for a declaration that cannot be followed.
     """
-    found: dict[str, Candidate] = {}
+    found: dict[str, MemberCandidate] = {}
     remembered = earlier.members.values() if earlier else ()
     for member in (member for member in remembered if renaming.is_declared(member)):
         path = scan.workspace.base / member.checkpoints[0]["path"]
-        found[member.name] = Candidate(
+        found[member.name] = MemberCandidate(
             member.name,
             path,
             "final",
@@ -270,7 +270,7 @@ def _declared(scan: Scan, add: Sequence[str], earlier: Catalog | None) -> list[C
             near = did_you_mean(path.name, [entry.name for entry in path.parent.glob("*")])
             raise UserError(f"--add {declaration}: {path}: no such file{near}")
         _require_timm_model(declaration, match["model"])
-        found[name] = Candidate(
+        found[name] = MemberCandidate(
             name,
             path,
             "final",
@@ -304,7 +304,7 @@ def _earlier(workspace: Workspace) -> Catalog | None:
 def _less(workspace: Workspace, earlier: Catalog | None, remove: Sequence[str]) -> Catalog | None:
     """The earlier catalog without the members to remove. Raises UserError where one was never given by the user."""
     members = earlier.members if earlier else {}
-    given = renaming.given(earlier)
+    given = renaming.user_named_members(earlier)
     for name in remove:
         if name not in given:
             raise UserError(
@@ -332,14 +332,14 @@ def _require_timm_model(declaration: str, model: str) -> None:
 
 def _judged(inspector: Inspector, member: Member) -> tuple[Member, list[Problem]]:
     """A member after what running it has shown, now or at any time before."""
-    measured, honesty = inspector.measured(member), inspector.honesty(member)
+    measured, honesty = inspector.measured(member), inspector.leakage_check(member)
     problems = inspection.measured_problems(inspector.classes, member, measured) if measured else []
     usable = member.usable and not any(problem.severity == "error" for problem in problems)
-    found = inspection.honesty_problems(inspector.workspace, member, honesty) if honesty else []
+    found = inspection.leakage_problems(inspector.workspace, member, honesty) if honesty else []
     is_refused = any(problem.code in inspection.REFUSING for problem in found)
     if measured and member.oof is not None and not is_refused:
-        remedy = inspection.fold_again(inspector.workspace, member)
-        found += inspection.suspicion(member, member.oof["accuracy"], measured, remedy=remedy)
+        remedy = inspection.kfold_remedy(inspector.workspace, member)
+        found += inspection.oof_accuracy_problems(member, member.oof["accuracy"], measured, remedy=remedy)
     oof = member.oof and {**member.oof, "checked": honesty is not None}
     return replace(member, usable=usable, oof=None if is_refused else oof), [*problems, *found]
 

@@ -37,7 +37,7 @@ CLASSIFIERS = {"head", "heads", "head_dist", "fc", "classifier"}
 
 
 @dataclass(frozen=True)
-class Candidate:
+class MemberCandidate:
     """Files that may be a member."""
 
     name: str
@@ -70,7 +70,7 @@ class Scan:
         return self.splits["train"].classes
 
 
-def identify(scan: Scan, candidate: Candidate) -> tuple[Member, list[Problem]]:
+def identify(scan: Scan, candidate: MemberCandidate) -> tuple[Member, list[Problem]]:
     """What files say of a candidate. Raises UserError for a checkpoint that is gone, refused or cannot be read."""
     workspace, digests = scan.workspace, scan.digests
     facts = _checkpoint_facts(candidate.path, digests)
@@ -156,7 +156,7 @@ def _checkpoint_facts(path: Path, digests: FileDigests) -> dict[str, Any]:
     if known is None or known.get("version") != VERSION:
         record = checkpoints.read_checkpoint(path)
         extra = record.get("extra") if isinstance(record.get("extra"), dict) else {}
-        known = {"version": VERSION, **_said(path, extra), "outputs": _outputs(checkpoints.weights_of(record))}
+        known = {"version": VERSION, **_said(path, extra), "outputs": _outputs(checkpoints.state_dict_of(record))}
         digests.keep(digest, known)
     return known
 
@@ -230,7 +230,7 @@ def _oof(scan: Scan, member: Member) -> tuple[dict[str, Any] | None, list[Proble
     """Facts of a member's out-of-fold predictions, and what is wrong with them or their absence."""
     name, train = member.name, scan.splits["train"]
     path = scan.workspace.base_oof(name)
-    again = inspection.fold_again(scan.workspace, member)
+    again = inspection.kfold_remedy(scan.workspace, member)
     if not path.is_file():
         if member.source == "derived":
             return None, []
@@ -272,5 +272,5 @@ def _oof_facts(path: Path, name: str, train: ImageSplit, classes: tuple[str, ...
         "folds": len(np.unique(found.fold)),
         "accuracy": found.accuracy,
         "kind": found.kind,
-        "twins": out_of_fold.twins_apart(found, train),
+        "twins": out_of_fold.duplicates_across_folds(found, train),
     }

@@ -10,7 +10,7 @@ import numpy as np
 
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError
-from utils.discovery.imported_members import Part
+from utils.discovery.imported_members import ImportedPart
 from utils.numeric.metrics import log_softmax
 from utils.predictions import inspection, out_of_fold
 from utils.predictions.catalog import IMPORTED, Member, Problem
@@ -21,22 +21,22 @@ COARSEST_LAST = ("logits", "probabilities", "half-precision probabilities")
 
 
 @dataclass(frozen=True)
-class Arrival:
+class CheckedMember:
     """A member that may join, and what is stored of it."""
 
     member: Member
-    parts: dict[str, Part]
+    parts: dict[str, ImportedPart]
     """{oof, val, test, train: what is kept of the file}"""
     problems: tuple[Problem, ...]
 
 
-def judge(name: str, parts: Mapping[str, Part], oof_path: str) -> Arrival:
+def check_member(name: str, parts: Mapping[str, ImportedPart], oof_path: str) -> CheckedMember:
     """A member as the catalog lists it, after its predictions were held against each other and against its labels.
 
     Out-of-fold predictions that are those of `train` are refused; the member is then used without them. Raises
     UserError where nothing honest is left, or the columns stand in another order than is said.
     """
-    kept: dict[str, Part] = dict(parts)
+    kept: dict[str, ImportedPart] = dict(parts)
     problems: list[Problem] = []
     member = Member(
         name=name,
@@ -60,8 +60,8 @@ def judge(name: str, parts: Mapping[str, Part], oof_path: str) -> Arrival:
         for problem in inspection.measured_problems(member.classes, member, measured):
             raise UserError(f"member {name}: {problem.message}. Write `classes` in the order of its columns")
     if "oof" in parts and "train" in parts:
-        equal, told = copied_rows(parts["oof"], parts["train"])
-        if equal > chance_of_equal(parts["train"]) * told:
+        equal, told = count_copied_rows(parts["oof"], parts["train"])
+        if equal > equal_rows_limit(parts["train"]) * told:
             message = f"out-of-fold predictions refused: {equal} of {told} rows that can tell are those of train.npz"
             remedy = "write what cross-validation predicts into oof.npz"
             if "val" not in kept:
@@ -80,8 +80,8 @@ def judge(name: str, parts: Mapping[str, Part], oof_path: str) -> Arrival:
         }
     member = replace(member, oof=oof, recorded_accuracy=None if measured is None else measured["accuracy"])
     if oof is not None and measured is not None:
-        problems += inspection.suspicion(member, oof["accuracy"], measured, remedy="Make oof.npz again")
-    return Arrival(member, kept, tuple(problems))
+        problems += inspection.oof_accuracy_problems(member, oof["accuracy"], measured, remedy="Make oof.npz again")
+    return CheckedMember(member, kept, tuple(problems))
 
 
 def _single_class(name: str, val: MemberRows) -> list[Problem]:
@@ -92,7 +92,7 @@ def _single_class(name: str, val: MemberRows) -> list[Problem]:
     return [Problem("single_class", "warning", name, message, "Predictions of all classes are needed to choose by")]
 
 
-def copied_rows(oof: Part, train: Part) -> tuple[int, int]:
+def count_copied_rows(oof: ImportedPart, train: ImportedPart) -> tuple[int, int]:
     """How many out-of-fold rows are what the full model answers, and of how many that can be told."""
     ids, places, own = np.intersect1d(oof.rows.sample_ids, train.rows.sample_ids, return_indices=True)
     if not len(ids):
@@ -101,10 +101,10 @@ def copied_rows(oof: Part, train: Part) -> tuple[int, int]:
     kind = max(oof.kind, train.kind, key=COARSEST_LAST.index)
     if kind != "logits":
         stored = log_softmax(stored)
-    return out_of_fold.equal_rows(kind, stored, full, tolerance=out_of_fold.EQUAL)
+    return out_of_fold.count_equal_rows(kind, stored, full, tolerance=out_of_fold.EQUAL)
 
 
-def chance_of_equal(train: Part) -> float:
+def equal_rows_limit(train: ImportedPart) -> float:
     """Share of equal rows that an honest model may have.
 
     Nearest neighbours and small forests know few different numbers, fewer than there are rows, and meet them again.
@@ -113,7 +113,7 @@ def chance_of_equal(train: Part) -> float:
     return COARSE_SHARE if few else out_of_fold.SAME_NETWORK_SHARE
 
 
-def _content_digest(parts: Mapping[str, Part]) -> str:
+def _content_digest(parts: Mapping[str, ImportedPart]) -> str:
     """SHA-256 of what is stored, whatever the order of rows and columns in the files was."""
     digest = hashlib.sha256()
     for stem, part in sorted(parts.items()):

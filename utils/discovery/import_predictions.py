@@ -14,13 +14,13 @@ from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import SPLITS, Workspace
 from utils.discovery import import_checks, imported_members, member_names
-from utils.discovery.import_checks import Arrival
-from utils.discovery.imported_members import SPLIT_OF, Part, for_each
+from utils.discovery.import_checks import CheckedMember
+from utils.discovery.imported_members import SPLIT_OF, ImportedPart, apply_to_each
 from utils.predictions import catalog, image_splits
 from utils.predictions.catalog import IMPORTED, Catalog, Problem
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.prediction_files import Predictions
-from utils.predictions.rows import MemberRows, gather
+from utils.predictions.rows import MemberRows, collect_samples
 from utils.predictions.store import Store, split_facts, with_imported
 
 logger = logging.getLogger("disease_pipeline")
@@ -29,7 +29,7 @@ UP_TO_DATE, REPLACED, NEW = "up to date", "replaced", "imported"
 
 
 @dataclass(frozen=True)
-class Ground:
+class ImportContext:
     """What arriving members are matched with."""
 
     images: dict[str, ImageSplit] | None
@@ -88,21 +88,21 @@ def _require_free_names(workspace: Workspace, earlier: Catalog | None, names: Se
     kept = earlier.imported() if earlier is not None else {}
     others = earlier.members.values() if earlier is not None else ()
     taken = dict.fromkeys(catalog.checkpoint_files(workspace), "a network")
-    taken |= member_names.taken_by(one for one in others if one.name not in kept)
+    taken |= member_names.taken_names(one for one in others if one.name not in kept)
     taken |= {path.name: "an ensemble" for path in workspace.models.glob("*")}
 
     def check(name: str) -> None:
         if name not in kept:
             beside = dict.fromkeys((other for other in names if other != name), "another folder")
-            all_taken = taken | member_names.taken_by(kept.values()) | beside
+            all_taken = taken | member_names.taken_names(kept.values()) | beside
             member_names.require_new(name, all_taken, where=f"member {name!r}", remedy="Rename the folder")
         elif name in taken:
             raise UserError(f"member {name}: {taken[name]} of this workspace has that name. Rename the folder")
 
-    for_each(names, check)
+    apply_to_each(names, check)
 
 
-def _ground(config: Config, workspace: Workspace, earlier: Catalog | None, arriving: Set[str]) -> Ground:
+def _ground(config: Config, workspace: Workspace, earlier: Catalog | None, arriving: Set[str]) -> ImportContext:
     staying = None
     if earlier is not None:
         members = {name: member for name, member in earlier.members.items() if name not in arriving}
@@ -112,38 +112,38 @@ def _ground(config: Config, workspace: Workspace, earlier: Catalog | None, arriv
             store = Store(config, workspace, earlier)
             images = {split: store.images(split) for split in SPLITS}
             store.digests.save()
-            return Ground(images, staying, {})
+            return ImportContext(images, staying, {})
     if workspace.has_images:
         digests = FileDigests(workspace.digests)
         images = {split: image_splits.list_images(workspace.split_dir, split, digests) for split in SPLITS}
         digests.save()
-        return Ground(images, staying, {})
-    held = Store(config, workspace, staying).held if staying is not None else lambda _: {}
-    return Ground(None, staying, {split: held(split) for split in SPLITS})
+        return ImportContext(images, staying, {})
+    held = Store(config, workspace, staying).imported_rows if staying is not None else lambda _: {}
+    return ImportContext(None, staying, {split: held(split) for split in SPLITS})
 
 
 # what arrives -------------------------------------------------------------------------------------------------------
 
 
 def _matched(
-    workspace: Workspace, ground: Ground, given: Mapping[str, Mapping[str, Predictions]]
-) -> tuple[dict[str, Arrival], Catalog]:
+    workspace: Workspace, ground: ImportContext, given: Mapping[str, Mapping[str, Predictions]]
+) -> tuple[dict[str, CheckedMember], Catalog]:
     """The members in the workspace's terms, judged, and a catalog of them and of what else but imported ones stays."""
     images, staying = ground.images, ground.staying
     known = staying.classes if staying and staying.members else None
     known = images["train"].classes if images else known
     classes, problems = imported_members.agree_on_classes(given, known, has_images=images is not None)
     parts = {
-        name: {stem: imported_members.in_order(part, stem, classes) for stem, part in files.items()}
+        name: {stem: imported_members.to_workspace_order(part, stem, classes) for stem, part in files.items()}
         for name, files in given.items()
     }
     if images:
-        fitted = for_each(parts, lambda name: imported_members.on_images(name, parts[name], images))
+        fitted = apply_to_each(parts, lambda name: imported_members.match_images(name, parts[name], images))
     else:
-        samples = for_each(SPLITS, lambda split: gather(split, classes, _rows(ground, parts, split)))
-        fitted = for_each(parts, lambda name: imported_members.on_samples(name, parts[name], samples))
+        samples = apply_to_each(SPLITS, lambda split: collect_samples(split, classes, _rows(ground, parts, split)))
+        fitted = apply_to_each(parts, lambda name: imported_members.match_samples(name, parts[name], samples))
     place = {name: workspace.relative(workspace.oof(name)) for name in fitted}
-    arrivals = for_each(fitted, lambda name: import_checks.judge(name, fitted[name][0], place[name]))
+    arrivals = apply_to_each(fitted, lambda name: import_checks.check_member(name, fitted[name][0], place[name]))
     problems += [problem for name in arrivals for problem in (*fitted[name][1], *arrivals[name].problems)]
     members = {name: arrival.member for name, arrival in arrivals.items()}
     if images:
@@ -155,22 +155,26 @@ def _matched(
         kept = {name: arrival.parts for name, arrival in arrivals.items()}
         splits, found_in_rows = _splits_of_rows(ground, classes, kept)
         problems += found_in_rows
-    return arrivals, Catalog(catalog.mounted(), classes, splits, dict(sorted(members.items())), tuple(problems))
+    return arrivals, Catalog(
+        catalog.mounted_base_back(), classes, splits, dict(sorted(members.items())), tuple(problems)
+    )
 
 
 def _splits_of_rows(
-    ground: Ground, classes: tuple[str, ...], parts: Mapping[str, Mapping[str, Part]]
+    ground: ImportContext, classes: tuple[str, ...], parts: Mapping[str, Mapping[str, ImportedPart]]
 ) -> tuple[dict[str, dict[str, Any]], list[Problem]]:
     """The splits as the rows of all imported members make them, and what members do not share."""
     held = {split: _rows(ground, parts, split) for split in SPLITS}
     for split in SPLITS:
         imported_members.require_rows_in_common(split, held[split])
-    samples = {split: gather(split, classes, rows) for split, rows in held.items()}
+    samples = {split: collect_samples(split, classes, rows) for split, rows in held.items()}
     splits = {split: split_facts(classes, found) for split, found in samples.items()}
-    return splits, imported_members.unshared(held, samples)
+    return splits, imported_members.sharing_problems(held, samples)
 
 
-def _rows(ground: Ground, parts: Mapping[str, Mapping[str, Part]], split: str) -> dict[str, list[MemberRows]]:
+def _rows(
+    ground: ImportContext, parts: Mapping[str, Mapping[str, ImportedPart]], split: str
+) -> dict[str, list[MemberRows]]:
     """{member: its rows of a split}, of members that stay and of those that arrive."""
     arriving = {
         name: [part.rows for stem, part in files.items() if SPLIT_OF[stem] == split] for name, files in parts.items()
@@ -181,17 +185,17 @@ def _rows(ground: Ground, parts: Mapping[str, Mapping[str, Part]], split: str) -
 # what is written ----------------------------------------------------------------------------------------------------
 
 
-def _state(store: Store, earlier: Catalog | None, arrival: Arrival, *, force: bool) -> str:
+def _state(store: Store, earlier: Catalog | None, arrival: CheckedMember, *, force: bool) -> str:
     member = arrival.member
     known = earlier.imported().get(member.name) if earlier is not None else None
     if known is None:
         return NEW
     whole = all(store.is_stored(member, SPLIT_OF[stem]) for stem in arrival.parts if stem != "oof")
-    is_current = known == member and whole and not store.outdated(member)
+    is_current = known == member and whole and not store.outdated_parts(member)
     return UP_TO_DATE if is_current and not force else REPLACED
 
 
-def _save_without(config: Config, workspace: Workspace, ground: Ground) -> None:
+def _save_without(config: Config, workspace: Workspace, ground: ImportContext) -> None:
     """The catalog without what is about to be replaced, so that a kill leaves none that lists half-written members."""
     staying = ground.staying
     if staying is None or not staying.members:
@@ -202,21 +206,21 @@ def _save_without(config: Config, workspace: Workspace, ground: Ground) -> None:
     catalog.save(workspace, staying)
 
 
-def _store(store: Store, arrival: Arrival) -> None:
+def _store(store: Store, arrival: CheckedMember) -> None:
     member = arrival.member
-    store.forget(member.name)
+    store.remove_member(member.name)
     for stem, part in arrival.parts.items():
         if stem == "oof" and member.oof is not None:
             rows = part.rows
             arrays = {"logits": rows.logits, "labels": rows.labels, "sample_ids": rows.sample_ids, "fold": part.fold}
             arrays |= {} if part.embeddings is None else {"embeddings": part.embeddings}
-            store.keep_oof(member.name, member.oof, arrays)
+            store.write_imported_oof(member.name, member.oof, arrays)
         else:
-            store.keep(member, part.rows, part.embeddings)
+            store.write_imported(member, part.rows, part.embeddings)
 
 
 def _result(
-    workspace: Workspace, listed: Catalog, arrivals: Mapping[str, Arrival], states: Mapping[str, str]
+    workspace: Workspace, listed: Catalog, arrivals: Mapping[str, CheckedMember], states: Mapping[str, str]
 ) -> Result:
     width = max(6, *map(len, arrivals))
     lines = [f"{'member':{width}}  state       out-of-fold rows  val     test    accuracy on val"]

@@ -24,15 +24,15 @@ logger = logging.getLogger("disease_pipeline")
 
 SPLIT_OF = {"oof": "train", "val": "val", "test": "test", "train": "train"}
 """What a member's folder may hold, and of which split it is; `train` is in-sample."""
-UNSHARED = ("rows_not_shared", "same_ids")
-"""Codes of what `unshared` says."""
+SHARING_CODES = ("rows_not_shared", "same_ids")
+"""Codes of what `sharing_problems` says."""
 LAYOUT = "DIR/<member>/{oof,val,test}.npz"
 MEND = "Mend the file, then import again"
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Part:
+class ImportedPart:
     """One file of a member in the workspace's terms: rows sorted by id, columns in the order of its classes."""
 
     rows: MemberRows
@@ -43,19 +43,19 @@ class Part:
     embeddings: np.ndarray | None
     """float32 (N, D)"""
 
-    def take(self, places: np.ndarray, labels: np.ndarray) -> Part:
+    def take(self, places: np.ndarray, labels: np.ndarray) -> ImportedPart:
         """Some of the rows, with these labels."""
         rows, fold, embeddings = self.rows, self.fold, self.embeddings
-        ids, logits, honest = rows.sample_ids[places], rows.logits[places], rows.honest[places]
-        return Part(
-            replace(rows, sample_ids=ids, labels=labels, logits=logits, honest=honest),
+        ids, logits, honest = rows.sample_ids[places], rows.logits[places], rows.out_of_sample[places]
+        return ImportedPart(
+            replace(rows, sample_ids=ids, labels=labels, logits=logits, out_of_sample=honest),
             self.kind,
             None if fold is None else fold[places],
             None if embeddings is None else embeddings[places],
         )
 
 
-def for_each(names: Iterable[str], step: Callable[[str], T]) -> dict[str, T]:
+def apply_to_each(names: Iterable[str], step: Callable[[str], T]) -> dict[str, T]:
     """`step` of every name. Raises one UserError with all refusals, so that they can be mended at once."""
     done: dict[str, T] = {}
     refused = []
@@ -92,7 +92,7 @@ def read_folder(source: Path) -> dict[str, dict[str, Predictions]]:
         own = any((source / f"{stem}.npz").is_file() for stem in SPLIT_OF)
         hint = f"; these are one member's files, so give the folder above: --from {source.parent}" if own else ""
         raise UserError(f"--from {source}: no predictions; expected {LAYOUT}{hint}")
-    return for_each(found, lambda name: _read_member(name, found[name]))
+    return apply_to_each(found, lambda name: _read_member(name, found[name]))
 
 
 def _read_member(name: str, files: Mapping[str, Path]) -> dict[str, Predictions]:
@@ -139,7 +139,7 @@ def agree_on_classes(
                     f"classes {_shown(known)}"
                 )
 
-    for_each(given, check)
+    apply_to_each(given, check)
     unnamed = sorted({name for (name, _), part in files.items() if part.classes is None})
     if has_images or not unnamed:
         return known, []
@@ -158,7 +158,7 @@ def _shown(classes: Sequence[str]) -> str:
     return ", ".join(classes[:20]) + (f" and {len(classes) - 20} more" if len(classes) > 20 else "")
 
 
-def in_order(predictions: Predictions, stem: str, classes: tuple[str, ...]) -> Part:
+def to_workspace_order(predictions: Predictions, stem: str, classes: tuple[str, ...]) -> ImportedPart:
     """Rows sorted by id, columns by the workspace's classes, labels as its numbers."""
     own = predictions.classes or classes
     rows = np.argsort(predictions.sample_ids, kind="stable")
@@ -166,14 +166,14 @@ def in_order(predictions: Predictions, stem: str, classes: tuple[str, ...]) -> P
     columns = np.array([column[name] for name in classes])
     number = np.argsort(columns)  # of each of the file's columns in the workspace's order
     labels = predictions.labels[rows]
-    return Part(
+    return ImportedPart(
         MemberRows(
             split=SPLIT_OF[stem],
             classes=classes,
             sample_ids=predictions.sample_ids[rows],
             labels=np.where(labels == UNKNOWN, UNKNOWN, number[labels]),
             logits=np.ascontiguousarray(predictions.logits[rows][:, columns]),
-            honest=np.full(len(rows), stem != "train"),
+            out_of_sample=np.full(len(rows), stem != "train"),
         ),
         predictions.kind,
         None if predictions.fold is None else predictions.fold[rows],
@@ -181,9 +181,9 @@ def in_order(predictions: Predictions, stem: str, classes: tuple[str, ...]) -> P
     )
 
 
-def on_images(
-    name: str, parts: Mapping[str, Part], images: Mapping[str, ImageSplit]
-) -> tuple[dict[str, Part], list[Problem]]:
+def match_images(
+    name: str, parts: Mapping[str, ImportedPart], images: Mapping[str, ImageSplit]
+) -> tuple[dict[str, ImportedPart], list[Problem]]:
     """A member's rows that are images of the splits, labelled by the class folders, and what is left out.
 
     Raises UserError for a file without such rows, or with labels that are not those of the folders.
@@ -195,7 +195,7 @@ def on_images(
     return fitted, problems
 
 
-def _on_images(name: str, stem: str, part: Part, images: ImageSplit) -> tuple[Part, list[Problem]]:
+def _on_images(name: str, stem: str, part: ImportedPart, images: ImageSplit) -> tuple[ImportedPart, list[Problem]]:
     ids, split = part.rows.sample_ids, images.split
     place = {sample_id: row for row, sample_id in enumerate(images.sample_ids)}
     places = np.array([place.get(sample_id, -1) for sample_id in ids.tolist()])
@@ -223,9 +223,9 @@ def _on_images(name: str, stem: str, part: Part, images: ImageSplit) -> tuple[Pa
     return part.take(kept, labels), problems
 
 
-def on_samples(
-    name: str, parts: Mapping[str, Part], samples: Mapping[str, Samples]
-) -> tuple[dict[str, Part], list[Problem]]:
+def match_samples(
+    name: str, parts: Mapping[str, ImportedPart], samples: Mapping[str, Samples]
+) -> tuple[dict[str, ImportedPart], list[Problem]]:
     """A member's rows with the labels that any member knows, and what is left out: train and val rows without one.
 
     Raises UserError for a file of which nothing is left.
@@ -237,7 +237,7 @@ def on_samples(
     return fitted, problems
 
 
-def _on_samples(name: str, stem: str, part: Part, samples: Samples) -> tuple[Part, list[Problem]]:
+def _on_samples(name: str, stem: str, part: ImportedPart, samples: Samples) -> tuple[ImportedPart, list[Problem]]:
     label = dict(zip(samples.sample_ids, samples.labels.tolist(), strict=True))
     labels = np.array([label[sample_id] for sample_id in part.rows.sample_ids.tolist()])
     kept = np.flatnonzero((labels != UNKNOWN) | (stem == "test"))
@@ -266,10 +266,12 @@ def require_rows_in_common(split: str, held: Mapping[str, Sequence[MemberRows]])
                 f"another's {others}. {MEND}"
             )
 
-    for_each(parts, check)
+    apply_to_each(parts, check)
 
 
-def unshared(held: Mapping[str, Mapping[str, Sequence[MemberRows]]], samples: Mapping[str, Samples]) -> list[Problem]:
+def sharing_problems(
+    held: Mapping[str, Mapping[str, Sequence[MemberRows]]], samples: Mapping[str, Samples]
+) -> list[Problem]:
     """What is to be said of the splits where there are no images: {split: {member: its rows}}, {split: samples}."""
     problems = []
     for split in SPLITS:
@@ -287,7 +289,7 @@ def unshared(held: Mapping[str, Mapping[str, Sequence[MemberRows]]], samples: Ma
 
 def _honest(held: Mapping[str, Sequence[MemberRows]]) -> tuple[dict[str, MemberRows], Counter[str]]:
     """The honest rows of those who have some, and how many members have a row of each sample."""
-    parts = {name: part for name, rows in held.items() for part in rows if part.honest.all()}
+    parts = {name: part for name, rows in held.items() for part in rows if part.out_of_sample.all()}
     return parts, Counter(sample_id for part in parts.values() for sample_id in part.sample_ids.tolist())
 
 

@@ -47,7 +47,7 @@ PROBLEM = "member_name"
 """Code of what discovery says of a member that has broken the rule since before there was one."""
 
 
-def fault(name: str) -> str | None:
+def invalid_reason(name: str) -> str | None:
     """What is wrong with a name, whoever else has it; None where nothing is."""
     if RESERVED.fullmatch(name):
         return "the name is reserved for ensembles and for what is made of other members"
@@ -63,7 +63,7 @@ def require_new(name: str, taken: Mapping[str, str], *, where: str, remedy: str)
     `taken` {name: what has it}, compared without regard to case, since a file system may know no difference. `where`
     begins the message, and `remedy` ends it.
     """
-    reason = fault(name)
+    reason = invalid_reason(name)
     if reason is None:
         equal = next((other for other in taken if other.casefold() == name.casefold()), None)
         if equal is None:
@@ -73,17 +73,17 @@ def require_new(name: str, taken: Mapping[str, str], *, where: str, remedy: str)
     raise UserError(f"{where}: {reason}. {remedy}")
 
 
-def taken_by(members: Iterable[Member]) -> dict[str, str]:
+def taken_names(members: Iterable[Member]) -> dict[str, str]:
     """{name: what has it} of members."""
     return {one.name: "an imported member" if one.source == IMPORTED else "a network" for one in members}
 
 
-def problems(found: Catalog) -> list[Problem]:
+def name_problems(found: Catalog) -> list[Problem]:
     """A warning on each member of the catalog whose name would be refused today."""
     told = []
     for name, member in sorted(found.members.items()):
         given = member.source == IMPORTED or member.architecture.startswith(TIMM)
-        reason = fault(name) if given or RESERVED.fullmatch(name) else None
+        reason = invalid_reason(name) if given or RESERVED.fullmatch(name) else None
         if reason is not None and member.source != "derived":
             command = f"rename it: {shlex.join(['discover', '--rename', f'{name}=NEW'])}"
             remedy = command if given else "rename its checkpoints, then run discover"

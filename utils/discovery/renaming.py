@@ -22,7 +22,7 @@ from utils.predictions.catalog import IMPORTED, TIMM, Catalog, Member
 from utils.predictions.store import AGAIN
 
 
-def given(found: Catalog | None) -> dict[str, Member]:
+def user_named_members(found: Catalog | None) -> dict[str, Member]:
     """The members whose names the user has chosen here: imported ones and declared networks."""
     members = found.members if found else {}
     return {name: one for name, one in members.items() if one.source == IMPORTED or is_declared(one)}
@@ -33,7 +33,7 @@ def is_declared(member: Member) -> bool:
     return member.architecture.startswith(TIMM) and member.source == "trained"
 
 
-def start(
+def begin(
     workspace: Workspace,
     found: Catalog | None,
     asked: Sequence[str],
@@ -67,7 +67,7 @@ def _parse(asked: Sequence[str]) -> dict[str, str]:
 
 def _require_can_go(workspace: Workspace, found: Catalog | None, old: str, new: str) -> None:
     """Raise UserError where `old` is no member whose name can be changed here."""
-    members = given(found)
+    members = user_named_members(found)
     if old not in members:
         done = f"; {new} is there: if it was {old} before, nothing is left to do" if new in members else ""
         raise UserError(
@@ -87,7 +87,7 @@ def _require_can_go(workspace: Workspace, found: Catalog | None, old: str, new: 
 
 def _is_finished(workspace: Workspace, found: Catalog | None, old: str, new: str) -> bool:
     """Whether a renaming was stopped when the catalog named `new` already: what is left of `old` is of that member."""
-    member = given(found).get(new)
+    member = user_named_members(found).get(new)
     if member is None or found is None or old in found.members or not is_name(old):
         return False
     records = (read_json(workspace.predictions(old, split) / "record.json", remedy=AGAIN) for split in SPLITS)
@@ -133,7 +133,7 @@ def _link(workspace: Workspace, old: str, new: str) -> None:
         link_file(workspace.oof(old), workspace.oof(new))
 
 
-def remove_first_names(workspace: Workspace, names: Mapping[str, str]) -> None:
+def remove_old_names(workspace: Workspace, names: Mapping[str, str]) -> None:
     """Take the old names off the disk; the catalog that names the new ones must be written."""
     for old in names:
         workspace.oof(old).unlink(missing_ok=True)
@@ -142,7 +142,7 @@ def remove_first_names(workspace: Workspace, names: Mapping[str, str]) -> None:
                 shutil.rmtree(folder)
 
 
-def lines(workspace: Workspace, names: Mapping[str, str]) -> list[str]:
+def rename_messages(workspace: Workspace, names: Mapping[str, str]) -> list[str]:
     """What a person reads of each renaming."""
     found = []
     for old, new in names.items():

@@ -283,7 +283,7 @@ def _kept(
     }
     students.write(store, student, taught.weights, facts)
     train = store.images("train")
-    store.catalog = discover.take_in(
+    store.catalog = discover.register_derived(
         store.config, store.workspace, store.digests, train, store.catalog, [student.member]
     )
     derived = store.catalog.members[student.member]

@@ -12,7 +12,7 @@ from utils import base_back
 from utils.core.artifacts import require_own_folder, write_checkpoint
 from utils.core.errors import UserError, did_you_mean
 from utils.networks import checkpoints
-from utils.networks.construction import NetworkSpec, construct
+from utils.networks.construction import NetworkSpec, construct_untrained
 from utils.predictions.catalog import TIMM, Member
 from utils.predictions.store import Store
 
@@ -118,7 +118,7 @@ def said_of_training(store: Store, student: Student) -> dict[str, str]:
     """What the checkpoint that it is like says of how its images are shown and dealt out."""
     if student.like is None:
         return {}
-    found = checkpoints.said_of_training(store.workspace.base / student.like.checkpoints[0]["path"])
+    found = checkpoints.training_metadata(store.workspace.base / student.like.checkpoints[0]["path"])
     found.pop("base_back", None)  # the student is of whichever is mounted now
     return found
 
@@ -132,7 +132,7 @@ def fresh(store: Store, student: Student) -> nn.Module:
     spec = student.spec(store)
     factory = None if spec.source == "timm" else base_back.load("models").create_custom_backbone_safe
     torch.manual_seed(seed_of(store.config.seed, student.name, "weights"))
-    return construct(spec, len(spec.classes), factory)
+    return construct_untrained(spec, len(spec.classes), factory)
 
 
 def write(store: Store, student: Student, weights: Mapping[str, Any], facts: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from utils.core.errors import UserError, did_you_mean
 from utils.distillation.soft_targets import log_probabilities
 from utils.ensemble_methods import SoftVoting
 from utils.networks import construction
-from utils.networks.construction import NetworkSpec, Outputs
+from utils.networks.construction import EmbeddingExtractor, NetworkSpec
 from utils.numeric.metrics import log_softmax, softmax
 from utils.predictions import catalog, fold_networks, streaming
 from utils.predictions.catalog import IMPORTED, Member
@@ -143,7 +143,7 @@ def unseen(store: Store, teacher: Teacher, split: str, sample_ids: Sequence[str]
     """Cross-fitted log-probabilities float32 (N, C) of rows of a split; NaN where there are none."""
     found = np.full((len(sample_ids), len(store.catalog.classes)), np.nan, dtype=np.float32)
     if teacher.is_member:
-        parts = store.honest_parts(members_of(store, teacher))[teacher.name]
+        parts = store.out_of_sample_parts(members_of(store, teacher))[teacher.name]
         said = {
             sample_id: softmax(np.asarray(part.logits[row]))
             for part in parts
@@ -201,7 +201,7 @@ def shown(store: Store, teacher: Teacher, count: int, show: Shown) -> np.ndarray
         sample_ids=np.arange(count).astype(str),
         labels=np.full(count, -1),
         logits=logits,
-        honest=np.zeros(count, dtype=bool),
+        out_of_sample=np.zeros(count, dtype=bool),
         inference=one.inference,
     )
     if teacher.reads_embeddings:
@@ -221,9 +221,9 @@ def _run(
     logits = np.empty((count, len(spec.classes)), dtype=np.float32)
     embeddings: np.ndarray | None = None
     model = streaming.open_network(spec).to(device)
-    outputs: Outputs | None = None
+    outputs: EmbeddingExtractor | None = None
     try:
-        outputs = Outputs(model, str(spec.checkpoint))
+        outputs = EmbeddingExtractor(model, str(spec.checkpoint))
         for places, images in show(spec.img_size):
             # Around the network alone: images made in inference mode could teach nobody.
             with torch.inference_mode(), torch.autocast("cuda", dtype=torch.bfloat16) if on_cuda else nullcontext():

@@ -96,7 +96,7 @@ def choose(
         found["wrong"] = surely_wrong(split, answers, disagreement, most)
         taken = {item.sample_id for item in found["wrong"][: SHARES["wrong"]]}
         found["disputed"] = disputed(split, answers, disagreement, most, taken)
-    honest = store.honest_parts(members)
+    honest = store.out_of_sample_parts(members)
     found["mislabelled"] = _mislabelled(store, focus, honest, most)
     chosen = shared_out(found, most)
     outputs = {name: {part.split: part for part in parts} for name, parts in honest.items()}

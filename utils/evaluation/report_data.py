@@ -104,7 +104,7 @@ def gather(store: Store, split: str) -> ReportData:
         answers = None
         notes.append(f"Single rows of {split} are not shown: {error}")
     try:
-        contributions = contribute(store.honest_parts(members)) if len(members) > 1 else None
+        contributions = contribute(store.out_of_sample_parts(members)) if len(members) > 1 else None
     except (UserError, OSError) as error:
         contributions = None
         notes.append(f"What each member adds is not shown: {error}")

@@ -80,7 +80,7 @@ def evaluate(
         _require(by_name, model_name, failures, rows, split, allowed=allow_contaminated)
     alone = scoring.ranked_alone(store, there)
     # Who is recommended is a matter of honest rows; members without rows of this split may have them.
-    honest = {name: members[name] for name in members if name in there or not store.has(members[name], split)}
+    honest = {name: members[name] for name in members if name in there or not store.is_available(members[name], split)}
     recommended = ensembles.recommended(store, scoring.ranked_alone(store, honest), saved)
     items = [item for item in scored if item.name in saved or item.name in alone]
     if model_name is not None:

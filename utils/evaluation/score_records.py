@@ -72,7 +72,7 @@ class Unseen:
 
 def unseen_by_member(store: Store, member: Member) -> Unseen:
     """A member's honest rows with a label."""
-    parts = store.honest_parts([member])[member.name]
+    parts = store.out_of_sample_parts([member])[member.name]
     labels = np.concatenate([np.asarray(part.labels) for part in parts])
     known = labels != UNKNOWN
     return Unseen(
@@ -334,7 +334,7 @@ def _foreign(item: Scored, context: Context, notes: dict[str, str]) -> dict[str,
     hint = None
     if context.split == "val":
         reason = "val rows are what others would be held against"
-    elif not all(context.store.has(member, "val") for member in members):
+    elif not all(context.store.is_available(member, "val") for member in members):
         reason = "it has no val rows"
     elif item.inference == fold_networks.FULL:
         here, there = (context.unfamiliarity(item.members, split) for split in (context.split, "val"))

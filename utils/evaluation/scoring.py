@@ -129,7 +129,7 @@ def answering(store: Store, members: Mapping[str, Member], split: str) -> tuple[
 
     def read(some: Sequence[Member]) -> None:
         for member in some:
-            for name in {"val", split} if store.has(member, "val") else {split}:
+            for name in {"val", split} if store.is_available(member, "val") else {split}:
                 bad = np.flatnonzero(~np.isfinite(store.rows(member, name).logits).all(axis=1))
                 if len(bad):
                     raise UserError(

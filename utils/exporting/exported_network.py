@@ -16,7 +16,7 @@ from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.store import Store
 
 if TYPE_CHECKING:
-    from utils.networks.ensemble_network import CombinerNetwork, EnsembleNetwork, MemberPart
+    from utils.networks.ensemble_network import CombinerNetwork, EnsembleNetwork, MemberNetworks
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -143,15 +143,15 @@ def assemble_network(
     )
 
 
-def _part(store: Store, subject: ExportSource, member: Member) -> MemberPart:
-    from utils.networks.ensemble_network import MemberPart
+def _part(store: Store, subject: ExportSource, member: Member) -> MemberNetworks:
+    from utils.networks.ensemble_network import MemberNetworks
 
     assert member.img_size is not None
     specs = {stage: member.network(store.workspace, stage=stage) for stage in _stages(subject, member)}
     networks = {stage: streaming.open_network(spec) for stage, spec in specs.items()}
     embedder = networks.pop(None) if subject.inference == fold_networks.FOLDS and subject.reads_embeddings else None
     columns = [member.classes.index(name) for name in subject.classes]
-    return MemberPart(member.name, list(networks.values()), member.img_size, columns, embedder)
+    return MemberNetworks(member.name, list(networks.values()), member.img_size, columns, embedder)
 
 
 def _stages(subject: ExportSource, member: Member) -> tuple[str | None, ...]:

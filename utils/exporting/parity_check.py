@@ -15,7 +15,7 @@ import numpy as np
 
 from utils.combiners.protocol import Combiner
 from utils.numeric.metrics import softmax
-from utils.predictions.rows import Outputs
+from utils.predictions.rows import MemberOutputs
 
 BATCH_SIZES = (1, 3, 17)
 TOLERANCE = 1e-4  # on probabilities
@@ -189,13 +189,13 @@ def compare_outputs(probe: ReferenceBatches, answers: FileOutputs, tolerance: fl
     return {"passed": not reasons, "reason": "; ".join(reasons) or None, "parity": parity}
 
 
-def _member_outputs(probe: ReferenceBatches, answers: FileOutputs) -> np.ndarray | Outputs:
+def _member_outputs(probe: ReferenceBatches, answers: FileOutputs) -> np.ndarray | MemberOutputs:
     """The file's own member outputs in the form that combiners take: (M, R, C)."""
     logits = answers.outputs["member_logits"].transpose(1, 0, 2)
     if probe.member_embeddings is None:
         return logits
     ends = np.cumsum([part.shape[1] for part in probe.member_embeddings])[:-1]
-    return Outputs(logits, tuple(np.split(answers.outputs["member_embeddings"], ends, axis=1)))
+    return MemberOutputs(logits, tuple(np.split(answers.outputs["member_embeddings"], ends, axis=1)))
 
 
 def _margin(probabilities: np.ndarray) -> np.ndarray:

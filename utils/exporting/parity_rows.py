@@ -62,7 +62,7 @@ def sample_rows(store: Store, subject: ExportSource, form: ExportSignature, netw
     parts: list[Rows] = []
     for split in SPLITS:
         wanted = N_ROWS - sum(len(part.sample_ids) for part in parts)
-        if wanted > 0 and all(store.has(member, split) for member in members):
+        if wanted > 0 and all(store.is_available(member, split) for member in members):
             fold_networks.ensure(store, members, (split,), subject.inference)
             whole = fold_networks.aligned(store, members, split, subject.inference, embeddings=subject.reads_embeddings)
             count = len(whole.sample_ids)
@@ -87,7 +87,7 @@ def _joined(parts: Sequence[Rows]) -> Rows:
     return replace(
         parts[0],
         **{name: np.concatenate([getattr(part, name) for part in parts]) for name in ("split", "sample_ids", "labels")},
-        honest=np.concatenate([part.honest for part in parts]),
+        out_of_sample=np.concatenate([part.out_of_sample for part in parts]),
         logits=np.concatenate([part.logits for part in parts], axis=1),
         embeddings=embeddings,
     )
@@ -117,7 +117,7 @@ def measure_test_accuracy(
     None without such rows.
     """
     members = list(subject.members)
-    if not all(store.has(member, "test") for member in members):
+    if not all(store.is_available(member, "test") for member in members):
         return None
     whole = fold_networks.aligned(store, members, "test", subject.inference, embeddings=subject.reads_embeddings)
     rows = whole.take(np.flatnonzero(whole.labels != UNKNOWN))

@@ -27,7 +27,7 @@ from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.rows import UNKNOWN, Rows
 from utils.predictions.store import Store
-from utils.predictions.streaming import Batch
+from utils.predictions.streaming import OutputBatch
 
 SPLIT = "predict"  # what messages call images of no split
 BLOCK_BYTES = 2**31  # of decoded pixels on disk
@@ -188,7 +188,7 @@ class WorkspaceClassifier:
             sample_ids=np.array(images.sample_ids),
             labels=images.labels,
             logits=logits,
-            honest=np.ones(len(images.paths), dtype=bool),
+            out_of_sample=np.ones(len(images.paths), dtype=bool),
             inference=self.inference,
         )
         more: dict[str, Any] = {"embeddings": tuple(embeddings)} if self.reads_embeddings else {}
@@ -219,7 +219,7 @@ class WorkspaceClassifier:
             total -= np.log(len(fold_networks.stages(member)))
         return total.astype(np.float32), np.concatenate(features) if features else None
 
-    def _batches(self, member: Member, stage: str | None, images: ImageSplit, cache: Path) -> Iterator[Batch]:
+    def _batches(self, member: Member, stage: str | None, images: ImageSplit, cache: Path) -> Iterator[OutputBatch]:
         return streaming.stream(
             member.network(self.store.workspace, stage=stage),
             [images],

@@ -34,7 +34,7 @@ HARMLESS = re.compile(
     r"|numpy\._?core\.multiarray\.scalar|numpy\.dtype|numpy\.dtypes\.(Float64|Float32|Int64)DType|_codecs\.encode"
     r"|(__builtin__|builtins)\.(set|bytearray|complex)"
 )
-SAID_OF_TRAINING = ("augment", "group_regex", "split_digest", "base_back")  # of the base pipeline's checkpoints
+TRAINING_KEYS = ("augment", "group_regex", "split_digest", "base_back")  # of the base pipeline's checkpoints
 SAVE_WEIGHTS = 'torch.save({"model_state_dict": model.state_dict()}, FILE)'
 
 
@@ -68,7 +68,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return record
 
 
-def weights_of(record: dict[str, Any]) -> dict[str, Any]:
+def state_dict_of(record: dict[str, Any]) -> dict[str, Any]:
     """The state dictionary in a checkpoint's record: under its usual names, or the record itself."""
     for key in ("model_state_dict", "state_dict"):
         if isinstance(record.get(key), dict):
@@ -76,11 +76,11 @@ def weights_of(record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def said_of_training(path: Path) -> dict[str, str]:
+def training_metadata(path: Path) -> dict[str, str]:
     """How the images of a network were shown and dealt out, as its checkpoint says it beside what the catalog knows."""
     extra = read_checkpoint(path).get("extra")
     found = extra if isinstance(extra, dict) else {}
-    return {name: found[name] for name in SAID_OF_TRAINING if isinstance(found.get(name), str)}
+    return {name: found[name] for name in TRAINING_KEYS if isinstance(found.get(name), str)}
 
 
 @contextmanager

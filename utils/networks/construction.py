@@ -83,7 +83,9 @@ class NetworkSpec:
     source: Literal["base_back", "timm"] = "base_back"
 
 
-def build(spec: NetworkSpec, weights: Mapping[str, Any], factory: Callable[..., Any] | None = None) -> nn.Module:
+def build_network(
+    spec: NetworkSpec, weights: Mapping[str, Any], factory: Callable[..., Any] | None = None
+) -> nn.Module:
     """The network with its weights, in evaluation mode on the CPU.
 
     `factory(name, num_classes)` makes BASE-BACK's networks; it is given `size` and `img_size` where it takes them. The
@@ -99,9 +101,9 @@ def build(spec: NetworkSpec, weights: Mapping[str, Any], factory: Callable[..., 
             f"tensors, bare or as model_state_dict or state_dict. {RETRAIN}"
         )
     outputs = _outputs_of(weights) or len(spec.classes)
-    model = construct(spec, outputs, factory)
+    model = construct_untrained(spec, outputs, factory)
     if (true := _true_outputs(model, weights, outputs)) is not None:
-        model = construct(spec, true, factory)
+        model = construct_untrained(spec, true, factory)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -124,7 +126,7 @@ def _true_outputs(model: nn.Module, weights: Mapping[str, Tensor], tried: int) -
     return int(next(iter(found))[0]) if len(found) == 1 and () not in found else None
 
 
-def construct(spec: NetworkSpec, outputs: int, factory: Callable[..., Any] | None) -> nn.Module:
+def construct_untrained(spec: NetworkSpec, outputs: int, factory: Callable[..., Any] | None) -> nn.Module:
     """A fresh network with that many outputs. Raises UserError where it cannot be built."""
     if spec.source == "timm":
         return _construct_timm(spec, outputs)
@@ -204,7 +206,7 @@ class Head(NamedTuple):
     """Which of the layer's calls in one forward pass, from 0."""
 
 
-class Outputs:
+class EmbeddingExtractor:
     """A network's logits (B, C) and embeddings (B, D) from one forward pass each.
 
     The embedding is what the last linear layer reads. It is found on the first images, by one of two ways: timm's
@@ -338,7 +340,7 @@ def _side_by_side(inputs: list[Tensor]) -> Tensor:
     return torch.cat(inputs, dim=1)
 
 
-def surplus_is_dead(logits: np.ndarray, kept: int) -> str | None:
+def extra_outputs_problem(logits: np.ndarray, kept: int) -> str | None:
     """Why the columns of `logits` (N, C) beyond the first `kept` cannot be cut; None when they are dead.
 
     Dead: never the largest of a row, and their mean softmax mass is at most twice what a label smoothing of 0.1 leaves

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from utils import base_back
-from utils.networks.construction import Outputs
+from utils.networks.construction import EmbeddingExtractor
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CUT = 1.14  # the shorter side is brought to so many times the size of the centre square
@@ -27,7 +27,7 @@ BITS = 22  # of the fixed-point weights by which Pillow resamples 8-bit images
 
 
 @dataclass(frozen=True)
-class MemberPart:
+class MemberNetworks:
     """The networks that answer for one member, in evaluation mode on the CPU."""
 
     name: str
@@ -40,20 +40,20 @@ class MemberPart:
     """The network whose last layer's input is the embedding, where that is none of `networks`."""
 
 
-class Member(nn.Module):
+class MemberModule(nn.Module):
     """One member: prepared images (B, 3, S, S) -> logits (B, C) and, where they are wanted, embeddings (B, D)."""
 
     columns: Tensor
 
-    def __init__(self, part: MemberPart, *, embeds: bool) -> None:
+    def __init__(self, part: MemberNetworks, *, embeds: bool) -> None:
         super().__init__()
         self.networks = nn.ModuleList(part.networks)
         self.embedder = part.embedder
         self.plain = list(part.columns) == list(range(len(part.columns)))
         self.register_buffer("columns", torch.tensor(part.columns, dtype=torch.int64))
-        self._outputs: Outputs | None = None
+        self._outputs: EmbeddingExtractor | None = None
         if embeds:
-            self._outputs = Outputs(self.embedder or self.networks[0], part.name, checks=False)
+            self._outputs = EmbeddingExtractor(self.embedder or self.networks[0], part.name, checks=False)
             with torch.no_grad():
                 self._outputs.probe(torch.zeros(2, 3, part.img_size, part.img_size))
 
@@ -166,7 +166,7 @@ class EnsembleNetwork(nn.Module):
 
     def __init__(
         self,
-        parts: Sequence[MemberPart],
+        parts: Sequence[MemberNetworks],
         combiner: nn.Module | None,
         *,
         takes_uint8: bool = False,
@@ -184,7 +184,7 @@ class EnsembleNetwork(nn.Module):
         self.preparations = nn.ModuleDict(
             {str(size): Preparation(size, takes_uint8=takes_uint8, resizes=resizes) for size in sizes}
         )
-        self.members = nn.ModuleList(Member(part, embeds=embeds) for part in parts)
+        self.members = nn.ModuleList(MemberModule(part, embeds=embeds) for part in parts)
         self.combiner = combiner
         self.embeds, self.member_probabilities = embeds, member_probabilities
         self.member_outputs = member_outputs and combiner is not None

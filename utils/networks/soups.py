@@ -35,7 +35,7 @@ class Ingredient:
     """Gives the state dictionary; each call may read the file again, best as a memory map."""
 
 
-def differences(first: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+def state_dict_differences(first: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
     """In which tensors two state dictionaries do not go together, one line for each: missing, surplus, shape, type."""
     lines = [f"{name} is missing" for name in first if name not in other]
     lines += [f"{name} is not in the first" for name in other if name not in first]
@@ -59,7 +59,7 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def similarity(first: Ingredient, second: Ingredient) -> float:
+def weight_cosine(first: Ingredient, second: Ingredient) -> float:
     """Cosine between two networks' weight matrices and kernels, taken as one vector.
 
     1 for equal weights, near 0 for networks that began with different random numbers, however well both were trained;
@@ -78,7 +78,7 @@ def similarity(first: Ingredient, second: Ingredient) -> float:
     return product / length if length else 0.0
 
 
-def mixture(ingredients: Sequence[Ingredient], shares: Sequence[int] | None = None) -> dict[str, Tensor]:
+def weighted_average(ingredients: Sequence[Ingredient], shares: Sequence[int] | None = None) -> dict[str, Tensor]:
     """The weighted mean of state dictionaries, tensor by tensor, summed in float64 and kept in the type of the first.
 
     `shares` are whole numbers of at least 0, not all 0; without them all count alike, which is the uniform soup
@@ -117,7 +117,7 @@ def _mixed_block(
     sums: dict[str, Tensor] = {}
     for ingredient, share in used:
         weights = ingredient.open()
-        if check and (lines := differences(form, weights)):
+        if check and (lines := state_dict_differences(form, weights)):
             more = f"; and {len(lines) - NAMED} more" if len(lines) > NAMED else ""
             raise UserError(
                 f"{ingredient.name}: its weights do not go together with those of {used[0][0].name}: "
@@ -193,7 +193,7 @@ def statistics_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.cpu() for name, tensor in state.items() if name.rpartition(".")[2] in STATISTICS}
 
 
-def barrier(first: float, second: float, midpoint: float) -> float:
+def error_barrier(first: float, second: float, midpoint: float) -> float:
     """Error or loss in the middle of the line between two networks above the mean of its ends.
 
     Above 0 by more than noise: they lie in different basins, and their average is worse than either (Frankle et al.
@@ -202,7 +202,7 @@ def barrier(first: float, second: float, midpoint: float) -> float:
     return midpoint - (first + second) / 2
 
 
-def greedy(ordered: Sequence[T], score: Callable[[tuple[T, ...]], Any]) -> list[tuple[T, Any, bool]]:
+def greedy_soup(ordered: Sequence[T], score: Callable[[tuple[T, ...]], Any]) -> list[tuple[T, Any, bool]]:
     """The greedy soup (Wortsman et al. 2022): each ingredient, best first, is added unless the score falls.
 
     `score` of a tuple of ingredients, higher is better; the first is taken as it is. Returns (ingredient, score of the

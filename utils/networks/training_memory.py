@@ -16,7 +16,7 @@ COPIES = 4  # of the weights: themselves, their gradients, and the two moments o
 CONTROL_GROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
-def budget(device: str) -> int:
+def memory_budget(device: str) -> int:
     """Bytes that a training may fill: of what the device, the machine or its control group has, not of what is free.
 
     What is free changes from run to run, and with it a training that was interrupted would go on in another way.
@@ -28,7 +28,7 @@ def budget(device: str) -> int:
     return int(SHARE * min([total, *(int(limit) for limit in limits if limit.isdigit())]))
 
 
-def weights_bytes(model: nn.Module) -> int:
+def training_state_bytes(model: nn.Module) -> int:
     """Bytes of the parameters with all that AdamW keeps beside them."""
     return COPIES * sum(own.numel() * own.element_size() for own in model.parameters())
 
@@ -55,7 +55,7 @@ def activation_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     return found
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
+def checkpointable_blocks(model: nn.Module) -> list[nn.Module]:
     """The parts that can be computed twice: those with parts of their own in the outermost sequences of the network."""
     found: list[nn.Module] = []
     waiting = [model]
@@ -71,12 +71,14 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def computed_twice(model: nn.Module) -> Iterator[int]:
-    """Within it the model's `blocks` keep their inputs alone and are computed again backwards (Chen et al. 2016).
+def activation_checkpointing(model: nn.Module) -> Iterator[int]:
+    """Activation checkpointing of the model's `checkpointable_blocks` within the context (Chen et al. 2016).
+
+    Each block keeps its inputs alone and is computed again in the backward pass.
 
     Gradients, BatchNorm's statistics and dropout are those of a plain step. Gives the number of blocks.
     """
-    parts = blocks(model)
+    parts = checkpointable_blocks(model)
     for part in parts:
         part.forward = _twice(part)  # type: ignore[method-assign]
     try:

@@ -131,21 +131,21 @@ def checkpoint_files(workspace: Workspace) -> dict[str, dict[str, Path]]:
     return found
 
 
-def trained_further(ensemble: str, member: str) -> str:
+def end_to_end_member_name(ensemble: str, member: str) -> str:
     """Name of the member that an ensemble's end-to-end training makes of another; it keeps their order."""
     return f"{ensemble}_{member}"
 
 
 def kfold_command(workspace: Workspace, backbones: Sequence[str]) -> str:
     """What to type for out-of-fold predictions of these backbones, the bundled BASE-BACK's or a mounted one's."""
-    script, mounted = base_back.BUNDLED / "src" / "main.py", base_back.locate()
+    script, base_back_dir = base_back.BUNDLED / "src" / "main.py", base_back.locate()
     shown = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
-    external = ["--base-back", str(mounted)] if base_back.kind(mounted) == "external" else []
+    external = ["--base-back", str(base_back_dir)] if base_back.kind(base_back_dir) == "external" else []
     words = ["python", str(shown), "--stages", "kfold", "--backbones", *backbones, *external]
     return shlex.join([*words, "--workspace", str(workspace.base)])
 
 
-def mounted() -> dict[str, str]:
+def mounted_base_back() -> dict[str, str]:
     """The BASE-BACK that is mounted, as a catalog records it."""
     path = base_back.locate()
     return {"path": str(path), "kind": base_back.kind(path), "digest": base_back.source_digest(path)}

@@ -80,9 +80,9 @@ def aligned(store: Store, members: Sequence[Member], split: str, inference: str,
     return replace(align(parts, store.catalog.classes), inference=inference)
 
 
-def honest(store: Store, members: Sequence[Member], inference: str) -> Rows:
+def out_of_sample(store: Store, members: Sequence[Member], inference: str) -> Rows:
     """Members together on honest rows: out-of-fold on train where all have them, of these networks on val."""
-    parts = store.honest_parts(members)
+    parts = store.out_of_sample_parts(members)
     for member in members if inference == FOLDS else ():
         parts[member.name][-1] = rows(store, member, "val", inference)
     return replace(align(parts, store.catalog.classes), inference=inference)

@@ -20,7 +20,7 @@ from utils.core.workspace import Workspace
 from utils.predictions import catalog, out_of_fold, streaming
 from utils.predictions.catalog import TIMM, Catalog, Member, Problem
 from utils.predictions.image_splits import ImageSplit
-from utils.predictions.out_of_fold import OutOfFold
+from utils.predictions.out_of_fold import OutOfFoldPredictions
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -57,16 +57,16 @@ class Inspector:
         facts = self.digests.facts(self.measured_key(member))
         return None if facts and "error" in facts and facts.get("base_back") != self.base_back else facts
 
-    def honesty(self, member: Member) -> dict[str, Any] | None:
+    def leakage_check(self, member: Member) -> dict[str, Any] | None:
         """What the check of out-of-fold predictions has shown, less folds that another BASE-BACK could not run."""
-        facts = self.digests.facts(self.honesty_key(member)) if member.oof is not None else None
+        facts = self.digests.facts(self.leakage_key(member)) if member.oof is not None else None
         return facts | {"unreadable": []} if facts and facts.get("base_back") != self.base_back else facts
 
     def measured_key(self, member: Member) -> str:
         """What a measurement on val depends on."""
         return measured_key(member, self.splits["val"].digest, self.classes)
 
-    def honesty_key(self, member: Member) -> str:
+    def leakage_key(self, member: Member) -> str:
         """What the check of out-of-fold predictions depends on."""
         folds = sorted(entry["sha256"] for entry in member.checkpoints if entry["stage"].startswith("fold"))
         oof = member.oof["sha256"] if member.oof else None
@@ -85,10 +85,12 @@ def verify(inspector: Inspector, member: Member, *, force: bool = False) -> None
     What is remembered already is not measured again, unless `force`, but a network that did not run is tried again, and
     so are folds that did not run with another BASE-BACK.
     """
-    measured, honesty = inspector.measured_key(member), inspector.honesty_key(member)
+    measured, honesty = inspector.measured_key(member), inspector.leakage_key(member)
     known, checked = inspector.digests.facts(measured), inspector.digests.facts(honesty)
     is_measured = known is not None and "error" not in known and not force
-    is_checked = member.oof is None or (checked is not None and checked == inspector.honesty(member) and not force)
+    is_checked = member.oof is None or (
+        checked is not None and checked == inspector.leakage_check(member) and not force
+    )
     if is_measured and is_checked:
         return
     val, train = inspector.splits["val"], inspector.splits["train"]
@@ -96,18 +98,18 @@ def verify(inspector: Inspector, member: Member, *, force: bool = False) -> None
         if is_checked:
             inspector.digests.keep(measured, measure(_logits(inspector, member, [val])["val"], val.labels))
             return
-        path, remedy = inspector.workspace.base / member.oof["path"], fold_again(inspector.workspace, member)
+        path, remedy = inspector.workspace.base / member.oof["path"], kfold_remedy(inspector.workspace, member)
         predictions = out_of_fold.read(path, member.name, train, inspector.classes, remedy=remedy)
         sample = _sample(inspector.config.seed, predictions)
         found = _logits(inspector, member, [val, _rows_of(train, predictions, sample)])
         inspector.digests.keep(measured, measure(found["val"], val.labels))
         inspector.digests.keep(honesty, _honesty(inspector, member, predictions, sample, found["train"]))
     except UserError as error:
-        code = "surplus_logits" if isinstance(error, streaming.SurplusIsAlive) else "does_not_run"
+        code = "surplus_logits" if isinstance(error, streaming.ExtraOutputsError) else "does_not_run"
         inspector.digests.keep(measured, {"error": str(error), "code": code, "base_back": inspector.base_back})
 
 
-def _sample(seed: int, predictions: OutOfFold) -> np.ndarray:
+def _sample(seed: int, predictions: OutOfFoldPredictions) -> np.ndarray:
     """Seeded sample of the out-of-fold rows, sorted."""
     rows = np.random.default_rng(seed).permutation(len(predictions.labels))
     return np.sort(rows[:SAMPLE])
@@ -162,7 +164,9 @@ def measured_problems(classes: Sequence[str], member: Member, facts: Mapping[str
     return problems
 
 
-def with_proof(problems: Sequence[Problem], measured: Mapping[str, Mapping[str, Any] | None]) -> list[Problem]:
+def with_extra_outputs_checked(
+    problems: Sequence[Problem], measured: Mapping[str, Mapping[str, Any] | None]
+) -> list[Problem]:
     """The problems, where surplus outputs of a member that has been run are said to be dead, or are an error alone.
 
     `measured` is {member: facts of `measure`}; a network whose surplus is alive has no such facts, but an error.
@@ -179,19 +183,21 @@ def with_proof(problems: Sequence[Problem], measured: Mapping[str, Mapping[str, 
     return found
 
 
-def fold_again(workspace: Workspace, member: Member) -> str:
+def kfold_remedy(workspace: Workspace, member: Member) -> str:
     """What to do for other out-of-fold predictions of a member, as a sentence without its full stop."""
     if member.architecture.startswith(TIMM):
         return f"Write <member>_oof_predictions.npz into {workspace.kfold}, by networks trained on folds of train"
     return f"Run K-fold on this split again: {catalog.kfold_command(workspace, [member.name])}"
 
 
-def suspicion(member: Member, oof_accuracy: float, facts: Mapping[str, Any], *, remedy: str) -> list[Problem]:
+def oof_accuracy_problems(
+    member: Member, oof_accuracy: float, facts: Mapping[str, Any], *, remedy: str
+) -> list[Problem]:
     """Out-of-fold rows that are right more often than val rows beyond chance, one-sided at 0.001."""
     if "error" in facts or member.oof is None:
         return []
     rows = {"accuracy": oof_accuracy, "n": member.oof["rows"]}
-    chance = out_of_fold.better_by_chance(rows, facts)
+    chance = out_of_fold.higher_accuracy_p_value(rows, facts)
     if chance >= out_of_fold.BEYOND_CHANCE:
         return []
     message = (
@@ -202,10 +208,10 @@ def suspicion(member: Member, oof_accuracy: float, facts: Mapping[str, Any], *, 
     return [Problem("oof_suspected", "warning", member.name, message, remedy)]
 
 
-def honesty_problems(workspace: Workspace, member: Member, facts: Mapping[str, Any]) -> list[Problem]:
+def leakage_problems(workspace: Workspace, member: Member, facts: Mapping[str, Any]) -> list[Problem]:
     """What the check on a sample of train rows says against out-of-fold predictions; any of these refuses them."""
     problems = []
-    refused = f"{NOT_USED}. {fold_again(workspace, member)}"
+    refused = f"{NOT_USED}. {kfold_remedy(workspace, member)}"
     share = out_of_fold.SAME_NETWORK_SHARE
     if facts["equal"] > share * facts["told"]:
         message = (
@@ -227,7 +233,7 @@ def honesty_problems(workspace: Workspace, member: Member, facts: Mapping[str, A
 
 
 def _honesty(
-    inspector: Inspector, member: Member, predictions: OutOfFold, sample: np.ndarray, logits: np.ndarray
+    inspector: Inspector, member: Member, predictions: OutOfFoldPredictions, sample: np.ndarray, logits: np.ndarray
 ) -> dict[str, Any]:
     """Compare out-of-fold predictions with the full network's `logits` on the sample, and with their fold networks'.
 
@@ -237,7 +243,7 @@ def _honesty(
     on_cuda = inspector.device != "cpu"
     kind, stored = predictions.kind, predictions.logits
     tolerance = AUTOCAST_EQUAL if on_cuda else out_of_fold.EQUAL
-    equal, told = out_of_fold.equal_rows(kind, stored[sample], logits, tolerance=tolerance)
+    equal, told = out_of_fold.count_equal_rows(kind, stored[sample], logits, tolerance=tolerance)
     refolded: dict[str, list[int]] = {}
     unreadable = []
     stages = {entry["stage"] for entry in member.checkpoints}
@@ -251,13 +257,13 @@ def _honesty(
             unreadable.append(str(error))
             continue
         tolerance = AUTOCAST_REFOLDED if on_cuda else REFOLDED
-        same, judged = out_of_fold.equal_rows(kind, stored[rows], again["train"], tolerance=tolerance)
+        same, judged = out_of_fold.count_equal_rows(kind, stored[rows], again["train"], tolerance=tolerance)
         refolded[stage] = [judged - same, judged]
     found = {"equal": equal, "told": told, "refolded": refolded, "unreadable": unreadable}
     return found | {"base_back": inspector.base_back}
 
 
-def _rows_of(train: ImageSplit, predictions: OutOfFold, rows: np.ndarray) -> ImageSplit:
+def _rows_of(train: ImageSplit, predictions: OutOfFoldPredictions, rows: np.ndarray) -> ImageSplit:
     """The train images of some out-of-fold rows, in their order."""
     place = {sample_id: row for row, sample_id in enumerate(train.sample_ids)}
     return train.take([place[sample_id] for sample_id in predictions.sample_ids[rows].tolist()])
@@ -284,7 +290,7 @@ def _logits(
     return {split: np.concatenate(logits) for split, logits in parts.items()}
 
 
-def take_measurements(
+def record_val_measurements(
     workspace: Workspace,
     found: Catalog,
     digests: FileDigests,
@@ -303,11 +309,13 @@ def take_measurements(
         digests.keep(measured_key(member, found.splits["val"]["digest"], found.classes), facts)
         problems += measured_problems(found.classes, member, facts)
         if member.oof is not None and member.oof.get("accuracy") is not None:
-            problems += suspicion(member, member.oof["accuracy"], facts, remedy=fold_again(workspace, member))
+            problems += oof_accuracy_problems(
+                member, member.oof["accuracy"], facts, remedy=kfold_remedy(workspace, member)
+            )
     wrong = {problem.member: problem.message for problem in problems if problem.severity == "error"}
     members = {name: replace(m, usable=m.usable and name not in wrong) for name, m in found.members.items()}
     updated = replace(found, members=members).with_problems(problems, members=set(outputs), codes=MEASURED_CODES)
-    updated = replace(updated, problems=tuple(with_proof(updated.problems, measured)))
+    updated = replace(updated, problems=tuple(with_extra_outputs_checked(updated.problems, measured)))
     for problem in problems:
         if problem.severity != "error" and problem not in found.problems:
             logger.warning("%s: %s. %s", problem.member, problem.message, problem.remedy)

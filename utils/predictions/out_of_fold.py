@@ -24,7 +24,7 @@ ROUNDING = {"probabilities": 1e-4, "half-precision probabilities": 3e-3}
 
 
 @dataclass(frozen=True)
-class OutOfFold:
+class OutOfFoldPredictions:
     """Predictions for train rows by networks that were trained on the other folds."""
 
     logits: np.ndarray
@@ -48,7 +48,7 @@ class OutOfFold:
         return float((self.logits.argmax(axis=1) == self.labels).mean())
 
 
-def read(path: Path, name: str, train: ImageSplit, classes: tuple[str, ...], *, remedy: str) -> OutOfFold:
+def read(path: Path, name: str, train: ImageSplit, classes: tuple[str, ...], *, remedy: str) -> OutOfFoldPredictions:
     """The out-of-fold predictions of member `name`, columns brought into the order of `classes`.
 
     Raises UserError that names what does not fit, and then says `remedy`: whatever `prediction_files.read` refuses,
@@ -75,10 +75,10 @@ def read(path: Path, name: str, train: ImageSplit, classes: tuple[str, ...], *, 
         raise refuse("its labels are not those of the class folders")
     order = [own.index(label) for label in classes]
     logits = np.ascontiguousarray(found.logits[:, order])
-    return OutOfFold(logits, truth.astype(np.int64), ids, found.fold, found.kind)
+    return OutOfFoldPredictions(logits, truth.astype(np.int64), ids, found.fold, found.kind)
 
 
-def twins_apart(predictions: OutOfFold, train: ImageSplit) -> list[str]:
+def duplicates_across_folds(predictions: OutOfFoldPredictions, train: ImageSplit) -> list[str]:
     """Sample ids whose image stands in another fold under another name, so that its network has seen it."""
     contents = np.array(train.contents)[_places(predictions.sample_ids, train.sample_ids)]
     _, group = np.unique(contents, return_inverse=True)
@@ -94,7 +94,7 @@ def _places(sample_ids: np.ndarray, known: tuple[str, ...]) -> np.ndarray:
     return np.array([place[sample_id] for sample_id in sample_ids.tolist()], dtype=np.int64)
 
 
-def equal_rows(kind: str, stored: np.ndarray, logits: np.ndarray, *, tolerance: float) -> tuple[int, int]:
+def count_equal_rows(kind: str, stored: np.ndarray, logits: np.ndarray, *, tolerance: float) -> tuple[int, int]:
     """How many rows of a network's `logits` (N, C) are the `stored` ones, and of how many that can be told.
 
     `tolerance` is absolute, and relative to a row's largest logit where that is above 1. Probabilities are compared as
@@ -111,7 +111,7 @@ def equal_rows(kind: str, stored: np.ndarray, logits: np.ndarray, *, tolerance: 
     return int((near & telling).sum()), int(telling.sum())
 
 
-def better_by_chance(better: Mapping[str, float], other: Mapping[str, float]) -> float:
+def higher_accuracy_p_value(better: Mapping[str, float], other: Mapping[str, float]) -> float:
     """One-sided p value that shares `better` and `other`, each {accuracy, n}, come from equal chances of being right.
 
     Two-proportion z test with the pooled share; 1 where every row is right or every row is wrong.

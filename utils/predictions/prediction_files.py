@@ -30,7 +30,7 @@ KINDS = {
 """What each array may hold, by numpy's letters for kinds of values."""
 
 
-class _UnfitError(Exception):
+class _InvalidArraysError(Exception):
     """What does not fit, without the file's name."""
 
 
@@ -66,7 +66,7 @@ def read(
     arrays = read_arrays(path, remedy=remedy)
     try:
         return _checked({key: arrays[key] for key in KINDS if key in arrays}, needs, sum_tolerance)
-    except _UnfitError as error:
+    except _InvalidArraysError as error:
         raise UserError(f"{path}: {what} refused: {error}. {remedy}") from error
 
 
@@ -74,21 +74,21 @@ def _checked(arrays: Mapping[str, np.ndarray], needs: Sequence[str], sum_toleran
     missing = [key for key in ("sample_ids", *needs) if key not in arrays]
     name = "logits" if "logits" in arrays else "probabilities"
     if missing or name not in arrays:
-        raise _UnfitError(f"no array {', '.join(missing if name in arrays else ['logits', *missing])}")
+        raise _InvalidArraysError(f"no array {', '.join(missing if name in arrays else ['logits', *missing])}")
     values, ids, labels, embeddings = (arrays.get(key) for key in (name, "sample_ids", "labels", "embeddings"))
     if values.ndim != 2 or values.shape[1] < 2 or not len(values):
-        raise _UnfitError(f"{name} of shape {values.shape}; expected a row per sample and a column per class")
+        raise _InvalidArraysError(f"{name} of shape {values.shape}; expected a row per sample and a column per class")
     count, columns = values.shape
     shapes = {"sample_ids": (count,), "labels": (count,), "fold": (count,), "classes": (columns,)}
     for key, array in arrays.items():
         if array.dtype.kind not in KINDS[key]:
             expected = {NUMBERS: "numbers", WHOLE_NUMBERS: "whole numbers"}.get(KINDS[key], "text")
-            raise _UnfitError(f"{key} hold {array.dtype}; expected {expected}")
+            raise _InvalidArraysError(f"{key} hold {array.dtype}; expected {expected}")
         if array.shape != shapes.get(key, (count, array.size // count)):
-            raise _UnfitError(f"{key} of shape {array.shape} beside {name} of shape {values.shape}")
+            raise _InvalidArraysError(f"{key} of shape {array.shape} beside {name} of shape {values.shape}")
     _require_unique("sample id", ids)
     if labels is not None and (labels.min() < UNKNOWN or labels.max() >= columns):
-        raise _UnfitError(f"its labels reach from {labels.min()} to {labels.max()} for {columns} classes")
+        raise _InvalidArraysError(f"its labels reach from {labels.min()} to {labels.max()} for {columns} classes")
     kind, values = name, _finite(name, values, ids)
     if name == "probabilities":
         kind = "half-precision probabilities" if arrays[name].dtype == np.float16 else name
@@ -108,10 +108,10 @@ def _require_unique(what: str, names: np.ndarray) -> None:
     try:
         "".join(names.tolist()).encode()
     except ValueError as error:  # half of a surrogate pair, or no character at all
-        raise _UnfitError(f"a {what} is no text ({error})") from error
+        raise _InvalidArraysError(f"a {what} is no text ({error})") from error
     found, counts = np.unique(names, return_counts=True)
     if len(found) < len(names):
-        raise _UnfitError(f"the {what} {found[counts > 1][0]} occurs twice")
+        raise _InvalidArraysError(f"the {what} {found[counts > 1][0]} occurs twice")
 
 
 def _classes(names: np.ndarray) -> tuple[str, ...]:
@@ -124,7 +124,7 @@ def _finite(name: str, values: np.ndarray, ids: np.ndarray) -> np.ndarray:
     rows = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if rows.size:
         hint = " (log of 0? Give probabilities instead)" if name == "logits" and np.isneginf(values[rows]).any() else ""
-        raise _UnfitError(f"{rows.size} rows have NaN or infinite {name}, first {ids[rows[0]]}{hint}")
+        raise _InvalidArraysError(f"{rows.size} rows have NaN or infinite {name}, first {ids[rows[0]]}{hint}")
     return values
 
 
@@ -138,10 +138,12 @@ def _log_probabilities(values: np.ndarray, ids: np.ndarray, sum_tolerance: float
     values = values.astype(np.float64)
     rows = np.flatnonzero(values.min(axis=1) < -SIGN_TOLERANCE)
     if rows.size:
-        raise _UnfitError(f"{rows.size} rows have probabilities below 0, first {ids[rows[0]]}")
+        raise _InvalidArraysError(f"{rows.size} rows have probabilities below 0, first {ids[rows[0]]}")
     sums = values.sum(axis=1)
     rows = np.flatnonzero(np.abs(sums - 1) > sum_tolerance)
     if rows.size:
         first = f"first {ids[rows[0]]} with {sums[rows[0]]:.4g}"
-        raise _UnfitError(f"the probabilities of {rows.size} rows do not sum to 1 within {sum_tolerance:g}, {first}")
+        raise _InvalidArraysError(
+            f"the probabilities of {rows.size} rows do not sum to 1 within {sum_tolerance:g}, {first}"
+        )
     return np.log(np.maximum(values, SMALLEST_PROBABILITY))

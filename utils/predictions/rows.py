@@ -31,7 +31,7 @@ class MemberRows:
     """int64 (N,), indices into `classes`; UNKNOWN where nobody has said it"""
     logits: np.ndarray
     """float32 (N, C)"""
-    honest: np.ndarray
+    out_of_sample: np.ndarray
     """bool (N,): the network that answered has not seen the row"""
     embeddings: np.ndarray | None = None
     """float (N, D), what the network's last layer reads; None where they are not asked for"""
@@ -50,7 +50,7 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Outputs:
+class MemberOutputs:
     """What M members give for N rows, for combiners that read embeddings; indexed as logits (M, N, C) are."""
 
     logits: np.ndarray
@@ -63,11 +63,11 @@ class Outputs:
         """(M, N, C)"""
         return self.logits.shape
 
-    def __getitem__(self, key: Any) -> Outputs:
+    def __getitem__(self, key: Any) -> MemberOutputs:
         """`outputs[members]` or `outputs[:, rows]`, by slices, masks or places."""
         members, rows = key if isinstance(key, tuple) else (key, slice(None))
         places = np.arange(len(self.embeddings))[members]
-        return Outputs(self.logits[members][:, rows], tuple(self.embeddings[place][rows] for place in places))
+        return MemberOutputs(self.logits[members][:, rows], tuple(self.embeddings[place][rows] for place in places))
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,17 @@ class Rows:
     """int64 (N,); UNKNOWN where no member says it"""
     logits: np.ndarray
     """float32 (M, N, C)"""
-    honest: np.ndarray
-    """bool (N,): honest for every member"""
+    out_of_sample: np.ndarray
+    """bool (N,): out of sample for every member"""
     inference: str = "full"
     """What answered on val and test: the members' full networks, or the mean of their fold networks (`folds`)"""
     embeddings: tuple[np.ndarray, ...] | None = None
     """M arrays float (N, D_m); None where they were not asked for"""
 
     @property
-    def outputs(self) -> np.ndarray | Outputs:
+    def outputs(self) -> np.ndarray | MemberOutputs:
         """What combiners get: logits and embeddings where these were asked for, else the logits alone."""
-        return self.logits if self.embeddings is None else Outputs(self.logits, self.embeddings)
+        return self.logits if self.embeddings is None else MemberOutputs(self.logits, self.embeddings)
 
     def take(self, rows: np.ndarray) -> Rows:
         """Some of the rows."""
@@ -104,12 +104,12 @@ class Rows:
             sample_ids=self.sample_ids[rows],
             labels=self.labels[rows],
             logits=self.logits[:, rows],
-            honest=self.honest[rows],
+            out_of_sample=self.out_of_sample[rows],
             embeddings=None if self.embeddings is None else tuple(part[rows] for part in self.embeddings),
         )
 
 
-def gather(split: str, classes: Sequence[str], parts: Mapping[str, Sequence[MemberRows]]) -> Samples:
+def collect_samples(split: str, classes: Sequence[str], parts: Mapping[str, Sequence[MemberRows]]) -> Samples:
     """Every sample that a member has a row of, where no images say which there are: {member: its rows of the split}.
 
     Labels come from whoever knows them. Raises UserError for labels that disagree.
@@ -152,7 +152,7 @@ def align(parts: Mapping[str, Sequence[MemberRows]], classes: tuple[str, ...]) -
     logits = np.empty((len(members), len(order), len(classes)), dtype=np.float32)
     labels = np.empty((len(members), len(order)), dtype=np.int64)
     label = np.full(len(order), UNKNOWN)
-    honest = np.ones(len(order), dtype=bool)
+    out_of_sample = np.ones(len(order), dtype=bool)
     embedded = all(part.embeddings is not None for given in parts.values() for part in given)
     embeddings: list[np.ndarray] = []
     for index, member in enumerate(members):
@@ -162,7 +162,7 @@ def align(parts: Mapping[str, Sequence[MemberRows]], classes: tuple[str, ...]) -
             embeddings.append(np.concatenate([part.embeddings for part in parts[member]])[places])
         logits[index] = own_logits[places]
         labels[index], marks = facts[0][places], facts[1][places]
-        honest &= marks
+        out_of_sample &= marks
         bad = np.flatnonzero(~np.isfinite(logits[index]).all(axis=1))
         if bad.size:
             raise UserError(f"member {member}: {bad.size} row(s) with NaN or infinity, first {order[bad[0]][1]}")
@@ -180,7 +180,7 @@ def align(parts: Mapping[str, Sequence[MemberRows]], classes: tuple[str, ...]) -
         sample_ids=np.array([sample_id for _, sample_id in order]),
         labels=label,
         logits=logits,
-        honest=honest,
+        out_of_sample=out_of_sample,
         embeddings=tuple(embeddings) if embedded else None,
     )
 
@@ -188,8 +188,8 @@ def align(parts: Mapping[str, Sequence[MemberRows]], classes: tuple[str, ...]) -
 def _keyed(
     member: str, parts: Sequence[MemberRows], classes: tuple[str, ...]
 ) -> tuple[dict[tuple[str, str], int], np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """{(split, id): row}, logits and (labels, honest) of one member over its parts, columns in `classes` order."""
-    logits, labels, honest = [], [], []
+    """{(split, id): row}, logits and (labels, out_of_sample) of one member; columns in the order of `classes`."""
+    logits, labels, out_of_sample = [], [], []
     keys: list[tuple[str, str]] = []
     for part in parts:
         if sorted(part.classes) != sorted(classes):
@@ -197,11 +197,11 @@ def _keyed(
         logits.append(np.asarray(part.logits)[:, [part.classes.index(name) for name in classes]])
         own = np.asarray(part.labels)
         labels.append(np.where(own == UNKNOWN, UNKNOWN, np.array([classes.index(name) for name in part.classes])[own]))
-        honest.append(np.asarray(part.honest))
+        out_of_sample.append(np.asarray(part.out_of_sample))
         keys += [(part.split, sample_id) for sample_id in part.sample_ids.tolist()]
     rows = {key: row for row, key in enumerate(keys)}
     if len(rows) < len(keys):
         seen: set[tuple[str, str]] = set()
         twice = next(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise UserError(f"member {member}: the sample id {'/'.join(twice)} occurs twice")
-    return rows, np.concatenate(logits), (np.concatenate(labels), np.concatenate(honest))
+    return rows, np.concatenate(logits), (np.concatenate(labels), np.concatenate(out_of_sample))

@@ -35,7 +35,7 @@ from utils.networks.checkpoints import reading_ahead
 from utils.predictions import catalog, image_splits, inspection, out_of_fold, streaming
 from utils.predictions.catalog import IMPORTED, Catalog, Member, Problem
 from utils.predictions.image_splits import ImageSplit
-from utils.predictions.rows import MemberRows, Samples, gather
+from utils.predictions.rows import MemberRows, Samples, collect_samples
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -80,19 +80,19 @@ class Store:
             images = self.images(split)
             return Samples(split, images.sample_ids, images.labels, images.contents)
         if split not in self._samples:
-            self._samples[split] = gather(split, self.catalog.classes, self.held(split))
+            self._samples[split] = collect_samples(split, self.catalog.classes, self.imported_rows(split))
         return self._samples[split]
 
     def splits(self) -> dict[str, dict[str, Any]]:
         """The splits as a catalog lists them where there are no images: by what its imported members hold."""
         return {split: split_facts(self.catalog.classes, self.samples(split)) for split in SPLITS}
 
-    def held(self, split: str) -> dict[str, list[MemberRows]]:
+    def imported_rows(self, split: str) -> dict[str, list[MemberRows]]:
         """{imported member: its rows of a split}; of train the in-sample and the out-of-fold ones."""
         parts: dict[str, list[MemberRows]] = {}
         for name, member in self.catalog.imported().items():
             oof = self.oof(member) if split == "train" else None
-            parts[name] = [self.rows(member, split)] if self.has(member, split) else []
+            parts[name] = [self.rows(member, split)] if self.is_available(member, split) else []
             parts[name] += [oof] if oof is not None else []
         return parts
 
@@ -143,10 +143,10 @@ class Store:
             logger.info("[%d/%d] streamed %s over %s; about %.0f s left", number, len(missing), member.name, gaps, left)
         outputs = {member.name: self.rows(member, "val") for member, gaps in missing if "val" in gaps}
         measured = {name: (rows.logits, rows.labels) for name, rows in outputs.items()}
-        self.catalog = inspection.take_measurements(self.workspace, self.catalog, self.digests, measured)
+        self.catalog = inspection.record_val_measurements(self.workspace, self.catalog, self.digests, measured)
         self.digests.save()
 
-    def has(self, member: Member, split: str) -> bool:
+    def is_available(self, member: Member, split: str) -> bool:
         """Whether a member has answers for a split, or can give them."""
         return member.source != IMPORTED or self._record(member, split) is not None
 
@@ -169,13 +169,18 @@ class Store:
         where `embeddings` are asked for and it has none.
         """
         if member.source == IMPORTED and not self.is_stored(member, split):
-            wrong = "those imported are of other images or classes" if self.has(member, split) else "none are imported"
+            wrong = (
+                "those imported are of other images or classes"
+                if self.is_available(member, split)
+                else "none are imported"
+            )
             instead = ", or use --split val" if split == "test" else ""
             remedy = f"Write DIR/{member.name}/{split}.npz and import it{instead}: {IMPORT}"
             raise UserError(f"member {member.name}: no predictions for {split}; {wrong}. {remedy}")
         folder = self.workspace.predictions(member.name, split)
         arrays = {name: open_array(folder / f"{name}.npy", remedy=AGAIN) for name in ARRAYS}
-        found = MemberRows(split=split, classes=self.catalog.classes, **arrays)
+        out_of_sample = arrays.pop("honest")
+        found = MemberRows(split=split, classes=self.catalog.classes, out_of_sample=out_of_sample, **arrays)
         if not embeddings:
             return found
         place = self.workspace.embeddings(member.name, split)
@@ -242,13 +247,13 @@ class Store:
         path = self.workspace.base / member.oof["path"]
         if self.digests.of(path) != member.oof["sha256"]:
             raise UserError(f"{path}: changed since discovery. Run `python ensemble_orchestrator.py discover` again")
-        remedy = inspection.fold_again(self.workspace, member)
+        remedy = inspection.kfold_remedy(self.workspace, member)
         found = out_of_fold.read(path, member.name, self.images("train"), self.catalog.classes, remedy=remedy)
         arrays = found.arrays()
         write_arrays(cache, arrays | {"key": np.array(self._oof_key(member.oof))})
         return arrays
 
-    def honest_parts(self, members: Sequence[Member]) -> dict[str, list[MemberRows]]:
+    def out_of_sample_parts(self, members: Sequence[Member]) -> dict[str, list[MemberRows]]:
         """{member: its honest rows}: out-of-fold on train where it has them, held out on val.
 
         Val may be missing where an imported member has out-of-fold rows.
@@ -256,16 +261,16 @@ class Store:
         parts: dict[str, list[MemberRows]] = {}
         for member in members:
             oof = self.oof(member)
-            held_out = [self.rows(member, "val")] if oof is None or self.has(member, "val") else []
+            held_out = [self.rows(member, "val")] if oof is None or self.is_available(member, "val") else []
             parts[member.name] = [*([oof] if oof is not None else []), *held_out]
         return parts
 
-    def outdated(self, member: Member) -> list[str]:
+    def outdated_parts(self, member: Member) -> list[str]:
         """What an imported member has for other images, classes or contents than the catalog describes."""
-        found = [split for split in SPLITS if self.has(member, split) and not self.is_stored(member, split)]
+        found = [split for split in SPLITS if self.is_available(member, split) and not self.is_stored(member, split)]
         return found + (["out-of-fold"] if member.oof is not None and self._cached_oof(member) is None else [])
 
-    def keep(self, member: Member, rows: MemberRows, embeddings: np.ndarray | None) -> None:
+    def write_imported(self, member: Member, rows: MemberRows, embeddings: np.ndarray | None) -> None:
         """Store rows of an imported member, sorted by id, and their embeddings (N, D); the record comes last."""
         folder = self.workspace.predictions(member.name, rows.split)
         (folder / "record.json").unlink(missing_ok=True)
@@ -275,11 +280,11 @@ class Store:
         samples = Samples(rows.split, tuple(rows.sample_ids.tolist()), rows.labels, None)
         self._finish(member, samples, {"width": 0 if embeddings is None else embeddings.shape[1]})
 
-    def keep_oof(self, name: str, oof: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    def write_imported_oof(self, name: str, oof: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
         """Store out-of-fold rows of an imported member: `oof` as the catalog lists them; their arrays."""
         write_arrays(self.workspace.oof(name), {**arrays, "key": np.array(self._oof_key(oof))})
 
-    def forget(self, name: str) -> None:
+    def remove_member(self, name: str) -> None:
         """Remove everything that is stored of a member, records first."""
         for split in SPLITS:
             folder = self.workspace.predictions(name, split)
@@ -413,7 +418,7 @@ def with_imported(config: Config, workspace: Workspace, found: Catalog, earlier:
             problems.append(Problem("imported_name", "error", name, message, "import them under another name"))
             continue
         problems += [problem for problem in earlier.problems if problem.member == name and problem.code != OUTDATED]
-        outdated = store.outdated(member)
+        outdated = store.outdated_parts(member)
         if outdated:
             message = f"imported for other images or classes: {', '.join(outdated)}"
             problems.append(Problem(OUTDATED, "error", name, message, f"import it again: {IMPORT}"))

@@ -17,17 +17,17 @@ import numpy as np
 
 from utils import base_back
 from utils.core.errors import UserError
-from utils.networks.checkpoints import read_checkpoint, weights_of
+from utils.networks.checkpoints import read_checkpoint, state_dict_of
 from utils.networks.construction import (
     RETRAIN,
+    EmbeddingExtractor,
     NetworkSpec,
-    Outputs,
-    build,
+    build_network,
     cleanup_memory,
+    extra_outputs_problem,
     keeps_channels_last,
     out_of_memory,
     safe_delete_model,
-    surplus_is_dead,
     trim_memory,
 )
 from utils.predictions.image_splits import ImageSplit, normalise, open_images
@@ -41,12 +41,12 @@ PROBE_ROWS = 2
 LARGEST_BATCH = 4096  # beyond it a GPU gains nothing, and the pixels of a batch stay below a gigabyte
 
 
-class SurplusIsAlive(UserError):
+class ExtraOutputsError(UserError):
     """A network has more outputs than there are classes, and those beyond them answer too."""
 
 
 @dataclass(frozen=True)
-class Batch:
+class OutputBatch:
     """Outputs for consecutive rows of one split."""
 
     split: str
@@ -68,9 +68,9 @@ def open_network(spec: NetworkSpec, weights: Mapping[str, Any] | None = None) ->
     if weights is None:
         record = read_checkpoint(spec.checkpoint)
         _require_its_base_back(spec, record)
-        weights = weights_of(record)
+        weights = state_dict_of(record)
     factory = None if spec.source == "timm" else base_back.load("models").create_custom_backbone_safe
-    return build(spec, weights, factory)
+    return build_network(spec, weights, factory)
 
 
 def _require_its_base_back(spec: NetworkSpec, record: Mapping[str, Any]) -> None:
@@ -94,7 +94,7 @@ def stream(
     val: ImageSplit | None = None,
     opener: Callable[[NetworkSpec], nn.Module] | None = None,
     must_be_finite: bool = True,
-) -> Iterator[Batch]:
+) -> Iterator[OutputBatch]:
     """Logits and embeddings of one network over the given splits, batch by batch, in the order of the rows.
 
     On the CPU `batch_size` images at a time, on CUDA as many as memory allows, found by doubling; halved when memory
@@ -128,7 +128,9 @@ def stream(
 
 
 @contextmanager
-def resident(spec: NetworkSpec, device: str) -> Iterator[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+def network_on_device(
+    spec: NetworkSpec, device: str
+) -> Iterator[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
     """One network alone in memory, as `stream` runs it: what answers placed images with logits, and what places them.
 
     Images are normalised (B, 3, H, W); placed, they lie on the device in the network's layout.
@@ -169,7 +171,7 @@ class _Pass:
         self.layout = torch.channels_last if keeps_channels_last(self.model) else torch.contiguous_format
         layout = torch.channels_last if keeps_channels_last(self.model) else torch.preserve_format
         self.model = self.model.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
-        self.outputs = Outputs(self.model, str(self.spec.checkpoint))
+        self.outputs = EmbeddingExtractor(self.model, str(self.spec.checkpoint))
 
     def probe(self, pixels: Any) -> None:
         """Learn the number of outputs and the way to the embedding from a split's first rows."""
@@ -192,7 +194,7 @@ class _Pass:
                 f"{self.spec.checkpoint}: {self.outputs.count} outputs for {len(self.spec.classes)} classes. {RETRAIN}"
             )
 
-    def over(self, images: ImageSplit, pixels: Any, *, cut: bool = True) -> Iterator[Batch]:
+    def over(self, images: ImageSplit, pixels: Any, *, cut: bool = True) -> Iterator[OutputBatch]:
         """All rows of a split; on CUDA the next batch is on its way before the results of the last are fetched."""
         waiting: tuple[int, Tensor, Tensor] | None = None
         start, total = 0, len(images.paths)
@@ -236,11 +238,11 @@ class _Pass:
         cleanup_memory()
         return None
 
-    def _fetch(self, images: ImageSplit, found: tuple[int, Tensor, Tensor], cut: bool) -> Batch:
+    def _fetch(self, images: ImageSplit, found: tuple[int, Tensor, Tensor], cut: bool) -> OutputBatch:
         start, logits, embeddings = found
         columns = len(self.spec.classes) if cut else self.outputs.count
         arrays = [tensor.float().cpu().numpy() for tensor in (logits[:, :columns], embeddings)]
-        batch = Batch(images.split, start, *arrays, self.batch_size)
+        batch = OutputBatch(images.split, start, *arrays, self.batch_size)
         if self.must_be_finite:
             _check_finite(self.spec, images, batch)
         return batch
@@ -271,18 +273,18 @@ class _Pass:
 
 
 def _require_dead_surplus(passing: _Pass, val: ImageSplit | None, opened: Callable[[ImageSplit], Any]) -> None:
-    """Raise SurplusIsAlive, or UserError without val rows, unless the outputs beyond the classes are dead on them."""
+    """Raise ExtraOutputsError unless no output beyond the classes is predicted on val, UserError without val rows."""
     spec = passing.spec
     said = f"{spec.checkpoint}: {passing.outputs.count} outputs for {len(spec.classes)} classes"
     if val is None:
         raise UserError(f"{said}, and no val split to show that the surplus is dead. {RETRAIN}")
     logits = np.concatenate([batch.logits for batch in passing.over(val, opened(val), cut=False)])
-    if reason := surplus_is_dead(logits, len(spec.classes)):
-        raise SurplusIsAlive(f"{said}, and the surplus is not dead: on the val rows {reason}. {RETRAIN}")
+    if reason := extra_outputs_problem(logits, len(spec.classes)):
+        raise ExtraOutputsError(f"{said}, and the surplus is not dead: on the val rows {reason}. {RETRAIN}")
     logger.warning("%s; the surplus is dead on the %d val rows and is cut", said, len(logits))
 
 
-def _check_finite(spec: NetworkSpec, images: ImageSplit, batch: Batch) -> None:
+def _check_finite(spec: NetworkSpec, images: ImageSplit, batch: OutputBatch) -> None:
     bad = np.flatnonzero(~np.isfinite(batch.logits).all(axis=1))
     if bad.size:
         first = images.sample_ids[batch.start + int(bad[0])]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from utils import base_back
 from utils.networks import training_memory
-from utils.networks.construction import NetworkSpec, Outputs, cleanup_memory, safe_delete_model
+from utils.networks.construction import EmbeddingExtractor, NetworkSpec, cleanup_memory, safe_delete_model
 from utils.predictions.streaming import open_network
 from utils.training.image_views import EVALUATION_BATCH_SIZE, Album, Lessons
 from utils.training.progress import copied_weights, schedule_state
@@ -69,7 +69,7 @@ class Moving:
         training = base_back.load("training")
         self.part, self.device = part, device
         self.model = open_network(part.spec, saved["weights"] if saved else None).to(device)
-        self.outputs = Outputs(self.model, part.name, checks=False)
+        self.outputs = EmbeddingExtractor(self.model, part.name, checks=False)
         with torch.no_grad():
             self.outputs.probe(self._plainly(torch.arange(min(PROBED, len(part.exam)))))
         self.model.train().requires_grad_(True)
@@ -111,7 +111,7 @@ class Moving:
         rows = torch.arange(len(self.part.lessons.album))[:batch_size]
         images = self.part.lessons.album.show(rows, self.part.spec.img_size, None)
         kept = training_memory.activation_bytes(self.model, lambda: torch.cat(self.answer(images), dim=1))
-        return training_memory.weights_bytes(self.model) + kept
+        return training_memory.training_state_bytes(self.model) + kept
 
     def release(self) -> None:
         """Free weights, gradients and moments at once, though optimizer and schedule refer to one another."""

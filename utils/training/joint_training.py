@@ -79,7 +79,7 @@ def train(
     """
     run = _Run(parts, head, course, folder, key, device)
     if not run.resumed():
-        run.begin(budget if budget is not None else training_memory.budget(device), batch_size)
+        run.begin(budget if budget is not None else training_memory.memory_budget(device), batch_size)
     return run.finish()
 
 
@@ -119,7 +119,7 @@ class _Run:
             with in_memory([part], [None], self.course, self.device) as (moving,):
                 filled[name] = moving.step_bytes(batch_size)
                 if filled[name] > budget:
-                    with training_memory.computed_twice(moving.model) as count:
+                    with training_memory.activation_checkpointing(moving.model) as count:
                         less = moving.step_bytes(batch_size)
                     if count and less < filled[name]:
                         logger.info(
@@ -234,7 +234,7 @@ class _Run:
             del saved
             for one in moving:
                 if one.part.name in self.state["twice"]:
-                    stack.enter_context(training_memory.computed_twice(one.model))
+                    stack.enter_context(training_memory.activation_checkpointing(one.model))
             # What networks draw while they train follows from the place, so that nothing of it has to be saved.
             torch.manual_seed(seed_of(self.course.seed, "end to end", epoch, number))
             loss = self._epoch(moving, epoch, number)

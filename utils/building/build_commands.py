@@ -20,9 +20,8 @@ from utils.core.workspace import Workspace
 from utils.discovery import discover
 from utils.predictions import catalog
 from utils.predictions.catalog import Member
-from utils.predictions.store import Store
+from utils.predictions.store import STREAMED_SPLITS, Store
 
-STREAMED = ("val", "test")  # one pass serves the honest rows and the evaluation that follows
 Section = Callable[[Store, Sequence[Member], bool], Result]
 """Builds what one section of the configuration asks for, from the members; the flag builds it again."""
 
@@ -83,7 +82,7 @@ def score_level(store: Store, members: Sequence[Member], force: bool) -> Result:
         )
     fresh = [method for method in wanted if force or not _is_up_to_date(store, members, method)]
     if fresh:
-        store.ensure(members, STREAMED)
+        store.ensure(members, STREAMED_SPLITS)
         honest = fitting.out_of_sample_rows(store, members)
         for method in fresh:
             recipe = ensembles.COMBINERS[method].configured(config, fitting.member_facts(store, members))

@@ -27,7 +27,7 @@ from utils.networks.construction import NetworkSpec
 from utils.predictions import catalog, image_splits, streaming
 from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.rows import MemberRows
-from utils.predictions.store import Store
+from utils.predictions.store import STREAMED_SPLITS, Store
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,6 @@ logger = logging.getLogger("disease_pipeline")
 
 VERSION = 1  # raised whenever the same members and settings would give other networks
 SPLITS = ("train", "val", "test")
-STREAMED = ("val", "test")
 OFF = "--set runs.fusion.end_to_end=false"
 
 
@@ -248,5 +247,5 @@ def _kept(
     train = store.images("train")
     store.catalog = discover.register_derived(store.config, store.workspace, store.digests, train, store.catalog, names)
     derived = [store.catalog.members[own] for own in names]
-    store.ensure(derived, STREAMED)
+    store.ensure(derived, STREAMED_SPLITS)
     return derived

@@ -23,12 +23,11 @@ from utils.numeric.metrics import log_loss
 from utils.predictions import fold_networks
 from utils.predictions.catalog import Member
 from utils.predictions.fold_networks import FOLDS
-from utils.predictions.store import Store
+from utils.predictions.store import STREAMED_SPLITS, Store
 
 logger = logging.getLogger("disease_pipeline")
 
 CONFIG_KEY = "runs.fusion"
-STREAMED = ("val", "test")
 VAL, ALIGNED, IN_SAMPLE = "val", "aligned", "in_sample"
 
 
@@ -120,7 +119,7 @@ def _with_embeddings(store: Store, members: Sequence[Member], *, told: bool = Fa
 
 
 def _stream(store: Store, members: Sequence[Member]) -> None:
-    splits = (*STREAMED, *(("train",) if store.config.runs.fusion.train_embeddings == IN_SAMPLE else ()))
+    splits = (*STREAMED_SPLITS, *(("train",) if store.config.runs.fusion.train_embeddings == IN_SAMPLE else ()))
     if not store.config.runs.fusion.extract_embeddings:
         missing = [f"{m.name}/{split}" for m in members for split in splits if not store.is_stored(m, split)]
         if missing:

@@ -20,12 +20,11 @@ from utils.meta_methods import FUSERS, INPUT_METHODS, FuserInput, MetaFuserCombi
 from utils.predictions import catalog, fold_networks
 from utils.predictions.catalog import Member
 from utils.predictions.fold_networks import FULL
-from utils.predictions.store import Store
+from utils.predictions.store import STREAMED_SPLITS, Store
 
 logger = logging.getLogger("disease_pipeline")
 
 NAME = METHOD = "meta_fuser"
-STREAMED = ("val", "test")
 
 
 def meta_fuse(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
@@ -50,7 +49,7 @@ def meta_fuse(config: Config, workspace: Workspace, *, force: bool = False) -> R
     wanted = fitting.inputs_digest(config, store, members, METHOD, extra_inputs=extra_inputs)
     fresh = force or ensembles.stored_digest(workspace, NAME) != wanted
     if fresh:
-        fold_networks.ensure(store, members, STREAMED, _inference(found))
+        fold_networks.ensure(store, members, STREAMED_SPLITS, _inference(found))
         known = fitting.member_facts(store, members)
         rows, inputs = _aligned(store, members, found)
         simple = baselines.measure(config, known, rows.rows.logits, rows.rows.labels, rows.fold)
@@ -103,7 +102,7 @@ def _inputs(store: Store, selected: Sequence[Member]) -> tuple[dict[str, Ensembl
         method = next((method for method, ensemble in ensembles.NAMES.items() if ensemble == name), None)
         if record is None and method is not None:
             recipe = ensembles.COMBINERS[method].configured(store.config, fitting.member_facts(store, selected))
-            store.ensure(selected, STREAMED)
+            store.ensure(selected, STREAMED_SPLITS)
             kind = store.config.runs.score_ensemble.fit_rows if recipe.learns else "honest"
             fitting.build(store, name, method, recipe, selected, fitting.out_of_sample_rows(store, selected, kind=kind))
         elif record is None:
@@ -138,14 +137,12 @@ def _inference(found: Mapping[str, Ensemble]) -> str:
 
 def _members(store: Store, found: Mapping[str, Ensemble]) -> list[Member]:
     """The members of all inputs, by name. Raises UserError where one is gone or has another checkpoint now."""
-    needed: dict[str, str] = {}
-    for one in found.values():
-        needed |= {name: one.member_digests[name] for name in one.members}
-    for name, digest in needed.items():
-        member = store.catalog.members.get(name)
-        if member is None or fold_networks.digest(member, _inference(found)) != digest:
-            state = "is no longer in the catalog" if member is None else "has another checkpoint now"
+    for ensemble in found.values():
+        missing, changed = fold_networks.missing_and_changed(store.catalog.members, ensemble)
+        for name in (*missing, *changed):
+            state = "is no longer in the catalog" if name in missing else "has another checkpoint now"
             raise UserError(f"{name} {state}; build the inputs again: python ensemble_orchestrator.py build-ensemble")
+    needed = {name for ensemble in found.values() for name in ensemble.members}
     return [store.catalog.members[name] for name in sorted(needed)]
 
 

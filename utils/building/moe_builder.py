@@ -22,12 +22,11 @@ from utils.moe_methods import COMBINERS, CascadeCombiner, MixtureOfExperts
 from utils.numeric.metrics import log_loss_per_row, softmax
 from utils.predictions import catalog, streaming
 from utils.predictions.catalog import Member
-from utils.predictions.store import Store
+from utils.predictions.store import STREAMED_SPLITS, Store
 
 logger = logging.getLogger("disease_pipeline")
 
 MOE, CASCADE = "runs.moe", "runs.cascade"
-STREAMED = ("val", "test")
 TIMED_ROWS = 64  # images of val that the ways to answer are timed on
 ONE_IMAGE = 1
 ITSELF = "itself"
@@ -58,7 +57,7 @@ def _section(store: Store, members: Sequence[Member], name: str, force: bool) ->
         reason = f"chooses among members, and there is only {members[0].name}. Name others in backbones.include"
         return Result("", {"built": [], "up_to_date": []}, [f"{name}: {reason}"])
     if force or not is_current(store, members, name):
-        store.ensure(members, STREAMED)
+        store.ensure(members, STREAMED_SPLITS)
         records = latency.measure(store, members, batches=[ONE_IMAGE])
         known = fitting.member_facts(store, members, latency.milliseconds(records))
         honest = fitting.out_of_sample_rows(store, members)

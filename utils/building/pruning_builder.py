@@ -19,12 +19,11 @@ from utils.core.artifacts import read_record, write_json
 from utils.core.config import Config
 from utils.core.results import Result
 from utils.predictions.catalog import Member
-from utils.predictions.store import Store
+from utils.predictions.store import STREAMED_SPLITS, Store
 
 logger = logging.getLogger("disease_pipeline")
 
 CONFIG_KEY = "pruning"
-STREAMED = ("val", "test")
 ONE_IMAGE = 1
 AGAIN = "Remove it, then run build-ensemble again"
 
@@ -41,7 +40,7 @@ def pruned(store: Store, members: Sequence[Member], force: bool) -> Result:
     fresh = [name for name in wanted if name not in known and (force or not is_current(store, members, name))]
     reasons = dict(known)
     if fresh:
-        store.ensure(members, STREAMED)
+        store.ensure(members, STREAMED_SPLITS)
         records = latency.measure(store, members, batches=[ONE_IMAGE])
         facts = fitting.member_facts(store, members, latency.milliseconds(records))
         _say_what_is_odd(config, facts)

@@ -23,14 +23,13 @@ from utils.core.results import Result
 from utils.discovery import discover
 from utils.predictions import streaming
 from utils.predictions.catalog import Member
-from utils.predictions.store import Store
+from utils.predictions.store import STREAMED_SPLITS, Store
 
 logger = logging.getLogger("disease_pipeline")
 
 VERSION = 1  # raised whenever the same request would be answered by other snapshots
 CONFIG_KEY = "runs.snapshot_ensemble"
 NAME, METHOD = "snapshot_ensemble", "snapshot"
-STREAMED = ("val", "test")
 DECIDING = ("DBT_BATCH_SIZE", "DBT_BACKBONE_LR", "DBT_DEBUG_MODE", "DBT_DEBUG_BATCH_SIZE")
 """Variables that the weights depend on and that no checkpoint tells."""
 AGAIN = "Remove it, then run build-ensemble again"
@@ -61,7 +60,7 @@ def snapshots(store: Store, members: Sequence[Member], force: bool) -> Result:
     wanted = fitting.inputs_digest(store.config, store, usable, METHOD)
     is_fresh = force or ensembles.stored_digest(store.workspace, NAME) != wanted
     if is_fresh:
-        store.ensure(usable, STREAMED)
+        store.ensure(usable, STREAMED_SPLITS)
         recipe = ensembles.COMBINERS[METHOD].configured(store.config, fitting.member_facts(store, usable))
         fitting.build(store, NAME, METHOD, recipe, usable, fitting.out_of_sample_rows(store, usable))
     state, key = ("built", "built") if is_fresh else ("up to date", "up_to_date")

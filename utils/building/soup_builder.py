@@ -22,7 +22,7 @@ from utils.core.results import Result
 from utils.discovery import discover
 from utils.networks.checkpoints import training_metadata
 from utils.predictions.catalog import Member
-from utils.predictions.store import Store
+from utils.predictions.store import STREAMED_SPLITS, Store
 
 if TYPE_CHECKING:
     from utils.building.soup_trials import Mix, Survey, Trial
@@ -35,7 +35,6 @@ STAGE = re.compile(r"final|finetune_best|head_best|snapshot\d+|finetune_epoch(?P
 """Checkpoints of a backbone that are looked at, of single epochs those in the later half of fine-tuning."""
 HEAD = "head_best"
 STEPS = 10  # of the alpha sweep
-STREAMED = ("val", "test")
 """What the base pipeline writes into a checkpoint beside the identity that the catalog knows."""
 AGAIN = "Remove it, then run build-ensemble again"
 
@@ -248,7 +247,7 @@ def _save(store: Store, member: Member, soups: Mapping[str, Soup], survey: Surve
         store.config, store.workspace, store.digests, train, store.catalog, list(names.values())
     )
     derived = {key: store.catalog.members[name] for key, name in names.items()}
-    store.ensure(list(derived.values()), STREAMED)
+    store.ensure(list(derived.values()), STREAMED_SPLITS)
     for key, own in derived.items():
         role = METHODS[key].role
         honest = fitting.out_of_sample_rows(store, [own])

@@ -20,12 +20,11 @@ from utils.predictions import catalog, fold_networks
 from utils.predictions.catalog import Member
 from utils.predictions.fold_networks import FOLDS, FULL
 from utils.predictions.inspection import REFUSING
-from utils.predictions.store import Store
+from utils.predictions.store import STREAMED_SPLITS, Store
 from utils.stacking_methods import COMBINERS
 
 logger = logging.getLogger("disease_pipeline")
 
-STREAMED = ("val", "test")
 REFUSED = ("oof_refused", *REFUSING)
 """Codes of what discovery holds against out-of-fold predictions that it does not use."""
 
@@ -82,7 +81,7 @@ def _fitted(
     """Fit and save these; {method: what kept it from being fitted}, such as a library that is not there."""
     if not fresh:
         return {}
-    store.ensure(members, STREAMED)
+    store.ensure(members, STREAMED_SPLITS)
     known = fitting.member_facts(store, members)
     measured = _measured(store, members, known)
     prepared: dict[str, tuple[OutOfSampleRows, Baselines]] = {}
@@ -142,7 +141,7 @@ def _prepared(
     store: Store, members: Sequence[Member], known: MemberFacts, inference: str
 ) -> tuple[OutOfSampleRows, Baselines]:
     """The rows to fit on and the simple combinations on them, by the networks that are to answer."""
-    fold_networks.ensure(store, members, STREAMED, inference)
+    fold_networks.ensure(store, members, STREAMED_SPLITS, inference)
     honest = fitting.out_of_sample_rows(store, members, kind=store.config.runs.stacking.fit_rows, inference=inference)
     return honest, baselines.measure(store.config, known, honest.rows.logits, honest.rows.labels, honest.fold)
 

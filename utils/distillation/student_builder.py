@@ -28,14 +28,13 @@ from utils.distillation import student_comparison as comparison
 from utils.distillation import student_plan as plan
 from utils.distillation import students, teachers, unlabeled
 from utils.distillation.controls import ALONE
-from utils.distillation.student_plan import STREAMED
 from utils.distillation.students import Student
 from utils.distillation.teachers import METHOD, Teacher
 from utils.numeric.metrics import softmax
 from utils.predictions import catalog, image_splits, streaming
 from utils.predictions.catalog import Member
 from utils.predictions.image_splits import ImageSplit
-from utils.predictions.store import Store
+from utils.predictions.store import STREAMED_SPLITS, Store
 
 if TYPE_CHECKING:
     from utils.distillation.student_training import Course, Trained
@@ -132,7 +131,7 @@ class _Showing:
     def decode(self, teacher: Teacher, images: ImageSplit) -> None:
         """Open everything once, at each size that somebody looks at."""
         found = {member.img_size for member in teachers.members_of(self.store, teacher)} | {self.student.img_size}
-        splits = [images, *(self.store.images(split) for split in STREAMED)]
+        splits = [images, *(self.store.images(split) for split in STREAMED_SPLITS)]
         sizes = sorted(size for size in found if size)
         image_splits.decode(splits, sizes, image_cache=self.store.workspace.image_cache, threads=self.threads)
 
@@ -236,7 +235,7 @@ def _alone(showing: _Showing, lessons: Lessons, progress: TrainingProgress) -> t
     course = replace(_course(store, showing.student), epochs=epochs, alpha=0.0)
     model, exam = students.fresh(store, showing.student), showing.album(store.images("val"))
     alone = train(model, course, plain, None, exam, device=showing.device, progress=progress)
-    albums = {split: showing.album(store.images(split)) for split in STREAMED}
+    albums = {split: showing.album(store.images(split)) for split in STREAMED_SPLITS}
     answers = {split: softmax(logits_of(model, one, showing.device, alone.weights)) for split, one in albums.items()}
     return alone, answers
 
@@ -287,7 +286,7 @@ def _kept(
         store.config, store.workspace, store.digests, train, store.catalog, [student.member]
     )
     derived = store.catalog.members[student.member]
-    store.ensure([derived], STREAMED)
+    store.ensure([derived], STREAMED_SPLITS)
     return derived, fitting.out_of_sample_rows(store, [derived])
 
 

@@ -86,8 +86,7 @@ def costs(store: Store, teacher: Teacher, derived: Member) -> dict[str, dict[str
         }
         return times | {"device": records[0].device, "threads": records[0].threads}
 
-    folds = teacher.ensemble.inference == fold_networks.FOLDS
-    counts = [len(fold_networks.stages(member)) if folds else 1 for member in members]
+    counts = [len(fold_networks.answering(member, teacher.ensemble.inference)) for member in members]
     size = teachers.size_mb(store, teacher)
     own = (store.workspace.base / derived.checkpoints[0]["path"]).stat().st_size / 1e6
     return {

@@ -19,7 +19,6 @@ from utils.predictions.store import Store
 
 VERSION = 1  # raised whenever the same request would give another student
 PLACE = "distillation"
-STREAMED = ("val", "test")
 DECIDING = ("temperature", "alpha", "epochs", "lr", "batch_size", "targets", "views", "mix")
 """Settings that the weights depend on, beside teacher and student."""
 AGAIN = "Remove it, then distill again"

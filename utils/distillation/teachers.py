@@ -19,7 +19,7 @@ from utils.distillation.soft_targets import log_probabilities
 from utils.ensemble_methods import SoftVoting
 from utils.networks import construction
 from utils.networks.construction import EmbeddingExtractor, NetworkSpec
-from utils.numeric.metrics import log_softmax, softmax
+from utils.numeric.metrics import softmax
 from utils.predictions import catalog, fold_networks, streaming
 from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.rows import Rows
@@ -113,10 +113,10 @@ def _check(store: Store, teacher: Teacher, besides: str) -> None:
         )
     if besides in one.members:
         raise UserError(f"{PLACE} {teacher.name}: it is made of {besides}, the student itself. Name another teacher")
-    for name in one.members:
-        if name not in members or fold_networks.digest(members[name], one.inference) != one.member_digests[name]:
-            state = "is no longer in the catalog" if name not in members else "has another checkpoint now"
-            raise UserError(f"{PLACE} {teacher.name}: its member {name} {state}. {again}")
+    missing, changed = fold_networks.missing_and_changed(members, one)
+    for name in (*missing, *changed):
+        state = "is no longer in the catalog" if name in missing else "has another checkpoint now"
+        raise UserError(f"{PLACE} {teacher.name}: its member {name} {state}. {again}")
 
 
 def members_of(store: Store, teacher: Teacher) -> list[Member]:
@@ -178,8 +178,8 @@ def shown(store: Store, teacher: Teacher, count: int, show: Shown) -> np.ndarray
     embeddings: list[np.ndarray] = []
     for place, member in enumerate(members_of(store, teacher)):
         order = [member.classes.index(name) for name in classes]
-        stages = fold_networks.stages(member) if one.inference == fold_networks.FOLDS else (None,)
-        total = np.full((count, len(classes)), -np.inf)
+        stages = fold_networks.answering(member, one.inference)
+        mean = fold_networks.FoldMean(count, len(classes))
         for stage in stages:
             catalog.check_current(store.workspace, member, store.digests, *([stage] if stage else []))
             spec = member.network(store.workspace, stage=stage)
@@ -188,9 +188,9 @@ def shown(store: Store, teacher: Teacher, count: int, show: Shown) -> np.ndarray
                 logits[place] = found[:, order]
                 embeddings += [read] if read is not None else []
             else:
-                np.logaddexp(total, log_softmax(found[:, order]), out=total)
+                mean.add(found[:, order])
         if stages != (None,):
-            logits[place] = total - np.log(len(stages))
+            logits[place] = mean.mean(len(stages))
             if teacher.reads_embeddings:  # always the full network's: every fold network has a space of its own
                 _, read = _run(store, member.network(store.workspace), count, show, keeps_embeddings=True)
                 embeddings.append(read)  # type: ignore[arg-type]
@@ -253,6 +253,6 @@ def size_mb(store: Store, teacher: Teacher) -> float | None:
         return None
     files = []
     for member in members_of(store, teacher):
-        stages = fold_networks.stages(member) if teacher.ensemble.inference == fold_networks.FOLDS else (None,)
+        stages = fold_networks.answering(member, teacher.ensemble.inference)
         files += [member.network(store.workspace, stage=stage).checkpoint for stage in stages]
     return sum(file.stat().st_size for file in files) / 1e6

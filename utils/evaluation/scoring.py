@@ -76,24 +76,17 @@ def usable(found: Catalog, saved: Mapping[str, Ensemble]) -> tuple[dict[str, Ens
     """
     kept, failures = {}, {}
     for name, ensemble in saved.items():
-        gone = [member for member in ensemble.members if member not in found.members]
-        if gone:
+        missing, changed = fold_networks.missing_and_changed(found.members, ensemble)
+        if missing:
             failures[name] = (
-                f"its member {', '.join(gone)} is no longer in the catalog. Put the checkpoint or the predictions back "
-                f"and run discover, or build it without: {ensembles.build_command(name)} --force"
+                f"its member {', '.join(missing)} is no longer in the catalog. Put the checkpoint or the predictions "
+                f"back and run discover, or build it without: {ensembles.build_command(name)} --force"
             )
-        elif _is_stale(found, ensemble):
+        elif changed:
             logger.warning("%s was built from other checkpoints than the catalog holds; build it again", name)
         else:
             kept[name] = ensemble
     return kept, failures
-
-
-def _is_stale(found: Catalog, ensemble: Ensemble) -> bool:
-    return any(
-        fold_networks.digest(found.members[name], ensemble.inference) != ensemble.member_digests[name]
-        for name in ensemble.members
-    )
 
 
 def each(members: Sequence[Member], action: Callable[[Sequence[Member]], object]) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,13 +83,12 @@ def load_source(store: Store, name: str) -> ExportSource:
         )
     ensemble = ensembles.load(store.workspace, name)
     again = f"Build it again: {ensembles.build_command(name)} --force"
-    gone = [member for member in ensemble.members if member not in members]
-    if gone:
-        raise UserError(f"{name}: its member {', '.join(gone)} is not in the catalog any more. {again}")
+    missing, changed = fold_networks.missing_and_changed(members, ensemble)
+    if missing:
+        raise UserError(f"{name}: its member {', '.join(missing)} is not in the catalog any more. {again}")
+    if changed:
+        raise UserError(f"{name}: {changed[0]} is another network than the one it was built from. {again}")
     own = tuple(members[member] for member in ensemble.members)
-    for member in own:
-        if fold_networks.digest(member, ensemble.inference) != ensemble.member_digests[member.name]:
-            raise UserError(f"{name}: {member.name} is another network than the one it was built from. {again}")
     found = ExportSource(
         name, ensemble.method, own, ensemble.classes, ensemble.combiner, ensemble.inference, ensemble.inputs_digest
     )
@@ -156,9 +154,7 @@ def _part(store: Store, subject: ExportSource, member: Member) -> MemberNetworks
 
 def _stages(subject: ExportSource, member: Member) -> tuple[str | None, ...]:
     """Which of a member's checkpoints are needed; None is its own."""
-    if subject.inference != fold_networks.FOLDS:
-        return (None,)
-    return (*((None,) if subject.reads_embeddings else ()), *fold_networks.stages(member))
+    return fold_networks.answering(member, subject.inference, embeddings=subject.reads_embeddings)
 
 
 def describe_network(
@@ -222,7 +218,11 @@ def recommended_name(store: Store) -> str:
     saved = {name: ensembles.load(store.workspace, name) for name in ensembles.names(store.workspace)}
     chosen = {member.name: member for member in catalog.select(store.catalog, store.config)}
     own = {name: member for name, member in chosen.items() if _answers_alone(member, store)}
-    current = {name: ensemble for name, ensemble in saved.items() if not _is_stale(store.catalog.members, ensemble)}
+    current = {
+        name: ensemble
+        for name, ensemble in saved.items()
+        if not any(fold_networks.missing_and_changed(store.catalog.members, ensemble))
+    }
     store.ensure(list(own.values()), ("val",))
     found: str = ensembles.recommended(store, own, current)["name"]
     return found
@@ -230,14 +230,6 @@ def recommended_name(store: Store) -> str:
 
 def _answers_alone(member: Member, store: Store) -> bool:
     return member.source != "derived" or member.name in store.config.backbones.selected
-
-
-def _is_stale(members: Mapping[str, Member], ensemble: ensembles.Ensemble) -> bool:
-    digests = ensemble.member_digests
-    return any(
-        name not in members or fold_networks.digest(members[name], ensemble.inference) != digests[name]
-        for name in ensemble.members
-    )
 
 
 def require_member_limit(subject: ExportSource, most: int | None) -> None:

@@ -21,7 +21,7 @@ from utils.combiners.routing import Sparse, execute
 from utils.core.errors import UserError, did_you_mean
 from utils.networks.construction import NetworkSpec
 from utils.numeric.diversity import mutual_information
-from utils.numeric.metrics import log_softmax, softmax
+from utils.numeric.metrics import softmax
 from utils.predictions import catalog, fold_networks, image_splits, streaming
 from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.image_splits import ImageSplit
@@ -91,7 +91,7 @@ class WorkspaceClassifier:
                 f"{self.name}: its member {name} is known by imported predictions alone; there is no network to run. "
                 "Name an ensemble of trained members"
             )
-        if self.ensemble and fold_networks.digest(member, self.inference) != self.ensemble.member_digests[name]:
+        if self.ensemble and name in fold_networks.missing_and_changed({name: member}, self.ensemble)[1]:
             raise UserError(f"{self.name}: was built from another checkpoint of {name} than the catalog holds; {again}")
         for stage in self._stages(member):
             catalog.check_current(self.store.workspace, member, self.store.digests, stage=stage)
@@ -99,10 +99,7 @@ class WorkspaceClassifier:
 
     def _stages(self, member: Member) -> tuple[str | None, ...]:
         """Of the networks that are run: the member's own (None), its fold networks, or both where it takes both."""
-        if self.inference == fold_networks.FULL:
-            return (None,)
-        folds = fold_networks.stages(member)
-        return (None, *folds) if self.reads_embeddings else folds
+        return fold_networks.answering(member, self.inference, embeddings=self.reads_embeddings)
 
     def _networks(self, member: Member) -> list[NetworkSpec]:
         return [member.network(self.store.workspace, stage=stage) for stage in self._stages(member)]
@@ -202,22 +199,21 @@ class WorkspaceClassifier:
         Fold networks answer together: the logarithm of the mean of their probabilities, as `fold_networks` stores it.
         """
         folds = self.inference == fold_networks.FOLDS
-        total = np.full((len(images.paths), len(self.classes)), -np.inf)
+        full = np.empty((len(images.paths), len(self.classes)), dtype=np.float32)
+        mean = fold_networks.FoldMean(*full.shape)
         features: list[np.ndarray] = []
         for stage in self._stages(member):
             for batch in self._batches(member, stage, images, cache):
-                rows = slice(batch.start, batch.start + len(batch.logits))
                 own = batch.logits[:, [member.classes.index(name) for name in self.classes]]
                 if not folds:
-                    total[rows] = own
+                    full[batch.start : batch.start + len(own)] = own
                 elif stage is not None:
-                    total[rows] = np.logaddexp(total[rows], log_softmax(own))
+                    mean.add(own, batch.start)
                 if stage is None and self.reads_embeddings:
                     features.append(batch.embeddings)
                 step(len(own))
-        if folds:
-            total -= np.log(len(fold_networks.stages(member)))
-        return total.astype(np.float32), np.concatenate(features) if features else None
+        logits = mean.mean(len(fold_networks.stages(member))) if folds else full
+        return logits, np.concatenate(features) if features else None
 
     def _batches(self, member: Member, stage: str | None, images: ImageSplit, cache: Path) -> Iterator[OutputBatch]:
         return streaming.stream(

@@ -6,8 +6,9 @@ Out-of-fold rows describe these networks. Their mean is kept beside the full net
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 
@@ -26,12 +27,68 @@ FULL, FOLDS = "full", "folds"
 """What may answer at inference: the member's own checkpoint, or the mean of its fold networks."""
 
 
+class BuiltEnsemble(Protocol):
+    """What a saved ensemble says of the networks that it was built from."""
+
+    @property
+    def members(self) -> Sequence[str]:
+        """Names of the members that answer."""
+
+    @property
+    def member_digests(self) -> Mapping[str, str]:
+        """{member: `digest` of its networks when the ensemble was built}."""
+
+    @property
+    def inference(self) -> str:
+        """FULL or FOLDS."""
+
+
 def stages(member: Member) -> tuple[str, ...]:
     """`fold0`, `fold1`...: the networks that its out-of-fold predictions come from; none unless all are there."""
     found = [entry["stage"] for entry in member.checkpoints if entry["stage"].startswith("fold")]
     if member.oof is None or len(found) != member.oof["folds"]:
         return ()
     return tuple(sorted(found, key=lambda stage: int(stage.removeprefix("fold"))))
+
+
+def answering(member: Member, inference: str, *, embeddings: bool = False) -> tuple[str | None, ...]:
+    """Stages of the networks that answer for a member, in the order in which they run; None is its own checkpoint.
+
+    With `embeddings` the full network is among them, and first: fold networks have no embedding space in common.
+    """
+    if inference == FULL:
+        return (None,)
+    return (*((None,) if embeddings else ()), *stages(member))
+
+
+def missing_and_changed(members: Mapping[str, Member], ensemble: BuiltEnsemble) -> tuple[list[str], list[str]]:
+    """Names of an ensemble's members that the catalog no longer has, and of those that answer with other networks now.
+
+    `members` are those of the catalog. An imported member has changed when its predictions are others.
+    """
+    missing = [name for name in ensemble.members if name not in members]
+    changed = [
+        name
+        for name in ensemble.members
+        if name in members and digest(members[name], ensemble.inference) != ensemble.member_digests[name]
+    ]
+    return missing, changed
+
+
+class FoldMean:
+    """The mean of several networks' probabilities on N rows, as log-probabilities, summed in float64 (N, C)."""
+
+    def __init__(self, n_rows: int, n_classes: int) -> None:
+        self._total = np.full((n_rows, n_classes), -np.inf)
+
+    def add(self, logits: np.ndarray, start: int = 0) -> None:
+        """Add one network's logits (B, C) for the rows from `start` on."""
+        rows = self._total[start : start + len(logits)]
+        np.logaddexp(rows, log_softmax(logits), out=rows)
+
+    def mean(self, n_networks: int) -> np.ndarray:
+        """float32 (N, C), once all rows of that many networks have been added."""
+        return (self._total - np.log(n_networks)).astype(np.float32)
 
 
 def digest(member: Member, inference: str) -> str:
@@ -95,12 +152,12 @@ def _is_stored(store: Store, member: Member, split: str) -> bool:
 
 
 def _stream(store: Store, device: str, job: tuple[Member, Sequence[str]]) -> None:
-    """Run a member's fold networks one after another; the sums stay in memory, (N, C) in float64 per split."""
+    """Run a member's fold networks one after another; one `FoldMean` per split stays in memory."""
     member, splits = job
     images = [store.images(split) for split in splits]
     order = [member.classes.index(name) for name in store.catalog.classes]
     names = stages(member)
-    sums = {split.split: np.full((len(split.paths), len(order)), -np.inf) for split in images}
+    means = {split.split: FoldMean(len(split.paths), len(order)) for split in images}
     for stage in names:
         catalog.check_current(store.workspace, member, store.digests, stage=stage)
         logger.info("streaming %s of %s over %s", stage, member.name, ", ".join(splits))
@@ -114,10 +171,9 @@ def _stream(store: Store, device: str, job: tuple[Member, Sequence[str]]) -> Non
             val=store.images("val"),
         )
         for batch in batches:
-            part = sums[batch.split][batch.start : batch.start + len(batch.logits)]
-            np.logaddexp(part, log_softmax(batch.logits[:, order]), out=part)
-    for split, total in sums.items():
+            means[batch.split].add(batch.logits[:, order], batch.start)
+    for split, mean in means.items():
         path = store.workspace.fold_predictions(member.name, split)
         path.with_suffix(".json").unlink(missing_ok=True)
-        write_array(path, (total - np.log(len(names))).astype(np.float32))
+        write_array(path, mean.mean(len(names)))
         write_json(path.with_suffix(".json"), {"key": key(store, member, split, FOLDS), "networks": list(names)})

@@ -39,6 +39,8 @@ from utils.predictions.rows import MemberRows, Samples, collect_samples
 
 logger = logging.getLogger("disease_pipeline")
 
+STREAMED_SPLITS = ("val", "test")
+"""What a member is run over in one pass, which serves the out-of-sample rows and the evaluation that follows."""
 VERSION = 2  # raised whenever the same weights and images would give other arrays
 GPU_SHARE = 0.5  # of a GPU per member on a cluster: one reads its weights while the other runs
 ARRAYS = ("logits", "labels", "sample_ids", "honest")

@@ -23,7 +23,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.commands import COMMANDS, COMMON, PIPELINE, TYPED_AGAIN
+from utils.commands import COMMANDS, COMMON_OPTIONS, PIPELINE_STAGES, REPEATED_OPTIONS
 from utils.core import errors
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ EXIT_CODES: dict[type[BaseException], int] = {
     errors.UserError: 1,
     OSError: 1,
     errors.ConfigError: 2,
-    errors.HonestyError: 3,
+    errors.LeakageError: 3,
     errors.PartialFailure: 4,
     KeyboardInterrupt: 130,
 }
@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         example = f"Example: python ensemble_orchestrator.py {command.example}"
         sub = commands.add_parser(name, help=command.help, description=command.help, epilog=example)
         choice = sub.add_mutually_exclusive_group(required=True) if command.one_of else sub
-        for option, settings in {**command.arguments, **COMMON}.items():
+        for option, settings in {**command.arguments, **COMMON_OPTIONS}.items():
             (choice if option in command.one_of else sub).add_argument(option, **settings)
     return parser
 
@@ -73,13 +73,13 @@ def run_pipeline(config: Config, workspace: Workspace, *, force: bool = False) -
     from utils.core.results import Result
 
     texts, documents, failures = [], {}, []
-    for number, (name, options, sections) in enumerate(PIPELINE, start=1):
+    for number, (name, options, sections) in enumerate(PIPELINE_STAGES, start=1):
         if sections and not any(config.at(f"{section}.enable") for section in sections):
-            logger.info("stage %d of %d: %s is off in the configuration", number, len(PIPELINE), name)
+            logger.info("stage %d of %d: %s is off in the configuration", number, len(PIPELINE_STAGES), name)
             continue
-        logger.info("stage %d of %d: %s", number, len(PIPELINE), name)
+        logger.info("stage %d of %d: %s", number, len(PIPELINE_STAGES), name)
         result = call(name, config, workspace, options | {"force": force})
-        times = 1 + sum(earlier == name for earlier, _, _ in PIPELINE[: number - 1])
+        times = 1 + sum(earlier == name for earlier, _, _ in PIPELINE_STAGES[: number - 1])
         stage = name if times == 1 else f"{name}-{times}"
         texts.append(f"== {stage}\n{result.text}")
         documents[stage] = result.document
@@ -109,7 +109,7 @@ def run_debug(
 
     def run(line: Sequence[str], config: Config, workspace: Workspace, force: bool) -> Result:
         typed = vars(build_parser().parse_args(line))
-        common = {_attribute(option) for option in COMMON} | {"command"}
+        common = {_attribute(option) for option in COMMON_OPTIONS} | {"command"}
         own = {name: value for name, value in typed.items() if name not in common}
         return call(line[0], config, workspace, own | {"force": force})
 
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     options = vars(build_parser().parse_args(argv))  # usage errors end here with 2, before anything is imported
     name = options.pop("command")
-    common = {option: options.pop(_attribute(option)) for option in COMMON if option != "--force"}
+    common = {option: options.pop(_attribute(option)) for option in COMMON_OPTIONS if option != "--force"}
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         result = _prepared_call(name, common, options)
@@ -147,8 +147,8 @@ def _attribute(option: str) -> str:
 def _line(command: str, common: dict[str, Any]) -> str:
     """A command as it is typed, with the common options of this one."""
     words = ["python", "ensemble_orchestrator.py", *command.split()]
-    for option in TYPED_AGAIN:
-        if common[option] != COMMON[option].get("default"):
+    for option in REPEATED_OPTIONS:
+        if common[option] != COMMON_OPTIONS[option].get("default"):
             values = common[option] if isinstance(common[option], list) else [common[option]]
             words += [word for value in values for word in (option, value)]
     return shlex.join(words)
@@ -164,17 +164,17 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
     for option in command.one_of:
         if options[_attribute(option)] is None:
             del options[_attribute(option)]
-    for option, target in command.alone:
+    for option, target in command.standalone:
         if _attribute(option) in options:
             return _function(target)(**options)
-    from utils.core.config_file import find, load
+    from utils.core.config_file import find_config, load_config
     from utils.ensemble_methods import COMBINERS
 
     overrides = list(common["--set"])
     if common["--device"] is not None:
         overrides.append(f"device={common['--device']}")
     names = {"runs.score_ensemble.methods": tuple(COMBINERS)}
-    config = load(find(common["--config"], PROJECT), overrides=overrides, names=names)
+    config = load_config(find_config(common["--config"], PROJECT), overrides=overrides, names=names)
     folder = common["--workspace"]
     if folder is not None:
         folder = str(Path(folder).expanduser().absolute())
@@ -182,22 +182,21 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
             raise errors.UserError(f"--workspace {folder}: no such folder; make demo DATA=... prints the one it made")
     if common["--output"] is not None:  # for BASE-BACK's settings and for processes that are started from here
         os.environ["DBT_ENSEMBLE_DIR"] = str(Path(common["--output"]).expanduser().absolute())
-    if command.keeps_out:
-        base_back.spare_workspace()
+    if command.sandboxed:
+        base_back.leave_workspace_unchanged()
     base_back.bind(common["--base-back"], folder)
     if config.dataset.group_regex is not None:
         os.environ.setdefault("DBT_GROUP_REGEX", config.dataset.group_regex)
     from utils.core import caches, engines, locks
-    from utils.core.workspace import Workspace
 
-    workspace = Workspace.of_settings(common["--output"])
-    options |= {_attribute(option): common[option] for option in command.told}
+    workspace = base_back.open_workspace(common["--output"])
+    options |= {_attribute(option): common[option] for option in command.pass_through}
     writes = command.writes
     if not isinstance(writes, bool):
         writes = any(options[option] for option in writes)
-    with locks.one_writer(workspace.lock, name) if writes else nullcontext():
+    with locks.writer_lock(workspace.lock, name) if writes else nullcontext():
         # After the lock, which has its own words for a workspace that cannot be written.
-        if not command.keeps_out:
+        if not command.sandboxed:
             messages.set_up_logging(level=level, log_file=workspace.log_file, stream=sys.stderr)
         try:
             if command.decodes:
@@ -205,7 +204,7 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
             with engines.using(common["--engine"], common["--address"]):
                 return call(name, config, workspace, options)
         except OSError as error:
-            raise errors.UserError(errors.file_trouble(error, workspace.root)) from error
+            raise errors.UserError(errors.describe_os_error(error, workspace.root)) from error
 
 
 def _report(error: BaseException) -> int:

@@ -224,12 +224,12 @@ def _teacher(split: Mapping[str, np.ndarray]) -> tuple[Any, np.ndarray]:
     """The fitted combiner, and log-probabilities (N, C) of the train rows by copies that did not see them."""
     from utils.combiners.protocol import MemberFacts, fit_crossfitted
     from utils.combiners.weighting import WeightedPool
-    from utils.core.config_file import load
+    from utils.core.config_file import load_config
     from utils.distillation.soft_targets import log_probabilities
 
     members = tuple(split["members"].tolist())
     unknown = np.full(len(members), np.nan)
-    config = load(prepare.CONFIG, overrides=["device=cpu"])
+    config = load_config(prepare.CONFIG, overrides=["device=cpu"])
     recipe = WeightedPool.configured(config, MemberFacts(members, unknown, unknown, unknown))
     unseen = fit_crossfitted(recipe, split["logits"], split["labels"], split["fold"])
     recipe.fit(split["logits"], split["labels"], split["fold"])

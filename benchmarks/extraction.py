@@ -253,14 +253,14 @@ def save(workspace: Path, arguments: Sequence[str]) -> dict[str, Any]:
 
 def _opened() -> Any:
     """The prediction store of the workspace in the environment, after discovery."""
-    from utils.core.config_file import load
-    from utils.core.workspace import Workspace
+    from utils import base_back
+    from utils.core.config_file import load_config
     from utils.discovery import discover
     from utils.predictions import catalog
     from utils.predictions.store import Store
 
-    config = load(CONFIG, overrides=[f"dataset.batch_size={BATCH}", "device=cpu"])
-    place = Workspace.of_settings()
+    config = load_config(CONFIG, overrides=[f"dataset.batch_size={BATCH}", "device=cpu"])
+    place = base_back.open_workspace()
     discover.discover(config, place)
     return Store(config, place, catalog.load(place))
 
@@ -280,7 +280,7 @@ def full(workspace: Path, names: Sequence[str]) -> dict[str, Any]:
     val = store.images("val")
     base_back.load("models")
     size = store.catalog.members[names[0]].img_size
-    decoder = base_back.bundled("image_cache")
+    decoder = base_back.load_bundled("image_cache")
     threads = image_splits.decoding_threads(store.config.dataset.num_workers)
     start = time.perf_counter()
     side = decoder.resized_side(size)

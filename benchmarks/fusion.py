@@ -224,15 +224,14 @@ def memory(workspace: Path, names: Sequence[str]) -> dict[str, Any]:
 
     from utils import base_back
     from utils.building import build_commands
-    from utils.core.config_file import load
-    from utils.core.workspace import Workspace
+    from utils.core.config_file import load_config
     from utils.discovery import discover
 
     shutil.rmtree(workspace / "ensembles", ignore_errors=True)
     shutil.rmtree(workspace / "image_cache", ignore_errors=True)
     overrides = [f"dataset.batch_size={extraction.BATCH}", "device=cpu", "runs.fusion.enable=true"]
     overrides += [f"backbones.include=[{','.join(names)}]", "runs.fusion.fusion_config.epochs=2"]
-    config, place = load(extraction.CONFIG, overrides=overrides), Workspace.of_settings()
+    config, place = load_config(extraction.CONFIG, overrides=overrides), base_back.open_workspace()
     discover.discover(config, place)
     base_back.load("models")
     status = Path("/proc/self/status")

@@ -49,7 +49,7 @@ def measure(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
     from dataclasses import replace
 
     from utils.combiners.protocol import MemberFacts
-    from utils.core.config_file import load
+    from utils.core.config_file import load_config
     from utils.numeric.metrics import accuracy, log_loss
     from utils.stacking_methods import COMBINERS
 
@@ -59,7 +59,7 @@ def measure(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
     labels, folds = arrays["labels"][own], arrays["fold"][own]
     unknown = np.full(len(arrays["members"]), np.nan)
     facts = MemberFacts(tuple(arrays["members"].tolist()), unknown, unknown, unknown)
-    recipe = replace(COMBINERS["stacking_xgb"].configured(load(prepare.CONFIG), facts), fallback=False)
+    recipe = replace(COMBINERS["stacking_xgb"].configured(load_config(prepare.CONFIG), facts), fallback=False)
     found = {}
     for kind, logits in zip(KINDS, (arrays["train_logits"], arrays["logits"][:, own]), strict=True):
         expected = recipe.fit_crossfitted(logits, labels, folds)

@@ -184,10 +184,10 @@ def outcome(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float, f
     from utils.building.ensembles import COMBINERS
     from utils.combiners.protocol import MemberFacts
     from utils.combiners.routing import needed
-    from utils.core.config_file import load
+    from utils.core.config_file import load_config
     from utils.numeric.metrics import accuracy, log_loss
 
-    config = load(prepare.CONFIG, overrides=[f"runs.moe.top_k={TOP_K}", f"runs.moe.num_experts={len(EXPERTS)}"])
+    config = load_config(prepare.CONFIG, overrides=[f"runs.moe.top_k={TOP_K}", f"runs.moe.num_experts={len(EXPERTS)}"])
     names = tuple(arrays["members"].tolist())
     facts = MemberFacts(names, *(np.full(len(names), np.nan) for _ in range(3)))
     moe, cascade = (COMBINERS[name].configured(config, facts) for name in ("moe", "cascade"))

@@ -200,15 +200,15 @@ def keep(file: Path) -> None:
     """
     import numpy as np
 
+    from utils import base_back
     from utils.building import fitting
     from utils.core.artifacts import write_arrays
-    from utils.core.config_file import load
-    from utils.core.workspace import Workspace
+    from utils.core.config_file import load_config
     from utils.predictions import catalog
     from utils.predictions.rows import align
     from utils.predictions.store import Store
 
-    config, place = load(CONFIG, overrides=["device=cpu"]), Workspace.of_settings()
+    config, place = load_config(CONFIG, overrides=["device=cpu"]), base_back.open_workspace()
     known = catalog.load(place)
     members = catalog.select(known, config)
     store = Store(config, place, known)

@@ -64,11 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(folder: Path, size: Size) -> tuple[float, float]:
     """Seconds to write the report of a synthetic workspace in an empty folder, imports included, and its megabytes."""
-    from utils.core.config_file import load
+    from utils.core.config_file import load_config
     from utils.evaluation import report_page
 
     workspace = synthetic(folder, size)
-    config = load(PROJECT / "configs" / "votes.yaml")
+    config = load_config(PROJECT / "configs" / "votes.yaml")
     start = time.perf_counter()
     report_page.write(config, workspace, "test")
     return time.perf_counter() - start, workspace.report("test").stat().st_size / 1e6
@@ -117,9 +117,9 @@ def _counts(size: Size) -> dict[str, int]:
 
 
 def _votes() -> Any:
-    from utils.core.config_file import load
+    from utils.core.config_file import load_config
 
-    return load(PROJECT / "configs" / "votes.yaml")
+    return load_config(PROJECT / "configs" / "votes.yaml")
 
 
 def _split(

@@ -172,13 +172,13 @@ def peer_version() -> str | None:
 # parts, each in a process of its own ---------------------------------------------------------------------------------
 def honest(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
     """Honest predictions of the workspace in the environment."""
-    from utils.core.config_file import load
-    from utils.core.workspace import Workspace
+    from utils import base_back
+    from utils.core.config_file import load_config
     from utils.predictions import catalog
     from utils.predictions.rows import align
     from utils.predictions.store import Store
 
-    config, place = load(CONFIG, overrides=["device=cpu"]), Workspace.of_settings()
+    config, place = load_config(CONFIG, overrides=["device=cpu"]), base_back.open_workspace()
     found = catalog.load(place)
     store = Store(config, place, found)
     rows = align(store.out_of_sample_parts(catalog.select(found, config)), found.classes)

@@ -105,9 +105,9 @@ def _on_one_thread(stack: ExitStack) -> None:
 
 def settings() -> Any:
     """The demo's configuration with all stackers, all of it fitted for log-loss."""
-    from utils.core.config_file import load
+    from utils.core.config_file import load_config
 
-    return load(prepare.CONFIG, overrides=OVERRIDES)
+    return load_config(prepare.CONFIG, overrides=OVERRIDES)
 
 
 # log-loss ------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 from utils.core.errors import UserError
 from utils.core.messages import LOGGER_NAME, set_up_logging
+from utils.core.workspace import Workspace
 
 PROJECT = Path(os.path.abspath(__file__)).parents[1]
 BUNDLED = PROJECT / "BASE-BACK"
@@ -176,7 +177,7 @@ def load(name: str) -> ModuleType:
         raise UserError(f"{name} of the BASE-BACK {folder} cannot be loaded: {error}. {remedy}") from error
 
 
-def bundled(name: str) -> ModuleType:
+def load_bundled(name: str) -> ModuleType:
     """A module of the bundled BASE-BACK's `utils` that reads no setting, such as "samples", whatever is mounted.
 
     Where the bundled BASE-BACK is mounted it is the mounted module itself, so that no file is loaded twice.
@@ -188,7 +189,7 @@ def bundled(name: str) -> ModuleType:
     return importlib.import_module(f"{_BUNDLED_UTILS}.{name}")
 
 
-def spare_workspace() -> None:
+def leave_workspace_unchanged() -> None:
     """Let settings that are read from now on make no folder of the workspace."""
     _FINDER.spares = True
 
@@ -235,6 +236,11 @@ def _is_in(module: ModuleType, folder: Path) -> bool:
 def settings() -> ModuleType:
     """`config.settings` of the mounted BASE-BACK, read once per process; the bundled one needs no torch."""
     return load("config.settings")
+
+
+def open_workspace(output: str | None = None) -> Workspace:
+    """The workspace of the mounted BASE-BACK; loads its settings, but not torch. `output` as in `from_settings`."""
+    return Workspace.from_settings(settings(), output)
 
 
 def _set_workspace(folder: Path, workspace: str | None) -> None:

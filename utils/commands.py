@@ -19,14 +19,14 @@ class Command(NamedTuple):
     """Whether it changes the workspace, of which it is then the one writer; or the options that make it do so."""
     decodes: bool = False
     """Whether images may have to be decoded, for which the quota makes room first."""
-    keeps_out: bool = False
+    sandboxed: bool = False
     """Whether it leaves the workspace alone, log file included, but for a folder of its own."""
-    told: tuple[str, ...] = ()
-    """Common options that it is handed, beside --force."""
+    pass_through: tuple[str, ...] = ()
+    """Common options that the function receives in addition to --force."""
     one_of: tuple[str, ...] = ()
     """Options of which exactly one is typed."""
-    alone: tuple[tuple[str, str], ...] = ()
-    """(option, the function that it calls in place of the target): without configuration, workspace or BASE-BACK."""
+    standalone: tuple[tuple[str, str], ...] = ()
+    """(option, function called instead of the target); needs no configuration, workspace or BASE-BACK."""
 
 
 DEBUG_SECTIONS = (
@@ -247,7 +247,7 @@ COMMANDS: dict[str, Command] = {
         },
         writes=False,
         one_of=("--model-name", "--from-export"),
-        alone=(("--from-export", "utils.inference.predict:predict_from_export"),),
+        standalone=(("--from-export", "utils.inference.predict:predict_from_export"),),
     ),
     "pipeline": Command(
         "ensemble_orchestrator:run_pipeline",
@@ -298,11 +298,11 @@ COMMANDS: dict[str, Command] = {
             "--inside": {"action": "store_true", "help": argparse.SUPPRESS},
         },
         writes=False,
-        keeps_out=True,
-        told=("--verbose",),
+        sandboxed=True,
+        pass_through=("--verbose",),
     ),
 }
-PIPELINE: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
+PIPELINE_STAGES: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("discover", {"verify": True}, ()),
     ("build-ensemble", {}, ("runs.score_ensemble", "runs.model_soup", "runs.snapshot_ensemble", "pruning")),
     ("stack", {}, ("runs.stacking",)),
@@ -318,7 +318,7 @@ PIPELINE: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
 
 What a command leaves stands under its name; the second time under `<name>-2`.
 """
-COMMON: dict[str, dict[str, Any]] = {
+COMMON_OPTIONS: dict[str, dict[str, Any]] = {
     "--config": {
         "metavar": "FILE",
         "default": "configs/ensemble_config.yaml",
@@ -358,5 +358,5 @@ COMMON: dict[str, dict[str, Any]] = {
     "--verbose": {"action": "store_true", "help": "more messages"},
     "--quiet": {"action": "store_true", "help": "warnings and errors only"},
 }
-TYPED_AGAIN = ("--config", "--set", "--workspace", "--output", "--base-back", "--device", "--engine", "--address")
+REPEATED_OPTIONS = ("--config", "--set", "--workspace", "--output", "--base-back", "--device", "--engine", "--address")
 """Common options that belong to the next command as well."""

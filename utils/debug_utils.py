@@ -63,7 +63,7 @@ def debug(
         return _plan(names, config, workspace, sandbox, commands, arch)
     folder = debug_sandbox.folder_of(workspace)
     rows: list[dict[str, Any]] = []
-    with locks.one_writer(folder / debug_sandbox.LOCK_NAME, "debug"):
+    with locks.writer_lock(folder / debug_sandbox.LOCK_NAME, "debug"):
         start = time.monotonic()
         settings = folder / "config.yaml"  # JSON is YAML; it holds what was typed with --set as well
         write_json(settings, config.as_dict())
@@ -168,7 +168,7 @@ def _run(name: str, settings: Path, sandbox: Sandbox, arch: str | None, *, verbo
     ]
     logger.debug("debug: %s", shlex.join(command))
     start = time.monotonic()
-    code, said, last = subprocesses.run(command, sandbox.environment())
+    code, said, last = subprocesses.run_program(command, sandbox.environment())
     seconds = time.monotonic() - start
     try:
         failures = list(json.loads(said)["failures"])
@@ -233,10 +233,10 @@ def _plan(
 def _reset(workspace: Workspace, *, confirm: bool, dry_run: bool) -> Result:
     folder = debug_sandbox.folder_of(workspace)
     if dry_run:
-        size = caches.shown(caches.size(folder))
+        size = caches.format_bytes(caches.total_size(folder))
         return Result(f"would remove {folder}, {size}\nnothing was touched", {"dry_run": True, "folder": str(folder)})
     count, size = debug_sandbox.remove_sandboxes(workspace, confirm=confirm)
-    words = f"removed: {count} files, {caches.shown(size)}" if count else f"{folder}: nothing to remove"
+    words = f"removed: {count} files, {caches.format_bytes(size)}" if count else f"{folder}: nothing to remove"
     return Result(words, {"removed": count, "bytes": size, "folder": str(folder)})
 
 
@@ -251,7 +251,7 @@ def _require_known(arch: str | None, workspace: Workspace) -> None:
 
 def _state(folder: Path) -> dict[Path, tuple[int, int, int]]:
     found = {}
-    for entry in caches.files(folder):
+    for entry in caches.walk_files(folder):
         status = os.stat(entry.path)
         found[Path(entry.path)] = (status.st_size, status.st_mtime_ns, status.st_ino)
     return found

@@ -16,7 +16,7 @@ from killing import digests, run_and_kill
 from stored_predictions import workspace_at
 
 from utils.building import end_to_end, ensembles
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.predictions import catalog
 from utils.predictions.store import Store
@@ -111,7 +111,7 @@ def test_a_second_run_keeps_it_without_torch_and_another_setting_does_not(traine
 )
 def test_it_is_current_for_its_own_settings_alone(trained_further, override, expected):
     overrides = [word for word in QUICK if "=" in word]
-    config = load(PROJECT / "configs" / "votes.yaml", overrides=[*overrides, override])
+    config = load_config(PROJECT / "configs" / "votes.yaml", overrides=[*overrides, override])
     found = catalog.read(workspace_at(trained_further))
     store = Store(config, workspace_at(trained_further), found)
     members = [member for member in found.members.values() if member.source == "trained"]

@@ -13,7 +13,7 @@ from conftest import PROJECT
 from stored_predictions import workspace_at
 
 from utils.building import embedding_rows, fusion_builder
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.predictions import catalog
 from utils.predictions.store import Store
@@ -49,7 +49,9 @@ def record(workspace: Path, name: str) -> dict:
 
 
 def opened(workspace: Path, *overrides: str) -> tuple[Store, list]:
-    config = load(PROJECT / "configs" / "votes.yaml", overrides=["device=cpu", "runs.fusion.enable=true", *overrides])
+    config = load_config(
+        PROJECT / "configs" / "votes.yaml", overrides=["device=cpu", "runs.fusion.enable=true", *overrides]
+    )
     found = catalog.read(workspace_at(workspace))
     store = Store(config, workspace_at(workspace), found)
     return store, [member for member in found.members.values() if member.source == "trained"]

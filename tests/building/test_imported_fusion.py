@@ -10,7 +10,7 @@ from embedded_members import embedded
 from given_predictions import empty_workspace, take_in, write
 
 from utils.building import build_commands
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.core.errors import UserError
 
 OVERRIDES = (
@@ -20,7 +20,7 @@ OVERRIDES = (
 
 
 def config(*overrides):
-    return load(PROJECT / "configs" / "votes.yaml", overrides=[*OVERRIDES, *overrides])
+    return load_config(PROJECT / "configs" / "votes.yaml", overrides=[*OVERRIDES, *overrides])
 
 
 @pytest.fixture

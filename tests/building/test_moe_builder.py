@@ -16,7 +16,7 @@ from given_predictions import CONFIG, take_in, write
 from utils.building import build_commands, ensembles, moe_builder, sparse_timing
 from utils.combiners.gating import SparseGate
 from utils.combiners.routing import needed
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.inference.classifier import WorkspaceClassifier
 from utils.moe_methods import CascadeCombiner, MixtureOfExperts
 from utils.numeric.metrics import softmax
@@ -48,7 +48,7 @@ def record(workspace: Path, name: str) -> dict:
 
 
 def opened(base: Path, *more: str) -> tuple[Store, list[catalog.Member]]:
-    config = load(Path(__file__).resolve().parents[2] / "configs" / "votes.yaml", overrides=[*ON, *more])
+    config = load_config(Path(__file__).resolve().parents[2] / "configs" / "votes.yaml", overrides=[*ON, *more])
     workspace = at(base)
     found = catalog.load(workspace)
     return Store(config, workspace, found), catalog.select(found, config)
@@ -165,7 +165,7 @@ def test_members_known_by_predictions_alone_are_mixed_without_times(tmp_path):
     workspace = at(tmp_path / "workspace")
     workspace.base.mkdir()
     take_in(workspace, write(tmp_path / "given"))
-    config = load(CONFIG.source, overrides=list(ON))
+    config = load_config(CONFIG.source, overrides=list(ON))
     done = build_commands.fusion_train(config, workspace)
     assert done.document["built"] == ["cascade", "moe"]
     for name in ("moe", "cascade"):

@@ -10,7 +10,7 @@ from conftest import PROJECT, run_python
 
 from utils.building import latency, pruning_builder
 from utils.building.build_commands import build_ensemble
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.operations import inventory
@@ -28,11 +28,11 @@ def workspace(own_copy):
 
 
 def build(workspace, *overrides, **options):
-    return build_ensemble(load(CONFIG, overrides=(*ON, *overrides)), workspace, **options)
+    return build_ensemble(load_config(CONFIG, overrides=(*ON, *overrides)), workspace, **options)
 
 
 def states(workspace, *overrides):
-    found = inventory.take(load(CONFIG, overrides=(*ON, *overrides)), workspace).ensembles
+    found = inventory.take(load_config(CONFIG, overrides=(*ON, *overrides)), workspace).ensembles
     return {name: found[name].state for name in PRUNED}
 
 
@@ -143,7 +143,7 @@ def test_that_nothing_fits_is_known_the_next_time_without_torch_and_forgotten_wh
     assert again.stdout.splitlines()[-1] == "0"  # the code of status, and no library
     assert f"left out: {first.failures[0]}\n" in again.stderr
     assert re.search(r"pruned_clustering +left out, up to date$", again.stdout, re.MULTILINE)
-    assert "pruned_clustering" not in inventory.take(load(CONFIG, overrides=(*ON, *tight)), workspace).ensembles
+    assert "pruned_clustering" not in inventory.take(load_config(CONFIG, overrides=(*ON, *tight)), workspace).ensembles
     assert build(workspace, *tight, force=True).failures == first.failures
     assert build(workspace, "pruning.methods=[clustering]").document["built"] == ["pruned_clustering"]
     assert json.loads(workspace.left_out.read_text()) == {}
@@ -172,7 +172,7 @@ def test_pick_on_the_command_line_takes_the_place_of_the_key(workspace):
 
 def test_pick_where_pruning_is_off_names_the_line_to_add(workspace):
     with pytest.raises(UserError, match=r"pruning is off; run again with --set pruning\.enable=true"):
-        build_ensemble(load(CONFIG), workspace, pick="knee")
+        build_ensemble(load_config(CONFIG), workspace, pick="knee")
 
 
 def test_a_member_whose_costs_are_unknown_is_not_bound_and_that_is_said_once(workspace, heard, monkeypatch):

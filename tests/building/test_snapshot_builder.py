@@ -21,7 +21,7 @@ from conftest import PROJECT, run_python
 
 from utils.building import build_commands, ensembles, snapshot_builder
 from utils.core import subprocesses
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.core.workspace import Workspace
 from utils.discovery import discover
 from utils.numeric.metrics import softmax
@@ -39,7 +39,7 @@ COMMAND = ("--config", "configs/votes.yaml", *(word for value in ASKED for word 
 
 
 def config(*overrides: str):
-    return load(PROJECT / "configs" / "votes.yaml", overrides=[*ASKED, *overrides])
+    return load_config(PROJECT / "configs" / "votes.yaml", overrides=[*ASKED, *overrides])
 
 
 def at(base: Path, output: Path | None = None) -> Workspace:
@@ -256,7 +256,7 @@ def test_a_training_that_fails_is_named_and_the_mean_is_that_of_the_others(copy,
         "failed": {"CustomConvNeXt snapshots": "its process died"},
         "results": {NAME: {"snapshots": {"files": files}}, "CustomConvNeXt": {}},
     }
-    monkeypatch.setattr(subprocesses, "run", lambda *_: (4, json.dumps(summary), []))
+    monkeypatch.setattr(subprocesses, "run_program", lambda *_: (4, json.dumps(summary), []))
     copy.snapshots.unlink()
     result = build_commands.build_ensemble(
         config("backbones.include=[CustomResNetMish, CustomConvNeXt]"), copy, force=True
@@ -269,7 +269,7 @@ def test_a_training_that_fails_is_named_and_the_mean_is_that_of_the_others(copy,
 
 def test_a_training_that_cannot_begin_is_told_with_its_last_words(copy, monkeypatch):
     copy.snapshots.unlink()
-    monkeypatch.setattr(subprocesses, "run", lambda *_: (2, "", ["DBT_SEED: found 'x'"]))
+    monkeypatch.setattr(subprocesses, "run_program", lambda *_: (2, "", ["DBT_SEED: found 'x'"]))
     failure = build_commands.build_ensemble(config(), copy).failures[0]
     assert "training ended with code 2: DBT_SEED: found 'x'. To see more: " in failure
     assert f"--stages snapshots --backbones {NAME} --snapshots 2 --epochs-per-cycle 1" in failure
@@ -283,7 +283,7 @@ def test_what_a_program_says_is_passed_on_at_its_level(heard):
         "print('{}')\n"
         "sys.exit(4)"
     )
-    found = subprocesses.run([sys.executable, "-c", code], dict(os.environ))
+    found = subprocesses.run_program([sys.executable, "-c", code], dict(os.environ))
     assert found == (4, "{}\n", ["careful", "bare", "80 %s done"])
     said = [(record.levelname, record.getMessage()) for record in heard.records]
     assert ("WARNING", "careful") in said

@@ -9,7 +9,7 @@ import pytest
 from stored_predictions import CONFIG, workspace_at
 
 from utils.building import ensembles
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.predictions import catalog, fold_networks
 from utils.predictions.store import Store
@@ -30,7 +30,7 @@ def test_what_was_fitted_for_fold_networks_is_answered_by_them(own_copy, orchest
     for kinds in choice["shift"].values():
         assert {kind: found["n"] for kind, found in kinds.items()} == {"out_of_fold": 224, "full": 28, "folds": 28}
     workspace = workspace_at(own_copy)
-    store = Store(load(CONFIG), workspace, catalog.read(workspace))
+    store = Store(load_config(CONFIG), workspace, catalog.read(workspace))
     ensemble = ensembles.load(workspace, "stacking_lr")
     members = [store.catalog.members[name] for name in ensemble.members]
     with np.load(workspace.ensemble("stacking_lr") / "crossfit.npz") as arrays:

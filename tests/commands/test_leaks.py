@@ -12,7 +12,7 @@ from stored_predictions import CONFIG, workspace_at
 from utils.building.ensembles import COMBINERS
 from utils.combiners.protocol import MemberFacts, fit_crossfitted
 from utils.core.config import validate
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.meta_methods import FUSERS
 from utils.numeric.metrics import accuracy, log_loss
 from utils.predictions import catalog
@@ -36,7 +36,7 @@ DRAWS = 2
 def test_memorised_train_rows_passed_off_as_out_of_fold_reach_no_stacker(own_copy, orchestrator):
     workspace = workspace_at(own_copy)
     member = catalog.read(workspace).members[MEMBER]
-    store = Store(load(CONFIG, overrides=["device=cpu"]), workspace, catalog.read(workspace))
+    store = Store(load_config(CONFIG, overrides=["device=cpu"]), workspace, catalog.read(workspace))
     store.ensure([member], ("train",))
     in_sample = store.rows(member, "train")
     place = {str(sample_id): row for row, sample_id in enumerate(in_sample.sample_ids)}

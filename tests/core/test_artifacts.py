@@ -52,7 +52,7 @@ def test_a_sparse_file_is_given_its_room_and_keeps_its_content(tmp_path, monkeyp
     elif way == "unknown here":
         monkeypatch.delattr(os, "posix_fallocate")
     size = path.stat().st_size
-    artifacts.reserve(path, array.offset)
+    artifacts.preallocate(path, array.offset)
     assert path.stat().st_blocks * 512 >= path.stat().st_size == size
     array[:] = 1
     array.flush()
@@ -70,7 +70,7 @@ def test_room_that_is_not_there_is_an_error(tmp_path, monkeypatch):
     array = np.lib.format.open_memmap(tmp_path / "a.npy", mode="w+", dtype=np.float32, shape=(9, 9))
     monkeypatch.setattr(os, "posix_fallocate", failing(errno.ENOSPC))
     with pytest.raises(OSError, match="No space left"):
-        artifacts.reserve(tmp_path / "a.npy", array.offset)
+        artifacts.preallocate(tmp_path / "a.npy", array.offset)
 
 
 def test_written_files_have_the_permissions_of_any_other_file(tmp_path):

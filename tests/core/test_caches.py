@@ -17,7 +17,7 @@ from utils.core.artifacts import FileDigests, replacing
 
 def decoded(folder: Path, count: int) -> Path:
     """A cache with one pack per image, written by the cache's own code, a day apart."""
-    decoder = base_back.bundled("image_cache")
+    decoder = base_back.load_bundled("image_cache")
     digests = FileDigests(folder / "digests.json")
     for number in range(count):
         path = folder / f"{number}.png"
@@ -31,7 +31,7 @@ def decoded(folder: Path, count: int) -> Path:
 
 
 def test_packs_are_found_oldest_first_with_the_index_before_the_pixels(tmp_path):
-    found = caches.packs(decoded(tmp_path, 3))
+    found = caches.image_packs(decoded(tmp_path, 3))
     assert [item.modified for item in found] == sorted(item.modified for item in found)
     assert all([path.suffix for path in item.paths] == [".npz", ".npy"] for item in found)
     assert all(item.size > 36 * 36 * 3 for item in found)
@@ -40,18 +40,18 @@ def test_packs_are_found_oldest_first_with_the_index_before_the_pixels(tmp_path)
 def test_the_quota_removes_the_oldest_packs_and_what_is_left_still_opens(tmp_path):
     folder = decoded(tmp_path, 4)
     (folder / "notes.txt").write_text("somebody's")
-    before = caches.packs(folder)
+    before = caches.image_packs(folder)
     assert caches.enforce_quota(folder, None) == []
     assert caches.enforce_quota(folder, sum(item.size for item in before) / 1e9) == []
     removed = caches.enforce_quota(folder, (before[2].size + before[3].size) / 1e9)
     assert removed == before[:2]
-    assert caches.packs(folder) == before[2:]
+    assert caches.image_packs(folder) == before[2:]
     assert (folder / "notes.txt").is_file()
     path = tmp_path / "3.png"
     digest = FileDigests(tmp_path / "digests.json").of(path)
-    images = base_back.bundled("image_cache").open_images([path], [digest], 36, folder)
+    images = base_back.load_bundled("image_cache").open_images([path], [digest], 36, folder)
     assert (images.image(0) == 3).all()
-    assert caches.packs(folder) == before[2:]  # not decoded again
+    assert caches.image_packs(folder) == before[2:]  # not decoded again
 
 
 def test_leftovers_are_what_the_writers_leave_and_in_a_shared_folder_only_old_ones(tmp_path):
@@ -61,12 +61,12 @@ def test_leftovers_are_what_the_writers_leave_and_in_a_shared_folder_only_old_on
         temporary.write_text("left")  # as when killed on the way
     (tmp_path / "deep" / "my.partial.txt").write_text("mine")
     (tmp_path / "deep" / "record.json").write_text("{}")
-    found = caches.leftovers(tmp_path, shared=False)
+    found = caches.temporary_files(tmp_path, shared=False)
     assert len(found) == 3
-    assert caches.leftovers(tmp_path, shared=True) == []
+    assert caches.temporary_files(tmp_path, shared=True) == []
     old = time.time() - 2 * caches.HOUR
     os.utime(found[0].paths[0], (old, old))
-    assert [item.name for item in caches.leftovers(tmp_path, shared=True)] == [found[0].name]
+    assert [item.name for item in caches.temporary_files(tmp_path, shared=True)] == [found[0].name]
 
 
 def test_nothing_is_reached_through_a_link(tmp_path):
@@ -80,10 +80,10 @@ def test_nothing_is_reached_through_a_link(tmp_path):
     (inside / "member" / "file").symlink_to(outside / "36_00ff.npz")
     (inside / "member" / "folder").symlink_to(outside)
     (tmp_path / "link").symlink_to(outside)
-    assert caches.size(inside) == 0
-    assert caches.leftovers(inside, shared=False) == []
-    assert caches.packs(tmp_path / "link") == caches.children(tmp_path / "link") == []
-    (item,) = caches.children(inside)
+    assert caches.total_size(inside) == 0
+    assert caches.temporary_files(inside, shared=False) == []
+    assert caches.image_packs(tmp_path / "link") == caches.list_children(tmp_path / "link") == []
+    (item,) = caches.list_children(inside)
     assert item.name == "member"
     caches.remove(item)
     assert not (inside / "member").exists()
@@ -96,4 +96,4 @@ def test_nothing_is_reached_through_a_link(tmp_path):
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (69_400, "69.4 kB"), (999_600, "1.0 MB"), (2.5e9, "2.5 GB")],
 )
 def test_sizes_for_a_reader(size, words):
-    assert caches.shown(size) == words
+    assert caches.format_bytes(size) == words

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from utils.core.config import SPECIFIED, Config, require_enabled
-from utils.core.config_file import MOST_BYTES, MOST_VALUES, find, load
+from utils.core.config_file import MOST_BYTES, MOST_VALUES, find_config, load_config
 from utils.core.errors import ConfigError, UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -44,7 +44,7 @@ def file(tmp_path, monkeypatch):
 def _problems(path: Path, *overrides: str, **options) -> list[str]:
     """The lines below the header of the one error that the file must give."""
     with pytest.raises(ConfigError) as error:
-        load(path, overrides=overrides, **options)
+        load_config(path, overrides=overrides, **options)
     header, *lines = str(error.value).split("\n")
     assert header == f"{path}: {len(lines)} problem(s)"
     assert all(line.startswith("  ") and line[2] != " " for line in lines)
@@ -57,12 +57,12 @@ def _on(config: Config) -> list[str]:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_file_loads(path):
-    config = load(path)
+    config = load_config(path)
     assert config.source == path
 
 
 def test_the_full_file_is_the_default_configuration():
-    assert load(PROJECT / "configs/ensemble_config.yaml").as_dict() == Config().as_dict()
+    assert load_config(PROJECT / "configs/ensemble_config.yaml").as_dict() == Config().as_dict()
 
 
 def test_the_quick_file_is_what_the_quick_start_writes():
@@ -70,7 +70,7 @@ def test_the_quick_file_is_what_the_quick_start_writes():
 
 
 def test_the_quick_file_builds_two_ensembles_and_nothing_else():
-    config = load(PROJECT / "configs/quick_ensemble.yaml")
+    config = load_config(PROJECT / "configs/quick_ensemble.yaml")
     assert _on(config) == ["runs.score_ensemble", "exports"]
     assert config.runs.score_ensemble.methods == ("soft_voting", "hard_voting")
     assert config.backbones.selected == ("CustomConvNeXt", "CustomViTHybrid", "CustomSwinTransformer")
@@ -79,7 +79,7 @@ def test_the_quick_file_builds_two_ensembles_and_nothing_else():
 
 @pytest.mark.parametrize("name", ["votes", "digits_demo"])
 def test_the_files_for_digits_are_small_and_honour_the_machine(name):
-    config = load(PROJECT / f"configs/{name}.yaml")
+    config = load_config(PROJECT / f"configs/{name}.yaml")
     assert (config.device, config.seed) == ("auto", 42)
     assert (config.dataset.img_size, config.dataset.batch_size, config.dataset.num_workers) == (32, 64, 0)
     of_demo = {"runs.model_soup", "runs.stacking", "runs.fusion", "runs.moe", "runs.meta_fuser"}
@@ -105,16 +105,24 @@ DEFAULT_ON = _on(Config())
     ],
 )
 def test_which_sections_are_on(file, text, on):
-    assert _on(load(file(text))) == on
+    assert _on(load_config(file(text))) == on
 
 
 def test_an_override_switches_its_own_section_alone(file):
     path = file(QUICK)
-    assert _on(load(path, overrides=["runs.moe.enable=true"])) == ["runs.score_ensemble", "runs.moe", "exports"]
-    assert _on(load(path, overrides=["runs.moe={enable: true}"])) == ["runs.score_ensemble", "runs.moe", "exports"]
-    assert _on(load(path, overrides=["runs={moe: {enable: yes}}"])) == ["runs.score_ensemble", "runs.moe", "exports"]
-    assert _on(load(path, overrides=["runs.fusion.end_to_end=true"])) == ["runs.score_ensemble", "exports"]
-    assert _on(load(file("seed: 1"), overrides=["runs.moe.enable=true"])) == sorted(
+    assert _on(load_config(path, overrides=["runs.moe.enable=true"])) == ["runs.score_ensemble", "runs.moe", "exports"]
+    assert _on(load_config(path, overrides=["runs.moe={enable: true}"])) == [
+        "runs.score_ensemble",
+        "runs.moe",
+        "exports",
+    ]
+    assert _on(load_config(path, overrides=["runs={moe: {enable: yes}}"])) == [
+        "runs.score_ensemble",
+        "runs.moe",
+        "exports",
+    ]
+    assert _on(load_config(path, overrides=["runs.fusion.end_to_end=true"])) == ["runs.score_ensemble", "exports"]
+    assert _on(load_config(file("seed: 1"), overrides=["runs.moe.enable=true"])) == sorted(
         [*DEFAULT_ON, "runs.moe"], key=SWITCHES.index
     )
 
@@ -124,8 +132,8 @@ def test_an_override_answers_require_enabled(file):
     with pytest.raises(
         UserError, match=r"x\.yaml: runs\.fusion is off; run again with --set runs\.fusion\.enable=true"
     ):
-        require_enabled(load(path), "runs.fusion")
-    require_enabled(load(path, overrides=["runs.fusion.enable=true"]), "runs.fusion")
+        require_enabled(load_config(path), "runs.fusion")
+    require_enabled(load_config(path, overrides=["runs.fusion.enable=true"]), "runs.fusion")
 
 
 @pytest.mark.parametrize(
@@ -144,11 +152,11 @@ def test_an_override_answers_require_enabled(file):
     ],
 )
 def test_an_override_is_read_as_yaml(file, override, place, value):
-    assert load(file("seed: 1"), overrides=[override]).at(place) == value
+    assert load_config(file("seed: 1"), overrides=[override]).at(place) == value
 
 
 def test_the_last_override_of_a_place_wins_over_the_file(file):
-    config = load(file("seed: wrong"), overrides=["seed=also wrong", "seed=3"])
+    config = load_config(file("seed: wrong"), overrides=["seed=also wrong", "seed=3"])
     assert config.seed == 3
 
 
@@ -164,11 +172,11 @@ def test_names_of_the_family_tables_are_accepted_and_listed(file):
 
 def test_names_for_a_place_that_is_never_checked_are_a_bug(file):
     with pytest.raises(KeyError, match="no names are checked at seed"):
-        load(file("seed: 1"), names={"seed": ["a"]})
+        load_config(file("seed: 1"), names={"seed": ["a"]})
 
 
 def test_the_ensemble_ending_may_be_written(file):
-    config = load(file("runs: {score_ensemble: {methods: [soft_voting_ensemble, weighted]}}"))
+    config = load_config(file("runs: {score_ensemble: {methods: [soft_voting_ensemble, weighted]}}"))
     assert config.runs.score_ensemble.methods == ("soft_voting", "weighted")
     doubled = file("runs: {score_ensemble: {methods: [soft_voting, soft_voting_ensemble]}}")
     assert _problems(doubled) == ["runs.score_ensemble.methods.1: found 'soft_voting'; expected each name once"]
@@ -179,7 +187,7 @@ def test_every_specified_name_is_accepted_and_any_other_refused(file, place):
     path = file("seed: 1")
     many = place != "runs.meta_fuser.fuser_type"
     for name in SPECIFIED[place]:
-        load(path, overrides=[f"{place}={[name] if many else name}"])
+        load_config(path, overrides=[f"{place}={[name] if many else name}"])
     wrong = f"{place}={['x' + SPECIFIED[place][0]] if many else 'x' + SPECIFIED[place][0]}"
     (problem,) = _problems(path, wrong)
     assert f"allowed: {', '.join(SPECIFIED[place])}" in problem
@@ -334,7 +342,7 @@ def test_an_override_inside_what_the_file_fills_with_a_value_blames_the_file(fil
 
 
 def test_short_aliases_are_read_and_an_alias_bomb_is_refused(file):
-    config = load(file("distillation: {epochs: &few 3}\nruns: {moe: {epochs: *few}}"))
+    config = load_config(file("distillation: {epochs: &few 3}\nruns: {moe: {epochs: *few}}"))
     assert config.runs.moe.epochs == config.distillation.epochs == 3
     bomb = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     bomb += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 15)]
@@ -344,14 +352,14 @@ def test_short_aliases_are_read_and_an_alias_bomb_is_refused(file):
 
 def test_a_file_of_another_kind_fills_no_screens(file):
     with pytest.raises(ConfigError) as error:
-        load(file("\n".join(f"key{number}: 1" for number in range(150))))
+        load_config(file("\n".join(f"key{number}: 1" for number in range(150))))
     assert len(str(error.value).split("\n")) == 102
     assert str(error.value).startswith("x.yaml: 150 problem(s)\n  key0: unknown key")
     assert str(error.value).endswith("\n  ... and 50 more")
 
 
 def test_windows_files_are_read(file):
-    assert load(file("\ufeffseed: 5\r\ndevice: cpu\r\n")).seed == 5
+    assert load_config(file("\ufeffseed: 5\r\ndevice: cpu\r\n")).seed == 5
 
 
 def test_a_file_that_cannot_be_opened_is_a_configuration_error(tmp_path):
@@ -365,9 +373,9 @@ def test_find_looks_in_the_working_directory_first_then_in_the_project(tmp_path,
         (folder / "configs/both.yaml").touch()
     (project / "configs/one.yaml").touch()
     monkeypatch.chdir(here)
-    assert find("configs/both.yaml", project) == Path("configs/both.yaml")
-    assert find("configs/one.yaml", project) == project / "configs/one.yaml"
-    assert find(str(here / "configs/both.yaml"), project) == here / "configs/both.yaml"
+    assert find_config("configs/both.yaml", project) == Path("configs/both.yaml")
+    assert find_config("configs/one.yaml", project) == project / "configs/one.yaml"
+    assert find_config(str(here / "configs/both.yaml"), project) == here / "configs/both.yaml"
 
 
 def test_find_says_where_it_looked_and_what_is_near(tmp_path, monkeypatch):
@@ -378,18 +386,18 @@ def test_find_says_where_it_looked_and_what_is_near(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").touch()
     with pytest.raises(ConfigError) as error:
-        find("configs/ensemble_confg.yaml", project)
+        find_config("configs/ensemble_confg.yaml", project)
     assert str(error.value) == (
         f"configs/ensemble_confg.yaml: no such file; looked for {tmp_path / 'configs/ensemble_confg.yaml'} and "
         f"{project / 'configs/ensemble_confg.yaml'}; there are configs/ensemble_config.yaml, "
         "configs/quick_ensemble.yml; did you mean 'configs/ensemble_config.yaml'?"
     )
     with pytest.raises(ConfigError, match=r"there are .*mine\.yaml; did you mean 'mine\.yaml'\?"):
-        find("mine.yml", project)
+        find_config("mine.yml", project)
     with pytest.raises(ConfigError, match="configs: is a folder; expected a file"):
-        find("configs", project)
+        find_config("configs", project)
     with pytest.raises(ConfigError, match=f"looked for {tmp_path / 'absent.yaml'}; there are"):
-        find(str(tmp_path / "absent.yaml"), project)
+        find_config(str(tmp_path / "absent.yaml"), project)
 
 
 def test_find_lists_few_of_many_files(tmp_path, monkeypatch):
@@ -397,6 +405,6 @@ def test_find_lists_few_of_many_files(tmp_path, monkeypatch):
         (tmp_path / f"{number}.yaml").touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="there are no YAML files"):
-        find("x/y", tmp_path)
+        find_config("x/y", tmp_path)
     with pytest.raises(ConfigError, match=r"there are ([0-9]+\.yaml, ){10}\.\.\.$"):
-        find("none", tmp_path)
+        find_config("none", tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from utils.core.display_text import counted, interval, listed, number, percent, shown
+from utils.core.display_text import format_count, format_interval, format_number, format_percent, join_names, printable
 
 
 @pytest.mark.parametrize(
@@ -21,16 +21,16 @@ from utils.core.display_text import counted, interval, listed, number, percent, 
     ],
 )
 def test_what_cannot_be_seen_is_written_out(text, expected):
-    assert shown(text) == expected
-    shown(text).encode("utf-8")
+    assert printable(text) == expected
+    printable(text).encode("utf-8")
 
 
 def test_numbers_and_lists():
-    assert (number(0.12345), number(None), number(2, 1)) == ("0.1235", "not measured", "2.0")
-    assert (percent(0.1234), percent(None)) == ("12.3 %", "not measured")
-    assert (interval([0.1, 0.25], 2), interval(None)) == ("[0.10, 0.25]", "")
-    assert listed([]) == ""
-    assert listed(["a"]) == "a"
-    assert listed(["a", "b", "c"]) == "a, b and c"
-    assert listed(["a", "b", "c"], 1) == "a and 2 more"
-    assert (counted(1, "row"), counted(1200, "row")) == ("1 row", "1,200 rows")
+    assert (format_number(0.12345), format_number(None), format_number(2, 1)) == ("0.1235", "not measured", "2.0")
+    assert (format_percent(0.1234), format_percent(None)) == ("12.3 %", "not measured")
+    assert (format_interval([0.1, 0.25], 2), format_interval(None)) == ("[0.10, 0.25]", "")
+    assert join_names([]) == ""
+    assert join_names(["a"]) == "a"
+    assert join_names(["a", "b", "c"]) == "a, b and c"
+    assert join_names(["a", "b", "c"], 1) == "a and 2 more"
+    assert (format_count(1, "row"), format_count(1200, "row")) == ("1 row", "1,200 rows")

@@ -67,7 +67,7 @@ def killed_always(item):
 # in this process -----------------------------------------------------------------------------------------------------
 def test_jobs_run_here_one_after_the_other_unless_told_otherwise():
     seen = []
-    found = engines.Local().each(lambda item: seen.append(threading.get_ident()) or item, [3, 1, 2])
+    found = engines.Local().map(lambda item: seen.append(threading.get_ident()) or item, [3, 1, 2])
     assert next(found) == 3
     assert len(seen) == 1, "the second job waits until the first result is taken"
     assert list(found) == [1, 2]
@@ -79,7 +79,7 @@ def test_jobs_side_by_side_keep_their_order():
         time.sleep(0.05 if item == 0 else 0)
         return shared + item, threading.get_ident()
 
-    found = list(engines.Local().each(slow_first, range(4), shared=(10,), side_by_side=2, threads=1))
+    found = list(engines.Local().map(slow_first, range(4), shared=(10,), n_threads=2, threads_per_job=1))
     assert [value for value, _ in found] == [10, 11, 12, 13]
     assert threading.get_ident() not in {thread for _, thread in found}
 
@@ -89,32 +89,32 @@ def with_process(shared, item):
 
 
 def test_jobs_that_take_long_run_in_processes_and_keep_their_order(monkeypatch):
-    monkeypatch.setattr(engines, "WORTH_SECONDS", -1)
+    monkeypatch.setattr(engines, "MIN_REMAINING_SECONDS", -1)
     values = np.arange(400_000)  # large enough to be shared by a file
-    found = list(engines.Local().each(with_process, range(5), shared=(values,), apart=2, threads=1))
+    found = list(engines.Local().map(with_process, range(5), shared=(values,), n_processes=2, threads_per_job=1))
     assert [value for value, _ in found] == [values.sum() + item for item in range(5)]
     assert {process for _, process in found[:2]} == {os.getpid()}, "the first two show here how long they take"
     assert os.getpid() not in {process for _, process in found[2:]}
 
 
 def test_jobs_that_do_not_take_long_stay_here():
-    found = list(engines.Local().each(with_process, range(5), shared=(np.zeros(1),), apart=2, threads=1))
+    found = list(engines.Local().map(with_process, range(5), shared=(np.zeros(1),), n_processes=2, threads_per_job=1))
     assert {process for _, process in found} == {os.getpid()}
 
 
 def test_what_a_process_warns_of_and_raises_arrives_here(monkeypatch, heard):
-    monkeypatch.setattr(engines, "WORTH_SECONDS", -1)
-    assert list(engines.Local().each(warned, range(4), apart=2)) == [0, 1, 2, 3]
+    monkeypatch.setattr(engines, "MIN_REMAINING_SECONDS", -1)
+    assert list(engines.Local().map(warned, range(4), n_processes=2)) == [0, 1, 2, 3]
     assert [f"job {item} has something to say" in heard.text for item in range(4)] == [True] * 4
     with pytest.raises(UserError, match=r"job [23]: refused"):
-        list(engines.Local().each(refused_later, range(4), apart=2))
+        list(engines.Local().map(refused_later, range(4), n_processes=2))
 
 
 def test_jobs_go_on_here_when_a_process_dies(tmp_path, monkeypatch, heard):
-    monkeypatch.setattr(engines, "WORTH_SECONDS", -1)
-    found = engines.Local().each(killed_once, range(4), shared=(str(tmp_path),), what="fits", apart=2)
+    monkeypatch.setattr(engines, "MIN_REMAINING_SECONDS", -1)
+    found = engines.Local().map(killed_once, range(4), shared=(str(tmp_path),), description="fits", n_processes=2)
     assert list(found) == [0, 1, 2, 3]
-    assert "fits: a process beside this one died" in heard.text
+    assert "fits: a worker process died" in heard.text
     assert (tmp_path / f"2.{os.getpid()}").exists()
 
 
@@ -124,7 +124,7 @@ def test_fits_in_processes_give_the_bytes_of_here(monkeypatch):
     logits = rng.normal(size=(2, 60, 3)).astype(np.float32) + 2 * np.eye(3, dtype=np.float32)[labels]
     learner = PerceptronLearner(("probabilities",), (8,), 4, 0.01, 0.1, 0)
     here = nested_cv.cross_validate(learner, logits, labels, folds, n_jobs=1)
-    monkeypatch.setattr(engines, "WORTH_SECONDS", -1)
+    monkeypatch.setattr(engines, "MIN_REMAINING_SECONDS", -1)
     beside = nested_cv.cross_validate(learner, logits, labels, folds, n_jobs=2)
     for name in ("setting_losses", "crossfit", "nested_crossfit"):
         assert getattr(here, name).tobytes() == getattr(beside, name).tobytes(), name
@@ -157,31 +157,31 @@ def test_the_command_line_knows_the_engines():
 
 
 def test_an_address_belongs_to_ray(tmp_path):
-    message = "--address somewhere: belongs to --engine ray; found --engine local"
+    message = "--address somewhere: requires --engine ray, but the engine is local"
     with pytest.raises(ConfigError, match=message), engines.using("local", "somewhere"):
         pass
     script = str(PROJECT / "ensemble_orchestrator.py")
     done = run_python(script, "status", "--workspace", str(tmp_path), "--address", "somewhere")
     assert done.returncode == 2
-    assert "belongs to --engine ray" in done.stderr
+    assert "requires --engine ray" in done.stderr
 
 
 def test_a_missing_ray_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with engines.using("ray"), pytest.raises(UserError, match=r"ray cannot be imported.*pip install 'ray>=2.40,<3'"):
-        list(engines.current().each(doubled, [1]))
+        list(engines.current().map(doubled, [1]))
 
 
 def test_without_jobs_nothing_is_started(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with engines.using("ray"):
-        assert list(engines.current().each(doubled, [])) == []
+        assert list(engines.current().map(doubled, [])) == []
 
 
 def test_a_worker_sees_its_gpu_as_the_first():
-    assert engines.Local().placed("cuda:1") == "cuda:1"
-    assert engines.Ray().placed("cuda:1") == "cuda:0"
-    assert engines.Ray().placed("cpu") == "cpu"
+    assert engines.Local().worker_device("cuda:1") == "cuda:1"
+    assert engines.Ray().worker_device("cuda:1") == "cuda:0"
+    assert engines.Ray().worker_device("cpu") == "cpu"
 
 
 # on workers ----------------------------------------------------------------------------------------------------------
@@ -202,16 +202,16 @@ def cluster():
 @pytest.mark.filterwarnings("ignore")
 class TestOnRay:
     def test_results_come_in_the_order_of_the_jobs(self, cluster):
-        assert list(cluster.each(doubled, range(20), threads=1)) == list(range(0, 40, 2))
+        assert list(cluster.map(doubled, range(20), threads_per_job=1)) == list(range(0, 40, 2))
 
     def test_what_is_shared_arrives_as_it_is(self, cluster):
         rng = np.random.default_rng(0)
         values, weights = rng.normal(size=(2, 300, 50))
-        here = list(engines.Local().each(weighted, [1, 2], shared=(values, weights), threads=1))
-        assert list(cluster.each(weighted, [1, 2], shared=(values, weights), threads=1)) == here
+        here = list(engines.Local().map(weighted, [1, 2], shared=(values, weights), threads_per_job=1))
+        assert list(cluster.map(weighted, [1, 2], shared=(values, weights), threads_per_job=1)) == here
 
     def test_a_killed_worker_is_replaced_and_its_job_run_again(self, cluster, tmp_path):
-        found = list(cluster.each(killed_once, range(6), shared=(str(tmp_path),), threads=1))
+        found = list(cluster.map(killed_once, range(6), shared=(str(tmp_path),), threads_per_job=1))
         assert found == list(range(6))
         starts = [path.name.split(".")[0] for path in tmp_path.iterdir()]
         assert starts.count("2") == 2, "by two processes, the first of which is dead"
@@ -219,18 +219,18 @@ class TestOnRay:
     def test_a_job_that_kills_every_worker_is_named(self, cluster, monkeypatch):
         monkeypatch.setattr(engines, "RETRIES", 1)
         with pytest.raises(UserError, match="heavy fits: its worker died 2 times"):
-            list(cluster.each(killed_always, [1], what="heavy fits", threads=1))
+            list(cluster.map(killed_always, [1], description="heavy fits", threads_per_job=1))
 
     def test_an_error_of_a_job_is_raised_here(self, cluster):
         with pytest.raises(UserError, match=r"^job 7: refused$"):
-            list(cluster.each(refused, [7], threads=1))
+            list(cluster.map(refused, [7], threads_per_job=1))
 
     def test_warnings_and_progress_are_heard_here(self, cluster, caplog):
         logger = logging.getLogger("disease_pipeline")
         logger.addHandler(caplog.handler)
         try:
             with caplog.at_level(logging.INFO, logger="disease_pipeline"):
-                assert list(cluster.each(warned, [1, 2], what="some jobs", threads=1)) == [1, 2]
+                assert list(cluster.map(warned, [1, 2], description="some jobs", threads_per_job=1)) == [1, 2]
         finally:
             logger.removeHandler(caplog.handler)
         assert "job 2 has something to say" in caplog.messages
@@ -238,7 +238,7 @@ class TestOnRay:
 
     def test_a_gpu_that_nobody_has_is_named(self, cluster):
         with pytest.raises(UserError, match="the cluster has no GPU"):
-            list(cluster.each(doubled, [1], gpu=0.5))
+            list(cluster.map(doubled, [1], gpu=0.5))
 
 
 def fitted(folder: Path) -> dict[str, bytes]:

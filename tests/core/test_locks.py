@@ -22,7 +22,7 @@ from utils.core.errors import UserError
 HOLD = (
     "import sys, pathlib, time\n"
     "from utils.core import locks\n"
-    "with locks.one_writer(pathlib.Path(sys.argv[1]), 'build-ensemble'):\n"
+    "with locks.writer_lock(pathlib.Path(sys.argv[1]), 'build-ensemble'):\n"
     "    print('held', flush=True)\n"
     "    time.sleep(120)\n"
 )
@@ -51,7 +51,7 @@ def leave(lock: Path, **changed) -> str:
 
 
 def take(lock: Path) -> dict:
-    with locks.one_writer(lock, "discover"):
+    with locks.writer_lock(lock, "discover"):
         return json.loads(lock.read_text())
 
 
@@ -61,7 +61,7 @@ def test_the_lock_says_who_writes_and_goes_however_the_block_ends(lock):
     assert (record["pid"], record["command"]) == (os.getpid(), "discover")
     assert record["boot"] == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     assert record["started"] > 0
-    with pytest.raises(KeyboardInterrupt), locks.one_writer(lock, "discover"):
+    with pytest.raises(KeyboardInterrupt), locks.writer_lock(lock, "discover"):
         raise KeyboardInterrupt
     assert list(lock.parent.iterdir()) == []
 
@@ -120,7 +120,7 @@ def test_what_cannot_be_seen_from_here_is_never_taken_over(lock, changed):
 
 
 def test_the_same_process_is_refused_as_well(lock):
-    with locks.one_writer(lock, "pipeline"), pytest.raises(UserError, match="`pipeline`"):
+    with locks.writer_lock(lock, "pipeline"), pytest.raises(UserError, match="`pipeline`"):
         take(lock)
 
 
@@ -154,7 +154,7 @@ def test_where_there_are_no_hard_links_the_lock_still_excludes(lock, monkeypatch
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refuse)
-    with locks.one_writer(lock, "pipeline"), pytest.raises(UserError, match="`pipeline`"):
+    with locks.writer_lock(lock, "pipeline"), pytest.raises(UserError, match="`pipeline`"):
         take(lock)
     assert not lock.exists()
 
@@ -167,7 +167,7 @@ def test_a_damaged_lock_is_named_with_the_command_that_removes_it(lock):
 
 
 def test_a_lock_that_became_another_s_is_left_to_it(lock, heard):
-    with locks.one_writer(lock, "discover"):
+    with locks.writer_lock(lock, "discover"):
         lock.unlink()
         leave(lock, host="elsewhere")
     assert json.loads(lock.read_text())["host"] == "elsewhere"
@@ -175,7 +175,7 @@ def test_a_lock_that_became_another_s_is_left_to_it(lock, heard):
 
 
 def test_a_lock_that_somebody_removed_is_told_and_ends_nothing(lock, heard):
-    with locks.one_writer(lock, "discover"):
+    with locks.writer_lock(lock, "discover"):
         lock.unlink()
     assert f"{lock}: removed or taken by somebody else" in heard.text
     assert list(lock.parent.iterdir()) == []

@@ -13,7 +13,6 @@ import pytest
 from bound_process import DEMO, PROGRAM, run_bound
 from conftest import run_python
 
-from utils import base_back
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 
@@ -32,7 +31,6 @@ def settings_of(base: Path, **more: Path) -> SimpleNamespace:
 
 @pytest.fixture
 def base(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(base_back, "settings", lambda: settings_of(tmp_path / "base"))
     monkeypatch.delenv("DBT_ENSEMBLE_DIR", raising=False)
     monkeypatch.delenv("DBT_IMAGE_CACHE_DIR", raising=False)
     return tmp_path / "base"
@@ -50,7 +48,7 @@ def ours(workspace: Workspace) -> list[Path]:
 
 
 def test_without_an_output_everything_lies_in_the_workspace(base):
-    workspace = Workspace.of_settings()
+    workspace = Workspace.from_settings(settings_of(base))
     assert all(path.is_relative_to(base) for path in ours(workspace))
     assert workspace.ranking("val") == base / "metrics_output" / "ensembles" / "ranking_val.json"
     assert workspace.exports == workspace.deployment
@@ -61,7 +59,7 @@ def test_without_an_output_everything_lies_in_the_workspace(base):
 def test_an_output_takes_everything_of_ours_and_nothing_of_the_base(base, tmp_path, monkeypatch, by):
     if by == "variable":
         monkeypatch.setenv("DBT_ENSEMBLE_DIR", str(tmp_path / "out"))
-    workspace = Workspace.of_settings(str(tmp_path / "out") if by == "option" else None)
+    workspace = Workspace.from_settings(settings_of(base), str(tmp_path / "out") if by == "option" else None)
     assert all(path.is_relative_to(tmp_path / "out") for path in ours(workspace))
     assert workspace.ranking("test") == tmp_path / "out" / "metrics_output" / "ensembles" / "ranking.json"
     read = (workspace.checkpoint("A", "final"), workspace.training_metrics("A"), workspace.base_oof("A"))
@@ -72,24 +70,25 @@ def test_an_output_takes_everything_of_ours_and_nothing_of_the_base(base, tmp_pa
 
 def test_the_option_wins_over_the_variable_and_the_workspace_itself_is_no_output(base, tmp_path, monkeypatch):
     monkeypatch.setenv("DBT_ENSEMBLE_DIR", str(tmp_path / "variable"))
-    assert Workspace.of_settings(str(tmp_path / "option")).output == tmp_path / "option"
-    assert Workspace.of_settings(str(base)).output is None
+    assert Workspace.from_settings(settings_of(base), str(tmp_path / "option")).output == tmp_path / "option"
+    assert Workspace.from_settings(settings_of(base), str(base)).output is None
     monkeypatch.chdir(tmp_path)
-    assert Workspace.of_settings("here").output == tmp_path / "here"
+    assert Workspace.from_settings(settings_of(base), "here").output == tmp_path / "here"
 
 
 def test_a_cache_that_was_placed_elsewhere_stays_there(base, tmp_path, monkeypatch):
     placed = tmp_path / "big disk"
     monkeypatch.setenv("DBT_IMAGE_CACHE_DIR", str(placed))
-    assert Workspace.of_settings(str(tmp_path / "out")).image_cache == placed  # a foreign BASE-BACK has no setting
-    monkeypatch.setattr(base_back, "settings", lambda: settings_of(base, IMAGE_CACHE_DIR=placed))
-    assert Workspace.of_settings().image_cache == placed
+    assert (
+        Workspace.from_settings(settings_of(base), str(tmp_path / "out")).image_cache == placed
+    )  # a foreign BASE-BACK has no setting
+    assert Workspace.from_settings(settings_of(base, IMAGE_CACHE_DIR=placed)).image_cache == placed
 
 
 def test_an_output_that_is_a_file_is_refused(base, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"--output .*file: a file; expected a folder"):
-        Workspace.of_settings(str(tmp_path / "file"))
+        Workspace.from_settings(settings_of(base), str(tmp_path / "file"))
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:

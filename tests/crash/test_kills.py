@@ -54,7 +54,7 @@ def undisturbed(synthetic, tmp_path_factory) -> Path:
 
 def written(workspace: Path) -> int:
     """Files of ours that are there, unfinished ones too."""
-    return sum(1 for name in ("ensembles", "metrics_output/ensembles") for _ in caches.files(workspace / name))
+    return sum(1 for name in ("ensembles", "metrics_output/ensembles") for _ in caches.walk_files(workspace / name))
 
 
 def run_and_kill(workspace: Path, files: int, delay: float) -> int:
@@ -129,7 +129,7 @@ def test_of_two_pipelines_one_is_refused_by_name_of_the_other(undisturbed, tmp_p
     workspace = Path(shutil.copytree(undisturbed, tmp_path / "w"))
     from utils.core import locks
 
-    with locks.one_writer(workspace / "ensembles" / ".lock", "pipeline"):
+    with locks.writer_lock(workspace / "ensembles" / ".lock", "pipeline"):
         done = run_python(*LINE, "--workspace", str(workspace))
     assert done.returncode == 1
     assert f"being written by `pipeline`, process {os.getpid()} on host" in done.stderr

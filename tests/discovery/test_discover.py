@@ -13,7 +13,7 @@ import torch
 from conftest import PROJECT
 from one_member import NAME, change, change_oof, codes, config, config_path, workspace
 
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.discovery import discover
 from utils.predictions import catalog, inspection
@@ -61,7 +61,7 @@ def test_metrics_of_another_training_do_not_count(workspace, config):
 
 
 def test_another_image_size_than_the_configurations_is_said(workspace):
-    config = load(PROJECT / "configs" / "votes.yaml", overrides=["dataset.img_size=64", "device=cpu"])
+    config = load_config(PROJECT / "configs" / "votes.yaml", overrides=["dataset.img_size=64", "device=cpu"])
     assert "made for 32 px; dataset.img_size is 64" in discover.discover(config, workspace).text
 
 
@@ -127,7 +127,7 @@ def test_derived_files_are_members_only_by_name(workspace, config):
     assert (soup.source, soup.parents, soup.oof) == ("derived", (NAME,), None)
     assert student.parents == ("A", "B")
     assert [member.name for member in catalog.select(found, config)] == [NAME]
-    asked = load(config_path(), overrides=[f"backbones.include=[{NAME}_uniform_soup]", "device=cpu"])
+    asked = load_config(config_path(), overrides=[f"backbones.include=[{NAME}_uniform_soup]", "device=cpu"])
     assert catalog.select(found, asked) == [soup]
 
 
@@ -167,10 +167,10 @@ def test_a_timm_network_is_declared_once_and_kept(workspace, config, tmp_path):
     assert (first.source, first.architecture, first.img_size) == ("trained", "timm:test_resnet", 32)
     assert first.checkpoints[0]["path"] == str(file)
     assert first.classes == ("0", "1", "2", "3")
-    other_size = load(config_path(), overrides=["dataset.img_size=64", "device=cpu"])
+    other_size = load_config(config_path(), overrides=["dataset.img_size=64", "device=cpu"])
     discover.discover(other_size, workspace)
     assert catalog.read(workspace).members["leaf"].digest == first.digest
-    asked = load(config_path(), overrides=["backbones.include=[leaf]"])
+    asked = load_config(config_path(), overrides=["backbones.include=[leaf]"])
     assert [member.name for member in catalog.select(catalog.read(workspace), asked)] == ["leaf"]
     file.rename(tmp_path / "gone.pth")
     result = discover.discover(config, workspace)
@@ -199,7 +199,7 @@ def test_derived_members_are_run_where_the_configuration_names_them(workspace, c
     monkeypatch.setattr(inspection, "verify", lambda inspector, member, *, force: ran.append(member.name))
     discover.discover(config, workspace, verify=True)
     assert ran == [NAME]
-    included = load(config_path(), overrides=[f"backbones.include=[{NAME}_snapshot1]", "device=cpu"])
+    included = load_config(config_path(), overrides=[f"backbones.include=[{NAME}_snapshot1]", "device=cpu"])
     discover.discover(included, workspace, verify=True)
     assert ran[1:] == [NAME, f"{NAME}_snapshot1"]
 

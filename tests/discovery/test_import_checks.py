@@ -9,7 +9,7 @@ import pytest
 from given_predictions import CLASSES, arrays, changing, codes, empty_workspace, opened, take_in, write
 
 from utils.building import fitting
-from utils.core.errors import HonestyError, UserError
+from utils.core.errors import LeakageError, UserError
 from utils.discovery.import_checks import count_copied_rows, equal_rows_limit
 from utils.discovery.imported_members import ImportedPart
 from utils.numeric.metrics import softmax
@@ -34,7 +34,7 @@ def test_out_of_fold_rows_that_are_those_of_train_are_refused_and_the_member_is_
     assert not workspace.oof("bayes").exists()
     assert store.oof(forest) is not None
     assert not store.rows(bayes, "train").out_of_sample.any()
-    with pytest.raises(HonestyError, match=r"which not all of bayes, forest have. Make them: oof\.npz and python"):
+    with pytest.raises(LeakageError, match=r"which not all of bayes, forest have. Make them: oof\.npz and python"):
         fitting.out_of_sample_rows(store, [bayes, forest], kind="oof")
 
 

@@ -28,7 +28,7 @@ from given_predictions import (
 
 from utils.building import build_commands
 from utils.core import artifacts
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.discovery import discover
 from utils.evaluation import score_ranking
@@ -120,7 +120,7 @@ def test_what_was_said_of_a_member_is_not_forgotten_when_another_comes(tmp_path,
 
 
 def test_rows_of_a_member_that_is_not_used_decide_the_folds_as_well(tmp_path, workspace):
-    config = load(PROJECT / "configs" / "votes.yaml", overrides=["backbones.include=[bayes,forest]"])
+    config = load_config(PROJECT / "configs" / "votes.yaml", overrides=["backbones.include=[bayes,forest]"])
     take_in(workspace, write(tmp_path / "one", {"bayes": 1, "forest": 2}))
     build_commands.build_ensemble(config, workspace)
     assert build_commands.build_ensemble(config, workspace).document["built"] == []
@@ -271,7 +271,7 @@ def test_a_damaged_catalog_without_images_is_told_and_made_anew(tmp_path, worksp
 )
 def test_imported_members_join_unless_the_configuration_names_others(tmp_path, workspace, overrides, chosen, caplog):
     take_in(workspace, write(tmp_path / "given"))
-    config = load(PROJECT / "configs" / "votes.yaml", overrides=overrides)
+    config = load_config(PROJECT / "configs" / "votes.yaml", overrides=overrides)
     with logged(caplog):
         found = catalog.select(catalog.read(workspace), config)
     assert tuple(member.name for member in found) == chosen

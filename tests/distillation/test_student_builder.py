@@ -20,7 +20,7 @@ from stored_predictions import workspace_at
 from student_runs import QUICK, SMALL, config, distill, record, store_of
 
 from utils.building import ensembles
-from utils.core.errors import HonestyError, UserError
+from utils.core.errors import LeakageError, UserError
 from utils.distillation import student_builder, teachers
 from utils.distillation.students import ensemble_name
 from utils.evaluation import score_ranking
@@ -249,7 +249,7 @@ def test_auto_says_when_the_teacher_has_seen_the_rows(own, caplog):
         "digest": None,
         "unlabeled": 0,
     }
-    with pytest.raises(HonestyError, match="no cross-fitted predictions of train rows"):
+    with pytest.raises(LeakageError, match="no cross-fitted predictions of train rows"):
         distill(own, SMALL, "distillation.targets=oof")
 
 

@@ -64,7 +64,7 @@ def test_many_pictures_are_drawn_in_processes_with_the_same_bytes(tmp_path, monk
         return [picture.path.read_bytes() for picture in pictures]
 
     here = drawn("here")
-    monkeypatch.setattr(engines, "WORTH_SECONDS", -1)
+    monkeypatch.setattr(engines, "MIN_REMAINING_SECONDS", -1)
     monkeypatch.setattr(engines, "cores", lambda: 2)
     assert drawn("beside") == here
 

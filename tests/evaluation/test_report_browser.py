@@ -9,7 +9,7 @@ import pytest
 from conftest import PROJECT
 
 import report as synthetic_report
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.evaluation import report_page
 
 pytestmark = [
@@ -24,7 +24,7 @@ CONTRAST = 4.5  # WCAG 2, level AA, for text
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     workspace = synthetic_report.synthetic(tmp_path_factory.mktemp("synthetic"), classes=CLASSES, name=NAME)
-    report_page.write(load(PROJECT / "configs" / "votes.yaml"), workspace, "test")
+    report_page.write(load_config(PROJECT / "configs" / "votes.yaml"), workspace, "test")
     return workspace.report("test")
 
 

@@ -16,7 +16,7 @@ import ensemble_orchestrator
 import report as synthetic_report
 from utils.building import build_commands
 from utils.core.artifacts import read_json, write_json
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.evaluation import report_page, thumbnails
 
 DEMO = ("--config", "configs/votes.yaml")
@@ -172,14 +172,16 @@ def test_thumbnails_are_made_for_the_chosen_images_alone(tmp_path, monkeypatch):
 
 def test_the_commands_to_do_it_again_are_understood(tmp_path):
     workspace = synthetic_report.synthetic(tmp_path)
-    config = load(PROJECT / "configs" / "votes.yaml", overrides=["runs.score_ensemble.methods=[soft_voting]", "seed=7"])
+    config = load_config(
+        PROJECT / "configs" / "votes.yaml", overrides=["runs.score_ensemble.methods=[soft_voting]", "seed=7"]
+    )
     report_page.write(config, workspace, "test")
     lines = [line for line in page_of(workspace).words if "ensemble_orchestrator.py" in line]
     commands = [shlex.split(line) for line in "".join(lines).strip().splitlines()]
     assert [words[2] for words in commands] == ["discover", "build-ensemble", "evaluate", "predict"]
     for words in commands:
         parsed = ensemble_orchestrator.build_parser().parse_args(words[2:])
-        again = load(PROJECT / parsed.config, overrides=parsed.set)
+        again = load_config(PROJECT / parsed.config, overrides=parsed.set)
         assert again.digest() == config.digest()
         assert parsed.workspace == str(tmp_path)
 

@@ -12,7 +12,7 @@ from given_predictions import CONFIG, NAMES, changing, empty_workspace, fewer, t
 from scipy.stats import binomtest
 
 from utils.building import build_commands
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.core.errors import ConfigError, UserError
 from utils.evaluation import plots, score_ranking
 from utils.numeric import statistics
@@ -23,7 +23,7 @@ ENSEMBLES = ("hard_voting_ensemble", "logit_averaging_ensemble", "soft_voting_en
 
 
 def configured(*overrides):
-    return load(CONFIG.source, overrides=list(overrides))
+    return load_config(CONFIG.source, overrides=list(overrides))
 
 
 def built(tmp_path, *, config=CONFIG, **given):

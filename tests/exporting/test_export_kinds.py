@@ -13,7 +13,7 @@ from in_process import run as command_line
 
 from utils.building import build_commands
 from utils.core.artifacts import read_json
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.discovery import import_predictions
 
@@ -59,7 +59,7 @@ def test_an_ensemble_of_imported_members_exports_its_combiner_alone(tmp_path):
             given |= {"fold": np.arange(count) % 5} if split == "oof" else {}
             (tmp_path / "given" / name).mkdir(parents=True, exist_ok=True)
             np.savez(tmp_path / "given" / name / f"{split}.npz", logits=logits, classes=np.array(classes), **given)
-    config = load(CONFIG, overrides=["exports.enable=true"])
+    config = load_config(CONFIG, overrides=["exports.enable=true"])
     import_predictions.import_predictions(config, at(base), folder=str(tmp_path / "given"))
     build_commands.build_ensemble(config, at(base))
     result = run(base, "hard_voting_ensemble", "torchscript", "onnx")

@@ -208,7 +208,7 @@ def kept_of_an_ensemble(workspace: Workspace) -> Readers:
 
 def decoded(shown: Path, empty: Path) -> Readers:
     """Image files."""
-    decoder = base_back.bundled("image_cache")
+    decoder = base_back.load_bundled("image_cache")
 
     def image(content: bytes) -> None:
         shown.write_bytes(content)

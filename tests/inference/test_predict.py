@@ -21,7 +21,7 @@ from PIL import Image
 from predict_runs import NAME, asked, by_id, compare, stored
 
 from utils.building import ensembles
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.inference import classifier
 from utils.inference import predict as predicting
@@ -58,7 +58,7 @@ def test_fold_networks_answer_where_the_ensemble_was_built_on_them(workspace):
     folder = workspace.split_dir / "test"
     path = workspace.ensemble(NAME) / "ensemble.json"
     record = json.loads(path.read_text())
-    store = Store(load(CONFIG), workspace, catalog.load(workspace))
+    store = Store(load_config(CONFIG), workspace, catalog.load(workspace))
     members = [store.catalog.members[name] for name in record["members"]]
     digests = {member.name: fold_networks.digest(member, "folds") for member in members}
     path.write_text(json.dumps(record | {"inference": "folds", "member_digests": digests}))
@@ -339,7 +339,7 @@ def test_a_block_is_bounded_by_pixels_and_by_logits():
 
 
 def test_embeddings_come_along_for_combiners_that_read_them(workspace, tmp_path):
-    store = Store(load(CONFIG), workspace, catalog.load(workspace))
+    store = Store(load_config(CONFIG), workspace, catalog.load(workspace))
     asking = WorkspaceClassifier(store, NAME)
     asking.reads_embeddings = True
     images = store.images("test")

@@ -15,7 +15,7 @@ from conftest import PROJECT
 from finished_workspace import CONFIG, at
 from in_process import run
 
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.exporting import export
 from utils.inference.predict import predict, predict_from_export
 
@@ -40,7 +40,7 @@ OF_BASE_BACK = {"config", "models", "training", "export"}
 def exported(tmp_path_factory, built):
     """(workspace, exported files by kind of input)"""
     base = Path(shutil.copytree(built, tmp_path_factory.mktemp("exported") / "workspace"))
-    config, files = load(CONFIG, overrides=["exports.enable=true"]), {}
+    config, files = load_config(CONFIG, overrides=["exports.enable=true"]), {}
     for kind in ("float-nchw", "uint8-nhwc"):
         export.export(config, at(base), model_name=NAME, formats=["onnx"], input=kind, force=True)
         files[kind] = base / f"{kind}.onnx"
@@ -53,7 +53,7 @@ def test_it_agrees_with_predict_from_members(exported, kind):
     base, files = exported
     folder = str(base / "split_dataset" / "test")
     options = {"paths": [folder], "probabilities": True}
-    expected = predict(load(CONFIG), at(base), model_name=NAME, **options).document["images"]
+    expected = predict(load_config(CONFIG), at(base), model_name=NAME, **options).document["images"]
     found = predict_from_export(from_export=str(files[kind]), **options).document["images"]
     assert [record["path"] for record in found] == [record["path"] for record in expected]
     assert [record["class"] for record in found] == [record["class"] for record in expected]

@@ -54,7 +54,7 @@ def in_onnx():
 def test_uint8_images_are_prepared_bit_for_bit_as_the_project_does_it(height, in_onnx):
     width = dict(SIZES)[height]
     pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    decoder = base_back.bundled("image_cache")
+    decoder = base_back.load_bundled("image_cache")
     side = decoder.resized_side(32)
     resized = decoder._resized(Image.fromarray(pixels), [side])[side]
     top, left = (round((length - 32) / 2) for length in resized.shape[:2])

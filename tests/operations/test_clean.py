@@ -13,7 +13,7 @@ import pytest
 from finished_workspace import CONFIG, clean, files, run, status, workspace
 
 from utils.core import caches
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.core.errors import ConfigError, UserError
 from utils.core.workspace import Workspace
 from utils.discovery import discover
@@ -131,7 +131,7 @@ def test_folders_that_killed_exports_left_go_and_exports_stay(workspace):
 
 def test_clean_cache_and_stale_remove_what_can_be_made_again(workspace):
     shutil.copy(workspace.checkpoint("CustomConvNeXt", "snapshot1"), workspace.checkpoint("CustomConvNeXt", "final"))
-    discover.discover(load(CONFIG), workspace)
+    discover.discover(load_config(CONFIG), workspace)
     found = clean(workspace, cache=True, stale=True)
     assert found.next == "clean --cache --stale --confirm"
     assert "soft_voting_ensemble: stale: CustomConvNeXt has another checkpoint now" in found.text
@@ -218,7 +218,7 @@ def test_records_that_another_pipeline_s_k_fold_left_change_nothing(workspace):
     before = files(workspace.base)
     assert status(workspace).next is None
     assert clean(workspace, confirm=True).document["removed"] == []
-    discover.discover(load(CONFIG), workspace)
+    discover.discover(load_config(CONFIG), workspace)
     assert files(workspace.kfold) == {name: before[name] for name in before if name.startswith(str(workspace.kfold))}
     assert catalog.read(workspace).problems == ()
 

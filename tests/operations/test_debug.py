@@ -190,7 +190,7 @@ def test_reset_never_goes_through_a_link(own, tmp_path):
 
 
 def test_a_second_debug_is_refused_by_the_name_of_the_first(own):
-    with locks.one_writer(own / "debug_tmp" / ".lock", "debug"):
+    with locks.writer_lock(own / "debug_tmp" / ".lock", "debug"):
         done = run("debug", "--section", "discover", workspace=own)
     assert done.code == 1
     assert f"being written by `debug`, process {os.getpid()}" in done.stderr
@@ -212,7 +212,7 @@ def test_the_inner_form_is_refused_outside_a_sandbox(own):
 
 
 def test_what_goes_on_from_a_failed_section_is_not_run(own, monkeypatch):
-    monkeypatch.setattr(subprocesses, "run", lambda *_: (70, "", ["bug: KeyError"]))
+    monkeypatch.setattr(subprocesses, "run_program", lambda *_: (70, "", ["bug: KeyError"]))
     done = run("debug", "--section", "smoke", "--json", workspace=own)
     assert done.code == 4
     found = rows(done)
@@ -267,4 +267,4 @@ def test_the_user_s_variables_do_not_reach_the_synthetic_workspace(monkeypatch, 
 
 def test_messages_of_a_program_are_passed_on_and_its_end_is_told(caplog):
     code = "import sys; print('said'); print('10:00:00 | WARNING | careful', file=sys.stderr); sys.exit(3)"
-    assert subprocesses.run([sys.executable, "-c", code], dict(os.environ)) == (3, "said\n", ["careful"])
+    assert subprocesses.run_program([sys.executable, "-c", code], dict(os.environ)) == (3, "said\n", ["careful"])

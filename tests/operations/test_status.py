@@ -16,7 +16,7 @@ from finished_workspace import CONFIG, DEMO, at, files, look, run, status, works
 
 import ensemble_orchestrator
 from utils.core import locks
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.core.workspace import Workspace
 from utils.discovery import discover
 
@@ -116,7 +116,7 @@ def edited(paths: list[Path]) -> None:
     ids=["changed", "gone", "oof", "new member", "new role", "images", "edited", "all edited", "empty class", "code"],
 )
 def test_a_catalog_older_than_its_files_is_stale_with_the_reason(workspace, change, reason):
-    discover.discover(load(CONFIG), workspace)  # the digests of the copy's own files are known from here on
+    discover.discover(load_config(CONFIG), workspace)  # the digests of the copy's own files are known from here on
     reason = reason.format(first=images(workspace)[0].name)
     change(workspace)
     state = look(workspace).catalog
@@ -162,7 +162,7 @@ def test_a_missing_and_a_damaged_catalog(workspace):
 
 def test_ensembles_and_predictions_of_an_old_checkpoint_are_named(workspace):
     shutil.copy(workspace.checkpoint("CustomConvNeXt", "snapshot1"), workspace.checkpoint("CustomConvNeXt", "final"))
-    discover.discover(load(CONFIG), workspace)
+    discover.discover(load_config(CONFIG), workspace)
     found = look(workspace)
     assert found.catalog.state == "current"
     assert set(found.stale_ensembles()) == {"hard_voting_ensemble", "logit_averaging_ensemble", "soft_voting_ensemble"}
@@ -177,7 +177,7 @@ def test_ensembles_and_predictions_of_an_old_checkpoint_are_named(workspace):
 def test_predictions_of_other_images_and_damaged_ones_are_named(workspace):
     edited(images(workspace)[:1])
     (workspace.predictions("CustomConvNeXt", "test") / "record.json").write_text("{")
-    discover.discover(load(CONFIG), workspace)
+    discover.discover(load_config(CONFIG), workspace)
     found = look(workspace).predictions["CustomConvNeXt"]
     assert str(found["val"]) == "stale: of other images"
     assert found["test"].state == "damaged"
@@ -186,7 +186,7 @@ def test_predictions_of_other_images_and_damaged_ones_are_named(workspace):
 def test_an_ensemble_of_a_member_that_is_gone_is_stale(workspace):
     for path in workspace.checkpoints.glob("CustomViTHybrid*"):
         path.unlink()
-    discover.discover(load(CONFIG), workspace)
+    discover.discover(load_config(CONFIG), workspace)
     reasons = look(workspace).ensembles["soft_voting_ensemble"].reasons
     assert reasons == ("CustomViTHybrid is no longer in the catalog",)
 
@@ -214,7 +214,7 @@ def test_a_damaged_ensemble_and_a_missing_one(workspace):
 
 def test_an_ensemble_that_the_configuration_does_not_list_is_no_reason_to_build(workspace):
     shutil.copy(workspace.checkpoint("CustomConvNeXt", "snapshot1"), workspace.checkpoint("CustomConvNeXt", "final"))
-    discover.discover(load(CONFIG), workspace)
+    discover.discover(load_config(CONFIG), workspace)
     assert status(workspace, "runs.score_ensemble.enable=false").next == "evaluate"
 
 
@@ -229,7 +229,7 @@ def test_a_reader_is_not_blocked_and_sees_who_writes(own_copy):
     hold = (
         "import sys, pathlib\n"
         "from utils.core import locks\n"
-        "with locks.one_writer(pathlib.Path(sys.argv[1]), 'stack'):\n"
+        "with locks.writer_lock(pathlib.Path(sys.argv[1]), 'stack'):\n"
         "    print('held', flush=True)\n"
         "    sys.stdin.read()\n"
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from stored_predictions import CONFIG, workspace_at
 
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.discovery import discover
 from utils.numeric.metrics import softmax
@@ -28,7 +28,7 @@ def store(tmp_path, trained):
         if not path.name.startswith(NAME):
             path.unlink()
     workspace = workspace_at(base)
-    config = load(CONFIG, overrides=["device=cpu"])
+    config = load_config(CONFIG, overrides=["device=cpu"])
     discover.discover(config, workspace)
     return Store(config, workspace, catalog.load(workspace))
 

@@ -8,7 +8,7 @@ from conftest import PROJECT
 from given_predictions import CONFIG, empty_workspace, fewer, take_in, write
 
 from utils.building import build_commands
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.discovery import import_predictions
 
@@ -29,7 +29,7 @@ def test_a_class_with_one_row_cannot_be_cross_fitted(tmp_path, workspace):
 
 
 def test_folds_keep_groups_together_by_their_names_alone(tmp_path, workspace):
-    config = load(PROJECT / "configs" / "votes.yaml", overrides=[r"dataset.group_regex=^\d\d\d(\d)\.png$"])
+    config = load_config(PROJECT / "configs" / "votes.yaml", overrides=[r"dataset.group_regex=^\d\d\d(\d)\.png$"])
     import_predictions.import_predictions(config, workspace, folder=str(write(tmp_path / "given")))
     build_commands.build_ensemble(config, workspace)
     with np.load(workspace.crossfit_folds) as folds:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from stored_predictions import CONFIG, workspace_at
 
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.discovery import discover
 from utils.predictions import catalog, streaming
@@ -25,7 +25,7 @@ from utils.predictions.store import Store
 def store(tmp_path, trained):
     base = Path(shutil.copytree(trained, tmp_path / "w"))
     workspace = workspace_at(base)
-    config = load(CONFIG)
+    config = load_config(CONFIG)
     discover.discover(config, workspace)
     return Store(config, workspace, catalog.load(workspace))
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from utils import base_back
 from utils.core.artifacts import FileDigests
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.discovery import discover
@@ -226,7 +226,7 @@ def test_a_network_is_gone_after_its_pass_and_only_a_ring_costs_a_collection(lai
 
 
 def test_two_image_sizes_cost_one_decode(laid, monkeypatch):
-    decoder = base_back.bundled("image_cache")
+    decoder = base_back.load_bundled("image_cache")
     opened = []
     original = Image.open
 
@@ -252,7 +252,7 @@ def store(trained, tmp_path):
     shutil.copytree(trained / "split_dataset", workspace.split_dir)
     workspace.checkpoints.mkdir()
     shutil.copy(trained / "checkpoints" / "CustomConvNeXt_final.pth", workspace.checkpoints)
-    config = load(PROJECT / "configs" / "votes.yaml")
+    config = load_config(PROJECT / "configs" / "votes.yaml")
     discover.discover(config, workspace)
     return Store(config, workspace, catalog.load(workspace))
 

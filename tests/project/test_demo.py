@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import PROJECT, run_python
 
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 
 sys.path.insert(0, str(PROJECT / "scripts"))
 import demo
@@ -81,8 +81,8 @@ def test_the_quick_demo_shortens_settings_that_there_are(tmp_path, monkeypatch):
     for quick in (["--quick"], []):
         assert demo.main([*quick, "--data", str(tmp_path / "leaves")]) == 0
     assert [step.count("--set") for step in steps] == [0, len(demo.QUICK_SETTINGS), 0, 0]
-    config = load(PROJECT / "configs" / "digits_demo.yaml")
-    shorter = load(PROJECT / "configs" / "digits_demo.yaml", overrides=demo.QUICK_SETTINGS)
+    config = load_config(PROJECT / "configs" / "digits_demo.yaml")
+    shorter = load_config(PROJECT / "configs" / "digits_demo.yaml", overrides=demo.QUICK_SETTINGS)
     assert shorter.runs.stacking.mlp_config.epochs < config.runs.stacking.mlp_config.epochs
     assert shorter.runs.fusion.fusion_config.epochs < config.runs.fusion.fusion_config.epochs
     assert shorter.distillation.epochs < config.distillation.epochs

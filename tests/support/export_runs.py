@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finished_workspace import CONFIG, at
 
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.exporting import (
     export,
 )
@@ -15,7 +15,7 @@ NAME = "soft_voting_ensemble"
 
 
 def run(base: Path, name: str | None = NAME, *formats: str, **options):
-    config = load(CONFIG, overrides=["exports.enable=true"])
+    config = load_config(CONFIG, overrides=["exports.enable=true"])
     return export.export(config, at(base), model_name=name, formats=formats or ["onnx"], **options)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT, run_python
 
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.core.workspace import Workspace
 from utils.operations import inventory, upkeep
 
@@ -26,15 +26,15 @@ def workspace(own_copy) -> Workspace:
 
 
 def look(workspace: Workspace, *overrides: str) -> inventory.Inventory:
-    return inventory.take(load(CONFIG, overrides=overrides), workspace)
+    return inventory.take(load_config(CONFIG, overrides=overrides), workspace)
 
 
 def status(workspace: Workspace, *overrides: str):
-    return upkeep.status(load(CONFIG, overrides=overrides), workspace)
+    return upkeep.status(load_config(CONFIG, overrides=overrides), workspace)
 
 
 def clean(workspace: Workspace, **options: bool):
-    return upkeep.clean(load(CONFIG), workspace, **options)
+    return upkeep.clean(load_config(CONFIG), workspace, **options)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.discovery import import_predictions
 from utils.predictions import catalog
 from utils.predictions.store import Store
 
-CONFIG = load(Path(__file__).resolve().parents[2] / "configs" / "votes.yaml")
+CONFIG = load_config(Path(__file__).resolve().parents[2] / "configs" / "votes.yaml")
 NAMES = ("bayes", "forest", "linear")
 
 CLASSES = ("ant", "bee", "cat")

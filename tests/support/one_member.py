@@ -11,7 +11,7 @@ import torch
 from conftest import PROJECT
 from stored_predictions import workspace_at
 
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.discovery import discover
 from utils.predictions import catalog
 
@@ -20,7 +20,7 @@ NAME = "CustomConvNeXt"
 
 @pytest.fixture
 def config():
-    return load(PROJECT / "configs" / "votes.yaml", overrides=["device=cpu"])
+    return load_config(PROJECT / "configs" / "votes.yaml", overrides=["device=cpu"])
 
 
 @pytest.fixture

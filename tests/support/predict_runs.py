@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from finished_workspace import CONFIG, at
 
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.inference.predict import predict
 
 NAME = "soft_voting_ensemble"
@@ -20,7 +20,7 @@ def workspace(own_copy):
 
 
 def asked(workspace, *paths, model_name: str = NAME, overrides: tuple[str, ...] = (), **options):
-    config = load(CONFIG, overrides=overrides)
+    config = load_config(CONFIG, overrides=overrides)
     return predict(config, workspace, paths=[str(path) for path in paths], model_name=model_name, **options)
 
 

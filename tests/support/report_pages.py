@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 
 from conftest import PROJECT
 
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 
-CONFIG = load(PROJECT / "configs" / "votes.yaml")
+CONFIG = load_config(PROJECT / "configs" / "votes.yaml")
 
 
 VOID = {"meta", "link", "br", "img", "hr"}

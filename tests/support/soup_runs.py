@@ -6,7 +6,7 @@ from conftest import PROJECT
 from soup_zoo import NAME
 
 from utils.building import build_commands
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 
 SETTINGS = (
     "device=cpu",
@@ -24,7 +24,7 @@ DEMO = PROJECT / "configs" / "votes.yaml"
 
 
 def config(*overrides):
-    return load(DEMO, overrides=[*SETTINGS, *overrides])
+    return load_config(DEMO, overrides=[*SETTINGS, *overrides])
 
 
 def brew(workspace, *overrides, force=False):

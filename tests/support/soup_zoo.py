@@ -8,7 +8,7 @@ import pytest
 from conftest import PROJECT
 from stored_predictions import workspace_at
 
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.discovery import discover
 
 NAME = "CustomResNetMish"
@@ -25,7 +25,7 @@ def one_backbone(trained, base):
 
 
 def config(*overrides):
-    return load(PROJECT / "configs" / "votes.yaml", overrides=["device=cpu", *overrides])
+    return load_config(PROJECT / "configs" / "votes.yaml", overrides=["device=cpu", *overrides])
 
 
 @pytest.fixture(scope="module")

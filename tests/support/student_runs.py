@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from conftest import PROJECT
 
-from utils.core.config_file import load
+from utils.core.config_file import load_config
 from utils.distillation import student_builder
 from utils.distillation.student_plan import record_of
 from utils.distillation.students import find
@@ -21,7 +21,7 @@ SMALL = "distillation.student=CustomConvNeXt"  # the quickest to train
 
 
 def config(*overrides):
-    return load(PROJECT / "configs" / "votes.yaml", overrides=[*QUICK, *overrides])
+    return load_config(PROJECT / "configs" / "votes.yaml", overrides=[*QUICK, *overrides])
 
 
 def distill(workspace, *overrides, **options):

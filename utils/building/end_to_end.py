@@ -153,7 +153,7 @@ def _source() -> dict[str, Any]:
 
 def _expected(store: Store, members: Sequence[Member]) -> estimates.Estimate:
     config = store.config
-    return estimates.training(
+    return estimates.estimate_training(
         [member.network(store.workspace).checkpoint.stat().st_size for member in members],
         len(store.images("train").paths),
         epochs=config.runs.fusion.end_to_end_epochs,

@@ -16,7 +16,7 @@ from utils.building.ensembles import Crossfit, Ensemble, Provenance, RowSet
 from utils.combiners.protocol import Combiner, MemberFacts
 from utils.core.artifacts import digest_of
 from utils.core.config import Config
-from utils.core.errors import HonestyError, UserError
+from utils.core.errors import LeakageError, UserError
 from utils.numeric.metrics import accuracy, log_loss, log_loss_per_row
 from utils.predictions import catalog, fold_networks
 from utils.predictions.catalog import IMPORTED, Member
@@ -51,7 +51,7 @@ def out_of_sample_rows(
 
     `kind`: honest (both), val or oof; `inference`: which networks answer on val. Where no member has out-of-fold
     predictions these are the val rows, said in words. Where some have, the others' lack is said and the val rows are
-    what all share. Derived members never have any, which is said only where others have. Raises HonestyError where
+    what all share. Derived members never have any, which is said only where others have. Raises LeakageError where
     `oof` is asked for and there is none.
     """
     rows = fold_networks.out_of_sample(store, members, inference)
@@ -82,7 +82,7 @@ def out_of_sample_rows(
         remedies = [f"Make them: {source_of_oof(store, without)}"] if kind == "oof" and without else []
         remedies += [f"Leave out what is derived: {', '.join(derived)}"] if kind == "oof" and derived else []
         remedies += [f"Make them: val.npz and {IMPORT}"] if kind == "val" else []
-        raise HonestyError(
+        raise LeakageError(
             f"fit_rows: {kind} asks for {KINDS_OF_ROWS[split]} rows, which not all of {', '.join(rows.members)} have. "
             f"{'. '.join(remedies)}; or set fit_rows to honest"
         )

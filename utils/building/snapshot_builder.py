@@ -123,7 +123,7 @@ def _train(store: Store, parents: Sequence[Member]) -> tuple[list[str], list[str
         *(settings.n_snapshots, len(parents), settings.epochs_per_cycle, _expected(store, parents)),
     )
     command = _command(store, parents)
-    code, said, errors = subprocesses.run(command, _environment(store))
+    code, said, errors = subprocesses.run_program(command, _environment(store))
     summary = json.loads(said) if said.strip() else None
     if summary is None:
         said = " ".join(errors) or "nothing was said"
@@ -158,7 +158,7 @@ def _take_in(store: Store, parents: Sequence[Member], names: Sequence[str]) -> N
 def _expected(store: Store, parents: Sequence[Member]) -> estimates.Estimate:
     settings, base = store.config.runs.snapshot_ensemble, base_back.settings()
     files = [store.workspace.base / parent.checkpoints[0]["path"] for parent in parents]
-    return estimates.training(
+    return estimates.estimate_training(
         [path.stat().st_size for path in files if path.is_file()],
         store.catalog.splits["train"]["n"],
         epochs=settings.n_snapshots * settings.epochs_per_cycle,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils.building import ensembles, fitting
 from utils.building.ensembles import Provenance
-from utils.core.artifacts import digest_of, read_record, require_own_folder, write_checkpoint, write_json
+from utils.core.artifacts import digest_of, read_record, require_no_symlink, write_checkpoint, write_json
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.discovery import discover
@@ -145,7 +145,7 @@ def _of_backbone(store: Store, member: Member, force: bool) -> Outcome:
         if all(_is_whole(store, member, key, part) for key, part in made.items()):
             names = tuple(part["ensemble"] for part in made.values())
             return Outcome((), names, _lines(store, member, known, "up to date"))
-    require_own_folder(store.workspace.derived_checkpoints)
+    require_no_symlink(store.workspace.derived_checkpoints)
     from utils.building import soup_trials
 
     survey = soup_trials.survey_checkpoints(store, member, _entries(member))

@@ -12,7 +12,7 @@ from utils.building.fitting import OutOfSampleRows
 from utils.building.inference_choice import Measurement
 from utils.combiners.protocol import MemberFacts
 from utils.core.config import Config, require_enabled
-from utils.core.errors import HonestyError, UserError
+from utils.core.errors import LeakageError, UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.discovery import discover
@@ -186,7 +186,7 @@ def _with_out_of_fold(store: Store, members: Sequence[Member], strict: bool) -> 
             )
         return [member for member in members if member.oof is not None]
     if store.config.runs.stacking.fit_rows == "oof":
-        raise HonestyError(
+        raise LeakageError(
             f"runs.stacking.fit_rows is oof, and no member has out-of-fold predictions. Make them: {command}"
         )
     logger.warning(

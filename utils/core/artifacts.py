@@ -66,14 +66,14 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_unfinished(path: Path) -> None:
+def remove_temporary_files(path: Path) -> None:
     """Remove what killed processes left of `path` under temporary names, for a caller who alone writes that file."""
     stem, suffix = glob.escape(path.stem), glob.escape(path.suffix)
     for unfinished in path.parent.glob(f".{stem}.????????.partial{suffix}"):
         unfinished.unlink(missing_ok=True)
 
 
-def require_own_folder(folder: Path) -> None:
+def require_no_symlink(folder: Path) -> None:
     """Raise UserError where a folder that is to be written is a symbolic link."""
     if folder.is_symlink():
         raise UserError(
@@ -82,7 +82,7 @@ def require_own_folder(folder: Path) -> None:
         )
 
 
-def reserve(path: Path, start: int) -> None:
+def preallocate(path: Path, start: int) -> None:
     """Give a sparse file all the room from byte `start` on, which is zeros so far; OSError where the disk has none.
 
     Filling a hole of a memory-mapped file on a full disk is no error but a signal (SIGBUS), which ends the process.
@@ -273,7 +273,7 @@ def write_checkpoint(path: Path, weights: Mapping[str, Any], extra: Mapping[str,
 
     # A pickle notes which strings are one object; those that come out of the parser are alike every time.
     plain = json.loads(json.dumps(extra, sort_keys=True, allow_nan=False))
-    remove_unfinished(path)
+    remove_temporary_files(path)
     with replacing(path) as temporary, temporary.open("wb") as file:  # a path would put its name into the archive
         torch.save({"model_state_dict": dict(weights), "extra": plain}, file)
 

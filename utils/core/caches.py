@@ -33,24 +33,24 @@ class Item:
     """Of the newest file, seconds since the epoch."""
 
 
-def files(folder: Path) -> Iterator[os.DirEntry[str]]:
+def walk_files(folder: Path) -> Iterator[os.DirEntry[str]]:
     """Regular files at any depth; nothing where `folder` is a link or is not there."""
     if folder.is_symlink() or not folder.is_dir():
         return
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.is_dir(follow_symlinks=False):
-                yield from files(Path(entry.path))
+                yield from walk_files(Path(entry.path))
             elif entry.is_file(follow_symlinks=False):
                 yield entry
 
 
-def size(folder: Path) -> int:
+def total_size(folder: Path) -> int:
     """Bytes of all regular files below a folder."""
-    return sum(status.st_size for entry in files(folder) if (status := _status(entry)))
+    return sum(status.st_size for entry in walk_files(folder) if (status := _status(entry)))
 
 
-def children(folder: Path) -> list[Item]:
+def list_children(folder: Path) -> list[Item]:
     """One item per file or folder that lies directly in `folder`, links left out."""
     if folder.is_symlink() or not folder.is_dir():
         return []
@@ -59,17 +59,17 @@ def children(folder: Path) -> list[Item]:
         if path.is_symlink():
             continue
         status = path.stat()
-        found.append(Item(path.name, (path,), size(path) if path.is_dir() else status.st_size, status.st_mtime))
+        found.append(Item(path.name, (path,), total_size(path) if path.is_dir() else status.st_size, status.st_mtime))
     return found
 
 
-def leftovers(folder: Path, *, shared: bool) -> list[Item]:
+def temporary_files(folder: Path, *, shared: bool) -> list[Item]:
     """Files under temporary names, which a killed process left.
 
     In a `shared` folder another program may be writing, so only what nobody has touched for an hour counts there.
     """
     found = []
-    for entry in files(folder):
+    for entry in walk_files(folder):
         if not TEMPORARY.fullmatch(entry.name) or (status := _status(entry)) is None:
             continue
         may_be_alive = shared or entry.name.startswith(".lock.")
@@ -78,16 +78,16 @@ def leftovers(folder: Path, *, shared: bool) -> list[Item]:
     return found
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_temporary_files(folder: Path) -> None:
     """Remove all files under temporary names from a folder that only the caller writes. Raises OSError."""
-    for item in leftovers(folder, shared=False):
+    for item in temporary_files(folder, shared=False):
         remove(item)
 
 
-def packs(image_cache: Path) -> list[Item]:
+def image_packs(image_cache: Path) -> list[Item]:
     """The packs of decoded images, oldest first; their index goes before their pixels."""
     found: dict[str, list[tuple[Path, os.stat_result]]] = {}
-    for entry in files(image_cache):
+    for entry in walk_files(image_cache):
         match = PACK.fullmatch(entry.name)
         if match and Path(entry.path).parent == image_cache and (status := _status(entry)):
             found.setdefault(match[1], []).append((Path(entry.path), status))
@@ -105,7 +105,7 @@ def packs(image_cache: Path) -> list[Item]:
 
 def enforce_quota(image_cache: Path, quota_gb: float | None) -> list[Item]:
     """Remove the oldest packs until the decoded images keep within the quota (10^9 bytes each); what was removed."""
-    found = packs(image_cache)
+    found = image_packs(image_cache)
     total = sum(item.size for item in found)
     removed: list[Item] = []
     while quota_gb is not None and total > quota_gb * 1e9:
@@ -119,7 +119,7 @@ def enforce_quota(image_cache: Path, quota_gb: float | None) -> list[Item]:
             quota_gb,
             len(removed),
             len(found),
-            shown(sum(item.size for item in removed)),
+            format_bytes(sum(item.size for item in removed)),
         )
     return removed
 
@@ -133,7 +133,7 @@ def remove(item: Item) -> None:
             path.unlink(missing_ok=True)
 
 
-def shown(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes for a reader: `3.4 MB`."""
     for unit in ("B", "kB", "MB"):
         if size < 999.5:

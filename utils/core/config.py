@@ -110,7 +110,7 @@ Count = Annotated[int, _check("expected a whole number of at least 1", lambda nu
 Workers = Annotated[int, _check("expected a whole number of at least 0", lambda number: number >= 0, _whole)]
 Seed = Annotated[int, _check("expected a whole number from 0 to 4294967295", lambda seed: 0 <= seed < 2**32, _whole)]
 Positive = Annotated[float, _check("expected a number above 0", lambda number: number > 0, _real)]
-Share = Annotated[float, _check("expected a number from 0 to 1", lambda number: 0 <= number <= 1, _real)]
+Fraction = Annotated[float, _check("expected a number from 0 to 1", lambda number: 0 <= number <= 1, _real)]
 Shrinkage = Annotated[float, _check("expected a number above 0, at most 1", lambda number: 0 < number <= 1, _real)]
 Dropout = Annotated[float, _check("expected a number from 0 to below 1", lambda number: 0 <= number < 1, _real)]
 Flag = Annotated[bool, _check("expected true or false, without quotes", lambda raw: isinstance(raw, bool))]
@@ -269,7 +269,7 @@ class Cascade(Section):
 
     enable: Flag = False
     max_members: Count = 5
-    max_accuracy_loss: Share = 0.005
+    max_accuracy_loss: Fraction = 0.005
 
 
 class MetaMlp(Section):
@@ -316,7 +316,7 @@ class Distillation(Section):
     teacher: Name = "meta_fuser"
     student: Name = "CustomMobileOne"
     temperature: Positive = 4.0
-    alpha: Share = 0.5
+    alpha: Fraction = 0.5
     epochs: Count = 50
     lr: Positive = 0.001
     batch_size: Batch = 32

@@ -34,7 +34,7 @@ Place = tuple[str, ...]
 Problems = list[tuple[Place, str]]
 
 
-def find(name: str, project: Path) -> Path:
+def find_config(name: str, project: Path) -> Path:
     """The file called `name` below the working directory, else below the project; ConfigError naming both places."""
     wanted = Path(os.path.expanduser(name))
     places = [wanted] if wanted.is_absolute() else [wanted, project / wanted]
@@ -54,7 +54,7 @@ def find(name: str, project: Path) -> Path:
     )
 
 
-def load(
+def load_config(
     path: Path,
     *,
     overrides: Sequence[str] = (),

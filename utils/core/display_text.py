@@ -10,7 +10,7 @@ _INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 _HARMLESS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"  # which some scripts are written with
 
 
-def shown(text: object) -> str:
+def printable(text: object) -> str:
     """The text on one line, with what cannot be seen or encoded written out: `\\n`, `\\xff`, `\\u202e`.
 
     Bytes of a file name that are no UTF-8, which Python keeps as lone surrogates, come out as `\\xNN`.
@@ -27,27 +27,27 @@ def _shown(letter: str) -> str:
     return letter.encode("unicode_escape").decode("ascii")
 
 
-def number(value: float | None, digits: int = 4) -> str:
+def format_number(value: float | None, digits: int = 4) -> str:
     """A figure with a fixed number of digits, or `not measured`."""
     return NOT_MEASURED if value is None else f"{value:.{digits}f}"
 
 
-def percent(value: float | None, digits: int = 1) -> str:
+def format_percent(value: float | None, digits: int = 1) -> str:
     """A share as a percentage, or `not measured`."""
     return NOT_MEASURED if value is None else f"{100 * value:.{digits}f} %"
 
 
-def interval(bounds: Sequence[float] | None, digits: int = 4) -> str:
+def format_interval(bounds: Sequence[float] | None, digits: int = 4) -> str:
     """`[low, high]`; nothing where there is none."""
     return "" if bounds is None else f"[{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
 
 
-def listed(names: Sequence[str], most: int = 6) -> str:
+def join_names(names: Sequence[str], most: int = 6) -> str:
     """`a, b and c`, the rest counted."""
     kept = [*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])]
     return " and ".join([", ".join(kept[:-1]), kept[-1]]) if len(kept) > 1 else "".join(kept)
 
 
-def counted(count: int, word: str) -> str:
+def format_count(count: int, word: str) -> str:
     """`1 image`, `2 images`."""
     return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"

@@ -1,7 +1,7 @@
 """Where independent jobs run: in this process, or on the workers of a Ray cluster; results in the order of the jobs.
 
-A job is a function that a worker can import by name, what all jobs share, and an item of its own. It gives the same
-bytes wherever it runs on the CPU, because it is told how many threads its sums may be split over.
+A job is a function that a worker can import by name, arguments that all jobs share, and one item. It gives the same
+bytes wherever it runs on the CPU, because the number of threads that its sums are split over is part of the job.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,44 +21,49 @@ logger = logging.getLogger("disease_pipeline")
 
 RETRIES = 3  # of a job whose worker died
 STORE_BYTES = 200_000_000  # shared memory of a cluster that is started here; what does not fit goes to disk
-WORTH_SECONDS = 10.0  # of work that is left, from which processes save time: to start them takes up to four
-MOST_APART = 8  # processes, of about 400 MB each
-TOLD_SECONDS = 1.0  # between two lines of progress
+MIN_REMAINING_SECONDS = 10.0  # of work, from which on processes save time; starting them takes up to four
+MAX_PROCESSES = 8  # of about 400 MB each
+PROGRESS_SECONDS = 1.0  # between two lines of progress
 INSTALL = "Install it: pip install 'ray>=2.40,<3'; or leave --engine ray out"
 
-
-Limit = tuple[int | None, bool]
-"""How many threads a job's sums are split over, and whether torch alone is told so."""
+JobWarning = tuple[int, str]
+"""Level and text of a message that a job logged in another process."""
+ThreadLimit = tuple[int | None, bool]
+"""Threads that the sums of a job are split over, and whether the limit applies to torch only."""
 
 
 class Engine(Protocol):
-    """Runs jobs that do not know of each other."""
+    """Runs jobs that do not depend on each other."""
 
     name: str
 
-    def each(
+    def map(
         self,
         function: Callable[..., Any],
         items: Iterable[Any],
         *,
         shared: Sequence[Any] = (),
-        what: str | None = None,
-        side_by_side: int = 1,
-        apart: int = 1,
-        threads: int | None = None,
+        description: str | None = None,
+        n_threads: int = 1,
+        n_processes: int = 1,
+        threads_per_job: int | None = None,
         gpu: float = 0.0,
     ) -> Iterator[Any]:
-        """`function(*shared, item)` for each item, in their order; all results must be taken.
+        """`function(*shared, item)` for each item, in order; the caller must consume all results.
 
-        `shared` is handed to every job and not to be written to. `what` names the jobs in lines of progress. In this
-        process `side_by_side` of them run in threads, and up to `apart` in processes beside it, where that saves time;
-        a cluster runs as many as it has room for. `threads` is how many a job's sums are split over (None: as many as
-        torch takes here); `gpu` is the part of a GPU that it needs. What a job raises is raised here; UserError where
-        workers die again and again.
+        Args:
+            shared: arguments of every job; a job must not modify them.
+            description: names the jobs in progress messages.
+            n_threads: jobs that run concurrently in threads of this process (a cluster ignores it).
+            n_processes: most processes beside this one, used where they save time (a cluster ignores it).
+            threads_per_job: threads that the sums of a job are split over; None: as many as torch uses here.
+            gpu: fraction of a GPU that a job needs.
+
+        An exception of a job is raised here. Raises UserError where workers die repeatedly.
         """
 
-    def placed(self, device: str) -> str:
-        """What a device of this machine is called where a job runs."""
+    def worker_device(self, device: str) -> str:
+        """The name that a device of this machine has where a job runs."""
 
 
 class Local:
@@ -66,71 +71,82 @@ class Local:
 
     name = "local"
 
-    def each(
+    def map(
         self,
         function: Callable[..., Any],
         items: Iterable[Any],
         *,
         shared: Sequence[Any] = (),
-        what: str | None = None,
-        side_by_side: int = 1,
-        apart: int = 1,
-        threads: int | None = None,
+        description: str | None = None,
+        n_threads: int = 1,
+        n_processes: int = 1,
+        threads_per_job: int | None = None,
         gpu: float = 0.0,
     ) -> Iterator[Any]:
-        """As `Engine` says; one job starts when the result of the last has been taken, unless some run side by side."""
-        if apart > 1:
-            yield from _apart(function, list(items), shared, what or "jobs", apart, threads)
+        """As `Engine.map`; with one thread and one process, a job starts when the previous result has been consumed."""
+        if n_processes > 1:
+            jobs = list(items)
+            yield from _map_in_processes(function, jobs, shared, description or "jobs", n_processes, threads_per_job)
             return
-        with _limited(threads):
-            if side_by_side == 1:
+        with _limited(threads_per_job):
+            if n_threads == 1:
                 for item in items:
                     yield function(*shared, item)
                 return
             from joblib import Parallel, delayed
 
             calls = [delayed(function)(*shared, item) for item in items]
-            yield from Parallel(n_jobs=side_by_side, prefer="threads", return_as="generator")(calls)
+            yield from Parallel(n_jobs=n_threads, prefer="threads", return_as="generator")(calls)
 
-    def placed(self, device: str) -> str:
-        """The same."""
+    def worker_device(self, device: str) -> str:
+        """The same device."""
         return device
 
     def close(self) -> None:
         """Nothing is open."""
 
 
-def _apart(
-    function: Callable[..., Any], jobs: Sequence[Any], shared: Sequence[Any], what: str, most: int, threads: int | None
+def _map_in_processes(
+    function: Callable[..., Any],
+    jobs: Sequence[Any],
+    shared: Sequence[Any],
+    description: str,
+    n_processes: int,
+    threads_per_job: int | None,
 ) -> Iterator[Any]:
-    """Two jobs here, and the others in processes where they would take long here; where one dies, here."""
-    done, seconds = 0, []
+    """Run two jobs here; run the others in processes if they would take long here, or here if a process dies."""
+    done = 0
+    seconds: list[float] = []
 
-    def here(last: int) -> Iterator[Any]:
+    def run_here(stop: int) -> Iterator[Any]:
         nonlocal done
-        for job in jobs[done:last]:
+        for job in jobs[done:stop]:
             start = time.monotonic()
-            with _limited(threads):
+            with _limited(threads_per_job):
                 result = function(*shared, job)
             seconds.append(time.monotonic() - start)
             done += 1
             yield result
 
-    yield from here(2)  # of which the first may have had something to import
-    left = len(jobs) - done
-    if left > 1 and min(seconds) * left > WORTH_SECONDS:
+    yield from run_here(2)  # the first one may have had something to import
+    remaining = len(jobs) - done
+    if remaining > 1 and min(seconds) * remaining > MIN_REMAINING_SECONDS:
         from joblib import Parallel, delayed
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-        calls = [delayed(_run)((threads, False), function, job, *shared) for job in jobs[done:]]
+        calls = [delayed(_run_job)((threads_per_job, False), function, job, *shared) for job in jobs[done:]]
+        workers = min(n_processes, remaining, MAX_PROCESSES)
         try:
-            for result, warnings in Parallel(min(most, left, MOST_APART), "loky", return_as="generator")(calls):
-                _tell(warnings)
+            for result, warnings in Parallel(workers, "loky", return_as="generator")(calls):
+                _log_warnings(warnings)
                 done += 1
                 yield result
         except TerminatedWorkerError:
-            logger.warning("%s: a process beside this one died, perhaps for want of memory; going on here alone", what)
-    yield from here(len(jobs))
+            logger.warning(
+                "%s: a worker process died, perhaps for lack of memory; the remaining jobs run in this process",
+                description,
+            )
+    yield from run_here(len(jobs))
 
 
 class Ray:
@@ -146,33 +162,33 @@ class Ray:
         self.address = address
         self._task: Any = None
 
-    def each(
+    def map(
         self,
         function: Callable[..., Any],
         items: Iterable[Any],
         *,
         shared: Sequence[Any] = (),
-        what: str | None = None,
-        side_by_side: int = 1,
-        apart: int = 1,
-        threads: int | None = None,
+        description: str | None = None,
+        n_threads: int = 1,
+        n_processes: int = 1,
+        threads_per_job: int | None = None,
         gpu: float = 0.0,
     ) -> Iterator[Any]:
-        """As `Engine` says; a job whose worker died is run again, up to `RETRIES` times."""
+        """As `Engine.map`; a job whose worker died is run again, up to `RETRIES` times."""
         jobs = list(items)
         if not jobs:
             return
-        task, ray = self._started(gpu)
-        kept = [ray.put(value) for value in shared]
-        wanted = _torch_threads() if threads is None else threads
-        largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
-        options = {"num_cpus": min(wanted, largest), "num_gpus": gpu, "max_retries": RETRIES}
-        limit = (wanted, threads is None)
-        references = [task.options(**options).remote(limit, function, job, *kept) for job in jobs]
-        yield from _in_order(ray, references, what)
+        task, ray = self._start(gpu)
+        shared_references = [ray.put(value) for value in shared]
+        threads = _torch_threads() if threads_per_job is None else threads_per_job
+        largest_node = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+        options = {"num_cpus": min(threads, largest_node), "num_gpus": gpu, "max_retries": RETRIES}
+        limit = (threads, threads_per_job is None)
+        references = [task.options(**options).remote(limit, function, job, *shared_references) for job in jobs]
+        yield from _in_order(ray, references, description)
 
-    def placed(self, device: str) -> str:
-        """A worker sees the GPU that it was given as its first."""
+    def worker_device(self, device: str) -> str:
+        """A worker sees the GPU that it was assigned as its first."""
         return "cuda:0" if device.startswith("cuda") else device
 
     def close(self) -> None:
@@ -183,7 +199,8 @@ class Ray:
             ray.shutdown()
             self._task = None
 
-    def _started(self, gpu: float) -> tuple[Any, Any]:
+    def _start(self, gpu: float) -> tuple[Any, Any]:
+        """The remote task and the module `ray`; joins or starts the cluster at the first call."""
         try:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: starved beside any other program
@@ -196,20 +213,20 @@ class Ray:
                 ray.init(
                     address=self.address or "local",
                     include_dashboard=None if self.address else False,
-                    log_to_driver=False,  # what workers warn of comes with their results
+                    log_to_driver=False,  # the warnings of workers arrive with their results
                     logging_level=logging.ERROR,
-                    runtime_env={"env_vars": _variables()},
+                    runtime_env={"env_vars": _worker_environment()},
                     **here,
                 )
             except (ConnectionError, RuntimeError, ValueError) as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise UserError(
-                    f"--address {self.address}: no Ray cluster can be joined there ({reason}). Start one: ray start "
-                    "--head; or leave --address out, and one is started here"
+                    f"--address {self.address}: cannot join a Ray cluster there ({reason}). Start one with `ray start "
+                    "--head`, or omit --address to start one for this command"
                 ) from error
-            self._task = ray.remote(_run)
-            found = ray.cluster_resources()
-            logger.info("ray: %d worker(s), %d GPU(s)", found.get("CPU", 0), found.get("GPU", 0))
+            self._task = ray.remote(_run_job)
+            resources = ray.cluster_resources()
+            logger.info("ray: %d worker(s), %d GPU(s)", resources.get("CPU", 0), resources.get("GPU", 0))
         if gpu > ray.cluster_resources().get("GPU", 0):
             raise UserError("--engine ray: the cluster has no GPU. Use --device cpu, or join one that has: --address")
         return self._task, ray
@@ -226,14 +243,14 @@ def current() -> Local | Ray:
 
 @contextmanager
 def using(name: str, address: str | None = None) -> Iterator[None]:
-    """Run what follows on an engine. Raises ConfigError for an address that no engine asks for.
+    """Use an engine inside the block. Raises ConfigError for an address that the engine does not take.
 
-    What Ray prints goes to stderr: stdout is the command's own.
+    What Ray prints goes to stderr; stdout belongs to the command.
     """
     global _current
     if address is not None and name != Ray.name:
-        raise ConfigError(f"--address {address}: belongs to --engine ray; found --engine {name}")
-    before, _current = _current, Ray(address) if name == Ray.name else Local()
+        raise ConfigError(f"--address {address}: requires --engine ray, but the engine is {name}")
+    previous, _current = _current, Ray(address) if name == Ray.name else Local()
     try:
         with redirect_stdout(sys.stderr) if name == Ray.name else nullcontext():
             try:
@@ -241,80 +258,78 @@ def using(name: str, address: str | None = None) -> Iterator[None]:
             finally:
                 _current.close()
     finally:
-        _current = before
+        _current = previous
 
 
-def _run(
-    limit: tuple[int | None, bool], function: Callable[..., Any], item: Any, *shared: Any
-) -> tuple[Any, list[Any]]:
-    """One job in another process; its result, and what it warned of as (level, text)."""
-    threads, of_torch = limit
-    heard = _Heard()
-    logger.addHandler(heard)
+def _run_job(limit: ThreadLimit, function: Callable[..., Any], item: Any, *shared: Any) -> tuple[Any, list[JobWarning]]:
+    """One job in another process: its result, and the warnings that it logged."""
+    threads, torch_only = limit
+    recorder = _WarningRecorder()
+    logger.addHandler(recorder)
     try:
-        if of_torch:
+        if torch_only and threads is not None:
             import torch
 
             torch.set_num_threads(threads)
-        with nullcontext() if of_torch else _limited(threads):
-            return function(*shared, item), heard.told
+        with nullcontext() if torch_only else _limited(threads):
+            return function(*shared, item), recorder.warnings
     finally:
-        logger.removeHandler(heard)
+        logger.removeHandler(recorder)
 
 
-class _Heard(logging.Handler):
+class _WarningRecorder(logging.Handler):
     """Keeps warnings and errors."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.told: list[tuple[int, str]] = []
+        self.warnings: list[JobWarning] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.told.append((record.levelno, record.getMessage()))
+        self.warnings.append((record.levelno, record.getMessage()))
 
 
-def _in_order(ray: Any, references: Sequence[Any], what: str | None) -> Iterator[Any]:
-    """Results in the order of the references; says how many are there as they come."""
-    start = told = time.monotonic()
+def _in_order(ray: Any, references: Sequence[Any], description: str | None) -> Iterator[Any]:
+    """Results in the order of the references; logs progress as they arrive."""
+    start = last_message = time.monotonic()
     pending = list(references)
     try:
         for reference in references:
             while reference in pending:
                 _, pending = ray.wait(pending, num_returns=1)
                 done, now = len(references) - len(pending), time.monotonic()
-                if what and (now - told >= TOLD_SECONDS or not pending):
+                if description and (now - last_message >= PROGRESS_SECONDS or not pending):
                     left = (now - start) / done * len(pending)
-                    logger.info("[%d/%d] %s; about %.0f s left", done, len(references), what, left)
-                    told = now
-            result, warnings = _result(ray, reference, what or "a job")
-            _tell(warnings)
+                    logger.info("[%d/%d] %s; about %.0f s left", done, len(references), description, left)
+                    last_message = now
+            result, warnings = _result(ray, reference, description or "a job")
+            _log_warnings(warnings)
             yield result
     finally:
-        for reference in pending:  # those of a joined cluster would go on with what nobody waits for
+        for reference in pending:  # a joined cluster would go on computing what nobody waits for
             ray.cancel(reference)
 
 
-def _tell(warnings: Sequence[tuple[int, str]]) -> None:
-    """Of what a job warned elsewhere."""
+def _log_warnings(warnings: Sequence[JobWarning]) -> None:
+    """Log here what a job logged in another process."""
     for level, text in warnings:
         logger.log(level, "%s", text)
 
 
-def _result(ray: Any, reference: Any, what: str) -> tuple[Any, list[Any]]:
+def _result(ray: Any, reference: Any, description: str) -> tuple[Any, list[JobWarning]]:
     try:
-        found: tuple[Any, list[Any]] = ray.get(reference)
-        return found
+        result: tuple[Any, list[JobWarning]] = ray.get(reference)
+        return result
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{what}: its worker died {RETRIES + 1} times ({reason}). Expected memory enough for one job per worker: "
-            "free some, let fewer run side by side by a higher OMP_NUM_THREADS, or use --engine local"
+            f"{description}: its worker died {RETRIES + 1} times ({reason}). Each worker needs enough memory for one "
+            "job: free some, run fewer at a time by a higher OMP_NUM_THREADS, or use --engine local"
         ) from error
 
 
-def _limited(threads: int | None) -> Any:
+def _limited(threads: int | None) -> AbstractContextManager[Any]:
     if threads is None:
         return nullcontext()
     from threadpoolctl import threadpool_limits
@@ -328,13 +343,15 @@ def _torch_threads() -> int:
     return torch.get_num_threads()
 
 
-def _variables() -> dict[str, str]:
-    """What a worker needs to find this project and the workspace as this process does."""
-    kept = {name: value for name, value in os.environ.items() if name.startswith("DBT_") or name == "BASE_BACK_DIR"}
+def _worker_environment() -> dict[str, str]:
+    """The variables by which a worker finds this project and the workspace as this process does."""
+    variables = {
+        name: value for name, value in os.environ.items() if name.startswith("DBT_") or name == "BASE_BACK_DIR"
+    }
     project = str(Path(__file__).resolve().parents[2])
-    return kept | {"PYTHONPATH": os.pathsep.join([project, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    return variables | {"PYTHONPATH": os.pathsep.join([project, *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 def cores() -> int:
-    """Of this machine, as many as this process may use."""
+    """Number of cores of this machine that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

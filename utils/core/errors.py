@@ -1,11 +1,10 @@
-"""The ways in which a command may end, as exceptions; every room may raise them.
+"""The ways in which a command may end, as exceptions; every module may raise them.
 
     OrchestratorError
     ├── UserError                the user can mend it: what, where, remedy         exit 1
     ├── ConfigError              usage or configuration, every problem at once     exit 2
-    ├── HonestyError             an honest answer is impossible                    exit 3
-    │   ├── ContaminatedError    a result scored on rows its parts were fitted on
-    │   └── NoHonestDataError    no row is left that the parts have not seen
+    ├── LeakageError             no out-of-sample rows or predictions exist        exit 3
+    │   └── ContaminatedError    a result scored on rows that its parts were fitted on
     └── PartialFailure           finished, but a requested part failed or was left out   exit 4
 
 Anything else that reaches the top is a bug (exit 70). The codes stand in `ensemble_orchestrator.EXIT_CODES`.
@@ -18,13 +17,13 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
-ELSEWHERE = "write elsewhere with --output DIR (or DBT_ENSEMBLE_DIR)"
-_FREE = f"Free some space (python ensemble_orchestrator.py clean shows what may go), or {ELSEWHERE}"
-_ACCESS = f"Expected a folder that can be written; {ELSEWHERE}"
+OUTPUT_HINT = "write elsewhere with --output DIR (or DBT_ENSEMBLE_DIR)"
+_FREE = f"Free some space (python ensemble_orchestrator.py clean shows what may go), or {OUTPUT_HINT}"
+_ACCESS = f"Expected a folder that can be written; {OUTPUT_HINT}"
 _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _FREE),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _ACCESS),
-    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), f"Expected folders, not files, on the way there; {ELSEWHERE}"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), f"Expected folders, not files, on the way there; {OUTPUT_HINT}"),
     errno.ENOENT: "It vanished in between. Put it back, or run `python ensemble_orchestrator.py discover` again",
 }
 
@@ -41,16 +40,12 @@ class ConfigError(OrchestratorError):
     """Usage or configuration: lists every problem with its dotted place."""
 
 
-class HonestyError(OrchestratorError):
-    """The request has no honest answer."""
+class LeakageError(OrchestratorError):
+    """The request would need out-of-sample predictions that do not exist."""
 
 
-class ContaminatedError(HonestyError):
+class ContaminatedError(LeakageError):
     """A result was asked for on rows that a part of it was fitted on."""
-
-
-class NoHonestDataError(HonestyError):
-    """No row is left whose predictions come from networks that have not seen it."""
 
 
 class PartialFailure(OrchestratorError):
@@ -68,7 +63,7 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(f"{path}: cannot be written ({_reason(error)}). {_remedy(error)}")
 
 
-def file_trouble(error: OSError, place: Path | None) -> str:
+def describe_os_error(error: OSError, place: Path | None) -> str:
     """The words for an OSError that nobody caught: its file, else something in `place`."""
     named = error.filename if error.filename is not None else f"a file in {place}" if place else "a file"
     return f"{named}: {_reason(error)}. {_remedy(error)}"

@@ -36,7 +36,7 @@ class Estimate:
         return f"about {time} and {max(1, self.megabytes):.0f} MB"
 
 
-def extraction(
+def estimate_extraction(
     checkpoint_bytes: Sequence[int],
     images: int,
     *,
@@ -63,7 +63,7 @@ def extraction(
     return Estimate(seconds, (pixels + rows) / 1e6)
 
 
-def training(
+def estimate_training(
     checkpoint_bytes: Sequence[int],
     images: int,
     *,

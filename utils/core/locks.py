@@ -31,7 +31,7 @@ NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)  # file syst
 
 
 @dataclass(frozen=True)
-class Owner:
+class LockOwner:
     """Who holds a lock."""
 
     host: str
@@ -49,9 +49,9 @@ class Owner:
         return f"`{self.command}`, process {self.pid} on host {self.host}, since {self.since}"
 
 
-def this_process(command: str) -> Owner:
+def this_process(command: str) -> LockOwner:
     """The running process as the owner of a lock."""
-    return Owner(
+    return LockOwner(
         host=socket.gethostname(),
         boot=_boot(),
         pid_space=_pid_space(),
@@ -63,7 +63,7 @@ def this_process(command: str) -> Owner:
 
 
 @contextmanager
-def one_writer(lock: Path, command: str) -> Iterator[None]:
+def writer_lock(lock: Path, command: str) -> Iterator[None]:
     """Hold the lock file `lock` while the block runs; it is gone afterwards, however the block ends.
 
     Raises UserError that names the owner when somebody else writes, and with a remedy where nothing can be written.
@@ -80,7 +80,7 @@ def one_writer(lock: Path, command: str) -> Iterator[None]:
         _release(lock, record)
 
 
-def owner_of(lock: Path) -> Owner | None:
+def owner_of(lock: Path) -> LockOwner | None:
     """Who holds a lock, alive or not; None when nobody does. Raises UserError for a damaged file."""
     try:
         with lock.open(encoding="utf-8") as file:
@@ -89,7 +89,7 @@ def owner_of(lock: Path) -> Owner | None:
         return None
 
 
-def is_dead(owner: Owner) -> bool:
+def is_dead(owner: LockOwner) -> bool:
     """Whether the owner certainly runs no more; False where that cannot be known from here."""
     if owner.host != socket.gethostname():
         return False
@@ -159,9 +159,9 @@ def _is_taken_over(temporary: Path, lock: Path) -> bool:
     return True
 
 
-def _read(lock: Path, file: IO[str]) -> Owner:
+def _read(lock: Path, file: IO[str]) -> LockOwner:
     try:
-        return Owner(**json.loads(file.read()))
+        return LockOwner(**json.loads(file.read()))
     except (ValueError, TypeError) as error:
         raise UserError(
             f"{lock}: damaged, {error}; expected the record of a writer. When no command is writing into this "
@@ -169,7 +169,7 @@ def _read(lock: Path, file: IO[str]) -> Owner:
         ) from error
 
 
-def _refusal(lock: Path, owner: Owner) -> str:
+def _refusal(lock: Path, owner: LockOwner) -> str:
     here = owner.host == socket.gethostname() and owner.pid_space == _pid_space()
     if here:
         return f"{lock.parent}: being written by {owner}; expected no other writer. Wait until it ends, then try again"

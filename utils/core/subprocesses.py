@@ -12,12 +12,12 @@ from typing import Any
 
 logger = logging.getLogger("disease_pipeline")
 
-LINE = re.compile(r"\d\d:\d\d:\d\d \| (?P<level>[A-Z]+) \| (?P<text>.*)")
+LOG_LINE = re.compile(r"\d\d:\d\d:\d\d \| (?P<level>[A-Z]+) \| (?P<text>.*)")
 """As our logger and the base pipeline's write it."""
 LAST_LINES = 3  # of what a failed program said
 
 
-def run(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str, list[str]]:
+def run_program(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str, list[str]]:
     """Run a program to its end: (exit code, stdout, last lines of its messages). It ends with the caller."""
     last: deque[str] = deque(maxlen=LAST_LINES)
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
@@ -26,7 +26,7 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, st
         assert process.stderr is not None
         try:
             for line in process.stderr:
-                match = LINE.fullmatch(line.rstrip("\n"))
+                match = LOG_LINE.fullmatch(line.rstrip("\n"))
                 level = logging.getLevelName(match["level"]) if match else logging.DEBUG
                 logger.log(level if isinstance(level, int) else logging.INFO, "%s", match["text"] if match else line)
                 last.append(match["text"] if match else line.strip())

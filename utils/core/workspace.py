@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
-from utils import base_back
 from utils.core.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -31,13 +31,12 @@ class Workspace:
     """Where everything of ours goes; None: into the root."""
 
     @classmethod
-    def of_settings(cls, output: str | None = None) -> Workspace:
-        """The workspace that the mounted BASE-BACK's settings name; loads them, without torch.
+    def from_settings(cls, settings: ModuleType, output: str | None = None) -> Workspace:
+        """The workspace that BASE-BACK's `config.settings` describe.
 
-        `output`, else the environment variable DBT_ENSEMBLE_DIR, takes everything of ours. Raises UserError where it
-        is no folder.
+        Everything that this project writes goes to `output`, or to the environment variable DBT_ENSEMBLE_DIR where
+        `output` is None. Raises UserError where that is not a folder.
         """
-        settings = base_back.settings()
         base = Path(settings.BASE_DIR)
         own = _output(output, base)
         placed = getattr(settings, "IMAGE_CACHE_DIR", None) or os.environ.get("DBT_IMAGE_CACHE_DIR")

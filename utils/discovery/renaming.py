@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from utils.core import caches
-from utils.core.artifacts import link_file, read_json, require_own_folder, write_json
+from utils.core.artifacts import link_file, read_json, require_no_symlink, write_json
 from utils.core.config import is_name
 from utils.core.errors import UserError, did_you_mean
 from utils.core.workspace import SPLITS, Workspace
@@ -118,10 +118,10 @@ def _link(workspace: Workspace, old: str, new: str) -> None:
     """Give everything stored of a member its second name; what a stopped renaming left there is replaced."""
     for source, target in zip(_folders(workspace, old), _folders(workspace, new), strict=True):
         for folder in (source, *(path for path in source.rglob("*") if path.is_dir()), target):
-            require_own_folder(folder)
+            require_no_symlink(folder)
         if target.is_dir():
             shutil.rmtree(target)
-        for entry in caches.files(source):
+        for entry in caches.walk_files(source):
             path = Path(entry.path)
             place = target / path.relative_to(source)
             record = read_json(path, remedy=AGAIN) if path.suffix == ".json" else None

@@ -89,7 +89,7 @@ def _one(store: Store, step: plan.Step, force: bool) -> Outcome:
     key = plan.key(store, student, teacher, others)
     record = plan.record_of(store, student)
     folder = store.workspace.distillation(student.ensemble)
-    caches.remove_leftovers(folder)
+    caches.remove_temporary_files(folder)
     if not force and record is not None and plan.is_whole(store, student, record, key):
         _forget_progress(folder)  # of a training that was killed when it had just been recorded
         return _outcome(store, student, record, is_fresh=False)
@@ -307,7 +307,7 @@ def _compare_sizes(store: Store, student: Student, teacher: Teacher, model: Any)
 def _expected(store: Store, model: Any, images: ImageSplit) -> estimates.Estimate:
     """Of both trainings, one after the other."""
     settings = store.config.distillation
-    return estimates.training(
+    return estimates.estimate_training(
         [4 * sum(parameter.numel() for parameter in model.parameters())],
         len(images.paths),
         epochs=2 * settings.epochs,

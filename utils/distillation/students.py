@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from utils import base_back
-from utils.core.artifacts import require_own_folder, write_checkpoint
+from utils.core.artifacts import require_no_symlink, write_checkpoint
 from utils.core.errors import UserError, did_you_mean
 from utils.networks import checkpoints
 from utils.networks.construction import NetworkSpec, construct_untrained
@@ -137,7 +137,7 @@ def fresh(store: Store, student: Student) -> nn.Module:
 
 def write(store: Store, student: Student, weights: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """The checkpoint `<student>_distilled.pth` in the base pipeline's form; `facts` stand in its `extra` as well."""
-    require_own_folder(store.workspace.derived_checkpoints)
+    require_no_symlink(store.workspace.derived_checkpoints)
     mounted = base_back.kind(base_back.locate()) == "external" and not student.architecture.startswith(TIMM)
     extra = {
         "backbone_name": student.architecture,

@@ -11,7 +11,7 @@ import numpy as np
 
 from utils.core.artifacts import digest_of
 from utils.core.config import Config
-from utils.core.errors import HonestyError, UserError
+from utils.core.errors import LeakageError, UserError
 from utils.distillation import soft_targets as stored
 from utils.distillation import teachers
 from utils.distillation.teachers import Teacher
@@ -48,7 +48,7 @@ class Teaching:
 def kind_of(store: Store, teacher: Teacher, train: ImageSplit) -> tuple[str, np.ndarray]:
     """Which targets are taken, and the cross-fitted log-probabilities (N, C) of the train rows, NaN where none are.
 
-    `auto` takes `oof` where every train row has them, else `consistent`. Raises HonestyError where `oof` is asked for
+    `auto` takes `oof` where every train row has them, else `consistent`. Raises LeakageError where `oof` is asked for
     and there are none, UserError where a network is needed and there is none.
     """
     asked = store.config.distillation.targets
@@ -70,7 +70,7 @@ def kind_of(store: Store, teacher: Teacher, train: ImageSplit) -> tuple[str, np.
             f"predictions alone; set it to {OOF}"
         )
     if kind == OOF and not known.any():
-        raise HonestyError(
+        raise LeakageError(
             f"{PLACE}: {teacher.name} has no cross-fitted predictions of train rows"
             + (
                 f" for images with these ids, and {', '.join(without)} cannot be shown any. Import oof.npz for them"

@@ -34,7 +34,7 @@ def find(store: Store) -> ImageSplit | None:
     folder = Path(given).expanduser().absolute()
     if not folder.is_dir():
         raise UserError(f"{PLACE} {given}: no such folder; expected one that holds images, at any depth")
-    suffixes = base_back.bundled("samples").SUFFIXES
+    suffixes = base_back.load_bundled("samples").SUFFIXES
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     if not paths:
         raise UserError(f"{PLACE} {given}: no image in it ({', '.join(suffixes)}); add some, or set it to null")

@@ -51,7 +51,7 @@ class Picture:
 def draw_all(pictures: Sequence[Picture]) -> None:
     """Draw those that are not there yet; many of them in several processes."""
     missing = [picture for picture in pictures if not picture.is_there]
-    list(engines.current().each(draw, missing, what="pictures", apart=engines.cores()))
+    list(engines.current().map(draw, missing, description="pictures", n_processes=engines.cores()))
 
 
 def draw(picture: Picture) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils.core.display_text import listed, shown
+from utils.core.display_text import join_names, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,7 +116,7 @@ def _inline(text: str, label: str) -> str:
     text = re.sub(r' id="([^"]+)"', lambda found: f' id="{prefix}{found[1]}"' if found[1] in used else "", text)
     for name in used:
         text = re.sub(rf"#{re.escape(name)}(?=[\")])", f"#{prefix}{name}", text)
-    head = f'<svg class="figure" role="img" aria-label="{html.escape(shown(label))}" style="--drawn:{width:.0f}px"'
+    head = f'<svg class="figure" role="img" aria-label="{html.escape(printable(label))}" style="--drawn:{width:.0f}px"'
     text = re.sub(r"<svg[^>]*?(viewBox=\"[^\"]+\")[^>]*>", rf"{head.replace(chr(92), chr(92) * 2)} \1>", text, count=1)
     for stand_in, variable in VARIABLES.items():
         text = text.replace(stand_in, variable)
@@ -164,7 +164,7 @@ def front(points: Mapping[str, tuple[float, float]], best: set[str], focus: str,
             places.setdefault(points[name], []).append(_short(name))
         for number, (place, names) in enumerate(sorted(places.items())):
             offset = (5, -12 if number % 2 else 6)
-            axes.annotate(listed(names, 1), place, offset, textcoords="offset points", fontsize=8)
+            axes.annotate(join_names(names, 1), place, offset, textcoords="offset points", fontsize=8)
         if all(cost > 0 for cost, _ in points.values()):
             axes.set_xscale("log")
             _plain_ticks(axes, [cost for cost, _ in points.values()])
@@ -269,7 +269,7 @@ def risk_coverage(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
 
 def _short(text: str, most: int = 34) -> str:
     """Showable, and cut in the middle where it is long."""
-    text = shown(text)
+    text = printable(text)
     if len(text) <= most:
         return text
     return f"{text[: most // 2]}…{text[len(text) - most // 2 + 1 :]}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from utils.core.display_text import number, percent
+from utils.core.display_text import format_number, format_percent
 from utils.distillation.controls import ALONE, TEACHER
 from utils.evaluation.report_data import ReportData
 
@@ -24,7 +24,7 @@ def learned(data: ReportData) -> dict[str, Any]:
             {
                 "name": name,
                 "verdict": record["verdict"],
-                "unseen": number((record.get("crossfit") or {}).get("log_loss")),
+                "unseen": format_number((record.get("crossfit") or {}).get("log_loss")),
             }
             for name, record in data.records.items()
             if record.get("verdict") and record.get("guards")
@@ -49,7 +49,10 @@ def weights(data: ReportData) -> dict[str, Any]:
             total[member] = total.get(member, 0.0) + share
     names = sorted(total, key=lambda member: (-total[member], member))
     rows = [
-        {"name": name, "shares": [percent(own[member]) if member in own else NONE for member in names[:MOST_MEMBERS]]}
+        {
+            "name": name,
+            "shares": [format_percent(own[member]) if member in own else NONE for member in names[:MOST_MEMBERS]],
+        }
         for name, own in shares.items()
     ]
     return {"names": names[:MOST_MEMBERS], "rows": rows, "more": max(0, len(names) - MOST_MEMBERS)}
@@ -63,8 +66,8 @@ def _sparse(data: ReportData, name: str, record: Mapping[str, Any]) -> dict[str,
     return {
         "name": name,
         "experts": f"{record['expected_experts']:.2f} of {count:.0f}",
-        "latency": f"{number(own.get('latency_ms'), 2)} against {number(whole.get('latency_ms'), 2)}",
-        "accuracy": f"{percent(own.get('accuracy'))} against {percent(whole.get('accuracy'))}",
+        "latency": f"{format_number(own.get('latency_ms'), 2)} against {format_number(whole.get('latency_ms'), 2)}",
+        "accuracy": f"{format_percent(own.get('accuracy'))} against {format_percent(whole.get('accuracy'))}",
         "note": "the same for every image" if record.get("is_fixed") else "",
     }
 
@@ -73,13 +76,13 @@ def _student(name: str, record: Mapping[str, Any], controls: Mapping[str, Any]) 
     """A distilled network beside itself untaught and its teacher, on the rows of the page."""
     alone, teacher, kept = controls[ALONE], controls[TEACHER], record.get("gain_kept") or {}
     bounds = kept.get("ci95") or (None, None)
-    low, high = ("open" if bound is None else percent(bound, 0) for bound in bounds)
+    low, high = ("open" if bound is None else format_percent(bound, 0) for bound in bounds)
     return {
         "name": name,
         "teacher": teacher["name"],
-        "accuracy": [percent(each["accuracy"]) for each in (record, alone, teacher)],
-        "log_loss": [number(each["log_loss"]) for each in (record, alone, teacher)],
-        "size": [number(each.get("size_mb"), 2) for each in (record, alone, teacher)],
-        "kept": NONE if kept.get("value") is None else f"{percent(kept['value'], 0)} [{low}, {high}]",
+        "accuracy": [format_percent(each["accuracy"]) for each in (record, alone, teacher)],
+        "log_loss": [format_number(each["log_loss"]) for each in (record, alone, teacher)],
+        "size": [format_number(each.get("size_mb"), 2) for each in (record, alone, teacher)],
+        "kept": NONE if kept.get("value") is None else f"{format_percent(kept['value'], 0)} [{low}, {high}]",
         "said": (record.get("notes") or {}).get("controls", ""),
     }

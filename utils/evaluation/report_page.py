@@ -146,10 +146,11 @@ def _rows(learned: dict[str, Any]) -> list[Any]:
 
 
 def _counts(ranking: dict[str, Any]) -> str:
-    from utils.core.display_text import counted
+    from utils.core.display_text import format_count
 
     kinds = [row["kind"] for row in ranking["rows"]]
-    return f"{counted(kinds.count('ensemble'), 'ensemble')} and {counted(kinds.count('member'), 'single member')}"
+    ensembles, members = kinds.count("ensemble"), kinds.count("member")
+    return f"{format_count(ensembles, 'ensemble')} and {format_count(members, 'single member')}"
 
 
 def _sections() -> list[tuple[str, str]]:
@@ -172,10 +173,10 @@ def _template() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    from utils.core.display_text import shown
+    from utils.core.display_text import printable
 
     def showable(value: Any) -> Any:
-        return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),

@@ -12,7 +12,14 @@ import numpy as np
 from utils.building import ensembles
 from utils.core import config_file
 from utils.core.config import Config
-from utils.core.display_text import NOT_MEASURED, counted, interval, listed, number, percent
+from utils.core.display_text import (
+    NOT_MEASURED,
+    format_count,
+    format_interval,
+    format_number,
+    format_percent,
+    join_names,
+)
 from utils.evaluation import report_figures, report_summary
 from utils.evaluation.example_images import Instructive
 from utils.evaluation.report_data import ReportData, pareto, reliability, without_temperature
@@ -32,13 +39,21 @@ MOST_CLASSES = 60  # rows of the per-class table that are shown at once
 def cards(data: ReportData) -> list[dict[str, str]]:
     """The figures that everyone asks for first."""
     found, bounds = data.evaluated, data.evaluated.get("ci95") or {}
-    spread = interval([100 * bound for bound in bounds["accuracy"]], 1) if bounds.get("accuracy") else ""
+    spread = format_interval([100 * bound for bound in bounds["accuracy"]], 1) if bounds.get("accuracy") else ""
     latency, size = _latency(found), found.get("size_mb")
     return [
-        {"word": "Accuracy", "value": percent(found["accuracy"]), "more": spread},
-        {"word": "F1 macro", "value": number(found["f1_macro"], 3), "more": interval(bounds.get("f1_macro"), 3)},
-        {"word": "Log-loss", "value": number(found["log_loss"], 3), "more": interval(bounds.get("log_loss"), 3)},
-        {"word": "Calibration error", "value": percent(found["ece"]), "more": ""},
+        {"word": "Accuracy", "value": format_percent(found["accuracy"]), "more": spread},
+        {
+            "word": "F1 macro",
+            "value": format_number(found["f1_macro"], 3),
+            "more": format_interval(bounds.get("f1_macro"), 3),
+        },
+        {
+            "word": "Log-loss",
+            "value": format_number(found["log_loss"], 3),
+            "more": format_interval(bounds.get("log_loss"), 3),
+        },
+        {"word": "Calibration error", "value": format_percent(found["ece"]), "more": ""},
         {
             "word": "One image",
             "value": NOT_MEASURED if latency is None else f"{latency:.1f} ms",
@@ -63,15 +78,15 @@ def ranking(data: ReportData) -> dict[str, Any]:
                 "name": row["name"],
                 "kind": row["kind"],
                 "marks": marks,
-                "accuracy": percent(row["accuracy"]),
-                "accuracy_ci": interval([100 * bound for bound in bounds["accuracy"]], 1)
+                "accuracy": format_percent(row["accuracy"]),
+                "accuracy_ci": format_interval([100 * bound for bound in bounds["accuracy"]], 1)
                 if bounds.get("accuracy")
                 else "",
-                "f1": number(row["f1_macro"]),
-                "log_loss": number(row["log_loss"]),
-                "log_loss_ci": interval(bounds.get("log_loss")),
-                "ece": number(row["ece"]),
-                "unseen": number(unseen["log_loss"]) if unseen.get("log_loss") is not None else NONE,
+                "f1": format_number(row["f1_macro"]),
+                "log_loss": format_number(row["log_loss"]),
+                "log_loss_ci": format_interval(bounds.get("log_loss")),
+                "ece": format_number(row["ece"]),
+                "unseen": format_number(unseen["log_loss"]) if unseen.get("log_loss") is not None else NONE,
             }
         )
     return {"rows": rows, "figures": [_forest(data, "accuracy"), _forest(data, "log_loss")]}
@@ -88,7 +103,7 @@ def _forest(data: ReportData, metric: str) -> dict[str, str]:
     word = "Accuracy" if metric == "accuracy" else "Log-loss"
     better = "further right is better" if metric == "accuracy" else "further left is better"
     lines = "lines are 95 % bootstrap intervals" if measured else "intervals are not measured"
-    label = f"{word} of {counted(len(bars), 'model')} on {data.split}; {better}; {lines}"
+    label = f"{word} of {format_count(len(bars), 'model')} on {data.split}; {better}; {lines}"
     legend = f"Diamond: {data.focus}. Circles: ensembles. Squares: single members."
     return {"title": word, "svg": report_figures.forest(bars, word.lower(), label), "caption": f"{label}. {legend}"}
 
@@ -105,18 +120,16 @@ def cost(data: ReportData) -> dict[str, Any]:
         if not points:
             figures.append({"title": axis, "svg": "", "caption": f"Accuracy against {axis}: {NOT_MEASURED}."})
             continue
-        label = (
-            f"Accuracy against {axis}. No other model is both cheaper and better than {listed(sorted(fronts[kind]), 8)}"
-        )
+        label = f"Accuracy against {axis}. No other model is both cheaper and better than {join_names(sorted(fronts[kind]), 8)}"
         svg = report_figures.front(points, fronts[kind], data.focus, axis, label)
         figures.append({"title": axis, "svg": svg, "caption": f"{label}."})
     rows = [
         {
             "name": name,
-            "accuracy": percent(data.metrics[name]["accuracy"]),
-            "latency": number(latencies[name], 2),
-            "batch": number(_latency(data.metrics[name], "batch_32"), 1),
-            "size": number(sizes[name], 2),
+            "accuracy": format_percent(data.metrics[name]["accuracy"]),
+            "latency": format_number(latencies[name], 2),
+            "batch": format_number(_latency(data.metrics[name], "batch_32"), 1),
+            "size": format_number(sizes[name], 2),
             "front": " and ".join(kind for kind in fronts if name in fronts[kind]) or NONE,
         }
         for name in data.metrics
@@ -130,7 +143,7 @@ def _latency(record: Mapping[str, Any], batch: str = "batch_1") -> float | None:
 
 def _device(record: Mapping[str, Any]) -> str:
     found = record.get("latency_ms") or {}
-    return f"{found.get('device')}, {counted(found['threads'], 'thread')}" if found.get("threads") else ""
+    return f"{found.get('device')}, {format_count(found['threads'], 'thread')}" if found.get("threads") else ""
 
 
 def calibration(data: ReportData) -> dict[str, Any]:
@@ -159,7 +172,10 @@ def calibration(data: ReportData) -> dict[str, Any]:
     names = [name for name in dict.fromkeys([data.focus, *data.peers.values()]) if name in data.metrics]
     rows = [
         {"name": name}
-        | {key: number(data.metrics[name].get(key)) for key in ("ece", "ece_adaptive", "mce", "brier", "log_loss")}
+        | {
+            key: format_number(data.metrics[name].get(key))
+            for key in ("ece", "ece_adaptive", "mce", "brier", "log_loss")
+        }
         for name in names
     ]
     return {"figure": {"svg": svg, "caption": caption}, "rows": rows}
@@ -177,12 +193,12 @@ def uncertainty(data: ReportData) -> dict[str, Any]:
     sets = [
         {
             "kind": kind.upper(),
-            "target": percent(1 - found["alpha"], 0),
-            "coverage": percent(found.get("coverage")),
-            "bounds": interval([100 * bound for bound in found["coverage_interval"]], 1)
+            "target": format_percent(1 - found["alpha"], 0),
+            "coverage": format_percent(found.get("coverage")),
+            "bounds": format_interval([100 * bound for bound in found["coverage_interval"]], 1)
             if found.get("coverage_interval")
             else "",
-            "size": number(found.get("mean_size"), 2),
+            "size": format_number(found.get("mean_size"), 2),
             "n": found.get("n", NOT_MEASURED),
         }
         for kind, found in (data.evaluated.get("conformal") or {}).items()
@@ -192,11 +208,11 @@ def uncertainty(data: ReportData) -> dict[str, Any]:
     return {
         "figure": {"svg": svg, "caption": f"{label}." if svg else f"{label}: {NOT_MEASURED}."},
         "sets": sets,
-        "aurc": number(selective.get("aurc")),
+        "aurc": format_number(selective.get("aurc")),
         "threshold": selective.get("threshold"),
         "wanted_error": selective.get("wanted_error"),
-        "answered": percent(selective.get("answered")),
-        "error": percent(selective.get("error")),
+        "answered": format_percent(selective.get("answered")),
+        "error": format_percent(selective.get("error")),
         "foreign": _foreign(data.evaluated.get("out_of_distribution")),
     }
 
@@ -206,7 +222,7 @@ def _foreign(found: Mapping[str, Any] | None) -> str:
     beyond = {key: found[key]["beyond"] for key in ("energy", "max_logit") if found and found.get(key)}
     if not found or not beyond:
         return ""
-    words = " and ".join(f"{percent(share)} by {key.replace('_', ' ')}" for key, share in beyond.items())
+    words = " and ".join(f"{format_percent(share)} by {key.replace('_', ' ')}" for key, share in beyond.items())
     return (
         f"Rows less familiar than 95 % of the val rows: {words}, where 5 % are usual ({found.get('limits', 'a hint')})."
     )
@@ -224,7 +240,9 @@ def errors(data: ReportData) -> dict[str, Any]:
             )
             continue
         wrong = record["n_samples"] - int(np.trace(np.asarray(record["confusion_matrix"])))
-        label = f"Confusion matrix of {name}: {counted(wrong, 'error')} on {counted(record['n_samples'], 'row')}"
+        label = (
+            f"Confusion matrix of {name}: {format_count(wrong, 'error')} on {format_count(record['n_samples'], 'row')}"
+        )
         svg = report_figures.confusion(record["confusion_matrix"], classes, label)
         figures.append({"title": name, "svg": svg, "caption": f"{label}. Darker: a larger share of the true class."})
     single = data.peers.get("best_single")
@@ -232,10 +250,10 @@ def errors(data: ReportData) -> dict[str, Any]:
     rows = [
         {
             "name": name,
-            "precision": number(own["precision"], 3),
-            "recall": number(own["recall"], 3),
-            "f1": number(own["f1"], 3),
-            "single": number(others[name]["f1"], 3) if name in others else NONE,
+            "precision": format_number(own["precision"], 3),
+            "recall": format_number(own["recall"], 3),
+            "f1": format_number(own["f1"], 3),
+            "single": format_number(others[name]["f1"], 3) if name in others else NONE,
             "support": own["support"],
         }
         for name, own in data.evaluated["per_class"].items()
@@ -252,9 +270,9 @@ def members(data: ReportData) -> dict[str, Any] | None:
     rows = [
         {
             "name": name,
-            "weight": percent(weights[name]) if name in weights else NONE,
-            "accuracy": percent(found.accuracy[place]),
-            "log_loss": number(found.log_loss[place]),
+            "weight": format_percent(weights[name]) if name in weights else NONE,
+            "accuracy": format_percent(found.accuracy[place]),
+            "log_loss": format_number(found.log_loss[place]),
             "without": f"{found.without[place]:+.4f}",
             "alone": int(found.alone_right[place]),
         }
@@ -266,9 +284,9 @@ def members(data: ReportData) -> dict[str, Any] | None:
     return {
         "rows": rows,
         "n": f"{found.rows:,}",
-        "mean_log_loss": number(found.mean_log_loss),
+        "mean_log_loss": format_number(found.mean_log_loss),
         "figure": {"svg": svg, "caption": f"{label}. Members that err on different images help each other."},
-        "average": {key.replace("_", " "): number(value, 3) for key, value in average.items()},
+        "average": {key.replace("_", " "): format_number(value, 3) for key, value in average.items()},
         "weighted": bool(weights),
         "why": (data.evaluated.get("notes") or {}).get("weights", ""),
     }
@@ -290,14 +308,14 @@ def _image(store: Store, data: ReportData, item: Instructive) -> dict[str, Any]:
     if store.catalog.has_images:
         found = thumbnail(store.workspace.split_dir / item.split / item.sample_id)
     said = [
-        {"member": own.member, "answer": data.classes[own.answer], "probability": percent(own.probability, 0)}
+        {"member": own.member, "answer": data.classes[own.answer], "probability": format_percent(own.probability, 0)}
         | {"agrees": own.answer == item.label}
         for own in item.said
     ]
     right = sum(own["agrees"] for own in said)
-    words = f"labelled {label}; {data.focus} says {answer} ({percent(item.probability, 0)})"
+    words = f"labelled {label}; {data.focus} says {answer} ({format_percent(item.probability, 0)})"
     if item.answer != item.label:
-        words += f", the label {percent(item.of_label, 0)}"
+        words += f", the label {format_percent(item.of_label, 0)}"
     agreeing = f"{right} of {len(said)} members say {label}" if said else ""
     return {
         "id": f"{item.split}/{item.sample_id}",
@@ -383,7 +401,7 @@ def _overrides(config: Config) -> list[str]:
         elif own != other:
             found.extend(("--set", f"{place}={_value(own)}"))
 
-    compare(config.as_dict(), config_file.load(Path(config.source)).as_dict(), "")
+    compare(config.as_dict(), config_file.load_config(Path(config.source)).as_dict(), "")
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from utils.core.display_text import counted, interval, listed, number, percent
+from utils.core.display_text import format_count, format_interval, format_number, format_percent, join_names
 from utils.evaluation.report_data import ReportData
 from utils.numeric.metrics import METRICS
 
@@ -26,18 +26,18 @@ def warnings(data: ReportData) -> list[str]:
     contaminated = [row["name"] for row in data.ranking["rows"] if row.get("contaminated")]
     optimistic = [row["name"] for row in data.ranking["rows"] if row.get("optimistic")]
     if contaminated:
-        found.append(f"Fitted on rows that are evaluated here, so never ranked: {listed(contaminated)}.")
+        found.append(f"Fitted on rows that are evaluated here, so never ranked: {join_names(contaminated)}.")
     if optimistic:
-        whose = "everything here" if len(optimistic) == len(data.ranking["rows"]) else listed(optimistic)
+        whose = "everything here" if len(optimistic) == len(data.ranking["rows"]) else join_names(optimistic)
         found.append(f"Rows evaluated here took part in choosing {whose}, so the scores are optimistic.")
     dropped = (data.evaluated.get("overlap") or {}).get("dropped")
     if dropped:
-        found.append(f"{counted(dropped, 'row')} left out, since the same image is in train or val.")
+        found.append(f"{format_count(dropped, 'row')} left out, since the same image is in train or val.")
     bounds = (data.evaluated.get("ci95") or {}).get("accuracy")
     rows = data.evaluated["n_samples"]
     if rows < FEW:
-        wide = f": the accuracy is known to {interval([100 * bound for bound in bounds], 1)} %" if bounds else ""
-        found.append(f"{counted(rows, 'row')} of {data.split} are few{wide}. Small differences here mean nothing.")
+        wide = f": the accuracy is known to {format_interval([100 * bound for bound in bounds], 1)} %" if bounds else ""
+        found.append(f"{format_count(rows, 'row')} of {data.split} are few{wide}. Small differences here mean nothing.")
     return found + data.notes
 
 
@@ -47,9 +47,9 @@ def _choice(data: ReportData) -> str:
     if chosen["name"] != data.focus:
         return f"{chosen['name']} is recommended, but its metrics are gone; this page is about {data.focus} instead."
     return (
-        f"Use {data.focus}: {chosen['reason']}. That was decided on {counted(evidence['n'], 'row')} that its parts "
-        f"were not fitted on ({ROWS.get(evidence['rows'], evidence['rows'])}): log-loss {number(evidence['log_loss'])} "
-        f"{interval(evidence['log_loss_ci95'])}, accuracy {percent(evidence['accuracy'])}."
+        f"Use {data.focus}: {chosen['reason']}. That was decided on {format_count(evidence['n'], 'row')} that its parts "
+        f"were not fitted on ({ROWS.get(evidence['rows'], evidence['rows'])}): log-loss {format_number(evidence['log_loss'])} "
+        f"{format_interval(evidence['log_loss_ci95'])}, accuracy {format_percent(evidence['accuracy'])}."
     )
 
 
@@ -59,10 +59,10 @@ def _on_split(data: ReportData) -> str:
     own = next((row["rank"] for row in ranked if row["name"] == data.focus), None)
     place = f" and stands at place {own} of {len(ranked)} by {_order(data)}" if own is not None else ""
     bounds = (found.get("ci95") or {}).get("accuracy")
-    spread = f" (95 % interval {percent(bounds[0])} to {percent(bounds[1])})" if bounds else ""
+    spread = f" (95 % interval {format_percent(bounds[0])} to {format_percent(bounds[1])})" if bounds else ""
     said = ", which had no say in that choice," if data.split == "test" else ""
     return (
-        f"On the {counted(found['n_samples'], 'row')} of {data.split}{said} it is right on {percent(found['accuracy'])}"
+        f"On the {format_count(found['n_samples'], 'row')} of {data.split}{said} it is right on {format_percent(found['accuracy'])}"
         f"{spread}{place}."
     )
 
@@ -106,8 +106,8 @@ def _calibration(data: ReportData) -> str:
     gap = data.evaluated["ece"]
     word = "well calibrated" if gap < 0.02 else "fairly calibrated" if gap < 0.05 else "not well calibrated"
     return (
-        f"Its probabilities are {word}: on average they are off by {percent(gap)} (expected calibration error), in the "
-        f"worst bin by {percent(data.evaluated['mce'])}."
+        f"Its probabilities are {word}: on average they are off by {format_percent(gap)} (expected calibration error), in the "
+        f"worst bin by {format_percent(data.evaluated['mce'])}."
     )
 
 
@@ -120,8 +120,8 @@ def _weakest(data: ReportData) -> str:
     if own["f1"] == 1:
         return "It makes no error at all on these rows."
     found = (
-        f"It is weakest on class {name} (F1 {number(own['f1'], 3)}, recall {number(own['recall'], 3)}, "
-        f"{counted(own['support'], 'row')})"
+        f"It is weakest on class {name} (F1 {format_number(own['f1'], 3)}, recall {format_number(own['recall'], 3)}, "
+        f"{format_count(own['support'], 'row')})"
     )
     pairs = confused(data)
     if not pairs:
@@ -148,14 +148,14 @@ def _uncertainty(data: ReportData) -> str:
     selective = data.evaluated.get("selective") or {}
     if selective.get("threshold") is not None and selective.get("wanted_error") is not None:
         found.append(
-            f"answering only where it is at least {percent(selective['threshold'])} sure is meant to keep errors at "
-            f"{percent(selective['wanted_error'])}"
+            f"answering only where it is at least {format_percent(selective['threshold'])} sure is meant to keep errors at "
+            f"{format_percent(selective['wanted_error'])}"
         )
     sets = (data.evaluated.get("conformal") or {}).get("lac")
     if sets:
         found.append(
-            f"conformal sets that should hold the true class in {percent(1 - sets['alpha'])} of cases did so in "
-            f"{percent(sets.get('coverage'))}, with {number(sets.get('mean_size'), 2)} classes on average"
+            f"conformal sets that should hold the true class in {format_percent(1 - sets['alpha'])} of cases did so in "
+            f"{format_percent(sets.get('coverage'))}, with {format_number(sets.get('mean_size'), 2)} classes on average"
         )
     text = "; ".join(found)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
@@ -164,10 +164,10 @@ def _uncertainty(data: ReportData) -> str:
 def _cost(data: ReportData) -> str:
     latency = ((data.evaluated.get("latency_ms") or {}).get("batch_1") or {}).get("p50")
     size = data.evaluated.get("size_mb")
-    parts = [f"{number(latency, 1)} ms for one image"] if latency is not None else []
+    parts = [f"{format_number(latency, 1)} ms for one image"] if latency is not None else []
     parts += [f"{size:,.1f} MB of weights"] if size is not None else []
     members = len(data.evaluated["members"])
-    return f"It runs {counted(members, 'network')}: {' and '.join(parts)}." if parts else ""
+    return f"It runs {format_count(members, 'network')}: {' and '.join(parts)}." if parts else ""
 
 
 def _other_winner(data: ReportData) -> str:
@@ -179,6 +179,6 @@ def _other_winner(data: ReportData) -> str:
     if other is None or metric not in METRICS:
         return ""
     return (
-        f"{first['name']} comes first on {data.split} ({_order(data)} {number(other)} against {number(own)}). It is "
+        f"{first['name']} comes first on {data.split} ({_order(data)} {format_number(other)} against {format_number(own)}). It is "
         f"not recommended for that: whoever picks the best of many on {data.split} picks luck as well."
     )

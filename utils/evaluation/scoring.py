@@ -181,7 +181,7 @@ def groups(store: Store, rows: Rows, split: str) -> np.ndarray | None:
         content_of = dict(zip(images.sample_ids, images.contents, strict=True))
         contents = [content_of[sample_id] for sample_id in ids]
     rule = store.config.dataset.group_regex
-    found: np.ndarray = base_back.bundled("samples").group_indices(ids, contents, rule)
+    found: np.ndarray = base_back.load_bundled("samples").group_indices(ids, contents, rule)
     return found if len(np.unique(found)) < len(found) else None
 
 

@@ -40,7 +40,7 @@ class Thumbnail:
 
 def thumbnail(path: Path) -> Thumbnail:
     """A small copy of an image file; for one that cannot be decoded, or is too large to be meant, the reason."""
-    image_files = base_back.bundled("image_files")
+    image_files = base_back.load_bundled("image_files")
     try:
         size = path.stat().st_size
         if size > FILE_BYTES:

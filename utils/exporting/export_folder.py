@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from utils.core.artifacts import read_json, read_record, write_json
-from utils.core.caches import Item, children
+from utils.core.caches import Item, list_children
 from utils.core.errors import UserError, cannot_write
 
 STATUS, CHECKSUMS, METADATA, CLASSES = "export_status.json", "checksums.json", "metadata.json", "class_mapping.json"
@@ -63,7 +63,7 @@ def unfinished_folders(exports: Path) -> list[Item]:
 
     Only while nobody exports; the base pipeline leaves no folders of such names.
     """
-    return [item for item in children(exports) if item.paths[0].is_dir() and _is_left(item.paths[0])]
+    return [item for item in list_children(exports) if item.paths[0].is_dir() and _is_left(item.paths[0])]
 
 
 def _is_left(folder: Path) -> bool:

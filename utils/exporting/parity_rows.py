@@ -162,7 +162,7 @@ def _images(
 
 
 def _decoded(path: Path) -> np.ndarray:
-    with base_back.bundled("image_files").open_image(path) as image:
+    with base_back.load_bundled("image_files").open_image(path) as image:
         return np.array(image.convert("RGB"))
 
 

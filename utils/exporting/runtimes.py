@@ -98,13 +98,12 @@ def _built_anew(job: dict[str, Any]) -> Any:
     sys.path.insert(0, job["project"])
     from utils import base_back
     from utils.core.config import Config
-    from utils.core.workspace import Workspace
     from utils.exporting import exported_network
     from utils.predictions import catalog
     from utils.predictions.store import Store
 
     base_back.bind()
-    workspace = Workspace.of_settings()
+    workspace = base_back.open_workspace()
     store = Store(Config(), workspace, catalog.read(workspace))
     subject = exported_network.load_source(store, job["name"])
     return exported_network.assemble_network(store, subject, exported_network.ExportSignature(**job["form"]))

@@ -35,7 +35,7 @@ def list_images(wanted: Sequence[str], stdin: BinaryIO, suffixes: Sequence[str] 
     A folder is searched to any depth for files with an image's ending, hidden ones left out; a file that is named is
     taken as it is, and kept where it does not exist, so that its row can say so.
     """
-    known = (*(base_back.bundled("samples").SUFFIXES if suffixes is None else suffixes), *EXTRA_SUFFIXES)
+    known = (*(base_back.load_bundled("samples").SUFFIXES if suffixes is None else suffixes), *EXTRA_SUFFIXES)
     paths: dict[str, None] = {}
     empty = []
     for name in _names(wanted, stdin):

@@ -15,7 +15,7 @@ import numpy as np
 
 from utils.core.artifacts import read_record
 from utils.core.config import Config
-from utils.core.display_text import shown
+from utils.core.display_text import printable
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
@@ -201,9 +201,11 @@ def _predicted(
     paths: Sequence[str],
     answers: OutputOptions,
 ) -> Result:
-    failures = [f"{shown(name)}: no image in it" for name in listing.empty]
+    failures = [f"{printable(name)}: no image in it" for name in listing.empty]
     if not listing.paths:
-        raise UserError(f"{', '.join(map(shown, paths))}: no image found; expected image files, folders or patterns")
+        raise UserError(
+            f"{', '.join(map(printable, paths))}: no image found; expected image files, folders or patterns"
+        )
     style = answers.style(classifier.classes)
     if answers.to is None:
         return _on_screen(classifier, thresholds, listing.paths, style, failures)
@@ -329,7 +331,11 @@ def _records(
 
 
 def _problems(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [f"{shown(record['path'])}: {shown(record['error'])}" for record in records if record["error"] is not None]
+    return [
+        f"{printable(record['path'])}: {printable(record['error'])}"
+        for record in records
+        if record["error"] is not None
+    ]
 
 
 def _named(problems: Sequence[str]) -> list[str]:

@@ -140,7 +140,7 @@ def _rounded(sums: Tensor) -> Tensor:
 @cache
 def _by_the_shorter_way() -> Any:
     """The two passes in either order, as a function whose branch outlives a trace."""
-    with base_back.bundled("torchscript").torchscript_without_notices():
+    with base_back.load_bundled("torchscript").torchscript_without_notices():
         return torch.jit.script(_passes)
 
 

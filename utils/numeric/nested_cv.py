@@ -108,13 +108,13 @@ def _all_fits(
     n_jobs: int,
 ) -> list[np.ndarray]:
     # One thread per fit: the same sums in the same order, whatever the number of cores.
-    fits = engines.current().each(
+    fits = engines.current().map(
         _fit,
         held_out_sets,
         shared=(learner, logits, labels, folds),
-        what=f"fits of {type(learner).__name__.removesuffix('Learner').lower()}",
-        **{"side_by_side" if learner.thread_safe else "apart": n_jobs},
-        threads=1,
+        description=f"fits of {type(learner).__name__.removesuffix('Learner').lower()}",
+        **{"n_threads" if learner.thread_safe else "n_processes": n_jobs},
+        threads_per_job=1,
     )
     return list(fits)
 

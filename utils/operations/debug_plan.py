@@ -190,9 +190,9 @@ def plan_section(section: DebugSection, config: Config, workspace: Workspace, ar
     counted = sum(images.values()) if "images" in section.reads else 0
     cost = {"batch_size": config.dataset.batch_size, "img_size": config.dataset.img_size}
     if section.trains:
-        expected = estimates.training(sizes[:1], images["train"], epochs=1, kept=1, **cost)
+        expected = estimates.estimate_training(sizes[:1], images["train"], epochs=1, kept=1, **cost)
     else:
-        expected = estimates.extraction(sizes, counted, to_decode=counted, **cost)
+        expected = estimates.estimate_extraction(sizes, counted, to_decode=counted, **cost)
     values = config.dataset.batch_size * 3 * config.dataset.img_size**2
     copies = TRAINING_COPIES if section.trains else WEIGHT_COPIES
     memory = copies * max(sizes, default=0) + 4 * values * ACTIVATIONS_PER_INPUT
@@ -215,7 +215,7 @@ def format_plan(name: str, plan: dict[str, Any], sandbox: Path) -> Iterator[str]
     for step in plan["steps"]:
         yield f"    runs    {step}"
     for item in plan["reads"][:MAX_FILES_LISTED]:
-        yield f"    reads   {item['path']}  {caches.shown(item['bytes'])}"
+        yield f"    reads   {item['path']}  {caches.format_bytes(item['bytes'])}"
     if len(plan["reads"]) > MAX_FILES_LISTED:
         yield f"    reads   {len(plan['reads']) - MAX_FILES_LISTED} more files"
     if plan["images"]:

@@ -96,7 +96,7 @@ def prepare_sandbox(sandbox: Sandbox) -> None:
         *("--backbones", *sandbox.backbones, "--stages", "split", "kfold", "train"),
     ]
     variables = {"DBT_BATCH_SIZE": "4", "DBT_PARENT": str(os.getpid())}
-    code, _, last = subprocesses.run(command, sandbox.environment() | variables)
+    code, _, last = subprocesses.run_program(command, sandbox.environment() | variables)
     if code:
         said = "; ".join(last) or "nothing"
         raise UserError(
@@ -127,15 +127,15 @@ def remove_sandboxes(workspace: Workspace, *, confirm: bool) -> tuple[int, int]:
     folder = folder_of(workspace)
     if folder.is_symlink():
         raise UserError(f"{folder}: a symbolic link; expected a folder of debug's own. Remove the link")
-    items = [item for item in caches.children(folder) if item.name != LOCK_NAME]
-    count, size = sum(1 for _ in caches.files(folder)), sum(item.size for item in items)
+    items = [item for item in caches.list_children(folder) if item.name != LOCK_NAME]
+    count, size = sum(1 for _ in caches.walk_files(folder)), sum(item.size for item in items)
     if items and not confirm:
         raise UserError(
-            f"{folder}: {count} files, {caches.shown(size)}; nothing is removed without --confirm: "
+            f"{folder}: {count} files, {caches.format_bytes(size)}; nothing is removed without --confirm: "
             "python ensemble_orchestrator.py debug --section reset --confirm"
         )
     if items:
-        with locks.one_writer(folder / LOCK_NAME, "debug"):
+        with locks.writer_lock(folder / LOCK_NAME, "debug"):
             for item in items:
                 caches.remove(item)
         folder.rmdir()

@@ -165,7 +165,7 @@ def _since_discovery(workspace: Workspace, found: Catalog, digests: FileDigests)
 def _edited(folder: Path, digests: FileDigests, written: float) -> list[str]:
     """A line on the images of a split that were changed in place, which their folders do not show; none is read."""
     try:
-        _, samples = base_back.bundled("samples").scan(folder)
+        _, samples = base_back.load_bundled("samples").scan(folder)
     except ValueError as error:  # a class folder that holds no image
         return [str(error)]
     edited = [sample.sample_id for sample in samples if not _is_unchanged(sample.path, digests, written)]

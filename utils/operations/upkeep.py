@@ -11,7 +11,7 @@ from typing import Any
 from utils import base_back
 from utils.core import caches, locks
 from utils.core.artifacts import read_json
-from utils.core.caches import Item, shown
+from utils.core.caches import Item, format_bytes
 from utils.core.config import Config
 from utils.core.errors import ConfigError, UserError, cannot_write
 from utils.core.results import Result
@@ -45,11 +45,11 @@ def status(config: Config, workspace: Workspace, *, force: bool = False) -> Resu
     """What is built, what is stale and why, what takes room and what to type next. Writes nothing (`force` neither)."""
     found = inventory.take(config, workspace)
     sizes = {
-        "decoded_images": sum(item.size for item in caches.packs(workspace.image_cache)),
-        "predictions": caches.size(workspace.all_predictions) + caches.size(workspace.all_oof),
-        "embeddings": caches.size(workspace.all_embeddings),
-        "ensembles": caches.size(workspace.models),
-        "training_progress": caches.size(workspace.training_progress),
+        "decoded_images": sum(item.size for item in caches.image_packs(workspace.image_cache)),
+        "predictions": caches.total_size(workspace.all_predictions) + caches.total_size(workspace.all_oof),
+        "embeddings": caches.total_size(workspace.all_embeddings),
+        "ensembles": caches.total_size(workspace.models),
+        "training_progress": caches.total_size(workspace.training_progress),
         "temporary": sum(item.size for item in _temporary(workspace)),
     }
     writer, locked = _writer(workspace)
@@ -117,12 +117,12 @@ def clean(
     lines = []
     for group in groups:
         note = "" if group.option in allowed else f"  (stay, unless {group.option})"
-        lines.append(f"{group.what:38} {len(group.items):>5}  {shown(group.size):>8}{note}")
-        lines += [f"  {item.name}  {shown(item.size)}" for item in group.items if len(group.items) <= 20]
+        lines.append(f"{group.what:38} {len(group.items):>5}  {format_bytes(group.size):>8}{note}")
+        lines += [f"  {item.name}  {format_bytes(item.size)}" for item in group.items if len(group.items) <= 20]
     lines += _links(workspace)
     waiting = not (confirm or temporary) and any(group.items for group in chosen)
     if confirm or temporary:
-        lines.append(f"removed: {len(removed)}, {shown(sum(item.size for item in removed))}")
+        lines.append(f"removed: {len(removed)}, {format_bytes(sum(item.size for item in removed))}")
     else:
         lines.append("nothing is removed without --confirm" if waiting else "nothing to remove")
     options = [option for option, given in (("--cache", cache), ("--stale", stale)) if given]
@@ -158,12 +158,17 @@ def _temporary(workspace: Workspace) -> list[Item]:
     """Leftovers in the folders that only we write, and old ones in the cache that the base pipeline writes as well."""
     own = [workspace.ensembles, workspace.scores, *([workspace.exports] if workspace.output else [])]
     found = [
-        item for folder in own if not _linked(workspace, folder) for item in caches.leftovers(folder, shared=False)
+        item
+        for folder in own
+        if not _linked(workspace, folder)
+        for item in caches.temporary_files(folder, shared=False)
     ]
-    made = [] if _linked(workspace, workspace.derived_checkpoints) else caches.children(workspace.derived_checkpoints)
+    made = (
+        [] if _linked(workspace, workspace.derived_checkpoints) else caches.list_children(workspace.derived_checkpoints)
+    )
     found += [item for item in made if UNFINISHED.fullmatch(item.name)]
     found += [] if _linked(workspace, workspace.exports) else export_folder.unfinished_folders(workspace.exports)
-    return found + caches.leftovers(workspace.image_cache, shared=True)
+    return found + caches.temporary_files(workspace.image_cache, shared=True)
 
 
 def _removable(config: Config, workspace: Workspace) -> list[Group]:
@@ -172,12 +177,12 @@ def _removable(config: Config, workspace: Workspace) -> list[Group]:
     if found.found is not None:
         members = found.found.members
         for folder in (workspace.all_predictions, workspace.all_embeddings):
-            items = [] if _linked(workspace, folder) else caches.children(folder)
+            items = [] if _linked(workspace, folder) else caches.list_children(folder)
             gone += [item for item in items if item.paths[0].is_dir() and item.name not in members]
         kept = {workspace.oof(name).name for name in members}
-        items = [] if _linked(workspace, workspace.all_oof) else caches.children(workspace.all_oof)
+        items = [] if _linked(workspace, workspace.all_oof) else caches.list_children(workspace.all_oof)
         gone += [item for item in items if item.paths[0].suffix == ".npz" and item.name not in kept]
-    saved = [] if _linked(workspace, workspace.models) else caches.children(workspace.models)
+    saved = [] if _linked(workspace, workspace.models) else caches.list_children(workspace.models)
     stale = found.stale_ensembles()
     old = [
         Item(
@@ -189,7 +194,7 @@ def _removable(config: Config, workspace: Workspace) -> list[Group]:
     return [
         Group("predictions of members that are gone", tuple(gone), None),
         Group("progress of finished trainings", tuple(_finished_progress(workspace)), None),
-        Group("decoded images", tuple(caches.packs(workspace.image_cache)), "--cache"),
+        Group("decoded images", tuple(caches.image_packs(workspace.image_cache)), "--cache"),
         Group("stale ensembles", tuple(old), "--stale"),
     ]
 
@@ -207,7 +212,7 @@ def _finished_progress(workspace: Workspace) -> list[Item]:
         backbone, _, kind = unit.partition(" ")
         times = [modified for _, modified, _ in entry["files"].values()]
         written[f"{backbone}_{kind.replace(' ', '')}.pth"] = max(times, default=0) / 1e9
-    files = caches.children(workspace.training_progress)
+    files = caches.list_children(workspace.training_progress)
     return [item for item in files if item.modified <= written.get(item.name, 0)]
 
 
@@ -291,7 +296,7 @@ def _prediction_lines(found: Inventory) -> list[str]:
 def _size_words(sizes: dict[str, int], config: Config) -> list[str]:
     quota = config.cache.quota_gb
     limit = "no limit" if quota is None else f"at most {quota:g} GB kept"
-    words = [f"{shown(size):>8}  {name.replace('_', ' ')}" for name, size in sizes.items()]
+    words = [f"{format_bytes(size):>8}  {name.replace('_', ' ')}" for name, size in sizes.items()]
     return [f"{words[0]} ({limit}: cache.quota_gb)", *words[1:]]
 
 

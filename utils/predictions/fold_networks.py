@@ -115,7 +115,9 @@ def ensure(store: Store, members: Sequence[Member], splits: Sequence[str], infer
     engine = engines.current()
     device = streaming.resolve_device(store.config.device) if missing else "cpu"
     share = GPU_SHARE if device != "cpu" else 0.0
-    for _ in engine.each(_stream, missing, shared=(store, engine.placed(device)), what="fold networks", gpu=share):
+    for _ in engine.map(
+        _stream, missing, shared=(store, engine.worker_device(device)), description="fold networks", gpu=share
+    ):
         pass
     store.digests.save()
 

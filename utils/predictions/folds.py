@@ -31,7 +31,7 @@ def crossfit_folds(store: Store) -> dict[tuple[str, str], int]:
         arrays = read_arrays(path, remedy=AGAIN)
         if str(arrays["key"]) == key:
             return _fold_table(arrays)
-    dealing = base_back.bundled("samples")
+    dealing = base_back.load_bundled("samples")
     splits = [store.samples("train"), store.samples("val")]
     labels = np.concatenate([samples.labels for samples in splits])
     ids = [sample_id for samples in splits for sample_id in samples.sample_ids]

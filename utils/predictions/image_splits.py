@@ -53,7 +53,7 @@ class ImageSplit:
 
 def list_images(split_dir: Path, split: str, digests: FileDigests) -> ImageSplit:
     """The images of one split with their content digests. Raises UserError for a missing split or an empty class."""
-    samples_module = base_back.bundled("samples")
+    samples_module = base_back.load_bundled("samples")
     try:
         classes, samples = samples_module.scan(split_dir / split)
     except (FileNotFoundError, ValueError) as error:
@@ -98,7 +98,7 @@ def decode_readable(
 
 def _decoded(images: ImageSplit, sizes: Sequence[int], image_cache: Path, threads: int) -> Exception | None:
     """Keep everything readable in the cache; gives the error that names the rest."""
-    decoder = base_back.bundled("image_cache")
+    decoder = base_back.load_bundled("image_cache")
     sides = sorted({decoder.resized_side(size) for size in sizes})
     try:
         decoder.decode_images(images.paths, images.contents, sides, image_cache, threads=threads)
@@ -109,7 +109,7 @@ def _decoded(images: ImageSplit, sizes: Sequence[int], image_cache: Path, thread
 
 def open_images(images: ImageSplit, img_size: int, *, image_cache: Path, threads: int) -> Any:
     """Decoded pixels of a split for networks of one image size; what the cache lacks is decoded first."""
-    decoder = base_back.bundled("image_cache")
+    decoder = base_back.load_bundled("image_cache")
     side = decoder.resized_side(img_size)
     try:
         return decoder.open_images(images.paths, images.contents, side, image_cache, threads=threads)

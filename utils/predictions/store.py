@@ -20,10 +20,10 @@ from utils.core.artifacts import (
     FileDigests,
     digest_of,
     open_array,
+    preallocate,
     read_arrays,
     read_record,
     replacing,
-    reserve,
     write_array,
     write_arrays,
     write_json,
@@ -122,7 +122,7 @@ class Store:
         cache = self.workspace.image_cache
         image_splits.decode([self.images(split) for split in wanted], sorted(sizes), image_cache=cache, threads=threads)
         files = [member.network(self.workspace).checkpoint for member, _ in missing]
-        expected = estimates.extraction(
+        expected = estimates.estimate_extraction(
             [path.stat().st_size for path in files if path.is_file()],
             sum(self.catalog.splits[split]["n"] for split in wanted),
             batch_size=self.config.dataset.batch_size,
@@ -134,10 +134,10 @@ class Store:
         here = engine.name == engines.Local.name
         following = [*files[1:], None] if here else [None] * len(files)
         start = time.monotonic()
-        streamed = engine.each(
+        streamed = engine.map(
             Store._stream_missing,
             [(member, gaps, ahead) for (member, gaps), ahead in zip(missing, following, strict=True)],
-            shared=(self, engine.placed(device), threads),
+            shared=(self, engine.worker_device(device), threads),
             gpu=GPU_SHARE if device != "cpu" else 0.0,
         )
         for number, ((member, gaps), _) in enumerate(zip(missing, streamed, strict=True), start=1):
@@ -388,7 +388,7 @@ def _growing(stack: ExitStack, path: Path, shape: tuple[int, int]) -> np.memmap:
     """A float32 array that is filled on disk and takes its name when the stack ends well."""
     temporary = stack.enter_context(replacing(path))
     array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-    reserve(temporary, array.offset)
+    preallocate(temporary, array.offset)
     return array
 
 

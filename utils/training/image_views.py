@@ -50,7 +50,7 @@ class Album:
         self.kind = kind
         self._cache, self._threads = image_cache, threads
         self._opened: dict[int, Any] = {}
-        self._ways = base_back.bundled("augmentation")
+        self._ways = base_back.load_bundled("augmentation")
 
     def __len__(self) -> int:
         return len(self.images.paths)

@@ -61,8 +61,8 @@ def test_a_bundled_module_is_at_hand_whatever_is_mounted(mount: Mount) -> None:
 import json
 from utils import base_back
 from probe import look
-module = base_back.bundled("samples")
-print(json.dumps([module.__file__, module is base_back.bundled("samples"), look()["twice"], look()["torch"]]))
+module = base_back.load_bundled("samples")
+print(json.dumps([module.__file__, module is base_back.load_bundled("samples"), look()["twice"], look()["torch"]]))
 """
     said, _ = mount.run("-c", code)
     assert said == [str(base_back.BUNDLED / "src" / "utils" / "samples.py"), True, {}, False]

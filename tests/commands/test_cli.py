@@ -14,6 +14,7 @@ import pytest
 from conftest import PROJECT, run_python
 
 import ensemble_orchestrator
+from utils import commands
 from utils.core import errors
 
 QUICK = ("--config", "configs/quick_ensemble.yaml")
@@ -34,14 +35,14 @@ def test_help_lists_what_works_and_loads_nothing_heavy():
         assert re.search(rf"^    {command}\s", done.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", ensemble_orchestrator.COMMANDS)
+@pytest.mark.parametrize("command", commands.COMMANDS)
 def test_every_command_has_help_with_an_example_and_the_common_options(command, capsys):
     with pytest.raises(SystemExit) as caught:
         ensemble_orchestrator.main([command, "--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     assert f"Example: python ensemble_orchestrator.py {command}" in shown
-    assert all(option in shown for option in ensemble_orchestrator.COMMON)
+    assert all(option in shown for option in commands.COMMON_OPTIONS)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from given_predictions import write
 from in_process import run
 
 import ensemble_orchestrator as o
+from utils import commands
 from utils.core import errors
 from utils.core.config import Config, Section
 from utils.inference import output_files
@@ -90,20 +91,22 @@ def run_all(tmp_path_factory) -> tuple[Path, dict]:
 
 
 def test_every_command_has_a_row():
-    assert set(COMMANDS) == set(o.COMMANDS), "docs/contract.md, the table of commands: add a row, or take one away"
+    assert set(COMMANDS) == set(commands.COMMANDS), (
+        "docs/contract.md, the table of commands: add a row, or take one away"
+    )
 
 
 def test_every_command_is_run():
-    assert {*LINES, *WITH_IMAGES, "debug"} == set(o.COMMANDS)
+    assert {*LINES, *WITH_IMAGES, "debug"} == set(commands.COMMANDS)
 
 
 def test_options_are_those_of_the_program():
     found = {
         name: {option for option, how in command.arguments.items() if how.get("help") is not argparse.SUPPRESS}
-        for name, command in o.COMMANDS.items()
+        for name, command in commands.COMMANDS.items()
     }
     stated = {name: words(cells[0]) for name, cells in table("Options").items()}
-    assert stated == found | {"all": set(o.COMMON)}, "docs/contract.md, the table of options"
+    assert stated == found | {"all": set(commands.COMMON_OPTIONS)}, "docs/contract.md, the table of options"
 
 
 def keys_of(section: type[Section]) -> set[str]:
@@ -155,7 +158,7 @@ def check(command: str, done, new: set[Path], workspace: Path) -> None:
     files, keys = COMMANDS[command]
     assert done.stdout.count("\n") == 1
     assert document["failures"] == []
-    expected = words(keys) if words(keys) else {name for name, _, _ in o.PIPELINE} & document.keys()
+    expected = words(keys) if words(keys) else {name for name, _, _ in commands.PIPELINE_STAGES} & document.keys()
     assert document.keys() - {"failures", "next"} == expected
     for pattern in words(files):
         assert list(workspace.glob(pattern)), pattern

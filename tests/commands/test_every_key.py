@@ -16,7 +16,7 @@ import yaml
 from conftest import PROJECT
 from finished_workspace import at
 
-import ensemble_orchestrator
+from utils import commands
 from utils.building import (
     build_commands,
     end_to_end,
@@ -196,7 +196,7 @@ def observed(config: Config, workspace: Any) -> dict[str, Any]:
         selected: Any = [own.name for own in catalog.select(found, config)]
     except UserError as error:
         selected = str(error)
-    sections = {section for _, _, places in ensemble_orchestrator.PIPELINE for section in places}
+    sections = {section for _, _, places in commands.PIPELINE_STAGES for section in places}
     return {
         "recipes": {
             method: config.digest(*combiner.settings, "dataset.group_regex", "seed")

@@ -18,7 +18,7 @@ import pytest
 from conftest import PROJECT, run_python
 from given_predictions import write
 
-import ensemble_orchestrator
+from utils import commands
 from utils.combiners.perceptron import PerceptronLearner
 from utils.core import engines
 from utils.core.errors import ConfigError, UserError
@@ -153,7 +153,7 @@ def test_what_ray_prints_does_not_reach_stdout(capsys):
 
 
 def test_the_command_line_knows_the_engines():
-    assert ensemble_orchestrator.COMMON["--engine"]["choices"] == tuple(engines.ENGINES)
+    assert commands.COMMON_OPTIONS["--engine"]["choices"] == tuple(engines.ENGINES)
 
 
 def test_an_address_belongs_to_ray(tmp_path):

@@ -120,7 +120,8 @@ def cost(data: ReportData) -> dict[str, Any]:
         if not points:
             figures.append({"title": axis, "svg": "", "caption": f"Accuracy against {axis}: {NOT_MEASURED}."})
             continue
-        label = f"Accuracy against {axis}. No other model is both cheaper and better than {join_names(sorted(fronts[kind]), 8)}"
+        best = join_names(sorted(fronts[kind]), 8)
+        label = f"Accuracy against {axis}. No other model is both cheaper and better than {best}"
         svg = report_figures.front(points, fronts[kind], data.focus, axis, label)
         figures.append({"title": axis, "svg": svg, "caption": f"{label}."})
     rows = [

@@ -47,9 +47,9 @@ def _choice(data: ReportData) -> str:
     if chosen["name"] != data.focus:
         return f"{chosen['name']} is recommended, but its metrics are gone; this page is about {data.focus} instead."
     return (
-        f"Use {data.focus}: {chosen['reason']}. That was decided on {format_count(evidence['n'], 'row')} that its parts "
-        f"were not fitted on ({ROWS.get(evidence['rows'], evidence['rows'])}): log-loss {format_number(evidence['log_loss'])} "
-        f"{format_interval(evidence['log_loss_ci95'])}, accuracy {format_percent(evidence['accuracy'])}."
+        f"Use {data.focus}: {chosen['reason']}. That was decided on {format_count(evidence['n'], 'row')} that its "
+        f"parts were not fitted on ({ROWS.get(evidence['rows'], evidence['rows'])}): log-loss "
+        f"{format_number(evidence['log_loss'])} {format_interval(evidence['log_loss_ci95'])}, accuracy {format_percent(evidence['accuracy'])}."
     )
 
 
@@ -62,8 +62,8 @@ def _on_split(data: ReportData) -> str:
     spread = f" (95 % interval {format_percent(bounds[0])} to {format_percent(bounds[1])})" if bounds else ""
     said = ", which had no say in that choice," if data.split == "test" else ""
     return (
-        f"On the {format_count(found['n_samples'], 'row')} of {data.split}{said} it is right on {format_percent(found['accuracy'])}"
-        f"{spread}{place}."
+        f"On the {format_count(found['n_samples'], 'row')} of {data.split}{said} it is right on "
+        f"{format_percent(found['accuracy'])}{spread}{place}."
     )
 
 
@@ -106,8 +106,8 @@ def _calibration(data: ReportData) -> str:
     gap = data.evaluated["ece"]
     word = "well calibrated" if gap < 0.02 else "fairly calibrated" if gap < 0.05 else "not well calibrated"
     return (
-        f"Its probabilities are {word}: on average they are off by {format_percent(gap)} (expected calibration error), in the "
-        f"worst bin by {format_percent(data.evaluated['mce'])}."
+        f"Its probabilities are {word}: on average they are off by {format_percent(gap)} (expected calibration error), "
+        f"in the worst bin by {format_percent(data.evaluated['mce'])}."
     )
 
 
@@ -148,8 +148,8 @@ def _uncertainty(data: ReportData) -> str:
     selective = data.evaluated.get("selective") or {}
     if selective.get("threshold") is not None and selective.get("wanted_error") is not None:
         found.append(
-            f"answering only where it is at least {format_percent(selective['threshold'])} sure is meant to keep errors at "
-            f"{format_percent(selective['wanted_error'])}"
+            f"answering only where it is at least {format_percent(selective['threshold'])} sure is meant to keep "
+            f"errors at {format_percent(selective['wanted_error'])}"
         )
     sets = (data.evaluated.get("conformal") or {}).get("lac")
     if sets:
@@ -179,6 +179,6 @@ def _other_winner(data: ReportData) -> str:
     if other is None or metric not in METRICS:
         return ""
     return (
-        f"{first['name']} comes first on {data.split} ({_order(data)} {format_number(other)} against {format_number(own)}). It is "
-        f"not recommended for that: whoever picks the best of many on {data.split} picks luck as well."
+        f"{first['name']} comes first on {data.split} ({_order(data)} {format_number(other)} against {format_number(own)}). "
+        f"It is not recommended for that: whoever picks the best of many on {data.split} picks luck as well."
     )

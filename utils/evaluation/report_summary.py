@@ -49,7 +49,8 @@ def _choice(data: ReportData) -> str:
     return (
         f"Use {data.focus}: {chosen['reason']}. That was decided on {format_count(evidence['n'], 'row')} that its "
         f"parts were not fitted on ({ROWS.get(evidence['rows'], evidence['rows'])}): log-loss "
-        f"{format_number(evidence['log_loss'])} {format_interval(evidence['log_loss_ci95'])}, accuracy {format_percent(evidence['accuracy'])}."
+        f"{format_number(evidence['log_loss'])} {format_interval(evidence['log_loss_ci95'])}, "
+        f"accuracy {format_percent(evidence['accuracy'])}."
     )
 
 
@@ -178,7 +179,8 @@ def _other_winner(data: ReportData) -> str:
     own, other = data.evaluated[metric], data.metrics[first["name"]][metric] if first["name"] in data.metrics else None
     if other is None or metric not in METRICS:
         return ""
+    figures = f"{_order(data)} {format_number(other)} against {format_number(own)}"
     return (
-        f"{first['name']} comes first on {data.split} ({_order(data)} {format_number(other)} against {format_number(own)}). "
+        f"{first['name']} comes first on {data.split} ({figures}). "
         f"It is not recommended for that: whoever picks the best of many on {data.split} picks luck as well."
     )

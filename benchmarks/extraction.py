@@ -273,7 +273,7 @@ def full(workspace: Path, names: Sequence[str]) -> dict[str, Any]:
     import torch
 
     from utils import base_back
-    from utils.networks import construction
+    from utils.networks import embeddings
     from utils.predictions import image_splits, streaming
 
     store = _opened()
@@ -288,7 +288,7 @@ def full(workspace: Path, names: Sequence[str]) -> dict[str, Any]:
     decode = time.perf_counter() - start
     crops = torch.from_numpy(pixels.centre_crops(range(len(pixels)), size))
     batches = [image_splits.normalise(crop) for crop in crops.split(BATCH)]
-    inside = _timed_passes(construction)
+    inside = _timed_passes(embeddings)
 
     def product(member: Any) -> float:
         start = time.perf_counter()
@@ -324,7 +324,7 @@ def full(workspace: Path, names: Sequence[str]) -> dict[str, Any]:
 def _timed_passes(networks: Any) -> dict[str, float]:
     """From now on, seconds that the product spends in its networks' forward passes."""
     spent = {"seconds": 0.0}
-    original = networks.Outputs.__call__
+    original = networks.EmbeddingExtractor.__call__
 
     def timed(self: Any, images: Any) -> Any:
         start = time.perf_counter()
@@ -332,7 +332,7 @@ def _timed_passes(networks: Any) -> dict[str, float]:
         spent["seconds"] += time.perf_counter() - start
         return found
 
-    networks.Outputs.__call__ = timed
+    networks.EmbeddingExtractor.__call__ = timed
     return spent
 
 

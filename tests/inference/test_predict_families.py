@@ -11,7 +11,7 @@ import pytest
 from finished_workspace import at
 from predict_runs import NAME, asked, by_id, compare, stored
 
-from utils.networks import construction
+from utils.networks import embeddings
 from utils.predictions import streaming
 
 FAMILIES = (
@@ -47,7 +47,7 @@ def test_what_reads_embeddings_or_runs_few_members_agrees_as_well(families, name
 @pytest.mark.parametrize("name", [NAME, "CustomConvNeXt"])
 def test_a_row_that_a_network_has_no_number_for_has_an_error_of_its_own(families, monkeypatch, name):
     folder, sick = families.split_dir / "test", 3
-    calling = construction.EmbeddingExtractor.__call__
+    calling = embeddings.EmbeddingExtractor.__call__
 
     def without_number(outputs, images):
         logits, embeddings = calling(outputs, images)
@@ -55,7 +55,7 @@ def test_a_row_that_a_network_has_no_number_for_has_an_error_of_its_own(families
         return logits, embeddings
 
     healthy = asked(families, folder, model_name=name).document["images"]
-    monkeypatch.setattr(construction.EmbeddingExtractor, "__call__", without_number)
+    monkeypatch.setattr(embeddings.EmbeddingExtractor, "__call__", without_number)
     found = asked(families, folder, model_name=name)
     records = found.document["images"]
     assert records[sick]["error"] == "CustomConvNeXt gives NaN or infinity for it"

@@ -186,3 +186,15 @@ def test_the_record_says_what_the_arrays_are(store):
     assert record["member_digest"] == found.digest
     assert record["classes"] == list(store.catalog.classes)
     assert record["n"] == len(store.rows(found, "val").labels)
+
+
+def test_a_store_for_another_catalog_leaves_the_first_one_as_it_is(store):
+    images = store.images("val")
+    fewer = replace(store.catalog, members={"CustomConvNeXt": store.catalog.members["CustomConvNeXt"]})
+    other = store.with_catalog(fewer)
+    assert (other.catalog, len(store.catalog.members) > 1) == (fewer, True)
+    assert other.digests is store.digests
+    assert other.images("val") is images  # neither listed nor hashed again
+    changed = {**store.catalog.splits, "val": store.catalog.splits["val"] | {"digest": "0" * 64}}
+    with pytest.raises(UserError):
+        store.with_catalog(replace(store.catalog, splits=changed)).images("val")

@@ -24,8 +24,8 @@ from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.discovery import discover
-from utils.networks import construction
-from utils.networks.construction import EmbeddingExtractor
+from utils.networks import construction, memory
+from utils.networks.embeddings import EmbeddingExtractor
 from utils.predictions import catalog, image_splits, streaming
 from utils.predictions.store import Store
 
@@ -64,9 +64,9 @@ def test_decoding_threads_are_capped_with_a_warning(heard):
 
 def test_a_deleted_model_frees_its_storage_even_where_it_is_still_referred_to():
     model = torch.nn.Sequential(torch.nn.Linear(100, 100), torch.nn.BatchNorm1d(100))
-    construction.safe_delete_model(model)
+    memory.safe_delete_model(model)
     assert sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers())) == 0
-    construction.cleanup_memory()
+    memory.cleanup_memory()
 
 
 @dataclass
@@ -219,7 +219,7 @@ def test_a_network_is_gone_after_its_pass_and_only_a_ring_costs_a_collection(lai
 
     monkeypatch.setattr(streaming, "open_network", tracking)
     collecting = SimpleNamespace(collect=lambda: (collections.append(1), gc.collect()))
-    monkeypatch.setattr(construction, "gc", collecting)
+    monkeypatch.setattr(memory, "gc", collecting)
     laid.run()
     assert alive[0]() is None
     assert len(collections) == ring
@@ -259,7 +259,7 @@ def store(trained, tmp_path):
 
 def test_a_network_without_embeddings_is_stored_once_and_then_known(store, monkeypatch):
     monkeypatch.setattr(EmbeddingExtractor, "_methods_agree", lambda self, images, logits: False)
-    monkeypatch.setattr("utils.networks.construction._heads", lambda calls, logits: ())
+    monkeypatch.setattr("utils.networks.embeddings._heads", lambda calls, logits: ())
     member = store.catalog.members["CustomConvNeXt"]
     store.ensure([member], ("val",))
     assert not store.workspace.embeddings("CustomConvNeXt", "val").exists()
@@ -318,10 +318,10 @@ def test_freed_memory_is_given_back_to_the_system():
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    construction.trim_memory()
+    memory.trim_memory()
     kept = [np.ones(8000) for _ in range(3000)][-1]  # the last one keeps the others' room from shrinking by itself
     before = resident()
-    construction.trim_memory()
+    memory.trim_memory()
     assert before - resident() > 100e6
     assert kept[0] == 1
 

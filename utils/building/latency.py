@@ -19,7 +19,7 @@ import numpy as np
 from utils.combiners.protocol import MemberFacts
 from utils.core.artifacts import read_record, write_json
 from utils.core.workspace import Workspace
-from utils.networks.construction import out_of_memory
+from utils.networks.memory import out_of_memory
 from utils.predictions import catalog, streaming
 from utils.predictions.catalog import Member
 from utils.predictions.store import Store

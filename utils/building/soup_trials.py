@@ -16,7 +16,7 @@ from torch import Tensor
 
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError
-from utils.networks import construction, soups
+from utils.networks import construction, memory, soups
 from utils.networks.checkpoints import read_checkpoint, state_dict_of
 from utils.networks.soups import Ingredient
 from utils.numeric.metrics import METRICS, accuracy, log_loss, softmax
@@ -155,7 +155,7 @@ class Trials:
             soups.recompute_bn_statistics(model, self._train_batches(), BATCHES)
             return {**weights, **soups.statistics_of(model)}
         finally:
-            construction.safe_delete_model(model)
+            memory.safe_delete_model(model)
 
     def _figures(self, mix: Mix, weights: Mapping[str, Tensor] | None = None) -> SoupScores:
         """Of the averaged statistics; `weights` where they are at hand."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from utils.core.errors import UserError
-from utils.networks.construction import out_of_memory
+from utils.networks.memory import out_of_memory
 from utils.numeric.metrics import softmax
 from utils.numeric.nested_cv import evenly_spaced_epochs
 from utils.predictions.rows import MemberOutputs

@@ -17,8 +17,9 @@ from utils.core.artifacts import digest_of
 from utils.core.errors import UserError, did_you_mean
 from utils.distillation.soft_targets import log_probabilities
 from utils.ensemble_methods import SoftVoting
-from utils.networks import construction
-from utils.networks.construction import EmbeddingExtractor, NetworkSpec
+from utils.networks import memory
+from utils.networks.construction import NetworkSpec
+from utils.networks.embeddings import EmbeddingExtractor
 from utils.numeric.metrics import softmax
 from utils.predictions import catalog, fold_networks, streaming
 from utils.predictions.catalog import IMPORTED, Member
@@ -239,11 +240,11 @@ def _run(
                 embeddings = np.empty((count, read.shape[1]), np.float32) if embeddings is None else embeddings
                 embeddings[places.numpy()] = read.float().cpu().numpy()
     finally:
-        construction.safe_delete_model(model)
+        memory.safe_delete_model(model)
         left = weakref.ref(model)
         del model
         outputs = None  # refers to it
-        construction.cleanup_memory([left])
+        memory.cleanup_memory([left])
     return logits, embeddings
 
 

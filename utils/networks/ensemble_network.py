@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from utils import base_back
-from utils.networks.construction import EmbeddingExtractor
+from utils.networks.embeddings import EmbeddingExtractor
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CUT = 1.14  # the shorter side is brought to so many times the size of the centre square

@@ -15,7 +15,7 @@ from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import SPLITS, Workspace
-from utils.networks import construction
+from utils.networks import memory
 from utils.predictions import catalog, image_splits, streaming
 from utils.predictions.store import Store
 
@@ -132,7 +132,7 @@ def recompute_bn(config: Config, workspace: Workspace, *, force: bool = False) -
             if layers
             else f"{member.name}: has no BatchNorm, nothing to recompute"
         )
-        construction.safe_delete_model(model)
+        memory.safe_delete_model(model)
     return _told(lines, failures)
 
 

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,16 @@ class Store:
         self._images: dict[str, ImageSplit] = {}
         self._sizes_told: set[int] = set()
         self._samples: dict[str, Samples] = {}
+
+    def with_catalog(self, catalog: Catalog) -> Store:
+        """The store for another catalog of the same workspace; digests and listed images that still hold are shared."""
+        store = copy(self)
+        store.catalog = catalog
+        if catalog.splits != self.catalog.splits:
+            store._images = {}
+        if catalog.imported() != self.catalog.imported():
+            store._samples = {}
+        return store
 
     def images(self, split: str) -> ImageSplit:
         """The images of a split as they lie on disk now. Raises UserError when discovery saw others, or none."""

@@ -18,18 +18,9 @@ import numpy as np
 from utils import base_back
 from utils.core.errors import UserError
 from utils.networks.checkpoints import read_checkpoint, state_dict_of
-from utils.networks.construction import (
-    RETRAIN,
-    EmbeddingExtractor,
-    NetworkSpec,
-    build_network,
-    cleanup_memory,
-    extra_outputs_problem,
-    keeps_channels_last,
-    out_of_memory,
-    safe_delete_model,
-    trim_memory,
-)
+from utils.networks.construction import RETRAIN, NetworkSpec, build_network, extra_outputs_problem, keeps_channels_last
+from utils.networks.embeddings import EmbeddingExtractor
+from utils.networks.memory import cleanup_memory, out_of_memory, safe_delete_model, trim_memory
 from utils.predictions.image_splits import ImageSplit, normalise, open_images
 
 if TYPE_CHECKING:

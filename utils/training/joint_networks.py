@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from utils import base_back
 from utils.networks import training_memory
-from utils.networks.construction import EmbeddingExtractor, NetworkSpec, cleanup_memory, safe_delete_model
+from utils.networks.construction import NetworkSpec
+from utils.networks.embeddings import EmbeddingExtractor
+from utils.networks.memory import cleanup_memory, safe_delete_model
 from utils.predictions.streaming import open_network
 from utils.training.image_views import EVALUATION_BATCH_SIZE, Album, Lessons
 from utils.training.progress import copied_weights, schedule_state

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from utils.core.artifacts import read_record, write_json
 from utils.core.errors import UserError
 from utils.networks import training_memory
-from utils.networks.construction import out_of_memory
+from utils.networks.memory import out_of_memory
 from utils.numeric.metrics import accuracy, log_loss
 from utils.training.image_views import seed_of
 from utils.training.joint_networks import Course, FusionHeads, Moving, Part, in_memory

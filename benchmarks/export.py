@@ -49,7 +49,7 @@ def kinds(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
     import torch
 
     from utils.building.ensembles import COMBINERS
-    from utils.combiners.protocol import MemberFacts, seen_by
+    from utils.combiners.protocol import MemberFacts, combiner_inputs
     from utils.core.config import validate
     from utils.exporting import export_formats, tflite_conversion
     from utils.networks.ensemble_network import EnsembleNetwork
@@ -71,10 +71,12 @@ def kinds(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
     flips = 0
     for kind in sorted(QUICK_KINDS if quick else COMBINERS):
         combiner = COMBINERS[kind].configured(config, facts)
-        seen = seen_by(combiner, outputs)
+        seen = combiner_inputs(combiner, outputs)
         combiner.fit(seen, labels, np.arange(len(labels)) % 5)
-        jumps = bool(getattr(combiner, "jumps", False))
-        network = EnsembleNetwork(parts, combiner.to_module(), embeds=combiner.reads_embeddings, member_outputs=jumps)
+        is_discontinuous = combiner.is_discontinuous
+        network = EnsembleNetwork(
+            parts, combiner.to_module(), embeds=combiner.reads_embeddings, member_outputs=is_discontinuous
+        )
         network.parity_tolerance = 1.0  # type: ignore[assignment]
         staged = scratch / kind
         first = torch.from_numpy(images[:1])
@@ -85,7 +87,9 @@ def kinds(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
                 lambda network=network, first=first: (network, first), kind, staged, scratch / "converter"
             )
         for name, entry in done.items():
-            outcome = proved(name, entry, staged, images, combiner, seen, outputs if jumps else None, network, scratch)
+            outcome = proved(
+                name, entry, staged, images, combiner, seen, outputs if is_discontinuous else None, network, scratch
+            )
             print(f"{kind:24} {name:12} {outcome['reason'] or outcome['parity']}", file=sys.stderr)
             parity = outcome["parity"] or {"max_abs_diff": float("inf"), "label_flips": 0}
             found[name] = max(found.get(name, 0.0), parity["max_abs_diff"])

@@ -63,12 +63,12 @@ def head_rows(name: str, width: int, hidden: tuple[int, ...], *, rows: int, epoc
     """A head trained on rows in memory: seconds outside its arithmetic, and the same through a DataLoader."""
     import torch
 
-    from utils.combiners.fusion_learner import WEIGHT_DECAY, Shape
+    from utils.combiners.fusion_learner import WEIGHT_DECAY, HeadShape
     from utils.numeric.module_training import train_module
 
     inputs, labels = _embeddings(rows + rows // 5, width)
     fresh, truth, inputs, labels = inputs[rows:], labels[rows:], inputs[:rows], labels[:rows]
-    shape = Shape("concat_mlp", (width,), hidden, CLASSES, 0)
+    shape = HeadShape("concat_mlp", (width,), hidden, CLASSES, 0)
     options = {"epochs": epochs, "lr": 0.001, "weight_decay": WEIGHT_DECAY, "seed": 0}
 
     def ours() -> Any:

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 # time ----------------------------------------------------------------------------------------------------------------
 def time_rows(size: str, batches: int, turns: int, data: Path | None) -> list[dict[str, Any]]:
     """The chosen experts against all five, and against the mean cost of those chosen."""
-    from utils.combiners.routing import execute
+    from utils.combiners.routing import run_sparse
     from utils.moe_methods import MixtureOfExperts
 
     answer, pictures = _opened(size), _pictures(batches * BATCH, PIXELS[size], data)
@@ -66,7 +66,7 @@ def time_rows(size: str, batches: int, turns: int, data: Path | None) -> list[di
     mixture, shape = MixtureOfExperts(model=gate), (len(EXPERTS), BATCH, CLASSES)
 
     def chosen(pixels: Any) -> np.ndarray:
-        return execute(mixture, lambda member, rows: answer(member, pixels[rows]), shape)[1]
+        return run_sparse(mixture, lambda member, rows: answer(member, pixels[rows]), shape)[1]
 
     shares = np.stack([chosen(pixels).mean(axis=1) for pixels in pictures])  # and warms up for these sizes
     alone, sparse = np.full((batches, len(EXPERTS), 2), np.inf), np.full((batches, 2), np.inf)
@@ -183,7 +183,7 @@ def outcome(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float, f
     """{way: test accuracy, test log-loss, networks run per test image} of one split."""
     from utils.building.ensembles import COMBINERS
     from utils.combiners.protocol import MemberFacts
-    from utils.combiners.routing import needed
+    from utils.combiners.routing import routed_members
     from utils.core.config_file import load_config
     from utils.numeric.metrics import accuracy, log_loss
 
@@ -195,7 +195,7 @@ def outcome(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float, f
     for way, recipe in {"moe": moe, "dense": moe.dense(), "cascade": cascade}.items():
         recipe.fit(arrays["logits"], arrays["labels"], arrays["fold"])
         said, truth = recipe.predict_proba(arrays["test_logits"]), arrays["test_labels"]
-        experts = needed(recipe, arrays["test_logits"]).sum(axis=0).mean()
+        experts = routed_members(recipe, arrays["test_logits"]).sum(axis=0).mean()
         found[way] = (accuracy(said, truth), log_loss(said, truth), float(experts))
     return found
 

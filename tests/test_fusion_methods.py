@@ -205,7 +205,7 @@ def test_canonical_correlations_are_told(rows):
 
 def test_wide_embeddings_are_reduced_member_by_member(rows):
     outputs, *_ = rows
-    found = embedding_maps.side_by_side(outputs.embeddings, budget=12)
+    found = embedding_maps.concatenated(outputs.embeddings, budget=12)
     assert found.widths == (4, 4, 4)
     assert found.facts["read_widths"] == [4, 4, 4]
     assert found.facts["variance_kept"][0] == 1

@@ -12,7 +12,7 @@ import torch
 
 from utils import moe_methods
 from utils.combiners.protocol import MemberFacts, fit_crossfitted
-from utils.combiners.routing import Sparse, execute, needed
+from utils.combiners.routing import SparseCombiner, routed_members, run_sparse
 from utils.core.config import validate
 from utils.moe_methods import COMBINERS, CascadeCombiner, MixtureOfExperts
 from utils.numeric.metrics import accuracy, softmax
@@ -65,7 +65,7 @@ def without_unread(combiner, logits):
         seen[member, rows] = logits[member, rows]
         return logits[member, rows]
 
-    found, ran = execute(combiner, run, logits.shape)
+    found, ran = run_sparse(combiner, run, logits.shape)
     return found, ran, calls
 
 
@@ -73,7 +73,7 @@ def without_unread(combiner, logits):
 @pytest.mark.parametrize("top_k", [1, 2, 4, 5])
 def test_running_only_the_chosen_experts_gives_the_same_answers(halves, top_k):
     combiner = configured("moe", moe={"num_experts": 5, "top_k": top_k, "epochs": 20}).fit(*halves)
-    assert isinstance(combiner, Sparse)
+    assert isinstance(combiner, SparseCombiner)
     found, ran, calls = without_unread(combiner, halves[0])
     np.testing.assert_array_equal(found, combiner.predict_proba(halves[0]))
     assert ran.sum(axis=0).max() <= min(top_k + 1, 5)
@@ -85,13 +85,13 @@ def test_sparse_and_dense_agree_where_all_experts_are_chosen(halves):
     full = configured("moe", moe={"num_experts": 5, "top_k": 5, "epochs": 20}).fit(*halves)
     dense = configured("moe", moe={"num_experts": 5, "top_k": 2, "epochs": 20}).dense().fit(*halves)
     np.testing.assert_array_equal(full.predict_proba(halves[0]), dense.predict_proba(halves[0]))
-    assert needed(full, halves[0]).all()
+    assert routed_members(full, halves[0]).all()
     np.testing.assert_array_equal(without_unread(full, halves[0])[0], dense.predict_proba(halves[0]))
 
 
 def test_a_cascade_runs_its_chain_from_the_front_and_no_further(alike):
     combiner = configured("cascade", cascade={"max_accuracy_loss": 0.02}).fit(*alike)
-    assert isinstance(combiner, Sparse)
+    assert isinstance(combiner, SparseCombiner)
     found, ran, _ = without_unread(combiner, alike[0])
     np.testing.assert_array_equal(found, combiner.predict_proba(alike[0]))
     inside = ran[combiner.chain]
@@ -112,7 +112,7 @@ def test_the_gate_sends_images_to_the_expert_that_knows_them(halves):
     assert (sorted(report["experts"]), report["gate_reads"]) == (["a", "b", "c"], "b")
     best = max(accuracy(softmax(own), labels) for own in logits)
     assert accuracy(unseen, labels) > best + 0.1
-    ran = needed(combiner, logits)
+    ran = routed_members(combiner, logits)
     first = labels < 2
     assert ran[0, first].mean() > 0.8 > 0.2 > ran[0, ~first].mean()
     assert ran[2, ~first].mean() > 0.8 > 0.2 > ran[2, first].mean()
@@ -256,7 +256,7 @@ def through_torch_export(module):
 def test_the_modules_have_no_control_flow_of_their_own(halves, method, settings, runtime):
     logits = halves[0]
     combiner = configured(method, **{method: settings}).fit(*halves)
-    assert len(np.unique(needed(combiner, logits).sum(axis=0))) > 1, "all rows go one way"
+    assert len(np.unique(routed_members(combiner, logits).sum(axis=0))) > 1, "all rows go one way"
     answer = runtime(combiner.to_module().eval())
     for rows in (1, 17, N):
         found = answer(np.ascontiguousarray(logits[:, :rows].transpose(1, 0, 2)))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from utils.combiners.greedy import GreedySelection
-from utils.combiners.protocol import Combiner, MemberFacts
+from utils.combiners.protocol import Combiner, Inputs, MemberFacts, unsaved
 from utils.combiners.weighting import WeightedPool
 from utils.core.config import Config
 from utils.numeric import temperature
@@ -20,35 +20,17 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Voting:
-    """What the two ways of voting share: they fit nothing and hold nothing."""
-
-    settings: ClassVar[tuple[str, ...]] = ()
-    jumps: ClassVar[bool] = False
-    learns: ClassVar[bool] = False
-    reads_embeddings: ClassVar[bool] = False
+class Voting(Combiner):
+    """A combiner that fits nothing. A subclass may have settings: fields that `configured` sets."""
 
     @classmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
         """Nothing to set."""
         return cls()
 
-    def fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Self:
+    def fit(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> Self:
         """Nothing to fit; logits (M, N, C), labels (N,), folds (N,)."""
         return self
-
-    def state(self) -> dict[str, np.ndarray]:
-        """No arrays."""
-        return {}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, np.ndarray]) -> Self:
-        """A new one."""
-        return cls()
-
-    def used(self, members: int) -> np.ndarray:
-        """All of them, (M,)."""
-        return np.ones(members, dtype=bool)
 
     def restricted(self, used: np.ndarray) -> Self:
         """Itself: every member is as good as another."""
@@ -83,7 +65,7 @@ class HardVoting(Voting):
 
     TIE_SHARE: ClassVar[float] = 5e-7
 
-    jumps = True
+    is_discontinuous = True
 
     def predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Logits (M, N, C) -> probabilities (N, C)."""
@@ -102,7 +84,7 @@ class HardVoting(Voting):
 
 
 @dataclass(kw_only=True)
-class LogitAveraging:
+class LogitAveraging(Combiner):
     """Soft-max of the plain mean of the members' logits: the normalised geometric mean of their probabilities.
 
     A temperature divides the mean where held-out folds gain by it, and with `per_member` each member's logits before.
@@ -110,12 +92,11 @@ class LogitAveraging:
 
     settings: ClassVar[tuple[str, ...]] = ("runs.score_ensemble.temperature",)
     learns: ClassVar[bool] = True
-    reads_embeddings: ClassVar[bool] = False
 
-    calibration: str = "auto"
+    calibration: str = unsaved("auto")
     """auto, off or per_member"""
-    temperature: float = 1.0
-    member_temperatures: np.ndarray = field(default_factory=lambda: np.ones(1))
+    temperature: float = unsaved(1.0)
+    member_temperatures: np.ndarray = unsaved(factory=lambda: np.ones(1))
     """(M,), or one for all before it is fitted"""
 
     @classmethod
@@ -123,7 +104,7 @@ class LogitAveraging:
         """With the kind of temperature of `runs.score_ensemble`."""
         return cls(calibration=config.runs.score_ensemble.temperature)
 
-    def fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Self:
+    def fit(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> Self:
         """Find the temperatures on logits (M, N, C), labels (N,), folds (N,); 1 with one fold or one class."""
         self.member_temperatures, self.temperature = np.ones(len(logits)), 1.0
         if self.calibration == "off" or min(len(np.unique(folds)), len(np.unique(labels))) < 2:
@@ -148,18 +129,13 @@ class LogitAveraging:
 
         return ProbabilityOfMeanLogits(self.temperature, self.member_temperatures)
 
-    def state(self) -> dict[str, np.ndarray]:
+    def fitted_arrays(self) -> dict[str, np.ndarray]:
         """The temperatures, (1,) and (M,)."""
         return {"temperature": np.array([self.temperature]), "member_temperatures": self.member_temperatures}
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, np.ndarray]) -> Self:
-        """The one whose `state` this is."""
-        return cls(temperature=float(state["temperature"][0]), member_temperatures=state["member_temperatures"])
-
-    def used(self, members: int) -> np.ndarray:
-        """All of them, (M,)."""
-        return np.ones(members, dtype=bool)
+    def set_fitted_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Set the temperatures."""
+        self.temperature, self.member_temperatures = float(arrays["temperature"][0]), arrays["member_temperatures"]
 
     def restricted(self, used: np.ndarray) -> Self:
         """The same map on the used members' logits."""

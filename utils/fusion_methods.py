@@ -8,15 +8,15 @@ learned on all the rows of a fit, without a label, once for all of its copies.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from utils.combiners import embedding_maps
 from utils.combiners.embedding_maps import EmbeddingMaps
-from utils.combiners.fusion_learner import HeadLearner, Heads, Shape
-from utils.combiners.protocol import Combiner, MemberFacts, below
+from utils.combiners.fusion_learner import HeadLearner, HeadShape, TrainedHeads
+from utils.combiners.protocol import Combiner, MemberFacts, sub_state, unsaved
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.numeric.metrics import log_loss, softmax
@@ -39,10 +39,10 @@ class FusionStacker(Stacker):
     method: ClassVar[str]
     """As in `runs.fusion.fusion_methods`."""
 
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] = unsaved(())
     """Of the members, for messages."""
-    maps: EmbeddingMaps | None = None
-    head_report: dict[str, Any] = field(default_factory=dict)
+    maps: EmbeddingMaps | None = unsaved()
+    head_report: dict[str, Any] = unsaved(factory=dict)
     """What the fitted head says of its members, for the report."""
 
     @classmethod
@@ -107,7 +107,7 @@ class FusionStacker(Stacker):
 
     def heads_to_train(self) -> list[nn.Module]:
         """The fitted heads, one per seed, with their dropout."""
-        assert isinstance(self.model, Heads)
+        assert isinstance(self.model, TrainedHeads)
         assert isinstance(self.learner, HeadLearner)
         return self.model.modules(self.learner.dropout)
 
@@ -120,8 +120,8 @@ class FusionStacker(Stacker):
         They are kept only where rows of left-out folds gain. Gives probabilities (N, C), each by what the other folds
         chose.
         """
-        assert isinstance(self.model, Heads)
-        self.model = Heads(self.model.shape, tuple(dict(own) for own in heads))
+        assert isinstance(self.model, TrainedHeads)
+        self.model = TrainedHeads(self.model.shape, tuple(dict(own) for own in heads))
         seen = self._seen(outputs)
         said, mean = self.model.predict_proba(seen), mean_probabilities(seen)
         unseen = np.empty_like(said)
@@ -139,14 +139,14 @@ class FusionStacker(Stacker):
 
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
         """The chosen setting, its losses, its cost, what the maps found, and attention's weights."""
-        assert isinstance(self.model, Heads)
+        assert isinstance(self.model, TrainedHeads)
         assert self.maps is not None
         shape = self.model.shape
         found = {"embeddings": {"blocks": list(shape.widths), **self.maps.facts}, "cost": shape.cost()}
         return {**super().report(names), **found, **self.head_report}
 
     def _maps_of(self, outputs: MemberOutputs) -> EmbeddingMaps:
-        return embedding_maps.side_by_side(outputs.embeddings)
+        return embedding_maps.concatenated(outputs.embeddings)
 
     def _seen(self, outputs: MemberOutputs) -> MemberOutputs:
         assert self.maps is not None, "not fitted"
@@ -158,11 +158,11 @@ class FusionStacker(Stacker):
     def _module(self) -> nn.Module:
         from utils.combiners.fusion_heads import MeanOfHeads
 
-        assert isinstance(self.model, Heads)
+        assert isinstance(self.model, TrainedHeads)
         return MeanOfHeads(self.model.modules())
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        assert isinstance(self.model, Heads)
+        assert isinstance(self.model, TrainedHeads)
         assert self.maps is not None
         shape = self.model.shape
         found = {f"maps/{name}": values for name, values in self.maps.state().items()}
@@ -171,19 +171,17 @@ class FusionStacker(Stacker):
             found |= {f"heads/{place:03d}/{name}": values for name, values in weights.items()}
         return found
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, np.ndarray]) -> Self:
-        """The fusion whose `state` this is."""
-        found = super().from_state(state)
-        found.maps = EmbeddingMaps.from_state(below(state, "maps/"))
-        return found
+    def set_fitted_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Set the heads, temperature, share and maps."""
+        super().set_fitted_arrays(arrays)
+        self.maps = EmbeddingMaps.from_state(sub_state(arrays, "maps/"))
 
     @classmethod
     def _model(cls, state: Mapping[str, np.ndarray]) -> Model:
         classes, rank, blocks, *rest = state["shape"].tolist()
-        shape = Shape(cls.method, tuple(rest[:blocks]), tuple(rest[blocks:]), classes, rank)
+        shape = HeadShape(cls.method, tuple(rest[:blocks]), tuple(rest[blocks:]), classes, rank)
         starts = sorted({name[: len("heads/000/")] for name in state if name.startswith("heads/")})
-        return Heads(shape, tuple(below(state, start) for start in starts))
+        return TrainedHeads(shape, tuple(sub_state(state, start) for start in starts))
 
 
 class FusionConcat(FusionStacker):
@@ -201,13 +199,13 @@ class FusionAttention(FusionStacker):
         """Outputs (M, N, C) -> probabilities (N, C); of the members that are `present` (N, M), each row with one."""
         if present is None:
             return super().predict_proba(outputs)
-        assert isinstance(self.model, Heads)
+        assert isinstance(self.model, TrainedHeads)
         said = self.model.predict_proba(self._seen(outputs), present)
         own = np.where(present.T[:, :, None], softmax(np.where(present.T[:, :, None], outputs.logits, 0)), 0)
         return self.calibration.apply(said, own.sum(axis=0) / present.sum(axis=1, keepdims=True))
 
     def _of_members(self, seen: MemberOutputs) -> dict[str, Any]:
-        assert isinstance(self.model, Heads)
+        assert isinstance(self.model, TrainedHeads)
         weights = self.model.attention(seen).mean(axis=0)
         return {"weights": dict(zip(self.names, weights.tolist(), strict=True))}
 
@@ -224,7 +222,7 @@ class FusionShared(FusionStacker):
     method = "cca_aligned"
 
     def _maps_of(self, outputs: MemberOutputs) -> EmbeddingMaps:
-        return embedding_maps.shared(outputs.embeddings)
+        return embedding_maps.shared_variates(outputs.embeddings)
 
 
 COMBINERS: dict[str, type[Combiner]] = {

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from utils import ensemble_methods, fusion_methods, moe_methods, stacking_methods
-from utils.combiners.attention import AttentionLearner, Gate
+from utils.combiners.attention import AttentionGate, AttentionLearner
 from utils.combiners.perceptron import PerceptronLearner
-from utils.combiners.protocol import Combiner, MemberFacts, below, fit_crossfitted, seen_by
+from utils.combiners.protocol import Combiner, MemberFacts, combiner_inputs, fit_crossfitted, sub_state, unsaved
 from utils.core.config import Config
 from utils.numeric.metrics import SMALLEST_PROBABILITY
 from utils.predictions.rows import MemberOutputs
@@ -58,18 +58,18 @@ class FuserAttention(Stacker):
     def _module(self) -> nn.Module:
         from utils.combiners.stacking_heads import GatedMixture
 
-        assert isinstance(self.model, Gate)
+        assert isinstance(self.model, AttentionGate)
         return GatedMixture(self.model.matrices, self.model.biases)
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        assert isinstance(self.model, Gate)
+        assert isinstance(self.model, AttentionGate)
         names = ("hidden", "scores")
         matrices = {f"{name}_matrix": value for name, value in zip(names, self.model.matrices, strict=True)}
         return matrices | {f"{name}_bias": value for name, value in zip(names, self.model.biases, strict=True)}
 
     @classmethod
     def _model(cls, state: Mapping[str, np.ndarray]) -> Model:
-        return Gate(
+        return AttentionGate(
             (state["hidden_matrix"], state["scores_matrix"]),
             (state["hidden_bias"], state["scores_bias"]),
         )
@@ -101,7 +101,7 @@ class FuserInput:
 
 
 @dataclass
-class MetaFuserCombiner:
+class MetaFuserCombiner(Combiner):
     """A fuser with its inputs: members' outputs in, as for any other combiner.
 
     It reads embeddings where one of its inputs does, and each input gets what it reads.
@@ -113,9 +113,9 @@ class MetaFuserCombiner:
     settings: ClassVar[tuple[str, ...]] = FuserPerceptron.settings  # what all fusers depend on; each may add its own
     learns: ClassVar[bool] = True
 
-    inputs: Sequence[FuserInput]
-    fuser: Stacker
-    fuser_type: str
+    inputs: Sequence[FuserInput] = unsaved(())
+    fuser: Stacker = unsaved(factory=FuserPerceptron)
+    fuser_type: str = unsaved("mlp")
 
     @classmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
@@ -139,9 +139,9 @@ class MetaFuserCombiner:
         return any(each.combiner.reads_embeddings for each in self.inputs)
 
     @property
-    def jumps(self) -> bool:
+    def is_discontinuous(self) -> bool:
         """Whether the fuser or any input does."""
-        return any(getattr(each, "jumps", False) for each in (self.fuser, *(each.combiner for each in self.inputs)))
+        return any(each.is_discontinuous for each in (self.fuser, *(each.combiner for each in self.inputs)))
 
     def fit(self, outputs: np.ndarray | MemberOutputs, labels: np.ndarray, folds: np.ndarray) -> Self:
         """Fit what is not fitted yet on outputs (M, N, C), labels (N,), folds (N,)."""
@@ -168,7 +168,7 @@ class MetaFuserCombiner:
         reads = [each.combiner.reads_embeddings for each in self.inputs]
         return FusedInputsWithEmbeddings(modules, places, self.fuser.to_module(), reads)
 
-    def state(self) -> dict[str, np.ndarray]:
+    def fitted_arrays(self) -> dict[str, np.ndarray]:
         """The arrays of the fuser under `fuser/`, of each input under `inputs/<k>/`; names as bytes."""
         found = {"fuser_type": _bytes(self.fuser_type)}
         found |= {f"fuser/{name}": values for name, values in self.fuser.state().items()}
@@ -178,17 +178,16 @@ class MetaFuserCombiner:
             found |= {f"{start}/state/{name}": values for name, values in each.combiner.state().items()}
         return found
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, np.ndarray]) -> Self:
-        """The fuser whose `state` this is."""
-        starts = sorted({name.rsplit("/", 1)[0] for name in state if name.endswith("/method")})
+    def set_fitted_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Set the fuser and the inputs."""
+        starts = sorted({name.rsplit("/", 1)[0] for name in arrays if name.endswith("/method")})
         inputs = []
         for start in starts:
-            method = _text(state[f"{start}/method"])
-            combiner = INPUT_METHODS[method].from_state(below(state, f"{start}/state/"))
-            inputs.append(FuserInput(method, combiner, state[f"{start}/places"]))
-        kind = _text(state["fuser_type"])
-        return cls(inputs, FUSERS[kind].from_state(below(state, "fuser/")), kind)
+            method = _text(arrays[f"{start}/method"])
+            combiner = INPUT_METHODS[method].from_state(sub_state(arrays, f"{start}/state/"))
+            inputs.append(FuserInput(method, combiner, arrays[f"{start}/places"]))
+        self.inputs, self.fuser_type = inputs, _text(arrays["fuser_type"])
+        self.fuser = FUSERS[self.fuser_type].from_state(sub_state(arrays, "fuser/"))
 
     def used(self, members: int) -> np.ndarray:
         """The members of any input, bool (M,)."""
@@ -214,14 +213,14 @@ class MetaFuserCombiner:
 
 
 def _said(one: FuserInput, outputs: np.ndarray | MemberOutputs) -> np.ndarray:
-    return one.combiner.predict_proba(seen_by(one.combiner, outputs[one.member_indices]))
+    return one.combiner.predict_proba(combiner_inputs(one.combiner, outputs[one.member_indices]))
 
 
 def _unseen(one: FuserInput, outputs: np.ndarray | MemberOutputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
     """Cross-fitted probabilities (N, C) of an input; with one fold there are none, and it answers as it is."""
     if one.crossfit is not None:
         return one.crossfit
-    found = fit_crossfitted(one.combiner, seen_by(one.combiner, outputs[one.member_indices]), labels, folds)
+    found = fit_crossfitted(one.combiner, combiner_inputs(one.combiner, outputs[one.member_indices]), labels, folds)
     return _said(one, outputs) if np.isnan(found).any() else found
 
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from utils.combiners.gating import GateLearner, SparseGate
-from utils.combiners.protocol import Combiner, MemberFacts
-from utils.combiners.routing import needed
-from utils.combiners.subset_search import Problem, greedy_forward
+from utils.combiners.protocol import Combiner, MemberFacts, unsaved
+from utils.combiners.routing import SparseCombiner, routed_members
+from utils.combiners.subset_search import SubsetProblem, greedy_forward
 from utils.core.config import Config
 from utils.numeric import temperature
 from utils.numeric.metrics import SMALLEST_PROBABILITY, softmax
@@ -34,7 +34,7 @@ ROUNDING = 1e-12
 def best_members(logits: np.ndarray, labels: np.ndarray, *, count: int) -> tuple[int, ...]:
     """Places of `count` of M members, all where there are fewer, as greedy selection takes them by logits (M, N, C)."""
     names = tuple(map(str, range(len(logits))))
-    problem = Problem(names, softmax(logits).astype(np.float32), labels, "log_loss", min(count, len(logits)))
+    problem = SubsetProblem(names, softmax(logits).astype(np.float32), labels, "log_loss", min(count, len(logits)))
     return greedy_forward(problem)[-1].members
 
 
@@ -45,7 +45,7 @@ def member_costs(members: MemberFacts) -> np.ndarray | None:
 
 
 @dataclass
-class MixtureOfExperts(Stacker):
+class MixtureOfExperts(Stacker, SparseCombiner):
     """A few experts for each image, mixed by a gate that reads the cheapest of them (`utils.combiners.gating`).
 
     How long the gate is trained, if at all, is decided by nested folds as for stackers: where held-out rows do not gain
@@ -54,9 +54,9 @@ class MixtureOfExperts(Stacker):
     """
 
     settings = ("runs.moe", "runs.stacking.fallback", "runs.score_ensemble.temperature", "device")
-    jumps = True
+    is_discontinuous = True
 
-    expert_use: dict[str, Any] = field(default_factory=dict)
+    expert_use: dict[str, Any] = unsaved(factory=dict)
     """How the rows of the fit are spread over the experts."""
 
     @classmethod
@@ -78,7 +78,7 @@ class MixtureOfExperts(Stacker):
     def fit_crossfitted(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
         """As a stacker does; keeps beside it how the rows are spread over the experts."""
         unseen = super().fit_crossfitted(logits, labels, folds)
-        gate, ran = self.gate, needed(self, logits)
+        gate, ran = self.gate, routed_members(self, logits)
         weights, scores = gate.weights(logits), gate.scores(logits)
         choices = gate.chosen(scores).mean(axis=0) / gate.top_k
         self.expert_use = {
@@ -172,7 +172,7 @@ class MixtureOfExperts(Stacker):
 
 
 @dataclass
-class CascadeCombiner:
+class CascadeCombiner(SparseCombiner):
     """Members one after the other, the cheapest first, until their mean is sure enough (Wang et al. 2022).
 
     A row leaves with the plain mean of the members that have run, once its largest probability is at least `threshold`.
@@ -184,19 +184,18 @@ class CascadeCombiner:
 
     settings: ClassVar[tuple[str, ...]] = ("runs.cascade", "runs.score_ensemble.temperature", "device")
     learns: ClassVar[bool] = True
-    reads_embeddings: ClassVar[bool] = False
-    jumps: ClassVar[bool] = True
+    is_discontinuous: ClassVar[bool] = True
 
-    costs: np.ndarray | None = None
+    costs: np.ndarray | None = unsaved()
     """float64 (M,): what running a member costs, in any unit; None where nobody knows"""
-    max_members: int = 5
-    max_accuracy_loss: float = 0.005
-    use_temperature: bool = True
-    chain: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    max_members: int = unsaved(5)
+    max_accuracy_loss: float = unsaved(0.005)
+    use_temperature: bool = unsaved(True)
+    chain: np.ndarray = unsaved(factory=lambda: np.empty(0, dtype=np.int64))
     """int64 (S,): places among the M members in the order in which they run"""
-    threshold: float = THRESHOLDS[-1]
-    temperature: float = 1.0
-    facts: dict[str, Any] = field(default_factory=dict)
+    threshold: float = unsaved(THRESHOLDS[-1])
+    temperature: float = unsaved(1.0)
+    facts: dict[str, Any] = unsaved(factory=dict)
 
     @classmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
@@ -257,7 +256,7 @@ class CascadeCombiner:
 
         return EarlyExit(self.chain, self.threshold, self.temperature)
 
-    def state(self) -> dict[str, np.ndarray]:
+    def fitted_arrays(self) -> dict[str, np.ndarray]:
         """The chain (S,), threshold and temperature (1,)."""
         return {
             "chain": self.chain,
@@ -265,11 +264,10 @@ class CascadeCombiner:
             "temperature": np.array([self.temperature]),
         }
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, np.ndarray]) -> Self:
-        """The cascade whose `state` this is."""
-        numbers = {name: float(state[name][0]) for name in ("threshold", "temperature")}
-        return cls(chain=state["chain"], **numbers)
+    def set_fitted_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Set the chain, threshold and temperature."""
+        self.chain = arrays["chain"]
+        self.threshold, self.temperature = (float(arrays[name][0]) for name in ("threshold", "temperature"))
 
     def used(self, members: int) -> np.ndarray:
         """The chain, bool (M,)."""

@@ -6,16 +6,16 @@ of the plain mean) is chosen by rows that the fit did not see, all within the ro
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 
 from utils.combiners.logistic import Coefficients, LogisticLearner
 from utils.combiners.perceptron import Layers, PerceptronLearner
-from utils.combiners.protocol import Combiner, MemberFacts
+from utils.combiners.protocol import Combiner, Inputs, MemberFacts, unsaved
 from utils.combiners.stacking_features import KINDS, STEPS
 from utils.core.config import Config
 from utils.numeric import nested_cv, pools, temperature
@@ -77,24 +77,22 @@ def calibrate(
 
 
 @dataclass
-class Stacker(ABC):
+class Stacker(Combiner):
     """What the stackers share; a subclass names its learner and how its model becomes arrays and a torch module."""
 
-    jumps: ClassVar[bool] = False
     settings: ClassVar[tuple[str, ...]] = (
         *("runs.stacking.fallback", "runs.stacking.fit_rows", "runs.stacking.inference_members"),
         "runs.score_ensemble.temperature",
     )
     learns: ClassVar[bool] = True
-    reads_embeddings: ClassVar[bool] = False
 
-    learner: Learner | None = None
-    use_temperature: bool = True
-    fallback: bool = True
-    n_jobs: int = 1
-    model: Model | None = None
-    calibration: Calibration = field(default_factory=Calibration)
-    facts: dict[str, Any] = field(default_factory=dict)
+    learner: Learner | None = unsaved()
+    use_temperature: bool = unsaved(True)
+    fallback: bool = unsaved(True)
+    n_jobs: int = unsaved(1)
+    model: Model | None = unsaved()
+    calibration: Calibration = unsaved(factory=Calibration)
+    facts: dict[str, Any] = unsaved(factory=dict)
     """What the fit found out, for the report."""
 
     @classmethod
@@ -114,12 +112,12 @@ class Stacker(ABC):
     def make_learner(cls, config: Config) -> Learner:
         """The learner that the configuration describes."""
 
-    def fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Self:
+    def fit(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> Self:
         """Choose and fit on logits (M, N, C), labels (N,), folds (N,)."""
         self.fit_crossfitted(logits, labels, folds)
         return self
 
-    def fit_crossfitted(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    def fit_crossfitted(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
         """Fit, and give the cross-fitted probabilities (N, C) that the same fits make; NaN where there is one fold."""
         assert self.learner is not None, "a stacker that was read from a file is not fitted again"
         mean = mean_probabilities(logits)
@@ -145,7 +143,7 @@ class Stacker(ABC):
         }
         return unseen
 
-    def predict_proba(self, logits: np.ndarray) -> np.ndarray:
+    def predict_proba(self, logits: Inputs) -> np.ndarray:
         """Logits (M, N, C) -> probabilities (N, C)."""
         return self._answer(logits)
 
@@ -160,20 +158,15 @@ class Stacker(ABC):
 
         return TemperedBlend(self._module(), self.calibration.temperature, self.calibration.weight)
 
-    def state(self) -> dict[str, np.ndarray]:
+    def fitted_arrays(self) -> dict[str, np.ndarray]:
         """The model's arrays, temperature and share (1,)."""
         kept = {"temperature": self.calibration.temperature, "share": self.calibration.weight}
         return {name: np.array([value]) for name, value in kept.items()} | self._arrays()
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, np.ndarray]) -> Self:
-        """The stacker whose `state` this is."""
-        calibration = Calibration(float(state["temperature"][0]), float(state["share"][0]))
-        return cls(model=cls._model(state), calibration=calibration)
-
-    def used(self, members: int) -> np.ndarray:
-        """All members, bool (M,)."""
-        return np.ones(members, dtype=bool)
+    def set_fitted_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Set the model, temperature and share."""
+        self.calibration = Calibration(float(arrays["temperature"][0]), float(arrays["share"][0]))
+        self.model = self._model(arrays)
 
     def restricted(self, used: np.ndarray) -> Self:
         """Itself, since it uses all."""
@@ -258,7 +251,7 @@ class StackingPerceptron(Stacker):
 class StackingBooster(Stacker):
     """Gradient-boosted trees on the members' outputs."""
 
-    jumps = True
+    is_discontinuous = True
 
     settings = (*Stacker.settings, "runs.stacking.xgb_config")
 
@@ -293,7 +286,7 @@ class StackingBooster(Stacker):
 class StackingForest(Stacker):
     """A random forest on the members' outputs."""
 
-    jumps = True
+    is_discontinuous = True
 
     @classmethod
     def make_learner(cls, config: Config) -> Learner:

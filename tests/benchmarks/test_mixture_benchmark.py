@@ -7,7 +7,7 @@ import pytest
 
 import mixture
 import prepare
-from utils.combiners.routing import needed
+from utils.combiners.routing import routed_members
 from utils.moe_methods import MixtureOfExperts
 
 
@@ -17,7 +17,7 @@ def test_the_random_gate_is_spread_over_all_experts():
     scores = gate.scores(np.broadcast_to(logits.astype(np.float32), (5, *logits.shape)))
     np.testing.assert_allclose(scores.mean(axis=0), 0, atol=1e-3)
     np.testing.assert_allclose(scores.std(axis=0), 1, atol=1e-3)
-    ran = needed(MixtureOfExperts(model=gate), np.broadcast_to(logits.astype(np.float32), (5, *logits.shape)))
+    ran = routed_members(MixtureOfExperts(model=gate), np.broadcast_to(logits.astype(np.float32), (5, *logits.shape)))
     shares = ran.mean(axis=1)
     assert shares[2] == 1
     assert np.delete(shares, 2).min() > 0.1

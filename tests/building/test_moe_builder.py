@@ -15,7 +15,7 @@ from given_predictions import CONFIG, take_in, write
 
 from utils.building import build_commands, ensembles, moe_builder, sparse_timing
 from utils.combiners.gating import SparseGate
-from utils.combiners.routing import needed
+from utils.combiners.routing import routed_members
 from utils.core.config_file import load_config
 from utils.inference.classifier import WorkspaceClassifier
 from utils.moe_methods import CascadeCombiner, MixtureOfExperts
@@ -111,7 +111,7 @@ def test_images_are_answered_by_running_only_the_members_they_need(fused, make, 
     asking.ensemble, asking.members = replace(asking.ensemble, combiner=combiner), tuple(members)
     found = asking.predict_block(images.paths, lambda count: None)
     np.testing.assert_allclose(found.probabilities, combiner.predict_proba(logits), atol=1e-5)
-    ran = needed(combiner, logits)
+    ran = routed_members(combiner, logits)
     np.testing.assert_array_equal(np.isnan(found.disagreement), ran.sum(axis=0) == 1)
     assert (len(rows), rows[0]) == (3, 28)
     assert 28 < sum(rows) == ran.sum() < 3 * 28

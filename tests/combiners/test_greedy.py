@@ -97,7 +97,7 @@ def test_it_is_what_its_parts_say_step_by_step(metric, monkeypatch):
         rows = drawn(seed)
         taken, bags, size = literally(metric, rows, seed=seed)
         found = GreedySelection(metric=metric, seed=seed, calibration="off").fit(*rows)
-        np.testing.assert_allclose(found.shares, np.bincount(taken, minlength=M) / len(taken), atol=1e-12)
+        np.testing.assert_allclose(found.weights, np.bincount(taken, minlength=M) / len(taken), atol=1e-12)
         assert found.report(NAMES)["size"] == size
         expected = softmax(rows[0])[taken].mean(axis=0)
         np.testing.assert_allclose(found.predict_proba(rows[0]), expected, atol=1e-6)
@@ -132,7 +132,7 @@ def test_a_temperature_is_taken_where_held_out_rows_gain_by_it(rows):
     off = GreedySelection(metric="log_loss", calibration="off").fit(timid, labels, folds)
     assert found.temperature < 0.9
     assert off.temperature == 1
-    assert (found.shares == off.shares).all()
+    assert (found.weights == off.weights).all()
     assert log_loss(found.predict_proba(timid), labels) < log_loss(off.predict_proba(timid), labels) - 0.1
     each = GreedySelection(metric="log_loss", calibration="per_member").fit(timid, labels, folds)
     assert each.member_temperatures[0] < 0.9
@@ -160,7 +160,7 @@ def test_with_one_fold_nothing_is_held_out_and_it_says_so(rows):
     found = GreedySelection(metric="log_loss").fit(logits, labels, np.zeros(N, dtype=np.int64))
     probabilities = softmax(logits).astype(np.float32)
     path = select_members(probabilities, labels, metric="log_loss", steps=greedy.STEPS, sorted_start=True).paths[0]
-    np.testing.assert_allclose(found.shares, np.bincount(path.members[: path.kept], minlength=M) / path.kept)
+    np.testing.assert_allclose(found.weights, np.bincount(path.members[: path.kept], minlength=M) / path.kept)
     report = found.report(NAMES)
     assert (report["cross_validated_score"], report["temperature"]) == (None, 1)
     assert "one fold only" in report["notes"][0]

@@ -41,7 +41,7 @@ def brier_rows(probabilities, labels):
 @pytest.mark.parametrize("metric", ["log_loss", "brier"])
 def test_the_penalty_is_the_best_on_folds_left_out(pool, metric):
     scores, labels, folds = members_of(5, 120, 3, calibration=(0.5, 3))
-    found = pooling.tune(pool, scores, labels, folds, metric, calibrate=False)
+    found = pooling.tuned_weights(pool, scores, labels, folds, metric, calibrate=False)
     held_out = {}
     for strength in pooling.STRENGTHS:
         unseen = np.empty((120, 3))
@@ -61,24 +61,24 @@ def test_the_penalty_is_the_best_on_folds_left_out(pool, metric):
 
 def test_few_rows_of_equals_stay_together_and_many_rows_tell_members_apart(pool):
     scores, labels, folds = members_of(8, 40, 3, seed=3, skill=0.5)
-    few = pooling.tune(pool, scores, labels, folds, "log_loss", calibrate=False)
+    few = pooling.tuned_weights(pool, scores, labels, folds, "log_loss", calibrate=False)
     assert np.ptp(few.weights) / few.weights.mean() < 0.2
     scores, labels, folds = members_of(8, 2000, 3, seed=3, skill=0.5)
     scores[2] = log_softmax(2 * scores[0] + 3 * np.eye(3)[labels])
-    many = pooling.tune(pool, scores, labels, folds, "log_loss", calibrate=False)
+    many = pooling.tuned_weights(pool, scores, labels, folds, "log_loss", calibrate=False)
     assert many.weights[2] > 0.8 * many.weights.sum()
     assert many.strength < few.strength
 
 
 def test_a_mixture_is_judged_at_the_temperature_that_it_will_have():
     scores, labels, folds = members_of(5, 400, 3, seed=1, calibration=(0.2, 0.3))  # all of them too timid
-    found = pooling.tune(POOLS["linear"], scores, labels, folds, "log_loss", calibrate=True)
-    raw = pooling.tune(POOLS["linear"], scores, labels, folds, "log_loss", calibrate=False)
+    found = pooling.tuned_weights(POOLS["linear"], scores, labels, folds, "log_loss", calibrate=True)
+    raw = pooling.tuned_weights(POOLS["linear"], scores, labels, folds, "log_loss", calibrate=False)
     assert raw.temperature == 1
     assert found.temperature < 0.5
     assert log_loss(np.exp(found.unseen), labels) < log_loss(np.exp(raw.unseen), labels) - 0.05
     plain = np.empty((400, 3))
-    for fold, weights in enumerate(found.of_folds):
+    for fold, weights in enumerate(found.fold_weights):
         plain[folds == fold] = np.log(output(POOLS["linear"], scores[:, folds == fold], weights))
     choice = temperature.select_temperature(plain, labels, folds)
     assert choice.temperature == pytest.approx(found.temperature)
@@ -88,7 +88,7 @@ def test_a_mixture_is_judged_at_the_temperature_that_it_will_have():
 def test_a_log_linear_pool_gets_no_second_temperature(monkeypatch):
     monkeypatch.delattr(temperature, "select_temperature")
     scores, labels, folds = members_of(4, 200, 3, calibration=(0.2, 0.3))
-    found = pooling.tune(POOLS["log_linear"], scores, labels, folds, "log_loss", calibrate=True)
+    found = pooling.tuned_weights(POOLS["log_linear"], scores, labels, folds, "log_loss", calibrate=True)
     assert found.temperature == 1
     assert found.weights.sum() > 2
 
@@ -100,9 +100,9 @@ def test_equal_weights_win_where_they_clearly_hit_more():
     of_truth = np.array([np.where(wrong, 0.45, 0.97), np.full(400, 0.6), np.full(400, 0.6)])
     scores = np.log(np.stack([np.where(labels == k, of_truth, 1 - of_truth) for k in (0, 1)], axis=2))
     folds = np.arange(400) // 5 % 4
-    smooth = pooling.tune(POOLS["linear"], scores, labels, folds, "log_loss", calibrate=False)
+    smooth = pooling.tuned_weights(POOLS["linear"], scores, labels, folds, "log_loss", calibrate=False)
     assert smooth.weights[0] > 0.9
-    found = pooling.tune(POOLS["linear"], scores, labels, folds, "accuracy", calibrate=False)
+    found = pooling.tuned_weights(POOLS["linear"], scores, labels, folds, "accuracy", calibrate=False)
     np.testing.assert_array_equal(found.weights, 1 / 3)
     assert METRICS["accuracy"].function(np.exp(found.unseen), labels) == 1
 
@@ -118,18 +118,18 @@ def test_the_linear_pool_stays_within_one_standard_error(gain, expected):
     # Gains of mean `gain` and standard deviation 0.2 over 100 rows: their standard error is 0.02.
     apart = 0.2 * np.resize([1.0, -1.0], 100) * np.sqrt(99 / 100)
     linear, other = weighting_with(np.full(100, 1.0)), weighting_with(1 - gain - apart, "log_linear")
-    assert pooling.preferred(linear, other, np.zeros(100, dtype=int), "log_loss").pool.name == expected
+    assert pooling.preferred_pool(linear, other, np.zeros(100, dtype=int), "log_loss").pool.name == expected
 
 
 def test_the_two_pools_are_compared_by_the_metrics_own_loss():
     linear, other = weighting_with([0.1, 4.0] * 50), weighting_with([0.5, 2.0] * 50, "log_linear")
     labels = np.zeros(100, dtype=int)
     expected = [brier_rows(np.exp(found.unseen), labels) for found in (linear, other)]
-    np.testing.assert_allclose(pooling.losses(linear.unseen, labels, "brier"), expected[0])
+    np.testing.assert_allclose(pooling.pooled_losses(linear.unseen, labels, "brier"), expected[0])
     gains = expected[0] - expected[1]
     clear = gains.mean() > gains.std(ddof=1) / 10
-    assert (pooling.preferred(linear, other, labels, "brier") is other) == clear
-    assert pooling.preferred(linear, other, labels, "log_loss") is other
+    assert (pooling.preferred_pool(linear, other, labels, "brier") is other) == clear
+    assert pooling.preferred_pool(linear, other, labels, "log_loss") is other
 
 
 def literally_added(pool, scores, labels, weights, metric, seed):
@@ -163,7 +163,7 @@ def test_additions_are_those_of_a_literal_search(pool, metric, monkeypatch):
         rising = iter([2.0, 1.0])  # held-out folds are made to gain, so that the additions are kept
         scores, labels, folds = members_of(5, 60, 3, seed=seed, skill=0.8, calibration=(0.5, 2))
         weights = np.array([0.5, 0.0, 0.3, 0.2, 0.0])
-        start = Weighting(pool, weights, unseen=np.zeros((60, 3)), of_folds=(weights,) * 4)
+        start = Weighting(pool, weights, unseen=np.zeros((60, 3)), fold_weights=(weights,) * 4)
         found = pooling.with_members_added(start, scores, labels, folds, metric, seed=seed, calibrate=False)
         expected = literally_added(pool, scores, labels, weights, metric, seed)
         np.testing.assert_allclose(found.weights, expected, atol=1e-12)
@@ -181,8 +181,8 @@ def nearly_right():
 
 
 def with_additions(pool, scores, labels, folds, weights):
-    start = pooling.given(pool, scores, labels, folds, weights, calibrate=False)
-    start = Weighting(pool, weights, unseen=start.unseen, of_folds=(weights,) * 4)
+    start = pooling.fixed_weights(pool, scores, labels, folds, weights, calibrate=False)
+    start = Weighting(pool, weights, unseen=start.unseen, fold_weights=(weights,) * 4)
     return start, pooling.with_members_added(start, scores, labels, folds, "accuracy", seed=0, calibrate=False)
 
 
@@ -207,7 +207,7 @@ def test_additions_never_lower_the_score_of_held_out_folds(pool, metric):
     kept = []
     for seed in range(8):
         scores, labels, folds = members_of(6, 80, 3, seed=seed, skill=0.8)
-        start = pooling.tune(pool, scores, labels, folds, metric, calibrate=False)
+        start = pooling.tuned_weights(pool, scores, labels, folds, metric, calibrate=False)
         found = pooling.with_members_added(start, scores, labels, folds, metric, seed=0, calibrate=False)
         before, after = (METRICS[metric].function(np.exp(each.unseen), labels) for each in (start, found))
         assert after > before if found.added else found is start

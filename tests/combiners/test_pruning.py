@@ -10,8 +10,16 @@ import pytest
 
 from utils.combiners import pruning
 from utils.combiners.protocol import MemberFacts
-from utils.combiners.pruning import COMBINERS, PICKS, Clustering, DiversityMax, GreedyBackward, GreedyForward, Point
-from utils.combiners.subset_search import NothingFits, Problem, Subset, greedy_forward
+from utils.combiners.pruning import (
+    COMBINERS,
+    PICKS,
+    Clustering,
+    DiversityMax,
+    GreedyBackward,
+    GreedyForward,
+    ScoredSubset,
+)
+from utils.combiners.subset_search import BudgetError, Subset, SubsetProblem, greedy_forward
 from utils.core.config import Config, CostBudget
 from utils.numeric.metrics import accuracy, log_loss, softmax
 
@@ -56,7 +64,7 @@ def trio(rows=200):
 
 
 def task(logits, labels, metric):
-    return Problem(tuple(LETTERS[: len(logits)]), softmax(logits).astype(np.float32), labels, metric, 10)
+    return SubsetProblem(tuple(LETTERS[: len(logits)]), softmax(logits).astype(np.float32), labels, metric, 10)
 
 
 # what is picked -------------------------------------------------------------------------------------------------------
@@ -64,7 +72,7 @@ def point(members, hits, latency, size=1.0):
     losses = np.ones(100)
     losses[:hits] = 0
     subset = Subset(tuple(range(members)))
-    return Point(subset, 1.0, np.zeros((100, 2)), losses, hits / 100, 1 - hits / 100, latency, size)
+    return ScoredSubset(subset, 1.0, np.zeros((100, 2)), losses, hits / 100, 1 - hits / 100, latency, size)
 
 
 CURVE = [point(1, 60, 10), point(2, 85, 20), point(3, 87, 60), point(4, 90, 110)]
@@ -253,7 +261,7 @@ def test_the_budget_binds_members_and_the_whole():
         kept = fitted.used(5)
         assert not kept[3]
         assert np.array([10, 10, 10, 26, 5])[kept].sum() <= 25
-    with pytest.raises(NothingFits, match="e alone: 5 ms > 2 ms"):
+    with pytest.raises(BudgetError, match="e alone: 5 ms > 2 ms"):
         GreedyForward(members=facts(5, [10, 10, 10, 26, 5]), budget=CostBudget(max_latency_ms=2)).fit(
             logits, labels, folds
         )

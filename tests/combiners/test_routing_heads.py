@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from utils.combiners.gating import objective
-from utils.combiners.routing_heads import NoisyTopK, balance_loss, largest, z_loss
+from utils.combiners.routing_heads import NoisyTopK, balance_loss, top_k_mask, z_loss
 
 ROWS, FEATURES, WIDTH, EXPERTS, CLASSES = 6, 3, 4, 3, 2
 
@@ -33,8 +33,8 @@ def test_the_largest_are_those_of_topk_and_of_equals_the_first():
     scores = torch.randn(50, 7, generator=torch.Generator().manual_seed(1))
     for count in (1, 3, 7):
         wanted = torch.zeros(50, 7, dtype=torch.bool).scatter(1, scores.topk(count, dim=1).indices, True)
-        assert torch.equal(largest(scores, count), wanted)
-    assert largest(torch.tensor([[1.0, 2.0, 2.0, 2.0]]), 2).tolist() == [[False, True, True, False]]
+        assert torch.equal(top_k_mask(scores, count), wanted)
+    assert top_k_mask(torch.tensor([[1.0, 2.0, 2.0, 2.0]]), 2).tolist() == [[False, True, True, False]]
 
 
 def test_balance_loss_is_what_is_worked_out_by_hand():

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from utils.combiners.subset_search import (
-    WAYS,
-    Limit,
-    NothingFits,
-    Problem,
+    SEARCHES,
+    BudgetError,
+    CostLimit,
+    SubsetProblem,
     clustering,
     diversity_max,
     greedy_backward,
@@ -31,8 +31,8 @@ def zoo(members=6, rows=80, classes=3, seed=0):
 
 def problem(probabilities, labels, metric="f1_macro", target=6, costs=None, most=UNLIMITED):
     names = tuple(LETTERS[: len(probabilities)])
-    limits = () if costs is None else (Limit("ms", "budget.ms", most, np.array(costs, dtype=float)),)
-    return Problem(names, probabilities, labels, metric, target, limits)
+    limits = () if costs is None else (CostLimit("ms", "budget.ms", most, np.array(costs, dtype=float)),)
+    return SubsetProblem(names, probabilities, labels, metric, target, limits)
 
 
 def said(labels, wrong):
@@ -82,80 +82,82 @@ METRIC_NAMES = ["f1_macro", "accuracy", "log_loss", "brier"]
 
 
 @pytest.mark.parametrize("metric", METRIC_NAMES)
-@pytest.mark.parametrize(("way", "literal"), [(greedy_forward, literal_forward), (greedy_backward, literal_backward)])
-def test_greedy_searches_take_the_literal_steps(metric, way, literal):
+@pytest.mark.parametrize(
+    ("search", "literal"), [(greedy_forward, literal_forward), (greedy_backward, literal_backward)]
+)
+def test_greedy_searches_take_the_literal_steps(metric, search, literal):
     for seed in range(8):
         probabilities, labels = zoo(seed=seed)
         costs = np.random.default_rng(seed).uniform(1, 9, 6)
         for target, most in ((6, UNLIMITED), (3, UNLIMITED), (4, 14.0), (6, 8.0)):
             task = problem(probabilities, labels, metric, target, costs, most)
-            assert [subset.members for subset in way(task)] == literal(task), (seed, target, most)
+            assert [subset.members for subset in search(task)] == literal(task), (seed, target, most)
 
 
-@pytest.mark.parametrize("way", sorted(WAYS))
+@pytest.mark.parametrize("search", sorted(SEARCHES))
 @pytest.mark.parametrize("metric", METRIC_NAMES)
-def test_subsets_grow_are_within_the_limits_and_repeat(way, metric):
+def test_subsets_grow_are_within_the_limits_and_repeat(search, metric):
     for seed in range(4):
         probabilities, labels = zoo(seed=seed)
         costs = np.random.default_rng(seed).uniform(1, 9, 6)
         task = problem(probabilities, labels, metric, 4, costs, 15.0)
-        found = WAYS[way](task)
+        found = SEARCHES[search](task)
         sizes = [len(subset.members) for subset in found]
         assert sizes[0] == 1
         assert sizes == sorted(sizes)
         assert max(sizes) <= 4
         assert all(fits(task, subset.members) for subset in found)
         assert all(len(set(subset.members)) == len(subset.members) for subset in found)
-        assert WAYS[way](task) == found
+        assert SEARCHES[search](task) == found
 
 
-@pytest.mark.parametrize("way", sorted(WAYS))
-def test_one_member_is_all_there_is(way):
+@pytest.mark.parametrize("search", sorted(SEARCHES))
+def test_one_member_is_all_there_is(search):
     probabilities, labels = zoo(members=1)
-    assert [subset.members for subset in WAYS[way](problem(probabilities, labels))] == [(0,)]
+    assert [subset.members for subset in SEARCHES[search](problem(probabilities, labels))] == [(0,)]
 
 
-@pytest.mark.parametrize("way", sorted(WAYS))
+@pytest.mark.parametrize("search", sorted(SEARCHES))
 @pytest.mark.parametrize("metric", METRIC_NAMES)
-def test_of_equal_members_the_first_by_name_is_kept(way, metric):
+def test_of_equal_members_the_first_by_name_is_kept(search, metric):
     probabilities, labels = zoo(members=1)
-    found = WAYS[way](problem(np.repeat(probabilities, 4, axis=0), labels, metric, 3))
+    found = SEARCHES[search](problem(np.repeat(probabilities, 4, axis=0), labels, metric, 3))
     assert [sorted(subset.members) for subset in found] == [[0], [0, 1], [0, 1, 2]]
 
 
-@pytest.mark.parametrize("way", sorted(WAYS))
+@pytest.mark.parametrize("search", sorted(SEARCHES))
 @pytest.mark.parametrize("metric", METRIC_NAMES)
-def test_a_single_class_is_no_obstacle(way, metric):
+def test_a_single_class_is_no_obstacle(search, metric):
     probabilities, _ = zoo()
-    found = WAYS[way](problem(probabilities, np.zeros(80, dtype=np.int64), metric, 3))
+    found = SEARCHES[search](problem(probabilities, np.zeros(80, dtype=np.int64), metric, 3))
     assert len(found[0].members) == 1
 
 
-@pytest.mark.parametrize("way", sorted(WAYS))
-def test_a_target_beyond_the_members_ends_with_all_of_them(way):
+@pytest.mark.parametrize("search", sorted(SEARCHES))
+def test_a_target_beyond_the_members_ends_with_all_of_them(search):
     labels = np.arange(60) % 2
     apart = np.stack([said(labels, [3 * n, 3 * n + 1]) for n in range(4)])
-    found = WAYS[way](problem(apart, labels, target=9))
+    found = SEARCHES[search](problem(apart, labels, target=9))
     assert [len(subset.members) for subset in found] == [1, 2, 3, 4]
 
 
 # limits ---------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("way", sorted(WAYS))
-def test_a_member_beyond_the_limit_is_never_kept(way):
+@pytest.mark.parametrize("search", sorted(SEARCHES))
+def test_a_member_beyond_the_limit_is_never_kept(search):
     probabilities, labels = zoo()
     best = greedy_forward(problem(probabilities, labels))[0].members[0]
     costs = np.ones(6)
     costs[best] = 5
-    found = WAYS[way](problem(probabilities, labels, costs=costs, most=4.0))
+    found = SEARCHES[search](problem(probabilities, labels, costs=costs, most=4.0))
     assert all(best not in subset.members for subset in found)
     assert len(found[-1].members) <= 4
 
 
-@pytest.mark.parametrize("way", sorted(WAYS))
-def test_what_is_not_known_does_not_bind(way):
+@pytest.mark.parametrize("search", sorted(SEARCHES))
+def test_what_is_not_known_does_not_bind(search):
     labels = np.arange(60) % 2
     apart = np.stack([said(labels, [3 * n, 3 * n + 1]) for n in range(4)])
-    found = WAYS[way](problem(apart, labels, costs=[np.nan, np.nan, 2, 3], most=4.0))
+    found = SEARCHES[search](problem(apart, labels, costs=[np.nan, np.nan, 2, 3], most=4.0))
     assert len(found[-1].members) == 3
     limit = problem(apart, labels, costs=[np.nan, 1, 2, 3], most=4.0).limits[0]
     assert limit.spent([0, 1]) == 1
@@ -170,16 +172,16 @@ def test_a_sum_that_rounding_lifts_above_the_limit_is_within_it():
     assert len(greedy_forward(problem(apart, labels, costs=[0.1] * 3, most=0.3))[-1].members) == 3
 
 
-@pytest.mark.parametrize("way", sorted(WAYS))
-def test_limits_that_no_member_is_within_name_the_cheapest_possible(way):
+@pytest.mark.parametrize("search", sorted(SEARCHES))
+def test_limits_that_no_member_is_within_name_the_cheapest_possible(search):
     probabilities, labels = zoo(members=3)
     limits = (
-        Limit("ms", "pruning.cost_budget.max_latency_ms", 100, np.array([400.0, 130.0, 50.0])),
-        Limit("MB", "pruning.cost_budget.max_size_mb", 20, np.array([10.0, 10.0, 60.0])),
+        CostLimit("ms", "pruning.cost_budget.max_latency_ms", 100, np.array([400.0, 130.0, 50.0])),
+        CostLimit("MB", "pruning.cost_budget.max_size_mb", 20, np.array([10.0, 10.0, 60.0])),
     )
-    task = Problem(("a", "b", "c"), probabilities, labels, "f1_macro", 2, limits)
-    with pytest.raises(NothingFits) as caught:
-        WAYS[way](task)
+    task = SubsetProblem(("a", "b", "c"), probabilities, labels, "f1_macro", 2, limits)
+    with pytest.raises(BudgetError) as caught:
+        SEARCHES[search](task)
     assert str(caught.value) == (
         "no member is within the budget; the cheapest possible is b alone: 130 ms > 100 ms "
         "(pruning.cost_budget.max_latency_ms). Raise the limit, or set it to null"

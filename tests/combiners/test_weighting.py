@@ -41,7 +41,7 @@ def test_a_linear_pool_mixes_probabilities_and_takes_the_temperature_after():
     logits, labels, folds = rows_of(calibration=(0.2, 0.4))
     fitted = configured(pool="linear", optimization_metric="log_loss").fit(logits, labels, folds)
     assert fitted.temperature < 1
-    mixed = np.array([fitted.shares @ softmax(logits[:, n]) for n in range(len(labels))])
+    mixed = np.array([fitted.weights @ softmax(logits[:, n]) for n in range(len(labels))])
     expected = softmax(np.log(mixed) / fitted.temperature)
     np.testing.assert_allclose(fitted.predict_proba(logits), expected, atol=1e-12)
 
@@ -49,7 +49,7 @@ def test_a_linear_pool_mixes_probabilities_and_takes_the_temperature_after():
 def test_a_log_linear_pool_sums_log_probabilities_by_weights_of_least_log_loss():
     logits, labels, folds = rows_of(calibration=(0.2, 3))
     fitted = configured(pool="log_linear", optimization_metric="log_loss").fit(logits, labels, folds)
-    weights = fitted.shares / fitted.temperature
+    weights = fitted.weights / fitted.temperature
     expected = np.array([softmax(weights @ np.log(softmax(logits[:, n]))) for n in range(len(labels))])
     np.testing.assert_allclose(fitted.predict_proba(logits), expected, atol=1e-9)
     best = pools.fit_log_linear(np.log(softmax(logits)), labels, strength=fitted.facts["strength"])
@@ -74,7 +74,7 @@ def test_a_mixture_is_kept_where_the_truth_is_one():
     labels = (truth.cumsum(axis=1) > rng.uniform(size=(4000, 1))).argmax(axis=1)
     fitted = configured(facts((0.5, 0.5)), optimization_metric="log_loss").fit(logits, labels, np.arange(4000) % 5)
     assert fitted.pool.name == "linear"
-    assert fitted.shares == pytest.approx([0.5, 0.5], abs=0.03)
+    assert fitted.weights == pytest.approx([0.5, 0.5], abs=0.03)
     assert fitted.temperature == pytest.approx(1, abs=0.05)
 
 
@@ -154,14 +154,14 @@ def test_members_are_calibrated_one_by_one_on_request(pool):
     logits[1] /= 5
     logits[2] *= 4
     again = configured(pool=pool, temperature="per_member", optimization_metric="log_loss").fit(logits, labels, folds)
-    np.testing.assert_allclose(fitted.shares, again.shares, atol=0.01)
+    np.testing.assert_allclose(fitted.weights, again.weights, atol=0.01)
 
 
 @pytest.mark.parametrize("pool", ["auto", "log_linear"])
 def test_weights_follow_the_recorded_accuracies_where_they_are_not_optimised(pool):
     logits, labels, folds = rows_of(calibration=(0.2, 0.3))
     fitted = configured(optimize_weights=False, pool=pool).fit(logits, labels, folds)
-    np.testing.assert_allclose(fitted.shares, np.array([0.5, 0.6, 0.7, 0.8, 0.9]) / 3.5)
+    np.testing.assert_allclose(fitted.weights, np.array([0.5, 0.6, 0.7, 0.8, 0.9]) / 3.5)
     assert fitted.pool.name == ("linear" if pool == "auto" else "log_linear")
     assert fitted.temperature < 0.6  # fitted all the same
     assert fitted.report(NAMES)["strength"] is None
@@ -190,7 +190,7 @@ def test_one_fold_leaves_nothing_to_choose_and_this_is_said():
 def test_one_class_alone_gives_equal_weights_and_this_is_said(pool):
     logits, _, folds = rows_of(30)
     fitted = configured(pool=pool).fit(logits, np.full(30, 2), folds)
-    np.testing.assert_allclose(fitted.shares, 0.2)
+    np.testing.assert_allclose(fitted.weights, 0.2)
     assert fitted.temperature == pytest.approx(1)
     assert fitted.report(NAMES)["notes"] == ["all 30 rows are of one class: nothing was fitted"]
 
@@ -224,7 +224,7 @@ def test_weights_follow_the_members_when_these_change_places(metric):
     order = [3, 0, 4, 2, 1]
     first = configured(optimization_metric=metric).fit(logits, labels, folds)
     other = configured(optimization_metric=metric).fit(logits[order], labels, folds)
-    np.testing.assert_allclose(other.shares, first.shares[order], atol=1e-4)
+    np.testing.assert_allclose(other.weights, first.weights[order], atol=1e-4)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 17])

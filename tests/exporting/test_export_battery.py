@@ -14,7 +14,7 @@ from combiner_cases import FACTS, QUICK, C, M
 from torch import nn
 
 from utils.building.ensembles import COMBINERS
-from utils.combiners.protocol import seen_by
+from utils.combiners.protocol import combiner_inputs
 from utils.exporting import export_formats
 from utils.exporting.parity_check import FileOutputs, ReferenceBatches, compare_outputs, make_batches
 from utils.exporting.runtimes import RUNTIMES
@@ -51,20 +51,22 @@ def fitted(request, members):
     """(combiner, what it reads)"""
     _, _, outputs, labels = members
     combiner = partial(COMBINERS[request.param].configured, QUICK, FACTS)()
-    seen = seen_by(combiner, outputs)
+    seen = combiner_inputs(combiner, outputs)
     return combiner.fit(seen, labels, np.arange(N) % 5), seen
 
 
 def network_of(members, combiner):
-    jumps = bool(getattr(combiner, "jumps", False))
-    return EnsembleNetwork(members[0], combiner.to_module(), embeds=combiner.reads_embeddings, member_outputs=jumps)
+    is_discontinuous = combiner.is_discontinuous
+    return EnsembleNetwork(
+        members[0], combiner.to_module(), embeds=combiner.reads_embeddings, member_outputs=is_discontinuous
+    )
 
 
 def probe_of(members, combiner, seen):
-    jumps = bool(getattr(combiner, "jumps", False))
+    is_discontinuous = combiner.is_discontinuous
     batches, rows = make_batches(list(members[1]))
     found = ReferenceBatches(batches, rows, combiner.predict_proba(seen))
-    if not jumps:
+    if not is_discontinuous:
         return found
     embeddings = seen.embeddings if combiner.reads_embeddings else None
     return replace(found, member_logits=members[2].logits, member_embeddings=embeddings, combiner=combiner)
@@ -96,7 +98,7 @@ def test_its_files_answer_as_it_does(fitted, members, tmp_path):
 def test_what_has_steps_says_so(fitted, members):
     """A tiny change of the members' logits changes little, unless the combiner says that it jumps."""
     combiner, seen = fitted
-    if getattr(combiner, "jumps", False):
+    if combiner.is_discontinuous:
         return
     logits = members[2].logits
     before = combiner.predict_proba(seen)

@@ -13,7 +13,7 @@ import numpy as np
 from utils import ensemble_methods, fusion_methods, meta_methods, moe_methods, stacking_methods
 from utils.building.recommendation import Candidate, recommend
 from utils.combiners import pruning
-from utils.combiners.protocol import Combiner, fit_crossfitted, seen_by
+from utils.combiners.protocol import Combiner, combiner_inputs, fit_crossfitted
 from utils.core.artifacts import (
     digest_of,
     read_arrays,
@@ -149,12 +149,12 @@ def predict(ensemble: Ensemble, rows: Rows) -> np.ndarray:
         raise UserError(f"{ensemble.name}: needs its members' {ensemble.inference} networks, got {rows.inference}")
     if ensemble.combiner.reads_embeddings and rows.embeddings is None:
         raise UserError(f"{ensemble.name}: needs its members' embeddings beside their logits")
-    return ensemble.combiner.predict_proba(seen_by(ensemble.combiner, rows.outputs))
+    return ensemble.combiner.predict_proba(combiner_inputs(ensemble.combiner, rows.outputs))
 
 
 def crossfit(recipe: Combiner, rows: Rows, fold: np.ndarray) -> Crossfit:
     """Fit an unfitted combiner on honest rows with their folds (N,); gives its cross-fitted predictions on them."""
-    probabilities = fit_crossfitted(recipe, seen_by(recipe, rows.outputs), rows.labels, fold)
+    probabilities = fit_crossfitted(recipe, combiner_inputs(recipe, rows.outputs), rows.labels, fold)
     return Crossfit(probabilities, rows.labels, rows.sample_ids, rows.split, fold)
 
 

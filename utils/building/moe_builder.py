@@ -15,7 +15,7 @@ from utils.building.ensembles import Crossfit
 from utils.building.fitting import OutOfSampleRows
 from utils.building.sparse_timing import Stopwatch
 from utils.combiners.protocol import Combiner, MemberFacts, fit_crossfitted
-from utils.combiners.routing import needed
+from utils.combiners.routing import routed_members
 from utils.core.config import Config
 from utils.core.results import Result
 from utils.moe_methods import COMBINERS, CascadeCombiner, MixtureOfExperts
@@ -124,7 +124,7 @@ class _Beside:
         best = self.known.names.index(self.simple.best_single)
         probabilities["best_single"] = softmax(rows.logits[best])
         ways = {ITSELF: combiner, **ways}
-        experts = {name: needed(way, rows.logits) for name, way in ways.items()}
+        experts = {name: routed_members(way, rows.logits) for name, way in ways.items()}
         experts["best_single"] = np.arange(len(self.members))[:, None] == np.full((1, len(fold)), best)
         took, how = self._timed(ways, best)
         return {

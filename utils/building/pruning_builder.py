@@ -14,7 +14,7 @@ import numpy as np
 from utils.building import fitting, latency
 from utils.combiners.protocol import MemberFacts
 from utils.combiners.pruning import COMBINERS
-from utils.combiners.subset_search import NothingFits
+from utils.combiners.subset_search import BudgetError
 from utils.core.artifacts import read_record, write_json
 from utils.core.config import Config
 from utils.core.results import Result
@@ -50,7 +50,7 @@ def pruned(store: Store, members: Sequence[Member], force: bool) -> Result:
             recipe = COMBINERS[name].configured(config, facts)
             try:
                 fitting.build(store, name, name, recipe, members, honest, extra_inputs=extra_inputs)
-            except NothingFits as error:
+            except BudgetError as error:
                 reasons[name] = str(error)
         _note(store, members, fresh, reasons, extra_inputs)
     built = [name for name in fresh if name not in reasons]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils.combiners.routing import Sparse, execute
+from utils.combiners.routing import SparseCombiner, run_sparse
 from utils.predictions import image_splits, streaming
 from utils.predictions.catalog import Member
 from utils.predictions.image_splits import ImageSplit
@@ -36,10 +36,10 @@ class Stopwatch:
     device: str
     uncounted: float = field(default=0.0, init=False)
 
-    def of_combiner(self, combiner: Sparse) -> float:
+    def of_combiner(self, combiner: SparseCombiner) -> float:
         """Milliseconds per image of all that `combiner` needs, in batches of `dataset.batch_size` per member."""
         shape = (len(self.members), len(self.images.sample_ids), len(self.store.catalog.classes))
-        return self._per_image(lambda: execute(combiner, self.run, shape))
+        return self._per_image(lambda: run_sparse(combiner, self.run, shape))
 
     def of_member(self, member: int) -> float:
         """Milliseconds per image of one member on all the images."""

@@ -22,7 +22,7 @@ Trees
 
 Sparse combiners
     `route(logits, has_run)` names the members that each row needs next; `predict_proba` reads nothing else, so
-    `routing.execute` fills what has not run with zeros and gets the same bytes. The exported modules of
+    `routing.run_sparse` fills what has not run with zeros and gets the same bytes. The exported modules of
     `routing_heads` compute every member's weight, 0 where it is not needed, without data-dependent control flow.
 
 Fusion

@@ -23,7 +23,7 @@ WEIGHT_DECAY = 1.0  # of AdamW, as in utils/combiners/perceptron.py
 
 
 @dataclass(frozen=True)
-class Gate:
+class AttentionGate:
     """A fitted gate: features -> hidden -> one score per input, for features as they are."""
 
     matrices: tuple[np.ndarray, np.ndarray]
@@ -60,7 +60,7 @@ class AttentionLearner:
         gates = list(self._train(logits, labels, self._stops()))
         return np.stack([gate.predict_proba(held_out).astype(np.float32) for gate in gates])
 
-    def fit(self, logits: np.ndarray, labels: np.ndarray, setting: Mapping[str, Any]) -> Gate:
+    def fit(self, logits: np.ndarray, labels: np.ndarray, setting: Mapping[str, Any]) -> AttentionGate:
         """The gate under one setting: the same schedule, stopped where the setting says."""
         (gate,) = self._train(logits, labels, [setting["epochs"]])
         return gate
@@ -68,7 +68,7 @@ class AttentionLearner:
     def _stops(self) -> list[int]:
         return evenly_spaced_epochs(self.epochs, STOPS)
 
-    def _train(self, logits: np.ndarray, labels: np.ndarray, stops: Sequence[int]) -> Iterator[Gate]:
+    def _train(self, logits: np.ndarray, labels: np.ndarray, stops: Sequence[int]) -> Iterator[AttentionGate]:
         import torch
         from torch import nn
 
@@ -110,7 +110,7 @@ class AttentionLearner:
             first = module.hidden.weight.detach().numpy().astype(np.float64).T / scale[:, None]
             bias = module.hidden.bias.detach().numpy() - centre @ first
             last = module.scores.weight.detach().numpy().T.copy()
-            yield Gate(
+            yield AttentionGate(
                 (first.astype(np.float32), last),
                 (bias.astype(np.float32), module.scores.bias.detach().numpy().copy()),
             )

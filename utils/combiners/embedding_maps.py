@@ -75,7 +75,7 @@ class EmbeddingMaps:
         return cls(centres, scales, matrices, bool(state["summed"][0]), {})
 
 
-def side_by_side(embeddings: Sequence[np.ndarray], budget: int = BUDGET) -> EmbeddingMaps:
+def concatenated(embeddings: Sequence[np.ndarray], budget: int = BUDGET) -> EmbeddingMaps:
     """Members' embeddings (N, D_m) beside one another, reduced where they are wider than `budget` together.
 
     One scale per member, so that a number that hardly varies stays small. Principal axes are those of the rows given.
@@ -98,12 +98,12 @@ def side_by_side(embeddings: Sequence[np.ndarray], budget: int = BUDGET) -> Embe
     return EmbeddingMaps(centres, scales, tuple(matrices), False, facts)
 
 
-def shared(embeddings: Sequence[np.ndarray], rank: int = SHARED) -> EmbeddingMaps:
+def shared_variates(embeddings: Sequence[np.ndarray], rank: int = SHARED) -> EmbeddingMaps:
     """The variates that members' embeddings (N, D_m) have in common, at most `rank`; see `utils.numeric.cca`.
 
     Each is as wide as the members agree on it, so that a head sees less of what is hardly shared.
     """
-    first = side_by_side(embeddings, CCA_BUDGET)
+    first = concatenated(embeddings, CCA_BUDGET)
     views = first.apply(embeddings)
     variates = max(1, min(rank, len(views[0]) // ROWS_PER_VARIATE))
     found = cca.shared_space(views, variates, min_shrinkage=LEAST_RIDGE)

@@ -32,7 +32,7 @@ STEPS, SMALLEST_BATCH = 16, 16  # of an epoch at least, as long as batches are n
 
 
 @dataclass(frozen=True)
-class Shape:
+class HeadShape:
     """What a head is built from."""
 
     method: str
@@ -63,10 +63,10 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Heads:
+class TrainedHeads:
     """Trained heads of one shape, which differ by their seed; their mean probability is the answer."""
 
-    shape: Shape
+    shape: HeadShape
     weights: tuple[dict[str, np.ndarray], ...]
     """One set of named float32 arrays per seed."""
 
@@ -128,18 +128,21 @@ class HeadLearner:
         for rank in self._ranks():
             shape = self._shape(outputs, rank)
             answers = [
-                [Heads(shape, (own,)).predict_proba(held_out) for own in self._train(outputs, labels, shape, seed)]
+                [
+                    TrainedHeads(shape, (own,)).predict_proba(held_out)
+                    for own in self._train(outputs, labels, shape, seed)
+                ]
                 for seed in self._seeds()
             ]
             found += list(np.mean(answers, axis=0).astype(np.float32))  # over the seeds, at each stop
         return np.stack(found)
 
-    def fit(self, outputs: MemberOutputs, labels: np.ndarray, setting: Mapping[str, Any]) -> Heads:
+    def fit(self, outputs: MemberOutputs, labels: np.ndarray, setting: Mapping[str, Any]) -> TrainedHeads:
         """The heads of all seeds under one setting: the same schedule, stopped where the setting says."""
         shape = self._shape(outputs, setting["rank"])
         stop = [setting["epochs"]]
         trained = [own for seed in self._seeds() for own in self._train(outputs, labels, shape, seed, stop)]
-        return Heads(shape, tuple(trained))
+        return TrainedHeads(shape, tuple(trained))
 
     def _ranks(self) -> tuple[int, ...]:
         return RANKS if self.method == "bilinear" else (0,)
@@ -150,12 +153,17 @@ class HeadLearner:
     def _stops(self) -> list[int]:
         return evenly_spaced_epochs(self.epochs, STOPS)
 
-    def _shape(self, outputs: MemberOutputs, rank: int) -> Shape:
+    def _shape(self, outputs: MemberOutputs, rank: int) -> HeadShape:
         widths = tuple(own.shape[1] for own in outputs.embeddings)
-        return Shape(self.method, widths, self.hidden, outputs.shape[2], rank)
+        return HeadShape(self.method, widths, self.hidden, outputs.shape[2], rank)
 
     def _train(
-        self, outputs: MemberOutputs, labels: np.ndarray, shape: Shape, seed: int, stops: Sequence[int] | None = None
+        self,
+        outputs: MemberOutputs,
+        labels: np.ndarray,
+        shape: HeadShape,
+        seed: int,
+        stops: Sequence[int] | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
         """Named weights at each stop. Half as many rows at a time, said in words, where memory runs out."""
         import torch

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from utils.combiners.pooled_members import PooledMembers
 from utils.combiners.pooling import PIECEWISE_CONSTANT
-from utils.combiners.protocol import MemberFacts
+from utils.combiners.protocol import MemberFacts, unsaved
 from utils.core.config import Config
 from utils.numeric import temperature
 from utils.numeric.metrics import METRICS, SMALLEST_PROBABILITY, row_losses, softmax
@@ -45,10 +45,8 @@ class GreedySelection(PooledMembers):
     """
 
     settings: ClassVar[tuple[str, ...]] = ("runs.score_ensemble.optimization_metric", "runs.score_ensemble.temperature")
-    learns: ClassVar[bool] = True
-    reads_embeddings: ClassVar[bool] = False
 
-    seed: int = 42
+    seed: int = unsaved(42)
 
     @classmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
@@ -108,7 +106,7 @@ class GreedySelection(PooledMembers):
         self, chosen: Selection, size: int, unseen: Floats | None, logits: np.ndarray, labels: np.ndarray
     ) -> Self:
         """Take the members of the first `size` steps, and say how good they are."""
-        self.shares = chosen.weights_by_size()[size - 1]
+        self.weights = chosen.weights_by_size()[size - 1]
         notes = [] if unseen is not None else ["one fold only: no early stop by held-out rows, no bags, no temperature"]
         self.facts = {
             "size": size,

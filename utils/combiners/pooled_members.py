@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from utils.combiners.protocol import Combiner, unsaved
 from utils.numeric import pools
 from utils.numeric.metrics import METRICS, SMALLEST_PROBABILITY, log_softmax, softmax
 
@@ -42,7 +43,7 @@ class Pool(Protocol):
         """Numbers from 0 to 1, (M, N, C), whose weighted sums are largest where those of the parts are."""
 
 
-class Linear:
+class LinearPooling:
     """Mixture of probabilities."""
 
     name = "linear"
@@ -64,7 +65,7 @@ class Linear:
         return parts.astype(np.float32)
 
 
-class LogLinear:
+class LogLinearPooling:
     """Soft-max of the weighted sum of log-probabilities; its weights are those of least log-loss for every metric."""
 
     name = "log_linear"
@@ -84,31 +85,33 @@ class LogLinear:
         return (1 - parts / LOWEST_SCORE).astype(np.float32)
 
 
-POOLS: dict[str, Pool] = {pool.name: pool for pool in (Linear(), LogLinear())}
+POOLS: dict[str, Pool] = {pool.name: pool for pool in (LinearPooling(), LogLinearPooling())}
 
 
 @dataclass(kw_only=True)
-class PooledMembers:
+class PooledMembers(Combiner):
     """The map of a pool of members, whoever chose its weights; what the combiners of this kind share.
 
     All weights are kept as shares that sum to 1; the sum of log-linear weights is the inverse of the temperature.
     """
 
-    metric: str = "f1_macro"
-    calibration: str = "auto"
+    learns: ClassVar[bool] = True
+
+    metric: str = unsaved("f1_macro")
+    calibration: str = unsaved("auto")
     """auto, off or per_member"""
-    pool: Pool = POOLS["linear"]
-    shares: Floats = field(default_factory=lambda: np.ones(0))
+    pool: Pool = unsaved(POOLS["linear"])
+    weights: Floats = unsaved(factory=lambda: np.ones(0))
     """(M,), sum 1"""
-    temperature: float = 1.0
-    member_temperatures: Floats = field(default_factory=lambda: np.ones(0))
+    temperature: float = unsaved(1.0)
+    member_temperatures: Floats = unsaved(factory=lambda: np.ones(0))
     """(M,)"""
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = unsaved(factory=dict)
     """What the fit found out about itself."""
 
     def predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Logits (M, N, C) -> probabilities (N, C)."""
-        sums = np.tensordot(self.shares, self.pool.parts(self._scores(logits)), axes=1)
+        sums = np.tensordot(self.weights, self.pool.parts(self._scores(logits)), axes=1)
         return softmax(self.pool.pooled(sums) / self.temperature)
 
     def to_module(self) -> nn.Module:
@@ -116,30 +119,26 @@ class PooledMembers:
         from utils.combiners import heads
 
         make = heads.LinearPool if self.pool.name == "linear" else heads.LogLinearPool
-        return make(self.shares, self.temperature, self.member_temperatures)
+        return make(self.weights, self.temperature, self.member_temperatures)
 
-    def state(self) -> dict[str, np.ndarray]:
+    def fitted_arrays(self) -> dict[str, np.ndarray]:
         """Shares and temperatures of the members, (M,), and the pool's temperature and kind, (1,)."""
         return {
-            "shares": self.shares,
+            "shares": self.weights,
             "member_temperatures": self.member_temperatures,
             "temperature": np.array([self.temperature]),
             "log_linear": np.array([self.pool.name == "log_linear"], dtype=np.uint8),
         }
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, np.ndarray]) -> Self:
-        """The pool whose `state` this is."""
-        return cls(
-            pool=POOLS["log_linear" if state["log_linear"][0] else "linear"],
-            shares=state["shares"],
-            member_temperatures=state["member_temperatures"],
-            temperature=float(state["temperature"][0]),
-        )
+    def set_fitted_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Set weights, temperatures and kind of the pool."""
+        self.pool = POOLS["log_linear" if arrays["log_linear"][0] else "linear"]
+        self.weights, self.member_temperatures = arrays["shares"], arrays["member_temperatures"]
+        self.temperature = float(arrays["temperature"][0])
 
     def used(self, members: int) -> np.ndarray:
         """Those with a share, (M,)."""
-        return self.shares > 0
+        return self.weights > 0
 
     def restricted(self, used: np.ndarray) -> Self:
         """The same map on the used members' logits."""
@@ -153,7 +152,7 @@ class PooledMembers:
         `optimization_metric`; `equal_weights_score` is that of the plain mean of the probabilities.
         """
         found: dict[str, Any] = {
-            "weights": dict(zip(names, self.shares.tolist(), strict=True)),
+            "weights": dict(zip(names, self.weights.tolist(), strict=True)),
             "pool": self.pool.name,
             "temperature": self.temperature,
             "member_temperatures": None,

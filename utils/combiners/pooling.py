@@ -37,7 +37,7 @@ class Weighting:
     """What the pooled log-probabilities are divided by."""
     unseen: Floats | None = None
     """Log-probabilities (N, C) of each row by what was fitted without its fold; None where there is one fold."""
-    of_folds: tuple[Floats, ...] = ()
+    fold_weights: tuple[Floats, ...] = ()
     """Those weights, in the order of the folds."""
     strength: float | None = None
     """Of the penalty; None where weights were not fitted."""
@@ -47,7 +47,7 @@ class Weighting:
     """Members were added for a metric that is piecewise constant."""
 
 
-def given(
+def fixed_weights(
     pool: Pool, scores: Floats, labels: NDArray[Any], folds: NDArray[Any], weights: Floats, *, calibrate: bool
 ) -> Weighting:
     """Weights (M,) that are not fitted; with `calibrate` a temperature is."""
@@ -56,13 +56,13 @@ def given(
     return Weighting(pool, weights, divisor, unseen)
 
 
-def fit(pool: Pool, scores: Floats, labels: NDArray[Any], metric: str, *, strength: float) -> Weighting:
+def fitted_weights(pool: Pool, scores: Floats, labels: NDArray[Any], metric: str, *, strength: float) -> Weighting:
     """Weights of least loss and penalty, of which nothing held out says anything."""
     found = pools.minimise(pool.loss(pool.parts(scores), labels, metric), strength=strength, sums=pool.sums)
     return Weighting(pool, found.weights, strength=strength, gap=found.gap)
 
 
-def tune(
+def tuned_weights(
     pool: Pool, scores: Floats, labels: NDArray[Any], folds: NDArray[Any], metric: str, *, calibrate: bool
 ) -> Weighting:
     """Weights under the penalty with the least loss on folds left out: Brier score for `brier`, else log-loss.
@@ -81,23 +81,23 @@ def tune(
         _calibrated(_unseen(pool, parts, folds, of), labels, folds, calibrate=calibrate)
         for of in zip(*paths, strict=True)
     ]
-    means = np.array([losses(unseen, labels, metric).mean() for _, unseen in tried])
+    means = np.array([pooled_losses(unseen, labels, metric).mean() for _, unseen in tried])
     best = int(np.flatnonzero(means <= means.min() * (1 + 1e-9))[0])
     if metric in PIECEWISE_CONSTANT and _hits_more(tried[0][1], tried[best][1], labels, metric):
         best = 0
-    of_folds = tuple(path[best] for path in paths)
+    fold_weights = tuple(path[best] for path in paths)
     found = pools.minimise(
         pool.loss(parts, labels, metric),
         strength=STRENGTHS[best],
         sums=pool.sums,
-        start=np.mean(of_folds, axis=0),
+        start=np.mean(fold_weights, axis=0),
     )
-    return Weighting(pool, found.weights, *tried[best], of_folds, STRENGTHS[best], found.gap)
+    return Weighting(pool, found.weights, *tried[best], fold_weights, STRENGTHS[best], found.gap)
 
 
-def preferred(linear: Weighting, other: Weighting, labels: NDArray[Any], metric: str) -> Weighting:
+def preferred_pool(linear: Weighting, other: Weighting, labels: NDArray[Any], metric: str) -> Weighting:
     """The linear pool, unless the other's held-out loss is lower by more than one standard error of the difference."""
-    gains = losses(linear.unseen, labels, metric) - losses(other.unseen, labels, metric)
+    gains = pooled_losses(linear.unseen, labels, metric) - pooled_losses(other.unseen, labels, metric)
     return other if _is_clear(gains) else linear
 
 
@@ -113,19 +113,19 @@ def with_members_added(
 ) -> Weighting:
     """The weights moved by members that raise accuracy or macro F1, where held-out folds gain by it; else `found`."""
     parts = found.pool.parts(scores)
-    of_folds = tuple(
+    fold_weights = tuple(
         _moved(found.pool, parts[:, folds != number], labels[folds != number], weights, metric, seed)
-        for number, weights in zip(np.unique(folds), found.of_folds, strict=True)
+        for number, weights in zip(np.unique(folds), found.fold_weights, strict=True)
     )
-    unseen = _unseen(found.pool, parts, folds, of_folds)
+    unseen = _unseen(found.pool, parts, folds, fold_weights)
     if _score(unseen, labels, metric) <= _score(found.unseen, labels, metric):
         return found
     divisor, unseen = _calibrated(unseen, labels, folds, calibrate=calibrate)
     weights = _moved(found.pool, parts, labels, found.weights, metric, seed)
-    return replace(found, weights=weights, temperature=divisor, unseen=unseen, of_folds=of_folds, added=True)
+    return replace(found, weights=weights, temperature=divisor, unseen=unseen, fold_weights=fold_weights, added=True)
 
 
-def losses(log_probabilities: Floats, labels: NDArray[Any], metric: str) -> Floats:
+def pooled_losses(log_probabilities: Floats, labels: NDArray[Any], metric: str) -> Floats:
     """Loss of each row (..., N) of log-probabilities (..., N, C): Brier score for `brier`, else log-loss."""
     of_truth = log_probabilities[..., np.arange(len(labels)), labels]
     if metric != "brier":
@@ -169,9 +169,9 @@ def _path(pool: Pool, loss: pools.ConvexLoss) -> Floats:
     return np.stack(path)
 
 
-def _unseen(pool: Pool, parts: Floats, folds: NDArray[Any], of_folds: tuple[Floats, ...]) -> Floats:
+def _unseen(pool: Pool, parts: Floats, folds: NDArray[Any], fold_weights: tuple[Floats, ...]) -> Floats:
     found = np.empty(parts.shape[1:])
-    for number, weights in zip(np.unique(folds), of_folds, strict=True):
+    for number, weights in zip(np.unique(folds), fold_weights, strict=True):
         inside = folds == number
         found[inside] = pool.pooled(np.tensordot(weights, parts[:, inside], axes=1))
     return found
@@ -213,7 +213,7 @@ def _additions(
         reached = found.min()
         tied = np.flatnonzero(found <= reached + candidate_losses.TIE_TOLERANCE)
         smooth = [
-            losses(pool.pooled((sums + parts[member, rows]) * (total / size)), labels, "log_loss").mean()
+            pooled_losses(pool.pooled((sums + parts[member, rows]) * (total / size)), labels, "log_loss").mean()
             for member in tied
         ]
         chosen = int(tied[np.argmin(smooth)])

@@ -1,11 +1,15 @@
-"""The contract of a combiner: members' logits in, class probabilities out, nothing else known."""
+"""The base class of combiners: members' logits in, class probabilities out; no file, no rows, no workspace."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from inspect import getattr_static
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias, final, runtime_checkable
 
 import numpy as np
 
@@ -15,104 +19,216 @@ from utils.predictions.rows import MemberOutputs
 if TYPE_CHECKING:
     from torch import nn
 
+Inputs: TypeAlias = Any
+"""What a combiner reads: logits float32 (M, N, C), or `MemberOutputs` where it `reads_embeddings`."""
+SETTINGS = "settings"
+"""Name in a state of the JSON text of all saved fields that are no arrays; an array NAME lies at `settings/NAME`."""
+_UNSAVED = "unsaved"
+
 
 @dataclass(frozen=True)
 class MemberFacts:
-    """What a recipe may know of M members beyond their outputs, in the order of the arrays."""
+    """What a combiner may know of M members beyond their outputs, in the order of the arrays."""
 
     names: tuple[str, ...]
     recorded_accuracy: np.ndarray
-    """float64 (M,), a share; NaN where nothing is recorded"""
+    """float64 (M,), from 0 to 1; NaN where nothing is recorded"""
     latency_ms: np.ndarray
     """float64 (M,), milliseconds for one image; NaN where it was not measured"""
     size_mb: np.ndarray
     """float64 (M,), 10^6 bytes on disk; NaN where there is no file"""
 
 
-@runtime_checkable
-class Combiner(Protocol):
-    """Turns the logits of M members into class probabilities.
+def unsaved(default: Any = None, *, factory: Callable[[], Any] | None = None) -> Any:
+    """A dataclass field of a combiner that `state` leaves out.
 
-    Arrays only: files, rows and honesty are the business of whoever calls. Members come in the order of their names,
-    classes in the workspace's order. A combiner whose `learns` is false fits nothing, so every row is unseen. One that
-    `reads_embeddings` gets `Outputs` wherever others get logits, and its module takes `(logits, embeddings)`, the
-    second a list of M tensors float32 (B, D_m). One whose answer has steps (votes, trees, the best k experts) says so
-    by `jumps = True`, so that an export is proved on both sides of a step; where it is missing there are none.
+    For settings that `fit` alone reads, and for fitted values that `fitted_arrays` saves.
+    """
+    metadata = {_UNSAVED: True}
+    return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
+
+
+@dataclass
+class Combiner(ABC):
+    """Turns the outputs of M members into class probabilities.
+
+    Members come in the order of their names, classes in the workspace's order. Every subclass is a dataclass. `state`
+    saves each of its fields, unless it is declared by `unsaved`; a field is a number, a text, a tuple of these, or an
+    array. `from_state` builds the combiner with these values again, so that no setting is lost on the way to disk.
     """
 
-    settings: ClassVar[tuple[str, ...]]
-    """Places of the configuration that it depends on, such as `runs.score_ensemble.pool`."""
-    learns: bool
-    reads_embeddings: bool
+    settings: ClassVar[tuple[str, ...]] = ()
+    """Keys of the configuration that it depends on, such as `runs.score_ensemble.pool`."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether `fit` reads labels. Without it every row is an out-of-sample row."""
+        return False
+
+    @property
+    def reads_embeddings(self) -> bool:
+        """Whether it takes `MemberOutputs` in place of logits; its module then takes `(logits, embeddings)`.
+
+        `embeddings` is a list of M tensors float32 (B, D_m).
+        """
+        return False
+
+    @property
+    def is_discontinuous(self) -> bool:
+        """Whether a small change of the logits may change the probabilities by a step, as of votes and trees.
+
+        An exported file of such a combiner is compared on both sides of each step.
+        """
+        return False
 
     @classmethod
+    @abstractmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
-        """An unfitted one with the settings of the configuration."""
+        """An unfitted combiner with the settings of the configuration."""
 
-    def fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Self:
+    @abstractmethod
+    def fit(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> Self:
         """Fit on logits (M, N, C) and labels (N,), which come from networks that did not see the rows.
 
-        `folds` (N,) are the workspace's folds of these rows: whatever is tuned, stopped early, calibrated or blended in
-        here is decided by leaving one of them out, so that a copy fitted on all folds but one has read none of its
-        labels. Fitting again starts anew.
+        `folds` (N,) are the workspace's folds of these rows: whatever is tuned, stopped early, calibrated or blended is
+        decided by leaving one of them out, so that a copy fitted on all folds but one has read none of its labels.
+        Fitting again starts anew.
         """
 
-    def predict_proba(self, logits: np.ndarray) -> np.ndarray:
+    @abstractmethod
+    def predict_proba(self, logits: Inputs) -> np.ndarray:
         """Logits (M, N, C) -> probabilities float64 (N, C) whose rows sum to 1."""
 
+    @abstractmethod
     def to_module(self) -> nn.Module:
         """The same map for export: logits float32 (B, M, C) -> probabilities float32 (B, C)."""
 
+    @final
     def state(self) -> dict[str, np.ndarray]:
-        """Everything fitted, as arrays of numbers."""
+        """Everything that answering needs, as arrays of numbers: the saved fields and `fitted_arrays`.
 
+        Raises TypeError for an attribute that is no field, and for a field of another type than can be saved.
+        """
+        saved = _saved_fields(type(self))
+        _check_declared(self)
+        values = {name: getattr(self, name) for name in saved}
+        arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+        others = {name: value for name, value in values.items() if name not in arrays}
+        found = {f"{SETTINGS}/{name}": value for name, value in arrays.items()}
+        if others:
+            found[SETTINGS] = _encoded(others, type(self).__name__)
+        return found | self.fitted_arrays()
+
+    @final
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray]) -> Self:
-        """The combiner whose `state` this is; it answers, and is not fitted again."""
+        """The combiner whose `state` this is; it answers, and is not fitted again.
+
+        A field that the state lacks, such as one that was added since, has its default.
+        """
+        values = _decoded(state[SETTINGS]) if SETTINGS in state else {}
+        combiner = cls(**values, **sub_state(state, f"{SETTINGS}/"))
+        own = {name: array for name, array in state.items() if name.partition("/")[0] != SETTINGS}
+        combiner.set_fitted_arrays(own)
+        return combiner
+
+    def fitted_arrays(self) -> dict[str, np.ndarray]:
+        """Fitted values of fields that are `unsaved`, as arrays of numbers by name."""
+        return {}
+
+    def set_fitted_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Set the fitted values whose `fitted_arrays` these are. Raises ValueError for unexpected ones."""
+        if arrays:
+            raise ValueError(f"{type(self).__name__} has no fitted arrays, got {', '.join(sorted(arrays))}")
 
     def used(self, members: int) -> np.ndarray:
         """Which of the members the fitted combiner needs, bool (M,)."""
+        return np.ones(members, dtype=bool)
 
+    @abstractmethod
     def restricted(self, used: np.ndarray) -> Self:
         """The same map on the used members' logits alone."""
 
+    @abstractmethod
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """What a person wants to know of the fit, ready for JSON; `weights` {member: weight} where there are any."""
+        """Facts about the fit, ready for JSON; `weights` {member: weight} where there are any."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in ("state", "from_state"):
+            if name in vars(cls):
+                raise TypeError(
+                    f"{cls.__name__} overrides {name}, which saves every field. Declare fitted values by unsaved() and "
+                    "save them in fitted_arrays and set_fitted_arrays"
+                )
 
 
 @runtime_checkable
-class SharesFits(Combiner, Protocol):
+class CrossfitsItself(Protocol):
     """A combiner whose cross-fitted copies and final fit have trainings in common."""
 
-    def fit_crossfitted(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
-        """Fit as `fit` does; gives the probabilities (N, C) of copies that were fitted without the row's fold."""
+    def fit_crossfitted(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
+        """Fit as `fit` does; return the probabilities (N, C) of copies that were fitted without the row's fold."""
 
 
-def seen_by(combiner: Combiner, outputs: np.ndarray | MemberOutputs) -> Any:
-    """What a combiner gets of the members' outputs: all of them, or the logits alone."""
+def combiner_inputs(combiner: Combiner, outputs: np.ndarray | MemberOutputs) -> Inputs:
+    """What a combiner reads of the members' outputs: all of them, or the logits alone."""
     return outputs.logits if isinstance(outputs, MemberOutputs) and not combiner.reads_embeddings else outputs
 
 
-def below(state: Mapping[str, np.ndarray], start: str) -> dict[str, np.ndarray]:
-    """The arrays of a part, kept among others under names that begin with `start`, by their own names."""
-    return {name.removeprefix(start): values for name, values in state.items() if name.startswith(start)}
+def sub_state(state: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The arrays whose names begin with `prefix`, by the rest of their names."""
+    return {name.removeprefix(prefix): values for name, values in state.items() if name.startswith(prefix)}
 
 
-def fit_crossfitted(recipe: Combiner, logits: Any, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """Fit a recipe on logits (M, N, C), labels (N,), folds (N,); gives its cross-fitted probabilities float32 (N, C).
+def fit_crossfitted(recipe: Combiner, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """Fit on logits (M, N, C), labels (N,), folds (N,); return the cross-fitted probabilities float32 (N, C).
 
-    For a recipe that reads embeddings, `logits` are `Outputs`.
-    The rows of one fold are answered by a copy of the whole recipe that was fitted on the other folds. What learns
+    A copy of the whole combiner, fitted on the other folds, answers for the rows of each fold. A combiner that learns
     nothing answers as it will at inference.
     """
-    if isinstance(recipe, SharesFits):
+    if isinstance(recipe, CrossfitsItself):
         return recipe.fit_crossfitted(logits, labels, folds).astype(np.float32)
     recipe.fit(logits, labels, folds)
     if not recipe.learns:
         return recipe.predict_proba(logits).astype(np.float32)
     probabilities = np.empty(logits.shape[1:], dtype=np.float32)
-    for held_out in np.unique(folds):
-        inside, outside = folds == held_out, folds != held_out
+    for fold in np.unique(folds):
+        inside, outside = folds == fold, folds != fold
         copy = deepcopy(recipe).fit(logits[:, outside], labels[outside], folds[outside])
         probabilities[inside] = copy.predict_proba(logits[:, inside])
     return probabilities
+
+
+def _saved_fields(kind: type[Combiner]) -> tuple[str, ...]:
+    return tuple(each.name for each in fields(kind) if not each.metadata.get(_UNSAVED))
+
+
+def _check_declared(combiner: Combiner) -> None:
+    declared = {each.name for each in fields(combiner)}
+    for name in sorted(vars(combiner).keys() - declared):
+        if not isinstance(getattr_static(type(combiner), name, None), cached_property):
+            raise TypeError(
+                f"{type(combiner).__name__}.{name} is no field, so that it would be lost on disk. Declare the class by "
+                f"@dataclass and the attribute by `{name}: TYPE = DEFAULT`"
+            )
+
+
+def _encoded(values: Mapping[str, Any], kind: str) -> np.ndarray:
+    try:
+        text = json.dumps(values, sort_keys=True)
+    except TypeError as error:
+        raise TypeError(
+            f"{kind}: a field holds neither a number, a text, a tuple of these nor an array ({error}). Save it in "
+            "fitted_arrays, and declare it by unsaved()"
+        ) from error
+    return np.frombuffer(text.encode(), dtype=np.uint8)
+
+
+def _decoded(text: np.ndarray) -> dict[str, Any]:
+    return {name: _as_tuple(value) for name, value in json.loads(text.tobytes().decode()).items()}
+
+
+def _as_tuple(value: Any) -> Any:
+    """JSON has lists alone; fields hold tuples."""
+    return tuple(_as_tuple(each) for each in value) if isinstance(value, list) else value

@@ -7,7 +7,7 @@ clusters of members that err alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from utils.combiners.pooled_members import PooledMembers
 from utils.combiners.pooling import PIECEWISE_CONSTANT
-from utils.combiners.protocol import Combiner, MemberFacts
-from utils.combiners.subset_search import WAYS, Limit, Problem, Subset
+from utils.combiners.protocol import Combiner, MemberFacts, unsaved
+from utils.combiners.subset_search import SEARCHES, CostLimit, Subset, SubsetProblem
 from utils.core.config import Config, CostBudget
 from utils.numeric import temperature
 from utils.numeric.candidate_losses import TIE_TOLERANCE, candidate_losses
@@ -28,7 +28,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Point:
+class ScoredSubset:
     """A subset on the way, what it is worth and what it costs."""
 
     subset: Subset
@@ -64,22 +64,20 @@ class Pruned(PooledMembers):
     - knee: with scores and latencies (numbers of members where none is known) stretched to 0..1, the largest score less
       latency (Satopaa et al. 2011); the best where no subset lies above the line from the cheapest to the best.
 
-    fit raises NothingFits where the budget leaves no member.
+    fit raises BudgetError where the budget leaves no member.
     """
 
     settings: ClassVar[tuple[str, ...]] = (
         *("pruning.target_size", "pruning.pick", "pruning.cost_budget", "device"),
         *(f"runs.score_ensemble.{key}" for key in ("optimization_metric", "temperature", "fit_rows")),
     )
-    learns: ClassVar[bool] = True
-    reads_embeddings: ClassVar[bool] = False
-    way: ClassVar[str]
+    search: ClassVar[str]
 
-    members: MemberFacts | None = None
-    target_size: int = 7
-    pick: str = "best"
-    budget: CostBudget = field(default_factory=CostBudget)
-    points: tuple[Point, ...] = field(default=(), repr=False)
+    members: MemberFacts | None = unsaved()
+    target_size: int = unsaved(7)
+    pick: str = unsaved("best")
+    budget: CostBudget = unsaved(factory=CostBudget)
+    points: tuple[ScoredSubset, ...] = unsaved(())
     """Subsets from small to large."""
 
     @classmethod
@@ -96,13 +94,15 @@ class Pruned(PooledMembers):
         )
 
     @property
-    def limits(self) -> tuple[Limit, ...]:
+    def limits(self) -> tuple[CostLimit, ...]:
         """What the budget allows, and what the members cost."""
         assert self.members is not None, "a restored ensemble is not fitted again"
         place, unlimited = "pruning.cost_budget", float("inf")
         return (
-            Limit("ms", f"{place}.max_latency_ms", self.budget.max_latency_ms or unlimited, self.members.latency_ms),
-            Limit("MB", f"{place}.max_size_mb", self.budget.max_size_mb or unlimited, self.members.size_mb),
+            CostLimit(
+                "ms", f"{place}.max_latency_ms", self.budget.max_latency_ms or unlimited, self.members.latency_ms
+            ),
+            CostLimit("MB", f"{place}.max_size_mb", self.budget.max_size_mb or unlimited, self.members.size_mb),
         )
 
     def fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Self:
@@ -116,9 +116,9 @@ class Pruned(PooledMembers):
         if calibrate and self.calibration == "per_member":
             self.member_temperatures = temperature.select_member_temperatures(logits, labels, folds)
         problem = self._problem(logits, labels)
-        subsets = WAYS[self.way](problem)
+        subsets = SEARCHES[self.search](problem)
         if testable:
-            unseen = _of_folds(problem, subsets, folds, self.way)
+            unseen = _of_folds(problem, subsets, folds, self.search)
         else:
             unseen = np.stack([problem.mean(subset.members) for subset in subsets])
         # A temperature turns no row's predicted class: where only that counts, the subset picked alone is given one.
@@ -130,7 +130,7 @@ class Pruned(PooledMembers):
         found = self.points[PICKS[self.pick](self.points)]
         if calibrate and not early:
             found = self._point(found.subset, found.unseen, labels, folds, calibrate=True)
-        self.shares = np.bincount(found.subset.members, minlength=len(logits)) / len(found.subset.members)
+        self.weights = np.bincount(found.subset.members, minlength=len(logits)) / len(found.subset.members)
         self.temperature = found.divisor
         notes = (
             [] if testable else ["one fold or one class only: scores are those of the rows that chose, no temperature"]
@@ -139,20 +139,20 @@ class Pruned(PooledMembers):
         self.facts = self._found(problem) | compared
         return self
 
-    def _problem(self, logits: np.ndarray, labels: np.ndarray) -> Problem:
+    def _problem(self, logits: np.ndarray, labels: np.ndarray) -> SubsetProblem:
         assert self.members is not None, "a restored ensemble is not fitted again"
         probabilities = np.exp(self._scores(logits)).astype(np.float32)
-        return Problem(self.members.names, probabilities, labels, self.metric, self.target_size, self.limits)
+        return SubsetProblem(self.members.names, probabilities, labels, self.metric, self.target_size, self.limits)
 
     def _point(
         self, subset: Subset, unseen: Floats, labels: np.ndarray, folds: np.ndarray, *, calibrate: bool
-    ) -> Point:
+    ) -> ScoredSubset:
         divisor = 1.0
         if calibrate:
             choice = temperature.select_temperature(unseen, labels, folds)
             divisor, unseen = choice.temperature, log_softmax(unseen / choice.row_temperatures[:, None])
         probabilities = np.exp(unseen)
-        return Point(
+        return ScoredSubset(
             subset,
             divisor,
             unseen,
@@ -162,7 +162,7 @@ class Pruned(PooledMembers):
             *(limit.known(subset.members) for limit in self.limits),
         )
 
-    def _found(self, problem: Problem) -> dict[str, Any]:
+    def _found(self, problem: SubsetProblem) -> dict[str, Any]:
         """What the search found out, for `ensemble.json`."""
         names, front = problem.names, _front(self.points)
         taken, best = PICKS[self.pick](self.points), PICKS["best"](self.points)
@@ -192,12 +192,12 @@ class Pruned(PooledMembers):
         }
 
 
-def _of_folds(problem: Problem, subsets: Sequence[Subset], folds: np.ndarray, way: str) -> NDArray[np.float32]:
+def _of_folds(problem: SubsetProblem, subsets: Sequence[Subset], folds: np.ndarray, search: str) -> NDArray[np.float32]:
     """Probabilities (K, N, C): of each row by the K subsets that are found without its fold, the last ones repeated."""
     found = np.empty((len(subsets), *problem.probabilities.shape[1:]), dtype=np.float32)
     for number in np.unique(folds):
         inside = folds == number
-        others = WAYS[way](problem.of_rows(~inside))
+        others = SEARCHES[search](problem.of_rows(~inside))
         held_out = problem.of_rows(inside)
         means = [held_out.mean(subset.members) for subset in others[: len(subsets)]]
         for place in range(len(subsets)):
@@ -205,7 +205,7 @@ def _of_folds(problem: Problem, subsets: Sequence[Subset], folds: np.ndarray, wa
     return found
 
 
-def _front(points: Sequence[Point]) -> list[int]:
+def _front(points: Sequence[ScoredSubset]) -> list[int]:
     """Places of the points that no other beats: as good in score, latency and size, and better in one of them."""
     values = np.array([[point.losses.mean(), *point.cost[:2]] for point in points])
     no_worse = (values[:, None] <= values + TIE_TOLERANCE).all(axis=2)
@@ -213,14 +213,14 @@ def _front(points: Sequence[Point]) -> list[int]:
     return np.flatnonzero(~(no_worse & better).any(axis=0)).tolist()
 
 
-def _best(points: Sequence[Point]) -> int:
+def _best(points: Sequence[ScoredSubset]) -> int:
     lowest = min(point.losses.mean() for point in points)
     near = [place for place, point in enumerate(points) if point.losses.mean() <= lowest + TIE_TOLERANCE]
     least = min(points[place].log_loss for place in near)
     return next(place for place in near if points[place].log_loss <= least + TIE_TOLERANCE)
 
 
-def _fastest(points: Sequence[Point]) -> int:
+def _fastest(points: Sequence[ScoredSubset]) -> int:
     best = _best(points)
     near = [
         place
@@ -230,7 +230,7 @@ def _fastest(points: Sequence[Point]) -> int:
     return min(near, key=lambda place: (points[place].cost, place))
 
 
-def _knee(points: Sequence[Point]) -> int:
+def _knee(points: Sequence[ScoredSubset]) -> int:
     is_timed = any(point.latency_ms for point in points)
     costs = np.array([point.cost[0 if is_timed else 2] for point in points])
     losses = np.array([point.losses.mean() for point in points])
@@ -243,7 +243,7 @@ def _knee(points: Sequence[Point]) -> int:
 PICKS = {"best": _best, "knee": _knee, "fastest": _fastest}
 
 
-def _reasons(problem: Problem, kept: Point, best: Point, pick: str) -> dict[int, str]:
+def _reasons(problem: SubsetProblem, kept: ScoredSubset, best: ScoredSubset, pick: str) -> dict[int, str]:
     """Why each of the others was dropped, in words; `best` is the point of the best score, whatever was picked."""
     members = kept.subset.members
     beside = _listed([problem.names[member] for member in members])
@@ -271,7 +271,7 @@ def _reasons(problem: Problem, kept: Point, best: Point, pick: str) -> dict[int,
     return found
 
 
-def _step(kept: Point, best: Point, metric: str) -> str:
+def _step(kept: ScoredSubset, best: ScoredSubset, metric: str) -> str:
     more = len(best.subset.members) - len(kept.subset.members)
     words = f"{LABELS[metric]} {kept.score:.4f} -> {best.score:.4f} with {more} more"
     if kept.latency_ms is not None and best.latency_ms is not None:
@@ -279,13 +279,13 @@ def _step(kept: Point, best: Point, metric: str) -> str:
     return words
 
 
-def _excess(problem: Problem, members: Sequence[int]) -> str:
+def _excess(problem: SubsetProblem, members: Sequence[int]) -> str:
     """Which limits these members together are beyond; nothing where they are within all."""
     totals = [(limit, limit.spent(members)) for limit in problem.limits]
     return " and ".join(limit.excess(total) for limit, total in totals if not limit.allows(total))
 
 
-def _changes(problem: Problem, kept: Sequence[int]) -> list[tuple[bool, str]]:
+def _changes(problem: SubsetProblem, kept: Sequence[int]) -> list[tuple[bool, str]]:
     """Of each member (M,): whether the mean of the kept is better with it, and what it changes."""
     mean, weight = problem.mean(kept), 1 / (len(kept) + 1)
     gains = np.zeros(len(problem.names), dtype=int)  # the first metric that is another decides
@@ -311,30 +311,30 @@ def _listed(names: Sequence[str]) -> str:
 class GreedyForward(Pruned):
     """Start empty, add the best."""
 
-    way: ClassVar[str] = "greedy_forward"
+    search: ClassVar[str] = "greedy_forward"
 
 
 @dataclass(kw_only=True)
 class GreedyBackward(Pruned):
     """Start with all, leave out the one that is missed least."""
 
-    way: ClassVar[str] = "greedy_backward"
+    search: ClassVar[str] = "greedy_backward"
 
 
 @dataclass(kw_only=True)
 class DiversityMax(Pruned):
     """Start with the best, add the one that disagrees most with those taken."""
 
-    way: ClassVar[str] = "diversity_max"
+    search: ClassVar[str] = "diversity_max"
 
 
 @dataclass(kw_only=True)
 class Clustering(Pruned):
     """The best of each group of members that err alike."""
 
-    way: ClassVar[str] = "clustering"
+    search: ClassVar[str] = "clustering"
 
 
 COMBINERS: dict[str, type[Combiner]] = {
-    f"pruned_{combiner.way}": combiner for combiner in (GreedyForward, GreedyBackward, DiversityMax, Clustering)
+    f"pruned_{combiner.search}": combiner for combiner in (GreedyForward, GreedyBackward, DiversityMax, Clustering)
 }

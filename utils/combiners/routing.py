@@ -6,8 +6,9 @@ it answers. Whoever runs the members groups the rows by member, so that each net
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,10 +18,11 @@ Run = Callable[[int, np.ndarray], np.ndarray]
 """(member, its rows int64 (n,)) -> its logits (n, C)"""
 
 
-@runtime_checkable
-class Sparse(Combiner, Protocol):
+@dataclass
+class SparseCombiner(Combiner):
     """A combiner whose `predict_proba` reads, of each row, only the members that `route` has asked for."""
 
+    @abstractmethod
     def route(self, logits: np.ndarray, ran: np.ndarray) -> np.ndarray:
         """Members that rows need next, bool (M, N), given logits (M, N, C) of those that `ran`, bool (M, N).
 
@@ -28,7 +30,7 @@ class Sparse(Combiner, Protocol):
         """
 
 
-def execute(combiner: Sparse, run: Run, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+def run_sparse(combiner: SparseCombiner, run: Run, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Answer N rows of M members and C classes by running only what is needed, given `shape` (M, N, C).
 
     Gives probabilities float64 (N, C) and who ran, bool (M, N). Each round calls `run` once per member, for all the
@@ -43,6 +45,6 @@ def execute(combiner: Sparse, run: Run, shape: tuple[int, int, int]) -> tuple[np
     return combiner.predict_proba(logits), ran
 
 
-def needed(combiner: Sparse, logits: np.ndarray) -> np.ndarray:
+def routed_members(combiner: SparseCombiner, logits: np.ndarray) -> np.ndarray:
     """Which members rows would have run, bool (M, N), where all their logits (M, N, C) are known."""
-    return execute(combiner, lambda member, rows: logits[member, rows], logits.shape)[1]  # type: ignore[arg-type]
+    return run_sparse(combiner, lambda member, rows: logits[member, rows], logits.shape)[1]  # type: ignore[arg-type]

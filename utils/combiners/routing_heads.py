@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from utils.numeric.metrics import SMALLEST_PROBABILITY
 
 
-def largest(scores: Tensor, count: int) -> Tensor:
+def top_k_mask(scores: Tensor, count: int) -> Tensor:
     """Which `count` of the scores (B, E) are the largest, bool (B, E); of equals the first.
 
     By comparing all pairs: what `topk` does with equal scores differs between runtimes.
@@ -75,7 +75,7 @@ class NoisyTopK(nn.Module):
         hidden = torch.relu(self.hidden(seen))
         scores = self.scores(hidden)
         noisy = scores + noise * nn.functional.softplus(self.spread(hidden))
-        chosen = largest(noisy, self.top_k)
+        chosen = top_k_mask(noisy, self.top_k)
         weights = _shares(noisy, chosen, self.reader)
         mixed = (weights[:, :, None] * said.view(-1, self.experts, self.classes)).sum(dim=1)
         return Routed(mixed.clamp_min(SMALLEST_PROBABILITY).log(), scores, chosen)
@@ -104,7 +104,7 @@ class SparseMixture(nn.Module):
         logs = probabilities[:, self.reader].clamp_min(SMALLEST_PROBABILITY).log()
         hidden = torch.relu((logs - logs.mean(dim=1, keepdim=True)) @ self.first + self.first_bias)
         scores = hidden @ self.last + self.last_bias
-        weights = _shares(scores, largest(scores, self.top_k), self.reader)
+        weights = _shares(scores, top_k_mask(scores, self.top_k), self.reader)
         return _tempered((weights[:, :, None] * probabilities).sum(dim=1), self.temperature)
 
 

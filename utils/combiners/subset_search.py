@@ -24,12 +24,12 @@ ROUNDING = 1e-9  # of a limit, by which a sum of costs may exceed it
 Floats = NDArray[np.float64]
 
 
-class NothingFits(UserError):
+class BudgetError(UserError):
     """The limits leave no member."""
 
 
 @dataclass(frozen=True)
-class Limit:
+class CostLimit:
     """What may be spent, by each member and by all that are kept."""
 
     unit: str
@@ -59,7 +59,7 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Problem:
+class SubsetProblem:
     """Members on rows, and what is asked of a subset."""
 
     names: tuple[str, ...]
@@ -72,7 +72,7 @@ class Problem:
     """f1_macro, accuracy, log_loss or brier"""
     target_size: int
     """The most members to keep."""
-    limits: tuple[Limit, ...] = ()
+    limits: tuple[CostLimit, ...] = ()
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -81,10 +81,10 @@ class Problem:
 
     @cached_property
     def affordable(self) -> NDArray[np.bool_]:
-        """Which members (M,) are within the limits by themselves. Raises NothingFits where none is."""
+        """Which members (M,) are within the limits by themselves. Raises BudgetError where none is."""
         found = self.open(())
         if not found.any():
-            raise NothingFits(self._cheapest())
+            raise BudgetError(self._cheapest())
         return found
 
     def open(self, members: Sequence[int]) -> NDArray[np.bool_]:
@@ -119,9 +119,9 @@ class Problem:
         weights = np.bincount(members, minlength=len(self.names))
         return weighted_sum(self.probabilities, weights) / len(members)
 
-    def of_rows(self, rows: NDArray[np.bool_]) -> Problem:
+    def of_rows(self, rows: NDArray[np.bool_]) -> SubsetProblem:
         """The same on some of the rows."""
-        return Problem(
+        return SubsetProblem(
             self.names, self.probabilities[:, rows], self.labels[rows], self.metric, self.target_size, self.limits
         )
 
@@ -147,7 +147,7 @@ class Subset:
     """Why others were not, as far as the way of finding knows."""
 
 
-def greedy_forward(problem: Problem) -> list[Subset]:
+def greedy_forward(problem: SubsetProblem) -> list[Subset]:
     """Start empty, add the best, again and again."""
     scorers = problem.scorers()
     chosen: list[int] = []
@@ -162,7 +162,7 @@ def greedy_forward(problem: Problem) -> list[Subset]:
     return found
 
 
-def greedy_backward(problem: Problem) -> list[Subset]:
+def greedy_backward(problem: SubsetProblem) -> list[Subset]:
     """Start with all that are within the limits by themselves, leave out the one that is missed least, and again.
 
     Of equals the last by name is left out.
@@ -184,7 +184,7 @@ def greedy_backward(problem: Problem) -> list[Subset]:
         inside[worst] = False
 
 
-def diversity_max(problem: Problem) -> list[Subset]:
+def diversity_max(problem: SubsetProblem) -> list[Subset]:
     """Start with the best, add the one whose mean disagreement with those taken is the largest.
 
     Two members disagree on a row that exactly one of them gets right. Disagreement alone would take the worst members:
@@ -224,7 +224,7 @@ def diversity_max(problem: Problem) -> list[Subset]:
     return found
 
 
-def clustering(problem: Problem) -> list[Subset]:
+def clustering(problem: SubsetProblem) -> list[Subset]:
     """Group members that err on the same rows, keep the best of each group.
 
     Hierarchical clustering, average linkage on 1 - error correlation. Groups come in the order of their best members;
@@ -259,7 +259,7 @@ def _best(losses: Sequence[Floats], allowed: NDArray[np.bool_], *, last: bool = 
     return int(left[-1 if last else 0])
 
 
-def _ranks(problem: Problem) -> NDArray[np.intp]:
+def _ranks(problem: SubsetProblem) -> NDArray[np.intp]:
     """Place (M,) of each member when they are sorted from the best to the worst."""
     losses = [each.losses(all_exact=True) for each in problem.scorers()]
     ranks = np.full(len(problem.names), -1)
@@ -268,7 +268,7 @@ def _ranks(problem: Problem) -> NDArray[np.intp]:
     return ranks
 
 
-def _groups(problem: Problem, members: NDArray[np.intp]) -> list[NDArray[np.intp]]:
+def _groups(problem: SubsetProblem, members: NDArray[np.intp]) -> list[NDArray[np.intp]]:
     """Labels of the members' groups, for one group, for two, and so on to one for each member."""
     if len(members) == 1:
         return [np.zeros(1, dtype=np.intp)]
@@ -282,7 +282,7 @@ def _groups(problem: Problem, members: NDArray[np.intp]) -> list[NDArray[np.intp
     return [labels[::-1] for labels in cut_tree(tree).T[::-1]]
 
 
-WAYS: dict[str, Callable[[Problem], list[Subset]]] = {
+SEARCHES: dict[str, Callable[[SubsetProblem], list[Subset]]] = {
     "greedy_forward": greedy_forward,
     "greedy_backward": greedy_backward,
     "diversity_max": diversity_max,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from utils.combiners import pooling
 from utils.combiners.pooled_members import POOLS, PooledMembers
 from utils.combiners.pooling import Weighting
-from utils.combiners.protocol import MemberFacts
+from utils.combiners.protocol import MemberFacts, unsaved
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.numeric import temperature
@@ -31,15 +31,13 @@ class WeightedPool(PooledMembers):
     settings: ClassVar[tuple[str, ...]] = tuple(
         f"runs.score_ensemble.{key}" for key in ("optimize_weights", "optimization_metric", "pool", "temperature")
     )
-    learns: ClassVar[bool] = True
-    reads_embeddings: ClassVar[bool] = False
 
-    members: MemberFacts | None = None
-    kind: str = "auto"
+    members: MemberFacts | None = unsaved()
+    kind: str = unsaved("auto")
     """auto, linear or log_linear"""
-    optimize_weights: bool = True
+    optimize_weights: bool = unsaved(True)
     """False: weights proportional to the recorded accuracies."""
-    seed: int = 42
+    seed: int = unsaved(42)
 
     @classmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
@@ -67,7 +65,7 @@ class WeightedPool(PooledMembers):
             self.member_temperatures = temperature.select_member_temperatures(logits, labels, folds)
         found = self._weighted(self._scores(logits), labels, folds, testable=testable, calibrate=calibrate)
         total = float(found.weights.sum())
-        self.pool, self.shares, self.temperature = found.pool, found.weights / total, found.temperature / total
+        self.pool, self.weights, self.temperature = found.pool, found.weights / total, found.temperature / total
         self.facts = self._judged(found, logits, labels)
         return self
 
@@ -77,12 +75,15 @@ class WeightedPool(PooledMembers):
         only = POOLS["linear" if self.kind == "auto" else self.kind]
         if not (self.optimize_weights and np.ptp(labels)):
             shares = np.full(len(scores), 1 / len(scores)) if self.optimize_weights else self._recorded_shares()
-            return pooling.given(only, scores, labels, folds, shares, calibrate=calibrate)
+            return pooling.fixed_weights(only, scores, labels, folds, shares, calibrate=calibrate)
         if not testable:
-            return pooling.fit(only, scores, labels, self.metric, strength=UNTESTED_STRENGTH)
+            return pooling.fitted_weights(only, scores, labels, self.metric, strength=UNTESTED_STRENGTH)
         names = tuple(POOLS) if self.kind == "auto" else (self.kind,)
-        tuned = [pooling.tune(POOLS[name], scores, labels, folds, self.metric, calibrate=calibrate) for name in names]
-        found = pooling.preferred(*tuned, labels, self.metric) if len(tuned) > 1 else tuned[0]
+        tuned = [
+            pooling.tuned_weights(POOLS[name], scores, labels, folds, self.metric, calibrate=calibrate)
+            for name in names
+        ]
+        found = pooling.preferred_pool(*tuned, labels, self.metric) if len(tuned) > 1 else tuned[0]
         if self.metric in pooling.PIECEWISE_CONSTANT:
             options: dict[str, Any] = {"seed": self.seed, "calibrate": calibrate}
             found = pooling.with_members_added(found, scores, labels, folds, self.metric, **options)

@@ -178,7 +178,7 @@ def _written(work: ExportJob, network: nn.Module, formats: Sequence[str]) -> dic
     import torch
 
     name, status = work.subject.name, {}
-    network.parity_tolerance = 1.0 if work.subject.jumps else parity_check.TOLERANCE
+    network.parity_tolerance = 1.0 if work.subject.is_discontinuous else parity_check.TOLERANCE
     if packaged := [each for each in PACKAGED if each in formats]:
         logger.info("export %s: writing %s", name, ", ".join(packaged))
         first = torch.from_numpy(work.sampled.images[0][None])

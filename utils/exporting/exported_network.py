@@ -42,9 +42,9 @@ class ExportSource:
         return any(member.source == IMPORTED for member in self.members)
 
     @property
-    def jumps(self) -> bool:
+    def is_discontinuous(self) -> bool:
         """Whether the combiner's answer may change at a step, as of trees and votes."""
-        return self.combiner is not None and bool(getattr(self.combiner, "jumps", False))
+        return self.combiner is not None and self.combiner.is_discontinuous
 
     @property
     def reads_embeddings(self) -> bool:
@@ -136,7 +136,7 @@ def assemble_network(
         takes_uint8=form.input == UINT8_NHWC,
         embeds=subject.reads_embeddings,
         member_probabilities=form.member_probabilities,
-        member_outputs=subject.jumps,
+        member_outputs=subject.is_discontinuous,
         resizes=resizes,
     )
 
@@ -199,7 +199,7 @@ def describe_network(
         "method": subject.method,
         "members": members,
         "inference": subject.inference,
-        "jumps": subject.jumps,
+        "jumps": subject.is_discontinuous,
         "input": given,
         "outputs": list(network.output_names),
         "inputs_digest": subject.inputs_digest,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils import base_back
-from utils.combiners.protocol import seen_by
+from utils.combiners.protocol import combiner_inputs
 from utils.core.errors import UserError
 from utils.exporting.exported_network import UINT8_NHWC, ExportSignature, ExportSource
 from utils.exporting.parity_check import BATCH_SIZES, ReferenceBatches, make_batches
@@ -96,8 +96,8 @@ def _joined(parts: Sequence[Rows]) -> Rows:
 def _expected(subject: ExportSource, rows: Rows) -> ReferenceBatches:
     if subject.combiner is None:
         return ReferenceBatches([], [], softmax(rows.logits[0].astype(np.float64)))
-    probabilities = subject.combiner.predict_proba(seen_by(subject.combiner, rows.outputs))
-    if not subject.jumps or subject.is_imported:
+    probabilities = subject.combiner.predict_proba(combiner_inputs(subject.combiner, rows.outputs))
+    if not subject.is_discontinuous or subject.is_imported:
         return ReferenceBatches([], [], probabilities)
     return ReferenceBatches([], [], probabilities, rows.logits, rows.embeddings, subject.combiner)
 

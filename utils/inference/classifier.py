@@ -17,7 +17,7 @@ import numpy as np
 
 from utils.building import ensembles
 from utils.building.ensembles import Ensemble
-from utils.combiners.routing import Sparse, execute
+from utils.combiners.routing import SparseCombiner, run_sparse
 from utils.core.errors import UserError, did_you_mean
 from utils.networks.construction import NetworkSpec
 from utils.numeric.diversity import mutual_information
@@ -165,8 +165,8 @@ class WorkspaceClassifier:
         everything = np.arange(len(images.paths))
         members = np.zeros((len(self.members), len(everything), len(self.classes)), dtype=np.float32)
         ran = np.zeros(members.shape[:2], dtype=bool)
-        if self.ensemble and isinstance(self.ensemble.combiner, Sparse):
-            probabilities, _ = execute(self.ensemble.combiner, run, members.shape)
+        if self.ensemble and isinstance(self.ensemble.combiner, SparseCombiner):
+            probabilities, _ = run_sparse(self.ensemble.combiner, run, members.shape)
         else:
             for place in range(len(self.members)):
                 run(place, everything)

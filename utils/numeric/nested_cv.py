@@ -21,8 +21,9 @@ from utils.numeric.metrics import log_loss_per_row
 class GridLearner(Protocol):
     """A learner with a grid of G settings, fitted on members' logits."""
 
-    thread_safe: bool
-    """Whether fits in concurrent threads give the same bytes as one after the other; in processes they always do."""
+    @property
+    def thread_safe(self) -> bool:
+        """Whether fits in concurrent threads give the same bytes; in processes they always do."""
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
         """Return the G settings as JSON values; the first of equally good settings is selected."""

@@ -230,8 +230,7 @@ def _ensemble(store: Any, name: str, number: int, members: Sequence[str], splits
 def _record(store: Any, name: str, kind: str, test: tuple[list[str], np.ndarray]) -> dict[str, Any]:
     """`metrics.json` with every key that a report reads."""
     from utils.core.artifacts import read_arrays
-    from utils.evaluation.report_data import reliability
-    from utils.numeric.metrics import point_metrics, softmax
+    from utils.numeric.metrics import point_metrics, reliability, softmax
 
     _, labels = test
     if kind == "ensemble":
@@ -265,6 +264,7 @@ def _record(store: Any, name: str, kind: str, test: tuple[list[str], np.ndarray]
             "risk": (np.linspace(0, 1, 50) ** 2 * (1 - record["accuracy"])).tolist(),
             "aurc": 0.01,
             "threshold": float(sure[len(sure) * 9 // 10]),
+            "target_risk": 0.05,
             "wanted_error": 0.05,
             "answered": 0.9,
             "error": 0.04,

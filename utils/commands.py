@@ -145,12 +145,13 @@ COMMANDS: dict[str, Command] = {
                 "default": 0.1,
                 "help": "share of images whose conformal set may miss the true class (default: %(default)s)",
             },
-            "--wanted-error": {
+            "--target-risk": {
                 "metavar": "SHARE",
                 "type": float,
                 "default": 0.05,
-                "help": "error to keep by not answering unsure images (default: %(default)s)",
+                "help": "target selective risk: error rate among the images that are answered (default: %(default)s)",
             },
+            "--wanted-error": {"metavar": "SHARE", "type": float, "help": "deprecated; use --target-risk"},
             "--class-conditional": {
                 "action": "store_true",
                 "help": "conformal sets with a threshold for each class as well",

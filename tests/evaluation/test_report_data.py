@@ -11,7 +11,7 @@ from utils.core.errors import UserError
 from utils.evaluation import example_images, report_data
 from utils.evaluation.example_images import Answers, Instructive
 from utils.numeric import diversity
-from utils.numeric.metrics import ece, softmax
+from utils.numeric.metrics import softmax
 from utils.predictions.rows import UNKNOWN, MemberRows
 
 
@@ -43,23 +43,6 @@ def test_members_without_a_common_row_are_an_error_in_words():
         report_data.contribute(parts)
 
 
-def test_reliability_bins_are_closed_above_and_give_the_calibration_error():
-    probabilities = np.array([[1.0, 0.0], [0.6, 0.4], [0.6, 0.4], [0.55, 0.45], [1.0, 0.0]])
-    labels = np.array([0, 0, 1, 0, 1])
-    found = report_data.reliability(probabilities, labels)
-    assert found["count"][8] == 3  # (8/15, 9/15] holds 0.6 itself
-    assert found["count"][14] == 2
-    assert found["accuracy"][14] == 0.5
-    assert found["confidence"][14] == 1.0
-    assert found["accuracy"][0] is None
-    gaps = [
-        count * abs(right - sure)
-        for count, right, sure in zip(found["count"], found["accuracy"], found["confidence"], strict=True)
-        if count
-    ]
-    assert sum(gaps) / 5 == pytest.approx(ece(probabilities, labels))
-
-
 def test_a_temperature_is_undone():
     logits = np.random.default_rng(0).normal(size=(20, 4))
     answers = Answers(np.arange(20).astype(str), np.zeros(20, dtype=int), softmax(logits / 0.4))
@@ -67,18 +50,6 @@ def test_a_temperature_is_undone():
     assert report_data.without_temperature(data) == pytest.approx(softmax(logits))
     for record in ({}, {"temperature": None}, {"temperature": 1.0}, {"temperature": 0.4, "share_of_stacker": 0.5}):
         assert report_data.without_temperature(SimpleNamespace(record=record, answers=answers)) is None
-
-
-def test_the_front_holds_what_no_other_beats():
-    points = {
-        "cheap": (1, 0.7),
-        "good": (3, 0.9),
-        "worse": (3, 0.8),
-        "dear": (4, 0.9),
-        "twin": (1, 0.7),
-        "bad": (2, 0.6),
-    }
-    assert report_data.pareto(points) == {"cheap", "twin", "good"}
 
 
 def test_mutual_information_of_members():

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 import pytest
-from given_predictions import CONFIG, NAMES, changing, empty_workspace, fewer, take_in, write
+from given_predictions import CONFIG, NAMES, changing, empty_workspace, fewer, logged, take_in, write
 from scipy.stats import binomtest
 
 from utils.building import build_commands
@@ -180,16 +180,24 @@ def test_other_options_are_other_records_and_equal_ones_are_kept(tmp_path):
     workspace = built(tmp_path)
     assert "written" in score_ranking.evaluate(CONFIG, workspace).text
     assert "up to date" in score_ranking.evaluate(CONFIG, workspace).text
-    told = {"alpha": 0.2, "wanted_error": 0.1, "class_conditional": True}
+    told = {"alpha": 0.2, "target_risk": 0.1, "class_conditional": True}
     assert "written" in score_ranking.evaluate(CONFIG, workspace, **told).text
     assert "up to date" in score_ranking.evaluate(CONFIG, workspace, **told).text
     found = record(workspace, "soft_voting_ensemble")
     assert found["conformal"]["lac"]["alpha"] == found["conformal_by_class"]["aps"]["alpha"] == 0.2
-    assert found["selective"]["wanted_error"] == 0.1
+    assert found["selective"]["target_risk"] == found["selective"]["wanted_error"] == 0.1
     assert found["conformal_by_class"]["lac"]["classes"].keys() == {"ant", "bee", "cat"}
-    for name, value in (("alpha", 0.0), ("wanted_error", 1.0), ("alpha", float("nan"))):
+    for name, value in (("alpha", 0.0), ("target_risk", 1.0), ("alpha", float("nan"))):
         with pytest.raises(ConfigError, match="expected a share of rows"):
             score_ranking.evaluate(CONFIG, workspace, **{name: value})
+
+
+def test_the_earlier_name_of_the_target_risk_is_accepted_and_announced(tmp_path, caplog):
+    workspace = built(tmp_path)
+    with logged(caplog):
+        score_ranking.evaluate(CONFIG, workspace, wanted_error=0.2)
+    assert record(workspace, "soft_voting_ensemble")["selective"]["target_risk"] == 0.2
+    assert any(entry.levelname == "WARNING" and "--target-risk" in entry.getMessage() for entry in caplog.records)
 
 
 def test_the_same_rows_give_the_same_records(evaluated, tmp_path):

@@ -130,7 +130,7 @@ def test_selective_keeps_at_most_50_points_and_judges_the_threshold_on_other_row
     calibration, evaluated = rows(rng, 2000), rows(rng, 3000)
     found = uncertainty.selective_metrics(evaluated, calibration, target_risk=0.1)
     assert len(found["coverage"]) == len(found["risk"]) == 50
-    assert (found["coverage"][-1], found["wanted_error"]) == (1.0, 0.1)
+    assert (found["coverage"][-1], found["target_risk"]) == (1.0, 0.1)
     assert found["error"] == pytest.approx(0.1, abs=0.03)
     assert 0.1 < found["answered"] < 0.9
     assert uncertainty.confidence_threshold(*calibration, 0.1) == found["threshold"]

@@ -21,6 +21,7 @@ from utils.core.config import Config, CostBudget
 from utils.numeric import temperature
 from utils.numeric.candidate_losses import TIE_TOLERANCE, candidate_losses
 from utils.numeric.metrics import METRICS, SMALLEST_PROBABILITY, log_softmax, row_losses, within_one_standard_error
+from utils.numeric.pareto import pareto_front
 
 SHOWN = 3  # names in a reason
 LABELS = {"f1_macro": "F1 macro", "accuracy": "accuracy", "log_loss": "log-loss", "brier": "Brier score"}
@@ -206,11 +207,9 @@ def _of_folds(problem: SubsetProblem, subsets: Sequence[Subset], folds: np.ndarr
 
 
 def _front(points: Sequence[ScoredSubset]) -> list[int]:
-    """Places of the points that no other beats: as good in score, latency and size, and better in one of them."""
-    values = np.array([[point.losses.mean(), *point.cost[:2]] for point in points])
-    no_worse = (values[:, None] <= values + TIE_TOLERANCE).all(axis=2)
-    better = (values[:, None] < values - TIE_TOLERANCE).any(axis=2)
-    return np.flatnonzero(~(no_worse & better).any(axis=0)).tolist()
+    """Indices of the points on the Pareto front of score, latency and size."""
+    costs = [[point.losses.mean(), *point.cost[:2]] for point in points]
+    return np.flatnonzero(pareto_front(costs, tolerance=TIE_TOLERANCE)).tolist()
 
 
 def _best(points: Sequence[ScoredSubset]) -> int:

@@ -18,7 +18,7 @@ from utils.core.artifacts import digest_of, replacing
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-VERSION = 1  # raised whenever the same scores would give other pictures
+VERSION = 2  # raised whenever the same scores would give other pictures
 SHOWN = (
     *("name", "split", "n_samples", "n_classes", "confusion_matrix", "per_class", "reliability", "ece", "mce"),
     "selective",
@@ -111,7 +111,7 @@ def risk_coverage(axes: Axes, record: Mapping[str, Any]) -> None:
     """Error among the surest rows, over the share of rows that are answered."""
     found = record["selective"]
     axes.plot(found["coverage"], found["risk"], color="#0550ae")
-    axes.axhline(found["wanted_error"], color="#cf222e", linestyle="--", linewidth=1, label="wanted error")
+    axes.axhline(found["target_risk"], color="#cf222e", linestyle="--", linewidth=1, label="target risk")
     if found["answered"] is not None and found["error"] is not None:
         axes.plot([found["answered"]], [found["error"]], "o", color="#cf222e", label="threshold from val")
     axes.set(xlabel="share of rows answered", ylabel="error among them", xlim=(0, 1))

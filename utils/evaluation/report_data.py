@@ -17,7 +17,7 @@ from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.evaluation.example_images import Answers
 from utils.numeric import diversity
-from utils.numeric.metrics import BINS, SMALLEST_PROBABILITY, log_softmax, softmax
+from utils.numeric.metrics import SMALLEST_PROBABILITY, log_softmax, softmax
 from utils.predictions import fold_networks
 from utils.predictions.catalog import Member
 from utils.predictions.rows import UNKNOWN, MemberRows
@@ -201,25 +201,6 @@ def _loss(of_truth: np.ndarray) -> float:
     return float(-np.log(np.clip(of_truth, SMALLEST_PROBABILITY, 1)).mean())
 
 
-def reliability(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, list[Any]]:
-    """`confidence`, `accuracy` (None in an empty bin) and `count` of 15 equal-width bins, from (N, C) and (N,).
-
-    Bins are (low, high], the first also holds 0.
-    """
-    confidence, hits = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
-    bins = np.searchsorted(np.arange(1, BINS) / BINS, confidence, side="left")
-    count = np.bincount(bins, minlength=BINS)
-    filled = np.maximum(count, 1)
-    sure = np.bincount(bins, weights=confidence, minlength=BINS) / filled
-    right = np.bincount(bins, weights=hits, minlength=BINS) / filled
-    middles = (np.arange(BINS) + 0.5) / BINS
-    return {
-        "confidence": np.where(count > 0, sure, middles).tolist(),
-        "accuracy": [value if own else None for value, own in zip(right.tolist(), count.tolist(), strict=True)],
-        "count": count.tolist(),
-    }
-
-
 def without_temperature(data: ReportData) -> np.ndarray | None:
     """Probabilities (N, C) of the focus before its temperature; None where it carries none, or one cannot be undone."""
     temperature, share = data.record.get("temperature"), data.record.get("share_of_stacker")
@@ -227,16 +208,3 @@ def without_temperature(data: ReportData) -> np.ndarray | None:
         return None
     logs = np.log(np.clip(data.answers.probabilities.astype(np.float64), SMALLEST_PROBABILITY, 1))
     return softmax(logs * temperature)
-
-
-def pareto(points: Mapping[str, tuple[float, float]]) -> set[str]:
-    """Names of the points {name: (cost, score)} that no other beats: none costs less without scoring less."""
-    return {
-        name
-        for name, (cost, score) in points.items()
-        if not any(
-            other_cost <= cost and other_score >= score and (other_cost < cost or other_score > score)
-            for other, (other_cost, other_score) in points.items()
-            if other != name
-        )
-    }

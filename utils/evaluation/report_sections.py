@@ -22,8 +22,10 @@ from utils.core.display_text import (
 )
 from utils.evaluation import report_figures, report_summary
 from utils.evaluation.example_images import Instructive
-from utils.evaluation.report_data import ReportData, pareto, reliability, without_temperature
+from utils.evaluation.report_data import ReportData, without_temperature
 from utils.evaluation.thumbnails import Thumbnail, thumbnail
+from utils.numeric.metrics import reliability
+from utils.numeric.pareto import pareto_front
 from utils.predictions.store import Store
 
 KINDS = {
@@ -116,7 +118,7 @@ def cost(data: ReportData) -> dict[str, Any]:
     axes = (("latency", "milliseconds for one image (median)", latencies), ("size", "MB of weights", sizes))
     for kind, axis, costs in axes:
         points = {name: (cost, data.metrics[name]["accuracy"]) for name, cost in costs.items() if cost is not None}
-        fronts[kind] = pareto(points)
+        fronts[kind] = _front(points)
         if not points:
             figures.append({"title": axis, "svg": "", "caption": f"Accuracy against {axis}: {NOT_MEASURED}."})
             continue
@@ -136,6 +138,13 @@ def cost(data: ReportData) -> dict[str, Any]:
         for name in data.metrics
     ]
     return {"figures": figures, "rows": rows, "device": _device(data.evaluated)}
+
+
+def _front(points: Mapping[str, tuple[float, float]]) -> set[str]:
+    """Names of the points {name: (cost, score)} on the Pareto front of low cost and high score."""
+    names = list(points)
+    costs = np.array([(cost, -score) for cost, score in points.values()]).reshape(-1, 2)
+    return {name for name, is_on_front in zip(names, pareto_front(costs), strict=True) if is_on_front}
 
 
 def _latency(record: Mapping[str, Any], batch: str = "batch_1") -> float | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,8 @@ from utils.core.errors import ConfigError, ContaminatedError, UserError, did_you
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.evaluation import leaderboard, plots, score_records, scoring
-from utils.evaluation.score_records import Context, Options
-from utils.evaluation.scoring import Scored
+from utils.evaluation.score_records import EvaluationContext, UncertaintyOptions
+from utils.evaluation.scoring import ScoredModel
 from utils.numeric import label_issues
 from utils.numeric.metrics import METRICS, softmax
 from utils.numeric.statistics import holm
@@ -44,8 +43,9 @@ def evaluate(
     split: str = "test",
     model_name: str | None = None,
     allow_contaminated: bool = False,
-    alpha: float = Options.alpha,
-    wanted_error: float = Options.wanted_error,
+    alpha: float = UncertaintyOptions.alpha,
+    target_risk: float = UncertaintyOptions.target_risk,
+    wanted_error: float | None = None,
     class_conditional: bool = False,
     force: bool = False,
 ) -> Result:
@@ -56,7 +56,10 @@ def evaluate(
     shares that are none; ContaminatedError when the one asked for by name was fitted on evaluated rows, unless
     `allow_contaminated`.
     """
-    options = _checked(Options(alpha, wanted_error, class_conditional))
+    if wanted_error is not None:
+        logger.warning("evaluate: --wanted-error is deprecated; use --target-risk %g instead", wanted_error)
+        target_risk = wanted_error
+    options = _checked(UncertaintyOptions(alpha, target_risk, class_conditional))
     found = catalog.load(workspace)
     store = Store(config, workspace, found)
     saved = {name: ensembles.load(workspace, name) for name in ensembles.names(workspace)}
@@ -89,7 +92,7 @@ def evaluate(
         "vs_best_single": by_name.get(recommended["best_single"]),
         "vs_soft_voting": by_name.get(SOFT_VOTING) or _plain_mean(rows, [member.name for member in selected], there),
     }
-    context = Context(
+    context = EvaluationContext(
         store,
         rows,
         split,
@@ -114,7 +117,7 @@ def evaluate(
 
 
 def _ranked(
-    context: Context,
+    context: EvaluationContext,
     saved: Mapping[str, Ensemble],
     records: Mapping[str, Mapping[str, Any]],
     kinds: Mapping[str, str],
@@ -130,7 +133,7 @@ def _ranked(
         | {kind: name if name in saved else None for kind, name in SIMPLE.items()},
         "label_issues": _label_issues(store, recommended["name"], saved),
         "left_out": failures,
-        "options": asdict(context.options),
+        "options": context.options.as_record(),
         "inputs_digest": key,
     }
     for suffix, text_of in leaderboard.WRITERS.items():
@@ -139,8 +142,8 @@ def _ranked(
     return _present(workspace, ranking, split, "written")
 
 
-def _checked(options: Options) -> Options:
-    told = {"--alpha": options.alpha, "--wanted-error": options.wanted_error}
+def _checked(options: UncertaintyOptions) -> UncertaintyOptions:
+    told = {"--alpha": options.alpha, "--target-risk": options.target_risk}
     wrong = [f"{option} {value:g}" for option, value in told.items() if not 0 < value < 1]
     if wrong:
         raise ConfigError(f"evaluate {' '.join(wrong)}: expected a share of rows between 0 and 1, such as 0.1")
@@ -156,15 +159,15 @@ def _require_known(name: str | None, known: Sequence[str]) -> None:
         )
 
 
-def _is_current(ranking: Mapping[str, Any] | None, key: str, options: Options) -> bool:
+def _is_current(ranking: Mapping[str, Any] | None, key: str, options: UncertaintyOptions) -> bool:
     """Whether a ranking is what would be found now; with something left out it may not be, once that is mended."""
     if not ranking or ranking.get("inputs_digest") != key or ranking.get("left_out"):
         return False
-    return ranking.get("options") == asdict(options)
+    return ranking.get("options") == options.as_record()
 
 
 def _require(
-    scored: Mapping[str, Scored], name: str, failures: Mapping[str, str], rows: Rows, split: str, *, allowed: bool
+    scored: Mapping[str, ScoredModel], name: str, failures: Mapping[str, str], rows: Rows, split: str, *, allowed: bool
 ) -> None:
     """Raise where the one asked for cannot be scored, or was fitted on the rows and that is not `allowed`."""
     if name not in scored:
@@ -177,17 +180,17 @@ def _require(
         )
 
 
-def _plain_mean(rows: Rows, selected: Sequence[str], there: Mapping[str, Member]) -> Scored | None:
+def _plain_mean(rows: Rows, selected: Sequence[str], there: Mapping[str, Member]) -> ScoredModel | None:
     """Soft voting of the configuration's members, where it is not built."""
     names = tuple(name for name in selected if name in there)
     if not names:
         return None
     places = [rows.members.index(name) for name in names]
     mean = softmax(rows.logits[places]).mean(axis=0)
-    return Scored(SOFT_VOTING, "ensemble", names, mean, ensembles.Provenance((), ()))
+    return ScoredModel(SOFT_VOTING, "ensemble", names, mean, ensembles.Provenance((), ()))
 
 
-def _latencies(store: Store, items: Sequence[Scored], saved: Mapping[str, Ensemble], split: str) -> dict[str, Any]:
+def _latencies(store: Store, items: Sequence[ScoredModel], saved: Mapping[str, Ensemble], split: str) -> dict[str, Any]:
     """`latencies` of networks, `combiners`, and why something is `unmeasured`; of what is scored, measured once."""
     catalogued = store.catalog.members
     run = [item for item in items if all(catalogued[name].source != IMPORTED for name in item.members)]
@@ -226,12 +229,12 @@ def _widths(store: Store, ensemble: Ensemble, split: str) -> list[int]:
     return [part.shape[1] for part in parts if part is not None]
 
 
-def _write(workspace: Workspace, item: Scored, record: Mapping[str, Any]) -> None:
+def _write(workspace: Workspace, item: ScoredModel, record: Mapping[str, Any]) -> None:
     place = workspace.ensemble_metrics if item.kind == "ensemble" else workspace.member_metrics
     write_json(place(item.name, record["split"]), record)
 
 
-def _pictures(workspace: Workspace, item: Scored, record: Mapping[str, Any]) -> list[plots.Picture]:
+def _pictures(workspace: Workspace, item: ScoredModel, record: Mapping[str, Any]) -> list[plots.Picture]:
     name = item.name if item.kind == "ensemble" else f"members/{item.name}"
     return [plots.Picture(kind, record, workspace.plot(name, kind, record["split"])) for kind in plots.KINDS]
 
@@ -271,9 +274,9 @@ def _label_issues(store: Store, name: str, saved: Mapping[str, Ensemble]) -> dic
     """Write labels in doubt, by the honest answers of the recommended one; gives what the ranking says of them."""
     workspace, classes = store.workspace, store.catalog.classes
     if name in saved:
-        unseen = score_records.unseen_by_ensemble(store, name)
+        unseen = score_records.crossfitted_predictions(store, name)
     else:
-        unseen = score_records.unseen_by_member(store, store.catalog.members[name])
+        unseen = score_records.member_predictions(store, store.catalog.members[name])
     issues = label_issues.find_label_issues(unseen.probabilities, unseen.labels)
     splits, ids = unseen.split.tolist(), unseen.sample_ids.tolist()
     files: dict[tuple[str, str], str] = {}

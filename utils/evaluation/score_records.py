@@ -18,7 +18,7 @@ from utils.building.ensembles import Ensemble
 from utils.building.latency import Record, Timing
 from utils.distillation import controls
 from utils.evaluation import scoring
-from utils.evaluation.scoring import Scored
+from utils.evaluation.scoring import ScoredModel
 from utils.numeric import uncertainty
 from utils.numeric.metrics import log_loss_per_row, point_metrics, softmax
 from utils.numeric.statistics import (
@@ -40,19 +40,27 @@ COPIED = ("expected_experts",)
 
 
 @dataclass(frozen=True)
-class Options:
+class UncertaintyOptions:
     """What `evaluate` may be told about uncertainty."""
 
     alpha: float = uncertainty.ALPHA
     """Share of rows whose conformal set may miss the true class."""
-    wanted_error: float = uncertainty.TARGET_RISK
+    target_risk: float = uncertainty.TARGET_RISK
     """Share of answered rows that may be wrong when unsure ones are not answered."""
     class_conditional: bool = False
     """Whether each class gets a threshold of its own as well."""
 
+    def as_record(self) -> dict[str, Any]:
+        """As a ranking records them; the keys are on disk."""
+        return {
+            "alpha": self.alpha,
+            "wanted_error": self.target_risk,
+            "class_conditional": self.class_conditional,
+        }
+
 
 @dataclass(frozen=True)
-class Unseen:
+class OutOfSamplePredictions:
     """Honest answers of one member or ensemble: out-of-fold or cross-fitted on train, held out on val."""
 
     probabilities: np.ndarray
@@ -70,12 +78,12 @@ class Unseen:
         return (self.probabilities[rows], self.labels[rows]) if rows.any() else None
 
 
-def unseen_by_member(store: Store, member: Member) -> Unseen:
+def member_predictions(store: Store, member: Member) -> OutOfSamplePredictions:
     """A member's honest rows with a label."""
     parts = store.out_of_sample_parts([member])[member.name]
     labels = np.concatenate([np.asarray(part.labels) for part in parts])
     known = labels != UNKNOWN
-    return Unseen(
+    return OutOfSamplePredictions(
         np.concatenate([softmax(np.asarray(part.logits)) for part in parts])[known],
         labels[known],
         np.concatenate([np.full(len(part.labels), part.split) for part in parts])[known],
@@ -83,13 +91,13 @@ def unseen_by_member(store: Store, member: Member) -> Unseen:
     )
 
 
-def unseen_by_ensemble(store: Store, name: str) -> Unseen:
+def crossfitted_predictions(store: Store, name: str) -> OutOfSamplePredictions:
     """An ensemble's cross-fitted rows."""
     found = ensembles.load_crossfit(store.workspace, name)
-    return Unseen(found.probabilities, found.labels, found.split, found.sample_ids)
+    return OutOfSamplePredictions(found.probabilities, found.labels, found.split, found.sample_ids)
 
 
-class Context:
+class EvaluationContext:
     """What the records of one evaluation share: rows, bootstrap samples, the ones to compare with, latencies."""
 
     def __init__(
@@ -97,14 +105,14 @@ class Context:
         store: Store,
         rows: Rows,
         split: str,
-        scored: Sequence[Scored],
+        scored: Sequence[ScoredModel],
         *,
         dropped: int,
-        references: Mapping[str, Scored | None],
+        references: Mapping[str, ScoredModel | None],
         latencies: Mapping[str, Record],
         combiners: Mapping[str, Record],
         unmeasured: Mapping[str, str],
-        options: Options,
+        options: UncertaintyOptions,
     ) -> None:
         """`references` {vs_best_single, vs_soft_voting: what to compare with}; `latencies` {member: of its network};
         `combiners` {ensemble: of its combiner}; `unmeasured` {member or ensemble: why there is no latency}.
@@ -119,7 +127,7 @@ class Context:
         self.samples = bootstrap_metrics(answers, rows.labels, groups=self.groups, seed=store.config.seed)
         self._unfamiliar: dict[tuple[str, str], tuple[np.ndarray, Floats]] = {}
 
-    def unfamiliarity(self, names: Sequence[str], split: str) -> Floats:
+    def ood_scores(self, names: Sequence[str], split: str) -> Floats:
         """Mean over members of `uncertainty.ood_scores` of their full networks on the rows that all have, (2, N)."""
         found = [self._of_network(name, split) for name in names]
         shared = set.intersection(*(set(ids.tolist()) for ids, _ in found))
@@ -137,7 +145,7 @@ class Context:
         return self._unfamiliar[name, split]
 
 
-def record(item: Scored, saved: Ensemble | None, context: Context) -> dict[str, Any]:
+def record(item: ScoredModel, saved: Ensemble | None, context: EvaluationContext) -> dict[str, Any]:
     """`metrics.json` of one scored member, or of one ensemble, which is then `saved`."""
     store, rows = context.store, context.rows
     found = point_metrics(item.probabilities, rows.labels, rows.classes)
@@ -151,7 +159,9 @@ def record(item: Scored, saved: Ensemble | None, context: Context) -> dict[str, 
         if found[key] is None:
             notes[key] = f"it is {item.name} itself" if reference is not None else "it has no answers to these rows"
     own = ensembles.record_of(store.workspace, item.name) if saved else None
-    unseen = unseen_by_ensemble(store, item.name) if saved else unseen_by_member(store, _member(store, item.name))
+    unseen = (
+        crossfitted_predictions(store, item.name) if saved else member_predictions(store, _member(store, item.name))
+    )
     if saved:
         ids = rows.sample_ids.tolist()
         told = controls.beside(store.workspace, item.name, context.split, ids, item.probabilities)
@@ -192,7 +202,7 @@ def _member(store: Store, name: str) -> Member:
     return store.catalog.members[name]
 
 
-def _compared(item: Scored, reference: Scored | None, context: Context) -> dict[str, Any] | None:
+def _compared(item: ScoredModel, reference: ScoredModel | None, context: EvaluationContext) -> dict[str, Any] | None:
     """What an item gains over another on the same rows, by the paired bootstrap and McNemar's test."""
     if reference is None or item.name == reference.name:
         return None
@@ -210,7 +220,7 @@ def _compared(item: Scored, reference: Scored | None, context: Context) -> dict[
     }
 
 
-def _weights(item: Scored, own: Mapping[str, Any] | None, notes: dict[str, str]) -> dict[str, float] | None:
+def _weights(item: ScoredModel, own: Mapping[str, Any] | None, notes: dict[str, str]) -> dict[str, float] | None:
     if own is None:
         return {item.name: 1.0}
     if own.get("weights") is None:
@@ -218,7 +228,7 @@ def _weights(item: Scored, own: Mapping[str, Any] | None, notes: dict[str, str])
     return own.get("weights")
 
 
-def _crossfit(unseen: Unseen) -> dict[str, Any]:
+def _crossfit(unseen: OutOfSamplePredictions) -> dict[str, Any]:
     losses = log_loss_per_row(unseen.probabilities, unseen.labels)
     hits = unseen.probabilities.argmax(axis=1) == unseen.labels
     return {
@@ -229,18 +239,18 @@ def _crossfit(unseen: Unseen) -> dict[str, Any]:
     }
 
 
-def _networks(store: Store, item: Scored) -> dict[str, tuple[str, ...]]:
+def _networks(store: Store, item: ScoredModel) -> dict[str, tuple[str, ...]]:
     """{member: stages of the networks that answer for it}."""
     if item.inference == fold_networks.FULL:
         return {name: (store.catalog.members[name].checkpoints[0]["stage"],) for name in item.members}
     return {name: fold_networks.stages(store.catalog.members[name]) for name in item.members}
 
 
-def _imported(store: Store, item: Scored) -> list[str]:
+def _imported(store: Store, item: ScoredModel) -> list[str]:
     return [name for name in item.members if store.catalog.members[name].source == IMPORTED]
 
 
-def _size_mb(store: Store, item: Scored, notes: dict[str, str]) -> float | None:
+def _size_mb(store: Store, item: ScoredModel, notes: dict[str, str]) -> float | None:
     """10^6 bytes of the checkpoints that answer, and of the combiner."""
     imported = _imported(store, item)
     if imported:
@@ -262,7 +272,9 @@ def _size_mb(store: Store, item: Scored, notes: dict[str, str]) -> float | None:
     return round(sum(file.stat().st_size for file in files) / 1e6, 3)
 
 
-def _latency(item: Scored, saved: Ensemble | None, context: Context, notes: dict[str, str]) -> dict[str, Any] | None:
+def _latency(
+    item: ScoredModel, saved: Ensemble | None, context: EvaluationContext, notes: dict[str, str]
+) -> dict[str, Any] | None:
     """Milliseconds for a batch of 1 and of 32: the networks one after another, then the combiner.
 
     The p95 of a sum is at most the sum of the parts' p95 that stands here, but for chance.
@@ -292,7 +304,9 @@ def _summed(timings: Sequence[tuple[Timing | None, int]]) -> dict[str, float] | 
     return {key: round(sum(getattr(timing, key) * count for timing, count in known), 4) for key in ("p50", "p95")}
 
 
-def _uncertainty(item: Scored, unseen: Unseen, context: Context, notes: dict[str, str]) -> dict[str, Any]:
+def _uncertainty(
+    item: ScoredModel, unseen: OutOfSamplePredictions, context: EvaluationContext, notes: dict[str, str]
+) -> dict[str, Any]:
     """`conformal`, `conformal_by_class` where asked for, `selective`, `mutual_information`, `out_of_distribution`."""
     options, rows = context.options, context.rows
     evaluated = (item.probabilities, rows.labels)
@@ -317,9 +331,9 @@ def _uncertainty(item: Scored, unseen: Unseen, context: Context, notes: dict[str
             }
     if found["conformal"] is None:
         notes["conformal"] = missing
-    found["selective"] = uncertainty.selective_metrics(evaluated, calibration, target_risk=options.wanted_error)
+    found["selective"] = uncertainty.selective_metrics(evaluated, calibration, target_risk=options.target_risk)
     if found["selective"]["threshold"] is None:
-        reached = f"on no part of the val rows is the error {options.wanted_error:g} or less"
+        reached = f"on no part of the val rows is the error {options.target_risk:g} or less"
         notes["selective.threshold"] = reached if calibration is not None else missing
     found["mutual_information"] = None if item.disagreement is None else float(item.disagreement.mean())
     if item.disagreement is None:
@@ -328,7 +342,7 @@ def _uncertainty(item: Scored, unseen: Unseen, context: Context, notes: dict[str
     return found
 
 
-def _foreign(item: Scored, context: Context, notes: dict[str, str]) -> dict[str, Any] | None:
+def _foreign(item: ScoredModel, context: EvaluationContext, notes: dict[str, str]) -> dict[str, Any] | None:
     reason = "its members' answers are log-probabilities, which do not say how little a network knows of a row"
     members = [context.store.catalog.members[name] for name in item.members]
     hint = None
@@ -337,7 +351,7 @@ def _foreign(item: Scored, context: Context, notes: dict[str, str]) -> dict[str,
     elif not all(context.store.is_available(member, "val") for member in members):
         reason = "it has no val rows"
     elif item.inference == fold_networks.FULL:
-        here, there = (context.unfamiliarity(item.members, split) for split in (context.split, "val"))
+        here, there = (context.ood_scores(item.members, split) for split in (context.split, "val"))
         hint = uncertainty.ood_summary(here, there)
     if hint is None:
         notes["out_of_distribution"] = reason

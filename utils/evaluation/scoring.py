@@ -30,7 +30,7 @@ VERSION = 2  # raised whenever the same inputs would give other records
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredModel:
     """One member or ensemble on the evaluated rows."""
 
     name: str
@@ -187,11 +187,12 @@ def groups(store: Store, rows: Rows, split: str) -> np.ndarray | None:
 
 def score_all(
     store: Store, saved: Mapping[str, Ensemble], members: Mapping[str, Member], rows: Rows, split: str
-) -> tuple[list[Scored], dict[str, str]]:
+) -> tuple[list[ScoredModel], dict[str, str]]:
     """Everything that has answers to the rows, and why each ensemble that has none is left out."""
     networks = ensembles.network_provenance(store)
     scored = [
-        Scored(name, "member", (name,), softmax(rows.logits[rows.members.index(name)]), networks) for name in members
+        ScoredModel(name, "member", (name,), softmax(rows.logits[rows.members.index(name)]), networks)
+        for name in members
     ]
     failures = {}
     for name, ensemble in saved.items():
@@ -206,7 +207,7 @@ def score_all(
             continue
         probabilities, disagreement = answers["probabilities"], answers.get("mutual_information")
         facts = (name, "ensemble", ensemble.members, probabilities, ensemble.provenance, disagreement)
-        scored.append(Scored(*facts, inference=ensemble.inference))
+        scored.append(ScoredModel(*facts, inference=ensemble.inference))
     return scored, failures
 
 

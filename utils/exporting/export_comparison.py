@@ -11,6 +11,7 @@ from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.exporting import export_folder
+from utils.numeric.pareto import pareto_front
 
 PICTURE = "exports.png"
 AXES = {"latency_ms": "one image [ms]", "size_mb": "file [MB]"}
@@ -46,8 +47,8 @@ def compare_exports(workspace: Workspace) -> Result:
                 )
     if not rows:
         raise UserError(f"{workspace.exports}: nothing is exported. Run: python ensemble_orchestrator.py export")
-    for row in rows:
-        row["pareto"] = not any(_beats(other, row) for other in rows)
+    for row, is_on_front in zip(rows, pareto_front([_costs(row) for row in rows]).tolist(), strict=True):
+        row["pareto"] = is_on_front
     picture = workspace.scores / PICTURE if any(row["accuracy"] is not None for row in rows) else None
     text = _table(rows)
     if picture is not None:
@@ -110,15 +111,10 @@ def _score(workspace: Workspace, name: str) -> float | None:
     return None
 
 
-def _beats(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether one is nowhere worse and somewhere better; what is not known of both is left out of account."""
+def _costs(row: dict[str, Any]) -> list[float]:
+    """What a row costs, lower being better; NaN where it is not known."""
     signs = {"accuracy": -1, "latency_ms": 1, "size_mb": 1}
-    pairs = [
-        (sign * one[key], sign * other[key])
-        for key, sign in signs.items()
-        if one[key] is not None and other[key] is not None
-    ]
-    return all(mine <= theirs for mine, theirs in pairs) and any(mine < theirs for mine, theirs in pairs)
+    return [float("nan") if row[key] is None else sign * row[key] for key, sign in signs.items()]
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

@@ -201,7 +201,7 @@ def selective_metrics(
     *,
     target_risk: float = TARGET_RISK,
 ) -> dict[str, Any]:
-    """`{coverage, risk, aurc, threshold, wanted_error, answered, error}`: what abstaining on unsure rows gains.
+    """`{coverage, risk, aurc, threshold, target_risk, answered, error}`: what abstaining on unsure rows gains.
 
     `coverage` and `risk` are at most 50 points of the curve of the evaluated rows, `aurc` the mean error over all of
     it. `threshold` is found on the calibration rows, None without them or where nothing is sure enough; `answered` and
@@ -218,7 +218,8 @@ def selective_metrics(
         "risk": risk[shown].tolist(),
         "aurc": float(risk.mean()),
         "threshold": limit,
-        "wanted_error": target_risk,
+        "target_risk": target_risk,
+        "wanted_error": target_risk,  # the earlier name of `target_risk` in records
         "answered": None if limit is None else float(sure.mean()),
         "error": float(wrong[sure].mean()) if sure.any() else None,
     }
@@ -235,7 +236,7 @@ def ood_scores(logits: ArrayLike) -> Floats:
 
 
 def ood_summary(rows: Floats, reference: Floats) -> dict[str, Any] | None:
-    """Whether rows look unlike val rows, by `unfamiliarity` of both, (2, N) and (2, R), or its mean over members.
+    """Whether rows look unlike val rows, by `ood_scores` of both, (2, N) and (2, R), or its mean over members.
 
     `{energy, max_logit: {reference, beyond}}`: the bound that 95 % of the reference rows keep, and the share of rows
     beyond it; 0.05 where both are alike. A hint and no test: networks can be very sure of foreign images. None where

@@ -274,7 +274,7 @@ def full(workspace: Path, names: Sequence[str]) -> dict[str, Any]:
 
     from utils import base_back
     from utils.networks import embeddings
-    from utils.predictions import image_splits, streaming
+    from utils.predictions import extraction, image_splits, streaming
 
     store = _opened()
     val = store.images("val")
@@ -292,7 +292,7 @@ def full(workspace: Path, names: Sequence[str]) -> dict[str, Any]:
 
     def product(member: Any) -> float:
         start = time.perf_counter()
-        store.ensure([member], ("val",))
+        extraction.ensure(store, [member], ("val",))
         return time.perf_counter() - start
 
     def bare(member: Any) -> float:
@@ -339,6 +339,7 @@ def _timed_passes(networks: Any) -> dict[str, float]:
 def memory(workspace: Path, names: Sequence[str]) -> dict[str, Any]:
     """Megabytes that streaming the named members takes above the level after imports; None where it is not told."""
     from utils import base_back
+    from utils.predictions import extraction
 
     shutil.rmtree(workspace / "ensembles" / "predictions", ignore_errors=True)
     shutil.rmtree(workspace / "image_cache", ignore_errors=True)
@@ -349,7 +350,7 @@ def memory(workspace: Path, names: Sequence[str]) -> dict[str, Any]:
         return {"megabytes": None}
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     level = _kilobytes(status, "VmRSS")
-    store.ensure([store.catalog.members[name] for name in names], ("val",))
+    extraction.ensure(store, [store.catalog.members[name] for name in names], ("val",))
     return {"megabytes": round((_kilobytes(status, "VmHWM") - level) / 1000)}
 
 

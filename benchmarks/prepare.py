@@ -204,7 +204,7 @@ def keep(file: Path) -> None:
     from utils.building import fitting
     from utils.core.artifacts import write_arrays
     from utils.core.config_file import load_config
-    from utils.predictions import catalog
+    from utils.predictions import catalog, extraction
     from utils.predictions.rows import align
     from utils.predictions.store import Store
 
@@ -212,7 +212,7 @@ def keep(file: Path) -> None:
     known = catalog.load(place)
     members = catalog.select(known, config)
     store = Store(config, place, known)
-    store.ensure(members, SPLITS)
+    extraction.ensure(store, members, SPLITS)
     honest = fitting.out_of_sample_rows(store, members, kind="honest")
     arrays = {
         "members": np.array(honest.rows.members),

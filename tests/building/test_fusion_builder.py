@@ -15,7 +15,7 @@ from stored_predictions import workspace_at
 from utils.building import embedding_rows, fusion_builder
 from utils.core.config_file import load_config
 from utils.core.errors import UserError
-from utils.predictions import catalog
+from utils.predictions import catalog, extraction
 from utils.predictions.store import Store
 
 METHODS = ("concat_mlp", "attention", "bilinear", "cca_aligned")
@@ -83,7 +83,7 @@ def test_embeddings_of_fold_networks_are_kept_and_stand_in_the_full_networks_spa
         assert kept["rows"] == "oof"
         assert len(kept["explained"]) == 2
         # The full network, which has seen these rows, does not say the same of them, but nearly.
-        store.ensure([member], ("train",))
+        extraction.ensure(store, [member], ("train",))
         seen = store.rows(member, "train", embeddings=True).embeddings
         order = np.argsort(found.rows.sample_ids[train])
         assert np.array_equal(order, np.arange(224))

@@ -18,7 +18,7 @@ from utils.core.errors import UserError
 from utils.discovery import discover
 from utils.networks.soups import Ingredient, weighted_average
 from utils.numeric.metrics import accuracy, log_loss, softmax
-from utils.predictions import catalog, image_splits, streaming
+from utils.predictions import catalog, extraction, image_splits, streaming
 from utils.predictions.store import Store
 
 STAGES = ("final", "finetune_best", "fold0", "head_best", "snapshot1", "snapshot2", "snapshot3")
@@ -48,7 +48,7 @@ def own(tmp_path, base):
 def test_figures_are_those_of_the_stored_predictions(base, looked):
     store = store_at(base)
     member = store.catalog.members[NAME]
-    store.ensure([member], ("val",))
+    extraction.ensure(store, [member], ("val",))
     rows = store.rows(member, "val")
     found = looked.trials.single("final")
     assert found.accuracy == accuracy(softmax(rows.logits), rows.labels)

@@ -32,7 +32,7 @@ from utils.distillation import student_plan, students, teachers, unlabeled
 from utils.evaluation import report_page
 from utils.exporting import export
 from utils.operations import inventory
-from utils.predictions import catalog, image_splits, streaming
+from utils.predictions import catalog, extraction, image_splits, streaming
 from utils.predictions.store import Store
 
 PRINTED = yaml.safe_load((PROJECT / "configs" / "ensemble_config.yaml").read_text(encoding="utf-8"))
@@ -123,7 +123,7 @@ def how_it_streams(config: Config, workspace: Any, found: Any, member: Any) -> A
             patch.setattr(streaming, "stream", stream)
             patch.setattr(image_splits, "decoding_threads", lambda wanted: wanted)
             with pytest.raises(Stopped):
-                Store(config, workspace, found).ensure([member], ["val"])
+                extraction.ensure(Store(config, workspace, found), [member], ["val"])
     finally:
         logger.removeHandler(handler)
     return options, [line for line in warnings if "img_size" in line]

@@ -15,7 +15,7 @@ from utils.core.config import validate
 from utils.core.config_file import load_config
 from utils.meta_methods import FUSERS
 from utils.numeric.metrics import accuracy, log_loss
-from utils.predictions import catalog
+from utils.predictions import catalog, extraction
 from utils.predictions.rows import MemberOutputs
 from utils.predictions.store import Store
 
@@ -37,7 +37,7 @@ def test_memorised_train_rows_passed_off_as_out_of_fold_reach_no_stacker(own_cop
     workspace = workspace_at(own_copy)
     member = catalog.read(workspace).members[MEMBER]
     store = Store(load_config(CONFIG, overrides=["device=cpu"]), workspace, catalog.read(workspace))
-    store.ensure([member], ("train",))
+    extraction.ensure(store, [member], ("train",))
     in_sample = store.rows(member, "train")
     place = {str(sample_id): row for row, sample_id in enumerate(in_sample.sample_ids)}
     with np.load(workspace.base_oof(MEMBER)) as found:

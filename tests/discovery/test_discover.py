@@ -16,7 +16,7 @@ from one_member import NAME, change, change_oof, codes, config, config_path, wor
 from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.discovery import discover
-from utils.predictions import catalog, inspection
+from utils.predictions import catalog, extraction, inspection
 from utils.predictions.store import Store
 
 __all__ = ["config", "workspace"]
@@ -145,7 +145,7 @@ def test_a_timm_network_runs_and_gives_the_logits_of_timm(workspace, config, tmp
     found = catalog.read(workspace)
     assert found.members["leaf"].usable
     store = Store(config, workspace, found)
-    store.ensure([found.members["leaf"]], ("test",))
+    extraction.ensure(store, [found.members["leaf"]], ("test",))
     rows = store.rows(found.members["leaf"], "test")
     transform = create_optimized_transforms(32, is_training=False)
     images = []

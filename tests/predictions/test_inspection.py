@@ -14,7 +14,7 @@ from one_member import NAME, change, change_oof, classifier, codes, codes_after,
 from utils import base_back
 from utils.core.errors import UserError
 from utils.discovery import discover
-from utils.predictions import catalog, inspection
+from utils.predictions import catalog, extraction, inspection
 from utils.predictions.store import Store
 
 __all__ = ["config", "workspace"]
@@ -34,7 +34,7 @@ def test_the_full_networks_outputs_passed_off_as_out_of_fold_are_refused_for_goo
     discover.discover(config, workspace)
     found = catalog.read(workspace)
     store = Store(config, workspace, found)
-    store.ensure([found.members[NAME]], ("train",))
+    extraction.ensure(store, [found.members[NAME]], ("train",))
     in_sample = store.rows(found.members[NAME], "train")
     for path in workspace.checkpoints.glob("*_fold*.pth"):
         path.unlink()  # whoever passes them off has no fold networks to show
@@ -62,7 +62,7 @@ def test_a_few_planted_rows_are_enough(workspace, config):
     discover.discover(config, workspace)
     found = catalog.read(workspace)
     store = Store(config, workspace, found)
-    store.ensure([found.members[NAME]], ("train",))
+    extraction.ensure(store, [found.members[NAME]], ("train",))
     in_sample = np.array(store.rows(found.members[NAME], "train").logits)
     change_oof(workspace, lambda arrays: arrays["logits"].__setitem__(slice(0, 6), in_sample[:6]))
     discover.discover(config, workspace, verify=True)
@@ -105,7 +105,7 @@ def test_saturated_honest_predictions_pass(workspace, config):
     discover.discover(config, workspace)
     found = catalog.read(workspace)
     store = Store(config, workspace, found)
-    store.ensure([found.members[NAME]], ("val",))
+    extraction.ensure(store, [found.members[NAME]], ("val",))
     rows = store.rows(found.members[NAME], "val")
     for row in np.flatnonzero(rows.logits.argmax(axis=1) != rows.labels):
         (workspace.split_dir / "val" / str(rows.sample_ids[row])).unlink()
@@ -135,14 +135,14 @@ def test_every_remedy_names_the_base_back_that_is_mounted(workspace, config, mon
     monkeypatch.setattr(base_back, "locate", lambda: Path("/some where/BASE-BACK"))
     facts = {"equal": 9, "told": 10, "refolded": {"fold0": [3, 4]}, "unreadable": []}
     found = inspection.leakage_problems(workspace, member, facts)
-    remedy = inspection.kfold_remedy(workspace, member)
+    remedy = catalog.kfold_remedy(workspace, member)
     found += inspection.oof_accuracy_problems(member, 0.95, {"n": 100, "accuracy": 0.5}, remedy=remedy)
     assert [problem.code for problem in found] == ["oof_in_sample", "oof_fold_disagrees", "oof_suspected"]
     external = "--base-back '/some where/BASE-BACK' " if kind == "external" else ""
     command = f"--stages kfold --backbones {NAME} {external}--workspace {workspace.base}"
     assert all(problem.remedy.endswith(command) for problem in found)
     declared = replace(member, architecture="timm:resnet18")  # of which no base pipeline makes folds
-    remedy = inspection.kfold_remedy(workspace, declared)
+    remedy = catalog.kfold_remedy(workspace, declared)
     assert "--stages kfold" not in remedy
     assert f"<member>_oof_predictions.npz into {workspace.kfold}" in remedy
 
@@ -173,7 +173,7 @@ def test_the_first_pass_measures_what_it_streams_anyway(workspace, config):
     set_accuracy(workspace, 0.5)
     discover.discover(config, workspace)
     store = Store(config, workspace, catalog.load(workspace))
-    store.ensure([store.catalog.members[NAME]], ("val",))
+    extraction.ensure(store, [store.catalog.members[NAME]], ("val",))
     assert "accuracy_differs" in codes(workspace)
     assert "accuracy_differs" in codes_after(config, workspace)
 
@@ -194,7 +194,7 @@ def test_outputs_in_another_order_than_their_names_are_measured(workspace, confi
     discover.discover(config, workspace)
     store = Store(config, workspace, catalog.load(workspace))
     with pytest.raises(UserError, match="The same command goes on without CustomConvNeXt"):
-        store.ensure([store.catalog.members[NAME]], ("val",))
+        extraction.ensure(store, [store.catalog.members[NAME]], ("val",))
     assert catalog.read(workspace).members[NAME].usable is False
 
 
@@ -221,7 +221,7 @@ def test_surplus_outputs_that_running_has_shown_to_be_dead_are_said_to_be(worksp
         discover.discover(config, workspace, verify=True)
     else:
         store = Store(config, workspace, catalog.load(workspace))
-        store.ensure([store.catalog.members[NAME]], ("val",))
+        extraction.ensure(store, [store.catalog.members[NAME]], ("val",))
     for _ in range(2):
         (problem,) = surplus(workspace)
         assert (problem.severity, problem.remedy) == ("info", "nothing to do")

@@ -16,7 +16,7 @@ from stored_predictions import CONFIG, workspace_at
 from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.discovery import discover
-from utils.predictions import catalog, streaming
+from utils.predictions import catalog, extraction, streaming
 from utils.predictions.folds import crossfit_folds
 from utils.predictions.store import Store
 
@@ -37,7 +37,7 @@ def test_stored_logits_are_those_of_the_network_on_the_base_transform(store):
     from utils.datasets import create_optimized_transforms
 
     found = store.catalog.members["CustomViTHybrid"]
-    store.ensure([found], ("val", "test"))
+    extraction.ensure(store, [found], ("val", "test"))
     rows = store.rows(found, "test")
     record = torch.load(store.workspace.base / found.checkpoints[0]["path"], weights_only=True)
     network = models.create_custom_backbone("CustomViTHybrid", 4, size="tiny", img_size=32).eval()
@@ -60,7 +60,7 @@ def test_stored_logits_are_those_of_the_network_on_the_base_transform(store):
 
 def test_nothing_is_run_twice_and_new_weights_are_run_again(store, monkeypatch):
     members = [store.catalog.members[name] for name in ("CustomConvNeXt", "CustomResNetMish")]
-    store.ensure(members, ("val",))
+    extraction.ensure(store, members, ("val",))
     streamed = []
     original = streaming.stream
 
@@ -69,21 +69,21 @@ def test_nothing_is_run_twice_and_new_weights_are_run_again(store, monkeypatch):
         return original(spec, *arguments, **options)
 
     monkeypatch.setattr(streaming, "stream", counting)
-    store.ensure(members, ("val",))
+    extraction.ensure(store, members, ("val",))
     assert streamed == []
     other = replace(members[0], digest="other weights")
-    store.ensure([other, members[1]], ("val",))
+    extraction.ensure(store, [other, members[1]], ("val",))
     assert streamed == ["CustomConvNeXt"]
     record_path = store.workspace.predictions("CustomResNetMish", "val") / "record.json"
     record_path.unlink()  # as after a kill before the last write
-    store.ensure([members[1]], ("val",))
+    extraction.ensure(store, [members[1]], ("val",))
     assert streamed == ["CustomConvNeXt", "CustomResNetMish"]
     assert record_path.is_file()
 
 
 def test_in_sample_outputs_are_marked_dishonest(store):
     found = store.catalog.members["CustomConvNeXt"]
-    store.ensure([found], ("train",))
+    extraction.ensure(store, [found], ("train",))
     assert not store.rows(found, "train").out_of_sample.any()
 
 
@@ -100,7 +100,7 @@ def test_one_network_is_resident_and_its_memory_is_released(store, monkeypatch):
         return network
 
     monkeypatch.setattr(streaming, "open_network", tracking)
-    store.ensure([m for m in store.catalog.members.values() if m.source == "trained"], ("val",))
+    extraction.ensure(store, [m for m in store.catalog.members.values() if m.source == "trained"], ("val",))
     assert len(alive) == 3
 
 
@@ -170,18 +170,18 @@ def test_changed_images_and_checkpoints_are_noticed(store):
     image.write_bytes(other.read_bytes())
     fresh = Store(store.config, store.workspace, store.catalog)
     with pytest.raises(UserError, match="the images have changed since discovery"):
-        fresh.ensure([store.catalog.members["CustomConvNeXt"]], ("val",))
+        extraction.ensure(fresh, [store.catalog.members["CustomConvNeXt"]], ("val",))
     checkpoint = store.workspace.checkpoint("CustomResNetMish", "final")
     shutil.copy(store.workspace.checkpoint("CustomResNetMish", "snapshot1"), checkpoint)
     with pytest.raises(UserError, match=r"CustomResNetMish_final.pth: changed since discovery"):
-        Store(store.config, store.workspace, store.catalog).ensure(
-            [store.catalog.members["CustomResNetMish"]], ("test",)
+        extraction.ensure(
+            Store(store.config, store.workspace, store.catalog), [store.catalog.members["CustomResNetMish"]], ("test",)
         )
 
 
 def test_the_record_says_what_the_arrays_are(store):
     found = store.catalog.members["CustomConvNeXt"]
-    store.ensure([found], ("val",))
+    extraction.ensure(store, [found], ("val",))
     record = json.loads((store.workspace.predictions("CustomConvNeXt", "val") / "record.json").read_text())
     assert record["member_digest"] == found.digest
     assert record["classes"] == list(store.catalog.classes)

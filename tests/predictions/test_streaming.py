@@ -26,7 +26,7 @@ from utils.core.workspace import Workspace
 from utils.discovery import discover
 from utils.networks import construction, memory
 from utils.networks.embeddings import EmbeddingExtractor
-from utils.predictions import catalog, image_splits, streaming
+from utils.predictions import catalog, extraction, image_splits, streaming
 from utils.predictions.store import Store
 
 
@@ -261,26 +261,24 @@ def test_a_network_without_embeddings_is_stored_once_and_then_known(store, monke
     monkeypatch.setattr(EmbeddingExtractor, "_methods_agree", lambda self, images, logits: False)
     monkeypatch.setattr("utils.networks.embeddings._heads", lambda calls, logits: ())
     member = store.catalog.members["CustomConvNeXt"]
-    store.ensure([member], ("val",))
+    extraction.ensure(store, [member], ("val",))
     assert not store.workspace.embeddings("CustomConvNeXt", "val").exists()
     record = json.loads(store.workspace.embeddings_record("CustomConvNeXt", "val").read_text())
     assert record["width"] == 0
     monkeypatch.setattr(streaming, "stream", None)
-    store.ensure([member], ("val",))
+    extraction.ensure(store, [member], ("val",))
     assert store.rows(member, "val").logits.shape == (28, 4)
 
 
 def test_the_record_tells_the_batch_size_that_memory_allowed(store, monkeypatch):
     monkeypatch.setattr(EmbeddingExtractor, "__call__", failing_above(10, MemoryError())(EmbeddingExtractor.__call__))
-    store.ensure([store.catalog.members["CustomConvNeXt"]], ("val",))
+    extraction.ensure(store, [store.catalog.members["CustomConvNeXt"]], ("val",))
     record = json.loads((store.workspace.predictions("CustomConvNeXt", "val") / "record.json").read_text())
     assert record["batch_size"] == 7
 
 
 def test_the_next_members_file_is_read_while_this_one_runs(store, monkeypatch):
     from contextlib import contextmanager
-
-    from utils.predictions import store as prediction_store
 
     first = store.catalog.members["CustomConvNeXt"]
     second = replace(first, name="Other")
@@ -293,8 +291,8 @@ def test_the_next_members_file_is_read_while_this_one_runs(store, monkeypatch):
         yield
         order.append("done")
 
-    monkeypatch.setattr(prediction_store, "reading_ahead", telling)
-    store.ensure([first, second], ("val",))
+    monkeypatch.setattr(extraction, "reading_ahead", telling)
+    extraction.ensure(store, [first, second], ("val",))
     assert order == ["CustomConvNeXt_final.pth", "done", None, "done"]
 
 

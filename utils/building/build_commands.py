@@ -18,9 +18,10 @@ from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.discovery import discover
-from utils.predictions import catalog
+from utils.predictions import catalog, extraction
 from utils.predictions.catalog import Member
-from utils.predictions.store import STREAMED_SPLITS, Store
+from utils.predictions.extraction import STREAMED_SPLITS
+from utils.predictions.store import Store
 
 Section = Callable[[Store, Sequence[Member], bool], Result]
 """Builds what one section of the configuration asks for, from the members; the flag builds it again."""
@@ -82,7 +83,7 @@ def score_level(store: Store, members: Sequence[Member], force: bool) -> Result:
         )
     fresh = [method for method in wanted if force or not _is_up_to_date(store, members, method)]
     if fresh:
-        store.ensure(members, STREAMED_SPLITS)
+        extraction.ensure(store, members, STREAMED_SPLITS)
         honest = fitting.out_of_sample_rows(store, members)
         for method in fresh:
             recipe = ensembles.COMBINERS[method].configured(config, fitting.member_facts(store, members))

@@ -24,10 +24,11 @@ from utils.discovery import discover
 from utils.fusion_methods import COMBINERS, FusionStacker
 from utils.networks.checkpoints import training_metadata
 from utils.networks.construction import NetworkSpec
-from utils.predictions import catalog, image_splits, streaming
+from utils.predictions import catalog, extraction, image_splits, streaming
 from utils.predictions.catalog import IMPORTED, Member
+from utils.predictions.extraction import STREAMED_SPLITS
 from utils.predictions.rows import MemberRows
-from utils.predictions.store import STREAMED_SPLITS, Store
+from utils.predictions.store import Store
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,7 +94,7 @@ def build(store: Store, members: Sequence[Member], name: str, force: bool) -> No
     folder = store.workspace.end_to_end(name)
     if force:
         shutil.rmtree(folder, ignore_errors=True)
-    store.ensure(members, SPLITS)
+    extraction.ensure(store, members, SPLITS)
     facts = fitting.member_facts(store, members)
     basis = fitting.with_folds(store, embedding_rows.in_sample(store, members).rows)
     fitted, judged = basis.of_split("train"), basis.of_split("val")
@@ -247,5 +248,5 @@ def _kept(
     train = store.images("train")
     store.catalog = discover.register_derived(store.config, store.workspace, store.digests, train, store.catalog, names)
     derived = [store.catalog.members[own] for own in names]
-    store.ensure(derived, STREAMED_SPLITS)
+    extraction.ensure(store, derived, STREAMED_SPLITS)
     return derived

@@ -20,10 +20,11 @@ from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.fusion_methods import COMBINERS
 from utils.numeric.metrics import log_loss
-from utils.predictions import fold_networks
+from utils.predictions import extraction, fold_networks
 from utils.predictions.catalog import Member
+from utils.predictions.extraction import STREAMED_SPLITS
 from utils.predictions.fold_networks import FOLDS
-from utils.predictions.store import STREAMED_SPLITS, Store
+from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -127,7 +128,7 @@ def _stream(store: Store, members: Sequence[Member]) -> None:
                 f"{store.config.source}: runs.fusion.extract_embeddings is false, and {len(missing)} are not there, "
                 f"first {missing[0]}. Extract them: --set runs.fusion.extract_embeddings=true"
             )
-    store.ensure(members, splits)
+    extraction.ensure(store, members, splits)
 
 
 def _trained(store: Store, members: Sequence[Member], fresh: Sequence[str], force: bool) -> list[str]:

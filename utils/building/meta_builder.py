@@ -17,10 +17,11 @@ from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.discovery import discover
 from utils.meta_methods import FUSERS, INPUT_METHODS, FuserInput, MetaFuserCombiner
-from utils.predictions import catalog, fold_networks
+from utils.predictions import catalog, extraction, fold_networks
 from utils.predictions.catalog import Member
+from utils.predictions.extraction import STREAMED_SPLITS
 from utils.predictions.fold_networks import FULL
-from utils.predictions.store import STREAMED_SPLITS, Store
+from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -102,7 +103,7 @@ def _inputs(store: Store, selected: Sequence[Member]) -> tuple[dict[str, Ensembl
         method = next((method for method, ensemble in ensembles.NAMES.items() if ensemble == name), None)
         if record is None and method is not None:
             recipe = ensembles.COMBINERS[method].configured(store.config, fitting.member_facts(store, selected))
-            store.ensure(selected, STREAMED_SPLITS)
+            extraction.ensure(store, selected, STREAMED_SPLITS)
             kind = store.config.runs.score_ensemble.fit_rows if recipe.learns else "honest"
             fitting.build(store, name, method, recipe, selected, fitting.out_of_sample_rows(store, selected, kind=kind))
         elif record is None:

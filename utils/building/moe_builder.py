@@ -20,9 +20,10 @@ from utils.core.config import Config
 from utils.core.results import Result
 from utils.moe_methods import COMBINERS, CascadeCombiner, MixtureOfExperts
 from utils.numeric.metrics import log_loss_per_row, softmax
-from utils.predictions import catalog, streaming
+from utils.predictions import catalog, extraction, streaming
 from utils.predictions.catalog import Member
-from utils.predictions.store import STREAMED_SPLITS, Store
+from utils.predictions.extraction import STREAMED_SPLITS
+from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -57,7 +58,7 @@ def _section(store: Store, members: Sequence[Member], name: str, force: bool) ->
         reason = f"chooses among members, and there is only {members[0].name}. Name others in backbones.include"
         return Result("", {"built": [], "up_to_date": []}, [f"{name}: {reason}"])
     if force or not is_current(store, members, name):
-        store.ensure(members, STREAMED_SPLITS)
+        extraction.ensure(store, members, STREAMED_SPLITS)
         records = latency.measure(store, members, batches=[ONE_IMAGE])
         known = fitting.member_facts(store, members, latency.milliseconds(records))
         honest = fitting.out_of_sample_rows(store, members)

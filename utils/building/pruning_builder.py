@@ -18,8 +18,10 @@ from utils.combiners.subset_search import BudgetError
 from utils.core.artifacts import read_record, write_json
 from utils.core.config import Config
 from utils.core.results import Result
+from utils.predictions import extraction
 from utils.predictions.catalog import Member
-from utils.predictions.store import STREAMED_SPLITS, Store
+from utils.predictions.extraction import STREAMED_SPLITS
+from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -40,7 +42,7 @@ def pruned(store: Store, members: Sequence[Member], force: bool) -> Result:
     fresh = [name for name in wanted if name not in known and (force or not is_current(store, members, name))]
     reasons = dict(known)
     if fresh:
-        store.ensure(members, STREAMED_SPLITS)
+        extraction.ensure(store, members, STREAMED_SPLITS)
         records = latency.measure(store, members, batches=[ONE_IMAGE])
         facts = fitting.member_facts(store, members, latency.milliseconds(records))
         _say_what_is_odd(config, facts)

@@ -21,9 +21,10 @@ from utils.core import estimates, subprocesses
 from utils.core.artifacts import digest_of, read_record, write_json
 from utils.core.results import Result
 from utils.discovery import discover
-from utils.predictions import streaming
+from utils.predictions import extraction, streaming
 from utils.predictions.catalog import Member
-from utils.predictions.store import STREAMED_SPLITS, Store
+from utils.predictions.extraction import STREAMED_SPLITS
+from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -60,7 +61,7 @@ def snapshots(store: Store, members: Sequence[Member], force: bool) -> Result:
     wanted = fitting.inputs_digest(store.config, store, usable, METHOD)
     is_fresh = force or ensembles.stored_digest(store.workspace, NAME) != wanted
     if is_fresh:
-        store.ensure(usable, STREAMED_SPLITS)
+        extraction.ensure(store, usable, STREAMED_SPLITS)
         recipe = ensembles.COMBINERS[METHOD].configured(store.config, fitting.member_facts(store, usable))
         fitting.build(store, NAME, METHOD, recipe, usable, fitting.out_of_sample_rows(store, usable))
     state, key = ("built", "built") if is_fresh else ("up to date", "up_to_date")

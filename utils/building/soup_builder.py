@@ -21,8 +21,10 @@ from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.discovery import discover
 from utils.networks.checkpoints import training_metadata
+from utils.predictions import extraction
 from utils.predictions.catalog import Member
-from utils.predictions.store import STREAMED_SPLITS, Store
+from utils.predictions.extraction import STREAMED_SPLITS
+from utils.predictions.store import Store
 
 if TYPE_CHECKING:
     from utils.building.soup_trials import Mix, Survey, Trial
@@ -247,7 +249,7 @@ def _save(store: Store, member: Member, soups: Mapping[str, Soup], survey: Surve
         store.config, store.workspace, store.digests, train, store.catalog, list(names.values())
     )
     derived = {key: store.catalog.members[name] for key, name in names.items()}
-    store.ensure(list(derived.values()), STREAMED_SPLITS)
+    extraction.ensure(store, list(derived.values()), STREAMED_SPLITS)
     for key, own in derived.items():
         role = METHODS[key].role
         honest = fitting.out_of_sample_rows(store, [own])

@@ -16,11 +16,12 @@ from utils.core.errors import LeakageError, UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.discovery import discover
-from utils.predictions import catalog, fold_networks
+from utils.predictions import catalog, extraction, fold_networks
 from utils.predictions.catalog import Member
+from utils.predictions.extraction import STREAMED_SPLITS
 from utils.predictions.fold_networks import FOLDS, FULL
 from utils.predictions.inspection import REFUSING
-from utils.predictions.store import STREAMED_SPLITS, Store
+from utils.predictions.store import Store
 from utils.stacking_methods import COMBINERS
 
 logger = logging.getLogger("disease_pipeline")
@@ -81,7 +82,7 @@ def _fitted(
     """Fit and save these; {method: what kept it from being fitted}, such as a library that is not there."""
     if not fresh:
         return {}
-    store.ensure(members, STREAMED_SPLITS)
+    extraction.ensure(store, members, STREAMED_SPLITS)
     known = fitting.member_facts(store, members)
     measured = _measured(store, members, known)
     prepared: dict[str, tuple[OutOfSampleRows, Baselines]] = {}

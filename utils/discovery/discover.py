@@ -338,7 +338,7 @@ def _judged(inspector: Inspector, member: Member) -> tuple[Member, list[Problem]
     found = inspection.leakage_problems(inspector.workspace, member, honesty) if honesty else []
     is_refused = any(problem.code in inspection.REFUSING for problem in found)
     if measured and member.oof is not None and not is_refused:
-        remedy = inspection.kfold_remedy(inspector.workspace, member)
+        remedy = catalog.kfold_remedy(inspector.workspace, member)
         found += inspection.oof_accuracy_problems(member, member.oof["accuracy"], measured, remedy=remedy)
     oof = member.oof and {**member.oof, "checked": honesty is not None}
     return replace(member, usable=usable, oof=None if is_refused else oof), [*problems, *found]

@@ -24,7 +24,7 @@ from utils.discovery import training_records
 from utils.networks import checkpoints
 from utils.networks.construction import RETRAIN
 from utils.predictions import inspection, out_of_fold
-from utils.predictions.catalog import STAGES, TIMM, Member, Problem, kfold_command
+from utils.predictions.catalog import STAGES, TIMM, Member, Problem, kfold_command, kfold_remedy
 from utils.predictions.image_splits import ImageSplit
 
 logger = logging.getLogger("disease_pipeline")
@@ -230,7 +230,7 @@ def _oof(scan: Scan, member: Member) -> tuple[dict[str, Any] | None, list[Proble
     """Facts of a member's out-of-fold predictions, and what is wrong with them or their absence."""
     name, train = member.name, scan.splits["train"]
     path = scan.workspace.base_oof(name)
-    again = inspection.kfold_remedy(scan.workspace, member)
+    again = kfold_remedy(scan.workspace, member)
     if not path.is_file():
         if member.source == "derived":
             return None, []

@@ -31,10 +31,11 @@ from utils.distillation.controls import ALONE
 from utils.distillation.students import Student
 from utils.distillation.teachers import METHOD, Teacher
 from utils.numeric.metrics import softmax
-from utils.predictions import catalog, image_splits, streaming
+from utils.predictions import catalog, extraction, image_splits, streaming
 from utils.predictions.catalog import Member
+from utils.predictions.extraction import STREAMED_SPLITS
 from utils.predictions.image_splits import ImageSplit
-from utils.predictions.store import STREAMED_SPLITS, Store
+from utils.predictions.store import Store
 
 if TYPE_CHECKING:
     from utils.distillation.student_training import Course, Trained
@@ -286,7 +287,7 @@ def _kept(
         store.config, store.workspace, store.digests, train, store.catalog, [student.member]
     )
     derived = store.catalog.members[student.member]
-    store.ensure([derived], STREAMED_SPLITS)
+    extraction.ensure(store, [derived], STREAMED_SPLITS)
     return derived, fitting.out_of_sample_rows(store, [derived])
 
 

@@ -21,7 +21,7 @@ from utils.networks import memory
 from utils.networks.construction import NetworkSpec
 from utils.networks.embeddings import EmbeddingExtractor
 from utils.numeric.metrics import softmax
-from utils.predictions import catalog, fold_networks, streaming
+from utils.predictions import catalog, extraction, fold_networks, streaming
 from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.rows import Rows
 from utils.predictions.store import Store
@@ -80,7 +80,7 @@ def find(store: Store, name: str, *, besides: str) -> Teacher:
 def _recommended(store: Store, besides: str) -> str:
     """By the rule of `evaluate`, students left out."""
     members = {member.name: member for member in catalog.select(store.catalog, store.config) if member.name != besides}
-    store.ensure(list(members.values()), ("val",))
+    extraction.ensure(store, list(members.values()), ("val",))
     saved = {name: ensembles.load(store.workspace, name) for name in ensembles.names(store.workspace)}
     others = {name: one for name, one in saved.items() if one.method != METHOD}
     return str(ensembles.recommended(store, members, others)["name"])

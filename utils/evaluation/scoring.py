@@ -19,7 +19,7 @@ from utils.core.artifacts import digest_of, read_arrays, write_arrays
 from utils.core.errors import UserError
 from utils.numeric import diversity
 from utils.numeric.metrics import softmax
-from utils.predictions import fold_networks
+from utils.predictions import extraction, fold_networks
 from utils.predictions.catalog import Catalog, Member
 from utils.predictions.rows import UNKNOWN, Rows, align
 from utils.predictions.store import IMPORT, Store
@@ -118,7 +118,7 @@ def answering(store: Store, members: Mapping[str, Member], split: str) -> tuple[
     """
 
     def run(some: Sequence[Member]) -> None:
-        store.ensure(some, sorted({"val", split}))
+        extraction.ensure(store, some, sorted({"val", split}))
 
     def read(some: Sequence[Member]) -> None:
         for member in some:

@@ -10,7 +10,7 @@ from utils.building import ensembles
 from utils.combiners.protocol import Combiner
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError, did_you_mean
-from utils.predictions import catalog, fold_networks, streaming
+from utils.predictions import catalog, extraction, fold_networks, streaming
 from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.store import Store
 
@@ -223,7 +223,7 @@ def recommended_name(store: Store) -> str:
         for name, ensemble in saved.items()
         if not any(fold_networks.missing_and_changed(store.catalog.members, ensemble))
     }
-    store.ensure(list(own.values()), ("val",))
+    extraction.ensure(store, list(own.values()), ("val",))
     found: str = ensembles.recommended(store, own, current)["name"]
     return found
 

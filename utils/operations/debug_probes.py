@@ -16,7 +16,7 @@ from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import SPLITS, Workspace
 from utils.networks import memory
-from utils.predictions import catalog, image_splits, streaming
+from utils.predictions import catalog, extraction, image_splits, streaming
 from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
@@ -82,7 +82,7 @@ def extract_embeddings(config: Config, workspace: Workspace, *, force: bool = Fa
         for member in members:
             for split in SPLITS:
                 (workspace.predictions(member.name, split) / "record.json").unlink(missing_ok=True)
-    store.ensure(members, SPLITS)
+    extraction.ensure(store, members, SPLITS)
     lines = []
     for member in members:
         for split in SPLITS:

@@ -145,6 +145,13 @@ def kfold_command(workspace: Workspace, backbones: Sequence[str]) -> str:
     return shlex.join([*words, "--workspace", str(workspace.base)])
 
 
+def kfold_remedy(workspace: Workspace, member: Member) -> str:
+    """What to do for other out-of-fold predictions of a member, as a sentence without its full stop."""
+    if member.architecture.startswith(TIMM):
+        return f"Write <member>_oof_predictions.npz into {workspace.kfold}, by networks trained on folds of train"
+    return f"Run K-fold on this split again: {kfold_command(workspace, [member.name])}"
+
+
 def mounted_base_back() -> dict[str, str]:
     """The BASE-BACK that is mounted, as a catalog records it."""
     path = base_back.locate()

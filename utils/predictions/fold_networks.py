@@ -15,10 +15,11 @@ import numpy as np
 from utils.core import engines
 from utils.core.artifacts import digest_of, open_array, read_record, write_array, write_json
 from utils.numeric.metrics import log_softmax
-from utils.predictions import catalog, image_splits, streaming
+from utils.predictions import catalog, extraction, image_splits, streaming
 from utils.predictions.catalog import Member
+from utils.predictions.extraction import GPU_SHARE
 from utils.predictions.rows import MemberRows, Rows, align
-from utils.predictions.store import AGAIN, GPU_SHARE, Store
+from utils.predictions.store import AGAIN, Store
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -108,7 +109,7 @@ def key(store: Store, member: Member, split: str, inference: str) -> str:
 
 def ensure(store: Store, members: Sequence[Member], splits: Sequence[str], inference: str) -> None:
     """Stream what is missing of the rows of the networks that answer; one network is resident at a time."""
-    store.ensure(members, splits)
+    extraction.ensure(store, members, splits)
     if inference == FULL:
         return
     missing = [(m, gaps) for m in members if (gaps := [s for s in splits if not _is_stored(store, m, s)])]

@@ -18,7 +18,7 @@ from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.predictions import catalog, out_of_fold, streaming
-from utils.predictions.catalog import TIMM, Catalog, Member, Problem
+from utils.predictions.catalog import Catalog, Member, Problem
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.out_of_fold import OutOfFoldPredictions
 
@@ -98,7 +98,7 @@ def verify(inspector: Inspector, member: Member, *, force: bool = False) -> None
         if is_checked:
             inspector.digests.keep(measured, measure(_logits(inspector, member, [val])["val"], val.labels))
             return
-        path, remedy = inspector.workspace.base / member.oof["path"], kfold_remedy(inspector.workspace, member)
+        path, remedy = inspector.workspace.base / member.oof["path"], catalog.kfold_remedy(inspector.workspace, member)
         predictions = out_of_fold.read(path, member.name, train, inspector.classes, remedy=remedy)
         sample = _sample(inspector.config.seed, predictions)
         found = _logits(inspector, member, [val, _rows_of(train, predictions, sample)])
@@ -183,13 +183,6 @@ def with_extra_outputs_checked(
     return found
 
 
-def kfold_remedy(workspace: Workspace, member: Member) -> str:
-    """What to do for other out-of-fold predictions of a member, as a sentence without its full stop."""
-    if member.architecture.startswith(TIMM):
-        return f"Write <member>_oof_predictions.npz into {workspace.kfold}, by networks trained on folds of train"
-    return f"Run K-fold on this split again: {catalog.kfold_command(workspace, [member.name])}"
-
-
 def oof_accuracy_problems(
     member: Member, oof_accuracy: float, facts: Mapping[str, Any], *, remedy: str
 ) -> list[Problem]:
@@ -211,7 +204,7 @@ def oof_accuracy_problems(
 def leakage_problems(workspace: Workspace, member: Member, facts: Mapping[str, Any]) -> list[Problem]:
     """What the check on a sample of train rows says against out-of-fold predictions; any of these refuses them."""
     problems = []
-    refused = f"{NOT_USED}. {kfold_remedy(workspace, member)}"
+    refused = f"{NOT_USED}. {catalog.kfold_remedy(workspace, member)}"
     share = out_of_fold.SAME_NETWORK_SHARE
     if facts["equal"] > share * facts["told"]:
         message = (
@@ -310,7 +303,7 @@ def record_val_measurements(
         problems += measured_problems(found.classes, member, facts)
         if member.oof is not None and member.oof.get("accuracy") is not None:
             problems += oof_accuracy_problems(
-                member, member.oof["accuracy"], facts, remedy=kfold_remedy(workspace, member)
+                member, member.oof["accuracy"], facts, remedy=catalog.kfold_remedy(workspace, member)
             )
     wrong = {problem.member: problem.message for problem in problems if problem.severity == "error"}
     members = {name: replace(m, usable=m.usable and name not in wrong) for name, m in found.members.items()}

@@ -1,30 +1,24 @@
 """The prediction store: logits, embeddings, labels and sample ids per member and split, on disk, keyed by digest.
 
-What is on disk is memory-mapped; what is missing is streamed, one member at a time, all wanted splits in one pass.
+Arrays are memory-mapped when they are read. `extraction` computes those that are missing.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from copy import copy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from utils.core import engines, estimates
 from utils.core.artifacts import (
     FileDigests,
     digest_of,
     open_array,
-    preallocate,
     read_arrays,
     read_record,
-    replacing,
     write_array,
     write_arrays,
     write_json,
@@ -32,18 +26,14 @@ from utils.core.artifacts import (
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.workspace import SPLITS, Workspace
-from utils.networks.checkpoints import reading_ahead
-from utils.predictions import catalog, image_splits, inspection, out_of_fold, streaming
-from utils.predictions.catalog import IMPORTED, Catalog, Member, Problem
+from utils.predictions import image_splits, out_of_fold
+from utils.predictions.catalog import IMPORTED, Catalog, Member, Problem, kfold_remedy
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.rows import MemberRows, Samples, collect_samples
 
 logger = logging.getLogger("disease_pipeline")
 
-STREAMED_SPLITS = ("val", "test")
-"""What a member is run over in one pass, which serves the out-of-sample rows and the evaluation that follows."""
 VERSION = 2  # raised whenever the same weights and images would give other arrays
-GPU_SHARE = 0.5  # of a GPU per member on a cluster: one reads its weights while the other runs
 ARRAYS = ("logits", "labels", "sample_ids", "honest")
 IMPORT = "python ensemble_orchestrator.py import-predictions --from DIR"
 OUTDATED = "imported_outdated"
@@ -59,7 +49,8 @@ class Store:
         self.catalog = found
         self.digests = FileDigests(workspace.digests)
         self._images: dict[str, ImageSplit] = {}
-        self._sizes_told: set[int] = set()
+        self.warned_sizes: set[int] = set()
+        """Image sizes that a warning has named already."""
         self._samples: dict[str, Samples] = {}
 
     def with_catalog(self, catalog: Catalog) -> Store:
@@ -108,56 +99,6 @@ class Store:
             parts[name] = [self.rows(member, split)] if self.is_available(member, split) else []
             parts[name] += [oof] if oof is not None else []
         return parts
-
-    def ensure(self, members: Sequence[Member], splits: Sequence[str]) -> None:
-        """Stream what is missing of the given members and splits, one member after another.
-
-        An imported member has what its files gave; `rows` says what is missing there.
-        """
-        networks = [member for member in members if member.source != IMPORTED]
-        missing = [(m, gaps) for m in networks if (gaps := [s for s in splits if not self.is_stored(m, s)])]
-        self.digests.save()
-        if not missing:
-            return
-        device = streaming.resolve_device(self.config.device)
-        threads = image_splits.decoding_threads(self.config.dataset.num_workers)
-        sizes = {member.img_size for member, _ in missing}
-        if sizes != {self.config.dataset.img_size} and not sizes <= self._sizes_told:
-            self._sizes_told |= sizes
-            logger.warning(
-                "dataset.img_size is %d; the checkpoints were trained at %s px, which is what is used",
-                self.config.dataset.img_size,
-                ", ".join(map(str, sorted(sizes))),
-            )
-        wanted = sorted({split for _, gaps in missing for split in gaps})
-        cache = self.workspace.image_cache
-        image_splits.decode([self.images(split) for split in wanted], sorted(sizes), image_cache=cache, threads=threads)
-        files = [member.network(self.workspace).checkpoint for member, _ in missing]
-        expected = estimates.estimate_extraction(
-            [path.stat().st_size for path in files if path.is_file()],
-            sum(self.catalog.splits[split]["n"] for split in wanted),
-            batch_size=self.config.dataset.batch_size,
-            img_size=max(sizes),
-            on_cuda=device != "cpu",
-        )
-        logger.info("streaming %d member(s) over %s: %s", len(missing), ", ".join(wanted), expected)
-        engine = engines.current()
-        here = engine.name == engines.Local.name
-        following = [*files[1:], None] if here else [None] * len(files)
-        start = time.monotonic()
-        streamed = engine.map(
-            Store._stream_missing,
-            [(member, gaps, ahead) for (member, gaps), ahead in zip(missing, following, strict=True)],
-            shared=(self, engine.worker_device(device), threads),
-            gpu=GPU_SHARE if device != "cpu" else 0.0,
-        )
-        for number, ((member, gaps), _) in enumerate(zip(missing, streamed, strict=True), start=1):
-            left = (time.monotonic() - start) / number * (len(missing) - number)
-            logger.info("[%d/%d] streamed %s over %s; about %.0f s left", number, len(missing), member.name, gaps, left)
-        outputs = {member.name: self.rows(member, "val") for member, gaps in missing if "val" in gaps}
-        measured = {name: (rows.logits, rows.labels) for name, rows in outputs.items()}
-        self.catalog = inspection.record_val_measurements(self.workspace, self.catalog, self.digests, measured)
-        self.digests.save()
 
     def is_available(self, member: Member, split: str) -> bool:
         """Whether a member has answers for a split, or can give them."""
@@ -260,7 +201,7 @@ class Store:
         path = self.workspace.base / member.oof["path"]
         if self.digests.of(path) != member.oof["sha256"]:
             raise UserError(f"{path}: changed since discovery. Run `python ensemble_orchestrator.py discover` again")
-        remedy = inspection.kfold_remedy(self.workspace, member)
+        remedy = kfold_remedy(self.workspace, member)
         found = out_of_fold.read(path, member.name, self.images("train"), self.catalog.classes, remedy=remedy)
         arrays = found.arrays()
         write_arrays(cache, arrays | {"key": np.array(self._oof_key(member.oof))})
@@ -291,7 +232,7 @@ class Store:
         if embeddings is not None:
             write_array(self.workspace.embeddings(member.name, rows.split), embeddings)
         samples = Samples(rows.split, tuple(rows.sample_ids.tolist()), rows.labels, None)
-        self._finish(member, samples, {"width": 0 if embeddings is None else embeddings.shape[1]})
+        self.complete_rows(member, samples, {"width": 0 if embeddings is None else embeddings.shape[1]})
 
     def write_imported_oof(self, name: str, oof: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
         """Store out-of-fold rows of an imported member: `oof` as the catalog lists them; their arrays."""
@@ -326,53 +267,11 @@ class Store:
         )
         return record
 
-    def _stream_missing(self, device: str, threads: int, job: tuple[Member, Sequence[str], Path | None]) -> None:
-        """Run one member over the splits that it lacks, reading the file of the next one ahead where that is known."""
-        member, gaps, ahead = job
-        catalog.check_current(self.workspace, member, self.digests)
-        with reading_ahead(ahead):
-            self._stream(member, gaps, device, threads)
+    def complete_rows(self, member: Member, samples: Samples, facts: dict[str, Any]) -> None:
+        """Write what belongs to a member's logits of one split: labels, sample ids and, last, the record.
 
-    def _stream(self, member: Member, splits: Sequence[str], device: str, threads: int) -> None:
-        """Run one member; its arrays grow on disk under temporary names and appear when a split is complete."""
-        images = [self.images(split) for split in splits]
-        batch_size = self.config.dataset.batch_size
-        batches = streaming.stream(
-            member.network(self.workspace),
-            images,
-            batch_size=batch_size,
-            device=device,
-            image_cache=self.workspace.image_cache,
-            decoding_threads=threads,
-            val=self.images("val"),
-        )
-        order = [member.classes.index(name) for name in self.catalog.classes]
-        current = next(batches)
-        for split in images:
-            start = time.monotonic()
-            (self.workspace.predictions(member.name, split.split) / "record.json").unlink(missing_ok=True)
-            with ExitStack() as stack:
-                logits_path = self.workspace.predictions(member.name, split.split) / "logits.npy"
-                logits = _growing(stack, logits_path, (len(split.paths), len(order)))
-                width = current.embeddings.shape[1]
-                place = self.workspace.embeddings(member.name, split.split)
-                place.unlink(missing_ok=True)
-                embeddings = _growing(stack, place, (len(split.paths), width)) if width else None
-                while current is not None and current.split == split.split:
-                    stop = current.start + len(current.logits)
-                    logits[current.start : stop] = current.logits[:, order]
-                    if embeddings is not None:
-                        embeddings[current.start : stop] = current.embeddings
-                    batch_size = current.batch_size
-                    current = next(batches, None)  # type: ignore[assignment]
-                logits.flush()
-                if embeddings is not None:
-                    embeddings.flush()
-            facts = {"device": device, "batch_size": batch_size, "seconds": round(time.monotonic() - start, 3)}
-            self._finish(member, self.samples(split.split), facts | {"width": width})
-
-    def _finish(self, member: Member, samples: Samples, facts: dict[str, Any]) -> None:
-        """The rest of what belongs to one member and split, the record last; width 0: it has no embeddings."""
+        `facts` are further entries of the record; `width` among them is the embeddings' D, 0 where there are none.
+        """
         split = samples.split
         folder = self.workspace.predictions(member.name, split)
         write_array(folder / "labels.npy", samples.labels)
@@ -393,14 +292,6 @@ class Store:
         place = self.workspace.embeddings_record(member.name, split)
         write_json(place, record | {"rows": kind, "sample_ids": list(samples.sample_ids)})
         write_json(folder / "record.json", record)
-
-
-def _growing(stack: ExitStack, path: Path, shape: tuple[int, int]) -> np.memmap:
-    """A float32 array that is filled on disk and takes its name when the stack ends well."""
-    temporary = stack.enter_context(replacing(path))
-    array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-    preallocate(temporary, array.offset)
-    return array
 
 
 def _oof_rows(arrays: Mapping[str, np.ndarray], classes: tuple[str, ...]) -> MemberRows:

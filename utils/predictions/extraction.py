@@ -1,0 +1,143 @@
+"""Extraction: members' networks run over splits, and their logits and embeddings written into the prediction store.
+
+What is missing is streamed, one member at a time, all requested splits in one pass.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from utils.core import engines, estimates
+from utils.core.artifacts import preallocate, replacing
+from utils.networks.checkpoints import reading_ahead
+from utils.predictions import catalog, image_splits, inspection, streaming
+from utils.predictions.catalog import IMPORTED, Member
+from utils.predictions.store import Store
+from utils.predictions.streaming import OutputBatch
+
+logger = logging.getLogger("disease_pipeline")
+
+STREAMED_SPLITS = ("val", "test")
+"""What a member is run over in one pass, which serves the out-of-sample rows and the evaluation that follows."""
+GPU_SHARE = 0.5  # of a GPU per member on a cluster: one reads its weights while the other runs
+
+
+def ensure(store: Store, members: Sequence[Member], splits: Sequence[str]) -> None:
+    """Run the members' networks over those splits whose predictions the store lacks.
+
+    Val logits that are computed on the way are judged, and the store's catalog then holds the problems found. Imported
+    members have no network and are passed over: `Store.rows` reports what they lack. Raises UserError for a network
+    that cannot be run, and for one that its val logits show to be unusable.
+    """
+    networks = [member for member in members if member.source != IMPORTED]
+    missing = [(m, gaps) for m in networks if (gaps := [s for s in splits if not store.is_stored(m, s)])]
+    store.digests.save()
+    if not missing:
+        return
+    device = streaming.resolve_device(store.config.device)
+    threads = image_splits.decoding_threads(store.config.dataset.num_workers)
+    _prepare(store, missing, device, threads)
+    engine = engines.current()
+    files = [member.network(store.workspace).checkpoint for member, _ in missing]
+    is_local = engine.name == engines.Local.name
+    next_files = [*files[1:], None] if is_local else [None] * len(files)
+    start = time.monotonic()
+    finished = engine.map(
+        _extract_member,
+        [(member, gaps, next_file) for (member, gaps), next_file in zip(missing, next_files, strict=True)],
+        shared=(store, engine.worker_device(device), threads),
+        gpu=GPU_SHARE if device != "cpu" else 0.0,
+    )
+    for number, ((member, gaps), _) in enumerate(zip(missing, finished, strict=True), start=1):
+        left = (time.monotonic() - start) / number * (len(missing) - number)
+        logger.info("[%d/%d] streamed %s over %s; about %.0f s left", number, len(missing), member.name, gaps, left)
+    val_rows = {member.name: store.rows(member, "val") for member, gaps in missing if "val" in gaps}
+    outputs = {name: (rows.logits, rows.labels) for name, rows in val_rows.items()}
+    store.catalog = inspection.record_val_measurements(store.workspace, store.catalog, store.digests, outputs)
+    store.digests.save()
+
+
+def _prepare(store: Store, missing: Sequence[tuple[Member, list[str]]], device: str, threads: int) -> None:
+    """Decode the images that the members need, and log how long the pass is expected to take."""
+    config, workspace = store.config, store.workspace
+    sizes = {member.img_size for member, _ in missing if member.img_size is not None}
+    if sizes != {config.dataset.img_size} and not sizes <= store.warned_sizes:
+        store.warned_sizes |= sizes
+        logger.warning(
+            "dataset.img_size is %d; the checkpoints were trained at %s px, which is what is used",
+            config.dataset.img_size,
+            ", ".join(map(str, sorted(sizes))),
+        )
+    splits = sorted({split for _, gaps in missing for split in gaps})
+    images = [store.images(split) for split in splits]
+    image_splits.decode(images, sorted(sizes), image_cache=workspace.image_cache, threads=threads)
+    files = [member.network(workspace).checkpoint for member, _ in missing]
+    expected = estimates.estimate_extraction(
+        [path.stat().st_size for path in files if path.is_file()],
+        sum(store.catalog.splits[split]["n"] for split in splits),
+        batch_size=config.dataset.batch_size,
+        img_size=max(sizes),
+        on_cuda=device != "cpu",
+    )
+    logger.info("streaming %d member(s) over %s: %s", len(missing), ", ".join(splits), expected)
+
+
+def _extract_member(store: Store, device: str, threads: int, job: tuple[Member, Sequence[str], Path | None]) -> None:
+    """Run one member over the splits that it lacks; `next_file`, if any, is read into the file cache meanwhile."""
+    member, splits, next_file = job
+    catalog.check_current(store.workspace, member, store.digests)
+    with reading_ahead(next_file):
+        _write_outputs(store, member, splits, device, threads)
+
+
+def _write_outputs(store: Store, member: Member, splits: Sequence[str], device: str, threads: int) -> None:
+    """Run one member; its arrays grow on disk under temporary names and appear when a split is complete."""
+    images = [store.images(split) for split in splits]
+    batch_size = store.config.dataset.batch_size
+    batches = streaming.stream(
+        member.network(store.workspace),
+        images,
+        batch_size=batch_size,
+        device=device,
+        image_cache=store.workspace.image_cache,
+        decoding_threads=threads,
+        val=store.images("val"),
+    )
+    order = [member.classes.index(name) for name in store.catalog.classes]
+    batch: OutputBatch | None = next(batches)
+    for split in images:
+        start = time.monotonic()
+        folder = store.workspace.predictions(member.name, split.split)
+        (folder / "record.json").unlink(missing_ok=True)
+        embeddings_path = store.workspace.embeddings(member.name, split.split)
+        embeddings_path.unlink(missing_ok=True)
+        width = batch.embeddings.shape[1] if batch is not None else 0
+        with ExitStack() as stack:
+            logits = _growing_array(stack, folder / "logits.npy", (len(split.paths), len(order)))
+            embeddings = _growing_array(stack, embeddings_path, (len(split.paths), width)) if width else None
+            while batch is not None and batch.split == split.split:
+                stop = batch.start + len(batch.logits)
+                logits[batch.start : stop] = batch.logits[:, order]
+                if embeddings is not None:
+                    embeddings[batch.start : stop] = batch.embeddings
+                batch_size = batch.batch_size
+                batch = next(batches, None)
+            logits.flush()
+            if embeddings is not None:
+                embeddings.flush()
+        facts = {"device": device, "batch_size": batch_size, "seconds": round(time.monotonic() - start, 3)}
+        store.complete_rows(member, store.samples(split.split), facts | {"width": width})
+
+
+def _growing_array(stack: ExitStack, path: Path, shape: tuple[int, int]) -> np.memmap:
+    """A float32 array that is filled on disk and takes its name when the stack ends well."""
+    temporary = stack.enter_context(replacing(path))
+    array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+    preallocate(temporary, array.offset)
+    return array

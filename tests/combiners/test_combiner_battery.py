@@ -9,11 +9,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from combiner_cases import FACTS, QUICK, C, M, N
+from combiner_cases import FACTS, QUICK, C, M, N, changed_settings, facts_of
 
-from utils.building.ensembles import COMBINERS
-from utils.combiners.protocol import Combiner
+from utils.building import ensembles
+from utils.building.ensembles import COMBINERS, Crossfit, Ensemble, Provenance
+from utils.combiners import forest
+from utils.combiners.protocol import Combiner, saved_fields
 from utils.core.config import Config
+from utils.core.workspace import Workspace
 from utils.predictions.rows import MemberOutputs
 
 WIDTHS = (5, 8, 4, 6)
@@ -47,7 +50,7 @@ def fitted(make, rows):
 
 def _embeddings(rng, logits, width):
     """(N, D): those of a network whose last layer reads them, near enough."""
-    return (logits @ rng.normal(size=(C, width)) + rng.normal(size=(N, width)) / 4).astype(np.float32)
+    return (logits @ rng.normal(size=(C, width)) + rng.normal(size=(len(logits), width)) / 4).astype(np.float32)
 
 
 def _tensors(outputs):
@@ -136,3 +139,46 @@ def test_extreme_logits_stay_finite(make):
     found = make().fit(outputs, np.array([0]), np.array([0])).predict_proba(outputs)
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-9)
+
+
+@pytest.mark.parametrize("members", range(1, 9))
+@pytest.mark.parametrize("method", sorted(COMBINERS))
+def test_no_setting_is_lost_on_disk(method, members, tmp_path, monkeypatch):
+    """With every setting changed, the ensemble read from disk and its module answer as the one that was fitted."""
+    monkeypatch.setattr(forest, "TREES", 10)
+    facts = facts_of(members)
+    combiner = COMBINERS[method].configured(changed_settings(COMBINERS[method]), facts)
+    rng = np.random.default_rng(members)
+    labels = rng.integers(0, C, 36)
+    logits = (rng.normal(size=(members, 36, C)) + 2 * np.eye(C)[labels]).astype(np.float32)
+    outputs = logits
+    if combiner.reads_embeddings:
+        outputs = MemberOutputs(logits, tuple(_embeddings(rng, own, 4 + place) for place, own in enumerate(logits)))
+    expected = combiner.fit(outputs, labels, np.arange(36) % 3).predict_proba(outputs)
+    used = combiner.used(members)
+    restored = _from_disk(tmp_path, method, combiner.restricted(used), tuple(np.array(facts.names)[used]))
+    found = restored.predict_proba(outputs[used])
+    assert found.tobytes() == combiner.restricted(used).predict_proba(outputs[used]).tobytes()
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    with torch.no_grad():
+        exported = restored.to_module().eval()(*_tensors(outputs[used])).numpy()
+    np.testing.assert_allclose(exported, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", sorted(COMBINERS))
+def test_its_saved_settings_come_from_the_configuration(method):
+    kind = COMBINERS[method]
+    default, changed = kind.configured(Config(), FACTS), kind.configured(changed_settings(kind), FACTS)
+    for name in saved_fields(kind):
+        assert not np.array_equal(getattr(default, name), getattr(changed, name)), name
+
+
+def _from_disk(folder, method, combiner, names):
+    workspace = Workspace(*([folder] * 8))
+    nothing = Provenance((), ())
+    none = np.zeros(0, dtype=np.int64)
+    classes = tuple("abc"[:C])
+    saved = Ensemble("it", method, names, names, classes, combiner, nothing, "digest", dict.fromkeys(names, ""), 0)
+    ids = none.astype(str)
+    ensembles.save(workspace, saved, Crossfit(np.zeros((0, C)), none, ids, ids, none), {})
+    return ensembles.load(workspace, "it").combiner

@@ -109,7 +109,7 @@ class Combiner(ABC):
 
         Raises TypeError for an attribute that is no field, and for a field of another type than can be saved.
         """
-        saved = _saved_fields(type(self))
+        saved = saved_fields(type(self))
         _check_declared(self)
         values = {name: getattr(self, name) for name in saved}
         arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
@@ -171,6 +171,11 @@ class CrossfitsItself(Protocol):
         """Fit as `fit` does; return the probabilities (N, C) of copies that were fitted without the row's fold."""
 
 
+def saved_fields(kind: type[Combiner]) -> tuple[str, ...]:
+    """Names of the fields whose values `state` saves."""
+    return tuple(each.name for each in fields(kind) if not each.metadata.get(_UNSAVED))
+
+
 def combiner_inputs(combiner: Combiner, outputs: np.ndarray | MemberOutputs) -> Inputs:
     """What a combiner reads of the members' outputs: all of them, or the logits alone."""
     return outputs.logits if isinstance(outputs, MemberOutputs) and not combiner.reads_embeddings else outputs
@@ -198,10 +203,6 @@ def fit_crossfitted(recipe: Combiner, logits: Inputs, labels: np.ndarray, folds:
         copy = deepcopy(recipe).fit(logits[:, outside], labels[outside], folds[outside])
         probabilities[inside] = copy.predict_proba(logits[:, inside])
     return probabilities
-
-
-def _saved_fields(kind: type[Combiner]) -> tuple[str, ...]:
-    return tuple(each.name for each in fields(kind) if not each.metadata.get(_UNSAVED))
 
 
 def _check_declared(combiner: Combiner) -> None:

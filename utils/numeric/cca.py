@@ -37,7 +37,7 @@ class SharedSpace:
 def shared_space(
     views: Sequence[NDArray], rank: int, *, shrinkage: float | None = None, min_shrinkage: float = 0.0
 ) -> SharedSpace:
-    """At most `rank` variates of M >= 2 views (N, D_m); `shrinkage` takes the place of Ledoit and Wolf's intensity.
+    """At most `rank` variates of M views (N, D_m); `shrinkage` takes the place of Ledoit and Wolf's intensity.
 
     Their intensity is at least `min_shrinkage`. Fewer variates where the views have fewer directions in all; one, which
     is 0 everywhere, where no view varies.
@@ -66,7 +66,12 @@ def shared_space(
 
 
 def _mean_correlations(scores: Sequence[Floats]) -> Floats:
-    """Mean over the pairs of M views of the correlations of their scores (N, R), which are centred; (R,)."""
+    """Mean over the pairs of M views of the correlations of their scores (N, R), which are centred; (R,).
+
+    A single view has no pair; it agrees with itself, so that its correlations are 1.
+    """
+    if len(scores) == 1:
+        return np.ones(scores[0].shape[1])
     sizes = [np.sqrt(np.square(own).sum(axis=0)) for own in scores]
     units = np.stack([own / np.where(size > 0, size, 1) for own, size in zip(scores, sizes, strict=True)])
     total = np.square(units.sum(axis=0)).sum(axis=0) - np.square(units).sum(axis=(0, 1))

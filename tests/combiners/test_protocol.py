@@ -1,0 +1,171 @@
+"""The base class of combiners: what is saved by itself, what is refused, and cross-fitting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from combiner_cases import FACTS, QUICK
+from torch import nn
+
+from utils import meta_methods
+from utils.combiners.protocol import (
+    Combiner,
+    combiner_inputs,
+    fit_crossfitted,
+    saved_fields,
+    sub_state,
+    unsaved,
+)
+from utils.ensemble_methods import SoftVoting, Voting
+from utils.numeric.metrics import softmax
+from utils.predictions.rows import MemberOutputs
+
+ROWS = np.random.default_rng(5).normal(size=(3, 20, 4)).astype(np.float32)
+
+
+@dataclass
+class Weighed(Voting):
+    """A combiner with settings of several types."""
+
+    power: float = 1.0
+    mode: str = "mean"
+    limits: tuple[float | None, ...] = (None, 0.5)
+    prior: np.ndarray = unsaved()
+    offsets: Any = None
+    seed: int = unsaved(1)
+
+    def predict_proba(self, logits):
+        return softmax(softmax(logits).mean(axis=0) * self.power)
+
+    def to_module(self) -> nn.Module:
+        raise NotImplementedError
+
+
+@dataclass
+class MajorityClass(Combiner):
+    """A combiner that learns: the frequencies of the classes."""
+
+    learns: ClassVar[bool] = True
+    frequencies: Any = unsaved()
+
+    @classmethod
+    def configured(cls, config, members):
+        return cls()
+
+    def fit(self, logits, labels, folds):
+        self.frequencies = np.bincount(labels, minlength=logits.shape[2]) / len(labels)
+        return self
+
+    def predict_proba(self, logits):
+        return np.tile(self.frequencies, (logits.shape[1], 1))
+
+    def to_module(self) -> nn.Module:
+        raise NotImplementedError
+
+    def fitted_arrays(self):
+        return {"frequencies": self.frequencies}
+
+    def set_fitted_arrays(self, arrays):
+        self.frequencies = arrays["frequencies"]
+
+    def restricted(self, used):
+        return self
+
+    def report(self, names):
+        return {}
+
+
+def test_every_field_comes_back_by_itself():
+    made = Weighed(power=0.1 + 0.2, mode="späť", limits=(0.25, None, (3.0,)), offsets=np.arange(3), seed=7)
+    again = Weighed.from_state(made.state())
+    assert (again.power, again.mode, again.limits) == (made.power, made.mode, made.limits)
+    np.testing.assert_array_equal(again.offsets, made.offsets)
+    assert again.predict_proba(ROWS).tobytes() == made.predict_proba(ROWS).tobytes()
+    assert saved_fields(Weighed) == ("power", "mode", "limits", "offsets")
+
+
+def test_what_is_unsaved_has_its_default_again():
+    state = Weighed(seed=7).state()
+    assert all(values.dtype.kind in "uif" for values in state.values())
+    assert Weighed.from_state(state).seed == 1
+
+
+def test_a_field_added_since_has_its_default_and_an_unknown_one_is_refused():
+    assert Weighed.from_state({}).power == 1.0
+    state = {"settings": np.frombuffer(b'{"exponent": 2}', dtype=np.uint8)}
+    with pytest.raises(TypeError, match="exponent"):
+        Weighed.from_state(state)
+    with pytest.raises(ValueError, match="weights"):
+        Weighed.from_state({"weights": np.ones(3)})
+
+
+def test_a_combiner_without_settings_saves_nothing():
+    assert SoftVoting().state() == {}
+
+
+@pytest.mark.parametrize("name", ["state", "from_state"])
+def test_saving_cannot_be_overridden(name):
+    with pytest.raises(TypeError, match=f"overrides {name}"):
+        type("Forgetful", (SoftVoting,), {name: lambda self: {}})
+
+
+def test_an_attribute_that_is_no_field_is_refused():
+    made = SoftVoting()
+    made.trim = 0.4
+    with pytest.raises(TypeError, match=r"SoftVoting\.trim"):
+        made.state()
+
+
+def test_a_cached_property_is_no_setting():
+    class Cached(SoftVoting):
+        @cached_property
+        def table(self):
+            return {1: 2}
+
+    made = Cached()
+    assert made.table == {1: 2}
+    assert made.state() == {}
+
+
+def test_a_field_that_cannot_be_saved_is_named():
+    with pytest.raises(TypeError, match="Weighed"):
+        Weighed(offsets=object()).state()
+
+
+def test_settings_of_an_input_survive_in_a_fuser(monkeypatch):
+    monkeypatch.setitem(meta_methods.INPUT_METHODS, "weighed", Weighed)
+    inputs = [meta_methods.FuserInput("weighed", Weighed(power=5.0), np.arange(3))]
+    fuser = meta_methods.MetaFuserCombiner.over(QUICK, FACTS, inputs)
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 4, 20)
+    fuser.fit(ROWS, labels, np.arange(20) % 3)
+    again = meta_methods.MetaFuserCombiner.from_state(fuser.state())
+    assert again.inputs[0].combiner.power == 5.0
+    assert again.predict_proba(ROWS).tobytes() == fuser.predict_proba(ROWS).tobytes()
+
+
+def test_cross_fitted_rows_come_from_copies_without_their_fold():
+    labels, folds = np.repeat([0, 1, 2, 3], 5), np.repeat([0, 1, 2, 3], 5)
+    found = fit_crossfitted(MajorityClass(), ROWS, labels, folds)
+    assert found.dtype == np.float32
+    assert (found[np.arange(20), labels] == 0).all()
+
+
+def test_what_learns_nothing_answers_as_at_inference():
+    found = fit_crossfitted(SoftVoting(), ROWS, np.zeros(20, dtype=int), np.arange(20) % 2)
+    np.testing.assert_array_equal(found, SoftVoting().predict_proba(ROWS).astype(np.float32))
+
+
+def test_inputs_are_the_logits_unless_embeddings_are_read():
+    outputs = MemberOutputs(ROWS, tuple(np.zeros((20, 2), dtype=np.float32) for _ in range(3)))
+    assert combiner_inputs(SoftVoting(), outputs) is ROWS
+    assert combiner_inputs(SoftVoting(), ROWS) is ROWS
+
+
+def test_a_part_of_a_state_is_found_by_its_prefix():
+    state = {"maps/a": np.zeros(1), "maps/b/c": np.ones(1), "other": np.ones(2)}
+    assert set(sub_state(state, "maps/")) == {"a", "b/c"}

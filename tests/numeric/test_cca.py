@@ -56,7 +56,7 @@ def test_what_four_views_share_comes_first_and_is_found_again():
 def test_the_iterative_way_finds_what_the_dense_one_does(monkeypatch):
     given = views(4)
     dense = shared_space(given, 3)
-    monkeypatch.setattr(cca, "DENSE", 0)
+    monkeypatch.setattr(cca, "MAX_DENSE_SIZE", 0)
     again = shared_space(given, 3)
     for own, other in zip(again.maps, dense.maps, strict=True):
         np.testing.assert_allclose(own, other, atol=1e-8)

@@ -1,9 +1,9 @@
-"""Generalised canonical correlation analysis: what several views of the same rows have in common, in closed form.
+"""Generalised canonical correlation analysis (GCCA) of several views of the same rows, in closed form, without labels.
 
-MAXVAR (Kettenring 1971; Carroll 1968): unit variates g of the rows that have the greatest sum, over the views, of the
-squared multiple correlations. They are the leading eigenvectors of the sum of the views' projectors. To each view's
-covariance a ridge is added: the one by which Ledoit and Wolf (2004) shrink it towards a multiple of the identity, so
-that a view with more columns than rows, or with columns that repeat one another, does no harm. Reads no labels.
+MAXVAR (Kettenring 1971; Carroll 1968) finds unit variates of the rows with the greatest sum, over the views, of squared
+multiple correlations: the leading eigenvectors of the sum of the views' projectors. Each view's covariance gets the
+ridge by which Ledoit and Wolf (2004) shrink it towards a multiple of the identity, so that a view may have more columns
+than rows or collinear columns.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 SMALLEST_EIGENVALUE = 1e-10  # relative to a view's largest: below it a direction is rounding
-SMALLEST_SHARE = 0.01  # of the covariance beside its ridge
-DENSE = 800  # up to so many columns in all, or where a quarter of the spectrum is asked for, all of it is cheaper
+MIN_COVARIANCE_WEIGHT = 0.01  # of the covariance next to its ridge
+MAX_DENSE_SIZE = 800  # a dense solver is faster up to this size, or for at least a quarter of the spectrum
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class SharedSpace:
-    """R variates that M views share, the most shared first; mapped views of a row sum to its variates."""
+    """R variates that M views share, the most correlated first; the mapped views of a row sum to its variates."""
 
     centres: tuple[Floats, ...]
-    """M means (D_m,)"""
+    """Means of the M views, (D_m,) each"""
     maps: tuple[Floats, ...]
-    """M matrices (D_m, R): the sum of (view - centre) @ map has unit variance on the rows that were fitted on"""
+    """M matrices (D_m, R): the sum of (view - centre) @ map has unit variance on the rows of the fit"""
     correlations: Floats
-    """(R,): mean correlation of every two mapped views; of two views without a ridge the canonical correlations"""
+    """(R,): mean correlation of the pairs of mapped views; the canonical correlations of two views without a ridge"""
     shrinkage: Floats
-    """(M,): share of the ridge in each view's covariance, from 0 to 1"""
+    """(M,): weight of the ridge in each view's covariance, from 0 to 1"""
 
 
 def shared_space(
     views: Sequence[NDArray], rank: int, *, shrinkage: float | None = None, min_shrinkage: float = 0.0
 ) -> SharedSpace:
-    """At most `rank` variates of M views (N, D_m); `shrinkage` takes the place of Ledoit and Wolf's intensity.
+    """Fit at most `rank` variates of M views (N, D_m).
 
-    Their intensity is at least `min_shrinkage`. Fewer variates where the views have fewer directions in all; one, which
-    is 0 everywhere, where no view varies.
+    `shrinkage` replaces Ledoit and Wolf's intensity, which is raised to `min_shrinkage` where it is lower. There are
+    fewer variates if the views have fewer directions in total, and a single zero variate if all views are constant.
     """
     rows = len(views[0])
     centres, whiteners, whitened, intensities = [], [], [], []
@@ -66,21 +66,21 @@ def shared_space(
 
 
 def _mean_correlations(scores: Sequence[Floats]) -> Floats:
-    """Mean over the pairs of M views of the correlations of their scores (N, R), which are centred; (R,).
+    """Return the mean over the pairs of M views of the correlations of their centred scores (N, R): (R,).
 
-    A single view has no pair; it agrees with itself, so that its correlations are 1.
+    They are 1 for a single view, which has no pair.
     """
     if len(scores) == 1:
         return np.ones(scores[0].shape[1])
-    sizes = [np.sqrt(np.square(own).sum(axis=0)) for own in scores]
-    units = np.stack([own / np.where(size > 0, size, 1) for own, size in zip(scores, sizes, strict=True)])
+    norms = [np.sqrt(np.square(view).sum(axis=0)) for view in scores]
+    units = np.stack([view / np.where(norm > 0, norm, 1) for view, norm in zip(scores, norms, strict=True)])
     total = np.square(units.sum(axis=0)).sum(axis=0) - np.square(units).sum(axis=(0, 1))
-    found: Floats = total / (len(scores) * (len(scores) - 1))
-    return found
+    correlations: Floats = total / (len(scores) * (len(scores) - 1))
+    return correlations
 
 
 def principal_axes(values: NDArray, count: int) -> Floats:
-    """The `count` leading principal axes (D, R) of centred values (N, D), signs fixed; R may be less, never 0."""
+    """Return at most `count` leading principal axes (D, R) of centred values (N, D), signs fixed; R is at least 1."""
     rows, width = values.shape
     _, vectors = _leading(np.asarray(values, dtype=np.float64) / np.sqrt(max(1, rows)), min(count, rows))
     return vectors if vectors.shape[1] else np.zeros((width, 1))
@@ -89,7 +89,7 @@ def principal_axes(values: NDArray, count: int) -> Floats:
 def _ledoit_wolf(values: Floats) -> float:
     from sklearn.covariance import ledoit_wolf_shrinkage
 
-    # In units of its own spread: the intensity does not depend on them, and squares of huge numbers do not overflow.
+    # The intensity does not depend on the unit; dividing by the spread keeps squares of huge values from overflowing.
     spread = np.abs(values).max()
     if len(values) < 2 or spread == 0 or values.shape[1] < 2:
         return 0.0
@@ -97,45 +97,45 @@ def _ledoit_wolf(values: Floats) -> float:
 
 
 def _whitener(values: Floats, intensity: float) -> Floats:
-    """(D, K): columns of values @ whitener are uncorrelated, and of unit variance where there is no ridge."""
+    """Return (D, K): the columns of values @ whitener are uncorrelated, with unit variance without a ridge."""
     width = values.shape[1]
     covariance = values.T @ values / len(values)
-    ridge = intensity / max(1 - intensity, SMALLEST_SHARE) * np.trace(covariance) / width
+    ridge = intensity / max(1 - intensity, MIN_COVARIANCE_WEIGHT) * np.trace(covariance) / width
     covariance[np.diag_indices(width)] += ridge
-    found, axes = np.linalg.eigh(covariance)
-    kept = found > SMALLEST_EIGENVALUE * max(found[-1], 0)
-    return axes[:, kept] / np.sqrt(found[kept])
+    eigenvalues, axes = np.linalg.eigh(covariance)
+    is_kept = eigenvalues > SMALLEST_EIGENVALUE * max(eigenvalues[-1], 0)
+    return axes[:, is_kept] / np.sqrt(eigenvalues[is_kept])
 
 
 def _leading(stacked: Floats, rank: int) -> tuple[Floats, Floats]:
-    """Leading eigenvalues (R,) and eigenvectors (K, R) of stacked.T @ stacked, through the smaller of the two products.
+    """Return leading eigenvalues (R,) and eigenvectors (K, R) of stacked.T @ stacked, from the smaller Gram matrix.
 
-    Each vector's largest entry is positive. Eigenvalues that are rounding beside the largest are left out.
+    Each vector's largest entry is positive. Eigenvalues within rounding of 0 are left out.
     """
     rows, columns = stacked.shape
     if 0 in stacked.shape:
         return np.zeros(0), np.zeros((columns, 0))
-    wide = columns > rows
-    gram = stacked @ stacked.T if wide else stacked.T @ stacked
-    values, vectors = _top(gram, min(rank, len(gram)))
-    kept = values > SMALLEST_EIGENVALUE * max(values[0], 0)
-    values, vectors = values[kept], vectors[:, kept]
-    if wide:
+    is_wide = columns > rows
+    gram = stacked @ stacked.T if is_wide else stacked.T @ stacked
+    values, vectors = _leading_eigenpairs(gram, min(rank, len(gram)))
+    is_kept = values > SMALLEST_EIGENVALUE * max(values[0], 0)
+    values, vectors = values[is_kept], vectors[:, is_kept]
+    if is_wide:
         vectors = stacked.T @ vectors / np.sqrt(values)
-    places = np.abs(vectors).argmax(axis=0), np.arange(vectors.shape[1])
-    return values, vectors * np.where(vectors[places] < 0, -1.0, 1.0)
+    largest = np.abs(vectors).argmax(axis=0), np.arange(vectors.shape[1])
+    return values, vectors * np.where(vectors[largest] < 0, -1.0, 1.0)
 
 
-def _top(gram: Floats, count: int) -> tuple[Floats, Floats]:
+def _leading_eigenpairs(gram: Floats, count: int) -> tuple[Floats, Floats]:
     size = len(gram)
-    if size <= DENSE or 4 * count >= size:
+    if size <= MAX_DENSE_SIZE or 4 * count >= size:
         from scipy.linalg import eigh
 
         values, vectors = eigh(gram, subset_by_index=[size - count, size - 1])
     else:
         from scipy.sparse.linalg import eigsh
 
-        start = np.random.default_rng(0).normal(size=size)  # the same Krylov space every time
+        start = np.random.default_rng(0).normal(size=size)  # a fixed Krylov space makes the result reproducible
         values, vectors = eigsh(gram, k=count, which="LA", v0=start)
     order = np.argsort(-values, kind="stable")
     return values[order], vectors[:, order]

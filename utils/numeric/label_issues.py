@@ -1,7 +1,7 @@
-"""Labels that are likely to be wrong: confident learning (Northcutt et al. 2021) on cross-fitted predictions.
+"""Find labels that are likely to be wrong: confident learning (Northcutt et al. 2021) on cross-fitted predictions.
 
-A row counts for the class that it has more probability of than the rows labelled so have on average. A row that counts
-for another class than its label is an issue.
+A row counts for the most probable class among those that it gives at least as much probability as the rows with that
+label do on average. A row that counts for another class than its label is an issue.
 """
 
 from __future__ import annotations
@@ -21,35 +21,36 @@ COLUMNS = ("rank", "split", "sample_id", "image", "label", "suggested", "p_label
 
 @dataclass(frozen=True)
 class LabelIssues:
-    """What confident learning finds among N rows of C classes."""
+    """Label issues among N rows of C classes."""
 
     rows: NDArray[np.int64]
-    """(n,): rows whose label is in doubt, the most doubtful first"""
+    """(n,): rows with a label issue, the lowest margin first"""
     suggested: NDArray[np.int64]
-    """(n,): the class that each counts for"""
+    """(n,): the class that each of these rows counts for"""
     margins: NDArray[np.float64]
-    """(n,): probability of the label less that of the suggestion; the lower, the more doubtful"""
+    """(n,): probability of the label less that of the suggested class"""
     thresholds: NDArray[np.float64]
-    """(C,): mean probability of a class over the rows labelled so; NaN for a class without rows"""
+    """(C,): mean probability of a class over the rows with this label; NaN for a class without rows"""
     counts: NDArray[np.int64]
-    """(C, C), the confident joint: rows labelled i that count for class j"""
+    """(C, C), the confident joint: number of rows with label i that count for class j"""
 
 
 def find_label_issues(probabilities: ArrayLike, labels: ArrayLike) -> LabelIssues:
-    """Look for wrong labels (N,) by probabilities (N, C) of networks that have not seen them.
+    """Find label issues from labels (N,) and out-of-sample probabilities (N, C).
 
-    Rows that reach no class's threshold count for none. UserError for what cannot be scored.
+    Rows that reach no class's threshold count for no class. Raises UserError as `metrics.check_probabilities` does.
     """
     scores, truth = check_probabilities(probabilities, labels)
     everywhere, classes = np.arange(len(truth)), scores.shape[1]
     support = np.bincount(truth, minlength=classes)
     sums = np.bincount(truth, weights=scores[everywhere, truth], minlength=classes)
     thresholds = np.divide(sums, support, out=np.full(classes, np.nan), where=support > 0)
-    reached = scores >= np.where(support > 0, thresholds, np.inf) - ROUNDING
-    counted = np.where(reached, scores, -1).argmax(axis=1)
-    some = reached.any(axis=1)
-    counts = np.bincount(truth[some] * classes + counted[some], minlength=classes**2).reshape(classes, classes)
-    rows = np.flatnonzero(some & (counted != truth))
+    is_reached = scores >= np.where(support > 0, thresholds, np.inf) - ROUNDING
+    counted = np.where(is_reached, scores, -1).argmax(axis=1)
+    counts_for_any = is_reached.any(axis=1)
+    pairs = truth[counts_for_any] * classes + counted[counts_for_any]
+    counts = np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+    rows = np.flatnonzero(counts_for_any & (counted != truth))
     margins = scores[rows, truth[rows]] - scores[rows, counted[rows]]
     order = np.argsort(margins, kind="stable")
     rows = rows[order]
@@ -65,19 +66,23 @@ def issues_csv(
     images: Sequence[str],
     classes: Sequence[str],
 ) -> str:
-    """CSV with one line per issue, the most doubtful first; `images` (N,) are paths, empty where there is none."""
+    """Return CSV text with one line per issue, the lowest margin first.
+
+    `probabilities` (N, C), `labels`, `splits`, `sample_ids` and `images` (N,) describe all rows; `images` are paths,
+    empty for a row without one. `classes` (C,) are names.
+    """
     stream = io.StringIO()
-    lines = csv.writer(stream, lineterminator="\n")
-    lines.writerow(COLUMNS)
-    found = zip(issues.rows.tolist(), issues.suggested.tolist(), issues.margins.tolist(), strict=True)
-    for rank, (row, suggested, margin) in enumerate(found, start=1):
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    entries = zip(issues.rows.tolist(), issues.suggested.tolist(), issues.margins.tolist(), strict=True)
+    for rank, (row, suggested, margin) in enumerate(entries, start=1):
         label = int(labels[row])
         numbers = [probabilities[row, label], probabilities[row, suggested], margin]
         names = [splits[row], sample_ids[row], images[row], classes[label], classes[suggested]]
-        lines.writerow([rank, *map(_writable, names), *(f"{value:.6f}" for value in numbers)])
+        writer.writerow([rank, *map(_escaped, names), *(f"{value:.6f}" for value in numbers)])
     return stream.getvalue()
 
 
-def _writable(name: str) -> str:
-    """Bytes of a file name that are no UTF-8 as `\\udcff`."""
+def _escaped(name: str) -> str:
+    """Escape the bytes of a file name that are not valid UTF-8, such as `\\udcff`."""
     return name.encode("utf-8", "backslashreplace").decode()

@@ -1,8 +1,7 @@
-"""What a prediction is worth: sets that hold the true class, when to abstain, what is foreign.
+"""Uncertainty of predictions: conformal prediction sets, selective prediction and out-of-distribution (OOD) scores.
 
-Thresholds are found on calibration rows, which are val rows that the same networks have not been trained on, and say
-something about other rows as far as both are drawn alike. Val rows also chose the members' epochs; that flatters them a
-little.
+Thresholds are fitted on calibration rows, which are val rows in out-of-sample predictions. They hold for other rows as
+far as both have the same distribution. Val rows also selected the members' epochs, which flatters them slightly.
 """
 
 from __future__ import annotations
@@ -18,87 +17,92 @@ from utils.core.errors import UserError
 from utils.numeric.metrics import check_probabilities
 
 ALPHA = 0.1
+"""Default of the fraction of rows that prediction sets may fail to cover."""
 TARGET_RISK = 0.05
+"""Default of the error rate that selective prediction aims at."""
 MAX_CURVE_POINTS = 50
-ROUNDING = 1e-9
-MIN_ENERGY_RANGE = 1e-4  # a spread of energies that rounding alone makes
+COUNT_TOLERANCE = 1e-9  # rounding of products that are compared with whole numbers or scores
+MIN_ENERGY_RANGE = 1e-4  # a smaller range of energies is rounding
 Floats = NDArray[np.float64]
 
 
 def lac_scores(probabilities: Floats) -> Floats:
-    """How little each class fits, (N, C): 1 - p (Sadinle et al. 2019, least ambiguous sets)."""
-    found: Floats = 1 - probabilities
-    return found
+    """Return the nonconformity of each class, (N, C): 1 - p (least ambiguous sets, Sadinle et al. 2019)."""
+    scores: Floats = 1 - probabilities
+    return scores
 
 
 def aps_scores(probabilities: Floats) -> Floats:
-    """How little each class fits, (N, C): the summed probability of all classes at least as probable as it.
+    """Return the nonconformity of each class, (N, C): the summed probability of all classes at least as probable.
 
-    Adaptive prediction sets (Romano et al. 2020) without their random part, so that a set never depends on chance and
-    covers rather more than wanted. Equal classes count for one another; never above 1.
+    These are adaptive prediction sets (Romano et al. 2020) without the randomised part, so that sets are reproducible
+    and cover slightly more than 1 - alpha. Equally probable classes get the same score, which is at most 1.
     """
     order = np.argsort(-probabilities, axis=1, kind="stable")
     ordered = np.take_along_axis(probabilities, order, axis=1)
     sums = np.minimum(np.cumsum(ordered, axis=1), 1.0)
-    for place in range(ordered.shape[1] - 2, -1, -1):  # an equal one further on counts as well
-        equal = ordered[:, place] == ordered[:, place + 1]
-        sums[equal, place] = sums[equal, place + 1]
-    found = np.empty_like(sums)
-    np.put_along_axis(found, order, sums, axis=1)
-    return found
+    for column in range(ordered.shape[1] - 2, -1, -1):  # an equally probable class further on counts as well
+        is_equal = ordered[:, column] == ordered[:, column + 1]
+        sums[is_equal, column] = sums[is_equal, column + 1]
+    scores = np.empty_like(sums)
+    np.put_along_axis(scores, order, sums, axis=1)
+    return scores
 
 
 NONCONFORMITY_SCORES: dict[str, Callable[[Floats], Floats]] = {"lac": lac_scores, "aps": aps_scores}
-"""Ways to make prediction sets: probabilities (N, C) -> scores (N, C), small where a class fits."""
+"""Kinds of prediction sets: function of probabilities (N, C) -> nonconformity scores (N, C)."""
 
 
 def conformal_threshold(scores: ArrayLike, alpha: float = ALPHA) -> float | None:
-    """The score that the true class of a new row stays within with probability 1 - alpha, from those of others (n,).
+    """Return the score that a new row's true class exceeds with probability at most `alpha`.
 
-    The ceil((n + 1)(1 - alpha))-th smallest (Vovk et al. 2005); None for fewer than 1 / alpha - 1 rows, which no
-    finite score can promise anything for. UserError for an `alpha` that is no share.
+    It is the ceil((n + 1)(1 - alpha))-th smallest of the calibration rows' scores (n,) (Vovk et al. 2005); None for
+    fewer than 1 / alpha - 1 rows, which allow no finite threshold. Raises UserError for an `alpha` outside (0, 1).
     """
     if not 0 < alpha < 1:
-        raise UserError(f"alpha: found {alpha}; expected a share of rows between 0 and 1, such as 0.1")
+        raise UserError(f"alpha: found {alpha}; expected a fraction of rows between 0 and 1, such as 0.1")
     values = np.sort(np.asarray(scores, dtype=np.float64))
-    place = _place(len(values), alpha)
-    return None if place > len(values) else float(values[place - 1])
+    rank = _threshold_rank(len(values), alpha)
+    return None if rank > len(values) else float(values[rank - 1])
 
 
 def min_calibration_rows(alpha: float) -> int:
-    """How many calibration rows `threshold` needs at least."""
-    return math.ceil(1 / alpha - 1 - ROUNDING)
+    """Return the smallest number of calibration rows for which `conformal_threshold` is finite."""
+    return math.ceil(1 / alpha - 1 - COUNT_TOLERANCE)
 
 
 def prediction_sets(kind: str, probabilities: ArrayLike, limits: float | ArrayLike) -> NDArray[np.bool_]:
-    """Which classes the set of each row holds, (N, C): those of scores up to a threshold, or to those of classes (C,).
+    """Return which classes the prediction set of each row holds, (N, C).
 
-    The most probable class always is in it; a NaN among the thresholds of classes lets its class in everywhere.
+    `limits` is one threshold, or one per class (C,). The most probable class always is in the set; a class whose
+    threshold is NaN is in every set.
     """
     scores = np.asarray(probabilities, dtype=np.float64)
-    bounds = np.asarray(limits, dtype=np.float64)
-    found = (NONCONFORMITY_SCORES[kind](scores) <= bounds + ROUNDING) | np.isnan(bounds)
-    found[np.arange(len(scores)), scores.argmax(axis=1)] = True
-    return found
+    thresholds = np.asarray(limits, dtype=np.float64)
+    sets = (NONCONFORMITY_SCORES[kind](scores) <= thresholds + COUNT_TOLERANCE) | np.isnan(thresholds)
+    sets[np.arange(len(scores)), scores.argmax(axis=1)] = True
+    return sets
 
 
 def coverage_interval(calibrated: int, rows: int, alpha: float = ALPHA) -> list[float]:
-    """Where the share of covered rows among `rows` new ones lies with probability 95 %, if all are drawn alike.
+    """Return the central 95 % interval of the coverage on `rows` new rows, given the number of calibration rows.
 
-    The number covered is beta-binomial (Vovk 2012) for scores without ties; ties only add to it.
+    The number of covered rows is beta-binomial (Vovk 2012) for exchangeable rows and scores without ties; ties only
+    raise it.
     """
     from scipy.special import betaln, gammaln
 
-    place = _place(calibrated, alpha)
-    hit, missed = place, calibrated + 1 - place
+    rank = _threshold_rank(calibrated, alpha)
+    n_below, n_above = rank, calibrated + 1 - rank
     covered = np.arange(rows + 1)
     ways = gammaln(rows + 1) - gammaln(covered + 1) - gammaln(rows - covered + 1)
-    below = np.cumsum(np.exp(ways + betaln(covered + hit, rows - covered + missed) - betaln(hit, missed)))
-    return [float(np.searchsorted(below, share)) / rows for share in (0.025, 0.975)]
+    density = np.exp(ways + betaln(covered + n_below, rows - covered + n_above) - betaln(n_below, n_above))
+    cumulative = np.cumsum(density)
+    return [float(np.searchsorted(cumulative, quantile)) / rows for quantile in (0.025, 0.975)]
 
 
-def _place(rows: int, alpha: float) -> int:
-    return math.ceil((rows + 1) * (1 - alpha) - ROUNDING)
+def _threshold_rank(rows: int, alpha: float) -> int:
+    return math.ceil((rows + 1) * (1 - alpha) - COUNT_TOLERANCE)
 
 
 def conformal_metrics(
@@ -108,17 +112,17 @@ def conformal_metrics(
     *,
     alpha: float = ALPHA,
 ) -> dict[str, Any] | None:
-    """`{alpha, threshold, n, coverage, coverage_interval, mean_size}` of split-conformal sets, lac or aps.
+    """Return `{alpha, threshold, n, coverage, coverage_interval, mean_size}` of split-conformal sets of a `kind`.
 
-    `calibration` and `evaluated` are probabilities (N, C) and labels (N,); `n` counts the calibration rows and
-    `coverage_interval` is that of `coverage_interval`. None where there are too few of them.
+    `calibration` and `evaluated` are probabilities (N, C) and labels (N,); `n` is the number of calibration rows. See
+    the function `coverage_interval` for the interval. None if there are too few calibration rows.
     """
     scores, truth = check_probabilities(*calibration)
     limit = conformal_threshold(NONCONFORMITY_SCORES[kind](scores)[np.arange(len(truth)), truth], alpha)
     if limit is None:
         return None
-    others, labels = check_probabilities(*evaluated)
-    sets = prediction_sets(kind, others, limit)
+    probabilities, labels = check_probabilities(*evaluated)
+    sets = prediction_sets(kind, probabilities, limit)
     return {
         "alpha": alpha,
         "threshold": limit,
@@ -137,62 +141,63 @@ def class_conditional_metrics(
     *,
     alpha: float = ALPHA,
 ) -> dict[str, Any]:
-    """Sets with a threshold of its own for each class, so that each is covered as wanted (Vovk 2012).
+    """Return metrics of sets with one threshold per class, so that each class is covered (Mondrian, Vovk 2012).
 
     `{alpha, mean_size, coverage, classes: {class: {threshold, n, coverage, coverage_interval, note}}}`. A class with
-    fewer than 1 / alpha - 1 calibration rows has no threshold, is in every set and says so in `note`.
+    fewer than 1 / alpha - 1 calibration rows has no threshold and is in every set, as its `note` states.
     """
     scores, truth = check_probabilities(*calibration)
-    own = NONCONFORMITY_SCORES[kind](scores)[np.arange(len(truth)), truth]
-    limits = [conformal_threshold(own[truth == number], alpha) for number in range(len(classes))]
-    others, labels = check_probabilities(*evaluated)
-    sets = prediction_sets(kind, others, np.array([math.nan if limit is None else limit for limit in limits]))
+    true_scores = NONCONFORMITY_SCORES[kind](scores)[np.arange(len(truth)), truth]
+    limits = [conformal_threshold(true_scores[truth == index], alpha) for index in range(len(classes))]
+    probabilities, labels = check_probabilities(*evaluated)
+    sets = prediction_sets(kind, probabilities, np.array([math.nan if limit is None else limit for limit in limits]))
     covered = sets[np.arange(len(labels)), labels]
-    table: dict[str, Any] = {}
     needed = min_calibration_rows(alpha)
-    for number, name in enumerate(classes):
-        calibrated, there = int((truth == number).sum()), int((labels == number).sum())
+    by_class: dict[str, Any] = {}
+    for index, name in enumerate(classes):
+        calibrated, rows = int((truth == index).sum()), int((labels == index).sum())
         too_few = f"too few rows: {calibrated} val rows, and {alpha:g} needs {needed}; it is in every set"
-        measurable = there > 0 and limits[number] is not None
-        table[name] = {
-            "threshold": limits[number],
+        is_measurable = rows > 0 and limits[index] is not None
+        by_class[name] = {
+            "threshold": limits[index],
             "n": calibrated,
-            "coverage": float(covered[labels == number].mean()) if there else None,
-            "coverage_interval": coverage_interval(calibrated, there, alpha) if measurable else None,
-            "note": too_few if limits[number] is None else None,
+            "coverage": float(covered[labels == index].mean()) if rows else None,
+            "coverage_interval": coverage_interval(calibrated, rows, alpha) if is_measurable else None,
+            "note": too_few if limits[index] is None else None,
         }
     mean_size = float(sets.sum(axis=1).mean())
-    return {"alpha": alpha, "mean_size": mean_size, "coverage": float(covered.mean()), "classes": table}
+    return {"alpha": alpha, "mean_size": mean_size, "coverage": float(covered.mean()), "classes": by_class}
 
 
 def risk_coverage(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Floats, Floats]:
-    """Share of rows answered (N,) and the error among them (N,), the surest rows first (El-Yaniv and Wiener 2010).
+    """Return the risk-coverage curve: coverage (N,) and error rate (N,) of the 1, 2, ... N most confident rows.
 
-    Rows of one confidence are answered together; in between, their errors count in equal parts.
+    Rows of equal confidence are interpolated linearly, so that their order does not matter (El-Yaniv and Wiener 2010).
     """
     scores, truth = check_probabilities(probabilities, labels)
     confidence = scores.max(axis=1)
     order = np.argsort(-confidence, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(confidence[order]) < 0), len(truth) - 1)
-    wrong = np.cumsum(scores.argmax(axis=1)[order] != truth[order])
-    answered = np.arange(1, len(truth) + 1)
-    errors = np.interp(answered, np.append(0, ends + 1), np.append(0, wrong[ends]))
-    return answered / len(truth), errors / answered
+    errors = np.cumsum(scores.argmax(axis=1)[order] != truth[order])
+    n_answered = np.arange(1, len(truth) + 1)
+    interpolated = np.interp(n_answered, np.append(0, ends + 1), np.append(0, errors[ends]))
+    return n_answered / len(truth), interpolated / n_answered
 
 
 def confidence_threshold(probabilities: ArrayLike, labels: ArrayLike, target_risk: float) -> float | None:
-    """The lowest confidence from which on rows (N,) are wrong at most as often as wanted; None where there is none."""
+    """Return the lowest confidence whose rows and all more confident ones have an error rate of at most `target_risk`.
+
+    None if no confidence does. Raises UserError for a `target_risk` outside [0, 1).
+    """
     if not 0 <= target_risk < 1:
-        raise UserError(
-            f"target risk: found {target_risk}; expected a fraction of rows from 0 to below 1, such as 0.05"
-        )
+        raise UserError(f"target risk: found {target_risk}; expected an error rate from 0 to below 1, such as 0.05")
     scores, truth = check_probabilities(probabilities, labels)
     confidence = scores.max(axis=1)
-    levels, place = np.unique(confidence, return_inverse=True)
-    wrong = np.bincount(place, weights=scores.argmax(axis=1) != truth)[::-1].cumsum()[::-1]
-    answered = np.bincount(place)[::-1].cumsum()[::-1]
-    fit = np.flatnonzero(wrong <= target_risk * answered + ROUNDING)
-    return float(levels[fit[0]]) if len(fit) else None
+    levels, level_of_row = np.unique(confidence, return_inverse=True)
+    errors = np.bincount(level_of_row, weights=scores.argmax(axis=1) != truth)[::-1].cumsum()[::-1]
+    n_answered = np.bincount(level_of_row)[::-1].cumsum()[::-1]
+    allowed = np.flatnonzero(errors <= target_risk * n_answered + COUNT_TOLERANCE)
+    return float(levels[allowed[0]]) if len(allowed) else None
 
 
 def selective_metrics(
@@ -201,34 +206,35 @@ def selective_metrics(
     *,
     target_risk: float = TARGET_RISK,
 ) -> dict[str, Any]:
-    """`{coverage, risk, aurc, threshold, target_risk, answered, error}`: what abstaining on unsure rows gains.
+    """Return `{coverage, risk, aurc, threshold, target_risk, answered, error}` of selective prediction.
 
-    `coverage` and `risk` are at most 50 points of the curve of the evaluated rows, `aurc` the mean error over all of
-    it. `threshold` is found on the calibration rows, None without them or where nothing is sure enough; `answered` and
-    `error` are the share of evaluated rows that reach it and how many of these are wrong.
+    `coverage` and `risk` are at most 50 points of the risk-coverage curve of the evaluated rows, and `aurc` is the mean
+    risk of the whole curve. `threshold` is the `confidence_threshold` of the calibration rows for `target_risk`; None
+    without calibration rows or if no confidence qualifies. `answered` is the fraction of the evaluated rows that reach
+    it, and `error` their error rate.
     """
-    share, risk = risk_coverage(*evaluated)
-    shown = np.unique(np.linspace(0, len(share) - 1, min(MAX_CURVE_POINTS, len(share))).round().astype(int))
+    coverage, risk = risk_coverage(*evaluated)
+    points = np.unique(np.linspace(0, len(coverage) - 1, min(MAX_CURVE_POINTS, len(coverage))).round().astype(int))
     limit = None if calibration is None else confidence_threshold(*calibration, target_risk)
     scores, truth = check_probabilities(*evaluated)
-    sure = np.zeros(len(truth), dtype=bool) if limit is None else scores.max(axis=1) >= limit
-    wrong = scores.argmax(axis=1) != truth
+    is_answered = np.zeros(len(truth), dtype=bool) if limit is None else scores.max(axis=1) >= limit
+    is_wrong = scores.argmax(axis=1) != truth
     return {
-        "coverage": share[shown].tolist(),
-        "risk": risk[shown].tolist(),
+        "coverage": coverage[points].tolist(),
+        "risk": risk[points].tolist(),
         "aurc": float(risk.mean()),
         "threshold": limit,
         "target_risk": target_risk,
         "wanted_error": target_risk,  # the earlier name of `target_risk` in records
-        "answered": None if limit is None else float(sure.mean()),
-        "error": float(wrong[sure].mean()) if sure.any() else None,
+        "answered": None if limit is None else float(is_answered.mean()),
+        "error": float(is_wrong[is_answered].mean()) if is_answered.any() else None,
     }
 
 
 def ood_scores(logits: ArrayLike) -> Floats:
-    """How little a network knows of each row, by its logits (N, C): energy and minus the largest logit, (2, N).
+    """Return two OOD scores of each row from its logits (N, C): the energy and minus the largest logit, (2, N).
 
-    The energy is minus log-sum-exp (Liu et al. 2020). Both are high where a row is unlike what is known.
+    The energy is -log(sum(exp(logits))) (Liu et al. 2020). Both are high for rows unlike the training data.
     """
     values = np.asarray(logits, dtype=np.float64)
     highest = values.max(axis=-1)
@@ -236,16 +242,16 @@ def ood_scores(logits: ArrayLike) -> Floats:
 
 
 def ood_summary(rows: Floats, reference: Floats) -> dict[str, Any] | None:
-    """Whether rows look unlike val rows, by `ood_scores` of both, (2, N) and (2, R), or its mean over members.
+    """Return how many rows look OOD, by the `ood_scores` (2, N) of rows and (2, R) of reference rows, or their means.
 
-    `{energy, max_logit: {reference, beyond}}`: the bound that 95 % of the reference rows keep, and the share of rows
-    beyond it; 0.05 where both are alike. A hint and no test: networks can be very sure of foreign images. None where
-    the logits are log-probabilities, whose energy is 0 and says nothing.
+    `{energy, max_logit: {reference, beyond}}`: the 95 % quantile of the reference rows, as an energy and as a logit,
+    and the fraction of rows beyond it, which is about 0.05 if both have the same distribution. This is a hint and no
+    test, since networks can be confident on OOD images. None if the logits are log-probabilities, whose energy is 0.
     """
     if np.ptp(reference[0]) < MIN_ENERGY_RANGE:
         return None
-    found = {}
-    for name, here, known, sign in zip(("energy", "max_logit"), rows, reference, (1, -1), strict=True):
-        bound = float(np.quantile(known, 0.95))
-        found[name] = {"reference": sign * bound, "beyond": float((here > bound).mean())}
-    return found
+    summary = {}
+    for name, row_scores, reference_scores, sign in zip(("energy", "max_logit"), rows, reference, (1, -1), strict=True):
+        bound = float(np.quantile(reference_scores, 0.95))
+        summary[name] = {"reference": sign * bound, "beyond": float((row_scores > bound).mean())}
+    return summary

@@ -154,7 +154,7 @@ class Classroom:
 
     def __init__(self, split: Mapping[str, np.ndarray], data: Path, networks: Path, *, whole: bool) -> None:
         self.split, self.networks = split, networks
-        self.albums = _albums(split, data, whole=whole)
+        self.sources = _sources(split, data, whole=whole)
         self.combiner, self.unseen = _teacher(split)
         self.said = self.combiner.predict_proba(split["test_logits"])
 
@@ -173,23 +173,25 @@ class Classroom:
     def student(self, who: str, epochs: int, seed: int) -> dict[str, Any]:
         """`scores` and `agreement` with the teacher on test, `history` by epoch; `who`: a kind of targets, or alone."""
         from utils.distillation.controls import agreement, scores
-        from utils.distillation.student_training import Course, logits_of, train
+        from utils.distillation.student_training import StudentTrainingSettings, predict_logits, train
         from utils.numeric.metrics import softmax
 
         known = ~np.isnan(self.unseen).any(axis=1)
-        lessons = _lessons(self.albums["train"], who, known, batch=_batch(self.albums), seed=seed)
-        teach = None if who == ALONE else (lambda _: self.unseen) if who == "oof" else self._asked(lessons)
-        course = Course(STUDENT, epochs, RATE, TEMPERATURE, 0.0 if who == ALONE else ALPHA, seed=seed)
+        batch_schedule = _batch_schedule(self.sources["train"], who, known, batch=_batch(self.sources), seed=seed)
+        teach = None if who == ALONE else (lambda _: self.unseen) if who == "oof" else self._asked(batch_schedule)
+        settings = StudentTrainingSettings(
+            STUDENT, epochs, RATE, TEMPERATURE, 0.0 if who == ALONE else ALPHA, seed=seed
+        )
         model = _fresh(len(self.split["classes"]), seed)
-        done = train(model, course, lessons, teach, self.albums["val"], device="cpu")
-        answers = softmax(logits_of(model, self.albums["test"], "cpu", done.weights))
+        done = train(model, settings, batch_schedule, teach, self.sources["val"], device="cpu")
+        answers = softmax(predict_logits(model, self.sources["test"], "cpu", done.weights))
         return {
             "scores": scores(answers, self.split["test_labels"]),
             "agreement": agreement(answers, self.said),
             "history": done.history,
         }
 
-    def _asked(self, lessons: Any) -> Callable[[int], np.ndarray]:
+    def _asked(self, batch_schedule: Any) -> Callable[[int], np.ndarray]:
         """Epoch -> what the teacher says of the views of that epoch; once for those that come back."""
         import torch
 
@@ -203,16 +205,16 @@ class Classroom:
         members = [streaming.open_network(spec).eval() for spec in specs]
 
         def answered(epoch: int) -> np.ndarray:
-            logits = np.empty((len(members), len(lessons.album), len(classes)), dtype=np.float32)
-            for batch, images in lessons.pages(epoch, SIDE):
+            logits = np.empty((len(members), len(batch_schedule.image_source), len(classes)), dtype=np.float32)
+            for batch, images in batch_schedule.loader(epoch, SIDE):
                 with torch.no_grad():
                     logits[:, batch.rows.numpy()] = torch.stack([member(images) for member in members]).numpy()
             return log_probabilities(self.combiner.predict_proba(logits))
 
         def teach(epoch: int) -> np.ndarray:
-            if not lessons.views:
+            if not batch_schedule.n_views:
                 return answered(epoch)
-            number = epoch % lessons.views
+            number = epoch % batch_schedule.n_views
             if number not in kept:
                 kept[number] = answered(epoch)
             return kept[number]
@@ -241,10 +243,10 @@ def _teacher(split: Mapping[str, np.ndarray]) -> tuple[Any, np.ndarray]:
     return recipe, targets
 
 
-def _albums(split: Mapping[str, np.ndarray], data: Path, *, whole: bool) -> dict[str, Any]:
+def _sources(split: Mapping[str, np.ndarray], data: Path, *, whole: bool) -> dict[str, Any]:
     """The images of the three splits; `whole` where they must not be mirrored."""
     from utils.predictions.image_splits import ImageSplit
-    from utils.training.image_views import Album
+    from utils.training.image_source import ImageSource
 
     of_val = split["split"] == "val"
     parts = {
@@ -259,25 +261,30 @@ def _albums(split: Mapping[str, np.ndarray], data: Path, *, whole: bool) -> dict
         classes = tuple(split["classes"].tolist())
         images = ImageSplit(name, classes, tuple(ids.tolist()), labels, paths, contents, name)
         kind = "no_flip" if whole else "full"
-        found[name] = Album(images, SIDE, kind, image_cache=prepare.ZOO / "image_cache")
+        found[name] = ImageSource(images, SIDE, kind, image_cache=prepare.ZOO / "image_cache")
     return found
 
 
-def _lessons(album: Any, who: str, known: np.ndarray, *, batch: int, seed: int = 0) -> Any:
-    from utils.distillation.target_sources import plainness
-    from utils.training.image_views import Lessons
+def _batch_schedule(image_source: Any, who: str, known: np.ndarray, *, batch: int, seed: int = 0) -> Any:
+    from utils.distillation.target_sources import unaugmented_frequency
+    from utils.training.batch_schedule import BatchSchedule
 
-    plain = plainness(album, who, known, ALPHA)
-    return Lessons(
-        album, batch, seed, plain, views=VIEWS if who == "views" else 0, is_shared=who in ("views", "consistent")
+    unaugmented = unaugmented_frequency(image_source, who, known, ALPHA)
+    return BatchSchedule(
+        image_source,
+        batch,
+        seed,
+        unaugmented,
+        n_views=VIEWS if who == "views" else 0,
+        is_shared=who in ("views", "consistent"),
     )
 
 
-def _batch(album: Mapping[str, Any]) -> int:
+def _batch(sources: Mapping[str, Any]) -> int:
     """As the zoo's networks had it."""
     from demo import FEW_IMAGES
 
-    return 32 if sum(len(part) for part in album.values()) < FEW_IMAGES else 64
+    return 32 if sum(len(source) for source in sources.values()) < FEW_IMAGES else 64
 
 
 def _fresh(classes: int, seed: int = 0) -> Any:
@@ -295,22 +302,25 @@ def _fresh(classes: int, seed: int = 0) -> Any:
 def cost_rows(path: Path, data: Path, *, whole: bool) -> list[dict]:
     """CPU seconds of an epoch with cached targets against one of the base pipeline's plain training."""
     from utils import base_back
-    from utils.distillation.student_training import Course, train
+    from utils.distillation.student_training import StudentTrainingSettings, train
 
     split = prepare.read(path)
-    albums, classes = _albums(split, data, whole=whole), len(split["classes"])
-    album, batch = albums["train"], _batch(albums)
+    sources, classes = _sources(split, data, whole=whole), len(split["classes"])
+    image_source, batch = sources["train"], _batch(sources)
     base_back.bind()
     from training import create_optimized_optimizer, get_loss_function_for_backbone, train_epoch_optimized
     from utils.datasets import BatchLoader, DecodedDataset
     from utils.samples import Sample
 
-    images = album.images
+    images = image_source.images
     samples = [Sample(*each) for each in zip(images.paths, images.sample_ids, images.labels.tolist(), strict=True)]
     loader = BatchLoader(
-        DecodedDataset(samples, images.classes, images.contents, SIDE), batch, training=True, kind=album.kind
+        DecodedDataset(samples, images.classes, images.contents, SIDE),
+        batch,
+        training=True,
+        kind=image_source.augmentation,
     )
-    one = albums["val"]
+    one = sources["val"]
     model = _fresh(classes)
     optimizer = create_optimized_optimizer(model, RATE, STUDENT)
     criterion = get_loss_function_for_backbone(STUDENT, classes)
@@ -319,27 +329,27 @@ def cost_rows(path: Path, data: Path, *, whole: bool) -> list[dict]:
         train_epoch_optimized(model, loader, optimizer, criterion)
 
     def cached(kind: str) -> None:
-        lessons = _lessons(album, kind, np.ones(len(album), bool), batch=batch)
-        lessons.is_shared = False
-        table = np.full((len(album), classes), -np.log(classes), dtype=np.float32)
-        lessons.drawn(0)  # drawn once for all epochs where views come back
+        batch_schedule = _batch_schedule(image_source, kind, np.ones(len(image_source), bool), batch=batch)
+        batch_schedule.is_shared = False
+        table = np.full((len(image_source), classes), -np.log(classes), dtype=np.float32)
+        batch_schedule.epoch_views(0)  # drawn once for all epochs where views come back
         start = time.process_time()
         train(
             model,
-            Course(STUDENT, 1, RATE, TEMPERATURE, ALPHA, 0),
-            lessons,
+            StudentTrainingSettings(STUDENT, 1, RATE, TEMPERATURE, ALPHA, 0),
+            batch_schedule,
             lambda _: table,
             one,
             device="cpu",
         )
-        times[kind].append(time.process_time() - start - exam)
+        times[kind].append(time.process_time() - start - validation_seconds)
 
-    from utils.distillation.student_training import logits_of
+    from utils.distillation.student_training import predict_logits
 
     plain()  # warm
     start = time.process_time()
-    logits_of(model, one, "cpu")
-    exam = time.process_time() - start
+    predict_logits(model, one, "cpu")
+    validation_seconds = time.process_time() - start
     times: dict[str, list[float]] = {"plain": [], "oof": [], "views": []}
     for _ in range(TURNS):
         start = time.process_time()

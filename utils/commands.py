@@ -162,7 +162,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "distill": Command(
         "utils.distillation.student_builder:distill",
-        "teach one small network what an ensemble knows, and hold it against itself untaught",
+        "distil an ensemble into a student and compare it with the same network trained without a teacher",
         "distill --set distillation.teacher=best",
         {},
         writes=True,

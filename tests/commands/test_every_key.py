@@ -152,11 +152,13 @@ def how_it_fuses(store: Store, members: Any) -> str:
 
 def how_it_teaches(store: Store) -> Any:
     """Students and teachers, and what each student depends on, taught by an ensemble that is there."""
-    steps = student_plan.steps(store.config)
+    steps = student_plan.distillation_steps(store.config)
     try:
-        found = [students.find(store, step.student) for step in steps]
-        teacher = teachers.find(store, "soft_voting", besides=found[-1].member)
-        return steps, [student_plan.key(store, one, teacher, unlabeled.find(store)) for one in found]
+        found = [students.resolve(store, step.student) for step in steps]
+        teacher = teachers.resolve(store, "soft_voting", excluded_member=found[-1].member)
+        return steps, [
+            student_plan.inputs_digest(store, one, teacher, unlabeled.unlabeled_images(store)) for one in found
+        ]
     except UserError as error:
         return str(error)
 

@@ -1,81 +1,123 @@
-"""The share of a gain that is kept, its interval, and whether distillation helped, in words."""
+"""The comparison of a student with its controls: the gain that it keeps, its interval, and the verdict."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from stored_predictions import workspace_at
 
-from utils.distillation.controls import agreement, gain_kept, scores, verdict
-
-
-def answers(hits: np.ndarray, labels: np.ndarray, sureness: float = 0.8) -> np.ndarray:
-    """Probabilities (N, 2) that name the right class where `hits` says so."""
-    named = np.where(hits, labels, 1 - labels)
-    return np.where(np.eye(2, dtype=bool)[named], sureness, 1 - sureness)
+from utils.core.artifacts import write_json
+from utils.core.workspace import Workspace
+from utils.distillation.controls import agreement, control_metrics, gain_kept, scores, verdict, write_controls
 
 
-def right(count: int, of: int) -> np.ndarray:
-    """`count` of `of` rows, evenly spread."""
-    return np.floor(np.arange(1, of + 1) * count / of) > np.floor(np.arange(of) * count / of)
+def predictions(hits: np.ndarray, labels: np.ndarray, confidence: float = 0.8) -> np.ndarray:
+    """Probabilities (N, 2) that are correct where `hits` is True."""
+    predicted = np.where(hits, labels, 1 - labels)
+    return np.where(np.eye(2, dtype=bool)[predicted], confidence, 1 - confidence)
+
+
+def evenly_spread(count: int, total: int) -> np.ndarray:
+    """A mask with `count` of `total` rows True."""
+    return np.floor(np.arange(1, total + 1) * count / total) > np.floor(np.arange(total) * count / total)
 
 
 LABELS = np.arange(1000) % 2
 
 
-def kept(student: int, alone: int, teacher: int, rows: int = 1000):
+def gain_of(student: int, alone: int, teacher: int, rows: int = 1000):
     labels = LABELS[:rows]
-    return gain_kept(*(answers(right(count, rows), labels) for count in (student, alone, teacher)), labels)
+    return gain_kept(*(predictions(evenly_spread(count, rows), labels) for count in (student, alone, teacher)), labels)
 
 
-def test_the_share_is_that_of_the_accuracies_and_the_interval_holds_it():
-    found, said = kept(900, 800, 950)
-    assert found["value"] == pytest.approx(100 / 150)
-    low, high = found["ci95"]
-    assert 0.3 < low < found["value"] < high < 1.1
-    assert found["log_loss"]["value"] == pytest.approx(100 / 150)  # every hit is worth the same here
-    assert said == ""
+def test_the_fraction_is_that_of_the_accuracies_and_the_interval_contains_it():
+    gain, reason = gain_of(900, 800, 950)
+    assert gain["value"] == pytest.approx(100 / 150)
+    low, high = gain["ci95"]
+    assert 0.3 < low < gain["value"] < high < 1.1
+    assert gain["log_loss"]["value"] == pytest.approx(100 / 150)  # every hit has the same log-loss here
+    assert reason == ""
 
 
-def test_a_student_below_the_network_alone_keeps_less_than_nothing():
-    found, _ = kept(750, 800, 950)
-    assert found["value"] == pytest.approx(-50 / 150)
-    assert found["ci95"][1] < 0.2
+def test_a_student_worse_than_the_network_alone_has_a_negative_fraction():
+    gain, _ = gain_of(750, 800, 950)
+    assert gain["value"] == pytest.approx(-50 / 150)
+    assert gain["ci95"][1] < 0.2
 
 
-def test_without_a_gain_of_the_teacher_there_is_no_share():
-    found, said = kept(900, 900, 850)
-    assert found["value"] is None
-    assert found["ci95"] == [None, None]
-    assert "the teacher's accuracy is not better than that of the network alone" in said
+def test_without_a_gain_of_the_teacher_the_fraction_is_undefined():
+    gain, reason = gain_of(900, 900, 850)
+    assert gain["value"] is None
+    assert gain["ci95"] == [None, None]
+    assert reason.count("not better") == 2  # in accuracy and in log-loss
 
 
-def test_where_the_teacher_may_gain_nothing_there_are_no_bounds():
-    found, said = kept(26, 25, 27, rows=30)
-    assert found["value"] == pytest.approx(0.5)
-    assert found["ci95"] == [None, None]
-    assert "30 rows do not show for certain that the teacher gains in accuracy" in said
+def test_where_the_teacher_may_gain_nothing_the_interval_has_no_bounds():
+    gain, reason = gain_of(26, 25, 27, rows=30)
+    assert gain["value"] == pytest.approx(0.5)
+    assert gain["ci95"] == [None, None]
+    assert reason.count("30 rows") == 2
 
 
 def test_scores_and_agreement():
-    hits = right(900, 1000)
-    found = scores(answers(hits, LABELS), LABELS)
-    assert found["accuracy"] == 0.9
-    assert found["log_loss"] == pytest.approx(-0.9 * np.log(0.8) - 0.1 * np.log(0.2))
-    assert found["ece"] == pytest.approx(0.1)
-    assert agreement(answers(hits, LABELS), answers(np.ones(1000, bool), LABELS)) == 0.9
+    hits = evenly_spread(900, 1000)
+    result = scores(predictions(hits, LABELS), LABELS)
+    assert result["accuracy"] == 0.9
+    assert result["log_loss"] == pytest.approx(-0.9 * np.log(0.8) - 0.1 * np.log(0.2))
+    assert result["ece"] == pytest.approx(0.1)
+    assert agreement(predictions(hits, LABELS), predictions(np.ones(1000, bool), LABELS)) == 0.9
 
 
 @pytest.mark.parametrize(
     ("student", "loss", "words"),
     [
         (0.9, 0.3, "distillation helped ("),
-        (0.9, 0.6, "distillation helped in accuracy alone"),
-        (0.7, 0.3, "distillation helped in log-loss alone"),
-        (0.8, 0.5, "distillation did not help: the same network trained alone is as good or better"),
+        (0.9, 0.6, "distillation helped in accuracy alone ("),
+        (0.7, 0.3, "distillation helped in log-loss alone ("),
+        (0.8, 0.5, "distillation did not help: "),
     ],
 )
-def test_the_verdict_is_in_words(student, loss, words):
+def test_the_verdict_follows_from_accuracy_and_log_loss(student, loss, words):
     alone, teacher = ({"accuracy": accuracy, "log_loss": 0.5} for accuracy in (0.8, 0.95))
-    said = verdict({"accuracy": student, "log_loss": loss}, alone, teacher, {"value": 0.66})
-    assert said.startswith(words)
-    assert "66 % of the teacher's gain" in said
+    text = verdict({"accuracy": student, "log_loss": loss}, alone, teacher, {"value": 0.66})
+    assert text.startswith(words)
+    assert "66 % of the teacher's gain" in text
+
+
+@pytest.fixture
+def compared(tmp_path) -> Workspace:
+    """A workspace with the controls of one student on four test rows."""
+    workspace = workspace_at(tmp_path)
+    labels = np.array([0, 1, 0, 1])
+    parts = {
+        "alone": predictions(np.array([True, False, True, False]), labels),
+        "teacher": predictions(np.ones(4, bool), labels),
+        "labels": labels,
+        "sample_ids": np.array(["a", "b", "c", "d"]),
+    }
+    write_controls(workspace, "distilled_mobile", {"test": parts})
+    costs = {"alone": {"size_mb": 1.0}, "teacher": {"size_mb": 3.0}}
+    path = workspace.distillation("distilled_mobile") / "record.json"
+    write_json(path, {"teacher": "soft_voting_ensemble", "costs": costs})
+    return workspace
+
+
+def test_control_metrics_are_of_the_requested_rows_in_their_order(compared):
+    student = predictions(np.array([True, False]), np.array([1, 0]))  # of d and c
+    metrics, notes = control_metrics(compared, "distilled_mobile", "test", ["d", "c"], student)
+    assert metrics["controls"]["alone"]["accuracy"] == 0.5  # wrong on d, correct on c
+    assert metrics["controls"]["teacher"]["accuracy"] == 1.0
+    assert metrics["controls"]["teacher"]["agreement"] == 0.5
+    assert metrics["controls"]["teacher"]["name"] == "soft_voting_ensemble"
+    assert metrics["controls"]["alone"]["size_mb"] == 1.0
+    assert metrics["gain_kept"]["value"] == 0.0
+    assert "controls" in notes
+
+
+def test_rows_without_controls_are_noted_and_other_ensembles_have_none(compared):
+    probabilities = np.full((1, 2), 0.5)
+    metrics, notes = control_metrics(compared, "distilled_mobile", "test", ["unknown"], probabilities)
+    assert metrics == {"controls": None, "gain_kept": None}
+    assert notes.keys() == metrics.keys()
+    assert control_metrics(compared, "distilled_mobile", "val", ["a"], probabilities)[0] == metrics
+    assert control_metrics(compared, "soft_voting_ensemble", "test", ["a"], probabilities) == ({}, {})

@@ -7,7 +7,7 @@ import pytest
 from given_predictions import logged
 
 from utils.core.errors import UserError
-from utils.distillation.soft_targets import KEPT, content_digest, load, log_probabilities, pack, save, unpack
+from utils.distillation.soft_targets import TOP_CLASSES, content_digest, load, log_probabilities, pack, save, unpack
 
 
 def targets(views: int, rows: int, classes: int, spread: float = 0.1) -> np.ndarray:
@@ -30,13 +30,15 @@ def test_of_many_classes_the_largest_are_kept_and_the_rest_is_spread():
     given = targets(1, 20, 300, spread=1.0)
     given[0, 4] = np.nan
     packed = pack(given)
-    assert packed["values"].shape == packed["places"].shape == (1, 20, KEPT)
+    assert packed["values"].shape == packed["places"].shape == (1, 20, TOP_CLASSES)
     found = unpack(packed)
     assert np.isnan(found[0, 4]).all()
     assert np.exp(found[0, 0]).sum() == pytest.approx(1, abs=1e-5)
     best = np.argsort(-given[0, 0])
-    np.testing.assert_allclose(np.exp(found[0, 0, best[:KEPT]]), np.exp(given[0, 0, best[:KEPT]]), rtol=5e-3)
-    assert np.ptp(found[0, 0, best[KEPT:]]) == 0
+    np.testing.assert_allclose(
+        np.exp(found[0, 0, best[:TOP_CLASSES]]), np.exp(given[0, 0, best[:TOP_CLASSES]]), rtol=5e-3
+    )
+    assert np.ptp(found[0, 0, best[TOP_CLASSES:]]) == 0
 
 
 def test_zero_probability_is_no_infinity():

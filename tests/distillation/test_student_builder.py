@@ -112,7 +112,7 @@ def test_a_second_run_keeps_it_and_needs_no_torch(taught):
 def test_status_knows_whether_it_is_current(taught):
     assert inventory.take(config(), taught).ensembles[NAME].state == "current"
     other = inventory.take(config("distillation.temperature=2"), taught)
-    assert str(other.ensembles[NAME]) == "stale: its teacher, images or settings are others now"
+    assert other.ensembles[NAME].state == "stale"
     missing = inventory.take(config(SMALL), taught)
     assert missing.ensembles["distilled_convnext"].state == "missing"
     assert missing.learned["distill"] == ("distilled_convnext",)
@@ -162,16 +162,20 @@ def test_oof_targets_come_from_networks_and_a_combiner_that_did_not_see_the_row(
     workspace = workspace_at(built)
     store = store_of(workspace)
     ids = store.images("train").sample_ids
-    teacher = teachers.find(store, "soft_voting", besides="x")
+    teacher = teachers.resolve(store, "soft_voting", excluded_member="x")
     parts = []
     for name in teacher.ensemble.members:
         with np.load(built / "kfold_results" / f"{name}_oof_predictions.npz") as arrays:
             place = {sample_id: row for row, sample_id in enumerate(arrays["sample_ids"].tolist())}
             parts.append(softmax(arrays["logits"][[place[sample_id] for sample_id in ids]]))
-    np.testing.assert_allclose(np.exp(teachers.unseen(store, teacher, "train", ids)), np.mean(parts, axis=0), atol=1e-5)
-    member = teachers.find(store, "CustomViTHybrid", besides="x")
+    np.testing.assert_allclose(
+        np.exp(teachers.crossfit_log_probabilities(store, teacher, "train", ids)), np.mean(parts, axis=0), atol=1e-5
+    )
+    member = teachers.resolve(store, "CustomViTHybrid", excluded_member="x")
     where = list(teacher.ensemble.members).index("CustomViTHybrid")
-    np.testing.assert_allclose(np.exp(teachers.unseen(store, member, "train", ids)), parts[where], atol=1e-5)
+    np.testing.assert_allclose(
+        np.exp(teachers.crossfit_log_probabilities(store, member, "train", ids)), parts[where], atol=1e-5
+    )
 
 
 def test_a_combiner_s_targets_do_not_change_with_the_labels_of_their_own_fold(own):
@@ -181,9 +185,9 @@ def test_a_combiner_s_targets_do_not_change_with_the_labels_of_their_own_fold(ow
     learned = ("runs.score_ensemble.methods=[weighted]",)
     build_commands.build_ensemble(config(*learned), own)
     store = store_of(own)
-    teacher = teachers.find(store, "weighted", besides="x")
+    teacher = teachers.resolve(store, "weighted", excluded_member="x")
     ids = store.images("train").sample_ids
-    said = teachers.unseen(store, teacher, "train", ids)
+    said = teachers.crossfit_log_probabilities(store, teacher, "train", ids)
     honest = fitting.out_of_sample_rows(store, teachers.members_of(store, teacher))
     held_out = honest.fold == 0
     recipe = ensembles.COMBINERS["weighted"].configured(
@@ -218,10 +222,12 @@ def test_consistent_hands_teacher_and_student_the_same_tensors(own, monkeypatch)
         residents.append(sum(any(len(tensor) for tensor in one.parameters()) for one in networks))
         return listened(spec.architecture, model)
 
-    opened, fresh = streaming.open_network, student_builder.students.fresh
+    opened, initial = streaming.open_network, student_builder.students.initial_network
     turns = iter(("student", "alone"))
     monkeypatch.setattr(streaming, "open_network", open_network)
-    monkeypatch.setattr(student_builder.students, "fresh", lambda *given: listened(next(turns), fresh(*given)))
+    monkeypatch.setattr(
+        student_builder.students, "initial_network", lambda *given: listened(next(turns), initial(*given))
+    )
     distill(own, SMALL, "distillation.targets=consistent", "distillation.mix=cutmix", "distillation.epochs=1")
     assert len(shown["student"]) == 7
     for name in ("CustomConvNeXt", "CustomResNetMish", "CustomViTHybrid", "alone"):
@@ -256,8 +262,8 @@ def test_auto_says_when_the_teacher_has_seen_the_rows(own, caplog):
 def test_views_are_asked_about_once_and_found_again(own, monkeypatch, caplog):
     views = ("distillation.targets=views", "distillation.views=2", "distillation.teacher=CustomConvNeXt")
     passes = []
-    shown = teachers.shown
-    monkeypatch.setattr(teachers, "shown", lambda *given: passes.append(given[2]) or shown(*given))
+    shown = teachers.predict_views
+    monkeypatch.setattr(teachers, "predict_views", lambda *given: passes.append(given[2]) or shown(*given))
     distill(own, SMALL, *views)
     assert passes == [2 * 224]
     with np.load(own.distillation("distilled_convnext") / "targets.npz") as arrays:

@@ -1,4 +1,4 @@
-"""Shared by tests: helpers of test_image_views that other test modules use as well."""
+"""Shared by tests: helpers that several test modules use."""
 
 from __future__ import annotations
 

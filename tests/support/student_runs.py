@@ -6,8 +6,8 @@ from conftest import PROJECT
 
 from utils.core.config_file import load_config
 from utils.distillation import student_builder
-from utils.distillation.student_plan import record_of
-from utils.distillation.students import find
+from utils.distillation.student_plan import read_student_record
+from utils.distillation.students import resolve
 from utils.predictions import catalog
 from utils.predictions.store import Store
 
@@ -34,4 +34,4 @@ def store_of(workspace, *overrides) -> Store:
 
 def record(workspace, *overrides) -> dict:
     store = store_of(workspace, *overrides)
-    return record_of(store, find(store, store.config.distillation.student))
+    return read_student_record(store, resolve(store, store.config.distillation.student))

@@ -33,8 +33,8 @@ from utils.predictions.store import Store
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from utils.training.joint_networks import Part
-    from utils.training.joint_training import Tuned
+    from utils.training.joint_networks import JointMember
+    from utils.training.joint_training import JointTrainingResult
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -86,7 +86,7 @@ def is_current(store: Store, members: Sequence[Member], name: str) -> bool:
 
 def build(store: Store, members: Sequence[Member], name: str, force: bool) -> None:
     """Train, keep the networks as derived members and the fusion over them. Raises UserError where it cannot be."""
-    from utils.training.joint_networks import Course, FusionHeads
+    from utils.training.joint_networks import FusionHeads, JointTrainingSettings
     from utils.training.joint_training import train
 
     config, settings = store.config, store.config.runs.fusion
@@ -107,7 +107,9 @@ def build(store: Store, members: Sequence[Member], name: str, force: bool) -> No
     tuned = train(
         _parts(store, members),
         head,
-        Course(settings.end_to_end_epochs, settings.fusion_config.lr, settings.label_smoothing, config.seed),
+        JointTrainingSettings(
+            settings.end_to_end_epochs, settings.fusion_config.lr, settings.label_smoothing, config.seed
+        ),
         folder=folder,
         key=wanted,
         device=streaming.resolve_device(config.device),
@@ -166,21 +168,22 @@ def _expected(store: Store, members: Sequence[Member]) -> estimates.Estimate:
     )
 
 
-def _facts(derived: Sequence[Member], tuned: Tuned) -> dict[str, Any]:
+def _facts(derived: Sequence[Member], tuned: JointTrainingResult) -> dict[str, Any]:
     return {
         "epoch": tuned.epoch,
         "history": tuned.history,
         "blocks": tuned.blocks,
-        "computed_twice": tuned.twice,
+        "computed_twice": tuned.recomputed,
         "step_bytes": tuned.step_bytes,
         "networks": {member.name: member.checkpoints[0]["sha256"] for member in derived},
     }
 
 
-def _parts(store: Store, members: Sequence[Member]) -> list[Part]:
+def _parts(store: Store, members: Sequence[Member]) -> list[JointMember]:
     """Networks with their images, of which every file is decoded once for all of them."""
-    from utils.training.image_views import Album, Lessons, augmentation_kind
-    from utils.training.joint_networks import Part
+    from utils.training.batch_schedule import NEVER, BatchSchedule
+    from utils.training.image_source import ImageSource, augmentation_kind
+    from utils.training.joint_networks import JointMember
 
     settings = store.config.dataset
     images = {split: store.images(split) for split in ("train", "val")}
@@ -188,24 +191,24 @@ def _parts(store: Store, members: Sequence[Member]) -> list[Part]:
     sizes = sorted({member.img_size for member in members if member.img_size})
     image_splits.decode(list(images.values()), sizes, image_cache=cache, threads=threads)
 
-    def album(split: str, spec: NetworkSpec, kind: str) -> Album:
-        return Album(images[split], spec.img_size, kind, image_cache=cache, threads=threads)
+    def image_source(split: str, spec: NetworkSpec, kind: str) -> ImageSource:
+        return ImageSource(images[split], spec.img_size, kind, image_cache=cache, threads=threads)
 
     found = []
     for member in members:
         spec = member.network(store.workspace)
         kind = augmentation_kind(training_metadata(spec.checkpoint))
         rows = {split: store.rows(member, split, embeddings=True) for split in images}
-        train = album("train", spec, kind)
-        never = np.full(len(train), "never")
+        train = image_source("train", spec, kind)
+        never = np.full(len(train), NEVER)
         found.append(
-            Part(
+            JointMember(
                 name=member.name,
                 architecture=member.architecture,
                 spec=spec,
-                order=[member.classes.index(name) for name in store.catalog.classes],
-                lessons=Lessons(train, settings.batch_size, store.config.seed, never),
-                exam=album("val", spec, kind),
+                class_order=[member.classes.index(name) for name in store.catalog.classes],
+                batch_schedule=BatchSchedule(train, settings.batch_size, store.config.seed, never),
+                validation_set=image_source("val", spec, kind),
                 embeddings=(_tensor(rows["train"]), _tensor(rows["val"])),
             )
         )
@@ -218,7 +221,7 @@ def _tensor(rows: MemberRows) -> Tensor:
     return torch.from_numpy(np.array(rows.embeddings, dtype=np.float32))
 
 
-def _weights(store: Store, member: Member, tuned: Tuned) -> Callable[[], Mapping[str, Any]]:
+def _weights(store: Store, member: Member, tuned: JointTrainingResult) -> Callable[[], Mapping[str, Any]]:
     """What gives a member's weights at the chosen epoch, so that one set at a time is in memory."""
     if tuned.epoch:
         return lambda: tuned.weights(member.name)

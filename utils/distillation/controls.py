@@ -1,6 +1,6 @@
-"""Did distillation help? A student beside the same network trained alone and beside its teacher, on the same rows.
+"""The two controls of a student, its teacher and the same network trained without a teacher, on the same rows.
 
-What the two others answered is kept by `distill` in `ensembles/distillation/<name>/`, for whoever scores the student.
+`distill` stores their predictions in `ensembles/distillation/<name>/`; `evaluate` scores the student against them.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ from utils.numeric.metrics import accuracy, ece, log_loss, log_loss_per_row
 from utils.numeric.statistics import bootstrap_means, ratio_interval
 
 ALONE, TEACHER = "alone", "teacher"
-AGAIN = "Distill again: python ensemble_orchestrator.py distill --force"
+"""Keys of the controls: the same network trained without a teacher, and the teacher."""
+REMEDY = "Distill again: python ensemble_orchestrator.py distill --force"
 
 
-def keep(workspace: Workspace, name: str, answers: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Keep {split: {alone, teacher: probabilities (N, C), labels (N,), sample_ids (N,)}} of a student's controls."""
-    arrays = {f"{split}/{part}": array for split, parts in answers.items() for part, array in parts.items()}
+def write_controls(workspace: Workspace, name: str, predictions: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Write {split: {alone, teacher: probabilities (N, C), labels (N,), sample_ids (N,)}} of a student's controls."""
+    arrays = {f"{split}/{key}": array for split, parts in predictions.items() for key, array in parts.items()}
     write_arrays(workspace.distillation(name) / "controls.npz", arrays)
 
 
-def beside(
+def control_metrics(
     workspace: Workspace, name: str, split: str, sample_ids: Sequence[str], probabilities: np.ndarray
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """`controls` and `gain_kept` of a student's `metrics.json`, and the notes on them; nothing for what is no student.
+    """`controls` and `gain_kept` for a student's `metrics.json`, and the notes on them; both empty for other ensembles.
 
-    `probabilities` (N, C) are the student's on the rows that are scored.
+    `probabilities` (N, C) are the student's on the rows `sample_ids`.
     """
-    record = read_record(workspace.distillation(name) / "record.json", remedy=AGAIN)
+    record = read_record(workspace.distillation(name) / "record.json", remedy=REMEDY)
     path = workspace.distillation(name) / "controls.npz"
     if record is None or not path.is_file():
         return {}, {}
-    arrays = read_arrays(path, remedy=AGAIN)
-    place_of = {
-        sample_id: row for row, sample_id in enumerate(arrays.get(f"{split}/sample_ids", np.array([])).tolist())
-    }
-    if any(sample_id not in place_of for sample_id in sample_ids):
-        reason = f"the controls did not answer for these rows of {split}"
+    arrays = read_arrays(path, remedy=REMEDY)
+    stored_ids = arrays.get(f"{split}/sample_ids", np.array([])).tolist()
+    row_of = {sample_id: row for row, sample_id in enumerate(stored_ids)}
+    if any(sample_id not in row_of for sample_id in sample_ids):
+        reason = f"the controls have no predictions for these rows of {split}"
         return {"controls": None, "gain_kept": None}, {"controls": reason, "gain_kept": reason}
-    rows = [place_of[sample_id] for sample_id in sample_ids]
-    found = {who: arrays[f"{split}/{who}"][rows] for who in (ALONE, TEACHER)}
+    rows = [row_of[sample_id] for sample_id in sample_ids]
+    predictions = {key: arrays[f"{split}/{key}"][rows] for key in (ALONE, TEACHER)}
     labels = arrays[f"{split}/labels"][rows]
-    controls = {who: record["costs"][who] | scores(each, labels) for who, each in found.items()}
-    controls[TEACHER] |= {"name": record["teacher"], "agreement": agreement(probabilities, found[TEACHER])}
-    kept, why = gain_kept(probabilities, found[ALONE], found[TEACHER], labels)
-    said = verdict(scores(probabilities, labels), controls[ALONE], controls[TEACHER], kept)
-    return {"controls": controls, "gain_kept": kept}, {"controls": said} | ({"gain_kept": why} if why else {})
+    controls = {key: record["costs"][key] | scores(each, labels) for key, each in predictions.items()}
+    controls[TEACHER] |= {"name": record["teacher"], "agreement": agreement(probabilities, predictions[TEACHER])}
+    gain, reason = gain_kept(probabilities, predictions[ALONE], predictions[TEACHER], labels)
+    text = verdict(scores(probabilities, labels), controls[ALONE], controls[TEACHER], gain)
+    return {"controls": controls, "gain_kept": gain}, {"controls": text} | ({"gain_kept": reason} if reason else {})
 
 
 def scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -62,39 +62,40 @@ def scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     }
 
 
-def agreement(one: np.ndarray, other: np.ndarray) -> float:
-    """Share of the rows on which two (N, C) name the same class."""
-    return float((one.argmax(axis=1) == other.argmax(axis=1)).mean())
+def agreement(probabilities: np.ndarray, reference: np.ndarray) -> float:
+    """Fraction of the rows for which two arrays (N, C) predict the same class."""
+    return float((probabilities.argmax(axis=1) == reference.argmax(axis=1)).mean())
 
 
 def gain_kept(
     student: np.ndarray, alone: np.ndarray, teacher: np.ndarray, labels: np.ndarray
 ) -> tuple[dict[str, Any], str]:
-    """Share of the teacher's gain that the student keeps, and what is to be said of it.
+    """Fraction of the teacher's gain that the student keeps, and the reasons why it or its bounds are undefined.
 
-    `(student - alone) / (teacher - alone)` in accuracy, `{value, ci95}`, and the same of log-loss under `log_loss`.
-    Probabilities (N, C), labels (N,). The interval is that of the paired bootstrap, stratified by class; where the
-    teacher may gain nothing, it has no bounds, since any share goes with that (Fieller 1954). `value` is null where the
-    teacher is not better.
+    `(student - alone) / (teacher - alone)` in accuracy, `{value, ci95}`, and the same in log-loss under `log_loss`.
+    Probabilities (N, C), labels (N,). The interval is that of the paired bootstrap, stratified by class. It has no
+    bounds where a gain of zero is within the teacher's interval, since any fraction is then possible (Fieller 1954).
+    `value` is None where the teacher is not better than the network trained alone.
     """
-    found, reasons = {}, []
-    for name, of_rows in (("accuracy", _hits), ("log_loss", _losses)):
-        sign, said = (1 if name == "accuracy" else -1), name.replace("_", "-")
-        own, base, top = (sign * of_rows(each, labels) for each in (student, alone, teacher))
-        gain, whole = float(own.mean() - base.mean()), float(top.mean() - base.mean())
-        if whole <= 0:
-            reasons.append(f"the teacher's {said} is not better than that of the network alone")
-        bounds = ratio_interval(*bootstrap_means([own - base, top - base], labels))
-        found[name] = {"value": gain / whole if whole > 0 else None, "ci95": bounds}
-        if whole > 0 and None in found[name]["ci95"]:
-            reasons.append(f"{len(labels)} rows do not show for certain that the teacher gains in {said}")
-    return found["accuracy"] | {"log_loss": found["log_loss"]}, "; ".join(reasons)
+    gains, reasons = {}, []
+    for name, of_rows in (("accuracy", _hits), ("log_loss", log_loss_per_row)):
+        sign, spoken = (1 if name == "accuracy" else -1), name.replace("_", "-")
+        student_rows, alone_rows, teacher_rows = (sign * of_rows(each, labels) for each in (student, alone, teacher))
+        student_gain = float(student_rows.mean() - alone_rows.mean())
+        teacher_gain = float(teacher_rows.mean() - alone_rows.mean())
+        if teacher_gain <= 0:
+            reasons.append(f"the teacher's {spoken} is not better than that of the network trained without a teacher")
+        bounds = ratio_interval(*bootstrap_means([student_rows - alone_rows, teacher_rows - alone_rows], labels))
+        gains[name] = {"value": student_gain / teacher_gain if teacher_gain > 0 else None, "ci95": bounds}
+        if teacher_gain > 0 and None in bounds:
+            reasons.append(f"{len(labels)} rows are too few to establish that the teacher gains in {spoken}")
+    return gains["accuracy"] | {"log_loss": gains["log_loss"]}, "; ".join(reasons)
 
 
 def verdict(
-    student: Mapping[str, float], alone: Mapping[str, float], teacher: Mapping[str, float], kept: Mapping[str, Any]
+    student: Mapping[str, float], alone: Mapping[str, float], teacher: Mapping[str, float], gain: Mapping[str, Any]
 ) -> str:
-    """Whether distillation helped, in words, by scores and `gain_kept`."""
+    """One sentence on whether distillation helped, from `scores` and `gain_kept`."""
     better = [
         student["accuracy"] > alone["accuracy"],
         student["log_loss"] < alone["log_loss"],
@@ -103,19 +104,16 @@ def verdict(
         f"accuracy {student['accuracy']:.4f}, alone {alone['accuracy']:.4f}, teacher {teacher['accuracy']:.4f}; "
         f"log-loss {student['log_loss']:.4f}, alone {alone['log_loss']:.4f}, teacher {teacher['log_loss']:.4f}"
     )
-    share = "" if kept["value"] is None else f"; {100 * kept['value']:.0f} % of the teacher's gain in accuracy kept"
+    fraction = "" if gain["value"] is None else f"; {100 * gain['value']:.0f} % of the teacher's gain in accuracy kept"
     if all(better):
-        said = "distillation helped"
+        text = "distillation helped"
     elif any(better):
-        said = f"distillation helped in {'accuracy' if better[0] else 'log-loss'} alone"
+        text = f"distillation helped in {'accuracy' if better[0] else 'log-loss'} alone"
     else:
-        said = "distillation did not help: the same network trained alone is as good or better"
-    return f"{said} ({figures}{share})"
+        text = "distillation did not help: the same network trained alone is as good or better"
+    return f"{text} ({figures}{fraction})"
 
 
 def _hits(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return (probabilities.argmax(axis=1) == labels).astype(np.float64)
-
-
-def _losses(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return log_loss_per_row(probabilities, labels)
+    hits: np.ndarray = (probabilities.argmax(axis=1) == labels).astype(np.float64)
+    return hits

@@ -1,4 +1,4 @@
-"""What a teacher says of each image, on disk: log-probabilities in half precision, all of them or the largest ones."""
+"""Stored targets: a teacher's log-probabilities in half precision, of all classes or of the most probable ones."""
 
 from __future__ import annotations
 
@@ -14,48 +14,48 @@ from utils.numeric.metrics import SMALLEST_PROBABILITY, softmax
 
 logger = logging.getLogger("disease_pipeline")
 
-KEPT = 32  # largest probabilities of a row that are kept where there are more than twice as many classes
-AGAIN = "Remove it, then distill again"
+TOP_CLASSES = 32  # number of probabilities that are stored of a row where there are more than twice as many classes
+REMEDY = "Remove it, then distill again"
 
 
 def log_probabilities(probabilities: np.ndarray) -> np.ndarray:
-    """Log-probabilities float32, from probabilities (..., C) that may be 0."""
+    """Log-probabilities float32 of probabilities (..., C), which are clipped from below."""
     return np.log(np.maximum(probabilities, SMALLEST_PROBABILITY)).astype(np.float32)
 
 
 def pack(targets: np.ndarray) -> dict[str, np.ndarray]:
-    """Log-probabilities (K, N, C) of N images in K views as half-precision arrays; NaN where there is no target."""
+    """Convert log-probabilities (K, N, C) of N images in K views to half precision; NaN where there is no target."""
     classes = targets.shape[2]
-    if classes <= 2 * KEPT:
+    if classes <= 2 * TOP_CLASSES:
         return {"values": targets.astype(np.float16), "classes": np.array(classes)}
-    order = np.argsort(-targets, axis=2, kind="stable")[:, :, :KEPT]
+    order = np.argsort(-targets, axis=2, kind="stable")[:, :, :TOP_CLASSES]
     values = np.take_along_axis(targets, order, axis=2).astype(np.float16)
     return {"values": values, "places": order.astype(np.int32), "classes": np.array(classes)}
 
 
 def unpack(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Normalised log-probabilities float32 (K, N, C); what was not kept of a row is spread evenly over its classes."""
+    """Normalised log-probabilities float32 (K, N, C); the remaining probability is uniform over classes not stored."""
     values = arrays["values"].astype(np.float64)
     if "places" not in arrays:
         return _normalised(values)
-    views, rows, kept = values.shape
+    views, rows, stored = values.shape
     classes = int(arrays["classes"])
-    left = np.maximum(1 - np.exp(values).sum(axis=2, keepdims=True), SMALLEST_PROBABILITY) / (classes - kept)
-    found = np.broadcast_to(np.log(left), (views, rows, classes)).copy()
-    np.put_along_axis(found, arrays["places"].astype(np.int64), values, axis=2)
-    return _normalised(found)
+    remaining = np.maximum(1 - np.exp(values).sum(axis=2, keepdims=True), SMALLEST_PROBABILITY) / (classes - stored)
+    log_probs = np.broadcast_to(np.log(remaining), (views, rows, classes)).copy()
+    np.put_along_axis(log_probs, arrays["places"].astype(np.int64), values, axis=2)
+    return _normalised(log_probs)
 
 
 def _normalised(values: np.ndarray) -> np.ndarray:
-    """Half precision leaves rows that do not quite sum to 1."""
-    known = ~np.isnan(values).any(axis=2)
-    found = np.full(values.shape, np.nan, dtype=np.float32)
-    found[known] = log_probabilities(softmax(values[known]))
-    return found
+    """Rows in half precision do not sum exactly to 1."""
+    has_target = ~np.isnan(values).any(axis=2)
+    log_probs = np.full(values.shape, np.nan, dtype=np.float32)
+    log_probs[has_target] = log_probabilities(softmax(values[has_target]))
+    return log_probs
 
 
 def content_digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of what `pack` gave."""
+    """SHA-256 of names, types, shapes and values of arrays."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
@@ -64,19 +64,19 @@ def content_digest(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def save(path: Path, key: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Keep packed targets under the digest of everything that they depend on."""
+    """Write packed targets under `key`, the digest of everything that they depend on."""
     write_arrays(path, {**arrays, "key": np.array(key)})
 
 
 def load(path: Path, key: str) -> dict[str, np.ndarray] | None:
-    """Packed targets that were kept under this key; None where there are none, or, said in words, another's.
+    """Read the packed targets of `key`; None where there are none, and with a warning where they have another key.
 
     Raises UserError for a damaged file.
     """
     if not path.is_file():
         return None
-    arrays = read_arrays(path, remedy=AGAIN)
+    arrays = read_arrays(path, remedy=REMEDY)
     if str(arrays.pop("key", None)) != key:
-        logger.warning("%s: targets of another teacher, or for other images or views; the teacher is asked again", path)
+        logger.warning("%s: targets of another teacher, other images or other views; they are computed again", path)
         return None
     return arrays

@@ -1,7 +1,7 @@
-"""The command `distill`: one small network is taught what an ensemble knows, and is held against itself untaught.
+"""The command `distill`: trains a student with a teacher, and compares it with the same network trained without one.
 
-The student is a checkpoint of the base pipeline's form, a derived member and an ensemble of that one member. What
-became of it stands in `ensembles/distillation/<ensemble>/`, by which it is known the next time.
+The student is a checkpoint in the base pipeline's format, a derived member and an ensemble of that member. The record
+of its build is in `ensembles/distillation/<ensemble>/`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.discovery import discover
-from utils.distillation import student_comparison as comparison
-from utils.distillation import student_plan as plan
-from utils.distillation import students, teachers, unlabeled
+from utils.distillation import student_comparison, student_plan, students, teachers, unlabeled
 from utils.distillation.controls import ALONE
+from utils.distillation.student_plan import DistillationStep
 from utils.distillation.students import Student
 from utils.distillation.teachers import METHOD, Teacher
 from utils.numeric.metrics import softmax
@@ -38,41 +37,46 @@ from utils.predictions.image_splits import ImageSplit
 from utils.predictions.store import Store
 
 if TYPE_CHECKING:
-    from utils.distillation.student_training import Course, Trained
-    from utils.training.image_views import Album, Lessons
+    from torch import nn
+
+    from utils.distillation.student_training import StudentTrainingResult, StudentTrainingSettings
+    from utils.training.batch_schedule import BatchSchedule
+    from utils.training.image_source import ImageSource
     from utils.training.progress import TrainingProgress
 
 logger = logging.getLogger("disease_pipeline")
 
+STUDENT = "student"  # key of the student's training in records; that of its control is ALONE
+
 
 def distill(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
-    """Teach the configured student by the configured teacher, by way of an assistant where one is named.
+    """Train the configured student with the configured teacher, by way of an assistant where one is configured.
 
-    What is there with equal inputs is kept, unless `force`; a training that was killed goes on. Raises UserError for an
-    unknown student or teacher, without images, and where the teacher cannot say anything of them.
+    A student that is up to date is kept unless `force`; an interrupted training resumes. Raises UserError for an
+    unknown student or teacher, for a workspace without images, and where the teacher cannot give targets.
     """
-    require_enabled(config, plan.PLACE)
+    require_enabled(config, student_plan.CONFIG_KEY)
     store = Store(config, workspace, catalog.load(workspace))
     if not store.catalog.has_images:
         raise UserError(
-            f"{workspace.split_dir}: no images, and a student is shown some; all members are imported. Put images with "
-            "the imported ids there, run discover and import-predictions again"
+            f"{workspace.split_dir}: no images, which a student is trained on; all members are imported. Put images "
+            "with the imported ids there, run discover and import-predictions again"
         )
-    results = [_one(store, step, force) for step in plan.steps(config)]
+    outcomes = [_build_step(store, step, force) for step in student_plan.distillation_steps(config)]
     store.digests.save()
-    lines = [line for result in results for line in result.lines]
+    lines = [line for outcome in outcomes for line in outcome.lines]
     document = {
-        "built": [result.name for result in results if result.is_fresh],
-        "up_to_date": [result.name for result in results if not result.is_fresh],
-        "verdict": results[-1].verdict,
+        "built": [outcome.name for outcome in outcomes if outcome.is_fresh],
+        "up_to_date": [outcome.name for outcome in outcomes if not outcome.is_fresh],
+        "verdict": outcomes[-1].verdict,
         "folder": str(workspace.models),
     }
     return Result("\n".join([*lines, f"written: {workspace.models}"]), document, next="evaluate")
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of one step."""
+class DistillationOutcome:
+    """The result of one step."""
 
     name: str
     is_fresh: bool
@@ -83,233 +87,270 @@ class Outcome:
 # one student ----------------------------------------------------------------------------------------------------------
 
 
-def _one(store: Store, step: plan.Step, force: bool) -> Outcome:
-    student = students.find(store, step.student)
-    teacher = teachers.find(store, step.teacher, besides=student.member)
-    others = unlabeled.find(store)
-    key = plan.key(store, student, teacher, others)
-    record = plan.record_of(store, student)
+def _build_step(store: Store, step: DistillationStep, force: bool) -> DistillationOutcome:
+    student = students.resolve(store, step.student)
+    teacher = teachers.resolve(store, step.teacher, excluded_member=student.member)
+    unlabeled_split = unlabeled.unlabeled_images(store)
+    digest = student_plan.inputs_digest(store, student, teacher, unlabeled_split)
+    record = student_plan.read_student_record(store, student)
     folder = store.workspace.distillation(student.ensemble)
     caches.remove_temporary_files(folder)
-    if not force and record is not None and plan.is_whole(store, student, record, key):
-        _forget_progress(folder)  # of a training that was killed when it had just been recorded
+    if not force and record is not None and student_plan.is_up_to_date(store, student, record, digest):
+        _remove_progress(folder)  # of a training that was interrupted right after its record was written
         return _outcome(store, student, record, is_fresh=False)
-    students.require_known(student.name)
-    record = _taught(store, student, teacher, others, key, force)
+    students.require_architecture(student.name)
+    record = _build(store, student, teacher, unlabeled_split, digest, force)
     return _outcome(store, student, record, is_fresh=True)
 
 
-def _outcome(store: Store, student: Student, record: Mapping[str, Any], *, is_fresh: bool) -> Outcome:
-    epochs = record["epochs"]["student"]
+def _outcome(store: Store, student: Student, record: Mapping[str, Any], *, is_fresh: bool) -> DistillationOutcome:
+    epochs = record["epochs"][STUDENT]
     stopped = f"stopped after {epochs['run']}" if epochs["stopped"] else f"{epochs['run']} epochs"
     targets = f"{record['targets']['kind']} ({record['targets']['rows']})"
     lines = (
         fitting.summary_line(store, student.ensemble, "built" if is_fresh else "up to date"),
-        f"    teacher {record['teacher']}, targets {targets}; {stopped}, epoch {epochs['best'] + 1} chosen on val",
-        f"    on val, which chose the epochs: {record['verdict']}",
+        f"    teacher {record['teacher']}, targets {targets}; {stopped}, epoch {epochs['best'] + 1} selected on val",
+        f"    on val, on which the epochs were selected: {record['verdict']}",
     )
-    return Outcome(student.ensemble, is_fresh, record["verdict"], lines)
+    return DistillationOutcome(student.ensemble, is_fresh, record["verdict"], lines)
 
 
 @dataclass(frozen=True)
-class _Showing:
-    """How student and control are shown images, and where they run."""
+class _StudentImages:
+    """The images of student and control: size, augmentation, cache and device."""
 
     store: Store
     student: Student
-    said: Mapping[str, str]
-    """What the checkpoint that the student is like says of that."""
+    facts: Mapping[str, str]
+    """What the checkpoint of the student's reference member records of its training."""
     device: str
     threads: int
 
-    def album(self, images: ImageSplit) -> Album:
-        """Images at the student's size and by its augmentation."""
-        from utils.training.image_views import Album, augmentation_kind
+    def source(self, images: ImageSplit) -> ImageSource:
+        """Images at the student's size with its augmentation."""
+        from utils.training.image_source import ImageSource, augmentation_kind
 
-        cache, how = self.store.workspace.image_cache, augmentation_kind(self.said)
-        return Album(images, self.student.img_size, how, image_cache=cache, threads=self.threads)
+        augmentation, cache = augmentation_kind(self.facts), self.store.workspace.image_cache
+        return ImageSource(images, self.student.img_size, augmentation, image_cache=cache, threads=self.threads)
 
     def decode(self, teacher: Teacher, images: ImageSplit) -> None:
-        """Open everything once, at each size that somebody looks at."""
-        found = {member.img_size for member in teachers.members_of(self.store, teacher)} | {self.student.img_size}
+        """Decode every image once, at each size that a network reads."""
+        members = teachers.members_of(self.store, teacher)
+        sizes = sorted({size for size in (self.student.img_size, *(member.img_size for member in members)) if size})
         splits = [images, *(self.store.images(split) for split in STREAMED_SPLITS)]
-        sizes = sorted(size for size in found if size)
         image_splits.decode(splits, sizes, image_cache=self.store.workspace.image_cache, threads=self.threads)
 
 
-def _taught(
-    store: Store, student: Student, teacher: Teacher, others: ImageSplit | None, key: str, force: bool
+def _build(
+    store: Store, student: Student, teacher: Teacher, unlabeled_split: ImageSplit | None, digest: str, force: bool
 ) -> dict[str, Any]:
-    """Train the student and its control, keep both; returns the record."""
-    from utils.distillation import target_sources as teaching
+    """Train the student and its control, write both; returns the record."""
+    from utils.distillation import target_sources
     from utils.distillation.student_training import train
 
     start = time.monotonic()
-    kind, unseen = teaching.kind_of(store, teacher, store.images("train"))
-    showing = _Showing(
+    kind, crossfit = target_sources.resolve_kind(store, teacher, store.images("train"))
+    images = _StudentImages(
         store,
         student,
-        students.said_of_training(store, student),
+        students.training_facts(store, student),
         streaming.resolve_device(store.config.device),
         image_splits.decoding_threads(store.config.dataset.num_workers),
     )
-    images = unlabeled.joined(store.images("train"), others)
-    showing.decode(teacher, images)
-    progress = _progress(store, student, [key, kind], force)
-    model = students.fresh(store, student)
-    _compare_sizes(store, student, teacher, model)
-    logger.info("teaching %s by %s, targets %s: %s", student.name, teacher.name, kind, _expected(store, model, images))
-    lessons = teaching.prepare(store, teacher, showing.album(images), kind, unseen, name=student.ensemble)
-    given = (_course(store, student), lessons.lessons, lessons.teach, showing.album(store.images("val")))
-    taught = train(model, *given, device=showing.device, progress=progress["student"])
-    alone, answers = _alone(showing, lessons.lessons, progress[ALONE])
+    train_images = unlabeled.append_unlabeled(store.images("train"), unlabeled_split)
+    images.decode(teacher, train_images)
+    progress = _progress(store, student, [digest, kind], force)
+    model = students.initial_network(store, student)
+    _warn_of_size(store, student, teacher, model)
+    logger.info(
+        "training %s with the teacher %s, targets %s: %s",
+        *(student.name, teacher.name, kind, _estimate(store, model, train_images)),
+    )
+    targets = target_sources.prepare(
+        store, teacher, images.source(train_images), kind, crossfit, ensemble=student.ensemble
+    )
+    trained = train(
+        model,
+        _training_settings(store, student),
+        targets.batch_schedule,
+        targets.epoch_targets,
+        images.source(store.images("val")),
+        device=images.device,
+        progress=progress[STUDENT],
+    )
+    alone, alone_probs = _train_alone(images, targets.batch_schedule, progress[ALONE])
     settings = store.config.distillation
     facts = {
         "teacher": teacher.name,
         "targets": {
             "kind": kind,
-            "rows": teaching.ROWS[kind],
-            "views": lessons.lessons.views,
-            "digest": lessons.digest,
-            "unlabeled": 0 if others is None else len(others.paths),
+            "rows": target_sources.ROWS[kind],
+            "views": targets.batch_schedule.n_views,
+            "digest": targets.digest,
+            "unlabeled": 0 if unlabeled_split is None else len(unlabeled_split.paths),
         },
         "temperature": settings.temperature,
         "alpha": settings.alpha,
-        "epochs": {who: _epochs(one) for who, one in (("student", taught), (ALONE, alone))},
-        "history": {"student": taught.history, ALONE: alone.history},
+        "epochs": {STUDENT: _epochs(trained), ALONE: _epochs(alone)},
+        "history": {STUDENT: trained.history, ALONE: alone.history},
     }
-    derived = _built(store, student, teacher, taught, showing.said, key, facts)
-    verdict = comparison.keep(store, student, teacher, derived, answers)
+    derived = _build_ensemble(store, student, teacher, trained, images.facts, digest, facts)
+    verdict = student_comparison.compare_on_val(store, student, teacher, derived, alone_probs)
     record = facts | {
-        "key": key,
+        "key": digest,
         "name": student.ensemble,
         "student": student.name,
         "member": derived.name,
         "sha256": derived.checkpoints[0]["sha256"],
-        "costs": comparison.costs(store, teacher, derived),
+        "costs": student_comparison.measure_costs(store, teacher, derived),
         "verdict": verdict,
         "seconds": round(time.monotonic() - start, 1),
     }
     write_json(store.workspace.distillation(student.ensemble) / "record.json", record)
-    _forget_progress(store.workspace.distillation(student.ensemble))
+    _remove_progress(store.workspace.distillation(student.ensemble))
     return record
 
 
 def _progress(store: Store, student: Student, key: list[str], force: bool) -> dict[str, TrainingProgress]:
-    """How far student and control are; nothing, where that is to be forgotten."""
+    """Progress files of student and control; `force` removes them first."""
     from utils.training.progress import TrainingProgress
 
     folder = store.workspace.distillation(student.ensemble)
     if force:
-        _forget_progress(folder)
-    return {who: TrainingProgress(folder / f"progress_{who}.pth", digest_of([*key, who])) for who in ("student", ALONE)}
+        _remove_progress(folder)
+    return {
+        name: TrainingProgress(folder / f"progress_{name}.pth", digest_of([*key, name])) for name in (STUDENT, ALONE)
+    }
 
 
-def _forget_progress(folder: Path) -> None:
+def _remove_progress(folder: Path) -> None:
     for path in folder.glob("progress_*.pth"):
         path.unlink(missing_ok=True)
 
 
-def _course(store: Store, student: Student) -> Course:
-    from utils.distillation.student_training import Course
+def _training_settings(store: Store, student: Student) -> StudentTrainingSettings:
+    from utils.distillation.student_training import StudentTrainingSettings
 
     settings = store.config.distillation
-    return Course(
-        *(student.architecture, settings.epochs, settings.lr, settings.temperature, settings.alpha),
+    return StudentTrainingSettings(
+        student.architecture,
+        settings.epochs,
+        settings.lr,
+        settings.temperature,
+        settings.alpha,
         seed=store.config.seed,
     )
 
 
-def _alone(showing: _Showing, lessons: Lessons, progress: TrainingProgress) -> tuple[Trained, dict[str, np.ndarray]]:
-    """The control, and its probabilities {split: (N, C)}.
+def _train_alone(
+    images: _StudentImages, student_schedule: BatchSchedule, progress: TrainingProgress
+) -> tuple[StudentTrainingResult, dict[str, np.ndarray]]:
+    """Train the control, and its probabilities {split: (N, C)}.
 
-    The same network from the same weights, shown as many images by the same augmentation, told their labels alone.
+    It is the same network with the same initial weights, trained without a teacher on as many images with the same
+    augmentation.
     """
-    from utils.distillation.student_training import logits_of, train
-    from utils.training.image_views import Lessons
+    from utils.distillation.student_training import predict_logits, train
+    from utils.training.batch_schedule import NEVER, BatchSchedule
 
-    store, settings = showing.store, showing.store.config.distillation
-    album = showing.album(store.images("train"))
-    never = np.full(len(album), "never")
-    plain = Lessons(album, settings.batch_size, store.config.seed, never, views=lessons.views, mix=settings.mix)
-    epochs = -(-settings.epochs * len(lessons.album) // len(album))
-    course = replace(_course(store, showing.student), epochs=epochs, alpha=0.0)
-    model, exam = students.fresh(store, showing.student), showing.album(store.images("val"))
-    alone = train(model, course, plain, None, exam, device=showing.device, progress=progress)
-    albums = {split: showing.album(store.images(split)) for split in STREAMED_SPLITS}
-    answers = {split: softmax(logits_of(model, one, showing.device, alone.weights)) for split, one in albums.items()}
-    return alone, answers
+    store, settings = images.store, images.store.config.distillation
+    source = images.source(store.images("train"))
+    schedule = BatchSchedule(
+        source,
+        settings.batch_size,
+        store.config.seed,
+        np.full(len(source), NEVER),
+        n_views=student_schedule.n_views,
+        mix=settings.mix,
+    )
+    epochs = -(-settings.epochs * len(student_schedule.image_source) // len(source))
+    training_settings = replace(_training_settings(store, images.student), epochs=epochs, alpha=0.0)
+    model = students.initial_network(store, images.student)
+    validation_set = images.source(store.images("val"))
+    alone = train(model, training_settings, schedule, None, validation_set, device=images.device, progress=progress)
+    probabilities = {
+        split: softmax(predict_logits(model, images.source(store.images(split)), images.device, alone.weights))
+        for split in STREAMED_SPLITS
+    }
+    return alone, probabilities
 
 
-def _built(
+def _build_ensemble(
     store: Store,
     student: Student,
     teacher: Teacher,
-    taught: Trained,
-    said: Mapping[str, str],
-    key: str,
+    trained: StudentTrainingResult,
+    reference_facts: Mapping[str, str],
+    digest: str,
     facts: Mapping[str, Any],
 ) -> Member:
-    """The student as member and as an ensemble of that one member; `facts` stand in its `ensemble.json`."""
-    derived, unseen_val = _kept(store, student, teacher, taught, said, facts["targets"]["kind"])
+    """Write the student as a member and as an ensemble of that member; `facts` are recorded in its `ensemble.json`."""
+    derived, val_rows = _add_member(store, student, teacher, trained, reference_facts, facts["targets"]["kind"])
     fitting.build(
         store,
         student.ensemble,
         METHOD,
         ensembles.COMBINERS[METHOD].configured(store.config, fitting.member_facts(store, [derived])),
         [derived],
-        unseen_val,
-        extra_inputs=key,
-        prior_provenance=[teacher.ensemble.provenance, Provenance((), fitting.row_sets(unseen_val.rows))],
+        val_rows,
+        extra_inputs=digest,
+        prior_provenance=[teacher.ensemble.provenance, Provenance((), fitting.row_sets(val_rows.rows))],
         notes={"distillation": facts},
     )
     return derived
 
 
-def _kept(
-    store: Store, student: Student, teacher: Teacher, taught: Trained, said: Mapping[str, str], kind: str
+def _add_member(
+    store: Store,
+    student: Student,
+    teacher: Teacher,
+    trained: StudentTrainingResult,
+    reference_facts: Mapping[str, str],
+    kind: str,
 ) -> tuple[Member, fitting.OutOfSampleRows]:
-    """The student's checkpoint and member, and its honest rows, which are those of val."""
+    """Write the student's checkpoint; returns its member and its out-of-sample rows, which are those of val."""
     settings = store.config.distillation
     facts = {
-        **said,
-        "accuracy": taught.history[taught.epoch]["val_accuracy"],
-        "epoch": taught.epoch,
+        **reference_facts,
+        "accuracy": trained.history[trained.epoch]["val_accuracy"],
+        "epoch": trained.epoch,
         "parents": list(teacher.ensemble.members),
         "teacher": teacher.name,
         "targets": kind,
         "temperature": settings.temperature,
         "alpha": settings.alpha,
     }
-    students.write(store, student, taught.weights, facts)
-    train = store.images("train")
+    students.write_student(store, student, trained.weights, facts)
     store.catalog = discover.register_derived(
-        store.config, store.workspace, store.digests, train, store.catalog, [student.member]
+        store.config, store.workspace, store.digests, store.images("train"), store.catalog, [student.member]
     )
     derived = store.catalog.members[student.member]
     extraction.ensure(store, [derived], STREAMED_SPLITS)
     return derived, fitting.out_of_sample_rows(store, [derived])
 
 
-def _epochs(one: Trained) -> dict[str, Any]:
-    return {"run": len(one.history), "best": one.epoch, "stopped": one.is_stopped}
+def _epochs(result: StudentTrainingResult) -> dict[str, Any]:
+    return {"run": len(result.history), "best": result.epoch, "stopped": result.is_early_stopped}
 
 
-def _compare_sizes(store: Store, student: Student, teacher: Teacher, model: Any) -> None:
-    own = 4 * sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    theirs = teachers.size_mb(store, teacher)
-    if theirs is not None and own > theirs:
+def _model_bytes(model: nn.Module) -> int:
+    return 4 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def _warn_of_size(store: Store, student: Student, teacher: Teacher, model: nn.Module) -> None:
+    student_mb, teacher_mb = _model_bytes(model) / 1e6, teachers.size_mb(store, teacher)
+    if teacher_mb is not None and student_mb > teacher_mb:
         logger.warning(
-            "the student %s is larger than its teacher %s (%.1f MB, %.1f MB): nothing is saved by it",
-            *(student.name, teacher.name, own, theirs),
+            "the student %s is larger than its teacher %s (%.1f MB, %.1f MB): it saves nothing",
+            *(student.name, teacher.name, student_mb, teacher_mb),
         )
 
 
-def _expected(store: Store, model: Any, images: ImageSplit) -> estimates.Estimate:
+def _estimate(store: Store, model: nn.Module, images: ImageSplit) -> estimates.Estimate:
     """Of both trainings, one after the other."""
     settings = store.config.distillation
     return estimates.estimate_training(
-        [4 * sum(parameter.numel() for parameter in model.parameters())],
+        [_model_bytes(model)],
         len(images.paths),
         epochs=2 * settings.epochs,
         kept=1,

@@ -1,7 +1,7 @@
-"""The training of a student: one loop for the taught one and for the same network alone, which is its control.
+"""Training of a student, with a teacher or by labels alone.
 
-Optimizer, schedule and criterion are the mounted base pipeline's. The epoch is chosen on val rows, which nobody is
-trained on. A training that was killed goes on from its last saved epoch and ends with equal weights on the CPU.
+Optimizer, schedule and criterion are the mounted base pipeline's. The epoch is chosen on val rows, on which no network
+is trained. An interrupted training resumes at its last saved epoch and ends with equal weights on the CPU.
 """
 
 from __future__ import annotations
@@ -21,91 +21,91 @@ from utils import base_back
 from utils.core.errors import UserError
 from utils.distillation_methods import WeightAverage, student_loss
 from utils.numeric.metrics import accuracy, log_loss, softmax
-from utils.training.image_views import EVALUATION_BATCH_SIZE, Album, Lessons, seed_of
+from utils.training.batch_schedule import BatchSchedule, derived_seed
+from utils.training.image_source import ImageSource
 from utils.training.optimization import step_with_clipped_gradients
 from utils.training.progress import TrainingProgress, copied_weights, schedule_state
 
 logger = logging.getLogger("disease_pipeline")
 
-# While the rate is high val goes up and down, and most is learned when it falls.
-PATIENCE, PATIENCE_SHARE = 5, 4  # epochs without progress on val that are allowed: so many, and a quarter of all
-MEMORY = 2.0  # epochs that the average of the weights looks back
-SLOWEST, FASTEST = 0.9998, 0.9  # bounds of its decay
-LONG = 20.0  # seconds of an epoch from which on each is worth a line
+# While the rate is high the val loss fluctuates, and it improves most when the rate falls.
+MIN_PATIENCE, PATIENCE_DIVISOR = 5, 4  # epochs without improvement that are allowed: at least 5, and a quarter of all
+AVERAGED_EPOCHS = 2.0  # over which the moving average of the weights extends
+MAX_DECAY, MIN_DECAY = 0.9998, 0.9  # of the moving average
+LOGGED_SECONDS = 20.0  # an epoch of at least this duration is logged at level INFO
 
-Weights = dict[str, Tensor]
-Teach = Callable[[int], np.ndarray]
-"""Epoch -> the teacher's log-probabilities (N, C) of the images as that epoch shows them; NaN where it says nothing."""
+EpochTargets = Callable[[int], np.ndarray]
+"""Epoch -> the teacher's log-probabilities (N, C) for the views of that epoch; NaN where there is no target."""
 
 
 @dataclass(frozen=True)
-class Course:
-    """How a student is trained."""
+class StudentTrainingSettings:
+    """Hyperparameters of a student's training."""
 
     backbone: str
-    """By which the base pipeline chooses rates, schedule and label smoothing."""
+    """Selects rates, schedule and label smoothing of the base pipeline."""
     epochs: int
     lr: float
     temperature: float
     alpha: float
-    """Share of the teacher's part; 0: the network alone."""
+    """Weight of the distillation loss; 0 trains by labels alone."""
     seed: int
 
     @property
     def patience(self) -> int:
-        """Epochs without progress on val after which it ends, counted from the middle."""
-        return max(PATIENCE, self.epochs // PATIENCE_SHARE)
+        """Number of epochs without improvement on val after which training stops, counted from the middle."""
+        return max(MIN_PATIENCE, self.epochs // PATIENCE_DIVISOR)
 
 
 @dataclass
-class Trained:
-    """Outcome of a training: the average of the weights at the epoch with the least log-loss on val."""
+class StudentTrainingResult:
+    """The averaged weights at the epoch with the least log-loss on val."""
 
-    weights: Weights
+    weights: dict[str, Tensor]
     epoch: int
     """Counted from 0."""
     history: list[dict[str, float]]
     """Per epoch: train_loss, val_log_loss, val_accuracy."""
-    is_stopped: bool
-    """Before its last epoch, since val showed no progress."""
+    is_early_stopped: bool
+    """Whether training stopped before its last epoch, without improvement on val."""
 
 
 def train(
     model: nn.Module,
-    course: Course,
-    lessons: Lessons,
-    teach: Teach | None,
-    exam: Album,
+    settings: StudentTrainingSettings,
+    batch_schedule: BatchSchedule,
+    epoch_targets: EpochTargets | None,
+    validation_set: ImageSource,
     *,
     device: str,
     progress: TrainingProgress | None = None,
-) -> Trained:
-    """Train `model` in place on the lessons; `exam` holds the val images. `teach` None: by labels alone.
+) -> StudentTrainingResult:
+    """Train `model` in place; `epoch_targets` None trains by labels alone.
 
-    Raises UserError when the loss stops being a number.
+    Raises UserError when the loss is not finite.
     """
     training = base_back.load("training")
     model.to(device)
-    optimizer = training.create_optimized_optimizer(model, course.lr, course.backbone)
-    schedule = training.create_improved_scheduler(optimizer, course.epochs, len(lessons), course.backbone)
-    classes = len(lessons.album.images.classes)
-    criterion = training.get_loss_function_for_backbone(course.backbone, classes).to(device)
-    decay = min(SLOWEST, max(FASTEST, 1 - 1 / (MEMORY * len(lessons))))
-    run = _Run(model, optimizer, schedule, WeightAverage(model, decay), criterion, course, device)
+    optimizer = training.create_optimized_optimizer(model, settings.lr, settings.backbone)
+    steps = len(batch_schedule)
+    lr_schedule = training.create_improved_scheduler(optimizer, settings.epochs, steps, settings.backbone)
+    classes = len(batch_schedule.image_source.images.classes)
+    criterion = training.get_loss_function_for_backbone(settings.backbone, classes).to(device)
+    average = WeightAverage(model, min(MAX_DECAY, max(MIN_DECAY, 1 - 1 / (AVERAGED_EPOCHS * steps))))
+    run = _StudentTraining(model, optimizer, lr_schedule, average, criterion, settings, device)
     best: dict[str, Any] | None = None
     history: list[dict[str, float]] = []
     if progress is not None and (saved := progress.load()) is not None:
         best, history = saved["best"], saved["history"]
         if saved["finished"]:
-            return Trained(saved["best"]["weights"], saved["best"]["epoch"], history, len(history) < course.epochs)
+            return _result(saved["best"], history, settings)
         run.restore(saved)
-        logger.info("%s: resumed at epoch %d of %d", progress.path.stem, len(history) + 1, course.epochs)
-    labels = exam.images.labels
-    for epoch in range(len(history), course.epochs):
+        logger.info("%s: resumed at epoch %d of %d", progress.path.stem, len(history) + 1, settings.epochs)
+    labels = validation_set.images.labels
+    for epoch in range(len(history), settings.epochs):
         start = time.monotonic()
-        targets = teach(epoch) if teach else None
-        loss = run.epoch(lessons, epoch, targets)
-        probabilities = softmax(run.answers(exam))
+        loss = run.epoch(batch_schedule, epoch, epoch_targets(epoch) if epoch_targets else None)
+        probabilities = softmax(predict_logits(model, validation_set, device, average.weights))
         row = {
             "train_loss": loss,
             "val_log_loss": log_loss(probabilities, labels),
@@ -113,85 +113,96 @@ def train(
         }
         history.append(row)
         if best is None or row["val_log_loss"] < best["val_log_loss"]:
-            best = {"epoch": epoch, "val_log_loss": row["val_log_loss"], "weights": copied_weights(run.average.weights)}
+            best = {"epoch": epoch, "val_log_loss": row["val_log_loss"], "weights": copied_weights(average.weights)}
         seconds = time.monotonic() - start
         logger.log(
-            logging.INFO if seconds >= LONG else logging.DEBUG,
+            logging.INFO if seconds >= LOGGED_SECONDS else logging.DEBUG,
             "%s%s epoch %d/%d: train loss %.4f, val log-loss %.4f accuracy %.4f, %.1f s; at most %.0f min left",
-            *(course.backbone, "" if teach else " alone", epoch + 1, course.epochs, loss),
-            *(row["val_log_loss"], row["val_accuracy"], seconds, seconds * (course.epochs - epoch - 1) / 60),
+            *(settings.backbone, "" if epoch_targets else " without a teacher", epoch + 1, settings.epochs, loss),
+            *(row["val_log_loss"], row["val_accuracy"], seconds, seconds * (settings.epochs - epoch - 1) / 60),
         )
-        if epoch - max(best["epoch"], course.epochs // 2) >= course.patience:
+        if epoch - max(best["epoch"], settings.epochs // 2) >= settings.patience:
             break
-        if progress and epoch + 1 < course.epochs and progress.is_due():
+        if progress and epoch + 1 < settings.epochs and progress.is_due():
             progress.save(run.state() | {"best": best, "history": history, "finished": False})
     assert best is not None  # epochs is at least 1
     if progress:
         progress.save({"best": best, "history": history, "finished": True})
-    return Trained(best["weights"], best["epoch"], history, len(history) < course.epochs)
+    return _result(best, history, settings)
 
 
-def logits_of(model: nn.Module, album: Album, device: str, weights: Mapping[str, Tensor] | None = None) -> np.ndarray:
-    """Logits float32 (N, C) of the album's images by the evaluation transform; `weights` stand in for the model's."""
+def _result(
+    best: Mapping[str, Any], history: list[dict[str, float]], settings: StudentTrainingSettings
+) -> StudentTrainingResult:
+    return StudentTrainingResult(best["weights"], best["epoch"], history, len(history) < settings.epochs)
+
+
+def predict_logits(
+    model: nn.Module, image_source: ImageSource, device: str, weights: Mapping[str, Tensor] | None = None
+) -> np.ndarray:
+    """Logits float32 (N, C) of images with the evaluation transform; `weights` replace those of the model."""
     model.to(device).eval()
-    found = []
+    batches = []
     with torch.inference_mode():
-        for start in range(0, len(album), EVALUATION_BATCH_SIZE):
-            rows = torch.arange(start, min(start + EVALUATION_BATCH_SIZE, len(album)))
-            images = album.show(rows, album.size, None).to(device)
-            answer = torch.func.functional_call(model, dict(weights), (images,)) if weights else model(images)
-            found.append(answer.float().cpu().numpy())
-    return np.concatenate(found)
+        for _, crops in image_source.evaluation_batches(image_source.size):
+            images = crops.to(device)
+            logits = torch.func.functional_call(model, dict(weights), (images,)) if weights else model(images)
+            batches.append(logits.float().cpu().numpy())
+    return np.concatenate(batches)
 
 
 @dataclass
-class _Run:
-    """One network under way."""
+class _StudentTraining:
+    """A training in progress."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
+    lr_schedule: torch.optim.lr_scheduler.LRScheduler
     average: WeightAverage
     criterion: nn.Module
-    course: Course
+    settings: StudentTrainingSettings
     device: str
 
     def __post_init__(self) -> None:
         self.on_cuda = torch.device(self.device).type == "cuda"
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.on_cuda)
 
-    def epoch(self, lessons: Lessons, epoch: int, targets: np.ndarray | None) -> float:
-        """One pass over the lessons; gives the mean loss per image."""
-        # What a network draws while it trains follows from the epoch, so that nothing of it has to be saved.
-        torch.manual_seed(seed_of(self.course.seed, "epoch", epoch))
+    def epoch(self, batch_schedule: BatchSchedule, epoch: int, targets: np.ndarray | None) -> float:
+        """One pass over the images; returns the mean loss per image.
+
+        `targets` (N, C) are the teacher's log-probabilities, NaN where there is none; None trains by labels alone.
+        """
+        # Random numbers of the network follow from the epoch, so that no generator state has to be saved.
+        torch.manual_seed(derived_seed(self.settings.seed, "epoch", epoch))
         self.model.train()
-        labels = torch.from_numpy(lessons.album.images.labels)
-        said = torch.zeros(len(lessons.album), len(lessons.album.images.classes)) if targets is None else targets
-        teacher = torch.as_tensor(said, dtype=torch.float32)
-        is_taught = ~teacher.isnan().any(dim=1) & (targets is not None)
-        alpha, total, count = self.course.alpha if targets is not None else 0.0, 0.0, 0
-        for batch, images in lessons.pages(epoch, lessons.album.size):
-            taught, labelled = is_taught[batch.rows], labels[batch.rows] >= 0
-            if lessons.is_apart:
-                taught, labelled = taught & batch.plain, labelled & ~batch.plain
-            placed = (tensor.to(self.device) for tensor in (labels[batch.rows], teacher[batch.rows], taught, labelled))
-            own_labels, own_targets, taught, labelled = placed
+        source = batch_schedule.image_source
+        labels = torch.from_numpy(source.images.labels)
+        log_probabilities = torch.zeros(len(source), len(source.images.classes)) if targets is None else targets
+        teacher = torch.as_tensor(log_probabilities, dtype=torch.float32)
+        has_target = ~teacher.isnan().any(dim=1) & (targets is not None)
+        alpha, total, count = self.settings.alpha if targets is not None else 0.0, 0.0, 0
+        for batch, images in batch_schedule.loader(epoch, source.size):
+            taught, labelled = has_target[batch.rows], labels[batch.rows] >= 0
+            if batch_schedule.separates_losses:
+                taught, labelled = taught & batch.unaugmented, labelled & ~batch.unaugmented
             with torch.autocast("cuda") if self.on_cuda else nullcontext():
                 logits = self.model(images.to(self.device, non_blocking=True))
                 logits = logits if isinstance(logits, Tensor) else logits[0]
             loss = student_loss(
-                *(logits.float(), own_labels, own_targets),
-                distilled=taught,
-                labelled=labelled,
+                logits.float(),
+                labels[batch.rows].to(self.device),
+                teacher[batch.rows].to(self.device),
+                distilled=taught.to(self.device),
+                labelled=labelled.to(self.device),
                 mixing=batch.mixing,
                 criterion=self.criterion,
-                temperature=self.course.temperature,
+                temperature=self.settings.temperature,
                 alpha=alpha,
             )
             if not torch.isfinite(loss):
                 raise UserError(
-                    f"distillation: the loss became {loss.item()} in epoch {epoch + 1}; try a lower distillation.lr "
-                    f"than {self.course.lr:g}"
+                    f"distillation: the loss became {loss.item()} in epoch {epoch + 1}; set a lower rate: "
+                    f"--set distillation.lr={self.settings.lr / 10:g}"
                 )
             self._step(loss)
             total, count = total + loss.item() * len(batch.rows), count + len(batch.rows)
@@ -202,28 +213,24 @@ class _Run:
         self.scaler.scale(loss).backward()
         step_with_clipped_gradients(self.scaler, self.optimizer, self.model)
         self.scaler.update()
-        self.schedule.step()
+        self.lr_schedule.step()
         self.average.update(self.model)
 
-    def answers(self, exam: Album) -> np.ndarray:
-        """Logits (N, C) of the averaged weights."""
-        return logits_of(self.model, exam, self.device, self.average.weights)
-
     def state(self) -> dict[str, Any]:
-        """What the next epoch needs of those before."""
+        """Everything that the next epoch needs, for `restore`."""
         return {
             "weights": copied_weights(self.model.state_dict()),
             "average": copied_weights(self.average.weights),
             "steps": self.average.steps,
             "optimizer": self.optimizer.state_dict(),
-            "schedule": schedule_state(self.schedule),
+            "schedule": schedule_state(self.lr_schedule),
             "scaler": self.scaler.state_dict(),
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Continue from a `state`."""
         self.model.load_state_dict(saved["weights"])
         self.average.restore(saved["average"], saved["steps"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.schedule.load_state_dict(saved["schedule"])
+        self.lr_schedule.load_state_dict(saved["schedule"])
         self.scaler.load_state_dict(saved["scaler"])

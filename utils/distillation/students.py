@@ -1,4 +1,4 @@
-"""Who a student is: its names, the size it takes from the networks beside it, a fresh network, its checkpoint."""
+"""The student network: its names, its size, its initial weights and its checkpoint."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("disease_pipeline")
 
-PLACE = "distillation.student"
+CONFIG_KEY = "distillation.student"
 ROLE = "distilled"
-SPOKEN = {"MobileOne": "mobile"}  # as the specification prints it
+SHORT_NAMES = {"MobileOne": "mobile"}  # as the specification prints it
 
 
 @dataclass(frozen=True)
 class Student:
-    """A network that is to be taught."""
+    """A network that is trained with a teacher."""
 
     name: str
-    """As the configuration has it: one of BASE-BACK's backbones, or a model of timm."""
+    """As in the configuration: a backbone of BASE-BACK or a model of timm."""
     architecture: str
-    """As the catalog has it."""
+    """As in the catalog."""
     size: str
     img_size: int
-    like: Member | None
-    """Whose size, image size and augmentation it takes; None: the settings'."""
+    reference: Member | None
+    """The trained member whose size, image size and augmentation it takes; None: those of the settings."""
 
     @property
     def member(self) -> str:
@@ -46,15 +46,15 @@ class Student:
 
     @property
     def ensemble(self) -> str:
-        """Name of the ensemble of that one member."""
+        """Name of the ensemble that consists of that member."""
         return ensemble_name(self.name)
 
     def identity(self) -> list[Any]:
-        """What of it decides the weights, JSON-ready."""
-        return [self.architecture, self.size, self.img_size, self.like.digest if self.like else None]
+        """The part of it that decides the weights, JSON-ready."""
+        return [self.architecture, self.size, self.img_size, self.reference.digest if self.reference else None]
 
-    def spec(self, store: Store) -> NetworkSpec:
-        """How to build it."""
+    def network_spec(self, store: Store) -> NetworkSpec:
+        """How to construct the network."""
         options: dict[str, Any] = {"source": "timm"} if self.architecture.startswith(TIMM) else {}
         path = store.workspace.derived_checkpoint(self.name, ROLE)
         name = self.architecture.removeprefix(TIMM)
@@ -62,39 +62,40 @@ class Student:
 
 
 def ensemble_name(student: str) -> str:
-    """`distilled_mobile` of CustomMobileOne, `distilled_convnext` of CustomConvNeXt; timm's names stay as they are."""
+    """`distilled_mobile` for CustomMobileOne, `distilled_convnext` for CustomConvNeXt; names of timm do not change."""
     if not student.startswith("Custom"):
         return f"distilled_{student}"
-    spoken = student.removeprefix("Custom")
-    return f"distilled_{SPOKEN.get(spoken, spoken.lower())}"
+    backbone = student.removeprefix("Custom")
+    return f"distilled_{SHORT_NAMES.get(backbone, backbone.lower())}"
 
 
-def find(store: Store, name: str) -> Student:
-    """The student of a name, sized like the same backbone's own network, else like most members; needs no torch.
+def resolve(store: Store, name: str) -> Student:
+    """The student of a name, with the size of the member of the same backbone, else of most members; needs no torch.
 
-    A name that BASE-BACK does not have is taken to be timm's; `require_known` looks.
+    A name that BASE-BACK does not have is assumed to be timm's; `require_architecture` checks it.
     """
     settings = base_back.settings()
     trained = [member for member in store.catalog.members.values() if member.source == "trained"]
-    own = store.catalog.members.get(name)
-    like = own if own in trained else _most_common(trained)
-    is_ours = name in _backbones()
-    size = like.size if like else getattr(settings, "MODEL_SIZE", "full")
-    img_size = like.img_size if like and like.img_size else int(settings.IMG_SIZE)
-    return Student(name, name if is_ours else TIMM + name, size if is_ours else "full", img_size, like)
+    same_backbone = store.catalog.members.get(name)
+    reference = same_backbone if same_backbone in trained else _most_common(trained)
+    is_base_back = name in _backbones()
+    size = reference.size if reference else getattr(settings, "MODEL_SIZE", "full")
+    img_size = reference.img_size if reference and reference.img_size else int(settings.IMG_SIZE)
+    architecture = name if is_base_back else TIMM + name
+    return Student(name, architecture, size if is_base_back else "full", img_size, reference)
 
 
-def require_known(name: str) -> None:
+def require_architecture(name: str) -> None:
     """Raise UserError for a name that neither BASE-BACK nor timm has."""
     if name in _backbones():
         return
     import timm
 
     if not timm.is_model(name):
-        known = [*_backbones(), *timm.list_models()]
+        available = [*_backbones(), *timm.list_models()]
         raise UserError(
-            f"{PLACE} {name}: neither a backbone of BASE-BACK nor a model of timm {timm.__version__}"
-            f"{did_you_mean(name, known)}. BASE-BACK has {', '.join(_backbones())}"
+            f"{CONFIG_KEY} {name}: neither a backbone of BASE-BACK nor a model of timm {timm.__version__}"
+            f"{did_you_mean(name, available)}. BASE-BACK has {', '.join(_backbones())}"
         )
 
 
@@ -104,7 +105,7 @@ def _backbones() -> list[str]:
 
 
 def _most_common(trained: list[Member]) -> Member | None:
-    """The first by name of those whose size and image size most have; BASE-BACK's own before declared networks."""
+    """The first member by name with the most frequent size and image size; those of timm only where no other is."""
     members = [member for member in trained if not member.architecture.startswith(TIMM)] or trained
     if not members:
         return None
@@ -114,31 +115,34 @@ def _most_common(trained: list[Member]) -> Member | None:
     )
 
 
-def said_of_training(store: Store, student: Student) -> dict[str, str]:
-    """What the checkpoint that it is like says of how its images are shown and dealt out."""
-    if student.like is None:
+def training_facts(store: Store, student: Student) -> dict[str, str]:
+    """What the checkpoint of the reference member records of augmentation and split."""
+    if student.reference is None:
         return {}
-    found = checkpoints.training_metadata(store.workspace.base / student.like.checkpoints[0]["path"])
-    found.pop("base_back", None)  # the student is of whichever is mounted now
-    return found
+    facts = checkpoints.training_metadata(store.workspace.base / student.reference.checkpoints[0]["path"])
+    facts.pop("base_back", None)  # the student belongs to the BASE-BACK that is mounted now
+    return facts
 
 
-def fresh(store: Store, student: Student) -> nn.Module:
-    """The network with its first weights, the same every time. Raises UserError where it cannot be built."""
+def initial_network(store: Store, student: Student) -> nn.Module:
+    """The network with its initial weights, which follow from seed and name.
+
+    Raises UserError where it cannot be constructed.
+    """
     import torch
 
-    from utils.training.image_views import seed_of
+    from utils.training.batch_schedule import derived_seed
 
-    spec = student.spec(store)
+    spec = student.network_spec(store)
     factory = None if spec.source == "timm" else base_back.load("models").create_custom_backbone_safe
-    torch.manual_seed(seed_of(store.config.seed, student.name, "weights"))
+    torch.manual_seed(derived_seed(store.config.seed, student.name, "weights"))
     return construct_untrained(spec, len(spec.classes), factory)
 
 
-def write(store: Store, student: Student, weights: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """The checkpoint `<student>_distilled.pth` in the base pipeline's form; `facts` stand in its `extra` as well."""
+def write_student(store: Store, student: Student, weights: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Write the checkpoint `<student>_distilled.pth` in the base pipeline's format, with `facts` in its `extra`."""
     require_no_symlink(store.workspace.derived_checkpoints)
-    mounted = base_back.kind(base_back.locate()) == "external" and not student.architecture.startswith(TIMM)
+    is_external = base_back.kind(base_back.locate()) == "external" and not student.architecture.startswith(TIMM)
     extra = {
         "backbone_name": student.architecture,
         "classes": list(store.catalog.classes),
@@ -146,7 +150,7 @@ def write(store: Store, student: Student, weights: Mapping[str, Any], facts: Map
         "img_size": student.img_size,
         "stage": ROLE,
         "selected_on": "val",
-        **({"base_back": "external"} if mounted else {}),
+        **({"base_back": "external"} if is_external else {}),
         **facts,
     }
     path = store.workspace.derived_checkpoint(student.name, ROLE)

@@ -1,4 +1,8 @@
-"""What a student learns from: whose words on which images, the three kinds of targets, and how they are kept."""
+"""The targets of a student: out-of-fold predictions, the views of each epoch, or recurring views.
+
+Targets are computed in advance and stored, except those of `consistent`, which the teacher predicts for the views of
+each epoch.
+"""
 
 from __future__ import annotations
 
@@ -12,181 +16,193 @@ import numpy as np
 from utils.core.artifacts import digest_of
 from utils.core.config import Config
 from utils.core.errors import LeakageError, UserError
-from utils.distillation import soft_targets as stored
-from utils.distillation import teachers
+from utils.distillation import soft_targets, teachers
 from utils.distillation.teachers import Teacher
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.rows import UNKNOWN
 from utils.predictions.store import Store
-from utils.training.image_views import NO_VIEW, Album, Lessons
+from utils.training.batch_schedule import ALWAYS, HALF, NEVER, BatchSchedule
+from utils.training.image_source import EVALUATION_BATCH_SIZE, NO_AUGMENTATION, ImageSource
 
 if TYPE_CHECKING:
     import torch
 
-    from utils.distillation.student_training import Teach
+    from utils.distillation.student_training import EpochTargets
 
 logger = logging.getLogger("disease_pipeline")
 
-PLACE = "distillation.targets"
+CONFIG_KEY = "distillation.targets"
 OOF, CONSISTENT, VIEWS = "oof", "consistent", "views"
 ROWS = {OOF: "oof", CONSISTENT: "in_sample", VIEWS: "in_sample"}
-"""By which predictions of train rows the student is taught."""
-CHUNK = 256  # images at a time, where nothing else makes batches of them
+"""By kind of targets: whether the teacher's predictions of train rows are out-of-fold or in-sample."""
 
 
 @dataclass(frozen=True)
-class Teaching:
-    """The lessons of the taught student, and what its teacher says in each epoch."""
+class StudentTargets:
+    """The batches of a student and its teacher's predictions for them."""
 
     kind: str
-    lessons: Lessons
-    teach: Teach
+    batch_schedule: BatchSchedule
+    epoch_targets: EpochTargets
     digest: str | None
-    """Of the targets that are on disk."""
+    """Of the stored targets; None where the teacher predicts in every epoch."""
 
 
-def kind_of(store: Store, teacher: Teacher, train: ImageSplit) -> tuple[str, np.ndarray]:
-    """Which targets are taken, and the cross-fitted log-probabilities (N, C) of the train rows, NaN where none are.
+def resolve_kind(store: Store, teacher: Teacher, train: ImageSplit) -> tuple[str, np.ndarray]:
+    """The kind of targets, and the cross-fitted log-probabilities (N, C) of the train rows, NaN where there are none.
 
-    `auto` takes `oof` where every train row has them, else `consistent`. Raises LeakageError where `oof` is asked for
-    and there are none, UserError where a network is needed and there is none.
+    `auto` resolves to `oof` where every train row has a cross-fitted prediction, else to `consistent`.
+
+    Raises LeakageError where `oof` is configured and there is no cross-fitted prediction, and UserError where the kind
+    needs a network that the teacher does not have.
     """
-    asked = store.config.distillation.targets
-    without = teachers.without_networks(store, teacher)
-    unseen = teachers.unseen(store, teacher, "train", train.sample_ids)
-    known = ~np.isnan(unseen).any(axis=1)
-    kind = asked
-    if asked == "auto":
-        kind = OOF if known.all() or without else CONSISTENT
+    kind: str = store.config.distillation.targets
+    without_network = teachers.members_without_network(store, teacher)
+    crossfit = teachers.crossfit_log_probabilities(store, teacher, "train", train.sample_ids)
+    has_target = ~np.isnan(crossfit).any(axis=1)
+    if kind == "auto":
+        kind = OOF if has_target.all() or without_network else CONSISTENT
         if kind == CONSISTENT:
             logger.warning(
-                "%s has cross-fitted predictions for %d of %d train rows, so that it is asked about the views that "
-                "the student is shown; targets: in_sample",
-                *(teacher.name, known.sum(), len(known)),
+                "%s has cross-fitted predictions for %d of %d train rows; targets: in_sample, predicted for the "
+                "student's augmented views",
+                *(teacher.name, has_target.sum(), len(has_target)),
             )
-    if kind != OOF and without:
+    if kind != OOF and without_network:
         raise UserError(
-            f"{PLACE}: {kind} shows the teacher every view, and {', '.join(without)} of {teacher.name} are known by "
-            f"predictions alone; set it to {OOF}"
+            f"{CONFIG_KEY}: {kind} needs the teacher's networks, and {', '.join(without_network)} of {teacher.name} "
+            f"have imported predictions alone; set it to {OOF}"
         )
-    if kind == OOF and not known.any():
+    if kind == OOF and not has_target.any():
         raise LeakageError(
-            f"{PLACE}: {teacher.name} has no cross-fitted predictions of train rows"
+            f"{CONFIG_KEY}: {teacher.name} has no cross-fitted predictions of train rows"
             + (
-                f" for images with these ids, and {', '.join(without)} cannot be shown any. Import oof.npz for them"
-                if without
+                f" for images with these ids, and {', '.join(without_network)} have no network. Import oof.npz for them"
+                if without_network
                 else f"; its members need out-of-fold predictions, or set it to {CONSISTENT}"
             )
         )
-    if kind == OOF and not known.all():
-        logger.warning("%d of %d train rows have no target; labels alone teach them", (~known).sum(), len(known))
-    _check_settings(store.config, teacher, kind, without)
-    return kind, unseen
+    if kind == OOF and not has_target.all():
+        logger.warning(
+            "%d of %d train rows have no target; the student learns them by their labels alone",
+            *((~has_target).sum(), len(has_target)),
+        )
+    _check_settings(store.config, teacher, kind, without_network)
+    return kind, crossfit
 
 
-def _check_settings(config: Config, teacher: Teacher, kind: str, without: list[str]) -> None:
+def _check_settings(config: Config, teacher: Teacher, kind: str, without_network: list[str]) -> None:
     settings = config.distillation
     if settings.mix != "none" and kind != CONSISTENT:
         raise UserError(
-            f"distillation.mix: {settings.mix} needs targets for mixed images, which {PLACE}: {kind} does not give; "
-            f"set {PLACE} to {CONSISTENT}, or distillation.mix to none"
+            f"distillation.mix: {settings.mix} needs targets for mixed images, which {CONFIG_KEY}: {kind} does not "
+            f"give; set {CONFIG_KEY} to {CONSISTENT}, or distillation.mix to none"
         )
-    if settings.unlabeled_dir is not None and without:
+    if settings.unlabeled_dir is not None and without_network:
         raise UserError(
-            f"distillation.unlabeled_dir: {', '.join(without)} of {teacher.name} are known by predictions alone and "
-            "cannot say anything of other images; set it to null"
+            f"distillation.unlabeled_dir: {', '.join(without_network)} of {teacher.name} have imported predictions "
+            "alone and cannot predict other images; set it to null"
         )
 
 
-def prepare(store: Store, teacher: Teacher, album: Album, kind: str, unseen: np.ndarray, *, name: str) -> Teaching:
-    """Ask the teacher for what can be asked beforehand, or find it on disk, and make the lessons.
+def prepare(
+    store: Store, teacher: Teacher, image_source: ImageSource, kind: str, crossfit: np.ndarray, *, ensemble: str
+) -> StudentTargets:
+    """Make the batch schedule and, unless the kind is `consistent`, compute the targets or read the stored ones.
 
-    The `album` holds the train images and then those without labels; `unseen` is what `kind_of` gave; `name` is
-    that of the ensemble, by which targets are kept.
+    `image_source` holds the train images, then the unlabeled ones; `crossfit` comes from `resolve_kind`; `ensemble` is
+    the student's ensemble, in whose folder targets are stored.
     """
     settings = store.config.distillation
-    count, own = len(album), len(unseen)
-    lessons = Lessons(
-        album,
+    count = len(image_source)
+    batch_schedule = BatchSchedule(
+        image_source,
         settings.batch_size,
         store.config.seed,
-        plain=plainness(album, kind, ~np.isnan(unseen).any(axis=1), settings.alpha),
-        views=settings.views if kind == VIEWS and album.kind != NO_VIEW else 0,
+        unaugmented=unaugmented_frequency(image_source, kind, ~np.isnan(crossfit).any(axis=1), settings.alpha),
+        n_views=settings.views if kind == VIEWS and image_source.augmentation != NO_AUGMENTATION else 0,
         mix=settings.mix,
         is_shared=kind == CONSISTENT,
     )
     if kind == CONSISTENT:
-        return Teaching(kind, lessons, lambda epoch: _consistent(store, teacher, lessons, epoch), None)
-    path = store.workspace.distillation(name) / "targets.npz"
+        return StudentTargets(
+            kind, batch_schedule, lambda epoch: _predict_epoch(store, teacher, batch_schedule, epoch), None
+        )
+    path = store.workspace.distillation(ensemble) / "targets.npz"
     key = digest_of(
-        [teachers.key(store, teacher), kind, album.images.digest, album.kind, lessons.views, views_digest(lessons)]
+        [
+            *(teachers.inputs_digest(store, teacher), kind, image_source.images.digest, image_source.augmentation),
+            *(batch_schedule.n_views, views_digest(batch_schedule)),
+        ]
     )
-    arrays = stored.load(path, key)
+    arrays = soft_targets.load(path, key)
     if arrays is None:
         if kind == VIEWS:
-            targets = teachers.shown(store, teacher, max(1, lessons.views) * count, lambda size: _views(lessons, size))
+            n_images = max(1, batch_schedule.n_views) * count
+            targets = teachers.predict_views(store, teacher, n_images, lambda size: _all_views(batch_schedule, size))
         else:
-            targets = np.empty((count, unseen.shape[1]), dtype=np.float32)
-            targets[:own] = unseen
-            if count > own:
-                others = range(own, count)
-                targets[own:] = teachers.shown(store, teacher, count - own, lambda size: _plainly(album, others, size))
-        arrays = stored.pack(targets.reshape(-1, count, targets.shape[1]))
-        stored.save(path, key, arrays)
-    table = stored.unpack(arrays)
-    return Teaching(
-        kind, lessons, lambda epoch: table[lessons.view_of(epoch), np.arange(count)], stored.content_digest(arrays)
+            targets = _oof_targets(store, teacher, image_source, crossfit)
+        arrays = soft_targets.pack(targets.reshape(-1, count, targets.shape[1]))
+        soft_targets.save(path, key, arrays)
+    table, digest = soft_targets.unpack(arrays), soft_targets.content_digest(arrays)
+    return StudentTargets(
+        kind, batch_schedule, lambda epoch: table[batch_schedule.view_numbers(epoch), np.arange(count)], digest
     )
 
 
-def plainness(album: Album, kind: str, known: np.ndarray, alpha: float) -> np.ndarray:
-    """How often each image of the album is shown as in evaluation, unicode (N,): never, half, always.
+def _oof_targets(store: Store, teacher: Teacher, image_source: ImageSource, crossfit: np.ndarray) -> np.ndarray:
+    """Cross-fitted log-probabilities of the train images, then predictions of the unlabeled ones, (N, C)."""
+    n_train, n_unlabeled = len(crossfit), len(image_source) - len(crossfit)
+    if not n_unlabeled:
+        return crossfit
 
-    Cross-fitted targets belong to that view, labels to any. Half of each batch is shown so and is the teacher's part,
-    the other half is the labels' part, so that an epoch costs what one of plain training does. `known` (n,) says which
-    of the train images, which come first, have a target.
+    def batches(size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for rows, images in image_source.evaluation_batches(size, start=n_train):
+            yield rows - n_train, images
+
+    return np.concatenate([crossfit, teachers.predict_views(store, teacher, n_unlabeled, batches)])
+
+
+def unaugmented_frequency(image_source: ImageSource, kind: str, has_target: np.ndarray, alpha: float) -> np.ndarray:
+    """How often each image is loaded with the evaluation transform, unicode (N,): never, half, always.
+
+    Cross-fitted targets belong to that view, labels to any view. Half of each batch is loaded so and enters the
+    distillation loss, the other half enters the label loss, so that an epoch costs as much as one of plain training.
+    `has_target` (n,) is of the train images, which come first.
     """
-    found = np.full(len(album), "never", dtype="<U6")
-    if kind != OOF or album.kind == NO_VIEW or alpha == 0:
-        return found
-    found[: len(known)][known] = "always" if alpha == 1 else "half"
-    found[album.images.labels == UNKNOWN] = "always"
-    return found
+    frequency = np.full(len(image_source), NEVER, dtype="<U6")
+    if kind != OOF or image_source.augmentation == NO_AUGMENTATION or alpha == 0:
+        return frequency
+    frequency[: len(has_target)][has_target] = ALWAYS if alpha == 1 else HALF
+    frequency[image_source.images.labels == UNKNOWN] = ALWAYS
+    return frequency
 
 
-def views_digest(lessons: Lessons) -> str | None:
-    """Of the views that come back; they are drawn again from their seed, and this shows that they are the same."""
-    if not lessons.views:
+def views_digest(batch_schedule: BatchSchedule) -> str | None:
+    """Digest of the recurring views, which are drawn again from their seed; None where there are none."""
+    if not batch_schedule.n_views:
         return None
-    drawn = lessons.all_views()
-    return stored.content_digest({name: value.numpy() for name, value in vars(drawn).items()})
+    views = batch_schedule.recurring_views()
+    return soft_targets.content_digest({name: value.numpy() for name, value in vars(views).items()})
 
 
-def _views(lessons: Lessons, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """All images in all their views, one view after the other."""
+def _all_views(batch_schedule: BatchSchedule, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """All images in view 0, then all images in view 1, and so on."""
     import torch
 
-    count, drawn = len(lessons.album), lessons.all_views() if lessons.views else None
-    for number in range(max(1, lessons.views)):
-        for start in range(0, count, CHUNK):
-            rows = torch.arange(start, min(start + CHUNK, count))
-            places = number * count + rows
-            yield places, lessons.album.show(rows, size, None if drawn is None else drawn.take(places))
+    source = batch_schedule.image_source
+    views = batch_schedule.recurring_views() if batch_schedule.n_views else None
+    for number in range(max(1, batch_schedule.n_views)):
+        for rows in torch.arange(len(source)).split(EVALUATION_BATCH_SIZE):
+            indices = number * len(source) + rows
+            yield indices, source.load(rows, size, None if views is None else views.take(indices))
 
 
-def _plainly(album: Album, rows: range, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    import torch
+def _predict_epoch(store: Store, teacher: Teacher, batch_schedule: BatchSchedule, epoch: int) -> np.ndarray:
+    """The teacher's predictions for the views that the student is trained on in an epoch (Beyer et al. 2022)."""
 
-    for start in range(rows.start, rows.stop, CHUNK):
-        chunk = torch.arange(start, min(start + CHUNK, rows.stop))
-        yield chunk - rows.start, album.show(chunk, size, None)
-
-
-def _consistent(store: Store, teacher: Teacher, lessons: Lessons, epoch: int) -> np.ndarray:
-    """What the teacher says of the very images that the student is shown in an epoch (Beyer et al. 2022)."""
-
-    def show(size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for batch, images in lessons.pages(epoch, size):
+    def batches(size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch, images in batch_schedule.loader(epoch, size):
             yield batch.rows, images
 
-    return teachers.shown(store, teacher, len(lessons.album), show)
+    return teachers.predict_views(store, teacher, len(batch_schedule.image_source), batches)

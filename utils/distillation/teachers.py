@@ -1,13 +1,13 @@
-"""Who teaches a student, and what it says: of rows it has not seen, or of the very views that the student is shown."""
+"""The teacher of a student and its predictions: cross-fitted, of a split, or of the student's augmented views."""
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,15 +33,15 @@ logger = logging.getLogger("disease_pipeline")
 
 BEST = "best"
 METHOD = "distilled"
-PLACE = "distillation.teacher"
+CONFIG_KEY = "distillation.teacher"
 
-Shown = Callable[[int], Iterable[tuple["Tensor", "Tensor"]]]
-"""Image size -> batches of (places int64 (B,), images float32 (B, 3, size, size)); the same views at any size."""
+ViewBatches = Callable[[int], Iterable[tuple["Tensor", "Tensor"]]]
+"""Image size -> batches of (indices int64 (B,), images float32 (B, 3, size, size)); the same views at any size."""
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A saved ensemble, or a member alone, as the mean of itself."""
+    """A saved ensemble, or a single member as an ensemble of itself."""
 
     name: str
     ensemble: Ensemble
@@ -49,46 +49,50 @@ class Teacher:
 
     @property
     def reads_embeddings(self) -> bool:
-        """Whether logits are not enough for it."""
+        """Whether its combiner needs the members' embeddings beside their logits."""
         return bool(getattr(self.ensemble.combiner, "reads_embeddings", False))
 
 
-def find(store: Store, name: str, *, besides: str) -> Teacher:
-    """The teacher of a name: `best`, an ensemble with or without its ending, a member. `besides` is the student's own.
+def resolve(store: Store, name: str, *, excluded_member: str) -> Teacher:
+    """The teacher of a name: `best`, an ensemble with or without its suffix, or a member.
 
-    Raises UserError for one that is unknown, not built, of other checkpoints or classes, or made of the student.
+    `excluded_member` is the student's own member, which no teacher may contain.
+
+    Raises UserError for a teacher that is unknown, not built, has other checkpoints or classes, or contains the
+    student.
     """
     if name == BEST:
-        name = _recommended(store, besides)
+        name = _recommended(store, excluded_member)
         logger.info("teacher: best is %s", name)
     saved = ensembles.names(store.workspace)
-    full = next((one for one in (name, ensembles.NAMES.get(name)) if one in saved), None)
-    if full is not None:
-        found = Teacher(full, ensembles.load(store.workspace, full), is_member=False)
+    full_name = next((each for each in (name, ensembles.NAMES.get(name)) if each in saved), None)
+    if full_name is not None:
+        teacher = Teacher(full_name, ensembles.load(store.workspace, full_name), is_member=False)
     elif name in store.catalog.members:
-        found = Teacher(name, _alone(store, store.catalog.members[name]), is_member=True)
+        teacher = Teacher(name, _single_member(store, store.catalog.members[name]), is_member=True)
     else:
-        known = [BEST, *saved, *store.catalog.members]
-        can_be_built = [*ensembles.NAMES, *ensembles.NAMES.values(), *ensembles.COMBINERS]
-        what = "not built. Build it: " + ensembles.build_command(name) if name in can_be_built else "unknown"
-        near = "" if name in can_be_built else did_you_mean(name, [*known, *can_be_built])
-        raise UserError(f"{PLACE} {name}: {what}{near}. There are: {', '.join(known)}")
-    _check(store, found, besides)
-    return found
+        available = [BEST, *saved, *store.catalog.members]
+        buildable = [*ensembles.NAMES, *ensembles.NAMES.values(), *ensembles.COMBINERS]
+        problem = "not built. Build it: " + ensembles.build_command(name) if name in buildable else "unknown"
+        suggestion = "" if name in buildable else did_you_mean(name, [*available, *buildable])
+        raise UserError(f"{CONFIG_KEY} {name}: {problem}{suggestion}. Available: {', '.join(available)}")
+    _check(store, teacher, excluded_member)
+    return teacher
 
 
-def _recommended(store: Store, besides: str) -> str:
-    """By the rule of `evaluate`, students left out."""
-    members = {member.name: member for member in catalog.select(store.catalog, store.config) if member.name != besides}
+def _recommended(store: Store, excluded_member: str) -> str:
+    """The ensemble or member that `evaluate` recommends, students left out."""
+    selected = catalog.select(store.catalog, store.config)
+    members = {member.name: member for member in selected if member.name != excluded_member}
     extraction.ensure(store, list(members.values()), ("val",))
     saved = {name: ensembles.load(store.workspace, name) for name in ensembles.names(store.workspace)}
-    others = {name: one for name, one in saved.items() if one.method != METHOD}
-    return str(ensembles.recommended(store, members, others)["name"])
+    candidates = {name: ensemble for name, ensemble in saved.items() if ensemble.method != METHOD}
+    return str(ensembles.recommended(store, members, candidates)["name"])
 
 
-def _alone(store: Store, member: Member) -> Ensemble:
+def _single_member(store: Store, member: Member) -> Ensemble:
     if not member.usable:
-        raise UserError(f"{PLACE} {member.name}: it cannot be used; discover says why")
+        raise UserError(f"{CONFIG_KEY} {member.name}: this member is not usable; discover reports why")
     oof = member.oof["sha256"] if member.oof else None
     return Ensemble(
         name=member.name,
@@ -104,117 +108,143 @@ def _alone(store: Store, member: Member) -> Ensemble:
     )
 
 
-def _check(store: Store, teacher: Teacher, besides: str) -> None:
-    one, members = teacher.ensemble, store.catalog.members
-    again = f"Build it again: {ensembles.build_command(teacher.name)} --force"
-    if one.classes != store.catalog.classes:
+def _check(store: Store, teacher: Teacher, excluded_member: str) -> None:
+    ensemble, members = teacher.ensemble, store.catalog.members
+    remedy = f"Build it again: {ensembles.build_command(teacher.name)} --force"
+    if ensemble.classes != store.catalog.classes:
         raise UserError(
-            f"{PLACE} {teacher.name}: it answers for the classes {', '.join(one.classes)}; the images are of "
-            f"{', '.join(store.catalog.classes)}. {again}"
+            f"{CONFIG_KEY} {teacher.name}: it predicts the classes {', '.join(ensemble.classes)}; the images have the "
+            f"classes {', '.join(store.catalog.classes)}. {remedy}"
         )
-    if besides in one.members:
-        raise UserError(f"{PLACE} {teacher.name}: it is made of {besides}, the student itself. Name another teacher")
-    missing, changed = fold_networks.missing_and_changed(members, one)
-    for name in (*missing, *changed):
-        state = "is no longer in the catalog" if name in missing else "has another checkpoint now"
-        raise UserError(f"{PLACE} {teacher.name}: its member {name} {state}. {again}")
+    if excluded_member in ensemble.members:
+        raise UserError(
+            f"{CONFIG_KEY} {teacher.name}: it contains {excluded_member}, the student itself. Set another teacher"
+        )
+    for name in ensemble.members:
+        if (
+            name not in members
+            or fold_networks.digest(members[name], ensemble.inference) != (ensemble.member_digests[name])
+        ):
+            state = "is no longer in the catalog" if name not in members else "has another checkpoint now"
+            raise UserError(f"{CONFIG_KEY} {teacher.name}: its member {name} {state}. {remedy}")
 
 
 def members_of(store: Store, teacher: Teacher) -> list[Member]:
-    """Those that answer, by name."""
+    """The members of the teacher, in the ensemble's order."""
     return [store.catalog.members[name] for name in teacher.ensemble.members]
 
 
-def key(store: Store, teacher: Teacher) -> str:
-    """Everything that its answers depend on beside the images; found without torch."""
-    one = teacher.ensemble
-    digests = {member.name: fold_networks.digest(member, one.inference) for member in members_of(store, teacher)}
-    return digest_of([teacher.name, one.inputs_digest, digests])
+def inputs_digest(store: Store, teacher: Teacher) -> str:
+    """Digest of everything that its predictions depend on except the images; needs no torch."""
+    ensemble = teacher.ensemble
+    digests = {member.name: fold_networks.digest(member, ensemble.inference) for member in members_of(store, teacher)}
+    return digest_of([teacher.name, ensemble.inputs_digest, digests])
 
 
-def without_networks(store: Store, teacher: Teacher) -> list[str]:
-    """Members known by their predictions alone, which cannot be shown an image."""
+def members_without_network(store: Store, teacher: Teacher) -> list[str]:
+    """Members with imported predictions alone, which cannot predict other images."""
     return [member.name for member in members_of(store, teacher) if member.source == IMPORTED]
 
 
-# what it says -------------------------------------------------------------------------------------------------------
+def network_stages(teacher: Teacher, member: Member) -> tuple[str | None, ...]:
+    """Stages of the networks that predict for a member: its fold networks, or None for its full network."""
+    return fold_networks.stages(member) if teacher.ensemble.inference == fold_networks.FOLDS else (None,)
 
 
-def unseen(store: Store, teacher: Teacher, split: str, sample_ids: Sequence[str]) -> np.ndarray:
+def size_mb(store: Store, teacher: Teacher) -> float | None:
+    """Size of the networks that predict, in 10^6 bytes; None where a member has imported predictions alone."""
+    if members_without_network(store, teacher):
+        return None
+    files = [
+        member.network(store.workspace, stage=stage).checkpoint
+        for member in members_of(store, teacher)
+        for stage in network_stages(teacher, member)
+    ]
+    return sum(file.stat().st_size for file in files) / 1e6
+
+
+# predictions ----------------------------------------------------------------------------------------------------------
+
+
+def crossfit_log_probabilities(store: Store, teacher: Teacher, split: str, sample_ids: Sequence[str]) -> np.ndarray:
     """Cross-fitted log-probabilities float32 (N, C) of rows of a split; NaN where there are none."""
-    found = np.full((len(sample_ids), len(store.catalog.classes)), np.nan, dtype=np.float32)
+    log_probs = np.full((len(sample_ids), len(store.catalog.classes)), np.nan, dtype=np.float32)
     if teacher.is_member:
         parts = store.out_of_sample_parts(members_of(store, teacher))[teacher.name]
-        said = {
+        by_id = {
             sample_id: softmax(np.asarray(part.logits[row]))
             for part in parts
             if part.split == split
             for row, sample_id in enumerate(part.sample_ids.tolist())
         }
     else:
-        own = ensembles.load_crossfit(store.workspace, teacher.name)
-        said = {
-            sample_id: row
-            for (part, sample_id), row in zip(own.keys(), own.probabilities, strict=True)
+        crossfit = ensembles.load_crossfit(store.workspace, teacher.name)
+        by_id = {
+            sample_id: probabilities
+            for (part, sample_id), probabilities in zip(crossfit.keys(), crossfit.probabilities, strict=True)
             if part == split
         }
-    for place, sample_id in enumerate(sample_ids):
-        if sample_id in said:
-            found[place] = log_probabilities(said[sample_id])
-    return found
+    for row, sample_id in enumerate(sample_ids):
+        if sample_id in by_id:
+            log_probs[row] = log_probabilities(by_id[sample_id])
+    return log_probs
 
 
-def of_split(store: Store, teacher: Teacher, split: str) -> tuple[Rows, np.ndarray]:
-    """Its members' rows of a split and its probabilities (N, C) on them, as it answers at inference."""
-    members, options = members_of(store, teacher), {"embeddings": True} if teacher.reads_embeddings else {}
-    fold_networks.ensure(store, members, (split,), teacher.ensemble.inference)
-    rows = fold_networks.aligned(store, members, split, teacher.ensemble.inference, **options)
+def predict_split(store: Store, teacher: Teacher, split: str) -> tuple[Rows, np.ndarray]:
+    """Its members' rows of a split, and its probabilities (N, C) on them, as at inference."""
+    members, inference = members_of(store, teacher), teacher.ensemble.inference
+    fold_networks.ensure(store, members, (split,), inference)
+    rows = fold_networks.aligned(store, members, split, inference, embeddings=teacher.reads_embeddings)
     return rows, ensembles.predict(teacher.ensemble, rows)
 
 
-def shown(store: Store, teacher: Teacher, count: int, show: Shown) -> np.ndarray:
-    """Log-probabilities float32 (N, C) of `count` images as they are shown; one network is in memory at a time."""
-    one, classes = teacher.ensemble, store.catalog.classes
-    logits = np.empty((len(one.members), count, len(classes)), dtype=np.float32)
+def predict_views(store: Store, teacher: Teacher, count: int, batches: ViewBatches) -> np.ndarray:
+    """Log-probabilities float32 (N, C) of `count` augmented images; one network is in memory at a time."""
+    ensemble, classes = teacher.ensemble, store.catalog.classes
+    logits = np.empty((len(ensemble.members), count, len(classes)), dtype=np.float32)
     embeddings: list[np.ndarray] = []
-    for place, member in enumerate(members_of(store, teacher)):
-        order = [member.classes.index(name) for name in classes]
-        stages = fold_networks.answering(member, one.inference)
+    for index, member in enumerate(members_of(store, teacher)):
+        class_order = [member.classes.index(name) for name in classes]
+        stages = network_stages(teacher, member)
         mean = fold_networks.FoldMean(count, len(classes))
         for stage in stages:
             catalog.check_current(store.workspace, member, store.digests, *([stage] if stage else []))
             spec = member.network(store.workspace, stage=stage)
-            found, read = _run(store, spec, count, show, keeps_embeddings=teacher.reads_embeddings and stage is None)
+            keeps_embeddings = teacher.reads_embeddings and stage is None
+            network_logits, member_embeddings = _run(store, spec, count, batches, keeps_embeddings=keeps_embeddings)
+            if member_embeddings is not None:
+                embeddings.append(member_embeddings)
             if stage is None:
-                logits[place] = found[:, order]
-                embeddings += [read] if read is not None else []
+                logits[index] = network_logits[:, class_order]
             else:
-                mean.add(found[:, order])
+                mean.add(network_logits[:, class_order])
         if stages != (None,):
-            logits[place] = mean.mean(len(stages))
-            if teacher.reads_embeddings:  # always the full network's: every fold network has a space of its own
-                _, read = _run(store, member.network(store.workspace), count, show, keeps_embeddings=True)
-                embeddings.append(read)  # type: ignore[arg-type]
+            logits[index] = mean.mean(len(stages))
+            if teacher.reads_embeddings:  # of the full network, since each fold network has its own embedding space
+                _, member_embeddings = _run(
+                    store, member.network(store.workspace), count, batches, keeps_embeddings=True
+                )
+                assert member_embeddings is not None
+                embeddings.append(member_embeddings)
     rows = Rows(
-        members=one.members,
+        members=ensemble.members,
         classes=classes,
         split=np.full(count, "train"),
         sample_ids=np.arange(count).astype(str),
         labels=np.full(count, -1),
         logits=logits,
         out_of_sample=np.zeros(count, dtype=bool),
-        inference=one.inference,
+        inference=ensemble.inference,
     )
     if teacher.reads_embeddings:
-        given: Mapping[str, Any] = {"embeddings": tuple(embeddings)}
-        rows = replace(rows, **given)
-    return log_probabilities(ensembles.predict(one, rows))
+        rows = replace(rows, embeddings=tuple(embeddings))
+    return log_probabilities(ensembles.predict(ensemble, rows))
 
 
 def _run(
-    store: Store, spec: NetworkSpec, count: int, show: Shown, *, keeps_embeddings: bool
+    store: Store, spec: NetworkSpec, count: int, batches: ViewBatches, *, keeps_embeddings: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Logits (N, C) of one network, and what its last layer reads (N, D) where it is asked for."""
+    """Logits (N, C) of one network, and its embeddings (N, D) with `keeps_embeddings`, else None."""
     import torch
 
     device = streaming.resolve_device(store.config.device)
@@ -225,35 +255,26 @@ def _run(
     outputs: EmbeddingExtractor | None = None
     try:
         outputs = EmbeddingExtractor(model, str(spec.checkpoint))
-        for places, images in show(spec.img_size):
-            # Around the network alone: images made in inference mode could teach nobody.
+        for indices, images in batches(spec.img_size):
+            # Around the network alone: no gradient may flow through images made in inference mode.
             with torch.inference_mode(), torch.autocast("cuda", dtype=torch.bfloat16) if on_cuda else nullcontext():
-                placed = images.to(device)
+                device_images = images.to(device)
                 if keeps_embeddings:
                     if embeddings is None:
-                        outputs.probe(placed)
-                    answer, read = outputs(placed)
+                        outputs.probe(device_images)
+                    batch_logits, batch_embeddings = outputs(device_images)
                 else:
-                    answer, read = model(placed), None
-            logits[places.numpy()] = answer[:, : len(spec.classes)].float().cpu().numpy()
-            if read is not None:
-                embeddings = np.empty((count, read.shape[1]), np.float32) if embeddings is None else embeddings
-                embeddings[places.numpy()] = read.float().cpu().numpy()
+                    batch_logits, batch_embeddings = model(device_images), None
+            rows = indices.numpy()
+            logits[rows] = batch_logits[:, : len(spec.classes)].float().cpu().numpy()
+            if batch_embeddings is not None:
+                if embeddings is None:
+                    embeddings = np.empty((count, batch_embeddings.shape[1]), np.float32)
+                embeddings[rows] = batch_embeddings.float().cpu().numpy()
     finally:
         memory.safe_delete_model(model)
-        left = weakref.ref(model)
+        reference = weakref.ref(model)
         del model
-        outputs = None  # refers to it
-        memory.cleanup_memory([left])
+        outputs = None  # refers to the model
+        memory.cleanup_memory([reference])
     return logits, embeddings
-
-
-def size_mb(store: Store, teacher: Teacher) -> float | None:
-    """10^6 bytes of the networks that answer; None where some are known by predictions alone."""
-    if without_networks(store, teacher):
-        return None
-    files = []
-    for member in members_of(store, teacher):
-        stages = fold_networks.answering(member, teacher.ensemble.inference)
-        files += [member.network(store.workspace, stage=stage).checkpoint for stage in stages]
-    return sum(file.stat().st_size for file in files) / 1e6

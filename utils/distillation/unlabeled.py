@@ -1,4 +1,4 @@
-"""Images without labels: a folder of any depth, from which a student learns what its teacher says of them."""
+"""Unlabeled images: a folder of any depth, on which a student learns from its teacher alone."""
 
 from __future__ import annotations
 
@@ -18,57 +18,63 @@ from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
-PLACE = "distillation.unlabeled_dir"
-PREFIX = "unlabeled:"  # of their ids, so that none is that of an image of the splits
+CONFIG_KEY = "distillation.unlabeled_dir"
+ID_PREFIX = "unlabeled:"  # keeps their ids apart from those of the splits
 
 
-def find(store: Store) -> ImageSplit | None:
-    """The images of the configured folder, sorted; None where none is configured.
+def unlabeled_images(store: Store) -> ImageSplit | None:
+    """The images of the configured folder, sorted by path; None where none is configured.
 
-    One that is also an image of the splits is left out, which is said: val and test must stay unseen, and train has it.
+    Duplicates and images that are also in a split are left out with a warning, since val and test must remain unseen.
+
     Raises UserError for a folder that is missing or holds no image.
     """
-    given = store.config.distillation.unlabeled_dir
-    if given is None:
+    configured = store.config.distillation.unlabeled_dir
+    if configured is None:
         return None
-    folder = Path(given).expanduser().absolute()
+    folder = Path(configured).expanduser().absolute()
     if not folder.is_dir():
-        raise UserError(f"{PLACE} {given}: no such folder; expected one that holds images, at any depth")
+        raise UserError(f"{CONFIG_KEY} {configured}: no such folder; expected one that holds images, at any depth")
     suffixes = base_back.load_bundled("samples").SUFFIXES
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     if not paths:
-        raise UserError(f"{PLACE} {given}: no image in it ({', '.join(suffixes)}); add some, or set it to null")
+        raise UserError(
+            f"{CONFIG_KEY} {configured}: no image in it ({', '.join(suffixes)}); add some, or set it to null"
+        )
     contents = [store.digests.of(path) for path in paths]
-    known = {content for split in SPLITS for content in store.images(split).contents}
-    first = {content: place for place, content in reversed(list(enumerate(contents)))}
-    chosen = [place for place, content in enumerate(contents) if content not in known and first[content] == place]
-    if len(chosen) < len(paths):
-        left_out = len(paths) - len(chosen)
-        logger.warning("%s: %d of %d images are in the splits, or twice, and are left out", given, left_out, len(paths))
-    if not chosen:
-        raise UserError(f"{PLACE} {given}: all {len(paths)} images are in the splits already; set it to null")
-    ids = tuple(PREFIX + paths[place].relative_to(folder).as_posix() for place in chosen)
-    own = tuple(contents[place] for place in chosen)
+    in_splits = {content for split in SPLITS for content in store.images(split).contents}
+    first_index = {content: index for index, content in reversed(list(enumerate(contents)))}
+    selected = [
+        index for index, content in enumerate(contents) if content not in in_splits and first_index[content] == index
+    ]
+    if len(selected) < len(paths):
+        logger.warning(
+            "%s: %d of %d images are duplicates or in the splits, and are left out",
+            *(configured, len(paths) - len(selected), len(paths)),
+        )
+    if not selected:
+        raise UserError(f"{CONFIG_KEY} {configured}: all {len(paths)} images are in the splits already; set it to null")
+    selected_contents = tuple(contents[index] for index in selected)
     return ImageSplit(
         split="unlabeled",
         classes=store.catalog.classes,
-        sample_ids=ids,
-        labels=np.full(len(chosen), UNKNOWN, dtype=np.int64),
-        paths=tuple(paths[place] for place in chosen),
-        contents=own,
-        digest=digest_of(sorted(own)),
+        sample_ids=tuple(ID_PREFIX + paths[index].relative_to(folder).as_posix() for index in selected),
+        labels=np.full(len(selected), UNKNOWN, dtype=np.int64),
+        paths=tuple(paths[index] for index in selected),
+        contents=selected_contents,
+        digest=digest_of(sorted(selected_contents)),
     )
 
 
-def joined(train: ImageSplit, others: ImageSplit | None) -> ImageSplit:
-    """Train images, then those without labels."""
-    if others is None:
+def append_unlabeled(train: ImageSplit, unlabeled: ImageSplit | None) -> ImageSplit:
+    """The train images, then the unlabeled ones."""
+    if unlabeled is None:
         return train
     return replace(
         train,
-        sample_ids=train.sample_ids + others.sample_ids,
-        labels=np.concatenate([train.labels, others.labels]),
-        paths=train.paths + others.paths,
-        contents=train.contents + others.contents,
-        digest=digest_of([train.digest, others.digest]),
+        sample_ids=train.sample_ids + unlabeled.sample_ids,
+        labels=np.concatenate([train.labels, unlabeled.labels]),
+        paths=train.paths + unlabeled.paths,
+        contents=train.contents + unlabeled.contents,
+        digest=digest_of([train.digest, unlabeled.digest]),
     )

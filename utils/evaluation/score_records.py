@@ -164,7 +164,7 @@ def record(item: ScoredModel, saved: Ensemble | None, context: EvaluationContext
     )
     if saved:
         ids = rows.sample_ids.tolist()
-        told = controls.beside(store.workspace, item.name, context.split, ids, item.probabilities)
+        told = controls.control_metrics(store.workspace, item.name, context.split, ids, item.probabilities)
         found, notes = found | told[0], notes | told[1]
     fitted, selected = (
         scoring.overlap(sets, rows) for sets in (item.provenance.fitted_on, item.provenance.selected_on)

@@ -264,7 +264,7 @@ def _soup_states(store: Store, member: Member, states: Mapping[str, State]) -> d
 def _student_states(store: Store, states: Mapping[str, State]) -> dict[str, State]:
     """Of the students that the configuration asks for; `states` are those of the ensembles by themselves."""
     try:
-        reasons = student_plan.reasons_against(store)
+        reasons = student_plan.staleness_reasons(store)
     except UserError as error:
         return dict.fromkeys(student_plan.names(store.config), State(DAMAGED, (str(error),)))
     known = {name: states.get(name, State(MISSING)) for name in reasons}

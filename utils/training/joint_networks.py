@@ -1,4 +1,4 @@
-"""The networks and the heads that are trained together: how they are opened, shown images, moved and kept."""
+"""Members' networks and heads for joint training: loading, forward passes, optimizer state and release."""
 
 from __future__ import annotations
 
@@ -16,124 +16,131 @@ from utils.networks.construction import NetworkSpec
 from utils.networks.embeddings import EmbeddingExtractor
 from utils.networks.memory import cleanup_memory, safe_delete_model
 from utils.predictions.streaming import open_network
-from utils.training.image_views import EVALUATION_BATCH_SIZE, Album, Lessons
+from utils.training.batch_schedule import BatchSchedule
+from utils.training.image_source import ImageSource
 from utils.training.progress import copied_weights, schedule_state
 
-NETWORKS_SHARE = 0.1  # of the head's rate: the networks are trained already
-PROBED = 2  # images by which a network's embedding is found
+NETWORK_LR_FACTOR = 0.1  # of the heads' rate, since the networks are already trained
+PROBE_IMAGES = 2  # forward pass by which the layer of the embedding is identified
 
 
 @dataclass(frozen=True)
-class Part:
-    """One member's network, how images are shown to it, and what it says before it moves."""
+class JointMember:
+    """A member's network with its images and its embeddings before joint training."""
 
     name: str
     architecture: str
-    """By which the base pipeline chooses rate, schedule and criterion."""
+    """Selects rate, schedule and criterion of the base pipeline."""
     spec: NetworkSpec
-    order: list[int]
-    """Places of the workspace's classes among the network's outputs"""
-    lessons: Lessons
-    exam: Album
-    """The val images"""
+    class_order: list[int]
+    """Indices of the workspace's classes among the network's outputs."""
+    batch_schedule: BatchSchedule
+    """Of the train images."""
+    validation_set: ImageSource
     embeddings: tuple[Tensor, Tensor]
-    """Of the train and the val images, float32 (N, D)"""
+    """Of the train and the val images, float32 (N, D)."""
 
 
 @dataclass(frozen=True)
-class Course:
-    """How long and how fast."""
+class JointTrainingSettings:
+    """Hyperparameters of a joint training."""
 
     epochs: int
     lr: float
-    """Of the heads; networks move at a tenth of it, times the base pipeline's factor."""
+    """Of the heads; networks train at `NETWORK_LR_FACTOR` of it, times the base pipeline's factor."""
     label_smoothing: float
     seed: int
 
 
 class FusionHeads(nn.Module):
-    """Maps that stay as they are, and the heads that learn on what they give."""
+    """Frozen maps of the embeddings, followed by the trained heads."""
 
     def __init__(self, maps: nn.Module, heads: Sequence[nn.Module]) -> None:
         super().__init__()
         self.maps, self.heads = maps, nn.ModuleList(heads)
 
     def forward(self, embeddings: list[Tensor]) -> list[Tensor]:
-        """M embeddings (B, D_m) -> the scores (B, C) of each head."""
+        """Map M embeddings (B, D_m) to the scores (B, C) of each head."""
         blocks = torch.cat(self.maps(embeddings), dim=1)
         return [head(blocks) for head in self.heads]
 
 
-class Moving:
-    """One network in memory with its optimizer and schedule."""
+class TrainableMember:
+    """A member's network in memory with its optimizer and learning-rate schedule."""
 
-    def __init__(self, part: Part, saved: Mapping[str, Any] | None, course: Course, device: str) -> None:
+    def __init__(
+        self, member: JointMember, saved: Mapping[str, Any] | None, settings: JointTrainingSettings, device: str
+    ) -> None:
         training = base_back.load("training")
-        self.part, self.device = part, device
-        self.model = open_network(part.spec, saved["weights"] if saved else None).to(device)
-        self.outputs = EmbeddingExtractor(self.model, part.name, checks=False)
+        self.member, self.device = member, device
+        self.model = open_network(member.spec, saved["weights"] if saved else None).to(device)
+        self.outputs = EmbeddingExtractor(self.model, member.name, checks=False)
         with torch.no_grad():
-            self.outputs.probe(self._plainly(torch.arange(min(PROBED, len(part.exam)))))
+            self.outputs.probe(self._evaluation_crops(torch.arange(min(PROBE_IMAGES, len(member.validation_set)))))
         self.model.train().requires_grad_(True)
-        self.optimizer = training.create_optimized_optimizer(self.model, NETWORKS_SHARE * course.lr, part.architecture)
-        steps = len(part.lessons)
-        self.schedule = training.create_improved_scheduler(self.optimizer, course.epochs, steps, part.architecture)
-        classes = len(part.exam.images.classes)
-        self.criterion = training.get_loss_function_for_backbone(part.architecture, classes).to(device)
+        rate = NETWORK_LR_FACTOR * settings.lr
+        self.optimizer = training.create_optimized_optimizer(self.model, rate, member.architecture)
+        steps = len(member.batch_schedule)
+        self.lr_schedule = training.create_improved_scheduler(
+            self.optimizer, settings.epochs, steps, member.architecture
+        )
+        classes = len(member.validation_set.images.classes)
+        self.criterion = training.get_loss_function_for_backbone(member.architecture, classes).to(device)
         if saved and "optimizer" in saved:
             self.optimizer.load_state_dict(saved["optimizer"])
-            self.schedule.load_state_dict(saved["schedule"])
+            self.lr_schedule.load_state_dict(saved["schedule"])
 
-    def answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, C) in the workspace's order of classes, and embeddings (B, D)."""
         logits, embeddings = self.outputs(images.to(self.device, non_blocking=True))
         logits = logits if isinstance(logits, Tensor) else logits[0]
-        return logits[:, self.part.order], embeddings
+        return logits[:, self.member.class_order], embeddings
 
-    def seen(self, album: Album) -> Tensor:
-        """Embeddings float32 (N, D) of an album's images by the evaluation transform."""
+    def embed(self, image_source: ImageSource) -> Tensor:
+        """Embeddings float32 (N, D) of images with the evaluation transform."""
         self.model.eval()
-        found = []
+        embeddings = []
         with torch.no_grad():
-            for rows in torch.arange(len(album)).split(EVALUATION_BATCH_SIZE):
-                images = album.show(rows, self.part.spec.img_size, None).to(self.device)
-                found.append(self.outputs(images)[1].float().cpu())
-        return torch.cat(found)
+            for _, images in image_source.evaluation_batches(self.member.spec.img_size):
+                embeddings.append(self.outputs(images.to(self.device))[1].float().cpu())
+        return torch.cat(embeddings)
 
     def state(self) -> dict[str, Any]:
-        """Weights, optimizer and schedule, without functions, so that the file holds nothing but values."""
+        """Weights, optimizer and learning-rate schedule, for `saved` of a later instance."""
         return {
             "weights": copied_weights(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": schedule_state(self.schedule),
+            "schedule": schedule_state(self.lr_schedule),
         }
 
     def step_bytes(self, batch_size: int) -> int:
-        """What a step on so many images fills."""
-        rows = torch.arange(len(self.part.lessons.album))[:batch_size]
-        images = self.part.lessons.album.show(rows, self.part.spec.img_size, None)
-        kept = training_memory.activation_bytes(self.model, lambda: torch.cat(self.answer(images), dim=1))
-        return training_memory.training_state_bytes(self.model) + kept
+        """Bytes of memory that one training step on `batch_size` images needs."""
+        train = self.member.batch_schedule.image_source
+        images = train.load(torch.arange(len(train))[:batch_size], self.member.spec.img_size, None)
+        activations = training_memory.activation_bytes(self.model, lambda: torch.cat(self.forward(images), dim=1))
+        return training_memory.training_state_bytes(self.model) + activations
 
     def release(self) -> None:
-        """Free weights, gradients and moments at once, though optimizer and schedule refer to one another."""
+        """Free weights, gradients and moments at once, although optimizer and schedule refer to each other."""
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.state.clear()
         safe_delete_model(self.model)
 
-    def _plainly(self, rows: Tensor) -> Tensor:
-        return self.part.exam.show(rows, self.part.spec.img_size, None).to(self.device)
+    def _evaluation_crops(self, rows: Tensor) -> Tensor:
+        return self.member.validation_set.load(rows, self.member.spec.img_size, None).to(self.device)
 
 
 @contextmanager
-def in_memory(parts: Sequence[Part], saved: Sequence[Any], course: Course, device: str) -> Iterator[list[Moving]]:
-    """The networks, each from what `state` gave or its checkpoint; gone from memory at the end."""
-    moving: list[Moving] = []
+def loaded_members(
+    members: Sequence[JointMember], saved: Sequence[Any], settings: JointTrainingSettings, device: str
+) -> Iterator[list[TrainableMember]]:
+    """Load the networks, from `saved` states or, where one is None, from the checkpoint; free them at the end."""
+    loaded: list[TrainableMember] = []
     try:
-        for part, own in zip(parts, saved, strict=True):
-            moving.append(Moving(part, own, course, device))
-        yield moving
+        for member, state in zip(members, saved, strict=True):
+            loaded.append(TrainableMember(member, state, settings, device))
+        yield loaded
     finally:
-        for one in moving:
-            one.release()
+        for network in loaded:
+            network.release()
         cleanup_memory(())

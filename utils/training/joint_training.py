@@ -1,8 +1,8 @@
-"""Training of the members' networks together with the heads of a fusion: in blocks, or all at once where they fit.
+"""Joint training of the members' networks with the heads of a fusion: in blocks, or all networks at once.
 
-A block holds the networks that are in memory and move; of all others the head reads embeddings that were kept. With one
-network per block memory does not grow with the members (block coordinate descent; Tseng 2001). After every block the
-state lies on disk, so that a training that was killed goes on from there and ends with equal weights on the CPU.
+A block holds the networks that are in memory and train; of all other networks the heads read stored embeddings. With
+one network per block, memory does not grow with the number of members (block coordinate descent; Tseng 2001). The state
+is written after every block, so that an interrupted training resumes there and ends with equal weights on the CPU.
 """
 
 from __future__ import annotations
@@ -26,298 +26,325 @@ from utils.core.errors import UserError
 from utils.networks import training_memory
 from utils.networks.memory import out_of_memory
 from utils.numeric.metrics import accuracy, log_loss
-from utils.training.image_views import seed_of
-from utils.training.joint_networks import Course, FusionHeads, Moving, Part, in_memory
+from utils.training.batch_schedule import derived_seed
+from utils.training.joint_networks import (
+    FusionHeads,
+    JointMember,
+    JointTrainingSettings,
+    TrainableMember,
+    loaded_members,
+)
 from utils.training.optimization import step_with_clipped_gradients
 from utils.training.progress import TrainingProgress, copied_weights
 
 logger = logging.getLogger("disease_pipeline")
 
-OWN_SHARE = 0.3  # of the loss of each network's own classifier, as auxiliary ones have it (Szegedy et al. 2015)
+AUXILIARY_WEIGHT = 0.3  # of the loss of each network's own classifier (Szegedy et al. 2015)
 WEIGHT_DECAY = 0.01  # of the heads
 FORM = {"files": dict, "history": list, "blocks": list, "key": str}
-FROM_START = 0  # the epoch in which nothing has moved yet
+INITIAL_EPOCH = 0  # the state before any training
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """Outcome of a training: the epoch with the least log-loss on val; 0: nothing was better than not to move."""
+class JointTrainingResult:
+    """The state with the least log-loss on val; epoch 0 where no epoch improves on the networks before training."""
 
     heads: list[dict[str, np.ndarray]]
     epoch: int
     history: list[dict[str, float]]
-    """Of each epoch, the untouched one first: val_log_loss, val_accuracy and, from the second on, train_loss."""
+    """By epoch, from 0 on: val_log_loss, val_accuracy and, from 1 on, train_loss."""
     blocks: list[list[str]]
-    twice: list[str]
-    """Networks whose blocks were computed twice to save memory."""
+    recomputed: list[str]
+    """Networks with activation checkpointing: their blocks are computed twice to save memory."""
     step_bytes: dict[str, int]
-    """What a step of each network fills: weights, gradients, moments and activations."""
+    """Bytes that a step of each network needs: weights, gradients, moments and activations."""
     folder: Path
 
     def weights(self, name: str) -> dict[str, Tensor]:
-        """A member's weights at the chosen epoch, read from disk; only where that is not 0."""
-        record = torch.load(self.folder / _file(self.epoch, name), map_location="cpu", weights_only=True)
-        return record["weights"]  # type: ignore[no-any-return]
+        """A member's weights at the chosen epoch, read from disk; only where that epoch is not 0."""
+        record = torch.load(self.folder / _network_file(self.epoch, name), map_location="cpu", weights_only=True)
+        weights: dict[str, Tensor] = record["weights"]
+        return weights
 
 
 def train(
-    parts: Sequence[Part],
+    members: Sequence[JointMember],
     head: FusionHeads,
-    course: Course,
+    settings: JointTrainingSettings,
     *,
     folder: Path,
     key: str,
     device: str,
     batch_size: int,
     budget: int | None = None,
-) -> Tuned:
-    """Train the networks and the heads together; what is under way is kept in `folder` under `key`.
+) -> JointTrainingResult:
+    """Train the networks and the heads together, and keep the state in `folder` under `key`.
 
-    `budget`: bytes that a step may fill, the machine's where None. Whether all networks move at once follows from
-    what a step of each fills, which is measured first. Raises UserError when the loss stops being a number, and for
-    a network whose step does not fit, one image at a time.
+    `budget` is the number of bytes that a step may need; None: the machine's. The step of each network is measured
+    first, and all networks train at once where the sum is within the budget.
+
+    Raises UserError when the loss is not finite, and for a network whose step does not fit into memory with the
+    smallest part of a batch.
     """
-    run = _Run(parts, head, course, folder, key, device)
+    run = _JointTraining(members, head, settings, folder, key, device)
     if not run.resumed():
         run.begin(budget if budget is not None else training_memory.memory_budget(device), batch_size)
     return run.finish()
 
 
-def _file(epoch: int, name: str) -> str:
+def _network_file(epoch: int, name: str) -> str:
     return f"epoch{epoch}-{name}.pth"
 
 
-def _moved(epoch: int, number: int) -> str:
-    return f"epoch{epoch}-block{number}-heads.pth"
+def _heads_file(epoch: int, block: int) -> str:
+    return f"epoch{epoch}-block{block}-heads.pth"
 
 
-class _Run:
-    """A training under way: what has moved how far, in memory and on disk."""
+class _JointTraining:
+    """A joint training in progress: its state in memory and on disk."""
 
     def __init__(
-        self, parts: Sequence[Part], head: FusionHeads, course: Course, folder: Path, key: str, device: str
+        self,
+        members: Sequence[JointMember],
+        head: FusionHeads,
+        settings: JointTrainingSettings,
+        folder: Path,
+        key: str,
+        device: str,
     ) -> None:
-        self.parts = {part.name: part for part in parts}
-        self.head, self.course, self.folder, self.key, self.device = head.to(device), course, folder, key, device
+        self.members = {member.name: member for member in members}
+        self.head, self.settings, self.device = head.to(device), settings, device
+        self.folder, self.key = folder, key
         self.on_cuda = torch.device(device).type == "cuda"
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.on_cuda)
-        self.optimizer = torch.optim.AdamW(head.heads.parameters(), lr=course.lr, weight_decay=WEIGHT_DECAY)
-        self.embeddings = {part.name: part.embeddings for part in parts}
-        lessons = parts[0].lessons
-        self.labels = torch.from_numpy(lessons.album.images.labels)
-        self.steps = len(lessons)
+        self.optimizer = torch.optim.AdamW(head.heads.parameters(), lr=settings.lr, weight_decay=WEIGHT_DECAY)
+        self.embeddings = {member.name: member.embeddings for member in members}
+        batch_schedule = members[0].batch_schedule
+        self.labels = torch.from_numpy(batch_schedule.image_source.images.labels)
+        self.steps = len(batch_schedule)
         self.state: dict[str, Any] = {}
 
-    # from the beginning, or from where it stopped ---------------------------------------------------------------------
+    # start or resume --------------------------------------------------------------------------------------------------
 
     def begin(self, budget: int, batch_size: int) -> None:
-        """Decide by measurement how many networks move at once."""
+        """Start from the beginning; measure how many networks train at once."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        filled, twice = {}, []
-        for name, part in self.parts.items():
-            with in_memory([part], [None], self.course, self.device) as (moving,):
-                filled[name] = moving.step_bytes(batch_size)
-                if filled[name] > budget:
-                    with training_memory.activation_checkpointing(moving.model) as count:
-                        less = moving.step_bytes(batch_size)
-                    if count and less < filled[name]:
+        step_bytes, recomputed = {}, []
+        for name, member in self.members.items():
+            with loaded_members([member], [None], self.settings, self.device) as (network,):
+                step_bytes[name] = network.step_bytes(batch_size)
+                if step_bytes[name] > budget:
+                    with training_memory.activation_checkpointing(network.model) as n_blocks:
+                        reduced = network.step_bytes(batch_size)
+                    if n_blocks and reduced < step_bytes[name]:
                         logger.info(
-                            "%s: a step fills %.0f MB, %.0f MB when its %d blocks are computed twice",
-                            *(name, filled[name] / 1e6, less / 1e6, count),
+                            "%s: a step needs %.0f MB, %.0f MB with activation checkpointing of its %d blocks",
+                            *(name, step_bytes[name] / 1e6, reduced / 1e6, n_blocks),
                         )
-                        filled[name] = less
-                        twice.append(name)
-        together = sum(filled.values()) <= budget
+                        step_bytes[name] = reduced
+                        recomputed.append(name)
+        fits = sum(step_bytes.values()) <= budget
         logger.info(
-            "a step of all %d networks fills %.0f MB of %.0f MB: %s",
-            *(len(filled), sum(filled.values()) / 1e6, budget / 1e6),
-            "they move together" if together else "they move one after the other",
+            "a step of all %d networks needs %.0f MB of %.0f MB: %s",
+            *(len(step_bytes), sum(step_bytes.values()) / 1e6, budget / 1e6),
+            "they train together" if fits else "they train one after the other",
         )
         self.state = {
             "key": self.key,
-            "blocks": [list(self.parts)] if together else [[name] for name in self.parts],
-            "twice": twice,
-            "step_bytes": filled,
+            "blocks": [list(self.members)] if fits else [[name] for name in self.members],
+            "twice": recomputed,
+            "step_bytes": step_bytes,
             "chunks": 1,
-            "epoch": FROM_START + 1,
+            "epoch": INITIAL_EPOCH + 1,
             "block": 0,
             "loss": 0.0,
             "files": {},
             "heads": None,
-            "best": {"epoch": FROM_START},
-            "history": [self._exam()],
+            "best": {"epoch": INITIAL_EPOCH},
+            "history": [self._validate()],
         }
-        self._keep_heads(FROM_START, 0)
+        self._save(INITIAL_EPOCH, 0)
 
     def resumed(self) -> bool:
-        """Whether there is a training of this key on disk, which is taken up; another, or a damaged one, goes."""
+        """Resume the training of this key on disk; False where there is none, it has another key or is damaged."""
         path = self.folder / "state.json"
         state = read_record(path, remedy=f"Remove {self.folder}", form=FORM) if path.is_file() else None
         if state is None or state["key"] != self.key:
             return False
-        kept = {}
+        embeddings = {}
         for name, file in state["files"].items():  # one at a time: each holds a network with its optimizer
-            own = self._read(file)
-            if own is None:
+            saved = self._read(file)
+            if saved is None:
                 return False
-            kept[name] = own["train"], own["val"]
-            del own
-        if any(self._read(file) is None for file in self._of_best(state)) or not self._take_heads(state["heads"]):
+            embeddings[name] = saved["train"], saved["val"]
+            del saved
+        if any(self._read(file) is None for file in self._best_files(state)) or not self._load_heads(state["heads"]):
             return False
         self.state = state
-        self.embeddings |= kept
-        logger.info("resumed at epoch %d of %d, block %d", state["epoch"], self.course.epochs, state["block"] + 1)
+        self.embeddings |= embeddings
+        logger.info("resumed at epoch %d of %d, block %d", state["epoch"], self.settings.epochs, state["block"] + 1)
         return True
 
-    # one block after the other ----------------------------------------------------------------------------------------
+    # training ---------------------------------------------------------------------------------------------------------
 
-    def finish(self) -> Tuned:
-        """Go on to the last epoch."""
+    def finish(self) -> JointTrainingResult:
+        """Train up to the last epoch."""
         state = self.state
-        while state["epoch"] <= self.course.epochs:
-            loss = self._one_block(state["epoch"], state["block"])
+        while state["epoch"] <= self.settings.epochs:
+            loss = self._train_block(state["epoch"], state["block"])
             state["loss"] += loss / len(state["blocks"])
-            epoch, number = state["epoch"], state["block"]
+            epoch, block = state["epoch"], state["block"]
             state["block"] += 1
             if state["block"] == len(state["blocks"]):
-                self._end_of_epoch(epoch)
-            self._keep_heads(epoch, number)
-        self._take_heads(state["best"]["heads"])
-        return Tuned(
-            heads=_arrays(self.head),
+                self._end_epoch(epoch)
+            self._save(epoch, block)
+        self._load_heads(state["best"]["heads"])
+        return JointTrainingResult(
+            heads=_head_arrays(self.head),
             epoch=state["best"]["epoch"],
             history=state["history"],
             blocks=state["blocks"],
-            twice=state["twice"],
+            recomputed=state["twice"],
             step_bytes=state["step_bytes"],
             folder=self.folder,
         )
 
-    def _end_of_epoch(self, epoch: int) -> None:
+    def _end_epoch(self, epoch: int) -> None:
         state = self.state
-        row = self._exam() | {"train_loss": state["loss"]}
+        row = self._validate() | {"train_loss": state["loss"]}
         state["history"].append(row)
         if row["val_log_loss"] < min(entry["val_log_loss"] for entry in state["history"][:-1]):
             state["best"] = {"epoch": epoch}
         logger.info(
             "end to end, epoch %d/%d: train loss %.4f, val log-loss %.4f accuracy %.4f",
-            *(epoch, self.course.epochs, row["train_loss"], row["val_log_loss"], row["val_accuracy"]),
+            *(epoch, self.settings.epochs, row["train_loss"], row["val_log_loss"], row["val_accuracy"]),
         )
         state |= {"epoch": epoch + 1, "block": 0, "loss": 0.0}
 
-    def _one_block(self, epoch: int, number: int) -> float:
-        """Train one block's networks and the heads for an epoch; gives the heads' mean loss per image."""
+    def _train_block(self, epoch: int, block: int) -> float:
+        """Train one block for an epoch, in smaller parts of a batch where memory runs out; returns the heads' loss."""
         while True:
             try:
-                return self._trained(epoch, number)
+                return self._train_loaded(epoch, block)
             except (RuntimeError, MemoryError) as error:
-                names = ", ".join(self.state["blocks"][number])
+                names = ", ".join(self.state["blocks"][block])
                 if not out_of_memory(error):
                     raise
-                if self.state["chunks"] >= self.parts[self.state["blocks"][number][0]].lessons.batch_size // 2:
+                first = self.members[self.state["blocks"][block][0]]
+                if self.state["chunks"] >= first.batch_schedule.batch_size // 2:
                     raise UserError(
-                        f"{names}: a step does not fit into memory, two images at a time. Leave out the largest: "
+                        f"{names}: a step on two images does not fit into memory. Leave out the largest: "
                         "--set backbones.exclude=[NAME]; or train heads alone: --set runs.fusion.end_to_end=false"
                     ) from error
                 self.state["chunks"] *= 2
-                logger.warning("%s: memory ran out; batches are taken in %d parts", names, self.state["chunks"])
-            # The error, which holds the memory by its traceback, is gone here.
-            self._take_heads(self.state["heads"])
+                logger.warning("%s: memory ran out; each batch is split into %d parts", names, self.state["chunks"])
+            # The error holds the memory by its traceback; it is released here.
+            self._load_heads(self.state["heads"])
 
-    def _trained(self, epoch: int, number: int) -> float:
-        names = self.state["blocks"][number]
-        parts = [self.parts[name] for name in names]
+    def _train_loaded(self, epoch: int, block: int) -> float:
+        names = self.state["blocks"][block]
+        members = [self.members[name] for name in names]
         files = [self.state["files"].get(name) for name in names]
         saved = [self._read(file) if file else None for file in files]
-        with in_memory(parts, saved, self.course, self.device) as moving, ExitStack() as stack:
+        with loaded_members(members, saved, self.settings, self.device) as networks, ExitStack() as stack:
             del saved
-            for one in moving:
-                if one.part.name in self.state["twice"]:
-                    stack.enter_context(training_memory.activation_checkpointing(one.model))
-            # What networks draw while they train follows from the place, so that nothing of it has to be saved.
-            torch.manual_seed(seed_of(self.course.seed, "end to end", epoch, number))
-            loss = self._epoch(moving, epoch, number)
-            for one in moving:
-                several = len(self.state["blocks"]) > 1  # else nobody reads the kept embeddings of train images
-                train = one.seen(one.part.lessons.album) if several else one.part.embeddings[0]
-                self.embeddings[one.part.name] = (train, one.seen(one.part.exam))
-                kept = dict(zip(("train", "val"), self.embeddings[one.part.name], strict=True))
-                file = _file(epoch, one.part.name)
-                TrainingProgress(self.folder / file, self.key).save(one.state() | kept)
-                self.state["files"][one.part.name] = file
+            for network in networks:
+                if network.member.name in self.state["twice"]:
+                    stack.enter_context(training_memory.activation_checkpointing(network.model))
+            # Random numbers of the networks follow from epoch and block, so that no generator state has to be saved.
+            torch.manual_seed(derived_seed(self.settings.seed, "end to end", epoch, block))
+            loss = self._train_epoch(networks, epoch, block)
+            several = len(self.state["blocks"]) > 1  # a single block reads no stored embeddings of train images
+            for network in networks:
+                member = network.member
+                train = network.embed(member.batch_schedule.image_source) if several else member.embeddings[0]
+                val = network.embed(member.validation_set)
+                self.embeddings[member.name] = (train, val)
+                file = _network_file(epoch, member.name)
+                self._write(file, network.state() | {"train": train, "val": val})
+                self.state["files"][member.name] = file
         return loss
 
-    def _epoch(self, moving: Sequence[Moving], epoch: int, number: int) -> float:
+    def _train_epoch(self, networks: Sequence[TrainableMember], epoch: int, block: int) -> float:
+        """One pass over the train images; returns the heads' mean loss per image."""
         self.head.train()
-        lessons = {one.part.name: one.part.lessons for one in moving}
-        views = {name: own.drawn(epoch) for name, own in lessons.items()}
+        schedules = [network.member.batch_schedule for network in networks]
+        views = [schedule.epoch_views(epoch) for schedule in schedules]
         total, count = 0.0, 0
-        plan = next(iter(lessons.values())).plan(epoch)  # all draw the same batches from one seed
-        for step, batch in enumerate(plan):
-            self._set_rate(epoch, number, step)
-            for optimizer in (self.optimizer, *(one.optimizer for one in moving)):
+        for step, batch in enumerate(schedules[0].batches(epoch)):  # equal in all schedules, which share one seed
+            self._set_lr(epoch, block, step)
+            for optimizer in (self.optimizer, *(network.optimizer for network in networks)):
                 optimizer.zero_grad(set_to_none=True)
-            chunks = max(1, min(self.state["chunks"], len(batch.rows) // 2))
-            for places in torch.arange(len(batch.rows)).tensor_split(chunks):
-                shown = replace(batch, rows=batch.rows[places], plain=batch.plain[places])
+            n_parts = max(1, min(self.state["chunks"], len(batch.rows) // 2))
+            for indices in torch.arange(len(batch.rows)).tensor_split(n_parts):
+                part = replace(batch, rows=batch.rows[indices], unaugmented=batch.unaugmented[indices])
                 images = [
-                    lessons[one.part.name].shown(shown, views[one.part.name], one.part.spec.img_size) for one in moving
+                    schedule.load(part, schedule_views, network.member.spec.img_size)
+                    for network, schedule, schedule_views in zip(networks, schedules, views, strict=True)
                 ]
-                heads, own = self._losses(moving, images, shown.rows)
-                if not torch.isfinite(heads + own):
+                head_loss, auxiliary_loss = self._losses(networks, images, part.rows)
+                loss = head_loss + auxiliary_loss
+                if not torch.isfinite(loss):
                     raise UserError(
-                        f"end to end: the loss became {(heads + own).item()} in epoch {epoch}; try a lower rate: "
-                        f"--set runs.fusion.fusion_config.lr={self.course.lr / 10:g}"
+                        f"end to end: the loss became {loss.item()} in epoch {epoch}; set a lower rate: "
+                        f"--set runs.fusion.fusion_config.lr={self.settings.lr / 10:g}"
                     )
-                self.scaler.scale((heads + own) * len(places) / len(batch.rows)).backward()
-                total, count = total + heads.item() * len(places), count + len(places)
-            for model, optimizer in ((self.head, self.optimizer), *((one.model, one.optimizer) for one in moving)):
-                step_with_clipped_gradients(self.scaler, optimizer, model)
+                self.scaler.scale(loss * len(indices) / len(batch.rows)).backward()
+                total, count = total + head_loss.item() * len(indices), count + len(indices)
+            step_with_clipped_gradients(self.scaler, self.optimizer, self.head)
+            for network in networks:
+                step_with_clipped_gradients(self.scaler, network.optimizer, network.model)
             self.scaler.update()
-            for one in moving:
-                one.schedule.step()
+            for network in networks:
+                network.lr_schedule.step()
         return total / count
 
-    def _losses(self, moving: Sequence[Moving], images: Sequence[Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy of the heads, and what the networks' own classifiers add."""
+    def _losses(
+        self, networks: Sequence[TrainableMember], images: Sequence[Tensor], rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy of the heads, and the weighted mean of the networks' own classifiers."""
         labels = self.labels[rows].to(self.device)
-        read = {name: train[rows].to(self.device) for name, (train, _) in self._still(moving)}
-        own = labels.new_zeros((), dtype=torch.float32)
+        embeddings = {name: train[rows].to(self.device) for name, (train, _) in self._stored_embeddings(networks)}
+        auxiliary_loss = labels.new_zeros((), dtype=torch.float32)
         with torch.autocast("cuda") if self.on_cuda else nullcontext():
-            for one, shown in zip(moving, images, strict=True):
-                logits, read[one.part.name] = one.answer(shown)
-                own = own + OWN_SHARE * one.criterion(logits.float(), labels) / len(moving)
-        scores = self.head([read[name].float() for name in self.parts])
-        smoothing = self.course.label_smoothing
-        said = [F.cross_entropy(each, labels, label_smoothing=smoothing) for each in scores]
-        return torch.stack(said).mean(), own
+            for network, batch_images in zip(networks, images, strict=True):
+                logits, embeddings[network.member.name] = network.forward(batch_images)
+                classifier_loss = network.criterion(logits.float(), labels)
+                auxiliary_loss = auxiliary_loss + AUXILIARY_WEIGHT * classifier_loss / len(networks)
+        scores = self.head([embeddings[name].float() for name in self.members])
+        smoothing = self.settings.label_smoothing
+        losses = [F.cross_entropy(head_scores, labels, label_smoothing=smoothing) for head_scores in scores]
+        return torch.stack(losses).mean(), auxiliary_loss
 
-    def _still(self, moving: Sequence[Moving]) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-        active = {one.part.name for one in moving}
-        return ((name, kept) for name, kept in self.embeddings.items() if name not in active)
+    def _stored_embeddings(self, networks: Sequence[TrainableMember]) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+        """Embeddings of the members whose networks are not in memory."""
+        loaded = {network.member.name for network in networks}
+        return ((name, embeddings) for name, embeddings in self.embeddings.items() if name not in loaded)
 
-    def _set_rate(self, epoch: int, number: int, step: int) -> None:
-        """Of the heads: half a cosine over all blocks of all epochs."""
-        blocks = len(self.state["blocks"])
-        done = ((epoch - 1) * blocks + number + step / self.steps) / (self.course.epochs * blocks)
+    def _set_lr(self, epoch: int, block: int, step: int) -> None:
+        """Half a cosine over all blocks of all epochs, for the heads."""
+        n_blocks = len(self.state["blocks"])
+        fraction = ((epoch - 1) * n_blocks + block + step / self.steps) / (self.settings.epochs * n_blocks)
         for options in self.optimizer.param_groups:
-            options["lr"] = self.course.lr * (1 + math.cos(math.pi * done)) / 2
+            options["lr"] = self.settings.lr * (1 + math.cos(math.pi * fraction)) / 2
 
-    # what is kept -----------------------------------------------------------------------------------------------------
-
-    def _exam(self) -> dict[str, float]:
+    def _validate(self) -> dict[str, float]:
+        """Log-loss and accuracy of the heads' mean probabilities on val."""
         self.head.eval()
         with torch.no_grad():
-            scores = self.head([self.embeddings[name][1].to(self.device) for name in self.parts])
-            said = torch.stack([torch.softmax(each.double(), dim=1) for each in scores]).mean(dim=0).cpu().numpy()
-        labels = next(iter(self.parts.values())).exam.images.labels
-        return {"val_log_loss": log_loss(said, labels), "val_accuracy": accuracy(said, labels)}
+            scores = self.head([self.embeddings[name][1].to(self.device) for name in self.members])
+            by_head = [torch.softmax(head_scores.double(), dim=1) for head_scores in scores]
+            probabilities = torch.stack(by_head).mean(dim=0).cpu().numpy()
+        labels = next(iter(self.members.values())).validation_set.images.labels
+        return {"val_log_loss": log_loss(probabilities, labels), "val_accuracy": accuracy(probabilities, labels)}
 
-    def _keep_heads(self, epoch: int, number: int) -> None:
-        """Write the heads, then the state that names all files; what it does not name goes."""
+    # files ------------------------------------------------------------------------------------------------------------
+
+    def _save(self, epoch: int, block: int) -> None:
+        """Write the heads, then the state that names all files; remove the files that it does not name."""
         state = self.state
-        state["heads"] = _moved(epoch, number)
+        state["heads"] = _heads_file(epoch, block)
         if state["best"]["epoch"] == epoch:
             state["best"]["heads"] = state["heads"]
         record = {
@@ -325,25 +352,29 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        TrainingProgress(self.folder / state["heads"], self.key).save(record)
+        self._write(state["heads"], record)
         write_json(self.folder / "state.json", state)
-        named = {"state.json", state["heads"], *state["files"].values(), *self._of_best(state)}
+        named = {"state.json", state["heads"], *state["files"].values(), *self._best_files(state)}
         for path in self.folder.iterdir():
             if path.name not in named:
                 path.unlink()
 
-    def _of_best(self, state: Mapping[str, Any]) -> list[str]:
-        """Files of the best epoch so far; the untouched networks have none of their own."""
+    def _best_files(self, state: Mapping[str, Any]) -> list[str]:
+        """Files of the best epoch so far; the initial networks have none."""
         best = state["best"]
-        networks = [_file(best["epoch"], name) for name in self.parts] if best["epoch"] != FROM_START else []
-        return [best["heads"], *networks]
+        if best["epoch"] == INITIAL_EPOCH:
+            return [best["heads"]]
+        return [best["heads"], *(_network_file(best["epoch"], name) for name in self.members)]
+
+    def _write(self, file: str, record: Mapping[str, Any]) -> None:
+        TrainingProgress(self.folder / file, self.key).save(record)
 
     def _read(self, file: str) -> dict[str, Any] | None:
-        """What a file of this training holds; None, said in words, where it is damaged or of another."""
+        """The content of a file of this training; None, with a warning, where it is damaged or has another key."""
         return TrainingProgress(self.folder / file, self.key).load()
 
-    def _take_heads(self, file: str) -> bool:
-        """Go on from heads that were kept; whether they could be read."""
+    def _load_heads(self, file: str) -> bool:
+        """Restore heads, optimizer and scaler; False where the file is damaged or has another key."""
         saved = self._read(file)
         if saved is None:
             return False
@@ -353,8 +384,8 @@ class _Run:
         return True
 
 
-def _arrays(head: FusionHeads) -> list[dict[str, np.ndarray]]:
+def _head_arrays(head: FusionHeads) -> list[dict[str, np.ndarray]]:
     return [
-        {name: tensor.detach().cpu().numpy().astype(np.float32) for name, tensor in own.state_dict().items()}
-        for own in head.heads
+        {name: tensor.detach().cpu().numpy().astype(np.float32) for name, tensor in module.state_dict().items()}
+        for module in head.heads
     ]

@@ -18,7 +18,7 @@ from utils.core.artifacts import replacing
 logger = logging.getLogger("disease_pipeline")
 
 SECONDS = 5.0  # at least between two saves, unless DBT_PROGRESS_SECONDS says otherwise
-SHARE_OF_TIME = 20  # saving takes at most a twentieth of the time
+MAX_TIME_FRACTION = 0.05  # of the training time that saving takes
 
 
 def copied_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -33,40 +33,46 @@ def schedule_state(schedule: torch.optim.lr_scheduler.LRScheduler) -> dict[str, 
 
 
 class TrainingProgress:
-    """How far a training is, in one file; used when it is whole and was written under the same key."""
+    """A file with the state of an interrupted training, valid for one key.
+
+    `key` is the digest of everything that the training depends on. `seconds` is the least time between two saves.
+    """
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
         self.seconds = float(os.environ.get("DBT_PROGRESS_SECONDS") or SECONDS)
-        self._saved, self._cost = time.monotonic(), 0.0
+        self._last_save, self._save_seconds = time.monotonic(), 0.0
 
     def load(self) -> dict[str, Any] | None:
-        """The record saved last; None where there is none that can be used, which is said and removed."""
+        """Read the record saved last; None where there is none.
+
+        A file that is damaged or was written under another key is removed with a warning.
+        """
         if not self.path.is_file():
             return None
         try:
             with zipfile.ZipFile(self.path) as archive:
                 if archive.testzip():  # torch compares no checksums
                     raise zipfile.BadZipFile
-            record = torch.load(self.path, map_location="cpu", weights_only=True)
+            record: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
             problem = None if record["key"] == self.key else "belongs to another teacher, other images or settings"
-        except Exception as error:  # a damaged file raises whatever the broken place leads to
+        except Exception as error:  # the exception depends on where the file is damaged
             problem = f"is damaged ({type(error).__name__})"
         if problem is None:
-            return record  # type: ignore[no-any-return]
-        logger.warning("%s %s; it is removed and this training starts from its beginning", self.path, problem)
+            return record
+        logger.warning("%s %s; it is removed and this training starts from the beginning", self.path, problem)
         self.path.unlink(missing_ok=True)
         return None
 
     def is_due(self) -> bool:
         """Whether enough time has passed since the last save."""
-        passed = time.monotonic() - self._saved
-        return self.seconds == 0 or passed >= max(self.seconds, SHARE_OF_TIME * self._cost)
+        passed = time.monotonic() - self._last_save
+        return self.seconds == 0 or passed >= max(self.seconds, self._save_seconds / MAX_TIME_FRACTION)
 
     def save(self, record: Mapping[str, Any]) -> None:
         """Replace the file."""
         start = time.monotonic()
         with replacing(self.path) as temporary, temporary.open("wb") as file:
             torch.save({**record, "key": self.key}, file)
-        self._saved = time.monotonic()
-        self._cost = self._saved - start
+        self._last_save = time.monotonic()
+        self._save_seconds = self._last_save - start

@@ -1,0 +1,62 @@
+"""Images with their augmentation: views drawn in advance, evaluation crops, and the kind of a checkpoint."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from digit_splits import COUNT, split_of
+
+from utils import base_back
+from utils.augmentation import augment
+from utils.training import image_source
+from utils.training.batch_schedule import NEVER, BatchSchedule
+from utils.training.image_source import ImageSource, augmentation_kind
+
+
+def source_of(folder, augmentation: str) -> ImageSource:
+    return ImageSource(split_of(folder / "images"), 32, augmentation, image_cache=folder / "cache")
+
+
+def test_views_drawn_in_advance_give_the_same_augmentation():
+    from utils.augmentation import draw_views, show
+
+    images = [torch.randint(0, 255, (3, 36, 36), dtype=torch.uint8) for _ in range(9)]
+    views = draw_views(*torch.full((2, 9), 36.0), "full", torch.Generator().manual_seed(5))
+    expected = augment(images, 32, "full", torch.Generator().manual_seed(5))
+    assert torch.equal(show(images, 32, views), expected)
+    rows = torch.tensor([7, 2])
+    assert torch.equal(show([images[7], images[2]], 32, views.take(rows)), expected[rows])
+    assert torch.equal(type(views).joined([views, views]).take(rows + 9).warps, views.take(rows).warps)
+
+
+def test_without_augmentation_every_view_is_the_evaluation_crop(tmp_path):
+    source = source_of(tmp_path, "none")
+    assert source.draw_views(3) is None
+    schedule = BatchSchedule(source, 5, 7, np.full(COUNT, NEVER), n_views=2)
+    crops = source.load(torch.arange(COUNT), 32, None)
+    for batch, images in schedule.loader(1, 32):
+        assert torch.equal(images, crops[batch.rows])
+
+
+def test_evaluation_batches_cover_the_images_from_a_start_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_source, "EVALUATION_BATCH_SIZE", 8)
+    source = source_of(tmp_path, "full")
+    batches = list(source.evaluation_batches(32, start=3))
+    assert [len(rows) for rows, _ in batches] == [8, 8, COUNT - 3 - 16]
+    rows = torch.cat([rows for rows, _ in batches])
+    assert rows.tolist() == list(range(3, COUNT))
+    assert torch.equal(torch.cat([images for _, images in batches]), source.load(rows, 32, None))
+
+
+@pytest.mark.parametrize(
+    ("facts", "setting", "expected"),
+    [
+        ({"augment": "no_flip"}, "none", "no_flip"),
+        ({}, "none", "none"),
+        ({"augment": "of another program"}, "none", "full"),
+    ],
+)
+def test_the_augmentation_is_that_of_the_checkpoint_else_of_the_settings(monkeypatch, facts, setting, expected):
+    monkeypatch.setattr(base_back.settings(), "AUGMENT", setting, raising=False)
+    assert augmentation_kind(facts) == expected

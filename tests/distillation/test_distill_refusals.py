@@ -53,14 +53,14 @@ def test_imported_predictions_teach_about_the_images_with_their_ids(imported):
     metrics = json.loads(imported.ensemble_metrics("distilled_convnext", "test").read_text())
     assert metrics["controls"]["teacher"]["accuracy"] > 0
     for kind in ("consistent", "views"):
-        with pytest.raises(UserError, match=f"{kind} shows the teacher every view.*predictions alone"):
+        with pytest.raises(UserError, match=f"distillation.targets: {kind} .*set it to oof"):
             distill(imported, SMALL, f"distillation.targets={kind}")
 
 
 def test_without_images_there_is_nobody_to_teach(tmp_path):
     workspace = empty_workspace(tmp_path / "w")
     take_in(workspace, write(tmp_path / "given"))
-    with pytest.raises(UserError, match="no images, and a student is shown some; all members are imported"):
+    with pytest.raises(UserError, match="run discover and import-predictions again"):
         distill(workspace, SMALL)
 
 
@@ -111,7 +111,7 @@ def test_a_teacher_of_other_classes_or_checkpoints_is_refused(own):
     path = own.ensemble("soft_voting_ensemble") / "ensemble.json"
     whole = path.read_text()
     path.write_text(json.dumps(json.loads(whole) | {"classes": ["a", "b", "c", "d"]}))
-    with pytest.raises(UserError, match="it answers for the classes a, b, c, d; the images are of 0, 1, 2, 3"):
+    with pytest.raises(UserError, match="classes a, b, c, d; .* 0, 1, 2, 3"):
         distill(own, SMALL)
     changed = json.loads(whole)
     changed["member_digests"]["CustomConvNeXt"] = "0" * 64

@@ -17,7 +17,7 @@ __all__ = ["foreign", "foreign_base_back", "mount"]
 # Ours that consist of torch modules; whoever imports one of these does so where it is needed.
 TORCH_MODULES = {
     *("fusion_heads", "heads", "module_training", "routing_heads", "soup_trials", "soups", "stacking_heads", "trees"),
-    *("distillation_methods", "target_sources", "student_training", "ensemble_network", "image_views"),
+    *("distillation_methods", "target_sources", "student_training", "ensemble_network", "image_source"),
     *("batch_schedule", "optimization", "progress", "joint_networks", "joint_training", "training_memory"),
 }
 """Imported inside functions alone, once something is trained, averaged or exported."""

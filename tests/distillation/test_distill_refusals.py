@@ -111,7 +111,7 @@ def test_a_teacher_of_other_classes_or_checkpoints_is_refused(own):
     path = own.ensemble("soft_voting_ensemble") / "ensemble.json"
     whole = path.read_text()
     path.write_text(json.dumps(json.loads(whole) | {"classes": ["a", "b", "c", "d"]}))
-    with pytest.raises(UserError, match="classes a, b, c, d; .* 0, 1, 2, 3"):
+    with pytest.raises(UserError, match=r"classes a, b, c, d; .* 0, 1, 2, 3"):
         distill(own, SMALL)
     changed = json.loads(whole)
     changed["member_digests"]["CustomConvNeXt"] = "0" * 64

@@ -15,6 +15,7 @@ from utils.distillation.controls import ALONE, TEACHER
 from utils.distillation.students import Student
 from utils.distillation.teachers import Teacher
 from utils.numeric.metrics import softmax
+from utils.predictions import fold_networks
 from utils.predictions.catalog import Member
 from utils.predictions.store import Store
 
@@ -88,7 +89,7 @@ def measure_costs(store: Store, teacher: Teacher, derived: Member) -> dict[str, 
         }
         return times | {"device": records[0].device, "threads": records[0].threads}
 
-    n_networks = [len(teachers.network_stages(teacher, member)) for member in members]
+    n_networks = [len(fold_networks.answering(member, teacher.ensemble.inference)) for member in members]
     teacher_mb = teachers.size_mb(store, teacher)
     student_mb = (store.workspace.base / derived.checkpoints[0]["path"]).stat().st_size / 1e6
     return {

@@ -120,13 +120,10 @@ def _check(store: Store, teacher: Teacher, excluded_member: str) -> None:
         raise UserError(
             f"{CONFIG_KEY} {teacher.name}: it contains {excluded_member}, the student itself. Set another teacher"
         )
-    for name in ensemble.members:
-        if (
-            name not in members
-            or fold_networks.digest(members[name], ensemble.inference) != (ensemble.member_digests[name])
-        ):
-            state = "is no longer in the catalog" if name not in members else "has another checkpoint now"
-            raise UserError(f"{CONFIG_KEY} {teacher.name}: its member {name} {state}. {remedy}")
+    missing, changed = fold_networks.missing_and_changed(members, ensemble)
+    for name in (*missing, *changed):
+        state = "is no longer in the catalog" if name in missing else "has another checkpoint now"
+        raise UserError(f"{CONFIG_KEY} {teacher.name}: its member {name} {state}. {remedy}")
 
 
 def members_of(store: Store, teacher: Teacher) -> list[Member]:
@@ -146,11 +143,6 @@ def members_without_network(store: Store, teacher: Teacher) -> list[str]:
     return [member.name for member in members_of(store, teacher) if member.source == IMPORTED]
 
 
-def network_stages(teacher: Teacher, member: Member) -> tuple[str | None, ...]:
-    """Stages of the networks that predict for a member: its fold networks, or None for its full network."""
-    return fold_networks.stages(member) if teacher.ensemble.inference == fold_networks.FOLDS else (None,)
-
-
 def size_mb(store: Store, teacher: Teacher) -> float | None:
     """Size of the networks that predict, in 10^6 bytes; None where a member has imported predictions alone."""
     if members_without_network(store, teacher):
@@ -158,7 +150,7 @@ def size_mb(store: Store, teacher: Teacher) -> float | None:
     files = [
         member.network(store.workspace, stage=stage).checkpoint
         for member in members_of(store, teacher)
-        for stage in network_stages(teacher, member)
+        for stage in fold_networks.answering(member, teacher.ensemble.inference)
     ]
     return sum(file.stat().st_size for file in files) / 1e6
 
@@ -205,7 +197,7 @@ def predict_views(store: Store, teacher: Teacher, count: int, batches: ViewBatch
     embeddings: list[np.ndarray] = []
     for index, member in enumerate(members_of(store, teacher)):
         class_order = [member.classes.index(name) for name in classes]
-        stages = network_stages(teacher, member)
+        stages = fold_networks.answering(member, ensemble.inference, embeddings=teacher.reads_embeddings)
         mean = fold_networks.FoldMean(count, len(classes))
         for stage in stages:
             catalog.check_current(store.workspace, member, store.digests, *([stage] if stage else []))
@@ -214,18 +206,12 @@ def predict_views(store: Store, teacher: Teacher, count: int, batches: ViewBatch
             network_logits, member_embeddings = _run(store, spec, count, batches, keeps_embeddings=keeps_embeddings)
             if member_embeddings is not None:
                 embeddings.append(member_embeddings)
-            if stage is None:
-                logits[index] = network_logits[:, class_order]
-            else:
+            if stage is not None:
                 mean.add(network_logits[:, class_order])
-        if stages != (None,):
-            logits[index] = mean.mean(len(stages))
-            if teacher.reads_embeddings:  # of the full network, since each fold network has its own embedding space
-                _, member_embeddings = _run(
-                    store, member.network(store.workspace), count, batches, keeps_embeddings=True
-                )
-                assert member_embeddings is not None
-                embeddings.append(member_embeddings)
+            elif ensemble.inference == fold_networks.FULL:
+                logits[index] = network_logits[:, class_order]
+        if ensemble.inference == fold_networks.FOLDS:
+            logits[index] = mean.mean(sum(stage is not None for stage in stages))
     rows = Rows(
         members=ensemble.members,
         classes=classes,

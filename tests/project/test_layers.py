@@ -1,68 +1,77 @@
-"""Imports go down only: the floors in pyproject.toml hold for every module, lazy imports included."""
+"""What import-linter cannot see: imports by name, the command line, and BASE-BACK, whose `utils` has our package's name."""
 
 from __future__ import annotations
 
 import ast
 import tomllib
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 from conftest import PROJECT
 
-FLOORS = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["storeys"]["floors"]
-FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ROOMS = sorted([PROJECT / "ensemble_orchestrator.py", *(PROJECT / "utils").glob("*.py")])
-BASE_UTILS = {path.stem for path in (PROJECT / "BASE-BACK" / "src" / "utils").glob("*.py")} - {"__init__"}
+from utils import base_back, commands
+
+UTILS, SRC = PROJECT / "utils", PROJECT / "BASE-BACK" / "src"
+OUR_NAMES = {path.stem for path in UTILS.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+BASE_BACK_NAMES = {path.stem for path in (SRC / "utils").glob("*.py")} - {"__init__"}
+TARGETS = {
+    target
+    for command in commands.COMMANDS.values()
+    for target in (command.target, *(target for _, target in command.standalone))
+}
 
 
-def imported_rooms(tree: ast.AST, rooms: set[str]):
-    """Rooms that a module imports, wherever in it the import stands."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            if node.module == "utils":
-                yield from (alias.name for alias in node.names)
-            elif node.module and node.module.startswith("utils."):
-                yield node.module.split(".")[1]
-            elif node.level:
-                yield node.module or ""
-        elif isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("utils."))
+def imported_names(path: Path) -> Iterator[str]:
+    """Dotted names of all modules that a file imports, wherever the import stands; `from a import b` gives a and a.b."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 or path.is_relative_to(SRC), f"{path}: imports are absolute"
+            yield from (node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names))
 
 
-@pytest.mark.parametrize("path", [path for path in ROOMS if path.stem != "__init__"], ids=lambda path: path.stem)
-def test_a_room_imports_only_from_lower_floors(path):
-    assert path.stem in FLOOR_OF, f"{path.stem} stands on no floor; add it to [tool.storeys] in pyproject.toml"
-    targets = set(imported_rooms(ast.parse(path.read_text()), set(FLOOR_OF))) - {"errors"}
-    assert targets <= FLOOR_OF.keys(), f"{path.stem} imports {sorted(targets - FLOOR_OF.keys())}, which is no room"
-    wrong = {target for target in targets if FLOOR_OF[target] >= FLOOR_OF[path.stem]}
-    assert not wrong, f"{path.stem} (floor {FLOOR_OF[path.stem]}) imports {sorted(wrong)}, not below it"
+def test_lint_checks_the_layers():
+    contracts = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    assert {contract["type"] for contract in contracts} == {"layers", "acyclic_siblings"}
+    assert all(contract.get("exhaustive", True) for contract in contracts)
+    (lint,) = (PROJECT / "Makefile").read_text().split("\nlint:")[1:]
+    assert "lint-imports" in lint.split("\n\n")[0]
 
 
-def test_every_room_on_a_floor_exists():
-    assert FLOOR_OF.keys() == {path.stem for path in ROOMS} - {"__init__"}
+@pytest.mark.parametrize("target", sorted(TARGETS))
+def test_the_function_that_a_command_runs_exists(target):
+    module, function = target.split(":")
+    assert callable(getattr(import_module(module), function))
 
 
-def test_no_room_has_the_name_of_a_module_or_export_of_the_base_pipelines_utils():
-    exports = {"logger", "smoke_checker", "DEVICE", "get_device", "set_seed", "DedupLogger"}
-    assert not FLOOR_OF.keys() & (BASE_UTILS | {"datasets", "checkpoint_manager", "visualization"} | exports)
+def test_the_root_script_imports_only_the_table_of_commands_and_the_core_before_a_command_is_typed():
+    tree = ast.parse((PROJECT / "ensemble_orchestrator.py").read_text(encoding="utf-8"))
+    modules = [
+        node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.module.startswith("utils")
+    ]
+    assert set(modules) == {"utils.commands", "utils.core"}
 
 
-def test_the_base_pipeline_never_imports_the_orchestrator():
-    for path in (PROJECT / "BASE-BACK").rglob("*.py"):
-        found = set(imported_rooms(ast.parse(path.read_text()), set(FLOOR_OF)))
-        assert not found & FLOOR_OF.keys(), f"{path}: imports {sorted(found & FLOOR_OF.keys())}"
+def test_no_module_of_ours_is_called_like_a_module_or_an_export_of_base_backs_utils():
+    assert not OUR_NAMES & (BASE_BACK_NAMES | set(base_back.EXPORTS))
 
 
-def test_only_base_back_and_streaming_touch_the_base_pipeline():
-    for path in (PROJECT / "utils").glob("*.py"):
-        tops = {
-            name.split(".")[0]
-            for node in ast.walk(ast.parse(path.read_text()))
-            for name in (
-                [alias.name for alias in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or ""]
-                if isinstance(node, ast.ImportFrom)
-                else []
-            )
-        }
-        assert not tops & {"config", "models", "training", "export"}, f"{path.stem} imports BASE-BACK directly"
+def test_base_back_never_imports_ours():
+    ours = {f"utils.{name}" for name in OUR_NAMES - {"__init__"}} | {"ensemble_orchestrator"}
+    for path in SRC.rglob("*.py"):
+        wrong = {name for name in imported_names(path) if ".".join(name.split(".")[:2]) in ours}
+        assert not wrong, f"{path}: imports {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("path", sorted(UTILS.rglob("*.py")), ids=lambda path: path.relative_to(UTILS).as_posix())
+def test_base_back_is_reached_through_the_mount_only(path):
+    base_back_modules = {f"utils.{name}" for name in BASE_BACK_NAMES}
+    wrong = [
+        name
+        for name in imported_names(path)
+        if name.split(".")[0] in base_back.PACKAGES or ".".join(name.split(".")[:2]) in base_back_modules
+    ]
+    assert not wrong, f"imports {wrong} of BASE-BACK; use utils.base_back.load"

@@ -1,4 +1,4 @@
-"""What import-linter cannot see: imports by name, the command line, and BASE-BACK, whose `utils` has our package's name."""
+"""What import-linter cannot see: functions named in strings, the root script, and BASE-BACK, which has a `utils` too."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TARGETS = {
 
 
 def imported_names(path: Path) -> Iterator[str]:
-    """Dotted names of all modules that a file imports, wherever the import stands; `from a import b` gives a and a.b."""
+    """Dotted names of everything that a file imports, at any depth; `from a import b` gives a and a.b."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -1,4 +1,4 @@
-"""What import-linter cannot see: functions named in strings, the root script, and BASE-BACK, which has a `utils` too."""
+"""What import-linter cannot see: functions named in strings, the root script, and BASE-BACK with its own `utils`."""
 
 from __future__ import annotations
 

@@ -158,13 +158,13 @@ def test_reading_ahead_reads_the_whole_file_and_ends_with_its_block(tmp_path, mo
     path = tmp_path / "m.pth"
     path.write_bytes(bytes(5 * checkpoints.BLOCK + 1))
     reached = threading.Event()
-    original = checkpoints._touch
+    original = checkpoints._read_through
 
     def telling(*arguments):
         original(*arguments)
         reached.set()
 
-    monkeypatch.setattr(checkpoints, "_touch", telling)
+    monkeypatch.setattr(checkpoints, "_read_through", telling)
     with reading_ahead(path):
         assert reached.wait(30)
     with reading_ahead(tmp_path / "gone.pth"), reading_ahead(None):

@@ -1,7 +1,7 @@
-"""Checkpoint files of anybody's making: told apart by their bytes, read without running anything they contain.
+"""Checkpoint files of any origin: identified by their bytes, read without running anything they contain.
 
-Nothing is tried twice. What a file is follows from its first bytes; torch's restricted unpickler then reads it with a
-short list of harmless types allowed, and a refusal is final.
+The first bytes determine the format; torch's restricted unpickler then reads the file with a short list of harmless
+types allowed. A refusal is final: no other reader is tried.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger("disease_pipeline")
 
 BLOCK = 1 << 20
 LEAVE_OUT = "leave it out with backbones.exclude"
-# What every checkpoint of tensors refers to; only for naming the rest in a refusal, torch alone decides what is read.
+# What every checkpoint of tensors refers to. Only messages use it, to name the rest; torch decides what is read.
 HARMLESS = re.compile(
     r"torch\.\w+|torch\._utils\._rebuild\w+|torch\.storage\.\w+|torch\.nn\.parameter\.Parameter"
     r"|torch\._tensor\._rebuild\w+|collections\.(OrderedDict|Counter|defaultdict)"
@@ -41,23 +41,23 @@ SAVE_WEIGHTS = 'torch.save({"model_state_dict": model.state_dict()}, FILE)'
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint's record, on the CPU, with nothing executed from it; tensors of a zip file stay memory-mapped.
 
-    NumPy's scalars are allowed, since real checkpoints hold them. Raises UserError, each with its own words, for a file
-    that is missing, empty, truncated, a TorchScript archive, a tar file of old, no checkpoint at all, or that asks for
-    anything else to be called; there is no second, less careful try.
+    NumPy's scalars are allowed, since real checkpoints hold them. Raises UserError, with a message for each case, for a
+    file that is missing, empty, truncated, a TorchScript archive, a tar file of PyTorch before 0.1.10, no checkpoint at
+    all, or that refers to anything that is not allowed.
     """
     import torch
 
     form = _form(path)
     try:
         with torch.serialization.safe_globals(_allowed_globals()), warnings.catch_warnings():
-            # A stranger's pickle protocol is no reason to warn: it is read as safely, or refused with a message.
+            # Another pickle protocol is no reason to warn: it is read as safely, or refused with a message.
             warnings.filterwarnings("ignore", "Detected pickle protocol")
             record = torch.load(path, map_location="cpu", weights_only=True, mmap=form == "zip")
     except pickle.UnpicklingError as error:
         raise _refusal(path, form, error) from error
     except MemoryError as error:
         raise UserError(f"{path}: does not fit into memory. Free some, or {LEAVE_OUT}") from error
-    # Damaged bytes make the restricted unpickler stumble in all these ways.
+    # Damaged bytes make the restricted unpickler fail in all these ways.
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise _damaged(path, _first_line(error)) from error
     if not isinstance(record, dict):
@@ -72,28 +72,29 @@ def state_dict_of(record: dict[str, Any]) -> dict[str, Any]:
     """The state dictionary in a checkpoint's record: under its usual names, or the record itself."""
     for key in ("model_state_dict", "state_dict"):
         if isinstance(record.get(key), dict):
-            return record[key]
+            weights: dict[str, Any] = record[key]
+            return weights
     return record
 
 
 def training_metadata(path: Path) -> dict[str, str]:
-    """How the images of a network were shown and dealt out, as its checkpoint says it beside what the catalog knows."""
+    """What a checkpoint records of its training beyond the catalog: augmentation, group rule, split, BASE-BACK."""
     extra = read_checkpoint(path).get("extra")
-    found = extra if isinstance(extra, dict) else {}
-    return {name: found[name] for name in TRAINING_KEYS if isinstance(found.get(name), str)}
+    metadata = extra if isinstance(extra, dict) else {}
+    return {name: metadata[name] for name in TRAINING_KEYS if isinstance(metadata.get(name), str)}
 
 
 @contextmanager
 def reading_ahead(path: Path | None) -> Iterator[None]:
-    """While the block runs, a thread reads `path` into the file cache, so that opening it later waits for no disk.
+    """Within the context, a thread reads `path` into the file cache, so that opening it later need not wait for a disk.
 
-    It holds one megabyte, builds nothing and ends with the block.
+    The thread holds one megabyte and ends with the context.
     """
     if path is None:
         yield
         return
     stop = threading.Event()
-    thread = threading.Thread(target=_touch, args=(path, stop), name="read-ahead", daemon=True)
+    thread = threading.Thread(target=_read_through, args=(path, stop), name="read-ahead", daemon=True)
     thread.start()
     try:
         yield
@@ -102,19 +103,19 @@ def reading_ahead(path: Path | None) -> Iterator[None]:
         thread.join()
 
 
-def _touch(path: Path, stop: threading.Event) -> None:
+def _read_through(path: Path, stop: threading.Event) -> None:
     block = bytearray(BLOCK)
     try:
         with path.open("rb", buffering=0) as file:
             while not stop.is_set() and file.readinto(block):
                 pass
     except OSError as error:
-        # Whoever opens the file in earnest says so with a remedy; here nothing depends on it.
+        # Opening the file later raises an error with a remedy; nothing depends on it here.
         logger.debug("%s: not read ahead (%s)", path, error)
 
 
 def _form(path: Path) -> str:
-    """`zip` or `pickle`, by the file's bytes. Raises UserError for what is neither."""
+    """`zip` or `pickle`, by the file's bytes. Raises UserError for anything else."""
     try:
         with path.open("rb") as file:
             head = file.read(64)
@@ -177,10 +178,11 @@ def _damaged(path: Path, reason: str) -> UserError:
 
 def _refusal(path: Path, form: str, error: Exception) -> UserError:
     """The error for a file that the restricted unpickler would not read."""
-    wanted = [name for name in _globals_in(path, form) if not HARMLESS.fullmatch(name)]
-    said = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-    if wanted or said:
-        names = ", ".join(wanted) or said[1]  # type: ignore[index]
+    refused = [name for name in _globals_in(path, form) if not HARMLESS.fullmatch(name)]
+    if not refused and (match := re.search(r"GLOBAL (\S+) was not an allowed global", str(error))):
+        refused = [match[1]]
+    if refused:
+        names = ", ".join(refused)
         return UserError(
             f"{path}: refused, since loading it could run code: it asks for {names}; expected a checkpoint of tensors "
             f"and plain values. Save it again as {SAVE_WEIGHTS}, or {LEAVE_OUT}"
@@ -196,29 +198,29 @@ def _refusal(path: Path, form: str, error: Exception) -> UserError:
 
 
 def _globals_in(path: Path, form: str) -> list[str]:
-    """Names of what a file's pickles refer to, read by disassembly; nothing is imported or called."""
+    """Names of the globals that a file's pickles refer to, by disassembly; nothing is imported or called."""
     with path.open("rb") as file:
         if form == "zip":
             with zipfile.ZipFile(file) as archive:
                 name = next(name for name in archive.namelist() if name.partition("/")[2] == "data.pkl")
                 return _globals_of_pickle(archive.open(name))
-        found: list[str] = []
-        # A legacy checkpoint is several pickles, one behind the other, before the bytes of its tensors.
+        names: list[str] = []
+        # A legacy checkpoint is a series of pickles, followed by the bytes of its tensors.
         for _ in range(5):
-            found += [name for name in _globals_of_pickle(file) if name not in found]
-        return found
+            names += [name for name in _globals_of_pickle(file) if name not in names]
+        return names
 
 
 def _globals_of_pickle(file: Any) -> list[str]:
-    found: list[str] = []
+    names: list[str] = []
     strings: list[str] = []
     memo: dict[int, str] = {}
     try:
         for operation, argument, _ in pickletools.genops(file):
             if operation.name in ("GLOBAL", "INST"):
-                found.append(str(argument).replace(" ", "."))
+                names.append(str(argument).replace(" ", "."))
             elif operation.name == "STACK_GLOBAL":
-                found.append(".".join(strings[-2:]))
+                names.append(".".join(strings[-2:]))
             elif "UNICODE" in operation.name or "STRING" in operation.name:
                 strings.append(str(argument))
             elif operation.name == "MEMOIZE" and strings:
@@ -227,7 +229,7 @@ def _globals_of_pickle(file: Any) -> list[str]:
                 strings.append(memo[argument])
     except ValueError as error:
         logger.debug("disassembly ended early: %s", error)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(names))
 
 
 def _dtype_kinds() -> list[Any]:
@@ -236,7 +238,7 @@ def _dtype_kinds() -> list[Any]:
 
 def _allowed_globals() -> list[Any]:
     scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
-    # Files written under NumPy 1 name the same function by its old place.
+    # Files written with NumPy 1 name the same function by its former module.
     return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *_dtype_kinds()]
 
 

@@ -24,9 +24,9 @@ logger = logging.getLogger("disease_pipeline")
 RETRAIN = "Train the backbone again, or leave it out with backbones.exclude"
 MOUNT = "; where another BASE-BACK has trained it, mount that one: --base-back DIR"
 
-# Bundled architectures that run faster on pixels kept together (channels last), measured once: AMD EPYC (Zen 4),
-# torch 2.13, one thread, seconds with channels last / seconds without, the lower of three (full, 224 px, batches of
-# 16) and of twelve (tiny, 32 px, batches of 64). In the table is what gains 5 % or more.
+# Bundled architectures that run faster in channels-last memory format, measured once: AMD EPYC (Zen 4), torch 2.13,
+# one thread, seconds with channels last / seconds without, the lower of three (full, 224 px, batches of 16) and of
+# twelve (tiny, 32 px, batches of 64). The table lists those that gain 5 % or more.
 #                 full   tiny                      full   tiny                      full   tiny
 #   CoAtNet       0.66   0.79     MaxViT           0.76   0.88     ConvNeXt         1.01   0.90
 #   GhostNetV2    0.67   0.71     EfficientNetV4   0.82   0.78     ResNetMish       0.76   0.96
@@ -71,7 +71,7 @@ class NetworkSpec:
     size: str
     img_size: int
     classes: tuple[str, ...]
-    """In the order of the network's outputs; outputs beyond them are surplus, cut once they are shown to be dead."""
+    """In the order of the network's outputs; extra outputs are removed if the network never predicts them."""
     source: Literal["base_back", "timm"] = "base_back"
 
 
@@ -80,22 +80,22 @@ def build_network(
 ) -> nn.Module:
     """The network with its weights, in evaluation mode on the CPU.
 
-    `factory(name, num_classes)` makes BASE-BACK's networks; it is given `size` and `img_size` where it takes them. The
-    number of outputs is what the weights say (first dimension of the last matrix), whatever the settings or the class
-    folders say. Raises UserError when the network cannot be built or the weights do not fit: names are never altered.
+    `factory(name, num_classes)` builds BASE-BACK's networks; it gets `size` and `img_size` if it takes them. The number
+    of outputs is taken from the weights (first dimension of the last matrix), not from the configuration or the class
+    folders. Raises UserError if the network cannot be built or the weights do not fit; names are never altered.
     """
     import torch
 
-    others = [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]
-    if others or not weights:
+    not_tensors = [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]
+    if not_tensors or not weights:
         raise UserError(
-            f"{spec.checkpoint}: no weights ({', '.join(map(str, others[:3])) or 'empty'}); expected a dictionary of "
-            f"tensors, bare or as model_state_dict or state_dict. {RETRAIN}"
+            f"{spec.checkpoint}: no weights ({', '.join(map(str, not_tensors[:3])) or 'empty'}); expected a dictionary "
+            f"of tensors, bare or as model_state_dict or state_dict. {RETRAIN}"
         )
-    outputs = _outputs_of(weights) or len(spec.classes)
-    model = construct_untrained(spec, outputs, factory)
-    if (true := _true_outputs(model, weights, outputs)) is not None:
-        model = construct_untrained(spec, true, factory)
+    n_outputs = _last_matrix_rows(weights) or len(spec.classes)
+    model = construct_untrained(spec, n_outputs, factory)
+    if (corrected := _corrected_outputs(model, weights, n_outputs)) is not None:
+        model = construct_untrained(spec, corrected, factory)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -103,104 +103,106 @@ def build_network(
     return model.eval()
 
 
-def _outputs_of(weights: Mapping[str, Tensor]) -> int | None:
+def _last_matrix_rows(weights: Mapping[str, Tensor]) -> int | None:
     matrices = [value for name, value in weights.items() if name.endswith("weight") and value.ndim == 2]
     return int(matrices[-1].shape[0]) if matrices else None
 
 
-def _true_outputs(model: nn.Module, weights: Mapping[str, Tensor], tried: int) -> int | None:
-    """The number of outputs where the last matrix misled: everything fits but tensors with that first dimension."""
-    own = model.state_dict()
-    wrong = [name for name in own if name in weights and own[name].shape != weights[name].shape]
-    if not wrong or not all(own[name].ndim and own[name].shape[0] == tried for name in wrong):
+def _corrected_outputs(model: nn.Module, weights: Mapping[str, Tensor], n_outputs: int) -> int | None:
+    """The number of outputs if `n_outputs` is wrong: everything fits except tensors with that first dimension."""
+    state = model.state_dict()
+    wrong = [name for name in state if name in weights and state[name].shape != weights[name].shape]
+    if not wrong or not all(state[name].ndim and state[name].shape[0] == n_outputs for name in wrong):
         return None
-    found = {tuple(weights[name].shape[:1]) for name in wrong if own[name].shape[1:] == weights[name].shape[1:]}
-    return int(next(iter(found))[0]) if len(found) == 1 and () not in found else None
+    rows = {tuple(weights[name].shape[:1]) for name in wrong if state[name].shape[1:] == weights[name].shape[1:]}
+    return int(next(iter(rows))[0]) if len(rows) == 1 and () not in rows else None
 
 
-def construct_untrained(spec: NetworkSpec, outputs: int, factory: Callable[..., Any] | None) -> nn.Module:
-    """A fresh network with that many outputs. Raises UserError where it cannot be built."""
+def construct_untrained(spec: NetworkSpec, n_outputs: int, factory: Callable[..., Any] | None) -> nn.Module:
+    """A newly initialised network with that many outputs. Raises UserError if it cannot be built."""
     if spec.source == "timm":
-        return _construct_timm(spec, outputs)
+        return _construct_timm(spec, n_outputs)
     if factory is None:
         raise UserError(f"{spec.checkpoint}: {spec.architecture} is BASE-BACK's, and none is mounted")
-    takes = inspect.signature(factory).parameters
-    options = {name: value for name, value in (("size", spec.size), ("img_size", spec.img_size)) if name in takes}
-    model = factory(spec.architecture, outputs, **options)
+    parameters = inspect.signature(factory).parameters
+    options = {name: value for name, value in (("size", spec.size), ("img_size", spec.img_size)) if name in parameters}
+    model: nn.Module | None = factory(spec.architecture, n_outputs, **options)
     if model is None:
         reason = getattr(factory, "last_error", None) or "see the log above"
         raise UserError(f"{spec.checkpoint}: the network {spec.architecture} cannot be built ({reason})")
     return model
 
 
-def _construct_timm(spec: NetworkSpec, outputs: int) -> nn.Module:
+def _construct_timm(spec: NetworkSpec, n_outputs: int) -> nn.Module:
     import timm
 
     from utils.core.errors import did_you_mean
 
-    # Names such as hf-hub:... would go to the network; only what the installed timm knows is built.
+    # Names such as hf-hub:... would be downloaded; only models that the installed timm lists are built.
     if not timm.is_model(spec.architecture):
         raise UserError(
             f"{spec.checkpoint}: timm {timm.__version__} has no model {spec.architecture!r}"
             f"{did_you_mean(spec.architecture, timm.list_models())}. Name one of timm.list_models()"
         )
-    known = timm.get_pretrained_cfg(spec.architecture)
-    fixed = known is not None and known.fixed_input_size and known.input_size[-1] != spec.img_size
-    options = {"img_size": spec.img_size} if fixed else {}
+    defaults = timm.get_pretrained_cfg(spec.architecture)
+    needs_size = defaults is not None and defaults.fixed_input_size and defaults.input_size[-1] != spec.img_size
+    options: dict[str, Any] = {"img_size": spec.img_size} if needs_size else {}
     try:
-        return timm.create_model(spec.architecture, pretrained=False, num_classes=outputs, **options)
+        model: nn.Module = timm.create_model(spec.architecture, pretrained=False, num_classes=n_outputs, **options)
+        return model
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(
-            f"{spec.checkpoint}: timm cannot build {spec.architecture} for {outputs} classes and {spec.img_size} px "
+            f"{spec.checkpoint}: timm cannot build {spec.architecture} for {n_outputs} classes and {spec.img_size} px "
             f"({error}). {RETRAIN}"
         ) from error
 
 
 def _misfit(spec: NetworkSpec, model: nn.Module, weights: Mapping[str, Tensor]) -> str:
-    """In which way weights do not fit a network."""
-    own = model.state_dict()
-    common = own.keys() & weights.keys()
+    """Why the weights do not fit the network."""
+    state = model.state_dict()
+    common = state.keys() & weights.keys()
     kind = f"{spec.architecture} ({spec.size}, {spec.img_size} px)"
     if not common and all(name.startswith("module.") for name in weights):
         return (
             f"all names begin with 'module.', as DataParallel saves them, so they do not fit {kind}; save "
             "model.module.state_dict()"
         )
-    if len(common) < 0.5 * max(len(own), len(weights)):
+    if len(common) < 0.5 * max(len(state), len(weights)):
         return (
-            f"the weights of another architecture: they share {len(common)} of {len(own)} names with {kind}; "
+            f"the weights of another architecture: they share {len(common)} of {len(state)} names with {kind}; "
             f"first of theirs: {next(iter(weights))}{MOUNT if spec.source == 'base_back' else ''}"
         )
-    absent, surplus = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    missing, unexpected = sorted(state.keys() - weights.keys()), sorted(weights.keys() - state.keys())
     shapes = [
-        f"{name} is {tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own
-        if name in common and own[name].shape != weights[name].shape
+        f"{name} is {tuple(weights[name].shape)}, expected {tuple(state[name].shape)}"
+        for name in state
+        if name in common and state[name].shape != weights[name].shape
     ]
     parts = [
-        f"{len(absent)} name(s) are missing, first {absent[0]}" if absent else "",
-        f"{len(surplus)} are not the network's, first {surplus[0]}" if surplus else "",
+        f"{len(missing)} name(s) are missing, first {missing[0]}" if missing else "",
+        f"{len(unexpected)} are not the network's, first {unexpected[0]}" if unexpected else "",
         f"{len(shapes)} have other shapes, first {shapes[0]}" if shapes else "",
     ]
     return f"the weights do not fit {kind}: {'; '.join(part for part in parts if part)}"
 
 
 def keeps_channels_last(model: nn.Module) -> bool:
-    """Whether CHANNELS_LAST lists this network: one of the bundled architectures, in its own size."""
+    """Whether CHANNELS_LAST lists this network's bundled architecture and size."""
     return getattr(model, "architecture", None) in CHANNELS_LAST.get(str(getattr(model, "size", None)), ())
 
 
-def extra_outputs_problem(logits: np.ndarray, kept: int) -> str | None:
-    """Why the columns of `logits` (N, C) beyond the first `kept` cannot be cut; None when they are dead.
+def extra_outputs_problem(logits: np.ndarray, n_classes: int) -> str | None:
+    """Why the outputs beyond the first `n_classes` of `logits` (N, C) cannot be removed; None if they can.
 
-    Dead: never the largest of a row, and their mean softmax mass is at most twice what a label smoothing of 0.1 leaves
-    on classes without images (upstream's largest), or 0.001 where that is less.
+    They can if they are never predicted, that is, never the largest of a row, and their mean softmax mass is at most
+    twice what a label smoothing of 0.1 leaves on classes without images (the largest of the public base pipeline), or
+    0.001 if that is more.
     """
-    columns = logits.shape[1]
-    winners = logits.argmax(axis=1)
-    if (won := int((winners >= kept).sum())) > 0:
-        return f"a surplus output is the largest on {won} of {len(logits)} rows (first: output {winners.max()})"
+    n_outputs = logits.shape[1]
+    predicted = logits.argmax(axis=1)
+    if (n_rows := int((predicted >= n_classes).sum())) > 0:
+        return f"an extra output is the largest on {n_rows} of {len(logits)} rows (first: output {predicted.max()})"
     weights = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    mass = float((weights[:, kept:].sum(axis=1) / weights.sum(axis=1)).mean())
-    allowed = max(1e-3, 0.2 * (columns - kept) / columns)
+    mass = float((weights[:, n_classes:].sum(axis=1) / weights.sum(axis=1)).mean())
+    allowed = max(1e-3, 0.2 * (n_outputs - n_classes) / n_outputs)
     return f"they hold {mass:.3f} of the probability, {allowed:.3f} at most is allowed" if mass > allowed else None

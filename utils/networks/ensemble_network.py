@@ -1,9 +1,9 @@
-"""A whole ensemble as one network: raw images in, class probabilities out, preprocessing and combiner inside.
+"""A whole ensemble as one network: raw images to class probabilities, with preprocessing and combiner included.
 
-Images are float32 (B, 3, S, S) in [0, 1], cut to the networks' size, or uint8 (B, H, W, 3) of any size, as decoded.
+Images are float32 (B, 3, S, S) in [0, 1], cropped to the networks' size, or uint8 (B, H, W, 3) of any size, as decoded.
 
-Each member's network is held and run once, whatever the combiner does with it; images are prepared once for each image
-size. Traced, the batch stays free, and so do height and width of uint8 images.
+Each member's network is held and run once; images are prepared once for each image size. In a trace the batch size
+stays free, and so do height and width of uint8 images.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from utils import base_back
 from utils.networks.embeddings import EmbeddingExtractor
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CUT = 1.14  # the shorter side is brought to so many times the size of the centre square
-TALL_FIRST = 13  # Pillow that begins with the columns where the height shrinks by more than twice what the width does
+CUT = 1.14  # the shorter side is resized to so many times the size of the centre crop
+TALL_FIRST = 13  # Pillow release that resamples columns first if the height shrinks by more than twice the width
 BITS = 22  # of the fixed-point weights by which Pillow resamples 8-bit images
 
 
@@ -32,16 +32,16 @@ class MemberNetworks:
 
     name: str
     networks: Sequence[nn.Module]
-    """One; or the fold networks, of whose probabilities the mean is taken."""
+    """One, or the fold networks, whose probabilities are averaged."""
     img_size: int
     columns: Sequence[int]
-    """Which outputs of a network are the classes, in the ensemble's order."""
+    """Indices of the outputs that are the classes, in the ensemble's order."""
     embedder: nn.Module | None = None
-    """The network whose last layer's input is the embedding, where that is none of `networks`."""
+    """The network that gives the embedding, if it is none of `networks`."""
 
 
 class MemberModule(nn.Module):
-    """One member: prepared images (B, 3, S, S) -> logits (B, C) and, where they are wanted, embeddings (B, D)."""
+    """One member: prepared images (B, 3, S, S) -> logits (B, C) and, with `embeds`, embeddings (B, D)."""
 
     columns: Tensor
 
@@ -49,7 +49,7 @@ class MemberModule(nn.Module):
         super().__init__()
         self.networks = nn.ModuleList(part.networks)
         self.embedder = part.embedder
-        self.plain = list(part.columns) == list(range(len(part.columns)))
+        self.is_in_order = list(part.columns) == list(range(len(part.columns)))
         self.register_buffer("columns", torch.tensor(part.columns, dtype=torch.int64))
         self._outputs: EmbeddingExtractor | None = None
         if embeds:
@@ -58,20 +58,20 @@ class MemberModule(nn.Module):
                 self._outputs.probe(torch.zeros(2, 3, part.img_size, part.img_size))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The mean of several networks is given as the logarithm of their mean probability."""
+        """The logits of several networks are the logarithm of their mean probabilities."""
         embeddings = None
         if self._outputs is not None:
             logits, embeddings = self._outputs(images)
         if self._outputs is None or self.embedder is not None:
             logits = self.networks[0](images)
-        logits = self._cut(logits)
+        logits = self._select(logits)
         if len(self.networks) > 1:
-            parts = [logits, *(self._cut(network(images)) for network in list(self.networks)[1:])]
+            parts = [logits, *(self._select(network(images)) for network in list(self.networks)[1:])]
             logits = torch.stack([torch.softmax(part, dim=1) for part in parts]).mean(dim=0).clamp_min(1e-30).log()
         return logits, embeddings
 
-    def _cut(self, logits: Tensor) -> Tensor:
-        if self.plain:
+    def _select(self, logits: Tensor) -> Tensor:
+        if self.is_in_order:
             return logits[:, : len(self.columns)]
         return logits.index_select(1, self.columns)
 
@@ -79,9 +79,9 @@ class MemberModule(nn.Module):
 class Preparation(nn.Module):
     """Raw images -> normalised squares (B, 3, S, S), bit for bit as the base pipeline's evaluation transform.
 
-    uint8 images are resampled as the Pillow does it that is installed when the network is made: by 22-bit weights along
-    the rows, then along the columns (for some tall images the other way round, from release 13 on), each time rounded
-    to 8 bits; in float64, where all that is exact. Without `resizes` images have their size already.
+    uint8 images are resampled as by the Pillow release that is installed when the network is built: with 22-bit weights
+    along the rows, then along the columns (for some tall images in the other order, from release 13 on), rounded to 8
+    bits after each; float64 represents all of this exactly. Without `resizes` images have their final size already.
     """
 
     mean: Tensor
@@ -99,11 +99,11 @@ class Preparation(nn.Module):
         if not self.takes_uint8:
             return (images - self.mean) / self.std
         planes = images.permute(0, 3, 1, 2)
-        pixels = self._cut(planes.double()).float() if self.resizes else planes.float()
+        pixels = self._resize_and_crop(planes.double()).float() if self.resizes else planes.float()
         return (pixels / 255 - self.mean) / self.std
 
-    def _cut(self, planes: Tensor) -> Tensor:
-        """(B, 3, H, W) in float64 -> the centre square of the resized image, whole numbers."""
+    def _resize_and_crop(self, planes: Tensor) -> Tensor:
+        """(B, 3, H, W) in float64 -> the centre crop of the resized image, integers (B, 3, S, S)."""
         shape = torch._shape_as_tensor(planes)  # a tensor, so that a trace keeps sizes free
         height, width = shape[2:3], shape[3:4]
         short, side = torch.minimum(height, width), int(self.img_size * CUT)
@@ -115,31 +115,31 @@ class Preparation(nn.Module):
         return _by_the_shorter_way()(planes, rows, columns, (fewer > 0) & (fewer > 2 * narrower))
 
     def _weights(self, line: Tensor, length: Tensor, resized: Tensor) -> Tensor:
-        """Weights (S, length) of the pixels of a `line` (length,), of whose resized form the centre is kept.
+        """Weights (S, length) that resize a `line` of pixels (length,) and crop its centre.
 
-        `length` and `resized` are (1,): the exporter to ONNX takes double scalars for floats.
+        `length` and `resized` have the shape (1,): the exporter to ONNX takes double scalars for floats.
         """
         left = resized - self.img_size
         start = left // 2 + (left % 2) * (left // 2 % 2)  # round(left / 2) as Python rounds: halves to even
         scale = length.double() / resized.double()
         support = torch.clamp(scale, min=1.0)
-        kept = torch.arange(self.img_size, dtype=torch.float64) + 0.5
-        centre = (kept + start.double()) * scale
-        places = torch.cumsum(torch.ones_like(line), 0) - 1.0
-        distance = (places[None] - centre[:, None] + 0.5) * torch.reciprocal(support)
+        crop = torch.arange(self.img_size, dtype=torch.float64) + 0.5
+        centre = (crop + start.double()) * scale
+        pixels = torch.cumsum(torch.ones_like(line), 0) - 1.0
+        distance = (pixels[None] - centre[:, None] + 0.5) * torch.reciprocal(support)
         weights = torch.clamp(1.0 - distance.abs(), min=0.0)
         weights = weights / weights.sum(dim=1, keepdim=True)
         return torch.floor(0.5 + weights * 2.0**BITS)
 
 
 def _rounded(sums: Tensor) -> Tensor:
-    """Sums of pixels times 22-bit weights -> 0 to 255."""
+    """Sums of pixels times 22-bit weights -> integers from 0 to 255."""
     return torch.clamp(torch.floor((sums + 2.0 ** (BITS - 1)) / 2.0**BITS), 0.0, 255.0)
 
 
 @cache
 def _by_the_shorter_way() -> Any:
-    """The two passes in either order, as a function whose branch outlives a trace."""
+    """The two passes in either order, as a scripted function, so that its branch survives tracing."""
     with base_back.load_bundled("torchscript").torchscript_without_notices():
         return torch.jit.script(_passes)
 
@@ -154,11 +154,11 @@ def _passes(planes: Tensor, rows: Tensor, columns: Tensor, tall: Tensor) -> Tens
 
 
 class EnsembleNetwork(nn.Module):
-    """Members and combiner as one module: raw images -> probabilities (B, C), and what else `output_names` lists.
+    """Members and combiner as one module: raw images -> probabilities (B, C) and the other `output_names`.
 
     `output_names`: `probabilities`; `logits` (B, C) of a single network without a combiner; `member_probabilities`
-    (B, M, C) on request; `member_logits` (B, M, C) and `member_embeddings` (B, sum of D_m) of a combiner that jumps, as
-    the proof of parity needs them.
+    (B, M, C) on request; `member_logits` (B, M, C) and `member_embeddings` (B, sum of D_m) with `member_outputs`, which
+    the parity check of a discontinuous combiner needs.
     """
 
     input_names = ("images",)
@@ -198,24 +198,24 @@ class EnsembleNetwork(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Any:
-        """The outputs in the order of `output_names`; one alone comes without a tuple."""
+        """The outputs in the order of `output_names`; a single one is returned without a tuple."""
         prepared = {int(size): prepare(images) for size, prepare in self.preparations.items()}
-        answers = [member(prepared[size]) for size, member in zip(self.sizes, self.members, strict=True)]
-        logits = torch.stack([own for own, _ in answers], dim=1)
-        embeddings = [embedding for _, embedding in answers if embedding is not None]
+        parts = [member(prepared[size]) for size, member in zip(self.sizes, self.members, strict=True)]
+        logits = torch.stack([member_logits for member_logits, _ in parts], dim=1)
+        embeddings = [embedding for _, embedding in parts if embedding is not None]
         if self.combiner is None:
-            found = [torch.softmax(logits[:, 0], dim=1), logits[:, 0]]
+            outputs = [torch.softmax(logits[:, 0], dim=1), logits[:, 0]]
         else:
-            found = [self.combiner(logits, embeddings) if self.embeds else self.combiner(logits)]
+            outputs = [self.combiner(logits, embeddings) if self.embeds else self.combiner(logits)]
         if self.member_probabilities:
-            found.append(torch.softmax(logits, dim=2))
+            outputs.append(torch.softmax(logits, dim=2))
         if self.member_outputs:
-            found += [logits, *([torch.cat(embeddings, dim=1)] if self.embeds else [])]
-        return found[0] if len(found) == 1 else tuple(found)
+            outputs += [logits, *([torch.cat(embeddings, dim=1)] if self.embeds else [])]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 class CombinerNetwork(nn.Module):
-    """A combiner alone, for members that are known by their predictions: logits (B, M, C) -> probabilities (B, C)."""
+    """A combiner alone, for imported members: logits (B, M, C) -> probabilities (B, C)."""
 
     input_names = ("member_logits",)
     output_names = ("probabilities",)

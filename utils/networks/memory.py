@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of a forward pass says that memory ran out."""
+    """Whether an exception of a forward pass means that memory ran out."""
     import torch
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
@@ -24,7 +24,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def safe_delete_model(model: nn.Module) -> None:
-    """Free a network's parameters and buffers at once, even where something still refers to it."""
+    """Free a network's parameters and buffers at once, even if something still refers to it."""
     import torch
 
     for tensor in (*model.parameters(), *model.buffers()):
@@ -32,20 +32,20 @@ def safe_delete_model(model: nn.Module) -> None:
 
 
 def trim_memory() -> None:
-    """Give freed memory back to the system, where the C library can (glibc).
+    """Return freed memory to the operating system, if the C library can (glibc).
 
-    Batches of one network leave holes that those of the next do not fill: without it fifteen full networks, one at a
-    time, took 1.15 times the memory of the largest three, with it 1.06.
+    Batches of one network leave holes that those of the next do not fill: fifteen full networks, one at a time, took
+    1.15 times the memory of the largest three without it, and 1.06 times with it.
     """
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def cleanup_memory(left: Iterable[weakref.ref[nn.Module]] | None = None) -> None:
-    """Collect garbage and give the CUDA cache back, between any two networks.
+    """Collect garbage and release the CUDA cache, between any two networks.
 
-    `left` are networks that should be gone. Where they are, and there is no CUDA device, garbage is not collected: that
-    takes longer than a small network runs, and is needed only where references in a ring keep one alive.
+    `left` are networks that should be gone. If they are, and there is no CUDA device, garbage is not collected: that
+    takes longer than a small network runs, and is needed only for reference cycles.
     """
     import torch
 

@@ -1,7 +1,10 @@
-"""Weights of several checkpoints of one architecture as one network: averages, interpolations, normalisation anew.
+"""Weights of several checkpoints of one architecture as one network: averages, interpolations, BatchNorm statistics.
 
-Numbers alone: which checkpoints, and whether the result is any better, is the business of whoever calls. Checkpoints
-are opened one at a time and read block by block, so that memory does not grow with their number.
+Callers choose the checkpoints and judge the result. Checkpoints are opened one at a time and read block by block, so
+that memory does not grow with their number.
+
+`torch.optim.swa_utils` would give other bytes: `AveragedModel` updates a running mean in the type of the parameters,
+where `weighted_average` sums in float64; `update_bn` puts the whole model into training mode, dropout included.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ BLOCKS = 8  # of a large network's weights; the more, the less memory, and the m
 BLOCK = 1 << 24  # bytes that no block falls short of
 COUNTER = "num_batches_tracked"
 STATISTICS = ("running_mean", "running_var", COUNTER)
-NAMED = 3  # tensors that a message names
+MOST_NAMED = 3  # tensors that a message names
 
 T = TypeVar("T")
 
@@ -32,20 +35,19 @@ class Ingredient:
 
     name: str
     open: Callable[[], Mapping[str, Tensor]]
-    """Gives the state dictionary; each call may read the file again, best as a memory map."""
+    """Returns the state dictionary; each call may read the file again, best as a memory map."""
 
 
 def state_dict_differences(first: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
-    """In which tensors two state dictionaries do not go together, one line for each: missing, surplus, shape, type."""
+    """Tensors in which two state dictionaries differ, one line for each: missing, unexpected, shape, type."""
     lines = [f"{name} is missing" for name in first if name not in other]
     lines += [f"{name} is not in the first" for name in other if name not in first]
     for name in (name for name in first if name in other):
-        kinds = [
-            (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for tensor in (first[name], other[name])
-        ]
-        if kinds[0] != kinds[1]:
-            found, expected = (f"{kind} {list(shape)}" for shape, kind in reversed(kinds))
-            lines.append(f"{name} is {found}, expected {expected}")
+        expected, actual = (
+            f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in (first[name], other[name])
+        )
+        if actual != expected:
+            lines.append(f"{name} is {actual}, expected {expected}")
     return lines
 
 
@@ -55,53 +57,52 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     for name in sorted(weights):
         tensor = weights[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def weight_cosine(first: Ingredient, second: Ingredient) -> float:
     """Cosine between two networks' weight matrices and kernels, taken as one vector.
 
-    1 for equal weights, near 0 for networks that began with different random numbers, however well both were trained;
-    what began with the same ones keeps a part of them. Biases, scales and running statistics, which begin alike in any
-    two networks, say nothing of that and are left out.
+    It is 1 for equal weights and near 0 for networks with independent random initialisations, however well both were
+    trained; networks with a common initialisation lie between. Biases, scales and running statistics start alike in
+    any two networks and are left out.
     """
-    one, other = first.open(), second.open()
-    product = squares = other_squares = 0.0
-    for name, tensor in one.items():
+    first_weights, second_weights = first.open(), second.open()
+    product = first_squares = second_squares = 0.0
+    for name, tensor in first_weights.items():
         if tensor.is_floating_point() and tensor.ndim >= 2:
-            left, right = tensor.to(torch.float64).flatten(), other[name].to(torch.float64).flatten()
+            left, right = tensor.to(torch.float64).flatten(), second_weights[name].to(torch.float64).flatten()
             product += float(left @ right)
-            squares += float(left @ left)
-            other_squares += float(right @ right)
-    length = (squares * other_squares) ** 0.5
-    return product / length if length else 0.0
+            first_squares += float(left @ left)
+            second_squares += float(right @ right)
+    norm = (first_squares * second_squares) ** 0.5
+    return product / norm if norm else 0.0
 
 
-def weighted_average(ingredients: Sequence[Ingredient], shares: Sequence[int] | None = None) -> dict[str, Tensor]:
-    """The weighted mean of state dictionaries, tensor by tensor, summed in float64 and kept in the type of the first.
+def weighted_average(ingredients: Sequence[Ingredient], weights: Sequence[int] | None = None) -> dict[str, Tensor]:
+    """The weighted mean of state dictionaries, tensor by tensor, summed in float64, in the types of the first one.
 
-    `shares` are whole numbers of at least 0, not all 0; without them all count alike, which is the uniform soup
-    (Wortsman et al. 2022, Model soups). Two shares give a point on the line between two networks (Frankle et al. 2020;
-    WiSE-FT: Wortsman et al. 2021). Equal tensors give that tensor, bit by bit (in double
-    precision where the shares sum to a power of two). The counters of BatchNorm become the
-    largest one; other integers and booleans must be equal. Raises UserError that names the tensors which differ in
-    name, shape or type.
+    `weights` are integers of at least 0, not all 0; by default all are 1, which gives the uniform soup (Wortsman et al.
+    2022, Model soups). Two weights give a point on the line between two networks (Frankle et al. 2020; WiSE-FT:
+    Wortsman et al. 2021). The mean of equal tensors is that tensor, bit by bit (for float64 tensors where the weights
+    sum to a power of two). Counters of BatchNorm become the largest one; other integers and booleans must be equal.
+    Raises UserError that names the tensors that differ in name, shape or type.
     """
-    used = [pair for pair in zip(ingredients, shares or [1] * len(ingredients), strict=True) if pair[1]]
-    form = {name: tensor.to("meta") for name, tensor in used[0][0].open().items()}
-    mixed: dict[str, Tensor] = {}
-    for number, names in enumerate(_blocks(form)):
-        mixed |= _mixed_block(used, names, form, check=number == 0)
-    return mixed
+    used = [pair for pair in zip(ingredients, weights or [1] * len(ingredients), strict=True) if pair[1]]
+    template = {name: tensor.to("meta") for name, tensor in used[0][0].open().items()}
+    average: dict[str, Tensor] = {}
+    for number, names in enumerate(_blocks(template)):
+        average |= _average_block(used, names, template, check=number == 0)
+    return average
 
 
-def _blocks(form: Mapping[str, Tensor]) -> list[list[str]]:
+def _blocks(template: Mapping[str, Tensor]) -> list[list[str]]:
     """The names in their order, in parts of about equal size in bytes."""
-    most = max(BLOCK, sum(tensor.nbytes for tensor in form.values()) / BLOCKS)
+    most = max(BLOCK, sum(tensor.nbytes for tensor in template.values()) / BLOCKS)
     blocks: list[list[str]] = [[]]
     size = 0
-    for name, tensor in form.items():
+    for name, tensor in template.items():
         if blocks[-1] and size + tensor.nbytes > most:
             blocks.append([])
             size = 0
@@ -110,26 +111,26 @@ def _blocks(form: Mapping[str, Tensor]) -> list[list[str]]:
     return blocks
 
 
-def _mixed_block(
-    used: Sequence[tuple[Ingredient, int]], names: Sequence[str], form: Mapping[str, Tensor], *, check: bool
+def _average_block(
+    used: Sequence[tuple[Ingredient, int]], names: Sequence[str], template: Mapping[str, Tensor], *, check: bool
 ) -> dict[str, Tensor]:
-    """Some tensors of the mean; `check` looks at all of every checkpoint's form first."""
+    """The named tensors of the mean; `check` compares the names, shapes and types of all tensors first."""
     sums: dict[str, Tensor] = {}
-    for ingredient, share in used:
-        weights = ingredient.open()
-        if check and (lines := state_dict_differences(form, weights)):
-            more = f"; and {len(lines) - NAMED} more" if len(lines) > NAMED else ""
+    for ingredient, weight in used:
+        state = ingredient.open()
+        if check and (lines := state_dict_differences(template, state)):
+            more = f"; and {len(lines) - MOST_NAMED} more" if len(lines) > MOST_NAMED else ""
             raise UserError(
                 f"{ingredient.name}: its weights do not go together with those of {used[0][0].name}: "
-                f"{'; '.join(lines[:NAMED])}{more}. Only checkpoints of one architecture and size can be averaged"
+                f"{'; '.join(lines[:MOST_NAMED])}{more}. Only checkpoints of one architecture and size can be averaged"
             )
         for name in names:
-            tensor = weights[name]
+            tensor = state[name]
             if name not in sums:
                 # Multiplied, not added to zeros, which would turn -0.0 into 0.0.
-                sums[name] = tensor.to(torch.float64) * share if tensor.is_floating_point() else tensor.clone()
+                sums[name] = tensor.to(torch.float64) * weight if tensor.is_floating_point() else tensor.clone()
             elif tensor.is_floating_point():
-                sums[name].add_(tensor, alpha=share)
+                sums[name].add_(tensor, alpha=weight)
             elif name.endswith(COUNTER):
                 sums[name] = torch.maximum(sums[name], tensor)
             elif not torch.equal(sums[name], tensor):
@@ -137,9 +138,9 @@ def _mixed_block(
                     f"{ingredient.name}: {name} holds other {tensor.dtype} values than in {used[0][0].name}; there is "
                     "no mean of such values. Leave the checkpoint out"
                 )
-    total = sum(share for _, share in used)
+    total = sum(weight for _, weight in used)
     return {
-        name: value.div_(total).to(form[name].dtype) if value.is_floating_point() else value
+        name: value.div_(total).to(template[name].dtype) if value.is_floating_point() else value
         for name, value in sums.items()
     }
 
@@ -152,13 +153,12 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
 def recompute_bn_statistics(
     model: nn.Module, train_loader: Iterable[tuple[Tensor, Any]], num_batches: int = 100
 ) -> int:
-    """Means and variances of all BatchNorm layers anew, from the first batches of (images, labels); returns how many.
+    """Recompute the statistics of all BatchNorm layers from the first batches of (images, labels); returns how many.
 
-    Averaged weights do not have the averages of their parts' activations. Every statistic is the plain mean over the
-    batches (Izmailov et al. 2018, SWA), not a running mean that remembers the old one. Only these layers are in
-    training mode meanwhile: dropout and stochastic depth are off when the network answers, so the statistics must be
-    those without them. Batches should be shuffled and of one size. The model is left in evaluation mode. Raises
-    UserError when the loader gives no batch.
+    The activations of averaged weights are not the averages of the activations. Every statistic is the plain mean over
+    the batches (Izmailov et al. 2018, SWA). Only the BatchNorm layers are in training mode meanwhile, since dropout and
+    stochastic depth are off at inference. Batches should be shuffled and of one size. The model is left in evaluation
+    mode. Raises UserError when the loader gives no batch.
     """
     model.eval()
     layers = batch_norms(model)
@@ -166,7 +166,7 @@ def recompute_bn_statistics(
         return 0
     momenta = [layer.momentum for layer in layers]
     device = next(model.parameters()).device
-    seen = 0
+    n_batches = 0
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None
@@ -174,17 +174,17 @@ def recompute_bn_statistics(
     try:
         with torch.no_grad():
             for images, _ in train_loader:
-                if seen >= num_batches:
+                if n_batches >= num_batches:
                     break
                 model(images.to(device))
-                seen += 1
+                n_batches += 1
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
         model.eval()
-    if not seen:
+    if not n_batches:
         raise UserError("no batch to recompute the BatchNorm statistics from; expected images of the train split")
-    return seen
+    return n_batches
 
 
 def statistics_of(model: nn.Module) -> dict[str, Tensor]:
@@ -194,10 +194,10 @@ def statistics_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def error_barrier(first: float, second: float, midpoint: float) -> float:
-    """Error or loss in the middle of the line between two networks above the mean of its ends.
+    """How far the error or loss in the middle of the line between two networks lies above the mean of its ends.
 
-    Above 0 by more than noise: they lie in different basins, and their average is worse than either (Frankle et al.
-    2020, Linear mode connectivity).
+    Two networks with a barrier above 0 by more than noise are not linearly connected, and their average is worse than
+    either (Frankle et al. 2020, Linear mode connectivity).
     """
     return midpoint - (first + second) / 2
 
@@ -205,15 +205,16 @@ def error_barrier(first: float, second: float, midpoint: float) -> float:
 def greedy_soup(ordered: Sequence[T], score: Callable[[tuple[T, ...]], Any]) -> list[tuple[T, Any, bool]]:
     """The greedy soup (Wortsman et al. 2022): each ingredient, best first, is added unless the score falls.
 
-    `score` of a tuple of ingredients, higher is better; the first is taken as it is. Returns (ingredient, score of the
-    soup with it, whether it was kept) in the order in which they were tried.
+    `score(ingredients)` is better when higher; the first ingredient is always added. Returns (ingredient, score of the
+    soup with it, whether it was added) in the order in which they were tried.
     """
-    best = score((ordered[0],))
-    kept = (ordered[0],)
+    soup: tuple[T, ...] = (ordered[0],)
+    best = score(soup)
     steps = [(ordered[0], best, True)]
     for ingredient in ordered[1:]:
-        found = score((*kept, ingredient))
-        if is_kept := not found < best:
-            best, kept = found, (*kept, ingredient)
-        steps.append((ingredient, found, is_kept))
+        candidate = (*soup, ingredient)
+        candidate_score = score(candidate)
+        if is_added := not candidate_score < best:
+            best, soup = candidate_score, candidate
+        steps.append((ingredient, candidate_score, is_added))
     return steps

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md carried out: its class and its line go into a copy of the project, and the command line has it."""
+"""CONTRIBUTING.md carried out: its combiner, setting and metric go into a copy of the project, where they are used."""
 
 from __future__ import annotations
 
@@ -13,30 +13,44 @@ from conftest import PROJECT, run_python
 from given_predictions import arrays, write
 
 import ensemble_orchestrator
+from utils.numeric.metrics import softmax
 
 PAGE = (PROJECT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-CLASS, LINE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-MODULE = re.search(r"\[(utils/\w+\.py)\]\(\1\), above the\s+tables", PAGE)[1]
+KEY, DEFAULT, CLASS, LINE, TEST, METRIC, METRIC_LINE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+TEST_FILE = re.search(r"in a new file `([^`]+)`", PAGE)[1]
 METHOD = re.search(r'"(\w+)"', LINE)[1]
 ENSEMBLE = f"{METHOD}_ensemble"
-TABLE = "COMBINERS: dict[str, type[Combiner]] = {\n"
+TRIM = 0.4
+
+
+def insert(file: Path, text: str, *, before: str) -> None:
+    """Put `text` in front of the only place of `before`."""
+    content = file.read_text(encoding="utf-8")
+    assert content.count(before) == 1, f"{file}: {before!r} occurs {content.count(before)} times"
+    file.write_text(content.replace(before, text + before), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     """A copy of the project in which a reader has done what the page says."""
     copy = tmp_path_factory.mktemp("contribution") / "project"
-    for folder in ("BASE-BACK", "configs", "tests", "utils"):
+    for folder in ("BASE-BACK", "configs", "docs", "tests", "utils"):
         shutil.copytree(PROJECT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("ensemble_orchestrator.py", "pyproject.toml"):
         shutil.copy(PROJECT / file, copy / file)
-    module = copy / MODULE
-    text = module.read_text(encoding="utf-8")
-    assert text.count(TABLE) == 1
-    above = text.index("SAVED_AS: ")
-    assert above < text.index(TABLE)
-    text = f"{text[:above]}{CLASS}\n\n{text[above:]}".replace(TABLE, TABLE + LINE)
-    module.write_text(text, encoding="utf-8")
+    insert(copy / "utils/core/config.py", KEY, before="\n\nclass ModelSoup(Section)")
+    insert(copy / "tests/core/test_config.py", DEFAULT, before='        "runs.stacking.fit_rows": "honest",\n')
+    insert(copy / "utils/ensemble_methods.py", f"{CLASS}\n\n", before="SAVED_AS: ")
+    insert(copy / "utils/ensemble_methods.py", LINE, before='    "soft_voting": SoftVoting,\n')
+    insert(copy / "utils/numeric/metrics.py", f"{METRIC}\n\n", before="def point_metrics(")
+    insert(
+        copy / "utils/numeric/metrics.py", METRIC_LINE, before='        "reliability": reliability(scores, truth),\n'
+    )
+    (copy / TEST_FILE).write_text(TEST, encoding="utf-8")
+    contract = copy / "docs/contract.md"
+    text, count = re.subn(r"(\| `runs.score_ensemble` \| `[^`]+)`", r"\1, trim`", contract.read_text(encoding="utf-8"))
+    assert count == 1
+    contract.write_text(text, encoding="utf-8")
     return copy
 
 
@@ -45,61 +59,84 @@ def type_in(project, tmp_path_factory):
     """Type a command of the copy in a workspace of its own, which has imported predictions."""
     workspace = tmp_path_factory.mktemp("workspace")
 
-    def run(*words: str):
+    def run(*words: str, trim: float = TRIM):
         options = ("--config", "configs/votes.yaml", "--workspace", str(workspace))
         methods = ("--set", f"runs.score_ensemble.methods=[soft_voting,{METHOD}]")
-        return run_python("ensemble_orchestrator.py", *words, *options, *methods, cwd=project)
+        setting = ("--set", f"runs.score_ensemble.trim={trim}")
+        return run_python("ensemble_orchestrator.py", *words, *options, *methods, *setting, cwd=project)
 
     done = run("import-predictions", "--from", str(write(workspace / "given")))
     assert done.returncode == 0, done.stderr
+    for command in ("build-ensemble", "evaluate"):
+        done = run(command)
+        assert done.returncode == 0, done.stderr
+        assert ENSEMBLE in done.stdout
     run.workspace = workspace
     return run
 
 
-def test_one_class_and_one_line_are_built_scored_and_kept(type_in):
-    for command in ("build-ensemble", "evaluate"):
-        done = type_in(command)
-        assert done.returncode == 0, done.stderr
-        assert ENSEMBLE in done.stdout
+def scores(type_in) -> dict:
+    return json.loads((type_in.workspace / f"metrics_output/ensembles/{ENSEMBLE}/metrics.json").read_text())
+
+
+def test_the_setting_that_it_was_built_with_answers_test_rows(type_in):
+    """Three members of which `trim` 0.4 leaves the middle one, and the default 0.2 all."""
     record = json.loads((type_in.workspace / f"ensembles/models/{ENSEMBLE}/ensemble.json").read_text())
     assert record["method"] == METHOD
-    metrics = json.loads((type_in.workspace / f"metrics_output/ensembles/{ENSEMBLE}/metrics.json").read_text())
-    assert metrics["log_loss"] == pytest.approx(_log_loss(), rel=1e-6)
-    again = type_in("build-ensemble")
-    assert re.search(rf"{ENSEMBLE} +up to date", again.stdout)
+    labels = arrays("test", 1)["labels"]
+    members = softmax(np.stack([arrays("test", seed)["logits"] for seed in (1, 2, 3)]))
+    middle = np.median(members, axis=0)
+    p_true = (middle / middle.sum(axis=1, keepdims=True))[np.arange(len(labels)), labels]
+    assert scores(type_in)["log_loss"] == pytest.approx(-np.log(p_true).mean(), rel=1e-6)
+    crossfit = np.load(type_in.workspace / f"ensembles/models/{ENSEMBLE}/crossfit.npz")
+    logits = softmax(np.stack([arrays("oof", seed)["logits"] for seed in (1, 2, 3)]))
+    expected = np.median(logits, axis=0) / np.median(logits, axis=0).sum(axis=1, keepdims=True)
+    row = arrays("oof", 1)["sample_ids"].tolist().index(crossfit["sample_ids"][crossfit["split"] == "train"][0])
+    np.testing.assert_allclose(crossfit["probabilities"][crossfit["split"] == "train"][0], expected[row], rtol=1e-5)
 
 
-def _log_loss() -> float:
-    """That of the page's formula on the test rows, in nats."""
-    given = [arrays("test", seed) for seed in (1, 2, 3)]
-    members = [np.exp(own["logits"]) / np.exp(own["logits"]).sum(axis=1, keepdims=True) for own in given]
-    roots = np.sqrt((np.array(members) ** 2).mean(axis=0))
-    labels = given[0]["labels"]
-    return float(-np.log((roots / roots.sum(axis=1, keepdims=True))[np.arange(len(labels)), labels]).mean())
+def test_another_value_of_the_setting_builds_it_again(type_in):
+    assert re.search(rf"{ENSEMBLE} +up to date", type_in("build-ensemble").stdout)
+    assert re.search(rf"{ENSEMBLE} +built", type_in("build-ensemble", trim=0.1).stdout)
+    assert re.search(rf"{ENSEMBLE} +built", type_in("build-ensemble").stdout)
 
 
-@pytest.mark.skipif("export" not in ensemble_orchestrator.COMMANDS, reason="this version has no command export")
+def test_the_metric_is_in_the_scores(type_in):
+    p = softmax(np.stack([arrays("test", seed)["logits"] for seed in (1, 2, 3)]))
+    middle, labels = np.median(p, axis=0), arrays("test", 1)["labels"]
+    top_2 = np.argsort(-middle, axis=1)[:, :2]
+    assert scores(type_in)["top_2_accuracy"] == pytest.approx((top_2 == labels[:, None]).any(axis=1).mean())
+
+
 def test_it_is_exported(type_in):
-    assert type_in("build-ensemble").returncode == 0
-    on = ("--set", "exports.enable=true", "--set", "exports.formats=[torchscript]")
+    on = ("--set", "exports.enable=true", "--set", "exports.formats=[torchscript,onnx]")
     done = type_in("export", "--model-name", ENSEMBLE, *on)
     assert done.returncode == 0, done.stderr
     status = json.loads((type_in.workspace / f"deployment_models/{ENSEMBLE}/export_status.json").read_text())
-    assert status["torchscript"]["status"] == "ok"
+    assert {status[format]["status"] for format in ("torchscript", "onnx")} == {"ok"}
 
 
-def test_the_battery_finds_it(project):
-    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/combiners/test_combiner_battery.py", "-k", METHOD)
-    done = run_python(*words, cwd=project)
+@pytest.mark.parametrize(
+    ("file", "least"),
+    [
+        (f"tests/combiners/test_combiner_battery.py -k {METHOD}", 20),
+        (TEST_FILE, 1),
+        ("tests/core/test_config.py -k defaults_are_the_printed", 1),
+        ("tests/commands/test_contract.py -k keys_of_the_configuration", 1),
+    ],
+)
+def test_the_tests_of_the_page_pass(project, file, least):
+    done = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", *file.split(), cwd=project)
     assert done.returncode == 0, done.stdout
-    assert re.search(r"\b1[0-9] passed", done.stdout), done.stdout
+    assert int(re.search(r"\b(\d+) passed", done.stdout)[1]) >= least, done.stdout
 
 
 def test_what_the_page_says_to_type_exists():
     block = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)[1]
-    orchestrator, battery = block.splitlines()
+    orchestrator, own, battery = block.splitlines()
     parsed = ensemble_orchestrator.build_parser().parse_args(orchestrator.split()[2:])
     assert METHOD in parsed.set[0]
+    assert own.split()[3] == TEST_FILE
     assert (PROJECT / battery.split()[3]).is_file()
     for target in re.findall(r"\]\(([^)]+)\)", PAGE):
         assert (PROJECT / target).exists(), target

@@ -273,7 +273,7 @@ def selected(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
         times = []
         for _ in range(REPEATS):
             start = time.process_time()
-            chosen = select_members(probabilities, labels, metric=metric, steps=STEPS, tries=int(arguments[0]))
+            chosen = select_members(probabilities, labels, metric=metric, steps=STEPS, n_tries=int(arguments[0]))
             times.append(time.process_time() - start)
         np.save(folder / f"{metric}.npy", chosen.weights)
         found[metric] = {"seconds": min(times), "loss": _loss(probabilities, labels, chosen.weights, metric)}

@@ -160,7 +160,7 @@ def test_with_one_fold_nothing_is_held_out_and_it_says_so(rows):
     found = GreedySelection(metric="log_loss").fit(logits, labels, np.zeros(N, dtype=np.int64))
     probabilities = softmax(logits).astype(np.float32)
     path = select_members(probabilities, labels, metric="log_loss", steps=greedy.STEPS, sorted_start=True).paths[0]
-    np.testing.assert_allclose(found.weights, np.bincount(path.members[: path.kept], minlength=M) / path.kept)
+    np.testing.assert_allclose(found.weights, np.bincount(path.members[: path.size], minlength=M) / path.size)
     report = found.report(NAMES)
     assert (report["cross_validated_score"], report["temperature"]) == (None, 1)
     assert "one fold only" in report["notes"][0]

@@ -48,14 +48,14 @@ def test_the_penalty_is_the_best_on_folds_left_out(pool, metric):
         for fold in range(4):
             inside = folds == fold
             loss = pool.loss(pool.parts(scores[:, ~inside]), labels[~inside], metric)
-            fitted = pools.minimise(loss, strength=strength, sums=pool.sums)
+            fitted = pools.minimise(loss, strength=strength, sum_bounds=pool.sums)
             unseen[inside] = output(pool, scores[:, inside], fitted.weights)
         held_out[strength] = METRICS[metric].function(unseen, labels)
         if strength == found.strength:
             np.testing.assert_allclose(np.exp(found.unseen), unseen, atol=2e-3)
     assert held_out[found.strength] == pytest.approx(min(held_out.values()), abs=1e-5)
     assert len({round(value, 4) for value in held_out.values()}) > 3  # there was something to choose
-    last = pools.minimise(pool.loss(pool.parts(scores), labels, metric), strength=found.strength, sums=pool.sums)
+    last = pools.minimise(pool.loss(pool.parts(scores), labels, metric), strength=found.strength, sum_bounds=pool.sums)
     np.testing.assert_allclose(found.weights, last.weights, atol=1e-4)
 
 

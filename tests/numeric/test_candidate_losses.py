@@ -94,9 +94,9 @@ def test_a_scorer_can_begin_anew(metric, rows):
     fresh = used.losses()
     used.add(2)
     total = weighted_sum(rows[0], np.array([0, 0.5, 0, 0, 2, 0]))
-    used.begin(total, 2.5)
+    used.reset(total, 2.5)
     new = make_scorer(*rows, metric)
-    new.begin(total, 2.5)
+    new.reset(total, 2.5)
     assert used.losses().tolist() == new.losses().tolist() != fresh.tolist()
 
 
@@ -112,7 +112,7 @@ def test_many_members_are_scored_in_blocks(metric, rows, monkeypatch):
 def test_a_member_with_numbers_that_are_no_probabilities_is_named(metric, wrong, rows):
     probabilities, labels = rows
     probabilities[3, 7] = wrong
-    with pytest.raises(UserError, match="member 3 reach from"):
+    with pytest.raises(UserError, match="member 3 range from"):
         make_scorer(probabilities, labels, metric)
 
 

@@ -86,7 +86,7 @@ def assert_equal(found, expected):
     members, losses, kept = expected
     assert found.members == tuple(members)
     np.testing.assert_allclose(found.losses, losses, rtol=0, atol=TIE_TOLERANCE)
-    assert found.kept == kept
+    assert found.size == kept
 
 
 @pytest.mark.parametrize("metric", RULES)
@@ -109,7 +109,7 @@ def test_it_goes_on_from_a_weighted_pool(metric):
         start = np.random.default_rng(seed).dirichlet(np.ones(len(probabilities))) * 4
         found = select_members(probabilities, labels, metric=metric, steps=5, start=start)
         assert_equal(found.paths[0], reference(probabilities, labels, metric, 5, start=start))
-        taken = found.paths[0].members[: found.paths[0].kept]
+        taken = found.paths[0].members[: found.paths[0].size]
         np.testing.assert_allclose(found.counts, start + np.bincount(taken, minlength=len(start)))
 
 
@@ -138,7 +138,7 @@ def test_later_tries_draw_among_equals_and_the_best_is_taken(metric):
         best = ways[0]
         for way in ways[1:]:
             best = way if min(way[1]) < min(best[1]) - TIE_TOLERANCE else best
-        found = select_members(probabilities, labels, metric=metric, steps=6, tries=4, seed=seed).paths[0]
+        found = select_members(probabilities, labels, metric=metric, steps=6, n_tries=4, seed=seed).paths[0]
         assert_equal(found, best)
         gains += best is not ways[0]
     assert gains
@@ -182,15 +182,15 @@ def test_the_order_of_rows_does_not_matter(metric, digits):
 def test_no_more_members_are_kept_than_have_the_lowest_loss(metric, digits):
     path = select_members(*digits, metric=metric, steps=20).paths[0]
     assert len(path.members) == len(path.losses) == 20
-    assert path.losses[path.kept - 1] == pytest.approx(min(path.losses), abs=TIE_TOLERANCE)
-    assert min(path.losses[: path.kept - 1], default=np.inf) > min(path.losses) + TIE_TOLERANCE
+    assert path.losses[path.size - 1] == pytest.approx(min(path.losses), abs=TIE_TOLERANCE)
+    assert min(path.losses[: path.size - 1], default=np.inf) > min(path.losses) + TIE_TOLERANCE
 
 
 @pytest.mark.parametrize("metric", RULES)
 def test_a_start_that_nothing_improves_stays_as_it_is(metric):
     sure = np.array([[[1, 0], [0, 1]], [[0.2, 0.8], [0.9, 0.1]]], dtype=np.float32)
     found = select_members(sure, np.array([0, 1]), metric=metric, steps=3, start=np.array([2.0, 0.0]))
-    assert found.paths[0].kept == 0
+    assert found.paths[0].size == 0
     assert found.counts.tolist() == [2, 0]
 
 
@@ -206,7 +206,7 @@ def test_a_compromise_wins_that_no_member_votes_for():
     path = select_members(probabilities, np.array([2]), metric="accuracy", steps=3).paths[0]
     assert path.members == (0, 1, 0)
     assert path.losses == (1, 0, 0)
-    assert path.kept == 2
+    assert path.size == 2
 
 
 def test_bags_draw_their_members_by_the_seed(digits):
@@ -218,9 +218,9 @@ def test_bags_draw_their_members_by_the_seed(digits):
     assert found.paths != select_members(probabilities, labels, metric="log_loss", steps=6, bags=8, seed=4).paths
     assert len({path.members for path in found.paths}) > 1
     assert all(len(set(path.members)) <= 4 for path in found.paths)
-    kept = [member for path in found.paths for member in path.members[: path.kept]]
+    kept = [member for path in found.paths for member in path.members[: path.size]]
     assert found.counts.tolist() == np.bincount(kept, minlength=8).tolist()
-    whole = select_members(probabilities, labels, metric="log_loss", steps=6, bags=1, bag_share=1)
+    whole = select_members(probabilities, labels, metric="log_loss", steps=6, bags=1, bag_fraction=1)
     assert whole.paths == select_members(probabilities, labels, metric="log_loss", steps=6).paths
 
 
@@ -256,7 +256,7 @@ def test_one_member_and_one_class_are_no_special_cases(metric):
     path = select_members(np.ones((1, 5, 1), dtype=np.float32), np.zeros(5, dtype=int), metric=metric, steps=3).paths[0]
     assert path.members == (0, 0, 0)
     np.testing.assert_allclose(path.losses, 0, atol=TIE_TOLERANCE)
-    assert path.kept == 1
+    assert path.size == 1
 
 
 @pytest.mark.parametrize(
@@ -265,8 +265,8 @@ def test_one_member_and_one_class_are_no_special_cases(metric):
         ({"metric": "auc"}, "auc; expected one of log_loss"),
         ({"steps": 0}, "steps 0"),
         ({"bags": -1}, "bags -1"),
-        ({"tries": 0}, "tries 0"),
-        ({"bag_share": 0.0}, "bag_share 0.0"),
+        ({"n_tries": 0}, "n_tries 0"),
+        ({"bag_fraction": 0.0}, "bag_fraction 0.0"),
         ({"start": np.array([1.0])}, "expected 4 finite numbers"),
         ({"start": np.array([1, 0, 0, -1])}, "expected 4 finite numbers"),
         ({"start": np.array([1, 0, 0, np.nan])}, "expected 4 finite numbers"),

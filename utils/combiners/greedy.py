@@ -66,7 +66,7 @@ class GreedySelection(PooledMembers):
         probabilities = np.exp(self._scores(logits)).astype(np.float32)
         if not testable:
             chosen = self._select(probabilities, labels, bags=0)
-            return self._keep(chosen, chosen.paths[0].kept, None, logits, labels)
+            return self._keep(chosen, chosen.paths[0].size, None, logits, labels)
         tried = [self._tried(probabilities, labels, folds, bags=bags) for bags in (0, BAGS)]
         best = min(tried, key=lambda way: way.losses[way.size - 1])  # of equals the one without bags
         unseen = best.unseen

@@ -58,7 +58,7 @@ def fixed_weights(
 
 def fitted_weights(pool: Pool, scores: Floats, labels: NDArray[Any], metric: str, *, strength: float) -> Weighting:
     """Weights of least loss and penalty, of which nothing held out says anything."""
-    found = pools.minimise(pool.loss(pool.parts(scores), labels, metric), strength=strength, sums=pool.sums)
+    found = pools.minimise(pool.loss(pool.parts(scores), labels, metric), strength=strength, sum_bounds=pool.sums)
     return Weighting(pool, found.weights, strength=strength, gap=found.gap)
 
 
@@ -89,7 +89,7 @@ def tuned_weights(
     found = pools.minimise(
         pool.loss(parts, labels, metric),
         strength=STRENGTHS[best],
-        sums=pool.sums,
+        sum_bounds=pool.sums,
         start=np.mean(fold_weights, axis=0),
     )
     return Weighting(pool, found.weights, *tried[best], fold_weights, STRENGTHS[best], found.gap)
@@ -164,7 +164,7 @@ def _path(pool: Pool, loss: pools.ConvexLoss) -> Floats:
     path: list[Floats] = []
     for strength in STRENGTHS:
         start = path[-1] if path else None
-        found = pools.minimise(loss, strength=strength, sums=pool.sums, start=start, tolerance=TUNING_TOLERANCE)
+        found = pools.minimise(loss, strength=strength, sum_bounds=pool.sums, start=start, tolerance=TUNING_TOLERANCE)
         path.append(found.weights)
     return np.stack(path)
 
@@ -203,7 +203,7 @@ def _additions(
     total = weights.sum()
     counts = VOTES * weights / total
     scorer = candidate_losses.make_scorer(votes, labels, metric)
-    scorer.begin(np.tensordot(counts.astype(np.float32), votes, axes=1), VOTES)
+    scorer.reset(np.tensordot(counts.astype(np.float32), votes, axes=1), VOTES)
     sums = np.tensordot(counts, parts, axes=1)[rows]
     reached = scorer.loss()
     for size in range(VOTES + 1, VOTES + ADDITIONS + 1):

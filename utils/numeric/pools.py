@@ -1,9 +1,9 @@
-"""Convex pools: the weights of least loss for members' probabilities, each with a proof of how near the least it is.
+"""Opinion pools with optimal weights: convex fits of members' probabilities, each with its duality gap.
 
-A linear pool mixes probabilities by weights that are non-negative and sum to 1. A log-linear pool is the soft-max of
+A linear pool is a mixture of probabilities with non-negative weights that sum to 1. A log-linear pool is the softmax of
 the weighted sum of log-probabilities; its weights are non-negative too, and their free sum is an inverse temperature.
-The log-loss of both and the Brier score of the mixture are convex in the weights, so one method serves all: Newton's,
-whose quadratic problem is solved exactly by an active set (Nocedal and Wright 2006, chapters 16 and 18).
+The log-loss of both and the Brier score of the mixture are convex in the weights. Newton's method minimises each; an
+active set method solves its quadratic subproblems exactly (Nocedal and Wright 2006, chapters 16 and 18).
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from numpy.typing import NDArray
 from utils.numeric.metrics import SMALLEST_PROBABILITY
 
 SUM_BOUNDS = (0.05, 20.0)
-"""Bounds of the sum of log-linear weights: those of a temperature, so that separable rows have an optimum too."""
+"""Bounds of the sum of log-linear weights, so that separable rows have an optimum too."""
 TOLERANCE = 1e-9
 MAX_STEPS = 200
-BLOCK = 4096  # numbers per member that are worked on at a time, so that they stay in the cache
-ROUNDING = 1e-13  # of a value: smaller differences are noise, as is 1e-15 of any loss
-RIDGE = 1e-11  # of the curvature: flat directions are not walked in
+BLOCK = 4096  # numbers per member that are processed at a time, so that they stay in the cache
+VALUE_ROUNDING = 1e-13  # relative to a value: smaller differences are noise, as is 1e-15 of any loss
+RIDGE = 1e-11  # relative to the curvature: no steps along flat directions
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Weights and how good they are."""
+    """Weights with their loss and its optimality gap."""
 
     weights: Floats
     """(M,)"""
     value: float
-    """Loss and penalty at these weights."""
+    """Loss plus penalty at these weights."""
     gap: float
-    """No weights that are allowed have a value below `value - gap`: the duality gap of Jaggi (2013)."""
+    """Duality gap (Jaggi 2013): no feasible weights have a value below `value - gap`."""
     steps: int
-    """Newton steps taken."""
+    """Number of Newton steps."""
 
 
 class ConvexLoss(Protocol):
@@ -46,17 +46,17 @@ class ConvexLoss(Protocol):
 
     members: int
     duplicate_of: NDArray[np.int64]
-    """(M,): the first member whose outputs are the same; such members get the same weight."""
+    """(M,): index of the first member with the same outputs; such members get the same weight."""
 
     def value(self, weights: Floats) -> float:
-        """The loss."""
+        """Return the loss."""
 
     def derivatives(self, weights: Floats) -> tuple[float, Floats, Floats]:
-        """The loss, its gradient (M,) and its Hessian (M, M)."""
+        """Return the loss, its gradient (M,) and its Hessian (M, M)."""
 
 
 class LinearLogLoss:
-    """Log-loss of a mixture, by each member's probability of the true class, (M, N)."""
+    """Log-loss of a mixture, from each member's probability of the true class, (M, N)."""
 
     def __init__(self, p_true: NDArray[Any]) -> None:
         self.p_true = np.maximum(np.asarray(p_true, dtype=np.float64), SMALLEST_PROBABILITY)
@@ -64,14 +64,14 @@ class LinearLogLoss:
         self.duplicate_of = first_duplicates([self.p_true])
 
     def value(self, weights: Floats) -> float:
-        """Mean of -log of the mixture, in nats."""
+        """Return the mean of -log of the mixture, in nats."""
         return float(-np.log(weights @ self.p_true).mean())
 
     def derivatives(self, weights: Floats) -> tuple[float, Floats, Floats]:
-        """As `Loss` says."""
+        """Return the loss, its gradient (M,) and its Hessian (M, M)."""
         mixture = weights @ self.p_true
-        shares = self.p_true / mixture
-        return float(-np.log(mixture).mean()), -shares.mean(axis=1), shares @ shares.T / mixture.size
+        ratios = self.p_true / mixture
+        return float(-np.log(mixture).mean()), -ratios.mean(axis=1), ratios @ ratios.T / mixture.size
 
 
 class LinearBrier:
@@ -90,20 +90,19 @@ class LinearBrier:
         self.duplicate_of = first_duplicates([probabilities])
 
     def value(self, weights: Floats) -> float:
-        """Mean over rows of the squared distance to the one-hot truth, where the weights sum to 1."""
+        """Return the mean over rows of the squared distance to the one-hot label, for weights that sum to 1."""
         return float(weights @ self.products @ weights)
 
     def derivatives(self, weights: Floats) -> tuple[float, Floats, Floats]:
-        """As `Loss` says."""
+        """Return the loss, its gradient (M,) and its Hessian (M, M)."""
         half = self.products @ weights
         return float(weights @ half), 2 * half, 2 * self.products
 
 
 class LogLinearLogLoss:
-    """Log-loss of the soft-max of the weighted sum of scores (M, N, C) with labels (N,).
+    """Log-loss of the softmax of the weighted sum of scores (M, N, C) with labels (N,).
 
-    Scores are log-probabilities, clipped by the caller; a constant added to a row of a member changes nothing, so that
-    logits serve as well.
+    Scores are log-probabilities, clipped by the caller, or logits: a constant added to a member's row changes nothing.
     """
 
     def __init__(self, scores: NDArray[Any], labels: NDArray[Any]) -> None:
@@ -116,23 +115,23 @@ class LogLinearLogLoss:
         self.duplicate_of = first_duplicates(self.blocks)
 
     def value(self, weights: Floats) -> float:
-        """Mean of -log of the pool's probability of the true class, in nats."""
+        """Return the mean of -log of the pool's probability of the true class, in nats."""
         return sum(float(losses.sum()) for _, losses, _ in self._pooled(weights)) / self.rows
 
     def derivatives(self, weights: Floats) -> tuple[float, Floats, Floats]:
-        """As `Loss` says."""
+        """Return the loss, its gradient (M,) and its Hessian (M, M)."""
         value, gradient, hessian = 0.0, np.zeros(self.members), np.zeros((self.members, self.members))
         for margins, losses, probabilities in self._pooled(weights):
             value += float(losses.sum())
             means = (margins * probabilities).sum(axis=1)
             gradient += means.sum(axis=1)
-            # Centred first: the difference of two sums may come out below 0 where the soft-max is saturated.
+            # Centred first: the difference of two sums may be negative where the softmax is saturated.
             spread = ((margins - means[:, None]) * np.sqrt(probabilities)).reshape(self.members, -1)
             hessian += spread @ spread.T
         return value / self.rows, gradient / self.rows, hessian / self.rows
 
     def _pooled(self, weights: Floats) -> Iterator[tuple[Floats, Floats, Floats]]:
-        """Per block margins (M, C, n), losses (n,) and probabilities (C, n)."""
+        """Yield margins (M, C, n), losses (n,) and probabilities (C, n) of each block."""
         for margins in self.blocks:
             pooled = (weights @ margins.reshape(self.members, -1)).reshape(margins.shape[1:])
             largest = pooled.max(axis=0)
@@ -142,7 +141,7 @@ class LogLinearLogLoss:
 
 
 class _CommonWeight:
-    """A loss as a function of the one sum that all members share equally."""
+    """A loss as a function of the sum of equal weights."""
 
     members = 1
     duplicate_of = np.zeros(1, dtype=np.int64)
@@ -162,10 +161,10 @@ class _CommonWeight:
 def fit_linear(
     p_true: NDArray[Any], *, strength: float = 0.0, start: Floats | None = None, tolerance: float = TOLERANCE
 ) -> Solution:
-    """Weights of the mixture of least log-loss.
+    """Fit the weights of the mixture of least log-loss.
 
-    `p_true` (M, N) is each member's probability of the true class, clipped at 1e-12; `strength` and the rest as
-    `minimise` says.
+    `p_true` (M, N) is each member's probability of the true class, which is clipped at 1e-12; for the other parameters
+    see `minimise`.
     """
     return minimise(LinearLogLoss(p_true), strength=strength, start=start, tolerance=tolerance)
 
@@ -178,7 +177,7 @@ def fit_linear_brier(
     start: Floats | None = None,
     tolerance: float = TOLERANCE,
 ) -> Solution:
-    """Weights of the mixture of least Brier score for probabilities (M, N, C) with labels (N,); see `minimise`."""
+    """Fit the weights of the mixture of least Brier score to probabilities (M, N, C), labels (N,); see `minimise`."""
     return minimise(LinearBrier(probabilities, labels), strength=strength, start=start, tolerance=tolerance)
 
 
@@ -188,16 +187,16 @@ def fit_log_linear(
     *,
     strength: float = 0.0,
     start: Floats | None = None,
-    sums: tuple[float, float] = SUM_BOUNDS,
+    sum_bounds: tuple[float, float] = SUM_BOUNDS,
     tolerance: float = TOLERANCE,
 ) -> Solution:
-    """Weights of the log-linear pool of least log-loss.
+    """Fit the weights of the log-linear pool of least log-loss.
 
-    Scores (M, N, C) are log-probabilities that the caller has clipped, or logits; labels (N,). `sums` bounds the sum of
-    the weights, which is the inverse of the pool's temperature; `strength` and the rest as `minimise` says.
+    Scores (M, N, C) are logits, or log-probabilities that the caller has clipped; labels (N,). `sum_bounds` bounds the
+    sum of the weights, which is the inverse of the pool's temperature; for the other parameters see `minimise`.
     """
     loss = LogLinearLogLoss(scores, labels)
-    return minimise(loss, strength=strength, start=start, sums=sums, tolerance=tolerance)
+    return minimise(loss, strength=strength, start=start, sum_bounds=sum_bounds, tolerance=tolerance)
 
 
 def minimise(
@@ -205,165 +204,169 @@ def minimise(
     *,
     strength: float = 0.0,
     start: Floats | None = None,
-    sums: tuple[float, float] = (1.0, 1.0),
+    sum_bounds: tuple[float, float] = (1.0, 1.0),
     tolerance: float = TOLERANCE,
 ) -> Solution:
-    """Non-negative weights (M,) of least loss + strength * |w - mean(w)|^2, their sum within `sums`.
+    """Return non-negative weights (M,) of least loss + strength * |w - mean(w)|^2 whose sum is within `sum_bounds`.
 
-    The penalty draws the weights together and leaves their sum free; infinite strength gives equal weights. `start`
-    (M,), scaled into `sums`, is where the search begins (else equal weights); it ends when the duality gap is at most
-    `tolerance`, or where rounding allows no further descent, which the gap of the solution tells.
+    The penalty shrinks the weights towards their mean and leaves their sum free; infinite strength gives equal weights.
+    The search starts from `start` (M,), scaled into `sum_bounds`, or from equal weights. It ends when the duality gap
+    is at most `tolerance`, or when rounding allows no further descent; the solution has the gap.
     """
     if np.isinf(strength):
-        common = minimise(_CommonWeight(loss), sums=sums, tolerance=tolerance)
+        common = minimise(_CommonWeight(loss), sum_bounds=sum_bounds, tolerance=tolerance)
         return Solution(np.full(loss.members, common.weights[0] / loss.members), common.value, common.gap, common.steps)
-    weights = _feasible(average_duplicates(np.ones(loss.members) if start is None else start, loss.duplicate_of), sums)
-    step = last = 0
+    weights = _feasible(
+        average_duplicates(np.ones(loss.members) if start is None else start, loss.duplicate_of), sum_bounds
+    )
+    step = n_unchecked = 0
     while True:
         value, gradient, hessian = _penalised(loss, weights, strength)
-        gap = duality_gap(weights, gradient, sums)
-        if gap <= tolerance or step == MAX_STEPS or last == 2:
+        gap = duality_gap(weights, gradient, sum_bounds)
+        if gap <= tolerance or step == MAX_STEPS or n_unchecked == 2:
             break
-        direction = average_duplicates(_quadratic_step(hessian, gradient, weights, sums), loss.duplicate_of)
+        direction = average_duplicates(_quadratic_step(hessian, gradient, weights, sum_bounds), loss.duplicate_of)
         slope = float(gradient @ direction)
-        if -slope <= ROUNDING * (abs(value) + 0.01):  # values no longer tell better from worse: trust the slope
-            last += 1
-            moved: Floats | None = weights + direction
+        if -slope <= VALUE_ROUNDING * (abs(value) + 0.01):  # differences of values are noise: trust the slope
+            n_unchecked += 1
+            candidate: Floats | None = weights + direction
         else:
-            moved = _descend(loss, weights, direction, value, slope, strength)
-        if moved is None:
+            candidate = _line_search(loss, weights, direction, value, slope, strength)
+        if candidate is None:
             break
-        weights = _feasible(moved, sums)
+        weights = _feasible(candidate, sum_bounds)
         step += 1
     return Solution(weights, value, gap, step)
 
 
-def duality_gap(weights: Floats, gradient: Floats, sums: tuple[float, float]) -> float:
-    """Bound on how far a convex function at `weights` (M,) lies above its least value, by its gradient there (M,)."""
+def duality_gap(weights: Floats, gradient: Floats, sum_bounds: tuple[float, float]) -> float:
+    """Return an upper bound of a convex function's value at `weights` (M,) less its minimum, from its gradient (M,)."""
     least = float(gradient.min())
-    return max(0.0, float(weights @ gradient) - min(sums[0] * least, sums[1] * least))
+    return max(0.0, float(weights @ gradient) - min(sum_bounds[0] * least, sum_bounds[1] * least))
 
 
 def _margins(scores: NDArray[Any], labels: NDArray[Any]) -> Floats:
-    """Scores (M, n, C) less that of the true class, as (M, C, n): sums over classes then run along long rows."""
-    exact = np.asarray(scores, dtype=np.float64)
-    differences = exact - exact[:, np.arange(len(labels)), labels][:, :, None]
+    """Return scores (M, n, C) less that of the true class, as (M, C, n), so that sums over classes run along rows."""
+    values = np.asarray(scores, dtype=np.float64)
+    differences = values - values[:, np.arange(len(labels)), labels][:, :, None]
     return np.ascontiguousarray(differences.transpose(0, 2, 1))
 
 
 def first_duplicates(blocks: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
-    """For each member the first with equal numbers, (M,), in blocks (M, ...); few numbers tell most apart."""
-    found = np.arange(len(blocks[0]))
-    heads = blocks[0].reshape(len(found), -1)[:, :16]
-    for member in found[1:]:
+    """Return the index (M,) of the first member with the same values as each member, in blocks (M, ...)."""
+    duplicate_of = np.arange(len(blocks[0]))
+    heads = blocks[0].reshape(len(duplicate_of), -1)[:, :16]  # a few values suffice to reject most pairs
+    for member in duplicate_of[1:]:
         for earlier in np.flatnonzero((heads[:member] == heads[member]).all(axis=1)):
             if all(np.array_equal(block[earlier], block[member]) for block in blocks):
-                found[member] = earlier
+                duplicate_of[member] = earlier
                 break
-    return found
+    return duplicate_of
 
 
 def average_duplicates(values: NDArray[Any], duplicate_of: NDArray[np.int64]) -> Floats:
-    """Values (M,) with those of equal members replaced by their mean."""
+    """Return values (M,) with those of duplicate members replaced by their mean."""
     counts = np.bincount(duplicate_of, minlength=len(duplicate_of))[duplicate_of]
     means: Floats = np.bincount(duplicate_of, weights=values, minlength=len(duplicate_of))[duplicate_of] / counts
     return means
 
 
-def _feasible(weights: Floats, sums: tuple[float, float]) -> Floats:
+def _feasible(weights: Floats, sum_bounds: tuple[float, float]) -> Floats:
     positive = np.maximum(np.asarray(weights, dtype=np.float64), 0.0)
     if not positive.any():
         positive = np.ones_like(positive)
     total = positive.sum()
-    return positive * (min(max(total, sums[0]), sums[1]) / total)
+    return positive * (min(max(total, sum_bounds[0]), sum_bounds[1]) / total)
 
 
 def _penalised(loss: ConvexLoss, weights: Floats, strength: float) -> tuple[float, Floats, Floats]:
     value, gradient, hessian = loss.derivatives(weights)
-    apart = weights - weights.mean()
+    deviations = weights - weights.mean()
     curvature = 2 * strength * (np.eye(loss.members) - 1 / loss.members)
-    return value + strength * float(apart @ apart), gradient + 2 * strength * apart, hessian + curvature
+    penalty = strength * float(deviations @ deviations)
+    return value + penalty, gradient + 2 * strength * deviations, hessian + curvature
 
 
-def _descend(
+def _line_search(
     loss: ConvexLoss, weights: Floats, direction: Floats, value: float, slope: float, strength: float
 ) -> Floats | None:
-    """The first of full, half, quarter... steps with half the fall of a quadratic (Armijo 1966); None where none has.
+    """Return the first of a full, half, quarter, ... step with half the descent of a quadratic (Armijo 1966), or None.
 
-    Asking for less lets the search swing from one side of a narrow valley to the other.
+    With a weaker condition the search oscillates across a narrow valley.
     """
     length = 1.0
     while length > 1e-9:
-        moved = weights + length * direction
-        apart = moved - moved.mean()
-        if loss.value(np.maximum(moved, 0)) + strength * float(apart @ apart) <= value + 0.25 * length * slope:
-            return moved
+        candidate = weights + length * direction
+        deviations = candidate - candidate.mean()
+        penalty = strength * float(deviations @ deviations)
+        if loss.value(np.maximum(candidate, 0)) + penalty <= value + 0.25 * length * slope:
+            return candidate
         length /= 2
     return None
 
 
-def _quadratic_step(hessian: Floats, gradient: Floats, weights: Floats, sums: tuple[float, float]) -> Floats:
-    """The step d (M,) of least gradient @ d + d @ hessian @ d / 2 that keeps the weights allowed.
+def _quadratic_step(hessian: Floats, gradient: Floats, weights: Floats, sum_bounds: tuple[float, float]) -> Floats:
+    """Return the step d (M,) of least gradient @ d + d @ hessian @ d / 2 that keeps the weights feasible.
 
-    Primal active set (Nocedal and Wright 2006, algorithm 16.3): members at 0 and a sum at its bound are held until
-    their multiplier says that letting go lowers the value.
+    Primal active set method (Nocedal and Wright 2006, algorithm 16.3): members at 0 and a sum at its bound stay active
+    until their multiplier shows that releasing them lowers the value.
     """
     members = len(weights)
     curved = hessian + np.diag(RIDGE * (np.diag(hessian) + 1e-6))
-    step, free, total = np.zeros(members), weights > 0, float(weights.sum())
-    tied = total <= sums[0] or total >= sums[1] or sums[0] == sums[1]
+    step, is_free, total = np.zeros(members), weights > 0, float(weights.sum())
+    is_bound = total <= sum_bounds[0] or total >= sum_bounds[1] or sum_bounds[0] == sum_bounds[1]
     for _ in range(10 * members + 10):
         slope = gradient + curved @ step
-        chosen = np.flatnonzero(free)
-        towards, common = _towards(curved[np.ix_(chosen, chosen)], slope[chosen], tied)
-        length, blocking = _first_block(weights[chosen] + step[chosen], towards, total, sums, tied)
-        step[chosen] += length * towards
-        total += 0.0 if tied else length * float(towards.sum())
+        free = np.flatnonzero(is_free)
+        free_step, multiplier = _free_step(curved[np.ix_(free, free)], slope[free], is_bound)
+        length, blocking = _first_block(weights[free] + step[free], free_step, total, sum_bounds, is_bound)
+        step[free] += length * free_step
+        total += 0.0 if is_bound else length * float(free_step.sum())
         if blocking is not None:
-            if blocking == len(chosen):
-                tied, total = True, min(max(total, sums[0]), sums[1])
+            if blocking == len(free):
+                is_bound, total = True, min(max(total, sum_bounds[0]), sum_bounds[1])
             else:
-                step[chosen[blocking]] = -weights[chosen[blocking]]
-                free[chosen[blocking]] = False
+                step[free[blocking]] = -weights[free[blocking]]
+                is_free[free[blocking]] = False
             continue
-        slope = gradient + curved @ step - common
-        held = np.where(free, np.inf, slope)
-        worst = int(held.argmin())
-        of_sum = _pull(common, total, sums) if tied else 0.0
-        least = 1e-13 * (1 + np.abs(gradient).max())
-        if max(-held[worst], of_sum) <= least:
+        slope = gradient + curved @ step - multiplier
+        active_slope = np.where(is_free, np.inf, slope)
+        steepest = int(active_slope.argmin())
+        sum_descent = _sum_descent(multiplier, total, sum_bounds) if is_bound else 0.0
+        negligible = 1e-13 * (1 + np.abs(gradient).max())
+        if max(-active_slope[steepest], sum_descent) <= negligible:
             break
-        if of_sum >= -held[worst]:
-            tied = False
+        if sum_descent >= -active_slope[steepest]:
+            is_bound = False
         else:
-            free[worst] = True
+            is_free[steepest] = True
     return step
 
 
-def _towards(curved: Floats, slope: Floats, tied: bool) -> tuple[Floats, float]:
-    """The free members' step to the least value, their sum unchanged where it is tied; the slope they then share."""
+def _free_step(curved: Floats, slope: Floats, is_bound: bool) -> tuple[Floats, float]:
+    """Return the free members' step to the minimum, which keeps a bound sum, and the multiplier of the sum."""
     sides = np.stack([-slope, np.ones_like(slope)], axis=1)
-    unbound, along = np.linalg.solve(curved, sides).T
-    common = -float(unbound.sum() / along.sum()) if tied else 0.0
-    return unbound + common * along, common
+    unconstrained, along = np.linalg.solve(curved, sides).T
+    multiplier = -float(unconstrained.sum() / along.sum()) if is_bound else 0.0
+    return unconstrained + multiplier * along, multiplier
 
 
 def _first_block(
-    places: Floats, towards: Floats, total: float, sums: tuple[float, float], tied: bool
+    weights: Floats, step: Floats, total: float, sum_bounds: tuple[float, float], is_bound: bool
 ) -> tuple[float, int | None]:
-    """How much of a step is allowed, at most 1, and which member stops it: its number, or M for the sum."""
-    shrinking = towards < 0
-    lengths = np.full(len(places) + 1, np.inf)
-    lengths[:-1][shrinking] = places[shrinking] / -towards[shrinking]
-    growth = float(towards.sum())
-    if not tied and growth != 0:
-        lengths[-1] = ((sums[1] if growth > 0 else sums[0]) - total) / growth
+    """Return the feasible fraction of a step, at most 1, and what blocks it: a member's index, or M for the sum."""
+    is_shrinking = step < 0
+    lengths = np.full(len(weights) + 1, np.inf)
+    lengths[:-1][is_shrinking] = weights[is_shrinking] / -step[is_shrinking]
+    growth = float(step.sum())
+    if not is_bound and growth != 0:
+        lengths[-1] = ((sum_bounds[1] if growth > 0 else sum_bounds[0]) - total) / growth
     first = int(lengths.argmin())
     return (1.0, None) if lengths[first] >= 1 else (max(0.0, float(lengths[first])), first)
 
 
-def _pull(common: float, total: float, sums: tuple[float, float]) -> float:
-    """How much the value falls per unit when a tied sum is let go into its bounds; 0 where it may not go."""
-    if sums[0] == sums[1]:
+def _sum_descent(multiplier: float, total: float, sum_bounds: tuple[float, float]) -> float:
+    """Return the descent of the value per unit of a released sum that moves into its bounds; 0 if they are equal."""
+    if sum_bounds[0] == sum_bounds[1]:
         return 0.0
-    return max(0.0, common if total >= sums[1] else -common)
+    return max(0.0, multiplier if total >= sum_bounds[1] else -multiplier)

@@ -1,7 +1,7 @@
-"""How good would the pool be without this member? Losses for all members at once; numpy alone.
+"""Losses of a pool with one member removed, for all members at once.
 
-The counterpart of `utils.numeric.candidate_losses`, with its losses: a pool is the plain mean of members, each in it
-once.
+The counterpart of `utils.numeric.candidate_losses`, with the same losses. A pool is the plain mean of its members, each
+of which it holds once.
 """
 
 from __future__ import annotations
@@ -17,41 +17,41 @@ from utils.numeric import pools
 from utils.numeric.candidate_losses import accuracy_loss, f1_loss
 from utils.numeric.metrics import SMALLEST_PROBABILITY
 
-FACTORS = 16  # probabilities multiplied before a logarithm is taken; so many of the smallest are still a number
-BLOCK = 2**18  # numbers handled at a time
-SLACK = 1e-9  # of the pool's size: more than what sums are rounded by
+N_FACTORS = 16  # probabilities multiplied before each logarithm; the product of the smallest ones does not underflow
+BLOCK = 2**18  # numbers that are processed at a time
+SLACK = 1e-9  # relative to the pool's size: more than the rounding of sums
 Floats = NDArray[np.float64]
 
 
 class RemovalScorer(Protocol):
-    """One metric on a pool of M members at first."""
+    """One metric on a pool of at most M members."""
 
     def remove(self, member: int) -> None:
-        """Take this member out of the pool for good."""
+        """Remove this member from the pool."""
 
     def losses(self) -> Floats:
-        """Losses (M,) without each member; infinite for those that are out, and where no other would be left."""
+        """Return losses (M,) without each member; infinite for removed members and for the last one."""
 
 
 def make_removal_scorer(
     probabilities: NDArray[np.float32], labels: NDArray[np.int64], inside: NDArray[np.bool_], metric: str
 ) -> RemovalScorer:
-    """What scores removals by `metric`, from the pool of the members that are `inside` (M,).
+    """Return the scorer of removals by `metric` from the pool of the members that are `inside` (M,).
 
-    Probabilities (M, N, C), labels (N,); log_loss, brier, accuracy or f1_macro.
+    Takes probabilities (M, N, C) and labels (N,), unchecked; `metric` is log_loss, brier, accuracy or f1_macro.
     """
     return REMOVAL_SCORERS[metric](probabilities, labels, inside)
 
 
 class LogLossRemovalScorer:
-    """Needs each member's probability of the true class alone."""
+    """Log-loss, which needs each member's probability of the true class only."""
 
     def __init__(
         self, probabilities: NDArray[np.float32], labels: NDArray[np.int64], inside: NDArray[np.bool_]
     ) -> None:
         self.inside, self.rows = inside.copy(), len(labels)
-        columns = -(-self.rows // FACTORS) * FACTORS
-        # Columns beyond the rows hold probability 1, whose logarithm adds nothing.
+        columns = -(-self.rows // N_FACTORS) * N_FACTORS
+        # Columns beyond the rows hold probability 1, whose logarithm is 0.
         self.p_true = np.ones((len(probabilities), columns))
         self.p_true[:, : self.rows] = probabilities[:, np.arange(self.rows), labels]
         self.total = self.p_true[inside].sum(axis=0)
@@ -61,21 +61,21 @@ class LogLossRemovalScorer:
         self.total -= self.p_true[member]
 
     def losses(self) -> Floats:
-        found = np.full(len(self.inside), np.inf)
+        losses = np.full(len(self.inside), np.inf)
         members = np.flatnonzero(self.inside)
-        others = len(members) - 1
+        n_others = len(members) - 1
         step = max(1, BLOCK // len(self.total))
-        for start in range(0, len(members) if others else 0, step):
+        for start in range(0, len(members) if n_others else 0, step):
             block = members[start : start + step]
-            values = (self.total - self.p_true[block]) / others
+            values = (self.total - self.p_true[block]) / n_others
             values.clip(SMALLEST_PROBABILITY, out=values)
-            products = values.reshape(len(block), -1, FACTORS).prod(axis=2)
-            found[block] = -np.log(products).sum(axis=1) / self.rows
-        return found
+            products = values.reshape(len(block), -1, N_FACTORS).prod(axis=2)
+            losses[block] = -np.log(products).sum(axis=1) / self.rows
+        return losses
 
 
 class BrierRemovalScorer:
-    """The score of a mean is the mean product of its members' residuals, of which there is one table (M, M)."""
+    """Brier score, which is the mean product of the members' residuals; their table (M, M) is computed once."""
 
     def __init__(
         self, probabilities: NDArray[np.float32], labels: NDArray[np.int64], inside: NDArray[np.bool_]
@@ -87,17 +87,17 @@ class BrierRemovalScorer:
         self.inside[member] = False
 
     def losses(self) -> Floats:
-        found = np.full(len(self.inside), np.inf)
+        losses = np.full(len(self.inside), np.inf)
         members = np.flatnonzero(self.inside)
         if len(members) > 1:
             products = self.products[np.ix_(members, members)]
-            left = products.sum() - 2 * products.sum(axis=1) + np.diag(products)
-            found[members] = left / (len(members) - 1) ** 2
-        return found
+            remaining = products.sum() - 2 * products.sum(axis=1) + np.diag(products)
+            losses[members] = remaining / (len(members) - 1) ** 2
+        return losses
 
 
 class VoteRemovalScorer:
-    """Accuracy and macro F1: a row whose largest sum leads by more than 1 is decided, whoever is taken out."""
+    """Accuracy and macro F1; a row whose largest sum leads by more than 1 is decided, whichever member is removed."""
 
     def __init__(
         self,
@@ -105,9 +105,14 @@ class VoteRemovalScorer:
         labels: NDArray[np.int64],
         inside: NDArray[np.bool_],
         *,
-        of_counts: Callable[..., Floats],
+        count_loss: Callable[..., Floats],
     ) -> None:
-        self.probabilities, self.labels, self.inside, self.of_counts = probabilities, labels, inside.copy(), of_counts
+        self.probabilities, self.labels, self.inside, self.count_loss = (
+            probabilities,
+            labels,
+            inside.copy(),
+            count_loss,
+        )
         self.total = probabilities[inside].sum(axis=0, dtype=np.float64)
         self.support = np.bincount(labels, minlength=self.total.shape[1])
 
@@ -116,14 +121,14 @@ class VoteRemovalScorer:
         self.total -= self.probabilities[member]
 
     def losses(self) -> Floats:
-        found = np.full(len(self.inside), np.inf)
+        losses = np.full(len(self.inside), np.inf)
         members = np.flatnonzero(self.inside)
         if len(members) == 1:
-            return found
+            return losses
         winners = self.total.argmax(axis=1)
         lead = self.total[np.arange(len(winners)), winners, None] - self.total
-        near = lead <= 1 + SLACK * len(members)
-        is_open = near.sum(axis=1) > 1
+        can_win = lead <= 1 + SLACK * len(members)
+        is_open = can_win.sum(axis=1) > 1
         decided = winners[~is_open]
         hits = self._per_class(decided[decided == self.labels[~is_open]])
         predicted = self._per_class(decided)
@@ -132,21 +137,21 @@ class VoteRemovalScorer:
         step = max(1, BLOCK // max(1, total.size))
         for start in range(0, len(members), step):
             block = members[start : start + step]
-            voted = (total - self.probabilities[block[:, None], rows]).argmax(axis=2)
-            numbered = voted + np.arange(len(block))[:, None] * len(self.support)
-            counts = [self._per_class(part, len(block)) for part in (numbered[voted == truth], numbered.ravel())]
-            found[block] = self.of_counts(hits + counts[0], predicted + counts[1], self.support)
-        return found
+            open_winners = (total - self.probabilities[block[:, None], rows]).argmax(axis=2)
+            bins = open_winners + np.arange(len(block))[:, None] * len(self.support)
+            counts = [self._per_class(part, len(block)) for part in (bins[open_winners == truth], bins.ravel())]
+            losses[block] = self.count_loss(hits + counts[0], predicted + counts[1], self.support)
+        return losses
 
-    def _per_class(self, numbers: NDArray[Any], members: int = 1) -> NDArray[np.intp]:
-        """How often each class occurs, (members, C)."""
+    def _per_class(self, bins: NDArray[Any], members: int = 1) -> NDArray[np.intp]:
+        """Return the number of occurrences of each class, (members, C)."""
         classes = len(self.support)
-        return np.bincount(numbers, minlength=members * classes).reshape(members, classes)
+        return np.bincount(bins, minlength=members * classes).reshape(members, classes)
 
 
 REMOVAL_SCORERS: dict[str, Callable[..., RemovalScorer]] = {
     "log_loss": LogLossRemovalScorer,
     "brier": BrierRemovalScorer,
-    "accuracy": partial(VoteRemovalScorer, of_counts=accuracy_loss),
-    "f1_macro": partial(VoteRemovalScorer, of_counts=f1_loss),
+    "accuracy": partial(VoteRemovalScorer, count_loss=accuracy_loss),
+    "f1_macro": partial(VoteRemovalScorer, count_loss=f1_loss),
 }

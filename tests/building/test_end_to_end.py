@@ -16,6 +16,7 @@ from killing import digests, run_and_kill
 from stored_predictions import workspace_at
 
 from utils.building import end_to_end, ensembles
+from utils.building.recommendation import is_chosen_on_val
 from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.predictions import catalog
@@ -77,7 +78,7 @@ def test_evaluate_scores_it_and_val_rows_cannot_recommend_it(trained_further):
     assert NAME in {row["name"] for row in ranking["rows"]}
     assert not {row["name"] for row in ranking["rows"]} & set(record(trained_further)["members"])
     chosen = {
-        name: ensembles._is_chosen_on_val(name, ensembles.load(workspace_at(trained_further), name))
+        name: is_chosen_on_val(name, ensembles.load(workspace_at(trained_further), name))
         for name in (NAME, "soft_voting_ensemble")
     }
     assert chosen == {NAME: True, "soft_voting_ensemble": False}
@@ -115,7 +116,8 @@ def test_it_is_current_for_its_own_settings_alone(trained_further, override, exp
     found = catalog.read(workspace_at(trained_further))
     store = Store(config, workspace_at(trained_further), found)
     members = [member for member in found.members.values() if member.source == "trained"]
-    assert end_to_end.is_current(store, members, NAME) is expected
+    record = ensembles.record_of(store.workspace, NAME)
+    assert end_to_end.is_current(store, members, NAME, record) is expected
 
 
 def test_killed_in_the_middle_it_goes_on_to_equal_networks(trained_further, built, tmp_path):

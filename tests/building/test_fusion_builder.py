@@ -13,6 +13,7 @@ from conftest import PROJECT
 from stored_predictions import workspace_at
 
 from utils.building import embedding_rows, fusion_builder
+from utils.building.protocol import Session
 from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.predictions import catalog, extraction
@@ -190,15 +191,15 @@ def test_embeddings_of_another_checkpoint_or_shape_are_refused(own):
         store.rows(members[0], "val", embeddings=True)
 
 
-def test_a_member_without_embeddings_is_left_out_and_one_alone_is_no_fusion(own, caplog, monkeypatch):
+def test_a_member_without_embeddings_is_left_out_and_one_alone_is_no_fusion(own):
     store, members = opened(own)
-    monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
     path = store.workspace.predictions(members[0].name, "val") / "record.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"width": 0}))
-    left = fusion_builder._with_embeddings(store, members, told=True)
+    builder = fusion_builder.FusionBuilder()
+    left = builder.members(Session(store, tuple(members)))
     assert [member.name for member in left] == [member.name for member in members[1:]]
     with pytest.raises(UserError, match=rf"1 member\(s\) with embeddings.*no embeddings of {members[0].name}"):
-        fusion_builder._with_embeddings(store, members[:2])
+        builder.check(Session(store, tuple(members[:2])))
 
 
 def test_extraction_that_is_switched_off_names_what_is_missing(own, orchestrator):

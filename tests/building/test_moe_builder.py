@@ -13,7 +13,9 @@ import pytest
 from finished_workspace import at
 from given_predictions import CONFIG, take_in, write
 
-from utils.building import build_commands, ensembles, moe_builder, sparse_timing
+from utils.building import build_commands, ensembles, sparse_timing
+from utils.building.moe_builder import SparseBuilder
+from utils.building.protocol import Session, state_of
 from utils.combiners.gating import SparseGate
 from utils.combiners.routing import routed_members
 from utils.core.config_file import load_config
@@ -131,14 +133,17 @@ def test_a_second_run_keeps_them_and_a_changed_setting_does_not(fused, orchestra
     again = orchestrator("fusion-train", *QUICK, "--json", workspace=workspace)
     assert json.loads(again.stdout)["up_to_date"] == ["cascade", "moe"]
     store, members = opened(workspace, "runs.moe.top_k=1")
-    assert moe_builder.is_current(store, members, "cascade")
-    assert not moe_builder.is_current(store, members, "moe")
+
+    def state(name: str) -> str:
+        return state_of(Session(store, tuple(members)), name, SparseBuilder(name)).state
+
+    assert (state("cascade"), state("moe")) == ("current", "stale")
     latencies = json.loads(store.workspace.latency.read_text())
     for entry in latencies["networks"].values():
         for measured in entry.values():
             measured["batches"]["batch_1"]["p50"] *= 2
     store.workspace.latency.write_text(json.dumps(latencies))
-    assert not moe_builder.is_current(store, members, "cascade")
+    assert state("cascade") == "stale"
 
 
 def test_evaluate_scores_them_and_meta_fuse_takes_them(fused, orchestrator, tmp_path):

@@ -20,6 +20,8 @@ import torch
 from conftest import PROJECT, run_python
 
 from utils.building import build_commands, ensembles, snapshot_builder
+from utils.building.protocol import Session
+from utils.building.snapshot_builder import SnapshotBuilder
 from utils.core import subprocesses
 from utils.core.config_file import load_config
 from utils.core.workspace import Workspace
@@ -160,7 +162,7 @@ def test_force_builds_again_from_finished_trainings(copy):
 def test_another_number_of_cycles_is_other_work_and_the_old_snapshots_leave(copy):
     one = "runs.snapshot_ensemble.n_snapshots=1"
     state = inventory.take(config(one), copy).ensembles["snapshot_ensemble"]
-    assert str(state) == "stale: its backbones, images or settings are others now, or a snapshot is gone"
+    assert str(state) == "stale: its backbones, images or settings have changed since the build, or a snapshot is gone"
     assert build_commands.build_ensemble(config(one), copy).failures == []
     assert ensembles.load(copy, "snapshot_ensemble").members == (f"{NAME}_snapshot4",)
     assert snapshots_of(copy) == [f"{NAME}_snapshot{number}" for number in (1, 2, 3, 4)]
@@ -321,8 +323,6 @@ def test_only_networks_of_base_back_under_their_own_names_are_trained_anew(tmp_p
         member("copy", architecture="CustomConvNeXt"),
         member("theirs", source="imported"),
     ]
-    assert [found.name for found in snapshot_builder._parents(kinds)] == ["CustomConvNeXt"]
-    result = snapshot_builder.snapshots(SimpleNamespace(), kinds[1:], False)
-    assert result.failures == [
-        "runs.snapshot_ensemble: none of the selected members is a network that BASE-BACK can train"
-    ]
+    assert [found.name for found in snapshot_builder.parents_of(kinds)] == ["CustomConvNeXt"]
+    problems = SnapshotBuilder().problems(Session(SimpleNamespace(), tuple(kinds[1:])))
+    assert problems == ["runs.snapshot_ensemble: none of the selected members is a network that BASE-BACK can train"]

@@ -14,7 +14,9 @@ from soup_runs import DEMO, ROLES, SETTINGS, brew, config
 from soup_zoo import NAME, one_backbone
 from stored_predictions import workspace_at
 
-from utils.building import ensembles, soup_builder
+from utils.building import ensembles, protocol, soup_builder
+from utils.building.protocol import Session
+from utils.building.soup_builder import SoupBuilder
 from utils.core.errors import UserError
 from utils.discovery import discover
 from utils.networks.soups import Ingredient, weighted_average
@@ -180,7 +182,7 @@ def test_force_gives_the_same_bytes(own, brewed):
 def test_status_knows_which_soups_are_current_and_why_not(own):
     def states(*overrides):
         found = inventory.take(config(*overrides), own)
-        return {name: str(state) for name, state in found.ensembles.items()}, found.wanted
+        return {name: str(state) for name, state in found.ensembles.items()}, found.requested["build-ensemble"]
 
     names = [f"{role}_{NAME}" for role in ROLES]
     assert states()[0] == dict.fromkeys(sorted([*names, "soft_voting_ensemble"]), "current")
@@ -188,7 +190,7 @@ def test_status_knows_which_soups_are_current_and_why_not(own):
     assert states("runs.model_soup.recompute_bn=false")[0][names[0]].startswith("stale: its checkpoints, images or")
     assert not set(names) & set(states("runs.model_soup.enable=false")[1])
     own.checkpoint(NAME, "greedy_soup").unlink()
-    assert states()[0][names[1]] == "stale: its files are others now"
+    assert states()[0][names[1]] == "stale: its files have changed since the build"
     assert states()[0][names[0]] == "current"
     shutil.rmtree(own.ensemble(names[0]))
     assert states()[0][names[0]] == "missing"
@@ -268,9 +270,11 @@ def test_nothing_to_average_is_told_and_a_failure_only_where_there_is_no_soup_at
     assert [text.partition(":")[0] for text in result.failures] == ["runs.model_soup"]
     assert "no selected backbone has two different checkpoints" in result.failures[0]
     found = inventory.take(config(), own)
-    told = "stale: its backbone's checkpoints of today give no such soup"
-    assert str(found.ensembles[f"greedy_soup_{NAME}"]) == told
-    assert found.wanted == ("soft_voting_ensemble",)  # a build would change nothing about it; `clean --stale` does
+    reason = "stale: the last build left it out: nothing to average: of 2 checkpoints one lies in the basin of final"
+    assert str(found.ensembles[f"greedy_soup_{NAME}"]) == reason
+    assert found.requested["build-ensemble"] == (
+        "soft_voting_ensemble",
+    )  # a build would change nothing about it; `clean --stale` does
     assert brew(own).document["built"] == []
 
 
@@ -278,9 +282,9 @@ def test_trouble_with_one_backbone_is_a_failure_with_its_name(own):
     change(own.checkpoint(NAME, "final"), lambda r: r["model_state_dict"]["network.fc.bias"].add_(1))
     found = catalog.load(own)
     store = Store(config(), own, found)
-    result = soup_builder.model_soups(store, [found.members[NAME]], True)
-    assert [text.partition(": /")[0] for text in result.failures] == [f"runs.model_soup: {NAME}"]
-    assert "changed since discovery" in result.failures[0]
+    outcome = protocol.run([SoupBuilder()], Session(store, (found.members[NAME],)), force=True)
+    assert [text.partition(": /")[0] for text in outcome.failures] == [f"runs.model_soup: {NAME}"]
+    assert "changed since discovery" in outcome.failures[0]
 
 
 def test_late_epochs_alone_are_looked_at(brewed):
@@ -305,7 +309,7 @@ def test_a_damaged_record_is_named_with_its_remedy(own):
     result = brew(own)
     assert f"{own.soup(NAME)}: damaged" in result.failures[0]
     assert "Remove it, then run build-ensemble again" in result.failures[0]
-    assert str(inventory.take(config(), own).ensembles[f"{NAME}.json"]).startswith("damaged")
+    assert inventory.take(config(), own).ensembles[f"greedy_soup_{NAME}"].state == "damaged"
     assert not brew(own, force=True).failures
 
 

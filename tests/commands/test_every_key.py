@@ -18,20 +18,21 @@ from finished_workspace import at
 
 from utils import commands
 from utils.building import (
-    build_commands,
     end_to_end,
     ensembles,
     fusion_builder,
     meta_builder,
+    protocol,
     snapshot_builder,
     soup_builder,
 )
+from utils.building.build_commands import BUILDERS
+from utils.building.protocol import Session
 from utils.core.config import Config, validate
 from utils.core.errors import UserError
 from utils.distillation import student_plan, students, teachers, unlabeled
 from utils.evaluation import report_page
 from utils.exporting import export
-from utils.operations import inventory
 from utils.predictions import catalog, extraction, image_splits, streaming
 from utils.predictions.store import Store
 
@@ -135,16 +136,16 @@ def how_it_fuses(store: Store, members: Any) -> str:
     def ensure(*_: Any) -> None:
         raise Stopped("streams")
 
-    def is_current(*_: Any) -> bool:
-        raise Stopped("looks at its own networks")
+    def require_networks(*_: Any) -> None:
+        raise Stopped("asks for networks that can be trained")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Store, "is_stored", lambda *_: False)
         patch.setattr(Store, "lacks_embeddings", lambda *_: False)
-        patch.setattr(Store, "ensure", ensure)
-        patch.setattr(end_to_end, "is_current", is_current)
+        patch.setattr(extraction, "ensure", ensure)
+        patch.setattr(end_to_end, "require_networks", require_networks)
         try:
-            fusion_builder.fusion(store, members, force=False)
+            protocol.run([fusion_builder.FusionBuilder()], Session(store, tuple(members)))
         except (UserError, Stopped) as told:
             return str(told)
     return "has nothing to do"
@@ -194,6 +195,7 @@ def observed(config: Config, workspace: Any) -> dict[str, Any]:
     found = catalog.load(workspace)
     member = found.members["CustomConvNeXt"]
     store = Store(config, workspace, found)
+    session = Session(store, (member, found.members["CustomResNetMish"]))
     try:
         selected: Any = [own.name for own in catalog.select(found, config)]
     except UserError as error:
@@ -206,7 +208,8 @@ def observed(config: Config, workspace: Any) -> dict[str, Any]:
         },
         "soups": soup_builder.inputs_digest(store, member),
         "snapshots": snapshot_builder._key(store, [member]),
-        "wanted": (inventory.configured(config), inventory._learned(config), soup_builder._methods(store)),
+        "requested": {command: [b.names(session) for b in builders] for command, builders in BUILDERS.items()},
+        "students": student_plan.names(config) if config.distillation.enable else [],
         "fused": how_it_fuses(store, list(found.members.values())),
         "trained_further": end_to_end.key(store, list(found.members.values()), "fusion_concat_mlp"),
         "meta": meta_builder.depends_on(config, {}),
@@ -214,7 +217,7 @@ def observed(config: Config, workspace: Any) -> dict[str, Any]:
         "exported": how_it_exports(config, workspace),
         "on": {
             place: config.at(f"{place}.enable")
-            for place in {*sections, *build_commands.SECTIONS, *build_commands.FUSION_SECTIONS}
+            for place in {*sections, *(builder.config_key for group in BUILDERS.values() for builder in group)}
         },
         "selected": selected,
         "streamed": how_it_streams(config, workspace, found, member),

@@ -19,7 +19,7 @@ from killing import run_and_kill
 from stored_predictions import workspace_at
 from student_runs import QUICK, SMALL, config, distill, record, store_of
 
-from utils.building import ensembles
+from utils.building import ensembles, recommendation
 from utils.core.errors import LeakageError, UserError
 from utils.distillation import student_builder, teachers
 from utils.distillation.students import ensemble_name
@@ -115,8 +115,8 @@ def test_status_knows_whether_it_is_current(taught):
     assert other.ensembles[NAME].state == "stale"
     missing = inventory.take(config(SMALL), taught)
     assert missing.ensembles["distilled_convnext"].state == "missing"
-    assert missing.learned["distill"] == ("distilled_convnext",)
-    assert NAME not in inventory.take(config("distillation.enable=false"), taught).learned.get("distill", ())
+    assert missing.requested["distill"] == ("distilled_convnext",)
+    assert NAME not in inventory.take(config("distillation.enable=false"), taught).requested.get("distill", ())
 
 
 def test_it_stays_out_of_other_ensembles_and_is_never_recommended(taught):
@@ -282,7 +282,7 @@ def test_best_is_the_recommended_one_and_a_soup_or_member_may_teach(own):
     store = store_of(own)
     saved = {name: ensembles.load(own, name) for name in ensembles.names(own) if not name.startswith("distilled")}
     members = {member.name: member for member in catalog.select(store.catalog, store.config)}
-    assert record(own, SMALL)["teacher"] == ensembles.recommended(store, members, saved)["name"]
+    assert record(own, SMALL)["teacher"] == recommendation.recommended(store, members, saved)["name"]
     distill(own, SMALL, "distillation.teacher=CustomResNetMish")
     assert record(own, SMALL)["teacher"] == "CustomResNetMish"
 

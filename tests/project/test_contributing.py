@@ -16,7 +16,9 @@ import ensemble_orchestrator
 from utils.numeric.metrics import softmax
 
 PAGE = (PROJECT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-KEY, DEFAULT, CLASS, LINE, TEST, METRIC, METRIC_LINE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+KEY, DEFAULT, CLASS, LINE, TEST, METRIC, METRIC_LINE = re.findall(
+    r"```python\n(.*?)```", PAGE.partition("## Add a builder")[0], re.DOTALL
+)
 TEST_FILE = re.search(r"in a new file `([^`]+)`", PAGE)[1]
 METHOD = re.search(r'"(\w+)"', LINE)[1]
 ENSEMBLE = f"{METHOD}_ensemble"

@@ -33,7 +33,7 @@ def measure(
     config: Config, members: MemberFacts, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray
 ) -> Baselines:
     """Best single, plain mean, greedy selection, convex weights and log-linear pool on logits (M, N, C)."""
-    singles = np.array([log_loss_per_row(softmax(own), labels) for own in logits])
+    singles = np.array([log_loss_per_row(softmax(member_logits), labels) for member_logits in logits])
     best = int(singles.mean(axis=1).argmin())
     losses = {"best_single": singles[best]}
     weighted = WeightedPool.configured(config, members)
@@ -54,20 +54,25 @@ def compare(baselines: Baselines, losses: np.ndarray) -> dict[str, Any]:
     Every gain is a mean paired difference with its 95 % bootstrap interval. The combiner beats the baselines when the
     interval of its gain over the best of them lies above 0.
     """
-    found = {}
-    for name, own in baselines.losses.items():
-        low, high = bootstrap_interval(own - losses, seed=baselines.seed)
-        found[name] = {"log_loss": float(own.mean()), "gain": float((own - losses).mean()), "gain_ci95": [low, high]}
-    best = min(found, key=lambda name: (found[name]["log_loss"], name))
-    low, high = found[best]["gain_ci95"]
+    comparisons: dict[str, dict[str, Any]] = {}
+    for name, of_baseline in baselines.losses.items():
+        gain = of_baseline - losses
+        interval = bootstrap_interval(gain, seed=baselines.seed)
+        comparisons[name] = {
+            "log_loss": float(of_baseline.mean()),
+            "gain": float(gain.mean()),
+            "gain_ci95": list(interval),
+        }
+    best = min(comparisons, key=lambda name: (comparisons[name]["log_loss"], name))
+    low, high = comparisons[best]["gain_ci95"]
     beats = low > 0
     label = f"{best} ({baselines.best_single})" if best == "best_single" else best
     words = "beats" if beats else "does not beat" if high > 0 else "is worse than"
     verdict = (
         f"{words} {label}, the best of the simple combinations: log-loss {losses.mean():.4f} against "
-        f"{found[best]['log_loss']:.4f}, gain {found[best]['gain']:+.4f} [{low:+.4f}, {high:+.4f}]"
+        f"{comparisons[best]['log_loss']:.4f}, gain {comparisons[best]['gain']:+.4f} [{low:+.4f}, {high:+.4f}]"
     )
-    return {"guards": found, "best_single": baselines.best_single, "beats_guards": beats, "verdict": verdict}
+    return {"guards": comparisons, "best_single": baselines.best_single, "beats_guards": beats, "verdict": verdict}
 
 
 def bootstrap_interval(differences: np.ndarray, *, seed: int) -> tuple[float, float]:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils import base_back
-from utils.building import baselines, embedding_rows, ensembles, fitting
+from utils.building import baselines, embedding_rows, fitting
 from utils.building.ensembles import Crossfit
+from utils.building.protocol import Session
 from utils.core import estimates
 from utils.core.artifacts import digest_of, write_checkpoint
 from utils.core.errors import UserError
@@ -24,9 +25,8 @@ from utils.discovery import discover
 from utils.fusion_methods import COMBINERS, FusionStacker
 from utils.networks.checkpoints import training_metadata
 from utils.networks.construction import NetworkSpec
-from utils.predictions import catalog, extraction, image_splits, streaming
+from utils.predictions import catalog, image_splits, streaming
 from utils.predictions.catalog import IMPORTED, Member
-from utils.predictions.extraction import STREAMED_SPLITS
 from utils.predictions.rows import MemberRows
 from utils.predictions.store import Store
 
@@ -67,14 +67,13 @@ def key(store: Store, members: Sequence[Member], name: str) -> str:
     )
 
 
-def is_current(store: Store, members: Sequence[Member], name: str) -> bool:
-    """Whether a saved fusion and its networks are what a training of these members would make; without torch."""
-    record = ensembles.record_of(store.workspace, name) or {}
+def is_current(store: Store, members: Sequence[Member], name: str, record: Mapping[str, Any]) -> bool:
+    """Whether a saved fusion and its networks are what a training of these members would give; needs no torch."""
     facts = record.get("end_to_end")
-    own = [store.catalog.members.get(catalog.end_to_end_member_name(name, member.name)) for member in members]
-    if facts is None or None in own:
+    networks = [store.catalog.members.get(catalog.end_to_end_member_name(name, member.name)) for member in members]
+    if facts is None or None in networks:
         return False
-    derived = [member for member in own if member is not None]
+    derived = [member for member in networks if member is not None]
     paths = [store.workspace.tuned_checkpoint(name, member.name) for member in members]
     return (
         {member.name: member.checkpoints[0]["sha256"] for member in derived} == facts["networks"]
@@ -84,17 +83,20 @@ def is_current(store: Store, members: Sequence[Member], name: str) -> bool:
     )
 
 
-def build(store: Store, members: Sequence[Member], name: str, force: bool) -> None:
-    """Train, keep the networks as derived members and the fusion over them. Raises UserError where it cannot be."""
+def build(session: Session, members: Sequence[Member], name: str, force: bool) -> Session:
+    """Train, save the networks as derived members and the fusion over them; returns the session with the networks.
+
+    Raises UserError where the training is not possible.
+    """
     from utils.training.joint_networks import FusionHeads, JointTrainingSettings
     from utils.training.joint_training import train
 
-    config, settings = store.config, store.config.runs.fusion
-    wanted = key(store, members, name)
+    store, config, settings = session.store, session.config, session.config.runs.fusion
+    inputs_key = key(store, members, name)
     folder = store.workspace.end_to_end(name)
     if force:
         shutil.rmtree(folder, ignore_errors=True)
-    extraction.ensure(store, members, SPLITS)
+    session.ensure(members, SPLITS)
     facts = fitting.member_facts(store, members)
     basis = fitting.with_folds(store, embedding_rows.in_sample(store, members).rows)
     fitted, judged = basis.of_split("train"), basis.of_split("val")
@@ -111,12 +113,13 @@ def build(store: Store, members: Sequence[Member], name: str, force: bool) -> No
             settings.end_to_end_epochs, settings.fusion_config.lr, settings.label_smoothing, config.seed
         ),
         folder=folder,
-        key=wanted,
+        key=inputs_key,
         device=streaming.resolve_device(config.device),
         batch_size=config.dataset.batch_size,
     )
     weights = {member.name: _weights(store, member, tuned) for member in members}
-    derived = _kept(store, members, name, weights)
+    session, derived = _save_networks(session, members, name, weights)
+    store = session.store
     own = fitting.with_folds(store, embedding_rows.of_val(store, derived).rows)
     probabilities = recipe.retrained(tuned.heads, own.rows.outputs, own.rows.labels, own.fold)
     fitting.build(
@@ -126,7 +129,7 @@ def build(store: Store, members: Sequence[Member], name: str, force: bool) -> No
         recipe,
         derived,
         own,
-        extra_inputs=wanted,
+        extra_inputs=inputs_key,
         baselines=baselines.measure(config, facts, judged.rows.logits, judged.rows.labels, judged.fold),
         notes={"train_embeddings": _source(), "end_to_end": _facts(derived, tuned)},
         crossfit=Crossfit(
@@ -134,6 +137,7 @@ def build(store: Store, members: Sequence[Member], name: str, force: bool) -> No
         ),
     )
     shutil.rmtree(folder)
+    return session
 
 
 def summary_line(record: Mapping[str, Any]) -> str:
@@ -230,13 +234,14 @@ def _weights(store: Store, member: Member, tuned: JointTrainingResult) -> Callab
     return lambda: state_dict_of(read_checkpoint(member.network(store.workspace).checkpoint))
 
 
-def _kept(
-    store: Store, members: Sequence[Member], name: str, weights: Mapping[str, Callable[[], Mapping[str, Any]]]
-) -> list[Member]:
-    """The networks as checkpoints and derived members, their val and test rows streamed."""
+def _save_networks(
+    session: Session, members: Sequence[Member], name: str, weights: Mapping[str, Callable[[], Mapping[str, Any]]]
+) -> tuple[Session, list[Member]]:
+    """Write the networks as checkpoints, take them into the catalog as derived members, stream their rows."""
+    workspace = session.workspace
     for member in members:
-        path = store.workspace.tuned_checkpoint(name, member.name)
-        extra = training_metadata(member.network(store.workspace).checkpoint) | {
+        path = workspace.tuned_checkpoint(name, member.name)
+        extra = training_metadata(member.network(workspace).checkpoint) | {
             "backbone_name": member.architecture,
             "model_size": member.size,
             "img_size": member.img_size,
@@ -248,8 +253,9 @@ def _kept(
         write_checkpoint(path, weights[member.name](), extra)
         logger.info("written: %s", path)
     names = [catalog.end_to_end_member_name(name, member.name) for member in members]
-    train = store.images("train")
-    store.catalog = discover.register_derived(store.config, store.workspace, store.digests, train, store.catalog, names)
-    derived = [store.catalog.members[own] for own in names]
-    extraction.ensure(store, derived, STREAMED_SPLITS)
-    return derived
+    train, digests = session.store.images("train"), session.store.digests
+    content = discover.register_derived(session.config, workspace, digests, train, session.catalog, names)
+    session = session.with_catalog(content)
+    derived = [content.members[network] for network in names]
+    session.ensure(derived)
+    return session, derived

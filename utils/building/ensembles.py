@@ -1,4 +1,4 @@
-"""An ensemble: a fitted combiner, its members and the proof of what it was fitted on; saved, loaded, recommended."""
+"""Ensembles on disk: fitted combiner, members, cross-fitted predictions and the rows that they were fitted on."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 
 from utils import ensemble_methods, fusion_methods, meta_methods, moe_methods, stacking_methods
-from utils.building.recommendation import Candidate, recommend
+from utils.building.command_hints import build_command, rebuild_hint
 from utils.combiners import pruning
 from utils.combiners.protocol import Combiner, combiner_inputs, fit_crossfitted
 from utils.core.artifacts import (
     digest_of,
     read_arrays,
-    read_record,
     read_tensors,
     write_arrays,
     write_json,
@@ -25,9 +24,8 @@ from utils.core.artifacts import (
     write_text,
 )
 from utils.core.errors import UserError, did_you_mean
+from utils.core.parsed_files import record_once
 from utils.core.workspace import Workspace
-from utils.numeric.metrics import log_loss_per_row, softmax
-from utils.predictions.catalog import Member, end_to_end_member_name
 from utils.predictions.rows import Rows
 from utils.predictions.store import Store
 
@@ -47,8 +45,6 @@ COMBINERS: dict[str, type[Combiner]] = {
     **moe_methods.COMBINERS,
     **meta_methods.COMBINERS,
 }
-CHOSEN_ON_VAL = ("greedy_soup", "wise_ft", "distilled")
-"""In the name of whatever val rows have chosen."""
 NAMES = {method: f"{method}_ensemble" for method in ensemble_methods.COMBINERS}
 """Method -> name of its ensemble; in configuration either may be used."""
 
@@ -74,7 +70,7 @@ class RowSet:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What an ensemble has seen."""
+    """Rows that an ensemble was fitted or selected on."""
 
     fitted_on: tuple[RowSet, ...]
     """Rows whose labels decided a parameter, of the combiner or of a member's network."""
@@ -83,13 +79,13 @@ class Provenance:
 
 
 def merge_provenance(parts: Sequence[Provenance]) -> Provenance:
-    """What any of the parts has seen, one set of rows per split and kind."""
+    """The union of the parts' rows, one set per split and kind."""
 
     def union(sets: Iterable[RowSet]) -> tuple[RowSet, ...]:
         ids: dict[tuple[str, str], set[str]] = {}
         for rows in sets:
             ids.setdefault((rows.split, rows.rows), set()).update(rows.sample_ids)
-        return tuple(RowSet(split, kind, tuple(sorted(found))) for (split, kind), found in sorted(ids.items()))
+        return tuple(RowSet(split, kind, tuple(sorted(names))) for (split, kind), names in sorted(ids.items()))
 
     return Provenance(
         union(rows for part in parts for rows in part.fitted_on),
@@ -120,7 +116,7 @@ class Ensemble:
 
 @dataclass(frozen=True)
 class Crossfit:
-    """Predictions on honest rows by copies of the recipe that read no label of the row's fold."""
+    """Predictions on out-of-sample rows by copies of the recipe that read no label of the row's fold."""
 
     probabilities: np.ndarray
     """float32 (N, C)"""
@@ -148,12 +144,12 @@ def predict(ensemble: Ensemble, rows: Rows) -> np.ndarray:
     if rows.inference != ensemble.inference:
         raise UserError(f"{ensemble.name}: needs its members' {ensemble.inference} networks, got {rows.inference}")
     if ensemble.combiner.reads_embeddings and rows.embeddings is None:
-        raise UserError(f"{ensemble.name}: needs its members' embeddings beside their logits")
+        raise UserError(f"{ensemble.name}: needs its members' embeddings as well as their logits")
     return ensemble.combiner.predict_proba(combiner_inputs(ensemble.combiner, rows.outputs))
 
 
 def crossfit(recipe: Combiner, rows: Rows, fold: np.ndarray) -> Crossfit:
-    """Fit an unfitted combiner on honest rows with their folds (N,); gives its cross-fitted predictions on them."""
+    """Fit an unfitted combiner on out-of-sample rows with their folds (N,); returns its cross-fitted predictions."""
     probabilities = fit_crossfitted(recipe, combiner_inputs(recipe, rows.outputs), rows.labels, fold)
     return Crossfit(probabilities, rows.labels, rows.sample_ids, rows.split, fold)
 
@@ -174,8 +170,8 @@ def save(workspace: Workspace, ensemble: Ensemble, crossfit: Crossfit, record: M
         stale.unlink()
     for file, text in texts.items():
         write_text(folder / file, state[text["name"]].tobytes().decode())
-    kept = state.keys() - {text["name"] for text in texts.values()}
-    write_tensors(folder / "combiner.safetensors", {name: state[name] for name in kept})
+    tensors = state.keys() - {text["name"] for text in texts.values()}
+    write_tensors(folder / "combiner.safetensors", {name: state[name] for name in tensors})
     write_arrays(
         folder / "crossfit.npz",
         {
@@ -189,9 +185,9 @@ def save(workspace: Workspace, ensemble: Ensemble, crossfit: Crossfit, record: M
     )
     sets = {"fitted_on": ensemble.provenance.fitted_on, "selected_on": ensemble.provenance.selected_on}
     arrays = {
-        f"{kind}/{place}/{rows.split}/{rows.rows}": np.array(rows.sample_ids)
+        f"{kind}/{index}/{rows.split}/{rows.rows}": np.array(rows.sample_ids)
         for kind, all_rows in sets.items()
-        for place, rows in enumerate(all_rows)
+        for index, rows in enumerate(all_rows)
     }
     write_arrays(folder / "provenance.npz", arrays)
     write_json(
@@ -216,21 +212,21 @@ def save(workspace: Workspace, ensemble: Ensemble, crossfit: Crossfit, record: M
 
 def stored_digest(workspace: Workspace, name: str) -> str | None:
     """`inputs_digest` of a saved ensemble; None when there is none."""
-    found = record_of(workspace, name)
-    return None if found is None else found.get("inputs_digest")
+    record = record_of(workspace, name)
+    return None if record is None else record.get("inputs_digest")
 
 
 def load(workspace: Workspace, name: str) -> Ensemble:
     """A saved ensemble. Raises UserError for an unknown name, with the known ones, or a damaged folder."""
     record = record_of(workspace, name)
     if record is None:
-        known = names(workspace)
+        saved = names(workspace)
         raise UserError(
             f"{workspace.ensemble(name)}: no such ensemble. Build it: {build_command(name)}. "
-            f"Built so far: {', '.join(known) or 'none'}{did_you_mean(name, known)}"
+            f"Built so far: {', '.join(saved) or 'none'}{did_you_mean(name, saved)}"
         )
     folder = workspace.ensemble(name)
-    remedy = _rebuild(name)
+    remedy = rebuild_hint(name)
     try:
         make = COMBINERS[record["method"]]
         return Ensemble(
@@ -252,7 +248,7 @@ def load(workspace: Workspace, name: str) -> Ensemble:
 
 def load_crossfit(workspace: Workspace, name: str) -> Crossfit:
     """The cross-fitted predictions of a saved ensemble."""
-    arrays = read_arrays(workspace.ensemble(name) / "crossfit.npz", remedy=_rebuild(name))
+    arrays = read_arrays(workspace.ensemble(name) / "crossfit.npz", remedy=rebuild_hint(name))
     return Crossfit(*(arrays[key] for key in ("probabilities", "labels", "sample_ids", "split", "fold")))
 
 
@@ -261,26 +257,14 @@ def names(workspace: Workspace) -> list[str]:
     return sorted(path.parent.name for path in workspace.models.glob("*/ensemble.json"))
 
 
-def build_command(name: str) -> str:
-    """What to type to build an ensemble, by its name."""
-    families = {"stacking": "stack", "distilled": "distill"}
-    families |= dict.fromkeys(("fusion", "moe", "cascade"), "fusion-train")
-    command = {"meta_fuser": "meta-fuse"}.get(name) or families.get(name.split("_")[0], "build-ensemble")
-    return f"python ensemble_orchestrator.py {command}"
-
-
-def _rebuild(name: str) -> str:
-    return f"Build {name} again: {build_command(name)} --force"
-
-
 def record_of(workspace: Workspace, name: str) -> dict[str, Any] | None:
     """What `ensemble.json` holds; None when there is no such ensemble."""
-    return read_record(workspace.ensemble(name) / "ensemble.json", remedy=_rebuild(name), form=FORM)
+    return record_once(workspace.ensemble(name) / "ensemble.json", remedy=rebuild_hint(name), form=FORM)
 
 
 def _state(folder: Path, texts: Mapping[str, Mapping[str, str]], remedy: str) -> dict[str, np.ndarray]:
     """What a combiner's `state` gave: its arrays, and its texts as bytes. Raises UserError for texts of other bytes."""
-    found = dict(read_tensors(folder / "combiner.safetensors", remedy=remedy))
+    state = dict(read_tensors(folder / "combiner.safetensors", remedy=remedy))
     for file, text in texts.items():
         path = folder / Path(file).name
         if not path.is_file():
@@ -288,8 +272,8 @@ def _state(folder: Path, texts: Mapping[str, Mapping[str, str]], remedy: str) ->
         content = path.read_bytes()
         if sha256(content).hexdigest() != text["sha256"]:
             raise UserError(f"{path}: damaged, its bytes are not those that ensemble.json recorded. {remedy}")
-        found[text["name"]] = np.frombuffer(content, dtype=np.uint8)
-    return found
+        state[text["name"]] = np.frombuffer(content, dtype=np.uint8)
+    return state
 
 
 def _provenance(folder: Path, record: Mapping[str, Any], remedy: str) -> Provenance:
@@ -298,52 +282,19 @@ def _provenance(folder: Path, record: Mapping[str, Any], remedy: str) -> Provena
     for key in sorted(arrays):
         kind, _, split, rows = key.split("/")
         sets[kind].append(RowSet(split, rows, tuple(arrays[key].tolist())))
-    for kind, found in sets.items():
-        if [rows.as_record() for rows in found] != record[kind]:
+    for kind, row_sets in sets.items():
+        if [rows.as_record() for rows in row_sets] != record[kind]:
             raise UserError(f"{folder / 'provenance.npz'}: its ids are not those of ensemble.json. {remedy}")
     return Provenance(tuple(sets["fitted_on"]), tuple(sets["selected_on"]))
 
 
 def network_provenance(store: Store) -> Provenance:
-    """What the members' networks have seen: the train rows gave their weights, the val rows chose their epochs.
+    """Rows of the members' networks: train rows gave their weights, val rows chose their epochs.
 
-    Of imported members nobody knows, so that the same is taken to be true.
+    The same is assumed of imported members, of which nothing is known.
     """
     train, val = store.samples("train").sample_ids, store.samples("val").sample_ids
     return Provenance(
         fitted_on=(RowSet("train", "in_sample", train),) if train else (),
         selected_on=(RowSet("val", "held_out", val),) if val else (),
     )
-
-
-def recommended(store: Store, members: Mapping[str, Member], saved: Mapping[str, Ensemble]) -> dict[str, Any]:
-    """Which member or ensemble to use, by honest rows alone; the rule is `recommendation.recommend`."""
-    found = []
-    for name, parts in store.out_of_sample_parts(list(members.values())).items():
-        keys = [(part.split, sample_id) for part in parts for sample_id in part.sample_ids.tolist()]
-        probabilities = np.concatenate([softmax(np.asarray(part.logits)) for part in parts])
-        labels = np.concatenate([np.asarray(part.labels) for part in parts])
-        found.append(_candidate(name, None, keys, probabilities, labels))
-    for name, ensemble in saved.items():
-        crossfit = load_crossfit(store.workspace, name)
-        found.append(_candidate(name, ensemble, crossfit.keys(), crossfit.probabilities, crossfit.labels))
-    return recommend(found)
-
-
-def _candidate(
-    name: str,
-    ensemble: Ensemble | None,
-    keys: list[tuple[str, str]],
-    probabilities: np.ndarray,
-    labels: np.ndarray,
-) -> Candidate:
-    hits = probabilities.argmax(axis=1) == labels
-    losses = log_loss_per_row(probabilities, labels)
-    kind, method = ("ensemble", ensemble.method) if ensemble else ("member", None)
-    return Candidate(name, kind, method, tuple(keys), losses, hits, _is_chosen_on_val(name, ensemble))
-
-
-def _is_chosen_on_val(name: str, ensemble: Ensemble | None) -> bool:
-    """Whether val rows decided what it is: by its name, or since its networks were trained further for it."""
-    further = ensemble is not None and any(own.startswith(end_to_end_member_name(name, "")) for own in ensemble.members)
-    return further or any(word in name for word in CHOSEN_ON_VAL)

@@ -32,7 +32,7 @@ KINDS_OF_ROWS = {"train": "oof", "val": "held_out"}
 
 @dataclass(frozen=True)
 class OutOfSampleRows:
-    """Honest predictions of some members with the workspace's folds of the rows."""
+    """Out-of-sample predictions of some members, with the workspace's cross-fitting folds of the rows."""
 
     rows: Rows
     fold: np.ndarray
@@ -40,53 +40,67 @@ class OutOfSampleRows:
 
     def of_split(self, split: str) -> OutOfSampleRows:
         """The rows of one split alone."""
-        places = np.flatnonzero(self.rows.split == split)
-        return OutOfSampleRows(self.rows.take(places), self.fold[places])
+        indices = np.flatnonzero(self.rows.split == split)
+        return OutOfSampleRows(self.rows.take(indices), self.fold[indices])
 
 
 def out_of_sample_rows(
     store: Store, members: Sequence[Member], *, kind: str = "honest", inference: str = fold_networks.FULL
 ) -> OutOfSampleRows:
-    """The rows on which every member has an honest prediction: out-of-fold on train, held out on val.
+    """The rows on which every member has an out-of-sample prediction: out-of-fold on train, held out on val.
 
-    `kind`: honest (both), val or oof; `inference`: which networks answer on val. Where no member has out-of-fold
-    predictions these are the val rows, said in words. Where some have, the others' lack is said and the val rows are
-    what all share. Derived members never have any, which is said only where others have. Raises LeakageError where
-    `oof` is asked for and there is none.
+    Where no member has out-of-fold predictions, and where only some have, these are the val rows, and a warning says
+    so; derived members never have any, so that a warning names them only where others do. `kind` is that of
+    `rows_of_kind`; `inference` says which networks answer on val.
     """
     rows = fold_networks.out_of_sample(store, members, inference)
-    lacking = [member for member in members if member.oof is None]
-    without = [member for member in lacking if member.source != "derived"]
-    derived = [member.name for member in lacking if member.source == "derived"]
+    without, derived = _without_oof(members)
     for member in without:
-        of_import = member.source == IMPORTED
-        logger.warning("%s %s", "No oof.npz of member" if of_import else "No K-fold results for backbone", member.name)
+        is_imported = member.source == IMPORTED
+        logger.warning(
+            "%s %s", "No oof.npz of member" if is_imported else "No K-fold results for backbone", member.name
+        )
     if without:
         source = source_of_oof(store, without)
-        logger.warning("only the val rows are honest for all members; out-of-fold predictions come from: %s", source)
+        logger.warning(
+            "only the val rows are out-of-sample for all members; out-of-fold predictions come from: %s", source
+        )
     elif 0 < len(derived) < len(members):
         logger.warning(
-            "only the val rows are honest for all members; derived ones have no others: %s", ", ".join(derived)
+            "only the val rows are out-of-sample for all members; derived ones have no others: %s", ", ".join(derived)
         )
     if len(np.unique(rows.labels)) < 2:
         raise UserError(
-            f"all {len(rows.labels)} honest rows that the members share are of class {rows.classes[rows.labels[0]]}; "
-            "nothing can be learned from one class. Give predictions of the others, on train (out-of-fold) or val"
+            f"all {len(rows.labels)} out-of-sample rows that the members share are of class "
+            f"{rows.classes[rows.labels[0]]}; nothing can be learned from one class. Give predictions of the others, "
+            "on train (out-of-fold) or val"
         )
-    found = with_folds(store, rows)
+    return rows_of_kind(store, members, with_folds(store, rows), kind)
+
+
+def rows_of_kind(store: Store, members: Sequence[Member], rows: OutOfSampleRows, kind: str) -> OutOfSampleRows:
+    """Those of a kind: honest (all), val or oof. Raises LeakageError where there is none of it."""
     if kind == "honest":
-        return found
+        return rows
     split = {"val": "val", "oof": "train"}[kind]
-    found = found.of_split(split)
-    if not len(found.fold):
-        remedies = [f"Make them: {source_of_oof(store, without)}"] if kind == "oof" and without else []
-        remedies += [f"Leave out what is derived: {', '.join(derived)}"] if kind == "oof" and derived else []
-        remedies += [f"Make them: val.npz and {IMPORT}"] if kind == "val" else []
-        raise LeakageError(
-            f"fit_rows: {kind} asks for {KINDS_OF_ROWS[split]} rows, which not all of {', '.join(rows.members)} have. "
-            f"{'. '.join(remedies)}; or set fit_rows to honest"
-        )
-    return found
+    chosen = rows.of_split(split)
+    if len(chosen.fold):
+        return chosen
+    without, derived = _without_oof(members)
+    remedies = [f"Make them: {source_of_oof(store, without)}"] if kind == "oof" and without else []
+    remedies += [f"Leave out what is derived: {', '.join(derived)}"] if kind == "oof" and derived else []
+    remedies += [f"Make them: val.npz and {IMPORT}"] if kind == "val" else []
+    raise LeakageError(
+        f"fit_rows: {kind} asks for {KINDS_OF_ROWS[split]} rows, which not all of {', '.join(rows.rows.members)} have. "
+        f"{'. '.join(remedies)}; or set fit_rows to honest"
+    )
+
+
+def _without_oof(members: Sequence[Member]) -> tuple[list[Member], list[str]]:
+    """Members without out-of-fold predictions, and the names of the derived ones, which cannot have any."""
+    lacking = [member for member in members if member.oof is None]
+    without = [member for member in lacking if member.source != "derived"]
+    return without, [member.name for member in lacking if member.source == "derived"]
 
 
 def with_folds(store: Store, rows: Rows) -> OutOfSampleRows:
@@ -188,15 +202,6 @@ def scores(crossfit: Crossfit) -> dict[str, Any]:
         "accuracy": accuracy(crossfit.probabilities, crossfit.labels),
         "log_loss": log_loss(crossfit.probabilities, crossfit.labels),
     }
-
-
-def summary_line(store: Store, name: str, state: str) -> str:
-    """One saved ensemble as the commands print it: its state and its cross-fitted scores."""
-    crossfit = scores(ensembles.load_crossfit(store.workspace, name))
-    return (
-        f"{name:36} {state:11} accuracy {crossfit['accuracy']:.4f}  log-loss {crossfit['log_loss']:.4f}  "
-        f"on {crossfit['n']} honest rows"
-    )
 
 
 def inputs_digest(

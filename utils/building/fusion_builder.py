@@ -14,13 +14,13 @@ from utils.building.baselines import Baselines
 from utils.building.embedding_rows import EmbeddedRows
 from utils.building.ensembles import Crossfit, Provenance
 from utils.building.fitting import OutOfSampleRows
+from utils.building.protocol import Build, Builder, Session, summary_line
 from utils.combiners.protocol import Combiner, MemberFacts
 from utils.core.config import Config
 from utils.core.errors import UserError
-from utils.core.results import Result
 from utils.fusion_methods import COMBINERS
 from utils.numeric.metrics import log_loss
-from utils.predictions import extraction, fold_networks
+from utils.predictions import fold_networks
 from utils.predictions.catalog import Member
 from utils.predictions.extraction import STREAMED_SPLITS
 from utils.predictions.fold_networks import FOLDS
@@ -28,7 +28,6 @@ from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
-CONFIG_KEY = "runs.fusion"
 VAL, ALIGNED, IN_SAMPLE = "val", "aligned", "in_sample"
 
 
@@ -57,109 +56,119 @@ class Fit:
         return log_loss(self.crossfit.probabilities[rows], self.crossfit.labels[rows])
 
 
-def fusion(store: Store, members: Sequence[Member], force: bool) -> Result:
-    """Fit the heads that the section lists on embeddings of honest rows; what is there is kept, unless `force`.
+class FusionBuilder(Builder):
+    """One ensemble per head of the section, on the embeddings of the members that have some."""
 
-    Members without embeddings are left out with a warning. Raises UserError where fewer than two are left, and for
-    rows that the section asks for and cannot have.
-    """
-    config = store.config
-    wanted = names(config)
-    if config.runs.fusion.end_to_end:
-        end_to_end.require_networks(members)
-    members = _with_embeddings(store, members)
-    fresh = [name for name in wanted if force or not is_current(store, members, name)]
-    failures = []
-    if fresh:
-        _stream(store, members)
-        members = _with_embeddings(store, members, told=True)
-        trains = config.runs.fusion.end_to_end
-        failures = _trained(store, members, fresh, force) if trains else _fitted(store, members, fresh)
-    left_out = {failure.partition(":")[0] for failure in failures}
-    built = [name for name in fresh if name not in left_out]
-    lines = []
-    for name in (name for name in wanted if name not in left_out):
-        record = ensembles.record_of(store.workspace, name) or {}
+    config_key = "runs.fusion"
+
+    def names(self, session: Session) -> list[str]:
+        """One per head."""
+        section = session.config.runs.fusion
+        return [f"fusion_{method}" for method in section.fusion_methods] if section.enable else []
+
+    def members(self, session: Session) -> Sequence[Member]:
+        """Those that have embeddings, as far as is known before they are streamed."""
+        return [member for member in session.members if not session.store.lacks_embeddings(member)]
+
+    def check(self, session: Session) -> None:
+        """Raise UserError where fewer than two members have embeddings, or one has no network that could be trained."""
+        if session.config.runs.fusion.end_to_end:
+            end_to_end.require_networks(session.members)
+        _require_two(session, self.members(session))
+
+    def inputs_digest(self, session: Session, name: str) -> str:
+        """Of members, images and settings, and of the fold networks whose embeddings may be aligned."""
+        members = self.members(session)
+        extra_inputs = _fold_inputs(members)
+        return fitting.inputs_digest(session.config, session.store, members, name, extra_inputs=extra_inputs)
+
+    def stale_reason(self, session: Session, name: str, record: Mapping[str, Any]) -> str | None:
+        """By its own networks too, where these were trained further with the head."""
+        if session.config.runs.fusion.end_to_end:
+            is_current = end_to_end.is_current(session.store, self.members(session), name, record)
+            return None if is_current else "its networks, images or settings have changed since the build"
+        return super().stale_reason(session, name, record)
+
+    def build(self, session: Session, names: Sequence[str], *, force: bool) -> Build:
+        """Fit the heads on embeddings of out-of-sample rows, or train them together with the networks."""
+        _stream(session, self.members(session))
+        members = self.members(session)
+        lacking = [member.name for member in session.members if member not in members]
+        if lacking:
+            logger.warning("no embeddings, so left out of the fusion: %s", ", ".join(lacking))
+        _require_two(session, members)
+        if session.config.runs.fusion.end_to_end:
+            return _train(session, members, names, force)
+        return _fit_all(session, members, names)
+
+    def describe_one(self, session: Session, name: str, state: str) -> list[str]:
+        """The ensemble, its verdict, the rows that it was fitted on, and what training further has gained."""
+        record = ensembles.record_of(session.workspace, name) or {}
         source = record["train_embeddings"]
-        lines.append(fitting.summary_line(store, name, "built" if name in built else "up to date"))
-        lines += [f"    {record['verdict']}", f"    train embeddings: {source['chosen']} ({source['reason']})"]
-        lines += [f"    {end_to_end.summary_line(record)}"] if "end_to_end" in record else []
-    kept = [name for name in wanted if name not in fresh]
-    return Result("\n".join(lines), {"built": built, "up_to_date": kept}, failures)
-
-
-def names(config: Config) -> list[str]:
-    """Ensembles that the section asks for."""
-    return [f"fusion_{method}" for method in config.runs.fusion.fusion_methods] if config.runs.fusion.enable else []
-
-
-def is_current(store: Store, members: Sequence[Member], name: str) -> bool:
-    """Whether a saved fusion is what a build would make of these members; found without torch."""
-    if store.config.runs.fusion.end_to_end:
-        return end_to_end.is_current(store, members, name)
-    wanted = fitting.inputs_digest(store.config, store, members, name, extra_inputs=_fold_inputs(members))
-    return ensembles.stored_digest(store.workspace, name) == wanted
+        lines = [summary_line(session.workspace, name, state), f"    {record['verdict']}"]
+        lines.append(f"    train embeddings: {source['chosen']} ({source['reason']})")
+        return lines + ([f"    {end_to_end.summary_line(record)}"] if "end_to_end" in record else [])
 
 
 def _fold_inputs(members: Sequence[Member]) -> list[str]:
     return [fold_networks.digest(member, FOLDS) for member in members]
 
 
-def _with_embeddings(store: Store, members: Sequence[Member], *, told: bool = False) -> list[Member]:
-    """Those that have embeddings, as far as is known before they are streamed."""
-    lacking = [member.name for member in members if store.lacks_embeddings(member)]
-    if told and lacking:
-        logger.warning("no embeddings, so left out of the fusion: %s", ", ".join(lacking))
-    left = [member for member in members if member.name not in lacking]
-    if len(left) < 2:
+def _require_two(session: Session, members: Sequence[Member]) -> None:
+    if len(members) < 2:
+        lacking = [member.name for member in session.members if member not in members]
         raise UserError(
-            f"{len(left)} member(s) with embeddings, and a fusion needs two{': no embeddings of ' if lacking else ''}"
-            f"{', '.join(lacking)}. Name others in backbones.include, or write `embeddings` into their val.npz"
+            f"{len(members)} member(s) with embeddings, and a fusion needs two"
+            f"{': no embeddings of ' if lacking else ''}{', '.join(lacking)}. Name others in backbones.include, or "
+            "write `embeddings` into their val.npz"
         )
-    return left
 
 
-def _stream(store: Store, members: Sequence[Member]) -> None:
-    splits = (*STREAMED_SPLITS, *(("train",) if store.config.runs.fusion.train_embeddings == IN_SAMPLE else ()))
-    if not store.config.runs.fusion.extract_embeddings:
+def _stream(session: Session, members: Sequence[Member]) -> None:
+    section, store = session.config.runs.fusion, session.store
+    splits = (*STREAMED_SPLITS, *(("train",) if section.train_embeddings == IN_SAMPLE else ()))
+    if not section.extract_embeddings:
         missing = [f"{m.name}/{split}" for m in members for split in splits if not store.is_stored(m, split)]
         if missing:
             raise UserError(
-                f"{store.config.source}: runs.fusion.extract_embeddings is false, and {len(missing)} are not there, "
+                f"{session.config.source}: runs.fusion.extract_embeddings is false, and {len(missing)} are not there, "
                 f"first {missing[0]}. Extract them: --set runs.fusion.extract_embeddings=true"
             )
-    extraction.ensure(store, members, splits)
+    session.ensure(members, splits)
 
 
-def _trained(store: Store, members: Sequence[Member], fresh: Sequence[str], force: bool) -> list[str]:
-    """Train and save these with their networks; what kept one from being trained, by its name."""
-    failures = []
-    for name in fresh:
+def _train(session: Session, members: Sequence[Member], names: Sequence[str], force: bool) -> Build:
+    """Train these with their networks; what prevents one from being trained is a failure."""
+    failures = {}
+    for name in names:
         try:
-            end_to_end.build(store, members, name, force)
+            session = end_to_end.build(session, members, name, force)
         except UserError as error:
-            failures.append(f"{name}: {error}")
-    return failures
+            failures[name] = f"{name}: {error}"
+    built = tuple(name for name in names if name not in failures)
+    return Build(session, built, tuple(failures), tuple(failures.values()))
 
 
-def _fitted(store: Store, members: Sequence[Member], fresh: Sequence[str]) -> list[str]:
-    """Fit and save these; what kept one from being fitted, by its name."""
-    known = fitting.member_facts(store, members)
-    asked = store.config.runs.fusion.train_embeddings
-    bases, reason = _bases(store, members, known, asked)
-    failures = []
-    for name in fresh:
+def _fit_all(session: Session, members: Sequence[Member], names: Sequence[str]) -> Build:
+    """Fit and save these; what prevents one from being fitted is a failure."""
+    store = session.store
+    facts = fitting.member_facts(store, members)
+    requested = store.config.runs.fusion.train_embeddings
+    bases, reason = _bases(store, members, facts, requested)
+    failures = {}
+    for name in names:
         try:
-            fits = {kind: _fit(store.config, known, name, basis) for kind, basis in bases.items()}
+            fits = {kind: _fit(store.config, facts, name, basis) for kind, basis in bases.items()}
             losses = {kind: fit.val_log_loss for kind, fit in fits.items()}
             chosen = min(losses, key=lambda kind: (losses[kind], kind))
             if len(losses) > 1:
                 other = next(kind for kind in losses if kind != chosen)
                 reason = f"log-loss {losses[chosen]:.4f} on the val rows, {losses[other]:.4f} with {other}"
-            _save(store, name, members, bases[chosen], fits[chosen], _source(asked, chosen, reason, losses, bases))
+            _save(store, name, members, bases[chosen], fits[chosen], _source(requested, chosen, reason, losses, bases))
         except UserError as error:
-            failures.append(f"{name}: {error}")
-    return failures
+            failures[name] = f"{name}: {error}"
+    built = tuple(name for name in names if name not in failures)
+    return Build(session, built, tuple(failures), tuple(failures.values()))
 
 
 def _source(

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from utils.building import fitting
 from utils.combiners.protocol import MemberFacts
 from utils.core.artifacts import read_record, write_json
+from utils.core.parsed_files import record_once
 from utils.core.workspace import Workspace
 from utils.networks.memory import out_of_memory
 from utils.predictions import catalog, streaming
@@ -120,6 +122,18 @@ def latency_inputs(facts: MemberFacts, records: Mapping[str, Record]) -> dict[st
     }
 
 
+def inputs_digest(store: Store, members: Sequence[Member], name: str, built_with: Mapping[str, Any] | None) -> str:
+    """`fitting.inputs_digest` of an ensemble that latencies decide, by those of the device that it was built with.
+
+    `built_with` is what `latency_inputs` gave then, or None where nothing was built.
+    """
+    device, threads = (built_with["device"], built_with["threads"]) if built_with else ("", 0)
+    records = stored(store.workspace, members, device, threads)
+    facts = fitting.member_facts(store, members, milliseconds(records))
+    extra_inputs = latency_inputs(facts, records)
+    return fitting.inputs_digest(store.config, store, members, name, extra_inputs=extra_inputs)
+
+
 def _by_name(members: Sequence[str], values: np.ndarray) -> dict[str, float | None]:
     pairs = zip(members, values.tolist(), strict=True)
     return {name: None if np.isnan(value) else value for name, value in pairs}
@@ -164,7 +178,7 @@ def _answer(module: nn.Module, embeddings: list[Tensor], logits: Tensor) -> Tens
 
 def _read(workspace: Workspace, kind: str) -> Mapping[str, Any]:
     """`kind`: networks or combiners."""
-    return (read_record(workspace.latency, remedy=AGAIN, form={"networks": dict}) or {}).get(kind, {})
+    return (record_once(workspace.latency, remedy=AGAIN, form={"networks": dict}) or {}).get(kind, {})
 
 
 def _record_of(entry: Mapping[str, Any], device: str, threads: int) -> Record:

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from utils.building import baselines, ensembles, fitting
+from utils.building.command_hints import build_command
 from utils.building.ensembles import Ensemble
 from utils.building.fitting import OutOfSampleRows
+from utils.building.protocol import Build, Builder, Session, run, summary_line
+from utils.building.voting_builder import VotingBuilder
 from utils.core.config import Config, require_enabled
 from utils.core.errors import UserError, did_you_mean
 from utils.core.results import Result
 from utils.core.workspace import Workspace
-from utils.discovery import discover
 from utils.meta_methods import FUSERS, INPUT_METHODS, FuserInput, MetaFuserCombiner
-from utils.predictions import catalog, extraction, fold_networks
+from utils.predictions import fold_networks
 from utils.predictions.catalog import Member
 from utils.predictions.extraction import STREAMED_SPLITS
 from utils.predictions.fold_networks import FULL
-from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -31,32 +33,80 @@ NAME = METHOD = "meta_fuser"
 def meta_fuse(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
     """Fit the fuser on its inputs' cross-fitted predictions and on nothing else.
 
-    Inputs that vote and are not there are built on the spot; others are named with the command that makes them, and
-    fewer than two are refused. What is there with equal inputs is kept, unless `force`. Raises UserError without
-    catalog, members or inputs.
+    Inputs that vote and are missing are built first; of others the command that builds them is named, and fewer than
+    two are refused. A fuser with equal inputs is kept, unless `force`. Raises UserError without catalog, members or
+    inputs.
     """
-    require_enabled(config, "runs.meta_fuser")
+    builder = MetaBuilder()
+    require_enabled(config, builder.config_key)
     kind = config.runs.meta_fuser.fuser_type
     if kind not in FUSERS:
         raise UserError(
             f"{config.source}: runs.meta_fuser.fuser_type {kind}: this version builds {', '.join(FUSERS)}"
             f"{did_you_mean(kind, FUSERS)}"
         )
-    store = Store(config, workspace, discover.verified_catalog(config, workspace))
-    selected = catalog.select(store.catalog, config)
-    found, failures = _inputs(store, selected)
-    members = _members(store, found)
-    extra_inputs = depends_on(config, found)
-    wanted = fitting.inputs_digest(config, store, members, METHOD, extra_inputs=extra_inputs)
-    fresh = force or ensembles.stored_digest(workspace, NAME) != wanted
-    if fresh:
-        fold_networks.ensure(store, members, STREAMED_SPLITS, _inference(found))
-        known = fitting.member_facts(store, members)
-        rows, inputs = _aligned(store, members, found)
-        simple = baselines.measure(config, known, rows.rows.logits, rows.rows.labels, rows.fold)
-        recipe = MetaFuserCombiner.over(config, known, inputs)
-        logger.info("fitting %s (%s) on %s", NAME, kind, ", ".join(found))
-        prior_provenance = [one.provenance for one in found.values()]
+    session = _with_votes(Session.open(config, workspace))
+    outcome = run([builder], session, force=force)
+    record = ensembles.record_of(workspace, NAME) or {}
+    inputs = list(_inputs(outcome.session).records)
+    lines = [*outcome.lines, f"inputs: {', '.join(inputs)}", f"written: {workspace.ensemble(NAME)}"]
+    document = outcome.document() | {"inputs": inputs, "verdict": record["verdict"]}
+    return Result("\n".join(lines), document, list(outcome.failures), "evaluate")
+
+
+class MetaBuilder(Builder):
+    """The one ensemble of ensembles."""
+
+    config_key = "runs.meta_fuser"
+
+    def names(self, session: Session) -> list[str]:
+        """The one name, where the section is on."""
+        return [NAME] if session.config.runs.meta_fuser.enable else []
+
+    def check(self, session: Session) -> None:
+        """Raise UserError where fewer than two inputs are left, or a member of theirs is gone or has changed."""
+        inputs = _inputs(session)
+        if len(inputs.records) < 2:
+            raise UserError(
+                f"{session.config.source}: runs.meta_fuser.input_ensembles leaves {len(inputs.records)} ensemble(s) to "
+                f"fuse, two are needed. {'; '.join(inputs.problems)}"
+            )
+        _require_members(session, inputs)
+
+    def problems(self, session: Session) -> list[str]:
+        """Inputs that are not built, or cannot be inputs."""
+        return _inputs(session).problems
+
+    def members(self, session: Session) -> Sequence[Member]:
+        """The members of all inputs."""
+        needed = {name for record in _inputs(session).records.values() for name in record["members"]}
+        return [session.catalog.members[name] for name in sorted(needed) if name in session.catalog.members]
+
+    def inputs_digest(self, session: Session, name: str) -> str:
+        """Of the inputs, their members, the images and the fuser's settings."""
+        extra_inputs = depends_on(session.config, _inputs(session).records)
+        members = self.members(session)
+        return fitting.inputs_digest(session.config, session.store, members, METHOD, extra_inputs=extra_inputs)
+
+    def stale_reason(self, session: Session, name: str, record: Mapping[str, Any]) -> str | None:
+        """Another input, or another setting."""
+        try:
+            is_equal = record["inputs_digest"] == self.inputs_digest(session, name)
+        except UserError as error:  # the record of an input is damaged
+            return str(error)
+        return None if is_equal else "its inputs, images or settings have changed since the build"
+
+    def build(self, session: Session, names: Sequence[str], *, force: bool) -> Build:
+        """Fit the fuser on the rows on which all inputs have cross-fitted predictions."""
+        config, store, members = session.config, session.store, self.members(session)
+        records = _inputs(session).records
+        inputs = {name: ensembles.load(session.workspace, name) for name in records}
+        fold_networks.ensure(store, members, STREAMED_SPLITS, _inference(records))
+        facts = fitting.member_facts(store, members)
+        rows, parts = _align(session, members, inputs)
+        simple = baselines.measure(config, facts, rows.rows.logits, rows.rows.labels, rows.fold)
+        recipe = MetaFuserCombiner.over(config, facts, parts)
+        logger.info("fitting %s (%s) on %s", NAME, config.runs.meta_fuser.fuser_type, ", ".join(inputs))
         fitting.build(
             store,
             NAME,
@@ -64,109 +114,117 @@ def meta_fuse(config: Config, workspace: Workspace, *, force: bool = False) -> R
             recipe,
             members,
             rows,
-            extra_inputs=extra_inputs,
-            prior_provenance=prior_provenance,
+            extra_inputs=depends_on(config, records),
+            prior_provenance=[ensemble.provenance for ensemble in inputs.values()],
             baselines=simple,
         )
-    store.digests.save()
-    record = ensembles.record_of(workspace, NAME) or {}
-    lines = [
-        fitting.summary_line(store, NAME, "built" if fresh else "up to date"),
-        f"    {record['verdict']}",
-        f"inputs: {', '.join(found)}",
-        f"written: {workspace.ensemble(NAME)}",
+        return Build(session, (NAME,))
+
+    def describe_one(self, session: Session, name: str, state: str) -> list[str]:
+        """The ensemble and its verdict."""
+        record = ensembles.record_of(session.workspace, name) or {}
+        return [summary_line(session.workspace, name, state), f"    {record['verdict']}"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The ensembles that the fuser takes, by their records."""
+
+    records: dict[str, Mapping[str, Any]]
+    """{ensemble: its `ensemble.json`}, sorted by name"""
+    problems: list[str]
+    """Why others that the configuration lists are left out."""
+
+
+def depends_on(config: Config, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Extra inputs of the fuser: the ensembles that it takes, and the settings of its kind."""
+    settings = FUSERS[config.runs.meta_fuser.fuser_type].settings
+    digests = {name: record["inputs_digest"] for name, record in records.items()}
+    return {"inputs": digests, "settings": config.digest(*settings)}
+
+
+def _requested(config: Config) -> dict[str, str]:
+    """{ensemble: its name in the configuration, which may be that of a voting method}"""
+    return {ensembles.NAMES.get(name, name): name for name in config.runs.meta_fuser.input_ensembles}
+
+
+def _with_votes(session: Session) -> Session:
+    """Build the inputs that vote and are missing."""
+    voting = VotingBuilder()
+    requested = _requested(session.config)
+    missing = [
+        name
+        for name in requested
+        if voting.covers(session, name) and ensembles.record_of(session.workspace, name) is None
     ]
-    document = {
-        "built": [NAME] if fresh else [],
-        "up_to_date": [] if fresh else [NAME],
-        "inputs": list(found),
-        "verdict": record["verdict"],
-        "folder": str(workspace.models),
-    }
-    return Result("\n".join(lines), document, failures, "evaluate")
+    return voting.build(session, missing).session if missing else session
 
 
-def depends_on(config: Config, found: Mapping[str, Ensemble]) -> dict[str, Any]:
-    """What the fuser depends on beside members and images: its inputs, and the settings of its own kind."""
-    own = FUSERS[config.runs.meta_fuser.fuser_type].settings
-    return {"inputs": {name: one.inputs_digest for name, one in found.items()}, "settings": config.digest(*own)}
-
-
-def _inputs(store: Store, selected: Sequence[Member]) -> tuple[dict[str, Ensemble], list[str]]:
-    """The inputs that are there or can be made at once, by the names of their ensembles, and what is missing."""
-    asked = store.config.runs.meta_fuser.input_ensembles
-    names = {ensembles.NAMES.get(name, name): name for name in asked}
-    known = [*ensembles.names(store.workspace), *ensembles.NAMES.values(), *INPUT_METHODS]
-    found, failures = {}, []
-    for name, typed in names.items():
-        record = ensembles.record_of(store.workspace, name)
-        method = next((method for method, ensemble in ensembles.NAMES.items() if ensemble == name), None)
-        if record is None and method is not None:
-            recipe = ensembles.COMBINERS[method].configured(store.config, fitting.member_facts(store, selected))
-            extraction.ensure(store, selected, STREAMED_SPLITS)
-            kind = store.config.runs.score_ensemble.fit_rows if recipe.learns else "honest"
-            fitting.build(store, name, method, recipe, selected, fitting.out_of_sample_rows(store, selected, kind=kind))
-        elif record is None:
-            failures.append(
-                f"{typed}: not built. Build it: {ensembles.build_command(typed)}{did_you_mean(typed, known)}"
+def _inputs(session: Session) -> Inputs:
+    requested = _requested(session.config)
+    available = [*ensembles.names(session.workspace), *ensembles.NAMES.values(), *INPUT_METHODS]
+    records: dict[str, Mapping[str, Any]] = {}
+    problems = []
+    for name, typed in requested.items():
+        record = ensembles.record_of(session.workspace, name)
+        if record is None:
+            command = build_command(typed)
+            problems.append(f"{typed}: not built. Build it: {command}{did_you_mean(typed, available)}")
+        elif record["method"] not in INPUT_METHODS:
+            problems.append(f"{typed}: {record['method']} cannot be an input; these can: {', '.join(INPUT_METHODS)}")
+        else:
+            records[name] = record
+    if any(record["inference"] == FULL for record in records.values()):
+        for name in [name for name, record in records.items() if record["inference"] != FULL]:
+            del records[name]
+            problems.append(
+                f"{requested[name]}: its members' fold networks answer, and full networks for the other inputs. Build "
+                "it again: python ensemble_orchestrator.py stack --set runs.stacking.inference_members=full"
             )
-            continue
-        ensemble = ensembles.load(store.workspace, name)
-        if ensemble.method not in INPUT_METHODS:
-            failures.append(f"{typed}: {ensemble.method} cannot be an input; these can: {', '.join(INPUT_METHODS)}")
-            continue
-        found[name] = ensemble
-    if any(one.inference == FULL for one in found.values()):
-        for name in [name for name, one in found.items() if one.inference != FULL]:
-            del found[name]
-            failures.append(
-                f"{names[name]}: its members' fold networks answer, and full networks for the other inputs. Build it "
-                "again: python ensemble_orchestrator.py stack --set runs.stacking.inference_members=full"
-            )
-    if len(found) < 2:
-        raise UserError(
-            f"{store.config.source}: runs.meta_fuser.input_ensembles leaves {len(found)} ensemble(s) to fuse, two are "
-            f"needed. {'; '.join(failures)}"
-        )
-    return dict(sorted(found.items())), failures
+    return Inputs(dict(sorted(records.items())), problems)
 
 
-def _inference(found: Mapping[str, Ensemble]) -> str:
+def _inference(records: Mapping[str, Mapping[str, Any]]) -> str:
     """Which networks answer for the members of the inputs; it is the same for all."""
-    return next(iter(found.values())).inference
+    inference: str = next(iter(records.values()))["inference"]
+    return inference
 
 
-def _members(store: Store, found: Mapping[str, Ensemble]) -> list[Member]:
-    """The members of all inputs, by name. Raises UserError where one is gone or has another checkpoint now."""
-    for ensemble in found.values():
-        missing, changed = fold_networks.missing_and_changed(store.catalog.members, ensemble)
-        for name in (*missing, *changed):
-            state = "is no longer in the catalog" if name in missing else "has another checkpoint now"
-            raise UserError(f"{name} {state}; build the inputs again: python ensemble_orchestrator.py build-ensemble")
-    needed = {name for ensemble in found.values() for name in ensemble.members}
-    return [store.catalog.members[name] for name in sorted(needed)]
+def _require_members(session: Session, inputs: Inputs) -> None:
+    """Raise UserError where a member of an input is gone or has another checkpoint now."""
+    for record in inputs.records.values():
+        for name in record["members"]:
+            member = session.catalog.members.get(name)
+            digest = record["member_digests"][name]
+            if member is None or fold_networks.digest(member, _inference(inputs.records)) != digest:
+                state = "is no longer in the catalog" if member is None else "has another checkpoint now"
+                raise UserError(
+                    f"{name} {state}; build the inputs again: python ensemble_orchestrator.py build-ensemble"
+                )
 
 
-def _aligned(
-    store: Store, members: Sequence[Member], found: Mapping[str, Ensemble]
+def _align(
+    session: Session, members: Sequence[Member], inputs: Mapping[str, Ensemble]
 ) -> tuple[OutOfSampleRows, list[FuserInput]]:
-    """The honest rows that all inputs have cross-fitted predictions on, and the inputs with those predictions."""
-    honest = fitting.out_of_sample_rows(store, members, inference=_inference(found))
-    keys = list(zip(honest.rows.split.tolist(), honest.rows.sample_ids.tolist(), strict=True))
-    crossfit = {name: ensembles.load_crossfit(store.workspace, name) for name in found}
-    place_of = {name: {key: place for place, key in enumerate(one.keys())} for name, one in crossfit.items()}
-    shared = [place for place, key in enumerate(keys) if all(key in places for places in place_of.values())]
+    """The out-of-sample rows on which all inputs have cross-fitted predictions, and the inputs with these."""
+    inference = next(iter(inputs.values())).inference
+    out_of_sample = session.rows(members, inference=inference)
+    rows = out_of_sample.rows
+    keys = list(zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True))
+    crossfits = {name: ensembles.load_crossfit(session.workspace, name) for name in inputs}
+    index_of = {name: {key: index for index, key in enumerate(own.keys())} for name, own in crossfits.items()}
+    shared = [row for row, key in enumerate(keys) if all(key in indices for indices in index_of.values())]
     if len(shared) < len(keys):
-        logger.warning("%d of %d honest rows are not shared by all inputs", len(keys) - len(shared), len(keys))
+        logger.warning("%d of %d out-of-sample rows are not shared by all inputs", len(keys) - len(shared), len(keys))
     if not shared:
         raise UserError(
-            f"no row on which all of {', '.join(found)} have cross-fitted predictions; give them the same fit_rows and "
-            "build them again"
+            f"no row on which all of {', '.join(inputs)} have cross-fitted predictions; give them the same fit_rows "
+            "and build them again"
         )
-    rows = honest.rows.take(np.array(shared))
-    inputs = []
-    for name, one in found.items():
-        own = [place_of[name][keys[place]] for place in shared]
-        places = np.array([rows.members.index(member) for member in one.members])
-        inputs.append(FuserInput(one.method, one.combiner, places, crossfit[name].probabilities[own]))
-    return OutOfSampleRows(rows, honest.fold[shared]), inputs
+    taken = rows.take(np.array(shared))
+    parts = []
+    for name, ensemble in inputs.items():
+        of_input = [index_of[name][keys[row]] for row in shared]
+        indices = np.array([taken.members.index(member) for member in ensemble.members])
+        parts.append(FuserInput(ensemble.method, ensemble.combiner, indices, crossfits[name].probabilities[of_input]))
+    return OutOfSampleRows(taken, out_of_sample.fold[shared]), parts

@@ -1,4 +1,4 @@
-"""The sections `runs.moe` and `runs.cascade` of `fusion-train`: what runs fewer members, beside what runs them all."""
+"""The sections `runs.moe` and `runs.cascade` of `fusion-train`: ensembles that run only some members for an image."""
 
 from __future__ import annotations
 
@@ -13,116 +13,130 @@ from utils.building import baselines, ensembles, fitting, latency
 from utils.building.baselines import Baselines, bootstrap_interval
 from utils.building.ensembles import Crossfit
 from utils.building.fitting import OutOfSampleRows
+from utils.building.protocol import Build, Builder, Session, summary_line
 from utils.building.sparse_timing import Stopwatch
 from utils.combiners.protocol import Combiner, MemberFacts, fit_crossfitted
 from utils.combiners.routing import routed_members
-from utils.core.config import Config
-from utils.core.results import Result
 from utils.moe_methods import COMBINERS, CascadeCombiner, MixtureOfExperts
 from utils.numeric.metrics import log_loss_per_row, softmax
-from utils.predictions import catalog, extraction, streaming
+from utils.predictions import catalog, streaming
 from utils.predictions.catalog import Member
-from utils.predictions.extraction import STREAMED_SPLITS
 from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
-MOE, CASCADE = "runs.moe", "runs.cascade"
+MOE = "runs.moe"
 TIMED_ROWS = 64  # images of val that the ways to answer are timed on
 ONE_IMAGE = 1
 ITSELF = "itself"
 
 
-def mixture(store: Store, members: Sequence[Member], force: bool) -> Result:
-    """Build `moe`; kept where its inputs are the same, unless `force`. One member alone is a failure of the result."""
-    asked = store.config.runs.moe.num_experts
-    if asked > len(members) > 1:
-        logger.warning(
-            "runs.moe.num_experts is %d; there are %d members, all of which are experts", asked, len(members)
-        )
-    return _section(store, members, "moe", force)
+class SparseBuilder(Builder):
+    """One ensemble that runs only some of the members for an image: `moe` or `cascade`."""
 
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.config_key = f"runs.{name}"
 
-def cascades(store: Store, members: Sequence[Member], force: bool) -> Result:
-    """Build `cascade`; kept where its inputs are the same, unless `force`. One member alone is a failure."""
-    return _section(store, members, "cascade", force)
+    def names(self, session: Session) -> list[str]:
+        """The ensemble, where there is more than one member to choose from."""
+        is_on = session.config.at(f"{self.config_key}.enable")
+        return [self.name] if is_on and len(session.members) > 1 else []
 
+    def check(self, session: Session) -> None:
+        """Warn where there are fewer members than the configuration wants experts."""
+        experts = session.config.runs.moe.num_experts
+        if self.config_key == MOE and experts > len(session.members) > 1:
+            logger.warning(
+                "runs.moe.num_experts is %d; there are %d members, all of which are experts",
+                *(experts, len(session.members)),
+            )
 
-def names(config: Config) -> list[str]:
-    """Ensembles that the two sections ask for."""
-    return [place.removeprefix("runs.") for place in (CASCADE, MOE) if config.at(f"{place}.enable")]
+    def problems(self, session: Session) -> list[str]:
+        """A single member leaves nothing to choose."""
+        if len(session.members) > 1:
+            return []
+        reason = f"chooses among members, and there is only {session.members[0].name}. Name others in backbones.include"
+        return [f"{self.name}: {reason}"]
 
+    def inputs_digest(self, session: Session, name: str) -> str:
+        """By the latencies of the device and the number of threads that the saved ensemble was built with."""
+        record = ensembles.record_of(session.workspace, name) or {}
+        return latency.inputs_digest(session.store, session.members, name, record.get("depends_on"))
 
-def _section(store: Store, members: Sequence[Member], name: str, force: bool) -> Result:
-    if len(members) < 2:
-        reason = f"chooses among members, and there is only {members[0].name}. Name others in backbones.include"
-        return Result("", {"built": [], "up_to_date": []}, [f"{name}: {reason}"])
-    if force or not is_current(store, members, name):
-        extraction.ensure(store, members, STREAMED_SPLITS)
+    def build(self, session: Session, names: Sequence[str], *, force: bool) -> Build:
+        """Time the members, fit the combiner and compare it with all members, the best one and the baselines."""
+        store, members = session.store, session.members
+        session.ensure(members)
         records = latency.measure(store, members, batches=[ONE_IMAGE])
-        known = fitting.member_facts(store, members, latency.milliseconds(records))
-        honest = fitting.out_of_sample_rows(store, members)
-        rows = honest.rows
-        simple = baselines.measure(store.config, known, rows.logits, rows.labels, honest.fold)
-        recipe = COMBINERS[name].configured(store.config, known)
-        beside = _Beside(store, members, known, honest, simple)
-        logger.info("fitting %s on %d honest rows of %d members", name, len(honest.fold), len(members))
-        extra_inputs = latency.latency_inputs(known, records)
+        facts = fitting.member_facts(store, members, latency.milliseconds(records))
+        out_of_sample = session.rows(members)
+        rows, fold = out_of_sample.rows, out_of_sample.fold
+        simple = baselines.measure(store.config, facts, rows.logits, rows.labels, fold)
+        recipe = COMBINERS[self.name].configured(store.config, facts)
+        comparison = _Comparison(store, members, facts, out_of_sample, simple)
+        logger.info("fitting %s on %d out-of-sample rows of %d members", self.name, len(fold), len(members))
         fitting.build(
             store,
-            name,
-            name,
+            self.name,
+            self.name,
             recipe,
             members,
-            honest,
-            extra_inputs=extra_inputs,
+            out_of_sample,
+            extra_inputs=latency.latency_inputs(facts, records),
             baselines=simple,
-            post_fit=beside.told_of,
+            post_fit=comparison.entries,
         )
-        state, document = "built", {"built": [name], "up_to_date": []}
-    else:
-        state, document = "up to date", {"built": [], "up_to_date": [name]}
-    return Result("\n".join(_lines(store, name, state)), document)
+        return Build(session, (self.name,))
 
-
-def is_current(store: Store, members: Sequence[Member], name: str) -> bool:
-    """Whether the saved one is what a build would make of these members; found without torch.
-
-    Latencies are those of the device and the number of threads that it was built with.
-    """
-    record = ensembles.record_of(store.workspace, name) or {}
-    on = record.get("depends_on")
-    if on is None:
-        return False
-    records = latency.stored(store.workspace, members, on["device"], on["threads"])
-    known = fitting.member_facts(store, members, latency.milliseconds(records))
-    extra_inputs = latency.latency_inputs(known, records)
-    return bool(
-        record["inputs_digest"] == fitting.inputs_digest(store.config, store, members, name, extra_inputs=extra_inputs)
-    )
+    def describe_one(self, session: Session, name: str, state: str) -> list[str]:
+        """The ensemble, its verdict, and a table of it and of what it is compared with."""
+        record = ensembles.record_of(session.workspace, name) or {}
+        lines = [summary_line(session.workspace, name, state), f"    {record['verdict']}"]
+        if name == "moe" and record["is_fixed"]:
+            lines.append("    held-out rows gain nothing by a gate: the same experts serve every image")
+        lines.append(
+            f"    {'':12} experts per image  ms per image (measured)  ms for one image (expected)  log-loss  accuracy"
+        )
+        for other in (ITSELF, *(other for other in record["beside"] if other != ITSELF)):
+            found = record["beside"][other]
+            lines.append(
+                f"    {other:12} {found['experts']:17.2f}  {_shown(found['latency_ms']):>23}  "
+                f"{_shown(found['expected_latency_ms']):>27}  {found['log_loss']:8.4f}  {found['accuracy']:8.4f}"
+            )
+        if name == "moe":
+            lines += [
+                f"    {expert}{' (read by the gate)' if expert == record['gate_reads'] else ''}: runs for "
+                f"{use['runs']:.1%} of the images, mean weight {use['weight']:.3f}"
+                for expert, use in ((expert, record["expert_use"][expert]) for expert in record["experts"])
+            ]
+        else:
+            shares = ", ".join(f"{member} {record['leaves'][member]:.1%}" for member in record["chain"])
+            lines.append(f"    images leave after: {shares} (threshold {record['threshold']:.4f})")
+        return lines
 
 
 @dataclass(frozen=True)
-class _Beside:
-    """What a sparse combiner stands beside: all its members run, the best single one, and for a mixture a cascade."""
+class _Comparison:
+    """A sparse combiner compared with all its members run, the best single one, and for a mixture a cascade."""
 
     store: Store
     members: Sequence[Member]
-    known: MemberFacts
-    honest: OutOfSampleRows
+    facts: MemberFacts
+    out_of_sample: OutOfSampleRows
     simple: Baselines
 
-    def told_of(self, combiner: Combiner, crossfit: Crossfit) -> dict[str, Any]:
-        """`beside` {name: losses, experts, latency} with the combiner's own under `itself`, and how it was timed."""
+    def entries(self, combiner: Combiner, crossfit: Crossfit) -> dict[str, Any]:
+        """`beside` {name: losses, experts, latency}, the combiner under `itself`, and how it was `timed`."""
         assert isinstance(combiner, (MixtureOfExperts, CascadeCombiner))
         ways: dict[str, MixtureOfExperts | CascadeCombiner] = {"all_experts": combiner.dense()}
         if isinstance(combiner, MixtureOfExperts):
-            ways["cascade"] = CascadeCombiner.configured(self.store.config, self.known)
-        rows, fold = self.honest.rows, self.honest.fold
+            ways["cascade"] = CascadeCombiner.configured(self.store.config, self.facts)
+        rows, fold = self.out_of_sample.rows, self.out_of_sample.fold
         probabilities = {ITSELF: crossfit.probabilities}
         for name, recipe in ways.items():
             probabilities[name] = fit_crossfitted(recipe, rows.logits, rows.labels, fold)
-        best = self.known.names.index(self.simple.best_single)
+        best = self.facts.names.index(self.simple.best_single)
         probabilities["best_single"] = softmax(rows.logits[best])
         ways = {ITSELF: combiner, **ways}
         experts = {name: routed_members(way, rows.logits) for name, way in ways.items()}
@@ -143,18 +157,18 @@ class _Beside:
 
     def _compared(self, own: np.ndarray, combiner: np.ndarray) -> dict[str, Any]:
         """Scores of cross-fitted probabilities (N, C), and what the combiner's gain over them."""
-        labels, seed = self.honest.rows.labels, self.store.config.seed
+        labels, seed = self.out_of_sample.rows.labels, self.store.config.seed
         losses = [log_loss_per_row(values, labels) for values in (own, combiner)]
         hits = [(values.argmax(axis=1) == labels).astype(float) for values in (own, combiner)]
-        found = {"log_loss": float(losses[0].mean()), "accuracy": float(hits[0].mean())}
+        scores: dict[str, Any] = {"log_loss": float(losses[0].mean()), "accuracy": float(hits[0].mean())}
         for name, gain in (("log_loss_gain", losses[0] - losses[1]), ("accuracy_gain", hits[1] - hits[0])):
-            found |= {name: float(gain.mean()), f"{name}_ci95": list(bootstrap_interval(gain, seed=seed))}
-        return found
+            scores |= {name: float(gain.mean()), f"{name}_ci95": list(bootstrap_interval(gain, seed=seed))}
+        return scores
 
     def _expected(self, ran: np.ndarray) -> float | None:
         """Milliseconds for one image, one member after the other, by the latencies of members that `ran` (M, N)."""
         used = ran.any(axis=1)
-        costs = self.known.latency_ms[used]
+        costs = self.facts.latency_ms[used]
         return None if np.isnan(costs).any() else float((ran[used] * costs[:, None]).sum(axis=0).mean())
 
     def _timed(
@@ -173,33 +187,6 @@ class _Beside:
         took = {name: watch.of_combiner(way) for name, way in ways.items()}
         took["best_single"] = watch.of_member(best)
         return took, {"split": "val", "rows": count, "batch": store.config.dataset.batch_size, "device": device}
-
-
-def _lines(store: Store, name: str, state: str) -> list[str]:
-    """The ensemble, what it is worth, and the table beside which it stands."""
-    record = ensembles.record_of(store.workspace, name) or {}
-    lines = [fitting.summary_line(store, name, state), f"    {record['verdict']}"]
-    if name == "moe" and record["is_fixed"]:
-        lines.append("    held-out rows gain nothing by a gate: the same experts serve every image")
-    lines.append(
-        f"    {'':12} experts per image  ms per image (measured)  ms for one image (expected)  log-loss  accuracy"
-    )
-    for other in (ITSELF, *(other for other in record["beside"] if other != ITSELF)):
-        found = record["beside"][other]
-        lines.append(
-            f"    {other:12} {found['experts']:17.2f}  {_shown(found['latency_ms']):>23}  "
-            f"{_shown(found['expected_latency_ms']):>27}  {found['log_loss']:8.4f}  {found['accuracy']:8.4f}"
-        )
-    if name == "moe":
-        lines += [
-            f"    {expert}{' (read by the gate)' if expert == record['gate_reads'] else ''}: runs for "
-            f"{use['runs']:.1%} of the images, mean weight {use['weight']:.3f}"
-            for expert, use in ((expert, record["expert_use"][expert]) for expert in record["experts"])
-        ]
-    else:
-        shares = ", ".join(f"{member} {record['leaves'][member]:.1%}" for member in record["chain"])
-        lines.append(f"    images leave after: {shares} (threshold {record['threshold']:.4f})")
-    return lines
 
 
 def _shown(value: float | None) -> str:

@@ -1,6 +1,6 @@
-"""The section `pruning` of `build-ensemble`: members are measured once, then each method keeps the ones worth it.
+"""The section `pruning` of `build-ensemble`: the members are timed once, then each method keeps a subset of them.
 
-That a budget leaves a method nothing stands in `ensembles/pruning.json`, so that it is not tried again in vain.
+`ensembles/pruning.json` records the methods whose budget excludes every member, so that they are not tried again.
 """
 
 from __future__ import annotations
@@ -11,114 +11,91 @@ from typing import Any
 
 import numpy as np
 
-from utils.building import fitting, latency
+from utils.building import ensembles, fitting, latency
+from utils.building.protocol import LEFT_OUT, Build, Builder, Session
 from utils.combiners.protocol import MemberFacts
 from utils.combiners.pruning import COMBINERS
 from utils.combiners.subset_search import BudgetError
-from utils.core.artifacts import read_record, write_json
+from utils.core.artifacts import write_json
 from utils.core.config import Config
-from utils.core.results import Result
-from utils.predictions import extraction
-from utils.predictions.catalog import Member
-from utils.predictions.extraction import STREAMED_SPLITS
-from utils.predictions.store import Store
+from utils.core.parsed_files import record_once
 
 logger = logging.getLogger("disease_pipeline")
 
-CONFIG_KEY = "pruning"
 ONE_IMAGE = 1
 AGAIN = "Remove it, then run build-ensemble again"
 
 
-def pruned(store: Store, members: Sequence[Member], force: bool) -> Result:
-    """Build `pruned_<method>` for each method of the section; what is there with equal inputs is kept, unless `force`.
+class PruningBuilder(Builder):
+    """`pruned_<method>` for each method of the section."""
 
-    A method whose budget no member is within is a failure of the result, with the cheapest possible; the others go on.
-    It is a failure the next time too, from the record of this one.
-    """
-    config = store.config
-    wanted = names(config)
-    known = {} if force else left_out(store, members)
-    fresh = [name for name in wanted if name not in known and (force or not is_current(store, members, name))]
-    reasons = dict(known)
-    if fresh:
-        extraction.ensure(store, members, STREAMED_SPLITS)
+    config_key = "pruning"
+
+    def names(self, session: Session) -> list[str]:
+        """One per method."""
+        section = session.config.pruning
+        return [f"pruned_{method}" for method in section.methods] if section.enable else []
+
+    def inputs_digest(self, session: Session, name: str) -> str:
+        """By the latencies of the device and the number of threads that the saved ensemble was built with."""
+        record = ensembles.record_of(session.workspace, name) or {}
+        return latency.inputs_digest(session.store, session.members, name, record.get("depends_on"))
+
+    def left_out(self, session: Session) -> Mapping[str, str]:
+        """Methods whose budget no member was within, by the last build with the same inputs."""
+        record = record_once(session.workspace.left_out, remedy=AGAIN) or {}
+        return {
+            name: record[name]["reason"]
+            for name in self.names(session)
+            if name in record
+            and record[name]["inputs_digest"]
+            == latency.inputs_digest(session.store, session.members, name, record[name]["depends_on"])
+        }
+
+    def build(self, session: Session, names: Sequence[str], *, force: bool) -> Build:
+        """Measure the members once, then fit each method; a method that no member suits is noted as left out."""
+        config, store, members = session.config, session.store, session.members
+        session.ensure(members)
         records = latency.measure(store, members, batches=[ONE_IMAGE])
         facts = fitting.member_facts(store, members, latency.milliseconds(records))
-        _say_what_is_odd(config, facts)
-        honest = fitting.out_of_sample_rows(store, members, kind=config.runs.score_ensemble.fit_rows)
+        _warn_about_budget(config, facts)
+        rows = session.rows(members, kind=config.runs.score_ensemble.fit_rows)
         extra_inputs = latency.latency_inputs(facts, records)
-        for name in fresh:
+        reasons: dict[str, str] = {}
+        for name in names:
             recipe = COMBINERS[name].configured(config, facts)
             try:
-                fitting.build(store, name, name, recipe, members, honest, extra_inputs=extra_inputs)
+                fitting.build(store, name, name, recipe, members, rows, extra_inputs=extra_inputs)
             except BudgetError as error:
                 reasons[name] = str(error)
-        _note(store, members, fresh, reasons, extra_inputs)
-    built = [name for name in fresh if name not in reasons]
-    kept = [name for name in wanted if name not in fresh and name not in reasons]
-    states = dict.fromkeys(wanted, "up to date") | dict.fromkeys(built, "built")
-    states |= {name: f"left out{', up to date' if name in known else ''}" for name in reasons}
-    lines = [f"{name:36} {states[name]}" if name in reasons else _lines(store, name, states[name]) for name in wanted]
-    failures = [f"{name}: {reasons[name]}" for name in wanted if name in reasons]
-    return Result("\n".join(lines), {"built": built, "up_to_date": kept}, failures)
+        _note(session, names, reasons, extra_inputs)
+        return Build(session, tuple(name for name in names if name not in reasons))
+
+    def describe_one(self, session: Session, name: str, state: str) -> list[str]:
+        """The ensemble's line, and below it the members that it keeps and what they cost."""
+        lines = super().describe_one(session, name, state)
+        if not state.startswith(LEFT_OUT):
+            record = ensembles.record_of(session.workspace, name) or {}
+            members = f"keeps {len(record['members'])} of {len(record['candidates'])}: {', '.join(record['path'])}"
+            costs = ((record["latency_ms"], "ms for one image"), (record["size_mb"], "MB"))
+            measured = [f"{value:.4g} {unit}" for value, unit in costs if value is not None]
+            lines.append(f"    {', '.join([members, *measured])}")
+        return lines
 
 
-def names(config: Config) -> list[str]:
-    """Ensembles that the section asks for."""
-    return [f"pruned_{method}" for method in config.pruning.methods] if config.pruning.enable else []
-
-
-def is_current(store: Store, members: Sequence[Member], name: str) -> bool:
-    """Whether a saved pruned ensemble is what a build would make of these members; found without torch.
-
-    Latencies are those of the device and the number of threads that it was built with.
-    """
-    path = store.workspace.ensemble(name) / "ensemble.json"
-    record = read_record(path, remedy="Build it again: python ensemble_orchestrator.py build-ensemble --force") or {}
-    return _is_of_today(store, members, name, record)
-
-
-def left_out(store: Store, members: Sequence[Member]) -> dict[str, str]:
-    """{ensemble: why a build would make none of these members, by the last that tried}; found without torch."""
-    record = read_record(store.workspace.left_out, remedy=AGAIN) or {}
-    return {
-        name: record[name]["reason"]
-        for name in names(store.config)
-        if name in record and _is_of_today(store, members, name, record[name])
-    }
-
-
-def _is_of_today(store: Store, members: Sequence[Member], name: str, record: Mapping[str, Any]) -> bool:
-    on = record.get("depends_on")
-    if on is None:
-        return False
-    records = latency.stored(store.workspace, members, on["device"], on["threads"])
-    measured = latency.latency_inputs(fitting.member_facts(store, members, latency.milliseconds(records)), records)
-    return bool(
-        record["inputs_digest"] == fitting.inputs_digest(store.config, store, members, name, extra_inputs=measured)
-    )
-
-
-def _note(
-    store: Store,
-    members: Sequence[Member],
-    fresh: Sequence[str],
-    reasons: Mapping[str, str],
-    extra_inputs: Mapping[str, Any],
-) -> None:
-    """Keep which of the ensembles just tried have no members, and forget it of the others."""
-    path = store.workspace.left_out
-    before = read_record(path, remedy=AGAIN) or {}
-    record = {name: entry for name, entry in before.items() if name not in fresh}
-    for name in (name for name in fresh if name in reasons):
-        digest = fitting.inputs_digest(store.config, store, members, name, extra_inputs=extra_inputs)
+def _note(session: Session, tried: Sequence[str], reasons: Mapping[str, str], extra_inputs: Mapping[str, Any]) -> None:
+    """Record which of the methods that were tried keep no member, and drop the earlier entries of the others."""
+    store, path = session.store, session.workspace.left_out
+    before = record_once(path, remedy=AGAIN) or {}
+    record = {name: entry for name, entry in before.items() if name not in tried}
+    for name in (name for name in tried if name in reasons):
+        digest = fitting.inputs_digest(session.config, store, session.members, name, extra_inputs=extra_inputs)
         record[name] = {"inputs_digest": digest, "depends_on": extra_inputs, "reason": reasons[name]}
     if record != before:
         write_json(path, record)
 
 
-def _say_what_is_odd(config: Config, facts: MemberFacts) -> None:
+def _warn_about_budget(config: Config, facts: MemberFacts) -> None:
     budget, count = config.pruning.cost_budget, len(facts.names)
     for key, values in (("max_latency_ms", facts.latency_ms), ("max_size_mb", facts.size_mb)):
         unknown = [name for name, value in zip(facts.names, values, strict=True) if np.isnan(value)]
@@ -126,12 +103,3 @@ def _say_what_is_odd(config: Config, facts: MemberFacts) -> None:
             logger.warning("pruning.cost_budget.%s: not known of %s, which it does not bind", key, ", ".join(unknown))
     if config.pruning.target_size > count:
         logger.info("pruning.target_size is %d; there are %d members to keep", config.pruning.target_size, count)
-
-
-def _lines(store: Store, name: str, state: str) -> str:
-    """The ensemble's line, and below it what it keeps."""
-    record = read_record(store.workspace.ensemble(name) / "ensemble.json", remedy="Build it again with --force")
-    kept = f"keeps {len(record['members'])} of {len(record['candidates'])}: {', '.join(record['path'])}"
-    costs = ((record["latency_ms"], "ms for one image"), (record["size_mb"], "MB"))
-    known = [f"{value:.4g} {unit}" for value, unit in costs if value is not None]
-    return f"{fitting.summary_line(store, name, state)}\n    {', '.join([kept, *known])}"

@@ -1,29 +1,35 @@
-"""Which candidate to use, decided on honest rows alone: what was measured on test rows cannot reach this room."""
+"""Which member or ensemble to recommend, by out-of-sample rows alone; results on test rows never enter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from utils.building import ensembles
+from utils.building.ensembles import Ensemble
 from utils.core.errors import UserError
-from utils.numeric.metrics import within_one_standard_error
+from utils.numeric.metrics import log_loss_per_row, softmax, within_one_standard_error
+from utils.predictions.catalog import Member, end_to_end_member_name
+from utils.predictions.store import Store
 
 SIMPLEST_FIRST = (
     *("soft_voting", "logit_averaging", "weighted", "greedy_selection", "pruned", "stacking_lr", "stacking_mlp"),
     *("stacking_rf", "stacking_xgb", "fusion", "cascade", "moe", "meta_fuser", "hard_voting"),
 )
-"""Beginnings of methods: among candidates that cannot be told apart the first is recommended, others after them.
+"""Prefixes of methods, simplest first: among candidates within one standard error the first is recommended.
 
-Hard voting comes late, since its shares are no probabilities.
+Hard voting comes last, since vote fractions are not probabilities.
 """
+CHOSEN_ON_VAL = ("greedy_soup", "wise_ft", "distilled")
+"""In the name of whatever val rows have chosen."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something that may be recommended, with its losses on honest rows."""
+    """A member or ensemble with its losses on out-of-sample rows."""
 
     name: str
     kind: str
@@ -35,27 +41,29 @@ class Candidate:
     hits: np.ndarray
     """bool (N,): the most probable class is the true one"""
     chosen_on_val: bool = False
-    """Val rows decided what it is, so that they cannot speak for it."""
+    """Val rows decided what it is, so that they are no evidence for it."""
 
 
-def recommend(found: Sequence[Candidate]) -> dict[str, Any]:
-    """The candidate to use, by honest rows alone: `{name, reason, evidence, peers}`.
+def recommend(candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """The candidate to use, by out-of-sample rows alone: `{name, reason, evidence, peers}`.
 
     Candidates with out-of-fold rows are compared on the rows they all share; without any, all are compared on val. The
     lowest log-loss wins, or the simplest ensemble within one paired standard error of it; a single member wins only
     when it is the lowest itself. A candidate with val rows alone replaces the winner only when the 95 % interval of the
     paired difference on the val rows lies above 0; one that was chosen on val never does.
     """
-    with_oof = [candidate for candidate in found if any(split == "train" for split, _ in candidate.keys)]
-    compared = with_oof or list(found)
+    with_oof = [candidate for candidate in candidates if any(split == "train" for split, _ in candidate.keys)]
+    compared = with_oof or list(candidates)
     shared = sorted(set.intersection(*(set(candidate.keys) for candidate in compared)))
     if not shared:
-        raise UserError("no row on which all members and ensembles have honest predictions. Build the ensembles again")
+        raise UserError(
+            "no row on which all members and ensembles have out-of-sample predictions. Build the ensembles again"
+        )
     losses = {candidate.name: _on(candidate, candidate.losses, shared) for candidate in compared}
     means = {name: float(values.mean()) for name, values in losses.items()}
     lowest = min(means, key=lambda name: (means[name], name))
-    by_name = {candidate.name: candidate for candidate in found}
-    winner, reason = lowest, "lowest log-loss on honest rows"
+    by_name = {candidate.name: candidate for candidate in candidates}
+    winner, reason = lowest, "lowest log-loss on out-of-sample rows"
     if by_name[lowest].kind == "ensemble":
         near = [
             name
@@ -65,7 +73,7 @@ def recommend(found: Sequence[Candidate]) -> dict[str, Any]:
         winner = min(near, key=lambda name: (_simplicity(by_name[name]), name))
         if winner != lowest:
             reason = f"simplest within one standard error of the lowest log-loss ({lowest})"
-    winner, reason, shared = _val_only_challengers(found, compared, winner, reason, shared)
+    winner, reason, shared = _val_only_challengers(candidates, compared, winner, reason, shared)
     chosen = by_name[winner]
     values, hits = _on(chosen, chosen.losses, shared), _on(chosen, chosen.hits, shared)
     error = 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
@@ -86,14 +94,14 @@ def recommend(found: Sequence[Candidate]) -> dict[str, Any]:
 
 
 def _val_only_challengers(
-    found: Sequence[Candidate],
+    candidates: Sequence[Candidate],
     compared: Sequence[Candidate],
     winner: str,
     reason: str,
     shared: list[tuple[str, str]],
 ) -> tuple[str, str, list[tuple[str, str]]]:
-    by_name = {candidate.name: candidate for candidate in found}
-    for challenger in sorted(found, key=lambda candidate: candidate.name):
+    by_name = {candidate.name: candidate for candidate in candidates}
+    for challenger in sorted(candidates, key=lambda candidate: candidate.name):
         if challenger.name in {candidate.name for candidate in compared} or challenger.chosen_on_val:
             continue
         rows = sorted(set(challenger.keys) & set(by_name[winner].keys))
@@ -107,10 +115,45 @@ def _val_only_challengers(
 
 
 def _on(candidate: Candidate, values: np.ndarray, keys: Iterable[tuple[str, str]]) -> np.ndarray:
-    place = {key: row for row, key in enumerate(candidate.keys)}
-    return values[[place[key] for key in keys]]
+    row_of = {key: row for row, key in enumerate(candidate.keys)}
+    return values[[row_of[key] for key in keys]]
 
 
 def _simplicity(candidate: Candidate) -> int:
     method = candidate.method or ""
-    return next((place for place, start in enumerate(SIMPLEST_FIRST) if method.startswith(start)), len(SIMPLEST_FIRST))
+    return next((rank for rank, start in enumerate(SIMPLEST_FIRST) if method.startswith(start)), len(SIMPLEST_FIRST))
+
+
+def recommended(store: Store, members: Mapping[str, Member], saved: Mapping[str, Ensemble]) -> dict[str, Any]:
+    """Which member or ensemble to use, by out-of-sample rows alone; `recommend` is the rule."""
+    candidates = []
+    for name, parts in store.out_of_sample_parts(list(members.values())).items():
+        keys = [(part.split, sample_id) for part in parts for sample_id in part.sample_ids.tolist()]
+        probabilities = np.concatenate([softmax(np.asarray(part.logits)) for part in parts])
+        labels = np.concatenate([np.asarray(part.labels) for part in parts])
+        candidates.append(_candidate(name, None, keys, probabilities, labels))
+    for name, ensemble in saved.items():
+        crossfit = ensembles.load_crossfit(store.workspace, name)
+        candidates.append(_candidate(name, ensemble, crossfit.keys(), crossfit.probabilities, crossfit.labels))
+    return recommend(candidates)
+
+
+def _candidate(
+    name: str,
+    ensemble: Ensemble | None,
+    keys: list[tuple[str, str]],
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+) -> Candidate:
+    hits = probabilities.argmax(axis=1) == labels
+    losses = log_loss_per_row(probabilities, labels)
+    kind, method = ("ensemble", ensemble.method) if ensemble else ("member", None)
+    return Candidate(name, kind, method, tuple(keys), losses, hits, is_chosen_on_val(name, ensemble))
+
+
+def is_chosen_on_val(name: str, ensemble: Ensemble | None) -> bool:
+    """Whether val rows decided what it is: by its name, or since its networks were trained further for it."""
+    further = ensemble is not None and any(
+        member.startswith(end_to_end_member_name(name, "")) for member in ensemble.members
+    )
+    return further or any(word in name for word in CHOSEN_ON_VAL)

@@ -12,18 +12,19 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from utils import base_back
 from utils.building import ensembles, fitting
+from utils.building.protocol import Build, Builder, Session, summary_line
 from utils.core import estimates, subprocesses
-from utils.core.artifacts import digest_of, read_record, write_json
-from utils.core.results import Result
+from utils.core.artifacts import digest_of, write_json
+from utils.core.parsed_files import record_once
 from utils.discovery import discover
-from utils.predictions import extraction, streaming
-from utils.predictions.catalog import Member
-from utils.predictions.extraction import STREAMED_SPLITS
+from utils.predictions import streaming
+from utils.predictions.catalog import Catalog, Member
 from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
@@ -36,59 +37,92 @@ DECIDING = ("DBT_BATCH_SIZE", "DBT_BACKBONE_LR", "DBT_DEBUG_MODE", "DBT_DEBUG_BA
 AGAIN = "Remove it, then run build-ensemble again"
 
 
-def snapshots(store: Store, members: Sequence[Member], force: bool) -> Result:
+class SnapshotBuilder(Builder):
     """The mean of all snapshots of the selected backbones, which are trained where they are not yet.
 
-    Finished trainings are kept, `force` or not: `main.py --stages snapshots --force` does them again. A backbone whose
-    training fails is a failure of the result; the mean is then that of the others.
+    Finished trainings are kept, `force` or not: `main.py --stages snapshots --force` repeats them. A backbone whose
+    training fails is a failure; the mean is then that of the others.
     """
-    parents = _parents(members)
-    if not parents:
-        return Result("", {}, [f"{CONFIG_KEY}: none of the selected members is a network that BASE-BACK can train"])
-    others = [member.name for member in members if member not in parents and member.source != "derived"]
-    if others:
-        logger.warning("%s: no snapshots of %s, which BASE-BACK cannot train anew", CONFIG_KEY, ", ".join(others))
-    names, failures = _trained_before(store, parents), []
-    if names is None:
-        names, failures = _train(store, parents)
-    found = [store.catalog.members[name] for name in names]
-    failures += [
-        f"{CONFIG_KEY}: {member.name} cannot be used; discover says why" for member in found if not member.usable
-    ]
-    usable = [member for member in found if member.usable]
-    if not usable:
-        return Result("", {}, failures)
-    wanted = fitting.inputs_digest(store.config, store, usable, METHOD)
-    is_fresh = force or ensembles.stored_digest(store.workspace, NAME) != wanted
-    if is_fresh:
-        extraction.ensure(store, usable, STREAMED_SPLITS)
-        recipe = ensembles.COMBINERS[METHOD].configured(store.config, fitting.member_facts(store, usable))
-        fitting.build(store, NAME, METHOD, recipe, usable, fitting.out_of_sample_rows(store, usable))
-    state, key = ("built", "built") if is_fresh else ("up to date", "up_to_date")
-    backbones = {parent for member in usable for parent in member.parents}
-    text = f"{fitting.summary_line(store, NAME, state)}; {len(usable)} snapshots of {len(backbones)} backbone(s)"
-    return Result(text, {key: [NAME]}, failures)
+
+    config_key = CONFIG_KEY
+
+    def names(self, session: Session) -> list[str]:
+        """The one ensemble, where BASE-BACK can train a selected backbone."""
+        is_on = session.config.runs.snapshot_ensemble.enable
+        return [NAME] if is_on and parents_of(session.members) else []
+
+    def check(self, session: Session) -> None:
+        """Warn about selected members of which there are no snapshots."""
+        parents = parents_of(session.members)
+        others = [m.name for m in session.members if m not in parents and m.source != "derived"]
+        if parents and others:
+            logger.warning("%s: no snapshots of %s, which BASE-BACK cannot train anew", CONFIG_KEY, ", ".join(others))
+
+    def problems(self, session: Session) -> list[str]:
+        """No backbone to train, or snapshots that discovery refuses."""
+        parents = parents_of(session.members)
+        if not parents:
+            return [f"{CONFIG_KEY}: none of the selected members is a network that BASE-BACK can train"]
+        snapshots = [session.catalog.members[name] for name in _recorded(session.store, parents) or ()]
+        return [_unusable(member) for member in snapshots if not member.usable]
+
+    def inputs_digest(self, session: Session, name: str) -> str:
+        """Of the usable snapshots of the last training."""
+        names = _recorded(session.store, parents_of(session.members)) or ()
+        return _digest(session, [session.catalog.members[name] for name in names])
+
+    def stale_reason(self, session: Session, name: str, record: Mapping[str, Any]) -> str | None:
+        """The last training was another one, or its snapshots are no longer those of the ensemble."""
+        if _recorded(session.store, parents_of(session.members)) is None:
+            return "its backbones, images or settings have changed since the build, or a snapshot is gone"
+        return None if record["inputs_digest"] == self.inputs_digest(session, name) else "its snapshots have changed"
+
+    def build(self, session: Session, names: Sequence[str], *, force: bool) -> Build:
+        """Train what is missing, take the snapshots into the catalog, save their mean."""
+        parents = parents_of(session.members)
+        snapshots = _recorded(session.store, parents)
+        failures: list[str] = []
+        if snapshots is None:
+            session, snapshots, failures = _train(session, parents)
+        members = [session.catalog.members[name] for name in snapshots]
+        failures += [_unusable(member) for member in members if not member.usable]
+        usable = [member for member in members if member.usable]
+        if not usable:
+            return Build(session, failed=(NAME,), failures=tuple(failures))
+        is_built = force or ensembles.stored_digest(session.workspace, NAME) != _digest(session, members)
+        if is_built:
+            session.ensure(usable)
+            facts = fitting.member_facts(session.store, usable)
+            recipe = ensembles.COMBINERS[METHOD].configured(session.config, facts)
+            fitting.build(session.store, NAME, METHOD, recipe, usable, session.rows(usable))
+        return Build(session, (NAME,) if is_built else (), failures=tuple(failures))
+
+    def describe_one(self, session: Session, name: str, state: str) -> list[str]:
+        """The ensemble, and how many snapshots it averages."""
+        record = ensembles.record_of(session.workspace, name) or {}
+        snapshots = [session.catalog.members[member] for member in record["members"]]
+        backbones = {parent for member in snapshots for parent in member.parents}
+        counts = f"{len(snapshots)} snapshots of {len(backbones)} backbone(s)"
+        return [f"{summary_line(session.workspace, name, state)}; {counts}"]
 
 
-def reason_against(store: Store, members: Sequence[Member]) -> str | None:
-    """Why the snapshot ensemble on disk is not what a build would make; None: it is. Needs no torch."""
-    parents = _parents(members)
-    names = _trained_before(store, parents) if parents else ()
-    if names is None:
-        return "its backbones, images or settings are others now, or a snapshot is gone"
-    found = [store.catalog.members[name] for name in names if store.catalog.members[name].usable]
-    wanted = fitting.inputs_digest(store.config, store, found, METHOD)
-    return None if ensembles.stored_digest(store.workspace, NAME) == wanted else "its snapshots are others now"
+def _unusable(member: Member) -> str:
+    return f"{CONFIG_KEY}: {member.name} cannot be used; run discover, which prints the reason"
 
 
-def _parents(members: Sequence[Member]) -> list[Member]:
+def _digest(session: Session, snapshots: Sequence[Member]) -> str:
+    usable = [member for member in snapshots if member.usable]
+    return fitting.inputs_digest(session.config, session.store, usable, METHOD)
+
+
+def parents_of(members: Sequence[Member]) -> list[Member]:
     """Members whose networks BASE-BACK can train anew: its own, under their own names."""
     return [member for member in members if member.source == "trained" and member.architecture == member.name]
 
 
-def _trained_before(store: Store, parents: Sequence[Member]) -> list[str] | None:
+def _recorded(store: Store, parents: Sequence[Member]) -> list[str] | None:
     """Names of the snapshots when the last training was asked for the same and all its files are there."""
-    record = read_record(store.workspace.snapshots, remedy=AGAIN, form={"members": list})
+    record = record_once(store.workspace.snapshots, remedy=AGAIN, form={"members": list})
     if record is None or record["key"] != _key(store, parents):
         return None
     for name in record["members"]:
@@ -116,19 +150,24 @@ def _key(store: Store, parents: Sequence[Member]) -> str:
 # the training ------------------------------------------------------------------------------------------------------
 
 
-def _train(store: Store, parents: Sequence[Member]) -> tuple[list[str], list[str]]:
-    """Have the base pipeline train what is not finished, take the snapshots into the catalog: (names, failures)."""
+def _train(session: Session, parents: Sequence[Member]) -> tuple[Session, list[str], list[str]]:
+    """Have the base pipeline train what is not finished, take the snapshots into the catalog.
+
+    Returns the session with the new catalog, the snapshots' names, and the failures.
+    """
+    store = session.store
     settings = store.config.runs.snapshot_ensemble
     logger.info(
         "training %d snapshot(s) of %d backbone(s), %d epochs each: %s where nothing is finished yet",
         *(settings.n_snapshots, len(parents), settings.epochs_per_cycle, _expected(store, parents)),
     )
     command = _command(store, parents)
-    code, said, errors = subprocesses.run_program(command, _environment(store))
-    summary = json.loads(said) if said.strip() else None
+    code, output, errors = subprocesses.run_program(command, _environment(store))
+    summary = json.loads(output) if output.strip() else None
     if summary is None:
-        said = " ".join(errors) or "nothing was said"
-        return [], [f"{CONFIG_KEY}: training ended with code {code}: {said}. To see more: {shlex.join(command)}"]
+        message = " ".join(errors) or "it printed nothing"
+        failure = f"{CONFIG_KEY}: training ended with code {code}: {message}. To see more: {shlex.join(command)}"
+        return session, [], [failure]
     failures = [f"{CONFIG_KEY}: {unit}: {reason}" for unit, reason in summary["failed"].items()]
     lost = {unit.partition(" ")[0] for unit in summary["failed"]}
     names = [
@@ -137,21 +176,21 @@ def _train(store: Store, parents: Sequence[Member]) -> tuple[list[str], list[str
         if parent.name not in lost
         for file in summary["results"][parent.name]["snapshots"]["files"]
     ]
-    _take_in(store, parents, names)
+    session = session.with_catalog(_updated_catalog(store, parents, names))
     if not failures:
         write_json(store.workspace.snapshots, {"key": _key(store, parents), "members": sorted(names)})
-    return sorted(names), failures
+    return session, sorted(names), failures
 
 
-def _take_in(store: Store, parents: Sequence[Member], names: Sequence[str]) -> None:
-    """Bring the catalog up to what the training has written, replaced and removed."""
+def _updated_catalog(store: Store, parents: Sequence[Member], names: Sequence[str]) -> Catalog:
+    """The catalog with what the training has written and replaced, and without what it has removed."""
     before = [
         name
         for name, member in store.catalog.members.items()
         if member.source == "derived" and any(name.startswith(f"{parent.name}_snapshot") for parent in parents)
     ]
     train = store.images("train")
-    store.catalog = discover.register_derived(
+    return discover.register_derived(
         store.config, store.workspace, store.digests, train, store.catalog, [*before, *names]
     )
 
@@ -165,7 +204,7 @@ def _expected(store: Store, parents: Sequence[Member]) -> estimates.Estimate:
         epochs=settings.n_snapshots * settings.epochs_per_cycle,
         kept=settings.n_snapshots,
         batch_size=base.BATCH_SIZE,
-        img_size=max(parent.img_size for parent in parents),
+        img_size=max(parent.img_size or 0 for parent in parents),
         on_cuda=streaming.resolve_device(store.config.device) != "cpu",
     )
 

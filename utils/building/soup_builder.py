@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils.building import ensembles, fitting
 from utils.building.ensembles import Provenance
-from utils.core.artifacts import digest_of, read_record, require_no_symlink, write_checkpoint, write_json
+from utils.building.protocol import Build, Builder, Session, summary_line
+from utils.core.artifacts import digest_of, require_no_symlink, write_checkpoint, write_json
 from utils.core.errors import UserError
-from utils.core.results import Result
+from utils.core.parsed_files import record_once
 from utils.discovery import discover
 from utils.networks.checkpoints import training_metadata
-from utils.predictions import extraction
 from utils.predictions.catalog import Member
-from utils.predictions.extraction import STREAMED_SPLITS
 from utils.predictions.store import Store
 
 if TYPE_CHECKING:
@@ -37,7 +36,6 @@ STAGE = re.compile(r"final|finetune_best|head_best|snapshot\d+|finetune_epoch(?P
 """Checkpoints of a backbone that are looked at, of single epochs those in the later half of fine-tuning."""
 HEAD = "head_best"
 STEPS = 10  # of the alpha sweep
-"""What the base pipeline writes into a checkpoint beside the identity that the catalog knows."""
 AGAIN = "Remove it, then run build-ensemble again"
 
 
@@ -64,67 +62,110 @@ class Soup:
     """How it was made, for a person."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one backbone."""
+class SoupBuilder(Builder):
+    """The soups of every selected backbone; trouble with one backbone is a failure, and the others go on."""
 
-    built: tuple[str, ...]
-    up_to_date: tuple[str, ...]
-    lines: tuple[str, ...]
+    config_key = CONFIG_KEY
 
+    def names(self, session: Session) -> list[str]:
+        """One per backbone and method."""
+        if not session.config.runs.model_soup.enable:
+            return []
+        return [ensemble_name(key, member) for member in backbones_of(session.members) for key in _methods(session)]
 
-def model_soups(store: Store, members: Sequence[Member], force: bool) -> Result:
-    """The soups of every selected backbone. A soup that does not help is told; none at all is a failure of the result.
+    def left_out(self, session: Session) -> Mapping[str, str]:
+        """Soups that the checkpoints of a backbone do not give, by the last build with the same inputs."""
+        reasons: dict[str, str] = {}
+        for member in backbones_of(session.members):
+            try:
+                record = _record(session, member)
+            except UserError:  # a damaged record is reported by `stale_reason`
+                continue
+            if record is not None and record["inputs_digest"] == inputs_digest(session.store, member):
+                parts = {key: record["soups"][key] for key in _methods(session)}
+                reasons |= {
+                    ensemble_name(key, member): part["reason"] for key, part in parts.items() if "reason" in part
+                }
+        return reasons
 
-    What goes wrong with one backbone is a failure of the result too, and the others go on.
-    """
-    backbones = [member for member in members if member.source == "trained"]
-    outcomes, failures = [], []
-    for number, member in enumerate(backbones, start=1):
-        start = time.monotonic()
-        try:
-            outcome = _of_backbone(store, member, force)
-        except UserError as error:
-            failures.append(f"{CONFIG_KEY}: {member.name}: {error}")
-            continue
-        outcomes.append(outcome)
-        if outcome.built:
-            logger.info("[%d/%d] soups of %s: %.1f s", number, len(backbones), member.name, time.monotonic() - start)
-    document = {
-        key: [name for outcome in outcomes for name in getattr(outcome, key)] for key in ("built", "up_to_date")
-    }
-    if not any(document.values()) and not failures:
-        failures.append(
-            f"{CONFIG_KEY}: no selected backbone has two different checkpoints of one basin. The base pipeline "
-            "keeps some with DBT_SNAPSHOTS=3; or set runs.model_soup.enable to false"
+    def problems(self, session: Session) -> list[str]:
+        """That no backbone has a soup at all."""
+        left_out = self.left_out(session)
+        if not all(name in left_out for name in self.names(session)):
+            return []
+        return [
+            f"{CONFIG_KEY}: no selected backbone has two different checkpoints that are linearly connected. The base "
+            "pipeline keeps some with DBT_SNAPSHOTS=3; or set runs.model_soup.enable to false"
+        ]
+
+    def inputs_digest(self, session: Session, name: str) -> str:
+        """Of the soup's own network, which is one derived member."""
+        key, member = self._part(session, name)
+        derived = session.catalog.members[member_name(key, member)]
+        return fitting.inputs_digest(session.config, session.store, [derived], METHODS[key].role)
+
+    def stale_reason(self, session: Session, name: str, record: Mapping[str, Any]) -> str | None:
+        """The record of the backbone is of other checkpoints, or the files of the soup are not those of the record."""
+        key, member = self._part(session, name)
+        soups = _record(session, member)
+        if soups is None:
+            return "not built yet"
+        if soups["inputs_digest"] != inputs_digest(session.store, member):
+            return "its checkpoints, images or settings have changed since the build"
+        derived = session.catalog.members.get(member_name(key, member))
+        is_intact = (
+            derived is not None
+            and derived.checkpoints[0]["sha256"] == soups["soups"][key]["sha256"]
+            and session.store.digests.is_intact(session.workspace.derived_checkpoint(member.name, METHODS[key].role))
+            and record["inputs_digest"] == self.inputs_digest(session, name)
         )
-    return Result("\n".join(line for outcome in outcomes for line in outcome.lines), document, failures)
+        return None if is_intact else "its files have changed since the build"
+
+    def build(self, session: Session, names: Sequence[str], *, force: bool) -> Build:
+        """All soups of the backbones that the names are of, since these share most of the work."""
+        backbones = [
+            member
+            for member in backbones_of(session.members)
+            if any(ensemble_name(key, member) in names for key in _methods(session))
+        ]
+        built: list[str] = []
+        failed: list[str] = []
+        failures = []
+        for number, member in enumerate(backbones, start=1):
+            start = time.monotonic()
+            try:
+                if not force:
+                    _record(session, member)  # where it is damaged, the user decides
+                session, soups = _build_backbone(session, member)
+            except UserError as error:
+                failures.append(f"{CONFIG_KEY}: {member.name}: {error}")
+                failed += [ensemble_name(key, member) for key in _methods(session)]
+                continue
+            built += soups
+            if soups:
+                seconds = time.monotonic() - start
+                logger.info("[%d/%d] soups of %s: %.1f s", number, len(backbones), member.name, seconds)
+        return Build(session, tuple(built), tuple(failed), tuple(failures))
+
+    def describe(self, session: Session, states: Mapping[str, str]) -> list[str]:
+        """Of every backbone its soups, whether they help, and which checkpoints were left out of them."""
+        lines = []
+        for member in backbones_of(session.members):
+            requested = {key: ensemble_name(key, member) for key in _methods(session)}
+            described = {key: name for key, name in requested.items() if name in states}
+            if described:
+                lines += _lines(session, member, {key: states[name] for key, name in described.items()})
+        return lines
+
+    def _part(self, session: Session, name: str) -> tuple[str, Member]:
+        """The method and the backbone that an ensemble is named by."""
+        parts = ((key, member) for member in backbones_of(session.members) for key in _methods(session))
+        return next((key, member) for key, member in parts if ensemble_name(key, member) == name)
 
 
-def reasons_against(store: Store, member: Member) -> dict[str, str | None]:
-    """{ensemble: why the soup on disk is not what a build would make; None: it is}, without torch.
-
-    One that the checkpoints do not give is left out.
-    """
-    names = {key: _ensemble(METHODS[key].role, member) for key in _methods(store)}
-    record = read_record(store.workspace.soup(member.name), remedy=AGAIN)
-    if record is None:
-        return dict.fromkeys(names.values(), "not built yet")
-    if record["inputs_digest"] != inputs_digest(store, member):
-        return dict.fromkeys(names.values(), "its checkpoints, images or settings are others now")
-    reasons: dict[str, str | None] = {}
-    for key, name in names.items():
-        if "ensemble" in record["soups"][key]:
-            is_whole = _is_whole(store, member, key, record["soups"][key])
-            reasons[name] = None if is_whole else "its files are others now"
-    return reasons
-
-
-def leftovers(store: Store, member: Member) -> list[str]:
-    """Saved soups of one backbone that its checkpoints of today do not give, by the last build."""
-    record = read_record(store.workspace.soup(member.name), remedy=AGAIN) or {"soups": {}}
-    none = [_ensemble(METHODS[key].role, member) for key, part in record["soups"].items() if "ensemble" not in part]
-    return [name for name in none if ensembles.stored_digest(store.workspace, name) is not None]
+def backbones_of(members: Sequence[Member]) -> list[Member]:
+    """Members with checkpoints of their own training."""
+    return [member for member in members if member.source == "trained"]
 
 
 def inputs_digest(store: Store, member: Member) -> str:
@@ -139,31 +180,31 @@ def inputs_digest(store: Store, member: Member) -> str:
 # one backbone --------------------------------------------------------------------------------------------------------
 
 
-def _of_backbone(store: Store, member: Member, force: bool) -> Outcome:
-    path = store.workspace.soup(member.name)
-    known = None if force else read_record(path, remedy=AGAIN)
-    if known is not None and known["inputs_digest"] == inputs_digest(store, member):
-        made = {key: part for key, part in known["soups"].items() if "ensemble" in part}
-        if all(_is_whole(store, member, key, part) for key, part in made.items()):
-            names = tuple(part["ensemble"] for part in made.values())
-            return Outcome((), names, _lines(store, member, known, "up to date"))
-    require_no_symlink(store.workspace.derived_checkpoints)
+def _record(session: Session, member: Member) -> dict[str, Any] | None:
+    """What the last build of a backbone's soups has recorded."""
+    return record_once(session.workspace.soup(member.name), remedy=AGAIN)
+
+
+def _build_backbone(session: Session, member: Member) -> tuple[Session, list[str]]:
+    """Build the soups of one backbone; returns the session with their networks, and the ensembles."""
+    require_no_symlink(session.workspace.derived_checkpoints)
     from utils.building import soup_trials
 
+    store = session.store
     survey = soup_trials.survey_checkpoints(store, member, _entries(member))
-    found = {key: METHODS[key].make(survey) for key in _methods(store)}
-    made = _save(store, member, {key: soup for key, soup in found.items() if not isinstance(soup, str)}, survey)
+    mixed = {key: METHODS[key].make(survey) for key in _methods(session)}
+    soups = {key: soup for key, soup in mixed.items() if not isinstance(soup, str)}
+    session, facts = _save(session, member, soups, survey)
     record = {
         "inputs_digest": inputs_digest(store, member),
         "backbone": member.name,
         "metric": store.config.runs.score_ensemble.optimization_metric,
         "ingredients": list(survey.ingredients),
         "pairs": list(survey.pairs),
-        "soups": {key: made.get(key, {"reason": soup}) for key, soup in found.items()},
+        "soups": {key: facts.get(key, {"reason": soup}) for key, soup in mixed.items()},
     }
-    write_json(path, record)
-    built = tuple(part["ensemble"] for part in made.values())
-    return Outcome(built, (), _lines(store, member, record, "built"))
+    write_json(session.workspace.soup(member.name), record)
+    return session, [part["ensemble"] for part in facts.values()]
 
 
 # three ways ----------------------------------------------------------------------------------------------------------
@@ -234,10 +275,12 @@ METHODS = {
 # what is kept --------------------------------------------------------------------------------------------------------
 
 
-def _save(store: Store, member: Member, soups: Mapping[str, Soup], survey: Survey) -> dict[str, dict[str, Any]]:
-    """Checkpoint, member and ensemble of each soup; returns what the record says of them."""
+def _save(
+    session: Session, member: Member, soups: Mapping[str, Soup], survey: Survey
+) -> tuple[Session, dict[str, dict[str, Any]]]:
+    """Write checkpoint, member and ensemble of each soup; returns the session with them, and their record entries."""
+    store = session.store
     facts = {key: _facts(soup, survey) for key, soup in soups.items()}
-    names = {key: f"{member.name}_{METHODS[key].role}" for key in soups}
     for key, soup in soups.items():
         write_checkpoint(
             store.workspace.derived_checkpoint(member.name, METHODS[key].role),
@@ -245,26 +288,26 @@ def _save(store: Store, member: Member, soups: Mapping[str, Soup], survey: Surve
             _explanation(store, member, METHODS[key].role, facts[key], survey),
         )
     train = store.images("train")
-    store.catalog = discover.register_derived(
-        store.config, store.workspace, store.digests, train, store.catalog, list(names.values())
-    )
-    derived = {key: store.catalog.members[name] for key, name in names.items()}
-    extraction.ensure(store, list(derived.values()), STREAMED_SPLITS)
-    for key, own in derived.items():
+    names = [member_name(key, member) for key in soups]
+    content = discover.register_derived(store.config, store.workspace, store.digests, train, store.catalog, names)
+    session = session.with_catalog(content)
+    derived = {key: content.members[member_name(key, member)] for key in soups}
+    session.ensure(list(derived.values()))
+    for key, network in derived.items():
         role = METHODS[key].role
-        honest = fitting.out_of_sample_rows(store, [own])
+        rows = session.rows([network])
         fitting.build(
-            store,
-            _ensemble(role, member),
+            session.store,
+            ensemble_name(key, member),
             role,
-            ensembles.COMBINERS[role].configured(store.config, fitting.member_facts(store, [own])),
-            [own],
-            honest,
-            prior_provenance=[Provenance((), fitting.row_sets(honest.rows))],
+            ensembles.COMBINERS[role].configured(session.config, fitting.member_facts(session.store, [network])),
+            [network],
+            rows,
+            prior_provenance=[Provenance((), fitting.row_sets(rows.rows))],
             notes={"soup": facts[key] | {"ingredients": list(survey.ingredients), "pairs": list(survey.pairs)}},
         )
-        facts[key] |= {"ensemble": _ensemble(role, member), "sha256": own.checkpoints[0]["sha256"]}
-    return facts
+        facts[key] |= {"ensemble": ensemble_name(key, member), "sha256": network.checkpoints[0]["sha256"]}
+    return session, facts
 
 
 def _facts(soup: Soup, survey: Survey) -> dict[str, Any]:
@@ -307,35 +350,28 @@ def _entries(member: Member) -> list[dict[str, str]]:
     return [entry for entry, match in found if match["epoch"] is None or 2 * int(match["epoch"]) >= last]
 
 
-def _ensemble(role: str, member: Member) -> str:
-    return f"{role}_{member.name}"
+def ensemble_name(key: str, member: Member) -> str:
+    """Name of the ensemble that a method (`uniform`, `greedy`, `wise_ft`) makes of a backbone."""
+    return f"{METHODS[key].role}_{member.name}"
 
 
-def _methods(store: Store) -> list[str]:
-    return [key for key in store.config.runs.model_soup.methods if key in METHODS]
+def member_name(key: str, member: Member) -> str:
+    """Name of the derived member that is the soup's network."""
+    return f"{member.name}_{METHODS[key].role}"
 
 
-def _is_whole(store: Store, member: Member, key: str, part: Mapping[str, Any]) -> bool:
-    """Whether checkpoint, member and ensemble of a soup are what its record says; no checkpoint is read."""
-    role = METHODS[key].role
-    derived = store.catalog.members.get(f"{member.name}_{role}")
-    path = store.workspace.derived_checkpoint(member.name, role)
-    return (
-        derived is not None
-        and derived.checkpoints[0]["sha256"] == part["sha256"]
-        and store.digests.is_intact(path)
-        and ensembles.stored_digest(store.workspace, part["ensemble"])
-        == fitting.inputs_digest(store.config, store, [derived], role)
-    )
+def _methods(session: Session) -> list[str]:
+    return [key for key in session.config.runs.model_soup.methods if key in METHODS]
 
 
-def _lines(store: Store, member: Member, record: Mapping[str, Any], state: str) -> tuple[str, ...]:
-    """What a person reads of one backbone: its soups, whether they help, and what was left out of them and why."""
+def _lines(session: Session, member: Member, states: Mapping[str, str]) -> list[str]:
+    """Of one backbone: `states` {method: built, up to date or left out}, and what was left out of the soups and why."""
+    record = _record(session, member) or {}
     lines = []
-    for key in _methods(store):
-        part, name = record["soups"][key], _ensemble(METHODS[key].role, member)
+    for key, state in states.items():
+        part, name = record["soups"][key], ensemble_name(key, member)
         if "ensemble" in part:
-            lines.append(f"{fitting.summary_line(store, name, state)}; {_words(part, record['metric'])}")
+            lines.append(f"{summary_line(session.workspace, name, state)}; {_words(part, record['metric'])}")
         else:
             lines.append(f"{name:36} none        {part['reason']}")
     reasons: dict[str, list[str]] = {}
@@ -345,7 +381,7 @@ def _lines(store: Store, member: Member, record: Mapping[str, Any], state: str) 
     if reasons:
         words = "; ".join(f"{', '.join(stages)}: {reason}" for reason, stages in reasons.items())
         lines.append(f"  left out of the soups of {member.name}: {words}")
-    return tuple(lines)
+    return lines
 
 
 def _words(part: Mapping[str, Any], metric: str) -> str:

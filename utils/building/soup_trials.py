@@ -235,8 +235,8 @@ class Trials:
         return Pair(
             names=(one, other),
             similarity=similarity,
-            error=soups.error_barrier(*(1 - end.accuracy for end in ends), 1 - middle.accuracy),
-            log_loss=soups.error_barrier(*(end.log_loss for end in ends), middle.log_loss),
+            error=soups.error_barrier(1 - ends[0].accuracy, 1 - ends[1].accuracy, 1 - middle.accuracy),
+            log_loss=soups.error_barrier(ends[0].log_loss, ends[1].log_loss, middle.log_loss),
             error_rise=better.accuracy - middle.accuracy,
             log_loss_rise=middle.log_loss - better.log_loss,
             is_recomputed=is_recomputed,
@@ -296,7 +296,7 @@ def survey_checkpoints(store: Store, member: Member, entries: Sequence[Mapping[s
     for name, reason in left_out.items():
         logger.debug("%s %s: left out of its soups: %s", member.name, name, reason)
     looked_at = tuple(
-        entry | {"left_out": left_out.get(name)} | (figures[name].as_record() if name in figures else {})
+        {**entry, "left_out": left_out.get(name)} | (figures[name].as_record() if name in figures else {})
         for name, entry in ((entry["stage"], entry) for entry in entries)
     )
     return Survey(trials, tuple(basin), tuple(pair.as_record() for pair in pairs), looked_at)

@@ -1,4 +1,4 @@
-"""The command `stack`: meta-learners on the members' out-of-fold outputs, beside what is simpler."""
+"""The command `stack`: meta-learners on the members' out-of-fold outputs, compared with simpler combinations."""
 
 from __future__ import annotations
 
@@ -10,141 +10,160 @@ from utils.building import baselines, ensembles, fitting, inference_choice
 from utils.building.baselines import Baselines
 from utils.building.fitting import OutOfSampleRows
 from utils.building.inference_choice import Measurement
+from utils.building.protocol import Build, Builder, Session, run, summary_line
 from utils.combiners.protocol import MemberFacts
 from utils.core.config import Config, require_enabled
 from utils.core.errors import LeakageError, UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
-from utils.discovery import discover
-from utils.predictions import catalog, extraction, fold_networks
+from utils.predictions import catalog, fold_networks
 from utils.predictions.catalog import Member
 from utils.predictions.extraction import STREAMED_SPLITS
 from utils.predictions.fold_networks import FOLDS, FULL
 from utils.predictions.inspection import REFUSING
-from utils.predictions.store import Store
 from utils.stacking_methods import COMBINERS
 
 logger = logging.getLogger("disease_pipeline")
 
 REFUSED = ("oof_refused", *REFUSING)
-"""Codes of what discovery holds against out-of-fold predictions that it does not use."""
+"""Codes of the problems for which discovery refuses out-of-fold predictions."""
 
 
 def stack(config: Config, workspace: Workspace, *, strict: bool = False, force: bool = False) -> Result:
-    """Fit the meta-learners that the configuration lists on honest rows.
+    """Fit the meta-learners that the configuration lists on out-of-sample rows.
 
     Members without out-of-fold predictions are left out with a warning, or refused when `strict`; where none has them,
-    the meta-learners are fitted and cross-fitted on val, said in words. What is there with equal inputs is kept, unless
-    `force`. Raises UserError without catalog or members.
+    the meta-learners are fitted and cross-fitted on val, and a warning says so. An ensemble with equal inputs is kept,
+    unless `force`. Raises UserError without catalog or members.
     """
-    require_enabled(config, "runs.stacking")
-    found = discover.verified_catalog(config, workspace)
-    store = Store(config, workspace, found)
-    members = _with_out_of_fold(store, catalog.select(found, config), strict)
-    methods = [f"stacking_{learner}" for learner in config.runs.stacking.meta_learners]
-    unknown = [method for method in methods if method not in COMBINERS]
-    failures = [f"{method}: this version builds {', '.join(COMBINERS)}" for method in unknown]
-    wanted = [method for method in methods if method in COMBINERS]
-    extra_inputs = {method: _fold_inputs(config, members, method) for method in wanted}
-    digests = {m: fitting.inputs_digest(config, store, members, m, extra_inputs=extra_inputs[m]) for m in wanted}
-    fresh = [m for m in wanted if force or ensembles.stored_digest(workspace, m) != digests[m]]
-    failed = _fitted(store, members, fresh, extra_inputs)
-    failures += [f"{method}: {reason}" for method, reason in failed.items()]
-    wanted, fresh = ([method for method in some if method not in failed] for some in (wanted, fresh))
-    if not wanted:
-        raise UserError("; ".join(failures))
-    store.digests.save()
-    records = {method: ensembles.record_of(workspace, method) or {} for method in wanted}
-    lines = []
-    for method, record in records.items():
-        lines += [
-            fitting.summary_line(store, method, "built" if method in fresh else "up to date"),
-            f"    {record['verdict']}",
-        ]
-        lines.append(f"    {inference_choice.summary_lines(record['inference_members'])[0]}")
-    for record in list(records.values())[:1]:
-        lines += inference_choice.summary_lines(record["inference_members"])[1:]
-    lines += [f"{len(members)} members: {', '.join(member.name for member in members)}", f"written: {workspace.models}"]
-    document = {
-        "built": sorted(fresh),
-        "up_to_date": sorted(set(wanted) - set(fresh)),
-        "members": [member.name for member in members],
-        "verdicts": {method: record["verdict"] for method, record in records.items()},
-        "inference_members": {method: record["inference_members"] for method, record in records.items()},
-        "folder": str(workspace.models),
+    builder = StackingBuilder(strict=strict)
+    require_enabled(config, builder.config_key)
+    outcome = run([builder], Session.open(config, workspace), force=force)
+    if not outcome.states:
+        raise UserError("; ".join(outcome.failures))
+    names = [member.name for member in builder.members(outcome.session)]
+    records = {name: ensembles.record_of(workspace, name) or {} for name in outcome.states}
+    document = outcome.document() | {
+        "members": names,
+        "verdicts": {name: record["verdict"] for name, record in records.items()},
+        "inference_members": {name: record["inference_members"] for name, record in records.items()},
     }
-    return Result("\n".join(lines), document, failures, "evaluate")
+    lines = [*outcome.lines, f"{len(names)} members: {', '.join(names)}", f"written: {workspace.models}"]
+    return Result("\n".join(lines), document, list(outcome.failures), "evaluate")
 
 
-def _fitted(
-    store: Store, members: Sequence[Member], fresh: Sequence[str], extra_inputs: Mapping[str, Any]
-) -> dict[str, UserError]:
-    """Fit and save these; {method: what kept it from being fitted}, such as a library that is not there."""
-    if not fresh:
-        return {}
-    extraction.ensure(store, members, STREAMED_SPLITS)
-    known = fitting.member_facts(store, members)
-    measured = _measured(store, members, known)
-    prepared: dict[str, tuple[OutOfSampleRows, Baselines]] = {}
-    failed = {}
-    for method in fresh:
-        choice = inference_choice.choose(
-            store.config.runs.stacking.inference_members,
-            measured,
-            lacking=_lacking(members),
-            feeds_fuser=_feeds_fuser(store.config, method),
-        )
-        inference = choice["chosen"]
-        if inference not in prepared:
-            prepared[inference] = _prepared(store, members, known, inference)
-        honest, simple = prepared[inference]
-        logger.info("fitting %s on %d honest rows of %d members", method, len(honest.fold), len(members))
-        recipe = COMBINERS[method].configured(store.config, known)
-        notes = {"inference_members": choice}
-        try:
-            fitting.build(
-                store,
-                method,
-                method,
-                recipe,
-                members,
-                honest,
-                extra_inputs=extra_inputs[method],
-                baselines=simple,
-                notes=notes,
+class StackingBuilder(Builder):
+    """One ensemble per meta-learner, over the members that have out-of-fold predictions."""
+
+    config_key = "runs.stacking"
+
+    def __init__(self, *, strict: bool = False) -> None:
+        self.strict = strict
+
+    def names(self, session: Session) -> list[str]:
+        """Of the meta-learners that this version has."""
+        settings = session.config.runs.stacking
+        methods = [f"stacking_{learner}" for learner in settings.meta_learners] if settings.enable else []
+        return [method for method in methods if method in COMBINERS]
+
+    def members(self, session: Session) -> Sequence[Member]:
+        """Those with out-of-fold predictions; all of them where none has any."""
+        return [member for member in session.members if member.oof is not None] or session.members
+
+    def check(self, session: Session) -> None:
+        """Warn about members without out-of-fold predictions, or refuse them."""
+        _require_out_of_fold(session, strict=self.strict)
+
+    def problems(self, session: Session) -> list[str]:
+        """Meta-learners that this version does not have."""
+        methods = [f"stacking_{learner}" for learner in session.config.runs.stacking.meta_learners]
+        return [f"{name}: this version builds {', '.join(COMBINERS)}" for name in methods if name not in COMBINERS]
+
+    def inputs_digest(self, session: Session, name: str) -> str:
+        """Of members, images and settings, and of the fold networks that may answer in place of the full ones."""
+        members = self.members(session)
+        extra_inputs = _extra_inputs(session.config, members, name)
+        return fitting.inputs_digest(session.config, session.store, members, name, extra_inputs=extra_inputs)
+
+    def build(self, session: Session, names: Sequence[str], *, force: bool) -> Build:
+        """Choose the networks that answer, then fit; what a missing library prevents is a failure."""
+        config, store, members = session.config, session.store, self.members(session)
+        session.ensure(members)
+        facts = fitting.member_facts(store, members)
+        measured = _measure_inference(session, members, facts)
+        prepared: dict[str, tuple[OutOfSampleRows, Baselines]] = {}
+        failures: dict[str, str] = {}
+        for name in names:
+            choice = inference_choice.choose(
+                config.runs.stacking.inference_members,
+                measured,
+                lacking=_lacking(members),
+                feeds_fuser=_feeds_fuser(config, name),
             )
-        except UserError as error:
-            failed[method] = error
-    return failed
+            inference = choice["chosen"]
+            if inference not in prepared:
+                prepared[inference] = _prepare(session, members, facts, inference)
+            rows, simple = prepared[inference]
+            logger.info("fitting %s on %d out-of-sample rows of %d members", name, len(rows.fold), len(members))
+            recipe = COMBINERS[name].configured(config, facts)
+            try:
+                fitting.build(
+                    store,
+                    name,
+                    name,
+                    recipe,
+                    members,
+                    rows,
+                    extra_inputs=_extra_inputs(config, members, name),
+                    baselines=simple,
+                    notes={"inference_members": choice},
+                )
+            except UserError as error:
+                failures[name] = f"{name}: {error}"
+        built = tuple(name for name in names if name not in failures)
+        return Build(session, built, tuple(failures), tuple(failures.values()))
+
+    def describe(self, session: Session, states: Mapping[str, str]) -> list[str]:
+        """Each ensemble with its verdict and its networks, and once how the members' confidence shifts."""
+        lines = []
+        records = {name: ensembles.record_of(session.workspace, name) or {} for name in states}
+        for name, record in records.items():
+            lines += [summary_line(session.workspace, name, states[name]), f"    {record['verdict']}"]
+            lines.append(f"    {inference_choice.summary_lines(record['inference_members'])[0]}")
+        for record in list(records.values())[:1]:
+            lines += inference_choice.summary_lines(record["inference_members"])[1:]
+        return lines
 
 
-def _measured(store: Store, members: Sequence[Member], known: MemberFacts) -> Measurement:
-    """Full networks beside the means of fold networks, where these may be chosen.
+def _measure_inference(session: Session, members: Sequence[Member], facts: MemberFacts) -> Measurement:
+    """Full networks compared with the means of fold networks, where these may be chosen.
 
-    Raises UserError where fold networks are asked for and a member lacks them.
+    Raises UserError where the configuration requires fold networks and a member lacks them.
     """
-    asked, lacking = store.config.runs.stacking.inference_members, _lacking(members)
-    if asked == FOLDS and lacking:
+    requested, lacking = session.config.runs.stacking.inference_members, _lacking(members)
+    if requested == FOLDS and lacking:
         raise UserError(
             f"runs.stacking.inference_members is folds, and not every fold network is there of {', '.join(lacking)}. "
-            f"Make them: {catalog.kfold_command(store.workspace, lacking)}; or use the full networks: --set "
+            f"Make them: {catalog.kfold_command(session.workspace, lacking)}; or use the full networks: --set "
             "runs.stacking.inference_members=full"
         )
-    full = fitting.out_of_sample_rows(store, members)
+    full = session.rows(members)
     folds = None
-    if asked != FULL and not lacking:
-        fold_networks.ensure(store, members, ("val",), FOLDS)
-        folds = fitting.out_of_sample_rows(store, members, inference=FOLDS).rows
-    return inference_choice.measure(store.config, known, full.fold, full.rows, folds)
+    if requested != FULL and not lacking:
+        fold_networks.ensure(session.store, members, ("val",), FOLDS)
+        folds = session.rows(members, inference=FOLDS).rows
+    return inference_choice.measure(session.config, facts, full.fold, full.rows, folds)
 
 
-def _prepared(
-    store: Store, members: Sequence[Member], known: MemberFacts, inference: str
+def _prepare(
+    session: Session, members: Sequence[Member], facts: MemberFacts, inference: str
 ) -> tuple[OutOfSampleRows, Baselines]:
-    """The rows to fit on and the simple combinations on them, by the networks that are to answer."""
-    fold_networks.ensure(store, members, STREAMED_SPLITS, inference)
-    honest = fitting.out_of_sample_rows(store, members, kind=store.config.runs.stacking.fit_rows, inference=inference)
-    return honest, baselines.measure(store.config, known, honest.rows.logits, honest.rows.labels, honest.fold)
+    """The rows to fit on, with the networks that are to answer, and the baselines on them."""
+    if inference != FULL:
+        fold_networks.ensure(session.store, members, STREAMED_SPLITS, inference)
+    fitted = session.rows(members, kind=session.config.runs.stacking.fit_rows, inference=inference)
+    rows = fitted.rows
+    return fitted, baselines.measure(session.config, facts, rows.logits, rows.labels, fitted.fold)
 
 
 def _lacking(members: Sequence[Member]) -> list[str]:
@@ -157,19 +176,20 @@ def _feeds_fuser(config: Config, method: str) -> bool:
     return fuser.enable and method in fuser.input_ensembles
 
 
-def _fold_inputs(config: Config, members: Sequence[Member], method: str) -> list[Any]:
-    """What a stacker depends on beside what every ensemble does: whether it feeds the fuser, and the fold networks."""
+def _extra_inputs(config: Config, members: Sequence[Member], method: str) -> list[Any]:
+    """Inputs of a stacker alone: whether it feeds the fuser, and the fold networks."""
     return [_feeds_fuser(config, method), [fold_networks.digest(member, FOLDS) for member in members]]
 
 
-def _with_out_of_fold(store: Store, members: Sequence[Member], strict: bool) -> list[Member]:
-    """The members that have out-of-fold predictions; all of them, with a warning, where none has."""
+def _require_out_of_fold(session: Session, *, strict: bool) -> None:
+    """Warn about members without out-of-fold predictions; raise UserError where `strict` or the section needs them."""
+    members = session.members
     without = [member for member in members if member.oof is None]
     names = [member.name for member in without]
     if not without:
-        return list(members)
-    command = fitting.source_of_oof(store, without)
-    for problem in store.catalog.problems:
+        return
+    command = fitting.source_of_oof(session.store, without)
+    for problem in session.catalog.problems:
         if problem.member in names and problem.code in REFUSED:
             logger.warning("%s: %s", problem.member, problem.message)
     if strict:
@@ -183,10 +203,10 @@ def _with_out_of_fold(store: Store, members: Sequence[Member], strict: bool) -> 
                 "No K-fold results for backbone %s; it is left out. Either retrain with ENABLE_KFOLD_CV=True (%s), or "
                 "add it to backbones.exclude",
                 member.name,
-                fitting.source_of_oof(store, [member]),
+                fitting.source_of_oof(session.store, [member]),
             )
-        return [member for member in members if member.oof is not None]
-    if store.config.runs.stacking.fit_rows == "oof":
+        return
+    if session.config.runs.stacking.fit_rows == "oof":
         raise LeakageError(
             f"runs.stacking.fit_rows is oof, and no member has out-of-fold predictions. Make them: {command}"
         )
@@ -194,4 +214,3 @@ def _with_out_of_fold(store: Store, members: Sequence[Member], strict: bool) -> 
         "no member has out-of-fold predictions: stacking is fitted and cross-fitted on val alone. Make them: %s",
         command,
     )
-    return list(members)

@@ -17,6 +17,7 @@ import numpy as np
 
 from utils.building import ensembles, fitting
 from utils.building.ensembles import Provenance
+from utils.building.protocol import summary_line
 from utils.core import caches, estimates
 from utils.core.artifacts import digest_of, write_json
 from utils.core.config import Config, require_enabled
@@ -108,7 +109,7 @@ def _outcome(store: Store, student: Student, record: Mapping[str, Any], *, is_fr
     stopped = f"stopped after {epochs['run']}" if epochs["stopped"] else f"{epochs['run']} epochs"
     targets = f"{record['targets']['kind']} ({record['targets']['rows']})"
     lines = (
-        fitting.summary_line(store, student.ensemble, "built" if is_fresh else "up to date"),
+        summary_line(store.workspace, student.ensemble, "built" if is_fresh else "up to date"),
         f"    teacher {record['teacher']}, targets {targets}; {stopped}, epoch {epochs['best'] + 1} selected on val",
         f"    on val, on which the epochs were selected: {record['verdict']}",
     )

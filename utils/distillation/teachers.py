@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils.building import ensembles
+from utils.building import ensembles, recommendation
+from utils.building.command_hints import build_command
 from utils.building.ensembles import Ensemble
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError, did_you_mean
@@ -73,7 +74,7 @@ def resolve(store: Store, name: str, *, excluded_member: str) -> Teacher:
     else:
         available = [BEST, *saved, *store.catalog.members]
         buildable = [*ensembles.NAMES, *ensembles.NAMES.values(), *ensembles.COMBINERS]
-        problem = "not built. Build it: " + ensembles.build_command(name) if name in buildable else "unknown"
+        problem = "not built. Build it: " + build_command(name) if name in buildable else "unknown"
         suggestion = "" if name in buildable else did_you_mean(name, [*available, *buildable])
         raise UserError(f"{CONFIG_KEY} {name}: {problem}{suggestion}. Available: {', '.join(available)}")
     _check(store, teacher, excluded_member)
@@ -87,7 +88,7 @@ def _recommended(store: Store, excluded_member: str) -> str:
     extraction.ensure(store, list(members.values()), ("val",))
     saved = {name: ensembles.load(store.workspace, name) for name in ensembles.names(store.workspace)}
     candidates = {name: ensemble for name, ensemble in saved.items() if ensemble.method != METHOD}
-    return str(ensembles.recommended(store, members, candidates)["name"])
+    return str(recommendation.recommended(store, members, candidates)["name"])
 
 
 def _single_member(store: Store, member: Member) -> Ensemble:
@@ -110,7 +111,7 @@ def _single_member(store: Store, member: Member) -> Ensemble:
 
 def _check(store: Store, teacher: Teacher, excluded_member: str) -> None:
     ensemble, members = teacher.ensemble, store.catalog.members
-    remedy = f"Build it again: {ensembles.build_command(teacher.name)} --force"
+    remedy = f"Build it again: {build_command(teacher.name)} --force"
     if ensemble.classes != store.catalog.classes:
         raise UserError(
             f"{CONFIG_KEY} {teacher.name}: it predicts the classes {', '.join(ensemble.classes)}; the images have the "

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.building import ensembles
+from utils.building.command_hints import build_command
 from utils.core import config_file
 from utils.core.config import Config
 from utils.core.display_text import (
@@ -389,7 +389,7 @@ def commands(config: Config, store: Store, data: ReportData) -> list[str]:
     program = ["python", "ensemble_orchestrator.py"]
     lines = [[*program, "discover"]]
     if data.record:
-        lines.append(ensembles.build_command(data.focus).split())
+        lines.append(build_command(data.focus).split())
     lines.append([*program, "evaluate", "--force", *([] if data.split == "test" else ["--split", data.split])])
     found = [shlex.join([*line, *common]) for line in lines]
     return [

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.building import ensembles, latency
+from utils.building import ensembles, latency, recommendation
 from utils.building.ensembles import Ensemble
 from utils.core.artifacts import read_record, write_json, write_text
 from utils.core.config import Config
@@ -84,7 +84,7 @@ def evaluate(
     alone = scoring.ranked_alone(store, there)
     # Who is recommended is a matter of honest rows; members without rows of this split may have them.
     honest = {name: members[name] for name in members if name in there or not store.is_available(members[name], split)}
-    recommended = ensembles.recommended(store, scoring.ranked_alone(store, honest), saved)
+    recommended = recommendation.recommended(store, scoring.ranked_alone(store, honest), saved)
     items = [item for item in scored if item.name in saved or item.name in alone]
     if model_name is not None:
         items = [by_name[model_name]]

@@ -14,6 +14,7 @@ import numpy as np
 
 from utils import base_back
 from utils.building import ensembles
+from utils.building.command_hints import build_command
 from utils.building.ensembles import Ensemble, Provenance
 from utils.core.artifacts import digest_of, read_arrays, write_arrays
 from utils.core.errors import UserError
@@ -80,7 +81,7 @@ def usable(found: Catalog, saved: Mapping[str, Ensemble]) -> tuple[dict[str, Ens
         if missing:
             failures[name] = (
                 f"its member {', '.join(missing)} is no longer in the catalog. Put the checkpoint or the predictions "
-                f"back and run discover, or build it without: {ensembles.build_command(name)} --force"
+                f"back and run discover, or build it without: {build_command(name)} --force"
             )
         elif changed:
             logger.warning("%s was built from other checkpoints than the catalog holds; build it again", name)

@@ -6,7 +6,8 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from utils.building import ensembles
+from utils.building import ensembles, recommendation
+from utils.building.command_hints import build_command
 from utils.combiners.protocol import Combiner
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError, did_you_mean
@@ -78,11 +79,11 @@ def load_source(store: Store, name: str) -> ExportSource:
     if name not in saved:
         known = [*saved, *members]
         raise UserError(
-            f"--model-name {name}: neither a saved ensemble nor a member. Build it: {ensembles.build_command(name)}. "
+            f"--model-name {name}: neither a saved ensemble nor a member. Build it: {build_command(name)}. "
             f"Known: {', '.join(known)}{did_you_mean(name, known)}"
         )
     ensemble = ensembles.load(store.workspace, name)
-    again = f"Build it again: {ensembles.build_command(name)} --force"
+    again = f"Build it again: {build_command(name)} --force"
     missing, changed = fold_networks.missing_and_changed(members, ensemble)
     if missing:
         raise UserError(f"{name}: its member {', '.join(missing)} is not in the catalog any more. {again}")
@@ -224,7 +225,7 @@ def recommended_name(store: Store) -> str:
         if not any(fold_networks.missing_and_changed(store.catalog.members, ensemble))
     }
     extraction.ensure(store, list(own.values()), ("val",))
-    found: str = ensembles.recommended(store, own, current)["name"]
+    found: str = recommendation.recommended(store, own, current)["name"]
     return found
 
 

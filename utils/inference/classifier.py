@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from utils.building import ensembles
+from utils.building.command_hints import build_command
 from utils.building.ensembles import Ensemble
 from utils.combiners.routing import SparseCombiner, run_sparse
 from utils.core.errors import UserError, did_you_mean
@@ -80,7 +81,7 @@ class WorkspaceClassifier:
     def _member(self, name: str) -> Member:
         """A member that can be run and is what the ensemble was built from."""
         member = self.store.catalog.members.get(name)
-        again = f"build it again: {ensembles.build_command(self.name)}"
+        again = f"build it again: {build_command(self.name)}"
         if member is None:
             raise UserError(
                 f"{self.name}: its member {name} is not in the catalog. Put its checkpoint back and run discover, or "

@@ -1,65 +1,43 @@
-"""What a workspace holds, what of it is stale and why; found from names, times and records, without torch."""
+"""What a workspace holds, what of it is stale and why; read from names, times and records, without torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils import base_back
-from utils.building import (
-    ensembles,
-    fitting,
-    fusion_builder,
-    moe_builder,
-    pruning_builder,
-    snapshot_builder,
-    soup_builder,
-)
+from utils.building import ensembles, protocol
+from utils.building.build_commands import BUILDERS
 from utils.building.ensembles import Ensemble
-from utils.core.artifacts import FileDigests, read_record
+from utils.building.protocol import CURRENT, DAMAGED, MISSING, STALE, Session, State
+from utils.core.artifacts import FileDigests
 from utils.core.config import Config
 from utils.core.errors import UserError
+from utils.core.parsed_files import record_once
 from utils.core.workspace import SPLITS, Workspace
 from utils.distillation import student_plan
 from utils.evaluation import scoring
-from utils.predictions import catalog, fold_networks
-from utils.predictions.catalog import IMPORTED, Catalog, Member
+from utils.predictions import catalog
+from utils.predictions.catalog import Catalog, Member
 from utils.predictions.store import Store
 
-CURRENT, STALE, MISSING, DAMAGED = "current", "stale", "missing", "damaged"
-ANSWERED = ("val", "test")
-
-
-@dataclass(frozen=True)
-class State:
-    """Of one thing: current, stale, missing or damaged, and why."""
-
-    state: str
-    reasons: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return self.state + (f": {'; '.join(self.reasons)}" if self.reasons else "")
-
-
-NOT_PRODUCED = State(STALE, ("its backbone's checkpoints of today give no such soup",))
+SCORED_SPLITS = ("val", "test")
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """Everything that a later command would find out, found out before it."""
+    """What a workspace holds, and the state of each part."""
 
     catalog: State
-    found: Catalog | None
-    """None while there is no catalog that can be read."""
+    content: Catalog | None
+    """The catalog itself; None while there is none that can be read."""
     predictions: dict[str, dict[str, State]] = field(default_factory=dict)
     """{member: {split: state}} for the members that are in use."""
     ensembles: dict[str, State] = field(default_factory=dict)
-    """Saved ones, and those the configuration lists."""
-    wanted: tuple[str, ...] = ()
-    """Ensembles that `build-ensemble` would see to."""
-    learned: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """{later command: ensembles that it would see to}"""
+    """Saved ones, and those the configuration requests."""
+    requested: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """{command: ensembles that it would keep up to date}"""
     evaluation: State = field(default_factory=lambda: State(MISSING))
     problems: tuple[str, ...] = ()
 
@@ -69,68 +47,64 @@ class Inventory:
 
 
 def take(config: Config, workspace: Workspace) -> Inventory:
-    """Look at everything. Never writes, and raises nothing for what is missing or damaged: it is part of the answer."""
+    """Look at everything. Never writes, and raises nothing for what is missing or damaged: its state says so."""
     try:
-        found = catalog.load(workspace) if workspace.catalog.is_file() else None
+        content = catalog.load(workspace) if workspace.catalog.is_file() else None
     except UserError as error:
         return Inventory(State(DAMAGED, (str(error),)), None)
-    if found is None:
+    if content is None:
         return Inventory(State(MISSING), None)
-    store = Store(config, workspace, found)
-    outdated = _since_discovery(workspace, found, store.digests)
+    store = Store(config, workspace, content)
+    outdated = _since_discovery(workspace, content, store.digests)
     of_catalog = State(STALE if outdated else CURRENT, tuple(outdated))
     saved, states = _saved(workspace)
     try:
-        selected = catalog.select(found, config)
-        left_out = pruning_builder.left_out(store, selected)
+        session = Session(store, tuple(catalog.select(content, config)))
+        states |= _saved_states(session, saved)
+        requested = _requested(session, states)
     except UserError as error:
-        return Inventory(of_catalog, found, ensembles=states, problems=(str(error),))
-    for name, ensemble in saved.items():
-        states[name] = _ensemble_state(config, store, ensemble, selected)
-    wanted = [name for name in configured(config) if name not in left_out]
-    if config.runs.snapshot_ensemble.enable:
-        states[snapshot_builder.NAME] = _snapshot_state(store, selected, states)
-    if config.runs.model_soup.enable:
-        for member in (member for member in selected if member.source == "trained"):
-            soups = _soup_states(store, member, states)
-            states |= soups
-            wanted += [name for name, state in soups.items() if state != NOT_PRODUCED]
+        return Inventory(of_catalog, content, ensembles=states, problems=(str(error),))
     if config.distillation.enable:
         states |= _student_states(store, states)
-    learned = _learned(config)
-    for name in (*wanted, *(name for names in learned.values() for name in names)):
+        requested["distill"] = tuple(student_plan.names(config))
+    for name in (name for names in requested.values() for name in names):
         states.setdefault(name, State(MISSING))
-    in_use = scoring.members_to_score(found, selected, saved)
+    in_use = scoring.members_to_score(content, session.members, saved)
     return Inventory(
         catalog=of_catalog,
-        found=found,
+        content=content,
         predictions={
-            name: {split: _predictions_state(store, member, split) for split in ANSWERED}
+            name: {split: _predictions_state(store, member, split) for split in SCORED_SPLITS}
             for name, member in in_use.items()
         },
         ensembles=dict(sorted(states.items())),
-        wanted=tuple(wanted),
-        learned=learned,
+        requested=requested,
         evaluation=_evaluation_state(store, saved, in_use),
     )
 
 
-def configured(config: Config) -> list[str]:
-    """Names of the score-level ensembles that the configuration lists and this version builds."""
-    methods = config.runs.score_ensemble.methods if config.runs.score_ensemble.enable else ()
-    names = [ensembles.NAMES[method] for method in methods if method in ensembles.NAMES]
-    names += pruning_builder.names(config)
-    return names + ([snapshot_builder.NAME] if config.runs.snapshot_ensemble.enable else [])
+def _saved_states(session: Session, saved: Mapping[str, Ensemble]) -> dict[str, State]:
+    """Of saved ensembles, by the builder that covers them where there is one."""
+    builders = [builder for group in BUILDERS.values() for builder in group]
+    states = {}
+    for name in saved:
+        builder = next((builder for builder in builders if builder.covers(session, name)), None)
+        states[name] = protocol.state_of(session, name, builder)
+    return states
 
 
-def _learned(config: Config) -> dict[str, tuple[str, ...]]:
-    """What `stack`, `fusion-train`, `meta-fuse` and `distill` would build, by command."""
-    stacking = tuple(f"stacking_{learner}" for learner in config.runs.stacking.meta_learners)
-    found = {"stack": stacking} if config.runs.stacking.enable else {}
-    fused = (*fusion_builder.names(config), *moe_builder.names(config))
-    found |= {"fusion-train": fused} if fused else {}
-    found |= {"meta-fuse": ("meta_fuser",)} if config.runs.meta_fuser.enable else {}
-    return found | ({"distill": tuple(student_plan.names(config))} if config.distillation.enable else {})
+def _requested(session: Session, states: dict[str, State]) -> dict[str, tuple[str, ...]]:
+    """{command: ensembles that it would keep up to date}; a saved one that its last build left out becomes stale."""
+    requested = {}
+    for command, builders in BUILDERS.items():
+        names: list[str] = []
+        for builder in builders:
+            left_out = builder.left_out(session)
+            names += [name for name in builder.names(session) if name not in left_out]
+            for name in (name for name in left_out if name in states):
+                states[name] = State(STALE, (f"the last build left it out: {left_out[name]}",))
+        requested[command] = tuple(names)
+    return requested
 
 
 def _since_discovery(workspace: Workspace, found: Catalog, digests: FileDigests) -> list[str]:
@@ -199,68 +173,6 @@ def _saved(workspace: Workspace) -> tuple[dict[str, Ensemble], dict[str, State]]
     return saved, states
 
 
-def _ensemble_state(config: Config, store: Store, ensemble: Ensemble, selected: Sequence[Member]) -> State:
-    members = store.catalog.members
-    gone = [name for name in ensemble.members if name not in members]
-    other = [
-        name
-        for name, digest in ensemble.member_digests.items()
-        if name in members and fold_networks.digest(members[name], ensemble.inference) != digest
-    ]
-    reasons = [f"{name} is no longer in the catalog" for name in gone]
-    reasons += [
-        f"{name} has {'other predictions' if members[name].source == IMPORTED else 'another checkpoint'} now"
-        for name in other
-    ]
-    if not reasons and (ensemble.method in ensembles.NAMES or ensemble.name in _by_latency(config)):
-        wanted = tuple(sorted(member.name for member in selected))
-        if wanted != ensemble.candidates:
-            reasons.append(
-                f"built from {', '.join(ensemble.candidates)}; the configuration selects {', '.join(wanted)}"
-            )
-        elif not _is_as_built(config, store, ensemble, selected):
-            reasons.append("its images, out-of-fold predictions, seed or settings are others now")
-    return State(STALE if reasons else CURRENT, tuple(reasons))
-
-
-def _by_latency(config: Config) -> list[str]:
-    """Names of the ensembles that measured latencies decide."""
-    return [*pruning_builder.names(config), *moe_builder.names(config)]
-
-
-def _is_as_built(config: Config, store: Store, ensemble: Ensemble, selected: Sequence[Member]) -> bool:
-    if ensemble.name in moe_builder.names(config):
-        return moe_builder.is_current(store, selected, ensemble.name)
-    if ensemble.method not in ensembles.NAMES:
-        return pruning_builder.is_current(store, selected, ensemble.name)
-    return fitting.inputs_digest(config, store, selected, ensemble.method) == ensemble.inputs_digest
-
-
-def _snapshot_state(store: Store, selected: Sequence[Member], states: Mapping[str, State]) -> State:
-    """Of the mean of all snapshots; `states` are those of the ensembles on disk by themselves."""
-    known = states.get(snapshot_builder.NAME, State(MISSING))
-    if known.state != CURRENT:
-        return known
-    try:
-        reason = snapshot_builder.reason_against(store, selected)
-    except UserError as error:
-        return State(DAMAGED, (str(error),))
-    return State(STALE, (reason,)) if reason else known
-
-
-def _soup_states(store: Store, member: Member, states: Mapping[str, State]) -> dict[str, State]:
-    """Of the soups that one backbone's checkpoints give; `states` are those of the ensembles on disk by themselves."""
-    try:
-        reasons = soup_builder.reasons_against(store, member)
-    except UserError as error:
-        return {store.workspace.soup(member.name).name: State(DAMAGED, (str(error),))}
-    found = dict.fromkeys(soup_builder.leftovers(store, member), NOT_PRODUCED)
-    for name, reason in reasons.items():
-        known = states.get(name, State(MISSING))
-        found[name] = State(STALE, (reason,)) if reason and known.state == CURRENT else known
-    return found
-
-
 def _student_states(store: Store, states: Mapping[str, State]) -> dict[str, State]:
     """Of the students that the configuration asks for; `states` are those of the ensembles by themselves."""
     try:
@@ -276,7 +188,7 @@ def _student_states(store: Store, states: Mapping[str, State]) -> dict[str, Stat
 
 def _predictions_state(store: Store, member: Member, split: str) -> State:
     try:
-        record = read_record(store.workspace.predictions(member.name, split) / "record.json", remedy="Remove it")
+        record = record_once(store.workspace.predictions(member.name, split) / "record.json", remedy="Remove it")
     except UserError as error:
         return State(DAMAGED, (str(error),))
     if record is None:
@@ -289,7 +201,7 @@ def _predictions_state(store: Store, member: Member, split: str) -> State:
 
 def _evaluation_state(store: Store, saved: Mapping[str, Ensemble], in_use: Mapping[str, Member]) -> State:
     try:
-        ranking = read_record(store.workspace.ranking("test"), remedy="Evaluate again")
+        ranking = record_once(store.workspace.ranking("test"), remedy="Evaluate again")
     except UserError as error:
         return State(DAMAGED, (str(error),))
     if ranking is None:

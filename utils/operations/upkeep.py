@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import base_back
+from utils.building.protocol import CURRENT, MISSING
 from utils.core import caches, locks
 from utils.core.artifacts import read_json
 from utils.core.caches import Item, format_bytes
@@ -18,7 +19,7 @@ from utils.core.results import Result
 from utils.core.workspace import SPLITS, Workspace
 from utils.exporting import export_folder
 from utils.operations import inventory
-from utils.operations.inventory import CURRENT, MISSING, Inventory
+from utils.operations.inventory import Inventory
 from utils.predictions.catalog import MADE
 
 MOST_REASONS = 5
@@ -54,7 +55,7 @@ def status(config: Config, workspace: Workspace, *, force: bool = False) -> Resu
     }
     writer, locked = _writer(workspace)
     following = _next_command(found)
-    imported = found.found is not None and bool(found.found.imported())
+    imported = found.content is not None and bool(found.content.imported())
     base_command = _base_command(workspace) if following == "discover" and not imported else None
     text = [
         f"workspace    {workspace.base}{f'; ours in {workspace.output}' if workspace.output else ''}",
@@ -62,7 +63,7 @@ def status(config: Config, workspace: Workspace, *, force: bool = False) -> Resu
         f"catalog      {_catalog_words(found)}",
         *_prediction_lines(found),
         *_lines("ensembles", [f"{name}  {state}" for name, state in found.ensembles.items()] or ["none"]),
-        *([f"evaluation   {found.evaluation}"] if found.found else []),
+        *([f"evaluation   {found.evaluation}"] if found.content else []),
         *_lines("room", _size_words(sizes, config)),
         *_links(workspace),
         *(f"problem: {problem}" for problem in found.problems),
@@ -75,7 +76,7 @@ def status(config: Config, workspace: Workspace, *, force: bool = False) -> Resu
         "workspace": str(workspace.base),
         "output": None if workspace.output is None else str(workspace.output),
         "writer": writer,
-        "catalog": asdict(found.catalog) | {"members": sorted(found.found.members) if found.found else []},
+        "catalog": asdict(found.catalog) | {"members": sorted(found.content.members) if found.content else []},
         "predictions": {
             name: {split: asdict(state) for split, state in states.items()}
             for name, states in found.predictions.items()
@@ -174,8 +175,8 @@ def _temporary(workspace: Workspace) -> list[Item]:
 def _removable(config: Config, workspace: Workspace) -> list[Group]:
     found = inventory.take(config, workspace)
     gone: list[Item] = []
-    if found.found is not None:
-        members = found.found.members
+    if found.content is not None:
+        members = found.content.members
         for folder in (workspace.all_predictions, workspace.all_embeddings):
             items = [] if _linked(workspace, folder) else caches.list_children(folder)
             gone += [item for item in items if item.paths[0].is_dir() and item.name not in members]
@@ -250,9 +251,7 @@ def _next_command(found: Inventory) -> str | None:
         return "discover"
     if found.problems:
         return None
-    if any(found.ensembles[name].state != CURRENT for name in found.wanted):
-        return "build-ensemble"
-    for command, names in found.learned.items():
+    for command, names in found.requested.items():
         if any(found.ensembles[name].state != CURRENT for name in names):
             return command
     return None if found.evaluation.state == CURRENT else "evaluate"
@@ -268,15 +267,16 @@ def _base_command(workspace: Workspace) -> str | None:
 
 
 def _catalog_words(found: Inventory) -> str:
-    if found.found is None:
+    if found.content is None:
         return str(found.catalog)
-    usable = sum(member.usable for member in found.found.members.values())
-    counts = {kind: sum(p.severity == kind for p in found.found.problems) for kind in ("error", "warning")}
+    usable = sum(member.usable for member in found.content.members.values())
+    counts = {kind: sum(p.severity == kind for p in found.content.problems) for kind in ("error", "warning")}
     reasons = found.catalog.reasons
     more = (f"and {len(reasons) - MOST_REASONS} more",) if len(reasons) > MOST_REASONS else ()
     words = "; ".join((*reasons[:MOST_REASONS], *more))
+    words += "; " if words else ""
     return (
-        f"{found.catalog.state}: {words + '; ' if words else ''}{usable} of {len(found.found.members)} members usable, "
+        f"{found.catalog.state}: {words}{usable} of {len(found.content.members)} members usable, "
         f"{counts['error']} error(s), {counts['warning']} warning(s)"
     )
 

@@ -13,7 +13,8 @@ from typing import Protocol
 import numpy as np
 
 from utils.core import engines
-from utils.core.artifacts import digest_of, open_array, read_record, write_array, write_json
+from utils.core.artifacts import digest_of, write_array, write_json
+from utils.core.parsed_files import array_once, record_once
 from utils.numeric.metrics import log_softmax
 from utils.predictions import catalog, extraction, image_splits, streaming
 from utils.predictions.catalog import Member
@@ -131,7 +132,7 @@ def rows(store: Store, member: Member, split: str, inference: str, *, embeddings
     found = store.rows(member, split, embeddings=embeddings)
     if inference == FULL:
         return found
-    return replace(found, logits=open_array(store.workspace.fold_predictions(member.name, split), remedy=AGAIN))
+    return replace(found, logits=array_once(store.workspace.fold_predictions(member.name, split), remedy=AGAIN))
 
 
 def aligned(store: Store, members: Sequence[Member], split: str, inference: str, *, embeddings: bool = False) -> Rows:
@@ -150,7 +151,7 @@ def out_of_sample(store: Store, members: Sequence[Member], inference: str) -> Ro
 
 def _is_stored(store: Store, member: Member, split: str) -> bool:
     path = store.workspace.fold_predictions(member.name, split)
-    record = read_record(path.with_suffix(".json"), remedy=AGAIN)
+    record = record_once(path.with_suffix(".json"), remedy=AGAIN)
     return record is not None and record.get("key") == key(store, member, split, FOLDS) and path.is_file()
 
 

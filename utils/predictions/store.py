@@ -16,15 +16,14 @@ import numpy as np
 from utils.core.artifacts import (
     FileDigests,
     digest_of,
-    open_array,
     read_arrays,
-    read_record,
     write_array,
     write_arrays,
     write_json,
 )
 from utils.core.config import Config
 from utils.core.errors import UserError
+from utils.core.parsed_files import array_once, record_once
 from utils.core.workspace import SPLITS, Workspace
 from utils.predictions import image_splits, out_of_fold
 from utils.predictions.catalog import IMPORTED, Catalog, Member, Problem, kfold_remedy
@@ -52,6 +51,7 @@ class Store:
         self.warned_sizes: set[int] = set()
         """Image sizes that a warning has named already."""
         self._samples: dict[str, Samples] = {}
+        self._oof_at_hand: dict[str, dict[str, np.ndarray]] = {}
 
     def with_catalog(self, catalog: Catalog) -> Store:
         """The store for another catalog of the same workspace; digests and listed images that still hold are shared."""
@@ -60,7 +60,7 @@ class Store:
         if catalog.splits != self.catalog.splits:
             store._images = {}
         if catalog.imported() != self.catalog.imported():
-            store._samples = {}
+            store._samples, store._oof_at_hand = {}, {}
         return store
 
     def images(self, split: str) -> ImageSplit:
@@ -95,9 +95,11 @@ class Store:
         """{imported member: its rows of a split}; of train the in-sample and the out-of-fold ones."""
         parts: dict[str, list[MemberRows]] = {}
         for name, member in self.catalog.imported().items():
-            oof = self.oof(member) if split == "train" else None
+            arrays = self._oof_arrays(member) if split == "train" else None
             parts[name] = [self.rows(member, split)] if self.is_available(member, split) else []
-            parts[name] += [oof] if oof is not None else []
+            if arrays is not None:
+                parts[name].append(_oof_rows(arrays, self.catalog.classes))
+                self._oof_at_hand[name] = arrays  # for the out-of-sample rows, which are usually read next
         return parts
 
     def is_available(self, member: Member, split: str) -> bool:
@@ -132,7 +134,7 @@ class Store:
             remedy = f"Write DIR/{member.name}/{split}.npz and import it{instead}: {IMPORT}"
             raise UserError(f"member {member.name}: no predictions for {split}; {wrong}. {remedy}")
         folder = self.workspace.predictions(member.name, split)
-        arrays = {name: open_array(folder / f"{name}.npy", remedy=AGAIN) for name in ARRAYS}
+        arrays = {name: array_once(folder / f"{name}.npy", remedy=AGAIN) for name in ARRAYS}
         out_of_sample = arrays.pop("honest")
         found = MemberRows(split=split, classes=self.catalog.classes, out_of_sample=out_of_sample, **arrays)
         if not embeddings:
@@ -147,8 +149,8 @@ class Store:
                     else "Its network has no last linear layer; leave it out with backbones.exclude"
                 )
             )
-        record = read_record(self.workspace.embeddings_record(member.name, split), remedy=AGAIN) or {}
-        embeddings = open_array(place, remedy=AGAIN)
+        record = record_once(self.workspace.embeddings_record(member.name, split), remedy=AGAIN) or {}
+        embeddings = array_once(place, remedy=AGAIN)
         wrong = "of another checkpoint, other classes or other images than the catalog holds"
         if record.get("key") == self.key(member, split):
             wrong = f"of shape {embeddings.shape} for {len(found.sample_ids)} rows"
@@ -191,6 +193,8 @@ class Store:
     def _oof_arrays(self, member: Member) -> dict[str, np.ndarray] | None:
         if member.oof is None:
             return None
+        if member.name in self._oof_at_hand:
+            return self._oof_at_hand.pop(member.name)
         cache = self.workspace.oof(member.name)
         arrays = self._cached_oof(member)
         if arrays is not None:
@@ -262,10 +266,7 @@ class Store:
         return digest_of([VERSION, oof["sha256"], self._images_digest("train")])
 
     def _record(self, member: Member, split: str) -> dict[str, Any] | None:
-        record: dict[str, Any] | None = read_record(
-            self.workspace.predictions(member.name, split) / "record.json", remedy=AGAIN
-        )
-        return record
+        return record_once(self.workspace.predictions(member.name, split) / "record.json", remedy=AGAIN)
 
     def complete_rows(self, member: Member, samples: Samples, facts: dict[str, Any]) -> None:
         """Write what belongs to a member's logits of one split: labels, sample ids and, last, the record.

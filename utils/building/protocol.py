@@ -1,0 +1,267 @@
+"""The protocol of a builder, the rule by which an ensemble is stale, and the driver that all building commands share.
+
+A builder makes one family of ensembles, which one section of the configuration requests. It says which ensembles these
+are, on which inputs they depend and how they are built. The driver decides what is up to date, builds the rest and
+collects what the command reports. `status`, `clean --stale` and `pipeline` read the same rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from utils.building import ensembles, fitting
+from utils.building.fitting import OutOfSampleRows
+from utils.core.config import Config, require_enabled
+from utils.core.errors import UserError
+from utils.core.workspace import Workspace
+from utils.discovery import discover
+from utils.predictions import catalog, extraction, fold_networks
+from utils.predictions.catalog import IMPORTED, Catalog, Member
+from utils.predictions.extraction import STREAMED_SPLITS
+from utils.predictions.store import Store
+
+CURRENT, STALE, MISSING, DAMAGED = "current", "stale", "missing", "damaged"
+BUILT, UP_TO_DATE, LEFT_OUT = "built", "up to date", "left out"
+SETTINGS_CHANGED = "its images, out-of-fold predictions, seed or settings have changed since the build"
+
+
+@dataclass(frozen=True)
+class State:
+    """State of one file or ensemble: current, stale, missing or damaged, and why."""
+
+    state: str
+    reasons: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.state + (f": {'; '.join(self.reasons)}" if self.reasons else "")
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the builders of one command work on; a builder that adds members returns a new session."""
+
+    store: Store
+    members: tuple[Member, ...]
+    """The members that the configuration selects, sorted by name."""
+    _gathered: dict[tuple[Any, ...], OutOfSampleRows] = field(default_factory=dict, repr=False, compare=False)
+    _ensured: set[tuple[str, str]] = field(default_factory=set, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, config: Config, workspace: Workspace) -> Session:
+        """Read the catalog and check the selected members' out-of-fold predictions where that was not done yet.
+
+        Raises UserError without a catalog or a selected member.
+        """
+        content = discover.verified_catalog(config, workspace)
+        return cls(Store(config, workspace, content), tuple(catalog.select(content, config)))
+
+    @property
+    def config(self) -> Config:
+        """The configuration of the command."""
+        return self.store.config
+
+    @property
+    def workspace(self) -> Workspace:
+        """The workspace that the command reads and writes."""
+        return self.store.workspace
+
+    @property
+    def catalog(self) -> Catalog:
+        """The catalog, with the members that earlier builders of this command have added."""
+        return self.store.catalog
+
+    def with_catalog(self, content: Catalog) -> Session:
+        """A session whose catalog is `content`; the selected members stay."""
+        return replace(self, store=self.store.with_catalog(content))
+
+    def ensure(self, members: Sequence[Member], splits: Sequence[str] = STREAMED_SPLITS) -> None:
+        """Stream what is missing of the members' predictions; what was looked at before is not looked at again."""
+        missing = [m for m in members if not self._ensured.issuperset((m.digest, split) for split in splits)]
+        if missing:
+            extraction.ensure(self.store, missing, splits)
+            self._ensured.update((member.digest, split) for member in missing for split in splits)
+
+    def rows(
+        self, members: Sequence[Member], *, kind: str = "honest", inference: str = fold_networks.FULL
+    ) -> OutOfSampleRows:
+        """As `fitting.out_of_sample_rows`; the arrays are opened once for all builders of a command."""
+        key = (inference, *(member.digest for member in members))
+        if key not in self._gathered:
+            if not self.catalog.has_images:
+                self.store.samples("train")  # lists the samples by the arrays that are read next
+            self._gathered[key] = fitting.out_of_sample_rows(self.store, members, inference=inference)
+        return fitting.rows_of_kind(self.store, members, self._gathered[key], kind)
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a builder has made of the names that it was given."""
+
+    session: Session
+    built: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+    """Ensembles that could not be built; the others of the same call are built all the same."""
+    failures: tuple[str, ...] = ()
+    """Messages, which name what failed: an ensemble, or a part of it that was left out."""
+
+
+class Builder(Protocol):
+    """One family of ensembles. `names`, `inputs_digest` and `build` are what every builder defines.
+
+    A subclass inherits the rest, which fits a family that is built from the selected members.
+    """
+
+    config_key: str
+    """The section of the configuration that requests the ensembles, such as `runs.stacking`."""
+
+    def names(self, session: Session) -> list[str]:
+        """The requested ensembles, in the order of the configuration; none where the section is off."""
+        ...
+
+    def inputs_digest(self, session: Session, name: str) -> str:
+        """Digest of everything that an ensemble depends on; needs neither torch nor an image."""
+        ...
+
+    def build(self, session: Session, names: Sequence[str], *, force: bool) -> Build:
+        """Build and save the named ensembles. A UserError that is raised ends the command."""
+        ...
+
+    def members(self, session: Session) -> Sequence[Member]:
+        """The members that the ensembles are chosen from, sorted by name."""
+        return session.members
+
+    def covers(self, session: Session, name: str) -> bool:
+        """Whether the builder can tell of a saved ensemble whether it is stale."""
+        return name in self.names(session)
+
+    def stale_reason(self, session: Session, name: str, record: Mapping[str, Any]) -> str | None:
+        """Why a build would make another ensemble than the saved one with this `ensemble.json`; None: it would not.
+
+        Raises UserError for a damaged record alone.
+        """
+        selected = [member.name for member in self.members(session)]
+        if selected != list(record["candidates"]):
+            return f"built from {', '.join(record['candidates'])}; the configuration selects {', '.join(selected)}"
+        return None if record["inputs_digest"] == self.inputs_digest(session, name) else SETTINGS_CHANGED
+
+    def left_out(self, session: Session) -> Mapping[str, str]:
+        """{requested ensemble: why the last build with the same inputs could not make it}"""
+        return {}
+
+    def check(self, session: Session) -> None:
+        """Log what is odd about the section. Raises UserError where nothing of it can be built."""
+        return None
+
+    def problems(self, session: Session) -> list[str]:
+        """Failures that are known without building, such as a method that this version does not have."""
+        return [f"{name}: {reason}" for name, reason in self.left_out(session).items()]
+
+    def describe(self, session: Session, states: Mapping[str, str]) -> list[str]:
+        """Lines for the terminal on the requested ensembles {name: built, up to date or left out}."""
+        return [line for name, state in states.items() for line in self.describe_one(session, name, state)]
+
+    def describe_one(self, session: Session, name: str, state: str) -> list[str]:
+        """The lines on one ensemble: its scores, or that it was left out."""
+        if state.startswith(LEFT_OUT):
+            return [f"{name:36} {state}"]
+        return [summary_line(session.workspace, name, state)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the driver has done for all builders of a command."""
+
+    session: Session
+    states: dict[str, str] = field(default_factory=dict)
+    """{ensemble: built, up to date or left out}"""
+    lines: tuple[str, ...] = ()
+    failures: tuple[str, ...] = ()
+
+    def document(self) -> dict[str, Any]:
+        """The keys that the JSON documents of all building commands share."""
+        return {
+            "built": sorted(name for name, state in self.states.items() if state == BUILT),
+            "up_to_date": sorted(name for name, state in self.states.items() if state == UP_TO_DATE),
+            "folder": str(self.session.workspace.models),
+        }
+
+
+def enabled(builders: Iterable[Builder], config: Config) -> list[Builder]:
+    """The builders whose section is on. Raises ConfigError with the line to add where none is."""
+    builders = list(builders)
+    chosen = [builder for builder in builders if config.at(f"{builder.config_key}.enable")]
+    if not chosen:
+        require_enabled(config, builders[0].config_key)
+    return chosen
+
+
+def run(builders: Iterable[Builder], session: Session, *, force: bool = False) -> Outcome:
+    """Run the builders one after another: keep what is up to date unless `force`, build the rest."""
+    lines: list[str] = []
+    failures: list[str] = []
+    states: dict[str, str] = {}
+    for builder in builders:
+        builder.check(session)
+        requested = builder.names(session)
+        skipped = {} if force else builder.left_out(session)
+        found = {name: state_of(session, name, builder) for name in requested if name not in skipped}
+        damaged = {name: f"{name}: {found[name].reasons[0]}" for name in found if found[name].state == DAMAGED}
+        if force:
+            damaged = {}
+        stale = [name for name, state in found.items() if name not in damaged and (force or state.state != CURRENT)]
+        build = builder.build(session, stale, force=force) if stale else Build(session)
+        session = build.session
+        failed = {*damaged, *build.failed}
+        left_out = builder.left_out(session)
+        described: dict[str, str] = {}
+        for name in (name for name in requested if name not in failed):
+            if name in left_out:
+                described[name] = f"{LEFT_OUT}, {UP_TO_DATE}" if name in skipped else LEFT_OUT
+            else:
+                described[name] = BUILT if name in build.built else UP_TO_DATE
+        lines += builder.describe(session, described)
+        failures += dict.fromkeys([*builder.problems(session), *damaged.values(), *build.failures])
+        states |= described
+    session.store.digests.save()
+    return Outcome(session, states, tuple(lines), tuple(failures))
+
+
+def state_of(session: Session, name: str, builder: Builder | None) -> State:
+    """The rule: is the saved ensemble what a build would make? Without a builder its members alone are looked at."""
+    try:
+        record = ensembles.record_of(session.workspace, name)
+        if record is None:
+            return State(MISSING)
+        reasons = changed_members(session.catalog, record)
+        if not reasons and builder is not None:
+            reason = builder.stale_reason(session, name, record)
+            reasons = [reason] if reason is not None else []
+    except UserError as error:
+        return State(DAMAGED, (str(error),))
+    return State(STALE if reasons else CURRENT, tuple(reasons))
+
+
+def changed_members(content: Catalog, record: Mapping[str, Any]) -> list[str]:
+    """What has become of an ensemble's members since it was built."""
+    members, inference = content.members, record["inference"]
+    gone = [name for name in record["members"] if name not in members]
+    changed = [
+        name
+        for name, digest in record["member_digests"].items()
+        if name in members and fold_networks.digest(members[name], inference) != digest
+    ]
+    return [f"{name} is no longer in the catalog" for name in gone] + [
+        f"{name} has {'other predictions' if members[name].source == IMPORTED else 'another checkpoint'} now"
+        for name in changed
+    ]
+
+
+def summary_line(workspace: Workspace, name: str, state: str) -> str:
+    """One saved ensemble as the commands print it: its state and its cross-fitted scores."""
+    scores = (ensembles.record_of(workspace, name) or {})["crossfit"]
+    return (
+        f"{name:36} {state:11} accuracy {scores['accuracy']:.4f}  log-loss {scores['log_loss']:.4f}  "
+        f"on {scores['n']} out-of-sample rows"
+    )

@@ -1,0 +1,57 @@
+"""The section `runs.score_ensemble` of `build-ensemble`: votes, weights and greedy selection over all the members."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from utils.building import ensembles, fitting
+from utils.building.protocol import Build, Builder, Session
+from utils.core.errors import UserError
+
+METHOD_OF = {name: method for method, name in ensembles.NAMES.items()}
+"""{ensemble: method}"""
+
+
+class VotingBuilder(Builder):
+    """One ensemble per method of `utils.ensemble_methods`, over all selected members."""
+
+    config_key = "runs.score_ensemble"
+
+    def names(self, session: Session) -> list[str]:
+        """Of the methods that this version has."""
+        settings = session.config.runs.score_ensemble
+        methods = settings.methods if settings.enable else ()
+        return [ensembles.NAMES[method] for method in methods if method in ensembles.NAMES]
+
+    def covers(self, session: Session, name: str) -> bool:
+        """Also for a method that the configuration does not list: the digest does not depend on the section."""
+        return name in METHOD_OF
+
+    def check(self, session: Session) -> None:
+        """Raise UserError where no method can be built."""
+        config, methods = session.config, session.config.runs.score_ensemble.methods
+        if not self.names(session):
+            raise UserError(
+                f"{config.source}: runs.score_ensemble.methods names nothing that can be built "
+                f"({', '.join(methods) or 'empty'}); choose from {', '.join(ensembles.NAMES)}"
+            )
+
+    def problems(self, session: Session) -> list[str]:
+        """Methods that this version does not have."""
+        unknown = [name for name in session.config.runs.score_ensemble.methods if name not in ensembles.NAMES]
+        return [f"{method}: this version builds {', '.join(ensembles.NAMES)}" for method in unknown]
+
+    def inputs_digest(self, session: Session, name: str) -> str:
+        """Of members, images and the method's settings."""
+        return fitting.inputs_digest(session.config, session.store, session.members, METHOD_OF[name])
+
+    def build(self, session: Session, names: Sequence[str], *, force: bool = False) -> Build:
+        """Fit each on the rows of `fit_rows`, or on all out-of-sample rows where it learns nothing."""
+        config, store, members = session.config, session.store, session.members
+        session.ensure(members)
+        facts = fitting.member_facts(store, members)
+        for name in names:
+            recipe = ensembles.COMBINERS[METHOD_OF[name]].configured(config, facts)
+            kind = config.runs.score_ensemble.fit_rows if recipe.learns else "honest"
+            fitting.build(store, name, METHOD_OF[name], recipe, members, session.rows(members, kind=kind))
+        return Build(session, tuple(names))

@@ -63,7 +63,10 @@ def distill(config: Config, workspace: Workspace, *, force: bool = False) -> Res
             f"{workspace.split_dir}: no images, which a student is trained on; all members are imported. Put images "
             "with the imported ids there, run discover and import-predictions again"
         )
-    outcomes = [_build_step(store, step, force) for step in student_plan.distillation_steps(config)]
+    outcomes = []
+    for step in student_plan.distillation_steps(config):
+        store, outcome = _build_step(store, step, force)
+        outcomes.append(outcome)
     store.digests.save()
     lines = [line for outcome in outcomes for line in outcome.lines]
     document = {
@@ -88,7 +91,8 @@ class DistillationOutcome:
 # one student ----------------------------------------------------------------------------------------------------------
 
 
-def _build_step(store: Store, step: DistillationStep, force: bool) -> DistillationOutcome:
+def _build_step(store: Store, step: DistillationStep, force: bool) -> tuple[Store, DistillationOutcome]:
+    """The store whose catalog has the student, and the outcome."""
     student = students.resolve(store, step.student)
     teacher = teachers.resolve(store, step.teacher, excluded_member=student.member)
     unlabeled_split = unlabeled.unlabeled_images(store)
@@ -98,10 +102,10 @@ def _build_step(store: Store, step: DistillationStep, force: bool) -> Distillati
     caches.remove_temporary_files(folder)
     if not force and record is not None and student_plan.is_up_to_date(store, student, record, digest):
         _remove_progress(folder)  # of a training that was interrupted right after its record was written
-        return _outcome(store, student, record, is_fresh=False)
+        return store, _outcome(store, student, record, is_fresh=False)
     students.require_architecture(student.name)
-    record = _build(store, student, teacher, unlabeled_split, digest, force)
-    return _outcome(store, student, record, is_fresh=True)
+    store, record = _build(store, student, teacher, unlabeled_split, digest, force)
+    return store, _outcome(store, student, record, is_fresh=True)
 
 
 def _outcome(store: Store, student: Student, record: Mapping[str, Any], *, is_fresh: bool) -> DistillationOutcome:
@@ -144,8 +148,8 @@ class _StudentImages:
 
 def _build(
     store: Store, student: Student, teacher: Teacher, unlabeled_split: ImageSplit | None, digest: str, force: bool
-) -> dict[str, Any]:
-    """Train the student and its control, write both; returns the record."""
+) -> tuple[Store, dict[str, Any]]:
+    """Train and write the student and its control; returns the store whose catalog has the student, and the record."""
     from utils.distillation import target_sources
     from utils.distillation.student_training import train
 
@@ -195,7 +199,9 @@ def _build(
         "epochs": {STUDENT: _epochs(trained), ALONE: _epochs(alone)},
         "history": {STUDENT: trained.history, ALONE: alone.history},
     }
-    derived = _build_ensemble(store, student, teacher, trained, images.facts, digest, facts)
+    store = _add_member(store, student, teacher, trained, images.facts, kind)
+    derived = store.catalog.members[student.member]
+    _build_ensemble(store, student, teacher, derived, digest, facts)
     verdict = student_comparison.compare_on_val(store, student, teacher, derived, alone_probs)
     record = facts | {
         "key": digest,
@@ -209,7 +215,7 @@ def _build(
     }
     write_json(store.workspace.distillation(student.ensemble) / "record.json", record)
     _remove_progress(store.workspace.distillation(student.ensemble))
-    return record
+    return store, record
 
 
 def _progress(store: Store, student: Student, key: list[str], force: bool) -> dict[str, TrainingProgress]:
@@ -276,17 +282,42 @@ def _train_alone(
     return alone, probabilities
 
 
-def _build_ensemble(
+def _add_member(
     store: Store,
     student: Student,
     teacher: Teacher,
     trained: StudentTrainingResult,
     reference_facts: Mapping[str, str],
-    digest: str,
-    facts: Mapping[str, Any],
-) -> Member:
-    """Write the student as a member and as an ensemble of that member; `facts` are recorded in its `ensemble.json`."""
-    derived, val_rows = _add_member(store, student, teacher, trained, reference_facts, facts["targets"]["kind"])
+    kind: str,
+) -> Store:
+    """Write the student's checkpoint; returns the store whose catalog has its member."""
+    settings = store.config.distillation
+    facts = {  # the order of the keys is part of the checkpoint's bytes
+        **reference_facts,
+        "accuracy": trained.history[trained.epoch]["val_accuracy"],
+        "epoch": trained.epoch,
+        "parents": list(teacher.ensemble.members),
+        "teacher": teacher.name,
+        "targets": kind,
+        "temperature": settings.temperature,
+        "alpha": settings.alpha,
+    }
+    students.write_student(store, student, trained.weights, facts)
+    updated = discover.register_derived(
+        store.config, store.workspace, store.digests, store.images("train"), store.catalog, [student.member]
+    )
+    return store.with_catalog(updated)
+
+
+def _build_ensemble(
+    store: Store, student: Student, teacher: Teacher, derived: Member, digest: str, facts: Mapping[str, Any]
+) -> None:
+    """Write the ensemble of the student's member alone; `facts` are recorded in its `ensemble.json`.
+
+    Its out-of-sample rows are those of val. What the teacher was fitted on counts as fitted on for the student.
+    """
+    extraction.ensure(store, [derived], STREAMED_SPLITS)
+    val_rows = fitting.out_of_sample_rows(store, [derived])
     fitting.build(
         store,
         student.ensemble,
@@ -298,36 +329,6 @@ def _build_ensemble(
         prior_provenance=[teacher.ensemble.provenance, Provenance((), fitting.row_sets(val_rows.rows))],
         notes={"distillation": facts},
     )
-    return derived
-
-
-def _add_member(
-    store: Store,
-    student: Student,
-    teacher: Teacher,
-    trained: StudentTrainingResult,
-    reference_facts: Mapping[str, str],
-    kind: str,
-) -> tuple[Member, fitting.OutOfSampleRows]:
-    """Write the student's checkpoint; returns its member and its out-of-sample rows, which are those of val."""
-    settings = store.config.distillation
-    facts = {
-        **reference_facts,
-        "accuracy": trained.history[trained.epoch]["val_accuracy"],
-        "epoch": trained.epoch,
-        "parents": list(teacher.ensemble.members),
-        "teacher": teacher.name,
-        "targets": kind,
-        "temperature": settings.temperature,
-        "alpha": settings.alpha,
-    }
-    students.write_student(store, student, trained.weights, facts)
-    store.catalog = discover.register_derived(
-        store.config, store.workspace, store.digests, store.images("train"), store.catalog, [student.member]
-    )
-    derived = store.catalog.members[student.member]
-    extraction.ensure(store, [derived], STREAMED_SPLITS)
-    return derived, fitting.out_of_sample_rows(store, [derived])
 
 
 def _epochs(result: StudentTrainingResult) -> dict[str, Any]:

@@ -60,8 +60,10 @@ def compare_on_val(
     student_rows = [stored_row_of[sample_id] for sample_id in val["sample_ids"].tolist()]
     student_probs = softmax(np.asarray(stored.logits)[student_rows])
     gain, _ = controls.gain_kept(student_probs, val[ALONE], val[TEACHER], val["labels"])
-    scores = [controls.scores(each, val["labels"]) for each in (student_probs, val[ALONE], val[TEACHER])]
-    return controls.verdict(*scores, gain)
+    student_scores, alone_scores, teacher_scores = (
+        controls.scores(probabilities, val["labels"]) for probabilities in (student_probs, val[ALONE], val[TEACHER])
+    )
+    return controls.verdict(student_scores, alone_scores, teacher_scores, gain)
 
 
 def measure_costs(store: Store, teacher: Teacher, derived: Member) -> dict[str, dict[str, Any]]:

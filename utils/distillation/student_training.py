@@ -182,9 +182,9 @@ class _StudentTraining:
         has_target = ~teacher.isnan().any(dim=1) & (targets is not None)
         alpha, total, count = self.settings.alpha if targets is not None else 0.0, 0.0, 0
         for batch, images in batch_schedule.loader(epoch, source.size):
-            taught, labelled = has_target[batch.rows], labels[batch.rows] >= 0
+            distilled, labelled = has_target[batch.rows], labels[batch.rows] >= 0
             if batch_schedule.separates_losses:
-                taught, labelled = taught & batch.unaugmented, labelled & ~batch.unaugmented
+                distilled, labelled = distilled & batch.unaugmented, labelled & ~batch.unaugmented
             with torch.autocast("cuda") if self.on_cuda else nullcontext():
                 logits = self.model(images.to(self.device, non_blocking=True))
                 logits = logits if isinstance(logits, Tensor) else logits[0]
@@ -192,7 +192,7 @@ class _StudentTraining:
                 logits.float(),
                 labels[batch.rows].to(self.device),
                 teacher[batch.rows].to(self.device),
-                distilled=taught.to(self.device),
+                distilled=distilled.to(self.device),
                 labelled=labelled.to(self.device),
                 mixing=batch.mixing,
                 criterion=self.criterion,

@@ -1,0 +1,66 @@
+"""The steps of `distill`, and the reasons why a student is out of date."""
+
+from __future__ import annotations
+
+import pytest
+from given_predictions import empty_workspace, opened, take_in, write
+from student_runs import config
+
+from utils.core.artifacts import write_json
+from utils.distillation import student_plan, students
+from utils.distillation.student_plan import DistillationStep
+from utils.predictions.store import Store
+
+STUDENT = "distillation.student=CustomConvNeXt"
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    """Three imported members, of which one teaches."""
+    workspace = empty_workspace(tmp_path / "workspace")
+    take_in(workspace, write(tmp_path / "given"))
+    return Store(config(STUDENT, "distillation.teacher=forest"), workspace, opened(workspace).catalog)
+
+
+def test_without_an_assistant_there_is_one_step():
+    settings = config(STUDENT)
+    assert student_plan.distillation_steps(settings) == [DistillationStep("CustomConvNeXt", "soft_voting")]
+    assert student_plan.names(settings) == ["distilled_convnext"]
+
+
+def test_an_assistant_is_the_student_of_the_first_step_and_the_teacher_of_the_second():
+    settings = config(STUDENT, "distillation.assistant=CustomResNetMish")
+    assert student_plan.distillation_steps(settings) == [
+        DistillationStep("CustomResNetMish", "soft_voting"),
+        DistillationStep("CustomConvNeXt", "CustomResNetMish_distilled"),
+    ]
+    assert student_plan.names(settings) == ["distilled_resnetmish", "distilled_convnext"]
+
+
+def test_the_reasons_name_a_missing_build_other_inputs_and_a_teacher_that_is_gone(store):
+    assert student_plan.staleness_reasons(store) == {"distilled_convnext": "not built yet"}
+    path = store.workspace.distillation("distilled_convnext") / "record.json"
+    write_json(path, {"key": "of other settings", "teacher": "forest", "sha256": ""})
+    student = students.resolve(store, "CustomConvNeXt")
+    assert student_plan.read_student_record(store, student)["teacher"] == "forest"
+    assert "settings have changed" in student_plan.staleness_reasons(store)["distilled_convnext"]
+    of_unknown = Store(config(STUDENT, "distillation.teacher=forrest"), store.workspace, store.catalog)
+    assert "did you mean 'forest'" in student_plan.staleness_reasons(of_unknown)["distilled_convnext"]
+
+
+@pytest.mark.parametrize("name", student_plan.DIGEST_SETTINGS)
+def test_every_setting_of_the_training_is_part_of_the_digest(store, name):
+    from utils.distillation import teachers
+
+    values = {"targets": "views", "mix": "mixup", "epochs": 3, "batch_size": 7, "views": 9}
+    changed = Store(
+        config(STUDENT, "distillation.teacher=forest", f"distillation.{name}={values.get(name, 0.123)}"),
+        store.workspace,
+        store.catalog,
+    )
+    digests = set()
+    for each in (store, changed):
+        student = students.resolve(each, "CustomConvNeXt")
+        teacher = teachers.resolve(each, "forest", excluded_member=student.member)
+        digests.add(student_plan.inputs_digest(each, student, teacher, None))
+    assert len(digests) == 2

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from utils import ensemble_methods, fusion_methods, moe_methods, stacking_methods
-from utils.combiners.attention import AttentionGate, AttentionLearner
+from utils.combiners.gating import AttentionGate, AttentionLearner
 from utils.combiners.perceptron import PerceptronLearner
 from utils.combiners.protocol import Combiner, MemberFacts, combiner_inputs, fit_crossfitted, sub_state, unsaved
 from utils.core.config import Config

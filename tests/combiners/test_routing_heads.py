@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.combiners.gating import objective
+from utils.combiners.gating import gate_loss
 from utils.combiners.routing_heads import NoisyTopK, balance_loss, top_k_mask, z_loss
 
 ROWS, FEATURES, WIDTH, EXPERTS, CLASSES = 6, 3, 4, 3, 2
@@ -66,7 +66,7 @@ def test_z_loss_is_the_square_of_log_sum_exp():
 
 def test_gradients_of_the_gate_are_those_of_finite_differences(gate):
     module, rows, labels, noise = gate
-    objective(module, rows, labels, noise).backward()
+    gate_loss(module, rows, labels, noise).backward()
     chosen, step = module(rows, noise).chosen, 1e-6
     for name, parameter in module.named_parameters():
         found, flat = torch.empty(parameter.numel(), dtype=torch.float64), parameter.data.view(-1)
@@ -74,7 +74,7 @@ def test_gradients_of_the_gate_are_those_of_finite_differences(gate):
             ends = []
             for sign in (1, -1):
                 flat[place] += sign * step
-                ends.append(objective(module, rows, labels, noise).item())
+                ends.append(gate_loss(module, rows, labels, noise).item())
                 assert torch.equal(module(rows, noise).chosen, chosen), "a step changes a choice"
                 flat[place] -= sign * step
             found[place] = (ends[0] - ends[1]) / (2 * step)

@@ -1,9 +1,10 @@
-"""A gate: looks at what one cheap expert says of an image and names the few experts that are worth running on it.
+"""Gates: small networks that read members' log-probabilities and weight the members for each image.
 
-Noisy top-k gating (Shazeer et al. 2017) over experts that are trained already; a load-balance loss on the soft-max over
-all experts (Fedus et al. 2022) and a z-loss (Zoph et al. 2022) keep it from sending everything one way. It reads the
-expert's log-probabilities, which are honest on every row, and not its embedding, which is honest on val rows alone.
-That expert has run already, so it takes part in every answer.
+`AttentionGate` weights all inputs (a mixture of fixed experts, Jacobs et al. 1991). `SparseGate` reads one cheap expert
+and selects the few experts to run: noisy top-k gating (Shazeer et al. 2017) with a load-balance loss on the softmax
+over all experts (Fedus et al. 2022) and a z-loss (Zoph et al. 2022) against sending every image to the same experts. A
+gate reads log-probabilities, which are out-of-sample on every row, and not embeddings, which are so on val rows alone.
+The last layer starts at zero, so that training starts from even weights.
 """
 
 from __future__ import annotations
@@ -21,13 +22,34 @@ from utils.numeric.nested_cv import evenly_spaced_epochs
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from utils.combiners.routing_heads import NoisyTopK
+    from utils.combiners.routing_heads import GateNetwork, NoisyTopK
+    from utils.numeric.module_training import BatchLoss
 
 KIND = "log_probabilities"
-STOPS = 5
-LEARNING_RATE = 0.003
+"""Of the features that gates read."""
+ATTENTION_STOPS, SPARSE_STOPS = 6, 5
+LEARNING_RATE = 0.003  # of sparse gates; attention takes that of its configuration
 WEIGHT_DECAY = 1.0  # of AdamW, as in utils/combiners/perceptron.py
 BALANCE, Z = 0.01, 0.001  # weights of the two losses, as in the papers
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class AttentionGate:
+    """A fitted gate over all M inputs: features -> hidden -> one score per input, for features as they are."""
+
+    matrices: Pair
+    """float32 (F, H) and (H, M)"""
+    biases: Pair
+    """float32 (H,) and (M,)"""
+
+    def weights(self, logits: np.ndarray) -> np.ndarray:
+        """Logits (M, N, C) -> weights (N, M) that sum to 1."""
+        return softmax(_scores(logits, self.matrices, self.biases))
+
+    def predict_proba(self, logits: np.ndarray) -> np.ndarray:
+        """Logits (M, N, C) -> probabilities (N, C)."""
+        return np.einsum("nm,mnc->nc", self.weights(logits), softmax(logits))
 
 
 @dataclass(frozen=True)
@@ -35,20 +57,18 @@ class SparseGate:
     """A fitted gate over E experts."""
 
     experts: np.ndarray
-    """int64 (E,): their places among the M members, the best first"""
+    """int64 (E,): their indices among the M members, the best first"""
     reader: int
-    """Which of the experts it reads."""
+    """Index of the expert that the gate reads. It has run already, so it takes part in every answer."""
     top_k: int
-    matrices: tuple[np.ndarray, np.ndarray]
+    matrices: Pair
     """float32 (C, H) and (H, E)"""
-    biases: tuple[np.ndarray, np.ndarray]
+    biases: Pair
     """float32 (H,) and (E,)"""
 
     def scores(self, logits: np.ndarray) -> np.ndarray:
         """Logits (M, N, C) -> scores float64 (N, E), from the reader's logits alone."""
-        read = features(logits[self.experts[[self.reader]]], KIND)
-        hidden = np.maximum(read @ self.matrices[0].astype(np.float64) + self.biases[0], 0)
-        return hidden @ self.matrices[1].astype(np.float64) + self.biases[1]
+        return _scores(logits[self.experts[[self.reader]]], self.matrices, self.biases)
 
     def weights(self, logits: np.ndarray) -> np.ndarray:
         """Logits (M, N, C) -> weights (N, E) that sum to 1: 0 for all but the `top_k` largest and the reader."""
@@ -58,39 +78,86 @@ class SparseGate:
         return softmax(np.where(takes_part, scores, -np.inf))
 
     def chosen(self, scores: np.ndarray) -> np.ndarray:
-        """The `top_k` largest of scores (N, E), bool; of equals the better experts."""
-        found = np.zeros(scores.shape, dtype=bool)
+        """The `top_k` largest of scores (N, E), bool; of equal scores those of the better experts."""
+        mask = np.zeros(scores.shape, dtype=bool)
         order = np.argsort(-scores, axis=1, kind="stable")[:, : self.top_k]
-        np.put_along_axis(found, order, True, axis=1)
-        return found
+        np.put_along_axis(mask, order, True, axis=1)
+        return mask
 
     def predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Logits (M, N, C) -> probabilities (N, C)."""
         return np.einsum("ne,enc->nc", self.weights(logits), softmax(logits[self.experts]))
 
     def route(self, logits: np.ndarray, ran: np.ndarray) -> np.ndarray:
-        """First the reader, then whom it names; as `utils.combiners.routing.Sparse.route`."""
+        """First the reader, then the experts that it selects; see `utils.combiners.routing.SparseCombiner.route`."""
         reader = self.experts[self.reader]
-        wanted = np.zeros(ran.shape, dtype=bool)
-        wanted[self.experts] = (self.weights(logits) > 0).T & ran[reader]
-        wanted[reader] = True
-        return wanted & ~ran
+        requested = np.zeros(ran.shape, dtype=bool)
+        requested[self.experts] = (self.weights(logits) > 0).T & ran[reader]
+        requested[reader] = True
+        return requested & ~ran
+
+
+@dataclass(frozen=True)
+class AttentionLearner:
+    """One training of one width, stopped at several epochs."""
+
+    width: int
+    epochs: int
+    lr: float
+    seed: int
+    thread_safe: ClassVar[bool] = False  # torch's random numbers are the process's
+
+    def settings(self) -> Sequence[Mapping[str, Any]]:
+        """The shortest training first."""
+        return [{"epochs": stop} for stop in self._stops()]
+
+    def predictions(self, logits: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+        """Probabilities float32 (G, H, C) of held-out logits (M, H, C) after trainings on logits (M, N, C)."""
+        gates = self._train(logits, labels, self._stops())
+        return np.stack([gate.predict_proba(held_out).astype(np.float32) for gate in gates])
+
+    def fit(self, logits: np.ndarray, labels: np.ndarray, setting: Mapping[str, Any]) -> AttentionGate:
+        """The gate under one setting: the same schedule, stopped at the setting's epoch."""
+        (gate,) = self._train(logits, labels, [setting["epochs"]])
+        return gate
+
+    def _stops(self) -> list[int]:
+        return evenly_spaced_epochs(self.epochs, ATTENTION_STOPS)
+
+    def _train(self, logits: np.ndarray, labels: np.ndarray, stops: Sequence[int]) -> Iterator[AttentionGate]:
+        from utils.combiners.routing_heads import AttentionMixture
+        from utils.numeric.module_training import cross_entropy
+
+        members, _, classes = logits.shape
+        layers = _trained_layers(
+            lambda: AttentionMixture(self.width, members, classes),
+            logits,
+            logits,
+            labels,
+            epochs=self.epochs,
+            stops=stops,
+            lr=self.lr,
+            seed=self.seed,
+            loss=cross_entropy,
+        )
+        for matrices, biases in layers:
+            yield AttentionGate(matrices, biases)
 
 
 @dataclass(frozen=True)
 class GateLearner:
-    """Which experts, and one training of their gate stopped at several epochs; all from the rows given."""
+    """Which experts, and one training of their gate stopped at several epochs; all from the rows of the fit."""
 
     choose: Callable[[np.ndarray, np.ndarray], Sequence[int]]
-    """Logits (M, N, C), labels (N,) -> places of the experts, the best first."""
+    """Logits (M, N, C), labels (N,) -> indices of the experts, the best first."""
     top_k: int
     width: int
     epochs: int
     seed: int
     fixed: bool = True
-    """Whether the first `top_k` experts for every image may take the place of a gate."""
+    """Whether the first `top_k` experts for every image may replace a gate."""
     costs: np.ndarray | None = None
-    """float64 (M,): what running a member costs, in any unit; None where nobody knows"""
+    """float64 (M,): cost of running a member, in any unit; None where it is unknown"""
     thread_safe: ClassVar[bool] = False  # torch's random numbers are the process's
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
@@ -103,17 +170,17 @@ class GateLearner:
         return np.stack([gate.predict_proba(held_out).astype(np.float32) for gate in gates])
 
     def fit(self, logits: np.ndarray, labels: np.ndarray, setting: Mapping[str, Any]) -> SparseGate:
-        """The gate under one setting: the same schedule, stopped where the setting says."""
+        """The gate under one setting: the same schedule, stopped at the setting's epoch."""
         (gate,) = self._gates(logits, labels, [setting["epochs"]])
         return gate
 
     def _stops(self) -> list[int]:
-        return [*([0] if self.fixed else []), *evenly_spaced_epochs(self.epochs, STOPS)]
+        return [*([0] if self.fixed else []), *evenly_spaced_epochs(self.epochs, SPARSE_STOPS)]
 
     def _gates(self, logits: np.ndarray, labels: np.ndarray, stops: Sequence[int]) -> Iterator[SparseGate]:
         experts = np.array(self.choose(logits, labels), dtype=np.int64)
         if 0 in stops:
-            yield always(experts[: self.top_k], logits.shape[2])
+            yield fixed_gate(experts[: self.top_k], logits.shape[2])
         if any(stops):
             yield from self._trained(experts, logits, labels, [stop for stop in stops if stop])
 
@@ -123,51 +190,84 @@ class GateLearner:
         import torch
 
         from utils.combiners.routing_heads import NoisyTopK
-        from utils.numeric.module_training import train_module
 
         reader = 0 if self.costs is None else int(np.argmin(self.costs[experts]))
-        top_k, rows, classes = min(self.top_k, len(experts)), logits.shape[1], logits.shape[2]
-        raw = features(logits[experts[[reader]]], KIND)
-        centre, scale = standardisation(raw, [classes])
-        said = softmax(logits[experts]).transpose(1, 0, 2).reshape(rows, -1)
-        inputs = np.concatenate([(raw - centre) / scale, said], axis=1).astype(np.float32)
-
-        modules = train_module(
+        top_k, classes = min(self.top_k, len(experts)), logits.shape[2]
+        layers = _trained_layers(
             lambda: NoisyTopK((classes, self.width, len(experts), classes), top_k, reader),
-            torch.from_numpy(inputs),
-            torch.from_numpy(labels),
+            logits[experts[[reader]]],
+            logits[experts],
+            labels,
             epochs=self.epochs,
-            checkpoint_epochs=stops,
+            stops=stops,
             lr=LEARNING_RATE,
-            weight_decay=WEIGHT_DECAY,
             seed=self.seed,
-            loss=lambda gate, *batch: objective(gate, *batch, torch.randn(len(batch[0]), len(experts))),
+            loss=lambda gate, rows, labels: gate_loss(gate, rows, labels, torch.randn(len(rows), len(experts))),
         )
-        for module in modules:
-            first = module.hidden.weight.detach().numpy().astype(np.float64).T / scale[:, None]
-            bias = module.hidden.bias.detach().numpy() - centre @ first
-            last = module.scores.weight.detach().numpy().T.copy()
-            yield SparseGate(
-                experts,
-                reader,
-                top_k,
-                (first.astype(np.float32), last),
-                (bias.astype(np.float32), module.scores.bias.detach().numpy().copy()),
-            )
+        for matrices, biases in layers:
+            yield SparseGate(experts, reader, top_k, matrices, biases)
 
 
-def objective(gate: NoisyTopK, rows: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
-    """What a gate is trained to make small: log-loss of the mixture, and a little of balance and z-loss."""
+def gate_loss(gate: NoisyTopK, rows: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
+    """The loss of a gate under training: log-loss of the mixture, with a little of balance and z-loss."""
     from torch.nn.functional import nll_loss
 
     from utils.combiners.routing_heads import balance_loss, z_loss
 
-    found = gate(rows, noise)
-    balance = balance_loss(found.scores, found.chosen)
-    return nll_loss(found.log_probabilities, labels) + BALANCE * balance + Z * z_loss(found.scores)
+    output = gate(rows, noise)
+    balance = balance_loss(output.scores, output.chosen)
+    return nll_loss(output.log_probabilities, labels) + BALANCE * balance + Z * z_loss(output.scores)
 
 
-def always(experts: np.ndarray, classes: int) -> SparseGate:
+def fixed_gate(experts: np.ndarray, classes: int) -> SparseGate:
     """The plain mean of these experts for every image, in the form of a gate."""
     zeros = np.zeros((classes, 1), dtype=np.float32), np.zeros((1, len(experts)), dtype=np.float32)
     return SparseGate(experts, 0, len(experts), zeros, (zeros[0][0].copy(), zeros[1][0].copy()))
+
+
+def _scores(logits: np.ndarray, matrices: Pair, biases: Pair) -> np.ndarray:
+    """Logits (M, N, C) of the members that a gate reads -> its scores float64 (N, E)."""
+    hidden = features(logits, KIND) @ matrices[0].astype(np.float64) + biases[0]
+    return np.maximum(hidden, 0) @ matrices[1].astype(np.float64) + biases[1]
+
+
+def _trained_layers(
+    make_network: Callable[[], GateNetwork],
+    read: np.ndarray,
+    mixed: np.ndarray,
+    labels: np.ndarray,
+    *,
+    epochs: int,
+    stops: Sequence[int],
+    lr: float,
+    seed: int,
+    loss: BatchLoss,
+) -> Iterator[tuple[Pair, Pair]]:
+    """Train a gate that reads logits (R, N, C) and mixes members of logits (E, N, C); yield its layers at each stop.
+
+    Layers are two matrices and two biases, with the standardisation of the features folded into the first ones.
+    """
+    import torch
+
+    from utils.numeric.module_training import train_module
+
+    raw = features(read, KIND)
+    centre, scale = standardisation(raw, [raw.shape[1]])
+    probabilities = softmax(mixed).transpose(1, 0, 2).reshape(len(labels), -1)
+    inputs = np.concatenate([(raw - centre) / scale, probabilities], axis=1).astype(np.float32)
+    networks = train_module(
+        make_network,
+        torch.from_numpy(inputs),
+        torch.from_numpy(labels),
+        epochs=epochs,
+        checkpoint_epochs=stops,
+        lr=lr,
+        weight_decay=WEIGHT_DECAY,
+        seed=seed,
+        loss=loss,
+    )
+    for network in networks:
+        first, first_bias, last, last_bias = network.layer_arrays()
+        matrix = first.astype(np.float64).T / scale[:, None]
+        bias = first_bias - centre @ matrix
+        yield (matrix.astype(np.float32), last.T.copy()), (bias.astype(np.float32), last_bias.copy())

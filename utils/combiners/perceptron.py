@@ -80,7 +80,7 @@ class PerceptronLearner:
         centre, scale = standardisation(raw, [width] + [1] * (raw.shape[1] - width))
         sizes = [raw.shape[1], *self.hidden_dims, classes]
 
-        def make() -> nn.Module:
+        def make() -> nn.Sequential:
             layers: list[nn.Module] = []
             for pair in pairwise(sizes):
                 layers += [nn.Linear(*pair), nn.ReLU(), nn.Dropout(self.dropout)]

@@ -47,4 +47,4 @@ def run_sparse(combiner: SparseCombiner, run: Run, shape: tuple[int, int, int]) 
 
 def routed_members(combiner: SparseCombiner, logits: np.ndarray) -> np.ndarray:
     """Which members rows would have run, bool (M, N), where all their logits (M, N, C) are known."""
-    return run_sparse(combiner, lambda member, rows: logits[member, rows], logits.shape)[1]  # type: ignore[arg-type]
+    return run_sparse(combiner, lambda member, rows: logits[member, rows], logits.shape)[1]

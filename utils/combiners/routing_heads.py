@@ -52,7 +52,39 @@ class Routed(NamedTuple):
     """bool (B, E): the largest noisy ones"""
 
 
-class NoisyTopK(nn.Module):
+class GateNetwork(nn.Module):
+    """A gate under training: a hidden layer, and one score per expert that starts at zero."""
+
+    def __init__(self, features: int, width: int, experts: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(features, width)
+        self.scores = nn.Linear(width, experts)
+        nn.init.zeros_(self.scores.weight)
+        nn.init.zeros_(self.scores.bias)
+
+    def layer_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Weight and bias of the hidden layer, then of the scores; they share memory with the network."""
+        layers = (self.hidden.weight, self.hidden.bias, self.scores.weight, self.scores.bias)
+        weight, bias, last, last_bias = (values.detach().numpy() for values in layers)
+        return weight, bias, last, last_bias
+
+
+class AttentionMixture(GateNetwork):
+    """A gate over all M members. Rows hold M x C features, then M x C probabilities."""
+
+    def __init__(self, width: int, members: int, classes: int) -> None:
+        super().__init__(members * classes, width, members)
+        self.members, self.classes = members, classes
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Rows (B, 2 x M x C) -> log-probabilities of the mixture (B, C)."""
+        read, probabilities = rows.split(self.members * self.classes, dim=1)
+        weights = torch.softmax(self.scores(torch.relu(self.hidden(read))), dim=1)
+        mixed = (weights[:, :, None] * probabilities.view(-1, self.members, self.classes)).sum(dim=1)
+        return mixed.clamp_min(SMALLEST_PROBABILITY).log()
+
+
+class NoisyTopK(GateNetwork):
     """A gate under training with noise on its scores (Shazeer et al. 2017), over experts that stay as they are.
 
     Rows hold F features, then E x C probabilities of the experts. The expert `reader`, whose outputs the features are,
@@ -60,14 +92,13 @@ class NoisyTopK(nn.Module):
     """
 
     def __init__(self, sizes: tuple[int, int, int, int], top_k: int, reader: int) -> None:
-        super().__init__()
-        self.features, width, self.experts, self.classes = sizes
+        features, width, experts, classes = sizes
+        super().__init__(features, width, experts)
+        self.features, self.experts, self.classes = features, experts, classes
         self.top_k, self.reader = top_k, reader
-        self.hidden = nn.Linear(self.features, width)
-        self.scores, self.spread = nn.Linear(width, self.experts), nn.Linear(width, self.experts)
-        for layer in (self.scores, self.spread):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.spread = nn.Linear(width, experts)
+        nn.init.zeros_(self.spread.weight)
+        nn.init.zeros_(self.spread.bias)
 
     def forward(self, rows: Tensor, noise: Tensor) -> Routed:
         """Rows (B, F + E x C) and standard normal noise (B, E) -> what was chosen and what it gives."""
@@ -82,7 +113,13 @@ class NoisyTopK(nn.Module):
 
 
 class SparseMixture(nn.Module):
-    """A fitted mixture: the experts of the largest scores and the one that is read, by a soft-max over these alone."""
+    """A fitted mixture: the experts of the largest scores and the one that is read, by a softmax over these alone."""
+
+    experts: Tensor
+    first: Tensor
+    first_bias: Tensor
+    last: Tensor
+    last_bias: Tensor
 
     def __init__(
         self,
@@ -112,6 +149,11 @@ class EarlyExit(nn.Module):
     """A cascade: the mean of the first members of the chain, as many as it takes until its largest probability is
     at least `threshold`, or all of them.
     """
+
+    chain: Tensor
+    running: Tensor
+    earlier: Tensor
+    is_last: Tensor
 
     def __init__(self, chain: np.ndarray, threshold: float, temperature: float) -> None:
         super().__init__()

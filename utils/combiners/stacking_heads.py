@@ -52,7 +52,11 @@ class StackingFeatures(nn.Module):
 
 
 class LogisticOnFeatures(nn.Module):
-    """A log-linear pool plus an affine map of the features, through a soft-max."""
+    """A log-linear pool plus an affine map of the features, through a softmax."""
+
+    weights: Tensor
+    matrix: Tensor
+    bias: Tensor
 
     def __init__(self, kind: str, weights: np.ndarray, matrix: np.ndarray, bias: np.ndarray) -> None:
         super().__init__()
@@ -68,7 +72,7 @@ class LogisticOnFeatures(nn.Module):
 
 
 class PerceptronOnFeatures(nn.Module):
-    """Affine maps with ReLU between them on the features, through a soft-max."""
+    """Affine maps with ReLU between them on the features, through a softmax."""
 
     def __init__(self, kind: str, matrices: Sequence[np.ndarray], biases: Sequence[np.ndarray]) -> None:
         super().__init__()
@@ -101,6 +105,11 @@ class OnFeatures(nn.Module):
 class GatedMixture(nn.Module):
     """Mixture of the members' probabilities with weights that a small network gives for each image."""
 
+    hidden_matrix: Tensor
+    hidden_bias: Tensor
+    scores_matrix: Tensor
+    scores_bias: Tensor
+
     def __init__(self, matrices: Sequence[np.ndarray], biases: Sequence[np.ndarray]) -> None:
         super().__init__()
         self.features = StackingFeatures("log_probabilities")
@@ -115,45 +124,48 @@ class GatedMixture(nn.Module):
         return (weights[:, :, None] * torch.softmax(logits, dim=2)).sum(dim=1)
 
 
-class FusedInputs(nn.Module):
-    """A fuser over ensembles that share their members."""
+class _Fused(nn.Module):
+    """A fuser over ensembles that share their members; `member_indices` are those of each."""
 
-    def __init__(self, inputs: Sequence[nn.Module], places: Sequence[np.ndarray], fuser: nn.Module) -> None:
+    def __init__(self, inputs: Sequence[nn.Module], member_indices: Sequence[np.ndarray], fuser: nn.Module) -> None:
         super().__init__()
         self.inputs, self.fuser = nn.ModuleList(inputs), fuser
-        for number, own in enumerate(places):
-            self.register_buffer(f"places{number}", torch.from_numpy(np.asarray(own, dtype=np.int64)))
+        for number, indices in enumerate(member_indices):
+            self.register_buffer(f"places{number}", torch.from_numpy(np.asarray(indices, dtype=np.int64)))
+
+    def _logits_of(self, number: int, logits: Tensor) -> Tensor:
+        return logits.index_select(1, self.get_buffer(f"places{number}"))
+
+    def _fuse(self, probabilities: list[Tensor]) -> Tensor:
+        fused: Tensor = self.fuser(torch.stack(probabilities, dim=1).clamp_min(SMALLEST_PROBABILITY).log())
+        return fused
+
+
+class FusedInputs(_Fused):
+    """A fuser over ensembles that read logits."""
 
     def forward(self, logits: Tensor) -> Tensor:
         """Logits (B, M, C) -> probabilities (B, C)."""
-        said = [module(self._own(number, logits)) for number, module in enumerate(self.inputs)]
-        return self._fused(said)
-
-    def _own(self, number: int, logits: Tensor) -> Tensor:
-        return logits.index_select(1, self.get_buffer(f"places{number}"))
-
-    def _fused(self, said: list[Tensor]) -> Tensor:
-        return self.fuser(torch.stack(said, dim=1).clamp_min(SMALLEST_PROBABILITY).log())
+        return self._fuse([module(self._logits_of(number, logits)) for number, module in enumerate(self.inputs)])
 
 
-class FusedInputsWithEmbeddings(FusedInputs):
-    """The same where some inputs read the members' embeddings as well: those whose `reads` is true."""
+class FusedInputsWithEmbeddings(_Fused):
+    """A fuser over ensembles of which some, those whose `reads` is true, read the members' embeddings as well."""
 
     def __init__(
-        self, inputs: Sequence[nn.Module], places: Sequence[np.ndarray], fuser: nn.Module, reads: Sequence[bool]
+        self, inputs: Sequence[nn.Module], member_indices: Sequence[np.ndarray], fuser: nn.Module, reads: Sequence[bool]
     ) -> None:
-        super().__init__(inputs, places, fuser)
-        self.own = [tuple(int(place) for place in own) for own in places]
+        super().__init__(inputs, member_indices, fuser)
+        self.indices = [tuple(int(index) for index in indices) for indices in member_indices]
         self.reads = tuple(reads)
 
     def forward(self, logits: Tensor, embeddings: list[Tensor]) -> Tensor:
         """Logits (B, M, C) and M embeddings (B, D_m) -> probabilities (B, C)."""
-        said = []
+        probabilities = []
         for number, module in enumerate(self.inputs):
-            own = self._own(number, logits)
-            read = ([embeddings[place] for place in self.own[number]],) if self.reads[number] else ()
-            said.append(module(own, *read))
-        return self._fused(said)
+            read = ([embeddings[index] for index in self.indices[number]],) if self.reads[number] else ()
+            probabilities.append(module(self._logits_of(number, logits), *read))
+        return self._fuse(probabilities)
 
 
 def _centred_log(probabilities: Tensor) -> Tensor:

@@ -69,6 +69,12 @@ class Descent(nn.Module):
     as false and goes left; a node that sends it right looks at a copy of the features with infinity in its place.
     """
 
+    first_column: Tensor
+    first_threshold: Tensor
+    first_children: Tensor
+    column: Tensor
+    threshold: Tensor
+
     def __init__(self, nodes: Nodes, table: np.ndarray, *, features: int, inclusive: bool) -> None:
         super().__init__()
         self.trees = nodes.trees
@@ -92,6 +98,14 @@ class Descent(nn.Module):
             right = self.goes_right(values, self.threshold.index_select(0, flat).view(-1, self.trees))
             place = self.left_child(place) + right
         return self.leaves(place)
+
+    def left_child(self, place: Tensor) -> Tensor:
+        """The index of the left child of each node (B, T)."""
+        raise NotImplementedError
+
+    def leaves(self, place: Tensor) -> Tensor:
+        """The row of the table of leaves for each last node (B, T)."""
+        raise NotImplementedError
 
     def goes_right(self, values: Tensor, thresholds: Tensor) -> Tensor:
         """0 or 1; of one type with the places, since PyTorch is ten times slower at mixed ones."""
@@ -119,6 +133,8 @@ class PerfectDescent(Descent):
 
 class LinkedDescent(Descent):
     """The place is the node's number."""
+
+    child: Tensor
 
     def __init__(self, nodes: Nodes, *, features: int, inclusive: bool) -> None:
         super().__init__(nodes, np.arange(len(nodes.child)), features=features, inclusive=inclusive)
@@ -152,7 +168,10 @@ def _in_levels(
 
     Raises ValueError where a node is reached twice.
     """
-    level, sizes, order, children = roots, [], [], []
+    level = roots
+    sizes: list[int] = []
+    order: list[np.ndarray] = []
+    children: list[np.ndarray] = []
     while len(level):
         inner = left[level] >= 0
         first, after = sum(sizes), sum(sizes) + len(level)
@@ -171,7 +190,10 @@ def _in_levels(
 
 # XGBoost -------------------------------------------------------------------------------------------------------------
 class BoosterProbabilities(nn.Module):
-    """Soft-max of the base scores and the sums over trees, R for each of C classes."""
+    """Softmax of the base scores and the sums over trees, R for each of C classes."""
+
+    values: Tensor
+    base: Tensor
 
     def __init__(self, descent: Descent, values: np.ndarray, base: np.ndarray) -> None:
         super().__init__()
@@ -235,7 +257,7 @@ def _booster(learner: Mapping[str, Any], classes: int) -> tuple[int, np.ndarray,
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
 
     def column(name: str, dtype: type) -> np.ndarray:
-        parts = [np.array(tree[name], dtype=dtype) for tree in trees]
+        parts: list[np.ndarray] = [np.array(tree[name], dtype=dtype) for tree in trees]
         if any(part.shape != (size,) for part, size in zip(parts, sizes, strict=True)):
             raise ValueError(f"{name} has not one entry for each node")
         return np.concatenate(parts)
@@ -270,6 +292,8 @@ def _expect(what: str, found: object, expected: object) -> None:
 # scikit-learn --------------------------------------------------------------------------------------------------------
 class ForestProbabilities(nn.Module):
     """Mean over T trees of the class probabilities of the leaf."""
+
+    values: Tensor
 
     def __init__(self, descent: Descent, values: np.ndarray) -> None:
         super().__init__()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 BATCH_SIZE = 128
 GATHER_BYTES = 2**20  # bytes of rows that one gather copies where a batch is smaller
-BatchLoss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Trained = TypeVar("Trained", bound=nn.Module)
+BatchLoss = Callable[[Any, Tensor, Tensor], Tensor]
 """(module, inputs, labels) of one batch -> the loss to minimise."""
 
 
@@ -20,7 +22,7 @@ def cross_entropy(module: nn.Module, inputs: Tensor, labels: Tensor, *, label_sm
 
 
 def train_module(
-    make_module: Callable[[], nn.Module],
+    make_module: Callable[[], Trained],
     inputs: Tensor,
     labels: Tensor,
     *,
@@ -31,7 +33,7 @@ def train_module(
     seed: int,
     loss: BatchLoss = cross_entropy,
     batch_size: int = BATCH_SIZE,
-) -> Iterator[nn.Module]:
+) -> Iterator[Trained]:
     """Train a module on inputs (N, ...) and labels (N,); yield it after each of the `checkpoint_epochs`.
 
     `make_module` builds the module once the random numbers are seeded. The module gives logits (N, C) unless the `loss`

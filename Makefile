@@ -56,10 +56,11 @@ fuzz: setup ## feed hostile files to every reader; N=100000 for more of them
 bench: setup ## run all benchmarks (two hours and more) and print one table of goals
 	@$(IN_ENVIRONMENT) benchmarks/all.py $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
-lint: setup ## check style, layers of packages, and types
+lint: setup ## check style, layers of packages, unused code and types
 	@$(IN_ENVIRONMENT) -m ruff check .
 	@$(IN_ENVIRONMENT) -m ruff format --check .
 	@.venv/bin/lint-imports --no-logo
+	@$(IN_ENVIRONMENT) -m vulture
 	@$(IN_ENVIRONMENT) -m mypy utils ensemble_orchestrator.py
 	@cd BASE-BACK/src && ../../$(IN_ENVIRONMENT) -m mypy --config-file ../../pyproject.toml .
 

@@ -71,12 +71,6 @@ def locate(explicit: str | None = None) -> Path:
     )
 
 
-def default_workspace() -> Path:
-    """The workspace when none is given: DBT_BASE_DIR, else the folder that holds BASE-BACK; absolute."""
-    named = os.environ.get("DBT_BASE_DIR")
-    return _absolute(named) if named else locate().parent
-
-
 def kind(path: str | os.PathLike[str]) -> Literal["bundled", "external"]:
     """Whether the BASE-BACK folder `path` is the one that comes with the project."""
     return "bundled" if _same(path, BUNDLED) else "external"
@@ -152,7 +146,7 @@ def bind(explicit: str | None = None, workspace: str | None = None) -> Path:
         # A mounted BASE-BACK logs to stdout and opens files in the working directory unless a handler is there.
         if not logging.getLogger(LOGGER_NAME).handlers:
             set_up_logging()
-        _name_hidden(folder)
+        _warn_of_hidden_modules(folder)
         _FINDER.folder = folder
     return folder
 
@@ -271,13 +265,27 @@ def _refuse_strangers(folder: Path) -> None:
         )
 
 
-def _name_hidden(folder: Path) -> None:
-    """Warn of BASE-BACK modules below `utils` that nobody can import, because ours have their names."""
-    ours, theirs = ({file.name for file in place.glob("*.py")} for place in (PROJECT / _OURS, folder / "src" / "utils"))
-    hidden = sorted((ours & theirs) - {"__init__.py"})
+def _warn_of_hidden_modules(folder: Path) -> None:
+    """Log which modules and packages of BASE-BACK's `utils` cannot be imported, because ours have the same names."""
+    ours = {path.stem for path in _modules(PROJECT / _OURS)}
+    hidden = [path for path in _modules(folder / "src" / "utils") if path.stem in ours]
     if hidden:
-        message = "BASE-BACK %s: src/utils/%s cannot be imported, this project has modules of the same names"
-        logging.getLogger(LOGGER_NAME).warning(message, folder, ", src/utils/".join(hidden))
+        logging.getLogger(LOGGER_NAME).warning(
+            "BASE-BACK %s: %s cannot be imported, because this project's package `utils` has modules of the same names",
+            folder,
+            ", ".join(f"src/utils/{path.name}{'/' if path.is_dir() else ''}" for path in hidden),
+        )
+
+
+def _modules(package: Path) -> list[Path]:
+    """Files and folders of a package that an import statement can name, sorted."""
+    return sorted(
+        path
+        for path in package.iterdir()
+        if path.stem.isidentifier()
+        and path.stem != "__init__"
+        and (any(path.glob("*.py")) if path.is_dir() else path.suffix == ".py")
+    )
 
 
 def _extend_search_path(src: Path) -> None:

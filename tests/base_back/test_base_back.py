@@ -20,8 +20,8 @@ def test_the_order_of_search(foreign: Mount) -> None:
     """Argument, BASE_BACK_DIR, the sibling of the project, the bundled one; what has no src/utils does not count."""
     root = foreign.cwd.parent / "somewhere"
     own = root / "project"
-    (own / "utils").mkdir(parents=True)
-    for name in ("__init__.py", "base_back.py", "errors.py", "messages.py"):
+    shutil.copytree(PROJECT / "utils" / "core", own / "utils" / "core")
+    for name in ("__init__.py", "base_back.py"):
         shutil.copy(PROJECT / "utils" / name, own / "utils" / name)
     for folder in ("given", "named", "BASE-BACK", "project/BASE-BACK"):
         for package in ("config", "utils"):
@@ -29,16 +29,15 @@ def test_the_order_of_search(foreign: Mount) -> None:
     foreign.more = {"PYTHONPATH": str(own), "BASE_BACK_DIR": str(root / "named"), "DBT_BASE_DIR": ""}
     code = f"""
 import json, os, shutil
-from utils.base_back import default_workspace, kind, locate
+from utils.base_back import kind, locate
 from utils.core.errors import UserError
 root = {str(root)!r}
-found = [(str(locate(root + "/given")), str(default_workspace()))]
+found = [str(locate(root + "/given"))]
 found.append((str(locate()), kind(locate())))
 del os.environ["BASE_BACK_DIR"]
 found.append((str(locate()), kind(locate())))
 shutil.rmtree(root + "/BASE-BACK/src/utils")
 found.append((str(locate()), kind(locate())))
-found.append(str(default_workspace()))
 shutil.rmtree(root + "/project/BASE-BACK")
 try:
     locate()
@@ -47,13 +46,12 @@ except UserError as error:
 print(json.dumps(found))
 """
     found, _ = foreign.run("-c", code)
-    assert found[0] == [str(root / "given"), str(root)]
+    assert found[0] == str(root / "given")
     assert found[1] == [str(root / "named"), "external"]
     assert found[2] == [str(root / "BASE-BACK"), "external"]
     assert found[3] == [str(own / "BASE-BACK"), "bundled"]
-    assert found[4] == str(own)
-    assert f"{root / 'BASE-BACK'}: config in src" in found[5]
-    assert f"{own / 'BASE-BACK'}: no such folder" in found[5]
+    assert f"{root / 'BASE-BACK'}: config in src" in found[4]
+    assert f"{own / 'BASE-BACK'}: no such folder" in found[4]
 
 
 def test_a_bundled_module_is_at_hand_whatever_is_mounted(mount: Mount) -> None:
@@ -88,7 +86,6 @@ def test_what_cannot_be_loaded_is_said_with_its_remedy(foreign: Mount) -> None:
     shutil.rmtree(src / "export")
     (foreign.cwd / "export.py").write_text("raise SystemExit('a stranger was imported')\n")
     (src / "models" / "__init__.py").write_text("import package_nobody_has\n")
-    (src / "utils" / "errors.py").write_text("raise SystemExit('hidden')\n")
     (foreign.cwd / "file").touch()
     code = """
 import json, os, sys
@@ -102,13 +99,9 @@ for name in ("models", "export", "utils.nonsense", "config.settings"):
         load(name)
     except UserError as error:
         said.append(str(error))
-import utils
-del sys.modules["utils.core.errors"], utils.core.errors
-import utils.core.errors
-print(json.dumps([said, utils.core.errors.__file__]))
+print(json.dumps(said))
 """
-    (said, ours), errors = foreign.run("-c", code)
-    assert ours == str(PROJECT / "utils" / "core" / "errors.py")
+    said, _ = foreign.run("-c", code)
     assert len(said) == 4
     assert all(str(foreign.base_back) in message for message in said)
     assert "pip install package_nobody_has" in said[0]
@@ -116,7 +109,29 @@ print(json.dumps([said, utils.core.errors.__file__]))
     assert "complete BASE-BACK" in said[1]
     assert "No module named 'utils.nonsense'" in said[2]
     assert f"The workspace is {foreign.cwd / 'file'}" in said[3]
-    assert errors.count("src/utils/core/errors.py cannot be imported") == 1
+
+
+def test_modules_and_packages_hidden_by_ours_are_named_once_and_the_others_are_imported(foreign: Mount) -> None:
+    foreign.base_back = build(foreign.cwd.parent / "same_names")
+    theirs = foreign.base_back / "src" / "utils"
+    for name in ("core.py", "training/__init__.py", "networks/blocks.py"):
+        (theirs / name).parent.mkdir(exist_ok=True)
+        (theirs / name).write_text("raise SystemExit('a hidden module was imported')\n")
+    for name in ("losses/__init__.py", "losses/focal.py", "predictions/notes.txt"):
+        (theirs / name).parent.mkdir(exist_ok=True)
+        (theirs / name).write_text("GAMMA = 2\n")
+    code = """
+import json
+from utils import base_back, core, networks, training
+base_back.bind()
+import utils.losses.focal, utils.core.errors, utils.training.progress, utils.networks.soups, utils.predictions.rows
+ours = core, networks, training, utils.core.errors, utils.training.progress, utils.networks.soups
+print(json.dumps([module.__file__ for module in (*ours, utils.losses.focal)]))
+"""
+    files, messages = foreign.run("-c", code)
+    assert all(Path(file).is_relative_to(PROJECT / "utils") for file in files[:-1])
+    assert files[-1] == str(theirs / "losses" / "focal.py")
+    assert messages.count("src/utils/core.py, src/utils/networks/, src/utils/training/ cannot be imported") == 1
 
 
 @pytest.mark.parametrize(
@@ -166,12 +181,3 @@ def test_the_digest_covers_names_and_contents_of_the_sources(tmp_path: Path) -> 
     digests.append(base_back.source_digest(tmp_path / "renamed"))
     assert len(set(digests)) == 3
     assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests)
-
-
-def test_the_default_workspace_is_named_or_holds_base_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BASE_BACK_DIR", str(build(tmp_path)))
-    monkeypatch.setenv("DBT_BASE_DIR", "there")
-    assert base_back.default_workspace() == tmp_path / "there"
-    monkeypatch.delenv("DBT_BASE_DIR")
-    assert base_back.default_workspace() == tmp_path

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from utils import image_cache
-from utils.image_cache import UnreadableImages, decode_images, open_images, read_image, resized_side
+from utils.image_cache import UnreadableImages, decode_images, open_images, resized_side
 
 SIZE = 32
 
@@ -102,11 +102,11 @@ def test_images_that_lose_their_range_are_counted_once_for_a_split(tmp_path, hea
     Image.fromarray(np.linspace(0, 60000, 5400).reshape(60, 90).astype(np.uint16)).save(paths[1])
     transparent(paths[2])
     for _ in range(2):
-        open_images(paths, [digest(path) for path in paths], 36, tmp_path / "cache")
+        images = open_images(paths, [digest(path) for path in paths], 36, tmp_path / "cache")
     said = {record.getMessage() for record in heard.records}
     assert len(said) == 1
     assert "2 of 3 images have more than 8 bits a channel and are clipped to 255" in said.pop()
-    assert read_image(paths[1], 36).max() == 255
+    assert images.image(1).max() == 255
 
 
 def test_a_wide_scan_is_decoded_and_quietly(tmp_path):

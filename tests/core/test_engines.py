@@ -153,7 +153,7 @@ def test_what_ray_prints_does_not_reach_stdout(capsys):
 
 
 def test_the_command_line_knows_the_engines():
-    assert commands.COMMON_OPTIONS["--engine"]["choices"] == tuple(engines.ENGINES)
+    assert commands.COMMON_OPTIONS["--engine"]["choices"] == (engines.Local.name, engines.Ray.name)
 
 
 def test_an_address_belongs_to_ray(tmp_path):

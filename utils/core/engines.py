@@ -65,6 +65,9 @@ class Engine(Protocol):
     def worker_device(self, device: str) -> str:
         """The name that a device of this machine has where a job runs."""
 
+    def close(self) -> None:
+        """Release what the engine started; called when the command ends."""
+
 
 class Local:
     """This process."""
@@ -232,11 +235,10 @@ class Ray:
         return self._task, ray
 
 
-ENGINES: dict[str, type[Local] | type[Ray]] = {engine.name: engine for engine in (Local, Ray)}
-_current: Local | Ray = Local()
+_current: Engine = Local()
 
 
-def current() -> Local | Ray:
+def current() -> Engine:
     """The engine of this command."""
     return _current
 

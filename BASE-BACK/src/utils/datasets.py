@@ -111,7 +111,7 @@ def create_optimized_transforms(size: int = IMG_SIZE, is_training: bool = True) 
     )
 
 
-def worker_init_fn(worker_id: int) -> None:
+def worker_init_fn(_worker_id: int) -> None:
     """Seed NumPy and `random` of a loader process from torch's seed for it."""
     seed = torch.initial_seed() % 2**32
     np.random.seed(seed)

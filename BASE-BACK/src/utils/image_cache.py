@@ -81,17 +81,12 @@ def resized_side(size: int) -> int:
     return int(size * 1.14)
 
 
-def read_image(path: Path, side: int) -> np.ndarray:
-    """Decode one file to RGB with its shorter side at `side`, uint8 (height, width, 3).
+def _read_image(path: Path, sides: Sequence[int]) -> tuple[dict[int, np.ndarray], str]:
+    """{side: RGB pixels, uint8 (height, width, 3), whose shorter side is `side`} of one file, and Pillow's mode.
 
-    EXIF orientation is ignored, as in the evaluation transform, and 16 bits a channel are clipped to 8 as there.
+    Ignores EXIF orientation, as the evaluation transform does, and clips 16 bits per channel to 8 in the same way.
     Raises ValueError with the path and the reason.
     """
-    return _read_image(path, [side])[0][side]
-
-
-def _read_image(path: Path, sides: Sequence[int]) -> tuple[dict[int, np.ndarray], str]:
-    """One file at each of the sides, decoded once, and Pillow's name of its mode."""
     from .image_files import open_image
 
     try:

@@ -69,11 +69,12 @@ class Descent(nn.Module):
     as false and goes left; a node that sends it right looks at a copy of the features with infinity in its place.
     """
 
-    first_column: Tensor
-    first_threshold: Tensor
-    first_children: Tensor
-    column: Tensor
-    threshold: Tensor
+    if TYPE_CHECKING:  # torch.jit.script cannot read these annotations
+        first_column: Tensor
+        first_threshold: Tensor
+        first_children: Tensor
+        column: Tensor
+        threshold: Tensor
 
     def __init__(self, nodes: Nodes, table: np.ndarray, *, features: int, inclusive: bool) -> None:
         super().__init__()
@@ -134,7 +135,8 @@ class PerfectDescent(Descent):
 class LinkedDescent(Descent):
     """The place is the node's number."""
 
-    child: Tensor
+    if TYPE_CHECKING:  # torch.jit.script cannot read these annotations
+        child: Tensor
 
     def __init__(self, nodes: Nodes, *, features: int, inclusive: bool) -> None:
         super().__init__(nodes, np.arange(len(nodes.child)), features=features, inclusive=inclusive)
@@ -192,8 +194,9 @@ def _in_levels(
 class BoosterProbabilities(nn.Module):
     """Softmax of the base scores and the sums over trees, R for each of C classes."""
 
-    values: Tensor
-    base: Tensor
+    if TYPE_CHECKING:  # torch.jit.script cannot read these annotations
+        values: Tensor
+        base: Tensor
 
     def __init__(self, descent: Descent, values: np.ndarray, base: np.ndarray) -> None:
         super().__init__()
@@ -293,7 +296,8 @@ def _expect(what: str, found: object, expected: object) -> None:
 class ForestProbabilities(nn.Module):
     """Mean over T trees of the class probabilities of the leaf."""
 
-    values: Tensor
+    if TYPE_CHECKING:  # torch.jit.script cannot read these annotations
+        values: Tensor
 
     def __init__(self, descent: Descent, values: np.ndarray) -> None:
         super().__init__()

@@ -65,12 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(folder: Path, size: Size) -> tuple[float, float]:
     """Seconds to write the report of a synthetic workspace in an empty folder, imports included, and its megabytes."""
     from utils.core.config_file import load_config
-    from utils.evaluation import report_page
+    from utils.evaluation import report_page, report_sources
+    from utils.predictions import catalog
+    from utils.predictions.store import Store
 
     workspace = synthetic(folder, size)
     config = load_config(PROJECT / "configs" / "votes.yaml")
     start = time.perf_counter()
-    report_page.write(config, workspace, "test")
+    report_page.write(config, report_sources.read(Store(config, workspace, catalog.read(workspace)), "test"))
     return time.perf_counter() - start, workspace.report("test").stat().st_size / 1e6
 
 

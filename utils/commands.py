@@ -129,7 +129,7 @@ COMMANDS: dict[str, Command] = {
         decodes=True,
     ),
     "evaluate": Command(
-        "utils.evaluation.report_page:evaluate",
+        "utils.evaluation.evaluate:evaluate",
         "score members and ensembles, rank them, name the recommended one, write the report",
         "evaluate --model-name soft_voting_ensemble",
         {

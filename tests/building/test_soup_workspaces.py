@@ -13,7 +13,7 @@ from stored_predictions import workspace_at
 
 from utils.core.workspace import Workspace
 from utils.discovery import discover
-from utils.evaluation import score_ranking
+from utils.evaluation.evaluate import evaluate
 from utils.operations import upkeep
 from utils.predictions import catalog
 
@@ -92,14 +92,14 @@ def test_checkpoints_of_a_declared_network_give_a_soup_that_stays_derived(own):
 # evaluate and clean ---------------------------------------------------------------------------------------------------
 def test_a_soup_is_ranked_once_and_under_its_own_name_where_it_is_asked_for(own):
     def ranked(*overrides):
-        rows = score_ranking.evaluate(config(*overrides), own).document["rows"]
+        rows = evaluate(config(*overrides), own).document["rows"]
         return {row["name"]: row["kind"] for row in rows}
 
     soups = {f"{role}_{NAME}": "ensemble" for role in ROLES}
     assert ranked() == {NAME: "member", "soft_voting_ensemble": "ensemble", **soups}
     own_name = f"{NAME}_greedy_soup"
     assert ranked(f"backbones.include=[{NAME}, {own_name}]")[own_name] == "member"
-    alone = score_ranking.evaluate(config(), own, model_name=own_name)
+    alone = evaluate(config(), own, model_name=own_name)
     assert alone.document["name"] == own_name
 
 

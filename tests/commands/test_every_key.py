@@ -31,7 +31,7 @@ from utils.building.protocol import Session
 from utils.core.config import Config, validate
 from utils.core.errors import UserError
 from utils.distillation import student_plan, students, teachers, unlabeled
-from utils.evaluation import report_page
+from utils.evaluation import report_page, report_sources
 from utils.exporting import export
 from utils.predictions import catalog, extraction, image_splits, streaming
 from utils.predictions.store import Store
@@ -240,7 +240,9 @@ def test_changing_it_changes_something(key, built, as_printed):
 
 def test_the_report_names_the_project_as_it_is_configured(built):
     config = with_values({"project.version": "7.5 beta"})
-    page = report_page.render(config, Store(config, at(built), catalog.load(at(built))), "test", "")
+    page = report_page.render(
+        config, report_sources.read(Store(config, at(built), catalog.load(at(built))), "test"), ""
+    )
     assert f'<td class="text">{config.project.name}, version 7.5 beta</td>' in page
 
 

@@ -31,7 +31,7 @@ from utils.core import artifacts
 from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.discovery import discover
-from utils.evaluation import score_ranking
+from utils.evaluation.evaluate import evaluate
 from utils.numeric.metrics import softmax
 from utils.predictions import catalog
 
@@ -184,13 +184,13 @@ def test_classes_without_names_are_numbers_in_their_order(tmp_path, workspace):
 def test_val_may_be_missing_where_there_are_out_of_fold_rows(tmp_path, workspace):
     take_in(workspace, write(tmp_path / "given", stems=("oof", "test")))
     build_commands.build_ensemble(CONFIG, workspace)
-    score_ranking.evaluate(CONFIG, workspace)
+    evaluate(CONFIG, workspace)
     ranking = json.loads(workspace.ranking("test").read_text())
     assert ranking["recommended"]["evidence"]["n"] == 60
     with pytest.raises(
         UserError, match=r"member bayes: no predictions for val; none are imported. Write DIR/bayes/val"
     ):
-        score_ranking.evaluate(CONFIG, workspace, split="val")
+        evaluate(CONFIG, workspace, split="val")
 
 
 def test_without_any_out_of_fold_rows_val_is_what_is_honest(tmp_path, workspace, caplog):

@@ -24,7 +24,7 @@ from given_predictions import (
 
 from utils.building import build_commands
 from utils.core.errors import UserError
-from utils.evaluation import score_ranking
+from utils.evaluation.evaluate import evaluate
 from utils.predictions import catalog
 
 
@@ -61,8 +61,8 @@ def test_a_label_that_one_member_does_not_know_comes_from_another(tmp_path, work
     assert codes(workspace, "bayes") == {"unlabelled"}
     build_commands.build_ensemble(CONFIG, workspace)
     with pytest.raises(UserError, match=r"test: no row has a label. Write labels into test\.npz of any member"):
-        score_ranking.evaluate(CONFIG, workspace)
-    assert score_ranking.evaluate(CONFIG, workspace, split="val").document["n"] == 30
+        evaluate(CONFIG, workspace)
+    assert evaluate(CONFIG, workspace, split="val").document["n"] == 30
 
 
 def test_rows_whose_class_nobody_knows_are_not_fitted_on_and_not_scored(tmp_path, workspace, caplog):
@@ -74,7 +74,7 @@ def test_rows_whose_class_nobody_knows_are_not_fitted_on_and_not_scored(tmp_path
     assert catalog.read(workspace).splits["train"]["n"] == 55
     build_commands.build_ensemble(CONFIG, workspace)
     with logged(caplog):
-        found = score_ranking.evaluate(CONFIG, workspace)
+        found = evaluate(CONFIG, workspace)
     assert found.document["n"] == 25
     assert "evaluate: 5 of 30 row(s) of test are left out: no label" in caplog.text
 

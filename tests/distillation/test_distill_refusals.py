@@ -12,7 +12,7 @@ from stored_predictions import workspace_at
 from student_runs import SMALL, config, distill, record, store_of
 
 from utils.core.errors import ConfigError, UserError
-from utils.evaluation import score_ranking
+from utils.evaluation.evaluate import evaluate
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_imported_predictions_teach_about_the_images_with_their_ids(imported):
     found = record(imported, SMALL)
     assert (found["targets"]["kind"], found["teacher"]) == ("oof", "soft_voting_ensemble")
     assert found["costs"]["teacher"] == {"latency_ms": None, "size_mb": None}
-    score_ranking.evaluate(config(SMALL), imported)
+    evaluate(config(SMALL), imported)
     metrics = json.loads(imported.ensemble_metrics("distilled_convnext", "test").read_text())
     assert metrics["controls"]["teacher"]["accuracy"] > 0
     for kind in ("consistent", "views"):

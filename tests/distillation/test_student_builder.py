@@ -23,7 +23,7 @@ from utils.building import ensembles, recommendation
 from utils.core.errors import LeakageError, UserError
 from utils.distillation import student_builder, teachers
 from utils.distillation.students import ensemble_name
-from utils.evaluation import score_ranking
+from utils.evaluation.evaluate import evaluate
 from utils.numeric.metrics import softmax
 from utils.operations import inventory, upkeep
 from utils.predictions import catalog, streaming
@@ -41,7 +41,7 @@ def taught(tmp_path_factory, built):
     workspace = workspace_at(Path(shutil.copytree(built, tmp_path_factory.mktemp("taught") / "w")))
     result = distill(workspace)
     assert result.document["built"] == [NAME]
-    score_ranking.evaluate(config(), workspace)
+    evaluate(config(), workspace)
     return workspace
 
 

@@ -6,11 +6,9 @@ from itertools import pairwise
 
 import browser
 import pytest
-from conftest import PROJECT
+from report_pages import write_page
 
 import report as synthetic_report
-from utils.core.config_file import load_config
-from utils.evaluation import report_page
 
 pytestmark = [
     pytest.mark.browser,
@@ -24,8 +22,7 @@ CONTRAST = 4.5  # WCAG 2, level AA, for text
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     workspace = synthetic_report.synthetic(tmp_path_factory.mktemp("synthetic"), classes=CLASSES, name=NAME)
-    report_page.write(load_config(PROJECT / "configs" / "votes.yaml"), workspace, "test")
-    return workspace.report("test")
+    return write_page(workspace)
 
 
 @pytest.fixture(scope="module")

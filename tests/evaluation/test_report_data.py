@@ -9,7 +9,7 @@ import pytest
 
 from utils.core.errors import UserError
 from utils.evaluation import example_images, report_data
-from utils.evaluation.example_images import Answers, Instructive
+from utils.evaluation.example_images import ExampleImage, LabelledPredictions
 from utils.numeric import diversity
 from utils.numeric.metrics import softmax
 from utils.predictions.rows import UNKNOWN, MemberRows
@@ -25,12 +25,12 @@ def test_what_each_member_adds_to_the_plain_mean():
     first = rows("val", ["1", "2", "3", "x"], [0, 0, 1, UNKNOWN], [[0.8, 0.2], [0.6, 0.4], [0.7, 0.3], [0.5, 0.5]])
     second = rows("val", ["3", "2", "1"], [1, 0, 0], [[0.2, 0.8], [0.3, 0.7], [0.4, 0.6]])
     third = rows("val", ["1", "2", "3", "4"], [0, 0, 1, 0], [[0.9, 0.1], [0.4, 0.6], [0.6, 0.4], [0.5, 0.5]])
-    found = report_data.contribute({"a": [first], "b": [second], "c": [third]})
+    found = report_data.member_contributions({"a": [first], "b": [second], "c": [third]})
     truth = np.array([[0.8, 0.6, 0.3], [0.4, 0.3, 0.8], [0.9, 0.4, 0.4]])
     assert found.rows == 3
     assert found.accuracy == pytest.approx([2 / 3, 1 / 3, 1 / 3])
     assert found.log_loss == pytest.approx(-np.log(truth).mean(axis=1))
-    assert found.alone_right.tolist() == [1, 1, 0]
+    assert found.only_correct.tolist() == [1, 1, 0]
     mean = -np.log(truth.mean(axis=0)).mean()
     assert found.mean_log_loss == pytest.approx(mean)
     expected = [-np.log(np.delete(truth, place, axis=0).mean(axis=0)).mean() - mean for place in range(3)]
@@ -40,16 +40,16 @@ def test_what_each_member_adds_to_the_plain_mean():
 def test_members_without_a_common_row_are_an_error_in_words():
     parts = {"a": [rows("val", ["1"], [0], [[0.9, 0.1]])], "b": [rows("train", ["1"], [0], [[0.9, 0.1]])]}
     with pytest.raises(UserError, match="a, b: no labelled row"):
-        report_data.contribute(parts)
+        report_data.member_contributions(parts)
 
 
 def test_a_temperature_is_undone():
     logits = np.random.default_rng(0).normal(size=(20, 4))
-    answers = Answers(np.arange(20).astype(str), np.zeros(20, dtype=int), softmax(logits / 0.4))
-    data = SimpleNamespace(record={"temperature": 0.4}, answers=answers)
+    predictions = LabelledPredictions(np.arange(20).astype(str), np.zeros(20, dtype=int), softmax(logits / 0.4))
+    data = SimpleNamespace(record={"temperature": 0.4}, predictions=predictions)
     assert report_data.without_temperature(data) == pytest.approx(softmax(logits))
     for record in ({}, {"temperature": None}, {"temperature": 1.0}, {"temperature": 0.4, "share_of_stacker": 0.5}):
-        assert report_data.without_temperature(SimpleNamespace(record=record, answers=answers)) is None
+        assert report_data.without_temperature(SimpleNamespace(record=record, predictions=predictions)) is None
 
 
 def test_mutual_information_of_members():
@@ -63,22 +63,22 @@ def test_mutual_information_of_members():
 
 
 def test_the_surest_errors_come_first_and_ties_by_name():
-    answers = Answers(
+    predictions = LabelledPredictions(
         np.array(["d", "c", "b", "a", "e"]),
         np.array([0, 1, 1, 1, 0]),
         np.array([[0.9, 0.1], [0.8, 0.2], [0.8, 0.2], [0.99, 0.01], [0.4, 0.6]]),
     )
-    found = example_images.surely_wrong("test", answers, None, 3)
+    found = example_images.confident_errors("test", predictions, None, 3)
     assert [item.sample_id for item in found] == ["a", "b", "c"]
-    assert (found[0].answer, found[0].label, found[0].probability) == (0, 1, 0.99)
-    assert found[0].of_label == pytest.approx(0.01)
+    assert (found[0].predicted, found[0].label, found[0].probability) == (0, 1, 0.99)
+    assert found[0].label_probability == pytest.approx(0.01)
 
 
 def test_disputed_rows_are_those_not_shown_yet_on_which_members_differ():
-    answers = Answers(np.array(["a", "b", "c"]), np.zeros(3, dtype=int), np.full((3, 2), 0.5))
-    found = example_images.disputed("test", answers, np.array([0.5, 0.0, 0.2]), 5, {"a"})
+    predictions = LabelledPredictions(np.array(["a", "b", "c"]), np.zeros(3, dtype=int), np.full((3, 2), 0.5))
+    found = example_images.disagreements("test", predictions, np.array([0.5, 0.0, 0.2]), 5, {"a"})
     assert [(item.sample_id, item.disagreement) for item in found] == [("c", 0.2)]
-    assert example_images.disputed("test", answers, None, 5, set()) == []
+    assert example_images.disagreements("test", predictions, None, 5, set()) == []
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_disputed_rows_are_those_not_shown_yet_on_which_members_differ():
 )
 def test_places_that_one_kind_leaves_go_to_the_others(counts, expected):
     found = {
-        kind: [Instructive(kind, "test", str(number), 0, 1, 0.9, 0.1, None) for number in range(count)]
-        for kind, count in zip(example_images.SHARES, counts, strict=True)
+        kind: [ExampleImage(kind, "test", str(number), 0, 1, 0.9, 0.1, None) for number in range(count)]
+        for kind, count in zip(example_images.QUOTAS, counts, strict=True)
     }
-    chosen = [item.kind for item in example_images.shared_out(found, 20)]
-    assert tuple(map(chosen.count, example_images.SHARES)) == expected
+    chosen = [item.kind for item in example_images.apply_quotas(found, 20)]
+    assert tuple(map(chosen.count, example_images.QUOTAS)) == expected

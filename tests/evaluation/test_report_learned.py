@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from report_pages import CONFIG, page_of
+from report_pages import page_of, write_page
 
 import report as synthetic_report
 from utils.core.artifacts import read_json, write_json
-from utils.evaluation import report_learned, report_page
+from utils.evaluation import report_learned
 
 MOE = {
     "expected_experts": 1.5,
@@ -74,7 +74,7 @@ def test_the_page_shows_them_and_leaves_the_part_out_without_any(tmp_path):
     ranking = read_json(workspace.ranking("test"), remedy="")
     doubt = {"label_issues": {"model": names[0], "n": 300, "in_doubt": 7}}
     write_json(workspace.ranking("test"), ranking | doubt)
-    report_page.write(CONFIG, workspace, "test")
+    write_page(workspace)
     text = page_of(workspace).text
     for words in (
         *("How they combine", "beats soft_voting", "1.50 of 3", "67 % [25 %, open]", "distillation helped"),
@@ -82,8 +82,8 @@ def test_the_page_shows_them_and_leaves_the_part_out_without_any(tmp_path):
     ):
         assert words in text, words
     (workspace.ensemble(names[4]) / "ensemble.json").write_text("{}")
-    report_page.write(CONFIG, workspace, "test")
-    assert f"How {names[4]} combines is not shown" in page_of(workspace).text
+    write_page(workspace)
+    assert f"How {names[4]} combines its members is not shown" in page_of(workspace).text
     (workspace.ensemble(names[4]) / "ensemble.json").unlink()
     for name in [*names[:4], *names[5:]]:
         path = workspace.ensemble(name) / "ensemble.json"
@@ -92,5 +92,5 @@ def test_the_page_shows_them_and_leaves_the_part_out_without_any(tmp_path):
         write_json(path, {key: value for key, value in record.items() if key not in gone})
         path = workspace.ensemble_metrics(name, "test")
         write_json(path, {key: value for key, value in read_json(path, remedy="").items() if key != "controls"})
-    report_page.write(CONFIG, workspace, "test")
+    write_page(workspace)
     assert "How they combine" not in page_of(workspace).text

@@ -10,7 +10,7 @@ import shutil
 import given_predictions as given
 import pytest
 from conftest import PROJECT
-from report_pages import CONFIG, Page, page_of
+from report_pages import CONFIG, Page, page_of, write_page
 
 import ensemble_orchestrator
 import report as synthetic_report
@@ -18,6 +18,7 @@ from utils.building import build_commands
 from utils.core.artifacts import read_json, write_json
 from utils.core.config_file import load_config
 from utils.evaluation import report_page, thumbnails
+from utils.evaluation.evaluate import evaluate
 
 DEMO = ("--config", "configs/votes.yaml")
 
@@ -25,7 +26,7 @@ DEMO = ("--config", "configs/votes.yaml")
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory):
     workspace = synthetic_report.synthetic(tmp_path_factory.mktemp("synthetic"))
-    report_page.write(CONFIG, workspace, "test")
+    write_page(workspace)
     return workspace
 
 
@@ -35,7 +36,7 @@ def imported(tmp_path):
     workspace = given.empty_workspace(tmp_path / "workspace")
     given.take_in(workspace, given.write(tmp_path / "given"))
     build_commands.build_ensemble(CONFIG, workspace)
-    report_page.evaluate(CONFIG, workspace)
+    evaluate(CONFIG, workspace)
     return workspace
 
 
@@ -68,19 +69,27 @@ def test_it_is_one_file_that_asks_for_nothing(synthetic):
     assert len(ids) == len(set(ids))
 
 
-def test_it_is_the_same_again_and_written_only_when_a_record_changed(tmp_path):
+def test_it_is_the_same_again_and_current_until_a_record_changes(tmp_path):
     workspace = synthetic_report.synthetic(tmp_path)
-    path = report_page.write(CONFIG, workspace, "test")
-    first, before = path.read_bytes(), path.stat().st_mtime_ns
-    assert report_page.write(CONFIG, workspace, "test") == path
-    assert path.stat().st_mtime_ns == before
-    report_page.write(CONFIG, workspace, "test", force=True)
-    assert path.stat().st_mtime_ns > before
-    assert path.read_bytes() == first
+    assert not report_page.is_current(CONFIG, workspace, "test")
+    first = write_page(workspace).read_bytes()
+    assert report_page.is_current(CONFIG, workspace, "test")
+    assert write_page(workspace).read_bytes() == first
     record = read_json(workspace.ensemble_metrics("ensemble_00", "test"), remedy="")
     write_json(workspace.ensemble_metrics("ensemble_00", "test"), record | {"accuracy": 0.123})
-    report_page.write(CONFIG, workspace, "test")
+    assert not report_page.is_current(CONFIG, workspace, "test")
+    write_page(workspace)
     assert "12.3 %" in page_of(workspace).text
+
+
+def test_a_page_of_stored_records_is_the_one_that_was_written_with_them(imported):
+    path = imported.report("test")
+    first, before = path.read_bytes(), path.stat().st_mtime_ns
+    assert evaluate(CONFIG, imported).document["report"] == str(path)
+    assert path.stat().st_mtime_ns == before
+    path.unlink()
+    assert evaluate(CONFIG, imported).document["report"] == str(path)
+    assert path.read_bytes() == first
 
 
 def test_without_images_rows_are_named_and_nothing_is_drawn_of_them(imported):
@@ -105,7 +114,7 @@ def test_hostile_names_are_text(tmp_path):
     workspace = given.empty_workspace(tmp_path / "workspace")
     given.take_in(workspace, given.write(tmp_path / "given", change=change))
     build_commands.build_ensemble(CONFIG, workspace)
-    report_page.evaluate(CONFIG, workspace)
+    evaluate(CONFIG, workspace)
     page = page_of(workspace)
     assert not page.of("script")
     assert not page.of("img")
@@ -117,14 +126,14 @@ def test_hostile_names_are_text(tmp_path):
 
 def test_another_split_has_a_page_of_its_own(imported):
     before = imported.report("test").read_bytes()
-    report_page.evaluate(CONFIG, imported, split="val")
+    evaluate(CONFIG, imported, split="val")
     assert "scores are optimistic" in page_of(imported, "val").text
     assert imported.report("test").read_bytes() == before
 
 
 def test_one_model_alone_gets_no_page(imported):
     imported.report("test").unlink()
-    found = report_page.evaluate(CONFIG, imported, model_name="soft_voting_ensemble")
+    found = evaluate(CONFIG, imported, model_name="soft_voting_ensemble")
     assert not imported.report("test").exists()
     assert "report" not in found.document
 
@@ -132,31 +141,32 @@ def test_one_model_alone_gets_no_page(imported):
 def test_what_cannot_be_shown_is_said_and_the_rest_stays(tmp_path):
     workspace = synthetic_report.synthetic(tmp_path)
     (workspace.ensemble("ensemble_00") / "predictions_test.npz").unlink()
-    report_page.write(CONFIG, workspace, "test")
+    write_page(workspace)
     page = page_of(workspace)
     assert "Single rows of test are not shown" in page.text
     assert "Error correlation" in page.text
     shutil.rmtree(workspace.all_oof)
-    report_page.write(CONFIG, workspace, "test", force=True)
+    write_page(workspace)
     page = page_of(workspace)
-    assert "What each member adds is not shown" in page.text
+    assert "The contribution of each member is not shown" in page.text
     assert "Ranking" in page.text
 
 
-def test_a_damaged_record_is_a_failure_and_not_the_end(imported, monkeypatch):
-    def damaged(*_, **__):
-        raise report_page.UserError("x.json: damaged")
-
-    monkeypatch.setattr(report_page, "write", damaged)
-    found = report_page.evaluate(CONFIG, imported)
-    assert found.failures == ["report: x.json: damaged"]
+def test_a_damaged_record_is_a_failure_and_the_ranking_is_shown(imported):
+    imported.report("test").unlink()
+    path = imported.member_metrics("bayes", "test")
+    path.write_text("{")
+    result = evaluate(CONFIG, imported)
+    assert [failure.startswith(f"report: {path}: damaged") for failure in result.failures] == [True]
+    assert result.document["rows"]
+    assert evaluate(CONFIG, imported, force=True).failures == []
 
 
 def test_an_image_that_is_gone_is_said(tmp_path):
     workspace = synthetic_report.synthetic(tmp_path)
     for path in (workspace.split_dir / "test").rglob("*.jpg"):
         path.unlink()
-    report_page.write(CONFIG, workspace, "test")
+    write_page(workspace)
     page = page_of(workspace)
     assert "the file is gone" in page.text
     assert len(page.of("img")) < 20
@@ -166,7 +176,7 @@ def test_thumbnails_are_made_for_the_chosen_images_alone(tmp_path, monkeypatch):
     workspace = synthetic_report.synthetic(tmp_path)
     made, thumbnail = [], thumbnails.thumbnail
     monkeypatch.setattr("utils.evaluation.report_sections.thumbnail", lambda path: made.append(path) or thumbnail(path))
-    report_page.write(CONFIG, workspace, "test")
+    write_page(workspace)
     assert len(made) == 20
 
 
@@ -175,7 +185,7 @@ def test_the_commands_to_do_it_again_are_understood(tmp_path):
     config = load_config(
         PROJECT / "configs" / "votes.yaml", overrides=["runs.score_ensemble.methods=[soft_voting]", "seed=7"]
     )
-    report_page.write(config, workspace, "test")
+    write_page(workspace, config)
     lines = [line for line in page_of(workspace).words if "ensemble_orchestrator.py" in line]
     commands = [shlex.split(line) for line in "".join(lines).strip().splitlines()]
     assert [words[2] for words in commands] == ["discover", "build-ensemble", "evaluate", "predict"]

@@ -14,7 +14,8 @@ from scipy.stats import binomtest
 from utils.building import build_commands
 from utils.core.config_file import load_config
 from utils.core.errors import ConfigError, UserError
-from utils.evaluation import plots, score_ranking
+from utils.evaluation import plots
+from utils.evaluation.evaluate import evaluate
 from utils.numeric import statistics
 from utils.numeric.metrics import METRICS, log_loss_per_row, softmax
 from utils.predictions import catalog
@@ -46,7 +47,7 @@ def few_pictures():
 def evaluated(tmp_path_factory):
     """Read it only."""
     workspace = built(tmp_path_factory.mktemp("evaluated"))
-    result = score_ranking.evaluate(CONFIG, workspace)
+    result = evaluate(CONFIG, workspace)
     assert result.failures == []
     return workspace
 
@@ -115,7 +116,7 @@ def test_the_ranking_corrects_its_p_values_by_holm(evaluated):
 def test_soft_voting_is_compared_with_though_it_is_not_built(tmp_path):
     config = configured("runs.score_ensemble.methods=[hard_voting]")
     workspace = built(tmp_path, config=config)
-    score_ranking.evaluate(config, workspace)
+    evaluate(config, workspace)
     mean = np.mean([answers(workspace, name)[0] for name in NAMES], axis=0)
     labels = answers(workspace, "bayes")[1]
     found = record(workspace, "bayes")["vs_soft_voting"]
@@ -178,31 +179,31 @@ def test_reliability_and_calibration_errors_agree(evaluated):
 
 def test_other_options_are_other_records_and_equal_ones_are_kept(tmp_path):
     workspace = built(tmp_path)
-    assert "written" in score_ranking.evaluate(CONFIG, workspace).text
-    assert "up to date" in score_ranking.evaluate(CONFIG, workspace).text
+    assert "written" in evaluate(CONFIG, workspace).text
+    assert "up to date" in evaluate(CONFIG, workspace).text
     told = {"alpha": 0.2, "target_risk": 0.1, "class_conditional": True}
-    assert "written" in score_ranking.evaluate(CONFIG, workspace, **told).text
-    assert "up to date" in score_ranking.evaluate(CONFIG, workspace, **told).text
+    assert "written" in evaluate(CONFIG, workspace, **told).text
+    assert "up to date" in evaluate(CONFIG, workspace, **told).text
     found = record(workspace, "soft_voting_ensemble")
     assert found["conformal"]["lac"]["alpha"] == found["conformal_by_class"]["aps"]["alpha"] == 0.2
     assert found["selective"]["target_risk"] == found["selective"]["wanted_error"] == 0.1
     assert found["conformal_by_class"]["lac"]["classes"].keys() == {"ant", "bee", "cat"}
     for name, value in (("alpha", 0.0), ("target_risk", 1.0), ("alpha", float("nan"))):
-        with pytest.raises(ConfigError, match="expected a share of rows"):
-            score_ranking.evaluate(CONFIG, workspace, **{name: value})
+        with pytest.raises(ConfigError, match="expected a fraction of rows"):
+            evaluate(CONFIG, workspace, **{name: value})
 
 
 def test_the_earlier_name_of_the_target_risk_is_accepted_and_announced(tmp_path, caplog):
     workspace = built(tmp_path)
     with logged(caplog):
-        score_ranking.evaluate(CONFIG, workspace, wanted_error=0.2)
+        evaluate(CONFIG, workspace, wanted_error=0.2)
     assert record(workspace, "soft_voting_ensemble")["selective"]["target_risk"] == 0.2
     assert any(entry.levelname == "WARNING" and "--target-risk" in entry.getMessage() for entry in caplog.records)
 
 
 def test_the_same_rows_give_the_same_records(evaluated, tmp_path):
     again = built(tmp_path)
-    score_ranking.evaluate(CONFIG, again)
+    evaluate(CONFIG, again)
     for name in (*ENSEMBLES, *NAMES):
         first, second = (record(workspace, name) for workspace in (evaluated, again))
         for one in (first, second):
@@ -212,7 +213,7 @@ def test_the_same_rows_give_the_same_records(evaluated, tmp_path):
 
 def test_val_has_files_of_its_own_and_no_conformal_sets(evaluated, tmp_path):
     workspace = built(tmp_path)
-    score_ranking.evaluate(CONFIG, workspace, split="val")
+    evaluate(CONFIG, workspace, split="val")
     found = record(workspace, "soft_voting_ensemble", "val")
     assert found["conformal"] is None
     assert "calibrate" in found["notes"]["conformal"]
@@ -230,7 +231,7 @@ def test_val_has_files_of_its_own_and_no_conformal_sets(evaluated, tmp_path):
 def test_groups_are_drawn_whole(tmp_path):
     config = configured(r"dataset.group_regex='^(\d\d\d)'")
     workspace = built(tmp_path, config=config)
-    score_ranking.evaluate(config, workspace)
+    evaluate(config, workspace)
     found = record(workspace, "soft_voting_ensemble")
     assert found["bootstrap"] == {"replicates": 2000, "unit": "group", "units": 3}
 
@@ -243,20 +244,20 @@ def test_a_member_without_rows_of_the_split_does_not_stop_the_others(tmp_path):
     build_commands.build_ensemble(CONFIG, workspace)
     config = configured("backbones.include=[bayes,linear]", "runs.score_ensemble.methods=[soft_voting]")
     build_commands.build_ensemble(config, workspace)
-    result = score_ranking.evaluate(config, workspace)
+    result = evaluate(config, workspace)
     assert [failure.split(":")[0] for failure in result.failures] == ["forest", *ENSEMBLES[:2]]
     assert "no predictions for test; none are imported" in result.failures[0]
-    assert "its member forest has no answers to the rows of test" in result.failures[1]
+    assert "its member forest has no predictions on the rows of test" in result.failures[1]
     assert {row["name"] for row in ranking(workspace)["rows"]} == {"bayes", "linear", "soft_voting_ensemble"}
-    assert score_ranking.evaluate(config, workspace).failures == result.failures
+    assert evaluate(config, workspace).failures == result.failures
     for name in ("forest", "hard_voting_ensemble"):
         with pytest.raises(UserError, match="forest"):
-            score_ranking.evaluate(config, workspace, model_name=name)
+            evaluate(config, workspace, model_name=name)
     for name in ("bayes", "linear"):
         (folder / name / "test.npz").unlink()
     take_in(workspace, folder, force=True)
     with pytest.raises(UserError, match="no predictions for test"):
-        score_ranking.evaluate(CONFIG, workspace)
+        evaluate(CONFIG, workspace)
 
 
 def test_an_ensemble_whose_member_is_gone_is_named_with_what_to_do(tmp_path):
@@ -264,13 +265,13 @@ def test_an_ensemble_whose_member_is_gone_is_named_with_what_to_do(tmp_path):
     found = catalog.read(workspace)
     del found.members["forest"]
     catalog.save(workspace, found)
-    result = score_ranking.evaluate(CONFIG, workspace)
+    result = evaluate(CONFIG, workspace)
     assert [failure.split(":")[0] for failure in result.failures] == list(ENSEMBLES)
     assert "its member forest is no longer in the catalog. Put the checkpoint or the" in result.failures[0]
     assert "build-ensemble --force" in result.failures[0]
     assert {row["name"] for row in ranking(workspace)["rows"]} == {"bayes", "linear"}
     with pytest.raises(UserError, match="its member forest is no longer"):
-        score_ranking.evaluate(CONFIG, workspace, model_name="soft_voting_ensemble")
+        evaluate(CONFIG, workspace, model_name="soft_voting_ensemble")
 
 
 def test_nan_leaves_out_its_member_alone(tmp_path):
@@ -280,12 +281,12 @@ def test_nan_leaves_out_its_member_alone(tmp_path):
     logits = np.load(path)
     logits[4, 1] = np.nan
     np.save(path, logits)
-    result = score_ranking.evaluate(CONFIG, workspace)
+    result = evaluate(CONFIG, workspace)
     assert any(line.startswith("linear: 1 row(s) of test with NaN or infinity, first ") for line in result.failures)
     assert len(result.failures) == 4
     assert {row["name"] for row in ranking(workspace)["rows"]} == {"bayes", "forest"}
     path.write_bytes(right)  # once it is mended, the command is not told that all is up to date
-    assert score_ranking.evaluate(CONFIG, workspace).failures == []
+    assert evaluate(CONFIG, workspace).failures == []
     assert {row["name"] for row in ranking(workspace)["rows"]} == {*NAMES, *ENSEMBLES}
 
 
@@ -301,7 +302,7 @@ def only(*labels):
 @pytest.mark.parametrize(("classes", "reason"), [((0, 1), "1 of 3 classes without rows: cat"), ((1,), "of class bee")])
 def test_a_class_without_rows_and_one_class(tmp_path, classes, reason):
     workspace = built(tmp_path, change=only(*classes))
-    assert score_ranking.evaluate(CONFIG, workspace, class_conditional=True).failures == []
+    assert evaluate(CONFIG, workspace, class_conditional=True).failures == []
     found = record(workspace, "soft_voting_ensemble")
     assert found["roc_auc_ovr_macro"] is None
     assert reason in found["notes"]["roc_auc_ovr_macro"]
@@ -316,7 +317,7 @@ def test_probabilities_of_exactly_0_and_1(tmp_path):
         return given | {"probabilities": np.eye(3, dtype=np.float32)[winners]}
 
     workspace = built(tmp_path, change=certain)
-    assert score_ranking.evaluate(CONFIG, workspace).failures == []
+    assert evaluate(CONFIG, workspace).failures == []
     found = record(workspace, "bayes")
     assert found["ece"] == pytest.approx(1 - found["accuracy"], abs=1e-6)
     assert found["out_of_distribution"] is None
@@ -335,7 +336,7 @@ def test_labels_in_doubt_are_listed_by_the_recommended_one(tmp_path):
         return wrong_label(given) if stem == "val" else given
 
     workspace = built(tmp_path, change=surer)
-    result = score_ranking.evaluate(CONFIG, workspace)
+    result = evaluate(CONFIG, workspace)
     found = ranking(workspace)
     with workspace.label_issues("csv").open() as file:
         lines = list(csv.DictReader(file))
@@ -347,7 +348,7 @@ def test_labels_in_doubt_are_listed_by_the_recommended_one(tmp_path):
     assert [line["image"] for line in lines] == [""] * len(lines)
     margins = [float(line["margin"]) for line in lines]
     assert margins == sorted(margins)
-    assert f"labels in doubt: {len(lines)} of 90 honest rows" in result.text
+    assert f"labels in doubt: {len(lines)} of 90 out-of-sample rows" in result.text
     counts = np.array(json.loads(workspace.label_issues("json").read_text())["confident_joint"])
     assert counts.sum() - counts.trace() == len(lines)
 
@@ -355,7 +356,7 @@ def test_labels_in_doubt_are_listed_by_the_recommended_one(tmp_path):
 @pytest.mark.parametrize(("stem", "count"), [("test", 20), ("val", 30)])
 def test_a_member_with_fewer_rows_narrows_what_is_scored(tmp_path, stem, count):
     workspace = built(tmp_path, change=changing("bayes", stem, fewer(slice(0, 20))))
-    assert score_ranking.evaluate(CONFIG, workspace).failures == []
+    assert evaluate(CONFIG, workspace).failures == []
     found = record(workspace, "soft_voting_ensemble")
     assert found["n_samples"] == count
     assert found["out_of_distribution"] is not None

@@ -82,9 +82,9 @@ DEFECTS = (
     ),
     Defect(
         "contaminated results returned by name",
-        "utils/evaluation/score_ranking.py",
-        "if fitted and not allowed",
-        "if False and not allowed",
+        "utils/evaluation/evaluation_results.py",
+        "if fitted and not inputs.settings.allow_contaminated",
+        "if False and not inputs.settings.allow_contaminated",
         "tests/faults -k fitted",
     ),
     Defect(

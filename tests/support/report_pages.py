@@ -8,6 +8,9 @@ from html.parser import HTMLParser
 from conftest import PROJECT
 
 from utils.core.config_file import load_config
+from utils.evaluation import report_page, report_sources
+from utils.predictions import catalog
+from utils.predictions.store import Store
 
 CONFIG = load_config(PROJECT / "configs" / "votes.yaml")
 
@@ -51,3 +54,9 @@ class Page(HTMLParser):
 
 def page_of(workspace, split: str = "test") -> Page:
     return Page(workspace.report(split).read_text(encoding="utf-8"))
+
+
+def write_page(workspace, config=CONFIG, split: str = "test"):
+    """Write the page of the records that a workspace holds; return its path."""
+    store = Store(config, workspace, catalog.read(workspace))
+    return report_page.write(config, report_sources.read(store, split))

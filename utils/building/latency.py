@@ -18,7 +18,7 @@ import numpy as np
 
 from utils.building import fitting
 from utils.combiners.protocol import MemberFacts
-from utils.core.artifacts import read_record, write_json
+from utils.core.artifacts import write_json
 from utils.core.parsed_files import record_once
 from utils.core.workspace import Workspace
 from utils.networks.memory import out_of_memory
@@ -192,12 +192,12 @@ def _key(device: str, threads: int) -> str:
 
 def _keep(workspace: Workspace, kind: str, digest: str, record: Record, says: Mapping[str, str]) -> None:
     """After each one, so that a killed command has measured something; `says` whose it is."""
-    kept = read_record(workspace.latency, remedy=AGAIN) or {"networks": {}}
+    kept = record_once(workspace.latency, remedy=AGAIN) or {"networks": {}}
     batches = {f"batch_{size}": vars(timing) for size, timing in record.batches.items()}
     entry = {"device": record.device, "threads": record.threads, "batches": batches, **says}
-    table = kept.setdefault(kind, {})
-    table[digest] = table.get(digest, {}) | {_key(record.device, record.threads): entry}
-    write_json(workspace.latency, kept)
+    table = kept.get(kind, {})
+    entries = table.get(digest, {}) | {_key(record.device, record.threads): entry}
+    write_json(workspace.latency, {**kept, kind: {**table, digest: entries}})
 
 
 def _say_when_busy(workspace: Workspace) -> None:

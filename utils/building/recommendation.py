@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from utils.building import ensembles
-from utils.building.ensembles import Ensemble
+from utils.building.ensembles import Crossfit, Ensemble
 from utils.core.errors import UserError
 from utils.numeric.metrics import log_loss_per_row, softmax, within_one_standard_error
 from utils.predictions.catalog import Member, end_to_end_member_name
+from utils.predictions.rows import MemberRows
 from utils.predictions.store import Store
 
 SIMPLEST_FIRST = (
@@ -126,15 +127,25 @@ def _simplicity(candidate: Candidate) -> int:
 
 def recommended(store: Store, members: Mapping[str, Member], saved: Mapping[str, Ensemble]) -> dict[str, Any]:
     """Which member or ensemble to use, by out-of-sample rows alone; `recommend` is the rule."""
+    crossfits = ((ensemble, ensembles.load_crossfit(store.workspace, name)) for name, ensemble in saved.items())
+    return recommend_among(store.out_of_sample_parts(list(members.values())), crossfits)
+
+
+def recommend_among(
+    parts: Mapping[str, Sequence[MemberRows]], crossfits: Iterable[tuple[Ensemble, Crossfit]]
+) -> dict[str, Any]:
+    """Which member or ensemble to use; `recommend` is the rule.
+
+    `parts` are {member: its out-of-sample rows}, `crossfits` ensembles with their cross-fitted predictions.
+    """
     candidates = []
-    for name, parts in store.out_of_sample_parts(list(members.values())).items():
-        keys = [(part.split, sample_id) for part in parts for sample_id in part.sample_ids.tolist()]
-        probabilities = np.concatenate([softmax(np.asarray(part.logits)) for part in parts])
-        labels = np.concatenate([np.asarray(part.labels) for part in parts])
+    for name, member_parts in parts.items():
+        keys = [(part.split, sample_id) for part in member_parts for sample_id in part.sample_ids.tolist()]
+        probabilities = np.concatenate([softmax(np.asarray(part.logits)) for part in member_parts])
+        labels = np.concatenate([np.asarray(part.labels) for part in member_parts])
         candidates.append(_candidate(name, None, keys, probabilities, labels))
-    for name, ensemble in saved.items():
-        crossfit = ensembles.load_crossfit(store.workspace, name)
-        candidates.append(_candidate(name, ensemble, crossfit.keys(), crossfit.probabilities, crossfit.labels))
+    for ensemble, crossfit in crossfits:
+        candidates.append(_candidate(ensemble.name, ensemble, crossfit.keys(), crossfit.probabilities, crossfit.labels))
     return recommend(candidates)
 
 

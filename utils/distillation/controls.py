@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,18 +27,32 @@ def write_controls(workspace: Workspace, name: str, predictions: Mapping[str, Ma
     write_arrays(workspace.distillation(name) / "controls.npz", arrays)
 
 
-def control_metrics(
-    workspace: Workspace, name: str, split: str, sample_ids: Sequence[str], probabilities: np.ndarray
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """`controls` and `gain_kept` for a student's `metrics.json`, and the notes on them; both empty for other ensembles.
+@dataclass(frozen=True)
+class Controls:
+    """What a student is compared with: its record, and the predictions of its teacher and of its baseline."""
 
-    `probabilities` (N, C) are the student's on the rows `sample_ids`.
-    """
+    record: Mapping[str, Any]
+    arrays: Mapping[str, np.ndarray]
+    """{split/alone, split/teacher: probabilities (N, C); split/labels, split/sample_ids: (N,)}"""
+
+
+def read_controls(workspace: Workspace, name: str) -> Controls | None:
+    """The controls of a student; None for other ensembles."""
     record = read_record(workspace.distillation(name) / "record.json", remedy=REMEDY)
     path = workspace.distillation(name) / "controls.npz"
     if record is None or not path.is_file():
-        return {}, {}
-    arrays = read_arrays(path, remedy=REMEDY)
+        return None
+    return Controls(record, read_arrays(path, remedy=REMEDY))
+
+
+def control_metrics(
+    stored: Controls, split: str, sample_ids: Sequence[str], probabilities: np.ndarray
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """`controls` and `gain_kept` for a student's `metrics.json`, and the notes on them.
+
+    `probabilities` (N, C) are the student's on the rows `sample_ids`.
+    """
+    record, arrays = stored.record, stored.arrays
     stored_ids = arrays.get(f"{split}/sample_ids", np.array([])).tolist()
     row_of = {sample_id: row for row, sample_id in enumerate(stored_ids)}
     if any(sample_id not in row_of for sample_id in sample_ids):

@@ -1,7 +1,6 @@
-"""`evaluate`, and the page it ends in: one HTML file that needs nothing else, written of what lies on disk.
+"""The report: one HTML page that needs no other file.
 
-Everything that came from a user, such as names of classes and files, passes through one gate on its way into the page:
-made showable, then escaped.
+Every value that came from a user, such as names of classes and files, is made printable, then escaped.
 """
 
 from __future__ import annotations
@@ -10,73 +9,47 @@ import logging
 import os
 import re
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from utils.core.artifacts import digest_of, write_text
 from utils.core.config import Config
-from utils.core.errors import UserError
-from utils.core.results import Result
 from utils.core.workspace import Workspace
-from utils.evaluation import score_ranking
-from utils.predictions import catalog
-from utils.predictions.store import Store
+from utils.evaluation.report_sources import ReportSources
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 2  # raised whenever the same records would give another page
+VERSION = 3  # raised whenever the same records would give another page
 TEMPLATES = Path(__file__).with_name("templates")
 KEY = re.compile(rb'<meta name="inputs" content="([0-9a-f]{64})">')
-HEAD = 4096  # bytes in which the key stands
-EXPLAINED = {
-    "wrong": "Another class than the label's, by a high probability. Either the model or the label errs.",
-    "disputed": "Members give different answers, each sure of its own. More images like these would teach most.",
-    "mislabelled": "Answered by copies that never read these labels, and against them. Check the labels first.",
+HEAD_BYTES = 4096  # that hold the key
+EXPLANATIONS = {
+    "wrong": "The predicted class has a high probability and differs from the label: the model or the label is wrong.",
+    "disputed": "Members predict different classes with confidence. Further training images like these help most.",
+    "mislabelled": "Out-of-sample predictions contradict these labels. Check the labels first.",
 }
 
 
-def evaluate(
-    config: Config,
-    workspace: Workspace,
-    *,
-    split: str = "test",
-    model_name: str | None = None,
-    force: bool = False,
-    **options: Any,
-) -> Result:
-    """Score, rank and recommend as `evaluation.evaluate` does, then write the report; one model alone gets no report.
-
-    Raises what `evaluation.evaluate` raises, which gets the other `options`. A report that could not be made is a
-    failure of the result.
-    """
-    found = score_ranking.evaluate(config, workspace, split=split, model_name=model_name, force=force, **options)
-    if model_name is not None:
-        return found
-    try:
-        path = write(config, workspace, split, force=force)
-    except UserError as error:
-        return replace(found, failures=[*found.failures, f"report: {error}"])
-    return replace(found, text=f"{found.text}\nreport: {path}", document={**found.document, "report": str(path)})
-
-
-def write(config: Config, workspace: Workspace, split: str, *, force: bool = False) -> Path:
-    """Write the page of a split, unless it is there for the same records; gives its place.
-
-    Raises UserError where nothing was evaluated, or records are damaged.
-    """
-    path = workspace.report(split)
-    key = inputs_digest(config, workspace, split)
-    if not force and _key_of(path) == key:
-        return path
-    start = time.monotonic()
-    write_text(path, render(config, Store(config, workspace, catalog.read(workspace)), split, key))
-    logger.info("report of %s: %.1f s, %.1f MB", split, time.monotonic() - start, path.stat().st_size / 1e6)
+def write(config: Config, sources: ReportSources) -> Path:
+    """Write the page of a split, once its records are written; return its path."""
+    path, start = sources.workspace.report(sources.split), time.monotonic()
+    write_text(path, render(config, sources, inputs_digest(config, sources.workspace, sources.split)))
+    logger.info("report of %s: %.1f s, %.1f MB", sources.split, time.monotonic() - start, path.stat().st_size / 1e6)
     return path
 
 
+def is_current(config: Config, workspace: Workspace, split: str) -> bool:
+    """Whether the page of a split exists and shows the records that are on disk."""
+    path = workspace.report(split)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        key = KEY.search(file.read(HEAD_BYTES))
+    return key is not None and key[1].decode() == inputs_digest(config, workspace, split)
+
+
 def inputs_digest(config: Config, workspace: Workspace, split: str) -> str:
-    """Of every record that the page shows, found without opening an image."""
+    """Digest of every record that the page shows; no image is opened."""
     files = [workspace.ranking(split), workspace.catalog]
     files += sorted(workspace.scores.rglob(workspace.ranking(split).name.replace("ranking", "metrics")))
     files += sorted(workspace.models.glob("*/ensemble.json"))
@@ -89,24 +62,12 @@ def inputs_digest(config: Config, workspace: Workspace, split: str) -> str:
     return digest_of([VERSION, split, texts, config.digest()])
 
 
-def _key_of(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        found = KEY.search(file.read(HEAD))
-    return found[1].decode() if found else None
+def render(config: Config, sources: ReportSources, key: str) -> str:
+    """The page as one HTML text, with the digest of its records as its key."""
+    from utils.evaluation import report_learned, report_sections, report_summary
+    from utils.evaluation.report_data import report_data
 
-
-def render(config: Config, store: Store, split: str, key: str) -> str:
-    """The page of a split as one HTML text."""
-    from utils.evaluation import example_images, report_data, report_learned, report_sections, report_summary
-
-    data = report_data.gather(store, split)
-    try:
-        chosen = example_images.choose(store, split, data.focus, data.members, data.inference, data.answers)
-    except (UserError, OSError) as error:
-        chosen = []
-        data.notes.append(f"Single images are not shown: {error}")
+    data = report_data(sources)
     members, learned = report_sections.members(data), report_learned.learned(data)
     empty = {anchor for anchor, found in (("members", members), ("learned", any(_rows(learned)))) if not found}
     context = {
@@ -130,11 +91,11 @@ def render(config: Config, store: Store, split: str, key: str) -> str:
         "members": members,
         "learned": learned if any(_rows(learned)) else None,
         "doubt": data.ranking.get("label_issues"),
-        "label_issues": store.workspace.relative(store.workspace.label_issues("csv")),
-        "images": report_sections.images(store, data, chosen),
-        "has_images": store.catalog.has_images,
-        "explained": EXPLAINED,
-        "provenance": report_sections.provenance(config, store, data),
+        "label_issues": data.workspace.relative(data.workspace.label_issues("csv")),
+        "images": report_sections.images(data),
+        "has_images": data.catalog.has_images,
+        "explained": EXPLANATIONS,
+        "provenance": report_sections.provenance(config, data),
         "sections": [(anchor, word) for anchor, word in _sections() if anchor not in empty],
     }
     return _template().render(context)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,11 @@ from utils.core.display_text import (
     join_names,
 )
 from utils.evaluation import report_figures, report_summary
-from utils.evaluation.example_images import Instructive
+from utils.evaluation.example_images import ExampleImage
 from utils.evaluation.report_data import ReportData, without_temperature
 from utils.evaluation.thumbnails import Thumbnail, thumbnail
 from utils.numeric.metrics import reliability
 from utils.numeric.pareto import pareto_front
-from utils.predictions.store import Store
 
 KINDS = {
     "wrong": "Surely wrong",
@@ -163,10 +162,10 @@ def calibration(data: ReportData) -> dict[str, Any]:
     for kind in ("best_single", "soft_voting") if before is None else ("best_single",):
         if kind in data.peers and data.metrics[data.peers[kind]].get("reliability"):
             panels.append((data.peers[kind], data.metrics[data.peers[kind]]["reliability"]))
-    if data.answers is not None:
+    if data.predictions is not None:
         if before is not None:
-            panels.append(("before the temperature", reliability(before, data.answers.labels)))
-        panels.append((data.focus, reliability(data.answers.probabilities, data.answers.labels)))
+            panels.append(("before the temperature", reliability(before, data.predictions.labels)))
+        panels.append((data.focus, reliability(data.predictions.probabilities, data.predictions.labels)))
     elif data.evaluated.get("reliability"):
         panels.append((data.focus, data.evaluated["reliability"]))
     temperature = data.record.get("temperature")
@@ -243,7 +242,7 @@ def errors(data: ReportData) -> dict[str, Any]:
     figures = []
     for name in dict.fromkeys([data.focus, *data.peers.values()]):
         record = data.metrics[name]
-        classes = list(record["per_class"])
+        classes = [name for name in data.classes if name in record["per_class"]]
         if len(classes) > MOST_CELLS:
             figures.append(
                 {"title": name, "svg": "", "caption": f"{name}: {len(classes)} classes are too many to draw."}
@@ -266,7 +265,8 @@ def errors(data: ReportData) -> dict[str, Any]:
             "single": format_number(others[name]["f1"], 3) if name in others else NONE,
             "support": own["support"],
         }
-        for name, own in data.evaluated["per_class"].items()
+        for name in data.classes
+        if (own := data.evaluated["per_class"].get(name)) is not None
     ]
     return {"figures": figures, "pairs": report_summary.confused(data), "rows": rows, "single": single}
 
@@ -284,7 +284,7 @@ def members(data: ReportData) -> dict[str, Any] | None:
             "accuracy": format_percent(found.accuracy[place]),
             "log_loss": format_number(found.log_loss[place]),
             "without": f"{found.without[place]:+.4f}",
-            "alone": int(found.alone_right[place]),
+            "alone": int(found.only_correct[place]),
         }
         for place, name in enumerate(found.names)
     ]
@@ -302,43 +302,47 @@ def members(data: ReportData) -> dict[str, Any] | None:
     }
 
 
-def images(store: Store, data: ReportData, chosen: Sequence[Instructive]) -> list[dict[str, Any]]:
-    """The instructive images by kind, with thumbnails where there are images."""
+def images(data: ReportData) -> list[dict[str, Any]]:
+    """The example images by kind, with thumbnails where there are images."""
     groups = []
     for kind, title in KINDS.items():
-        items = [_image(store, data, item) for item in chosen if item.kind == kind]
+        items = [_image(data, item) for item in data.examples if item.kind == kind]
         if items:
             groups.append({"kind": kind, "title": title, "images": items})
     return groups
 
 
-def _image(store: Store, data: ReportData, item: Instructive) -> dict[str, Any]:
-    label, answer = data.classes[item.label], data.classes[item.answer]
-    found = Thumbnail(None, problem="")
-    if store.catalog.has_images:
-        found = thumbnail(store.workspace.split_dir / item.split / item.sample_id)
-    said = [
-        {"member": own.member, "answer": data.classes[own.answer], "probability": format_percent(own.probability, 0)}
-        | {"agrees": own.answer == item.label}
-        for own in item.said
+def _image(data: ReportData, item: ExampleImage) -> dict[str, Any]:
+    label, predicted = data.classes[item.label], data.classes[item.predicted]
+    image = Thumbnail(None, problem="")
+    if data.catalog.has_images:
+        image = thumbnail(data.workspace.split_dir / item.split / item.sample_id)
+    predictions = [
+        {
+            "member": prediction.member,
+            "predicted": data.classes[prediction.predicted],
+            "probability": format_percent(prediction.probability, 0),
+            "agrees": prediction.predicted == item.label,
+        }
+        for prediction in item.member_predictions
     ]
-    right = sum(own["agrees"] for own in said)
-    words = f"labelled {label}; {data.focus} says {answer} ({format_percent(item.probability, 0)})"
-    if item.answer != item.label:
-        words += f", the label {format_percent(item.of_label, 0)}"
-    agreeing = f"{right} of {len(said)} members say {label}" if said else ""
+    agreeing = sum(prediction["agrees"] for prediction in predictions)
+    words = f"label {label}; {data.focus} predicts {predicted} ({format_percent(item.probability, 0)})"
+    if item.predicted != item.label:
+        words += f", {label} has {format_percent(item.label_probability, 0)}"
+    summary = f"{agreeing} of {len(predictions)} members predict {label}" if predictions else ""
     return {
         "id": f"{item.split}/{item.sample_id}",
         "words": words,
-        "agreeing": agreeing,
+        "summary": summary,
         "disagreement": "" if item.disagreement is None else f"disagreement {item.disagreement:.2f} nats",
-        "thumbnail": found,
+        "thumbnail": image,
         "alt": f"Image {item.sample_id}, {words}",
-        "said": said,
+        "predictions": predictions,
     }
 
 
-def provenance(config: Config, store: Store, data: ReportData) -> dict[str, Any]:
+def provenance(config: Config, data: ReportData) -> dict[str, Any]:
     """What was fitted and chosen on which rows, by which code and weights, and the commands that do it again."""
     record = data.evaluated
     rows = [
@@ -361,14 +365,14 @@ def provenance(config: Config, store: Store, data: ReportData) -> dict[str, Any]
         }
         for member in data.members
     ]
-    base_back = store.catalog.base_back
+    base_back = data.catalog.base_back
     facts = {
         "project": f"{config.project.name}, version {config.project.version}",
         "written": record.get("created"),
         "seed": record.get("seed"),
         "configuration": f"{config.source}, digest {config.digest()[:12]}",
-        "workspace": str(store.workspace.base),
-        "output": str(store.workspace.output) if store.workspace.output else None,
+        "workspace": str(data.workspace.base),
+        "output": str(data.workspace.output) if data.workspace.output else None,
         "base pipeline": f"{base_back.get('kind')}, digest {str(base_back.get('digest'))[:12]}",
         "inputs": str(data.ranking.get("inputs_digest", ""))[:12] or None,
         "versions": ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items()),
@@ -377,15 +381,15 @@ def provenance(config: Config, store: Store, data: ReportData) -> dict[str, Any]
         "rows": rows,
         "members": own,
         "facts": {key: value for key, value in facts.items() if value not in (None, "")},
-        "commands": commands(config, store, data),
+        "commands": commands(config, data),
         "unmeasured": sorted((record.get("notes") or {}).items()),
     }
 
 
-def commands(config: Config, store: Store, data: ReportData) -> list[str]:
+def commands(config: Config, data: ReportData) -> list[str]:
     """What to type to make this page again, and to use what it recommends."""
-    common = ["--config", str(config.source), *_overrides(config), "--workspace", str(store.workspace.base)]
-    common += ["--output", str(store.workspace.output)] if store.workspace.output else []
+    common = ["--config", str(config.source), *_overrides(config), "--workspace", str(data.workspace.base)]
+    common += ["--output", str(data.workspace.output)] if data.workspace.output else []
     program = ["python", "ensemble_orchestrator.py"]
     lines = [[*program, "discover"]]
     if data.record:

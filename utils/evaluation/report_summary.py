@@ -38,7 +38,7 @@ def warnings(data: ReportData) -> list[str]:
     if rows < FEW:
         wide = f": the accuracy is known to {format_interval([100 * bound for bound in bounds], 1)} %" if bounds else ""
         found.append(f"{format_count(rows, 'row')} of {data.split} are few{wide}. Small differences here mean nothing.")
-    return found + data.notes
+    return [*found, *data.notes]
 
 
 def _choice(data: ReportData) -> str:
@@ -133,7 +133,7 @@ def _weakest(data: ReportData) -> str:
 
 def confused(data: ReportData, most: int = 10) -> list[tuple[str, str, int, int]]:
     """(true class, answer, how often, rows of the true class), most frequent first."""
-    names = list(data.evaluated["per_class"])
+    names = [name for name in data.classes if name in data.evaluated["per_class"]]
     table = data.evaluated["confusion_matrix"]
     cells = [
         (names[row], names[column], count, sum(line))

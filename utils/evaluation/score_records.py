@@ -1,6 +1,6 @@
-"""`metrics.json` of one member or ensemble: scores with intervals, comparisons, cost, uncertainty and where it is from.
+"""`metrics.json` of one member or ensemble: scores with intervals, comparisons, cost, uncertainty and provenance.
 
-Every key is always there; what could not be measured is null, with the reason in `notes`.
+Every key is always present; what could not be measured is null, with the reason in `notes`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from utils.building import ensembles
-from utils.building.ensembles import Ensemble
-from utils.building.latency import Record, Timing
+from utils.building.latency import Timing
 from utils.distillation import controls
-from utils.evaluation import scoring
+from utils.evaluation import evaluated_rows
+from utils.evaluation.evaluation_inputs import EvaluationInputs
 from utils.evaluation.scoring import ScoredModel
 from utils.numeric import uncertainty
 from utils.numeric.metrics import log_loss_per_row, point_metrics, softmax
@@ -31,206 +30,170 @@ from utils.numeric.statistics import (
     metric_intervals,
 )
 from utils.predictions import fold_networks
-from utils.predictions.catalog import IMPORTED, Member
-from utils.predictions.rows import UNKNOWN, Rows
-from utils.predictions.store import Store
+from utils.predictions.catalog import IMPORTED
+from utils.predictions.rows import UNKNOWN, MemberRows
 
-COPIED = ("expected_experts",)
-"""What an ensemble's own record may say of it that its scores repeat."""
-
-
-@dataclass(frozen=True)
-class UncertaintyOptions:
-    """What `evaluate` may be told about uncertainty."""
-
-    alpha: float = uncertainty.ALPHA
-    """Share of rows whose conformal set may miss the true class."""
-    target_risk: float = uncertainty.TARGET_RISK
-    """Share of answered rows that may be wrong when unsure ones are not answered."""
-    class_conditional: bool = False
-    """Whether each class gets a threshold of its own as well."""
-
-    def as_record(self) -> dict[str, Any]:
-        """As a ranking records them; the keys are on disk."""
-        return {
-            "alpha": self.alpha,
-            "wanted_error": self.target_risk,
-            "class_conditional": self.class_conditional,
-        }
+COPIED_KEYS = ("expected_experts",)
+"""Keys of `ensemble.json` that `metrics.json` repeats where they are present"""
 
 
 @dataclass(frozen=True)
 class OutOfSamplePredictions:
-    """Honest answers of one member or ensemble: out-of-fold or cross-fitted on train, held out on val."""
+    """Predictions of one model on labelled rows that it was not fitted on: out-of-fold or cross-fitted, and of val."""
 
     probabilities: np.ndarray
     """(N, C)"""
     labels: np.ndarray
-    """(N,)"""
+    """int64 (N,)"""
     split: np.ndarray
     """unicode (N,)"""
     sample_ids: np.ndarray
     """unicode (N,)"""
 
     def of_val(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Probabilities and labels of the val rows, which the networks that answer at inference gave; None without."""
+        """Probabilities and labels of the val rows, by the networks that answer at inference; None without any."""
         rows = self.split == "val"
         return (self.probabilities[rows], self.labels[rows]) if rows.any() else None
 
 
-def member_predictions(store: Store, member: Member) -> OutOfSamplePredictions:
-    """A member's honest rows with a label."""
-    parts = store.out_of_sample_parts([member])[member.name]
+def out_of_sample_predictions(inputs: EvaluationInputs, name: str) -> OutOfSamplePredictions:
+    """Of an ensemble its cross-fitted predictions, of a member its labelled out-of-sample rows."""
+    if name in inputs.crossfits:
+        crossfit = inputs.crossfits[name]
+        return OutOfSamplePredictions(crossfit.probabilities, crossfit.labels, crossfit.split, crossfit.sample_ids)
+    return _of_member(inputs.out_of_sample[name])
+
+
+def _of_member(parts: Sequence[MemberRows]) -> OutOfSamplePredictions:
     labels = np.concatenate([np.asarray(part.labels) for part in parts])
-    known = labels != UNKNOWN
+    labelled = labels != UNKNOWN
     return OutOfSamplePredictions(
-        np.concatenate([softmax(np.asarray(part.logits)) for part in parts])[known],
-        labels[known],
-        np.concatenate([np.full(len(part.labels), part.split) for part in parts])[known],
-        np.concatenate([np.asarray(part.sample_ids) for part in parts])[known],
+        np.concatenate([softmax(np.asarray(part.logits)) for part in parts])[labelled],
+        labels[labelled],
+        np.concatenate([np.full(len(part.labels), part.split) for part in parts])[labelled],
+        np.concatenate([np.asarray(part.sample_ids) for part in parts])[labelled],
     )
-
-
-def crossfitted_predictions(store: Store, name: str) -> OutOfSamplePredictions:
-    """An ensemble's cross-fitted rows."""
-    found = ensembles.load_crossfit(store.workspace, name)
-    return OutOfSamplePredictions(found.probabilities, found.labels, found.split, found.sample_ids)
 
 
 class EvaluationContext:
-    """What the records of one evaluation share: rows, bootstrap samples, the ones to compare with, latencies."""
+    """What the records of one evaluation share: inputs, models to compare with, bootstrap samples, OOD scores."""
 
     def __init__(
-        self,
-        store: Store,
-        rows: Rows,
-        split: str,
-        scored: Sequence[ScoredModel],
-        *,
-        dropped: int,
-        references: Mapping[str, ScoredModel | None],
-        latencies: Mapping[str, Record],
-        combiners: Mapping[str, Record],
-        unmeasured: Mapping[str, str],
-        options: UncertaintyOptions,
+        self, inputs: EvaluationInputs, models: Sequence[ScoredModel], references: Mapping[str, ScoredModel | None]
     ) -> None:
-        """`references` {vs_best_single, vs_soft_voting: what to compare with}; `latencies` {member: of its network};
-        `combiners` {ensemble: of its combiner}; `unmeasured` {member or ensemble: why there is no latency}.
-        """
-        self.store, self.rows, self.split, self.dropped, self.options = store, rows, split, dropped, options
-        self.references, self.latencies, self.combiners = references, latencies, combiners
-        self.unmeasured = unmeasured
-        self.groups = scoring.groups(store, rows, split)
-        compared = {id(item): item for item in (*scored, *references.values()) if item is not None}
-        self.place = {key: number for number, key in enumerate(compared)}
-        answers = [item.probabilities for item in compared.values()]
-        self.samples = bootstrap_metrics(answers, rows.labels, groups=self.groups, seed=store.config.seed)
-        self._unfamiliar: dict[tuple[str, str], tuple[np.ndarray, Floats]] = {}
+        """`references` are {vs_best_single, vs_soft_voting: model to compare with}."""
+        self.inputs, self.references = inputs, references
+        compared = {id(model): model for model in (*models, *references.values()) if model is not None}
+        self.index = {key: number for number, key in enumerate(compared)}
+        probabilities = [model.probabilities for model in compared.values()]
+        settings, rows = inputs.settings, inputs.rows
+        self.samples = bootstrap_metrics(probabilities, rows.labels, groups=inputs.groups, seed=settings.seed)
+        self._ood_scores: dict[tuple[str, str], tuple[np.ndarray, Floats]] = {}
 
     def ood_scores(self, names: Sequence[str], split: str) -> Floats:
         """Mean over members of `uncertainty.ood_scores` of their full networks on the rows that all have, (2, N)."""
-        found = [self._of_network(name, split) for name in names]
-        shared = set.intersection(*(set(ids.tolist()) for ids, _ in found))
-        mean: Floats = np.mean([values[:, np.isin(ids, list(shared))] for ids, values in found], axis=0)
+        parts = [self._of_network(name, split) for name in names]
+        shared = set.intersection(*(set(ids.tolist()) for ids, _ in parts))
+        mean: Floats = np.mean([values[:, np.isin(ids, list(shared))] for ids, values in parts], axis=0)
         return mean
 
     def _of_network(self, name: str, split: str) -> tuple[np.ndarray, Floats]:
-        """Sample ids (N,) and what they are to one member's network, (2, N); found once."""
-        if (name, split) not in self._unfamiliar:
-            ids, logits = self.rows.sample_ids, self.rows.logits[self.rows.members.index(name)]
-            if split != self.split:
-                stored = self.store.rows(self.store.catalog.members[name], split)
-                ids, logits = np.asarray(stored.sample_ids), np.asarray(stored.logits)
-            self._unfamiliar[name, split] = ids, uncertainty.ood_scores(logits)
-        return self._unfamiliar[name, split]
+        """Sample ids (N,) and OOD scores (2, N) of one member's full network, computed once."""
+        if (name, split) not in self._ood_scores:
+            rows = self.inputs.rows
+            ids, logits = rows.sample_ids, rows.logits[rows.members.index(name)]
+            if split != self.inputs.split:
+                part = self.inputs.val_rows(name)
+                assert part is not None, f"{name} has no val rows"
+                ids, logits = np.asarray(part.sample_ids), np.asarray(part.logits)
+            self._ood_scores[name, split] = ids, uncertainty.ood_scores(logits)
+        return self._ood_scores[name, split]
 
 
-def record(item: ScoredModel, saved: Ensemble | None, context: EvaluationContext) -> dict[str, Any]:
-    """`metrics.json` of one scored member, or of one ensemble, which is then `saved`."""
-    store, rows = context.store, context.rows
-    found = point_metrics(item.probabilities, rows.labels, rows.classes)
-    notes: dict[str, str] = found.pop("notes")
-    units = len(rows.labels) if context.groups is None else len(np.unique(context.groups))
-    found["ci95"] = metric_intervals(found, context.samples, context.place[id(item)], units)
-    if found["accuracy"] == 1:
-        notes["ci95"] = "no row is wrong: accuracy has an exact bound, the others no spread that resampling could show"
+def metrics_record(model: ScoredModel, context: EvaluationContext) -> dict[str, Any]:
+    """`metrics.json` of a model."""
+    inputs = context.inputs
+    rows, groups = inputs.rows, inputs.groups
+    record = point_metrics(model.probabilities, rows.labels, rows.classes)
+    notes: dict[str, str] = record.pop("notes")
+    units = len(rows.labels) if groups is None else len(np.unique(groups))
+    record["ci95"] = metric_intervals(record, context.samples, context.index[id(model)], units)
+    if record["accuracy"] == 1:
+        notes["ci95"] = "no error: the interval of the accuracy is exact, the others cannot be resampled"
     for key, reference in context.references.items():
-        found[key] = _compared(item, reference, context)
-        if found[key] is None:
-            notes[key] = f"it is {item.name} itself" if reference is not None else "it has no answers to these rows"
-    own = ensembles.record_of(store.workspace, item.name) if saved else None
-    unseen = (
-        crossfitted_predictions(store, item.name) if saved else member_predictions(store, _member(store, item.name))
-    )
-    if saved:
-        ids = rows.sample_ids.tolist()
-        told = controls.control_metrics(store.workspace, item.name, context.split, ids, item.probabilities)
-        found, notes = found | told[0], notes | told[1]
+        record[key] = _compared(model, reference, context)
+        if record[key] is None:
+            notes[key] = f"this is {model.name}" if reference is not None else "it has no predictions on these rows"
+    saved = inputs.ensembles[model.name].record if model.kind == "ensemble" else None
+    predictions = out_of_sample_predictions(inputs, model.name)
+    if model.name in inputs.controls:
+        comparison, reasons = controls.control_metrics(
+            inputs.controls[model.name], inputs.split, rows.sample_ids.tolist(), model.probabilities
+        )
+        record, notes = record | comparison, notes | reasons
     fitted, selected = (
-        scoring.overlap(sets, rows) for sets in (item.provenance.fitted_on, item.provenance.selected_on)
+        evaluated_rows.count_overlap(row_sets, rows)
+        for row_sets in (model.provenance.fitted_on, model.provenance.selected_on)
     )
-    found |= {
-        "name": item.name,
-        "split": context.split,
-        "bootstrap": {"replicates": REPLICATES, "unit": "row" if context.groups is None else "group", "units": units},
-        "members": list(item.members),
-        "weights": _weights(item, own, notes),
-        "latency_ms": _latency(item, saved, context, notes),
-        "size_mb": _size_mb(store, item, notes),
-        "crossfit": _crossfit(unseen),
-        **_uncertainty(item, unseen, context, notes),
-        "fitted_on": [part.as_record() for part in item.provenance.fitted_on],
-        "selected_on": [part.as_record() for part in item.provenance.selected_on],
+    record |= {
+        "name": model.name,
+        "split": inputs.split,
+        "bootstrap": {"replicates": REPLICATES, "unit": "row" if groups is None else "group", "units": units},
+        "members": list(model.members),
+        "weights": _weights(model, saved, notes),
+        "latency_ms": _latency(model, inputs, notes),
+        "size_mb": _size_mb(model, inputs, notes),
+        "crossfit": _crossfit(predictions),
+        **_uncertainty(model, predictions, context, notes),
+        "fitted_on": [part.as_record() for part in model.provenance.fitted_on],
+        "selected_on": [part.as_record() for part in model.provenance.selected_on],
         "contaminated": fitted > 0,
         "optimistic": selected > 0,
-        "overlap": {"fitted": fitted, "selected": selected, "dropped": context.dropped},
-        "config_digest": own["config_digest"] if own else None,
-        "seed": store.config.seed,
+        "overlap": {"fitted": fitted, "selected": selected, "dropped": inputs.dropped},
+        "config_digest": saved["config_digest"] if saved else None,
+        "seed": inputs.settings.seed,
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "notes": notes,
-        **{key: own[key] for key in COPIED if own and key in own},
+        **{key: saved[key] for key in COPIED_KEYS if saved and key in saved},
     }
-    if own is None:
+    if saved is None:
         notes["config_digest"] = "a member does not depend on the configuration"
-    if not store.catalog.has_images:
-        notes["overlap.dropped"] = "there are no images, so that equal samples under two names cannot be told"
-    return found
+    if not inputs.catalog.has_images:
+        notes["overlap.dropped"] = "without images, equal samples under two names cannot be recognised"
+    return record
 
 
-def _member(store: Store, name: str) -> Member:
-    return store.catalog.members[name]
-
-
-def _compared(item: ScoredModel, reference: ScoredModel | None, context: EvaluationContext) -> dict[str, Any] | None:
-    """What an item gains over another on the same rows, by the paired bootstrap and McNemar's test."""
-    if reference is None or item.name == reference.name:
+def _compared(model: ScoredModel, reference: ScoredModel | None, context: EvaluationContext) -> dict[str, Any] | None:
+    """Differences to another model on the same rows, by the paired bootstrap and McNemar's test."""
+    if reference is None or model.name == reference.name:
         return None
-    own, other = context.place[id(item)], context.place[id(reference)]
-    hits, others = ((one.probabilities.argmax(axis=1) == context.rows.labels) for one in (item, reference))
-    losses = [log_loss_per_row(one.probabilities, context.rows.labels) for one in (item, reference)]
+    labels = context.inputs.rows.labels
+    first, second = context.index[id(model)], context.index[id(reference)]
+    hits, reference_hits = ((each.probabilities.argmax(axis=1) == labels) for each in (model, reference))
+    losses, reference_losses = (log_loss_per_row(each.probabilities, labels) for each in (model, reference))
     samples = context.samples
     return {
         "name": reference.name,
-        "delta_accuracy": float(hits.mean() - others.mean()),
-        "delta_ci95": difference_interval(samples["accuracy"][own], samples["accuracy"][other]),
-        "delta_log_loss": float((losses[0] - losses[1]).mean()),
-        "delta_log_loss_ci95": difference_interval(samples["log_loss"][own], samples["log_loss"][other]),
-        "mcnemar_p": mcnemar(hits, others),
+        "delta_accuracy": float(hits.mean() - reference_hits.mean()),
+        "delta_ci95": difference_interval(samples["accuracy"][first], samples["accuracy"][second]),
+        "delta_log_loss": float((losses - reference_losses).mean()),
+        "delta_log_loss_ci95": difference_interval(samples["log_loss"][first], samples["log_loss"][second]),
+        "mcnemar_p": mcnemar(hits, reference_hits),
     }
 
 
-def _weights(item: ScoredModel, own: Mapping[str, Any] | None, notes: dict[str, str]) -> dict[str, float] | None:
-    if own is None:
-        return {item.name: 1.0}
-    if own.get("weights") is None:
-        notes["weights"] = f"{own['method']} is no weighted mean of its members"
-    return own.get("weights")
+def _weights(model: ScoredModel, saved: Mapping[str, Any] | None, notes: dict[str, str]) -> dict[str, float] | None:
+    if saved is None:
+        return {model.name: 1.0}
+    if saved.get("weights") is None:
+        notes["weights"] = f"{saved['method']} is no weighted mean of its members"
+    return saved.get("weights")
 
 
-def _crossfit(unseen: OutOfSamplePredictions) -> dict[str, Any]:
-    losses = log_loss_per_row(unseen.probabilities, unseen.labels)
-    hits = unseen.probabilities.argmax(axis=1) == unseen.labels
+def _crossfit(predictions: OutOfSamplePredictions) -> dict[str, Any]:
+    losses = log_loss_per_row(predictions.probabilities, predictions.labels)
+    hits = predictions.probabilities.argmax(axis=1) == predictions.labels
     return {
         "n": len(losses),
         "accuracy": float(hits.mean()),
@@ -239,122 +202,105 @@ def _crossfit(unseen: OutOfSamplePredictions) -> dict[str, Any]:
     }
 
 
-def _networks(store: Store, item: ScoredModel) -> dict[str, tuple[str, ...]]:
-    """{member: stages of the networks that answer for it}."""
-    if item.inference == fold_networks.FULL:
-        return {name: (store.catalog.members[name].checkpoints[0]["stage"],) for name in item.members}
-    return {name: fold_networks.stages(store.catalog.members[name]) for name in item.members}
+def _imported(model: ScoredModel, inputs: EvaluationInputs) -> list[str]:
+    return [name for name in model.members if inputs.catalog.members[name].source == IMPORTED]
 
 
-def _imported(store: Store, item: ScoredModel) -> list[str]:
-    return [name for name in item.members if store.catalog.members[name].source == IMPORTED]
-
-
-def _size_mb(store: Store, item: ScoredModel, notes: dict[str, str]) -> float | None:
-    """10^6 bytes of the checkpoints that answer, and of the combiner."""
-    imported = _imported(store, item)
+def _size_mb(model: ScoredModel, inputs: EvaluationInputs, notes: dict[str, str]) -> float | None:
+    """Size in 10^6 bytes of the checkpoints that answer, and of the combiner."""
+    imported = _imported(model, inputs)
     if imported:
-        notes["size_mb"] = f"known by predictions alone: {', '.join(imported)}"
+        notes["size_mb"] = f"imported predictions: {', '.join(imported)}"
         return None
-    files = [
-        store.workspace.base / entry["path"]
-        for name, stages in _networks(store, item).items()
-        for entry in store.catalog.members[name].checkpoints
-        if entry["stage"] in stages
-    ]
-    if item.kind == "ensemble":
-        folder = store.workspace.ensemble(item.name)
-        files += [folder / "combiner.safetensors", *sorted(folder.glob("*booster.json"))]
-    gone = [file.name for file in files if not file.is_file()]
-    if gone:
-        notes["size_mb"] = f"gone: {', '.join(gone)}"
+    size = inputs.costs.bytes[model.name]
+    if size is None:
+        notes["size_mb"] = f"missing files: {', '.join(inputs.costs.missing_files[model.name])}"
         return None
-    return round(sum(file.stat().st_size for file in files) / 1e6, 3)
+    return round(size / 1e6, 3)
 
 
-def _latency(
-    item: ScoredModel, saved: Ensemble | None, context: EvaluationContext, notes: dict[str, str]
-) -> dict[str, Any] | None:
+def _latency(model: ScoredModel, inputs: EvaluationInputs, notes: dict[str, str]) -> dict[str, Any] | None:
     """Milliseconds for a batch of 1 and of 32: the networks one after another, then the combiner.
 
-    The p95 of a sum is at most the sum of the parts' p95 that stands here, but for chance.
+    The p95 is the sum of the parts' p95, which bounds the p95 of the sum in practice.
     """
-    imported = _imported(context.store, item)
-    unmeasured = {name: context.unmeasured[name] for name in (*item.members, item.name) if name in context.unmeasured}
+    imported, costs = _imported(model, inputs), inputs.costs
+    unmeasured = [costs.unmeasured[name] for name in (*model.members, model.name) if name in costs.unmeasured]
     if imported or unmeasured:
-        words = f"known by predictions alone: {', '.join(imported)}"
-        notes["latency_ms"] = words if imported else "; ".join(unmeasured.values())
+        notes["latency_ms"] = f"imported predictions: {', '.join(imported)}" if imported else "; ".join(unmeasured)
         return None
-    passes = {name: len(stages) for name, stages in _networks(context.store, item).items()}
-    parts = [(context.latencies[name], count) for name, count in passes.items()]
-    parts += [(context.combiners[item.name], 1)] if saved else []
-    found: dict[str, Any] = {}
+    parts = [
+        (costs.latencies[name], len(fold_networks.answering(inputs.catalog.members[name], model.inference)))
+        for name in model.members
+    ]
+    parts += [(costs.combiners[model.name], 1)] if model.kind == "ensemble" else []
+    latency: dict[str, Any] = {}
     for size in (1, 32):
-        timings = [(record.batches.get(size), count) for record, count in parts]
-        found[f"batch_{size}"] = _summed(timings)
-        if found[f"batch_{size}"] is None:
-            notes[f"latency_ms.batch_{size}"] = "memory was too small for it"
-    return found | {"device": parts[0][0].device, "threads": parts[0][0].threads}
+        latency[f"batch_{size}"] = _summed([(record.batches.get(size), count) for record, count in parts])
+        if latency[f"batch_{size}"] is None:
+            notes[f"latency_ms.batch_{size}"] = "out of memory"
+    return latency | {"device": parts[0][0].device, "threads": parts[0][0].threads}
 
 
 def _summed(timings: Sequence[tuple[Timing | None, int]]) -> dict[str, float] | None:
-    known = [(timing, count) for timing, count in timings if timing is not None]
-    if len(known) < len(timings):
+    measured = [(timing, count) for timing, count in timings if timing is not None]
+    if len(measured) < len(timings):
         return None
-    return {key: round(sum(getattr(timing, key) * count for timing, count in known), 4) for key in ("p50", "p95")}
+    return {key: round(sum(getattr(timing, key) * count for timing, count in measured), 4) for key in ("p50", "p95")}
 
 
 def _uncertainty(
-    item: ScoredModel, unseen: OutOfSamplePredictions, context: EvaluationContext, notes: dict[str, str]
+    model: ScoredModel, predictions: OutOfSamplePredictions, context: EvaluationContext, notes: dict[str, str]
 ) -> dict[str, Any]:
-    """`conformal`, `conformal_by_class` where asked for, `selective`, `mutual_information`, `out_of_distribution`."""
-    options, rows = context.options, context.rows
-    evaluated = (item.probabilities, rows.labels)
-    of_val = unseen.of_val()
-    calibration = None if context.split == "val" else of_val
-    found: dict[str, Any] = {"conformal": None}
-    missing = "val rows calibrate it, and cannot say how well" if context.split == "val" else "it has no val rows"
+    """`conformal`, `selective`, `mutual_information`, `out_of_distribution`, and `conformal_by_class` on request."""
+    options, rows, split = context.inputs.settings.options, context.inputs.rows, context.inputs.split
+    evaluated = (model.probabilities, rows.labels)
+    calibration = None if split == "val" else predictions.of_val()
+    record: dict[str, Any] = {"conformal": None}
+    reason = "val rows calibrate the sets, so they cannot measure them" if split == "val" else "it has no val rows"
     if calibration is not None:
         sets = {
             kind: uncertainty.conformal_metrics(kind, calibration, evaluated, alpha=options.alpha)
             for kind in uncertainty.NONCONFORMITY_SCORES
         }
         n, needed = len(calibration[1]), uncertainty.min_calibration_rows(options.alpha)
-        missing = f"too few rows: {n} val rows, and an alpha of {options.alpha:g} needs {needed}"
-        found["conformal"] = sets if all(sets.values()) else None
+        reason = f"too few rows: {n} val rows, and an alpha of {options.alpha:g} needs {needed}"
+        record["conformal"] = sets if all(sets.values()) else None
         if options.class_conditional:
-            found["conformal_by_class"] = {
+            record["conformal_by_class"] = {
                 kind: uncertainty.class_conditional_metrics(
                     kind, calibration, evaluated, rows.classes, alpha=options.alpha
                 )
                 for kind in uncertainty.NONCONFORMITY_SCORES
             }
-    if found["conformal"] is None:
-        notes["conformal"] = missing
-    found["selective"] = uncertainty.selective_metrics(evaluated, calibration, target_risk=options.target_risk)
-    if found["selective"]["threshold"] is None:
-        reached = f"on no part of the val rows is the error {options.target_risk:g} or less"
-        notes["selective.threshold"] = reached if calibration is not None else missing
-    found["mutual_information"] = None if item.disagreement is None else float(item.disagreement.mean())
-    if item.disagreement is None:
-        notes["mutual_information"] = "one member alone cannot disagree"
-    found["out_of_distribution"] = _foreign(item, context, notes)
-    return found
+    if record["conformal"] is None:
+        notes["conformal"] = reason
+    record["selective"] = uncertainty.selective_metrics(evaluated, calibration, target_risk=options.target_risk)
+    if record["selective"]["threshold"] is None:
+        unreached = f"no confidence threshold keeps the error of val rows at {options.target_risk:g} or below"
+        notes["selective.threshold"] = unreached if calibration is not None else reason
+    record["mutual_information"] = None if model.disagreement is None else float(model.disagreement.mean())
+    if model.disagreement is None:
+        notes["mutual_information"] = "a single member does not disagree"
+    record["out_of_distribution"] = _out_of_distribution(model, context, notes)
+    return record
 
 
-def _foreign(item: ScoredModel, context: EvaluationContext, notes: dict[str, str]) -> dict[str, Any] | None:
-    reason = "its members' answers are log-probabilities, which do not say how little a network knows of a row"
-    members = [context.store.catalog.members[name] for name in item.members]
-    hint = None
-    if context.split == "val":
-        reason = "val rows are what others would be held against"
-    elif not all(context.store.is_available(member, "val") for member in members):
+def _out_of_distribution(
+    model: ScoredModel, context: EvaluationContext, notes: dict[str, str]
+) -> dict[str, Any] | None:
+    """How many rows have higher OOD scores than 95 % of the val rows, by two scores."""
+    reason = "its members' predictions are log-probabilities, from which OOD scores cannot be computed"
+    summary = None
+    if context.inputs.split == "val":
+        reason = "val rows are the reference for OOD scores"
+    elif any(context.inputs.val_rows(name) is None for name in model.members):
         reason = "it has no val rows"
-    elif item.inference == fold_networks.FULL:
-        here, there = (context.ood_scores(item.members, split) for split in (context.split, "val"))
-        hint = uncertainty.ood_summary(here, there)
-    if hint is None:
+    elif model.inference == fold_networks.FULL:
+        scores, reference = (context.ood_scores(model.members, split) for split in (context.inputs.split, "val"))
+        summary = uncertainty.ood_summary(scores, reference)
+    if summary is None:
         notes["out_of_distribution"] = reason
         return None
-    limits = "a hint, no test: networks can be very sure of foreign images, and a shift may leave both alike"
-    return hint | {"limits": limits}
+    limits = "an indication, not a test: networks can be confident on unfamiliar images, and some shifts do not show"
+    return summary | {"limits": limits}

@@ -1,0 +1,55 @@
+"""Rows that are evaluated: overlap with fitted rows, groups, rows without a label."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from given_predictions import CONFIG, empty_workspace, opened, take_in, write
+
+from utils.building.ensembles import RowSet
+from utils.core.errors import UserError
+from utils.evaluation import evaluated_rows
+from utils.predictions.rows import UNKNOWN
+
+
+@pytest.fixture
+def store(tmp_path):
+    workspace = empty_workspace(tmp_path / "w")
+    take_in(workspace, write(tmp_path / "given"))
+    return opened(workspace)
+
+
+def rows_of(store, split="test"):
+    return {name: store.rows(member, split) for name, member in store.catalog.members.items()}
+
+
+def test_rows_are_those_that_all_members_have(store):
+    rows, dropped = evaluated_rows.evaluated_rows(store, rows_of(store), "test")
+    assert (rows.logits.shape, dropped) == ((3, 30, 3), 0)
+    assert rows.sample_ids.tolist() == sorted(rows.sample_ids.tolist())
+
+
+def test_rows_without_a_label_are_left_out(store):
+    parts = rows_of(store)
+    for part in parts.values():
+        object.__setattr__(part, "labels", np.where(np.arange(30) < 4, UNKNOWN, part.labels))
+    rows, _ = evaluated_rows.evaluated_rows(store, parts, "test")
+    assert len(rows.labels) == 26
+    for part in parts.values():
+        object.__setattr__(part, "labels", np.full(30, UNKNOWN))
+    with pytest.raises(UserError, match=r"^test: no row has a label"):
+        evaluated_rows.evaluated_rows(store, parts, "test")
+
+
+def test_overlap_is_counted_by_split_and_id(store):
+    rows, _ = evaluated_rows.evaluated_rows(store, rows_of(store), "test")
+    ids = tuple(rows.sample_ids[:5].tolist())
+    assert evaluated_rows.count_overlap([RowSet("test", "held_out", ids)], rows) == 5
+    assert evaluated_rows.count_overlap([RowSet("val", "held_out", ids)], rows) == 0
+    assert evaluated_rows.count_overlap([], rows) == 0
+
+
+def test_groups_are_none_where_every_row_is_its_own(store):
+    rows, _ = evaluated_rows.evaluated_rows(store, rows_of(store), "test")
+    assert store.config is CONFIG
+    assert evaluated_rows.row_groups(store, rows, "test") is None

@@ -1,0 +1,190 @@
+"""The command `evaluate`: score members and ensembles, rank them, recommend one and write the report.
+
+It has three steps: gather (`evaluation_inputs`: files to typed inputs), compute (`evaluation_results`: records and
+ranking, without files) and write (here: records, then the page and the message).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from utils.core.artifacts import read_record, write_json, write_text
+from utils.core.config import Config
+from utils.core.errors import ConfigError, UserError, did_you_mean
+from utils.core.results import Result
+from utils.core.workspace import Workspace
+from utils.evaluation import (
+    evaluation_inputs,
+    evaluation_results,
+    leaderboard,
+    plots,
+    report_page,
+    report_sources,
+    scoring,
+)
+from utils.evaluation.evaluation_inputs import EvaluationSettings, UncertaintyOptions
+from utils.evaluation.evaluation_results import EvaluationResults
+from utils.evaluation.report_sources import ReportSources
+from utils.predictions import catalog
+from utils.predictions.store import Store
+
+logger = logging.getLogger("disease_pipeline")
+
+
+def evaluate(
+    config: Config,
+    workspace: Workspace,
+    *,
+    split: str = "test",
+    model_name: str | None = None,
+    allow_contaminated: bool = False,
+    alpha: float = UncertaintyOptions.alpha,
+    target_risk: float = UncertaintyOptions.target_risk,
+    wanted_error: float | None = None,
+    class_conditional: bool = False,
+    force: bool = False,
+) -> Result:
+    """Evaluate all members and ensembles, or the one named, and write their records, plots, ranking and report.
+
+    `wanted_error` is the deprecated name of `target_risk`. One model alone gets no ranking and no report. A member or
+    ensemble that cannot be evaluated, and a report that cannot be written, are failures of the result.
+
+    Raises UserError without a catalog, for an unknown name, and where nothing or not the model named can be evaluated;
+    ConfigError for options outside (0, 1); ContaminatedError where the model named was fitted on evaluated rows, unless
+    `allow_contaminated`.
+    """
+    options = _options(alpha, target_risk, wanted_error, class_conditional)
+    store = Store(config, workspace, catalog.load(workspace))
+    saved = evaluation_inputs.read_ensembles(workspace)
+    ensembles = {name: entry.ensemble for name, entry in saved.items()}
+    selected = catalog.select(store.catalog, config)
+    members = scoring.members_to_score(store.catalog, selected, ensembles)
+    _require_known(model_name, [*saved, *members])
+    if not saved:
+        logger.warning("no ensemble is built; members alone are evaluated. Run build-ensemble first")
+    digest = scoring.inputs_digest(store, ensembles, members, split)
+    stored = read_record(workspace.ranking(split), remedy="Remove it, then evaluate again")
+    if model_name is None and not force and stored and _is_current(stored, digest, options):
+        result = _ranking_result(workspace, stored, split, "up to date")
+        if report_page.is_current(config, workspace, split):
+            return _with_report(result, workspace, split)
+        try:
+            records = {name: entry.record for name, entry in saved.items()}
+            sources = report_sources.read(store, split, ranking=stored, records=records)
+        except UserError as error:
+            return replace(result, failures=[*result.failures, f"report: {error}"])
+        return _write_report(config, sources, result)
+    settings = EvaluationSettings(
+        split,
+        model_name,
+        allow_contaminated,
+        config.runs.score_ensemble.optimization_metric,
+        config.seed,
+        options,
+    )
+    inputs = evaluation_inputs.gather(store, saved, members, selected, settings, digest)
+    results = evaluation_results.compute(inputs)
+    _write_records(workspace, results, split)
+    store.digests.save()
+    if model_name is not None:
+        return _model_result(workspace, results, model_name, split)
+    ranking = _write_ranking(workspace, results, split)
+    result = _ranking_result(workspace, ranking, split, "written")
+    return _write_report(config, report_sources.from_evaluation(workspace, inputs, results), result)
+
+
+def _options(
+    alpha: float, target_risk: float, wanted_error: float | None, class_conditional: bool
+) -> UncertaintyOptions:
+    if wanted_error is not None:
+        logger.warning("evaluate: --wanted-error is deprecated; use --target-risk %g instead", wanted_error)
+        target_risk = wanted_error
+    values = {"--alpha": alpha, "--target-risk": target_risk}
+    wrong = [f"{option} {value:g}" for option, value in values.items() if not 0 < value < 1]
+    if wrong:
+        raise ConfigError(f"evaluate {' '.join(wrong)}: expected a fraction of rows between 0 and 1, such as 0.1")
+    return UncertaintyOptions(alpha, target_risk, class_conditional)
+
+
+def _require_known(name: str | None, known: Sequence[str]) -> None:
+    """Raise UserError for a name that no member and no ensemble has."""
+    if name is not None and name not in known:
+        raise UserError(
+            f"--model-name {name}: neither a member nor an ensemble. Ensembles are built by: python "
+            f"ensemble_orchestrator.py build-ensemble. Known: {', '.join(known)}{did_you_mean(name, known)}"
+        )
+
+
+def _is_current(ranking: Mapping[str, Any], digest: str, options: UncertaintyOptions) -> bool:
+    """Whether a ranking has the same inputs and options; never where something was left out, as that may be mended."""
+    if ranking.get("inputs_digest") != digest or ranking.get("left_out"):
+        return False
+    return ranking.get("options") == options.as_record()
+
+
+def _write_records(workspace: Workspace, results: EvaluationResults, split: str) -> None:
+    """Write `metrics.json` of each model, and the plots of ensembles or of the one model that is evaluated."""
+    pictures: list[plots.Picture] = []
+    for name, record in results.metrics.items():
+        is_ensemble = results.models[name].kind == "ensemble"
+        path_of = workspace.ensemble_metrics if is_ensemble else workspace.member_metrics
+        write_json(path_of(name, split), record)
+        if is_ensemble or results.ranking is None:
+            folder = name if is_ensemble else f"members/{name}"
+            pictures += [plots.Picture(kind, record, workspace.plot(folder, kind, split)) for kind in plots.KINDS]
+    plots.draw_all(pictures)
+
+
+def _write_ranking(workspace: Workspace, results: EvaluationResults, split: str) -> dict[str, Any]:
+    """Write the labels in doubt and the ranking; the record that tells whether it is current comes last."""
+    assert results.ranking is not None, "one model alone is not ranked"
+    assert results.label_issues is not None
+    write_text(workspace.label_issues("csv"), results.label_issues.csv)
+    write_json(workspace.label_issues("json"), results.label_issues.record)
+    for suffix, text_of in leaderboard.WRITERS.items():
+        write_text(workspace.ranking_table(split, suffix), text_of(results.ranking))
+    write_json(workspace.ranking(split), results.ranking)
+    return results.ranking
+
+
+def _write_report(config: Config, sources: ReportSources, result: Result) -> Result:
+    try:
+        report_page.write(config, sources)
+    except UserError as error:
+        return replace(result, failures=[*result.failures, f"report: {error}"])
+    return _with_report(result, sources.workspace, sources.split)
+
+
+def _with_report(result: Result, workspace: Workspace, split: str) -> Result:
+    path = workspace.report(split)
+    return replace(result, text=f"{result.text}\nreport: {path}", document={**result.document, "report": str(path)})
+
+
+def _ranking_result(workspace: Workspace, ranking: Mapping[str, Any], split: str, state: str) -> Result:
+    lines = [leaderboard.text(ranking, styled=leaderboard.is_terminal(sys.stdout))]
+    issues = ranking["label_issues"]
+    if issues["in_doubt"]:
+        rows = f"{issues['in_doubt']} of {issues['n']} out-of-sample rows"
+        lines.append(f"labels in doubt: {rows}, by {issues['model']}: {workspace.label_issues('csv')}")
+    lines.append(f"{state}: {workspace.ranking(split)}")
+    failures = [f"{name}: {reason}" for name, reason in sorted(ranking["left_out"].items())]
+    return Result("\n".join(lines), dict(ranking), failures)
+
+
+def _model_result(workspace: Workspace, results: EvaluationResults, name: str, split: str) -> Result:
+    record = results.metrics[name]
+    is_ensemble = results.models[name].kind == "ensemble"
+    path_of = workspace.ensemble_metrics if is_ensemble else workspace.member_metrics
+    marks = [mark for mark in ("contaminated", "optimistic") if record[mark]]
+    low, high = record["ci95"]["accuracy"]
+    text = (
+        f"{name} on {split}: accuracy {record['accuracy']:.4f} [{low:.4f}, {high:.4f}], F1 macro "
+        f"{record['f1_macro']:.4f}, log-loss {record['log_loss']:.4f}, ECE {record['ece']:.4f}"
+        f"{', ' + ', '.join(marks) if marks else ''}\n"
+        f"written: {path_of(name, split)}"
+    )
+    return Result(text, record)

@@ -1,0 +1,77 @@
+"""The rows that models are evaluated on: which ones, how they are grouped, and which of them a model was fitted on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from utils import base_back
+from utils.building.ensembles import RowSet
+from utils.core.errors import UserError
+from utils.predictions.rows import UNKNOWN, MemberRows, Rows, align
+from utils.predictions.store import IMPORT, Store
+
+logger = logging.getLogger("disease_pipeline")
+
+
+def evaluated_rows(store: Store, member_rows: Mapping[str, MemberRows], split: str) -> tuple[Rows, int]:
+    """Align all members on a split, without unlabelled rows and without copies of train or val images.
+
+    Returns the rows and the number of copies. Raises UserError where no row remains.
+    """
+    rows = align({name: [part] for name, part in member_rows.items()}, store.catalog.classes)
+    copies = _copies(store, rows, split) if store.catalog.has_images else []
+    for sample_id, original in copies[:5]:
+        logger.warning("evaluate: %s/%s is the same image as %s and is left out", split, sample_id, original)
+    if copies:
+        logger.warning("evaluate: %d row(s) left out for every member and ensemble", len(copies))
+    unlabelled = rows.labels == UNKNOWN
+    if unlabelled.any():
+        logger.warning(
+            "evaluate: %d of %d row(s) of %s are left out: no label", unlabelled.sum(), len(unlabelled), split
+        )
+    if unlabelled.all():
+        raise UserError(f"{split}: no row has a label. Write labels into {split}.npz of any member, then: {IMPORT}")
+    remaining = ~np.isin(rows.sample_ids, [sample_id for sample_id, _ in copies]) & ~unlabelled
+    if not remaining.any():
+        raise UserError(f"{split}: every image is also a train or val image. Split the images anew")
+    return rows.take(np.flatnonzero(remaining)), len(copies)
+
+
+def _copies(store: Store, rows: Rows, split: str) -> list[tuple[str, str]]:
+    """(sample id, train or val sample of the same content) of the evaluated rows that have one."""
+    originals = {
+        content: f"{earlier_split}/{sample_id}"
+        for earlier_split in ("train", "val")
+        if earlier_split != split
+        for sample_id, content in zip(
+            store.images(earlier_split).sample_ids, store.images(earlier_split).contents, strict=True
+        )
+    }
+    images = store.images(split)
+    contents = dict(zip(images.sample_ids, images.contents, strict=True))
+    return [
+        (sample_id, originals[contents[sample_id]]) for sample_id in rows.sample_ids if contents[sample_id] in originals
+    ]
+
+
+def row_groups(store: Store, rows: Rows, split: str) -> np.ndarray | None:
+    """Group index of each row (N,), by `dataset.group_regex` and equal images; None where every group is one row."""
+    ids = rows.sample_ids.tolist()
+    contents = ids
+    if store.catalog.has_images:
+        images = store.images(split)
+        content_of = dict(zip(images.sample_ids, images.contents, strict=True))
+        contents = [content_of[sample_id] for sample_id in ids]
+    groups: np.ndarray = base_back.load_bundled("samples").group_indices(
+        ids, contents, store.config.dataset.group_regex
+    )
+    return groups if len(np.unique(groups)) < len(groups) else None
+
+
+def count_overlap(row_sets: Sequence[RowSet], rows: Rows) -> int:
+    """Number of evaluated rows that are among the given ones, by (split, sample id)."""
+    keys = {(part.split, sample_id) for part in row_sets for sample_id in part.sample_ids}
+    return sum(key in keys for key in zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True))

@@ -1,0 +1,402 @@
+"""The first step of `evaluate`: read everything that is computed with, each record and each array once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.building import ensembles, latency
+from utils.building.ensembles import Crossfit, Ensemble
+from utils.core.errors import UserError
+from utils.core.workspace import Workspace
+from utils.distillation import controls
+from utils.evaluation import evaluated_rows, scoring
+from utils.evaluation.scoring import ScoredModel
+from utils.numeric import uncertainty
+from utils.numeric.metrics import softmax
+from utils.predictions import extraction, fold_networks
+from utils.predictions.catalog import IMPORTED, Catalog, Member
+from utils.predictions.rows import MemberRows, Rows, align
+from utils.predictions.store import Store
+
+
+@dataclass(frozen=True)
+class UncertaintyOptions:
+    """Options of `evaluate` on conformal sets and abstention."""
+
+    alpha: float = uncertainty.ALPHA
+    """Fraction of rows whose conformal set may miss the true class"""
+    target_risk: float = uncertainty.TARGET_RISK
+    """Target selective risk: error rate among the rows that are answered"""
+    class_conditional: bool = False
+    """Whether conformal sets with one threshold per class are measured as well"""
+
+    def as_record(self) -> dict[str, Any]:
+        """As a ranking records them; the keys are on disk."""
+        return {
+            "alpha": self.alpha,
+            "wanted_error": self.target_risk,
+            "class_conditional": self.class_conditional,
+        }
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is evaluated, and how."""
+
+    split: str
+    model_name: str | None
+    """The one model to evaluate; None: all of them, with ranking and report"""
+    allow_contaminated: bool
+    metric: str
+    """Key of `metrics.METRICS` that orders the ranking"""
+    seed: int
+    options: UncertaintyOptions
+
+
+@dataclass(frozen=True)
+class SavedEnsemble:
+    """An ensemble as it is saved."""
+
+    ensemble: Ensemble
+    record: Mapping[str, Any]
+    """`ensemble.json`"""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the evaluated models cost."""
+
+    latencies: Mapping[str, latency.Record]
+    """{member: its network}"""
+    combiners: Mapping[str, latency.Record]
+    """{ensemble: its combiner}"""
+    unmeasured: Mapping[str, str]
+    """{member or ensemble: why no latency is known}"""
+    bytes: Mapping[str, int | None]
+    """{model: bytes of its checkpoints and its combiner}; None where a file is missing"""
+    missing_files: Mapping[str, Sequence[str]]
+    """{model: names of files that are missing}"""
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """Everything that an evaluation computes with."""
+
+    settings: EvaluationSettings
+    inputs_digest: str
+    catalog: Catalog
+    ensembles: Mapping[str, SavedEnsemble]
+    """Those whose members are unchanged"""
+    members: Mapping[str, Member]
+    """Those with predictions on the split"""
+    ranked: Mapping[str, Member]
+    """Those of `members` that are ranked themselves"""
+    selected: Sequence[str]
+    """Members that the configuration selects"""
+    candidates: Sequence[str]
+    """Members that may be recommended: also those without rows of the split"""
+    rows: Rows
+    """All members on the evaluated rows"""
+    dropped: int
+    """Rows that are left out as copies of train or val images"""
+    groups: np.ndarray | None
+    """Group index of each row (N,); None where rows are independent"""
+    models: Sequence[ScoredModel]
+    out_of_sample: Mapping[str, Sequence[MemberRows]]
+    """{member: its out-of-fold rows of train and its rows of val, of those that there are}"""
+    crossfits: Mapping[str, Crossfit]
+    """{ensemble: its cross-fitted predictions}"""
+    fold_rows: Mapping[str, MemberRows]
+    """{member: rows of the split by its fold networks}, where an ensemble uses these"""
+    controls: Mapping[str, controls.Controls]
+    """{distilled ensemble: predictions of its teacher and of the network trained without one}"""
+    costs: Costs
+    image_paths: Mapping[tuple[str, str], str]
+    """{(split, sample id): file in the workspace} of the out-of-sample rows; empty without images"""
+    failures: Mapping[str, str]
+    """{member or ensemble: why it cannot be evaluated}"""
+
+    @property
+    def split(self) -> str:
+        """The evaluated split."""
+        return self.settings.split
+
+    def val_rows(self, member: str) -> MemberRows | None:
+        """A member's rows of val; None where it has none."""
+        return next((part for part in self.out_of_sample.get(member, ()) if part.split == "val"), None)
+
+
+def read_ensembles(workspace: Workspace) -> dict[str, SavedEnsemble]:
+    """All saved ensembles by name. Raises UserError for a damaged one."""
+    saved = {}
+    for name in ensembles.names(workspace):
+        ensemble = ensembles.load(workspace, name)
+        saved[name] = SavedEnsemble(ensemble, ensembles.record_of(workspace, name) or {})
+    return saved
+
+
+def gather(
+    store: Store,
+    saved: Mapping[str, SavedEnsemble],
+    members: Mapping[str, Member],
+    selected: Sequence[Member],
+    settings: EvaluationSettings,
+    inputs_digest: str,
+) -> EvaluationInputs:
+    """Read what an evaluation needs; predictions and latencies that are missing are made first.
+
+    Raises UserError where no member has predictions on the split.
+    """
+    split = settings.split
+    usable, failures = scoring.usable_ensembles(store.catalog, {name: entry.ensemble for name, entry in saved.items()})
+    failures |= scoring.for_each_member(list(members.values()), lambda some: extraction.ensure(store, some, sorted({"val", split})))
+    streamed = {name: member for name, member in members.items() if name not in failures}
+    # Rows that are still held are not opened again: `network_provenance` reads samples of imported members from them.
+    oof = {name: part for name, member in members.items() if (part := store.oof(member)) is not None}
+    with_val = {name: member for name, member in streamed.items() if store.is_available(member, "val")}
+    val_rows, unreadable = _open(store, with_val, "val")
+    networks = ensembles.network_provenance(store)
+    if split != "val":  # a mapped array holds a file descriptor as long as it is open
+        val_rows = {name: _in_memory(part) for name, part in val_rows.items()}
+    split_rows, failed = _open(store, {name: m for name, m in streamed.items() if name not in unreadable}, split)
+    failures |= unreadable | failed
+    evaluated = {name: member for name, member in streamed.items() if name in split_rows}
+    rows, dropped = evaluated_rows.evaluated_rows(store, {name: split_rows[name] for name in evaluated}, split)
+    models = [
+        ScoredModel(name, "member", (name,), softmax(rows.logits[rows.members.index(name)]), networks)
+        for name in evaluated
+    ]
+    fold_rows, unstreamed = _open_fold_rows(store, usable, evaluated, split)
+    embedded: dict[str, MemberRows] = {}
+    for name, ensemble in usable.items():
+        try:
+            models.append(_scored_ensemble(store, ensemble, rows, fold_rows, unstreamed, embedded))
+        except UserError as error:
+            failures[name] = str(error)
+    candidates = scoring.ranked_members(
+        store,
+        {name: m for name, m in members.items() if name in evaluated or not store.is_available(m, split)},
+    )
+    out_of_sample = {
+        name: _out_of_sample(store, members[name], oof.get(name), val_rows.get(name))
+        for name in {**evaluated, **candidates}
+    }
+    scored = {model.name: model for model in models}
+    ranked = scoring.ranked_members(store, evaluated)
+    costed = [model for model in models if _is_evaluated(model, settings, ranked)]
+    return EvaluationInputs(
+        settings=settings,
+        inputs_digest=inputs_digest,
+        catalog=store.catalog,
+        ensembles={name: saved[name] for name in usable},
+        members=evaluated,
+        ranked=ranked,
+        selected=[member.name for member in selected],
+        candidates=list(candidates),
+        rows=rows,
+        dropped=dropped,
+        groups=evaluated_rows.row_groups(store, rows, split),
+        models=models,
+        out_of_sample=out_of_sample,
+        crossfits={name: ensembles.load_crossfit(store.workspace, name) for name in usable},
+        fold_rows=fold_rows,
+        controls={
+            name: control
+            for name in usable
+            if name in scored and (control := controls.read_controls(store.workspace, name)) is not None
+        },
+        costs=_costs(store, costed, usable, split, embedded),
+        image_paths=_image_paths(store),
+        failures=failures,
+    )
+
+
+def _is_evaluated(model: ScoredModel, settings: EvaluationSettings, ranked: Mapping[str, Member]) -> bool:
+    """Whether a model gets a record: the one asked for by name, or every ensemble and every ranked member."""
+    if settings.model_name is not None:
+        return model.name == settings.model_name
+    return model.kind == "ensemble" or model.name in ranked
+
+
+def _open(store: Store, members: Mapping[str, Member], split: str) -> tuple[dict[str, MemberRows], dict[str, str]]:
+    """{member: its rows of a split}, and {member: why these cannot be used}."""
+    opened: dict[str, MemberRows] = {}
+
+    def read(some: Sequence[Member]) -> None:
+        for member in some:
+            if member.name not in opened:
+                opened[member.name] = store.rows(member, split)
+            part = opened[member.name]
+            scoring.require_finite(member.name, split, part.logits, part.sample_ids)
+
+    failures = scoring.for_each_member(list(members.values()), read)
+    return {name: part for name, part in opened.items() if name not in failures}, failures
+
+
+def _in_memory(part: MemberRows) -> MemberRows:
+    return replace(
+        part,
+        sample_ids=np.array(part.sample_ids),
+        labels=np.array(part.labels),
+        logits=np.array(part.logits),
+        out_of_sample=np.array(part.out_of_sample),
+    )
+
+
+def _open_fold_rows(
+    store: Store, saved: Mapping[str, Ensemble], members: Mapping[str, Member], split: str
+) -> tuple[dict[str, MemberRows], dict[str, str]]:
+    """{member: its rows of the split by its fold networks} for ensembles that use these; {member: why there are none}.
+
+    Fold networks that have not run on the split run now.
+    """
+    names = {name for e in saved.values() if e.inference == fold_networks.FOLDS for name in e.members}
+    opened: dict[str, MemberRows] = {}
+
+    def read(some: Sequence[Member]) -> None:
+        fold_networks.ensure(store, some, (split,), fold_networks.FOLDS)
+        for member in some:
+            opened[member.name] = fold_networks.rows(store, member, split, fold_networks.FOLDS)
+
+    try:
+        failures = scoring.for_each_member([members[name] for name in sorted(names & members.keys())], read)
+    except UserError as error:  # of all of them; the full networks can still be evaluated
+        failures = dict.fromkeys(names, str(error))
+    return opened, failures
+
+
+def _scored_ensemble(
+    store: Store,
+    ensemble: Ensemble,
+    rows: Rows,
+    fold_rows: Mapping[str, MemberRows],
+    unstreamed: Mapping[str, str],
+    embedded: dict[str, MemberRows],
+) -> ScoredModel:
+    """An ensemble's predictions on the rows; rows with embeddings that this opens are added to `embedded`.
+
+    Raises UserError where a member has no predictions.
+    """
+    split = str(rows.split[0])
+    absent = [member for member in ensemble.members if member not in rows.members]
+    if absent:
+        raise UserError(f"its member {', '.join(absent)} has no predictions on the rows of {split}")
+
+    def member_outputs() -> Rows:
+        if ensemble.inference == fold_networks.FULL and not ensemble.combiner.reads_embeddings:
+            indices = [rows.members.index(name) for name in ensemble.members]
+            return replace(rows, members=ensemble.members, logits=rows.logits[indices])
+        failed = [name for name in ensemble.members if ensemble.inference == fold_networks.FOLDS and name in unstreamed]
+        if failed:
+            raise UserError(f"its member {failed[0]}: {unstreamed[failed[0]]}")
+        parts = dict(fold_rows)
+        if ensemble.combiner.reads_embeddings:  # of the full networks: every fold network has a space of its own
+            parts = _open_embedded(store, ensemble.members, split, embedded)
+        if ensemble.combiner.reads_embeddings and ensemble.inference == fold_networks.FOLDS:
+            parts = {name: replace(part, logits=fold_rows[name].logits) for name, part in parts.items()}
+        aligned = align({name: [parts[name]] for name in ensemble.members}, store.catalog.classes)
+        aligned = replace(aligned, inference=ensemble.inference)
+        return aligned.take(np.flatnonzero(np.isin(aligned.sample_ids, rows.sample_ids)))
+
+    arrays = scoring.ensemble_predictions(store, ensemble, rows, split, member_outputs)
+    return ScoredModel(
+        ensemble.name,
+        "ensemble",
+        ensemble.members,
+        arrays["probabilities"],
+        ensemble.provenance,
+        arrays.get("mutual_information"),
+        ensemble.inference,
+    )
+
+
+def _open_embedded(
+    store: Store, members: Sequence[str], split: str, embedded: dict[str, MemberRows]
+) -> dict[str, MemberRows]:
+    """{member: its rows of a split with embeddings}; those that are not in `embedded` yet are added to it."""
+    for name in members:
+        if name not in embedded:
+            embedded[name] = store.rows(store.catalog.members[name], split, embeddings=True)
+    return {name: embedded[name] for name in members}
+
+
+def _out_of_sample(store: Store, member: Member, oof: MemberRows | None, val: MemberRows | None) -> list[MemberRows]:
+    """A member's out-of-sample rows; val rows of a member without rows of the evaluated split are read here."""
+    if val is None and (oof is None or store.is_available(member, "val")):
+        val = store.rows(member, "val")
+    return [part for part in (oof, val) if part is not None]
+
+
+def _image_paths(store: Store) -> dict[tuple[str, str], str]:
+    """{(split, sample id): file in the workspace} of train and val images; empty without images."""
+    paths: dict[tuple[str, str], str] = {}
+    for split in ("train", "val") if store.catalog.has_images else ():
+        images = store.images(split)
+        pairs = zip(images.sample_ids, images.paths, strict=True)
+        paths |= {(split, sample_id): store.workspace.relative(path) for sample_id, path in pairs}
+    return paths
+
+
+def _costs(
+    store: Store,
+    models: Sequence[ScoredModel],
+    saved: Mapping[str, Ensemble],
+    split: str,
+    embedded: dict[str, MemberRows],
+) -> Costs:
+    """Latencies, measured where they are not stored yet, and sizes; of imported members none is known."""
+    catalogued = store.catalog.members
+    measurable = [model for model in models if all(catalogued[name].source != IMPORTED for name in model.members)]
+    members = [catalogued[name] for name in sorted({name for model in measurable for name in model.members})]
+    latencies: dict[str, latency.Record] = {}
+    try:
+        unmeasured = scoring.for_each_member(members, lambda some: latencies.update(latency.measure(store, some)))
+    except UserError as error:
+        unmeasured = {member.name: str(error) for member in members}
+    combiners = {
+        model.name: latency.measure_combiner(
+            store,
+            saved[model.name].inputs_digest,
+            model.name,
+            saved[model.name].combiner.to_module,
+            (len(model.members), model.probabilities.shape[1]),
+            _embedding_widths(store, saved[model.name], split, embedded),
+        )
+        for model in measurable
+        if model.kind == "ensemble"
+    }
+    files = {model.name: _files(store, model) for model in measurable}
+    missing = {name: [path.name for path in paths if not path.is_file()] for name, paths in files.items()}
+    sizes = {
+        name: None if missing[name] else sum(path.stat().st_size for path in paths) for name, paths in files.items()
+    }
+    return Costs(latencies, combiners, unmeasured, sizes, {name: names for name, names in missing.items() if names})
+
+
+def _embedding_widths(store: Store, ensemble: Ensemble, split: str, embedded: dict[str, MemberRows]) -> list[int]:
+    """Widths of its members' embeddings (M,), where its combiner reads them."""
+    if not ensemble.combiner.reads_embeddings:
+        return []
+    parts = _open_embedded(store, ensemble.members, split, embedded)
+    return [part.embeddings.shape[1] for part in parts.values() if part.embeddings is not None]
+
+
+def _files(store: Store, model: ScoredModel) -> list[Path]:
+    """Checkpoints that answer for a model, and the files of its combiner."""
+    files = []
+    for name in model.members:
+        checkpoints = store.catalog.members[name].checkpoints
+        stages = [
+            stage or checkpoints[0]["stage"]
+            for stage in fold_networks.answering(store.catalog.members[name], model.inference)
+        ]
+        files += [store.workspace.base / entry["path"] for entry in checkpoints if entry["stage"] in stages]
+    if model.kind == "ensemble":
+        folder = store.workspace.ensemble(model.name)
+        files += [folder / "combiner.safetensors", *sorted(folder.glob("*booster.json"))]
+    return files

@@ -1,0 +1,95 @@
+"""The second step of `evaluate`: from what was read to records, ranking and label issues; no file is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from utils.building import ensembles, recommendation
+from utils.core.errors import ContaminatedError, UserError
+from utils.evaluation import evaluated_rows, score_ranking, score_records
+from utils.evaluation.evaluation_inputs import EvaluationInputs
+from utils.evaluation.score_ranking import LabelIssueTable
+from utils.evaluation.scoring import ScoredModel
+from utils.numeric.metrics import softmax
+
+SOFT_VOTING = "soft_voting_ensemble"
+PEERS = {"soft_voting": SOFT_VOTING, "greedy_selection_ensemble": "greedy_selection_ensemble"}
+"""{key in the ranking: ensemble that others are compared with}"""
+
+
+@dataclass(frozen=True)
+class EvaluationResults:
+    """What `evaluate` writes."""
+
+    models: Mapping[str, ScoredModel]
+    """{name: evaluated model}, in the order of `metrics`"""
+    metrics: Mapping[str, dict[str, Any]]
+    """{name: `metrics.json`}"""
+    ranking: dict[str, Any] | None
+    """`ranking.json`; None where one model is evaluated alone"""
+    label_issues: LabelIssueTable | None
+    """Written with the ranking"""
+
+
+def compute(inputs: EvaluationInputs) -> EvaluationResults:
+    """Score, compare and rank.
+
+    Raises UserError where the model that is asked for by name cannot be evaluated, and ContaminatedError where it was
+    fitted on evaluated rows and that is not allowed.
+    """
+    by_name = {model.name: model for model in inputs.models}
+    name = inputs.settings.model_name
+    if name is not None:
+        _require(inputs, by_name, name)
+    recommended = recommendation.recommend_among(
+        {member: inputs.out_of_sample[member] for member in inputs.candidates},
+        [(entry.ensemble, inputs.crossfits[key]) for key, entry in inputs.ensembles.items()],
+    )
+    models = [model for model in inputs.models if model.kind == "ensemble" or model.name in inputs.ranked]
+    if name is not None:
+        models = [by_name[name]]
+    references = {
+        "vs_best_single": by_name.get(recommended["best_single"]),
+        "vs_soft_voting": by_name.get(SOFT_VOTING) or _plain_mean(inputs),
+    }
+    context = score_records.EvaluationContext(inputs, models, references)
+    metrics = {model.name: score_records.metrics_record(model, context) for model in models}
+    scored = {model.name: model for model in models}
+    if name is not None:
+        return EvaluationResults(scored, metrics, None, None)
+    kinds = {model.name: model.kind for model in models}
+    issues = score_ranking.label_issue_table(inputs, recommended["name"])
+    ranking = score_ranking.rank(metrics, kinds, inputs.split, inputs.settings.metric) | {
+        "recommended": {key: recommended[key] for key in ("name", "reason", "evidence")},
+        "peers": {"best_single": recommended["best_single"]}
+        | {key: peer if peer in inputs.ensembles else None for key, peer in PEERS.items()},
+        "label_issues": issues.summary,
+        "left_out": dict(inputs.failures),
+        "options": inputs.settings.options.as_record(),
+        "inputs_digest": inputs.inputs_digest,
+    }
+    return EvaluationResults(scored, metrics, ranking, issues)
+
+
+def _require(inputs: EvaluationInputs, models: Mapping[str, ScoredModel], name: str) -> None:
+    if name not in models:
+        raise UserError(f"{name}: {inputs.failures.get(name, 'built from other checkpoints than the catalog holds')}")
+    fitted = evaluated_rows.count_overlap(models[name].provenance.fitted_on, inputs.rows)
+    if fitted and not inputs.settings.allow_contaminated:
+        raise ContaminatedError(
+            f"{name}: it was fitted on {fitted} of the {len(inputs.rows.labels)} rows of {inputs.split}, so its score "
+            "would be too high. Use another split, or --allow-contaminated to evaluate it with that mark"
+        )
+
+
+def _plain_mean(inputs: EvaluationInputs) -> ScoredModel | None:
+    """Soft voting of the selected members, where that ensemble is not built; None without such members."""
+    rows = inputs.rows
+    names = tuple(name for name in inputs.selected if name in inputs.members)
+    if not names:
+        return None
+    indices = [rows.members.index(name) for name in names]
+    mean = softmax(rows.logits[indices]).mean(axis=0)
+    return ScoredModel(SOFT_VOTING, "ensemble", names, mean, ensembles.Provenance((), ()))

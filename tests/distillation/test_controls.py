@@ -8,7 +8,16 @@ from stored_predictions import workspace_at
 
 from utils.core.artifacts import write_json
 from utils.core.workspace import Workspace
-from utils.distillation.controls import agreement, control_metrics, gain_kept, scores, verdict, write_controls
+from utils.distillation.controls import (
+    Controls,
+    agreement,
+    control_metrics,
+    gain_kept,
+    read_controls,
+    scores,
+    verdict,
+    write_controls,
+)
 
 
 def predictions(hits: np.ndarray, labels: np.ndarray, confidence: float = 0.8) -> np.ndarray:
@@ -102,9 +111,15 @@ def compared(tmp_path) -> Workspace:
     return workspace
 
 
+def stored(workspace: Workspace) -> Controls:
+    controls = read_controls(workspace, "distilled_mobile")
+    assert controls is not None
+    return controls
+
+
 def test_control_metrics_are_of_the_requested_rows_in_their_order(compared):
     student = predictions(np.array([True, False]), np.array([1, 0]))  # of d and c
-    metrics, notes = control_metrics(compared, "distilled_mobile", "test", ["d", "c"], student)
+    metrics, notes = control_metrics(stored(compared), "test", ["d", "c"], student)
     assert metrics["controls"]["alone"]["accuracy"] == 0.5  # wrong on d, correct on c
     assert metrics["controls"]["teacher"]["accuracy"] == 1.0
     assert metrics["controls"]["teacher"]["agreement"] == 0.5
@@ -116,8 +131,8 @@ def test_control_metrics_are_of_the_requested_rows_in_their_order(compared):
 
 def test_rows_without_controls_are_noted_and_other_ensembles_have_none(compared):
     probabilities = np.full((1, 2), 0.5)
-    metrics, notes = control_metrics(compared, "distilled_mobile", "test", ["unknown"], probabilities)
+    metrics, notes = control_metrics(stored(compared), "test", ["unknown"], probabilities)
     assert metrics == {"controls": None, "gain_kept": None}
     assert notes.keys() == metrics.keys()
-    assert control_metrics(compared, "distilled_mobile", "val", ["a"], probabilities)[0] == metrics
-    assert control_metrics(compared, "soft_voting_ensemble", "test", ["a"], probabilities) == ({}, {})
+    assert control_metrics(stored(compared), "val", ["a"], probabilities)[0] == metrics
+    assert read_controls(compared, "soft_voting_ensemble") is None

@@ -35,7 +35,7 @@ def ranking():
 
 
 def test_a_plain_aligned_table_with_intervals_and_marks(ranking):
-    lines = leaderboard.text(ranking).splitlines()
+    lines = leaderboard.as_text(ranking).splitlines()
     assert "\x1b" not in "".join(lines)
     assert lines[0] == "test split, 30 samples, ordered by f1_macro"
     table = lines[1:5]
@@ -45,12 +45,14 @@ def test_a_plain_aligned_table_with_intervals_and_marks(ranking):
     assert table[2].endswith("optimistic, recommended")
     assert table[3].startswith("   -  x_%$|<&")
     assert table[3].endswith("contaminated")
-    assert lines[-1].startswith("recommended: b (because; 90 honest rows, oof+val: log-loss 0.4000 [0.3000, 0.5000], ")
+    assert lines[-1].startswith(
+        "recommended: b (because; 90 out-of-sample rows, oof+val: log-loss 0.4000 [0.3000, 0.5000], "
+    )
     assert "Holm" in lines[-2]
 
 
 def test_letters_are_styled_only_for_a_terminal(ranking, monkeypatch):
-    lines = leaderboard.text(ranking, styled=True).splitlines()
+    lines = leaderboard.as_text(ranking, styled=True).splitlines()
     assert lines[3].startswith(leaderboard.BOLD)
     assert lines[4].startswith(leaderboard.FAINT)
     assert not leaderboard.is_terminal(io.StringIO())
@@ -82,5 +84,5 @@ def test_names_are_escaped_for_markdown_and_latex(ranking):
 
 def test_one_without_intervals_is_shown_all_the_same(ranking):
     ranking["rows"][0]["ci95"] = None
-    assert "0.7500  " in leaderboard.text(ranking)
+    assert "0.7500  " in leaderboard.as_text(ranking)
     assert all(write(ranking) for write in leaderboard.WRITERS.values())

@@ -27,40 +27,40 @@ STUDENT = SCORES | {
 VERDICT = {"verdict": "beats soft_voting", "guards": {"soft_voting": {}}, "crossfit": {"log_loss": 0.25}}
 
 
-def found(records, metrics):
+def tables(records, metrics):
     return report_learned.learned(SimpleNamespace(records=records, metrics=metrics))
 
 
 def test_weights_stand_by_member_and_single_members_have_none():
-    shares = {"one": {"a": 0.2, "b": 0.8}, "other": {"b": 0.5, "c": 0.5}, "soup": {"d": 1.0}, "trees": None}
-    table = found({name: {"weights": own} for name, own in shares.items()}, {})["weights"]
+    weights = {"one": {"a": 0.2, "b": 0.8}, "other": {"b": 0.5, "c": 0.5}, "soup": {"d": 1.0}, "trees": None}
+    table = tables({name: {"weights": own} for name, own in weights.items()}, {})["weights"]
     assert table["names"] == ["b", "c", "a"]
     assert table["rows"] == [
-        {"name": "one", "shares": ["80.0 %", "-", "20.0 %"]},
-        {"name": "other", "shares": ["50.0 %", "50.0 %", "-"]},
+        {"name": "one", "weights": ["80.0 %", "-", "20.0 %"]},
+        {"name": "other", "weights": ["50.0 %", "50.0 %", "-"]},
     ]
 
 
 def test_columns_of_many_members_are_cut(monkeypatch):
-    monkeypatch.setattr(report_learned, "MOST_MEMBERS", 2)
-    table = found({"one": {"weights": {"a": 0.2, "b": 0.5, "c": 0.3}}}, {})["weights"]
-    assert (table["names"], table["more"], table["rows"][0]["shares"]) == (["b", "c"], 1, ["50.0 %", "30.0 %"])
+    monkeypatch.setattr(report_learned, "MAX_MEMBERS", 2)
+    table = tables({"one": {"weights": {"a": 0.2, "b": 0.5, "c": 0.3}}}, {})["weights"]
+    assert (table["names"], table["more"], table["rows"][0]["weights"]) == (["b", "c"], 1, ["50.0 %", "30.0 %"])
 
 
 def test_sparse_ones_stand_beside_all_their_members():
-    row = found({"moe": MOE}, {"moe": {"members": ["a", "b", "c"]}})["sparse"][0]
-    assert (row["experts"], row["latency"]) == ("1.50 of 3", "2.00 against 6.00")
-    assert (row["accuracy"], row["note"]) == ("90.0 % against 91.0 %", "")
-    assert found({"moe": MOE | {"is_fixed": True}}, {"moe": {"members": []}})["sparse"][0]["note"]
+    row = tables({"moe": MOE}, {"moe": {"members": ["a", "b", "c"]}})["sparse"][0]
+    assert (row["experts"], row["latency"]) == ("1.50 of 3", "2.00 / 6.00")
+    assert (row["accuracy"], row["note"]) == ("90.0 % / 91.0 %", "")
+    assert tables({"moe": MOE | {"is_fixed": True}}, {"moe": {"members": []}})["sparse"][0]["note"]
 
 
-def test_students_stand_beside_themselves_untaught_and_their_teacher():
-    row = found({}, {"student": STUDENT, "plain": SCORES})["students"]
+def test_students_stand_beside_themselves_without_a_teacher_and_their_teacher():
+    row = tables({}, {"student": STUDENT, "plain": SCORES})["students"]
     assert len(row) == 1
     assert row[0]["accuracy"] == ["90.0 %", "80.0 %", "95.0 %"]
-    assert (row[0]["teacher"], row[0]["kept"]) == ("votes", "67 % [25 %, open]")
+    assert (row[0]["teacher"], row[0]["kept"]) == ("votes", "67 % [25 %, unbounded]")
     nothing = STUDENT | {"gain_kept": None}
-    assert found({}, {"student": nothing})["students"][0]["kept"] == "-"
+    assert tables({}, {"student": nothing})["students"][0]["kept"] == "-"
 
 
 def test_the_page_shows_them_and_leaves_the_part_out_without_any(tmp_path):
@@ -77,8 +77,14 @@ def test_the_page_shows_them_and_leaves_the_part_out_without_any(tmp_path):
     write_page(workspace)
     text = page_of(workspace).text
     for words in (
-        *("How they combine", "beats soft_voting", "1.50 of 3", "67 % [25 %, open]", "distillation helped"),
-        *("7 of 300 honest rows", "metrics_output/ensembles/label_issues.csv"),
+        *(
+            "Combination of the members",
+            "beats soft_voting",
+            "1.50 of 3",
+            "67 % [25 %, unbounded]",
+            "distillation helped",
+        ),
+        *("7 of 300 out-of-sample rows", "metrics_output/ensembles/label_issues.csv"),
     ):
         assert words in text, words
     (workspace.ensemble(names[4]) / "ensemble.json").write_text("{}")
@@ -93,4 +99,4 @@ def test_the_page_shows_them_and_leaves_the_part_out_without_any(tmp_path):
         path = workspace.ensemble_metrics(name, "test")
         write_json(path, {key: value for key, value in read_json(path, remedy="").items() if key != "controls"})
     write_page(workspace)
-    assert "How they combine" not in page_of(workspace).text
+    assert "Combination of the members" not in page_of(workspace).text

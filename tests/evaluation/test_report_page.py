@@ -43,10 +43,10 @@ def imported(tmp_path):
 def test_every_part_is_there_when_all_is_measured(synthetic):
     page = page_of(synthetic)
     for words in (
-        *("Use ensemble_00: lowest log-loss on honest rows", "Against the best single model (Custom00): +1.0 points"),
-        *("the two cannot be told apart here", "McNemar's exact p 0.2", "3 rows left out", "Ordered by log loss"),
-        *("Answer only above a probability of", "LAC", "APS", "91.0 %", "[86.0, 94.0]", "less familiar than 95 %"),
-        *("before the temperature", "Surely wrong", "Most disputed", "Likely mislabelled", "cpu, 2 threads"),
+        *("Use ensemble_00: lowest log-loss on honest rows", "Compared with the best single model (Custom00): +1.0"),
+        *("the difference is not significant", "McNemar's exact p 0.2", "3 rows left out", "Ordered by log loss"),
+        *("A confidence threshold of", "LAC", "APS", "91.0 %", "[86.0, 94.0]", "OOD score than 95 %"),
+        *("before the temperature", "Confident errors", "Largest disagreement", "Likely mislabelled", "cpu, 2 threads"),
         *("held out", "25.0 %", "does not beat log_linear_pool", "Error correlation"),
     ):
         assert words in page.text, words
@@ -95,11 +95,11 @@ def test_a_page_of_stored_records_is_the_one_that_was_written_with_them(imported
 def test_without_images_rows_are_named_and_nothing_is_drawn_of_them(imported):
     page = page_of(imported)
     assert not page.of("img")
-    assert "There are no images in this workspace" in page.text
+    assert "This workspace has no images" in page.text
     assert re.search(r"test/(ant|bee|cat)/3\d\d\d\.png", page.text)
     assert "val/" in page.text or "train/" in page.text
     assert "not measured" in page.text
-    assert "30 rows of test are few" in page.text
+    assert "test has only 30 rows" in page.text
 
 
 def test_hostile_names_are_text(tmp_path):
@@ -168,7 +168,7 @@ def test_an_image_that_is_gone_is_said(tmp_path):
         path.unlink()
     write_page(workspace)
     page = page_of(workspace)
-    assert "the file is gone" in page.text
+    assert "the file is missing" in page.text
     assert len(page.of("img")) < 20
 
 

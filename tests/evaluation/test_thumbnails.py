@@ -108,7 +108,7 @@ def test_what_is_no_image_is_said(tmp_path, content, words):
 
 
 def test_a_missing_file_and_a_huge_one_are_said(tmp_path, monkeypatch):
-    assert thumbnail(tmp_path / "a.jpg").problem == "the file is gone"
-    monkeypatch.setattr(thumbnails, "FILE_BYTES", 3)
+    assert thumbnail(tmp_path / "a.jpg").problem == "the file is missing"
+    monkeypatch.setattr(thumbnails, "MAX_FILE_BYTES", 3)
     (tmp_path / "a.jpg").write_bytes(b"1234")
     assert "too large" in thumbnail(tmp_path / "a.jpg").problem

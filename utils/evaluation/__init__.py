@@ -1,5 +1,10 @@
 """Scores, ranks and reports members and ensembles.
 
+Steps
+    `evaluate` gathers (`evaluation_inputs` reads every record and array once), computes (`evaluation_results`,
+    `score_records` and `score_ranking` touch no file) and writes records, then the report. Ensembles' predictions on
+    the evaluated rows, and latencies that were never measured, are made while inputs are gathered, and stored.
+
 Intervals
     2,000 stratified bootstrap samples are rows of counts, so that every metric of every sample is a matrix product;
     whole groups are drawn if `dataset.group_regex` or equal images form groups. All models are scored on the same
@@ -23,8 +28,9 @@ Contamination
     was fitted on an evaluated row is marked `contaminated`, never ranked, and refused by name with exit code 3.
 
 Report
-    The page is rendered from files alone; its key, a digest of the records that it shows, stands in its head, and a
-    page with the same key is kept without opening an image. It has no script and a content security policy that
-    forbids requests; every value is made printable and escaped on its way in. Colours are CSS variables, so that
-    figures follow light, dark and print.
+    The page shows what the evaluation holds in memory; one that is missing beside a current ranking is made of the
+    stored records (`report_sources`). Its key, a digest of the records that it shows, is in its head, and a page with
+    the same key is not written again. It has no script and a content security policy that forbids requests; every
+    value is made printable and escaped on its way in. Colours are CSS variables, so that figures follow light, dark
+    and print.
 """

@@ -165,7 +165,7 @@ def _with_report(result: Result, workspace: Workspace, split: str) -> Result:
 
 
 def _ranking_result(workspace: Workspace, ranking: Mapping[str, Any], split: str, state: str) -> Result:
-    lines = [leaderboard.text(ranking, styled=leaderboard.is_terminal(sys.stdout))]
+    lines = [leaderboard.as_text(ranking, styled=leaderboard.is_terminal(sys.stdout))]
     issues = ranking["label_issues"]
     if issues["in_doubt"]:
         rows = f"{issues['in_doubt']} of {issues['n']} out-of-sample rows"

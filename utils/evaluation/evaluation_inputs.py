@@ -154,7 +154,9 @@ def gather(
     """
     split = settings.split
     usable, failures = scoring.usable_ensembles(store.catalog, {name: entry.ensemble for name, entry in saved.items()})
-    failures |= scoring.for_each_member(list(members.values()), lambda some: extraction.ensure(store, some, sorted({"val", split})))
+    failures |= scoring.for_each_member(
+        list(members.values()), lambda some: extraction.ensure(store, some, sorted({"val", split}))
+    )
     streamed = {name: member for name, member in members.items() if name not in failures}
     # Rows that are still held are not opened again: `network_provenance` reads samples of imported members from them.
     oof = {name: part for name, member in members.items() if (part := store.oof(member)) is not None}

@@ -203,8 +203,10 @@ def _with_members(item: ExampleImage, parts: Mapping[str, Mapping[str, MemberRow
     predictions = []
     for name, by_split in parts.items():
         part = by_split.get(item.split)
-        rows = np.flatnonzero(np.asarray(part.sample_ids) == item.sample_id) if part is not None else ()
-        if part is not None and len(rows):
+        if part is None:
+            continue
+        rows = np.flatnonzero(np.asarray(part.sample_ids) == item.sample_id)
+        if len(rows):
             probabilities = softmax(np.asarray(part.logits[int(rows[0])])[None])[0]
             predicted = int(probabilities.argmax())
             predictions.append(MemberPrediction(name, predicted, float(probabilities[predicted])))

@@ -1,4 +1,4 @@
-"""The ranking as tables: for a terminal, and as CSV, Markdown and LaTeX for papers."""
+"""The ranking as tables: text for a terminal, CSV, Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ BOLD, FAINT, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether bold and faint letters may be written to it (https://no-color.org)."""
+    """Whether a stream may get bold and faint text (https://no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def marks(row: Mapping[str, Any], ranking: Ranking) -> list[str]:
-    """Which of contaminated, optimistic and recommended a row of the ranking is."""
-    chosen = ranking["recommended"]["name"] == row["name"]
-    return [mark for mark in MARKS if row.get(mark) or (mark == "recommended" and chosen)]
+    """Those of contaminated, optimistic and recommended that apply to a row of the ranking."""
+    is_recommended = ranking["recommended"]["name"] == row["name"]
+    return [mark for mark in MARKS if row.get(mark) or (mark == "recommended" and is_recommended)]
 
 
-def text(ranking: Ranking, *, styled: bool = False) -> str:
-    """An aligned table with 95 % intervals, marks, and what is recommended by which evidence.
+def as_text(ranking: Ranking, *, styled: bool = False) -> str:
+    """An aligned table with 95 % intervals and marks, followed by the recommendation.
 
-    `styled` makes the recommended row bold and contaminated ones faint; without it this is plain text.
+    With `styled`, the recommended row is bold and contaminated rows are faint.
     """
     header = ["rank", "name", "kind", *(f"{title} [95 %]" for title in METRICS.values()), "p", ""]
     lines = [header]
     for row in ranking["rows"]:
-        against = row["vs_best_single"]
+        comparison = row["vs_best_single"]
         lines.append(
             [
                 "-" if row["rank"] is None else str(row["rank"]),
                 row["name"],
                 row["kind"],
                 *(_with_interval(row, metric) for metric in METRICS),
-                "" if against is None or against["mcnemar_p_holm"] is None else f"{against['mcnemar_p_holm']:.3f}",
+                _p_value(comparison),
                 ", ".join(marks(row, ranking)),
             ]
         )
@@ -57,7 +57,11 @@ def text(ranking: Ranking, *, styled: bool = False) -> str:
         styles = ["", *(_style(row, ranking) for row in ranking["rows"])]
         aligned = [f"{style}{line}{PLAIN}" if style else line for style, line in zip(styles, aligned, strict=True)]
     single = ranking["peers"]["best_single"]
-    notes = [f"p: McNemar's exact test against {single}, the best single member, Holm-corrected"] if single else []
+    notes = (
+        [f"p: McNemar's exact test of the difference to {single}, the best single member, Holm-corrected"]
+        if single
+        else []
+    )
     return "\n".join(
         [
             f"{ranking['split']} split, {ranking['n']} samples, ordered by {ranking['order'][0]}",
@@ -69,28 +73,35 @@ def text(ranking: Ranking, *, styled: bool = False) -> str:
 
 
 def recommendation(ranking: Ranking) -> str:
-    """Which one to use and why, in one line."""
-    chosen = ranking["recommended"]
-    evidence = chosen["evidence"]
+    """The recommended model with its evidence, in one line."""
+    recommended = ranking["recommended"]
+    evidence = recommended["evidence"]
     low, high = evidence["log_loss_ci95"]
     return (
-        f"recommended: {chosen['name']} ({chosen['reason']}; {evidence['n']} honest rows, {evidence['rows']}: log-loss "
-        f"{evidence['log_loss']:.4f} [{low:.4f}, {high:.4f}], accuracy {evidence['accuracy']:.4f})"
+        f"recommended: {recommended['name']} ({recommended['reason']}; {evidence['n']} out-of-sample rows, "
+        f"{evidence['rows']}: log-loss {evidence['log_loss']:.4f} [{low:.4f}, {high:.4f}], "
+        f"accuracy {evidence['accuracy']:.4f})"
     )
 
 
 def _style(row: Mapping[str, Any], ranking: Ranking) -> str:
-    found = marks(row, ranking)
-    return FAINT if "contaminated" in found else BOLD if "recommended" in found else ""
+    row_marks = marks(row, ranking)
+    return FAINT if "contaminated" in row_marks else BOLD if "recommended" in row_marks else ""
 
 
 def _with_interval(row: Mapping[str, Any], metric: str) -> str:
-    around = (row["ci95"] or {}).get(metric)
-    return f"{row[metric]:.4f}" + (f" [{around[0]:.4f}, {around[1]:.4f}]" if around else "")
+    interval = (row["ci95"] or {}).get(metric)
+    return f"{row[metric]:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
+
+
+def _p_value(comparison: Mapping[str, Any] | None) -> str:
+    """Holm-corrected p-value of a comparison; empty where there is none."""
+    p = None if comparison is None else comparison["mcnemar_p_holm"]
+    return "" if p is None else f"{p:.3f}"
 
 
 def as_csv(ranking: Ranking) -> str:
-    """One line per row of the ranking, numbers in full."""
+    """CSV with one line per row of the ranking, numbers at full precision."""
     bounds = [f"{metric}_{end}" for metric in METRICS for end in ("", "low", "high")]
     columns = ["rank", "name", "kind", *(bound.rstrip("_") for bound in bounds)]
     columns += ["delta_accuracy", "mcnemar_p", "mcnemar_p_holm", *MARKS]
@@ -101,23 +112,23 @@ def as_csv(ranking: Ranking) -> str:
         values = []
         for metric in METRICS:
             values += [row[metric], *((row["ci95"] or {}).get(metric) or ("", ""))]
-        against = row["vs_best_single"] or {}
-        compared = [against.get(key) for key in ("delta_accuracy", "mcnemar_p", "mcnemar_p_holm")]
+        comparison = row["vs_best_single"] or {}
+        compared = [comparison.get(key) for key in ("delta_accuracy", "mcnemar_p", "mcnemar_p_holm")]
         flags = [str(mark in marks(row, ranking)).lower() for mark in MARKS]
         table.writerow([row["rank"], row["name"], row["kind"], *values, *compared, *flags])
     return stream.getvalue()
 
 
 def as_markdown(ranking: Ranking) -> str:
-    """A table in GitHub's Markdown."""
-    header, *body = _cells(ranking, _plain_markdown, "{} [{}, {}]")
+    """A table in GitHub Flavored Markdown."""
+    header, *body = _cells(ranking, _escape_markdown, "{} [{}, {}]")
     lines = [header, ["---"] * len(header), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def as_latex(ranking: Ranking) -> str:
-    """A `tabular` with booktabs rules, to be read in by `\\input`."""
-    header, *body = _cells(ranking, _plain_latex, "{} {{\\scriptsize [{}, {}]}}")
+    """A LaTeX `tabular` with booktabs rules."""
+    header, *body = _cells(ranking, _escape_latex, "{} {{\\scriptsize [{}, {}]}}")
     rows = [" & ".join(line) + r" \\" for line in body]
     return "\n".join(
         [
@@ -135,7 +146,7 @@ def as_latex(ranking: Ranking) -> str:
 
 
 WRITERS: dict[str, Callable[[Ranking], str]] = {"csv": as_csv, "md": as_markdown, "tex": as_latex}
-"""Suffix of the file -> what makes its text."""
+"""{suffix of the file: function that makes its text}"""
 
 
 def _cells(ranking: Ranking, escaped: Callable[[str], str], interval: str) -> list[Sequence[str]]:
@@ -143,24 +154,23 @@ def _cells(ranking: Ranking, escaped: Callable[[str], str], interval: str) -> li
     for row in ranking["rows"]:
         values = []
         for metric in METRICS:
-            around = (row["ci95"] or {}).get(metric)
-            shown = [f"{value:.4f}" for value in (row[metric], *(around or ()))]
-            values.append(interval.format(*shown) if around else shown[0])
-        against = row["vs_best_single"]
-        p = "" if against is None or against["mcnemar_p_holm"] is None else f"{against['mcnemar_p_holm']:.3f}"
-        said = marks(row, ranking)
-        name = escaped(row["name"]) + (escaped(f" ({', '.join(said)})") if said else "")
+            bounds = (row["ci95"] or {}).get(metric)
+            numbers = [f"{value:.4f}" for value in (row[metric], *(bounds or ()))]
+            values.append(interval.format(*numbers) if bounds else numbers[0])
+        p = _p_value(row["vs_best_single"])
+        row_marks = marks(row, ranking)
+        name = escaped(row["name"]) + (escaped(f" ({', '.join(row_marks)})") if row_marks else "")
         lines.append(["--" if row["rank"] is None else str(row["rank"]), name, *values, p])
     return lines
 
 
-def _plain_markdown(words: str) -> str:
+def _escape_markdown(text: str) -> str:
     for sign in "\\`*_|<>[]":
-        words = words.replace(sign, f"\\{sign}")
-    return words.replace("\n", " ")
+        text = text.replace(sign, f"\\{sign}")
+    return text.replace("\n", " ")
 
 
-def _plain_latex(words: str) -> str:
+def _escape_latex(text: str) -> str:
     signs = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     signs |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
-    return "".join(signs.get(letter, letter) for letter in words).replace("\n", " ")
+    return "".join(signs.get(letter, letter) for letter in text).replace("\n", " ")

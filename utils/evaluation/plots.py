@@ -1,6 +1,6 @@
-"""Pictures of one member's or ensemble's scores, drawn from its `metrics.json` alone; matplotlib comes with the first.
+"""Plots of one member's or ensemble's scores, drawn from its `metrics.json`; matplotlib is imported with the first.
 
-Figures are made without pyplot, so that no setting of the process is changed and no window is asked for.
+Figures are made without pyplot, so no global setting is changed and no window is opened.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ SHOWN = (
     *("name", "split", "n_samples", "n_classes", "confusion_matrix", "per_class", "reliability", "ece", "mce"),
     "selective",
 )
-HEADER = 4096  # bytes at the beginning of a PNG file that hold what it says of itself
+HEADER_BYTES = 4096  # of a PNG file, which hold its metadata
 DPI = 130
-MOST_NAMES = 40  # classes whose names and numbers can still be read
-LONGEST = 18  # letters of a class's name
+MAX_NAMED_CLASSES = 40  # whose names and numbers can be read
+MAX_NAME_LENGTH = 18  # characters of a class's name
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,18 @@ class Picture:
 
     @property
     def digest(self) -> str:
-        """Of the scores that it shows."""
+        """Digest of the scores that it shows."""
         return digest_of([VERSION, self.kind, {key: self.record[key] for key in SHOWN}])
 
     @property
-    def is_there(self) -> bool:
+    def is_current(self) -> bool:
         """Whether the file shows these scores already."""
-        return self.path.is_file() and self.digest.encode() in self.path.read_bytes()[:HEADER]
+        return self.path.is_file() and self.digest.encode() in self.path.read_bytes()[:HEADER_BYTES]
 
 
 def draw_all(pictures: Sequence[Picture]) -> None:
-    """Draw those that are not there yet; many of them in several processes."""
-    missing = [picture for picture in pictures if not picture.is_there]
+    """Draw the pictures that do not exist yet, many of them in several processes."""
+    missing = [picture for picture in pictures if not picture.is_current]
     list(engines.current().map(draw, missing, description="pictures", n_processes=engines.cores()))
 
 
@@ -75,32 +75,32 @@ def draw(picture: Picture) -> None:
 
 
 def confusion_matrix(axes: Axes, record: Mapping[str, Any]) -> None:
-    """Rows are the true classes, colours shares of their rows, numbers counts."""
+    """Rows are true classes, columns predicted ones; colours are fractions of the true class, numbers are counts."""
     counts = np.array(record["confusion_matrix"])
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    if len(counts) > MOST_NAMES:
+    if len(counts) > MAX_NAMED_CLASSES:
         return
-    names = [_plain(name, LONGEST) for name in record["per_class"]]
+    names = [_plain(name, MAX_NAME_LENGTH) for name in record["per_class"]]
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=7)
     axes.set_yticks(range(len(names)), names, fontsize=7)
     for row, column in zip(*np.nonzero(counts), strict=True):
-        dark = shares[row, column] > 0.5
+        dark = fractions[row, column] > 0.5
         color = "white" if dark else "black"
         axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=color)
 
 
 def reliability(axes: Axes, record: Mapping[str, Any]) -> None:
-    """Accuracy over confidence in 15 bins, the diagonal being perfect, and where the rows are."""
-    found = record["reliability"]
-    filled = [bin_ for bin_, count in enumerate(found["count"]) if count]
-    confidence, accuracy = ([found[key][bin_] for bin_ in filled] for key in ("confidence", "accuracy"))
-    share = np.array(found["count"]) / record["n_samples"]
+    """Accuracy over confidence in 15 bins, with the fraction of rows in each; the diagonal is perfect calibration."""
+    bins = record["reliability"]
+    filled = [bin_ for bin_, count in enumerate(bins["count"]) if count]
+    confidence, accuracy = ([bins[key][bin_] for bin_ in filled] for key in ("confidence", "accuracy"))
+    share = np.array(bins["count"]) / record["n_samples"]
     width = 1 / len(share)
-    axes.bar((np.arange(len(share)) + 0.5) * width, share, width * 0.95, color="#d0d7de", label="share of rows")
-    axes.plot([0, 1], [0, 1], color="#6e7781", linestyle="--", linewidth=1, label="perfect")
+    axes.bar((np.arange(len(share)) + 0.5) * width, share, width * 0.95, color="#d0d7de", label="fraction of rows")
+    axes.plot([0, 1], [0, 1], color="#6e7781", linestyle="--", linewidth=1, label="perfect calibration")
     axes.plot(confidence, accuracy, color="#0550ae", marker="o", markersize=4, label="accuracy")
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
     errors = f"ECE {record['ece']:.4f}, MCE {record['mce']:.4f}"
@@ -108,13 +108,13 @@ def reliability(axes: Axes, record: Mapping[str, Any]) -> None:
 
 
 def risk_coverage(axes: Axes, record: Mapping[str, Any]) -> None:
-    """Error among the surest rows, over the share of rows that are answered."""
-    found = record["selective"]
-    axes.plot(found["coverage"], found["risk"], color="#0550ae")
-    axes.axhline(found["target_risk"], color="#cf222e", linestyle="--", linewidth=1, label="target risk")
-    if found["answered"] is not None and found["error"] is not None:
-        axes.plot([found["answered"]], [found["error"]], "o", color="#cf222e", label="threshold from val")
-    axes.set(xlabel="share of rows answered", ylabel="error among them", xlim=(0, 1))
+    """Selective risk: error rate among the most confident rows, over the fraction of rows."""
+    selective = record["selective"]
+    axes.plot(selective["coverage"], selective["risk"], color="#0550ae")
+    axes.axhline(selective["target_risk"], color="#cf222e", linestyle="--", linewidth=1, label="target risk")
+    if selective["answered"] is not None and selective["error"] is not None:
+        axes.plot([selective["answered"]], [selective["error"]], "o", color="#cf222e", label="threshold from val")
+    axes.set(xlabel="coverage: fraction of rows answered", ylabel="selective risk: error rate", xlim=(0, 1))
     axes.set_ylim(bottom=0)
     axes.legend(loc="center left", fontsize=8)
 
@@ -122,19 +122,21 @@ def risk_coverage(axes: Axes, record: Mapping[str, Any]) -> None:
 def per_class_metrics(axes: Axes, record: Mapping[str, Any]) -> None:
     """Precision, recall and F1 of each class."""
     names = list(record["per_class"])
-    places = np.arange(len(names))
+    positions = np.arange(len(names))
     for shift, (key, color) in enumerate((("precision", "#0550ae"), ("recall", "#bf8700"), ("f1", "#1a7f37"))):
         values = [record["per_class"][name][key] for name in names]
-        axes.bar(places + 0.27 * (shift - 1), values, 0.25, color=color, label=key)
-    if len(names) <= MOST_NAMES:
-        axes.set_xticks(places, [_plain(name, LONGEST) for name in names], rotation=45, ha="right", fontsize=7)
-    axes.set_ylim(0, 1.25)  # room for the legend
+        axes.bar(positions + 0.27 * (shift - 1), values, 0.25, color=color, label=key)
+    if len(names) <= MAX_NAMED_CLASSES:
+        axes.set_xticks(
+            positions, [_plain(name, MAX_NAME_LENGTH) for name in names], rotation=45, ha="right", fontsize=7
+        )
+    axes.set_ylim(0, 1.25)  # space for the legend
     axes.legend(loc="upper center", fontsize=8, ncols=3)
 
 
-def _plain(name: str, longest: int) -> str:
-    """A name as it stands, not read as a formula, cut where it is too long."""
-    shown = name if len(name) <= longest else f"{name[: longest - 3]}..."
+def _plain(name: str, max_length: int) -> str:
+    """A name without formulas, shortened where it is too long."""
+    shown = name if len(name) <= max_length else f"{name[: max_length - 3]}..."
     return shown.replace("\n", " ").replace("$", r"\$")
 
 

@@ -1,7 +1,7 @@
-"""Figures of the report as inline SVG whose colours are those of the page, so that they follow light, dark and print.
+"""Figures of the report as inline SVG in the colours of the page, which follow light mode, dark mode and print.
 
-Drawn by matplotlib in stand-in colours, which become CSS variables; text stays text. What a figure says stands beside
-it in a table or in words as well, and in its label for those who do not see it.
+matplotlib draws them in placeholder colours, which are replaced by CSS variables; text remains text. Every figure has a
+label for screen readers, and its values are on the page as a table or in sentences as well.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ VARIABLES = {
     SECOND: "var(--second)",
     THIRD: "var(--third)",
 }
-HEAT = (0.23, 0.43, 0.80)  # of cells, seen through to the page: readable on white and on black
-STRONGEST = 0.75
+HEAT = (0.23, 0.43, 0.80)  # of cells, with opacity: readable on white and on black
+MAX_OPACITY = 0.75
 WIDTH = 7.2  # inches
-CELLS_WITH_NUMBERS = 15  # classes; beyond, cells are too small for text
-NAMED_CELLS = 40
-SETTINGS = {
+MAX_NUMBERED_CLASSES = 15  # with more, cells are too small for numbers
+MAX_TICK_LABELS = 40
+SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
     "font.family": "DejaVu Sans",
@@ -76,8 +76,8 @@ class Bar:
     """Whether it is the recommended one."""
 
 
-class _Sheet:
-    """A figure that is being drawn, and the SVG that it becomes."""
+class _Drawing:
+    """A figure while it is drawn, then its SVG."""
 
     def __init__(self, rows: int, columns: int, height: float, width: float) -> None:
         from matplotlib.figure import Figure
@@ -91,29 +91,29 @@ class _Sheet:
 
 
 @contextmanager
-def _sheet(label: str, *, height: float, columns: int = 1, rows: int = 1, width: float = WIDTH) -> Iterator[_Sheet]:
-    """Draw on `axes` within the block; afterwards `svg` holds the figure, with `label` for screen readers."""
+def _drawing(label: str, *, height: float, columns: int = 1, rows: int = 1, width: float = WIDTH) -> Iterator[_Drawing]:
+    """Draw on `axes` within the block; `svg` then holds the figure, with `label` for screen readers."""
     import matplotlib
 
     with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has other fonts
-        sheet = _Sheet(rows, columns, height, width)
-        yield sheet
+        drawing = _Drawing(rows, columns, height, width)
+        yield drawing
         buffer = io.StringIO()
-        sheet.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-        sheet.svg = _inline(buffer.getvalue(), label)
+        drawing.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        drawing.svg = _inline(buffer.getvalue(), label)
 
 
 def _inline(text: str, label: str) -> str:
-    """An SVG file as part of a page: no prologue, no fixed size, no ids that may occur twice, the page's colours."""
+    """An SVG file as part of a page: without prologue and fixed size, with unique ids and the page's colours."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     view = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
     width = float(view[1]) if view else 0.0
-    prefix = f"f{abs(hash_of(label))}-"
+    prefix = f"f{_checksum(label)}-"
     used = set(re.findall(r"#([A-Za-z][\w-]*)", text)) & set(re.findall(r'id="([^"]+)"', text))
-    text = re.sub(r' id="([^"]+)"', lambda found: f' id="{prefix}{found[1]}"' if found[1] in used else "", text)
+    text = re.sub(r' id="([^"]+)"', lambda match: f' id="{prefix}{match[1]}"' if match[1] in used else "", text)
     for name in used:
         text = re.sub(rf"#{re.escape(name)}(?=[\")])", f"#{prefix}{name}", text)
     head = f'<svg class="figure" role="img" aria-label="{html.escape(printable(label))}" style="--drawn:{width:.0f}px"'
@@ -124,58 +124,58 @@ def _inline(text: str, label: str) -> str:
     return re.sub(r">\s+<", "><", text)
 
 
-def hash_of(text: str) -> int:
-    """A small number that is the same in every process."""
+def _checksum(text: str) -> int:
+    """A checksum that is the same in every process."""
     import zlib
 
     return zlib.crc32(text.encode("utf-8", "backslashreplace"))
 
 
 def forest(bars: Sequence[Bar], axis: str, label: str) -> str:
-    """Values with their intervals, one line each, first at the top."""
-    with _sheet(label, height=0.9 + 0.2 * len(bars)) as sheet:
-        axes = sheet.axes[0]
-        for place, bar in enumerate(bars):
+    """A forest plot: values with their intervals, the first at the top."""
+    with _drawing(label, height=0.9 + 0.2 * len(bars)) as drawing:
+        axes = drawing.axes[0]
+        for index, bar in enumerate(bars):
             colour = ACCENT if bar.marked else INK if bar.kind == "ensemble" else MUTED
             if bar.low is not None and bar.high is not None:
-                axes.plot([bar.low, bar.high], [place, place], color=colour, linewidth=2 if bar.marked else 1.1)
+                axes.plot([bar.low, bar.high], [index, index], color=colour, linewidth=2 if bar.marked else 1.1)
             marker = "D" if bar.marked else "o" if bar.kind == "ensemble" else "s"
-            axes.plot([bar.value], [place], marker=marker, color=colour, markersize=5.5 if bar.marked else 4)
+            axes.plot([bar.value], [index], marker=marker, color=colour, markersize=5.5 if bar.marked else 4)
         axes.set_yticks(range(len(bars)), [_short(bar.name) for bar in bars])
         axes.set_ylim(len(bars) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(axis)
         axes.tick_params(axis="y", length=0)
-    return sheet.svg
+    return drawing.svg
 
 
 def front(points: Mapping[str, tuple[float, float]], best: set[str], focus: str, axis: str, label: str) -> str:
-    """Score (a share) against cost on a logarithmic axis, {name: (cost, score)}; those of the front are named."""
-    with _sheet(label, height=3.6) as sheet:
-        axes = sheet.axes[0]
-        for name in sorted(points, key=lambda name: (name == focus, name in best)):  # what matters lies on top
+    """Score against cost on a logarithmic axis, {name: (cost, score)}; models on the Pareto front are labelled."""
+    with _drawing(label, height=3.6) as drawing:
+        axes = drawing.axes[0]
+        for name in sorted(points, key=lambda name: (name == focus, name in best)):  # drawn last, on top
             colour = ACCENT if name == focus else INK if name in best else MUTED
             marker = "D" if name == focus else "o"
             axes.plot(*([value] for value in points[name]), marker=marker, color=colour, markersize=6, linestyle="none")
         line = sorted({points[name] for name in best})
         axes.step(*zip(*line, strict=True), where="post", color=INK, linewidth=0.9)
-        places: dict[tuple[float, float], list[str]] = {}
+        labels: dict[tuple[float, float], list[str]] = {}
         for name in sorted({*best, *({focus} & points.keys())}, key=lambda name: (name != focus, name)):
-            places.setdefault(points[name], []).append(_short(name))
-        for number, (place, names) in enumerate(sorted(places.items())):
+            labels.setdefault(points[name], []).append(_short(name))
+        for number, (point, names) in enumerate(sorted(labels.items())):
             offset = (5, -12 if number % 2 else 6)
-            axes.annotate(join_names(names, 1), place, offset, textcoords="offset points", fontsize=8)
+            axes.annotate(join_names(names, 1), point, offset, textcoords="offset points", fontsize=8)
         if all(cost > 0 for cost, _ in points.values()):
             axes.set_xscale("log")
             _plain_ticks(axes, [cost for cost, _ in points.values()])
         axes.margins(x=0.2, y=0.12)
         axes.set_xlabel(axis)
         axes.set_ylabel("accuracy")
-    return sheet.svg
+    return drawing.svg
 
 
 def _plain_ticks(axes: Axes, costs: Sequence[float]) -> None:
-    """1, 2, 5, 10 ... in place of powers of ten, which a span of costs seldom fills."""
+    """Ticks at 1, 2, 5, 10 ... because costs seldom span several powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     wide = max(costs) / min(costs) > 100
@@ -185,39 +185,41 @@ def _plain_ticks(axes: Axes, costs: Sequence[float]) -> None:
 
 
 def reliability(panels: Sequence[tuple[str, Mapping[str, Any]]], label: str) -> str:
-    """Accuracy against confidence of each panel (title, bins), and below them how many rows a bin holds."""
+    """Reliability diagrams of panels (title, bins), with the number of rows per bin below."""
     width = min(WIDTH, 1.2 + 2.6 * len(panels))
-    with _sheet(label, height=3.5, rows=2, columns=len(panels), width=width) as sheet:
-        above, below = sheet.axes[: len(panels)], sheet.axes[len(panels) :]
-        sheet.axes[0].get_gridspec().set_height_ratios([3, 1])
+    with _drawing(label, height=3.5, rows=2, columns=len(panels), width=width) as drawing:
+        above, below = drawing.axes[: len(panels)], drawing.axes[len(panels) :]
+        grid = drawing.axes[0].get_gridspec()
+        assert grid is not None, "subplots have a grid"
+        grid.set_height_ratios([3, 1])
         for (title, bins), upper, lower in zip(panels, above, below, strict=True):
-            kept = [place for place, value in enumerate(bins["accuracy"]) if value is not None]
+            filled = [index for index, value in enumerate(bins["accuracy"]) if value is not None]
             width = 1 / len(bins["accuracy"])
-            middles = [(place + 0.5) * width for place in range(len(bins["accuracy"]))]
+            middles = [(index + 0.5) * width for index in range(len(bins["accuracy"]))]
             upper.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-            sure, right = ([bins[key][place] for place in kept] for key in ("confidence", "accuracy"))
-            upper.plot(sure, right, color=ACCENT, marker="o", markersize=3.5, linewidth=1.4)
+            confidence, accuracy = ([bins[key][index] for index in filled] for key in ("confidence", "accuracy"))
+            upper.plot(confidence, accuracy, color=ACCENT, marker="o", markersize=3.5, linewidth=1.4)
             upper.set(xlim=(0, 1), ylim=(0, 1.02), title=_short(title, 36))
             lower.bar(middles, bins["count"], width=width * 0.85, color=ACCENT, alpha=0.5)
             lower.set(xlim=(0, 1), xlabel="confidence")
             lower.locator_params(axis="y", nbins=3)
         above[0].set_ylabel("accuracy")
         below[0].set_ylabel("rows")
-    return sheet.svg
+    return drawing.svg
 
 
 def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], label: str) -> str:
-    """Counts, true classes down and answers across, coloured by their share of the true class."""
+    """A confusion matrix: rows are true classes, columns predicted ones, colours fractions of the true class."""
     counts = np.asarray(matrix, dtype=float)
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     cells = [[f"{int(value)}" if value else "" for value in row] for row in counts]
-    return _cells(shares, cells, classes, ("true class", "answer"), label, turned=True)
+    return _cells(fractions, cells, classes, ("true class", "predicted class"), label)
 
 
 def pairs(matrix: np.ndarray, names: Sequence[str], label: str) -> str:
-    """A symmetric measure of pairs, -1 to 1, coloured by its size."""
+    """A symmetric matrix of pairs, -1 to 1, coloured by absolute value."""
     cells = [[f"{value:.2f}" for value in row] for row in matrix]
-    return _cells(np.abs(matrix), cells, names, ("", ""), label, turned=True)
+    return _cells(np.abs(matrix), cells, names, ("", ""), label)
 
 
 def _cells(
@@ -226,50 +228,50 @@ def _cells(
     names: Sequence[str],
     axes_names: tuple[str, str],
     label: str,
-    *,
-    turned: bool,
 ) -> str:
     count = len(names)
     side = min(WIDTH, 2.4 + 0.36 * count)
-    with _sheet(label, height=side, width=min(WIDTH, side + 0.4)) as sheet:
-        axes = sheet.axes[0]
+    with _drawing(label, height=side, width=min(WIDTH, side + 0.4)) as drawing:
+        axes = drawing.axes[0]
         image = np.empty((*strength.shape, 4))
-        image[..., :3], image[..., 3] = HEAT, np.clip(strength, 0, 1) * STRONGEST
+        image[..., :3], image[..., 3] = HEAT, np.clip(strength, 0, 1) * MAX_OPACITY
         axes.imshow(image, interpolation="none")
         axes.grid(visible=False)
-        if count <= CELLS_WITH_NUMBERS:
+        if count <= MAX_NUMBERED_CLASSES:
             size = 8 if count <= 10 else 6.5
             for row, line in enumerate(cells):
                 for column, text in enumerate(line):
                     axes.text(column, row, text, ha="center", va="center", fontsize=size)
-        step = max(1, -(-count // NAMED_CELLS))
-        ticks, words = range(0, count, step), [_short(name, 22) for name in names[::step]]
+        step = max(1, -(-count // MAX_TICK_LABELS))
+        ticks, labels = range(0, count, step), [_short(name, 22) for name in names[::step]]
         small = 9 if count <= 20 else 6
-        axes.set_xticks(ticks, words, rotation=90 if turned else 0, fontsize=small)
-        axes.set_yticks(ticks, words, fontsize=small)
+        axes.set_xticks(ticks, labels, rotation=90, fontsize=small)
+        axes.set_yticks(ticks, labels, fontsize=small)
         axes.tick_params(length=0)
         axes.set(ylabel=axes_names[0], xlabel=axes_names[1])
         for spine in axes.spines.values():
             spine.set_visible(True)
-    return sheet.svg
+    return drawing.svg
 
 
 def risk_coverage(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], label: str) -> str:
-    """Error rate of the rows answered against the share of them, {name: (coverage, risk)}."""
-    with _sheet(label, height=3.2) as sheet:
-        axes = sheet.axes[0]
+    """Risk-coverage curves {name: (coverage, risk)}: error rate among the rows answered, and their fraction."""
+    with _drawing(label, height=3.2) as drawing:
+        axes = drawing.axes[0]
         styles = ((ACCENT, "-"), (SECOND, "--"), (THIRD, ":"))
         for (name, (coverage, risk)), (colour, line) in zip(curves.items(), styles, strict=False):
             axes.plot(coverage, risk, color=colour, linestyle=line, linewidth=1.6, label=_short(name, 40))
-        axes.set(xlim=(0, 1.01), xlabel="share of the images that are answered, the surest first", ylabel="error rate")
+        axes.set(
+            xlim=(0, 1.01), xlabel="coverage: fraction of rows answered, most confident first", ylabel="selective risk"
+        )
         axes.set_ylim(bottom=0)
         axes.legend(loc="upper left")
-    return sheet.svg
+    return drawing.svg
 
 
-def _short(text: str, most: int = 34) -> str:
-    """Showable, and cut in the middle where it is long."""
+def _short(text: str, max_length: int = 34) -> str:
+    """Printable text, shortened in the middle where it is long."""
     text = printable(text)
-    if len(text) <= most:
+    if len(text) <= max_length:
         return text
-    return f"{text[: most // 2]}…{text[len(text) - most // 2 + 1 :]}"
+    return f"{text[: max_length // 2]}…{text[len(text) - max_length // 2 + 1 :]}"

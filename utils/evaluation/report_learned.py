@@ -1,6 +1,6 @@
-"""What the report says of ensembles that were learned: how each weighs its members, what it is held against, its cost.
+"""The report's section on fitted ensembles: weights of members, comparison with baselines, cost, distilled networks.
 
-Every ensemble of the workspace, not the recommended one alone; a part without a row is left out of the page.
+It covers every ensemble of the workspace; a table without rows is left out of the page.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from utils.core.display_text import format_number, format_percent
 from utils.distillation.controls import ALONE, TEACHER
 from utils.evaluation.report_data import ReportData
 
-MOST_MEMBERS = 30  # columns of the table of weights
+MAX_MEMBERS = 30  # columns of the table of weights
 NONE = "-"
 
 
@@ -24,7 +24,7 @@ def learned(data: ReportData) -> dict[str, Any]:
             {
                 "name": name,
                 "verdict": record["verdict"],
-                "unseen": format_number((record.get("crossfit") or {}).get("log_loss")),
+                "log_loss": format_number((record.get("crossfit") or {}).get("log_loss")),
             }
             for name, record in data.records.items()
             if record.get("verdict") and record.get("guards")
@@ -41,48 +41,61 @@ def learned(data: ReportData) -> dict[str, Any]:
 
 
 def weights(data: ReportData) -> dict[str, Any]:
-    """`{names, rows, more}`: each member's share in every ensemble of several that gives shares; most weight first."""
-    shares = {name: own for name, record in data.records.items() if len(own := record.get("weights") or {}) > 1}
+    """`{names, rows, more}`: members' weights in every ensemble with several of them, largest total weight first."""
+    by_ensemble = {
+        name: member_weights
+        for name, record in data.records.items()
+        if len(member_weights := record.get("weights") or {}) > 1
+    }
     total: dict[str, float] = {}
-    for own in shares.values():
-        for member, share in own.items():
-            total[member] = total.get(member, 0.0) + share
+    for member_weights in by_ensemble.values():
+        for member, weight in member_weights.items():
+            total[member] = total.get(member, 0.0) + weight
     names = sorted(total, key=lambda member: (-total[member], member))
+    shown = names[:MAX_MEMBERS]
     rows = [
         {
             "name": name,
-            "shares": [format_percent(own[member]) if member in own else NONE for member in names[:MOST_MEMBERS]],
+            "weights": [
+                format_percent(member_weights[member]) if member in member_weights else NONE for member in shown
+            ],
         }
-        for name, own in shares.items()
+        for name, member_weights in by_ensemble.items()
     ]
-    return {"names": names[:MOST_MEMBERS], "rows": rows, "more": max(0, len(names) - MOST_MEMBERS)}
+    return {"names": shown, "rows": rows, "more": len(names) - len(shown)}
 
 
 def _sparse(data: ReportData, name: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    """How many members an image takes, beside all of them."""
+    """The members that an image needs, compared with all of them."""
     ways = record.get("beside") or {}
-    own, whole = (ways.get(way) or {} for way in ("itself", "all_experts"))
-    count = whole.get("experts", len(data.metrics[name]["members"]))
+    sparse, dense = (ways.get(way) or {} for way in ("itself", "all_experts"))
+    count = dense.get("experts", len(data.metrics[name]["members"]))
+    latency, accuracy = (
+        [format_of(way.get(key)) for way in (sparse, dense)]
+        for key, format_of in (("latency_ms", lambda value: format_number(value, 2)), ("accuracy", format_percent))
+    )
     return {
         "name": name,
         "experts": f"{record['expected_experts']:.2f} of {count:.0f}",
-        "latency": f"{format_number(own.get('latency_ms'), 2)} against {format_number(whole.get('latency_ms'), 2)}",
-        "accuracy": f"{format_percent(own.get('accuracy'))} against {format_percent(whole.get('accuracy'))}",
+        "latency": " / ".join(latency),
+        "accuracy": " / ".join(accuracy),
         "note": "the same for every image" if record.get("is_fixed") else "",
     }
 
 
 def _student(name: str, record: Mapping[str, Any], controls: Mapping[str, Any]) -> dict[str, Any]:
-    """A distilled network beside itself untaught and its teacher, on the rows of the page."""
-    alone, teacher, kept = controls[ALONE], controls[TEACHER], record.get("gain_kept") or {}
-    bounds = kept.get("ci95") or (None, None)
-    low, high = ("open" if bound is None else format_percent(bound, 0) for bound in bounds)
+    """A distilled network, the same network trained without a teacher, and the teacher, on the evaluated rows."""
+    baseline, teacher, gain_kept = controls[ALONE], controls[TEACHER], record.get("gain_kept") or {}
+    bounds = gain_kept.get("ci95") or (None, None)
+    low, high = ("unbounded" if bound is None else format_percent(bound, 0) for bound in bounds)
+    value = gain_kept.get("value")
+    models = (record, baseline, teacher)
     return {
         "name": name,
         "teacher": teacher["name"],
-        "accuracy": [format_percent(each["accuracy"]) for each in (record, alone, teacher)],
-        "log_loss": [format_number(each["log_loss"]) for each in (record, alone, teacher)],
-        "size": [format_number(each.get("size_mb"), 2) for each in (record, alone, teacher)],
-        "kept": NONE if kept.get("value") is None else f"{format_percent(kept['value'], 0)} [{low}, {high}]",
-        "said": (record.get("notes") or {}).get("controls", ""),
+        "accuracy": [format_percent(model["accuracy"]) for model in models],
+        "log_loss": [format_number(model["log_loss"]) for model in models],
+        "size": [format_number(model.get("size_mb"), 2) for model in models],
+        "kept": NONE if value is None else f"{format_percent(value, 0)} [{low}, {high}]",
+        "verdict": (record.get("notes") or {}).get("controls", ""),
     }

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,10 @@ def render(config: Config, sources: ReportSources, key: str) -> str:
 
     data = report_data(sources)
     members, learned = report_sections.members(data), report_learned.learned(data)
-    empty = {anchor for anchor, found in (("members", members), ("learned", any(_rows(learned)))) if not found}
+    empty = {anchor for anchor, content in (("members", members), ("learned", any(_rows(learned)))) if not content}
     context = {
         "key": key,
-        "title": f"{config.project.name}: which ensemble to trust",
+        "title": f"{config.project.name}: evaluation report",
         "focus": data.focus,
         "split": data.split,
         "n": f"{data.evaluated['n_samples']:,}",
@@ -87,26 +88,26 @@ def render(config: Config, sources: ReportSources, key: str) -> str:
         "calibration": report_sections.calibration(data),
         "uncertainty": report_sections.uncertainty(data),
         "errors": report_sections.errors(data),
-        "most_classes": report_sections.MOST_CLASSES,
+        "max_open_classes": report_sections.MAX_OPEN_CLASSES,
         "members": members,
         "learned": learned if any(_rows(learned)) else None,
         "doubt": data.ranking.get("label_issues"),
         "label_issues": data.workspace.relative(data.workspace.label_issues("csv")),
         "images": report_sections.images(data),
         "has_images": data.catalog.has_images,
-        "explained": EXPLANATIONS,
+        "explanations": EXPLANATIONS,
         "provenance": report_sections.provenance(config, data),
-        "sections": [(anchor, word) for anchor, word in _sections() if anchor not in empty],
+        "sections": [(anchor, title) for anchor, title in _sections() if anchor not in empty],
     }
     return _template().render(context)
 
 
 def _rows(learned: dict[str, Any]) -> list[Any]:
-    """Of every part of `report_learned.learned`."""
+    """Rows of every table of `report_learned.learned`."""
     return [learned["weights"]["rows"], *(learned[part] for part in ("verdicts", "sparse", "students"))]
 
 
-def _counts(ranking: dict[str, Any]) -> str:
+def _counts(ranking: Mapping[str, Any]) -> str:
     from utils.core.display_text import format_count
 
     kinds = [row["kind"] for row in ranking["rows"]]
@@ -130,20 +131,20 @@ def _sections() -> list[tuple[str, str]]:
 
 
 def _template() -> Any:
-    """The page's template: every value that is put in is made showable first and escaped after."""
+    """The page's template; every value is made printable, then escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     from utils.core.display_text import printable
 
-    def showable(value: Any) -> Any:
+    def as_printable(value: Any) -> Any:
         return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=showable,
+        finalize=as_printable,
         trim_blocks=False,
     )
     return environment.get_template("report.html")

@@ -1,4 +1,4 @@
-"""The parts of the report as the template wants them: rows of tables, figures, sentences."""
+"""The sections of the report as values of the template: rows of tables, figures, captions."""
 
 from __future__ import annotations
 
@@ -28,37 +28,37 @@ from utils.numeric.metrics import reliability
 from utils.numeric.pareto import pareto_front
 
 KINDS = {
-    "wrong": "Surely wrong",
-    "disputed": "Most disputed",
+    "wrong": "Confident errors",
+    "disputed": "Largest disagreement",
     "mislabelled": "Likely mislabelled",
 }
 NONE = "-"
-MOST_CELLS = 200  # classes; a larger confusion matrix is a grey field
-MOST_CLASSES = 60  # rows of the per-class table that are shown at once
+MAX_CONFUSION_CLASSES = 200  # a larger confusion matrix cannot be read
+MAX_OPEN_CLASSES = 60  # a longer table per class is folded
 
 
 def cards(data: ReportData) -> list[dict[str, str]]:
-    """The figures that everyone asks for first."""
-    found, bounds = data.evaluated, data.evaluated.get("ci95") or {}
-    spread = format_interval([100 * bound for bound in bounds["accuracy"]], 1) if bounds.get("accuracy") else ""
-    latency, size = _latency(found), found.get("size_mb")
+    """The main figures of the focus."""
+    record, bounds = data.evaluated, data.evaluated.get("ci95") or {}
+    interval = format_interval([100 * bound for bound in bounds["accuracy"]], 1) if bounds.get("accuracy") else ""
+    latency, size = _latency(record), record.get("size_mb")
     return [
-        {"word": "Accuracy", "value": format_percent(found["accuracy"]), "more": spread},
+        {"word": "Accuracy", "value": format_percent(record["accuracy"]), "more": interval},
         {
             "word": "F1 macro",
-            "value": format_number(found["f1_macro"], 3),
+            "value": format_number(record["f1_macro"], 3),
             "more": format_interval(bounds.get("f1_macro"), 3),
         },
         {
             "word": "Log-loss",
-            "value": format_number(found["log_loss"], 3),
+            "value": format_number(record["log_loss"], 3),
             "more": format_interval(bounds.get("log_loss"), 3),
         },
-        {"word": "Calibration error", "value": format_percent(found["ece"]), "more": ""},
+        {"word": "Calibration error", "value": format_percent(record["ece"]), "more": ""},
         {
             "word": "One image",
             "value": NOT_MEASURED if latency is None else f"{latency:.1f} ms",
-            "more": _device(found),
+            "more": _device(record),
         },
         {"word": "Weights", "value": NOT_MEASURED if size is None else f"{size:,.1f} MB", "more": ""},
     ]
@@ -70,7 +70,7 @@ def ranking(data: ReportData) -> dict[str, Any]:
     for row in data.ranking["rows"]:
         record = data.metrics.get(row["name"], {})
         bounds = record.get("ci95") or row.get("ci95") or {}
-        unseen = record.get("crossfit") or {}
+        out_of_sample = (record.get("crossfit") or {}).get("log_loss")
         marks = [mark for mark in ("contaminated", "optimistic") if row.get(mark)]
         marks += ["recommended"] if row["name"] == data.ranking["recommended"]["name"] else []
         rows.append(
@@ -87,7 +87,7 @@ def ranking(data: ReportData) -> dict[str, Any]:
                 "log_loss": format_number(row["log_loss"]),
                 "log_loss_ci": format_interval(bounds.get("log_loss")),
                 "ece": format_number(row["ece"]),
-                "unseen": format_number(unseen["log_loss"]) if unseen.get("log_loss") is not None else NONE,
+                "out_of_sample": NONE if out_of_sample is None else format_number(out_of_sample),
             }
         )
     return {"rows": rows, "figures": [_forest(data, "accuracy"), _forest(data, "log_loss")]}
@@ -101,16 +101,16 @@ def _forest(data: ReportData, metric: str) -> dict[str, str]:
         measured |= low is not None
         marked = row["name"] == data.focus
         bars.append(report_figures.Bar(row["name"], record[metric], low, high, row["kind"], marked))
-    word = "Accuracy" if metric == "accuracy" else "Log-loss"
-    better = "further right is better" if metric == "accuracy" else "further left is better"
-    lines = "lines are 95 % bootstrap intervals" if measured else "intervals are not measured"
-    label = f"{word} of {format_count(len(bars), 'model')} on {data.split}; {better}; {lines}"
+    title = "Accuracy" if metric == "accuracy" else "Log-loss"
+    better = "higher is better" if metric == "accuracy" else "lower is better"
+    intervals = "lines are 95 % bootstrap intervals" if measured else "intervals are not measured"
+    label = f"{title} of {format_count(len(bars), 'model')} on {data.split}; {better}; {intervals}"
     legend = f"Diamond: {data.focus}. Circles: ensembles. Squares: single members."
-    return {"title": word, "svg": report_figures.forest(bars, word.lower(), label), "caption": f"{label}. {legend}"}
+    return {"title": title, "svg": report_figures.forest(bars, title.lower(), label), "caption": f"{label}. {legend}"}
 
 
 def cost(data: ReportData) -> dict[str, Any]:
-    """Fronts of accuracy against latency and against size, with the figures of every model."""
+    """Pareto fronts of accuracy and latency, and of accuracy and size, with the figures of every model."""
     latencies = {name: _latency(record) for name, record in data.metrics.items()}
     sizes = {name: record.get("size_mb") for name, record in data.metrics.items()}
     figures, fronts = [], {}
@@ -121,8 +121,7 @@ def cost(data: ReportData) -> dict[str, Any]:
         if not points:
             figures.append({"title": axis, "svg": "", "caption": f"Accuracy against {axis}: {NOT_MEASURED}."})
             continue
-        best = join_names(sorted(fronts[kind]), 8)
-        label = f"Accuracy against {axis}. No other model is both cheaper and better than {best}"
+        label = f"Accuracy against {axis}. Pareto front: {join_names(sorted(fronts[kind]), 8)}"
         svg = report_figures.front(points, fronts[kind], data.focus, axis, label)
         figures.append({"title": axis, "svg": svg, "caption": f"{label}."})
     rows = [
@@ -151,8 +150,8 @@ def _latency(record: Mapping[str, Any], batch: str = "batch_1") -> float | None:
 
 
 def _device(record: Mapping[str, Any]) -> str:
-    found = record.get("latency_ms") or {}
-    return f"{found.get('device')}, {format_count(found['threads'], 'thread')}" if found.get("threads") else ""
+    latency = record.get("latency_ms") or {}
+    return f"{latency.get('device')}, {format_count(latency['threads'], 'thread')}" if latency.get("threads") else ""
 
 
 def calibration(data: ReportData) -> dict[str, Any]:
@@ -169,15 +168,13 @@ def calibration(data: ReportData) -> dict[str, Any]:
     elif data.evaluated.get("reliability"):
         panels.append((data.focus, data.evaluated["reliability"]))
     temperature = data.record.get("temperature")
-    words = {
-        True: f"{data.focus} carries no temperature, so there is no before and after.",
-        False: f"Its temperature of {temperature:.3g} was fitted on rows that are not shown here."
-        if temperature
-        else "",
-    }[before is None]
-    label = "Reliability diagrams: accuracy against confidence, on the diagonal where the model is calibrated"
+    if before is None:
+        remark = f"{data.focus} is not scaled by a temperature."
+    else:
+        remark = f"Its temperature of {temperature:.3g} was fitted on other rows." if temperature else ""
+    label = "Reliability diagrams: accuracy against confidence; the diagonal is perfect calibration"
     svg = report_figures.reliability(panels, label) if panels else ""
-    caption = f"{label}. Bars: how many rows have that confidence. {words}"
+    caption = f"{label}. Bars: number of rows by confidence. {remark}"
     names = [name for name in dict.fromkeys([data.focus, *data.peers.values()]) if name in data.metrics]
     rows = [
         {"name": name}
@@ -194,24 +191,24 @@ def uncertainty(data: ReportData) -> dict[str, Any]:
     """Risk against coverage, and conformal sets."""
     curves = {}
     for name in dict.fromkeys([data.focus, *data.peers.values()]):
-        found = data.metrics[name].get("selective") or {}
-        if found.get("coverage") and found.get("risk"):
-            curves[name] = (found["coverage"], found["risk"])
-    label = "Error rate against the share of images that are answered, the surest first; lower is better"
+        curve = data.metrics[name].get("selective") or {}
+        if curve.get("coverage") and curve.get("risk"):
+            curves[name] = (curve["coverage"], curve["risk"])
+    label = "Selective risk: error rate among the most confident rows, against the fraction of rows; lower is better"
     svg = report_figures.risk_coverage(curves, label) if curves else ""
     sets = [
         {
             "kind": kind.upper(),
-            "target": format_percent(1 - found["alpha"], 0),
-            "coverage": format_percent(found.get("coverage")),
-            "bounds": format_interval([100 * bound for bound in found["coverage_interval"]], 1)
-            if found.get("coverage_interval")
+            "target": format_percent(1 - measured["alpha"], 0),
+            "coverage": format_percent(measured.get("coverage")),
+            "bounds": format_interval([100 * bound for bound in measured["coverage_interval"]], 1)
+            if measured.get("coverage_interval")
             else "",
-            "size": format_number(found.get("mean_size"), 2),
-            "n": found.get("n", NOT_MEASURED),
+            "size": format_number(measured.get("mean_size"), 2),
+            "n": measured.get("n", NOT_MEASURED),
         }
-        for kind, found in (data.evaluated.get("conformal") or {}).items()
-        if isinstance(found, Mapping) and found.get("alpha") is not None
+        for kind, measured in (data.evaluated.get("conformal") or {}).items()
+        if isinstance(measured, Mapping) and measured.get("alpha") is not None
     ]
     selective = data.evaluated.get("selective") or {}
     return {
@@ -219,86 +216,93 @@ def uncertainty(data: ReportData) -> dict[str, Any]:
         "sets": sets,
         "aurc": format_number(selective.get("aurc")),
         "threshold": selective.get("threshold"),
-        "wanted_error": selective.get("wanted_error"),
+        "target_risk": report_summary.target_risk(selective),
         "answered": format_percent(selective.get("answered")),
         "error": format_percent(selective.get("error")),
-        "foreign": _foreign(data.evaluated.get("out_of_distribution")),
+        "ood": _out_of_distribution(data.evaluated.get("out_of_distribution")),
     }
 
 
-def _foreign(found: Mapping[str, Any] | None) -> str:
-    """How many rows look unlike the val rows, in words."""
-    beyond = {key: found[key]["beyond"] for key in ("energy", "max_logit") if found and found.get(key)}
-    if not found or not beyond:
+def _out_of_distribution(scores: Mapping[str, Any] | None) -> str:
+    """The fraction of rows with high OOD scores, as a sentence."""
+    beyond = {key: scores[key]["beyond"] for key in ("energy", "max_logit") if scores and scores.get(key)}
+    if not scores or not beyond:
         return ""
-    words = " and ".join(f"{format_percent(share)} by {key.replace('_', ' ')}" for key, share in beyond.items())
-    return (
-        f"Rows less familiar than 95 % of the val rows: {words}, where 5 % are usual ({found.get('limits', 'a hint')})."
-    )
+    fractions = " and ".join(f"{format_percent(value)} ({key.replace('_', ' ')})" for key, value in beyond.items())
+    limits = scores.get("limits", "an indication, not a test")
+    return f"Rows with a higher OOD score than 95 % of the val rows: {fractions}; 5 % are expected ({limits})."
 
 
 def errors(data: ReportData) -> dict[str, Any]:
-    """Confusion matrices, the most frequent confusions, figures per class."""
+    """Confusion matrices, the most frequent errors, metrics per class."""
     figures = []
     for name in dict.fromkeys([data.focus, *data.peers.values()]):
         record = data.metrics[name]
         classes = [name for name in data.classes if name in record["per_class"]]
-        if len(classes) > MOST_CELLS:
+        if len(classes) > MAX_CONFUSION_CLASSES:
             figures.append(
-                {"title": name, "svg": "", "caption": f"{name}: {len(classes)} classes are too many to draw."}
+                {
+                    "title": name,
+                    "svg": "",
+                    "caption": f"{name}: a confusion matrix of {len(classes)} classes is not drawn.",
+                }
             )
             continue
-        wrong = record["n_samples"] - int(np.trace(np.asarray(record["confusion_matrix"])))
-        label = (
-            f"Confusion matrix of {name}: {format_count(wrong, 'error')} on {format_count(record['n_samples'], 'row')}"
-        )
+        n_errors = record["n_samples"] - int(np.trace(np.asarray(record["confusion_matrix"])))
+        n_rows = record["n_samples"]
+        label = f"Confusion matrix of {name}: {format_count(n_errors, 'error')} on {format_count(n_rows, 'row')}"
         svg = report_figures.confusion(record["confusion_matrix"], classes, label)
-        figures.append({"title": name, "svg": svg, "caption": f"{label}. Darker: a larger share of the true class."})
+        figures.append({"title": name, "svg": svg, "caption": f"{label}. Colours: fractions of the true class."})
     single = data.peers.get("best_single")
-    others = data.metrics[single]["per_class"] if single else {}
+    single_scores = data.metrics[single]["per_class"] if single else {}
     rows = [
         {
             "name": name,
-            "precision": format_number(own["precision"], 3),
-            "recall": format_number(own["recall"], 3),
-            "f1": format_number(own["f1"], 3),
-            "single": format_number(others[name]["f1"], 3) if name in others else NONE,
-            "support": own["support"],
+            "precision": format_number(scores["precision"], 3),
+            "recall": format_number(scores["recall"], 3),
+            "f1": format_number(scores["f1"], 3),
+            "single": format_number(single_scores[name]["f1"], 3) if name in single_scores else NONE,
+            "support": scores["support"],
         }
         for name in data.classes
-        if (own := data.evaluated["per_class"].get(name)) is not None
+        if (scores := data.evaluated["per_class"].get(name)) is not None
     ]
-    return {"figures": figures, "pairs": report_summary.confused(data), "rows": rows, "single": single}
+    return {"figures": figures, "pairs": report_summary.most_confused(data), "rows": rows, "single": single}
 
 
 def members(data: ReportData) -> dict[str, Any] | None:
-    """Who adds what; None where there are no two members with honest rows in common."""
-    found = data.contributions
-    if found is None:
+    """Contributions of the members; None where there are not two with out-of-sample rows in common."""
+    contributions = data.contributions
+    if contributions is None:
         return None
     weights = data.record.get("weights") or {}
     rows = [
         {
             "name": name,
             "weight": format_percent(weights[name]) if name in weights else NONE,
-            "accuracy": format_percent(found.accuracy[place]),
-            "log_loss": format_number(found.log_loss[place]),
-            "without": f"{found.without[place]:+.4f}",
-            "alone": int(found.only_correct[place]),
+            "accuracy": format_percent(contributions.accuracy[index]),
+            "log_loss": format_number(contributions.log_loss[index]),
+            "without": f"{contributions.without[index]:+.4f}",
+            "only_correct": int(contributions.only_correct[index]),
         }
-        for place, name in enumerate(found.names)
+        for index, name in enumerate(contributions.names)
     ]
-    label = f"Correlation of the errors of each pair of {len(found.names)} members; 0 where they err independently"
-    svg = report_figures.pairs(found.pairs.error_correlation, found.names, label)
-    average = found.pairs.mean_among(range(len(found.names))) or {}
+    label = (
+        f"Correlation of the errors of each pair of {len(contributions.names)} members; 0 where errors are independent"
+    )
+    svg = report_figures.pairs(contributions.pairs.error_correlation, contributions.names, label)
+    average = contributions.pairs.mean_among(range(len(contributions.names))) or {}
     return {
         "rows": rows,
-        "n": f"{found.rows:,}",
-        "mean_log_loss": format_number(found.mean_log_loss),
-        "figure": {"svg": svg, "caption": f"{label}. Members that err on different images help each other."},
+        "n": f"{contributions.rows:,}",
+        "mean_log_loss": format_number(contributions.mean_log_loss),
+        "figure": {
+            "svg": svg,
+            "caption": f"{label}. An ensemble gains most from members with weakly correlated errors.",
+        },
         "average": {key.replace("_", " "): format_number(value, 3) for key, value in average.items()},
         "weighted": bool(weights),
-        "why": (data.evaluated.get("notes") or {}).get("weights", ""),
+        "note": (data.evaluated.get("notes") or {}).get("weights", ""),
     }
 
 
@@ -326,24 +330,24 @@ def _image(data: ReportData, item: ExampleImage) -> dict[str, Any]:
         }
         for prediction in item.member_predictions
     ]
-    agreeing = sum(prediction["agrees"] for prediction in predictions)
-    words = f"label {label}; {data.focus} predicts {predicted} ({format_percent(item.probability, 0)})"
+    agreeing = sum(prediction.predicted == item.label for prediction in item.member_predictions)
+    caption = f"label {label}; {data.focus} predicts {predicted} ({format_percent(item.probability, 0)})"
     if item.predicted != item.label:
-        words += f", {label} has {format_percent(item.label_probability, 0)}"
+        caption += f", {label} has {format_percent(item.label_probability, 0)}"
     summary = f"{agreeing} of {len(predictions)} members predict {label}" if predictions else ""
     return {
         "id": f"{item.split}/{item.sample_id}",
-        "words": words,
+        "caption": caption,
         "summary": summary,
         "disagreement": "" if item.disagreement is None else f"disagreement {item.disagreement:.2f} nats",
         "thumbnail": image,
-        "alt": f"Image {item.sample_id}, {words}",
+        "alt": f"Image {item.sample_id}, {caption}",
         "predictions": predictions,
     }
 
 
 def provenance(config: Config, data: ReportData) -> dict[str, Any]:
-    """What was fitted and chosen on which rows, by which code and weights, and the commands that do it again."""
+    """Rows that the focus was fitted and selected on, versions and digests, and commands that reproduce the report."""
     record = data.evaluated
     rows = [
         {
@@ -353,10 +357,10 @@ def provenance(config: Config, data: ReportData) -> dict[str, Any]:
             "n": part["n"],
             "digest": part["digest"][:12],
         }
-        for use, key in (("fitted on", "fitted_on"), ("chosen on", "selected_on"))
+        for use, key in (("fitted on", "fitted_on"), ("selected on", "selected_on"))
         for part in record.get(key) or ()
     ]
-    own = [
+    members = [
         {
             "name": member.name,
             "architecture": member.architecture,
@@ -379,7 +383,7 @@ def provenance(config: Config, data: ReportData) -> dict[str, Any]:
     }
     return {
         "rows": rows,
-        "members": own,
+        "members": members,
         "facts": {key: value for key, value in facts.items() if value not in (None, "")},
         "commands": commands(config, data),
         "unmeasured": sorted((record.get("notes") or {}).items()),
@@ -387,7 +391,7 @@ def provenance(config: Config, data: ReportData) -> dict[str, Any]:
 
 
 def commands(config: Config, data: ReportData) -> list[str]:
-    """What to type to make this page again, and to use what it recommends."""
+    """Commands that reproduce the report and use the model that it recommends."""
     common = ["--config", str(config.source), *_overrides(config), "--workspace", str(data.workspace.base)]
     common += ["--output", str(data.workspace.output)] if data.workspace.output else []
     program = ["python", "ensemble_orchestrator.py"]
@@ -395,28 +399,25 @@ def commands(config: Config, data: ReportData) -> list[str]:
     if data.record:
         lines.append(build_command(data.focus).split())
     lines.append([*program, "evaluate", "--force", *([] if data.split == "test" else ["--split", data.split])])
-    found = [shlex.join([*line, *common]) for line in lines]
-    return [
-        *found,
-        shlex.join([*program, "predict", "--model-name", data.focus, "FOLDER", "--to", "answers.csv", *common]),
-    ]
+    lines.append([*program, "predict", "--model-name", data.focus, "FOLDER", "--to", "answers.csv"])
+    return [shlex.join([*line, *common]) for line in lines]
 
 
 def _overrides(config: Config) -> list[str]:
     """`--set KEY=VALUE` for every value that is not the file's."""
     if not Path(config.source).is_file():
         return []
-    found: list[str] = []
+    options: list[str] = []
 
-    def compare(own: Any, other: Any, place: str) -> None:
-        if isinstance(own, dict) and isinstance(other, dict):
-            for key in own:
-                compare(own[key], other.get(key), f"{place}.{key}" if place else key)
-        elif own != other:
-            found.extend(("--set", f"{place}={_value(own)}"))
+    def compare(value: Any, file_value: Any, key: str) -> None:
+        if isinstance(value, dict) and isinstance(file_value, dict):
+            for name in value:
+                compare(value[name], file_value.get(name), f"{key}.{name}" if key else name)
+        elif value != file_value:
+            options.extend(("--set", f"{key}={_value(value)}"))
 
     compare(config.as_dict(), config_file.load_config(Path(config.source)).as_dict(), "")
-    return found
+    return options
 
 
 def _value(value: Any) -> str:

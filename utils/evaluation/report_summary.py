@@ -1,4 +1,4 @@
-"""The report in words: what to use, how far to trust it, and where it fails; each sentence only of what is known."""
+"""The summary of the report in sentences: which model to use, how reliable it is, and where it fails."""
 
 from __future__ import annotations
 
@@ -9,157 +9,182 @@ from utils.core.display_text import format_count, format_interval, format_number
 from utils.evaluation.report_data import ReportData
 from utils.numeric.metrics import METRICS
 
-ROWS = {"oof+val": "out-of-fold predictions of the train images and the val images", "val": "the val images"}
-FEW = 500  # evaluated images, below which an interval is worth a sentence
+ROWS = {"oof+val": "out-of-fold predictions of train and predictions of val", "val": "predictions of val"}
+MIN_ROWS = 500  # evaluated rows, below which the summary warns of wide intervals
 
 
 def sentences(data: ReportData) -> list[str]:
     """The summary, most important first."""
-    found = [_choice(data), _on_split(data), *_compared(data), _guards(data), _calibration(data), _weakest(data)]
-    found += [_uncertainty(data), _cost(data), _other_winner(data)]
-    return [sentence for sentence in found if sentence]
+    summary = [
+        _recommendation(data),
+        _on_split(data),
+        *_comparisons(data),
+        _baselines(data),
+        _calibration(data),
+        _weakest_class(data),
+        _uncertainty(data),
+        _cost(data),
+        _first_in_ranking(data),
+    ]
+    return [sentence for sentence in summary if sentence]
 
 
 def warnings(data: ReportData) -> list[str]:
-    """What a reader must know before believing any of it."""
-    found = []
+    """Reasons not to rely on the figures, and what is not shown."""
+    messages = []
     contaminated = [row["name"] for row in data.ranking["rows"] if row.get("contaminated")]
     optimistic = [row["name"] for row in data.ranking["rows"] if row.get("optimistic")]
     if contaminated:
-        found.append(f"Fitted on rows that are evaluated here, so never ranked: {join_names(contaminated)}.")
+        messages.append(f"Fitted on evaluated rows and therefore not ranked: {join_names(contaminated)}.")
     if optimistic:
-        whose = "everything here" if len(optimistic) == len(data.ranking["rows"]) else join_names(optimistic)
-        found.append(f"Rows evaluated here took part in choosing {whose}, so the scores are optimistic.")
+        names = "all models" if len(optimistic) == len(data.ranking["rows"]) else join_names(optimistic)
+        messages.append(f"The evaluated rows were used to select {names}, so the scores are optimistic.")
     dropped = (data.evaluated.get("overlap") or {}).get("dropped")
     if dropped:
-        found.append(f"{format_count(dropped, 'row')} left out, since the same image is in train or val.")
+        messages.append(f"{format_count(dropped, 'row')} left out because the same image is in train or val.")
     bounds = (data.evaluated.get("ci95") or {}).get("accuracy")
     rows = data.evaluated["n_samples"]
-    if rows < FEW:
-        wide = f": the accuracy is known to {format_interval([100 * bound for bound in bounds], 1)} %" if bounds else ""
-        found.append(f"{format_count(rows, 'row')} of {data.split} are few{wide}. Small differences here mean nothing.")
-    return [*found, *data.notes]
+    if rows < MIN_ROWS:
+        interval = (
+            f": the 95 % interval of the accuracy is {format_interval([100 * bound for bound in bounds], 1)} %"
+            if bounds
+            else ""
+        )
+        messages.append(
+            f"{data.split} has only {format_count(rows, 'row')}{interval}. Small differences are not meaningful."
+        )
+    return [*messages, *data.notes]
 
 
-def _choice(data: ReportData) -> str:
-    chosen = data.ranking["recommended"]
-    evidence = chosen["evidence"]
-    if chosen["name"] != data.focus:
-        return f"{chosen['name']} is recommended, but its metrics are gone; this page is about {data.focus} instead."
+def _recommendation(data: ReportData) -> str:
+    recommended = data.ranking["recommended"]
+    evidence = recommended["evidence"]
+    if recommended["name"] != data.focus:
+        return (
+            f"{recommended['name']} is recommended, but it has no metrics of {data.split}; this report is about "
+            f"{data.focus} instead."
+        )
     return (
-        f"Use {data.focus}: {chosen['reason']}. That was decided on {format_count(evidence['n'], 'row')} that its "
-        f"parts were not fitted on ({ROWS.get(evidence['rows'], evidence['rows'])}): log-loss "
-        f"{format_number(evidence['log_loss'])} {format_interval(evidence['log_loss_ci95'])}, "
+        f"Use {data.focus}: {recommended['reason']}. The recommendation is based on "
+        f"{format_count(evidence['n'], 'out-of-sample row')} ({ROWS.get(evidence['rows'], evidence['rows'])}): "
+        f"log-loss {format_number(evidence['log_loss'])} {format_interval(evidence['log_loss_ci95'])}, "
         f"accuracy {format_percent(evidence['accuracy'])}."
     )
 
 
 def _on_split(data: ReportData) -> str:
-    found = data.evaluated
+    record = data.evaluated
     ranked = [row for row in data.ranking["rows"] if row["rank"] is not None]
-    own = next((row["rank"] for row in ranked if row["name"] == data.focus), None)
-    place = f" and stands at place {own} of {len(ranked)} by {_order(data)}" if own is not None else ""
-    bounds = (found.get("ci95") or {}).get("accuracy")
-    spread = f" (95 % interval {format_percent(bounds[0])} to {format_percent(bounds[1])})" if bounds else ""
-    said = ", which had no say in that choice," if data.split == "test" else ""
+    rank = next((row["rank"] for row in ranked if row["name"] == data.focus), None)
+    position = f" and ranks {rank} of {len(ranked)} by {_metric(data)}" if rank is not None else ""
+    bounds = (record.get("ci95") or {}).get("accuracy")
+    interval = f" (95 % interval {format_percent(bounds[0])} to {format_percent(bounds[1])})" if bounds else ""
+    unused = ", which were not used for the recommendation," if data.split == "test" else ""
     return (
-        f"On the {format_count(found['n_samples'], 'row')} of {data.split}{said} it is right on "
-        f"{format_percent(found['accuracy'])}{spread}{place}."
+        f"On the {format_count(record['n_samples'], 'row')} of {data.split}{unused} its accuracy is "
+        f"{format_percent(record['accuracy'])}{interval}{position}."
     )
 
 
-def _order(data: ReportData) -> str:
+def _metric(data: ReportData) -> str:
     return str(data.ranking["order"][0]).replace("_", " ")
 
 
-def _compared(data: ReportData) -> list[str]:
-    found = []
-    for kind, word in (("best_single", "the best single model"), ("soft_voting", "plain soft voting")):
-        against = data.evaluated.get(f"vs_{kind}")
-        if against and against.get("name") != data.focus:
-            found.append(_measured_difference(against, f"{word} ({against['name']})"))
+def _comparisons(data: ReportData) -> list[str]:
+    comparisons = []
+    for kind, title in (("best_single", "the best single model"), ("soft_voting", "soft voting")):
+        comparison = data.evaluated.get(f"vs_{kind}")
+        if comparison and comparison.get("name") != data.focus:
+            comparisons.append(_measured_difference(comparison, f"{title} ({comparison['name']})"))
         elif kind in data.peers:
-            other = data.peers[kind]
-            gap = data.evaluated["accuracy"] - data.metrics[other]["accuracy"]
-            found.append(
-                f"Against {word} ({other}): {100 * gap:+.1f} points of accuracy; its interval is not measured."
+            peer = data.peers[kind]
+            difference = data.evaluated["accuracy"] - data.metrics[peer]["accuracy"]
+            comparisons.append(
+                f"Compared with {title} ({peer}): {100 * difference:+.1f} percentage points of accuracy; the interval "
+                "is not measured."
             )
-    return found
+    return comparisons
 
 
-def _measured_difference(against: Mapping[str, Any], word: str) -> str:
-    low, high = against["delta_ci95"] or (None, None)
-    p = against.get("mcnemar_p")
-    tested = f", McNemar's exact p {p:.3g}" if p is not None else ""
-    gap = f"Against {word}: {100 * against['delta_accuracy']:+.1f} points of accuracy"
-    if low is None:
-        return f"{gap}{tested}."
-    verdict = "it is better" if low > 0 else "it is worse" if high < 0 else "the two cannot be told apart here"
-    return f"{gap} [{100 * low:+.1f}, {100 * high:+.1f}]{tested}: {verdict}."
+def _measured_difference(comparison: Mapping[str, Any], title: str) -> str:
+    low, high = comparison["delta_ci95"] or (None, None)
+    p = comparison.get("mcnemar_p")
+    test = f", McNemar's exact p {p:.3g}" if p is not None else ""
+    difference = f"Compared with {title}: {100 * comparison['delta_accuracy']:+.1f} percentage points of accuracy"
+    if low is None or high is None:
+        return f"{difference}{test}."
+    verdict = "it is better" if low > 0 else "it is worse" if high < 0 else "the difference is not significant"
+    return f"{difference} [{100 * low:+.1f}, {100 * high:+.1f}]{test}: {verdict}."
 
 
-def _guards(data: ReportData) -> str:
+def _baselines(data: ReportData) -> str:
     verdict = data.record.get("verdict")
-    return f"Held against the simple combinations on the honest rows, it {verdict}." if verdict else ""
+    return f"Compared with the baselines on out-of-sample rows, it {verdict}." if verdict else ""
 
 
 def _calibration(data: ReportData) -> str:
-    gap = data.evaluated["ece"]
-    word = "well calibrated" if gap < 0.02 else "fairly calibrated" if gap < 0.05 else "not well calibrated"
+    error = data.evaluated["ece"]
+    quality = "well calibrated" if error < 0.02 else "fairly calibrated" if error < 0.05 else "not well calibrated"
     return (
-        f"Its probabilities are {word}: on average they are off by {format_percent(gap)} (expected calibration error), "
-        f"in the worst bin by {format_percent(data.evaluated['mce'])}."
+        f"Its probabilities are {quality}: the expected calibration error is {format_percent(error)}, the largest "
+        f"error of a bin {format_percent(data.evaluated['mce'])}."
     )
 
 
-def _weakest(data: ReportData) -> str:
-    classes = {name: own for name, own in data.evaluated["per_class"].items() if own["support"]}
+def _weakest_class(data: ReportData) -> str:
+    classes = {name: scores for name, scores in data.evaluated["per_class"].items() if scores["support"]}
     if len(classes) < 2:
         return ""
     name = min(classes, key=lambda key: (classes[key]["f1"], key))
-    own = classes[name]
-    if own["f1"] == 1:
-        return "It makes no error at all on these rows."
-    found = (
-        f"It is weakest on class {name} (F1 {format_number(own['f1'], 3)}, recall {format_number(own['recall'], 3)}, "
-        f"{format_count(own['support'], 'row')})"
+    scores = classes[name]
+    if scores["f1"] == 1:
+        return "It makes no error on these rows."
+    weakest = (
+        f"Its lowest F1 is that of class {name} (F1 {format_number(scores['f1'], 3)}, recall "
+        f"{format_number(scores['recall'], 3)}, {format_count(scores['support'], 'row')})"
     )
-    pairs = confused(data)
+    pairs = most_confused(data)
     if not pairs:
-        return f"{found}."
-    often = "once" if pairs[0][2] == 1 else f"{pairs[0][2]} times"
-    return f"{found}; its most frequent error is {pairs[0][0]} taken for {pairs[0][1]} ({often})."
+        return f"{weakest}."
+    truth, predicted, count, _ = pairs[0]
+    return f"{weakest}; the most frequent error is {truth} predicted as {predicted} ({format_count(count, 'row')})."
 
 
-def confused(data: ReportData, most: int = 10) -> list[tuple[str, str, int, int]]:
-    """(true class, answer, how often, rows of the true class), most frequent first."""
+def most_confused(data: ReportData, most: int = 10) -> list[tuple[str, str, int, int]]:
+    """(true class, predicted class, count, rows of the true class), most frequent first."""
     names = [name for name in data.classes if name in data.evaluated["per_class"]]
-    table = data.evaluated["confusion_matrix"]
     cells = [
-        (names[row], names[column], count, sum(line))
-        for row, line in enumerate(table)
-        for column, count in enumerate(line)
+        (names[row], names[column], count, sum(counts))
+        for row, counts in enumerate(data.evaluated["confusion_matrix"])
+        for column, count in enumerate(counts)
         if row != column and count
     ]
     return sorted(cells, key=lambda cell: (-cell[2], cell[0], cell[1]))[:most]
 
 
 def _uncertainty(data: ReportData) -> str:
-    found = []
+    parts = []
     selective = data.evaluated.get("selective") or {}
-    if selective.get("threshold") is not None and selective.get("wanted_error") is not None:
-        found.append(
-            f"answering only where it is at least {format_percent(selective['threshold'])} sure is meant to keep "
-            f"errors at {format_percent(selective['wanted_error'])}"
+    target = target_risk(selective)
+    if selective.get("threshold") is not None and target is not None:
+        parts.append(
+            f"a confidence threshold of {format_percent(selective['threshold'])} targets an error rate of "
+            f"{format_percent(target)} among the rows that are answered"
         )
     sets = (data.evaluated.get("conformal") or {}).get("lac")
     if sets:
-        found.append(
-            f"conformal sets that should hold the true class in {format_percent(1 - sets['alpha'])} of cases did so in "
-            f"{format_percent(sets.get('coverage'))}, with {format_number(sets.get('mean_size'), 2)} classes on average"
+        parts.append(
+            f"conformal sets with a target coverage of {format_percent(1 - sets['alpha'])} contain the true class in "
+            f"{format_percent(sets.get('coverage'))} of the rows, with {format_number(sets.get('mean_size'), 2)} "
+            "classes on average"
         )
-    text = "; ".join(found)
+    text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def target_risk(selective: Mapping[str, Any]) -> float | None:
+    """The target selective risk of a record, which earlier versions stored as `wanted_error` alone."""
+    return selective.get("target_risk", selective.get("wanted_error"))
 
 
 def _cost(data: ReportData) -> str:
@@ -171,16 +196,16 @@ def _cost(data: ReportData) -> str:
     return f"It runs {format_count(members, 'network')}: {' and '.join(parts)}." if parts else ""
 
 
-def _other_winner(data: ReportData) -> str:
+def _first_in_ranking(data: ReportData) -> str:
+    """Why a model that ranks first on the split is not recommended for that."""
     first = data.ranking["rows"][0]
     if first["name"] == data.focus or first["rank"] is None:
         return ""
     metric = data.ranking["order"][0]
-    own, other = data.evaluated[metric], data.metrics[first["name"]][metric] if first["name"] in data.metrics else None
-    if other is None or metric not in METRICS:
+    if first["name"] not in data.metrics or metric not in METRICS:
         return ""
-    figures = f"{_order(data)} {format_number(other)} against {format_number(own)}"
+    values = format_number(data.metrics[first["name"]][metric]), format_number(data.evaluated[metric])
     return (
-        f"{first['name']} comes first on {data.split} ({figures}). "
-        f"It is not recommended for that: whoever picks the best of many on {data.split} picks luck as well."
+        f"{first['name']} ranks first on {data.split} ({_metric(data)} {values[0]}, compared with {values[1]}). It is "
+        f"not recommended on that ground: selecting the best of many models on {data.split} overestimates it."
     )

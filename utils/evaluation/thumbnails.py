@@ -1,6 +1,6 @@
-"""Small copies of images for a page: whatever the file holds, in bounded time, memory and size.
+"""Thumbnails for the report, in bounded time, memory and size whatever the file holds.
 
-They are for the eye, so that EXIF rotation and the full range of 16 bits count here; networks see neither.
+They apply EXIF rotation and stretch 16-bit images to the full range for display; networks do neither.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SIDE = 160  # pixels of the longer side
-LARGEST = 64_000_000  # pixels; above, an image is described and not decoded
-FILE_BYTES = 256_000_000
+MAX_PIXELS = 64_000_000  # a larger image is not decoded
+MAX_FILE_BYTES = 256_000_000
 QUALITY = 80
-SMALL = 64  # up to here every pixel is kept, and the page enlarges them without blur
-BACKGROUND = (128, 128, 128)  # behind what is transparent: neither black nor white drawings vanish
+SMALL = 64  # pixels; up to this size every pixel is kept, and the page enlarges the image without blur
+BACKGROUND = (128, 128, 128)  # of transparent pixels; neither black nor white drawings disappear
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A small copy, or why there is none."""
+    """A small copy of an image, or the reason why there is none."""
 
     uri: str | None
     """`data:image/...;base64,...`"""
@@ -39,22 +39,22 @@ class Thumbnail:
 
 
 def thumbnail(path: Path) -> Thumbnail:
-    """A small copy of an image file; for one that cannot be decoded, or is too large to be meant, the reason."""
+    """A small copy of an image file, or the reason why it is too large or cannot be decoded."""
     image_files = base_back.load_bundled("image_files")
     try:
         size = path.stat().st_size
-        if size > FILE_BYTES:
-            return Thumbnail(None, problem=f"a file of {size / 1e6:.0f} MB, too large to be shown")
+        if size > MAX_FILE_BYTES:
+            return Thumbnail(None, problem=f"a file of {size / 1e6:.0f} MB is too large to show")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # large images are refused below; oddities of metadata concern nobody here
+            warnings.simplefilter("ignore")  # large images are refused below; metadata does not matter here
             with image_files.open_image(path) as image:
                 width, height = image.size
-                if width * height > LARGEST:
-                    return Thumbnail(None, problem=f"{width} x {height} pixels, too large to be shown")
+                if width * height > MAX_PIXELS:
+                    return Thumbnail(None, problem=f"{width} x {height} pixels are too large to show")
                 return _encoded(_small(image))
     except FileNotFoundError:
-        return Thumbnail(None, problem="the file is gone")
-    # Decoders of damaged files raise whatever they meet, from struct.error to IndexError.
+        return Thumbnail(None, problem="the file is missing")
+    # Decoders of damaged files raise exceptions of many classes, from struct.error to IndexError.
     except Exception as error:
         return Thumbnail(
             None, problem=f"cannot be decoded ({str(error).replace(str(path), 'it') or type(error).__name__})"
@@ -62,7 +62,7 @@ def thumbnail(path: Path) -> Thumbnail:
 
 
 def _small(image: Image.Image) -> Image.Image:
-    """The first frame, upright, RGB, at most `SIDE` long."""
+    """The first frame, rotated by its EXIF data, in RGB, with at most `SIDE` pixels a side."""
     from PIL import Image, ImageOps
 
     image.draft("RGB", (2 * SIDE, 2 * SIDE))  # a JPEG is decoded at a fraction of its size
@@ -79,17 +79,17 @@ def _small(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Whole range of the image to 0..255, which keeps dark 16-bit pictures visible; its rotation is kept."""
+    """Stretch the range of the image to 0..255, so that dark 16-bit images are visible; EXIF data is kept."""
     from PIL import Image
 
     values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
     low, high = float(values.min()), float(values.max())
     scaled = (values - low) / max(high - low, 1e-12) * 255
-    found = Image.fromarray(scaled.astype(np.uint8))
-    found.info = dict(image.info)
+    converted = Image.fromarray(scaled.astype(np.uint8))
+    converted.info = dict(image.info)
     if exif := image.getexif():
-        found.info["exif"] = exif.tobytes()
-    return found
+        converted.info["exif"] = exif.tobytes()
+    return converted
 
 
 def _encoded(image: Image.Image) -> Thumbnail:

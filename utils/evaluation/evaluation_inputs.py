@@ -158,13 +158,10 @@ def gather(
         list(members.values()), lambda some: extraction.ensure(store, some, sorted({"val", split}))
     )
     streamed = {name: member for name, member in members.items() if name not in failures}
-    # Rows that are still held are not opened again: `network_provenance` reads samples of imported members from them.
+    networks = ensembles.network_provenance(store)
     oof = {name: part for name, member in members.items() if (part := store.oof(member)) is not None}
     with_val = {name: member for name, member in streamed.items() if store.is_available(member, "val")}
     val_rows, unreadable = _open(store, with_val, "val")
-    networks = ensembles.network_provenance(store)
-    if split != "val":  # a mapped array holds a file descriptor as long as it is open
-        val_rows = {name: _in_memory(part) for name, part in val_rows.items()}
     split_rows, failed = _open(store, {name: m for name, m in streamed.items() if name not in unreadable}, split)
     failures |= unreadable | failed
     evaluated = {name: member for name, member in streamed.items() if name in split_rows}
@@ -238,16 +235,6 @@ def _open(store: Store, members: Mapping[str, Member], split: str) -> tuple[dict
 
     failures = scoring.for_each_member(list(members.values()), read)
     return {name: part for name, part in opened.items() if name not in failures}, failures
-
-
-def _in_memory(part: MemberRows) -> MemberRows:
-    return replace(
-        part,
-        sample_ids=np.array(part.sample_ids),
-        labels=np.array(part.labels),
-        logits=np.array(part.logits),
-        out_of_sample=np.array(part.out_of_sample),
-    )
 
 
 def _open_fold_rows(

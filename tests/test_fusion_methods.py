@@ -163,7 +163,7 @@ def test_an_absent_member_is_not_seen_and_has_no_weight(rows):
     np.testing.assert_allclose(without, fitted.predict_proba(outputs, present), atol=1e-12)
     assert np.abs(without - fitted.predict_proba(outputs)).max() > 1e-3
     assert log_loss(without, labels) < 0.7 * np.log(C)  # it has learned to go without
-    assert (fitted.model.attention(fitted._seen(broken), present)[:, 1] == 0).all()
+    assert (fitted.model.attention(fitted.mapped_outputs(broken), present)[:, 1] == 0).all()
 
 
 def test_attention_starts_from_the_plain_mean():
@@ -265,4 +265,4 @@ def test_networks_trained_further_are_sharpened_only_where_rows_left_out_gain(ro
     assert fitted.calibration == Calibration()
     assert log_loss(unseen, told) == pytest.approx(log_loss(fitted.predict_proba(outputs), told))
     unseen = fitted.retrained(fitted.model.weights, outputs, labels, folds)
-    assert log_loss(unseen, labels) <= log_loss(fitted.model.predict_proba(fitted._seen(outputs)), labels)
+    assert log_loss(unseen, labels) <= log_loss(fitted.model.predict_proba(fitted.mapped_outputs(outputs)), labels)

@@ -1,4 +1,4 @@
-"""What a student is taught by: the loss of distillation, mixed images, and the average of the student's weights."""
+"""Knowledge distillation: the student's loss, image mixing (mixup, CutMix) and the average of its weights."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch.nn import functional as F
 
 
 def soften(log_probabilities: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities (B, C) at a temperature, normalised again."""
+    """Return log-probabilities (B, C) at a temperature, normalised again."""
     return F.log_softmax(log_probabilities / temperature, dim=1)
 
 
 def teacher_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student), both at temperature T, mean over the rows: a scalar in nats.
+    """Return T^2 KL(teacher || student), both at temperature T, mean over the rows: a scalar in nats.
 
-    `logits` (B, C) are the student's, `teacher` (B, C) log-probabilities at temperature 1. The factor keeps the size of
-    the gradient, T (student - teacher) / B, whatever T is (Hinton, Vinyals and Dean 2015).
+    `logits` (B, C) are the student's, `teacher` (B, C) log-probabilities at temperature 1. The factor T^2 keeps the
+    scale of the gradient, T (student - teacher) / B, for all T (Hinton, Vinyals and Dean 2015).
     """
     student = F.log_softmax(logits / temperature, dim=1)
     target = soften(teacher, temperature)
@@ -29,23 +29,23 @@ def teacher_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Mixing:
-    """How each image of a batch is mixed with another."""
+    """Mixing of each image of a batch with another image of it."""
 
     partner: Tensor
-    """int64 (B,), the place in the batch of the other one"""
+    """int64 (B,), index of the other image in the batch"""
     weight: float
-    """Of the image itself; of the partner what is left"""
+    """Weight of the image; its partner has the rest"""
     box: tuple[float, float, float, float] | None
-    """Top, bottom, left and right of what comes from the partner, as shares of the sides; None: all is blended"""
+    """Top, bottom, left and right of the box pasted from the partner, relative to the sides; None blends the images"""
 
     def images(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) mixed: blended (Zhang et al. 2018, mixup) or pasted (Yun et al. 2019, CutMix)."""
-        others = images[self.partner]
+        """Return mixed images (B, C, H, W): blended (mixup, Zhang et al. 2018) or pasted (CutMix, Yun et al. 2019)."""
+        partners = images[self.partner]
         if self.box is None:
-            return self.weight * images + (1 - self.weight) * others
+            return self.weight * images + (1 - self.weight) * partners
         top, bottom, left, right = self._pixels(images.shape[2], images.shape[3])
         mixed = images.clone()
-        mixed[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
+        mixed[:, :, top:bottom, left:right] = partners[:, :, top:bottom, left:right]
         return mixed
 
     def _pixels(self, height: int, width: int) -> tuple[int, int, int, int]:
@@ -54,12 +54,12 @@ class Mixing:
         return round(top * height), round(bottom * height), round(left * width), round(right * width)
 
 
-CONCENTRATION = {"mixup": 0.2, "cutmix": 1.0}  # of the Beta distribution of the shares, as in the two papers
+BETA_CONCENTRATION = {"mixup": 0.2, "cutmix": 1.0}  # of the distribution of weights, as in the two papers
 
 
 def draw_mixing(kind: str, count: int, rng: np.random.Generator) -> Mixing:
-    """A mixing of `count` images; `kind`: mixup or cutmix."""
-    weight = float(rng.beta(CONCENTRATION[kind], CONCENTRATION[kind]))
+    """Draw a mixing of `count` images; `kind` is mixup or cutmix."""
+    weight = float(rng.beta(BETA_CONCENTRATION[kind], BETA_CONCENTRATION[kind]))
     partner = torch.from_numpy(rng.permutation(count))
     if kind == "mixup":
         return Mixing(partner, weight, None)
@@ -80,27 +80,28 @@ def student_loss(
     temperature: float,
     alpha: float,
 ) -> Tensor:
-    """alpha T^2 KL(teacher || student) over the `distilled` rows + (1 - alpha) cross-entropy over the `labelled` ones.
+    """Return alpha T^2 KL(teacher || student) + (1 - alpha) cross-entropy, of `distilled` and of `labelled` rows.
 
-    Logits (B, C), labels (B,), the teacher's log-probabilities (B, C), two masks (B,). `criterion` is the base
-    pipeline's cross-entropy, whose label smoothing touches the labels' part alone. A part without rows is nothing.
+    Takes logits (B, C), labels (B,), the teacher's log-probabilities (B, C) and two masks (B,). `criterion` is the base
+    pipeline's cross-entropy; its label smoothing affects the second term only. A term without rows is 0.
     """
     loss = logits.sum() * 0.0
     if alpha > 0 and bool(distilled.any()):
         loss = loss + alpha * teacher_loss(logits[distilled], teacher[distilled], temperature)
     if alpha < 1 and bool(labelled.any()):
-        own = criterion(logits[labelled], labels[labelled])
+        label_loss = criterion(logits[labelled], labels[labelled])
         if mixing is not None:
-            others = criterion(logits[labelled], labels[mixing.partner][labelled])
-            own = mixing.weight * own + (1 - mixing.weight) * others
-        loss = loss + (1 - alpha) * own
+            partner_loss = criterion(logits[labelled], labels[mixing.partner][labelled])
+            label_loss = mixing.weight * label_loss + (1 - mixing.weight) * partner_loss
+        loss = loss + (1 - alpha) * label_loss
     return loss
 
 
 class WeightAverage:
-    """Exponential moving average of a network's weights; counters and indices are copied.
+    """Exponential moving average of a network's weights; integer buffers are copied.
 
-    It follows `decay`, and while few steps are behind it a shorter memory.
+    After n steps the decay is at most (1 + n) / (10 + n), so that the average forgets the initial weights. It differs
+    from `torch.optim.swa_utils.AveragedModel` in this warm-up and in the average of floating-point buffers.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -110,7 +111,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take one more step's weights in."""
+        """Update the average with the weights after one more step."""
         self.steps += 1
         weight = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
         for name, tensor in model.state_dict().items():
@@ -120,7 +121,7 @@ class WeightAverage:
                 self.weights[name].copy_(tensor)
 
     def restore(self, weights: Mapping[str, Tensor], steps: int) -> None:
-        """Go on from what was saved."""
+        """Set the average to saved weights after a number of steps."""
         self.steps = steps
         for name, tensor in weights.items():
             self.weights[name].copy_(tensor)

@@ -1,4 +1,4 @@
-"""Score-level combiners: voting, which fits nothing, and what is fitted on the members' outputs."""
+"""Score-level combiners: voting, which fits nothing, logit averaging, weighted pools and greedy selection."""
 
 from __future__ import annotations
 
@@ -25,87 +25,87 @@ class Voting(Combiner):
 
     @classmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
-        """Nothing to set."""
+        """Return a new combiner; it has no settings."""
         return cls()
 
     def fit(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> Self:
-        """Nothing to fit; logits (M, N, C), labels (N,), folds (N,)."""
+        """Return itself, since there is nothing to fit."""
         return self
 
     def restricted(self, used: np.ndarray) -> Self:
-        """Itself: every member is as good as another."""
+        """Return itself, since all members count equally."""
         return self
 
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """Equal weights."""
+        """Return equal weights."""
         return {"weights": dict.fromkeys(names, 1 / len(names))}
 
 
 class SoftVoting(Voting):
-    """Plain mean of the members' probabilities."""
+    """Mean of the members' probabilities."""
 
     def predict_proba(self, logits: np.ndarray) -> np.ndarray:
-        """Logits (M, N, C) -> probabilities (N, C)."""
+        """Return probabilities (N, C) for logits (M, N, C)."""
         return softmax(logits).mean(axis=0)
 
     def to_module(self) -> nn.Module:
-        """Logits (B, M, C) -> probabilities (B, C)."""
+        """Return the torch module: logits (B, M, C) -> probabilities (B, C)."""
         from utils.combiners.heads import MeanOfProbabilities
 
         return MeanOfProbabilities()
 
 
 class HardVoting(Voting):
-    """Share of the members that vote for a class, each with one vote for the class of its largest logit.
+    """Fraction of the members that vote for a class; each votes for the class of its largest logit.
 
-    Equal shares are told apart by the mean probability, of which `TIE_SHARE` is mixed in: too little to change a
-    share in the sixth digit, enough to decide a tie, and no class of a tied vote wins by its place in the alphabet.
-    A member's own tie goes to its first class.
+    The mean probability is mixed in with weight `TIE_WEIGHT`, which breaks ties and leaves the first six digits of the
+    fractions unchanged. A member with equal largest logits votes for the first of these classes.
     """
 
-    TIE_SHARE: ClassVar[float] = 5e-7
+    TIE_WEIGHT: ClassVar[float] = 5e-7
 
     is_discontinuous = True
 
     def predict_proba(self, logits: np.ndarray) -> np.ndarray:
-        """Logits (M, N, C) -> probabilities (N, C)."""
+        """Return probabilities (N, C) for logits (M, N, C)."""
         members, rows, classes = logits.shape
-        shares = np.zeros((rows, classes))
+        fractions = np.zeros((rows, classes))
         votes = logits.argmax(axis=2)
         for member in range(members):
-            shares[np.arange(rows), votes[member]] += 1 / members
-        return (1 - self.TIE_SHARE) * shares + self.TIE_SHARE * softmax(logits).mean(axis=0)
+            fractions[np.arange(rows), votes[member]] += 1 / members
+        return (1 - self.TIE_WEIGHT) * fractions + self.TIE_WEIGHT * softmax(logits).mean(axis=0)
 
     def to_module(self) -> nn.Module:
-        """Logits (B, M, C) -> probabilities (B, C)."""
+        """Return the torch module: logits (B, M, C) -> probabilities (B, C)."""
         from utils.combiners.heads import VoteShares
 
-        return VoteShares(self.TIE_SHARE)
+        return VoteShares(self.TIE_WEIGHT)
 
 
 @dataclass(kw_only=True)
 class LogitAveraging(Combiner):
-    """Soft-max of the plain mean of the members' logits: the normalised geometric mean of their probabilities.
+    """Softmax of the mean of the members' logits: the normalised geometric mean of their probabilities.
 
-    A temperature divides the mean where held-out folds gain by it, and with `per_member` each member's logits before.
+    A temperature divides the mean if held-out folds gain by it; with `per_member` each member's logits first get their
+    own temperature.
     """
 
     settings: ClassVar[tuple[str, ...]] = ("runs.score_ensemble.temperature",)
     learns: ClassVar[bool] = True
 
     calibration: str = unsaved("auto")
-    """auto, off or per_member"""
+    """Kind of temperature: auto, off or per_member"""
     temperature: float = unsaved(1.0)
     member_temperatures: np.ndarray = unsaved(factory=lambda: np.ones(1))
-    """(M,), or one for all before it is fitted"""
+    """(M,), or a single one for all members before the fit"""
 
     @classmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
-        """With the kind of temperature of `runs.score_ensemble`."""
+        """Return an unfitted combiner with the kind of temperature of `runs.score_ensemble`."""
         return cls(calibration=config.runs.score_ensemble.temperature)
 
     def fit(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> Self:
-        """Find the temperatures on logits (M, N, C), labels (N,), folds (N,); 1 with one fold or one class."""
+        """Fit the temperatures on logits (M, N, C), labels (N,), folds (N,); 1 with one fold or one class."""
         self.member_temperatures, self.temperature = np.ones(len(logits)), 1.0
         if self.calibration == "off" or min(len(np.unique(folds)), len(np.unique(labels))) < 2:
             return self
@@ -120,17 +120,17 @@ class LogitAveraging(Combiner):
         return mean
 
     def predict_proba(self, logits: np.ndarray) -> np.ndarray:
-        """Logits (M, N, C) -> probabilities (N, C)."""
+        """Return probabilities (N, C) for logits (M, N, C)."""
         return softmax(self._mean(logits) / self.temperature)
 
     def to_module(self) -> nn.Module:
-        """Logits (B, M, C) -> probabilities (B, C)."""
+        """Return the torch module: logits (B, M, C) -> probabilities (B, C)."""
         from utils.combiners.heads import ProbabilityOfMeanLogits
 
         return ProbabilityOfMeanLogits(self.temperature, self.member_temperatures)
 
     def fitted_arrays(self) -> dict[str, np.ndarray]:
-        """The temperatures, (1,) and (M,)."""
+        """Return the temperatures, (1,) and (M,)."""
         return {"temperature": np.array([self.temperature]), "member_temperatures": self.member_temperatures}
 
     def set_fitted_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -138,16 +138,16 @@ class LogitAveraging(Combiner):
         self.temperature, self.member_temperatures = float(arrays["temperature"][0]), arrays["member_temperatures"]
 
     def restricted(self, used: np.ndarray) -> Self:
-        """The same map on the used members' logits."""
+        """Return the same combiner on the used members only."""
         return replace(self, member_temperatures=self.member_temperatures[used])
 
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """Equal weights, and the temperatures."""
-        of_members = dict(zip(names, self.member_temperatures.tolist(), strict=True))
+        """Return equal weights and the temperatures."""
+        by_member = dict(zip(names, self.member_temperatures.tolist(), strict=True))
         return {
             "weights": dict.fromkeys(names, 1 / len(names)),
             "temperature": self.temperature,
-            "member_temperatures": of_members if (self.member_temperatures != 1).any() else None,
+            "member_temperatures": by_member if (self.member_temperatures != 1).any() else None,
         }
 
 
@@ -158,7 +158,7 @@ SAVED_AS: dict[str, type[Combiner]] = {
     "wise_ft": SoftVoting,
     "distilled": SoftVoting,
 }
-"""Ensembles whose work was done in making their members: the one network, or the mean of a few, answers."""
+"""Methods that create networks: method -> combiner of the created networks, which is their mean."""
 COMBINERS: dict[str, type[Combiner]] = {
     "soft_voting": SoftVoting,
     "hard_voting": HardVoting,

@@ -1,8 +1,8 @@
-"""Feature fusion: heads on the members' embeddings, held to the plain mean of the members' probabilities.
+"""Feature fusion: heads on the members' embeddings, mixed with the mean of the members' probabilities.
 
-A fusion is a stacker whose features are embeddings: how long it is trained, which rank products have, temperature and
-share of the plain mean are chosen by rows that the fit did not see. Centres, principal axes and shared variates are
-learned on all the rows of a fit, without a label, once for all of its copies.
+A fusion is a stacker whose features are embeddings: epochs, rank of products, temperature and the weight of the mean
+are selected on held-out rows. Centres, principal axes and shared variates are fitted on all rows, without labels, once
+for all cross-fitted copies.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class FusionStacker(Stacker):
-    """What the fusions share; a subclass names its head and what that reads."""
+    """Base class of fusions; a subclass defines its head and what the head reads."""
 
     settings: ClassVar[tuple[str, ...]] = (
         *("runs.fusion.fusion_config", "runs.fusion.label_smoothing", "runs.fusion.seeds"),
@@ -37,17 +37,17 @@ class FusionStacker(Stacker):
     )
     reads_embeddings: ClassVar[bool] = True
     method: ClassVar[str]
-    """As in `runs.fusion.fusion_methods`."""
+    """Name of the head in `runs.fusion.fusion_methods`."""
 
     names: tuple[str, ...] = unsaved(())
-    """Of the members, for messages."""
+    """Names of the members, for messages."""
     maps: EmbeddingMaps | None = unsaved()
     head_report: dict[str, Any] = unsaved(factory=dict)
-    """What the fitted head says of its members, for the report."""
+    """Facts of the fitted head about its members, for the report."""
 
     @classmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
-        """With the settings of `runs.fusion`."""
+        """Return an unfitted fusion with the settings of `runs.fusion`."""
         return cls(
             learner=cls.make_learner(config),
             use_temperature=config.runs.score_ensemble.temperature != "off",
@@ -71,29 +71,29 @@ class FusionStacker(Stacker):
         )
 
     def fit_crossfitted(self, outputs: MemberOutputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
-        """Fit on outputs (M, N, C), labels (N,), folds (N,); gives the cross-fitted probabilities (N, C).
+        """Fit on outputs (M, N, C), labels (N,), folds (N,); return the cross-fitted probabilities (N, C).
 
-        Raises UserError for embeddings that are not finite, naming the member.
+        Raises UserError for embeddings that are not finite.
         """
-        for name, own in zip(self.names, outputs.embeddings, strict=True):
-            bad = np.flatnonzero(~np.isfinite(own).all(axis=0))
+        for name, embeddings in zip(self.names, outputs.embeddings, strict=True):
+            bad, n_columns = np.flatnonzero(~np.isfinite(embeddings).all(axis=0)), embeddings.shape[1]
             if bad.size:
                 raise UserError(
-                    f"member {name}: {bad.size} of {own.shape[1]} columns of its embeddings hold NaN or infinity, "
-                    f"first column {bad[0]}. Leave it out: --set backbones.exclude=[{name}]; or mend what made them"
+                    f"member {name}: {bad.size} of {n_columns} columns of its embeddings hold NaN or infinity, "
+                    f"first column {bad[0]}. Leave it out: --set backbones.exclude=[{name}]; or repair the embeddings"
                 )
-        self.maps = self._maps_of(outputs)
-        seen = self._seen(outputs)
-        unseen = super().fit_crossfitted(seen, labels, folds)
-        self.head_report = self._of_members(seen)
-        return unseen
+        self.maps = self._fit_maps(outputs)
+        mapped = self.mapped_outputs(outputs)
+        crossfit = super().fit_crossfitted(mapped, labels, folds)
+        self.head_report = self._report_members(mapped)
+        return crossfit
 
     def predict_proba(self, outputs: MemberOutputs) -> np.ndarray:
-        """Outputs (M, N, C) -> probabilities (N, C)."""
-        return self._answer(self._seen(outputs))
+        """Return probabilities (N, C) for outputs (M, N, C)."""
+        return self._predict(self.mapped_outputs(outputs))
 
     def to_module(self) -> nn.Module:
-        """Logits (B, M, C) and M embeddings (B, D_m) -> probabilities (B, C)."""
+        """Return the torch module: logits (B, M, C) and M embeddings (B, D_m) -> probabilities (B, C)."""
         from utils.combiners.fusion_heads import FusedEmbeddings
 
         return FusedEmbeddings(
@@ -101,12 +101,12 @@ class FusionStacker(Stacker):
         )
 
     def maps_module(self) -> nn.Module:
-        """What the heads read of the members' embeddings, as a torch module."""
+        """Return the torch module that maps the members' embeddings to the heads' inputs."""
         assert self.maps is not None, "not fitted"
         return self.maps.module()
 
     def heads_to_train(self) -> list[nn.Module]:
-        """The fitted heads, one per seed, with their dropout."""
+        """Return the fitted heads, one per seed, with dropout."""
         assert isinstance(self.model, TrainedHeads)
         assert isinstance(self.learner, HeadLearner)
         return self.model.modules(self.learner.dropout)
@@ -114,45 +114,46 @@ class FusionStacker(Stacker):
     def retrained(
         self, heads: Sequence[Mapping[str, np.ndarray]], outputs: MemberOutputs, labels: np.ndarray, folds: np.ndarray
     ) -> np.ndarray:
-        """Take weights that were trained elsewhere; temperature and share of the plain mean are chosen anew.
+        """Set weights of heads that were trained elsewhere, and calibrate again.
 
-        They are chosen on outputs (M, N, C), labels (N,), folds (N,) that neither heads nor networks were fitted on.
-        They are kept only where rows of left-out folds gain. Gives probabilities (N, C), each by what the other folds
-        chose.
+        Temperature and weight of the mean are fitted on outputs (M, N, C), labels (N,), folds (N,) that neither heads
+        nor networks were fitted on, and used only if held-out folds gain by them. Returns cross-fitted probabilities
+        (N, C).
         """
         assert isinstance(self.model, TrainedHeads)
-        self.model = TrainedHeads(self.model.shape, tuple(dict(own) for own in heads))
-        seen = self._seen(outputs)
-        said, mean = self.model.predict_proba(seen), mean_probabilities(seen)
-        unseen = np.empty_like(said)
+        self.model = TrainedHeads(self.model.shape, tuple(dict(weights) for weights in heads))
+        mapped = self.mapped_outputs(outputs)
+        probabilities, mean = self.model.predict_proba(mapped), mean_probabilities(mapped)
+        crossfit = np.empty_like(probabilities)
         for fold in np.unique(folds):
             inside = folds == fold
-            copy = self._calibrated(said[~inside], mean[~inside], labels[~inside], folds[~inside])
-            unseen[inside] = copy.apply(said[inside], mean[inside])
-        # Networks that hardly err on few rows ask for a temperature near 0, which one error elsewhere makes costly.
-        gains = log_loss(unseen, labels) < log_loss(said, labels)
-        self.calibration = self._calibrated(said, mean, labels, folds) if gains else Calibration()
-        unseen = unseen if gains else said
-        self.head_report = self._of_members(seen)
-        self.facts = {**self.facts, "selection_score": log_loss(self.calibration.apply(said, mean), labels)}
-        return unseen
+            calibration = self._calibrate(probabilities[~inside], mean[~inside], labels[~inside], folds[~inside])
+            crossfit[inside] = calibration.apply(probabilities[inside], mean[inside])
+        # On few rows with hardly an error the fitted temperature is near 0, and one error on other rows is then costly.
+        gains = log_loss(crossfit, labels) < log_loss(probabilities, labels)
+        self.calibration = self._calibrate(probabilities, mean, labels, folds) if gains else Calibration()
+        self.head_report = self._report_members(mapped)
+        selection_score = log_loss(self.calibration.apply(probabilities, mean), labels)
+        self.facts = {**self.facts, "selection_score": selection_score}
+        return crossfit if gains else probabilities
 
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """The chosen setting, its losses, its cost, what the maps found, and attention's weights."""
+        """Return the selected setting, its losses and cost, facts about the maps, and attention weights."""
         assert isinstance(self.model, TrainedHeads)
         assert self.maps is not None
         shape = self.model.shape
-        found = {"embeddings": {"blocks": list(shape.widths), **self.maps.facts}, "cost": shape.cost()}
-        return {**super().report(names), **found, **self.head_report}
+        facts = {"embeddings": {"blocks": list(shape.widths), **self.maps.facts}, "cost": shape.cost()}
+        return {**super().report(names), **facts, **self.head_report}
 
-    def _maps_of(self, outputs: MemberOutputs) -> EmbeddingMaps:
+    def _fit_maps(self, outputs: MemberOutputs) -> EmbeddingMaps:
         return embedding_maps.concatenated(outputs.embeddings)
 
-    def _seen(self, outputs: MemberOutputs) -> MemberOutputs:
+    def mapped_outputs(self, outputs: MemberOutputs) -> MemberOutputs:
+        """Return the outputs with the embeddings that the heads read."""
         assert self.maps is not None, "not fitted"
         return MemberOutputs(outputs.logits, self.maps.apply(outputs.embeddings))
 
-    def _of_members(self, seen: MemberOutputs) -> dict[str, Any]:
+    def _report_members(self, mapped: MemberOutputs) -> dict[str, Any]:
         return {}
 
     def _module(self) -> nn.Module:
@@ -165,14 +166,14 @@ class FusionStacker(Stacker):
         assert isinstance(self.model, TrainedHeads)
         assert self.maps is not None
         shape = self.model.shape
-        found = {f"maps/{name}": values for name, values in self.maps.state().items()}
-        found["shape"] = np.array([shape.classes, shape.rank, len(shape.widths), *shape.widths, *shape.hidden])
-        for place, weights in enumerate(self.model.weights):
-            found |= {f"heads/{place:03d}/{name}": values for name, values in weights.items()}
-        return found
+        arrays = {f"maps/{name}": values for name, values in self.maps.state().items()}
+        arrays["shape"] = np.array([shape.classes, shape.rank, len(shape.widths), *shape.widths, *shape.hidden])
+        for index, weights in enumerate(self.model.weights):
+            arrays |= {f"heads/{index:03d}/{name}": values for name, values in weights.items()}
+        return arrays
 
     def set_fitted_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Set the heads, temperature, share and maps."""
+        """Set the heads, temperature, weight and maps."""
         super().set_fitted_arrays(arrays)
         self.maps = EmbeddingMaps.from_state(sub_state(arrays, "maps/"))
 
@@ -180,48 +181,49 @@ class FusionStacker(Stacker):
     def _model(cls, state: Mapping[str, np.ndarray]) -> Model:
         classes, rank, blocks, *rest = state["shape"].tolist()
         shape = HeadShape(cls.method, tuple(rest[:blocks]), tuple(rest[blocks:]), classes, rank)
-        starts = sorted({name[: len("heads/000/")] for name in state if name.startswith("heads/")})
-        return TrainedHeads(shape, tuple(sub_state(state, start) for start in starts))
+        prefixes = sorted({name[: len("heads/000/")] for name in state if name.startswith("heads/")})
+        return TrainedHeads(shape, tuple(sub_state(state, prefix) for prefix in prefixes))
 
 
 class FusionConcat(FusionStacker):
-    """A perceptron on all embeddings side by side."""
+    """A perceptron on the concatenated embeddings."""
 
     method = "concat_mlp"
 
 
 class FusionAttention(FusionStacker):
-    """Members as tokens, weighed for each image; a member may be absent."""
+    """Attention over the members as tokens; a member may be absent."""
 
     method = "attention"
 
     def predict_proba(self, outputs: MemberOutputs, present: np.ndarray | None = None) -> np.ndarray:
-        """Outputs (M, N, C) -> probabilities (N, C); of the members that are `present` (N, M), each row with one."""
+        """Return probabilities (N, C) for outputs (M, N, C) of the members `present` (N, M), at least one per row."""
         if present is None:
             return super().predict_proba(outputs)
         assert isinstance(self.model, TrainedHeads)
-        said = self.model.predict_proba(self._seen(outputs), present)
-        own = np.where(present.T[:, :, None], softmax(np.where(present.T[:, :, None], outputs.logits, 0)), 0)
-        return self.calibration.apply(said, own.sum(axis=0) / present.sum(axis=1, keepdims=True))
+        probabilities = self.model.predict_proba(self.mapped_outputs(outputs), present)
+        is_present = present.T[:, :, None]
+        members = np.where(is_present, softmax(np.where(is_present, outputs.logits, 0)), 0)
+        return self.calibration.apply(probabilities, members.sum(axis=0) / present.sum(axis=1, keepdims=True))
 
-    def _of_members(self, seen: MemberOutputs) -> dict[str, Any]:
+    def _report_members(self, mapped: MemberOutputs) -> dict[str, Any]:
         assert isinstance(self.model, TrainedHeads)
-        weights = self.model.attention(seen).mean(axis=0)
+        weights = self.model.attention(mapped).mean(axis=0)
         return {"weights": dict(zip(self.names, weights.tolist(), strict=True))}
 
 
 class FusionBilinear(FusionStacker):
-    """Products of every two members' embeddings through maps of low rank."""
+    """Low-rank bilinear products of the pairs of members' embeddings."""
 
     method = "bilinear"
 
 
 class FusionShared(FusionStacker):
-    """A perceptron on what the members' embeddings have in common (generalised CCA)."""
+    """A perceptron on the variates that the members' embeddings share (generalised CCA)."""
 
     method = "cca_aligned"
 
-    def _maps_of(self, outputs: MemberOutputs) -> EmbeddingMaps:
+    def _fit_maps(self, outputs: MemberOutputs) -> EmbeddingMaps:
         return embedding_maps.shared_variates(outputs.embeddings)
 
 

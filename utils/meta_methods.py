@@ -1,7 +1,7 @@
-"""Ensemble of ensembles: a fuser on the cross-fitted predictions of other ensembles, and on nothing else.
+"""Ensemble of ensembles: a fuser of the cross-fitted predictions of other ensembles.
 
-The fuser is a stacker whose members are the inputs. At inference the inputs answer from the members' logits, each
-member run once however many inputs it serves.
+The fuser is a stacker whose members are the input ensembles. At inference each member runs once, for all inputs that
+use it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from utils.combiners.gating import AttentionGate, AttentionLearner
 from utils.combiners.perceptron import PerceptronLearner
 from utils.combiners.protocol import Combiner, MemberFacts, combiner_inputs, fit_crossfitted, sub_state, unsaved
 from utils.core.config import Config
-from utils.numeric.metrics import SMALLEST_PROBABILITY
+from utils.numeric.metrics import clipped_log
 from utils.predictions.rows import MemberOutputs
 from utils.stacking_methods import Learner, Model, Stacker, StackingBooster, StackingPerceptron
 
 if TYPE_CHECKING:
     from torch import nn
 
-KINDS_OF_FEATURES = ("log_probabilities", "probabilities")
-DROPOUT = 0.3  # runs.meta_fuser.mlp_config has no key for it
+FEATURE_KINDS = ("log_probabilities", "probabilities")
+DROPOUT = 0.3  # `runs.meta_fuser.mlp_config` has no key for it
 
 
 class FuserPerceptron(StackingPerceptron):
@@ -36,7 +36,7 @@ class FuserPerceptron(StackingPerceptron):
     @classmethod
     def make_learner(cls, config: Config) -> Learner:
         shape = config.runs.meta_fuser.mlp_config
-        return PerceptronLearner(KINDS_OF_FEATURES, shape.hidden_dims, shape.epochs, shape.lr, DROPOUT, config.seed)
+        return PerceptronLearner(FEATURE_KINDS, shape.hidden_dims, shape.epochs, shape.lr, DROPOUT, config.seed)
 
 
 class FuserBooster(StackingBooster):
@@ -46,7 +46,7 @@ class FuserBooster(StackingBooster):
 
 
 class FuserAttention(Stacker):
-    """A mixture of the inputs whose weights depend on what they say."""
+    """A mixture of the inputs whose weights depend on the inputs' probabilities."""
 
     settings = FuserPerceptron.settings
 
@@ -85,32 +85,31 @@ INPUT_METHODS: dict[str, type[Combiner]] = {
     **fusion_methods.COMBINERS,
     **moe_methods.COMBINERS,
 }
-"""Methods that may be inputs."""
+"""Methods of ensembles that may be inputs: method -> combiner class."""
 
 
 @dataclass(frozen=True)
 class FuserInput:
-    """One ensemble among the inputs."""
+    """An input ensemble."""
 
     method: str
     combiner: Combiner
     member_indices: np.ndarray
-    """int64: where its members stand among the M members"""
+    """int64: indices of its members among the M members"""
     crossfit: np.ndarray | None = None
-    """float (N, C): cross-fitted probabilities on the rows of the fit, for an input that is fitted already"""
+    """float (N, C): cross-fitted probabilities on the rows of the fit; None for an input that is not fitted yet"""
 
 
 @dataclass
 class MetaFuserCombiner(Combiner):
-    """A fuser with its inputs: members' outputs in, as for any other combiner.
+    """A fuser with its inputs; like other combiners, it takes the members' outputs.
 
-    It reads embeddings where one of its inputs does, and each input gets what it reads.
-    Cross-fitted over the same folds as its inputs: what it sees of other folds' rows comes from copies of the inputs
-    that have read this fold's labels, which is accepted (Wolpert's stacking does the same) and held to chance by a test
-    with permuted labels.
+    It is cross-fitted over the same folds as its inputs. Its inputs on the rows of other folds come from copies that
+    have read the labels of the held-out fold, as in Wolpert's stacking; a test with permuted labels shows that nothing
+    leaks.
     """
 
-    settings: ClassVar[tuple[str, ...]] = FuserPerceptron.settings  # what all fusers depend on; each may add its own
+    settings: ClassVar[tuple[str, ...]] = FuserPerceptron.settings  # of all fusers; each may add more
     learns: ClassVar[bool] = True
 
     inputs: Sequence[FuserInput] = unsaved(())
@@ -119,113 +118,116 @@ class MetaFuserCombiner(Combiner):
 
     @classmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
-        """Unfitted inputs over all members: those of `runs.meta_fuser.input_ensembles` that are in `PARTS`."""
-        everyone = np.arange(len(members.names))
+        """Return an unfitted fuser of the methods in `runs.meta_fuser.input_ensembles`, each over all members."""
+        all_members = np.arange(len(members.names))
         methods = [name.removesuffix("_ensemble") for name in config.runs.meta_fuser.input_ensembles]
         inputs = [
-            FuserInput(m, INPUT_METHODS[m].configured(config, members), everyone) for m in methods if m in INPUT_METHODS
+            FuserInput(m, INPUT_METHODS[m].configured(config, members), all_members)
+            for m in methods
+            if m in INPUT_METHODS
         ]
         return cls.over(config, members, inputs)
 
     @classmethod
     def over(cls, config: Config, members: MemberFacts, inputs: Sequence[FuserInput]) -> Self:
-        """An unfitted fuser over inputs, which may be fitted already."""
+        """Return an unfitted fuser over inputs, which may be fitted already."""
         kind = config.runs.meta_fuser.fuser_type
         return cls(inputs, FUSERS[kind].configured(config, members), kind)
 
     @property
     def reads_embeddings(self) -> bool:
-        """Whether any input does."""
+        """Whether any input reads embeddings."""
         return any(each.combiner.reads_embeddings for each in self.inputs)
 
     @property
     def is_discontinuous(self) -> bool:
-        """Whether the fuser or any input does."""
+        """Whether the fuser or any input is discontinuous."""
         return any(each.is_discontinuous for each in (self.fuser, *(each.combiner for each in self.inputs)))
 
     def fit(self, outputs: np.ndarray | MemberOutputs, labels: np.ndarray, folds: np.ndarray) -> Self:
-        """Fit what is not fitted yet on outputs (M, N, C), labels (N,), folds (N,)."""
+        """Fit the fuser, and the inputs that are not fitted yet, on outputs (M, N, C), labels (N,), folds (N,)."""
         self.fit_crossfitted(outputs, labels, folds)
         return self
 
     def fit_crossfitted(self, outputs: np.ndarray | MemberOutputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
-        """Fit; gives the fuser's cross-fitted probabilities (N, C)."""
-        seen = [_unseen(each, outputs, labels, folds) for each in self.inputs]
-        return self.fuser.fit_crossfitted(_as_logits(seen), labels, folds)
+        """Fit, and return the fuser's cross-fitted probabilities (N, C)."""
+        crossfits = [_crossfit(each, outputs, labels, folds) for each in self.inputs]
+        return self.fuser.fit_crossfitted(clipped_log(np.stack(crossfits)), labels, folds)
 
     def predict_proba(self, outputs: np.ndarray | MemberOutputs) -> np.ndarray:
-        """Outputs (M, N, C) -> probabilities (N, C)."""
-        return self.fuser.predict_proba(_as_logits([_said(each, outputs) for each in self.inputs]))
+        """Return probabilities (N, C) for outputs (M, N, C)."""
+        probabilities = [_predict(each, outputs) for each in self.inputs]
+        return self.fuser.predict_proba(clipped_log(np.stack(probabilities)))
 
     def to_module(self) -> nn.Module:
-        """Logits (B, M, C), and embeddings where it reads them -> probabilities (B, C)."""
+        """Return the torch module: logits (B, M, C), and embeddings if it reads them -> probabilities (B, C)."""
         from utils.combiners.stacking_heads import FusedInputs, FusedInputsWithEmbeddings
 
         modules = [each.combiner.to_module() for each in self.inputs]
-        places = [each.member_indices for each in self.inputs]
+        indices = [each.member_indices for each in self.inputs]
         if not self.reads_embeddings:
-            return FusedInputs(modules, places, self.fuser.to_module())
-        reads = [each.combiner.reads_embeddings for each in self.inputs]
-        return FusedInputsWithEmbeddings(modules, places, self.fuser.to_module(), reads)
+            return FusedInputs(modules, indices, self.fuser.to_module())
+        reads_embeddings = [each.combiner.reads_embeddings for each in self.inputs]
+        return FusedInputsWithEmbeddings(modules, indices, self.fuser.to_module(), reads_embeddings)
 
     def fitted_arrays(self) -> dict[str, np.ndarray]:
-        """The arrays of the fuser under `fuser/`, of each input under `inputs/<k>/`; names as bytes."""
-        found = {"fuser_type": _bytes(self.fuser_type)}
-        found |= {f"fuser/{name}": values for name, values in self.fuser.state().items()}
-        for place, each in enumerate(self.inputs):
-            start = f"inputs/{place:03d}"
-            found |= {f"{start}/method": _bytes(each.method), f"{start}/places": each.member_indices}
-            found |= {f"{start}/state/{name}": values for name, values in each.combiner.state().items()}
-        return found
+        """Return the arrays of the fuser under `fuser/` and of each input under `inputs/<k>/`; texts as bytes."""
+        arrays = {"fuser_type": _bytes(self.fuser_type)}
+        arrays |= {f"fuser/{name}": values for name, values in self.fuser.state().items()}
+        for index, each in enumerate(self.inputs):
+            prefix = f"inputs/{index:03d}"
+            arrays |= {f"{prefix}/method": _bytes(each.method), f"{prefix}/places": each.member_indices}
+            arrays |= {f"{prefix}/state/{name}": values for name, values in each.combiner.state().items()}
+        return arrays
 
     def set_fitted_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Set the fuser and the inputs."""
-        starts = sorted({name.rsplit("/", 1)[0] for name in arrays if name.endswith("/method")})
+        prefixes = sorted({name.rsplit("/", 1)[0] for name in arrays if name.endswith("/method")})
         inputs = []
-        for start in starts:
-            method = _text(arrays[f"{start}/method"])
-            combiner = INPUT_METHODS[method].from_state(sub_state(arrays, f"{start}/state/"))
-            inputs.append(FuserInput(method, combiner, arrays[f"{start}/places"]))
+        for prefix in prefixes:
+            method = _text(arrays[f"{prefix}/method"])
+            combiner = INPUT_METHODS[method].from_state(sub_state(arrays, f"{prefix}/state/"))
+            inputs.append(FuserInput(method, combiner, arrays[f"{prefix}/places"]))
         self.inputs, self.fuser_type = inputs, _text(arrays["fuser_type"])
         self.fuser = FUSERS[self.fuser_type].from_state(sub_state(arrays, "fuser/"))
 
     def used(self, members: int) -> np.ndarray:
-        """The members of any input, bool (M,)."""
-        found = np.zeros(members, dtype=bool)
+        """Return which members any input uses, bool (M,)."""
+        used = np.zeros(members, dtype=bool)
         for each in self.inputs:
-            found[each.member_indices[each.combiner.used(len(each.member_indices))]] = True
-        return found
+            used[each.member_indices[each.combiner.used(len(each.member_indices))]] = True
+        return used
 
     def restricted(self, used: np.ndarray) -> Self:
-        """The same over the used members alone."""
-        place_of = np.cumsum(used) - 1
+        """Return the same combiner on the used members only."""
+        new_index = np.cumsum(used) - 1
         inputs = []
         for each in self.inputs:
-            own = each.combiner.used(len(each.member_indices))
-            places = place_of[each.member_indices[own]]
-            inputs.append(replace(each, combiner=each.combiner.restricted(own), member_indices=places, crossfit=None))
+            input_used = each.combiner.used(len(each.member_indices))
+            indices, combiner = new_index[each.member_indices[input_used]], each.combiner.restricted(input_used)
+            inputs.append(replace(each, combiner=combiner, member_indices=indices, crossfit=None))
         return type(self)(inputs, self.fuser, self.fuser_type)
 
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """What the fuser found."""
+        """Return the fuser's report, its type and the methods of the inputs."""
         facts = self.fuser.report(tuple(each.method for each in self.inputs))
         return {**facts, "fuser_type": self.fuser_type, "inputs": [each.method for each in self.inputs]}
 
 
-def _said(one: FuserInput, outputs: np.ndarray | MemberOutputs) -> np.ndarray:
-    return one.combiner.predict_proba(combiner_inputs(one.combiner, outputs[one.member_indices]))
+def _predict(fuser_input: FuserInput, outputs: np.ndarray | MemberOutputs) -> np.ndarray:
+    combiner = fuser_input.combiner
+    return combiner.predict_proba(combiner_inputs(combiner, outputs[fuser_input.member_indices]))
 
 
-def _unseen(one: FuserInput, outputs: np.ndarray | MemberOutputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """Cross-fitted probabilities (N, C) of an input; with one fold there are none, and it answers as it is."""
-    if one.crossfit is not None:
-        return one.crossfit
-    found = fit_crossfitted(one.combiner, combiner_inputs(one.combiner, outputs[one.member_indices]), labels, folds)
-    return _said(one, outputs) if np.isnan(found).any() else found
-
-
-def _as_logits(probabilities: Sequence[np.ndarray]) -> np.ndarray:
-    return np.log(np.maximum(np.stack(probabilities), SMALLEST_PROBABILITY))
+def _crossfit(
+    fuser_input: FuserInput, outputs: np.ndarray | MemberOutputs, labels: np.ndarray, folds: np.ndarray
+) -> np.ndarray:
+    """Return cross-fitted probabilities (N, C) of an input; with a single fold, those of the fitted input."""
+    if fuser_input.crossfit is not None:
+        return fuser_input.crossfit
+    combiner = fuser_input.combiner
+    crossfit = fit_crossfitted(combiner, combiner_inputs(combiner, outputs[fuser_input.member_indices]), labels, folds)
+    return _predict(fuser_input, outputs) if np.isnan(crossfit).any() else crossfit
 
 
 def _bytes(text: str) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Stacking: a learner on the members' out-of-fold outputs, its settings chosen in nested folds, held to the plain mean.
+"""Stacking: a learner on the members' out-of-fold outputs, tuned by nested cross-validation, mixed with their mean.
 
-Wolpert (1992), Stacked Generalization. Whatever is chosen (features, strength, length of a training, temperature, share
-of the plain mean) is chosen by rows that the fit did not see, all within the rows that `fit` is given.
+Wolpert (1992), Stacked Generalization. Features, strength, number of epochs, temperature and the weight of the members'
+mean are selected on held-out rows, all among the rows that `fit` gets.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 
 from utils.combiners.logistic import Coefficients, LogisticLearner
 from utils.combiners.perceptron import Layers, PerceptronLearner
-from utils.combiners.protocol import Combiner, Inputs, MemberFacts, unsaved
+from utils.combiners.protocol import Combiner, Inputs, MemberFacts, sub_state, unsaved
 from utils.combiners.stacking_features import KINDS, STEPS
 from utils.core.config import Config
 from utils.numeric import nested_cv, pools, temperature
-from utils.numeric.metrics import SMALLEST_PROBABILITY, log_loss, softmax
+from utils.numeric.metrics import clipped_log, log_loss, softmax
 from utils.predictions.rows import MemberOutputs
 
 if TYPE_CHECKING:
@@ -29,28 +29,28 @@ if TYPE_CHECKING:
 class Model(Protocol):
     """A fitted learner."""
 
-    def predict_proba(self, logits: np.ndarray) -> np.ndarray:
-        """Logits (M, N, C) -> probabilities (N, C)."""
+    def predict_proba(self, logits: Inputs, /) -> np.ndarray:
+        """Return probabilities (N, C) for logits (M, N, C)."""
 
 
 class Learner(nested_cv.GridLearner, Protocol):
-    """What a stacker trains."""
+    """A learner that a stacker trains."""
 
-    def fit(self, logits: np.ndarray, labels: np.ndarray, setting: Mapping[str, Any]) -> Model:
-        """The model under one setting, on logits (M, N, C) and labels (N,)."""
+    def fit(self, logits: Inputs, labels: np.ndarray, setting: Mapping[str, Any], /) -> Model:
+        """Fit one setting on logits (M, N, C) and labels (N,)."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is done to a learner's probabilities: a temperature, then a mixture with the members' plain mean."""
+    """Post-processing of a learner's probabilities: a temperature, then a mixture with the members' mean."""
 
     temperature: float = 1.0
     weight: float = 1.0
     """Weight of the learner's probabilities; the members' mean has the rest."""
 
     def apply(self, probabilities: np.ndarray, mean: np.ndarray) -> np.ndarray:
-        """Learner's probabilities (N, C) and the members' mean (N, C) -> probabilities (N, C)."""
-        return self.weight * softmax(_logs(probabilities) / self.temperature) + (1 - self.weight) * mean
+        """Return probabilities (N, C) from the learner's probabilities (N, C) and the members' mean (N, C)."""
+        return self.weight * softmax(clipped_log(probabilities) / self.temperature) + (1 - self.weight) * mean
 
 
 def calibrate(
@@ -62,23 +62,25 @@ def calibrate(
     use_temperature: bool,
     fallback: bool,
 ) -> Calibration:
-    """Temperature and share for probabilities (N, C) of copies that did not see the rows.
+    """Fit temperature and weight to out-of-sample probabilities (N, C), labels (N,) and folds (N,).
 
-    The share is the one of least log-loss beside the plain mean (N, C); without `fallback` it is 1.
+    The weight is the one of least log-loss in the mixture with the members' mean (N, C); without `fallback` it is 1.
     """
     divisor = (
-        temperature.select_temperature(_logs(probabilities), labels, folds).temperature if use_temperature else 1.0
+        temperature.select_temperature(clipped_log(probabilities), labels, folds).temperature
+        if use_temperature
+        else 1.0
     )
     if not fallback:
         return Calibration(divisor)
     rows = np.arange(len(labels))
     both = np.stack([Calibration(divisor).apply(probabilities, mean)[rows, labels], mean[rows, labels]])
-    return Calibration(divisor, float(pools.fit_linear(np.maximum(both, SMALLEST_PROBABILITY)).weights[0]))
+    return Calibration(divisor, float(pools.fit_linear(both).weights[0]))
 
 
 @dataclass
 class Stacker(Combiner):
-    """What the stackers share; a subclass names its learner and how its model becomes arrays and a torch module."""
+    """Base class of stackers; a subclass defines its learner and how its model becomes arrays and a torch module."""
 
     settings: ClassVar[tuple[str, ...]] = (
         *("runs.stacking.fallback", "runs.stacking.fit_rows", "runs.stacking.inference_members"),
@@ -93,11 +95,11 @@ class Stacker(Combiner):
     model: Model | None = unsaved()
     calibration: Calibration = unsaved(factory=Calibration)
     facts: dict[str, Any] = unsaved(factory=dict)
-    """What the fit found out, for the report."""
+    """Facts about the fit, for the report."""
 
     @classmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
-        """With the settings of `runs.stacking` and as many fits side by side as there are cores."""
+        """Return an unfitted stacker with the settings of `runs.stacking` and as many jobs as there are cores."""
         from joblib import cpu_count
 
         return cls(
@@ -110,92 +112,95 @@ class Stacker(Combiner):
     @classmethod
     @abstractmethod
     def make_learner(cls, config: Config) -> Learner:
-        """The learner that the configuration describes."""
+        """Return the learner with the settings of the configuration."""
 
     def fit(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> Self:
-        """Choose and fit on logits (M, N, C), labels (N,), folds (N,)."""
+        """Select the setting and fit on logits (M, N, C), labels (N,), folds (N,)."""
         self.fit_crossfitted(logits, labels, folds)
         return self
 
     def fit_crossfitted(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
-        """Fit, and give the cross-fitted probabilities (N, C) that the same fits make; NaN where there is one fold."""
+        """Fit, and return the cross-fitted probabilities (N, C) of the same fits; NaN with a single fold."""
         assert self.learner is not None, "a stacker that was read from a file is not fitted again"
         mean = mean_probabilities(logits)
-        found = nested_cv.cross_validate(self.learner, logits, labels, folds, n_jobs=self.n_jobs)
-        unseen = np.full(found.nested_crossfit.shape, np.nan)
+        result = nested_cv.cross_validate(self.learner, logits, labels, folds, n_jobs=self.n_jobs)
+        crossfit = np.full(result.nested_crossfit.shape, np.nan)
         for fold in np.unique(folds):
-            copy = Calibration()
-            if fold in found.inner_crossfit:
-                places, answers = found.inner_crossfit[fold]
-                copy = self._calibrated(answers, mean[places], labels[places], folds[places])
+            calibration = Calibration()
+            if fold in result.inner_crossfit:
+                rows, probabilities = result.inner_crossfit[fold]
+                calibration = self._calibrate(probabilities, mean[rows], labels[rows], folds[rows])
             inside = folds == fold
-            if not np.isnan(found.nested_crossfit[inside]).any():
-                unseen[inside] = copy.apply(found.nested_crossfit[inside], mean[inside])
-        setting = self.learner.settings()[found.setting]
+            if not np.isnan(result.nested_crossfit[inside]).any():
+                crossfit[inside] = calibration.apply(result.nested_crossfit[inside], mean[inside])
+        setting = self.learner.settings()[result.setting]
         self.model = self.learner.fit(logits, labels, setting)
-        tested = len(np.unique(folds)) > 1
-        self.calibration = self._calibrated(found.crossfit, mean, labels, folds) if tested else Calibration()
+        has_held_out = len(np.unique(folds)) > 1
+        self.calibration = self._calibrate(result.crossfit, mean, labels, folds) if has_held_out else Calibration()
         self.facts = {
             "setting": dict(setting),
-            "settings_tried": len(found.setting_losses),
-            "cross_validated_log_loss": log_loss(found.crossfit, labels) if tested else None,
-            "selection_score": log_loss(self._answer(logits), labels),
+            "settings_tried": len(result.setting_losses),
+            "cross_validated_log_loss": log_loss(result.crossfit, labels) if has_held_out else None,
+            "selection_score": log_loss(self._predict(logits), labels),
         }
-        return unseen
+        return crossfit
 
     def predict_proba(self, logits: Inputs) -> np.ndarray:
-        """Logits (M, N, C) -> probabilities (N, C)."""
-        return self._answer(logits)
+        """Return probabilities (N, C) for logits (M, N, C)."""
+        return self._predict(logits)
 
-    def _answer(self, seen: Any) -> np.ndarray:
-        """Probabilities (N, C) for what the learner sees of N rows."""
+    def _predict(self, inputs: Inputs) -> np.ndarray:
+        """Return probabilities (N, C) for the learner's inputs of N rows."""
         assert self.model is not None, "not fitted"
-        return self.calibration.apply(self.model.predict_proba(seen), mean_probabilities(seen))
+        return self.calibration.apply(self.model.predict_proba(inputs), mean_probabilities(inputs))
 
     def to_module(self) -> nn.Module:
-        """Logits (B, M, C) -> probabilities (B, C)."""
+        """Return the torch module: logits (B, M, C) -> probabilities (B, C)."""
         from utils.combiners.stacking_heads import TemperedBlend
 
         return TemperedBlend(self._module(), self.calibration.temperature, self.calibration.weight)
 
     def fitted_arrays(self) -> dict[str, np.ndarray]:
-        """The model's arrays, temperature and share (1,)."""
-        kept = {"temperature": self.calibration.temperature, "share": self.calibration.weight}
-        return {name: np.array([value]) for name, value in kept.items()} | self._arrays()
+        """Return the model's arrays, the temperature (1,) and the weight (1,), which is named `share`."""
+        calibration = {"temperature": self.calibration.temperature, "share": self.calibration.weight}
+        return {name: np.array([value]) for name, value in calibration.items()} | self._arrays()
 
     def set_fitted_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Set the model, temperature and share."""
+        """Set the model, temperature and weight."""
         self.calibration = Calibration(float(arrays["temperature"][0]), float(arrays["share"][0]))
         self.model = self._model(arrays)
 
     def restricted(self, used: np.ndarray) -> Self:
-        """Itself, since it uses all."""
+        """Return itself, since it uses all members."""
         return self
 
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """The chosen setting, its losses, temperature and share; there are no weights of members."""
-        kept = {"temperature": self.calibration.temperature, "share_of_stacker": self.calibration.weight}
-        return {**self.facts, **kept, "weights": None}
+        """Return the selected setting, its losses, temperature and weight; members have no weights."""
+        calibration = {"temperature": self.calibration.temperature, "share_of_stacker": self.calibration.weight}
+        return {**self.facts, **calibration, "weights": None}
 
-    def _calibrated(self, answers: np.ndarray, mean: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Calibration:
-        return calibrate(answers, mean, labels, folds, use_temperature=self.use_temperature, fallback=self.fallback)
+    def _calibrate(
+        self, probabilities: np.ndarray, mean: np.ndarray, labels: np.ndarray, folds: np.ndarray
+    ) -> Calibration:
+        use_temperature, fallback = self.use_temperature, self.fallback
+        return calibrate(probabilities, mean, labels, folds, use_temperature=use_temperature, fallback=fallback)
 
     @abstractmethod
     def _module(self) -> nn.Module:
-        """Logits (B, M, C) -> the learner's probabilities (B, C)."""
+        """Return the torch module of the model: logits (B, M, C) -> probabilities (B, C)."""
 
     @abstractmethod
     def _arrays(self) -> dict[str, np.ndarray]:
-        """The model as arrays of numbers, and texts as bytes under a name that ends in `.json`."""
+        """Return the model as arrays of numbers; the name of a text, saved as bytes, ends in `.json`."""
 
     @classmethod
     @abstractmethod
     def _model(cls, state: Mapping[str, np.ndarray]) -> Model:
-        """The model whose `_arrays` are in `state`."""
+        """Return the model whose `_arrays` are in `state`."""
 
 
 class StackingLogistic(Stacker):
-    """Multinomial logistic regression, plain or shrunk to the log-linear pool, whichever held-out rows prefer."""
+    """Multinomial logistic regression, plain or shrunk towards the log-linear pool, selected on held-out rows."""
 
     @classmethod
     def make_learner(cls, config: Config) -> Learner:
@@ -236,15 +241,15 @@ class StackingPerceptron(Stacker):
 
     def _arrays(self) -> dict[str, np.ndarray]:
         assert isinstance(self.model, Layers)
-        found = {"kind": np.array([KINDS.index(self.model.kind)])}
-        for place, (matrix, bias) in enumerate(zip(self.model.matrices, self.model.biases, strict=True)):
-            found |= {f"matrix{place}": matrix, f"bias{place}": bias}
-        return found
+        arrays = {"kind": np.array([KINDS.index(self.model.kind)])}
+        for index, (matrix, bias) in enumerate(zip(self.model.matrices, self.model.biases, strict=True)):
+            arrays |= {f"matrix{index}": matrix, f"bias{index}": bias}
+        return arrays
 
     @classmethod
     def _model(cls, state: Mapping[str, np.ndarray]) -> Model:
-        places = range(sum(name.startswith("matrix") for name in state))
-        matrices, biases = (tuple(state[f"{name}{place}"] for place in places) for name in ("matrix", "bias"))
+        layers = range(sum(name.startswith("matrix") for name in state))
+        matrices, biases = (tuple(state[f"{name}{index}"] for index in layers) for name in ("matrix", "bias"))
         return Layers(KINDS[int(state["kind"][0])], matrices, biases)
 
 
@@ -311,17 +316,12 @@ class StackingForest(Stacker):
     def _model(cls, state: Mapping[str, np.ndarray]) -> Model:
         from utils.combiners.forest import Forest
 
-        own = {name.removeprefix("forest_"): values for name, values in state.items() if name.startswith("forest_")}
-        return Forest(own)
+        return Forest(sub_state(state, "forest_"))
 
 
 def mean_probabilities(outputs: np.ndarray | MemberOutputs) -> np.ndarray:
-    """Mean over the members of their probabilities, (N, C), from logits (M, N, C) or outputs that hold them."""
+    """Return the mean of the members' probabilities, (N, C), from logits (M, N, C) or outputs that hold them."""
     return softmax(outputs.logits if isinstance(outputs, MemberOutputs) else outputs).mean(axis=0)
-
-
-def _logs(probabilities: np.ndarray) -> np.ndarray:
-    return np.log(np.maximum(probabilities, SMALLEST_PROBABILITY))
 
 
 COMBINERS: dict[str, type[Combiner]] = {

@@ -80,7 +80,7 @@ def weighted_sum(probabilities: NDArray[Any], weights: NDArray[Any]) -> Floats:
     """Return the sum (N, C) of members' probabilities (M, N, C) times their weights (M,), in the scorers' precision."""
     members = MemberBlocks(probabilities)
     total = np.zeros(probabilities.shape[1:])
-    for member in np.flatnonzero(weights):
+    for member in np.flatnonzero(weights).tolist():
         total += weights[member] * members.member(member).astype(np.float64)
     return total
 

@@ -192,8 +192,9 @@ def _calibration(scores: Floats, truth: Integers) -> tuple[Integers, Floats, Flo
     """Return the rows, the hits and the summed confidence (15,) of each bin."""
     confidence = scores.max(axis=1)
     bins = confidence_bins(confidence)
-    hits = np.bincount(bins, weights=scores.argmax(axis=1) == truth, minlength=BINS)
-    return np.bincount(bins, minlength=BINS), hits, np.bincount(bins, weights=confidence, minlength=BINS)
+    is_hit = scores.argmax(axis=1) == truth
+    hits, sums = (np.bincount(bins, weights=weights, minlength=BINS) for weights in (is_hit, confidence))
+    return np.bincount(bins, minlength=BINS), np.asarray(hits, dtype=np.float64), np.asarray(sums, dtype=np.float64)
 
 
 def _calibration_gaps(scores: Floats, truth: Integers) -> tuple[Floats, Floats]:

@@ -28,10 +28,11 @@ class GridLearner(Protocol):
     def settings(self) -> Sequence[Mapping[str, Any]]:
         """Return the G settings as JSON values; the first of equally good settings is selected."""
 
-    def predictions(self, logits: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+    def predictions(self, logits: Any, labels: np.ndarray, held_out: Any, /) -> np.ndarray:
         """Fit every setting on logits (M, N, C) and labels (N,).
 
-        Returns probabilities float32 (G, H, C) for the held-out logits (M, H, C).
+        Returns probabilities float32 (G, H, C) for the held-out logits (M, H, C). A learner of embeddings takes
+        `MemberOutputs` in place of both logits.
         """
 
 
@@ -52,7 +53,7 @@ class NestedResult:
 
 
 def cross_validate(
-    learner: GridLearner, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray, *, n_jobs: int = 1
+    learner: GridLearner, logits: Any, labels: np.ndarray, folds: np.ndarray, *, n_jobs: int = 1
 ) -> NestedResult:
     """Run nested cross-validation over `folds` (N,) of logits (M, N, C) and labels (N,), `n_jobs` fits at a time.
 
@@ -61,7 +62,7 @@ def cross_validate(
     fold_names = np.unique(folds).tolist()
     n_settings, n_classes = len(learner.settings()), logits.shape[2]
     pairs = list(combinations(fold_names, 2)) if len(fold_names) > 2 else []
-    held_out_sets = [(name,) for name in fold_names] + pairs if len(fold_names) > 1 else []
+    held_out_sets: list[tuple[int, ...]] = [*((name,) for name in fold_names), *pairs] if len(fold_names) > 1 else []
     all_fits = _all_fits(learner, logits, labels, folds, held_out_sets, n_jobs)
     fits = dict(zip(held_out_sets, all_fits, strict=True))
 
@@ -102,7 +103,7 @@ def evenly_spaced_epochs(epochs: int, count: int) -> list[int]:
 
 def _all_fits(
     learner: GridLearner,
-    logits: np.ndarray,
+    logits: Any,
     labels: np.ndarray,
     folds: np.ndarray,
     held_out_sets: Sequence[tuple[int, ...]],
@@ -121,7 +122,7 @@ def _all_fits(
 
 
 def _fit(
-    learner: GridLearner, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray, held_out: tuple[int, ...]
+    learner: GridLearner, logits: Any, labels: np.ndarray, folds: np.ndarray, held_out: tuple[int, ...]
 ) -> np.ndarray:
     """Return probabilities (G, H, C) for the rows of the held-out folds, fitted on the other rows."""
     is_held_out = np.isin(folds, held_out)

@@ -203,7 +203,7 @@ def test_voted_and_evaluated_as_its_own_code_would(discovered, foreign, run, tmp
     ranking = json.loads((workspace / "metrics_output" / "ensembles" / "ranking.json").read_text())
     assert ranking["recommended"]["evidence"]["rows"] == "val"
     surplus = {p["message"] for p in catalog(workspace)["problems"] if p["code"] == "surplus_logits"}
-    assert surplus == {f"{SURPLUS}; on the 50 val images they are dead"}
+    assert surplus == {f"{SURPLUS}; on the 50 val images they are never predicted"}
 
 
 def test_one_of_its_networks_is_taught_by_the_others(discovered, foreign, run, tmp_path):

@@ -84,6 +84,6 @@ def test_out_of_fold_rows_that_are_too_good_are_suspected(tmp_path, workspace):
 
 def test_columns_in_another_order_than_is_said_are_found(tmp_path, workspace):
     change = changing("linear", "val", lambda a: a | {"logits": a["logits"][:, [1, 2, 0]]})
-    words = r"member linear: its classes stand in another order .* Write `classes` in the order of its columns"
+    words = r"member linear: its classes are in another order .* Write `classes` in the order of its columns"
     with pytest.raises(UserError, match=words):
         take_in(workspace, write(tmp_path / "given", change=change))

@@ -100,7 +100,7 @@ def test_weights_that_do_not_fit_say_in_which_way():
     assert "the network Nothing cannot be built (see the log above)" in said(weights, "Nothing")
 
 
-def test_surplus_outputs_are_dead_or_not():
+def test_extra_outputs_are_removable_unless_they_are_predicted_or_hold_probability():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(200, 13)) * 2
     assert "is the largest on" in extra_outputs_problem(logits, 10)
@@ -111,7 +111,7 @@ def test_surplus_outputs_are_dead_or_not():
     assert extra_outputs_problem(logits, 10) is None
 
 
-def test_label_smoothing_leaves_dead_outputs_that_are_called_dead():
+def test_what_label_smoothing_leaves_on_extra_outputs_is_removable():
     target = np.full((50, 13), 0.1 / 13)
     target[np.arange(50), np.arange(50) % 10] += 0.9
     assert extra_outputs_problem(np.log(target), 10) is None

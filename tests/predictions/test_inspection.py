@@ -193,7 +193,7 @@ def test_outputs_in_another_order_than_their_names_are_measured(workspace, confi
     workspace.digests.unlink()
     discover.discover(config, workspace)
     store = Store(config, workspace, catalog.load(workspace))
-    with pytest.raises(UserError, match="The same command goes on without CustomConvNeXt"):
+    with pytest.raises(UserError, match="continues without CustomConvNeXt"):
         extraction.ensure(store, [store.catalog.members[NAME]], ("val",))
     assert catalog.read(workspace).members[NAME].usable is False
 
@@ -207,15 +207,15 @@ def widen(record, bias):
         record["model_state_dict"][name] = torch.cat([value, more])
 
 
-def surplus(workspace):
+def extra_outputs(workspace):
     return [problem for problem in catalog.read(workspace).problems if problem.code == "surplus_logits"]
 
 
 @pytest.mark.parametrize("by", ["verify", "the first pass"])
-def test_surplus_outputs_that_running_has_shown_to_be_dead_are_said_to_be(workspace, config, by):
+def test_extra_outputs_that_are_never_predicted_become_an_info(workspace, config, by):
     change(workspace.checkpoint(NAME, "final"), lambda record: widen(record, -30.0))
     discover.discover(config, workspace)
-    (problem,) = surplus(workspace)
+    (problem,) = extra_outputs(workspace)
     assert (problem.severity, problem.message) == ("warning", f"{SURPLUS} for 4 classes; the last 3 are cut off")
     if by == "verify":
         discover.discover(config, workspace, verify=True)
@@ -223,25 +223,25 @@ def test_surplus_outputs_that_running_has_shown_to_be_dead_are_said_to_be(worksp
         store = Store(config, workspace, catalog.load(workspace))
         extraction.ensure(store, [store.catalog.members[NAME]], ("val",))
     for _ in range(2):
-        (problem,) = surplus(workspace)
+        (problem,) = extra_outputs(workspace)
         assert (problem.severity, problem.remedy) == ("info", "nothing to do")
-        assert problem.message.endswith("the last 3 are cut off; on the 28 val images they are dead")
+        assert problem.message.endswith("on the 28 val images they are never predicted")
         discover.discover(config, workspace)
 
 
-def test_surplus_outputs_that_are_alive_are_an_error_and_no_longer_said_to_be_cut_off(workspace, config):
+def test_extra_outputs_that_are_predicted_are_an_error_and_no_longer_a_warning(workspace, config):
     change(workspace.checkpoint(NAME, "final"), lambda record: widen(record, 30.0))
     result = discover.discover(config, workspace, verify=True)
     for _ in range(2):
-        (problem,) = surplus(workspace)
+        (problem,) = extra_outputs(workspace)
         assert problem.severity == "error"
-        assert "7 outputs for 4 classes, and the surplus is not dead: on the val rows" in problem.message
+        assert "7 outputs for 4 classes, and the extra outputs are predicted" in problem.message
         assert catalog.read(workspace).members[NAME].usable is False
         assert any(problem.message in failure for failure in result.failures)
         result = discover.discover(config, workspace)
 
 
-def test_a_network_that_does_not_run_shows_nothing_of_its_surplus(workspace, config):
+def test_a_network_that_does_not_run_leaves_its_extra_outputs_a_warning(workspace, config):
     def break_it(record):
         widen(record, -30.0)
         record["model_state_dict"].pop(next(iter(record["model_state_dict"])))
@@ -249,7 +249,7 @@ def test_a_network_that_does_not_run_shows_nothing_of_its_surplus(workspace, con
     change(workspace.checkpoint(NAME, "final"), break_it)
     discover.discover(config, workspace, verify=True)
     assert "does_not_run" in codes(workspace)
-    assert [problem.severity for problem in surplus(workspace)] == ["warning"]
+    assert [problem.severity for problem in extra_outputs(workspace)] == ["warning"]
 
 
 # another BASE-BACK's networks ---------------------------------------------------------------------------------------

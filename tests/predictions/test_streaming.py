@@ -1,4 +1,4 @@
-"""Images past networks: order, layout, memory, surplus outputs, several image sizes, what the store keeps of it."""
+"""Images past networks: order, layout, memory, extra outputs, several image sizes, what the store keeps of it."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_said_and_loses_no_row(laid, hea
     batches = laid.run()
     np.testing.assert_allclose(joined(batches), expected, atol=1e-5)
     assert {batch.batch_size for batch in batches} == {4}
-    assert "CustomResNetMish_final.pth: out of memory with 8 images at a time; going on with 4" in heard.text
+    assert "CustomResNetMish_final.pth: out of memory with 8 images at a time; continuing with 4" in heard.text
 
 
 def test_a_single_image_that_does_not_fit_ends_the_run(laid, monkeypatch):
@@ -191,15 +191,15 @@ def widened(laid, tmp_path, bias):
 def test_dead_outputs_are_cut_and_said(laid, tmp_path, heard):
     spec = widened(laid, tmp_path, bias=-30.0)
     np.testing.assert_allclose(joined(laid.run(spec=spec)), joined(laid.run()), atol=1e-5)
-    assert "7 outputs for 4 classes; the surplus is dead on the 28 val rows and is cut" in heard.text
+    assert "the extra outputs are never predicted on the 28 val rows" in heard.text
     only_test = joined(laid.run(spec=spec, splits=laid.splits[1:], val=laid.splits[0]))
     assert only_test.shape == (28, 4)
 
 
-def test_outputs_that_are_alive_missing_or_unproven_are_refused(laid, tmp_path):
-    with pytest.raises(UserError, match=r"7 outputs for 4 classes, and the surplus is not dead: on the val rows a"):
+def test_extra_outputs_that_are_predicted_or_unchecked_are_refused_and_so_are_missing_ones(laid, tmp_path):
+    with pytest.raises(streaming.ExtraOutputsError, match=r"7 outputs for 4 classes"):
         laid.run(spec=widened(laid, tmp_path, bias=30.0))
-    with pytest.raises(UserError, match="no val split to show that the surplus is dead"):
+    with pytest.raises(UserError, match="no val split to check"):
         laid.run(spec=widened(laid, tmp_path, bias=-30.0), splits=laid.splits[1:])
     with pytest.raises(UserError, match="4 outputs for 5 classes"):
         laid.run(spec=replace(laid.spec, classes=("0", "1", "2", "3", "4")))

@@ -215,7 +215,7 @@ def _class_problems(scan: Scan, member: Member, facts: Mapping[str, Any]) -> lis
             problems.append(Problem("classes", "error", member.name, message, "train it on this split"))
         elif outputs > count:
             message = f"the network has {outputs} outputs for {count} classes; the last {outputs - count} are cut off"
-            remedy = "nothing to do; running it shows whether they are dead"
+            remedy = "nothing to do; discover --verify checks whether they are ever predicted"
             problems.append(Problem("surplus_logits", "warning", member.name, message, remedy))
     mapping = None if member.source == "derived" else training_records.class_mapping(scan.workspace, member.name)
     if mapping is not None and mapping[: len(member.classes)] != member.classes:

@@ -110,7 +110,7 @@ def equal_rows_limit(train: ImportedPart) -> float:
     Nearest neighbours and small forests know few different numbers, fewer than there are rows, and meet them again.
     """
     few = np.unique(train.rows.logits).size < len(train.rows.labels)
-    return COARSE_SHARE if few else out_of_fold.SAME_NETWORK_SHARE
+    return COARSE_SHARE if few else out_of_fold.SAME_NETWORK_FRACTION
 
 
 def _content_digest(parts: Mapping[str, ImportedPart]) -> str:

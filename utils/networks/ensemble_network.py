@@ -229,4 +229,4 @@ class CombinerNetwork(nn.Module):
 
     def forward(self, member_logits: Tensor) -> Tensor:
         """Logits float32 (B, M, C) -> probabilities float32 (B, C)."""
-        return self.combiner(member_logits)  # type: ignore[no-any-return]
+        return self.combiner(member_logits)

@@ -80,7 +80,7 @@ def activation_checkpointing(model: nn.Module) -> Iterator[int]:
     """
     blocks = checkpointable_blocks(model)
     for block in blocks:
-        block.forward = _checkpointed(block)  # type: ignore[method-assign]  # removed again below
+        block.forward = _checkpointed(block)  # removed again below
     try:
         yield len(blocks)
     finally:

@@ -1,4 +1,4 @@
-"""The catalog: which trained members a workspace holds, what is known of each, and what is wrong."""
+"""The catalog: the members of a workspace, their checkpoints, measurements and problems."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ logger = logging.getLogger("disease_pipeline")
 
 SCHEMA = 1
 STAGES = ("final", "finetune_best", "head_best")  # the first that exists is the member
-MADE = r"uniform_soup|greedy_soup|wise_ft|distilled"  # by us, from other members
-END_TO_END = "end_to_end"  # stage of a network that a fusion has trained further
+MADE = r"uniform_soup|greedy_soup|wise_ft|distilled"  # roles of files that this project derives from other members
+END_TO_END = "end_to_end"  # stage of a network that a fusion has fine-tuned
 DERIVED = rf"snapshot\d+|{MADE}"
 CHECKPOINT_NAME = re.compile(
     rf"(?P<name>.+)_(?P<role>final|finetune_best|head_best|fold\d+|(?:head|finetune)_epoch\d+|{DERIVED})\.pth"
 )
 IMPORTED = "imported"
-TIMM = "timm:"  # begins the architecture of a member that is built by timm, not by BASE-BACK
+TIMM = "timm:"  # prefix of the architecture of a member that is built by timm, not by BASE-BACK
 RUN_DISCOVER = "Run `python ensemble_orchestrator.py discover` first"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something a user should know about a member or a split."""
+    """A finding about a member or a split, with its remedy."""
 
     code: str
     severity: str
-    """error: the member cannot be used; warning: it can, and something is worse than it looks; info."""
+    """`error`: the member cannot be used; `warning`: it can, but its figures or files need attention; `info`."""
     member: str | None
     message: str
     remedy: str
@@ -47,32 +47,32 @@ class Problem:
 
 @dataclass(frozen=True)
 class Member:
-    """One trained model, or one set of predictions, that can be ensembled."""
+    """A trained model, or an imported set of predictions, that can be ensembled."""
 
     name: str
     architecture: str
     size: str
     img_size: int | None
-    """In pixels; None for an imported member, whose architecture and size are `unknown` as well."""
+    """In pixels; None for an imported member, whose architecture and size are `unknown`."""
     classes: tuple[str, ...]
     """In the order of the network's outputs."""
     checkpoints: tuple[dict[str, str], ...]
-    """{path, stage, sha256}, the member's own first; none of an imported member"""
+    """{path, stage, sha256}, the member itself first; empty for an imported member"""
     exports: tuple[str, ...]
     metrics: str | None
     oof: dict[str, Any] | None
     """{path, rows, folds, accuracy, sha256}"""
     recorded_accuracy: float | None
     digest: str
-    """Of the weights and of what is needed to run them; of the predictions of an imported member"""
+    """Of the weights and what is needed to run them; for an imported member, of its predictions"""
     usable: bool = True
     source: str = "trained"
-    """trained; derived from other members' weights or outputs; imported: known by its predictions alone"""
+    """`trained`; `derived` from other members' weights or outputs; `imported`: predictions without a network"""
     parents: tuple[str, ...] = ()
     recorded_test_accuracy: float | None = None
 
     def network(self, workspace: Workspace, stage: str | None = None) -> NetworkSpec:
-        """How to build and run it, or the network of another of its stages, such as `fold0`.
+        """How to build and run the member's network, or that of another of its stages, such as `fold0`.
 
         Raises UserError for an imported member.
         """
@@ -87,12 +87,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Catalog:
-    """What discovery found, as `ensemble_catalog.json` holds it."""
+    """The result of discovery, as `ensemble_catalog.json` holds it."""
 
     base_back: dict[str, str]
     classes: tuple[str, ...]
     splits: dict[str, dict[str, Any]]
-    """{split: {n, digest}}, with `images: false` where imported predictions alone say which rows there are"""
+    """{split: {n, digest}}, with `images: false` where the rows come from imported predictions alone"""
     members: dict[str, Member]
     problems: tuple[Problem, ...] = field(default=())
 
@@ -102,51 +102,52 @@ class Catalog:
         return all(facts.get("images", True) for facts in self.splits.values())
 
     def imported(self) -> dict[str, Member]:
-        """The members that are known by their predictions alone."""
+        """{name: member} of the imported members."""
         return {name: member for name, member in self.members.items() if member.source == IMPORTED}
 
     def as_record(self) -> dict[str, Any]:
         """JSON-ready."""
-        # In one order, whether a member was there at the scan or came with a build afterwards.
-        problems = sorted(self.problems, key=lambda one: (one.member or "", one.code, one.message))
+        # Sorted, so that the order does not depend on whether a scan or a build has added a member.
+        problems = sorted(self.problems, key=lambda problem: (problem.member or "", problem.code, problem.message))
         record = asdict(replace(self, problems=tuple(problems))) | {"schema": SCHEMA}
         for member in record["members"].values():
             del member["name"]
         return record
 
-    def with_problems(self, found: Sequence[Problem], *, members: Collection[str], codes: Collection[str]) -> Catalog:
-        """The catalog with `found` in place of all problems of these members and codes."""
-        kept = [p for p in self.problems if p.member not in members or p.code not in codes]
-        return replace(self, problems=(*kept, *found))
+    def with_problems(self, new: Sequence[Problem], *, members: Collection[str], codes: Collection[str]) -> Catalog:
+        """The catalog with the problems `new` in place of all that have these members and codes."""
+        remaining = [p for p in self.problems if p.member not in members or p.code not in codes]
+        return replace(self, problems=(*remaining, *new))
 
 
 def checkpoint_files(workspace: Workspace) -> dict[str, dict[str, Path]]:
-    """{backbone: {role: file}} of every file in the checkpoint folders whose name is one of BASE-BACK's or ours."""
-    found: dict[str, dict[str, Path]] = {}
-    for folder in dict.fromkeys((workspace.checkpoints, workspace.derived_checkpoints)):  # ours come last and win
+    """{backbone: {role: file}} of every file in the checkpoint folders that follows the naming scheme."""
+    files: dict[str, dict[str, Path]] = {}
+    # Derived checkpoints come last and take precedence.
+    for folder in dict.fromkeys((workspace.checkpoints, workspace.derived_checkpoints)):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             match = CHECKPOINT_NAME.fullmatch(path.name)
             if match and path.is_file():
-                found.setdefault(match["name"], {})[match["role"]] = path
-    return found
+                files.setdefault(match["name"], {})[match["role"]] = path
+    return files
 
 
 def end_to_end_member_name(ensemble: str, member: str) -> str:
-    """Name of the member that an ensemble's end-to-end training makes of another; it keeps their order."""
+    """Name of the member that the end-to-end training of an ensemble derives from another; the names sort alike."""
     return f"{ensemble}_{member}"
 
 
 def kfold_command(workspace: Workspace, backbones: Sequence[str]) -> str:
-    """What to type for out-of-fold predictions of these backbones, the bundled BASE-BACK's or a mounted one's."""
+    """The command that trains fold networks of these backbones, with the bundled BASE-BACK or an external one."""
     script, base_back_dir = base_back.BUNDLED / "src" / "main.py", base_back.locate()
-    shown = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
+    shown_script = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
     external = ["--base-back", str(base_back_dir)] if base_back.kind(base_back_dir) == "external" else []
-    words = ["python", str(shown), "--stages", "kfold", "--backbones", *backbones, *external]
+    words = ["python", str(shown_script), "--stages", "kfold", "--backbones", *backbones, *external]
     return shlex.join([*words, "--workspace", str(workspace.base)])
 
 
 def kfold_remedy(workspace: Workspace, member: Member) -> str:
-    """What to do for other out-of-fold predictions of a member, as a sentence without its full stop."""
+    """How to make new out-of-fold predictions of a member, as a sentence without a full stop."""
     if member.architecture.startswith(TIMM):
         return f"Write <member>_oof_predictions.npz into {workspace.kfold}, by networks trained on folds of train"
     return f"Run K-fold on this split again: {kfold_command(workspace, [member.name])}"
@@ -164,23 +165,23 @@ def save(workspace: Workspace, catalog: Catalog) -> None:
 
 
 def load(workspace: Workspace) -> Catalog:
-    """The catalog on disk, with a warning when it is older than what it describes.
+    """The catalog on disk, with a warning if files are newer than it.
 
-    Raises UserError, with the specification's words, when there is none.
+    Raises UserError, with the specification's message, if there is none.
     """
-    found = read(workspace)
-    stale = stale_files(workspace, found)
+    catalog = read(workspace)
+    stale = stale_files(workspace, catalog)
     if stale:
         logger.warning(
             "the catalog is older than %s%s; run `python ensemble_orchestrator.py discover` to take in what is new",
             ", ".join(stale[:3]),
             f" and {len(stale) - 3} more files" if len(stale) > 3 else "",
         )
-    return found
+    return catalog
 
 
 def read(workspace: Workspace) -> Catalog:
-    """The catalog as it is written. Raises UserError when there is none, or it is damaged."""
+    """The catalog on disk. Raises UserError if there is none, or it is damaged."""
     record = read_json(workspace.catalog, remedy=RUN_DISCOVER)
     if record is None:
         raise UserError(f"Catalog not found: {workspace.catalog}. {RUN_DISCOVER}")
@@ -202,22 +203,22 @@ def read(workspace: Workspace) -> Catalog:
 
 
 def stale_files(workspace: Workspace, catalog: Catalog) -> list[str]:
-    """Names of checkpoints, out-of-fold and metrics files that are newer than the catalog or not in it, by name.
+    """Sorted names of checkpoints, out-of-fold and metrics files that are newer than the catalog or not in it.
 
-    Goes by time of change alone, and reads no file; what a member was built from is compared by digest when it is used.
+    Only modification times are compared; digests are compared when a member is used.
     """
     written = workspace.catalog.stat().st_mtime_ns
     listed = {entry["path"] for member in catalog.members.values() for entry in member.checkpoints}
     refused = {problem.member for problem in catalog.problems}
-    found = []
+    stale = []
     for backbone, roles in checkpoint_files(workspace).items():
         for role, path in roles.items():
-            unknown = workspace.relative(path) not in listed and not {backbone, f"{backbone}_{role}"} & refused
-            if path.stat().st_mtime_ns > written or (unknown and role in STAGES):
-                found.append(path)
-    records = [place(name) for name in catalog.members for place in (workspace.base_oof, workspace.training_metrics)]
-    found += [path for path in records if path.is_file() and path.stat().st_mtime_ns > written]
-    return sorted(path.name for path in found)
+            is_unlisted = workspace.relative(path) not in listed and not {backbone, f"{backbone}_{role}"} & refused
+            if path.stat().st_mtime_ns > written or (is_unlisted and role in STAGES):
+                stale.append(path)
+    records = [path(name) for name in catalog.members for path in (workspace.base_oof, workspace.training_metrics)]
+    stale += [path for path in records if path.is_file() and path.stat().st_mtime_ns > written]
+    return sorted(path.name for path in stale)
 
 
 def _member_of_record(name: str, entry: dict[str, Any]) -> Member:
@@ -226,52 +227,52 @@ def _member_of_record(name: str, entry: dict[str, Any]) -> Member:
 
 
 def select(catalog: Catalog, config: Config) -> list[Member]:
-    """The members that the configuration asks for, by name. Raises UserError when fewer than one is left.
+    """The members that the configuration selects, sorted by name. Raises UserError if none is left.
 
-    Imported members are asked for by name, or by leaving `include` as the specification prints it. A named backbone
-    that was never trained is left out with a warning; one that no backbone is called is an error.
+    Imported members are selected by name, or all of them if `include` has its default value. A backbone that is listed
+    but was never trained is skipped with a warning; an unknown name is an error.
     """
     named = [*config.backbones.include, *config.backbones.exclude]
     settings = base_back.settings()
-    # A mounted BASE-BACK may have fewer backbones than the specification, whose names are always understood.
-    printed = type(config.backbones).model_fields["include"].default
-    known = {*getattr(settings, "ALL_BACKBONES", settings.BACKBONES), *printed, *catalog.members}
-    unknown = [f"{name!r}{did_you_mean(name, known)}" for name in named if name not in known]
+    # A mounted BASE-BACK may have fewer backbones than the specification, whose names are always accepted.
+    default = type(config.backbones).model_fields["include"].default
+    available = {*getattr(settings, "ALL_BACKBONES", settings.BACKBONES), *default, *catalog.members}
+    unknown = [f"{name!r}{did_you_mean(name, available)}" for name in named if name not in available]
     if unknown:
         raise UserError(
             f"{config.source}: backbones.include or backbones.exclude names no backbone; "
-            f"known: {', '.join(sorted(known))}; found: {', '.join(unknown)}"
+            f"known: {', '.join(sorted(available))}; found: {', '.join(unknown)}"
         )
-    wanted = config.backbones.selected
+    selected = config.backbones.selected
     imported = catalog.imported()
-    if config.backbones.include == printed:
-        wanted += tuple(name for name in imported if name not in (*wanted, *config.backbones.exclude))
-    missing = [name for name in wanted if name not in catalog.members]
-    if missing and (config.backbones.include != printed or len(imported) < len(catalog.members)):
+    if config.backbones.include == default:
+        selected += tuple(name for name in imported if name not in (*selected, *config.backbones.exclude))
+    missing = [name for name in selected if name not in catalog.members]
+    if missing and (config.backbones.include != default or len(imported) < len(catalog.members)):
         logger.warning("Model %s not found, skipping (train it, then run discover)", ", ".join(missing))
-    found = sorted(name for name in wanted if name in catalog.members and catalog.members[name].usable)
-    if not found:
+    usable = sorted(name for name in selected if name in catalog.members and catalog.members[name].usable)
+    if not usable:
         raise UserError(
-            f"{config.source}: none of {', '.join(wanted) or 'an empty list'} is in the catalog, which holds "
+            f"{config.source}: none of {', '.join(selected) or 'an empty list'} is in the catalog, which holds "
             f"{', '.join(sorted(catalog.members))}. Train one of them, or name others in backbones.include"
         )
-    return [catalog.members[name] for name in found]
+    return [catalog.members[name] for name in usable]
 
 
 def check_current(workspace: Workspace, member: Member, digests: FileDigests, stage: str | None = None) -> None:
-    """Raise UserError when a member's checkpoint, or that of another of its stages, is not what discovery saw."""
+    """Raise UserError if a member's checkpoint, or that of another of its stages, has changed since discovery."""
     entry = next(entry for entry in member.checkpoints if stage in (None, entry["stage"]))
     path = workspace.base / entry["path"]
     try:
-        found = digests.of(path)
+        digest = digests.of(path)
     except FileNotFoundError:
         raise UserError(f"{path}: the checkpoint of {member.name} is gone. Train it again or run discover") from None
-    if found != entry["sha256"]:
+    if digest != entry["sha256"]:
         raise UserError(f"{path}: changed since discovery. Run `python ensemble_orchestrator.py discover` again")
 
 
 def problem_lines(problems: Sequence[Problem]) -> list[str]:
-    """One line for each problem; the same problem of several members is one line, and so is a command for them all."""
+    """One line for each problem; members with the same problem share a line and, where it names one, a command."""
     members: dict[tuple[str, str, str], list[str]] = {}
     for problem in problems:
         remedy = re.sub(rf"(?<=--backbones ){re.escape(problem.member or '')}(?= )", "{names}", problem.remedy)

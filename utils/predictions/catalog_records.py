@@ -1,4 +1,4 @@
-"""The form of a catalog on disk, checked in full when it is read: it may come from anywhere and names files."""
+"""The schema of a catalog on disk, validated in full on reading: the file may be of any origin and names files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MOST_PROBLEMS = 3
 
 
 def _plain(name: str) -> str:
-    """Members and backbones give folders their names: one that leads elsewhere would be written to."""
+    """Names of members become names of folders, so a name must not lead out of the workspace."""
     if not is_name(name):
         raise ValueError("expected a name without slashes that does not begin with a dot")
     return name
@@ -92,15 +92,15 @@ class _Form(_Part):
 
 
 def check(record: Any) -> None:
-    """ValueError that names what in a catalog has another form."""
+    """Raise ValueError that names the entries of a catalog that do not match the schema."""
     try:
         form = _Form.model_validate(record)
     except ValidationError as error:
-        found = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        more = f" and {len(found) - MOST_PROBLEMS} more" if len(found) > MOST_PROBLEMS else ""
-        raise ValueError("; ".join(found[:MOST_PROBLEMS]) + more) from error
-    if lacking := [split for split in SPLITS if split not in form.splits]:
-        raise ValueError(f"splits: no {', '.join(lacking)}")
+        reasons = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        more = f" and {len(reasons) - MOST_PROBLEMS} more" if len(reasons) > MOST_PROBLEMS else ""
+        raise ValueError("; ".join(reasons[:MOST_PROBLEMS]) + more) from error
+    if missing := [split for split in SPLITS if split not in form.splits]:
+        raise ValueError(f"splits: no {', '.join(missing)}")
     if without := [name for name, m in form.members.items() if m.source != "imported" and not m.checkpoints]:
         raise ValueError(f"members.{without[0]}: no checkpoint")
     if beyond := [name for name, m in form.members.items() if m.source != "imported" and m.img_size is None]:

@@ -1,6 +1,6 @@
-"""The networks that K-fold trained: the mean of their probabilities may answer for a member, as its full network does.
+"""Fold networks: the mean of their probabilities may answer for a member in place of its full network.
 
-Out-of-fold rows describe these networks. Their mean is kept beside the full network's arrays, as log-probabilities.
+Out-of-fold rows describe the fold networks. Their mean is stored with the full network's arrays, as log-probabilities.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ logger = logging.getLogger("disease_pipeline")
 
 VERSION = 1  # raised whenever the same weights and images would give other arrays
 FULL, FOLDS = "full", "folds"
-"""What may answer at inference: the member's own checkpoint, or the mean of its fold networks."""
+"""What answers at inference: the member's own checkpoint, or the mean of its fold networks."""
 
 
 class BuiltEnsemble(Protocol):
-    """What a saved ensemble says of the networks that it was built from."""
+    """What a saved ensemble records of the networks that it was built from."""
 
     @property
     def members(self) -> Sequence[str]:
@@ -46,11 +46,11 @@ class BuiltEnsemble(Protocol):
 
 
 def stages(member: Member) -> tuple[str, ...]:
-    """`fold0`, `fold1`...: the networks that its out-of-fold predictions come from; none unless all are there."""
-    found = [entry["stage"] for entry in member.checkpoints if entry["stage"].startswith("fold")]
-    if member.oof is None or len(found) != member.oof["folds"]:
+    """`fold0`, `fold1`...: the networks that made its out-of-fold predictions; empty unless all of them exist."""
+    folds = [entry["stage"] for entry in member.checkpoints if entry["stage"].startswith("fold")]
+    if member.oof is None or len(folds) != member.oof["folds"]:
         return ()
-    return tuple(sorted(found, key=lambda stage: int(stage.removeprefix("fold"))))
+    return tuple(sorted(folds, key=lambda stage: int(stage.removeprefix("fold"))))
 
 
 def answering(member: Member, inference: str, *, embeddings: bool = False) -> tuple[str | None, ...]:
@@ -94,7 +94,7 @@ class FoldMean:
 
 
 def digest(member: Member, inference: str) -> str:
-    """Of the networks that answer and of what is needed to run them."""
+    """Digest of the networks that answer and of what is needed to run them."""
     if inference == FULL:
         return member.digest
     weights = {entry["stage"]: entry["sha256"] for entry in member.checkpoints}
@@ -109,7 +109,7 @@ def key(store: Store, member: Member, split: str, inference: str) -> str:
 
 
 def ensure(store: Store, members: Sequence[Member], splits: Sequence[str], inference: str) -> None:
-    """Stream what is missing of the rows of the networks that answer; one network is resident at a time."""
+    """Run the networks that answer over the splits that the store lacks; one network is in memory at a time."""
     extraction.ensure(store, members, splits)
     if inference == FULL:
         return
@@ -125,24 +125,24 @@ def ensure(store: Store, members: Sequence[Member], splits: Sequence[str], infer
 
 
 def rows(store: Store, member: Member, split: str, inference: str, *, embeddings: bool = False) -> MemberRows:
-    """One member's stored rows of a split, memory-mapped; they must have been ensured.
+    """One member's stored rows of a split, memory-mapped; `ensure` must have run.
 
-    Embeddings are always those of the full network: every fold network has a space of its own.
+    Embeddings are always those of the full network: fold networks have no embedding space in common.
     """
-    found = store.rows(member, split, embeddings=embeddings)
+    full = store.rows(member, split, embeddings=embeddings)
     if inference == FULL:
-        return found
-    return replace(found, logits=array_once(store.workspace.fold_predictions(member.name, split), remedy=AGAIN))
+        return full
+    return replace(full, logits=array_once(store.workspace.fold_predictions(member.name, split), remedy=AGAIN))
 
 
 def aligned(store: Store, members: Sequence[Member], split: str, inference: str, *, embeddings: bool = False) -> Rows:
-    """Members together on the rows of a split."""
+    """Several members' rows of a split, aligned."""
     parts = {member.name: [rows(store, member, split, inference, embeddings=embeddings)] for member in members}
     return replace(align(parts, store.catalog.classes), inference=inference)
 
 
 def out_of_sample(store: Store, members: Sequence[Member], inference: str) -> Rows:
-    """Members together on honest rows: out-of-fold on train where all have them, of these networks on val."""
+    """Several members' out-of-sample rows, aligned: out-of-fold on train if all have them, these networks' on val."""
     parts = store.out_of_sample_parts(members)
     for member in members if inference == FOLDS else ():
         parts[member.name][-1] = rows(store, member, "val", inference)

@@ -1,4 +1,4 @@
-"""The workspace's cross-fitting folds: one assignment of the honest rows, made once and kept."""
+"""The workspace's cross-fitting folds: one assignment of the out-of-sample rows, made once and stored."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from utils.core.errors import UserError
 from utils.predictions.rows import Samples
 from utils.predictions.store import AGAIN, Store
 
-VERSION = 2  # raised whenever the same rows would be dealt out otherwise
+VERSION = 2  # raised whenever the same rows would be assigned to other folds
 CROSSFIT_FOLDS = 5
 
 
 def crossfit_folds(store: Store) -> dict[tuple[str, str], int]:
-    """{(split, sample id): fold} over the train and val rows: the workspace's one assignment, made once and kept.
+    """{(split, sample id): fold} over the train and val rows, which all combiners share.
 
-    Stratified and seeded; rows of one group (`dataset.group_regex`) or of equal images share a fold. Five folds, fewer
-    where a class has fewer groups. Made anew when images, seed or group rule change.
+    Stratified and seeded; rows of one group (`dataset.group_regex`) or of equal images share a fold. There are five
+    folds, fewer if a class has fewer groups. The stored assignment is replaced when images, seed or group rule change.
+    Raises UserError if a class has one group only.
     """
     rule, seed = store.config.dataset.group_regex, store.config.seed
     digests = [store.catalog.splits[split]["digest"] for split in ("train", "val")]
@@ -31,32 +32,32 @@ def crossfit_folds(store: Store) -> dict[tuple[str, str], int]:
         arrays = read_arrays(path, remedy=AGAIN)
         if str(arrays["key"]) == key:
             return _fold_table(arrays)
-    dealing = base_back.load_bundled("samples")
+    grouping = base_back.load_bundled("samples")
     splits = [store.samples("train"), store.samples("val")]
     labels = np.concatenate([samples.labels for samples in splits])
     ids = [sample_id for samples in splits for sample_id in samples.sample_ids]
     contents = [content for samples in splits for content in samples.contents or _names(samples)]
-    groups = dealing.group_indices(ids, contents, rule)
+    groups = grouping.group_indices(ids, contents, rule)
     counts = {int(label): len(np.unique(groups[labels == label])) for label in np.unique(labels)}
     folds = min(CROSSFIT_FOLDS, *counts.values())
     if folds < 2:
-        alone = [store.catalog.classes[label] for label, count in counts.items() if count < 2]
+        single = [store.catalog.classes[label] for label, count in counts.items() if count < 2]
         raise UserError(
-            f"train and val have one group of samples of class {', '.join(alone)}; cross-fitting needs two. Add some, "
+            f"train and val have one group of samples of class {', '.join(single)}; cross-fitting needs two. Add some, "
             "or widen dataset.group_regex"
         )
     arrays = {
         "key": np.array(key),
         "split": np.concatenate([np.full(len(samples.sample_ids), samples.split) for samples in splits]),
         "sample_ids": np.array(ids),
-        "fold": dealing.stratified_bins(labels, groups, [1 / folds] * folds, seed),
+        "fold": grouping.stratified_bins(labels, groups, [1 / folds] * folds, seed),
     }
     write_arrays(path, arrays)
     return _fold_table(arrays)
 
 
 def _names(samples: Samples) -> list[str]:
-    """Names that stand for contents where there are no images: every sample is another one."""
+    """Names in place of contents where there are no images: all samples count as different."""
     return [f"{samples.split}/{sample_id}" for sample_id in samples.sample_ids]
 
 

@@ -1,4 +1,4 @@
-"""The images of a split: their ids, labels and contents, decoded once into a cache for networks of every image size."""
+"""The images of a split: ids, labels and contents; decoded once into a cache for networks of every image size."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class ImageSplit:
     """int64 (N,)"""
     paths: tuple[Path, ...]
     contents: tuple[str, ...]
-    """SHA-256 of each file."""
+    """SHA-256 of each file"""
     digest: str
-    """Of ids, labels and contents."""
+    """Of ids, labels and contents"""
 
     def take(self, rows: Sequence[int] | np.ndarray) -> ImageSplit:
-        """Some of the images, in the order of `rows`; the digest stays the whole split's."""
+        """The images at `rows`, in that order; the digest remains that of the whole split."""
         return replace(
             self,
             sample_ids=tuple(self.sample_ids[row] for row in rows),
@@ -52,7 +52,7 @@ class ImageSplit:
 
 
 def list_images(split_dir: Path, split: str, digests: FileDigests) -> ImageSplit:
-    """The images of one split with their content digests. Raises UserError for a missing split or an empty class."""
+    """The images of one split, with content digests. Raises UserError for a missing split or an empty class."""
     samples_module = base_back.load_bundled("samples")
     try:
         classes, samples = samples_module.scan(split_dir / split)
@@ -79,9 +79,9 @@ def _shown(path: Path) -> str:
 
 
 def decode(splits: Sequence[ImageSplit], sizes: Sequence[int], *, image_cache: Path, threads: int = 1) -> None:
-    """Decode what the image cache lacks of the splits, each file once, for networks of all the given image sizes.
+    """Decode the images that the cache lacks, each file once, for networks of all the image sizes.
 
-    Raises UserError that names the files which cannot be read, after everything readable was kept.
+    Raises UserError that names the unreadable files, after all readable ones were cached.
     """
     for images in splits:
         if error := _decoded(images, sizes, image_cache, threads):
@@ -91,24 +91,24 @@ def decode(splits: Sequence[ImageSplit], sizes: Sequence[int], *, image_cache: P
 def decode_readable(
     images: ImageSplit, sizes: Sequence[int], *, image_cache: Path, threads: int = 1
 ) -> dict[Path, str]:
-    """Decode as `decode` does; gives {file: why it cannot be read} and goes on."""
+    """Decode like `decode`, but return {unreadable file: reason} instead of raising."""
     error: Any = _decoded(images, sizes, image_cache, threads)
     return dict(error.problems) if error else {}
 
 
 def _decoded(images: ImageSplit, sizes: Sequence[int], image_cache: Path, threads: int) -> Exception | None:
-    """Keep everything readable in the cache; gives the error that names the rest."""
+    """Cache all readable images; returns the error that names the others."""
     decoder = base_back.load_bundled("image_cache")
     sides = sorted({decoder.resized_side(size) for size in sizes})
     try:
         decoder.decode_images(images.paths, images.contents, sides, image_cache, threads=threads)
     except decoder.UnreadableImages as error:
-        return error  # type: ignore[no-any-return]
+        return error
     return None
 
 
 def open_images(images: ImageSplit, img_size: int, *, image_cache: Path, threads: int) -> Any:
-    """Decoded pixels of a split for networks of one image size; what the cache lacks is decoded first."""
+    """Decoded pixels of a split for networks of one image size; images that the cache lacks are decoded first."""
     decoder = base_back.load_bundled("image_cache")
     side = decoder.resized_side(img_size)
     try:
@@ -122,9 +122,9 @@ def _unreadable(error: Exception) -> UserError:
 
 
 def normalise(pixels: Tensor, *, layout: Any = None, out: Tensor | None = None) -> Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), as the base pipeline's evaluation transform ends, bit for bit.
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), normalised bit for bit like the base pipeline's evaluation transform.
 
-    One copy turns bytes into floats in the memory layout wanted (default: contiguous), into `out` where it is given;
+    One copy converts the bytes to floats in the requested memory layout (contiguous by default), into `out` if given;
     the arithmetic is done in place.
     """
     import torch
@@ -139,15 +139,15 @@ def normalise(pixels: Tensor, *, layout: Any = None, out: Tensor | None = None) 
     return out.copy_(planes).div_(255).sub_(mean).div_(std)
 
 
-def decoding_threads(wanted: int) -> int:
-    """`dataset.num_workers`, one at the least and no more than the cores; says so when it is cut."""
+def decoding_threads(requested: int) -> int:
+    """`dataset.num_workers`, at least 1 and at most the number of cores; warns if it is reduced."""
     cores = engines.cores()
-    if wanted > cores:
-        _tell_of_cores(wanted, cores)
-    return max(1, min(wanted, cores))
+    if requested > cores:
+        _warn_of_cores(requested, cores)
+    return max(1, min(requested, cores))
 
 
 @cache
-def _tell_of_cores(wanted: int, cores: int) -> None:
-    """Once per process, however often images are decoded."""
-    logger.warning("dataset.num_workers is %d; this machine has %d cores, which is what is used", wanted, cores)
+def _warn_of_cores(requested: int, cores: int) -> None:
+    """Cached, so that the warning appears once per process."""
+    logger.warning("dataset.num_workers is %d; this machine has %d cores, which is what is used", requested, cores)

@@ -1,4 +1,4 @@
-"""Out-of-fold predictions: read from a file, fitted to the train rows, and told apart from in-sample ones."""
+"""Out-of-fold predictions: read from a file, matched with the train rows, compared with in-sample predictions."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from utils.predictions import prediction_files
 from utils.predictions.image_splits import ImageSplit
 
 EQUAL = 1e-5  # logits closer than this, relative where they are above 1, come from the same network
-SAME_NETWORK_SHARE = 0.01  # more equal rows than this share are no coincidence
+SAME_NETWORK_FRACTION = 0.01  # a larger fraction of equal rows means that the network is the same
 SUM_TOLERANCE = 0.01  # training on CUDA leaves probabilities of half precision
 BEYOND_CHANCE = 0.001  # p value below which out-of-fold rows are suspiciously better than val rows
 FLOOR = {"probabilities": 1e-11, "half-precision probabilities": 1e-3}
-"""What is smaller says nothing of the network: rounding and clipping made it."""
+"""Smaller values are results of rounding and clipping, not of the network."""
 ROUNDING = {"probabilities": 1e-4, "half-precision probabilities": 3e-3}
-"""How far log-probabilities above the floor are off by rounding alone."""
+"""Largest error of log-probabilities above the floor by rounding alone."""
 
 
 @dataclass(frozen=True)
@@ -39,66 +39,68 @@ class OutOfFoldPredictions:
     """What the file held: logits, probabilities or half-precision probabilities."""
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What is stored of them."""
+        """The arrays that the store keeps."""
         return {"logits": self.logits, "labels": self.labels, "sample_ids": self.sample_ids, "fold": self.fold}
 
     @property
     def accuracy(self) -> float:
-        """Share of rows whose largest logit is the true class."""
+        """Fraction of rows whose largest logit is the true class."""
         return float((self.logits.argmax(axis=1) == self.labels).mean())
 
 
 def read(path: Path, name: str, train: ImageSplit, classes: tuple[str, ...], *, remedy: str) -> OutOfFoldPredictions:
-    """The out-of-fold predictions of member `name`, columns brought into the order of `classes`.
+    """The out-of-fold predictions of member `name`, columns in the order of `classes`.
 
-    Raises UserError that names what does not fit, and then says `remedy`: whatever `prediction_files.read` refuses,
-    other classes, rows outside the train split, labels that are not those of the class folders.
+    Raises UserError, with `remedy`, for whatever `prediction_files.read` refuses, for other classes, rows outside the
+    train split, and labels that differ from the class folders.
     """
     what = f"out-of-fold predictions of {name}"
     needs = ("labels", "fold")
-    found = prediction_files.read(path, what=what, remedy=remedy, needs=needs, sum_tolerance=SUM_TOLERANCE)
+    predictions = prediction_files.read(path, what=what, remedy=remedy, needs=needs, sum_tolerance=SUM_TOLERANCE)
+    assert predictions.fold is not None  # required by `needs`
 
     def refuse(reason: str) -> UserError:
         return UserError(f"{path}: {what} refused: {reason}. {remedy}")
 
-    own = classes if found.classes is None else found.classes
-    if sorted(own) != sorted(classes):
-        raise refuse(f"its classes are {', '.join(own)}; the split has {', '.join(classes)}")
-    if found.logits.shape[1] != len(classes):
-        raise refuse(f"{found.logits.shape[1]} outputs; the split has {len(classes)} classes")
-    ids, labels = found.sample_ids, found.labels
+    columns = classes if predictions.classes is None else predictions.classes
+    if sorted(columns) != sorted(classes):
+        raise refuse(f"its classes are {', '.join(columns)}; the split has {', '.join(classes)}")
+    if predictions.logits.shape[1] != len(classes):
+        raise refuse(f"{predictions.logits.shape[1]} outputs; the split has {len(classes)} classes")
+    ids, labels = predictions.sample_ids, predictions.labels
     outside = np.setdiff1d(ids, np.array(train.sample_ids))
     if outside.size:
         raise refuse(f"{outside.size} rows are not train images, first {outside[0]}")
-    truth = train.labels[_places(ids, train.sample_ids)]
-    if labels.min() < 0 or not np.array_equal(np.array([classes.index(label) for label in own])[labels], truth):
+    expected = train.labels[_positions(ids, train.sample_ids)]
+    if labels.min() < 0 or not np.array_equal(np.array([classes.index(name) for name in columns])[labels], expected):
         raise refuse("its labels are not those of the class folders")
-    order = [own.index(label) for label in classes]
-    logits = np.ascontiguousarray(found.logits[:, order])
-    return OutOfFoldPredictions(logits, truth.astype(np.int64), ids, found.fold, found.kind)
+    order = [columns.index(name) for name in classes]
+    logits = np.ascontiguousarray(predictions.logits[:, order])
+    return OutOfFoldPredictions(logits, expected.astype(np.int64), ids, predictions.fold, predictions.kind)
 
 
 def duplicates_across_folds(predictions: OutOfFoldPredictions, train: ImageSplit) -> list[str]:
-    """Sample ids whose image stands in another fold under another name, so that its network has seen it."""
-    contents = np.array(train.contents)[_places(predictions.sample_ids, train.sample_ids)]
+    """Sample ids whose image is also in another fold under another name, so that its fold network has trained on it."""
+    contents = np.array(train.contents)[_positions(predictions.sample_ids, train.sample_ids)]
     _, group = np.unique(contents, return_inverse=True)
     order = np.lexsort((predictions.fold, group))
-    same = group[order][1:] == group[order][:-1]
-    apart = np.unique(group[order][1:][same & (predictions.fold[order][1:] != predictions.fold[order][:-1])])
-    return sorted(predictions.sample_ids[np.isin(group, apart)].tolist())
+    is_equal = group[order][1:] == group[order][:-1]
+    split_groups = np.unique(group[order][1:][is_equal & (predictions.fold[order][1:] != predictions.fold[order][:-1])])
+    return sorted(predictions.sample_ids[np.isin(group, split_groups)].tolist())
 
 
-def _places(sample_ids: np.ndarray, known: tuple[str, ...]) -> np.ndarray:
-    """Where each id stands in `known`, which holds all of them; int64 (N,)."""
-    place = {sample_id: row for row, sample_id in enumerate(known)}
-    return np.array([place[sample_id] for sample_id in sample_ids.tolist()], dtype=np.int64)
+def _positions(sample_ids: np.ndarray, all_ids: tuple[str, ...]) -> np.ndarray:
+    """Index of each id in `all_ids`, which holds all of them; int64 (N,)."""
+    position = {sample_id: row for row, sample_id in enumerate(all_ids)}
+    return np.array([position[sample_id] for sample_id in sample_ids.tolist()], dtype=np.int64)
 
 
 def count_equal_rows(kind: str, stored: np.ndarray, logits: np.ndarray, *, tolerance: float) -> tuple[int, int]:
-    """How many rows of a network's `logits` (N, C) are the `stored` ones, and of how many that can be told.
+    """How many rows of a network's `logits` (N, C) equal the `stored` ones, and how many rows can be compared.
 
-    `tolerance` is absolute, and relative to a row's largest logit where that is above 1. Probabilities are compared as
-    log-probabilities; rows in which one class has all of it are left out, since every confident network gives them.
+    `tolerance` is absolute, and relative to the largest logit of a row if that is above 1. Probabilities are compared
+    as log-probabilities; rows in which one class has a probability of about 1 are left out, since every confident
+    network gives them.
     """
     if kind == "logits":
         scale = np.maximum(1.0, np.abs(logits).max(axis=1))
@@ -106,15 +108,15 @@ def count_equal_rows(kind: str, stored: np.ndarray, logits: np.ndarray, *, toler
     floor = math.log(FLOOR[kind])
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     logs = np.maximum(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)), floor)
-    telling = np.partition(logs, -2, axis=1)[:, -2] > floor + 1
-    near = np.abs(logs - np.maximum(stored, floor)).max(axis=1) <= max(tolerance, ROUNDING[kind])
-    return int((near & telling).sum()), int(telling.sum())
+    is_comparable = np.partition(logs, -2, axis=1)[:, -2] > floor + 1
+    is_equal = np.abs(logs - np.maximum(stored, floor)).max(axis=1) <= max(tolerance, ROUNDING[kind])
+    return int((is_equal & is_comparable).sum()), int(is_comparable.sum())
 
 
 def higher_accuracy_p_value(better: Mapping[str, float], other: Mapping[str, float]) -> float:
-    """One-sided p value that shares `better` and `other`, each {accuracy, n}, come from equal chances of being right.
+    """One-sided p value of the hypothesis that `better` and `other`, each {accuracy, n}, have equal accuracies.
 
-    Two-proportion z test with the pooled share; 1 where every row is right or every row is wrong.
+    Two-proportion z test with the pooled proportion; 1 if all rows are right or all are wrong.
     """
     n, m = better["n"], other["n"]
     pooled = (better["accuracy"] * n + other["accuracy"] * m) / (n + m)

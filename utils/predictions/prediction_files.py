@@ -1,10 +1,10 @@
-"""The form in which predictions are exchanged: one `.npz` for a member and a split, whoever wrote it.
+"""The exchange format of predictions: one `.npz` for each member and split.
 
 logits float32 (N, C) or probabilities (N, C)    one column per class
 sample_ids unicode (N,)                          path below the split's folder, with `/`
-labels int64 (N,)                                numbers of the file's own columns, -1 where unknown; may be absent
+labels int64 (N,)                                indices of the file's columns, -1 where unknown; may be absent
 classes unicode (C,)                             names of the columns; may be absent
-fold int64 (N,), embeddings float16/32 (N, D)    where they mean something
+fold int64 (N,), embeddings float16/32 (N, D)    where they apply
 """
 
 from __future__ import annotations
@@ -27,41 +27,41 @@ KINDS = {
     "sample_ids": "U",
     "classes": "U" + WHOLE_NUMBERS,
 }
-"""What each array may hold, by numpy's letters for kinds of values."""
+"""The kinds of values that each array may hold, as NumPy's `dtype.kind`."""
 
 
 class _InvalidArraysError(Exception):
-    """What does not fit, without the file's name."""
+    """An array that does not follow the format; the message does not name the file."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What one file holds, in its own order of rows and columns."""
+    """The contents of one file, in the file's order of rows and columns."""
 
     logits: np.ndarray
     """float32 (N, C); log-probabilities where the file has probabilities"""
     labels: np.ndarray
-    """int64 (N,), numbers of columns; UNKNOWN where nothing is said"""
+    """int64 (N,), indices of columns; UNKNOWN if the file has none"""
     sample_ids: np.ndarray
-    """unicode (N,), each once"""
+    """unicode (N,), unique"""
     classes: tuple[str, ...] | None
-    """Names of the columns; None where the file has none."""
+    """Names of the columns; None if the file has none."""
     fold: np.ndarray | None
     """int64 (N,)"""
     embeddings: np.ndarray | None
     """float32 (N, D)"""
     kind: str
-    """What the file held: logits, probabilities or half-precision probabilities."""
+    """What the file held: `logits`, `probabilities` or `half-precision probabilities`."""
 
 
 def read(
     path: Path, *, what: str, remedy: str, needs: Sequence[str] = (), sum_tolerance: float = SUM_TOLERANCE
 ) -> Predictions:
-    """Read and check one file; `what` it is and a `remedy` go into every message.
+    """Read and validate one file; every message names `what` the file holds and ends with `remedy`.
 
-    `needs` are arrays that may be absent elsewhere. Raises UserError that names what does not fit: missing arrays,
-    types, shapes, a sample id that occurs twice, labels without a column, values that are not finite, probabilities
-    that do not sum to 1 within `sum_tolerance`.
+    `needs` names optional arrays that are required here. Raises UserError for missing arrays, other types or shapes, a
+    repeated sample id, labels without a column, values that are not finite, and probabilities that do not sum to 1
+    within `sum_tolerance`.
     """
     arrays = read_arrays(path, remedy=remedy)
     try:
@@ -75,7 +75,8 @@ def _checked(arrays: Mapping[str, np.ndarray], needs: Sequence[str], sum_toleran
     name = "logits" if "logits" in arrays else "probabilities"
     if missing or name not in arrays:
         raise _InvalidArraysError(f"no array {', '.join(missing if name in arrays else ['logits', *missing])}")
-    values, ids, labels, embeddings = (arrays.get(key) for key in (name, "sample_ids", "labels", "embeddings"))
+    values, ids = arrays[name], arrays["sample_ids"]
+    labels, embeddings = arrays.get("labels"), arrays.get("embeddings")
     if values.ndim != 2 or values.shape[1] < 2 or not len(values):
         raise _InvalidArraysError(f"{name} of shape {values.shape}; expected a row per sample and a column per class")
     count, columns = values.shape
@@ -107,11 +108,11 @@ def _checked(arrays: Mapping[str, np.ndarray], needs: Sequence[str], sum_toleran
 def _require_unique(what: str, names: np.ndarray) -> None:
     try:
         "".join(names.tolist()).encode()
-    except ValueError as error:  # half of a surrogate pair, or no character at all
+    except ValueError as error:  # an unpaired surrogate, or a code that is no character
         raise _InvalidArraysError(f"a {what} is no text ({error})") from error
-    found, counts = np.unique(names, return_counts=True)
-    if len(found) < len(names):
-        raise _InvalidArraysError(f"the {what} {found[counts > 1][0]} occurs twice")
+    unique, counts = np.unique(names, return_counts=True)
+    if len(unique) < len(names):
+        raise _InvalidArraysError(f"the {what} {unique[counts > 1][0]} occurs twice")
 
 
 def _classes(names: np.ndarray) -> tuple[str, ...]:
@@ -129,7 +130,7 @@ def _finite(name: str, values: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 
 def _single(name: str, values: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+    with np.errstate(over="ignore"):  # values beyond float32 become infinite and are refused
         return _finite(name, values.astype(np.float32), ids)
 
 

@@ -1,4 +1,4 @@
-"""Rows of predictions: what one member answers on a split, and several members brought together.
+"""Rows of predictions: the outputs of one member on a split, and of several members, aligned.
 
 Rows are matched by (split, sample id) and columns by class name, never by position.
 """
@@ -6,6 +6,7 @@ Rows are matched by (split, sample id) and columns by class name, never by posit
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from utils.core.errors import UserError
 
 logger = logging.getLogger("disease_pipeline")
 
-UNKNOWN = -1  # the label of a row whose class nobody has said
+UNKNOWN = -1  # the label of a row whose class is not known
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,13 @@ class MemberRows:
     sample_ids: np.ndarray
     """unicode (N,)"""
     labels: np.ndarray
-    """int64 (N,), indices into `classes`; UNKNOWN where nobody has said it"""
+    """int64 (N,), indices into `classes`, or UNKNOWN"""
     logits: np.ndarray
     """float32 (N, C)"""
     out_of_sample: np.ndarray
-    """bool (N,): the network that answered has not seen the row"""
+    """bool (N,): the network was not trained on the row"""
     embeddings: np.ndarray | None = None
-    """float (N, D), what the network's last layer reads; None where they are not asked for"""
+    """float (N, D), the input of the network's last layer; None unless requested"""
 
 
 @dataclass(frozen=True)
@@ -44,19 +45,19 @@ class Samples:
     split: str
     sample_ids: tuple[str, ...]
     labels: np.ndarray
-    """int64 (N,); UNKNOWN where nobody has said it"""
+    """int64 (N,), indices into the classes, or UNKNOWN"""
     contents: tuple[str, ...] | None
-    """SHA-256 of each image; None where there are no images"""
+    """SHA-256 of each image; None if there are no images"""
 
 
 @dataclass(frozen=True)
 class MemberOutputs:
-    """What M members give for N rows, for combiners that read embeddings; indexed as logits (M, N, C) are."""
+    """The outputs of M members for N rows, for combiners that read embeddings; indexed like logits (M, N, C)."""
 
     logits: np.ndarray
     """float32 (M, N, C)"""
     embeddings: tuple[np.ndarray, ...]
-    """M arrays float (N, D_m), each of a width of its own"""
+    """M arrays float (N, D_m); the widths may differ"""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,15 +65,15 @@ class MemberOutputs:
         return self.logits.shape
 
     def __getitem__(self, key: Any) -> MemberOutputs:
-        """`outputs[members]` or `outputs[:, rows]`, by slices, masks or places."""
+        """`outputs[members]` or `outputs[:, rows]`, by slices, masks or indices."""
         members, rows = key if isinstance(key, tuple) else (key, slice(None))
-        places = np.arange(len(self.embeddings))[members]
-        return MemberOutputs(self.logits[members][:, rows], tuple(self.embeddings[place][rows] for place in places))
+        indices = np.arange(len(self.embeddings))[members]
+        return MemberOutputs(self.logits[members][:, rows], tuple(self.embeddings[index][rows] for index in indices))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The outputs of M members on the N rows that all of them have, members and rows sorted, classes in one order."""
+    """The outputs of M members on the N rows that all of them have; members and rows are sorted."""
 
     members: tuple[str, ...]
     classes: tuple[str, ...]
@@ -81,19 +82,19 @@ class Rows:
     sample_ids: np.ndarray
     """unicode (N,)"""
     labels: np.ndarray
-    """int64 (N,); UNKNOWN where no member says it"""
+    """int64 (N,), indices into `classes`; UNKNOWN if no member has the label"""
     logits: np.ndarray
     """float32 (M, N, C)"""
     out_of_sample: np.ndarray
     """bool (N,): out of sample for every member"""
     inference: str = "full"
-    """What answered on val and test: the members' full networks, or the mean of their fold networks (`folds`)"""
+    """Which networks answered on val and test: the members' full networks, or the mean of their fold networks"""
     embeddings: tuple[np.ndarray, ...] | None = None
-    """M arrays float (N, D_m); None where they were not asked for"""
+    """M arrays float (N, D_m); None unless requested"""
 
     @property
     def outputs(self) -> np.ndarray | MemberOutputs:
-        """What combiners get: logits and embeddings where these were asked for, else the logits alone."""
+        """The input of combiners: logits (M, N, C), with the embeddings if there are any."""
         return self.logits if self.embeddings is None else MemberOutputs(self.logits, self.embeddings)
 
     def take(self, rows: np.ndarray) -> Rows:
@@ -110,35 +111,36 @@ class Rows:
 
 
 def collect_samples(split: str, classes: Sequence[str], parts: Mapping[str, Sequence[MemberRows]]) -> Samples:
-    """Every sample that a member has a row of, where no images say which there are: {member: its rows of the split}.
+    """The samples of a split without images: all that any member has a row of, {member: its rows of the split}.
 
-    Labels come from whoever knows them. Raises UserError for labels that disagree.
+    A label comes from any member that has it. Raises UserError for labels that disagree.
     """
-    label: dict[str, int] = {}
-    giver: dict[str, str] = {}
+    label_of: dict[str, int] = {}
+    source_of: dict[str, str] = {}
     for member in sorted(parts):
         for part in parts[member]:
-            own = dict(zip(part.sample_ids.tolist(), part.labels.tolist(), strict=True))
-            known = {key: number for key, number in own.items() if number != UNKNOWN}
-            differing = [key for key, number in known.items() if label.get(key, UNKNOWN) not in (UNKNOWN, number)]
+            labels = dict(zip(part.sample_ids.tolist(), part.labels.tolist(), strict=True))
+            labelled = {key: label for key, label in labels.items() if label != UNKNOWN}
+            differing = [key for key, label in labelled.items() if label_of.get(key, UNKNOWN) not in (UNKNOWN, label)]
             if differing:
                 first = min(differing)
+                source = source_of[first]
                 raise UserError(
-                    f"members {giver[first]} and {member}: {len(differing)} label(s) of {split} disagree, "
-                    f"first {first}: {classes[label[first]]} for {giver[first]}, {classes[own[first]]} for {member}"
+                    f"members {source} and {member}: {len(differing)} label(s) of {split} disagree, "
+                    f"first {first}: {classes[label_of[first]]} for {source}, {classes[labels[first]]} for {member}"
                 )
-            label = own | label | known
-            giver = dict.fromkeys(known, member) | giver
-    ids = tuple(sorted(label))
-    return Samples(split, ids, np.array([label[key] for key in ids], dtype=np.int64), None)
+            label_of = labels | label_of | labelled
+            source_of = dict.fromkeys(labelled, member) | source_of
+    ids = tuple(sorted(label_of))
+    return Samples(split, ids, np.array([label_of[key] for key in ids], dtype=np.int64), None)
 
 
 def align(parts: Mapping[str, Sequence[MemberRows]], classes: tuple[str, ...]) -> Rows:
-    """Bring members together: {member: its rows of one or more splits} -> the rows that all members have.
+    """Align members: {member: its rows of one or more splits} -> the rows that all members have.
 
-    Members are ordered by name, rows by (split, sample id), columns by `classes`; a label that one member does not know
-    comes from another. Raises UserError for duplicate ids, other class sets, labels that disagree, logits that are not
-    finite, or nothing in common; tells how many rows are left out. Embeddings come along where every part has them.
+    Members are sorted by name, rows by (split, sample id), columns follow `classes`. A label may come from any member.
+    Embeddings are included if every part has them. A warning says how many rows of a member are left out. Raises
+    UserError for duplicate ids, other class sets, labels that disagree, logits that are not finite, or no common row.
     """
     members = tuple(sorted(parts))
     keyed = {member: _keyed(member, parts[member], classes) for member in members}
@@ -146,23 +148,25 @@ def align(parts: Mapping[str, Sequence[MemberRows]], classes: tuple[str, ...]) -
     if not common:
         raise UserError(f"{', '.join(members)}: no row in common; were they run on the same split?")
     order = sorted(common)
-    for member, (rows, _, _) in keyed.items():
-        if len(rows) > len(order):
-            logger.warning("%s: %d of %d rows are not shared by all members", member, len(rows) - len(order), len(rows))
+    for member, (row_of, _, _) in keyed.items():
+        left_out = len(row_of) - len(order)
+        if left_out:
+            logger.warning("%s: %d of %d rows are not shared by all members", member, left_out, len(row_of))
     logits = np.empty((len(members), len(order), len(classes)), dtype=np.float32)
     labels = np.empty((len(members), len(order)), dtype=np.int64)
     label = np.full(len(order), UNKNOWN)
     out_of_sample = np.ones(len(order), dtype=bool)
-    embedded = all(part.embeddings is not None for given in parts.values() for part in given)
+    has_embeddings = all(part.embeddings is not None for member_parts in parts.values() for part in member_parts)
     embeddings: list[np.ndarray] = []
     for index, member in enumerate(members):
-        rows, own_logits, facts = keyed[member]
-        places = [rows[key] for key in order]
-        if embedded:
-            embeddings.append(np.concatenate([part.embeddings for part in parts[member]])[places])
-        logits[index] = own_logits[places]
-        labels[index], marks = facts[0][places], facts[1][places]
-        out_of_sample &= marks
+        row_of, member_logits, (member_labels, member_out_of_sample) = keyed[member]
+        rows = [row_of[key] for key in order]
+        if has_embeddings:
+            arrays = [part.embeddings for part in parts[member] if part.embeddings is not None]
+            embeddings.append(np.concatenate(arrays)[rows])
+        logits[index] = member_logits[rows]
+        labels[index] = member_labels[rows]
+        out_of_sample &= member_out_of_sample[rows]
         bad = np.flatnonzero(~np.isfinite(logits[index]).all(axis=1))
         if bad.size:
             raise UserError(f"member {member}: {bad.size} row(s) with NaN or infinity, first {order[bad[0]][1]}")
@@ -181,7 +185,7 @@ def align(parts: Mapping[str, Sequence[MemberRows]], classes: tuple[str, ...]) -
         labels=label,
         logits=logits,
         out_of_sample=out_of_sample,
-        embeddings=tuple(embeddings) if embedded else None,
+        embeddings=tuple(embeddings) if has_embeddings else None,
     )
 
 
@@ -195,13 +199,13 @@ def _keyed(
         if sorted(part.classes) != sorted(classes):
             raise UserError(f"member {member}: classes {', '.join(part.classes)}; expected {', '.join(classes)}")
         logits.append(np.asarray(part.logits)[:, [part.classes.index(name) for name in classes]])
-        own = np.asarray(part.labels)
-        labels.append(np.where(own == UNKNOWN, UNKNOWN, np.array([classes.index(name) for name in part.classes])[own]))
+        part_labels = np.asarray(part.labels)
+        to_classes = np.array([classes.index(name) for name in part.classes])
+        labels.append(np.where(part_labels == UNKNOWN, UNKNOWN, to_classes[part_labels]))
         out_of_sample.append(np.asarray(part.out_of_sample))
         keys += [(part.split, sample_id) for sample_id in part.sample_ids.tolist()]
     rows = {key: row for row, key in enumerate(keys)}
     if len(rows) < len(keys):
-        seen: set[tuple[str, str]] = set()
-        twice = next(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise UserError(f"member {member}: the sample id {'/'.join(twice)} occurs twice")
+        repeated = next(key for key, count in Counter(keys).items() if count > 1)
+        raise UserError(f"member {member}: the sample id {'/'.join(repeated)} occurs twice")
     return rows, np.concatenate(logits), (np.concatenate(labels), np.concatenate(out_of_sample))

@@ -42,10 +42,10 @@ AGAIN = "Remove it, then run the command again"
 class Store:
     """The prediction store of one workspace; opened once per command."""
 
-    def __init__(self, config: Config, workspace: Workspace, found: Catalog) -> None:
+    def __init__(self, config: Config, workspace: Workspace, catalog: Catalog) -> None:
         self.config = config
         self.workspace = workspace
-        self.catalog = found
+        self.catalog = catalog
         self.digests = FileDigests(workspace.digests)
         self._images: dict[str, ImageSplit] = {}
         self.warned_sizes: set[int] = set()
@@ -64,7 +64,7 @@ class Store:
         return store
 
     def images(self, split: str) -> ImageSplit:
-        """The images of a split as they lie on disk now. Raises UserError when discovery saw others, or none."""
+        """The images of a split on disk. Raises UserError if they have changed since discovery, or there are none."""
         if not self.catalog.has_images:
             raise UserError(f"{self.workspace.split_dir}: no images, and this needs some; all members are imported")
         if split not in self._images:
@@ -79,7 +79,7 @@ class Store:
         return self._images[split]
 
     def samples(self, split: str) -> Samples:
-        """The samples of a split: its images, or where there are none, whatever imported members have rows of."""
+        """The samples of a split: its images or, without images, the rows that imported members have."""
         if self.catalog.has_images:
             images = self.images(split)
             return Samples(split, images.sample_ids, images.labels, images.contents)
@@ -88,11 +88,11 @@ class Store:
         return self._samples[split]
 
     def splits(self) -> dict[str, dict[str, Any]]:
-        """The splits as a catalog lists them where there are no images: by what its imported members hold."""
+        """The splits as a catalog lists them if there are no images, by the rows of its imported members."""
         return {split: split_facts(self.catalog.classes, self.samples(split)) for split in SPLITS}
 
     def imported_rows(self, split: str) -> dict[str, list[MemberRows]]:
-        """{imported member: its rows of a split}; of train the in-sample and the out-of-fold ones."""
+        """{imported member: its rows of a split}; for train, both in-sample and out-of-fold rows."""
         parts: dict[str, list[MemberRows]] = {}
         for name, member in self.catalog.imported().items():
             arrays = self._oof_arrays(member) if split == "train" else None
@@ -103,44 +103,43 @@ class Store:
         return parts
 
     def is_available(self, member: Member, split: str) -> bool:
-        """Whether a member has answers for a split, or can give them."""
+        """Whether a member has predictions for a split, or a network that can compute them."""
         return member.source != IMPORTED or self._record(member, split) is not None
 
     def is_stored(self, member: Member, split: str) -> bool:
-        """Whether a member's arrays of a split are there, whole and of what the catalog describes."""
+        """Whether a member's arrays of a split are complete and belong to what the catalog describes."""
         folder = self.workspace.predictions(member.name, split)
         record = self._record(member, split)
-        whole = all((folder / f"{name}.npy").is_file() for name in ARRAYS)
         return (
             record is not None
             and record["key"] == self.key(member, split)
-            and whole
+            and all((folder / f"{name}.npy").is_file() for name in ARRAYS)
             and (record.get("width") == 0 or self.workspace.embeddings(member.name, split).is_file())
         )
 
     def rows(self, member: Member, split: str, *, embeddings: bool = False) -> MemberRows:
-        """One member's stored rows of a split, memory-mapped; they must have been ensured.
+        """One member's stored rows of a split, memory-mapped; `extraction.ensure` must have run for a network.
 
         Raises UserError for an imported member whose files did not hold the split, or held it for other images, and
-        where `embeddings` are asked for and it has none.
+        for a member without embeddings if `embeddings` are requested.
         """
         if member.source == IMPORTED and not self.is_stored(member, split):
-            wrong = (
-                "those imported are of other images or classes"
-                if self.is_available(member, split)
-                else "none are imported"
-            )
-            instead = ", or use --split val" if split == "test" else ""
-            remedy = f"Write DIR/{member.name}/{split}.npz and import it{instead}: {IMPORT}"
-            raise UserError(f"member {member.name}: no predictions for {split}; {wrong}. {remedy}")
+            is_outdated = self.is_available(member, split)
+            reason = "those imported are of other images or classes" if is_outdated else "none are imported"
+            alternative = ", or use --split val" if split == "test" else ""
+            remedy = f"Write DIR/{member.name}/{split}.npz and import it{alternative}: {IMPORT}"
+            raise UserError(f"member {member.name}: no predictions for {split}; {reason}. {remedy}")
         folder = self.workspace.predictions(member.name, split)
         arrays = {name: array_once(folder / f"{name}.npy", remedy=AGAIN) for name in ARRAYS}
         out_of_sample = arrays.pop("honest")
-        found = MemberRows(split=split, classes=self.catalog.classes, out_of_sample=out_of_sample, **arrays)
-        if not embeddings:
-            return found
-        place = self.workspace.embeddings(member.name, split)
-        if not place.is_file():
+        rows = MemberRows(split=split, classes=self.catalog.classes, out_of_sample=out_of_sample, **arrays)
+        return replace(rows, embeddings=self._embeddings(member, rows)) if embeddings else rows
+
+    def _embeddings(self, member: Member, rows: MemberRows) -> np.ndarray:
+        """The stored embeddings (N, D) of a member's rows. Raises UserError if there are none, or others."""
+        split = rows.split
+        path = self.workspace.embeddings(member.name, split)
+        if not path.is_file():
             raise UserError(
                 f"member {member.name}: no embeddings for {split}. "
                 + (
@@ -150,28 +149,29 @@ class Store:
                 )
             )
         record = record_once(self.workspace.embeddings_record(member.name, split), remedy=AGAIN) or {}
-        embeddings = array_once(place, remedy=AGAIN)
-        wrong = "of another checkpoint, other classes or other images than the catalog holds"
+        embeddings: np.ndarray = array_once(path, remedy=AGAIN)
+        reason = "of another checkpoint, other classes or other images than the catalog holds"
         if record.get("key") == self.key(member, split):
-            wrong = f"of shape {embeddings.shape} for {len(found.sample_ids)} rows"
-            if embeddings.ndim == 2 and len(embeddings) == len(found.sample_ids):
-                return replace(found, embeddings=embeddings)
-        raise UserError(f"{place}: embeddings {wrong}. Remove the folder {folder}, then run the command again")
+            if embeddings.ndim == 2 and len(embeddings) == len(rows.sample_ids):
+                return embeddings
+            reason = f"of shape {embeddings.shape} for {len(rows.sample_ids)} rows"
+        folder = self.workspace.predictions(member.name, split)
+        raise UserError(f"{path}: embeddings {reason}. Remove the folder {folder}, then run the command again")
 
     def lacks_embeddings(self, member: Member) -> bool:
-        """Whether a member is known to have no embeddings; nobody knows before its val rows are stored."""
+        """Whether a member has no embeddings; False as long as its val rows are not stored."""
         record = self._record(member, "val")
         return record is not None and record.get("key") == self.key(member, "val") and record.get("width") == 0
 
     def key(self, member: Member, split: str) -> str:
-        """What the stored arrays of a member and split depend on."""
+        """Digest of everything that the stored arrays of a member and split depend on."""
         return digest_of([VERSION, member.digest, self._images_digest(split), list(self.catalog.classes)])
 
     def oof(self, member: Member, *, embeddings: bool = False) -> MemberRows | None:
-        """A member's out-of-fold rows of the train split, from the validated cache; None when it has none.
+        """A member's out-of-fold rows of the train split, from the validated cache; None if it has none.
 
-        Their `embeddings` come along where they are asked for and an imported member's `oof.npz` held some, as it held
-        them. Raises UserError for a file that does not fit the train split.
+        With `embeddings`, those of an imported member's `oof.npz` are included if it held some. Raises UserError for a
+        file that does not fit the train split.
         """
         arrays = self._oof_arrays(member)
         if arrays is None:
@@ -180,7 +180,7 @@ class Store:
         return replace(rows, embeddings=arrays.get("embeddings")) if embeddings else rows
 
     def oof_folds(self, member: Member) -> np.ndarray:
-        """int64 (N,): which fold each of a member's out-of-fold rows was left out of; it must have some."""
+        """int64 (N,): the fold that each of a member's out-of-fold rows was held out in; the member must have some."""
         arrays = self._oof_arrays(member)
         assert arrays is not None, f"{member.name} has no out-of-fold rows"
         return arrays["fold"]
@@ -200,21 +200,21 @@ class Store:
         if arrays is not None:
             return arrays
         if member.source == IMPORTED:
-            wrong = "not the out-of-fold predictions that were imported for these images"
-            raise UserError(f"{cache}: {wrong}. Import them again: {IMPORT}")
+            reason = "not the out-of-fold predictions that were imported for these images"
+            raise UserError(f"{cache}: {reason}. Import them again: {IMPORT}")
         path = self.workspace.base / member.oof["path"]
         if self.digests.of(path) != member.oof["sha256"]:
             raise UserError(f"{path}: changed since discovery. Run `python ensemble_orchestrator.py discover` again")
         remedy = kfold_remedy(self.workspace, member)
-        found = out_of_fold.read(path, member.name, self.images("train"), self.catalog.classes, remedy=remedy)
-        arrays = found.arrays()
+        oof = out_of_fold.read(path, member.name, self.images("train"), self.catalog.classes, remedy=remedy)
+        arrays = oof.arrays()
         write_arrays(cache, arrays | {"key": np.array(self._oof_key(member.oof))})
         return arrays
 
     def out_of_sample_parts(self, members: Sequence[Member]) -> dict[str, list[MemberRows]]:
-        """{member: its honest rows}: out-of-fold on train where it has them, held out on val.
+        """{member: its out-of-sample rows}: out-of-fold rows of train, if it has some, and rows of val.
 
-        Val may be missing where an imported member has out-of-fold rows.
+        An imported member with out-of-fold rows may lack those of val.
         """
         parts: dict[str, list[MemberRows]] = {}
         for member in members:
@@ -224,12 +224,12 @@ class Store:
         return parts
 
     def outdated_parts(self, member: Member) -> list[str]:
-        """What an imported member has for other images, classes or contents than the catalog describes."""
-        found = [split for split in SPLITS if self.is_available(member, split) and not self.is_stored(member, split)]
-        return found + (["out-of-fold"] if member.oof is not None and self._cached_oof(member) is None else [])
+        """Splits for which an imported member has rows of other images, classes or contents than the catalog lists."""
+        outdated = [split for split in SPLITS if self.is_available(member, split) and not self.is_stored(member, split)]
+        return outdated + (["out-of-fold"] if member.oof is not None and self._cached_oof(member) is None else [])
 
     def write_imported(self, member: Member, rows: MemberRows, embeddings: np.ndarray | None) -> None:
-        """Store rows of an imported member, sorted by id, and their embeddings (N, D); the record comes last."""
+        """Store rows of an imported member, sorted by id, and their embeddings (N, D); the record is written last."""
         folder = self.workspace.predictions(member.name, rows.split)
         (folder / "record.json").unlink(missing_ok=True)
         write_array(folder / "logits.npy", rows.logits)
@@ -239,11 +239,11 @@ class Store:
         self.complete_rows(member, samples, {"width": 0 if embeddings is None else embeddings.shape[1]})
 
     def write_imported_oof(self, name: str, oof: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-        """Store out-of-fold rows of an imported member: `oof` as the catalog lists them; their arrays."""
+        """Store the arrays of an imported member's out-of-fold rows, which the catalog lists as `oof`."""
         write_arrays(self.workspace.oof(name), {**arrays, "key": np.array(self._oof_key(oof))})
 
     def remove_member(self, name: str) -> None:
-        """Remove everything that is stored of a member, records first."""
+        """Remove everything that is stored for a member, records first."""
         for split in SPLITS:
             folder = self.workspace.predictions(name, split)
             for path in (folder / "record.json", *(folder / f"{array}.npy" for array in ARRAYS)):
@@ -290,8 +290,8 @@ class Store:
             **facts,
         }
         kind = "in_sample" if split == "train" else "held_out"
-        place = self.workspace.embeddings_record(member.name, split)
-        write_json(place, record | {"rows": kind, "sample_ids": list(samples.sample_ids)})
+        embeddings_record = self.workspace.embeddings_record(member.name, split)
+        write_json(embeddings_record, record | {"rows": kind, "sample_ids": list(samples.sample_ids)})
         write_json(folder / "record.json", record)
 
 
@@ -302,24 +302,24 @@ def _oof_rows(arrays: Mapping[str, np.ndarray], classes: tuple[str, ...]) -> Mem
 
 
 def split_facts(classes: tuple[str, ...], samples: Samples) -> dict[str, Any]:
-    """A split as the catalog lists it where imported members alone say which samples there are."""
+    """A split as the catalog lists it if its samples come from imported members alone."""
     digest = digest_of([list(classes), list(samples.sample_ids), samples.labels.tolist()])
     return {"n": len(samples.sample_ids), "digest": digest, "images": False}
 
 
-def with_imported(config: Config, workspace: Workspace, found: Catalog, earlier: Catalog) -> Catalog:
-    """`found` with the imported members of an `earlier` catalog and what was said of them.
+def with_imported(config: Config, workspace: Workspace, scanned: Catalog, earlier: Catalog) -> Catalog:
+    """The `scanned` catalog with the imported members of an `earlier` one and their problems.
 
-    One whose rows are of other images or classes than those found now stays, but cannot be used, and this is said. One
-    that bears the name of a trained member gives way.
+    A member whose rows belong to other images or classes than those of the scan stays, but cannot be used. A member
+    with the name of a trained one is left out. Both are reported as problems.
     """
-    kept = earlier.imported()
-    joined = replace(found, members={**kept, **found.members}, problems=())
+    imported = earlier.imported()
+    joined = replace(scanned, members={**imported, **scanned.members}, problems=())
     store = Store(config, workspace, joined)
-    members, problems = dict(joined.members), list(found.problems)
-    for name, member in kept.items():
-        if name in found.members:
-            message = "a network is called like these imported predictions, which are left out"
+    members, problems = dict(joined.members), list(scanned.problems)
+    for name, member in imported.items():
+        if name in scanned.members:
+            message = "a network has the name of these imported predictions, which are left out"
             problems.append(Problem("imported_name", "error", name, message, "import them under another name"))
             continue
         problems += [problem for problem in earlier.problems if problem.member == name and problem.code != OUTDATED]

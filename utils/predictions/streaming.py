@@ -1,6 +1,6 @@
-"""Images past networks: one network resident at a time, its logits and embeddings handed on batch by batch.
+"""Networks run over images, one network in memory at a time; logits and embeddings are yielded batch by batch.
 
-The pixels come from the decoded-image cache, so that any number of networks and of image sizes costs one decode.
+Pixels come from the decoded-image cache, so that each image is decoded once for any number of networks and sizes.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("disease_pipeline")
 
 PROBE_ROWS = 2
-LARGEST_BATCH = 4096  # beyond it a GPU gains nothing, and the pixels of a batch stay below a gigabyte
+LARGEST_BATCH = 4096  # larger batches gain nothing on a GPU; the pixels of one stay below a gigabyte
 
 
 class ExtraOutputsError(UserError):
-    """A network has more outputs than there are classes, and those beyond them answer too."""
+    """A network predicts outputs beyond the classes."""
 
 
 @dataclass(frozen=True)
@@ -45,29 +45,28 @@ class OutputBatch:
     logits: np.ndarray
     """float32 (B, C)"""
     embeddings: np.ndarray
-    """float32 (B, D); D is 0 for a network whose embedding cannot be found"""
+    """float32 (B, D); D is 0 for a network without embeddings"""
     batch_size: int
-    """Images at a time, as memory allowed it here."""
+    """Images at a time, as memory allowed"""
 
 
 def open_network(spec: NetworkSpec, weights: Mapping[str, Any] | None = None) -> nn.Module:
-    """Build the network and load its weights, in evaluation mode on the CPU; `weights` replace those in the file.
+    """Build the network and load its weights, in evaluation mode on the CPU; `weights` replace those of the file.
 
-    Raises UserError when they do not fit, or the checkpoint says that another BASE-BACK than the one mounted has its
-    network.
+    Raises UserError if they do not fit, or the checkpoint belongs to another BASE-BACK than the mounted one.
     """
     if weights is None:
         record = read_checkpoint(spec.checkpoint)
-        _require_its_base_back(spec, record)
+        _require_base_back(spec, record)
         weights = state_dict_of(record)
     factory = None if spec.source == "timm" else base_back.load("models").create_custom_backbone_safe
     return build_network(spec, weights, factory)
 
 
-def _require_its_base_back(spec: NetworkSpec, record: Mapping[str, Any]) -> None:
+def _require_base_back(spec: NetworkSpec, record: Mapping[str, Any]) -> None:
     extra = record.get("extra")
-    is_of_another = spec.source != "timm" and isinstance(extra, dict) and extra.get("base_back") == "external"
-    if is_of_another and base_back.kind(base_back.locate()) == "bundled":
+    is_external = spec.source != "timm" and isinstance(extra, dict) and extra.get("base_back") == "external"
+    if is_external and base_back.kind(base_back.locate()) == "bundled":
         raise UserError(
             f"{spec.checkpoint}: its network is another BASE-BACK's, and the bundled one is mounted. Mount the one it "
             "was trained with: --base-back DIR"
@@ -88,12 +87,12 @@ def stream(
 ) -> Iterator[OutputBatch]:
     """Logits and embeddings of one network over the given splits, batch by batch, in the order of the rows.
 
-    On the CPU `batch_size` images at a time, on CUDA as many as memory allows, found by doubling; halved when memory
-    runs out. A network with more outputs than classes is first run over `val`, or the val split among `splits`, to show
-    that the surplus is dead; it is then cut. The network, which `opener` may give in place of `open_network`, is gone
-    from memory when the iterator ends. Raises UserError for unreadable images, weights that do not fit, outputs that
-    are fewer than the classes or alive beyond them, images that one at a time do not fit into memory, or logits that
-    are not finite (named by image), unless `must_be_finite` is off.
+    On the CPU `batch_size` images are processed at a time; on CUDA the batch is doubled as long as memory allows; it is
+    halved when memory runs out. A network with more outputs than classes is first run over `val`, or the val split
+    among `splits`, to check that it never predicts the extra outputs, which are then removed. The network, which
+    `opener` builds (`open_network` by default), is freed when the iterator ends. Raises UserError for unreadable
+    images, weights that do not fit, fewer outputs than classes, extra outputs that are predicted, a single image that
+    does not fit into memory, and, with `must_be_finite`, logits that are not finite.
     """
     if not splits:
         return
@@ -106,10 +105,10 @@ def stream(
     try:
         passing.probe(pixels[0])
         if passing.outputs.count > len(spec.classes):
-            proof = next((images for images in splits if images.split == "val"), val)
-            _require_dead_surplus(passing, proof, opened)
-        for images, own in zip(splits, pixels, strict=True):
-            yield from passing.over(images, own)
+            val = next((images for images in splits if images.split == "val"), val)
+            _require_removable_outputs(passing, val, opened)
+        for images, split_pixels in zip(splits, pixels, strict=True):
+            yield from passing.over(images, split_pixels)
     finally:
         safe_delete_model(passing.model)
         left = weakref.ref(passing.model)
@@ -122,20 +121,22 @@ def stream(
 def network_on_device(
     spec: NetworkSpec, device: str
 ) -> Iterator[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
-    """One network alone in memory, as `stream` runs it: what answers placed images with logits, and what places them.
+    """One network on a device, as `stream` runs it: yields (forward, place).
 
-    Images are normalised (B, 3, H, W); placed, they lie on the device in the network's layout.
+    `place` moves normalised images (B, 3, H, W) to the device, in the network's memory layout; `forward` returns the
+    logits (B, C) of placed images.
     """
     import torch
 
     passing = _Pass(spec, open_network(spec), 1, device)
 
-    def answer(images: Tensor) -> Tensor:
+    def forward(images: Tensor) -> Tensor:
         with torch.inference_mode(), passing._precision():
-            return passing.model(images)  # type: ignore[no-any-return]
+            logits: Tensor = passing.model(images)
+            return logits
 
     try:
-        yield answer, lambda images: images.to(device=device, memory_format=passing.layout)
+        yield forward, lambda images: images.to(device=device, memory_format=passing.layout)
     finally:
         safe_delete_model(passing.model)
         if passing.on_cuda:
@@ -144,7 +145,7 @@ def network_on_device(
 
 @dataclass
 class _Pass:
-    """One network on its device and what a pass over images needs."""
+    """One network on its device, and the state of a pass over images."""
 
     spec: NetworkSpec
     model: nn.Module
@@ -152,7 +153,7 @@ class _Pass:
     device: str
     must_be_finite: bool = True
     buffer: Any = field(default=None, init=False)
-    """Pixels of a batch on the CPU, float32, written over by the next one."""
+    """Pixels of a batch on the CPU, float32, overwritten by the next one"""
 
     def __post_init__(self) -> None:
         import torch
@@ -165,13 +166,13 @@ class _Pass:
         self.outputs = EmbeddingExtractor(self.model, str(self.spec.checkpoint))
 
     def probe(self, pixels: Any) -> None:
-        """Learn the number of outputs and the way to the embedding from a split's first rows."""
+        """Find the number of outputs and the embedding on the first rows of a split."""
         import torch
 
         with torch.inference_mode(), self._precision():
             try:
                 self.outputs.probe(self._load(pixels, range(min(PROBE_ROWS, len(pixels)))))
-            # What a network says of an image size that it was not made for.
+            # Errors of networks for an image size that they were not built for.
             except (RuntimeError, ValueError, TypeError, AssertionError) as error:
                 if out_of_memory(error):
                     raise self._too_large() from error
@@ -186,17 +187,17 @@ class _Pass:
             )
 
     def over(self, images: ImageSplit, pixels: Any, *, cut: bool = True) -> Iterator[OutputBatch]:
-        """All rows of a split; on CUDA the next batch is on its way before the results of the last are fetched."""
+        """All rows of a split; on CUDA a batch is started before the results of the previous one are fetched."""
         waiting: tuple[int, Tensor, Tensor] | None = None
         start, total = 0, len(images.paths)
         while start < total:
             rows = range(start, min(start + self.batch_size, total))
-            found = self._forward(pixels, rows)
-            if found is None:
+            outputs = self._forward(pixels, rows)
+            if outputs is None:
                 continue
             if waiting is not None:
                 yield self._fetch(images, waiting, cut)
-            waiting = (start, *found)
+            waiting = (start, *outputs)
             start = rows.stop
             if not self.on_cuda:
                 yield self._fetch(images, waiting, cut)
@@ -207,7 +208,7 @@ class _Pass:
             yield self._fetch(images, waiting, cut)
 
     def _forward(self, pixels: Any, rows: range) -> tuple[Tensor, Tensor] | None:
-        """Logits and embeddings of some rows; None when memory ran out, and fewer are to be tried."""
+        """Logits and embeddings of the rows; None if memory ran out and a smaller batch is to be tried."""
         import torch
 
         try:
@@ -218,10 +219,10 @@ class _Pass:
                 raise
             if len(rows) == 1:
                 raise self._too_large() from error
-        # Outside the handler, whose traceback would keep the tensors of the failed try alive.
+        # Outside the handler, whose traceback would keep the tensors of the failed attempt alive.
         self.batch_size, self.growing, self.buffer = max(1, len(rows) // 2), False, None
         logger.warning(
-            "%s: out of memory with %d images at a time; going on with %d",
+            "%s: out of memory with %d images at a time; continuing with %d",
             self.spec.checkpoint.name,
             len(rows),
             self.batch_size,
@@ -229,22 +230,22 @@ class _Pass:
         cleanup_memory()
         return None
 
-    def _fetch(self, images: ImageSplit, found: tuple[int, Tensor, Tensor], cut: bool) -> OutputBatch:
-        start, logits, embeddings = found
+    def _fetch(self, images: ImageSplit, outputs: tuple[int, Tensor, Tensor], cut: bool) -> OutputBatch:
+        start, logits, embeddings = outputs
         columns = len(self.spec.classes) if cut else self.outputs.count
-        arrays = [tensor.float().cpu().numpy() for tensor in (logits[:, :columns], embeddings)]
-        batch = OutputBatch(images.split, start, *arrays, self.batch_size)
+        logits_array, embeddings_array = (t.float().cpu().numpy() for t in (logits[:, :columns], embeddings))
+        batch = OutputBatch(images.split, start, logits_array, embeddings_array, self.batch_size)
         if self.must_be_finite:
             _check_finite(self.spec, images, batch)
         return batch
 
     def _load(self, pixels: Any, rows: range) -> Tensor:
-        """Normalised pixels of some rows on the device, float32 (B, 3, H, W) in the network's layout."""
+        """Normalised pixels of the rows on the device, float32 (B, 3, H, W) in the network's memory layout."""
         import torch
 
         crops = torch.from_numpy(pixels.centre_crops(rows, self.spec.img_size))
         if self.on_cuda:
-            # torch hands out the same few pinned blocks again, each once the copy from it has ended.
+            # torch reuses a few pinned blocks, each after the copy from it has ended.
             return normalise(crops.pin_memory().to(self.device, non_blocking=True), layout=self.layout)
         if self.buffer is None or len(self.buffer) < len(crops):
             shape = (len(crops), 3, self.spec.img_size, self.spec.img_size)
@@ -263,16 +264,16 @@ class _Pass:
         )
 
 
-def _require_dead_surplus(passing: _Pass, val: ImageSplit | None, opened: Callable[[ImageSplit], Any]) -> None:
+def _require_removable_outputs(passing: _Pass, val: ImageSplit | None, opened: Callable[[ImageSplit], Any]) -> None:
     """Raise ExtraOutputsError unless no output beyond the classes is predicted on val, UserError without val rows."""
     spec = passing.spec
-    said = f"{spec.checkpoint}: {passing.outputs.count} outputs for {len(spec.classes)} classes"
+    counts = f"{spec.checkpoint}: {passing.outputs.count} outputs for {len(spec.classes)} classes"
     if val is None:
-        raise UserError(f"{said}, and no val split to show that the surplus is dead. {RETRAIN}")
+        raise UserError(f"{counts}, and no val split to check that the extra outputs are never predicted. {RETRAIN}")
     logits = np.concatenate([batch.logits for batch in passing.over(val, opened(val), cut=False)])
     if reason := extra_outputs_problem(logits, len(spec.classes)):
-        raise ExtraOutputsError(f"{said}, and the surplus is not dead: on the val rows {reason}. {RETRAIN}")
-    logger.warning("%s; the surplus is dead on the %d val rows and is cut", said, len(logits))
+        raise ExtraOutputsError(f"{counts}, and the extra outputs are predicted: on the val rows {reason}. {RETRAIN}")
+    logger.warning("%s; the extra outputs are never predicted on the %d val rows and are cut", counts, len(logits))
 
 
 def _check_finite(spec: NetworkSpec, images: ImageSplit, batch: OutputBatch) -> None:
@@ -285,17 +286,20 @@ def _check_finite(spec: NetworkSpec, images: ImageSplit, batch: OutputBatch) -> 
         )
 
 
-def resolve_device(wanted: str) -> str:
-    """`cuda`, `cuda:N`, `cpu` or `auto` -> a device that this machine has; says so when it is not the one wanted."""
-    if wanted == "cpu":
-        return wanted
+def resolve_device(requested: str) -> str:
+    """`cuda`, `cuda:N`, `cpu` or `auto` -> a device of this machine; warns if the CPU replaces a requested one.
+
+    Raises UserError for a number that no CUDA device has.
+    """
+    if requested == "cpu":
+        return requested
     import torch
 
     if torch.cuda.is_available():
-        device = "cuda:0" if wanted in ("auto", "cuda") else wanted
+        device = "cuda:0" if requested in ("auto", "cuda") else requested
         if int(device.split(":")[1]) >= torch.cuda.device_count():
-            raise UserError(f"device {wanted}: this machine has {torch.cuda.device_count()} CUDA device(s)")
+            raise UserError(f"device {requested}: this machine has {torch.cuda.device_count()} CUDA device(s)")
         return device
-    if wanted != "auto":
-        logger.warning("device %s: no CUDA device here, the CPU is used", wanted)
+    if requested != "auto":
+        logger.warning("device %s: no CUDA device here, the CPU is used", requested)
     return "cpu"

@@ -335,7 +335,7 @@ def _sparing_the_workspace() -> Iterator[None]:
     Nothing of ours needs them; whoever writes into one that is missing makes it, or says why it cannot be made.
     """
     workspace, output = os.environ["DBT_BASE_DIR"], os.environ.get("DBT_ENSEMBLE_DIR")
-    is_only_read = _FINDER.spares or (bool(output) and not _same(_absolute(output), workspace))
+    is_only_read = bool(_FINDER.spares or (output and not _same(_absolute(output), workspace)))
     make = os.mkdir
 
     def spare(path: Any, *arguments: Any, **options: Any) -> None:
@@ -349,7 +349,7 @@ def _sparing_the_workspace() -> Iterator[None]:
                 raise
             logging.getLogger(LOGGER_NAME).debug("%s: not made by BASE-BACK's settings (%s)", path, error.strerror)
 
-    os.mkdir = spare  # type: ignore[assignment]
+    os.mkdir = spare
     try:
         yield
     finally:

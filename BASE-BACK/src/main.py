@@ -187,7 +187,7 @@ def _run(arguments: dict[str, Any]) -> int:
     backbones = settings.BACKBONES
     if settings.EXTERNAL_BASE_BACK:
         try:
-            backbones = _external_backbones(arguments["stages"] or [])
+            backbones = _external_backbones(settings.EXTERNAL_BASE_BACK, arguments["stages"] or [])
         except ExternalError as error:
             print(error, file=sys.stderr)
             return 2
@@ -218,8 +218,8 @@ def _run(arguments: dict[str, Any]) -> int:
     return 4 if summary.failed or summary.left_out else 0
 
 
-def _external_backbones(stages: Sequence[str]) -> list[str]:
-    """The architectures of the other BASE-BACK that were asked for; raises `ExternalError` for what it cannot do."""
+def _external_backbones(folder: Path, stages: Sequence[str]) -> list[str]:
+    """The requested architectures of the BASE-BACK in `folder`; raises `ExternalError` for what it cannot do."""
     from config import settings
     from training.external import ExternalError, external_names
 
@@ -230,13 +230,12 @@ def _external_backbones(stages: Sequence[str]) -> list[str]:
             f"--stages: found {', '.join(refused)}; with --base-back only {', '.join(allowed)}: the "
             "members are trained by the pipeline they come from"
         )
-    known = external_names(settings.EXTERNAL_BASE_BACK)
+    available = external_names(folder)
     if not os.environ.get("DBT_BACKBONES", "").strip():
-        return known
-    unknown = [name for name in settings.BACKBONES if name not in known]
+        return available
+    unknown = [name for name in settings.BACKBONES if name not in available]
     if unknown:
-        folder = settings.EXTERNAL_BASE_BACK
-        raise ExternalError(f"--backbones: {folder} has no {', '.join(unknown)}; it has {', '.join(known)}")
+        raise ExternalError(f"--backbones: {folder} has no {', '.join(unknown)}; it has {', '.join(available)}")
     return settings.BACKBONES
 
 

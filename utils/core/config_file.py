@@ -1,4 +1,4 @@
-"""The configuration file: found, read with every `--set` on top, and answered with all of its problems at once.
+"""Find and read the configuration file, apply every `--set`, and report all problems at once.
 
 A section that is absent takes the specification's values. The exception: where a file names any `runs`, every absent
 section with an `enable` key (`runs.*`, `pruning`, `distillation`) is off; `exports` never is. A section that is present
@@ -24,31 +24,31 @@ from pydantic_core import ErrorDetails
 from utils.core.config import SPECIFIED, Config, Runs, Section, validate
 from utils.core.errors import ConfigError, did_you_mean
 
-MOST_FILES, MOST_LINES = 10, 100  # of the files near a missing one, and of problems, are shown
-MOST_BYTES, MOST_VALUES, LONGEST, DEEPEST = 1_000_000, 10_000, 1_000, 20  # beyond these it is no configuration
+MOST_FILES, MOST_LINES = 10, 100  # shown of similar files and of problems
+MOST_BYTES, MOST_VALUES, LONGEST, DEEPEST = 1_000_000, 10_000, 1_000, 20  # beyond these it is not a configuration file
 YAML = "tag:yaml.org,2002:"
 SCALARS = {YAML + kind for kind in ("null", "bool", "int", "float")}
 AS_TEXT = {YAML + kind for kind in ("str", "timestamp", "value", "merge")}  # no date, `=` or `<<` means anything here
 TAGS = {yaml.ScalarNode: SCALARS | AS_TEXT, yaml.SequenceNode: {YAML + "seq"}, yaml.MappingNode: {YAML + "map"}}
-Place = tuple[str, ...]
-Problems = list[tuple[Place, str]]
+KeyPath = tuple[str, ...]
+Problems = list[tuple[KeyPath, str]]
 
 
 def find_config(name: str, project: Path) -> Path:
-    """The file called `name` below the working directory, else below the project; ConfigError naming both places."""
-    wanted = Path(os.path.expanduser(name))
-    places = [wanted] if wanted.is_absolute() else [wanted, project / wanted]
-    for place in places:
-        if place.is_file():
-            return place
-    folders = dict.fromkeys([*(place.parent for place in places), project / "configs"])
+    """The file called `name` below the working directory, else below the project; ConfigError that names both paths."""
+    requested = Path(os.path.expanduser(name))
+    candidates = [requested] if requested.is_absolute() else [requested, project / requested]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    folders = dict.fromkeys([*(candidate.parent for candidate in candidates), project / "configs"])
     files = sorted(file for folder in folders for file in folder.glob("*.y*ml"))
     near = list(
         dict.fromkeys(str(file.relative_to(project) if file.is_relative_to(project) else file) for file in files)
     )
-    problem = "is a folder; expected a file" if any(place.is_dir() for place in places) else "no such file"
+    problem = "is a folder; expected a file" if any(candidate.is_dir() for candidate in candidates) else "no such file"
     raise ConfigError(
-        f"{name}: {problem}; looked for {' and '.join(str(place.absolute()) for place in places)}; "
+        f"{name}: {problem}; looked for {' and '.join(str(candidate.absolute()) for candidate in candidates)}; "
         f"there are {', '.join(near[:MOST_FILES]) or 'no YAML files'}{', ...' * (len(near) > MOST_FILES)}"
         f"{did_you_mean(name, near)}"
     )
@@ -60,29 +60,29 @@ def load_config(
     overrides: Sequence[str] = (),
     names: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> Config:
-    """Reads and validates the file with `overrides` (`runs.moe.enable=true`) on top.
+    """Read and validate the file with `overrides` such as `runs.moe.enable=true` applied to it.
 
-    `names` maps a place of `SPECIFIED` to the names its family's table adds. Raises ConfigError listing every problem
-    of the file and of the overrides.
+    `names` maps a key of `SPECIFIED` to further accepted names. Raises ConfigError that lists every problem of the file
+    and of the overrides.
     """
     if strange := sorted(set(names) - set(SPECIFIED)):
-        raise KeyError(f"no names are checked at {', '.join(strange)}")
+        raise KeyError(f"the names at {', '.join(strange)} are not checked")
     values, problems = _read_file(path)
-    origins: dict[Place, str] = {}
+    origins: dict[KeyPath, str] = {}
     raw = _switch_off_absent(values or {})
     lines = [*_lines(problems, {}), *_apply(raw, overrides, origins)]
     unknown = dict(_unknown_names(raw, names))
-    found: dict[Place, str] = {}
+    invalid: dict[KeyPath, str] = {}
     try:
         config = validate(raw, source=path)
     except ValidationError as error:
-        found = dict(chain.from_iterable(map(_explain, error.errors())))
-    found |= unknown
-    for place, _ in problems:  # said already
-        found.pop(place, None)
+        invalid = dict(chain.from_iterable(map(_explain, error.errors())))
+    invalid |= unknown
+    for key_path, _ in problems:  # already listed
+        invalid.pop(key_path, None)
     if values is None:  # the overrides can still be judged
-        found = {place: text for place, text in found.items() if _origin(place, origins) is not None}
-    if lines := [*lines, *_lines(list(found.items()), origins)]:
+        invalid = {key_path: text for key_path, text in invalid.items() if _origin(key_path, origins) is not None}
+    if lines := [*lines, *_lines(list(invalid.items()), origins)]:
         shown = lines[:MOST_LINES] + [f"... and {len(lines) - MOST_LINES} more"] * (len(lines) > MOST_LINES)
         raise ConfigError("\n  ".join([f"{path}: {len(lines)} problem(s)", *shown]))
     return config
@@ -97,57 +97,58 @@ def _switch_off_absent(values: dict[str, Any]) -> dict[str, Any]:
     return values | {name: {"enable": False} for name in switched} | {"runs": runs | off}
 
 
-def _section(place: Place) -> type[Section] | None:
-    """The schema of the section at `place`, or None where there is a value or nothing."""
-    found: Any = Config
-    for name in place:
-        field = found.model_fields.get(name)
-        found = field.annotation if field else None
-        if not (isinstance(found, type) and issubclass(found, Section)):
+def _section(key_path: KeyPath) -> type[Section] | None:
+    """The schema of the section at `key_path`, or None where there is a value or nothing."""
+    section: type[Section] = Config
+    for name in key_path:
+        field = section.model_fields.get(name)
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, Section)):
             return None
-    return found  # type: ignore[no-any-return]
+        section = annotation
+    return section
 
 
-def _sections(place: Place = ()) -> Iterator[Place]:
-    section = _section(place)
+def _sections(key_path: KeyPath = ()) -> Iterator[KeyPath]:
+    section = _section(key_path)
     if section is not None:
-        yield place
+        yield key_path
         for name in section.model_fields:
-            yield from _sections((*place, name))
+            yield from _sections((*key_path, name))
 
 
-def _unknown_key(place: Place) -> str:
-    """What to say about a key that the section around it does not have."""
-    section = _section(place[:-1])
+def _unknown_key(key_path: KeyPath) -> str:
+    """The message for a key that its section does not have."""
+    section = _section(key_path[:-1])
     keys = list(section.model_fields) if section else []
-    elsewhere = [".".join(other) for other in _sections() if other[-1:] == place[-1:]]
-    near = f"; did you mean {elsewhere[0]!r}?" if len(elsewhere) == 1 else did_you_mean(place[-1], keys)
+    elsewhere = [".".join(section_key) for section_key in _sections() if section_key[-1:] == key_path[-1:]]
+    near = f"; did you mean {elsewhere[0]!r}?" if len(elsewhere) == 1 else did_you_mean(key_path[-1], keys)
     return f"unknown key; allowed: {', '.join(keys)}{near}"
 
 
-def _explain(problem: ErrorDetails) -> Iterator[tuple[Place, str]]:
+def _explain(problem: ErrorDetails) -> Iterator[tuple[KeyPath, str]]:
     """One of pydantic's problems in plain words."""
-    place = tuple(map(str, problem["loc"]))
-    found = f"found {_show(problem['input'])}; "
+    key_path = tuple(map(str, problem["loc"]))
+    value = f"found {_show(problem['input'])}; "
     if problem["type"] == "extra_forbidden":
-        yield place, _unknown_key(place)
-    elif problem["type"] == "model_type" and (section := _section(place)):
-        yield place, f"{found}expected a section with any of the keys {', '.join(section.model_fields)}"
+        yield key_path, _unknown_key(key_path)
+    elif problem["type"] == "model_type" and (section := _section(key_path)):
+        yield key_path, f"{value}expected a section with any of the keys {', '.join(section.model_fields)}"
     elif problem["type"] == "literal_error":
         words = re.findall(r"'([^']+)'", problem["ctx"]["expected"])
-        yield place, f"{found}allowed: {', '.join(words)}{did_you_mean(problem['input'], words)}"
+        yield key_path, f"{value}allowed: {', '.join(words)}{did_you_mean(problem['input'], words)}"
     elif problem["type"] == "items":
         for position, item, expected in problem["ctx"]["items"]:
-            yield (*place, str(position)), f"found {_show(item)}; {expected}"
+            yield (*key_path, str(position)), f"found {_show(item)}; {expected}"
     else:
-        yield place, found + problem["msg"].removeprefix("Value error, ")
+        yield key_path, value + problem["msg"].removeprefix("Value error, ")
 
 
-def _unknown_names(raw: dict[str, Any], names: Mapping[str, Collection[str]]) -> Iterator[tuple[Place, str]]:
-    """Method names that no table knows; takes off the `_ensemble` ending where a name is written in full."""
+def _unknown_names(raw: dict[str, Any], names: Mapping[str, Collection[str]]) -> Iterator[tuple[KeyPath, str]]:
+    """Unknown method names; removes the ending `_ensemble` from names that are written in full."""
     printed = Config()
     for dotted, specified in SPECIFIED.items():
-        *parents, key = place = tuple(dotted.split("."))
+        *parents, key = key_path = tuple(dotted.split("."))
         holder: Any = raw
         for parent in parents:
             holder = holder.get(parent) if isinstance(holder, dict) else None
@@ -163,59 +164,59 @@ def _unknown_names(raw: dict[str, Any], names: Mapping[str, Collection[str]]) ->
                 items[position] = name.removesuffix("_ensemble")
                 continue
             text = f"found {_show(name)}; allowed: {', '.join(allowed)}{did_you_mean(name, allowed)}"
-            yield (*place, str(position)) if items is value else place, text
+            yield (*key_path, str(position)) if items is value else key_path, text
 
 
-def _misplaced(place: Place) -> str:
-    """Why no value can be set at `place`, or nothing."""
-    for end, name in enumerate(place, start=1):
-        around = _section(place[: end - 1])
+def _misplaced(key_path: KeyPath) -> str:
+    """Why no value can be set at `key_path`, or nothing."""
+    for end, name in enumerate(key_path, start=1):
+        around = _section(key_path[: end - 1])
         if around is None:
-            return f"{'.'.join(place[: end - 1])} holds a value, not a section"
+            return f"{'.'.join(key_path[: end - 1])} holds a value, not a section"
         if name not in around.model_fields:
-            return ("" if end == len(place) else f"{'.'.join(place[:end])}: ") + _unknown_key(place[:end])
+            return ("" if end == len(key_path) else f"{'.'.join(key_path[:end])}: ") + _unknown_key(key_path[:end])
     return ""
 
 
-def _apply(raw: dict[str, Any], overrides: Sequence[str], origins: dict[Place, str]) -> Iterator[str]:
-    """Puts each override into `raw` and into `origins` (place of each value -> its override); yields what is wrong."""
+def _apply(raw: dict[str, Any], overrides: Sequence[str], origins: dict[KeyPath, str]) -> Iterator[str]:
+    """Apply each override to `raw` and record it in `origins` {key of a value: its override}; yield the problems."""
     for override in overrides:
         dotted, equals, text = override.partition("=")
-        place = tuple(dotted.strip().split("."))
-        if not equals or not all(place):
-            yield f"--set {override}: expected PLACE=VALUE, such as --set runs.moe.enable=true"
-        elif misplaced := _misplaced(place):
+        key_path = tuple(dotted.strip().split("."))
+        if not equals or not all(key_path):
+            yield f"--set {override}: expected KEY=VALUE, such as --set runs.moe.enable=true"
+        elif misplaced := _misplaced(key_path):
             yield f"--set {override}: {misplaced}"
         else:
             value, problems = _read_text(text)
             yield from (f"--set {override}: {line}" for line in _lines(problems, {}))
             if not problems:
-                _put(raw, place, value, override, origins)
+                _put(raw, key_path, value, override, origins)
 
 
-def _put(raw: dict[str, Any], place: Place, value: object, override: str, origins: dict[Place, str]) -> None:
-    """Sets one value; a mapping is set key by key, so that it leaves its neighbours as they are."""
-    if isinstance(value, dict) and _section(place) is not None:
+def _put(raw: dict[str, Any], key_path: KeyPath, value: object, override: str, origins: dict[KeyPath, str]) -> None:
+    """Set one value; a mapping is set key by key, so that other keys of the section keep their values."""
+    if isinstance(value, dict) and _section(key_path) is not None:
         for key, inner in value.items():
-            _put(raw, (*place, key), inner, override, origins)
+            _put(raw, (*key_path, key), inner, override, origins)
         return
     holder = raw
-    for name in place[:-1]:
+    for name in key_path[:-1]:
         holder = holder.setdefault(name, {})
         if not isinstance(holder, dict):  # the file has no section here, which is reported as the file's own problem
             return
-    holder[place[-1]] = value
-    origins[place] = override
+    holder[key_path[-1]] = value
+    origins[key_path] = override
 
 
-def _origin(place: Place, origins: Mapping[Place, str]) -> str | None:
-    return next((origins[place[:end]] for end in range(len(place), 0, -1) if place[:end] in origins), None)
+def _origin(key_path: KeyPath, origins: Mapping[KeyPath, str]) -> str | None:
+    return next((origins[key_path[:end]] for end in range(len(key_path), 0, -1) if key_path[:end] in origins), None)
 
 
-def _lines(problems: Problems, origins: Mapping[Place, str]) -> list[str]:
+def _lines(problems: Problems, origins: Mapping[KeyPath, str]) -> list[str]:
     lines = []
-    for place, text in problems:
-        dotted, override = ".".join(place), _origin(place, origins)
+    for key_path, text in problems:
+        dotted, override = ".".join(key_path), _origin(key_path, origins)
         shown = [f"--set {override}"] * (override is not None)
         if override is None or override.partition("=")[0].strip() != dotted:
             shown.append(dotted)
@@ -266,14 +267,15 @@ def _read_text(text: str) -> tuple[Any, Problems]:
             ((), f"line {line}, column {column}: found a character that no text file has; expected printable text")
         ]
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
+        mark = error.problem_mark or error.context_mark
+        position = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         what = ", ".join(filter(None, [error.context, error.problem]))
         what = "found a tab; expected spaces" if "'\\t'" in what else f"expected YAML: {what}"
-        return None, [((), f"line {mark.line + 1}, column {mark.column + 1}: {what}")]
+        return None, [((), position + what)]
 
 
 class _Reader(yaml.SafeLoader):
-    """Counts what aliases expand to, notes where a key stands twice, and keeps to plain values."""
+    """Counts what aliases expand to, reports duplicate keys, and accepts plain values only."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -286,7 +288,7 @@ class _Reader(yaml.SafeLoader):
         self.left = MOST_VALUES
         return None if node is None else self._plain(node, ())
 
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self.level += 1
         self._spend(self.level, self.peek_event().start_mark)
         node = super().compose_node(parent, index)
@@ -300,46 +302,49 @@ class _Reader(yaml.SafeLoader):
         if self.left < 0:
             raise yaml.MarkedYAMLError(None, None, f"at most {MOST_VALUES} values, aliases written out", mark)
 
-    def _plain(self, node: yaml.Node, place: Place) -> Any:
-        self._spend(len(place), node.start_mark)
+    def _plain(self, node: yaml.Node, key_path: KeyPath) -> Any:
+        self._spend(len(key_path), node.start_mark)
         if node.tag not in TAGS[type(node)]:
-            self._note(place, node, f"found the tag {node.tag.replace(YAML, '!!')}; expected a plain value")
+            self._note(key_path, node, f"found the tag {node.tag.replace(YAML, '!!')}; expected a plain value")
             return None
         if isinstance(node, yaml.SequenceNode):
-            return [self._plain(item, (*place, str(position))) for position, item in enumerate(node.value)]
+            return [self._plain(item, (*key_path, str(position))) for position, item in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, place)
-        return self._scalar(node, place)
+            return self._mapping(node, key_path)
+        assert isinstance(node, yaml.ScalarNode)
+        return self._scalar(node, key_path)
 
-    def _note(self, place: Place, node: yaml.Node, text: str) -> None:
-        self.problems.append((place, f"{text} (line {node.start_mark.line + 1}, column {node.start_mark.column + 1})"))
+    def _note(self, key_path: KeyPath, node: yaml.Node, text: str) -> None:
+        self.problems.append(
+            (key_path, f"{text} (line {node.start_mark.line + 1}, column {node.start_mark.column + 1})")
+        )
 
-    def _scalar(self, node: yaml.ScalarNode, place: Place) -> object:
+    def _scalar(self, node: yaml.ScalarNode, key_path: KeyPath) -> object:
         if len(node.value) > LONGEST:
-            self._note(place, node, f"found {len(node.value)} characters; expected at most {LONGEST}")
+            self._note(key_path, node, f"found {len(node.value)} characters; expected at most {LONGEST}")
         elif node.tag in AS_TEXT:
             return node.value
         elif re.fullmatch(r"[-+]?(0[0-9_]+|[0-9_]+(:[0-9_.]+)+)", node.value):
             self._note(
-                place, node, f"found {node.value}, which YAML takes for a number in base 8 or 60; expected base 10"
+                key_path, node, f"found {node.value}, which YAML takes for a number in base 8 or 60; expected base 10"
             )
         else:
             try:
                 return self.yaml_constructors[node.tag](self, node)
             except (ValueError, KeyError):  # such as `0b_`, or `!!bool 7`
-                self._note(place, node, f"found {_show(node.value)}; expected {node.tag.removeprefix(YAML)}")
+                self._note(key_path, node, f"found {_show(node.value)}; expected {node.tag.removeprefix(YAML)}")
         return None
 
-    def _mapping(self, node: yaml.MappingNode, place: Place) -> dict[str, Any]:
+    def _mapping(self, node: yaml.MappingNode, key_path: KeyPath) -> dict[str, Any]:
         values: dict[str, Any] = {}
         lines: dict[str, int] = {}
         for key_node, value_node in node.value:
-            key = self._plain(key_node, place) if isinstance(key_node, yaml.ScalarNode) else None
-            here = (*place, str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?")
+            key = self._plain(key_node, key_path) if isinstance(key_node, yaml.ScalarNode) else None
+            here = (*key_path, str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?")
             if not isinstance(key, str):
-                self._note(here, key_node, "found a key that is no text; expected a name, in quotes if need be")
+                self._note(here, key_node, "found a key that is not text; expected a name, in quotes if necessary")
             elif key in lines:
-                self._note(here, key_node, f"found again; expected once, and it stands on line {lines[key]}")
+                self._note(here, key_node, f"found again; expected once, and line {lines[key]} has it")
             else:
                 lines[key] = key_node.start_mark.line + 1
                 values[key] = self._plain(value_node, here)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -269,7 +269,7 @@ PRETRAINED_PATHS: dict[str, str] = {}
 # export --------------------------------------------------------------------------------------------------------------
 EXPORT_TYPES = ["state_dict", "checkpoint", "torchscript", "onnx", "torchserve", "tensorrt", "tflite", "custom"]
 EXPORT_FORMATS = EXPORT_TYPES if ENABLE_EXPORT else []
-EXPORT_CONFIG = {name: {} for name in EXPORT_TYPES} | {
+EXPORT_CONFIG: dict[str, dict[str, Any]] = {name: {} for name in EXPORT_TYPES} | {
     "onnx": {
         "opset_version": 13,
         "input_names": ["input"],

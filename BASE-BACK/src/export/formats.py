@@ -64,11 +64,12 @@ class Package:
             return self.network
         own = {id(tensor) for module in changing for tensor in (*module.parameters(), *module.buffers())}
         tensors = (*self.network.parameters(), *self.network.buffers())
-        network = copy.deepcopy(self.network, {id(tensor): tensor for tensor in tensors if id(tensor) not in own})
+        network: Any = copy.deepcopy(self.network, {id(tensor): tensor for tensor in tensors if id(tensor) not in own})
         for module in list(network.modules()):
             if hasattr(module, "reparameterize"):
                 module.reparameterize()
-        return network
+        deployed: torch.nn.Module = network
+        return deployed
 
     @property
     def example(self) -> Tensor:

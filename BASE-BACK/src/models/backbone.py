@@ -75,9 +75,10 @@ class Backbone(nn.Module):
                 f"img_size={self.img_size} does not fit {self.architecture} in size {self.size!r}: "
                 f"allowed are {rule} pixels"
             )
-        self.network = self.build(**self.plans[self.size])
-        self.num_features: int = self.network.head_hidden_size
-        for module in self.network.modules():
+        network: Any = self.build(**self.plans[self.size])
+        self.network = network
+        self.num_features: int = network.head_hidden_size
+        for module in network.modules():
             # Fused attention needs ONNX opset 14 and gains nothing on these few tokens.
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False
@@ -93,15 +94,18 @@ class Backbone(nn.Module):
                 f"{self.architecture} was built for img_size={self.img_size}, found images of {tuple(x.shape[2:])} "
                 "pixels; resize them or build it with their img_size"
             )
-        return self.network.forward_features(x)
+        features: torch.Tensor = self.network.forward_features(x)
+        return features
 
     def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Features -> logits `(B, num_classes)`, or with `pre_logits` the embedding `(B, num_features)`."""
-        return self.network.forward_head(features, pre_logits=pre_logits)
+        outputs: torch.Tensor = self.network.forward_head(features, pre_logits=pre_logits)
+        return outputs
 
     def get_classifier(self) -> nn.Module:
         """The module that maps the embedding `(B, num_features)` to the logits."""
-        return self.network.get_classifier()
+        classifier: nn.Module = self.network.get_classifier()
+        return classifier
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(B, 3, H, W)` -> logits `(B, num_classes)`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from timm.layers import ConvNormAct
@@ -46,7 +47,7 @@ def scaled_conv(width: float, act_layer: str) -> Callable[..., ConvNormAct]:
     All those channels are multiples of 32, so a `width` in steps of 1/32 is exact.
     """
 
-    def conv(in_channels: int, out_channels: int, padding: int | tuple[int, int] = 0, **kwargs: int) -> ConvNormAct:
+    def conv(in_channels: int, out_channels: int, padding: int | tuple[int, int] = 0, **kwargs: Any) -> ConvNormAct:
         return ConvNormAct(
             round(in_channels * width),
             round(out_channels * width),

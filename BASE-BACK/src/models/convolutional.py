@@ -260,8 +260,8 @@ class CustomDenseNetHybrid(Backbone):
 
     def build(self, patch_stem: bool = False, **plan: Any) -> nn.Module:
         """DenseNet of one size with a gate after every dense block."""
-        network = DenseNet(num_classes=self.num_classes, **plan)
-        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        network: Any = DenseNet(num_classes=self.num_classes, **plan)
+        layers: OrderedDict[str, Any] = OrderedDict()
         for name, layer in network.features.named_children():
             if name.startswith("transition"):
                 layers[name.replace("transition", "gate")] = SqueezeExcite(layer.norm.num_features, rd_ratio=1 / 16)

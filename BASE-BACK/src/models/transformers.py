@@ -49,7 +49,7 @@ class CustomViTHybrid(Backbone):
     def build(self, stem: tuple[int, ...], position_std: float = 0.02, **plan: Any) -> nn.Module:
         """Vision transformer of one size whose stem halves the image once for each width in `stem`."""
         convolutions = ConvStem(depth=len(stem), channels=stem, stride=(2,) * len(stem))
-        network = VisionTransformer(
+        network: Any = VisionTransformer(
             img_size=self.img_size,
             num_classes=self.num_classes,
             embed_layer=partial(HybridEmbed, backbone=convolutions, proj=False),
@@ -173,7 +173,7 @@ class CustomDeiTStyle(Backbone):
 
     def build(self, position_std: float = 0.02, **plan: Any) -> nn.Module:
         """Vision transformer with two tokens of one size; its two heads stand in `classifier`."""
-        network = VisionTransformerDistilled(img_size=self.img_size, num_classes=0, **plan)
+        network: Any = VisionTransformerDistilled(img_size=self.img_size, num_classes=0, **plan)
         nn.init.trunc_normal_(network.pos_embed, std=position_std)
         self.classifier = DistilledClassifier(network.embed_dim, self.num_classes)
         network.head_hidden_size = 2 * network.embed_dim

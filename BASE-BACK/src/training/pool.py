@@ -20,8 +20,8 @@ PARENT_CHECK_SECONDS = 1.0
 class Pool(Protocol):
     """Where units run, several at a time."""
 
-    def submit(self, function: Callable[..., Any], unit: Unit) -> Future:
-        """What the function gives for the unit, once it is there."""
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
+        """The future result of `function(*arguments)`."""
 
     def shutdown(self, *, wait: bool = True) -> None:
         """Nothing is running any more, or may go on to its end."""
@@ -78,7 +78,7 @@ def run_units(
     waiting = {unit.name: unit for unit in units}
     done: set[str] = set()
     lost: set[str] = set()
-    running: dict[Future, Unit] = {}
+    running: dict[Future[Any], Unit] = {}
     make: Callable[[], Pool] = new_pool or (lambda: _new_pool(jobs, threads))
     pool = make()
     try:
@@ -117,7 +117,7 @@ def run_units(
         raise
 
 
-def _names(running: dict[Future, Unit]) -> set[str]:
+def _names(running: dict[Future[Any], Unit]) -> set[str]:
     return {unit.name for unit in running.values()}
 
 

@@ -35,7 +35,7 @@ class RayPool:
         self._ray, self._threads = ray, threads
         here: dict[str, Any] = {} if address else {"num_cpus": jobs, "object_store_memory": STORE_BYTES}
         variables = {name: value for name, value in os.environ.items() if name.startswith("DBT_")}
-        variables.pop("DBT_PARENT", None)  # a process of this machine alone
+        variables.pop("DBT_PARENT", None)  # a process id has a meaning on this machine only
         source = str(Path(__file__).resolve().parents[1])
         paths = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
         try:
@@ -49,20 +49,20 @@ class RayPool:
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RayError(f"--address {address}: no Ray cluster can be joined there ({reason})") from error
-        found = ray.cluster_resources()
-        self.jobs = max(1, int(found.get("CPU", 1) if threads else found.get("GPU", 1)))
+            raise RayError(f"--address {address}: cannot join a Ray cluster there ({reason})") from error
+        resources = ray.cluster_resources()
+        self.jobs = max(1, int(resources.get("CPU", 1) if threads else resources.get("GPU", 1)))
         gpus = 0 if threads else 1
         self._task = ray.remote(num_cpus=threads or 1, num_gpus=gpus, max_retries=RETRIES)(_work)
         self._waiting = ThreadPoolExecutor(self.jobs)
 
-    def submit(self, function: Callable[..., Any], unit: Any) -> Future:
-        """What the function gives for the unit, once it is there."""
-        return self._waiting.submit(self._answer, function, unit)
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
+        """The future result of `function(*arguments)` on a worker."""
+        return self._waiting.submit(self._result, function, *arguments)
 
-    def _answer(self, function: Callable[..., Any], unit: Any) -> Any:
+    def _result(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            return self._ray.get(self._task.remote(self._threads, function, unit))
+            return self._ray.get(self._task.remote(self._threads, function, *arguments))
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except self._ray.exceptions.RayError as error:
@@ -78,9 +78,9 @@ class RayPool:
         self.shutdown(wait=False)
 
 
-def _work(threads: int | None, work: Callable[..., Any], unit: Any) -> Any:
+def _work(threads: int | None, function: Callable[..., Any], *arguments: Any) -> Any:
     import torch
 
     if threads:
         torch.set_num_threads(threads)
-    return work(unit)
+    return function(*arguments)

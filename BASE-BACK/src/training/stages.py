@@ -138,7 +138,8 @@ def plan(backbones: Sequence[str], stages: Sequence[str], folds: int) -> list[Un
         raise FileNotFoundError(
             f"{settings.SPLIT_DIR}: no split with the same classes in train, val and test; run the stage split first"
         )
-    classes, digests = [], {}
+    classes: list[str] = []
+    digests: dict[str, str] = {}
     for split in ("train", "val", "test"):
         classes, _, contents = split_contents(settings.SPLIT_DIR, split)
         digests[split] = digest_of_contents(contents)
@@ -160,8 +161,8 @@ def plan(backbones: Sequence[str], stages: Sequence[str], folds: int) -> list[Un
                 units.append(snapshot_unit(recipe))
             elif stage in KINDS:
                 after = (f"{name} train",) if stage in ("test", "export") else ()
-                extra = {"test": [digests["test"]], "export": [settings.EXPORT_FORMATS]}.get(stage, [])
-                units.append(Unit(stage, recipe, recipe.digest(stage, *extra), after))
+                extra: dict[str, list[Any]] = {"test": [digests["test"]], "export": [settings.EXPORT_FORMATS]}
+                units.append(Unit(stage, recipe, recipe.digest(stage, *extra.get(stage, [])), after))
     return units
 
 

@@ -255,7 +255,7 @@ class _Pack:
             head = {"descr": "|u1", "fortran_order": False, "shape": (self.filled,)}
             np.lib.format.write_array_header_1_0(file, head)
             for pixels in self._pixels:
-                file.write(pixels)
+                file.write(pixels.data)
         with atomic_path(self.folder / f"{self.side}_{name}.npz") as temporary:
             np.savez(
                 temporary,

@@ -177,9 +177,9 @@ def how_it_exports(config: Config, workspace: Any) -> Any:
         raise Stopped
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export.exported_network, "check_current", lambda *_: None)
-        patch.setattr(export.export_folder, "recover", lambda *_: None)
-        patch.setattr(export.export_folder, "kept", kept)
+        patch.setattr(export.exported_network, "require_current_checkpoints", lambda *_: None)
+        patch.setattr(export.export_folder, "recover_interrupted", lambda *_: None)
+        patch.setattr(export.export_folder, "reusable_formats", kept)
         patch.setattr(export, "_needed", needed)
         try:
             export.export(config, workspace, model_name="soft_voting")

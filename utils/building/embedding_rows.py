@@ -1,8 +1,8 @@
-"""Rows with embeddings for fusion: which networks' embeddings a head may be fitted on, all in the space it will meet.
+"""Rows with embeddings for fusion, all in the embedding space that a head meets at inference.
 
-At inference the full networks answer. Every fold network has a space of its own, so its embeddings of the rows that it
-did not see are brought into the full network's space by a linear map, learned without labels on the val rows, which
-neither network was fitted on. Whether train rows and val rows are of one space is checked, whoever made them.
+At inference the full networks predict. Every fold network has an embedding space of its own: a linear map, fitted
+without labels on the val rows (on which neither network was fitted), brings its embeddings of held-out rows into the
+full network's space. A check that train and val rows share one space covers imported members too.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ logger = logging.getLogger("disease_pipeline")
 
 VERSION = 1  # raised whenever the same weights and images would give other arrays
 ALIGNED = "aligned"
-SAME_NETWORK = 0.02  # mean difference of probabilities: half precision on CUDA stays below it
-TELLING = 0.5  # agreement on val rows left out, below which nothing can be told of the space of other rows
-LEAST = 1 / 3  # of that agreement, which train rows of the same space keep; a rotation leaves about none
+MAX_PROBABILITY_DIFFERENCE = 0.02  # mean over the rows; half precision on CUDA stays below it
+MIN_CORRELATION = 0.5  # on held-out val rows; below it nothing can be concluded about the space of other rows
+MIN_KEPT_CORRELATION = 1 / 3  # fraction that train rows of the same space keep; a rotation leaves about none
 
 
 @dataclass(frozen=True)
 class EmbeddedRows:
-    """Rows with embeddings, and what is known of how they came about."""
+    """Rows with embeddings, and how well they were aligned."""
 
     rows: Rows
     facts: dict[str, Any]
-    """{member: what its alignment explains, and how far its train rows agree with its last layer}"""
+    """{member: explained variance of its alignment, and the correlation of its train rows with its last layer}"""
 
 
 def of_val(store: Store, members: Sequence[Member]) -> EmbeddedRows:
@@ -53,7 +53,7 @@ def in_sample(store: Store, members: Sequence[Member]) -> EmbeddedRows:
 
 
 def reason_not_aligned(store: Store, members: Sequence[Member]) -> str | None:
-    """What keeps train rows from being aligned, and the remedy; None where nothing does."""
+    """Why the train rows cannot be aligned, with the remedy; None where they can be."""
     trained = [m for m in members if m.source != IMPORTED and not fold_networks.stages(m)]
     imported = [m for m in members if m.source == IMPORTED and not store.has_oof_embeddings(m)]
     reasons = []
@@ -72,75 +72,80 @@ def reason_not_aligned(store: Store, members: Sequence[Member]) -> str | None:
 def aligned(store: Store, members: Sequence[Member]) -> EmbeddedRows:
     """Out-of-fold train rows in the full networks' spaces, and val rows.
 
-    Fold networks are run where their embeddings are not kept yet. Embeddings of an imported member are taken as they
-    were given, which is right where one fixed network made them. Raises UserError where train and val rows of a member
-    are not of one space.
+    Fold networks run where their embeddings are not stored yet. Embeddings of an imported member are used unchanged,
+    which is right where one fixed network made them. Raises UserError where train and val rows of a member are not of
+    one space.
     """
     train, explained = {}, {}
     for member in members:
         rows = store.oof(member, embeddings=member.source == IMPORTED)
-        assert rows is not None, "asked for after why_not_aligned"
+        assert rows is not None, "reason_not_aligned comes first"
         if member.source != IMPORTED:
             embeddings, explained[member.name] = _of_fold_networks(store, member, rows)
             rows = replace(rows, embeddings=embeddings)
         train[member.name] = rows
     store.digests.save()
-    found = _joined(store, members, train)
-    return replace(found, facts={n: {**facts, "explained": explained.get(n)} for n, facts in found.facts.items()})
+    joined = _joined(store, members, train)
+    return replace(joined, facts={n: {**facts, "explained": explained.get(n)} for n, facts in joined.facts.items()})
 
 
 def require_shared_space(name: str, train: MemberRows, val: MemberRows) -> float | None:
-    """How far a member's train embeddings give its logits by the map that its val rows teach; None: it cannot be told.
+    """Correlation of a member's train logits with those that the map fitted on its val rows gives for its embeddings.
 
-    A network's logits are a linear map of its embeddings. In one space the map from the val rows holds for the train
-    rows too. Raises UserError where it does not: embeddings of fold networks as they are, or of another network.
+    A network's logits are a linear map of its embeddings; in one embedding space the map that is fitted on the val rows
+    holds on the train rows too. None where the val rows do not determine the map. Raises UserError where it does not
+    hold: unaligned embeddings of fold networks, or of another network.
     """
     expected = [rows.logits - rows.logits.mean(axis=1, keepdims=True) for rows in (val, train)]
-    found = fit_ridge_map(val.embeddings, expected[0])
-    known = np.sqrt(max(found.explained, 0.0))
-    if known < TELLING:
+    to_logits = fit_ridge_map(_embeddings_of(val), expected[0])
+    on_val = np.sqrt(max(to_logits.explained, 0.0))
+    if on_val < MIN_CORRELATION:
         logger.warning(
-            "member %s: %d val rows do not teach how its logits follow from its embeddings; that its train rows are of "
-            "the same space cannot be checked",
+            "member %s: %d val rows do not determine how its logits follow from its embeddings; whether its train rows "
+            "share their space cannot be checked",
             name,
             len(expected[0]),
         )
         return None
-    agreed = pearson_correlation(found.apply(train.embeddings), expected[1])
-    if agreed < LEAST * known:
+    on_train = pearson_correlation(to_logits.apply(_embeddings_of(train)), expected[1])
+    if on_train < MIN_KEPT_CORRELATION * on_val:
         raise UserError(
             f"member {name}: its train rows' embeddings are not of the space of its val rows: what gives its logits on "
-            f"val (correlation {known:.2f}) does not on train ({agreed:.2f}). Embeddings of several fold networks "
+            f"val (correlation {on_val:.2f}) does not on train ({on_train:.2f}). Embeddings of several fold networks "
             "cannot be pooled; use the val rows: --set runs.fusion.train_embeddings=val"
         )
-    return agreed
+    return on_train
 
 
 def _joined(store: Store, members: Sequence[Member], train: dict[str, MemberRows]) -> EmbeddedRows:
     parts, facts = {}, {}
     for member in members:
         val = store.rows(member, "val", embeddings=True)
-        own = train[member.name]
-        if own.embeddings is not None and own.embeddings.shape[1] != val.embeddings.shape[1]:
+        widths = [_embeddings_of(rows).shape[1] for rows in (train[member.name], val)]
+        if widths[0] != widths[1]:
             raise UserError(
-                f"member {member.name}: embeddings of {own.embeddings.shape[1]} numbers on train and "
-                f"{val.embeddings.shape[1]} on val. {AGAIN}"
+                f"member {member.name}: embeddings of {widths[0]} numbers on train and {widths[1]} on val. {AGAIN}"
             )
-        facts[member.name] = {"agreement": require_shared_space(member.name, own, val)}
-        parts[member.name] = [own, val]
+        facts[member.name] = {"agreement": require_shared_space(member.name, train[member.name], val)}
+        parts[member.name] = [train[member.name], val]
     return EmbeddedRows(align(parts, store.catalog.classes), facts)
 
 
+def _embeddings_of(rows: MemberRows) -> np.ndarray:
+    assert rows.embeddings is not None, "rows are read with their embeddings here"
+    return rows.embeddings
+
+
 def _of_fold_networks(store: Store, member: Member, rows: MemberRows) -> tuple[np.ndarray, list[float]]:
-    """Aligned embeddings float32 (N, D) of out-of-fold rows, and what each fold's map explains; kept on disk."""
-    place = store.workspace.embeddings(member.name, ALIGNED)
-    note = store.workspace.embeddings_record(member.name, ALIGNED)
+    """Aligned embeddings float32 (N, D) of out-of-fold rows and the variance that each fold's map explains; stored."""
+    path = store.workspace.embeddings(member.name, ALIGNED)
+    record_path = store.workspace.embeddings_record(member.name, ALIGNED)
     oof_key = store.catalog.splits["train"]["digest"], store.catalog.splits["val"]["digest"]
     key = digest_of([VERSION, fold_networks.digest(member, FOLDS), store.key(member, "val"), *oof_key])
-    record = read_json(note, remedy=AGAIN)
-    if record is not None and record.get("key") == key and place.is_file():
-        return open_array(place, remedy=AGAIN), record["explained"]
-    full = store.rows(member, "val", embeddings=True)
+    record = read_json(record_path, remedy=AGAIN)
+    if record is not None and record.get("key") == key and path.is_file():
+        return open_array(path, remedy=AGAIN), record["explained"]
+    full = _embeddings_of(store.rows(member, "val", embeddings=True))
     fold = store.oof_folds(member)
     numbers = [int(stage.removeprefix("fold")) for stage in fold_networks.stages(member)]
     if sorted(np.unique(fold).tolist()) != numbers:
@@ -148,21 +153,21 @@ def _of_fold_networks(store: Store, member: Member, rows: MemberRows) -> tuple[n
             f"member {member.name}: its fold networks are {numbers}, its out-of-fold predictions name "
             f"{np.unique(fold).tolist()}. Use the val rows: --set runs.fusion.train_embeddings=val"
         )
-    found = np.empty((len(fold), full.embeddings.shape[1]), dtype=np.float32)
+    embeddings = np.empty((len(fold), full.shape[1]), dtype=np.float32)
     explained = []
     for number in numbers:
         inside = fold == number
         part = replace(rows, sample_ids=rows.sample_ids[inside], logits=rows.logits[inside])
         held_out, of_val = _embeddings(store, member, number, part)
-        to_full = fit_ridge_map(of_val, full.embeddings)
-        found[inside] = to_full.apply(held_out)
+        to_full = fit_ridge_map(of_val, full)
+        embeddings[inside] = to_full.apply(held_out)
         explained.append(to_full.explained)
-    note.unlink(missing_ok=True)
-    write_array(place, found)
-    facts = {"key": key, "rows": "oof", "explained": explained, "width": found.shape[1], "member": member.name}
+    record_path.unlink(missing_ok=True)
+    write_array(path, embeddings)
+    facts = {"key": key, "rows": "oof", "explained": explained, "width": embeddings.shape[1], "member": member.name}
     classes, ids = list(store.catalog.classes), rows.sample_ids.tolist()
-    write_json(note, facts | {"classes": classes, "sample_ids": ids, "member_digest": member.digest})
-    return found, explained
+    write_json(record_path, facts | {"classes": classes, "sample_ids": ids, "member_digest": member.digest})
+    return embeddings, explained
 
 
 def _embeddings(store: Store, member: Member, number: int, rows: MemberRows) -> tuple[np.ndarray, np.ndarray]:
@@ -172,8 +177,8 @@ def _embeddings(store: Store, member: Member, number: int, rows: MemberRows) -> 
     """
     stage, train = f"fold{number}", store.images("train")
     catalog.check_current(store.workspace, member, store.digests, stage=stage)
-    place = {sample_id: row for row, sample_id in enumerate(train.sample_ids)}
-    images = [train.take([place[sample_id] for sample_id in rows.sample_ids.tolist()]), store.images("val")]
+    row_of = {sample_id: row for row, sample_id in enumerate(train.sample_ids)}
+    images = [train.take([row_of[sample_id] for sample_id in rows.sample_ids.tolist()]), store.images("val")]
     logger.info("streaming %s of %s over its %d rows and val", stage, member.name, len(rows.sample_ids))
     batches = list(
         streaming.stream(
@@ -189,12 +194,13 @@ def _embeddings(store: Store, member: Member, number: int, rows: MemberRows) -> 
     order = [member.classes.index(name) for name in store.catalog.classes]
     logits = np.concatenate([batch.logits[:, order] for batch in batches if batch.split == "train"])
     difference = float(np.abs(softmax(logits) - softmax(rows.logits)).mean())
-    if difference > SAME_NETWORK:
+    if difference > MAX_PROBABILITY_DIFFERENCE:
         raise UserError(
             f"member {member.name}: {stage} does not give the out-of-fold predictions of its rows (mean difference "
             f"{difference:.3f}), so it is another network. Make them again: "
             f"{catalog.kfold_command(store.workspace, [member.name])}"
         )
-    return tuple(  # type: ignore[return-value]
+    held_out, of_val = (
         np.concatenate([batch.embeddings for batch in batches if batch.split == split]) for split in ("train", "val")
     )
+    return held_out, of_val

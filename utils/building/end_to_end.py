@@ -27,7 +27,7 @@ from utils.networks.checkpoints import training_metadata
 from utils.networks.construction import NetworkSpec
 from utils.predictions import catalog, image_splits, streaming
 from utils.predictions.catalog import IMPORTED, Member
-from utils.predictions.rows import MemberRows
+from utils.predictions.rows import MemberOutputs, MemberRows
 from utils.predictions.store import Store
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def require_networks(members: Sequence[Member]) -> None:
 
 
 def key(store: Store, members: Sequence[Member], name: str) -> str:
-    """Everything that the networks of a fusion depend on; found without torch."""
+    """Digest of everything that the networks of a fusion depend on; needs no torch."""
     config = store.config
     return digest_of(
         [
@@ -120,21 +120,21 @@ def build(session: Session, members: Sequence[Member], name: str, force: bool) -
     weights = {member.name: _weights(store, member, tuned) for member in members}
     session, derived = _save_networks(session, members, name, weights)
     store = session.store
-    own = fitting.with_folds(store, embedding_rows.of_val(store, derived).rows)
-    probabilities = recipe.retrained(tuned.heads, own.rows.outputs, own.rows.labels, own.fold)
+    val = fitting.with_folds(store, embedding_rows.of_val(store, derived).rows)
+    rows = val.rows
+    assert isinstance(rows.outputs, MemberOutputs), "rows with embeddings"
+    probabilities = recipe.retrained(tuned.heads, rows.outputs, rows.labels, val.fold)
     fitting.build(
         store,
         name,
         name,
         recipe,
         derived,
-        own,
+        val,
         extra_inputs=inputs_key,
         baselines=baselines.measure(config, facts, judged.rows.logits, judged.rows.labels, judged.fold),
         notes={"train_embeddings": _source(), "end_to_end": _facts(derived, tuned)},
-        crossfit=Crossfit(
-            probabilities.astype(np.float32), own.rows.labels, own.rows.sample_ids, own.rows.split, own.fold
-        ),
+        crossfit=Crossfit(probabilities.astype(np.float32), rows.labels, rows.sample_ids, rows.split, val.fold),
     )
     shutil.rmtree(folder)
     return session
@@ -198,14 +198,14 @@ def _parts(store: Store, members: Sequence[Member]) -> list[JointMember]:
     def image_source(split: str, spec: NetworkSpec, kind: str) -> ImageSource:
         return ImageSource(images[split], spec.img_size, kind, image_cache=cache, threads=threads)
 
-    found = []
+    parts = []
     for member in members:
         spec = member.network(store.workspace)
         kind = augmentation_kind(training_metadata(spec.checkpoint))
         rows = {split: store.rows(member, split, embeddings=True) for split in images}
         train = image_source("train", spec, kind)
         never = np.full(len(train), NEVER)
-        found.append(
+        parts.append(
             JointMember(
                 name=member.name,
                 architecture=member.architecture,
@@ -216,7 +216,7 @@ def _parts(store: Store, members: Sequence[Member]) -> list[JointMember]:
                 embeddings=(_tensor(rows["train"]), _tensor(rows["val"])),
             )
         )
-    return found
+    return parts
 
 
 def _tensor(rows: MemberRows) -> Tensor:

@@ -217,7 +217,7 @@ def stored_digest(workspace: Workspace, name: str) -> str | None:
 
 
 def load(workspace: Workspace, name: str) -> Ensemble:
-    """A saved ensemble. Raises UserError for an unknown name, with the known ones, or a damaged folder."""
+    """A saved ensemble. Raises UserError for an unknown name, with the saved ones, or a damaged folder."""
     record = record_of(workspace, name)
     if record is None:
         saved = names(workspace)

@@ -1,4 +1,4 @@
-"""One recipe, one saved ensemble: the rows it may be fitted on, its cross-fitted predictions, its provenance."""
+"""Fit one combiner and save it as an ensemble: out-of-sample rows, cross-fitted predictions, provenance."""
 
 from __future__ import annotations
 
@@ -112,14 +112,14 @@ def with_folds(store: Store, rows: Rows) -> OutOfSampleRows:
 
 
 def source_of_oof(store: Store, members: Sequence[Member]) -> str:
-    """Where these members' out-of-fold predictions can come from, as it is typed."""
+    """The command, or the import, that gives these members out-of-fold predictions."""
     trained = [member.name for member in members if member.source != IMPORTED]
     imported = [f"oof.npz and {IMPORT}"] if len(trained) < len(members) else []
     return "; ".join([*([catalog.kfold_command(store.workspace, trained)] if trained else []), *imported])
 
 
 def member_facts(store: Store, members: Sequence[Member], latencies: Mapping[str, float] | None = None) -> MemberFacts:
-    """What recipes may know of the members; `latencies` {member: milliseconds for one image} where measured."""
+    """What a combiner may use of the members; `latencies` {member: milliseconds for one image} where measured."""
     measured = latencies or {}
     nan = float("nan")
     return MemberFacts(
@@ -130,6 +130,36 @@ def member_facts(store: Store, members: Sequence[Member], latencies: Mapping[str
         latency_ms=np.array([measured.get(member.name, nan) for member in members]),
         size_mb=np.array([_size_mb(store, member) for member in members]),
     )
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A combiner that was fitted on all out-of-sample rows."""
+
+    combiner: Combiner
+    """Over all the members of the rows."""
+    crossfit: Crossfit
+    used: np.ndarray
+    """bool (M,): the members that the combiner needs"""
+    entries: dict[str, Any]
+    """What `ensemble.json` keeps of the fit."""
+
+
+def fit(recipe: Combiner, out_of_sample: OutOfSampleRows, *, baselines: Baselines | None = None) -> Fitted:
+    """Cross-fit an unfitted combiner and fit it on all rows: arrays in, results out, no file is read or written."""
+    return evaluate_fit(
+        recipe, ensembles.crossfit(recipe, out_of_sample.rows, out_of_sample.fold), out_of_sample, baselines
+    )
+
+
+def evaluate_fit(
+    combiner: Combiner, crossfit: Crossfit, out_of_sample: OutOfSampleRows, baselines: Baselines | None = None
+) -> Fitted:
+    """A fitted combiner with its cross-fitted predictions, compared with baselines on the same rows."""
+    names = out_of_sample.rows.members
+    comparison = compare(baselines, log_loss_per_row(crossfit.probabilities, crossfit.labels)) if baselines else {}
+    entries = {**combiner.report(names), **comparison, "crossfit": scores(crossfit)}
+    return Fitted(combiner, crossfit, combiner.used(len(names)), entries)
 
 
 def build(
@@ -151,7 +181,7 @@ def build(
 
     Args:
         recipe: An unfitted combiner over `members`, which are sorted by name.
-        extra_inputs: What the ensemble depends on beside `inputs_digest`'s usual inputs; kept in the record.
+        extra_inputs: What the ensemble depends on in addition to members, images and settings; kept in the record.
         prior_provenance: Rows that the recipe's parts, or the choice of the recipe, were fitted or selected on before.
         baselines: Losses of simple combinations on the same rows, which a learned combiner is compared with.
         notes: Further entries of `ensemble.json`.
@@ -161,17 +191,18 @@ def build(
     """
     rows = out_of_sample.rows
     if crossfit is None:
-        crossfit = ensembles.crossfit(recipe, rows, out_of_sample.fold)
-    own = Provenance(row_sets(rows) if recipe.learns else (), ())
-    used = recipe.used(len(rows.members))
+        fitted = fit(recipe, out_of_sample, baselines=baselines)
+    else:
+        fitted = evaluate_fit(recipe, crossfit, out_of_sample, baselines)
+    fitted_on = Provenance(row_sets(rows) if recipe.learns else (), ())
     ensemble = Ensemble(
         name=name,
         method=method,
-        members=tuple(member for member, needed in zip(rows.members, used, strict=True) if needed),
+        members=tuple(member for member, needed in zip(rows.members, fitted.used, strict=True) if needed),
         candidates=rows.members,
         classes=rows.classes,
-        combiner=recipe.restricted(used),
-        provenance=ensembles.merge_provenance([ensembles.network_provenance(store), own, *prior_provenance]),
+        combiner=fitted.combiner.restricted(fitted.used),
+        provenance=ensembles.merge_provenance([ensembles.network_provenance(store), fitted_on, *prior_provenance]),
         inputs_digest=inputs_digest(store.config, store, members, method, extra_inputs=extra_inputs),
         member_digests={member.name: fold_networks.digest(member, rows.inference) for member in members},
         seed=store.config.seed,
@@ -179,20 +210,14 @@ def build(
     )
     record: dict[str, Any] = {
         **(notes or {}),
-        **recipe.report(rows.members),
-        **(_compared(baselines, crossfit) if baselines else {}),
-        **(post_fit(recipe, crossfit) if post_fit else {}),
+        **fitted.entries,
+        **(post_fit(fitted.combiner, fitted.crossfit) if post_fit else {}),
         **({} if extra_inputs is None else {"depends_on": extra_inputs}),
         "config_digest": store.config.digest("backbones", *recipe.settings, "dataset.group_regex", "seed"),
-        "crossfit": scores(crossfit),
     }
-    ensembles.save(store.workspace, ensemble, crossfit, record)
+    ensembles.save(store.workspace, ensemble, fitted.crossfit, record)
     logger.info("built %s from %d of %d members", name, len(ensemble.members), len(rows.members))
     return ensemble
-
-
-def _compared(baselines: Baselines, crossfit: Crossfit) -> dict[str, Any]:
-    return compare(baselines, log_loss_per_row(crossfit.probabilities, crossfit.labels))
 
 
 def scores(crossfit: Crossfit) -> dict[str, Any]:
@@ -222,13 +247,13 @@ def inputs_digest(
 
 
 def row_sets(rows: Rows) -> tuple[RowSet, ...]:
-    """The rows as provenance lists them, one set per split; `in_sample` those that a network was fitted on."""
-    found = []
+    """The rows as provenance lists them, one set per split; `in_sample` are those that a network was fitted on."""
+    sets = []
     for split in np.unique(rows.split).tolist():
         inside = rows.split == split
         kind = KINDS_OF_ROWS[split] if rows.out_of_sample[inside].all() else "in_sample"
-        found.append(RowSet(split, kind, tuple(rows.sample_ids[inside].tolist())))
-    return tuple(found)
+        sets.append(RowSet(split, kind, tuple(rows.sample_ids[inside].tolist())))
+    return tuple(sets)
 
 
 def _size_mb(store: Store, member: Member) -> float:

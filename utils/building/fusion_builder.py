@@ -1,4 +1,4 @@
-"""The section `runs.fusion` of `fusion-train`: heads on the members' embeddings, beside what is simpler."""
+"""The section `runs.fusion` of `fusion-train`: heads on the members' embeddings, compared with baselines."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class FusionBuilder(Builder):
         return [f"fusion_{method}" for method in section.fusion_methods] if section.enable else []
 
     def members(self, session: Session) -> Sequence[Member]:
-        """Those that have embeddings, as far as is known before they are streamed."""
+        """Those that have embeddings, as far as is facts before they are streamed."""
         return [member for member in session.members if not session.store.lacks_embeddings(member)]
 
     def check(self, session: Session) -> None:
@@ -172,59 +172,59 @@ def _fit_all(session: Session, members: Sequence[Member], names: Sequence[str]) 
 
 
 def _source(
-    asked: str, chosen: str, reason: str, losses: Mapping[str, float], bases: Mapping[str, Basis]
+    requested: str, chosen: str, reason: str, losses: Mapping[str, float], bases: Mapping[str, Basis]
 ) -> dict[str, Any]:
-    """What `ensemble.json` says of the embeddings that a fusion was fitted on."""
+    """Entry of `ensemble.json` on the embeddings that a fusion was fitted on."""
     members = {kind: basis.facts for kind, basis in bases.items() if basis.facts}
-    return {"asked": asked, "chosen": chosen, "reason": reason, "val_log_loss": dict(losses), "members": members}
+    return {"asked": requested, "chosen": chosen, "reason": reason, "val_log_loss": dict(losses), "members": members}
 
 
-def _bases(store: Store, members: Sequence[Member], known: MemberFacts, asked: str) -> tuple[dict[str, Basis], str]:
-    """The rows that are asked for, or all that `auto` chooses from, and why there is only one where there is."""
-    if asked == IN_SAMPLE:
+def _bases(store: Store, members: Sequence[Member], facts: MemberFacts, requested: str) -> tuple[dict[str, Basis], str]:
+    """The requested rows, or all that `auto` chooses from, and the reason where there is only one basis."""
+    if requested == IN_SAMPLE:
         logger.warning(
             "runs.fusion.train_embeddings is in_sample: heads are fitted on embeddings of images that the networks "
-            "were trained on; val rows judge them"
+            "were trained on; val rows evaluate them"
         )
-        return {IN_SAMPLE: _basis(store, known, embedding_rows.in_sample(store, members), in_sample=True)}, "asked for"
-    without = embedding_rows.reason_not_aligned(store, members)
-    if asked == ALIGNED and without:
-        raise UserError(f"runs.fusion.train_embeddings is aligned: {without}; or use the val rows: {_use(VAL)}")
-    found, reason = {}, "asked for"
-    if asked != ALIGNED:
-        found[VAL] = _basis(store, known, embedding_rows.of_val(store, members))
-    if asked != VAL:
+        return {IN_SAMPLE: _basis(store, facts, embedding_rows.in_sample(store, members), in_sample=True)}, "asked for"
+    obstacle = embedding_rows.reason_not_aligned(store, members)
+    if requested == ALIGNED and obstacle:
+        raise UserError(f"runs.fusion.train_embeddings is aligned: {obstacle}; or use the val rows: {_use(VAL)}")
+    bases, reason = {}, "asked for"
+    if requested != ALIGNED:
+        bases[VAL] = _basis(store, facts, embedding_rows.of_val(store, members))
+    if requested != VAL:
         try:
-            if without:
-                raise UserError(without)
-            found[ALIGNED] = _basis(store, known, embedding_rows.aligned(store, members))
+            if obstacle:
+                raise UserError(obstacle)
+            bases[ALIGNED] = _basis(store, facts, embedding_rows.aligned(store, members))
         except UserError as error:
-            if asked == ALIGNED:
+            if requested == ALIGNED:
                 raise
             logger.warning("fusion is fitted on val rows alone: %s", error)
             reason = f"train rows cannot be aligned: {error}"
-    return found, reason
+    return bases, reason
 
 
 def _use(kind: str) -> str:
     return f"--set runs.fusion.train_embeddings={kind}"
 
 
-def _basis(store: Store, known: MemberFacts, embedded: EmbeddedRows, *, in_sample: bool = False) -> Basis:
+def _basis(store: Store, facts: MemberFacts, embedded: EmbeddedRows, *, in_sample: bool = False) -> Basis:
     rows = embedded.rows
     if len(np.unique(rows.labels)) < 2:
         raise UserError(f"all {len(rows.labels)} rows are of class {rows.classes[rows.labels[0]]}; give others too")
     fitted = judged = fitting.with_folds(store, rows)
     if in_sample:
         fitted, judged = fitted.of_split("train"), judged.of_split("val")
-    simple = baselines.measure(store.config, known, judged.rows.logits, judged.rows.labels, judged.fold)
+    simple = baselines.measure(store.config, facts, judged.rows.logits, judged.rows.labels, judged.fold)
     return Basis(fitted, judged, simple, embedded.facts)
 
 
-def _fit(config: Config, known: MemberFacts, name: str, basis: Basis) -> Fit:
-    recipe = COMBINERS[name].configured(config, known)
+def _fit(config: Config, facts: MemberFacts, name: str, basis: Basis) -> Fit:
+    recipe = COMBINERS[name].configured(config, facts)
     fitted, judged = basis.fitted, basis.judged
-    logger.info("fitting %s on %d rows of %d members", name, len(fitted.fold), len(known.names))
+    logger.info("fitting %s on %d rows of %d members", name, len(fitted.fold), len(facts.names))
     if judged is fitted:
         return Fit(recipe, ensembles.crossfit(recipe, fitted.rows, fitted.fold))
     recipe.fit(fitted.rows.outputs, fitted.rows.labels, fitted.fold)

@@ -1,7 +1,7 @@
-"""Should the members' full networks answer at inference, or the means of the fold networks that a stacker learned from?
+"""Choose the networks that predict for a stacker: the members' full networks, or the means of their fold networks.
 
-A stacker is fitted on out-of-fold rows. Full networks have seen more images and are surer of themselves, means of fold
-networks are smoother; val rows tell which of the two suits what was learned.
+A stacker is fitted on out-of-fold rows. Full networks have seen more images and are more confident, means of fold
+networks are smoother; the val rows show which of the two fits the stacker.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ MEASURED_WITH = "log-linear pool fitted on out-of-fold rows"
 
 @dataclass(frozen=True)
 class Measurement:
-    """What val rows say of the two."""
+    """Losses of the two on the val rows."""
 
     full: np.ndarray | None
     """float64 (N,): log-loss of the pool on the full networks' val rows; None where no member has out-of-fold rows"""
     folds: np.ndarray | None
-    """The same on the means of the fold networks; None where they are not there or were not asked for."""
+    """The same on the means of the fold networks; None where they are missing or not requested."""
     shift: dict[str, dict[str, Any]]
-    """{member: {out_of_fold, full, folds: what `describe` says}}"""
+    """{member: {out_of_fold, full, folds: what `describe` gives}}"""
 
     @property
     def gain(self) -> tuple[float, float] | None:
@@ -45,16 +45,16 @@ def measure(config: Config, members: MemberFacts, fold: np.ndarray, full: Rows, 
     """Fit a log-linear pool on out-of-fold rows and score it on val, by full networks and by means of fold networks.
 
     The two hold the same rows, out-of-fold and val, with their cross-fit folds (N,). The pool stands for every learner:
-    it has weights and a temperature, and what a change of networks shifts first is how sure members are.
+    it has weights and a temperature, and a change of networks shifts the members' confidence first.
     """
     train, val = np.flatnonzero(full.split == "train"), np.flatnonzero(full.split == "val")
     shift = {
         name: {
-            "out_of_fold": describe(full.logits[place, train], full.labels[train]),
-            "full": describe(full.logits[place, val], full.labels[val]),
-            "folds": None if folds is None else describe(folds.logits[place, val], folds.labels[val]),
+            "out_of_fold": describe(full.logits[index, train], full.labels[train]),
+            "full": describe(full.logits[index, val], full.labels[val]),
+            "folds": None if folds is None else describe(folds.logits[index, val], folds.labels[val]),
         }
-        for place, name in enumerate(full.members)
+        for index, name in enumerate(full.members)
     }
     if not len(train) or not len(val):
         return Measurement(None, None, shift)
@@ -82,15 +82,15 @@ def describe(logits: np.ndarray, labels: np.ndarray) -> dict[str, float] | None:
     }
 
 
-def choose(asked: str, measured: Measurement, *, lacking: Sequence[str], feeds_fuser: bool) -> dict[str, Any]:
+def choose(requested: str, measured: Measurement, *, lacking: Sequence[str], feeds_fuser: bool) -> dict[str, Any]:
     """`{asked, chosen, reason, val_log_loss, gain_of_folds, standard_error, measured_with, shift}`, ready for JSON.
 
-    `auto` takes the fold networks where their gain on val exceeds its standard error, and nothing else stands against
-    it: members `lacking` them, or a fuser that takes the stacker as an input beside ensembles of full networks.
+    `auto` takes the fold networks where their gain on val exceeds its standard error, and nothing else prevents
+    it: members `lacking` them, or a fuser that takes the stacker as an input together with ensembles of full networks.
     """
     gain = measured.gain
-    if asked != "auto":
-        chosen, reason = asked, "asked for"
+    if requested != "auto":
+        chosen, reason = requested, "asked for"
     elif lacking:
         chosen, reason = "full", f"no complete set of fold networks: {', '.join(lacking)}"
     elif feeds_fuser:
@@ -102,7 +102,7 @@ def choose(asked: str, measured: Measurement, *, lacking: Sequence[str], feeds_f
         sign = "more" if chosen == "folds" else "no more"
         reason = f"fold networks gain {gain[0]:+.4f} in log-loss on val, {sign} than one standard error {gain[1]:.4f}"
     return {
-        "asked": asked,
+        "asked": requested,
         "chosen": chosen,
         "reason": reason,
         "val_log_loss": {
@@ -121,10 +121,10 @@ def summary_lines(record: dict[str, Any]) -> list[str]:
     lines = [f"inference members: {record['chosen']} ({record['reason']})"]
     for name, kinds in record["shift"].items():
         parts = [
-            f"{kind.replace('_', '-')} {found['mean_largest_probability']:.3f} / {found['mean_entropy']:.3f} / "
-            f"{found['accuracy']:.3f}"
-            for kind, found in kinds.items()
-            if found is not None
+            f"{kind.replace('_', '-')} {values['mean_largest_probability']:.3f} / {values['mean_entropy']:.3f} / "
+            f"{values['accuracy']:.3f}"
+            for kind, values in kinds.items()
+            if values is not None
         ]
         lines.append(f"    {name}, mean largest probability / entropy / accuracy: {', '.join(parts)}")
     return lines

@@ -1,7 +1,7 @@
-"""How long networks and combiners take, measured once per content, device and threads, and kept for whoever asks.
+"""Latencies of networks and combiners, measured once per content, device and number of threads, and stored.
 
-A measured time is reused for ever, so that what is decided by it repeats. Removing `ensembles/latency.json` has all of
-it measured anew.
+A stored latency is never measured again, so that what it decides repeats. Remove `ensembles/latency.json` to measure
+everything again.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Record:
 
 
 def measure(store: Store, members: Sequence[Member], *, batches: Sequence[int] = BATCHES) -> dict[str, Record]:
-    """{member: how long its network takes}, measured where it is not known yet, one network in memory at a time.
+    """{member: latency of its network}, measured where none is stored, one network in memory at a time.
 
     A member without a network (predictions only) is left out. A batch that memory is too small for is missing. Raises
     UserError for a checkpoint that is gone, another one than discovery saw, or does not run.
@@ -72,46 +72,48 @@ def measure(store: Store, members: Sequence[Member], *, batches: Sequence[int] =
     import torch
 
     device = streaming.resolve_device(store.config.device)
-    place, threads = _named(device), torch.get_num_threads()
-    known = stored(store.workspace, networks, place, threads)
-    wanted = {
-        member.name: [size for size in batches if member.name not in known or size not in known[member.name].batches]
+    hardware, threads = _named(device), torch.get_num_threads()
+    records = stored(store.workspace, networks, hardware, threads)
+    gaps = {
+        member.name: [
+            size for size in batches if member.name not in records or size not in records[member.name].batches
+        ]
         for member in networks
     }
-    missing = [member for member in networks if wanted[member.name]]
+    missing = [member for member in networks if gaps[member.name]]
     if missing:
-        _say_when_busy(store.workspace)
+        _warn_when_busy(store.workspace)
     for number, member in enumerate(missing, start=1):
         catalog.check_current(store.workspace, member, store.digests)
-        found = _measured(member, store.workspace, device, wanted[member.name])
-        before = known[member.name].batches if member.name in known else {}
-        known[member.name] = Record(place, threads, before | found)
-        _keep(store.workspace, "networks", member.digest, known[member.name], {"member": member.name})
-        took = ", ".join(f"{timing.p50:.3g} ms for {size}" for size, timing in found.items())
+        timings = _measured(member, store.workspace, device, gaps[member.name])
+        before = records[member.name].batches if member.name in records else {}
+        records[member.name] = Record(hardware, threads, before | timings)
+        _add(store.workspace, "networks", member.digest, records[member.name], {"member": member.name})
+        message = ", ".join(f"{timing.p50:.3g} ms for {size}" for size, timing in timings.items())
         logger.info(
-            "[%d/%d] measured %s on %s (threads: %d): %s", number, len(missing), member.name, place, threads, took
+            "[%d/%d] measured %s on %s (threads: %d): %s", number, len(missing), member.name, hardware, threads, message
         )
-    return {member.name: known[member.name] for member in networks}
+    return {member.name: records[member.name] for member in networks}
 
 
 def stored(workspace: Workspace, members: Sequence[Member], device: str, threads: int) -> dict[str, Record]:
-    """{member: what is known of it on this device}, without torch; members that were not measured there are missing."""
-    kept = _read(workspace, "networks")
-    found = {}
+    """{member: stored latency on this device}, without torch; members that were not measured there are missing."""
+    entries = _read(workspace, "networks")
+    records = {}
     for member in members:
-        entry = kept.get(member.digest, {}).get(_key(device, threads))
+        entry = entries.get(member.digest, {}).get(_key(device, threads))
         if entry is not None:
-            found[member.name] = _record_of(entry, device, threads)
-    return found
+            records[member.name] = _record_of(entry, device, threads)
+    return records
 
 
 def milliseconds(records: Mapping[str, Record], *, batch: int = 1) -> dict[str, float]:
-    """{member: half of its runs on so many images were faster}"""
+    """{member: median of its runs on a batch of this size}"""
     return {name: record.batches[batch].p50 for name, record in records.items() if batch in record.batches}
 
 
 def latency_inputs(facts: MemberFacts, records: Mapping[str, Record]) -> dict[str, Any]:
-    """What was measured and decides, for `ensemble.json` and its digest: device, threads, latencies and sizes."""
+    """Device, threads, latencies and sizes, which `ensemble.json` keeps and its digest covers."""
     devices = {(record.device, record.threads) for record in records.values()}
     device, threads = next(iter(devices), (None, None))
     return {
@@ -147,18 +149,18 @@ def measure_combiner(
     shape: tuple[int, int],
     widths: Sequence[int] = (),
 ) -> Record:
-    """How long a combiner takes over logits (B, M, C) of `shape` (M, C), measured where `digest` is not known yet.
+    """Latency of a combiner over logits (B, M, C) of `shape` (M, C), measured where none is stored for `digest`.
 
-    `make` gives its module, `name` says in the file whose it is; `widths` (M,) are those of the embeddings, where it
-    reads any.
+    `make` gives its module, `name` is the ensemble's, for the file; `widths` (M,) are those of the embeddings, where
+    the combiner reads any.
     """
     import torch
 
     device = streaming.resolve_device(store.config.device)
-    place, threads = _named(device), torch.get_num_threads()
-    entry = _read(store.workspace, "combiners").get(digest, {}).get(_key(place, threads))
+    hardware, threads = _named(device), torch.get_num_threads()
+    entry = _read(store.workspace, "combiners").get(digest, {}).get(_key(hardware, threads))
     if entry is not None:
-        return _record_of(entry, place, threads)
+        return _record_of(entry, hardware, threads)
     module, batches = make().to(device).eval(), {}
     with torch.inference_mode():
         for size in BATCHES:
@@ -167,9 +169,9 @@ def measure_combiner(
             embeddings = [torch.randn(size, width, generator=random).to(device) for width in widths]
             answer = partial(_answer, module, embeddings) if widths else module
             batches[size] = timing_of(answer, logits)
-    found = Record(place, threads, batches)
-    _keep(store.workspace, "combiners", digest, found, {"ensemble": name})
-    return found
+    record = Record(hardware, threads, batches)
+    _add(store.workspace, "combiners", digest, record, {"ensemble": name})
+    return record
 
 
 def _answer(module: nn.Module, embeddings: list[Tensor], logits: Tensor) -> Tensor:
@@ -190,22 +192,22 @@ def _key(device: str, threads: int) -> str:
     return f"{device}, threads: {threads}"
 
 
-def _keep(workspace: Workspace, kind: str, digest: str, record: Record, says: Mapping[str, str]) -> None:
-    """After each one, so that a killed command has measured something; `says` whose it is."""
-    kept = record_once(workspace.latency, remedy=AGAIN) or {"networks": {}}
+def _add(workspace: Workspace, kind: str, digest: str, record: Record, owner: Mapping[str, str]) -> None:
+    """Store one latency at once, so that a killed command keeps what it has measured; `owner` names the network."""
+    before = record_once(workspace.latency, remedy=AGAIN) or {"networks": {}}
     batches = {f"batch_{size}": vars(timing) for size, timing in record.batches.items()}
-    entry = {"device": record.device, "threads": record.threads, "batches": batches, **says}
-    table = kept.get(kind, {})
+    entry = {"device": record.device, "threads": record.threads, "batches": batches, **owner}
+    table = before.get(kind, {})
     entries = table.get(digest, {}) | {_key(record.device, record.threads): entry}
-    write_json(workspace.latency, {**kept, kind: {**table, digest: entries}})
+    write_json(workspace.latency, {**before, kind: {**table, digest: entries}})
 
 
-def _say_when_busy(workspace: Workspace) -> None:
+def _warn_when_busy(workspace: Workspace) -> None:
     load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
     if load > cores:
         logger.warning(
-            "this machine is busy (load %.1f, %d cores): latencies come out too high, and are kept; remove %s to have "
-            "them measured again when it is idle",
+            "this machine is busy (load %.1f, %d cores): latencies come out too high, and are stored; remove %s to "
+            "measure them again when it is idle",
             load,
             cores,
             workspace.latency,
@@ -221,31 +223,31 @@ def _named(device: str) -> str:
 def _measured(member: Member, workspace: Workspace, device: str, batches: Sequence[int]) -> dict[int, Timing]:
     import torch
 
-    found, spec = {}, member.network(workspace)
+    timings, spec = {}, member.network(workspace)
     with streaming.network_on_device(spec, device) as (answer, placed):
         for size in batches:
             noise = torch.randn(size, 3, spec.img_size, spec.img_size, generator=torch.Generator().manual_seed(0))
             try:
-                found[size] = timing_of(answer, placed(noise))
+                timings[size] = timing_of(answer, placed(noise))
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
                 logger.warning("%s: out of memory with %d images on %s; not measured", member.name, size, device)
-    return found
+    return timings
 
 
 def timing_of(answer: Callable[[Tensor], Tensor], images: Tensor) -> Timing:
-    """Time forward passes of `answer` over images (B, 3, H, W), after a warm-up; on a GPU by its own events."""
+    """Time forward passes of `answer` over images (B, 3, H, W), after a warm-up; on a GPU by CUDA events."""
     once = _by_events if images.is_cuda else _by_clock
     spent, warm_runs = 0.0, 0
     while not warm_runs or (spent < WARM and warm_runs < WARM_UP):
         spent += once(answer, images)
         warm_runs += 1
-    found: list[float] = []
-    while len(found) < MOST and (sum(found) < ENOUGH or len(found) < FEWEST) and sum(found) < LONGEST:
-        found.append(once(answer, images))
-    p50, p95 = (round(1000 * float(value), 4) for value in np.percentile(found, (50, 95)))
-    return Timing(p50, p95, len(found))
+    seconds: list[float] = []
+    while len(seconds) < MOST and (sum(seconds) < ENOUGH or len(seconds) < FEWEST) and sum(seconds) < LONGEST:
+        seconds.append(once(answer, images))
+    p50, p95 = (round(1000 * float(value), 4) for value in np.percentile(seconds, (50, 95)))
+    return Timing(p50, p95, len(seconds))
 
 
 def _by_clock(answer: Callable[[Tensor], Tensor], images: Tensor) -> float:

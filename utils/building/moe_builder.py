@@ -99,10 +99,10 @@ class SparseBuilder(Builder):
             f"    {'':12} experts per image  ms per image (measured)  ms for one image (expected)  log-loss  accuracy"
         )
         for other in (ITSELF, *(other for other in record["beside"] if other != ITSELF)):
-            found = record["beside"][other]
+            entry = record["beside"][other]
             lines.append(
-                f"    {other:12} {found['experts']:17.2f}  {_shown(found['latency_ms']):>23}  "
-                f"{_shown(found['expected_latency_ms']):>27}  {found['log_loss']:8.4f}  {found['accuracy']:8.4f}"
+                f"    {other:12} {entry['experts']:17.2f}  {_milliseconds(entry['latency_ms']):>23}  "
+                f"{_milliseconds(entry['expected_latency_ms']):>27}  {entry['log_loss']:8.4f}  {entry['accuracy']:8.4f}"
             )
         if name == "moe":
             lines += [
@@ -111,8 +111,8 @@ class SparseBuilder(Builder):
                 for expert, use in ((expert, record["expert_use"][expert]) for expert in record["experts"])
             ]
         else:
-            shares = ", ".join(f"{member} {record['leaves'][member]:.1%}" for member in record["chain"])
-            lines.append(f"    images leave after: {shares} (threshold {record['threshold']:.4f})")
+            fractions = ", ".join(f"{member} {record['leaves'][member]:.1%}" for member in record["chain"])
+            lines.append(f"    images leave after: {fractions} (threshold {record['threshold']:.4f})")
         return lines
 
 
@@ -141,25 +141,25 @@ class _Comparison:
         ways = {ITSELF: combiner, **ways}
         experts = {name: routed_members(way, rows.logits) for name, way in ways.items()}
         experts["best_single"] = np.arange(len(self.members))[:, None] == np.full((1, len(fold)), best)
-        took, how = self._timed(ways, best)
+        latencies, conditions = self._timed(ways, best)
         return {
             "beside": {
                 name: {
-                    **self._compared(own, crossfit.probabilities),
+                    **self._compared(of_way, crossfit.probabilities),
                     "experts": float(experts[name].sum(axis=0).mean()),
-                    "latency_ms": took.get(name),
+                    "latency_ms": latencies.get(name),
                     "expected_latency_ms": self._expected(experts[name]),
                 }
-                for name, own in probabilities.items()
+                for name, of_way in probabilities.items()
             },
-            "timed": how,
+            "timed": conditions,
         }
 
-    def _compared(self, own: np.ndarray, combiner: np.ndarray) -> dict[str, Any]:
-        """Scores of cross-fitted probabilities (N, C), and what the combiner's gain over them."""
+    def _compared(self, other: np.ndarray, combiner: np.ndarray) -> dict[str, Any]:
+        """Scores of cross-fitted probabilities (N, C), and the combiner's gain over them."""
         labels, seed = self.out_of_sample.rows.labels, self.store.config.seed
-        losses = [log_loss_per_row(values, labels) for values in (own, combiner)]
-        hits = [(values.argmax(axis=1) == labels).astype(float) for values in (own, combiner)]
+        losses = [log_loss_per_row(values, labels) for values in (other, combiner)]
+        hits = [(values.argmax(axis=1) == labels).astype(float) for values in (other, combiner)]
         scores: dict[str, Any] = {"log_loss": float(losses[0].mean()), "accuracy": float(hits[0].mean())}
         for name, gain in (("log_loss_gain", losses[0] - losses[1]), ("accuracy_gain", hits[1] - hits[0])):
             scores |= {name: float(gain.mean()), f"{name}_ci95": list(bootstrap_interval(gain, seed=seed))}
@@ -174,7 +174,7 @@ class _Comparison:
     def _timed(
         self, ways: Mapping[str, MixtureOfExperts | CascadeCombiner], best: int
     ) -> tuple[dict[str, float], dict[str, Any]]:
-        """{name: milliseconds per image, really run on images of val}, and on which rows and device."""
+        """{name: milliseconds per image, measured on val images}, and on which rows and device."""
         store = self.store
         without = [member.name for member in self.members if member.source == catalog.IMPORTED]
         if without or not store.catalog.has_images:
@@ -184,10 +184,10 @@ class _Comparison:
         rows = np.linspace(0, len(images.sample_ids) - 1, count).astype(int)  # sorted by class, so spread over all
         device = streaming.resolve_device(store.config.device)
         watch = Stopwatch(store, self.members, images.take(rows), device)
-        took = {name: watch.of_combiner(way) for name, way in ways.items()}
-        took["best_single"] = watch.of_member(best)
-        return took, {"split": "val", "rows": count, "batch": store.config.dataset.batch_size, "device": device}
+        latencies = {name: watch.of_combiner(way) for name, way in ways.items()}
+        latencies["best_single"] = watch.of_member(best)
+        return latencies, {"split": "val", "rows": count, "batch": store.config.dataset.batch_size, "device": device}
 
 
-def _shown(value: float | None) -> str:
+def _milliseconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"

@@ -97,7 +97,7 @@ class Session:
 
 @dataclass(frozen=True)
 class Build:
-    """What a builder has made of the names that it was given."""
+    """Result of one call of `Builder.build`."""
 
     session: Session
     built: tuple[str, ...] = ()
@@ -151,7 +151,7 @@ class Builder(Protocol):
         return {}
 
     def check(self, session: Session) -> None:
-        """Log what is odd about the section. Raises UserError where nothing of it can be built."""
+        """Warn about the section's settings and members. Raises UserError where nothing of it can be built."""
         return None
 
     def problems(self, session: Session) -> list[str]:
@@ -206,11 +206,11 @@ def run(builders: Iterable[Builder], session: Session, *, force: bool = False) -
         builder.check(session)
         requested = builder.names(session)
         skipped = {} if force else builder.left_out(session)
-        found = {name: state_of(session, name, builder) for name in requested if name not in skipped}
-        damaged = {name: f"{name}: {found[name].reasons[0]}" for name in found if found[name].state == DAMAGED}
+        saved = {name: state_of(session, name, builder) for name in requested if name not in skipped}
+        damaged = {name: f"{name}: {state.reasons[0]}" for name, state in saved.items() if state.state == DAMAGED}
         if force:
             damaged = {}
-        stale = [name for name, state in found.items() if name not in damaged and (force or state.state != CURRENT)]
+        stale = [name for name, state in saved.items() if name not in damaged and (force or state.state != CURRENT)]
         build = builder.build(session, stale, force=force) if stale else Build(session)
         session = build.session
         failed = {*damaged, *build.failed}
@@ -229,7 +229,7 @@ def run(builders: Iterable[Builder], session: Session, *, force: bool = False) -
 
 
 def state_of(session: Session, name: str, builder: Builder | None) -> State:
-    """The rule: is the saved ensemble what a build would make? Without a builder its members alone are looked at."""
+    """The rule: is the saved ensemble what a build would make? Without a builder only its members are compared."""
     try:
         record = ensembles.record_of(session.workspace, name)
         if record is None:

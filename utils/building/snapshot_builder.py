@@ -1,8 +1,8 @@
-"""The section `runs.snapshot_ensemble`: the base pipeline trains cyclically, the plain mean of what it leaves is saved.
+"""The section `runs.snapshot_ensemble`: BASE-BACK trains cyclically, and the mean of the snapshots is an ensemble.
 
-The training is the bundled pipeline's stage `snapshots`, in a process of its own, so that it resumes and knows what is
-finished as every training does. What it was asked for stands in `ensembles/snapshots.json`, by which the result is
-known the next time. Huang et al. 2017, Snapshot Ensembles: Train 1, get M for free.
+The training is the bundled pipeline's stage `snapshots`, in a process of its own, so that it resumes as every training
+does. `ensembles/snapshots.json` records the request, by which the next build recognises the result. Huang et al. 2017,
+Snapshot Ensembles: Train 1, get M for free.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def parents_of(members: Sequence[Member]) -> list[Member]:
 
 
 def _recorded(store: Store, parents: Sequence[Member]) -> list[str] | None:
-    """Names of the snapshots when the last training was asked for the same and all its files are there."""
+    """Names of the snapshots where the last training had the same request and all its files are there."""
     record = record_once(store.workspace.snapshots, remedy=AGAIN, form={"members": list})
     if record is None or record["key"] != _key(store, parents):
         return None
@@ -221,20 +221,22 @@ def _command(store: Store, parents: Sequence[Member]) -> list[str]:
 
 
 def _environment(store: Store) -> dict[str, str]:
-    """The workspace's places for a training that writes into ours, and the device of the configuration."""
+    """Environment variables of the training: the workspace's folders and the device of the configuration."""
     workspace, device = store.workspace, store.config.device
-    places = {
+    variables = {
         "DBT_SPLIT_DIR": str(workspace.split_dir),
         "DBT_TRAINED_DIR": str(workspace.checkpoints),
         "DBT_IMAGE_CACHE_DIR": str(workspace.image_cache),
         "DBT_PARENT": str(os.getpid()),
     }
     if base_back.kind(base_back.locate()) == "external":  # whose checkpoints do not tell their size
-        places["DBT_IMG_SIZE"] = os.environ.get("DBT_IMG_SIZE") or str(base_back.settings().IMG_SIZE)
+        variables["DBT_IMG_SIZE"] = os.environ.get("DBT_IMG_SIZE") or str(base_back.settings().IMG_SIZE)
     if device == "cpu":
-        places["CUDA_VISIBLE_DEVICES"] = ""
+        variables["CUDA_VISIBLE_DEVICES"] = ""
     elif device.startswith("cuda:"):
         number = int(device.partition(":")[2])
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        places["CUDA_VISIBLE_DEVICES"] = visible[number] if number < len(visible) and visible[number] else str(number)
-    return os.environ | places
+        variables["CUDA_VISIBLE_DEVICES"] = (
+            visible[number] if number < len(visible) and visible[number] else str(number)
+        )
+    return os.environ | variables

@@ -1,7 +1,7 @@
-"""The section `runs.model_soup`: averages of each backbone's own checkpoints, as networks and ensembles of their own.
+"""The section `runs.model_soup`: averages of each backbone's checkpoints, as derived members and as ensembles.
 
-An average lands where its parts do only when they lie in one basin, so that is looked at first, and what lies elsewhere
-is named. What became of a backbone stands in `ensembles/soups/<backbone>.json`, by which it is known the next time.
+Averaging works where the checkpoints are linearly connected, which is tested first; the others are named.
+`ensembles/soups/<backbone>.json` records the result, by which the next build recognises it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Method(NamedTuple):
 
 @dataclass(frozen=True)
 class Soup:
-    """One mixture that is worth a file."""
+    """One mixture of checkpoints that becomes a network of its own."""
 
     mix: Mix
     trial: Trial
@@ -169,12 +169,12 @@ def backbones_of(members: Sequence[Member]) -> list[Member]:
 
 
 def inputs_digest(store: Store, member: Member) -> str:
-    """Everything that the soups of one backbone depend on; found without opening an image or a checkpoint."""
+    """Digest of everything that the soups of one backbone depend on; needs no image and no checkpoint."""
     config = store.config
     files = [[entry["stage"], entry["sha256"]] for entry in _entries(member)]
     splits = [store.catalog.splits[split]["digest"] for split in ("train", "val")]
-    places = ("runs.score_ensemble.optimization_metric", CONFIG_KEY, "dataset.batch_size", "seed")
-    return digest_of([VERSION, member.digest, files, splits, list(store.catalog.classes), config.digest(*places)])
+    settings = ("runs.score_ensemble.optimization_metric", CONFIG_KEY, "dataset.batch_size", "seed")
+    return digest_of([VERSION, member.digest, files, splits, list(store.catalog.classes), config.digest(*settings)])
 
 
 # one backbone --------------------------------------------------------------------------------------------------------
@@ -237,22 +237,22 @@ def _wise_ft(survey: Survey) -> Soup | str:
     """The best point on the line from the trained head to the fine-tuned network (Wortsman et al. 2021, WiSE-FT)."""
     from utils.building.soup_trials import SHARED
 
-    trials, own = survey.trials, survey.ingredients[0]["stage"]
-    if HEAD not in trials.ingredients or own == HEAD:
+    trials, tuned = survey.trials, survey.ingredients[0]["stage"]
+    if HEAD not in trials.ingredients or tuned == HEAD:
         reason = next((entry["left_out"] for entry in survey.ingredients if entry["stage"] == HEAD), None)
         return f"it needs {HEAD} and a fine-tuned checkpoint with other weights; {reason or 'one of them is missing'}"
-    pair = trials.pair(HEAD, own)
+    pair = trials.pair(HEAD, tuned)
     if pair.similarity < SHARED:
-        return f"{HEAD} and {own} did not begin alike (cosine {pair.similarity:.2f})"
-    mixes = [_mix({HEAD: STEPS - step, own: step}) for step in range(STEPS + 1)]
-    found = [trials.trial(mix) for mix in mixes]
-    best = max(range(STEPS + 1), key=lambda step: (found[step].kept.rank, step))
+        return f"{HEAD} and {tuned} did not begin alike (cosine {pair.similarity:.2f})"
+    mixes = [_mix({HEAD: STEPS - step, tuned: step}) for step in range(STEPS + 1)]
+    results = [trials.trial(mix) for mix in mixes]
+    best = max(range(STEPS + 1), key=lambda step: (results[step].kept.rank, step))
     notes = {
         "alpha": best / STEPS,
-        "sweep": [{"alpha": step / STEPS} | found[step].as_record() for step in range(STEPS + 1)],
+        "sweep": [{"alpha": step / STEPS} | results[step].as_record() for step in range(STEPS + 1)],
     }
-    rival = max((own, HEAD), key=lambda name: trials.single(name).rank)
-    return Soup(mixes[best], found[best], rival, notes, f"alpha {best / STEPS:.1f}")
+    rival = max((tuned, HEAD), key=lambda name: trials.single(name).rank)
+    return Soup(mixes[best], results[best], rival, notes, f"alpha {best / STEPS:.1f}")
 
 
 def _mix(shares: Mapping[str, int]) -> Mix:
@@ -344,10 +344,10 @@ def _explanation(store: Store, member: Member, role: str, facts: Mapping[str, An
 
 
 def _entries(member: Member) -> list[dict[str, str]]:
-    """The checkpoints that are looked at, the member's own first."""
-    found = [(entry, match) for entry in member.checkpoints if (match := STAGE.fullmatch(entry["stage"]))]
-    last = max((int(match["epoch"]) for _, match in found if match["epoch"]), default=0)
-    return [entry for entry, match in found if match["epoch"] is None or 2 * int(match["epoch"]) >= last]
+    """The checkpoints that may be averaged, the one that the member uses first."""
+    matched = [(entry, match) for entry in member.checkpoints if (match := STAGE.fullmatch(entry["stage"]))]
+    last = max((int(match["epoch"]) for _, match in matched if match["epoch"]), default=0)
+    return [entry for entry, match in matched if match["epoch"] is None or 2 * int(match["epoch"]) >= last]
 
 
 def ensemble_name(key: str, member: Member) -> str:

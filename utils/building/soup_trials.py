@@ -249,7 +249,7 @@ class Trials:
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found out about one backbone's checkpoints."""
+    """Which of one backbone's checkpoints may be averaged, and how good they are."""
 
     trials: Trials
     basin: tuple[str, ...]
@@ -262,10 +262,10 @@ class Survey:
 def survey_checkpoints(store: Store, member: Member, entries: Sequence[Mapping[str, str]]) -> Survey:
     """Which of a backbone's checkpoints can be averaged at all, how good they are, which lie together.
 
-    `entries` are the catalog's, the member's own first; the anchor is the best on val that began as the own one did.
-    Raises UserError where the own one cannot be used.
+    `entries` are the catalog's, first the one that the member uses; the anchor is the best on val of those that share
+    its initialisation. Raises UserError where the first cannot be used.
     """
-    own = entries[0]["stage"]
+    used = entries[0]["stage"]
     ingredients, left_out = _usable(store, member, entries)
     trials = Trials(store, member, ingredients)
     figures = {}
@@ -273,12 +273,12 @@ def survey_checkpoints(store: Store, member: Member, entries: Sequence[Mapping[s
         try:
             figures[name] = trials.single(name)
         except UserError as error:
-            if name == own:
+            if name == used:
                 raise
             logger.warning("%s; left out of the soups of %s", error, member.name)
             left_out[name] = str(error)
     ordered = sorted(figures, key=lambda name: (-figures[name].rank[0], -figures[name].rank[1], name))
-    alike = {name: soups.weight_cosine(ingredients[own], ingredients[name]) for name in ordered}
+    alike = {name: soups.weight_cosine(ingredients[used], ingredients[name]) for name in ordered}
     related = [name for name in ordered if alike[name] >= SHARED]
     unrelated = [name for name in ordered if name not in related]
     left_out |= dict.fromkeys(unrelated, "another initialisation")
@@ -304,18 +304,18 @@ def survey_checkpoints(store: Store, member: Member, entries: Sequence[Mapping[s
 
 def _pairs(trials: Trials, related: Sequence[str], unrelated: Sequence[str]) -> list[Pair]:
     """The best with every other checkpoint; where few began alike, also those connected with it among themselves."""
-    found = [trials.pair(related[0], name) for name in (*related[1:], *unrelated)]
+    pairs = [trials.pair(related[0], name) for name in (*related[1:], *unrelated)]
     if len(related) <= ALL_PAIRS:
-        near = [pair.names[1] for pair in found if pair.is_connected]
-        found += [trials.pair(*names) for names in combinations(near, 2)]
-    return found
+        near = [pair.names[1] for pair in pairs if pair.is_connected]
+        pairs += [trials.pair(*names) for names in combinations(near, 2)]
+    return pairs
 
 
 def _usable(
     store: Store, member: Member, entries: Sequence[Mapping[str, str]]
 ) -> tuple[dict[str, Ingredient], dict[str, str]]:
     """The checkpoints with weights of their own that fit the first, and why the others are none: {stage: reason}."""
-    found: dict[str, Ingredient] = {}
+    ingredients: dict[str, Ingredient] = {}
     left_out: dict[str, str] = {}
     stage_of: dict[str, str] = {}
     for entry in entries:
@@ -325,12 +325,12 @@ def _usable(
             catalog.check_current(store.workspace, member, store.digests, stage)
             weights = ingredient.open()
         except UserError as error:
-            if not found:
+            if not ingredients:
                 raise
             logger.warning("%s; left out of the soups of %s", error, member.name)
             left_out[stage] = str(error)
             continue
-        first = next(iter(found.values())).open() if found else weights
+        first = next(iter(ingredients.values())).open() if ingredients else weights
         if lines := soups.state_dict_differences(first, weights):
             more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
             logger.warning("%s: left out of the soups of %s: %s%s", path, member.name, lines[0], more)
@@ -338,10 +338,10 @@ def _usable(
             continue
         same = stage_of.setdefault(_weights_digest(store, entry["sha256"], weights), stage)
         if same == stage:
-            found[stage] = ingredient
+            ingredients[stage] = ingredient
         else:
             left_out[stage] = f"the weights of {same}"
-    return found, left_out
+    return ingredients, left_out
 
 
 def _weights(path: Path) -> Mapping[str, Tensor]:
@@ -358,8 +358,8 @@ def _weights(path: Path) -> Mapping[str, Tensor]:
 def _weights_digest(store: Store, sha256: str, weights: Mapping[str, Tensor]) -> str:
     """Of the weights alone; remembered by the digest of the file."""
     key = digest_of(["weights", sha256])
-    known = store.digests.facts(key)
-    if known is None:
-        known = soups.weights_digest(weights)
-        store.digests.keep(key, known)
-    return known
+    digest: str | None = store.digests.facts(key)
+    if digest is None:
+        digest = soups.weights_digest(weights)
+        store.digests.keep(key, digest)
+    return digest

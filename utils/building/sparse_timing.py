@@ -1,4 +1,4 @@
-"""What it takes to answer by a sparse combiner, measured: real networks on real images, only those that are needed."""
+"""Time a sparse combiner: real networks on real images, only those members that each image needs."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ MOST, ENOUGH = 5, 0.5  # runs, and seconds of them, after which nothing is timed
 
 @dataclass
 class Stopwatch:
-    """Runs members' networks on some images of a split, and keeps how long forward passes and routing took.
+    """Run members' networks on some images of a split and measure forward passes and routing.
 
-    Opening a network, decoding, and one image to warm up are not counted: a service has its networks in memory. Pixels
-    lie on the device before the clock starts.
+    Opening a network, decoding and one image for the warm-up are not counted, since a service keeps its networks in
+    memory. Pixels are on the device before the clock starts.
     """
 
     store: Store
@@ -48,8 +48,8 @@ class Stopwatch:
 
     def run(self, member: int, rows: np.ndarray) -> np.ndarray:
         """Logits (n, C) of one member on some rows."""
-        own, found = self.members[member], []
-        spec, size = own.network(self.store.workspace), self.store.config.dataset.batch_size
+        chosen, logits = self.members[member], []
+        spec, size = chosen.network(self.store.workspace), self.store.config.dataset.batch_size
         with ExitStack() as stack:
             with self._pause():
                 pixels = self._pixels(spec.img_size)
@@ -58,10 +58,10 @@ class Stopwatch:
             for part in np.array_split(rows, -(-len(rows) // size)):
                 with self._pause():
                     batch = placed(_normalised(pixels, part, spec.img_size))
-                found.append(network(batch).float().cpu().numpy())
+                logits.append(network(batch).float().cpu().numpy())
             with self._pause():
                 stack.close()
-        return np.concatenate(found)[:, _columns(self.store, own)]
+        return np.concatenate(logits)[:, _columns(self.store, chosen)]
 
     @contextmanager
     def _pause(self) -> Iterator[None]:
@@ -77,13 +77,13 @@ class Stopwatch:
         return image_splits.open_images(self.images, img_size, image_cache=cache, threads=threads)
 
     def _per_image(self, once: Callable[[], Any]) -> float:
-        """Half of the runs took less; what takes long is run once."""
-        found: list[float] = []
-        while not found or (sum(found) < ENOUGH and len(found) < MOST):
+        """Median over the runs; a combiner that takes long is run once."""
+        seconds: list[float] = []
+        while not seconds or (sum(seconds) < ENOUGH and len(seconds) < MOST):
             self.uncounted, start = 0.0, time.perf_counter()
             once()
-            found.append(time.perf_counter() - start - self.uncounted)
-        return round(1000 * float(np.median(found)) / len(self.images.sample_ids), 4)
+            seconds.append(time.perf_counter() - start - self.uncounted)
+        return round(1000 * float(np.median(seconds)) / len(self.images.sample_ids), 4)
 
 
 def _normalised(pixels: Any, rows: np.ndarray, img_size: int) -> Tensor:
@@ -93,5 +93,5 @@ def _normalised(pixels: Any, rows: np.ndarray, img_size: int) -> Tensor:
 
 
 def _columns(store: Store, member: Member) -> list[int]:
-    """Places of the workspace's classes among the member's outputs."""
+    """Indices of the workspace's classes among the member's outputs."""
     return [member.classes.index(name) for name in store.catalog.classes]

@@ -1,4 +1,4 @@
-"""Stackers and the meta-fuser: what they may read, what they gain, and what they fall back to."""
+"""Stackers: what they may read, what they gain, and what they fall back to."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import pytest
 
 from utils.combiners.protocol import MemberFacts, fit_crossfitted
 from utils.core.config import validate
-from utils.ensemble_methods import COMBINERS as VOTES
-from utils.meta_methods import FUSERS, FuserInput, MetaFuserCombiner
+from utils.meta_methods import FUSERS
 from utils.numeric.metrics import log_loss, softmax
 from utils.stacking_methods import COMBINERS, Calibration, calibrate
 
@@ -22,8 +21,6 @@ QUICK = {
         "stacking": {"mlp_config": {"hidden_dims": [8], "epochs": 10, "lr": 0.01}, "xgb_config": {"n_estimators": 10}},
         "meta_fuser": {
             "mlp_config": {"hidden_dims": [8], "epochs": 10, "lr": 0.01},
-            "input_ensembles": ["soft_voting", "logit_averaging", "stacking_lr"],
-            "fuser_type": "attention",
         },
     }
 }
@@ -39,8 +36,8 @@ def rows():
     first = labels == 0
     logits[:2, first, 0] += 3
     logits[:2, ~first, 1:] += 3
-    own = np.where(labels == 2, 2, 1)
-    logits[2, np.arange(N), own] += 3
+    third = np.where(labels == 2, 2, 1)
+    logits[2, np.arange(N), third] += 3
     return logits, labels, rng.integers(0, 5, N)
 
 
@@ -78,52 +75,17 @@ def test_useless_learners_fall_back_to_the_mean():
     mean[np.arange(N), labels] = 0.8
     noise = rng.dirichlet(np.ones(C), N)
     folds = np.arange(N) % 5
-    found = calibrate(noise, mean, labels, folds, use_temperature=True, fallback=True)
-    assert found.weight < 0.02
-    alone = calibrate(noise, mean, labels, folds, use_temperature=True, fallback=False)
-    assert alone.weight == 1
+    with_fallback = calibrate(noise, mean, labels, folds, use_temperature=True, fallback=True)
+    assert with_fallback.weight < 0.02
+    without = calibrate(noise, mean, labels, folds, use_temperature=True, fallback=False)
+    assert without.weight == 1
 
 
-def test_temperature_and_share_are_applied_in_this_order():
+def test_temperature_and_weight_are_applied_in_this_order():
     probabilities, mean = np.array([[0.8, 0.2]]), np.array([[0.5, 0.5]])
-    found = Calibration(temperature=2.0, weight=0.25).apply(probabilities, mean)
-    use_temperature = np.sqrt(0.8) / (np.sqrt(0.8) + np.sqrt(0.2))
-    assert found[0, 0] == pytest.approx(0.25 * use_temperature + 0.75 * 0.5)
-
-
-@pytest.mark.parametrize("kind", sorted(FUSERS))
-def test_every_fuser_takes_the_inputs_unseen_predictions_and_nothing_else(rows, kind):
-    config = validate(
-        QUICK
-        | {
-            "runs": QUICK["runs"]
-            | {
-                "meta_fuser": {"fuser_type": kind}
-                | {key: value for key, value in QUICK["runs"]["meta_fuser"].items() if key != "fuser_type"}
-            }
-        },
-        source=Path("x"),
-    )
-    logits, labels, folds = rows
-    everyone = np.arange(M)
-    vote = VOTES["soft_voting"].configured(config, FACTS)
-    unseen = [np.random.default_rng(k).dirichlet(np.ones(C), N).astype(np.float32) for k in range(2)]
-    inputs = [FuserInput("soft_voting", vote, everyone, one) for one in unseen]
-    first = MetaFuserCombiner.over(config, FACTS, inputs)
-    found = fit_crossfitted(first, logits, labels, folds)
-    second = MetaFuserCombiner.over(config, FACTS, inputs)
-    np.testing.assert_array_equal(fit_crossfitted(second, np.zeros_like(logits), labels, folds), found)
-
-
-def test_a_fuser_keeps_the_members_of_its_inputs_alone(rows):
-    logits, labels, folds = rows
-    places = [np.array([0]), np.array([2])]
-    inputs = [FuserInput("soft_voting", VOTES["soft_voting"].configured(CONFIG, FACTS), own) for own in places]
-    fuser = MetaFuserCombiner.over(CONFIG, FACTS, inputs).fit(logits, labels, folds)
-    np.testing.assert_array_equal(fuser.used(M), [True, False, True])
-    np.testing.assert_allclose(
-        fuser.restricted(fuser.used(M)).predict_proba(logits[[0, 2]]), fuser.predict_proba(logits), atol=1e-12
-    )
+    calibrated = Calibration(temperature=2.0, weight=0.25).apply(probabilities, mean)
+    tempered = np.sqrt(0.8) / (np.sqrt(0.8) + np.sqrt(0.2))
+    assert calibrated[0, 0] == pytest.approx(0.25 * tempered + 0.75 * 0.5)
 
 
 def test_attention_weights_sum_to_one_and_depend_on_the_image(rows):

@@ -311,6 +311,10 @@ def test_an_assistant_stands_between(own):
     assert record(own, SMALL)["teacher"] == "CustomResNetMish_distilled"
     again = distill(own, SMALL, "distillation.assistant=CustomResNetMish", "distillation.epochs=1")
     assert again.document["built"] == []
+    # Another teacher changes the assistant alone, and by that the student's own teacher.
+    settings = (SMALL, "distillation.assistant=CustomResNetMish", "distillation.epochs=1")
+    other_teacher = distill(own, *settings, "distillation.teacher=CustomConvNeXt")
+    assert other_teacher.document["built"] == ["distilled_resnetmish", "distilled_convnext"]
 
 
 # images without labels ------------------------------------------------------------------------------------------------

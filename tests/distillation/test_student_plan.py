@@ -37,30 +37,28 @@ def test_an_assistant_is_the_student_of_the_first_step_and_the_teacher_of_the_se
     assert student_plan.names(settings) == ["distilled_resnetmish", "distilled_convnext"]
 
 
-def test_the_reasons_name_a_missing_build_other_inputs_and_a_teacher_that_is_gone(store):
-    assert student_plan.staleness_reasons(store) == {"distilled_convnext": "not built yet"}
+def test_the_reasons_name_a_missing_record_other_inputs_and_an_unknown_teacher(store):
+    assert "missing" in student_plan.stale_reason(store, "CustomConvNeXt", "forest")
     path = store.workspace.distillation("distilled_convnext") / "record.json"
     write_json(path, {"key": "of other settings", "teacher": "forest", "sha256": ""})
     student = students.resolve(store, "CustomConvNeXt")
     assert student_plan.read_student_record(store, student)["teacher"] == "forest"
-    assert "settings have changed" in student_plan.staleness_reasons(store)["distilled_convnext"]
-    of_unknown = Store(config(STUDENT, "distillation.teacher=forrest"), store.workspace, store.catalog)
-    assert "did you mean 'forest'" in student_plan.staleness_reasons(of_unknown)["distilled_convnext"]
+    assert "settings have changed" in student_plan.stale_reason(store, "CustomConvNeXt", "forest")
+    assert "did you mean 'forest'" in student_plan.stale_reason(store, "CustomConvNeXt", "forrest")
+
+
+def test_the_digest_of_a_step_depends_on_student_and_teacher(store):
+    pairs = [("CustomConvNeXt", "forest"), ("CustomConvNeXt", "linear"), ("CustomMobileOne", "forest")]
+    assert len({student_plan.step_digest(store, *pair) for pair in pairs}) == 3
 
 
 @pytest.mark.parametrize("name", student_plan.DIGEST_SETTINGS)
 def test_every_setting_of_the_training_is_part_of_the_digest(store, name):
-    from utils.distillation import teachers
-
     values = {"targets": "views", "mix": "mixup", "epochs": 3, "batch_size": 7, "views": 9}
     changed = Store(
         config(STUDENT, "distillation.teacher=forest", f"distillation.{name}={values.get(name, 0.123)}"),
         store.workspace,
         store.catalog,
     )
-    digests = set()
-    for each in (store, changed):
-        student = students.resolve(each, "CustomConvNeXt")
-        teacher = teachers.resolve(each, "forest", excluded_member=student.member)
-        digests.add(student_plan.inputs_digest(each, student, teacher, None))
-    assert len(digests) == 2
+    digests = [student_plan.step_digest(each, "CustomConvNeXt", "forest") for each in (store, changed)]
+    assert digests[0] != digests[1]

@@ -1,363 +1,135 @@
-"""The command `distill`: trains a student with a teacher, and compares it with the same network trained without one.
+"""The command `distill` and the builder of students.
 
-The student is a checkpoint in the base pipeline's format, a derived member and an ensemble of that member. The record
-of its build is in `ensembles/distillation/<ensemble>/`.
+A student is a checkpoint in the base pipeline's format, a derived member and an ensemble of that member. The record of
+its build is in `ensembles/distillation/<ensemble>/`.
 """
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
-
-from utils.building import ensembles, fitting
-from utils.building.ensembles import Provenance
-from utils.building.protocol import summary_line
-from utils.core import caches, estimates
-from utils.core.artifacts import digest_of, write_json
-from utils.core.config import Config, require_enabled
+from utils.building import protocol
+from utils.building.protocol import BUILT, UP_TO_DATE, Build, Builder, Session, summary_line
+from utils.core import caches
+from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
-from utils.discovery import discover
-from utils.distillation import student_comparison, student_plan, students, teachers, unlabeled
-from utils.distillation.controls import ALONE
+from utils.distillation import student_assembly, student_plan, students, teachers, unlabeled
+from utils.distillation.student_assembly import STUDENT
 from utils.distillation.student_plan import DistillationStep
-from utils.distillation.students import Student
-from utils.distillation.teachers import METHOD, Teacher
-from utils.numeric.metrics import softmax
-from utils.predictions import catalog, extraction, image_splits, streaming
-from utils.predictions.catalog import Member
-from utils.predictions.extraction import STREAMED_SPLITS
-from utils.predictions.image_splits import ImageSplit
+from utils.predictions import catalog
 from utils.predictions.store import Store
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from utils.distillation.student_training import StudentTrainingResult, StudentTrainingSettings
-    from utils.training.batch_schedule import BatchSchedule
-    from utils.training.image_source import ImageSource
-    from utils.training.progress import TrainingProgress
-
-logger = logging.getLogger("disease_pipeline")
-
-STUDENT = "student"  # key of the student's training in records; that of its control is ALONE
 
 
 def distill(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
     """Train the configured student with the configured teacher, by way of an assistant where one is configured.
 
-    A student that is up to date is kept unless `force`; an interrupted training resumes. Raises UserError for an
-    unknown student or teacher, for a workspace without images, and where the teacher cannot give targets.
+    The student is compared with the same network trained without a teacher. A student that is up to date is kept
+    unless `force`; an interrupted training resumes. Raises UserError for an unknown student or teacher, for a workspace
+    without images, and where the teacher cannot give targets.
     """
-    require_enabled(config, student_plan.CONFIG_KEY)
-    store = Store(config, workspace, catalog.load(workspace))
-    if not store.catalog.has_images:
-        raise UserError(
-            f"{workspace.split_dir}: no images, which a student is trained on; all members are imported. Put images "
-            "with the imported ids there, run discover and import-predictions again"
-        )
-    outcomes = []
-    for step in student_plan.distillation_steps(config):
-        store, outcome = _build_step(store, step, force)
-        outcomes.append(outcome)
-    store.digests.save()
-    lines = [line for outcome in outcomes for line in outcome.lines]
+    builders = protocol.enabled([StudentBuilder(resolves_best=True)], config)
+    session = Session(Store(config, workspace, catalog.load(workspace)), members=())
+    folders = {name: workspace.distillation(name) for name in student_plan.names(config)}
+    for folder in folders.values():
+        caches.remove_temporary_files(folder)
+    outcome = protocol.run(builders, session, force=force)
+    for name, state in outcome.states.items():
+        if state == UP_TO_DATE:  # a training may have been interrupted right after its record was written
+            student_assembly.remove_progress(folders[name])
     document = {
-        "built": [outcome.name for outcome in outcomes if outcome.is_fresh],
-        "up_to_date": [outcome.name for outcome in outcomes if not outcome.is_fresh],
-        "verdict": outcomes[-1].verdict,
+        "built": [name for name, state in outcome.states.items() if state == BUILT],
+        "up_to_date": [name for name, state in outcome.states.items() if state == UP_TO_DATE],
+        "verdict": _verdict(outcome.session.store),
         "folder": str(workspace.models),
     }
-    return Result("\n".join([*lines, f"written: {workspace.models}"]), document, next="evaluate")
+    lines = [*outcome.lines, f"written: {workspace.models}"]
+    return Result("\n".join(lines), document, list(outcome.failures), next="evaluate")
 
 
-@dataclass(frozen=True)
-class DistillationOutcome:
-    """The result of one step."""
-
-    name: str
-    is_fresh: bool
-    verdict: str
-    lines: tuple[str, ...]
+def _verdict(store: Store) -> str | None:
+    """Of the configured student, which is the last one."""
+    name = student_plan.distillation_steps(store.config)[-1].student
+    record = student_plan.read_student_record(store, students.resolve(store, name))
+    return record["verdict"] if record else None
 
 
-# one student ----------------------------------------------------------------------------------------------------------
+class StudentBuilder(Builder):
+    """The configured student, after its assistant where one is configured.
 
-
-def _build_step(store: Store, step: DistillationStep, force: bool) -> tuple[Store, DistillationOutcome]:
-    """The store whose catalog has the student, and the outcome."""
-    student = students.resolve(store, step.student)
-    teacher = teachers.resolve(store, step.teacher, excluded_member=student.member)
-    unlabeled_split = unlabeled.unlabeled_images(store)
-    digest = student_plan.inputs_digest(store, student, teacher, unlabeled_split)
-    record = student_plan.read_student_record(store, student)
-    folder = store.workspace.distillation(student.ensemble)
-    caches.remove_temporary_files(folder)
-    if not force and record is not None and student_plan.is_up_to_date(store, student, record, digest):
-        _remove_progress(folder)  # of a training that was interrupted right after its record was written
-        return store, _outcome(store, student, record, is_fresh=False)
-    students.require_architecture(student.name)
-    store, record = _build(store, student, teacher, unlabeled_split, digest, force)
-    return store, _outcome(store, student, record, is_fresh=True)
-
-
-def _outcome(store: Store, student: Student, record: Mapping[str, Any], *, is_fresh: bool) -> DistillationOutcome:
-    epochs = record["epochs"][STUDENT]
-    stopped = f"stopped after {epochs['run']}" if epochs["stopped"] else f"{epochs['run']} epochs"
-    targets = f"{record['targets']['kind']} ({record['targets']['rows']})"
-    lines = (
-        summary_line(store.workspace, student.ensemble, "built" if is_fresh else "up to date"),
-        f"    teacher {record['teacher']}, targets {targets}; {stopped}, epoch {epochs['best'] + 1} selected on val",
-        f"    on val, on which the epochs were selected: {record['verdict']}",
-    )
-    return DistillationOutcome(student.ensemble, is_fresh, record["verdict"], lines)
-
-
-@dataclass(frozen=True)
-class _StudentImages:
-    """The images of student and control: size, augmentation, cache and device."""
-
-    store: Store
-    student: Student
-    facts: Mapping[str, str]
-    """What the checkpoint of the student's reference member records of its training."""
-    device: str
-    threads: int
-
-    def source(self, images: ImageSplit) -> ImageSource:
-        """Images at the student's size with its augmentation."""
-        from utils.training.image_source import ImageSource, augmentation_kind
-
-        augmentation, cache = augmentation_kind(self.facts), self.store.workspace.image_cache
-        return ImageSource(images, self.student.img_size, augmentation, image_cache=cache, threads=self.threads)
-
-    def decode(self, teacher: Teacher, images: ImageSplit) -> None:
-        """Decode every image once, at each size that a network reads."""
-        members = teachers.members_of(self.store, teacher)
-        sizes = sorted({size for size in (self.student.img_size, *(member.img_size for member in members)) if size})
-        splits = [images, *(self.store.images(split) for split in STREAMED_SPLITS)]
-        image_splits.decode(splits, sizes, image_cache=self.store.workspace.image_cache, threads=self.threads)
-
-
-def _build(
-    store: Store, student: Student, teacher: Teacher, unlabeled_split: ImageSplit | None, digest: str, force: bool
-) -> tuple[Store, dict[str, Any]]:
-    """Train and write the student and its control; returns the store whose catalog has the student, and the record."""
-    from utils.distillation import target_sources
-    from utils.distillation.student_training import train
-
-    start = time.monotonic()
-    kind, crossfit = target_sources.resolve_kind(store, teacher, store.images("train"))
-    images = _StudentImages(
-        store,
-        student,
-        students.training_facts(store, student),
-        streaming.resolve_device(store.config.device),
-        image_splits.decoding_threads(store.config.dataset.num_workers),
-    )
-    train_images = unlabeled.append_unlabeled(store.images("train"), unlabeled_split)
-    images.decode(teacher, train_images)
-    progress = _progress(store, student, [digest, kind], force)
-    model = students.initial_network(store, student)
-    _warn_of_size(store, student, teacher, model)
-    logger.info(
-        "training %s with the teacher %s, targets %s: %s",
-        *(student.name, teacher.name, kind, _estimate(store, model, train_images)),
-    )
-    targets = target_sources.prepare(
-        store, teacher, images.source(train_images), kind, crossfit, ensemble=student.ensemble
-    )
-    trained = train(
-        model,
-        _training_settings(store, student),
-        targets.batch_schedule,
-        targets.epoch_targets,
-        images.source(store.images("val")),
-        device=images.device,
-        progress=progress[STUDENT],
-    )
-    alone, alone_probs = _train_alone(images, targets.batch_schedule, progress[ALONE])
-    settings = store.config.distillation
-    facts = {
-        "teacher": teacher.name,
-        "targets": {
-            "kind": kind,
-            "rows": target_sources.ROWS[kind],
-            "views": targets.batch_schedule.n_views,
-            "digest": targets.digest,
-            "unlabeled": 0 if unlabeled_split is None else len(unlabeled_split.paths),
-        },
-        "temperature": settings.temperature,
-        "alpha": settings.alpha,
-        "epochs": {STUDENT: _epochs(trained), ALONE: _epochs(alone)},
-        "history": {STUDENT: trained.history, ALONE: alone.history},
-    }
-    store = _add_member(store, student, teacher, trained, images.facts, kind)
-    derived = store.catalog.members[student.member]
-    _build_ensemble(store, student, teacher, derived, digest, facts)
-    verdict = student_comparison.compare_on_val(store, student, teacher, derived, alone_probs)
-    record = facts | {
-        "key": digest,
-        "name": student.ensemble,
-        "student": student.name,
-        "member": derived.name,
-        "sha256": derived.checkpoints[0]["sha256"],
-        "costs": student_comparison.measure_costs(store, teacher, derived),
-        "verdict": verdict,
-        "seconds": round(time.monotonic() - start, 1),
-    }
-    write_json(store.workspace.distillation(student.ensemble) / "record.json", record)
-    _remove_progress(store.workspace.distillation(student.ensemble))
-    return store, record
-
-
-def _progress(store: Store, student: Student, key: list[str], force: bool) -> dict[str, TrainingProgress]:
-    """Progress files of student and control; `force` removes them first."""
-    from utils.training.progress import TrainingProgress
-
-    folder = store.workspace.distillation(student.ensemble)
-    if force:
-        _remove_progress(folder)
-    return {
-        name: TrainingProgress(folder / f"progress_{name}.pth", digest_of([*key, name])) for name in (STUDENT, ALONE)
-    }
-
-
-def _remove_progress(folder: Path) -> None:
-    for path in folder.glob("progress_*.pth"):
-        path.unlink(missing_ok=True)
-
-
-def _training_settings(store: Store, student: Student) -> StudentTrainingSettings:
-    from utils.distillation.student_training import StudentTrainingSettings
-
-    settings = store.config.distillation
-    return StudentTrainingSettings(
-        student.architecture,
-        settings.epochs,
-        settings.lr,
-        settings.temperature,
-        settings.alpha,
-        seed=store.config.seed,
-    )
-
-
-def _train_alone(
-    images: _StudentImages, student_schedule: BatchSchedule, progress: TrainingProgress
-) -> tuple[StudentTrainingResult, dict[str, np.ndarray]]:
-    """Train the control, and its probabilities {split: (N, C)}.
-
-    It is the same network with the same initial weights, trained without a teacher on as many images with the same
-    augmentation.
+    With `resolves_best` the teacher `best` is resolved again, which may run networks; otherwise it is that of the last
+    build.
     """
-    from utils.distillation.student_training import predict_logits, train
-    from utils.training.batch_schedule import NEVER, BatchSchedule
 
-    store, settings = images.store, images.store.config.distillation
-    source = images.source(store.images("train"))
-    schedule = BatchSchedule(
-        source,
-        settings.batch_size,
-        store.config.seed,
-        np.full(len(source), NEVER),
-        n_views=student_schedule.n_views,
-        mix=settings.mix,
-    )
-    epochs = -(-settings.epochs * len(student_schedule.image_source) // len(source))
-    training_settings = replace(_training_settings(store, images.student), epochs=epochs, alpha=0.0)
-    model = students.initial_network(store, images.student)
-    validation_set = images.source(store.images("val"))
-    alone = train(model, training_settings, schedule, None, validation_set, device=images.device, progress=progress)
-    probabilities = {
-        split: softmax(predict_logits(model, images.source(store.images(split)), images.device, alone.weights))
-        for split in STREAMED_SPLITS
-    }
-    return alone, probabilities
+    config_key = student_plan.CONFIG_KEY
 
+    def __init__(self, *, resolves_best: bool = False) -> None:
+        self.resolves_best = resolves_best
 
-def _add_member(
-    store: Store,
-    student: Student,
-    teacher: Teacher,
-    trained: StudentTrainingResult,
-    reference_facts: Mapping[str, str],
-    kind: str,
-) -> Store:
-    """Write the student's checkpoint; returns the store whose catalog has its member."""
-    settings = store.config.distillation
-    facts = {  # the order of the keys is part of the checkpoint's bytes
-        **reference_facts,
-        "accuracy": trained.history[trained.epoch]["val_accuracy"],
-        "epoch": trained.epoch,
-        "parents": list(teacher.ensemble.members),
-        "teacher": teacher.name,
-        "targets": kind,
-        "temperature": settings.temperature,
-        "alpha": settings.alpha,
-    }
-    students.write_student(store, student, trained.weights, facts)
-    updated = discover.register_derived(
-        store.config, store.workspace, store.digests, store.images("train"), store.catalog, [student.member]
-    )
-    return store.with_catalog(updated)
+    def names(self, session: Session) -> list[str]:
+        """The students' ensembles, an assistant's first."""
+        return student_plan.names(session.config) if session.config.distillation.enable else []
 
+    def check(self, session: Session) -> None:
+        """Raise UserError for a workspace without images."""
+        if not session.catalog.has_images:
+            raise UserError(
+                f"{session.workspace.split_dir}: no images, which a student is trained on; all members are imported. "
+                "Put images with the imported ids there, run discover and import-predictions again"
+            )
 
-def _build_ensemble(
-    store: Store, student: Student, teacher: Teacher, derived: Member, digest: str, facts: Mapping[str, Any]
-) -> None:
-    """Write the ensemble of the student's member alone; `facts` are recorded in its `ensemble.json`.
+    def inputs_digest(self, session: Session, name: str) -> str:
+        """Digest of the student's teacher, images, settings and initial weights."""
+        step = self._steps(session)[name]
+        return student_plan.step_digest(session.store, step.student, self._teacher(session, step))
 
-    Its out-of-sample rows are those of val. What the teacher was fitted on counts as fitted on for the student.
-    """
-    extraction.ensure(store, [derived], STREAMED_SPLITS)
-    val_rows = fitting.out_of_sample_rows(store, [derived])
-    fitting.build(
-        store,
-        student.ensemble,
-        METHOD,
-        ensembles.COMBINERS[METHOD].configured(store.config, fitting.member_facts(store, [derived])),
-        [derived],
-        val_rows,
-        extra_inputs=digest,
-        prior_provenance=[teacher.ensemble.provenance, Provenance((), fitting.row_sets(val_rows.rows))],
-        notes={"distillation": facts},
-    )
+    def stale_reason(self, session: Session, name: str, record: Mapping[str, Any]) -> str | None:
+        """The reason why the student on disk is out of date; None where it is up to date."""
+        step = self._steps(session)[name]
+        return student_plan.stale_reason(session.store, step.student, self._teacher(session, step))
 
+    def build(self, session: Session, names: Sequence[str], *, force: bool) -> Build:
+        """Train the named students, and those after them whose teacher has changed by that."""
+        built: list[str] = []
+        for name, step in self._steps(session).items():
+            state = protocol.state_of(session, name, self) if built else None
+            if name not in names and (state is None or state.state == protocol.CURRENT):
+                continue
+            store = session.store
+            student = students.resolve(store, step.student)
+            teacher = teachers.resolve(store, step.teacher, excluded_member=student.member)
+            unlabeled_split = unlabeled.unlabeled_images(store)
+            students.require_architecture(student.name)
+            digest = student_plan.inputs_digest(store, student, teacher, unlabeled_split)
+            store = student_assembly.build_student(store, student, teacher, unlabeled_split, digest, force)
+            session = session.with_catalog(store.catalog)
+            built.append(name)
+        return Build(session, tuple(built))
 
-def _epochs(result: StudentTrainingResult) -> dict[str, Any]:
-    return {"run": len(result.history), "best": result.epoch, "stopped": result.is_early_stopped}
+    def describe_one(self, session: Session, name: str, state: str) -> list[str]:
+        """The ensemble, its teacher, targets and epochs, and the comparison with its controls on val."""
+        student = students.resolve(session.store, self._steps(session)[name].student)
+        record = student_plan.read_student_record(session.store, student)
+        assert record is not None  # it is built or up to date
+        epochs = record["epochs"][STUDENT]
+        stopped = f"stopped after {epochs['run']}" if epochs["stopped"] else f"{epochs['run']} epochs"
+        targets = f"{record['targets']['kind']} ({record['targets']['rows']})"
+        selected = f"epoch {epochs['best'] + 1} selected on val"
+        return [
+            summary_line(session.workspace, name, state),
+            f"    teacher {record['teacher']}, targets {targets}; {stopped}, {selected}",
+            f"    on val, on which the epochs were selected: {record['verdict']}",
+        ]
 
+    def _steps(self, session: Session) -> dict[str, DistillationStep]:
+        steps = student_plan.distillation_steps(session.config)
+        return {students.ensemble_name(step.student): step for step in steps}
 
-def _model_bytes(model: nn.Module) -> int:
-    return 4 * sum(parameter.numel() for parameter in model.parameters())
-
-
-def _warn_of_size(store: Store, student: Student, teacher: Teacher, model: nn.Module) -> None:
-    student_mb, teacher_mb = _model_bytes(model) / 1e6, teachers.size_mb(store, teacher)
-    if teacher_mb is not None and student_mb > teacher_mb:
-        logger.warning(
-            "the student %s is larger than its teacher %s (%.1f MB, %.1f MB): it saves nothing",
-            *(student.name, teacher.name, student_mb, teacher_mb),
-        )
-
-
-def _estimate(store: Store, model: nn.Module, images: ImageSplit) -> estimates.Estimate:
-    """Of both trainings, one after the other."""
-    settings = store.config.distillation
-    return estimates.estimate_training(
-        [_model_bytes(model)],
-        len(images.paths),
-        epochs=2 * settings.epochs,
-        kept=1,
-        batch_size=settings.batch_size,
-        img_size=store.config.dataset.img_size,
-        on_cuda=streaming.resolve_device(store.config.device) != "cpu",
-        cores=1,
-    )
+    def _teacher(self, session: Session, step: DistillationStep) -> str:
+        """Name of the step's teacher, `best` only with `resolves_best`."""
+        if step.teacher != teachers.BEST or self.resolves_best:
+            return step.teacher
+        record = student_plan.read_student_record(session.store, students.resolve(session.store, step.student))
+        return step.teacher if record is None else str(record["teacher"])

@@ -45,27 +45,26 @@ def names(config: Config) -> list[str]:
     return [students.ensemble_name(step.student) for step in distillation_steps(config)]
 
 
-def staleness_reasons(store: Store) -> dict[str, str | None]:
-    """{ensemble: why the student on disk is out of date; None where it is up to date}; needs no torch."""
-    reasons: dict[str, str | None] = {}
-    for step in distillation_steps(store.config):
-        student = students.resolve(store, step.student)
-        record = read_student_record(store, student)
-        if record is None:
-            reasons[student.ensemble] = "not built yet"
-            continue
-        # Only `distill` resolves `best` again, since that may have to run networks.
-        name = record["teacher"] if step.teacher == teachers.BEST else step.teacher
-        try:
-            teacher = teachers.resolve(store, name, excluded_member=student.member)
-            digest = inputs_digest(store, student, teacher, unlabeled.unlabeled_images(store))
-            is_current = is_up_to_date(store, student, record, digest)
-            reasons[student.ensemble] = (
-                None if is_current else "teacher, images or settings have changed since the build"
-            )
-        except UserError as error:
-            reasons[student.ensemble] = str(error)
-    return reasons
+def stale_reason(store: Store, name: str, teacher_name: str) -> str | None:
+    """Why the student `name` on disk is not what its teacher would give now; None where it is; needs no torch."""
+    student = students.resolve(store, name)
+    record = read_student_record(store, student)
+    if record is None:
+        return "its record of distillation is missing"
+    try:
+        digest = step_digest(store, name, teacher_name)
+    except UserError as error:
+        return str(error)
+    if is_up_to_date(store, student, record, digest):
+        return None
+    return "its teacher, images or settings have changed since the build"
+
+
+def step_digest(store: Store, name: str, teacher_name: str) -> str:
+    """`inputs_digest` of a student and a teacher by their names. Raises UserError where the teacher cannot be used."""
+    student = students.resolve(store, name)
+    teacher = teachers.resolve(store, teacher_name, excluded_member=student.member)
+    return inputs_digest(store, student, teacher, unlabeled.unlabeled_images(store))
 
 
 def read_student_record(store: Store, student: Student) -> dict[str, Any] | None:

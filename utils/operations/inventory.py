@@ -16,13 +16,14 @@ from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.parsed_files import record_once
 from utils.core.workspace import SPLITS, Workspace
-from utils.distillation import student_plan
+from utils.distillation.student_builder import StudentBuilder
 from utils.evaluation import scoring
 from utils.predictions import catalog
 from utils.predictions.catalog import Catalog, Member
 from utils.predictions.store import Store
 
 SCORED_SPLITS = ("val", "test")
+ALL_BUILDERS = BUILDERS | {"distill": (StudentBuilder(),)}
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,6 @@ def take(config: Config, workspace: Workspace) -> Inventory:
         requested = _requested(session, states)
     except UserError as error:
         return Inventory(of_catalog, content, ensembles=states, problems=(str(error),))
-    if config.distillation.enable:
-        states |= _student_states(store, states)
-        requested["distill"] = tuple(student_plan.names(config))
     for name in (name for names in requested.values() for name in names):
         states.setdefault(name, State(MISSING))
     in_use = scoring.members_to_score(content, session.members, saved)
@@ -85,7 +83,7 @@ def take(config: Config, workspace: Workspace) -> Inventory:
 
 def _saved_states(session: Session, saved: Mapping[str, Ensemble]) -> dict[str, State]:
     """Of saved ensembles, by the builder that covers them where there is one."""
-    builders = [builder for group in BUILDERS.values() for builder in group]
+    builders = [builder for group in ALL_BUILDERS.values() for builder in group]
     states = {}
     for name in saved:
         builder = next((builder for builder in builders if builder.covers(session, name)), None)
@@ -96,7 +94,7 @@ def _saved_states(session: Session, saved: Mapping[str, Ensemble]) -> dict[str, 
 def _requested(session: Session, states: dict[str, State]) -> dict[str, tuple[str, ...]]:
     """{command: ensembles that it would keep up to date}; a saved one that its last build left out becomes stale."""
     requested = {}
-    for command, builders in BUILDERS.items():
+    for command, builders in ALL_BUILDERS.items():
         names: list[str] = []
         for builder in builders:
             left_out = builder.left_out(session)
@@ -171,19 +169,6 @@ def _saved(workspace: Workspace) -> tuple[dict[str, Ensemble], dict[str, State]]
         except UserError as error:
             states[name] = State(DAMAGED, (str(error),))
     return saved, states
-
-
-def _student_states(store: Store, states: Mapping[str, State]) -> dict[str, State]:
-    """Of the students that the configuration asks for; `states` are those of the ensembles by themselves."""
-    try:
-        reasons = student_plan.staleness_reasons(store)
-    except UserError as error:
-        return dict.fromkeys(student_plan.names(store.config), State(DAMAGED, (str(error),)))
-    known = {name: states.get(name, State(MISSING)) for name in reasons}
-    return {
-        name: State(STALE, (reason,)) if reason and known[name].state == CURRENT else known[name]
-        for name, reason in reasons.items()
-    }
 
 
 def _predictions_state(store: Store, member: Member, split: str) -> State:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from utils.core.errors import UserError
-from utils.evaluation import example_images, report_data
-from utils.evaluation.example_images import ExampleImage, LabelledPredictions
+from utils.evaluation import report_data
+from utils.evaluation.example_images import LabelledPredictions
 from utils.numeric import diversity
 from utils.numeric.metrics import softmax
 from utils.predictions.rows import UNKNOWN, MemberRows
@@ -60,41 +60,3 @@ def test_mutual_information_of_members():
     assert values == pytest.approx([0, np.log(2), 0], abs=1e-12)
     of_rows = diversity.mutual_information(np.array([[[0.5, 0.5], [1.0, 0.0]], [[0.5, 0.5], [0.0, 1.0]]]))
     np.testing.assert_allclose(of_rows, [0, np.log(2)], atol=1e-12)
-
-
-def test_the_surest_errors_come_first_and_ties_by_name():
-    predictions = LabelledPredictions(
-        np.array(["d", "c", "b", "a", "e"]),
-        np.array([0, 1, 1, 1, 0]),
-        np.array([[0.9, 0.1], [0.8, 0.2], [0.8, 0.2], [0.99, 0.01], [0.4, 0.6]]),
-    )
-    found = example_images.confident_errors("test", predictions, None, 3)
-    assert [item.sample_id for item in found] == ["a", "b", "c"]
-    assert (found[0].predicted, found[0].label, found[0].probability) == (0, 1, 0.99)
-    assert found[0].label_probability == pytest.approx(0.01)
-
-
-def test_disputed_rows_are_those_not_shown_yet_on_which_members_differ():
-    predictions = LabelledPredictions(np.array(["a", "b", "c"]), np.zeros(3, dtype=int), np.full((3, 2), 0.5))
-    found = example_images.disagreements("test", predictions, np.array([0.5, 0.0, 0.2]), 5, {"a"})
-    assert [(item.sample_id, item.disagreement) for item in found] == [("c", 0.2)]
-    assert example_images.disagreements("test", predictions, None, 5, set()) == []
-
-
-@pytest.mark.parametrize(
-    ("counts", "expected"),
-    [
-        ((20, 20, 20), (8, 6, 6)),
-        ((2, 20, 20), (2, 12, 6)),
-        ((2, 3, 20), (2, 3, 15)),
-        ((20, 0, 0), (20, 0, 0)),
-        ((0, 0, 0), (0, 0, 0)),
-    ],
-)
-def test_places_that_one_kind_leaves_go_to_the_others(counts, expected):
-    found = {
-        kind: [ExampleImage(kind, "test", str(number), 0, 1, 0.9, 0.1, None) for number in range(count)]
-        for kind, count in zip(example_images.QUOTAS, counts, strict=True)
-    }
-    chosen = [item.kind for item in example_images.apply_quotas(found, 20)]
-    assert tuple(map(chosen.count, example_images.QUOTAS)) == expected

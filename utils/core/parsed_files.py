@@ -11,8 +11,10 @@ import numpy as np
 
 from utils.core.artifacts import open_array, read_record
 
-_read: dict[Path, tuple[tuple[int, int, int], Any]] = {}
-"""path -> (inode, time of change and size of the file; what was read)"""
+MAX_OPEN_ARRAYS = 256  # each holds a file descriptor, of which a process has 1,024 by default
+_records: dict[Path, tuple[tuple[int, int, int], Any]] = {}
+_arrays: dict[Path, tuple[tuple[int, int, int], Any]] = {}
+"""path -> (inode, time of change and size of the file; what was read), the least recently opened first"""
 
 
 def record_once(path: Path, *, remedy: str, form: Mapping[str, type] = MappingProxyType({})) -> dict[str, Any] | None:
@@ -21,22 +23,31 @@ def record_once(path: Path, *, remedy: str, form: Mapping[str, type] = MappingPr
         signature = _signature(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return _once(path, signature, lambda: read_record(path, remedy=remedy, form=form))
+    record: dict[str, Any] | None = _once(
+        _records, path, signature, lambda: read_record(path, remedy=remedy, form=form)
+    )
+    return record
 
 
 def array_once(path: Path, *, remedy: str) -> np.ndarray:
-    """As `artifacts.open_array`: a read-only memory map, which takes no memory of its own."""
+    """As `artifacts.open_array`: a read-only memory map, which takes no memory of its own.
+
+    The `MAX_OPEN_ARRAYS` that were opened last are kept; an earlier one is opened again when it is needed.
+    """
     try:
         signature = _signature(path)
     except OSError:
         return open_array(path, remedy=remedy)  # which names the file and the remedy
-    array: np.ndarray = _once(path, signature, lambda: open_array(path, remedy=remedy))
+    array: np.ndarray = _once(_arrays, path, signature, lambda: open_array(path, remedy=remedy))
+    while len(_arrays) > MAX_OPEN_ARRAYS:
+        del _arrays[next(iter(_arrays))]
     return array
 
 
 def forget() -> None:
     """Drop what was read, as a new process would."""
-    _read.clear()
+    _records.clear()
+    _arrays.clear()
 
 
 def _signature(path: Path) -> tuple[int, int, int]:
@@ -44,7 +55,13 @@ def _signature(path: Path) -> tuple[int, int, int]:
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
-def _once(path: Path, signature: tuple[int, int, int], read: Callable[[], Any]) -> Any:
-    if path not in _read or _read[path][0] != signature:
-        _read[path] = (signature, read())
-    return _read[path][1]
+def _once(
+    kept: dict[Path, tuple[tuple[int, int, int], Any]],
+    path: Path,
+    signature: tuple[int, int, int],
+    read: Callable[[], Any],
+) -> Any:
+    if path not in kept or kept[path][0] != signature:
+        kept.pop(path, None)
+        kept[path] = (signature, read())
+    return kept[path][1]

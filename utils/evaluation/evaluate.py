@@ -63,7 +63,7 @@ def evaluate(
     ensembles = {name: entry.ensemble for name, entry in saved.items()}
     selected = catalog.select(store.catalog, config)
     members = scoring.members_to_score(store.catalog, selected, ensembles)
-    _require_known(model_name, [*saved, *members])
+    _require_existing(model_name, [*saved, *members])
     if not saved:
         logger.warning("no ensemble is built; members alone are evaluated. Run build-ensemble first")
     digest = scoring.inputs_digest(store, ensembles, members, split)
@@ -110,12 +110,12 @@ def _options(
     return UncertaintyOptions(alpha, target_risk, class_conditional)
 
 
-def _require_known(name: str | None, known: Sequence[str]) -> None:
+def _require_existing(name: str | None, available: Sequence[str]) -> None:
     """Raise UserError for a name that no member and no ensemble has."""
-    if name is not None and name not in known:
+    if name is not None and name not in available:
         raise UserError(
             f"--model-name {name}: neither a member nor an ensemble. Ensembles are built by: python "
-            f"ensemble_orchestrator.py build-ensemble. Known: {', '.join(known)}{did_you_mean(name, known)}"
+            f"ensemble_orchestrator.py build-ensemble. Available: {', '.join(available)}{did_you_mean(name, available)}"
         )
 
 

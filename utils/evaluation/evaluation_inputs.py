@@ -76,8 +76,8 @@ class Costs:
     combiners: Mapping[str, latency.Record]
     """{ensemble: its combiner}"""
     unmeasured: Mapping[str, str]
-    """{member or ensemble: why no latency is known}"""
-    bytes: Mapping[str, int | None]
+    """{member or ensemble: why there is no latency}"""
+    sizes: Mapping[str, int | None]
     """{model: bytes of its checkpoints and its combiner}; None where a file is missing"""
     missing_files: Mapping[str, Sequence[str]]
     """{model: names of files that are missing}"""
@@ -284,7 +284,7 @@ def _scored_ensemble(
         if failed:
             raise UserError(f"its member {failed[0]}: {unstreamed[failed[0]]}")
         parts = dict(fold_rows)
-        if ensemble.combiner.reads_embeddings:  # of the full networks: every fold network has a space of its own
+        if ensemble.combiner.reads_embeddings:  # those of the full network; fold networks have no common space
             parts = _open_embedded(store, ensemble.members, split, embedded)
         if ensemble.combiner.reads_embeddings and ensemble.inference == fold_networks.FOLDS:
             parts = {name: replace(part, logits=fold_rows[name].logits) for name, part in parts.items()}
@@ -338,7 +338,7 @@ def _costs(
     split: str,
     embedded: dict[str, MemberRows],
 ) -> Costs:
-    """Latencies, measured where they are not stored yet, and sizes; of imported members none is known."""
+    """Latencies, measured where they are not stored yet, and sizes; imported members have neither."""
     catalogued = store.catalog.members
     measurable = [model for model in models if all(catalogued[name].source != IMPORTED for name in model.members)]
     members = [catalogued[name] for name in sorted({name for model in measurable for name in model.members})]

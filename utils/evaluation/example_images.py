@@ -18,7 +18,7 @@ from utils.numeric.metrics import softmax
 from utils.predictions.rows import UNKNOWN, MemberRows
 
 MAX_EXAMPLES = 20
-QUOTAS = {"wrong": 8, "disputed": 6, "mislabelled": 6}
+QUOTAS = {"wrong": 8, "disagreement": 6, "mislabelled": 6}
 BLOCK = 4096  # rows at a time, whatever the number of classes
 
 
@@ -58,7 +58,7 @@ class ExampleImage:
     """One image that is worth inspecting."""
 
     kind: str
-    """wrong, disputed or mislabelled"""
+    """wrong, disagreement or mislabelled"""
     split: str
     sample_id: str
     label: int
@@ -93,7 +93,7 @@ def choose(
         disagreement = mutual_information(member_rows, predictions.sample_ids)
         ordered["wrong"] = confident_errors(split, predictions, disagreement, count)
         shown = {item.sample_id for item in ordered["wrong"][: QUOTAS["wrong"]]}
-        ordered["disputed"] = disagreements(split, predictions, disagreement, count, shown)
+        ordered["disagreement"] = disagreements(split, predictions, disagreement, count, shown)
     ordered["mislabelled"] = _likely_mislabelled(_out_of_sample_predictions(focus, out_of_sample, crossfit), count)
     examples = apply_quotas(ordered, count)
     parts = {name: {part.split: part for part in rows} for name, rows in out_of_sample.items()}
@@ -128,7 +128,7 @@ def disagreements(
         return []
     rows = np.flatnonzero((disagreement > 1e-6) & ~np.isin(predictions.sample_ids, list(shown)))
     order = sorted(rows.tolist(), key=lambda row: (-disagreement[row], str(predictions.sample_ids[row])))
-    return [_example("disputed", split, predictions, row, disagreement) for row in order[:count]]
+    return [_example("disagreement", split, predictions, row, disagreement) for row in order[:count]]
 
 
 def mutual_information(member_rows: Mapping[str, MemberRows], sample_ids: np.ndarray) -> np.ndarray | None:

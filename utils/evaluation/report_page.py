@@ -26,7 +26,7 @@ KEY = re.compile(rb'<meta name="inputs" content="([0-9a-f]{64})">')
 HEAD_BYTES = 4096  # that hold the key
 EXPLANATIONS = {
     "wrong": "The predicted class has a high probability and differs from the label: the model or the label is wrong.",
-    "disputed": "Members predict different classes with confidence. Further training images like these help most.",
+    "disagreement": "Members predict different classes with confidence. Further training images like these help most.",
     "mislabelled": "Out-of-sample predictions contradict these labels. Check the labels first.",
 }
 

@@ -29,7 +29,7 @@ from utils.numeric.pareto import pareto_front
 
 KINDS = {
     "wrong": "Confident errors",
-    "disputed": "Largest disagreement",
+    "disagreement": "Largest disagreement",
     "mislabelled": "Likely mislabelled",
 }
 NONE = "-"
@@ -392,7 +392,7 @@ def provenance(config: Config, data: ReportData) -> dict[str, Any]:
 
 def commands(config: Config, data: ReportData) -> list[str]:
     """Commands that reproduce the report and use the model that it recommends."""
-    common = ["--config", str(config.source), *_overrides(config), "--workspace", str(data.workspace.base)]
+    common = ["--config", str(config.source), *config_overrides(config), "--workspace", str(data.workspace.base)]
     common += ["--output", str(data.workspace.output)] if data.workspace.output else []
     program = ["python", "ensemble_orchestrator.py"]
     lines = [[*program, "discover"]]
@@ -403,7 +403,7 @@ def commands(config: Config, data: ReportData) -> list[str]:
     return [shlex.join([*line, *common]) for line in lines]
 
 
-def _overrides(config: Config) -> list[str]:
+def config_overrides(config: Config) -> list[str]:
     """`--set KEY=VALUE` for every value that is not the file's."""
     if not Path(config.source).is_file():
         return []

@@ -212,7 +212,7 @@ def _size_mb(model: ScoredModel, inputs: EvaluationInputs, notes: dict[str, str]
     if imported:
         notes["size_mb"] = f"imported predictions: {', '.join(imported)}"
         return None
-    size = inputs.costs.bytes[model.name]
+    size = inputs.costs.sizes[model.name]
     if size is None:
         notes["size_mb"] = f"missing files: {', '.join(inputs.costs.missing_files[model.name])}"
         return None

@@ -1,0 +1,42 @@
+"""Figures as parts of a page."""
+
+from __future__ import annotations
+
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from utils.evaluation import report_figures
+from utils.evaluation.report_figures import Bar
+
+BINS = {"confidence": [0.25, 0.75], "accuracy": [None, 0.8], "count": [0, 10]}
+FIGURES = {
+    "forest": lambda label: report_figures.forest([Bar("a", 0.9, 0.8, 1.0, "ensemble", True)], "accuracy", label),
+    "front": lambda label: report_figures.front({"a": (1.0, 0.9), "b": (2.0, 0.8)}, {"a"}, "b", "ms", label),
+    "reliability": lambda label: report_figures.reliability([("before", BINS), ("after", BINS)], label),
+    "confusion": lambda label: report_figures.confusion([[3, 1], [0, 4]], ["ant", "bee"], label),
+    "pairs": lambda label: report_figures.pairs(np.eye(2), ["a", "b"], label),
+    "risk_coverage": lambda label: report_figures.risk_coverage({"a": ([0.5, 1.0], [0.0, 0.1])}, label),
+}
+
+
+@pytest.mark.parametrize("kind", FIGURES)
+def test_a_figure_is_labelled_svg_in_the_colours_of_the_page(kind):
+    svg = FIGURES[kind]('errors < 5 & "more"')
+    root = ElementTree.fromstring(svg.replace("xlink:href", "href"))
+    assert root.attrib["aria-label"] == 'errors < 5 & "more"'
+    assert not set(report_figures.VARIABLES) & set(re.findall(r"#[0-9a-f]{6}", svg))
+    assert FIGURES[kind]('errors < 5 & "more"') == svg
+
+
+def test_ids_of_two_figures_differ():
+    ids = [set(re.findall(r' id="([^"]+)"', FIGURES["front"](label))) for label in ("one", "other")]
+    assert not ids[0] & ids[1]
+
+
+def test_names_are_text_and_no_formulas():
+    svg = report_figures.confusion([[1, 0], [0, 1]], ["$x_1$", "<b>"], "label")
+    assert "$x_1$" in svg
+    assert "&lt;b&gt;" in svg

@@ -117,12 +117,12 @@ def test_no_copy_reads_the_labels_of_the_fold_left_out(rows, monkeypatch):
     logits, labels, folds = rows
     monkeypatch.setattr(greedy, "fewest_within_one_error", lambda losses: 4)
     probabilities = softmax(logits).astype(np.float32)
-    unseen = []
+    crossfit = []
     for truth in (labels, np.where(folds == 3, (labels + 1) % C, labels)):
         found = GreedySelection(metric="log_loss")._tried(probabilities, truth, folds, bags=2)
-        unseen.append(found.unseen)
-    assert (unseen[0] == unseen[1])[folds == 3].all()
-    assert (unseen[0] != unseen[1]).any()
+        crossfit.append(found.crossfit)
+    assert (crossfit[0] == crossfit[1])[folds == 3].all()
+    assert (crossfit[0] != crossfit[1]).any()
 
 
 def test_a_temperature_is_taken_where_held_out_rows_gain_by_it(rows):

@@ -44,15 +44,15 @@ def test_the_penalty_is_the_best_on_folds_left_out(pool, metric):
     found = pooling.tuned_weights(pool, scores, labels, folds, metric, calibrate=False)
     held_out = {}
     for strength in pooling.STRENGTHS:
-        unseen = np.empty((120, 3))
+        crossfit = np.empty((120, 3))
         for fold in range(4):
             inside = folds == fold
             loss = pool.loss(pool.parts(scores[:, ~inside]), labels[~inside], metric)
             fitted = pools.minimise(loss, strength=strength, sum_bounds=pool.sums)
-            unseen[inside] = output(pool, scores[:, inside], fitted.weights)
-        held_out[strength] = METRICS[metric].function(unseen, labels)
+            crossfit[inside] = output(pool, scores[:, inside], fitted.weights)
+        held_out[strength] = METRICS[metric].function(crossfit, labels)
         if strength == found.strength:
-            np.testing.assert_allclose(np.exp(found.unseen), unseen, atol=2e-3)
+            np.testing.assert_allclose(np.exp(found.crossfit), crossfit, atol=2e-3)
     assert held_out[found.strength] == pytest.approx(min(held_out.values()), abs=1e-5)
     assert len({round(value, 4) for value in held_out.values()}) > 3  # there was something to choose
     last = pools.minimise(pool.loss(pool.parts(scores), labels, metric), strength=found.strength, sum_bounds=pool.sums)
@@ -76,13 +76,13 @@ def test_a_mixture_is_judged_at_the_temperature_that_it_will_have():
     raw = pooling.tuned_weights(POOLS["linear"], scores, labels, folds, "log_loss", calibrate=False)
     assert raw.temperature == 1
     assert found.temperature < 0.5
-    assert log_loss(np.exp(found.unseen), labels) < log_loss(np.exp(raw.unseen), labels) - 0.05
+    assert log_loss(np.exp(found.crossfit), labels) < log_loss(np.exp(raw.crossfit), labels) - 0.05
     plain = np.empty((400, 3))
     for fold, weights in enumerate(found.fold_weights):
         plain[folds == fold] = np.log(output(POOLS["linear"], scores[:, folds == fold], weights))
     choice = temperature.select_temperature(plain, labels, folds)
     assert choice.temperature == pytest.approx(found.temperature)
-    np.testing.assert_allclose(np.exp(found.unseen), softmax(plain / choice.row_temperatures[:, None]), atol=1e-9)
+    np.testing.assert_allclose(np.exp(found.crossfit), softmax(plain / choice.row_temperatures[:, None]), atol=1e-9)
 
 
 def test_a_log_linear_pool_gets_no_second_temperature(monkeypatch):
@@ -104,13 +104,13 @@ def test_equal_weights_win_where_they_clearly_hit_more():
     assert smooth.weights[0] > 0.9
     found = pooling.tuned_weights(POOLS["linear"], scores, labels, folds, "accuracy", calibrate=False)
     np.testing.assert_array_equal(found.weights, 1 / 3)
-    assert METRICS["accuracy"].function(np.exp(found.unseen), labels) == 1
+    assert METRICS["accuracy"].function(np.exp(found.crossfit), labels) == 1
 
 
 def weighting_with(losses, pool="linear"):
     """Two classes, every row of class 0 with this loss."""
     of_truth = np.exp(-np.asarray(losses))
-    return Weighting(POOLS[pool], np.ones(1), unseen=np.log(np.stack([of_truth, 1 - of_truth], axis=1)))
+    return Weighting(POOLS[pool], np.ones(1), crossfit=np.log(np.stack([of_truth, 1 - of_truth], axis=1)))
 
 
 @pytest.mark.parametrize(("gain", "expected"), [(0.021, "log_linear"), (0.019, "linear"), (-0.05, "linear")])
@@ -124,8 +124,8 @@ def test_the_linear_pool_stays_within_one_standard_error(gain, expected):
 def test_the_two_pools_are_compared_by_the_metrics_own_loss():
     linear, other = weighting_with([0.1, 4.0] * 50), weighting_with([0.5, 2.0] * 50, "log_linear")
     labels = np.zeros(100, dtype=int)
-    expected = [brier_rows(np.exp(found.unseen), labels) for found in (linear, other)]
-    np.testing.assert_allclose(pooling.pooled_losses(linear.unseen, labels, "brier"), expected[0])
+    expected = [brier_rows(np.exp(found.crossfit), labels) for found in (linear, other)]
+    np.testing.assert_allclose(pooling.pooled_losses(linear.crossfit, labels, "brier"), expected[0])
     gains = expected[0] - expected[1]
     clear = gains.mean() > gains.std(ddof=1) / 10
     assert (pooling.preferred_pool(linear, other, labels, "brier") is other) == clear
@@ -157,13 +157,13 @@ def literally_added(pool, scores, labels, weights, metric, seed):
 
 @pytest.mark.parametrize("metric", ["accuracy", "f1_macro"])
 def test_additions_are_those_of_a_literal_search(pool, metric, monkeypatch):
-    monkeypatch.setattr(pooling, "_score", lambda unseen, labels, metric: next(rising))
+    monkeypatch.setattr(pooling, "_score", lambda crossfit, labels, metric: next(rising))
     monkeypatch.setattr(pooling, "VOTES", 4)
     for seed in range(3):
         rising = iter([2.0, 1.0])  # held-out folds are made to gain, so that the additions are kept
         scores, labels, folds = members_of(5, 60, 3, seed=seed, skill=0.8, calibration=(0.5, 2))
         weights = np.array([0.5, 0.0, 0.3, 0.2, 0.0])
-        start = Weighting(pool, weights, unseen=np.zeros((60, 3)), fold_weights=(weights,) * 4)
+        start = Weighting(pool, weights, crossfit=np.zeros((60, 3)), fold_weights=(weights,) * 4)
         found = pooling.with_members_added(start, scores, labels, folds, metric, seed=seed, calibrate=False)
         expected = literally_added(pool, scores, labels, weights, metric, seed)
         np.testing.assert_allclose(found.weights, expected, atol=1e-12)
@@ -182,7 +182,7 @@ def nearly_right():
 
 def with_additions(pool, scores, labels, folds, weights):
     start = pooling.fixed_weights(pool, scores, labels, folds, weights, calibrate=False)
-    start = Weighting(pool, weights, unseen=start.unseen, fold_weights=(weights,) * 4)
+    start = Weighting(pool, weights, crossfit=start.crossfit, fold_weights=(weights,) * 4)
     return start, pooling.with_members_added(start, scores, labels, folds, "accuracy", seed=0, calibrate=False)
 
 
@@ -191,8 +191,8 @@ def test_members_that_raise_accuracy_are_added_where_held_out_folds_gain(pool, n
     start, found = with_additions(pool, scores, labels, folds, np.array([1.0, 0.0]))
     assert found.added
     np.testing.assert_allclose(found.weights, [20 / 21, 1 / 21])
-    assert METRICS["accuracy"].function(np.exp(start.unseen), labels) == 0.8
-    assert METRICS["accuracy"].function(np.exp(found.unseen), labels) == 1
+    assert METRICS["accuracy"].function(np.exp(start.crossfit), labels) == 0.8
+    assert METRICS["accuracy"].function(np.exp(found.crossfit), labels) == 1
 
 
 def test_members_that_are_equal_are_added_equally(pool, nearly_right):
@@ -209,7 +209,7 @@ def test_additions_never_lower_the_score_of_held_out_folds(pool, metric):
         scores, labels, folds = members_of(6, 80, 3, seed=seed, skill=0.8)
         start = pooling.tuned_weights(pool, scores, labels, folds, metric, calibrate=False)
         found = pooling.with_members_added(start, scores, labels, folds, metric, seed=0, calibrate=False)
-        before, after = (METRICS[metric].function(np.exp(each.unseen), labels) for each in (start, found))
+        before, after = (METRICS[metric].function(np.exp(each.crossfit), labels) for each in (start, found))
         assert after > before if found.added else found is start
         kept.append(found.added)
     assert not all(kept)  # fitted to the sample, they were turned down

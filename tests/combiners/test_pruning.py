@@ -165,13 +165,13 @@ def test_the_size_is_chosen_by_folds_left_out():
     for seed in range(6):
         logits, labels, folds = zoo(members=6, rows=100, seed=seed)
         probabilities = softmax(logits)
-        unseen = np.empty((6, 100, 3))
+        crossfit = np.empty((6, 100, 3))
         for fold in range(5):
             inside = folds == fold
             others = task(logits[:, ~inside], labels[~inside], "accuracy")
             for place, subset in enumerate(greedy_forward(others)):
-                unseen[place, inside] = probabilities[list(subset.members)][:, inside].mean(axis=0)
-        scores = [(-accuracy(own, labels), log_loss(own, labels)) for own in unseen]
+                crossfit[place, inside] = probabilities[list(subset.members)][:, inside].mean(axis=0)
+        scores = [(-accuracy(own, labels), log_loss(own, labels)) for own in crossfit]
         size = min(range(6), key=lambda place: (round(scores[place][0], 9), scores[place][1])) + 1
         options = {"metric": "accuracy", "target_size": 6, "budget": NO_LIMIT}
         fitted = GreedyForward(members=facts(6), **options).fit(logits, labels, folds)

@@ -38,15 +38,17 @@ class EmbeddingMaps:
     @property
     def widths(self) -> tuple[int, ...]:
         """Of the blocks that a head reads: one per member, or a single one where they are summed."""
-        own = [matrix.shape[1] or len(centre) for matrix, centre in zip(self.matrices, self.centres, strict=True)]
-        return (own[0],) if self.summed else tuple(own)
+        widths = [matrix.shape[1] or len(centre) for matrix, centre in zip(self.matrices, self.centres, strict=True)]
+        return (widths[0],) if self.summed else tuple(widths)
 
     def apply(self, embeddings: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
         """M embeddings (N, D_m) -> blocks float32 (N, R), computed as the exported module does."""
         import torch
 
         with torch.no_grad():
-            blocks = self.module()([torch.from_numpy(np.array(own, dtype=np.float32)) for own in embeddings])
+            blocks = self.module()(
+                [torch.from_numpy(np.array(embedding, dtype=np.float32)) for embedding in embeddings]
+            )
         return tuple(block.numpy() for block in blocks)
 
     def module(self) -> nn.Module:
@@ -57,11 +59,11 @@ class EmbeddingMaps:
 
     def state(self) -> dict[str, np.ndarray]:
         """All arrays by name."""
-        found = {"summed": np.array([self.summed], dtype=np.uint8)}
-        for place, parts in enumerate(zip(self.centres, self.scales, self.matrices, strict=True)):
-            names = (f"{name}{place:03d}" for name in ("centre", "scale", "matrix"))
-            found |= {name: part for name, part in zip(names, parts, strict=True) if part.size}
-        return found
+        arrays = {"summed": np.array([self.summed], dtype=np.uint8)}
+        for member, parts in enumerate(zip(self.centres, self.scales, self.matrices, strict=True)):
+            names = (f"{name}{member:03d}" for name in ("centre", "scale", "matrix"))
+            arrays |= {name: part for name, part in zip(names, parts, strict=True) if part.size}
+        return arrays
 
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray]) -> EmbeddingMaps:
@@ -69,7 +71,7 @@ class EmbeddingMaps:
         count = sum(name.startswith("centre") for name in state)
         none = np.zeros((0, 0), dtype=np.float32)
         centres, scales, matrices = (
-            tuple(state.get(f"{name}{place:03d}", none) for place in range(count))
+            tuple(state.get(f"{name}{member:03d}", none) for member in range(count))
             for name in ("centre", "scale", "matrix")
         )
         return cls(centres, scales, matrices, bool(state["summed"][0]), {})
@@ -81,20 +83,20 @@ def concatenated(embeddings: Sequence[np.ndarray], budget: int = BUDGET) -> Embe
     One scale per member, so that a number that hardly varies stays small. Principal axes are those of the rows given.
     """
     centres, scales = _standardised(embeddings)
-    widths = [own.shape[1] for own in embeddings]
-    shares = _shares(widths, budget)
+    widths = [embedding.shape[1] for embedding in embeddings]
+    read_widths = _shares(widths, budget)
     matrices = []
-    kept = []
-    for own, centre, scale, share in zip(embeddings, centres, scales, shares, strict=True):
-        if share == own.shape[1]:
+    variance_kept = []
+    for embedding, centre, scale, width in zip(embeddings, centres, scales, read_widths, strict=True):
+        if width == embedding.shape[1]:
             matrices.append(np.zeros((0, 0), dtype=np.float32))
-            kept.append(1.0)
+            variance_kept.append(1.0)
             continue
-        values = (own - centre) / scale
-        axes = cca.principal_axes(values, share)
+        values = (embedding - centre) / scale
+        axes = cca.principal_axes(values, width)
         matrices.append(axes.astype(np.float32))
-        kept.append(float(np.square(values @ axes).sum() / max(np.square(values).sum(), 1e-300)))
-    facts = {"widths": widths, "read_widths": [int(share) for share in shares], "variance_kept": kept}
+        variance_kept.append(float(np.square(values @ axes).sum() / max(np.square(values).sum(), 1e-300)))
+    facts = {"widths": widths, "read_widths": [int(width) for width in read_widths], "variance_kept": variance_kept}
     return EmbeddingMaps(centres, scales, tuple(matrices), False, facts)
 
 
@@ -106,32 +108,34 @@ def shared_variates(embeddings: Sequence[np.ndarray], rank: int = SHARED) -> Emb
     first = concatenated(embeddings, CCA_BUDGET)
     views = first.apply(embeddings)
     variates = max(1, min(rank, len(views[0]) // ROWS_PER_VARIATE))
-    found = cca.shared_space(views, variates, min_shrinkage=LEAST_RIDGE)
-    spread = np.maximum(found.correlations, 0)
+    space = cca.shared_space(views, variates, min_shrinkage=LEAST_RIDGE)
+    spread = np.maximum(space.correlations, 0)
     matrices = [  # the embeddings are centred already, and need no centres of the views
-        ((matrix.astype(np.float64) @ own if matrix.size else own) * spread).astype(np.float32)
-        for matrix, own in zip(first.matrices, found.maps, strict=True)
+        ((matrix.astype(np.float64) @ view_map if matrix.size else view_map) * spread).astype(np.float32)
+        for matrix, view_map in zip(first.matrices, space.maps, strict=True)
     ]
     facts = {
         **{name: first.facts[name] for name in ("widths", "variance_kept")},
-        "canonical_correlations": found.correlations.tolist(),
-        "rank": len(found.correlations),
-        "shrinkage": found.shrinkage.tolist(),
+        "canonical_correlations": space.correlations.tolist(),
+        "rank": len(space.correlations),
+        "shrinkage": space.shrinkage.tolist(),
     }
     return EmbeddingMaps(first.centres, first.scales, tuple(matrices), True, facts)
 
 
 def _standardised(embeddings: Sequence[np.ndarray]) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    found = [standardisation(np.asarray(own, dtype=np.float64), [own.shape[1]]) for own in embeddings]
-    centres = tuple(centre.astype(np.float32) for centre, _ in found)
-    return centres, tuple(scale[:1].astype(np.float32) for _, scale in found)
+    moments = [
+        standardisation(np.asarray(embedding, dtype=np.float64), [embedding.shape[1]]) for embedding in embeddings
+    ]
+    centres = tuple(centre.astype(np.float32) for centre, _ in moments)
+    return centres, tuple(scale[:1].astype(np.float32) for _, scale in moments)
 
 
 def _shares(widths: Sequence[int], budget: int) -> list[int]:
     """Widths after reduction: as equal as the members allow, the narrow ones whole; at least 1 each."""
-    shares = dict.fromkeys(range(len(widths)), 0)
-    left, waiting = max(budget, len(widths)), sorted(range(len(widths)), key=lambda place: (widths[place], place))
-    for number, place in enumerate(waiting):
-        shares[place] = min(widths[place], left // (len(waiting) - number))
-        left -= shares[place]
-    return [shares[place] for place in range(len(widths))]
+    reduced = dict.fromkeys(range(len(widths)), 0)
+    remaining, order = max(budget, len(widths)), sorted(range(len(widths)), key=lambda member: (widths[member], member))
+    for done, member in enumerate(order):
+        reduced[member] = min(widths[member], remaining // (len(order) - done))
+        remaining -= reduced[member]
+    return [reduced[member] for member in range(len(widths))]

@@ -64,13 +64,13 @@ class ForestLearner:
         from utils.combiners.trees import forest_arrays, forest_module, probabilities
 
         rows = features(held_out, STEPS)
-        found = []
+        answers = []
         for leaf in LEAVES:
             grown = self._grow(logits, labels, leaf)
             for shrinkage in SHRINKAGES:
                 arrays = forest_arrays(grown, classes=logits.shape[2], shrinkage=shrinkage)
-                found.append(probabilities(forest_module(arrays), rows).astype(np.float32))
-        return np.stack(found)
+                answers.append(probabilities(forest_module(arrays), rows).astype(np.float32))
+        return np.stack(answers)
 
     def fit(self, logits: np.ndarray, labels: np.ndarray, setting: Mapping[str, Any]) -> Forest:
         """The forest under one setting."""

@@ -33,17 +33,17 @@ class MappedEmbeddings(nn.Module):
         super().__init__()
         self.summed = summed
         self.projected = [matrix.size > 0 for matrix in matrices]
-        for place, parts in enumerate(zip(centres, scales, matrices, strict=True)):
+        for member, parts in enumerate(zip(centres, scales, matrices, strict=True)):
             for name, part in zip(("centre", "scale", "matrix"), parts, strict=True):
-                self.register_buffer(f"{name}{place}", torch.tensor(part, dtype=torch.float32))
+                self.register_buffer(f"{name}{member}", torch.tensor(part, dtype=torch.float32))
 
     def forward(self, embeddings: list[Tensor]) -> list[Tensor]:
         """M embeddings (B, D_m) -> M blocks (B, R_m), or one (B, R)."""
         blocks = []
-        for place, own in enumerate(embeddings):
+        for member, embedding in enumerate(embeddings):
             # The difference first: a product with a matrix before it would lose small differences of large numbers.
-            block = (own - self.get_buffer(f"centre{place}")) / self.get_buffer(f"scale{place}")
-            blocks.append(block @ self.get_buffer(f"matrix{place}") if self.projected[place] else block)
+            block = (embedding - self.get_buffer(f"centre{member}")) / self.get_buffer(f"scale{member}")
+            blocks.append(block @ self.get_buffer(f"matrix{member}") if self.projected[member] else block)
         if not self.summed:
             return blocks
         total = blocks[0]
@@ -134,11 +134,13 @@ class BilinearHead(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """(B, W) -> scores (B, C)."""
         parts = values.split(self.widths, dim=1)
-        own = torch.stack([torch.tanh(layer(part)) for layer, part in zip(self.projections, parts, strict=True)], dim=1)
-        total = own.sum(dim=1)
-        products = (total * total - (own * own).sum(dim=1)) / 2
-        seen = torch.cat([total / len(self.widths) ** 0.5, products / self.pairs**0.5], dim=1)
-        return self.perceptron(self.dropout(seen))
+        projected = torch.stack(
+            [torch.tanh(layer(part)) for layer, part in zip(self.projections, parts, strict=True)], dim=1
+        )
+        total = projected.sum(dim=1)
+        products = (total * total - (projected * projected).sum(dim=1)) / 2
+        pooled = torch.cat([total / len(self.widths) ** 0.5, products / self.pairs**0.5], dim=1)
+        return self.perceptron(self.dropout(pooled))
 
 
 HEADS: dict[str, type[nn.Module]] = {
@@ -171,6 +173,6 @@ class FusedEmbeddings(nn.Module):
 
     def forward(self, logits: Tensor, embeddings: list[Tensor]) -> Tensor:
         """Logits (B, M, C) and M embeddings (B, D_m) -> probabilities (B, C)."""
-        said = self.heads(torch.cat(self.maps(embeddings), dim=1)).clamp_min(SMALLEST_PROBABILITY).log()
+        log_probabilities = self.heads(torch.cat(self.maps(embeddings), dim=1)).clamp_min(SMALLEST_PROBABILITY).log()
         mean = torch.softmax(logits, dim=2).mean(dim=1)
-        return self.share * torch.softmax(said / self.temperature, dim=1) + (1 - self.share) * mean
+        return self.share * torch.softmax(log_probabilities / self.temperature, dim=1) + (1 - self.share) * mean

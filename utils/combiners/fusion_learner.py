@@ -54,12 +54,12 @@ class HeadShape:
         """Numbers that are learned, which is about how many multiplications an image takes."""
         from math import comb
 
-        found = {"parameters": sum(values.numel() for values in self.head().parameters())}
+        record = {"parameters": sum(values.numel() for values in self.head().parameters())}
         if self.rank:
             pairs = comb(len(self.widths), 2)
             full = sum(self.widths) ** 2 - sum(width**2 for width in self.widths)
-            found |= {"pairs": pairs, "parameters_of_full_products": self.classes * full // 2}
-        return found
+            record |= {"pairs": pairs, "parameters_of_full_products": self.classes * full // 2}
+        return record
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ class TrainedHeads:
         """The heads as torch modules in evaluation mode; `dropout` for those that are trained further."""
         import torch
 
-        found = []
+        heads = []
         for weights in self.weights:
             head = self.shape.head(dropout).eval().requires_grad_(False)
             head.load_state_dict({name: torch.from_numpy(np.array(values)) for name, values in weights.items()})
-            found.append(head)
-        return found
+            heads.append(head)
+        return heads
 
     def predict_proba(self, outputs: MemberOutputs, present: np.ndarray | None = None) -> np.ndarray:
         """Outputs whose embeddings are blocks (N, R) -> probabilities float64 (N, C).
@@ -87,21 +87,22 @@ class TrainedHeads:
         `present` (N, M), for attention alone: which members there are.
         """
         return np.mean(
-            [softmax(scores) for scores in self._each(outputs, lambda head, *given: head(*given), present)], axis=0
+            [softmax(scores) for scores in self._each(outputs, lambda head, *arguments: head(*arguments), present)],
+            axis=0,
         )
 
     def attention(self, outputs: MemberOutputs, present: np.ndarray | None = None) -> np.ndarray:
         """Attention's weights of the members, float64 (N, M)."""
-        return np.mean(self._each(outputs, lambda head, *given: head.weights(*given), present), axis=0)
+        return np.mean(self._each(outputs, lambda head, *arguments: head.weights(*arguments), present), axis=0)
 
     def _each(self, outputs: MemberOutputs, call: Any, present: np.ndarray | None) -> list[np.ndarray]:
         import torch
 
         values = torch.from_numpy(np.concatenate(outputs.embeddings, axis=1).astype(np.float64))
-        given = (values,) if present is None else (values, torch.from_numpy(present))
+        arguments = (values,) if present is None else (values, torch.from_numpy(present))
         # In double precision a row's answer does not depend on the rows beside it.
         with torch.no_grad():
-            return [call(head.double(), *given).numpy() for head in self.modules()]
+            return [call(head.double(), *arguments).numpy() for head in self.modules()]
 
 
 @dataclass(frozen=True)
@@ -124,24 +125,24 @@ class HeadLearner:
 
     def predictions(self, outputs: MemberOutputs, labels: np.ndarray, held_out: MemberOutputs) -> np.ndarray:
         """Probabilities float32 (G, H, C) of held-out blocks after trainings on the others; (M, N, C) as outputs."""
-        found = []
+        by_setting = []
         for rank in self._ranks():
             shape = self._shape(outputs, rank)
             answers = [
                 [
-                    TrainedHeads(shape, (own,)).predict_proba(held_out)
-                    for own in self._train(outputs, labels, shape, seed)
+                    TrainedHeads(shape, (weights,)).predict_proba(held_out)
+                    for weights in self._train(outputs, labels, shape, seed)
                 ]
                 for seed in self._seeds()
             ]
-            found += list(np.mean(answers, axis=0).astype(np.float32))  # over the seeds, at each stop
-        return np.stack(found)
+            by_setting += list(np.mean(answers, axis=0).astype(np.float32))  # over the seeds, at each stop
+        return np.stack(by_setting)
 
     def fit(self, outputs: MemberOutputs, labels: np.ndarray, setting: Mapping[str, Any]) -> TrainedHeads:
         """The heads of all seeds under one setting: the same schedule, stopped where the setting says."""
         shape = self._shape(outputs, setting["rank"])
         stop = [setting["epochs"]]
-        trained = [own for seed in self._seeds() for own in self._train(outputs, labels, shape, seed, stop)]
+        trained = [weights for seed in self._seeds() for weights in self._train(outputs, labels, shape, seed, stop)]
         return TrainedHeads(shape, tuple(trained))
 
     def _ranks(self) -> tuple[int, ...]:
@@ -154,7 +155,7 @@ class HeadLearner:
         return evenly_spaced_epochs(self.epochs, STOPS)
 
     def _shape(self, outputs: MemberOutputs, rank: int) -> HeadShape:
-        widths = tuple(own.shape[1] for own in outputs.embeddings)
+        widths = tuple(embedding.shape[1] for embedding in outputs.embeddings)
         return HeadShape(self.method, widths, self.hidden, outputs.shape[2], rank)
 
     def _train(
@@ -187,7 +188,7 @@ class HeadLearner:
                 batch_size=batch,
             )
             try:
-                found = [
+                weights_at_stops = [
                     {name: values.detach().numpy().copy() for name, values in module.state_dict().items()}
                     for module in modules
                 ]
@@ -200,7 +201,7 @@ class HeadLearner:
                         "runs.fusion.fusion_config.hidden_dims smaller"
                     ) from error
             else:
-                yield from found
+                yield from weights_at_stops
                 return
             batch //= 2
             logger.warning("fusion_%s: out of memory; going on with %d rows at a time", self.method, batch)

@@ -30,8 +30,8 @@ class _Tried:
     """(S,): loss of held-out rows when each bag keeps 1, 2, ... S members"""
     size: int
     """The smallest within one standard error of the least loss."""
-    unseen: Floats
-    """Probabilities (N, C) of each row at that size, from members selected without its fold."""
+    crossfit: Floats
+    """Cross-fitted probabilities (N, C) at that size."""
 
 
 @dataclass(kw_only=True)
@@ -69,13 +69,13 @@ class GreedySelection(PooledMembers):
             return self._keep(chosen, chosen.paths[0].size, None, logits, labels)
         tried = [self._tried(probabilities, labels, folds, bags=bags) for bags in (0, BAGS)]
         best = min(tried, key=lambda way: way.losses[way.size - 1])  # of equals the one without bags
-        unseen = best.unseen
+        crossfit = best.crossfit
         if self.calibration != "off":
-            scores = np.log(np.maximum(unseen, SMALLEST_PROBABILITY))
+            scores = np.log(np.maximum(crossfit, SMALLEST_PROBABILITY))
             choice = temperature.select_temperature(scores, labels, folds)
-            self.temperature, unseen = choice.temperature, softmax(scores / choice.row_temperatures[:, None])
+            self.temperature, crossfit = choice.temperature, softmax(scores / choice.row_temperatures[:, None])
         chosen = self._select(probabilities, labels, bags=best.bags)
-        self._keep(chosen, best.size, unseen, logits, labels)
+        self._keep(chosen, best.size, crossfit, logits, labels)
         self.facts["held_out_scores"] = self._scores_of(best.losses)
         return self
 
@@ -103,18 +103,20 @@ class GreedySelection(PooledMembers):
         return _Tried(bags, losses.mean(axis=1), size, by_size[size - 1].astype(np.float64))
 
     def _keep(
-        self, chosen: Selection, size: int, unseen: Floats | None, logits: np.ndarray, labels: np.ndarray
+        self, chosen: Selection, size: int, crossfit: Floats | None, logits: np.ndarray, labels: np.ndarray
     ) -> Self:
         """Take the members of the first `size` steps, and say how good they are."""
         self.weights = chosen.weights_by_size()[size - 1]
-        notes = [] if unseen is not None else ["one fold only: no early stop by held-out rows, no bags, no temperature"]
+        notes = (
+            [] if crossfit is not None else ["one fold only: no early stop by held-out rows, no bags, no temperature"]
+        )
         self.facts = {
             "size": size,
             "bags": [
                 {"path": path.members[:size], "scores": self._scores_of(np.array(path.losses[:size]))}
                 for path in chosen.paths
             ],
-            **self._compared(unseen, logits, labels, notes),
+            **self._compared(crossfit, logits, labels, notes),
         }
         return self
 
@@ -126,10 +128,10 @@ class GreedySelection(PooledMembers):
 
         `held_out_scores` are those of rows of folds left out, when each bag keeps 1, 2, ... members.
         """
-        found = super().report(names)
-        if "bags" in found:
-            found["bags"] = [{**bag, "path": [names[member] for member in bag["path"]]} for bag in found["bags"]]
-        return found
+        record = super().report(names)
+        if "bags" in record:
+            record["bags"] = [{**bag, "path": [names[member] for member in bag["path"]]} for bag in record["bags"]]
+        return record
 
 
 def fewest_within_one_error(losses: Floats) -> int:
@@ -138,6 +140,6 @@ def fewest_within_one_error(losses: Floats) -> int:
     The error is that of the mean of paired differences (Breiman et al. 1984, the one-standard-error rule).
     """
     means = losses.mean(axis=1)
-    apart = losses - losses[means.argmin()]
-    errors = apart.std(axis=1, ddof=1 if losses.shape[1] > 1 else 0) / np.sqrt(losses.shape[1])
-    return int(np.flatnonzero(apart.mean(axis=1) <= errors + 1e-12)[0]) + 1
+    differences = losses - losses[means.argmin()]
+    errors = differences.std(axis=1, ddof=1 if losses.shape[1] > 1 else 0) / np.sqrt(losses.shape[1])
+    return int(np.flatnonzero(differences.mean(axis=1) <= errors + 1e-12)[0]) + 1

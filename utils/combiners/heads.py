@@ -19,7 +19,7 @@ class MeanOfProbabilities(nn.Module):
 
 
 class ProbabilityOfMeanLogits(nn.Module):
-    """Soft-max of the plain mean of the members' logits, each divided by its own temperature (M,) and all by one."""
+    """Softmax of the plain mean of the members' logits, each divided by its own temperature (M,) and all by one."""
 
     divisors: Tensor
 
@@ -69,7 +69,7 @@ class LinearPool(nn.Module):
 
 
 class LogLinearPool(nn.Module):
-    """Soft-max of the members' log-probabilities, at least `log(1e-12)` each, summed by `shares` (M,) / temperature.
+    """Softmax of the members' log-probabilities, at least `log(1e-12)` each, summed by `shares` (M,) / temperature.
 
     `member_temperatures` (M,) divide the members' logits.
     """

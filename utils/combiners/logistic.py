@@ -93,10 +93,10 @@ def fit_path(
         truth=np.eye(classes)[labels],
     )
     start = problem.start(members)
-    bounds = [(0, None) if place < problem.free else (None, None) for place in range(len(start))]
+    bounds = [(0, None) if index < problem.free else (None, None) for index in range(len(start))]
     path = []
     for strength in strengths:
-        found = minimize(
+        solution = minimize(
             problem.loss_and_gradient,
             start,
             args=(strength,),
@@ -105,7 +105,7 @@ def fit_path(
             bounds=bounds,
             options={"maxiter": ITERATIONS, "gtol": TOLERANCE, "ftol": 0},
         )
-        start = found.x
+        start = solution.x
         weights, matrix, bias = problem.split(start)
         matrix = matrix / scale[:, None]
         weights = weights if problem.free else np.zeros(members)

@@ -35,8 +35,8 @@ class Layers:
     def predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Logits (M, N, C) -> probabilities (N, C)."""
         values = features(logits, self.kind)
-        for place, (matrix, bias) in enumerate(zip(self.matrices, self.biases, strict=True)):
-            values = (np.maximum(values, 0) if place else values) @ matrix.astype(np.float64) + bias
+        for index, (matrix, bias) in enumerate(zip(self.matrices, self.biases, strict=True)):
+            values = (np.maximum(values, 0) if index else values) @ matrix.astype(np.float64) + bias
         return softmax(values)
 
 

@@ -66,7 +66,7 @@ class LinearPooling:
 
 
 class LogLinearPooling:
-    """Soft-max of the weighted sum of log-probabilities; its weights are those of least log-loss for every metric."""
+    """Softmax of the weighted sum of log-probabilities; its weights are those of least log-loss for every metric."""
 
     name = "log_linear"
     sums = pools.SUM_BOUNDS
@@ -92,7 +92,7 @@ POOLS: dict[str, Pool] = {pool.name: pool for pool in (LinearPooling(), LogLinea
 class PooledMembers(Combiner):
     """The map of a pool of members, whoever chose its weights; what the combiners of this kind share.
 
-    All weights are kept as shares that sum to 1; the sum of log-linear weights is the inverse of the temperature.
+    Weights are normalised to sum 1; the sum of log-linear weights is the inverse of the temperature.
     """
 
     learns: ClassVar[bool] = True
@@ -107,7 +107,7 @@ class PooledMembers(Combiner):
     member_temperatures: Floats = unsaved(factory=lambda: np.ones(0))
     """(M,)"""
     facts: dict[str, Any] = unsaved(factory=dict)
-    """What the fit found out about itself."""
+    """Facts about the fit, for `report`."""
 
     def predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Logits (M, N, C) -> probabilities (N, C)."""
@@ -122,7 +122,7 @@ class PooledMembers(Combiner):
         return make(self.weights, self.temperature, self.member_temperatures)
 
     def fitted_arrays(self) -> dict[str, np.ndarray]:
-        """Shares and temperatures of the members, (M,), and the pool's temperature and kind, (1,)."""
+        """Weights and temperatures of the members, (M,), and the pool's temperature and kind, (1,)."""
         return {
             "shares": self.weights,
             "member_temperatures": self.member_temperatures,
@@ -137,7 +137,7 @@ class PooledMembers(Combiner):
         self.temperature = float(arrays["temperature"][0])
 
     def used(self, members: int) -> np.ndarray:
-        """Those with a share, (M,)."""
+        """Members with a positive weight, bool (M,)."""
         return self.weights > 0
 
     def restricted(self, used: np.ndarray) -> Self:
@@ -146,12 +146,12 @@ class PooledMembers(Combiner):
         return self.from_state({**state, **{key: state[key][used] for key in ("shares", "member_temperatures")}})
 
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """Shares by name, pool and temperature, and what the fit found out about itself.
+        """Weights by name, pool and temperature, and facts about the fit.
 
         `selection_score` is that of the rows fitted on, `cross_validated_score` that of folds left out, both by
         `optimization_metric`; `equal_weights_score` is that of the plain mean of the probabilities.
         """
-        found: dict[str, Any] = {
+        record: dict[str, Any] = {
             "weights": dict(zip(names, self.weights.tolist(), strict=True)),
             "pool": self.pool.name,
             "temperature": self.temperature,
@@ -160,29 +160,27 @@ class PooledMembers(Combiner):
             **self.facts,
         }
         if (self.member_temperatures != 1).any():
-            found["member_temperatures"] = dict(zip(names, self.member_temperatures.tolist(), strict=True))
-        return found
+            record["member_temperatures"] = dict(zip(names, self.member_temperatures.tolist(), strict=True))
+        return record
 
     def _compared(
-        self, unseen: Floats | None, logits: np.ndarray, labels: np.ndarray, notes: list[str]
+        self, crossfit: Floats | None, logits: np.ndarray, labels: np.ndarray, notes: list[str]
     ) -> dict[str, Any]:
-        """What `report` says of scores; `unseen` are probabilities (N, C) of rows of folds left out."""
+        """Scores for `report`; `crossfit` are the cross-fitted probabilities (N, C)."""
         metric = METRICS[self.metric]
         equal = metric.function(softmax(logits).mean(axis=0), labels)
-        held_out = None if unseen is None else metric.function(unseen, labels)
-        beaten = None
-        if held_out is not None and np.ptp(labels):
-            beaten = held_out > equal if metric.higher_is_better else held_out < equal
-            if not beaten:
-                notes = [
-                    *notes,
-                    f"equal weights are not beaten: {self.metric} {equal:.4f} with them, {held_out:.4f} with these",
-                ]
+        crossfit_score = None if crossfit is None else metric.function(crossfit, labels)
+        beats_equal = None
+        if crossfit_score is not None and np.ptp(labels):
+            beats_equal = crossfit_score > equal if metric.higher_is_better else crossfit_score < equal
+            if not beats_equal:
+                scores = f"{self.metric} {equal:.4f} with them, {crossfit_score:.4f} with these"
+                notes = [*notes, f"equal weights are not beaten: {scores}"]
         return {
             "selection_score": metric.function(self.predict_proba(logits), labels),
-            "cross_validated_score": held_out,
+            "cross_validated_score": crossfit_score,
             "equal_weights_score": equal,
-            "beats_equal_weights": beaten,
+            "beats_equal_weights": beats_equal,
             "notes": notes,
         }
 

@@ -1,4 +1,4 @@
-"""Which pool, how strong a penalty, which members more: what held-out folds decide about weights.
+"""Weights of a pool: the pool, the strength of the penalty and added members, as held-out folds decide.
 
 Scores are log-probabilities (M, N, C) of M members, clipped from below at `LOWEST_SCORE` of
 `utils.combiners.pooled_members`; labels and folds are (N,).
@@ -28,19 +28,19 @@ ADDITIONS = 10
 
 @dataclass(frozen=True)
 class Weighting:
-    """Weights of a pool, and what held-out folds say of them."""
+    """Weights of a pool, and their cross-fitted predictions."""
 
     pool: Pool
     weights: Floats
     """(M,), fitted on all rows"""
     temperature: float = 1.0
-    """What the pooled log-probabilities are divided by."""
-    unseen: Floats | None = None
-    """Log-probabilities (N, C) of each row by what was fitted without its fold; None where there is one fold."""
+    """Divisor of the pooled log-probabilities."""
+    crossfit: Floats | None = None
+    """Cross-fitted log-probabilities (N, C); None where there is one fold."""
     fold_weights: tuple[Floats, ...] = ()
-    """Those weights, in the order of the folds."""
+    """(M,) each: weights fitted without one fold, in the order of the folds."""
     strength: float | None = None
-    """Of the penalty; None where weights were not fitted."""
+    """Strength of the penalty; None where weights were not fitted."""
     gap: float | None = None
     """Bound on the distance from the least loss."""
     added: bool = False
@@ -50,16 +50,16 @@ class Weighting:
 def fixed_weights(
     pool: Pool, scores: Floats, labels: NDArray[Any], folds: NDArray[Any], weights: Floats, *, calibrate: bool
 ) -> Weighting:
-    """Weights (M,) that are not fitted; with `calibrate` a temperature is."""
-    unseen = pool.pooled(np.tensordot(weights, pool.parts(scores), axes=1))
-    divisor, unseen = _calibrated(unseen, labels, folds, calibrate=calibrate)
-    return Weighting(pool, weights, divisor, unseen)
+    """Weights (M,) that are not fitted; `calibrate` fits a temperature."""
+    crossfit = pool.pooled(np.tensordot(weights, pool.parts(scores), axes=1))
+    divisor, crossfit = _calibrated(crossfit, labels, folds, calibrate=calibrate)
+    return Weighting(pool, weights, divisor, crossfit)
 
 
 def fitted_weights(pool: Pool, scores: Floats, labels: NDArray[Any], metric: str, *, strength: float) -> Weighting:
-    """Weights of least loss and penalty, of which nothing held out says anything."""
-    found = pools.minimise(pool.loss(pool.parts(scores), labels, metric), strength=strength, sum_bounds=pool.sums)
-    return Weighting(pool, found.weights, strength=strength, gap=found.gap)
+    """Weights of least loss and penalty, without cross-fitting."""
+    solution = pools.minimise(pool.loss(pool.parts(scores), labels, metric), strength=strength, sum_bounds=pool.sums)
+    return Weighting(pool, solution.weights, strength=strength, gap=solution.gap)
 
 
 def tuned_weights(
@@ -81,28 +81,30 @@ def tuned_weights(
         _calibrated(_unseen(pool, parts, folds, of), labels, folds, calibrate=calibrate)
         for of in zip(*paths, strict=True)
     ]
-    means = np.array([pooled_losses(unseen, labels, metric).mean() for _, unseen in tried])
+    means = np.array([pooled_losses(crossfit, labels, metric).mean() for _, crossfit in tried])
     best = int(np.flatnonzero(means <= means.min() * (1 + 1e-9))[0])
     if metric in PIECEWISE_CONSTANT and _hits_more(tried[0][1], tried[best][1], labels, metric):
         best = 0
     fold_weights = tuple(path[best] for path in paths)
-    found = pools.minimise(
+    solution = pools.minimise(
         pool.loss(parts, labels, metric),
         strength=STRENGTHS[best],
         sum_bounds=pool.sums,
         start=np.mean(fold_weights, axis=0),
     )
-    return Weighting(pool, found.weights, *tried[best], fold_weights, STRENGTHS[best], found.gap)
+    return Weighting(pool, solution.weights, *tried[best], fold_weights, STRENGTHS[best], solution.gap)
 
 
 def preferred_pool(linear: Weighting, other: Weighting, labels: NDArray[Any], metric: str) -> Weighting:
     """The linear pool, unless the other's held-out loss is lower by more than one standard error of the difference."""
-    gains = pooled_losses(linear.unseen, labels, metric) - pooled_losses(other.unseen, labels, metric)
+    assert linear.crossfit is not None, "fitted without folds"
+    assert other.crossfit is not None, "fitted without folds"
+    gains = pooled_losses(linear.crossfit, labels, metric) - pooled_losses(other.crossfit, labels, metric)
     return other if _is_clear(gains) else linear
 
 
 def with_members_added(
-    found: Weighting,
+    weighting: Weighting,
     scores: Floats,
     labels: NDArray[Any],
     folds: NDArray[Any],
@@ -111,18 +113,21 @@ def with_members_added(
     seed: int,
     calibrate: bool,
 ) -> Weighting:
-    """The weights moved by members that raise accuracy or macro F1, where held-out folds gain by it; else `found`."""
-    parts = found.pool.parts(scores)
+    """The weighting with members added that raise accuracy or macro F1, where held-out folds gain by it."""
+    assert weighting.crossfit is not None, "fitted without folds"
+    parts = weighting.pool.parts(scores)
     fold_weights = tuple(
-        _moved(found.pool, parts[:, folds != number], labels[folds != number], weights, metric, seed)
-        for number, weights in zip(np.unique(folds), found.fold_weights, strict=True)
+        _moved(weighting.pool, parts[:, folds != number], labels[folds != number], weights, metric, seed)
+        for number, weights in zip(np.unique(folds), weighting.fold_weights, strict=True)
     )
-    unseen = _unseen(found.pool, parts, folds, fold_weights)
-    if _score(unseen, labels, metric) <= _score(found.unseen, labels, metric):
-        return found
-    divisor, unseen = _calibrated(unseen, labels, folds, calibrate=calibrate)
-    weights = _moved(found.pool, parts, labels, found.weights, metric, seed)
-    return replace(found, weights=weights, temperature=divisor, unseen=unseen, fold_weights=fold_weights, added=True)
+    crossfit = _unseen(weighting.pool, parts, folds, fold_weights)
+    if _score(crossfit, labels, metric) <= _score(weighting.crossfit, labels, metric):
+        return weighting
+    divisor, crossfit = _calibrated(crossfit, labels, folds, calibrate=calibrate)
+    weights = _moved(weighting.pool, parts, labels, weighting.weights, metric, seed)
+    return replace(
+        weighting, weights=weights, temperature=divisor, crossfit=crossfit, fold_weights=fold_weights, added=True
+    )
 
 
 def pooled_losses(log_probabilities: Floats, labels: NDArray[Any], metric: str) -> Floats:
@@ -130,8 +135,8 @@ def pooled_losses(log_probabilities: Floats, labels: NDArray[Any], metric: str) 
     of_truth = log_probabilities[..., np.arange(len(labels)), labels]
     if metric != "brier":
         return -of_truth
-    found: Floats = (np.exp(log_probabilities) ** 2).sum(axis=-1) - 2 * np.exp(of_truth) + 1
-    return found
+    brier: Floats = (np.exp(log_probabilities) ** 2).sum(axis=-1) - 2 * np.exp(of_truth) + 1
+    return brier
 
 
 def _calibrated(
@@ -164,17 +169,19 @@ def _path(pool: Pool, loss: pools.ConvexLoss) -> Floats:
     path: list[Floats] = []
     for strength in STRENGTHS:
         start = path[-1] if path else None
-        found = pools.minimise(loss, strength=strength, sum_bounds=pool.sums, start=start, tolerance=TUNING_TOLERANCE)
-        path.append(found.weights)
+        solution = pools.minimise(
+            loss, strength=strength, sum_bounds=pool.sums, start=start, tolerance=TUNING_TOLERANCE
+        )
+        path.append(solution.weights)
     return np.stack(path)
 
 
 def _unseen(pool: Pool, parts: Floats, folds: NDArray[Any], fold_weights: tuple[Floats, ...]) -> Floats:
-    found = np.empty(parts.shape[1:])
+    crossfit = np.empty(parts.shape[1:])
     for number, weights in zip(np.unique(folds), fold_weights, strict=True):
         inside = folds == number
-        found[inside] = pool.pooled(np.tensordot(weights, parts[:, inside], axes=1))
-    return found
+        crossfit[inside] = pool.pooled(np.tensordot(weights, parts[:, inside], axes=1))
+    return crossfit
 
 
 def _moved(pool: Pool, parts: Floats, labels: NDArray[Any], weights: Floats, metric: str, seed: int) -> Floats:
@@ -207,11 +214,11 @@ def _additions(
     sums = np.tensordot(counts, parts, axes=1)[rows]
     reached = scorer.loss()
     for size in range(VOTES + 1, VOTES + ADDITIONS + 1):
-        found = scorer.losses()
-        if found.min() >= reached - candidate_losses.TIE_TOLERANCE:
+        member_losses = scorer.losses()
+        if member_losses.min() >= reached - candidate_losses.TIE_TOLERANCE:
             break
-        reached = found.min()
-        tied = np.flatnonzero(found <= reached + candidate_losses.TIE_TOLERANCE)
+        reached = member_losses.min()
+        tied = np.flatnonzero(member_losses <= reached + candidate_losses.TIE_TOLERANCE)
         smooth = [
             pooled_losses(pool.pooled((sums + parts[member, rows]) * (total / size)), labels, "log_loss").mean()
             for member in tied

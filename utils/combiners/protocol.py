@@ -114,10 +114,10 @@ class Combiner(ABC):
         values = {name: getattr(self, name) for name in saved}
         arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
         others = {name: value for name, value in values.items() if name not in arrays}
-        found = {f"{SETTINGS}/{name}": value for name, value in arrays.items()}
+        saved_arrays = {f"{SETTINGS}/{name}": value for name, value in arrays.items()}
         if others:
-            found[SETTINGS] = _encoded(others, type(self).__name__)
-        return found | self.fitted_arrays()
+            saved_arrays[SETTINGS] = _encoded(others, type(self).__name__)
+        return saved_arrays | self.fitted_arrays()
 
     @final
     @classmethod
@@ -128,8 +128,8 @@ class Combiner(ABC):
         """
         values = _decoded(state[SETTINGS]) if SETTINGS in state else {}
         combiner = cls(**values, **sub_state(state, f"{SETTINGS}/"))
-        own = {name: array for name, array in state.items() if name.partition("/")[0] != SETTINGS}
-        combiner.set_fitted_arrays(own)
+        fitted = {name: array for name, array in state.items() if name.partition("/")[0] != SETTINGS}
+        combiner.set_fitted_arrays(fitted)
         return combiner
 
     def fitted_arrays(self) -> dict[str, np.ndarray]:

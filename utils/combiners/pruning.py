@@ -30,17 +30,17 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ScoredSubset:
-    """A subset on the way, what it is worth and what it costs."""
+    """A subset that the search visits, its scores and its cost."""
 
     subset: Subset
     divisor: float
     """Temperature of the mean."""
-    unseen: Floats
-    """Log-probabilities (N, C): where there are folds, each row's by the subset that was found without its fold."""
+    crossfit: Floats
+    """Cross-fitted log-probabilities (N, C); with one fold those of the subset itself."""
     losses: Floats
-    """(N,), the metric's, of the unseen ones"""
+    """(N,), of the metric, from the cross-fitted probabilities"""
     score: float
-    """The metric of the unseen ones."""
+    """The metric of the cross-fitted probabilities."""
     log_loss: float
     latency_ms: float | None
     """One member after the other; None where one was not measured."""
@@ -54,10 +54,10 @@ class ScoredSubset:
 
 @dataclass(kw_only=True)
 class Pruned(PooledMembers):
-    """Plain mean of the members that are kept, with a temperature; which, one way of `subset_search` says.
+    """Plain mean of the members that a search of `subset_search` selects, with a temperature.
 
-    The way finds subsets from small to large on the rows given to fit. Each is scored by subsets of its place that the
-    same way finds without one fold, on that fold; by these scores `pick` takes one:
+    The search gives subsets from small to large on the rows of the fit. Each is scored on every fold by the subset of
+    the same position that the search gives without that fold; by these scores `pick` selects one:
 
     - best: the best score; of equals the lower log-loss, then the smaller;
     - fastest: the one of least latency (of equals: size, then members) whose score is within one paired standard error
@@ -65,7 +65,7 @@ class Pruned(PooledMembers):
     - knee: with scores and latencies (numbers of members where none is known) stretched to 0..1, the largest score less
       latency (Satopaa et al. 2011); the best where no subset lies above the line from the cheapest to the best.
 
-    fit raises BudgetError where the budget leaves no member.
+    `fit` raises BudgetError where no member is within the budget.
     """
 
     settings: ClassVar[tuple[str, ...]] = (
@@ -96,7 +96,7 @@ class Pruned(PooledMembers):
 
     @property
     def limits(self) -> tuple[CostLimit, ...]:
-        """What the budget allows, and what the members cost."""
+        """The budget, and the costs of the members."""
         assert self.members is not None, "a restored ensemble is not fitted again"
         place, unlimited = "pruning.cost_budget", float("inf")
         return (
@@ -119,24 +119,24 @@ class Pruned(PooledMembers):
         problem = self._problem(logits, labels)
         subsets = SEARCHES[self.search](problem)
         if testable:
-            unseen = _of_folds(problem, subsets, folds, self.search)
+            crossfit = _of_folds(problem, subsets, folds, self.search)
         else:
-            unseen = np.stack([problem.mean(subset.members) for subset in subsets])
+            crossfit = np.stack([problem.mean(subset.members) for subset in subsets])
         # A temperature turns no row's predicted class: where only that counts, the subset picked alone is given one.
         early = calibrate and self.metric not in PIECEWISE_CONSTANT
         self.points = tuple(
-            self._point(subset, np.log(own.clip(SMALLEST_PROBABILITY)), labels, folds, calibrate=early)
-            for subset, own in zip(subsets, unseen, strict=True)
+            self._point(subset, np.log(probabilities.clip(SMALLEST_PROBABILITY)), labels, folds, calibrate=early)
+            for subset, probabilities in zip(subsets, crossfit, strict=True)
         )
-        found = self.points[PICKS[self.pick](self.points)]
+        picked = self.points[PICKS[self.pick](self.points)]
         if calibrate and not early:
-            found = self._point(found.subset, found.unseen, labels, folds, calibrate=True)
-        self.weights = np.bincount(found.subset.members, minlength=len(logits)) / len(found.subset.members)
-        self.temperature = found.divisor
+            picked = self._point(picked.subset, picked.crossfit, labels, folds, calibrate=True)
+        self.weights = np.bincount(picked.subset.members, minlength=len(logits)) / len(picked.subset.members)
+        self.temperature = picked.divisor
         notes = (
             [] if testable else ["one fold or one class only: scores are those of the rows that chose, no temperature"]
         )
-        compared = self._compared(np.exp(found.unseen) if testable else None, logits, labels, notes)
+        compared = self._compared(np.exp(picked.crossfit) if testable else None, logits, labels, notes)
         self.facts = self._found(problem) | compared
         return self
 
@@ -146,17 +146,17 @@ class Pruned(PooledMembers):
         return SubsetProblem(self.members.names, probabilities, labels, self.metric, self.target_size, self.limits)
 
     def _point(
-        self, subset: Subset, unseen: Floats, labels: np.ndarray, folds: np.ndarray, *, calibrate: bool
+        self, subset: Subset, crossfit: Floats, labels: np.ndarray, folds: np.ndarray, *, calibrate: bool
     ) -> ScoredSubset:
         divisor = 1.0
         if calibrate:
-            choice = temperature.select_temperature(unseen, labels, folds)
-            divisor, unseen = choice.temperature, log_softmax(unseen / choice.row_temperatures[:, None])
-        probabilities = np.exp(unseen)
+            choice = temperature.select_temperature(crossfit, labels, folds)
+            divisor, crossfit = choice.temperature, log_softmax(crossfit / choice.row_temperatures[:, None])
+        probabilities = np.exp(crossfit)
         return ScoredSubset(
             subset,
             divisor,
-            unseen,
+            crossfit,
             row_losses(probabilities, labels, self.metric),
             METRICS[self.metric].function(probabilities, labels),
             METRICS["log_loss"].function(probabilities, labels),
@@ -164,20 +164,20 @@ class Pruned(PooledMembers):
         )
 
     def _found(self, problem: SubsetProblem) -> dict[str, Any]:
-        """What the search found out, for `ensemble.json`."""
+        """Facts about the search, for `ensemble.json`."""
         names, front = problem.names, _front(self.points)
         taken, best = PICKS[self.pick](self.points), PICKS["best"](self.points)
-        kept = self.points[taken]
-        reasons = _reasons(problem, kept, self.points[best], self.pick)
+        picked = self.points[taken]
+        reasons = _reasons(problem, picked, self.points[best], self.pick)
         return {
             "pick": self.pick,
             "target_size": self.target_size,
             "cost_budget": self.budget.model_dump(),
-            "latency_ms": kept.latency_ms,
-            "size_mb": kept.size_mb,
-            "path": [names[member] for member in kept.subset.members],
+            "latency_ms": picked.latency_ms,
+            "size_mb": picked.size_mb,
+            "path": [names[member] for member in picked.subset.members],
             "dropped": {names[member]: reason for member, reason in reasons.items()},
-            "diversity": problem.diversity.mean_among(kept.subset.members),
+            "diversity": problem.diversity.mean_among(picked.subset.members),
             "subsets": [
                 {
                     "members": [names[member] for member in point.subset.members],
@@ -185,25 +185,25 @@ class Pruned(PooledMembers):
                     "log_loss": point.log_loss,
                     "latency_ms": point.latency_ms,
                     "size_mb": point.size_mb,
-                    "on_pareto_front": place in front,
-                    "picked": place == taken,
+                    "on_pareto_front": index in front,
+                    "picked": index == taken,
                 }
-                for place, point in enumerate(self.points)
+                for index, point in enumerate(self.points)
             ],
         }
 
 
 def _of_folds(problem: SubsetProblem, subsets: Sequence[Subset], folds: np.ndarray, search: str) -> NDArray[np.float32]:
-    """Probabilities (K, N, C): of each row by the K subsets that are found without its fold, the last ones repeated."""
-    found = np.empty((len(subsets), *problem.probabilities.shape[1:]), dtype=np.float32)
+    """Probabilities (K, N, C): of each row by the K subsets of the search without its fold, the last ones repeated."""
+    probabilities = np.empty((len(subsets), *problem.probabilities.shape[1:]), dtype=np.float32)
     for number in np.unique(folds):
         inside = folds == number
         others = SEARCHES[search](problem.of_rows(~inside))
         held_out = problem.of_rows(inside)
         means = [held_out.mean(subset.members) for subset in others[: len(subsets)]]
-        for place in range(len(subsets)):
-            found[place, inside] = means[min(place, len(means) - 1)]
-    return found
+        for index in range(len(subsets)):
+            probabilities[index, inside] = means[min(index, len(means) - 1)]
+    return probabilities
 
 
 def _front(points: Sequence[ScoredSubset]) -> list[int]:
@@ -214,19 +214,19 @@ def _front(points: Sequence[ScoredSubset]) -> list[int]:
 
 def _best(points: Sequence[ScoredSubset]) -> int:
     lowest = min(point.losses.mean() for point in points)
-    near = [place for place, point in enumerate(points) if point.losses.mean() <= lowest + TIE_TOLERANCE]
-    least = min(points[place].log_loss for place in near)
-    return next(place for place in near if points[place].log_loss <= least + TIE_TOLERANCE)
+    near = [index for index, point in enumerate(points) if point.losses.mean() <= lowest + TIE_TOLERANCE]
+    least = min(points[index].log_loss for index in near)
+    return next(index for index in near if points[index].log_loss <= least + TIE_TOLERANCE)
 
 
 def _fastest(points: Sequence[ScoredSubset]) -> int:
     best = _best(points)
     near = [
-        place
-        for place, point in enumerate(points)
-        if place == best or within_one_standard_error(point.losses, points[best].losses)
+        index
+        for index, point in enumerate(points)
+        if index == best or within_one_standard_error(point.losses, points[best].losses)
     ]
-    return min(near, key=lambda place: (points[place].cost, place))
+    return min(near, key=lambda index: (points[index].cost, index))
 
 
 def _knee(points: Sequence[ScoredSubset]) -> int:
@@ -242,51 +242,51 @@ def _knee(points: Sequence[ScoredSubset]) -> int:
 PICKS = {"best": _best, "knee": _knee, "fastest": _fastest}
 
 
-def _reasons(problem: SubsetProblem, kept: ScoredSubset, best: ScoredSubset, pick: str) -> dict[int, str]:
-    """Why each of the others was dropped, in words; `best` is the point of the best score, whatever was picked."""
-    members = kept.subset.members
-    beside = _listed([problem.names[member] for member in members])
+def _reasons(problem: SubsetProblem, picked: ScoredSubset, best: ScoredSubset, pick: str) -> dict[int, str]:
+    """Why each other member is dropped; `best` is the subset of the best score, whichever was picked."""
+    members = picked.subset.members
+    others = _listed([problem.names[member] for member in members])
     changes = _changes(problem, members)
     not_worth = f"not worth its cost (pick: {pick})"
-    found = {}
+    reasons = {}
     for member in sorted(set(range(len(problem.names))) - set(members)):
         gains, change = changes[member]
         if excess := _excess(problem, [member]):
-            found[member] = f"over the budget: {excess}"
+            reasons[member] = f"over the budget: {excess}"
         elif member in best.subset.members:
-            found[member] = f"{not_worth}: {_step(kept, best, problem.metric)}"
-        elif member in kept.subset.reasons:
-            found[member] = kept.subset.reasons[member]
+            reasons[member] = f"{not_worth}: {_step(picked, best, problem.metric)}"
+        elif member in picked.subset.reasons:
+            reasons[member] = picked.subset.reasons[member]
         elif excess := _excess(problem, [*members, member]):
-            found[member] = f"no room in the budget beside {beside}: {excess}"
+            reasons[member] = f"no room in the budget beside {others}: {excess}"
         elif not gains:
-            found[member] = f"adds nothing beyond {beside}: {change}"
+            reasons[member] = f"adds nothing beyond {others}: {change}"
         elif len(members) == problem.target_size:
-            found[member] = f"beyond the target size of {problem.target_size}: {change}"
+            reasons[member] = f"beyond the target size of {problem.target_size}: {change}"
         elif pick == "best":
-            found[member] = f"a gain on these rows, but larger subsets score no better: {change}"
+            reasons[member] = f"a gain on these rows, but larger subsets score no better: {change}"
         else:
-            found[member] = f"{not_worth}: {change}"
-    return found
+            reasons[member] = f"{not_worth}: {change}"
+    return reasons
 
 
-def _step(kept: ScoredSubset, best: ScoredSubset, metric: str) -> str:
-    more = len(best.subset.members) - len(kept.subset.members)
-    words = f"{LABELS[metric]} {kept.score:.4f} -> {best.score:.4f} with {more} more"
-    if kept.latency_ms is not None and best.latency_ms is not None:
-        words += f", {kept.latency_ms:.4g} ms -> {best.latency_ms:.4g} ms"
+def _step(picked: ScoredSubset, best: ScoredSubset, metric: str) -> str:
+    more = len(best.subset.members) - len(picked.subset.members)
+    words = f"{LABELS[metric]} {picked.score:.4f} -> {best.score:.4f} with {more} more"
+    if picked.latency_ms is not None and best.latency_ms is not None:
+        words += f", {picked.latency_ms:.4g} ms -> {best.latency_ms:.4g} ms"
     return words
 
 
 def _excess(problem: SubsetProblem, members: Sequence[int]) -> str:
-    """Which limits these members together are beyond; nothing where they are within all."""
+    """The limits that these members exceed together; empty where they exceed none."""
     totals = [(limit, limit.spent(members)) for limit in problem.limits]
     return " and ".join(limit.excess(total) for limit, total in totals if not limit.allows(total))
 
 
-def _changes(problem: SubsetProblem, kept: Sequence[int]) -> list[tuple[bool, str]]:
-    """Of each member (M,): whether the mean of the kept is better with it, and what it changes."""
-    mean, weight = problem.mean(kept), 1 / (len(kept) + 1)
+def _changes(problem: SubsetProblem, picked: Sequence[int]) -> list[tuple[bool, str]]:
+    """For each member (M,): whether the mean of the picked members is better with it, and the change of the metrics."""
+    mean, weight = problem.mean(picked), 1 / (len(picked) + 1)
     gains = np.zeros(len(problem.names), dtype=int)  # the first metric that is another decides
     words: list[list[str]] = [[] for _ in problem.names]
     for metric in problem.metrics:
@@ -296,9 +296,9 @@ def _changes(problem: SubsetProblem, kept: Sequence[int]) -> list[tuple[bool, st
         afters = 1 - losses if measure.higher_is_better else losses
         change = afters - before if measure.higher_is_better else before - afters
         gains = np.where((gains == 0) & (np.abs(change) > TIE_TOLERANCE), np.sign(change).astype(int), gains)
-        for own, after in zip(words, afters, strict=True):
-            own.append(f"{LABELS[metric]} {before:.4f} -> {after:.4f}")
-    return [(bool(gain > 0), ", ".join(own)) for gain, own in zip(gains, words, strict=True)]
+        for parts, after in zip(words, afters, strict=True):
+            parts.append(f"{LABELS[metric]} {before:.4f} -> {after:.4f}")
+    return [(bool(gain > 0), ", ".join(parts)) for gain, parts in zip(gains, words, strict=True)]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -37,11 +37,11 @@ def run_sparse(combiner: SparseCombiner, run: Run, shape: tuple[int, int, int]) 
     rows that need it, members in their order.
     """
     logits, ran = np.zeros(shape, dtype=np.float32), np.zeros(shape[:2], dtype=bool)
-    while (wanted := combiner.route(logits, ran) & ~ran).any():
-        for member in np.flatnonzero(wanted.any(axis=1)).tolist():
-            rows = np.flatnonzero(wanted[member])
+    while (requested := combiner.route(logits, ran) & ~ran).any():
+        for member in np.flatnonzero(requested.any(axis=1)).tolist():
+            rows = np.flatnonzero(requested[member])
             logits[member, rows] = run(member, rows)
-        ran |= wanted
+        ran |= requested
     return combiner.predict_proba(logits), ran
 
 

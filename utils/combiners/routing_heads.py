@@ -21,8 +21,8 @@ def top_k_mask(scores: Tensor, count: int) -> Tensor:
     """
     experts = scores.shape[1]
     earlier = torch.ones(experts, experts, dtype=torch.bool, device=scores.device).tril(-1)
-    own, other = scores[:, :, None], scores[:, None, :]
-    ahead = (other > own) | ((other == own) & earlier)
+    score, other = scores[:, :, None], scores[:, None, :]
+    ahead = (other > score) | ((other == score) & earlier)
     return ahead.to(scores.dtype).sum(dim=2) < count
 
 
@@ -102,13 +102,13 @@ class NoisyTopK(GateNetwork):
 
     def forward(self, rows: Tensor, noise: Tensor) -> Routed:
         """Rows (B, F + E x C) and standard normal noise (B, E) -> what was chosen and what it gives."""
-        seen, said = rows.split([self.features, self.experts * self.classes], dim=1)
-        hidden = torch.relu(self.hidden(seen))
+        read, probabilities = rows.split([self.features, self.experts * self.classes], dim=1)
+        hidden = torch.relu(self.hidden(read))
         scores = self.scores(hidden)
         noisy = scores + noise * nn.functional.softplus(self.spread(hidden))
         chosen = top_k_mask(noisy, self.top_k)
         weights = _shares(noisy, chosen, self.reader)
-        mixed = (weights[:, :, None] * said.view(-1, self.experts, self.classes)).sum(dim=1)
+        mixed = (weights[:, :, None] * probabilities.view(-1, self.experts, self.classes)).sum(dim=1)
         return Routed(mixed.clamp_min(SMALLEST_PROBABILITY).log(), scores, chosen)
 
 

@@ -41,8 +41,8 @@ def features(logits: np.ndarray, kind: str) -> np.ndarray:
 
 def centred_log(probabilities: np.ndarray) -> np.ndarray:
     """log(p) clipped at 1e-12, less its mean over the last axis."""
-    found = np.log(np.maximum(probabilities, SMALLEST_PROBABILITY))
-    return found - found.mean(axis=-1, keepdims=True)
+    logs = np.log(np.maximum(probabilities, SMALLEST_PROBABILITY))
+    return logs - logs.mean(axis=-1, keepdims=True)
 
 
 def standardisation(values: np.ndarray, blocks: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -45,9 +45,9 @@ class StackingFeatures(nn.Module):
         columns = [main.flatten(1)]
         if self.kind.endswith("+disagreement"):
             mean = probabilities.mean(dim=1)
-            total, own = _entropy(mean), _entropy(probabilities).mean(dim=1)
+            total, of_members = _entropy(mean), _entropy(probabilities).mean(dim=1)
             spread = (probabilities - mean[:, None]).square().mean(dim=1).sqrt()
-            columns += [torch.stack([total, own, total - own], dim=1), spread]
+            columns += [torch.stack([total, of_members, total - of_members], dim=1), spread]
         return torch.cat(columns, dim=1)
 
 

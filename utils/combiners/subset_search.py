@@ -82,18 +82,18 @@ class SubsetProblem:
     @cached_property
     def affordable(self) -> NDArray[np.bool_]:
         """Which members (M,) are within the limits by themselves. Raises BudgetError where none is."""
-        found = self.open(())
-        if not found.any():
+        mask = self.open(())
+        if not mask.any():
             raise BudgetError(self._cheapest())
-        return found
+        return mask
 
     def open(self, members: Sequence[int]) -> NDArray[np.bool_]:
         """Which members (M,) the limits allow beside these, which are none of them."""
-        found = np.ones(len(self.names), dtype=bool)
+        mask = np.ones(len(self.names), dtype=bool)
         for limit in self.limits:
-            found &= limit.allows(limit.spent(members) + np.nan_to_num(limit.costs))
-        found[list(members)] = False
-        return found
+            mask &= limit.allows(limit.spent(members) + np.nan_to_num(limit.costs))
+        mask[list(members)] = False
+        return mask
 
     def are_open(self, members: Sequence[int]) -> bool:
         """Whether the limits allow these together."""
@@ -151,15 +151,15 @@ def greedy_forward(problem: SubsetProblem) -> list[Subset]:
     """Start empty, add the best, again and again."""
     scorers = problem.scorers()
     chosen: list[int] = []
-    found: list[Subset] = []
+    subsets: list[Subset] = []
     allowed = problem.affordable
     while allowed.any() and len(chosen) < problem.target_size:
         chosen.append(_best([each.losses(all_exact=True) for each in scorers], allowed))
         for each in scorers:
             each.add(chosen[-1])
-        found.append(Subset(tuple(chosen)))
+        subsets.append(Subset(tuple(chosen)))
         allowed = problem.open(chosen)
-    return found
+    return subsets
 
 
 def greedy_backward(problem: SubsetProblem) -> list[Subset]:
@@ -171,13 +171,13 @@ def greedy_backward(problem: SubsetProblem) -> list[Subset]:
     removers = [
         make_removal_scorer(problem.probabilities, problem.labels, inside, metric) for metric in problem.metrics
     ]
-    found: list[Subset] = []
+    subsets: list[Subset] = []
     while True:
-        kept = np.flatnonzero(inside).tolist()
-        if len(kept) <= problem.target_size and problem.are_open(kept):
-            found.append(Subset(tuple(kept)))
-        if len(kept) == 1:
-            return found[::-1]
+        remaining = np.flatnonzero(inside).tolist()
+        if len(remaining) <= problem.target_size and problem.are_open(remaining):
+            subsets.append(Subset(tuple(remaining)))
+        if len(remaining) == 1:
+            return subsets[::-1]
         worst = _best([each.losses() for each in removers], inside, last=True)
         for each in removers:
             each.remove(worst)
@@ -201,7 +201,7 @@ def diversity_max(problem: SubsetProblem) -> list[Subset]:
         int(member): f"hopeless: accuracy {accuracy[member]:.4f}, half-way from guessing to the best is {least:.4f}"
         for member in np.flatnonzero(accuracy < least)
     }
-    found = [Subset(tuple(chosen), reasons)]
+    subsets = [Subset(tuple(chosen), reasons)]
     total = problem.mean(chosen)
     while len(chosen) < problem.target_size:
         for each in scorers:
@@ -217,11 +217,11 @@ def diversity_max(problem: SubsetProblem) -> list[Subset]:
             if within_one_standard_error(row_losses(after, problem.labels, "accuracy"), before):
                 break
         else:
-            return found
+            return subsets
         chosen.append(member)
         total += problem.probabilities[member]
-        found.append(Subset(tuple(chosen), reasons))
-    return found
+        subsets.append(Subset(tuple(chosen), reasons))
+    return subsets
 
 
 def clustering(problem: SubsetProblem) -> list[Subset]:
@@ -232,7 +232,7 @@ def clustering(problem: SubsetProblem) -> list[Subset]:
     """
     members = np.flatnonzero(problem.affordable)
     ranks = _ranks(problem)
-    found = []
+    subsets = []
     for labels in _groups(problem, members)[: problem.target_size]:
         groups = [members[labels == label] for label in np.unique(labels)]
         groups = [group[np.argsort(ranks[group])] for group in groups]
@@ -247,24 +247,24 @@ def clustering(problem: SubsetProblem) -> list[Subset]:
                     f"{problem.diversity.error_correlation[member, chosen[-1]]:.2f})"
                     for member in fitting
                 }
-        found.append(Subset(tuple(chosen), reasons))
-    return found
+        subsets.append(Subset(tuple(chosen), reasons))
+    return subsets
 
 
 def _best(losses: Sequence[Floats], allowed: NDArray[np.bool_], *, last: bool = False) -> int:
     """The first, or last, of the allowed members (M,) with the least loss; of equals that of the next losses."""
-    left = np.flatnonzero(allowed)
-    for found in losses:
-        left = left[found[left] <= found[left].min() + TIE_TOLERANCE]
-    return int(left[-1 if last else 0])
+    best = np.flatnonzero(allowed)
+    for values in losses:
+        best = best[values[best] <= values[best].min() + TIE_TOLERANCE]
+    return int(best[-1 if last else 0])
 
 
 def _ranks(problem: SubsetProblem) -> NDArray[np.intp]:
     """Place (M,) of each member when they are sorted from the best to the worst."""
     losses = [each.losses(all_exact=True) for each in problem.scorers()]
     ranks = np.full(len(problem.names), -1)
-    for place in range(len(ranks)):
-        ranks[_best(losses, ranks < 0)] = place
+    for rank in range(len(ranks)):
+        ranks[_best(losses, ranks < 0)] = rank
     return ranks
 
 

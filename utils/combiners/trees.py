@@ -90,21 +90,21 @@ class Descent(nn.Module):
         self.register_buffer("first_threshold", torch.from_numpy(threshold[: nodes.trees].astype(np.float32)))
 
     def forward(self, features: Tensor) -> Tensor:
-        seen = torch.cat([features, features.masked_fill(torch.isnan(features), float("inf"))], dim=1)
-        right = self.goes_right(seen.index_select(1, self.first_column), self.first_threshold)
-        place = self.first_children + right
+        both = torch.cat([features, features.masked_fill(torch.isnan(features), float("inf"))], dim=1)
+        right = self.goes_right(both.index_select(1, self.first_column), self.first_threshold)
+        index = self.first_children + right
         for _ in range(self.more_steps):
-            flat = place.reshape(-1)
-            values = seen.gather(1, self.column.index_select(0, flat).view(-1, self.trees))
+            flat = index.reshape(-1)
+            values = both.gather(1, self.column.index_select(0, flat).view(-1, self.trees))
             right = self.goes_right(values, self.threshold.index_select(0, flat).view(-1, self.trees))
-            place = self.left_child(place) + right
-        return self.leaves(place)
+            index = self.left_child(index) + right
+        return self.leaves(index)
 
-    def left_child(self, place: Tensor) -> Tensor:
+    def left_child(self, index: Tensor) -> Tensor:
         """The index of the left child of each node (B, T)."""
         raise NotImplementedError
 
-    def leaves(self, place: Tensor) -> Tensor:
+    def leaves(self, index: Tensor) -> Tensor:
         """The row of the table of leaves for each last node (B, T)."""
         raise NotImplementedError
 
@@ -123,13 +123,13 @@ class PerfectDescent(Descent):
         self.first_leaf = len(levels[-1])
         self.register_buffer("first_children", 2 * torch.arange(nodes.trees, 2 * nodes.trees, dtype=torch.int32))
 
-    def left_child(self, place: Tensor) -> Tensor:
+    def left_child(self, index: Tensor) -> Tensor:
         """The left child's place."""
-        return place + place
+        return index + index
 
-    def leaves(self, place: Tensor) -> Tensor:
+    def leaves(self, index: Tensor) -> Tensor:
         """Place on the last level -> row of the table of leaves."""
-        return place - self.first_leaf
+        return index - self.first_leaf
 
 
 class LinkedDescent(Descent):
@@ -143,13 +143,13 @@ class LinkedDescent(Descent):
         self.register_buffer("child", torch.from_numpy(nodes.child.astype(np.int32)))
         self.register_buffer("first_children", self.child[: nodes.trees].clone())
 
-    def left_child(self, place: Tensor) -> Tensor:
+    def left_child(self, index: Tensor) -> Tensor:
         """The left child's place; a leaf's own."""
-        return self.child.index_select(0, place.reshape(-1)).view(-1, self.trees)
+        return self.child.index_select(0, index.reshape(-1)).view(-1, self.trees)
 
-    def leaves(self, place: Tensor) -> Tensor:
+    def leaves(self, index: Tensor) -> Tensor:
         """Place -> row of the table of leaves."""
-        return place
+        return index
 
 
 def _descent(nodes: Nodes, *, features: int, inclusive: bool, layout: str | None) -> tuple[Descent, np.ndarray]:
@@ -267,11 +267,11 @@ def _booster(learner: Mapping[str, Any], classes: int) -> tuple[int, np.ndarray,
 
     if column("split_type", np.int64).any():
         raise ValueError("it splits by categories")
-    own, start = np.repeat(sizes, sizes), np.repeat(starts, sizes)
+    tree_sizes, start = np.repeat(sizes, sizes), np.repeat(starts, sizes)
     left, right = column("left_children", np.int64), column("right_children", np.int64)
     feature, values = column("split_indices", np.int64), column("split_conditions", np.float32)
     inner = left >= 0
-    if not (np.where(inner, np.maximum(left, right), 0) < own).all() or (right[inner] < 0).any():
+    if not (np.where(inner, np.maximum(left, right), 0) < tree_sizes).all() or (right[inner] < 0).any():
         raise ValueError("a child is not in its tree")
     feature = np.where(inner, feature, 0)  # a node that was pruned away holds none
     if not ((feature >= 0) & (feature < features)).all() or not np.isfinite(values).all():
@@ -287,9 +287,9 @@ def _booster(learner: Mapping[str, Any], classes: int) -> tuple[int, np.ndarray,
     return features, np.broadcast_to(base, classes).copy(), nodes, values[rows]
 
 
-def _expect(what: str, found: object, expected: object) -> None:
-    if found != expected:
-        raise ValueError(f"{what} is {found!r}, not {expected!r}")
+def _expect(what: str, value: object, expected: object) -> None:
+    if value != expected:
+        raise ValueError(f"{what} is {value!r}, not {expected!r}")
 
 
 # scikit-learn --------------------------------------------------------------------------------------------------------
@@ -336,15 +336,15 @@ def forest_arrays(estimator: RandomForestClassifier, *, classes: int, shrinkage:
         threshold=threshold,
         missing_left=np.concatenate([tree.missing_go_to_left for tree in trees]).astype(bool),
     )
-    shares = np.zeros((len(rows), classes))
-    shares[:, estimator.classes_] = np.concatenate([tree.value[:, 0] for tree in trees])[rows]
+    probabilities = np.zeros((len(rows), classes))
+    probabilities[:, estimator.classes_] = np.concatenate([tree.value[:, 0] for tree in trees])[rows]
     if shrinkage:
         counts = np.concatenate([tree.weighted_n_node_samples for tree in trees])[rows, None]
-        shares = _shrunken(nodes, shares, counts, shrinkage)
+        probabilities = _shrunken(nodes, probabilities, counts, shrinkage)
     return {
         "child": nodes.child,
         "feature": nodes.feature,
-        "leaves": shares[nodes.is_leaf].astype(np.float32),
+        "leaves": probabilities[nodes.is_leaf].astype(np.float32),
         "level_sizes": np.array(nodes.level_sizes),
         "missing_left": nodes.missing_left,
         "threshold": nodes.threshold,
@@ -352,18 +352,18 @@ def forest_arrays(estimator: RandomForestClassifier, *, classes: int, shrinkage:
     }
 
 
-def _shrunken(nodes: Nodes, shares: np.ndarray, counts: np.ndarray, shrinkage: float) -> np.ndarray:
+def _shrunken(nodes: Nodes, probabilities: np.ndarray, counts: np.ndarray, shrinkage: float) -> np.ndarray:
     """Class shares (K, C) of nodes with `counts` (K, 1) rows -> shares (K, C), from the roots down."""
-    raw, found = shares.copy(), np.empty_like(shares)
+    raw, shrunken = probabilities.copy(), np.empty_like(probabilities)
     roots = slice(nodes.trees)
-    raw[roots] = (shares[roots] * counts[roots] + 1 / shares.shape[1]) / (counts[roots] + 1)
-    found[roots] = raw[roots]
+    raw[roots] = (probabilities[roots] * counts[roots] + 1 / probabilities.shape[1]) / (counts[roots] + 1)
+    shrunken[roots] = raw[roots]
     ends = np.cumsum(nodes.level_sizes)
     for end, size in zip(ends, nodes.level_sizes, strict=True):
         inner = np.flatnonzero(~nodes.is_leaf[end - size : end]) + end - size
         for child in (nodes.child[inner], nodes.child[inner] + 1):
-            found[child] = found[inner] + (raw[child] - raw[inner]) / (1 + shrinkage / counts[inner])
-    return found
+            shrunken[child] = shrunken[inner] + (raw[child] - raw[inner]) / (1 + shrinkage / counts[inner])
+    return shrunken
 
 
 def forest_module(arrays: Mapping[str, np.ndarray], *, layout: str | None = None) -> ForestProbabilities:
@@ -385,5 +385,5 @@ def probabilities(module: nn.Module, features: np.ndarray) -> np.ndarray:
     """Features (N, F) through a module of this room -> probabilities float64 (N, C) whose rows sum to 1."""
     rows = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32))
     with torch.inference_mode():
-        found = torch.cat([module(block) for block in rows.split(BLOCK)]).numpy().astype(np.float64)
-    return found / found.sum(axis=1, keepdims=True)
+        answers = torch.cat([module(block) for block in rows.split(BLOCK)]).numpy().astype(np.float64)
+    return answers / answers.sum(axis=1, keepdims=True)

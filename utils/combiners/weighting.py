@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(kw_only=True)
 class WeightedPool(PooledMembers):
-    """Members weighted for least loss on the rows given to fit, as a linear or a log-linear pool.
+    """Members weighted for least loss on the rows of the fit, as a linear or a log-linear pool.
 
     Accuracy and macro F1 are piecewise constant: weights of least log-loss are the start, and members added greedily
     (Caruana et al. 2004), on average over bootstrap samples, move them where held-out folds gain by it.
@@ -63,10 +63,11 @@ class WeightedPool(PooledMembers):
         self.member_temperatures = np.ones(len(logits))
         if calibrate and self.calibration == "per_member":
             self.member_temperatures = temperature.select_member_temperatures(logits, labels, folds)
-        found = self._weighted(self._scores(logits), labels, folds, testable=testable, calibrate=calibrate)
-        total = float(found.weights.sum())
-        self.pool, self.weights, self.temperature = found.pool, found.weights / total, found.temperature / total
-        self.facts = self._judged(found, logits, labels)
+        weighting = self._weighted(self._scores(logits), labels, folds, testable=testable, calibrate=calibrate)
+        total = float(weighting.weights.sum())
+        self.pool, self.weights = weighting.pool, weighting.weights / total
+        self.temperature = weighting.temperature / total
+        self.facts = self._judged(weighting, logits, labels)
         return self
 
     def _weighted(
@@ -74,8 +75,8 @@ class WeightedPool(PooledMembers):
     ) -> Weighting:
         only = POOLS["linear" if self.kind == "auto" else self.kind]
         if not (self.optimize_weights and np.ptp(labels)):
-            shares = np.full(len(scores), 1 / len(scores)) if self.optimize_weights else self._recorded_shares()
-            return pooling.fixed_weights(only, scores, labels, folds, shares, calibrate=calibrate)
+            weights = np.full(len(scores), 1 / len(scores)) if self.optimize_weights else self._recorded_shares()
+            return pooling.fixed_weights(only, scores, labels, folds, weights, calibrate=calibrate)
         if not testable:
             return pooling.fitted_weights(only, scores, labels, self.metric, strength=UNTESTED_STRENGTH)
         names = tuple(POOLS) if self.kind == "auto" else (self.kind,)
@@ -83,11 +84,11 @@ class WeightedPool(PooledMembers):
             pooling.tuned_weights(POOLS[name], scores, labels, folds, self.metric, calibrate=calibrate)
             for name in names
         ]
-        found = pooling.preferred_pool(*tuned, labels, self.metric) if len(tuned) > 1 else tuned[0]
+        weighting = tuned[0] if len(tuned) == 1 else pooling.preferred_pool(tuned[0], tuned[1], labels, self.metric)
         if self.metric in pooling.PIECEWISE_CONSTANT:
             options: dict[str, Any] = {"seed": self.seed, "calibrate": calibrate}
-            found = pooling.with_members_added(found, scores, labels, folds, self.metric, **options)
-        return found
+            weighting = pooling.with_members_added(weighting, scores, labels, folds, self.metric, **options)
+        return weighting
 
     def _recorded_shares(self) -> Floats:
         assert self.members is not None, "a restored pool is not fitted again"
@@ -99,19 +100,19 @@ class WeightedPool(PooledMembers):
                 f"{', '.join(missing)} has none above 0. Measure it: python ensemble_orchestrator.py discover "
                 f"--verify; or set runs.score_ensemble.optimize_weights to true"
             )
-        shares: Floats = recorded / recorded.sum()
-        return shares
+        weights: Floats = recorded / recorded.sum()
+        return weights
 
-    def _judged(self, found: Weighting, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        unseen, notes = found.unseen, []
+    def _judged(self, weighting: Weighting, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+        crossfit, notes = weighting.crossfit, []
         if not np.ptp(labels):
             notes.append(f"all {len(labels)} rows are of one class: nothing was fitted")
-        elif unseen is None:
+        elif crossfit is None:
             notes.append(f"one fold only: penalty {UNTESTED_STRENGTH}, no temperature, no comparison of pools")
-        strength = "infinite" if found.strength is not None and np.isinf(found.strength) else found.strength
+        strength = "infinite" if weighting.strength is not None and np.isinf(weighting.strength) else weighting.strength
         return {
             "strength": strength,
-            "duality_gap": found.gap,
-            "members_added": found.added,
-            **self._compared(None if unseen is None else np.exp(unseen), logits, labels, notes),
+            "duality_gap": weighting.gap,
+            "members_added": weighting.added,
+            **self._compared(None if crossfit is None else np.exp(crossfit), logits, labels, notes),
         }

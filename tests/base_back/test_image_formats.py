@@ -20,7 +20,7 @@ from PIL import Image
 from utils import image_files
 from utils.datasets import OptimizedImageDataset
 from utils.evaluation.thumbnails import thumbnail
-from utils.exporting.parity_rows import _decoded
+from utils.exporting.parity_rows import decode_image
 from utils.inference import onnx_prediction
 
 NAME = "soft_voting_ensemble"
@@ -130,7 +130,7 @@ def test_the_base_pipeline_refuses_to_split_it(eps, ghostscript, tmp_path):
 def test_nothing_else_that_reads_pixels_opens_it(eps, ghostscript):
     assert thumbnail(eps).problem == f"cannot be decoded ({REFUSAL})"
     with pytest.raises(OSError, match=REFUSAL):
-        _decoded(eps)
+        decode_image(eps)
     with pytest.raises(ValueError, match=REFUSAL):
         OptimizedImageDataset([(str(eps), 0)], ["a"])[0]
     assert ghostscript() == 0

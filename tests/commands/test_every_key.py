@@ -168,19 +168,20 @@ def how_it_exports(config: Config, workspace: Any) -> Any:
     """Digest and formats of an export, up to where its folder would be made."""
     asked: list[Any] = []
 
-    def kept(final: Path, source: str) -> dict[str, Any]:
-        asked.append(source)
+    def reusable_formats(final: Path, source_digest: str) -> dict[str, Any]:
+        asked.append(source_digest)
         return {}
 
-    def needed(store: Store, subject: Any, formats: Any) -> int:
-        asked.append(list(formats))
+    def write_export(store: Store, request: Any) -> dict[str, Any]:
+        asked.append(list(request.formats))
         raise Stopped
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export.exported_network, "require_current_checkpoints", lambda *_: None)
         patch.setattr(export.export_folder, "recover_interrupted", lambda *_: None)
-        patch.setattr(export.export_folder, "reusable_formats", kept)
-        patch.setattr(export, "_needed", needed)
+        patch.setattr(export.export_folder, "reusable_formats", reusable_formats)
+        patch.setattr(export.export_folder, "require_free_space", lambda *_: None)
+        patch.setattr(export, "write_export", write_export)
         try:
             export.export(config, workspace, model_name="soft_voting")
         except UserError as error:

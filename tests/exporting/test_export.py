@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from utils.core.artifacts import read_arrays, read_json, write_json
 from utils.core.errors import ConfigError, UserError
 from utils.exporting import (
-    export,
     export_checks,
     export_comparison,
     export_folder,
@@ -97,7 +96,7 @@ def test_a_combiner_with_steps_is_compared_twice(exported):
 def test_an_export_that_is_there_is_kept_and_another_format_joins_it(own_export):
     file = folder_of(own_export) / f"onnx/{NAME}.onnx"
     before = file.stat()
-    assert "already there" in run(own_export, NAME, "onnx", "torchscript").text
+    assert "up to date" in run(own_export, NAME, "onnx", "torchscript").text
     run(own_export, NAME, "checkpoint", "onnx")
     after = read_json(folder_of(own_export) / "export_status.json", remedy="")
     assert file.stat().st_ino == before.st_ino
@@ -185,7 +184,7 @@ def test_a_weight_that_changes_after_writing_is_caught(own_export, monkeypatch, 
     result = run(own_export, NAME, kind, "onnx", force=True)
     entry = result.document["formats"][kind]
     assert (entry["status"], entry["path"]) == ("failed", None)
-    assert "probabilities are off by" in entry["reason"]
+    assert "probabilities differ by" in entry["reason"]
     assert [failure.partition(":")[0] for failure in result.failures] == [kind]
     folder = folder_of(own_export)
     assert (folder / "failed" / kind).is_dir()
@@ -199,7 +198,7 @@ def test_an_interrupted_export_leaves_the_old_one_whole(own_export, monkeypatch)
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, "_finish", interrupted)
+    monkeypatch.setattr(export_folder, "write_records", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(own_export, NAME, "onnx", force=True)
     assert {path: path.read_bytes() for path in folder_of(own_export).rglob("*") if path.is_file()} == before
@@ -267,11 +266,11 @@ def test_a_disk_without_room_is_told_before_anything_is_written(own_export, monk
 
 def test_verify_holds_and_names_what_was_tampered_with(own_export):
     folder = folder_of(own_export, "hard_voting_ensemble")
-    assert "checksums hold" in export_checks.verify(at(own_export), folder).text
+    assert "checksums match" in export_checks.verify(at(own_export), folder).text
     with (folder / "custom" / "README.md").open("a") as file:
         file.write("one more line")
     (folder / "onnx" / "hard_voting_ensemble.onnx").unlink()
-    with pytest.raises(UserError, match=r"hard_voting_ensemble\.onnx: gone; custom/README\.md: other bytes"):
+    with pytest.raises(UserError, match=r"hard_voting_ensemble\.onnx: missing; custom/README\.md: changed"):
         export_checks.verify(at(own_export), folder)
     with pytest.raises(UserError, match=r"no checksums\.json"):
         export_checks.verify(at(own_export), folder.parent)
@@ -281,7 +280,7 @@ def test_verify_finds_answers_that_differ(own_export):
     folder = folder_of(own_export)
     change_a_weight(folder / "onnx" / f"{NAME}.onnx")
     write_json(folder / "checksums.json", export_folder.compute_checksums(folder))
-    with pytest.raises(UserError, match=r"onnx: soft_voting_ensemble\.onnx: its probabilities are off by"):
+    with pytest.raises(UserError, match=r"onnx: soft_voting_ensemble\.onnx: its probabilities differ by"):
         export_checks.verify(at(own_export), folder)
 
 
@@ -316,7 +315,7 @@ def test_a_form_of_fewer_bits_that_is_off_fails_alone(own_export, monkeypatch):
     monkeypatch.setattr(reduced_precision, "to_float16", spoilt)
     monkeypatch.setattr(reduced_precision, "to_int8", lambda *_: 1 / 0)
     formats = run(own_export, NAME, "onnx", precision=["fp16", "int8"], force=True).document["formats"]
-    assert "probabilities are off by" in formats["onnx_fp16"]["reason"]
+    assert "probabilities differ by" in formats["onnx_fp16"]["reason"]
     assert formats["onnx_int8"]["reason"] == "ZeroDivisionError: division by zero"
     assert [formats[name]["status"] for name in ("onnx", "onnx_fp16", "onnx_int8")] == ["ok", "failed", "failed"]
     assert not (folder_of(own_export) / "onnx_fp16").exists()
@@ -373,6 +372,6 @@ def test_tflite_is_converted_and_proved(own_export, monkeypatch, given, sabotage
     entry = run(own_export, NAME, "tflite", input=given, force=True).document["formats"]["tflite"]
     assert entry["status"] == ("failed" if sabotaged else "ok"), entry["reason"]
     if sabotaged:
-        assert "probabilities are off by" in entry["reason"]
+        assert "probabilities differ by" in entry["reason"]
     else:
         assert (entry["parity"]["rows"], entry["parity"]["batch_sizes"]) == (64, [1])

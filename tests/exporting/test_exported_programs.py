@@ -120,7 +120,7 @@ def test_an_export_of_this_workspace_verifies_wherever_it_lies(own, tmp_path, mo
         assert "torchscript  ok: 64 rows" in done.stdout
     missing = verify(own, "nowhere")
     assert missing.returncode == 1
-    assert f"{tmp_path / 'nowhere'} and {own / 'nowhere'} looked for" in missing.stderr
+    assert f"searched: {tmp_path / 'nowhere'}, {own / 'nowhere'}" in missing.stderr
 
 
 def test_a_program_that_is_not_recorded_needs_trust(own, verify):
@@ -207,7 +207,7 @@ def test_a_file_that_is_no_archive_is_refused(own, verify):
     replace_program(folder_of(own), lambda path: path.write_bytes(b"no archive"))
     done = verify(own, folder_of(own), "--trust")
     assert done.returncode == 1
-    assert f"{PROGRAM}: it is no TorchScript archive" in done.stderr
+    assert f"{PROGRAM}: it is not a TorchScript archive" in done.stderr
 
 
 @pytest.mark.parametrize("way", ["absolute", "climbing", "linked file", "linked folder"])

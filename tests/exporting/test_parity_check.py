@@ -58,11 +58,11 @@ def test_rows_at_a_step_are_counted_and_left_out_of_the_end_to_end_comparison():
     found = compare_outputs(probe, answered(np.eye(2)[own.argmax(axis=1)], member_logits=own[:, None]))
     assert (found["passed"], found["parity"]["near_threshold"], found["parity"]["max_abs_diff"]) == (True, 1, 0)
     wrong = compare_outputs(probe, answered(np.eye(2)[logits.argmax(axis=1)], member_logits=own[:, None]))
-    assert "its combiner is off by 1 on its own members' outputs" in wrong["reason"]
+    assert "its combiner differs by 1 on the file's member outputs" in wrong["reason"]
     own[:3] = [0, 1e-6]
     probe.member_logits[0, :3] = [1e-6, 0]
     many = compare_outputs(probe, answered(np.eye(2)[own.argmax(axis=1)], member_logits=own[:, None]))
-    assert "3 of 40 rows lie at a step" in many["reason"]
+    assert "3 of 40 rows lie at a discontinuity" in many["reason"]
     own[5] = [3, 0]
     assert (
         "members' probabilities are off"

@@ -1,4 +1,4 @@
-"""What lies in `custom/` of every export: how to use it, a program that does, and what the ensemble is."""
+"""The folder `custom/` of every export: README, model card, prediction program, description and reference rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from utils.exporting.parity_check import TOLERANCE, ReferenceBatches
 
 PARITY_FILE = "parity.npz"
 PREDICT_PROGRAM = Path(__file__).parents[1] / "inference" / "onnx_prediction.py"
-"""Delivered as predict.py, and imported by nobody here, since it needs onnxruntime."""
+"""Delivered as `custom/predict.py`; not imported here, since it needs onnxruntime."""
 MAX_PARITY_BYTES = 64_000_000
 ZIP_TIMESTAMP = (1980, 1, 1, 0, 0, 0)  # of every file in the zip, so that equal content gives equal bytes
 
@@ -28,7 +28,7 @@ def write_custom_folder(
     status: Mapping[str, Mapping[str, Any]],
     score: Mapping[str, Any] | None,
 ) -> None:
-    """Fill `folder` with README, predict.py, model card, description and `<name>_custom.bin`, their zip."""
+    """Write README, predict.py, model card, description and `<name>_custom.bin`, a zip of these, into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "README.md", readme(name, description, classes, status))
     write_text(folder / "model_card.md", model_card(name, description, classes, status, score))
@@ -42,36 +42,36 @@ def write_custom_folder(
 def readme(
     name: str, description: Mapping[str, Any], classes: Sequence[str], status: Mapping[str, Mapping[str, Any]]
 ) -> str:
-    """How to use the files."""
-    given, outputs = description["input"], ", ".join(description["outputs"])
-    takes = {
-        "float-nchw": f"RGB images, float32 (batch, 3, {given.get('img_size')}, {given.get('img_size')}) from 0 to 1: "
-        f"shorter side resized to {given.get('shorter_side')} px (bilinear), centre square cut out. Normalisation is "
-        "inside.",
-        "uint8-nhwc": "RGB images as they are decoded, uint8 (batch, height, width, 3), of any size. Resizing, cutting "
-        f"and normalisation are inside. A TFLite file takes (1, {given.get('img_size')}, {given.get('img_size')}, 3): "
-        f"resize the shorter side to {given.get('shorter_side')} px (bilinear) and cut the centre square out first.",
+    """Text of README.md: how to use the files, their input and outputs, and the status of each format."""
+    inputs, outputs = description["input"], ", ".join(description["outputs"])
+    size, shorter_side = inputs.get("img_size"), inputs.get("shorter_side")
+    input_text = {
+        "float-nchw": f"RGB images, float32 (batch, 3, {size}, {size}) in [0, 1]. Resize the shorter side to "
+        f"{shorter_side} px (bilinear) and crop the centre square. The files normalise the images.",
+        "uint8-nhwc": "decoded RGB images of any size, uint8 (batch, height, width, 3). The files resize, crop and "
+        f"normalise the images. A TFLite file takes (1, {size}, {size}, 3): resize the shorter side to "
+        f"{shorter_side} px (bilinear) and crop the centre square first.",
         "member-logits": "the members' logits, float32 (batch, members, classes), members in the order below. The "
-        "networks themselves are not part of it.",
-    }[given["kind"]]
+        "files do not contain the members' networks.",
+    }[inputs["kind"]]
     files = "\n".join(
         f"- `{format_name}`: {entry['status']}"
         + (f", `{entry['path']}`" if entry.get("path") else f" ({entry['reason']})")
         for format_name, entry in sorted(status.items())
     )
     members = ", ".join(member["name"] for member in description["members"])
-    use = (
+    usage = (
         "```\npip install onnxruntime numpy pillow\npython predict.py photo.jpg folder/ > predictions.csv\n```\n\n"
-        "`predict.py` takes the ONNX file in `../onnx`, or the one that `--model` names.\n"
-        if given["kind"] != "member-logits"
-        else f"Feed the input `{given['name']}` to the ONNX or TorchScript file; `predict.py` is for images.\n"
+        "`predict.py` runs the ONNX file in `../onnx`, or the one that `--model` names.\n"
+        if inputs["kind"] != "member-logits"
+        else f"Pass `{inputs['name']}` to the ONNX or TorchScript file; `predict.py` runs files that take images.\n"
     )
     return (
-        f"# {name}\n\n{use}\n## Input and output\n\nInput `{given['name']}`: {takes}\n\nOutputs: {outputs}. "
-        f"`probabilities` is (batch, {len(classes)}), classes in the order of `class_mapping.json`. "
-        "A TFLite file takes one image at a time and calls its outputs output_0, output_1 ... in this order.\n\n"
-        f"Members: {members}.\n\n## Files\n\n{files}\n\n`export_status.json` holds the proof of each: it was opened "
-        "again by its own runtime and compared on real images.\n"
+        f"# {name}\n\n{usage}\n## Input and output\n\nInput `{inputs['name']}`: {input_text}\n\nOutputs: {outputs}. "
+        f"`probabilities` has the shape (batch, {len(classes)}), classes in the order of `class_mapping.json`. "
+        "A TFLite file takes one image at a time; its outputs are called output_0, output_1 ... in this order.\n\n"
+        f"Members: {members}.\n\n## Files\n\n{files}\n\n`export_status.json` holds the parity check of each format: "
+        "its own runtime ran the files on real images, and the outputs were compared with the ensemble's.\n"
     )
 
 
@@ -82,11 +82,9 @@ def model_card(
     status: Mapping[str, Mapping[str, Any]],
     score: Mapping[str, Any] | None,
 ) -> str:
-    """What the ensemble is, how well it does, and what it is not for."""
+    """Text of model_card.md: method, members, classes, scores, parity and limits."""
     lines = [f"# Model card: {name}", "", f"- Method: {description['method']}"]
-    lines += [
-        f"- Members answer by: {'their fold networks' if description['inference'] == 'folds' else 'one network each'}"
-    ]
+    lines += [f"- Networks per member: {'all fold networks' if description['inference'] == 'folds' else 'one'}"]
     lines += [f"- Classes ({len(classes)}): {', '.join(classes)}", "", "## Members", ""]
     lines += ["| name | architecture | size | image size |", "|---|---|---|---|"]
     lines += [
@@ -95,38 +93,42 @@ def model_card(
     ]
     lines += ["", "## Scores", ""]
     if score is None:
-        lines.append("Not measured before the export; `python ensemble_orchestrator.py evaluate` does.")
+        lines.append("Not measured before the export. Run `python ensemble_orchestrator.py evaluate` to measure them.")
     else:
-        figures = ", ".join(f"{key} {score[key]:.4f}" for key in ("accuracy", "f1_macro", "log_loss", "ece"))
-        lines.append(f"On {score['n_samples']} rows of {score['split']}: {figures}.")
+        values = ", ".join(f"{key} {score[key]:.4f}" for key in ("accuracy", "f1_macro", "log_loss", "ece"))
+        lines.append(f"On {score['n_samples']} rows of {score['split']}: {values}.")
         if score.get("contaminated") or score.get("optimistic"):
-            lines.append("These rows had a part in making it, so the scores flatter it.")
-    checked = [entry["parity"] for entry in status.values() if entry.get("parity")]
-    checked = [parity for parity in checked if parity["tolerance"] == TOLERANCE]  # those of fewer bits differ by more
-    if checked:
-        worst = max(parity["max_abs_diff"] or 0.0 for parity in checked)
-        lines += ["", f"Exported files differ from it by {worst:.2g} at most on {checked[0]['rows']} real rows."]
+            lines.append("The ensemble was fitted or selected on some of these rows, so the scores are optimistic.")
+    parities = [entry["parity"] for entry in status.values() if entry.get("parity")]
+    parities = [parity for parity in parities if parity["tolerance"] == TOLERANCE]  # not of reduced precision
+    if parities:
+        largest = max(parity["max_abs_diff"] or 0.0 for parity in parities)
+        lines += [
+            "",
+            f"The probabilities of the exported files differ from the ensemble's by at most {largest:.2g} on "
+            f"{parities[0]['rows']} real rows.",
+        ]
     lines += [
         "",
         "## Limits",
         "",
-        "It knows the classes above and answers with one of them whatever it is shown. Scores hold for images like "
-        "those it was tested on.",
+        "The ensemble assigns one of the classes above to every image, also to images of none of them. The scores hold "
+        "for images like those that it was evaluated on.",
         "",
     ]
     return "\n".join(lines)
 
 
-def write_parity_rows(folder: Path, probe: ReferenceBatches, squares: Sequence[np.ndarray]) -> None:
-    """Keep the rows of the certificate, so that it can be had again on another machine; as many as take 64 MB.
+def write_parity_rows(folder: Path, reference: ReferenceBatches, squares: Sequence[np.ndarray]) -> None:
+    """Write `parity.npz`, up to 64 MB of reference rows, so that parity can be checked on another machine.
 
-    `squares` are the same rows cut to size, uint8 (S, S, 3), where a format takes them so.
+    `squares` are the centre squares of the same rows, uint8 (S, S, 3), for formats of a fixed image size.
     """
-    arrays: dict[str, np.ndarray] = {"probabilities": probe.probabilities}
-    taken = 0
-    for number, (batch, rows) in enumerate(zip(probe.batches, probe.rows, strict=True)):
-        taken += batch.nbytes
-        if taken > MAX_PARITY_BYTES and number:
+    arrays: dict[str, np.ndarray] = {"probabilities": reference.probabilities}
+    total_bytes = 0
+    for number, (batch, rows) in enumerate(zip(reference.batches, reference.rows, strict=True)):
+        total_bytes += batch.nbytes
+        if total_bytes > MAX_PARITY_BYTES and number:
             break
         arrays |= {f"batch_{number:04d}": batch, f"rows_{number:04d}": rows}
     if squares:

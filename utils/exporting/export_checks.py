@@ -1,9 +1,9 @@
-"""What can be exported here, and whether an export of earlier, or of another machine, still holds."""
+"""Which formats can be written here, and the verification of an earlier export, also of another machine."""
 
 from __future__ import annotations
 
 import importlib.util
-import logging
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,10 +20,14 @@ from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.exporting import custom_format, export_folder, exported_programs, parity_check, tflite_conversion
 from utils.exporting.export_formats import CUSTOM, FORMATS, TENSORRT, TFLITE
-from utils.exporting.parity_check import MAX_DISCONTINUITY_FRACTION, FileRunError, ReferenceBatches, run_in_subprocess
+from utils.exporting.parity_check import (
+    MAX_DISCONTINUITY_FRACTION,
+    FileOutputs,
+    FileRunError,
+    ReferenceBatches,
+    run_in_subprocess,
+)
 from utils.exporting.reduced_precision import REDUCED
-
-logger = logging.getLogger("disease_pipeline")
 
 REQUIRED_PACKAGES: dict[str, tuple[str, ...]] = {
     "state_dict": ("torch", "safetensors"),
@@ -34,32 +38,33 @@ REQUIRED_PACKAGES: dict[str, tuple[str, ...]] = {
     TENSORRT: ("tensorrt",),
     CUSTOM: (),
 }
-WITHOUT_WORKSPACE = ("torchscript", "onnx", *REDUCED, TFLITE)
+STANDALONE = ("torchscript", "onnx", *REDUCED, TFLITE)
+"""Formats whose files hold the networks, so that they run without the workspace."""
 
 
 def list_tools() -> Result:
-    """For each format what it needs, what of it is here, and the line that installs the rest."""
-    found = {name: _tool(name) for name in FORMATS}
-    lines = [f"{name:<12} {'ready' if facts['ready'] else 'no   '}  {facts['words']}" for name, facts in found.items()]
-    return Result("\n".join(lines), {"formats": found})
+    """List for each format the packages that it needs, their versions, and how to install missing ones."""
+    tools = {name: _tools_of(name) for name in FORMATS}
+    lines = [f"{name:<12} {'ready' if facts['ready'] else 'no   '}  {facts['words']}" for name, facts in tools.items()]
+    return Result("\n".join(lines), {"formats": tools})
 
 
-def _tool(name: str) -> dict[str, Any]:
-    if name == TFLITE:
+def _tools_of(format_name: str) -> dict[str, Any]:
+    if format_name == TFLITE:
         reason = tflite_conversion.missing_tools()
-        words = reason or f"litert-torch and an interpreter in {tflite_conversion.python_interpreter()}"
-        return {"ready": reason is None, "words": words}
-    if name == TENSORRT:
-        words = "built by trtexec on the machine that runs it; export_status.json holds the command"
-        return {"ready": False, "words": words}
-    versions = {need: _version(need) for need in REQUIRED_PACKAGES[name]}
-    lacking = [need for need, known in versions.items() if known is None]
-    words = ", ".join(f"{need} {known or 'is not installed'}" for need, known in versions.items()) or "needs nothing"
-    install = f". Install: pip install {' '.join(lacking)}" if lacking else ""
-    return {"ready": not lacking, "words": words + install}
+        message = reason or f"litert-torch and an interpreter in {tflite_conversion.python_interpreter()}"
+        return {"ready": reason is None, "words": message}
+    if format_name == TENSORRT:
+        message = "trtexec builds the engine on the machine that runs it; export_status.json holds the command"
+        return {"ready": False, "words": message}
+    versions = {package: _installed_version(package) for package in REQUIRED_PACKAGES[format_name]}
+    missing = [package for package, installed in versions.items() if installed is None]
+    states = [f"{package} {installed or 'is not installed'}" for package, installed in versions.items()]
+    install = f". Install: pip install {' '.join(missing)}" if missing else ""
+    return {"ready": not missing, "words": (", ".join(states) or "no packages needed") + install}
 
 
-def _version(name: str) -> str | None:
+def _installed_version(name: str) -> str | None:
     if importlib.util.find_spec(name) is None:
         return None
     try:
@@ -69,111 +74,128 @@ def _version(name: str) -> str | None:
 
 
 def verify(workspace: Workspace, folder: Path, *, trust: bool = False) -> Result:
-    """Checksums and parity of an export again, by the rows that lie in it.
+    """Check the checksums of an export, and its parity on the rows that it holds.
 
-    `folder` is relative to the working directory, else to the workspace. State dicts and checkpoints are put into
-    networks of the workspace, where it has the ensemble. Programs run if this workspace wrote them, or with `trust`.
-    Raises UserError for a folder that is no export, for files that were tampered with, each named, and for programs
-    that may not run.
+    `folder` is relative to the working directory, else to the workspace. State dicts and checkpoints are loaded into
+    networks of the workspace, and are skipped where it lacks the ensemble. Programs run if this workspace wrote them,
+    or with `trust`. Raises UserError for a folder that is not an export, for changed files, each named, for programs
+    that may not run, and for a failed parity check.
     """
-    folder = _located(workspace, folder)
-    if wrong := export_folder.checksum_mismatches(folder):
-        raise UserError(f"{folder}: not as it was exported: {'; '.join(wrong)}. {export_folder.EXPORT_AGAIN}")
-    status = _record(folder / export_folder.STATUS)
-    description = _record(folder / export_folder.METADATA)["training"]
+    folder = _existing_folder(workspace, folder)
+    if mismatches := export_folder.checksum_mismatches(folder):
+        raise UserError(f"{folder}: changed since the export: {'; '.join(mismatches)}. {export_folder.EXPORT_AGAIN}")
+    status = _read_export_record(folder / export_folder.STATUS)
+    description = _read_export_record(folder / export_folder.METADATA)["training"]
     exported_programs.require_runnable(workspace, folder, status, trust=trust)
-    kept = read_arrays(folder / CUSTOM / custom_format.PARITY_FILE, remedy=export_folder.EXPORT_AGAIN)
-    found: dict[str, Any] = {}
+    arrays = read_arrays(folder / CUSTOM / custom_format.PARITY_FILE, remedy=export_folder.EXPORT_AGAIN)
+    checks: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
         for name in (*FORMATS, *REDUCED):
             entry = status.get(name)
             if entry is not None and entry["status"] == "ok" and entry.get("parity"):
-                found[name] = _again(folder, name, entry, description, kept, Path(scratch))
-    lines = [f"{folder}: checksums hold"]
-    lines += [f"  {name:<12} {facts['status']}: {facts['words']}" for name, facts in found.items()]
-    failures = [f"{name}: {facts['words']}" for name, facts in found.items() if facts["status"] == "failed"]
+                checks[name] = _check_format(folder, name, entry, description, arrays, Path(scratch))
+    lines = [f"{folder}: checksums match"]
+    lines += [f"  {name:<12} {facts['status']}: {facts['words']}" for name, facts in checks.items()]
+    failures = [f"{name}: {facts['words']}" for name, facts in checks.items() if facts["status"] == "failed"]
     if failures:
         raise UserError(f"{folder}: {'; '.join(failures)}. {export_folder.EXPORT_AGAIN}")
-    left = [f"{name}: {facts['words']}" for name, facts in found.items() if facts["status"] == "skipped"]
-    return Result("\n".join(lines), {"folder": str(folder), "formats": found}, left)
+    skipped = [f"{name}: {facts['words']}" for name, facts in checks.items() if facts["status"] == "skipped"]
+    return Result("\n".join(lines), {"folder": str(folder), "formats": checks}, skipped)
 
 
-def _located(workspace: Workspace, folder: Path) -> Path:
+def _existing_folder(workspace: Workspace, folder: Path) -> Path:
     """The absolute folder. Raises UserError where there is none."""
-    places = list(dict.fromkeys([folder.absolute(), workspace.root / folder]))
-    for place in places:
-        if place.is_dir():
-            return place
+    candidates = list(dict.fromkeys([folder.absolute(), workspace.root / folder]))
+    for candidate in candidates:
+        if candidate.is_dir():
+            return candidate
     raise UserError(
-        f"--verify {folder}: no such folder ({' and '.join(map(str, places))} looked for). Give the folder that export "
+        f"--verify {folder}: no such folder (searched: {', '.join(map(str, candidates))}). Give the folder that export "
         f"wrote, such as {workspace.exports / 'NAME'}"
     )
 
 
-def _record(path: Path) -> dict[str, Any]:
+def _read_export_record(path: Path) -> dict[str, Any]:
     record = read_record(path, remedy=export_folder.EXPORT_AGAIN)
     if record is None:
-        raise UserError(f"{path}: no such file, so this is no export. Give the folder that export wrote")
+        raise UserError(f"{path}: no such file, so the folder is not an export. Give the folder that export wrote")
     return record
 
 
-def _again(
+def _check_format(
     folder: Path,
-    name: str,
+    format_name: str,
     entry: Mapping[str, Any],
     description: Mapping[str, Any],
-    kept: Mapping[str, np.ndarray],
+    arrays: Mapping[str, np.ndarray],
     scratch: Path,
 ) -> dict[str, Any]:
-    """One format run and compared again."""
-    if name == TFLITE and (reason := tflite_conversion.missing_tools()):
+    """Run the files of one format over the stored rows and compare: `status`, `words` and `parity`."""
+    is_tflite = format_name == TFLITE
+    if is_tflite and (reason := tflite_conversion.missing_tools()):
         return {"status": "skipped", "words": reason, "parity": None}
-    python = {"python": tflite_conversion.python_interpreter()} if name == TFLITE else {}
-    probe = stored_batches(kept, fixed=name == TFLITE)
-    form = {
+    reference = stored_batches(arrays, fixed=is_tflite)
+    signature = {
         "input": description["input"]["kind"],
         "member_probabilities": "member_probabilities" in description["outputs"],
     }
-    job = {"project": str(base_back.PROJECT), "name": description["ensemble"], "form": form, "environment": {}}
-    parity: dict[str, Any] | None = None
+    job = {
+        "project": str(base_back.PROJECT),
+        "name": description["ensemble"],
+        "signature": signature,
+        "environment": {},
+    }
     files = [folder / file for file in export_folder.entry_files(folder, entry) if not file.endswith(".data")]
     try:
-        answered = run_in_subprocess(name, files, probe, description["outputs"], scratch / name, job=job, **python)
+        outputs_of_files = run_in_subprocess(
+            format_name,
+            files,
+            reference,
+            description["outputs"],
+            scratch / format_name,
+            job=job,
+            python=tflite_conversion.python_interpreter() if is_tflite else sys.executable,
+        )
     except FileRunError as error:
-        return {"status": "failed" if name in WITHOUT_WORKSPACE else "skipped", "words": str(error), "parity": None}
-    for file, answers in zip(files, answered, strict=True):
-        tolerance = entry["parity"]["tolerance"]
-        outcome = parity_check.compare_outputs(probe, answers, tolerance)
+        status = "failed" if format_name in STANDALONE else "skipped"
+        return {"status": status, "words": str(error), "parity": None}
+    parity: dict[str, Any] | None = None
+    tolerance = entry["parity"]["tolerance"]
+    for file, file_outputs in zip(files, outputs_of_files, strict=True):
+        outcome = parity_check.compare_outputs(reference, file_outputs, tolerance)
         parity = outcome["parity"]
-        if not outcome["passed"] and not (description["jumps"] and _differ_at_steps(probe, answers, tolerance)):
+        # The combiner, which would show where its discontinuities are, is not part of the export.
+        is_excused = description["jumps"] and _few_rows_differ(reference, file_outputs, tolerance)
+        if not outcome["passed"] and not is_excused:
             return {"status": "failed", "words": f"{file.name}: {outcome['reason']}", "parity": parity}
     assert parity is not None
-    words = f"{parity['rows']} rows, largest difference {parity['max_abs_diff']:.1e}"
-    return {"status": "ok", "words": words, "parity": parity}
+    message = f"{parity['rows']} rows, largest difference {parity['max_abs_diff']:.1e}"
+    return {"status": "ok", "words": message, "parity": parity}
 
 
-def _differ_at_steps(probe: ReferenceBatches, answers: parity_check.FileOutputs, tolerance: float) -> bool:
-    """Whether few enough rows differ for a combiner with steps, which is not at hand to tell where they are."""
-    differing = np.abs(probe.probabilities[answers.rows] - answers.outputs["probabilities"]).max(axis=1)
-    return bool((differing > tolerance).mean() <= MAX_DISCONTINUITY_FRACTION)
+def _few_rows_differ(reference: ReferenceBatches, file_outputs: FileOutputs, tolerance: float) -> bool:
+    """Whether no more rows differ than may lie at a discontinuity of the combiner."""
+    expected = reference.probabilities[file_outputs.rows]
+    differences = np.abs(expected - file_outputs.outputs["probabilities"]).max(axis=1)
+    return bool((differences > tolerance).mean() <= MAX_DISCONTINUITY_FRACTION)
 
 
-def stored_batches(kept: Mapping[str, np.ndarray], *, fixed: bool) -> ReferenceBatches:
-    """The rows that an export keeps; `fixed`: one at a time, cut to size."""
-    numbers = sorted(name.removeprefix("batch_") for name in kept if name.startswith("batch_"))
-    probe = ReferenceBatches(
-        [kept[f"batch_{number}"] for number in numbers],
-        [kept[f"rows_{number}"] for number in numbers],
-        kept["probabilities"],
+def stored_batches(arrays: Mapping[str, np.ndarray], *, fixed: bool) -> ReferenceBatches:
+    """The rows of `parity.npz` in batches; with `fixed` one row at a time, in the network's size."""
+    numbers = sorted(name.removeprefix("batch_") for name in arrays if name.startswith("batch_"))
+    reference = ReferenceBatches(
+        [arrays[f"batch_{number}"] for number in numbers],
+        [arrays[f"rows_{number}"] for number in numbers],
+        arrays["probabilities"],
     )
     if not fixed:
-        return probe
-    if "squares" in kept:
-        batches, rows = parity_check.make_batches(list(kept["squares"]), (1,))
-        return replace(probe, batches=batches, rows=rows)
+        return reference
+    if "squares" in arrays:
+        batches, rows = parity_check.make_batches(list(arrays["squares"]), (1,))
+        return replace(reference, batches=batches, rows=rows)
     single = [
-        (batch[place : place + 1], rows[place : place + 1])
-        for batch, rows in zip(probe.batches, probe.rows, strict=True)
-        for place in range(len(batch))
+        (batch[index : index + 1], rows[index : index + 1])
+        for batch, rows in zip(reference.batches, reference.rows, strict=True)
+        for index in range(len(batch))
     ]
-    return replace(probe, batches=[batch for batch, _ in single], rows=[rows for _, rows in single])
+    return replace(reference, batches=[batch for batch, _ in single], rows=[rows for _, rows in single])

@@ -1,4 +1,4 @@
-"""The folder of one export: filled under a temporary name, swapped in whole, checked again later."""
+"""The folder of an export: written under a temporary name, swapped in as a whole, and verified by checksums."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ PREVIOUS_NAME = re.compile(r"\.(?P<name>.+)\.previous")
 
 @contextmanager
 def replacing_folder(final: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `final` when the block ends well, else vanishes.
+    """An empty folder that replaces `final` when the block succeeds, and is removed when it fails.
 
-    An export that was interrupted between its two renames is put back first, and what killed ones left is removed.
-    Raises UserError where the folder cannot be made.
+    First `recover_interrupted` clears up after exports that were killed. Raises UserError where the folder cannot be
+    created.
     """
     recover_interrupted(final)
     try:
@@ -49,7 +49,7 @@ def replacing_folder(final: Path) -> Iterator[Path]:
 
 
 def recover_interrupted(final: Path) -> None:
-    """Put back what an interrupted swap moved away; remove the unfinished folders of killed exports."""
+    """Restore the folder that an interrupted swap moved away, and remove the unfinished folders of killed exports."""
     previous = _previous(final)
     if previous.is_dir() and not final.exists():
         previous.rename(final)
@@ -59,18 +59,18 @@ def recover_interrupted(final: Path) -> None:
 
 
 def unfinished_folders(exports: Path) -> list[Item]:
-    """Folders directly in `exports` that killed exports left: unfinished ones, and old ones that have a successor.
+    """Folders directly in `exports` that killed exports left: unfinished ones, and replaced ones.
 
-    Only while nobody exports; the base pipeline leaves no folders of such names.
+    The result holds only while no export runs; the base pipeline writes no folders of such names.
     """
-    return [item for item in list_children(exports) if item.paths[0].is_dir() and _is_left(item.paths[0])]
+    return [item for item in list_children(exports) if item.paths[0].is_dir() and _is_leftover(item.paths[0])]
 
 
-def _is_left(folder: Path) -> bool:
-    if unfinished := STAGED_NAME.fullmatch(folder.name):
-        return {entry.name for entry in folder.iterdir()} <= {unfinished["name"], "scratch"}
-    moved = PREVIOUS_NAME.fullmatch(folder.name)
-    return moved is not None and (folder.parent / moved["name"]).is_dir()
+def _is_leftover(folder: Path) -> bool:
+    if staged := STAGED_NAME.fullmatch(folder.name):
+        return {entry.name for entry in folder.iterdir()} <= {staged["name"], "scratch"}
+    previous = PREVIOUS_NAME.fullmatch(folder.name)
+    return previous is not None and (folder.parent / previous["name"]).is_dir()
 
 
 def _previous(final: Path) -> Path:
@@ -78,7 +78,10 @@ def _previous(final: Path) -> Path:
 
 
 def is_replaceable(final: Path) -> bool:
-    """Whether nothing lies in `final` but an export of ours; the base pipeline's of a backbone may."""
+    """Whether an export may replace `final`: it is absent, or an export of an ensemble or member.
+
+    The base pipeline's export of a backbone has the same path and is not replaceable.
+    """
     if not final.exists():
         return True
     metadata = read_json(final / METADATA, remedy=EXPORT_AGAIN) if final.is_dir() else None
@@ -92,7 +95,7 @@ def file_sha256(path: Path) -> str:
 
 
 def reusable_formats(final: Path, source_digest: str) -> dict[str, dict[str, Any]]:
-    """{format: its entry} of an earlier export that are `ok`, of the same source, and whole."""
+    """{format: entry} of an earlier export that are `ok`, have this source digest, and whose files are intact."""
     status = read_json(final / STATUS, remedy=EXPORT_AGAIN) or {}
     return {
         name: entry
@@ -102,7 +105,7 @@ def reusable_formats(final: Path, source_digest: str) -> dict[str, dict[str, Any
 
 
 def changed_files(folder: Path, entry: Mapping[str, Any]) -> list[str]:
-    """Files of an entry that are gone or hold other bytes."""
+    """Names of an entry's files that are missing or differ from their recorded digest."""
     return [
         name
         for name in entry_files(folder, entry)
@@ -111,27 +114,29 @@ def changed_files(folder: Path, entry: Mapping[str, Any]) -> list[str]:
 
 
 def entry_files(folder: Path, entry: Mapping[str, Any]) -> list[str]:
-    """Names of the files of an entry, relative to `folder`. Raises UserError for one that lies elsewhere."""
+    """Names of an entry's files, relative to `folder`. Raises UserError for a file outside it."""
     files = entry.get("files") or {}
     if not isinstance(files, Mapping):
-        raise UserError(f"{folder / STATUS}: damaged, 'files' is no dict; expected {{file: SHA-256}}. {EXPORT_AGAIN}")
+        raise UserError(
+            f"{folder / STATUS}: damaged, 'files' is not a dict; expected {{file: SHA-256}}. {EXPORT_AGAIN}"
+        )
     for name in files:
-        if _leads_out(folder, name):
+        if _is_outside(folder, name):
             raise UserError(
                 f"{folder / STATUS}: names the file {name!r}; expected files in this folder. {EXPORT_AGAIN}"
             )
     return list(files)
 
 
-def _leads_out(folder: Path, name: str) -> bool:
-    """Whether a relative path is absolute, climbs, is no path, or goes through a symbolic link."""
+def _is_outside(folder: Path, name: str) -> bool:
+    """Whether a name is absolute, contains `..` or NUL, or passes through a symbolic link."""
     path = PurePath(name)
     steps = (folder.joinpath(*path.parts[:count]) for count in range(1, len(path.parts) + 1))
     return path.is_absolute() or ".." in path.parts or "\0" in name or any(step.is_symlink() for step in steps)
 
 
 def link_files(final: Path, staged: Path, entry: Mapping[str, Any]) -> None:
-    """Bring the files of an entry over from an earlier export, without copying bytes where links are possible."""
+    """Link an entry's files from an earlier export into the new one; copy them where links are not possible."""
     for name in entry_files(final, entry):
         (staged / name).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -141,7 +146,7 @@ def link_files(final: Path, staged: Path, entry: Mapping[str, Any]) -> None:
 
 
 def move_to_failed(staged: Path, name: str) -> None:
-    """Move the files of a format that does not agree to `failed/`, where nobody takes them for good."""
+    """Move the files of a format that failed its parity check to `failed/`, apart from usable ones."""
     if (staged / name).is_dir() and any((staged / name).iterdir()):
         (staged / "failed").mkdir(exist_ok=True)
         (staged / name).rename(staged / "failed" / name)
@@ -151,17 +156,17 @@ def move_to_failed(staged: Path, name: str) -> None:
 def write_records(
     staged: Path, metadata: Mapping[str, Any], classes: tuple[str, ...], status: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Write the four records; gives the checksums {relative path: SHA-256} of every file but the checksums' own."""
+    """Write the four records; returns the checksums {relative path: SHA-256} of every file but `checksums.json`."""
     write_json(staged / CLASSES, {str(number): name for number, name in enumerate(classes)})
     write_json(staged / METADATA, dict(metadata))
     write_json(staged / STATUS, dict(status))
-    sums = compute_checksums(staged)
-    write_json(staged / CHECKSUMS, sums)
-    return sums
+    checksums = compute_checksums(staged)
+    write_json(staged / CHECKSUMS, checksums)
+    return checksums
 
 
 def compute_checksums(folder: Path) -> dict[str, str]:
-    """{relative path: SHA-256} of every file but `checksums.json`, symbolic links and what is in `failed/`."""
+    """{relative path: SHA-256} of every file except `checksums.json`, symbolic links and files in `failed/`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     names = {path.relative_to(folder).as_posix(): path for path in files}
     return {
@@ -170,29 +175,29 @@ def compute_checksums(folder: Path) -> dict[str, str]:
 
 
 def checksum_mismatches(folder: Path) -> list[str]:
-    """What `checksums.json` does not agree with, one line each. Raises UserError where there is no export."""
+    """One line for each difference from `checksums.json`. Raises UserError where there is no export."""
     expected = read_record(folder / CHECKSUMS, remedy=EXPORT_AGAIN)
     if expected is None:
-        raise UserError(f"{folder}: no {CHECKSUMS}, so it is no export. Give the folder that export wrote")
+        raise UserError(f"{folder}: no {CHECKSUMS}, so it is not an export. Give the folder that export wrote")
     links = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink()}
-    found = compute_checksums(folder)
+    actual = compute_checksums(folder)
     lines = [f"{name}: a symbolic link" for name in sorted(links)]
-    lines += [f"{name}: gone" for name in sorted(expected.keys() - found.keys() - links)]
-    lines += [f"{name}: not part of the export" for name in sorted(found.keys() - expected.keys())]
+    lines += [f"{name}: missing" for name in sorted(expected.keys() - actual.keys() - links)]
+    lines += [f"{name}: not part of the export" for name in sorted(actual.keys() - expected.keys())]
     return lines + [
-        f"{name}: other bytes" for name in sorted(expected) if name in found and found[name] != expected[name]
+        f"{name}: changed" for name in sorted(expected) if name in actual and actual[name] != expected[name]
     ]
 
 
 def require_free_space(final: Path, needed: int) -> None:
-    """Raise UserError where the disk has less room than `needed` bytes."""
-    place = final.parent
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    """Raise UserError where the disk has less free space than `needed` bytes."""
+    existing = final.parent
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(
             f"{final}: needs about {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free. Free some space (python "
-            "ensemble_orchestrator.py clean shows what may go), ask for fewer --formats, or write elsewhere with "
-            "--output DIR"
+            "ensemble_orchestrator.py clean lists what can be removed), request fewer --formats, or write elsewhere "
+            "with --output DIR"
         )

@@ -1,4 +1,4 @@
-"""Which files make a format, and who writes them: the base pipeline's packaging, a converter, or nobody here."""
+"""The export formats: the packaging or converter that writes their files, and their status entries."""
 
 from __future__ import annotations
 
@@ -20,22 +20,39 @@ if TYPE_CHECKING:
 logger = logging.getLogger("disease_pipeline")
 
 PACKAGED = ("state_dict", "checkpoint", "torchscript", "onnx")
+"""Formats that the bundled base pipeline writes."""
 TFLITE, TENSORRT, CUSTOM = "tflite", "tensorrt", "custom"
 FORMATS = (*PACKAGED, TFLITE, TENSORRT, CUSTOM)
 
 
-def format_entry(status: str, **known: Any) -> dict[str, Any]:
-    """One format's line of `export_status.json`."""
+def format_entry(status: str, **values: Any) -> dict[str, Any]:
+    """One format's entry in `export_status.json`; `status` is ok, failed or skipped."""
     empty = dict.fromkeys(("reason", "path", "sha256", "size_mb", "seconds", "parity"))
-    return {"status": status, "versions": {"python": platform.python_version()}} | empty | known
+    return {"status": status, "versions": {"python": platform.python_version()}} | empty | values
 
 
-def entry_of_files(folder: Path, paths: Sequence[Path], **known: Any) -> dict[str, Any]:
-    """The entry of a format whose files are written; the first is the one that records name."""
+def entry_of_files(folder: Path, paths: Sequence[Path], **values: Any) -> dict[str, Any]:
+    """The entry of a format whose files are written; `path`, `sha256` and `size_mb` are those of the first."""
     files = {path.relative_to(folder).as_posix(): file_sha256(path) for path in paths}
     first = next(iter(files))
-    size = sum(path.stat().st_size for path in paths[:1])
-    return format_entry("ok", path=first, sha256=files[first], size_mb=round(size / 1e6, 3), files=files, **known)
+    size_mb = round(paths[0].stat().st_size / 1e6, 3)
+    return format_entry("ok", path=first, sha256=files[first], size_mb=size_mb, files=files, **values)
+
+
+def summarize_entry(entry: Mapping[str, Any]) -> str:
+    """One line for the user: status, path, size and parity of a format."""
+    if entry["status"] != "ok":
+        return f"{entry['status']}: {entry['reason']}"
+    parity = entry.get("parity")
+    if not parity:
+        return f"ok, {entry['path']}"
+    near, accuracy = parity["near_threshold"], entry.get("test_accuracy")
+    return (
+        f"ok, {entry['path']}, {entry['size_mb']:.2f} MB: {parity['rows']} real rows, largest difference "
+        f"{parity['max_abs_diff']:.1e} (allowed {parity['tolerance']:g}), {parity['label_flips']} label flips"
+        + (f", {near} at a discontinuity of the combiner" if near else "")
+        + (f", test accuracy {accuracy['change']:+.4f}" if accuracy else "")
+    )
 
 
 def write_packaged_formats(
@@ -47,12 +64,12 @@ def write_packaged_formats(
     description: Mapping[str, Any],
     classes: Sequence[str],
 ) -> dict[str, dict[str, Any]]:
-    """Write what the bundled base pipeline's packaging writes; {format: entry}. A failed format stops no other.
+    """Write formats with the bundled base pipeline's packaging: {format: entry}. A failed format stops no other.
 
-    Raises UserError for a name that cannot be a file's.
+    `sample` is one input of the network, with a batch dimension. Raises UserError for a name that no file can have.
     """
     try:
-        found = base_back.bundled_export().export_and_package_model(
+        summary = base_back.bundled_export().export_and_package_model(
             network,
             name,
             sample_input=sample,
@@ -65,7 +82,7 @@ def write_packaged_formats(
         )
     except ValueError as error:
         raise UserError(f"{name}: cannot be exported, {error}") from error
-    results: dict[str, dict[str, Any]] = found["export_results"]
+    results: dict[str, dict[str, Any]] = summary["export_results"]
     return results
 
 
@@ -84,7 +101,7 @@ def write_tflite(
     except UserError as error:
         path.parent.rmdir()
         return format_entry("skipped", reason=str(error))
-    # Whatever stops one format is that format's reason, and the others go on.
+    # Any error of a converter fails this format alone.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         return format_entry("failed", reason=reason, seconds=round(time.perf_counter() - started, 3))
@@ -92,17 +109,17 @@ def write_tflite(
 
 
 def tensorrt_entry(name: str, description: Mapping[str, Any]) -> dict[str, Any]:
-    """Never built here; the reason holds the command that builds it from the ONNX file on the machine that runs it."""
-    given = description["input"]
-    shape = "x".join("{batch}" if size is None else str(size) for size in given["shape"])
+    """An entry that is `skipped`: an engine is built on the machine that runs it, by the command in the reason."""
+    images = description["input"]
+    shape = "x".join("{batch}" if size is None else str(size) for size in images["shape"])
     if shape.count("{batch}") > 1:
-        shape = "{batch}x" + "x".join(map(str, (given["img_size"], given["img_size"], 3)))
+        shape = "{batch}x" + "x".join(map(str, (images["img_size"], images["img_size"], 3)))
     shapes = " ".join(
-        f"--{bound}Shapes={given['name']}:{shape.format(batch=batch)}"
+        f"--{bound}Shapes={images['name']}:{shape.format(batch=batch)}"
         for bound, batch in (("min", 1), ("opt", 16), ("max", 64))
     )
     return format_entry(
         "skipped",
-        reason="an engine belongs to the GPU that runs it; build it there from the ONNX file: mkdir -p tensorrt && "
+        reason="a TensorRT engine is specific to its GPU; build it there from the ONNX file: mkdir -p tensorrt && "
         f"trtexec --onnx=onnx/{name}.onnx --saveEngine=tensorrt/{name}_trt.engine {shapes}",
     )

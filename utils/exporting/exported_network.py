@@ -1,4 +1,4 @@
-"""What is exported: an ensemble or a single member, found by name, and its networks put together as one."""
+"""The source of an export, an ensemble or a single member found by name, and its assembly into one network."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from utils.predictions.store import Store
 if TYPE_CHECKING:
     from utils.networks.ensemble_network import CombinerNetwork, EnsembleNetwork, MemberNetworks
 
+    ExportNetwork = EnsembleNetwork | CombinerNetwork
+
 logger = logging.getLogger("disease_pipeline")
 
 FLOAT_NCHW, UINT8_NHWC = "float-nchw", "uint8-nhwc"
@@ -26,25 +28,27 @@ VERSION = 1  # raised whenever the same inputs would give other files
 
 @dataclass(frozen=True)
 class ExportSource:
-    """An ensemble, or a single member, on its way into files."""
+    """The ensemble or single member that an export is made from."""
 
     name: str
     method: str
-    """Of the ensemble; `member` for a member alone."""
+    """The ensemble's; `member` for a single member."""
     members: tuple[Member, ...]
     classes: tuple[str, ...]
     combiner: Combiner | None
+    """None for a single member."""
     inference: str
+    """Which networks predict, as in `fold_networks`."""
     inputs_digest: str
 
     @property
     def is_imported(self) -> bool:
-        """Whether members are known by their predictions alone, so that the combiner is all there is to export."""
+        """Whether members have imported predictions and no networks, so that the files hold the combiner alone."""
         return any(member.source == IMPORTED for member in self.members)
 
     @property
     def is_discontinuous(self) -> bool:
-        """Whether the combiner's answer may change at a step, as of trees and votes."""
+        """Whether the combiner's probabilities have discontinuities, as those of trees and votes."""
         return self.combiner is not None and self.combiner.is_discontinuous
 
     @property
@@ -55,17 +59,19 @@ class ExportSource:
 
 @dataclass(frozen=True)
 class ExportSignature:
-    """How the images come in and what comes out."""
+    """Inputs and outputs of the exported files."""
 
     input: str = FLOAT_NCHW
+    """FLOAT_NCHW or UINT8_NHWC"""
     member_probabilities: bool = False
+    """Whether the files also return each member's probabilities."""
 
 
 def load_source(store: Store, name: str) -> ExportSource:
     """The ensemble or member of this name, with its members as the catalog holds them.
 
-    Raises UserError for an unknown name, with the nearest known one; for members that are gone or others than the
-    ensemble was built from; and for predictions whose combiner cannot stand alone.
+    Raises UserError for an unknown name, with the nearest available one; for members that are missing or differ from
+    those that the ensemble was built from; and for imported predictions that cannot be exported.
     """
     saved, members = ensembles.names(store.workspace), store.catalog.members
     if name not in saved and f"{name}_ensemble" in saved:
@@ -73,97 +79,98 @@ def load_source(store: Store, name: str) -> ExportSource:
     if name not in saved and name in members:
         member = members[name]
         if member.source == IMPORTED:
-            raise UserError(f"{name}: imported predictions; there is no network to export. Export an ensemble of them")
+            raise UserError(
+                f"{name}: has imported predictions and no network to export. Export an ensemble of such members"
+            )
         classes = store.catalog.classes
         return ExportSource(name, "member", (member,), classes, None, fold_networks.FULL, member.digest)
     if name not in saved:
-        known = [*saved, *members]
+        available = [*saved, *members]
         raise UserError(
             f"--model-name {name}: neither a saved ensemble nor a member. Build it: {build_command(name)}. "
-            f"Known: {', '.join(known)}{did_you_mean(name, known)}"
+            f"Available: {', '.join(available)}{did_you_mean(name, available)}"
         )
     ensemble = ensembles.load(store.workspace, name)
-    again = f"Build it again: {build_command(name)} --force"
+    remedy = f"Build it again: {build_command(name)} --force"
     missing, changed = fold_networks.missing_and_changed(members, ensemble)
     if missing:
-        raise UserError(f"{name}: its member {', '.join(missing)} is not in the catalog any more. {again}")
+        raise UserError(f"{name}: its member {', '.join(missing)} is no longer in the catalog. {remedy}")
     if changed:
-        raise UserError(f"{name}: {changed[0]} is another network than the one it was built from. {again}")
-    own = tuple(members[member] for member in ensemble.members)
-    found = ExportSource(
-        name, ensemble.method, own, ensemble.classes, ensemble.combiner, ensemble.inference, ensemble.inputs_digest
+        raise UserError(f"{name}: {changed[0]} has changed since the ensemble was built. {remedy}")
+    source = ExportSource(
+        name=name,
+        method=ensemble.method,
+        members=tuple(members[member] for member in ensemble.members),
+        classes=ensemble.classes,
+        combiner=ensemble.combiner,
+        inference=ensemble.inference,
+        inputs_digest=ensemble.inputs_digest,
     )
-    if found.is_imported and found.reads_embeddings:
+    if source.is_imported and source.reads_embeddings:
         raise UserError(
-            f"{name}: it reads the embeddings of imported members, and a combiner alone is exported for logits only"
+            f"{name}: reads the embeddings of imported members; a combiner without networks is exported only where it "
+            "reads logits"
         )
-    return found
+    return source
 
 
-def require_current_checkpoints(store: Store, subject: ExportSource) -> None:
-    """Raise UserError when a checkpoint that the export needs is gone, or not the one that discovery saw."""
-    for member in subject.members if not subject.is_imported else ():
-        for stage in _stages(subject, member):
+def require_current_checkpoints(store: Store, source: ExportSource) -> None:
+    """Raise UserError when a checkpoint that the export needs is missing or has changed since discovery."""
+    for member in source.members if not source.is_imported else ():
+        for stage in _stages(source, member):
             catalog.check_current(store.workspace, member, store.digests, stage=stage)
     store.digests.save()
 
 
 def assemble_network(
-    store: Store,
-    subject: ExportSource,
-    form: ExportSignature,
-    *,
-    resizes: bool = True,
-) -> EnsembleNetwork | CombinerNetwork:
-    """The subject as one network on the CPU, weights loaded.
+    store: Store, source: ExportSource, signature: ExportSignature, *, resizes: bool = True
+) -> ExportNetwork:
+    """The source as one network on the CPU, with its weights loaded.
 
-    Raises UserError where members of unequal image size are to share one prepared image.
+    Without `resizes`, uint8 images are expected in the network's size. Raises UserError where members of different
+    image sizes would share one prepared image.
     """
     from utils.networks.ensemble_network import CombinerNetwork, EnsembleNetwork
 
-    if subject.is_imported:
-        assert subject.combiner is not None
-        return CombinerNetwork(subject.combiner.to_module())
-    sizes = {member.name: member.img_size for member in subject.members}
-    if form.input == FLOAT_NCHW and len(set(sizes.values())) > 1:
+    if source.is_imported:
+        assert source.combiner is not None
+        return CombinerNetwork(source.combiner.to_module())
+    sizes = {member.name: member.img_size for member in source.members}
+    if signature.input == FLOAT_NCHW and len(set(sizes.values())) > 1:
         raise UserError(
-            f"{subject.name}: its members look at images of unequal size ("
+            f"{source.name}: its members take images of different sizes ("
             + ", ".join(f"{name} {size} px" for name, size in sizes.items())
             + "). Export it with --input uint8-nhwc, which resizes inside"
         )
     return EnsembleNetwork(
-        [_part(store, subject, member) for member in subject.members],
-        None if subject.combiner is None else subject.combiner.to_module(),
-        takes_uint8=form.input == UINT8_NHWC,
-        embeds=subject.reads_embeddings,
-        member_probabilities=form.member_probabilities,
-        member_outputs=subject.is_discontinuous,
+        [_member_part(store, source, member) for member in source.members],
+        None if source.combiner is None else source.combiner.to_module(),
+        takes_uint8=signature.input == UINT8_NHWC,
+        embeds=source.reads_embeddings,
+        member_probabilities=signature.member_probabilities,
+        member_outputs=source.is_discontinuous,
         resizes=resizes,
     )
 
 
-def _part(store: Store, subject: ExportSource, member: Member) -> MemberNetworks:
+def _member_part(store: Store, source: ExportSource, member: Member) -> MemberNetworks:
     from utils.networks.ensemble_network import MemberNetworks
 
     assert member.img_size is not None
-    specs = {stage: member.network(store.workspace, stage=stage) for stage in _stages(subject, member)}
+    specs = {stage: member.network(store.workspace, stage=stage) for stage in _stages(source, member)}
     networks = {stage: streaming.open_network(spec) for stage, spec in specs.items()}
-    embedder = networks.pop(None) if subject.inference == fold_networks.FOLDS and subject.reads_embeddings else None
-    columns = [member.classes.index(name) for name in subject.classes]
+    embedder = networks.pop(None) if source.inference == fold_networks.FOLDS and source.reads_embeddings else None
+    columns = [member.classes.index(name) for name in source.classes]
     return MemberNetworks(member.name, list(networks.values()), member.img_size, columns, embedder)
 
 
-def _stages(subject: ExportSource, member: Member) -> tuple[str | None, ...]:
-    """Which of a member's checkpoints are needed; None is its own."""
-    return fold_networks.answering(member, subject.inference, embeddings=subject.reads_embeddings)
+def _stages(source: ExportSource, member: Member) -> tuple[str | None, ...]:
+    """Which of a member's checkpoints are needed; None is its final one."""
+    return fold_networks.answering(member, source.inference, embeddings=source.reads_embeddings)
 
 
-def describe_network(
-    subject: ExportSource,
-    form: ExportSignature,
-    network: EnsembleNetwork | CombinerNetwork,
-) -> dict[str, Any]:
-    """What a file should say of itself, ready for JSON."""
+def describe_network(source: ExportSource, signature: ExportSignature, network: ExportNetwork) -> dict[str, Any]:
+    """Metadata that the files hold: members, input, outputs and digests, ready for JSON."""
     from utils.networks.ensemble_network import CUT, MEAN, STD, CombinerNetwork
 
     members = [
@@ -175,68 +182,72 @@ def describe_network(
             "source": member.source,
             "digest": member.digest,
         }
-        for member in subject.members
+        for member in source.members
     ]
-    given: dict[str, Any]
+    network_input: dict[str, Any]
     if isinstance(network, CombinerNetwork):
-        shape = [None, len(members), len(subject.classes)]
-        given = {"kind": "member-logits", "name": "member_logits", "shape": shape, "dtype": "float32"}
+        shape = [None, len(members), len(source.classes)]
+        network_input = {"kind": "member-logits", "name": "member_logits", "shape": shape, "dtype": "float32"}
     else:
         size = network.img_size
-        float_input = form.input == FLOAT_NCHW
-        given = {
-            "kind": form.input,
+        is_float = signature.input == FLOAT_NCHW
+        network_input = {
+            "kind": signature.input,
             "name": "images",
-            "dtype": "float32" if float_input else "uint8",
-            "shape": [None, 3, size, size] if float_input else [None, None, None, 3],
-            "range": [0, 1] if float_input else [0, 255],
+            "dtype": "float32" if is_float else "uint8",
+            "shape": [None, 3, size, size] if is_float else [None, None, None, 3],
+            "range": [0, 1] if is_float else [0, 255],
             "img_size": size,
             "shorter_side": int(size * CUT),
             "resampling": "Pillow bilinear, then the centre square",
             "normalised_inside": {"mean": list(MEAN), "std": list(STD)},
         }
     return {
-        "ensemble": subject.name,
-        "method": subject.method,
+        "ensemble": source.name,
+        "method": source.method,
         "members": members,
-        "inference": subject.inference,
-        "jumps": subject.is_discontinuous,
-        "input": given,
+        "inference": source.inference,
+        "jumps": source.is_discontinuous,
+        "input": network_input,
         "outputs": list(network.output_names),
-        "inputs_digest": subject.inputs_digest,
-        "source_digest": source_digest(subject, form),
+        "inputs_digest": source.inputs_digest,
+        "source_digest": source_digest(source, signature),
     }
 
 
-def source_digest(subject: ExportSource, form: ExportSignature) -> str:
-    """Of everything that decides the files: equal digests, equal files."""
-    members = {member.name: fold_networks.digest(member, subject.inference) for member in subject.members}
-    return digest_of([VERSION, subject.name, subject.inputs_digest, members, list(subject.classes), vars(form)])
+def source_digest(source: ExportSource, signature: ExportSignature) -> str:
+    """Digest of everything that decides the contents of the files."""
+    members = {member.name: fold_networks.digest(member, source.inference) for member in source.members}
+    return digest_of([VERSION, source.name, source.inputs_digest, members, list(source.classes), vars(signature)])
 
 
 def recommended_name(store: Store) -> str:
-    """Name of the recommended ensemble or member, by honest rows alone. Raises UserError where nothing is built."""
+    """Name of the recommended ensemble or member, chosen on out-of-sample rows.
+
+    Raises UserError where nothing is built.
+    """
     saved = {name: ensembles.load(store.workspace, name) for name in ensembles.names(store.workspace)}
-    chosen = {member.name: member for member in catalog.select(store.catalog, store.config)}
-    own = {name: member for name, member in chosen.items() if _answers_alone(member, store)}
+    selected = {member.name: member for member in catalog.select(store.catalog, store.config)}
+    candidates = {name: member for name, member in selected.items() if _is_candidate(member, store)}
     current = {
         name: ensemble
         for name, ensemble in saved.items()
         if not any(fold_networks.missing_and_changed(store.catalog.members, ensemble))
     }
-    extraction.ensure(store, list(own.values()), ("val",))
-    found: str = recommendation.recommended(store, own, current)["name"]
-    return found
+    extraction.ensure(store, list(candidates.values()), ("val",))
+    name: str = recommendation.recommended(store, candidates, current)["name"]
+    return name
 
 
-def _answers_alone(member: Member, store: Store) -> bool:
+def _is_candidate(member: Member, store: Store) -> bool:
+    """Whether a member may be recommended by itself; a derived one only where the configuration names it."""
     return member.source != "derived" or member.name in store.config.backbones.selected
 
 
-def require_member_limit(subject: ExportSource, most: int | None) -> None:
-    """Raise UserError when the source has more than `most` members; None is no limit."""
-    if most is not None and len(subject.members) > most:
+def require_member_limit(source: ExportSource, limit: int | None) -> None:
+    """Raise UserError when the source has more members than `limit`; None is no limit."""
+    if limit is not None and len(source.members) > limit:
         raise UserError(
-            f"{subject.name}: {len(subject.members)} members, --max-members allows {most}. Members cannot be left out "
-            "of a fitted combiner; export a pruned ensemble, whose size pruning.target_size sets, or distill it"
+            f"{source.name}: {len(source.members)} members, --max-members allows {limit}. Members cannot be removed "
+            "from a fitted combiner; export a pruned ensemble, whose size pruning.target_size sets, or distill it"
         )

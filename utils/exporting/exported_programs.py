@@ -1,7 +1,7 @@
-"""Programs in an export's files: whether one may run here, decided before any library opens it.
+"""Decides whether a program in an export's files may run here, before any library opens it.
 
-A TorchScript archive is a program: `torch.jit.load` runs `__setstate__` methods, and its operators may write files. A
-TFLite file may hold TensorFlow's operators, which may as well. State dicts, checkpoints and ONNX files hold data.
+A TorchScript archive is a program: `torch.jit.load` runs `__setstate__` methods, and its operators may write files. So
+may TensorFlow operators in a TFLite file. State dicts, checkpoints and ONNX files hold data.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from utils.exporting.export_folder import entry_files, file_sha256
 TORCHSCRIPT = "torchscript"
 PROGRAMS = (TORCHSCRIPT, "tflite")
 """Formats whose files run only with a recorded digest or --trust."""
-REMEDY = "Move it away; exports made before then need --trust, or to be exported again"
+REMEDY = "Move it away; earlier exports then need --trust, or to be exported again"
 REFUSED_NAMES = {
     "save": "aten::save writes a file",
     "from_file": "aten::from_file maps a file and may write it",
     "rpc_async": "prim::rpc_async calls other processes",
     "rpc_remote": "prim::rpc_remote calls other processes",
     "rpc_sync": "prim::rpc_sync calls other processes",
-    "classes": "torch.classes holds C++ classes, which may do anything",
+    "classes": "torch.classes holds C++ classes, which may run any code",
 }
-"""{name: reason}. `getattr` and methods reach operators as well, so the name alone decides."""
+"""{name: reason}. `getattr` and methods reach operators too, so the name alone is checked."""
 NAME = re.compile(rb"[A-Za-z_][A-Za-z0-9_]*")
 OPERATOR = re.compile(rb"ops\.(aten|prim)\.[A-Za-z_][A-Za-z0-9_]*")
-"""How TorchScript writes an operator that has no name in `torch`; other namespaces belong to extensions."""
+"""An operator without a name in `torch`, in TorchScript; other namespaces belong to extensions."""
 ATTRIBUTE = re.compile(rb"getattr\([^\"'\\#\n]*, \"[^\"\\\n]*\"\)")
-"""How it writes an attribute whose name is no identifier; without escapes, so that the name can be read."""
+"""An attribute whose name is not an identifier, in TorchScript; without escapes, so that the name can be read."""
 RECORD = re.compile(
     r"(?P<code>code/[^.]{1,300}\.py)|code/[^.]{1,300}\.py\.debug_pkl|(?P<pickle>(data|constants|traced_inputs)\.pkl)"
     r"|(data|constants|traced_inputs)/\d{1,9}|byteorder|\.format_version|\.storage_alignment"
     r"|(\.data/)?version|\.data/serialization_id|extra/[^/]{1,300}"
 )
-"""Records of an archive as torch 2 writes them; older forms keep code elsewhere."""
+"""Records of an archive as torch 2 writes them; older versions store code elsewhere."""
 
 
 def record_files(workspace: Workspace, name: str, status: Mapping[str, Mapping[str, Any]]) -> None:
-    """Add the digests of the files that this workspace has just written for the export `name`.
+    """Record the digests of the files {format: entry} that this workspace has just written for the export `name`.
 
-    `status` {format: entry}. The record lies in the workspace, not in the export's folder, which travels.
+    The record is kept in the workspace, since an export's folder may be copied to other machines.
     """
     digests = _recorded(workspace)
     for entry in status.values():
@@ -60,8 +60,8 @@ def require_runnable(
 ) -> None:
     """Raise UserError where the export in `folder` holds a program that may not run here.
 
-    A program runs when the workspace's record has its digest, or with `trust`. One whose operators touch files or other
-    processes runs in neither case.
+    A program may run when the workspace's record has its digest, or with `trust`. A program whose operators access
+    files or other processes may never run.
     """
     digests = _recorded(workspace)
     for name in PROGRAMS:
@@ -69,7 +69,7 @@ def require_runnable(
         for path in (folder / file for file in entry_files(folder, entry)):
             if name == TORCHSCRIPT and (problem := torchscript_problem(path)):
                 raise UserError(
-                    f"{path}: {problem}; expected operators that only compute. It is not run, not even with --trust. "
+                    f"{path}: {problem}; expected operators that only compute. It is never run, not even with --trust. "
                     "Remove the folder, or export the ensemble again with --force"
                 )
             digest = file_sha256(path)
@@ -83,33 +83,35 @@ def require_runnable(
 
 
 def torchscript_problem(path: Path) -> str | None:
-    """Why a TorchScript archive must not be loaded; None where nothing in it reaches files or other processes.
+    """Why a TorchScript archive must not be loaded; None where nothing in it accesses files or other processes.
 
-    The records are read by torch's own archive reader, so that what is checked is what `torch.jit.load` would get;
-    nothing is compiled and nothing is unpickled.
+    The records are read by torch's own archive reader, as `torch.jit.load` reads them; nothing is compiled or
+    unpickled.
     """
     import torch
 
     try:
         archive = torch._C.PyTorchFileReader(str(path))
         names = archive.get_all_records()
-        foreign = [name for name in names if not RECORD.fullmatch(name)]
-        # The reader finds records whatever their case, so two such names could hide one another.
-        doubled = [name for name, count in Counter(map(str.casefold, names)).items() if count > 1]
-        if foreign or doubled:
-            return f"it holds {foreign[0]!r}, unknown to TorchScript" if foreign else f"it holds {doubled[0]!r} twice"
+        unknown = [name for name in names if not RECORD.fullmatch(name)]
+        # The reader ignores case, so one of two names that differ in case alone would not be checked.
+        duplicates = [name for name, count in Counter(map(str.casefold, names)).items() if count > 1]
+        if unknown:
+            return f"it holds {unknown[0]!r}, unknown to TorchScript"
+        if duplicates:
+            return f"it holds {duplicates[0]!r} twice"
         for name in names:
             match = RECORD.fullmatch(name)
             if match and (match["code"] or match["pickle"]):
                 for problem in _problems(archive.get_record(name), is_code=match["code"] is not None):
                     return f"{name}: {problem}"
     except RuntimeError as error:
-        return f"it is no TorchScript archive ({str(error).splitlines()[0]})"
+        return f"it is not a TorchScript archive ({str(error).splitlines()[0]})"
     return None
 
 
 def _problems(text: bytes, *, is_code: bool) -> Iterator[str]:
-    """What a record names that must not run; of a pickle only the C++ classes, since all else comes from the code."""
+    """Reasons why a record must not run; in a pickle only C++ classes matter, since operators are in the code."""
     for match in NAME.finditer(text):
         name = match[0].decode("ascii")
         if name in REFUSED_NAMES and (is_code or name == "classes"):
@@ -118,10 +120,10 @@ def _problems(text: bytes, *, is_code: bool) -> Iterator[str]:
             line = text[match.start() :].split(b"\n", 1)[0][:80].decode("ascii", "backslashreplace")
             yield f"{line!r} is an operator of an extension"
         if is_code and name == "getattr" and not ATTRIBUTE.match(text, match.start()):
-            yield "getattr of a name that is not written out"
+            yield "getattr of a name that is not a plain string"
 
 
 def _recorded(workspace: Workspace) -> dict[str, str]:
-    """{SHA-256: the file that was exported}"""
-    found = read_record(workspace.exported_files, remedy=REMEDY, form={"files": dict})
-    return dict(found["files"]) if found else {}
+    """{SHA-256: path of the exported file}"""
+    record = read_record(workspace.exported_files, remedy=REMEDY, form={"files": dict})
+    return dict(record["files"]) if record else {}

@@ -1,4 +1,7 @@
-"""The proof that an exported file answers like the ensemble: run afresh, in its own runtime, on real images."""
+"""Parity check of an exported file: its outputs, computed by its own runtime in a new process, against the ensemble's.
+
+The rows are real ones, and the ensemble's outputs are the stored predictions that `evaluate` scores.
+"""
 
 from __future__ import annotations
 
@@ -18,66 +21,69 @@ from utils.numeric.metrics import softmax
 from utils.predictions.rows import MemberOutputs
 
 BATCH_SIZES = (1, 3, 17)
-TOLERANCE = 1e-4  # on probabilities
-MAX_DISCONTINUITY_FRACTION = 0.05  # share of rows that may lie at a step of the combiner
-N_LOG_LINES = 6  # of a failed process that are told
+TOLERANCE = 1e-4
+"""Largest absolute difference of a probability."""
+MAX_DISCONTINUITY_FRACTION = 0.05
+"""Fraction of rows that may lie at a discontinuity of the combiner."""
+N_LOG_LINES = 6  # of a failed process that a message quotes
 TIMEOUT_SECONDS = 1800.0
 
 
 @dataclass(frozen=True)
 class ReferenceBatches:
-    """Real rows in the form that a file takes, and what is expected of each."""
+    """Real rows in batches as a file takes them, with the expected outputs of each row."""
 
     batches: list[np.ndarray]
-    """Each of one shape, so that images of unequal size are in batches of their own."""
+    """Each of one shape: images of unequal size are in different batches."""
     rows: list[np.ndarray]
-    """Which rows of the expectation a batch holds, int64."""
+    """For each batch the indices of its rows in the expected outputs, int64."""
     probabilities: np.ndarray
-    """float64 (N, C)"""
+    """Expected, float64 (N, C)"""
     member_logits: np.ndarray | None = None
-    """float32 (M, N, C), where the file gives them too"""
+    """Expected, float32 (M, N, C); only for a file that returns them"""
     member_embeddings: tuple[np.ndarray, ...] | None = None
-    """M arrays float32 (N, D_m)"""
+    """Expected, M arrays float32 (N, D_m); only for a file that returns them"""
     combiner: Combiner | None = None
-    """Of a file that gives its members' outputs: what has to agree on them."""
+    """Applied to the member outputs of a file that returns them."""
 
 
 @dataclass(frozen=True)
 class FileOutputs:
-    """What a file gave, row by row in the order of the probe's batches."""
+    """Outputs of a file, row by row in the order of the reference batches."""
 
     rows: np.ndarray
-    """int64 (R,), rows of the expectation; one may occur twice"""
+    """int64 (R,), indices into the expected outputs; one may occur twice"""
     outputs: dict[str, np.ndarray]
     """{output: (R, ...)}"""
     facts: dict[str, Any] = field(default_factory=dict)
+    """`versions` and `latency_ms`, as the runtime reports them"""
 
 
 class FileRunError(Exception):
-    """A file could not be run; the text is the end of what its process said."""
+    """A file could not be run; the text ends with the last lines of its process."""
 
 
 def make_batches(
     images: Sequence[np.ndarray],
     sizes: Sequence[int] = BATCH_SIZES,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Images, each (H, W, 3) or (3, S, S), in batches of the given sizes in turn; with the rows in each.
+    """Group images, each (H, W, 3) or (3, S, S), into batches of the given sizes in turn.
 
-    Images of one shape go together. A batch that there are too few images for is filled up with those there are, so
-    that every size occurs.
+    Returns the batches and the indices of the images in each. A batch holds images of one shape. Where too few images
+    are left for a size, a batch repeats some of the largest group, so that every size occurs.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, image in enumerate(images):
         groups.setdefault(image.shape, []).append(row)
     largest = max(groups.values(), key=len)
     rows: list[np.ndarray] = []
-    for own in groups.values():
+    for group in groups.values():
         start, turn = 0, 0
-        while start < len(own):
+        while start < len(group):
             size = sizes[turn % len(sizes)]
-            if size > len(own) - start:
-                size = max(small for small in (1, *sizes) if small <= len(own) - start)
-            rows.append(np.array(own[start : start + size]))
+            if size > len(group) - start:
+                size = max(smaller for smaller in (1, *sizes) if smaller <= len(group) - start)
+            rows.append(np.array(group[start : start + size]))
             start, turn = start + size, turn + 1
     missing = sorted(set(sizes) - {len(batch) for batch in rows})
     rows += [np.resize(np.array(largest), size) for size in missing]
@@ -85,9 +91,9 @@ def make_batches(
 
 
 def run_in_subprocess(
-    kind: str,
+    format_name: str,
     files: Sequence[Path],
-    probe: ReferenceBatches,
+    reference: ReferenceBatches,
     outputs: Sequence[str],
     scratch: Path,
     *,
@@ -95,116 +101,130 @@ def run_in_subprocess(
     python: str = sys.executable,
     seconds: float = TIMEOUT_SECONDS,
 ) -> list[FileOutputs]:
-    """Answers of each file of one format, in a new process of `python`; `scratch` is for what goes back and forth.
+    """Run the files of one format over the reference batches, in a new process of the interpreter `python`.
 
-    Each file is opened by itself; they share the process for the seconds that a runtime takes to be there. Raises
-    RunFailed with the last lines of the process, which name the file, where it fails, hangs or is killed.
+    The files share the process, since a runtime takes seconds to start, and each is opened by itself. `outputs` are
+    the names of their outputs, `job` holds further entries of the runtime's job, and `scratch` is a folder for the
+    arrays that are exchanged. Raises FileRunError with the last lines of the process, which name the file, where it
+    fails, exceeds `seconds` or is killed.
     """
     scratch.mkdir(parents=True, exist_ok=True)
-    given, answers, place = (scratch / name for name in ("probe.npz", "answers.npz", "job.json"))
-    named = {f"batch_{number:04d}": batch for number, batch in enumerate(probe.batches)}
-    np.savez(given, allow_pickle=False, **named)
-    record = {**(job or {}), "format": kind, "files": [str(path) for path in files], "outputs": list(outputs)}
-    record |= {"probe": str(given), "answers": str(answers)}
-    place.write_text(json.dumps(record), encoding="utf-8")
+    inputs_path, outputs_path, job_path = (scratch / name for name in ("batches.npz", "outputs.npz", "job.json"))
+    batches: dict[str, Any] = {f"batch_{number:04d}": batch for number, batch in enumerate(reference.batches)}
+    np.savez(inputs_path, allow_pickle=False, **batches)
+    record = {**(job or {}), "format": format_name, "files": [str(path) for path in files], "outputs": list(outputs)}
+    record |= {"batches": str(inputs_path), "results": str(outputs_path)}
+    job_path.write_text(json.dumps(record), encoding="utf-8")
     script = Path(__file__).with_name("runtimes.py")
-    # run_path does not put our folder first on the search path, where a module of ours could pass for another's.
+    # run_path does not put this folder first on the search path, where a module here could hide another package's.
     code = f"import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path({str(script)!r}, run_name='__main__')"
-    command = [python, "-c", code, script.name, str(place)]
+    command = [python, "-c", code, script.name, str(job_path)]
     environment = {**os.environ, "PYTHONWARNINGS": "ignore", "TF_CPP_MIN_LOG_LEVEL": "3"}
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command, cwd=scratch, env=environment, capture_output=True, text=True, timeout=seconds, check=False
         )
     except subprocess.TimeoutExpired as error:
         raise FileRunError(f"its runtime did not end within {seconds:.0f} s") from error
-    if done.returncode != 0 or not answers.is_file():
-        raise FileRunError(f"its runtime ended with {done.returncode}: {last_lines(done.stderr)}")
-    rows = np.concatenate(probe.rows)
-    with np.load(answers) as arrays:
-        facts = json.loads(str(arrays["facts"]))
+    if process.returncode != 0 or not outputs_path.is_file():
+        raise FileRunError(f"its runtime ended with {process.returncode}: {last_lines(process.stderr)}")
+    rows = np.concatenate(reference.rows)
+    with np.load(outputs_path) as arrays:
         return [
             FileOutputs(
                 rows,
                 {
-                    output: np.concatenate([arrays[f"{place}/{name}/{output}"] for name in named]).astype(np.float32)
+                    output: np.concatenate([arrays[f"{index}/{name}/{output}"] for name in batches]).astype(np.float32)
                     for output in outputs
                 },
-                own,
+                facts,
             )
-            for place, own in enumerate(facts)
+            for index, facts in enumerate(json.loads(str(arrays["facts"])))
         ]
 
 
 def last_lines(text: str) -> str:
-    """The end of what a process said, in one line."""
+    """The last lines of a process's output, joined into one."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " | ".join(lines[-N_LOG_LINES:]) or "it said nothing"
+    return " | ".join(lines[-N_LOG_LINES:]) or "no output"
 
 
-def compare_outputs(probe: ReferenceBatches, answers: FileOutputs, tolerance: float = TOLERANCE) -> dict[str, Any]:
-    """The certificate: `passed`, and the comparison as `export_status.json` keeps it.
+def compare_outputs(
+    reference: ReferenceBatches, file_outputs: FileOutputs, tolerance: float = TOLERANCE
+) -> dict[str, Any]:
+    """Compare a file's outputs with the expected ones: `passed`, `reason`, and `parity` as `export_status.json` has it.
 
-    Where the file gives its members' outputs there are two comparisons. Those outputs, as probabilities, are held
-    against the members' own; and the file's answer against the combiner's on the file's own member outputs, strictly on
-    every row. A row on which the combiner itself answers otherwise for the file's member outputs than for the expected
-    ones, though these agree, lies at a step: it is counted and left out of the end-to-end comparison alone.
+    A file that returns its member outputs is compared twice. Its member outputs, as probabilities, are compared with
+    the expected ones; its probabilities are compared with those that the combiner computes from the file's member
+    outputs, on every row. A row whose member outputs agree, but for which the combiner gives other probabilities than
+    for the expected member outputs, lies at a discontinuity: it is counted as `near_threshold` and left out of the
+    end-to-end comparison alone.
     """
-    expected = probe.probabilities[answers.rows]
-    found = answers.outputs["probabilities"].astype(np.float64)
-    if found.shape != expected.shape:
-        return {"passed": False, "reason": f"it answers {found.shape}; expected {expected.shape}", "parity": None}
+    expected = reference.probabilities[file_outputs.rows]
+    probabilities = file_outputs.outputs["probabilities"].astype(np.float64)
+    if probabilities.shape != expected.shape:
+        reason = f"its probabilities have the shape {probabilities.shape}; expected {expected.shape}"
+        return {"passed": False, "reason": reason, "parity": None}
     near = np.zeros(len(expected), dtype=bool)
     parity: dict[str, Any] = {
-        "rows": len(np.unique(answers.rows)),
+        "rows": len(np.unique(file_outputs.rows)),
         "tolerance": tolerance,
-        "batch_sizes": sorted({len(batch) for batch in probe.batches}),
+        "batch_sizes": sorted({len(batch) for batch in reference.batches}),
     }
-    reasons = []
-    if probe.combiner is not None and probe.member_logits is not None:
-        own = _member_outputs(probe, answers)
-        members = getattr(own, "logits", own)
-        difference = np.abs(softmax(members) - softmax(probe.member_logits[:, answers.rows])).max()
-        on_own = probe.combiner.predict_proba(own)
-        strict = float(np.abs(on_own - found).max())
-        flips = int((on_own.argmax(axis=1) != found.argmax(axis=1))[_margin(on_own) > 2 * tolerance].sum())
-        near = np.abs(on_own - expected).max(axis=1) > tolerance
-        parity["members"] = {"max_abs_diff": _number(difference)}
-        parity["combiner"] = {"max_abs_diff": _number(strict), "label_flips": flips}
-        if not difference <= tolerance:
-            reasons.append(f"its members' probabilities are off by {difference:.3g}")
-        if not strict <= tolerance or flips:
-            reasons.append(f"its combiner is off by {strict:.3g} on its own members' outputs, {flips} label(s) differ")
+    reasons: list[str] = []
+    if reference.combiner is not None and reference.member_logits is not None:
+        member_logits, combined = _recombined(reference.combiner, reference, file_outputs)
+        expected_members = softmax(reference.member_logits[:, file_outputs.rows])
+        member_difference = np.abs(softmax(member_logits) - expected_members).max()
+        combiner_difference = float(np.abs(combined - probabilities).max())
+        flips = _label_flips(combined, probabilities, tolerance)
+        near = np.abs(combined - expected).max(axis=1) > tolerance
+        parity["members"] = {"max_abs_diff": _finite(member_difference)}
+        parity["combiner"] = {"max_abs_diff": _finite(combiner_difference), "label_flips": flips}
+        if not member_difference <= tolerance:
+            reasons.append(f"its members' probabilities differ by {member_difference:.3g}")
+        if not combiner_difference <= tolerance or flips:
+            reasons.append(
+                f"its combiner differs by {combiner_difference:.3g} on the file's member outputs, {flips} label(s) flip"
+            )
         if near.mean() > MAX_DISCONTINUITY_FRACTION:
-            reasons.append(f"{int(near.sum())} of {len(near)} rows lie at a step of the combiner")
-    compared = ~near
-    largest = float(np.abs(expected - found)[compared].max()) if compared.any() else 0.0
-    differing = expected.argmax(axis=1) != found.argmax(axis=1)
-    flips = int((differing & compared & (_margin(expected) > 2 * tolerance)).sum())
-    if not np.isfinite(found).all():
+            reasons.append(f"{int(near.sum())} of {len(near)} rows lie at a discontinuity of the combiner")
+    largest = float(np.abs(expected - probabilities)[~near].max(initial=0.0))
+    flips = _label_flips(expected[~near], probabilities[~near], tolerance)
+    if not np.isfinite(probabilities).all():
         largest = float("nan")
     if not largest <= tolerance or flips:
-        reasons.append(f"its probabilities are off by {largest:.3g} (allowed {tolerance:g}), {flips} label(s) differ")
-    parity |= {"max_abs_diff": _number(largest), "label_flips": flips, "near_threshold": int(near.sum())}
+        reasons.append(f"its probabilities differ by {largest:.3g} (allowed {tolerance:g}), {flips} label(s) flip")
+    parity |= {"max_abs_diff": _finite(largest), "label_flips": flips, "near_threshold": int(near.sum())}
     return {"passed": not reasons, "reason": "; ".join(reasons) or None, "parity": parity}
 
 
-def _member_outputs(probe: ReferenceBatches, answers: FileOutputs) -> np.ndarray | MemberOutputs:
-    """The file's own member outputs in the form that combiners take: (M, R, C)."""
-    logits = answers.outputs["member_logits"].transpose(1, 0, 2)
-    if probe.member_embeddings is None:
-        return logits
-    ends = np.cumsum([part.shape[1] for part in probe.member_embeddings])[:-1]
-    return MemberOutputs(logits, tuple(np.split(answers.outputs["member_embeddings"], ends, axis=1)))
+def _recombined(
+    combiner: Combiner, reference: ReferenceBatches, file_outputs: FileOutputs
+) -> tuple[np.ndarray, np.ndarray]:
+    """The file's member logits (M, R, C), and the combiner's probabilities (R, C) for the file's member outputs."""
+    logits = file_outputs.outputs["member_logits"].transpose(1, 0, 2)
+    if reference.member_embeddings is None:
+        return logits, combiner.predict_proba(logits)
+    ends = np.cumsum([part.shape[1] for part in reference.member_embeddings])[:-1]
+    embeddings = tuple(np.split(file_outputs.outputs["member_embeddings"], ends, axis=1))
+    # A combiner that reads embeddings takes MemberOutputs, which its protocol has no type for.
+    return logits, combiner.predict_proba(MemberOutputs(logits, embeddings))  # type: ignore[arg-type]
+
+
+def _label_flips(expected: np.ndarray, probabilities: np.ndarray, tolerance: float) -> int:
+    """Number of rows whose top class differs although its margin, expected (N, C), exceeds twice the tolerance."""
+    differs = expected.argmax(axis=1) != probabilities.argmax(axis=1)
+    return int(differs[_margin(expected) > 2 * tolerance].sum())
 
 
 def _margin(probabilities: np.ndarray) -> np.ndarray:
-    """How much the most probable class of each row is ahead, (N,)."""
+    """Difference of the two highest probabilities of each row, (N,)."""
     if probabilities.shape[1] < 2:
         return np.ones(len(probabilities))
-    best = np.sort(probabilities, axis=1)
-    return best[:, -1] - best[:, -2]
+    ordered = np.sort(probabilities, axis=1)
+    return ordered[:, -1] - ordered[:, -2]
 
 
-def _number(value: float) -> float | None:
+def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Real rows for the proof of parity, and what the ensemble says of them by the way that `evaluate` takes."""
+"""Real rows for the parity check, with the stored predictions that `evaluate` scores as expected outputs."""
 
 from __future__ import annotations
 
@@ -20,172 +20,177 @@ from utils.predictions.rows import UNKNOWN, Rows
 from utils.predictions.store import Store
 
 if TYPE_CHECKING:
-    from torch import nn
+    from utils.exporting.exported_network import ExportNetwork
 
 N_ROWS = 64
-N_CALIBRATION_IMAGES = 128  # rows of train by which the range of 8-bit values is chosen
+N_CALIBRATION_IMAGES = 128
+"""Training images from which the ranges of 8-bit values are estimated."""
 ACCURACY_BLOCK_SIZE = 256  # images in memory
 SPLITS = ("test", "val", "train")
-"""In this order, until there are enough rows."""
+"""Rows are taken from these splits in this order, until there are enough."""
 
 
 @dataclass(frozen=True)
 class ParitySample:
-    """Real rows: what goes in, and what the ensemble answers."""
+    """Real rows as an exported file takes them, and the ensemble's outputs for them."""
 
     images: list[np.ndarray]
-    """Of each row what a file takes: float32 (3, S, S), uint8 (H, W, 3), or member logits float32 (M, C)"""
+    """The input of each row: float32 (3, S, S), uint8 (H, W, 3), or member logits float32 (M, C)"""
     squares: list[np.ndarray]
-    """Of each row the centre square, uint8 (S, S, 3), for files of a fixed size; empty without images"""
+    """The centre square of each row, uint8 (S, S, 3), for files of a fixed size; empty for member logits"""
     expected: ReferenceBatches
-    """Without batches"""
+    """Expected outputs, without batches"""
 
     def reference_batches(self, *, fixed: bool = False, takes_uint8: bool = False) -> ReferenceBatches:
-        """The rows as a file takes them; `fixed`: one at a time, cut to size already."""
+        """The rows in batches; with `fixed` one row at a time, already in the network's size."""
         if not fixed:
             batches, rows = make_batches(self.images)
         else:
-            given = self.squares if takes_uint8 else self.images
-            batches, rows = make_batches(given, (1,))
+            batches, rows = make_batches(self.squares if takes_uint8 else self.images, (1,))
         return replace(self.expected, batches=batches, rows=rows)
 
 
-def sample_rows(store: Store, subject: ExportSource, form: ExportSignature, network: nn.Module) -> ParitySample:
-    """Up to 64 rows, evenly spread over the test split; over val and train as well where these are too few.
+def sample_rows(store: Store, source: ExportSource, signature: ExportSignature, network: ExportNetwork) -> ParitySample:
+    """Take up to 64 rows, evenly spread over the test split, and over val and train where test has too few.
 
-    Raises UserError where the members have no row in common.
-
-    What is expected are the stored predictions, which `evaluate` scores. Those that a GPU made in 16 bits are no
-    measure of a file in 32; there the network itself is run on the CPU.
+    The expected outputs are the stored predictions, which `evaluate` scores. Predictions that a GPU computed in 16 bits
+    are too coarse for comparison with a 32-bit file; the network is then run on the CPU instead. Raises UserError
+    where the members have no split in common.
     """
-    members = list(subject.members)
+    members = list(source.members)
     parts: list[Rows] = []
     for split in SPLITS:
-        wanted = N_ROWS - sum(len(part.sample_ids) for part in parts)
-        if wanted > 0 and all(store.is_available(member, split) for member in members):
-            fold_networks.ensure(store, members, (split,), subject.inference)
-            whole = fold_networks.aligned(store, members, split, subject.inference, embeddings=subject.reads_embeddings)
-            count = len(whole.sample_ids)
-            parts.append(whole.take(np.unique(np.linspace(0, count - 1, min(wanted, count)).round().astype(int))))
+        n_missing = N_ROWS - sum(len(part.sample_ids) for part in parts)
+        if n_missing > 0 and all(store.is_available(member, split) for member in members):
+            fold_networks.ensure(store, members, (split,), source.inference)
+            rows = fold_networks.aligned(store, members, split, source.inference, embeddings=source.reads_embeddings)
+            parts.append(rows.take(_evenly_spread(len(rows.sample_ids), n_missing)))
     if not parts:
-        raise UserError(f"{subject.name}: no split that all its members have rows of, so that nothing can be compared")
-    rows = _joined(parts)
-    if subject.is_imported:
+        raise UserError(f"{source.name}: its members have predictions of no common split, so parity cannot be checked")
+    rows = _concatenate(parts)
+    if source.is_imported:
         logits = rows.logits.transpose(1, 0, 2)
-        return ParitySample([np.ascontiguousarray(row) for row in logits], [], _expected(subject, rows))
-    images, squares = _images(store, subject, form, _places(store, rows))
-    expected = _expected(subject, rows)
+        return ParitySample([np.ascontiguousarray(row) for row in logits], [], _expected_outputs(source, rows))
+    images, squares = _load_images(store, source, signature, _image_indices(store, rows))
+    expected = _expected_outputs(source, rows)
     if streaming.resolve_device(store.config.device) != "cpu":
-        expected = _run(network, images, subject, expected)
+        expected = _run_network(network, images, expected)
     return ParitySample(images, squares, expected)
 
 
-def _joined(parts: Sequence[Rows]) -> Rows:
+def _evenly_spread(n_rows: int, n_chosen: int) -> np.ndarray:
+    """Up to `n_chosen` indices of `n_rows` rows, int64."""
+    return np.unique(np.linspace(0, n_rows - 1, min(n_chosen, n_rows)).round().astype(int))
+
+
+def _concatenate(parts: Sequence[Rows]) -> Rows:
     embeddings = None
     if parts[0].embeddings is not None:
-        embeddings = tuple(np.concatenate(own) for own in zip(*(part.embeddings or () for part in parts), strict=True))
+        member_parts = zip(*(part.embeddings or () for part in parts), strict=True)
+        embeddings = tuple(np.concatenate(arrays) for arrays in member_parts)
     return replace(
         parts[0],
-        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in ("split", "sample_ids", "labels")},
+        split=np.concatenate([part.split for part in parts]),
+        sample_ids=np.concatenate([part.sample_ids for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
         out_of_sample=np.concatenate([part.out_of_sample for part in parts]),
         logits=np.concatenate([part.logits for part in parts], axis=1),
         embeddings=embeddings,
     )
 
 
-def _expected(subject: ExportSource, rows: Rows) -> ReferenceBatches:
-    if subject.combiner is None:
+def _expected_outputs(source: ExportSource, rows: Rows) -> ReferenceBatches:
+    if source.combiner is None:
         return ReferenceBatches([], [], softmax(rows.logits[0].astype(np.float64)))
-    probabilities = subject.combiner.predict_proba(combiner_inputs(subject.combiner, rows.outputs))
-    if not subject.is_discontinuous or subject.is_imported:
+    probabilities = source.combiner.predict_proba(combiner_inputs(source.combiner, rows.outputs))
+    if not source.is_discontinuous or source.is_imported:
         return ReferenceBatches([], [], probabilities)
-    return ReferenceBatches([], [], probabilities, rows.logits, rows.embeddings, subject.combiner)
+    return ReferenceBatches([], [], probabilities, rows.logits, rows.embeddings, source.combiner)
 
 
-def calibration_images(store: Store, subject: ExportSource, form: ExportSignature) -> list[np.ndarray]:
+def calibration_images(store: Store, source: ExportSource, signature: ExportSignature) -> list[np.ndarray]:
     """Up to 128 images of the train split, evenly spread, as a file takes them."""
-    count = len(store.images("train").sample_ids)
-    places = np.unique(np.linspace(0, count - 1, min(N_CALIBRATION_IMAGES, count)).round().astype(int))
-    return _images(store, subject, form, {"train": places.tolist()})[0]
+    indices = _evenly_spread(len(store.images("train").sample_ids), N_CALIBRATION_IMAGES)
+    return _load_images(store, source, signature, {"train": indices.tolist()})[0]
 
 
 def measure_test_accuracy(
-    store: Store, subject: ExportSource, form: ExportSignature, run: Callable[[np.ndarray], Sequence[np.ndarray]]
+    store: Store, source: ExportSource, signature: ExportSignature, run: Callable[[np.ndarray], Sequence[np.ndarray]]
 ) -> dict[str, Any] | None:
-    """Accuracy on all labelled test rows: of the ensemble, and of a file whose `run` gives its probabilities first.
+    """Measure accuracy on all labelled test rows: the ensemble's, and that of a file.
 
-    None without such rows.
+    `run` takes a batch and returns the file's outputs, probabilities first. Returns None without labelled test rows.
     """
-    members = list(subject.members)
+    members = list(source.members)
     if not all(store.is_available(member, "test") for member in members):
         return None
-    whole = fold_networks.aligned(store, members, "test", subject.inference, embeddings=subject.reads_embeddings)
-    rows = whole.take(np.flatnonzero(whole.labels != UNKNOWN))
+    test_rows = fold_networks.aligned(store, members, "test", source.inference, embeddings=source.reads_embeddings)
+    rows = test_rows.take(np.flatnonzero(test_rows.labels != UNKNOWN))
     if not len(rows.labels):
         return None
-    before = float((_expected(subject, rows).probabilities.argmax(axis=1) == rows.labels).mean())
-    hits = 0
+    ensemble_accuracy = float((_expected_outputs(source, rows).probabilities.argmax(axis=1) == rows.labels).mean())
+    n_correct = 0
     for start in range(0, len(rows.labels), ACCURACY_BLOCK_SIZE):
         part = rows.take(np.arange(start, min(start + ACCURACY_BLOCK_SIZE, len(rows.labels))))
-        images, _ = _images(store, subject, form, _places(store, part))
-        found = np.array([run(image[None])[0][0].argmax() for image in images])
-        hits += int((found == part.labels).sum())
-    after = hits / len(rows.labels)
-    return {"rows": len(rows.labels), "ensemble": before, "file": after, "change": after - before}
+        images, _ = _load_images(store, source, signature, _image_indices(store, part))
+        predicted = np.array([run(image[None])[0][0].argmax() for image in images])
+        n_correct += int((predicted == part.labels).sum())
+    file_accuracy = n_correct / len(rows.labels)
+    return {
+        "rows": len(rows.labels),
+        "ensemble": ensemble_accuracy,
+        "file": file_accuracy,
+        "change": file_accuracy - ensemble_accuracy,
+    }
 
 
-def _places(store: Store, rows: Rows) -> dict[str, list[int]]:
-    """{split: places of its rows}, splits in the order in which they come, each in one piece."""
-    found = {}
-    for name in dict.fromkeys(rows.split.tolist()):
-        place_of = {sample_id: place for place, sample_id in enumerate(store.images(name).sample_ids)}
-        found[name] = [place_of[sample_id] for sample_id in rows.sample_ids[rows.split == name].tolist()]
-    return found
+def _image_indices(store: Store, rows: Rows) -> dict[str, list[int]]:
+    """{split: indices of its rows among the split's images}, splits in the order of the rows."""
+    indices = {}
+    for split in dict.fromkeys(rows.split.tolist()):
+        index_of = {sample_id: index for index, sample_id in enumerate(store.images(split).sample_ids)}
+        indices[split] = [index_of[sample_id] for sample_id in rows.sample_ids[rows.split == split].tolist()]
+    return indices
 
 
-def _images(
-    store: Store, subject: ExportSource, form: ExportSignature, wanted: Mapping[str, Sequence[int]]
+def _load_images(
+    store: Store, source: ExportSource, signature: ExportSignature, indices: Mapping[str, Sequence[int]]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """What a file takes of each row, and the centre squares; `wanted` is {split: places}."""
-    size = max(member.img_size or 0 for member in subject.members)
+    """The inputs of a file and the centre squares, of the images {split: indices}."""
+    size = max(member.img_size or 0 for member in source.members)
     threads = image_splits.decoding_threads(store.config.dataset.num_workers)
     squares: list[np.ndarray] = []
     paths: list[Path] = []
-    for name, places in wanted.items():
+    for name, chosen in indices.items():
         split = store.images(name)
         pixels = image_splits.open_images(split, size, image_cache=store.workspace.image_cache, threads=threads)
-        squares += list(pixels.centre_crops(places, size))
-        paths += [split.paths[place] for place in places]
-    if form.input == UINT8_NHWC:
-        return [_decoded(path) for path in paths], squares
+        squares += list(pixels.centre_crops(chosen, size))
+        paths += [split.paths[index] for index in chosen]
+    if signature.input == UINT8_NHWC:
+        return [decode_image(path) for path in paths], squares
     return [square.transpose(2, 0, 1).astype(np.float32) / np.float32(255) for square in squares], squares
 
 
-def _decoded(path: Path) -> np.ndarray:
+def decode_image(path: Path) -> np.ndarray:
+    """An image file as the base pipeline decodes it, uint8 (H, W, 3)."""
     with base_back.load_bundled("image_files").open_image(path) as image:
         return np.array(image.convert("RGB"))
 
 
-def _run(
-    network: nn.Module,
-    images: list[np.ndarray],
-    subject: ExportSource,
-    expected: ReferenceBatches,
-) -> ReferenceBatches:
+def _run_network(network: ExportNetwork, images: list[np.ndarray], expected: ReferenceBatches) -> ReferenceBatches:
+    """The expected outputs with those of the network itself, run on the CPU, in their place."""
     import torch
 
     batches, rows = make_batches(images, (BATCH_SIZES[-1], 1))
-    names = network.output_names
-    found: dict[str, list[Any]] = {}
+    outputs: dict[str, list[Any]] = {name: [None] * len(images) for name in network.output_names}
     with torch.inference_mode():
-        for batch, places in zip(batches, rows, strict=True):
-            answers = network(torch.from_numpy(batch))
-            parts = answers if isinstance(answers, tuple) else (answers,)
-            for name, part in zip(names, parts, strict=True):
-                found.setdefault(name, [None] * len(images))
-                for place, row in zip(places, part.numpy(), strict=True):
-                    found[name][place] = row
-    stacked = {name: np.stack(part) for name, part in found.items()}
+        for batch, indices in zip(batches, rows, strict=True):
+            result = network(torch.from_numpy(batch))
+            arrays = result if isinstance(result, tuple) else (result,)
+            for name, array in zip(network.output_names, arrays, strict=True):
+                for index, row in zip(indices, array.numpy(), strict=True):
+                    outputs[name][index] = row
+    stacked = {name: np.stack(values) for name, values in outputs.items()}
     if expected.member_logits is None:
         return replace(expected, probabilities=stacked["probabilities"].astype(np.float64))
     embeddings = expected.member_embeddings

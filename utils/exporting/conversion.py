@@ -1,0 +1,185 @@
+"""Converts one network to files of every requested format, and checks the parity of each file in its own runtime."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils import base_back
+from utils.core.errors import UserError
+from utils.exporting import (
+    export_folder,
+    export_formats,
+    exported_network,
+    parity_check,
+    parity_rows,
+    reduced_precision,
+    runtimes,
+    tflite_conversion,
+)
+from utils.exporting.export_formats import PACKAGED, TENSORRT, TFLITE
+from utils.exporting.exported_network import UINT8_NHWC, ExportSignature, ExportSource
+from utils.exporting.parity_check import FileRunError
+from utils.exporting.parity_rows import ParitySample
+from utils.exporting.reduced_precision import REDUCED
+from utils.predictions.store import Store
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from utils.exporting.exported_network import ExportNetwork
+
+logger = logging.getLogger("disease_pipeline")
+
+
+@dataclass(frozen=True)
+class ConversionJob:
+    """What the files of one export are made from and compared with, and the folders that they are written to."""
+
+    store: Store
+    source: ExportSource
+    signature: ExportSignature
+    source_digest: str
+    description: dict[str, Any]
+    """What the files record of themselves, ready for JSON."""
+    sample: ParitySample
+    staged: Path
+    """Becomes the export's folder."""
+    scratch: Path
+    """For files that only the conversion needs."""
+
+
+def write_files(job: ConversionJob, network: ExportNetwork, formats: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Write the files of the formats that are made from the network: {format: entry}, without parity."""
+    import torch
+
+    name = job.source.name
+    status: dict[str, dict[str, Any]] = {}
+    # The packaging compares the traced graph with the network; a discontinuity may move a probability by up to 1.
+    network.parity_tolerance = 1.0 if job.source.is_discontinuous else parity_check.TOLERANCE  # type: ignore[assignment]  # nn.Module types attributes as Tensor or Module
+    if packaged := [format_name for format_name in PACKAGED if format_name in formats]:
+        logger.info("export %s: writing %s", name, ", ".join(packaged))
+        image = torch.from_numpy(job.sample.images[0][None])
+        status |= export_formats.write_packaged_formats(
+            network, name, packaged, job.staged, image, job.description, job.source.classes
+        )
+    if TFLITE in formats:
+        logger.info("export %s: writing tflite", name)
+
+        def open_network() -> tuple[ExportNetwork, Tensor]:
+            return _fixed_size_network(job, network)
+
+        status[TFLITE] = export_formats.write_tflite(open_network, name, job.staged, job.scratch / "converter")
+    if TENSORRT in formats:
+        status[TENSORRT] = export_formats.tensorrt_entry(name, job.description)
+    return status
+
+
+def write_reduced_files(job: ConversionJob, onnx_file: Path, formats: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Write the ONNX files of reduced precision from the 32-bit file: {format: entry}, without parity."""
+    status = {}
+    for format_name in (name for name in REDUCED if name in formats):
+        if job.source.is_imported:
+            reason = "the export holds a combiner and no networks, so there are no weights to convert"
+            status[format_name] = export_formats.format_entry("skipped", reason=reason)
+            continue
+        logger.info("export %s: writing %s", job.source.name, format_name)
+
+        def calibration_images() -> Sequence[np.ndarray]:
+            return parity_rows.calibration_images(job.store, job.source, job.signature)
+
+        status[format_name] = reduced_precision.write_reduced(
+            format_name, onnx_file, job.source.name, job.staged, calibration_images
+        )
+    return status
+
+
+def check_parity(job: ConversionJob, format_name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry with the parity of its files, each run in a new process.
+
+    Files that fail the check are moved to `failed/`, and their entry says so.
+    """
+    if entry["status"] == "ok":
+        entry = _checked_entry(job, format_name, entry)
+    if entry["status"] == "failed":
+        export_folder.move_to_failed(job.staged, format_name)
+    level = logging.INFO if entry["status"] == "ok" else logging.WARNING
+    logger.log(level, "export %s, %s: %s", job.source.name, format_name, export_formats.summarize_entry(entry))
+    return entry
+
+
+def _fixed_size_network(job: ConversionJob, network: ExportNetwork) -> tuple[ExportNetwork, Tensor]:
+    """The network for one image at a time that already has the network's size, and such an image."""
+    import torch
+
+    takes_uint8 = job.signature.input == UINT8_NHWC
+    if takes_uint8 and not job.source.is_imported:
+        sizes = {member.img_size for member in job.source.members}
+        if len(sizes) > 1:
+            raise UserError("its members take images of different sizes, and a TFLite file takes one fixed size")
+        network = exported_network.assemble_network(job.store, job.source, job.signature, resizes=False)
+    reference = job.sample.reference_batches(fixed=True, takes_uint8=takes_uint8)
+    return network, torch.from_numpy(reference.batches[0])
+
+
+def _checked_entry(job: ConversionJob, format_name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    started = time.perf_counter()
+    is_tflite, is_reduced = format_name == TFLITE, format_name in REDUCED
+    reference = job.sample.reference_batches(fixed=is_tflite, takes_uint8=job.signature.input == UINT8_NHWC)
+    tolerance = reduced_precision.tolerance_of(format_name) if is_reduced else parity_check.TOLERANCE
+    files = [job.staged / file for file in entry["files"] if not file.endswith(".data")]
+    parity, facts, reasons = None, {}, []
+    try:
+        outputs_of_files = parity_check.run_in_subprocess(
+            format_name,
+            files,
+            reference,
+            job.description["outputs"],
+            job.scratch / format_name,
+            job=_runtime_job(job),
+            python=tflite_conversion.python_interpreter() if is_tflite else sys.executable,
+        )
+    except FileRunError as error:
+        reasons.append(str(error))
+    else:
+        for file, file_outputs in zip(files, outputs_of_files, strict=True):
+            outcome = parity_check.compare_outputs(reference, file_outputs, tolerance)
+            if parity is None or not outcome["passed"]:
+                parity, facts = outcome["parity"], file_outputs.facts
+            if not outcome["passed"]:
+                reasons.append(f"{file.name}: {outcome['reason']}")
+    seconds = round((entry["seconds"] or 0) + time.perf_counter() - started, 3)
+    checked = entry | {
+        "parity": parity,
+        "seconds": seconds,
+        "versions": entry["versions"] | facts.get("versions", {}),
+        "latency_ms": facts.get("latency_ms"),
+        "source_digest": job.source_digest,
+        "members_run": "all",  # no file has control flow: a sparse combiner gives members that it skips the weight 0
+    }
+    if reasons:
+        failure: dict[str, Any] = {"reason": "; ".join(reasons), "path": None, "sha256": None, "files": {}}
+        return checked | {"status": "failed"} | failure
+    if is_reduced:
+        run, _ = runtimes.open_onnx(job.staged / entry["path"], {"outputs": ["probabilities"]})
+        checked["test_accuracy"] = parity_rows.measure_test_accuracy(job.store, job.source, job.signature, run)
+    return checked
+
+
+def _runtime_job(job: ConversionJob) -> dict[str, Any]:
+    """What a runtime needs to build the networks anew, for formats that hold weights alone."""
+    workspace = job.store.workspace
+    environment = {"DBT_BASE_DIR": str(workspace.base)}
+    environment |= {"DBT_ENSEMBLE_DIR": str(workspace.output)} if workspace.output else {}
+    return {
+        "name": job.source.name,
+        "signature": vars(job.signature),
+        "environment": environment,
+        "project": str(base_back.PROJECT),
+    }

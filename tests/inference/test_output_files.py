@@ -97,7 +97,7 @@ def test_records_with_an_error_go_and_the_others_stay_as_they_were(tmp_path, for
 def test_a_file_is_not_replaced_unasked(tmp_path, form):
     path = tmp_path / "a"
     written(path, form)
-    with pytest.raises(UserError, match="--append goes on with it"):
+    with pytest.raises(UserError, match="--append continues it"):
         written(path, form)
     written(path, form, ["other.jpg"], replace=True)
     assert [row["path"] for row in read(path, form)] == ["other.jpg"]
@@ -171,7 +171,7 @@ def test_the_line_is_named(tmp_path, form):
     path, whole = tmp_path / "a", many(form, 50)
     path.write_bytes(whole.replace(b"7.jpg", b'7".jpg', 1))
     offset = 2 if form.format == "jsonl" else 0  # the header has a class name with a line end
-    with pytest.raises(UserError, match=f"begins in line {10 - offset} .*nothing was changed"):
+    with pytest.raises(UserError, match=f"begins in line {10 - offset} .*the file is unchanged"):
         again(path, form)
 
 
@@ -186,7 +186,7 @@ def test_a_line_that_is_no_answer_is_named_and_changes_nothing(tmp_path, form, l
     first = form.format_record(record("0.jpg")).encode()
     for changed in (whole.replace(first, first + line), whole + line):
         path.write_bytes(changed)
-        with pytest.raises(UserError, match="nothing was changed"):
+        with pytest.raises(UserError, match="the file is unchanged"):
             again(path, form)
         assert path.read_bytes() == changed
 
@@ -196,7 +196,7 @@ def test_a_last_line_that_is_not_the_beginning_of_an_answer_is_named_and_stays(t
     line = form.format_record(record("new.jpg"))
     for tail in (b'my "notes"', (line.removesuffix("\n") + line[:-20]).encode()):
         path.write_bytes(whole + tail)
-        with pytest.raises(UserError, match="nothing was changed"):
+        with pytest.raises(UserError, match="the file is unchanged"):
             again(path, form)
         assert path.read_bytes() == whole + tail
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 import os
 import shutil
 import struct
@@ -26,6 +25,7 @@ from utils.core.errors import UserError
 from utils.inference import classifier
 from utils.inference import predict as predicting
 from utils.inference.classifier import WorkspaceClassifier
+from utils.inference.thresholds import load_thresholds
 from utils.numeric import uncertainty
 from utils.predictions import catalog, fold_networks
 from utils.predictions.store import Store
@@ -163,7 +163,7 @@ def test_many_unreadable_files_are_counted(workspace, tmp_path):
         (tmp_path / f"{number}.png").write_text(str(number))
     found = asked(workspace, tmp_path)
     assert len(found.failures) == 6
-    assert found.failures[-1].startswith("4 more images without an answer")
+    assert found.failures[-1].startswith("4 more images")
 
 
 def test_a_stopped_run_goes_on_where_it_was(workspace, tmp_path, monkeypatch):
@@ -242,7 +242,7 @@ def test_the_sets_that_are_asked_for_are_those_that_evaluate_measured(workspace)
     probabilities, classes = stored(workspace)["probabilities"], stored(workspace)["classes"].tolist()
     found = {}
     for kind, limit in (("lac", 0.6), ("aps", 0.9)):
-        thresholds = predicting.load_thresholds(workspace, NAME, is_ensemble=True, sets=kind)
+        thresholds = load_thresholds(workspace, NAME, is_ensemble=True, sets=kind)
         found[kind] = [row["set"] for row in thresholds.apply(probabilities, classes)]
         expected = uncertainty.prediction_sets(kind, probabilities, limit)
         assert found[kind] == [[classes[place] for place in np.flatnonzero(row)] for row in expected]
@@ -271,11 +271,11 @@ def test_images_that_failed_are_tried_again(workspace, tmp_path):
 def test_thresholds_of_an_older_ensemble_are_not_used(workspace, caplog):
     path, built = workspace.ensemble_metrics(NAME, "test"), workspace.ensemble(NAME) / "ensemble.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"selective": {"threshold": 0.5}}))
-    assert predicting.load_thresholds(workspace, NAME, is_ensemble=True).abstain == 0.5
+    assert load_thresholds(workspace, NAME, is_ensemble=True).abstain == 0.5
     later = path.stat().st_mtime + 10
     os.utime(built, (later, later))
     with logged(caplog):
-        assert predicting.load_thresholds(workspace, NAME, is_ensemble=True).abstain is None
+        assert load_thresholds(workspace, NAME, is_ensemble=True).abstain is None
     assert "was built again since it was evaluated" in caplog.text
 
 
@@ -305,23 +305,8 @@ def test_what_cannot_answer_is_refused_with_the_remedy(workspace, tmp_path):
 
 def test_more_images_than_a_screen_takes_need_a_file(workspace, monkeypatch):
     monkeypatch.setattr(predicting, "MAX_IMAGES_ON_SCREEN", 3)
-    with pytest.raises(UserError, match="need a file; name it with --to FILE"):
+    with pytest.raises(UserError, match="--to FILE"):
         asked(workspace, workspace.split_dir / "test")
-
-
-def test_progress_tells_the_time_left(caplog, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(predicting.time, "monotonic", lambda: now[0])
-    caplog.set_level(logging.INFO, "disease_pipeline")
-    progress = predicting._Progress(100, 2)
-    with logged(caplog):
-        for seconds in (5.0, 12.0):
-            now[0] = seconds
-            progress.step(10)
-        now[0] = 30.0
-        progress.block_ends(50)
-    messages = [entry.getMessage() for entry in caplog.records]
-    assert messages == ["10 % of 100 images by 2 networks; about 108 s left", "[50/100] images; about 30 s left"]
 
 
 def test_a_block_is_bounded_by_pixels_and_by_logits():
@@ -344,7 +329,7 @@ def test_embeddings_come_along_for_combiners_that_read_them(workspace, tmp_path)
     asking.reads_embeddings = True
     images = store.images("test")
     for member in asking.members:
-        logits, embeddings = asking._member_rows(member, images, tmp_path / "cache", lambda count: None)
+        logits, embeddings = asking.run_networks(member, images, tmp_path / "cache", lambda count: None)
         np.testing.assert_allclose(embeddings, np.load(workspace.embeddings(member.name, "test")), atol=1e-4)
         np.testing.assert_allclose(
             logits, np.load(workspace.predictions(member.name, "test") / "logits.npy"), atol=1e-4

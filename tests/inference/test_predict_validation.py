@@ -25,8 +25,8 @@ BAD = {
     "nan": ((NAN, NAN), "NaN or infinity among its probabilities"),
     "one-nan": ((1.0, NAN), "NaN or infinity among its probabilities"),
     "infinity": ((INFINITY, 0.0), "NaN or infinity among its probabilities"),
-    "huge": ((1e30, 0.0), "its probabilities must be from 0 to 1; one is 1e+30"),
-    "negative": ((-0.5, 1.5), "its probabilities must be from 0 to 1; one is -0.5"),
+    "huge": ((1e30, 0.0), "its probabilities must be in [0, 1]; one is 1e+30"),
+    "negative": ((-0.5, 1.5), "its probabilities must be in [0, 1]; one is -0.5"),
     "sum": ((0.25, 0.25), "its probabilities sum to 0.5; expected 1 within 0.01"),
 }
 SHAPES = {

@@ -64,9 +64,9 @@ def convert_network(
     *,
     seconds: float = TIMEOUT_SECONDS,
 ) -> None:
-    """Write `path` from the network, traced on one `sample`; `scratch` is a folder for temporary files.
+    """Convert the network, traced on one `sample`, to the file `path`; `scratch` is a folder for temporary files.
 
-    Raises ConversionFailed with the last lines of the converter where it fails, hangs or is killed.
+    Raises ConversionError with the last lines of the converter's output where it fails, exceeds `seconds` or is killed.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""An ensemble, or a single member, that answers for any image files: its networks streamed over one block at a time.
+"""Predictions of an ensemble or a single member for image files, with its networks streamed over blocks of images.
 
-Decoded pixels of a block lie in a temporary folder that goes with it, so that memory and disk depend on the size of a
-block and not on the number of images.
+The decoded pixels of a block are in a temporary folder that is removed after it, so memory and disk space depend on the
+size of a block and not on the number of images.
 """
 
 from __future__ import annotations
@@ -30,40 +30,43 @@ from utils.predictions.rows import UNKNOWN, Rows
 from utils.predictions.store import Store
 from utils.predictions.streaming import OutputBatch
 
-SPLIT = "predict"  # what messages call images of no split
+SPLIT = "predict"  # name of images without a split in messages
 BLOCK_BYTES = 2**31  # of decoded pixels on disk
 ARRAY_BYTES = 2**28  # of logits in memory
 MIN_BLOCK, MAX_BLOCK = 64, 8192  # images of a block
-ASPECT_RATIO = 4 / 3  # photographs are so much longer than high
+ASPECT_RATIO = 4 / 3  # assumed of photographs, longer side to shorter side
 
 
 @dataclass(frozen=True)
 class BlockPredictions:
-    """What is said of the images of one block."""
+    """Predictions for the images of one block."""
 
     readable: np.ndarray
-    """int64 (R,): places of those that could be read"""
+    """int64 (R,): indices of the images with a prediction"""
     probabilities: np.ndarray
     """float64 (R, C)"""
     disagreement: np.ndarray | None
-    """float64 (R,): mutual information of the members that ran, in nats, NaN where fewer than two did; None for one"""
+    """float64 (R,): mutual information of the members that ran, in nats; NaN for fewer than two, None for one member"""
     problems: dict[int, str]
-    """{place: why there is no answer}"""
+    """{index: reason} of the images without a prediction"""
 
 
 class WorkspaceClassifier:
-    """Answers by the members' networks in the workspace."""
+    """Predicts with the members' networks in the workspace."""
 
     def __init__(self, store: Store, name: str) -> None:
-        """Raises UserError for an unknown name, and for a member that is gone, changed or no network."""
+        """Load an ensemble or a member.
+
+        Raises UserError for an unknown name, and for a member that is missing, has changed or has no network.
+        """
         self.store, self.name = store, name
         saved = ensembles.names(store.workspace)
         self.ensemble: Ensemble | None = ensembles.load(store.workspace, name) if name in saved else None
         if self.ensemble is None and name not in store.catalog.members:
-            known = [*saved, *store.catalog.members]
+            available = [*saved, *store.catalog.members]
             raise UserError(
-                f"--model-name {name}: neither an ensemble nor a member. Built so far: {', '.join(saved) or 'none'}; "
-                f"members: {', '.join(store.catalog.members)}{did_you_mean(name, known)}"
+                f"--model-name {name}: neither an ensemble nor a member. Ensembles: {', '.join(saved) or 'none'}; "
+                f"members: {', '.join(store.catalog.members)}{did_you_mean(name, available)}"
             )
         self.inference = self.ensemble.inference if self.ensemble else fold_networks.FULL
         names = self.ensemble.members if self.ensemble else (name,)
@@ -73,33 +76,33 @@ class WorkspaceClassifier:
         self.classes = store.catalog.classes
         digest = self.ensemble.inputs_digest if self.ensemble else self.members[0].digest
         self.version = f"{name}@{digest[:12]}"
-        """Name and digest: answers of two versions do not go into one file."""
+        """Name and digest: predictions of different versions are not written to one file."""
         self.device = streaming.resolve_device(store.config.device)
-        self.threads = image_splits.decoding_threads(store.config.dataset.num_workers)
+        self.n_threads = image_splits.decoding_threads(store.config.dataset.num_workers)
         self.sizes = sorted({spec.img_size for member in self.members for spec in self._networks(member)})
 
     def _member(self, name: str) -> Member:
-        """A member that can be run and is what the ensemble was built from."""
+        """The member, if it can be run and has not changed since the ensemble was built."""
         member = self.store.catalog.members.get(name)
-        again = f"build it again: {build_command(self.name)}"
+        remedy = f"build it again: {build_command(self.name)}"
         if member is None:
             raise UserError(
-                f"{self.name}: its member {name} is not in the catalog. Put its checkpoint back and run discover, or "
-                f"{again}"
+                f"{self.name}: its member {name} is not in the catalog. Restore its checkpoint and run discover, or "
+                f"{remedy}"
             )
         if member.source == IMPORTED:
             raise UserError(
-                f"{self.name}: its member {name} is known by imported predictions alone; there is no network to run. "
-                "Name an ensemble of trained members"
+                f"{self.name}: its member {name} has imported predictions and no network to run. Name an ensemble of "
+                "trained members"
             )
         if self.ensemble and name in fold_networks.missing_and_changed({name: member}, self.ensemble)[1]:
-            raise UserError(f"{self.name}: was built from another checkpoint of {name} than the catalog holds; {again}")
+            raise UserError(f"{self.name}: the checkpoint of {name} has changed since it was built; {remedy}")
         for stage in self._stages(member):
             catalog.check_current(self.store.workspace, member, self.store.digests, stage=stage)
         return member
 
     def _stages(self, member: Member) -> tuple[str | None, ...]:
-        """Of the networks that are run: the member's own (None), its fold networks, or both where it takes both."""
+        """Stages of the networks that are run: the final one (None), the fold networks, or both."""
         return fold_networks.answering(member, self.inference, embeddings=self.reads_embeddings)
 
     def _networks(self, member: Member) -> list[NetworkSpec]:
@@ -107,18 +110,18 @@ class WorkspaceClassifier:
 
     @property
     def n_networks(self) -> int:
-        """How many are run over every image."""
+        """Number of networks that are run over every image."""
         return sum(len(self._stages(member)) for member in self.members)
 
     @property
     def block_size(self) -> int:
-        """Images at a time, by the room that their pixels and logits take."""
+        """Number of images per block, which bounds the size of their pixels and logits."""
         pixels = 3 * ASPECT_RATIO * sum((1.14 * size) ** 2 for size in self.sizes)
         logits = 4 * len(self.members) * len(self.classes)
         return int(min(MAX_BLOCK, max(MIN_BLOCK, min(BLOCK_BYTES / pixels, ARRAY_BYTES / logits))))
 
     def predict_block(self, paths: Sequence[Path], step: Callable[[int], None]) -> BlockPredictions:
-        """Probabilities for image files; `step(images)` is called for every batch of every network."""
+        """Predict image files; `step(n_images)` is called after every batch of every network."""
         contents, problems = _digests(paths)
         with tempfile.TemporaryDirectory(prefix="predict-") as folder:
             images = ImageSplit(
@@ -131,54 +134,56 @@ class WorkspaceClassifier:
                 digest="",
             )
             cache = Path(folder)
-            there = images.take([place for place in range(len(paths)) if place not in problems])
-            unread = image_splits.decode_readable(there, self.sizes, image_cache=cache, threads=self.threads)
-            # A file is decoded once, whatever the number of its copies.
+            existing = images.take([index for index in range(len(paths)) if index not in problems])
+            unread = image_splits.decode_readable(existing, self.sizes, image_cache=cache, threads=self.n_threads)
+            # Of several files with equal content one is decoded, so a reason holds for all of them.
             reasons = {content: unread[path] for path, content in zip(paths, contents, strict=True) if path in unread}
-            problems |= {place: reasons[content] for place, content in enumerate(contents) if content in reasons}
-            kept = np.array([place for place in range(len(paths)) if place not in problems], dtype=np.int64)
-            if not len(kept):
-                return BlockPredictions(kept, np.empty((0, len(self.classes))), None, problems)
-            found = self._answers(images.take(kept), cache, step)
-        problems |= {int(kept[row]): reason for row, reason in found.problems.items()}
-        return replace(found, readable=kept[found.readable], problems=problems)
+            problems |= {index: reasons[content] for index, content in enumerate(contents) if content in reasons}
+            readable = np.array([index for index in range(len(paths)) if index not in problems], dtype=np.int64)
+            if not len(readable):
+                return BlockPredictions(readable, np.empty((0, len(self.classes))), None, problems)
+            predictions = self._predict_readable(images.take(readable), cache, step)
+        problems |= {int(readable[row]): reason for row, reason in predictions.problems.items()}
+        return replace(predictions, readable=readable[predictions.readable], problems=problems)
 
-    def _answers(self, images: ImageSplit, cache: Path, step: Callable[[int], None]) -> BlockPredictions:
-        """Answers for readable images, one network in memory at a time; `readable` are rows of them.
+    def _predict_readable(self, images: ImageSplit, cache: Path, step: Callable[[int], None]) -> BlockPredictions:
+        """Predict decoded images, with one network in memory at a time; indices are those of `images`.
 
-        A row for which a network gives NaN or infinity is a problem. Zeros stand for it until then, so that the
-        combiner answers the other rows.
+        A row for which a network outputs NaN or infinity is a problem. Its outputs are replaced by zeros, so that the
+        combiner predicts the other rows.
         """
         problems: dict[int, str] = {}
-        features: list[np.ndarray | None] = []
+        embeddings: list[np.ndarray | None] = []
 
-        def run(place: int, rows: np.ndarray) -> np.ndarray:
-            member = self.members[place]
-            logits, own = self._member_rows(member, images.take(rows), cache, step)
-            for array in (logits, own):
-                for row in () if array is None else np.flatnonzero(~np.isfinite(array).all(axis=1)):
+        def run_member(index: int, rows: np.ndarray) -> np.ndarray:
+            member = self.members[index]
+            logits, features = self.run_networks(member, images.take(rows), cache, step)
+            for array in (logits, features):
+                if array is None:
+                    continue
+                for row in np.flatnonzero(~np.isfinite(array).all(axis=1)):
                     array[row] = 0
                     problems.setdefault(int(rows[row]), f"{member.name} gives NaN or infinity for it")
-            features.append(own)
-            members[place, rows], ran[place, rows] = logits, True
+            embeddings.append(features)
+            member_logits[index, rows], has_run[index, rows] = logits, True
             return logits
 
-        everything = np.arange(len(images.paths))
-        members = np.zeros((len(self.members), len(everything), len(self.classes)), dtype=np.float32)
-        ran = np.zeros(members.shape[:2], dtype=bool)
+        all_rows = np.arange(len(images.paths))
+        member_logits = np.zeros((len(self.members), len(all_rows), len(self.classes)), dtype=np.float32)
+        has_run = np.zeros(member_logits.shape[:2], dtype=bool)
         if self.ensemble and isinstance(self.ensemble.combiner, SparseCombiner):
-            probabilities, _ = run_sparse(self.ensemble.combiner, run, members.shape)
+            probabilities, _ = run_sparse(self.ensemble.combiner, run_member, member_logits.shape)
         else:
-            for place in range(len(self.members)):
-                run(place, everything)
-            rows = self._rows(images, members, features)
-            probabilities = ensembles.predict(self.ensemble, rows) if self.ensemble else softmax(members[0])
-        kept = np.array([row for row in everything if row not in problems], dtype=np.int64)
-        disagreement = _disagreement(members, ran)[kept] if len(members) > 1 else None
-        return BlockPredictions(kept, probabilities[kept], disagreement, problems)
+            for index in range(len(self.members)):
+                run_member(index, all_rows)
+            rows = self._rows(images, member_logits, embeddings)
+            probabilities = ensembles.predict(self.ensemble, rows) if self.ensemble else softmax(member_logits[0])
+        valid = np.array([row for row in all_rows if row not in problems], dtype=np.int64)
+        disagreement = _disagreement(member_logits, has_run)[valid] if len(member_logits) > 1 else None
+        return BlockPredictions(valid, probabilities[valid], disagreement, problems)
 
     def _rows(self, images: ImageSplit, logits: np.ndarray, embeddings: Sequence[np.ndarray | None]) -> Rows:
-        """All members' outputs on images, as an ensemble takes them."""
+        """Outputs of all members on images, as an ensemble takes them."""
         rows = Rows(
             members=tuple(member.name for member in self.members),
             classes=self.classes,
@@ -189,31 +194,31 @@ class WorkspaceClassifier:
             out_of_sample=np.ones(len(images.paths), dtype=bool),
             inference=self.inference,
         )
-        more: dict[str, Any] = {"embeddings": tuple(embeddings)} if self.reads_embeddings else {}
-        return replace(rows, **more)
+        fields: dict[str, Any] = {"embeddings": tuple(embeddings)} if self.reads_embeddings else {}
+        return replace(rows, **fields)
 
-    def _member_rows(
+    def run_networks(
         self, member: Member, images: ImageSplit, cache: Path, step: Callable[[int], None]
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Logits (N, C) of what answers for a member, and the embeddings (N, D) of its full network where wanted.
+        """Logits (N, C) of a member, and the embeddings (N, D) of its final network if the combiner reads them.
 
-        Fold networks answer together: the logarithm of the mean of their probabilities, as `fold_networks` stores it.
+        Logits of fold networks are the logarithm of the mean of their probabilities, as `fold_networks` stores it.
         """
-        folds = self.inference == fold_networks.FOLDS
+        uses_folds = self.inference == fold_networks.FOLDS
         full = np.empty((len(images.paths), len(self.classes)), dtype=np.float32)
         mean = fold_networks.FoldMean(*full.shape)
         features: list[np.ndarray] = []
         for stage in self._stages(member):
             for batch in self._batches(member, stage, images, cache):
-                own = batch.logits[:, [member.classes.index(name) for name in self.classes]]
-                if not folds:
-                    full[batch.start : batch.start + len(own)] = own
+                logits = batch.logits[:, [member.classes.index(name) for name in self.classes]]
+                if not uses_folds:
+                    full[batch.start : batch.start + len(logits)] = logits
                 elif stage is not None:
-                    mean.add(own, batch.start)
+                    mean.add(logits, batch.start)
                 if stage is None and self.reads_embeddings:
                     features.append(batch.embeddings)
-                step(len(own))
-        logits = mean.mean(len(fold_networks.stages(member))) if folds else full
+                step(len(logits))
+        logits = mean.mean(len(fold_networks.stages(member))) if uses_folds else full
         return logits, np.concatenate(features) if features else None
 
     def _batches(self, member: Member, stage: str | None, images: ImageSplit, cache: Path) -> Iterator[OutputBatch]:
@@ -223,38 +228,39 @@ class WorkspaceClassifier:
             batch_size=self.store.config.dataset.batch_size,
             device=self.device,
             image_cache=cache,
-            decoding_threads=self.threads,
-            val=self._val,
+            decoding_threads=self.n_threads,
+            val=self._val_images,
             must_be_finite=False,
         )
 
     @property
-    def _val(self) -> ImageSplit | None:
-        """On which surplus outputs of foreign networks are shown to be dead; None where it is not there any more."""
+    def _val_images(self) -> ImageSplit | None:
+        """The val split, on which extra output units of external networks must never be predicted; None if missing."""
         try:
             return self.store.images("val")
         except UserError:
             return None
 
 
-def _disagreement(logits: np.ndarray, ran: np.ndarray) -> np.ndarray:
+def _disagreement(member_logits: np.ndarray, has_run: np.ndarray) -> np.ndarray:
     """Mutual information (N,) of the members (M, N, C) that ran, bool (M, N); NaN where fewer than two did."""
-    found = np.full(ran.shape[1], np.nan)
-    for those in np.unique(ran.T, axis=0):
-        rows = (ran == those[:, None]).all(axis=0)
-        if those.sum() > 1:
-            found[rows] = mutual_information(softmax(logits[place][rows]) for place in np.flatnonzero(those))
-    return found
+    disagreement = np.full(has_run.shape[1], np.nan)
+    for members in np.unique(has_run.T, axis=0):
+        rows = (has_run == members[:, None]).all(axis=0)
+        if members.sum() > 1:
+            probabilities = (softmax(member_logits[index][rows]) for index in np.flatnonzero(members))
+            disagreement[rows] = mutual_information(probabilities)
+    return disagreement
 
 
 def _digests(paths: Sequence[Path]) -> tuple[tuple[str, ...], dict[int, str]]:
-    """SHA-256 of each file, and {place: why there is none}."""
+    """SHA-256 of each file, and {index: reason} of files that cannot be read."""
     contents, problems = [], {}
-    for place, path in enumerate(paths):
+    for index, path in enumerate(paths):
         try:
             with path.open("rb") as file:
                 contents.append(hashlib.file_digest(file, "sha256").hexdigest())
         except (OSError, ValueError) as error:
             contents.append("")
-            problems[place] = getattr(error, "strerror", None) or str(error)
+            problems[index] = getattr(error, "strerror", None) or str(error)
     return tuple(contents), problems

@@ -1,6 +1,6 @@
-"""Which image files somebody means: files, folders, patterns, or a list on standard input.
+"""Lists the image files that arguments name: files, folders, patterns, or a list on standard input.
 
-Names are bytes on Linux; those that are no UTF-8 travel as Python's lone surrogates and come out as they went in.
+File names are bytes on Linux; bytes that are not UTF-8 are represented by lone surrogates, as in `os.fsdecode`.
 """
 
 from __future__ import annotations
@@ -15,39 +15,38 @@ from typing import BinaryIO
 from utils import base_back
 
 STDIN = "-"
-EXTRA_SUFFIXES = (".tif", ".tiff", ".webp")  # beside the suffixes that the base pipeline trains on
+EXTRA_SUFFIXES = (".tif", ".tiff", ".webp")  # in addition to the suffixes of training images
 
 
 @dataclass(frozen=True)
 class ImageListing:
-    """The images that were asked for, each path once, in the order given; folders and patterns are sorted."""
+    """The requested images, each path once, in the order of the arguments; folders and patterns are sorted."""
 
     paths: tuple[Path, ...]
     empty: tuple[str, ...]
-    """Folders and patterns in which no image was found."""
+    """Folders and patterns without an image."""
 
 
-def list_images(wanted: Sequence[str], stdin: BinaryIO, suffixes: Sequence[str] | None = None) -> ImageListing:
-    """The images below the given names; `-` stands for the list on `stdin`, one name a line or separated by NUL.
+def list_images(names: Sequence[str], stdin: BinaryIO, suffixes: Sequence[str] | None = None) -> ImageListing:
+    """List the images of files, folders and patterns; `-` stands for names on `stdin`, one per line or NUL-separated.
 
-    `suffixes` in small letters are those that the network was trained on, by default the base pipeline's.
-
-    A folder is searched to any depth for files with an image's ending, hidden ones left out; a file that is named is
-    taken as it is, and kept where it does not exist, so that its row can say so.
+    `suffixes` are the lower-case file name suffixes of training images, by default the base pipeline's. A folder is
+    searched recursively for files with the suffix of an image; hidden files and folders are skipped. A file that is
+    named is listed whatever its suffix, and also where it does not exist, so that its record can hold the error.
     """
-    known = (*(base_back.load_bundled("samples").SUFFIXES if suffixes is None else suffixes), *EXTRA_SUFFIXES)
+    known_suffixes = (*(base_back.load_bundled("samples").SUFFIXES if suffixes is None else suffixes), *EXTRA_SUFFIXES)
     paths: dict[str, None] = {}
     empty = []
-    for name in _names(wanted, stdin):
-        found = list(_of_name(name, known))
-        if not found:
+    for name in _expanded_names(names, stdin):
+        images = list(_images_of(name, known_suffixes))
+        if not images:
             empty.append(name)
-        paths.update(dict.fromkeys(found))
+        paths.update(dict.fromkeys(images))
     return ImageListing(tuple(map(Path, paths)), tuple(empty))
 
 
-def _names(wanted: Sequence[str], stdin: BinaryIO) -> Iterator[str]:
-    for name in wanted:
+def _expanded_names(names: Sequence[str], stdin: BinaryIO) -> Iterator[str]:
+    for name in names:
         if name != STDIN:
             yield name
             continue
@@ -56,30 +55,30 @@ def _names(wanted: Sequence[str], stdin: BinaryIO) -> Iterator[str]:
         yield from (os.fsdecode(part) for part in parts if part)
 
 
-def _of_name(name: str, suffixes: tuple[str, ...]) -> Iterator[str]:
+def _images_of(name: str, suffixes: tuple[str, ...]) -> Iterator[str]:
     if os.path.isdir(name):
-        yield from _below(name, suffixes)
+        yield from _images_below(name, suffixes)
     elif not os.path.lexists(name) and glob.has_magic(name):
-        for found in sorted(glob.glob(name, recursive=True)):
-            if os.path.isfile(found) and _is_image(found, suffixes):
-                yield found
+        for path in sorted(glob.glob(name, recursive=True)):
+            if os.path.isfile(path) and _is_image(path, suffixes):
+                yield path
     else:
         yield name
 
 
-def _below(folder: str, suffixes: tuple[str, ...]) -> Iterator[str]:
-    """Image files of a folder to any depth; links are followed, and a folder that is met again is passed over."""
-    seen = {os.path.realpath(folder)}
-    for place, folders, files in os.walk(folder, followlinks=True):
-        kept = []
+def _images_below(folder: str, suffixes: tuple[str, ...]) -> Iterator[str]:
+    """Image files below a folder; symbolic links are followed, and each folder is visited once."""
+    visited = {os.path.realpath(folder)}
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        to_visit = []
         for name in sorted(folders):
-            real = os.path.realpath(os.path.join(place, name))
-            if not name.startswith(".") and real not in seen:
-                seen.add(real)
-                kept.append(name)
-        folders[:] = kept
+            real_path = os.path.realpath(os.path.join(parent, name))
+            if not name.startswith(".") and real_path not in visited:
+                visited.add(real_path)
+                to_visit.append(name)
+        folders[:] = to_visit
         images = (name for name in sorted(files) if not name.startswith(".") and _is_image(name, suffixes))
-        yield from (os.path.join(place, name) for name in images)
+        yield from (os.path.join(parent, name) for name in images)
 
 
 def _is_image(name: str, suffixes: tuple[str, ...]) -> bool:

@@ -1,11 +1,10 @@
-"""`predict`: class, probability, conformal set, abstention and disagreement for image files without labels."""
+"""`predict`: class, probability, prediction set, abstention and disagreement of image files."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from utils.core.artifacts import read_record
 from utils.core.config import Config
 from utils.core.display_text import printable
 from utils.core.errors import UserError
@@ -22,59 +20,36 @@ from utils.core.workspace import Workspace
 from utils.inference import image_paths
 from utils.inference.classifier import BlockPredictions, WorkspaceClassifier
 from utils.inference.output_files import PredictionFile, RecordFormat
-from utils.numeric import uncertainty
+from utils.inference.progress import PredictionProgress
+from utils.inference.thresholds import Thresholds, load_thresholds
 from utils.predictions import catalog
 from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
 N_DIGITS = 6
-MAX_IMAGES_ON_SCREEN = 10_000  # images; more need a file, which can be continued
-MAX_PROBLEMS_NAMED = 5  # images without an answer in messages
-PROGRESS_SECONDS = 10.0  # seconds between two lines of progress
+MAX_IMAGES_ON_SCREEN = 10_000
+"""More images need a file, which can be continued."""
+MAX_PROBLEMS_NAMED = 5  # in messages
 
 
 class Classifier(Protocol):
-    """What answers for image files: the members in a workspace, or an exported file."""
+    """Predicts image files: the members' networks in a workspace, or an exported file."""
 
     version: str
+    """Name and digest; predictions of different versions are not written to one file."""
     classes: tuple[str, ...]
 
     @property
     def n_networks(self) -> int:
-        """How often every image is counted in the progress."""
+        """Number of networks that are run over every image."""
 
     @property
     def block_size(self) -> int:
-        """Images at a time."""
+        """Number of images per block."""
 
-    def predict_block(self, paths: Sequence[Path], step: Any) -> BlockPredictions:
-        """Answers for the images of one block; `step(images)` tells of progress."""
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """What `evaluate` measured of a model: when a set of classes is large enough, and when to be silent."""
-
-    kind: str
-    """How sets are made, a key of `uncertainty.NONCONFORMITY_SCORES`"""
-    limit: float | None
-    """Scores up to it are in the set."""
-    abstain: float | None
-    """Below this probability of the top class there is no answer to rely on."""
-
-    def apply(self, probabilities: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """`set` and `abstain` of each image, from (N, C); None where they were not measured."""
-        found: list[dict[str, Any]] = [{"set": None, "abstain": None} for _ in probabilities]
-        if self.limit is not None:
-            for row, inside in zip(
-                found, uncertainty.prediction_sets(self.kind, probabilities, self.limit), strict=True
-            ):
-                row["set"] = [classes[place] for place in np.flatnonzero(inside)]
-        if self.abstain is not None:
-            for row, highest in zip(found, probabilities.max(axis=1), strict=True):
-                row["abstain"] = bool(highest < self.abstain)
-        return found
+    def predict_block(self, paths: Sequence[Path], step: Callable[[int], None]) -> BlockPredictions:
+        """Predict the images of one block; `step(n_images)` is called after every batch of every network."""
 
 
 def predict(
@@ -90,19 +65,19 @@ def predict(
     append: bool = False,
     force: bool = False,
 ) -> Result:
-    """Answer for images, into the file `to` or, up to 10,000 of them, onto the screen.
+    """Predict images, to the file `to` or, up to 10,000 images, to the screen.
 
-    `form` is csv or jsonl, by default what the file's ending says; `probabilities` adds those of all classes,
-    `sets` is a way to make prediction sets, lac or aps. With `append` the file is continued: images that it answers are
-    passed over, those with an error are tried again. An image that cannot be read is a record with
-    its error and a failure of the result. Raises UserError without an image, for a model that cannot answer, and for a
-    file that is there and not to be continued.
+    `form` is csv or jsonl, by default according to the suffix of `to`. `probabilities` adds those of all classes, and
+    `sets` is the kind of prediction sets, lac or aps. With `append` the file is continued: images with a prediction
+    are skipped, and images with an error are tried again. An image that cannot be read has a record with its error and
+    is a failure of the result. Raises UserError without an image, for a model that cannot be run, and for an existing
+    file that may be neither continued nor replaced.
     """
-    answers = OutputOptions(to, form, probabilities, append, force)
+    output = OutputOptions(to, form, probabilities, append, force)
     store = Store(config, workspace, catalog.load(workspace))
     classifier = WorkspaceClassifier(store, model_name)
     thresholds = load_thresholds(workspace, model_name, is_ensemble=classifier.ensemble is not None, sets=sets)
-    return _predicted(classifier, thresholds, image_paths.list_images(paths, sys.stdin.buffer), paths, answers)
+    return _predict_listing(classifier, thresholds, image_paths.list_images(paths, sys.stdin.buffer), paths, output)
 
 
 def predict_from_export(
@@ -116,22 +91,22 @@ def predict_from_export(
     append: bool = False,
     force: bool = False,
 ) -> Result:
-    """Answer as `predict` does, by an exported ONNX file alone: no workspace, no torch, no base pipeline.
+    """Predict images with an exported ONNX file alone: without workspace, torch and base pipeline.
 
-    The file holds no thresholds, so `set` and `abstain` stay empty. Raises UserError as `predict` does, and for a file
-    that is no export.
+    The file holds no thresholds, so `set` and `abstain` are empty. Raises UserError as `predict` does, and for a file
+    that `export` did not write.
     """
     from utils.inference.onnx_prediction import SUFFIXES
 
-    answers = OutputOptions(to, form, probabilities, append, force)
+    output = OutputOptions(to, form, probabilities, append, force)
     classifier = ExportClassifier(Path(from_export).expanduser())
     listing = image_paths.list_images(paths, sys.stdin.buffer, SUFFIXES)
-    return _predicted(classifier, Thresholds(sets, None, None), listing, paths, answers)
+    return _predict_listing(classifier, Thresholds(sets, None, None), listing, paths, output)
 
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """Where the answers go, and how they are written. Raises UserError where there is nothing to go on with."""
+    """Where and how predictions are written. Raises UserError for `append` without a file."""
 
     to: str | None
     form: str | None
@@ -141,20 +116,20 @@ class OutputOptions:
 
     def __post_init__(self) -> None:
         if self.append and self.to is None:
-            raise UserError("--append goes on with a file; name it with --to FILE")
+            raise UserError("--append: expected together with --to FILE, which it continues")
 
-    def style(self, classes: tuple[str, ...]) -> RecordFormat:
-        """Of the records."""
-        return RecordFormat(self.form or _form_of(self.to), classes if self.probabilities else None)
+    def record_format(self, classes: tuple[str, ...]) -> RecordFormat:
+        """Format of the records of a model with these classes."""
+        return RecordFormat(self.form or _format_of_suffix(self.to), classes if self.probabilities else None)
 
 
 class ExportClassifier:
-    """Answers by an exported ONNX file, in onnxruntime."""
+    """Predicts with an exported ONNX file, in onnxruntime."""
 
     n_networks, block_size = 1, 1024
 
     def __init__(self, path: Path) -> None:
-        """Raises UserError for a file that is no export of images."""
+        """Open the file. Raises UserError for a file that `export` did not write, or that does not take images."""
         from utils.inference.onnx_prediction import ExportedModel
 
         try:
@@ -167,170 +142,167 @@ class ExportClassifier:
             raise UserError(f"--from-export {error}") from error
         self.classes = tuple(self.model.classes)
         self.version = f"{path.stem}@{digest[:12]}"
-        """Name and digest of the file: answers of two files do not go into one."""
 
     def predict_block(self, paths: Sequence[Path], step: Callable[[int], None]) -> BlockPredictions:
-        """Probabilities for image files; `step(images)` is called for every batch.
+        """Predict image files; `step(n_images)` is called after every batch.
 
-        Raises UserError for an output that is not a row of probabilities for each image.
+        Raises UserError for outputs that are not one row of probabilities per image.
         """
-        found: dict[int, np.ndarray] = {}
+        rows: dict[int, np.ndarray] = {}
         problems: dict[int, str] = {}
         for start in range(0, len(paths), self.model.batch_size):
             images: dict[int, np.ndarray] = {}
-            for place, path in enumerate(paths[start : start + self.model.batch_size], start):
+            for index, path in enumerate(paths[start : start + self.model.batch_size], start):
                 try:
-                    images[place] = self.model.prepare(path)
+                    images[index] = self.model.prepare(path)
                 except ValueError as error:
-                    problems[place] = str(error).removeprefix(f"{path}: ")
+                    problems[index] = str(error).removeprefix(f"{path}: ")
             if images:
                 try:
-                    answers = self.model.run_each(list(images.values()))
+                    probabilities = self.model.run_by_shape(list(images.values()))
                 except ValueError as error:
                     raise UserError(f"--from-export {error}") from error
-                found |= zip(images, answers, strict=True)
+                rows |= zip(images, probabilities, strict=True)
                 step(len(images))
-        rows = np.stack(list(found.values())) if found else np.empty((0, len(self.classes)))
-        return BlockPredictions(np.array(list(found), dtype=np.int64), rows.astype(np.float64), None, problems)
+        values = np.stack(list(rows.values())) if rows else np.empty((0, len(self.classes)))
+        return BlockPredictions(np.array(list(rows), dtype=np.int64), values.astype(np.float64), None, problems)
 
 
-def _predicted(
+def _predict_listing(
     classifier: Classifier,
     thresholds: Thresholds,
     listing: image_paths.ImageListing,
     paths: Sequence[str],
-    answers: OutputOptions,
+    output: OutputOptions,
 ) -> Result:
     failures = [f"{printable(name)}: no image in it" for name in listing.empty]
     if not listing.paths:
         raise UserError(
             f"{', '.join(map(printable, paths))}: no image found; expected image files, folders or patterns"
         )
-    style = answers.style(classifier.classes)
-    if answers.to is None:
-        return _on_screen(classifier, thresholds, listing.paths, style, failures)
-    place = Path(answers.to).expanduser()
-    names = {str(path) for path in listing.paths}
+    record_format = output.record_format(classifier.classes)
+    if output.to is None:
+        return _predict_to_screen(classifier, thresholds, listing.paths, record_format, failures)
+    requested = {str(path) for path in listing.paths}
     file = PredictionFile(
-        place, style, classifier.version, append=answers.append, replace=answers.force, requested=names
+        Path(output.to).expanduser(),
+        record_format,
+        classifier.version,
+        append=output.append,
+        replace=output.force,
+        requested=requested,
     )
-    left = [path for path in listing.paths if str(path) not in file.done]
-    if len(left) < len(listing.paths):
-        logger.info("%d of %d images are answered in %s", len(listing.paths) - len(left), len(listing.paths), file.path)
+    remaining = [path for path in listing.paths if str(path) not in file.done]
+    n_done = len(listing.paths) - len(remaining)
+    if n_done:
+        logger.info("%d of %d images have a prediction in %s", n_done, len(listing.paths), file.path)
     problems: list[str] = []
-    for records, lines in _answers(classifier, thresholds, left, style):
+    for records, lines in _predict_blocks(classifier, thresholds, remaining, record_format):
         file.add(lines)
-        problems += _problems(records)
-    summary = {"file": str(file.path), "images": len(listing.paths), "answered": len(left) - len(problems)}
+        problems += _problems_of(records)
+    n_predicted = len(remaining) - len(problems)
+    document = {"file": str(file.path), "images": len(listing.paths), "answered": n_predicted}
+    document |= {"model": classifier.version, "unreadable": len(problems)}
     name = classifier.version.rpartition("@")[0]
-    text = f"{name}: {len(left) - len(problems)} of {len(left)} images answered\nwritten: {file.path}"
-    return Result(
-        text, summary | {"model": classifier.version, "unreadable": len(problems)}, failures + _named(problems)
-    )
+    text = f"{name}: {n_predicted} of {len(remaining)} images predicted\nwritten: {file.path}"
+    return Result(text, document, failures + _named_problems(problems))
 
 
-def load_thresholds(workspace: Workspace, name: str, *, is_ensemble: bool, sets: str = "lac") -> Thresholds:
-    """What the newest evaluation on test says of a model; without one, or one of an older ensemble, this is said."""
-    path = (workspace.ensemble_metrics if is_ensemble else workspace.member_metrics)(name, "test")
-    record: Mapping[str, Any] = read_record(path, remedy="Remove it, then evaluate again") or {}
-    built = workspace.ensemble(name) / "ensemble.json"
-    stale = bool(record) and is_ensemble and built.stat().st_mtime_ns > path.stat().st_mtime_ns
-    if stale:
-        record = {}
-    found = Thresholds(
-        sets,
-        ((record.get("conformal") or {}).get(sets) or {}).get("threshold"),
-        (record.get("selective") or {}).get("threshold"),
-    )
-    lacking = [word for word, value in (("set", found.limit), ("abstain", found.abstain)) if value is None]
-    if lacking:
-        why = "was built again since it was evaluated" if stale else "has no measured thresholds"
-        logger.warning(
-            "%s %s, so %s stay empty; run: python ensemble_orchestrator.py evaluate", name, why, " and ".join(lacking)
-        )
-    return found
-
-
-def _form_of(to: str | None) -> str:
+def _format_of_suffix(to: str | None) -> str:
     return "jsonl" if to is not None and to.lower().endswith((".jsonl", ".ndjson")) else "csv"
 
 
-def _on_screen(
-    classifier: Classifier, thresholds: Thresholds, paths: Sequence[Path], style: RecordFormat, failures: list[str]
+def _predict_to_screen(
+    classifier: Classifier,
+    thresholds: Thresholds,
+    paths: Sequence[Path],
+    record_format: RecordFormat,
+    failures: list[str],
 ) -> Result:
     if len(paths) > MAX_IMAGES_ON_SCREEN:
         raise UserError(
             f"{len(paths):,} images: more than {MAX_IMAGES_ON_SCREEN:,} need a file; name it with --to FILE"
         )
     records: list[dict[str, Any]] = []
-    text = style.header
-    for found, lines in _answers(classifier, thresholds, paths, style):
-        records += found
+    text = record_format.header
+    for block_records, lines in _predict_blocks(classifier, thresholds, paths, record_format):
+        records += block_records
         text += "".join(lines)
-    document = {"model": classifier.version, "images": [style.as_document(record) for record in records]}
-    # A terminal takes text alone; a file keeps the bytes of every name.
+    document = {"model": classifier.version, "images": [record_format.as_document(record) for record in records]}
+    # A terminal takes text alone, so bytes of a name that are not UTF-8 are escaped.
     text = text.rstrip("\n").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return Result(text, document, failures + _named(_problems(records)))
+    return Result(text, document, failures + _named_problems(_problems_of(records)))
 
 
-def _answers(
-    classifier: Classifier, thresholds: Thresholds, paths: Sequence[Path], style: RecordFormat
+def _predict_blocks(
+    classifier: Classifier, thresholds: Thresholds, paths: Sequence[Path], record_format: RecordFormat
 ) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
     """Records and their lines, block by block."""
-    progress = _Progress(len(paths), classifier.n_networks)
+    progress = PredictionProgress(len(paths), classifier.n_networks)
     for start in range(0, len(paths), classifier.block_size):
         block = paths[start : start + classifier.block_size]
-        found = _checked(classifier, classifier.predict_block(block, progress.step))
-        yield _records(classifier, thresholds, block, found, style)
-        progress.block_ends(min(start + len(block), len(paths)))
+        predictions = _valid_predictions(classifier, classifier.predict_block(block, progress.step))
+        records = _records(
+            classifier, thresholds, block, predictions, with_probabilities=record_format.classes is not None
+        )
+        yield records, [record_format.format_record(record) for record in records]
+        progress.end_block(min(start + len(block), len(paths)))
 
 
-def _checked(classifier: Classifier, answers: BlockPredictions) -> BlockPredictions:
-    """Answers that are probabilities; a row that is none becomes a problem of its image and of no other."""
+def _valid_predictions(classifier: Classifier, predictions: BlockPredictions) -> BlockPredictions:
+    """The predictions whose probabilities are valid; an invalid row becomes a problem of its image.
+
+    Raises UserError for an array of another shape.
+    """
     from utils.inference.onnx_prediction import check_shape, row_problems
 
     try:
-        check_shape(answers.probabilities, len(answers.readable), len(classifier.classes))
+        check_shape(predictions.probabilities, len(predictions.readable), len(classifier.classes))
     except ValueError as error:
         raise UserError(f"{classifier.version}: {error}") from error
-    reasons = row_problems(answers.probabilities)
+    reasons = row_problems(predictions.probabilities)
     if not reasons:
-        return answers
-    kept = [row for row in range(len(answers.readable)) if row not in reasons]
+        return predictions
+    valid = [row for row in range(len(predictions.readable)) if row not in reasons]
     return BlockPredictions(
-        answers.readable[kept],
-        answers.probabilities[kept],
-        None if answers.disagreement is None else answers.disagreement[kept],
-        answers.problems | {int(answers.readable[row]): reason for row, reason in reasons.items()},
+        predictions.readable[valid],
+        predictions.probabilities[valid],
+        None if predictions.disagreement is None else predictions.disagreement[valid],
+        predictions.problems | {int(predictions.readable[row]): reason for row, reason in reasons.items()},
     )
 
 
 def _records(
-    classifier: Classifier, thresholds: Thresholds, paths: Sequence[Path], found: BlockPredictions, style: RecordFormat
-) -> tuple[list[dict[str, Any]], list[str]]:
-    row_of = {int(place): row for row, place in enumerate(found.readable)}
-    measured_of = thresholds.apply(found.probabilities, classifier.classes)
-    records, lines = [], []
-    for place, path in enumerate(paths):
+    classifier: Classifier,
+    thresholds: Thresholds,
+    paths: Sequence[Path],
+    predictions: BlockPredictions,
+    *,
+    with_probabilities: bool,
+) -> list[dict[str, Any]]:
+    """One record per image, as `output_files` writes it."""
+    row_of = {int(index): row for row, index in enumerate(predictions.readable)}
+    decisions = thresholds.apply(predictions.probabilities, classifier.classes)
+    records = []
+    for index, path in enumerate(paths):
         record: dict[str, Any] = {"path": str(path), "class": None, "probability": None, "set": None, "abstain": None}
-        record |= {"disagreement": None, "model": classifier.version, "error": found.problems.get(place)}
-        values = None
-        if place in row_of:
-            row = found.probabilities[row_of[place]]
-            top = int(row.argmax())
-            record |= {"class": classifier.classes[top], "probability": round(float(row[top]), N_DIGITS)}
-            record |= measured_of[row_of[place]]
-            if found.disagreement is not None and not np.isnan(found.disagreement[row_of[place]]):
-                record["disagreement"] = round(float(found.disagreement[row_of[place]]), N_DIGITS)
-            values = [round(float(value), N_DIGITS) for value in row]
-        if style.classes is not None:
-            record["probabilities"] = values
+        record |= {"disagreement": None, "model": classifier.version, "error": predictions.problems.get(index)}
+        rounded = None
+        if index in row_of:
+            row = row_of[index]
+            probabilities = predictions.probabilities[row]
+            rounded = [round(float(value), N_DIGITS) for value in probabilities]
+            top = int(probabilities.argmax())
+            record |= {"class": classifier.classes[top], "probability": rounded[top]} | decisions[row]
+            if predictions.disagreement is not None and not np.isnan(predictions.disagreement[row]):
+                record["disagreement"] = round(float(predictions.disagreement[row]), N_DIGITS)
+        if with_probabilities:
+            record["probabilities"] = rounded
         records.append(record)
-        lines.append(style.format_record(record))
-    return records, lines
+    return records
 
 
-def _problems(records: Sequence[Mapping[str, Any]]) -> list[str]:
+def _problems_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         f"{printable(record['path'])}: {printable(record['error'])}"
         for record in records
@@ -338,41 +310,8 @@ def _problems(records: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _named(problems: Sequence[str]) -> list[str]:
-    more = len(problems) - MAX_PROBLEMS_NAMED
-    return [
-        *problems[:MAX_PROBLEMS_NAMED],
-        *([f"{more} more images without an answer, each with its error in its record"] if more > 0 else []),
-    ]
-
-
-class _Progress:
-    """Tells now and then how far it is, and how long it will take."""
-
-    def __init__(self, images: int, networks: int) -> None:
-        self.images, self.total = images, images * networks
-        self.n_networks, self.done = networks, 0
-        self.start = self.told = time.monotonic()
-
-    def step(self, images: int) -> None:
-        """One network has seen so many more images."""
-        self.done += images
-        now = time.monotonic()
-        if now - self.told >= PROGRESS_SECONDS:
-            self.told = now
-            left = (now - self.start) / self.done * (self.total - self.done)
-            share = self.done / self.total
-            logger.info(
-                "%.0f %% of %d images by %d networks; about %.0f s left",
-                100 * share,
-                self.images,
-                self.n_networks,
-                left,
-            )
-
-    def block_ends(self, images: int) -> None:
-        """So many images are answered; those that could not be read are counted as well."""
-        self.done = images * self.n_networks
-        spent = time.monotonic() - self.start
-        left = spent / images * (self.images - images)
-        logger.info("[%d/%d] images; about %.0f s left", images, self.images, left)
+def _named_problems(problems: Sequence[str]) -> list[str]:
+    """The first problems, and the number of further ones."""
+    n_more = len(problems) - MAX_PROBLEMS_NAMED
+    summary = [f"{n_more} more images without a prediction; each record holds the error"] if n_more > 0 else []
+    return [*problems[:MAX_PROBLEMS_NAMED], *summary]

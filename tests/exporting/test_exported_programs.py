@@ -248,7 +248,7 @@ def test_an_export_takes_no_files_from_elsewhere(own, tmp_path, orchestrator, wa
 def test_trust_belongs_to_verify(exported, orchestrator):
     done = orchestrator("export", "--trust", *ALONE, workspace=exported)
     assert done.returncode == 2
-    assert "--trust: expected --verify DIR beside it" in done.stderr
+    assert "--trust: expected together with --verify DIR" in done.stderr
 
 
 def test_every_operator_of_torch_that_takes_a_file_is_refused():

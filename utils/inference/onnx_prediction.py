@@ -106,7 +106,7 @@ def check_shape(probabilities: Any, rows: int, classes: int) -> None:
 def row_problems(probabilities: np.ndarray) -> dict[int, str]:
     """{row: reason} of the invalid rows of floats (N, C): each must be finite, in [0, 1], and sum to 1."""
     values = probabilities.astype(np.float64)
-    finite: np.ndarray = np.isfinite(values).all(axis=1)
+    finite = np.asarray(np.isfinite(values).all(axis=1))
     values[~finite] = 0
     lowest, highest, sums = values.min(axis=1, initial=0), values.max(axis=1, initial=0), values.sum(axis=1)
     out_of_range = (lowest < -SIGN_TOLERANCE) | (highest > 1 + SUM_TOLERANCE)

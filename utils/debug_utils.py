@@ -1,7 +1,7 @@
-"""The command `debug`: sections of the system run with small data or beside real members, in a folder of their own.
+"""`debug`: runs sections of the system on synthetic data or with the trained members, in `debug_tmp/`.
 
-Every section is a process of its own that runs the production commands in a sandbox below `debug_tmp/`. What it says
-and how long it took stands in a table and in `debug_tmp/report.json`.
+Each section is a subprocess that runs the production commands in a sandbox below `debug_tmp/`. Status, time and
+failures of each section are printed as a table and written to `debug_tmp/report.json`.
 """
 
 from __future__ import annotations
@@ -47,17 +47,18 @@ def debug(
     verbose: bool = False,
     force: bool = False,
 ) -> Result:
-    """Run sections in a sandbox, or with `dry_run` say what they would do and touch nothing.
+    """Run sections in a sandbox, or with `dry_run` list what they would do and change nothing.
 
-    `commands` names what the command line has. Sections that did not pass are failures of the result. Raises
-    ConfigError for an unknown `arch`, UserError for `reset` without `confirm`, and where the zoo cannot be trained.
+    `commands` are the names that the command line accepts. Sections that did not pass are failures of the result.
+    Raises ConfigError for an unknown `arch`, and UserError for `reset` without `confirm` or where the networks of the
+    synthetic workspace cannot be trained.
     """
     if section == RESET:
         return _reset(workspace, confirm=confirm, dry_run=dry_run)
-    _require_known(arch, workspace)
+    _require_backbone(arch, workspace)
     sandbox = debug_sandbox.choose_sandbox(workspace, fast=fast, arch=arch)
     if not fast and sandbox.is_synthetic:
-        logger.info("%s: nothing is trained there, so debug makes a small workspace", workspace.base)
+        logger.info("%s: no trained members, so debug creates a synthetic workspace", workspace.base)
     names = debug_plan.sections_to_run(section)
     if dry_run:
         return _plan(names, config, workspace, sandbox, commands, arch)
@@ -65,16 +66,16 @@ def debug(
     rows: list[dict[str, Any]] = []
     with locks.writer_lock(folder / debug_sandbox.LOCK_NAME, "debug"):
         start = time.monotonic()
-        settings = folder / "config.yaml"  # JSON is YAML; it holds what was typed with --set as well
+        settings = folder / "config.yaml"  # JSON is YAML; the values of --set are part of it
         write_json(settings, config.as_dict())
         debug_sandbox.prepare_sandbox(sandbox)
         logger.info("debug: sandbox %s ready after %.1f s", sandbox.folder, time.monotonic() - start)
         for number, name in enumerate(names, start=1):
-            before = next((row["section"] for row in rows if _stops(name, row)), None)
-            row = _missing(name, commands) or (
-                _row(name, NOT_RUN, 0.0, [f"{before} did not pass, and this goes on from it"])
-                if before
-                else _run(name, settings, sandbox, arch, verbose=verbose)
+            failed = next((row["section"] for row in rows if _is_failed_prerequisite(name, row)), None)
+            row = _missing_command_row(name, commands) or (
+                _row(name, NOT_RUN, 0.0, [f"its prerequisite {failed} did not pass"])
+                if failed
+                else _run_in_subprocess(name, settings, sandbox, arch, verbose=verbose)
             )
             rows.append(row)
             logger.info("[%d/%d] %s: %s, %.1f s", number, len(names), name, row["status"], row["seconds"])
@@ -100,18 +101,18 @@ def run_section(
     run: Callable[[Sequence[str], Config, Workspace, bool], Result],
     verbose: bool = False,
 ) -> Result:
-    """Run the steps of one section in the sandbox that is the workspace itself; what `debug` starts as a process.
+    """Run the steps of one section in the sandbox `workspace`, in the subprocess that `debug` starts.
 
-    `run(line, config, workspace, force)` runs one line of the command line. The last line is what the section is
-    about, so it is forced; those before it make what that needs, and keep what is there with equal inputs. Raises
-    UserError where the section leaves less than it should.
+    `run(line, config, workspace, force)` runs one command line. The last step is what the section tests, so it is
+    forced; the steps before it build what it needs, unless that is up to date. Raises UserError where the section does
+    not write the files that it lists.
     """
     from utils.operations import debug_probes
 
     debug_sandbox.require_sandbox(workspace)
     documents: dict[str, Any] = {}
     failures: list[str] = []
-    before = _state(workspace.root)
+    before = _file_states(workspace.root)
     steps = SECTIONS[section].steps
     for step in steps:
         logger.debug("debug: %s", shlex.join(step))
@@ -123,29 +124,32 @@ def run_section(
             logger.debug("    %s", line)
         documents[" ".join(step)] = result.document
         failures += result.failures
-    after = _state(workspace.root)
+    after = _file_states(workspace.root)
     written = sorted(path for path, state in after.items() if before.get(path) != state)
     if verbose:
         for path in written:
             logger.debug("    wrote %s", debug_probes.describe_file(path))
-    lacking = [pattern for pattern in SECTIONS[section].outputs if not any(workspace.root.glob(pattern))]
-    if lacking:
-        raise UserError(f"{workspace.root}: the section {section} left no {', '.join(lacking)}; found none there")
+    missing = [pattern for pattern in SECTIONS[section].outputs if not any(workspace.root.glob(pattern))]
+    if missing:
+        raise UserError(
+            f"{workspace.root}: the section {section} wrote no {', '.join(missing)}; expected at least one file each. "
+            f"Run: python ensemble_orchestrator.py debug --section {section} --verbose"
+        )
     return Result(section, {"steps": documents, "written": [str(path) for path in written]}, failures)
 
 
 def format_table(rows: Iterable[dict[str, Any]]) -> str:
-    """Section, status, seconds and what to do."""
-    lines = [f"{'section':20}{'status':9}{'seconds':>8}  what to do"]
+    """Table of section, status, seconds and failures."""
+    lines = [f"{'section':20}{'status':9}{'seconds':>8}  failures"]
     for row in rows:
-        first, *others = row["failures"] or [""]
+        first, *more = row["failures"] or [""]
         lines.append(f"{row['section']:20}{row['status']:9}{row['seconds']:>8.1f}  {first}".rstrip())
-        lines += [f"{'':39}{other}" for other in others]
+        lines += [f"{'':39}{failure}" for failure in more]
     return "\n".join(lines)
 
 
 def section_overrides(name: str, sandbox: Sandbox, arch: str | None) -> list[str]:
-    """Values of the configuration that a section runs with, on top of the user's."""
+    """Configuration values of a section, as `--set` takes them; they override the user's."""
     section = SECTIONS[name]
     values = [
         *(debug_sandbox.SYNTHETIC_SETTINGS if sandbox.is_synthetic else ()),
@@ -158,25 +162,27 @@ def section_overrides(name: str, sandbox: Sandbox, arch: str | None) -> list[str
     return values
 
 
-def _run(name: str, settings: Path, sandbox: Sandbox, arch: str | None, *, verbose: bool) -> dict[str, Any]:
+def _run_in_subprocess(
+    name: str, settings: Path, sandbox: Sandbox, arch: str | None, *, verbose: bool
+) -> dict[str, Any]:
     program = str(base_back.PROJECT / "ensemble_orchestrator.py")
     command = [
         *(sys.executable, program, "debug", "--section", name, "--inside", "--json", "--config", str(settings)),
         *sandbox.options,
-        *(word for value in section_overrides(name, sandbox, arch) for word in ("--set", value)),
+        *(argument for value in section_overrides(name, sandbox, arch) for argument in ("--set", value)),
         *(["--verbose"] if verbose else []),
     ]
     logger.debug("debug: %s", shlex.join(command))
     start = time.monotonic()
-    code, said, last = subprocesses.run_program(command, sandbox.environment())
+    exit_code, output, last_lines = subprocesses.run_program(command, sandbox.environment())
     seconds = time.monotonic() - start
     try:
-        failures = list(json.loads(said)["failures"])
+        failures = list(json.loads(output)["failures"])
     except (ValueError, KeyError, TypeError):
         failures = []
-    status = STATUS_OF_EXIT_CODE.get(code, FAILED)
+    status = STATUS_OF_EXIT_CODE.get(exit_code, FAILED)
     if status == FAILED:
-        failures = [f"ended with {code}: {last[-1] if last else 'it said nothing'}"]
+        failures = [f"exit code {exit_code}: {last_lines[-1] if last_lines else 'no output'}"]
     return _row(name, status, seconds, failures)
 
 
@@ -184,15 +190,15 @@ def _row(name: str, status: str, seconds: float, failures: Sequence[str]) -> dic
     return {"section": name, "status": status, "seconds": round(seconds, 3), "failures": list(failures)}
 
 
-def _stops(name: str, row: dict[str, Any]) -> bool:
+def _is_failed_prerequisite(name: str, row: dict[str, Any]) -> bool:
     return row["section"] in SECTIONS[name].prerequisites and row["status"] in (FAILED, NOT_RUN)
 
 
-def _missing(name: str, commands: Container[str]) -> dict[str, Any] | None:
-    lacking = debug_plan.missing_commands(SECTIONS[name], commands)
-    if not lacking:
+def _missing_command_row(name: str, commands: Container[str]) -> dict[str, Any] | None:
+    missing = debug_plan.missing_commands(SECTIONS[name], commands)
+    if not missing:
         return None
-    return _row(name, FAILED, 0.0, [f"this version has no command {', '.join(lacking)}; a later one builds it"])
+    return _row(name, FAILED, 0.0, [f"this version has no command {', '.join(missing)}; install a later version"])
 
 
 def _plan(
@@ -203,55 +209,59 @@ def _plan(
     commands: Container[str],
     arch: str | None,
 ) -> Result:
-    lines, rows, failures = [f"sandbox: {sandbox.folder}"], [], []
+    lines, failures = [f"sandbox: {sandbox.folder}"], []
+    rows: list[dict[str, Any]] = []
     if sandbox.is_synthetic:
         count = len(debug_sandbox.CLASSES) * debug_sandbox.IMAGES_PER_CLASS
         lines.append(
-            f"    makes   {count} images in {len(debug_sandbox.CLASSES)} classes and trains "
+            f"    creates {count} images in {len(debug_sandbox.CLASSES)} classes and trains "
             f"{', '.join(sandbox.backbones)} for one epoch and two folds: about {debug_sandbox.SECONDS} s, "
             f"{debug_sandbox.MEMORY_MB} MB of memory, {debug_sandbox.MEGABYTES} MB of disk"
         )
     for name in names:
         if sandbox.is_synthetic:
-            none = {"reads": [], "images": {}, "megabytes_read": 0, "missing": []}
-            cost = {"seconds": debug_sandbox.SECONDS / 2, "megabytes_written": 1, "memory_mb": debug_sandbox.MEMORY_MB}
-            plan = none | cost
+            plan: dict[str, Any] = {"reads": [], "images": {}, "megabytes_read": 0, "missing": []}
+            plan |= {"seconds": debug_sandbox.SECONDS / 2, "megabytes_written": 1, "memory_mb": debug_sandbox.MEMORY_MB}
         else:
             plan = debug_plan.plan_section(SECTIONS[name], config, workspace, arch)
         steps = [shlex.join((*step, *sandbox.options)) for step in SECTIONS[name].steps]
         plan |= {"section": name, "status": PLANNED, "steps": steps, "set": section_overrides(name, sandbox, arch)}
         plan["writes"] = [str(sandbox.folder / pattern) for pattern in SECTIONS[name].outputs]
-        absent = _missing(name, commands)
-        plan["failures"] = [*(absent["failures"] if absent else []), *(f"no {what}" for what in plan["missing"])]
+        unavailable = _missing_command_row(name, commands)
+        plan["failures"] = [
+            *(unavailable["failures"] if unavailable else []),
+            *(f"no {what}" for what in plan["missing"]),
+        ]
         rows.append(plan)
         lines += debug_plan.format_plan(name, plan, sandbox.folder)
         failures += [f"{name}: {failure}" for failure in plan["failures"]]
-    lines.append("nothing was touched")
+    lines.append("nothing was changed")
     return Result("\n".join(lines), {"sandbox": str(sandbox.folder), "dry_run": True, "sections": rows}, failures)
 
 
 def _reset(workspace: Workspace, *, confirm: bool, dry_run: bool) -> Result:
     folder = debug_sandbox.folder_of(workspace)
     if dry_run:
-        size = caches.format_bytes(caches.total_size(folder))
-        return Result(f"would remove {folder}, {size}\nnothing was touched", {"dry_run": True, "folder": str(folder)})
+        text = f"would remove {folder}, {caches.format_bytes(caches.total_size(folder))}\nnothing was changed"
+        return Result(text, {"dry_run": True, "folder": str(folder)})
     count, size = debug_sandbox.remove_sandboxes(workspace, confirm=confirm)
-    words = f"removed: {count} files, {caches.format_bytes(size)}" if count else f"{folder}: nothing to remove"
-    return Result(words, {"removed": count, "bytes": size, "folder": str(folder)})
+    text = f"removed: {count} files, {caches.format_bytes(size)}" if count else f"{folder}: nothing to remove"
+    return Result(text, {"removed": count, "bytes": size, "folder": str(folder)})
 
 
-def _require_known(arch: str | None, workspace: Workspace) -> None:
-    known = {*Backbones.model_fields["include"].default, *catalog.checkpoint_files(workspace)}
-    if arch is not None and arch not in known:
+def _require_backbone(arch: str | None, workspace: Workspace) -> None:
+    available = {*Backbones.model_fields["include"].default, *catalog.checkpoint_files(workspace)}
+    if arch is not None and arch not in available:
         raise ConfigError(
-            f"--arch {arch}: no backbone is called so; expected one of {', '.join(sorted(known))}"
-            f"{did_you_mean(arch, known)}"
+            f"--arch {arch}: no such backbone; expected one of {', '.join(sorted(available))}"
+            f"{did_you_mean(arch, available)}"
         )
 
 
-def _state(folder: Path) -> dict[Path, tuple[int, int, int]]:
-    found = {}
+def _file_states(folder: Path) -> dict[Path, tuple[int, int, int]]:
+    """Size, modification time and inode of every file, by which written files are recognised."""
+    states = {}
     for entry in caches.walk_files(folder):
         status = os.stat(entry.path)
-        found[Path(entry.path)] = (status.st_size, status.st_mtime_ns, status.st_ino)
-    return found
+        states[Path(entry.path)] = (status.st_size, status.st_mtime_ns, status.st_ino)
+    return states

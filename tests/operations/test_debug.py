@@ -91,7 +91,7 @@ def test_a_section_without_its_command_never_passes(prepared, monkeypatch):
     done = run("debug", "--section", "stack", "--fast", "--json", workspace=prepared)
     assert done.code == 4
     assert rows(done)["stack"]["status"] == "failed"
-    assert rows(done)["stack"]["failures"] == ["this version has no command stack-later; a later one builds it"]
+    assert rows(done)["stack"]["failures"] == ["this version has no command stack-later; install a later version"]
 
 
 def test_beside_trained_members_nothing_of_production_changes(own):
@@ -138,7 +138,7 @@ def test_a_dry_run_touches_nothing_and_tells_the_plan(name, request, tmp_path):
         assert f"reads   {folder}/kfold_results/CustomConvNeXt_oof_predictions.npz" in done.stdout
         assert "images: train 12, val 2, test 2" in done.stdout
     else:
-        assert "makes   16 images in 2 classes" in done.stdout
+        assert "creates 16 images in 2 classes" in done.stdout
 
 
 def test_a_dry_run_in_a_process_of_its_own_makes_no_folder_either(own):
@@ -207,7 +207,7 @@ def test_the_inner_form_is_refused_outside_a_sandbox(own):
     before = tree(own)
     done = run("debug", "--section", "discover", "--inside", workspace=own)
     assert done.code == 2
-    assert "is no sandbox of debug" in done.stderr
+    assert "is not a sandbox of debug" in done.stderr
     assert tree(own) == before
 
 
@@ -216,7 +216,7 @@ def test_what_goes_on_from_a_failed_section_is_not_run(own, monkeypatch):
     done = run("debug", "--section", "smoke", "--json", workspace=own)
     assert done.code == 4
     found = rows(done)
-    assert found["discover"]["failures"] == ["ended with 70: bug: KeyError"]
+    assert found["discover"]["failures"] == ["exit code 70: bug: KeyError"]
     assert found["smoke"]["status"] == "not run"
 
 
@@ -229,7 +229,7 @@ def test_a_section_that_leaves_nothing_does_not_pass(own, monkeypatch):
 
     names = ("split_dataset", "checkpoints", "metrics_output", "kfold_results", "deployment_models", "cache", "logs")
     workspace = Workspace(own, *(own / name for name in names), output=place)
-    with pytest.raises(UserError, match=r"left no ensembles/models/stacking_\*/ensemble.json"):
+    with pytest.raises(UserError, match=r"wrote no ensembles/models/stacking_\*/ensemble.json"):
         debug_utils.run_section(None, workspace, "stack", run=lambda *_: Result("", {}))
 
 

@@ -1,8 +1,8 @@
-"""What each section of `debug` runs, and what that would read, write and cost: a table and a look at the disk."""
+"""The sections of `debug` as a table, and an estimate of what each reads, writes and costs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,73 +16,73 @@ VOTING_ONLY = (
     *("runs.score_ensemble.enable=true", "runs.score_ensemble.methods=[soft_voting,logit_averaging]"),
     *("runs.model_soup.enable=false", "runs.snapshot_ensemble.enable=false", "pruning.enable=false"),
 )
-"""The two simplest ensembles alone, for sections that need some ensemble to go on from."""
+"""Settings that build the two simplest ensembles alone, for sections that need an ensemble."""
 VOTING_ENSEMBLE = "soft_voting_ensemble"
 MODELS = "ensembles/models"
-MAX_FILES_LISTED = 12  # that a plan lists for each kind of file
-WEIGHT_COPIES = 2  # of one member in memory: its file and its network
-ACTIVATIONS_PER_INPUT = 40  # floats that a network keeps for each input value on the way
-TRAINING_COPIES = 4  # weights, gradients and the optimizer's two
+MAX_FILES_LISTED = 12  # per section
+WEIGHT_COPIES = 2  # in memory: the file and the network
+ACTIVATIONS_PER_INPUT = 40  # floats in memory per input value
+TRAINING_COPIES = 4  # weights, gradients and two moments of the optimizer
 
 
 @dataclass(frozen=True)
 class DebugSection:
-    """One row of the table."""
+    """One section of `debug`."""
 
     description: str
     steps: tuple[tuple[str, ...], ...]
-    """Lines of the production command line, or `probe <name>` of `debug_probes`; the last is what is tried."""
+    """Command lines, or `probe <name>` for a function of `debug_probes`; the last step is what the section tests."""
     settings: tuple[str, ...] = ()
-    """Values that the section needs in the configuration, as `--set` takes them."""
+    """Configuration values that the section needs, as `--set` takes them."""
     quick_settings: tuple[str, ...] = ()
-    """Values that keep a training of the section short."""
+    """Configuration values that shorten the section's trainings."""
     outputs: tuple[str, ...] = ()
-    """Files, as patterns below the sandbox, of which each must match one afterwards."""
+    """Patterns below the sandbox; each must match a file afterwards."""
     reads: tuple[str, ...] = ("checkpoints",)
-    """Kinds of files of the workspace: checkpoints, folds, images."""
+    """Kinds of files that it reads: checkpoints, folds, images."""
     per_member: bool = False
-    """Whether `--arch` narrows it to one backbone; an ensemble of one would show nothing."""
+    """Whether `--arch` restricts it to one backbone; an ensemble of one member would test nothing."""
     trains: bool = False
     prerequisites: tuple[str, ...] = ("discover",)
-    """Sections that have to run before."""
+    """Sections that run before it."""
 
 
 SECTIONS: dict[str, DebugSection] = {
     "discover": DebugSection(
-        "the scan of checkpoints, out-of-fold predictions and metrics",
+        "scan of checkpoints, out-of-fold predictions and metrics",
         (("discover",),),
         outputs=("ensembles/ensemble_catalog.json",),
         reads=("checkpoints", "folds", "images"),
         prerequisites=(),
     ),
     "smoke": DebugSection(
-        "every member loaded alone and run on a few images",
+        "load every member and run it on a few images",
         (("probe", "smoke"),),
         reads=("checkpoints", "images"),
         per_member=True,
     ),
     "kfold": DebugSection(
-        "out-of-fold predictions read and held against the train split",
+        "read out-of-fold predictions and compare them with the train split",
         (("probe", "kfold"),),
         reads=("folds", "images"),
         per_member=True,
     ),
     "extract_embeddings": DebugSection(
-        "logits and embeddings of train, val and test",
+        "extract logits and embeddings of train, val and test",
         (("probe", "extract_embeddings"),),
         outputs=("ensembles/fusion_embeddings/*/val.npy", "ensembles/predictions/*/val/logits.npy"),
         reads=("checkpoints", "images"),
         per_member=True,
     ),
     "build_ensemble": DebugSection(
-        "votes, weights, soups and pruned ensembles",
+        "build voting and weighted ensembles, soups and pruned ensembles",
         (("build-ensemble",),),
         ("runs.score_ensemble.enable=true", "runs.model_soup.enable=true", "pruning.enable=true"),
         outputs=(f"{MODELS}/*/ensemble.json",),
         reads=("checkpoints", "folds", "images"),
     ),
     "stack": DebugSection(
-        "meta-learners on out-of-fold predictions",
+        "fit meta-learners on out-of-fold predictions",
         (("stack",),),
         ("runs.stacking.enable=true",),
         ("runs.stacking.mlp_config.epochs=1", "runs.stacking.xgb_config.n_estimators=5"),
@@ -90,7 +90,7 @@ SECTIONS: dict[str, DebugSection] = {
         reads=("checkpoints", "folds", "images"),
     ),
     "fusion_train": DebugSection(
-        "fusion heads on embeddings",
+        "train fusion heads on embeddings",
         (("fusion-train",),),
         ("runs.fusion.enable=true", "runs.moe.enable=false"),
         ("runs.fusion.fusion_config.epochs=1",),
@@ -99,7 +99,7 @@ SECTIONS: dict[str, DebugSection] = {
         trains=True,
     ),
     "moe": DebugSection(
-        "the mixture of experts",
+        "train the mixture of experts",
         (("fusion-train",),),
         (
             *("runs.fusion.enable=false", "runs.moe.enable=true"),
@@ -111,7 +111,7 @@ SECTIONS: dict[str, DebugSection] = {
         trains=True,
     ),
     "meta_fuse": DebugSection(
-        "an ensemble of ensembles",
+        "fit an ensemble of ensembles",
         (("build-ensemble",), ("stack",), ("meta-fuse",)),
         (
             *VOTING_ONLY,
@@ -123,20 +123,20 @@ SECTIONS: dict[str, DebugSection] = {
         reads=("checkpoints", "folds", "images"),
     ),
     "recompute_bn": DebugSection(
-        "BatchNorm statistics of every member anew, from train images",
+        "recompute BatchNorm statistics of every member from train images",
         (("probe", "recompute_bn"),),
         reads=("checkpoints", "images"),
         per_member=True,
     ),
     "evaluate": DebugSection(
-        "scores, ranking and recommendation",
+        "compute scores, ranking and recommendation",
         (("build-ensemble",), ("evaluate",)),
         VOTING_ONLY,
         outputs=("metrics_output/ensembles/ranking.json",),
         reads=("checkpoints", "folds", "images"),
     ),
     "distill": DebugSection(
-        "a student of one epoch, taught by soft voting",
+        "distil soft voting into a student, for one epoch",
         (("build-ensemble",), ("distill",)),
         (*VOTING_ONLY, "distillation.enable=true", f"distillation.teacher={VOTING_ENSEMBLE}"),
         ("distillation.epochs=1", "distillation.student=CustomMobileOne"),
@@ -145,7 +145,7 @@ SECTIONS: dict[str, DebugSection] = {
         trains=True,
     ),
     "export": DebugSection(
-        "one ensemble as a package, loaded again and compared",
+        "export one ensemble and check parity",
         (("build-ensemble",), ("export", "--model-name", VOTING_ENSEMBLE)),
         (*VOTING_ONLY, "exports.enable=true"),
         outputs=(f"deployment_models/{VOTING_ENSEMBLE}/export_status.json",),
@@ -157,50 +157,54 @@ ALL, RESET = "all", "reset"
 
 
 def sections_to_run(section: str) -> list[str]:
-    """The sections to run for `--section`, those before that are needed first."""
+    """Names of the sections to run for `--section`, prerequisites first."""
     if section == ALL:
         return list(SECTIONS)
     return [*SECTIONS[section].prerequisites, section]
 
 
-def missing_commands(section: DebugSection, commands: object) -> list[str]:
-    """Commands of its steps that the table of commands does not have."""
-    return [step[0] for step in section.steps if step[0] != "probe" and step[0] not in commands]  # type: ignore[operator]
+def missing_commands(section: DebugSection, commands: Container[str]) -> list[str]:
+    """Commands of its steps that the command line does not have."""
+    return [step[0] for step in section.steps if step[0] != "probe" and step[0] not in commands]
 
 
 def plan_section(section: DebugSection, config: Config, workspace: Workspace, arch: str | None) -> dict[str, Any]:
-    """What the section would read of the workspace, and what it would cost; looks at sizes and opens nothing.
+    """Estimate what a section reads of the workspace and what it costs, from file sizes alone.
 
-    `{reads: [{path, bytes}], megabytes_read, seconds, megabytes_written, memory_mb, missing: [..]}`.
+    Returns `{reads: [{path, bytes}], images, megabytes_read, seconds, megabytes_written, memory_mb, missing: [..]}`.
     """
     names = [arch] if arch and section.per_member else list(config.backbones.selected)
-    found = catalog.checkpoint_files(workspace)
-    own = {name: found[name]["final"] for name in names if "final" in found.get(name, {})}
-    files: list[Path] = list(own.values()) if "checkpoints" in section.reads else []
-    missing = [] if own else [f"a final checkpoint of {', '.join(names[:3])}"]
+    checkpoints = catalog.checkpoint_files(workspace)
+    finals = {name: checkpoints[name]["final"] for name in names if "final" in checkpoints.get(name, {})}
+    files: list[Path] = list(finals.values()) if "checkpoints" in section.reads else []
+    missing = [] if finals else [f"a final checkpoint of {', '.join(names[:3])}"]
     if "folds" in section.reads:
-        folds = [workspace.base_oof(name) for name in own]
+        folds = [workspace.base_oof(name) for name in finals]
         files += [path for path in folds if path.is_file()]
         if section.reads[0] == "folds" and not any(path.is_file() for path in folds):
             missing.append("out-of-fold predictions (kfold_results/*_oof_predictions.npz)")
     images = {split: sum(1 for _ in (workspace.split_dir / split).glob("*/*")) for split in SPLITS}
     if "images" in section.reads and not all(images.values()):
         missing += [f"images in {workspace.split_dir / split}" for split, count in images.items() if not count]
-    sizes = [path.stat().st_size for path in own.values()]
-    counted = sum(images.values()) if "images" in section.reads else 0
-    cost = {"batch_size": config.dataset.batch_size, "img_size": config.dataset.img_size}
+    sizes = [path.stat().st_size for path in finals.values()]
+    n_images = sum(images.values()) if "images" in section.reads else 0
+    batch_size, img_size = config.dataset.batch_size, config.dataset.img_size
     if section.trains:
-        expected = estimates.estimate_training(sizes[:1], images["train"], epochs=1, kept=1, **cost)
+        expected = estimates.estimate_training(
+            sizes[:1], images["train"], epochs=1, kept=1, batch_size=batch_size, img_size=img_size
+        )
     else:
-        expected = estimates.estimate_extraction(sizes, counted, to_decode=counted, **cost)
-    values = config.dataset.batch_size * 3 * config.dataset.img_size**2
+        expected = estimates.estimate_extraction(
+            sizes, n_images, to_decode=n_images, batch_size=batch_size, img_size=img_size
+        )
+    values = batch_size * 3 * img_size**2
     copies = TRAINING_COPIES if section.trains else WEIGHT_COPIES
     memory = copies * max(sizes, default=0) + 4 * values * ACTIVATIONS_PER_INPUT
-    read = [{"path": str(path), "bytes": path.stat().st_size} for path in files]
+    file_sizes = [path.stat().st_size for path in files]
     return {
-        "reads": read,
+        "reads": [{"path": str(path), "bytes": size} for path, size in zip(files, file_sizes, strict=True)],
         "images": images if "images" in section.reads else {},
-        "megabytes_read": sum(item["bytes"] for item in read) / 1e6,
+        "megabytes_read": sum(file_sizes) / 1e6,
         "seconds": expected.seconds,
         "megabytes_written": expected.megabytes,
         "memory_mb": memory / 1e6,
@@ -209,7 +213,7 @@ def plan_section(section: DebugSection, config: Config, workspace: Workspace, ar
 
 
 def format_plan(name: str, plan: dict[str, Any], sandbox: Path) -> Iterator[str]:
-    """The plan of one section for a person."""
+    """Lines that describe the plan of one section."""
     section = SECTIONS[name]
     yield f"{name}: {section.description}"
     for step in plan["steps"]:
@@ -223,8 +227,8 @@ def format_plan(name: str, plan: dict[str, Any], sandbox: Path) -> Iterator[str]
     for pattern in section.outputs:
         yield f"    writes  {sandbox / pattern}"
     yield (
-        f"    costs   about {max(1, plan['seconds']):.0f} s, {max(1, plan['memory_mb']):.0f} MB of memory beside the "
-        f"libraries, {max(1, plan['megabytes_written']):.0f} MB of disk"
+        f"    costs   about {max(1, plan['seconds']):.0f} s, {max(1, plan['memory_mb']):.0f} MB of memory in "
+        f"addition to the libraries, {max(1, plan['megabytes_written']):.0f} MB of disk"
     )
-    for what in plan["missing"]:
-        yield f"    misses  {what}"
+    for item in plan["missing"]:
+        yield f"    missing {item}"

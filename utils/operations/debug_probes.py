@@ -1,4 +1,4 @@
-"""What `debug` looks at where no command of its own does the work: members, folds, embeddings, BatchNorm, files."""
+"""Checks of `debug` that no command runs: members, out-of-fold predictions, embeddings and BatchNorm statistics."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
-N_SMOKE_IMAGES = 8  # images that a smoke check runs on
-MIN_BATCH_SIZE = 4  # a variance of fewer says little
+N_SMOKE_IMAGES = 8
+MIN_BATCH_SIZE = 4  # for estimates of a variance
 RESET_REMEDY = "Run `python ensemble_orchestrator.py debug --section reset --confirm`, then debug again"
 
 
 def smoke(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
-    """Every selected member loaded alone, run on a few val images, and gone again. Raises nothing; names failures."""
+    """Load each selected member, run it on a few val images and free it. Errors of a member are failures."""
     store = Store(config, workspace, catalog.load(workspace))
     device = streaming.resolve_device(config.device)
     images = store.images("val")
@@ -49,14 +49,14 @@ def smoke(config: Config, workspace: Workspace, *, force: bool = False) -> Resul
             continue
         logits, embeddings = (np.concatenate(parts) for parts in zip(*outputs, strict=True))
         lines.append(
-            f"{member.name}: logits {logits.shape} {_figures(logits)}, embeddings {embeddings.shape} "
-            f"{_figures(embeddings)}, {member.img_size} px, on {device}"
+            f"{member.name}: logits {logits.shape} {_statistics(logits)}, embeddings {embeddings.shape} "
+            f"{_statistics(embeddings)}, {member.img_size} px, on {device}"
         )
-    return _told(lines, failures)
+    return _result(lines, failures)
 
 
 def kfold(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
-    """Out-of-fold predictions of every selected member, read and held against the train split."""
+    """Read the out-of-fold predictions of each selected member and compare them with the train split."""
     store = Store(config, workspace, catalog.load(workspace))
     lines, failures = [], []
     for member in catalog.select(store.catalog, config):
@@ -67,15 +67,15 @@ def kfold(config: Config, workspace: Workspace, *, force: bool = False) -> Resul
             continue
         if rows is None:
             command = catalog.kfold_command(workspace, [member.name])
-            failures.append(f"No K-fold results for backbone {member.name}. Make them: {command}, or exclude it")
+            failures.append(f"No K-fold results for backbone {member.name}. Create them: {command}, or exclude it")
             continue
-        right = float((rows.logits.argmax(axis=1) == rows.labels).mean())
-        lines.append(f"{member.name}: {len(rows.labels)} rows, logits {rows.logits.shape}, accuracy {right:.4f}")
-    return _told(lines, failures)
+        accuracy = float((rows.logits.argmax(axis=1) == rows.labels).mean())
+        lines.append(f"{member.name}: {len(rows.labels)} rows, logits {rows.logits.shape}, accuracy {accuracy:.4f}")
+    return _result(lines, failures)
 
 
 def extract_embeddings(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
-    """Logits and embeddings of every selected member on every split, streamed into the prediction store."""
+    """Extract logits and embeddings of each selected member on every split into the prediction store."""
     store = Store(config, workspace, catalog.load(workspace))
     members = catalog.select(store.catalog, config)
     if force:
@@ -89,12 +89,15 @@ def extract_embeddings(config: Config, workspace: Workspace, *, force: bool = Fa
             logits = store.rows(member, split).logits
             path = workspace.embeddings(member.name, split)
             shape = open_array(path, remedy=RESET_REMEDY).shape if path.is_file() else "none"
-            lines.append(f"{member.name} on {split}: logits {logits.shape} {_figures(logits)}, embeddings {shape}")
-    return _told(lines, [])
+            lines.append(f"{member.name} on {split}: logits {logits.shape} {_statistics(logits)}, embeddings {shape}")
+    return _result(lines, [])
 
 
 def recompute_bn(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
-    """BatchNorm statistics of every selected member anew; the weights must stay, every statistic be finite."""
+    """Recompute the BatchNorm statistics of each selected member.
+
+    Changed weights and statistics that are not finite are failures.
+    """
     import torch
 
     from utils.networks import soups
@@ -119,32 +122,34 @@ def recompute_bn(config: Config, workspace: Workspace, *, force: bool = False) -
                 yield image_splits.normalise(crops), torch.from_numpy(shuffled.labels[start : start + size])
 
         layers = len(soups.batch_norms(model))
-        count = soups.recompute_bn_statistics(model, batches())
+        n_batches = soups.recompute_bn_statistics(model, batches())
         after = model.state_dict()
         statistics = [name for name in after if name.endswith(soups.STATISTICS)]
-        moved = max((float((after[n] - before[n]).abs().max()) for n in statistics if n.endswith("mean")), default=0.0)
+        means = [name for name in statistics if name.endswith("mean")]
+        largest_change = max((float((after[name] - before[name]).abs().max()) for name in means), default=0.0)
         changed = [name for name in after if name not in statistics and not torch.equal(after[name], before[name])]
-        wild = [name for name in statistics if not torch.isfinite(after[name]).all()]
-        if changed or wild:
-            failures.append(f"{member.name}: {', '.join((changed + wild)[:3])}: changed or not finite")
+        not_finite = [name for name in statistics if not torch.isfinite(after[name]).all()]
+        if changed or not_finite:
+            failures.append(f"{member.name}: {', '.join((changed + not_finite)[:3])}: changed or not finite")
         lines.append(
-            f"{member.name}: {layers} BatchNorm layers, {count} batches of {size}, means moved by up to {moved:.4g}"
+            f"{member.name}: {layers} BatchNorm layers, {n_batches} batches of {size}, means changed by up to "
+            f"{largest_change:.4g}"
             if layers
-            else f"{member.name}: has no BatchNorm, nothing to recompute"
+            else f"{member.name}: no BatchNorm layers"
         )
         memory.safe_delete_model(model)
-    return _told(lines, failures)
+    return _result(lines, failures)
 
 
 def describe_file(path: Path) -> str:
-    """A file that was written, for `--verbose`: shapes and statistics of arrays, keys of records."""
+    """Describe a file for `--verbose`: shapes and statistics of arrays, keys of records."""
     try:
         if path.suffix == ".npy":
             array = open_array(path, remedy=RESET_REMEDY)
-            return f"{path}: {array.dtype} {array.shape} {_figures(array)}"
+            return f"{path}: {array.dtype} {array.shape} {_statistics(array)}"
         if path.suffix == ".npz":
             arrays = read_arrays(path, remedy=RESET_REMEDY)
-            parts = [f"{name} {array.dtype} {array.shape} {_figures(array)}" for name, array in arrays.items()]
+            parts = [f"{name} {array.dtype} {array.shape} {_statistics(array)}" for name, array in arrays.items()]
             return f"{path}: {'; '.join(parts)}"
         if path.suffix == ".json":
             record = json.loads(path.read_text(encoding="utf-8"))
@@ -155,12 +160,12 @@ def describe_file(path: Path) -> str:
     return f"{path}: {path.stat().st_size} bytes"
 
 
-def _figures(array: np.ndarray) -> str:
+def _statistics(array: np.ndarray) -> str:
     if not array.size or array.dtype.kind not in "fiub":
         return ""
     values = np.asarray(array, dtype=np.float64)
     return f"[{values.min():.4g} .. {values.mean():.4g} .. {values.max():.4g}]"
 
 
-def _told(lines: list[str], failures: list[str]) -> Result:
+def _result(lines: list[str], failures: list[str]) -> Result:
     return Result("\n".join(lines), {"lines": lines}, failures)

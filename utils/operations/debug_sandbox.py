@@ -1,4 +1,4 @@
-"""Where `debug` works: a folder of its own, with a small zoo that is really trained, or beside the trained members."""
+"""Sandboxes of `debug`: a synthetic workspace with small networks, or an output folder for the trained members."""
 
 from __future__ import annotations
 
@@ -16,50 +16,52 @@ from utils.core.workspace import Workspace
 
 FOLDER_NAME, LOCK_NAME = "debug_tmp", ".lock"
 BACKBONES = ("CustomConvNeXt", "CustomResNetMish", "CustomViTHybrid")
-"""Two families with their ways of normalising, and one that is both."""
+"""A network with LayerNorm, one with BatchNorm, and a hybrid."""
 CLASSES = ("bright", "dark")
 IMAGES_PER_CLASS = 8
 IMAGE_SIZE = 32
 SECONDS, MEGABYTES, MEMORY_MB = 10, 12, 400
-"""What making the zoo takes on two cores."""
+"""Cost of creating the synthetic workspace on two cores."""
 SYNTHETIC_SETTINGS = (
     *("dataset.img_size=32", "dataset.batch_size=4", "dataset.num_workers=0", "dataset.group_regex=null"),
     *("backbones.exclude=[]", "runs.score_ensemble.fit_rows=honest", "runs.stacking.fit_rows=honest"),
     *("distillation.batch_size=4", "exports.formats=[state_dict,checkpoint,torchscript,onnx]"),
     "pruning.cost_budget.max_latency_ms=100000",
 )
-"""Configuration of the synthetic workspace, on top of the user's; a busy machine is no reason for a section to fail."""
+"""Configuration of the synthetic workspace, which overrides the user's. The latency limit never fails a section."""
 
 
 @dataclass(frozen=True)
 class Sandbox:
-    """One of the two places below `debug_tmp/`, and how a command is sent there."""
+    """A folder below `debug_tmp/`, and the options that make commands work in it."""
 
     folder: Path
     is_synthetic: bool
     options: tuple[str, ...]
-    """Common options that lead a command into it."""
+    """Common options of commands in the sandbox."""
     backbones: tuple[str, ...]
-    """What the zoo holds; empty for the workspace at hand, whose members the configuration names."""
+    """Backbones of the synthetic workspace; empty for trained members, which the configuration names."""
 
     def environment(self) -> dict[str, str]:
-        """Of commands in it: the synthetic one listens to none of the base pipeline's variables.
+        """Environment of commands in the sandbox.
 
-        Its networks are so small that a second thread costs more than it helps, on a busy machine twice the seconds.
+        In the synthetic workspace the base pipeline's variables are removed, and one thread is used: its networks are
+        too small for a second thread.
         """
         if not self.is_synthetic:
             return dict(os.environ)
-        heard = {key: value for key, value in os.environ.items() if not key.startswith("DBT_")}
-        return {key: value for key, value in heard.items() if key != "BASE_BACK_DIR"} | {"OMP_NUM_THREADS": "1"}
+        variables = {key: value for key, value in os.environ.items() if not key.startswith("DBT_")}
+        variables.pop("BASE_BACK_DIR", None)
+        return variables | {"OMP_NUM_THREADS": "1"}
 
 
 def folder_of(workspace: Workspace) -> Path:
-    """Everything that `debug` writes lies in it."""
+    """The folder that holds everything that `debug` writes."""
     return workspace.root / FOLDER_NAME
 
 
 def choose_sandbox(workspace: Workspace, *, fast: bool, arch: str | None) -> Sandbox:
-    """The synthetic workspace with `fast`, or where nothing is trained; else an output beside the trained members."""
+    """The synthetic workspace with `fast` or without trained members; else an output folder for the trained members."""
     if fast or not has_members(workspace):
         folder = folder_of(workspace) / "synthetic"
         names = tuple(sorted({*BACKBONES, *([arch] if arch else [])}))
@@ -70,20 +72,20 @@ def choose_sandbox(workspace: Workspace, *, fast: bool, arch: str | None) -> San
 
 
 def has_members(workspace: Workspace) -> bool:
-    """Whether the base pipeline has left a checkpoint."""
+    """Whether the workspace holds a checkpoint of the base pipeline."""
     return workspace.checkpoints.is_dir() and any(workspace.checkpoints.glob("*.pth"))
 
 
 def require_sandbox(workspace: Workspace) -> None:
-    """ConfigError unless everything of ours goes into a sandbox."""
+    """Raise ConfigError unless the workspace's outputs are in a sandbox."""
     if workspace.root.parent.name != FOLDER_NAME:
-        raise ConfigError(f"--inside: {workspace.root} is no sandbox of debug; expected a folder in {FOLDER_NAME}/")
+        raise ConfigError(f"--inside: {workspace.root} is not a sandbox of debug; expected a folder in {FOLDER_NAME}/")
 
 
 def prepare_sandbox(sandbox: Sandbox) -> None:
-    """Make what is missing of it: images, then networks trained for one epoch and two folds by the bundled pipeline.
+    """Create the sandbox; in a synthetic one, missing images and networks, trained for one epoch and two folds.
 
-    Raises UserError where the training fails.
+    Raises UserError where the base pipeline's training fails.
     """
     sandbox.folder.mkdir(parents=True, exist_ok=True)
     if not sandbox.is_synthetic:
@@ -96,17 +98,18 @@ def prepare_sandbox(sandbox: Sandbox) -> None:
         *("--backbones", *sandbox.backbones, "--stages", "split", "kfold", "train"),
     ]
     variables = {"DBT_BATCH_SIZE": "4", "DBT_PARENT": str(os.getpid())}
-    code, _, last = subprocesses.run_program(command, sandbox.environment() | variables)
-    if code:
-        said = "; ".join(last) or "nothing"
+    exit_code, _, last_lines = subprocesses.run_program(command, sandbox.environment() | variables)
+    if exit_code:
+        output = "; ".join(last_lines) or "none"
         raise UserError(
-            f"{sandbox.folder}: the base pipeline ended with {code} while training {', '.join(sandbox.backbones)}; it "
-            f"said: {said}. Start anew: python ensemble_orchestrator.py debug --section reset --confirm"
+            f"{sandbox.folder}: the base pipeline ended with exit code {exit_code} while training "
+            f"{', '.join(sandbox.backbones)}; last output: {output}. Remove the sandbox and try again: "
+            "python ensemble_orchestrator.py debug --section reset --confirm"
         )
 
 
 def write_images(folder: Path) -> None:
-    """Sixteen images of 32 pixels in two classes that a network can learn in one epoch; what is there is kept."""
+    """Write sixteen images of 32 x 32 pixels in two separable classes; existing files are kept."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -120,13 +123,13 @@ def write_images(folder: Path) -> None:
 
 
 def remove_sandboxes(workspace: Workspace, *, confirm: bool) -> tuple[int, int]:
-    """Remove all that `debug` has left, failed exports and caches included: (files, bytes).
+    """Remove everything that `debug` has written: (number of files, bytes).
 
-    Raises UserError with what would go unless `confirm`, and where the folder is a symbolic link.
+    Raises UserError with these numbers unless `confirm`, and where the folder is a symbolic link.
     """
     folder = folder_of(workspace)
     if folder.is_symlink():
-        raise UserError(f"{folder}: a symbolic link; expected a folder of debug's own. Remove the link")
+        raise UserError(f"{folder}: a symbolic link; expected a folder that debug created. Remove the link")
     items = [item for item in caches.list_children(folder) if item.name != LOCK_NAME]
     count, size = sum(1 for _ in caches.walk_files(folder)), sum(item.size for item in items)
     if items and not confirm:

@@ -205,16 +205,6 @@ def test_an_interrupted_export_leaves_the_old_one_whole(own_export, monkeypatch)
     assert not list(folder_of(own_export).parent.glob(".*"))
 
 
-def test_a_swap_that_was_killed_half_way_is_put_back(tmp_path):
-    final = tmp_path / "it"
-    (tmp_path / ".it.previous").mkdir()
-    (tmp_path / ".it.previous" / "old").touch()
-    (tmp_path / ".it.abcdefgh.partial").mkdir()
-    export_folder.recover_interrupted(final)
-    assert [path.name for path in tmp_path.iterdir()] == ["it"]
-    assert (final / "old").is_file()
-
-
 def test_a_checkpoint_that_changed_or_is_gone_is_named(own_export):
     path = own_export / "checkpoints" / "CustomConvNeXt_final.pth"
     content = path.read_bytes()

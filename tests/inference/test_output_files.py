@@ -107,7 +107,7 @@ def test_a_file_is_not_replaced_unasked(tmp_path, form):
 def test_a_foreign_file_is_refused_and_stays(tmp_path, form, content):
     path = tmp_path / "notes"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="Name another file with --to"):
+    with pytest.raises(UserError, match="ame another file with --to"):
         written(path, form, append=True)
     assert path.read_bytes() == content
 

@@ -33,6 +33,11 @@ from utils.predictions.store import Store
 DEMO = ("--config", "configs/votes.yaml")
 
 
+@pytest.fixture
+def workspace(own_copy):
+    return at(own_copy)
+
+
 @pytest.mark.parametrize("name", [NAME, "hard_voting_ensemble", "logit_averaging_ensemble"])
 def test_it_agrees_with_evaluate_row_by_row(workspace, name):
     folder = workspace.split_dir / "test"
@@ -307,30 +312,3 @@ def test_more_images_than_a_screen_takes_need_a_file(workspace, monkeypatch):
     monkeypatch.setattr(predicting, "MAX_IMAGES_ON_SCREEN", 3)
     with pytest.raises(UserError, match="--to FILE"):
         asked(workspace, workspace.split_dir / "test")
-
-
-def test_a_block_is_bounded_by_pixels_and_by_logits():
-    def block(sizes, members, classes):
-        made = WorkspaceClassifier.__new__(WorkspaceClassifier)
-        made.sizes, made.members, made.classes = sizes, (None,) * members, (None,) * classes
-        return made.block_size
-
-    assert block([32], 3, 4) == classifier.MAX_BLOCK
-    photographs = block([224], 15, 13)
-    assert 4 * photographs * (1.14 * 224) ** 2 <= classifier.BLOCK_BYTES
-    assert photographs > 4000
-    assert block([224], 20, 20_000) * 20 * 20_000 * 4 <= classifier.ARRAY_BYTES
-    assert block([4096], 1, 10**7) == classifier.MIN_BLOCK
-
-
-def test_embeddings_come_along_for_combiners_that_read_them(workspace, tmp_path):
-    store = Store(load_config(CONFIG), workspace, catalog.load(workspace))
-    asking = WorkspaceClassifier(store, NAME)
-    asking.reads_embeddings = True
-    images = store.images("test")
-    for member in asking.members:
-        logits, embeddings = asking.run_networks(member, images, tmp_path / "cache", lambda count: None)
-        np.testing.assert_allclose(embeddings, np.load(workspace.embeddings(member.name, "test")), atol=1e-4)
-        np.testing.assert_allclose(
-            logits, np.load(workspace.predictions(member.name, "test") / "logits.npy"), atol=1e-4
-        )

@@ -25,6 +25,11 @@ FAMILIES = (
 )
 
 
+@pytest.fixture
+def workspace(own_copy):
+    return at(own_copy)
+
+
 @pytest.fixture(scope="module")
 def families(tmp_path_factory, built):
     """A workspace with what reads embeddings and what runs only some members, evaluated. Read only."""

@@ -6,17 +6,12 @@ import os
 
 import numpy as np
 import pytest
-from finished_workspace import CONFIG, at
+from finished_workspace import CONFIG
 
 from utils.core.config_file import load_config
 from utils.inference.predict import predict
 
 NAME = "soft_voting_ensemble"
-
-
-@pytest.fixture
-def workspace(own_copy):
-    return at(own_copy)
 
 
 def asked(workspace, *paths, model_name: str = NAME, overrides: tuple[str, ...] = (), **options):

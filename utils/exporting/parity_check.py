@@ -208,8 +208,7 @@ def _recombined(
         return logits, combiner.predict_proba(logits)
     ends = np.cumsum([part.shape[1] for part in reference.member_embeddings])[:-1]
     embeddings = tuple(np.split(file_outputs.outputs["member_embeddings"], ends, axis=1))
-    # A combiner that reads embeddings takes MemberOutputs, which its protocol has no type for.
-    return logits, combiner.predict_proba(MemberOutputs(logits, embeddings))  # type: ignore[arg-type]
+    return logits, combiner.predict_proba(MemberOutputs(logits, embeddings))
 
 
 def _label_flips(expected: np.ndarray, probabilities: np.ndarray, tolerance: float) -> int:

@@ -47,10 +47,10 @@ BUG = 70
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser that the tables describe."""
+    """The parser for the commands and options of `utils.commands`."""
     parser = argparse.ArgumentParser(
         prog="ensemble_orchestrator.py",
-        description="Combine trained image classifiers, honestly.",
+        description="Combine trained image classifiers into ensembles and measure what that gains.",
         epilog="Start: python ensemble_orchestrator.py discover",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -64,18 +64,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def exit_code(error: BaseException) -> int:
-    """Code of the nearest ancestor in the table, so that a new kind of UserError needs no line here."""
+    """Exit code of the nearest base class in `EXIT_CODES`, so that a subclass of UserError needs no entry."""
     return next((EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES), BUG)
 
 
 def run_pipeline(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
-    """The stages that exist, in the specification's order; a stage that finds its result present keeps it."""
+    """Run all enabled stages in the specification's order; a stage keeps results that are up to date."""
     from utils.core.results import Result
 
     texts, documents, failures = [], {}, []
     for number, (name, options, sections) in enumerate(PIPELINE_STAGES, start=1):
         if sections and not any(config.at(f"{section}.enable") for section in sections):
-            logger.info("stage %d of %d: %s is off in the configuration", number, len(PIPELINE_STAGES), name)
+            logger.info("stage %d of %d: %s is disabled in the configuration", number, len(PIPELINE_STAGES), name)
             continue
         logger.info("stage %d of %d: %s", number, len(PIPELINE_STAGES), name)
         result = call(name, config, workspace, options | {"force": force})
@@ -91,27 +91,27 @@ def run_pipeline(config: Config, workspace: Workspace, *, force: bool = False) -
 
 
 def call(name: str, config: Config, workspace: Workspace, options: dict[str, Any]) -> Result:
-    """Import and run one command."""
+    """Import the function of a command and run it."""
     return _function(COMMANDS[name].target)(config, workspace, **options)
 
 
 def _function(target: str) -> Callable[..., Result]:
     module, name = target.split(":")
-    found: Callable[..., Result] = getattr(import_module(module), name)
-    return found
+    function: Callable[..., Result] = getattr(import_module(module), name)
+    return function
 
 
 def run_debug(
     config: Config, workspace: Workspace, *, inside: bool, section: str, verbose: bool, **options: Any
 ) -> Result:
-    """`debug`, or with `inside` one of its sections, whose steps are lines of this very command line."""
+    """`debug`, or with `inside` one of its sections, whose steps are commands of this command line."""
     from utils import debug_utils
 
     def run(line: Sequence[str], config: Config, workspace: Workspace, force: bool) -> Result:
         typed = vars(build_parser().parse_args(line))
         common = {_attribute(option) for option in COMMON_OPTIONS} | {"command"}
-        own = {name: value for name, value in typed.items() if name not in common}
-        return call(line[0], config, workspace, own | {"force": force})
+        specific = {name: value for name, value in typed.items() if name not in common}
+        return call(line[0], config, workspace, specific | {"force": force})
 
     if inside:
         return debug_utils.run_section(config, workspace, section, run=run, verbose=verbose)
@@ -145,7 +145,7 @@ def _attribute(option: str) -> str:
 
 
 def _line(command: str, common: dict[str, Any]) -> str:
-    """A command as it is typed, with the common options of this one."""
+    """The command line of a command with the common options of the current one."""
     words = ["python", "ensemble_orchestrator.py", *command.split()]
     for option in REPEATED_OPTIONS:
         if common[option] != COMMON_OPTIONS[option].get("default"):
@@ -179,7 +179,9 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
     if folder is not None:
         folder = str(Path(folder).expanduser().absolute())
         if not Path(folder).is_dir():
-            raise errors.UserError(f"--workspace {folder}: no such folder; make demo DATA=... prints the one it made")
+            raise errors.UserError(
+                f"--workspace {folder}: no such folder; `make demo DATA=...` prints the folder that it makes"
+            )
     if common["--output"] is not None:  # for BASE-BACK's settings and for processes that are started from here
         os.environ["DBT_ENSEMBLE_DIR"] = str(Path(common["--output"]).expanduser().absolute())
     if command.sandboxed:
@@ -195,7 +197,7 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
     if not isinstance(writes, bool):
         writes = any(options[option] for option in writes)
     with locks.writer_lock(workspace.lock, name) if writes else nullcontext():
-        # After the lock, which has its own words for a workspace that cannot be written.
+        # After the lock, whose error explains a workspace that cannot be written.
         if not command.sandboxed:
             messages.set_up_logging(level=level, log_file=workspace.log_file, stream=sys.stderr)
         try:
@@ -208,19 +210,19 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
 
 
 def _report(error: BaseException) -> int:
-    """One line on the screen; the traceback of a bug goes to the log file alone."""
+    """Log one line; the traceback of a bug goes to the log file only."""
     code = exit_code(error)
     if code == 130:
-        logger.error("interrupted; nothing is half-written, the same command goes on")
+        logger.error("interrupted; no file is incomplete, and the same command continues the work")
     elif code == BUG:
-        logger.error("bug: %s: %s; traceback in %s", type(error).__name__, error, _log_file_words())
+        logger.error("bug: %s: %s; traceback in %s", type(error).__name__, error, _log_file())
         logger.debug("%s", "".join(traceback.format_exception(error)))
     else:
         logger.error("%s", error)
     return code
 
 
-def _log_file_words() -> str:
+def _log_file() -> str:
     files = [handler.baseFilename for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
     return files[0] if files else "no log file (--verbose shows it)"
 

@@ -1,4 +1,4 @@
-"""The mount: BASE-BACK's packages beside ours, although both call one of them `utils`.
+"""The mount: BASE-BACK's packages and ours in one process, although both have a package `utils`.
 
     config, models, training, export    come from BASE-BACK/src, whatever else of these names lies on the path
     utils.<module of ours>              ours
@@ -45,34 +45,34 @@ _BUNDLED_EXPORT = "bundled_base_back_export"
 
 
 def locate(explicit: str | None = None) -> Path:
-    """The BASE-BACK folder that a binding would take, absolute; nothing is loaded or set.
+    """The absolute path of the BASE-BACK folder that `bind` would use; loads and sets nothing.
 
     Order: `explicit`, the environment variable BASE_BACK_DIR, `../BASE-BACK` beside the project, the bundled one.
-    Raises UserError when the folder asked for is no BASE-BACK, or none is found.
+    Raises UserError if the requested folder is not a BASE-BACK, or if there is none.
     """
-    asked = explicit or os.environ.get("BASE_BACK_DIR")
-    if asked:
-        folder = _absolute(asked)
+    requested = explicit or os.environ.get("BASE_BACK_DIR")
+    if requested:
+        folder = _absolute(requested)
         if not _is_base_back(folder):
-            place = "--base-back" if explicit else "BASE_BACK_DIR (or --base-back)"
+            option = "--base-back" if explicit else "BASE_BACK_DIR (or --base-back)"
             raise UserError(
-                f"{place} {asked}: no BASE-BACK there. Expected the folders src/config and src/utils in {folder}, "
+                f"{option} {requested}: not a BASE-BACK. Expected the folders src/config and src/utils in {folder}, "
                 f"found {_contents(folder)}. Give the folder that holds src{_near(folder)}"
             )
         return folder
-    places = (PROJECT.parent / "BASE-BACK", BUNDLED)
-    for folder in places:
+    candidates = (PROJECT.parent / "BASE-BACK", BUNDLED)
+    for folder in candidates:
         if _is_base_back(folder):
             return folder
-    found = "; ".join(f"{folder}: {_contents(folder)}" for folder in places)
+    contents = "; ".join(f"{folder}: {_contents(folder)}" for folder in candidates)
     raise UserError(
-        f"no BASE-BACK found. Expected the folders src/config and src/utils, found {found}. "
+        f"no BASE-BACK found. Expected the folders src/config and src/utils, found {contents}. "
         "Give its folder with --base-back DIR or the environment variable BASE_BACK_DIR"
     )
 
 
 def kind(path: str | os.PathLike[str]) -> Literal["bundled", "external"]:
-    """Whether the BASE-BACK folder `path` is the one that comes with the project."""
+    """Whether the BASE-BACK folder `path` is the one that this project contains."""
     return "bundled" if _same(path, BUNDLED) else "external"
 
 
@@ -119,20 +119,20 @@ def _near(folder: Path) -> str:
 
 
 def bind(explicit: str | None = None, workspace: str | None = None) -> Path:
-    """Fix the BASE-BACK folder and the workspace of this process and its children; the folder bound, absolute.
+    """Set the BASE-BACK folder and the workspace of this process and its children; returns the absolute folder.
 
-    Idempotent; loads none of BASE-BACK's modules. Raises UserError when another folder is bound already, when settings
-    of another workspace are loaded, or when a module called like one of BASE-BACK's packages came from elsewhere.
+    Idempotent; loads none of BASE-BACK's modules. Raises UserError if another folder is bound, if the settings of
+    another workspace are loaded, or if a module named like one of BASE-BACK's packages was imported from elsewhere.
     """
     folder = _FINDER.folder
     if folder is None:
         folder = locate(explicit)
-        _refuse_strangers(folder)
+        _refuse_other_modules(folder)
     else:
-        asked = explicit or os.environ.get("BASE_BACK_DIR")
-        if asked and not _same(_absolute(asked), folder):
+        requested = explicit or os.environ.get("BASE_BACK_DIR")
+        if requested and not _same(_absolute(requested), folder):
             raise UserError(
-                f"BASE-BACK {folder} is mounted in this process, so {_absolute(asked)} cannot be mounted as well. "
+                f"BASE-BACK {folder} is mounted in this process, so {_absolute(requested)} cannot be mounted as well. "
                 "Start a new process for it"
             )
     _set_workspace(folder, workspace)
@@ -161,7 +161,7 @@ def load(name: str) -> ModuleType:
         return importlib.import_module(name)
     except (ImportError, OSError, ValueError) as error:
         if isinstance(error, ValueError):
-            remedy = "Mend the environment variable that it names"
+            remedy = "Correct the environment variable that it names"
         elif isinstance(error, OSError):
             remedy = f"The workspace is {os.environ['DBT_BASE_DIR']}; choose a writable one with --workspace DIR"
         elif error.name and error.name.partition(".")[0] not in (*PACKAGES, _OURS):
@@ -172,7 +172,7 @@ def load(name: str) -> ModuleType:
 
 
 def load_bundled(name: str) -> ModuleType:
-    """A module of the bundled BASE-BACK's `utils` that reads no setting, such as "samples", whatever is mounted.
+    """A module of the bundled BASE-BACK's `utils` that reads no settings, such as "samples", whatever is mounted.
 
     Where the bundled BASE-BACK is mounted it is the mounted module itself, so that no file is loaded twice.
     """
@@ -184,8 +184,8 @@ def load_bundled(name: str) -> ModuleType:
 
 
 def leave_workspace_unchanged() -> None:
-    """Let settings that are read from now on make no folder of the workspace."""
-    _FINDER.spares = True
+    """Prevent settings that are loaded from now on from creating folders in the workspace."""
+    _FINDER.makes_no_folders = True
 
 
 def bundled_export() -> ModuleType:
@@ -249,19 +249,19 @@ def _set_workspace(folder: Path, workspace: str | None) -> None:
     os.environ["DBT_BASE_DIR"] = str(chosen)
 
 
-def _refuse_strangers(folder: Path) -> None:
+def _refuse_other_modules(folder: Path) -> None:
     src = os.path.realpath(folder / "src")
-    strangers = []
+    others = []
     for name in PACKAGES:
         if (module := sys.modules.get(name)) is None:
             continue
         file = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", [])), "no file")
         if not os.path.realpath(file).startswith(src + os.sep):
-            strangers.append(f"{name} ({file})")
-    if strangers:
+            others.append(f"{name} ({file})")
+    if others:
         raise UserError(
-            f"BASE-BACK {folder} cannot be mounted: {', '.join(strangers)} was imported before from elsewhere. "
-            "Import utils first, or do not import these in the same process"
+            f"BASE-BACK {folder} cannot be mounted: {', '.join(others)} was imported from elsewhere before. "
+            "Import utils first, or import these in another process"
         )
 
 
@@ -321,46 +321,46 @@ class _Loader(SourceFileLoader):
         """Run the file; the log level that the command line chose outlives BASE-BACK's own."""
         logger = logging.getLogger(LOGGER_NAME)
         level = logger.level
-        with _sparing_the_workspace() if module.__name__.startswith("config") else nullcontext():
+        with _without_new_folders() if module.__name__.startswith("config") else nullcontext():
             super().exec_module(module)
         if level != logging.NOTSET:
             logger.setLevel(level)
 
 
 @contextmanager
-def _sparing_the_workspace() -> Iterator[None]:
-    """Read settings that make folders of the workspace: none with an output of ours elsewhere, or where it shall be
-    spared, else those that can be.
+def _without_new_folders() -> Iterator[None]:
+    """Load settings that create folders in the workspace.
 
-    Nothing of ours needs them; whoever writes into one that is missing makes it, or says why it cannot be made.
+    They create none if this program writes to another folder or must leave the workspace unchanged; folders that cannot
+    be created are left out. This program does not need them: its writers create missing folders.
     """
     workspace, output = os.environ["DBT_BASE_DIR"], os.environ.get("DBT_ENSEMBLE_DIR")
-    is_only_read = bool(_FINDER.spares or (output and not _same(_absolute(output), workspace)))
-    make = os.mkdir
+    is_only_read = bool(_FINDER.makes_no_folders or (output and not _same(_absolute(output), workspace)))
+    mkdir = os.mkdir
 
-    def spare(path: Any, *arguments: Any, **options: Any) -> None:
+    def make(path: Any, *arguments: Any, **options: Any) -> None:
         is_inside = _absolute(os.fsdecode(path)).is_relative_to(workspace)
         if is_inside and is_only_read:
             return
         try:
-            make(path, *arguments, **options)
+            mkdir(path, *arguments, **options)
         except OSError as error:
             if not is_inside or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
             logging.getLogger(LOGGER_NAME).debug("%s: not made by BASE-BACK's settings (%s)", path, error.strerror)
 
-    os.mkdir = spare
+    os.mkdir = make
     try:
         yield
     finally:
-        os.mkdir = make
+        os.mkdir = mkdir
 
 
 class _Finder:
-    """Answers for BASE-BACK's names, and for no others."""
+    """Finds BASE-BACK's modules, and no others."""
 
     folder: Path | None = None
-    spares: bool = False
+    makes_no_folders: bool = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -387,8 +387,8 @@ class _Finder:
         return spec
 
     def _below_utils(self, fullname: str) -> ModuleSpec | None:
-        own = PathFinder.find_spec(fullname, [str(PROJECT / _OURS)])
-        if own is not None and own.loader is not None:
+        ours = PathFinder.find_spec(fullname, [str(PROJECT / _OURS)])
+        if ours is not None and ours.loader is not None:
             return None
         folder = (self.folder or locate()) / "src" / "utils"
         if fullname == _BASE_UTILS:

@@ -1,4 +1,4 @@
-"""The table of commands: what each runs, takes and changes; the stages of `pipeline`, and what every command takes."""
+"""The table of commands: the function, options and effects of each; the stages of `pipeline`; the common options."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Any, NamedTuple
 
 
 class Command(NamedTuple):
-    """One line of the table."""
+    """One command of the command line."""
 
     target: str
-    """`module:function`, imported only when the command is typed; called with (config, workspace, options)."""
+    """`module:function`, imported when the command runs; called with (config, workspace, **options)."""
     help: str
     example: str
     arguments: dict[str, dict[str, Any]]
-    """What this command alone takes; the common options are added to all."""
+    """Options of this command, as arguments of `add_argument`; every command also has the common options."""
     writes: bool | tuple[str, ...]
-    """Whether it changes the workspace, of which it is then the one writer; or the options that make it do so."""
+    """Whether it changes the workspace and therefore holds its lock; or the options that make it do so."""
     decodes: bool = False
-    """Whether images may have to be decoded, for which the quota makes room first."""
+    """Whether it may decode images; the cache quota is enforced before."""
     sandboxed: bool = False
-    """Whether it leaves the workspace alone, log file included, but for a folder of its own."""
+    """Whether it writes to a folder of its own only, and no log file into the workspace."""
     pass_through: tuple[str, ...] = ()
     """Common options that the function receives in addition to --force."""
     one_of: tuple[str, ...] = ()
-    """Options of which exactly one is typed."""
+    """Options of which exactly one is required."""
     standalone: tuple[tuple[str, str], ...] = ()
     """(option, function called instead of the target); needs no configuration, workspace or BASE-BACK."""
 
@@ -47,41 +47,41 @@ DEBUG_SECTIONS = (
 COMMANDS: dict[str, Command] = {
     "discover": Command(
         "utils.discovery.discover:discover",
-        "find trained models, check them, write the catalog",
+        "find and check trained models, and write the catalog",
         "discover --verify",
         {
-            "--verify": {"action": "store_true", "help": "also run every member and measure what is recorded of it"},
+            "--verify": {"action": "store_true", "help": "also run every member and check its recorded figures"},
             "--add": {
                 "metavar": "NAME=timm:MODEL@FILE",
                 "action": "append",
                 "default": [],
-                "help": "declare a network of timm and its weights as a member; kept by later discoveries; repeatable",
+                "help": "declare a timm network and its weights as a member; later discoveries keep it; repeatable",
             },
             "--remove": {
                 "metavar": "NAME",
                 "action": "append",
                 "default": [],
-                "help": "forget a network that was declared with --add; its file stays; repeatable",
+                "help": "remove a network that --add declared from the catalog; its file stays; repeatable",
             },
             "--rename": {
                 "metavar": "OLD=NEW",
                 "action": "append",
                 "default": [],
-                "help": "give an imported or declared member another name, with all that is stored of it; repeatable",
+                "help": "rename an imported or declared member and everything stored for it; repeatable",
             },
         },
         writes=True,
     ),
     "import-predictions": Command(
         "utils.discovery.import_predictions:import_predictions",
-        "take in members that are known by their predictions alone, made by any tool",
+        "add members for which only predictions exist, made by any tool",
         "import-predictions --from ~/predictions",
         {
             "--from": {
                 "metavar": "DIR",
                 "required": True,
                 "dest": "folder",
-                "help": "holds <member>/{oof,val,test}.npz; the form is described in README",
+                "help": "folder with <member>/{oof,val,test}.npz; README describes the format",
             },
         },
         writes=True,
@@ -93,7 +93,7 @@ COMMANDS: dict[str, Command] = {
         {
             "--pick": {
                 "choices": ("best", "knee", "fastest"),
-                "help": "which of the pruned subsets to keep (default: the configuration's pruning.pick)",
+                "help": "which of the pruned subsets to keep (default: pruning.pick of the configuration)",
             }
         },
         writes=True,
@@ -106,7 +106,7 @@ COMMANDS: dict[str, Command] = {
         {
             "--strict": {
                 "action": "store_true",
-                "help": "end with 1 where a member has no out-of-fold predictions, instead of leaving it out",
+                "help": "fail if a member has no out-of-fold predictions, instead of leaving it out",
             },
         },
         writes=True,
@@ -114,7 +114,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "fusion-train": Command(
         "utils.building.build_commands:fusion_train",
-        "train heads on the members' embeddings, and what runs only the members that an image needs",
+        "train fusion heads on the members' embeddings, mixtures of experts and cascades",
         "fusion-train --set runs.fusion.fusion_methods=[concat_mlp,attention]",
         {},
         writes=True,
@@ -130,31 +130,31 @@ COMMANDS: dict[str, Command] = {
     ),
     "evaluate": Command(
         "utils.evaluation.evaluate:evaluate",
-        "score members and ensembles, rank them, name the recommended one, write the report",
+        "score and rank members and ensembles, recommend one, and write the report",
         "evaluate --model-name soft_voting_ensemble",
         {
             "--split": {"choices": ("test", "val"), "default": "test", "help": "rows to score on (default: test)"},
-            "--model-name": {"metavar": "NAME", "help": "score this member or ensemble alone"},
+            "--model-name": {"metavar": "NAME", "help": "score only this member or ensemble"},
             "--allow-contaminated": {
                 "action": "store_true",
-                "help": "with --model-name: score it even on rows it was fitted on, marked",
+                "help": "with --model-name: score it even on rows that it was fitted on, and mark the result",
             },
             "--alpha": {
-                "metavar": "SHARE",
+                "metavar": "FRACTION",
                 "type": float,
                 "default": 0.1,
-                "help": "share of images whose conformal set may miss the true class (default: %(default)s)",
+                "help": "fraction of images whose conformal set may miss the true class (default: %(default)s)",
             },
             "--target-risk": {
-                "metavar": "SHARE",
+                "metavar": "FRACTION",
                 "type": float,
                 "default": 0.05,
                 "help": "target selective risk: error rate among the images that are answered (default: %(default)s)",
             },
-            "--wanted-error": {"metavar": "SHARE", "type": float, "help": "deprecated; use --target-risk"},
+            "--wanted-error": {"metavar": "FRACTION", "type": float, "help": "deprecated; use --target-risk"},
             "--class-conditional": {
                 "action": "store_true",
-                "help": "conformal sets with a threshold for each class as well",
+                "help": "also compute conformal sets with one threshold per class",
             },
         },
         writes=True,
@@ -252,8 +252,8 @@ COMMANDS: dict[str, Command] = {
     ),
     "pipeline": Command(
         "ensemble_orchestrator:run_pipeline",
-        "all stages in order: discover --verify, build-ensemble, stack, fusion-train, meta-fuse, evaluate, distill, "
-        "evaluate again, export, clean --temporary",
+        "run all stages in order: discover --verify, build-ensemble, stack, fusion-train, meta-fuse, evaluate, "
+        "distill, evaluate, export, clean --temporary",
         "pipeline --config configs/digits_demo.yaml",
         {},
         writes=True,
@@ -261,23 +261,23 @@ COMMANDS: dict[str, Command] = {
     ),
     "status": Command(
         "utils.operations.upkeep:status",
-        "what is built, what is stale and why, what takes room, what to type next",
+        "show what is built, what is stale and why, disk usage, and the next command",
         "status --json",
         {},
         writes=False,
     ),
     "clean": Command(
         "utils.operations.upkeep:clean",
-        "list what may be removed; --confirm removes it",
+        "list files that can be removed; --confirm removes them",
         "clean --stale --confirm",
         {
-            "--confirm": {"action": "store_true", "help": "remove what is listed"},
+            "--confirm": {"action": "store_true", "help": "remove the listed files"},
             "--temporary": {
                 "action": "store_true",
-                "help": "remove files under temporary names at once, and nothing else",
+                "help": "remove leftover temporary files without confirmation, and nothing else",
             },
-            "--cache": {"action": "store_true", "help": "the decoded images as well"},
-            "--stale": {"action": "store_true", "help": "stale ensembles as well"},
+            "--cache": {"action": "store_true", "help": "include the decoded images"},
+            "--stale": {"action": "store_true", "help": "include stale ensembles"},
         },
         writes=("confirm", "temporary"),
     ),
@@ -321,9 +321,9 @@ PIPELINE_STAGES: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("export", {}, ("exports",)),
     ("clean", {"temporary": True}, ()),
 )
-"""Command, its options, and the sections of the configuration of which one must be on.
+"""(command, options, sections of the configuration of which at least one must be enabled).
 
-What a command leaves stands under its name; the second time under `<name>-2`.
+The document of `pipeline` holds the result of each under its name; that of a second run under `<name>-2`.
 """
 COMMON_OPTIONS: dict[str, dict[str, Any]] = {
     "--config": {
@@ -335,22 +335,22 @@ COMMON_OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "KEY=VALUE",
         "action": "append",
         "default": [],
-        "help": "change one value of the configuration, such as runs.moe.enable=true; repeatable",
+        "help": "override one value of the configuration, such as runs.moe.enable=true; repeatable",
     },
     "--workspace": {
         "metavar": "DIR",
-        "help": "the base pipeline's folder (default: DBT_BASE_DIR, else beside BASE-BACK)",
+        "help": "folder of the base pipeline's results (default: DBT_BASE_DIR, else the parent of BASE-BACK)",
     },
     "--output": {
         "metavar": "DIR",
-        "help": "where everything of ours goes, such as ensembles/, when the workspace is read-only or somebody "
-        "else's (default: DBT_ENSEMBLE_DIR, else the workspace)",
+        "help": "folder for everything that this program writes, for a workspace that is read-only or not yours "
+        "(default: DBT_ENSEMBLE_DIR, else the workspace)",
     },
     "--base-back": {
         "metavar": "DIR",
         "help": "the base pipeline (default: BASE_BACK_DIR, ../BASE-BACK, the bundled one)",
     },
-    "--device": {"metavar": "DEVICE", "help": "cuda, cuda:N, cpu or auto (default: the configuration's)"},
+    "--device": {"metavar": "DEVICE", "help": "cuda, cuda:N, cpu or auto (default: from the configuration)"},
     "--engine": {
         "choices": ("local", "ray"),
         "default": "local",
@@ -358,12 +358,12 @@ COMMON_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--address": {
         "metavar": "ADDRESS",
-        "help": "with --engine ray: the cluster to join, such as auto; without it one is started here for the command",
+        "help": "with --engine ray: address of the cluster to join, such as auto (default: start one for this command)",
     },
-    "--force": {"action": "store_true", "help": "do again what is there already"},
-    "--json": {"action": "store_true", "help": "one JSON document on stdout"},
-    "--verbose": {"action": "store_true", "help": "more messages"},
-    "--quiet": {"action": "store_true", "help": "warnings and errors only"},
+    "--force": {"action": "store_true", "help": "rebuild existing results"},
+    "--json": {"action": "store_true", "help": "print one JSON document to standard output"},
+    "--verbose": {"action": "store_true", "help": "print more messages"},
+    "--quiet": {"action": "store_true", "help": "print warnings and errors only"},
 }
 REPEATED_OPTIONS = ("--config", "--set", "--workspace", "--output", "--base-back", "--device", "--engine", "--address")
-"""Common options that belong to the next command as well."""
+"""Common options that the suggested next command repeats."""

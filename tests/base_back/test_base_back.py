@@ -77,7 +77,7 @@ except errors.UserError as error:
 """
     said, _ = mount_in(tmp_path, base_back.BUNDLED, DBT_MODEL_SIZE="huge").run("-c", code)
     assert "DBT_MODEL_SIZE" in said
-    assert said.endswith("Mend the environment variable that it names")
+    assert said.endswith("Correct the environment variable that it names")
 
 
 def test_what_cannot_be_loaded_is_said_with_its_remedy(foreign: Mount) -> None:

@@ -171,7 +171,7 @@ def test_pick_on_the_command_line_takes_the_place_of_the_key(workspace):
 
 
 def test_pick_where_pruning_is_off_names_the_line_to_add(workspace):
-    with pytest.raises(UserError, match=r"pruning is off; run again with --set pruning\.enable=true"):
+    with pytest.raises(UserError, match=r"pruning is disabled; run again with --set pruning\.enable=true"):
         build_ensemble(load_config(CONFIG), workspace, pick="knee")
 
 

@@ -145,7 +145,7 @@ def test_a_missing_workspace_and_a_wrong_base_back_are_named(tmp_path, orchestra
     assert "no such folder" in done.stderr
     done = orchestrator("discover", "--base-back", str(tmp_path), workspace=trained, apart=True)
     assert done.returncode == 1
-    assert "no BASE-BACK there" in done.stderr
+    assert "not a BASE-BACK" in done.stderr
 
 
 def test_usage_errors_end_with_2():
@@ -213,7 +213,7 @@ def test_a_full_disk_names_the_file_and_the_remedy_and_leaves_nothing_half_writt
     line = done.stderr.strip().splitlines()[-1]
     assert f"{place}: cannot be written (" in line
     assert ("No space left on device" if way == "replace" else "4096 requested and 100 written") in line
-    assert "Free some space (python ensemble_orchestrator.py clean shows what may go)" in line
+    assert "Free some space (`python ensemble_orchestrator.py clean` lists files that can be removed)" in line
     assert "Traceback" not in done.stderr
     assert not list(own_copy.rglob(".*partial*"))
     assert not (own_copy / "ensembles" / ".lock").exists()
@@ -283,7 +283,7 @@ def test_a_file_that_vanishes_in_between_is_named_with_a_remedy(own_copy):
     done = run_python("-c", code, "discover", *DEMO, "--quiet", "--workspace", str(own_copy))
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
-    assert re.search(r"split_dataset/train/0/\d+\.png: No such file or directory\. It vanished in between", line)
+    assert re.search(r"split_dataset/train/0/\d+\.png: No such file or directory\. It was removed meanwhile", line)
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

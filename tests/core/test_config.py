@@ -274,7 +274,7 @@ def test_a_section_that_is_off_is_answered_with_the_line_to_add():
     with pytest.raises(UserError) as error:
         require_enabled(config, "runs.moe")
     assert str(error.value) == (
-        "configs/x.yaml: runs.moe is off; run again with --set runs.moe.enable=true, "
+        "configs/x.yaml: runs.moe is disabled; run again with --set runs.moe.enable=true, "
         "or write `enable: true` under runs.moe in the file"
     )
 

@@ -130,7 +130,7 @@ def test_an_override_switches_its_own_section_alone(file):
 def test_an_override_answers_require_enabled(file):
     path = file(QUICK)
     with pytest.raises(
-        UserError, match=r"x\.yaml: runs\.fusion is off; run again with --set runs\.fusion\.enable=true"
+        UserError, match=r"x\.yaml: runs\.fusion is disabled; run again with --set runs\.fusion\.enable=true"
     ):
         require_enabled(load_config(path), "runs.fusion")
     require_enabled(load_config(path, overrides=["runs.fusion.enable=true"]), "runs.fusion")

@@ -154,7 +154,7 @@ def test_a_file_in_the_place_of_a_folder_is_named(trained, tmp_path):
     done = run_python(PROGRAM, "discover", "--workspace", str(trained), "--output", str(place))
     assert done.returncode == 1
     assert f"{place}/ensembles/.lock: cannot be written (Not a directory)" in done.stderr
-    assert "Expected folders, not files, on the way there" in done.stderr
+    assert "Expected every parent of it to be a folder" in done.stderr
 
 
 def test_empty_splits_are_no_images(tmp_path):

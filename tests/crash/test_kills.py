@@ -120,7 +120,7 @@ def test_a_pipeline_that_is_stopped_says_how_to_go_on_and_ends_alike(sent, code,
     assert unfinished(workspace) == []
     assert not (workspace / "ensembles" / ".lock").exists()
     if sent == signal.SIGINT:
-        assert "nothing is half-written, the same command goes on" in errors
+        assert "no file is incomplete, and the same command continues the work" in errors
     assert run_python(*LINE, "--workspace", str(workspace)).returncode == 0
     assert differences(workspace, undisturbed) == []
 

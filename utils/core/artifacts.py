@@ -135,14 +135,15 @@ def read_json(path: Path, *, remedy: str) -> Any:
 class _Record(dict[str, Any]):
     """A dictionary of a record of ours; a key that it lacks is damage of its file, not a mistake of the program."""
 
-    place: tuple[Path, str]
+    source: tuple[Path, str]
+    """Its file, and the remedy if that is damaged."""
 
     def __missing__(self, key: str) -> Any:
-        raise _no_record(*self.place, f"it has no {key!r}")
+        raise _no_record(*self.source, f"it has no {key!r}")
 
 
 def _no_record(path: Path, remedy: str, problem: str) -> UserError:
-    return UserError(f"{path}: damaged, {problem}; expected a record of ours. {remedy}")
+    return UserError(f"{path}: damaged, {problem}; expected a record of this project. {remedy}")
 
 
 def read_record(path: Path, *, remedy: str, form: Mapping[str, type] = MappingProxyType({})) -> dict[str, Any] | None:
@@ -151,16 +152,16 @@ def read_record(path: Path, *, remedy: str, form: Mapping[str, type] = MappingPr
     `form` {key: kind of its value}. Raises UserError with `remedy` for a damaged file, another form, and later for
     every key that is asked for and not there, at any depth.
     """
-    found = read_json(path, remedy=remedy)
-    if found is None:
+    record = read_json(path, remedy=remedy)
+    if record is None:
         return None
-    if not isinstance(found, dict):
-        raise _no_record(path, remedy, f"it holds a {type(found).__name__}")
+    if not isinstance(record, dict):
+        raise _no_record(path, remedy, f"it holds a {type(record).__name__}")
     for key, expected in form.items():
-        if not isinstance(found.get(key), expected):
+        if not isinstance(record.get(key), expected):
             raise _no_record(path, remedy, f"{key!r} is no {expected.__name__}")
-    kind = type("Record", (_Record,), {"place": (path, remedy)})
-    wrapped: dict[str, Any] = _wrapped(found, kind)
+    kind = type("Record", (_Record,), {"source": (path, remedy)})
+    wrapped: dict[str, Any] = _wrapped(record, kind)
     return wrapped
 
 
@@ -305,9 +306,9 @@ class FileDigests:
         """Digest of one file; raises OSError when it cannot be read."""
         status = path.stat()
         state = [status.st_size, status.st_mtime_ns, status.st_ino]
-        known = self._files.get(str(path))
-        if known is not None and known[:3] == state:
-            return known[3]
+        entry = self._files.get(str(path))
+        if entry is not None and entry[:3] == state:
+            return entry[3]
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         self._files[str(path)] = [*state, digest]
@@ -316,11 +317,11 @@ class FileDigests:
 
     def is_unchanged(self, path: Path) -> bool | None:
         """Whether a file is still as it was when its digest was taken, without reading it; None when it never was."""
-        known = self._files.get(str(path))
-        if known is None:
+        entry = self._files.get(str(path))
+        if entry is None:
             return None
         status = path.stat()
-        return known[:3] == [status.st_size, status.st_mtime_ns, status.st_ino]
+        return entry[:3] == [status.st_size, status.st_mtime_ns, status.st_ino]
 
     def is_intact(self, path: Path) -> bool:
         """Whether a file is there and not known to have changed; nothing is read."""

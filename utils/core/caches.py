@@ -1,4 +1,4 @@
-"""What takes up room on disk, found and removed without ever going through a symbolic link."""
+"""Disk usage of a workspace: count and remove files without following symbolic links."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def list_children(folder: Path) -> list[Item]:
     """One item per file or folder that lies directly in `folder`, links left out."""
     if folder.is_symlink() or not folder.is_dir():
         return []
-    found = []
+    items = []
     for path in sorted(folder.iterdir()):
         if path.is_symlink():
             continue
         status = path.stat()
-        found.append(Item(path.name, (path,), total_size(path) if path.is_dir() else status.st_size, status.st_mtime))
-    return found
+        items.append(Item(path.name, (path,), total_size(path) if path.is_dir() else status.st_size, status.st_mtime))
+    return items
 
 
 def temporary_files(folder: Path, *, shared: bool) -> list[Item]:
@@ -68,14 +68,14 @@ def temporary_files(folder: Path, *, shared: bool) -> list[Item]:
 
     In a `shared` folder another program may be writing, so only what nobody has touched for an hour counts there.
     """
-    found = []
+    items = []
     for entry in walk_files(folder):
         if not TEMPORARY.fullmatch(entry.name) or (status := _status(entry)) is None:
             continue
         may_be_alive = shared or entry.name.startswith(".lock.")
         if not may_be_alive or time.time() - status.st_mtime > HOUR:
-            found.append(Item(entry.name, (Path(entry.path),), status.st_size, status.st_mtime))
-    return found
+            items.append(Item(entry.name, (Path(entry.path),), status.st_size, status.st_mtime))
+    return items
 
 
 def remove_temporary_files(folder: Path) -> None:
@@ -86,11 +86,11 @@ def remove_temporary_files(folder: Path) -> None:
 
 def image_packs(image_cache: Path) -> list[Item]:
     """The packs of decoded images, oldest first; their index goes before their pixels."""
-    found: dict[str, list[tuple[Path, os.stat_result]]] = {}
+    files: dict[str, list[tuple[Path, os.stat_result]]] = {}
     for entry in walk_files(image_cache):
         match = PACK.fullmatch(entry.name)
         if match and Path(entry.path).parent == image_cache and (status := _status(entry)):
-            found.setdefault(match[1], []).append((Path(entry.path), status))
+            files.setdefault(match[1], []).append((Path(entry.path), status))
     items = [
         Item(
             name,
@@ -98,18 +98,18 @@ def image_packs(image_cache: Path) -> list[Item]:
             sum(status.st_size for _, status in parts),
             max(status.st_mtime for _, status in parts),
         )
-        for name, parts in found.items()
+        for name, parts in files.items()
     ]
     return sorted(items, key=lambda item: (item.modified, item.name))
 
 
 def enforce_quota(image_cache: Path, quota_gb: float | None) -> list[Item]:
     """Remove the oldest packs until the decoded images keep within the quota (10^9 bytes each); what was removed."""
-    found = image_packs(image_cache)
-    total = sum(item.size for item in found)
+    packs = image_packs(image_cache)
+    total = sum(item.size for item in packs)
     removed: list[Item] = []
     while quota_gb is not None and total > quota_gb * 1e9:
-        removed.append(found[len(removed)])
+        removed.append(packs[len(removed)])
         remove(removed[-1])
         total -= removed[-1].size
     if removed:
@@ -118,7 +118,7 @@ def enforce_quota(image_cache: Path, quota_gb: float | None) -> list[Item]:
             "decoded again when they are needed",
             quota_gb,
             len(removed),
-            len(found),
+            len(packs),
             format_bytes(sum(item.size for item in removed)),
         )
     return removed

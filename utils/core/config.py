@@ -1,6 +1,6 @@
-"""The configuration: a closed, typed picture of what the YAML file may say; defaults are the specification's values.
+"""The schema of the configuration file: every key with its type; defaults are the specification's values.
 
-`utils.core.config_file` finds and reads the file; whoever is handed a `Config` needs only this room.
+`utils.core.config_file` finds and reads the file; code that receives a `Config` needs only this module.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ def _has_one_group(pattern: object) -> bool:
 
 
 def is_name(raw: object) -> bool:
-    """Whether a member or an ensemble may be called so, and a folder with it."""
+    """Whether a member or an ensemble, and its folder, can have this name."""
     return isinstance(raw, str) and bool(re.fullmatch(r"(?![.\s])[^/\\\x00-\x1f]+(?<!\s)", raw))
 
 
 def _names(raw: object, info: ValidationInfo) -> object:
-    """Complains about every item at once; the place of each is its position."""
+    """Check a list of names and report all invalid items at once, each with its position."""
     if not isinstance(raw, (list, tuple)):
         raise ValueError(A_LIST)
     if not raw and info.data.get("enable"):
@@ -81,7 +81,7 @@ def _names(raw: object, info: ValidationInfo) -> object:
 
 
 def _some_left(excluded: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-    """Excluding what `include` lists is the specification's own remedy; only excluding all of it is a mistake."""
+    """Check that `exclude` leaves some of `include`; excluding names of `include` is what the specification advises."""
     included = info.data.get("include")
     if included and set(included) <= set(excluded):
         raise ValueError(f"expected at least one of the {len(included)} names of include left")
@@ -94,15 +94,15 @@ def _at_most_experts(top_k: int, info: ValidationInfo) -> int:
     return top_k
 
 
-def _another(assistant: str | None, info: ValidationInfo) -> str | None:
+def _differs_from_student(assistant: str | None, info: ValidationInfo) -> str | None:
     if assistant is not None and assistant == info.data.get("student"):
         raise ValueError("expected another network than the student")
     return assistant
 
 
-def _others(inputs: tuple[str, ...]) -> tuple[str, ...]:
+def _without_meta_fuser(inputs: tuple[str, ...]) -> tuple[str, ...]:
     if "meta_fuser" in inputs:
-        raise ValueError("expected other ensembles: meta_fuser cannot be its own input")
+        raise ValueError("expected other ensembles: meta_fuser cannot be an input of itself")
     return inputs
 
 
@@ -265,7 +265,10 @@ class Moe(Section):
 
 
 class Cascade(Section):
-    """Members one after the other until they are sure; `max_accuracy_loss` against running all `max_members`."""
+    """Members run one after the other until they are confident enough.
+
+    `max_accuracy_loss` is the allowed loss in accuracy compared with running all `max_members`.
+    """
 
     enable: Flag = False
     max_members: Count = 5
@@ -280,7 +283,7 @@ class MetaMlp(Section):
 
 class MetaFuser(Section):
     enable: Flag = True
-    input_ensembles: Annotated[Names, AfterValidator(_others)] = (
+    input_ensembles: Annotated[Names, AfterValidator(_without_meta_fuser)] = (
         *("soft_voting", "logit_averaging", "stacking_xgb", "fusion_concat_mlp"),
     )
     fuser_type: Name = "xgb"
@@ -324,7 +327,7 @@ class Distillation(Section):
     views: Count = 4
     mix: Literal["none", "mixup", "cutmix"] = "none"
     unlabeled_dir: Folder = None
-    assistant: Annotated[NameOrNone, AfterValidator(_another)] = None
+    assistant: Annotated[NameOrNone, AfterValidator(_differs_from_student)] = None
 
 
 class Cache(Section):
@@ -332,7 +335,7 @@ class Cache(Section):
 
 
 class Config(Section):
-    """The whole file; `source` is where it was read from and no part of the values."""
+    """The whole file; `source` is its path and not one of the values."""
 
     project: Project = Project()
     device: Device = "cuda"
@@ -351,37 +354,37 @@ class Config(Section):
         """The file as the user named it, for messages."""
         return self._source
 
-    def at(self, place: str) -> Any:
-        """The section or value at a dotted place such as `runs.moe.top_k`; KeyError where there is none."""
-        found: Any = self
-        for name in place.split("."):
-            if not isinstance(found, Section) or name not in type(found).model_fields:
-                raise KeyError(f"the configuration has no {place}")
-            found = getattr(found, name)
-        return found
+    def at(self, key: str) -> Any:
+        """The section or value at a dotted key such as `runs.moe.top_k`. Raises KeyError if there is none."""
+        value: Any = self
+        for name in key.split("."):
+            if not isinstance(value, Section) or name not in type(value).model_fields:
+                raise KeyError(f"the configuration has no {key}")
+            value = getattr(value, name)
+        return value
 
     def as_dict(self) -> dict[str, Any]:
         """All values in plain types, in the specification's order."""
         return self.model_dump(mode="json")
 
-    def digest(self, *places: str) -> str:
-        """SHA-256 in hexadecimal of the values at these places, in any order; of all values without a place."""
-        found = {place: self.at(place) for place in places} if places else {"": self}
-        plain = {key: value.model_dump() if isinstance(value, Section) else value for key, value in found.items()}
+    def digest(self, *keys: str) -> str:
+        """SHA-256 in hexadecimal of the values at these keys, in any order, or of all values without a key."""
+        values = {key: self.at(key) for key in keys} if keys else {"": self}
+        plain = {key: value.model_dump() if isinstance(value, Section) else value for key, value in values.items()}
         return hashlib.sha256(json.dumps(plain, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def validate(values: dict[str, Any], *, source: Path) -> Config:
-    """Plain values -> Config that remembers its file; raises pydantic's ValidationError."""
+    """Validate plain values; the Config keeps its `source`. Raises pydantic's ValidationError."""
     config = Config.model_validate(values)
     config._source = source
     return config
 
 
-def require_enabled(config: Config, place: str) -> None:
-    """UserError with the line to add where the section at `place` is off."""
-    if not config.at(f"{place}.enable"):
+def require_enabled(config: Config, key: str) -> None:
+    """Raise UserError, with the line to add, if the section at `key` is disabled."""
+    if not config.at(f"{key}.enable"):
         raise UserError(
-            f"{config.source}: {place} is off; run again with --set {place}.enable=true, "
-            f"or write `enable: true` under {place} in the file"
+            f"{config.source}: {key} is disabled; run again with --set {key}.enable=true, "
+            f"or write `enable: true` under {key} in the file"
         )

@@ -1,7 +1,7 @@
-"""The ways in which a command may end, as exceptions; every module may raise them.
+"""Exceptions that end a command; every module may raise them.
 
     OrchestratorError
-    ├── UserError                the user can mend it: what, where, remedy         exit 1
+    ├── UserError                the user can correct it: what, where, remedy      exit 1
     ├── ConfigError              usage or configuration, every problem at once     exit 2
     ├── LeakageError             no out-of-sample rows or predictions exist        exit 3
     │   └── ContaminatedError    a result scored on rows that its parts were fitted on
@@ -18,13 +18,13 @@ from difflib import get_close_matches
 from pathlib import Path
 
 OUTPUT_HINT = "write elsewhere with --output DIR (or DBT_ENSEMBLE_DIR)"
-_FREE = f"Free some space (python ensemble_orchestrator.py clean shows what may go), or {OUTPUT_HINT}"
-_ACCESS = f"Expected a folder that can be written; {OUTPUT_HINT}"
+_FREE = f"Free some space (`python ensemble_orchestrator.py clean` lists files that can be removed), or {OUTPUT_HINT}"
+_ACCESS = f"Expected a writable folder; {OUTPUT_HINT}"
 _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _FREE),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _ACCESS),
-    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), f"Expected folders, not files, on the way there; {OUTPUT_HINT}"),
-    errno.ENOENT: "It vanished in between. Put it back, or run `python ensemble_orchestrator.py discover` again",
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), f"Expected every parent of it to be a folder; {OUTPUT_HINT}"),
+    errno.ENOENT: "It was removed meanwhile. Restore it, or run `python ensemble_orchestrator.py discover` again",
 }
 
 
@@ -33,11 +33,11 @@ class OrchestratorError(Exception):
 
 
 class UserError(OrchestratorError):
-    """Something the user can mend: names the file, the value found, what was expected and the next command."""
+    """A problem that the user can correct: the message names the file, the value, what was expected and a remedy."""
 
 
 class ConfigError(OrchestratorError):
-    """Usage or configuration: lists every problem with its dotted place."""
+    """Invalid usage or configuration; the message lists every problem with its configuration key."""
 
 
 class LeakageError(OrchestratorError):
@@ -59,14 +59,14 @@ def did_you_mean(word: object, words: Iterable[str]) -> str:
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
-    """What to raise when `path` cannot be written: the reason and the remedy for it."""
+    """The UserError for a `path` that cannot be written, with the reason and a remedy."""
     return UserError(f"{path}: cannot be written ({_reason(error)}). {_remedy(error)}")
 
 
-def describe_os_error(error: OSError, place: Path | None) -> str:
-    """The words for an OSError that nobody caught: its file, else something in `place`."""
-    named = error.filename if error.filename is not None else f"a file in {place}" if place else "a file"
-    return f"{named}: {_reason(error)}. {_remedy(error)}"
+def describe_os_error(error: OSError, folder: Path | None) -> str:
+    """The message for an OSError that was not handled: its file, or a file in `folder`, the reason and a remedy."""
+    name = error.filename if error.filename is not None else f"a file in {folder}" if folder else "a file"
+    return f"{name}: {_reason(error)}. {_remedy(error)}"
 
 
 def _reason(error: OSError) -> str:
@@ -76,4 +76,4 @@ def _reason(error: OSError) -> str:
 def _remedy(error: OSError) -> str:
     if error.errno is None:  # numpy's short write: it counts bytes and does not say why
         return _FREE
-    return _REMEDIES.get(error.errno, "Look after the file or its disk, then run the command again")
+    return _REMEDIES.get(error.errno, "Check the file and its disk, then run the command again")

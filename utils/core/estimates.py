@@ -1,4 +1,4 @@
-"""How long a pass over all images, or a training, will take and how much disk it fills, said before it starts."""
+"""Estimates of the time and disk space that a pass over all images, or a training, takes."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ def estimate_training(
     of bare weights of each. The disk is that of the end and of the largest progress file. Right within a factor of
     about three.
     """
-    speed, places = (PER_GPU, 1) if on_cuda else (PER_CORE, cores or os.cpu_count() or 1)
+    speed, workers = (PER_GPU, 1) if on_cuda else (PER_CORE, cores or os.cpu_count() or 1)
     batches = epochs * -(-images // batch_size)
     each = [
         STEP * (epochs * images * _multiply_adds(size, img_size) / speed + batches * SECONDS_PER_BATCH)
         for size in checkpoint_bytes
     ]
-    seconds = max([sum(each) / places, *each])
-    under_way = sorted(checkpoint_bytes)[-places:]
+    seconds = max([sum(each) / workers, *each])
+    under_way = sorted(checkpoint_bytes)[-workers:]
     return Estimate(seconds, (kept * sum(checkpoint_bytes) + (COPIES + kept) * sum(under_way)) / 1e6)
 
 

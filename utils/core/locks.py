@@ -32,7 +32,7 @@ NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)  # file syst
 
 @dataclass(frozen=True)
 class LockOwner:
-    """Who holds a lock."""
+    """The process that holds a lock."""
 
     host: str
     boot: str | None
@@ -81,7 +81,7 @@ def writer_lock(lock: Path, command: str) -> Iterator[None]:
 
 
 def owner_of(lock: Path) -> LockOwner | None:
-    """Who holds a lock, alive or not; None when nobody does. Raises UserError for a damaged file."""
+    """The owner of a lock, alive or not; None if there is no lock. Raises UserError for a damaged file."""
     try:
         with lock.open(encoding="utf-8") as file:
             return _read(lock, file)
@@ -90,7 +90,7 @@ def owner_of(lock: Path) -> LockOwner | None:
 
 
 def is_dead(owner: LockOwner) -> bool:
-    """Whether the owner certainly runs no more; False where that cannot be known from here."""
+    """Whether the owner has certainly ended; False if that cannot be determined from this host."""
     if owner.host != socket.gethostname():
         return False
     if owner.boot != _boot():
@@ -155,7 +155,7 @@ def _is_taken_over(temporary: Path, lock: Path) -> bool:
         if _read(lock, file) != owner:
             return False
         temporary.replace(lock)
-    logger.warning("%s: left by %s, which runs no more; taken over", lock, owner)
+    logger.warning("%s: left by %s, which no longer runs; taken over", lock, owner)
     return True
 
 
@@ -180,7 +180,7 @@ def _refusal(lock: Path, owner: LockOwner) -> str:
 
 
 def _release(lock: Path, record: str) -> None:
-    """Remove the lock, unless it is no longer ours: that somebody else has removed or taken it is said."""
+    """Remove the lock; warn if another process has removed or taken it."""
     try:
         is_ours = lock.read_text(encoding="utf-8") == record
     except FileNotFoundError:
@@ -188,7 +188,7 @@ def _release(lock: Path, record: str) -> None:
     if is_ours:
         lock.unlink(missing_ok=True)
     else:
-        logger.warning("%s: removed or taken by somebody else while this command wrote", lock)
+        logger.warning("%s: removed or taken by another process while this command wrote", lock)
 
 
 def _boot() -> str | None:

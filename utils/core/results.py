@@ -1,4 +1,4 @@
-"""What a command hands back to the command line, which alone prints and chooses the exit code."""
+"""What a command returns to the command line, which prints it and chooses the exit code."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of a command that came to its end."""
+    """The outcome of a command that finished."""
 
     text: str
-    """For a person in a terminal."""
+    """Printed to the terminal."""
     document: dict[str, Any]
-    """The same for a program: printed by `--json`."""
+    """The same content as JSON, printed with `--json`."""
     failures: list[str] = field(default_factory=list)
-    """Requested parts that failed or were left out, each with its reason; any makes the exit code 4."""
+    """Requested parts that failed or were left out, each with the reason; any of them makes the exit code 4."""
     next: str | None = None
-    """The command to type next, such as `evaluate`; the command line adds the common options that were typed."""
+    """The suggested next command, such as `evaluate`; the command line adds the common options of this one."""

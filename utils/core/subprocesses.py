@@ -1,4 +1,4 @@
-"""Programs of the project that run in a process of their own, their messages passed on as they come."""
+"""Run programs of the project in processes of their own and log their messages as they arrive."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 logger = logging.getLogger("disease_pipeline")
 
 LOG_LINE = re.compile(r"\d\d:\d\d:\d\d \| (?P<level>[A-Z]+) \| (?P<text>.*)")
-"""As our logger and the base pipeline's write it."""
-LAST_LINES = 3  # of what a failed program said
+"""A message as this project's logger and the base pipeline's write it."""
+LAST_LINES = 3  # of the messages of a failed program
 
 
 def run_program(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str, list[str]]:
-    """Run a program to its end: (exit code, stdout, last lines of its messages). It ends with the caller."""
+    """Run a program and return (exit code, stdout, last lines of its messages). It is terminated with the caller."""
     last: deque[str] = deque(maxlen=LAST_LINES)
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         options: dict[str, Any] = {"text": True, "encoding": "utf-8", "errors": "replace", "env": dict(environment)}
@@ -32,7 +32,7 @@ def run_program(command: Sequence[str], environment: Mapping[str, str]) -> tuple
                 last.append(match["text"] if match else line.strip())
             code = process.wait()
         finally:
-            process.terminate()  # nothing, where it has ended
+            process.terminate()  # no effect if it has ended
             process.wait()
             process.stderr.close()
         output.seek(0)

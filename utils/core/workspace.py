@@ -1,4 +1,4 @@
-"""Every folder and file name of a workspace, in one place; nobody else joins these paths."""
+"""All folder and file names of a workspace; no other module builds these paths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Workspace:
-    """The base pipeline's folders, which are read, and ours, which lie beside them or in a folder of their own."""
+    """The base pipeline's folders, which are read, and this project's, which are in the same root or in `output`."""
 
     base: Path
     """Root; records hold paths relative to it."""
@@ -25,10 +25,10 @@ class Workspace:
     deployment: Path
     """The base pipeline's exports; ours go to `exports`."""
     image_cache: Path
-    """Decoded images; with an output of its own it is another one than the base pipeline's."""
+    """Decoded images; in `output` where there is one, else shared with the base pipeline."""
     logs: Path
     output: Path | None = None
-    """Where everything of ours goes; None: into the root."""
+    """Folder for everything that this project writes; None: the root."""
 
     @classmethod
     def from_settings(cls, settings: ModuleType, output: str | None = None) -> Workspace:
@@ -38,7 +38,7 @@ class Workspace:
         `output` is None. Raises UserError where that is not a folder.
         """
         base = Path(settings.BASE_DIR)
-        own = _output(output, base)
+        output_folder = _output(output, base)
         placed = getattr(settings, "IMAGE_CACHE_DIR", None) or os.environ.get("DBT_IMAGE_CACHE_DIR")
         image_cache = Path(placed or base / "image_cache").absolute()
         return cls(
@@ -48,9 +48,11 @@ class Workspace:
             metrics=Path(settings.METRICS_DIR),
             kfold=Path(settings.KFOLD_DIR),
             deployment=Path(settings.DEPLOY_DIR),
-            image_cache=own / image_cache.name if own and image_cache.is_relative_to(base) else image_cache,
-            logs=own / "debug_logs" if own else Path(settings.DEBUG_LOG_DIR),
-            output=own,
+            image_cache=output_folder / image_cache.name
+            if output_folder and image_cache.is_relative_to(base)
+            else image_cache,
+            logs=output_folder / "debug_logs" if output_folder else Path(settings.DEBUG_LOG_DIR),
+            output=output_folder,
         )
 
     @property
@@ -125,7 +127,7 @@ class Workspace:
 
     @property
     def catalog(self) -> Path:
-        """What discovery found."""
+        """The members that `discover` lists."""
         return self.ensembles / "ensemble_catalog.json"
 
     @property
@@ -145,7 +147,7 @@ class Workspace:
 
     @property
     def crossfit_folds(self) -> Path:
-        """The workspace's folds over the honest rows."""
+        """The workspace's folds over the out-of-sample rows."""
         return self.ensembles / "crossfit_folds.npz"
 
     @property
@@ -262,14 +264,14 @@ class Workspace:
         return self.logs / "ensemble_orchestrator.log"
 
 
-def _output(given: str | None, base: Path) -> Path | None:
-    asked = given or os.environ.get("DBT_ENSEMBLE_DIR")
-    if not asked:
+def _output(option: str | None, base: Path) -> Path | None:
+    requested = option or os.environ.get("DBT_ENSEMBLE_DIR")
+    if not requested:
         return None
-    folder = Path(os.path.abspath(os.path.expanduser(asked)))
+    folder = Path(os.path.abspath(os.path.expanduser(requested)))
     if folder.exists() and not folder.is_dir():
-        place = "--output" if given else "DBT_ENSEMBLE_DIR"
-        raise UserError(f"{place} {folder}: a file; expected a folder, which is made where there is none")
+        source = "--output" if option else "DBT_ENSEMBLE_DIR"
+        raise UserError(f"{source} {folder}: a file; expected a folder, which is created if it does not exist")
     return None if folder == base else folder
 
 

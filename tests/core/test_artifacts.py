@@ -218,7 +218,8 @@ def test_digest_of_does_not_depend_on_the_order_of_keys():
 def test_a_record_of_another_form_is_damage(tmp_path, content, words):
     path = tmp_path / "record.json"
     path.write_text(content)
-    with pytest.raises(UserError, match=rf"record.json: damaged, {words}; expected a record of this project. Make it again"):
+    message = rf"record.json: damaged, {words}; expected a record of this project. Make it again"
+    with pytest.raises(UserError, match=message):
         artifacts.read_record(path, remedy="Make it again", form={"members": list})
 
 

@@ -86,7 +86,7 @@ def test_equal_images_in_two_splits_are_named_with_both_paths(workspace, config)
     result = discover.discover(config, workspace)
     assert f"the same image in two splits: train/2/{train[0].name} and val/2/zz_0.png" in result.text
     assert f"the same image in two splits: train/2/{train[0].name} and test/3/zz.png" in result.text
-    assert "3 more images stand in two splits" in result.text
+    assert "3 more images are in two splits" in result.text
 
 
 def test_equal_images_of_one_split_are_nobody_s_problem(workspace, config):

@@ -27,7 +27,7 @@ def test_out_of_fold_rows_that_are_those_of_train_are_refused_and_the_member_is_
         "bayes", "oof", lambda given: given | {"logits": np.where(np.arange(60)[:, None] < 3, planted, given["logits"])}
     )
     result = take_in(workspace, write(tmp_path / "given", stems=("oof", "val", "test", "train"), change=change))
-    assert "bayes: out-of-fold predictions refused: 3 of 60 rows that can tell are those of train.npz" in result.text
+    assert "bayes: out-of-fold predictions refused: 3 of 60 comparable rows equal those of train.npz" in result.text
     store = opened(workspace)
     bayes, forest = store.catalog.members["bayes"], store.catalog.members["forest"]
     assert bayes.oof is None

@@ -79,12 +79,12 @@ def test_rows_whose_class_nobody_knows_are_not_fitted_on_and_not_scored(tmp_path
     assert "evaluate: 5 of 30 row(s) of test are left out: no label" in caplog.text
 
 
-def test_ids_that_stand_in_two_splits_are_told_where_labels_are_equal(tmp_path, workspace):
+def test_ids_in_two_splits_with_equal_labels_are_a_warning(tmp_path, workspace):
     def repeated(name, stem, given):
         return given if stem != "test" else arrays("val", len(name)) | {"logits": given["logits"]}
 
     result = take_in(workspace, write(tmp_path / "given", change=repeated))
-    assert "30 ids stand in val and in test with equal labels, such as ant/2" in result.text
+    assert "30 ids are in val and in test with equal labels, such as ant/2" in result.text
 
 
 def test_one_member_and_one_class_are_told(tmp_path, workspace):
@@ -92,7 +92,9 @@ def test_one_member_and_one_class_are_told(tmp_path, workspace):
     result = take_in(workspace, write(tmp_path / "given", {"bayes": 1}, ("val", "test"), ants))
     assert "one member alone: an ensemble of it answers as it does" in result.text
     assert "bayes: all 10 rows of val.npz are of class ant" in result.text
-    with pytest.raises(UserError, match="all 10 honest rows that the members share are of class ant; nothing can be"):
+    with pytest.raises(
+        UserError, match="all 10 out-of-sample rows that the members share are of class ant; nothing can be"
+    ):
         build_commands.build_ensemble(CONFIG, workspace)
 
 

@@ -82,7 +82,7 @@ def test_class_order_is_matched_by_name(workspace, orchestrator):
     torch.save(record, path)
     done = orchestrator("pipeline", *DEMO, workspace=workspace)
     assert done.returncode == 0, done.stderr
-    assert "its classes stand in another order; they are matched by name" in done.stdout
+    assert "its classes are in another order; they are matched by name" in done.stdout
     after = np.load(workspace / "ensembles" / "predictions" / "CustomConvNeXt" / "test" / "logits.npy")
     np.testing.assert_allclose(after, before, atol=1e-5)
 

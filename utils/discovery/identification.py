@@ -1,6 +1,6 @@
-"""What files say of one trained network: its architecture, classes, accuracy, out-of-fold predictions; no network runs.
+"""Identification of one trained network by its files: architecture, classes, accuracy, out-of-fold predictions.
 
-Everything learned from a file is remembered by its digest, so that a second look reads nothing and needs no torch.
+No network is run. What a file holds is stored under its digest, so that a second scan neither reads it nor needs torch.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ logger = logging.getLogger("disease_pipeline")
 
 VERSION = 3  # raised whenever the same file would give other facts
 SNAPSHOT = re.compile(r"snapshot\d+")
-CYCLE = "cycle"  # what the base pipeline's checkpoints of cyclic training say of themselves
-LEAST_SIDE, MOST_SIDE = 8, 4096  # pixels of an image that a checkpoint may ask for
+CYCLE = "cycle"  # the stage that the base pipeline's checkpoints of cyclic training record
+LEAST_SIDE, MOST_SIDE = 8, 4096  # bounds of the image size in pixels that a checkpoint may record
 CLASSIFIERS = {"head", "heads", "head_dist", "fc", "classifier"}
 
 
@@ -44,20 +44,20 @@ class MemberCandidate:
     path: Path
     stage: str
     backbone: str
-    """Its architecture, where the file names none; whose records describe it."""
+    """The architecture, if the file names none; its records describe the candidate"""
     others: dict[str, Path] = field(default_factory=dict)
     """{stage: file} of the same training."""
     parents: tuple[str, ...] = ()
     is_derived: bool = False
     img_size: int | None = None
-    """Where the file says nothing; None: the settings'."""
+    """Image size if the file records none; None stands for BASE-BACK's setting"""
     remembered: Member | None = None
-    """What the last catalog said of a declared network."""
+    """The entry of a declared network in the last catalog"""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What every step of one discovery needs."""
+    """The inputs that all steps of one discovery share."""
 
     config: Config
     workspace: Workspace
@@ -71,7 +71,10 @@ class Scan:
 
 
 def identify(scan: Scan, candidate: MemberCandidate) -> tuple[Member, list[Problem]]:
-    """What files say of a candidate. Raises UserError for a checkpoint that is gone, refused or cannot be read."""
+    """The member that a candidate's files describe, and the problems with it.
+
+    Raises UserError for a checkpoint that is missing, refused or unreadable.
+    """
     workspace, digests = scan.workspace, scan.digests
     facts = _checkpoint_facts(candidate.path, digests)
     checkpoints = tuple(
@@ -91,11 +94,11 @@ def identify(scan: Scan, candidate: MemberCandidate) -> tuple[Member, list[Probl
             candidate.name,
             stage=candidate.stage,
             checkpoint=candidate.path,
-            own=facts["accuracy"],
+            checkpoint_accuracy=facts["accuracy"],
             siblings=siblings,
         )
     declared = candidate.backbone.startswith(TIMM)
-    identity = {
+    identity: dict[str, Any] = {
         "architecture": candidate.backbone if declared else facts["architecture"] or candidate.backbone,
         "size": facts["size"] or "full",
         "img_size": facts["img_size"] or candidate.img_size or int(base_back.settings().IMG_SIZE),
@@ -119,21 +122,21 @@ def identify(scan: Scan, candidate: MemberCandidate) -> tuple[Member, list[Probl
     )
     problems = list(recorded.problems) if recorded else []
     if not declared and not candidate.is_derived and member.architecture != candidate.backbone:
-        message = f"{candidate.path.name} holds {member.architecture}, by what it says of itself; that is what is built"
+        message = f"{candidate.path.name} holds {member.architecture}, as it records itself; that network is built"
         remedy = f"name the file after it, or put {candidate.backbone}'s own there"
         problems.append(Problem("architecture", "warning", member.name, message, remedy))
     problems += _class_problems(scan, member, facts)
     if member.img_size != scan.config.dataset.img_size:
         message = f"made for {member.img_size} px; dataset.img_size is {scan.config.dataset.img_size}"
         problems.append(Problem("image_size", "info", member.name, message, "its own size is used"))
-    oof, found = _oof(scan, member)
-    problems += found
+    oof, oof_problems = _oof(scan, member)
+    problems += oof_problems
     usable = not any(problem.severity == "error" for problem in problems)
     return replace(member, oof=oof, usable=usable), problems
 
 
 def _is_of_a_cycle(path: Path, digests: FileDigests) -> bool:
-    """Whether a snapshot comes from cyclic training, which begins anew and shares nothing with the backbone's own."""
+    """Whether a snapshot comes from cyclic training, which starts from new weights."""
     return _is_readable(path, digests) and _checkpoint_facts(path, digests)["stage"] == CYCLE
 
 
@@ -147,22 +150,23 @@ def _is_readable(path: Path, digests: FileDigests) -> bool:
 
 
 def _checkpoint_facts(path: Path, digests: FileDigests) -> dict[str, Any]:
-    """What a checkpoint says of itself, remembered by content; None where it says nothing."""
+    """What a checkpoint records of itself, cached by content; None stands for entries that it lacks."""
     try:
         digest = digests.of(path)
     except FileNotFoundError:
         raise UserError(f"{path}: the checkpoint is gone. Put it back, or declare another with --add") from None
-    known = digests.facts(digest)
-    if known is None or known.get("version") != VERSION:
+    facts = digests.facts(digest)
+    if facts is None or facts.get("version") != VERSION:
         record = checkpoints.read_checkpoint(path)
-        extra = record.get("extra") if isinstance(record.get("extra"), dict) else {}
-        known = {"version": VERSION, **_said(path, extra), "outputs": _outputs(checkpoints.state_dict_of(record))}
-        digests.keep(digest, known)
-    return known
+        extra = record.get("extra")
+        metadata = _metadata(path, extra if isinstance(extra, dict) else {})
+        facts = {"version": VERSION, **metadata, "outputs": _outputs(checkpoints.state_dict_of(record))}
+        digests.keep(digest, facts)
+    return facts
 
 
-def _said(path: Path, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """What the part `extra` says, which anybody may have written. Raises UserError for other kinds of value."""
+def _metadata(path: Path, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a checkpoint's `extra`, which may be of any origin. Raises UserError for other types of value."""
     kinds: dict[str, tuple[type, ...]] = {
         **dict.fromkeys(("backbone_name", "model_size", "stage"), (str,)),
         **dict.fromkeys(("final_accuracy", "accuracy"), (int, float)),
@@ -171,10 +175,11 @@ def _said(path: Path, extra: Mapping[str, Any]) -> dict[str, Any]:
     }
     for key, kind in kinds.items():
         value = extra.get(key)
-        # NumPy's numbers, which other pipelines save, are told by what they convert to.
-        plain = value.item() if hasattr(value, "item") and key not in ("classes", "parents") else value
+        # NumPy's scalars, which other pipelines save, count as the Python type that they convert to.
+        is_scalar = value is not None and hasattr(value, "item") and key not in ("classes", "parents")
+        plain = value.item() if is_scalar else value  # type: ignore[union-attr]  # `hasattr` does not narrow None
         if plain is not None and not isinstance(plain, kind):
-            expected = " or ".join(one.__name__ for one in kind)
+            expected = " or ".join(accepted.__name__ for accepted in kind)
             raise UserError(f"{path}: extra.{key} is {str(value)[:40]!r}; expected {expected}. {RETRAIN}")
     side = extra.get("img_size")
     if side is not None and not LEAST_SIDE <= int(side) <= MOST_SIDE:
@@ -192,21 +197,21 @@ def _said(path: Path, extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _outputs(weights: Mapping[str, Any]) -> int | None:
-    """How many logits a network has: the rows of the last matrix of its classifier."""
+    """Number of a network's logits: the rows of the last matrix of its classifier."""
     matrices = [name for name, value in weights.items() if name.endswith("weight") and getattr(value, "ndim", 0) == 2]
     last = [name for name in matrices if CLASSIFIERS & set(name.split("."))] or matrices
     return int(weights[last[-1]].shape[0]) if last else None
 
 
 def _class_problems(scan: Scan, member: Member, facts: Mapping[str, Any]) -> list[Problem]:
-    """Classes by the file, else by the folders, checked against folders, export record and width of the classifier."""
+    """Problems with the classes, compared with the class folders, the export's record and the classifier's width."""
     problems = []
     folders = scan.classes
     if set(member.classes) != set(folders):
         message = f"trained on the classes {', '.join(member.classes)}; the split has {', '.join(folders)}"
         problems.append(Problem("classes", "error", member.name, message, "train it on this split"))
     elif member.classes != folders:
-        message = "its classes stand in another order; they are matched by name"
+        message = "its classes are in another order; they are matched by name"
         problems.append(Problem("class_order", "warning", member.name, message, "nothing to do"))
     if facts["classes"] is None and facts["outputs"] is not None:
         outputs, count = facts["outputs"], len(folders)
@@ -221,20 +226,20 @@ def _class_problems(scan: Scan, member: Member, facts: Mapping[str, Any]) -> lis
     if mapping is not None and mapping[: len(member.classes)] != member.classes:
         file = scan.workspace.relative(scan.workspace.class_mapping(member.name))
         message = f"{file} names the outputs {', '.join(mapping)}; they are taken to be {', '.join(member.classes)}"
-        remedy = "discover --verify measures which is true"
+        remedy = "discover --verify measures which order is right"
         problems.append(Problem("class_mapping", "warning", member.name, message, remedy))
     return problems
 
 
 def _oof(scan: Scan, member: Member) -> tuple[dict[str, Any] | None, list[Problem]]:
-    """Facts of a member's out-of-fold predictions, and what is wrong with them or their absence."""
+    """A member's out-of-fold predictions as the catalog lists them, and the problems with them or their absence."""
     name, train = member.name, scan.splits["train"]
     path = scan.workspace.base_oof(name)
-    again = kfold_remedy(scan.workspace, member)
+    remedy_again = kfold_remedy(scan.workspace, member)
     if not path.is_file():
         if member.source == "derived":
             return None, []
-        remedy = f"{again}, or exclude it from stacking: backbones.exclude"
+        remedy = f"{remedy_again}, or exclude it from stacking: backbones.exclude"
         if not member.architecture.startswith(TIMM):
             command = kfold_command(scan.workspace, [name])
             remedy = f"Retrain with ENABLE_KFOLD_CV=True ({command}), or exclude it from stacking: backbones.exclude"
@@ -246,31 +251,31 @@ def _oof(scan: Scan, member: Member) -> tuple[dict[str, Any] | None, list[Proble
         facts = _oof_facts(path, name, train, scan.classes)
         scan.digests.keep(key, facts)
     if "refused" in facts:
-        return None, [Problem("oof_refused", "warning", name, facts["refused"], again)]
+        return None, [Problem("oof_refused", "warning", name, facts["refused"], remedy_again)]
     problems = []
-    total, rows, twins = len(train.sample_ids), facts["rows"], facts["twins"]
+    total, rows, duplicates = len(train.sample_ids), facts["rows"], facts["twins"]
     if rows != total:
         message = f"out-of-fold predictions for {rows} of {total} train images; {total - rows} rows are missing"
-        problems.append(Problem("oof_rows", "warning", name, message, again))
-    if twins:
-        message = f"{len(twins)} out-of-fold rows have an equal image in another fold, first {twins[0]}"
-        problems.append(Problem("oof_twins", "warning", name, message, again))
+        problems.append(Problem("oof_rows", "warning", name, message, remedy_again))
+    if duplicates:
+        message = f"{len(duplicates)} out-of-fold rows have an equal image in another fold, first {duplicates[0]}"
+        problems.append(Problem("oof_twins", "warning", name, message, remedy_again))
     if facts["kind"] == "half-precision probabilities":
         message = "its out-of-fold probabilities have half precision, as training on CUDA gives them"
         problems.append(Problem("half_precision", "info", name, message, "run K-fold again for exact ones"))
-    kept = ("rows", "folds", "accuracy")
-    return {"path": scan.workspace.relative(path), "sha256": digest} | {key: facts[key] for key in kept}, problems
+    listed = {key: facts[key] for key in ("rows", "folds", "accuracy")}
+    return {"path": scan.workspace.relative(path), "sha256": digest} | listed, problems
 
 
 def _oof_facts(path: Path, name: str, train: ImageSplit, classes: tuple[str, ...]) -> dict[str, Any]:
     try:
-        found = out_of_fold.read(path, name, train, classes, remedy=inspection.NOT_USED)
+        oof = out_of_fold.read(path, name, train, classes, remedy=inspection.NOT_USED)
     except UserError as error:
         return {"refused": str(error)}
     return {
-        "rows": len(found.labels),
-        "folds": len(np.unique(found.fold)),
-        "accuracy": found.accuracy,
-        "kind": found.kind,
-        "twins": out_of_fold.duplicates_across_folds(found, train),
+        "rows": len(oof.labels),
+        "folds": len(np.unique(oof.fold)),
+        "accuracy": oof.accuracy,
+        "kind": oof.kind,
+        "twins": out_of_fold.duplicates_across_folds(oof, train),
     }

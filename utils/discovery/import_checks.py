@@ -1,10 +1,11 @@
-"""Imported members judged: are out-of-fold predictions honest, do columns stand in their order, what is the content?"""
+"""Checks of imported members: origin of out-of-fold predictions, order of the columns, digest of the content."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -16,27 +17,27 @@ from utils.predictions import inspection, out_of_fold
 from utils.predictions.catalog import IMPORTED, Member, Problem
 from utils.predictions.rows import MemberRows
 
-COARSE_SHARE = 0.5  # of equal rows, where a model knows few different answers
+COARSE_FRACTION = 0.5  # of equal rows, for a model with few distinct outputs
 COARSEST_LAST = ("logits", "probabilities", "half-precision probabilities")
 
 
 @dataclass(frozen=True)
 class CheckedMember:
-    """A member that may join, and what is stored of it."""
+    """A member that may be imported, and what is stored for it."""
 
     member: Member
     parts: dict[str, ImportedPart]
-    """{oof, val, test, train: what is kept of the file}"""
+    """{oof, val, test, train: the rows of the file that are used}"""
     problems: tuple[Problem, ...]
 
 
 def check_member(name: str, parts: Mapping[str, ImportedPart], oof_path: str) -> CheckedMember:
-    """A member as the catalog lists it, after its predictions were held against each other and against its labels.
+    """A member as the catalog lists it, after its predictions were compared with each other and with its labels.
 
-    Out-of-fold predictions that are those of `train` are refused; the member is then used without them. Raises
-    UserError where nothing honest is left, or the columns stand in another order than is said.
+    Out-of-fold predictions that equal those of `train` are refused, and the member is used without them. Raises
+    UserError if no out-of-sample rows are left, or the columns are in another order than recorded.
     """
-    kept: dict[str, ImportedPart] = dict(parts)
+    used: dict[str, ImportedPart] = dict(parts)
     problems: list[Problem] = []
     member = Member(
         name=name,
@@ -60,28 +61,30 @@ def check_member(name: str, parts: Mapping[str, ImportedPart], oof_path: str) ->
         for problem in inspection.measured_problems(member.classes, member, measured):
             raise UserError(f"member {name}: {problem.message}. Write `classes` in the order of its columns")
     if "oof" in parts and "train" in parts:
-        equal, told = count_copied_rows(parts["oof"], parts["train"])
-        if equal > equal_rows_limit(parts["train"]) * told:
-            message = f"out-of-fold predictions refused: {equal} of {told} rows that can tell are those of train.npz"
+        equal, comparable = count_copied_rows(parts["oof"], parts["train"])
+        if equal > equal_rows_limit(parts["train"]) * comparable:
+            message = (
+                f"out-of-fold predictions refused: {equal} of {comparable} comparable rows equal those of train.npz"
+            )
             remedy = "write what cross-validation predicts into oof.npz"
-            if "val" not in kept:
+            if "val" not in used:
                 raise UserError(f"member {name}: {message}, and there is no val.npz; {remedy}")
             problems.append(Problem("oof_in_sample", "warning", name, message, f"it is used without them; {remedy}"))
-            del kept["oof"]
-    oof = None
-    if "oof" in kept:
-        rows, fold = kept["oof"].rows, kept["oof"].fold
+            del used["oof"]
+    oof: dict[str, Any] | None = None
+    if "oof" in used and used["oof"].fold is not None:
+        rows, fold = used["oof"].rows, used["oof"].fold
         oof = {
             "path": oof_path,
             "rows": len(rows.labels),
             "folds": len(np.unique(fold)),
             "accuracy": float((rows.logits.argmax(axis=1) == rows.labels).mean()),
-            "sha256": _content_digest({"oof": kept["oof"]}),
+            "sha256": _content_digest({"oof": used["oof"]}),
         }
     member = replace(member, oof=oof, recorded_accuracy=None if measured is None else measured["accuracy"])
     if oof is not None and measured is not None:
         problems += inspection.oof_accuracy_problems(member, oof["accuracy"], measured, remedy="Make oof.npz again")
-    return CheckedMember(member, kept, tuple(problems))
+    return CheckedMember(member, used, tuple(problems))
 
 
 def _single_class(name: str, val: MemberRows) -> list[Problem]:
@@ -93,11 +96,11 @@ def _single_class(name: str, val: MemberRows) -> list[Problem]:
 
 
 def count_copied_rows(oof: ImportedPart, train: ImportedPart) -> tuple[int, int]:
-    """How many out-of-fold rows are what the full model answers, and of how many that can be told."""
-    ids, places, own = np.intersect1d(oof.rows.sample_ids, train.rows.sample_ids, return_indices=True)
+    """How many out-of-fold rows equal the full model's outputs, and how many rows can be compared."""
+    ids, oof_rows, train_rows = np.intersect1d(oof.rows.sample_ids, train.rows.sample_ids, return_indices=True)
     if not len(ids):
         return 0, 0
-    stored, full = oof.rows.logits[places], train.rows.logits[own]
+    stored, full = oof.rows.logits[oof_rows], train.rows.logits[train_rows]
     kind = max(oof.kind, train.kind, key=COARSEST_LAST.index)
     if kind != "logits":
         stored = log_softmax(stored)
@@ -105,16 +108,16 @@ def count_copied_rows(oof: ImportedPart, train: ImportedPart) -> tuple[int, int]
 
 
 def equal_rows_limit(train: ImportedPart) -> float:
-    """Share of equal rows that an honest model may have.
+    """Fraction of equal rows above which out-of-fold predictions count as in-sample.
 
-    Nearest neighbours and small forests know few different numbers, fewer than there are rows, and meet them again.
+    It is larger for models with fewer distinct outputs than rows, such as nearest neighbours and small forests.
     """
     few = np.unique(train.rows.logits).size < len(train.rows.labels)
-    return COARSE_SHARE if few else out_of_fold.SAME_NETWORK_FRACTION
+    return COARSE_FRACTION if few else out_of_fold.SAME_NETWORK_FRACTION
 
 
 def _content_digest(parts: Mapping[str, ImportedPart]) -> str:
-    """SHA-256 of what is stored, whatever the order of rows and columns in the files was."""
+    """SHA-256 of what is stored; it does not depend on the order of rows and columns in the files."""
     digest = hashlib.sha256()
     for stem, part in sorted(parts.items()):
         digest.update(digest_of([stem, list(part.rows.classes), part.rows.sample_ids.tolist()]).encode())

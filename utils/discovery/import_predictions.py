@@ -1,4 +1,4 @@
-"""`import-predictions`: members known by their predictions alone join the workspace; the catalog comes last."""
+"""`import-predictions`: add members without a network, by their predictions; the catalog is written last."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ UP_TO_DATE, REPLACED, NEW = "up to date", "replaced", "imported"
 
 @dataclass(frozen=True)
 class ImportContext:
-    """What arriving members are matched with."""
+    """What imported files are matched with."""
 
     images: dict[str, ImageSplit] | None
-    """By split; None where imported members alone say which samples there are."""
+    """{split: images}; None if the samples come from imported members alone"""
     staying: Catalog | None
-    """The catalog less the members that arrive anew; None where there is none."""
+    """The catalog without the members that are imported now; None if there is none"""
     held: dict[str, dict[str, list[MemberRows]]]
-    """{split: {member: rows}} of imported members that stay; empty where there are images."""
+    """{split: {member: rows}} of other imported members; empty if there are images"""
 
 
 def import_predictions(config: Config, workspace: Workspace, *, folder: str, force: bool = False) -> Result:
-    """Read `folder/<member>/{oof,val,test,train}.npz`, check them together and take the members in: all or none.
+    """Read `folder/<member>/{oof,val,test,train}.npz`, check them together and import all members or none.
 
     With images, rows are those of the splits and labels those of the class folders; without, both come from the files.
-    Members of the same content stay as they are, unless `force`; others of the same name are replaced. Everything is
-    held in memory at once, as in `build-ensemble`. Raises UserError for whatever does not fit.
+    A member with the same content is left as it is, unless `force`; another one of the same name is replaced. All rows
+    are in memory at once, as in `build-ensemble`. Raises UserError for invalid files.
     """
     source = Path(folder).expanduser().absolute()
     given = imported_members.read_folder(source)
@@ -67,11 +67,11 @@ def import_predictions(config: Config, workspace: Workspace, *, folder: str, for
     return _result(workspace, listed, arrivals, states)
 
 
-# what is there ------------------------------------------------------------------------------------------------------
+# the workspace ------------------------------------------------------------------------------------------------------
 
 
 def _earlier(workspace: Workspace) -> Catalog | None:
-    """The catalog on disk. A damaged one counts for nothing where no images can restore it, and this is said."""
+    """The catalog on disk; None, with a warning, for a damaged one that no images can restore."""
     if not workspace.catalog.is_file():
         return None
     try:
@@ -84,17 +84,17 @@ def _earlier(workspace: Workspace) -> Catalog | None:
 
 
 def _require_free_names(workspace: Workspace, earlier: Catalog | None, names: Sequence[str]) -> None:
-    """Raise UserError for names that new members may not have, and for those of imported ones that others have too."""
-    kept = earlier.imported() if earlier is not None else {}
+    """Raise UserError for names that new members may not have, and for existing ones that others have as well."""
+    imported = earlier.imported() if earlier is not None else {}
     others = earlier.members.values() if earlier is not None else ()
     taken = dict.fromkeys(catalog.checkpoint_files(workspace), "a network")
-    taken |= member_names.taken_names(one for one in others if one.name not in kept)
+    taken |= member_names.taken_names(member for member in others if member.name not in imported)
     taken |= {path.name: "an ensemble" for path in workspace.models.glob("*")}
 
     def check(name: str) -> None:
-        if name not in kept:
-            beside = dict.fromkeys((other for other in names if other != name), "another folder")
-            all_taken = taken | member_names.taken_names(kept.values()) | beside
+        if name not in imported:
+            folders = dict.fromkeys((other for other in names if other != name), "another folder")
+            all_taken = taken | member_names.taken_names(imported.values()) | folders
             member_names.require_new(name, all_taken, where=f"member {name!r}", remedy="Rename the folder")
         elif name in taken:
             raise UserError(f"member {name}: {taken[name]} of this workspace has that name. Rename the folder")
@@ -122,13 +122,13 @@ def _ground(config: Config, workspace: Workspace, earlier: Catalog | None, arriv
     return ImportContext(None, staying, {split: held(split) for split in SPLITS})
 
 
-# what arrives -------------------------------------------------------------------------------------------------------
+# the files -------------------------------------------------------------------------------------------------------
 
 
 def _matched(
     workspace: Workspace, ground: ImportContext, given: Mapping[str, Mapping[str, Predictions]]
 ) -> tuple[dict[str, CheckedMember], Catalog]:
-    """The members in the workspace's terms, judged, and a catalog of them and of what else but imported ones stays."""
+    """The imported members, matched and checked, and a catalog of them and of the members that are not imported."""
     images, staying = ground.images, ground.staying
     known = staying.classes if staying and staying.members else None
     known = images["train"].classes if images else known
@@ -163,7 +163,7 @@ def _matched(
 def _splits_of_rows(
     ground: ImportContext, classes: tuple[str, ...], parts: Mapping[str, Mapping[str, ImportedPart]]
 ) -> tuple[dict[str, dict[str, Any]], list[Problem]]:
-    """The splits as the rows of all imported members make them, and what members do not share."""
+    """The splits by the rows of all imported members, and the problems with rows that are not shared."""
     held = {split: _rows(ground, parts, split) for split in SPLITS}
     for split in SPLITS:
         imported_members.require_rows_in_common(split, held[split])
@@ -175,14 +175,14 @@ def _splits_of_rows(
 def _rows(
     ground: ImportContext, parts: Mapping[str, Mapping[str, ImportedPart]], split: str
 ) -> dict[str, list[MemberRows]]:
-    """{member: its rows of a split}, of members that stay and of those that arrive."""
+    """{member: its rows of a split}, of existing and new members."""
     arriving = {
         name: [part.rows for stem, part in files.items() if SPLIT_OF[stem] == split] for name, files in parts.items()
     }
     return ground.held[split] | arriving
 
 
-# what is written ----------------------------------------------------------------------------------------------------
+# writing ----------------------------------------------------------------------------------------------------
 
 
 def _state(store: Store, earlier: Catalog | None, arrival: CheckedMember, *, force: bool) -> str:
@@ -196,7 +196,7 @@ def _state(store: Store, earlier: Catalog | None, arrival: CheckedMember, *, for
 
 
 def _save_without(config: Config, workspace: Workspace, ground: ImportContext) -> None:
-    """The catalog without what is about to be replaced, so that a kill leaves none that lists half-written members."""
+    """Write the catalog without the members to replace, so that it never lists a member that is half written."""
     staying = ground.staying
     if staying is None or not staying.members:
         workspace.catalog.unlink()
@@ -212,8 +212,9 @@ def _store(store: Store, arrival: CheckedMember) -> None:
     for stem, part in arrival.parts.items():
         if stem == "oof" and member.oof is not None:
             rows = part.rows
-            arrays = {"logits": rows.logits, "labels": rows.labels, "sample_ids": rows.sample_ids, "fold": part.fold}
-            arrays |= {} if part.embeddings is None else {"embeddings": part.embeddings}
+            arrays = {"logits": rows.logits, "labels": rows.labels, "sample_ids": rows.sample_ids}
+            optional = {"fold": part.fold, "embeddings": part.embeddings}
+            arrays |= {key: array for key, array in optional.items() if array is not None}
             store.write_imported_oof(member.name, member.oof, arrays)
         else:
             store.write_imported(member, part.rows, part.embeddings)

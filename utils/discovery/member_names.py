@@ -1,7 +1,7 @@
-"""The rule for new members' names: one place for import, declaration and renaming. Members of before stay readable.
+"""The rule for names of new members, for import, declaration and renaming; existing members remain readable.
 
-A member shares the ranking, the scores and `--model-name` with ensembles and with what is made of other members, so a
-name that a method may take is reserved; both kinds are derived from the tables of methods.
+Members share the ranking, the scores and `--model-name` with ensembles and derived members, so names that a method may
+use are reserved; they are collected from the registries of methods.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ SUFFIXES = (
     *(".npz", ".npy", ".pth", ".pt", ".pt2", ".ckpt", ".bin", ".safetensors", ".json", ".jsonl", ".csv", ".yaml"),
     *(".onnx", ".tflite", ".engine", ".md", ".tex", ".html", ".png", ".log", ".lock", ".partial", ".previous"),
 )
-"""Of files that this project reads or writes: a folder or a file of a member must not look like one."""
+"""Suffixes of files that this project reads or writes, with which no member's name may end."""
 FOLDERS = ("members",)
-"""Beside ensembles' folders in `metrics_output/ensembles`."""
+"""Folders next to those of ensembles in `metrics_output/ensembles`."""
 _METHODS = {
     *ensemble_methods.COMBINERS,
     *pruning.COMBINERS,
@@ -37,18 +37,18 @@ _FAMILIES = {
     *(name.partition("_")[0] for name in fusion_methods.COMBINERS),
     *ensemble_methods.SAVED_AS,
 }
-"""How names begin that end in a learner, a way of pruning, a backbone or a student."""
+"""Prefixes of names that end with a learner, a pruning strategy, a backbone or a student."""
 RESERVED = re.compile(
     rf"(?:{'|'.join(sorted(_METHODS))})(?:_ensemble)?|(?:{'|'.join(sorted(_FAMILIES))})(?:_.*)?|.+_(?:{DERIVED})"
     rf"|{'|'.join(FOLDERS)}",
     re.IGNORECASE | re.DOTALL,
 )
 PROBLEM = "member_name"
-"""Code of what discovery says of a member that has broken the rule since before there was one."""
+"""Code of the problem of an existing member whose name does not follow the rule."""
 
 
 def invalid_reason(name: str) -> str | None:
-    """What is wrong with a name, whoever else has it; None where nothing is."""
+    """Why a name is invalid, apart from being taken; None if it is valid."""
     if RESERVED.fullmatch(name):
         return "the name is reserved for ensembles and for what is made of other members"
     if not FORM.fullmatch(name):
@@ -60,12 +60,12 @@ def invalid_reason(name: str) -> str | None:
 def require_new(name: str, taken: Mapping[str, str], *, where: str, remedy: str) -> None:
     """Raise UserError for a name that no new member may have.
 
-    `taken` {name: what has it}, compared without regard to case, since a file system may know no difference. `where`
-    begins the message, and `remedy` ends it.
+    `taken` {name: what has it} is compared regardless of case, since a file system may not distinguish it. The message
+    begins with `where` and ends with `remedy`.
     """
     reason = invalid_reason(name)
     if reason is None:
-        equal = next((other for other in taken if other.casefold() == name.casefold()), None)
+        equal = next((existing for existing in taken if existing.casefold() == name.casefold()), None)
         if equal is None:
             return
         reason = f"{taken[equal]} of this workspace has that name"
@@ -75,17 +75,17 @@ def require_new(name: str, taken: Mapping[str, str], *, where: str, remedy: str)
 
 def taken_names(members: Iterable[Member]) -> dict[str, str]:
     """{name: what has it} of members."""
-    return {one.name: "an imported member" if one.source == IMPORTED else "a network" for one in members}
+    return {member.name: "an imported member" if member.source == IMPORTED else "a network" for member in members}
 
 
-def name_problems(found: Catalog) -> list[Problem]:
-    """A warning on each member of the catalog whose name would be refused today."""
-    told = []
-    for name, member in sorted(found.members.items()):
-        given = member.source == IMPORTED or member.architecture.startswith(TIMM)
-        reason = invalid_reason(name) if given or RESERVED.fullmatch(name) else None
+def name_problems(catalog: Catalog) -> list[Problem]:
+    """A warning for each member of the catalog whose name a new member could not have."""
+    problems = []
+    for name, member in sorted(catalog.members.items()):
+        is_user_named = member.source == IMPORTED or member.architecture.startswith(TIMM)
+        reason = invalid_reason(name) if is_user_named or RESERVED.fullmatch(name) else None
         if reason is not None and member.source != "derived":
             command = f"rename it: {shlex.join(['discover', '--rename', f'{name}=NEW'])}"
-            remedy = command if given else "rename its checkpoints, then run discover"
-            told.append(Problem(PROBLEM, "warning", name, f"the name breaks the rule: {reason}", remedy))
-    return told
+            remedy = command if is_user_named else "rename its checkpoints, then run discover"
+            problems.append(Problem(PROBLEM, "warning", name, f"the name breaks the rule: {reason}", remedy))
+    return problems

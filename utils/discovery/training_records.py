@@ -1,4 +1,4 @@
-"""What the base pipeline wrote down about a backbone, and where that misleads."""
+"""The base pipeline's training records of a backbone, and the problems with them."""
 
 from __future__ import annotations
 
@@ -11,44 +11,50 @@ from utils.core.artifacts import read_json
 from utils.core.workspace import Workspace
 from utils.predictions.catalog import Problem
 
-DIFFERS = 0.005  # accuracies further apart than half a point are not the same figure
-SLACK_S = 60.0  # a record written this much before its checkpoint belongs to an earlier training
+DIFFERS = 0.005  # accuracies that differ by more than half a point are different figures
+SLACK_S = 60.0  # a record that is older than its checkpoint by more seconds belongs to an earlier training
 AGAIN = "Train the backbone again, or remove the file"
 
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """The figures of one backbone; None where nothing is recorded."""
+    """The recorded figures of one backbone; None where nothing is recorded."""
 
     path: Path | None
-    """The metrics file, where there is one."""
+    """The metrics file, if there is one"""
     accuracy: float | None
-    """On val, of the file that is the member."""
+    """On val, of the checkpoint that is the member"""
     test_accuracy: float | None
     exports: tuple[str, ...]
     problems: tuple[Problem, ...]
 
 
 def read(
-    workspace: Workspace, backbone: str, *, stage: str, checkpoint: Path, own: float | None, siblings: Mapping[str, Any]
+    workspace: Workspace,
+    backbone: str,
+    *,
+    stage: str,
+    checkpoint: Path,
+    checkpoint_accuracy: float | None,
+    siblings: Mapping[str, Any],
 ) -> TrainingRecord:
-    """What is recorded for `checkpoint`, which is the backbone's `stage`.
+    """The records of `checkpoint`, which is the backbone's `stage`.
 
-    `own` is the accuracy that the checkpoint itself holds, `siblings` those of the backbone's other stages by name.
-    Of the metrics file only `final_accuracy` describes `final`; `best_accuracy` may belong to an epoch that no file
-    holds. Raises UserError for a damaged record.
+    `checkpoint_accuracy` is recorded in the checkpoint, `siblings` {stage: accuracy} in those of the backbone's other
+    stages. In the metrics file only `final_accuracy` describes `final`; `best_accuracy` may belong to an epoch without
+    a checkpoint. Raises UserError for a damaged record.
     """
     path = workspace.training_metrics(backbone)
     metrics = read_json(path, remedy=AGAIN)
     metrics = metrics if isinstance(metrics, dict) else None
     problems: list[Problem] = []
-    accuracy = own
+    accuracy = checkpoint_accuracy
     if metrics is None:
         message = f"no {path.name}, so what was measured in training is unknown"
         problems.append(Problem("no_metrics", "info", backbone, message, "nothing to do"))
     elif stage == "final":
         written = _number(metrics.get("final_accuracy"))
-        stale = _stale(path, checkpoint, written, own)
+        stale = _stale(path, checkpoint, written, checkpoint_accuracy)
         if stale is not None:
             problems.append(Problem("stale_metrics", "warning", backbone, stale, "discover --verify measures it"))
         else:
@@ -72,15 +78,18 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _stale(path: Path, checkpoint: Path, written: float | None, own: float | None) -> str | None:
-    """Why the metrics file does not describe the checkpoint; None when it does, as far as can be told.
+def _stale(path: Path, checkpoint: Path, written: float | None, checkpoint_accuracy: float | None) -> str | None:
+    """Why the metrics file does not describe the checkpoint; None if it does, or nothing contradicts it.
 
-    The checkpoint's own word decides. Times of files, which a copy may change, count only where it is silent.
+    The accuracy in the checkpoint decides; modification times, which a copy may change, are compared only without it.
     """
-    if own is not None and written is not None:
-        if abs(own - written) <= DIFFERS:
+    if checkpoint_accuracy is not None and written is not None:
+        if abs(checkpoint_accuracy - written) <= DIFFERS:
             return None
-        return f"{path.name} has the accuracy {written:.4f}, {checkpoint.name} itself {own:.4f}; the file's own counts"
+        return (
+            f"{path.name} has the accuracy {written:.4f}, {checkpoint.name} itself {checkpoint_accuracy:.4f}; "
+            "the file's own counts"
+        )
     older = checkpoint.stat().st_mtime - path.stat().st_mtime
     if older <= SLACK_S:
         return None
@@ -93,7 +102,7 @@ def _best_not_kept(
     best = _number(metrics.get("best_accuracy"))
     if best is None or accuracy is None or abs(best - accuracy) <= DIFFERS:
         return None
-    holders = [stage for stage, found in siblings.items() if found is not None and abs(found - best) < 1e-6]
+    holders = [stage for stage, value in siblings.items() if value is not None and abs(value - best) < 1e-6]
     where = (
         f"{best:.4f} is that of {checkpoint.name.replace('_final', '_' + holders[0])}"
         if holders
@@ -103,19 +112,20 @@ def _best_not_kept(
 
 
 def _test_accuracy(workspace: Workspace, backbone: str, metrics: Mapping[str, Any]) -> float | None:
-    """From the metrics file where it has it, else the summary of the last run, else the recovery state."""
+    """From the metrics file, else the summary of the last run, else the recovery state."""
     summary = read_json(workspace.pipeline_summary, remedy=AGAIN) or {}
     state = read_json(workspace.recovery_state, remedy=AGAIN) or {}
-    places = (
+    records = (
         metrics,
         _inner(summary, "training_results", backbone, "final_metrics"),
         _inner(state, "results", backbone, "metrics"),
     )
-    return next((found for place in places if (found := _number(place.get("test_accuracy"))) is not None), None)
+    accuracies = (_number(record.get("test_accuracy")) for record in records)
+    return next((accuracy for accuracy in accuracies if accuracy is not None), None)
 
 
 def _inner(record: Any, *keys: str) -> dict[str, Any]:
-    """The dictionary below `keys`; an empty one where the record has another shape."""
+    """The dictionary below `keys`, or an empty one if the record has another structure."""
     for key in keys:
         record = record.get(key) if isinstance(record, dict) else None
     return record if isinstance(record, dict) else {}
@@ -128,7 +138,7 @@ def _exports(workspace: Workspace, backbone: str) -> tuple[str, ...]:
 
 
 def kfold_over_all_images(workspace: Workspace, backbone: str) -> Problem | None:
-    """A K-fold record without predictions: it was made over the raw folder, val and test images included."""
+    """The problem of a K-fold record without predictions: it covers the raw folder, with val and test images."""
     path = workspace.kfold_results(backbone)
     record = read_json(path, remedy=AGAIN)
     if not isinstance(record, dict) or "oof_file" in record or "split_digest" in record:
@@ -143,7 +153,7 @@ def kfold_over_all_images(workspace: Workspace, backbone: str) -> Problem | None
 
 
 def class_mapping(workspace: Workspace, backbone: str) -> tuple[str, ...] | None:
-    """Class names in the order of the outputs as an export recorded them; None without record or real names."""
+    """Class names in the order of the outputs, from an export's record; None without a record or with placeholders."""
     record = read_json(workspace.class_mapping(backbone), remedy="Export again")
     if not isinstance(record, dict) or not all(str(key).isdigit() for key in record):
         return None

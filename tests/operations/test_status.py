@@ -111,7 +111,7 @@ def edited(paths: list[Path]) -> None:
         (lambda w: edited(images(w)[:1]), "val/0/{first} has changed"),
         (lambda w: edited(images(w)), "28 images of val have changed, first 0/{first}"),
         (lambda w: [path.unlink() or touched(path.parent, -10) for path in images(w)[:7]], "val/0: the class folder"),
-        (lambda w: of_other_code(w), "the code of BASE-BACK is another"),
+        (lambda w: of_other_code(w), "the code of BASE-BACK has changed"),
     ],
     ids=["changed", "gone", "oof", "new member", "new role", "images", "edited", "all edited", "empty class", "code"],
 )
@@ -252,7 +252,7 @@ def test_a_reader_is_not_blocked_and_sees_who_writes(own_copy):
 def test_a_dead_writer_is_shown_as_such(workspace):
     owner = locks.this_process("stack")
     workspace.lock.write_text(json.dumps(vars(owner) | {"started": 1}))
-    assert "runs no more" in status(workspace).text
+    assert "no longer running" in status(workspace).text
     workspace.lock.write_text("{")
     assert "damaged" in status(workspace).text
 

@@ -105,32 +105,32 @@ def _requested(session: Session, states: dict[str, State]) -> dict[str, tuple[st
     return requested
 
 
-def _since_discovery(workspace: Workspace, found: Catalog, digests: FileDigests) -> list[str]:
+def _since_discovery(workspace: Workspace, content: Catalog, digests: FileDigests) -> list[str]:
     """What has changed since the catalog was written, by sizes and times alone; no checkpoint is read."""
     written = workspace.catalog.stat().st_mtime
     reasons = []
-    for member in found.members.values():
-        places = [entry["path"] for entry in member.checkpoints] + ([member.oof["path"]] if member.oof else [])
-        for place in places:
-            path = workspace.base / place
+    for member in content.members.values():
+        files = [entry["path"] for entry in member.checkpoints] + ([member.oof["path"]] if member.oof else [])
+        for file in files:
+            path = workspace.base / file
             if not path.exists():
-                reasons.append(f"{place} is gone")
+                reasons.append(f"{file} is gone")
             elif not _is_unchanged(path, digests, written):
-                reasons.append(f"{place} has changed")
-    reasons += [f"{path.name} is new" for path in _unlisted(workspace, found, written)]
-    if not found.has_images and workspace.has_images:
+                reasons.append(f"{file} has changed")
+    reasons += [f"{path.name} is new" for path in _unlisted(workspace, content, written)]
+    if not content.has_images and workspace.has_images:
         reasons.append("there are images now")
-    for split in SPLITS if found.has_images else ():
+    for split in SPLITS if content.has_images else ():
         folder = workspace.split_dir / split
-        places = [folder, *(path for path in folder.iterdir() if path.is_dir())] if folder.is_dir() else []
-        if not places:
+        folders = [folder, *(path for path in folder.iterdir() if path.is_dir())] if folder.is_dir() else []
+        if not folders:
             reasons.append(f"{folder} is gone")
-        elif any(path.stat().st_mtime > written for path in places):
+        elif any(path.stat().st_mtime > written for path in folders):
             reasons.append(f"images of {split} were added or removed")
         else:
             reasons += _edited(folder, digests, written)
-    if base_back.source_digest(base_back.locate()) != found.base_back["digest"]:
-        reasons.append("the code of BASE-BACK is another")
+    if base_back.source_digest(base_back.locate()) != content.base_back["digest"]:
+        reasons.append("the code of BASE-BACK has changed")
     return reasons
 
 
@@ -147,15 +147,15 @@ def _edited(folder: Path, digests: FileDigests, written: float) -> list[str]:
 
 
 def _is_unchanged(path: Path, digests: FileDigests, written: float) -> bool:
-    known = digests.is_unchanged(path)
-    return path.stat().st_mtime <= written if known is None else known
+    is_unchanged = digests.is_unchanged(path)
+    return path.stat().st_mtime <= written if is_unchanged is None else is_unchanged
 
 
-def _unlisted(workspace: Workspace, found: Catalog, written: float) -> list[Path]:
+def _unlisted(workspace: Workspace, content: Catalog, written: float) -> list[Path]:
     """Checkpoints that came after the last discovery; also copies that kept their time of change."""
     if not workspace.checkpoints.is_dir():
         return []
-    listed = {workspace.base / entry["path"] for member in found.members.values() for entry in member.checkpoints}
+    listed = {workspace.base / entry["path"] for member in content.members.values() for entry in member.checkpoints}
     named = {path for path in workspace.checkpoints.iterdir() if catalog.CHECKPOINT_NAME.fullmatch(path.name)}
     statuses = {path: path.stat() for path in sorted(named - listed) if path.is_file()}
     return [path for path, status in statuses.items() if max(status.st_mtime, status.st_ctime) > written]

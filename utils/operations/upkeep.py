@@ -1,4 +1,4 @@
-"""`status` and `clean`: what there is and what to do next; what may be removed, and its removal."""
+"""The commands `status` (what there is, what to do next) and `clean` (what may be removed, and its removal)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from utils.predictions.catalog import MADE
 
 MOST_REASONS = 5
 UNFINISHED = re.compile(rf"\..+_(?:{MADE})\.[a-z0-9_]{{8}}\.partial\.pth")
-"""Checkpoints of ours under temporary names, in a folder where the base pipeline may be writing its own."""
+"""Our checkpoints under temporary names, in a folder where the base pipeline may be writing too."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Group:
 
 def status(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
     """What is built, what is stale and why, what takes room and what to type next. Writes nothing (`force` neither)."""
-    found = inventory.take(config, workspace)
+    listing = inventory.take(config, workspace)
     sizes = {
         "decoded_images": sum(item.size for item in caches.image_packs(workspace.image_cache)),
         "predictions": caches.total_size(workspace.all_predictions) + caches.total_size(workspace.all_oof),
@@ -54,38 +54,38 @@ def status(config: Config, workspace: Workspace, *, force: bool = False) -> Resu
         "temporary": sum(item.size for item in _temporary(workspace)),
     }
     writer, locked = _writer(workspace)
-    following = _next_command(found)
-    imported = found.content is not None and bool(found.content.imported())
+    following = _next_command(listing)
+    imported = listing.content is not None and bool(listing.content.imported())
     base_command = _base_command(workspace) if following == "discover" and not imported else None
     text = [
         f"workspace    {workspace.base}{f'; ours in {workspace.output}' if workspace.output else ''}",
         *([f"writing      {locked}"] if locked else []),
-        f"catalog      {_catalog_words(found)}",
-        *_prediction_lines(found),
-        *_lines("ensembles", [f"{name}  {state}" for name, state in found.ensembles.items()] or ["none"]),
-        *([f"evaluation   {found.evaluation}"] if found.content else []),
+        f"catalog      {_catalog_words(listing)}",
+        *_prediction_lines(listing),
+        *_lines("ensembles", [f"{name}  {state}" for name, state in listing.ensembles.items()] or ["none"]),
+        *([f"evaluation   {listing.evaluation}"] if listing.content else []),
         *_lines("room", _size_words(sizes, config)),
         *_links(workspace),
-        *(f"problem: {problem}" for problem in found.problems),
+        *(f"problem: {problem}" for problem in listing.problems),
     ]
     if base_command:
         text.append(f"next: {base_command}")
-    elif following is None and not found.problems:
+    elif following is None and not listing.problems:
         text.append("nothing is missing or stale")
     document = {
         "workspace": str(workspace.base),
         "output": None if workspace.output is None else str(workspace.output),
         "writer": writer,
-        "catalog": asdict(found.catalog) | {"members": sorted(found.content.members) if found.content else []},
+        "catalog": asdict(listing.catalog) | {"members": sorted(listing.content.members) if listing.content else []},
         "predictions": {
             name: {split: asdict(state) for split, state in states.items()}
-            for name, states in found.predictions.items()
+            for name, states in listing.predictions.items()
         },
-        "ensembles": {name: asdict(state) for name, state in found.ensembles.items()},
-        "evaluation": asdict(found.evaluation),
+        "ensembles": {name: asdict(state) for name, state in listing.ensembles.items()},
+        "evaluation": asdict(listing.evaluation),
         "bytes": sizes,
         "quota_gb": config.cache.quota_gb,
-        "problems": list(found.problems),
+        "problems": list(listing.problems),
     }
     return Result("\n".join(text), document, next=None if base_command else following)
 
@@ -126,7 +126,7 @@ def clean(
         lines.append(f"removed: {len(removed)}, {format_bytes(sum(item.size for item in removed))}")
     else:
         lines.append("nothing is removed without --confirm" if waiting else "nothing to remove")
-    options = [option for option, given in (("--cache", cache), ("--stale", stale)) if given]
+    options = [option for option, is_on in (("--cache", cache), ("--stale", stale)) if is_on]
     document = {
         "groups": [
             {
@@ -157,26 +157,26 @@ def _remove(groups: list[Group]) -> tuple[list[Item], list[str]]:
 
 def _temporary(workspace: Workspace) -> list[Item]:
     """Leftovers in the folders that only we write, and old ones in the cache that the base pipeline writes as well."""
-    own = [workspace.ensembles, workspace.scores, *([workspace.exports] if workspace.output else [])]
-    found = [
+    folders = [workspace.ensembles, workspace.scores, *([workspace.exports] if workspace.output else [])]
+    items = [
         item
-        for folder in own
+        for folder in folders
         if not _linked(workspace, folder)
         for item in caches.temporary_files(folder, shared=False)
     ]
     made = (
         [] if _linked(workspace, workspace.derived_checkpoints) else caches.list_children(workspace.derived_checkpoints)
     )
-    found += [item for item in made if UNFINISHED.fullmatch(item.name)]
-    found += [] if _linked(workspace, workspace.exports) else export_folder.unfinished_folders(workspace.exports)
-    return found + caches.temporary_files(workspace.image_cache, shared=True)
+    items += [item for item in made if UNFINISHED.fullmatch(item.name)]
+    items += [] if _linked(workspace, workspace.exports) else export_folder.unfinished_folders(workspace.exports)
+    return items + caches.temporary_files(workspace.image_cache, shared=True)
 
 
 def _removable(config: Config, workspace: Workspace) -> list[Group]:
-    found = inventory.take(config, workspace)
+    listing = inventory.take(config, workspace)
     gone: list[Item] = []
-    if found.content is not None:
-        members = found.content.members
+    if listing.content is not None:
+        members = listing.content.members
         for folder in (workspace.all_predictions, workspace.all_embeddings):
             items = [] if _linked(workspace, folder) else caches.list_children(folder)
             gone += [item for item in items if item.paths[0].is_dir() and item.name not in members]
@@ -184,7 +184,7 @@ def _removable(config: Config, workspace: Workspace) -> list[Group]:
         items = [] if _linked(workspace, workspace.all_oof) else caches.list_children(workspace.all_oof)
         gone += [item for item in items if item.paths[0].suffix == ".npz" and item.name not in kept]
     saved = [] if _linked(workspace, workspace.models) else caches.list_children(workspace.models)
-    stale = found.stale_ensembles()
+    stale = listing.stale_ensembles()
     old = [
         Item(
             f"{item.name}: {stale[item.name]}", (item.paths[0] / "ensemble.json", *item.paths), item.size, item.modified
@@ -224,12 +224,12 @@ def _linked(workspace: Workspace, folder: Path) -> Path | None:
 
 
 def _links(workspace: Workspace) -> list[str]:
-    """A line for each of our places that a symbolic link leads to."""
-    places = (
+    """A line for each of our folders that a symbolic link leads to."""
+    folders = (
         *(workspace.ensembles, workspace.all_predictions, workspace.all_embeddings, workspace.all_oof),
         *(workspace.models, workspace.scores, workspace.image_cache),
     )
-    links = dict.fromkeys(link for place in places if (link := _linked(workspace, place)))
+    links = dict.fromkeys(link for folder in folders if (link := _linked(workspace, folder)))
     return [f"symbolic link, not gone through: {link}" for link in links]
 
 
@@ -242,19 +242,19 @@ def _writer(workspace: Workspace) -> tuple[dict[str, Any] | None, str | None]:
     if owner is None:
         return None, None
     dead = locks.is_dead(owner)
-    words = f"{owner}{' (runs no more; the next command that writes takes over)' if dead else ''}"
+    words = f"{owner}{' (no longer running; the next command that writes takes over)' if dead else ''}"
     return asdict(owner) | {"dead": dead}, words
 
 
-def _next_command(found: Inventory) -> str | None:
-    if found.catalog.state != CURRENT:
+def _next_command(listing: Inventory) -> str | None:
+    if listing.catalog.state != CURRENT:
         return "discover"
-    if found.problems:
+    if listing.problems:
         return None
-    for command, names in found.requested.items():
-        if any(found.ensembles[name].state != CURRENT for name in names):
+    for command, names in listing.requested.items():
+        if any(listing.ensembles[name].state != CURRENT for name in names):
             return command
-    return None if found.evaluation.state == CURRENT else "evaluate"
+    return None if listing.evaluation.state == CURRENT else "evaluate"
 
 
 def _base_command(workspace: Workspace) -> str | None:
@@ -266,25 +266,25 @@ def _base_command(workspace: Workspace) -> str | None:
     return None if all((workspace.split_dir / name).is_dir() for name in SPLITS) else f"{command} --stages split"
 
 
-def _catalog_words(found: Inventory) -> str:
-    if found.content is None:
-        return str(found.catalog)
-    usable = sum(member.usable for member in found.content.members.values())
-    counts = {kind: sum(p.severity == kind for p in found.content.problems) for kind in ("error", "warning")}
-    reasons = found.catalog.reasons
+def _catalog_words(listing: Inventory) -> str:
+    if listing.content is None:
+        return str(listing.catalog)
+    usable = sum(member.usable for member in listing.content.members.values())
+    counts = {kind: sum(p.severity == kind for p in listing.content.problems) for kind in ("error", "warning")}
+    reasons = listing.catalog.reasons
     more = (f"and {len(reasons) - MOST_REASONS} more",) if len(reasons) > MOST_REASONS else ()
     words = "; ".join((*reasons[:MOST_REASONS], *more))
     words += "; " if words else ""
     return (
-        f"{found.catalog.state}: {words}{usable} of {len(found.content.members)} members usable, "
+        f"{listing.catalog.state}: {words}{usable} of {len(listing.content.members)} members usable, "
         f"{counts['error']} error(s), {counts['warning']} warning(s)"
     )
 
 
-def _prediction_lines(found: Inventory) -> list[str]:
-    if not found.predictions:
+def _prediction_lines(listing: Inventory) -> list[str]:
+    if not listing.predictions:
         return []
-    states = [(name, split, state) for name, splits in found.predictions.items() for split, state in splits.items()]
+    states = [(name, split, state) for name, splits in listing.predictions.items() for split, state in splits.items()]
     current = sum(state.state == CURRENT for _, _, state in states)
     missing = sum(state.state == MISSING for _, _, state in states)
     lines = [f"{current} of {len(states)} current (members on val and test), {missing} missing"]

@@ -1,0 +1,77 @@
+"""The fuser's inputs: which ensembles, why others are left out, what makes it stale."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT
+from given_predictions import empty_workspace, take_in, write
+
+from utils.building import build_commands
+from utils.building.meta_builder import MetaBuilder, meta_fuse
+from utils.building.protocol import Session, state_of
+from utils.core.config import Config
+from utils.core.config_file import load_config
+from utils.core.errors import UserError
+from utils.core.workspace import Workspace
+
+ON = ("runs.meta_fuser.enable=true", "runs.meta_fuser.input_ensembles=[soft_voting,logit_averaging]")
+
+
+def config(*overrides: str) -> Config:
+    return load_config(PROJECT / "configs" / "votes.yaml", overrides=(*ON, *overrides))
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory) -> Workspace:
+    """Shared: read it, never write into it."""
+    workspace = empty_workspace(tmp_path_factory.mktemp("fused") / "base")
+    take_in(workspace, write(tmp_path_factory.mktemp("given")))
+    document = meta_fuse(config(), workspace).document
+    assert document["inputs"] == ["logit_averaging_ensemble", "soft_voting_ensemble"]  # built on the way
+    return workspace
+
+
+@pytest.fixture
+def own(fused, tmp_path) -> Workspace:
+    return empty_workspace(Path(shutil.copytree(fused.base, tmp_path / "base")))
+
+
+def state(workspace: Workspace, *overrides: str):
+    return state_of(Session.open(config(*overrides), workspace), "meta_fuser", MetaBuilder())
+
+
+def test_it_is_current_until_an_input_or_a_setting_changes(own):
+    assert state(own).state == "current"
+    assert state(own, "runs.meta_fuser.fuser_type=attention").state == "stale"
+    build_commands.build_ensemble(config("seed=7"), own, force=True)
+    assert state(own).state == "stale"
+
+
+def test_an_input_that_is_not_built_is_a_failure_with_its_command(fused):
+    more = "runs.meta_fuser.input_ensembles=[soft_voting,logit_averaging,stacking_lr]"
+    problems = MetaBuilder().problems(Session.open(config(more), fused))
+    assert [problem.partition(":")[0] for problem in problems] == ["stacking_lr"]
+    assert "ensemble_orchestrator.py stack" in problems[0]
+
+
+def test_one_input_is_refused(fused):
+    with pytest.raises(UserError, match="leaves 1 ensemble"):
+        MetaBuilder().check(Session.open(config("runs.meta_fuser.input_ensembles=[soft_voting,stacking_lr]"), fused))
+
+
+def test_a_member_that_left_the_catalog_stops_it(fused):
+    session = Session.open(config(), fused)
+    without = {name: member for name, member in session.catalog.members.items() if name != "bayes"}
+    with pytest.raises(UserError, match="bayes is no longer in the catalog"):
+        MetaBuilder().check(session.with_catalog(replace(session.catalog, members=without)))
+
+
+def test_a_damaged_input_is_a_reason_and_not_damage_of_the_fuser(own):
+    (own.ensemble("soft_voting_ensemble") / "ensemble.json").write_text("{")
+    found = state(own)
+    assert found.state == "stale"
+    assert "soft_voting_ensemble" in found.reasons[0]

@@ -37,6 +37,7 @@ def test_models_are_members_and_ensembles_on_the_same_rows(workspace):
     assert [model.name for model in inputs.models if model.kind == "member"] == sorted(NAMES)
     assert {model.name for model in inputs.models if model.kind == "ensemble"} == set(inputs.ensembles)
     assert {model.probabilities.shape for model in inputs.models} == {(30, 3)}
+    assert set(inputs.rows.split.tolist()) == {"test"}
     assert inputs.failures == {}
     assert inputs.groups is None
 

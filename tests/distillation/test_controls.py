@@ -118,14 +118,14 @@ def stored(workspace: Workspace) -> Controls:
 
 
 def test_control_metrics_are_of_the_requested_rows_in_their_order(compared):
-    student = predictions(np.array([True, False]), np.array([1, 0]))  # of d and c
+    student = predictions(np.array([True, True]), np.array([1, 0]))  # of d and c
     metrics, notes = control_metrics(stored(compared), "test", ["d", "c"], student)
     assert metrics["controls"]["alone"]["accuracy"] == 0.5  # wrong on d, correct on c
     assert metrics["controls"]["teacher"]["accuracy"] == 1.0
-    assert metrics["controls"]["teacher"]["agreement"] == 0.5
+    assert metrics["controls"]["teacher"]["agreement"] == 1.0
     assert metrics["controls"]["teacher"]["name"] == "soft_voting_ensemble"
     assert metrics["controls"]["alone"]["size_mb"] == 1.0
-    assert metrics["gain_kept"]["value"] == 0.0
+    assert metrics["gain_kept"]["value"] == 1.0
     assert "controls" in notes
 
 

@@ -52,13 +52,12 @@ def test_the_digest_of_a_step_depends_on_student_and_teacher(store):
     assert len({student_plan.step_digest(store, *pair) for pair in pairs}) == 3
 
 
-@pytest.mark.parametrize("name", student_plan.DIGEST_SETTINGS)
-def test_every_setting_of_the_training_is_part_of_the_digest(store, name):
-    values = {"targets": "views", "mix": "mixup", "epochs": 3, "batch_size": 7, "views": 9}
-    changed = Store(
-        config(STUDENT, "distillation.teacher=forest", f"distillation.{name}={values.get(name, 0.123)}"),
-        store.workspace,
-        store.catalog,
-    )
+@pytest.mark.parametrize(
+    "override",
+    ["temperature=2", "alpha=0.1", "epochs=3", "lr=0.1", "batch_size=7", "targets=views", "views=9", "mix=mixup"],
+)
+def test_every_setting_of_the_training_is_part_of_the_digest(store, override):
+    settings = config(STUDENT, "distillation.teacher=forest", f"distillation.{override}")
+    changed = Store(settings, store.workspace, store.catalog)
     digests = [student_plan.step_digest(each, "CustomConvNeXt", "forest") for each in (store, changed)]
     assert digests[0] != digests[1]

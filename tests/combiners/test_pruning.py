@@ -250,7 +250,7 @@ def test_settings_are_read_from_the_configuration():
     )
     found = Clustering.configured(config, facts(2))
     assert (found.target_size, found.pick, found.metric, found.calibration) == (3, "knee", "brier", "off")
-    assert [limit.most for limit in found.limits] == [float("inf"), 7.0]
+    assert [limit.maximum for limit in found.limits] == [float("inf"), 7.0]
 
 
 def test_the_budget_binds_members_and_the_whole():

@@ -52,7 +52,7 @@ def rank(task, members):
 
 
 def fits(task, members):
-    return all(np.nansum(limit.costs[list(members)]) <= limit.most for limit in task.limits)
+    return all(np.nansum(limit.costs[list(members)]) <= limit.maximum for limit in task.limits)
 
 
 def literal_forward(task):
@@ -160,9 +160,9 @@ def test_what_is_not_known_does_not_bind(search):
     found = SEARCHES[search](problem(apart, labels, costs=[np.nan, np.nan, 2, 3], most=4.0))
     assert len(found[-1].members) == 3
     limit = problem(apart, labels, costs=[np.nan, 1, 2, 3], most=4.0).limits[0]
-    assert limit.spent([0, 1]) == 1
-    assert limit.known([0, 1]) is None
-    assert limit.known([1, 2]) == 3
+    assert limit.total([0, 1]) == 1
+    assert limit.known_total([0, 1]) is None
+    assert limit.known_total([1, 2]) == 3
 
 
 def test_a_sum_that_rounding_lifts_above_the_limit_is_within_it():

@@ -1,4 +1,4 @@
-"""What a fusion head reads of its members' embeddings: each centred, scaled and brought to a width. Reads no labels."""
+"""Inputs of a fusion head: the members' embeddings centred, scaled and reduced to a width. No labels are read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEAST_RIDGE = 0.1  # on 478 photographs: log-loss 0.344, with Ledoit and Wolf's 
 
 @dataclass(frozen=True)
 class EmbeddingMaps:
-    """(embedding - centre) / scale, then a matrix where there is one; of all members side by side, or their sum."""
+    """(embedding - centre) / scale, then a matrix where there is one; concatenated over the members, or summed."""
 
     centres: tuple[np.ndarray, ...]
     """M arrays float32 (D_m,)"""
@@ -33,7 +33,7 @@ class EmbeddingMaps:
     """M arrays float32 (D_m, R_m); (0, 0) where the embedding stays as wide as it is"""
     summed: bool
     facts: Mapping[str, Any]
-    """What was found out, for the report."""
+    """Facts for the report."""
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -78,9 +78,9 @@ class EmbeddingMaps:
 
 
 def concatenated(embeddings: Sequence[np.ndarray], budget: int = BUDGET) -> EmbeddingMaps:
-    """Members' embeddings (N, D_m) beside one another, reduced where they are wider than `budget` together.
+    """Members' embeddings (N, D_m) concatenated, reduced where they are wider than `budget` together.
 
-    One scale per member, so that a number that hardly varies stays small. Principal axes are those of the rows given.
+    One scale per member, so that a number that hardly varies stays small. Principal axes are those of these rows.
     """
     centres, scales = _standardised(embeddings)
     widths = [embedding.shape[1] for embedding in embeddings]

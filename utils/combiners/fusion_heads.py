@@ -1,6 +1,6 @@
 """Fusion heads as torch modules: what they read of the members' embeddings, and the scores that they give.
 
-A head reads the members' blocks side by side, (B, W), and gives scores (B, C) whose soft-max are probabilities.
+A head reads the members' blocks concatenated, (B, W), and gives scores (B, C) whose softmax are probabilities.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FAR_BELOW = -1e9  # the score of an absent member
 
 
 class MappedEmbeddings(nn.Module):
-    """Each member's embedding centred, scaled and multiplied by its matrix; side by side, or their sum."""
+    """Each member's embedding centred, scaled and multiplied by its matrix; concatenated, or their sum."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Perceptron(nn.Module):
 
 
 class ConcatHead(Perceptron):
-    """A perceptron on all blocks side by side."""
+    """A perceptron on all blocks concatenated."""
 
     def __init__(self, widths: Sequence[int], hidden: Sequence[int], classes: int, dropout: float, rank: int) -> None:
         super().__init__(sum(widths), hidden, classes, dropout)

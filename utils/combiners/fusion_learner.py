@@ -1,7 +1,7 @@
 """Training of fusion heads on blocks of embeddings in memory; rank and length of the training are left open.
 
 The heads at several epochs of one training are settings that `utils.numeric.nested_cv` chooses from: early stopping on
-rows that are held out, and never on those that a cross-fitted copy is asked about.
+rows that are held out, and never on those that a cross-fitted copy answers for.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class TrainedHeads:
 
         values = torch.from_numpy(np.concatenate(outputs.embeddings, axis=1).astype(np.float64))
         arguments = (values,) if present is None else (values, torch.from_numpy(present))
-        # In double precision a row's answer does not depend on the rows beside it.
+        # In double precision a row's answer does not depend on the other rows.
         with torch.no_grad():
             return [call(head.double(), *arguments).numpy() for head in self.modules()]
 
@@ -166,7 +166,7 @@ class HeadLearner:
         seed: int,
         stops: Sequence[int] | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Named weights at each stop. Half as many rows at a time, said in words, where memory runs out."""
+        """Named weights at each stop. Where memory runs out, training restarts with half as many rows at a time."""
         import torch
 
         from utils.numeric.module_training import BATCH_SIZE, cross_entropy, train_module

@@ -160,7 +160,7 @@ class Pruned(PooledMembers):
             row_losses(probabilities, labels, self.metric),
             METRICS[self.metric].function(probabilities, labels),
             METRICS["log_loss"].function(probabilities, labels),
-            *(limit.known(subset.members) for limit in self.limits),
+            *(limit.known_total(subset.members) for limit in self.limits),
         )
 
     def _found(self, problem: SubsetProblem) -> dict[str, Any]:
@@ -280,7 +280,7 @@ def _step(picked: ScoredSubset, best: ScoredSubset, metric: str) -> str:
 
 def _excess(problem: SubsetProblem, members: Sequence[int]) -> str:
     """The limits that these members exceed together; empty where they exceed none."""
-    totals = [(limit, limit.spent(members)) for limit in problem.limits]
+    totals = [(limit, limit.total(members)) for limit in problem.limits]
     return " and ".join(limit.excess(total) for limit, total in totals if not limit.allows(total))
 
 

@@ -1,6 +1,6 @@
 """Combiners that need only some members for each image: which are to run next, and how to run no others.
 
-A sparse combiner is asked row by row which members it needs, given what those that have run said; once it needs none,
+A sparse combiner tells for each row which members it needs, from the logits of those that have run; once it needs none,
 it answers. Whoever runs the members groups the rows by member, so that each network is in memory once per round.
 """
 
@@ -20,7 +20,7 @@ Run = Callable[[int, np.ndarray], np.ndarray]
 
 @dataclass
 class SparseCombiner(Combiner):
-    """A combiner whose `predict_proba` reads, of each row, only the members that `route` has asked for."""
+    """A combiner whose `predict_proba` reads, of each row, only the members that `route` has requested."""
 
     @abstractmethod
     def route(self, logits: np.ndarray, ran: np.ndarray) -> np.ndarray:

@@ -29,7 +29,7 @@ def top_k_mask(scores: Tensor, count: int) -> Tensor:
 def balance_loss(scores: Tensor, chosen: Tensor) -> Tensor:
     """E times the sum over experts of share of choices x mean probability; 1 where both are even.
 
-    Scores (B, E), choices bool (B, E). The probabilities are those of the soft-max over all E experts, whichever were
+    Scores (B, E), choices bool (B, E). The probabilities are those of the softmax over all E experts, whichever were
     chosen: over the chosen alone they would not fall for an expert that is chosen too often (Fedus et al. 2022).
     """
     shares = chosen.to(scores.dtype).sum(dim=0) / chosen.sum()
@@ -176,7 +176,7 @@ class EarlyExit(nn.Module):
 
 
 def _shares(scores: Tensor, chosen: Tensor, reader: int) -> Tensor:
-    """Soft-max of scores (B, E) over the chosen and the reader; exactly 0 for the others."""
+    """Softmax of scores (B, E) over the chosen and the reader; exactly 0 for the others."""
     takes_part = chosen | (torch.arange(scores.shape[1], device=scores.device) == reader)
     powers = torch.exp(scores - scores.amax(dim=1, keepdim=True).detach()) * takes_part.to(scores.dtype)
     return powers / powers.sum(dim=1, keepdim=True)

@@ -1,7 +1,7 @@
-"""Which members to keep: four ways to find subsets whose plain mean is good, within limits of time and size.
+"""Searches for subsets of members whose plain mean is good, within limits on latency and size.
 
 Members come sorted by name. Better means the metric; of equals (`candidates.TIE`) the lower log-loss, then the first.
-Each way answers with subsets from small to large, at most `target_size` members each and all of them within the limits.
+Each search returns subsets from small to large, at most `target_size` members each and all of them within the limits.
 """
 
 from __future__ import annotations
@@ -30,37 +30,37 @@ class BudgetError(UserError):
 
 @dataclass(frozen=True)
 class CostLimit:
-    """What may be spent, by each member and by all that are kept."""
+    """A limit on the cost of the selected members together."""
 
     unit: str
-    place: str
-    """Where it stands in the configuration."""
-    most: float
+    config_key: str
+    """Key in the configuration."""
+    maximum: float
     """Infinity where there is no limit."""
     costs: Floats
-    """(M,); what is unknown is NaN and counts as nothing"""
+    """(M,); NaN where unknown, which counts as nothing"""
 
-    def spent(self, members: Sequence[int]) -> float:
+    def total(self, members: Sequence[int]) -> float:
         """The sum over these members, as far as it is known."""
         return float(np.nansum(self.costs[list(members)]))
 
-    def known(self, members: Sequence[int]) -> float | None:
+    def known_total(self, members: Sequence[int]) -> float | None:
         """The sum over these members; None where one of them is unknown."""
         total = float(self.costs[list(members)].sum())
         return None if np.isnan(total) else total
 
     def allows(self, spent: Floats | float) -> NDArray[np.bool_]:
         """Whether so much may be spent."""
-        return np.asarray(spent <= self.most * (1 + ROUNDING))
+        return np.asarray(spent <= self.maximum * (1 + ROUNDING))
 
     def excess(self, spent: float) -> str:
         """`130 ms > 100 ms`."""
-        return f"{spent:.4g} {self.unit} > {self.most:.4g} {self.unit}"
+        return f"{spent:.4g} {self.unit} > {self.maximum:.4g} {self.unit}"
 
 
 @dataclass(frozen=True)
 class SubsetProblem:
-    """Members on rows, and what is asked of a subset."""
+    """Members' predictions on rows, and the requirements of a subset."""
 
     names: tuple[str, ...]
     """(M,), sorted"""
@@ -82,22 +82,22 @@ class SubsetProblem:
     @cached_property
     def affordable(self) -> NDArray[np.bool_]:
         """Which members (M,) are within the limits by themselves. Raises BudgetError where none is."""
-        mask = self.open(())
+        mask = self.affordable_with(())
         if not mask.any():
             raise BudgetError(self._cheapest())
         return mask
 
-    def open(self, members: Sequence[int]) -> NDArray[np.bool_]:
-        """Which members (M,) the limits allow beside these, which are none of them."""
+    def affordable_with(self, members: Sequence[int]) -> NDArray[np.bool_]:
+        """Which members (M,) can be added to these within the limits."""
         mask = np.ones(len(self.names), dtype=bool)
         for limit in self.limits:
-            mask &= limit.allows(limit.spent(members) + np.nan_to_num(limit.costs))
+            mask &= limit.allows(limit.total(members) + np.nan_to_num(limit.costs))
         mask[list(members)] = False
         return mask
 
-    def are_open(self, members: Sequence[int]) -> bool:
+    def within_limits(self, members: Sequence[int]) -> bool:
         """Whether the limits allow these together."""
-        return all(limit.allows(limit.spent(members)) for limit in self.limits)
+        return all(limit.allows(limit.total(members)) for limit in self.limits)
 
     @cached_property
     def hits(self) -> NDArray[np.bool_]:
@@ -127,10 +127,10 @@ class SubsetProblem:
 
     def _cheapest(self) -> str:
         """Words for limits that no member is within: the one that exceeds them by the smallest factor."""
-        factors = np.max([np.nan_to_num(limit.costs) / limit.most for limit in self.limits], axis=0)
+        factors = np.max([np.nan_to_num(limit.costs) / limit.maximum for limit in self.limits], axis=0)
         nearest = int(factors.argmin())
-        broken = [limit for limit in self.limits if not limit.allows(limit.spent([nearest]))]
-        values = " and ".join(f"{limit.excess(limit.spent([nearest]))} ({limit.place})" for limit in broken)
+        broken = [limit for limit in self.limits if not limit.allows(limit.total([nearest]))]
+        values = " and ".join(f"{limit.excess(limit.total([nearest]))} ({limit.config_key})" for limit in broken)
         return (
             f"no member is within the budget; the cheapest possible is {self.names[nearest]} alone: {values}. Raise "
             "the limit, or set it to null"
@@ -139,12 +139,12 @@ class SubsetProblem:
 
 @dataclass(frozen=True)
 class Subset:
-    """Members that were found to go together."""
+    """A subset of the members."""
 
     members: tuple[int, ...]
     """In the order in which they were taken."""
     reasons: dict[int, str] = field(default_factory=dict)
-    """Why others were not, as far as the way of finding knows."""
+    """{member: why it was not taken}, as far as the search tells."""
 
 
 def greedy_forward(problem: SubsetProblem) -> list[Subset]:
@@ -158,7 +158,7 @@ def greedy_forward(problem: SubsetProblem) -> list[Subset]:
         for each in scorers:
             each.add(chosen[-1])
         subsets.append(Subset(tuple(chosen)))
-        allowed = problem.open(chosen)
+        allowed = problem.affordable_with(chosen)
     return subsets
 
 
@@ -174,7 +174,7 @@ def greedy_backward(problem: SubsetProblem) -> list[Subset]:
     subsets: list[Subset] = []
     while True:
         remaining = np.flatnonzero(inside).tolist()
-        if len(remaining) <= problem.target_size and problem.are_open(remaining):
+        if len(remaining) <= problem.target_size and problem.within_limits(remaining):
             subsets.append(Subset(tuple(remaining)))
         if len(remaining) == 1:
             return subsets[::-1]
@@ -206,7 +206,7 @@ def diversity_max(problem: SubsetProblem) -> list[Subset]:
     while len(chosen) < problem.target_size:
         for each in scorers:
             each.add(chosen[-1])
-        allowed = problem.open(chosen) & (accuracy >= least)
+        allowed = problem.affordable_with(chosen) & (accuracy >= least)
         order = [-problem.diversity.disagreement[:, chosen].mean(axis=1)]
         order += [each.losses(all_exact=True) for each in scorers]
         before = row_losses(total / len(chosen), problem.labels, "accuracy")
@@ -239,7 +239,7 @@ def clustering(problem: SubsetProblem) -> list[Subset]:
         chosen: list[int] = []
         reasons: dict[int, str] = {}
         for group in sorted(groups, key=lambda group: ranks[group[0]]):
-            fitting = group[problem.open(chosen)[group]]
+            fitting = group[problem.affordable_with(chosen)[group]]
             if len(fitting):
                 chosen.append(int(fitting[0]))
                 reasons |= {

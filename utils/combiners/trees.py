@@ -2,8 +2,8 @@
 
 A row goes down all trees at once, in as many steps as the deepest tree has levels, whatever the data: no branch, so
 that one module serves PyTorch, TorchScript, ONNX and TFLite. There are two layouts. Up to `PERFECT_DEPTH` levels every
-tree is filled up to a perfect one, whose places are found by doubling; deeper ones keep their nodes and look up the
-child, a fourth gather a step. Places are int32: with int64 a large batch takes twice as long.
+tree is filled up to a perfect one, whose indices are found by doubling; deeper ones keep their nodes and look up the
+child, a fourth gather a step. Indices are int32: with int64 a large batch takes twice as long.
 """
 
 from __future__ import annotations
@@ -115,10 +115,10 @@ class Descent(nn.Module):
 
 
 class PerfectDescent(Descent):
-    """The place p has the children 2p and 2p + 1; the roots' places are T to 2T - 1."""
+    """The node of index p has the children 2p and 2p + 1; the roots are T to 2T - 1."""
 
     def __init__(self, nodes: Nodes, levels: list[np.ndarray], *, features: int, inclusive: bool) -> None:
-        unused = levels[0]  # the places 0 to T - 1
+        unused = levels[0]  # the indices 0 to T - 1
         super().__init__(nodes, np.concatenate([unused, *levels[:-1]]), features=features, inclusive=inclusive)
         self.first_leaf = len(levels[-1])
         self.register_buffer("first_children", 2 * torch.arange(nodes.trees, 2 * nodes.trees, dtype=torch.int32))
@@ -133,7 +133,7 @@ class PerfectDescent(Descent):
 
 
 class LinkedDescent(Descent):
-    """The place is the node's number."""
+    """The index is the node's number."""
 
     if TYPE_CHECKING:  # torch.jit.script cannot read these annotations
         child: Tensor
@@ -254,7 +254,7 @@ def _booster(learner: Mapping[str, Any], classes: int) -> tuple[int, np.ndarray,
     trees, owners = model["trees"], np.array(model["tree_info"], dtype=np.int64)
     _expect("num_trees", int(model["gbtree_model_param"]["num_trees"]), len(trees))
     if not len(trees) or not np.array_equal(np.bincount(owners, minlength=classes), [len(trees) / classes] * classes):
-        raise ValueError(f"{len(trees)} trees are not dealt out evenly to {classes} classes")
+        raise ValueError(f"{len(trees)} trees are not spread evenly over {classes} classes")
     by_round = np.argsort(owners, kind="stable").reshape(classes, -1).T.reshape(-1)
     sizes = np.array([len(tree["left_children"]) for tree in trees])
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
@@ -382,7 +382,7 @@ def forest_module(arrays: Mapping[str, np.ndarray], *, layout: str | None = None
 
 
 def probabilities(module: nn.Module, features: np.ndarray) -> np.ndarray:
-    """Features (N, F) through a module of this room -> probabilities float64 (N, C) whose rows sum to 1."""
+    """Features (N, F) through a module of trees -> probabilities float64 (N, C) whose rows sum to 1."""
     rows = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32))
     with torch.inference_mode():
         answers = torch.cat([module(block) for block in rows.split(BLOCK)]).numpy().astype(np.float64)

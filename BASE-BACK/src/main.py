@@ -90,10 +90,10 @@ def run_full_pipeline() -> dict[str, dict[str, Any]]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Options; each one that has a variable of the environment sets it."""
+    """The options; those with an environment variable in parentheses set it."""
     parser = argparse.ArgumentParser(
         prog="main.py",
-        description="Train image classifiers with honest out-of-fold predictions.",
+        description="Train image classifiers and make out-of-fold predictions of their training images.",
         epilog="Example: python BASE-BACK/src/main.py --backbones all --size tiny --data ~/leaves --workspace ~/work",
     )
     parser.add_argument("--backbones", nargs="+", metavar="NAME", help="names, or all (default: all)")
@@ -102,25 +102,29 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=(*STAGES, *ON_REQUEST),
         metavar="STAGE",
-        help=f"of {', '.join(STAGES)}; also {', '.join(ON_REQUEST)}, which runs only when named",
+        help=f"any of {', '.join(STAGES)} (default: all of these), and {', '.join(ON_REQUEST)}",
     )
-    parser.add_argument("--size", choices=("full", "tiny"), help="224 px networks or 32 px ones (DBT_MODEL_SIZE)")
+    parser.add_argument(
+        "--size", choices=("full", "tiny"), help="networks for 224 px or for 32 px images (DBT_MODEL_SIZE)"
+    )
     parser.add_argument("--epochs-head", metavar="N", help="epochs of head training (DBT_EPOCHS_HEAD)")
     parser.add_argument("--epochs-finetune", metavar="N", help="epochs of fine-tuning (DBT_EPOCHS_FINETUNE)")
     parser.add_argument("--folds", metavar="N", help="folds of the out-of-fold predictions (DBT_K_FOLDS)")
     parser.add_argument("--snapshots", metavar="N", help="cycles of the stage snapshots (DBT_CYCLES)")
-    parser.add_argument("--epochs-per-cycle", metavar="N", help="epochs of each of them (DBT_EPOCHS_PER_CYCLE)")
+    parser.add_argument("--epochs-per-cycle", metavar="N", help="epochs of each snapshot cycle (DBT_EPOCHS_PER_CYCLE)")
     parser.add_argument("--data", metavar="DIR", help="folder with one folder of images per class (DBT_RAW_DIR)")
-    parser.add_argument("--workspace", metavar="DIR", help="where everything is written (DBT_BASE_DIR)")
+    parser.add_argument("--workspace", metavar="DIR", help="folder for all results (DBT_BASE_DIR)")
     parser.add_argument(
         "--base-back",
         metavar="DIR",
-        help="make out-of-fold predictions, or snapshots, for the architectures of another BASE-BACK: its networks, "
-        f"our training (stages {', '.join((*EXTERNAL_STAGES, *ON_REQUEST))}; nothing is written into DIR)",
+        help="train networks of another BASE-BACK for out-of-fold predictions or snapshots "
+        f"(stages {', '.join((*EXTERNAL_STAGES, *ON_REQUEST))}; nothing is written into DIR)",
     )
     parser.add_argument("--augment", choices=("full", "no_flip", "none"), help="training transform (DBT_AUGMENT)")
-    parser.add_argument("--seed", metavar="N", help="seed of everything random (DBT_SEED)")
-    parser.add_argument("--jobs", type=int, metavar="N", help="processes side by side (default: the usable cores)")
+    parser.add_argument("--seed", metavar="N", help="random seed (DBT_SEED)")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="number of parallel processes (default: number of usable cores)"
+    )
     parser.add_argument(
         "--engine",
         choices=("local", "ray"),
@@ -130,10 +134,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--address",
         metavar="ADDRESS",
-        help="with --engine ray: the cluster to join, such as auto; without it one is started here for this run",
+        help="with --engine ray: address of the cluster to join, such as auto (default: start one for this run)",
     )
-    parser.add_argument("--force", action="store_true", help="do finished work again")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--force", action="store_true", help="repeat finished work")
+    parser.add_argument("--json", action="store_true", help="print one JSON document to standard output")
     return parser
 
 
@@ -142,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments = vars(parser.parse_args(argv))
     if arguments["address"] is not None and arguments["engine"] != "ray":
-        parser.error("--address belongs to --engine ray")
+        parser.error("--address requires --engine ray")
     variables = {
         "size": "DBT_MODEL_SIZE",
         "epochs_head": "DBT_EPOCHS_HEAD",
@@ -156,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for option, variable in variables.items():
         if arguments[option] is not None:
             os.environ[variable] = arguments[option]
-    os.environ.pop("DBT_EXTERNAL_BASE_BACK", None)  # the option alone decides
+    os.environ.pop("DBT_EXTERNAL_BASE_BACK", None)  # only the option sets it
     folders = {"data": "DBT_RAW_DIR", "workspace": "DBT_BASE_DIR", "base_back": "DBT_EXTERNAL_BASE_BACK"}
     for option, variable in folders.items():
         if arguments[option] is not None:
@@ -167,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("interrupted; the same command continues where it stopped", file=sys.stderr)
         return 130
 
 

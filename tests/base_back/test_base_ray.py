@@ -25,7 +25,7 @@ needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not inst
 def test_an_address_belongs_to_ray(tmp_path):
     done = run_python(MAIN, "--workspace", str(tmp_path), "--address", "auto")
     assert done.returncode == 2
-    assert "--address belongs to --engine ray" in done.stderr
+    assert "--address requires --engine ray" in done.stderr
 
 
 def test_a_missing_ray_is_named_with_its_remedy(tmp_path):

@@ -202,7 +202,7 @@ def test_saving_is_rare_and_a_full_disk_does_not_end_the_training(tmp_path, capl
     (tmp_path / "file").touch()
     with logged(caplog):
         Progress(tmp_path / "file" / "a.pth", "one").save({})
-    assert "progress could not be saved" in caplog.text
+    assert "progress cannot be saved" in caplog.text
 
 
 def test_every_generator_goes_on_where_it_was():

@@ -38,7 +38,7 @@ def external_models(folder: Path) -> ModuleType:
         )
     loaded = sys.modules.get(PACKAGE)
     if loaded is not None and list(loaded.__path__) != [str(source)]:
-        raise ExternalError(f"{folder}: this process has loaded {loaded.__path__[0]} already; start another one")
+        raise ExternalError(f"{folder}: {loaded.__path__[0]} is loaded in this process; start another process")
     sys.dont_write_bytecode = True  # for good: a function of theirs may import more, later
     os.environ["DBT_BASE_DIR"] = str(settings.BASE_DIR)  # their settings make folders where this says
     if loaded is None:

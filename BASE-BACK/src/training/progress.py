@@ -48,7 +48,7 @@ class Progress:
             problem = f"is damaged ({type(error).__name__})"
         if problem is None:
             return record
-        logger.warning("%s %s; it is removed and this training starts from its beginning", self.path, problem)
+        logger.warning("%s %s; it is removed and the training starts again", self.path, problem)
         self.path.unlink(missing_ok=True)
         return None
 
@@ -63,7 +63,7 @@ class Progress:
         try:
             write_checkpoint(self.path, record | {"key": self.key})
         except (OSError, RuntimeError) as error:  # torch's writer raises either where the disk is full
-            logger.warning("%s: progress could not be saved (%s); the training goes on", self.path, error, dedupe=True)
+            logger.warning("%s: progress cannot be saved (%s); the training continues", self.path, error, dedupe=True)
         self._saved = time.monotonic()
         self._cost = self._saved - start
 

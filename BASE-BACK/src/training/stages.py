@@ -83,7 +83,7 @@ def run_stages(
     names = {unit.name for unit in chosen}
     summary.skipped = [unit.name for unit in units if unit.name not in names]
     if summary.skipped:
-        logger.info("%d of %d pieces of work are finished and kept", len(summary.skipped), len(units))
+        logger.info("%d of %d units are up to date", len(summary.skipped), len(units))
     for unit in chosen:
         ledger.forget(unit)
         if force:
@@ -199,8 +199,8 @@ class _Progress:
         self.weight += WEIGHT[unit.kind]
         elapsed = time.monotonic() - self.start
         left = elapsed / self.weight * (self.total - self.weight)
-        told = f"{_headline(unit, outcome.result)}{seconds:.1f} s"
-        logger.info("[%d/%d] %s: %s; about %s left", self.number, self.count, unit.name, told, duration(left))
+        message = f"{_headline(unit, outcome.result)}{seconds:.1f} s"
+        logger.info("[%d/%d] %s: %s; about %s left", self.number, self.count, unit.name, message, duration(left))
 
     def drop(self, unit: Unit) -> None:
         self.number += 1
@@ -220,11 +220,11 @@ def _headline(unit: Unit, result: dict[str, Any]) -> str:
 
 
 def _decoding_progress() -> Any:
-    told = [time.monotonic()]
+    last_message = [time.monotonic()]
 
     def progress(done: int, total: int) -> None:
-        if time.monotonic() - told[0] > 5:
-            told[0] = time.monotonic()
+        if time.monotonic() - last_message[0] > 5:
+            last_message[0] = time.monotonic()
             logger.info("decoding: %d of %d images", done, total)
 
     return progress

@@ -55,7 +55,7 @@ def prepare_optimized_datasets(
     raw_dir, split_dir = Path(raw_dir or RAW_DIR), Path(split_dir or SPLIT_DIR)
     ratios = (train_ratio, val_ratio, test_ratio)
     if min(ratios) <= 0 or abs(sum(ratios) - 1) > 1e-6:
-        raise SplitError(f"ratios {ratios}: expected three shares above 0 that sum to 1")
+        raise SplitError(f"ratios {ratios}: expected three fractions above 0 that sum to 1")
     if split_dir.is_dir() and any(split_dir.iterdir()):
         _check_existing(raw_dir, split_dir)
         return
@@ -117,7 +117,7 @@ def _scan_raw(raw_dir: Path) -> tuple[list[str], list[Sample]]:
         raise SplitError(str(error)) from error
     if len(classes) < 2:
         found = f"one class only ({classes[0]!r})" if classes else "no class folder"
-        raise SplitError(f"{raw_dir}: found {found}; expected one folder per class, two classes at the least")
+        raise SplitError(f"{raw_dir}: found {found}; expected one folder per class and at least two classes")
     return classes, samples
 
 
@@ -152,7 +152,7 @@ def _check_sizes(classes: list[str], labels: np.ndarray, groups: np.ndarray, raw
     if problems:
         raise SplitError(
             f"{raw_dir}: {'; '.join(problems)}; expected at least 3, one for each of train, val and test: add images "
-            "or take the class folder away"
+            "or remove the class folder"
         )
 
 
@@ -192,12 +192,12 @@ def _check_existing(raw_dir: Path, split_dir: Path) -> None:
     """Say whether the split at hand was made from the raw images at hand; raises `SplitError` when it was not."""
     if not verify_dataset_split(split_dir):
         raise SplitError(
-            f"{split_dir}: expected train, val and test with the same class folders; move the folder away, then the "
-            "split is made anew"
+            f"{split_dir}: expected train, val and test with the same class folders; move the folder away to split "
+            "again"
         )
     manifest = read_manifest(split_dir)
     if manifest is None:
-        logger.warning("split: %s has no %s; it is used as it is", split_dir, MANIFEST)
+        logger.warning("split: %s has no %s; the split is used unchanged", split_dir, MANIFEST)
         return
     if not raw_dir.is_dir():
         return  # the raw images may be gone once they are split
@@ -211,6 +211,6 @@ def _check_existing(raw_dir: Path, split_dir: Path) -> None:
     examples = ", ".join((added + removed + changed)[:3])
     raise SplitError(
         f"{split_dir} was made from other images than {raw_dir} holds now: {len(added)} added, {len(removed)} removed, "
-        f"{len(changed)} changed ({examples}); move {split_dir.name} away to split anew (all training is then redone), "
+        f"{len(changed)} changed ({examples}); move {split_dir.name} away to split again (which repeats all training), "
         "or use another --workspace"
     )

@@ -131,12 +131,12 @@ CONFIG = [
     of_config("Latin-1", "project:\n  name: caf\xe9\n".encode("latin-1"), "given.yaml"),
     of_config("an empty file", "", "an empty file", "expected sections"),
     of_config("a list", "- a\n- b\n", "expected sections"),
-    of_config("a YAML bomb", s.bomb(), "at most", "aliases written out"),
+    of_config("a YAML bomb", s.alias_bomb(), "at most", "aliases written out"),
     of_config("deep nesting", "[" * 3000, "given.yaml", "levels"),
     of_config("a tag that would run", "seed: !!python/object/apply:os.system ['touch canary']\n", "python/object"),
     of_config("a number in base 8", "seed: 042\n", "seed", "base 8"),
     of_config("more experts asked than there are", "runs:\n  moe:\n    top_k: 9\n", "runs.moe.top_k", "num_experts"),
-    of_config("a fuser of itself", "runs:\n  meta_fuser:\n    input_ensembles: [meta_fuser]\n", "its own input"),
+    of_config("a fuser of itself", "runs:\n  meta_fuser:\n    input_ensembles: [meta_fuser]\n", "an input of itself"),
     of_config("nobody left", "backbones:\n  include: [a]\n  exclude: [a]\n", "at least one"),
     of_config("yes in quotes", "pruning:\n  enable: 'yes'\n", "pruning.enable", "true or false"),
     of_config("two mistakes at once", "seed: x\ndevice: tpu\n", "2 problem(s)", "seed", "device"),
@@ -172,9 +172,14 @@ NOTHING_THERE = [
     for command in ("build-ensemble", "stack", "meta-fuse", "evaluate")
 ] + [
     Fault("no images", "empty", s.nothing, ("discover",), 1, ("split_dataset", "Split the images first")),
-    Fault("nothing trained", "trained", s.gone("checkpoints"), ("discover",), 1, ("no trained model", "make demo")),
+    Fault("nothing trained", "trained", s.removed("checkpoints"), ("discover",), 1, ("no trained model", "make demo")),
     Fault(
-        "no test split", "trained", s.gone("split_dataset/test"), ("discover",), 1, ("split_dataset", "--stages split")
+        "no test split",
+        "trained",
+        s.removed("split_dataset/test"),
+        ("discover",),
+        1,
+        ("split_dataset", "--stages split"),
     ),
     Fault(
         *("an unknown ensemble", "ready", s.nothing, ("evaluate", "--model-name", "soft_votin_ensemble", *VOTES), 1),
@@ -205,7 +210,12 @@ NOTHING_THERE = [
 ]
 RECORDS = [
     Fault(
-        "a damaged catalog", "ready", s.cut(CATALOG), ("stack", *VOTES), 1, ("ensemble_catalog.json: damaged", DISCOVER)
+        "a damaged catalog",
+        "ready",
+        s.truncated(CATALOG),
+        ("stack", *VOTES),
+        1,
+        ("ensemble_catalog.json: damaged", DISCOVER),
     ),
     Fault(
         "a catalog of lists",
@@ -235,7 +245,7 @@ RECORDS = [
     Fault(
         "damaged digests",
         "ready",
-        s.cut("ensembles/digests.json"),
+        s.truncated("ensembles/digests.json"),
         ("evaluate", *VOTES),
         1,
         ("digests.json", "Remove it"),
@@ -244,7 +254,7 @@ RECORDS = [
         "digests of lists", "ready", s.text("ensembles/digests.json", "[1]"), ("evaluate", *VOTES), 1, ("digests.json",)
     ),
     Fault(
-        *("folds that are cut", "ready", s.cut("ensembles/crossfit_folds.npz")),
+        *("folds that are cut", "ready", s.truncated("ensembles/crossfit_folds.npz")),
         *(("stack", "--force", *VOTES, *STACK), 1, ("crossfit_folds.npz: cannot be read", "Remove it")),
     ),
     Fault(
@@ -267,7 +277,7 @@ CHECKPOINTS = [
         (f"{s.NAME}_final.pth holds CustomResNetMish", "ame the file after it"),
     ),
     of_verified(
-        *("another architecture that says nothing", s.both(s.another_architecture, s.weights(silent))),
+        *("another architecture that says nothing", s.combined(s.another_architecture, s.weights(silent))),
         *(f"{s.NAME}_final.pth", "backbones.exclude"),
     ),
     *(
@@ -284,12 +294,12 @@ CHECKPOINTS = [
             ),
         )
     ),
-    of_verified("weights that are no numbers", s.weights(s.poisoned), "NaN or infinite logits", "backbones.exclude"),
+    of_verified("weights that are no numbers", s.weights(s.with_nan), "NaN or infinite logits", "backbones.exclude"),
     Fault(
         *(
             "a checkpoint changed since",
             "ready",
-            s.both(s.text(f"checkpoints/{s.NAME}_final.pth", b"x"), s.gone("ensembles/predictions")),
+            s.combined(s.text(f"checkpoints/{s.NAME}_final.pth", b"x"), s.removed("ensembles/predictions")),
         ),
         *(("build-ensemble", "--force", *VOTES, "--set", "runs.score_ensemble.methods=[soft_voting]"), 1),
         ("changed since discovery", DISCOVER),
@@ -310,14 +320,14 @@ IMAGES = [
         *(("build-ensemble", "--force", *VOTES), 1, ("images have changed since discovery", DISCOVER)),
     ),
     Fault(
-        *("a class that the test split lacks", "trained", s.gone("split_dataset/test/dark")),
+        *("a class that the test split lacks", "trained", s.removed("split_dataset/test/dark")),
         *(("discover", *VOTES), 4, ("test has the classes bright", "train has bright, dark")),
     ),
 ]
 FOLDS = [
     Fault(what, "trained", spoil, ("discover", *VOTES), 0, (f"{s.NAME}_oof_predictions.npz", *words))
     for what, spoil, words in (
-        ("out-of-fold file cut", s.cut(f"kfold_results/{s.NAME}_oof_predictions.npz"), ("cannot be read",)),
+        ("out-of-fold file cut", s.truncated(f"kfold_results/{s.NAME}_oof_predictions.npz"), ("cannot be read",)),
         ("other labels", s.oof(lambda a: a | {"labels": 1 - a["labels"]}), ("labels",)),
         ("an id twice", s.oof(first_ids), ("occurs twice",)),
         ("no number in it", s.oof(with_value("logits", np.nan)), ("finite",)),
@@ -327,14 +337,18 @@ FOLDS = [
             s.oof(lambda a: a | {"sample_ids": np.char.add("x", a["sample_ids"])}),
             ("not train images",),
         ),
-        ("80 TB", lambda folder: s.huge(folder / f"kfold_results/{s.NAME}_oof_predictions.npz"), ("cannot be read",)),
+        (
+            "80 TB",
+            lambda folder: s.oversized_array(folder / f"kfold_results/{s.NAME}_oof_predictions.npz"),
+            ("cannot be read",),
+        ),
     )
 ] + [
     Fault(
         *(
             "strict stacking without folds",
             "trained",
-            s.both(s.gone("kfold_results"), discovered),
+            s.combined(s.removed("kfold_results"), discovered),
         ),
         *(("stack", "--strict", "--force", *VOTES, *STACK), 1, ("No K-fold results for backbone", "--stages kfold")),
     ),
@@ -343,52 +357,65 @@ IMPORTS = [
     of_import("no folder", s.nothing, "given", "expected"),
     of_import("an empty folder", lambda folder: (folder / "given").mkdir(), "given", "oof"),
     of_import("no labels anywhere", unlabelled, "forest: no row of oof.npz has a label"),
-    of_import("an id twice", s.given("oof", first_ids), "forest/oof.npz", "occurs twice"),
-    of_import("no number", s.given("val", with_value("logits", np.nan)), "forest/val.npz", "finite"),
-    of_import("1e308", s.given("val", with_value("logits", 1e308, float)), "forest/val.npz"),
-    of_import("probabilities of sum 2.7", s.given("val", no_sum), "forest/val.npz", "sum"),
+    of_import("an id twice", s.import_file("oof", first_ids), "forest/oof.npz", "occurs twice"),
+    of_import("no number", s.import_file("val", with_value("logits", np.nan)), "forest/val.npz", "finite"),
+    of_import("1e308", s.import_file("val", with_value("logits", 1e308, float)), "forest/val.npz"),
+    of_import("probabilities of sum 2.7", s.import_file("val", no_sum), "forest/val.npz", "sum"),
     of_import(
-        "pickled objects", s.given("val", lambda a: a | {"sample_ids": a["sample_ids"].astype(object)}), "pickle"
+        "pickled objects", s.import_file("val", lambda a: a | {"sample_ids": a["sample_ids"].astype(object)}), "pickle"
     ),
-    of_import("80 TB", s.given_raw(s.huge), "forest/oof.npz", "bytes are there"),
-    of_import("a name that leads out", s.given_raw(s.slipping), "forest/oof.npz", s.CANARY),
-    of_import("a swollen archive", s.given_raw(s.swollen), "forest/oof.npz", "more bytes"),
-    of_import("two arrays of one name", s.given_raw(s.twice), "forest/oof.npz", "one name"),
-    of_import("no archive", s.given_raw(lambda path: path.write_text("x")), "forest/oof.npz", "cannot be read"),
-    of_import("half an archive", s.given_raw(lambda path: path.write_bytes(path.read_bytes()[:300])), "forest/oof.npz"),
+    of_import("80 TB", s.raw_import_file(s.oversized_array), "forest/oof.npz", "bytes are there"),
+    of_import("a name that leads out", s.raw_import_file(s.path_traversal), "forest/oof.npz", s.CANARY),
+    of_import("a swollen archive", s.raw_import_file(s.understated_size), "forest/oof.npz", "more bytes"),
+    of_import("two arrays of one name", s.raw_import_file(s.duplicate_entry), "forest/oof.npz", "one name"),
+    of_import("no archive", s.raw_import_file(lambda path: path.write_text("x")), "forest/oof.npz", "cannot be read"),
     of_import(
-        "other classes", s.given("val", lambda a: a | {"classes": np.array(["x", "y", "z"])}), "forest", "classes"
+        "half an archive", s.raw_import_file(lambda path: path.write_bytes(path.read_bytes()[:300])), "forest/oof.npz"
     ),
-    of_import("no fold in oof", s.given("oof", without("fold")), "forest/oof.npz", "fold"),
     of_import(
-        "numbers for ids", s.given("val", lambda a: a | {"sample_ids": np.arange(30)}), "forest/val.npz", "sample_ids"
+        "other classes", s.import_file("val", lambda a: a | {"classes": np.array(["x", "y", "z"])}), "forest", "classes"
     ),
-    of_import("a label beyond the classes", s.given("val", with_value("labels", 7)), "forest/val.npz", "labels"),
-    of_import("fewer rows than ids", s.given("val", lambda a: a | {"logits": a["logits"][:3]}), "forest/val.npz"),
-    of_import("no rows", s.given("val", fewer(slice(0, 0))), "forest/val.npz"),
+    of_import("no fold in oof", s.import_file("oof", without("fold")), "forest/oof.npz", "fold"),
     of_import(
-        "logits in three axes", s.given("val", lambda a: a | {"logits": a["logits"][None]}), "forest/val.npz", "logits"
+        "numbers for ids",
+        s.import_file("val", lambda a: a | {"sample_ids": np.arange(30)}),
+        "forest/val.npz",
+        "sample_ids",
+    ),
+    of_import("a label beyond the classes", s.import_file("val", with_value("labels", 7)), "forest/val.npz", "labels"),
+    of_import("fewer rows than ids", s.import_file("val", lambda a: a | {"logits": a["logits"][:3]}), "forest/val.npz"),
+    of_import("no rows", s.import_file("val", fewer(slice(0, 0))), "forest/val.npz"),
+    of_import(
+        "logits in three axes",
+        s.import_file("val", lambda a: a | {"logits": a["logits"][None]}),
+        "forest/val.npz",
+        "logits",
     ),
     of_import(
         "nothing to build from", lambda f: write(f / "given", stems=("test",)), "forest", "neither oof.npz nor val.npz"
     ),
 ]
 BUILT = [
-    of_built("a damaged record", s.cut(f"{WEIGHTED}/ensemble.json"), "ensemble.json: damaged"),
+    of_built("a damaged record", s.truncated(f"{WEIGHTED}/ensemble.json"), "ensemble.json: damaged"),
     of_built("a record of lists", s.text(f"{WEIGHTED}/ensemble.json", "[]"), "ensemble.json: damaged", "list"),
     of_built("a record of nothing", s.text(f"{WEIGHTED}/ensemble.json", "{}"), "ensemble.json: damaged", "--force"),
-    of_built("weights cut", s.cut(f"{WEIGHTED}/combiner.safetensors"), "combiner.safetensors: cannot be read"),
-    of_built("weights gone", s.gone(f"{WEIGHTED}/combiner.safetensors"), "combiner.safetensors", "--force"),
+    of_built("weights cut", s.truncated(f"{WEIGHTED}/combiner.safetensors"), "combiner.safetensors: cannot be read"),
+    of_built("weights gone", s.removed(f"{WEIGHTED}/combiner.safetensors"), "combiner.safetensors", "--force"),
     of_built(
-        *("a temperature without an axis", s.shapeless(f"{MODELS}/stacking_lr/combiner.safetensors", "temperature")),
+        *(
+            "a temperature without an axis",
+            s.with_scalar_tensor(f"{MODELS}/stacking_lr/combiner.safetensors", "temperature"),
+        ),
         *("stacking_lr", "not the form of an ensemble", "stack --force"),
     ),
-    of_built("a booster cut", s.cut(f"{MODELS}/stacking_xgb/booster.json"), "booster.json", "stack --force"),
+    of_built("a booster cut", s.truncated(f"{MODELS}/stacking_xgb/booster.json"), "booster.json", "stack --force"),
     of_built("another booster", s.text(f"{MODELS}/stacking_xgb/booster.json", "{}"), "booster.json: damaged"),
-    of_built("unseen predictions cut", s.cut(f"{WEIGHTED}/crossfit.npz"), "crossfit.npz: cannot be read", "--force"),
-    of_built("provenance cut", s.cut(f"{WEIGHTED}/provenance.npz"), "provenance.npz: cannot be read", "--force"),
+    of_built(
+        "unseen predictions cut", s.truncated(f"{WEIGHTED}/crossfit.npz"), "crossfit.npz: cannot be read", "--force"
+    ),
+    of_built("provenance cut", s.truncated(f"{WEIGHTED}/provenance.npz"), "provenance.npz: cannot be read", "--force"),
     Fault(
-        *("stored predictions cut", "ready", s.cut(f"ensembles/predictions/{s.NAME}/val/logits.npy")),
+        *("stored predictions cut", "ready", s.truncated(f"ensembles/predictions/{s.NAME}/val/logits.npy")),
         *(("stack", "--force", *VOTES, *STACK), 1, ("logits.npy: cannot be read", "Remove it")),
     ),
     Fault(
@@ -397,7 +424,7 @@ BUILT = [
         ("weighted_ensemble", "--allow-contaminated"),
     ),
     Fault(
-        *("stored rows of nobody", "imported", s.gone("ensembles/oof_predictions/forest.npz")),
+        *("stored rows of nobody", "imported", s.removed("ensembles/oof_predictions/forest.npz")),
         *(("stack", *STACK), 1, ("forest", "import-predictions")),
     ),
 ]

@@ -31,61 +31,61 @@ def config(content: str | bytes) -> Spoil:
     return lambda folder: (folder / "given.yaml").write_bytes(raw)
 
 
-def bomb() -> str:
+def alias_bomb() -> str:
     """Nine levels of nine aliases each: 387 million values from 300 bytes."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
     return "\n".join(lines)
 
 
-def text(place: str, content: str | bytes) -> Spoil:
+def text(relative_path: str, content: str | bytes) -> Spoil:
     """A file of the workspace with other content."""
     raw = content.encode() if isinstance(content, str) else content
 
     def spoil(folder: Path) -> None:
-        (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        (folder / place).write_bytes(raw)
+        (folder / relative_path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / relative_path).write_bytes(raw)
 
     return spoil
 
 
-def cut(place: str, share: float = 0.5) -> Spoil:
+def truncated(relative_path: str, fraction: float = 0.5) -> Spoil:
     """A file that ends too early."""
 
     def spoil(folder: Path) -> None:
-        raw = (folder / place).read_bytes()
-        (folder / place).write_bytes(raw[: int(len(raw) * share)])
+        raw = (folder / relative_path).read_bytes()
+        (folder / relative_path).write_bytes(raw[: int(len(raw) * fraction)])
 
     return spoil
 
 
-def gone(place: str) -> Spoil:
+def removed(relative_path: str) -> Spoil:
     """A file or folder that is not there."""
 
     def spoil(folder: Path) -> None:
-        path = folder / place
+        path = folder / relative_path
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     return spoil
 
 
-def both(*spoils: Spoil) -> Spoil:
+def combined(*spoils: Spoil) -> Spoil:
     """One after the other."""
     return lambda folder: [spoil(folder) for spoil in spoils]
 
 
-def record(place: str, change: Callable[[Any], object]) -> Spoil:
+def record(relative_path: str, change: Callable[[Any], object]) -> Spoil:
     """A JSON record after `change(record)`."""
 
     def spoil(folder: Path) -> None:
-        found = json.loads((folder / place).read_text())
-        change(found)
-        (folder / place).write_text(json.dumps(found))
+        document = json.loads((folder / relative_path).read_text())
+        change(document)
+        (folder / relative_path).write_text(json.dumps(document))
 
     return spoil
 
 
-def alone(spoil: Spoil) -> Spoil:
+def only_member(spoil: Spoil) -> Spoil:
     """One member left, and that spoilt: there is nothing to go on with."""
 
     def spoiling(folder: Path) -> None:
@@ -99,7 +99,7 @@ def alone(spoil: Spoil) -> Spoil:
 
 def checkpoint(make: Callable[[Path], object]) -> Spoil:
     """The one checkpoint of a workspace made by `make(path)`."""
-    return alone(lambda folder: make(folder / "checkpoints" / f"{NAME}_final.pth"))
+    return only_member(lambda folder: make(folder / "checkpoints" / f"{NAME}_final.pth"))
 
 
 class Hostile:
@@ -143,27 +143,27 @@ def weights(change: Callable[[dict[str, Any]], object]) -> Spoil:
     def make(path: Path) -> None:
         import torch
 
-        found = torch.load(path, weights_only=True)
-        change(found)
-        torch.save(found, path)
+        checkpoint = torch.load(path, weights_only=True)
+        change(checkpoint)
+        torch.save(checkpoint, path)
 
     return checkpoint(make)
 
 
-def shapeless(place: str, name: str) -> Spoil:
+def with_scalar_tensor(relative_path: str, name: str) -> Spoil:
     """One tensor of a safetensors file without any axis."""
 
     def spoil(folder: Path) -> None:
         from safetensors.numpy import load_file, save_file
 
-        found = load_file(folder / place)
-        save_file(found | {name: np.array(1.0)}, folder / place)
+        tensors = load_file(folder / relative_path)
+        save_file(tensors | {name: np.array(1.0)}, folder / relative_path)
 
     return spoil
 
 
-def poisoned(found: dict[str, Any]) -> None:
-    for tensor in found["model_state_dict"].values():
+def with_nan(checkpoint: dict[str, Any]) -> None:
+    for tensor in checkpoint["model_state_dict"].values():
         if tensor.is_floating_point():
             tensor.fill_(float("nan"))
 
@@ -171,7 +171,7 @@ def poisoned(found: dict[str, Any]) -> None:
 def another_architecture(folder: Path) -> None:
     """One family's weights under another's name."""
     source = (folder / "checkpoints" / "CustomResNetMish_final.pth").read_bytes()
-    alone(lambda place: (place / "checkpoints" / f"{NAME}_final.pth").write_bytes(source))(folder)
+    only_member(lambda folder: (folder / "checkpoints" / f"{NAME}_final.pth").write_bytes(source))(folder)
 
 
 def png(width: int, height: int) -> bytes:
@@ -201,23 +201,23 @@ def oof(change: Callable[[Arrays], Arrays]) -> Spoil:
     def spoil(folder: Path) -> None:
         path = folder / "kfold_results" / f"{NAME}_oof_predictions.npz"
         with np.load(path) as arrays:
-            found = dict(arrays)
-        np.savez(path, **change(found))
+            changed = dict(arrays)
+        np.savez(path, **change(changed))
 
     return spoil
 
 
-def given(stem: str = "oof", change: Callable[[Arrays], Arrays] = lambda arrays: arrays, **options: Any) -> Spoil:
+def import_file(stem: str = "oof", change: Callable[[Arrays], Arrays] = lambda arrays: arrays, **options: Any) -> Spoil:
     """Predictions of three members in `given/`, one file of one of them changed."""
     return lambda folder: write(folder / "given", change=changing("forest", stem, change), **options)
 
 
-def given_raw(content: Callable[[Path], object], stem: str = "oof") -> Spoil:
+def raw_import_file(content: Callable[[Path], object], stem: str = "oof") -> Spoil:
     """Predictions of which one file is written by `content(path)`."""
-    return both(given(), lambda folder: content(folder / "given" / "forest" / f"{stem}.npz"))
+    return combined(import_file(), lambda folder: content(folder / "given" / "forest" / f"{stem}.npz"))
 
 
-def huge(path: Path) -> None:
+def oversized_array(path: Path) -> None:
     """An archive whose array declares 80 TB."""
     header = np.lib.format.magic(1, 0)
     words = b"{'descr': '<f8', 'fortran_order': False, 'shape': (10000000000000,), }"
@@ -226,13 +226,13 @@ def huge(path: Path) -> None:
         archive.writestr("logits.npy", header + struct.pack("<H", len(words)) + words)
 
 
-def slipping(path: Path) -> None:
+def path_traversal(path: Path) -> None:
     """An archive with a name that leads out of it."""
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(f"../../{CANARY}", b"out")
 
 
-def swollen(path: Path) -> None:
+def understated_size(path: Path) -> None:
     """An archive of 2 GB of zeros in 2 MB, its header changed to promise a thousand times as much."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("logits.npy", bytes(1 << 20))
@@ -242,7 +242,7 @@ def swollen(path: Path) -> None:
     path.write_bytes(raw)
 
 
-def twice(path: Path) -> None:
+def duplicate_entry(path: Path) -> None:
     """An archive in which two arrays have one name."""
     import warnings
 

@@ -40,7 +40,7 @@ from utils.core.errors import OrchestratorError  # noqa: E402
 from utils.core.workspace import Workspace  # noqa: E402
 
 GIGABYTES, SECONDS = 2, 10
-SHARES = {
+PERCENTAGES = {
     "configurations": 40,
     "predictions": 20,
     "catalogs": 15,
@@ -78,11 +78,11 @@ def watched(folder: Path, kind: str) -> Iterator[None]:
     counts[kind] += 1
 
 
-def typed(code: int, said: str) -> None:
-    assert code in TYPED, f"exit code {code}: {said[-2000:]}"
+def typed(code: int, message: str) -> None:
+    assert code in TYPED, f"exit code {code}: {message[-2000:]}"
 
 
-def main(cases_wanted: int, start: int) -> int:
+def main(n_cases: int, start: int) -> int:
     """Run all kinds; the exit code."""
     signal.signal(signal.SIGALRM, _hang)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
@@ -92,7 +92,7 @@ def main(cases_wanted: int, start: int) -> int:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (GIGABYTES << 30),) * 2)
         for kind, (strategy, look) in kinds.items():
-            count = max(1, cases_wanted * SHARES[kind] // 100)
+            count = max(1, n_cases * PERCENTAGES[kind] // 100)
             fuzzed(kind, folder, strategy, look, count, start)
     total = ", ".join(f"{kind} {count}" for kind, count in counts.items())
     print(f"fuzz: {sum(counts.values())} cases, seed {start}, none failed ({total})")

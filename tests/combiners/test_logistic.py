@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from utils.combiners.logistic import LogisticLearner, fit_path
-from utils.combiners.stacking_features import KINDS, centred_log, features, standardisation
+from utils.combiners.stacking_features import KINDS, features, standardisation
 from utils.numeric import pools
-from utils.numeric.metrics import log_loss, log_softmax, softmax
+from utils.numeric.metrics import log_loss, log_softmax
 
 M, N, C = 3, 200, 4
 
@@ -68,28 +68,3 @@ def test_a_setting_fitted_again_is_the_model_of_the_path(rows):
     for place in (0, 2, 4):
         again = learner.fit(logits, labels, settings[place]).predict_proba(logits)
         np.testing.assert_allclose(again, on_path[place], atol=1e-6)
-
-
-def test_features_say_what_their_kind_says():
-    logits = np.log(np.array([[[0.7, 0.3]], [[0.2, 0.8]]], dtype=np.float32))
-    np.testing.assert_allclose(features(logits, "probabilities"), [[0.7, 0.3, 0.2, 0.8]], atol=1e-6)
-    centred = features(logits, "log_probabilities")[0]
-    np.testing.assert_allclose(centred[:2], [0.5 * np.log(7 / 3), -0.5 * np.log(7 / 3)], atol=1e-6)
-    more = features(logits, "log_probabilities+disagreement")[0]
-    assert len(more) == 4 + 3 + 2
-    entropy = lambda *p: -sum(x * np.log(x) for x in p)  # noqa: E731
-    mean = (entropy(0.7, 0.3) + entropy(0.2, 0.8)) / 2
-    total = entropy(0.45, 0.55)
-    np.testing.assert_allclose(more[4:], [total, mean, total - mean, 0.25, 0.25], atol=1e-6)
-
-
-def test_logits_and_their_log_probabilities_are_the_same_features(rows):
-    logits = rows[0]
-    plain = logits - logits.mean(axis=2, keepdims=True)
-    np.testing.assert_allclose(centred_log(softmax(logits)), plain, atol=1e-5)
-
-
-def test_a_constant_feature_stays_finite():
-    centre, scale = standardisation(np.ones((5, 3)), [2, 1])
-    np.testing.assert_array_equal(scale, 1)
-    np.testing.assert_array_equal(centre, 1)

@@ -162,9 +162,9 @@ def test_a_network_of_other_random_numbers_is_told_with_its_barrier(looked):
 def test_late_epochs_lie_together_and_equal_weights_count_once(looked):
     reasons = {entry["stage"]: entry["left_out"] for entry in looked.ingredients}
     assert reasons["finetune_best"] == "the weights of final"
-    assert "snapshot2" in looked.basin
+    assert "snapshot2" in looked.connected
     assert looked.trials.pair("final", "snapshot2").similarity > 0.9
-    ranks = [looked.trials.single(name).rank for name in looked.basin]
+    ranks = [looked.trials.single(name).rank for name in looked.connected]
     assert ranks == sorted(ranks, reverse=True)
 
 
@@ -236,7 +236,7 @@ def test_a_checkpoint_that_changed_or_diverged_is_left_out_and_the_own_one_is_ne
     assert "is gone" in reasons["snapshot1"]
     assert "rows of a batch have NaN" in reasons["snapshot2"]
     assert "changed since discovery" in reasons["head_best"]
-    assert found.basin == ("final",)
+    assert found.connected == ("final",)
     change(checkpoints / f"{NAME}_final.pth", lambda record: record["extra"].update(epoch=9))
     with pytest.raises(UserError, match=rf"{NAME}_final\.pth: changed since discovery"):
         survey(store_at(own))

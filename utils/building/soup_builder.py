@@ -211,21 +211,21 @@ def _build_backbone(session: Session, member: Member) -> tuple[Session, list[str
 
 
 def _uniform(survey: Survey) -> Soup | str:
-    """The plain mean of the basin (Wortsman et al. 2022)."""
-    if len(survey.basin) < 2:
+    """The plain mean of the connected checkpoints (Wortsman et al. 2022)."""
+    if len(survey.connected) < 2:
         return _nothing_to_average(survey)
-    mix = _mix(dict.fromkeys(survey.basin, 1))
-    return Soup(mix, survey.trials.trial(mix), survey.basin[0], {}, f"{len(mix)} checkpoints")
+    mix = _mix(dict.fromkeys(survey.connected, 1))
+    return Soup(mix, survey.trials.trial(mix), survey.connected[0], {}, f"{len(mix)} checkpoints")
 
 
 def _greedy(survey: Survey) -> Soup | str:
-    """The best of the basin, then whatever does not make it worse on val (Wortsman et al. 2022)."""
+    """The best checkpoint, then whatever does not make the mean worse on val (Wortsman et al. 2022)."""
     from utils.networks.soups import greedy_soup
 
-    if len(survey.basin) < 2:
+    if len(survey.connected) < 2:
         return _nothing_to_average(survey)
     trials = survey.trials
-    steps = greedy_soup(survey.basin, lambda names: trials.trial(_mix(dict.fromkeys(names, 1))).kept.rank)
+    steps = greedy_soup(survey.connected, lambda names: trials.trial(_mix(dict.fromkeys(names, 1))).kept.rank)
     kept = [name for name, _, is_kept in steps if is_kept]
     path = [{"stage": name, "score": rank[0], "kept": is_kept} for name, rank, is_kept in steps]
     mix = _mix(dict.fromkeys(kept, 1))
@@ -262,7 +262,7 @@ def _mix(shares: Mapping[str, int]) -> Mix:
 
 def _nothing_to_average(survey: Survey) -> str:
     count = len(survey.ingredients)
-    return f"nothing to average: of {count} checkpoint{'s'[: count > 1]} one lies in the basin of {survey.basin[0]}"
+    return f"nothing to average: of {count} checkpoint{'s'[: count > 1]} one lies in the basin of {survey.connected[0]}"
 
 
 METHODS = {

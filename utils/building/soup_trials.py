@@ -1,4 +1,4 @@
-"""One backbone's checkpoints and their mixtures on the val split: which lie in one basin, how good each mixture is."""
+"""One backbone's checkpoints and their mixtures on the val split: which are linearly connected, how good each is."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ class Survey:
     """Which of one backbone's checkpoints may be averaged, and how good they are."""
 
     trials: Trials
-    basin: tuple[str, ...]
+    connected: tuple[str, ...]
     """Stages that may be averaged, the best on val first."""
     pairs: tuple[dict[str, Any], ...]
     ingredients: tuple[dict[str, Any], ...]
@@ -283,23 +283,25 @@ def survey_checkpoints(store: Store, member: Member, entries: Sequence[Mapping[s
     unrelated = [name for name in ordered if name not in related]
     left_out |= dict.fromkeys(unrelated, "another initialisation")
     pairs = _pairs(trials, related, unrelated)
-    basin: list[str] = []
+    connected: list[str] = []
     for name in related:
-        wall = next((p for p in pairs if not p.is_connected and name in p.names and set(p.names) & set(basin)), None)
-        if wall is None:
-            basin.append(name)
+        barrier = next(
+            (p for p in pairs if not p.is_connected and name in p.names and set(p.names) & set(connected)), None
+        )
+        if barrier is None:
+            connected.append(name)
         else:
-            other = next(end for end in wall.names if end != name)
+            other = next(end for end in barrier.names if end != name)
             left_out[name] = (
-                f"halfway to {other} the error rises by {wall.error_rise:.4f}, the log-loss by {wall.log_loss_rise:.4f}"
+                f"halfway to {other} the error rises by {barrier.error_rise:.4f}, the log-loss by {barrier.log_loss_rise:.4f}"
             )
     for name, reason in left_out.items():
         logger.debug("%s %s: left out of its soups: %s", member.name, name, reason)
-    looked_at = tuple(
+    entries_tried = tuple(
         {**entry, "left_out": left_out.get(name)} | (figures[name].as_record() if name in figures else {})
         for name, entry in ((entry["stage"], entry) for entry in entries)
     )
-    return Survey(trials, tuple(basin), tuple(pair.as_record() for pair in pairs), looked_at)
+    return Survey(trials, tuple(connected), tuple(pair.as_record() for pair in pairs), entries_tried)
 
 
 def _pairs(trials: Trials, related: Sequence[str], unrelated: Sequence[str]) -> list[Pair]:

@@ -13,7 +13,7 @@ import pytest
 from finished_workspace import at
 from given_predictions import CONFIG, take_in, write
 
-from utils.building import build_commands, ensembles, sparse_timing
+from utils.building import build_commands, ensembles
 from utils.building.moe_builder import SparseBuilder
 from utils.building.protocol import Session, state_of
 from utils.combiners.gating import SparseGate
@@ -117,15 +117,6 @@ def test_images_are_answered_by_running_only_the_members_they_need(fused, make, 
     np.testing.assert_array_equal(np.isnan(found.disagreement), ran.sum(axis=0) == 1)
     assert (len(rows), rows[0]) == (3, 28)
     assert 28 < sum(rows) == ran.sum() < 3 * 28
-
-
-def test_a_stopwatch_answers_as_the_store_does(fused):
-    store, members = opened(fused)
-    images = store.images("val").take([3, 9, 20])
-    watch = sparse_timing.Stopwatch(store, members, images, "cpu")
-    found = watch.run(1, np.array([0, 2]))
-    np.testing.assert_allclose(found, store.rows(members[1], "val").logits[[3, 20]], atol=1e-4)
-    assert watch.of_member(1) > 0
 
 
 def test_a_second_run_keeps_them_and_a_changed_setting_does_not(fused, orchestrator, tmp_path):

@@ -1,8 +1,8 @@
 """`runs.fusion.end_to_end`: the members' networks trained further, together with the head that reads them.
 
 Every network of such a fusion is a derived member of its own, `ensembles/models/<fusion>/<member>.pth`; the base
-pipeline's checkpoints stay as they are. Train rows fit networks and heads, val rows choose the epoch and judge, so that
-no row of train is honest for them.
+pipeline's checkpoints stay as they are. Train rows fit networks and heads, and val rows select the epoch, so that
+no row of train is out-of-sample for them.
 """
 
 from __future__ import annotations

@@ -293,7 +293,8 @@ def survey_checkpoints(store: Store, member: Member, entries: Sequence[Mapping[s
         else:
             other = next(end for end in barrier.names if end != name)
             left_out[name] = (
-                f"halfway to {other} the error rises by {barrier.error_rise:.4f}, the log-loss by {barrier.log_loss_rise:.4f}"
+                f"halfway to {other} the error rises by {barrier.error_rise:.4f}, "
+                f"the log-loss by {barrier.log_loss_rise:.4f}"
             )
     for name, reason in left_out.items():
         logger.debug("%s %s: left out of its soups: %s", member.name, name, reason)

@@ -291,7 +291,7 @@ def test_what_cannot_answer_is_refused_with_the_remedy(workspace, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no image found"):
         asked(workspace, tmp_path / "empty")
-    with pytest.raises(UserError, match="name it with --to FILE"):
+    with pytest.raises(UserError, match="--to FILE"):
         asked(workspace, folder, append=True)
     checkpoint = workspace.checkpoints / "CustomResNetMish_final.pth"
     content = checkpoint.read_bytes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,3 +94,41 @@ def test_without_every_fold_network_there_is_no_mean(store):
     one = tuple(entry for entry in member.checkpoints if entry["stage"] != "fold1")
     assert fold_networks.stages(replace(member, checkpoints=one)) == ()
     assert fold_networks.stages(replace(member, oof=None)) == ()  # refused predictions speak for no network
+
+
+def example_member(**options):
+    checkpoints = tuple(
+        {"path": f"{stage}.pth", "stage": stage, "sha256": stage * 4} for stage in ("final", "fold1", "fold0")
+    )
+    known = {"oof": {"folds": 2}, "recorded_accuracy": None, "digest": "d", "exports": (), "metrics": None}
+    return catalog.Member("m", "Net", "tiny", 32, ("a", "b"), checkpoints, **(known | options))
+
+
+def test_the_networks_that_answer_follow_from_inference_and_embeddings():
+    member = example_member()
+    assert fold_networks.answering(member, "full") == (None,)
+    assert fold_networks.answering(member, "full", embeddings=True) == (None,)
+    assert fold_networks.answering(member, "folds") == ("fold0", "fold1")
+    assert fold_networks.answering(member, "folds", embeddings=True) == (None, "fold0", "fold1")
+
+
+@pytest.mark.parametrize("inference", ["full", "folds"])
+def test_an_ensemble_knows_the_members_that_are_missing_and_those_that_have_changed(inference):
+    member = example_member()
+    digests = {name: fold_networks.digest(member, inference) for name in ("a", "b", "c", "unused")}
+    ensemble = SimpleNamespace(members=("a", "b", "c"), member_digests=digests, inference=inference)
+    assert fold_networks.missing_and_changed(dict.fromkeys("abc", member), ensemble) == ([], [])
+    now = {"a": member, "b": example_member(digest="other")}
+    assert fold_networks.missing_and_changed(now, ensemble) == (["c"], ["b"])
+
+
+def test_the_mean_of_networks_is_that_of_their_probabilities_whatever_the_batches():
+    logits = np.random.default_rng(0).normal(size=(3, 5, 4)).astype(np.float32) * 10
+    mean = fold_networks.FoldMean(5, 4)
+    for network in logits:
+        mean.add(network[:2])
+        mean.add(network[2:], start=2)
+    probabilities = np.exp(logits.astype(float)) / np.exp(logits.astype(float)).sum(axis=2, keepdims=True)
+    found = mean.mean(3)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(np.exp(found), probabilities.mean(axis=0), atol=1e-6)

@@ -1,8 +1,7 @@
 """Gradient-boosted trees on members' outputs: one training per kind of features, answered after several rounds.
 
-Chen and Guestrin (2016), XGBoost. The number of rounds is what `utils.numeric.nested_cv` chooses: early stopping on
-rows that are
-held out, without a further split. Boosters are kept as the library's own JSON and answer without the library.
+Chen and Guestrin (2016), XGBoost. `utils.numeric.nested_cv` selects the number of rounds: early stopping on
+rows that are held out, without a further split. Boosters are saved as XGBoost's JSON and answer without the library.
 """
 
 from __future__ import annotations

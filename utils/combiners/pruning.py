@@ -84,14 +84,14 @@ class Pruned(PooledMembers):
     @classmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
         """With the settings of `pruning`, and the metric and the temperature of `runs.score_ensemble`."""
-        shared, own = config.runs.score_ensemble, config.pruning
+        shared, pruning = config.runs.score_ensemble, config.pruning
         return cls(
             members=members,
             metric=shared.optimization_metric,
             calibration=shared.temperature,
-            target_size=own.target_size,
-            pick=own.pick,
-            budget=own.cost_budget,
+            target_size=pruning.target_size,
+            pick=pruning.pick,
+            budget=pruning.cost_budget,
         )
 
     @property

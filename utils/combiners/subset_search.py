@@ -102,8 +102,8 @@ class SubsetProblem:
     @cached_property
     def hits(self) -> NDArray[np.bool_]:
         """(M, N): the member is right."""
-        found: NDArray[np.bool_] = self.probabilities.argmax(axis=2) == self.labels
-        return found
+        hits: NDArray[np.bool_] = self.probabilities.argmax(axis=2) == self.labels
+        return hits
 
     @cached_property
     def diversity(self) -> Diversity:
@@ -228,7 +228,7 @@ def clustering(problem: SubsetProblem) -> list[Subset]:
     """Group members that err on the same rows, keep the best of each group.
 
     Hierarchical clustering, average linkage on 1 - error correlation. Groups come in the order of their best members;
-    where the limits leave no room for the best of a group its next best is kept, and none where none fits.
+    where the best of a group exceeds the limits, its next best is taken, and none where none is within them.
     """
     members = np.flatnonzero(problem.affordable)
     ranks = _ranks(problem)

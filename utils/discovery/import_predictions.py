@@ -142,12 +142,12 @@ def _matched(
     else:
         samples = apply_to_each(SPLITS, lambda split: collect_samples(split, classes, _rows(ground, parts, split)))
         fitted = apply_to_each(parts, lambda name: imported_members.match_samples(name, parts[name], samples))
-    place = {name: workspace.relative(workspace.oof(name)) for name in fitted}
-    arrivals = apply_to_each(fitted, lambda name: import_checks.check_member(name, fitted[name][0], place[name]))
+    oof_paths = {name: workspace.relative(workspace.oof(name)) for name in fitted}
+    arrivals = apply_to_each(fitted, lambda name: import_checks.check_member(name, fitted[name][0], oof_paths[name]))
     problems += [problem for name in arrivals for problem in (*fitted[name][1], *arrivals[name].problems)]
     members = {name: arrival.member for name, arrival in arrivals.items()}
     if images:
-        splits = {split: {"n": len(found.sample_ids), "digest": found.digest} for split, found in images.items()}
+        splits = {split: {"n": len(listed.sample_ids), "digest": listed.digest} for split, listed in images.items()}
         if staying is not None and staying.has_images:
             members |= {name: member for name, member in staying.members.items() if member.source != IMPORTED}
             problems = [*(p for p in staying.problems if p.member not in staying.imported()), *problems]
@@ -168,7 +168,7 @@ def _splits_of_rows(
     for split in SPLITS:
         imported_members.require_rows_in_common(split, held[split])
     samples = {split: collect_samples(split, classes, rows) for split, rows in held.items()}
-    splits = {split: split_facts(classes, found) for split, found in samples.items()}
+    splits = {split: split_facts(classes, split_samples) for split, split_samples in samples.items()}
     return splits, imported_members.sharing_problems(held, samples)
 
 

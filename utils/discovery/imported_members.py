@@ -313,8 +313,6 @@ def _same_samples(samples: Mapping[str, Samples]) -> list[Problem]:
         shared = first.keys() & second.keys()
         if shared and all(first[key] == second[key] for key in shared):
             message = f"{len(shared)} ids are in {pair[0]} and in {pair[1]} with equal labels, such as {min(shared)}"
-            remedy = (
-                "Without images it cannot be told whether they are the same samples; give other ids if they are not"
-            )
+            remedy = "Without images it is unknown whether they are the same samples; give other ids if they are not"
             problems.append(Problem("same_ids", "warning", None, message, remedy))
     return problems

@@ -149,7 +149,7 @@ def test_a_busy_machine_is_told_when_something_is_measured_on_it(store, member, 
     measure(store, [member("a")], batches=[1])  # known already
     assert "busy" not in heard.text
     measure(store, [member("b")], batches=[1])
-    words = "this machine is busy (load 7.5, 2 cores): latencies come out too high, and are kept; remove"
+    words = "this machine is busy (load 7.5, 2 cores): latencies come out too high, and are stored; remove"
     assert f"{words} {store.workspace.latency}" in heard.text
 
 

@@ -171,13 +171,13 @@ def test_a_lock_that_became_another_s_is_left_to_it(lock, heard):
         lock.unlink()
         leave(lock, host="elsewhere")
     assert json.loads(lock.read_text())["host"] == "elsewhere"
-    assert "removed or taken by somebody else" in heard.text
+    assert "removed or taken by another process" in heard.text
 
 
 def test_a_lock_that_somebody_removed_is_told_and_ends_nothing(lock, heard):
     with locks.writer_lock(lock, "discover"):
         lock.unlink()
-    assert f"{lock}: removed or taken by somebody else" in heard.text
+    assert f"{lock}: removed or taken by another process" in heard.text
     assert list(lock.parent.iterdir()) == []
 
 

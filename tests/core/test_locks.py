@@ -79,7 +79,7 @@ def test_a_second_command_is_refused_by_name_of_the_first_and_takes_over_when_th
     holder.wait()
     done = orchestrator("discover", workspace=tmp_path)
     assert f"process {holder.pid} on host {socket.gethostname()}" in done.stderr
-    assert "runs no more; taken over" in done.stderr
+    assert "no longer runs; taken over" in done.stderr
     assert "Split the images first" in done.stderr  # it went on to what is wrong with an empty workspace
     assert not lock.exists()
 

@@ -178,4 +178,4 @@ def test_the_sections_are_off_unless_asked_for(built, tmp_path, orchestrator):
     own = shutil.copytree(built, tmp_path / "workspace")
     refused = orchestrator("fusion-train", "--config", "configs/votes.yaml", workspace=own)
     assert refused.returncode == 1
-    assert "is off" in refused.stderr
+    assert "runs.fusion.enable=true" in refused.stderr

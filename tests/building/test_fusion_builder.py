@@ -13,7 +13,7 @@ from conftest import PROJECT
 from stored_predictions import workspace_at
 
 from utils.building import embedding_rows, fusion_builder
-from utils.building.protocol import Session
+from utils.building.builder_protocol import Session
 from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.predictions import catalog, extraction

@@ -11,8 +11,8 @@ from conftest import PROJECT
 from given_predictions import empty_workspace, take_in, write
 
 from utils.building import build_commands
+from utils.building.builder_protocol import Session, state_of
 from utils.building.meta_builder import MetaBuilder, meta_fuse
-from utils.building.protocol import Session, state_of
 from utils.core.config import Config
 from utils.core.config_file import load_config
 from utils.core.errors import UserError

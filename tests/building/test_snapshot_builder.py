@@ -20,7 +20,7 @@ import torch
 from conftest import PROJECT, run_python
 
 from utils.building import build_commands, ensembles, snapshot_builder
-from utils.building.protocol import Session
+from utils.building.builder_protocol import Session
 from utils.building.snapshot_builder import SnapshotBuilder
 from utils.core import subprocesses
 from utils.core.config_file import load_config

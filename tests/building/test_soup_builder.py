@@ -14,8 +14,8 @@ from soup_runs import DEMO, ROLES, SETTINGS, brew, config
 from soup_zoo import NAME, one_backbone
 from stored_predictions import workspace_at
 
-from utils.building import ensembles, protocol, soup_builder
-from utils.building.protocol import Session
+from utils.building import builder_protocol, ensembles, soup_builder
+from utils.building.builder_protocol import Session
 from utils.building.soup_builder import SoupBuilder
 from utils.core.errors import UserError
 from utils.discovery import discover
@@ -282,7 +282,7 @@ def test_trouble_with_one_backbone_is_a_failure_with_its_name(own):
     change(own.checkpoint(NAME, "final"), lambda r: r["model_state_dict"]["network.fc.bias"].add_(1))
     found = catalog.load(own)
     store = Store(config(), own, found)
-    outcome = protocol.run([SoupBuilder()], Session(store, (found.members[NAME],)), force=True)
+    outcome = builder_protocol.run([SoupBuilder()], Session(store, (found.members[NAME],)), force=True)
     assert [text.partition(": /")[0] for text in outcome.failures] == [f"runs.model_soup: {NAME}"]
     assert "changed since discovery" in outcome.failures[0]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from given_predictions import CONFIG, empty_workspace, take_in, write
 
-from utils.building.protocol import Session, run, state_of
+from utils.building.builder_protocol import Session, run, state_of
 from utils.building.voting_builder import VotingBuilder
 from utils.core.config import Config
 from utils.core.config_file import load_config

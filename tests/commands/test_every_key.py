@@ -18,16 +18,16 @@ from finished_workspace import at
 
 from utils import commands
 from utils.building import (
+    builder_protocol,
     end_to_end,
     ensembles,
     fusion_builder,
     meta_builder,
-    protocol,
     snapshot_builder,
     soup_builder,
 )
 from utils.building.build_commands import BUILDERS
-from utils.building.protocol import Session
+from utils.building.builder_protocol import Session
 from utils.core.config import Config, validate
 from utils.core.errors import UserError
 from utils.distillation import student_plan, students, teachers, unlabeled
@@ -145,7 +145,7 @@ def how_it_fuses(store: Store, members: Any) -> str:
         patch.setattr(extraction, "ensure", ensure)
         patch.setattr(end_to_end, "require_networks", require_networks)
         try:
-            protocol.run([fusion_builder.FusionBuilder()], Session(store, tuple(members)))
+            builder_protocol.run([fusion_builder.FusionBuilder()], Session(store, tuple(members)))
         except (UserError, Stopped) as told:
             return str(told)
     return "has nothing to do"

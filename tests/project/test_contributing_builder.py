@@ -40,7 +40,9 @@ def type_in(tmp_path_factory):
     insert(copy / "utils/core/config.py", "    score_ensemble: ScoreEnsemble = ScoreEnsemble()\n", f"    {KEY}\n")
     commands = copy / "utils/building/build_commands.py"
     insert(commands, "        PruningBuilder(),\n", f"        {ENTRY}\n")
-    insert(commands, "from utils.building.protocol import", f"from {PATH[:-3].replace('/', '.')} import {CLASS}\n")
+    insert(
+        commands, "from utils.building.builder_protocol import", f"from {PATH[:-3].replace('/', '.')} import {CLASS}\n"
+    )
     workspace = tmp_path_factory.mktemp("workspace")
 
     def run(*words: str):

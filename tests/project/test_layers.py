@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -75,3 +76,9 @@ def test_base_back_is_reached_through_the_mount_only(path):
         if name.split(".")[0] in base_back.PACKAGES or ".".join(name.split(".")[:2]) in base_back_modules
     ]
     assert not wrong, f"imports {wrong} of BASE-BACK; use utils.base_back.load"
+
+
+def test_names_of_test_modules_are_unique():
+    """Pytest imports them by their base name, so that the second of one name would not be collected."""
+    names = Counter(path.name for path in (PROJECT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from utils.building import protocol
+from utils.building import builder_protocol
+from utils.building.builder_protocol import Builder, Session
 from utils.building.fusion_builder import FusionBuilder
 from utils.building.meta_builder import MetaBuilder
 from utils.building.moe_builder import SparseBuilder
-from utils.building.protocol import Builder, Session
 from utils.building.pruning_builder import PruningBuilder
 from utils.building.snapshot_builder import SnapshotBuilder
 from utils.building.soup_builder import SoupBuilder
@@ -52,8 +52,8 @@ def fusion_train(config: Config, workspace: Workspace, *, force: bool = False) -
 
 
 def _run(command: str, config: Config, workspace: Workspace, force: bool) -> Result:
-    builders = protocol.enabled(BUILDERS[command], config)
-    outcome = protocol.run(builders, Session.open(config, workspace), force=force)
+    builders = builder_protocol.enabled(BUILDERS[command], config)
+    outcome = builder_protocol.run(builders, Session.open(config, workspace), force=force)
     names = [member.name for member in outcome.session.members]
     lines = [*outcome.lines, f"{len(names)} members: {', '.join(names)}", f"written: {workspace.models}"]
     return Result("\n".join(lines), outcome.document() | {"members": names}, list(outcome.failures), "evaluate")

@@ -16,8 +16,8 @@ import numpy as np
 
 from utils import base_back
 from utils.building import baselines, embedding_rows, fitting
+from utils.building.builder_protocol import Session
 from utils.building.ensembles import Crossfit
-from utils.building.protocol import Session
 from utils.core import estimates
 from utils.core.artifacts import digest_of, write_checkpoint
 from utils.core.errors import UserError

@@ -11,10 +11,10 @@ import numpy as np
 
 from utils.building import baselines, embedding_rows, end_to_end, ensembles, fitting
 from utils.building.baselines import Baselines
+from utils.building.builder_protocol import Build, Builder, Session, summary_line
 from utils.building.embedding_rows import EmbeddedRows
 from utils.building.ensembles import Crossfit, Provenance
 from utils.building.fitting import OutOfSampleRows
-from utils.building.protocol import Build, Builder, Session, summary_line
 from utils.combiners.protocol import Combiner, MemberFacts
 from utils.core.config import Config
 from utils.core.errors import UserError

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from utils.building import baselines, ensembles, fitting
+from utils.building.builder_protocol import Build, Builder, Session, run, summary_line
 from utils.building.command_hints import build_command
 from utils.building.ensembles import Ensemble
 from utils.building.fitting import OutOfSampleRows
-from utils.building.protocol import Build, Builder, Session, run, summary_line
 from utils.building.voting_builder import VotingBuilder
 from utils.core.config import Config, require_enabled
 from utils.core.errors import UserError, did_you_mean

@@ -11,9 +11,9 @@ import numpy as np
 
 from utils.building import baselines, ensembles, fitting, latency
 from utils.building.baselines import Baselines, bootstrap_interval
+from utils.building.builder_protocol import Build, Builder, Session, summary_line
 from utils.building.ensembles import Crossfit
 from utils.building.fitting import OutOfSampleRows
-from utils.building.protocol import Build, Builder, Session, summary_line
 from utils.building.sparse_timing import Stopwatch
 from utils.combiners.protocol import Combiner, MemberFacts, fit_crossfitted
 from utils.combiners.routing import routed_members

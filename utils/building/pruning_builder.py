@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from utils.building import ensembles, fitting, latency
-from utils.building.protocol import LEFT_OUT, Build, Builder, Session
+from utils.building.builder_protocol import LEFT_OUT, Build, Builder, Session
 from utils.combiners.protocol import MemberFacts
 from utils.combiners.pruning import COMBINERS
 from utils.combiners.subset_search import BudgetError

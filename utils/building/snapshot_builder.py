@@ -18,7 +18,7 @@ from typing import Any
 
 from utils import base_back
 from utils.building import ensembles, fitting
-from utils.building.protocol import Build, Builder, Session, summary_line
+from utils.building.builder_protocol import Build, Builder, Session, summary_line
 from utils.core import estimates, subprocesses
 from utils.core.artifacts import digest_of, write_json
 from utils.core.parsed_files import record_once

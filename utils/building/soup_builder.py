@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils.building import ensembles, fitting
+from utils.building.builder_protocol import Build, Builder, Session, summary_line
 from utils.building.ensembles import Provenance
-from utils.building.protocol import Build, Builder, Session, summary_line
 from utils.core.artifacts import digest_of, require_no_symlink, write_checkpoint, write_json
 from utils.core.errors import UserError
 from utils.core.parsed_files import record_once

@@ -8,9 +8,9 @@ from typing import Any
 
 from utils.building import baselines, ensembles, fitting, inference_choice
 from utils.building.baselines import Baselines
+from utils.building.builder_protocol import Build, Builder, Session, run, summary_line
 from utils.building.fitting import OutOfSampleRows
 from utils.building.inference_choice import Measurement
-from utils.building.protocol import Build, Builder, Session, run, summary_line
 from utils.combiners.protocol import MemberFacts
 from utils.core.config import Config, require_enabled
 from utils.core.errors import LeakageError, UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from utils.building import ensembles, fitting
-from utils.building.protocol import Build, Builder, Session
+from utils.building.builder_protocol import Build, Builder, Session
 from utils.core.errors import UserError
 
 METHOD_OF = {name: method for method, name in ensembles.NAMES.items()}

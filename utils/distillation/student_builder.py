@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils.building import protocol
-from utils.building.protocol import BUILT, UP_TO_DATE, Build, Builder, Session, summary_line
+from utils.building import builder_protocol
+from utils.building.builder_protocol import BUILT, UP_TO_DATE, Build, Builder, Session, summary_line
 from utils.core import caches
 from utils.core.config import Config
 from utils.core.errors import UserError
@@ -30,12 +30,12 @@ def distill(config: Config, workspace: Workspace, *, force: bool = False) -> Res
     unless `force`; an interrupted training resumes. Raises UserError for an unknown student or teacher, for a workspace
     without images, and where the teacher cannot give targets.
     """
-    builders = protocol.enabled([StudentBuilder(resolves_best=True)], config)
+    builders = builder_protocol.enabled([StudentBuilder(resolves_best=True)], config)
     session = Session(Store(config, workspace, catalog.load(workspace)), members=())
     folders = {name: workspace.distillation(name) for name in student_plan.names(config)}
     for folder in folders.values():
         caches.remove_temporary_files(folder)
-    outcome = protocol.run(builders, session, force=force)
+    outcome = builder_protocol.run(builders, session, force=force)
     for name, state in outcome.states.items():
         if state == UP_TO_DATE:  # a training may have been interrupted right after its record was written
             student_assembly.remove_progress(folders[name])
@@ -94,8 +94,8 @@ class StudentBuilder(Builder):
         """Train the named students, and those after them whose teacher has changed by that."""
         built: list[str] = []
         for name, step in self._steps(session).items():
-            state = protocol.state_of(session, name, self) if built else None
-            if name not in names and (state is None or state.state == protocol.CURRENT):
+            state = builder_protocol.state_of(session, name, self) if built else None
+            if name not in names and (state is None or state.state == builder_protocol.CURRENT):
                 continue
             store = session.store
             student = students.resolve(store, step.student)

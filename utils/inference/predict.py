@@ -20,7 +20,7 @@ from utils.core.workspace import Workspace
 from utils.inference import image_paths
 from utils.inference.classifier import BlockPredictions, WorkspaceClassifier
 from utils.inference.output_files import PredictionFile, RecordFormat
-from utils.inference.progress import PredictionProgress
+from utils.inference.prediction_progress import PredictionProgress
 from utils.inference.thresholds import Thresholds, load_thresholds
 from utils.predictions import catalog
 from utils.predictions.store import Store

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils import base_back
-from utils.building import ensembles, protocol
+from utils.building import builder_protocol, ensembles
 from utils.building.build_commands import BUILDERS
+from utils.building.builder_protocol import CURRENT, DAMAGED, MISSING, STALE, Session, State
 from utils.building.ensembles import Ensemble
-from utils.building.protocol import CURRENT, DAMAGED, MISSING, STALE, Session, State
 from utils.core.artifacts import FileDigests
 from utils.core.config import Config
 from utils.core.errors import UserError
@@ -87,7 +87,7 @@ def _saved_states(session: Session, saved: Mapping[str, Ensemble]) -> dict[str, 
     states = {}
     for name in saved:
         builder = next((builder for builder in builders if builder.covers(session, name)), None)
-        states[name] = protocol.state_of(session, name, builder)
+        states[name] = builder_protocol.state_of(session, name, builder)
     return states
 
 

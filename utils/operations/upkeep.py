@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import base_back
-from utils.building.protocol import CURRENT, MISSING
+from utils.building.builder_protocol import CURRENT, MISSING
 from utils.core import caches, locks
 from utils.core.artifacts import read_json
 from utils.core.caches import Item, format_bytes

@@ -6,8 +6,8 @@ import logging
 
 from given_predictions import logged
 
-from utils.inference import progress as progress_module
-from utils.inference.progress import PredictionProgress
+from utils.inference import prediction_progress as progress_module
+from utils.inference.prediction_progress import PredictionProgress
 
 
 def test_progress_logs_the_fraction_done_and_the_remaining_time(caplog, monkeypatch):

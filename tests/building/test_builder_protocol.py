@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from given_predictions import CONFIG, empty_workspace, take_in, write
 
-from utils.building import ensembles, fitting, protocol
-from utils.building.protocol import Build, Builder, Session, state_of
+from utils.building import builder_protocol, ensembles, fitting
+from utils.building.builder_protocol import Build, Builder, Session, state_of
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 
@@ -64,29 +64,29 @@ def opened(workspace: Workspace) -> Session:
 
 def test_what_is_missing_is_built_and_then_kept_unless_forced(workspace):
     builder = Votes()
-    assert protocol.run([builder], opened(workspace)).states == {"first": "built", "second": "built"}
-    again = protocol.run([builder], opened(workspace))
+    assert builder_protocol.run([builder], opened(workspace)).states == {"first": "built", "second": "built"}
+    again = builder_protocol.run([builder], opened(workspace))
     assert again.states == {"first": "up to date", "second": "up to date"}
     assert again.document()["up_to_date"] == ["first", "second"]
     assert len(again.lines) == 2
-    protocol.run([builder], opened(workspace), force=True)
+    builder_protocol.run([builder], opened(workspace), force=True)
     assert builder.calls == [("first", "second"), ("first", "second")]
 
 
 def test_a_changed_input_builds_what_depends_on_it_alone(workspace):
-    protocol.run([Votes()], opened(workspace))
+    builder_protocol.run([Votes()], opened(workspace))
     changed = Votes(requested=("second", "third"), setting=2)
     session = opened(workspace)
     assert state_of(session, "second", changed).state == "stale"
     assert state_of(session, "third", changed).state == "missing"
     assert state_of(session, "first", None).state == "current"  # by its members alone
-    protocol.run([changed], session)
+    builder_protocol.run([changed], session)
     assert changed.calls == [("second", "third")]
     assert state_of(opened(workspace), "second", changed).state == "current"
 
 
 def test_other_selected_members_make_it_stale_and_the_reason_names_both_selections(workspace):
-    protocol.run([Votes()], opened(workspace))
+    builder_protocol.run([Votes()], opened(workspace))
     session = opened(workspace)
     state = state_of(replace(session, members=session.members[:2]), "first", Votes())
     assert state.state == "stale"
@@ -94,35 +94,35 @@ def test_other_selected_members_make_it_stale_and_the_reason_names_both_selectio
 
 
 def test_a_member_with_other_predictions_makes_it_stale(workspace, tmp_path):
-    protocol.run([Votes()], opened(workspace))
+    builder_protocol.run([Votes()], opened(workspace))
     take_in(workspace, write(tmp_path / "other", {"bayes": 7, "forest": 2, "linear": 3}))
     assert state_of(opened(workspace), "first", None).reasons == ("bayes has other predictions now",)
 
 
 def test_a_failure_is_reported_and_the_others_go_on(workspace):
-    outcome = protocol.run([Votes(broken=("first",))], opened(workspace))
+    outcome = builder_protocol.run([Votes(broken=("first",))], opened(workspace))
     assert outcome.states == {"second": "built"}
     assert outcome.failures == ("first: broken",)
 
 
 def test_what_was_tried_in_vain_is_a_failure_again_and_tried_again_when_forced(workspace):
     builder = Votes(excluded={"first": "no budget"})
-    outcome = protocol.run([builder], opened(workspace))
+    outcome = builder_protocol.run([builder], opened(workspace))
     assert outcome.failures == ("first: no budget",)
     assert builder.calls == [("second",)]
-    protocol.run([builder], opened(workspace), force=True)
+    builder_protocol.run([builder], opened(workspace), force=True)
     assert builder.calls[-1] == ("first", "second")
 
 
 def test_a_damaged_record_is_a_failure_with_its_file_until_forced(workspace):
-    protocol.run([Votes()], opened(workspace))
+    builder_protocol.run([Votes()], opened(workspace))
     record = workspace.ensemble("first") / "ensemble.json"
     record.write_text("{")
     assert state_of(opened(workspace), "first", Votes()).state == "damaged"
-    outcome = protocol.run([Votes()], opened(workspace))
+    outcome = builder_protocol.run([Votes()], opened(workspace))
     assert outcome.states == {"second": "up to date"}
     assert [str(record) in failure for failure in outcome.failures] == [True]
-    assert protocol.run([Votes()], opened(workspace), force=True).states["first"] == "built"
+    assert builder_protocol.run([Votes()], opened(workspace), force=True).states["first"] == "built"
 
 
 def test_a_session_is_immutable_and_one_with_another_catalog_shares_the_digests(workspace):
@@ -140,4 +140,4 @@ def test_a_command_whose_sections_are_all_off_names_the_line_to_add(workspace):
     runs = CONFIG.runs.model_copy(update={"score_ensemble": section})
     config = CONFIG.model_copy(update={"runs": runs})
     with pytest.raises(UserError, match=r"runs\.score_ensemble\.enable=true"):
-        protocol.enabled([Votes()], config)
+        builder_protocol.enabled([Votes()], config)

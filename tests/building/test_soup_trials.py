@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from one_member import change
-from soup_zoo import NAME, config
+from soup_zoo import NAME, config, one_backbone
 from stored_predictions import workspace_at
 from torch import nn
 
@@ -32,6 +32,11 @@ def store_at(base, *overrides):
 def survey(store):
     member = store.catalog.members[NAME]
     return soup_trials.survey_checkpoints(store, member, [e for e in member.checkpoints if e["stage"] in STAGES])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, trained):
+    return one_backbone(trained, tmp_path_factory.mktemp("trials") / "w")
 
 
 @pytest.fixture(scope="module")

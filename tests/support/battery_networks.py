@@ -1,4 +1,4 @@
-"""Shared by tests: helpers of test_export_battery that other test modules use as well."""
+"""Small networks of given widths, exported together with a combiner."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared by tests: helpers of test_workspace that other test modules use as well."""
+"""Runs a command line in a process that is bound to one workspace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared by tests: helpers of test_imported_fusion that other test modules use as well."""
+"""Imported members with embeddings."""
 
 from __future__ import annotations
 

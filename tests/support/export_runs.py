@@ -1,4 +1,4 @@
-"""Shared by tests: helpers of test_export that other test modules use as well."""
+"""Runs `export` and finds the folder that it wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared by tests: helpers of test_base_export that other test modules use as well."""
+"""A small network packaged by the base pipeline's exporter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared by tests: helpers of test_predict that other test modules use as well."""
+"""Runs `predict` on a workspace and reads its rows."""
 
 from __future__ import annotations
 

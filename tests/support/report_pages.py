@@ -1,4 +1,4 @@
-"""Shared by tests: helpers of test_report_page that other test modules use as well."""
+"""Workspaces with records, and the report page that they give."""
 
 from __future__ import annotations
 

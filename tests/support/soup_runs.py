@@ -1,4 +1,4 @@
-"""Shared by tests: helpers of test_soup_builder that other test modules use as well."""
+"""Runs `build-ensemble` for the soups of one backbone."""
 
 from __future__ import annotations
 

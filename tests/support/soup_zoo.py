@@ -1,10 +1,9 @@
-"""Shared by tests: helpers of test_soup_trials that other test modules use as well."""
+"""A trained workspace with one backbone, and its configuration."""
 
 from __future__ import annotations
 
 import shutil
 
-import pytest
 from conftest import PROJECT
 from stored_predictions import workspace_at
 
@@ -26,8 +25,3 @@ def one_backbone(trained, base):
 
 def config(*overrides):
     return load_config(PROJECT / "configs" / "votes.yaml", overrides=["device=cpu", *overrides])
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, trained):
-    return one_backbone(trained, tmp_path_factory.mktemp("trials") / "w")

@@ -1,4 +1,4 @@
-"""Shared by tests: helpers of test_store that other test modules use as well."""
+"""Workspaces with stored predictions of trained members."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared by tests: helpers of test_student_builder that other test modules use as well."""
+"""Runs `distill` in a small trained workspace and reads its record."""
 
 from __future__ import annotations
 

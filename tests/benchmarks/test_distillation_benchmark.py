@@ -86,11 +86,11 @@ def test_one_split_is_taught_and_scored(tmp_path, monkeypatch):
     data = write_digits(tmp_path / "Data", per_class=20)
     split = made_by_hand(data)
     monkeypatch.setattr(distillation.prepare, "ZOO", tmp_path / "zoo")
-    room = distillation.Classroom(split, data, tmp_path, whole=True)
-    teacher = room.teacher()
+    classroom = distillation.Classroom(split, data, tmp_path, whole=True)
+    teacher = classroom.teacher()
     assert teacher["scores"]["accuracy"] > 0.9
     assert teacher["oof"]["accuracy"] > 0.9
-    found = {who: room.student(who, 2, 1) for who in ("alone", "oof")}
+    found = {who: classroom.student(who, 2, 1) for who in ("alone", "oof")}
     assert [len(one["history"]) for one in found.values()] == [2, 2]
     assert found["oof"]["history"] != found["alone"]["history"]
 
@@ -100,7 +100,7 @@ def test_networks_are_asked_about_the_views_that_the_student_is_shown(tmp_path, 
     data = write_digits(tmp_path / "Data", per_class=20)
     split = made_by_hand(data)
     monkeypatch.setattr(distillation.prepare, "ZOO", tmp_path / "zoo")
-    room = distillation.Classroom(split, data, tmp_path, whole=True)
+    classroom = distillation.Classroom(split, data, tmp_path, whole=True)
     asked = []
     from utils.predictions import streaming
 
@@ -110,10 +110,10 @@ def test_networks_are_asked_about_the_views_that_the_student_is_shown(tmp_path, 
 
     monkeypatch.setattr(streaming, "open_network", open_network)
     lessons = {
-        who: distillation._lessons(room.albums["train"], who, np.ones(48, bool), batch=64)
+        who: distillation._batch_schedule(classroom.sources["train"], who, np.ones(48, bool), batch=64)
         for who in distillation.KINDS[1:]
     }
-    teach = {who: room._asked(one) for who, one in lessons.items()}
+    teach = {who: classroom._asked(one) for who, one in lessons.items()}
     assert asked == [tmp_path / "a_final.pth", tmp_path / "b_final.pth"] * 2
     for one in teach.values():
         assert np.exp(one(0)).sum(axis=1) == pytest.approx(1, abs=1e-5)

@@ -176,7 +176,7 @@ def test_a_workspace_under_a_windows_name_is_found(foreign, run, tmp_path):
     shutil.copytree(foreign.workspace, tmp_path / "F:\\Disease Training")
     done = run("discover", workspace=tmp_path)
     assert done.returncode == 1
-    assert "Disease Training'; give it with --workspace" in done.stderr
+    assert "Disease Training'; pass it with --workspace" in done.stderr
     assert run("discover", workspace=tmp_path / "F:\\Disease Training").returncode == 0
 
 
@@ -185,7 +185,7 @@ def test_voted_and_evaluated_as_its_own_code_would(discovered, foreign, run, tmp
     done = run("pipeline", workspace=workspace)
     assert done.returncode == 0, done.stderr
     assert "No K-fold results for backbone CustomConvNeXt" in done.stderr
-    assert "only the val rows are honest for all members" in done.stderr
+    assert "only the val rows are out-of-sample for all members" in done.stderr
     assert f"--base-back {foreign.base_back} --workspace {workspace}" in done.stderr
     assert done.stdout.startswith("== discover")  # its logger, which writes to stdout, has no say
     for path in foreign.expected.glob("*.npz"):

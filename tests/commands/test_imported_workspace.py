@@ -96,10 +96,10 @@ def test_what_cannot_be_measured_is_null_with_the_reason(alone):
     assert (
         record["notes"]["latency_ms"]
         == record["notes"]["size_mb"]
-        == ("known by predictions alone: bayes, forest, logistic, neighbours")
+        == ("imported predictions: bayes, forest, logistic, neighbours")
     )
     assert record["overlap"] == {"fitted": 0, "selected": 0, "dropped": 0}
-    assert "there are no images" in record["notes"]["overlap.dropped"]
+    assert record["notes"]["overlap.dropped"].startswith("without images")
     assert [part["split"] for part in record["fitted_on"]] == ["train"]
     assert [part["split"] for part in record["selected_on"]] == ["val"]
     assert not record["contaminated"]
@@ -271,7 +271,7 @@ def test_labels_ids_and_names_must_be_those_of_the_images(own_copy, blurred, orc
     np.savez(blurred / "val.npz", **good)
     blurred.rename(blurred.parent / "CustomConvNeXt")
     done = orchestrator("import-predictions", "--from", str(blurred.parent), workspace=own_copy)
-    assert "member CustomConvNeXt: a network of this workspace has that name" in done.stderr
+    assert "member 'CustomConvNeXt': a network of this workspace has that name" in done.stderr
 
 
 def test_images_alone_are_enough_and_other_images_ask_for_another_import(own_copy, blurred, orchestrator):

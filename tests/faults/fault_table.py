@@ -192,11 +192,11 @@ NOTHING_THERE = [
     ),
     Fault(
         *("stacking switched off", "ready", s.nothing, ("stack", "--set", "runs.stacking.enable=false"), 1),
-        ("runs.stacking is off", "--set runs.stacking.enable=true"),
+        ("runs.stacking is disabled", "--set runs.stacking.enable=true"),
     ),
     Fault(
         *("a pick without pruning", "ready", s.nothing, ("build-ensemble", "--pick", "fastest", *VOTES), 1),
-        ("pruning is off", "--set pruning.enable=true"),
+        ("pruning is disabled", "--set pruning.enable=true"),
     ),
     Fault(
         *("a backbone that is none", "ready", s.nothing),

@@ -63,7 +63,7 @@ def test_without_oof_the_specifications_words_and_both_remedies(workspace, orche
     assert "No K-fold results for backbone CustomConvNeXt" in done.stdout
     assert "ENABLE_KFOLD_CV=True" in done.stdout
     assert "backbones.exclude" in done.stdout
-    assert "only the val rows are honest for all members" in done.stderr
+    assert "only the val rows are out-of-sample for all members" in done.stderr
     ranking = json.loads((workspace / "metrics_output" / "ensembles" / "ranking.json").read_text())
     assert ranking["recommended"]["evidence"]["n"] in (28, 252)
 

@@ -12,7 +12,7 @@ import pytest
 import warm
 from conftest import PROJECT, run_python
 
-SAY = PROJECT / "tests" / "warm_program.py"
+SAY = PROJECT / "tests" / "support" / "warm_program.py"
 
 
 def popen(*arguments: str, **options) -> subprocess.Popen:

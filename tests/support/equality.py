@@ -12,7 +12,7 @@ MEASURED = ("latency_ms", "seconds", "created", "versions")
 """Keys of records that no two runs share."""
 OF_THE_RUN = re.compile(
     r"\d{4}-\d\d-\d\dT[\d:]+\+00:00|\b(?:[0-9a-f]{12}|[0-9a-f]{64})\b|(?<=dataset\.num_workers=)\d+"
-    r"|(?<=<td>)\d+\.\d+ against \d+\.\d+"
+    r"|(?<=<td>)\d+\.\d+ / \d+\.\d+"
 )
 """What the report says of its own making: times, digests of records with times in them, how images were read, and the
 milliseconds that sparse ensembles were measured to take."""

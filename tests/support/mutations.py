@@ -48,7 +48,7 @@ DEFECTS = (
     Defect(
         "the order of classes ignored",
         "utils/discovery/imported_members.py",
-        "columns = np.array([column[name] for name in classes])",
+        "columns = np.array([column_of[name] for name in classes])",
         "columns = np.arange(len(classes))",
         "tests/discovery/test_imported_members.py tests/discovery/test_import_predictions.py",
     ),

@@ -43,7 +43,7 @@ class Group:
 
 
 def status(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
-    """What is built, what is stale and why, what takes room and what to type next. Writes nothing (`force` neither)."""
+    """What is built, what is stale and why, disk usage and the next command. Writes nothing; `force` has no effect."""
     listing = inventory.take(config, workspace)
     sizes = {
         "decoded_images": sum(item.size for item in caches.image_packs(workspace.image_cache)),
@@ -64,7 +64,7 @@ def status(config: Config, workspace: Workspace, *, force: bool = False) -> Resu
         *_prediction_lines(listing),
         *_lines("ensembles", [f"{name}  {state}" for name, state in listing.ensembles.items()] or ["none"]),
         *([f"evaluation   {listing.evaluation}"] if listing.content else []),
-        *_lines("room", _size_words(sizes, config)),
+        *_lines("disk", _size_words(sizes, config)),
         *_links(workspace),
         *(f"problem: {problem}" for problem in listing.problems),
     ]

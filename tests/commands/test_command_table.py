@@ -32,7 +32,7 @@ def test_the_function_of_a_command_takes_its_options(name):
     keywords |= {option.removeprefix("--"): None for option in ("--force", *command.pass_through)}
     for option, _ in command.standalone:
         keywords.pop(attribute(option, command.arguments[option]))
-    signature.bind(None, None, **keywords)
+    assert signature.bind(None, None, **keywords).kwargs.keys() == keywords.keys()
 
 
 @pytest.mark.parametrize("name", commands.COMMANDS)

@@ -13,7 +13,7 @@ from utils.combiners.pooling import PIECEWISE_CONSTANT
 from utils.combiners.protocol import MemberFacts, unsaved
 from utils.core.config import Config
 from utils.numeric import temperature
-from utils.numeric.metrics import METRICS, SMALLEST_PROBABILITY, row_losses, softmax
+from utils.numeric.metrics import METRICS, clipped_log, row_losses, softmax
 from utils.numeric.selection import Selection, select_members
 
 STEPS = 25
@@ -71,7 +71,7 @@ class GreedySelection(PooledMembers):
         best = min(tried, key=lambda way: way.losses[way.size - 1])  # of equals the one without bags
         crossfit = best.crossfit
         if self.calibration != "off":
-            scores = np.log(np.maximum(crossfit, SMALLEST_PROBABILITY))
+            scores = clipped_log(crossfit)
             choice = temperature.select_temperature(scores, labels, folds)
             self.temperature, crossfit = choice.temperature, softmax(scores / choice.row_temperatures[:, None])
         chosen = self._select(probabilities, labels, bags=best.bags)

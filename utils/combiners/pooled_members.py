@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from utils.combiners.protocol import Combiner, unsaved
 from utils.numeric import pools
-from utils.numeric.metrics import METRICS, SMALLEST_PROBABILITY, log_softmax, softmax
+from utils.numeric.metrics import METRICS, SMALLEST_PROBABILITY, clipped_log, log_softmax, softmax
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,7 +54,7 @@ class LinearPooling:
         return np.exp(scores)
 
     def pooled(self, sums: Floats) -> Floats:
-        return log_softmax(np.log(np.maximum(sums, SMALLEST_PROBABILITY)))
+        return log_softmax(clipped_log(sums))
 
     def loss(self, parts: Floats, labels: NDArray[Any], metric: str) -> pools.ConvexLoss:
         if metric == "brier":

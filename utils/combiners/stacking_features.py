@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from utils.numeric.metrics import SMALLEST_PROBABILITY, softmax
+from utils.numeric.metrics import clipped_log, softmax
 
 KINDS = ("log_probabilities", "log_probabilities+disagreement", "probabilities")
 """Logits are missing on purpose: centred over the classes they are the centred log-probabilities."""
@@ -27,7 +27,7 @@ def features(logits: np.ndarray, kind: str) -> np.ndarray:
     members, rows, classes = logits.shape
     probabilities = softmax(logits)
     if kind == STEPS:
-        main = np.round(np.log(np.maximum(probabilities, SMALLEST_PROBABILITY)) * STEPS_PER_NAT)
+        main = np.round(clipped_log(probabilities) * STEPS_PER_NAT)
     elif kind.startswith("log_probabilities"):
         main = centred_log(probabilities)
     else:
@@ -41,7 +41,7 @@ def features(logits: np.ndarray, kind: str) -> np.ndarray:
 
 def centred_log(probabilities: np.ndarray) -> np.ndarray:
     """log(p) clipped at 1e-12, less its mean over the last axis."""
-    logs = np.log(np.maximum(probabilities, SMALLEST_PROBABILITY))
+    logs = clipped_log(probabilities)
     return logs - logs.mean(axis=-1, keepdims=True)
 
 
@@ -57,4 +57,4 @@ def standardisation(values: np.ndarray, blocks: Sequence[int]) -> tuple[np.ndarr
 
 
 def _entropy(probabilities: np.ndarray) -> np.ndarray:
-    return -(probabilities * np.log(np.maximum(probabilities, SMALLEST_PROBABILITY))).sum(axis=-1)
+    return -(probabilities * clipped_log(probabilities)).sum(axis=-1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.core.artifacts import read_arrays, write_arrays
-from utils.numeric.metrics import SMALLEST_PROBABILITY, softmax
+from utils.numeric.metrics import SMALLEST_PROBABILITY, clipped_log, softmax
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -20,7 +20,7 @@ REMEDY = "Remove it, then distill again"
 
 def log_probabilities(probabilities: np.ndarray) -> np.ndarray:
     """Log-probabilities float32 of probabilities (..., C), which are clipped from below."""
-    return np.log(np.maximum(probabilities, SMALLEST_PROBABILITY)).astype(np.float32)
+    return clipped_log(probabilities).astype(np.float32)
 
 
 def pack(targets: np.ndarray) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from utils.core.artifacts import read_arrays
 from utils.core.errors import UserError
-from utils.numeric.metrics import SIGN_TOLERANCE, SMALLEST_PROBABILITY, SUM_TOLERANCE
+from utils.numeric.metrics import SIGN_TOLERANCE, SUM_TOLERANCE, clipped_log
 from utils.predictions.rows import UNKNOWN
 
 NUMBERS, WHOLE_NUMBERS = "fiu", "iu"
@@ -147,4 +147,4 @@ def _log_probabilities(values: np.ndarray, ids: np.ndarray, sum_tolerance: float
         raise _InvalidArraysError(
             f"the probabilities of {rows.size} rows do not sum to 1 within {sum_tolerance:g}, {first}"
         )
-    return np.log(np.maximum(values, SMALLEST_PROBABILITY))
+    return clipped_log(values)

@@ -12,6 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from utils.core.errors import UserError
 from utils.networks import checkpoints
@@ -170,3 +171,20 @@ def test_reading_ahead_reads_the_whole_file_and_ends_with_its_block(tmp_path, mo
     with reading_ahead(tmp_path / "gone.pth"), reading_ahead(None):
         pass
     assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+
+
+def test_a_safetensors_file_is_read_by_its_bytes_and_never_called_a_pickle(tmp_path):
+    weights = {"fc.weight": torch.arange(6.0).reshape(2, 3)}
+    save_file(weights, tmp_path / "m.safetensors")
+    (tmp_path / "m.bin").write_bytes((tmp_path / "m.safetensors").read_bytes())
+    for name in ("m.safetensors", "m.bin"):
+        assert torch.equal(state_dict_of(read_checkpoint(tmp_path / name))["fc.weight"], weights["fc.weight"])
+
+
+@pytest.mark.parametrize("kept", [4, 20, -8])
+def test_a_damaged_safetensors_file_is_called_one(tmp_path, kept):
+    save_file({"fc.weight": torch.ones(2, 3)}, tmp_path / "whole.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"cut\.safetensors: truncated or damaged, .* as a safetensors file") as error:
+        read_checkpoint(tmp_path / "cut.safetensors")
+    assert "pickle" not in str(error.value)

@@ -1,7 +1,7 @@
 """Checkpoint files of any origin: identified by their bytes, read without running anything they contain.
 
-The first bytes determine the format; torch's restricted unpickler then reads the file with a short list of harmless
-types allowed. A refusal is final: no other reader is tried.
+The first bytes determine the format: safetensors, or a file of torch, which its restricted unpickler reads with a short
+list of harmless types allowed. A refusal is final: no other reader is tried.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from utils.core.errors import UserError
 logger = logging.getLogger("disease_pipeline")
 
 BLOCK = 1 << 20
+MOST_HEADER_BYTES = 100_000_000  # of a safetensors file, by its specification
 LEAVE_OUT = "leave it out with backbones.exclude"
 # What every checkpoint of tensors refers to. Only messages use it, to name the rest; torch decides what is read.
 HARMLESS = re.compile(
@@ -41,13 +42,15 @@ SAVE_WEIGHTS = 'torch.save({"model_state_dict": model.state_dict()}, FILE)'
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint's record, on the CPU, with nothing executed from it; tensors of a zip file stay memory-mapped.
 
-    NumPy's scalars are allowed, since real checkpoints hold them. Raises UserError, with a message for each case, for a
-    file that is missing, empty, truncated, a TorchScript archive, a tar file of PyTorch before 0.1.10, no checkpoint at
-    all, or that refers to anything that is not allowed.
+    The record of a safetensors file is {name: tensor}. NumPy's scalars are allowed, since real checkpoints hold them.
+    Raises UserError, with a message for each case, for a file that is missing, empty, truncated, a TorchScript archive,
+    a tar file of PyTorch before 0.1.10, no checkpoint at all, or that refers to anything that is not allowed.
     """
     import torch
 
     form = _form(path)
+    if form == "safetensors":
+        return _read_safetensors(path)
     try:
         with torch.serialization.safe_globals(_allowed_globals()), warnings.catch_warnings():
             # Another pickle protocol is no reason to warn: it is read as safely, or refused with a message.
@@ -66,6 +69,23 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{SAVE_WEIGHTS}, or {LEAVE_OUT}"
         )
     return record
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except MemoryError as error:
+        raise UserError(f"{path}: does not fit into memory. Free some, or {LEAVE_OUT}") from error
+    # A type of number that this torch lacks is a KeyError of the reader.
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        reason = _first_line(error)
+        raise UserError(
+            f"{path}: truncated or damaged, cannot be read as a safetensors file ({reason}). Copy it again, or "
+            f"{LEAVE_OUT}"
+        ) from error
 
 
 def state_dict_of(record: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +135,7 @@ def _read_through(path: Path, stop: threading.Event) -> None:
 
 
 def _form(path: Path) -> str:
-    """`zip` or `pickle`, by the file's bytes. Raises UserError for anything else."""
+    """`safetensors`, `zip` or `pickle`, by the file's bytes. Raises UserError for anything else."""
     try:
         with path.open("rb") as file:
             head = file.read(64)
@@ -135,7 +155,13 @@ def _form(path: Path) -> str:
         ) from error
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: a Git LFS pointer, not the file itself. Fetch it: git lfs pull")
-    return "pickle"
+    return "safetensors" if _is_safetensors(path, head) else "pickle"
+
+
+def _is_safetensors(path: Path, head: bytes) -> bool:
+    """Whether a file begins with the length of a JSON header and the header, or bears the suffix of such files."""
+    length = int.from_bytes(head[:8], "little")
+    return path.suffix == ".safetensors" or (head[8:9] == b"{" and length <= MOST_HEADER_BYTES)
 
 
 def _is_tar(path: Path) -> bool:

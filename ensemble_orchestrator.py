@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.commands import COMMANDS, COMMON_OPTIONS, PIPELINE_STAGES, REPEATED_OPTIONS
-from utils.core import errors
+from utils.core import errors, subprocesses
 
 if TYPE_CHECKING:
     from utils.core.config import Config
@@ -232,4 +232,5 @@ def _terminate(*_: object) -> None:
 
 
 if __name__ == "__main__":
+    subprocesses.end_with_caller()
     sys.exit(main())

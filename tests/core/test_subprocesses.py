@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
+from conftest import PROJECT
 
 from utils.core import subprocesses
+
+SECONDS_LEFT = 5.0  # that a process may outlive the killed one that started it
+START = 30.0  # seconds within which a busy machine starts Python and imports what the programs below need
 
 
 def run(code: str, **variables: str) -> tuple[int, str, list[str]]:
@@ -51,3 +58,96 @@ def test_the_program_ends_when_its_caller_is_interrupted(tmp_path, monkeypatch):
         run(code)
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid_file.read_text()), 0)
+
+
+# after SIGKILL --------------------------------------------------------------------------------------------------------
+def killed_with_its_processes(tmp_path, program: str) -> list[int]:
+    """Run `program`, whose processes write files named by their ids; kill it alone, and return the ids that remain.
+
+    The program runs in a new interpreter: a fork would share the parent of its processes.
+    """
+    code = f"""
+import os, subprocess, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(PROJECT)!r})
+from utils.core import engines, subprocesses
+folder = {str(tmp_path)!r}
+{program}"""
+    process = subprocess.Popen([sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    started = [int(path.name) for path in tmp_path.iterdir() if path.name.isdecimal()]
+    assert started
+    assert all(map(is_running, started)), "before the kill"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    end = time.monotonic() + SECONDS_LEFT
+    while any(map(is_running, started)) and time.monotonic() < end:
+        time.sleep(0.05)
+    remaining = [pid for pid in started if is_running(pid)]
+    for pid in remaining:
+        os.kill(pid, signal.SIGKILL)
+    return remaining
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is not a zombie that nobody has waited for."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for processes in /proc")
+STARTS = f"""
+subprocess.Popen(command, env=subprocesses.watching_environment(environment), cwd=folder)
+end = time.monotonic() + {START}
+while not [path for path in Path(folder).iterdir() if path.name.isdecimal()] and time.monotonic() < end:
+    time.sleep(0.05)
+print("ready")
+time.sleep(600)
+"""
+WAITS = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1], str(os.getpid())).touch(); time.sleep(600)"
+
+
+@needs_proc
+def test_idle_workers_of_a_killed_command_end(tmp_path):
+    program = """
+sys.path.insert(0, folder)
+from jobs_of_workers import marked
+engines.MIN_REMAINING_SECONDS = -1
+list(engines.Local().map(marked, range(6), shared=(folder,), n_processes=2))
+Path(folder, str(os.getpid())).unlink()  # what ran here before the workers started
+print("ready")
+time.sleep(600)
+"""
+    jobs = "import os, time\nfrom pathlib import Path\ndef marked(folder, item):\n"
+    jobs += "    Path(folder, str(os.getpid())).touch()\n    time.sleep(0.2)\n"
+    (tmp_path / "jobs_of_workers.py").write_text(jobs)
+    assert killed_with_its_processes(tmp_path, program) == []
+
+
+@needs_proc
+def test_a_script_of_a_killed_command_ends(tmp_path):
+    (tmp_path / "waits.py").write_text(WAITS)
+    program = f"""
+command = subprocesses.script_command(sys.executable, folder + "/waits.py", folder)
+environment = dict(os.environ)
+{STARTS}
+"""
+    assert killed_with_its_processes(tmp_path, program) == []
+
+
+@needs_proc
+def test_the_orchestrator_that_another_program_started_ends_with_it(tmp_path):
+    waits = f"import argparse, os, pathlib, time\nmark = pathlib.Path({str(tmp_path)!r}, str(os.getpid()))\n"
+    waits += "argparse.ArgumentParser.parse_args = lambda *_: mark.touch() or time.sleep(600)\n"
+    (tmp_path / "sitecustomize.py").write_text(waits)
+    program = f"""
+command = [sys.executable, {str(PROJECT / "ensemble_orchestrator.py")!r}, "debug"]
+environment = os.environ | {{"PYTHONPATH": folder}}
+{STARTS}
+"""
+    assert killed_with_its_processes(tmp_path, program) == []

@@ -227,7 +227,6 @@ def _environment(store: Store) -> dict[str, str]:
         "DBT_SPLIT_DIR": str(workspace.split_dir),
         "DBT_TRAINED_DIR": str(workspace.checkpoints),
         "DBT_IMAGE_CACHE_DIR": str(workspace.image_cache),
-        "DBT_PARENT": str(os.getpid()),
     }
     if base_back.kind(base_back.locate()) == "external":  # whose checkpoints do not tell their size
         variables["DBT_IMG_SIZE"] = os.environ.get("DBT_IMG_SIZE") or str(base_back.settings().IMG_SIZE)

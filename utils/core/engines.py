@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, redi
 from pathlib import Path
 from typing import Any, Protocol
 
+from utils.core import subprocesses
 from utils.core.errors import ConfigError, UserError
 
 logger = logging.getLogger("disease_pipeline")
@@ -140,7 +141,14 @@ def _map_in_processes(
         calls = [delayed(_run_job)((threads_per_job, False), function, job, *shared) for job in jobs[done:]]
         workers = min(n_processes, remaining, MAX_PROCESSES)
         try:
-            for result, warnings in Parallel(workers, "loky", return_as="generator")(calls):
+            pool = Parallel(
+                workers,
+                "loky",
+                return_as="generator",
+                initializer=subprocesses.end_with,  # idle ones would outlive a killed command by five minutes
+                initargs=(os.getpid(),),
+            )
+            for result, warnings in pool(calls):
                 _log_warnings(warnings)
                 done += 1
                 yield result

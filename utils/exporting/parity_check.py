@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from utils.combiners.protocol import Combiner
+from utils.core import subprocesses
 from utils.numeric.metrics import softmax
 from utils.predictions.rows import MemberOutputs
 
@@ -115,11 +116,9 @@ def run_in_subprocess(
     record = {**(job or {}), "format": format_name, "files": [str(path) for path in files], "outputs": list(outputs)}
     record |= {"batches": str(inputs_path), "results": str(outputs_path)}
     job_path.write_text(json.dumps(record), encoding="utf-8")
-    script = Path(__file__).with_name("runtimes.py")
-    # run_path does not put this folder first on the search path, where a module here could hide another package's.
-    code = f"import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path({str(script)!r}, run_name='__main__')"
-    command = [python, "-c", code, script.name, str(job_path)]
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = subprocesses.script_command(python, str(Path(__file__).with_name("runtimes.py")), str(job_path))
+    environment = subprocesses.watching_environment(os.environ)
+    environment |= {"PYTHONWARNINGS": "ignore", "TF_CPP_MIN_LOG_LEVEL": "3"}
     try:
         process = subprocess.run(
             command, cwd=scratch, env=environment, capture_output=True, text=True, timeout=seconds, check=False

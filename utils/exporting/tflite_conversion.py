@@ -70,16 +70,18 @@ def convert_network(
     """
     import torch
 
+    from utils.core import subprocesses  # here, since the interpreter that has the tools lacks this project
+
     scratch.mkdir(parents=True, exist_ok=True)
     program = scratch / "program.pt2"
     with torch.no_grad():
         torch.export.save(torch.export.export(network, (sample,)), program)
     memory = int(MEMORY_FRACTION * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    code = f"import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path({__file__!r}, run_name='__main__')"
-    command = [python_interpreter(), "-c", code, Path(__file__).name, str(program), str(path), str(memory)]
+    command = subprocesses.script_command(python_interpreter(), __file__, str(program), str(path), str(memory))
+    environment = subprocesses.watching_environment(os.environ)
     log = scratch / "converter.log"
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=scratch, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=scratch, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
             exit_code = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired as error:

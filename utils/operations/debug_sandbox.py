@@ -97,7 +97,7 @@ def prepare_sandbox(sandbox: Sandbox) -> None:
         *("--size", "tiny", "--folds", "2", "--epochs-head", "1", "--epochs-finetune", "1", "--jobs", "2"),
         *("--backbones", *sandbox.backbones, "--stages", "split", "kfold", "train"),
     ]
-    variables = {"DBT_BATCH_SIZE": "4", "DBT_PARENT": str(os.getpid())}
+    variables = {"DBT_BATCH_SIZE": "4"}
     exit_code, _, last_lines = subprocesses.run_program(command, sandbox.environment() | variables)
     if exit_code:
         output = "; ".join(last_lines) or "none"

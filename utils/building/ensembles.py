@@ -25,7 +25,9 @@ from utils.core.artifacts import (
 )
 from utils.core.errors import UserError, did_you_mean
 from utils.core.parsed_files import record_once
-from utils.core.workspace import Workspace
+from utils.core.workspace import SPLITS, Workspace
+from utils.predictions import training_data
+from utils.predictions.catalog import Member
 from utils.predictions.rows import Rows
 from utils.predictions.store import Store
 
@@ -76,6 +78,8 @@ class Provenance:
     """Rows whose labels decided a parameter, of the combiner or of a member's network."""
     selected_on: tuple[RowSet, ...]
     """Rows that decided a choice: an epoch, a method."""
+    unknown_training_data: tuple[str, ...] = ()
+    """Networks of which nobody has said what they were trained on, so that any row may be among `fitted_on`; sorted"""
 
 
 def merge_provenance(parts: Sequence[Provenance]) -> Provenance:
@@ -90,6 +94,7 @@ def merge_provenance(parts: Sequence[Provenance]) -> Provenance:
     return Provenance(
         union(rows for part in parts for rows in part.fitted_on),
         union(rows for part in parts for rows in part.selected_on),
+        tuple(sorted({name for part in parts for name in part.unknown_training_data})),
     )
 
 
@@ -206,6 +211,7 @@ def save(workspace: Workspace, ensemble: Ensemble, crossfit: Crossfit, record: M
             "seed": ensemble.seed,
             "inference": ensemble.inference,
             **{kind: [rows.as_record() for rows in all_rows] for kind, all_rows in sets.items()},
+            "unknown_training_data": list(ensemble.provenance.unknown_training_data),
         },
     )
 
@@ -285,16 +291,24 @@ def _provenance(folder: Path, record: Mapping[str, Any], remedy: str) -> Provena
     for kind, row_sets in sets.items():
         if [rows.as_record() for rows in row_sets] != record[kind]:
             raise UserError(f"{folder / 'provenance.npz'}: its ids are not those of ensemble.json. {remedy}")
-    return Provenance(tuple(sets["fitted_on"]), tuple(sets["selected_on"]))
+    unknown = tuple(record.get("unknown_training_data", ()))
+    return Provenance(tuple(sets["fitted_on"]), tuple(sets["selected_on"]), unknown)
 
 
-def network_provenance(store: Store) -> Provenance:
-    """Rows of the members' networks: train rows gave their weights, val rows chose their epochs.
+def network_provenance(store: Store, members: Iterable[Member]) -> Provenance:
+    """Rows of the members' networks: those that their weights were trained on, and the val rows that chose epochs.
 
-    The same is assumed of imported members, of which nothing is known.
+    The same is assumed of imported members, of which nothing is known. A member that was trained on none of the images
+    has chosen nothing by them either.
     """
-    train, val = store.samples("train").sample_ids, store.samples("val").sample_ids
+    return merge_provenance([_of_network(store, member) for member in members])
+
+
+def _of_network(store: Store, member: Member) -> Provenance:
+    fitted = {split: training_data.fitted_rows(store, member, split) for split in SPLITS}
+    val = store.samples("val").sample_ids if member.trained_on != training_data.NONE else ()
     return Provenance(
-        fitted_on=(RowSet("train", "in_sample", train),) if train else (),
+        fitted_on=tuple(RowSet(split, "in_sample", tuple(ids)) for split, ids in fitted.items() if ids),
         selected_on=(RowSet("val", "held_out", val),) if val else (),
+        unknown_training_data=(member.name,) if training_data.is_unknown(store.catalog, member) else (),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from utils.core.artifacts import digest_of
 from utils.core.config import Config
 from utils.core.errors import LeakageError, UserError
 from utils.numeric.metrics import accuracy, log_loss, log_loss_per_row
-from utils.predictions import catalog, fold_networks
+from utils.predictions import catalog, fold_networks, training_data
 from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.folds import crossfit_folds
 from utils.predictions.rows import Rows
@@ -195,14 +195,18 @@ def build(
     else:
         fitted = evaluate_fit(recipe, crossfit, out_of_sample, baselines)
     fitted_on = Provenance(row_sets(rows) if recipe.learns else (), ())
+    needed_members = [member for member, needed in zip(members, fitted.used, strict=True) if needed]
+    # Copies of the recipe, which make the cross-fitted predictions, may need any of the candidates.
+    unknown = training_data.unknown_names(store.catalog, rows.members)
+    networks = replace(ensembles.network_provenance(store, needed_members), unknown_training_data=tuple(unknown))
     ensemble = Ensemble(
         name=name,
         method=method,
-        members=tuple(member for member, needed in zip(rows.members, fitted.used, strict=True) if needed),
+        members=tuple(member.name for member in needed_members),
         candidates=rows.members,
         classes=rows.classes,
         combiner=fitted.combiner.restricted(fitted.used),
-        provenance=ensembles.merge_provenance([ensembles.network_provenance(store), fitted_on, *prior_provenance]),
+        provenance=ensembles.merge_provenance([networks, fitted_on, *prior_provenance]),
         inputs_digest=inputs_digest(store.config, store, members, method, extra_inputs=extra_inputs),
         member_digests={member.name: fold_networks.digest(member, rows.inference) for member in members},
         seed=store.config.seed,
@@ -243,7 +247,8 @@ def inputs_digest(
     recorded = [member.recorded_accuracy for member in members] if settings else None
     splits = [store.catalog.splits[split]["digest"] for split in KINDS_OF_ROWS]  # which decide the folds
     rule = config.digest(*settings, "dataset.group_regex", "seed")
-    return digest_of([VERSION, method, keys, oof, recorded, splits, rule, extra_inputs])
+    stated = training_data.digest_inputs(store, members)
+    return digest_of([VERSION, method, keys, oof, recorded, splits, rule, extra_inputs, *([stated] if stated else [])])
 
 
 def row_sets(rows: Rows) -> tuple[RowSet, ...]:

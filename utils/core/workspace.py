@@ -177,6 +177,15 @@ class Workspace:
         """Validated out-of-fold predictions of one member."""
         return self.all_oof / f"{member}.npz"
 
+    @property
+    def all_training_data(self) -> Path:
+        """One file per declared member whose training images a list names."""
+        return self.ensembles / "training_data"
+
+    def training_data(self, member: str) -> Path:
+        """Digests of the images that one member's weights were trained on."""
+        return self.all_training_data / f"{member}.npz"
+
     def embeddings(self, member: str, split: str) -> Path:
         """Embeddings of one member on one split; the record lies beside it."""
         return self.all_embeddings / member / f"{split}.npy"

@@ -102,7 +102,7 @@ def _single_member(store: Store, member: Member) -> Ensemble:
         candidates=(member.name,),
         classes=store.catalog.classes,
         combiner=SoftVoting(),
-        provenance=ensembles.network_provenance(store),
+        provenance=ensembles.network_provenance(store, [member]),
         inputs_digest=digest_of([member.digest, oof]),
         member_digests={member.name: member.digest},
         seed=store.config.seed,

@@ -158,7 +158,6 @@ def gather(
         list(members.values()), lambda some: extraction.ensure(store, some, sorted({"val", split}))
     )
     streamed = {name: member for name, member in members.items() if name not in failures}
-    networks = ensembles.network_provenance(store)
     oof = {name: part for name, member in members.items() if (part := store.oof(member)) is not None}
     with_val = {name: member for name, member in streamed.items() if store.is_available(member, "val")}
     val_rows, unreadable = _open(store, with_val, "val")
@@ -167,8 +166,14 @@ def gather(
     evaluated = {name: member for name, member in streamed.items() if name in split_rows}
     rows, dropped = evaluated_rows.evaluated_rows(store, {name: split_rows[name] for name in evaluated}, split)
     models = [
-        ScoredModel(name, "member", (name,), softmax(rows.logits[rows.members.index(name)]), networks)
-        for name in evaluated
+        ScoredModel(
+            name,
+            "member",
+            (name,),
+            softmax(rows.logits[rows.members.index(name)]),
+            ensembles.network_provenance(store, [member]),
+        )
+        for name, member in evaluated.items()
     ]
     fold_rows, unstreamed = _open_fold_rows(store, usable, evaluated, split)
     embedded: dict[str, MemberRows] = {}

@@ -70,6 +70,12 @@ class Member:
     """`trained`; `derived` from other members' weights or outputs; `imported`: predictions without a network"""
     parents: tuple[str, ...] = ()
     recorded_test_accuracy: float | None = None
+    trained_on: str = "train"
+    """Images of the workspace that the weights were trained on: one of `training_data.STATEMENTS`"""
+    training_list: dict[str, Any] | None = None
+    """Of the list of a `file` statement: {digest, rows: {split: n}, unmatched}"""
+    pretrained_on: str = "none"
+    """The same of the weights that its training, and that of its fold networks, started from; `none` for new weights"""
 
     def network(self, workspace: Workspace, stage: str | None = None) -> NetworkSpec:
         """How to build and run the member's network, or that of another of its stages, such as `fold0`.
@@ -223,6 +229,8 @@ def stale_files(workspace: Workspace, catalog: Catalog) -> list[str]:
 
 def _member_of_record(name: str, entry: dict[str, Any]) -> Member:
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    if entry["source"] == "trained" and entry["architecture"].startswith(TIMM):
+        values.setdefault("trained_on", "unknown")  # a catalog of before that was asked
     return Member(name=name, **values)
 
 

@@ -58,6 +58,12 @@ class _Oof(_Part):
     accuracy: float | None
 
 
+class _TrainingList(_Part):
+    digest: str
+    rows: dict[str, int]
+    unmatched: int
+
+
 class _Member(_Part):
     source: Literal["trained", "imported", "derived"]
     architecture: str
@@ -73,6 +79,9 @@ class _Member(_Part):
     digest: str
     usable: bool
     parents: list[Name]
+    trained_on: Literal["none", "train", "train+val", "all", "file", "unknown"] = "train"
+    training_list: _TrainingList | None = None
+    pretrained_on: Literal["none", "train", "train+val", "all", "file", "unknown"] = "none"
 
 
 class _Problem(_Part):

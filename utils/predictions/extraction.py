@@ -16,7 +16,7 @@ import numpy as np
 from utils.core import engines, estimates
 from utils.core.artifacts import preallocate, replacing
 from utils.networks.checkpoints import reading_ahead
-from utils.predictions import catalog, image_splits, inspection, streaming
+from utils.predictions import catalog, image_splits, inspection, streaming, training_data
 from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.store import Store
 from utils.predictions.streaming import OutputBatch
@@ -31,12 +31,13 @@ GPU_SHARE = 0.5  # of a GPU per member on a cluster: one reads its weights while
 def ensure(store: Store, members: Sequence[Member], splits: Sequence[str]) -> None:
     """Run the members' networks over those splits whose predictions the store lacks.
 
-    Val logits that are computed on the way are judged, and the store's catalog then holds the problems found. Imported
+    With val come the train images for members that answer some of them out of sample (`training_data`). Val logits
+    that are computed on the way are judged, and the store's catalog then holds the problems found. Imported
     members have no network and are passed over: `Store.rows` reports what they lack. Raises UserError for a network
     that cannot be run, and for one that its val logits show to be unusable.
     """
     networks = [member for member in members if member.source != IMPORTED]
-    missing = [(m, gaps) for m in networks if (gaps := [s for s in splits if not store.is_stored(m, s)])]
+    missing = [(m, gaps) for m in networks if (gaps := _gaps(store, m, splits))]
     store.digests.save()
     if not missing:
         return
@@ -61,6 +62,12 @@ def ensure(store: Store, members: Sequence[Member], splits: Sequence[str]) -> No
     outputs = {name: (rows.logits, rows.labels) for name, rows in val_rows.items()}
     store.catalog = inspection.record_val_measurements(store.workspace, store.catalog, store.digests, outputs)
     store.digests.save()
+
+
+def _gaps(store: Store, member: Member, splits: Sequence[str]) -> list[str]:
+    """The splits that are not stored for a member, of those requested and those of its out-of-sample rows."""
+    of_train = ["train"] if "val" in splits and training_data.has_unseen_train_rows(store, member) else []
+    return [split for split in dict.fromkeys([*splits, *of_train]) if not store.is_stored(member, split)]
 
 
 def _prepare(store: Store, missing: Sequence[tuple[Member, list[str]]], device: str, threads: int) -> None:

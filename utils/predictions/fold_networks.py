@@ -16,7 +16,7 @@ from utils.core import engines
 from utils.core.artifacts import digest_of, write_array, write_json
 from utils.core.parsed_files import array_once, record_once
 from utils.numeric.metrics import log_softmax
-from utils.predictions import catalog, extraction, image_splits, streaming
+from utils.predictions import catalog, extraction, image_splits, streaming, training_data
 from utils.predictions.catalog import Member
 from utils.predictions.extraction import GPU_SHARE
 from utils.predictions.rows import MemberRows, Rows, align
@@ -142,11 +142,25 @@ def aligned(store: Store, members: Sequence[Member], split: str, inference: str,
 
 
 def out_of_sample(store: Store, members: Sequence[Member], inference: str) -> Rows:
-    """Several members' out-of-sample rows, aligned: out-of-fold on train if all have them, these networks' on val."""
+    """Several members' out-of-sample rows, aligned: out-of-fold on train if all have them, these networks' on val.
+
+    Raises LeakageError where no row is out of sample for all of them.
+    """
     parts = store.out_of_sample_parts(members)
+    training_data.require_shared_splits(store.catalog, parts)
     for member in members if inference == FOLDS else ():
-        parts[member.name][-1] = rows(store, member, "val", inference)
+        parts[member.name] = [_by_fold_networks(store, member, part) for part in parts[member.name]]
     return replace(align(parts, store.catalog.classes), inference=inference)
+
+
+def _by_fold_networks(store: Store, member: Member, part: MemberRows) -> MemberRows:
+    """The same rows of val by the member's fold networks; rows of train are theirs already."""
+    if part.split != "val":
+        return part
+    of_folds = rows(store, member, "val", FOLDS)
+    if len(part.sample_ids) == len(of_folds.sample_ids):
+        return of_folds
+    return of_folds.take(np.isin(of_folds.sample_ids, part.sample_ids))
 
 
 def _is_stored(store: Store, member: Member, split: str) -> bool:

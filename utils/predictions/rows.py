@@ -37,6 +37,17 @@ class MemberRows:
     embeddings: np.ndarray | None = None
     """float (N, D), the input of the network's last layer; None unless requested"""
 
+    def take(self, rows: np.ndarray) -> MemberRows:
+        """Some of the rows, by a mask (N,) or indices."""
+        return replace(
+            self,
+            sample_ids=self.sample_ids[rows],
+            labels=self.labels[rows],
+            logits=self.logits[rows],
+            out_of_sample=self.out_of_sample[rows],
+            embeddings=None if self.embeddings is None else self.embeddings[rows],
+        )
+
 
 @dataclass(frozen=True)
 class Samples:

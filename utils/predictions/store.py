@@ -25,7 +25,7 @@ from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.parsed_files import array_once, record_once
 from utils.core.workspace import SPLITS, Workspace
-from utils.predictions import image_splits, out_of_fold
+from utils.predictions import image_splits, out_of_fold, training_data
 from utils.predictions.catalog import IMPORTED, Catalog, Member, Problem, kfold_remedy
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.rows import MemberRows, Samples, collect_samples
@@ -132,6 +132,8 @@ class Store:
         folder = self.workspace.predictions(member.name, split)
         arrays = {name: array_once(folder / f"{name}.npy", remedy=AGAIN) for name in ARRAYS}
         out_of_sample = arrays.pop("honest")
+        if member.source != IMPORTED:
+            out_of_sample = self._is_unseen(arrays["sample_ids"], training_data.fitted_rows(self, member, split))
         rows = MemberRows(split=split, classes=self.catalog.classes, out_of_sample=out_of_sample, **arrays)
         return replace(rows, embeddings=self._embeddings(member, rows)) if embeddings else rows
 
@@ -212,16 +214,32 @@ class Store:
         return arrays
 
     def out_of_sample_parts(self, members: Sequence[Member]) -> dict[str, list[MemberRows]]:
-        """{member: its out-of-sample rows}: out-of-fold rows of train, if it has some, and rows of val.
+        """{member: its out-of-sample rows}: out-of-fold rows of train and rows of val that it was not trained on.
 
-        An imported member with out-of-fold rows may lack those of val.
+        Without out-of-fold rows, train rows that the full network was not trained on take their place. An imported
+        member with out-of-fold rows may lack those of val. There are none of a member that was trained on all.
         """
-        parts: dict[str, list[MemberRows]] = {}
-        for member in members:
-            oof = self.oof(member)
-            held_out = [self.rows(member, "val")] if oof is None or self.is_available(member, "val") else []
-            parts[member.name] = [*([oof] if oof is not None else []), *held_out]
-        return parts
+        return {member.name: self._out_of_sample_rows(member) for member in members}
+
+    def _out_of_sample_rows(self, member: Member) -> list[MemberRows]:
+        parts = []
+        oof = self.oof(member)
+        if oof is not None:
+            seen = training_data.pretraining_rows(self, member)
+            parts.append(replace(oof, out_of_sample=self._is_unseen(oof.sample_ids, seen)))
+        elif training_data.has_unseen_train_rows(self, member):
+            parts.append(self.rows(member, "train"))
+        if oof is None or self.is_available(member, "val"):
+            parts.append(self.rows(member, "val"))
+        unseen = (part if part.out_of_sample.all() else part.take(part.out_of_sample) for part in parts)
+        return [part for part in unseen if len(part.sample_ids)]
+
+    @staticmethod
+    def _is_unseen(sample_ids: np.ndarray, seen: frozenset[str]) -> np.ndarray:
+        """bool (N,): whether a sample is not among those that were seen."""
+        if not seen:
+            return np.ones(len(sample_ids), dtype=bool)
+        return np.array([sample_id not in seen for sample_id in sample_ids.tolist()], dtype=bool)
 
     def outdated_parts(self, member: Member) -> list[str]:
         """Splits for which an imported member has rows of other images, classes or contents than the catalog lists."""

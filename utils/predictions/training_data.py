@@ -1,0 +1,164 @@
+"""What images the weights of a member were trained on: stated by the user, or recorded by the base pipeline.
+
+A statement is one of `STATEMENTS`. It belongs to the full network; `Member.pretrained_on` is the statement on the
+weights that its training started from, which are those of its fold networks too. What a derived member's parents were
+trained on counts for the derived member.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils.core.artifacts import read_arrays
+from utils.core.errors import LeakageError, UserError
+from utils.core.workspace import SPLITS
+from utils.predictions.catalog import IMPORTED, Catalog, Member
+
+if TYPE_CHECKING:
+    from utils.predictions.rows import MemberRows
+    from utils.predictions.store import Store
+
+NONE, TRAIN, TRAIN_VAL, ALL, FILE, UNKNOWN = STATEMENTS = ("none", "train", "train+val", "all", "file", "unknown")
+"""`none`: no image of the workspace; `file`: the images that a list names; the others: all images of these splits."""
+SPLITS_OF: dict[str, tuple[str, ...]] = {NONE: (), TRAIN: ("train",), TRAIN_VAL: ("train", "val"), ALL: SPLITS}
+WIDEST_LAST = (NONE, TRAIN, FILE, TRAIN_VAL, ALL, UNKNOWN)
+MARK = "unknown training data"
+"""What tables say of a model that has a member of unknown training data"""
+
+
+def combined(statements: Iterable[str]) -> str:
+    """The widest of some statements: what is known of weights that were trained further or averaged."""
+    return max(statements, key=WIDEST_LAST.index)
+
+
+def lineage(catalog: Catalog, member: Member) -> list[Member]:
+    """The member and all that it was derived from, as far as the catalog lists them."""
+    listed = {member.name: member}
+    queue = list(member.parents)
+    while queue:
+        parent = catalog.members.get(queue.pop())
+        if parent is not None and parent.name not in listed:
+            listed[parent.name] = parent
+            queue += parent.parents
+    return list(listed.values())
+
+
+def is_unknown(catalog: Catalog, member: Member) -> bool:
+    """Whether nobody has said what the member, or one that it was derived from, was trained on."""
+    if any(UNKNOWN in (each.trained_on, each.pretrained_on) for each in lineage(catalog, member)):
+        return True
+    is_without_list = member.trained_on == FILE and member.source == "derived"  # its parents' lists are its own
+    return is_without_list and not set(member.parents) <= catalog.members.keys()
+
+
+def unknown_names(catalog: Catalog, names: Iterable[str]) -> list[str]:
+    """Those of the named members of the catalog whose training data is unknown, sorted."""
+    return sorted({name for name in names if name in catalog.members and is_unknown(catalog, catalog.members[name])})
+
+
+def fitted_rows(store: Store, member: Member, split: str) -> frozenset[str]:
+    """Sample ids of the images of a split that the full network, or one that it was derived from, was trained on.
+
+    Images of equal content count as one in a list. For `unknown` these are the train images, and `is_unknown` says that
+    there may be others. Raises UserError where a list is missing or damaged.
+    """
+    parts = (_rows_of(store, each, each.trained_on, split) for each in lineage(store.catalog, member))
+    return frozenset().union(*parts)
+
+
+def pretraining_rows(store: Store, member: Member) -> frozenset[str]:
+    """Sample ids of the train images that the weights were trained on before any fold was held out."""
+    return frozenset() if member.pretrained_on == NONE else _rows_of(store, member, member.pretrained_on, "train")
+
+
+def has_unseen_train_rows(store: Store, member: Member) -> bool:
+    """Whether the full network answers some train images out of sample, so that no fold networks are needed for them.
+
+    False for a member with out-of-fold predictions, which take precedence, and for imported and derived ones.
+    """
+    if member.oof is not None or member.source in (IMPORTED, "derived"):
+        return False
+    if member.trained_on != FILE:
+        return member.trained_on == NONE
+    return len(fitted_rows(store, member, "train")) < store.catalog.splits["train"]["n"]
+
+
+def _rows_of(store: Store, member: Member, statement: str, split: str) -> frozenset[str]:
+    if statement == FILE and member.source != "derived":
+        samples, listed = store.samples(split), listed_contents(store, member)
+        pairs = zip(samples.sample_ids, samples.contents or (), strict=True)
+        return frozenset(sample_id for sample_id, content in pairs if content in listed)
+    is_trained_on = split in SPLITS_OF.get(statement, SPLITS_OF[TRAIN])
+    return frozenset(store.samples(split).sample_ids) if is_trained_on else frozenset()
+
+
+def listed_contents(store: Store, member: Member) -> frozenset[str]:
+    """SHA-256 of the images that the list of a `file` statement names."""
+    path = store.workspace.training_data(member.name)
+    remedy = f"State it again: {command([member.name], 'FILE')}"
+    if not path.is_file():
+        raise UserError(f"{path}: missing; it lists the images that {member.name} was trained on. {remedy}")
+    contents: np.ndarray = read_arrays(path, remedy=remedy)["contents"]
+    return frozenset(contents.tolist())
+
+
+def digest_inputs(store: Store, members: Sequence[Member]) -> dict[str, list[str]]:
+    """{member: its statements, its parents' and the digest of its list}, for digests of what depends on them.
+
+    Members of the base pipeline that started from new weights are left out.
+    """
+    inputs: dict[str, list[str]] = {}
+    for member in members:
+        facts = [
+            [each.trained_on, each.pretrained_on, str((each.training_list or {}).get("digest", ""))]
+            for each in lineage(store.catalog, member)
+        ]
+        if any(fact != [TRAIN, NONE, ""] for fact in facts):
+            inputs[member.name] = [word for fact in facts for word in fact]
+    return inputs
+
+
+def command(names: Sequence[str], statement: str = "none|train|train+val|all|FILE") -> str:
+    """The command that states what some declared members were trained on."""
+    options = [word for name in names for word in ("--trained-on", f"{name}={statement}")]
+    return shlex.join(["python", "ensemble_orchestrator.py", "discover", *options])
+
+
+def remedy(catalog: Catalog, names: Iterable[str]) -> str:
+    """How to say what members of unknown training data were trained on, as a sentence without a full stop."""
+    unknown = [each.name for name in names for each in lineage(catalog, catalog.members[name]) if _says_unknown(each)]
+    return f"Say which images the weights have seen: {command(sorted(set(unknown)))}"
+
+
+def _says_unknown(member: Member) -> bool:
+    return UNKNOWN in (member.trained_on, member.pretrained_on)
+
+
+def require_shared_splits(catalog: Catalog, parts: Mapping[str, Sequence[MemberRows]]) -> None:
+    """Raise LeakageError where members' out-of-sample rows, {member: its rows}, are of no common split."""
+    splits = {name: {part.split for part in member_parts} for name, member_parts in parts.items()}
+    if not splits or set.intersection(*splits.values()):
+        return
+    shown = ", ".join(
+        f"{name} ({catalog.members[name].trained_on}) of {' and '.join(sorted(held)) or 'no split'}"
+        for name, held in sorted(splits.items())
+    )
+    fewest = min(splits, key=lambda name: (len(splits[name]), name))
+    raise LeakageError(
+        f"no row is out of sample for all members: by what they were trained on, the out-of-sample rows are those of "
+        f"{shown}. Leave one out, such as --set backbones.exclude=[{fewest}], or give it out-of-fold predictions"
+    )
+
+
+def require_some_known(catalog: Catalog, members: Sequence[Member]) -> None:
+    """Raise LeakageError where the training data of all members is unknown, so that no row is out of sample."""
+    unknown = unknown_names(catalog, [member.name for member in members])
+    if members and len(unknown) == len(members):
+        raise LeakageError(
+            f"nobody has said what {', '.join(unknown)} {'was' if len(unknown) == 1 else 'were'} trained on, so no "
+            f"row is out of sample and nothing can be fitted or recommended. {remedy(catalog, unknown)}"
+        )

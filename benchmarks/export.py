@@ -134,8 +134,8 @@ def times(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
         with torch.inference_mode():
             return [torch.softmax(part.networks[0](prepared), dim=1) for part in parts]
 
-    ours = measure_latency_ms(lambda batch: session.run(None, {"images": batch}), images[:1])
-    theirs = measure_latency_ms(eager, images[:1])
+    ours = measure_latency_ms(lambda batch: session.run(None, {"images": batch}), [images[:1]])
+    theirs = measure_latency_ms(eager, [images[:1]])
     model = ExportedModel(path, threads=1)
 
     def bare() -> None:

@@ -53,7 +53,9 @@ def proved(
             expected = torch.cat([network(few) for few in torch.from_numpy(images).split(4)]).double().numpy()
     else:
         expected = combiner.predict_proba(seen)
-    batches, rows = parity_check.make_batches(list(images), (1,) if name == "tflite" else parity_check.BATCH_SIZES)
+    batches, rows = parity_check.make_batches(
+        [(image,) for image in images], (1,) if name == "tflite" else parity_check.BATCH_SIZES
+    )
     probe = parity_check.ReferenceBatches(batches, rows, expected)
     if outputs is not None:
         own = outputs.embeddings if combiner.reads_embeddings else None

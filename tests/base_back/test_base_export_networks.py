@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from packaging_cases import BUILT, CLASSES, FILES, SAMPLE, Leaf, package, written
@@ -103,3 +104,28 @@ def test_the_form_for_inference_shares_what_does_not_change():
     assert torch.equal(network(SAMPLE), before)
     kept = dict(network[1].state_dict(keep_vars=True))
     assert all(kept[name] is tensor for name, tensor in deployed[1].state_dict(keep_vars=True).items())
+
+
+class TwoSizes(nn.Module):
+    """Logits of images of two sizes: a network with two inputs."""
+
+    input_names = ("small", "large")
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.small, self.large = nn.Conv2d(3, len(CLASSES), 3), nn.Conv2d(3, len(CLASSES), 5)
+
+    def forward(self, small: torch.Tensor, large: torch.Tensor) -> torch.Tensor:
+        return self.small(small).mean(dim=(2, 3)) + 2 * self.large(large).amax(dim=(2, 3))
+
+
+def test_a_network_with_several_inputs_is_packaged(tmp_path):
+    sample = (torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 12, 12))
+    result = package(tmp_path, TwoSizes().eval(), sample_input=sample)
+    assert result["successful_exports"] == BUILT, result["export_results"]
+    session = onnxruntime.InferenceSession(str(tmp_path / "leaf" / "onnx" / "leaf.onnx"))
+    assert [(given.name, given.shape) for given in session.get_inputs()] == [
+        ("small", ["batch", 3, 8, 8]),
+        ("large", ["batch", 3, 12, 12]),
+    ]

@@ -41,7 +41,7 @@ def job(tmp_path):
         signature=ExportSignature(),
         source_digest="source",
         description={"outputs": ["probabilities"]},
-        sample=ParitySample(list(ROWS), [], ReferenceBatches([], [], expected)),
+        sample=ParitySample([(row,) for row in ROWS], [], ReferenceBatches([], [], expected)),
         staged=staged,
         scratch=tmp_path / "scratch",
     )

@@ -75,7 +75,7 @@ def test_equal_content_gives_an_archive_with_equal_bytes(tmp_path):
 
 def test_reference_rows_stop_at_the_size_limit_but_hold_a_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(custom_format, "MAX_PARITY_BYTES", 100)
-    batches = [np.zeros((1, 30), dtype=np.float32)] * 3
+    batches = [(np.zeros((1, 30), dtype=np.float32),)] * 3
     reference = ReferenceBatches(batches, [np.array([row]) for row in range(3)], np.eye(3))
     custom_format.write_parity_rows(tmp_path, reference, ())
     with np.load(tmp_path / custom_format.PARITY_FILE) as arrays:

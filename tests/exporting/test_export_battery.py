@@ -64,7 +64,7 @@ def network_of(members, combiner):
 
 def probe_of(members, combiner, seen):
     is_discontinuous = combiner.is_discontinuous
-    batches, rows = make_batches(list(members[1]))
+    batches, rows = make_batches([(image,) for image in members[1]])
     found = ReferenceBatches(batches, rows, combiner.predict_proba(seen))
     if not is_discontinuous:
         return found
@@ -74,7 +74,7 @@ def probe_of(members, combiner, seen):
 
 def answers_of(kind: str, path: Path, probe: ReferenceBatches, outputs) -> FileOutputs:
     run, _ = RUNTIMES[kind](path, {"outputs": list(outputs)})
-    found = [run(batch) for batch in probe.batches]
+    found = [run(*batch) for batch in probe.batches]
     joined = {name: np.concatenate([parts[place] for parts in found]) for place, name in enumerate(outputs)}
     return FileOutputs(np.concatenate(probe.rows), joined)
 
@@ -85,7 +85,7 @@ def test_its_files_answer_as_it_does(fitted, members, tmp_path):
     network.parity_tolerance = 1.0
     staged = tmp_path / "it"
     done = export_formats.write_packaged_formats(
-        network, "it", ["torchscript", "onnx"], staged, torch.from_numpy(probe.batches[0]), {"made": "here"}, CLASSES
+        network, "it", ["torchscript", "onnx"], staged, torch.from_numpy(probe.batches[0][0]), {"made": "here"}, CLASSES
     )
     for kind in ("torchscript", "onnx"):
         assert done[kind]["status"] == "ok", done[kind]["reason"]

@@ -28,21 +28,21 @@ def test_tools_are_listed_with_the_packages_of_each_format():
 
 def test_stored_batches_are_those_that_were_written():
     reference = export_checks.stored_batches(ARRAYS, fixed=False)
-    assert [len(batch) for batch in reference.batches] == [2, 1]
+    assert [len(batch) for (batch,) in reference.batches] == [2, 1]
     assert [rows.tolist() for rows in reference.rows] == [[2, 0], [1]]
 
 
 def test_fixed_formats_get_one_row_at_a_time():
     reference = export_checks.stored_batches(ARRAYS, fixed=True)
     assert [rows.tolist() for rows in reference.rows] == [[2], [0], [1]]
-    np.testing.assert_array_equal(reference.batches[1][0], ARRAYS["batch_0000"][1])
+    np.testing.assert_array_equal(reference.batches[1][0][0], ARRAYS["batch_0000"][1])
 
 
 def test_fixed_formats_get_the_centre_squares_where_they_are_stored():
     squares = np.arange(3 * 2 * 2 * 3, dtype=np.uint8).reshape(3, 2, 2, 3)
     reference = export_checks.stored_batches(ARRAYS | {"squares": squares}, fixed=True)
-    assert [batch.shape for batch in reference.batches] == [(1, 2, 2, 3)] * 3
-    np.testing.assert_array_equal(np.concatenate(reference.batches), squares)
+    assert [batch.shape for (batch,) in reference.batches] == [(1, 2, 2, 3)] * 3
+    np.testing.assert_array_equal(np.concatenate([batch for (batch,) in reference.batches]), squares)
 
 
 def test_a_missing_folder_is_named_with_where_it_was_searched(tmp_path):

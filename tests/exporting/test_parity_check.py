@@ -17,10 +17,10 @@ from utils.exporting.parity_check import (
 
 def test_images_of_unequal_size_are_dealt_to_batches_of_their_own():
     images = [np.full((size, 4, 3), row, dtype=np.uint8) for row, size in enumerate([5, 7] * 11)]
-    batches, rows = make_batches(images)
+    batches, rows = make_batches([(image,) for image in images])
     assert sorted(np.unique(np.concatenate(rows))) == list(range(22))
-    assert {len(batch) for batch in batches} == {1, 3, 17}
-    for batch, own in zip(batches, rows, strict=True):
+    assert {len(batch) for (batch,) in batches} == {1, 3, 17}
+    for (batch,), own in zip(batches, rows, strict=True):
         assert batch[:, 0, 0, 0].tolist() == own.tolist()
 
 
@@ -31,7 +31,7 @@ def answered(probabilities, **outputs) -> FileOutputs:
 
 
 def test_a_label_that_flips_where_it_is_clear_fails():
-    probe = ReferenceBatches([np.zeros((2, 1))], [np.arange(2)], np.array([[0.50001, 0.49999], [0.7, 0.3]]))
+    probe = ReferenceBatches([(np.zeros((2, 1)),)], [np.arange(2)], np.array([[0.50001, 0.49999], [0.7, 0.3]]))
     near = compare_outputs(probe, answered([[0.49999, 0.50001], [0.7, 0.3]]))
     assert (near["passed"], near["parity"]["label_flips"]) == (True, 0)
     clear = compare_outputs(probe, answered([[0.5, 0.5], [0.3, 0.7]]))
@@ -52,7 +52,7 @@ def test_rows_at_a_step_are_counted_and_left_out_of_the_end_to_end_comparison():
     logits = np.tile(np.array([[1.0, 0.0]], dtype=np.float32), (40, 1))
     logits[0] = [1e-6, 0]
     probe = ReferenceBatches(
-        [np.zeros((40, 1))], [np.arange(40)], np.tile([[1.0, 0.0]], (40, 1)), logits[None], None, Step()
+        [(np.zeros((40, 1)),)], [np.arange(40)], np.tile([[1.0, 0.0]], (40, 1)), logits[None], None, Step()
     )
     own = logits.copy()
     own[0] = [0, 1e-6]
@@ -74,7 +74,7 @@ def test_rows_at_a_step_are_counted_and_left_out_of_the_end_to_end_comparison():
 def test_a_runtime_that_fails_says_why(tmp_path):
     path = tmp_path / "a.onnx"
     path.write_bytes(b"no model")
-    probe = ReferenceBatches([np.zeros((1, 3, 2, 2), dtype=np.float32)], [np.arange(1)], np.ones((1, 1)))
+    probe = ReferenceBatches([(np.zeros((1, 3, 2, 2), dtype=np.float32),)], [np.arange(1)], np.ones((1, 1)))
     with pytest.raises(FileRunError, match=r"its runtime ended with 1: .*a.onnx: .*Protobuf"):
         run_in_subprocess("onnx", [path], probe, ["probabilities"], tmp_path / "scratch")
 
@@ -91,7 +91,7 @@ def test_the_files_of_a_format_share_a_process_and_answer_each_for_itself(tmp_pa
         files.append(tmp_path / f"{name}.onnx")
         save(model, files[-1])
     rows = np.array([[1, 2], [3, 4]], dtype=np.float32)
-    probe = ReferenceBatches([rows[:1], rows], [np.array([0]), np.array([0, 1])], np.ones((2, 2)))
+    probe = ReferenceBatches([(rows[:1],), (rows,)], [np.array([0]), np.array([0, 1])], np.ones((2, 2)))
     same, negative = run_in_subprocess("onnx", files, probe, ["y"], tmp_path / "scratch")
     assert same.outputs["y"].tolist() == [[1, 2], [1, 2], [3, 4]]
     assert negative.outputs["y"].tolist() == [[-1, -2], [-1, -2], [-3, -4]]

@@ -51,7 +51,7 @@ def test_half_precision_is_that_of_the_members_alone(source, tmp_path):
 
 def test_eight_bit_integers_are_those_of_the_members_alone(source, tmp_path):
     path = tmp_path / "int8.onnx"
-    images = [row.astype(np.float32) for row in np.random.default_rng(1).normal(size=(8, WIDTH))]
+    images = [(row.astype(np.float32),) for row in np.random.default_rng(1).normal(size=(8, WIDTH))]
     reduced_precision.to_int8(source, path, images)
     assert initializer_types(path) == {TensorProto.INT8, TensorProto.FLOAT}
 

@@ -45,6 +45,6 @@ def test_a_file_that_does_not_run_is_named(tmp_path):
 
 def test_the_warm_up_run_is_not_part_of_the_latency():
     batches = []
-    latency = runtimes.measure_latency_ms(lambda batch: batches.append(batch) or [batch], np.zeros(1), seconds=0.0)
+    latency = runtimes.measure_latency_ms(lambda batch: batches.append(batch) or [batch], [np.zeros(1)], seconds=0.0)
     assert len(batches) == 2
     assert latency >= 0

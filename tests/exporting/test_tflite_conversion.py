@@ -51,5 +51,5 @@ def test_a_converter_that_crashes_is_killed_or_hangs_is_named(tmp_path, monkeypa
     network = torch.nn.Flatten()
     with pytest.raises(tflite_conversion.ConversionError, match=reason):
         tflite_conversion.convert_network(
-            network, torch.zeros(1, 2, 2), tmp_path / "a.tflite", tmp_path / "s", seconds=2
+            network, (torch.zeros(1, 2, 2),), tmp_path / "a.tflite", tmp_path / "s", seconds=2
         )

@@ -24,13 +24,12 @@ from utils.exporting import (
 )
 from utils.exporting.export_formats import PACKAGED, TENSORRT, TFLITE
 from utils.exporting.exported_network import UINT8_NHWC, ExportSignature, ExportSource
-from utils.exporting.parity_check import FileRunError
+from utils.exporting.parity_check import FileRunError, InputArrays
 from utils.exporting.parity_rows import ParitySample
 from utils.exporting.reduced_precision import REDUCED
 from utils.predictions.store import Store
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from utils.exporting.exported_network import ExportNetwork
@@ -65,14 +64,14 @@ def write_files(job: ConversionJob, network: ExportNetwork, formats: Sequence[st
     network.parity_tolerance = 1.0 if job.source.is_discontinuous else parity_check.TOLERANCE  # type: ignore[assignment]  # nn.Module types attributes as Tensor or Module
     if packaged := [format_name for format_name in PACKAGED if format_name in formats]:
         logger.info("export %s: writing %s", name, ", ".join(packaged))
-        image = torch.from_numpy(job.sample.images[0][None])
+        sample = [torch.from_numpy(array[None]) for array in job.sample.inputs[0]]
         status |= export_formats.write_packaged_formats(
-            network, name, packaged, job.staged, image, job.description, job.source.classes
+            network, name, packaged, job.staged, sample, job.description, job.source.classes
         )
     if TFLITE in formats:
         logger.info("export %s: writing tflite", name)
 
-        def open_network() -> tuple[ExportNetwork, Tensor]:
+        def open_network() -> tuple[ExportNetwork, tuple[Tensor, ...]]:
             return _fixed_size_network(job, network)
 
         status[TFLITE] = export_formats.write_tflite(open_network, name, job.staged, job.scratch / "converter")
@@ -91,11 +90,11 @@ def write_reduced_files(job: ConversionJob, onnx_file: Path, formats: Sequence[s
             continue
         logger.info("export %s: writing %s", job.source.name, format_name)
 
-        def calibration_images() -> Sequence[np.ndarray]:
-            return parity_rows.calibration_images(job.store, job.source, job.signature)
+        def calibration_inputs() -> Sequence[InputArrays]:
+            return parity_rows.calibration_inputs(job.store, job.source, job.signature)
 
         status[format_name] = reduced_precision.write_reduced(
-            format_name, onnx_file, job.source.name, job.staged, calibration_images
+            format_name, onnx_file, job.source.name, job.staged, calibration_inputs
         )
     return status
 
@@ -114,7 +113,7 @@ def check_parity(job: ConversionJob, format_name: str, entry: dict[str, Any]) ->
     return entry
 
 
-def _fixed_size_network(job: ConversionJob, network: ExportNetwork) -> tuple[ExportNetwork, Tensor]:
+def _fixed_size_network(job: ConversionJob, network: ExportNetwork) -> tuple[ExportNetwork, tuple[Tensor, ...]]:
     """The network for one image at a time that already has the network's size, and such an image."""
     import torch
 
@@ -125,7 +124,7 @@ def _fixed_size_network(job: ConversionJob, network: ExportNetwork) -> tuple[Exp
             raise UserError("its members take images of different sizes, and a TFLite file takes one fixed size")
         network = exported_network.assemble_network(job.store, job.source, job.signature, resizes=False)
     reference = job.sample.reference_batches(fixed=True, takes_uint8=takes_uint8)
-    return network, torch.from_numpy(reference.batches[0])
+    return network, tuple(map(torch.from_numpy, reference.batches[0]))
 
 
 def _checked_entry(job: ConversionJob, format_name: str, entry: dict[str, Any]) -> dict[str, Any]:

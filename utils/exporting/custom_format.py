@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from utils.core.artifacts import write_arrays, write_json, write_text
-from utils.exporting.parity_check import TOLERANCE, ReferenceBatches
+from utils.exporting.parity_check import TOLERANCE, ReferenceBatches, named_arrays
 
 PARITY_FILE = "parity.npz"
 PREDICT_PROGRAM = Path(__file__).parents[1] / "inference" / "onnx_prediction.py"
@@ -127,10 +127,10 @@ def write_parity_rows(folder: Path, reference: ReferenceBatches, squares: Sequen
     arrays: dict[str, np.ndarray] = {"probabilities": reference.probabilities}
     total_bytes = 0
     for number, (batch, rows) in enumerate(zip(reference.batches, reference.rows, strict=True)):
-        total_bytes += batch.nbytes
+        total_bytes += sum(array.nbytes for array in batch)
         if total_bytes > MAX_PARITY_BYTES and number:
             break
-        arrays |= {f"batch_{number:04d}": batch, f"rows_{number:04d}": rows}
+        arrays |= {**named_arrays(number, batch), f"rows_{number:04d}": rows}
     if squares:
         arrays["squares"] = np.stack(squares)
     write_arrays(folder / PARITY_FILE, arrays)

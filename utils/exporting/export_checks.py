@@ -18,7 +18,14 @@ from utils.core.artifacts import read_arrays, read_record
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
-from utils.exporting import custom_format, export_folder, exported_programs, parity_check, tflite_conversion
+from utils.exporting import (
+    custom_format,
+    export_folder,
+    exported_programs,
+    parity_check,
+    runtimes,
+    tflite_conversion,
+)
 from utils.exporting.export_formats import CUSTOM, FORMATS, TENSORRT, TFLITE
 from utils.exporting.parity_check import (
     MAX_DISCONTINUITY_FRACTION,
@@ -182,20 +189,20 @@ def _few_rows_differ(reference: ReferenceBatches, file_outputs: FileOutputs, tol
 
 def stored_batches(arrays: Mapping[str, np.ndarray], *, fixed: bool) -> ReferenceBatches:
     """The rows of `parity.npz` in batches; with `fixed` one row at a time, in the network's size."""
-    numbers = sorted(name.removeprefix("batch_") for name in arrays if name.startswith("batch_"))
+    batches_by_name = runtimes.grouped_batches({name: arrays[name] for name in arrays if name.startswith("batch_")})
     reference = ReferenceBatches(
-        [arrays[f"batch_{number}"] for number in numbers],
-        [arrays[f"rows_{number}"] for number in numbers],
+        list(batches_by_name.values()),
+        [arrays[name.replace("batch_", "rows_")] for name in batches_by_name],
         arrays["probabilities"],
     )
     if not fixed:
         return reference
     if "squares" in arrays:
-        batches, rows = parity_check.make_batches(list(arrays["squares"]), (1,))
+        batches, rows = parity_check.make_batches([(square,) for square in arrays["squares"]], (1,))
         return replace(reference, batches=batches, rows=rows)
     single = [
-        (batch[index : index + 1], rows[index : index + 1])
+        (tuple(array[index : index + 1] for array in batch), rows[index : index + 1])
         for batch, rows in zip(reference.batches, reference.rows, strict=True)
-        for index in range(len(batch))
+        for index in range(len(rows))
     ]
     return replace(reference, batches=[batch for batch, _ in single], rows=[rows for _, rows in single])

@@ -60,13 +60,14 @@ def write_packaged_formats(
     name: str,
     formats: Sequence[str],
     staged: Path,
-    sample: Tensor,
+    sample: Tensor | Sequence[Tensor],
     description: Mapping[str, Any],
     classes: Sequence[str],
 ) -> dict[str, dict[str, Any]]:
     """Write formats with the bundled base pipeline's packaging: {format: entry}. A failed format stops no other.
 
-    `sample` is one input of the network, with a batch dimension. Raises UserError for a name that no file can have.
+    `sample` holds the inputs of the network, or the only one, with a batch dimension. Raises UserError for a name that
+    no file can have.
     """
     try:
         summary = base_back.bundled_export().export_and_package_model(
@@ -87,7 +88,7 @@ def write_packaged_formats(
 
 
 def write_tflite(
-    open_network: Callable[[], tuple[nn.Module, Tensor]], name: str, staged: Path, scratch: Path
+    open_network: Callable[[], tuple[nn.Module, tuple[Tensor, ...]]], name: str, staged: Path, scratch: Path
 ) -> dict[str, Any]:
     """Write the TFLite file; its entry says `skipped` where the tools are missing or the network has no fixed size."""
     if reason := tflite_conversion.missing_tools():

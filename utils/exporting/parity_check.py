@@ -30,11 +30,15 @@ N_LOG_LINES = 6  # of a failed process that a message quotes
 TIMEOUT_SECONDS = 1800.0
 
 
+InputArrays = tuple[np.ndarray, ...]
+"""One array per input of a file, of one row or of a batch."""
+
+
 @dataclass(frozen=True)
 class ReferenceBatches:
     """Real rows in batches as a file takes them, with the expected outputs of each row."""
 
-    batches: list[np.ndarray]
+    batches: list[InputArrays]
     """Each of one shape: images of unequal size are in different batches."""
     rows: list[np.ndarray]
     """For each batch the indices of its rows in the expected outputs, int64."""
@@ -65,17 +69,17 @@ class FileRunError(Exception):
 
 
 def make_batches(
-    images: Sequence[np.ndarray],
+    inputs: Sequence[InputArrays],
     sizes: Sequence[int] = BATCH_SIZES,
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Group images, each (H, W, 3) or (3, S, S), into batches of the given sizes in turn.
+) -> tuple[list[InputArrays], list[np.ndarray]]:
+    """Group rows, whose images are each (H, W, 3) or (3, S, S), into batches of the given sizes in turn.
 
-    Returns the batches and the indices of the images in each. A batch holds images of one shape. Where too few images
-    are left for a size, a batch repeats some of the largest group, so that every size occurs.
+    Returns the batches and the indices of the rows in each. A batch holds images of one shape. Where too few rows are
+    left for a size, a batch repeats some of the largest group, so that every size occurs.
     """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for row, image in enumerate(images):
-        groups.setdefault(image.shape, []).append(row)
+    groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    for row, images in enumerate(inputs):
+        groups.setdefault(tuple(image.shape for image in images), []).append(row)
     largest = max(groups.values(), key=len)
     rows: list[np.ndarray] = []
     for group in groups.values():
@@ -88,7 +92,15 @@ def make_batches(
             start, turn = start + size, turn + 1
     missing = sorted(set(sizes) - {len(batch) for batch in rows})
     rows += [np.resize(np.array(largest), size) for size in missing]
-    return [np.stack([images[row] for row in batch]) for batch in rows], rows
+    return [tuple(map(np.stack, zip(*(inputs[row] for row in batch), strict=True))) for batch in rows], rows
+
+
+def named_arrays(number: int, batch: InputArrays) -> dict[str, np.ndarray]:
+    """{name in a `.npz` file: array} of a batch: `batch_0000`, of several inputs `batch_0000/000`, `batch_0000/001`."""
+    name = f"batch_{number:04d}"
+    if len(batch) == 1:
+        return {name: batch[0]}
+    return {f"{name}/{index:03d}": array for index, array in enumerate(batch)}
 
 
 def run_in_subprocess(
@@ -111,8 +123,10 @@ def run_in_subprocess(
     """
     scratch.mkdir(parents=True, exist_ok=True)
     inputs_path, outputs_path, job_path = (scratch / name for name in ("batches.npz", "outputs.npz", "job.json"))
-    batches: dict[str, Any] = {f"batch_{number:04d}": batch for number, batch in enumerate(reference.batches)}
-    np.savez(inputs_path, allow_pickle=False, **batches)
+    arrays_by_name: dict[str, Any] = {}
+    for number, batch in enumerate(reference.batches):
+        arrays_by_name |= named_arrays(number, batch)
+    np.savez(inputs_path, allow_pickle=False, **arrays_by_name)
     record = {**(job or {}), "format": format_name, "files": [str(path) for path in files], "outputs": list(outputs)}
     record |= {"batches": str(inputs_path), "results": str(outputs_path)}
     job_path.write_text(json.dumps(record), encoding="utf-8")
@@ -133,7 +147,9 @@ def run_in_subprocess(
             FileOutputs(
                 rows,
                 {
-                    output: np.concatenate([arrays[f"{index}/{name}/{output}"] for name in batches]).astype(np.float32)
+                    output: np.concatenate(
+                        [arrays[f"{index}/batch_{number:04d}/{output}"] for number in range(len(reference.batches))]
+                    ).astype(np.float32)
                     for output in outputs
                 },
                 facts,
@@ -168,7 +184,7 @@ def compare_outputs(
     parity: dict[str, Any] = {
         "rows": len(np.unique(file_outputs.rows)),
         "tolerance": tolerance,
-        "batch_sizes": sorted({len(batch) for batch in reference.batches}),
+        "batch_sizes": sorted({len(rows) for rows in reference.rows}),
     }
     reasons: list[str] = []
     if reference.combiner is not None and reference.member_logits is not None:

@@ -13,7 +13,7 @@ from utils import base_back
 from utils.combiners.protocol import combiner_inputs
 from utils.core.errors import UserError
 from utils.exporting.exported_network import UINT8_NHWC, ExportSignature, ExportSource
-from utils.exporting.parity_check import BATCH_SIZES, ReferenceBatches, make_batches
+from utils.exporting.parity_check import BATCH_SIZES, InputArrays, ReferenceBatches, make_batches
 from utils.numeric.metrics import softmax
 from utils.predictions import fold_networks, image_splits, streaming
 from utils.predictions.rows import UNKNOWN, Rows
@@ -34,8 +34,8 @@ SPLITS = ("test", "val", "train")
 class ParitySample:
     """Real rows as an exported file takes them, and the ensemble's outputs for them."""
 
-    images: list[np.ndarray]
-    """The input of each row: float32 (3, S, S), uint8 (H, W, 3), or member logits float32 (M, C)"""
+    inputs: list[InputArrays]
+    """The inputs of each row: float32 (3, S, S), uint8 (H, W, 3), or member logits float32 (M, C)"""
     squares: list[np.ndarray]
     """The centre square of each row, uint8 (S, S, 3), for files of a fixed size; empty for member logits"""
     expected: ReferenceBatches
@@ -44,9 +44,9 @@ class ParitySample:
     def reference_batches(self, *, fixed: bool = False, takes_uint8: bool = False) -> ReferenceBatches:
         """The rows in batches; with `fixed` one row at a time, already in the network's size."""
         if not fixed:
-            batches, rows = make_batches(self.images)
+            batches, rows = make_batches(self.inputs)
         else:
-            batches, rows = make_batches(self.squares if takes_uint8 else self.images, (1,))
+            batches, rows = make_batches([(square,) for square in self.squares] if takes_uint8 else self.inputs, (1,))
         return replace(self.expected, batches=batches, rows=rows)
 
 
@@ -70,12 +70,12 @@ def sample_rows(store: Store, source: ExportSource, signature: ExportSignature, 
     rows = _concatenate(parts)
     if source.is_imported:
         logits = rows.logits.transpose(1, 0, 2)
-        return ParitySample([np.ascontiguousarray(row) for row in logits], [], _expected_outputs(source, rows))
-    images, squares = _load_images(store, source, signature, _image_indices(store, rows))
+        return ParitySample([(np.ascontiguousarray(row),) for row in logits], [], _expected_outputs(source, rows))
+    inputs, squares = _load_inputs(store, source, signature, _image_indices(store, rows))
     expected = _expected_outputs(source, rows)
     if streaming.resolve_device(store.config.device) != "cpu":
-        expected = _run_network(network, images, expected)
-    return ParitySample(images, squares, expected)
+        expected = _run_network(network, inputs, expected)
+    return ParitySample(inputs, squares, expected)
 
 
 def _evenly_spread(n_rows: int, n_chosen: int) -> np.ndarray:
@@ -108,18 +108,19 @@ def _expected_outputs(source: ExportSource, rows: Rows) -> ReferenceBatches:
     return ReferenceBatches([], [], probabilities, rows.logits, rows.embeddings, source.combiner)
 
 
-def calibration_images(store: Store, source: ExportSource, signature: ExportSignature) -> list[np.ndarray]:
+def calibration_inputs(store: Store, source: ExportSource, signature: ExportSignature) -> list[InputArrays]:
     """Up to 128 images of the train split, evenly spread, as a file takes them."""
     indices = _evenly_spread(len(store.images("train").sample_ids), N_CALIBRATION_IMAGES)
-    return _load_images(store, source, signature, {"train": indices.tolist()})[0]
+    return _load_inputs(store, source, signature, {"train": indices.tolist()})[0]
 
 
 def measure_test_accuracy(
-    store: Store, source: ExportSource, signature: ExportSignature, run: Callable[[np.ndarray], Sequence[np.ndarray]]
+    store: Store, source: ExportSource, signature: ExportSignature, run: Callable[..., Sequence[np.ndarray]]
 ) -> dict[str, Any] | None:
     """Measure accuracy on all labelled test rows: the ensemble's, and that of a file.
 
-    `run` takes a batch and returns the file's outputs, probabilities first. Returns None without labelled test rows.
+    `run` takes a batch, one array per input, and returns the file's outputs, probabilities first. Returns None without
+    labelled test rows.
     """
     members = list(source.members)
     if not all(store.is_available(member, "test") for member in members):
@@ -132,8 +133,8 @@ def measure_test_accuracy(
     n_correct = 0
     for start in range(0, len(rows.labels), ACCURACY_BLOCK_SIZE):
         part = rows.take(np.arange(start, min(start + ACCURACY_BLOCK_SIZE, len(rows.labels))))
-        images, _ = _load_images(store, source, signature, _image_indices(store, part))
-        predicted = np.array([run(image[None])[0][0].argmax() for image in images])
+        inputs, _ = _load_inputs(store, source, signature, _image_indices(store, part))
+        predicted = np.array([run(*(array[None] for array in row))[0][0].argmax() for row in inputs])
         n_correct += int((predicted == part.labels).sum())
     file_accuracy = n_correct / len(rows.labels)
     return {
@@ -153,9 +154,9 @@ def _image_indices(store: Store, rows: Rows) -> dict[str, list[int]]:
     return indices
 
 
-def _load_images(
+def _load_inputs(
     store: Store, source: ExportSource, signature: ExportSignature, indices: Mapping[str, Sequence[int]]
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
+) -> tuple[list[InputArrays], list[np.ndarray]]:
     """The inputs of a file and the centre squares, of the images {split: indices}."""
     size = max(member.img_size or 0 for member in source.members)
     threads = image_splits.decoding_threads(store.config.dataset.num_workers)
@@ -167,8 +168,8 @@ def _load_images(
         squares += list(pixels.centre_crops(chosen, size))
         paths += [split.paths[index] for index in chosen]
     if signature.input == UINT8_NHWC:
-        return [decode_image(path) for path in paths], squares
-    return [square.transpose(2, 0, 1).astype(np.float32) / np.float32(255) for square in squares], squares
+        return [(decode_image(path),) for path in paths], squares
+    return [(square.transpose(2, 0, 1).astype(np.float32) / np.float32(255),) for square in squares], squares
 
 
 def decode_image(path: Path) -> np.ndarray:
@@ -177,15 +178,15 @@ def decode_image(path: Path) -> np.ndarray:
         return np.array(image.convert("RGB"))
 
 
-def _run_network(network: ExportNetwork, images: list[np.ndarray], expected: ReferenceBatches) -> ReferenceBatches:
+def _run_network(network: ExportNetwork, inputs: list[InputArrays], expected: ReferenceBatches) -> ReferenceBatches:
     """The expected outputs with those of the network itself, run on the CPU, in their place."""
     import torch
 
-    batches, rows = make_batches(images, (BATCH_SIZES[-1], 1))
-    outputs: dict[str, list[Any]] = {name: [None] * len(images) for name in network.output_names}
+    batches, rows = make_batches(inputs, (BATCH_SIZES[-1], 1))
+    outputs: dict[str, list[Any]] = {name: [None] * len(inputs) for name in network.output_names}
     with torch.inference_mode():
         for batch, indices in zip(batches, rows, strict=True):
-            result = network(torch.from_numpy(batch))
+            result = network(*map(torch.from_numpy, batch))
             arrays = result if isinstance(result, tuple) else (result,)
             for name, array in zip(network.output_names, arrays, strict=True):
                 for index, row in zip(indices, array.numpy(), strict=True):

@@ -31,11 +31,12 @@ def tolerance_of(format_name: str) -> float:
 
 
 def write_reduced(
-    format_name: str, source: Path, name: str, staged: Path, calibration: Callable[[], Sequence[np.ndarray]]
+    format_name: str, source: Path, name: str, staged: Path, calibration: Callable[[], Sequence[Sequence[np.ndarray]]]
 ) -> dict[str, Any]:
     """Write `<format>/<name>_<precision>.onnx` from the 32-bit file `source`; returns its entry.
 
-    `calibration` loads training images. An error is the reason in an entry that is `failed`.
+    `calibration` loads training images, one array per input of the file. An error is the reason in an entry that is
+    `failed`.
     """
     started = time.perf_counter()
     path = staged / format_name / f"{name}_{format_name.removeprefix('onnx_')}.onnx"
@@ -63,18 +64,18 @@ def to_float16(source: Path, path: Path) -> None:
         onnx.save(convert_float_to_float16(model, keep_io_types=True, node_block_list=unconverted), str(path))
 
 
-def to_int8(source: Path, path: Path, images: Sequence[np.ndarray]) -> None:
+def to_int8(source: Path, path: Path, images: Sequence[Sequence[np.ndarray]]) -> None:
     """Quantise the members' convolutions and matrix products to 8-bit integers, with weight scales per channel.
 
-    Static quantisation (Jacob et al. 2018): activation ranges are those on `images`, which are run one at a time,
-    since raw images differ in size.
+    Static quantisation (Jacob et al. 2018): activation ranges are those on `images`, one array per input of the file,
+    which are run one at a time, since raw images differ in size.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class ImageReader(CalibrationDataReader):
-        def __init__(self, input_name: str) -> None:
-            self.batches = ({input_name: image[None]} for image in images)
+        def __init__(self, names: Sequence[str]) -> None:
+            self.batches = (dict(zip(names, (array[None] for array in row), strict=True)) for row in images)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.batches, None)
@@ -87,7 +88,7 @@ def to_int8(source: Path, path: Path, images: Sequence[np.ndarray]) -> None:
         quantize_static(
             str(source),
             str(path),
-            ImageReader(graph.input[0].name),
+            ImageReader([given.name for given in graph.input]),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QUInt8,

@@ -12,13 +12,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-RunFunction = Callable[[np.ndarray], Sequence[np.ndarray]]
+RunFunction = Callable[..., Sequence[np.ndarray]]
+"""Takes one array per input of the file, in its order; returns its outputs."""
 
 
 def open_onnx(path: Path, job: dict[str, Any]) -> tuple[RunFunction, dict[str, str]]:
@@ -29,9 +30,13 @@ def open_onnx(path: Path, job: dict[str, Any]) -> tuple[RunFunction, dict[str, s
     if job.get("threads"):
         options.intra_op_num_threads = int(job["threads"])
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    (image_input,) = session.get_inputs()
-    names = job["outputs"]
-    return lambda batch: session.run(names, {image_input.name: batch}), {"onnxruntime": onnxruntime.__version__}
+    inputs = [given.name for given in session.get_inputs()]
+
+    def run(*arrays: np.ndarray) -> list[np.ndarray]:
+        outputs: list[np.ndarray] = session.run(job["outputs"], dict(zip(inputs, arrays, strict=True)))
+        return outputs
+
+    return run, {"onnxruntime": onnxruntime.__version__}
 
 
 def open_torchscript(path: Path, job: dict[str, Any]) -> tuple[RunFunction, dict[str, str]]:
@@ -70,16 +75,18 @@ def open_tflite(path: Path, job: dict[str, Any]) -> tuple[RunFunction, dict[str,
         from tensorflow.lite import Interpreter
     interpreter = Interpreter(model_path=str(path), num_threads=int(job.get("threads") or 1))
     interpreter.allocate_tensors()
-    (image_input,) = interpreter.get_input_details()
+    first, *_ = interpreter.get_input_details()
     signature = interpreter.get_signature_list()
     runner = interpreter.get_signature_runner(next(iter(signature)))
-    names = sorted(runner.get_output_details(), key=lambda name: int(name.rsplit("_", 1)[-1]))
-    (argument,) = runner.get_input_details()
-    if len(image_input["shape"]) and int(image_input["shape"][0]) != 1:
-        raise ValueError(f"{path}: the batch size is {image_input['shape'][0]}; expected 1")
+    names, arguments = (
+        sorted(details, key=lambda name: int(name.rsplit("_", 1)[-1])) if len(details) > 1 else list(details)
+        for details in (runner.get_output_details(), runner.get_input_details())
+    )
+    if len(first["shape"]) and int(first["shape"][0]) != 1:
+        raise ValueError(f"{path}: the batch size is {first['shape'][0]}; expected 1")
 
-    def run(batch: np.ndarray) -> list[np.ndarray]:
-        outputs = runner(**{argument: batch})
+    def run(*arrays: np.ndarray) -> list[np.ndarray]:
+        outputs = runner(**dict(zip(arguments, arrays, strict=True)))
         return [outputs[name] for name in names]
 
     return run, {package.__name__: str(getattr(package, "__version__", "unknown"))}
@@ -88,9 +95,9 @@ def open_tflite(path: Path, job: dict[str, Any]) -> tuple[RunFunction, dict[str,
 def _run_function(network: Any) -> RunFunction:
     import torch
 
-    def run(batch: np.ndarray) -> list[np.ndarray]:
+    def run(*arrays: np.ndarray) -> list[np.ndarray]:
         with torch.inference_mode():
-            outputs = network(torch.from_numpy(batch))
+            outputs = network(*map(torch.from_numpy, arrays))
         return [output.numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
     return run
@@ -123,13 +130,22 @@ RUNTIMES: dict[str, Callable[[Path, dict[str, Any]], tuple[RunFunction, dict[str
 }
 
 
-def measure_latency_ms(run: RunFunction, batch: np.ndarray, seconds: float = 1.0) -> float:
+def grouped_batches(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, ...]]:
+    """{batch: one array per input} of arrays that are named `batch_0000`, or `batch_0000/000` of several inputs."""
+    batches: dict[str, tuple[np.ndarray, ...]] = {}
+    for name in sorted(arrays):
+        batch = name.partition("/")[0]
+        batches[batch] = (*batches.get(batch, ()), arrays[name])
+    return batches
+
+
+def measure_latency_ms(run: RunFunction, batch: Sequence[np.ndarray], seconds: float = 1.0) -> float:
     """Median milliseconds of one run over a batch, after a warm-up run; up to 50 runs or `seconds`."""
-    run(batch)
+    run(*batch)
     durations: list[float] = []
     while not durations or (len(durations) < 50 and sum(durations) < seconds):
         start = time.perf_counter()
-        run(batch)
+        run(*batch)
         durations.append(time.perf_counter() - start)
     return round(1000 * float(np.median(durations)), 3)
 
@@ -147,16 +163,15 @@ def main(job_path: str) -> None:
     results: dict[str, Any] = {}
     facts: list[dict[str, Any]] = []
     with np.load(job["batches"]) as arrays:
-        batches = {name: arrays[name] for name in sorted(arrays.files)}
+        batches = grouped_batches(arrays)
     for index, path in enumerate(map(Path, job["files"])):
         try:
             run, versions = RUNTIMES[job["format"]](path, job)
             for name, batch in batches.items():
-                outputs = zip(job["outputs"], run(batch), strict=True)
+                outputs = zip(job["outputs"], run(*batch), strict=True)
                 results |= {f"{index}/{name}/{output}": values for output, values in outputs}
-            facts.append(
-                {"versions": versions, "latency_ms": measure_latency_ms(run, next(iter(batches.values()))[:1])}
-            )
+            first = [array[:1] for array in next(iter(batches.values()))]
+            facts.append({"versions": versions, "latency_ms": measure_latency_ms(run, first)})
         except Exception as error:
             raise RuntimeError(f"{path.name}: {type(error).__name__}: {error}") from error
     results["facts"] = np.array(json.dumps(facts))

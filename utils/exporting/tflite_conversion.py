@@ -58,15 +58,16 @@ def missing_tools() -> str | None:
 
 def convert_network(
     network: nn.Module,
-    sample: Tensor,
+    sample: tuple[Tensor, ...],
     path: Path,
     scratch: Path,
     *,
     seconds: float = TIMEOUT_SECONDS,
 ) -> None:
-    """Convert the network, traced on one `sample`, to the file `path`; `scratch` is a folder for temporary files.
+    """Convert the network, traced on one `sample` of its inputs, to the file `path`.
 
-    Raises ConversionError with the last lines of the converter's output where it fails, exceeds `seconds` or is killed.
+    `scratch` is a folder for temporary files. Raises ConversionError with the last lines of the converter's output
+    where it fails, exceeds `seconds` or is killed.
     """
     import torch
 
@@ -75,7 +76,7 @@ def convert_network(
     scratch.mkdir(parents=True, exist_ok=True)
     program = scratch / "program.pt2"
     with torch.no_grad():
-        torch.export.save(torch.export.export(network, (sample,)), program)
+        torch.export.save(torch.export.export(network, sample), program)
     memory = int(MEMORY_FRACTION * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     command = subprocesses.script_command(python_interpreter(), __file__, str(program), str(path), str(memory))
     environment = subprocesses.watching_environment(os.environ)
@@ -108,8 +109,8 @@ def main(program: str, path: str, memory: str) -> None:
     import torch
 
     exported = torch.export.load(program)
-    (sample,), _ = exported.example_inputs
-    litert_torch.convert(exported.module(), (sample,)).export(path)
+    sample, _ = exported.example_inputs
+    litert_torch.convert(exported.module(), sample).export(path)
 
 
 if __name__ == "__main__":

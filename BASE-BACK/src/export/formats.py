@@ -43,8 +43,8 @@ class Package:
     """Its state dict: contiguous, on the CPU, sharing nothing with one another."""
     checkpoint: dict[str, Any]
     """Everything that the full checkpoint holds."""
-    batches: list[Tensor]
-    """Probe images, batches `(B, 3, H, W)`."""
+    batches: list[tuple[Tensor, ...]]
+    """Probe batches, each one tensor `(B, 3, H, W)` per input of the network."""
     expected: list[Tensor]
     """The network's logits `(B, C)` on them."""
 
@@ -72,17 +72,21 @@ class Package:
         return deployed
 
     @property
-    def example(self) -> Tensor:
+    def example(self) -> tuple[Tensor, ...]:
         """Two rows to trace with: a batch of one is too easily taken for a constant."""
-        first = self.batches[0]
-        return torch.cat([first, first.flip(-1)])
+        return tuple(torch.cat([first, first.flip(-1)]) for first in self.batches[0])
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """Shape of one row; of a network with several inputs, one shape for each."""
+        shapes = tuple(tuple(images.shape[1:]) for images in self.batches[0])
+        return shapes[0] if len(shapes) == 1 else shapes
 
     def source(self, name: str) -> str:
         """Digest of what decides the file of a format; equal digests need no new file."""
-        shape = tuple(self.batches[0].shape[1:])
         if name == "checkpoint":
             return digest(self.checkpoint)
-        return digest([type(self.network).__name__, shape, self.weights])
+        return digest([type(self.network).__name__, self.shape, self.weights])
 
 
 def _write_weights(package: Package, path: Path) -> None:
@@ -117,7 +121,7 @@ def _write_onnx(package: Package, path: Path) -> None:
         stack.enter_context(torch.no_grad())
         torch.onnx.export(  # by a path: beside it lie the weights of what is too large for one file
             network,
-            (package.example,),
+            package.example,
             str(traced),
             dynamo=False,
             opset_version=opset,
@@ -184,21 +188,27 @@ def known_formats(names: Iterable[str]) -> list[str]:
 def make_package(
     model: nn.Module,
     arch_name: str,
-    sample_input: Tensor | None = None,
+    sample_input: Tensor | Sequence[Tensor] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     training_metadata: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Package:
-    """Run the model, or a copy of it, once; raises ValueError when sample or classes do not fit it."""
+    """Run the model, or a copy of it, once; raises ValueError when sample or classes do not fit it.
+
+    `sample_input` holds one batch per input of the model, the only one without a sequence around it.
+    """
     side = getattr(model, "img_size", None) or settings.IMG_SIZE
     sample = torch.zeros(1, 3, side, side) if sample_input is None else sample_input
+    samples = (sample,) if isinstance(sample, Tensor) else tuple(sample)
     # A network that names its inputs says itself what they are, such as uint8 (B, H, W, 3).
-    if not hasattr(model, "input_names") and (sample.ndim != 4 or not sample.is_floating_point()):
-        raise ValueError(f"sample_input is {sample.dtype} {tuple(sample.shape)}; expected floats (B, 3, H, W)")
+    if not hasattr(model, "input_names"):
+        for images in samples:
+            if images.ndim != 4 or not images.is_floating_point():
+                raise ValueError(f"sample_input is {images.dtype} {tuple(images.shape)}; expected floats (B, 3, H, W)")
     network = model if is_ready(model) else evaluation_copy(model)
-    batches = probe_batches(sample.shape, sample.dtype)
+    batches = probe_batches([(images.shape, images.dtype) for images in samples])
     expected = answers(network, batches)
     width = expected[0].shape[1]
     names = [str(number) for number in range(width)] if class_names is None else list(class_names)
@@ -207,7 +217,7 @@ def make_package(
             raise ValueError(f"{arch_name}: the model gives {width} logits, but there are {found} {what}")
     weights = _weights_of(network)
     extra = {"backbone_name": getattr(model, "architecture", arch_name), "classes": names}
-    extra |= {"model_size": getattr(model, "size", None), "img_size": sample.shape[-1]}
+    extra |= {"model_size": getattr(model, "size", None), "img_size": samples[0].shape[-1]}
     checkpoint: dict[str, Any] = {"model_state_dict": weights, "arch_name": arch_name, "extra": extra}
     if optimizer is not None:
         checkpoint["optimizer_state_dict"] = _on_cpu(optimizer.state_dict())

@@ -28,7 +28,7 @@ NOT_BUILT = f"this version's base export writes {', '.join(FORMATS)}"
 def export_and_package_model(
     model: nn.Module,
     arch_name: str,
-    sample_input: Tensor | None = None,
+    sample_input: Tensor | Sequence[Tensor] | None = None,
     export_formats: Iterable[str] | None = None,
     deploy_root: Path | str | None = None,
     force: bool = False,
@@ -41,10 +41,10 @@ def export_and_package_model(
 ) -> dict[str, Any]:
     """Write `deploy_root/<arch_name>/` with the formats asked for; None takes EXPORT_FORMATS and DEPLOY_DIR.
 
-    `sample_input` is one batch `(B, 3, H, W)`. A format is `ok` only after its files were opened again and answered
-    like the model; a file that is there already, whole and made from the same weights, is kept unless `force`.
-    The model keeps its device and mode. Raises ValueError, before anything is written, for an unknown format, an
-    unusable name, a sample that is no batch of images, and classes that do not fit the logits.
+    `sample_input` is one batch `(B, 3, H, W)`, or one per input of the model. A format is `ok` only after its files
+    were opened again and answered like the model; a file that is there already, whole and made from the same weights,
+    is kept unless `force`. The model keeps its device and mode. Raises ValueError, before anything is written, for an
+    unknown format, an unusable name, a sample that is no batch of images, and classes that do not fit the logits.
     """
     formats = known_formats(settings.EXPORT_FORMATS if export_formats is None else export_formats)
     if not re.fullmatch(r"[A-Za-z0-9_][\w.+-]*", arch_name):
@@ -216,7 +216,7 @@ def _metadata(package: Package, device: str, stamp: str, weights_digest: str) ->
     return {
         "architecture": package.arch_name,
         "num_classes": package.width,
-        "input_shape": [1, *package.batches[0].shape[1:]],
+        "input_shape": [1, *package.shape],
         "export_timestamp": stamp,
         "img_size": extra["img_size"],
         "model_size": extra["model_size"],

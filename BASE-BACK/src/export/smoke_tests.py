@@ -43,23 +43,28 @@ def is_ready(model: nn.Module) -> bool:
     return all(tensor.device.type == "cpu" for tensor in tensors) and not any(m.training for m in model.modules())
 
 
-def probe_batches(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Seeded noise in batches of 1, 3 and 17 rows; `shape` is that of one batch, `(B, 3, H, W)`."""
+def probe_batches(inputs: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[tuple[Tensor, ...]]:
+    """Seeded noise in batches of 1, 3 and 17 rows, for `inputs` of (shape of one batch `(B, 3, H, W)`, type)."""
     generator = torch.Generator().manual_seed(settings.SEED)
-    if not dtype.is_floating_point:
-        return [torch.randint(0, 256, (rows, *shape[1:]), generator=generator).to(dtype) for rows in BATCH_SIZES]
-    return [torch.randn(rows, *shape[1:], generator=generator).to(dtype) for rows in BATCH_SIZES]
+
+    def noise(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if not dtype.is_floating_point:
+            return torch.randint(0, 256, tuple(shape), generator=generator).to(dtype)
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    return [tuple(noise((rows, *shape[1:]), dtype) for shape, dtype in inputs) for rows in BATCH_SIZES]
 
 
-def answers(network: Callable[[Tensor], Any], batches: Sequence[Tensor]) -> list[Tensor]:
+def answers(network: Callable[..., Any], batches: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """Logits `(B, C)` of every batch; of several outputs the first. Raises ValueError when there is anything else."""
     with torch.no_grad():
-        given = [network(batch) for batch in batches]
+        given = [network(*batch) for batch in batches]
     found = [outputs[0] if isinstance(outputs, tuple) else outputs for outputs in given]
-    for batch, logits in zip(batches, found, strict=True):
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(batch):
+    for (images, *_), logits in zip(batches, found, strict=True):
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"for {len(batch)} images the network returned {shape}; expected logits ({len(batch)}, C)")
+            count = len(images)
+            raise ValueError(f"for {count} images the network returned {shape}; expected logits ({count}, C)")
     return found
 
 
@@ -87,7 +92,7 @@ def compare(expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: floa
 
 
 def check_file(
-    kind: str, path: Path, model: nn.Module, batches: Sequence[Tensor], expected: Sequence[Tensor]
+    kind: str, path: Path, model: nn.Module, batches: Sequence[Sequence[Tensor]], expected: Sequence[Tensor]
 ) -> dict[str, Any]:
     """Open `path` as a file of this kind, run it, and return its parity. Raises ParityError when it disagrees.
 
@@ -134,16 +139,21 @@ def _open_torchscript(path: Path, model: nn.Module) -> nn.Module:
         return torch.jit.load(path, map_location="cpu").eval()
 
 
-def _open_onnx(path: Path, model: nn.Module) -> Callable[[Tensor], Tensor]:
+def _open_onnx(path: Path, model: nn.Module) -> Callable[..., Tensor]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (given,) = session.get_inputs()
+    names = [given.name for given in session.get_inputs()]
     first = session.get_outputs()[0].name
-    return lambda batch: torch.from_numpy(session.run([first], {given.name: batch.numpy()})[0])
+
+    def run(*images: Tensor) -> Tensor:
+        arrays = {name: batch.numpy() for name, batch in zip(names, images, strict=True)}
+        return torch.from_numpy(session.run([first], arrays)[0])
+
+    return run
 
 
-OPENERS: dict[str, Callable[[Path, nn.Module], Callable[[Tensor], Any]]] = {
+OPENERS: dict[str, Callable[[Path, nn.Module], Callable[..., Any]]] = {
     "state_dict": _open_state_dict,
     "checkpoint": _open_checkpoint,
     "torchscript": _open_torchscript,
@@ -166,7 +176,7 @@ def run_export_smoke_tests(
     """
     network = evaluation_copy(model)
     side = image_size or getattr(model, "img_size", None) or settings.IMG_SIZE
-    batches = probe_batches((1, 3, side, side))
+    batches = probe_batches([((1, 3, side, side), torch.float32)])
     expected = answers(network, batches)
     if num_classes is not None and expected[0].shape[1] != num_classes:
         raise ValueError(f"the model gives {expected[0].shape[1]} logits; expected {num_classes}")

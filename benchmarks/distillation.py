@@ -34,10 +34,12 @@ import numpy as np
 import prepare
 from distillation_rows import ALONE, TEACHER, averaged, draw, score_rows
 from reporting import report, row
+from utils.networks.preprocessing import Preprocessing
 
 PROJECT = Path(__file__).resolve().parents[1]
 STUDENT = "CustomMobileOne"
 SIDE = 32
+PREPROCESSING = Preprocessing.of_base_pipeline(SIDE)
 TEMPERATURE, ALPHA, RATE, VIEWS = 4.0, 0.5, 0.001, 4  # as the configuration has them
 KINDS = ("oof", "views", "consistent")
 VERSION = 2  # raised whenever the same splits would give other figures
@@ -201,12 +203,12 @@ class Classroom:
 
         classes, kept = tuple(self.split["classes"].tolist()), {}
         paths = [self.networks / f"{name}_final.pth" for name in self.split["members"].tolist()]
-        specs = [NetworkSpec(path.stem.removesuffix("_final"), path, "tiny", SIDE, classes) for path in paths]
+        specs = [NetworkSpec(path.stem.removesuffix("_final"), path, "tiny", PREPROCESSING, classes) for path in paths]
         members = [streaming.open_network(spec).eval() for spec in specs]
 
         def answered(epoch: int) -> np.ndarray:
             logits = np.empty((len(members), len(batch_schedule.image_source), len(classes)), dtype=np.float32)
-            for batch, images in batch_schedule.loader(epoch, SIDE):
+            for batch, images in batch_schedule.loader(epoch, PREPROCESSING):
                 with torch.no_grad():
                     logits[:, batch.rows.numpy()] = torch.stack([member(images) for member in members]).numpy()
             return log_probabilities(self.combiner.predict_proba(logits))
@@ -261,7 +263,7 @@ def _sources(split: Mapping[str, np.ndarray], data: Path, *, whole: bool) -> dic
         classes = tuple(split["classes"].tolist())
         images = ImageSplit(name, classes, tuple(ids.tolist()), labels, paths, contents, name)
         kind = "no_flip" if whole else "full"
-        found[name] = ImageSource(images, SIDE, kind, image_cache=prepare.ZOO / "image_cache")
+        found[name] = ImageSource(images, PREPROCESSING, kind, image_cache=prepare.ZOO / "image_cache")
     return found
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from reporting import clean_environment, report, row
+from utils.networks.preprocessing import Preprocessing
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONFIG = PROJECT / "configs" / "votes.yaml"
@@ -283,11 +284,11 @@ def full(workspace: Path, names: Sequence[str]) -> dict[str, Any]:
     decoder = base_back.load_bundled("image_cache")
     threads = image_splits.decoding_threads(store.config.dataset.num_workers)
     start = time.perf_counter()
-    side = decoder.resized_side(size)
-    pixels = decoder.open_images(val.paths, val.contents, side, workspace / "own_cache", threads=threads)
+    rule = base_back.load_bundled("resizing").evaluation_resizing(size)
+    pixels = decoder.open_images(val.paths, val.contents, rule, workspace / "own_cache", threads=threads)
     decode = time.perf_counter() - start
-    crops = torch.from_numpy(pixels.centre_crops(range(len(pixels)), size))
-    batches = [image_splits.normalise(crop) for crop in crops.split(BATCH)]
+    crops = torch.from_numpy(pixels.crops(range(len(pixels))))
+    batches = [image_splits.normalise(crop, Preprocessing.of_base_pipeline(size)) for crop in crops.split(BATCH)]
     inside = _timed_passes(embeddings)
 
     def product(member: Any) -> float:

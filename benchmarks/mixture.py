@@ -26,6 +26,7 @@ import numpy as np
 import prepare
 from extraction import BATCH, PIXELS, lay_out
 from reporting import report, row
+from utils.networks.preprocessing import Preprocessing
 
 PROJECT = Path(__file__).resolve().parents[1]
 EXPERTS = ("CustomConvNeXt", "CustomMobileOne", "CustomRegNet", "CustomResNetMish", "CustomSwinTransformer")
@@ -138,10 +139,11 @@ def _pictures(count: int, pixels: int, data: Path | None) -> list[Any]:
     with tempfile.TemporaryDirectory(prefix="mixture-") as name:
         place = lay_out(Path(name), count, 300 if pixels > 64 else 64, data)
         images = image_splits.list_images(place / "split_dataset", "val", FileDigests(place / "digests.json"))
-        decoded = image_splits.open_images(images, pixels, image_cache=place / "cache", threads=1)
+        preprocessing = Preprocessing.of_base_pipeline(pixels)
+        decoded = image_splits.open_images(images, preprocessing, image_cache=place / "cache", threads=1)
         order = np.random.default_rng(1).permutation(count)  # they are sorted by class
         return [
-            image_splits.normalise(part) for part in torch.from_numpy(decoded.centre_crops(order, pixels)).split(BATCH)
+            image_splits.normalise(part, preprocessing) for part in torch.from_numpy(decoded.crops(order)).split(BATCH)
         ]
 
 

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from utils import image_cache
-from utils.image_cache import UnreadableImages, decode_images, open_images, resized_side
+from utils.image_cache import UnreadableImages, decode_images, open_images
+from utils.resizing import evaluation_resizing
 
 SIZE = 32
 
@@ -90,8 +91,8 @@ def test_every_kind_is_what_the_evaluation_transform_makes_of_it(kind, tmp_path)
 
     path = tmp_path / f"image.{KINDS[kind]}"
     kind(path)
-    images = open_images([path], [digest(path)], resized_side(SIZE), tmp_path / "cache")
-    found = normalise(torch.from_numpy(images.centre_crops([0], SIZE)).permute(0, 3, 1, 2))[0]
+    images = open_images([path], [digest(path)], evaluation_resizing(SIZE), tmp_path / "cache")
+    found = normalise(torch.from_numpy(images.crops([0])).permute(0, 3, 1, 2))[0]
     with Image.open(path) as image:
         assert torch.equal(found, create_optimized_transforms(SIZE, is_training=False)(image.convert("RGB")))
 
@@ -102,7 +103,7 @@ def test_images_that_lose_their_range_are_counted_once_for_a_split(tmp_path, hea
     Image.fromarray(np.linspace(0, 60000, 5400).reshape(60, 90).astype(np.uint16)).save(paths[1])
     transparent(paths[2])
     for _ in range(2):
-        images = open_images(paths, [digest(path) for path in paths], 36, tmp_path / "cache")
+        images = open_images(paths, [digest(path) for path in paths], evaluation_resizing(32), tmp_path / "cache")
     said = {record.getMessage() for record in heard.records}
     assert len(said) == 1
     assert "2 of 3 images have more than 8 bits a channel and are clipped to 255" in said.pop()
@@ -111,7 +112,7 @@ def test_images_that_lose_their_range_are_counted_once_for_a_split(tmp_path, hea
 
 def test_a_wide_scan_is_decoded_and_quietly(tmp_path):
     path = flat_png(tmp_path / "scan.png", 20_000, 4_800)  # above Pillow's first limit, which only warns
-    images = open_images([path], [digest(path)], 36, tmp_path / "cache")
+    images = open_images([path], [digest(path)], evaluation_resizing(32), tmp_path / "cache")
     assert images.image(0).shape == (36, 150, 3)
     assert (images.image(0) == 200).all()
 
@@ -122,16 +123,16 @@ def test_decompression_bombs_are_refused_before_they_are_decoded(tmp_path):
     good = flat_png(tmp_path / "good.png", 50, 50)
     paths = [bomb, thread, good]
     with pytest.raises(UnreadableImages) as caught:
-        open_images(paths, [digest(path) for path in paths], 255, tmp_path / "cache")
+        open_images(paths, [digest(path) for path in paths], evaluation_resizing(224), tmp_path / "cache")
     reasons = {path.name: reason for path, reason in caught.value.problems}
     assert "exceeds limit of 178956970 pixels" in reasons["bomb.png"]
     assert "2 x 200000 pixels, and still 6502500000 with its shorter side at 255" in reasons["thread.png"]
-    assert len(open_images([good], [digest(good)], 255, tmp_path / "cache")) == 1
+    assert len(open_images([good], [digest(good)], evaluation_resizing(224), tmp_path / "cache")) == 1
 
 
 def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
     inside, most = [], []
-    original = image_cache._resized
+    original = image_cache.resized_pixels
 
     def watched(image, sides):
         inside.append(image)
@@ -141,10 +142,10 @@ def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
         finally:
             inside.remove(image)
 
-    monkeypatch.setattr(image_cache, "_resized", watched)
+    monkeypatch.setattr(image_cache, "resized_pixels", watched)
     monkeypatch.setattr(image_cache, "LARGE_PIXELS", 1_000_000)
     paths = [flat_png(tmp_path / f"{grey}.png", 1500, 1500, grey) for grey in range(4)]
-    decode_images(paths, [digest(path) for path in paths], [36], tmp_path / "cache", threads=4)
+    decode_images(paths, [digest(path) for path in paths], [evaluation_resizing(32)], tmp_path / "cache", threads=4)
     assert most == [1, 1, 1, 1]
 
 
@@ -152,7 +153,7 @@ def test_packs_are_written_as_they_fill(tmp_path, monkeypatch):
     monkeypatch.setattr(image_cache, "PACK_BYTES", 10_000)
     paths = [flat_png(tmp_path / f"{grey}.png", 40, 40, grey) for grey in range(7)]  # 36 x 36 x 3 bytes each
     contents = [digest(path) for path in paths]
-    images = open_images(paths, contents, 36, tmp_path / "cache")
+    images = open_images(paths, contents, evaluation_resizing(32), tmp_path / "cache")
     assert len(list((tmp_path / "cache").glob("36_*.npy"))) == 3
     assert [int(images.image(row)[0, 0, 0]) for row in range(7)] == list(range(7))
 
@@ -160,8 +161,8 @@ def test_packs_are_written_as_they_fill(tmp_path, monkeypatch):
 def test_a_side_that_is_there_already_is_not_made_again(tmp_path):
     path = flat_png(tmp_path / "image.png", 50, 70)
     cache = tmp_path / "cache"
-    decode_images([path], [digest(path)], [36], cache)
+    decode_images([path], [digest(path)], [evaluation_resizing(32)], cache)
     first = {file.name: file.stat().st_mtime_ns for file in cache.iterdir()}
-    decode_images([path], [digest(path)], [36, 72], cache)
+    decode_images([path], [digest(path)], [evaluation_resizing(32), evaluation_resizing(64)], cache)
     assert first.items() <= {file.name: file.stat().st_mtime_ns for file in cache.iterdir()}.items()
-    assert open_images([path], [digest(path)], 72, cache).image(0).shape == (100, 72, 3)
+    assert open_images([path], [digest(path)], evaluation_resizing(64), cache).image(0).shape == (100, 72, 3)

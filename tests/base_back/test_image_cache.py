@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from utils.image_cache import UnreadableImages, open_images, resized_side
+from utils.image_cache import UnreadableImages, open_images
+from utils.resizing import evaluation_resizing
 
 
 @pytest.fixture
@@ -34,8 +35,8 @@ def test_centre_crops_are_what_torchvision_makes_of_the_file(photographs, tmp_pa
     from utils.augmentation import normalise
     from utils.datasets import create_optimized_transforms
 
-    images = open_images(photographs, contents(photographs), resized_side(size), tmp_path / "cache")
-    crops = torch.from_numpy(images.centre_crops(range(len(photographs)), size)).permute(0, 3, 1, 2)
+    images = open_images(photographs, contents(photographs), evaluation_resizing(size), tmp_path / "cache")
+    crops = torch.from_numpy(images.crops(range(len(photographs)))).permute(0, 3, 1, 2)
     transform = create_optimized_transforms(size, is_training=False)
     for file, found in zip(photographs, normalise(crops), strict=True):
         with Image.open(file) as image:
@@ -44,10 +45,10 @@ def test_centre_crops_are_what_torchvision_makes_of_the_file(photographs, tmp_pa
 
 def test_a_content_is_decoded_once_whatever_its_name_and_in_any_order(photographs, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
-    first = open_images(photographs, contents(photographs), 36, cache)
+    first = open_images(photographs, contents(photographs), evaluation_resizing(32), cache)
     calls = []
     monkeypatch.setattr(Image, "open", lambda *a, **options: calls.append(a))
-    again = open_images(photographs[::-1], contents(photographs)[::-1], 36, cache)
+    again = open_images(photographs[::-1], contents(photographs)[::-1], evaluation_resizing(32), cache)
     assert calls == []
     assert all(np.array_equal(first.image(row), again.image(4 - row)) for row in range(5))
 
@@ -59,13 +60,13 @@ def test_unreadable_files_are_all_named_and_the_rest_is_kept(photographs, tmp_pa
     empty.write_bytes(b"")
     files = [*photographs, broken, empty]
     with pytest.raises(UnreadableImages) as caught:
-        open_images(files, contents(files), 36, tmp_path / "cache")
+        open_images(files, contents(files), evaluation_resizing(32), tmp_path / "cache")
     assert {path.name for path, _ in caught.value.problems} == {"broken.png", "empty.jpg"}
-    assert len(open_images(photographs, contents(photographs), 36, tmp_path / "cache")) == 5
+    assert len(open_images(photographs, contents(photographs), evaluation_resizing(32), tmp_path / "cache")) == 5
 
 
 def test_a_pack_without_index_does_not_exist(photographs, tmp_path):
     cache = tmp_path / "cache"
-    open_images(photographs, contents(photographs), 36, cache)
+    open_images(photographs, contents(photographs), evaluation_resizing(32), cache)
     next(cache.glob("36_*.npz")).unlink()  # as if killed between the two files
-    assert len(open_images(photographs, contents(photographs), 36, cache)) == 5
+    assert len(open_images(photographs, contents(photographs), evaluation_resizing(32), cache)) == 5

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from one_member import change
+from preprocessings import BASE_32
 from soup_zoo import NAME, config, one_backbone
 from stored_predictions import workspace_at
 from torch import nn
@@ -102,9 +103,9 @@ def test_recomputed_statistics_are_those_of_shuffled_train_images_by_hand(base, 
     assert size == 64
     order = np.random.default_rng(store.config.seed).permutation(len(train.paths))
     order = order[: len(order) // size * size]
-    pixels = image_splits.open_images(train, 32, image_cache=store.workspace.image_cache, threads=1)
+    pixels = image_splits.open_images(train, BASE_32, image_cache=store.workspace.image_cache, threads=1)
     batches = [
-        image_splits.normalise(torch.from_numpy(pixels.centre_crops(part, 32))) for part in order.reshape(-1, size)
+        image_splits.normalise(torch.from_numpy(pixels.crops(part)), BASE_32) for part in order.reshape(-1, size)
     ]
     means, variances = by_hand(streaming.open_network(trials.spec, mixed), batches)
     for name in means:

@@ -22,7 +22,7 @@ def decoded(folder: Path, count: int) -> Path:
     for number in range(count):
         path = folder / f"{number}.png"
         Image.fromarray(np.full((40, 40, 3), number, dtype=np.uint8)).save(path)
-        decoder.open_images([path], [digests.of(path)], 36, folder / "image_cache")
+        decoder.open_images([path], [digests.of(path)], decoder.Resizing(32, 36), folder / "image_cache")
         for pack in (folder / "image_cache").iterdir():
             if pack.stat().st_mtime > time.time() - 3600:
                 stamp = time.time() - 86400 * (count - number)
@@ -49,7 +49,8 @@ def test_the_quota_removes_the_oldest_packs_and_what_is_left_still_opens(tmp_pat
     assert (folder / "notes.txt").is_file()
     path = tmp_path / "3.png"
     digest = FileDigests(tmp_path / "digests.json").of(path)
-    images = base_back.load_bundled("image_cache").open_images([path], [digest], 36, folder)
+    decoder = base_back.load_bundled("image_cache")
+    images = decoder.open_images([path], [digest], decoder.Resizing(32, 36), folder)
     assert (images.image(0) == 3).all()
     assert caches.image_packs(folder) == before[2:]  # not decoded again
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from digit_splits import split_of
+from preprocessings import BASE_32
 
 from utils import base_back
 from utils.core.errors import UserError
@@ -28,7 +29,7 @@ def sources(tmp_path_factory) -> tuple[ImageSource, ImageSource]:
     folder = tmp_path_factory.mktemp("distillation")
     images = split_of(folder / "images", count=24)
     parts = (np.arange(16), np.arange(16, 24))
-    return tuple(ImageSource(images.take(rows), 32, "full", image_cache=folder / "cache") for rows in parts)
+    return tuple(ImageSource(images.take(rows), BASE_32, "full", image_cache=folder / "cache") for rows in parts)
 
 
 def initial_network(name: str = NAME) -> torch.nn.Module:
@@ -94,7 +95,7 @@ def test_interrupted_after_any_epoch_it_ends_with_the_same_weights(sources, tmp_
 @pytest.mark.parametrize(("alpha", "shift"), [(0.0, 0), (1.0, 1)])
 def test_it_learns_the_labels_or_the_teacher(sources, tmp_path, alpha, shift):
     """The teacher predicts the next class of each label with confidence."""
-    unaugmented = ImageSource(sources[0].images, 32, "none", image_cache=tmp_path)  # noise is only memorised
+    unaugmented = ImageSource(sources[0].images, BASE_32, "none", image_cache=tmp_path)  # noise is only memorised
     labels = sources[0].images.labels
     confident = np.log(np.full((16, 3), 0.02) + 0.94 * np.eye(3)[(labels + 1) % 3]).astype(np.float32)
     model = initial_network("CustomConvNeXt")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from digit_splits import split_of
+from preprocessings import BASE_32
 
 from utils.distillation.target_sources import CONSISTENT, OOF, VIEWS, unaugmented_frequency, views_digest
 from utils.predictions.rows import UNKNOWN
@@ -19,7 +20,7 @@ HAS_TARGET = np.array([True, False, True])  # of the train images; a fourth imag
 def source_of(folder, augmentation: str = "full") -> ImageSource:
     images = split_of(folder / "images", count=4)
     images = replace(images, labels=np.array([0, 1, 2, UNKNOWN]))
-    return ImageSource(images, 32, augmentation, image_cache=folder / "cache")
+    return ImageSource(images, BASE_32, augmentation, image_cache=folder / "cache")
 
 
 @pytest.mark.parametrize(

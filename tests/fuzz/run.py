@@ -214,7 +214,8 @@ def decoded(shown: Path, empty: Path) -> Readers:
         shown.write_bytes(content)
         cache = empty / "image_cache"
         with contextlib.suppress(decoder.UnreadableImages):
-            decoder.decode_images([shown], [hashlib.sha256(content).hexdigest()], [36], cache, threads=1)
+            digest = hashlib.sha256(content).hexdigest()
+            decoder.decode_images([shown], [digest], [decoder.Resizing(32, 36)], cache, threads=1)
         shutil.rmtree(cache, ignore_errors=True)
 
     shown.touch()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from head_networks import CLASSES, Foreign, factory, spec
+from preprocessings import BASE_32
 from torch import nn
 
 from utils.core.errors import UserError
@@ -55,7 +56,7 @@ def test_a_bundled_network_takes_its_sizes_and_its_classes_from_the_file():
 
     # Its two heads come before everything else in the file, so the last matrix is not the classifier.
     weights = create_custom_backbone("CustomDeiTStyle", 3, size="tiny", img_size=32).state_dict()
-    asked = NetworkSpec("CustomDeiTStyle", Path("d.pth"), "tiny", 32, CLASSES[:3])
+    asked = NetworkSpec("CustomDeiTStyle", Path("d.pth"), "tiny", BASE_32, CLASSES[:3])
     assert build_network(asked, weights, create_custom_backbone_safe).num_classes == 3
 
 

@@ -13,10 +13,10 @@ from battery_networks import SIDE, WIDTHS, C, Small
 from PIL import Image
 from torch import nn
 
-from utils import base_back
 from utils.combiners.heads import MeanOfProbabilities
 from utils.networks import ensemble_network
 from utils.networks.ensemble_network import EnsembleNetwork, MemberNetworks, Preparation
+from utils.networks.preprocessing import Preprocessing
 from utils.predictions.image_splits import normalise
 
 SIZES = [(8, 8), (9, 7), (33, 31), (36, 36), (41, 300), (333, 127), (1, 3)]
@@ -54,11 +54,9 @@ def in_onnx():
 def test_uint8_images_are_prepared_bit_for_bit_as_the_project_does_it(height, in_onnx):
     width = dict(SIZES)[height]
     pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    decoder = base_back.load_bundled("image_cache")
-    side = decoder.resized_side(32)
-    resized = decoder._resized(Image.fromarray(pixels), [side])[side]
-    top, left = (round((length - 32) / 2) for length in resized.shape[:2])
-    expected = normalise(torch.from_numpy(resized[top : top + 32, left : left + 32].copy())[None])
+    preprocessing = Preprocessing.of_base_pipeline(32)
+    square = preprocessing.resizing().square(Image.fromarray(pixels))
+    expected = normalise(torch.from_numpy(square)[None], preprocessing)
     given = torch.from_numpy(pixels)[None]
     torch.testing.assert_close(Preparation(32, takes_uint8=True)(given), expected, rtol=0, atol=0)
     torch.testing.assert_close(torch.from_numpy(in_onnx(given.numpy())), expected, rtol=0, atol=1e-6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
+from preprocessings import BASE_32
 
 from utils.core import engines
 from utils.core.artifacts import FileDigests
@@ -50,11 +51,11 @@ def test_unreadable_images_are_named_and_the_others_decoded(folder):
     broken = folder / "val" / "ant" / "c.png"
     broken.write_bytes(b"no image")
     images, cache = listed(folder), folder.parent / "cache"
-    assert list(image_splits.decode_readable(images, [32], image_cache=cache)) == [broken]
+    assert list(image_splits.decode_readable(images, [BASE_32], image_cache=cache)) == [broken]
     with pytest.raises(UserError, match=r"c\.png"):
-        image_splits.decode([images], [32], image_cache=cache)
-    pixels = image_splits.open_images(images.take([0, 2]), 32, image_cache=cache, threads=1)
-    assert np.unique(pixels.centre_crops(range(2), 32)[..., 0], axis=None).tolist() == [0, 1]
+        image_splits.decode([images], [BASE_32], image_cache=cache)
+    pixels = image_splits.open_images(images.take([0, 2]), BASE_32, image_cache=cache, threads=1)
+    assert np.unique(pixels.crops(range(2))[..., 0], axis=None).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(("requested", "expected"), [(0, 1), (1, 1), (10**6, None)])

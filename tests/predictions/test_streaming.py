@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import PROJECT
 from PIL import Image
+from preprocessings import BASE_32
 
 from utils import base_back
 from utils.core.artifacts import FileDigests
@@ -26,6 +27,7 @@ from utils.core.workspace import Workspace
 from utils.discovery import discover
 from utils.networks import construction, memory
 from utils.networks.embeddings import EmbeddingExtractor
+from utils.networks.preprocessing import Preprocessing
 from utils.predictions import catalog, extraction, image_splits, streaming
 from utils.predictions.store import Store
 
@@ -38,7 +40,7 @@ def test_normalised_pixels_are_those_of_the_base_transform():
     pixels = np.random.default_rng(0).integers(0, 255, (36, 36, 3), dtype=np.uint8)
     expected = create_optimized_transforms(32, is_training=False)(Image.fromarray(pixels))
     crop = torch.from_numpy(pixels[2:34, 2:34][None])
-    assert torch.equal(image_splits.normalise(crop)[0], expected)
+    assert torch.equal(image_splits.normalise(crop, BASE_32)[0], expected)
 
 
 def test_devices(heard, monkeypatch):
@@ -88,7 +90,7 @@ def laid(trained, tmp_path):
     digests = FileDigests(tmp_path / "digests.json")
     splits = [image_splits.list_images(trained / "split_dataset", split, digests) for split in ("val", "test")]
     path = trained / "checkpoints" / "CustomResNetMish_final.pth"
-    spec = construction.NetworkSpec("CustomResNetMish", path, "tiny", 32, splits[0].classes)
+    spec = construction.NetworkSpec("CustomResNetMish", path, "tiny", BASE_32, splits[0].classes)
     return Laid(splits, tmp_path / "cache", spec, streaming.open_network(spec))
 
 
@@ -124,10 +126,10 @@ def test_logits_do_not_depend_on_the_layout_in_memory(laid, layout, monkeypatch)
 def test_pixels_are_normalised_in_place_in_the_layout_wanted(layout):
     pixels = torch.randint(0, 256, (3, 8, 8, 3), dtype=torch.uint8)
     place = torch.empty((5, 3, 8, 8), memory_format=layout)
-    found = image_splits.normalise(pixels, layout=layout, out=place[:3])
+    found = image_splits.normalise(pixels, BASE_32, layout=layout, out=place[:3])
     assert found.data_ptr() == place.data_ptr()
     assert found.is_contiguous(memory_format=layout)
-    assert torch.equal(found, image_splits.normalise(pixels))
+    assert torch.equal(found, image_splits.normalise(pixels, BASE_32))
 
 
 def failing_above(limit, error):
@@ -235,15 +237,14 @@ def test_two_image_sizes_cost_one_decode(laid, monkeypatch):
         return original(path, **options)
 
     monkeypatch.setattr(Image, "open", counting)
-    image_splits.decode(laid.splits, [32, 64], image_cache=laid.cache, threads=2)
+    preprocessings = [Preprocessing.of_base_pipeline(size) for size in (32, 64)]
+    image_splits.decode(laid.splits, preprocessings, image_cache=laid.cache, threads=2)
     assert sorted(opened) == sorted(path for images in laid.splits for path in images.paths)
     laid.run()
-    for size in (32, 64):
+    for rule in (preprocessing.resizing() for preprocessing in preprocessings):
         images = laid.splits[0]
-        pixels = decoder.open_images(images.paths, images.contents, decoder.resized_side(size), laid.cache)
-        again = decoder.open_images(
-            images.paths[3:4], images.contents[3:4], decoder.resized_side(size), laid.cache / "again"
-        )
+        pixels = decoder.open_images(images.paths, images.contents, rule, laid.cache)
+        again = decoder.open_images(images.paths[3:4], images.contents[3:4], rule, laid.cache / "again")
         assert np.array_equal(pixels.image(3), again.image(0))
     assert len(opened) == 56 + 2
 

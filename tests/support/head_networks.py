@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from preprocessings import BASE_32
 from torch import nn
 
 from utils.networks.construction import NetworkSpec, build_network
@@ -94,7 +95,7 @@ def factory(name, num_classes=1000):
 
 
 def spec(name, classes=CLASSES, **options):
-    return NetworkSpec(name, Path(f"{name}_final.pth"), "full", 32, classes, **options)
+    return NetworkSpec(name, Path(f"{name}_final.pth"), "full", BASE_32, classes, **options)
 
 
 def built_network(name, outputs=5):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from digit_splits import split_of
+from preprocessings import BASE_32
 
 from utils import base_back
 from utils.combiners.fusion_heads import ConcatHead, MappedEmbeddings
@@ -29,9 +30,9 @@ def joint_members(folder: Path) -> list[JointMember]:
         path = folder / f"{name}.pth"
         torch.save({"model_state_dict": model.state_dict(), "extra": {}}, path)
         classes = images.classes
-        spec = NetworkSpec(name, path, "tiny", 32, (classes[2], classes[0], classes[1]))
+        spec = NetworkSpec(name, path, "tiny", BASE_32, (classes[2], classes[0], classes[1]))
         train, val = (
-            ImageSource(images.take(rows), 32, "none", image_cache=folder / "cache")
+            ImageSource(images.take(rows), spec.preprocessing, "none", image_cache=folder / "cache")
             for rows in (np.arange(16), np.arange(16, 24))
         )
         schedule = BatchSchedule(train, 8, 1, np.full(16, NEVER))

@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 from digit_splits import COUNT, split_of
+from preprocessings import BASE_32
 
+from utils.networks.preprocessing import Preprocessing
 from utils.training.batch_schedule import ALWAYS, HALF, NEVER, BatchSchedule, derived_seed
 from utils.training.image_source import ImageSource
 
 
 @pytest.fixture
 def source(tmp_path) -> ImageSource:
-    return ImageSource(split_of(tmp_path / "images"), 32, "full", image_cache=tmp_path / "cache")
+    return ImageSource(split_of(tmp_path / "images"), BASE_32, "full", image_cache=tmp_path / "cache")
 
 
 def schedule_of(source: ImageSource, unaugmented: str = NEVER, *, seed: int = 7, **options) -> BatchSchedule:
@@ -23,7 +25,7 @@ def schedule_of(source: ImageSource, unaugmented: str = NEVER, *, seed: int = 7,
 def images_of(schedule: BatchSchedule, epoch: int, size: int = 32) -> torch.Tensor:
     """The loaded images in the order of the rows."""
     loaded = torch.empty(len(schedule.image_source), 3, size, size)
-    for batch, images in schedule.loader(epoch, size):
+    for batch, images in schedule.loader(epoch, Preprocessing.of_base_pipeline(size)):
         loaded[batch.rows] = images
     return loaded
 
@@ -67,7 +69,7 @@ def test_a_view_is_the_same_at_any_size(source):
 
 
 def test_unaugmented_images_are_evaluation_crops_in_half_of_each_batch(source):
-    crops = source.load(torch.arange(COUNT), 32, None)
+    crops = source.load(torch.arange(COUNT), BASE_32, None)
     assert torch.equal(images_of(schedule_of(source, ALWAYS), 0), crops)
     schedule = schedule_of(source, HALF)
     images = images_of(schedule, 0)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from digit_splits import COUNT, split_of
+from preprocessings import BASE_32
 
 from utils import base_back
 from utils.augmentation import augment
@@ -15,7 +16,7 @@ from utils.training.image_source import ImageSource, augmentation_kind
 
 
 def source_of(folder, augmentation: str) -> ImageSource:
-    return ImageSource(split_of(folder / "images"), 32, augmentation, image_cache=folder / "cache")
+    return ImageSource(split_of(folder / "images"), BASE_32, augmentation, image_cache=folder / "cache")
 
 
 def test_views_drawn_in_advance_give_the_same_augmentation():
@@ -34,19 +35,19 @@ def test_without_augmentation_every_view_is_the_evaluation_crop(tmp_path):
     source = source_of(tmp_path, "none")
     assert source.draw_views(3) is None
     schedule = BatchSchedule(source, 5, 7, np.full(COUNT, NEVER), n_views=2)
-    crops = source.load(torch.arange(COUNT), 32, None)
-    for batch, images in schedule.loader(1, 32):
+    crops = source.load(torch.arange(COUNT), BASE_32, None)
+    for batch, images in schedule.loader(1, BASE_32):
         assert torch.equal(images, crops[batch.rows])
 
 
 def test_evaluation_batches_cover_the_images_from_a_start_on(tmp_path, monkeypatch):
     monkeypatch.setattr(image_source, "EVALUATION_BATCH_SIZE", 8)
     source = source_of(tmp_path, "full")
-    batches = list(source.evaluation_batches(32, start=3))
+    batches = list(source.evaluation_batches(BASE_32, start=3))
     assert [len(rows) for rows, _ in batches] == [8, 8, COUNT - 3 - 16]
     rows = torch.cat([rows for rows, _ in batches])
     assert rows.tolist() == list(range(3, COUNT))
-    assert torch.equal(torch.cat([images for _, images in batches]), source.load(rows, 32, None))
+    assert torch.equal(torch.cat([images for _, images in batches]), source.load(rows, BASE_32, None))
 
 
 @pytest.mark.parametrize(

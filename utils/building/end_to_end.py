@@ -25,6 +25,7 @@ from utils.discovery import discover
 from utils.fusion_methods import COMBINERS, FusionStacker
 from utils.networks.checkpoints import training_metadata
 from utils.networks.construction import NetworkSpec
+from utils.networks.preprocessing import recorded_preprocessing
 from utils.predictions import catalog, image_splits, streaming
 from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.rows import MemberOutputs, MemberRows
@@ -192,11 +193,11 @@ def _parts(store: Store, members: Sequence[Member]) -> list[JointMember]:
     settings = store.config.dataset
     images = {split: store.images(split) for split in ("train", "val")}
     cache, threads = store.workspace.image_cache, image_splits.decoding_threads(settings.num_workers)
-    sizes = sorted({member.img_size for member in members if member.img_size})
-    image_splits.decode(list(images.values()), sizes, image_cache=cache, threads=threads)
+    preprocessings = [member.image_preprocessing for member in members]
+    image_splits.decode(list(images.values()), preprocessings, image_cache=cache, threads=threads)
 
     def image_source(split: str, spec: NetworkSpec, kind: str) -> ImageSource:
-        return ImageSource(images[split], spec.img_size, kind, image_cache=cache, threads=threads)
+        return ImageSource(images[split], spec.preprocessing, kind, image_cache=cache, threads=threads)
 
     parts = []
     for member in members:
@@ -245,6 +246,7 @@ def _save_networks(
             "backbone_name": member.architecture,
             "model_size": member.size,
             "img_size": member.img_size,
+            **recorded_preprocessing(member.image_preprocessing),
             "classes": list(member.classes),
             "stage": catalog.END_TO_END,
             "parents": [member.name],

@@ -202,14 +202,15 @@ class Trials:
         order = np.random.default_rng(self.store.config.seed).permutation(len(train.paths))[:count]
         images = train.take(order)
         cache = self.store.workspace.image_cache
-        pixels = image_splits.open_images(images, self.spec.img_size, image_cache=cache, threads=self.threads)
+        pixels = image_splits.open_images(images, self.spec.preprocessing, image_cache=cache, threads=self.threads)
         return images, pixels, size
 
     def _train_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         images, pixels, size = self._shuffled
         for start in range(0, len(images.paths), size):
-            crops = torch.from_numpy(pixels.centre_crops(range(start, start + size), self.spec.img_size))
-            yield image_splits.normalise(crops), torch.from_numpy(images.labels[start : start + size])
+            crops = torch.from_numpy(pixels.crops(range(start, start + size)))
+            images_in = image_splits.normalise(crops, self.spec.preprocessing)
+            yield images_in, torch.from_numpy(images.labels[start : start + size])
 
     def pair(self, one: str, other: str) -> Pair:
         """Whether two checkpoints began alike, and what lies halfway between them.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils.combiners.routing import SparseCombiner, run_sparse
+from utils.networks.preprocessing import Preprocessing
 from utils.predictions import image_splits, streaming
 from utils.predictions.catalog import Member
 from utils.predictions.image_splits import ImageSplit
@@ -52,12 +53,12 @@ class Stopwatch:
         spec, size = chosen.network(self.store.workspace), self.store.config.dataset.batch_size
         with ExitStack() as stack:
             with self._pause():
-                pixels = self._pixels(spec.img_size)
+                pixels = self._pixels(spec.preprocessing)
                 network, placed = stack.enter_context(streaming.network_on_device(spec, self.device))
-                network(placed(_normalised(pixels, rows[:1], spec.img_size))).cpu()
+                network(placed(_normalised(pixels, rows[:1], spec.preprocessing))).cpu()
             for part in np.array_split(rows, -(-len(rows) // size)):
                 with self._pause():
-                    batch = placed(_normalised(pixels, part, spec.img_size))
+                    batch = placed(_normalised(pixels, part, spec.preprocessing))
                 logits.append(network(batch).float().cpu().numpy())
             with self._pause():
                 stack.close()
@@ -71,10 +72,10 @@ class Stopwatch:
         finally:
             self.uncounted += time.perf_counter() - start
 
-    def _pixels(self, img_size: int) -> Any:
+    def _pixels(self, preprocessing: Preprocessing) -> Any:
         threads = image_splits.decoding_threads(self.store.config.dataset.num_workers)
         cache = self.store.workspace.image_cache
-        return image_splits.open_images(self.images, img_size, image_cache=cache, threads=threads)
+        return image_splits.open_images(self.images, preprocessing, image_cache=cache, threads=threads)
 
     def _per_image(self, once: Callable[[], Any]) -> float:
         """Median over the runs; a combiner that takes long is run once."""
@@ -86,10 +87,10 @@ class Stopwatch:
         return round(1000 * float(np.median(seconds)) / len(self.images.sample_ids), 4)
 
 
-def _normalised(pixels: Any, rows: np.ndarray, img_size: int) -> Tensor:
+def _normalised(pixels: Any, rows: np.ndarray, preprocessing: Preprocessing) -> Tensor:
     import torch
 
-    return image_splits.normalise(torch.from_numpy(pixels.centre_crops(rows.tolist(), img_size)))
+    return image_splits.normalise(torch.from_numpy(pixels.crops(rows.tolist())), preprocessing)
 
 
 def _columns(store: Store, member: Member) -> list[int]:

@@ -15,7 +15,7 @@ logger = logging.getLogger("disease_pipeline")
 
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.partial(\.[^.]+)?")
 """As `artifacts.replacing` and the base pipeline's writer name what is not finished."""
-PACK = re.compile(r"(\d+_[0-9a-f]+)\.np[yz]")
+PACK = re.compile(r"(\d+(?:-[a-z]+)*_[0-9a-f]+)\.np[yz]")
 """Files of the decoded-image cache; the two of one pack share the first part."""
 HOUR = 3600.0
 

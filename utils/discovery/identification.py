@@ -23,16 +23,17 @@ from utils.core.workspace import Workspace
 from utils.discovery import training_records
 from utils.networks import checkpoints
 from utils.networks.construction import RETRAIN
+from utils.networks.preprocessing import BASE_PIPELINE, LEAST_SIDE, MOST_SIDE, Preprocessing
 from utils.predictions import inspection, out_of_fold
-from utils.predictions.catalog import STAGES, TIMM, Member, Problem, kfold_command, kfold_remedy
+from utils.predictions.catalog import STAGES, TIMM, Member, Problem, kfold_command, kfold_remedy, network_digest
 from utils.predictions.image_splits import ImageSplit
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 3  # raised whenever the same file would give other facts
+VERSION = 4  # raised whenever the same file would give other facts
 SNAPSHOT = re.compile(r"snapshot\d+")
 CYCLE = "cycle"  # the stage that the base pipeline's checkpoints of cyclic training record
-LEAST_SIDE, MOST_SIDE = 8, 4096  # bounds of the image size in pixels that a checkpoint may record
+CHECKPOINT = "checkpoint"  # source of a preprocessing record
 CLASSIFIERS = {"head", "heads", "head_dist", "fc", "classifier"}
 
 
@@ -98,27 +99,26 @@ def identify(scan: Scan, candidate: MemberCandidate) -> tuple[Member, list[Probl
             siblings=siblings,
         )
     declared = candidate.backbone.startswith(TIMM)
-    identity: dict[str, Any] = {
-        "architecture": candidate.backbone if declared else facts["architecture"] or candidate.backbone,
-        "size": facts["size"] or "full",
-        "img_size": facts["img_size"] or candidate.img_size or int(base_back.settings().IMG_SIZE),
-        "classes": facts["classes"] or list(scan.classes),
-    }
+    architecture = candidate.backbone if declared else facts["architecture"] or candidate.backbone
+    size = facts["size"] or "full"
+    classes = tuple(facts["classes"] or scan.classes)
+    preprocessing = _preprocessing(candidate, architecture, facts)
     member = Member(
         name=candidate.name,
-        architecture=identity["architecture"],
-        size=identity["size"],
-        img_size=identity["img_size"],
-        classes=tuple(identity["classes"]),
+        architecture=architecture,
+        size=size,
+        img_size=preprocessing.input_size,
+        classes=classes,
         checkpoints=checkpoints,
         exports=recorded.exports if recorded else (),
         metrics=workspace.relative(recorded.path) if recorded and recorded.path else None,
         oof=None,
         recorded_accuracy=recorded.accuracy if recorded else facts["accuracy"],
-        digest=digest_of([checkpoints[0]["sha256"], identity]),
+        digest=network_digest(checkpoints[0]["sha256"], architecture, size, classes, preprocessing),
         source="derived" if candidate.is_derived else "trained",
         parents=candidate.parents or tuple(facts["parents"]),
         recorded_test_accuracy=recorded.test_accuracy if recorded else None,
+        preprocessing=None if preprocessing.source == BASE_PIPELINE else preprocessing.as_record(),
     )
     problems = list(recorded.problems) if recorded else []
     if not declared and not candidate.is_derived and member.architecture != candidate.backbone:
@@ -133,6 +133,21 @@ def identify(scan: Scan, candidate: MemberCandidate) -> tuple[Member, list[Probl
     problems += oof_problems
     usable = not any(problem.severity == "error" for problem in problems)
     return replace(member, oof=oof, usable=usable), problems
+
+
+def _preprocessing(candidate: MemberCandidate, architecture: str, facts: Mapping[str, Any]) -> Preprocessing:
+    """The checkpoint's own record; else timm's for an architecture of timm; else the base pipeline's transform."""
+    if facts["preprocessing"] is not None:
+        return Preprocessing.from_record(facts["preprocessing"], f"{candidate.path}: extra.preprocessing")
+    img_size = facts["img_size"] or candidate.img_size or int(base_back.settings().IMG_SIZE)
+    if not architecture.startswith(TIMM):
+        return Preprocessing.of_base_pipeline(img_size)
+    name = architecture.removeprefix(TIMM)
+    try:
+        record = base_back.load_bundled("resizing").timm_record(name, img_size)
+    except ValueError as error:
+        raise UserError(f"{candidate.path}: its preprocessing is not known: {error}. {RETRAIN}") from error
+    return Preprocessing.from_record(record, f"{candidate.path}: timm's preprocessing of {name}")
 
 
 def _is_of_a_cycle(path: Path, digests: FileDigests) -> bool:
@@ -185,6 +200,12 @@ def _metadata(path: Path, extra: Mapping[str, Any]) -> dict[str, Any]:
     if side is not None and not LEAST_SIDE <= int(side) <= MOST_SIDE:
         raise UserError(f"{path}: extra.img_size is {side}; expected {LEAST_SIDE} to {MOST_SIDE} px. {RETRAIN}")
     accuracy = extra.get("final_accuracy", extra.get("accuracy"))
+    preprocessing = _recorded_preprocessing(path, extra)
+    if preprocessing is not None and side not in (None, preprocessing["input_size"]):
+        raise UserError(
+            f"{path}: extra.img_size is {side}, extra.preprocessing has input_size {preprocessing['input_size']}; "
+            f"expected the same size. {RETRAIN}"
+        )
     return {
         "architecture": extra.get("backbone_name"),
         "size": extra.get("model_size"),
@@ -193,7 +214,17 @@ def _metadata(path: Path, extra: Mapping[str, Any]) -> dict[str, Any]:
         "accuracy": None if accuracy is None or not math.isfinite(accuracy) else float(accuracy),
         "stage": extra.get("stage"),
         "parents": [str(name) for name in extra.get("parents") or ()],
+        "preprocessing": preprocessing,
     }
+
+
+def _recorded_preprocessing(path: Path, extra: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record in a checkpoint's `extra`, validated; None without one."""
+    if extra.get("preprocessing") is None:
+        return None
+    preprocessing = Preprocessing.from_record(extra["preprocessing"], f"{path}: extra.preprocessing", remedy=RETRAIN)
+    is_default = preprocessing.is_base_pipeline and preprocessing.source == BASE_PIPELINE
+    return preprocessing.with_source(BASE_PIPELINE if is_default else CHECKPOINT).as_record()
 
 
 def _outputs(weights: Mapping[str, Any]) -> int | None:

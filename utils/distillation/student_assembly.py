@@ -22,7 +22,7 @@ from utils.distillation.students import Student
 from utils.distillation.teachers import METHOD, Teacher
 from utils.numeric.metrics import softmax
 from utils.predictions import extraction, image_splits, streaming
-from utils.predictions.catalog import Member
+from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.extraction import STREAMED_SPLITS
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.store import Store
@@ -117,7 +117,7 @@ def build_student(
 
 @dataclass(frozen=True)
 class _StudentImages:
-    """The images of student and control: size, augmentation, cache and device."""
+    """The images of student and control: preprocessing, augmentation, cache and device."""
 
     store: Store
     student: Student
@@ -127,18 +127,19 @@ class _StudentImages:
     threads: int
 
     def source(self, images: ImageSplit) -> ImageSource:
-        """Images at the student's size with its augmentation."""
+        """Images by the student's preprocessing, with its augmentation."""
         from utils.training.image_source import ImageSource, augmentation_kind
 
         augmentation, cache = augmentation_kind(self.facts), self.store.workspace.image_cache
-        return ImageSource(images, self.student.img_size, augmentation, image_cache=cache, threads=self.threads)
+        return ImageSource(images, self.student.preprocessing, augmentation, image_cache=cache, threads=self.threads)
 
     def decode(self, teacher: Teacher, images: ImageSplit) -> None:
-        """Decode every image once, at each size that a network reads."""
-        members = teachers.members_of(self.store, teacher)
-        sizes = sorted({size for size in (self.student.img_size, *(member.img_size for member in members)) if size})
+        """Decode every image once, by the rule of every network that reads it."""
+        networks = [member for member in teachers.members_of(self.store, teacher) if member.source != IMPORTED]
+        preprocessings = [self.student.preprocessing, *(member.image_preprocessing for member in networks)]
         splits = [images, *(self.store.images(split) for split in STREAMED_SPLITS)]
-        image_splits.decode(splits, sizes, image_cache=self.store.workspace.image_cache, threads=self.threads)
+        cache = self.store.workspace.image_cache
+        image_splits.decode(splits, preprocessings, image_cache=cache, threads=self.threads)
 
 
 def _progress(store: Store, student: Student, key: list[str], force: bool) -> dict[str, TrainingProgress]:

@@ -144,7 +144,7 @@ def predict_logits(
     model.to(device).eval()
     batches = []
     with torch.inference_mode():
-        for _, crops in image_source.evaluation_batches(image_source.size):
+        for _, crops in image_source.evaluation_batches(image_source.preprocessing):
             images = crops.to(device)
             logits = torch.func.functional_call(model, dict(weights), (images,)) if weights else model(images)
             batches.append(logits.float().cpu().numpy())
@@ -181,7 +181,7 @@ class _StudentTraining:
         teacher = torch.as_tensor(log_probabilities, dtype=torch.float32)
         has_target = ~teacher.isnan().any(dim=1) & (targets is not None)
         alpha, total, count = self.settings.alpha if targets is not None else 0.0, 0.0, 0
-        for batch, images in batch_schedule.loader(epoch, source.size):
+        for batch, images in batch_schedule.loader(epoch, source.preprocessing):
             distilled, labelled = has_target[batch.rows], labels[batch.rows] >= 0
             if batch_schedule.separates_losses:
                 distilled, labelled = distilled & batch.unaugmented, labelled & ~batch.unaugmented

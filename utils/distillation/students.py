@@ -13,6 +13,7 @@ from utils.core.artifacts import require_no_symlink, write_checkpoint
 from utils.core.errors import UserError, did_you_mean
 from utils.networks import checkpoints
 from utils.networks.construction import NetworkSpec, construct_untrained
+from utils.networks.preprocessing import Preprocessing, recorded_preprocessing
 from utils.predictions.catalog import TIMM, Member
 from utils.predictions.store import Store
 
@@ -35,9 +36,14 @@ class Student:
     architecture: str
     """As in the catalog."""
     size: str
-    img_size: int
+    preprocessing: Preprocessing
     reference: Member | None
-    """The trained member whose size, image size and augmentation it takes; None: those of the settings."""
+    """The trained member whose size, preprocessing and augmentation it takes; None: those of the settings."""
+
+    @property
+    def img_size(self) -> int:
+        """Side of the square input in px."""
+        return self.preprocessing.input_size
 
     @property
     def member(self) -> str:
@@ -58,7 +64,7 @@ class Student:
         options: dict[str, Any] = {"source": "timm"} if self.architecture.startswith(TIMM) else {}
         path = store.workspace.derived_checkpoint(self.name, ROLE)
         name = self.architecture.removeprefix(TIMM)
-        return NetworkSpec(name, path, self.size, self.img_size, store.catalog.classes, **options)
+        return NetworkSpec(name, path, self.size, self.preprocessing, store.catalog.classes, **options)
 
 
 def ensemble_name(student: str) -> str:
@@ -70,7 +76,7 @@ def ensemble_name(student: str) -> str:
 
 
 def resolve(store: Store, name: str) -> Student:
-    """The student of a name, with the size of the member of the same backbone, else of most members; needs no torch.
+    """The student of a name, with the preprocessing of its backbone's member, else of most members; needs no torch.
 
     A name that BASE-BACK does not have is assumed to be timm's; `require_architecture` checks it.
     """
@@ -80,9 +86,12 @@ def resolve(store: Store, name: str) -> Student:
     reference = same_backbone if same_backbone in trained else _most_common(trained)
     is_base_back = name in _backbones()
     size = reference.size if reference else getattr(settings, "MODEL_SIZE", "full")
-    img_size = reference.img_size if reference and reference.img_size else int(settings.IMG_SIZE)
+    if reference is not None:
+        preprocessing = reference.image_preprocessing
+    else:
+        preprocessing = Preprocessing.of_base_pipeline(int(settings.IMG_SIZE))
     architecture = name if is_base_back else TIMM + name
-    return Student(name, architecture, size if is_base_back else "full", img_size, reference)
+    return Student(name, architecture, size if is_base_back else "full", preprocessing, reference)
 
 
 def require_architecture(name: str) -> None:
@@ -148,6 +157,7 @@ def write_student(store: Store, student: Student, weights: Mapping[str, Any], fa
         "classes": list(store.catalog.classes),
         "model_size": student.size,
         "img_size": student.img_size,
+        **recorded_preprocessing(student.preprocessing),
         "stage": ROLE,
         "selected_on": "val",
         **({"base_back": "external"} if is_external else {}),

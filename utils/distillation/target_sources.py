@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ from utils.core.config import Config
 from utils.core.errors import LeakageError, UserError
 from utils.distillation import soft_targets, teachers
 from utils.distillation.teachers import Teacher
+from utils.networks.preprocessing import Preprocessing
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.rows import UNKNOWN
 from utils.predictions.store import Store
@@ -139,7 +141,7 @@ def prepare(
     if arrays is None:
         if kind == VIEWS:
             n_images = max(1, batch_schedule.n_views) * count
-            targets = teachers.predict_views(store, teacher, n_images, lambda size: _all_views(batch_schedule, size))
+            targets = teachers.predict_views(store, teacher, n_images, partial(_all_views, batch_schedule))
         else:
             targets = _oof_targets(store, teacher, image_source, crossfit)
         arrays = soft_targets.pack(targets.reshape(-1, count, targets.shape[1]))
@@ -156,8 +158,8 @@ def _oof_targets(store: Store, teacher: Teacher, image_source: ImageSource, cros
     if not n_unlabeled:
         return crossfit
 
-    def batches(size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for rows, images in image_source.evaluation_batches(size, start=n_train):
+    def batches(preprocessing: Preprocessing) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for rows, images in image_source.evaluation_batches(preprocessing, start=n_train):
             yield rows - n_train, images
 
     return np.concatenate([crossfit, teachers.predict_views(store, teacher, n_unlabeled, batches)])
@@ -186,7 +188,9 @@ def views_digest(batch_schedule: BatchSchedule) -> str | None:
     return soft_targets.content_digest({name: value.numpy() for name, value in vars(views).items()})
 
 
-def _all_views(batch_schedule: BatchSchedule, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _all_views(
+    batch_schedule: BatchSchedule, preprocessing: Preprocessing
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """All images in view 0, then all images in view 1, and so on."""
     import torch
 
@@ -195,14 +199,14 @@ def _all_views(batch_schedule: BatchSchedule, size: int) -> Iterator[tuple[torch
     for number in range(max(1, batch_schedule.n_views)):
         for rows in torch.arange(len(source)).split(EVALUATION_BATCH_SIZE):
             indices = number * len(source) + rows
-            yield indices, source.load(rows, size, None if views is None else views.take(indices))
+            yield indices, source.load(rows, preprocessing, None if views is None else views.take(indices))
 
 
 def _predict_epoch(store: Store, teacher: Teacher, batch_schedule: BatchSchedule, epoch: int) -> np.ndarray:
     """The teacher's predictions for the views that the student is trained on in an epoch (Beyer et al. 2022)."""
 
-    def batches(size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for batch, images in batch_schedule.loader(epoch, size):
+    def batches(preprocessing: Preprocessing) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch, images in batch_schedule.loader(epoch, preprocessing):
             yield batch.rows, images
 
     return teachers.predict_views(store, teacher, len(batch_schedule.image_source), batches)

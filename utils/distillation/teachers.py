@@ -21,6 +21,7 @@ from utils.ensemble_methods import SoftVoting
 from utils.networks import memory
 from utils.networks.construction import NetworkSpec
 from utils.networks.embeddings import EmbeddingExtractor
+from utils.networks.preprocessing import Preprocessing
 from utils.numeric.metrics import softmax
 from utils.predictions import catalog, extraction, fold_networks, streaming
 from utils.predictions.catalog import IMPORTED, Member
@@ -36,8 +37,10 @@ BEST = "best"
 METHOD = "distilled"
 CONFIG_KEY = "distillation.teacher"
 
-ViewBatches = Callable[[int], Iterable[tuple["Tensor", "Tensor"]]]
-"""Image size -> batches of (indices int64 (B,), images float32 (B, 3, size, size)); the same views at any size."""
+ViewBatches = Callable[[Preprocessing], Iterable[tuple["Tensor", "Tensor"]]]
+"""Preprocessing -> batches of (indices int64 (B,), images float32 (B, 3, S, S)); the same views by any preprocessing.
+
+Each member is shown the view at its own size, with its own interpolation, mean and deviation (see `ImageSource`)."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +245,7 @@ def _run(
     outputs: EmbeddingExtractor | None = None
     try:
         outputs = EmbeddingExtractor(model, str(spec.checkpoint))
-        for indices, images in batches(spec.img_size):
+        for indices, images in batches(spec.preprocessing):
             # Around the network alone: no gradient may flow through images made in inference mode.
             with torch.inference_mode(), torch.autocast("cuda", dtype=torch.bfloat16) if on_cuda else nullcontext():
                 device_images = images.to(device)

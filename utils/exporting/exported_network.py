@@ -135,6 +135,7 @@ def assemble_network(
     if source.is_imported:
         assert source.combiner is not None
         return CombinerNetwork(source.combiner.to_module())
+    _require_base_preprocessing(source)
     sizes = {member.name: member.img_size for member in source.members}
     if signature.input == FLOAT_NCHW and len(set(sizes.values())) > 1:
         raise UserError(
@@ -151,6 +152,22 @@ def assemble_network(
         member_outputs=source.is_discontinuous,
         resizes=resizes,
     )
+
+
+def _require_base_preprocessing(source: ExportSource) -> None:
+    """Raise UserError for a member that an exported file would give other pixels than it was trained on."""
+    others = {
+        member.name: member.image_preprocessing
+        for member in source.members
+        if not member.image_preprocessing.is_base_pipeline
+    }
+    if others:
+        name, preprocessing = next(iter(others.items()))
+        raise UserError(
+            f"{source.name}: {', '.join(others)} cannot be exported: the files prepare images by the base pipeline's "
+            f"evaluation transform, and {name} takes {preprocessing.describe()}. Predict with `python "
+            "ensemble_orchestrator.py predict`, or export an ensemble without such members"
+        )
 
 
 def _member_part(store: Store, source: ExportSource, member: Member) -> MemberNetworks:

@@ -14,6 +14,7 @@ from utils.combiners.protocol import combiner_inputs
 from utils.core.errors import UserError
 from utils.exporting.exported_network import UINT8_NHWC, ExportSignature, ExportSource
 from utils.exporting.parity_check import BATCH_SIZES, InputArrays, ReferenceBatches, make_batches
+from utils.networks.preprocessing import Preprocessing
 from utils.numeric.metrics import softmax
 from utils.predictions import fold_networks, image_splits, streaming
 from utils.predictions.rows import UNKNOWN, Rows
@@ -159,13 +160,16 @@ def _load_inputs(
 ) -> tuple[list[InputArrays], list[np.ndarray]]:
     """The inputs of a file and the centre squares, of the images {split: indices}."""
     size = max(member.img_size or 0 for member in source.members)
+    preprocessing = Preprocessing.of_base_pipeline(size)
     threads = image_splits.decoding_threads(store.config.dataset.num_workers)
     squares: list[np.ndarray] = []
     paths: list[Path] = []
     for name, chosen in indices.items():
         split = store.images(name)
-        pixels = image_splits.open_images(split, size, image_cache=store.workspace.image_cache, threads=threads)
-        squares += list(pixels.centre_crops(chosen, size))
+        pixels = image_splits.open_images(
+            split, preprocessing, image_cache=store.workspace.image_cache, threads=threads
+        )
+        squares += list(pixels.crops(chosen))
         paths += [split.paths[index] for index in chosen]
     if signature.input == UINT8_NHWC:
         return [(decode_image(path),) for path in paths], squares

@@ -20,7 +20,6 @@ from utils.building.command_hints import build_command
 from utils.building.ensembles import Ensemble
 from utils.combiners.routing import SparseCombiner, run_sparse
 from utils.core.errors import UserError, did_you_mean
-from utils.networks.construction import NetworkSpec
 from utils.numeric.diversity import mutual_information
 from utils.numeric.metrics import softmax
 from utils.predictions import catalog, fold_networks, image_splits, streaming
@@ -79,7 +78,7 @@ class WorkspaceClassifier:
         """Name and digest: predictions of different versions are not written to one file."""
         self.device = streaming.resolve_device(store.config.device)
         self.n_threads = image_splits.decoding_threads(store.config.dataset.num_workers)
-        self.sizes = sorted({spec.img_size for member in self.members for spec in self._networks(member)})
+        self.preprocessings = list(dict.fromkeys(member.image_preprocessing for member in self.members))
 
     def _member(self, name: str) -> Member:
         """The member, if it can be run and has not changed since the ensemble was built."""
@@ -105,9 +104,6 @@ class WorkspaceClassifier:
         """Stages of the networks that are run: the final one (None), the fold networks, or both."""
         return fold_networks.answering(member, self.inference, embeddings=self.reads_embeddings)
 
-    def _networks(self, member: Member) -> list[NetworkSpec]:
-        return [member.network(self.store.workspace, stage=stage) for stage in self._stages(member)]
-
     @property
     def n_networks(self) -> int:
         """Number of networks that are run over every image."""
@@ -116,7 +112,8 @@ class WorkspaceClassifier:
     @property
     def block_size(self) -> int:
         """Number of images per block, which bounds the size of their pixels and logits."""
-        pixels = 3 * ASPECT_RATIO * sum((1.14 * size) ** 2 for size in self.sizes)
+        rules = {preprocessing.resizing().key: preprocessing for preprocessing in self.preprocessings}
+        pixels = 3 * ASPECT_RATIO * sum(preprocessing.resized**2 for preprocessing in rules.values())
         logits = 4 * len(self.members) * len(self.classes)
         return int(min(MAX_BLOCK, max(MIN_BLOCK, min(BLOCK_BYTES / pixels, ARRAY_BYTES / logits))))
 
@@ -135,7 +132,9 @@ class WorkspaceClassifier:
             )
             cache = Path(folder)
             existing = images.take([index for index in range(len(paths)) if index not in problems])
-            unread = image_splits.decode_readable(existing, self.sizes, image_cache=cache, threads=self.n_threads)
+            unread = image_splits.decode_readable(
+                existing, self.preprocessings, image_cache=cache, threads=self.n_threads
+            )
             # Of several files with equal content one is decoded, so a reason holds for all of them.
             reasons = {content: unread[path] for path, content in zip(paths, contents, strict=True) if path in unread}
             problems |= {index: reasons[content] for index, content in enumerate(contents) if content in reasons}

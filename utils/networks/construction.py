@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from utils.core.errors import UserError
+from utils.networks.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -69,10 +70,15 @@ class NetworkSpec:
     """Name in BASE-BACK's `models`, or of a timm model."""
     checkpoint: Path
     size: str
-    img_size: int
+    preprocessing: Preprocessing
     classes: tuple[str, ...]
     """In the order of the network's outputs; extra outputs are removed if the network never predicts them."""
     source: Literal["base_back", "timm"] = "base_back"
+
+    @property
+    def img_size(self) -> int:
+        """Side of the square input in px."""
+        return self.preprocessing.input_size
 
 
 def build_network(

@@ -16,6 +16,7 @@ from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import SPLITS, Workspace
 from utils.networks import memory
+from utils.networks.construction import NetworkSpec
 from utils.predictions import catalog, extraction, image_splits, streaming
 from utils.predictions.store import Store
 
@@ -111,15 +112,16 @@ def recompute_bn(config: Config, workspace: Workspace, *, force: bool = False) -
     for member in catalog.select(store.catalog, config):
         spec = member.network(workspace)
         pixels = image_splits.open_images(
-            shuffled, spec.img_size, image_cache=workspace.image_cache, threads=config.dataset.num_workers
+            shuffled, spec.preprocessing, image_cache=workspace.image_cache, threads=config.dataset.num_workers
         )
         model = streaming.open_network(spec)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-        def batches(pixels: Any = pixels, side: int = spec.img_size) -> Iterator[tuple[Any, Any]]:
+        def batches(pixels: Any = pixels, spec: NetworkSpec = spec) -> Iterator[tuple[Any, Any]]:
             for start in range(0, len(order) - size + 1, size):
-                crops = torch.from_numpy(pixels.centre_crops(range(start, start + size), side))
-                yield image_splits.normalise(crops), torch.from_numpy(shuffled.labels[start : start + size])
+                crops = torch.from_numpy(pixels.crops(range(start, start + size)))
+                images = image_splits.normalise(crops, spec.preprocessing)
+                yield images, torch.from_numpy(shuffled.labels[start : start + size])
 
         layers = len(soups.batch_norms(model))
         n_batches = soups.recompute_bn_statistics(model, batches())

@@ -22,6 +22,8 @@ Verification
     under the digests of weights, images and predictions.
 
 Decoded images
-    `image_cache/` holds packs of uint8 pixels whose shorter side is `int(1.14 * img_size)`, keyed by the content of
-    the file. A centre crop of them equals the evaluation transform bit for bit.
+    `image_cache/` holds packs of resized uint8 pixels, keyed by the content of the file, per resize rule: for the base
+    pipeline's evaluation transform the shorter side is `int(1.14 * img_size)`. A centre crop of them equals, bit for
+    bit, what the rule's own library makes. Each member reads the pixels of its own preprocessing; a file is decoded
+    once for all rules of a pass.
 """

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from utils import base_back
-from utils.core.artifacts import FileDigests, read_json, write_json
+from utils.core.artifacts import FileDigests, digest_of, read_json, write_json
 from utils.core.config import Config
 from utils.core.errors import UserError, did_you_mean
 from utils.core.workspace import Workspace
 from utils.networks.construction import NetworkSpec
+from utils.networks.preprocessing import Preprocessing
 from utils.predictions import catalog_records
 
 logger = logging.getLogger("disease_pipeline")
@@ -76,6 +77,17 @@ class Member:
     """Of the list of a `file` statement: {digest, rows: {split: n}, unmatched}"""
     pretrained_on: str = "none"
     """The same of the weights that its training, and that of its fold networks, started from; `none` for new weights"""
+    preprocessing: dict[str, Any] | None = None
+    """Record of its preprocessing; None: the base pipeline's evaluation transform at `img_size`."""
+
+    @property
+    def image_preprocessing(self) -> Preprocessing:
+        """How images become its input. Raises UserError for an imported member, which takes none."""
+        if self.img_size is None:
+            raise UserError(f"{self.name}: imported predictions; there is no network that takes images")
+        if self.preprocessing is None:
+            return Preprocessing.of_base_pipeline(self.img_size)
+        return Preprocessing.from_record(self.preprocessing, f"{self.name}: preprocessing", remedy=RUN_DISCOVER)
 
     def network(self, workspace: Workspace, stage: str | None = None) -> NetworkSpec:
         """How to build and run the member's network, or that of another of its stages, such as `fold0`.
@@ -88,7 +100,25 @@ class Member:
         path = workspace.base / entries[0]["path"]
         architecture = self.architecture.removeprefix(TIMM)
         options: dict[str, Any] = {"source": "timm"} if self.architecture.startswith(TIMM) else {}
-        return NetworkSpec(architecture, path, self.size, self.img_size, self.classes, **options)
+        return NetworkSpec(architecture, path, self.size, self.image_preprocessing, self.classes, **options)
+
+
+def network_digest(
+    sha256: str, architecture: str, size: str, classes: Sequence[str], preprocessing: Preprocessing
+) -> str:
+    """A member's digest: of its weights, whose file has the digest `sha256`, and of what is needed to run them.
+
+    The base pipeline's evaluation transform follows from the image size.
+    """
+    identity: dict[str, Any] = {
+        "architecture": architecture,
+        "size": size,
+        "img_size": preprocessing.input_size,
+        "classes": list(classes),
+    }
+    if not preprocessing.is_base_pipeline:
+        identity["preprocessing"] = preprocessing.inputs_record()
+    return digest_of([sha256, identity])
 
 
 @dataclass(frozen=True)
@@ -118,6 +148,8 @@ class Catalog:
         record = asdict(replace(self, problems=tuple(problems))) | {"schema": SCHEMA}
         for member in record["members"].values():
             del member["name"]
+            if member["preprocessing"] is None:
+                del member["preprocessing"]
         return record
 
     def with_problems(self, new: Sequence[Problem], *, members: Collection[str], codes: Collection[str]) -> Catalog:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from utils.core.config import is_name
+from utils.core.errors import UserError
+from utils.networks.preprocessing import Preprocessing
 
 SPLITS = ("train", "val", "test")
 MOST_PROBLEMS = 3
@@ -25,8 +27,17 @@ def _of_file(path: str) -> str:
     return path
 
 
+def _of_preprocessing(record: dict[str, Any]) -> dict[str, Any]:
+    try:
+        Preprocessing.from_record(record, "a record", remedy="Run discover again")
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    return record
+
+
 Name = Annotated[str, AfterValidator(_plain)]
 File = Annotated[str, AfterValidator(_of_file)]
+Record = Annotated[dict[str, Any], AfterValidator(_of_preprocessing)]
 
 
 class _Part(BaseModel):
@@ -82,6 +93,7 @@ class _Member(_Part):
     trained_on: Literal["none", "train", "train+val", "all", "file", "unknown"] = "train"
     training_list: _TrainingList | None = None
     pretrained_on: Literal["none", "train", "train+val", "all", "file", "unknown"] = "none"
+    preprocessing: Record | None = None
 
 
 class _Problem(_Part):
@@ -114,5 +126,7 @@ def check(record: Any) -> None:
         raise ValueError(f"members.{without[0]}: no checkpoint")
     if beyond := [name for name, m in form.members.items() if m.source != "imported" and m.img_size is None]:
         raise ValueError(f"members.{beyond[0]}: no img_size")
+    if sizes := [n for n, m in form.members.items() if m.preprocessing and m.preprocessing["input_size"] != m.img_size]:
+        raise ValueError(f"members.{sizes[0]}: preprocessing.input_size differs from img_size")
     if others := [name for name, m in form.members.items() if m.usable and sorted(m.classes) != sorted(form.classes)]:
         raise ValueError(f"members.{others[0]}: other classes than the catalog's")

@@ -83,7 +83,8 @@ def _prepare(store: Store, missing: Sequence[tuple[Member, list[str]]], device: 
         )
     splits = sorted({split for _, gaps in missing for split in gaps})
     images = [store.images(split) for split in splits]
-    image_splits.decode(images, sorted(sizes), image_cache=workspace.image_cache, threads=threads)
+    preprocessings = [member.image_preprocessing for member, _ in missing]
+    image_splits.decode(images, preprocessings, image_cache=workspace.image_cache, threads=threads)
     files = [member.network(workspace).checkpoint for member, _ in missing]
     expected = estimates.estimate_extraction(
         [path.stat().st_size for path in files if path.is_file()],

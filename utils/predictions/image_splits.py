@@ -1,9 +1,9 @@
-"""The images of a split: ids, labels and contents; decoded once into a cache for networks of every image size."""
+"""The images of a split: ids, labels and contents; decoded once into a cache for networks of every preprocessing."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,14 +15,12 @@ from utils import base_back
 from utils.core import engines
 from utils.core.artifacts import FileDigests, digest_of
 from utils.core.errors import UserError
+from utils.networks.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger("disease_pipeline")
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -78,41 +76,53 @@ def _shown(path: Path) -> str:
     return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def decode(splits: Sequence[ImageSplit], sizes: Sequence[int], *, image_cache: Path, threads: int = 1) -> None:
-    """Decode the images that the cache lacks, each file once, for networks of all the image sizes.
+def decode(
+    splits: Sequence[ImageSplit], preprocessings: Iterable[Preprocessing], *, image_cache: Path, threads: int = 1
+) -> None:
+    """Decode the images that the cache lacks, each file once, for networks of all the preprocessings.
 
     Raises UserError that names the unreadable files, after all readable ones were cached.
     """
+    rules = _rules(preprocessings)
     for images in splits:
-        if error := _decoded(images, sizes, image_cache, threads):
+        if error := _decoded(images, rules, image_cache, threads):
             raise _unreadable(error) from error
 
 
 def decode_readable(
-    images: ImageSplit, sizes: Sequence[int], *, image_cache: Path, threads: int = 1
+    images: ImageSplit, preprocessings: Iterable[Preprocessing], *, image_cache: Path, threads: int = 1
 ) -> dict[Path, str]:
     """Decode like `decode`, but return {unreadable file: reason} instead of raising."""
-    error: Any = _decoded(images, sizes, image_cache, threads)
+    error: Any = _decoded(images, _rules(preprocessings), image_cache, threads)
     return dict(error.problems) if error else {}
 
 
-def _decoded(images: ImageSplit, sizes: Sequence[int], image_cache: Path, threads: int) -> Exception | None:
+def _rules(preprocessings: Iterable[Preprocessing]) -> list[Any]:
+    """The distinct resize rules, sorted by key; rules with equal keys share their pixels."""
+    rules = {rule.key: rule for rule in (preprocessing.resizing() for preprocessing in preprocessings)}
+    return [rules[key] for key in sorted(rules)]
+
+
+def _decoded(images: ImageSplit, rules: Sequence[Any], image_cache: Path, threads: int) -> Exception | None:
     """Cache all readable images; returns the error that names the others."""
     decoder = base_back.load_bundled("image_cache")
-    sides = sorted({decoder.resized_side(size) for size in sizes})
     try:
-        decoder.decode_images(images.paths, images.contents, sides, image_cache, threads=threads)
+        decoder.decode_images(images.paths, images.contents, rules, image_cache, threads=threads)
     except decoder.UnreadableImages as error:
         return error
     return None
 
 
-def open_images(images: ImageSplit, img_size: int, *, image_cache: Path, threads: int) -> Any:
-    """Decoded pixels of a split for networks of one image size; images that the cache lacks are decoded first."""
+def open_images(images: ImageSplit, preprocessing: Preprocessing, *, image_cache: Path, threads: int) -> Any:
+    """Decoded pixels of a split for networks of one preprocessing; images that the cache lacks are decoded first.
+
+    `.crops(rows)` are the networks' squares, uint8 (B, S, S, 3), which `normalise` takes; `.image(row)` is one whole
+    resized image.
+    """
     decoder = base_back.load_bundled("image_cache")
-    side = decoder.resized_side(img_size)
+    rule = preprocessing.resizing()
     try:
-        return decoder.open_images(images.paths, images.contents, side, image_cache, threads=threads)
+        return decoder.open_images(images.paths, images.contents, rule, image_cache, threads=threads)
     except decoder.UnreadableImages as error:
         raise _unreadable(error) from error
 
@@ -121,11 +131,12 @@ def _unreadable(error: Exception) -> UserError:
     return UserError(f"{error}. Remove or replace the files, then run discover again")
 
 
-def normalise(pixels: Tensor, *, layout: Any = None, out: Tensor | None = None) -> Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), normalised bit for bit like the base pipeline's evaluation transform.
+def normalise(pixels: Tensor, preprocessing: Preprocessing, *, layout: Any = None, out: Tensor | None = None) -> Tensor:
+    """RGB uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in the preprocessing's channel order, range, mean and deviation.
 
-    One copy converts the bytes to floats in the requested memory layout (contiguous by default), into `out` if given;
-    the arithmetic is done in place.
+    Equals the base pipeline's evaluation transform, and torchvision's and timm's, bit for bit. One copy converts the
+    bytes to floats in the requested memory layout (contiguous by default), into `out` if given; the arithmetic is done
+    in place.
     """
     import torch
 
@@ -133,10 +144,33 @@ def normalise(pixels: Tensor, *, layout: Any = None, out: Tensor | None = None) 
     if out is None:
         layout = layout or torch.contiguous_format
         out = torch.empty(planes.shape, device=pixels.device, memory_format=layout)
+    return _standardised(out.copy_(_in_channel_order(planes, preprocessing)).div_(255), preprocessing)
+
+
+def standardise(values: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """RGB float32 (B, 3, H, W) in [0, 1] -> the preprocessing's channel order, range, mean and deviation.
+
+    `values` may be overwritten.
+    """
+    return _standardised(_in_channel_order(values, preprocessing), preprocessing)
+
+
+def _in_channel_order(planes: Tensor, preprocessing: Preprocessing) -> Tensor:
+    return planes.flip(1) if preprocessing.channels == "BGR" else planes
+
+
+def _standardised(values: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """In place, from [0, 1]."""
+    import torch
+
+    low, high = preprocessing.value_range
+    if (low, high) != (0, 1):
+        values = values.mul_(high - low).add_(low)
     mean, std = (
-        torch.tensor(values, device=pixels.device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
+        torch.tensor(parameters, device=values.device).view(1, 3, 1, 1)
+        for parameters in (preprocessing.mean, preprocessing.std)
     )
-    return out.copy_(planes).div_(255).sub_(mean).div_(std)
+    return values.sub_(mean).div_(std)
 
 
 def decoding_threads(requested: int) -> int:

@@ -1,6 +1,6 @@
 """Networks run over images, one network in memory at a time; logits and embeddings are yielded batch by batch.
 
-Pixels come from the decoded-image cache, so that each image is decoded once for any number of networks and sizes.
+Pixels come from the decoded-image cache, so that each image is decoded once for networks of any preprocessing.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def stream(
         return
 
     def opened(images: ImageSplit) -> Any:
-        return open_images(images, spec.img_size, image_cache=image_cache, threads=decoding_threads)
+        return open_images(images, spec.preprocessing, image_cache=image_cache, threads=decoding_threads)
 
     pixels = [opened(images) for images in splits]
     passing = _Pass(spec, (opener or open_network)(spec), batch_size, device, must_be_finite)
@@ -243,14 +243,15 @@ class _Pass:
         """Normalised pixels of the rows on the device, float32 (B, 3, H, W) in the network's memory layout."""
         import torch
 
-        crops = torch.from_numpy(pixels.centre_crops(rows, self.spec.img_size))
+        crops = torch.from_numpy(pixels.crops(rows))
         if self.on_cuda:
             # torch reuses a few pinned blocks, each after the copy from it has ended.
-            return normalise(crops.pin_memory().to(self.device, non_blocking=True), layout=self.layout)
+            pinned = crops.pin_memory().to(self.device, non_blocking=True)
+            return normalise(pinned, self.spec.preprocessing, layout=self.layout)
         if self.buffer is None or len(self.buffer) < len(crops):
             shape = (len(crops), 3, self.spec.img_size, self.spec.img_size)
             self.buffer = torch.empty(shape, memory_format=self.layout)
-        return normalise(crops, layout=self.layout, out=self.buffer[: len(crops)])
+        return normalise(crops, self.spec.preprocessing, layout=self.layout, out=self.buffer[: len(crops)])
 
     def _precision(self) -> Any:
         import torch

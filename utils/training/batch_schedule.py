@@ -1,7 +1,7 @@
 """The batches of every epoch: which images, which view of each, and how they are mixed.
 
 All random numbers are derived from (seed, epoch), so that an epoch is repeatable without the epochs before it, and none
-depends on the image size, so that a teacher and its student load identical views.
+depends on the preprocessing, so that a teacher and its student load identical views.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from utils.distillation_methods import Mixing, draw_mixing
+from utils.networks.preprocessing import Preprocessing
 from utils.training.image_source import ImageSource
 
 CACHE_BYTES = 1 << 28  # images of one epoch that stay in memory while several networks read them
@@ -53,7 +54,7 @@ class BatchSchedule:
     mix: str = "none"
     is_shared: bool = False
     """Whether several networks read each epoch, so that its images are worth caching."""
-    _loaders: dict[int, EpochLoader] = field(default_factory=dict, init=False, repr=False)
+    _loaders: dict[Preprocessing, EpochLoader] = field(default_factory=dict, init=False, repr=False)
     _views: tuple[int, Any] | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -111,23 +112,25 @@ class BatchSchedule:
         count = len(self.image_source)
         return views.take(torch.from_numpy(self.view_numbers(epoch) * count + np.arange(count)))
 
-    def load(self, batch: Batch, views: Any, size: int) -> Tensor:
-        """Load the images of a batch, float32 (B, 3, size, size); `views` are those of all images in the epoch."""
+    def load(self, batch: Batch, views: Any, preprocessing: Preprocessing) -> Tensor:
+        """Load the images of a batch, float32 (B, 3, S, S); `views` are those of all images in the epoch."""
         if views is None or bool(batch.unaugmented.all()):
-            images = self.image_source.load(batch.rows, size, None)
+            images = self.image_source.load(batch.rows, preprocessing, None)
         else:
+            size = preprocessing.input_size
             images = torch.empty(len(batch.rows), 3, size, size)
             for mask, is_augmented in ((batch.unaugmented, False), (~batch.unaugmented, True)):
                 if bool(mask.any()):
                     rows = batch.rows[mask]
-                    images[mask] = self.image_source.load(rows, size, views.take(rows) if is_augmented else None)
+                    row_views = views.take(rows) if is_augmented else None
+                    images[mask] = self.image_source.load(rows, preprocessing, row_views)
         return images if batch.mixing is None else batch.mixing.images(images)
 
-    def loader(self, epoch: int, size: int) -> EpochLoader:
-        """The loader of an epoch at one image size; the same object until another epoch is requested."""
-        if size not in self._loaders or self._loaders[size].epoch != epoch:
-            self._loaders[size] = EpochLoader(self, epoch, size)
-        return self._loaders[size]
+    def loader(self, epoch: int, preprocessing: Preprocessing) -> EpochLoader:
+        """The loader of an epoch by one preprocessing; the same object until another epoch is requested."""
+        if preprocessing not in self._loaders or self._loaders[preprocessing].epoch != epoch:
+            self._loaders[preprocessing] = EpochLoader(self, epoch, preprocessing)
+        return self._loaders[preprocessing]
 
 
 @dataclass
@@ -139,7 +142,7 @@ class EpochLoader:
 
     schedule: BatchSchedule
     epoch: int
-    size: int
+    preprocessing: Preprocessing
     _cached: list[tuple[Batch, Tensor]] | None = field(default=None, init=False, repr=False)
 
     def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
@@ -147,11 +150,11 @@ class EpochLoader:
             yield from self._cached
             return
         views = self.schedule.epoch_views(self.epoch)
-        n_bytes = len(self.schedule.image_source) * 3 * self.size**2 * 4
+        n_bytes = len(self.schedule.image_source) * 3 * self.preprocessing.input_size**2 * 4
         is_cached = self.schedule.is_shared and n_bytes <= CACHE_BYTES
         loaded = []
         for batch in self.schedule.batches(self.epoch):
-            pair = (batch, self.schedule.load(batch, views, self.size))
+            pair = (batch, self.schedule.load(batch, views, self.preprocessing))
             if is_cached:
                 loaded.append(pair)
             yield pair

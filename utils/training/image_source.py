@@ -1,4 +1,4 @@
-"""Images of one split, loaded from the decoded-image cache at any size, with or without augmentation."""
+"""Images of one split, loaded from the decoded-image cache by any preprocessing, with or without augmentation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from utils import base_back
+from utils.networks.preprocessing import Preprocessing
 from utils.predictions import image_splits
 from utils.predictions.image_splits import ImageSplit
 
@@ -28,26 +29,36 @@ def augmentation_kind(facts: Mapping[str, str]) -> str:
 class ImageSource:
     """Images of a split with one kind of augmentation.
 
-    A view is the set of random augmentation parameters of one image. Views are drawn without regard to the image size,
-    so that networks of different input sizes load the same view.
+    A view is the set of random augmentation parameters of one image: a warp in coordinates relative to the whole
+    resized image, colour changes and an erased rectangle. Views are drawn without regard to the preprocessing, so that
+    networks of different preprocessing load the same view: each warps its own resized image (squashed ones included)
+    to its own input size, and normalises with its own mean and deviation. The same part of the photograph is shown
+    to all; where only some apply an EXIF orientation, each is shown the part in the orientation that it sees. Crop and
+    padding of an evaluation transform take no part in a view.
 
     Parameters
     ----------
     images : the split
-    size : image size of the network for which views are drawn
+    preprocessing : of the network for which views are drawn
     augmentation : the base pipeline's kind: full, no_flip or none
     image_cache : folder of the decoded-image cache
     threads : number of threads that decode images
     """
 
     def __init__(
-        self, images: ImageSplit, size: int, augmentation: str, *, image_cache: Path, threads: int = 1
+        self,
+        images: ImageSplit,
+        preprocessing: Preprocessing,
+        augmentation: str,
+        *,
+        image_cache: Path,
+        threads: int = 1,
     ) -> None:
         self.images = images
-        self.size = size
+        self.preprocessing = preprocessing
         self.augmentation = augmentation
         self._image_cache, self._threads = image_cache, threads
-        self._pixels_by_size: dict[int, Any] = {}
+        self._pixels_by_rule: dict[Any, Any] = {}
         self._transforms = base_back.load_bundled("augmentation")
 
     def __len__(self) -> int:
@@ -57,7 +68,7 @@ class ImageSource:
         """Draw one view of every image; None where the augmentation is none."""
         if self.augmentation == NO_AUGMENTATION:
             return None
-        pixels = self._pixels(self.size)
+        pixels = self._pixels(self.preprocessing)
         heights, widths = (torch.from_numpy(side.astype(np.float32)) for side in (pixels.height, pixels.width))
         generator = torch.Generator().manual_seed(seed)
         return self._transforms.draw_views(heights, widths, self.augmentation, generator)
@@ -66,26 +77,27 @@ class ImageSource:
         """Concatenate several views of every image."""
         return None if views[0] is None else type(views[0]).joined(views)
 
-    def load(self, rows: Tensor, size: int, views: Any) -> Tensor:
-        """Load normalised images float32 (B, 3, size, size).
+    def load(self, rows: Tensor, preprocessing: Preprocessing, views: Any) -> Tensor:
+        """Load normalised images float32 (B, 3, S, S) for a network of that preprocessing.
 
         `rows` int64 (B,) are indices of the images, `views` their B views; None loads the evaluation crops.
         """
-        pixels = self._pixels(size)
+        pixels = self._pixels(preprocessing)
         if views is None:
-            return image_splits.normalise(torch.from_numpy(pixels.centre_crops(rows.numpy(), size)))
+            return image_splits.normalise(torch.from_numpy(pixels.crops(rows.numpy())), preprocessing)
         images = [torch.from_numpy(pixels.image(row).copy()).permute(2, 0, 1) for row in rows.tolist()]
-        augmented: Tensor = self._transforms.show(images, size, views)
-        return augmented
+        augmented: Tensor = self._transforms.shown(images, preprocessing.input_size, views)
+        return image_splits.standardise(augmented, preprocessing)
 
-    def evaluation_batches(self, size: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (rows int64 (B,), evaluation crops float32 (B, 3, size, size)) in order, from the image `start` on."""
+    def evaluation_batches(self, preprocessing: Preprocessing, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (rows int64 (B,), evaluation crops float32 (B, 3, S, S)) in order, from the image `start` on."""
         for rows in torch.arange(start, len(self)).split(EVALUATION_BATCH_SIZE):
-            yield rows, self.load(rows, size, None)
+            yield rows, self.load(rows, preprocessing, None)
 
-    def _pixels(self, size: int) -> Any:
-        if size not in self._pixels_by_size:
-            self._pixels_by_size[size] = image_splits.open_images(
-                self.images, size, image_cache=self._image_cache, threads=self._threads
+    def _pixels(self, preprocessing: Preprocessing) -> Any:
+        rule = preprocessing.resizing()
+        if rule not in self._pixels_by_rule:
+            self._pixels_by_rule[rule] = image_splits.open_images(
+                self.images, preprocessing, image_cache=self._image_cache, threads=self._threads
             )
-        return self._pixels_by_size[size]
+        return self._pixels_by_rule[rule]

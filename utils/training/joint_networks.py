@@ -101,7 +101,7 @@ class TrainableMember:
         self.model.eval()
         embeddings = []
         with torch.no_grad():
-            for _, images in image_source.evaluation_batches(self.member.spec.img_size):
+            for _, images in image_source.evaluation_batches(self.member.spec.preprocessing):
                 embeddings.append(self.outputs(images.to(self.device))[1].float().cpu())
         return torch.cat(embeddings)
 
@@ -116,7 +116,7 @@ class TrainableMember:
     def step_bytes(self, batch_size: int) -> int:
         """Bytes of memory that one training step on `batch_size` images needs."""
         train = self.member.batch_schedule.image_source
-        images = train.load(torch.arange(len(train))[:batch_size], self.member.spec.img_size, None)
+        images = train.load(torch.arange(len(train))[:batch_size], self.member.spec.preprocessing, None)
         activations = training_memory.activation_bytes(self.model, lambda: torch.cat(self.forward(images), dim=1))
         return training_memory.training_state_bytes(self.model) + activations
 
@@ -127,7 +127,7 @@ class TrainableMember:
         safe_delete_model(self.model)
 
     def _evaluation_crops(self, rows: Tensor) -> Tensor:
-        return self.member.validation_set.load(rows, self.member.spec.img_size, None).to(self.device)
+        return self.member.validation_set.load(rows, self.member.spec.preprocessing, None).to(self.device)
 
 
 @contextmanager

@@ -280,7 +280,7 @@ class _JointTraining:
             for indices in torch.arange(len(batch.rows)).tensor_split(n_parts):
                 part = replace(batch, rows=batch.rows[indices], unaugmented=batch.unaugmented[indices])
                 images = [
-                    schedule.load(part, schedule_views, network.member.spec.img_size)
+                    schedule.load(part, schedule_views, network.member.spec.preprocessing)
                     for network, schedule, schedule_views in zip(networks, schedules, views, strict=True)
                 ]
                 head_loss, auxiliary_loss = self._losses(networks, images, part.rows)

@@ -85,8 +85,13 @@ def show(images: list[Tensor], size: int, views: Views | None) -> Tensor:
     """
     if views is None:
         return normalise(torch.stack([_centre(image, size) for image in images]))
+    return _standardise(shown(images, size, views))
+
+
+def shown(images: list[Tensor], size: int, views: Views) -> Tensor:
+    """uint8 images, each (3, h, w) of its own shape, as their views say -> float32 (B, 3, size, size) in 0-1."""
     pixels = _warp(images, views.warps, size) / 255
-    return _standardise(_erase(_colour(pixels, views), views.erased))
+    return _erase(_colour(pixels, views), views.erased)
 
 
 def _centre(image: Tensor, size: int) -> Tensor:

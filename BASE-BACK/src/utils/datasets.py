@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from config.settings import AUGMENT, BATCH_SIZE, IMAGE_CACHE_DIR, IMG_SIZE, SPLIT_DIR
 from utils import get_optimal_workers
 from utils.augmentation import MEAN, STD, augment, normalise
-from utils.image_cache import DecodedImages, open_images, resized_side
+from utils.image_cache import DecodedImages, open_images
+from utils.resizing import evaluation_resizing, resized_side
 from utils.samples import Sample, scan
 from utils.splitting import prepare_optimized_datasets, split_contents, verify_dataset_split
 
@@ -156,7 +157,7 @@ class DecodedDataset(Dataset):
         self.contents = list(contents)
         self.size = size
         self.images: DecodedImages = open_images(
-            [sample.path for sample in self.records], self.contents, resized_side(size), IMAGE_CACHE_DIR
+            [sample.path for sample in self.records], self.contents, evaluation_resizing(size), IMAGE_CACHE_DIR
         )
 
     @classmethod
@@ -179,7 +180,7 @@ class DecodedDataset(Dataset):
 
     def crops(self, rows: Sequence[int] | np.ndarray) -> Tensor:
         """Normalised centre crops, float32 (B, 3, S, S), as the evaluation transform makes them."""
-        pixels = torch.from_numpy(self.images.centre_crops(rows, self.size))
+        pixels = torch.from_numpy(self.images.crops(rows))
         return normalise(pixels.permute(0, 3, 1, 2)).contiguous()
 
 

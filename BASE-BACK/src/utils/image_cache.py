@@ -1,9 +1,10 @@
 """Every image decoded once: uint8 pixels, keyed by the file's content, memory-mapped by whoever trains or predicts.
 
-An image is stored as `Resize(side)` leaves it (shorter side `side`, longer side in proportion, bilinear), so that a
-centre crop of it is, bit for bit, what the evaluation transform sees, and a random crop has the whole image to choose
-from. One pack is two files, `<side>_<digest>.npy` with the bytes and `<side>_<digest>.npz` with the index, the latter
-written last: a pack without index does not exist. Packs are never changed; new images make a new pack.
+An image is stored whole, as a resize rule (`resizing.Resizing`) leaves it, so that the centre square of it is, bit for
+bit, what the network's evaluation transform sees, and a random crop has the whole image to choose from. Rules with
+equal keys share their pixels; each rule resizes from the original pixels. One pack is two files, `<key>_<digest>.npy`
+with the bytes and `<key>_<digest>.npz` with the index, the latter written last: a pack without index does not exist.
+Packs are never changed; new images make a new pack.
 """
 
 from __future__ import annotations
@@ -17,16 +18,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from .files import atomic_path
+from .resizing import Resizing, resized_pixels
 
 PACK_BYTES = 1 << 27  # held in memory until the pack is written
 DECODE_AHEAD = 64  # images in flight between the decoding threads and the writer
 LARGE_PIXELS = 1 << 25  # images above this are decoded one at a time, so that threads do not multiply their memory
-LARGEST_RESIZED = 1 << 26
 
 logger = logging.getLogger("disease_pipeline")
 _one_large_image = threading.Lock()
@@ -46,6 +46,7 @@ class UnreadableImages(ValueError):
 class DecodedImages:
     """Pixels of N images in the order in which they were asked for; nothing is in memory until it is read."""
 
+    resizing: Resizing
     packs: tuple[np.ndarray, ...]
     """Flat uint8 memory maps."""
     pack: np.ndarray
@@ -61,30 +62,23 @@ class DecodedImages:
         return len(self.offset)
 
     def image(self, row: int) -> np.ndarray:
-        """Pixels of one image, uint8 (height, width, 3)."""
+        """Resized pixels of one whole image, uint8 (height, width, 3)."""
         height, width, start = int(self.height[row]), int(self.width[row]), int(self.offset[row])
         flat = self.packs[self.pack[row]][start : start + height * width * 3]
         return flat.reshape(height, width, 3)
 
-    def centre_crops(self, rows: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
-        """Centre squares of the given rows, uint8 (B, size, size, 3)."""
+    def crops(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Centre squares of the given rows, uint8 (B, S, S, 3), as the rule cuts them."""
+        size = self.resizing.input_size
         crops = np.empty((len(rows), size, size, 3), dtype=np.uint8)
-        for place, row in enumerate(rows):
-            image = self.image(int(row))
-            top, left = (round((length - size) / 2) for length in image.shape[:2])
-            crops[place] = image[top : top + size, left : left + size]
+        for square, row in zip(crops, rows, strict=True):
+            self.resizing.crop(self.image(int(row)), out=square)
         return crops
 
 
-def resized_side(size: int) -> int:
-    """Shorter side to which an image is resized before a square of `size` is cut from it."""
-    return int(size * 1.14)
+def _read_image(path: Path, rules: Sequence[Resizing]) -> tuple[dict[str, np.ndarray], str]:
+    """{key: RGB pixels, uint8 (height, width, 3)} of one file by each of the rules, and Pillow's mode.
 
-
-def _read_image(path: Path, sides: Sequence[int]) -> tuple[dict[int, np.ndarray], str]:
-    """{side: RGB pixels, uint8 (height, width, 3), whose shorter side is `side`} of one file, and Pillow's mode.
-
-    Ignores EXIF orientation, as the evaluation transform does, and clips 16 bits per channel to 8 in the same way.
     Raises ValueError with the path and the reason.
     """
     from .image_files import open_image
@@ -94,74 +88,59 @@ def _read_image(path: Path, sides: Sequence[int]) -> tuple[dict[int, np.ndarray]
             mode = image.mode
             if image.width * image.height > LARGE_PIXELS:
                 with _one_large_image:
-                    return _resized(image, sides), mode
-            return _resized(image, sides), mode
+                    return resized_pixels(image, rules), mode
+            return resized_pixels(image, rules), mode
     except Exception as error:  # decoders of damaged files raise whatever they meet, from struct.error to IndexError
         reason = str(error).replace(repr(str(path)), "it").replace(str(path), "it")
         raise ValueError(f"{path}: cannot be decoded ({reason})") from error
 
 
-def _resized(image: Any, sides: Sequence[int]) -> dict[int, np.ndarray]:
-    from PIL import Image
-
-    width, height = image.size
-    long, short = max(width, height), min(width, height)
-    targets = {}
-    for side in sides:
-        length = int(side * long / short)
-        if side * length > LARGEST_RESIZED:
-            raise ValueError(f"{width} x {height} pixels, and still {side * length} with its shorter side at {side}")
-        targets[side] = (side, length) if width <= height else (length, side)
-    rgb = image.convert("RGB")
-    return {side: np.asarray(rgb.resize(size, Image.Resampling.BILINEAR)) for side, size in targets.items()}
-
-
 def open_images(
     paths: Sequence[Path],
     contents: Sequence[str],
-    side: int,
+    resizing: Resizing,
     folder: Path,
     *,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DecodedImages:
-    """Pixels of the given files from the packs in `folder`; what no pack holds is decoded first, into a new one.
+    """Pixels of the given files by one rule, from the packs in `folder`; what none holds is decoded into a new one.
 
     `contents` are the files' SHA-256 digests; `threads` decode side by side (default: the cores,
     eight at most). Raises `UnreadableImages` after everything readable was stored.
     """
-    decode_images(paths, contents, [side], folder, threads=threads, progress=progress)
-    index = _read_indices(folder, side)
+    decode_images(paths, contents, [resizing], folder, threads=threads, progress=progress)
+    index = _read_indices(folder, resizing.key)
     entries = [index[content] for content in contents]
     names = sorted({entry[0] for entry in entries})
     packs = tuple(np.load(name, mmap_mode="r") for name in names)
     pack = np.array([names.index(entry[0]) for entry in entries], dtype=np.int32)
     offset, height, width = (np.array([entry[place] for entry in entries], dtype=np.int64) for place in (1, 2, 3))
-    return DecodedImages(packs, pack, offset, height, width)
+    return DecodedImages(resizing, packs, pack, offset, height, width)
 
 
 def decode_images(
     paths: Sequence[Path],
     contents: Sequence[str],
-    sides: Sequence[int],
+    rules: Sequence[Resizing],
     folder: Path,
     *,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Store what no pack in `folder` holds yet at one of the `sides`; each file is decoded once for all of them.
+    """Store what no pack in `folder` holds yet for one of the `rules`; each file is decoded once for all.
 
     Arguments as for `open_images`. Says once how many images lose range. Raises `UnreadableImages` after everything
     readable was stored.
     """
-    lacking: dict[str, tuple[Path, list[int]]] = {}
-    for side in sides:
-        index = _read_indices(folder, side)
+    lacking: dict[str, tuple[Path, list[Resizing]]] = {}
+    for rule in rules:
+        index = _read_indices(folder, rule.key)
         for path, content in zip(paths, contents, strict=True):
             if content not in index:
                 entry = lacking.setdefault(content, (path, []))
-                if side not in entry[1]:
-                    entry[1].append(side)
+                if rule not in entry[1]:
+                    entry[1].append(rule)
     if not lacking:
         return
     with warnings.catch_warnings():
@@ -178,10 +157,10 @@ def decode_images(
         raise UnreadableImages(problems)
 
 
-def _read_indices(folder: Path, side: int) -> dict[str, tuple[Path, int, int, int]]:
-    """{content digest: (pack, offset, height, width)} over all packs of this side."""
+def _read_indices(folder: Path, key: str) -> dict[str, tuple[Path, int, int, int]]:
+    """{content digest: (pack, offset, height, width)} over all packs with this key."""
     found: dict[str, tuple[Path, int, int, int]] = {}
-    for path in sorted(folder.glob(f"{side}_*.npz")):
+    for path in sorted(folder.glob(f"{key}_*.npz")):
         pack = path.with_suffix(".npy")
         if not pack.is_file():
             continue
@@ -193,7 +172,7 @@ def _read_indices(folder: Path, side: int) -> dict[str, tuple[Path, int, int, in
 
 
 def _decode(
-    lacking: dict[str, tuple[Path, list[int]]],
+    lacking: dict[str, tuple[Path, list[Resizing]]],
     folder: Path,
     threads: int,
     progress: Callable[[int, int], None] | None,
@@ -201,13 +180,13 @@ def _decode(
     """Write packs of the images; returns those that cannot be read, and those whose channels were clipped."""
     problems: list[tuple[Path, str]] = []
     clipped: list[Path] = []
-    packs: dict[int, _Pack] = {}
+    packs: dict[str, _Pack] = {}
     waiting = list(lacking.items())
 
-    def attempt(item: tuple[str, tuple[Path, list[int]]]) -> tuple[dict[int, np.ndarray], str, str]:
-        _, (path, sides) = item
+    def attempt(item: tuple[str, tuple[Path, list[Resizing]]]) -> tuple[dict[str, np.ndarray], str, str]:
+        _, (path, rules) = item
         try:
-            return *_read_image(path, sides), ""
+            return *_read_image(path, rules), ""
         except ValueError as error:
             return {}, "", str(error).removeprefix(f"{path}: ")
 
@@ -219,11 +198,11 @@ def _decode(
                     problems.append((path, reason))
                 if mode in ("I", "F") or mode.startswith("I;16"):
                     clipped.append(path)
-                for side, image in images.items():
-                    pack = packs.setdefault(side, _Pack(side, folder))
+                for key, image in images.items():
+                    pack = packs.setdefault(key, _Pack(key, folder))
                     pack.add(content, image)
                     if pack.filled >= PACK_BYTES:
-                        packs.pop(side).write()
+                        packs.pop(key).write()
             if progress:
                 progress(min(start + DECODE_AHEAD, len(waiting)), len(waiting))
     for pack in packs.values():
@@ -234,8 +213,8 @@ def _decode(
 class _Pack:
     """Images on their way to one pack."""
 
-    def __init__(self, side: int, folder: Path) -> None:
-        self.side = side
+    def __init__(self, key: str, folder: Path) -> None:
+        self.key = key
         self.folder = folder
         self.filled = 0
         self._rows: list[tuple[str, int, int, int]] = []
@@ -250,13 +229,13 @@ class _Pack:
     def write(self) -> None:
         """Write both files, the index last."""
         name = hashlib.sha256("".join(row[0] for row in self._rows).encode()).hexdigest()[:16]
-        with atomic_path(self.folder / f"{self.side}_{name}.npy") as temporary, temporary.open("wb") as file:
+        with atomic_path(self.folder / f"{self.key}_{name}.npy") as temporary, temporary.open("wb") as file:
             # One after another, since joining them first would take their memory twice.
             head = {"descr": "|u1", "fortran_order": False, "shape": (self.filled,)}
             np.lib.format.write_array_header_1_0(file, head)
             for pixels in self._pixels:
                 file.write(pixels.data)
-        with atomic_path(self.folder / f"{self.side}_{name}.npz") as temporary:
+        with atomic_path(self.folder / f"{self.key}_{name}.npz") as temporary:
             np.savez(
                 temporary,
                 contents=np.stack([np.frombuffer(bytes.fromhex(row[0]), dtype=np.uint8) for row in self._rows]),

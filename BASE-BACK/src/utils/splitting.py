@@ -17,7 +17,8 @@ import numpy as np
 from config.settings import GROUP_REGEX, IMAGE_CACHE_DIR, IMG_SIZE, RAW_DIR, SEED, SPLIT_DIR
 from utils import logger
 from utils.files import read_json, write_json
-from utils.image_cache import UnreadableImages, open_images, resized_side
+from utils.image_cache import UnreadableImages, open_images
+from utils.resizing import evaluation_resizing
 from utils.samples import (
     Sample,
     class_folders,
@@ -127,7 +128,7 @@ def _readable(
     paths = [sample.path for sample in samples]
     contents = [digests[sample.sample_id][2] for sample in samples]
     try:
-        open_images(paths, contents, resized_side(IMG_SIZE), IMAGE_CACHE_DIR, progress=progress)
+        open_images(paths, contents, evaluation_resizing(IMG_SIZE), IMAGE_CACHE_DIR, progress=progress)
     except UnreadableImages as error:
         content_of = dict(zip(paths, contents, strict=True))
         reason_of = {content_of[path]: reason for path, reason in error.problems}

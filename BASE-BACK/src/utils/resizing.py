@@ -1,0 +1,215 @@
+"""Resize rules: which pixels of an image a network is given, in Pillow's arithmetic.
+
+A rule resizes the decoded image, then cuts the centre square. The arithmetic equals, bit for bit, that of torchvision
+(`Resize`, `CenterCrop`), of timm (`transforms_imagenet_eval` with crop mode center, squash or border) and of Hugging
+Face's image processors (`shortest_edge` or `height`/`width`, then `center_crop`). Normalisation is not part of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+RESIZES = ("shorter-side", "squash", "pad")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+CROP_OFFSETS = ("round", "floor")
+EXIF_RULES = ("ignore", "apply")
+CROP_MODES = {"center": "shorter-side", "squash": "squash", "border": "pad"}
+"""timm's crop mode -> resize rule."""
+LARGEST_RESIZED = 1 << 26  # pixels
+ORIENTATION = 0x0112  # EXIF tag
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the image upright; others are upright."""
+
+
+@dataclass(frozen=True)
+class Resizing:
+    """How the square of `input_size` px is made from a decoded image."""
+
+    input_size: int
+    """Side of the square in px."""
+    resized: int
+    """What the shorter side (`shorter-side`), both sides (`squash`) or the longer side (`pad`) is resized to, in px."""
+    resize: str = "shorter-side"
+    interpolation: str = "bilinear"
+    """Pillow's name."""
+    crop_offset: str = "round"
+    """Half pixels: `round` to the nearest even, as torchvision and timm do, or `floor`, as Hugging Face does."""
+    exif: str = "ignore"
+    """`apply`: the image is transposed by its EXIF orientation before it is resized."""
+    fill: tuple[int, int, int] = (0, 0, 0)
+    """RGB of what the square holds beyond the resized image."""
+
+    @property
+    def key(self) -> str:
+        """Identifies the resized pixels, from which squares of any size, offset and fill are cut."""
+        parts = [str(self.resized)]
+        parts += [self.resize] if self.resize != "shorter-side" else []
+        parts += [self.interpolation] if self.interpolation != "bilinear" else []
+        return "-".join([*parts, "exif"] if self.exif == "apply" else parts)
+
+    def target_size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) to which an image of that size is resized. Raises ValueError beyond LARGEST_RESIZED pixels.
+
+        The shorter side is exact and the longer one truncated (torchvision, Hugging Face); with `pad` the longer side
+        is exact and the shorter one rounded (timm's ResizeKeepRatio).
+        """
+        long, short = max(width, height), min(width, height)
+        if self.resize == "squash":
+            return self.resized, self.resized
+        if self.resize == "pad":
+            ratio = long / self.resized
+            return max(1, round(width / ratio)), max(1, round(height / ratio))
+        length = int(self.resized * long / short)
+        if self.resized * length > LARGEST_RESIZED:
+            raise ValueError(
+                f"{width} x {height} pixels, and still {self.resized * length} with its shorter side at {self.resized}"
+            )
+        return (self.resized, length) if width <= height else (length, self.resized)
+
+    def resized_image(self, image: Image.Image) -> Image.Image:
+        """The whole RGB image, which is upright already where `exif` is `apply`, at its target size."""
+        method = Image.Resampling[self.interpolation.upper()]
+        return image.resize(self.target_size(*image.size), method)
+
+    def crop(self, pixels: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """The centre square, uint8 (input_size, input_size, 3), of resized pixels (height, width, 3)."""
+        size = self.input_size
+        square = np.empty((size, size, 3), dtype=np.uint8) if out is None else out
+        starts = [self._start(length) for length in pixels.shape[:2]]
+        if min(starts) < 0 or min(pixels.shape[:2]) < size:
+            square[:] = self.fill
+        targets, sources = [], []
+        for start, length in zip(starts, pixels.shape[:2], strict=True):
+            sources.append(slice(max(start, 0), min(start + size, length)))
+            targets.append(slice(sources[-1].start - start, sources[-1].stop - start))
+        square[tuple(targets)] = pixels[tuple(sources)]
+        return square
+
+    def _start(self, length: int) -> int:
+        """Where the square begins along a side; negative where the side is shorter than the square."""
+        excess = length - self.input_size
+        if self.crop_offset == "floor":
+            return excess // 2
+        return -(-excess // 2) if excess < 0 else round(excess / 2)
+
+    def square(self, image: Image.Image) -> np.ndarray:
+        """The square of one decoded image of any mode, uint8 (input_size, input_size, 3)."""
+        return self.crop(resized_pixels(image, [self])[self.key])
+
+
+def resized_side(size: int) -> int:
+    """Shorter side to which the base pipeline resizes an image before a square of `size` is cut from it."""
+    return int(size * 1.14)
+
+
+def evaluation_resizing(size: int) -> Resizing:
+    """The rule of the base pipeline's evaluation transform for networks of `size` px."""
+    return Resizing(size, resized_side(size))
+
+
+def resized_pixels(image: Image.Image, rules: Iterable[Resizing]) -> dict[str, np.ndarray]:
+    """{key: RGB pixels uint8 (height, width, 3)} of an opened image, resized from its original pixels by each rule.
+
+    16 bits per channel are clipped to 8. Raises ValueError for an image that a rule would enlarge beyond
+    LARGEST_RESIZED pixels.
+    """
+    distinct = {rule.key: rule for rule in rules}
+    for rule in distinct.values():
+        rule.target_size(*image.size)  # before the decoding, which takes the memory
+    rgb = image.convert("RGB")
+    sources = {"ignore": rgb}
+    if any(rule.exif == "apply" for rule in distinct.values()):
+        method = TRANSPOSITIONS.get(exif_orientation(image))
+        sources["apply"] = rgb if method is None else rgb.transpose(method)
+    return {key: np.asarray(rule.resized_image(sources[rule.exif])) for key, rule in distinct.items()}
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """EXIF orientation from 1 to 8 that is still to be applied to a decoded image; 1 (upright) where it is damaged.
+
+    Pillow's TIFF decoder turns the image itself, which is then upright.
+    """
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # of damaged metadata, which damage no pixel
+        return 1
+    return value if value in TRANSPOSITIONS else 1
+
+
+def timm_record(architecture: str, img_size: int | None = None) -> dict[str, Any]:
+    """The preprocessing record of a timm architecture, by `timm.data.resolve_data_config`; reads no network.
+
+    `architecture` may have a tag ("resnet18.a1_in1k"); without one it is that of timm's default weights. `img_size`
+    replaces the input size; the crop fraction stays. Raises ValueError for a name that timm does not list, and for
+    what no record can hold.
+    """
+    import timm
+
+    if not timm.is_model(architecture):
+        raise ValueError(f"timm {timm.__version__} has no model {architecture!r}")
+    try:
+        defaults = timm.get_pretrained_cfg(architecture)
+    except RuntimeError as error:
+        raise ValueError(f"{architecture}: {error}") from error
+    return record_of_timm_config({} if defaults is None else defaults.to_dict(), img_size, source="timm")
+
+
+def record_of_timm_config(config: Mapping[str, Any], img_size: int | None = None, *, source: str) -> dict[str, Any]:
+    """The preprocessing record of a timm pretrained configuration (the `pretrained_cfg` of a `config.json`).
+
+    Entries that it lacks have timm's defaults. Raises ValueError for what no record can hold: an input that is not
+    square or has other than three channels, an unknown crop mode or interpolation, a number that is none.
+    """
+    from timm.data import resolve_data_config
+
+    try:
+        resolved = resolve_data_config({"img_size": img_size}, pretrained_cfg=dict(config))
+        channels, height, width = resolved["input_size"]
+        size, fraction = int(width), float(resolved["crop_pct"])
+        mean, std = ([float(value) for value in resolved[name]] for name in ("mean", "std"))
+    except (TypeError, ValueError, KeyError, AssertionError) as error:
+        raise ValueError(f"not the form of a timm configuration ({error})") from error
+    if channels != 3 or height != width:
+        raise ValueError(f"input_size {list(resolved['input_size'])}; expected three channels and a square")
+    if not 0 < fraction <= 4:
+        raise ValueError(f"crop_pct {fraction}; expected a fraction above 0")
+    if resolved["crop_mode"] not in CROP_MODES or resolved["interpolation"] not in INTERPOLATIONS:
+        raise ValueError(
+            f"crop_mode {resolved['crop_mode']!r} and interpolation {resolved['interpolation']!r}; expected one of "
+            f"{', '.join(CROP_MODES)} and one of {', '.join(INTERPOLATIONS)}"
+        )
+    return {
+        "input_size": size,
+        "resize": CROP_MODES[resolved["crop_mode"]],
+        "resized": math.floor(size / fraction),
+        "interpolation": resolved["interpolation"],
+        "crop_offset": "round",
+        "mean": mean,
+        "std": std,
+        "channels": "RGB",
+        "value_range": [0.0, 1.0],
+        "exif": "ignore",
+        "source": source,
+    }
+
+
+def pad_fill(mean: Sequence[float], value_range: Sequence[float], channels: str) -> tuple[int, int, int]:
+    """RGB of the mean as timm pads with it; `mean` is in the order of `channels`, of values in `value_range`."""
+    low, high = value_range
+    values = [min(255, max(0, round(255 * (value - low) / (high - low)))) for value in mean]
+    red, green, blue = reversed(values) if channels == "BGR" else values
+    return red, green, blue

@@ -101,7 +101,7 @@ def identify(scan: Scan, candidate: MemberCandidate) -> tuple[Member, list[Probl
     declared = candidate.backbone.startswith(TIMM)
     architecture = candidate.backbone if declared else facts["architecture"] or candidate.backbone
     size = facts["size"] or "full"
-    classes = tuple(facts["classes"] or scan.classes)
+    classes = tuple(facts["classes"] or sorted(scan.classes))  # as every loader of class folders orders them
     preprocessing = _preprocessing(candidate, architecture, facts)
     member = Member(
         name=candidate.name,

@@ -217,7 +217,7 @@ def _run(arguments: dict[str, Any]) -> int:
         return 1
     if arguments["json"]:
         print(json.dumps(vars(summary), sort_keys=True))
-    else:
+    elif summary.results:
         print(table(summary.results))
     for unit, reason in summary.failed.items():
         print(f"failed: {unit}: {reason}", file=sys.stderr)

@@ -52,10 +52,27 @@ COMMANDS: dict[str, Command] = {
         {
             "--verify": {"action": "store_true", "help": "also run every member and check its recorded figures"},
             "--add": {
-                "metavar": "NAME=timm:MODEL@FILE",
+                "metavar": "NAME=SOURCE",
+                "nargs": "+",
+                "action": "extend",
+                "default": [],
+                "help": "declare timm networks as members, which later discoveries keep; SOURCE is timm:ARCH@FILE, "
+                "local-dir:FOLDER, hf-hub:ORG/NAME or timm:ARCH (pretrained, from the hub)",
+            },
+            "--add-from": {
+                "metavar": "DIR",
                 "action": "append",
                 "default": [],
-                "help": "declare a timm network and its weights as a member; later discoveries keep it; repeatable",
+                "help": "declare every folder of a network (config.json and weights) below DIR by its name; repeatable",
+            },
+            "--preprocess": {
+                "metavar": "KEY=VALUE",
+                "nargs": "+",
+                "action": "extend",
+                "default": [],
+                "help": "how images are prepared for the networks of --add and --add-from, or with NAME:KEY=VALUE for "
+                "one that is declared; keys: input_size, resize, crop, resized, interpolation, crop_offset, mean, "
+                "std, channels, range, exif",
             },
             "--remove": {
                 "metavar": "NAME",
@@ -71,6 +88,7 @@ COMMANDS: dict[str, Command] = {
             },
         },
         writes=True,
+        pass_through=("--verbose",),
     ),
     "import-predictions": Command(
         "utils.discovery.import_predictions:import_predictions",

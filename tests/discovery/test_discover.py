@@ -134,9 +134,7 @@ def test_derived_files_are_members_only_by_name(workspace, config):
 def test_a_timm_network_runs_and_gives_the_logits_of_timm(workspace, config, tmp_path):
     import timm
     from PIL import Image
-
-    from utils.datasets import create_optimized_transforms
-    from utils.predictions.store import Store
+    from timm.data import create_transform, resolve_data_config
 
     torch.manual_seed(0)
     network = timm.create_model("test_resnet", num_classes=4).eval()
@@ -147,7 +145,7 @@ def test_a_timm_network_runs_and_gives_the_logits_of_timm(workspace, config, tmp
     store = Store(config, workspace, found)
     extraction.ensure(store, [found.members["leaf"]], ("test",))
     rows = store.rows(found.members["leaf"], "test")
-    transform = create_optimized_transforms(32, is_training=False)
+    transform = create_transform(**resolve_data_config({}, model=network))
     images = []
     for sample_id in rows.sample_ids:
         with Image.open(workspace.split_dir / "test" / str(sample_id)) as image:
@@ -164,7 +162,7 @@ def test_a_timm_network_is_declared_once_and_kept(workspace, config, tmp_path):
     declaration = f"leaf=timm:test_resnet@{file}"
     discover.discover(config, workspace, add=[declaration])
     first = catalog.read(workspace).members["leaf"]
-    assert (first.source, first.architecture, first.img_size) == ("trained", "timm:test_resnet", 32)
+    assert (first.source, first.architecture, first.img_size) == ("trained", "timm:test_resnet", 160)
     assert first.checkpoints[0]["path"] == str(file)
     assert first.classes == ("0", "1", "2", "3")
     other_size = load_config(config_path(), overrides=["dataset.img_size=64", "device=cpu"])
@@ -175,12 +173,13 @@ def test_a_timm_network_is_declared_once_and_kept(workspace, config, tmp_path):
     file.rename(tmp_path / "gone.pth")
     result = discover.discover(config, workspace)
     assert "leaf.pth: the checkpoint is gone. Put it back" in result.text
+    assert "Remove it: discover --remove leaf" in result.text
     assert [failure.partition(":")[0] for failure in result.failures] == ["leaf"]
     assert [line.split()[0] for line in result.text.splitlines() if line.endswith("cannot be used")] == ["leaf"]
     (tmp_path / "gone.pth").rename(file)
     discover.discover(config, workspace)
     assert catalog.read(workspace).members["leaf"].usable
-    discover.discover(other_size, workspace, add=[declaration])
+    discover.discover(other_size, workspace, add=[declaration], preprocess=["input_size=64"])
     discover.discover(config, workspace)
     assert catalog.read(workspace).members["leaf"].img_size == 64  # as declared, whatever a later configuration says
 
@@ -215,8 +214,9 @@ def test_without_any_member_the_reasons_are_told(workspace, config):
 @pytest.mark.parametrize(
     ("declaration", "words"),
     [
-        ("leaf=test_resnet@{file}", "expected NAME=timm:MODEL@FILE"),
-        ("leaf=timm:test_resnet", "expected NAME=timm:MODEL@FILE"),
+        ("leaf=test_resnet@{file}", "expected NAME=timm:ARCH@FILE"),
+        ("leaf=tim:test_resnet@{file}", r"no such source: 'tim'; did you mean 'timm'\?"),
+        ("leaf=timm:test_resnet", "a classifier for 1000 classes; the workspace has 4"),
         ("leaf=timm:tset_resnet@{file}", r"no model 'tset_resnet'; did you mean 'test_resnet'\?"),
         ("leaf=timm:test_resnet@{file}x", r"no such file; did you mean 'leaf.pth'\?"),
         ("CustomConvNeXt=timm:test_resnet@{file}", "a checkpoint of CustomConvNeXt is in"),
@@ -245,6 +245,8 @@ def names_of_trained(workspace):
 
 
 def test_a_declared_network_is_taken_back_by_name_and_its_file_stays(workspace, config):
+    import timm
+
     declare(workspace, config, "leaf", "tree")
     discover.discover(config, workspace, remove=["leaf"])
     for _ in range(2):
@@ -252,6 +254,7 @@ def test_a_declared_network_is_taken_back_by_name_and_its_file_stays(workspace, 
         discover.discover(config, workspace)
     assert (workspace.base / "leaf.pth").is_file()
     declare(workspace, config, "leaf")
+    torch.save(timm.create_model("test_vit", num_classes=4).state_dict(), workspace.base / "leaf.pth")
     again = [f"leaf=timm:test_vit@{workspace.base / 'leaf.pth'}"]
     discover.discover(config, workspace, add=again, remove=["leaf", "tree"])
     assert names_of_trained(workspace) == {NAME, "leaf"}

@@ -116,6 +116,11 @@ class Workspace:
         return self.derived_checkpoints / f"{backbone}_{role}.pth"
 
     @property
+    def pretrained_weights(self) -> Path:
+        """Networks that were downloaded, or that the user has put there: `ORG/NAME` of each hub repository."""
+        return self.root / "pretrained_weights"
+
+    @property
     def ensembles(self) -> Path:
         """The folder that holds everything of ours but metrics and exports."""
         return self.root / "ensembles"

@@ -1,19 +1,16 @@
-"""Candidates for membership: checkpoints of the base pipeline, derived checkpoints, declared timm networks."""
+"""Candidates for membership: checkpoints of the base pipeline and derived checkpoints; the rule for new names."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from utils.core.errors import UserError, did_you_mean
 from utils.core.workspace import Workspace
-from utils.discovery import member_names, renaming
-from utils.discovery.identification import MemberCandidate, Scan
+from utils.discovery import member_names
+from utils.discovery.identification import MemberCandidate
 from utils.predictions import catalog
-from utils.predictions.catalog import DERIVED, MADE, STAGES, TIMM, Catalog
-
-ADDED = re.compile(r"(?P<name>[^=]+)=timm:(?P<model>[^@\s]+)@(?P<file>.+)")
+from utils.predictions.catalog import DERIVED, MADE, STAGES, Catalog
 
 
 def trained(workspace: Workspace) -> list[MemberCandidate]:
@@ -34,53 +31,9 @@ def trained(workspace: Workspace) -> list[MemberCandidate]:
     return sorted(candidates, key=lambda candidate: candidate.name)
 
 
-def declared(scan: Scan, add: Sequence[str], earlier: Catalog | None) -> list[MemberCandidate]:
-    """Declared timm networks: those of the earlier catalog, and those of `add`, which replace them by name.
-
-    Raises UserError for an invalid declaration.
-    """
-    candidates: dict[str, MemberCandidate] = {}
-    remembered = earlier.members.values() if earlier else ()
-    for member in (member for member in remembered if renaming.is_declared(member)):
-        path = scan.workspace.base / member.checkpoints[0]["path"]
-        candidates[member.name] = MemberCandidate(
-            member.name,
-            path,
-            "final",
-            member.architecture,
-            img_size=member.img_size,
-            others=_folds(scan, member.name),
-            remembered=member,
-        )
-    trained_names = {candidate.name for candidate in trained(scan.workspace)}
-    for declaration in add:
-        match = ADDED.fullmatch(declaration)
-        if match is None:
-            raise UserError(
-                f"--add {declaration}: expected NAME=timm:MODEL@FILE, such as --add leaf=timm:resnet18@weights/leaf.pth"
-            )
-        name, path = match["name"], Path(match["file"]).expanduser().absolute()
-        if name in trained_names:
-            raise UserError(f"--add {declaration}: a checkpoint of {name} is in {scan.workspace.checkpoints} already")
-        if name not in candidates:
-            require_new_name(scan.workspace, earlier, name, f"--add {declaration}", candidates)
-        if not path.is_file():
-            near = did_you_mean(path.name, [entry.name for entry in path.parent.glob("*")])
-            raise UserError(f"--add {declaration}: {path}: no such file{near}")
-        _require_timm_model(declaration, match["model"])
-        candidates[name] = MemberCandidate(
-            name,
-            path,
-            "final",
-            f"{TIMM}{match['model']}",
-            img_size=scan.config.dataset.img_size,
-            others=_folds(scan, name),
-        )
-    return [candidates[name] for name in sorted(candidates)]
-
-
-def _folds(scan: Scan, name: str) -> dict[str, Path]:
-    return _others(catalog.checkpoint_files(scan.workspace).get(name, {}), None)
+def folds(workspace: Workspace, name: str) -> dict[str, Path]:
+    """{stage: file} of the fold networks of a declared network in the base pipeline's folder."""
+    return _others(catalog.checkpoint_files(workspace).get(name, {}), None)
 
 
 def _others(roles: Mapping[str, Path], stage: str | None) -> dict[str, Path]:
@@ -99,11 +52,3 @@ def require_new_name(
     taken |= member_names.taken_names(earlier.members.values() if earlier else ())
     taken |= dict.fromkeys([*(candidate.name for candidate in trained(workspace)), *new_names], "a network")
     member_names.require_new(name, taken, where=where, remedy="Choose another name")
-
-
-def _require_timm_model(declaration: str, model: str) -> None:
-    import timm
-
-    if not timm.is_model(model):
-        near = did_you_mean(model, timm.list_models())
-        raise UserError(f"--add {declaration}: timm {timm.__version__} has no model {model!r}{near}")

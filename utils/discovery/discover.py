@@ -6,6 +6,7 @@ The scan reads files and runs no network; with `verify`, `utils.predictions.insp
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,7 @@ from utils.core.config import Config
 from utils.core.errors import UserError, did_you_mean
 from utils.core.results import Result
 from utils.core.workspace import SPLITS, Workspace
-from utils.discovery import candidates, imported_members, member_names, renaming
+from utils.discovery import candidates, declarations, imported_members, member_names, renaming
 from utils.discovery.identification import Scan, identify
 from utils.predictions import catalog, image_splits, inspection, streaming
 from utils.predictions.catalog import IMPORTED, Catalog, Member, Problem
@@ -38,20 +39,27 @@ def discover(
     *,
     verify: bool = False,
     add: Sequence[str] = (),
+    add_from: Sequence[str] = (),
+    preprocess: Sequence[str] = (),
     remove: Sequence[str] = (),
     rename: Sequence[str] = (),
     force: bool = False,
+    verbose: bool = False,
 ) -> Result:
     """Find trained models, check them and write the catalog.
 
     Args:
         verify: Also run every trained member, and derived ones that the configuration includes, on all val images, and
             compare out-of-fold predictions with the networks on a sample of train images.
-        add: Declarations of timm networks, `NAME=timm:MODEL@FILE`. Later discoveries keep them, as they keep imported
-            members, until `remove` names them.
+        add: Declarations of timm networks: `NAME=timm:ARCH@FILE`, `NAME=local-dir:FOLDER`, `NAME=hf-hub:ORG/NAME` or
+            `NAME=timm:ARCH`. Later discoveries keep them, as they keep imported members, until `remove` names them.
+        add_from: Folders; each folder of a network below them is declared under its own name.
+        preprocess: `KEY=VALUE` for the networks that `add` and `add_from` declare, `NAME:KEY=VALUE` for one of them or
+            of those that were declared before.
         remove: Names of declared or imported members to remove from the catalog.
         rename: Other names for such members, `OLD=NEW`; what is stored for them is renamed as well.
         force: Measure again what has been measured already. A scan is cheap and always made.
+        verbose: Also list each member's preprocessing.
 
     Raises UserError if there is no member, and for a declaration, removal or renaming that is not possible.
     """
@@ -59,7 +67,16 @@ def discover(
     earlier, names = renaming.begin(
         workspace, earlier, rename, partial(candidates.require_new_name, workspace, earlier)
     )
-    result = _discovered(config, workspace, earlier, verify=verify, add=add, remove=remove, force=force)
+    result = _discovered(
+        config,
+        workspace,
+        earlier,
+        verify=verify,
+        options=declarations.Options(add, add_from, preprocess),
+        remove=remove,
+        force=force,
+        verbose=verbose,
+    )
     renaming.remove_old_names(workspace, names)
     return replace(result, text="\n".join([*renaming.rename_messages(workspace, names), result.text]))
 
@@ -70,25 +87,31 @@ def _discovered(
     earlier: Catalog | None,
     *,
     verify: bool,
-    add: Sequence[str],
+    options: declarations.Options,
     remove: Sequence[str],
     force: bool,
+    verbose: bool,
 ) -> Result:
     """The result of a scan, with the declared and imported members of an `earlier` catalog."""
-    if earlier and not earlier.has_images and not workspace.has_images and not add:
+    if earlier and not earlier.has_images and not workspace.has_images and not (options.add or options.add_from):
         return _without_images(config, workspace, earlier)
     digests = FileDigests(workspace.digests)
     scan = Scan(config, workspace, digests, _list_splits(workspace, digests))
     problems = _split_problems(scan.splits)
     members: dict[str, Member] = {}
-    for candidate in [*candidates.trained(workspace), *candidates.declared(scan, add, earlier)]:
+    requested = declarations.declared(scan, options, earlier)
+    for candidate in [*candidates.trained(workspace), *declarations.member_candidates(scan, requested, earlier)]:
         try:
             members[candidate.name], candidate_problems = identify(scan, candidate)
             problems += candidate_problems
         except UserError as error:
-            problems.append(Problem("checkpoint_refused", "error", candidate.name, str(error), "See the message"))
+            remedy = "See the message"
+            if candidate.remembered is not None:
+                remedy = f"Remove it: {shlex.join(['discover', '--remove', candidate.name])}"
+            problems.append(Problem("checkpoint_refused", "error", candidate.name, str(error), remedy))
             if candidate.remembered is not None:  # a declaration outlives its file
                 members[candidate.name] = replace(candidate.remembered, usable=False, oof=None)
+    problems += declarations.problems_of(workspace, requested, members, earlier)
     mounted = catalog.mounted_base_back()
     inspector = Inspector(config, workspace, scan.classes, scan.splits, digests, mounted["digest"])
     if verify:
@@ -115,7 +138,9 @@ def _discovered(
     _require_members(workspace, listed)
     measured = {name: inspector.measured(member) or {} for name, member in listed.members.items()}
     listed = replace(listed, problems=tuple(inspection.with_extra_outputs_checked(listed.problems, measured)))
-    return _written(workspace, listed, measured, verify=verify)
+    result = _written(workspace, listed, measured, verify=verify, verbose=verbose)
+    text = "\n".join([*requested.messages, result.text])
+    return replace(result, text=text, failures=[*requested.failures, *result.failures])
 
 
 def verified_catalog(config: Config, workspace: Workspace) -> Catalog:
@@ -151,17 +176,22 @@ def _without_images(config: Config, workspace: Workspace, earlier: Catalog) -> R
     problems = [problem for problem in earlier.problems if problem.code not in imported_members.SHARING_CODES]
     problems += imported_members.sharing_problems({split: store.imported_rows(split) for split in SPLITS}, samples)
     listed = replace(earlier, base_back=catalog.mounted_base_back(), splits=store.splits(), problems=tuple(problems))
-    return _written(workspace, listed, {}, verify=False)
+    return _written(workspace, listed, {})
 
 
 def _written(
-    workspace: Workspace, listed: Catalog, measured: Mapping[str, Mapping[str, Any]], *, verify: bool
+    workspace: Workspace,
+    listed: Catalog,
+    measured: Mapping[str, Mapping[str, Any]],
+    *,
+    verify: bool = False,
+    verbose: bool = False,
 ) -> Result:
     name_problems = member_names.name_problems(listed)
     listed = listed.with_problems(name_problems, members=listed.members, codes={member_names.PROBLEM})
     catalog.save(workspace, listed)
     failures = [f"{p.member or 'split'}: {p.message}" for p in listed.problems if p.severity == "error"]
-    return Result(_table(workspace, listed, measured, verify=verify), listed.as_record(), failures)
+    return Result(_table(workspace, listed, measured, verify=verify, verbose=verbose), listed.as_record(), failures)
 
 
 def register_derived(
@@ -227,7 +257,7 @@ def _earlier(workspace: Workspace) -> Catalog | None:
 def _without(workspace: Workspace, earlier: Catalog | None, remove: Sequence[str]) -> Catalog | None:
     """The earlier catalog without the members to remove. Raises UserError for one that was not added by the user."""
     members = earlier.members if earlier else {}
-    removable = renaming.user_named_members(earlier)
+    removable = renaming.user_named_members(workspace, earlier)
     for name in remove:
         if name not in removable:
             raise UserError(
@@ -293,7 +323,14 @@ def _require_members(workspace: Workspace, listed: Catalog) -> None:
     )
 
 
-def _table(workspace: Workspace, listed: Catalog, measured: Mapping[str, Mapping[str, Any]], *, verify: bool) -> str:
+def _table(
+    workspace: Workspace,
+    listed: Catalog,
+    measured: Mapping[str, Mapping[str, Any]],
+    *,
+    verify: bool,
+    verbose: bool,
+) -> str:
     shown = {name: member for name, member in sorted(listed.members.items()) if member.source != "derived"}
     width = max((len(name) for name in shown), default=6)
     lines = [f"{'member':{width}}  size  px   recorded  measured  out-of-fold rows  checkpoints"]
@@ -305,6 +342,9 @@ def _table(workspace: Workspace, listed: Catalog, measured: Mapping[str, Mapping
             f"{_figure(member.recorded_accuracy):8}  {_figure(measured.get(name, {}).get('accuracy')):8}  {oof:16}  "
             f"{'imported' if is_imported else len(member.checkpoints)}{'' if member.usable else '  cannot be used'}"
         )
+    if verbose:
+        networks = [member for member in shown.values() if member.source != IMPORTED]
+        lines += [f"{member.name}: preprocessing {member.image_preprocessing.describe()}" for member in networks]
     derived = [name for name, member in sorted(listed.members.items()) if member.source == "derived"]
     if derived:
         lines.append(f"derived, used only where backbones.include names them: {', '.join(derived)}")

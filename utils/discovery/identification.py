@@ -54,6 +54,10 @@ class MemberCandidate:
     """Image size if the file records none; None stands for BASE-BACK's setting"""
     remembered: Member | None = None
     """The entry of a declared network in the last catalog"""
+    preprocessing: Preprocessing | None = None
+    """Of a declared network; None: what the file records"""
+    classes: tuple[str, ...] | None = None
+    """Of a declared network, in the order of its outputs, if the file records none"""
 
 
 @dataclass(frozen=True)
@@ -77,14 +81,14 @@ def identify(scan: Scan, candidate: MemberCandidate) -> tuple[Member, list[Probl
     Raises UserError for a checkpoint that is missing, refused or unreadable.
     """
     workspace, digests = scan.workspace, scan.digests
-    facts = _checkpoint_facts(candidate.path, digests)
+    facts = checkpoint_facts(candidate.path, digests)
     checkpoints = tuple(
         {"path": workspace.relative(path), "stage": stage, "sha256": digests.of(path)}
         for stage, path in [(candidate.stage, candidate.path), *candidate.others.items()]
         if not (SNAPSHOT.fullmatch(stage) and path != candidate.path and _is_of_a_cycle(path, digests))
     )
     siblings = {
-        stage: _checkpoint_facts(candidate.others[stage], digests)["accuracy"]
+        stage: checkpoint_facts(candidate.others[stage], digests)["accuracy"]
         for stage in STAGES
         if stage in candidate.others and candidate.stage == "final" and _is_readable(candidate.others[stage], digests)
     }
@@ -101,7 +105,7 @@ def identify(scan: Scan, candidate: MemberCandidate) -> tuple[Member, list[Probl
     declared = candidate.backbone.startswith(TIMM)
     architecture = candidate.backbone if declared else facts["architecture"] or candidate.backbone
     size = facts["size"] or "full"
-    classes = tuple(facts["classes"] or sorted(scan.classes))  # as every loader of class folders orders them
+    classes = tuple(facts["classes"] or candidate.classes or scan.classes)
     preprocessing = _preprocessing(candidate, architecture, facts)
     member = Member(
         name=candidate.name,
@@ -136,10 +140,11 @@ def identify(scan: Scan, candidate: MemberCandidate) -> tuple[Member, list[Probl
 
 
 def _preprocessing(candidate: MemberCandidate, architecture: str, facts: Mapping[str, Any]) -> Preprocessing:
-    """The checkpoint's own record; else timm's for an architecture of timm; else the base pipeline's transform."""
-    if facts["preprocessing"] is not None:
-        return Preprocessing.from_record(facts["preprocessing"], f"{candidate.path}: extra.preprocessing")
-    img_size = facts["img_size"] or candidate.img_size or int(base_back.settings().IMG_SIZE)
+    """The declared one; else the file's own; else timm's for an architecture of timm, or the base pipeline's."""
+    preprocessing = candidate.preprocessing or recorded_preprocessing(candidate.path, facts)
+    if preprocessing is not None:
+        return preprocessing
+    img_size = candidate.img_size or int(base_back.settings().IMG_SIZE)
     if not architecture.startswith(TIMM):
         return Preprocessing.of_base_pipeline(img_size)
     name = architecture.removeprefix(TIMM)
@@ -150,21 +155,31 @@ def _preprocessing(candidate: MemberCandidate, architecture: str, facts: Mapping
     return Preprocessing.from_record(record, f"{candidate.path}: timm's preprocessing of {name}")
 
 
+def recorded_preprocessing(path: Path, facts: Mapping[str, Any]) -> Preprocessing | None:
+    """The preprocessing that a checkpoint records, by its `checkpoint_facts`; None if it records none.
+
+    A checkpoint that records its image size alone is the base pipeline's, or made by this project with its transform.
+    """
+    if facts["preprocessing"] is not None:
+        return Preprocessing.from_record(facts["preprocessing"], f"{path}: extra.preprocessing")
+    return Preprocessing.of_base_pipeline(facts["img_size"]) if facts["img_size"] else None
+
+
 def _is_of_a_cycle(path: Path, digests: FileDigests) -> bool:
     """Whether a snapshot comes from cyclic training, which starts from new weights."""
-    return _is_readable(path, digests) and _checkpoint_facts(path, digests)["stage"] == CYCLE
+    return _is_readable(path, digests) and checkpoint_facts(path, digests)["stage"] == CYCLE
 
 
 def _is_readable(path: Path, digests: FileDigests) -> bool:
     try:
-        _checkpoint_facts(path, digests)
+        checkpoint_facts(path, digests)
     except UserError as error:
         logger.warning("%s", error)
         return False
     return True
 
 
-def _checkpoint_facts(path: Path, digests: FileDigests) -> dict[str, Any]:
+def checkpoint_facts(path: Path, digests: FileDigests) -> dict[str, Any]:
     """What a checkpoint records of itself, cached by content; None stands for entries that it lacks."""
     try:
         digest = digests.of(path)

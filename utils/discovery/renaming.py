@@ -22,15 +22,21 @@ from utils.predictions.catalog import IMPORTED, TIMM, Catalog, Member
 from utils.predictions.store import AGAIN
 
 
-def user_named_members(listed: Catalog | None) -> dict[str, Member]:
+def user_named_members(workspace: Workspace, listed: Catalog | None) -> dict[str, Member]:
     """The members whose names the user has chosen: imported members and declared networks."""
     members = listed.members if listed else {}
-    return {name: member for name, member in members.items() if member.source == IMPORTED or is_declared(member)}
+    return {
+        name: member for name, member in members.items() if member.source == IMPORTED or is_declared(workspace, member)
+    }
 
 
-def is_declared(member: Member) -> bool:
-    """Whether it is a network of timm that was declared with --add."""
-    return member.architecture.startswith(TIMM) and member.source == "trained"
+def is_declared(workspace: Workspace, member: Member) -> bool:
+    """Whether it is a network of timm that was declared with --add, not one that the base pipeline has trained."""
+    if not member.architecture.startswith(TIMM) or member.source != "trained":
+        return False
+    path = workspace.base / member.checkpoints[0]["path"]
+    match = catalog.CHECKPOINT_NAME.fullmatch(path.name)
+    return match is None or match["name"] != member.name or path.parent != workspace.checkpoints
 
 
 def begin(
@@ -67,7 +73,7 @@ def _parse(requests: Sequence[str]) -> dict[str, str]:
 
 def _require_can_go(workspace: Workspace, listed: Catalog | None, old: str, new: str) -> None:
     """Raise UserError if `old` is not a member that can be renamed."""
-    members = user_named_members(listed)
+    members = user_named_members(workspace, listed)
     if old not in members:
         done = f"; {new} is there: if it was {old} before, nothing is left to do" if new in members else ""
         raise UserError(
@@ -78,7 +84,7 @@ def _require_can_go(workspace: Workspace, listed: Catalog | None, old: str, new:
     base_files = [*catalog.checkpoint_files(workspace).get(old, {}).values(), workspace.base_oof(old)]
     base_files += [workspace.kfold_results(old), workspace.training_metrics(old)]
     moves = [f"mv {path} {path.with_name(new + path.name.removeprefix(old))}" for path in base_files if path.is_file()]
-    if is_declared(members[old]) and moves:
+    if is_declared(workspace, members[old]) and moves:
         raise UserError(
             f"--rename {old}={new}: files in the base pipeline's folders bear the name {old}, which only you may "
             f"rename. Type, then rename again: {'; '.join(moves)}"
@@ -87,7 +93,7 @@ def _require_can_go(workspace: Workspace, listed: Catalog | None, old: str, new:
 
 def _is_finished(workspace: Workspace, listed: Catalog | None, old: str, new: str) -> bool:
     """Whether an interrupted renaming had written the catalog: what is left of `old` belongs to the member `new`."""
-    member = user_named_members(listed).get(new)
+    member = user_named_members(workspace, listed).get(new)
     if member is None or listed is None or old in listed.members or not is_name(old):
         return False
     records = (read_json(workspace.predictions(old, split) / "record.json", remedy=AGAIN) for split in SPLITS)

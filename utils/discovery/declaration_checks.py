@@ -1,0 +1,96 @@
+"""Checks of a declared network before it is added: its architecture, its classes, and one run on a blank image."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from utils import base_back
+from utils.core.errors import UserError, did_you_mean
+from utils.core.workspace import Workspace
+from utils.networks.checkpoints import LEAVE_OUT
+from utils.networks.construction import RETRAIN, NetworkSpec
+from utils.predictions import streaming
+from utils.predictions.catalog import TIMM
+
+FIT = "Name the architecture that these weights belong to, or another file"
+
+
+def in_declaration(where: str, error: UserError) -> UserError:
+    """An error about a checkpoint, with remedies for a network that is not added yet."""
+    message = str(error).replace(RETRAIN, FIT).replace(LEAVE_OUT, "declare another file")
+    return UserError(f"{where}: {message}")
+
+
+def require_architecture(architecture: str, where: str) -> None:
+    """Raise UserError for a name, or a tag behind a point, that the installed timm does not list."""
+    import timm
+
+    if not timm.is_model(architecture):
+        near = did_you_mean(architecture, timm.list_models())
+        raise UserError(f"{where}: timm {timm.__version__} has no model {architecture!r}{near}")
+    try:
+        timm.get_pretrained_cfg(architecture)
+    except RuntimeError:
+        names = timm.list_pretrained(f"{architecture.partition('.')[0]}.*")
+        near = did_you_mean(architecture, names)
+        raise UserError(
+            f"{where}: timm {timm.__version__} has no pretrained tag {architecture!r}{near}; tags: "
+            f"{', '.join(names) or 'none'}"
+        ) from None
+
+
+def require_number(
+    workspace: Workspace, classes: Sequence[str], count: int, *, where: str, what: str, architecture: str, weights: str
+) -> None:
+    """Raise UserError for a network whose outputs are not the workspace's classes."""
+    if count == len(classes):
+        return
+    main = base_back.BUNDLED / "src" / "main.py"
+    shown = main.relative_to(Path.cwd()) if main.is_relative_to(Path.cwd()) else main
+    words = ["python", str(shown), "--backbones", f"{TIMM}{architecture}", "--weights", weights]
+    command = shlex.join([*words, "--workspace", str(workspace.base)])
+    has = "no classifier" if count == 0 else f"a classifier for {count} classes"
+    raise UserError(
+        f"{where}: {what}: {has}; the workspace has {len(classes)} ({', '.join(classes[:8])}"
+        f"{' ...' if len(classes) > 8 else ''}). Train a classifier for them on these weights: {command}"
+    )
+
+
+def run_on_blank(spec: NetworkSpec, global_pool: str | None, where: str) -> int:
+    """Number of outputs of the network for one blank image. Raises UserError if it cannot be built or run."""
+    import torch
+
+    try:
+        network = streaming.open_network(spec)
+    except UserError as error:
+        raise in_declaration(where, error) from error
+    built = _pooling(network)
+    if None not in (global_pool, built) and global_pool != built:
+        raise UserError(
+            f"{where}: its global_pool is {global_pool!r}; timm builds {spec.architecture} with {built!r}, which gives "
+            "other outputs. Add its predictions instead: import-predictions"
+        )
+    size = spec.preprocessing.input_size
+    try:
+        with torch.inference_mode():
+            logits = network(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{where}: {spec.architecture} takes no image of {size} px ({reason}). Give the size that it was "
+            "trained at: --preprocess input_size=PIXELS"
+        ) from error
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+        raise UserError(f"{where}: {spec.architecture} gives no row of logits; expected a classifier")
+    return int(logits.shape[1])
+
+
+def _pooling(network: Any) -> str | None:
+    """The kind of global pooling of a timm network; None if it does not say."""
+    layer = getattr(network, "global_pool", None)
+    layer = getattr(getattr(network, "head", None), "global_pool", None) if layer is None else layer
+    kind = layer if isinstance(layer, str) else getattr(layer, "pool_type", None)
+    return kind if isinstance(kind, str) and kind else None

@@ -1,0 +1,328 @@
+"""Preprocessing records of declared networks, by what the user, a file or timm says.
+
+In this order: `--preprocess KEY=VALUE`, the record of the checkpoint or of the folder (`preprocessor_config.json` of
+Hugging Face, `pretrained_cfg` in timm's `config.json`), timm's configuration of the architecture. The last says what
+its public weights take, so it is an assumption for other weights.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from utils import base_back
+from utils.core.errors import UserError, did_you_mean
+from utils.networks.preprocessing import CHANNELS, Preprocessing
+
+USER = "user"
+TIMM = "timm"
+ASSUMED = "assumed"
+GUESSES = (TIMM, ASSUMED)
+"""Sources that say nothing about the weights themselves."""
+KEYS = (
+    *("input_size", "resize", "crop", "resized", "interpolation", "crop_offset", "mean", "std", "channels", "range"),
+    "exif",
+)
+"""Keys of --preprocess."""
+TIMM_KEYS = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
+RESAMPLES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+"""Pillow's interpolations, in the order of the integers that `resample` gives."""
+STATE = "State it with --preprocess KEY=VALUE ..."
+
+
+# what the user says ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Requests:
+    """The values of --preprocess: for all networks of the same command, and for single ones by name."""
+
+    general: Mapping[str, Any]
+    by_name: Mapping[str, Mapping[str, Any]]
+
+    def of(self, name: str) -> dict[str, Any]:
+        """{key: value} for one network that the command adds."""
+        return {**self.general, **self.by_name.get(name, {})}
+
+
+def parse_requests(texts: Sequence[str]) -> Requests:
+    """The requests of `KEY=VALUE` and `NAME:KEY=VALUE`. Raises UserError for an invalid one."""
+    general: dict[str, Any] = {}
+    by_name: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        left, separator, value = text.partition("=")
+        name, _, key = left.rpartition(":")
+        where = f"--preprocess {text}"
+        if not separator or not key or not value:
+            raise UserError(f"{where}: expected KEY=VALUE or NAME:KEY=VALUE, such as mean=0.5; keys: {', '.join(KEYS)}")
+        if key not in KEYS:
+            raise UserError(f"{where}: no such key{did_you_mean(key, KEYS)}; keys: {', '.join(KEYS)}")
+        values = by_name.setdefault(name, {}) if name else general
+        if key in values:
+            raise UserError(f"{where}: {key} occurs twice. Give it once")
+        values[key] = _parsed(key, value, where)
+        if {"crop", "resized"} <= set(values):
+            raise UserError(f"{where}: crop and resized say the same thing. Give one of them")
+    return Requests(general, by_name)
+
+
+def _parsed(key: str, text: str, where: str) -> Any:
+    """The value of one key. Raises UserError for another form; `Preprocessing` checks the bounds."""
+    if key in ("mean", "std"):
+        values = _numbers(text, (1, 3), where)
+        return values * 3 if len(values) == 1 else values
+    if key == "range":
+        return _numbers(text, (2,), where)
+    if key == "crop":
+        (fraction,) = _numbers(text, (1,), where)
+        if not 0 < fraction <= 1:
+            raise UserError(f"{where}: expected a fraction above 0 and at most 1")
+        return fraction
+    if key in ("input_size", "resized"):
+        if not re.fullmatch(r"\d{1,5}", text):
+            raise UserError(f"{where}: expected a whole number of pixels")
+        return int(text)
+    return text.upper() if key == "channels" else text
+
+
+def _numbers(text: str, counts: tuple[int, ...], where: str) -> list[float]:
+    parts = text.split(",")
+    try:
+        values = [float(part) for part in parts]
+    except ValueError:
+        values = []
+    if len(values) not in counts or not all(map(math.isfinite, values)):
+        expected = " or ".join(map(str, counts))
+        raise UserError(f"{where}: expected {expected} number{'s' if counts != (1,) else ''}, separated by commas")
+    return values
+
+
+def with_requests(base: Preprocessing, requests: Mapping[str, Any], where: str) -> Preprocessing:
+    """`base` with what the user requests. Raises UserError for values that no preprocessing can have.
+
+    A new input size keeps the fraction that is cropped, unless the user gives that, too. The rule `squash` without a
+    fraction leaves nothing to crop.
+    """
+    if not requests:
+        return base
+    record = base.as_record()
+    values = dict(requests)
+    fraction = values.pop("crop", None)
+    if "range" in values:
+        values["value_range"] = values.pop("range")
+    record.update(values)
+    size = record["input_size"]
+    if "resized" not in values:
+        if fraction is not None:
+            record["resized"] = math.floor(size / fraction)
+        elif values.get("resize", base.resize) != base.resize:
+            record["resized"] = size
+        elif size != base.input_size:
+            record["resized"] = math.floor(size * base.resized / base.input_size + 1e-9)
+    if record["resized"] < size and record["resize"] != "pad":
+        raise UserError(f"{where}: resized {record['resized']} is less than input_size {size}; a square must fit in")
+    low, high = record["value_range"]
+    if "mean" in values and not all(low <= value <= high for value in record["mean"]):
+        raise UserError(
+            f"{where}: mean {_listed(record['mean'])} lies outside the range {_listed((low, high))} of the pixels' "
+            "values. Give the range, such as range=0,255, or the mean of values in it"
+        )
+    record["source"] = USER
+    return Preprocessing.from_record(record, where, remedy="Correct --preprocess")
+
+
+def as_requests(record: Preprocessing) -> str:
+    """The words of --preprocess that give a record."""
+    values = {
+        "input_size": record.input_size,
+        "resize": record.resize,
+        "resized": record.resized,
+        "interpolation": record.interpolation,
+        "crop_offset": record.crop_offset,
+        "mean": _listed(record.mean),
+        "std": _listed(record.std),
+        "channels": record.channels,
+        "range": _listed(record.value_range),
+        "exif": record.exif,
+    }
+    return " ".join(f"{key}={value}" for key, value in values.items())
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ",".join(f"{value:.9g}" for value in values)
+
+
+# what timm says -------------------------------------------------------------------------------------------------------
+
+
+def of_timm_config(config: Mapping[str, Any], where: str, *, source: str, img_size: int | None = None) -> Preprocessing:
+    """The preprocessing of a `pretrained_cfg` of timm. Raises UserError for what no record can hold."""
+    try:
+        record = base_back.load_bundled("resizing").record_of_timm_config(config, img_size, source=source)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}. {STATE}") from error
+    return Preprocessing.from_record(record, where, remedy=STATE)
+
+
+def of_architecture(architecture: str, fallback_size: int) -> Preprocessing:
+    """timm's preprocessing for its own weights of an architecture.
+
+    Where timm's configuration gives none, that of the base pipeline at `fallback_size` is assumed.
+    """
+    try:
+        record = base_back.load_bundled("resizing").timm_record(architecture)
+    except ValueError:
+        return Preprocessing.of_base_pipeline(fallback_size).with_source(ASSUMED)
+    return Preprocessing.from_record(record, f"timm:{architecture}")
+
+
+# what Hugging Face says -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Processor:
+    """What a class of image processor does where its file is silent."""
+
+    is_square: bool
+    """A size that is one number means both sides, not the shorter one."""
+    crops: bool = True
+    normalises: bool = True
+    has_crop_pct: bool = False
+    """Below 384 px the shorter side is resized to size / crop_pct, then cropped; from 384 px on both sides to size."""
+
+
+PROCESSORS = {
+    "Beit": _Processor(is_square=True),
+    "Bit": _Processor(is_square=False),
+    "CLIP": _Processor(is_square=False),
+    "ConvNext": _Processor(is_square=False, crops=False, has_crop_pct=True),
+    "DeiT": _Processor(is_square=True),
+    "MobileNetV1": _Processor(is_square=False),
+    "MobileNetV2": _Processor(is_square=False),
+    "MobileViT": _Processor(is_square=False, normalises=False),
+    "Siglip": _Processor(is_square=True, crops=False),
+    "ViT": _Processor(is_square=True, crops=False),
+}
+"""{class of image processor, without its suffix: what it does}; others may crop, pad or normalise by other rules."""
+PROCESSOR_SUFFIX = re.compile(r"(?:ImageProcessor(?:Fast|Pil)?|FeatureExtractor)$")
+CONVNEXT_SQUASHES_FROM = 384
+
+
+def of_hugging_face(config: Mapping[str, Any], where: str, *, source: str) -> Preprocessing:
+    """The preprocessing of a `preprocessor_config.json` of Hugging Face's transformers.
+
+    Their loader of images applies the EXIF orientation, and their crop rounds down. Raises UserError for a class of
+    image processor that is not in PROCESSORS, and for entries of another form.
+    """
+    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
+    if kind.startswith("TimmWrapper") and isinstance(config.get("pretrained_cfg"), Mapping):
+        return of_timm_config(config["pretrained_cfg"], where, source=source)
+    name = PROCESSOR_SUFFIX.sub("", kind)
+    if name not in PROCESSORS:
+        raise UserError(
+            f"{where}: image_processor_type {kind[:60]!r} is not supported{did_you_mean(name, PROCESSORS)}; expected "
+            f"one of {', '.join(PROCESSORS)}. {STATE}"
+        )
+    processor, entries = PROCESSORS[name], _Entries(config, where)
+    if not entries.flag("do_resize", True) or entries.flag("do_pad", False):
+        raise UserError(f"{where}: it does not resize, or it pads; expected a resized square. {STATE}")
+    resize, resized, input_size = _geometry(entries, processor)
+    scale = entries.number("rescale_factor", 1 / 255) if entries.flag("do_rescale", True) else 1.0
+    high = round(255 * scale, 6)
+    normalises = entries.flag("do_normalize", processor.normalises)
+    record = {
+        "input_size": input_size,
+        "resize": resize,
+        "resized": resized,
+        "interpolation": entries.interpolation(),
+        "crop_offset": "floor",
+        "mean": entries.values("image_mean") if normalises else [0.0] * 3,
+        "std": entries.values("image_std") if normalises else [1.0] * 3,
+        "channels": CHANNELS[entries.flag("do_flip_channel_order", False)],
+        "value_range": [0.0, high],
+        "exif": "apply",
+        "source": source,
+    }
+    return Preprocessing.from_record(record, where, remedy=STATE)
+
+
+def _geometry(entries: _Entries, processor: _Processor) -> tuple[str, int, int]:
+    """(resize rule, resized side, side of the input)."""
+    sides = entries.size("size", "both" if processor.is_square else "shortest_edge")
+    is_squashed, side = "shortest_edge" not in sides, sides.get("shortest_edge") or entries.square(sides, "size")
+    if processor.has_crop_pct:
+        if side >= CONVNEXT_SQUASHES_FROM:
+            return "squash", side, side
+        return "shorter-side", int(side / entries.number("crop_pct", 224 / 256)), side
+    if not entries.flag("do_center_crop", processor.crops):
+        if not is_squashed:
+            raise entries.error("do_center_crop", "true, since images of another shape would not become squares")
+        return "squash", side, side
+    input_size = entries.square(entries.size("crop_size", "both"), "crop_size")
+    if input_size > side:
+        raise entries.error("crop_size", f"at most size, {side}, since a larger crop would be padded")
+    return "squash" if is_squashed else "shorter-side", side, input_size
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """Typed access to the entries of a `preprocessor_config.json`."""
+
+    config: Mapping[str, Any]
+    where: str
+
+    def error(self, name: str, expected: str) -> UserError:
+        return UserError(f"{self.where}: {name} is {str(self.config.get(name))[:60]!r}; expected {expected}. {STATE}")
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.config.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise self.error(name, "true or false")
+        return default if value is None else value
+
+    def number(self, name: str, default: float) -> float:
+        value = self.config.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            raise self.error(name, "a number above 0 and at most 1")
+        return float(value)
+
+    def values(self, name: str) -> Any:
+        if name not in self.config:
+            raise self.error(name, "three numbers")
+        value = self.config[name]
+        return [value] * 3 if isinstance(value, int | float) else value
+
+    def interpolation(self) -> str:
+        value = self.config.get("resample")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(RESAMPLES):
+            raise self.error("resample", f"an integer from 0 to {len(RESAMPLES) - 1}")
+        return RESAMPLES[value]
+
+    def size(self, name: str, meaning: str) -> dict[str, int]:
+        """{`shortest_edge`: side} or {`height`, `width`}; one number is what `meaning` says."""
+        value: Any = self.config.get(name)
+        sides: Any = value
+        if isinstance(value, int) and not isinstance(value, bool):
+            sides = {"height": value, "width": value} if meaning == "both" else {"shortest_edge": value}
+        is_sound = isinstance(sides, Mapping) and set(sides) in ({"shortest_edge"}, {"height", "width"})
+        if not is_sound or not all(type(side) is int and side > 0 for side in sides.values()):
+            raise self.error(name, "a number of pixels, {shortest_edge} or {height, width}")
+        return dict(sides)
+
+    def square(self, sides: Mapping[str, int], name: str) -> int:
+        if len(set(sides.values())) > 1:
+            raise self.error(name, "equal sides")
+        return next(iter(sides.values()))
+
+
+def is_guess(record: Preprocessing) -> bool:
+    """Whether nothing says that a preprocessing is that of the weights."""
+    return record.source in GUESSES
+
+
+def differ(first: Preprocessing, second: Preprocessing) -> bool:
+    """Whether two records give different inputs, apart from the rounding of a crop and the EXIF orientation."""
+    return first != replace(second, crop_offset=first.crop_offset, exif=first.exif)

@@ -11,6 +11,7 @@ from head_networks import CLASSES, Foreign, factory, spec
 from preprocessings import BASE_32
 from torch import nn
 
+from utils import base_back
 from utils.core.errors import UserError
 from utils.networks import construction
 from utils.networks.construction import NetworkSpec, build_network, extra_outputs_problem
@@ -74,6 +75,18 @@ def test_a_timm_model_by_name(name, images):
         logits, embeddings = outputs(images)
         torch.testing.assert_close(logits, original(images))
     assert embeddings.shape[1] == {"resnet10t": 512, "deit_tiny_distilled_patch16_224": 2 * 192}[name]
+
+
+def test_a_head_on_the_stages_of_a_timm_model(images):
+    import timm
+
+    torch.manual_seed(0)
+    features = base_back.load_bundled("stage_features")
+    original = features.StageFeatures(timm.create_model("resnet10t"), 5, 32).eval()
+    model = build_network(spec("resnet10t+stages", source="timm"), original.state_dict())
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images), original(images))
+    assert construction.timm_model_name("resnet10t+stages") == construction.timm_model_name("resnet10t") == "resnet10t"
 
 
 @pytest.mark.parametrize("name", ["resnet10", "hf-hub:timm/resnet10t.c3_in1k"])

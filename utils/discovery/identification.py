@@ -22,7 +22,7 @@ from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.discovery import training_records
 from utils.networks import checkpoints
-from utils.networks.construction import RETRAIN
+from utils.networks.construction import RETRAIN, timm_model_name
 from utils.networks.preprocessing import BASE_PIPELINE, LEAST_SIDE, MOST_SIDE, Preprocessing
 from utils.predictions import inspection, out_of_fold
 from utils.predictions.catalog import STAGES, TIMM, Member, Problem, kfold_command, kfold_remedy, network_digest
@@ -147,7 +147,7 @@ def _preprocessing(candidate: MemberCandidate, architecture: str, facts: Mapping
     img_size = candidate.img_size or int(base_back.settings().IMG_SIZE)
     if not architecture.startswith(TIMM):
         return Preprocessing.of_base_pipeline(img_size)
-    name = architecture.removeprefix(TIMM)
+    name = timm_model_name(architecture.removeprefix(TIMM))
     try:
         record = base_back.load_bundled("resizing").timm_record(name, img_size)
     except ValueError as error:

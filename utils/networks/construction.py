@@ -1,6 +1,6 @@
 """Networks built around the weights of a checkpoint, by the factory of BASE-BACK or by timm.
 
-Nothing here imports BASE-BACK: the caller passes its factory.
+The caller passes the factory of the mounted BASE-BACK.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from utils import base_back
 from utils.core.errors import UserError
 from utils.networks.preprocessing import Preprocessing
 
@@ -139,22 +140,30 @@ def construct_untrained(spec: NetworkSpec, n_outputs: int, factory: Callable[...
     return model
 
 
+def timm_model_name(architecture: str) -> str:
+    """timm's name of an architecture: `resnet18` for `resnet18` and for `resnet18+stages`, a head on all its stages."""
+    return architecture.removesuffix(base_back.load_bundled("stage_features").SUFFIX)
+
+
 def _construct_timm(spec: NetworkSpec, n_outputs: int) -> nn.Module:
     import timm
 
     from utils.core.errors import did_you_mean
 
+    architecture = timm_model_name(spec.architecture)
     # Names such as hf-hub:... would be downloaded; only models that the installed timm lists are built.
-    if not timm.is_model(spec.architecture):
+    if not timm.is_model(architecture):
         raise UserError(
-            f"{spec.checkpoint}: timm {timm.__version__} has no model {spec.architecture!r}"
-            f"{did_you_mean(spec.architecture, timm.list_models())}. Name one of timm.list_models()"
+            f"{spec.checkpoint}: timm {timm.__version__} has no model {architecture!r}"
+            f"{did_you_mean(architecture, timm.list_models())}. Name one of timm.list_models()"
         )
-    defaults = timm.get_pretrained_cfg(spec.architecture)
+    defaults = timm.get_pretrained_cfg(architecture)
     needs_size = defaults is not None and defaults.fixed_input_size and defaults.input_size[-1] != spec.img_size
     options: dict[str, Any] = {"img_size": spec.img_size} if needs_size else {}
     try:
-        model: nn.Module = timm.create_model(spec.architecture, pretrained=False, num_classes=n_outputs, **options)
+        model: nn.Module = timm.create_model(architecture, pretrained=False, num_classes=n_outputs, **options)
+        if spec.architecture != architecture:
+            model = base_back.load_bundled("stage_features").StageFeatures(model, n_outputs, spec.img_size)
         return model
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(

@@ -20,7 +20,7 @@ help: ## list the verbs (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo '  make demo QUICK=1                   the smaller demo, for a first look'
-	@echo '  make demo DATA="/path/to/my leaves" your own images: a folder that holds one folder per class'
+	@echo '  make demo DATA="/path/to/my leaves" your own images: a folder of class folders, or a CSV manifest'
 	@echo '  make test ARGS="-k export"          further arguments for pytest or for the demo'
 	@echo '  make setup PYTHON=python3.12        another interpreter (after make clean-environment)'
 

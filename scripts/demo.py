@@ -2,7 +2,8 @@
 
     make demo                      scikit-learn's handwritten digits, fifteen backbones, three folds
     make demo QUICK=1              five backbones, two folds, shorter trainings of what combines them
-    make demo DATA="~/my leaves"   your own images, one folder per class, in a separate workspace
+    make demo DATA="~/my leaves"   your own images in a separate workspace: a folder that holds one folder per class,
+                                   or train, val and test of such folders, or a CSV manifest (file_name,label)
 
 Run again, it keeps finished work. Exits with 0, with 4 if something was left out (named), else with the code of the
 failed step.
@@ -30,7 +31,6 @@ DIGITS_EPOCHS = 12
 DIGITS = 1797
 FEW_IMAGES = 1000  # below, smaller batches: the networks need steps more than steps need images
 MOST_EPOCHS = 40
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,32 +39,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="make demo", description="Train, discover, combine and score, on real images."
     )
     parser.add_argument("--quick", action="store_true", help="five backbones and two folds")
-    parser.add_argument("--data", metavar="DIR", help="folder with one folder of images per class")
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="folder with one folder of images per class, or train, val and test of such folders, or a CSV manifest",
+    )
     options = parser.parse_args(argv)
     if options.data:
         data = Path(options.data).expanduser().resolve()
-        if not data.is_dir():
-            print(f"DATA {data}: no such folder; expected one folder of images per class in it", file=sys.stderr)
-            return 1
         workspace = workspace_of(data)
-        workspace.mkdir(parents=True, exist_ok=True)
     else:
         workspace, data = PROJECT, PROJECT / "Data"
         write_digits(data)
+    base = ["BASE-BACK/src/main.py", "--size", "tiny", "--workspace", str(workspace), "--data", str(data)]
+    # The split comes first: it refuses what is no image set before there is a workspace, and counts the images.
+    code = run([*base, "--stages", "split"])
+    if code not in (0, LEFT_OUT):
+        return code
+    count = count_images(workspace)
     train = [
-        *("BASE-BACK/src/main.py", "--size", "tiny", "--workspace", str(workspace), "--data", str(data)),
+        *base,
         *("--backbones", *(QUICK_BACKBONES if options.quick else ("all",))),
         *("--folds", "2" if options.quick else "3"),
-        *("--epochs-head", "1", "--epochs-finetune", str(epochs_for(count_images(data)))),
+        *("--epochs-head", "1", "--epochs-finetune", str(epochs_for(count))),
         *("--augment", "full" if options.data else "no_flip"),
     ]
     common = ["--workspace", str(workspace)] if options.data else []
     pipeline = ["ensemble_orchestrator.py", "pipeline", "--config", "configs/digits_demo.yaml", *common]
     if options.quick:
         pipeline += [word for setting in QUICK_SETTINGS for word in ("--set", setting)]
-    code = 0
     for step in (train, pipeline):
-        returncode = run(step, batch_size=32 if count_images(data) < FEW_IMAGES else 64)
+        returncode = run(step, batch_size=32 if count < FEW_IMAGES else 64)
         if returncode not in (0, LEFT_OUT):
             return returncode
         code = max(code, returncode)
@@ -82,7 +87,7 @@ def report_of(workspace: Path) -> Path:
     return (Path(output).expanduser() if output else workspace) / "ensembles" / "report" / "index.html"
 
 
-def run(step: Sequence[str], *, batch_size: int) -> int:
+def run(step: Sequence[str], *, batch_size: int = 64) -> int:
     """Print and run one of the project's programs; returns its exit code."""
     print(f"\n$ python {shlex.join(step)}", flush=True)
     environment = os.environ | {"DBT_BATCH_SIZE": str(batch_size)}
@@ -90,14 +95,15 @@ def run(step: Sequence[str], *, batch_size: int) -> int:
 
 
 def workspace_of(data: Path) -> Path:
-    """`workspaces/<folder>-<digest>`: the workspace of a data folder, always the same."""
+    """`workspaces/<name>-<digest>`: the workspace of a data folder or manifest, always the same."""
     name = re.sub(r"[^\w.-]+", "_", data.name) or "data"
     return PROJECT / "workspaces" / f"{name}-{hashlib.sha256(os.fsencode(data)).hexdigest()[:8]}"
 
 
-def count_images(data: Path) -> int:
-    """Image files in the class folders of `data`."""
-    return sum(path.suffix.lower() in SUFFIXES for path in data.glob("*/*"))
+def count_images(workspace: Path) -> int:
+    """Images of the three splits."""
+    split = Path(os.environ.get("DBT_SPLIT_DIR") or workspace / "split_dataset")
+    return sum(1 for _ in split.glob("*/*/*"))
 
 
 def epochs_for(count: int) -> int:

@@ -24,6 +24,12 @@ ON_REQUEST = ("snapshots",)  # more training than most want: only where it is na
 EXTERNAL_STAGES = STAGES[:3]  # the rest would replace what the other pipeline has trained
 
 
+DATA_HELP = (
+    "folder with one folder of images per class, or with train, val and test of such folders, or a CSV manifest "
+    "(file_name,label[,split][,group]) (DBT_RAW_DIR)"
+)
+
+
 def train_backbone_with_metrics(
     backbone_name: str,
     model: Any,
@@ -112,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--folds", metavar="N", help="folds of the out-of-fold predictions (DBT_K_FOLDS)")
     parser.add_argument("--snapshots", metavar="N", help="cycles of the stage snapshots (DBT_CYCLES)")
     parser.add_argument("--epochs-per-cycle", metavar="N", help="epochs of each snapshot cycle (DBT_EPOCHS_PER_CYCLE)")
-    parser.add_argument("--data", metavar="DIR", help="folder with one folder of images per class (DBT_RAW_DIR)")
+    parser.add_argument("--data", metavar="PATH", help=DATA_HELP)
     parser.add_argument("--workspace", metavar="DIR", help="folder for all results (DBT_BASE_DIR)")
     parser.add_argument(
         "--base-back",
@@ -211,7 +217,7 @@ def _run(arguments: dict[str, Any]) -> int:
         return 1
     if arguments["json"]:
         print(json.dumps(vars(summary), sort_keys=True))
-    else:
+    elif summary.results:
         print(table(summary.results))
     for unit, reason in summary.failed.items():
         print(f"failed: {unit}: {reason}", file=sys.stderr)

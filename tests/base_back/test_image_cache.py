@@ -70,3 +70,22 @@ def test_a_pack_without_index_does_not_exist(photographs, tmp_path):
     open_images(photographs, contents(photographs), evaluation_resizing(32), cache)
     next(cache.glob("36_*.npz")).unlink()  # as if killed between the two files
     assert len(open_images(photographs, contents(photographs), evaluation_resizing(32), cache)) == 5
+
+
+def test_the_first_frame_or_page_is_used_and_said_once(tmp_path, heard):
+    pages = [Image.new("RGB", (20, 20), colour) for colour in ("red", "green", "blue")]
+    more = {"save_all": True, "append_images": pages[1:]}
+    files = [tmp_path / name for name in ("a.webp", "b.tiff", "c.png", "d.jpg", "e.tiff")]
+    for file in files[:3]:
+        pages[0].save(file, **more, **({"lossless": True} if file.suffix == ".webp" else {}))
+    pages[0].save(files[3], "mpo", **more)  # as cameras save several views of one photograph
+    pages[0].save(files[4])
+    images = open_images(files, contents(files), evaluation_resizing(32), tmp_path / "cache")
+    for row in range(5):
+        assert (np.abs(images.image(row).astype(int) - (255, 0, 0)) <= 2).all()
+    open_images(files, contents(files), evaluation_resizing(32), tmp_path / "cache")
+    said = [record.getMessage() for record in heard.records]
+    assert len(said) == 1
+    assert said[0].startswith(
+        f"3 of 5 images hold several frames or pages, of which the first is used: first {files[0]}"
+    )

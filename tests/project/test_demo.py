@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import PROJECT, run_python
@@ -27,11 +28,11 @@ def test_small_folders_are_shown_more_often(images, epochs):
     assert demo.epochs_for(images) == epochs
 
 
-def test_only_images_in_class_folders_are_counted(tmp_path):
-    for name in ("a/1.PNG", "a/2.jpeg", "b/3.bmp", "b/notes.txt", "4.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert demo.count_images(tmp_path) == 3
+def test_the_images_of_all_splits_are_counted(tmp_path):
+    for name in ("train/a/1.PNG", "train/a/2.jpeg", "val/b/3.bmp", "test/b/4.webp", "split_manifest.json"):
+        (tmp_path / "split_dataset" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "split_dataset" / name).touch()
+    assert demo.count_images(tmp_path) == 4
 
 
 def test_the_digits_are_written_once_and_whole(tmp_path, capsys):
@@ -47,25 +48,27 @@ def test_the_digits_are_written_once_and_whole(tmp_path, capsys):
     assert not list(tmp_path.glob(".digits*"))
 
 
-def test_a_missing_folder_is_named():
+def test_a_missing_folder_is_named_and_leaves_no_workspace():
     done = run_python("scripts/demo.py", "--data", "/nowhere/at all")
     assert done.returncode == 1
-    assert "DATA /nowhere/at all: no such folder" in done.stderr
+    assert "/nowhere/at all: no such folder or file" in done.stderr
+    assert not demo.workspace_of(Path("/nowhere/at all")).exists()
 
 
 def test_the_programs_are_run_with_the_users_folder_and_a_failure_ends_the_demo(tmp_path, monkeypatch):
     steps = []
-    monkeypatch.setattr(demo, "run", lambda step, batch_size: steps.append(step) or 1)
+    monkeypatch.setattr(demo, "run", lambda step, batch_size=0: steps.append(step) or "--folds" in step)
     monkeypatch.setattr(demo, "PROJECT", tmp_path)
     (tmp_path / "my leaves" / "a").mkdir(parents=True)
     assert demo.main(["--quick", "--data", str(tmp_path / "my leaves")]) == 1
-    assert len(steps) == 1
-    assert steps[0][steps[0].index("--data") + 1] == str(tmp_path / "my leaves")
-    assert steps[0][steps[0].index("--folds") + 1] == "2"
+    assert len(steps) == 2
+    assert all(step[step.index("--data") + 1] == str(tmp_path / "my leaves") for step in steps)
+    assert steps[0][-2:] == ["--stages", "split"]
+    assert steps[1][steps[1].index("--folds") + 1] == "2"
 
 
 def test_something_left_out_is_passed_on_as_4_and_the_report_is_the_last_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "run", lambda step, batch_size: 4 if "main.py" in step[0] else 0)
+    monkeypatch.setattr(demo, "run", lambda step, batch_size=0: 4 if "main.py" in step[0] else 0)
     monkeypatch.setattr(demo, "PROJECT", tmp_path)
     (tmp_path / "leaves" / "a").mkdir(parents=True)
     assert demo.main(["--data", str(tmp_path / "leaves")]) == 4
@@ -75,12 +78,12 @@ def test_something_left_out_is_passed_on_as_4_and_the_report_is_the_last_line(tm
 
 def test_the_quick_demo_shortens_settings_that_there_are(tmp_path, monkeypatch):
     steps = []
-    monkeypatch.setattr(demo, "run", lambda step, batch_size: steps.append(step) or 0)
+    monkeypatch.setattr(demo, "run", lambda step, batch_size=0: steps.append(step) or 0)
     monkeypatch.setattr(demo, "PROJECT", tmp_path)
     (tmp_path / "leaves" / "a").mkdir(parents=True)
     for quick in (["--quick"], []):
         assert demo.main([*quick, "--data", str(tmp_path / "leaves")]) == 0
-    assert [step.count("--set") for step in steps] == [0, len(demo.QUICK_SETTINGS), 0, 0]
+    assert [step.count("--set") for step in steps] == [0, 0, len(demo.QUICK_SETTINGS), 0, 0, 0]
     config = load_config(PROJECT / "configs" / "digits_demo.yaml")
     shorter = load_config(PROJECT / "configs" / "digits_demo.yaml", overrides=demo.QUICK_SETTINGS)
     assert shorter.runs.stacking.mlp_config.epochs < config.runs.stacking.mlp_config.epochs

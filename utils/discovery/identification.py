@@ -105,7 +105,8 @@ def identify(scan: Scan, candidate: MemberCandidate) -> tuple[Member, list[Probl
     declared = candidate.backbone.startswith(TIMM)
     architecture = candidate.backbone if declared else facts["architecture"] or candidate.backbone
     size = facts["size"] or "full"
-    classes = tuple(facts["classes"] or candidate.classes or scan.classes)
+    # Without a list, the order is that of sorted names, as every loader of class folders has it.
+    classes = tuple(facts["classes"] or candidate.classes or sorted(scan.classes))
     preprocessing = _preprocessing(candidate, architecture, facts)
     member = Member(
         name=candidate.name,

@@ -58,16 +58,20 @@ def _copies(store: Store, rows: Rows, split: str) -> list[tuple[str, str]]:
 
 
 def row_groups(store: Store, rows: Rows, split: str) -> np.ndarray | None:
-    """Group index of each row (N,), by `dataset.group_regex` and equal images; None where every group is one row."""
+    """Group index of each row (N,), by recorded groups, `dataset.group_regex` and equal images.
+
+    None where every group is one row.
+    """
     ids = rows.sample_ids.tolist()
     contents = ids
     if store.catalog.has_images:
         images = store.images(split)
         content_of = dict(zip(images.sample_ids, images.contents, strict=True))
         contents = [content_of[sample_id] for sample_id in ids]
-    groups: np.ndarray = base_back.load_bundled("samples").group_indices(
-        ids, contents, store.config.dataset.group_regex
-    )
+    grouping = base_back.load_bundled("samples")
+    recorded = grouping.recorded_groups(store.workspace.split_dir).get(split, {})
+    names = [recorded.get(sample_id) for sample_id in ids]
+    groups: np.ndarray = grouping.group_indices(ids, contents, store.config.dataset.group_regex, names)
     return groups if len(np.unique(groups)) < len(groups) else None
 
 

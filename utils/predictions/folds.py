@@ -20,24 +20,26 @@ CROSSFIT_FOLDS = 5
 def crossfit_folds(store: Store) -> dict[tuple[str, str], int]:
     """{(split, sample id): fold} over the train and val rows, which all combiners share.
 
-    Stratified and seeded; rows of one group (`dataset.group_regex`) or of equal images share a fold. There are five
-    folds, fewer if a class has fewer groups. The stored assignment is replaced when images, seed or group rule change.
-    Raises UserError if a class has one group only.
+    Stratified and seeded; rows of one group (`dataset.group_regex`, or recorded by the split) or of equal images share
+    a fold. There are five folds, fewer if a class has fewer groups. The stored assignment is replaced when images,
+    seed, group rule or recorded groups change. Raises UserError if a class has one group only.
     """
     rule, seed = store.config.dataset.group_regex, store.config.seed
     digests = [store.catalog.splits[split]["digest"] for split in ("train", "val")]
-    key = digest_of([VERSION, digests, rule, seed])
+    grouping = base_back.load_bundled("samples")
+    recorded = grouping.recorded_groups(store.workspace.split_dir)
+    key = digest_of([VERSION, digests, rule, seed, *([recorded] if recorded else [])])
     path = store.workspace.crossfit_folds
     if path.is_file():
         arrays = read_arrays(path, remedy=AGAIN)
         if str(arrays["key"]) == key:
             return _fold_table(arrays)
-    grouping = base_back.load_bundled("samples")
     splits = [store.samples("train"), store.samples("val")]
     labels = np.concatenate([samples.labels for samples in splits])
     ids = [sample_id for samples in splits for sample_id in samples.sample_ids]
     contents = [content for samples in splits for content in samples.contents or _names(samples)]
-    groups = grouping.group_indices(ids, contents, rule)
+    names = [recorded.get(samples.split, {}).get(name) for samples in splits for name in samples.sample_ids]
+    groups = grouping.group_indices(ids, contents, rule, names)
     counts = {int(label): len(np.unique(groups[labels == label])) for label in np.unique(labels)}
     folds = min(CROSSFIT_FOLDS, *counts.values())
     if folds < 2:

@@ -242,7 +242,9 @@ SEED = _whole("DBT_SEED", 42, 0)
 NUM_WORKERS = _whole("DBT_NUM_WORKERS", -1, 0)  # -1: found by `utils.get_optimal_workers`
 AUGMENT = _choice("DBT_AUGMENT", "full", ("full", "no_flip", "none"))
 GROUP_REGEX = _group_regex("DBT_GROUP_REGEX")
-NUM_CLASSES = _whole("DBT_NUM_CLASSES", _class_count(TRAIN_DIR) or _class_count(RAW_DIR) or 13, 2)
+NUM_CLASSES = _whole(
+    "DBT_NUM_CLASSES", _class_count(TRAIN_DIR) or _class_count(RAW_DIR / "train") or _class_count(RAW_DIR) or 13, 2
+)
 
 # training ------------------------------------------------------------------------------------------------------------
 EPOCHS_HEAD = _whole("DBT_EPOCHS_HEAD", 40, 0)

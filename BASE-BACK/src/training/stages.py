@@ -26,7 +26,13 @@ from utils.devices import usable_cores
 from utils.files import atomic_path, read_json, write_json
 from utils.logs import duration
 from utils.samples import digest_of_contents
-from utils.splitting import prepare_optimized_datasets, read_manifest, split_contents, verify_dataset_split
+from utils.splitting import (
+    fold_groups,
+    prepare_optimized_datasets,
+    read_manifest,
+    split_contents,
+    verify_dataset_split,
+)
 
 KINDS = ("verify", "train", "test", "export")  # stages that are one unit of the same name
 WEIGHT = {"fold": 10, "train": 12, "verify": 1, "oof": 1, "test": 1, "export": 2, "snapshots": 12}  # rough cost
@@ -70,9 +76,9 @@ def run_stages(
     """
     start = time.monotonic()
     summary = Summary(str(settings.BASE_DIR))
-    logger.log_system_info_once()
     if "split" in stages:
         prepare_optimized_datasets(progress=_decoding_progress())
+    logger.log_system_info_once()  # after the split: data that cannot be split leave no log behind
     manifest = read_manifest()
     summary.left_out = manifest["left_out"] if manifest else []
     if set(stages) == {"split"}:
@@ -141,8 +147,11 @@ def plan(backbones: Sequence[str], stages: Sequence[str], folds: int) -> list[Un
     classes: list[str] = []
     digests: dict[str, str] = {}
     for split in ("train", "val", "test"):
-        classes, _, contents = split_contents(settings.SPLIT_DIR, split)
-        digests[split] = digest_of_contents(contents)
+        classes, samples, contents = split_contents(settings.SPLIT_DIR, split)
+        grouped = {s.sample_id: f"{contents[s.sample_id]} {s.group}" for s in samples if s.group is not None}
+        digests[split] = digest_of_contents(contents | grouped)
+        if split == "train" and "kfold" in stages:
+            fold_groups(samples, [contents[sample.sample_id] for sample in samples], folds)
     split_digest = f"{digests['train']}/{digests['val']}"
     external = source_digest(settings.EXTERNAL_BASE_BACK) if settings.EXTERNAL_BASE_BACK else None
     recipes = [Recipe.from_settings(name, classes, split_digest, external) for name in backbones]

@@ -28,7 +28,8 @@ from training.units import Outcome, Unit, checkpoint_path, oof_path, progress_pa
 from utils import DEVICE, set_seed
 from utils.datasets import BatchLoader, DecodedDataset
 from utils.files import atomic_path
-from utils.samples import group_indices, stratified_bins
+from utils.samples import stratified_bins
+from utils.splitting import fold_groups
 
 
 def run_unit(unit: Unit) -> Outcome:
@@ -59,9 +60,7 @@ def assign_folds(dataset: DecodedDataset, folds: int, seed: int) -> np.ndarray:
 
     Raises ValueError when there are fewer groups than folds.
     """
-    groups = group_indices(dataset.sample_ids, dataset.contents, settings.GROUP_REGEX)
-    if groups.max() + 1 < folds:
-        raise ValueError(f"{folds} folds need as many groups of images; the train split has {int(groups.max()) + 1}")
+    groups = fold_groups(dataset.records, dataset.contents, folds)
     return stratified_bins(np.array(dataset.targets), groups, [1 / folds] * folds, seed)
 
 

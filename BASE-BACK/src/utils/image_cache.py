@@ -30,6 +30,13 @@ LARGE_PIXELS = 1 << 25  # images above this are decoded one at a time, so that t
 
 logger = logging.getLogger("disease_pipeline")
 _one_large_image = threading.Lock()
+NOTES = {
+    "clipped": "have more than 8 bits a channel and are clipped to 255, as the evaluation transform does it: first "
+    "{first}. Convert them to 8 bits to keep their range",
+    "frames": "hold several frames or pages, of which the first is used: first {first}. Save the others as files of "
+    "their own to use them",
+}
+"""What is said once of the decoded files that it applies to."""
 
 
 class UnreadableImages(ValueError):
@@ -76,20 +83,22 @@ class DecodedImages:
         return crops
 
 
-def _read_image(path: Path, rules: Sequence[Resizing]) -> tuple[dict[str, np.ndarray], str]:
-    """{key: RGB pixels, uint8 (height, width, 3)} of one file by each of the rules, and Pillow's mode.
+def _read_image(path: Path, rules: Sequence[Resizing]) -> tuple[dict[str, np.ndarray], set[str]]:
+    """{key: RGB pixels, uint8 (height, width, 3)} of one file by each of the rules, and which NOTES apply to it.
 
     Raises ValueError with the path and the reason.
     """
-    from .image_files import open_image
+    from .image_files import has_more_frames, open_image
 
     try:
         with open_image(path) as image:
-            mode = image.mode
+            notes = {"clipped"} if image.mode in ("I", "F") or image.mode.startswith("I;16") else set()
+            if has_more_frames(image):
+                notes.add("frames")
             if image.width * image.height > LARGE_PIXELS:
                 with _one_large_image:
-                    return resized_pixels(image, rules), mode
-            return resized_pixels(image, rules), mode
+                    return resized_pixels(image, rules), notes
+            return resized_pixels(image, rules), notes
     except Exception as error:  # decoders of damaged files raise whatever they meet, from struct.error to IndexError
         reason = str(error).replace(repr(str(path)), "it").replace(str(path), "it")
         raise ValueError(f"{path}: cannot be decoded ({reason})") from error
@@ -130,8 +139,8 @@ def decode_images(
 ) -> None:
     """Store what no pack in `folder` holds yet for one of the `rules`; each file is decoded once for all.
 
-    Arguments as for `open_images`. Says once how many images lose range. Raises `UnreadableImages` after everything
-    readable was stored.
+    Arguments as for `open_images`. Says once how many images lose range or frames. Raises `UnreadableImages` after
+    everything readable was stored.
     """
     lacking: dict[str, tuple[Path, list[Resizing]]] = {}
     for rule in rules:
@@ -147,12 +156,10 @@ def decode_images(
         # Both are upstream's behaviour as well; an image that is too large to be meant is an error, not a warning.
         warnings.filterwarnings("ignore", "Image size .* exceeds limit")
         warnings.filterwarnings("ignore", "Palette images with Transparency")
-        problems, clipped = _decode(lacking, folder, threads or min(8, os.cpu_count() or 1), progress)
-    if clipped:
-        logger.warning(
-            f"{len(clipped)} of {len(paths)} images have more than 8 bits a channel and are clipped to 255, as the "
-            f"evaluation transform does it: first {clipped[0]}. Convert them to 8 bits to keep their range"
-        )
+        problems, noted = _decode(lacking, folder, threads or min(8, os.cpu_count() or 1), progress)
+    for note, files in noted.items():
+        if files:
+            logger.warning(f"{len(files)} of {len(paths)} images {NOTES[note].format(first=files[0])}")
     if problems:
         raise UnreadableImages(problems)
 
@@ -176,28 +183,28 @@ def _decode(
     folder: Path,
     threads: int,
     progress: Callable[[int, int], None] | None,
-) -> tuple[list[tuple[Path, str]], list[Path]]:
-    """Write packs of the images; returns those that cannot be read, and those whose channels were clipped."""
+) -> tuple[list[tuple[Path, str]], dict[str, list[Path]]]:
+    """Write packs of the images; returns those that cannot be read, and those that each of the NOTES applies to."""
     problems: list[tuple[Path, str]] = []
-    clipped: list[Path] = []
+    noted: dict[str, list[Path]] = {note: [] for note in NOTES}
     packs: dict[str, _Pack] = {}
     waiting = list(lacking.items())
 
-    def attempt(item: tuple[str, tuple[Path, list[Resizing]]]) -> tuple[dict[str, np.ndarray], str, str]:
+    def attempt(item: tuple[str, tuple[Path, list[Resizing]]]) -> tuple[dict[str, np.ndarray], set[str], str]:
         _, (path, rules) = item
         try:
             return *_read_image(path, rules), ""
         except ValueError as error:
-            return {}, "", str(error).removeprefix(f"{path}: ")
+            return {}, set(), str(error).removeprefix(f"{path}: ")
 
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(waiting), DECODE_AHEAD):
             batch = waiting[start : start + DECODE_AHEAD]
-            for (content, (path, _)), (images, mode, reason) in zip(batch, pool.map(attempt, batch), strict=True):
+            for (content, (path, _)), (images, notes, reason) in zip(batch, pool.map(attempt, batch), strict=True):
                 if reason:
                     problems.append((path, reason))
-                if mode in ("I", "F") or mode.startswith("I;16"):
-                    clipped.append(path)
+                for note in notes:
+                    noted[note].append(path)
                 for key, image in images.items():
                     pack = packs.setdefault(key, _Pack(key, folder))
                     pack.add(content, image)
@@ -207,7 +214,7 @@ def _decode(
                 progress(min(start + DECODE_AHEAD, len(waiting)), len(waiting))
     for pack in packs.values():
         pack.write()
-    return problems, clipped
+    return problems, noted
 
 
 class _Pack:

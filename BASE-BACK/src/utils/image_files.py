@@ -28,6 +28,17 @@ def open_image(path: str | Path) -> Image.Image:
         raise UnidentifiedImageError(f"its content is of the format {name}; expected one of {expected}") from error
 
 
+def has_more_frames(image: Image.Image) -> bool:
+    """Whether an opened file holds an animation or several pages, of which the first is the image.
+
+    The further pictures of an MPO file are other views of the same photograph and do not count.
+    """
+    try:
+        return image.format != "MPO" and getattr(image, "n_frames", 1) > 1
+    except Exception:  # of damaged pages behind the first
+        return True
+
+
 def format_of(path: str | Path) -> str | None:
     """Pillow's name for the format that the first bytes of a file claim, if it is none of FORMATS; opens no decoder."""
     with open(path, "rb") as file:

@@ -11,10 +11,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
+from .files import read_json
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+RECORD = "image_set.json"
+"""Beside train, val and test of a split made from a CSV manifest: `classes` in order, `groups` {split: {id: group}}."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,9 @@ class Sample:
     sample_id: str
     """Its path below the root, with `/`: `canker/canker_1.jpg`."""
     label: int
-    """Index of its class folder among the sorted class folders."""
+    """Index of its class folder: among the sorted class folders, or in the recorded order of the split."""
+    group: str | None = None
+    """Name of the group that the split records for it; images of one group are never separated."""
 
 
 def class_folders(root: Path) -> list[str]:
@@ -39,23 +46,69 @@ def class_folders(root: Path) -> list[str]:
 def scan(root: Path) -> tuple[list[str], list[Sample]]:
     """Classes and samples below `root`, one level deep, sorted by class and file name.
 
-    Raises FileNotFoundError without the folder and ValueError for a class folder that holds no image.
+    The classes of a split whose folder holds a RECORD have its order. Raises FileNotFoundError without the folder and
+    ValueError for a class folder that holds no image, for links to images that are gone, and for a RECORD of other
+    classes.
     """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; expected one folder per class with images in it")
-    classes = class_folders(root)
+    record = _record(root.parent)
+    classes = _in_order(class_folders(root), record, root)
+    groups = record["groups"].get(root.name, {})
     samples: list[Sample] = []
     for label, name in enumerate(classes):
-        files = sorted(
-            path.name for path in (root / name).iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()
-        )
+        files = image_names(root / name)
         if not files:
             raise ValueError(
                 f"{root / name}: the class folder holds no image ({', '.join(SUFFIXES)}); add some or remove the folder"
             )
-        samples.extend(Sample(root / name / file, f"{name}/{file}", label) for file in files)
+        ids = [f"{name}/{file}" for file in files]
+        samples += [Sample(root / i, i, label, groups.get(i)) for i in ids]
     return classes, samples
+
+
+def image_names(folder: Path) -> list[str]:
+    """Names of the image files directly in `folder`, sorted. Raises ValueError for links to files that are gone."""
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    names = [path.name for path in paths if path.is_file()]
+    if len(names) < len(paths):
+        broken = [path for path in paths if path.is_symlink() and not path.exists()]
+        if broken:
+            raise ValueError(
+                f"{broken[0]}: a link to {broken[0].readlink()}, which does not exist ({len(broken)} such link(s) in "
+                "the folder); put the images back, or move the split folder away to split again"
+            )
+    return names
+
+
+def recorded_groups(split_dir: Path) -> dict[str, dict[str, str]]:
+    """{split: {sample id: group}} as the split records it; empty where images have no recorded groups."""
+    groups: dict[str, dict[str, str]] = _record(split_dir)["groups"]
+    return groups
+
+
+def _record(split_dir: Path) -> dict[str, Any]:
+    path = split_dir / RECORD
+    record = read_json(path)
+    if record is None:
+        return {"classes": None, "groups": {}}
+    if not isinstance(record, dict) or record.keys() < {"classes", "groups"}:
+        raise ValueError(f"{path}: expected the keys classes and groups; move the split folder away to split again")
+    return record
+
+
+def _in_order(folders: list[str], record: Mapping[str, Any], root: Path) -> list[str]:
+    """The class folders in the recorded order, where there is one."""
+    classes: list[str] | None = record["classes"]
+    if classes is None or not folders:
+        return folders
+    if sorted(classes) != folders:
+        raise ValueError(
+            f"{root}: class folders {', '.join(folders)}; {RECORD} lists {', '.join(classes)}. Move the split folder "
+            "away to split again"
+        )
+    return classes
 
 
 def content_digests(samples: Sequence[Sample], known: Mapping[str, Sequence] | None = None) -> dict[str, list]:
@@ -81,10 +134,16 @@ def digest_of_contents(contents: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def group_indices(sample_ids: Sequence[str], contents: Sequence[str], group_regex: str | None) -> np.ndarray:
+def group_indices(
+    sample_ids: Sequence[str],
+    contents: Sequence[str],
+    group_regex: str | None,
+    names: Sequence[str | None] | None = None,
+) -> np.ndarray:
     """Group of each row, int64 (N,): rows of equal content or of an equal group name never part.
 
-    The group name is what `group_regex` captures in the file name; a file that it does not match stands alone.
+    A row's group names are what `group_regex` captures in the file name and its entry of `names`, the recorded groups;
+    a file that has neither stands alone.
     """
     parent = list(range(len(sample_ids)))
 
@@ -101,6 +160,8 @@ def group_indices(sample_ids: Sequence[str], contents: Sequence[str], group_rege
         match = pattern.search(sample_id.rsplit("/", 1)[-1]) if pattern else None
         if match and match.group(1) is not None:
             keys.append(("group", match.group(1)))
+        if names is not None and (name := names[index]) is not None:
+            keys.append(("recorded", name))
         for key in keys:
             other = first.setdefault(key, index)
             low, high = sorted((root_of(index), root_of(other)))

@@ -1,14 +1,15 @@
-"""The raw images are split once: stratified, seeded, groups and equal contents kept together, and recorded.
+"""The images are split once: stratified, seeded, groups and equal contents kept together, and recorded.
 
-`split_dataset/split_manifest.json` says what was split into what. A later run with other raw images does not reuse
-the split in silence.
+Splits that the images have already are kept. `split_dataset/split_manifest.json` says what was split into what. A later
+run with other images does not reuse the split in silence.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ from config.settings import GROUP_REGEX, IMAGE_CACHE_DIR, IMG_SIZE, RAW_DIR, SEE
 from utils import logger
 from utils.files import read_json, write_json
 from utils.image_cache import UnreadableImages, open_images
+from utils.image_sets import CLASS_FOLDERS, ImageSet, open_image_set
+from utils.image_sets import MANIFEST as MANIFEST_LAYOUT
 from utils.resizing import evaluation_resizing
 from utils.samples import (
+    RECORD,
+    SUFFIXES,
     Sample,
     class_folders,
     content_digests,
@@ -31,6 +36,7 @@ from utils.samples import (
 
 SPLITS = ("train", "val", "test")
 MANIFEST = "split_manifest.json"
+FIRST_SUFFIXES = [".jpg", ".jpeg", ".png", ".bmp"]  # of images that were split before the suffixes were recorded
 
 
 class SplitError(ValueError):
@@ -47,8 +53,10 @@ def prepare_optimized_datasets(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Copy the images of `raw_dir` into `split_dir/{train,val,test}/<class>/`, each image once, whole or not at all.
+    """Put the images of `raw_dir` into `split_dir/{train,val,test}/<class>/`, each image once, whole or not at all.
 
+    `raw_dir` is a folder of class folders, whose images are copied, or a folder with splits or a CSV manifest, whose
+    images are linked. Splits that it gives are kept; a missing val or test is made from train.
     Returns at once when a split of the same images exists. Unreadable images are left out, named and recorded.
     Raises FileNotFoundError without raw folder, `SplitError` (a ValueError) below two classes, for an empty class, a
     class too small for three splits, or a split made from other images.
@@ -60,30 +68,39 @@ def prepare_optimized_datasets(
     if split_dir.is_dir() and any(split_dir.iterdir()):
         _check_existing(raw_dir, split_dir)
         return
-    classes, samples = _scan_raw(raw_dir)
-    digests = content_digests(samples)
-    readable, left_out = _readable(samples, digests, progress)
-    contents = [digests[sample.sample_id][2] for sample in readable]
-    groups = group_indices([sample.sample_id for sample in readable], contents, GROUP_REGEX)
-    labels = np.array([sample.label for sample in readable])
-    _check_sizes(classes, labels, groups, raw_dir)
-    split_of = stratified_bins(labels, groups, ratios, seed)
+    images = _open(raw_dir)
+    _check_sizes(images, _groups(images.samples, images.names), raw_dir)  # before anything is written
+    digests = content_digests(images.named_samples())
+    _check_labels(images, digests, raw_dir)
+    readable, left_out = _readable(images, digests, progress)
+    contents = [digests[name][2] for name in readable.names]
+    groups = _groups(readable.samples, contents)
+    _check_sizes(readable, groups, raw_dir)
+    for note in images.notes:
+        logger.warning("split: %s", note)
+    _warn_of_shared_groups(readable, groups)
+    split_of = _assign_splits(readable, groups, ratios, seed)
     manifest = {
         "schema": 1,
         "raw_dir": str(raw_dir),
+        "layout": images.layout,
+        "suffixes": list(SUFFIXES),
         "raw_digest": digest_of_contents({name: entry[2] for name, entry in digests.items()}),
         "raw_files": digests,
         "seed": seed,
         "ratios": list(ratios),
         "group_regex": GROUP_REGEX,
-        "classes": classes,
+        "classes": images.classes,
         "left_out": [{"path": path, "reason": reason} for path, reason in left_out],
         "repeated": _repeated(readable, contents),
     }
-    _copy(readable, split_of, manifest, split_dir)
+    if images.layout != CLASS_FOLDERS:
+        manifest["assignment_digest"] = images.assignment_digest()
+    _fill(readable, split_of, digests, manifest, split_dir)
     counts = np.bincount(split_of, minlength=3)
     logger.info(
-        "split: %d images of %d classes into train %d, val %d, test %d", len(readable), len(classes), *counts.tolist()
+        "split: %d images of %d classes into train %d, val %d, test %d",
+        *(len(readable.samples), len(images.classes), *counts.tolist()),
     )
 
 
@@ -109,77 +126,171 @@ def split_contents(split_dir: Path, split: str) -> tuple[list[str], list[Sample]
     return classes, samples, {name: entry[2] for name, entry in digests.items()}
 
 
-def _scan_raw(raw_dir: Path) -> tuple[list[str], list[Sample]]:
+def fold_groups(samples: Sequence[Sample], contents: Sequence[str], folds: int) -> np.ndarray:
+    """Group of each train row, int64 (N,). Raises `SplitError` when there are fewer groups than folds."""
+    groups = _groups(samples, contents)
+    count = int(groups.max()) + 1
+    if count < folds:
+        raise SplitError(
+            f"--folds: {folds} folds need as many images or groups of images; the train split has {count}. Add images, "
+            f"or pass --folds {max(2, count)}"
+        )
+    return groups
+
+
+def _open(raw_dir: Path) -> ImageSet:
     try:
-        classes, samples = scan(raw_dir)
+        return open_image_set(raw_dir)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; put the images there or name their folder with --data DIR") from error
+        raise FileNotFoundError(f"{error}; put the images there or name their place with --data") from error
     except ValueError as error:
         raise SplitError(str(error)) from error
-    if len(classes) < 2:
-        found = f"one class only ({classes[0]!r})" if classes else "no class folder"
-        raise SplitError(f"{raw_dir}: found {found}; expected one folder per class and at least two classes")
-    return classes, samples
+
+
+def _groups(samples: Sequence[Sample], contents: Sequence[str]) -> np.ndarray:
+    return group_indices([s.sample_id for s in samples], contents, GROUP_REGEX, [s.group for s in samples])
 
 
 def _readable(
-    samples: list[Sample], digests: dict[str, list], progress: Callable[[int, int], None] | None
-) -> tuple[list[Sample], list[tuple[str, str]]]:
-    paths = [sample.path for sample in samples]
-    contents = [digests[sample.sample_id][2] for sample in samples]
+    images: ImageSet, digests: dict[str, list], progress: Callable[[int, int], None] | None
+) -> tuple[ImageSet, list[tuple[str, str]]]:
+    paths = [sample.path for sample in images.samples]
+    contents = [digests[name][2] for name in images.names]
     try:
         open_images(paths, contents, evaluation_resizing(IMG_SIZE), IMAGE_CACHE_DIR, progress=progress)
     except UnreadableImages as error:
         content_of = dict(zip(paths, contents, strict=True))
         reason_of = {content_of[path]: reason for path, reason in error.problems}
         left_out = [
-            (sample.sample_id, reason_of[content])
-            for sample, content in zip(samples, contents, strict=True)
+            (name, reason_of[content])
+            for name, content in zip(images.names, contents, strict=True)
             if content in reason_of
         ]
-        for sample_id, reason in left_out:
-            logger.warning("split: %s left out: %s", sample_id, reason)
-        names = {sample_id for sample_id, _ in left_out}
-        return [sample for sample in samples if sample.sample_id not in names], left_out
-    return samples, []
+        for name, reason in left_out:
+            logger.warning("split: %s left out: %s", name, reason)
+        return images.take([row for row, content in enumerate(contents) if content not in reason_of]), left_out
+    return images, []
 
 
-def _check_sizes(classes: list[str], labels: np.ndarray, groups: np.ndarray, raw_dir: Path) -> None:
+def _check_sizes(images: ImageSet, groups: np.ndarray, raw_dir: Path) -> None:
+    """Raise `SplitError` for a class that cannot be in train, val and test."""
+    labels = np.array([sample.label for sample in images.samples])
+    missing = _missing_splits(images)
+    made_of_train = ["train", *missing]
     problems = []
-    for label, name in enumerate(classes):
-        images, parts = int((labels == label).sum()), len(np.unique(groups[labels == label]))
-        if parts < len(SPLITS):
-            problems.append(f"class {name!r} has {images} readable image(s) in {parts} group(s)")
-    if problems:
-        raise SplitError(
-            f"{raw_dir}: {'; '.join(problems)}; expected at least 3, one for each of train, val and test: add images "
-            "or remove the class folder"
+    for label, name in enumerate(images.classes):
+        for split in SPLITS:
+            if split in missing:
+                continue
+            of_split = np.array([given in (None, split) for given in images.splits]) & (labels == label)
+            parts, needed = len(np.unique(groups[of_split])), len(made_of_train) if split == "train" else 1
+            if parts < needed:
+                where = f" of {split}" if len(missing) < 2 else ""
+                count = int(of_split.sum())
+                problems.append(f"class {name!r} has {count} readable image(s){where} in {parts} group(s)")
+    if not problems:
+        return
+    if len(missing) == 2:
+        expected = "expected at least 3, one for each of train, val and test"
+    elif missing:
+        expected = f"expected at least one in each split, and one more in train for {missing[0]}"
+    else:
+        expected = "expected at least one in each split"
+    remedy = "remove the class folder" if images.layout != MANIFEST_LAYOUT else "remove the rows of the class"
+    raise SplitError(f"{raw_dir}: {'; '.join(problems)}; {expected}: add images or {remedy}")
+
+
+def _missing_splits(images: ImageSet) -> list[str]:
+    """val and test, where the source does not give them."""
+    return [split for split in SPLITS[1:] if split not in images.splits]
+
+
+def _check_labels(images: ImageSet, digests: dict[str, list], raw_dir: Path) -> None:
+    """Raise `SplitError` for equal images that a manifest labels differently; class folders are only warned of."""
+    if images.lines is None:
+        return
+    first: dict[str, int] = {}
+    for row in np.argsort(images.lines):
+        other = first.setdefault(digests[images.names[row]][2], int(row))
+        labels = [images.classes[images.samples[at].label] for at in (other, row)]
+        if labels[0] != labels[1]:
+            raise SplitError(
+                f"{raw_dir}, line {images.lines[row]}: {images.names[row]!r} has the label {labels[1]!r}; the equal "
+                f"image {images.names[other]!r} of line {images.lines[other]} has {labels[0]!r}. Expected one label "
+                "for equal images: correct one, or remove both rows"
+            )
+
+
+def _assign_splits(images: ImageSet, groups: np.ndarray, ratios: Sequence[float], seed: int) -> np.ndarray:
+    """Index into SPLITS of each image, int64 (N,): as given, else stratified by `ratios` in whole groups."""
+    labels = np.array([sample.label for sample in images.samples])
+    missing = _missing_splits(images)
+    if len(missing) == 2 and "train" not in images.splits:
+        return stratified_bins(labels, groups, ratios, seed)
+    split_of = np.array([SPLITS.index(split or "train") for split in images.splits])
+    if missing:
+        places = [0, *(SPLITS.index(split) for split in missing)]
+        shares = np.array([ratios[place] for place in places])
+        rows = np.flatnonzero(split_of == 0)
+        within = np.unique(groups[rows], return_inverse=True)[1]
+        split_of[rows] = np.array(places)[stratified_bins(labels[rows], within, shares / shares.sum(), seed)]
+        made = ", ".join(f"{split} ({int((split_of == SPLITS.index(split)).sum())} images)" for split in missing)
+        logger.info("split: the images have no %s, made from train: %s", " and no ".join(missing), made)
+    return split_of
+
+
+def _warn_of_shared_groups(images: ImageSet, groups: np.ndarray) -> None:
+    """Name a group, or a set of equal images, that lies in several of the given splits."""
+    first: dict[int, int] = {}
+    shared: dict[int, tuple[int, int]] = {}
+    for row, group in enumerate(groups.tolist()):
+        other = first.setdefault(group, row)
+        if images.splits[other] != images.splits[row]:
+            shared.setdefault(group, (other, row))
+    if shared:
+        names = [images.names[row] for row in next(iter(shared.values()))]
+        logger.warning(
+            "split: %d set(s) of equal images or groups lie in more than one of the given splits, first %s and %s",
+            *(len(shared), *names),
         )
 
 
-def _repeated(samples: list[Sample], contents: list[str]) -> list[list[str]]:
-    """Sample ids with equal content, one list per content; classes that contradict each other are named."""
-    by_content: dict[str, list[Sample]] = {}
-    for sample, content in zip(samples, contents, strict=True):
-        by_content.setdefault(content, []).append(sample)
-    repeated = [same for same in by_content.values() if len(same) > 1]
-    for same in repeated:
-        if len({sample.label for sample in same}) > 1:
-            logger.warning("split: the same image in several classes: %s", ", ".join(s.sample_id for s in same))
+def _repeated(images: ImageSet, contents: list[str]) -> list[list[str]]:
+    """Names of images with equal content, one list per content; classes that contradict each other are named."""
+    by_content: dict[str, list[int]] = {}
+    for row, content in enumerate(contents):
+        by_content.setdefault(content, []).append(row)
+    repeated = [rows for rows in by_content.values() if len(rows) > 1]
+    for rows in repeated:
+        if len({images.samples[row].label for row in rows}) > 1:
+            names = ", ".join(images.names[row] for row in rows)
+            logger.warning("split: the same image in several classes: %s", names)
     if repeated:
-        logger.warning("split: %d image(s) occur more than once; equal images stay in one split", len(repeated))
-    return [[sample.sample_id for sample in same] for same in repeated]
+        stay = "" if "train" in images.splits else "; equal images stay in one split"
+        logger.warning("split: %d image(s) occur more than once%s", len(repeated), stay)
+    return [[images.names[row] for row in rows] for rows in repeated]
 
 
-def _copy(samples: list[Sample], split_of: np.ndarray, manifest: dict[str, Any], split_dir: Path) -> None:
+def _fill(
+    images: ImageSet, split_of: np.ndarray, digests: dict[str, list], manifest: dict[str, Any], split_dir: Path
+) -> None:
     split_dir.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{split_dir.name}.partial", dir=split_dir.parent))
+    put = shutil.copyfile if images.layout == CLASS_FOLDERS else _link
+    entries: dict[str, dict[str, list]] = {split: {} for split in SPLITS}
+    groups: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
     try:
-        for sample, place in zip(samples, split_of, strict=True):
+        for sample, name, place in zip(images.samples, images.names, split_of, strict=True):
             target = partial / SPLITS[place] / sample.sample_id
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(sample.path, target)
-        splits = {split: content_digests(scan(partial / split)[1]) for split in SPLITS}
+            put(sample.path.absolute(), target)
+            entries[SPLITS[place]][sample.sample_id] = digests[name]
+            if sample.group is not None:
+                groups[SPLITS[place]][sample.sample_id] = sample.group
+        if images.is_ordered or any(groups.values()):
+            write_json(partial / RECORD, {"classes": images.classes, "groups": groups})
+        # A link has size and time of its image, so only copies are read again.
+        splits = {split: content_digests(scan(partial / split)[1], entries[split]) for split in SPLITS}
         write_json(partial / MANIFEST, manifest | {"samples": splits})
         partial.chmod(0o755)
         if split_dir.is_dir():
@@ -187,6 +298,18 @@ def _copy(samples: list[Sample], split_of: np.ndarray, manifest: dict[str, Any],
         partial.rename(split_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    """A symbolic link to an image; a hard link where there are no symbolic ones, and a copy where there are neither."""
+    try:
+        target.symlink_to(source)
+    except OSError:
+        try:
+            os.link(source, target)
+        except OSError:
+            logger.warning("split: images are copied, since %s takes no links", target.parents[2], dedupe=True)
+            shutil.copy2(source, target)
 
 
 def _check_existing(raw_dir: Path, split_dir: Path) -> None:
@@ -200,16 +323,21 @@ def _check_existing(raw_dir: Path, split_dir: Path) -> None:
     if manifest is None:
         logger.warning("split: %s has no %s; the split is used unchanged", split_dir, MANIFEST)
         return
-    if not raw_dir.is_dir():
+    if not raw_dir.exists():
         return  # the raw images may be gone once they are split
-    digests = content_digests(_scan_raw(raw_dir)[1], manifest["raw_files"])
-    found = {name: entry[2] for name, entry in digests.items()}
-    if digest_of_contents(found) == manifest["raw_digest"]:
+    images = _open(raw_dir)
+    suffixes = manifest.get("suffixes", FIRST_SUFFIXES)
+    images = images.take([row for row, s in enumerate(images.samples) if s.path.suffix.lower() in suffixes])
+    digests = content_digests(images.named_samples(), manifest["raw_files"])
+    contents = {name: entry[2] for name, entry in digests.items()}
+    assignment = manifest.get("assignment_digest")
+    is_assigned_equally = assignment is None or assignment == images.assignment_digest()
+    if digest_of_contents(contents) == manifest["raw_digest"] and is_assigned_equally:
         return
     known = {name: entry[2] for name, entry in manifest["raw_files"].items()}
-    added, removed = sorted(found.keys() - known.keys()), sorted(known.keys() - found.keys())
-    changed = sorted(name for name in found.keys() & known.keys() if found[name] != known[name])
-    examples = ", ".join((added + removed + changed)[:3])
+    added, removed = sorted(contents.keys() - known.keys()), sorted(known.keys() - contents.keys())
+    changed = sorted(name for name in contents.keys() & known.keys() if contents[name] != known[name])
+    examples = ", ".join((added + removed + changed)[:3]) or "labels, splits or groups were edited"
     raise SplitError(
         f"{split_dir} was made from other images than {raw_dir} holds now: {len(added)} added, {len(removed)} removed, "
         f"{len(changed)} changed ({examples}); move {split_dir.name} away to split again (which repeats all training), "

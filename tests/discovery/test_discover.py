@@ -142,6 +142,7 @@ def test_a_timm_network_runs_and_gives_the_logits_of_timm(workspace, config, tmp
     discover.discover(config, workspace, verify=True, add=[f"leaf=timm:test_resnet@{tmp_path / 'leaf.pth'}"])
     found = catalog.read(workspace)
     assert found.members["leaf"].usable
+    assert found.members["leaf"].preprocessing["source"] == "timm"
     store = Store(config, workspace, found)
     extraction.ensure(store, [found.members["leaf"]], ("test",))
     rows = store.rows(found.members["leaf"], "test")

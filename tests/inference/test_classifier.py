@@ -11,6 +11,7 @@ from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.inference import classifier
 from utils.inference.classifier import WorkspaceClassifier
+from utils.networks.preprocessing import Preprocessing
 from utils.predictions import catalog
 from utils.predictions.store import Store
 
@@ -23,7 +24,8 @@ def workspace(own_copy):
 def test_a_block_is_bounded_by_pixels_and_by_logits():
     def block_size(sizes, members, classes):
         made = WorkspaceClassifier.__new__(WorkspaceClassifier)
-        made.sizes, made.members, made.classes = sizes, (None,) * members, (None,) * classes
+        made.preprocessings = [Preprocessing.of_base_pipeline(size) for size in sizes]
+        made.members, made.classes = (None,) * members, (None,) * classes
         return made.block_size
 
     assert block_size([32], 3, 4) == classifier.MAX_BLOCK

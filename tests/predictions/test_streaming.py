@@ -178,7 +178,7 @@ def test_an_image_size_that_the_network_was_not_made_for_is_named(laid, monkeypa
     fixed = streaming.open_network(spec)  # built for 32 px, as upstream's are for 224 whatever is asked
     monkeypatch.setattr(streaming, "open_network", lambda spec: fixed)
     with pytest.raises(UserError, match=r"CustomViTHybrid fails on images of 64 px \(.*expected the size"):
-        laid.run(spec=replace(spec, img_size=64))
+        laid.run(spec=replace(spec, preprocessing=Preprocessing.of_base_pipeline(64)))
 
 
 def widened(laid, tmp_path, bias):

@@ -25,7 +25,6 @@ from utils.discovery import discover
 from utils.fusion_methods import COMBINERS, FusionStacker
 from utils.networks.checkpoints import training_metadata
 from utils.networks.construction import NetworkSpec
-from utils.networks.preprocessing import recorded_preprocessing
 from utils.predictions import catalog, image_splits, streaming
 from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.rows import MemberOutputs, MemberRows
@@ -246,7 +245,7 @@ def _save_networks(
             "backbone_name": member.architecture,
             "model_size": member.size,
             "img_size": member.img_size,
-            **recorded_preprocessing(member.image_preprocessing),
+            **catalog.preprocessing_entry(member.architecture, member.image_preprocessing),
             "classes": list(member.classes),
             "stage": catalog.END_TO_END,
             "parents": [member.name],

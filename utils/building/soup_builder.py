@@ -22,8 +22,7 @@ from utils.core.errors import UserError
 from utils.core.parsed_files import record_once
 from utils.discovery import discover
 from utils.networks.checkpoints import training_metadata
-from utils.networks.preprocessing import recorded_preprocessing
-from utils.predictions.catalog import Member
+from utils.predictions.catalog import Member, preprocessing_entry
 from utils.predictions.store import Store
 
 if TYPE_CHECKING:
@@ -332,7 +331,7 @@ def _explanation(store: Store, member: Member, role: str, facts: Mapping[str, An
         "backbone_name": member.architecture,
         "model_size": member.size,
         "img_size": member.img_size,
-        **recorded_preprocessing(member.image_preprocessing),
+        **preprocessing_entry(member.architecture, member.image_preprocessing),
         "classes": list(member.classes),
         "accuracy": facts["normalisation"][facts["normalisation"]["kept"]]["accuracy"],
         "stage": role,

@@ -13,8 +13,8 @@ from utils.core.artifacts import require_no_symlink, write_checkpoint
 from utils.core.errors import UserError, did_you_mean
 from utils.networks import checkpoints
 from utils.networks.construction import NetworkSpec, construct_untrained
-from utils.networks.preprocessing import Preprocessing, recorded_preprocessing
-from utils.predictions.catalog import TIMM, Member
+from utils.networks.preprocessing import Preprocessing
+from utils.predictions.catalog import TIMM, Member, preprocessing_entry
 from utils.predictions.store import Store
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def write_student(store: Store, student: Student, weights: Mapping[str, Any], fa
         "classes": list(store.catalog.classes),
         "model_size": student.size,
         "img_size": student.img_size,
-        **recorded_preprocessing(student.preprocessing),
+        **preprocessing_entry(student.architecture, student.preprocessing),
         "stage": ROLE,
         "selected_on": "val",
         **({"base_back": "external"} if is_external else {}),

@@ -147,11 +147,6 @@ class Preprocessing:
         return f"{', '.join(parts)} ({self.source})"
 
 
-def recorded_preprocessing(preprocessing: Preprocessing) -> dict[str, Any]:
-    """The entry of a checkpoint's `extra`; none for the base pipeline's evaluation transform, which is the default."""
-    return {} if preprocessing.is_base_pipeline else {"preprocessing": preprocessing.as_record()}
-
-
 def _short(values: tuple[float, ...]) -> str:
     shown = [f"{value:.4g}" for value in values]
     return shown[0] if len(set(shown)) == 1 else " ".join(shown)

@@ -121,6 +121,12 @@ def network_digest(
     return digest_of([sha256, identity])
 
 
+def preprocessing_entry(architecture: str, preprocessing: Preprocessing) -> dict[str, Any]:
+    """The entry of a derived checkpoint's `extra`; none where it is the default."""
+    is_default = preprocessing.is_base_pipeline and not architecture.startswith(TIMM)
+    return {} if is_default else {"preprocessing": preprocessing.as_record()}
+
+
 @dataclass(frozen=True)
 class Catalog:
     """The result of discovery, as `ensemble_catalog.json` holds it."""

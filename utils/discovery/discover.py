@@ -20,7 +20,7 @@ from utils.core.config import Config
 from utils.core.errors import UserError, did_you_mean
 from utils.core.results import Result
 from utils.core.workspace import SPLITS, Workspace
-from utils.discovery import candidates, declarations, imported_members, member_names, renaming
+from utils.discovery import candidates, declarations, imported_members, member_names, orientations, renaming
 from utils.discovery.identification import Scan, identify
 from utils.predictions import catalog, image_splits, inspection, streaming
 from utils.predictions.catalog import IMPORTED, Catalog, Member, Problem
@@ -123,6 +123,7 @@ def _discovered(
         if member.usable:
             members[name], measured_problems = _with_measurements(inspector, member)
             problems += measured_problems
+    problems += orientations.orientation_problems(scan.splits, digests, members.values())
     digests.save()
     listed = Catalog(
         base_back=mounted,

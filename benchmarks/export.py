@@ -140,7 +140,7 @@ def times(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
 
     def bare() -> None:
         for begin in range(0, len(files), 32):
-            batch = np.stack([model.prepare(file) for file in files[begin : begin + 32]])
+            batch = np.stack([model.prepare(file)[0] for file in files[begin : begin + 32]])
             session.run(["probabilities"], {"images": batch})
 
     overhead = _best(lambda: model.predict(files)) / _best(bare)

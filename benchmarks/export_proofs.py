@@ -77,20 +77,22 @@ def part(name: str, size: str) -> Any:
 
     from models import create_custom_backbone
     from utils.networks.ensemble_network import MemberNetworks
+    from utils.networks.preprocessing import Preprocessing
 
     torch.manual_seed(0)
     network = create_custom_backbone(name, CLASSES, size=size)
     side = network.img_size
     with torch.no_grad():
         network.train()(torch.randn(8, 3, side, side))
-    return MemberNetworks(name, [network.eval()], side, range(CLASSES))
+    return MemberNetworks(name, [network.eval()], Preprocessing.of_base_pipeline(side), range(CLASSES))
 
 
 def squares(files: Sequence[Path], size: int) -> np.ndarray:
     """Files as float32 (N, 3, size, size) in [0, 1]."""
-    from utils.inference.onnx_prediction import open_image, resize_and_crop
+    from utils.inference.onnx_prediction import ImageInput, ResizeRule, open_image
 
-    return np.stack([resize_and_crop(open_image(file).convert("RGB"), int(size * 1.14), size) for file in files])
+    given = ImageInput("images", ResizeRule(size, int(size * 1.14)), "ignore")
+    return np.stack([given.array({"ignore": open_image(file).convert("RGB")}) for file in files])
 
 
 def image_files(data: Path | None, scratch: Path, count: int) -> list[Path]:

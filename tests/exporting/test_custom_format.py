@@ -25,7 +25,10 @@ def description(kind: str = "float-nchw") -> dict:
         {"name": "first", "architecture": "A", "size": "tiny", "img_size": 32},
         {"name": "second", "architecture": "B", "size": "tiny", "img_size": None},
     ]
-    inputs = {"kind": kind, "name": "images", "img_size": 32, "shorter_side": 36}
+    rule = {"input_size": 32, "resized": 36, "resize": "shorter-side", "interpolation": "bilinear"}
+    rule |= {"crop_offset": "round", "exif": "ignore", "fill": [0, 0, 0]}
+    entry = {"name": "images", "shape": [None, 3, 32, 32], "resizing": rule, "resized_inside": [rule]}
+    inputs = {"kind": kind, "name": "images", "img_size": 32, "shorter_side": 36, "inputs": [entry]}
     return {
         "members": members,
         "method": "soft_voting",
@@ -50,6 +53,21 @@ def test_the_readme_has_the_shape_of_the_input_and_the_members_in_order(kind, sh
     assert "`onnx/it.onnx`" in text
     assert "specific to its GPU" in text
     assert ("python predict.py" in text) is (kind != "member-logits")
+
+
+def test_the_readme_says_how_each_input_is_made():
+    given = description()
+    (entry,) = given["input"]["inputs"]
+    squash = entry["resizing"] | {"resize": "squash", "interpolation": "bicubic", "exif": "apply", "resized": 40}
+    pad = entry["resizing"] | {"resize": "pad", "fill": [1, 2, 3]}
+    given["input"]["inputs"] = [
+        entry | {"name": f"images_{number}", "resizing": rule}
+        for number, rule in enumerate((entry["resizing"], squash, pad), 1)
+    ]
+    text = custom_format.readme("it", given, ("a", "b"), STATUS)
+    assert "- `images_1`: float32 (batch, 3, 32, 32). Resize the shorter side to 36 px (bilinear) and crop" in text
+    assert "Apply the EXIF orientation. Resize both sides to 40 px (bicubic) and crop the centre square." in text
+    assert "Resize the longer side to 36 px (bilinear) and pad to the square with RGB (1, 2, 3)." in text
 
 
 def test_the_model_card_has_scores_and_the_difference_of_full_precision_alone():

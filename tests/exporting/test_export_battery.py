@@ -19,8 +19,10 @@ from utils.exporting import export_formats
 from utils.exporting.parity_check import FileOutputs, ReferenceBatches, compare_outputs, make_batches
 from utils.exporting.runtimes import RUNTIMES
 from utils.networks.ensemble_network import EnsembleNetwork, MemberNetworks
+from utils.networks.preprocessing import Preprocessing
 from utils.predictions.rows import MemberOutputs
 
+PREPROCESSING = Preprocessing.of_base_pipeline(SIDE)
 CLASSES = ("leaf, spotted", 'the "healthy" one', "zdravý 葉")
 
 
@@ -28,7 +30,7 @@ CLASSES = ("leaf, spotted", 'the "healthy" one', "zdravý 葉")
 def members():
     """Networks, real rows of noise in [0, 1], and what the networks give for them."""
     networks = [Small(seed, width).eval() for seed, width in enumerate(WIDTHS)]
-    parts = [MemberNetworks(f"m{place}", [network], SIDE, range(C)) for place, network in enumerate(networks)]
+    parts = [MemberNetworks(f"m{place}", [network], PREPROCESSING, range(C)) for place, network in enumerate(networks)]
     images = np.random.default_rng(3).random((N, 3, SIDE, SIDE), dtype=np.float32)
     network = EnsembleNetwork(parts, _Everything(), embeds=True)
     with torch.no_grad():

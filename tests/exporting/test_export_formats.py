@@ -60,3 +60,9 @@ def test_the_command_for_tensorrt_has_the_shapes_of_the_input(shape, expected):
     assert entry["status"] == "skipped"
     for bound, batch in (("min", 1), ("opt", 16), ("max", 64)):
         assert f"--{bound}Shapes=images:{expected.format(batch)}" in entry["reason"]
+
+
+def test_the_command_for_tensorrt_has_the_shapes_of_all_inputs():
+    inputs = [{"name": f"images_{size}", "shape": [None, 3, size, size]} for size in (32, 48)]
+    entry = export_formats.tensorrt_entry("it", {"input": {"inputs": inputs}})
+    assert "--optShapes=images_32:16x3x32x32,images_48:16x3x48x48" in entry["reason"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from utils.core.errors import UserError
 from utils.ensemble_methods import HardVoting, SoftVoting
 from utils.exporting.exported_network import (
+    FLOAT_NCHW,
     UINT8_NHWC,
     ExportSignature,
     ExportSource,
@@ -19,6 +22,8 @@ from utils.exporting.exported_network import (
     require_member_limit,
     source_digest,
 )
+from utils.networks.ensemble_network import by_resize_rule
+from utils.networks.preprocessing import Preprocessing
 from utils.predictions.catalog import IMPORTED, Member
 
 
@@ -77,7 +82,64 @@ def test_imported_members_are_exported_as_their_combiner_alone():
     assert (description["jumps"], description["outputs"]) == (False, ["probabilities"])
 
 
-def test_members_of_different_image_sizes_need_raw_images():
-    source = source_of(member("x"), member("y", img_size=64), combiner=SoftVoting())
-    with pytest.raises(UserError, match="--input uint8-nhwc"):
-        assemble_network(None, source, ExportSignature())
+def described(*members: Member, kind: str = FLOAT_NCHW) -> dict:
+    """`input` of the metadata; the network is replaced by the names of its inputs and its image size."""
+    groups = by_resize_rule(each.image_preprocessing for each in members)
+    is_one = kind == UINT8_NHWC or len(groups) == 1
+    names = ("images",) if is_one else tuple(f"images_{n + 1}" for n in range(len(groups)))
+    network = SimpleNamespace(input_names=names, output_names=("probabilities",), img_size=groups[-1][0].input_size)
+    return describe_network(source_of(*members, combiner=SoftVoting()), ExportSignature(kind), network)["input"]
+
+
+def other(name: str, **changes) -> Member:
+    record = replace(Preprocessing.of_base_pipeline(32), source="timm", **changes).as_record()
+    return member(name, preprocessing=record, img_size=record["input_size"])
+
+
+def test_one_resize_rule_is_described_as_before_with_its_rule():
+    given = described(member("x"), member("y"))
+    (entry,) = given.pop("inputs")
+    assert given == {
+        "kind": "float-nchw",
+        "name": "images",
+        "dtype": "float32",
+        "shape": [None, 3, 32, 32],
+        "range": [0, 1],
+        "img_size": 32,
+        "shorter_side": 36,
+        "resampling": "Pillow bilinear, then the centre square",
+        "normalised_inside": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+    }
+    assert (entry["name"], entry["resizing"]["resized"], entry["resizing"]["resize"]) == ("images", 36, "shorter-side")
+    assert "normalised_inside" not in described(member("x"), other("y", mean=(0.5, 0.5, 0.5)))
+
+
+def test_several_resize_rules_are_inputs_of_their_own():
+    given = described(other("x", input_size=48, resize="squash", resized=48), member("y"), other("z", resize="pad"))
+    assert [entry["name"] for entry in given["inputs"]] == ["images_1", "images_2", "images_3"]
+    assert [entry["shape"] for entry in given["inputs"]] == [[None, 3, 32, 32]] * 2 + [[None, 3, 48, 48]]
+    assert [entry["resizing"]["resize"] for entry in given["inputs"]] == ["shorter-side", "pad", "squash"]
+    assert given["inputs"][1]["resizing"]["fill"] == [124, 116, 104]
+    assert not {"name", "shape", "img_size", "shorter_side"} & given.keys()
+    assert "inputs" in json.loads(json.dumps(given))
+
+
+def test_decoded_images_are_one_input():
+    given = described(member("x"), other("y", interpolation="bicubic"), kind=UINT8_NHWC)
+    (entry,) = given["inputs"]
+    assert (given["name"], entry["shape"], entry["exif"]) == ("images", [None, None, None, 3], "ignore")
+    assert [rule["interpolation"] for rule in entry["resized_inside"]] == ["bilinear", "bicubic"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"resize": "pad"}, "y pads images"),
+        ({"interpolation": "nearest"}, "y resizes by nearest interpolation"),
+        ({"exif": "apply"}, "y differs from another member in whether the EXIF orientation is applied"),
+    ],
+)
+def test_a_rule_that_the_files_cannot_follow_inside_is_named(changes, reason):
+    source = source_of(member("x"), other("y", **changes), combiner=SoftVoting())
+    with pytest.raises(UserError, match=rf"{reason} \(32 px .*--input float-nchw"):
+        assemble_network(None, source, ExportSignature(UINT8_NHWC))

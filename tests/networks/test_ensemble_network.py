@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import io
-import warnings
+from dataclasses import replace
 
-import numpy as np
-import onnxruntime
 import pytest
 import torch
 from battery_networks import SIDE, WIDTHS, C, Small
-from PIL import Image
 from torch import nn
 
 from utils.combiners.heads import MeanOfProbabilities
-from utils.networks import ensemble_network
-from utils.networks.ensemble_network import EnsembleNetwork, MemberNetworks, Preparation
+from utils.networks.ensemble_network import EnsembleNetwork, MemberNetworks
+from utils.networks.image_preparation import Preparation
 from utils.networks.preprocessing import Preprocessing
-from utils.predictions.image_splits import normalise
 
-SIZES = [(8, 8), (9, 7), (33, 31), (36, 36), (41, 300), (333, 127), (1, 3)]
+SMALL = Preprocessing.of_base_pipeline(SIDE)
 
 
 def images_of(count: int) -> torch.Tensor:
@@ -27,54 +22,7 @@ def images_of(count: int) -> torch.Tensor:
 
 
 def part(seed: int, **known) -> MemberNetworks:
-    return MemberNetworks(f"m{seed}", [Small(seed, WIDTHS[seed]).eval()], SIDE, range(C), **known)
-
-
-@pytest.fixture(scope="module")
-def in_onnx():
-    """A preparation of uint8 images for 32 px in onnxruntime."""
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            Preparation(32, takes_uint8=True),
-            (torch.zeros(2, 40, 50, 3, dtype=torch.uint8),),
-            file,
-            dynamo=False,
-            opset_version=17,
-            input_names=["images"],
-            output_names=["prepared"],
-            dynamic_axes={"images": {0: "batch", 1: "height", 2: "width"}, "prepared": {0: "batch"}},
-        )
-    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
-    return lambda images: session.run(None, {"images": images})[0]
-
-
-@pytest.mark.parametrize("height", [size[0] for size in SIZES])
-def test_uint8_images_are_prepared_bit_for_bit_as_the_project_does_it(height, in_onnx):
-    width = dict(SIZES)[height]
-    pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    preprocessing = Preprocessing.of_base_pipeline(32)
-    square = preprocessing.resizing().square(Image.fromarray(pixels))
-    expected = normalise(torch.from_numpy(square)[None], preprocessing)
-    given = torch.from_numpy(pixels)[None]
-    torch.testing.assert_close(Preparation(32, takes_uint8=True)(given), expected, rtol=0, atol=0)
-    torch.testing.assert_close(torch.from_numpy(in_onnx(given.numpy())), expected, rtol=0, atol=1e-6)
-
-
-def test_preparation_shows_no_warning(monkeypatch):
-    """Also none that pytest's own configuration ignores, where the branch is compiled for the first time."""
-    ensemble_network._by_the_shorter_way.cache_clear()
-    monkeypatch.setattr(ensemble_network.PIL, "__version__", "13.0.0")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        Preparation(32, takes_uint8=True)(torch.zeros(1, 40, 50, 3, dtype=torch.uint8))
-    assert ensemble_network._by_the_shorter_way.cache_info().misses == 1
-
-
-def test_images_in_0_to_1_are_normalised():
-    found = Preparation(SIDE, takes_uint8=False)(images_of(2))
-    torch.testing.assert_close(found[:, 1], (images_of(2)[:, 1] - 0.456) / 0.224)
+    return MemberNetworks(f"m{seed}", [Small(seed, WIDTHS[seed]).eval()], SMALL, range(C), **known)
 
 
 def test_each_network_runs_once_and_images_are_prepared_once():
@@ -92,8 +40,8 @@ def test_each_network_runs_once_and_images_are_prepared_once():
 
 def test_columns_follow_the_ensembles_order_and_dead_outputs_are_cut():
     network = Small(0, WIDTHS[0]).eval()
-    plain = EnsembleNetwork([MemberNetworks("m", [network], SIDE, [0, 1])], None)(images_of(2))[1]
-    turned = EnsembleNetwork([MemberNetworks("m", [network], SIDE, [1, 0])], None)(images_of(2))[1]
+    plain = EnsembleNetwork([MemberNetworks("m", [network], SMALL, [0, 1])], None)(images_of(2))[1]
+    turned = EnsembleNetwork([MemberNetworks("m", [network], SMALL, [1, 0])], None)(images_of(2))[1]
     assert plain.shape == (2, 2)
     torch.testing.assert_close(turned, plain.flip(1))
 
@@ -107,8 +55,8 @@ def test_the_fold_networks_answer_by_their_mean_and_the_full_one_embeds():
             seen.extend([logits, embeddings[0]])
             return logits[:, 0]
 
-    EnsembleNetwork([MemberNetworks("m", folds, SIDE, range(C), full)], Keep(), embeds=True)(images_of(3))
-    prepared = Preparation(SIDE, takes_uint8=False)(images_of(3))
+    EnsembleNetwork([MemberNetworks("m", folds, SMALL, range(C), full)], Keep(), embeds=True)(images_of(3))
+    prepared = Preparation(SMALL, takes_uint8=False)(images_of(3))
     mean = torch.stack([torch.softmax(fold(prepared), dim=1) for fold in folds]).mean(dim=0)
     torch.testing.assert_close(torch.softmax(seen[0][:, 0], dim=1), mean)
     torch.testing.assert_close(seen[1], full.forward_head(full.forward_features(prepared), pre_logits=True))
@@ -122,12 +70,33 @@ def test_outputs_on_request():
     torch.testing.assert_close(torch.softmax(found["member_logits"], dim=2), found["member_probabilities"])
 
 
-def test_members_of_unequal_size_share_raw_images_alone():
-    parts = [part(0), MemberNetworks("large", [Small(1, 4).eval()], 2 * SIDE, range(C))]
-    with pytest.raises(ValueError, match="cannot share"):
-        EnsembleNetwork(parts, MeanOfProbabilities())
+def test_members_of_different_resize_rules_have_an_input_each():
+    """Small images first; a preprocessing that differs in its normalisation alone shares the input."""
+    large, other_mean = Preprocessing.of_base_pipeline(2 * SIDE), replace(SMALL, mean=(0.5, 0.5, 0.5))
+    network = Small(1, 4).eval()
+    members = [MemberNetworks(f"m{n}", [network], each, range(C)) for n, each in enumerate((large, SMALL, other_mean))]
+    ensemble = EnsembleNetwork(members, MeanOfProbabilities())
+    assert ensemble.input_names == ("images_1", "images_2")
+    assert ensemble.free_axes == {"images_1": {0: "batch"}, "images_2": {0: "batch"}}
+    small_images, large_images = images_of(3), torch.rand(3, 3, 2 * SIDE, 2 * SIDE)
+    inputs = {large: large_images, SMALL: small_images, other_mean: small_images}
+    logits = [network(Preparation(each, takes_uint8=False)(images)) for each, images in inputs.items()]
+    expected = torch.stack([torch.softmax(part, dim=1) for part in logits]).mean(dim=0)
+    torch.testing.assert_close(ensemble(small_images, large_images), expected)
     raw = torch.randint(0, 256, (2, 11, 23, 3), dtype=torch.uint8)
-    assert EnsembleNetwork(parts, MeanOfProbabilities(), takes_uint8=True)(raw).shape == (2, C)
+    decoded = EnsembleNetwork(members, MeanOfProbabilities(), takes_uint8=True)
+    assert decoded.input_names == ("images",)
+    assert decoded(raw).shape == (2, C)
+    with pytest.raises(ValueError, match="by 2 rules cannot be one input"):
+        EnsembleNetwork(members, MeanOfProbabilities(), takes_uint8=True, resizes=False)
+
+
+def test_names_of_weights_stay_those_of_the_base_pipelines_preprocessing():
+    network = EnsembleNetwork([part(0), part(1)], MeanOfProbabilities())
+    assert [name for name in network.state_dict() if name.startswith("prep")] == [
+        f"preparations.{SIDE}.mean",
+        f"preparations.{SIDE}.std",
+    ]
 
 
 class Foreign(nn.Module):
@@ -152,10 +121,10 @@ class Embeddings(nn.Module):
 def test_embeddings_of_a_network_without_methods_outlive_a_trace():
     torch.manual_seed(0)
     own = Foreign().eval()
-    network = EnsembleNetwork([MemberNetworks("foreign", [own], SIDE, range(C))], Embeddings(), embeds=True)
+    network = EnsembleNetwork([MemberNetworks("foreign", [own], SMALL, range(C))], Embeddings(), embeds=True)
     traced = torch.jit.trace(network, images_of(2), check_trace=False)
     for count in (1, 5):
-        prepared = Preparation(SIDE, takes_uint8=False)(images_of(count))
+        prepared = Preparation(SMALL, takes_uint8=False)(images_of(count))
         pooled = own.convolution(prepared).mean(dim=(2, 3))
         expected = torch.cat([own(prepared), pooled, pooled * 2], dim=1)
         torch.testing.assert_close(network(images_of(count)), expected)

@@ -119,9 +119,11 @@ def _fixed_size_network(job: ConversionJob, network: ExportNetwork) -> tuple[Exp
 
     takes_uint8 = job.signature.input == UINT8_NHWC
     if takes_uint8 and not job.source.is_imported:
-        sizes = {member.img_size for member in job.source.members}
-        if len(sizes) > 1:
-            raise UserError("its members take images of different sizes, and a TFLite file takes one fixed size")
+        if not job.sample.squares:
+            raise UserError(
+                "its members resize images by different rules, and a TFLite file takes images of one fixed size; "
+                "export it with --input float-nchw"
+            )
         network = exported_network.assemble_network(job.store, job.source, job.signature, resizes=False)
     reference = job.sample.reference_batches(fixed=True, takes_uint8=takes_uint8)
     return network, tuple(map(torch.from_numpy, reference.batches[0]))

@@ -43,17 +43,8 @@ def readme(
     name: str, description: Mapping[str, Any], classes: Sequence[str], status: Mapping[str, Mapping[str, Any]]
 ) -> str:
     """Text of README.md: how to use the files, their input and outputs, and the status of each format."""
-    inputs, outputs = description["input"], ", ".join(description["outputs"])
-    size, shorter_side = inputs.get("img_size"), inputs.get("shorter_side")
-    input_text = {
-        "float-nchw": f"RGB images, float32 (batch, 3, {size}, {size}) in [0, 1]. Resize the shorter side to "
-        f"{shorter_side} px (bilinear) and crop the centre square. The files normalise the images.",
-        "uint8-nhwc": "decoded RGB images of any size, uint8 (batch, height, width, 3). The files resize, crop and "
-        f"normalise the images. A TFLite file takes (1, {size}, {size}, 3): resize the shorter side to "
-        f"{shorter_side} px (bilinear) and crop the centre square first.",
-        "member-logits": "the members' logits, float32 (batch, members, classes), members in the order below. The "
-        "files do not contain the members' networks.",
-    }[inputs["kind"]]
+    kind, outputs = description["input"]["kind"], ", ".join(description["outputs"])
+    input_text = {"float-nchw": _float_inputs, "uint8-nhwc": _decoded_input, "member-logits": _logits_input}[kind]
     files = "\n".join(
         f"- `{format_name}`: {entry['status']}"
         + (f", `{entry['path']}`" if entry.get("path") else f" ({entry['reason']})")
@@ -63,15 +54,65 @@ def readme(
     usage = (
         "```\npip install onnxruntime numpy pillow\npython predict.py photo.jpg folder/ > predictions.csv\n```\n\n"
         "`predict.py` runs the ONNX file in `../onnx`, or the one that `--model` names.\n"
-        if inputs["kind"] != "member-logits"
-        else f"Pass `{inputs['name']}` to the ONNX or TorchScript file; `predict.py` runs files that take images.\n"
+        if kind != "member-logits"
+        else "Pass `member_logits` to the ONNX or TorchScript file; `predict.py` runs files that take images.\n"
     )
     return (
-        f"# {name}\n\n{usage}\n## Input and output\n\nInput `{inputs['name']}`: {input_text}\n\nOutputs: {outputs}. "
+        f"# {name}\n\n{usage}\n## Input and output\n\n{input_text(description['input'])}\n\nOutputs: {outputs}. "
         f"`probabilities` has the shape (batch, {len(classes)}), classes in the order of `class_mapping.json`. "
         "A TFLite file takes one image at a time; its outputs are called output_0, output_1 ... in this order.\n\n"
         f"Members: {members}.\n\n## Files\n\n{files}\n\n`export_status.json` holds the parity check of each format: "
         "its own runtime ran the files on real images, and the outputs were compared with the ensemble's.\n"
+    )
+
+
+def _float_inputs(description: Mapping[str, Any]) -> str:
+    """What images in [0, 1] are, and how each input is made from a decoded image."""
+    inputs = description["inputs"]
+    if len(inputs) == 1:
+        return (
+            f"Input `{inputs[0]['name']}`: RGB images, float32 {_batch_shape(inputs[0])} in [0, 1]. "
+            f"{_resize_text(inputs[0]['resizing'])} The files normalise the images."
+        )
+    lines = [
+        f"- `{entry['name']}`: float32 {_batch_shape(entry)}. {_resize_text(entry['resizing'])}" for entry in inputs
+    ]
+    return (
+        "Inputs: the same RGB images in [0, 1], once for each resize rule of the members, in this order (`predict.py` "
+        "makes all of them from a file):\n\n" + "\n".join(lines) + "\n\nThe files normalise the images."
+    )
+
+
+def _batch_shape(entry: Mapping[str, Any]) -> str:
+    return f"(batch, {', '.join(map(str, entry['shape'][1:]))})"
+
+
+def _resize_text(rule: Mapping[str, Any]) -> str:
+    """One or two sentences on a resize rule."""
+    side = {"shorter-side": "the shorter side", "squash": "both sides", "pad": "the longer side"}[rule["resize"]]
+    cut = f"pad to the square with RGB {tuple(rule['fill'])}" if rule["resize"] == "pad" else "crop the centre square"
+    rounded = ", half pixels rounded down" if rule["crop_offset"] == "floor" else ""
+    turned = "Apply the EXIF orientation. " if rule["exif"] == "apply" else ""
+    return f"{turned}Resize {side} to {rule['resized']} px ({rule['interpolation']}) and {cut}{rounded}."
+
+
+def _decoded_input(description: Mapping[str, Any]) -> str:
+    text = (
+        "Input `images`: decoded RGB images of any size, uint8 (batch, height, width, 3). The files resize, crop and "
+        "normalise the images."
+    )
+    (entry,) = description["inputs"]
+    if len(entry["resized_inside"]) > 1:
+        return text
+    (rule,) = entry["resized_inside"]
+    size = rule["input_size"]
+    return f"{text} A TFLite file takes squares (1, {size}, {size}, 3). {_resize_text(rule)}"
+
+
+def _logits_input(description: Mapping[str, Any]) -> str:
+    return (
+        f"Input `{description['name']}`: the members' logits, float32 (batch, members, classes), members in the order "
+        "below. The files do not contain the members' networks."
     )
 
 

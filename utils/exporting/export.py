@@ -207,7 +207,7 @@ def _metadata(job: ConversionJob) -> dict[str, Any]:
         **packaged,
         "architecture": job.source.name,
         "num_classes": len(job.source.classes),
-        "input_shape": images["shape"],
+        "input_shape": images["shape"] if "shape" in images else [entry["shape"] for entry in images["inputs"]],
         "img_size": images.get("img_size"),
         "batch_size": job.store.config.dataset.batch_size,
         "seed": job.store.config.seed,

@@ -111,12 +111,16 @@ def write_tflite(
 
 def tensorrt_entry(name: str, description: Mapping[str, Any]) -> dict[str, Any]:
     """An entry that is `skipped`: an engine is built on the machine that runs it, by the command in the reason."""
-    images = description["input"]
-    shape = "x".join("{batch}" if size is None else str(size) for size in images["shape"])
-    if shape.count("{batch}") > 1:
-        shape = "{batch}x" + "x".join(map(str, (images["img_size"], images["img_size"], 3)))
+    described = description["input"]
+
+    def shape(entry: Mapping[str, Any], batch: int) -> str:
+        _, *sizes = entry["shape"]
+        if None in sizes:
+            sizes = [described["img_size"], described["img_size"], 3]
+        return f"{entry['name']}:{'x'.join(map(str, (batch, *sizes)))}"
+
     shapes = " ".join(
-        f"--{bound}Shapes={images['name']}:{shape.format(batch=batch)}"
+        f"--{bound}Shapes={','.join(shape(entry, batch) for entry in described.get('inputs', [described]))}"
         for bound, batch in (("min", 1), ("opt", 16), ("max", 64))
     )
     return format_entry(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from utils.building import ensembles, recommendation
@@ -11,6 +11,7 @@ from utils.building.command_hints import build_command
 from utils.combiners.protocol import Combiner
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError, did_you_mean
+from utils.networks.preprocessing import Preprocessing
 from utils.predictions import catalog, extraction, fold_networks, streaming
 from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.store import Store
@@ -127,22 +128,16 @@ def assemble_network(
 ) -> ExportNetwork:
     """The source as one network on the CPU, with its weights loaded.
 
-    Without `resizes`, uint8 images are expected in the network's size. Raises UserError where members of different
-    image sizes would share one prepared image.
+    Without `resizes`, uint8 images are expected in the network's size. Raises UserError for a member whose images the
+    files would have to resize by a rule that they do not know.
     """
     from utils.networks.ensemble_network import CombinerNetwork, EnsembleNetwork
 
     if source.is_imported:
         assert source.combiner is not None
         return CombinerNetwork(source.combiner.to_module())
-    _require_base_preprocessing(source)
-    sizes = {member.name: member.img_size for member in source.members}
-    if signature.input == FLOAT_NCHW and len(set(sizes.values())) > 1:
-        raise UserError(
-            f"{source.name}: its members take images of different sizes ("
-            + ", ".join(f"{name} {size} px" for name, size in sizes.items())
-            + "). Export it with --input uint8-nhwc, which resizes inside"
-        )
+    if signature.input == UINT8_NHWC:
+        _require_known_resizing(source)
     return EnsembleNetwork(
         [_member_part(store, source, member) for member in source.members],
         None if source.combiner is None else source.combiner.to_module(),
@@ -154,31 +149,35 @@ def assemble_network(
     )
 
 
-def _require_base_preprocessing(source: ExportSource) -> None:
-    """Raise UserError for a member that an exported file would give other pixels than it was trained on."""
-    others = {
-        member.name: member.image_preprocessing
-        for member in source.members
-        if not member.image_preprocessing.is_base_pipeline
+def _require_known_resizing(source: ExportSource) -> None:
+    """Raise UserError for a member whose images cannot be resized from decoded pixels inside the files."""
+    from utils.networks.image_preparation import resampling_problem
+
+    expected = {member.name: member.image_preprocessing for member in source.members}
+    reasons = {name: resampling_problem(preprocessing) for name, preprocessing in expected.items()}
+    first = next(iter(expected.values()))
+    # Decoded pixels hold no EXIF orientation, so the program that decodes them applies one rule for all members.
+    reasons |= {
+        name: "differs from another member in whether the EXIF orientation is applied"
+        for name, preprocessing in expected.items()
+        if preprocessing.exif != first.exif
     }
-    if others:
-        name, preprocessing = next(iter(others.items()))
-        raise UserError(
-            f"{source.name}: {', '.join(others)} cannot be exported: the files prepare images by the base pipeline's "
-            f"evaluation transform, and {name} takes {preprocessing.describe()}. Predict with `python "
-            "ensemble_orchestrator.py predict`, or export an ensemble without such members"
-        )
+    for name, reason in reasons.items():
+        if reason is not None:
+            raise UserError(
+                f"{source.name}: {name} {reason} ({expected[name].describe()}), which the files cannot do inside. "
+                "Export it with --input float-nchw, whose images predict.py resizes"
+            )
 
 
 def _member_part(store: Store, source: ExportSource, member: Member) -> MemberNetworks:
     from utils.networks.ensemble_network import MemberNetworks
 
-    assert member.img_size is not None
     specs = {stage: member.network(store.workspace, stage=stage) for stage in _stages(source, member)}
     networks = {stage: streaming.open_network(spec) for stage, spec in specs.items()}
     embedder = networks.pop(None) if source.inference == fold_networks.FOLDS and source.reads_embeddings else None
     columns = [member.classes.index(name) for name in source.classes]
-    return MemberNetworks(member.name, list(networks.values()), member.img_size, columns, embedder)
+    return MemberNetworks(member.name, list(networks.values()), member.image_preprocessing, columns, embedder)
 
 
 def _stages(source: ExportSource, member: Member) -> tuple[str | None, ...]:
@@ -188,9 +187,9 @@ def _stages(source: ExportSource, member: Member) -> tuple[str | None, ...]:
 
 def describe_network(source: ExportSource, signature: ExportSignature, network: ExportNetwork) -> dict[str, Any]:
     """Metadata that the files hold: members, input, outputs and digests, ready for JSON."""
-    from utils.networks.ensemble_network import CUT, MEAN, STD, CombinerNetwork
+    from utils.networks.ensemble_network import CombinerNetwork
 
-    members = [
+    members: list[dict[str, Any]] = [
         {
             "name": member.name,
             "architecture": member.architecture,
@@ -206,19 +205,9 @@ def describe_network(source: ExportSource, signature: ExportSignature, network: 
         shape = [None, len(members), len(source.classes)]
         network_input = {"kind": "member-logits", "name": "member_logits", "shape": shape, "dtype": "float32"}
     else:
-        size = network.img_size
-        is_float = signature.input == FLOAT_NCHW
-        network_input = {
-            "kind": signature.input,
-            "name": "images",
-            "dtype": "float32" if is_float else "uint8",
-            "shape": [None, 3, size, size] if is_float else [None, None, None, 3],
-            "range": [0, 1] if is_float else [0, 255],
-            "img_size": size,
-            "shorter_side": int(size * CUT),
-            "resampling": "Pillow bilinear, then the centre square",
-            "normalised_inside": {"mean": list(MEAN), "std": list(STD)},
-        }
+        for entry, member in zip(members, source.members, strict=True):
+            entry["preprocessing"] = member.image_preprocessing.as_record()
+        network_input = _describe_images(source, signature, network)
     return {
         "ensemble": source.name,
         "method": source.method,
@@ -230,6 +219,45 @@ def describe_network(source: ExportSource, signature: ExportSignature, network: 
         "inputs_digest": source.inputs_digest,
         "source_digest": source_digest(source, signature),
     }
+
+
+def _describe_images(source: ExportSource, signature: ExportSignature, network: EnsembleNetwork) -> dict[str, Any]:
+    """`input` of the metadata of files that take images; with a single resize rule, its keys describe the rule too."""
+    from utils.networks.ensemble_network import by_resize_rule
+
+    groups = by_resize_rule(member.image_preprocessing for member in source.members)
+    is_float = signature.input == FLOAT_NCHW
+    facts: dict[str, Any] = {
+        "kind": signature.input,
+        "dtype": "float32" if is_float else "uint8",
+        "range": [0, 1] if is_float else [0, 255],
+    }
+    inputs: list[dict[str, Any]] = []
+    if is_float:
+        for name, (preprocessing, *_) in zip(network.input_names, groups, strict=True):
+            size = preprocessing.input_size
+            entry = {"name": name, "shape": [None, 3, size, size], "dtype": "float32", "range": [0, 1]}
+            inputs.append(entry | {"resizing": _resize_rule(preprocessing)})
+    else:
+        shape, exif = [None, None, None, 3], groups[0][0].exif
+        inputs.append({"name": "images", "shape": shape, "dtype": "uint8", "range": [0, 255], "exif": exif})
+        inputs[0]["resized_inside"] = [_resize_rule(preprocessing) for preprocessing, *_ in groups]
+    if len(inputs) == 1:
+        facts |= {"name": inputs[0]["name"], "shape": inputs[0]["shape"], "img_size": network.img_size}
+    if len(groups) == 1:
+        preprocessing = groups[0][0]
+        sides = {"shorter-side": "shorter_side", "squash": "both_sides", "pad": "longer_side"}
+        ending = "padding to the square" if preprocessing.resize == "pad" else "the centre square"
+        facts[sides[preprocessing.resize]] = preprocessing.resized
+        facts["resampling"] = f"Pillow {preprocessing.interpolation}, then {ending}"
+        if len(groups[0]) == 1:
+            facts["normalised_inside"] = {"mean": list(preprocessing.mean), "std": list(preprocessing.std)}
+    return facts | {"inputs": inputs}
+
+
+def _resize_rule(preprocessing: Preprocessing) -> dict[str, Any]:
+    rule = asdict(preprocessing.resizing())
+    return rule | {"fill": list(rule["fill"])}
 
 
 def source_digest(source: ExportSource, signature: ExportSignature) -> str:

@@ -14,7 +14,6 @@ from utils.combiners.protocol import combiner_inputs
 from utils.core.errors import UserError
 from utils.exporting.exported_network import UINT8_NHWC, ExportSignature, ExportSource
 from utils.exporting.parity_check import BATCH_SIZES, InputArrays, ReferenceBatches, make_batches
-from utils.networks.preprocessing import Preprocessing
 from utils.numeric.metrics import softmax
 from utils.predictions import fold_networks, image_splits, streaming
 from utils.predictions.rows import UNKNOWN, Rows
@@ -38,7 +37,7 @@ class ParitySample:
     inputs: list[InputArrays]
     """The inputs of each row: float32 (3, S, S), uint8 (H, W, 3), or member logits float32 (M, C)"""
     squares: list[np.ndarray]
-    """The centre square of each row, uint8 (S, S, 3), for files of a fixed size; empty for member logits"""
+    """The square of each row, uint8 (S, S, 3), for files of a fixed size; empty unless there is one resize rule"""
     expected: ReferenceBatches
     """Expected outputs, without batches"""
 
@@ -158,28 +157,34 @@ def _image_indices(store: Store, rows: Rows) -> dict[str, list[int]]:
 def _load_inputs(
     store: Store, source: ExportSource, signature: ExportSignature, indices: Mapping[str, Sequence[int]]
 ) -> tuple[list[InputArrays], list[np.ndarray]]:
-    """The inputs of a file and the centre squares, of the images {split: indices}."""
-    size = max(member.img_size or 0 for member in source.members)
-    preprocessing = Preprocessing.of_base_pipeline(size)
+    """The inputs of a file, and the squares of a single resize rule, of the images {split: indices}."""
+    from utils.networks.ensemble_network import by_resize_rule
+
+    rules = [group[0] for group in by_resize_rule(member.image_preprocessing for member in source.members)]
     threads = image_splits.decoding_threads(store.config.dataset.num_workers)
-    squares: list[np.ndarray] = []
+    squares_by_rule: list[list[np.ndarray]] = [[] for _ in rules]
     paths: list[Path] = []
     for name, chosen in indices.items():
         split = store.images(name)
-        pixels = image_splits.open_images(
-            split, preprocessing, image_cache=store.workspace.image_cache, threads=threads
-        )
-        squares += list(pixels.crops(chosen))
         paths += [split.paths[index] for index in chosen]
+        for squares, rule in zip(squares_by_rule, rules, strict=True):
+            pixels = image_splits.open_images(split, rule, image_cache=store.workspace.image_cache, threads=threads)
+            squares += list(pixels.crops(chosen))
+    squares = squares_by_rule[0] if len(rules) == 1 else []
     if signature.input == UINT8_NHWC:
-        return [(decode_image(path),) for path in paths], squares
-    return [(square.transpose(2, 0, 1).astype(np.float32) / np.float32(255),) for square in squares], squares
+        return [(decode_image(path, exif=rules[0].exif),) for path in paths], squares
+    return [tuple(map(_as_planes, row)) for row in zip(*squares_by_rule, strict=True)], squares
 
 
-def decode_image(path: Path) -> np.ndarray:
-    """An image file as the base pipeline decodes it, uint8 (H, W, 3)."""
+def _as_planes(square: np.ndarray) -> np.ndarray:
+    """uint8 (S, S, 3) -> float32 (3, S, S) in [0, 1]."""
+    return square.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+
+
+def decode_image(path: Path, *, exif: str = "ignore") -> np.ndarray:
+    """An image file as the base pipeline decodes it, uint8 (H, W, 3), upright with the `exif` rule `apply`."""
     with base_back.load_bundled("image_files").open_image(path) as image:
-        return np.array(image.convert("RGB"))
+        return np.array(base_back.load_bundled("resizing").decoded(image, exif))
 
 
 def _run_network(network: ExportNetwork, inputs: list[InputArrays], expected: ReferenceBatches) -> ReferenceBatches:

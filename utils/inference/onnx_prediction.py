@@ -13,17 +13,153 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's JPEG decoder also opens MPO
 SUM_TOLERANCE = 0.01  # of probabilities in half precision
 SIGN_TOLERANCE = 1e-6
+RESIZES = ("shorter-side", "squash", "pad")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+CROP_OFFSETS = ("round", "floor")
+EXIF_RULES = ("ignore", "apply")
+MAX_SIDE = 8192  # in pixels, of the sizes that a file may ask for
+MAX_RESIZED = 1 << 26  # pixels of a resized image, and of all inputs for one image
+BATCH_BYTES = 1 << 28  # of prepared images in memory
+ORIENTATION = 0x0112  # EXIF tag
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the image upright; others are upright."""
+InputArrays = tuple[np.ndarray, ...]
+"""One image as a file takes it: one array per input."""
+
+
+@dataclass(frozen=True)
+class ResizeRule:
+    """How the square of `input_size` px is made from a decoded image, in Pillow's arithmetic."""
+
+    input_size: int
+    resized: int
+    """What the shorter side (`shorter-side`), both sides (`squash`) or the longer side (`pad`) is resized to, in px."""
+    resize: str = "shorter-side"
+    interpolation: str = "bilinear"
+    crop_offset: str = "round"
+    """Of half pixels."""
+    exif: str = "ignore"
+    fill: tuple[int, int, int] = (0, 0, 0)
+    """RGB of what the square holds beyond the resized image."""
+
+    @classmethod
+    def from_metadata(cls, entry: Any) -> ResizeRule:
+        """The rule that metadata of any origin describe. Raises ValueError for anything but known values."""
+        names = [field.name for field in fields(cls)]
+        if not isinstance(entry, dict) or set(entry) != set(names):
+            raise ValueError(f"a resize rule is {str(entry)[:60]}; expected {', '.join(names)}")
+        choices = {"resize": RESIZES, "interpolation": INTERPOLATIONS, "crop_offset": CROP_OFFSETS, "exif": EXIF_RULES}
+        for name, values in choices.items():
+            if entry[name] not in values:
+                raise ValueError(f"{name} is {str(entry[name])[:60]!r}; expected one of {', '.join(values)}")
+        for name in ("input_size", "resized"):
+            if type(entry[name]) is not int or not 1 <= entry[name] <= MAX_SIDE:
+                raise ValueError(f"{name} is {str(entry[name])[:60]}; expected a whole number from 1 to {MAX_SIDE}")
+        fill = entry["fill"]
+        if not isinstance(fill, list) or len(fill) != 3 or any(type(v) is not int or not 0 <= v < 256 for v in fill):
+            raise ValueError(f"fill is {str(fill)[:60]}; expected three whole numbers from 0 to 255")
+        return cls(**entry | {"fill": tuple(fill)})
+
+    def target_size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) to which an image is resized. Raises ValueError beyond MAX_RESIZED pixels."""
+        long, short = max(width, height), min(width, height)
+        if self.resize == "squash":
+            return self.resized, self.resized
+        if self.resize == "pad":
+            ratio = long / self.resized
+            return max(1, round(width / ratio)), max(1, round(height / ratio))
+        length = int(self.resized * long / short)
+        if self.resized * length > MAX_RESIZED:
+            raise ValueError(
+                f"{width} x {height} pixels, and still {self.resized * length} with its shorter side at {self.resized}"
+            )
+        return (self.resized, length) if width <= height else (length, self.resized)
+
+    def square(self, rgb: Image.Image) -> np.ndarray:
+        """The centre square, uint8 (input_size, input_size, 3), of an RGB image that is upright where `exif` asks."""
+        image = rgb.resize(self.target_size(*rgb.size), Image.Resampling[self.interpolation.upper()])
+        left, top = (self._start(length) for length in image.size)
+        if min(image.size) >= self.input_size:
+            return np.asarray(image.crop((left, top, left + self.input_size, top + self.input_size)))
+        canvas = Image.new("RGB", (self.input_size, self.input_size), self.fill)
+        canvas.paste(image, (-left, -top))
+        return np.asarray(canvas)
+
+    def _start(self, length: int) -> int:
+        """Where the square begins along a side; negative where the side is shorter than the square."""
+        excess = length - self.input_size
+        if self.crop_offset == "floor":
+            return excess // 2
+        return -(-excess // 2) if excess < 0 else round(excess / 2)
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """One input of a file: squares by a resize rule, float32 (B, 3, S, S) in [0, 1], or pixels uint8 (B, H, W, 3)."""
+
+    name: str
+    rule: ResizeRule | None
+    """None for decoded pixels of any size."""
+    exif: str
+
+    def array(self, sources: Mapping[str, Image.Image]) -> np.ndarray:
+        """The input for one image; `sources` are its pixels by EXIF rule."""
+        if self.rule is None:
+            return np.asarray(sources[self.exif])
+        return self.rule.square(sources[self.exif]).transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+
+
+def read_inputs(metadata: Any) -> list[ImageInput]:
+    """The inputs that the `input` of a file's metadata describes; the metadata may be of any origin.
+
+    Raises ValueError for a form or a value that `export` does not write, and for sizes beyond what memory is for.
+    """
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("kind"), str):
+        raise ValueError("its metadata lack the kind of its input; expected a file that export wrote")
+    kind = metadata["kind"]
+    if kind not in ("float-nchw", "uint8-nhwc"):
+        raise ValueError(f"takes {kind[:60]}, not images; its README describes the input")
+    entries = metadata.get("inputs", [metadata])  # exports of earlier versions have one input
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"its inputs are {str(entries)[:60]}; expected a list of inputs")
+    inputs = [_read_input(kind, entry) for entry in entries]
+    if sum(given.rule.input_size**2 for given in inputs if given.rule is not None) > MAX_RESIZED:
+        raise ValueError(f"its inputs hold more than {MAX_RESIZED} pixels of one image")
+    return inputs
+
+
+def _read_input(kind: str, entry: Any) -> ImageInput:
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise ValueError(f"an input is {str(entry)[:60]}; expected a name and how it is made from an image")
+    if kind == "uint8-nhwc":
+        exif = entry.get("exif", "ignore")
+        if exif not in EXIF_RULES:
+            raise ValueError(f"exif is {str(exif)[:60]!r}; expected one of {', '.join(EXIF_RULES)}")
+        return ImageInput(entry["name"], None, exif)
+    earlier = {"input_size": entry.get("img_size"), "resized": entry.get("shorter_side"), "resize": "shorter-side"}
+    earlier |= {"interpolation": "bilinear", "crop_offset": "round", "exif": "ignore", "fill": [0, 0, 0]}
+    rule = ResizeRule.from_metadata(entry.get("resizing", earlier))
+    return ImageInput(entry["name"], rule, rule.exif)
 
 
 class ExportedModel:
@@ -31,8 +167,6 @@ class ExportedModel:
 
     Raises ValueError for a file that `export` did not write, or that does not take images.
     """
-
-    batch_size = 32
 
     def __init__(self, path: Path | str, *, threads: int = 0) -> None:
         import onnxruntime  # here, since the checks below are also used where onnxruntime is not installed
@@ -49,40 +183,80 @@ class ExportedModel:
         metadata = self.session.get_modelmeta().custom_metadata_map
         try:
             self.classes: list[str] = json.loads(metadata["classes"])
-            self.input: dict[str, Any] = json.loads(metadata["input"])
-        except (KeyError, ValueError) as error:
+            described = json.loads(metadata["input"])
+        except (KeyError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path}: its metadata lack the classes or the input; expected a file that export wrote"
             ) from error
-        if self.input["kind"] not in ("float-nchw", "uint8-nhwc"):
-            raise ValueError(f"{path}: takes {self.input['kind']}, not images; its README describes the input")
-
-    def run(self, images: np.ndarray) -> np.ndarray:
-        """Prepared images of one shape -> probabilities float32 (B, C). Raises ValueError for another output shape."""
-        probabilities = self.session.run(["probabilities"], {self.input["name"]: images})[0]
+        if not isinstance(self.classes, list) or not all(isinstance(name, str) for name in self.classes):
+            raise ValueError(f"{path}: its classes are no list of names; expected a file that export wrote")
         try:
-            check_shape(probabilities, len(images), len(self.classes))
+            self.inputs = read_inputs(described)
+            self._check_inputs()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def _check_inputs(self) -> None:
+        """Raise ValueError unless the graph takes the described inputs."""
+        given = {node.name: (node.type, node.shape) for node in self.session.get_inputs()}
+        names = [described.name for described in self.inputs]
+        if sorted(names) != sorted(given):
+            raise ValueError(f"its graph takes {', '.join(given)}, its metadata describe {', '.join(names)[:200]}")
+        for described in self.inputs:
+            element, shape = given[described.name]
+            size = None if described.rule is None else described.rule.input_size
+            expected = [None, None, None, 3] if size is None else [None, 3, size, size]
+            expected_element = "tensor(uint8)" if size is None else "tensor(float)"
+            fits = len(shape) == 4 and all(
+                actual == side or not isinstance(actual, int) or side is None
+                for actual, side in zip(shape, expected, strict=True)
+            )
+            if element != expected_element or not fits:
+                raise ValueError(
+                    f"{described.name} is {element} {shape}; its metadata describe {expected_element} {expected}"
+                )
+
+    @property
+    def batch_size(self) -> int:
+        """Number of images whose inputs are in memory at a time."""
+        image_bytes = sum(12 * described.rule.input_size**2 for described in self.inputs if described.rule is not None)
+        return max(1, min(32, BATCH_BYTES // max(1, image_bytes)))
+
+    def run(self, images: InputArrays) -> np.ndarray:
+        """Prepared images, one batch of one shape per input -> probabilities float32 (B, C).
+
+        Raises ValueError for another output shape.
+        """
+        feed = {described.name: array for described, array in zip(self.inputs, images, strict=True)}
+        probabilities = self.session.run(["probabilities"], feed)[0]
+        try:
+            check_shape(probabilities, len(images[0]), len(self.classes))
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}. Export the ensemble again") from error
         with np.errstate(over="ignore"):  # values beyond float32 become infinite, which `row_problems` reports
             return np.asarray(probabilities, dtype=np.float32)
 
-    def prepare(self, path: Path) -> np.ndarray:
+    def prepare(self, path: Path) -> InputArrays:
         """One image file as the model takes it. Raises ValueError for a file that cannot be decoded."""
         try:
             with open_image(path) as image:
+                for described in self.inputs:
+                    if described.rule is not None:
+                        described.rule.target_size(*image.size)  # before the decoding, which takes the memory
                 rgb = image.convert("RGB")
+                sources = {"ignore": rgb}
+                if any(described.exif == "apply" for described in self.inputs):
+                    method = TRANSPOSITIONS.get(exif_orientation(image))
+                    sources["apply"] = rgb if method is None else rgb.transpose(method)
+            return tuple(described.array(sources) for described in self.inputs)
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path}: cannot be decoded ({error})") from error
-        if self.input["kind"] == "uint8-nhwc":
-            return np.asarray(rgb)
-        return resize_and_crop(rgb, self.input["shorter_side"], self.input["img_size"])
 
-    def run_by_shape(self, images: Sequence[np.ndarray]) -> np.ndarray:
+    def run_by_shape(self, images: Sequence[InputArrays]) -> np.ndarray:
         """Prepared images -> probabilities float32 (N, C); images of one shape share a batch."""
         probabilities = np.empty((len(images), len(self.classes)), dtype=np.float32)
         for rows in _rows_by_shape(images):
-            probabilities[rows] = self.run(np.stack([images[row] for row in rows]))
+            probabilities[rows] = self.run(tuple(map(np.stack, zip(*(images[row] for row in rows), strict=True))))
         return probabilities
 
     def predict(self, paths: Sequence[Path]) -> np.ndarray:
@@ -152,14 +326,16 @@ def format_of(path: str | Path) -> str | None:
     return None
 
 
-def resize_and_crop(image: Image.Image, side: int, size: int) -> np.ndarray:
-    """Resize the shorter side to `side` and crop the centre square of `size`: float32 (3, size, size) in [0, 1]."""
-    width, height = image.size
-    length = int(side * max(width, height) / min(width, height))
-    resized = image.resize((side, length) if width <= height else (length, side), Image.Resampling.BILINEAR)
-    left, top = (round((edge - size) / 2) for edge in resized.size)
-    pixels = np.asarray(resized.crop((left, top, left + size, top + size)))
-    return pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+def exif_orientation(image: Image.Image) -> int:
+    """EXIF orientation from 1 to 8 that is still to be applied to a decoded image; 1 (upright) where it is damaged.
+
+    Pillow's TIFF decoder turns the image itself, which is then upright.
+    """
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # of damaged metadata, which damage no pixel
+        return 1
+    return value if value in TRANSPOSITIONS else 1
 
 
 def list_image_files(paths: Sequence[Path | str]) -> list[Path]:
@@ -177,10 +353,10 @@ def list_image_files(paths: Sequence[Path | str]) -> list[Path]:
     return files
 
 
-def _rows_by_shape(images: Sequence[np.ndarray]) -> Iterator[list[int]]:
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for row, image in enumerate(images):
-        groups.setdefault(image.shape, []).append(row)
+def _rows_by_shape(images: Sequence[InputArrays]) -> Iterator[list[int]]:
+    groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    for row, arrays in enumerate(images):
+        groups.setdefault(tuple(array.shape for array in arrays), []).append(row)
     yield from groups.values()
 
 

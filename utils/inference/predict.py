@@ -151,7 +151,7 @@ class ExportClassifier:
         rows: dict[int, np.ndarray] = {}
         problems: dict[int, str] = {}
         for start in range(0, len(paths), self.model.batch_size):
-            images: dict[int, np.ndarray] = {}
+            images: dict[int, tuple[np.ndarray, ...]] = {}
             for index, path in enumerate(paths[start : start + self.model.batch_size], start):
                 try:
                     images[index] = self.model.prepare(path)

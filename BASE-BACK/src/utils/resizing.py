@@ -130,12 +130,15 @@ def resized_pixels(image: Image.Image, rules: Iterable[Resizing]) -> dict[str, n
     distinct = {rule.key: rule for rule in rules}
     for rule in distinct.values():
         rule.target_size(*image.size)  # before the decoding, which takes the memory
-    rgb = image.convert("RGB")
-    sources = {"ignore": rgb}
-    if any(rule.exif == "apply" for rule in distinct.values()):
-        method = TRANSPOSITIONS.get(exif_orientation(image))
-        sources["apply"] = rgb if method is None else rgb.transpose(method)
+    sources = {exif: decoded(image, exif) for exif in {rule.exif for rule in distinct.values()}}
     return {key: np.asarray(rule.resized_image(sources[rule.exif])) for key, rule in distinct.items()}
+
+
+def decoded(image: Image.Image, exif: str) -> Image.Image:
+    """The RGB pixels of an opened image, upright where `exif` is `apply`."""
+    rgb = image.convert("RGB")
+    method = TRANSPOSITIONS.get(exif_orientation(image)) if exif == "apply" else None
+    return rgb if method is None else rgb.transpose(method)
 
 
 def exif_orientation(image: Image.Image) -> int:

@@ -1,0 +1,163 @@
+"""Preprocessing inside an exported network: normalisation of prepared images, or all of it, from decoded pixels.
+
+Images are float32 (B, 3, S, S) in [0, 1] as the member's resize rule makes them, or uint8 (B, H, W, 3) of any size, as
+decoded. In a trace the batch size stays free, and so do height and width of uint8 images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import PIL
+import torch
+from torch import Tensor, nn
+
+from utils import base_back
+from utils.networks.preprocessing import Preprocessing
+
+TALL_FIRST = 13  # Pillow release that resamples columns first if the height shrinks by more than twice the width
+BITS = 22  # of the fixed-point weights by which Pillow resamples 8-bit images
+
+
+def _triangle(distance: Tensor) -> Tensor:
+    return torch.clamp(1.0 - distance.abs(), min=0.0)
+
+
+def _cubic(distance: Tensor) -> Tensor:
+    """Of Keys (1981) with a = -1/2."""
+    x = distance.abs()
+    inner = (1.5 * x - 2.5) * x * x + 1.0
+    outer = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
+    return torch.where(x < 1.0, inner, torch.where(x < 2.0, outer, torch.zeros_like(x)))
+
+
+def _sinc(distance: Tensor) -> Tensor:
+    x = distance * math.pi
+    return torch.where(x == 0.0, torch.ones_like(x), torch.sin(x) / torch.where(x == 0.0, torch.ones_like(x), x))
+
+
+def _hamming(distance: Tensor) -> Tensor:
+    window = 0.54 + 0.46 * torch.cos(distance * math.pi)
+    return torch.where(distance.abs() < 1.0, _sinc(distance) * window, torch.zeros_like(distance))
+
+
+def _lanczos(distance: Tensor) -> Tensor:
+    return torch.where(distance.abs() < 3.0, _sinc(distance) * _sinc(distance / 3.0), torch.zeros_like(distance))
+
+
+KERNELS: dict[str, Callable[[Tensor], Tensor]] = {
+    "bilinear": _triangle,
+    "bicubic": _cubic,
+    "hamming": _hamming,
+    "lanczos": _lanczos,
+}
+"""Pillow's interpolation -> weight of a pixel at a distance, in pixels of the smaller image.
+
+Without `box`: whether a pixel on its edge belongs to it depends on the last bit.
+"""
+
+
+def resampling_problem(preprocessing: Preprocessing) -> str | None:
+    """Why an exported network cannot resize decoded images by this rule; None where it can."""
+    if preprocessing.resize == "pad":
+        return "pads images"
+    if preprocessing.interpolation not in KERNELS:
+        return f"resizes by {preprocessing.interpolation} interpolation"
+    if preprocessing.resized < preprocessing.input_size:
+        return "crops a square larger than the resized image"
+    return None
+
+
+class Preparation(nn.Module):
+    """Raw images -> normalised squares (B, 3, S, S), bit for bit as the member's own evaluation transform.
+
+    uint8 images are resampled as by the Pillow release that is installed when the network is built: with 22-bit weights
+    along the rows, then along the columns (for some tall images in the other order, from release 13 on), rounded to 8
+    bits after each; float64 represents all of this exactly. Without `resizes` images have their final size already.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, preprocessing: Preprocessing, *, takes_uint8: bool, resizes: bool = True) -> None:
+        super().__init__()
+        self.preprocessing, self.takes_uint8, self.resizes = preprocessing, takes_uint8, resizes
+        self.tall_first = int(PIL.__version__.partition(".")[0]) >= TALL_FIRST
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(preprocessing.std).view(1, 3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Raw images -> (B, 3, S, S)."""
+        if self.takes_uint8:
+            planes = images.permute(0, 3, 1, 2)
+            pixels = self._resize_and_crop(planes.double()).float() if self.resizes else planes.float()
+            images = pixels / 255
+        if self.preprocessing.channels == "BGR":
+            images = images.flip(1)
+        low, high = self.preprocessing.value_range
+        if (low, high) != (0, 1):
+            images = images * (high - low) + low
+        return (images - self.mean) / self.std
+
+    def _resize_and_crop(self, planes: Tensor) -> Tensor:
+        """(B, 3, H, W) in float64 -> the centre crop of the resized image, integers (B, 3, S, S)."""
+        shape = torch._shape_as_tensor(planes)  # a tensor, so that a trace keeps sizes free
+        height, width = shape[2:3], shape[3:4]
+        side = self.preprocessing.resized
+        if self.preprocessing.resize == "squash":
+            tall, wide = torch.full_like(height, side), torch.full_like(width, side)
+        else:
+            short = torch.minimum(height, width)
+            tall, wide = side * height // short, side * width // short
+        rows = self._weights(planes[0, 0, :, 0], height, tall)
+        columns = self._weights(planes[0, 0, 0, :], width, wide).transpose(0, 1)
+        if not self.tall_first:
+            return _rounded(rows @ _rounded(planes @ columns))
+        fewer, narrower = height - tall, width - wide
+        return _by_the_shorter_way()(planes, rows, columns, (fewer > 0) & (fewer > 2 * narrower))
+
+    def _weights(self, line: Tensor, length: Tensor, resized: Tensor) -> Tensor:
+        """Weights (S, length) that resize a `line` of pixels (length,) and crop its centre.
+
+        `length` and `resized` have the shape (1,): the exporter to ONNX takes double scalars for floats.
+        """
+        size = self.preprocessing.input_size
+        left = resized - size
+        start = left // 2
+        if self.preprocessing.crop_offset == "round":  # as Python rounds: halves to even
+            start = start + (left % 2) * (left // 2 % 2)
+        scale = length.double() / resized.double()
+        support = torch.clamp(scale, min=1.0)
+        crop = torch.arange(size, dtype=torch.float64) + 0.5
+        centre = (crop + start.double()) * scale
+        pixels = torch.cumsum(torch.ones_like(line), 0) - 1.0
+        distance = (pixels[None] - centre[:, None] + 0.5) * torch.reciprocal(support)
+        weights = KERNELS[self.preprocessing.interpolation](distance)
+        weights = weights / weights.sum(dim=1, keepdim=True) * 2.0**BITS
+        if self.preprocessing.interpolation == "bilinear":
+            return torch.floor(0.5 + weights)
+        return torch.sign(weights) * torch.floor(0.5 + weights.abs())  # halves away from zero, as C does it
+
+
+def _rounded(sums: Tensor) -> Tensor:
+    """Sums of pixels times 22-bit weights -> integers from 0 to 255."""
+    return torch.clamp(torch.floor((sums + 2.0 ** (BITS - 1)) / 2.0**BITS), 0.0, 255.0)
+
+
+@cache
+def _by_the_shorter_way() -> Any:
+    """The two passes in either order, as a scripted function, so that its branch survives tracing."""
+    with base_back.load_bundled("torchscript").torchscript_without_notices():
+        return torch.jit.script(_passes)
+
+
+def _passes(planes: Tensor, rows: Tensor, columns: Tensor, tall: Tensor) -> Tensor:
+    half, whole = 2097152.0, 4194304.0  # 2 ** (BITS - 1) and 2 ** BITS
+    if bool(tall):
+        down = torch.clamp(torch.floor((torch.matmul(rows, planes) + half) / whole), 0.0, 255.0)
+        return torch.clamp(torch.floor((torch.matmul(down, columns) + half) / whole), 0.0, 255.0)
+    across = torch.clamp(torch.floor((torch.matmul(planes, columns) + half) / whole), 0.0, 255.0)
+    return torch.clamp(torch.floor((torch.matmul(rows, across) + half) / whole), 0.0, 255.0)

@@ -74,6 +74,13 @@ COMMANDS: dict[str, Command] = {
                 "one that is declared; keys: input_size, resize, crop, resized, interpolation, crop_offset, mean, "
                 "std, channels, range, exif",
             },
+            "--trained-on": {
+                "metavar": "[NAME=]STATEMENT",
+                "action": "append",
+                "default": [],
+                "help": "images that the networks of --add, or the declared network NAME, were trained on: none, "
+                "train, train+val, all, unknown, or a file that lists them; repeatable",
+            },
             "--remove": {
                 "metavar": "NAME",
                 "action": "append",

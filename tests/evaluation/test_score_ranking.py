@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
+
 from utils.evaluation import score_ranking
 
 
-def record(value, *, log_loss=0.5, contaminated=False, p=None):
+def record(value, *, log_loss=0.5, contaminated=False, unknown=(), p=None):
     comparison = None if p is None else {"name": "best", "mcnemar_p": p}
     return {
         **{"accuracy": value, "f1_macro": value, "log_loss": log_loss, "ece": 0.1, "ci95": None, "n_samples": 30},
-        **{"contaminated": contaminated, "optimistic": False, "vs_best_single": comparison, "vs_soft_voting": None},
+        **{"contaminated": contaminated, "optimistic": False, "unknown_training_data": list(unknown)},
+        **{"vs_best_single": comparison, "vs_soft_voting": None},
     }
 
 
@@ -31,9 +34,10 @@ def test_the_metric_decides_then_log_loss_then_the_name():
     assert by_loss == ["worse", "sharper", "a", "b", "best"]
 
 
-def test_contaminated_models_come_last_without_a_rank_and_do_not_count_in_the_correction():
+@pytest.mark.parametrize("mark", [{"contaminated": True}, {"unknown": ["leaked"]}])
+def test_contaminated_and_unknown_models_come_last_without_a_rank_and_do_not_count_in_the_correction(mark):
     records = {
-        "leaked": record(1.0, contaminated=True, p=0.001),
+        "leaked": record(1.0, p=0.001, **mark),
         "a": record(0.9, p=0.02),
         "b": record(0.8, p=0.03),
         "best": record(0.7),

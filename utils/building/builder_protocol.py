@@ -7,6 +7,7 @@ collects what the command reports. `status`, `clean --stale` and `pipeline` read
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -17,14 +18,19 @@ from utils.core.config import Config, require_enabled
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.discovery import discover
-from utils.predictions import catalog, extraction, fold_networks
+from utils.predictions import catalog, extraction, fold_networks, training_data
 from utils.predictions.catalog import IMPORTED, Catalog, Member
 from utils.predictions.extraction import STREAMED_SPLITS
 from utils.predictions.store import Store
 
+logger = logging.getLogger("disease_pipeline")
+
 CURRENT, STALE, MISSING, DAMAGED = "current", "stale", "missing", "damaged"
 BUILT, UP_TO_DATE, LEFT_OUT = "built", "up to date", "left out"
-SETTINGS_CHANGED = "its images, out-of-fold predictions, seed or settings have changed since the build"
+SETTINGS_CHANGED = (
+    "its images, out-of-fold predictions, seed or settings, or what its members were trained on, have changed since "
+    "the build"
+)
 
 
 @dataclass(frozen=True)
@@ -52,10 +58,22 @@ class Session:
     def open(cls, config: Config, workspace: Workspace) -> Session:
         """Read the catalog and check the selected members' out-of-fold predictions where that was not done yet.
 
-        Raises UserError without a catalog or a selected member.
+        Raises UserError without a catalog or a selected member, and LeakageError where nobody has said of any of them
+        what it was trained on.
         """
         content = discover.verified_catalog(config, workspace)
-        return cls(Store(config, workspace, content), tuple(catalog.select(content, config)))
+        members = tuple(catalog.select(content, config))
+        names = [member.name for member in members]
+        training_data.require_some_known(content, names)
+        if unknown := training_data.unknown_names(content, names):
+            logger.warning(
+                "what %s was trained on is unknown: ensembles that are chosen from it are scored but not ranked or "
+                "recommended. %s; or leave it out: --set backbones.exclude=[%s]",
+                ", ".join(unknown),
+                training_data.remedy(content, unknown),
+                ",".join(unknown),
+            )
+        return cls(Store(config, workspace, content), members)
 
     @property
     def config(self) -> Config:
@@ -260,8 +278,10 @@ def changed_members(content: Catalog, record: Mapping[str, Any]) -> list[str]:
 
 def summary_line(workspace: Workspace, name: str, state: str) -> str:
     """One saved ensemble as the commands print it: its state and its cross-fitted scores."""
-    scores = (ensembles.record_of(workspace, name) or {})["crossfit"]
+    record = ensembles.record_of(workspace, name) or {}
+    scores, unknown = record["crossfit"], record.get("unknown_training_data")
+    rows = f"rows that {', '.join(unknown)} may have been trained on" if unknown else "out-of-sample rows"
     return (
         f"{name:36} {state:11} accuracy {scores['accuracy']:.4f}  log-loss {scores['log_loss']:.4f}  "
-        f"on {scores['n']} out-of-sample rows"
+        f"on {scores['n']} {rows}"
     )

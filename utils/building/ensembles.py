@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from utils.core.errors import UserError, did_you_mean
 from utils.core.parsed_files import record_once
 from utils.core.workspace import SPLITS, Workspace
 from utils.predictions import training_data
-from utils.predictions.catalog import Member
+from utils.predictions.catalog import Catalog, Member
 from utils.predictions.rows import Rows
 from utils.predictions.store import Store
 
@@ -117,6 +117,8 @@ class Ensemble:
     seed: int
     inference: str = "full"
     """What answers for its members: their full networks, or the mean of their fold networks (`folds`)."""
+    training_data: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """`training_data.stated` of the candidates when it was built"""
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,7 @@ def save(workspace: Workspace, ensemble: Ensemble, crossfit: Crossfit, record: M
             "inputs_digest": ensemble.inputs_digest,
             "seed": ensemble.seed,
             "inference": ensemble.inference,
+            "training_data": dict(ensemble.training_data),
             **{kind: [rows.as_record() for rows in all_rows] for kind, all_rows in sets.items()},
             "unknown_training_data": list(ensemble.provenance.unknown_training_data),
         },
@@ -247,6 +250,7 @@ def load(workspace: Workspace, name: str) -> Ensemble:
             member_digests=record["member_digests"],
             seed=record["seed"],
             inference=record["inference"],
+            training_data=record.get("training_data", {}),
         )
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / 'ensemble.json'}: not the form of an ensemble ({error!r}). {remedy}") from error
@@ -293,6 +297,13 @@ def _provenance(folder: Path, record: Mapping[str, Any], remedy: str) -> Provena
             raise UserError(f"{folder / 'provenance.npz'}: its ids are not those of ensemble.json. {remedy}")
     unknown = tuple(record.get("unknown_training_data", ()))
     return Provenance(tuple(sets["fitted_on"]), tuple(sets["selected_on"]), unknown)
+
+
+def is_stated_otherwise(catalog: Catalog, ensemble: Ensemble) -> bool:
+    """Whether what its candidates were trained on is stated in another way now than when it was built."""
+    names = ensemble.training_data.keys() & catalog.members.keys()
+    before = {name: list(ensemble.training_data[name]) for name in names}
+    return before != training_data.stated(catalog, ensemble.candidates)
 
 
 def network_provenance(store: Store, members: Iterable[Member]) -> Provenance:

@@ -54,7 +54,7 @@ def out_of_sample_rows(
     `rows_of_kind`; `inference` says which networks answer on val.
     """
     rows = fold_networks.out_of_sample(store, members, inference)
-    without, derived = _without_oof(members)
+    without, derived = _without_train_rows(store, members)
     for member in without:
         is_imported = member.source == IMPORTED
         logger.warning(
@@ -86,7 +86,7 @@ def rows_of_kind(store: Store, members: Sequence[Member], rows: OutOfSampleRows,
     chosen = rows.of_split(split)
     if len(chosen.fold):
         return chosen
-    without, derived = _without_oof(members)
+    without, derived = _without_train_rows(store, members)
     remedies = [f"Make them: {source_of_oof(store, without)}"] if kind == "oof" and without else []
     remedies += [f"Leave out what is derived: {', '.join(derived)}"] if kind == "oof" and derived else []
     remedies += [f"Make them: val.npz and {IMPORT}"] if kind == "val" else []
@@ -96,9 +96,9 @@ def rows_of_kind(store: Store, members: Sequence[Member], rows: OutOfSampleRows,
     )
 
 
-def _without_oof(members: Sequence[Member]) -> tuple[list[Member], list[str]]:
-    """Members without out-of-fold predictions, and the names of the derived ones, which cannot have any."""
-    lacking = [member for member in members if member.oof is None]
+def _without_train_rows(store: Store, members: Sequence[Member]) -> tuple[list[Member], list[str]]:
+    """Members without out-of-sample train rows, and the names of the derived ones, which cannot have any."""
+    lacking = [member for member in members if not training_data.has_train_rows(store, member)]
     without = [member for member in lacking if member.source != "derived"]
     return without, [member.name for member in lacking if member.source == "derived"]
 
@@ -211,6 +211,7 @@ def build(
         member_digests={member.name: fold_networks.digest(member, rows.inference) for member in members},
         seed=store.config.seed,
         inference=rows.inference,
+        training_data=training_data.stated(store.catalog, rows.members),
     )
     record: dict[str, Any] = {
         **(notes or {}),
@@ -247,7 +248,7 @@ def inputs_digest(
     recorded = [member.recorded_accuracy for member in members] if settings else None
     splits = [store.catalog.splits[split]["digest"] for split in KINDS_OF_ROWS]  # which decide the folds
     rule = config.digest(*settings, "dataset.group_regex", "seed")
-    stated = training_data.digest_inputs(store, members)
+    stated = training_data.stated(store.catalog, keys)
     return digest_of([VERSION, method, keys, oof, recorded, splits, rule, extra_inputs, *([stated] if stated else [])])
 
 

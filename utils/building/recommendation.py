@@ -10,9 +10,10 @@ import numpy as np
 
 from utils.building import ensembles
 from utils.building.ensembles import Crossfit, Ensemble
-from utils.core.errors import UserError
+from utils.core.errors import LeakageError, UserError
 from utils.numeric.metrics import log_loss_per_row, softmax, within_one_standard_error
-from utils.predictions.catalog import Member, end_to_end_member_name
+from utils.predictions import training_data
+from utils.predictions.catalog import Catalog, Member, end_to_end_member_name
 from utils.predictions.rows import MemberRows
 from utils.predictions.store import Store
 
@@ -48,13 +49,19 @@ class Candidate:
 def recommend(candidates: Sequence[Candidate]) -> dict[str, Any]:
     """The candidate to use, by out-of-sample rows alone: `{name, reason, evidence, peers}`.
 
-    Candidates with out-of-fold rows are compared on the rows they all share; without any, all are compared on val. The
-    lowest log-loss wins, or the simplest ensemble within one paired standard error of it; a single member wins only
-    when it is the lowest itself. A candidate with val rows alone replaces the winner only when the 95 % interval of the
-    paired difference on the val rows lies above 0; one that was chosen on val never does.
+    Candidates with train rows are compared on the rows they all share. Without any, and where members alone have some
+    and ensembles none, all are compared on val. The lowest log-loss wins, or the simplest ensemble within one paired
+    standard error of it; a single member wins only when it is the lowest itself. A candidate with val rows alone
+    replaces the winner only when the 95 % interval of the paired difference on the val rows lies above 0; one that was
+    chosen on val never does.
     """
-    with_oof = [candidate for candidate in candidates if any(split == "train" for split, _ in candidate.keys)]
-    compared = with_oof or list(candidates)
+    with_train, with_val = (
+        [candidate for candidate in candidates if any(part == split for part, _ in candidate.keys)]
+        for split in ("train", "val")
+    )
+    has_ensembles = any(candidate.kind == "ensemble" for candidate in candidates)
+    on_train = with_train and (not has_ensembles or any(candidate.kind == "ensemble" for candidate in with_train))
+    compared = with_train if on_train else with_val
     shared = sorted(set.intersection(*(set(candidate.keys) for candidate in compared)))
     if not shared:
         raise UserError(
@@ -126,26 +133,39 @@ def _simplicity(candidate: Candidate) -> int:
 
 
 def recommended(store: Store, members: Mapping[str, Member], saved: Mapping[str, Ensemble]) -> dict[str, Any]:
-    """Which member or ensemble to use, by out-of-sample rows alone; `recommend` is the rule."""
-    crossfits = ((ensemble, ensembles.load_crossfit(store.workspace, name)) for name, ensemble in saved.items())
-    return recommend_among(store.out_of_sample_parts(list(members.values())), crossfits)
+    """Which member or ensemble to use, by out-of-sample rows alone; `recommend_among` is the rule."""
+    current = {name: each for name, each in saved.items() if not ensembles.is_stated_otherwise(store.catalog, each)}
+    crossfits = ((ensemble, ensembles.load_crossfit(store.workspace, name)) for name, ensemble in current.items())
+    return recommend_among(store.catalog, store.out_of_sample_parts(list(members.values())), crossfits)
 
 
 def recommend_among(
-    parts: Mapping[str, Sequence[MemberRows]], crossfits: Iterable[tuple[Ensemble, Crossfit]]
+    catalog: Catalog, parts: Mapping[str, Sequence[MemberRows]], crossfits: Iterable[tuple[Ensemble, Crossfit]]
 ) -> dict[str, Any]:
     """Which member or ensemble to use; `recommend` is the rule.
 
-    `parts` are {member: its out-of-sample rows}, `crossfits` ensembles with their cross-fitted predictions.
+    `parts` are {member: its out-of-sample rows}, `crossfits` ensembles with their cross-fitted predictions. Those whose
+    training data is unknown are left out. Raises LeakageError where nothing is left.
     """
     candidates = []
+    unknown = training_data.unknown_names(catalog, parts)
+    crossfits = [(ensemble, own) for ensemble, own in crossfits if not ensemble.provenance.unknown_training_data]
     for name, member_parts in parts.items():
+        if name in unknown or not member_parts:
+            continue
         keys = [(part.split, sample_id) for part in member_parts for sample_id in part.sample_ids.tolist()]
         probabilities = np.concatenate([softmax(np.asarray(part.logits)) for part in member_parts])
         labels = np.concatenate([np.asarray(part.labels) for part in member_parts])
         candidates.append(_candidate(name, None, keys, probabilities, labels))
     for ensemble, crossfit in crossfits:
         candidates.append(_candidate(ensemble.name, ensemble, crossfit.keys(), crossfit.probabilities, crossfit.labels))
+    if not candidates:
+        training_data.require_some_known(catalog, parts)
+        raise LeakageError(
+            f"no member or ensemble has out-of-sample rows, by which one could be recommended: "
+            f"{', '.join(parts) or 'there is none'}. Give a member out-of-fold predictions, or correct what it was "
+            f"trained on: {training_data.command(list(parts)[:1], 'STATEMENT')}"
+        )
     return recommend(candidates)
 
 

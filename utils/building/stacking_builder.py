@@ -16,7 +16,7 @@ from utils.core.config import Config, require_enabled
 from utils.core.errors import LeakageError, UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
-from utils.predictions import catalog, fold_networks
+from utils.predictions import catalog, fold_networks, training_data
 from utils.predictions.catalog import Member
 from utils.predictions.extraction import STREAMED_SPLITS
 from utils.predictions.fold_networks import FOLDS, FULL
@@ -67,8 +67,9 @@ class StackingBuilder(Builder):
         return [method for method in methods if method in COMBINERS]
 
     def members(self, session: Session) -> Sequence[Member]:
-        """Those with out-of-fold predictions; all of them where none has any."""
-        return [member for member in session.members if member.oof is not None] or session.members
+        """Those with out-of-sample train rows; all of them where none has any."""
+        store = session.store
+        return [member for member in session.members if training_data.has_train_rows(store, member)] or session.members
 
     def check(self, session: Session) -> None:
         """Warn about members without out-of-fold predictions, or refuse them."""
@@ -184,7 +185,7 @@ def _extra_inputs(config: Config, members: Sequence[Member], method: str) -> lis
 def _require_out_of_fold(session: Session, *, strict: bool) -> None:
     """Warn about members without out-of-fold predictions; raise UserError where `strict` or the section needs them."""
     members = session.members
-    without = [member for member in members if member.oof is None]
+    without = [member for member in members if not training_data.has_train_rows(session.store, member)]
     names = [member.name for member in without]
     if not without:
         return

@@ -20,7 +20,15 @@ from utils.core.config import Config
 from utils.core.errors import UserError, did_you_mean
 from utils.core.results import Result
 from utils.core.workspace import SPLITS, Workspace
-from utils.discovery import candidates, declarations, imported_members, member_names, orientations, renaming
+from utils.discovery import (
+    candidates,
+    declarations,
+    imported_members,
+    member_names,
+    orientations,
+    renaming,
+    training_statements,
+)
 from utils.discovery.identification import Scan, identify
 from utils.predictions import catalog, image_splits, inspection, streaming
 from utils.predictions.catalog import IMPORTED, Catalog, Member, Problem
@@ -43,6 +51,7 @@ def discover(
     preprocess: Sequence[str] = (),
     remove: Sequence[str] = (),
     rename: Sequence[str] = (),
+    trained_on: Sequence[str] = (),
     force: bool = False,
     verbose: bool = False,
 ) -> Result:
@@ -58,10 +67,12 @@ def discover(
             of those that were declared before.
         remove: Names of declared or imported members to remove from the catalog.
         rename: Other names for such members, `OLD=NEW`; what is stored for them is renamed as well.
+        trained_on: What the networks of `add` were trained on, one of `training_data.STATEMENTS` or a file that lists
+            images, or `NAME=STATEMENT` for one network that is declared.
         force: Measure again what has been measured already. A scan is cheap and always made.
         verbose: Also list each member's preprocessing.
 
-    Raises UserError if there is no member, and for a declaration, removal or renaming that is not possible.
+    Raises UserError if there is no member, and for a declaration, removal, renaming or statement that is not possible.
     """
     earlier = _without(workspace, _earlier(workspace), remove)
     earlier, names = renaming.begin(
@@ -74,6 +85,7 @@ def discover(
         verify=verify,
         options=declarations.Options(add, add_from, preprocess),
         remove=remove,
+        trained_on=trained_on,
         force=force,
         verbose=verbose,
     )
@@ -89,11 +101,13 @@ def _discovered(
     verify: bool,
     options: declarations.Options,
     remove: Sequence[str],
+    trained_on: Sequence[str],
     force: bool,
     verbose: bool,
 ) -> Result:
     """The result of a scan, with the declared and imported members of an `earlier` catalog."""
     if earlier and not earlier.has_images and not workspace.has_images and not (options.add or options.add_from):
+        training_statements.parse(trained_on, (), ())  # networks need images, so there is none to make one about
         return _without_images(config, workspace, earlier)
     digests = FileDigests(workspace.digests)
     scan = Scan(config, workspace, digests, _list_splits(workspace, digests))
@@ -111,7 +125,16 @@ def _discovered(
             problems.append(Problem("checkpoint_refused", "error", candidate.name, str(error), remedy))
             if candidate.remembered is not None:  # a declaration outlives its file
                 members[candidate.name] = replace(candidate.remembered, usable=False, oof=None)
-    problems += declarations.problems_of(workspace, requested, members, earlier)
+    added = [declaration.name for declaration in requested.declarations]
+    listed_now = declarations.remembered_members(scan, earlier).keys() | set(added)
+    statements = training_statements.parse(
+        trained_on, added, [*listed_now, *training_statements.of_unknown_origin(members)]
+    )
+    members, messages = training_statements.with_statements(workspace, scan.splits, members, earlier, statements)
+    problems += [
+        *training_statements.problems(members),
+        *declarations.problems_of(workspace, requested, members, earlier),
+    ]
     mounted = catalog.mounted_base_back()
     inspector = Inspector(config, workspace, scan.classes, scan.splits, digests, mounted["digest"])
     if verify:
@@ -140,7 +163,7 @@ def _discovered(
     measured = {name: inspector.measured(member) or {} for name, member in listed.members.items()}
     listed = replace(listed, problems=tuple(inspection.with_extra_outputs_checked(listed.problems, measured)))
     result = _written(workspace, listed, measured, verify=verify, verbose=verbose)
-    text = "\n".join([*requested.messages, result.text])
+    text = "\n".join([*requested.messages, *messages, result.text])
     return replace(result, text=text, failures=[*requested.failures, *result.failures])
 
 
@@ -214,6 +237,7 @@ def register_derived(
         if candidate.is_derived and candidate.name in names:
             members[candidate.name], candidate_problems = identify(scan, candidate)
             problems += candidate_problems
+    members, _ = training_statements.with_statements(workspace, scan.splits, members, current, {})
     codes = {problem.code for problem in current.problems}
     updated = replace(current, members=members).with_problems(problems, members=set(names), codes=codes)
     catalog.save(workspace, updated)

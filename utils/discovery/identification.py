@@ -27,10 +27,11 @@ from utils.networks.preprocessing import BASE_PIPELINE, LEAST_SIDE, MOST_SIDE, P
 from utils.predictions import inspection, out_of_fold
 from utils.predictions.catalog import STAGES, TIMM, Member, Problem, kfold_command, kfold_remedy, network_digest
 from utils.predictions.image_splits import ImageSplit
+from utils.predictions.training_data import FILE, NONE, STATEMENTS, TRAIN, UNKNOWN, combined
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 4  # raised whenever the same file would give other facts
+VERSION = 5  # raised whenever the same file would give other facts
 SNAPSHOT = re.compile(r"snapshot\d+")
 CYCLE = "cycle"  # the stage that the base pipeline's checkpoints of cyclic training record
 CHECKPOINT = "checkpoint"  # source of a preprocessing record
@@ -108,6 +109,10 @@ def identify(scan: Scan, candidate: MemberCandidate) -> tuple[Member, list[Probl
     # Without a list, the order is that of sorted names, as every loader of class folders has it.
     classes = tuple(facts["classes"] or candidate.classes or sorted(scan.classes))
     preprocessing = _preprocessing(candidate, architecture, facts)
+    fold = candidate.others.get("fold0") if declared else None
+    is_fold = fold is not None and _is_readable(fold, digests)
+    training_facts = checkpoint_facts(fold, digests) if fold is not None and is_fold else facts
+    pretrained_on = training_facts["pretrained_on"] or NONE
     member = Member(
         name=candidate.name,
         architecture=architecture,
@@ -124,6 +129,8 @@ def identify(scan: Scan, candidate: MemberCandidate) -> tuple[Member, list[Probl
         parents=candidate.parents or tuple(facts["parents"]),
         recorded_test_accuracy=recorded.test_accuracy if recorded else None,
         preprocessing=None if preprocessing.source == BASE_PIPELINE else preprocessing.as_record(),
+        trained_on=UNKNOWN if declared else combined([TRAIN, pretrained_on]),
+        pretrained_on=pretrained_on,
     )
     problems = list(recorded.problems) if recorded else []
     if not declared and not candidate.is_derived and member.architecture != candidate.backbone:
@@ -231,6 +238,7 @@ def _metadata(path: Path, extra: Mapping[str, Any]) -> dict[str, Any]:
         "stage": extra.get("stage"),
         "parents": [str(name) for name in extra.get("parents") or ()],
         "preprocessing": preprocessing,
+        "pretrained_on": _pretrained_on(path, extra.get("weights")),
     }
 
 
@@ -241,6 +249,18 @@ def _recorded_preprocessing(path: Path, extra: Mapping[str, Any]) -> dict[str, A
     preprocessing = Preprocessing.from_record(extra["preprocessing"], f"{path}: extra.preprocessing", remedy=RETRAIN)
     is_default = preprocessing.is_base_pipeline and preprocessing.source == BASE_PIPELINE
     return preprocessing.with_source(BASE_PIPELINE if is_default else CHECKPOINT).as_record()
+
+
+def _pretrained_on(path: Path, weights: Any) -> str | None:
+    """What a checkpoint says of the images that the weights were trained on that its training started from."""
+    if weights is None:
+        return None
+    statement = weights.get("trained_on") if isinstance(weights, dict) else None
+    if statement not in STATEMENTS:
+        raise UserError(
+            f"{path}: extra.weights.trained_on is {str(statement)[:40]!r}; expected {', '.join(STATEMENTS)}. {RETRAIN}"
+        )
+    return UNKNOWN if statement == FILE else str(statement)  # the list is not in the checkpoint
 
 
 def _outputs(weights: Mapping[str, Any]) -> int | None:

@@ -137,14 +137,16 @@ def _link(workspace: Workspace, old: str, new: str) -> None:
                 write_json(link, record | {"member": new})
             elif not caches.TEMPORARY.fullmatch(path.name):
                 link_file(path, link)
-    if workspace.oof(old).is_file():
-        link_file(workspace.oof(old), workspace.oof(new))
+    for file_of in (workspace.oof, workspace.training_data):
+        if file_of(old).is_file():
+            link_file(file_of(old), file_of(new))
 
 
 def remove_old_names(workspace: Workspace, names: Mapping[str, str]) -> None:
     """Remove the old names from disk, after the catalog with the new ones was written."""
     for old in names:
         workspace.oof(old).unlink(missing_ok=True)
+        workspace.training_data(old).unlink(missing_ok=True)
         for folder in _folders(workspace, old):  # predictions last: by their records `_is_finished` knows them
             if folder.is_dir() and not folder.is_symlink():
                 shutil.rmtree(folder)

@@ -23,7 +23,7 @@ from utils.networks.construction import NetworkSpec
 from utils.networks.embeddings import EmbeddingExtractor
 from utils.networks.preprocessing import Preprocessing
 from utils.numeric.metrics import softmax
-from utils.predictions import catalog, extraction, fold_networks, streaming
+from utils.predictions import catalog, extraction, fold_networks, streaming, training_data
 from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.rows import Rows
 from utils.predictions.store import Store
@@ -98,6 +98,7 @@ def _single_member(store: Store, member: Member) -> Ensemble:
     if not member.usable:
         raise UserError(f"{CONFIG_KEY} {member.name}: this member is not usable; discover reports why")
     oof = member.oof["sha256"] if member.oof else None
+    stated = training_data.stated(store.catalog, [member.name])
     return Ensemble(
         name=member.name,
         method="soft_voting",
@@ -106,9 +107,10 @@ def _single_member(store: Store, member: Member) -> Ensemble:
         classes=store.catalog.classes,
         combiner=SoftVoting(),
         provenance=ensembles.network_provenance(store, [member]),
-        inputs_digest=digest_of([member.digest, oof]),
+        inputs_digest=digest_of([member.digest, oof, *([stated] if stated else [])]),
         member_digests={member.name: member.digest},
         seed=store.config.seed,
+        training_data=stated,
     )
 
 

@@ -179,7 +179,7 @@ def _model_result(workspace: Workspace, results: EvaluationResults, name: str, s
     record = results.metrics[name]
     is_ensemble = results.models[name].kind == "ensemble"
     path_of = workspace.ensemble_metrics if is_ensemble else workspace.member_metrics
-    marks = [mark for mark in ("contaminated", "optimistic") if record[mark]]
+    marks = [mark for key, mark in leaderboard.MARKS.items() if record.get(key)]
     low, high = record["ci95"]["accuracy"]
     text = (
         f"{name} on {split}: accuracy {record['accuracy']:.4f} [{low:.4f}, {high:.4f}], F1 macro "

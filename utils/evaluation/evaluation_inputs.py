@@ -108,7 +108,7 @@ class EvaluationInputs:
     """Group index of each row (N,); None where rows are independent"""
     models: Sequence[ScoredModel]
     out_of_sample: Mapping[str, Sequence[MemberRows]]
-    """{member: its out-of-fold rows of train and its rows of val, of those that there are}"""
+    """{member: its out-of-sample rows of train and val, of those that there are}"""
     crossfits: Mapping[str, Crossfit]
     """{ensemble: its cross-fitted predictions}"""
     fold_rows: Mapping[str, MemberRows]
@@ -127,7 +127,7 @@ class EvaluationInputs:
         return self.settings.split
 
     def val_rows(self, member: str) -> MemberRows | None:
-        """A member's rows of val; None where it has none."""
+        """A member's out-of-sample rows of val; None where it has none."""
         return next((part for part in self.out_of_sample.get(member, ()) if part.split == "val"), None)
 
 
@@ -158,9 +158,8 @@ def gather(
         list(members.values()), lambda some: extraction.ensure(store, some, sorted({"val", split}))
     )
     streamed = {name: member for name, member in members.items() if name not in failures}
-    oof = {name: part for name, member in members.items() if (part := store.oof(member)) is not None}
     with_val = {name: member for name, member in streamed.items() if store.is_available(member, "val")}
-    val_rows, unreadable = _open(store, with_val, "val")
+    _, unreadable = _open(store, with_val, "val")
     split_rows, failed = _open(store, {name: m for name, m in streamed.items() if name not in unreadable}, split)
     failures |= unreadable | failed
     evaluated = {name: member for name, member in streamed.items() if name in split_rows}
@@ -186,10 +185,7 @@ def gather(
         store,
         {name: m for name, m in members.items() if name in evaluated or not store.is_available(m, split)},
     )
-    out_of_sample = {
-        name: _out_of_sample(store, members[name], oof.get(name), val_rows.get(name))
-        for name in {**evaluated, **candidates}
-    }
+    out_of_sample = store.out_of_sample_parts([members[name] for name in {**evaluated, **candidates}])
     scored = {model.name: model for model in models}
     ranked = scoring.ranked_members(store, evaluated)
     costed = [model for model in models if _is_evaluated(model, settings, ranked)]
@@ -317,13 +313,6 @@ def _open_embedded(
         if name not in embedded:
             embedded[name] = store.rows(store.catalog.members[name], split, embeddings=True)
     return {name: embedded[name] for name in members}
-
-
-def _out_of_sample(store: Store, member: Member, oof: MemberRows | None, val: MemberRows | None) -> list[MemberRows]:
-    """A member's out-of-sample rows; val rows of a member without rows of the evaluated split are read here."""
-    if val is None and (oof is None or store.is_available(member, "val")):
-        val = store.rows(member, "val")
-    return [part for part in (oof, val) if part is not None]
 
 
 def _image_paths(store: Store) -> dict[tuple[str, str], str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.building import ensembles, recommendation
-from utils.core.errors import ContaminatedError, UserError
+from utils.core.errors import ContaminatedError, LeakageError, UserError
 from utils.evaluation import evaluated_rows, score_ranking, score_records
 from utils.evaluation.evaluation_inputs import EvaluationInputs
 from utils.evaluation.score_ranking import LabelIssueTable
@@ -43,10 +43,7 @@ def compute(inputs: EvaluationInputs) -> EvaluationResults:
     name = inputs.settings.model_name
     if name is not None:
         _require(inputs, by_name, name)
-    recommended = recommendation.recommend_among(
-        {member: inputs.out_of_sample[member] for member in inputs.candidates},
-        [(entry.ensemble, inputs.crossfits[key]) for key, entry in inputs.ensembles.items()],
-    )
+    recommended = _recommended(inputs)
     models = [model for model in inputs.models if model.kind == "ensemble" or model.name in inputs.ranked]
     if name is not None:
         models = [by_name[name]]
@@ -71,6 +68,20 @@ def compute(inputs: EvaluationInputs) -> EvaluationResults:
         "inputs_digest": inputs.inputs_digest,
     }
     return EvaluationResults(scored, metrics, ranking, issues)
+
+
+def _recommended(inputs: EvaluationInputs) -> dict[str, Any]:
+    """The recommendation; without a name where one model that has no out-of-sample rows is evaluated alone."""
+    try:
+        return recommendation.recommend_among(
+            inputs.catalog,
+            {member: inputs.out_of_sample[member] for member in inputs.candidates},
+            [(entry.ensemble, inputs.crossfits[key]) for key, entry in inputs.ensembles.items()],
+        )
+    except LeakageError:
+        if inputs.settings.model_name is None:
+            raise
+        return {"name": None, "best_single": None}
 
 
 def _require(inputs: EvaluationInputs, models: Mapping[str, ScoredModel], name: str) -> None:

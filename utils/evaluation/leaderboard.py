@@ -8,10 +8,18 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
+from utils.predictions import training_data
+
 Ranking = Mapping[str, Any]
 METRICS = {"accuracy": "accuracy", "f1_macro": "F1 macro", "log_loss": "log-loss", "ece": "ECE"}
 """Columns with an interval, and their headings."""
-MARKS = ("contaminated", "optimistic", "recommended")
+MARKS = {
+    "contaminated": "contaminated",
+    "unknown_training_data": training_data.MARK,
+    "optimistic": "optimistic",
+    "recommended": "recommended",
+}
+"""{key of a row: mark}, in the order of the tables"""
 BOLD, FAINT, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 
 
@@ -21,9 +29,9 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 def marks(row: Mapping[str, Any], ranking: Ranking) -> list[str]:
-    """Those of contaminated, optimistic and recommended that apply to a row of the ranking."""
+    """Those of `MARKS` that apply to a row of the ranking."""
     is_recommended = ranking["recommended"]["name"] == row["name"]
-    return [mark for mark in MARKS if row.get(mark) or (mark == "recommended" and is_recommended)]
+    return [mark for key, mark in MARKS.items() if row.get(key) or (key == "recommended" and is_recommended)]
 
 
 def as_text(ranking: Ranking, *, styled: bool = False) -> str:
@@ -86,7 +94,8 @@ def recommendation(ranking: Ranking) -> str:
 
 def _style(row: Mapping[str, Any], ranking: Ranking) -> str:
     row_marks = marks(row, ranking)
-    return FAINT if "contaminated" in row_marks else BOLD if "recommended" in row_marks else ""
+    is_faint = {"contaminated", training_data.MARK} & set(row_marks)
+    return FAINT if is_faint else BOLD if "recommended" in row_marks else ""
 
 
 def _with_interval(row: Mapping[str, Any], metric: str) -> str:
@@ -114,7 +123,7 @@ def as_csv(ranking: Ranking) -> str:
             values += [row[metric], *((row["ci95"] or {}).get(metric) or ("", ""))]
         comparison = row["vs_best_single"] or {}
         compared = [comparison.get(key) for key in ("delta_accuracy", "mcnemar_p", "mcnemar_p_holm")]
-        flags = [str(mark in marks(row, ranking)).lower() for mark in MARKS]
+        flags = [str(mark in marks(row, ranking)).lower() for mark in MARKS.values()]
         table.writerow([row["rank"], row["name"], row["kind"], *values, *compared, *flags])
     return stream.getvalue()
 

@@ -24,7 +24,9 @@ def learned(data: ReportData) -> dict[str, Any]:
             {
                 "name": name,
                 "verdict": record["verdict"],
-                "log_loss": format_number((record.get("crossfit") or {}).get("log_loss")),
+                "log_loss": NONE
+                if record.get("unknown_training_data")
+                else format_number((record.get("crossfit") or {}).get("log_loss")),
             }
             for name, record in data.records.items()
             if record.get("verdict") and record.get("guards")

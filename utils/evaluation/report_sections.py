@@ -20,7 +20,7 @@ from utils.core.display_text import (
     format_percent,
     join_names,
 )
-from utils.evaluation import report_figures, report_summary
+from utils.evaluation import leaderboard, report_figures, report_summary
 from utils.evaluation.example_images import ExampleImage
 from utils.evaluation.report_data import ReportData, without_temperature
 from utils.evaluation.thumbnails import Thumbnail, thumbnail
@@ -71,8 +71,7 @@ def ranking(data: ReportData) -> dict[str, Any]:
         record = data.metrics.get(row["name"], {})
         bounds = record.get("ci95") or row.get("ci95") or {}
         out_of_sample = (record.get("crossfit") or {}).get("log_loss")
-        marks = [mark for mark in ("contaminated", "optimistic") if row.get(mark)]
-        marks += ["recommended"] if row["name"] == data.ranking["recommended"]["name"] else []
+        marks = leaderboard.marks(row, data.ranking)
         rows.append(
             {
                 "rank": NONE if row["rank"] is None else row["rank"],

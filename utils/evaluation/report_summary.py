@@ -36,6 +36,13 @@ def warnings(data: ReportData) -> list[str]:
     optimistic = [row["name"] for row in data.ranking["rows"] if row.get("optimistic")]
     if contaminated:
         messages.append(f"Fitted on evaluated rows and therefore not ranked: {join_names(contaminated)}.")
+    unknown = [row["name"] for row in data.ranking["rows"] if row.get("unknown_training_data")]
+    if unknown:
+        sources = sorted({name for row in data.ranking["rows"] for name in row.get("unknown_training_data") or ()})
+        messages.append(
+            f"What {join_names(sources)} was trained on is unknown, and the evaluated rows may be among it. "
+            f"Therefore not ranked: {join_names(unknown)}."
+        )
     if optimistic:
         names = "all models" if len(optimistic) == len(data.ranking["rows"]) else join_names(optimistic)
         messages.append(f"The evaluated rows were used to select {names}, so the scores are optimistic.")

@@ -14,7 +14,7 @@ from utils.numeric import label_issues
 from utils.numeric.metrics import METRICS
 from utils.numeric.statistics import holm
 
-COLUMNS = ("accuracy", "f1_macro", "log_loss", "ece", "ci95", "contaminated", "optimistic")
+COLUMNS = ("accuracy", "f1_macro", "log_loss", "ece", "ci95", "contaminated", "optimistic", "unknown_training_data")
 COMPARISONS = ("vs_best_single", "vs_soft_voting")
 
 
@@ -29,7 +29,9 @@ class LabelIssueTable:
 
 
 def rank(records: Mapping[str, Mapping[str, Any]], kinds: Mapping[str, str], split: str, metric: str) -> dict[str, Any]:
-    """`{split, n, order, rows}` by the metric, then log-loss, then name; contaminated models come last, unranked.
+    """`{split, n, order, rows}` by the metric, then log-loss, then name.
+
+    Contaminated models and those of unknown training data come last, unranked.
 
     `records` are {model: `metrics.json`}, `kinds` {model: member or ensemble}. Each comparison's p-values are
     corrected for the number of models by Holm's method.
@@ -39,7 +41,7 @@ def rank(records: Mapping[str, Mapping[str, Any]], kinds: Mapping[str, str], spl
     def order(name: str) -> tuple[bool, float, float, str]:
         record = records[name]
         value = -record[metric] if higher_is_better else record[metric]
-        return record["contaminated"], value, record["log_loss"], name
+        return not _is_ranked(record), value, record["log_loss"], name
 
     corrected = {}
     for key in COMPARISONS:
@@ -48,7 +50,7 @@ def rank(records: Mapping[str, Mapping[str, Any]], kinds: Mapping[str, str], spl
     rows = []
     for position, name in enumerate(sorted(records, key=order), start=1):
         record = records[name]
-        row = {"rank": None if record["contaminated"] else position, "name": name, "kind": kinds[name]}
+        row = {"rank": position if _is_ranked(record) else None, "name": name, "kind": kinds[name]}
         row |= {key: record[key] for key in COLUMNS}
         for key in COMPARISONS:
             comparison = record[key]
@@ -59,14 +61,21 @@ def rank(records: Mapping[str, Mapping[str, Any]], kinds: Mapping[str, str], spl
 
 
 def _is_tested(record: Mapping[str, Any], key: str) -> bool:
-    """Whether a comparison counts in the correction; a contaminated model is no candidate."""
-    return record[key] is not None and not record["contaminated"]
+    """Whether a comparison counts in the correction; a model that is not ranked is no candidate."""
+    return record[key] is not None and _is_ranked(record)
+
+
+def _is_ranked(record: Mapping[str, Any]) -> bool:
+    """Whether a model was fitted on none of the evaluated rows, as far as is known."""
+    return not record["contaminated"] and not record["unknown_training_data"]
 
 
 def label_issue_table(inputs: EvaluationInputs, name: str) -> LabelIssueTable:
     """Labels that the out-of-sample predictions of the model contradict (confident learning)."""
     classes = inputs.catalog.classes
-    predictions = score_records.out_of_sample_predictions(inputs, name)
+    model = next(model for model in inputs.models if model.name == name)
+    predictions = score_records.out_of_sample_predictions(inputs, model)
+    assert predictions is not None, "what is recommended has out-of-sample rows"
     issues = label_issues.find_label_issues(predictions.probabilities, predictions.labels)
     splits, ids = predictions.split.tolist(), predictions.sample_ids.tolist()
     paths = [inputs.image_paths.get(key, "") for key in zip(splits, ids, strict=True)]

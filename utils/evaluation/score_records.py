@@ -56,15 +56,22 @@ class OutOfSamplePredictions:
         return (self.probabilities[rows], self.labels[rows]) if rows.any() else None
 
 
-def out_of_sample_predictions(inputs: EvaluationInputs, name: str) -> OutOfSamplePredictions:
-    """Of an ensemble its cross-fitted predictions, of a member its labelled out-of-sample rows."""
-    if name in inputs.crossfits:
-        crossfit = inputs.crossfits[name]
+def out_of_sample_predictions(inputs: EvaluationInputs, model: ScoredModel) -> OutOfSamplePredictions | None:
+    """Of an ensemble its cross-fitted predictions, of a member its labelled out-of-sample rows.
+
+    None where there are none, also because the model's training data is unknown.
+    """
+    if model.provenance.unknown_training_data:
+        return None
+    if model.name in inputs.crossfits:
+        crossfit = inputs.crossfits[model.name]
         return OutOfSamplePredictions(crossfit.probabilities, crossfit.labels, crossfit.split, crossfit.sample_ids)
-    return _of_member(inputs.out_of_sample[name])
+    return _of_member(inputs.out_of_sample[model.name])
 
 
-def _of_member(parts: Sequence[MemberRows]) -> OutOfSamplePredictions:
+def _of_member(parts: Sequence[MemberRows]) -> OutOfSamplePredictions | None:
+    if not parts:
+        return None
     labels = np.concatenate([np.asarray(part.labels) for part in parts])
     labelled = labels != UNKNOWN
     return OutOfSamplePredictions(
@@ -125,7 +132,8 @@ def metrics_record(model: ScoredModel, context: EvaluationContext) -> dict[str, 
         if record[key] is None:
             notes[key] = f"this is {model.name}" if reference is not None else "it has no predictions on these rows"
     saved = inputs.ensembles[model.name].record if model.kind == "ensemble" else None
-    predictions = out_of_sample_predictions(inputs, model.name)
+    predictions = out_of_sample_predictions(inputs, model)
+    unknown = model.provenance.unknown_training_data
     if model.name in inputs.controls:
         comparison, reasons = controls.control_metrics(
             inputs.controls[model.name], inputs.split, rows.sample_ids.tolist(), model.probabilities
@@ -143,12 +151,13 @@ def metrics_record(model: ScoredModel, context: EvaluationContext) -> dict[str, 
         "weights": _weights(model, saved, notes),
         "latency_ms": _latency(model, inputs, notes),
         "size_mb": _size_mb(model, inputs, notes),
-        "crossfit": _crossfit(predictions),
+        "crossfit": None if predictions is None else _crossfit(predictions),
         **_uncertainty(model, predictions, context, notes),
         "fitted_on": [part.as_record() for part in model.provenance.fitted_on],
         "selected_on": [part.as_record() for part in model.provenance.selected_on],
         "contaminated": fitted > 0,
         "optimistic": selected > 0,
+        "unknown_training_data": list(unknown),
         "overlap": {"fitted": fitted, "selected": selected, "dropped": inputs.dropped},
         "config_digest": saved["config_digest"] if saved else None,
         "seed": inputs.settings.seed,
@@ -157,11 +166,21 @@ def metrics_record(model: ScoredModel, context: EvaluationContext) -> dict[str, 
         "notes": notes,
         **{key: saved[key] for key in COPIED_KEYS if saved and key in saved},
     }
+    if predictions is None:
+        notes["crossfit"] = _no_out_of_sample_rows(model)
     if saved is None:
         notes["config_digest"] = "a member does not depend on the configuration"
     if not inputs.catalog.has_images:
         notes["overlap.dropped"] = "without images, equal samples under two names cannot be recognised"
     return record
+
+
+def _no_out_of_sample_rows(model: ScoredModel) -> str:
+    """Why a model has none."""
+    unknown = model.provenance.unknown_training_data
+    if unknown:
+        return f"what {', '.join(unknown)} was trained on is unknown, so no row is known to be out of sample"
+    return "it was trained on all train and val rows"
 
 
 def _compared(model: ScoredModel, reference: ScoredModel | None, context: EvaluationContext) -> dict[str, Any] | None:
@@ -250,14 +269,16 @@ def _summed(timings: Sequence[tuple[Timing | None, int]]) -> dict[str, float] | 
 
 
 def _uncertainty(
-    model: ScoredModel, predictions: OutOfSamplePredictions, context: EvaluationContext, notes: dict[str, str]
+    model: ScoredModel, predictions: OutOfSamplePredictions | None, context: EvaluationContext, notes: dict[str, str]
 ) -> dict[str, Any]:
     """`conformal`, `selective`, `mutual_information`, `out_of_distribution`, and `conformal_by_class` on request."""
     options, rows, split = context.inputs.settings.options, context.inputs.rows, context.inputs.split
     evaluated = (model.probabilities, rows.labels)
-    calibration = None if split == "val" else predictions.of_val()
+    calibration = None if split == "val" or predictions is None else predictions.of_val()
     record: dict[str, Any] = {"conformal": None}
-    reason = "val rows calibrate the sets, so they cannot measure them" if split == "val" else "it has no val rows"
+    reason = "it has no out-of-sample val rows" if predictions is not None else _no_out_of_sample_rows(model)
+    if split == "val":
+        reason = "val rows calibrate the sets, so they cannot measure them"
     if calibration is not None:
         sets = {
             kind: uncertainty.conformal_metrics(kind, calibration, evaluated, alpha=options.alpha)
@@ -295,7 +316,7 @@ def _out_of_distribution(
     if context.inputs.split == "val":
         reason = "val rows are the reference for OOD scores"
     elif any(context.inputs.val_rows(name) is None for name in model.members):
-        reason = "it has no val rows"
+        reason = "it has no out-of-sample val rows"
     elif model.inference == fold_networks.FULL:
         scores, reference = (context.ood_scores(model.members, split) for split in (context.inputs.split, "val"))
         summary = uncertainty.ood_summary(scores, reference)

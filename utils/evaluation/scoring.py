@@ -19,7 +19,7 @@ from utils.core.artifacts import digest_of, read_arrays, write_arrays
 from utils.core.errors import UserError
 from utils.numeric import diversity
 from utils.numeric.metrics import softmax
-from utils.predictions import fold_networks
+from utils.predictions import fold_networks, training_data
 from utils.predictions.catalog import Catalog, Member
 from utils.predictions.rows import Rows
 from utils.predictions.store import Store
@@ -66,7 +66,9 @@ def inputs_digest(store: Store, saved: Mapping[str, Ensemble], members: Mapping[
     ranked = sorted(ranked_members(store, members))
     config = store.config
     settings = [config.runs.score_ensemble.optimization_metric, config.dataset.group_regex, config.seed]
-    return digest_of([VERSION, split, ensemble_digests, prediction_keys, ranked, settings])
+    stated = training_data.stated(store.catalog, members)
+    parts = [VERSION, split, ensemble_digests, prediction_keys, ranked, settings]
+    return digest_of([*parts, *([stated] if stated else [])])
 
 
 def usable_ensembles(catalog: Catalog, saved: Mapping[str, Ensemble]) -> tuple[dict[str, Ensemble], dict[str, str]]:
@@ -84,6 +86,11 @@ def usable_ensembles(catalog: Catalog, saved: Mapping[str, Ensemble]) -> tuple[d
             )
         elif changed:
             logger.warning("%s was built from other checkpoints than the catalog holds; build it again", name)
+        elif ensembles.is_stated_otherwise(catalog, ensemble):
+            logger.warning(
+                "%s was built before what its members were trained on was stated as it is now; build it again: %s",
+                *(name, build_command(name)),
+            )
         else:
             usable[name] = ensemble
     return usable, failures

@@ -181,8 +181,9 @@ def _removable(config: Config, workspace: Workspace) -> list[Group]:
             items = [] if _linked(workspace, folder) else caches.list_children(folder)
             gone += [item for item in items if item.paths[0].is_dir() and item.name not in members]
         kept = {workspace.oof(name).name for name in members}
-        items = [] if _linked(workspace, workspace.all_oof) else caches.list_children(workspace.all_oof)
-        gone += [item for item in items if item.paths[0].suffix == ".npz" and item.name not in kept]
+        for folder in (workspace.all_oof, workspace.all_training_data):
+            items = [] if _linked(workspace, folder) else caches.list_children(folder)
+            gone += [item for item in items if item.paths[0].suffix == ".npz" and item.name not in kept]
     saved = [] if _linked(workspace, workspace.models) else caches.list_children(workspace.models)
     stale = listing.stale_ensembles()
     old = [
@@ -227,6 +228,7 @@ def _links(workspace: Workspace) -> list[str]:
     """A line for each of our folders that a symbolic link leads to."""
     folders = (
         *(workspace.ensembles, workspace.all_predictions, workspace.all_embeddings, workspace.all_oof),
+        workspace.all_training_data,
         *(workspace.models, workspace.scores, workspace.image_cache),
     )
     links = dict.fromkeys(link for folder in folders if (link := _linked(workspace, folder)))

@@ -66,7 +66,7 @@ def ensure(store: Store, members: Sequence[Member], splits: Sequence[str]) -> No
 
 def _gaps(store: Store, member: Member, splits: Sequence[str]) -> list[str]:
     """The splits that are not stored for a member, of those requested and those of its out-of-sample rows."""
-    of_train = ["train"] if "val" in splits and training_data.has_unseen_train_rows(store, member) else []
+    of_train = ["train"] if "val" in splits and training_data.predicts_unseen_train_rows(store, member) else []
     return [split for split in dict.fromkeys([*splits, *of_train]) if not store.is_stored(member, split)]
 
 

@@ -227,7 +227,7 @@ class Store:
         if oof is not None:
             seen = training_data.pretraining_rows(self, member)
             parts.append(replace(oof, out_of_sample=self._is_unseen(oof.sample_ids, seen)))
-        elif training_data.has_unseen_train_rows(self, member):
+        elif training_data.predicts_unseen_train_rows(self, member):
             parts.append(self.rows(member, "train"))
         if oof is None or self.is_available(member, "val"):
             parts.append(self.rows(member, "val"))

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from utils.core.artifacts import read_arrays
 from utils.core.errors import LeakageError, UserError
-from utils.core.workspace import SPLITS
+from utils.core.workspace import SPLITS, Workspace
 from utils.predictions.catalog import IMPORTED, Catalog, Member
-
-if TYPE_CHECKING:
-    from utils.predictions.rows import MemberRows
-    from utils.predictions.store import Store
+from utils.predictions.rows import MemberRows, Samples
 
 NONE, TRAIN, TRAIN_VAL, ALL, FILE, UNKNOWN = STATEMENTS = ("none", "train", "train+val", "all", "file", "unknown")
 """`none`: no image of the workspace; `file`: the images that a list names; the others: all images of these splits."""
@@ -28,6 +25,21 @@ SPLITS_OF: dict[str, tuple[str, ...]] = {NONE: (), TRAIN: ("train",), TRAIN_VAL:
 WIDEST_LAST = (NONE, TRAIN, FILE, TRAIN_VAL, ALL, UNKNOWN)
 MARK = "unknown training data"
 """What tables say of a model that has a member of unknown training data"""
+
+
+class SampleStore(Protocol):
+    """What is needed of the prediction store, which imports this module."""
+
+    @property
+    def workspace(self) -> Workspace:
+        """Of the members."""
+
+    @property
+    def catalog(self) -> Catalog:
+        """Of the members."""
+
+    def samples(self, split: str) -> Samples:
+        """The samples of a split."""
 
 
 def combined(statements: Iterable[str]) -> str:
@@ -60,7 +72,7 @@ def unknown_names(catalog: Catalog, names: Iterable[str]) -> list[str]:
     return sorted({name for name in names if name in catalog.members and is_unknown(catalog, catalog.members[name])})
 
 
-def fitted_rows(store: Store, member: Member, split: str) -> frozenset[str]:
+def fitted_rows(store: SampleStore, member: Member, split: str) -> frozenset[str]:
     """Sample ids of the images of a split that the full network, or one that it was derived from, was trained on.
 
     Images of equal content count as one in a list. For `unknown` these are the train images, and `is_unknown` says that
@@ -70,12 +82,19 @@ def fitted_rows(store: Store, member: Member, split: str) -> frozenset[str]:
     return frozenset().union(*parts)
 
 
-def pretraining_rows(store: Store, member: Member) -> frozenset[str]:
+def pretraining_rows(store: SampleStore, member: Member) -> frozenset[str]:
     """Sample ids of the train images that the weights were trained on before any fold was held out."""
     return frozenset() if member.pretrained_on == NONE else _rows_of(store, member, member.pretrained_on, "train")
 
 
-def has_unseen_train_rows(store: Store, member: Member) -> bool:
+def has_train_rows(store: SampleStore, member: Member) -> bool:
+    """Whether some train images are out of sample for a member, by its fold networks or by its full network."""
+    if member.oof is not None:
+        return member.pretrained_on not in (TRAIN, TRAIN_VAL, ALL)
+    return predicts_unseen_train_rows(store, member)
+
+
+def predicts_unseen_train_rows(store: SampleStore, member: Member) -> bool:
     """Whether the full network answers some train images out of sample, so that no fold networks are needed for them.
 
     False for a member with out-of-fold predictions, which take precedence, and for imported and derived ones.
@@ -87,7 +106,7 @@ def has_unseen_train_rows(store: Store, member: Member) -> bool:
     return len(fitted_rows(store, member, "train")) < store.catalog.splits["train"]["n"]
 
 
-def _rows_of(store: Store, member: Member, statement: str, split: str) -> frozenset[str]:
+def _rows_of(store: SampleStore, member: Member, statement: str, split: str) -> frozenset[str]:
     if statement == FILE and member.source != "derived":
         samples, listed = store.samples(split), listed_contents(store, member)
         pairs = zip(samples.sample_ids, samples.contents or (), strict=True)
@@ -96,7 +115,7 @@ def _rows_of(store: Store, member: Member, statement: str, split: str) -> frozen
     return frozenset(store.samples(split).sample_ids) if is_trained_on else frozenset()
 
 
-def listed_contents(store: Store, member: Member) -> frozenset[str]:
+def listed_contents(store: SampleStore, member: Member) -> frozenset[str]:
     """SHA-256 of the images that the list of a `file` statement names."""
     path = store.workspace.training_data(member.name)
     remedy = f"State it again: {command([member.name], 'FILE')}"
@@ -106,36 +125,37 @@ def listed_contents(store: Store, member: Member) -> frozenset[str]:
     return frozenset(contents.tolist())
 
 
-def digest_inputs(store: Store, members: Sequence[Member]) -> dict[str, list[str]]:
-    """{member: its statements, its parents' and the digest of its list}, for digests of what depends on them.
+def stated(catalog: Catalog, names: Iterable[str]) -> dict[str, list[str]]:
+    """{member: its statements, its parents' and the digest of its list}, for what depends on them; JSON-ready.
 
-    Members of the base pipeline that started from new weights are left out.
+    Members of the base pipeline that started from new weights are left out, and so is what the catalog lacks.
     """
-    inputs: dict[str, list[str]] = {}
-    for member in members:
+    statements: dict[str, list[str]] = {}
+    for name in sorted(set(names) & catalog.members.keys()):
         facts = [
             [each.trained_on, each.pretrained_on, str((each.training_list or {}).get("digest", ""))]
-            for each in lineage(store.catalog, member)
+            for each in lineage(catalog, catalog.members[name])
         ]
         if any(fact != [TRAIN, NONE, ""] for fact in facts):
-            inputs[member.name] = [word for fact in facts for word in fact]
-    return inputs
+            statements[name] = [word for fact in facts for word in fact]
+    return statements
 
 
-def command(names: Sequence[str], statement: str = "none|train|train+val|all|FILE") -> str:
+def command(names: Iterable[str], statement: str) -> str:
     """The command that states what some declared members were trained on."""
     options = [word for name in names for word in ("--trained-on", f"{name}={statement}")]
     return shlex.join(["python", "ensemble_orchestrator.py", "discover", *options])
 
 
 def remedy(catalog: Catalog, names: Iterable[str]) -> str:
-    """How to say what members of unknown training data were trained on, as a sentence without a full stop."""
-    unknown = [each.name for name in names for each in lineage(catalog, catalog.members[name]) if _says_unknown(each)]
-    return f"Say which images the weights have seen: {command(sorted(set(unknown)))}"
-
-
-def _says_unknown(member: Member) -> bool:
-    return UNKNOWN in (member.trained_on, member.pretrained_on)
+    """How to say what the named members of unknown training data were trained on, without a full stop."""
+    family = [each for name in names if name in catalog.members for each in lineage(catalog, catalog.members[name])]
+    declared = sorted({each.name for each in family if each.trained_on == UNKNOWN and each.source == "trained"})
+    others = ", ".join(statement for statement in STATEMENTS if statement not in (TRAIN, FILE, UNKNOWN))
+    return (
+        f"If it was the train images alone, type: {command(declared, TRAIN)}; otherwise {others}, or a file that lists "
+        "the images, in place of train"
+    )
 
 
 def require_shared_splits(catalog: Catalog, parts: Mapping[str, Sequence[MemberRows]]) -> None:
@@ -154,11 +174,12 @@ def require_shared_splits(catalog: Catalog, parts: Mapping[str, Sequence[MemberR
     )
 
 
-def require_some_known(catalog: Catalog, members: Sequence[Member]) -> None:
-    """Raise LeakageError where the training data of all members is unknown, so that no row is out of sample."""
-    unknown = unknown_names(catalog, [member.name for member in members])
-    if members and len(unknown) == len(members):
+def require_some_known(catalog: Catalog, names: Iterable[str]) -> None:
+    """Raise LeakageError where the training data of all the named members is unknown: no row is out of sample."""
+    names = list(names)
+    unknown = unknown_names(catalog, names)
+    if names and len(unknown) == len(set(names)):
         raise LeakageError(
-            f"nobody has said what {', '.join(unknown)} {'was' if len(unknown) == 1 else 'were'} trained on, so no "
-            f"row is out of sample and nothing can be fitted or recommended. {remedy(catalog, unknown)}"
+            f"nobody has said which images {', '.join(unknown)} {'was' if len(unknown) == 1 else 'were'} trained on, "
+            f"so no row counts as out of sample and nothing can be fitted or recommended. {remedy(catalog, names)}"
         )

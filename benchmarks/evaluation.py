@@ -192,13 +192,13 @@ def images(folder: Path) -> tuple[Any, Any]:
     """Pixels (N, D) and labels (N,) of the images of one folder per class, made small."""
     import numpy as np
 
-    from utils.inference.onnx_prediction import open_image
+    from utils.inference.onnx_prediction import SUFFIXES, open_image
 
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     pixels, labels = [], []
     for number, place in enumerate(classes):
         for path in sorted(place.iterdir()):
-            if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp"):
+            if path.suffix.lower() in SUFFIXES:
                 with open_image(path) as image:
                     pixels.append(np.asarray(image.convert("RGB").resize((SIDE, SIDE))).ravel())
                 labels.append(number)

@@ -77,6 +77,7 @@ def test_a_missing_split_is_made_from_train_and_said(tmp_path, heard, given, mad
 
 def test_a_class_that_is_called_train_is_a_class(tmp_path):
     write_class_folders(tmp_path / "set", ("bus", "train"), 10)
+    write_photo(tmp_path / "set" / "train" / "unsorted" / "1.png", 99)
     assert {i.split("/")[0] for i in split(tmp_path / "set", tmp_path / "w")["train"]} == {"bus", "train"}
     assert not next((tmp_path / "w").rglob("*.png")).is_symlink()
 
@@ -152,12 +153,13 @@ def test_a_misspelt_folder_is_guessed(tmp_path):
     assert f"did you mean {tmp_path / 'leaves'}?" in refusal(tmp_path / "leafes", tmp_path / "w")
 
 
-def test_the_command_line_leaves_no_workspace_of_a_wrong_folder(tmp_path):
-    write_class_folders(tmp_path / "set" / "Data", ("a", "b"), 3)
+@pytest.mark.parametrize(("folder", "words"), [("set", "(2 class folders)?"), ("set/Data", "has 2 readable image(s)")])
+def test_the_command_line_leaves_no_workspace_of_a_wrong_folder(tmp_path, folder, words):
+    write_class_folders(tmp_path / "set" / "Data", ("a", "b"), 2)
     program = str(PROJECT / "BASE-BACK" / "src" / "main.py")
-    done = run_python(program, "--data", str(tmp_path / "set"), "--workspace", str(tmp_path / "w"))
+    done = run_python(program, "--data", str(tmp_path / folder), "--workspace", str(tmp_path / "w"))
     assert done.returncode == 1
-    assert f"did you mean {tmp_path / 'set' / 'Data'} (2 class folders)?" in done.stderr
+    assert words in done.stderr
     assert not (tmp_path / "w").exists()
 
 

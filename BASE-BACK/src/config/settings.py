@@ -6,6 +6,7 @@ import with a `SettingsError` of one line: the name, the value found, what is al
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -51,8 +52,14 @@ __all__ = [
     "IMG_SIZE",
     "KFOLD_DIR",
     "K_FOLDS",
+    "LAYER_DECAY",
     "METRICS_DIR",
     "MODEL_SIZE",
+    "MODES",
+    "NETWORK_MODES",
+    "NETWORK_TRAINED_ON",
+    "NETWORK_VIEWS",
+    "NETWORK_WEIGHTS",
     "NUM_CLASSES",
     "NUM_WORKERS",
     "PARENT",
@@ -61,6 +68,10 @@ __all__ = [
     "PLOTS_DIR",
     "PRETRAINED_DIR",
     "PRETRAINED_DOWNLOAD_MAP",
+    "PRETRAINED_EPOCHS_FINETUNE",
+    "PRETRAINED_EPOCHS_HEAD",
+    "PRETRAINED_HEAD_LR",
+    "PRETRAINED_LR",
     "PRETRAINED_PATHS",
     "PROGRESS_SECONDS",
     "RAW_DIR",
@@ -69,12 +80,16 @@ __all__ = [
     "SNAPSHOTS",
     "SPLIT_DIR",
     "TEST_DIR",
+    "TIMM_BACKBONES",
+    "TIMM_IMG_SIZE",
+    "TIMM_NETWORKS",
     "TRAINED_DIR",
     "TRAIN_DIR",
     "TRANSFER_LEARNING_MODE",
     "VAL_DIR",
     "WEIGHT_DECAY",
     "SettingsError",
+    "option_of",
 ]
 
 
@@ -181,6 +196,7 @@ KFOLD_DIR = BASE_DIR / "kfold_results"
 DEPLOY_DIR = BASE_DIR / "deployment_models"
 SMOKE_CHECK_DIR = BASE_DIR / "smoke_checks"
 PRETRAINED_DIR = BASE_DIR / "pretrained_weights"
+TIMM_NETWORKS = CKPT_DIR / "timm_networks.json"  # what was asked for by name, for a later run with the name alone
 DEBUG_LOG_DIR = BASE_DIR / "debug_logs"
 IMAGE_CACHE_DIR = Path(os.environ.get("DBT_IMAGE_CACHE_DIR") or BASE_DIR / "image_cache").absolute()
 RAW_DIR = Path(os.environ.get("DBT_RAW_DIR") or BASE_DIR / "Data").absolute()
@@ -217,23 +233,97 @@ ALL_BACKBONES = [
 ]
 
 
+TIMM = "timm:"  # NAME=timm:ARCH or timm:ARCH names a network of timm
+NETWORK_NAME = re.compile(r"(?!.*_(?:final|head_best|finetune_best|fold\d+|snapshot\d+)$)[A-Za-z0-9_][\w.+-]*")
+
+
+def _entries(text: str) -> list[str]:
+    entries = [name.strip() for name in text.split(",") if name.strip()]
+    return [name for entry in entries for name in (ALL_BACKBONES if entry == "all" else [entry])]
+
+
+def _recorded_networks() -> dict[str, str]:
+    """{name: architecture} of the networks of timm that were trained in this workspace before."""
+    try:
+        record = json.loads(TIMM_NETWORKS.read_text(encoding="utf-8"))
+        return {name: entry["architecture"] for name, entry in record.items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SettingsError(
+            f"{TIMM_NETWORKS}: damaged ({error}); remove it and name networks as NAME=timm:ARCH"
+        ) from error
+
+
+def _timm_backbones(text: str) -> dict[str, str]:
+    """{name: architecture} of the networks of timm in a comma list of backbones."""
+    networks: dict[str, str] = {}
+    recorded = _recorded_networks()
+    for entry in _entries(text):
+        name, _, architecture = entry.rpartition("=")
+        if not architecture.startswith(TIMM):
+            if entry in recorded and entry not in ALL_BACKBONES:
+                networks[entry] = recorded[entry]
+            continue
+        architecture = architecture.removeprefix(TIMM)
+        name = name or architecture
+        if not NETWORK_NAME.fullmatch(name) or name in ALL_BACKBONES:
+            raise SettingsError(
+                f"backbones (DBT_BACKBONES, --backbones): {entry!r}: {name!r} cannot name a network; expected "
+                "NAME=timm:ARCH with a NAME of letters, digits and . _ + - that no other network or stage has"
+            )
+        if networks.get(name, architecture) != architecture:
+            raise SettingsError(
+                f"backbones (DBT_BACKBONES, --backbones): two networks of the name {name!r}; write NAME=timm:ARCH with "
+                "different names"
+            )
+        networks[name] = architecture
+    return networks
+
+
 def _backbones(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = _entries(text)
     if names and EXTERNAL_BASE_BACK:
         return names  # its code knows which there are
-    unknown = [name for name in names if name not in ALL_BACKBONES]
+    names = [name.rpartition("=")[0] or name.removeprefix(TIMM) if TIMM in name else name for name in names]
+    available = [*ALL_BACKBONES, *TIMM_BACKBONES]
+    unknown = [name for name in names if name not in available]
     if unknown or not names:
-        near = [match for name in unknown for match in get_close_matches(name, ALL_BACKBONES, n=1)]
+        near = [match for name in unknown for match in get_close_matches(name, available, n=1)]
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise SettingsError(
             f"backbones (DBT_BACKBONES, --backbones): unknown {', '.join(unknown) or 'empty list'}{hint} Known: all, "
-            f"{', '.join(ALL_BACKBONES)}"
+            f"{', '.join(ALL_BACKBONES)}, and timm:ARCH or NAME=timm:ARCH for a network of timm"
         )
     return list(dict.fromkeys(names))
 
 
+def _per_network(variable: str, separator: str = ",", allowed: tuple[str, ...] = ()) -> dict[str, str]:
+    """{name of a network of timm, or "" for all: value} of a list of `VALUE` and `NAME=VALUE`."""
+    values: dict[str, str] = {}
+    for entry in os.environ.get(variable, "").split(separator):
+        name, _, value = entry.strip().partition("=")
+        if name not in TIMM_BACKBONES:
+            name, value = "", entry.strip()
+        if not value:
+            continue
+        if allowed and value not in allowed:
+            raise SettingsError(
+                f"{variable}: found {value!r}; allowed: {', '.join(allowed)}, or NAME=VALUE with one of the networks "
+                f"{', '.join(TIMM_BACKBONES) or '(no network of timm is named)'}"
+            )
+        values[name] = value
+    return values
+
+
+def option_of(values: dict[str, str], name: str) -> str | None:
+    """The value for one network: its own, else the one for all."""
+    return values.get(name) or values.get("")
+
+
 MODEL_SIZE = _choice("DBT_MODEL_SIZE", "full", ("full", "tiny"))
 EXTERNAL_BASE_BACK = _external()  # the folder whose networks K-fold trains in place of ours; main.py --base-back
+TIMM_BACKBONES = {} if EXTERNAL_BASE_BACK else _timm_backbones(os.environ.get("DBT_BACKBONES", ""))
 BACKBONES = _read("DBT_BACKBONES", ALL_BACKBONES, _backbones, "a comma list of backbones")
 IMG_SIZE = _whole("DBT_IMG_SIZE", 224 if MODEL_SIZE == "full" else 32, 8)
 BATCH_SIZE = _whole("DBT_BATCH_SIZE", 32, 2)
@@ -258,15 +348,29 @@ BACKBONE_LR = BACKBONE_LRS[MODEL_SIZE]
 HEAD_LR = _positive("DBT_HEAD_LR", 1e-3)
 ENABLE_KFOLD_CV = _flag("DBT_ENABLE_KFOLD_CV", True)
 ENABLE_EXPORT = _flag("DBT_ENABLE_EXPORT", True)
-ENABLE_TRANSFER_LEARNING = True
-TRANSFER_LEARNING_MODE = "fine_tuning"
 SNAPSHOTS = _whole("DBT_SNAPSHOTS", 3, 0)  # the weights of the last epochs of fine-tuning that are kept
 CYCLES = _whole("DBT_CYCLES", 5, 1)  # of the stage snapshots, each of which leaves one network
 EPOCHS_PER_CYCLE = _whole("DBT_EPOCHS_PER_CYCLE", 10, 1)
 PROGRESS_SECONDS = _seconds("DBT_PROGRESS_SECONDS", 5.0)  # least time between two saves of a training; 0: every epoch
 PARENT = _whole("DBT_PARENT", 0, 0)  # the process that started this one and that it ends with; 0: none
+
+# networks of timm ----------------------------------------------------------------------------------------------------
+ENABLE_TRANSFER_LEARNING = _flag("DBT_ENABLE_TRANSFER_LEARNING", True)  # False: they start from random weights
+MODES = {"frozen": "frozen", "finetune": "finetune", "feature_extraction": "frozen", "fine_tuning": "finetune"}
+NETWORK_MODES = _per_network("DBT_TRANSFER_LEARNING_MODE", allowed=tuple(MODES))
+TRANSFER_LEARNING_MODE = NETWORK_MODES.get("", "fine_tuning")
+NETWORK_WEIGHTS = _per_network("DBT_WEIGHTS", os.pathsep)  # hub, a file or a folder
+NETWORK_TRAINED_ON = _per_network("DBT_TRAINED_ON", allowed=("none", "train", "train+val", "all", "unknown"))
+NETWORK_VIEWS = _per_network("DBT_VIEWS", allowed=("1", "2"))
+TIMM_IMG_SIZE = _whole("DBT_IMG_SIZE", 0, 8)  # 0: the smaller of the architecture's own and what suits the images
+PRETRAINED_PATHS: dict[str, str] = {}  # architecture -> file or folder of its weights, before any that are found
 PRETRAINED_DOWNLOAD_MAP: dict[str, str] = {}
-PRETRAINED_PATHS: dict[str, str] = {}
+# Pretrained layers need few epochs at a low rate; a head is trained first, so that it does not disturb them.
+PRETRAINED_EPOCHS_HEAD = _whole("DBT_EPOCHS_HEAD", 5, 0) or 1
+PRETRAINED_EPOCHS_FINETUNE = _whole("DBT_EPOCHS_FINETUNE", 15, 1)
+PRETRAINED_LR = _positive("DBT_BACKBONE_LR", 5e-4)
+PRETRAINED_HEAD_LR = _positive("DBT_HEAD_LR", 1e-2)
+LAYER_DECAY = 0.75  # rate of each layer as a share of the one behind it (Clark et al. 2020, ELECTRA)
 
 # export --------------------------------------------------------------------------------------------------------------
 EXPORT_TYPES = ["state_dict", "checkpoint", "torchscript", "onnx", "torchserve", "tensorrt", "tflite", "custom"]

@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from config import settings
 from training.external import last_linear_layers
 from training.pipeline import (
+    create_cosine_scheduler,
     create_improved_scheduler,
+    create_layer_decay_optimizer,
     create_optimized_optimizer,
     get_loss_function_for_backbone,
     train_epoch_optimized,
@@ -129,7 +132,7 @@ def fit(
 
 def usual_phases(recipe: Recipe) -> list[Phase]:
     """Head training and fine-tuning, less what has no epochs."""
-    schedule = create_improved_scheduler
+    schedule = create_cosine_scheduler if recipe.is_pretrained else create_improved_scheduler
     head = Phase("head", recipe.epochs_head, recipe.head_lr, recipe.patience_head, schedule)
     finetune = Phase(
         "finetune", recipe.epochs_finetune, recipe.backbone_lr, recipe.patience_finetune, schedule, recipe.snapshots
@@ -164,7 +167,8 @@ def _choose_trainable(recipe: Recipe, model: nn.Module, device: torch.device, *,
     if not head_only:
         return
     if recipe.base_back is None:
-        layers = [model.get_classifier()]  # type: ignore[operator]
+        classifier = model.get_classifier()  # type: ignore[operator]
+        layers = list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
     else:
         layers = last_linear_layers(model, len(recipe.classes), recipe.img_size, device)
     for layer in layers:
@@ -189,7 +193,7 @@ class _Training:
     def run(self, phase: Phase, running: dict[str, Any] | None) -> Stage:
         """Train through the phase, from the saved state `running` where there is one."""
         recipe, model, device, epochs = self.recipe, self.model, self.device, phase.epochs
-        optimizer = create_optimized_optimizer(model, phase.rate, recipe.backbone)
+        optimizer = self._optimizer(phase)
         scheduler = phase.schedule(optimizer, epochs, len(self.train_loader), recipe.backbone)
         best: Stage | None = None
         rows: list[EpochRow] = []
@@ -201,7 +205,9 @@ class _Training:
         for epoch in range(len(rows), epochs):
             start = time.monotonic()
             trained = train_epoch_optimized(
-                model, self.train_loader, optimizer, self.criterion, device, scheduler=scheduler
+                *(model, self.train_loader, optimizer, self.criterion, device),
+                scheduler=scheduler,
+                in_evaluation_mode=recipe.is_pretrained and phase.name == "head",
             )
             checked = validate_epoch_optimized(model, self.val_loader, self.criterion, device)
             rows.append((trained[0], checked[0], checked[1], trained[1], checked[4]))
@@ -232,6 +238,13 @@ class _Training:
                 self.progress.save(_record(self.finished, self._state(best, epoch, weights, optimizer, scheduler)))
         assert best is not None  # epochs is at least 1
         return best
+
+    def _optimizer(self, phase: Phase) -> torch.optim.Optimizer:
+        recipe = self.recipe
+        if recipe.is_pretrained and phase.name != "head":
+            decays = (settings.LAYER_DECAY, recipe.weight_decay)
+            return create_layer_decay_optimizer(self.model, phase.rate, *decays)
+        return create_optimized_optimizer(self.model, phase.rate, recipe.backbone)
 
     def _state(self, best: Stage, epoch: int, weights: Weights, optimizer: Any, scheduler: Any) -> dict[str, Any]:
         """What the next epoch needs of those before."""

@@ -45,13 +45,15 @@ def train_epoch_optimized(
     device: torch.device | None = None,
     *,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    in_evaluation_mode: bool = False,
 ) -> EpochResult:
     """Train one epoch, gradients clipped at norm 1, `scheduler` stepped after every batch.
 
+    `in_evaluation_mode` keeps BatchNorm's statistics, as a head on pretrained layers needs it.
     Returns (loss, accuracy, precision, recall, f1, preds (N,), labels (N,), probs (N, C)): loss in nats per sample,
     the next four as fractions (macro over the classes), float32 probabilities, all in the loader's order.
     """
-    model.train()
+    model.train(not in_evaluation_mode)
     return _epoch(model, loader, criterion, device or DEVICE, optimizer, scheduler)
 
 
@@ -180,6 +182,38 @@ def create_improved_scheduler(
         div_factor=20,
         final_div_factor=50,
     )
+
+
+def create_layer_decay_optimizer(
+    model: nn.Module, lr: float, layer_decay: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW whose rate falls by the factor `layer_decay` from each layer to the one before it, `lr` at the head.
+
+    timm groups the layers; biases and scales are not decayed (Clark et al. 2020, ELECTRA; Bao et al. 2022, BEiT).
+    """
+    from timm.optim import param_groups_layer_decay
+
+    groups = param_groups_layer_decay(model, weight_decay=weight_decay, layer_decay=layer_decay)
+    for group in groups:
+        group["lr"] = lr * group.pop("lr_scale")
+        group.pop("param_names", None)
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+def create_cosine_scheduler(
+    optimizer: torch.optim.Optimizer, epochs: int, steps_per_epoch: int, backbone_name: str
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """A tenth of the steps of linear warm-up, then a cosine down to a hundredth of each group's rate."""
+    steps = max(1, epochs * steps_per_epoch)
+    warm = max(1, steps // 10)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        progress = min(1.0, (step - warm) / max(1, steps - warm))
+        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def save_checkpoint(

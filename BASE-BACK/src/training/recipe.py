@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass, replace
 
 from config import settings
 from training.pipeline import read_extra
+from training.pretrained import Pretrained
 from utils.checkpoint_manager import CheckpointManager
+from utils.datasets import DecodedDataset
 
 TRAINING_VERSION = 2  # raised whenever the same recipe would give other weights
 FACTS = ("model_size", "img_size", "augment", "group_regex")
@@ -41,14 +43,21 @@ class Recipe:
     version: int = TRAINING_VERSION
     base_back: str | None = None
     """Digest of the code of the other BASE-BACK that the network comes from; None: from ours."""
+    pretrained: Pretrained | None = None
+    """The network of timm and its weights; None for a network of BASE-BACK."""
 
     @classmethod
     def from_settings(
-        cls, backbone: str, classes: list[str], split_digest: str, base_back: str | None = None
+        cls,
+        backbone: str,
+        classes: list[str],
+        split_digest: str,
+        base_back: str | None = None,
+        pretrained: Pretrained | None = None,
     ) -> Recipe:
         """The recipe that the settings of this process describe."""
         debug = settings.DEBUG_MODE
-        return cls(
+        recipe = cls(
             backbone=backbone,
             model_size=settings.MODEL_SIZE,
             img_size=settings.IMG_SIZE,
@@ -68,6 +77,34 @@ class Recipe:
             seed=settings.SEED,
             base_back=base_back,
         )
+        return recipe if pretrained is None else recipe._on(pretrained)
+
+    def _on(self, pretrained: Pretrained) -> Recipe:
+        """The recipe for a network of timm; what takes no part is the same whatever the settings say."""
+        recipe = replace(self, pretrained=pretrained, model_size="full", img_size=pretrained.img_size)
+        if pretrained.mode == "frozen":
+            nothing = {"epochs_head": 0, "epochs_finetune": 0, "head_lr": 0.0, "backbone_lr": 0.0, "weight_decay": 0.0}
+            return replace(recipe, **nothing, batch_size=1, snapshots=0, augment="none")
+        if pretrained.mode == "scratch":
+            return replace(recipe, backbone_lr=settings.BACKBONE_LRS["full"])
+        head, finetune = settings.PRETRAINED_EPOCHS_HEAD, settings.PRETRAINED_EPOCHS_FINETUNE
+        rates = {"head_lr": settings.PRETRAINED_HEAD_LR, "backbone_lr": settings.PRETRAINED_LR}
+        return replace(recipe, epochs_head=head, epochs_finetune=finetune, **rates)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether a linear head on frozen features is all that is fitted."""
+        return self.pretrained is not None and self.pretrained.mode == "frozen"
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether training starts from pretrained weights."""
+        return self.pretrained is not None and self.pretrained.mode != "scratch"
+
+    def dataset(self, split: str) -> DecodedDataset:
+        """One split as the network sees it."""
+        preprocessing = self.pretrained.preprocessing if self.pretrained else None
+        return DecodedDataset.of_split(split, self.img_size, preprocessing=preprocessing)
 
     def like_trained(self) -> Recipe:
         """The recipe for one more network beside those that are trained: built and shown its images as they are.
@@ -93,6 +130,11 @@ class Recipe:
         values = asdict(self)
         if self.base_back is None:
             del values["base_back"]  # so that work of our own networks, done before there was a choice, stays known
+        if self.pretrained is None:
+            del values["pretrained"]
+        else:
+            decay = {"layer_decay": settings.LAYER_DECAY} if self.is_pretrained else {}
+            values["pretrained"] = self.pretrained.as_record() | decay
         text = json.dumps([values, *parts], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -103,7 +145,7 @@ class Recipe:
 
     def explain(self) -> dict[str, object]:
         """What a checkpoint says of itself: enough to build its network and to prepare its images."""
-        return {
+        facts: dict[str, object] = {
             "backbone_name": self.backbone,
             "classes": list(self.classes),
             "model_size": self.model_size,
@@ -111,4 +153,6 @@ class Recipe:
             "augment": self.augment,
             "group_regex": self.group_regex,
             "split_digest": self.split_digest,
-        } | ({"base_back": "external"} if self.base_back else {})
+        }
+        facts |= {"base_back": "external"} if self.base_back else {}
+        return facts | (self.pretrained.explain() if self.pretrained else {})

@@ -9,15 +9,17 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from config import settings
+from training.embeddings import missing_contents
 from training.external import source_digest
 from training.ledger import Ledger, kfold_summary
 from training.pool import run_units
+from training.pretrained import PretrainedError, resolve_networks
 from training.recipe import Recipe
 from training.snapshots import remove_surplus_snapshots, snapshot_unit
 from training.units import Outcome, Unit, oof_path, progress_path
@@ -25,7 +27,7 @@ from utils import DEVICE, logger, smoke_checker
 from utils.devices import usable_cores
 from utils.files import atomic_path, read_json, write_json
 from utils.logs import duration
-from utils.samples import digest_of_contents
+from utils.samples import Sample, digest_of_contents
 from utils.splitting import (
     fold_groups,
     prepare_optimized_datasets,
@@ -35,7 +37,16 @@ from utils.splitting import (
 )
 
 KINDS = ("verify", "train", "test", "export")  # stages that are one unit of the same name
-WEIGHT = {"fold": 10, "train": 12, "verify": 1, "oof": 1, "test": 1, "export": 2, "snapshots": 12}  # rough cost
+WEIGHT = {
+    "embed": 30,
+    "fold": 10,
+    "train": 12,
+    "verify": 1,
+    "oof": 1,
+    "test": 1,
+    "export": 2,
+    "snapshots": 12,
+}  # rough cost
 MAX_JOBS = 8
 
 
@@ -102,6 +113,7 @@ def run_stages(
 
         cluster = RayPool(jobs, threads, address)
         jobs, new_pool = min(wanted or cluster.jobs, cluster.jobs), lambda: cluster
+    chosen = _with_embeddings(chosen, jobs)
     progress = _Progress(chosen)
 
     def finished(unit: Unit, outcome: Outcome, seconds: float) -> None:
@@ -146,15 +158,22 @@ def plan(backbones: Sequence[str], stages: Sequence[str], folds: int) -> list[Un
         )
     classes: list[str] = []
     digests: dict[str, str] = {}
+    samples: dict[str, list[Sample]] = {}
     for split in ("train", "val", "test"):
-        classes, samples, contents = split_contents(settings.SPLIT_DIR, split)
-        grouped = {s.sample_id: f"{contents[s.sample_id]} {s.group}" for s in samples if s.group is not None}
-        digests[split] = digest_of_contents(contents | grouped)
+        classes, listed, contents = split_contents(settings.SPLIT_DIR, split)
+        grouped = {s.sample_id: f"{contents[s.sample_id]} {s.group}" for s in listed if s.group is not None}
+        digests[split], samples[split] = digest_of_contents(contents | grouped), listed
         if split == "train" and "kfold" in stages:
-            fold_groups(samples, [contents[sample.sample_id] for sample in samples], folds)
+            fold_groups(listed, [contents[sample.sample_id] for sample in listed], folds)
     split_digest = f"{digests['train']}/{digests['val']}"
     external = source_digest(settings.EXTERNAL_BASE_BACK) if settings.EXTERNAL_BASE_BACK else None
-    recipes = [Recipe.from_settings(name, classes, split_digest, external) for name in backbones]
+    networks = resolve_networks(backbones, samples["train"], len(classes))
+    recipes = [Recipe.from_settings(name, classes, split_digest, external, networks.get(name)) for name in backbones]
+    if networks and "snapshots" in stages:
+        raise PretrainedError(
+            f"--stages snapshots: {', '.join(networks)}: not for networks of timm, whose pretrained weights every "
+            "cycle would start from; leave them out of --backbones"
+        )
     units: list[Unit] = []
     for stage in stages:
         for recipe in recipes:
@@ -186,6 +205,33 @@ def _unfinished(units: Sequence[Unit], ledger: Ledger, *, force: bool) -> list[U
     return [unit for unit in units if unit.name in names]
 
 
+EMBEDDED_SPLITS = {"fold": ("train", "val"), "oof": ("train",), "train": ("train", "val"), "test": ("test",)}
+"""Kind of a unit -> the splits whose images its network is run on."""
+LEAST_SHARD = 32  # images, for which starting a process pays
+
+
+def _with_embeddings(units: list[Unit], jobs: int) -> list[Unit]:
+    """The units, preceded by the embedding of the images that frozen networks lack, in up to `jobs` parts."""
+    embedding: list[Unit] = []
+    after: dict[str, tuple[str, ...]] = {}
+    for name in dict.fromkeys(unit.recipe.backbone for unit in units if unit.recipe.is_frozen):
+        waiting = [unit for unit in units if unit.recipe.backbone == name and unit.kind in EMBEDDED_SPLITS]
+        splits = tuple(sorted({split for unit in waiting for split in EMBEDDED_SPLITS[unit.kind]}))
+        contents = [content for split in splits for content in split_contents(settings.SPLIT_DIR, split)[2].values()]
+        recipe = waiting[0].recipe if waiting else None
+        missing = missing_contents(recipe.pretrained, contents) if recipe and recipe.pretrained else []
+        if recipe is None or not missing:
+            continue
+        shards = max(1, min(jobs, len(missing) // LEAST_SHARD))
+        parts = [
+            Unit("embed", recipe, recipe.digest("embed", shard, shards), splits=splits, shard=shard, shards=shards)
+            for shard in range(shards)
+        ]
+        embedding += parts
+        after |= {unit.name: tuple(part.name for part in parts) for unit in waiting}
+    return embedding + [replace(unit, after=(*after.get(unit.name, ()), *unit.after)) for unit in units]
+
+
 def _processes(jobs: int | None) -> tuple[int, int | None]:
     """Number of worker processes and of threads in each."""
     if DEVICE.type == "cuda":
@@ -198,14 +244,14 @@ class _Progress:
 
     def __init__(self, units: Sequence[Unit]) -> None:
         self.start = time.monotonic()
-        self.total = sum(WEIGHT[unit.kind] for unit in units)
+        self.total = sum(_weight(unit) for unit in units)
         self.count = len(units)
         self.weight = 0
         self.number = 0
 
     def tell(self, unit: Unit, outcome: Outcome, seconds: float) -> None:
         self.number += 1
-        self.weight += WEIGHT[unit.kind]
+        self.weight += _weight(unit)
         elapsed = time.monotonic() - self.start
         left = elapsed / self.weight * (self.total - self.weight)
         message = f"{_headline(unit, outcome.result)}{seconds:.1f} s"
@@ -213,7 +259,12 @@ class _Progress:
 
     def drop(self, unit: Unit) -> None:
         self.number += 1
-        self.weight += WEIGHT[unit.kind]
+        self.weight += _weight(unit)
+
+
+def _weight(unit: Unit) -> int:
+    """Rough cost; a head on features that are there costs next to nothing."""
+    return 1 if unit.recipe.is_frozen and unit.kind in EMBEDDED_SPLITS else WEIGHT[unit.kind]
 
 
 def _headline(unit: Unit, result: dict[str, Any]) -> str:
@@ -225,6 +276,8 @@ def _headline(unit: Unit, result: dict[str, Any]) -> str:
         return f"val accuracy {result['metrics']['final_accuracy']:.3f}, "
     if unit.kind == "snapshots":
         return f"val accuracies {' '.join(f'{accuracy:.3f}' for accuracy in result['val_accuracies'])}, "
+    if unit.kind == "embed":
+        return f"embeddings of {result['images']} images, "
     return f"test accuracy {result['test_accuracy']:.3f}, " if unit.kind == "test" else ""
 
 

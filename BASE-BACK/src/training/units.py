@@ -15,7 +15,7 @@ class Unit:
     """One piece of work on one backbone."""
 
     kind: str
-    """verify, fold, oof, train, test, export or snapshots."""
+    """verify, embed, fold, oof, train, test, export or snapshots."""
     recipe: Recipe
     digest: str
     """Of everything that decides the outcome."""
@@ -25,11 +25,17 @@ class Unit:
     folds: int = 0
     first: int = 0
     """Number of the first snapshot's file."""
+    splits: tuple[str, ...] = ()
+    """Whose images are embedded, by a unit of the kind embed."""
+    shard: int = 0
+    """Which part of them, of `shards`."""
+    shards: int = 1
 
     @property
     def name(self) -> str:
         """`CustomConvNeXt fold 2`, unique in a run."""
-        return f"{self.recipe.backbone} {self.kind}{f' {self.fold}' if self.kind == 'fold' else ''}"
+        number = {"fold": f" {self.fold}", "embed": f" {self.shard}"}.get(self.kind, "")
+        return f"{self.recipe.backbone} {self.kind}{number}"
 
 
 @dataclass(frozen=True)

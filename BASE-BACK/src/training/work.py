@@ -13,6 +13,7 @@ from torch import nn
 
 from config import settings
 from models import create_custom_backbone
+from training import frozen
 from training.external import ExternalError, create_external
 from training.fitting import EpochRow, Weights, copy_weights, fit, metrics_record
 from training.pipeline import (
@@ -21,9 +22,11 @@ from training.pipeline import (
     validate_epoch_optimized,
     write_checkpoint,
 )
+from training.pretrained import create_pretrained
 from training.progress import Progress
 from training.recipe import Recipe
 from training.snapshots import ROLE, snapshot_phase
+from training.timm_networks import TIMM, build_timm
 from training.units import Outcome, Unit, checkpoint_path, oof_path, progress_path
 from utils import DEVICE, set_seed
 from utils.datasets import BatchLoader, DecodedDataset
@@ -44,15 +47,28 @@ def run_unit(unit: Unit) -> Outcome:
 
 def open_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The network of one of our checkpoints in evaluation mode on the CPU, and the checkpoint's `extra`."""
-    record = torch.load(path, map_location="cpu", weights_only=True)
+    record = read_checkpoint(path)
+    return network_of(record), record["extra"]
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Weights and `extra` of one of our checkpoints."""
+    record: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return record
+
+
+def network_of(record: dict[str, Any]) -> nn.Module:
+    """The network of the record of a checkpoint in evaluation mode on the CPU."""
     extra = record["extra"]
     name, classes = extra["backbone_name"], len(extra["classes"])
     if extra.get("base_back") == "external":
         model = _external_network(name, classes)
+    elif name.startswith(TIMM):
+        model = build_timm(name.removeprefix(TIMM), classes, extra["img_size"])
     else:
         model = create_custom_backbone(name, classes, size=extra["model_size"], img_size=extra["img_size"])
     model.load_state_dict(record["model_state_dict"])
-    return model.eval(), extra
+    return model.eval()
 
 
 def assign_folds(dataset: DecodedDataset, folds: int, seed: int) -> np.ndarray:
@@ -76,6 +92,8 @@ def _new_network(recipe: Recipe, *purpose: object) -> nn.Module:
     set_seed(recipe.seed_for(*purpose, "weights"))
     if recipe.base_back is not None:
         return _external_network(recipe.backbone, len(recipe.classes))
+    if recipe.pretrained is not None:
+        return create_pretrained(recipe.pretrained, len(recipe.classes))
     return create_custom_backbone(
         recipe.backbone, len(recipe.classes), size=recipe.model_size, img_size=recipe.img_size
     )
@@ -109,10 +127,12 @@ def _verify(unit: Unit) -> Outcome:
 def _fold(unit: Unit) -> Outcome:
     """Train on the train rows outside one fold; the held-out rows are not looked at."""
     recipe = unit.recipe
-    train = DecodedDataset.of_split("train", recipe.img_size)
+    train = recipe.dataset("train")
     fold_of = assign_folds(train, unit.folds, recipe.seed)
+    if recipe.is_frozen:
+        return frozen.fold_head(unit, fold_of, train)
     fitting = train.subset(np.flatnonzero(fold_of != unit.fold))
-    val = BatchLoader(DecodedDataset.of_split("val", recipe.img_size), recipe.batch_size)
+    val = BatchLoader(recipe.dataset("val"), recipe.batch_size)
     purpose = ("fold", unit.fold, unit.folds)
     model, loader = _new_network(recipe, *purpose), _train_loader(recipe, fitting)
     fitted = fit(recipe, model, loader, val, purpose=purpose, device=DEVICE, progress=_progress(unit))
@@ -132,17 +152,18 @@ def _fold(unit: Unit) -> Outcome:
 def _oof(unit: Unit) -> Outcome:
     """Run every saved fold network over the rows it has not seen, and write the out-of-fold predictions."""
     recipe = unit.recipe
-    train = DecodedDataset.of_split("train", recipe.img_size)
+    train = recipe.dataset("train")
     fold_of = assign_folds(train, unit.folds, recipe.seed)
     labels = np.array(train.targets, dtype=np.int64)
     logits = np.full((len(train), len(recipe.classes)), np.nan, dtype=np.float32)
     accuracies = []
     for fold in range(unit.folds):
-        model, extra = open_network(checkpoint_path(recipe.backbone, f"fold{fold}"))
+        record = read_checkpoint(checkpoint_path(recipe.backbone, f"fold{fold}"))
+        extra = record["extra"]
         if (extra["fold"], extra["folds"]) != (fold, unit.folds):
             raise ValueError(f"checkpoint of fold {extra['fold']} of {extra['folds']}; expected {fold} of {unit.folds}")
         rows = np.flatnonzero(fold_of == fold)
-        logits[rows] = logits_of(model, train.subset(rows), recipe.batch_size)
+        logits[rows] = _held_out_logits(recipe, record, train.subset(rows))
         accuracies.append(float((logits[rows].argmax(axis=1) == labels[rows]).mean()))
     path = oof_path(recipe.backbone)
     with atomic_path(path) as temporary:
@@ -157,11 +178,20 @@ def _oof(unit: Unit) -> Outcome:
     return Outcome((path,), {"fold_accuracies": accuracies})
 
 
+def _held_out_logits(recipe: Recipe, record: dict[str, Any], held_out: DecodedDataset) -> np.ndarray:
+    """Logits of rows that the network of a fold checkpoint has not seen."""
+    if recipe.is_frozen:
+        return frozen.logits_of_head(recipe, record["model_state_dict"], held_out)
+    return logits_of(network_of(record), held_out, recipe.batch_size)
+
+
 def _train(unit: Unit) -> Outcome:
     """Head training and fine-tuning on all train rows: the network that is deployed."""
     recipe = unit.recipe
-    train = DecodedDataset.of_split("train", recipe.img_size)
-    val = BatchLoader(DecodedDataset.of_split("val", recipe.img_size), recipe.batch_size)
+    if recipe.is_frozen:
+        return frozen.train_head(unit)
+    train = recipe.dataset("train")
+    val = BatchLoader(recipe.dataset("val"), recipe.batch_size)
     model, loader = _new_network(recipe, "final"), _train_loader(recipe, train)
     fitted = fit(recipe, model, loader, val, purpose=("final",), device=DEVICE, progress=_progress(unit))
     explained = recipe.explain()
@@ -181,6 +211,7 @@ def _train(unit: Unit) -> Outcome:
     metrics = metrics_record(recipe, fitted)
     final = {key: value for key, value in metrics.items() if not key.startswith("visualization")}
     files.append(checkpoint_path(recipe.backbone, "final"))
+    final = {key: value for key, value in final.items() if key not in explained}
     save_checkpoint(files[-1], fitted.model.cpu(), extra=explained | final)
     return Outcome(tuple(files), {"metrics": metrics, "history": fitted.history})
 
@@ -188,8 +219,8 @@ def _train(unit: Unit) -> Outcome:
 def _snapshots(unit: Unit) -> Outcome:
     """Train a fresh network through all cycles; the network at the end of each is written then, whatever val says."""
     recipe, phase = unit.recipe, snapshot_phase(unit.recipe)
-    train = DecodedDataset.of_split("train", recipe.img_size)
-    val = BatchLoader(DecodedDataset.of_split("val", recipe.img_size), recipe.batch_size)
+    train = recipe.dataset("train")
+    val = BatchLoader(recipe.dataset("val"), recipe.batch_size)
     model, loader = _new_network(recipe, "snapshots"), _train_loader(recipe, train)
     explained = recipe.explain()
 
@@ -218,8 +249,11 @@ def _snapshots(unit: Unit) -> Outcome:
 def _test(unit: Unit) -> Outcome:
     """Score the final network on the test split, once."""
     recipe = unit.recipe
-    model, _ = open_network(checkpoint_path(recipe.backbone, "final"))
-    loader = BatchLoader(DecodedDataset.of_split("test", recipe.img_size), recipe.batch_size)
+    record = read_checkpoint(checkpoint_path(recipe.backbone, "final"))
+    if recipe.is_frozen:
+        return Outcome((), frozen.test_head(recipe, record["model_state_dict"]))
+    model = network_of(record)
+    loader = BatchLoader(recipe.dataset("test"), recipe.batch_size)
     criterion = get_loss_function_for_backbone(recipe.backbone, len(recipe.classes))
     scores = validate_epoch_optimized(model.to(DEVICE), loader, criterion, DEVICE)[:5]
     names = ("test_loss", "test_accuracy", "test_precision", "test_recall", "test_f1")
@@ -251,6 +285,7 @@ def _export(unit: Unit) -> Outcome:
 
 WORK: dict[str, Callable[[Unit], Outcome]] = {
     "verify": _verify,
+    "embed": frozen.embed_unit,
     "fold": _fold,
     "oof": _oof,
     "train": _train,

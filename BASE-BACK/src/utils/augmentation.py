@@ -7,8 +7,9 @@ decode, a dozen image objects and a loader process per image and epoch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,41 @@ def _standardise(pixels: Tensor) -> Tensor:
     mean = torch.tensor(MEAN, device=pixels.device).view(1, 3, 1, 1)
     std = torch.tensor(STD, device=pixels.device).view(1, 3, 1, 1)
     return pixels.sub_(mean).div_(std)
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """The normalisation of a preprocessing record."""
+
+    mean: tuple[float, ...]
+    """(R, G, B), of values from 0 to 1."""
+    std: tuple[float, ...]
+    is_bgr: bool = False
+    """Whether the network takes blue first."""
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Normalisation:
+        """That of a preprocessing record, whose value range and order of channels it takes over."""
+        low, high = record["value_range"]
+        mean = [(value - low) / (high - low) for value in record["mean"]]
+        std = [value / (high - low) for value in record["std"]]
+        step = -1 if record["channels"] == "BGR" else 1
+        return cls(tuple(mean[::step]), tuple(std[::step]), step == -1)
+
+    def apply(self, pixels: Tensor) -> Tensor:
+        """uint8 or float 0-255 RGB pixels (B, 3, H, W) -> normalised float32."""
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        return self._ordered((pixels.float() / 255).sub_(mean).div_(std))
+
+    def replace_imagenet(self, images: Tensor) -> Tensor:
+        """RGB images (B, 3, H, W) that ImageNet's mean and deviation have normalised -> normalised float32."""
+        old_mean, old_std = torch.tensor(MEAN), torch.tensor(STD)
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        factor, shift = old_std / std, (old_mean - mean) / std
+        return self._ordered(images * factor.view(1, 3, 1, 1) + shift.view(1, 3, 1, 1))
+
+    def _ordered(self, images: Tensor) -> Tensor:
+        return images.flip(1) if self.is_bgr else images
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from config.settings import AUGMENT, BATCH_SIZE, IMAGE_CACHE_DIR, IMG_SIZE, SPLIT_DIR
 from utils import get_optimal_workers
-from utils.augmentation import MEAN, STD, augment, normalise
+from utils.augmentation import MEAN, STD, Normalisation, augment, normalise
 from utils.image_cache import DecodedImages, open_images
-from utils.resizing import evaluation_resizing, resized_side
+from utils.resizing import evaluation_resizing, resized_side, resizing_of_record
 from utils.samples import Sample, scan
 from utils.splitting import prepare_optimized_datasets, split_contents, verify_dataset_split
 
@@ -147,7 +147,12 @@ class DecodedDataset(Dataset):
     """Samples whose pixels come from the decoded-image cache; an item is (normalised centre crop (3, S, S), index)."""
 
     def __init__(
-        self, samples: Sequence[Sample], classes: Sequence[str], contents: Sequence[str], size: int = IMG_SIZE
+        self,
+        samples: Sequence[Sample],
+        classes: Sequence[str],
+        contents: Sequence[str],
+        size: int = IMG_SIZE,
+        preprocessing: Mapping[str, Any] | None = None,
     ) -> None:
         self.records = list(samples)
         self.samples = [(str(sample.path), sample.label) for sample in self.records]
@@ -156,21 +161,32 @@ class DecodedDataset(Dataset):
         self.classes = list(classes)
         self.contents = list(contents)
         self.size = size
+        self.preprocessing = preprocessing
+        self.normalisation = None if preprocessing is None else Normalisation.of_record(preprocessing)
+        resizing = evaluation_resizing(size) if preprocessing is None else resizing_of_record(preprocessing)
         self.images: DecodedImages = open_images(
-            [sample.path for sample in self.records], self.contents, evaluation_resizing(size), IMAGE_CACHE_DIR
+            [sample.path for sample in self.records], self.contents, resizing, IMAGE_CACHE_DIR
         )
 
     @classmethod
-    def of_split(cls, split: str, size: int = IMG_SIZE, split_dir: Path = SPLIT_DIR) -> DecodedDataset:
-        """One split as it lies on disk; FileNotFoundError when there is none."""
+    def of_split(
+        cls,
+        split: str,
+        size: int = IMG_SIZE,
+        split_dir: Path = SPLIT_DIR,
+        preprocessing: Mapping[str, Any] | None = None,
+    ) -> DecodedDataset:
+        """One split as it lies on disk; FileNotFoundError when there is none.
+
+        `preprocessing` is the record of a network of `size` px; None: the base pipeline's evaluation transform.
+        """
         classes, samples, contents = split_contents(Path(split_dir), split)
-        return cls(samples, classes, [contents[sample.sample_id] for sample in samples], size)
+        return cls(samples, classes, [contents[sample.sample_id] for sample in samples], size, preprocessing)
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> DecodedDataset:
         """The given rows, in the given order."""
-        return DecodedDataset(
-            [self.records[row] for row in rows], self.classes, [self.contents[row] for row in rows], self.size
-        )
+        records, contents = [self.records[row] for row in rows], [self.contents[row] for row in rows]
+        return DecodedDataset(records, self.classes, contents, self.size, self.preprocessing)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -180,8 +196,9 @@ class DecodedDataset(Dataset):
 
     def crops(self, rows: Sequence[int] | np.ndarray) -> Tensor:
         """Normalised centre crops, float32 (B, 3, S, S), as the evaluation transform makes them."""
-        pixels = torch.from_numpy(self.images.crops(rows))
-        return normalise(pixels.permute(0, 3, 1, 2)).contiguous()
+        pixels = torch.from_numpy(self.images.crops(rows)).permute(0, 3, 1, 2)
+        normal = normalise(pixels) if self.normalisation is None else self.normalisation.apply(pixels)
+        return normal.contiguous()
 
 
 class BatchLoader:
@@ -228,10 +245,15 @@ class BatchLoader:
             rows = order[start:stop]
             if self.training:
                 pixels = [torch.from_numpy(self.dataset.images.image(int(row)).copy()).permute(2, 0, 1) for row in rows]
-                images = augment(pixels, self.dataset.size, self.kind, generator)
+                images = self._augmented(pixels, generator)
             else:
                 images = self.dataset.crops(rows.numpy())
             yield images, self._labels[rows]
+
+    def _augmented(self, pixels: list[Tensor], generator: torch.Generator) -> Tensor:
+        images = augment(pixels, self.dataset.size, self.kind, generator)
+        normalisation = self.dataset.normalisation
+        return images if normalisation is None else normalisation.replace_imagenet(images)
 
 
 def prepare_datasets_for_backbone(backbone_name: str, size: int = IMG_SIZE) -> tuple[DecodedDataset, DecodedDataset]:

@@ -153,6 +153,15 @@ def exif_orientation(image: Image.Image) -> int:
     return value if value in TRANSPOSITIONS else 1
 
 
+def resizing_of_record(record: Mapping[str, Any]) -> Resizing:
+    """The rule of a preprocessing record, which pads with its mean."""
+    names = ("input_size", "resized", "resize", "interpolation", "crop_offset", "exif")
+    fill = (
+        pad_fill(record["mean"], record["value_range"], record["channels"]) if record["resize"] == "pad" else (0, 0, 0)
+    )
+    return Resizing(**{name: record[name] for name in names}, fill=fill)
+
+
 def timm_record(architecture: str, img_size: int | None = None) -> dict[str, Any]:
     """The preprocessing record of a timm architecture, by `timm.data.resolve_data_config`; reads no network.
 

@@ -1,0 +1,149 @@
+"""Linear heads on the features of a frozen pretrained network: the work of units in mode frozen.
+
+No epoch and no val row takes part. The head of each fold chooses its strength inside its own training rows, so that
+out-of-fold predictions leak nothing; the final head chooses it inside train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import settings
+from training.embeddings import compute, embeddings_of
+from training.linear_head import LinearHead, fit_head, log_loss
+from training.pipeline import macro_scores, write_checkpoint
+from training.pretrained import Pretrained, create_pretrained
+from training.recipe import Recipe
+from training.units import Outcome, Unit, checkpoint_path
+from utils.datasets import DecodedDataset
+from utils.samples import group_indices
+from utils.trunks import trunk_digest, whole_network
+
+CHECKED_ROWS = 8  # images on which the saved network is compared with the embeddings
+AGREES = 1e-3  # of the largest logit
+SELECTION = "inner folds"  # `selection` in a checkpoint: train rows alone have chosen the strength
+
+
+def embed_unit(unit: Unit) -> Outcome:
+    """Compute the embeddings of one part of the images."""
+    network = _network(unit.recipe)
+    counts = [compute(network, unit.recipe.dataset(split), unit.shard, unit.shards) for split in unit.splits]
+    return Outcome((), {"images": sum(counts)})
+
+
+def fold_head(unit: Unit, fold_of: np.ndarray, train: DecodedDataset) -> Outcome:
+    """Fit the head on the train rows outside one fold, and save its tensors alone."""
+    recipe, network = unit.recipe, _network(unit.recipe)
+    fitting = train.subset(np.flatnonzero(fold_of != unit.fold))
+    seed = recipe.seed_for("fold", unit.fold, unit.folds, "head")
+    head = _fit(recipe, network, fitting, seed)
+    val = recipe.dataset("val")
+    scores = _scores(head.logits(embeddings_of(network, val)[0]), np.array(val.targets))
+    path = checkpoint_path(recipe.backbone, f"fold{unit.fold}")
+    trunk = {"checkpoint": checkpoint_path(recipe.backbone, "final").name, "sha256": network.trunk_sha256}
+    extra = recipe.explain() | _facts(head) | {"trunk": trunk, "fold": unit.fold, "folds": unit.folds}
+    extra |= {"accuracy": scores["accuracy"], "seed": seed}
+    write_checkpoint(path, {"model_state_dict": _tensors(network, head), "extra": extra})
+    return Outcome((path,), {"val_accuracy": scores["accuracy"], "fold_seed": seed, "strength": head.strength})
+
+
+def logits_of_head(recipe: Recipe, weights: Mapping[str, Tensor], dataset: DecodedDataset) -> np.ndarray:
+    """Logits of every row, float32 (N, C), by the head's tensors in a checkpoint of this network."""
+    network = _network(recipe)
+    weight, bias = (weights[name].numpy() for name in _weight_and_bias(network))
+    return LinearHead(weight, bias, 0.0, {}).logits(embeddings_of(network, dataset)[0])
+
+
+def train_head(unit: Unit) -> Outcome:
+    """Fit the head on all train rows, and save the whole network: the one that is deployed."""
+    recipe, network = unit.recipe, _network(unit.recipe)
+    train, val = recipe.dataset("train"), recipe.dataset("val")
+    head = _fit(recipe, network, train, recipe.seed_for("final", "head"))
+    model = create_pretrained(network, len(recipe.classes))
+    model.load_state_dict(whole_network(model.state_dict(), _tensors(network, head)))
+    if trunk_digest(model.state_dict(), network.head) != network.trunk_sha256:
+        raise ValueError(f"{network.path}: the weights changed while the training ran; run the command again")
+    _compare(network, model.eval(), head, train.subset(np.arange(min(CHECKED_ROWS, len(train)))))
+    scores = _scores(head.logits(embeddings_of(network, val)[0]), np.array(val.targets))
+    metrics: dict[str, Any] = {
+        "backbone_name": recipe.backbone,
+        "best_accuracy": scores["accuracy"],
+        **{f"final_{name}": scores[name] for name in ("accuracy", "precision", "recall")},
+        "final_f1_score": scores["f1"],
+        "final_val_loss": scores["loss"],
+        "epochs_head": 0,
+        "epochs_finetune": 0,
+        **_facts(head),
+        "visualization_paths": {},
+        "visualization_summary": "plots are not made by this version",
+    }
+    path = checkpoint_path(recipe.backbone, "final")
+    final = {key: value for key, value in metrics.items() if not key.startswith("visualization")}
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    write_checkpoint(path, {"model_state_dict": weights, "extra": final | recipe.explain()})
+    _remove_earlier(recipe)
+    return Outcome((path,), {"metrics": metrics, "history": {"head": [], "finetune": []}})
+
+
+def test_head(recipe: Recipe, weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """Scores of the final network on the test split, from embeddings of its images."""
+    test = recipe.dataset("test")
+    scores = _scores(logits_of_head(recipe, weights, test), np.array(test.targets))
+    return {f"test_{name}": value for name, value in scores.items()}
+
+
+def _network(recipe: Recipe) -> Pretrained:
+    assert recipe.pretrained is not None
+    return recipe.pretrained
+
+
+def _fit(recipe: Recipe, network: Pretrained, dataset: DecodedDataset, seed: int) -> LinearHead:
+    groups = group_indices(dataset.sample_ids, dataset.contents, settings.GROUP_REGEX)
+    labels = np.array(dataset.targets, dtype=np.int64)
+    return fit_head(embeddings_of(network, dataset), labels, groups, len(recipe.classes), seed)
+
+
+def _weight_and_bias(network: Pretrained) -> tuple[str, str]:
+    weight, bias = sorted(network.head, key=lambda name: not name.endswith("weight"))
+    return weight, bias
+
+
+def _tensors(network: Pretrained, head: LinearHead) -> dict[str, Tensor]:
+    weight, bias = _weight_and_bias(network)
+    return {weight: torch.from_numpy(head.weight.copy()), bias: torch.from_numpy(head.bias.copy())}
+
+
+def _facts(head: LinearHead) -> dict[str, Any]:
+    losses = {f"{strength:.6g}": loss for strength, loss in head.inner_losses.items()}
+    return {"stage": "head", "strength": head.strength, "inner_log_losses": losses, "selection": SELECTION}
+
+
+def _scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    names = ("accuracy", "precision", "recall", "f1")
+    scores = dict(zip(names, macro_scores(logits.argmax(axis=1), labels, logits.shape[1]), strict=True))
+    return {"loss": log_loss(logits, labels), **scores}
+
+
+def _compare(network: Pretrained, model: Any, head: LinearHead, dataset: DecodedDataset) -> None:
+    """Raise ValueError where the whole network does not answer as its embeddings and head do."""
+    expected = head.logits(embeddings_of(network, dataset)[0])
+    with torch.inference_mode():
+        logits = model(dataset.crops(np.arange(len(dataset)))).numpy()
+    difference = float(np.abs(logits - expected).max())
+    if not difference <= AGREES * max(1.0, float(np.abs(expected).max())):
+        raise ValueError(
+            f"the network's logits differ by {difference:.3g} from those of its embeddings and head; remove "
+            f"{settings.IMAGE_CACHE_DIR / 'embeddings'} and run the command again"
+        )
+
+
+def _remove_earlier(recipe: Recipe) -> None:
+    """Remove the stages of an earlier fine-tuning of the same name, which are not of this training."""
+    for role in ("head_best", "finetune_best", "snapshot*"):
+        for path in settings.CKPT_DIR.glob(f"{recipe.backbone}_{role}.pth"):
+            path.unlink()

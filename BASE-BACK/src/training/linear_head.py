@@ -1,0 +1,188 @@
+"""Multinomial logistic regression with an L2 penalty, whose strength inner folds of its own training rows choose.
+
+Features are standardised by the rows that a head is fitted on and turned to their principal axes, on which the penalty
+is the same and L-BFGS (Liu and Nocedal 1989) needs few steps; both are folded back into the head's weights. All
+arithmetic is in float64, so that equal rows give equal heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from utils.samples import stratified_bins
+
+STRENGTHS = tuple(10.0**exponent for exponent in range(1, -6, -1))
+"""Factors of the penalty on the mean loss that are tried, strongest first, until the inner loss rises; then the two
+half a decade beside the best."""
+HALF_DECADE = 10**0.5
+EXACT = {"ftol": 1e-10, "gtol": 1e-5}  # L-BFGS-B ends where value or gradient change by less
+FOR_CHOICE = {"ftol": 1e-7, "gtol": 1e-4}  # of the inner folds, whose losses differ far more from strength to strength
+INNER_FOLDS = 5
+DEFAULT_STRENGTH = 0.1  # where there are too few groups of rows for inner folds
+BIAS_PENALTY = 1e-6  # a class without rows would have a bias of minus infinity
+ITERATIONS = 500
+LEAST_DEVIATION = 1e-6  # of a feature; a constant one is not scaled
+LEAST_VARIANCE = 1e-12  # of a principal axis, as a share of the largest; others hold rounding alone
+CURVATURE = 0.2  # of the log-loss along a logit, at most 0.25; scales the axes for L-BFGS
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """Logits of features f are `f @ weight.T + bias`."""
+
+    weight: np.ndarray
+    """float32 (C, D)"""
+    bias: np.ndarray
+    """float32 (C,)"""
+    strength: float
+    inner_losses: dict[float, float]
+    """Strength -> mean log-loss over the inner held-out rows, in nats; empty where the strength was not chosen."""
+
+    def logits(self, features: np.ndarray) -> np.ndarray:
+        """float32 (N, C) of features (N, D)."""
+        return features.astype(np.float32) @ self.weight.T + self.bias
+
+
+def fit_head(
+    features: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    num_classes: int,
+    seed: int,
+    class_weights: Sequence[float] | None = None,
+) -> LinearHead:
+    """A head for features (V, N, D) of V views of N rows, the first of which is the evaluation view.
+
+    `groups` (N,) are rows that stay together in the inner folds; `class_weights` (C,) are factors of the rows' losses,
+    in the fit and in the choice of the strength. Only these rows are looked at.
+    """
+    factors = np.ones(num_classes) if class_weights is None else np.asarray(class_weights, dtype=np.float64)
+    axes = _PrincipalAxes(features)
+    losses = _inner_losses(axes.coordinates, labels, groups, factors, seed)
+    strength = min(losses, key=lambda value: (losses[value], -value)) if losses else DEFAULT_STRENGTH
+    weight, bias = axes.in_units_of_features(*_Regression(axes.coordinates, labels, factors).solve(strength))
+    return LinearHead(weight.astype(np.float32), bias.astype(np.float32), strength, losses)
+
+
+def log_loss(logits: np.ndarray, labels: np.ndarray, factors: np.ndarray | None = None) -> float:
+    """Mean negative log-probability of the labels in nats, weighted by the factors of their classes."""
+    logits = logits.astype(np.float64)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]
+    return float(np.average(losses, weights=None if factors is None else factors[labels]))
+
+
+def _inner_losses(
+    coordinates: Tensor, labels: np.ndarray, groups: np.ndarray, factors: np.ndarray, seed: int
+) -> dict[float, float]:
+    """{strength: log-loss of inner held-out rows}; empty where there are too few groups for two folds."""
+    groups = np.unique(groups, return_inverse=True)[1].astype(np.int64)
+    folds = min(INNER_FOLDS, int(groups.max()) + 1)
+    if folds < 2:
+        return {}
+    fold_of = stratified_bins(labels, groups, [1 / folds] * folds, seed)
+    held_out = [np.flatnonzero(fold_of == fold) for fold in range(folds)]
+    problems = []
+    for rows in (np.flatnonzero(fold_of != fold) for fold in range(folds)):
+        problems.append(_Regression(coordinates[:, torch.from_numpy(rows)], labels[rows], factors))
+    starts: list[np.ndarray | None] = [None] * folds
+    losses: dict[float, float] = {}
+
+    def measure(strength: float) -> None:
+        logits = np.empty((len(labels), len(factors)))
+        for fold, (rows, problem) in enumerate(zip(held_out, problems, strict=True)):
+            weight, bias = problem.solve(strength, starts[fold], FOR_CHOICE)
+            logits[rows] = (coordinates[0, torch.from_numpy(rows)] @ weight.T + bias).numpy()
+            starts[fold] = torch.cat([weight.flatten(), bias]).numpy()
+        losses[strength] = log_loss(logits, labels, factors)
+
+    for strength in STRENGTHS:
+        measure(strength)
+        if losses[strength] > min(losses.values()):
+            break
+    best = min(losses, key=lambda value: losses[value])
+    for strength in (best / HALF_DECADE, best * HALF_DECADE):
+        measure(strength)
+    return losses
+
+
+class _PrincipalAxes:
+    """Standardised features (V, N, D) in coordinates of their principal axes, (V, N, R)."""
+
+    def __init__(self, features: np.ndarray) -> None:
+        views, rows, width = features.shape
+        flat = torch.from_numpy(features.reshape(views * rows, width)).double()
+        self.mean = flat.mean(dim=0)
+        deviation = flat.std(dim=0, correction=0)
+        self.deviation = torch.where(deviation < LEAST_DEVIATION, torch.ones(()).double(), deviation)
+        standardised = (flat - self.mean) / self.deviation
+        is_wide = len(standardised) < width
+        values, vectors = torch.linalg.eigh(standardised @ standardised.T if is_wide else standardised.T @ standardised)
+        kept = values > LEAST_VARIANCE * values[-1].clamp(min=LEAST_VARIANCE)
+        values, vectors = values[kept], vectors[:, kept]
+        self.axes = standardised.T @ vectors / values.sqrt() if is_wide else vectors
+        """(D, R)"""
+        self.coordinates = (standardised @ self.axes).view(views, rows, -1)
+
+    def in_units_of_features(self, weight: Tensor, bias: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Weight (C, D) and bias (C,) for the features themselves."""
+        scaled = weight @ self.axes.T / self.deviation
+        return scaled.numpy(), (bias - scaled @ self.mean).numpy()
+
+
+class _Regression:
+    """The regression on the coordinates (V, N, R) of some rows, for any strength."""
+
+    def __init__(self, coordinates: Tensor, labels: np.ndarray, factors: np.ndarray) -> None:
+        views = len(coordinates)
+        self.coordinates = coordinates.reshape(-1, coordinates.shape[-1])
+        self.variances = self.coordinates.square().mean(dim=0)
+        self.labels = torch.from_numpy(np.tile(labels, views))
+        weights = torch.from_numpy(factors)[self.labels]
+        self.row_weights = weights / weights.sum()
+        self.shape = (len(factors), self.coordinates.shape[1])
+
+    def solve(
+        self, strength: float, start: np.ndarray | None = None, tolerances: Mapping[str, float] = EXACT
+    ) -> tuple[Tensor, Tensor]:
+        """Weight (C, R) and bias (C,) that minimise mean log-loss + strength / 2 * |weight|^2; `start` holds both."""
+        classes, width = self.shape
+        scale = torch.cat(
+            [(CURVATURE * self.variances + strength).sqrt().expand(classes, width).flatten(), torch.ones(classes)]
+        ).numpy()
+
+        def value_and_gradient(scaled: np.ndarray) -> tuple[float, np.ndarray]:
+            value, gradient = self._value_and_gradient(torch.from_numpy(scaled / scale), strength)
+            return float(value), gradient.numpy() / scale
+
+        solution = minimize(
+            value_and_gradient,
+            np.zeros(len(scale)) if start is None else start * scale,
+            jac=True,
+            method="L-BFGS-B",
+            options={"maxiter": ITERATIONS, "maxcor": 20, **tolerances},
+        )
+        return self._split(torch.from_numpy(solution.x / scale))
+
+    def _split(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        classes, width = self.shape
+        return parameters[: classes * width].view(classes, width), parameters[classes * width :]
+
+    def _value_and_gradient(self, parameters: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+        weight, bias = self._split(parameters)
+        log_probabilities = torch.log_softmax(self.coordinates @ weight.T + bias, dim=1)
+        chosen = log_probabilities.gather(1, self.labels[:, None])[:, 0]
+        penalty = strength / 2 * weight.square().sum() + BIAS_PENALTY / 2 * bias.square().sum()
+        residuals = log_probabilities.exp()
+        residuals[torch.arange(len(residuals)), self.labels] -= 1
+        residuals *= self.row_weights[:, None]
+        gradient = (residuals.T @ self.coordinates + strength * weight).flatten()
+        return penalty - (chosen * self.row_weights).sum(), torch.cat(
+            [gradient, residuals.sum(dim=0) + BIAS_PENALTY * bias]
+        )

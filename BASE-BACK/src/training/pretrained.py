@@ -1,0 +1,262 @@
+"""Which pretrained weights, mode and preprocessing each network of timm is trained with, from the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from config import settings
+from training.timm_networks import (
+    TIMM,
+    build_timm,
+    head_names,
+    load_pretrained,
+    own_input_size,
+    require_architecture,
+    require_input_size,
+    require_linear_head,
+)
+from utils import compute_file_sha256, logger
+from utils.files import atomic_path, read_json, write_json
+from utils.image_files import open_image
+from utils.pretrained_weights import (
+    SUFFIXES,
+    WHEELS,
+    PretrainedFile,
+    WeightsError,
+    hub_name,
+    read_config,
+    read_pretrained,
+    remedy,
+    weights_path,
+)
+from utils.resizing import record_of_timm_config, timm_record
+from utils.samples import Sample
+from utils.trunks import trunk_digest
+
+HUB = "hub"
+RANDOM = "random"
+LEAST_DEFAULT_SIZE, SIZE_STEP = 64, 32  # px; below, a network for photographs has no features left to pool
+MEASURED_IMAGES = 200
+
+
+class PretrainedError(ValueError):
+    """A network of timm cannot be trained as it is asked for; the text says what to type."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A network of timm with the weights that its training starts from."""
+
+    architecture: str
+    """timm's name, without prefix."""
+    mode: str
+    """`frozen`: a linear head on the features; `finetune`: the head, then all layers; `scratch`: random weights."""
+    views: int
+    """Views of each train image that a head is fitted on: 1, the evaluation view; 2, its mirror image as well."""
+    path: str | None
+    """File with the weights; None for random ones."""
+    source: str
+    """`wheel:PROJECT`, `hub:NAME`, `file:NAME` or `random`."""
+    sha256: str | None
+    """Of the file."""
+    trained_on: str
+    """Rows of this workspace that the weights have seen: none, train, train+val, all or unknown."""
+    preprocessing: dict[str, Any]
+    """The preprocessing record."""
+    trunk_sha256: str | None = None
+    """`trunk_digest` of all layers but the head; None except in mode frozen."""
+    head: tuple[str, ...] = ()
+    """Names of the head's tensors."""
+
+    @property
+    def img_size(self) -> int:
+        """Side of the input in px."""
+        return int(self.preprocessing["input_size"])
+
+    def as_record(self) -> dict[str, Any]:
+        """What decides the weights of a training, JSON-ready."""
+        record = asdict(self)
+        del record["path"]  # the same file may lie elsewhere
+        return record
+
+    def explain(self) -> dict[str, Any]:
+        """What a checkpoint says of the weights that it comes from."""
+        return {
+            "backbone_name": f"{TIMM}{self.architecture}",
+            "preprocessing": dict(self.preprocessing),
+            "mode": self.mode,
+            "weights": {"source": self.source, "sha256": self.sha256, "trained_on": self.trained_on},
+        }
+
+
+def resolve_networks(names: Sequence[str], samples: Sequence[Sample], num_classes: int) -> dict[str, Pretrained]:
+    """{name: weights and preprocessing} of the networks of timm among `names`.
+
+    `samples` are the train images, whose sizes decide the default input size. What was resolved is noted in
+    `checkpoints/timm_networks.json`, so that a later run may use the name alone. Raises `PretrainedError`.
+    """
+    chosen = [name for name in names if name in settings.TIMM_BACKBONES]
+    if not chosen:
+        return {}
+    recorded = read_json(settings.TIMM_NETWORKS) or {}
+    networks: dict[str, Pretrained] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    for name in chosen:
+        architecture = settings.TIMM_BACKBONES[name]
+        earlier = recorded.get(name, {})
+        earlier = earlier if earlier.get("architecture") == architecture else {}
+        try:
+            require_architecture(architecture)
+            network, entries[name] = _resolve(name, architecture, earlier, samples)
+            networks[name] = _checked(network, num_classes)
+        except ValueError as error:
+            raise PretrainedError(f"--backbones {name}: {error}") from error
+    if recorded | entries != recorded:
+        write_json(settings.TIMM_NETWORKS, recorded | entries)
+    return networks
+
+
+def _resolve(
+    name: str, architecture: str, earlier: dict[str, Any], samples: Sequence[Sample]
+) -> tuple[Pretrained, dict[str, Any]]:
+    """The network, and what of it was asked for, which a later run with the name alone takes over."""
+    mode = settings.option_of(settings.NETWORK_MODES, name) or earlier.get("mode")
+    mode = settings.MODES[mode or settings.TRANSFER_LEARNING_MODE]
+    views = int(settings.option_of(settings.NETWORK_VIEWS, name) or earlier.get("views") or 1)
+    given = settings.option_of(settings.NETWORK_WEIGHTS, name) or earlier.get("weights")
+    stated = settings.option_of(settings.NETWORK_TRAINED_ON, name) or earlier.get("trained_on")
+    file: PretrainedFile | None = None
+    path, source, seen = None, RANDOM, "none"
+    if settings.ENABLE_TRANSFER_LEARNING:
+        path, source, seen = find_weights(architecture, given)
+        file = read_pretrained(path)
+    elif given:
+        raise ValueError("--weights has no effect while ENABLE_TRANSFER_LEARNING is off; leave one of them out")
+    elif mode == "frozen":
+        raise ValueError(
+            "mode frozen needs pretrained weights, and ENABLE_TRANSFER_LEARNING is off; use --mode finetune"
+        )
+    else:
+        mode = "scratch"
+    size = settings.TIMM_IMG_SIZE or earlier.get("img_size") or _default_size(architecture, samples)
+    preprocessing = _preprocessing(architecture, file, size)
+    sha256 = compute_file_sha256(path) if path else None
+    network = Pretrained(
+        architecture, mode, views, str(path) if path else None, source, sha256, stated or seen, preprocessing
+    )
+    asked = {"architecture": architecture, "mode": mode if mode in settings.MODES else "finetune", "views": views}
+    asked |= {"img_size": size, "weights": given, "trained_on": stated}
+    return network, asked
+
+
+def find_weights(architecture: str, given: str | None) -> tuple[Path, str, str]:
+    """(weights file, its source, rows of this workspace that it has seen) for an architecture.
+
+    `given` is `hub`, a file or a folder. Without it: PRETRAINED_PATHS, a file in PRETRAINED_DIR, an installed wheel, in
+    this order. Raises `WeightsError` with the remedy where there is none.
+    """
+    if given == HUB:
+        path = _from_hub(architecture)
+        return path, f"hub:timm/{hub_name(architecture)}", "none"
+    base = architecture.partition(".")[0]
+    listed = given or settings.PRETRAINED_PATHS.get(architecture) or settings.PRETRAINED_PATHS.get(base)
+    if listed:
+        path = weights_path(Path(listed).expanduser().absolute())
+        return path, f"file:{path.name}", "unknown"
+    for suffix in SUFFIXES:
+        path = settings.PRETRAINED_DIR / f"{architecture}{suffix}"
+        if path.is_file():
+            downloaded = _is_download(path)
+            source = f"hub:timm/{hub_name(architecture)}" if downloaded else f"file:{path.name}"
+            return path, source, "none" if downloaded else "unknown"
+    wheel = WHEELS.get(base)
+    if wheel is not None and (file := wheel.file()) is not None:
+        return file, f"wheel:{wheel.project}", "none"
+    raise WeightsError(
+        f"no pretrained weights of {architecture} on this machine: {remedy(architecture, settings.PRETRAINED_DIR)}"
+    )
+
+
+def _from_hub(architecture: str) -> Path:
+    """timm's default weights as a file in PRETRAINED_DIR, downloaded where they are not there yet."""
+    import timm
+    from safetensors.torch import save_file
+
+    path = settings.PRETRAINED_DIR / f"{architecture}.safetensors"
+    if path.is_file() and _is_download(path):
+        return path
+    logger.info("%s: downloading the weights of timm/%s", architecture, hub_name(architecture))
+    try:
+        model = timm.create_model(architecture, pretrained=True)
+    except Exception as error:  # of whatever the connection or the hub's client runs into
+        reason = (str(error).splitlines() or [""])[0]
+        raise WeightsError(
+            f"--weights hub: timm/{hub_name(architecture)} cannot be downloaded ({type(error).__name__}: {reason}). "
+            f"Without network: {remedy(architecture, settings.PRETRAINED_DIR)}"
+        ) from error
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
+    write_json(path.with_suffix(".json"), {"source": HUB, "sha256": compute_file_sha256(path)})
+    return path
+
+
+def _is_download(path: Path) -> bool:
+    """Whether a file in PRETRAINED_DIR is what `--weights hub` has written there."""
+    record = read_json(path.with_suffix(".json"))
+    return bool(record) and record.get("source") == HUB and record.get("sha256") == compute_file_sha256(path)
+
+
+def _default_size(architecture: str, samples: Sequence[Sample]) -> int:
+    """The smaller of the architecture's own input size and the median shorter side of the images, in steps of 32 px."""
+    size, is_fixed = own_input_size(architecture)
+    if is_fixed or not samples:
+        return size
+    step = max(1, len(samples) // MEASURED_IMAGES)
+    sides = []
+    for sample in samples[::step]:
+        with open_image(sample.path) as image:
+            sides.append(min(image.size))
+    suiting = int(np.median(sides)) // SIZE_STEP * SIZE_STEP
+    return min(size, max(suiting, LEAST_DEFAULT_SIZE))
+
+
+def _preprocessing(architecture: str, file: PretrainedFile | None, size: int) -> dict[str, Any]:
+    """The preprocessing record: the file's own, that of `config.json` beside it, or that of the architecture."""
+    if file and file.preprocessing:
+        record = dict(file.preprocessing)
+        scale = record["resized"] / record["input_size"]
+        return record | {"input_size": size, "resized": int(size * scale), "source": "checkpoint"}
+    config = read_config(file.path.parent) if file else None
+    if config and "pretrained_cfg" in config:
+        return record_of_timm_config(config["pretrained_cfg"], size, source="config.json")
+    return timm_record(architecture, size)
+
+
+def _checked(network: Pretrained, num_classes: int) -> Pretrained:
+    """The network with what is known of its trunk, built once before anything is trained.
+
+    Raises ValueError where that fails.
+    """
+    require_input_size(network.architecture, num_classes, network.img_size)
+    model = create_pretrained(network, num_classes)
+    if network.mode != "frozen":
+        return network
+    require_linear_head(model, network.architecture, network.img_size)
+    head = head_names(model)
+    return replace(network, head=tuple(head), trunk_sha256=trunk_digest(model.state_dict(), head))
+
+
+def create_pretrained(network: Pretrained, num_classes: int) -> Any:
+    """The network with its pretrained weights and a new head, unless the file has one of as many classes."""
+    model = build_timm(network.architecture, num_classes, network.img_size)
+    if network.path is not None:
+        path = Path(network.path)
+        if compute_file_sha256(path) != network.sha256:
+            raise WeightsError(f"{path}: changed while the training ran; run the command again")
+        load_pretrained(model, network.architecture, read_pretrained(path))
+    return model

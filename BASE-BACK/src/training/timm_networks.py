@@ -1,0 +1,151 @@
+"""Networks of timm by name: built for a number of classes and an input size, with weights that are on this machine."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils.pretrained_weights import WHEELS, PretrainedFile, WeightsError, fitted_weights, in_order
+
+TIMM = "timm:"
+"""Prefix of the architecture of a network that timm builds."""
+NOISE_AGREES = 1e-3  # of the largest logit: an embedding and its classifier give the network's own logits
+WHEEL_CLASSES = 1000
+
+
+def require_architecture(name: str) -> None:
+    """Raise ValueError for an architecture that the installed timm does not have, with the nearest name."""
+    import timm
+
+    if timm.is_model(name):
+        return
+    near = difflib.get_close_matches(name, timm.list_models(), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise ValueError(
+        f"timm {timm.__version__} has no model {name!r}{hint} Names: python -c 'import timm; print(timm.list_models())'"
+    )
+
+
+def build_timm(architecture: str, num_classes: int, img_size: int) -> nn.Module:
+    """A new network with random weights. Raises ValueError where timm cannot build it for this input size."""
+    import timm
+
+    defaults = timm.get_pretrained_cfg(architecture)
+    is_fixed = defaults is not None and defaults.fixed_input_size and defaults.input_size[-1] != img_size
+    options: dict[str, Any] = {"img_size": img_size} if is_fixed else {}
+    try:
+        model: nn.Module = timm.create_model(architecture, pretrained=False, num_classes=num_classes, **options)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"{architecture}: timm cannot build it for {num_classes} classes and {img_size} px ({error}); choose "
+            "another input size with --img-size"
+        ) from error
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):  # it would need ONNX opset 14
+            module.fused_attn = False
+    return model
+
+
+def require_input_size(architecture: str, num_classes: int, img_size: int) -> None:
+    """Raise ValueError for an input size that the architecture refuses; one image of noise is passed through."""
+    model = build_timm(architecture, num_classes, img_size).eval()
+    try:
+        with torch.inference_mode():
+            logits = model(torch.zeros(1, 3, img_size, img_size))
+    except (RuntimeError, ValueError, AssertionError, IndexError, ZeroDivisionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{architecture}: refuses images of {img_size} x {img_size} px ({reason}); choose another input size with "
+            "--img-size"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
+        raise ValueError(f"{architecture}: not an image classifier; expected logits (B, {num_classes})")
+
+
+def own_input_size(architecture: str) -> tuple[int, bool]:
+    """(side in px of the images that timm's default weights were trained on, whether it is fixed when built)."""
+    import timm
+
+    defaults = timm.get_pretrained_cfg(architecture)
+    return (224, False) if defaults is None else (int(defaults.input_size[-1]), bool(defaults.fixed_input_size))
+
+
+def head_names(model: Any) -> list[str]:
+    """Names of the classifier's tensors in the state dict: `classifier.weight`, `head.fc.bias`."""
+    classifier = model.get_classifier()
+    heads = classifier if isinstance(classifier, (tuple, list)) else [classifier]
+    prefixes = [name for name, module in model.named_modules() if any(module is head for head in heads)]
+    return [name for name in model.state_dict() if any(name.startswith(f"{prefix}.") for prefix in prefixes)]
+
+
+def load_pretrained(model: nn.Module, architecture: str, file: PretrainedFile) -> None:
+    """Load the weights of a file into a network; a head of another number of classes stays the network's own.
+
+    Raises `WeightsError` where they do not fit, or the folder's `config.json` names another architecture.
+    """
+    base = architecture.partition(".")[0]
+    if file.config and file.config["architecture"].partition(".")[0] != base:
+        raise WeightsError(
+            f"{file.path.parent / 'config.json'}: names {file.config['architecture']!r}; expected {base!r}. Name it: "
+            f"--backbones {TIMM}{file.config['architecture']}"
+        )
+    expected = model.state_dict()
+    weights = file.weights
+    if base in WHEELS and not weights.keys() & expected.keys():
+        with torch.device("meta"):
+            reference = build_timm(base, WHEEL_CLASSES, 224).state_dict()
+        weights = in_order(weights, reference) or weights
+    else:
+        weights = _filtered(model, base, weights)
+    renamed = PretrainedFile(file.path, weights, file.config, file.preprocessing)
+    model.load_state_dict(fitted_weights(architecture, renamed, expected, head_names(model)), strict=False)
+
+
+def _filtered(model: nn.Module, architecture: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by timm's own rule for the architecture: renamed, position embeddings at the network's size."""
+    import timm
+
+    module = importlib.import_module(timm.models.model_entrypoint(architecture).__module__)
+    rule = getattr(module, "checkpoint_filter_fn", None)
+    if rule is None or (weights.keys() == model.state_dict().keys() and not _resized(model, weights)):
+        return weights
+    try:
+        filtered: dict[str, Tensor] = rule(weights, model)
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError):  # of weights of another architecture
+        return weights
+    return filtered
+
+
+def _resized(model: nn.Module, weights: dict[str, Tensor]) -> bool:
+    expected, heads = model.state_dict(), head_names(model)
+    return any(tensor.shape != weights[name].shape for name, tensor in expected.items() if name not in heads)
+
+
+def embed(model: Any, images: Tensor) -> Tensor:
+    """Embeddings (B, D) of normalised images (B, 3, S, S): what the classifier of the network is given."""
+    embeddings: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
+    return embeddings
+
+
+def require_linear_head(model: Any, architecture: str, img_size: int) -> nn.Linear:
+    """The network's one linear classifier of its embedding.
+
+    Raises ValueError for a network whose logits are anything else: its head cannot be fitted as a regression.
+    """
+    classifier = model.get_classifier()
+    problem = f"its classifier is a {type(classifier).__name__}"
+    if isinstance(classifier, nn.Linear) and classifier.bias is not None:
+        model.eval()
+        images = torch.randn(2, 3, img_size, img_size, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            logits, embeddings = model(images), embed(model, images)
+            if embeddings.ndim == 2 and embeddings.shape[1] == classifier.in_features:
+                difference = (classifier(embeddings) - logits).abs().max()
+                if difference <= NOISE_AGREES * max(1.0, float(logits.abs().max())):
+                    return classifier
+        problem = "its logits are not a linear map of one embedding"
+    raise ValueError(f"{architecture}: {problem}, so no head can be fitted on frozen features; use --mode finetune")

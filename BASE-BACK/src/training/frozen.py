@@ -21,7 +21,7 @@ from training.pretrained import Pretrained, create_pretrained
 from training.recipe import Recipe
 from training.units import Outcome, Unit, checkpoint_path
 from utils.datasets import DecodedDataset
-from utils.samples import group_indices
+from utils.splitting import fold_groups
 from utils.trunks import trunk_digest, whole_network
 
 CHECKED_ROWS = 8  # images on which the saved network is compared with the embeddings
@@ -103,7 +103,7 @@ def _network(recipe: Recipe) -> Pretrained:
 
 
 def _fit(recipe: Recipe, network: Pretrained, dataset: DecodedDataset, seed: int) -> LinearHead:
-    groups = group_indices(dataset.sample_ids, dataset.contents, settings.GROUP_REGEX)
+    groups = fold_groups(dataset.records, dataset.contents, 1)
     labels = np.array(dataset.targets, dtype=np.int64)
     return fit_head(embeddings_of(network, dataset), labels, groups, len(recipe.classes), seed)
 

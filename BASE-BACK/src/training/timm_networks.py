@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from utils import stage_features
 from utils.pretrained_weights import WHEELS, PretrainedFile, WeightsError, fitted_weights, in_order
 
 TIMM = "timm:"
@@ -17,10 +18,16 @@ NOISE_AGREES = 1e-3  # of the largest logit: an embedding and its classifier giv
 WHEEL_CLASSES = 1000
 
 
-def require_architecture(name: str) -> None:
+def timm_name(architecture: str) -> str:
+    """timm's own name of an architecture: `resnet18` for `resnet18` and for `resnet18+stages`."""
+    return architecture.removesuffix(stage_features.SUFFIX)
+
+
+def require_architecture(architecture: str) -> None:
     """Raise ValueError for an architecture that the installed timm does not have, with the nearest name."""
     import timm
 
+    name = timm_name(architecture)
     if timm.is_model(name):
         return
     near = difflib.get_close_matches(name, timm.list_models(), n=1)
@@ -31,7 +38,21 @@ def require_architecture(name: str) -> None:
 
 
 def build_timm(architecture: str, num_classes: int, img_size: int) -> nn.Module:
-    """A new network with random weights. Raises ValueError where timm cannot build it for this input size."""
+    """A new network with random weights; one of `ARCH+stages` has a head on all stages of timm's ARCH.
+
+    Raises ValueError where timm cannot build it for this input size.
+    """
+    model = _build_plain(timm_name(architecture), num_classes, img_size)
+    return _with_stages(model, architecture, num_classes, img_size)
+
+
+def _with_stages(model: nn.Module, architecture: str, num_classes: int, img_size: int) -> nn.Module:
+    if architecture == timm_name(architecture):
+        return model
+    return stage_features.StageFeatures(model, num_classes, img_size)
+
+
+def _build_plain(architecture: str, num_classes: int, img_size: int) -> nn.Module:
     import timm
 
     defaults = timm.get_pretrained_cfg(architecture)
@@ -70,7 +91,7 @@ def own_input_size(architecture: str) -> tuple[int, bool]:
     """(side in px of the images that timm's default weights were trained on, whether it is fixed when built)."""
     import timm
 
-    defaults = timm.get_pretrained_cfg(architecture)
+    defaults = timm.get_pretrained_cfg(timm_name(architecture))
     return (224, False) if defaults is None else (int(defaults.input_size[-1]), bool(defaults.fixed_input_size))
 
 
@@ -82,11 +103,17 @@ def head_names(model: Any) -> list[str]:
     return [name for name in model.state_dict() if any(name.startswith(f"{prefix}.") for prefix in prefixes)]
 
 
-def load_pretrained(model: nn.Module, architecture: str, file: PretrainedFile) -> None:
-    """Load the weights of a file into a network; a head of another number of classes stays the network's own.
+def build_pretrained(architecture: str, num_classes: int, img_size: int, file: PretrainedFile) -> nn.Module:
+    """A network with the weights of a file; a head of another number of classes is a new one.
 
     Raises `WeightsError` where they do not fit, or the folder's `config.json` names another architecture.
     """
+    model = _build_plain(timm_name(architecture), num_classes, img_size)
+    _load(model, timm_name(architecture), file)
+    return _with_stages(model, architecture, num_classes, img_size)
+
+
+def _load(model: nn.Module, architecture: str, file: PretrainedFile) -> None:
     base = architecture.partition(".")[0]
     if file.config and file.config["architecture"].partition(".")[0] != base:
         raise WeightsError(
@@ -97,7 +124,7 @@ def load_pretrained(model: nn.Module, architecture: str, file: PretrainedFile) -
     weights = file.weights
     if base in WHEELS and not weights.keys() & expected.keys():
         with torch.device("meta"):
-            reference = build_timm(base, WHEEL_CLASSES, 224).state_dict()
+            reference = _build_plain(base, WHEEL_CLASSES, 224).state_dict()
         weights = in_order(weights, reference) or weights
     else:
         weights = _filtered(model, base, weights)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from config import settings
 from training.pipeline import read_extra
@@ -83,12 +84,18 @@ class Recipe:
         """The recipe for a network of timm; what takes no part is the same whatever the settings say."""
         recipe = replace(self, pretrained=pretrained, model_size="full", img_size=pretrained.img_size)
         if pretrained.mode == "frozen":
-            nothing = {"epochs_head": 0, "epochs_finetune": 0, "head_lr": 0.0, "backbone_lr": 0.0, "weight_decay": 0.0}
+            nothing: dict[str, Any] = {
+                "epochs_head": 0,
+                "epochs_finetune": 0,
+                "head_lr": 0.0,
+                "backbone_lr": 0.0,
+                "weight_decay": 0.0,
+            }
             return replace(recipe, **nothing, batch_size=1, snapshots=0, augment="none")
         if pretrained.mode == "scratch":
             return replace(recipe, backbone_lr=settings.BACKBONE_LRS["full"])
         head, finetune = settings.PRETRAINED_EPOCHS_HEAD, settings.PRETRAINED_EPOCHS_FINETUNE
-        rates = {"head_lr": settings.PRETRAINED_HEAD_LR, "backbone_lr": settings.PRETRAINED_LR}
+        rates: dict[str, Any] = {"head_lr": settings.PRETRAINED_HEAD_LR, "backbone_lr": settings.PRETRAINED_LR}
         return replace(recipe, epochs_head=head, epochs_finetune=finetune, **rates)
 
     @property

@@ -59,7 +59,7 @@ def _build_plain(architecture: str, num_classes: int, img_size: int) -> nn.Modul
     is_fixed = defaults is not None and defaults.fixed_input_size and defaults.input_size[-1] != img_size
     options: dict[str, Any] = {"img_size": img_size} if is_fixed else {}
     try:
-        model: nn.Module = timm.create_model(architecture, pretrained=False, num_classes=num_classes, **options)
+        model: Any = timm.create_model(architecture, pretrained=False, num_classes=num_classes, **options)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(
             f"{architecture}: timm cannot build it for {num_classes} classes and {img_size} px ({error}); choose "
@@ -68,7 +68,8 @@ def _build_plain(architecture: str, num_classes: int, img_size: int) -> nn.Modul
     for module in model.modules():
         if hasattr(module, "fused_attn"):  # it would need ONNX opset 14
             module.fused_attn = False
-    return model
+    network: nn.Module = model
+    return network
 
 
 def require_input_size(architecture: str, num_classes: int, img_size: int) -> None:

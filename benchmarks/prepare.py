@@ -204,13 +204,13 @@ def keep(file: Path) -> None:
     from utils.building import fitting
     from utils.core.artifacts import write_arrays
     from utils.core.config_file import load_config
-    from utils.predictions import catalog, extraction
+    from utils.predictions import catalog, extraction, member_selection
     from utils.predictions.rows import align
     from utils.predictions.store import Store
 
     config, place = load_config(CONFIG, overrides=["device=cpu"]), base_back.open_workspace()
     known = catalog.load(place)
-    members = catalog.select(known, config)
+    members = member_selection.select(known, config)
     store = Store(config, place, known)
     extraction.ensure(store, members, SPLITS)
     honest = fitting.out_of_sample_rows(store, members, kind="honest")

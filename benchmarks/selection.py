@@ -174,14 +174,14 @@ def honest(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
     """Honest predictions of the workspace in the environment."""
     from utils import base_back
     from utils.core.config_file import load_config
-    from utils.predictions import catalog
+    from utils.predictions import catalog, member_selection
     from utils.predictions.rows import align
     from utils.predictions.store import Store
 
     config, place = load_config(CONFIG, overrides=["device=cpu"]), base_back.open_workspace()
     found = catalog.load(place)
     store = Store(config, place, found)
-    rows = align(store.out_of_sample_parts(catalog.select(found, config)), found.classes)
+    rows = align(store.out_of_sample_parts(member_selection.select(found, config)), found.classes)
     return _saved(folder, rows.logits, rows.labels, "honest predictions of a workspace")
 
 

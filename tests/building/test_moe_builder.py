@@ -22,7 +22,7 @@ from utils.core.config_file import load_config
 from utils.inference.classifier import WorkspaceClassifier
 from utils.moe_methods import CascadeCombiner, MixtureOfExperts
 from utils.numeric.metrics import softmax
-from utils.predictions import catalog, streaming
+from utils.predictions import catalog, member_selection, streaming
 from utils.predictions.store import Store
 
 ON = (
@@ -53,7 +53,7 @@ def opened(base: Path, *more: str) -> tuple[Store, list[catalog.Member]]:
     config = load_config(Path(__file__).resolve().parents[2] / "configs" / "votes.yaml", overrides=[*ON, *more])
     workspace = at(base)
     found = catalog.load(workspace)
-    return Store(config, workspace, found), catalog.select(found, config)
+    return Store(config, workspace, found), member_selection.select(found, config)
 
 
 @pytest.mark.parametrize(("name", "others"), [("moe", {"cascade"}), ("cascade", set())])

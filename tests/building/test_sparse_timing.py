@@ -11,7 +11,7 @@ from finished_workspace import at
 
 from utils.building.sparse_timing import Stopwatch
 from utils.core.config_file import load_config
-from utils.predictions import catalog
+from utils.predictions import catalog, member_selection
 from utils.predictions.store import Store
 
 
@@ -20,7 +20,7 @@ def watch(built: Path) -> Stopwatch:
     config = load_config(PROJECT / "configs" / "votes.yaml", overrides=("device=cpu", "dataset.batch_size=2"))
     content = catalog.load(at(built))
     store = Store(config, at(built), content)
-    return Stopwatch(store, catalog.select(content, config), store.images("val").take([3, 9, 20]), "cpu")
+    return Stopwatch(store, member_selection.select(content, config), store.images("val").take([3, 9, 20]), "cpu")
 
 
 def test_it_predicts_as_the_store_does_on_the_rows_alone(watch):

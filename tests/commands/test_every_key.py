@@ -33,7 +33,7 @@ from utils.core.errors import UserError
 from utils.distillation import student_plan, students, teachers, unlabeled
 from utils.evaluation import report_page, report_sources
 from utils.exporting import export
-from utils.predictions import catalog, extraction, image_splits, streaming
+from utils.predictions import catalog, extraction, image_splits, member_selection, streaming
 from utils.predictions.store import Store
 
 PRINTED = yaml.safe_load((PROJECT / "configs" / "ensemble_config.yaml").read_text(encoding="utf-8"))
@@ -198,7 +198,7 @@ def observed(config: Config, workspace: Any) -> dict[str, Any]:
     store = Store(config, workspace, found)
     session = Session(store, (member, found.members["CustomResNetMish"]))
     try:
-        selected: Any = [own.name for own in catalog.select(found, config)]
+        selected: Any = [own.name for own in member_selection.select(found, config)]
     except UserError as error:
         selected = str(error)
     sections = {section for _, _, places in commands.PIPELINE_STAGES for section in places}

@@ -39,7 +39,8 @@ def run(base, orchestrator):
     """Run a command on the workspace with the named members selected."""
 
     def command(*options, include=None):
-        selection = ("--set", f"backbones.include=[{','.join(include)}]") if include else ()
+        names = include if include == "all" else f"[{','.join(include or ())}]"
+        selection = ("--set", f"backbones.include={names}") if include else ()
         return orchestrator(*options, *QUICK, *selection, workspace=base)
 
     return command
@@ -166,6 +167,18 @@ def test_a_list_names_the_rows_that_were_seen(run, base):
     done = run("build-ensemble", include=["part"])
     assert done.returncode == 1
     assert "--trained-on part=FILE" in done.stderr
+
+
+def test_all_members_are_those_of_known_training_data_and_the_others_are_named(run, base):
+    assert declare(run, base, "a", "b", "leak", statements=["a=train", "b=none"]).returncode == 0
+    done = run("build-ensemble", include="all")
+    assert done.returncode == 0, done.stderr
+    assert "2 members: a, b" in done.stdout
+    assert "left out, since nobody has said what they were trained on: leak" in done.stderr
+    assert "discover --trained-on leak=train" in done.stderr
+    done = run("build-ensemble", "--set", "backbones.exclude=[a, b]", include="all")
+    assert done.returncode == 3
+    assert "nobody has said which images leak was trained on" in done.stderr
 
 
 def workspace_digests(base, rows):

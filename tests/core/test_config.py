@@ -180,6 +180,7 @@ def test_every_key_refuses_what_is_of_another_kind(place):
         ("runs.score_ensemble.optimization_metric", ["accuracy", "log_loss", "brier"], ["auc", "F1_macro"]),
         ("project.version", ["2"], [1.0, "", "  "]),
         ("backbones.include", [[], ["vit_tiny.augreg_in1k", "a b"]], [["a/b"], ["..\\x"], [".x"], ["a", "a"], ["x "]]),
+        ("backbones.include", ["all"], ["every", "all "]),
         ("runs.meta_fuser.input_ensembles", [["moe"]], [["meta_fuser"], [], ["moe", "moe"], [None]]),
         ("distillation.student", ["resnet18"], ["../x", "", "a\tb"]),
         ("distillation.batch_size", [2, 64], [1, 0, 2.5]),

@@ -209,7 +209,7 @@ MISTAKES = [
     ("exports: {enable: 'true'}", "exports.enable: found 'true'; expected true or false, without quotes"),
     ("exports: {formats: [onxx]}", "exports.formats.0: found 'onxx'; allowed: state_dict, checkpoint, torchscript"),
     ("exports: {formats: onxx}", "exports.formats: found 'onxx'; expected a list such as [a, b], or [] for none"),
-    ("backbones: {include: CustomViT}", "backbones.include: found 'CustomViT'; expected a list such as [a, b]"),
+    ("backbones: {include: CustomViT}", "backbones.include: found 'CustomViT'; expected a list such as [a, b], or all"),
     ("backbones: {include: [a, a]}", "backbones.include.1: found 'a'; expected each name once"),
     ("backbones: {include: [5]}", "backbones.include.0: found 5; expected a name"),
     ("backbones: {include: [a], exclude: [a]}", "backbones.exclude: found ['a']; expected at least one of the 1 names"),

@@ -16,7 +16,7 @@ from one_member import NAME, change, change_oof, codes, config, config_path, wor
 from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.discovery import discover
-from utils.predictions import catalog, extraction, inspection
+from utils.predictions import catalog, extraction, inspection, member_selection
 from utils.predictions.store import Store
 
 __all__ = ["config", "workspace"]
@@ -126,9 +126,9 @@ def test_derived_files_are_members_only_by_name(workspace, config):
     soup, student = found.members[f"{NAME}_uniform_soup"], found.members[f"{NAME}_distilled"]
     assert (soup.source, soup.parents, soup.oof) == ("derived", (NAME,), None)
     assert student.parents == ("A", "B")
-    assert [member.name for member in catalog.select(found, config)] == [NAME]
+    assert [member.name for member in member_selection.select(found, config)] == [NAME]
     asked = load_config(config_path(), overrides=[f"backbones.include=[{NAME}_uniform_soup]", "device=cpu"])
-    assert catalog.select(found, asked) == [soup]
+    assert member_selection.select(found, asked) == [soup]
 
 
 def test_a_timm_network_runs_and_gives_the_logits_of_timm(workspace, config, tmp_path):
@@ -170,7 +170,7 @@ def test_a_timm_network_is_declared_once_and_kept(workspace, config, tmp_path):
     discover.discover(other_size, workspace)
     assert catalog.read(workspace).members["leaf"].digest == first.digest
     asked = load_config(config_path(), overrides=["backbones.include=[leaf]"])
-    assert [member.name for member in catalog.select(catalog.read(workspace), asked)] == ["leaf"]
+    assert [member.name for member in member_selection.select(catalog.read(workspace), asked)] == ["leaf"]
     file.rename(tmp_path / "gone.pth")
     result = discover.discover(config, workspace)
     assert "leaf.pth: the checkpoint is gone. Put it back" in result.text

@@ -33,7 +33,7 @@ from utils.core.errors import UserError
 from utils.discovery import discover
 from utils.evaluation.evaluate import evaluate
 from utils.numeric.metrics import softmax
-from utils.predictions import catalog
+from utils.predictions import catalog, member_selection
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def test_imported_members_join_unless_the_configuration_names_others(tmp_path, w
     take_in(workspace, write(tmp_path / "given"))
     config = load_config(PROJECT / "configs" / "votes.yaml", overrides=overrides)
     with logged(caplog):
-        found = catalog.select(catalog.read(workspace), config)
+        found = member_selection.select(catalog.read(workspace), config)
     assert tuple(member.name for member in found) == chosen
     assert ("CustomMaxViT not found" in caplog.text) is ("CustomMaxViT" in "".join(overrides))
 

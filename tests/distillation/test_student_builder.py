@@ -26,7 +26,7 @@ from utils.distillation.students import ensemble_name
 from utils.evaluation.evaluate import evaluate
 from utils.numeric.metrics import softmax
 from utils.operations import inventory, upkeep
-from utils.predictions import catalog, streaming
+from utils.predictions import catalog, member_selection, streaming
 
 NAME = "distilled_mobile"
 
@@ -281,7 +281,7 @@ def test_best_is_the_recommended_one_and_a_soup_or_member_may_teach(own):
     distill(own, SMALL, "distillation.teacher=best")
     store = store_of(own)
     saved = {name: ensembles.load(own, name) for name in ensembles.names(own) if not name.startswith("distilled")}
-    members = {member.name: member for member in catalog.select(store.catalog, store.config)}
+    members = {member.name: member for member in member_selection.select(store.catalog, store.config)}
     assert record(own, SMALL)["teacher"] == recommendation.recommended(store, members, saved)["name"]
     distill(own, SMALL, "distillation.teacher=CustomResNetMish")
     assert record(own, SMALL)["teacher"] == "CustomResNetMish"

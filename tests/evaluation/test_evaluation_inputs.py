@@ -10,7 +10,7 @@ from utils.building import build_commands
 from utils.core.errors import UserError
 from utils.evaluation import evaluation_inputs, scoring
 from utils.evaluation.evaluation_inputs import EvaluationSettings, UncertaintyOptions
-from utils.predictions import catalog
+from utils.predictions import member_selection
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def gathered(workspace, split="test", model_name=None):
     store = opened(workspace)
     saved = evaluation_inputs.read_ensembles(workspace)
     ensembles = {name: entry.ensemble for name, entry in saved.items()}
-    selected = catalog.select(store.catalog, CONFIG)
+    selected = member_selection.select(store.catalog, CONFIG)
     members = scoring.members_to_score(store.catalog, selected, ensembles)
     settings = EvaluationSettings(split, model_name, False, "f1_macro", CONFIG.seed, UncertaintyOptions())
     return evaluation_inputs.gather(store, saved, members, selected, settings, "digest")

@@ -12,7 +12,7 @@ from utils.building.ensembles import Provenance, RowSet
 from utils.core.errors import ContaminatedError, UserError
 from utils.evaluation import evaluation_inputs, evaluation_results, scoring
 from utils.evaluation.evaluation_inputs import EvaluationSettings, UncertaintyOptions
-from utils.predictions import catalog
+from utils.predictions import member_selection
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def inputs(tmp_path_factory):
     build_commands.build_ensemble(CONFIG, workspace)
     store = opened(workspace)
     saved = evaluation_inputs.read_ensembles(workspace)
-    selected = catalog.select(store.catalog, CONFIG)
+    selected = member_selection.select(store.catalog, CONFIG)
     ensembles = {name: entry.ensemble for name, entry in saved.items()}
     members = scoring.members_to_score(store.catalog, selected, ensembles)
     settings = EvaluationSettings("test", None, False, "f1_macro", CONFIG.seed, UncertaintyOptions())

@@ -18,7 +18,7 @@ from utils.core.config import Config, require_enabled
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.discovery import discover
-from utils.predictions import catalog, extraction, fold_networks, training_data
+from utils.predictions import extraction, fold_networks, member_selection, training_data
 from utils.predictions.catalog import IMPORTED, Catalog, Member
 from utils.predictions.extraction import STREAMED_SPLITS
 from utils.predictions.store import Store
@@ -62,7 +62,7 @@ class Session:
         what it was trained on.
         """
         content = discover.verified_catalog(config, workspace)
-        members = tuple(catalog.select(content, config))
+        members = tuple(member_selection.select(content, config))
         names = [member.name for member in members]
         training_data.require_some_known(content, names)
         if unknown := training_data.unknown_names(content, names):

@@ -28,6 +28,8 @@ SPECIFIED: dict[str, tuple[str, ...]] = {
     "pruning.methods": ("greedy_forward", "greedy_backward", "diversity_max", "clustering"),
 }
 A_LIST = "expected a list such as [a, b], or [] for none"
+ALL_MEMBERS = "all"
+"""`backbones.include`: every member that is not derived and whose training data is known"""
 A_NAME = "expected a name, without slashes, leading dot or outer spaces"
 Metric = Literal["f1_macro", "accuracy", "log_loss", "brier"]
 FitRows = Literal["honest", "val", "oof"]
@@ -80,10 +82,17 @@ def _names(raw: object, info: ValidationInfo) -> object:
     return raw
 
 
+def _names_or_all(raw: object, info: ValidationInfo) -> object:
+    """`all`, or a list of names."""
+    if isinstance(raw, str) and raw != ALL_MEMBERS:
+        raise ValueError(f"expected a list such as [a, b], or {ALL_MEMBERS}")
+    return raw if raw == ALL_MEMBERS else _names(raw, info)
+
+
 def _some_left(excluded: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
     """Check that `exclude` leaves some of `include`; excluding names of `include` is what the specification advises."""
     included = info.data.get("include")
-    if included and set(included) <= set(excluded):
+    if included and included != ALL_MEMBERS and set(included) <= set(excluded):
         raise ValueError(f"expected at least one of the {len(included)} names of include left")
     return excluded
 
@@ -118,6 +127,7 @@ Text = Annotated[str, _check("expected text, in quotes", lambda raw: isinstance(
 Name = Annotated[str, _check(A_NAME, is_name)]
 NameOrNone = Annotated[str | None, _check(f"{A_NAME}, or null", lambda raw: raw is None or is_name(raw))]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+NamesOrAll = Annotated[tuple[str, ...] | Literal["all"], BeforeValidator(_names_or_all)]
 Precisions = Annotated[tuple[Literal["fp32", "fp16", "int8"], ...], BeforeValidator(_names)]
 Sizes = Annotated[tuple[Count, ...], _check(A_LIST, lambda raw: isinstance(raw, (list, tuple)))]
 Device = Annotated[
@@ -168,10 +178,11 @@ class Dataset(Section):
 class Backbones(Section):
     """Which members are combined.
 
-    Imported members are named in `include` like others; where it is left as printed here, all of them join.
+    Imported members are named in `include` like others; where it is left as printed here, all of them join. `all`
+    includes every member that is not derived and whose training data is known.
     """
 
-    include: Names = (
+    include: NamesOrAll = (
         *("CustomConvNeXt", "CustomEfficientNetV4", "CustomGhostNetV2", "CustomResNetMish", "CustomCSPDarkNet"),
         *("CustomInceptionV4", "CustomViTHybrid", "CustomSwinTransformer", "CustomCoAtNet", "CustomRegNet"),
         *("CustomDenseNetHybrid", "CustomDeiTStyle", "CustomMaxViT", "CustomMobileOne", "CustomDynamicConvNet"),
@@ -180,7 +191,9 @@ class Backbones(Section):
 
     @property
     def selected(self) -> tuple[str, ...]:
-        """`include` without `exclude`, in the file's order."""
+        """The names in `include` without `exclude`, in the file's order; none where it is `all`."""
+        if isinstance(self.include, str):
+            return ()
         return tuple(name for name in self.include if name not in self.exclude)
 
 

@@ -30,7 +30,7 @@ from utils.discovery import (
     training_statements,
 )
 from utils.discovery.identification import Scan, identify
-from utils.predictions import catalog, image_splits, inspection, streaming
+from utils.predictions import catalog, image_splits, inspection, member_selection, streaming
 from utils.predictions.catalog import IMPORTED, Catalog, Member, Problem
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.inspection import Inspector
@@ -176,7 +176,7 @@ def verified_catalog(config: Config, workspace: Workspace) -> Catalog:
     current = catalog.load(workspace)
     unchecked = [
         member.name
-        for member in catalog.select(current, config)
+        for member in member_selection.select(current, config)
         if member.source != IMPORTED and member.oof is not None and not member.oof.get("checked")
     ]
     if not unchecked:

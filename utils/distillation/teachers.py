@@ -23,7 +23,7 @@ from utils.networks.construction import NetworkSpec
 from utils.networks.embeddings import EmbeddingExtractor
 from utils.networks.preprocessing import Preprocessing
 from utils.numeric.metrics import softmax
-from utils.predictions import catalog, extraction, fold_networks, streaming, training_data
+from utils.predictions import catalog, extraction, fold_networks, member_selection, streaming, training_data
 from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.rows import Rows
 from utils.predictions.store import Store
@@ -86,7 +86,7 @@ def resolve(store: Store, name: str, *, excluded_member: str) -> Teacher:
 
 def _recommended(store: Store, excluded_member: str) -> str:
     """The ensemble or member that `evaluate` recommends, students left out."""
-    selected = catalog.select(store.catalog, store.config)
+    selected = member_selection.select(store.catalog, store.config)
     members = {member.name: member for member in selected if member.name != excluded_member}
     extraction.ensure(store, list(members.values()), ("val",))
     saved = {name: ensembles.load(store.workspace, name) for name in ensembles.names(store.workspace)}

@@ -29,7 +29,7 @@ from utils.evaluation import (
 from utils.evaluation.evaluation_inputs import EvaluationSettings, UncertaintyOptions
 from utils.evaluation.evaluation_results import EvaluationResults
 from utils.evaluation.report_sources import ReportSources
-from utils.predictions import catalog
+from utils.predictions import catalog, member_selection
 from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
@@ -61,7 +61,7 @@ def evaluate(
     store = Store(config, workspace, catalog.load(workspace))
     saved = evaluation_inputs.read_ensembles(workspace)
     ensembles = {name: entry.ensemble for name, entry in saved.items()}
-    selected = catalog.select(store.catalog, config)
+    selected = member_selection.select(store.catalog, config)
     members = scoring.members_to_score(store.catalog, selected, ensembles)
     _require_existing(model_name, [*saved, *members])
     if not saved:

@@ -12,7 +12,7 @@ from utils.combiners.protocol import Combiner
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError, did_you_mean
 from utils.networks.preprocessing import Preprocessing
-from utils.predictions import catalog, extraction, fold_networks, streaming
+from utils.predictions import catalog, extraction, fold_networks, member_selection, streaming
 from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.store import Store
 
@@ -272,7 +272,7 @@ def recommended_name(store: Store) -> str:
     Raises UserError where nothing is built.
     """
     saved = {name: ensembles.load(store.workspace, name) for name in ensembles.names(store.workspace)}
-    selected = {member.name: member for member in catalog.select(store.catalog, store.config)}
+    selected = {member.name: member for member in member_selection.select(store.catalog, store.config)}
     candidates = {name: member for name, member in selected.items() if _is_candidate(member, store)}
     current = {
         name: ensemble

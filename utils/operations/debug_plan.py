@@ -173,8 +173,8 @@ def plan_section(section: DebugSection, config: Config, workspace: Workspace, ar
 
     Returns `{reads: [{path, bytes}], images, megabytes_read, seconds, megabytes_written, memory_mb, missing: [..]}`.
     """
-    names = [arch] if arch and section.per_member else list(config.backbones.selected)
     checkpoints = catalog.checkpoint_files(workspace)
+    names = [arch] if arch and section.per_member else list(config.backbones.selected or checkpoints)
     finals = {name: checkpoints[name]["final"] for name in names if "final" in checkpoints.get(name, {})}
     files: list[Path] = list(finals.values()) if "checkpoints" in section.reads else []
     missing = [] if finals else [f"a final checkpoint of {', '.join(names[:3])}"]

@@ -17,7 +17,7 @@ from utils.core.results import Result
 from utils.core.workspace import SPLITS, Workspace
 from utils.networks import memory
 from utils.networks.construction import NetworkSpec
-from utils.predictions import catalog, extraction, image_splits, streaming
+from utils.predictions import catalog, extraction, image_splits, member_selection, streaming
 from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
@@ -34,7 +34,7 @@ def smoke(config: Config, workspace: Workspace, *, force: bool = False) -> Resul
     images = store.images("val")
     images = images.take(range(min(N_SMOKE_IMAGES, len(images.paths))))
     lines, failures = [], []
-    for member in catalog.select(store.catalog, config):
+    for member in member_selection.select(store.catalog, config):
         try:
             batches = streaming.stream(
                 member.network(workspace),
@@ -60,7 +60,7 @@ def kfold(config: Config, workspace: Workspace, *, force: bool = False) -> Resul
     """Read the out-of-fold predictions of each selected member and compare them with the train split."""
     store = Store(config, workspace, catalog.load(workspace))
     lines, failures = [], []
-    for member in catalog.select(store.catalog, config):
+    for member in member_selection.select(store.catalog, config):
         try:
             rows = store.oof(member)
         except UserError as error:
@@ -78,7 +78,7 @@ def kfold(config: Config, workspace: Workspace, *, force: bool = False) -> Resul
 def extract_embeddings(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
     """Extract logits and embeddings of each selected member on every split into the prediction store."""
     store = Store(config, workspace, catalog.load(workspace))
-    members = catalog.select(store.catalog, config)
+    members = member_selection.select(store.catalog, config)
     if force:
         for member in members:
             for split in SPLITS:
@@ -109,7 +109,7 @@ def recompute_bn(config: Config, workspace: Workspace, *, force: bool = False) -
     order = np.random.default_rng(config.seed).permutation(len(train.paths))
     shuffled = train.take(order)
     lines, failures = [], []
-    for member in catalog.select(store.catalog, config):
+    for member in member_selection.select(store.catalog, config):
         spec = member.network(workspace)
         pixels = image_splits.open_images(
             shuffled, spec.preprocessing, image_cache=workspace.image_cache, threads=config.dataset.num_workers

@@ -18,7 +18,7 @@ from utils.core.parsed_files import record_once
 from utils.core.workspace import SPLITS, Workspace
 from utils.distillation.student_builder import StudentBuilder
 from utils.evaluation import scoring
-from utils.predictions import catalog
+from utils.predictions import catalog, member_selection
 from utils.predictions.catalog import Catalog, Member
 from utils.predictions.store import Store
 
@@ -60,7 +60,7 @@ def take(config: Config, workspace: Workspace) -> Inventory:
     of_catalog = State(STALE if outdated else CURRENT, tuple(outdated))
     saved, states = _saved(workspace)
     try:
-        session = Session(store, tuple(catalog.select(content, config)))
+        session = Session(store, tuple(member_selection.select(content, config)))
         states |= _saved_states(session, saved)
         requested = _requested(session, states)
     except UserError as error:

@@ -12,8 +12,7 @@ from typing import Any
 
 from utils import base_back
 from utils.core.artifacts import FileDigests, digest_of, read_json, write_json
-from utils.core.config import Config
-from utils.core.errors import UserError, did_you_mean
+from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.networks.construction import NetworkSpec
 from utils.networks.preprocessing import Preprocessing
@@ -270,39 +269,6 @@ def _member_of_record(name: str, entry: dict[str, Any]) -> Member:
     if entry["source"] == "trained" and entry["architecture"].startswith(TIMM):
         values.setdefault("trained_on", "unknown")  # a catalog of before that was asked
     return Member(name=name, **values)
-
-
-def select(catalog: Catalog, config: Config) -> list[Member]:
-    """The members that the configuration selects, sorted by name. Raises UserError if none is left.
-
-    Imported members are selected by name, or all of them if `include` has its default value. A backbone that is listed
-    but was never trained is skipped with a warning; an unknown name is an error.
-    """
-    named = [*config.backbones.include, *config.backbones.exclude]
-    settings = base_back.settings()
-    # A mounted BASE-BACK may have fewer backbones than the specification, whose names are always accepted.
-    default = type(config.backbones).model_fields["include"].default
-    available = {*getattr(settings, "ALL_BACKBONES", settings.BACKBONES), *default, *catalog.members}
-    unknown = [f"{name!r}{did_you_mean(name, available)}" for name in named if name not in available]
-    if unknown:
-        raise UserError(
-            f"{config.source}: backbones.include or backbones.exclude names no backbone; "
-            f"known: {', '.join(sorted(available))}; found: {', '.join(unknown)}"
-        )
-    selected = config.backbones.selected
-    imported = catalog.imported()
-    if config.backbones.include == default:
-        selected += tuple(name for name in imported if name not in (*selected, *config.backbones.exclude))
-    missing = [name for name in selected if name not in catalog.members]
-    if missing and (config.backbones.include != default or len(imported) < len(catalog.members)):
-        logger.warning("Model %s not found, skipping (train it, then run discover)", ", ".join(missing))
-    usable = sorted(name for name in selected if name in catalog.members and catalog.members[name].usable)
-    if not usable:
-        raise UserError(
-            f"{config.source}: none of {', '.join(selected) or 'an empty list'} is in the catalog, which holds "
-            f"{', '.join(sorted(catalog.members))}. Train one of them, or name others in backbones.include"
-        )
-    return [catalog.members[name] for name in usable]
 
 
 def check_current(workspace: Workspace, member: Member, digests: FileDigests, stage: str | None = None) -> None:

@@ -1,0 +1,80 @@
+"""The members that a configuration selects: `backbones.include` and `backbones.exclude`."""
+
+from __future__ import annotations
+
+import logging
+
+from utils import base_back
+from utils.core.config import ALL_MEMBERS, Config
+from utils.core.errors import UserError, did_you_mean
+from utils.predictions import training_data
+from utils.predictions.catalog import Catalog, Member
+
+logger = logging.getLogger("disease_pipeline")
+
+
+def select(catalog: Catalog, config: Config) -> list[Member]:
+    """The members that the configuration selects, sorted by name.
+
+    Imported members are selected by name, or all of them if `include` has its default value. `all` selects every member
+    that is not derived and whose training data is known; a message names the others. A backbone that is listed but was
+    never trained is skipped with a warning; an unknown name is an error. Raises UserError if none is left, and
+    LeakageError where `all` leaves none since nobody has said what the members were trained on.
+    """
+    include, exclude = config.backbones.include, config.backbones.exclude
+    settings = base_back.settings()
+    # A mounted BASE-BACK may have fewer backbones than the specification, whose names are always accepted.
+    default = type(config.backbones).model_fields["include"].default
+    available = {*getattr(settings, "ALL_BACKBONES", settings.BACKBONES), *default, *catalog.members}
+    named = [*(include if include != ALL_MEMBERS else ()), *exclude]
+    unknown = [f"{name!r}{did_you_mean(name, available)}" for name in named if name not in available]
+    if unknown:
+        raise UserError(
+            f"{config.source}: backbones.include or backbones.exclude names no backbone; "
+            f"known: {', '.join(sorted(available))}; found: {', '.join(unknown)}"
+        )
+    if include == ALL_MEMBERS:
+        selected = _all_members(catalog, exclude)
+    else:
+        selected = _named_members(catalog, config, is_default=include == default)
+    usable = sorted(name for name in selected if name in catalog.members and catalog.members[name].usable)
+    if not usable:
+        raise UserError(
+            f"{config.source}: none of {', '.join(selected) or 'an empty list'} is in the catalog, which holds "
+            f"{', '.join(sorted(catalog.members))}. Train one of them, or name others in backbones.include"
+        )
+    return [catalog.members[name] for name in usable]
+
+
+def _named_members(catalog: Catalog, config: Config, *, is_default: bool) -> tuple[str, ...]:
+    selected = config.backbones.selected
+    imported = catalog.imported()
+    if is_default:
+        selected += tuple(name for name in imported if name not in (*selected, *config.backbones.exclude))
+    missing = [name for name in selected if name not in catalog.members]
+    if missing and (not is_default or len(imported) < len(catalog.members)):
+        logger.warning("Model %s not found, skipping (train it, then run discover)", ", ".join(missing))
+    return selected
+
+
+def _all_members(catalog: Catalog, exclude: tuple[str, ...]) -> tuple[str, ...]:
+    candidates = [name for name in sorted(catalog.members) if name not in exclude]
+    derived = [name for name in candidates if catalog.members[name].source == "derived"]
+    members = [name for name in candidates if name not in derived]
+    usable = [name for name in members if catalog.members[name].usable]
+    training_data.require_some_known(catalog, usable)
+    unknown = training_data.unknown_names(catalog, members)
+    selected = tuple(name for name in members if name not in unknown)
+    if unknown:
+        logger.warning(
+            "backbones.include is all: left out, since nobody has said what they were trained on: %s. %s",
+            ", ".join(unknown),
+            training_data.remedy(catalog, unknown),
+        )
+    if derived:
+        logger.info(
+            "backbones.include is all: derived members are left out: %s. To use them too: --set backbones.include=[%s]",
+            ", ".join(derived),
+            ",".join([*selected, *derived]),
+        )
+    return selected

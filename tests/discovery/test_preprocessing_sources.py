@@ -65,7 +65,10 @@ def test_each_key_changes_its_entry_and_the_record_is_the_users():
 
 def test_the_words_that_are_printed_for_a_record_give_that_record():
     record = applied("input_size=96", "resize=pad", "mean=0.1,0.2,0.3", "std=0.25", "range=0,255", "exif=apply")
-    assert applied(*sources.as_requests(record).split()) == record
+    assert applied(*sources.as_requests(record, BASE)) == record
+    assert sources.as_requests(BASE, BASE) == []
+    squashed = replace(BASE, resize="squash")
+    assert applied(*sources.as_requests(squashed, BASE)) == squashed
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from utils.core.workspace import Workspace
 from utils.networks.checkpoints import LEAVE_OUT
 from utils.networks.construction import RETRAIN, NetworkSpec
 from utils.predictions import streaming
-from utils.predictions.catalog import TIMM
+from utils.predictions.catalog import TIMM, Problem
+from utils.predictions.inspection import FEWEST_ROWS
 
+ASSUMED_PREPROCESSING = "preprocessing_assumed"
+ASSUMED_CLASSES = "classes_assumed"
+TOLERATED = 0.05  # gain of accuracy by another order of the classes up to which the assumed one counts as right
 FIT = "Name the architecture that these weights belong to, or another file"
 
 
@@ -86,6 +91,31 @@ def run_on_blank(spec: NetworkSpec, global_pool: str | None, where: str) -> int:
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         raise UserError(f"{where}: {spec.architecture} gives no row of logits; expected a classifier")
     return int(logits.shape[1])
+
+
+def classes_problem(name: str, classes: Sequence[str]) -> Problem:
+    """The warning about a network whose outputs nothing names."""
+    message = f"nothing names its outputs; the order of the class folders is assumed: {', '.join(classes[:12])}"
+    remedy = "discover --verify measures whether that order is right"
+    return Problem(ASSUMED_CLASSES, "warning", name, message, remedy)
+
+
+def with_class_order_checked(
+    problems: Sequence[Problem], measured: Mapping[str, Mapping[str, Any] | None]
+) -> list[Problem]:
+    """The problems, after assumed orders of classes were checked by `measured` {member: facts of `measure`}.
+
+    The warning becomes an info if no other order of the classes is more accurate by more than TOLERATED.
+    """
+    updated = []
+    for problem in problems:
+        facts = measured.get(problem.member or "") or {}
+        is_right = facts.get("n", 0) >= FEWEST_ROWS and facts["matched"] - facts["accuracy"] <= TOLERATED
+        if problem.code == ASSUMED_CLASSES and is_right:
+            message = f"{problem.message}; accuracy {facts['accuracy']:.4f} on {facts['n']} val images confirms it"
+            problem = replace(problem, severity="info", message=message, remedy="nothing to do")
+        updated.append(problem)
+    return updated
 
 
 def _pooling(network: Any) -> str | None:

@@ -24,6 +24,7 @@ from utils.discovery import (
     renaming,
 )
 from utils.discovery.class_lists import require_match
+from utils.discovery.declaration_checks import ASSUMED_CLASSES, ASSUMED_PREPROCESSING
 from utils.discovery.identification import MemberCandidate, Scan
 from utils.discovery.preprocessing_sources import Requests
 from utils.networks.construction import NetworkSpec
@@ -34,11 +35,7 @@ ADDED = re.compile(r"(?P<name>[^=]+)=(?P<scheme>[^:=]+):(?P<target>.+)")
 SCHEMES = ("timm", "local-dir", "hf-hub")
 FORMS = "NAME=timm:ARCH@FILE, NAME=local-dir:FOLDER, NAME=hf-hub:ORG/NAME or NAME=timm:ARCH"
 EXAMPLE = "--add leaf=timm:resnet18@weights/leaf.safetensors"
-ASSUMED_PREPROCESSING = "preprocessing_assumed"
-ASSUMED_CLASSES = "classes_assumed"
 CONFLICT = "preprocessing_conflict"
-KEPT_CODES = (ASSUMED_CLASSES, CONFLICT)
-"""Problems that only the files of a declaration show; later discoveries repeat them."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +164,11 @@ def problems_of(
     new = {declaration.name: declaration.problems for declaration in requested.declarations}
     problems = [problem for name in new for problem in new[name]]
     for problem in earlier.problems if earlier else ():
-        is_settled = problem.code == CONFLICT and problem.member in requested.changed
-        if problem.code in KEPT_CODES and problem.member in listed and problem.member not in new and not is_settled:
+        # Only the files of a declaration show these; they are not read again.
+        member = listed.get(problem.member or "") if problem.member not in new else None
+        if member is not None and problem.code == ASSUMED_CLASSES:
+            problems.append(declaration_checks.classes_problem(member.name, member.classes))
+        elif member is not None and problem.code == CONFLICT and member.name not in requested.changed:
             problems.append(problem)
     for name, member in listed.items():
         if name not in new and member.preprocessing is not None and renaming.is_declared(workspace, member):
@@ -356,11 +356,7 @@ def _resolved(
     if classes:
         require_match(classes, scan.classes, f"{where}: the class names of {path.parent if folder else path}")
     else:
-        message = (
-            f"nothing names its outputs; the order of the class folders is assumed: {', '.join(scan.classes[:12])}"
-        )
-        remedy = "discover --verify measures whether that order is right"
-        problems.append(Problem(ASSUMED_CLASSES, "warning", request.name, message, remedy))
+        problems.append(declaration_checks.classes_problem(request.name, scan.classes))
     if folder is not None and folder.preprocessing is not None:
         base = folder.preprocessing
     else:

@@ -22,10 +22,12 @@ from utils.core.results import Result
 from utils.core.workspace import SPLITS, Workspace
 from utils.discovery import (
     candidates,
+    declaration_checks,
     declarations,
     imported_members,
     member_names,
     orientations,
+    preprocessing_checks,
     renaming,
     training_statements,
 )
@@ -143,10 +145,12 @@ def _discovered(
     for name, member in members.items():
         if verify and _is_verified(config, member):
             inspection.verify(inspector, member, force=force)
+            preprocessing_checks.compare(inspector, member, force=force)
         if member.usable:
             members[name], measured_problems = _with_measurements(inspector, member)
             problems += measured_problems
     problems += orientations.orientation_problems(scan.splits, digests, members.values())
+    problems = preprocessing_checks.with_comparisons(inspector, problems, members)
     digests.save()
     listed = Catalog(
         base_back=mounted,
@@ -161,7 +165,9 @@ def _discovered(
         workspace.catalog.unlink(missing_ok=True)  # it would continue to list the removed members
     _require_members(workspace, listed)
     measured = {name: inspector.measured(member) or {} for name, member in listed.members.items()}
-    listed = replace(listed, problems=tuple(inspection.with_extra_outputs_checked(listed.problems, measured)))
+    checked = inspection.with_extra_outputs_checked(listed.problems, measured)
+    checked = declaration_checks.with_class_order_checked(checked, measured)
+    listed = replace(listed, problems=tuple(checked))
     result = _written(workspace, listed, measured, verify=verify, verbose=verbose)
     text = "\n".join([*requested.messages, *messages, result.text])
     return replace(result, text=text, failures=[*requested.failures, *result.failures])

@@ -27,6 +27,8 @@ KEYS = (
     "exif",
 )
 """Keys of --preprocess."""
+FIELDS = {"range": "value_range"}
+"""Fields of a preprocessing that have another name than their key."""
 TIMM_KEYS = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 RESAMPLES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """Pillow's interpolations, in the order of the integers that `resample` gives."""
@@ -134,21 +136,29 @@ def with_requests(base: Preprocessing, requests: Mapping[str, Any], where: str) 
     return Preprocessing.from_record(record, where, remedy="Correct --preprocess")
 
 
-def as_requests(record: Preprocessing) -> str:
-    """The words of --preprocess that give a record."""
+def as_requests(record: Preprocessing, base: Preprocessing) -> list[str]:
+    """The words of --preprocess by which `record` differs from `base`."""
     values = {
-        "input_size": record.input_size,
-        "resize": record.resize,
-        "resized": record.resized,
-        "interpolation": record.interpolation,
-        "crop_offset": record.crop_offset,
-        "mean": _listed(record.mean),
-        "std": _listed(record.std),
-        "channels": record.channels,
-        "range": _listed(record.value_range),
-        "exif": record.exif,
+        name: _listed(value) if isinstance(value, tuple) else str(value)
+        for name, value in (
+            ("input_size", record.input_size),
+            ("resize", record.resize),
+            ("resized", record.resized),
+            ("interpolation", record.interpolation),
+            ("crop_offset", record.crop_offset),
+            ("mean", record.mean),
+            ("std", record.std),
+            ("channels", record.channels),
+            ("range", record.value_range),
+            ("exif", record.exif),
+        )
     }
-    return " ".join(f"{key}={value}" for key, value in values.items())
+    changed = [
+        name for name in values if getattr(record, FIELDS.get(name, name)) != getattr(base, FIELDS.get(name, name))
+    ]
+    if {"input_size", "resize"} & set(changed) and "resized" not in changed:
+        changed.append("resized")  # it would follow from them
+    return [f"{name}={values[name]}" for name in changed]
 
 
 def _listed(values: Sequence[float]) -> str:

@@ -1,0 +1,157 @@
+"""`discover --verify` under an assumed preprocessing: the rule that fits better is named, and nothing is changed."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROJECT
+from given_predictions import empty_workspace
+from PIL import Image
+from timm_folders import ARCHITECTURE
+
+from utils.core.config_file import load_config
+from utils.core.errors import UserError
+from utils.core.workspace import Workspace
+from utils.discovery import discover, preprocessing_checks
+from utils.networks.preprocessing import Preprocessing
+from utils.predictions import catalog
+
+CLASSES = ("blue", "red", "yellow")
+COLOURS = ((60, 60, 160), (160, 60, 60), (150, 150, 60))
+FILES = 12
+
+
+@pytest.fixture
+def config():
+    return load_config(PROJECT / "configs" / "votes.yaml", overrides=["device=cpu"])
+
+
+@pytest.fixture
+def workspace(tmp_path) -> Workspace:
+    """Images of three colours with noise."""
+    workspace = empty_workspace(tmp_path / "w")
+    rng = np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        for name, colour in zip(CLASSES, COLOURS, strict=True):
+            for number in range(FILES):
+                pixels = rng.normal(colour, 30, (40, 48, 3)).clip(0, 255).astype(np.uint8)
+                path = workspace.split_dir / split / name / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+    return workspace
+
+
+def write_network(workspace, path, preprocessing: Preprocessing):
+    """A network whose head is fitted on the train images under a preprocessing; the file records nothing of it."""
+    import timm
+    from sklearn.linear_model import LogisticRegression
+
+    torch.manual_seed(0)
+    model = timm.create_model(ARCHITECTURE, num_classes=len(CLASSES)).eval()
+    files = sorted((workspace.split_dir / "train").glob("*/*.png"))
+    batch = []
+    for file in files:
+        with Image.open(file) as image:
+            square = preprocessing.resizing().square(image)
+        square = square[..., ::-1] if preprocessing.channels == "BGR" else square
+        batch.append(((square / 255 - preprocessing.mean) / preprocessing.std).transpose(2, 0, 1))
+    with torch.inference_mode():
+        pixels = torch.from_numpy(np.stack(batch).astype(np.float32))
+        features = model.forward_head(model.forward_features(pixels), pre_logits=True).numpy()
+    labels = [CLASSES.index(file.parent.name) for file in files]
+    scale = features.std()
+    head = LogisticRegression(C=10, max_iter=1000).fit((features - features.mean(0)) / scale, labels)
+    weight = head.coef_ / scale
+    with torch.no_grad():
+        model.get_classifier().weight.copy_(torch.from_numpy(weight))
+        model.get_classifier().bias.copy_(torch.from_numpy(head.intercept_ - weight @ features.mean(0)))
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def timms() -> Preprocessing:
+    from utils.discovery import preprocessing_sources
+
+    return preprocessing_sources.of_architecture(ARCHITECTURE, 32)
+
+
+def problems(workspace, code):
+    return [problem for problem in catalog.read(workspace).problems if problem.code == code]
+
+
+def test_a_rule_that_fits_better_is_named_with_the_option_that_sets_it(workspace, config):
+    file = write_network(workspace, workspace.base / "leaf.pth", replace(timms(), channels="BGR"))
+    add = [f"leaf=timm:{ARCHITECTURE}@{file}"]
+    result = discover.discover(config, workspace, add=add)
+    assert "nothing says how its images were prepared" in result.text
+    result = discover.discover(config, workspace, verify=True)
+    assert catalog.read(workspace).members["leaf"].preprocessing == timms().as_record()
+    (problem,) = problems(workspace, preprocessing_checks.FITS_BETTER)
+    assert "BGR" in problem.message
+    assert problem.remedy == "nothing is changed; to use it: discover --preprocess leaf:channels=BGR"
+    discover.discover(config, workspace)  # runs no network, and says the same
+    assert problems(workspace, preprocessing_checks.FITS_BETTER) == [problem]
+    options = shlex.split(problem.remedy.partition("--preprocess ")[2])
+    discover.discover(config, workspace, verify=True, preprocess=options)
+    member = catalog.read(workspace).members["leaf"]
+    assert (member.preprocessing["channels"], member.preprocessing["source"]) == ("BGR", "user")
+    assert {problem.code for problem in catalog.read(workspace).problems} & {
+        preprocessing_checks.FITS_BETTER,
+        "preprocessing_assumed",
+    } == set()
+
+
+def test_without_a_better_rule_the_assumption_becomes_an_info(workspace, config):
+    file = write_network(workspace, workspace.base / "leaf.pth", timms())
+    discover.discover(config, workspace, verify=True, add=[f"leaf=timm:{ARCHITECTURE}@{file}"])
+    (assumed,) = problems(workspace, "preprocessing_assumed")
+    assert assumed.severity == "info"
+    assert "other common rules fits 36 val images better" in assumed.message
+    assert problems(workspace, preprocessing_checks.FITS_BETTER) == []
+    (classes,) = problems(workspace, "classes_assumed")
+    assert (classes.severity, "on 36 val images confirms it" in classes.message) == ("info", True)
+
+
+def test_a_stated_preprocessing_is_not_compared(workspace, config, monkeypatch):
+    file = write_network(workspace, workspace.base / "leaf.pth", timms())
+    monkeypatch.setattr(preprocessing_checks, "_logits", lambda *_: pytest.fail("it ran"))
+    add = [f"leaf=timm:{ARCHITECTURE}@{file}"]
+    result = discover.discover(config, workspace, verify=True, add=add, preprocess=["input_size=64"], verbose=True)
+    assert "preprocessing_assumed" not in {problem.code for problem in catalog.read(workspace).problems}
+    assert "leaf: preprocessing 64 px of shorter side 67, bilinear, mean 0.5, std 0.5 (user)" in result.text
+
+
+def test_candidates_differ_from_the_current_rule_and_from_each_other():
+    for current in (timms(), Preprocessing.of_base_pipeline(160).with_source("assumed")):
+        rules = preprocessing_checks.candidate_rules(current, ARCHITECTURE)
+        inputs = [str(rule.inputs_record()) for rule in [current, *rules]]
+        assert len(set(inputs)) == len(inputs)
+        assert {rule.input_size for rule in rules} == {160}
+        assert any(rule.channels == "BGR" for rule in rules)
+        assert any(rule.resize == "squash" for rule in rules)
+
+
+def test_a_declaration_that_fails_leaves_the_catalog_as_it_was(workspace, config):
+    file = write_network(workspace, workspace.base / "leaf.pth", timms())
+    discover.discover(config, workspace, add=[f"leaf=timm:{ARCHITECTURE}@{file}"])
+    before = workspace.catalog.read_bytes()
+    with pytest.raises(UserError, match="no such file"):
+        discover.discover(config, workspace, add=[f"tree=timm:{ARCHITECTURE}@{file}x"])
+    assert workspace.catalog.read_bytes() == before
+
+
+def test_folders_that_fail_are_failures_of_the_result_and_the_others_are_added(workspace, config, tmp_path):
+    from timm_folders import save_folder
+
+    save_folder(tmp_path / "networks" / "leaf", CLASSES, label_names=list(CLASSES))
+    (tmp_path / "networks" / "bare").mkdir()
+    (tmp_path / "networks" / "bare" / "model.safetensors").touch()
+    result = discover.discover(config, workspace, add_from=[str(tmp_path / "networks")])
+    assert list(catalog.read(workspace).members) == ["leaf"]
+    (failure,) = result.failures
+    assert "bare: no config.json" in failure
+    assert "declared from folders: leaf" in result.text

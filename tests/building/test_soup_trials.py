@@ -17,6 +17,7 @@ from utils.building import soup_trials
 from utils.building.soup_trials import SoupScores, Trial, Trials
 from utils.core.errors import UserError
 from utils.discovery import discover
+from utils.networks.preprocessing import Preprocessing
 from utils.networks.soups import Ingredient, weighted_average
 from utils.numeric.metrics import accuracy, log_loss, softmax
 from utils.predictions import catalog, extraction, image_splits, streaming
@@ -225,6 +226,18 @@ def test_other_shapes_are_named_and_left_out(own, heard):
     assert reason.startswith(f"other tensors than final: {first} is float32 [1, 2], expected float32 [")
     assert "snapshot1" not in found.trials.ingredients
     assert f"{NAME}_snapshot1.pth: left out of the soups of {NAME}: {first} is" in heard.text
+
+
+def test_checkpoints_of_other_preprocessing_are_left_out(own, heard):
+    other = Preprocessing.of_base_pipeline(32).as_record() | {"interpolation": "bicubic"}
+    path = own / "checkpoints" / f"{NAME}_snapshot1.pth"
+    change(path, lambda record: record["extra"].update(preprocessing=other))
+    discover.discover(config(), workspace_at(own))
+    result = survey(store_at(own))
+    reasons = {entry["stage"]: entry["left_out"] for entry in result.ingredients}
+    assert reasons["snapshot1"] == "other preprocessing than final"
+    assert "snapshot1" not in result.trials.ingredients
+    assert f"{NAME}_snapshot1.pth: left out of the soups of {NAME}: made for other preprocessing" in heard.text
 
 
 def test_a_checkpoint_that_changed_or_diverged_is_left_out_and_the_own_one_is_needed(own):

@@ -6,8 +6,10 @@ from copy import deepcopy
 
 import pytest
 
+from utils.networks.preprocessing import Preprocessing
 from utils.predictions import catalog_records
 
+BASE_64 = Preprocessing.of_base_pipeline(64).as_record()
 MEMBER = {
     "source": "trained",
     "architecture": "CustomConvNeXt",
@@ -60,6 +62,8 @@ def test_a_catalog_and_one_with_entries_of_a_later_version_pass():
         (changed("members", "a", "checkpoints", value=[]), "members.a: no checkpoint"),
         (changed("members", "a", "classes", value=["ant", "cat"]), "members.a: other classes"),
         (changed("members", "a", "checkpoints", 0, "path", value="a\0b"), "members.a.checkpoints.0.path"),
+        (changed("members", "a", "preprocessing", value={"resize": "squash"}), "members.a.preprocessing"),
+        (changed("members", "a", "preprocessing", value=BASE_64), "members.a: preprocessing.input_size differs"),
     ],
 )
 def test_a_refusal_names_the_entry(record, entry):

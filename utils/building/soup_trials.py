@@ -18,6 +18,7 @@ from utils.core.artifacts import digest_of
 from utils.core.errors import UserError
 from utils.networks import construction, memory, soups
 from utils.networks.checkpoints import read_checkpoint, state_dict_of
+from utils.networks.preprocessing import Preprocessing
 from utils.networks.soups import Ingredient
 from utils.numeric.metrics import METRICS, accuracy, log_loss, softmax
 from utils.predictions import catalog, image_splits, streaming
@@ -322,12 +323,14 @@ def _usable(
     ingredients: dict[str, Ingredient] = {}
     left_out: dict[str, str] = {}
     stage_of: dict[str, str] = {}
+    first_preprocessing: Preprocessing | None = None
     for entry in entries:
         stage, path = entry["stage"], store.workspace.base / entry["path"]
         ingredient = Ingredient(stage, partial(_weights, path))
         try:
             catalog.check_current(store.workspace, member, store.digests, stage)
             weights = ingredient.open()
+            preprocessing = _recorded_preprocessing(path)
         except UserError as error:
             if not ingredients:
                 raise
@@ -340,12 +343,24 @@ def _usable(
             logger.warning("%s: left out of the soups of %s: %s%s", path, member.name, lines[0], more)
             left_out[stage] = f"other tensors than {entries[0]['stage']}: {lines[0]}{more}"
             continue
+        if not ingredients:
+            first_preprocessing = preprocessing
+        elif preprocessing != first_preprocessing:
+            logger.warning("%s: left out of the soups of %s: made for other preprocessing", path, member.name)
+            left_out[stage] = f"other preprocessing than {entries[0]['stage']}"
+            continue
         same = stage_of.setdefault(_weights_digest(store, entry["sha256"], weights), stage)
         if same == stage:
             ingredients[stage] = ingredient
         else:
             left_out[stage] = f"the weights of {same}"
     return ingredients, left_out
+
+
+def _recorded_preprocessing(path: Path) -> Preprocessing | None:
+    extra = read_checkpoint(path).get("extra")
+    record = extra.get("preprocessing") if isinstance(extra, dict) else None
+    return None if record is None else Preprocessing.from_record(record, f"{path}: extra.preprocessing")
 
 
 def _weights(path: Path) -> Mapping[str, Tensor]:

@@ -1,0 +1,90 @@
+"""Logits of timm's networks equal those of timm's own transform and forward pass, in the store and in `predict`."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import PROJECT
+from finished_workspace import at
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from varied_images import write_varied_images
+
+from utils.core.config_file import load_config
+from utils.discovery import discover
+from utils.inference.predict import predict
+from utils.numeric.metrics import softmax
+from utils.predictions import catalog, extraction
+from utils.predictions.store import Store
+
+ARCHITECTURES = {
+    "clip": "vit_xsmall_patch16_clip_224",
+    "convnext": "convnext_atto",
+    "lite": "tf_efficientnet_lite0",
+    "resnet": "resnet18",
+    "vit": "vit_tiny_patch16_224",
+}
+COUNT = 64  # images of the test split
+CLASSES = ("ant", "bee", "fly")
+N_PREDICTED = 4
+
+
+@pytest.fixture(scope="module")
+def timm_workspace(tmp_path_factory):
+    """A workspace of declared timm networks with random weights, and {member: (network, timm's own transform)}."""
+    base = tmp_path_factory.mktemp("parity")
+    images = write_varied_images(base / "images", COUNT + 6)
+    for number, path in enumerate(images):
+        split = "test" if number < COUNT else ("train", "val")[number % 2]
+        folder = base / "split_dataset" / split / CLASSES[number // 2 % len(CLASSES)]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.move(path, folder)
+    networks = {}
+    for name, architecture in ARCHITECTURES.items():
+        torch.manual_seed(0)
+        network = timm.create_model(architecture, num_classes=len(CLASSES)).eval()
+        with torch.no_grad():  # timm's first heads give logits near zero, in which no pixel would show
+            network.get_classifier().weight.mul_(3 / network.get_classifier().weight.std())
+        torch.save(network.state_dict(), base / f"{name}.pth")
+        networks[name] = (network, create_transform(**resolve_data_config({}, model=network)))
+    config = load_config(PROJECT / "configs" / "votes.yaml", overrides=["device=cpu", "dataset.img_size=224"])
+    added = [f"{name}=timm:{architecture}@{base / f'{name}.pth'}" for name, architecture in ARCHITECTURES.items()]
+    discover.discover(config, at(base), add=added)
+    return config, at(base), networks
+
+
+def timm_logits(network, transform, paths) -> np.ndarray:
+    batch = []
+    for path in paths:
+        with Image.open(path) as image:
+            batch.append(transform(image.convert("RGB")))
+    with torch.inference_mode():
+        return network(torch.stack(batch)).numpy()
+
+
+def test_stored_logits_and_predictions_are_those_of_timm(timm_workspace):
+    config, workspace, networks = timm_workspace
+    store = Store(config, workspace, catalog.read(workspace))
+    members = [store.catalog.members[name] for name in networks]
+    assert {member.name: member.preprocessing["source"] for member in members} == dict.fromkeys(networks, "timm")
+    extraction.ensure(store, members, ("test",))
+    rules = {member.image_preprocessing.resizing().key for member in members}
+    assert {path.name.partition("_")[0] for path in workspace.image_cache.glob("*.npy")} == rules
+    paths = store.images("test").paths
+    for member in members:
+        expected = timm_logits(*networks[member.name], paths)
+        rows = store.rows(member, "test")
+        np.testing.assert_allclose(rows.logits, expected, atol=1e-4, rtol=0, err_msg=member.architecture)
+        result = predict(
+            config,
+            workspace,
+            paths=[str(path) for path in paths[:N_PREDICTED]],
+            model_name=member.name,
+            probabilities=True,
+        )
+        predicted = [list(row["probabilities"].values()) for row in result.document["images"]]
+        np.testing.assert_allclose(predicted, softmax(expected[:N_PREDICTED]), atol=1e-4, err_msg=member.name)

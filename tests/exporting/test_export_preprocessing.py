@@ -6,19 +6,24 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from export_runs import NAME, folder_of
+from finished_workspace import CONFIG, at
+from in_process import run as command_line
 from PIL import Image
 from torch import nn
 
 from utils import base_back
 from utils.combiners.heads import MeanOfProbabilities
-from utils.exporting import export_formats
+from utils.core.config_file import load_config
+from utils.exporting import export_comparison, export_formats
 from utils.exporting.exported_network import ExportSignature, ExportSource, describe_network
 from utils.inference import onnx_prediction
-from utils.inference.predict import predict_from_export
+from utils.inference.predict import predict, predict_from_export
 from utils.networks.ensemble_network import EnsembleNetwork, MemberNetworks
 from utils.predictions.catalog import TIMM, Member
 
@@ -30,6 +35,7 @@ ARCHITECTURES = (
     "vit_xsmall_patch16_clip_224",
     "convnext_atto",
 )
+MEMBERS = ("--set", "backbones.include=[CustomConvNeXt,vit,resnet]", "--set", "exports.enable=true")
 SIZES = [(60, 90), (131, 97), (300, 41), (64, 64)]
 
 
@@ -126,3 +132,66 @@ def test_predict_from_export_agrees_too(exported):
     assert [record["path"] for record in images] == [str(path) for path in files]
     given = np.array([[record["probabilities"][name] for name in CLASSES] for record in images])
     np.testing.assert_allclose(given, expected, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def workspace(built, tmp_path_factory):
+    """A workspace with an ensemble of a base pipeline's member and two timm networks, all resized by other rules."""
+    import timm
+
+    base = Path(shutil.copytree(built, tmp_path_factory.mktemp("rules") / "workspace"))
+    for name, architecture in (("vit", "test_vit"), ("resnet", "test_resnet")):
+        torch.manual_seed(len(name))
+        network = timm.create_model(architecture, num_classes=4)
+        nn.init.normal_(network.get_classifier().weight, std=0.5)
+        torch.save({"state_dict": network.state_dict()}, base / f"{name}.pth")
+    declared = [f"vit=timm:test_vit@{base / 'vit.pth'}", f"resnet=timm:test_resnet@{base / 'resnet.pth'}"]
+    vit = ("input_size=160", "resize=squash", "interpolation=bicubic", "mean=0.5,0.5,0.5", "std=0.5,0.5,0.5")
+    resnet = ("input_size=48", "resized=50", "channels=BGR", "range=0,255", "mean=104,117,124", "std=57,57,58")
+    rules = [*(f"vit:{rule}" for rule in vit), *(f"resnet:{rule}" for rule in resnet)]
+    done = command_line("discover", "--add", *declared, "--preprocess", *rules, "--config", CONFIG, workspace=base)
+    assert done.code == 0, done.stderr
+    done = command_line("build-ensemble", "--config", CONFIG, *MEMBERS, workspace=base)
+    assert done.code == 0, done.stderr
+    return base
+
+
+def test_every_format_of_members_with_different_rules_is_proved(workspace):
+    done = command_line(
+        *("export", "--config", CONFIG, *MEMBERS, "--model-name", NAME, "--json"),
+        *("--formats", "state_dict", "torchscript", "onnx", "--precision", "fp32", "fp16", "int8"),
+        workspace=workspace,
+    )
+    assert done.code == 0, done.stderr
+    for name in ("state_dict", "torchscript", "onnx", "onnx_fp16", "onnx_int8"):
+        entry = done.document["formats"][name]
+        assert entry["status"] == "ok", entry["reason"]
+        assert (entry["parity"]["rows"], entry["parity"]["batch_sizes"]) == (64, [1, 3, 17])
+    assert done.document["formats"]["onnx_int8"]["test_accuracy"]["rows"] > 0
+    folder = folder_of(workspace)
+    metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+    assert metadata["input_shape"] == [[None, 3, 32, 32], [None, 3, 48, 48], [None, 3, 160, 160]]
+    assert "- `images_2`: float32 (batch, 3, 48, 48)" in (folder / "custom" / "README.md").read_text(encoding="utf-8")
+    done = command_line("export", "--verify", folder, "--json", workspace=workspace)
+    assert (done.code, done.stderr) == (0, "")
+    verified = done.document["formats"]
+    assert {name: facts["status"] for name, facts in verified.items()} == dict.fromkeys(verified, "ok")
+    assert {"state_dict", "torchscript", "onnx", "onnx_int8"} <= verified.keys()
+    assert "onnx" in export_comparison.compare_exports(at(workspace)).text
+
+
+@pytest.mark.parametrize("kind", ["float-nchw", "uint8-nhwc"])
+def test_predict_from_export_agrees_with_the_members_of_the_workspace(workspace, kind):
+    done = command_line(
+        *("export", "--config", CONFIG, *MEMBERS, "--model-name", NAME, "--formats", "onnx", "--input", kind),
+        workspace=workspace,
+    )
+    assert done.code == 0, done.stderr
+    options = {"paths": [str(workspace / "split_dataset" / "test")], "probabilities": True}
+    expected = predict(load_config(CONFIG), at(workspace), model_name=NAME, **options).document["images"]
+    file = folder_of(workspace) / "onnx" / f"{NAME}.onnx"
+    records = predict_from_export(from_export=str(file), **options).document["images"]
+    given, wanted = (
+        np.array([list(record["probabilities"].values()) for record in answers]) for answers in (records, expected)
+    )
+    np.testing.assert_allclose(given, wanted, rtol=0, atol=2e-5)

@@ -70,17 +70,17 @@ def recipe(**changes: object) -> Recipe:
     return replace(Recipe.from_settings(NAME, ["0", "1"], "split"), **changes)
 
 
-def test_the_training_is_one_phase_without_early_stopping_that_keeps_the_end_of_each_cycle(monkeypatch, tmp_path):
+def test_the_training_is_one_phase_that_keeps_the_end_of_each_cycle(monkeypatch, tmp_path):
     monkeypatch.setattr(settings, "TRAINED_DIR", tmp_path)
     monkeypatch.setattr(settings, "CKPT_DIR", tmp_path)
     monkeypatch.setattr(settings, "CYCLES", 3)
     monkeypatch.setattr(settings, "EPOCHS_PER_CYCLE", 4)
     unit = snapshot_unit(recipe())
     phase = snapshot_phase(unit.recipe)
-    assert (phase.epochs, phase.every, phase.kept, phase.patience) == (12, 4, 3, None)
+    assert (phase.epochs, phase.every, phase.kept) == (12, 4, 3)
     assert phase.rate == 2.5 * settings.BACKBONE_LR
     # What has no part in it is no reason to do it again; what has, is.
-    assert snapshot_unit(recipe(epochs_head=9, head_lr=0.5, patience_finetune=1)).digest == unit.digest
+    assert snapshot_unit(recipe(epochs_head=9, head_lr=0.5)).digest == unit.digest
     assert snapshot_unit(recipe(seed=7)).digest != unit.digest
     monkeypatch.setattr(settings, "EPOCHS_PER_CYCLE", 6)
     assert snapshot_unit(recipe()).digest != unit.digest

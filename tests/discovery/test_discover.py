@@ -116,6 +116,26 @@ def test_the_furthest_stage_that_is_there_is_the_member(workspace, config):
     assert NAME not in catalog.read(workspace).members
 
 
+def test_val_chose_an_epoch_unless_the_network_and_its_fold_networks_record_the_last_one(workspace, config):
+    def selection():
+        discover.discover(config, workspace)
+        return catalog.read(workspace).members[NAME].selection
+
+    assert selection() == "last"
+    record = json.loads(workspace.catalog.read_text())
+    del record["members"][NAME]["selection"]  # the catalog of an earlier version
+    workspace.catalog.write_text(json.dumps(record))
+    assert catalog.read(workspace).members[NAME].selection == "val"
+    change(workspace.checkpoint(NAME, "fold1"), lambda record: record["extra"].pop("selection"))
+    assert selection() == "val"
+    change(workspace.checkpoint(NAME, "fold1"), lambda record: record["extra"].update(selection="last"))
+    assert selection() == "last"
+    change(workspace.checkpoint(NAME, "final"), lambda record: record["extra"].update(selection="their best"))
+    assert selection() == "val"
+    workspace.checkpoint(NAME, "final").unlink()  # finetune_best is the best epoch on val
+    assert selection() == "val"
+
+
 def test_derived_files_are_members_only_by_name(workspace, config):
     shutil.copy(workspace.checkpoint(NAME, "final"), workspace.checkpoint(NAME, "uniform_soup"))
     shutil.copy(workspace.checkpoint(NAME, "final"), workspace.checkpoint(NAME, "distilled"))

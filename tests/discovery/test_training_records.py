@@ -74,6 +74,12 @@ def test_a_better_epoch_that_was_not_kept_is_reported_with_the_stage_that_holds_
     assert f"{NAME}_finetune_best.pth" in record.problems[0].message
 
 
+def test_the_last_epoch_of_a_training_that_selects_none_is_no_problem(workspace):
+    metrics = {"final_accuracy": 0.8, "best_accuracy": 0.9, "selection": "last"}
+    write(workspace.training_metrics(NAME), metrics)
+    assert codes(read(workspace, siblings={"finetune_best": 0.9})) == []
+
+
 @pytest.mark.parametrize(
     ("results", "expected"),
     [({"mean_accuracy": 0.9}, "kfold_over_all_images"), ({"split_digest": "d"}, None), ({"oof_file": "f"}, None)],

@@ -27,7 +27,7 @@ from utils.core.errors import UserError, did_you_mean
 from utils.core.parsed_files import record_once
 from utils.core.workspace import SPLITS, Workspace
 from utils.predictions import training_data
-from utils.predictions.catalog import Catalog, Member
+from utils.predictions.catalog import LAST_EPOCH, Catalog, Member
 from utils.predictions.rows import Rows
 from utils.predictions.store import Store
 
@@ -309,15 +309,16 @@ def is_stated_otherwise(catalog: Catalog, ensemble: Ensemble) -> bool:
 def network_provenance(store: Store, members: Iterable[Member]) -> Provenance:
     """Rows of the members' networks: those that their weights were trained on, and the val rows that chose epochs.
 
-    The same is assumed of imported members, of which nothing is known. A member that was trained on none of the images
-    has chosen nothing by them either.
+    The same is assumed of imported members, of which nothing is known. Val rows have chosen nothing for a member that
+    records the last epoch as its own, nor for one that was trained on none of the images.
     """
     return merge_provenance([_of_network(store, member) for member in members])
 
 
 def _of_network(store: Store, member: Member) -> Provenance:
     fitted = {split: training_data.fitted_rows(store, member, split) for split in SPLITS}
-    val = store.samples("val").sample_ids if member.trained_on != training_data.NONE else ()
+    may_have_chosen = member.trained_on != training_data.NONE and member.selection != LAST_EPOCH
+    val = store.samples("val").sample_ids if may_have_chosen else ()
     return Provenance(
         fitted_on=tuple(RowSet(split, "in_sample", tuple(ids)) for split, ids in fitted.items() if ids),
         selected_on=(RowSet("val", "held_out", val),) if val else (),

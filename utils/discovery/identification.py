@@ -25,14 +25,25 @@ from utils.networks import checkpoints
 from utils.networks.construction import RETRAIN, timm_model_name
 from utils.networks.preprocessing import BASE_PIPELINE, LEAST_SIDE, MOST_SIDE, Preprocessing
 from utils.predictions import inspection, out_of_fold
-from utils.predictions.catalog import STAGES, TIMM, Member, Problem, kfold_command, kfold_remedy, network_digest
+from utils.predictions.catalog import (
+    BEST_ON_VAL,
+    LAST_EPOCH,
+    STAGES,
+    TIMM,
+    Member,
+    Problem,
+    kfold_command,
+    kfold_remedy,
+    network_digest,
+)
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.training_data import FILE, NONE, STATEMENTS, TRAIN, UNKNOWN, combined
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 5  # raised whenever the same file would give other facts
+VERSION = 6  # raised whenever the same file would give other facts
 SNAPSHOT = re.compile(r"snapshot\d+")
+FOLD = re.compile(r"fold\d+")
 CYCLE = "cycle"  # the stage that the base pipeline's checkpoints of cyclic training record
 CHECKPOINT = "checkpoint"  # source of a preprocessing record
 CLASSIFIERS = {"head", "heads", "head_dist", "fc", "classifier"}
@@ -131,6 +142,7 @@ def identify(scan: Scan, candidate: MemberCandidate) -> tuple[Member, list[Probl
         preprocessing=None if preprocessing.source == BASE_PIPELINE else preprocessing.as_record(),
         trained_on=UNKNOWN if declared else combined([TRAIN, pretrained_on]),
         pretrained_on=pretrained_on,
+        selection=_selection(candidate, digests),
     )
     problems = list(recorded.problems) if recorded else []
     if not declared and not candidate.is_derived and member.architecture != candidate.backbone:
@@ -178,6 +190,16 @@ def _is_of_a_cycle(path: Path, digests: FileDigests) -> bool:
     return _is_readable(path, digests) and checkpoint_facts(path, digests)["stage"] == CYCLE
 
 
+def _selection(candidate: MemberCandidate, digests: FileDigests) -> str:
+    """`Member.selection`: `last` where the candidate's file and those of its fold networks record it."""
+    folds = [path for stage, path in candidate.others.items() if FOLD.fullmatch(stage)]
+    is_last = all(
+        _is_readable(path, digests) and checkpoint_facts(path, digests)["selection"] == LAST_EPOCH
+        for path in (candidate.path, *folds)
+    )
+    return LAST_EPOCH if is_last else BEST_ON_VAL
+
+
 def _is_readable(path: Path, digests: FileDigests) -> bool:
     try:
         checkpoint_facts(path, digests)
@@ -206,7 +228,7 @@ def checkpoint_facts(path: Path, digests: FileDigests) -> dict[str, Any]:
 def _metadata(path: Path, extra: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a checkpoint's `extra`, which may be of any origin. Raises UserError for other types of value."""
     kinds: dict[str, tuple[type, ...]] = {
-        **dict.fromkeys(("backbone_name", "model_size", "stage"), (str,)),
+        **dict.fromkeys(("backbone_name", "model_size", "stage", "selection"), (str,)),
         **dict.fromkeys(("final_accuracy", "accuracy"), (int, float)),
         **dict.fromkeys(("classes", "parents"), (list, tuple)),
         "img_size": (int,),
@@ -236,6 +258,7 @@ def _metadata(path: Path, extra: Mapping[str, Any]) -> dict[str, Any]:
         "classes": [str(name) for name in extra["classes"]] if extra.get("classes") else None,
         "accuracy": None if accuracy is None or not math.isfinite(accuracy) else float(accuracy),
         "stage": extra.get("stage"),
+        "selection": LAST_EPOCH if extra.get("selection") == LAST_EPOCH else BEST_ON_VAL,
         "parents": [str(name) for name in extra.get("parents") or ()],
         "preprocessing": preprocessing,
         "pretrained_on": _pretrained_on(path, extra.get("weights")),

@@ -9,7 +9,7 @@ from typing import Any
 
 from utils.core.artifacts import read_json
 from utils.core.workspace import Workspace
-from utils.predictions.catalog import Problem
+from utils.predictions.catalog import LAST_EPOCH, Problem
 
 DIFFERS = 0.005  # accuracies that differ by more than half a point are different figures
 SLACK_S = 60.0  # a record that is older than its checkpoint by more seconds belongs to an earlier training
@@ -99,6 +99,8 @@ def _stale(path: Path, checkpoint: Path, written: float | None, checkpoint_accur
 def _best_not_kept(
     metrics: Mapping[str, Any], accuracy: float | None, siblings: Mapping[str, Any], checkpoint: Path
 ) -> str | None:
+    if metrics.get("selection") == LAST_EPOCH:
+        return None  # the last epoch is the one to hold, whatever val has of the others
     best = _number(metrics.get("best_accuracy"))
     if best is None or accuracy is None or abs(best - accuracy) <= DIFFERS:
         return None

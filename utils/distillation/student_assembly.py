@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils.building import ensembles, fitting
-from utils.building.ensembles import Provenance
 from utils.core import estimates
 from utils.core.artifacts import digest_of, write_json
 from utils.discovery import discover
@@ -93,7 +92,7 @@ def build_student(
         },
         "temperature": settings.temperature,
         "alpha": settings.alpha,
-        "epochs": {STUDENT: _epochs(trained), ALONE: _epochs(alone)},
+        "epochs": {STUDENT: len(trained.history), ALONE: len(alone.history)},
         "history": {STUDENT: trained.history, ALONE: alone.history},
     }
     store = _add_member(store, student, teacher, trained, images.facts, kind)
@@ -219,8 +218,8 @@ def _add_member(
     settings = store.config.distillation
     facts = {  # the order of the keys is part of the checkpoint's bytes
         **reference_facts,
-        "accuracy": trained.history[trained.epoch]["val_accuracy"],
-        "epoch": trained.epoch,
+        "accuracy": trained.history[-1]["val_accuracy"],
+        "epoch": len(trained.history) - 1,
         "parents": list(teacher.ensemble.members),
         "teacher": teacher.name,
         "targets": kind,
@@ -239,7 +238,7 @@ def _build_ensemble(
 ) -> None:
     """Write the ensemble of the student's member alone; `facts` are recorded in its `ensemble.json`.
 
-    Its out-of-sample rows are those of val. What the teacher was fitted on counts as fitted on for the student.
+    Its out-of-sample rows are those of val. What the teacher was fitted or selected on counts for the student as well.
     """
     extraction.ensure(store, [derived], STREAMED_SPLITS)
     val_rows = fitting.out_of_sample_rows(store, [derived])
@@ -251,13 +250,9 @@ def _build_ensemble(
         [derived],
         val_rows,
         extra_inputs=digest,
-        prior_provenance=[teacher.ensemble.provenance, Provenance((), fitting.row_sets(val_rows.rows))],
+        prior_provenance=[teacher.ensemble.provenance],
         notes={"distillation": facts},
     )
-
-
-def _epochs(result: StudentTrainingResult) -> dict[str, Any]:
-    return {"run": len(result.history), "best": result.epoch, "stopped": result.is_early_stopped}
 
 
 def _model_bytes(model: nn.Module) -> int:

@@ -109,18 +109,15 @@ class StudentBuilder(Builder):
         return Build(session, tuple(built))
 
     def describe_one(self, session: Session, name: str, state: str) -> list[str]:
-        """The ensemble, its teacher, targets and epochs, and the comparison with its controls on val."""
+        """The ensemble, its teacher, targets and number of epochs, and the comparison with its controls on val."""
         student = students.resolve(session.store, self._steps(session)[name].student)
         record = student_plan.read_student_record(session.store, student)
         assert record is not None  # it is built or up to date
-        epochs = record["epochs"][STUDENT]
-        stopped = f"stopped after {epochs['run']}" if epochs["stopped"] else f"{epochs['run']} epochs"
         targets = f"{record['targets']['kind']} ({record['targets']['rows']})"
-        selected = f"epoch {epochs['best'] + 1} selected on val"
         return [
             summary_line(session.workspace, name, state),
-            f"    teacher {record['teacher']}, targets {targets}; {stopped}, {selected}",
-            f"    on val, on which the epochs were selected: {record['verdict']}",
+            f"    teacher {record['teacher']}, targets {targets}; {record['epochs'][STUDENT]} epochs",
+            f"    on val: {record['verdict']}",
         ]
 
     def _steps(self, session: Session) -> dict[str, DistillationStep]:

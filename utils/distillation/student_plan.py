@@ -17,7 +17,7 @@ from utils.distillation.teachers import METHOD, Teacher
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.store import Store
 
-VERSION = 1  # raised whenever the same request would give another student
+VERSION = 2  # raised whenever the same request would give another student
 CONFIG_KEY = "distillation"
 DIGEST_SETTINGS = ("temperature", "alpha", "epochs", "lr", "batch_size", "targets", "views", "mix")
 REMEDY = "Remove it, then distill again"

@@ -1,7 +1,8 @@
 """Training of a student, with a teacher or by labels alone.
 
-Optimizer, schedule and criterion are the mounted base pipeline's. The epoch is chosen on val rows, on which no network
-is trained. An interrupted training resumes at its last saved epoch and ends with equal weights on the CPU.
+Optimizer, schedule and criterion are the mounted base pipeline's. A training runs to the end of its schedule and keeps
+the averaged weights after the last epoch; val rows are measured and decide nothing. An interrupted training resumes at
+its last saved epoch and ends with equal weights on the CPU.
 """
 
 from __future__ import annotations
@@ -28,10 +29,9 @@ from utils.training.progress import TrainingProgress, copied_weights, schedule_s
 
 logger = logging.getLogger("disease_pipeline")
 
-# While the rate is high the val loss fluctuates, and it improves most when the rate falls.
-MIN_PATIENCE, PATIENCE_DIVISOR = 5, 4  # epochs without improvement that are allowed: at least 5, and a quarter of all
 AVERAGED_EPOCHS = 2.0  # over which the moving average of the weights extends
 MAX_DECAY, MIN_DECAY = 0.9998, 0.9  # of the moving average
+RISEN = 0.1  # a val log-loss that ends by more than this fraction above its lowest value is logged
 LOGGED_SECONDS = 20.0  # an epoch of at least this duration is logged at level INFO
 
 EpochTargets = Callable[[int], np.ndarray]
@@ -51,23 +51,14 @@ class StudentTrainingSettings:
     """Weight of the distillation loss; 0 trains by labels alone."""
     seed: int
 
-    @property
-    def patience(self) -> int:
-        """Number of epochs without improvement on val after which training stops, counted from the middle."""
-        return max(MIN_PATIENCE, self.epochs // PATIENCE_DIVISOR)
-
 
 @dataclass
 class StudentTrainingResult:
-    """The averaged weights at the epoch with the least log-loss on val."""
+    """The averaged weights after the last epoch."""
 
     weights: dict[str, Tensor]
-    epoch: int
-    """Counted from 0."""
     history: list[dict[str, float]]
     """Per epoch: train_loss, val_log_loss, val_accuracy."""
-    is_early_stopped: bool
-    """Whether training stopped before its last epoch, without improvement on val."""
 
 
 def train(
@@ -93,13 +84,10 @@ def train(
     criterion = training.get_loss_function_for_backbone(settings.backbone, classes).to(device)
     average = WeightAverage(model, min(MAX_DECAY, max(MIN_DECAY, 1 - 1 / (AVERAGED_EPOCHS * steps))))
     run = _StudentTraining(model, optimizer, lr_schedule, average, criterion, settings, device)
-    best: dict[str, Any] | None = None
     history: list[dict[str, float]] = []
     if progress is not None and (saved := progress.load()) is not None:
-        best, history = saved["best"], saved["history"]
-        if saved["finished"]:
-            return _result(saved["best"], history, settings)
         run.restore(saved)
+        history = saved["history"]
         logger.info("%s: resumed at epoch %d of %d", progress.path.stem, len(history) + 1, settings.epochs)
     labels = validation_set.images.labels
     for epoch in range(len(history), settings.epochs):
@@ -112,8 +100,6 @@ def train(
             "val_accuracy": accuracy(probabilities, labels),
         }
         history.append(row)
-        if best is None or row["val_log_loss"] < best["val_log_loss"]:
-            best = {"epoch": epoch, "val_log_loss": row["val_log_loss"], "weights": copied_weights(average.weights)}
         seconds = time.monotonic() - start
         logger.log(
             logging.INFO if seconds >= LOGGED_SECONDS else logging.DEBUG,
@@ -121,20 +107,20 @@ def train(
             *(settings.backbone, "" if epoch_targets else " without a teacher", epoch + 1, settings.epochs, loss),
             *(row["val_log_loss"], row["val_accuracy"], seconds, seconds * (settings.epochs - epoch - 1) / 60),
         )
-        if epoch - max(best["epoch"], settings.epochs // 2) >= settings.patience:
-            break
-        if progress and epoch + 1 < settings.epochs and progress.is_due():
-            progress.save(run.state() | {"best": best, "history": history, "finished": False})
-    assert best is not None  # epochs is at least 1
-    if progress:
-        progress.save({"best": best, "history": history, "finished": True})
-    return _result(best, history, settings)
+        if progress and (progress.is_due() or epoch + 1 == settings.epochs):
+            progress.save(run.state() | {"history": history})
+    _log_risen_loss(settings, history)
+    return StudentTrainingResult(copied_weights(average.weights), history)
 
 
-def _result(
-    best: Mapping[str, Any], history: list[dict[str, float]], settings: StudentTrainingSettings
-) -> StudentTrainingResult:
-    return StudentTrainingResult(best["weights"], best["epoch"], history, len(history) < settings.epochs)
+def _log_risen_loss(settings: StudentTrainingSettings, history: list[dict[str, float]]) -> None:
+    losses = [row["val_log_loss"] for row in history]
+    lowest = int(np.argmin(losses))
+    if losses[-1] > (1 + RISEN) * losses[lowest]:
+        logger.info(
+            "%s: the val log-loss rose from %.4f in epoch %d to %.4f at the end, epoch %d; the last epoch is kept",
+            *(settings.backbone, losses[lowest], lowest + 1, losses[-1], len(losses)),
+        )
 
 
 def predict_logits(

@@ -14,7 +14,7 @@ from utils.core.errors import UserError, did_you_mean
 from utils.networks import checkpoints
 from utils.networks.construction import NetworkSpec, construct_untrained
 from utils.networks.preprocessing import Preprocessing
-from utils.predictions.catalog import TIMM, Member, preprocessing_entry
+from utils.predictions.catalog import LAST_EPOCH, TIMM, Member, preprocessing_entry
 from utils.predictions.store import Store
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def write_student(store: Store, student: Student, weights: Mapping[str, Any], fa
         "img_size": student.img_size,
         **preprocessing_entry(student.architecture, student.preprocessing),
         "stage": ROLE,
-        "selected_on": "val",
+        "selection": LAST_EPOCH,
         **({"base_back": "external"} if is_external else {}),
         **facts,
     }

@@ -8,8 +8,8 @@ Alignment
 
 Out-of-sample rows
     K-fold training runs on the training split alone. Each fold network follows the recipe of the full network; its
-    epoch is chosen on the validation split, never on the held-out fold. The out-of-sample rows are the training rows
-    with out-of-fold predictions and the validation rows with the full networks' predictions.
+    epoch is the last one, or chosen on the validation split, never on the held-out fold. The out-of-sample rows are
+    the training rows with out-of-fold predictions and the validation rows with the full networks' predictions.
     `predictions/<member>/train` holds in-sample outputs; they never reach a `fit`.
 
 Verification

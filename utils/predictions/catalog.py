@@ -29,6 +29,8 @@ CHECKPOINT_NAME = re.compile(
     rf"(?P<name>.+)_(?P<role>final|finetune_best|head_best|fold\d+|(?:head|finetune)_epoch\d+|{DERIVED})\.pth"
 )
 IMPORTED = "imported"
+LAST_EPOCH, BEST_ON_VAL = "last", "val"
+"""Values of `Member.selection`."""
 TIMM = "timm:"  # prefix of the architecture of a member that is built by timm, not by BASE-BACK
 RUN_DISCOVER = "Run `python ensemble_orchestrator.py discover` first"
 
@@ -78,6 +80,8 @@ class Member:
     """The same of the weights that its training, and that of its fold networks, started from; `none` for new weights"""
     preprocessing: dict[str, Any] | None = None
     """Record of its preprocessing; None: the base pipeline's evaluation transform at `img_size`."""
+    selection: str = BEST_ON_VAL
+    """The epoch that its networks hold: `last`, or the best one on `val`, which is assumed where no file names it"""
 
     @property
     def image_preprocessing(self) -> Preprocessing:

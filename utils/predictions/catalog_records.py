@@ -94,6 +94,7 @@ class _Member(_Part):
     training_list: _TrainingList | None = None
     pretrained_on: Literal["none", "train", "train+val", "all", "file", "unknown"] = "none"
     preprocessing: Record | None = None
+    selection: Literal["last", "val"] = "val"
 
 
 class _Problem(_Part):

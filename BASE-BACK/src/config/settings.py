@@ -63,8 +63,6 @@ __all__ = [
     "NUM_CLASSES",
     "NUM_WORKERS",
     "PARENT",
-    "PATIENCE_FT",
-    "PATIENCE_HEAD",
     "PLOTS_DIR",
     "PRETRAINED_DIR",
     "PRETRAINED_DOWNLOAD_MAP",
@@ -339,8 +337,6 @@ NUM_CLASSES = _whole(
 # training ------------------------------------------------------------------------------------------------------------
 EPOCHS_HEAD = _whole("DBT_EPOCHS_HEAD", 40, 0)
 EPOCHS_FINETUNE = _whole("DBT_EPOCHS_FINETUNE", 25, 1)
-PATIENCE_HEAD = 5
-PATIENCE_FT = 5
 WEIGHT_DECAY = 1e-4
 # Networks start from random weights here, so the whole-network rate is one at which they learn; small ones bear more.
 BACKBONE_LRS = {size: _positive("DBT_BACKBONE_LR", rate) for size, rate in (("full", 1e-3), ("tiny", 2e-3))}

@@ -32,6 +32,10 @@ from training.recipe import Recipe
 from utils import logger, set_seed
 from utils.logs import duration
 
+LAST = "last"  # `selection` in a checkpoint: it holds the last epoch, which val rows did not choose
+DIVERGED = 3  # times the loss of equal probabilities
+RISEN = 0.1  # a val loss that ends by more than this share above its lowest value is logged
+
 Weights = dict[str, Tensor]
 EpochRow = tuple[float, float, float, float, float]
 """(train_loss, val_loss, val_acc, train_acc, val_f1)"""
@@ -45,8 +49,6 @@ class Phase:
     epochs: int
     rate: float
     """What the optimizer starts from; the architecture has a factor on it."""
-    patience: int | None
-    """Epochs without progress after which it ends early; None: it goes to its end."""
     schedule: Callable[[torch.optim.Optimizer, int, int, str], torch.optim.lr_scheduler.LRScheduler]
     """(optimizer, epochs, steps in an epoch, backbone) -> schedule counted in steps."""
     kept: int = 0
@@ -57,10 +59,12 @@ class Phase:
 
 @dataclass
 class Stage:
-    """Outcome of one phase; the weights are those of its best epoch on the val split."""
+    """Outcome of one phase: the weights of its last epoch, which the training goes on with, and of its best one."""
 
     name: str
+    last: Weights
     weights: Weights
+    """Of the best epoch on the val split; nothing of the training depends on which epoch that is."""
     epoch: int
     accuracy: float
     loss: float
@@ -73,11 +77,10 @@ class Stage:
 
 @dataclass
 class Fitted:
-    """A trained network with its best weights loaded, and how it came to be."""
+    """A trained network with the weights of its last epoch loaded, and how it came to be."""
 
     model: nn.Module
     stages: list[Stage]
-    best: Stage
     validation: tuple[float, float, float, float, float]
     """(loss, accuracy, precision, recall, F1) on val, measured again on the weights that `model` holds now."""
 
@@ -100,12 +103,13 @@ def fit(
     progress: Progress | None = None,
     keep: Callable[[int, EpochRow, Weights], object] | None = None,
 ) -> Fitted:
-    """Train `model` by the recipe; the epoch is chosen on the val split (accuracy, then loss), never on other rows.
+    """Train `model` by the recipe to the end of its schedule and keep the last epoch; val rows are measured only.
 
     `make_train_loader(seed)` gives the training batches; `purpose` names the training, ("final",) or ("fold", 2),
     and with it its seeds. `phases` are head training and fine-tuning unless others are given. With `progress` it goes
     on where that was saved, and saves there. `keep(epoch, row, weights)` is handed each snapshot when it is taken,
-    before it counts as saved. Raises FloatingPointError when the loss stops being a number.
+    before it counts as saved. Raises FloatingPointError when the loss stops being a number, or ends at several times
+    that of a network that gives every class the same probability.
     """
     criterion = get_loss_function_for_backbone(recipe.backbone, len(recipe.classes))
     model.to(device)
@@ -123,21 +127,36 @@ def fit(
             if progress:
                 progress.save(_record(stages))
         if phase.name == "head":
-            model.load_state_dict(stages[0].weights)
-    best = max(reversed(stages), key=lambda stage: (stage.accuracy, -stage.loss))
-    model.load_state_dict(best.weights)
+            model.load_state_dict(stages[0].last)
+    model.load_state_dict(stages[-1].last)
+    _check_end(recipe, stages[-1])
     validation = validate_epoch_optimized(model, val_loader, criterion, device)[:5]
-    return Fitted(model, stages, best, tuple(float(value) for value in validation))  # type: ignore[arg-type]
+    return Fitted(model, stages, tuple(float(value) for value in validation))  # type: ignore[arg-type]
 
 
 def usual_phases(recipe: Recipe) -> list[Phase]:
     """Head training and fine-tuning, less what has no epochs."""
     schedule = create_cosine_scheduler if recipe.is_pretrained else create_improved_scheduler
-    head = Phase("head", recipe.epochs_head, recipe.head_lr, recipe.patience_head, schedule)
-    finetune = Phase(
-        "finetune", recipe.epochs_finetune, recipe.backbone_lr, recipe.patience_finetune, schedule, recipe.snapshots
-    )
+    head = Phase("head", recipe.epochs_head, recipe.head_lr, schedule)
+    finetune = Phase("finetune", recipe.epochs_finetune, recipe.backbone_lr, schedule, recipe.snapshots)
     return [phase for phase in (head, finetune) if phase.epochs]
+
+
+def _check_end(recipe: Recipe, stage: Stage) -> None:
+    """Raise FloatingPointError for a training that diverged; log a loss on val that rose towards the end."""
+    train_loss, val_loss = stage.rows[-1][:2]
+    uniform = math.log(len(recipe.classes))
+    if len(stage.rows) > 1 and train_loss > DIVERGED * uniform:
+        raise FloatingPointError(
+            f"{recipe.backbone}: the training diverged: after the last epoch its loss is {train_loss:.3g}, and equal "
+            f"probabilities have {uniform:.3g}; try lower rates (DBT_HEAD_LR, DBT_BACKBONE_LR)"
+        )
+    lowest = min(range(len(stage.rows)), key=lambda epoch: stage.rows[epoch][1])
+    if val_loss > (1 + RISEN) * stage.rows[lowest][1]:
+        logger.info(
+            "%s: the val loss rose from %.4f in epoch %d to %.4f at the end, epoch %d; the last epoch is kept",
+            *(recipe.backbone, stage.rows[lowest][1], lowest + 1, val_loss, len(stage.rows)),
+        )
 
 
 def _saved(progress: Progress | None, plan: Sequence[Phase]) -> tuple[list[Stage], dict[str, Any] | None]:
@@ -195,12 +214,12 @@ class _Training:
         recipe, model, device, epochs = self.recipe, self.model, self.device, phase.epochs
         optimizer = self._optimizer(phase)
         scheduler = phase.schedule(optimizer, epochs, len(self.train_loader), recipe.backbone)
-        best: Stage | None = None
+        stage: Stage | None = None
         rows: list[EpochRow] = []
         snapshots: list[tuple[int, Weights]] = []
         if running:
-            best = Stage(**running["best"])
-            rows, snapshots = best.rows, best.snapshots
+            stage = Stage(**running["stage"])
+            rows, snapshots = stage.rows, stage.snapshots
             self._restore(running, optimizer, scheduler)
         for epoch in range(len(rows), epochs):
             start = time.monotonic()
@@ -217,10 +236,10 @@ class _Training:
                 snapshots = [*snapshots, (epoch, weights)][-phase.kept :]
                 if self.keep:
                     self.keep(epoch, rows[-1], weights)
-            if best is None or (checked[1], -checked[0]) > (best.accuracy, -best.loss):
+            if stage is None or (checked[1], -checked[0]) > (stage.accuracy, -stage.loss):
                 state, schedule = copy.deepcopy(optimizer.state_dict()), _plain(scheduler.state_dict())
-                best = Stage(phase.name, weights, epoch, checked[1], checked[0], rows, state, schedule)
-            best.snapshots = snapshots
+                stage = Stage(phase.name, weights, weights, epoch, checked[1], checked[0], rows, state, schedule)
+            stage.last, stage.snapshots = weights, snapshots
             seconds = time.monotonic() - start
             logger.info(
                 "%s %s epoch %d/%d: train loss %.4f accuracy %.4f, val loss %.4f accuracy %.4f F1 %.4f, %.1f s; "
@@ -231,13 +250,10 @@ class _Training:
                 # Short epochs would flood the terminal; the end of a cycle is worth a line.
                 file_only=seconds < 20 and not (is_snapshot and phase.every > 1),
             )
-            # While the rate is high the validation loss goes up and down; a long wait there says nothing.
-            if phase.patience is not None and epoch - max(best.epoch, epochs // 2) >= phase.patience:
-                break
             if self.progress and epoch + 1 < epochs and self.progress.due():
-                self.progress.save(_record(self.finished, self._state(best, epoch, weights, optimizer, scheduler)))
-        assert best is not None  # epochs is at least 1
-        return best
+                self.progress.save(_record(self.finished, self._state(stage, epoch, optimizer, scheduler)))
+        assert stage is not None  # epochs is at least 1
+        return stage
 
     def _optimizer(self, phase: Phase) -> torch.optim.Optimizer:
         recipe = self.recipe
@@ -246,19 +262,18 @@ class _Training:
             return create_layer_decay_optimizer(self.model, phase.rate, *decays)
         return create_optimized_optimizer(self.model, phase.rate, recipe.backbone)
 
-    def _state(self, best: Stage, epoch: int, weights: Weights, optimizer: Any, scheduler: Any) -> dict[str, Any]:
+    def _state(self, stage: Stage, epoch: int, optimizer: Any, scheduler: Any) -> dict[str, Any]:
         """What the next epoch needs of those before."""
         return {
             "epoch": epoch,
-            "best": vars(best),
-            "weights": weights,
+            "stage": vars(stage),
             "optimizer": optimizer.state_dict(),
             "schedule": _plain(scheduler.state_dict()),
             "random": random_state(self.device),
         }
 
     def _restore(self, running: dict[str, Any], optimizer: Any, scheduler: Any) -> None:
-        self.model.load_state_dict(running["weights"])
+        self.model.load_state_dict(running["stage"]["last"])
         optimizer.load_state_dict(running["optimizer"])
         scheduler.load_state_dict(running["schedule"])
         self.train_loader.epoch = running["epoch"] + 1
@@ -288,7 +303,7 @@ def metrics_record(recipe: Recipe, fitted: Fitted) -> dict[str, Any]:
         "final_val_loss": loss,
         "epochs_head": len(fitted.history["head"]),
         "epochs_finetune": len(fitted.history["finetune"]),
-        "selected_on": "val",
+        "selection": LAST,
         "visualization_paths": {},
         "visualization_summary": "plots are not made by this version",
     }

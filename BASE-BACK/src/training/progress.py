@@ -15,7 +15,7 @@ from config import settings
 from training.pipeline import write_checkpoint
 from utils import logger
 
-FORMAT = 1  # raised whenever the record below changes
+FORMAT = 2  # raised whenever the record below changes
 SHARE_OF_TIME = 20  # saving takes at most a twentieth of the time, however slow the disk is
 
 

@@ -14,7 +14,7 @@ from training.pretrained import Pretrained
 from utils.checkpoint_manager import CheckpointManager
 from utils.datasets import DecodedDataset
 
-TRAINING_VERSION = 2  # raised whenever the same recipe would give other weights
+TRAINING_VERSION = 3  # raised whenever the same recipe would give other weights
 FACTS = ("model_size", "img_size", "augment", "group_regex")
 """What a checkpoint says of how its network was built and trained."""
 
@@ -34,8 +34,6 @@ class Recipe:
     head_lr: float
     backbone_lr: float
     batch_size: int
-    patience_head: int
-    patience_finetune: int
     weight_decay: float
     augment: str
     group_regex: str | None
@@ -69,8 +67,6 @@ class Recipe:
             head_lr=settings.HEAD_LR,
             backbone_lr=settings.BACKBONE_LR,
             batch_size=settings.DEBUG_BATCH_SIZE if debug else settings.BATCH_SIZE,
-            patience_head=settings.PATIENCE_HEAD,
-            patience_finetune=settings.PATIENCE_FT,
             weight_decay=settings.WEIGHT_DECAY,
             augment=settings.AUGMENT,
             group_regex=settings.GROUP_REGEX,

@@ -59,8 +59,6 @@ def snapshot_unit(recipe: Recipe) -> Unit:
         epochs_finetune=settings.CYCLES * settings.EPOCHS_PER_CYCLE,
         snapshots=settings.CYCLES,
         head_lr=0.0,  # what takes no part is the same whatever the settings say, and so is the digest
-        patience_head=0,
-        patience_finetune=0,
     )
     return Unit("snapshots", recipe, recipe.digest("snapshots", VERSION), first=first)
 
@@ -72,7 +70,6 @@ def snapshot_phase(recipe: Recipe) -> Phase:
         name="cycles",
         epochs=recipe.epochs_finetune,
         rate=recipe.backbone_lr * PEAK,
-        patience=None,
         schedule=partial(create_cyclic_scheduler, cycles=cycles),
         kept=cycles,
         every=recipe.epochs_finetune // cycles,

@@ -15,7 +15,7 @@ from config import settings
 from models import create_custom_backbone
 from training import frozen
 from training.external import ExternalError, create_external
-from training.fitting import EpochRow, Weights, copy_weights, fit, metrics_record
+from training.fitting import LAST, EpochRow, Weights, copy_weights, fit, metrics_record
 from training.pipeline import (
     get_loss_function_for_backbone,
     save_checkpoint,
@@ -141,8 +141,9 @@ def _fold(unit: Unit) -> Outcome:
         "fold": unit.fold,
         "folds": unit.folds,
         "accuracy": fitted.validation[1],
-        "epoch": fitted.best.epoch,
-        "stage": fitted.best.name,
+        "epoch": len(fitted.stages[-1].rows) - 1,
+        "stage": fitted.stages[-1].name,
+        "selection": LAST,
         "seed": recipe.seed_for(*purpose, "weights"),
     }
     write_checkpoint(path, {"model_state_dict": copy_weights(fitted.model), "extra": extra})
@@ -204,10 +205,8 @@ def _train(unit: Unit) -> Outcome:
         write_checkpoint(files[-1], record)
         for number, (epoch, weights) in enumerate(stage.snapshots, start=1):
             files.append(checkpoint_path(recipe.backbone, f"snapshot{number}"))
-            write_checkpoint(
-                files[-1],
-                {"model_state_dict": weights, "extra": explained | {"epoch": epoch, "stage": "snapshot"}},
-            )
+            extra = explained | {"epoch": epoch, "stage": "snapshot", "selection": LAST}
+            write_checkpoint(files[-1], {"model_state_dict": weights, "extra": extra})
     metrics = metrics_record(recipe, fitted)
     final = {key: value for key, value in metrics.items() if not key.startswith("visualization")}
     files.append(checkpoint_path(recipe.backbone, "final"))
@@ -227,8 +226,8 @@ def _snapshots(unit: Unit) -> Outcome:
     def write(epoch: int, row: EpochRow, weights: Weights) -> Path:
         cycle = epoch // phase.every
         path = checkpoint_path(recipe.backbone, f"snapshot{unit.first + cycle}")
-        extra = explained | {"epoch": epoch, "stage": ROLE, "cycle": cycle + 1, "accuracy": row[2]}
-        write_checkpoint(path, {"model_state_dict": weights, "extra": extra})
+        facts = {"epoch": epoch, "stage": ROLE, "cycle": cycle + 1, "accuracy": row[2], "selection": LAST}
+        write_checkpoint(path, {"model_state_dict": weights, "extra": explained | facts})
         return path
 
     fitted = fit(

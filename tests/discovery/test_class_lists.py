@@ -50,6 +50,7 @@ def test_the_same_names_in_any_order_match():
         (("Healthy", "black_spot", "canker"), r"'Healthy' is no class of the workspace; did you mean 'healthy'\?"),
         (("healthy", "Black Spot", "canker"), r"'Black Spot' is no class .*did you mean 'black_spot'\?"),
         (("healthy", "black-spot", "canker"), r"did you mean 'black_spot'\?"),
+        (("healthy", "black_spot", "CANKER"), r"did you mean 'canker'\?"),
         (("healthy", "black_spot", "cancer"), r"'cancer' is no class .*did you mean 'canker'\?"),
         (("healthy", "black_spot"), r"2 classes; the workspace has 3\. no output for canker"),
         (("healthy", "black_spot", "canker", "rust"), r"4 classes; the workspace has 3\. 'rust' is no class"),

@@ -145,6 +145,8 @@ def identify(scan: Scan, candidate: MemberCandidate) -> tuple[Member, list[Probl
         selection=_selection(candidate, digests),
     )
     problems = list(recorded.problems) if recorded else []
+    if declared and recorded and recorded.path is None:  # only the base pipeline writes these records
+        problems = [problem for problem in problems if problem.code != training_records.NO_METRICS]
     if not declared and not candidate.is_derived and member.architecture != candidate.backbone:
         message = f"{candidate.path.name} holds {member.architecture}, as it records itself; that network is built"
         remedy = f"name the file after it, or put {candidate.backbone}'s own there"

@@ -13,6 +13,7 @@ from utils.predictions.catalog import LAST_EPOCH, Problem
 
 DIFFERS = 0.005  # accuracies that differ by more than half a point are different figures
 SLACK_S = 60.0  # a record that is older than its checkpoint by more seconds belongs to an earlier training
+NO_METRICS = "no_metrics"
 AGAIN = "Train the backbone again, or remove the file"
 
 
@@ -51,7 +52,7 @@ def read(
     accuracy = checkpoint_accuracy
     if metrics is None:
         message = f"no {path.name}, so what was measured in training is unknown"
-        problems.append(Problem("no_metrics", "info", backbone, message, "nothing to do"))
+        problems.append(Problem(NO_METRICS, "info", backbone, message, "nothing to do"))
     elif stage == "final":
         written = _number(metrics.get("final_accuracy"))
         stale = _stale(path, checkpoint, written, checkpoint_accuracy)

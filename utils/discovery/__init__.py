@@ -8,10 +8,10 @@ the classifier and `class_mapping.json`. Extra output units are a warning until 
 whether the network ever predicts them.
 
 Networks of timm are declared by the user (`declarations`): by a file of weights, a folder with `config.json`, or a
-repository of the hub. Class lists are matched by name, the preprocessing comes from the user, the file or folder, or timm
-(`preprocessing_sources`), and the network is built and run on a blank image before anything is written. What only the
-files say, the catalog keeps: later scans read the weights' file alone. An assumed preprocessing is compared with common
-other rules on val (`preprocessing_checks`), which recommends and never changes.
+repository of the hub. Class lists are matched by name; the preprocessing comes from the user, the file or folder, or
+timm (`preprocessing_sources`). The network is built and run on a blank image before anything is written. The catalog
+keeps what only the files say, so that later scans read the weights' file alone. An assumed preprocessing is compared
+with other common rules on val (`preprocessing_checks`), which recommends and never changes.
 
 Imported predictions (`DIR/<member>/{oof,val,test,train}.npz`) and the base pipeline's out-of-fold files pass the same
 parser. Out-of-fold rows that equal those of `train.npz` on more than 1 % are refused (on more than half if the model

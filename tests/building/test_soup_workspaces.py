@@ -78,7 +78,8 @@ def test_checkpoints_of_a_declared_network_give_a_soup_that_stays_derived(own):
         torch.save({"model_state_dict": other, "extra": explained}, own.base / f"leaf_{stage}.pth")
     for stage in ("snapshot1", "snapshot2"):
         shutil.move(own.base / f"leaf_{stage}.pth", own.checkpoints)
-    discover.discover(config(), own, add=[f"leaf=timm:test_resnet@{own.base / 'leaf_final.pth'}"])
+    declaration = f"leaf=timm:test_resnet@{own.base / 'leaf_final.pth'}"
+    discover.discover(config(), own, add=[declaration], trained_on=["train"])
     leaf = "backbones.include=[leaf]"
     assert "uniform_soup_leaf" in brew(own, leaf, "runs.model_soup.methods=[uniform]").document["built"]
     for _ in range(2):

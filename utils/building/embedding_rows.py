@@ -18,7 +18,15 @@ from utils.core.artifacts import digest_of, open_array, read_json, write_array, 
 from utils.core.errors import UserError
 from utils.numeric.metrics import softmax
 from utils.numeric.ridge_alignment import fit_ridge_map, pearson_correlation
-from utils.predictions import catalog, fold_networks, image_splits, streaming
+from utils.predictions import (
+    catalog,
+    extraction,
+    fold_heads,
+    fold_networks,
+    image_splits,
+    streaming,
+    training_data,
+)
 from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.fold_networks import FOLDS
 from utils.predictions.rows import MemberRows, Rows, align
@@ -54,7 +62,9 @@ def in_sample(store: Store, members: Sequence[Member]) -> EmbeddedRows:
 
 def reason_not_aligned(store: Store, members: Sequence[Member]) -> str | None:
     """Why the train rows cannot be aligned, with the remedy; None where they can be."""
-    trained = [m for m in members if m.source != IMPORTED and not fold_networks.stages(m)]
+    networks = [m for m in members if m.source != IMPORTED and not training_data.predicts_unseen_train_rows(store, m)]
+    trained = [m for m in networks if not fold_networks.stages(m)]
+    seen = [m for m in networks if m not in trained and not training_data.has_train_rows(store, m)]
     imported = [m for m in members if m.source == IMPORTED and not store.has_oof_embeddings(m)]
     reasons = []
     if trained:
@@ -63,6 +73,9 @@ def reason_not_aligned(store: Store, members: Sequence[Member]) -> str | None:
             f"no complete set of fold networks: {', '.join(names)}. Make them: "
             f"{catalog.kfold_command(store.workspace, names)}"
         )
+    if seen:
+        names = [member.name for member in seen]
+        reasons.append(f"trained on weights that had seen train images before: {', '.join(names)}")
     if imported:
         names = [member.name for member in imported]
         reasons.append(f"no embeddings in oof.npz: {', '.join(names)}. Write them there: {IMPORT}")
@@ -70,23 +83,48 @@ def reason_not_aligned(store: Store, members: Sequence[Member]) -> str | None:
 
 
 def aligned(store: Store, members: Sequence[Member]) -> EmbeddedRows:
-    """Out-of-fold train rows in the full networks' spaces, and val rows.
+    """Out-of-sample train rows in the full networks' spaces, and val rows.
 
-    Fold networks run where their embeddings are not stored yet. Embeddings of an imported member are used unchanged,
-    which is right where one fixed network made them. Raises UserError where train and val rows of a member are not of
-    one space.
+    Fold networks run where their embeddings are not stored yet. Those that share the full network's trunk have its
+    embeddings, of train rows too, which may be used where the trunk was trained on no image of the workspace; so may
+    those of a full network that was trained on none. Embeddings of an imported member are used unchanged, which is
+    right where one fixed network made them. Raises UserError where train and val rows of a member are not of one space.
     """
     train, explained = {}, {}
+    of_trunk = [member for member in members if _has_unseen_trunk(member)]
+    extraction.ensure(store, of_trunk, ("train",))
     for member in members:
-        rows = store.oof(member, embeddings=member.source == IMPORTED)
-        assert rows is not None, "reason_not_aligned comes first"
-        if member.source != IMPORTED:
-            embeddings, explained[member.name] = _of_fold_networks(store, member, rows)
-            rows = replace(rows, embeddings=embeddings)
-        train[member.name] = rows
+        if training_data.predicts_unseen_train_rows(store, member):
+            rows = store.rows(member, "train", embeddings=True)
+            train[member.name] = rows.take(rows.out_of_sample)
+            continue
+        out_of_fold = store.oof(member, embeddings=member.source == IMPORTED)
+        assert out_of_fold is not None, "reason_not_aligned comes first"
+        if member in of_trunk:
+            out_of_fold = replace(out_of_fold, embeddings=_of_trunk(store, member, out_of_fold))
+        elif member.source != IMPORTED:
+            embeddings, explained[member.name] = _of_fold_networks(store, member, out_of_fold)
+            out_of_fold = replace(out_of_fold, embeddings=embeddings)
+        train[member.name] = out_of_fold
     store.digests.save()
     joined = _joined(store, members, train)
     return replace(joined, facts={n: {**facts, "explained": explained.get(n)} for n, facts in joined.facts.items()})
+
+
+def _has_unseen_trunk(member: Member) -> bool:
+    """Whether its fold networks share a trunk with it that was trained on no image of the workspace."""
+    return member.trunk is not None and member.pretrained_on == training_data.NONE
+
+
+def _of_trunk(store: Store, member: Member, rows: MemberRows) -> np.ndarray:
+    """The full network's embeddings (N, D) of out-of-fold rows. Raises UserError for a fold head of another trunk."""
+    for stage in fold_networks.stages(member):
+        catalog.check_current(store.workspace, member, store.digests, stage=stage)
+    fold_heads.read(store.workspace, member, fold_networks.stages(member))  # raises for another trunk
+    of_train = store.rows(member, "train", embeddings=True)
+    row_of = {sample_id: row for row, sample_id in enumerate(of_train.sample_ids.tolist())}
+    embeddings: np.ndarray = _embeddings_of(of_train)[[row_of[sample_id] for sample_id in rows.sample_ids.tolist()]]
+    return embeddings
 
 
 def require_shared_space(name: str, train: MemberRows, val: MemberRows) -> float | None:
@@ -118,7 +156,8 @@ def require_shared_space(name: str, train: MemberRows, val: MemberRows) -> float
 
 
 def _joined(store: Store, members: Sequence[Member], train: dict[str, MemberRows]) -> EmbeddedRows:
-    parts, facts = {}, {}
+    parts: dict[str, list[MemberRows]] = {}
+    facts: dict[str, dict[str, Any]] = {}
     for member in members:
         val = store.rows(member, "val", embeddings=True)
         widths = [_embeddings_of(rows).shape[1] for rows in (train[member.name], val)]
@@ -126,7 +165,10 @@ def _joined(store: Store, members: Sequence[Member], train: dict[str, MemberRows
             raise UserError(
                 f"member {member.name}: embeddings of {widths[0]} numbers on train and {widths[1]} on val. {AGAIN}"
             )
-        facts[member.name] = {"agreement": require_shared_space(member.name, train[member.name], val)}
+        if _has_unseen_trunk(member):  # one network has made all of them
+            facts[member.name] = {"agreement": None, "trunk": (member.trunk or {})["sha256"]}
+        else:
+            facts[member.name] = {"agreement": require_shared_space(member.name, train[member.name], val)}
         parts[member.name] = [train[member.name], val]
     return EmbeddedRows(align(parts, store.catalog.classes), facts)
 

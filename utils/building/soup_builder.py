@@ -347,6 +347,8 @@ def _explanation(store: Store, member: Member, role: str, facts: Mapping[str, An
 def _entries(member: Member) -> list[dict[str, str]]:
     """The checkpoints that may be averaged, the one that the member uses first."""
     matched = [(entry, match) for entry in member.checkpoints if (match := STAGE.fullmatch(entry["stage"]))]
+    if member.trunk is not None:  # its fold checkpoints hold heads alone
+        matched = [(entry, match) for entry, match in matched if not entry["stage"].startswith("fold")]
     last = max((int(match["epoch"]) for _, match in matched if match["epoch"]), default=0)
     return [entry for entry, match in matched if match["epoch"] is None or 2 * int(match["epoch"]) >= last]
 

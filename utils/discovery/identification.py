@@ -24,6 +24,7 @@ from utils.discovery import training_records
 from utils.networks import checkpoints
 from utils.networks.construction import RETRAIN, timm_model_name
 from utils.networks.preprocessing import BASE_PIPELINE, LEAST_SIDE, MOST_SIDE, Preprocessing
+from utils.networks.shared_trunks import trunk_of
 from utils.predictions import inspection, out_of_fold
 from utils.predictions.catalog import (
     BEST_ON_VAL,
@@ -41,7 +42,8 @@ from utils.predictions.training_data import FILE, NONE, STATEMENTS, TRAIN, UNKNO
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 6  # raised whenever the same file would give other facts
+WITHOUT_VAL = (LAST_EPOCH, "inner folds")  # what checkpoints record where no val row has chosen anything
+VERSION = 7  # raised whenever the same file would give other facts
 SNAPSHOT = re.compile(r"snapshot\d+")
 FOLD = re.compile(r"fold\d+")
 CYCLE = "cycle"  # the stage that the base pipeline's checkpoints of cyclic training record
@@ -143,6 +145,7 @@ def identify(scan: Scan, candidate: MemberCandidate) -> tuple[Member, list[Probl
         trained_on=UNKNOWN if declared else combined([TRAIN, pretrained_on]),
         pretrained_on=pretrained_on,
         selection=_selection(candidate, digests),
+        trunk=_trunk(candidate, digests) if facts["is_frozen"] else None,
     )
     problems = list(recorded.problems) if recorded else []
     if declared and recorded and recorded.path is None:  # only the base pipeline writes these records
@@ -187,6 +190,16 @@ def recorded_preprocessing(path: Path, facts: Mapping[str, Any]) -> Preprocessin
     return Preprocessing.of_base_pipeline(facts["img_size"]) if facts["img_size"] else None
 
 
+def _trunk(candidate: MemberCandidate, digests: FileDigests) -> dict[str, str] | None:
+    """The trunk that all fold networks of a frozen training share with the full one; None without such networks."""
+    folds = [
+        path for stage, path in candidate.others.items() if stage.startswith("fold") and _is_readable(path, digests)
+    ]
+    trunks: list[dict[str, str] | None] = [checkpoint_facts(path, digests)["trunk"] for path in folds]
+    shared = trunks[0] if trunks and all(trunk == trunks[0] for trunk in trunks) else None
+    return shared if shared is not None and shared["checkpoint"] == candidate.path.name else None
+
+
 def _is_of_a_cycle(path: Path, digests: FileDigests) -> bool:
     """Whether a snapshot comes from cyclic training, which starts from new weights."""
     return _is_readable(path, digests) and checkpoint_facts(path, digests)["stage"] == CYCLE
@@ -222,6 +235,7 @@ def checkpoint_facts(path: Path, digests: FileDigests) -> dict[str, Any]:
         record = checkpoints.read_checkpoint(path)
         extra = record.get("extra")
         metadata = _metadata(path, extra if isinstance(extra, dict) else {})
+        metadata["trunk"] = trunk_of(path, record)
         facts = {"version": VERSION, **metadata, "outputs": _outputs(checkpoints.state_dict_of(record))}
         digests.keep(digest, facts)
     return facts
@@ -260,10 +274,11 @@ def _metadata(path: Path, extra: Mapping[str, Any]) -> dict[str, Any]:
         "classes": [str(name) for name in extra["classes"]] if extra.get("classes") else None,
         "accuracy": None if accuracy is None or not math.isfinite(accuracy) else float(accuracy),
         "stage": extra.get("stage"),
-        "selection": LAST_EPOCH if extra.get("selection") == LAST_EPOCH else BEST_ON_VAL,
+        "selection": LAST_EPOCH if extra.get("selection") in WITHOUT_VAL else BEST_ON_VAL,
         "parents": [str(name) for name in extra.get("parents") or ()],
         "preprocessing": preprocessing,
         "pretrained_on": _pretrained_on(path, extra.get("weights")),
+        "is_frozen": extra.get("mode") == "frozen",
     }
 
 

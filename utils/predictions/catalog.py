@@ -78,6 +78,8 @@ class Member:
     """Of the list of a `file` statement: {digest, rows: {split: n}, unmatched}"""
     pretrained_on: str = "none"
     """The same of the weights that its training, and that of its fold networks, started from; `none` for new weights"""
+    trunk: dict[str, str] | None = None
+    """{checkpoint, sha256} of the frozen trunk that its fold networks share with it; None without one"""
     preprocessing: dict[str, Any] | None = None
     """Record of its preprocessing; None: the base pipeline's evaluation transform at `img_size`."""
     selection: str = BEST_ON_VAL

@@ -92,6 +92,7 @@ class _Member(_Part):
     parents: list[Name]
     trained_on: Literal["none", "train", "train+val", "all", "file", "unknown"] = "train"
     training_list: _TrainingList | None = None
+    trunk: dict[Literal["checkpoint", "sha256"], str] | None = None
     pretrained_on: Literal["none", "train", "train+val", "all", "file", "unknown"] = "none"
     preprocessing: Record | None = None
     selection: Literal["last", "val"] = "val"

@@ -16,7 +16,7 @@ from utils.core import engines
 from utils.core.artifacts import digest_of, write_array, write_json
 from utils.core.parsed_files import array_once, record_once
 from utils.numeric.metrics import log_softmax
-from utils.predictions import catalog, extraction, image_splits, streaming, training_data
+from utils.predictions import catalog, extraction, fold_heads, image_splits, streaming, training_data
 from utils.predictions.catalog import Member
 from utils.predictions.extraction import GPU_SHARE
 from utils.predictions.rows import MemberRows, Rows, align
@@ -170,14 +170,20 @@ def _is_stored(store: Store, member: Member, split: str) -> bool:
 
 
 def _stream(store: Store, device: str, job: tuple[Member, Sequence[str]]) -> None:
-    """Run a member's fold networks one after another; one `FoldMean` per split stays in memory."""
+    """Run a member's fold networks one after another; one `FoldMean` per split stays in memory.
+
+    Fold networks that share the full network's trunk need no pass: their logits follow from its stored embeddings.
+    """
     member, splits = job
+    for stage in stages(member):
+        catalog.check_current(store.workspace, member, store.digests, stage=stage)
+    if member.trunk is not None and _by_heads(store, member, splits):
+        return
     images = [store.images(split) for split in splits]
     order = [member.classes.index(name) for name in store.catalog.classes]
     names = stages(member)
     means = {split.split: FoldMean(len(split.paths), len(order)) for split in images}
     for stage in names:
-        catalog.check_current(store.workspace, member, store.digests, stage=stage)
         logger.info("streaming %s of %s over %s", stage, member.name, ", ".join(splits))
         batches = streaming.stream(
             member.network(store.workspace, stage=stage),
@@ -191,7 +197,34 @@ def _stream(store: Store, device: str, job: tuple[Member, Sequence[str]]) -> Non
         for batch in batches:
             means[batch.split].add(batch.logits[:, order], batch.start)
     for split, mean in means.items():
-        path = store.workspace.fold_predictions(member.name, split)
-        path.with_suffix(".json").unlink(missing_ok=True)
-        write_array(path, mean.mean(len(names)))
-        write_json(path.with_suffix(".json"), {"key": key(store, member, split, FOLDS), "networks": list(names)})
+        _write(store, member, split, mean.mean(len(names)))
+
+
+def _by_heads(store: Store, member: Member, splits: Sequence[str]) -> bool:
+    """Write the means of a member's fold heads on the full network's embeddings; False where these do not suffice."""
+    heads = fold_heads.read(store.workspace, member, stages(member))
+    if heads is None or store.lacks_embeddings(member):
+        return False
+    full, folds = heads
+    columns = [member.classes.index(name) for name in store.catalog.classes]
+    means: dict[str, np.ndarray] = {}
+    for split in splits:
+        rows_of_split = store.rows(member, split, embeddings=True)
+        if rows_of_split.embeddings is None or not fold_heads.explains(full, rows_of_split, columns):
+            return False
+        mean = FoldMean(len(rows_of_split.sample_ids), len(columns))
+        for head in folds:
+            mean.add(head.logits(rows_of_split.embeddings)[:, columns])
+        means[split] = mean.mean(len(folds))
+    for split, values in means.items():
+        _write(store, member, split, values)
+    return True
+
+
+def _write(store: Store, member: Member, split: str, mean: np.ndarray) -> None:
+    """Store the mean of a member's fold networks on a split; the record comes last."""
+    path = store.workspace.fold_predictions(member.name, split)
+    path.with_suffix(".json").unlink(missing_ok=True)
+    write_array(path, mean)
+    record = {"key": key(store, member, split, FOLDS), "networks": list(stages(member))}
+    write_json(path.with_suffix(".json"), record)

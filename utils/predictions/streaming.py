@@ -17,10 +17,11 @@ import numpy as np
 
 from utils import base_back
 from utils.core.errors import UserError
-from utils.networks.checkpoints import read_checkpoint, state_dict_of
+from utils.networks.checkpoints import read_checkpoint
 from utils.networks.construction import RETRAIN, NetworkSpec, build_network, extra_outputs_problem, keeps_channels_last
 from utils.networks.embeddings import EmbeddingExtractor
 from utils.networks.memory import cleanup_memory, out_of_memory, safe_delete_model, trim_memory
+from utils.networks.shared_trunks import network_weights
 from utils.predictions.image_splits import ImageSplit, normalise, open_images
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def open_network(spec: NetworkSpec, weights: Mapping[str, Any] | None = None) ->
     if weights is None:
         record = read_checkpoint(spec.checkpoint)
         _require_base_back(spec, record)
-        weights = state_dict_of(record)
+        weights = network_weights(spec.checkpoint, record)
     factory = None if spec.source == "timm" else base_back.load("models").create_custom_backbone_safe
     return build_network(spec, weights, factory)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shlex
 import shutil
 
 import numpy as np
@@ -182,3 +184,25 @@ def test_the_name_alone_repeats_the_network_and_other_options_replace_it(frozen,
     first, second = (load(w / "checkpoints" / "small_fold0.pth")["extra"]["trunk"]["sha256"] for w in (workspace, copy))
     assert first != second
     assert load(copy / "checkpoints" / "small_final.pth")["extra"]["weights"]["trained_on"] == "none"
+
+
+def test_discover_lists_the_member_with_its_preprocessing_and_a_remedy_that_works(
+    frozen, tmp_path, base_main, orchestrator
+):
+    workspace, _ = frozen
+    copy = shutil.copytree(workspace, tmp_path / "w")
+    (copy / "kfold_results" / "small_oof_predictions.npz").unlink()
+    done = orchestrator("discover", "--json", workspace=copy)
+    assert done.returncode == 0, done.stderr
+    listed = json.loads(done.stdout)
+    member = listed["members"]["small"]
+    assert (member["architecture"], member["img_size"]) == (f"timm:{ARCHITECTURE}", 32)
+    assert member["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
+    assert (member["trained_on"], member["pretrained_on"]) == ("train", "none")
+    problems = {problem["code"]: problem for problem in listed["problems"] if problem["member"] == "small"}
+    assert "architecture" not in problems
+    command = re.search(r"main.py (--stages kfold .*?)\)", problems["no_oof"]["remedy"])[1]
+    options = shlex.split(command)
+    done = base_main(*options[:-2], "--folds", "2", workspace=copy)
+    assert done.returncode == 0, done.stderr
+    assert oof(copy)["logits"].tobytes() == oof(workspace)["logits"].tobytes()

@@ -15,10 +15,10 @@ from timm_folders import ARCHITECTURE, change_config, save_folder
 
 from utils.core.artifacts import FileDigests
 from utils.core.errors import UserError
-from utils.discovery import declarations, renaming
+from utils.discovery import declarations
 from utils.discovery.declarations import Options
 from utils.discovery.identification import Scan, identify
-from utils.predictions.catalog import Catalog
+from utils.predictions.catalog import Catalog, is_declared
 from utils.predictions.image_splits import ImageSplit
 
 CLASSES = ("ant", "bee", "cat")
@@ -386,6 +386,6 @@ def test_the_preprocessing_of_a_declared_network_can_be_stated_later(scan, leaf)
 
 def test_networks_of_the_base_pipeline_on_timm_are_not_declared_ones(scan, leaf):
     member = catalog_of(scan, declare(scan, f"leaf=local-dir:{leaf}")).members["leaf"]
-    assert renaming.is_declared(scan.workspace, member)
+    assert is_declared(scan.workspace, member)
     trained = member.checkpoints[0] | {"path": "checkpoints/leaf_final.pth"}
-    assert not renaming.is_declared(scan.workspace, replace(member, checkpoints=(trained,)))
+    assert not is_declared(scan.workspace, replace(member, checkpoints=(trained,)))

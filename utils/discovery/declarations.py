@@ -21,7 +21,6 @@ from utils.discovery import (
     identification,
     model_folders,
     preprocessing_sources,
-    renaming,
 )
 from utils.discovery.class_lists import require_match
 from utils.discovery.declaration_checks import ASSUMED_CLASSES, ASSUMED_PREPROCESSING
@@ -29,7 +28,7 @@ from utils.discovery.identification import MemberCandidate, Scan
 from utils.discovery.preprocessing_sources import Requests
 from utils.networks.construction import NetworkSpec
 from utils.networks.preprocessing import Preprocessing
-from utils.predictions.catalog import TIMM, Catalog, Member, Problem
+from utils.predictions.catalog import TIMM, Catalog, Member, Problem, is_declared
 
 ADDED = re.compile(r"(?P<name>[^=]+)=(?P<scheme>[^:=]+):(?P<target>.+)")
 SCHEMES = ("timm", "local-dir", "hf-hub")
@@ -125,7 +124,7 @@ def declared(scan: Scan, options: Options, earlier: Catalog | None) -> Declared:
 def remembered_members(scan: Scan, earlier: Catalog | None) -> dict[str, Member]:
     """{name: member} of the networks that earlier commands declared."""
     members = earlier.members if earlier else {}
-    return {name: member for name, member in members.items() if renaming.is_declared(scan.workspace, member)}
+    return {name: member for name, member in members.items() if is_declared(scan.workspace, member)}
 
 
 def member_candidates(scan: Scan, requested: Declared, earlier: Catalog | None) -> list[MemberCandidate]:
@@ -171,7 +170,7 @@ def problems_of(
         elif member is not None and problem.code == CONFLICT and member.name not in requested.changed:
             problems.append(problem)
     for name, member in listed.items():
-        if name not in new and member.preprocessing is not None and renaming.is_declared(workspace, member):
+        if name not in new and member.preprocessing is not None and is_declared(workspace, member):
             problems += _preprocessing_problems(name, member.image_preprocessing)
     return problems
 

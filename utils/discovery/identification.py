@@ -33,6 +33,7 @@ from utils.predictions.catalog import (
     TIMM,
     Member,
     Problem,
+    is_declared,
     kfold_command,
     kfold_remedy,
     network_digest,
@@ -150,7 +151,8 @@ def identify(scan: Scan, candidate: MemberCandidate) -> tuple[Member, list[Probl
     problems = list(recorded.problems) if recorded else []
     if declared and recorded and recorded.path is None:  # only the base pipeline writes these records
         problems = [problem for problem in problems if problem.code != training_records.NO_METRICS]
-    if not declared and not candidate.is_derived and member.architecture != candidate.backbone:
+    is_other = member.architecture != candidate.backbone and not member.architecture.startswith(TIMM)
+    if not declared and not candidate.is_derived and is_other:
         message = f"{candidate.path.name} holds {member.architecture}, as it records itself; that network is built"
         remedy = f"name the file after it, or put {candidate.backbone}'s own there"
         problems.append(Problem("architecture", "warning", member.name, message, remedy))
@@ -347,7 +349,7 @@ def _oof(scan: Scan, member: Member) -> tuple[dict[str, Any] | None, list[Proble
         if member.source == "derived":
             return None, []
         remedy = f"{remedy_again}, or exclude it from stacking: backbones.exclude"
-        if not member.architecture.startswith(TIMM):
+        if not is_declared(scan.workspace, member):
             command = kfold_command(scan.workspace, [name])
             remedy = f"Retrain with ENABLE_KFOLD_CV=True ({command}), or exclude it from stacking: backbones.exclude"
         return None, [Problem("no_oof", "warning", name, f"No K-fold results for backbone {name}", remedy)]

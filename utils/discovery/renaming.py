@@ -18,7 +18,7 @@ from utils.core.config import is_name
 from utils.core.errors import UserError, did_you_mean
 from utils.core.workspace import SPLITS, Workspace
 from utils.predictions import catalog
-from utils.predictions.catalog import IMPORTED, TIMM, Catalog, Member
+from utils.predictions.catalog import IMPORTED, Catalog, Member, is_declared
 from utils.predictions.store import AGAIN
 
 
@@ -28,15 +28,6 @@ def user_named_members(workspace: Workspace, listed: Catalog | None) -> dict[str
     return {
         name: member for name, member in members.items() if member.source == IMPORTED or is_declared(workspace, member)
     }
-
-
-def is_declared(workspace: Workspace, member: Member) -> bool:
-    """Whether it is a network of timm that was declared with --add, not one that the base pipeline has trained."""
-    if not member.architecture.startswith(TIMM) or member.source != "trained":
-        return False
-    path = workspace.base / member.checkpoints[0]["path"]
-    match = catalog.CHECKPOINT_NAME.fullmatch(path.name)
-    return match is None or match["name"] != member.name or path.parent != workspace.checkpoints
 
 
 def begin(

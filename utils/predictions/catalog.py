@@ -181,6 +181,15 @@ def checkpoint_files(workspace: Workspace) -> dict[str, dict[str, Path]]:
     return files
 
 
+def is_declared(workspace: Workspace, member: Member) -> bool:
+    """Whether it is a network of timm that was declared with --add, not one that the base pipeline has trained."""
+    if not member.architecture.startswith(TIMM) or member.source != "trained":
+        return False
+    path = workspace.base / member.checkpoints[0]["path"]
+    match = CHECKPOINT_NAME.fullmatch(path.name)
+    return match is None or match["name"] != member.name or path.parent != workspace.checkpoints
+
+
 def end_to_end_member_name(ensemble: str, member: str) -> str:
     """Name of the member that the end-to-end training of an ensemble derives from another; the names sort alike."""
     return f"{ensemble}_{member}"
@@ -197,7 +206,7 @@ def kfold_command(workspace: Workspace, backbones: Sequence[str]) -> str:
 
 def kfold_remedy(workspace: Workspace, member: Member) -> str:
     """How to make new out-of-fold predictions of a member, as a sentence without a full stop."""
-    if member.architecture.startswith(TIMM):
+    if is_declared(workspace, member):
         return f"Write <member>_oof_predictions.npz into {workspace.kfold}, by networks trained on folds of train"
     return f"Run K-fold on this split again: {kfold_command(workspace, [member.name])}"
 

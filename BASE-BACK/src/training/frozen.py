@@ -15,6 +15,7 @@ from torch import Tensor
 
 from config import settings
 from training.embeddings import compute, embeddings_of
+from training.fitting import LAST
 from training.linear_head import LinearHead, fit_head, log_loss
 from training.pipeline import macro_scores, write_checkpoint
 from training.pretrained import Pretrained, create_pretrained
@@ -26,7 +27,6 @@ from utils.trunks import trunk_digest, whole_network
 
 CHECKED_ROWS = 8  # images on which the saved network is compared with the embeddings
 AGREES = 1e-3  # of the largest logit
-SELECTION = "inner folds"  # `selection` in a checkpoint: train rows alone have chosen the strength
 
 
 def embed_unit(unit: Unit) -> Outcome:
@@ -120,7 +120,7 @@ def _tensors(network: Pretrained, head: LinearHead) -> dict[str, Tensor]:
 
 def _facts(head: LinearHead) -> dict[str, Any]:
     losses = {f"{strength:.6g}": loss for strength, loss in head.inner_losses.items()}
-    return {"stage": "head", "strength": head.strength, "inner_log_losses": losses, "selection": SELECTION}
+    return {"stage": "head", "strength": head.strength, "inner_log_losses": losses, "selection": LAST}
 
 
 def _scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -22,12 +22,14 @@ from utils.predictions import catalog, extraction
 from utils.predictions.store import Store
 
 ARCHITECTURES = {
-    "clip": "vit_xsmall_patch16_clip_224",
-    "convnext": "convnext_atto",
-    "lite": "tf_efficientnet_lite0",
-    "resnet": "resnet18",
-    "vit": "vit_tiny_patch16_224",
+    "clip": ("vit_xsmall_patch16_clip_224", 224),
+    "convnext": ("convnext_atto", 128),
+    "lite": ("tf_efficientnet_lite0", 128),
+    "resnet": ("resnet18", 128),
+    "vit": ("vit_tiny_patch16_224", 224),
 }
+"""{member: (architecture, input size)}; the convolutional networks take any, and a smaller one saves time"""
+OWN_SIZE = 224
 COUNT = 64  # images of the test split
 CLASSES = ("ant", "bee", "fly")
 N_PREDICTED = 4
@@ -44,16 +46,17 @@ def timm_workspace(tmp_path_factory):
         folder.mkdir(parents=True, exist_ok=True)
         shutil.move(path, folder)
     networks = {}
-    for name, architecture in ARCHITECTURES.items():
+    for name, (architecture, size) in ARCHITECTURES.items():
         torch.manual_seed(0)
         network = timm.create_model(architecture, num_classes=len(CLASSES)).eval()
         with torch.no_grad():  # timm's first heads give logits near zero, in which no pixel would show
-            network.get_classifier().weight.mul_(3 / network.get_classifier().weight.std())
+            network.get_classifier().weight.mul_(0.5 / network.get_classifier().weight.std())
         torch.save(network.state_dict(), base / f"{name}.pth")
-        networks[name] = (network, create_transform(**resolve_data_config({}, model=network)))
-    config = load_config(PROJECT / "configs" / "votes.yaml", overrides=["device=cpu", "dataset.img_size=224"])
-    added = [f"{name}=timm:{architecture}@{base / f'{name}.pth'}" for name, architecture in ARCHITECTURES.items()]
-    discover.discover(config, at(base), add=added)
+        networks[name] = (network, create_transform(**resolve_data_config({"img_size": size}, model=network)))
+    config = load_config(PROJECT / "configs" / "votes.yaml", overrides=["device=cpu"])
+    added = [f"{name}=timm:{architecture}@{base / f'{name}.pth'}" for name, (architecture, _) in ARCHITECTURES.items()]
+    smaller = [f"{name}:input_size={size}" for name, (_, size) in ARCHITECTURES.items() if size != OWN_SIZE]
+    discover.discover(config, at(base), add=added, preprocess=smaller)
     return config, at(base), networks
 
 
@@ -70,7 +73,8 @@ def test_stored_logits_and_predictions_are_those_of_timm(timm_workspace):
     config, workspace, networks = timm_workspace
     store = Store(config, workspace, catalog.read(workspace))
     members = [store.catalog.members[name] for name in networks]
-    assert {member.name: member.preprocessing["source"] for member in members} == dict.fromkeys(networks, "timm")
+    assert {member.name: member.img_size for member in members} == {n: size for n, (_, size) in ARCHITECTURES.items()}
+    assert {m.name for m in members if m.preprocessing["source"] == "timm"} == {"clip", "vit"}
     extraction.ensure(store, members, ("test",))
     rules = {member.image_preprocessing.resizing().key for member in members}
     assert {path.name.partition("_")[0] for path in workspace.image_cache.glob("*.npy")} == rules

@@ -133,6 +133,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--augment", choices=("full", "no_flip", "none"), help="training transform (DBT_AUGMENT)")
     parser.add_argument(
+        "--exif",
+        choices=("ignore", "apply"),
+        help="orientation of photographs: ignore it, or turn images upright as it says (DBT_EXIF; default: ignore, and "
+        "for timm networks as their weights say)",
+    )
+    parser.add_argument(
         "--mode",
         nargs="+",
         metavar="MODE",
@@ -192,6 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(parser.parse_args(argv))
     if arguments["address"] is not None and arguments["engine"] != "ray":
         parser.error("--address requires --engine ray")
+    if arguments["base_back"] is not None and arguments["exif"] == "apply":
+        parser.error("--exif apply: not with --base-back, whose networks were trained on images as they are stored")
     variables = {
         "size": "DBT_MODEL_SIZE",
         "epochs_head": "DBT_EPOCHS_HEAD",
@@ -200,6 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "snapshots": "DBT_CYCLES",
         "epochs_per_cycle": "DBT_EPOCHS_PER_CYCLE",
         "augment": "DBT_AUGMENT",
+        "exif": "DBT_EXIF",
         "seed": "DBT_SEED",
         "img_size": "DBT_IMG_SIZE",
     }

@@ -38,7 +38,11 @@ def orientation_problems(
     rules = [f"applied by {_listed(applying, not ignoring)}"] if applying else []
     rules += [f"ignored by {_listed(ignoring, not applying)}"] if ignoring else []
     message = f"{count} of {total} images have an EXIF orientation that turns them, first {first}: {'; '.join(rules)}"
-    remedy = "networks trained on images as they are stored need nothing" if ignoring else "nothing to do"
+    remedy = "nothing to do"
+    if ignoring:
+        remedy = (
+            "networks trained on images as they are stored need nothing; main.py --exif apply trains on upright ones"
+        )
     return [Problem(CODE, "warning" if ignoring else "info", None, message, remedy)]
 
 

@@ -42,6 +42,7 @@ __all__ = [
     "EPOCHS_FINETUNE",
     "EPOCHS_HEAD",
     "EPOCHS_PER_CYCLE",
+    "EXIF",
     "EXPORT_CONFIG",
     "EXPORT_FORMATS",
     "EXPORT_TYPES",
@@ -330,6 +331,8 @@ SEED = _whole("DBT_SEED", 42, 0)
 NUM_WORKERS = _whole("DBT_NUM_WORKERS", -1, 0)  # -1: found by `utils.get_optimal_workers`
 AUGMENT = _choice("DBT_AUGMENT", "full", ("full", "no_flip", "none"))
 GROUP_REGEX = _group_regex("DBT_GROUP_REGEX")
+# Orientation in the EXIF data of photographs; None: ignored, and networks of timm follow the record of their weights.
+EXIF = _choice("DBT_EXIF", "", ("ignore", "apply")) or None
 NUM_CLASSES = _whole(
     "DBT_NUM_CLASSES", _class_count(TRAIN_DIR) or _class_count(RAW_DIR / "train") or _class_count(RAW_DIR) or 13, 2
 )

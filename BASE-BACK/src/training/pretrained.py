@@ -145,14 +145,15 @@ def _resolve(
     else:
         mode = "scratch"
     size = settings.TIMM_IMG_SIZE or earlier.get("img_size") or _default_size(architecture, samples)
-    preprocessing = _preprocessing(architecture, file, size)
+    exif = settings.EXIF or earlier.get("exif")
+    preprocessing = _preprocessing(architecture, file, size) | ({"exif": exif} if exif else {})
     sha256 = compute_file_sha256(path) if path else None
     network = Pretrained(
         architecture, mode, views, str(path) if path else None, source, sha256, stated or seen, preprocessing
     )
     asked = {"architecture": architecture, "mode": mode if mode in settings.MODES else "finetune", "views": views}
     asked |= {"img_size": size, "weights": given, "trained_on": stated}
-    return network, asked
+    return network, asked | ({"exif": exif} if exif else {})
 
 
 def find_weights(architecture: str, given: str | None) -> tuple[Path, str, str]:

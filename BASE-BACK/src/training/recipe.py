@@ -13,6 +13,7 @@ from training.pipeline import read_extra
 from training.pretrained import Pretrained
 from utils.checkpoint_manager import CheckpointManager
 from utils.datasets import DecodedDataset
+from utils.resizing import evaluation_record
 
 TRAINING_VERSION = 3  # raised whenever the same recipe would give other weights
 FACTS = ("model_size", "img_size", "augment", "group_regex")
@@ -44,6 +45,8 @@ class Recipe:
     """Digest of the code of the other BASE-BACK that the network comes from; None: from ours."""
     pretrained: Pretrained | None = None
     """The network of timm and its weights; None for a network of BASE-BACK."""
+    exif: str = "ignore"
+    """Whether a network of BASE-BACK sees photographs upright, as their EXIF orientation says: `apply` or `ignore`."""
 
     @classmethod
     def from_settings(
@@ -73,12 +76,13 @@ class Recipe:
             snapshots=settings.SNAPSHOTS,
             seed=settings.SEED,
             base_back=base_back,
+            exif="ignore" if base_back else settings.EXIF or "ignore",
         )
         return recipe if pretrained is None else recipe._on(pretrained)
 
     def _on(self, pretrained: Pretrained) -> Recipe:
         """The recipe for a network of timm; what takes no part is the same whatever the settings say."""
-        recipe = replace(self, pretrained=pretrained, model_size="full", img_size=pretrained.img_size)
+        recipe = replace(self, pretrained=pretrained, model_size="full", img_size=pretrained.img_size, exif="ignore")
         if pretrained.mode == "frozen":
             nothing: dict[str, Any] = {
                 "epochs_head": 0,
@@ -104,24 +108,31 @@ class Recipe:
         """Whether training starts from pretrained weights."""
         return self.pretrained is not None and self.pretrained.mode != "scratch"
 
+    @property
+    def preprocessing(self) -> dict[str, Any] | None:
+        """The preprocessing record of the network; None: the base pipeline's evaluation transform."""
+        if self.pretrained is not None:
+            return self.pretrained.preprocessing
+        return None if self.exif == "ignore" else evaluation_record(self.img_size, self.exif)
+
     def dataset(self, split: str) -> DecodedDataset:
         """One split as the network sees it."""
-        preprocessing = self.pretrained.preprocessing if self.pretrained else None
-        return DecodedDataset.of_split(split, self.img_size, preprocessing=preprocessing)
+        return DecodedDataset.of_split(split, self.img_size, preprocessing=self.preprocessing)
 
     def like_trained(self) -> Recipe:
         """The recipe for one more network beside those that are trained: built and shown its images as they are.
 
-        Size, image size, augmentation and group rule are those of the backbone's own checkpoint, else those of most
-        others; the settings count in a workspace without checkpoints. The rate goes with the size.
+        Size, image size, augmentation, group and EXIF rule are those of the backbone's own checkpoint, else those of
+        most others; the settings count in a workspace without checkpoints. The rate goes with the size.
         """
-        names = ("img_size", "augment", "group_regex") if self.base_back else FACTS
+        names = ("img_size", "augment", "group_regex") if self.base_back else (*FACTS, "exif")
         manager = CheckpointManager(settings.TRAINED_DIR)
         own = manager.get_latest_backbone_checkpoint(self.backbone)
         others = sorted(settings.TRAINED_DIR.glob("*_final.pth"))
         for paths in ([own] if own else [], others):
             known = [facts for facts in map(read_extra, paths) if set(FACTS) <= facts.keys()]
             known = [facts for facts in known if facts["model_size"] in settings.BACKBONE_LRS]
+            known = [{"exif": (facts.get("preprocessing") or {}).get("exif", "ignore"), **facts} for facts in known]
             if known:
                 most = Counter(tuple(facts[name] for name in names) for facts in known).most_common(1)[0][0]
                 found = replace(self, **dict(zip(names, most, strict=True)))
@@ -133,6 +144,8 @@ class Recipe:
         values = asdict(self)
         if self.base_back is None:
             del values["base_back"]  # so that work of our own networks, done before there was a choice, stays known
+        if self.exif == "ignore":
+            del values["exif"]
         if self.pretrained is None:
             del values["pretrained"]
         else:
@@ -158,4 +171,5 @@ class Recipe:
             "split_digest": self.split_digest,
         }
         facts |= {"base_back": "external"} if self.base_back else {}
+        facts |= {"preprocessing": self.preprocessing} if self.preprocessing else {}
         return facts | (self.pretrained.explain() if self.pretrained else {})

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from config.settings import AUGMENT, BATCH_SIZE, IMAGE_CACHE_DIR, IMG_SIZE, SPLIT_DIR
+from config.settings import AUGMENT, BATCH_SIZE, EXIF, IMAGE_CACHE_DIR, IMG_SIZE, SPLIT_DIR
 from utils import get_optimal_workers
 from utils.augmentation import MEAN, STD, Normalisation, augment, normalise
 from utils.image_cache import DecodedImages, open_images
-from utils.resizing import evaluation_resizing, resized_side, resizing_of_record
+from utils.resizing import decoded, evaluation_record, evaluation_resizing, resized_side, resizing_of_record
 from utils.samples import Sample, scan
 from utils.splitting import prepare_optimized_datasets, split_contents, verify_dataset_split
 
@@ -42,7 +42,7 @@ def _open_rgb(path: str) -> Any:
 
     try:
         with open_image(path) as image:
-            return image.convert("RGB")
+            return decoded(image, EXIF or "ignore")
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise ValueError(f"{path}: cannot be decoded ({error})") from error
 
@@ -258,4 +258,6 @@ class BatchLoader:
 
 def prepare_datasets_for_backbone(backbone_name: str, size: int = IMG_SIZE) -> tuple[DecodedDataset, DecodedDataset]:
     """(train, val) of the split; FileNotFoundError when nothing was split yet."""
-    return DecodedDataset.of_split("train", size), DecodedDataset.of_split("val", size)
+    preprocessing = evaluation_record(size, EXIF) if EXIF == "apply" else None
+    train, val = (DecodedDataset.of_split(split, size, preprocessing=preprocessing) for split in ("train", "val"))
+    return train, val

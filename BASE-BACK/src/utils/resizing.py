@@ -121,6 +121,23 @@ def evaluation_resizing(size: int) -> Resizing:
     return Resizing(size, resized_side(size))
 
 
+def evaluation_record(size: int, exif: str = "ignore") -> dict[str, Any]:
+    """The preprocessing record of the base pipeline's evaluation transform."""
+    return {
+        "input_size": size,
+        "resize": "shorter-side",
+        "resized": resized_side(size),
+        "interpolation": "bilinear",
+        "crop_offset": "round",
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "channels": "RGB",
+        "value_range": [0.0, 1.0],
+        "exif": exif,
+        "source": "base pipeline",
+    }
+
+
 def resized_pixels(image: Image.Image, rules: Iterable[Resizing]) -> dict[str, np.ndarray]:
     """{key: RGB pixels uint8 (height, width, 3)} of an opened image, resized from its original pixels by each rule.
 

@@ -194,7 +194,7 @@ def test_modes_weights_and_paths_of_the_settings_do_what_they_say(tmp_path, monk
         pretrained.resolve_networks(["x"], [], 3)
 
 
-@pytest.mark.parametrize(("side", "expected"), [(300, 160), (130, 128), (8, 64)])
+@pytest.mark.parametrize(("side", "expected"), [(300, 160), (100, 128), (8, 64)])
 def test_the_default_input_size_is_that_of_the_architecture_or_of_smaller_images(tmp_path, side, expected):
     from PIL import Image
 

@@ -42,6 +42,9 @@ from utils.trunks import trunk_digest
 HUB = "hub"
 RANDOM = "random"
 LEAST_DEFAULT_SIZE, SIZE_STEP = 64, 32  # px; below, a network for photographs has no features left to pool
+ENLARGEMENT = 1.4
+"""How far small images are enlarged by default. A frozen network on 596 photographs of 160 px has a log-loss out of fold
+of 0.322 at 224 px and of 0.350 at 160 px; the time grows with the area."""
 MEASURED_IMAGES = 200
 
 
@@ -215,7 +218,10 @@ def _is_download(path: Path) -> bool:
 
 
 def _default_size(architecture: str, samples: Sequence[Sample]) -> int:
-    """The smaller of the architecture's own input size and the median shorter side of the images, in steps of 32 px."""
+    """The smaller of the architecture's own input size and what suits the images, in steps of 32 px.
+
+    Images are enlarged by `ENLARGEMENT` at most, by the median of their shorter sides.
+    """
     size, is_fixed = own_input_size(architecture)
     if is_fixed or not samples:
         return size
@@ -224,7 +230,7 @@ def _default_size(architecture: str, samples: Sequence[Sample]) -> int:
     for sample in samples[::step]:
         with open_image(sample.path) as image:
             sides.append(min(image.size))
-    suiting = int(np.median(sides)) // SIZE_STEP * SIZE_STEP
+    suiting = int(np.median(sides) * ENLARGEMENT) // SIZE_STEP * SIZE_STEP
     return min(size, max(suiting, LEAST_DEFAULT_SIZE))
 
 

@@ -181,6 +181,29 @@ def test_all_members_are_those_of_known_training_data_and_the_others_are_named(r
     assert "nobody has said which images leak was trained on" in done.stderr
 
 
+def test_a_false_statement_is_contradicted_by_the_rows_and_stays_as_it_is(run, base):
+    assert declare(run, base, "a", "leak", "wide", statements=["train"]).returncode == 0
+    assert "may have been trained on" not in run("discover").stdout  # nothing has run yet
+    shown = run("discover", "--verify").stdout
+    assert "warning: wide: its accuracy on the 45 rows of val is 1.0000" in shown
+    assert "(Fisher's exact p = " in shown
+    assert "discover --trained-on wide=train+val" in shown
+    # `leak` knows val and test alike, so that nothing shows.
+    assert "warning: leak: its accuracy" not in shown
+    assert "warning: a: its accuracy" not in shown
+    assert "discover --trained-on wide=train+val" in run("discover").stdout  # remembered
+    done = run("evaluate", include=["a", "leak", "wide"])
+    assert done.returncode == 0, done.stderr
+    assert "wide: its accuracy on the 45 rows of val is 1.0000" in done.stderr
+    metrics = json.loads((base / "metrics_output/ensembles/members/wide/metrics.json").read_text())
+    assert "it may have been trained on images of val" in metrics["notes"]["trained_on"]
+    assert "What wide is said to have been trained on is in doubt" in (base / "ensembles/report/index.html").read_text()
+    members = json.loads((base / "ensembles" / "ensemble_catalog.json").read_text())["members"]
+    assert {member["trained_on"] for member in members.values()} == {"train"}
+    shown = run("discover", "--verify", "--trained-on", "wide=train+val").stdout
+    assert "its accuracy on" not in shown
+
+
 def workspace_digests(base, rows):
     from hashlib import sha256
 

@@ -141,10 +141,13 @@ def test_every_remedy_names_the_base_back_that_is_mounted(workspace, config, mon
     external = "--base-back '/some where/BASE-BACK' " if kind == "external" else ""
     command = f"--stages kfold --backbones {NAME} {external}--workspace {workspace.base}"
     assert all(problem.remedy.endswith(command) for problem in found)
-    declared = replace(member, architecture="timm:resnet18")  # of which no base pipeline makes folds
-    remedy = catalog.kfold_remedy(workspace, declared)
+    file = {**member.checkpoints[0], "path": "elsewhere/weights.pth"}
+    declared = replace(member, name="leaf", architecture="timm:resnet18", checkpoints=(file,))
+    remedy = catalog.kfold_remedy(workspace, declared)  # nobody but its author can repeat its training
     assert "--stages kfold" not in remedy
-    assert f"<member>_oof_predictions.npz into {workspace.kfold}" in remedy
+    assert f"main.py --backbones leaf_kfold=timm:resnet18 --weights hub --workspace {workspace.base}" in remedy
+    both = catalog.kfold_command(workspace, [member, declared]).split("; ")
+    assert [f"--backbones {NAME} " in both[0], "leaf_kfold=timm:resnet18" in both[1]] == [True, True]
 
 
 def test_a_recorded_accuracy_that_the_network_does_not_have_is_contradicted(workspace, config):

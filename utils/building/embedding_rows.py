@@ -71,7 +71,7 @@ def reason_not_aligned(store: Store, members: Sequence[Member]) -> str | None:
         names = [member.name for member in trained]
         reasons.append(
             f"no complete set of fold networks: {', '.join(names)}. Make them: "
-            f"{catalog.kfold_command(store.workspace, names)}"
+            f"{catalog.kfold_command(store.workspace, trained)}"
         )
     if seen:
         names = [member.name for member in seen]
@@ -240,7 +240,7 @@ def _embeddings(store: Store, member: Member, number: int, rows: MemberRows) -> 
         raise UserError(
             f"member {member.name}: {stage} does not give the out-of-fold predictions of its rows (mean difference "
             f"{difference:.3f}), so it is another network. Make them again: "
-            f"{catalog.kfold_command(store.workspace, [member.name])}"
+            f"{catalog.kfold_command(store.workspace, [member])}"
         )
     held_out, of_val = (
         np.concatenate([batch.embeddings for batch in batches if batch.split == split]) for split in ("train", "val")

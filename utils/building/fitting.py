@@ -113,7 +113,7 @@ def with_folds(store: Store, rows: Rows) -> OutOfSampleRows:
 
 def source_of_oof(store: Store, members: Sequence[Member]) -> str:
     """The command, or the import, that gives these members out-of-fold predictions."""
-    trained = [member.name for member in members if member.source != IMPORTED]
+    trained = [member for member in members if member.source != IMPORTED]
     imported = [f"oof.npz and {IMPORT}"] if len(trained) < len(members) else []
     return "; ".join([*([catalog.kfold_command(store.workspace, trained)] if trained else []), *imported])
 

@@ -98,7 +98,7 @@ class StackingBuilder(Builder):
             choice = inference_choice.choose(
                 config.runs.stacking.inference_members,
                 measured,
-                lacking=_lacking(members),
+                lacking=[member.name for member in _lacking(members)],
                 feeds_fuser=_feeds_fuser(config, name),
             )
             inference = choice["chosen"]
@@ -144,7 +144,8 @@ def _measure_inference(session: Session, members: Sequence[Member], facts: Membe
     requested, lacking = session.config.runs.stacking.inference_members, _lacking(members)
     if requested == FOLDS and lacking:
         raise UserError(
-            f"runs.stacking.inference_members is folds, and not every fold network is there of {', '.join(lacking)}. "
+            f"runs.stacking.inference_members is folds, and not every fold network is there of "
+            f"{', '.join(member.name for member in lacking)}. "
             f"Make them: {catalog.kfold_command(session.workspace, lacking)}; or use the full networks: --set "
             "runs.stacking.inference_members=full"
         )
@@ -167,9 +168,9 @@ def _prepare(
     return fitted, baselines.measure(session.config, facts, rows.logits, rows.labels, fitted.fold)
 
 
-def _lacking(members: Sequence[Member]) -> list[str]:
+def _lacking(members: Sequence[Member]) -> list[Member]:
     """Members without a complete set of fold networks."""
-    return [member.name for member in members if not fold_networks.stages(member)]
+    return [member for member in members if not fold_networks.stages(member)]
 
 
 def _feeds_fuser(config: Config, method: str) -> bool:

@@ -32,7 +32,7 @@ from utils.discovery import (
     training_statements,
 )
 from utils.discovery.identification import Scan, identify
-from utils.predictions import catalog, image_splits, inspection, member_selection, streaming
+from utils.predictions import catalog, image_splits, inspection, member_selection, streaming, training_data
 from utils.predictions.catalog import IMPORTED, Catalog, Member, Problem
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.inspection import Inspector
@@ -133,6 +133,8 @@ def _discovered(
         trained_on, added, [*listed_now, *training_statements.of_unknown_origin(members)]
     )
     members, messages = training_statements.with_statements(workspace, scan.splits, members, earlier, statements)
+    needless = {name for name, member in members.items() if member.trained_on == training_data.NONE}
+    problems = [problem for problem in problems if problem.code != "no_oof" or problem.member not in needless]
     problems += [
         *training_statements.problems(members),
         *declarations.problems_of(workspace, requested, members, earlier),
@@ -145,6 +147,8 @@ def _discovered(
     for name, member in members.items():
         if verify and _is_verified(config, member):
             inspection.verify(inspector, member, force=force)
+            if catalog.is_declared(workspace, member):
+                inspection.verify_training_data(inspector, member, force=force)
             preprocessing_checks.compare(inspector, member, force=force)
         if member.usable:
             members[name], measured_problems = _with_measurements(inspector, member)
@@ -316,6 +320,8 @@ def _with_measurements(inspector: Inspector, member: Member) -> tuple[Member, li
     if measured and member.oof is not None and not is_refused:
         remedy = catalog.kfold_remedy(inspector.workspace, member)
         leakage += inspection.oof_accuracy_problems(member, member.oof["accuracy"], measured, remedy=remedy)
+    if catalog.is_declared(inspector.workspace, member):
+        leakage += inspection.training_problems(inspector, member)
     oof = member.oof and {**member.oof, "checked": comparison is not None}
     return replace(member, usable=usable, oof=None if is_refused else oof), [*problems, *leakage]
 

@@ -350,7 +350,7 @@ def _oof(scan: Scan, member: Member) -> tuple[dict[str, Any] | None, list[Proble
             return None, []
         remedy = f"{remedy_again}, or exclude it from stacking: backbones.exclude"
         if not is_declared(scan.workspace, member):
-            command = kfold_command(scan.workspace, [name])
+            command = kfold_command(scan.workspace, [member])
             remedy = f"Retrain with ENABLE_KFOLD_CV=True ({command}), or exclude it from stacking: backbones.exclude"
         return None, [Problem("no_oof", "warning", name, f"No K-fold results for backbone {name}", remedy)]
     digest = scan.digests.of(path)

@@ -88,6 +88,8 @@ def evaluate(
     )
     inputs = evaluation_inputs.gather(store, saved, members, selected, settings, digest)
     results = evaluation_results.compute(inputs)
+    for line in catalog.problem_lines(results.suspicions):
+        logger.warning("%s", line.removeprefix("warning: "))
     _write_records(workspace, results, split)
     store.digests.save()
     if model_name is not None:

@@ -19,7 +19,7 @@ from utils.evaluation.scoring import ScoredModel
 from utils.numeric import uncertainty
 from utils.numeric.metrics import softmax
 from utils.predictions import extraction, fold_networks
-from utils.predictions.catalog import IMPORTED, Catalog, Member
+from utils.predictions.catalog import IMPORTED, Catalog, Member, is_declared
 from utils.predictions.rows import MemberRows, Rows, align
 from utils.predictions.store import Store
 
@@ -96,6 +96,8 @@ class EvaluationInputs:
     """Those with predictions on the split"""
     ranked: Mapping[str, Member]
     """Those of `members` that are ranked themselves"""
+    declared: Sequence[str]
+    """Members that the user has declared, so that what they were trained on is a statement"""
     selected: Sequence[str]
     """Members that the configuration selects"""
     candidates: Sequence[str]
@@ -196,6 +198,7 @@ def gather(
         ensembles={name: saved[name] for name in usable},
         members=evaluated,
         ranked=ranked,
+        declared=[name for name, member in evaluated.items() if is_declared(store.workspace, member)],
         selected=[member.name for member in selected],
         candidates=list(candidates),
         rows=rows,

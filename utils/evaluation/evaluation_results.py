@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from utils.building import ensembles, recommendation
 from utils.core.errors import ContaminatedError, LeakageError, UserError
@@ -12,7 +14,11 @@ from utils.evaluation import evaluated_rows, score_ranking, score_records
 from utils.evaluation.evaluation_inputs import EvaluationInputs
 from utils.evaluation.score_ranking import LabelIssueTable
 from utils.evaluation.scoring import ScoredModel
-from utils.numeric.metrics import softmax
+from utils.numeric.metrics import log_loss_per_row, softmax
+from utils.predictions import training_evidence
+from utils.predictions.catalog import Problem
+from utils.predictions.rows import UNKNOWN
+from utils.predictions.training_evidence import Scores
 
 SOFT_VOTING = "soft_voting_ensemble"
 PEERS = {"soft_voting": SOFT_VOTING, "greedy_selection_ensemble": "greedy_selection_ensemble"}
@@ -31,6 +37,8 @@ class EvaluationResults:
     """`ranking.json`; None where one model is evaluated alone"""
     label_issues: LabelIssueTable | None
     """Written with the ranking"""
+    suspicions: Sequence[Problem] = ()
+    """What speaks against the statements on what members were trained on"""
 
 
 def compute(inputs: EvaluationInputs) -> EvaluationResults:
@@ -53,9 +61,15 @@ def compute(inputs: EvaluationInputs) -> EvaluationResults:
     }
     context = score_records.EvaluationContext(inputs, models, references)
     metrics = {model.name: score_records.metrics_record(model, context) for model in models}
+    suspicions = [
+        problem for model in models if model.name in inputs.declared for problem in _suspicions(inputs, model)
+    ]
+    for problem in suspicions:
+        notes = metrics[str(problem.member)]["notes"]
+        notes["trained_on"] = "; ".join([*([notes["trained_on"]] if "trained_on" in notes else []), problem.message])
     scored = {model.name: model for model in models}
     if name is not None:
-        return EvaluationResults(scored, metrics, None, None)
+        return EvaluationResults(scored, metrics, None, None, suspicions)
     kinds = {model.name: model.kind for model in models}
     issues = score_ranking.label_issue_table(inputs, recommended["name"])
     ranking = score_ranking.rank(metrics, kinds, inputs.split, inputs.settings.metric) | {
@@ -67,7 +81,34 @@ def compute(inputs: EvaluationInputs) -> EvaluationResults:
         "options": inputs.settings.options.as_record(),
         "inputs_digest": inputs.inputs_digest,
     }
-    return EvaluationResults(scored, metrics, ranking, issues)
+    return EvaluationResults(scored, metrics, ranking, issues, suspicions)
+
+
+def _suspicions(inputs: EvaluationInputs, model: ScoredModel) -> list[Problem]:
+    """What a member's scores say against the statement on what it was trained on."""
+    seen = {(part.split, sample_id) for part in model.provenance.fitted_on for sample_id in part.sample_ids}
+    rows = inputs.rows
+    unseen = np.array([(inputs.split, sample_id) not in seen for sample_id in rows.sample_ids.tolist()])
+    known = {inputs.split: _scores(model.probabilities[unseen], rows.labels[unseen])}
+    out_of_fold = None
+    for part in inputs.out_of_sample[model.name]:
+        scores = _scores(softmax(np.asarray(part.logits)), np.asarray(part.labels))
+        if part.split == "train" and inputs.members[model.name].oof is not None:
+            out_of_fold = scores
+        else:
+            known.setdefault(part.split, scores)
+    held_out = {split: scores for split, scores in known.items() if scores is not None}
+    return training_evidence.problems(model.name, held_out, out_of_fold)
+
+
+def _scores(probabilities: np.ndarray, labels: np.ndarray) -> Scores | None:
+    """Of the labelled rows; None without any."""
+    labelled = labels != UNKNOWN
+    if not labelled.any():
+        return None
+    probabilities, labels = probabilities[labelled], labels[labelled]
+    hits = int((probabilities.argmax(axis=1) == labels).sum())
+    return Scores(len(labels), hits, log_loss_per_row(probabilities, labels))
 
 
 def _recommended(inputs: EvaluationInputs) -> dict[str, Any]:

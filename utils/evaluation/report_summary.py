@@ -43,6 +43,9 @@ def warnings(data: ReportData) -> list[str]:
             f"What {join_names(sources)} was trained on is unknown, and the evaluated rows may be among it. "
             f"Therefore not ranked: {join_names(unknown)}."
         )
+    for name, record in data.metrics.items():
+        if suspicion := (record.get("notes") or {}).get("trained_on"):
+            messages.append(f"What {name} is said to have been trained on is in doubt: {suspicion}.")
     if optimistic:
         names = "all models" if len(optimistic) == len(data.ranking["rows"]) else join_names(optimistic)
         messages.append(f"The evaluated rows were used to select {names}, so the scores are optimistic.")

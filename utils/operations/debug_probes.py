@@ -67,7 +67,7 @@ def kfold(config: Config, workspace: Workspace, *, force: bool = False) -> Resul
             failures.append(f"{member.name}: {error}")
             continue
         if rows is None:
-            command = catalog.kfold_command(workspace, [member.name])
+            command = catalog.kfold_command(workspace, [member])
             failures.append(f"No K-fold results for backbone {member.name}. Create them: {command}, or exclude it")
             continue
         accuracy = float((rows.logits.argmax(axis=1) == rows.labels).mean())

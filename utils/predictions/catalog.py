@@ -195,20 +195,29 @@ def end_to_end_member_name(ensemble: str, member: str) -> str:
     return f"{ensemble}_{member}"
 
 
-def kfold_command(workspace: Workspace, backbones: Sequence[str]) -> str:
-    """The command that trains fold networks of these backbones, with the bundled BASE-BACK or an external one."""
+def kfold_command(workspace: Workspace, members: Sequence[Member]) -> str:
+    """The commands that make out-of-fold predictions, with the bundled BASE-BACK or an external one; `; ` between them.
+
+    Members of the base pipeline get fold networks. Nobody but its author can repeat the training of a declared network,
+    so its architecture is trained as another member, `<name>_kfold`, on timm's pretrained weights.
+    """
     script, base_back_dir = base_back.BUNDLED / "src" / "main.py", base_back.locate()
     shown_script = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
     external = ["--base-back", str(base_back_dir)] if base_back.kind(base_back_dir) == "external" else []
-    words = ["python", str(shown_script), "--stages", "kfold", "--backbones", *backbones, *external]
-    return shlex.join([*words, "--workspace", str(workspace.base)])
+    of_base = [member.name for member in members if not is_declared(workspace, member)]
+    networks = [f"{member.name}_kfold={member.architecture}" for member in members if member.name not in of_base]
+    options = [["--stages", "kfold", "--backbones", *of_base, *external]] if of_base else []
+    options += [["--backbones", *networks, "--weights", "hub"]] if networks else []
+    commands = [["python", str(shown_script), *words, "--workspace", str(workspace.base)] for words in options]
+    return "; ".join(map(shlex.join, commands))
 
 
 def kfold_remedy(workspace: Workspace, member: Member) -> str:
     """How to make new out-of-fold predictions of a member, as a sentence without a full stop."""
+    command = kfold_command(workspace, [member])
     if is_declared(workspace, member):
-        return f"Write <member>_oof_predictions.npz into {workspace.kfold}, by networks trained on folds of train"
-    return f"Run K-fold on this split again: {kfold_command(workspace, [member.name])}"
+        return f"Train its architecture here, as a member with out-of-fold predictions: {command}"
+    return f"Run K-fold on this split again: {command}"
 
 
 def mounted_base_back() -> dict[str, str]:

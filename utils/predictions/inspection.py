@@ -17,10 +17,11 @@ from utils.core.artifacts import FileDigests, digest_of
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
-from utils.predictions import catalog, out_of_fold, streaming
+from utils.predictions import catalog, out_of_fold, streaming, training_data, training_evidence
 from utils.predictions.catalog import Catalog, Member, Problem
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.out_of_fold import OutOfFoldPredictions
+from utils.predictions.training_evidence import Scores
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -62,9 +63,9 @@ class Inspector:
         facts = self.digests.facts(self.leakage_key(member)) if member.oof is not None else None
         return facts | {"unreadable": []} if facts and facts.get("base_back") != self.base_back else facts
 
-    def measured_key(self, member: Member) -> str:
-        """Digest of everything that a measurement on val depends on."""
-        return measured_key(member, self.splits["val"].digest, self.classes)
+    def measured_key(self, member: Member, split: str = "val") -> str:
+        """Digest of everything that a measurement on a split depends on."""
+        return measured_key(member, self.splits[split].digest, self.classes)
 
     def leakage_key(self, member: Member) -> str:
         """Digest of everything that the comparison of out-of-fold predictions depends on."""
@@ -74,9 +75,9 @@ class Inspector:
         return digest_of(["honesty", VERSION, member.digest, oof, folds, train, list(self.classes), self.config.seed])
 
 
-def measured_key(member: Member, val_digest: str, classes: tuple[str, ...]) -> str:
-    """Digest of everything that a measurement on val depends on: weights, images, order of the classes."""
-    return digest_of(["measured", VERSION, member.digest, val_digest, list(classes)])
+def measured_key(member: Member, split_digest: str, classes: tuple[str, ...]) -> str:
+    """Digest of everything that a measurement on a split depends on: weights, images, order of the classes."""
+    return digest_of(["measured", VERSION, member.digest, split_digest, list(classes)])
 
 
 def verify(inspector: Inspector, member: Member, *, force: bool = False) -> None:
@@ -106,6 +107,31 @@ def verify(inspector: Inspector, member: Member, *, force: bool = False) -> None
     except UserError as error:
         code = "surplus_logits" if isinstance(error, streaming.ExtraOutputsError) else "does_not_run"
         digests.keep(measured_key, {"error": str(error), "code": code, "base_back": inspector.base_back})
+
+
+def verify_training_data(inspector: Inspector, member: Member, *, force: bool = False) -> None:
+    """Run a member on the test images too, and store the result, where it is said not to have seen them.
+
+    Only `training_problems` reads the result. Nothing is run for a member that does not run on val.
+    """
+    key, facts = inspector.measured_key(member, "test"), inspector.measured(member) or {}
+    if "test" not in training_data.unseen_splits(member) or "n" not in facts:
+        return
+    if force or inspector.digests.facts(key) is None:
+        test = inspector.splits["test"]
+        inspector.digests.keep(key, measure(_logits(inspector, member, [test])["test"], test.labels))
+
+
+def training_problems(inspector: Inspector, member: Member) -> list[Problem]:
+    """What the stored results of running a member say against the statement on its training data."""
+    unseen = {}
+    for split in training_data.unseen_splits(member):
+        facts = inspector.digests.facts(inspector.measured_key(member, split)) or {}
+        if "n" in facts:
+            unseen[split] = Scores(facts["n"], round(facts["accuracy"] * facts["n"]))
+    oof = member.oof
+    out_of_fold = None if oof is None else Scores(oof["rows"], round(oof["accuracy"] * oof["rows"]))
+    return training_evidence.problems(member.name, unseen, out_of_fold)
 
 
 def _sample(seed: int, predictions: OutOfFoldPredictions) -> np.ndarray:

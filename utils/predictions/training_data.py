@@ -72,6 +72,14 @@ def unknown_names(catalog: Catalog, names: Iterable[str]) -> list[str]:
     return sorted({name for name in names if name in catalog.members and is_unknown(catalog, catalog.members[name])})
 
 
+def unseen_splits(member: Member) -> tuple[str, ...]:
+    """Splits of which the full network is said to have seen nothing; those of `train` where that is unknown."""
+    if member.trained_on == FILE:
+        return tuple(split for split, count in (member.training_list or {"rows": {}})["rows"].items() if not count)
+    seen = SPLITS_OF.get(member.trained_on, SPLITS_OF[TRAIN])
+    return tuple(split for split in SPLITS if split not in seen)
+
+
 def fitted_rows(store: SampleStore, member: Member, split: str) -> frozenset[str]:
     """Sample ids of the images of a split that the full network, or one that it was derived from, was trained on.
 

@@ -1,0 +1,96 @@
+"""Evidence against what a member is said to have been trained on: rows that it should not have seen and knows too well.
+
+Of rows that a network was not trained on, those of one split are as hard as those of another, up to chance and to how
+the images were split. Results are reported and change nothing. Nothing follows where a network has seen all splits
+alike, which only its author can say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from utils.core.workspace import SPLITS
+from utils.predictions.catalog import Problem
+from utils.predictions.training_data import ALL, TRAIN, TRAIN_VAL, command
+
+CODE = "training_data_suspected"
+ALPHA = 0.001
+"""Probability of a false report for two splits, shared by the two tests (Bonferroni)."""
+OUT_OF_FOLD = "out-of-fold"
+NAMES = {split: f"rows of {split}" for split in SPLITS} | {OUT_OF_FOLD: "out-of-fold rows"}
+STATEMENT_OF = {"train": TRAIN, "val": TRAIN_VAL, "test": ALL}
+"""{split that a network knows too well: the statement that would explain it}"""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How well a network knows some rows."""
+
+    n: int
+    hits: int
+    losses: np.ndarray | None = None
+    """log-loss of each row in nats (N,), where it was kept"""
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of the rows whose most probable class is the true one."""
+        return self.hits / self.n
+
+
+def problems(name: str, unseen: Mapping[str, Scores], out_of_fold: Scores | None = None) -> list[Problem]:
+    """What speaks against the statement on a member.
+
+    `unseen` are its scores on the rows of each split that it is said not to have seen; `out_of_fold` those of its fold
+    networks. Of two splits, the accuracies are compared by Fisher's exact test and the rows' losses by the Mann-Whitney
+    test, one-sided. Fold networks have seen fewer images, so a split is suspected only where the whole interval of its
+    error rate (Clopper and Pearson 1934) is below half of that of the out-of-fold rows.
+    """
+    reported = []
+    for split, scores in unseen.items():
+        for reference, other in unseen.items():
+            if split != reference and (reason := _too_good(scores, other)):
+                reported.append(_problem(name, split, reference, scores, other, reason))
+        if out_of_fold is not None and split != "train" and _halves_the_error(scores, out_of_fold):
+            reason = f"less than half of the errors, each interval at {1 - ALPHA:.1%}"
+            reported.append(_problem(name, split, OUT_OF_FOLD, scores, out_of_fold, reason))
+    return reported
+
+
+def _problem(name: str, split: str, reference: str, scores: Scores, other: Scores, reason: str) -> Problem:
+    message = (
+        f"its accuracy on the {scores.n} {NAMES[split]} is {scores.accuracy:.4f}, and {other.accuracy:.4f} on the "
+        f"{other.n} {NAMES[reference]} ({reason}); it may have been trained on images of {split}"
+    )
+    remedy = (
+        f"If it was: {command([name], STATEMENT_OF[split])}, or a file that lists them. If the images of {split} are "
+        "easier, which shows with other members too, nothing has to be done"
+    )
+    return Problem(CODE, "warning", name, message, remedy)
+
+
+def _too_good(scores: Scores, reference: Scores) -> str | None:
+    """Why chance does not explain how much better the scores are than the reference; None where it may."""
+    from scipy.stats import hypergeom, mannwhitneyu
+
+    hits, n = scores.hits + reference.hits, scores.n + reference.n
+    p = float(hypergeom.sf(scores.hits - 1, n, hits, scores.n))
+    if p < ALPHA / 2:
+        return f"Fisher's exact p = {p:.1g}"
+    if scores.losses is None or reference.losses is None:
+        return None
+    p = float(mannwhitneyu(scores.losses, reference.losses, alternative="less").pvalue)
+    if p >= ALPHA / 2 or scores.losses.mean() >= reference.losses.mean():
+        return None
+    return f"log-loss {scores.losses.mean():.3f} and {reference.losses.mean():.3f}, Mann-Whitney p = {p:.1g}"
+
+
+def _halves_the_error(scores: Scores, reference: Scores) -> bool:
+    from scipy.stats import beta
+
+    errors, reference_errors = scores.n - scores.hits, reference.n - reference.hits
+    highest = 1.0 if not scores.hits else float(beta.ppf(1 - ALPHA / 2, errors + 1, scores.hits))
+    lowest = float(beta.ppf(ALPHA / 2, reference_errors, reference.hits + 1)) if reference_errors else 0.0
+    return highest < lowest / 2

@@ -17,7 +17,7 @@ from in_process import run
 from onnx_files import constant
 from PIL import Image
 
-from utils import image_files
+from utils import image_files, samples
 from utils.datasets import OptimizedImageDataset
 from utils.evaluation.thumbnails import thumbnail
 from utils.exporting.parity_rows import decode_image
@@ -163,6 +163,7 @@ def test_what_is_no_image_or_a_damaged_one_has_no_other_format(content, tmp_path
 
 def test_the_delivered_program_opens_files_as_the_pipeline_does():
     assert onnx_prediction.FORMATS == image_files.FORMATS
+    assert set(onnx_prediction.SUFFIXES) == set(samples.SUFFIXES)
     for name in ("open_image", "format_of"):
         own, delivered = (inspect.getsource(getattr(module, name)) for module in (image_files, onnx_prediction))
         assert own == delivered

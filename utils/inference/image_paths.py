@@ -15,7 +15,6 @@ from typing import BinaryIO
 from utils import base_back
 
 STDIN = "-"
-EXTRA_SUFFIXES = (".tif", ".tiff", ".webp")  # in addition to the suffixes of training images
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,11 @@ class ImageListing:
 def list_images(names: Sequence[str], stdin: BinaryIO, suffixes: Sequence[str] | None = None) -> ImageListing:
     """List the images of files, folders and patterns; `-` stands for names on `stdin`, one per line or NUL-separated.
 
-    `suffixes` are the lower-case file name suffixes of training images, by default the base pipeline's. A folder is
+    `suffixes` are the lower-case file name suffixes of images, by default the base pipeline's. A folder is
     searched recursively for files with the suffix of an image; hidden files and folders are skipped. A file that is
     named is listed whatever its suffix, and also where it does not exist, so that its record can hold the error.
     """
-    known_suffixes = (*(base_back.load_bundled("samples").SUFFIXES if suffixes is None else suffixes), *EXTRA_SUFFIXES)
+    known_suffixes = tuple(base_back.load_bundled("samples").SUFFIXES if suffixes is None else suffixes)
     paths: dict[str, None] = {}
     empty = []
     for name in _expanded_names(names, stdin):

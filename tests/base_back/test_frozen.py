@@ -205,3 +205,14 @@ def test_discover_lists_the_member_with_its_preprocessing_and_a_remedy_that_work
     done = base_main(*options[:-2], "--folds", "2", workspace=copy)
     assert done.returncode == 0, done.stderr
     assert oof(copy)["logits"].tobytes() == oof(workspace)["logits"].tobytes()
+
+
+def test_discover_verifies_fold_heads_on_the_trunk_of_the_final_network(frozen, tmp_path, orchestrator):
+    workspace, _ = frozen
+    copy = shutil.copytree(workspace, tmp_path / "w")
+    done = orchestrator("discover", "--verify", "--json", workspace=copy)
+    assert done.returncode == 0, done.stderr
+    listed = json.loads(done.stdout)
+    assert listed["members"]["small"]["oof"]["checked"]
+    problems = {problem["code"] for problem in listed["problems"] if problem["member"] == "small"}
+    assert not problems & {"fold_unreadable", "oof_fold_disagrees", "oof_in_sample"}

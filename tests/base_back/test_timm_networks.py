@@ -129,6 +129,7 @@ REFUSALS = {
     "program": ("timm:test_resnet --weights {folder}/code.pth", ("code.pth", "cannot be read as weights")),
     "several files": ("timm:test_resnet --weights {folder}", ("cut.pth", "--weights FILE")),
     "contradiction": ("timm:test_resnet --weights {folder}/vit", ("config.json", "'test_vit'", "timm:test_vit")),
+    "damaged config": ("timm:test_resnet --weights {folder}/nan", ("config.json", "damaged JSON", "NaN")),
     "unknown mode": ("timm:test_resnet --mode freeze", ("DBT_TRANSFER_LEARNING_MODE", "'freeze'", "frozen, finetune")),
     "unknown rows": ("timm:test_resnet --trained-on test", ("DBT_TRAINED_ON", "'test'", "train+val")),
     "input size": ("timm:test_vit --weights {folder}/vit.pth --img-size 40", ("test_vit", "40", "--img-size")),
@@ -155,6 +156,9 @@ def test_what_cannot_be_trained_is_refused_before_anything_is(split, tmp_path, b
     (tmp_path / "files" / "vit").mkdir()
     shutil.copy(good, tmp_path / "files" / "vit" / "model.pth")
     (tmp_path / "files" / "vit" / "config.json").write_text('{"architecture": "test_vit", "pretrained_cfg": {}}')
+    (tmp_path / "files" / "nan").mkdir()
+    shutil.copy(good, tmp_path / "files" / "nan" / "model.pth")
+    (tmp_path / "files" / "nan" / "config.json").write_text('{"architecture": "test_resnet", "mean": NaN}')
     copy = shutil.copytree(split, tmp_path / "w")
     options = [word.replace("{folder}", str(tmp_path / "files")) for word in line.split()]
     stages = () if "--stages" in options else ("--stages", "train")

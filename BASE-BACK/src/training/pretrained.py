@@ -133,6 +133,8 @@ def _resolve(
     mode = settings.MODES[mode or settings.TRANSFER_LEARNING_MODE]
     views = int(settings.option_of(settings.NETWORK_VIEWS, name) or earlier.get("views") or 1)
     given = settings.option_of(settings.NETWORK_WEIGHTS, name) or earlier.get("weights")
+    if given and given != HUB:  # a later run may start in another folder
+        given = str(Path(given).expanduser().absolute())
     stated = settings.option_of(settings.NETWORK_TRAINED_ON, name) or earlier.get("trained_on")
     file: PretrainedFile | None = None
     path, source, seen = None, RANDOM, "none"

@@ -130,11 +130,15 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: damaged JSON ({error}); copy it again, or remove it") from error
     is_timm = isinstance(config, dict) and isinstance(config.get("pretrained_cfg", {}), dict)
     return config if is_timm and isinstance(config.get("architecture"), str) else None
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
 
 
 def in_order(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

@@ -244,6 +244,12 @@ def test_links_to_images_that_are_gone_are_named(tmp_path):
         image_splits.list_images(tmp_path / "w" / "split_dataset", "train", image_splits.FileDigests(digests))
 
 
+def test_broken_links_among_the_images_themselves_are_no_images(tmp_path):
+    write_class_folders(tmp_path / "set", ("a", "b"), 6)
+    (tmp_path / "set" / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    assert sum(map(len, split(tmp_path / "set", tmp_path / "w").values())) == 12
+
+
 def test_ignored_columns_and_groups_across_given_splits_are_said(tmp_path, heard):
     rows = [f"{s}{n}{label}.png,{label},{s},9" for s in SPLITS for n in range(2) for label in "ab"]
     source = manifest_of(tmp_path / "set", rows, "file_name,label,split,width")

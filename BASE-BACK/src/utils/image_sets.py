@@ -123,10 +123,13 @@ def _contents(folder: Path, folders: Sequence[str]) -> str:
 
 def _near_image_set(source: Path, folders: Sequence[str]) -> str:
     """A hint at an image set one or two levels below `source`, at its manifest, or at the folder above."""
-    below = [source / name for name in folders]
-    below += [path / name for path in below for name in class_folders(path)]
-    counted = [(path, _class_count(path)) for path in below]
-    counted = [(path, count) for path, count in counted if count > 1]
+    try:
+        below = [source / name for name in folders]
+        below += [path / name for path in below for name in class_folders(path)]
+        counted = [(path, _class_count(path)) for path in below]
+        counted = [(path, count) for path, count in counted if count > 1]
+    except OSError:  # a folder that may not be read
+        counted = []
     if counted:
         path, count = max(counted, key=lambda entry: entry[1])
         return f"; did you mean {path} ({count} class folders)?"

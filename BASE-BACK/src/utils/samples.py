@@ -18,6 +18,8 @@ import numpy as np
 from .files import read_json
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+MANIFEST = "split_manifest.json"
+"""Beside train, val and test: what was split into what."""
 RECORD = "image_set.json"
 """Beside train, val and test of a split made from a CSV manifest: `classes` in order, `groups` {split: {id: group}}."""
 
@@ -47,8 +49,8 @@ def scan(root: Path) -> tuple[list[str], list[Sample]]:
     """Classes and samples below `root`, one level deep, sorted by class and file name.
 
     The classes of a split whose folder holds a RECORD have its order. Raises FileNotFoundError without the folder and
-    ValueError for a class folder that holds no image, for links to images that are gone, and for a RECORD of other
-    classes.
+    ValueError for a class folder that holds no image, for a RECORD of other classes, and for links of a recorded split
+    whose images are gone.
     """
     root = Path(root)
     if not root.is_dir():
@@ -56,9 +58,12 @@ def scan(root: Path) -> tuple[list[str], list[Sample]]:
     record = _record(root.parent)
     classes = _in_order(class_folders(root), record, root)
     groups = record["groups"].get(root.name, {})
+    is_recorded = (root.parent / MANIFEST).is_file()
     samples: list[Sample] = []
     for label, name in enumerate(classes):
         files = image_names(root / name)
+        if is_recorded:
+            _require_linked(root / name, files)
         if not files:
             raise ValueError(
                 f"{root / name}: the class folder holds no image ({', '.join(SUFFIXES)}); add some or remove the folder"
@@ -69,17 +74,20 @@ def scan(root: Path) -> tuple[list[str], list[Sample]]:
 
 
 def image_names(folder: Path) -> list[str]:
-    """Names of the image files directly in `folder`, sorted. Raises ValueError for links to files that are gone."""
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    names = [path.name for path in paths if path.is_file()]
-    if len(names) < len(paths):
-        broken = [path for path in paths if path.is_symlink() and not path.exists()]
-        if broken:
-            raise ValueError(
-                f"{broken[0]}: a link to {broken[0].readlink()}, which does not exist ({len(broken)} such link(s) in "
-                "the folder); put the images back, or move the split folder away to split again"
-            )
-    return names
+    """Names of the image files directly in `folder`, sorted."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def _require_linked(folder: Path, files: Sequence[str]) -> None:
+    """Raise ValueError for links in a class folder of a split to images that are gone, which are none of `files`."""
+    listed = set(files)
+    others = sorted(path for path in folder.iterdir() if path.name not in listed)
+    broken = [path for path in others if path.suffix.lower() in SUFFIXES and path.is_symlink() and not path.exists()]
+    if broken:
+        raise ValueError(
+            f"{broken[0]}: a link to {broken[0].readlink()}, which does not exist ({len(broken)} such link(s) in the "
+            "folder); put the images back, or move the split folder away to split again"
+        )
 
 
 def recorded_groups(split_dir: Path) -> dict[str, dict[str, str]]:

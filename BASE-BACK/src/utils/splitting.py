@@ -23,6 +23,7 @@ from utils.image_sets import CLASS_FOLDERS, ImageSet, open_image_set
 from utils.image_sets import MANIFEST as MANIFEST_LAYOUT
 from utils.resizing import evaluation_resizing
 from utils.samples import (
+    MANIFEST,
     RECORD,
     SUFFIXES,
     Sample,
@@ -35,7 +36,6 @@ from utils.samples import (
 )
 
 SPLITS = ("train", "val", "test")
-MANIFEST = "split_manifest.json"
 FIRST_SUFFIXES = [".jpg", ".jpeg", ".png", ".bmp"]  # of images that were split before the suffixes were recorded
 
 
@@ -175,15 +175,15 @@ def _readable(
 def _check_sizes(images: ImageSet, groups: np.ndarray, raw_dir: Path) -> None:
     """Raise `SplitError` for a class that cannot be in train, val and test."""
     labels = np.array([sample.label for sample in images.samples])
+    given = np.array([split or "" for split in images.splits])
     missing = _missing_splits(images)
-    made_of_train = ["train", *missing]
     problems = []
     for label, name in enumerate(images.classes):
         for split in SPLITS:
             if split in missing:
                 continue
-            of_split = np.array([given in (None, split) for given in images.splits]) & (labels == label)
-            parts, needed = len(np.unique(groups[of_split])), len(made_of_train) if split == "train" else 1
+            of_split = (labels == label) & ((given == split) | (given == ""))
+            parts, needed = len(np.unique(groups[of_split])), 1 + len(missing) if split == "train" else 1
             if parts < needed:
                 where = f" of {split}" if len(missing) < 2 else ""
                 count = int(of_split.sum())

@@ -8,6 +8,7 @@ import pytest
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.exporting import export_checks
+from utils.exporting.parity_check import named_arrays
 
 ARRAYS = {
     "probabilities": np.eye(3),
@@ -36,6 +37,21 @@ def test_fixed_formats_get_one_row_at_a_time():
     reference = export_checks.stored_batches(ARRAYS, fixed=True)
     assert [rows.tolist() for rows in reference.rows] == [[2], [0], [1]]
     np.testing.assert_array_equal(reference.batches[1][0][0], ARRAYS["batch_0000"][1])
+
+
+def test_several_inputs_are_stored_and_read_in_their_order():
+    batches = [(np.full((size, 3), size), np.full((size, 5), -size)) for size in (2, 1)]
+    arrays = {"probabilities": np.eye(3), "rows_0000": np.array([2, 0]), "rows_0001": np.array([1])}
+    for number, batch in enumerate(batches):
+        arrays |= named_arrays(number, batch)
+    assert {"batch_0000/000", "batch_0001/001"} <= arrays.keys()
+    reference = export_checks.stored_batches(arrays, fixed=False)
+    assert [[array.tolist() for array in batch] for batch in reference.batches] == [
+        [array.tolist() for array in batch] for batch in batches
+    ]
+    single = export_checks.stored_batches(arrays, fixed=True)
+    assert [[array.shape for array in batch] for batch in single.batches] == [[(1, 3), (1, 5)]] * 3
+    assert [rows.tolist() for rows in single.rows] == [[2], [0], [1]]
 
 
 def test_fixed_formats_get_the_centre_squares_where_they_are_stored():

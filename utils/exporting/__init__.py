@@ -5,6 +5,10 @@ converted from a traced program in a process of its own, with limits on time and
 then train, whose labels are not read) and their scored predictions are the reference; `runtimes` runs the files of
 each format in a new process and `parity_check` compares.
 
+An ensemble of image members takes one float tensor per distinct resize rule, which the delivered `predict.py` makes
+from the image by the rules in the file's metadata; normalisation is inside, one for each distinct preprocessing. With
+`--input uint8-nhwc` resizing is inside as well, in Pillow's arithmetic, for the rules that a graph can follow.
+
 A combiner with discontinuities (votes, trees, the best experts) declares `is_discontinuous`; its files also give
 `member_logits`, so that the combiner is compared on the file's own member outputs on every row. A row on which the
 combiner answers differently for the file's member outputs than for the expected ones, although these agree within

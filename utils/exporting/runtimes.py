@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -79,8 +80,7 @@ def open_tflite(path: Path, job: dict[str, Any]) -> tuple[RunFunction, dict[str,
     signature = interpreter.get_signature_list()
     runner = interpreter.get_signature_runner(next(iter(signature)))
     names, arguments = (
-        sorted(details, key=lambda name: int(name.rsplit("_", 1)[-1])) if len(details) > 1 else list(details)
-        for details in (runner.get_output_details(), runner.get_input_details())
+        sorted(details, key=_number_at_end) for details in (runner.get_output_details(), runner.get_input_details())
     )
     if len(first["shape"]) and int(first["shape"][0]) != 1:
         raise ValueError(f"{path}: the batch size is {first['shape'][0]}; expected 1")
@@ -90,6 +90,12 @@ def open_tflite(path: Path, job: dict[str, Any]) -> tuple[RunFunction, dict[str,
         return [outputs[name] for name in names]
 
     return run, {package.__name__: str(getattr(package, "__version__", "unknown"))}
+
+
+def _number_at_end(name: str) -> int:
+    """Of names such as `output_10`, which give an order; -1 without one."""
+    digits = re.search(r"\d+$", name)
+    return int(digits[0]) if digits else -1
 
 
 def _run_function(network: Any) -> RunFunction:

@@ -136,10 +136,8 @@ class Preparation(nn.Module):
         pixels = torch.cumsum(torch.ones_like(line), 0) - 1.0
         distance = (pixels[None] - centre[:, None] + 0.5) * torch.reciprocal(support)
         weights = KERNELS[self.preprocessing.interpolation](distance)
-        weights = weights / weights.sum(dim=1, keepdim=True) * 2.0**BITS
-        if self.preprocessing.interpolation == "bilinear":
-            return torch.floor(0.5 + weights)
-        return torch.sign(weights) * torch.floor(0.5 + weights.abs())  # halves away from zero, as C does it
+        weights = weights / weights.sum(dim=1, keepdim=True)
+        return torch.floor(0.5 + weights * 2.0**BITS)
 
 
 def _rounded(sums: Tensor) -> Tensor:

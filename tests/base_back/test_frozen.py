@@ -182,7 +182,9 @@ def test_the_name_alone_repeats_the_network_and_other_options_replace_it(frozen,
     assert done.returncode == 0, done.stderr
     first, second = (load(w / "checkpoints" / "small_fold0.pth")["extra"]["trunk"]["sha256"] for w in (workspace, copy))
     assert first != second
-    assert load(copy / "checkpoints" / "small_final.pth")["extra"]["weights"]["trained_on"] == "none"
+    # What was stated is a statement on the weights of before.
+    assert load(workspace / "checkpoints" / "small_final.pth")["extra"]["weights"]["trained_on"] == "none"
+    assert load(copy / "checkpoints" / "small_final.pth")["extra"]["weights"]["trained_on"] == "unknown"
 
 
 def test_discover_lists_the_member_with_its_preprocessing_and_a_remedy_that_works(

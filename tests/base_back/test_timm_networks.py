@@ -36,8 +36,8 @@ def test_wheels_hold_imagenet_weights_in_timms_order(number):
     images = load_sample_images()
     pictures = {name.rpartition("/")[2]: image for name, image in zip(images.filenames, images.images, strict=True)}
     transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=network))
-    known = {"china.jpg": 698} | ({"flower.jpg": 985} if number == 0 else {})  # palace, daisy
-    for name, label in known.items():
+    labels = {"china.jpg": 698} | ({"flower.jpg": 985} if number == 0 else {})  # palace, daisy
+    for name, label in labels.items():
         with torch.inference_mode():
             assert network(transform(Image.fromarray(pictures[name]))[None]).argmax().item() == label
 

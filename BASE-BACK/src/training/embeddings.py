@@ -59,13 +59,13 @@ def embeddings_of(network: Pretrained, dataset: DecodedDataset) -> np.ndarray:
 def compute(network: Pretrained, dataset: DecodedDataset, shard: int = 0, shards: int = 1) -> int:
     """Store the embeddings of one of `shards` parts of a data set's images; returns how many were lacking."""
     rows_of = {content: row for row, content in reversed(list(enumerate(dataset.contents)))}
-    mine = sorted(rows_of)[shard::shards]
+    part = sorted(rows_of)[shard::shards]
     model: Any = None
     count = 0
     for view in range(network.views):
         folder = folder_of(network, view)
         stored = _read_packs(folder)
-        lacking = [content for content in mine if content not in stored]
+        lacking = [content for content in part if content not in stored]
         count += len(lacking)
         for start in range(0, len(lacking), PACK_ROWS):
             chosen = lacking[start : start + PACK_ROWS]

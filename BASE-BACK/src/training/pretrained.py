@@ -14,8 +14,8 @@ from training.timm_networks import (
     TIMM,
     build_pretrained,
     build_timm,
+    default_input_size,
     head_names,
-    own_input_size,
     require_architecture,
     require_input_size,
     require_linear_head,
@@ -49,7 +49,7 @@ MEASURED_IMAGES = 200
 
 
 class PretrainedError(ValueError):
-    """A network of timm cannot be trained as it is asked for; the text says what to type."""
+    """A network of timm cannot be trained as requested; the text says what to type."""
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,13 @@ def resolve_networks(names: Sequence[str], samples: Sequence[Sample], num_classe
 def _resolve(
     name: str, architecture: str, earlier: dict[str, Any], samples: Sequence[Sample]
 ) -> tuple[Pretrained, dict[str, Any]]:
-    """The network, and what of it was asked for, which a later run with the name alone takes over."""
+    """The network, and the request for it, which a later run with the name alone takes over."""
     mode = settings.option_of(settings.NETWORK_MODES, name) or earlier.get("mode")
     mode = settings.MODES[mode or settings.TRANSFER_LEARNING_MODE]
     views = int(settings.option_of(settings.NETWORK_VIEWS, name) or earlier.get("views") or 1)
     given = settings.option_of(settings.NETWORK_WEIGHTS, name) or earlier.get("weights")
     if given and given != HUB:  # a later run may start in another folder
         given = str(Path(given).expanduser().absolute())
-    stated = settings.option_of(settings.NETWORK_TRAINED_ON, name) or earlier.get("trained_on")
     file: PretrainedFile | None = None
     path, source, seen = None, RANDOM, "none"
     if settings.ENABLE_TRANSFER_LEARNING:
@@ -153,12 +152,15 @@ def _resolve(
     exif = settings.EXIF or earlier.get("exif")
     preprocessing = _preprocessing(architecture, file, size) | ({"exif": exif} if exif else {})
     sha256 = compute_file_sha256(path) if path else None
+    stated = settings.option_of(settings.NETWORK_TRAINED_ON, name)
+    if stated is None and sha256 == earlier.get("sha256"):  # of other weights nothing has been stated
+        stated = earlier.get("trained_on")
     network = Pretrained(
         architecture, mode, views, str(path) if path else None, source, sha256, stated or seen, preprocessing
     )
-    asked = {"architecture": architecture, "mode": mode if mode in settings.MODES else "finetune", "views": views}
-    asked |= {"img_size": size, "weights": given, "trained_on": stated}
-    return network, asked | ({"exif": exif} if exif else {})
+    request = {"architecture": architecture, "mode": mode if mode in settings.MODES else "finetune", "views": views}
+    request |= {"img_size": size, "weights": given, "sha256": sha256, "trained_on": stated}
+    return network, request | ({"exif": exif} if exif else {})
 
 
 def find_weights(architecture: str, given: str | None) -> tuple[Path, str, str]:
@@ -224,7 +226,7 @@ def _default_size(architecture: str, samples: Sequence[Sample]) -> int:
 
     Images are enlarged by `ENLARGEMENT` at most, by the median of their shorter sides.
     """
-    size, is_fixed = own_input_size(architecture)
+    size, is_fixed = default_input_size(architecture)
     if is_fixed or not samples:
         return size
     step = max(1, len(samples) // MEASURED_IMAGES)

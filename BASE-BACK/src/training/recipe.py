@@ -84,14 +84,14 @@ class Recipe:
         """The recipe for a network of timm; what takes no part is the same whatever the settings say."""
         recipe = replace(self, pretrained=pretrained, model_size="full", img_size=pretrained.img_size, exif="ignore")
         if pretrained.mode == "frozen":
-            nothing: dict[str, Any] = {
+            unused: dict[str, Any] = {
                 "epochs_head": 0,
                 "epochs_finetune": 0,
                 "head_lr": 0.0,
                 "backbone_lr": 0.0,
                 "weight_decay": 0.0,
             }
-            return replace(recipe, **nothing, batch_size=1, snapshots=0, augment="none")
+            return replace(recipe, **unused, batch_size=1, snapshots=0, augment="none")
         if pretrained.mode == "scratch":
             return replace(recipe, backbone_lr=settings.BACKBONE_LRS["full"])
         head, finetune = settings.PRETRAINED_EPOCHS_HEAD, settings.PRETRAINED_EPOCHS_FINETUNE

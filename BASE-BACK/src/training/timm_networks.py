@@ -88,7 +88,7 @@ def require_input_size(architecture: str, num_classes: int, img_size: int) -> No
         raise ValueError(f"{architecture}: not an image classifier; expected logits (B, {num_classes})")
 
 
-def own_input_size(architecture: str) -> tuple[int, bool]:
+def default_input_size(architecture: str) -> tuple[int, bool]:
     """(side in px of the images that timm's default weights were trained on, whether it is fixed when built)."""
     import timm
 

@@ -57,7 +57,7 @@ def train_backbone_with_metrics(
     )
 
     def loader(seed: int) -> BatchLoader:
-        return BatchLoader(train_ds, recipe.batch_size, training=True, seed=seed, kind=recipe.augment)
+        return recipe.train_loader(train_ds, seed)
 
     val = BatchLoader(val_ds, recipe.batch_size)
     fitted = fit(recipe, model, loader, val, purpose=("final",), device=DEVICE)
@@ -139,6 +139,16 @@ def build_parser() -> argparse.ArgumentParser:
         "for timm networks as their weights say)",
     )
     parser.add_argument(
+        "--class-weights",
+        choices=("none", "balanced"),
+        help="balanced: in the loss each class counts the same, however many images it has (DBT_CLASS_WEIGHTS)",
+    )
+    parser.add_argument(
+        "--sampling",
+        choices=("natural", "balanced"),
+        help="balanced: an epoch draws as many images as before, each class equally often (DBT_SAMPLING)",
+    )
+    parser.add_argument(
         "--mode",
         nargs="+",
         metavar="MODE",
@@ -209,6 +219,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "epochs_per_cycle": "DBT_EPOCHS_PER_CYCLE",
         "augment": "DBT_AUGMENT",
         "exif": "DBT_EXIF",
+        "class_weights": "DBT_CLASS_WEIGHTS",
+        "sampling": "DBT_SAMPLING",
         "seed": "DBT_SEED",
         "img_size": "DBT_IMG_SIZE",
     }

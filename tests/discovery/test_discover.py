@@ -116,6 +116,17 @@ def test_the_furthest_stage_that_is_there_is_the_member(workspace, config):
     assert NAME not in catalog.read(workspace).members
 
 
+def test_the_imbalance_ratio_is_stated_with_the_options_to_type(workspace, config):
+    assert "imbalance ratio" not in discover.discover(config, workspace).text
+    for path in sorted((workspace.split_dir / "train" / "2").iterdir())[10:]:
+        path.unlink()
+    result = discover.discover(config, workspace)
+    largest = len(list((workspace.split_dir / "train" / "0").iterdir()))
+    assert f"0 has {largest} images, 2 has 10 images, imbalance ratio {largest / 10:.1f}" in result.text
+    assert "main.py --class-weights balanced or --sampling balanced" in result.text
+    assert result.failures == []
+
+
 def test_val_chose_an_epoch_unless_the_network_and_its_fold_networks_record_the_last_one(workspace, config):
     def selection():
         discover.discover(config, workspace)

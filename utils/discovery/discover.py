@@ -24,6 +24,7 @@ from utils.discovery import (
     candidates,
     declaration_checks,
     declarations,
+    imbalance,
     imported_members,
     member_names,
     orientations,
@@ -114,6 +115,8 @@ def _discovered(
     digests = FileDigests(workspace.digests)
     scan = Scan(config, workspace, digests, _list_splits(workspace, digests))
     problems = _split_problems(scan.splits)
+    imbalance_problem = imbalance.problem(scan.splits["train"])
+    problems += [imbalance_problem] if imbalance_problem else []
     members: dict[str, Member] = {}
     requested = declarations.declared(scan, options, earlier)
     for candidate in [*candidates.trained(workspace), *declarations.member_candidates(scan, requested, earlier)]:

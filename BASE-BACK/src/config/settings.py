@@ -25,6 +25,7 @@ __all__ = [
     "BASE_DIR",
     "BATCH_SIZE",
     "CKPT_DIR",
+    "CLASS_WEIGHTS",
     "CYCLES",
     "DEBUG_BACKBONE",
     "DEBUG_BATCH_SIZE",
@@ -74,6 +75,7 @@ __all__ = [
     "PRETRAINED_PATHS",
     "PROGRESS_SECONDS",
     "RAW_DIR",
+    "SAMPLING",
     "SEED",
     "SMOKE_CHECK_DIR",
     "SNAPSHOTS",
@@ -345,6 +347,13 @@ WEIGHT_DECAY = 1e-4
 BACKBONE_LRS = {size: _positive("DBT_BACKBONE_LR", rate) for size, rate in (("full", 1e-3), ("tiny", 2e-3))}
 BACKBONE_LR = BACKBONE_LRS[MODEL_SIZE]
 HEAD_LR = _positive("DBT_HEAD_LR", 1e-3)
+CLASS_WEIGHTS = _choice("DBT_CLASS_WEIGHTS", "none", ("none", "balanced"))  # of the rows in the loss
+SAMPLING = _choice("DBT_SAMPLING", "natural", ("natural", "balanced"))  # of the rows of an epoch
+if CLASS_WEIGHTS == SAMPLING == "balanced":
+    raise SettingsError(
+        "DBT_SAMPLING (--sampling): found 'balanced' beside DBT_CLASS_WEIGHTS (--class-weights) 'balanced'; allowed: "
+        "one of them, since both together count rare classes twice"
+    )
 ENABLE_KFOLD_CV = _flag("DBT_ENABLE_KFOLD_CV", True)
 ENABLE_EXPORT = _flag("DBT_ENABLE_EXPORT", True)
 SNAPSHOTS = _whole("DBT_SNAPSHOTS", 3, 0)  # the weights of the last epochs of fine-tuning that are kept

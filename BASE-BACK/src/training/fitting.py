@@ -121,7 +121,10 @@ def fit(
             _choose_trainable(recipe, model, device, head_only=phase.name == "head")
             set_seed(seed)
             train_loader = make_train_loader(seed)
-            training = _Training(recipe, model, train_loader, val_loader, criterion, device, stages, progress, keep)
+            factors = recipe.weights_of(train_loader.dataset.targets)
+            weighted = get_loss_function_for_backbone(recipe.backbone, len(recipe.classes), factors).to(device)
+            losses = (weighted, criterion)
+            training = _Training(recipe, model, train_loader, val_loader, losses, device, stages, progress, keep)
             stages.append(training.run(phase, running))
             running = None
             if progress:
@@ -203,7 +206,8 @@ class _Training:
     model: nn.Module
     train_loader: Any
     val_loader: Any
-    criterion: nn.Module
+    losses: tuple[nn.Module, nn.Module]
+    """In training, and on val, where every row counts the same."""
     device: torch.device
     finished: list[Stage]
     progress: Progress | None
@@ -212,6 +216,7 @@ class _Training:
     def run(self, phase: Phase, running: dict[str, Any] | None) -> Stage:
         """Train through the phase, from the saved state `running` where there is one."""
         recipe, model, device, epochs = self.recipe, self.model, self.device, phase.epochs
+        train_criterion, criterion = self.losses
         optimizer = self._optimizer(phase)
         scheduler = phase.schedule(optimizer, epochs, len(self.train_loader), recipe.backbone)
         stage: Stage | None = None
@@ -224,11 +229,11 @@ class _Training:
         for epoch in range(len(rows), epochs):
             start = time.monotonic()
             trained = train_epoch_optimized(
-                *(model, self.train_loader, optimizer, self.criterion, device),
+                *(model, self.train_loader, optimizer, train_criterion, device),
                 scheduler=scheduler,
                 in_evaluation_mode=recipe.is_pretrained and phase.name == "head",
             )
-            checked = validate_epoch_optimized(model, self.val_loader, self.criterion, device)
+            checked = validate_epoch_optimized(model, self.val_loader, criterion, device)
             rows.append((trained[0], checked[0], checked[1], trained[1], checked[4]))
             weights = copy_weights(model)
             is_snapshot = phase.kept > 0 and (epoch + 1) % phase.every == 0

@@ -105,7 +105,8 @@ def _network(recipe: Recipe) -> Pretrained:
 def _fit(recipe: Recipe, network: Pretrained, dataset: DecodedDataset, seed: int) -> LinearHead:
     groups = fold_groups(dataset.records, dataset.contents, 1)
     labels = np.array(dataset.targets, dtype=np.int64)
-    return fit_head(embeddings_of(network, dataset), labels, groups, len(recipe.classes), seed)
+    factors = recipe.weights_of(labels, or_by_sampling=True)
+    return fit_head(embeddings_of(network, dataset), labels, groups, len(recipe.classes), seed, factors)
 
 
 def _weight_and_bias(network: Pretrained) -> tuple[str, str]:

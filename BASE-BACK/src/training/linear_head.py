@@ -57,7 +57,7 @@ def fit_head(
     groups: np.ndarray,
     num_classes: int,
     seed: int,
-    class_weights: Sequence[float] | None = None,
+    class_weights: Sequence[float] | np.ndarray | None = None,
 ) -> LinearHead:
     """A head for features (V, N, D) of V views of N rows, the first of which is the evaluation view.
 

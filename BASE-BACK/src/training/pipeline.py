@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from config.settings import WEIGHT_DECAY
 from utils import DEVICE, logger
+from utils.class_balance import ClassWeightedLoss
 from utils.files import atomic_path
 
 TRANSFORMERS = ("CustomSwinTransformer", "CustomViTHybrid", "CustomDeiTStyle", "CustomCoAtNet", "CustomMaxViT")
@@ -143,9 +144,17 @@ def macro_scores(preds: np.ndarray, labels: np.ndarray, num_classes: int) -> tup
     return (float(hits.sum() / len(labels)), *means)  # type: ignore[return-value]
 
 
-def get_loss_function_for_backbone(backbone_name: str, num_classes: int) -> nn.Module:
-    """Cross entropy with label smoothing 0.1 for transformers and 0.05 for the others."""
-    return nn.CrossEntropyLoss(label_smoothing=0.1 if backbone_name in TRANSFORMERS else 0.05)
+def get_loss_function_for_backbone(
+    backbone_name: str, num_classes: int, class_weights: np.ndarray | None = None
+) -> nn.Module:
+    """Cross entropy with label smoothing 0.1 for transformers and 0.05 for the others.
+
+    `class_weights` (C,) are factors of the rows' losses by the class of their label.
+    """
+    smoothing = 0.1 if backbone_name in TRANSFORMERS else 0.05
+    if class_weights is None:
+        return nn.CrossEntropyLoss(label_smoothing=smoothing)
+    return ClassWeightedLoss(class_weights, smoothing)
 
 
 def create_optimized_optimizer(model: nn.Module, lr: float, backbone_name: str) -> torch.optim.Optimizer:

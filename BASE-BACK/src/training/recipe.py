@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from config import settings
 from training.pipeline import read_extra
 from training.pretrained import Pretrained
 from utils.checkpoint_manager import CheckpointManager
-from utils.datasets import DecodedDataset
+from utils.class_balance import class_weights
+from utils.datasets import BatchLoader, DecodedDataset
 from utils.resizing import evaluation_record
 
 TRAINING_VERSION = 3  # raised whenever the same recipe would give other weights
@@ -47,6 +51,8 @@ class Recipe:
     """The network of timm and its weights; None for a network of BASE-BACK."""
     exif: str = "ignore"
     """Whether a network of BASE-BACK sees photographs upright, as their EXIF orientation says: `apply` or `ignore`."""
+    class_weights: str = "none"
+    sampling: str = "natural"
 
     @classmethod
     def from_settings(
@@ -77,6 +83,8 @@ class Recipe:
             seed=settings.SEED,
             base_back=base_back,
             exif="ignore" if base_back else settings.EXIF or "ignore",
+            class_weights=settings.CLASS_WEIGHTS,
+            sampling=settings.SAMPLING,
         )
         return recipe if pretrained is None else recipe._on(pretrained)
 
@@ -119,6 +127,19 @@ class Recipe:
         """One split as the network sees it."""
         return DecodedDataset.of_split(split, self.img_size, preprocessing=self.preprocessing)
 
+    def train_loader(self, dataset: DecodedDataset, seed: int) -> BatchLoader:
+        """Training batches of a data set, shuffled or drawn, and augmented."""
+        options: dict[str, Any] = {"kind": self.augment, "balanced": self.sampling == "balanced"}
+        return BatchLoader(dataset, self.batch_size, training=True, seed=seed, **options)
+
+    def weights_of(self, labels: Sequence[int] | np.ndarray, *, or_by_sampling: bool = False) -> np.ndarray | None:
+        """Factors (C,) of the losses of rows with these labels, by class; None where all rows count the same.
+
+        `or_by_sampling`: also where the recipe draws rows instead, for a fit that looks at each row once.
+        """
+        balanced = self.class_weights == "balanced" or (or_by_sampling and self.sampling == "balanced")
+        return class_weights(labels, len(self.classes)) if balanced else None
+
     def like_trained(self) -> Recipe:
         """The recipe for one more network beside those that are trained: built and shown its images as they are.
 
@@ -141,7 +162,9 @@ class Recipe:
 
     def digest(self, *parts: object) -> str:
         """Digest of the recipe and of `parts`, which say what of it is meant: ("fold", 2, 5)."""
-        values = asdict(self)
+        values = asdict(self) | self._balance()
+        for name in {"class_weights", "sampling"} - self._balance().keys():
+            del values[name]
         if self.base_back is None:
             del values["base_back"]  # so that work of our own networks, done before there was a choice, stays known
         if self.exif == "ignore":
@@ -172,4 +195,9 @@ class Recipe:
         }
         facts |= {"base_back": "external"} if self.base_back else {}
         facts |= {"preprocessing": self.preprocessing} if self.preprocessing else {}
-        return facts | (self.pretrained.explain() if self.pretrained else {})
+        return facts | self._balance() | (self.pretrained.explain() if self.pretrained else {})
+
+    def _balance(self) -> dict[str, str]:
+        """How classes are balanced; nothing where they are not, so that work done before there was a choice stays."""
+        defaults = {"class_weights": "none", "sampling": "natural"}
+        return {name: getattr(self, name) for name, value in defaults.items() if getattr(self, name) != value}

@@ -110,7 +110,7 @@ def _progress(unit: Unit) -> Progress:
 
 
 def _train_loader(recipe: Recipe, dataset: DecodedDataset) -> Callable[[int], BatchLoader]:
-    return lambda seed: BatchLoader(dataset, recipe.batch_size, training=True, seed=seed, kind=recipe.augment)
+    return lambda seed: recipe.train_loader(dataset, seed)
 
 
 def _verify(unit: Unit) -> Outcome:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from config.settings import AUGMENT, BATCH_SIZE, EXIF, IMAGE_CACHE_DIR, IMG_SIZE, SPLIT_DIR
 from utils import get_optimal_workers
 from utils.augmentation import MEAN, STD, Normalisation, augment, normalise
+from utils.class_balance import balanced_order
 from utils.image_cache import DecodedImages, open_images
 from utils.resizing import decoded, evaluation_record, evaluation_resizing, resized_side, resizing_of_record
 from utils.samples import Sample, scan
@@ -206,6 +207,7 @@ class BatchLoader:
 
     In training every epoch is shuffled and augmented by a generator seeded with (seed, epoch), so that an epoch can
     be repeated without those before it; a last batch of one image joins the one before, since BatchNorm cannot take it.
+    `balanced` epochs draw as many images with replacement instead, every class equally likely.
     """
 
     def __init__(
@@ -216,12 +218,14 @@ class BatchLoader:
         training: bool = False,
         seed: int = 0,
         kind: str = AUGMENT,
+        balanced: bool = False,
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
         self.training = training
         self.seed = seed
         self.kind = kind
+        self.balanced = balanced
         self.epoch = 0
         self._labels = torch.tensor(dataset.targets, dtype=torch.int64)
 
@@ -239,7 +243,10 @@ class BatchLoader:
         order = torch.arange(len(self.dataset))
         if self.training:
             generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-            order = torch.randperm(len(self.dataset), generator=generator)
+            if self.balanced:
+                order = balanced_order(self._labels, len(self.dataset.classes), generator)
+            else:
+                order = torch.randperm(len(self.dataset), generator=generator)
             self.epoch += 1
         for start, stop in self._bounds():
             rows = order[start:stop]

@@ -1,0 +1,27 @@
+"""How much the number of images differs between the classes of the train split."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from utils.predictions.catalog import Problem
+from utils.predictions.image_splits import ImageSplit
+
+REPORTED_RATIO = 3.0
+
+
+def problem(train: ImageSplit) -> Problem | None:
+    """The imbalance ratio, largest class over smallest, with the options to type; None up to `REPORTED_RATIO`."""
+    counts = np.bincount(train.labels, minlength=len(train.classes))
+    largest, smallest = int(counts.argmax()), int(counts.argmin())
+    if counts[largest] <= REPORTED_RATIO * counts[smallest]:
+        return None
+    shown = [f"{train.classes[index]} has {counts[index]} images" for index in (largest, smallest)]
+    ratio = f"{counts[largest] / counts[smallest]:.1f}" if counts[smallest] else "infinite"
+    return Problem(
+        "class_imbalance",
+        "info",
+        None,
+        f"the classes of train differ in size: {', '.join(shown)}, imbalance ratio {ratio}",
+        "where rare classes count as much, train with main.py --class-weights balanced or --sampling balanced",
+    )

@@ -27,7 +27,7 @@ KEYS = {
     *("vs_best_single", "vs_soft_voting", "latency_ms", "size_mb", "members", "weights", "crossfit", "fitted_on"),
     *("selected_on", "contaminated", "optimistic", "overlap", "config_digest", "seed", "versions", "created", "notes"),
     *("precision_weighted", "recall_weighted", "ece_adaptive", "reliability", "bootstrap", "conformal", "selective"),
-    *("mutual_information", "out_of_distribution"),
+    *("mutual_information", "out_of_distribution", "unknown_training_data"),
 }
 
 

@@ -12,9 +12,9 @@ from conftest import PROJECT, write_digits
 from pretrained_files import frozen_options, write_weights
 from stored_predictions import workspace_at
 
-from utils.building import embedding_rows, ensembles, fitting
+from utils.building import embedding_rows, end_to_end, ensembles, fitting
 from utils.core.config_file import load_config
-from utils.core.errors import UserError
+from utils.core.errors import LeakageError, UserError
 from utils.discovery import discover
 from utils.predictions import catalog, extraction, fold_networks, image_splits, streaming, training_data
 from utils.predictions.fold_networks import FOLDS
@@ -118,6 +118,17 @@ def test_weights_that_had_seen_train_images_leave_no_train_row_out_of_sample(sto
     assert [part.split for part in seen.out_of_sample_parts([member])[NAME]] == ["val"]
     assert "trained on weights that had seen train images" in embedding_rows.reason_not_aligned(seen, [member])
     assert not training_data.has_train_rows(seen, member)
+
+
+def test_val_rows_that_a_network_was_trained_on_judge_no_fusion(store):
+    listed = replace(store.catalog, members={NAME: replace(member_of(store), trained_on="train+val")})
+    seen = store.with_catalog(listed)
+    extraction.ensure(seen, [member_of(seen)], ("val",))
+    for rows_of in (embedding_rows.of_val, embedding_rows.aligned):
+        with pytest.raises(LeakageError, match=f"no val row is out of sample for all of {NAME}"):
+            rows_of(seen, [member_of(seen)])
+    with pytest.raises(LeakageError, match=rf"val rows choose the epoch, and {NAME} was trained on them"):
+        end_to_end.require_networks([member_of(seen)])
 
 
 def test_weights_of_unknown_origin_can_be_spoken_of_later(store):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from utils.core.artifacts import digest_of, open_array, read_json, write_array, write_json
-from utils.core.errors import UserError
+from utils.core.errors import LeakageError, UserError
 from utils.numeric.metrics import softmax
 from utils.numeric.ridge_alignment import fit_ridge_map, pearson_correlation
 from utils.predictions import (
@@ -51,12 +51,13 @@ class EmbeddedRows:
 
 
 def of_val(store: Store, members: Sequence[Member]) -> EmbeddedRows:
-    """The full networks' val rows."""
-    return EmbeddedRows(fold_networks.aligned(store, members, "val", fold_networks.FULL, embeddings=True), {})
+    """The full networks' val rows. Raises LeakageError where these are out of sample for none."""
+    rows = fold_networks.aligned(store, members, "val", fold_networks.FULL, embeddings=True)
+    return EmbeddedRows(_out_of_sample(rows), {})
 
 
 def in_sample(store: Store, members: Sequence[Member]) -> EmbeddedRows:
-    """The full networks' train rows, which they were fitted on, and their val rows."""
+    """The full networks' train rows, which they were fitted on, and their val rows, which they were not."""
     return _joined(store, members, {member.name: store.rows(member, "train", embeddings=True) for member in members})
 
 
@@ -170,7 +171,18 @@ def _joined(store: Store, members: Sequence[Member], train: dict[str, MemberRows
         else:
             facts[member.name] = {"agreement": require_shared_space(member.name, train[member.name], val)}
         parts[member.name] = [train[member.name], val]
-    return EmbeddedRows(align(parts, store.catalog.classes), facts)
+    return EmbeddedRows(_out_of_sample(align(parts, store.catalog.classes)), facts)
+
+
+def _out_of_sample(rows: Rows) -> Rows:
+    """The rows without those of val that a network was trained on. Raises LeakageError where no val row is left."""
+    remaining = np.flatnonzero(rows.out_of_sample | (rows.split != "val"))
+    if "val" not in rows.split[remaining]:
+        raise LeakageError(
+            f"no val row is out of sample for all of {', '.join(rows.members)}, by what they were trained on, and val "
+            "rows judge a fusion. Leave out members that were trained on val: --set backbones.exclude=[NAME]"
+        )
+    return rows if len(remaining) == len(rows.split) else rows.take(remaining)
 
 
 def _embeddings_of(rows: MemberRows) -> np.ndarray:

@@ -20,12 +20,12 @@ from utils.building.builder_protocol import Session
 from utils.building.ensembles import Crossfit
 from utils.core import estimates
 from utils.core.artifacts import digest_of, write_checkpoint
-from utils.core.errors import UserError
+from utils.core.errors import LeakageError, UserError
 from utils.discovery import discover
 from utils.fusion_methods import COMBINERS, FusionStacker
 from utils.networks.checkpoints import training_metadata
 from utils.networks.construction import NetworkSpec
-from utils.predictions import catalog, image_splits, streaming
+from utils.predictions import catalog, image_splits, streaming, training_data
 from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.rows import MemberOutputs, MemberRows
 from utils.predictions.store import Store
@@ -44,12 +44,18 @@ OFF = "--set runs.fusion.end_to_end=false"
 
 
 def require_networks(members: Sequence[Member]) -> None:
-    """Raise UserError for members that have no network to train."""
+    """Raise UserError for members that have no network to train, LeakageError for those that were trained on val."""
     imported = [member.name for member in members if member.source == IMPORTED]
     if imported:
         raise UserError(
             f"runs.fusion.end_to_end: {', '.join(imported)}: imported predictions, no network that could be trained. "
             f"Leave out: --set backbones.exclude=[{','.join(imported)}]; or train heads alone: {OFF}"
+        )
+    fitted = [member.name for member in members if "val" not in training_data.unseen_splits(member)]
+    if fitted:
+        raise LeakageError(
+            f"runs.fusion.end_to_end: val rows choose the epoch, and {', '.join(fitted)} was trained on them. "
+            f"Leave out: --set backbones.exclude=[{','.join(fitted)}]; or train heads alone: {OFF}"
         )
 
 

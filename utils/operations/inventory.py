@@ -13,7 +13,7 @@ from utils.building.builder_protocol import CURRENT, DAMAGED, MISSING, STALE, Se
 from utils.building.ensembles import Ensemble
 from utils.core.artifacts import FileDigests
 from utils.core.config import Config
-from utils.core.errors import UserError
+from utils.core.errors import LeakageError, UserError
 from utils.core.parsed_files import record_once
 from utils.core.workspace import SPLITS, Workspace
 from utils.distillation.student_builder import StudentBuilder
@@ -63,7 +63,7 @@ def take(config: Config, workspace: Workspace) -> Inventory:
         session = Session(store, tuple(member_selection.select(content, config)))
         states |= _saved_states(session, saved)
         requested = _requested(session, states)
-    except UserError as error:
+    except (UserError, LeakageError) as error:
         return Inventory(of_catalog, content, ensembles=states, problems=(str(error),))
     for name in (name for names in requested.values() for name in names):
         states.setdefault(name, State(MISSING))

@@ -187,6 +187,7 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
     if command.sandboxed:
         base_back.leave_workspace_unchanged()
     base_back.bind(common["--base-back"], folder)
+    base_back.load_bundled("threads").prepare_environment(config.dataset.num_threads)  # before torch is imported
     if config.dataset.group_regex is not None:
         os.environ.setdefault("DBT_GROUP_REGEX", config.dataset.group_regex)
     from utils.core import caches, engines, locks

@@ -142,6 +142,7 @@ class Stacker(Combiner):
             "settings_tried": len(result.setting_losses),
             "cross_validated_log_loss": log_loss(result.crossfit, labels) if has_held_out else None,
             "selection_score": log_loss(self._predict(logits), labels),
+            "threads": None if self.learner.thread_safe else nested_cv.FIT_THREADS,  # of a torch training
         }
         return crossfit
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import runpy
 import signal
 import sys
 from collections.abc import Sequence
@@ -250,6 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: dict[str, Any]) -> int:
     signal.signal(signal.SIGTERM, _terminate)
+    # By its path: the package `utils` imports torch, which reads the environment once.
+    runpy.run_path(str(Path(__file__).with_name("utils") / "threads.py"))["prepare_environment"]()
     try:
         from config import settings
     except ValueError as error:

@@ -58,6 +58,14 @@ def test_kills_in_a_training_of_three_backbones_change_no_byte(trained, tmp_path
     assert not list(workspace.rglob(".*partial*"))
 
 
+def test_the_number_of_threads_is_recorded_in_every_checkpoint(trained):
+    names = [
+        f"{backbone}_{role}" for backbone in ZOO_BACKBONES for role in ("final", "fold0", "snapshot1", "head_best")
+    ]
+    records = [torch.load(trained / "checkpoints" / f"{name}.pth", weights_only=True) for name in names]
+    assert {record["extra"]["threads"] for record in records} == {1}
+
+
 @pytest.fixture
 def loaders(tmp_path) -> tuple[DecodedDataset, DecodedDataset]:
     return noise_datasets(tmp_path)
@@ -123,6 +131,34 @@ def test_a_training_stopped_after_any_epoch_ends_with_the_same_bytes(backbone, l
         again = train(recipe, loaders, Progress(path, "digest", seconds=0))
         assert bytes_of(again, tmp_path / "again.pth") == expected, f"stopped after epoch {stop}"
         path.unlink()
+
+
+def test_a_resumed_training_has_as_many_threads_as_when_it_began(loaders, tmp_path, monkeypatch):
+    recipe, path = recipe_of("CustomConvNeXt"), tmp_path / "progress.pth"
+    used = []
+
+    class Watched(BatchLoader):
+        def __iter__(self):
+            used.append(torch.get_num_threads())
+            return super().__iter__()
+
+    here = torch.get_num_threads()
+    watched = [Watched(data, 8) for data in loaders]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    model = create_custom_backbone(recipe.backbone, 3, size="tiny", img_size=32)
+    with pytest.raises(Interrupted):
+        fit(*(recipe, model, lambda _: watched[0], watched[1]), purpose=("a",), device=CPU, progress=Stopping(path, 2))
+    assert set(used) == {2}
+    assert torch.get_num_threads() == here
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    progress = Progress(path, "digest")
+    fit(*(recipe, model, lambda _: watched[0], watched[1]), purpose=("a",), device=CPU, progress=progress)
+    assert set(used) == {2}
+    assert progress.threads == 2
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    used.clear()
+    fit(*(recipe, model, lambda _: watched[0], watched[1]), purpose=("a",), device=CPU)
+    assert set(used) == {1}
 
 
 def test_an_epoch_at_a_time(loaders, tmp_path):

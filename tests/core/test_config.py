@@ -117,6 +117,7 @@ def test_shipped_file_holds_the_printed_values():
 def test_defaults_are_the_printed_values_and_the_keys_of_ours():
     assert _places(Config().as_dict()) == LEAVES | {
         "dataset.group_regex": None,
+        "dataset.num_threads": None,
         "cache.quota_gb": 20.0,
         "runs.score_ensemble.pool": "auto",
         "runs.score_ensemble.fit_rows": "honest",
@@ -166,6 +167,7 @@ def test_every_key_refuses_what_is_of_another_kind(place):
         ("seed", [0, 2**32 - 1], [-1, 2**32, 1.5]),
         ("dataset.batch_size", [1, "64", 8.0, "1e2"], [0, -3, 0.5, "many", float("inf")]),
         ("dataset.num_workers", [0, 4], [-1]),
+        ("dataset.num_threads", [None, 1, 64, "2"], [0, -1, 1.5, True]),
         ("runs.stacking.mlp_config.lr", ["1e-3", 1, 5e-4], [0, -0.1, "0", float("inf"), float("nan"), "nan", 10**400]),
         ("runs.stacking.mlp_config.dropout", [0, 0.999], [1, -0.1]),
         ("runs.stacking.mlp_config.hidden_dims", [[], [1], ["64", 32]], [[0], [1.5], [True], 5]),

@@ -96,6 +96,17 @@ def test_interrupted_after_any_epoch_it_ends_with_the_same_weights(sources, tmp_
         assert equal(resumed, expected), f"stopped after epoch {stop}"
 
 
+def test_a_resumed_training_has_as_many_threads_as_when_it_began(sources, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    expected = run(sources)
+    with pytest.raises(Interrupted):
+        run(sources, progress=InterruptedProgress(tmp_path / "progress.pth", 1))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    resumed = run(sources, progress=TrainingProgress(tmp_path / "progress.pth", "key"))
+    assert equal(resumed, expected)
+    assert (expected.threads, resumed.threads, run(sources, epochs=1).threads) == (2, 2, 1)
+
+
 @pytest.mark.parametrize(("alpha", "shift"), [(0.0, 0), (1.0, 1)])
 def test_it_learns_the_labels_or_the_teacher(sources, tmp_path, alpha, shift):
     """The teacher predicts the next class of each label with confidence."""

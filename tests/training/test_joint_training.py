@@ -110,6 +110,25 @@ def test_the_blocks_of_an_interrupted_training_stay_as_they_are(members, tmp_pat
     assert len(run(members, tmp_path / "run", budget=UNLIMITED).blocks) == 2
 
 
+def test_a_resumed_training_has_as_many_threads_as_when_it_began(members, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, 2)
+        with pytest.raises(Interrupted):
+            run(members, tmp_path / "run")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    used, step = [], torch.optim.AdamW.step
+
+    def counted(self, *arguments):
+        used.append(torch.get_num_threads())
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    assert run(members, tmp_path / "run").threads == 2
+    assert set(used) == {2}
+    assert run(members, tmp_path / "anew", epochs=1).threads == 1
+
+
 def test_a_damaged_training_and_one_of_another_key_start_again(members, tmp_path, caplog):
     expected = run(members, tmp_path / "run")
     state = json.loads((tmp_path / "run" / "state.json").read_text())

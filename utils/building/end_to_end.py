@@ -185,6 +185,7 @@ def _facts(derived: Sequence[Member], tuned: JointTrainingResult) -> dict[str, A
         "blocks": tuned.blocks,
         "computed_twice": tuned.recomputed,
         "step_bytes": tuned.step_bytes,
+        "threads": tuned.threads,
         "networks": {member.name: member.checkpoints[0]["sha256"] for member in derived},
     }
 

@@ -315,6 +315,7 @@ def _facts(soup: Soup, survey: Survey) -> dict[str, Any]:
     return {
         "shares": dict(soup.mix),
         "normalisation": soup.trial.as_record(),
+        "threads": survey.trials.bn_threads if soup.trial.is_recomputed else None,
         "best_ingredient": soup.rival,
         "gain": {name: kept.as_record()[name] - value for name, value in rival.as_record().items()},
         "helps": kept.rank > rival.rank,
@@ -340,6 +341,7 @@ def _explanation(store: Store, member: Member, role: str, facts: Mapping[str, An
             {"stage": stage, "sha256": digests[stage], "share": share} for stage, share in facts["shares"].items()
         ],
         "normalisation": facts["normalisation"]["kept"],
+        "threads": facts["threads"],
         "selected_on": "val",
     }
 

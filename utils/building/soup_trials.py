@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils import base_back
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError
 from utils.networks import construction, memory, soups
@@ -129,6 +130,8 @@ class Trials:
         first = next(iter(ingredients.values())).open()
         normalised = any(name.endswith("running_mean") for name in first)
         self.recomputes = normalised and store.config.runs.model_soup.recompute_bn
+        self.bn_threads: int | None = None
+        """Intra-op threads with which BatchNorm statistics were recomputed; None on a GPU, and where none were."""
         self._known: dict[tuple[Mix, bool], SoupScores] = {}
 
     def single(self, name: str) -> SoupScores:
@@ -152,8 +155,11 @@ class Trials:
 
     def _recomputed(self, mix: Mix, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         model = streaming.open_network(self._named(mix), weights).to(self.device)
+        rule = base_back.load_bundled("threads")
+        self.bn_threads = rule.threads_of_network("normalisation", model, self.spec.img_size, self.device)
         try:
-            soups.recompute_bn_statistics(model, self._train_batches(), BATCHES)
+            with rule.intra_op_threads(self.bn_threads):
+                soups.recompute_bn_statistics(model, self._train_batches(), BATCHES)
             return {**weights, **soups.statistics_of(model)}
         finally:
             memory.safe_delete_model(model)

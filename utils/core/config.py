@@ -146,6 +146,14 @@ Folder = Annotated[
     str | None,
     _check("expected a folder, or null", lambda raw: raw is None or (isinstance(raw, str) and raw.strip() != "")),
 ]
+Threads = Annotated[
+    int | None,
+    _check(
+        "expected a whole number of at least 1, or null for the number that the network decides",
+        lambda number: number is None or number >= 1,
+        lambda raw: None if raw is None else _whole(raw),
+    ),
+]
 Limit = Annotated[
     float | None,
     _check(
@@ -172,6 +180,7 @@ class Dataset(Section):
     img_size: Count = 224
     batch_size: Count = 32
     num_workers: Workers = 16
+    num_threads: Threads = None
     group_regex: Pattern = None
 
 

@@ -363,5 +363,7 @@ def _worker_environment() -> dict[str, str]:
 
 
 def cores() -> int:
-    """Number of cores of this machine that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Number of cores that affinity and the container's quota leave to this process, at least 1."""
+    from joblib import cpu_count
+
+    return int(cpu_count())

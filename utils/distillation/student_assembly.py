@@ -94,6 +94,7 @@ def build_student(
         "alpha": settings.alpha,
         "epochs": {STUDENT: len(trained.history), ALONE: len(alone.history)},
         "history": {STUDENT: trained.history, ALONE: alone.history},
+        "threads": {STUDENT: trained.threads, ALONE: alone.threads},
     }
     store = _add_member(store, student, teacher, trained, images.facts, kind)
     derived = store.catalog.members[student.member]
@@ -225,6 +226,7 @@ def _add_member(
         "targets": kind,
         "temperature": settings.temperature,
         "alpha": settings.alpha,
+        "threads": trained.threads,
     }
     students.write_student(store, student, trained.weights, facts)
     updated = discover.register_derived(

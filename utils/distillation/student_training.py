@@ -59,6 +59,8 @@ class StudentTrainingResult:
     weights: dict[str, Tensor]
     history: list[dict[str, float]]
     """Per epoch: train_loss, val_log_loss, val_accuracy."""
+    threads: int | None
+    """Intra-op threads of the training; None on a GPU."""
 
 
 def train(
@@ -73,8 +75,29 @@ def train(
 ) -> StudentTrainingResult:
     """Train `model` in place; `epoch_targets` None trains by labels alone.
 
-    Raises UserError when the loss is not finite.
+    A training that resumes has as many threads as when it began. Raises UserError when the loss is not finite.
     """
+    rule = base_back.load_bundled("threads")
+    saved = progress.load() if progress is not None else None
+    threads = rule.threads_of_network("student", model, batch_schedule.image_source.size, device)
+    if saved is not None:
+        threads = saved.get("threads", threads)
+    with rule.intra_op_threads(threads):
+        return _train(model, settings, batch_schedule, epoch_targets, validation_set, device, progress, saved, threads)
+
+
+def _train(
+    model: nn.Module,
+    settings: StudentTrainingSettings,
+    batch_schedule: BatchSchedule,
+    epoch_targets: EpochTargets | None,
+    validation_set: ImageSource,
+    device: str,
+    progress: TrainingProgress | None,
+    saved: Mapping[str, Any] | None,
+    threads: int | None,
+) -> StudentTrainingResult:
+    """`train` with the number of threads set, from the state `saved` where there is one."""
     training = base_back.load("training")
     model.to(device)
     optimizer = training.create_optimized_optimizer(model, settings.lr, settings.backbone)
@@ -85,7 +108,7 @@ def train(
     average = WeightAverage(model, min(MAX_DECAY, max(MIN_DECAY, 1 - 1 / (AVERAGED_EPOCHS * steps))))
     run = _StudentTraining(model, optimizer, lr_schedule, average, criterion, settings, device)
     history: list[dict[str, float]] = []
-    if progress is not None and (saved := progress.load()) is not None:
+    if progress is not None and saved is not None:
         run.restore(saved)
         history = saved["history"]
         logger.info("%s: resumed at epoch %d of %d", progress.path.stem, len(history) + 1, settings.epochs)
@@ -108,9 +131,9 @@ def train(
             *(row["val_log_loss"], row["val_accuracy"], seconds, seconds * (settings.epochs - epoch - 1) / 60),
         )
         if progress and (progress.is_due() or epoch + 1 == settings.epochs):
-            progress.save(run.state() | {"history": history})
+            progress.save(run.state() | {"history": history, "threads": threads})
     _log_risen_loss(settings, history)
-    return StudentTrainingResult(copied_weights(average.weights), history)
+    return StudentTrainingResult(copied_weights(average.weights), history, threads)
 
 
 def _log_risen_loss(settings: StudentTrainingSettings, history: list[dict[str, float]]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from utils import base_back
 from utils.building import ensembles, recommendation
 from utils.building.command_hints import build_command
 from utils.building.ensembles import Ensemble
@@ -244,12 +245,15 @@ def _run(
     logits = np.empty((count, len(spec.classes)), dtype=np.float32)
     embeddings: np.ndarray | None = None
     model = streaming.open_network(spec).to(device)
+    rule = base_back.load_bundled("threads")
+    n_threads = rule.threads_of_network("streaming", model, spec.img_size, device)
     outputs: EmbeddingExtractor | None = None
     try:
         outputs = EmbeddingExtractor(model, str(spec.checkpoint))
         for indices, images in batches(spec.preprocessing):
             # Around the network alone: no gradient may flow through images made in inference mode.
-            with torch.inference_mode(), torch.autocast("cuda", dtype=torch.bfloat16) if on_cuda else nullcontext():
+            precision = torch.autocast("cuda", dtype=torch.bfloat16) if on_cuda else nullcontext()
+            with torch.inference_mode(), rule.intra_op_threads(n_threads), precision:
                 device_images = images.to(device)
                 if keeps_embeddings:
                     if embeddings is None:

@@ -48,6 +48,8 @@ class ConversionJob:
     description: dict[str, Any]
     """What the files record of themselves, ready for JSON."""
     sample: ParitySample
+    threads: int
+    """Intra-op threads of the runtimes that check the files"""
     staged: Path
     """Becomes the export's folder."""
     scratch: Path
@@ -162,13 +164,14 @@ def _checked_entry(job: ConversionJob, format_name: str, entry: dict[str, Any]) 
         "versions": entry["versions"] | facts.get("versions", {}),
         "latency_ms": facts.get("latency_ms"),
         "source_digest": job.source_digest,
+        "threads": job.threads,
         "members_run": "all",  # no file has control flow: a sparse combiner gives members that it skips the weight 0
     }
     if reasons:
         failure: dict[str, Any] = {"reason": "; ".join(reasons), "path": None, "sha256": None, "files": {}}
         return checked | {"status": "failed"} | failure
     if is_reduced:
-        run, _ = runtimes.open_onnx(job.staged / entry["path"], {"outputs": ["probabilities"]})
+        run, _ = runtimes.open_onnx(job.staged / entry["path"], {"outputs": ["probabilities"], "threads": job.threads})
         checked["test_accuracy"] = parity_rows.measure_test_accuracy(job.store, job.source, job.signature, run)
     return checked
 
@@ -183,4 +186,5 @@ def _runtime_job(job: ConversionJob) -> dict[str, Any]:
         "signature": vars(job.signature),
         "environment": environment,
         "project": str(base_back.PROJECT),
+        "threads": job.threads,
     }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils import base_back
 from utils.core.artifacts import read_json
 from utils.core.config import Config, require_enabled
 from utils.core.errors import ConfigError, UserError, did_you_mean
@@ -158,13 +159,18 @@ def write_export(store: Store, request: ExportRequest) -> dict[str, dict[str, An
     source, signature, workspace = request.source, request.signature, store.workspace
     with export_folder.replacing_folder(request.folder) as staged:
         network = exported_network.assemble_network(store, source, signature)
+        rule, size = base_back.load_bundled("threads"), max(member.img_size or 0 for member in source.members)
+        threads = rule.threads_of_network("export checks", network, size, "cpu")
+        with rule.intra_op_threads(threads):
+            sample = parity_rows.sample_rows(store, source, signature, network)
         job = ConversionJob(
             store=store,
             source=source,
             signature=signature,
             source_digest=request.source_digest,
             description=exported_network.describe_network(source, signature, network),
-            sample=parity_rows.sample_rows(store, source, signature, network),
+            sample=sample,
+            threads=threads,
             staged=staged,
             scratch=staged.parent / "scratch",
         )

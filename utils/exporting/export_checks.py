@@ -151,6 +151,7 @@ def _check_format(
         "name": description["ensemble"],
         "signature": signature,
         "environment": {},
+        "threads": entry.get("threads"),  # as when it was written; earlier exports recorded none
     }
     files = [folder / file for file in export_folder.entry_files(folder, entry) if not file.endswith(".data")]
     try:

@@ -30,6 +30,7 @@ def open_onnx(path: Path, job: dict[str, Any]) -> tuple[RunFunction, dict[str, s
     options = onnxruntime.SessionOptions()
     if job.get("threads"):
         options.intra_op_num_threads = int(job["threads"])
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would take another program's core
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     inputs = [given.name for given in session.get_inputs()]
 

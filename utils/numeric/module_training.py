@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from utils.numeric.nested_cv import FIT_THREADS
+
 BATCH_SIZE = 128
 GATHER_BYTES = 2**20  # bytes of rows that one gather copies where a batch is smaller
 Trained = TypeVar("Trained", bound=nn.Module)
@@ -41,7 +43,7 @@ def train_module(
     checkpoint comes earlier. Training continues on the yielded module: copy what you need before the next iteration.
     """
     n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the same sums in the same order on every machine's cores
+    torch.set_num_threads(FIT_THREADS)  # the same sums in the same order on every machine's cores
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(seed)

@@ -17,6 +17,8 @@ import numpy as np
 from utils.core import engines
 from utils.numeric.metrics import log_loss_per_row
 
+FIT_THREADS = 1  # over which the sums of one fit are split; small as they are, a second thread costs time
+
 
 class GridLearner(Protocol):
     """A learner with a grid of G settings, fitted on members' logits."""
@@ -116,7 +118,7 @@ def _all_fits(
         shared=(learner, logits, labels, folds),
         description=f"fits of {type(learner).__name__.removesuffix('Learner').lower()}",
         **{"n_threads" if learner.thread_safe else "n_processes": n_jobs},
-        threads_per_job=1,
+        threads_per_job=FIT_THREADS,
     )
     return list(fits)
 

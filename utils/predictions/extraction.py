@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils import base_back
 from utils.core import engines, estimates
 from utils.core.artifacts import preallocate, replacing
 from utils.networks.checkpoints import reading_ahead
@@ -25,6 +26,7 @@ logger = logging.getLogger("disease_pipeline")
 
 STREAMED_SPLITS = ("val", "test")
 """What a member is run over in one pass, which serves the out-of-sample rows and the evaluation that follows."""
+FLOAT_BYTES = 4  # of a parameter in a checkpoint
 GPU_SHARE = 0.5  # of a GPU per member on a cluster: one reads its weights while the other runs
 
 
@@ -53,6 +55,7 @@ def ensure(store: Store, members: Sequence[Member], splits: Sequence[str]) -> No
         _extract_member,
         [(member, gaps, next_file) for (member, gaps), next_file in zip(missing, next_files, strict=True)],
         shared=(store, engine.worker_device(device), threads),
+        threads_per_job=job_threads(store, [member for member, _ in missing], device),
         gpu=GPU_SHARE if device != "cpu" else 0.0,
     )
     for number, ((member, gaps), _) in enumerate(zip(missing, finished, strict=True), start=1):
@@ -68,6 +71,19 @@ def _gaps(store: Store, member: Member, splits: Sequence[str]) -> list[str]:
     """The splits that are not stored for a member, of those requested and those of its out-of-sample rows."""
     of_train = ["train"] if "val" in splits and training_data.predicts_unseen_train_rows(store, member) else []
     return [split for split in dict.fromkeys([*splits, *of_train]) if not store.is_stored(member, split)]
+
+
+def job_threads(store: Store, members: Sequence[Member], device: str) -> int | None:
+    """Threads of the largest network, so that a cluster gives each job as many cores; None on a GPU."""
+    if device != "cpu":
+        return None
+    rule, numbers = base_back.load_bundled("threads"), [1]
+    for member in members:
+        spec = member.network(store.workspace)
+        if spec.checkpoint.is_file():
+            n_parameters = spec.checkpoint.stat().st_size // FLOAT_BYTES
+            numbers.append(rule.number_of_threads("streaming", n_parameters, spec.img_size))
+    return max(numbers)
 
 
 def _prepare(store: Store, missing: Sequence[tuple[Member, list[str]]], device: str, threads: int) -> None:
@@ -119,6 +135,7 @@ def _write_outputs(store: Store, member: Member, splits: Sequence[str], device: 
     )
     order = [member.classes.index(name) for name in store.catalog.classes]
     batch: OutputBatch | None = next(batches)
+    n_threads = batch.threads if batch is not None else None
     for split in images:
         start = time.monotonic()
         folder = store.workspace.predictions(member.name, split.split)
@@ -139,7 +156,12 @@ def _write_outputs(store: Store, member: Member, splits: Sequence[str], device: 
             logits.flush()
             if embeddings is not None:
                 embeddings.flush()
-        facts = {"device": device, "batch_size": batch_size, "seconds": round(time.monotonic() - start, 3)}
+        facts = {
+            "device": device,
+            "threads": n_threads,
+            "batch_size": batch_size,
+            "seconds": round(time.monotonic() - start, 3),
+        }
         store.complete_rows(member, store.samples(split.split), facts | {"width": width})
 
 

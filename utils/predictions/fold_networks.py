@@ -118,7 +118,12 @@ def ensure(store: Store, members: Sequence[Member], splits: Sequence[str], infer
     device = streaming.resolve_device(store.config.device) if missing else "cpu"
     share = GPU_SHARE if device != "cpu" else 0.0
     for _ in engine.map(
-        _stream, missing, shared=(store, engine.worker_device(device)), description="fold networks", gpu=share
+        _stream,
+        missing,
+        shared=(store, engine.worker_device(device)),
+        description="fold networks",
+        threads_per_job=extraction.job_threads(store, [member for member, _ in missing], device),
+        gpu=share,
     ):
         pass
     store.digests.save()

@@ -49,6 +49,8 @@ class OutputBatch:
     """float32 (B, D); D is 0 for a network without embeddings"""
     batch_size: int
     """Images at a time, as memory allowed"""
+    threads: int | None = None
+    """torch's, None on a GPU"""
 
 
 def open_network(spec: NetworkSpec, weights: Mapping[str, Any] | None = None) -> nn.Module:
@@ -130,6 +132,7 @@ def network_on_device(
     import torch
 
     passing = _Pass(spec, open_network(spec), 1, device)
+    passing.threads = None  # what is timed is recorded with the number that torch has here
 
     def forward(images: Tensor) -> Tensor:
         with torch.inference_mode(), passing._precision():
@@ -153,6 +156,8 @@ class _Pass:
     batch_size: int
     device: str
     must_be_finite: bool = True
+    threads: int | None = field(default=None, init=False)
+    """torch's during forward passes; None: as many as it has here"""
     buffer: Any = field(default=None, init=False)
     """Pixels of a batch on the CPU, float32, overwritten by the next one"""
 
@@ -165,6 +170,8 @@ class _Pass:
         layout = torch.channels_last if keeps_channels_last(self.model) else torch.preserve_format
         self.model = self.model.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
         self.outputs = EmbeddingExtractor(self.model, str(self.spec.checkpoint))
+        rule = base_back.load_bundled("threads")
+        self.threads = rule.threads_of_network("streaming", self.model, self.spec.img_size, self.device)
 
     def probe(self, pixels: Any) -> None:
         """Find the number of outputs and the embedding on the first rows of a split."""
@@ -235,7 +242,7 @@ class _Pass:
         start, logits, embeddings = outputs
         columns = len(self.spec.classes) if cut else self.outputs.count
         logits_array, embeddings_array = (t.float().cpu().numpy() for t in (logits[:, :columns], embeddings))
-        batch = OutputBatch(images.split, start, logits_array, embeddings_array, self.batch_size)
+        batch = OutputBatch(images.split, start, logits_array, embeddings_array, self.batch_size, self.threads)
         if self.must_be_finite:
             _check_finite(self.spec, images, batch)
         return batch
@@ -254,10 +261,14 @@ class _Pass:
             self.buffer = torch.empty(shape, memory_format=self.layout)
         return normalise(crops, self.spec.preprocessing, layout=self.layout, out=self.buffer[: len(crops)])
 
-    def _precision(self) -> Any:
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        """bfloat16 on CUDA; on the CPU the network's number of threads."""
         import torch
 
-        return torch.autocast("cuda", dtype=torch.bfloat16) if self.on_cuda else nullcontext()
+        on_gpu = torch.autocast("cuda", dtype=torch.bfloat16) if self.on_cuda else nullcontext()
+        with base_back.load_bundled("threads").intra_op_threads(self.threads), on_gpu:
+            yield
 
     def _too_large(self) -> UserError:
         return UserError(

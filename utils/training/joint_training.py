@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from utils import base_back
 from utils.core.artifacts import read_record, write_json
 from utils.core.errors import UserError
 from utils.networks import training_memory
@@ -58,6 +59,8 @@ class JointTrainingResult:
     """Networks with activation checkpointing: their blocks are computed twice to save memory."""
     step_bytes: dict[str, int]
     """Bytes that a step of each network needs: weights, gradients, moments and activations."""
+    threads: int | None
+    """Intra-op threads of the training; None on a GPU."""
     folder: Path
 
     def weights(self, name: str) -> dict[str, Tensor]:
@@ -89,7 +92,8 @@ def train(
     run = _JointTraining(members, head, settings, folder, key, device)
     if not run.resumed():
         run.begin(budget if budget is not None else training_memory.memory_budget(device), batch_size)
-    return run.finish()
+    with base_back.load_bundled("threads").intra_op_threads(run.state["threads"]):
+        return run.finish()
 
 
 def _network_file(epoch: int, name: str) -> str:
@@ -130,9 +134,12 @@ class _JointTraining:
         """Start from the beginning; measure how many networks train at once."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        step_bytes, recomputed = {}, []
+        step_bytes, recomputed, threads = {}, [], []
+        rule = base_back.load_bundled("threads")
         for name, member in self.members.items():
             with loaded_members([member], [None], self.settings, self.device) as (network,):
+                size = member.spec.img_size
+                threads.append(rule.threads_of_network("end to end", network.model, size, self.device))
                 step_bytes[name] = network.step_bytes(batch_size)
                 if step_bytes[name] > budget:
                     with training_memory.activation_checkpointing(network.model) as n_blocks:
@@ -155,6 +162,7 @@ class _JointTraining:
             "blocks": [list(self.members)] if fits else [[name] for name in self.members],
             "twice": recomputed,
             "step_bytes": step_bytes,
+            "threads": max(filter(None, threads), default=None),  # those of the largest network
             "chunks": 1,
             "epoch": INITIAL_EPOCH + 1,
             "block": 0,
@@ -181,6 +189,7 @@ class _JointTraining:
             del saved
         if any(self._read(file) is None for file in self._best_files(state)) or not self._load_heads(state["heads"]):
             return False
+        state.setdefault("threads", None)  # an earlier version recorded none
         self.state = state
         self.embeddings |= embeddings
         logger.info("resumed at epoch %d of %d, block %d", state["epoch"], self.settings.epochs, state["block"] + 1)
@@ -207,6 +216,7 @@ class _JointTraining:
             blocks=state["blocks"],
             recomputed=state["twice"],
             step_bytes=state["step_bytes"],
+            threads=state["threads"],
             folder=self.folder,
         )
 

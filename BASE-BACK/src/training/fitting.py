@@ -31,6 +31,7 @@ from training.progress import Progress, random_state, restore_random_state
 from training.recipe import Recipe
 from utils import logger, set_seed
 from utils.logs import duration
+from utils.threads import intra_op_threads, threads_of_network
 
 LAST = "last"  # `selection` in a checkpoint: it holds the last epoch, which val rows did not choose
 DIVERGED = 3  # times the loss of equal probabilities
@@ -91,6 +92,7 @@ class Fitted:
         return {name: found.get(name, []) for name in ("head", "finetune")}
 
 
+@intra_op_threads(None)  # what it sets ends with it
 def fit(
     recipe: Recipe,
     model: nn.Module,
@@ -115,6 +117,7 @@ def fit(
     model.to(device)
     plan = usual_phases(recipe) if phases is None else phases
     stages, running = _saved(progress, plan)
+    _set_threads(recipe, model, device, progress)
     for phase in plan:
         if phase.name not in [stage.name for stage in stages]:
             seed = recipe.seed_for(*purpose, phase.name)
@@ -135,6 +138,18 @@ def fit(
     _check_end(recipe, stages[-1])
     validation = validate_epoch_optimized(model, val_loader, criterion, device)[:5]
     return Fitted(model, stages, tuple(float(value) for value in validation))  # type: ignore[arg-type]
+
+
+def _set_threads(recipe: Recipe, model: nn.Module, device: torch.device, progress: Progress | None) -> None:
+    """Set the number of intra-op threads: that of the interrupted training, else that of the table."""
+    number = threads_of_network("base training", model, recipe.img_size, device)
+    if number is None:
+        return
+    if progress:
+        if progress.threads not in (None, number):
+            logger.info("%s: %d threads, as when it began", progress.path.stem, progress.threads)
+        number = progress.threads = progress.threads or number
+    torch.set_num_threads(number)
 
 
 def usual_phases(recipe: Recipe) -> list[Phase]:

@@ -1,4 +1,4 @@
-"""Units side by side: one thread a process on the CPU, one process on a GPU, each unit as soon as it may start."""
+"""Units side by side: as many processes as cores on the CPU, one on a GPU, each unit as soon as it may start."""
 
 from __future__ import annotations
 

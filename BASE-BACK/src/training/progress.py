@@ -23,13 +23,15 @@ class Progress:
     """The progress file of one training, `checkpoints/.progress/<backbone>_<unit>.pth`.
 
     It is used when it is whole and was written under the same `digest`; any other is named and removed. `seconds` is
-    the least time between two saves (`DBT_PROGRESS_SECONDS`); 0 saves every epoch.
+    the least time between two saves (`DBT_PROGRESS_SECONDS`); 0 saves every epoch. `threads` is the number of intra-op
+    threads that the training began with, None where nothing says it; each save records it.
     """
 
     def __init__(self, path: Path, digest: str, seconds: float = settings.PROGRESS_SECONDS) -> None:
         self.path = path
         self.key = f"{FORMAT} {digest}"
         self.seconds = seconds
+        self.threads: int | None = None
         self._saved = time.monotonic()
         self._cost = 0.0
 
@@ -47,6 +49,7 @@ class Progress:
         except Exception as error:  # a damaged file raises whatever the broken place leads to
             problem = f"is damaged ({type(error).__name__})"
         if problem is None:
+            self.threads = record.get("threads")
             return record
         logger.warning("%s %s; it is removed and the training starts again", self.path, problem)
         self.path.unlink(missing_ok=True)
@@ -61,7 +64,7 @@ class Progress:
         """Replace the file. A disk that takes no more is said and does not end the training."""
         start = time.monotonic()
         try:
-            write_checkpoint(self.path, record | {"key": self.key})
+            write_checkpoint(self.path, record | {"key": self.key, "threads": self.threads})
         except (OSError, RuntimeError) as error:  # torch's writer raises either where the disk is full
             logger.warning("%s: progress cannot be saved (%s); the training continues", self.path, error, dedupe=True)
         self._saved = time.monotonic()

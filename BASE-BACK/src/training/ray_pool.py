@@ -13,6 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from utils.threads import PASSIVE, REQUESTED, requested_threads
+
 RETRIES = 3
 STORE_BYTES = 100_000_000  # units hand over paths and figures, no arrays
 INSTALL = "install it: pip install 'ray>=2.40,<3'; or leave --engine ray out"
@@ -36,6 +38,7 @@ class RayPool:
         here: dict[str, Any] = {} if address else {"num_cpus": jobs, "object_store_memory": STORE_BYTES}
         variables = {name: value for name, value in os.environ.items() if name.startswith("DBT_")}
         variables.pop("DBT_PARENT", None)  # a process id has a meaning on this machine only
+        variables |= PASSIVE | {REQUESTED: str(requested_threads() or 0)}  # Ray sets OMP_NUM_THREADS itself
         source = str(Path(__file__).resolve().parents[1])
         paths = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
         try:

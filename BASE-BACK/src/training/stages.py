@@ -35,6 +35,7 @@ from utils.splitting import (
     split_contents,
     verify_dataset_split,
 )
+from utils.threads import requested_threads
 
 KINDS = ("verify", "train", "test", "export")  # stages that are one unit of the same name
 WEIGHT = {
@@ -233,10 +234,11 @@ def _with_embeddings(units: list[Unit], jobs: int) -> list[Unit]:
 
 
 def _processes(jobs: int | None) -> tuple[int, int | None]:
-    """Number of worker processes and of threads in each."""
+    """Number of worker processes, and of threads in each between its trainings, which choose their own."""
     if DEVICE.type == "cuda":
         return jobs or 1, None
-    return jobs or min(MAX_JOBS, usable_cores()), 1  # two processes of one thread beat one of two
+    threads = requested_threads() or 1
+    return jobs or min(MAX_JOBS, max(1, usable_cores() // threads)), threads
 
 
 class _Progress:

@@ -134,8 +134,8 @@ def _fold(unit: Unit) -> Outcome:
     fitting = train.subset(np.flatnonzero(fold_of != unit.fold))
     val = BatchLoader(recipe.dataset("val"), recipe.batch_size)
     purpose = ("fold", unit.fold, unit.folds)
-    model, loader = _new_network(recipe, *purpose), _train_loader(recipe, fitting)
-    fitted = fit(recipe, model, loader, val, purpose=purpose, device=DEVICE, progress=_progress(unit))
+    model, loader, progress = _new_network(recipe, *purpose), _train_loader(recipe, fitting), _progress(unit)
+    fitted = fit(recipe, model, loader, val, purpose=purpose, device=DEVICE, progress=progress)
     path = checkpoint_path(recipe.backbone, f"fold{unit.fold}")
     extra = recipe.explain() | {
         "fold": unit.fold,
@@ -145,6 +145,7 @@ def _fold(unit: Unit) -> Outcome:
         "stage": fitted.stages[-1].name,
         "selection": LAST,
         "seed": recipe.seed_for(*purpose, "weights"),
+        "threads": progress.threads,
     }
     write_checkpoint(path, {"model_state_dict": copy_weights(fitted.model), "extra": extra})
     return Outcome((path,), {"val_accuracy": fitted.validation[1], "fold_seed": extra["seed"]})
@@ -193,9 +194,9 @@ def _train(unit: Unit) -> Outcome:
         return frozen.train_head(unit)
     train = recipe.dataset("train")
     val = BatchLoader(recipe.dataset("val"), recipe.batch_size)
-    model, loader = _new_network(recipe, "final"), _train_loader(recipe, train)
-    fitted = fit(recipe, model, loader, val, purpose=("final",), device=DEVICE, progress=_progress(unit))
-    explained = recipe.explain()
+    model, loader, progress = _new_network(recipe, "final"), _train_loader(recipe, train), _progress(unit)
+    fitted = fit(recipe, model, loader, val, purpose=("final",), device=DEVICE, progress=progress)
+    explained = recipe.explain() | {"threads": progress.threads}
     files = []
     for stage in fitted.stages:
         files.append(checkpoint_path(recipe.backbone, f"{stage.name}_best"))
@@ -220,13 +221,14 @@ def _snapshots(unit: Unit) -> Outcome:
     recipe, phase = unit.recipe, snapshot_phase(unit.recipe)
     train = recipe.dataset("train")
     val = BatchLoader(recipe.dataset("val"), recipe.batch_size)
-    model, loader = _new_network(recipe, "snapshots"), _train_loader(recipe, train)
+    model, loader, progress = _new_network(recipe, "snapshots"), _train_loader(recipe, train), _progress(unit)
     explained = recipe.explain()
 
     def write(epoch: int, row: EpochRow, weights: Weights) -> Path:
         cycle = epoch // phase.every
         path = checkpoint_path(recipe.backbone, f"snapshot{unit.first + cycle}")
         facts = {"epoch": epoch, "stage": ROLE, "cycle": cycle + 1, "accuracy": row[2], "selection": LAST}
+        facts["threads"] = progress.threads
         write_checkpoint(path, {"model_state_dict": weights, "extra": explained | facts})
         return path
 
@@ -235,7 +237,7 @@ def _snapshots(unit: Unit) -> Outcome:
         purpose=("snapshots",),
         device=DEVICE,
         phases=[phase],
-        progress=_progress(unit),
+        progress=progress,
         keep=write,
     )
     stage = fitted.stages[0]

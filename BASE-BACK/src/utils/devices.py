@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import random
 from typing import Any
 
 import numpy as np
 import torch
+from joblib import cpu_count
 
 from config.settings import NUM_WORKERS
 
@@ -36,8 +36,8 @@ def get_optimal_workers() -> int:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that affinity and the container's quota leave to this process, at least 1."""
+    return int(cpu_count())
 
 
 def get_device_info() -> dict[str, Any]:

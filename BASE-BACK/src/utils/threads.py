@@ -1,0 +1,99 @@
+"""Threads over which torch splits one operation, by kind of work, network and image size alone. Reads no settings.
+
+Equal numbers of threads give equal bytes, so neither the cores of a machine nor its load decide the number: they decide
+how many processes run beside each other. A training records its number and keeps it when it resumes. The user's
+`OMP_NUM_THREADS`, or `dataset.num_threads` of the ensemble system, replaces the table's number.
+
+The size of a network is its number of parameters times (image size / 32)^2, which is near the multiply-adds of one
+image. Milliseconds of CPU for a training step of 16 or 32 images with one thread and with two (OpenMP waits passively;
+torch 2.13, two cores shared with other programs, where the wall time of two threads was never lower):
+
+    network                           size    one thread    two threads
+    tiny networks, 32 px        0.06-0.2 M         18-40          29-67
+    MobileNetV3-small, 64 px           6 M           137            232
+    MobileNetV3-small, 128 px         24 M           309            412
+    ResNet-18, 64 px                  45 M           271            298
+    MobileNetV3-small, 224 px         75 M          1017            970
+    ResNet-18, 128 px                179 M           808            803
+    ResNet-18, 224 px                548 M          2156           2191
+    CustomResNetMish, 224 px         863 M          3231           3260
+
+From `LARGE` on, a second thread costs nothing and halves the time where a core is free. Waiting passively matters more:
+a step of the tiny networks takes 0.5 to 6 s with two threads that spin beside two busy programs, and 0.03 to 0.06 s
+with two that sleep.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+LARGE = 5e7  # size of a network from which on a second thread saves time
+TABLE = {
+    "base training": (1, 1),  # independent trainings: two processes of one thread beat one of two
+    "streaming": (1, 2),
+    "student": (1, 2),
+    "end to end": (1, 2),
+    "normalisation": (1, 2),  # BatchNorm statistics of soups
+    "export checks": (1, 2),
+}
+"""Kind of work -> threads of a network below `LARGE`, and from there on. Heads on stored outputs always use one."""
+REQUESTED = "DBT_NUM_THREADS"
+"""Variable by which a process learns of the user's number; 0: there is none, whatever `OMP_NUM_THREADS` says."""
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+"""Threads that wait sleep: one that spins takes the core from the thread that it waits for."""
+
+
+def prepare_environment(requested: int | None = None) -> None:
+    """Set what OpenMP reads when torch is first imported, here and in processes started from here.
+
+    `requested` is the user's number of threads, which replaces that of `OMP_NUM_THREADS`. Variables that the user has
+    set stay. Without a number, one thread is what every operation gets that no kind of work claims.
+    """
+    for name, value in PASSIVE.items():
+        os.environ.setdefault(name, value)
+    number = requested or requested_threads()
+    os.environ[REQUESTED] = str(number or 0)
+    os.environ["OMP_NUM_THREADS"] = str(number or 1)
+
+
+def requested_threads() -> int | None:
+    """The number that the user asks for, or None."""
+    text = os.environ.get(REQUESTED) or os.environ.get("OMP_NUM_THREADS") or ""
+    text = text.partition(",")[0].strip()  # one number per level of nesting
+    return int(text) or None if text.isdecimal() else None
+
+
+def number_of_threads(work: str, n_parameters: int, img_size: int) -> int:
+    """Threads for a kind of work of `TABLE`; images have `img_size` pixels a side."""
+    small, large = TABLE[work]
+    size = n_parameters * (img_size / 32) ** 2
+    return requested_threads() or (large if size >= LARGE else small)
+
+
+def threads_of_network(work: str, model: nn.Module, img_size: int, device: torch.device | str) -> int | None:
+    """As `number_of_threads`, for a network; None on a GPU, whose kernels no number of threads changes."""
+    import torch
+
+    if torch.device(device).type != "cpu":
+        return None
+    return number_of_threads(work, sum(parameter.numel() for parameter in model.parameters()), img_size)
+
+
+@contextmanager
+def intra_op_threads(number: int | None) -> Iterator[None]:
+    """Split torch's operations over `number` threads inside the block; None leaves the number as it is."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -79,7 +79,8 @@ def train(
     """
     rule = base_back.load_bundled("threads")
     saved = progress.load() if progress is not None else None
-    threads = rule.threads_of_network("student", model, batch_schedule.image_source.size, device)
+    img_size = batch_schedule.image_source.preprocessing.input_size
+    threads = rule.threads_of_network("student", model, img_size, device)
     if saved is not None:
         threads = saved.get("threads", threads)
     with rule.intra_op_threads(threads):

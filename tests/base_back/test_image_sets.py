@@ -6,13 +6,16 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import PROJECT, run_python
 from image_folders import write_class_folders, write_manifest, write_photo
 from stored_predictions import workspace_at
 
 from utils.core.config_file import load_config
+from utils.evaluation.evaluated_rows import row_groups
 from utils.image_sets import open_image_set
 from utils.predictions import catalog, folds, image_splits
 from utils.predictions.store import Store
@@ -314,6 +317,12 @@ def test_from_a_manifest_to_a_catalog(tmp_path, base_main, orchestrator):
         (name, key): group for name, ids in recorded_groups(place.split_dir).items() for key, group in ids.items()
     }
     assert len({(group_of[key], fold) for key, fold in fold_of.items()}) == len({group_of[key] for key in fold_of})
+    val_ids = np.array(store.samples("val").sample_ids)
+    groups = row_groups(store, SimpleNamespace(sample_ids=val_ids), "val")
+    names = [group_of["val", sample_id] for sample_id in val_ids.tolist()]
+    assert (
+        len(set(zip(groups.tolist(), names, strict=True))) == len(set(names)) == len(set(groups.tolist())) < len(names)
+    )
     oof_fold = dict(zip(store.oof(member).sample_ids.tolist(), store.oof_folds(member).tolist(), strict=True))
     pairs = {(group_of["train", sample_id], fold) for sample_id, fold in oof_fold.items()}
     assert len(pairs) == len({group for group, _ in pairs})

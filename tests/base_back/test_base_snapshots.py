@@ -101,6 +101,9 @@ def test_a_new_network_is_like_the_trained_one_else_like_most_else_as_the_settin
     trained("CustomRegNet", "final", "full", 224, "full")
     trained("CustomMaxViT", "final", "tiny", 48, "no_flip")
     trained("CustomCoAtNet", "final", "tiny", 48, "no_flip")
+    for name in ("a", "b", "c"):  # networks of timm, whose size is that of their weights
+        facts = {"model_size": "full", "img_size": 160, "augment": "none", "group_regex": None, "mode": "frozen"}
+        write_checkpoint(tmp_path / f"{name}_final.pth", {"model_state_dict": {}, "extra": facts})
     assert found(img_size=99) == ("tiny", 48, "no_flip", settings.BACKBONE_LRS["tiny"])
     torch.save({"model_state_dict": {}, "extra": {"accuracy": np.float64(0.5)}}, tmp_path / f"{NAME}_final.pth")
     assert found() == ("tiny", 48, "no_flip", settings.BACKBONE_LRS["tiny"])  # another pipeline's file says nothing

@@ -140,9 +140,11 @@ def test_a_second_head_computes_no_embedding_and_equal_bytes_need_no_cache(froze
     workspace, weights = frozen
     copy = shutil.copytree(workspace, tmp_path / "w")
     options = frozen_options(weights, trained_on="none")
+    packs = {path: path.stat().st_mtime_ns for path in (copy / "image_cache" / "embeddings").glob("*/*")}
     again = base_main("--stages", "kfold", "train", "test", "--force", *options, workspace=copy)
     assert again.returncode == 0, again.stderr
     assert "embed" not in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in (copy / "image_cache" / "embeddings").glob("*/*")} == packs
     assert digests(copy / "checkpoints", "*.pth") == digests(workspace / "checkpoints", "*.pth")
     shutil.rmtree(copy / "image_cache")
     again = base_main("--stages", "kfold", "train", "--force", "--jobs", "2", *options, workspace=copy)

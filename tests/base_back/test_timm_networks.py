@@ -124,6 +124,7 @@ REFUSALS = {
         "timm:tf_efficientnet_lite3",
         ("no pretrained weights", "huggingface.co/timm/tf_efficientnet_lite3.in1k"),
     ),
+    "hub without network": ("timm:test_resnet --weights hub", ("cannot be downloaded", "timm/test_resnet.r160_in1k")),
     "no such file": ("timm:test_resnet --weights {folder}/none.pth", ("none.pth", "no such file")),
     "truncated file": ("timm:test_resnet --weights {folder}/cut.pth", ("cut.pth", "cannot be read as weights")),
     "program": ("timm:test_resnet --weights {folder}/code.pth", ("code.pth", "cannot be read as weights")),
@@ -162,7 +163,8 @@ def test_what_cannot_be_trained_is_refused_before_anything_is(split, tmp_path, b
     copy = shutil.copytree(split, tmp_path / "w")
     options = [word.replace("{folder}", str(tmp_path / "files")) for word in line.split()]
     stages = () if "--stages" in options else ("--stages", "train")
-    done = base_main("--backbones", *options, *stages, workspace=copy)
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    done = base_main("--backbones", *options, *stages, workspace=copy, environment=offline)
     assert done.returncode == 2, (done.returncode, done.stderr)
     assert all(word in done.stderr for word in words), done.stderr
     assert not list((copy / "checkpoints").glob("*.pth"))
@@ -196,6 +198,29 @@ def test_modes_weights_and_paths_of_the_settings_do_what_they_say(tmp_path, monk
     monkeypatch.setattr(settings, "NETWORK_MODES", {"": "frozen"})
     with pytest.raises(pretrained.PretrainedError, match="ENABLE_TRANSFER_LEARNING is off; use --mode finetune"):
         pretrained.resolve_networks(["x"], [], 3)
+
+
+def test_files_put_where_the_error_says_are_used_and_only_downloads_count_as_pretrained_elsewhere(
+    tmp_path, monkeypatch
+):
+    from config import settings
+    from training import pretrained
+    from utils import compute_file_sha256
+    from utils.pretrained_weights import WeightsError
+
+    monkeypatch.setattr(settings, "PRETRAINED_DIR", tmp_path)
+    with pytest.raises(WeightsError) as caught:
+        pretrained.find_weights(f"{ARCHITECTURE}+stages", None)
+    path = tmp_path / f"{ARCHITECTURE}.safetensors"
+    assert str(path) in str(caught.value)
+    save_file(torch.load(write_weights(tmp_path / "w.pth"), weights_only=True), path)
+    assert pretrained.find_weights(f"{ARCHITECTURE}+stages", None) == (path, f"file:{path.name}", "unknown")
+    record = {"source": "hub", "sha256": compute_file_sha256(path)}  # as --weights hub leaves it
+    path.with_suffix(".json").write_text(json.dumps(record))
+    downloaded = (path, f"hub:timm/{ARCHITECTURE}.r160_in1k", "none")
+    assert pretrained.find_weights(ARCHITECTURE, None) == pretrained.find_weights(ARCHITECTURE, "hub") == downloaded
+    path.with_suffix(".json").write_text(json.dumps(record | {"sha256": "of another file"}))
+    assert pretrained.find_weights(ARCHITECTURE, None)[2] == "unknown"
 
 
 @pytest.mark.parametrize(("side", "expected"), [(300, 160), (100, 128), (8, 64)])

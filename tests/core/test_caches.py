@@ -98,3 +98,15 @@ def test_nothing_is_reached_through_a_link(tmp_path):
 )
 def test_sizes_for_a_reader(size, words):
     assert caches.format_bytes(size) == words
+
+
+def test_embeddings_of_images_are_listed_and_other_files_beside_them_are_not(tmp_path):
+    folder = tmp_path / "embeddings" / ("0" * 16)
+    folder.mkdir(parents=True)
+    for name in (f"{'a' * 16}.npz", "notes.txt", f".{'b' * 16}.abcd1234.partial.npz"):
+        (folder / name).write_bytes(b"12345")
+    (item,) = caches.image_embeddings(tmp_path)
+    assert item.paths == (folder / f"{'a' * 16}.npz",)
+    assert item.size == 5
+    assert caches.image_packs(tmp_path) == []
+    assert caches.image_embeddings(tmp_path / "none") == []

@@ -16,6 +16,8 @@ logger = logging.getLogger("disease_pipeline")
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.partial(\.[^.]+)?")
 """As `artifacts.replacing` and the base pipeline's writer name what is not finished."""
 PACK = re.compile(r"(\d+(?:-[a-z]+)*_[0-9a-f]+)\.np[yz]")
+EMBEDDINGS = "embeddings"  # folder in the image cache
+EMBEDDING_PACK = re.compile(r"[0-9a-f]{16}/[0-9a-f]{16}\.npz")
 """Files of the decoded-image cache; the two of one pack share the first part."""
 HOUR = 3600.0
 
@@ -100,6 +102,18 @@ def image_packs(image_cache: Path) -> list[Item]:
         )
         for name, parts in files.items()
     ]
+    return sorted(items, key=lambda item: (item.modified, item.name))
+
+
+def image_embeddings(image_cache: Path) -> list[Item]:
+    """The packs of embeddings that the base pipeline's frozen networks have made of images, oldest first."""
+    items = []
+    for entry in walk_files(image_cache / EMBEDDINGS):
+        path = Path(entry.path)
+        is_pack = EMBEDDING_PACK.fullmatch(path.relative_to(image_cache / EMBEDDINGS).as_posix())
+        if is_pack and (status := _status(entry)):
+            name = path.relative_to(image_cache).as_posix()
+            items.append(Item(name, (path,), status.st_size, status.st_mtime))
     return sorted(items, key=lambda item: (item.modified, item.name))
 
 

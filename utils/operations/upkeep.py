@@ -197,6 +197,9 @@ def _removable(config: Config, workspace: Workspace) -> list[Group]:
         Group("predictions of members that are gone", tuple(gone), None),
         Group("progress of finished trainings", tuple(_finished_progress(workspace)), None),
         Group("decoded images", tuple(caches.image_packs(workspace.image_cache)), "--cache"),
+        Group(
+            "embeddings of images by frozen networks", tuple(caches.image_embeddings(workspace.image_cache)), "--cache"
+        ),
         Group("stale ensembles", tuple(old), "--stale"),
     ]
 

@@ -144,7 +144,8 @@ class Recipe:
         """The recipe for one more network beside those that are trained: built and shown its images as they are.
 
         Size, image size, augmentation, group and EXIF rule are those of the backbone's own checkpoint, else those of
-        most others; the settings count in a workspace without checkpoints. The rate goes with the size.
+        most others, networks of timm apart; the settings count in a workspace without checkpoints. The rate goes with
+        the size.
         """
         names = ("img_size", "augment", "group_regex") if self.base_back else (*FACTS, "exif")
         manager = CheckpointManager(settings.TRAINED_DIR)
@@ -152,7 +153,7 @@ class Recipe:
         others = sorted(settings.TRAINED_DIR.glob("*_final.pth"))
         for paths in ([own] if own else [], others):
             known = [facts for facts in map(read_extra, paths) if set(FACTS) <= facts.keys()]
-            known = [facts for facts in known if facts["model_size"] in settings.BACKBONE_LRS]
+            known = [facts for facts in known if facts["model_size"] in settings.BACKBONE_LRS and "mode" not in facts]
             known = [{"exif": (facts.get("preprocessing") or {}).get("exif", "ignore"), **facts} for facts in known]
             if known:
                 most = Counter(tuple(facts[name] for name in names) for facts in known).most_common(1)[0][0]

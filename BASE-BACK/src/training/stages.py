@@ -395,7 +395,8 @@ def _clean_up(finished: Sequence[Unit]) -> None:
     progress = settings.CKPT_DIR / ".progress"
     for unit in finished:
         progress_path(unit).unlink(missing_ok=True)
-    for folder in (progress, settings.CKPT_DIR, settings.KFOLD_DIR, settings.METRICS_DIR, settings.IMAGE_CACHE_DIR):
+    caches = (settings.IMAGE_CACHE_DIR, *settings.IMAGE_CACHE_DIR.glob("embeddings/*"))
+    for folder in (progress, settings.CKPT_DIR, settings.KFOLD_DIR, settings.METRICS_DIR, *caches):
         for leftover in folder.glob(".*.partial*"):
             leftover.unlink(missing_ok=True)
     # A split that lies elsewhere is somebody else's, who may be making it.

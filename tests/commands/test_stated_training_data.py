@@ -179,6 +179,8 @@ def test_all_members_are_those_of_known_training_data_and_the_others_are_named(r
     done = run("build-ensemble", "--set", "backbones.exclude=[a, b]", include="all")
     assert done.returncode == 3
     assert "nobody has said which images leak was trained on" in done.stderr
+    status = run("status", "--set", "backbones.exclude=[a, b]", include="all")
+    assert (status.returncode, "nobody has said which images" in status.stdout) == (0, True)
 
 
 def test_a_false_statement_is_contradicted_by_the_rows_and_stays_as_it_is(run, base):

@@ -13,6 +13,9 @@ timm (`preprocessing_sources`). The network is built and run on a blank image be
 keeps what only the files say, so that later scans read the weights' file alone. An assumed preprocessing is compared
 with other common rules on val (`preprocessing_checks`), which recommends and never changes.
 
+What the weights of a declared network were trained on is stated (`training_statements`), never assumed: without a
+statement it is unknown. A statement is kept as long as the content of the checkpoint is the same.
+
 Imported predictions (`DIR/<member>/{oof,val,test,train}.npz`) and the base pipeline's out-of-fold files pass the same
 parser. Out-of-fold rows that equal those of `train.npz` on more than 1 % are refused (on more than half if the model
 has fewer distinct outputs than rows, as nearest neighbours do). Nobody knows what the networks behind imported files

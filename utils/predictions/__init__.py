@@ -9,8 +9,11 @@ Alignment
 Out-of-sample rows
     K-fold training runs on the training split alone. Each fold network follows the recipe of the full network; its
     epoch is the last one, or chosen on the validation split, never on the held-out fold. The out-of-sample rows are
-    the training rows with out-of-fold predictions and the validation rows with the full networks' predictions.
-    `predictions/<member>/train` holds in-sample outputs; they never reach a `fit`.
+    the training rows with out-of-fold predictions and the validation rows with the full networks' predictions, without
+    those that the weights were trained on (`training_data`). `predictions/<member>/train` holds in-sample outputs,
+    which never reach a `fit`. The exception are networks that saw none or only a part of the training rows: they
+    answer the others out of sample, without fold networks. Fold networks of a frozen training share the trunk of the
+    full network and hold their heads alone (`fold_heads`); they answer from its stored embeddings.
 
 Verification
     `discover --verify` runs each member on the validation images; the first streaming pass checks the same with the

@@ -11,12 +11,12 @@ import torch
 from conftest import PROJECT
 from given_predictions import empty_workspace
 from PIL import Image
-from timm_folders import ARCHITECTURE
+from timm_folders import ARCHITECTURE, fit_head, save_folder
 
 from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
-from utils.discovery import discover, preprocessing_checks
+from utils.discovery import discover, preprocessing_checks, preprocessing_sources
 from utils.networks.preprocessing import Preprocessing
 from utils.predictions import catalog
 
@@ -48,34 +48,16 @@ def workspace(tmp_path) -> Workspace:
 def write_network(workspace, path, preprocessing: Preprocessing):
     """A network whose head is fitted on the train images under a preprocessing; the file records nothing of it."""
     import timm
-    from sklearn.linear_model import LogisticRegression
 
     torch.manual_seed(0)
     model = timm.create_model(ARCHITECTURE, num_classes=len(CLASSES)).eval()
     files = sorted((workspace.split_dir / "train").glob("*/*.png"))
-    batch = []
-    for file in files:
-        with Image.open(file) as image:
-            square = preprocessing.resizing().square(image)
-        square = square[..., ::-1] if preprocessing.channels == "BGR" else square
-        batch.append(((square / 255 - preprocessing.mean) / preprocessing.std).transpose(2, 0, 1))
-    with torch.inference_mode():
-        pixels = torch.from_numpy(np.stack(batch).astype(np.float32))
-        features = model.forward_head(model.forward_features(pixels), pre_logits=True).numpy()
-    labels = [CLASSES.index(file.parent.name) for file in files]
-    scale = features.std()
-    head = LogisticRegression(C=10, max_iter=1000).fit((features - features.mean(0)) / scale, labels)
-    weight = head.coef_ / scale
-    with torch.no_grad():
-        model.get_classifier().weight.copy_(torch.from_numpy(weight))
-        model.get_classifier().bias.copy_(torch.from_numpy(head.intercept_ - weight @ features.mean(0)))
+    fit_head(model, files, [CLASSES.index(file.parent.name) for file in files], preprocessing)
     torch.save(model.state_dict(), path)
     return path
 
 
 def timms() -> Preprocessing:
-    from utils.discovery import preprocessing_sources
-
     return preprocessing_sources.of_architecture(ARCHITECTURE, 32)
 
 
@@ -145,8 +127,6 @@ def test_a_declaration_that_fails_leaves_the_catalog_as_it_was(workspace, config
 
 
 def test_folders_that_fail_are_failures_of_the_result_and_the_others_are_added(workspace, config, tmp_path):
-    from timm_folders import save_folder
-
     save_folder(tmp_path / "networks" / "leaf", CLASSES, label_names=list(CLASSES))
     (tmp_path / "networks" / "bare").mkdir()
     (tmp_path / "networks" / "bare" / "model.safetensors").touch()

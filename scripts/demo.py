@@ -28,9 +28,9 @@ QUICK_BACKBONES = ("CustomConvNeXt", "CustomViTHybrid", "CustomSwinTransformer",
 QUICK_SETTINGS = ("runs.stacking.mlp_config.epochs=20", "runs.fusion.fusion_config.epochs=8", "distillation.epochs=6")
 LEFT_OUT = 4  # exit code of a step that finished without some requested part
 DIGITS_EPOCHS = 12
-DIGITS = 1797
 FEW_IMAGES = 1000  # below, smaller batches: the networks need steps more than steps need images
-MOST_EPOCHS = 40
+IMAGES_SHOWN = 18_900  # in all epochs of a small network, where there are more than a few hundred images
+MOST_EPOCHS = 35
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,8 +107,8 @@ def count_images(workspace: Path) -> int:
 
 
 def epochs_for(count: int) -> int:
-    """Epochs of fine-tuning with about as many training images in all as twelve epochs of the digits; at most forty."""
-    return min(MOST_EPOCHS, max(DIGITS_EPOCHS, DIGITS_EPOCHS * DIGITS // max(1, count)))
+    """Epochs of fine-tuning that show about `IMAGES_SHOWN` images in all: from 12, those of the digits, to 35."""
+    return min(MOST_EPOCHS, max(DIGITS_EPOCHS, IMAGES_SHOWN // max(1, count)))
 
 
 def write_digits(folder: Path) -> None:

@@ -340,8 +340,9 @@ NUM_CLASSES = _whole(
 )
 
 # training ------------------------------------------------------------------------------------------------------------
-EPOCHS_HEAD = _whole("DBT_EPOCHS_HEAD", 40, 0)
-EPOCHS_FINETUNE = _whole("DBT_EPOCHS_FINETUNE", 25, 1)
+# All epochs are trained. Those, rates and smoothing of tiny networks were chosen by benchmarks/recipe.py.
+EPOCHS_HEAD = _whole("DBT_EPOCHS_HEAD", {"full": 40, "tiny": 1}[MODEL_SIZE], 0)
+EPOCHS_FINETUNE = _whole("DBT_EPOCHS_FINETUNE", {"full": 25, "tiny": 35}[MODEL_SIZE], 1)
 WEIGHT_DECAY = 1e-4
 # Networks start from random weights here, so the whole-network rate is one at which they learn; small ones bear more.
 BACKBONE_LRS = {size: _positive("DBT_BACKBONE_LR", rate) for size, rate in (("full", 1e-3), ("tiny", 2e-3))}

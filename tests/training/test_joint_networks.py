@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from joint_members import joint_members
+from preprocessings import BASE_32
 
 from utils.predictions.streaming import open_network
 from utils.training.joint_networks import JointMember, JointTrainingSettings, TrainableMember, loaded_members
@@ -18,14 +19,14 @@ def member(tmp_path_factory) -> JointMember:
 
 
 def train_step(network: TrainableMember) -> None:
-    network.forward(network.member.validation_set.load(torch.arange(4), 32, None))[0].square().sum().backward()
+    network.forward(network.member.validation_set.load(torch.arange(4), BASE_32, None))[0].square().sum().backward()
     network.optimizer.step()
     network.lr_schedule.step()
 
 
 def test_logits_are_in_the_order_of_the_workspaces_classes(member):
     network = TrainableMember(member, None, SETTINGS, "cpu")
-    images = member.validation_set.load(torch.arange(4), 32, None)
+    images = member.validation_set.load(torch.arange(4), BASE_32, None)
     network.model.eval()
     with torch.no_grad():
         assert torch.equal(network.forward(images)[0], open_network(member.spec)(images)[:, member.class_order])

@@ -56,6 +56,19 @@ def test_wheel_weights_enter_a_network_of_other_classes_and_all_of_the_trunk_is_
     assert head == ["classifier.weight", "classifier.bias"]
     assert trunk_digest(full.state_dict(), head) == trunk_digest(small.state_dict(), head)
     assert small.get_classifier().out_features == 3
+    assert not any(small.state_dict()[name].any() for name in head)  # every class has the same probability at first
+
+
+def test_only_a_linear_map_of_one_embedding_can_be_fitted_on_frozen_features():
+    from training.timm_networks import build_timm, require_linear_head
+
+    network = build_timm(ARCHITECTURE, 3, 32)
+    assert require_linear_head(network, ARCHITECTURE, 32) is network.get_classifier()
+    network.forward_head = lambda features, pre_logits=False: (
+        network.global_pool(features) if pre_logits else network.fc(network.global_pool(features)) ** 2
+    )
+    with pytest.raises(ValueError, match="use --mode finetune"):
+        require_linear_head(network, ARCHITECTURE, 32)
 
 
 def test_folders_and_safetensors_give_the_weights_of_the_file_and_their_own_preprocessing(tmp_path):

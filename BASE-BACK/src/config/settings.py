@@ -70,7 +70,6 @@ __all__ = [
     "PRETRAINED_DOWNLOAD_MAP",
     "PRETRAINED_EPOCHS_FINETUNE",
     "PRETRAINED_EPOCHS_HEAD",
-    "PRETRAINED_HEAD_LR",
     "PRETRAINED_LR",
     "PRETRAINED_PATHS",
     "PROGRESS_SECONDS",
@@ -378,7 +377,6 @@ PRETRAINED_DOWNLOAD_MAP: dict[str, str] = {}
 PRETRAINED_EPOCHS_HEAD = _whole("DBT_EPOCHS_HEAD", 5, 0) or 1
 PRETRAINED_EPOCHS_FINETUNE = _whole("DBT_EPOCHS_FINETUNE", 15, 1)
 PRETRAINED_LR = _positive("DBT_BACKBONE_LR", 5e-4)
-PRETRAINED_HEAD_LR = _positive("DBT_HEAD_LR", 1e-2)
 LAYER_DECAY = 0.75  # rate of each layer as a share of the one behind it (Clark et al. 2020, ELECTRA)
 
 # export --------------------------------------------------------------------------------------------------------------

@@ -103,8 +103,7 @@ class Recipe:
         if pretrained.mode == "scratch":
             return replace(recipe, backbone_lr=settings.BACKBONE_LRS["full"])
         head, finetune = settings.PRETRAINED_EPOCHS_HEAD, settings.PRETRAINED_EPOCHS_FINETUNE
-        rates: dict[str, Any] = {"head_lr": settings.PRETRAINED_HEAD_LR, "backbone_lr": settings.PRETRAINED_LR}
-        return replace(recipe, epochs_head=head, epochs_finetune=finetune, **rates)
+        return replace(recipe, epochs_head=head, epochs_finetune=finetune, backbone_lr=settings.PRETRAINED_LR)
 
     @property
     def is_frozen(self) -> bool:

@@ -105,16 +105,25 @@ def head_names(model: Any) -> list[str]:
 
 
 def build_pretrained(architecture: str, num_classes: int, img_size: int, file: PretrainedFile) -> nn.Module:
-    """A network with the weights of a file; a head of another number of classes is a new one.
+    """A network with the weights of a file; in place of a head of another number of classes it has a new one.
+
+    A new head gives every class the same probability (Kolesnikov et al. 2020, Big Transfer): timm's initial values for
+    few classes begin at ten times that loss.
 
     Raises `WeightsError` where they do not fit, or the folder's `config.json` names another architecture.
     """
     model = _build_plain(timm_name(architecture), num_classes, img_size)
-    _load(model, timm_name(architecture), file)
-    return _with_stages(model, architecture, num_classes, img_size)
+    loaded = _load(model, timm_name(architecture), file)
+    network = _with_stages(model, architecture, num_classes, img_size)
+    state = network.state_dict()
+    for name in head_names(network):
+        if network is not model or name not in loaded:
+            state[name].zero_()
+    return network
 
 
-def _load(model: nn.Module, architecture: str, file: PretrainedFile) -> None:
+def _load(model: nn.Module, architecture: str, file: PretrainedFile) -> set[str]:
+    """Load the weights of a file; returns the names of the tensors that it held."""
     base = architecture.partition(".")[0]
     if file.config and file.config["architecture"].partition(".")[0] != base:
         raise WeightsError(
@@ -130,7 +139,9 @@ def _load(model: nn.Module, architecture: str, file: PretrainedFile) -> None:
     else:
         weights = _filtered(model, base, weights)
     renamed = PretrainedFile(file.path, weights, file.config, file.preprocessing)
-    model.load_state_dict(fitted_weights(architecture, renamed, expected, head_names(model)), strict=False)
+    fitting = fitted_weights(architecture, renamed, expected, head_names(model))
+    model.load_state_dict(fitting, strict=False)
+    return set(fitting)
 
 
 def _filtered(model: nn.Module, architecture: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -160,7 +171,7 @@ def embed(model: Any, images: Tensor) -> Tensor:
 
 
 def require_linear_head(model: Any, architecture: str, img_size: int) -> nn.Linear:
-    """The network's one linear classifier of its embedding.
+    """The network's one linear classifier of its embedding, which is filled with noise.
 
     Raises ValueError for a network whose logits are anything else: its head cannot be fitted as a regression.
     """
@@ -168,8 +179,11 @@ def require_linear_head(model: Any, architecture: str, img_size: int) -> nn.Line
     problem = f"its classifier is a {type(classifier).__name__}"
     if isinstance(classifier, nn.Linear) and classifier.bias is not None:
         model.eval()
-        images = torch.randn(2, 3, img_size, img_size, generator=torch.Generator().manual_seed(0))
-        with torch.inference_mode():
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(2, 3, img_size, img_size, generator=generator)
+        with torch.no_grad():
+            classifier.weight.normal_(generator=generator)  # a head of zeros would agree with anything
+            classifier.bias.normal_(generator=generator)
             logits, embeddings = model(images), embed(model, images)
             if embeddings.ndim == 2 and embeddings.shape[1] == classifier.in_features:
                 difference = (classifier(embeddings) - logits).abs().max()

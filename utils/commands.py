@@ -75,11 +75,12 @@ COMMANDS: dict[str, Command] = {
                 "std, channels, range, exif",
             },
             "--trained-on": {
-                "metavar": "[NAME=]STATEMENT",
-                "action": "append",
+                "metavar": "STATEMENT",
+                "nargs": "+",
+                "action": "extend",
                 "default": [],
-                "help": "images that the networks of --add, or the declared network NAME, were trained on: none, "
-                "train, train+val, all, unknown, or a file that lists them; repeatable",
+                "help": "images that the networks of --add and --add-from were trained on: none, train, train+val, "
+                "all, unknown, or a file that lists them; with NAME=STATEMENT those of one that is declared",
             },
             "--remove": {
                 "metavar": "NAME",

@@ -94,7 +94,7 @@ def test_five_networks_without_a_statement_end_in_a_refusal_that_can_be_typed(ru
     for command in ("build-ensemble", "evaluate"):
         done = run(command, include=SEEN)
         assert done.returncode == 3, done.stderr
-        typed = " ".join(f"--trained-on {name}=train" for name in sorted(SEEN))
+        typed = " ".join(["--trained-on", *(f"{name}=train" for name in sorted(SEEN))])
         assert f"python ensemble_orchestrator.py discover {typed}" in done.stderr
     alone = run("evaluate", "--model-name", "leak", include=SEEN)
     assert alone.returncode == 0, alone.stderr

@@ -151,8 +151,8 @@ def stated(catalog: Catalog, names: Iterable[str]) -> dict[str, list[str]]:
 
 def command(names: Iterable[str], statement: str) -> str:
     """The command that states what some declared members were trained on."""
-    options = [word for name in names for word in ("--trained-on", f"{name}={statement}")]
-    return shlex.join(["python", "ensemble_orchestrator.py", "discover", *options])
+    stated = [f"{name}={statement}" for name in names]
+    return shlex.join(["python", "ensemble_orchestrator.py", "discover", "--trained-on", *stated])
 
 
 def remedy(catalog: Catalog, names: Iterable[str]) -> str:

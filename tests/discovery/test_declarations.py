@@ -319,6 +319,7 @@ def test_every_folder_below_is_declared_and_bad_ones_are_named_failures(scan, sa
     truncate_weights(root / "broken")
     remove_config(root / "bare")
     (root / "notes.txt").touch()
+    (root / "linked").symlink_to(saved)
     (root / "empty").mkdir()
     result = declare(scan, add_from=[str(root)])
     assert [declaration.name for declaration in result.declarations] == ["bush", "tree", "leaf"]
@@ -329,7 +330,7 @@ def test_every_folder_below_is_declared_and_bad_ones_are_named_failures(scan, sa
     assert "soft_voting: the name is reserved" in failures
     assert result.messages == (
         "declared from folders: bush, tree, leaf",
-        f"passed over in {root}, since they are files, not folders: notes.txt",
+        f"passed over in {root}, since they are files or links: linked, notes.txt",
     )
 
 

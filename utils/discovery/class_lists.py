@@ -54,7 +54,7 @@ def require_match(names: Sequence[str], classes: Sequence[str], where: str) -> N
 
 
 def _near(name: str, classes: Sequence[str]) -> str:
-    plain = {_plain(known): known for known in classes}
+    plain = {_plain(other): other for other in classes}
     if _plain(name) in plain:
         return f"; did you mean {plain[_plain(name)]!r}?"
     return did_you_mean(name, classes)

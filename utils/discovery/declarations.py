@@ -129,10 +129,10 @@ def remembered_members(scan: Scan, earlier: Catalog | None) -> dict[str, Member]
 
 def member_candidates(scan: Scan, requested: Declared, earlier: Catalog | None) -> list[MemberCandidate]:
     """Candidates of all declared networks, sorted by name; those of this command replace earlier ones by name."""
-    found: dict[str, MemberCandidate] = {}
+    by_name: dict[str, MemberCandidate] = {}
     for name, member in remembered_members(scan, earlier).items():
         record = requested.changed.get(name) or (member.image_preprocessing if member.preprocessing else None)
-        found[name] = MemberCandidate(
+        by_name[name] = MemberCandidate(
             name,
             scan.workspace.base / member.checkpoints[0]["path"],
             "final",
@@ -144,7 +144,7 @@ def member_candidates(scan: Scan, requested: Declared, earlier: Catalog | None) 
             classes=member.classes,
         )
     for declaration in requested.declarations:
-        found[declaration.name] = MemberCandidate(
+        by_name[declaration.name] = MemberCandidate(
             declaration.name,
             declaration.weights,
             "final",
@@ -153,7 +153,7 @@ def member_candidates(scan: Scan, requested: Declared, earlier: Catalog | None) 
             preprocessing=declaration.preprocessing,
             classes=declaration.classes,
         )
-    return [found[name] for name in sorted(found)]
+    return [by_name[name] for name in sorted(by_name)]
 
 
 def problems_of(
@@ -207,10 +207,11 @@ def _folders(roots: Sequence[str]) -> tuple[list[Request], list[str], list[str]]
             hint = hint if model_folders.is_model_folder(root) else ""
             raise UserError(f"--add-from {text}: no folder of a network below it; {model_folders.EXPECTED}{hint}")
         folders += below
-        files = [path.name for path in sorted(root.iterdir()) if path.is_file() and not path.name.startswith(".")]
-        if files:
-            more = f" and {len(files) - 5} more" if len(files) > 5 else ""
-            messages.append(f"passed over in {root}, since they are files, not folders: {', '.join(files[:5])}{more}")
+        others = [path for path in sorted(root.iterdir()) if path.is_symlink() or not path.is_dir()]
+        names = [path.name for path in others if not path.name.startswith(".")]
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            messages.append(f"passed over in {root}, since they are files or links: {', '.join(names[:5])}{more}")
     folders = list(dict.fromkeys(folders))
     by_name: dict[str, list[Path]] = {}
     for folder in folders:
@@ -231,11 +232,11 @@ def _folders(roots: Sequence[str]) -> tuple[list[Request], list[str], list[str]]
 
 def _model_folders(root: Path) -> list[Path]:
     """The folders of networks below `root`, sorted; hidden folders and symbolic links are not entered."""
-    found = []
+    folders = []
     for path in sorted(root.iterdir()):
         if path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
-            found += [path] if model_folders.is_model_folder(path) else _model_folders(path)
-    return found
+            folders += [path] if model_folders.is_model_folder(path) else _model_folders(path)
+    return folders
 
 
 def _require_targets(requests: Requests, remembered: Mapping[str, Member], new: Sequence[Request]) -> None:

@@ -76,7 +76,7 @@ def _fetch(name: str, revision: str | None, folder: Path, endpoint: str, where: 
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
-    def file(filename: str) -> bool:
+    def has_fetched(filename: str) -> bool:
         try:
             hf_hub_download(
                 name, filename, revision=revision, local_dir=folder, endpoint=endpoint, etag_timeout=PATIENCE_S
@@ -88,10 +88,10 @@ def _fetch(name: str, revision: str | None, folder: Path, endpoint: str, where: 
         return True
 
     try:
-        if not file(CONFIG):
+        if not has_fetched(CONFIG):
             raise UserError(f"{where}: {endpoint}/{name} has no {CONFIG}; expected a repository of a timm network")
-        file(PREPROCESSOR)
-        if not any(file(weights) for weights in WEIGHTS[:2]):
+        has_fetched(PREPROCESSOR)
+        if not any(has_fetched(weights) for weights in WEIGHTS[:2]):
             raise UserError(f"{where}: {endpoint}/{name} has neither {WEIGHTS[0]} nor {WEIGHTS[1]}")
     except RepositoryNotFoundError as error:
         raise UserError(f"{where}: {endpoint} has no repository {name}, or it needs a token (hf auth login)") from error

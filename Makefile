@@ -7,6 +7,7 @@
 
 PYTHON ?= python3
 QUICK ?=
+SMALL ?=
 ARGS ?=
 N ?= 2000
 SEED ?= 0
@@ -20,16 +21,17 @@ help: ## list the verbs (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo '  make demo QUICK=1                   the smaller demo, for a first look'
-	@echo '  make demo DATA="/path/to/my leaves" your own images: a folder of class folders, or a CSV manifest'
+	@echo '  make demo DATA="/path/to/my leaves" your own photographs: a folder of class folders, or a CSV manifest'
+	@echo '  make demo DATA=... SMALL=1          with small networks beside the pretrained ones'
 	@echo '  make test ARGS="-k export"          further arguments for pytest or for the demo'
 	@echo '  make setup PYTHON=python3.12        another interpreter (after make clean-environment)'
 
 setup: ## make .venv and install requirements.txt; does nothing when that is done
 	@$(PYTHON) scripts/environment.py
 
-demo: setup ## train, combine and compare small networks, from nothing to a report
+demo: setup ## train, combine and compare networks, from nothing to a report
 	@$(IN_ENVIRONMENT) scripts/demo.py $(if $(filter-out 0,$(QUICK)),--quick) \
-		$${DEMO_DATA:+--data} $${DEMO_DATA:+"$$DEMO_DATA"} $(ARGS)
+		$(if $(filter-out 0,$(SMALL)),--small) $${DEMO_DATA:+--data} $${DEMO_DATA:+"$$DEMO_DATA"} $(ARGS)
 
 test: setup ## run the fast tests
 	@$(IN_ENVIRONMENT) $(FAST_TESTS) $(ARGS)

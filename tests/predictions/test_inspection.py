@@ -26,7 +26,7 @@ def test_honest_predictions_pass_and_nothing_is_run_again(workspace, config, mon
     assert not codes(workspace)
     assert not result.failures
     assert catalog.read(workspace).members[NAME].oof["rows"] == 224
-    monkeypatch.setattr(inspection, "_logits", lambda *_: pytest.fail("a network was run again"))
+    monkeypatch.setattr(inspection, "_outputs", lambda *_: pytest.fail("a network was run again"))
     assert discover.discover(config, workspace, verify=True).text == result.text
 
 
@@ -273,13 +273,13 @@ def test_a_fold_of_another_base_back_is_not_checked_and_refuses_nothing(workspac
     assert not codes(workspace)
     monkeypatch.setattr(base_back, "kind", lambda path: "external")
     ran = []
-    original = inspection._logits
+    original = inspection._outputs
 
     def listening(*arguments):
         ran.append(arguments[3:])
         return original(*arguments)
 
-    monkeypatch.setattr(inspection, "_logits", listening)
+    monkeypatch.setattr(inspection, "_outputs", listening)
     discover.discover(config, workspace, verify=True)
     assert ran == [(), ("fold0",), ("fold1",)]
     assert not codes(workspace)

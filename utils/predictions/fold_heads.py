@@ -15,7 +15,6 @@ from utils.core.workspace import Workspace
 from utils.networks.checkpoints import read_checkpoint, state_dict_of
 from utils.networks.shared_trunks import network_weights, trunk_of
 from utils.predictions.catalog import Member
-from utils.predictions.rows import MemberRows
 
 AGREES = 0.02  # of the largest logit: on CUDA networks run in bfloat16, with a precision of eight bits
 
@@ -62,10 +61,10 @@ def _linear(tensors: Mapping[str, Any]) -> LinearHead | None:
     return LinearHead(parts["weight"].float().numpy(), parts["bias"].float().numpy())
 
 
-def explains(head: LinearHead, rows: MemberRows, columns: list[int]) -> bool:
-    """Whether a head gives the logits of stored rows from their embeddings; `columns` are the classes' outputs."""
-    if rows.embeddings is None or rows.embeddings.shape[1] != head.weight.shape[1]:
+def explains(head: LinearHead, logits: np.ndarray, embeddings: np.ndarray, columns: list[int]) -> bool:
+    """Whether a head gives the logits (N, C) from the embeddings (N, D); `columns` are the classes' outputs."""
+    if embeddings.shape[1] != head.weight.shape[1]:
         return False
-    logits = np.asarray(rows.logits)
-    difference = np.abs(head.logits(rows.embeddings)[:, columns] - logits).max(initial=0.0)
+    logits = np.asarray(logits)
+    difference = np.abs(head.logits(embeddings)[:, columns] - logits).max(initial=0.0)
     return bool(difference <= AGREES * max(1.0, float(np.abs(logits).max(initial=0.0))))

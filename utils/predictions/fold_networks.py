@@ -215,11 +215,12 @@ def _by_heads(store: Store, member: Member, splits: Sequence[str]) -> bool:
     means: dict[str, np.ndarray] = {}
     for split in splits:
         rows_of_split = store.rows(member, split, embeddings=True)
-        if rows_of_split.embeddings is None or not fold_heads.explains(full, rows_of_split, columns):
+        embeddings = rows_of_split.embeddings
+        if embeddings is None or not fold_heads.explains(full, rows_of_split.logits, embeddings, columns):
             return False
         mean = FoldMean(len(rows_of_split.sample_ids), len(columns))
         for head in folds:
-            mean.add(head.logits(rows_of_split.embeddings)[:, columns])
+            mean.add(head.logits(embeddings)[:, columns])
         means[split] = mean.mean(len(folds))
     for split, values in means.items():
         _write(store, member, split, values)

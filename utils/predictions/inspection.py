@@ -17,7 +17,7 @@ from utils.core.artifacts import FileDigests, digest_of
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
-from utils.predictions import catalog, out_of_fold, streaming, training_data, training_evidence
+from utils.predictions import catalog, fold_heads, out_of_fold, streaming, training_data, training_evidence
 from utils.predictions.catalog import Catalog, Member, Problem
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.out_of_fold import OutOfFoldPredictions
@@ -96,14 +96,14 @@ def verify(inspector: Inspector, member: Member, *, force: bool = False) -> None
     val, train = inspector.splits["val"], inspector.splits["train"]
     try:
         if member.oof is None or is_compared:
-            digests.keep(measured_key, measure(_logits(inspector, member, [val])["val"], val.labels))
+            digests.keep(measured_key, measure(_outputs(inspector, member, [val])["val"].logits, val.labels))
             return
         path, remedy = inspector.workspace.base / member.oof["path"], catalog.kfold_remedy(inspector.workspace, member)
         predictions = out_of_fold.read(path, member.name, train, inspector.classes, remedy=remedy)
         sample = _sample(inspector.config.seed, predictions)
-        logits = _logits(inspector, member, [val, _rows_of(train, predictions, sample)])
-        digests.keep(measured_key, measure(logits["val"], val.labels))
-        digests.keep(leakage_key, _compare(inspector, member, predictions, sample, logits["train"]))
+        outputs = _outputs(inspector, member, [val, _rows_of(train, predictions, sample)])
+        digests.keep(measured_key, measure(outputs["val"].logits, val.labels))
+        digests.keep(leakage_key, _compare(inspector, member, predictions, sample, outputs["train"]))
     except UserError as error:
         code = "surplus_logits" if isinstance(error, streaming.ExtraOutputsError) else "does_not_run"
         digests.keep(measured_key, {"error": str(error), "code": code, "base_back": inspector.base_back})
@@ -119,7 +119,7 @@ def verify_training_data(inspector: Inspector, member: Member, *, force: bool = 
         return
     if force or inspector.digests.facts(key) is None:
         test = inspector.splits["test"]
-        inspector.digests.keep(key, measure(_logits(inspector, member, [test])["test"], test.labels))
+        inspector.digests.keep(key, measure(_outputs(inspector, member, [test])["test"].logits, test.labels))
 
 
 def training_problems(inspector: Inspector, member: Member) -> list[Problem]:
@@ -252,31 +252,36 @@ def leakage_problems(workspace: Workspace, member: Member, facts: Mapping[str, A
 
 
 def _compare(
-    inspector: Inspector, member: Member, predictions: OutOfFoldPredictions, sample: np.ndarray, logits: np.ndarray
+    inspector: Inspector, member: Member, predictions: OutOfFoldPredictions, sample: np.ndarray, outputs: _Outputs
 ) -> dict[str, Any]:
-    """Compare out-of-fold predictions with the full network's `logits` on the sample, and with their fold networks'.
+    """Compare out-of-fold predictions with the full network's `outputs` on the sample, and with their fold networks'.
 
     `{equal, told, refolded: {fold: [differing, rows]}, unreadable: [message], base_back}`, where `told` is the number
-    of rows that can be compared. Fold networks without a checkpoint are skipped.
+    of rows that can be compared. Fold networks without a checkpoint are skipped; heads that share the full network's
+    trunk need no pass.
     """
     on_cuda = inspector.device != "cpu"
     kind, stored = predictions.kind, predictions.logits
     tolerance = AUTOCAST_EQUAL if on_cuda else out_of_fold.EQUAL
-    equal, comparable = out_of_fold.count_equal_rows(kind, stored[sample], logits, tolerance=tolerance)
+    equal, comparable = out_of_fold.count_equal_rows(kind, stored[sample], outputs.logits, tolerance=tolerance)
     refolded: dict[str, list[int]] = {}
     unreadable = []
     stages = {entry["stage"] for entry in member.checkpoints}
     for fold in np.unique(predictions.fold[sample]).tolist():
-        stage, rows = f"fold{fold}", sample[predictions.fold[sample] == fold]
+        stage, in_fold = f"fold{fold}", predictions.fold[sample] == fold
         if stage not in stages:
             continue
+        rows = sample[in_fold]
         try:
-            again = _logits(inspector, member, [_rows_of(inspector.splits["train"], predictions, rows)], stage)
+            logits = _by_head(inspector, member, stage, outputs.take(in_fold))
+            if logits is None:
+                images = _rows_of(inspector.splits["train"], predictions, rows)
+                logits = _outputs(inspector, member, [images], stage)["train"].logits
         except UserError as error:
             unreadable.append(str(error))
             continue
         tolerance = AUTOCAST_REFOLDED if on_cuda else REFOLDED
-        same, compared = out_of_fold.count_equal_rows(kind, stored[rows], again["train"], tolerance=tolerance)
+        same, compared = out_of_fold.count_equal_rows(kind, stored[rows], logits, tolerance=tolerance)
         refolded[stage] = [compared - same, compared]
     facts = {"equal": equal, "told": comparable, "refolded": refolded, "unreadable": unreadable}
     return facts | {"base_back": inspector.base_back}
@@ -288,10 +293,35 @@ def _rows_of(train: ImageSplit, predictions: OutOfFoldPredictions, rows: np.ndar
     return train.take([row_of[sample_id] for sample_id in predictions.sample_ids[rows].tolist()])
 
 
-def _logits(
+@dataclass(frozen=True)
+class _Outputs:
+    """What a network gives for the rows of a split."""
+
+    logits: np.ndarray
+    """float32 (N, C), columns in the workspace's class order"""
+    embeddings: np.ndarray | None
+    """float32 (N, D); None except for a network whose fold networks share its trunk"""
+
+    def take(self, rows: np.ndarray) -> _Outputs:
+        """Some of the rows, by a mask (N,)."""
+        return _Outputs(self.logits[rows], None if self.embeddings is None else self.embeddings[rows])
+
+
+def _by_head(inspector: Inspector, member: Member, stage: str, outputs: _Outputs) -> np.ndarray | None:
+    """Logits (N, C) of a fold head on the full network's embeddings; None where these do not give its logits."""
+    if outputs.embeddings is None or (heads := fold_heads.read(inspector.workspace, member, (stage,))) is None:
+        return None
+    full, (head,) = heads
+    columns = [member.classes.index(name) for name in inspector.classes]
+    if not fold_heads.explains(full, outputs.logits, outputs.embeddings, columns):
+        return None
+    return head.logits(outputs.embeddings)[:, columns]
+
+
+def _outputs(
     inspector: Inspector, member: Member, splits: Sequence[ImageSplit], stage: str | None = None
-) -> dict[str, np.ndarray]:
-    """{split: logits (N, C)} of a member, or another of its stages, with columns in the workspace's class order."""
+) -> dict[str, _Outputs]:
+    """{split: outputs} of a member, or of another of its stages."""
     batches = streaming.stream(
         member.network(inspector.workspace, stage),
         splits,
@@ -301,12 +331,18 @@ def _logits(
         decoding_threads=inspector.threads,
     )
     order = [member.classes.index(name) for name in inspector.classes]
-    parts: dict[str, list[np.ndarray]] = {images.split: [] for images in splits}
+    logits: dict[str, list[np.ndarray]] = {images.split: [] for images in splits}
+    embeddings: dict[str, list[np.ndarray]] = {images.split: [] for images in splits}
     for batch in batches:
-        parts[batch.split].append(batch.logits[:, order])
+        logits[batch.split].append(batch.logits[:, order])
+        if member.trunk is not None:
+            embeddings[batch.split].append(batch.embeddings)
     images = ", ".join(f"{len(images.paths)} of {images.split}" for images in splits)
     logger.info("verify %s%s: ran on %s", member.name, f" {stage}" if stage else "", images)
-    return {split: np.concatenate(logits) for split, logits in parts.items()}
+    return {
+        split: _Outputs(np.concatenate(parts), np.concatenate(embeddings[split]) if embeddings[split] else None)
+        for split, parts in logits.items()
+    }
 
 
 def record_val_measurements(

@@ -76,7 +76,8 @@ def inside(folder: Path, code: str) -> str:
 
 def test_the_two_lists_of_requirements_are_one():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    listed = project["dependencies"] + project["optional-dependencies"]["test"]
+    groups = project["optional-dependencies"]
+    listed = project["dependencies"] + groups["pretrained"] + groups["test"]
     assert [line.split("#")[0].strip() for line in requirement_lines()] == listed
 
 

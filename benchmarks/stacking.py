@@ -148,7 +148,7 @@ def outcome(arrays: Mapping[str, np.ndarray]) -> Outcome:
         **{name: losses[name] for name in (*offered, *beside) if name != "soft_voting"},
         LOGISTIC: log_loss(_scikit_learn(logits, labels, test), truth),
     }
-    weights = _peer_weights(softmax(logits), labels)
+    weights = peer_weights(softmax(logits), labels)
     for name in PEERS:
         found = weights.get(name)
         losses[name] = None if found is None else log_loss(np.tensordot(found, softmax(test), axes=1), truth)
@@ -191,7 +191,7 @@ def _scikit_learn(logits: np.ndarray, labels: np.ndarray, test: np.ndarray) -> n
     return search.fit(table(logits), labels).predict_proba(table(test))
 
 
-def _peer_weights(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+def peer_weights(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
     """{peer: weights (M,)} of those that are installed."""
     if not PEER.is_file():
         return {}

@@ -116,7 +116,8 @@ def pretrained_options(numbers: Sequence[int]) -> list[str]:
     """Options of `main.py`: for each network a head on its last embedding and one on the features of all stages."""
     heads = [(f"lite{number}{name}", number, suffix) for number in numbers for name, suffix in HEADS]
     backbones = [f"{name}=timm:tf_efficientnet_lite{number}{suffix}" for name, number, suffix in heads]
-    return ["--backbones", *backbones, "--mode", "frozen", "--views", "2"]
+    stages = ["--stages", "verify", "kfold", "train", "test"]  # the recommended ensemble is exported, not each network
+    return [*stages, "--backbones", *backbones, "--mode", "frozen", "--views", "2"]
 
 
 def small_options(quick: bool, images: int, *, photographs: bool) -> list[str]:

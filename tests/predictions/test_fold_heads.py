@@ -150,9 +150,7 @@ def test_verification_runs_the_trunk_once_and_finds_a_head_that_did_not_make_the
     passes = [record.getMessage() for record in caplog.records if record.getMessage().startswith("verify")]
     assert [message for message in passes if "of train" in message] == [f"verify {NAME}: ran on 9 of val, 72 of train"]
     assert catalog.load(store.workspace).members[NAME].oof is not None
-    change(
-        store.workspace.checkpoint(NAME, "fold1"), lambda record: record["model_state_dict"]["fc.weight"].add_(1.0)
-    )
+    change(store.workspace.checkpoint(NAME, "fold1"), lambda record: record["model_state_dict"]["fc.weight"].add_(1.0))
     discover.discover(CONFIG, store.workspace, verify=True)
     (problem,) = [p for p in catalog.load(store.workspace).problems if p.code == "oof_fold_disagrees"]
     assert problem.message.startswith("out-of-fold predictions refused: fold1 run again differs on")

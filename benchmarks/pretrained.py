@@ -158,13 +158,13 @@ def score_peers(file: Path) -> None:
     from utils.core.artifacts import read_json, write_json
     from utils.core.config_file import load_config
     from utils.numeric.metrics import softmax
-    from utils.predictions import catalog, extraction
+    from utils.predictions import catalog, extraction, member_selection
     from utils.predictions.rows import align
     from utils.predictions.store import Store
 
     config, workspace = load_config(CONFIG), base_back.open_workspace()
     current = catalog.load(workspace)
-    members = catalog.select(current, config)
+    members = member_selection.select(current, config)
     store = Store(config, workspace, current)
     extraction.ensure(store, members, prepare.SPLITS)
     ranking = read_json(workspace.ranking("test"), remedy=prepare.AGAIN)

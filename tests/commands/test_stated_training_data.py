@@ -131,6 +131,10 @@ def test_what_was_trained_on_test_is_contaminated_and_what_was_trained_on_val_ha
 
 def test_what_saw_none_of_the_images_answers_train_rows_out_of_sample(run, base):
     assert declare(run, base, "fresh", "a", statements=["fresh=none", "a=train"]).returncode == 0
+    shown = run("discover").stdout
+    assert "trained on other images than those of train: fresh none\n" in shown
+    assert "No K-fold results for backbone fresh" not in shown
+    assert "No K-fold results for backbone a" in shown
     done = run("build-ensemble", include=["fresh"])
     assert done.returncode == 0, done.stderr
     record = ensemble(base)

@@ -388,6 +388,7 @@ def _table(
     derived = [name for name, member in sorted(listed.members.items()) if member.source == "derived"]
     if derived:
         lines.append(f"derived, used only where backbones.include names them: {', '.join(derived)}")
+    lines += training_statements.summary_lines(shown)
     sizes = ", ".join(f"{split} {facts['n']}" for split, facts in listed.splits.items())
     what = "images" if listed.has_images else "samples"
     lines.append(f"{len(shown)} members, {len(listed.classes)} classes, {what}: {sizes}")

@@ -204,3 +204,9 @@ def problems(members: Mapping[str, Member]) -> list[Problem]:
         for name, member in members.items()
         if member.trained_on == UNKNOWN and member.source == "trained"
     ]
+
+
+def summary_lines(members: Mapping[str, Member]) -> list[str]:
+    """A line on the members that were trained on other images than those of train, where there are some."""
+    others = [f"{name} {member.trained_on}" for name, member in sorted(members.items()) if member.trained_on != TRAIN]
+    return [f"trained on other images than those of train: {', '.join(others)}"] if others else []

@@ -94,8 +94,27 @@ def test_without_a_better_rule_the_assumption_becomes_an_info(workspace, config)
     assert assumed.severity == "info"
     assert "other common rules fits 36 val images better" in assumed.message
     assert problems(workspace, preprocessing_checks.FITS_BETTER) == []
+    leaf = catalog.read(workspace).members["leaf"]
+    assert preprocessing_checks.is_assumed(workspace, leaf)
+    assert not preprocessing_checks.is_assumed(workspace, replace(leaf, source="derived"))
     (classes,) = problems(workspace, "classes_assumed")
     assert (classes.severity, "on 36 val images confirms it" in classes.message) == ("info", True)
+
+
+def test_a_rule_under_which_the_network_fails_is_left_out(workspace, config, monkeypatch):
+    file = write_network(workspace, workspace.base / "leaf.pth", timms())
+    logits = preprocessing_checks._logits
+
+    def failing(inspector, member, rule, *others):
+        if rule.channels == "BGR":
+            raise UserError("logits that are not finite")
+        return logits(inspector, member, rule, *others)
+
+    monkeypatch.setattr(preprocessing_checks, "_logits", failing)
+    discover.discover(config, workspace, verify=True, add=[f"leaf=timm:{ARCHITECTURE}@{file}"])
+    (assumed,) = problems(workspace, "preprocessing_assumed")
+    count = len(preprocessing_checks.candidate_rules(timms(), ARCHITECTURE))
+    assert f"none of {count - 1} other common rules" in assumed.message
 
 
 def test_a_stated_preprocessing_is_not_compared(workspace, config, monkeypatch):

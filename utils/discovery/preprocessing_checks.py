@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 
 from utils.core.artifacts import digest_of
+from utils.core.errors import UserError
+from utils.core.workspace import Workspace
 from utils.discovery import preprocessing_sources
 from utils.discovery.declaration_checks import ASSUMED_PREPROCESSING
 from utils.networks.preprocessing import Preprocessing
 from utils.numeric import metrics
 from utils.numeric.temperature import fit_temperature
 from utils.predictions import image_splits, streaming
-from utils.predictions.catalog import TIMM, Member, Problem
+from utils.predictions.catalog import TIMM, Member, Problem, is_declared
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.inspection import FEWEST_ROWS, Inspector
 
@@ -62,7 +64,11 @@ def compare(inspector: Inspector, member: Member, *, force: bool = False) -> Non
     failed on val.
     """
     measured = inspector.measured(member) or {}
-    if not is_assumed(member) or "n" not in measured or (_facts(inspector, member) is not None and not force):
+    if (
+        not is_assumed(inspector.workspace, member)
+        or "n" not in measured
+        or (_facts(inspector, member) is not None and not force)
+    ):
         return
     val = inspector.splits["val"]
     order = np.random.default_rng(inspector.config.seed).permutation(len(val.labels))
@@ -74,23 +80,31 @@ def compare(inspector: Inspector, member: Member, *, force: bool = False) -> Non
     )
     with tempfile.TemporaryDirectory(prefix="preprocessing-") as folder:  # the cache keeps what members need
         image_splits.decode([images], rules, image_cache=Path(folder), threads=inspector.threads)
-        logits = [_logits(inspector, member, rule, images, Path(folder)) for rule in rules]
-    losses = [_losses(values, images.labels) for values in logits]
+        logits = {}
+        for index, rule in enumerate(rules):
+            try:
+                logits[index] = _logits(inspector, member, rule, images, Path(folder))
+            except UserError as error:  # such as logits that are not finite
+                logger.info("verify %s: %s is left out: %s", member.name, rule.describe(), error)
+    if 0 not in logits:
+        return
+    losses = {index: _losses(values, images.labels) for index, values in logits.items()}
     results = [
         {
-            "preprocessing": rule.as_record(),
+            "preprocessing": rules[index].as_record(),
             "accuracy": float((values.argmax(axis=1) == images.labels).mean()),
-            "log_loss": float(loss.mean()),
-            "standard_errors": _standard_errors(losses[0] - loss),
+            "log_loss": float(losses[index].mean()),
+            "standard_errors": _standard_errors(losses[0] - losses[index]),
         }
-        for rule, values, loss in zip(rules, logits, losses, strict=True)
+        for index, values in logits.items()
     ]
     inspector.digests.keep(_key(inspector, member), {"n": len(images.labels), "rules": results})
 
 
-def is_assumed(member: Member) -> bool:
-    """Whether nothing says that a member's preprocessing is that of its weights."""
-    return member.preprocessing is not None and preprocessing_sources.is_guess(member.image_preprocessing)
+def is_assumed(workspace: Workspace, member: Member) -> bool:
+    """Whether a member was declared and nothing says that its preprocessing is that of its weights."""
+    is_recorded = member.preprocessing is not None and is_declared(workspace, member)
+    return is_recorded and preprocessing_sources.is_guess(member.image_preprocessing)
 
 
 def _logits(
@@ -130,7 +144,7 @@ def with_comparisons(inspector: Inspector, problems: Sequence[Problem], members:
     updated = []
     for problem in problems:
         member = members.get(problem.member or "")
-        facts = _facts(inspector, member) if member is not None and is_assumed(member) else None
+        facts = _facts(inspector, member) if member is not None and is_assumed(inspector.workspace, member) else None
         if problem.code != ASSUMED_PREPROCESSING or member is None or facts is None:
             updated.append(problem)
         elif (better := _better_rule(facts)) is not None:

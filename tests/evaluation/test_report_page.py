@@ -48,6 +48,7 @@ def test_every_part_is_there_when_all_is_measured(synthetic):
         *("A confidence threshold of", "LAC", "APS", "91.0 %", "[86.0, 94.0]", "OOD score than 95 %"),
         *("before the temperature", "Confident errors", "Largest disagreement", "Likely mislabelled", "cpu, 2 threads"),
         *("held out", "25.0 %", "does not beat log_linear_pool", "Error correlation"),
+        "px of shorter side",
     ):
         assert words in page.text, words
     assert len(page.of("img")) == 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ from varied_images import write_varied_images
 
 from utils.core.config_file import load_config
 from utils.discovery import discover
+from utils.distillation import teachers
 from utils.inference.predict import predict
 from utils.numeric.metrics import softmax
 from utils.predictions import catalog, extraction
 from utils.predictions.store import Store
+from utils.training.image_source import ImageSource
 
 ARCHITECTURES = {
     "clip": ("vit_xsmall_patch16_clip_224", 224),
@@ -50,7 +53,7 @@ def timm_workspace(tmp_path_factory):
         torch.manual_seed(0)
         network = timm.create_model(architecture, num_classes=len(CLASSES)).eval()
         with torch.no_grad():  # timm's first heads give logits near zero, in which no pixel would show
-            network.get_classifier().weight.mul_(0.5 / network.get_classifier().weight.std())
+            network.get_classifier().weight.mul_(0.1 / network.get_classifier().weight.std())
         torch.save(network.state_dict(), base / f"{name}.pth")
         networks[name] = (network, create_transform(**resolve_data_config({"img_size": size}, model=network)))
     config = load_config(PROJECT / "configs" / "votes.yaml", overrides=["device=cpu"])
@@ -92,3 +95,18 @@ def test_stored_logits_and_predictions_are_those_of_timm(timm_workspace):
         )
         predicted = [list(row["probabilities"].values()) for row in result.document["images"]]
         np.testing.assert_allclose(predicted, softmax(expected[:N_PREDICTED]), atol=1e-4, err_msg=member.name)
+
+
+def test_a_teachers_members_are_shown_the_same_images_by_their_own_preprocessing(timm_workspace):
+    config, workspace, networks = timm_workspace
+    store = Store(config, workspace, catalog.read(workspace))
+    single = teachers.resolve(store, "vit", excluded_member="student")
+    images = store.images("val")
+    student = store.catalog.members["resnet"].image_preprocessing
+    source = ImageSource(images, student, "none", image_cache=workspace.image_cache)
+    expected = {name: softmax(timm_logits(*networks[name], images.paths)) for name in ("clip", "lite", "vit")}
+    for names in (("clip",), ("lite",), ("clip", "lite", "vit")):
+        teacher = replace(single, ensemble=replace(single.ensemble, members=names))
+        log_probs = teachers.predict_views(store, teacher, len(source), source.evaluation_batches)
+        mean = np.mean([expected[name] for name in names], axis=0)
+        np.testing.assert_allclose(log_probs, np.log(mean), atol=1e-3, err_msg=", ".join(names))

@@ -364,6 +364,7 @@ def provenance(config: Config, data: ReportData) -> dict[str, Any]:
             "name": member.name,
             "architecture": member.architecture,
             "source": member.source,
+            "preprocessing": "none" if member.img_size is None else member.image_preprocessing.describe(),
             "digest": member.digest[:12],
         }
         for member in data.members

@@ -19,11 +19,13 @@ from utils.resizing import (
     CROP_MODES,
     INTERPOLATIONS,
     Resizing,
+    evaluation_record,
     evaluation_resizing,
     exif_orientation,
     pad_fill,
     record_of_timm_config,
     resized_pixels,
+    scaled_record,
     timm_record,
 )
 
@@ -210,3 +212,33 @@ def test_packs_of_the_evaluation_transform_have_the_names_and_bytes_of_earlier_v
     (pack,) = (tmp_path / "cache").glob("*.npy")
     assert pack.name == GOLDEN_NAME
     assert hashlib.sha256(pack.read_bytes()).hexdigest() == GOLDEN_BYTES
+
+
+@pytest.mark.parametrize(("size", "resized"), [(352, 370), (480, 505), (960, 1010), (224, 255)])
+def test_a_record_at_its_own_size_keeps_its_resized_side(size, resized):
+    record = {**evaluation_record(size), "resized": resized}
+    assert scaled_record(record, size, source="base pipeline") == record
+    assert scaled_record(record, 2 * size, source="checkpoint")["resized"] == 2 * resized
+
+
+@pytest.mark.parametrize(
+    ("entries", "reason"),
+    [
+        ({"interpolation": "sharp"}, "interpolation is 'sharp'; expected nearest or bilinear"),
+        ({"resized": "255"}, "resized is '255'"),
+        ({"mean": [0.5, 0.5]}, "mean is .* expected 3 finite numbers"),
+        ({"mean": [0.5, 0.5, math.inf]}, "mean is .* expected 3 finite numbers"),
+        ({"std": [0.5, 0.5, 0]}, "each std above 0"),
+        ({"value_range": [1, 0]}, "ascending"),
+        ({"crop": 0.9}, "expected a dictionary of input_size"),
+    ],
+)
+def test_anything_but_a_record_is_refused(entries, reason):
+    with pytest.raises(ValueError, match=reason):
+        scaled_record({**evaluation_record(64), **entries}, 64, source="checkpoint")
+
+
+@pytest.mark.parametrize("value", [[0.5, 0.5, 0], [0.5, 0.5, math.inf]])
+def test_deviations_that_no_image_can_be_divided_by_are_refused(value):
+    with pytest.raises(ValueError, match="std above 0"):
+        record_of_timm_config({"input_size": (3, 64, 64), "std": value}, source="config.json")

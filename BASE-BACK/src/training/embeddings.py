@@ -98,7 +98,7 @@ def _read_packs(folder: Path) -> dict[str, np.ndarray]:
             with np.load(path, allow_pickle=False) as pack:
                 digests, embeddings = pack["contents"], pack["embeddings"]
             stored |= {digest.tobytes().hex(): row for digest, row in zip(digests, embeddings, strict=True)}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             logger.warning("%s: damaged (%s); it is removed and made again", path, error)
             path.unlink(missing_ok=True)
     return stored

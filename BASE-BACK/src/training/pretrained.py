@@ -35,7 +35,7 @@ from utils.pretrained_weights import (
     remedy,
     weights_path,
 )
-from utils.resizing import record_of_timm_config, timm_record
+from utils.resizing import record_of_timm_config, scaled_record, timm_record
 from utils.samples import Sample
 from utils.trunks import trunk_digest
 
@@ -240,10 +240,11 @@ def _default_size(architecture: str, samples: Sequence[Sample]) -> int:
 
 def _preprocessing(architecture: str, file: PretrainedFile | None, size: int) -> dict[str, Any]:
     """The preprocessing record: the file's own, that of `config.json` beside it, or that of the architecture."""
-    if file and file.preprocessing:
-        record = dict(file.preprocessing)
-        scale = record["resized"] / record["input_size"]
-        return record | {"input_size": size, "resized": int(size * scale), "source": "checkpoint"}
+    if file and file.preprocessing is not None:
+        try:
+            return scaled_record(file.preprocessing, size, source="checkpoint")
+        except ValueError as error:
+            raise WeightsError(f"{file.path}: extra.{error}. Correct the record, or leave it out") from error
     config = read_config(file.path.parent) if file else None
     if config and "pretrained_cfg" in config:
         return record_of_timm_config(config["pretrained_cfg"], size, source="config.json")

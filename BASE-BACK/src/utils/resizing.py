@@ -138,6 +138,35 @@ def evaluation_record(size: int, exif: str = "ignore") -> dict[str, Any]:
     }
 
 
+def scaled_record(record: Any, size: int, *, source: str) -> dict[str, Any]:
+    """A preprocessing record at another input size, with the same fraction cropped; the resized side is rounded down.
+
+    Raises ValueError for anything but a preprocessing record, as a file of any origin may hold.
+    """
+    names = evaluation_record(size).keys()
+    if not isinstance(record, Mapping) or record.keys() != names:
+        raise ValueError(f"preprocessing is {str(record)[:60]!r}; expected a dictionary of {', '.join(names)}")
+    choices = {"resize": RESIZES, "interpolation": INTERPOLATIONS, "crop_offset": CROP_OFFSETS, "exif": EXIF_RULES}
+    for name, values in (choices | {"channels": ("RGB", "BGR")}).items():
+        if record[name] not in values:
+            raise ValueError(f"preprocessing.{name} is {str(record[name])[:60]!r}; expected {' or '.join(values)}")
+    for name in ("input_size", "resized"):
+        if type(record[name]) is not int or record[name] < 1:
+            raise ValueError(f"preprocessing.{name} is {str(record[name])[:60]!r}; expected a number of pixels")
+    for name, count in (("mean", 3), ("std", 3), ("value_range", 2)):
+        if not _are_finite(record[name], count):
+            raise ValueError(f"preprocessing.{name} is {str(record[name])[:60]!r}; expected {count} finite numbers")
+    if min(record["std"]) <= 0 or record["value_range"][0] >= record["value_range"][1]:
+        raise ValueError("preprocessing: expected each std above 0, and value_range in ascending order")
+    resized = record["resized"] * size // record["input_size"]  # of floats a quotient may lose a pixel
+    return {**record, "input_size": size, "resized": resized, "source": source}
+
+
+def _are_finite(values: Any, count: int) -> bool:
+    is_list = isinstance(values, list | tuple) and len(values) == count
+    return is_list and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+
+
 def resized_pixels(image: Image.Image, rules: Iterable[Resizing]) -> dict[str, np.ndarray]:
     """{key: RGB pixels uint8 (height, width, 3)} of an opened image, resized from its original pixels by each rule.
 
@@ -214,6 +243,8 @@ def record_of_timm_config(config: Mapping[str, Any], img_size: int | None = None
         raise ValueError(f"not the form of a timm configuration ({error})") from error
     if channels != 3 or height != width:
         raise ValueError(f"input_size {list(resolved['input_size'])}; expected three channels and a square")
+    if not _are_finite([*mean, *std], 6) or min(std) <= 0:
+        raise ValueError(f"mean {mean} and std {std}; expected three finite numbers each, and std above 0")
     if not 0 < fraction <= 4:
         raise ValueError(f"crop_pct {fraction}; expected a fraction above 0")
     if resolved["crop_mode"] not in CROP_MODES or resolved["interpolation"] not in INTERPOLATIONS:

@@ -31,7 +31,7 @@ def download(repository: str, weights_dir: Path, where: str) -> Path:
     without network, where it says what to download and where to put it.
     """
     match = REPOSITORY.fullmatch(repository)
-    if match is None or ".." in repository:
+    if match is None:
         raise UserError(f"{where}: {repository!r} is no name of the hub; expected ORG/NAME or ORG/NAME@REVISION")
     folder = weights_dir.joinpath(*repository.split("/"))
     if is_complete(folder):

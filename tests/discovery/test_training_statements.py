@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from utils.core.artifacts import write_arrays
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.discovery.training_statements import parse, read_list, with_statements
@@ -60,6 +63,15 @@ def test_a_statement_stays_with_its_weights(tmp_path):
     assert after(tmp_path, [member("a")], earlier) == {"a": ("none", "none")}
     assert after(tmp_path, [member("a", sha256="2")], earlier) == {"a": ("unknown", "none")}
     assert after(tmp_path, [member("a")], earlier, "a=all") == {"a": ("all", "none")}
+
+
+def test_a_list_is_counted_again_where_the_images_are_split_otherwise(tmp_path):
+    workspace = Workspace(tmp_path, *(tmp_path / name for name in "abcdefg"))
+    write_arrays(workspace.training_data("a"), {"contents": np.array(["x", "y"])})
+    before = member("a", "file", training_list={"digest": "1", "rows": {"train": 2, "val": 0}, "unmatched": 0})
+    splits = {"train": SimpleNamespace(contents=("x",)), "val": SimpleNamespace(contents=("y", "z"))}
+    stated, _ = with_statements(workspace, splits, {"a": member("a")}, Catalog({}, (), {}, {"a": before}), {})
+    assert stated["a"].training_list["rows"] == {"train": 1, "val": 1}
 
 
 def test_of_a_network_that_was_trained_here_the_statement_is_about_the_weights_it_started_from(tmp_path):

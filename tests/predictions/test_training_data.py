@@ -100,9 +100,15 @@ def test_what_is_derived_from_the_unknown_is_unknown_and_the_remedy_names_the_so
     assert not training_data.is_unknown(catalog_of(of_list, member("listed", "file")), of_list)
 
 
+def test_the_remedy_for_what_outlives_its_network_names_the_network_and_no_command_without_a_name():
+    soup = member("leak_soup", "unknown", source="derived", parents=("leak",))
+    with pytest.raises(LeakageError, match=r"recommended\. Add leak again with discover --add and --trained-on$"):
+        training_data.require_some_known(catalog_of(soup), ["leak_soup"])
+
+
 def test_weights_that_a_training_started_from_count_for_its_fold_networks(store):
     oof = {"path": "x", "rows": 3, "folds": 2, "accuracy": 0.5, "sha256": "0"}
-    started = {on: member("m", "train", pretrained_on=on, oof=oof) for on in ("none", "train", "all")}
+    started = {on: member("m", "train", pretrained_on=on, oof=oof) for on in ("none", "train", "all", "unknown")}
     for on, each in started.items():
         assert training_data.has_train_rows(store(each), each) == (on == "none")
         assert training_data.pretraining_rows(store(each), each) == frozenset(IDS["train"] if on != "none" else ())

@@ -201,6 +201,12 @@ def _require_out_of_fold(session: Session, *, strict: bool) -> None:
         )
     if len(without) < len(members):
         for member in without:
+            if member.oof is not None:
+                logger.warning(
+                    "%s: left out: the weights that its training started from have seen train images (%s)",
+                    *(member.name, member.pretrained_on),
+                )
+                continue
             logger.warning(
                 "No K-fold results for backbone %s; it is left out. Either retrain with ENABLE_KFOLD_CV=True (%s), or "
                 "add it to backbones.exclude",

@@ -11,10 +11,11 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from utils.core.artifacts import digest_of, write_arrays
+from utils.core.artifacts import digest_of, read_arrays, write_arrays
 from utils.core.errors import UserError, did_you_mean
 from utils.core.workspace import Workspace
 from utils.predictions.catalog import Catalog, Member, Problem
@@ -106,7 +107,7 @@ def with_statements(
             member = replace(
                 member,
                 trained_on=before.trained_on,
-                training_list=before.training_list,
+                training_list=_recounted(workspace, splits, before),
                 pretrained_on=before.pretrained_on,
             )
         stated[name] = member
@@ -114,6 +115,21 @@ def with_statements(
         if member.source == "derived":
             stated[name] = _of_parents(member, stated, previous)
     return stated, messages
+
+
+def _recounted(workspace: Workspace, splits: Mapping[str, ImageSplit], member: Member) -> dict[str, Any] | None:
+    """The facts of a member's stored list, for the images that the splits hold now."""
+    path = workspace.training_data(member.name)
+    if member.training_list is None or not path.is_file():
+        return member.training_list
+    remedy = f"State it again: {command([member.name], 'FILE')}"
+    listed = frozenset(read_arrays(path, remedy=remedy)["contents"].tolist())
+    return {**member.training_list, "rows": _listed_rows(splits, listed)}
+
+
+def _listed_rows(splits: Mapping[str, ImageSplit], listed: Collection[str]) -> dict[str, int]:
+    """{split: number of its images that a list names}"""
+    return {name: sum(content in listed for content in split.contents) for name, split in splits.items()}
 
 
 def of_unknown_origin(members: Mapping[str, Member]) -> list[str]:
@@ -166,7 +182,7 @@ def _stated(
             f"path below the folder of the split, or SHA-256 of files. If it saw none of the images: {OPTION} "
             f"{member.name}=none"
         )
-    rows = {name: sum(content in listed for content in split.contents) for name, split in splits.items()}
+    rows = _listed_rows(splits, listed)
     facts = {"digest": digest_of(sorted(listed)), "rows": rows, "unmatched": unmatched}
     write_arrays(workspace.training_data(member.name), {"contents": np.array(sorted(listed))})
     shown = ", ".join(f"{rows[name]} of {len(split.contents)} of {name}" for name, split in splits.items())

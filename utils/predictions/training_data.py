@@ -98,7 +98,7 @@ def pretraining_rows(store: SampleStore, member: Member) -> frozenset[str]:
 def has_train_rows(store: SampleStore, member: Member) -> bool:
     """Whether some train images are out of sample for a member, by its fold networks or by its full network."""
     if member.oof is not None:
-        return member.pretrained_on not in (TRAIN, TRAIN_VAL, ALL)
+        return member.pretrained_on == NONE
     return predicts_unseen_train_rows(store, member)
 
 
@@ -159,6 +159,9 @@ def remedy(catalog: Catalog, names: Iterable[str]) -> str:
     """How to say what the named members of unknown training data were trained on, without a full stop."""
     family = [each for name in names if name in catalog.members for each in lineage(catalog, catalog.members[name])]
     declared = sorted({each.name for each in family if each.trained_on == UNKNOWN and each.source == "trained"})
+    if not declared:  # what is derived outlives the networks that it was derived from
+        gone = sorted({parent for each in family for parent in each.parents} - catalog.members.keys())
+        return f"Add {', '.join(gone)} again with discover --add and --trained-on"
     others = ", ".join(statement for statement in STATEMENTS if statement not in (TRAIN, FILE, UNKNOWN))
     return (
         f"If it was the train images alone, type: {command(declared, TRAIN)}; otherwise {others}, or a file that lists "

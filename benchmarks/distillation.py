@@ -34,12 +34,10 @@ import numpy as np
 import prepare
 from distillation_rows import ALONE, TEACHER, averaged, draw, score_rows
 from reporting import report, row
-from utils.networks.preprocessing import Preprocessing
 
 PROJECT = Path(__file__).resolve().parents[1]
 STUDENT = "CustomMobileOne"
 SIDE = 32
-PREPROCESSING = Preprocessing.of_base_pipeline(SIDE)
 TEMPERATURE, ALPHA, RATE, VIEWS = 4.0, 0.5, 0.001, 4  # as the configuration has them
 KINDS = ("oof", "views", "consistent")
 VERSION = 2  # raised whenever the same splits would give other figures
@@ -199,16 +197,18 @@ class Classroom:
 
         from utils.distillation.soft_targets import log_probabilities
         from utils.networks.construction import NetworkSpec
+        from utils.networks.preprocessing import Preprocessing
         from utils.predictions import streaming
 
         classes, kept = tuple(self.split["classes"].tolist()), {}
         paths = [self.networks / f"{name}_final.pth" for name in self.split["members"].tolist()]
-        specs = [NetworkSpec(path.stem.removesuffix("_final"), path, "tiny", PREPROCESSING, classes) for path in paths]
+        preprocessing = Preprocessing.of_base_pipeline(SIDE)
+        specs = [NetworkSpec(path.stem.removesuffix("_final"), path, "tiny", preprocessing, classes) for path in paths]
         members = [streaming.open_network(spec).eval() for spec in specs]
 
         def answered(epoch: int) -> np.ndarray:
             logits = np.empty((len(members), len(batch_schedule.image_source), len(classes)), dtype=np.float32)
-            for batch, images in batch_schedule.loader(epoch, PREPROCESSING):
+            for batch, images in batch_schedule.loader(epoch, preprocessing):
                 with torch.no_grad():
                     logits[:, batch.rows.numpy()] = torch.stack([member(images) for member in members]).numpy()
             return log_probabilities(self.combiner.predict_proba(logits))
@@ -247,6 +247,7 @@ def _teacher(split: Mapping[str, np.ndarray]) -> tuple[Any, np.ndarray]:
 
 def _sources(split: Mapping[str, np.ndarray], data: Path, *, whole: bool) -> dict[str, Any]:
     """The images of the three splits; `whole` where they must not be mirrored."""
+    from utils.networks.preprocessing import Preprocessing
     from utils.predictions.image_splits import ImageSplit
     from utils.training.image_source import ImageSource
 
@@ -263,7 +264,8 @@ def _sources(split: Mapping[str, np.ndarray], data: Path, *, whole: bool) -> dic
         classes = tuple(split["classes"].tolist())
         images = ImageSplit(name, classes, tuple(ids.tolist()), labels, paths, contents, name)
         kind = "no_flip" if whole else "full"
-        found[name] = ImageSource(images, PREPROCESSING, kind, image_cache=prepare.ZOO / "image_cache")
+        preprocessing = Preprocessing.of_base_pipeline(SIDE)
+        found[name] = ImageSource(images, preprocessing, kind, image_cache=prepare.ZOO / "image_cache")
     return found
 
 

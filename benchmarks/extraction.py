@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from reporting import clean_environment, report, row
-from utils.networks.preprocessing import Preprocessing
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONFIG = PROJECT / "configs" / "votes.yaml"
@@ -275,6 +274,7 @@ def full(workspace: Path, names: Sequence[str]) -> dict[str, Any]:
 
     from utils import base_back
     from utils.networks import embeddings
+    from utils.networks.preprocessing import Preprocessing
     from utils.predictions import extraction, image_splits, streaming
 
     store = _opened()

@@ -26,7 +26,6 @@ import numpy as np
 import prepare
 from extraction import BATCH, PIXELS, lay_out
 from reporting import report, row
-from utils.networks.preprocessing import Preprocessing
 
 PROJECT = Path(__file__).resolve().parents[1]
 EXPERTS = ("CustomConvNeXt", "CustomMobileOne", "CustomRegNet", "CustomResNetMish", "CustomSwinTransformer")
@@ -134,6 +133,7 @@ def _pictures(count: int, pixels: int, data: Path | None) -> list[Any]:
     import torch
 
     from utils.core.artifacts import FileDigests
+    from utils.networks.preprocessing import Preprocessing
     from utils.predictions import image_splits
 
     with tempfile.TemporaryDirectory(prefix="mixture-") as name:

@@ -8,11 +8,12 @@
 
 Per split: the weighted ensemble of six networks is fitted on honest rows (out-of-fold and val) and teaches
 CustomMobileOne by each kind of targets: `oof`, its cross-fitted predictions of the train rows; `views` and
-`consistent`, its answers to the views that the student is shown, where the networks of the splits were kept. Val stops
-the training, and test, which nobody has seen, judges. A split may be trained on several times (`--trainings`), from
-other first weights, and their mean counts. Intervals are Student's over the splits. What is finished is kept beside
-them, so that it goes on where it stopped. One thread; CPU seconds are compared, so that a busy machine disturbs little.
-`--curves FILE.png` draws the learning curves (needs matplotlib). The last line of the output is one JSON object.
+`consistent`, its answers to the views that the student is shown, where the networks of the splits were kept. Training
+ends with its schedule, and test, which nobody has seen, judges. A split may be trained on several times
+(`--trainings`), from other first weights, and their mean counts. Intervals are Student's over the splits. What is
+finished is kept beside them, so that it goes on where it stopped. One thread; CPU seconds are compared, so that a
+busy machine disturbs little. `--curves FILE.png` draws the learning curves (needs matplotlib). The last line of the
+output is one JSON object.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ STUDENT = "CustomMobileOne"
 SIDE = 32
 TEMPERATURE, ALPHA, RATE, VIEWS = 4.0, 0.5, 0.001, 4  # as the configuration has them
 KINDS = ("oof", "views", "consistent")
-VERSION = 2  # raised whenever the same splits would give other figures
+VERSION = 3  # raised whenever the same splits would give other figures
 TURNS = 5  # of which the quickest epoch counts
 CACHE = (5000, 4, 10)  # images, views, classes whose targets are to stay below two megabytes
 

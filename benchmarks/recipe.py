@@ -78,6 +78,7 @@ TRIALS = {
     "to zero": replace(USUAL, floor=0.0),
     "decay 0.05": replace(USUAL, weight_decay=0.05),
     "35 epochs": replace(USUAL, epochs=35),
+    "32 epochs": replace(USUAL, epochs=32),
     "batches of 16": replace(USUAL, batch=16),
 }
 

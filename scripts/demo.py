@@ -38,8 +38,8 @@ QUICK_SETTINGS = ("runs.stacking.mlp_config.epochs=20", "runs.fusion.fusion_conf
 LEFT_OUT = 4  # exit code of a step that finished without some requested part
 DIGITS_EPOCHS = 12
 FEW_IMAGES = 1000  # below, smaller batches: the networks need steps more than steps need images
-IMAGES_SHOWN = 18_900  # in all epochs of a small network, where there are more than a few hundred images
-MOST_EPOCHS = 35
+IMAGES_SHOWN = 17_400  # in all epochs of a small network, where there are more than a few hundred images
+MOST_EPOCHS = 32
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -155,7 +155,7 @@ def count_images(workspace: Path) -> int:
 
 
 def epochs_for(count: int) -> int:
-    """Epochs of fine-tuning that show about `IMAGES_SHOWN` images in all: from 12, those of the digits, to 35."""
+    """Epochs of fine-tuning that show about `IMAGES_SHOWN` images in all: from 12, those of the digits, to 32."""
     return min(MOST_EPOCHS, max(DIGITS_EPOCHS, IMAGES_SHOWN // max(1, count)))
 
 

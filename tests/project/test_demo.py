@@ -23,7 +23,7 @@ def test_a_data_folder_has_one_workspace_of_its_own(tmp_path):
     assert demo.workspace_of(tmp_path / "été").name.startswith("été-")
 
 
-@pytest.mark.parametrize(("images", "epochs"), [(1797, 12), (596, 31), (100, 35), (1900, 12), (0, 35)])
+@pytest.mark.parametrize(("images", "epochs"), [(1797, 12), (596, 29), (100, 32), (1900, 12), (0, 32)])
 def test_small_folders_are_shown_more_often(images, epochs):
     assert demo.epochs_for(images) == epochs
 

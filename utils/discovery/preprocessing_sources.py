@@ -200,6 +200,7 @@ class _Processor:
     """A size that is one number means both sides, not the shorter one."""
     crops: bool = True
     normalises: bool = True
+    is_bgr: bool = False
     has_crop_pct: bool = False
     """Below 384 px the shorter side is resized to size / crop_pct, then cropped; from 384 px on both sides to size."""
 
@@ -212,7 +213,7 @@ PROCESSORS = {
     "DeiT": _Processor(is_square=True),
     "MobileNetV1": _Processor(is_square=False),
     "MobileNetV2": _Processor(is_square=False),
-    "MobileViT": _Processor(is_square=False, normalises=False),
+    "MobileViT": _Processor(is_square=False, normalises=False, is_bgr=True),
     "Siglip": _Processor(is_square=True, crops=False),
     "ViT": _Processor(is_square=True, crops=False),
 }
@@ -251,7 +252,7 @@ def of_hugging_face(config: Mapping[str, Any], where: str, *, source: str) -> Pr
         "crop_offset": "floor",
         "mean": entries.values("image_mean") if normalises else [0.0] * 3,
         "std": entries.values("image_std") if normalises else [1.0] * 3,
-        "channels": CHANNELS[entries.flag("do_flip_channel_order", False)],
+        "channels": CHANNELS[entries.flag("do_flip_channel_order", processor.is_bgr)],
         "value_range": [0.0, high],
         "exif": "apply",
         "source": source,

@@ -142,7 +142,8 @@ def construct_untrained(spec: NetworkSpec, n_outputs: int, factory: Callable[...
 
 def timm_model_name(architecture: str) -> str:
     """timm's name of an architecture: `resnet18` for `resnet18` and for `resnet18+stages`, a head on all its stages."""
-    return architecture.removesuffix(base_back.load_bundled("stage_features").SUFFIX)
+    name: str = base_back.load_bundled("stage_features").timm_name(architecture)
+    return name
 
 
 def _construct_timm(spec: NetworkSpec, n_outputs: int) -> nn.Module:

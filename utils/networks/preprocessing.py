@@ -14,8 +14,6 @@ from typing import Any
 from utils import base_back
 from utils.core.errors import UserError, did_you_mean
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 LEAST_SIDE, MOST_SIDE = 8, 4096  # bounds of an image size in pixels
 CHANNELS = ("RGB", "BGR")
 BASE_PIPELINE = "base pipeline"
@@ -51,19 +49,9 @@ class Preprocessing:
     @classmethod
     def of_base_pipeline(cls, img_size: int) -> Preprocessing:
         """The base pipeline's evaluation transform for networks of `img_size` px."""
-        return cls(
-            input_size=img_size,
-            resize="shorter-side",
-            resized=int(1.14 * img_size),
-            interpolation="bilinear",
-            crop_offset="round",
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
-            channels="RGB",
-            value_range=(0.0, 1.0),
-            exif="ignore",
-            source=BASE_PIPELINE,
-        )
+        record = base_back.load_bundled("resizing").evaluation_record(img_size)
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
+        return cls(**values)
 
     @classmethod
     def from_record(cls, record: Any, where: str, *, remedy: str = REMEDY) -> Preprocessing:

@@ -19,7 +19,6 @@ from training.timm_networks import (
     require_architecture,
     require_input_size,
     require_linear_head,
-    timm_name,
 )
 from utils import compute_file_sha256, logger
 from utils.files import atomic_path, read_json, write_json
@@ -37,6 +36,7 @@ from utils.pretrained_weights import (
 )
 from utils.resizing import record_of_timm_config, scaled_record, timm_record
 from utils.samples import Sample
+from utils.stage_features import timm_name
 from utils.trunks import trunk_digest
 
 HUB = "hub"

@@ -9,14 +9,14 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from config import settings
-from training.embeddings import missing_contents
 from training.external import source_digest
+from training.frozen import EMBEDDED_SPLITS, with_embeddings
 from training.ledger import Ledger, kfold_summary
 from training.pool import run_units
 from training.pretrained import PretrainedError, resolve_networks
@@ -114,7 +114,7 @@ def run_stages(
 
         cluster = RayPool(jobs, threads, address)
         jobs, new_pool = min(wanted or cluster.jobs, cluster.jobs), lambda: cluster
-    chosen = _with_embeddings(chosen, jobs)
+    chosen = with_embeddings(chosen, jobs)
     progress = _Progress(chosen)
 
     def finished(unit: Unit, outcome: Outcome, seconds: float) -> None:
@@ -204,33 +204,6 @@ def _unfinished(units: Sequence[Unit], ledger: Ledger, *, force: bool) -> list[U
             names.add(unit.name)
             chosen.append(unit)
     return [unit for unit in units if unit.name in names]
-
-
-EMBEDDED_SPLITS = {"fold": ("train", "val"), "oof": ("train",), "train": ("train", "val"), "test": ("test",)}
-"""Kind of a unit -> the splits whose images its network is run on."""
-LEAST_SHARD = 32  # images, for which starting a process pays
-
-
-def _with_embeddings(units: list[Unit], jobs: int) -> list[Unit]:
-    """The units, preceded by the embedding of the images that frozen networks lack, in up to `jobs` parts."""
-    embedding: list[Unit] = []
-    after: dict[str, tuple[str, ...]] = {}
-    for name in dict.fromkeys(unit.recipe.backbone for unit in units if unit.recipe.is_frozen):
-        waiting = [unit for unit in units if unit.recipe.backbone == name and unit.kind in EMBEDDED_SPLITS]
-        splits = tuple(sorted({split for unit in waiting for split in EMBEDDED_SPLITS[unit.kind]}))
-        contents = [content for split in splits for content in split_contents(settings.SPLIT_DIR, split)[2].values()]
-        recipe = waiting[0].recipe if waiting else None
-        missing = missing_contents(recipe.pretrained, contents) if recipe and recipe.pretrained else []
-        if recipe is None or not missing:
-            continue
-        shards = max(1, min(jobs, len(missing) // LEAST_SHARD))
-        parts = [
-            Unit("embed", recipe, recipe.digest("embed", shard, shards), splits=splits, shard=shard, shards=shards)
-            for shard in range(shards)
-        ]
-        embedding += parts
-        after |= {unit.name: tuple(part.name for part in parts) for unit in waiting}
-    return embedding + [replace(unit, after=(*after.get(unit.name, ()), *unit.after)) for unit in units]
 
 
 def _processes(jobs: int | None) -> tuple[int, int | None]:

@@ -9,18 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils import stage_features
 from utils.pretrained_weights import WHEELS, PretrainedFile, WeightsError, fitted_weights, in_order
+from utils.stage_features import StageFeatures, timm_name
 
 TIMM = "timm:"
 """Prefix of the architecture of a network that timm builds."""
 NOISE_AGREES = 1e-3  # of the largest logit: an embedding and its classifier give the network's own logits
 WHEEL_CLASSES = 1000
-
-
-def timm_name(architecture: str) -> str:
-    """timm's own name of an architecture: `resnet18` for `resnet18` and for `resnet18+stages`."""
-    return architecture.removesuffix(stage_features.SUFFIX)
 
 
 def require_architecture(architecture: str) -> None:
@@ -49,7 +44,7 @@ def build_timm(architecture: str, num_classes: int, img_size: int) -> nn.Module:
 def _with_stages(model: nn.Module, architecture: str, num_classes: int, img_size: int) -> nn.Module:
     if architecture == timm_name(architecture):
         return model
-    return stage_features.StageFeatures(model, num_classes, img_size)
+    return StageFeatures(model, num_classes, img_size)
 
 
 def _build_plain(architecture: str, num_classes: int, img_size: int) -> nn.Module:

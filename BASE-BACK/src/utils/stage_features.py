@@ -16,6 +16,11 @@ SUFFIX = "+stages"
 LEAST_VARIANCE = 1e-12  # below, the derivative of the square root would be infinite
 
 
+def timm_name(architecture: str) -> str:
+    """timm's own name of an architecture: `resnet18` for `resnet18` and for `resnet18+stages`."""
+    return architecture.removesuffix(SUFFIX)
+
+
 class StageFeatures(nn.Module):
     """A network of timm, `trunk`, and a linear layer, `head`, on the mean and standard deviation of each channel.
 

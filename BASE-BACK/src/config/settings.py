@@ -376,8 +376,8 @@ PRETRAINED_DOWNLOAD_MAP: dict[str, str] = {}
 # Pretrained layers need few epochs at a low rate; a head is trained first, so that it does not disturb them.
 PRETRAINED_EPOCHS_HEAD = _whole("DBT_EPOCHS_HEAD", 5, 0) or 1
 PRETRAINED_EPOCHS_FINETUNE = _whole("DBT_EPOCHS_FINETUNE", 15, 1)
-PRETRAINED_LR = _positive("DBT_BACKBONE_LR", 5e-4)
-LAYER_DECAY = 0.75  # rate of each layer as a share of the one behind it (Clark et al. 2020, ELECTRA)
+PRETRAINED_LR = _positive("DBT_BACKBONE_LR", 2e-3)  # of the last layer
+LAYER_DECAY = 0.85  # rate of each layer as a share of the one behind it (Clark et al. 2020, ELECTRA)
 
 # export --------------------------------------------------------------------------------------------------------------
 EXPORT_TYPES = ["state_dict", "checkpoint", "torchscript", "onnx", "torchserve", "tensorrt", "tflite", "custom"]

@@ -59,6 +59,15 @@ def test_wheel_weights_enter_a_network_of_other_classes_and_all_of_the_trunk_is_
     assert not any(small.state_dict()[name].any() for name in head)  # every class has the same probability at first
 
 
+def test_a_tag_that_timm_does_not_have_is_refused_with_those_that_it_has():
+    from training.timm_networks import require_architecture
+
+    require_architecture("resnet18.a1_in1k")
+    require_architecture("resnet18+stages")
+    with pytest.raises(ValueError, match=r"no weights of the tag 'resnet18.other'; it has resnet18\.a1_in1k, "):
+        require_architecture("resnet18.other")
+
+
 def test_only_a_linear_map_of_one_embedding_can_be_fitted_on_frozen_features():
     from training.timm_networks import build_timm, require_linear_head
 

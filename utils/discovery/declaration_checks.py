@@ -11,8 +11,10 @@ from typing import Any
 from utils import base_back
 from utils.core.errors import UserError, did_you_mean
 from utils.core.workspace import Workspace
+from utils.discovery import preprocessing_sources
 from utils.networks.checkpoints import LEAVE_OUT
 from utils.networks.construction import RETRAIN, NetworkSpec
+from utils.networks.preprocessing import Preprocessing
 from utils.predictions import streaming
 from utils.predictions.catalog import TIMM, Problem
 from utils.predictions.inspection import FEWEST_ROWS
@@ -98,6 +100,20 @@ def classes_problem(name: str, classes: Sequence[str]) -> Problem:
     message = f"nothing names its outputs; the order of the class folders is assumed: {', '.join(classes[:12])}"
     remedy = "discover --verify measures whether that order is right"
     return Problem(ASSUMED_CLASSES, "warning", name, message, remedy)
+
+
+def preprocessing_problems(name: str, preprocessing: Preprocessing) -> list[Problem]:
+    """A warning if nothing says that the preprocessing is that of the weights."""
+    if not preprocessing_sources.is_guess(preprocessing):
+        return []
+    source = "timm's for its own weights of the architecture is used"
+    if preprocessing.source == preprocessing_sources.ASSUMED:
+        source = "the base pipeline's is assumed"
+    message = f"nothing says how its images were prepared; {source}: {preprocessing.describe()}"
+    remedy = (
+        f"state it: discover --preprocess {name}:KEY=VALUE ...; discover --verify compares it with other common rules"
+    )
+    return [Problem(ASSUMED_PREPROCESSING, "warning", name, message, remedy)]
 
 
 def with_class_order_checked(

@@ -23,7 +23,7 @@ from utils.discovery import (
     preprocessing_sources,
 )
 from utils.discovery.class_lists import require_match
-from utils.discovery.declaration_checks import ASSUMED_CLASSES, ASSUMED_PREPROCESSING
+from utils.discovery.declaration_checks import ASSUMED_CLASSES
 from utils.discovery.identification import MemberCandidate, Scan
 from utils.discovery.preprocessing_sources import Requests
 from utils.networks.construction import NetworkSpec
@@ -171,7 +171,7 @@ def problems_of(
             problems.append(problem)
     for name, member in listed.items():
         if name not in new and member.preprocessing is not None and is_declared(workspace, member):
-            problems += _preprocessing_problems(name, member.image_preprocessing)
+            problems += declaration_checks.preprocessing_problems(name, member.image_preprocessing)
     return problems
 
 
@@ -363,7 +363,7 @@ def _resolved(
         recorded = identification.recorded_preprocessing(path, facts)
         base = recorded or preprocessing_sources.of_architecture(architecture, scan.config.dataset.img_size)
     preprocessing = preprocessing_sources.with_requests(base, values, f"{where}: --preprocess")
-    problems += _preprocessing_problems(request.name, preprocessing)
+    problems += declaration_checks.preprocessing_problems(request.name, preprocessing)
     if folder is not None and folder.conflict and not values:
         message = f"{preprocessing.describe()} is used; another file of its folder says {folder.conflict}"
         remedy = f"state which is right: discover --preprocess {request.name}:KEY=VALUE ..."
@@ -387,17 +387,3 @@ def _changed(scan: Scan, member: Member, values: Mapping[str, Any]) -> Preproces
     spec = replace(member.network(scan.workspace), preprocessing=preprocessing)
     declaration_checks.run_on_blank(spec, None, where)
     return preprocessing
-
-
-def _preprocessing_problems(name: str, preprocessing: Preprocessing) -> list[Problem]:
-    """A warning if nothing says that the preprocessing is that of the weights."""
-    if not preprocessing_sources.is_guess(preprocessing):
-        return []
-    source = "timm's for its own weights of the architecture is used"
-    if preprocessing.source == preprocessing_sources.ASSUMED:
-        source = "the base pipeline's is assumed"
-    message = f"nothing says how its images were prepared; {source}: {preprocessing.describe()}"
-    remedy = (
-        f"state it: discover --preprocess {name}:KEY=VALUE ...; discover --verify compares it with other common rules"
-    )
-    return [Problem(ASSUMED_PREPROCESSING, "warning", name, message, remedy)]

@@ -19,11 +19,17 @@ WHEEL_CLASSES = 1000
 
 
 def require_architecture(architecture: str) -> None:
-    """Raise ValueError for an architecture that the installed timm does not have, with the nearest name."""
+    """Raise ValueError for an architecture, or a tag of its weights, that the installed timm does not have."""
     import timm
 
     name = timm_name(architecture)
     if timm.is_model(name):
+        try:
+            timm.get_pretrained_cfg(name)
+        except RuntimeError as error:
+            plain = name.partition(".")[0]
+            tags = ", ".join(timm.list_pretrained(f"{plain}.*")) or f"none; write {plain}"
+            raise ValueError(f"timm {timm.__version__} has no weights of the tag {name!r}; it has {tags}") from error
         return
     near = difflib.get_close_matches(name, timm.list_models(), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."

@@ -66,7 +66,7 @@ def _turned(images: ImageSplit, digests: FileDigests) -> dict[str, Any]:
 
 
 def _is_turned(path: Path, image_files: Any, resizing: Any) -> bool:
-    """Whether a file asks for a turn; no pixel is decoded. False for a file that cannot be opened."""
+    """Whether the EXIF orientation of a file turns it; no pixel is decoded. False for a file that cannot be opened."""
     try:
         with image_files.open_image(path) as image:
             if image.format == "TIFF":

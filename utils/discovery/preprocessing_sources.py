@@ -194,7 +194,7 @@ def of_architecture(architecture: str, fallback_size: int) -> Preprocessing:
 
 @dataclass(frozen=True)
 class _Processor:
-    """What a class of image processor does where its file is silent."""
+    """Defaults of a class of image processor, for what its file does not state."""
 
     is_square: bool
     """A size that is one number means both sides, not the shorter one."""
@@ -217,7 +217,7 @@ PROCESSORS = {
     "Siglip": _Processor(is_square=True, crops=False),
     "ViT": _Processor(is_square=True, crops=False),
 }
-"""{class of image processor, without its suffix: what it does}; others may crop, pad or normalise by other rules."""
+"""{class of image processor, without its suffix: its defaults}; others may crop, pad or normalise by other rules."""
 PROCESSOR_SUFFIX = re.compile(r"(?:ImageProcessor(?:Fast|Pil)?|FeatureExtractor)$")
 CONVNEXT_SQUASHES_FROM = 384
 

@@ -143,7 +143,7 @@ def _same_weights(member: Member, before: Member) -> bool:
 
 
 def _of_parents(member: Member, members: Mapping[str, Member], previous: Mapping[str, Member]) -> Member:
-    """A derived member with the widest statement of its parents, and of its earlier self where one of them is gone."""
+    """A derived member with the widest statement of its parents; its earlier one counts where a parent is missing."""
     sources = [members[name] for name in member.parents if name in members]
     before = previous.get(member.name)
     if len(sources) < len(member.parents) and before is not None and before.digest == member.digest:

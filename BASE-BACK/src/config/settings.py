@@ -196,7 +196,9 @@ KFOLD_DIR = BASE_DIR / "kfold_results"
 DEPLOY_DIR = BASE_DIR / "deployment_models"
 SMOKE_CHECK_DIR = BASE_DIR / "smoke_checks"
 PRETRAINED_DIR = BASE_DIR / "pretrained_weights"
-TIMM_NETWORKS = CKPT_DIR / "timm_networks.json"  # what was asked for by name, for a later run with the name alone
+TIMM_NETWORKS = (
+    CKPT_DIR / "timm_networks.json"
+)  # the options of each network, for a later run that gives its name alone
 DEBUG_LOG_DIR = BASE_DIR / "debug_logs"
 IMAGE_CACHE_DIR = Path(os.environ.get("DBT_IMAGE_CACHE_DIR") or BASE_DIR / "image_cache").absolute()
 RAW_DIR = Path(os.environ.get("DBT_RAW_DIR") or BASE_DIR / "Data").absolute()

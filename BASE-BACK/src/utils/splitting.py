@@ -142,7 +142,9 @@ def _open(raw_dir: Path) -> ImageSet:
     try:
         return open_image_set(raw_dir)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; put the images there or name their place with --data") from error
+        raise FileNotFoundError(
+            f"{error}; put the images there or name their folder or manifest with --data"
+        ) from error
     except ValueError as error:
         raise SplitError(str(error)) from error
 

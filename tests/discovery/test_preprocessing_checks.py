@@ -87,7 +87,7 @@ def test_a_rule_that_fits_better_is_named_with_the_option_that_sets_it(workspace
     } == set()
 
 
-def test_without_a_better_rule_the_assumption_becomes_an_info(workspace, config):
+def test_without_a_better_rule_the_assumption_becomes_an_info(workspace, config, monkeypatch):
     file = write_network(workspace, workspace.base / "leaf.pth", timms())
     discover.discover(config, workspace, verify=True, add=[f"leaf=timm:{ARCHITECTURE}@{file}"])
     (assumed,) = problems(workspace, "preprocessing_assumed")
@@ -99,6 +99,9 @@ def test_without_a_better_rule_the_assumption_becomes_an_info(workspace, config)
     assert not preprocessing_checks.is_assumed(workspace, replace(leaf, source="derived"))
     (classes,) = problems(workspace, "classes_assumed")
     assert (classes.severity, "on 36 val images confirms it" in classes.message) == ("info", True)
+    monkeypatch.setattr(preprocessing_checks, "_logits", lambda *_: pytest.fail("it ran again"))
+    discover.discover(config, workspace, verify=True)
+    assert problems(workspace, "preprocessing_assumed") == [assumed]
 
 
 def test_a_rule_under_which_the_network_fails_is_left_out(workspace, config, monkeypatch):

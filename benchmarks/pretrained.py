@@ -10,8 +10,8 @@ Each split (60/20/20) has a workspace of its own: `main.py` fits the heads of `m
 `configs/photographs_demo.yaml` combines them, and the recommended ensemble is scored on the test rows. The peers read
 the same rows: scikit-learn's logistic regression on a network's features is fitted on train and val, AutoGluon's
 weighted ensemble (where `.venv-bench` has it, as for `stacking.py`) on the members' out-of-sample predictions. A split
-that is there is not repeated; embeddings are shared by the splits, so that times are those of the first. Needs the weights of the extra `pretrained`. The last line of the output is one JSON
-object.
+that is there is not repeated. Embeddings are shared by the splits, so that times are those of the first. Needs the
+weights of the extra `pretrained`. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations

@@ -32,7 +32,6 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[1]
 QUICK_BACKBONES = ("CustomConvNeXt", "CustomViTHybrid", "CustomSwinTransformer", "CustomResNetMish", "CustomMobileOne")
 LITE_NUMBERS, QUICK_LITE_NUMBERS = (0, 1, 2), (0, 1)
-HEADS = (("", ""), ("_stages", "+stages"))  # of each network: suffix of its member's name, suffix of its architecture
 DIGITS_CONFIG, PHOTOGRAPHS = "configs/digits_demo.yaml", "configs/photographs_demo.yaml"
 QUICK_SETTINGS = ("runs.stacking.mlp_config.epochs=20", "runs.fusion.fusion_config.epochs=8", "distillation.epochs=6")
 LEFT_OUT = 4  # exit code of a step that finished without some requested part
@@ -113,9 +112,12 @@ def missing_wheels(numbers: Sequence[int]) -> list[str]:
 
 
 def pretrained_options(numbers: Sequence[int]) -> list[str]:
-    """Options of `main.py`: for each network a head on its last embedding and one on the features of all stages."""
-    heads = [(f"lite{number}{name}", number, suffix) for number in numbers for name, suffix in HEADS]
-    backbones = [f"{name}=timm:tf_efficientnet_lite{number}{suffix}" for name, number, suffix in heads]
+    """Options of `main.py`: a head on the features of all stages of each network, and one on an embedding.
+
+    Each head costs a pass over the images; more heads on last embeddings, which are the weaker features, add little.
+    """
+    backbones = [f"lite{numbers[0]}=timm:tf_efficientnet_lite{numbers[0]}"]
+    backbones += [f"lite{number}_stages=timm:tf_efficientnet_lite{number}+stages" for number in numbers]
     stages = ["--stages", "verify", "kfold", "train", "test"]  # the recommended ensemble is exported, not each network
     return [*stages, "--backbones", *backbones, "--mode", "frozen", "--views", "2"]
 

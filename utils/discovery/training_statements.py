@@ -160,8 +160,8 @@ def _stated(
                 f"{OPTION} {statement.text}: {member.name} was trained here on other weights, of which a list is not "
                 f"supported; expected {', '.join(WORDS)}"
             )
-        known = statement.trained_on
-        return replace(member, pretrained_on=known, trained_on=combined([TRAIN, known])), None
+        trained_on = combined([TRAIN, statement.trained_on])
+        return replace(member, pretrained_on=statement.trained_on, trained_on=trained_on), None
     if statement.file is None:
         return replace(member, trained_on=statement.trained_on, training_list=None), None
     entries = read_list(statement.file)

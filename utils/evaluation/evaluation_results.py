@@ -89,15 +89,15 @@ def _suspicions(inputs: EvaluationInputs, model: ScoredModel) -> list[Problem]:
     seen = {(part.split, sample_id) for part in model.provenance.fitted_on for sample_id in part.sample_ids}
     rows = inputs.rows
     unseen = np.array([(inputs.split, sample_id) not in seen for sample_id in rows.sample_ids.tolist()])
-    known = {inputs.split: _scores(model.probabilities[unseen], rows.labels[unseen])}
+    scores_of_splits = {inputs.split: _scores(model.probabilities[unseen], rows.labels[unseen])}
     out_of_fold = None
     for part in inputs.out_of_sample[model.name]:
         scores = _scores(softmax(np.asarray(part.logits)), np.asarray(part.labels))
         if part.split == "train" and inputs.members[model.name].oof is not None:
             out_of_fold = scores
         else:
-            known.setdefault(part.split, scores)
-    held_out = {split: scores for split, scores in known.items() if scores is not None}
+            scores_of_splits.setdefault(part.split, scores)
+    held_out = {split: scores for split, scores in scores_of_splits.items() if scores is not None}
     return training_evidence.problems(model.name, held_out, out_of_fold)
 
 

@@ -13,7 +13,7 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ def read_inputs(metadata: Any) -> list[ImageInput]:
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"its inputs are {str(entries)[:60]}; expected a list of inputs")
     inputs = [_read_input(kind, entry) for entry in entries]
-    if sum(given.rule.input_size**2 for given in inputs if given.rule is not None) > MAX_RESIZED:
+    if sum(described.rule.input_size**2 for described in inputs if described.rule is not None) > MAX_RESIZED:
         raise ValueError(f"its inputs hold more than {MAX_RESIZED} pixels of one image")
     return inputs
 
@@ -198,12 +198,12 @@ class ExportedModel:
 
     def _check_inputs(self) -> None:
         """Raise ValueError unless the graph takes the described inputs."""
-        given = {node.name: (node.type, node.shape) for node in self.session.get_inputs()}
+        nodes = {node.name: (node.type, node.shape) for node in self.session.get_inputs()}
         names = [described.name for described in self.inputs]
-        if sorted(names) != sorted(given):
-            raise ValueError(f"its graph takes {', '.join(given)}, its metadata describe {', '.join(names)[:200]}")
+        if sorted(names) != sorted(nodes):
+            raise ValueError(f"its graph takes {', '.join(nodes)}, its metadata describe {', '.join(names)[:200]}")
         for described in self.inputs:
-            element, shape = given[described.name]
+            element, shape = nodes[described.name]
             size = None if described.rule is None else described.rule.input_size
             expected = [None, None, None, 3] if size is None else [None, 3, size, size]
             expected_element = "tensor(uint8)" if size is None else "tensor(float)"
@@ -254,8 +254,11 @@ class ExportedModel:
 
     def run_by_shape(self, images: Sequence[InputArrays]) -> np.ndarray:
         """Prepared images -> probabilities float32 (N, C); images of one shape share a batch."""
+        rows_of_shape: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+        for row, arrays in enumerate(images):
+            rows_of_shape.setdefault(tuple(array.shape for array in arrays), []).append(row)
         probabilities = np.empty((len(images), len(self.classes)), dtype=np.float32)
-        for rows in _rows_by_shape(images):
+        for rows in rows_of_shape.values():
             probabilities[rows] = self.run(tuple(map(np.stack, zip(*(images[row] for row in rows), strict=True))))
         return probabilities
 
@@ -351,13 +354,6 @@ def list_image_files(paths: Sequence[Path | str]) -> list[Path]:
     if not files:
         raise ValueError(f"no image ({', '.join(SUFFIXES)}) in {', '.join(map(str, paths))}")
     return files
-
-
-def _rows_by_shape(images: Sequence[InputArrays]) -> Iterator[list[int]]:
-    groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
-    for row, arrays in enumerate(images):
-        groups.setdefault(tuple(array.shape for array in arrays), []).append(row)
-    yield from groups.values()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -151,8 +151,8 @@ def stated(catalog: Catalog, names: Iterable[str]) -> dict[str, list[str]]:
 
 def command(names: Iterable[str], statement: str) -> str:
     """The command that states what some declared members were trained on."""
-    stated = [f"{name}={statement}" for name in names]
-    return shlex.join(["python", "ensemble_orchestrator.py", "discover", "--trained-on", *stated])
+    values = [f"{name}={statement}" for name in names]
+    return shlex.join(["python", "ensemble_orchestrator.py", "discover", "--trained-on", *values])
 
 
 def remedy(catalog: Catalog, names: Iterable[str]) -> str:
@@ -160,8 +160,8 @@ def remedy(catalog: Catalog, names: Iterable[str]) -> str:
     family = [each for name in names if name in catalog.members for each in lineage(catalog, catalog.members[name])]
     declared = sorted({each.name for each in family if each.trained_on == UNKNOWN and each.source == "trained"})
     if not declared:  # what is derived outlives the networks that it was derived from
-        gone = sorted({parent for each in family for parent in each.parents} - catalog.members.keys())
-        return f"Add {', '.join(gone)} again with discover --add and --trained-on"
+        removed = sorted({parent for each in family for parent in each.parents} - catalog.members.keys())
+        return f"Add {', '.join(removed)} again with discover --add and --trained-on"
     others = ", ".join(statement for statement in STATEMENTS if statement not in (TRAIN, FILE, UNKNOWN))
     return (
         f"If it was the train images alone, type: {command(declared, TRAIN)}; otherwise {others}, or a file that lists "

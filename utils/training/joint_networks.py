@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -63,6 +64,13 @@ class FusionHeads(nn.Module):
         """Map M embeddings (B, D_m) to the scores (B, C) of each head."""
         blocks = torch.cat(self.maps(embeddings), dim=1)
         return [head(blocks) for head in self.heads]
+
+    def arrays(self) -> list[dict[str, np.ndarray]]:
+        """The weights of each head, float32, by name."""
+        return [
+            {name: tensor.detach().cpu().numpy().astype(np.float32) for name, tensor in head.state_dict().items()}
+            for head in self.heads
+        ]
 
 
 class TrainableMember:

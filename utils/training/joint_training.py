@@ -210,7 +210,7 @@ class _JointTraining:
             self._save(epoch, block)
         self._load_heads(state["best"]["heads"])
         return JointTrainingResult(
-            heads=_head_arrays(self.head),
+            heads=self.head.arrays(),
             epoch=state["best"]["epoch"],
             history=state["history"],
             blocks=state["blocks"],
@@ -392,10 +392,3 @@ class _JointTraining:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         return True
-
-
-def _head_arrays(head: FusionHeads) -> list[dict[str, np.ndarray]]:
-    return [
-        {name: tensor.detach().cpu().numpy().astype(np.float32) for name, tensor in module.state_dict().items()}
-        for module in head.heads
-    ]

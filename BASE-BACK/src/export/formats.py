@@ -62,9 +62,11 @@ class Package:
         changing = [module for module in self.network.modules() if hasattr(module, "reparameterize")]
         if not changing:
             return self.network
-        own = {id(tensor) for module in changing for tensor in (*module.parameters(), *module.buffers())}
+        replaced = {id(tensor) for module in changing for tensor in (*module.parameters(), *module.buffers())}
         tensors = (*self.network.parameters(), *self.network.buffers())
-        network: Any = copy.deepcopy(self.network, {id(tensor): tensor for tensor in tensors if id(tensor) not in own})
+        network: Any = copy.deepcopy(
+            self.network, {id(tensor): tensor for tensor in tensors if id(tensor) not in replaced}
+        )
         for module in list(network.modules()):
             if hasattr(module, "reparameterize"):
                 module.reparameterize()
@@ -138,25 +140,25 @@ def _write_onnx(package: Package, path: Path) -> None:
             traced.write_bytes(model.SerializeToString())
         # Serialised messages that follow one another are one message: nothing has to be read again for a few words.
         with traced.open("ab") as file:
-            file.write(_said_of(package, opset).SerializeToString())
+            file.write(_metadata_model(package, opset).SerializeToString())
         traced.replace(path)
 
 
-def _said_of(package: Package, opset: int) -> Any:
-    """What an ONNX file says of itself, as a model of nothing else."""
+def _metadata_model(package: Package, opset: int) -> Any:
+    """The metadata of an ONNX file, as a model that holds nothing else."""
     import onnx
 
     model = onnx.ModelProto()
-    said = {"arch_name": package.arch_name, "classes": package.checkpoint["extra"]["classes"], "opset": opset}
-    said |= {"exporter": f"torch {torch.__version__}, dynamo=False"} | package.checkpoint.get("metadata", {})
-    for name, value in said.items():
+    metadata = {"arch_name": package.arch_name, "classes": package.checkpoint["extra"]["classes"], "opset": opset}
+    metadata |= {"exporter": f"torch {torch.__version__}, dynamo=False"} | package.checkpoint.get("metadata", {})
+    for name, value in metadata.items():
         text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
         model.metadata_props.add(key=name, value=text)
     return model
 
 
 def names_of(network: nn.Module, attribute: str, default: tuple[str, ...]) -> tuple[str, ...]:
-    """What a network calls its inputs or outputs, where it says so."""
+    """The names of a network's inputs or outputs, from its attribute where it has one."""
     return tuple(getattr(network, attribute, default))
 
 
@@ -176,13 +178,13 @@ FORMATS: dict[str, dict[str, Callable[[Package, Path], None]]] = {
 
 def known_formats(names: Iterable[str]) -> list[str]:
     """The formats without repeats. Raises ValueError with the known names when one is unknown."""
-    wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
-    for name in wanted:
+    requested = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    for name in requested:
         if name not in settings.EXPORT_TYPES:
             near = difflib.get_close_matches(str(name).lower(), settings.EXPORT_TYPES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"unknown export format {name!r}{hint} Known: {', '.join(settings.EXPORT_TYPES)}")
-    return wanted
+    return requested
 
 
 def make_package(
@@ -202,7 +204,7 @@ def make_package(
     side = getattr(model, "img_size", None) or settings.IMG_SIZE
     sample = torch.zeros(1, 3, side, side) if sample_input is None else sample_input
     samples = (sample,) if isinstance(sample, Tensor) else tuple(sample)
-    # A network that names its inputs says itself what they are, such as uint8 (B, H, W, 3).
+    # A network that names its inputs defines their shapes and types itself, such as uint8 (B, H, W, 3).
     if not hasattr(model, "input_names"):
         for images in samples:
             if images.ndim != 4 or not images.is_floating_point():
@@ -212,9 +214,9 @@ def make_package(
     expected = answers(network, batches)
     width = expected[0].shape[1]
     names = [str(number) for number in range(width)] if class_names is None else list(class_names)
-    for found, what in ((num_classes, "num_classes"), (len(names), "class names")):
-        if found is not None and found != width:
-            raise ValueError(f"{arch_name}: the model gives {width} logits, but there are {found} {what}")
+    for count, noun in ((num_classes, "num_classes"), (len(names), "class names")):
+        if count is not None and count != width:
+            raise ValueError(f"{arch_name}: the model gives {width} logits, but there are {count} {noun}")
     weights = _weights_of(network)
     extra = {"backbone_name": getattr(model, "architecture", arch_name), "classes": names}
     extra |= {"model_size": getattr(model, "size", None), "img_size": samples[0].shape[-1]}
@@ -234,10 +236,10 @@ def write_checked(package: Package, name: str, write: Callable[[Package, Path], 
     return check_file(name, path, package.network, package.batches, package.expected)
 
 
-def plain(value: Any, place: str) -> Any:
-    """The same record in what JSON and weights_only know; NaN and infinity become None.
+def plain(value: Any, location: str) -> Any:
+    """The same record in types that JSON and weights_only support; NaN and infinity become None.
 
-    Raises ValueError with the dotted place for anything else.
+    Raises ValueError with the dotted location for anything else.
     """
     if isinstance(value, (np.generic, np.ndarray)):
         value = value.tolist()
@@ -248,22 +250,22 @@ def plain(value: Any, place: str) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(key): plain(item, f"{place}.{key}") for key, item in value.items()}
+        return {str(key): plain(item, f"{location}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item, f"{place}[{number}]") for number, item in enumerate(value)]
-    raise ValueError(f"{place} is a {type(value).__name__}; expected numbers, text, lists and dictionaries")
+        return [plain(item, f"{location}[{number}]") for number, item in enumerate(value)]
+    raise ValueError(f"{location} is a {type(value).__name__}; expected numbers, text, lists and dictionaries")
 
 
 def _weights_of(network: nn.Module) -> dict[str, Tensor]:
     """The state dict; a tensor is copied only where it is a view or shares its bytes, which files would keep twice."""
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in network.state_dict().items():
-        place = tensor.untyped_storage()
-        whole = tensor.is_contiguous() and place.nbytes() == tensor.nbytes and place.data_ptr() not in seen
-        seen.add(place.data_ptr())
-        found[name] = tensor.detach() if whole else tensor.detach().clone(memory_format=torch.contiguous_format)
-    return found
+        storage = tensor.untyped_storage()
+        whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
+        seen.add(storage.data_ptr())
+        weights[name] = tensor.detach() if whole else tensor.detach().clone(memory_format=torch.contiguous_format)
+    return weights
 
 
 def _on_cpu(value: Any) -> Any:

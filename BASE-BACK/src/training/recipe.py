@@ -148,16 +148,16 @@ class Recipe:
         """
         names = ("img_size", "augment", "group_regex") if self.base_back else (*FACTS, "exif")
         manager = CheckpointManager(settings.TRAINED_DIR)
-        own = manager.get_latest_backbone_checkpoint(self.backbone)
+        latest = manager.get_latest_backbone_checkpoint(self.backbone)
         others = sorted(settings.TRAINED_DIR.glob("*_final.pth"))
-        for paths in ([own] if own else [], others):
-            known = [facts for facts in map(read_extra, paths) if set(FACTS) <= facts.keys()]
-            known = [facts for facts in known if facts["model_size"] in settings.BACKBONE_LRS and "mode" not in facts]
-            known = [{"exif": (facts.get("preprocessing") or {}).get("exif", "ignore"), **facts} for facts in known]
-            if known:
-                most = Counter(tuple(facts[name] for name in names) for facts in known).most_common(1)[0][0]
-                found = replace(self, **dict(zip(names, most, strict=True)))
-                return replace(found, backbone_lr=settings.BACKBONE_LRS[found.model_size])
+        for paths in ([latest] if latest else [], others):
+            extras = [extra for extra in map(read_extra, paths) if set(FACTS) <= extra.keys()]
+            extras = [extra for extra in extras if extra["model_size"] in settings.BACKBONE_LRS and "mode" not in extra]
+            extras = [{"exif": (extra.get("preprocessing") or {}).get("exif", "ignore"), **extra} for extra in extras]
+            if extras:
+                values = Counter(tuple(extra[name] for name in names) for extra in extras).most_common(1)[0][0]
+                recipe = replace(self, **dict(zip(names, values, strict=True)))
+                return replace(recipe, backbone_lr=settings.BACKBONE_LRS[recipe.model_size])
         return self
 
     def digest(self, *parts: object) -> str:

@@ -106,14 +106,14 @@ def run_stages(
         ledger.forget(unit)
         if force:
             progress_path(unit).unlink(missing_ok=True)
-    wanted = jobs
+    requested_jobs = jobs
     jobs, threads = _processes(jobs)
     new_pool = None
     if engine == "ray" and chosen:
         from training.ray_pool import RayPool
 
         cluster = RayPool(jobs, threads, address)
-        jobs, new_pool = min(wanted or cluster.jobs, cluster.jobs), lambda: cluster
+        jobs, new_pool = min(requested_jobs or cluster.jobs, cluster.jobs), lambda: cluster
     chosen = with_embeddings(chosen, jobs)
     progress = _Progress(chosen)
 
@@ -228,9 +228,9 @@ class _Progress:
         self.number += 1
         self.weight += _weight(unit)
         elapsed = time.monotonic() - self.start
-        left = elapsed / self.weight * (self.total - self.weight)
+        remaining = elapsed / self.weight * (self.total - self.weight)
         message = f"{_headline(unit, outcome.result)}{seconds:.1f} s"
-        logger.info("[%d/%d] %s: %s; about %s left", self.number, self.count, unit.name, message, duration(left))
+        logger.info("[%d/%d] %s: %s; about %s left", self.number, self.count, unit.name, message, duration(remaining))
 
     def drop(self, unit: Unit) -> None:
         self.number += 1
@@ -307,10 +307,10 @@ def _write_backbone_records(recipe: Recipe, ledger: Ledger) -> None:
 
 def _keep_foreign(path: Path) -> None:
     """Rename the K-fold results of a pipeline that kept no out-of-fold predictions, before ours take their name."""
-    kept = path.with_suffix(".before.json")
-    if path.is_file() and not kept.exists() and "oof_file" not in (read_json(path) or {}):
-        path.rename(kept)
-        logger.warning("%s was made by another pipeline; it is kept as %s", path, kept.name)
+    renamed = path.with_suffix(".before.json")
+    if path.is_file() and not renamed.exists() and "oof_file" not in (read_json(path) or {}):
+        path.rename(renamed)
+        logger.warning("%s was made by another pipeline; it is kept as %s", path, renamed.name)
 
 
 def _write_if_changed(path: Any, record: dict[str, Any]) -> None:
@@ -372,9 +372,9 @@ def _clean_up(finished: Sequence[Unit]) -> None:
     for folder in (progress, settings.CKPT_DIR, settings.KFOLD_DIR, settings.METRICS_DIR, *caches):
         for leftover in folder.glob(".*.partial*"):
             leftover.unlink(missing_ok=True)
-    # A split that lies elsewhere is somebody else's, who may be making it.
-    own = settings.SPLIT_DIR.parent == settings.BASE_DIR
-    for leftover in settings.SPLIT_DIR.parent.glob(f".{settings.SPLIT_DIR.name}.partial*") if own else ():
+    # A split outside the workspace may be in the making by another process.
+    is_inside = settings.SPLIT_DIR.parent == settings.BASE_DIR
+    for leftover in settings.SPLIT_DIR.parent.glob(f".{settings.SPLIT_DIR.name}.partial*") if is_inside else ():
         shutil.rmtree(leftover, ignore_errors=True)
     if progress.is_dir() and not any(progress.iterdir()):
         progress.rmdir()

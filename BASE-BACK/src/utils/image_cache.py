@@ -124,7 +124,7 @@ def open_images(
     names = sorted({entry[0] for entry in entries})
     packs = tuple(np.load(name, mmap_mode="r") for name in names)
     pack = np.array([names.index(entry[0]) for entry in entries], dtype=np.int32)
-    offset, height, width = (np.array([entry[place] for entry in entries], dtype=np.int64) for place in (1, 2, 3))
+    offset, height, width = (np.array([entry[column] for entry in entries], dtype=np.int64) for column in (1, 2, 3))
     return DecodedImages(resizing, packs, pack, offset, height, width)
 
 
@@ -166,7 +166,7 @@ def decode_images(
 
 def _read_indices(folder: Path, key: str) -> dict[str, tuple[Path, int, int, int]]:
     """{content digest: (pack, offset, height, width)} over all packs with this key."""
-    found: dict[str, tuple[Path, int, int, int]] = {}
+    entries: dict[str, tuple[Path, int, int, int]] = {}
     for path in sorted(folder.glob(f"{key}_*.npz")):
         pack = path.with_suffix(".npy")
         if not pack.is_file():
@@ -174,8 +174,8 @@ def _read_indices(folder: Path, key: str) -> dict[str, tuple[Path, int, int, int
         with np.load(path) as index:
             rows = zip(index["contents"], index["offset"], index["height"], index["width"], strict=True)
             for content, offset, height, width in rows:
-                found[content.tobytes().hex()] = (pack, int(offset), int(height), int(width))
-    return found
+                entries[content.tobytes().hex()] = (pack, int(offset), int(height), int(width))
+    return entries
 
 
 def _decode(

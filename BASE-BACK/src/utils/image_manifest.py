@@ -83,8 +83,8 @@ def read_manifest_file(path: Path) -> Manifest:
     return Manifest(path, tuple(rows), classes, tuple(name for name in header if name not in columns))
 
 
-def _problem(path: Path, line: int, found: str, remedy: str) -> ManifestError:
-    return ManifestError(f"{path}, line {line}: {found}; {remedy}")
+def _problem(path: Path, line: int, problem: str, remedy: str) -> ManifestError:
+    return ManifestError(f"{path}, line {line}: {problem}; {remedy}")
 
 
 def _shown(values: Sequence[str], most: int = 10) -> str:
@@ -103,8 +103,8 @@ def _text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        found = f"byte 0x{content[error.start]:02x} is not UTF-8"
-        raise _problem(path, line, found, "save the file as CSV in UTF-8") from error
+        problem = f"byte 0x{content[error.start]:02x} is not UTF-8"
+        raise _problem(path, line, problem, "save the file as CSV in UTF-8") from error
 
 
 def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -290,8 +290,8 @@ def _classes(path: Path, rows: Sequence[ManifestRow]) -> tuple[str, ...]:
     for label, row in first.items():
         other = by_key.setdefault(_folded(label), row)
         if other is not row:
-            found = f"label {label!r} differs from {other.label!r} in line {other.line} in case or encoding only"
-            raise _problem(path, row.line, found, "use one spelling for one class")
+            problem = f"label {label!r} differs from {other.label!r} in line {other.line} in case or encoding only"
+            raise _problem(path, row.line, problem, "use one spelling for one class")
     if len(first) < 2:
         raise ManifestError(f"{path}: one class only ({rows[0].label!r}); expected at least two classes")
     return tuple(listed or sorted(first))

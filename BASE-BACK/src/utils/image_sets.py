@@ -211,10 +211,10 @@ def _of_manifest(source: Path) -> ImageSet:
     label_of = {name: label for label, name in enumerate(manifest.classes)}
     ids = _sample_ids(manifest.rows)
     order = sorted(range(len(ids)), key=lambda row: (label_of[manifest.rows[row].label], ids[row]))
-    rows = [manifest.rows[place] for place in order]
+    rows = [manifest.rows[index] for index in order]
     samples = [
-        Sample(source.parent / row.file_name, ids[place], label_of[row.label], row.group)
-        for place, row in zip(order, rows, strict=True)
+        Sample(source.parent / row.file_name, ids[index], label_of[row.label], row.group)
+        for index, row in zip(order, rows, strict=True)
     ]
     notes = []
     if manifest.ignored:

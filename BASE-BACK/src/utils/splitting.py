@@ -111,8 +111,9 @@ def read_manifest(split_dir: Path | None = None) -> dict[str, Any] | None:
 
 def verify_dataset_split(split_dir: Path = SPLIT_DIR) -> bool:
     """Whether the three splits exist, hold the same classes and are not empty."""
-    found = [class_folders(Path(split_dir) / split) for split in SPLITS]
-    return bool(found[0]) and all(classes == found[0] for classes in found)
+    classes_of_splits = [class_folders(Path(split_dir) / split) for split in SPLITS]
+    train_classes = classes_of_splits[0]
+    return bool(train_classes) and all(classes == train_classes for classes in classes_of_splits)
 
 
 def split_contents(split_dir: Path, split: str) -> tuple[list[str], list[Sample], dict[str, str]]:
@@ -177,14 +178,14 @@ def _readable(
 def _check_sizes(images: ImageSet, groups: np.ndarray, raw_dir: Path) -> None:
     """Raise `SplitError` for a class that cannot be in train, val and test."""
     labels = np.array([sample.label for sample in images.samples])
-    given = np.array([split or "" for split in images.splits])
+    assigned = np.array([split or "" for split in images.splits])
     missing = _missing_splits(images)
     problems = []
     for label, name in enumerate(images.classes):
         for split in SPLITS:
             if split in missing:
                 continue
-            of_split = (labels == label) & ((given == split) | (given == ""))
+            of_split = (labels == label) & ((assigned == split) | (assigned == ""))
             parts, needed = len(np.unique(groups[of_split])), 1 + len(missing) if split == "train" else 1
             if parts < needed:
                 where = f" of {split}" if len(missing) < 2 else ""
@@ -231,11 +232,11 @@ def _assign_splits(images: ImageSet, groups: np.ndarray, ratios: Sequence[float]
         return stratified_bins(labels, groups, ratios, seed)
     split_of = np.array([SPLITS.index(split or "train") for split in images.splits])
     if missing:
-        places = [0, *(SPLITS.index(split) for split in missing)]
-        shares = np.array([ratios[place] for place in places])
+        indices = [0, *(SPLITS.index(split) for split in missing)]
+        shares = np.array([ratios[index] for index in indices])
         rows = np.flatnonzero(split_of == 0)
         within = np.unique(groups[rows], return_inverse=True)[1]
-        split_of[rows] = np.array(places)[stratified_bins(labels[rows], within, shares / shares.sum(), seed)]
+        split_of[rows] = np.array(indices)[stratified_bins(labels[rows], within, shares / shares.sum(), seed)]
         made = ", ".join(f"{split} ({int((split_of == SPLITS.index(split)).sum())} images)" for split in missing)
         logger.info("split: the images have no %s, made from train: %s", " and no ".join(missing), made)
     return split_of
@@ -282,13 +283,13 @@ def _fill(
     entries: dict[str, dict[str, list]] = {split: {} for split in SPLITS}
     groups: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
     try:
-        for sample, name, place in zip(images.samples, images.names, split_of, strict=True):
-            target = partial / SPLITS[place] / sample.sample_id
+        for sample, name, index in zip(images.samples, images.names, split_of, strict=True):
+            target = partial / SPLITS[index] / sample.sample_id
             target.parent.mkdir(parents=True, exist_ok=True)
             put(sample.path.absolute(), target)
-            entries[SPLITS[place]][sample.sample_id] = digests[name]
+            entries[SPLITS[index]][sample.sample_id] = digests[name]
             if sample.group is not None:
-                groups[SPLITS[place]][sample.sample_id] = sample.group
+                groups[SPLITS[index]][sample.sample_id] = sample.group
         if images.is_ordered or any(groups.values()):
             write_json(partial / RECORD, {"classes": images.classes, "groups": groups})
         # A link has size and time of its image, so only copies are read again.
@@ -336,9 +337,9 @@ def _check_existing(raw_dir: Path, split_dir: Path) -> None:
     is_assigned_equally = assignment is None or assignment == images.assignment_digest()
     if digest_of_contents(contents) == manifest["raw_digest"] and is_assigned_equally:
         return
-    known = {name: entry[2] for name, entry in manifest["raw_files"].items()}
-    added, removed = sorted(contents.keys() - known.keys()), sorted(known.keys() - contents.keys())
-    changed = sorted(name for name in contents.keys() & known.keys() if contents[name] != known[name])
+    recorded = {name: entry[2] for name, entry in manifest["raw_files"].items()}
+    added, removed = sorted(contents.keys() - recorded.keys()), sorted(recorded.keys() - contents.keys())
+    changed = sorted(name for name in contents.keys() & recorded.keys() if contents[name] != recorded[name])
     examples = ", ".join((added + removed + changed)[:3]) or "labels, splits or groups were edited"
     raise SplitError(
         f"{split_dir} was made from other images than {raw_dir} holds now: {len(added)} added, {len(removed)} removed, "

@@ -110,3 +110,19 @@ def test_embeddings_of_images_are_listed_and_other_files_beside_them_are_not(tmp
     assert item.size == 5
     assert caches.image_packs(tmp_path) == []
     assert caches.image_embeddings(tmp_path / "none") == []
+
+
+def test_the_quota_counts_embeddings_and_removes_the_oldest_packs_of_both_kinds(tmp_path):
+    folder = decoded(tmp_path, 2)  # two days and one day old
+    embeddings = folder / "embeddings" / ("0" * 16)
+    embeddings.mkdir(parents=True)
+    old, new = (embeddings / f"{letter * 16}.npz" for letter in "ab")
+    for path, days in ((old, 3), (new, 0)):
+        path.write_bytes(bytes(10_000))
+        stamp = time.time() - 86400 * days
+        os.utime(path, (stamp, stamp))
+    images = caches.image_packs(folder)
+    removed = caches.enforce_quota(folder, (images[1].size + 10_000) / 1e9)
+    assert [item.paths[0] for item in removed] == [old, images[0].paths[0]]
+    assert caches.image_packs(folder) == images[1:]
+    assert new.is_file()

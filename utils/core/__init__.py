@@ -7,5 +7,5 @@ files are cached by size, modification time and inode, so that a command finds i
 `--output DIR` (or `DBT_ENSEMBLE_DIR`) receives everything that this project writes; the workspace is then only read.
 A command that writes holds `ensembles/.lock` (host, boot, process id, start time, command), created by a hard link.
 The lock of an owner that is certainly dead is taken over with a message; any other owner is named and left.
-`cache.quota_gb` bounds the decoded images that are kept from one command to the next.
+`cache.quota_gb` bounds the decoded images and their embeddings that are kept from one command to the next.
 """

@@ -117,9 +117,15 @@ def image_embeddings(image_cache: Path) -> list[Item]:
     return sorted(items, key=lambda item: (item.modified, item.name))
 
 
+def all_packs(image_cache: Path) -> list[Item]:
+    """The packs of decoded images and of embeddings, which the quota bounds together; oldest first."""
+    packs = [*image_packs(image_cache), *image_embeddings(image_cache)]
+    return sorted(packs, key=lambda item: (item.modified, item.name))
+
+
 def enforce_quota(image_cache: Path, quota_gb: float | None) -> list[Item]:
-    """Remove the oldest packs until the decoded images keep within the quota (10^9 bytes each); what was removed."""
-    packs = image_packs(image_cache)
+    """Remove the oldest packs until the cache keeps within the quota (10^9 bytes each); what was removed."""
+    packs = all_packs(image_cache)
     total = sum(item.size for item in packs)
     removed: list[Item] = []
     while quota_gb is not None and total > quota_gb * 1e9:
@@ -128,8 +134,8 @@ def enforce_quota(image_cache: Path, quota_gb: float | None) -> list[Item]:
         total -= removed[-1].size
     if removed:
         logger.warning(
-            "decoded images take more than the %g GB of cache.quota_gb: the %d oldest of %d packs are removed (%s) and "
-            "decoded again when they are needed",
+            "decoded images and their embeddings take more than the %g GB of cache.quota_gb: the %d oldest of %d packs "
+            "are removed (%s) and made again when they are needed",
             quota_gb,
             len(removed),
             len(packs),

@@ -46,7 +46,7 @@ def status(config: Config, workspace: Workspace, *, force: bool = False) -> Resu
     """What is built, what is stale and why, disk usage and the next command. Writes nothing; `force` has no effect."""
     listing = inventory.take(config, workspace)
     sizes = {
-        "decoded_images": sum(item.size for item in caches.image_packs(workspace.image_cache)),
+        "decoded_images": sum(item.size for item in caches.all_packs(workspace.image_cache)),
         "predictions": caches.total_size(workspace.all_predictions) + caches.total_size(workspace.all_oof),
         "embeddings": caches.total_size(workspace.all_embeddings),
         "ensembles": caches.total_size(workspace.models),

@@ -49,6 +49,7 @@ def test_the_saved_network_answers_as_the_out_of_fold_heads_and_the_scores_say(f
     extra = record["extra"]
     assert (extra["backbone_name"], extra["img_size"], extra["mode"]) == (f"timm:{ARCHITECTURE}", 32, "frozen")
     assert extra["weights"]["trained_on"] == "none"
+    assert extra["threads"] == load(workspace / "checkpoints" / "small_fold0.pth")["extra"]["threads"] >= 1
     assert extra["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
     network = timm.create_model(ARCHITECTURE, num_classes=3)
     network.load_state_dict(record["model_state_dict"])

@@ -148,7 +148,13 @@ def _tensors(network: Pretrained, head: LinearHead) -> dict[str, Tensor]:
 
 def _facts(head: LinearHead) -> dict[str, Any]:
     losses = {f"{strength:.6g}": loss for strength, loss in head.inner_losses.items()}
-    return {"stage": "head", "strength": head.strength, "inner_log_losses": losses, "selection": LAST}
+    return {
+        "stage": "head",
+        "strength": head.strength,
+        "inner_log_losses": losses,
+        "selection": LAST,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

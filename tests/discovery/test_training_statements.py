@@ -11,7 +11,7 @@ import pytest
 from utils.core.artifacts import write_arrays
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
-from utils.discovery.training_statements import parse, read_list, with_statements
+from utils.discovery.training_statements import parse, problems, read_list, with_statements
 from utils.predictions.catalog import Catalog, Member
 
 
@@ -106,3 +106,20 @@ def test_derived_members_have_the_widest_statement_of_their_parents_even_when_on
 def test_lists_are_the_first_column_without_heading(tmp_path, text, entries):
     (tmp_path / "list").write_text(text, encoding="utf-8")
     assert read_list(tmp_path / "list") == entries
+
+
+@pytest.mark.parametrize(("strangers", "count"), [(2, 0), (3, 1)])
+def test_a_list_of_which_many_lines_match_no_image_is_a_warning(tmp_path, strangers, count):
+    workspace = Workspace(tmp_path, *(tmp_path / name for name in "abcdefg"))
+    ids = tuple(f"x/{n}.png" for n in range(18))
+    lines = [*ids, *(f"images/{n}.png" for n in range(strangers))]
+    (tmp_path / "seen.txt").write_text("\n".join(lines))
+    splits = {"train": SimpleNamespace(sample_ids=ids, contents=tuple(f"{n:064x}" for n in range(18)))}
+    statements = parse([f"a={tmp_path / 'seen.txt'}"], (), ["a"])
+    stated, _ = with_statements(workspace, splits, {"a": member("a")}, None, statements)
+    warnings = problems(stated, "x/0.png")
+    assert [(problem.code, problem.severity) for problem in warnings] == [("training_list", "warning")] * count
+    for problem in warnings:
+        assert "3 of the 21 lines" in problem.message
+        assert "first images/0.png" in problem.message
+        assert "list them as x/0.png" in problem.remedy

@@ -136,7 +136,7 @@ def _discovered(
     needless = {name for name, member in members.items() if member.trained_on == training_data.NONE}
     problems = [problem for problem in problems if problem.code != "no_oof" or problem.member not in needless]
     problems += [
-        *training_statements.problems(members),
+        *training_statements.problems(members, next(iter(scan.splits["train"].sample_ids), "class/image.png")),
         *declarations.problems_of(workspace, requested, members, earlier),
     ]
     mounted = catalog.mounted_base_back()

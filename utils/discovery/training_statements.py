@@ -7,6 +7,7 @@ by content, so that it holds for another split of the same images too.
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from utils.predictions.training_data import FILE, STATEMENTS, TRAIN, UNKNOWN, co
 
 OPTION = "--trained-on"
 CODE = "unknown_training_data"
+UNMATCHED = "training_list"
+TOLERATED = 0.1  # share of a list's lines that may match no image, such as images that were removed from the data
 WORDS = tuple(statement for statement in STATEMENTS if statement != FILE)
 DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 MOST_BYTES = 256 << 20
@@ -173,7 +176,8 @@ def _stated(
     digests = {entry.lower() for entry in entries if DIGEST.fullmatch(entry)}
     ids = [entry for entry in entries if not DIGEST.fullmatch(entry)]
     listed = digests.union(*(contents_of_id[entry] for entry in ids if entry in contents_of_id))
-    unmatched = sum(entry not in contents_of_id for entry in ids) + len(digests - contents)
+    strangers = [entry for entry in ids if entry not in contents_of_id] + sorted(digests - contents)
+    unmatched = len(strangers)
     if not listed & contents:
         first = entries[0] if entries else "it is empty"
         raise UserError(
@@ -184,6 +188,7 @@ def _stated(
         )
     rows = _listed_rows(splits, listed)
     facts = {"digest": digest_of(sorted(listed)), "rows": rows, "unmatched": unmatched}
+    facts |= {"lines": len(entries), "unmatched_line": strangers[0][:80] if strangers else None}
     write_arrays(workspace.training_data(member.name), {"contents": np.array(sorted(listed))})
     shown = ", ".join(f"{rows[name]} of {len(split.contents)} of {name}" for name, split in splits.items())
     message = f"{member.name}: trained on {shown}; {unmatched} of {len(entries)} lines name no image of the workspace"
@@ -207,9 +212,26 @@ def read_list(path: Path) -> list[str]:
     return list(dict.fromkeys(lines[1:] if has_heading else lines))
 
 
-def problems(members: Mapping[str, Member]) -> list[Problem]:
-    """A warning for each network of which nobody has said what it was trained on."""
-    return [
+def problems(members: Mapping[str, Member], sample_id: str) -> list[Problem]:
+    """A warning for each network of which nobody has said what it was trained on, or whose list hardly matches.
+
+    `sample_id` is one of the workspace's, to show the form of a list's lines.
+    """
+    unmatched = [
+        Problem(
+            UNMATCHED,
+            "warning",
+            name,
+            f"{facts['unmatched']} of the {facts['lines']} lines of its list of training images name no image of the "
+            f"workspace, first {facts['unmatched_line']}; images that are not listed count as unseen",
+            f"If these images are in the workspace, list them as {sample_id}, the path below the folder of the split, "
+            f"or by SHA-256, and type: {command([name], 'FILE')}",
+        )
+        for name, member in members.items()
+        if (facts := member.training_list) is not None
+        and facts["unmatched"] > TOLERATED * (facts.get("lines") or math.inf)  # older catalogs lack it
+    ]
+    return unmatched + [
         Problem(
             CODE,
             "warning",

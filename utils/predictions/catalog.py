@@ -75,7 +75,8 @@ class Member:
     trained_on: str = "train"
     """Images of the workspace that the weights were trained on: one of `training_data.STATEMENTS`"""
     training_list: dict[str, Any] | None = None
-    """Of the list of a `file` statement: {digest, rows: {split: n}, unmatched}"""
+    """Of the list of a `file` statement: {digest, rows: {split: n}, unmatched, lines, unmatched_line}, the last two
+    since there is a warning about lines that match no image"""
     pretrained_on: str = "none"
     """The same of the weights that its training, and that of its fold networks, started from; `none` for new weights"""
     trunk: dict[str, str] | None = None

@@ -73,6 +73,8 @@ class _TrainingList(_Part):
     digest: str
     rows: dict[str, int]
     unmatched: int
+    lines: int | None = None
+    unmatched_line: str | None = None
 
 
 class _Member(_Part):

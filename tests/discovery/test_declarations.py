@@ -265,12 +265,19 @@ def test_the_users_words_count_more_than_the_files(scan, leaf):
     assert (changed.mean, changed.input_size, changed.resized, changed.source) == ((0.4,) * 3, 96, 100, "user")
 
 
-def test_a_checkpoint_with_an_image_size_alone_was_trained_with_the_base_pipelines_transform(scan, leaf):
+def test_an_image_size_alone_means_the_base_transform_in_checkpoints_of_this_project_only(scan, leaf):
     network = save_folder(leaf / "other", CLASSES)
-    torch.save({"model_state_dict": network.state_dict(), "extra": {"img_size": 64}}, leaf / "leaf.pth")
-    preprocessing = one(scan, f"leaf=timm:{ARCHITECTURE}@{leaf / 'leaf.pth'}").preprocessing
-    assert preprocessing.is_base_pipeline
-    assert preprocessing.input_size == 64
+    extra = {"img_size": 64}
+    text = f"leaf=timm:{ARCHITECTURE}@{leaf / 'leaf.pth'}"
+    torch.save({"model_state_dict": network.state_dict(), "extra": extra}, leaf / "leaf.pth")
+    foreign = one(scan, text)
+    assert foreign.preprocessing.describe() == "64 px of shorter side 67, bilinear, mean 0.5, std 0.5 (timm)"
+    assert codes(foreign) == {"classes_assumed", "preprocessing_assumed"}
+    extra |= {"backbone_name": f"timm:{ARCHITECTURE}", "model_size": "full"}
+    torch.save({"model_state_dict": network.state_dict(), "extra": extra}, leaf / "leaf.pth")
+    own = one(scan, text)
+    assert (own.preprocessing.is_base_pipeline, own.preprocessing.input_size) == (True, 64)
+    assert codes(own) == {"classes_assumed"}
 
 
 def test_an_input_size_that_the_architecture_refuses_is_refused(scan, tmp_path):

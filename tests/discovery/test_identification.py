@@ -73,3 +73,8 @@ def test_values_of_another_type_or_out_of_bounds_are_refused(scan, extra):
 def test_a_checkpoint_that_is_gone_is_refused(scan):
     with pytest.raises(UserError, match="gone"):
         identify(scan, MemberCandidate(NAME, scan.workspace.checkpoints / "none.pth", "final", NAME))
+
+
+def test_a_timm_network_that_records_its_image_size_alone_gets_timms_record_at_that_size(scan):
+    member, _ = identify(scan, candidate(scan, backbone_name="timm:test_resnet", img_size=64))
+    assert (member.img_size, member.preprocessing["source"], member.preprocessing["mean"]) == (64, "timm", [0.5] * 3)

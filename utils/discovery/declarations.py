@@ -360,8 +360,9 @@ def _resolved(
     if folder is not None and folder.preprocessing is not None:
         base = folder.preprocessing
     else:
-        recorded = identification.recorded_preprocessing(path, facts)
-        base = recorded or preprocessing_sources.of_architecture(architecture, scan.config.dataset.img_size)
+        recorded = identification.recorded_preprocessing(path, facts, f"{TIMM}{architecture}")
+        fallback_size = scan.config.dataset.img_size
+        base = recorded or preprocessing_sources.of_architecture(architecture, fallback_size, facts["img_size"])
     preprocessing = preprocessing_sources.with_requests(base, values, f"{where}: --preprocess")
     problems += declaration_checks.preprocessing_problems(request.name, preprocessing)
     if folder is not None and folder.conflict and not values:

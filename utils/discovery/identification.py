@@ -168,10 +168,10 @@ def identify(scan: Scan, candidate: MemberCandidate) -> tuple[Member, list[Probl
 
 def _preprocessing(candidate: MemberCandidate, architecture: str, facts: Mapping[str, Any]) -> Preprocessing:
     """The declared one; else the file's own; else timm's for an architecture of timm, or the base pipeline's."""
-    preprocessing = candidate.preprocessing or recorded_preprocessing(candidate.path, facts)
+    preprocessing = candidate.preprocessing or recorded_preprocessing(candidate.path, facts, architecture)
     if preprocessing is not None:
         return preprocessing
-    img_size = candidate.img_size or int(base_back.settings().IMG_SIZE)
+    img_size = facts["img_size"] or candidate.img_size or int(base_back.settings().IMG_SIZE)
     if not architecture.startswith(TIMM):
         return Preprocessing.of_base_pipeline(img_size)
     name = timm_model_name(architecture.removeprefix(TIMM))
@@ -182,14 +182,17 @@ def _preprocessing(candidate: MemberCandidate, architecture: str, facts: Mapping
     return Preprocessing.from_record(record, f"{candidate.path}: timm's preprocessing of {name}")
 
 
-def recorded_preprocessing(path: Path, facts: Mapping[str, Any]) -> Preprocessing | None:
+def recorded_preprocessing(path: Path, facts: Mapping[str, Any], architecture: str) -> Preprocessing | None:
     """The preprocessing that a checkpoint records, by its `checkpoint_facts`; None if it records none.
 
-    A checkpoint that records its image size alone is the base pipeline's, or made by this project with its transform.
+    The base pipeline's and this project's own checkpoints that record their image size alone were trained with the base
+    pipeline's transform. The image size of a timm network from elsewhere says nothing else of its preprocessing.
     """
     if facts["preprocessing"] is not None:
         return Preprocessing.from_record(facts["preprocessing"], f"{path}: extra.preprocessing")
-    return Preprocessing.of_base_pipeline(facts["img_size"]) if facts["img_size"] else None
+    is_own = None not in (facts["architecture"], facts["size"])  # both are in every checkpoint of this project
+    is_foreign = architecture.startswith(TIMM) and not is_own
+    return Preprocessing.of_base_pipeline(facts["img_size"]) if facts["img_size"] and not is_foreign else None
 
 
 def _trunk(candidate: MemberCandidate, digests: FileDigests) -> dict[str, str] | None:

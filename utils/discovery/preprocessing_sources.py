@@ -177,15 +177,15 @@ def of_timm_config(config: Mapping[str, Any], where: str, *, source: str, img_si
     return Preprocessing.from_record(record, where, remedy=STATE)
 
 
-def of_architecture(architecture: str, fallback_size: int) -> Preprocessing:
-    """timm's preprocessing for its own weights of an architecture.
+def of_architecture(architecture: str, fallback_size: int, input_size: int | None = None) -> Preprocessing:
+    """timm's preprocessing for its own weights of an architecture; `input_size` replaces its own size.
 
-    Where timm's configuration gives none, that of the base pipeline at `fallback_size` is assumed.
+    Where timm's configuration gives none, that of the base pipeline at `input_size`, or `fallback_size`, is assumed.
     """
     try:
-        record = base_back.load_bundled("resizing").timm_record(architecture)
+        record = base_back.load_bundled("resizing").timm_record(architecture, input_size)
     except ValueError:
-        return Preprocessing.of_base_pipeline(fallback_size).with_source(ASSUMED)
+        return Preprocessing.of_base_pipeline(input_size or fallback_size).with_source(ASSUMED)
     return Preprocessing.from_record(record, f"timm:{architecture}")
 
 

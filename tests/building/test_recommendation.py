@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from utils.building.recommendation import Candidate, recommend
-from utils.core.errors import UserError
+from utils.building.recommendation import Candidate, recommend, recommend_among
+from utils.core.errors import LeakageError, UserError
+from utils.predictions.catalog import Catalog, Member
 
 RNG = np.random.default_rng(0)
 BASE = RNG.gamma(1.0, 0.3, 200)
@@ -101,3 +102,22 @@ def test_nothing_in_common_is_said():
     stranger = Candidate("z", "ensemble", None, keys, np.ones(1), np.ones(1, dtype=bool))
     with pytest.raises(UserError, match="no row on which all"):
         recommend([candidate("x", BASE), stranger])
+
+
+@pytest.mark.parametrize(
+    ("statements", "words", "command"),
+    [
+        ({}, "no member is selected. Name some in backbones.include", False),
+        ({"base": "train"}, ": base. Give a member out-of-fold predictions", False),
+        ({"base": "train", "far": "all"}, "discover --trained-on far=STATEMENT", True),
+    ],
+)
+def test_without_rows_a_statement_is_proposed_for_declared_members_alone(statements, words, command):
+    members = {
+        name: Member(name, "timm:x", "full", 32, ("a", "b"), (), (), None, None, None, name, trained_on=statement)
+        for name, statement in statements.items()
+    }
+    with pytest.raises(LeakageError) as error:
+        recommend_among(Catalog({}, ("a", "b"), {}, members), {name: [] for name in members}, [])
+    assert words in str(error.value)
+    assert ("--trained-on" in str(error.value)) == command

@@ -16,6 +16,7 @@ from utils.predictions import training_data
 from utils.predictions.catalog import Catalog, Member, end_to_end_member_name
 from utils.predictions.rows import MemberRows
 from utils.predictions.store import Store
+from utils.predictions.training_data import NONE, TRAIN
 
 SIMPLEST_FIRST = (
     *("soft_voting", "logit_averaging", "weighted", "greedy_selection", "pruned", "stacking_lr", "stacking_mlp"),
@@ -161,12 +162,26 @@ def recommend_among(
         candidates.append(_candidate(ensemble.name, ensemble, crossfit.keys(), crossfit.probabilities, crossfit.labels))
     if not candidates:
         training_data.require_some_known(catalog, parts)
-        raise LeakageError(
-            f"no member or ensemble has out-of-sample rows, by which one could be recommended: "
-            f"{', '.join(parts) or 'there is none'}. Give a member out-of-fold predictions, or correct what it was "
-            f"trained on: {training_data.command(list(parts)[:1], 'STATEMENT')}"
-        )
+        raise LeakageError(_without_rows(catalog, parts))
     return recommend(candidates)
+
+
+def _without_rows(catalog: Catalog, names: Iterable[str]) -> str:
+    """The message where none of the named members has out-of-sample rows."""
+    members = [catalog.members[name] for name in names]
+    if not members:
+        return (
+            "no member and no ensemble has out-of-sample rows, by which one could be recommended: no member is "
+            "selected. Name some in backbones.include"
+        )
+    # Statements are about declared networks; those of the base pipeline record theirs.
+    corrigible = [member.name for member in members if member.trained_on != TRAIN and member.pretrained_on == NONE]
+    correction = f", or correct what it was trained on: {training_data.command(corrigible[:1], 'STATEMENT')}"
+    return (
+        f"no member or ensemble has out-of-sample rows, by which one could be recommended: "
+        f"{', '.join(member.name for member in members)}. Give a member out-of-fold predictions"
+        f"{correction if corrigible else ''}"
+    )
 
 
 def _candidate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from utils import base_back
 from utils.core.config import ALL_MEMBERS, Config
@@ -39,11 +40,24 @@ def select(catalog: Catalog, config: Config) -> list[Member]:
         selected = _named_members(catalog, config, is_default=include == default)
     usable = sorted(name for name in selected if name in catalog.members and catalog.members[name].usable)
     if not usable:
+        if listed := [name for name in selected if name in catalog.members]:
+            raise UserError(f"{config.source}: {_unusable(catalog, listed)}")
         raise UserError(
             f"{config.source}: none of {', '.join(selected) or 'an empty list'} is in the catalog, which holds "
             f"{', '.join(sorted(catalog.members))}. Train one of them, or name others in backbones.include"
         )
     return [catalog.members[name] for name in usable]
+
+
+def _unusable(catalog: Catalog, names: Sequence[str]) -> str:
+    """Why the named members cannot be used, by the first of their errors, and what to do."""
+    errors = [problem for problem in catalog.problems if problem.severity == "error" and problem.member in names]
+    reason = f": {errors[0].member}: {errors[0].message} ({errors[0].remedy})" if errors else ""
+    others = ", ".join(sorted(name for name, member in catalog.members.items() if member.usable))
+    return (
+        f"of the selected members none can be used ({', '.join(names)}){reason}. Then type: python "
+        f"ensemble_orchestrator.py discover; or name others in backbones.include: {others or 'none is usable'}"
+    )
 
 
 def _named_members(catalog: Catalog, config: Config, *, is_default: bool) -> tuple[str, ...]:

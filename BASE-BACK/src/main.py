@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[option] is not None:
             os.environ[variable] = ",".join(arguments[option])
     if arguments["weights"] is not None:
-        os.environ["DBT_WEIGHTS"] = os.pathsep.join(arguments["weights"])
+        os.environ["DBT_WEIGHTS"] = "\n".join(arguments["weights"])
     names = arguments["backbones"] or ["all"]
     if names != ["all"]:
         os.environ["DBT_BACKBONES"] = ",".join(names)

@@ -103,6 +103,33 @@ def test_folders_and_safetensors_give_the_weights_of_the_file_and_their_own_prep
     assert _preprocessing(ARCHITECTURE, read_pretrained(tmp_path / "bare.pth"), 32)["source"] == "timm"
 
 
+def test_safetensors_are_told_by_their_bytes_whatever_the_suffix(tmp_path):
+    from utils.pretrained_weights import read_pretrained
+
+    weights = torch.load(write_weights(tmp_path / "bare.pth"), weights_only=True)
+    save_file(weights, tmp_path / "other.pth")
+    assert read_pretrained(tmp_path / "other.pth").weights.keys() == weights.keys()
+
+
+def test_a_configuration_of_unlikely_size_is_refused(tmp_path):
+    from utils.pretrained_weights import WeightsError, read_config
+
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": ARCHITECTURE}) + " " * 10_000_000)
+    with pytest.raises(WeightsError, match=r"config.json: 10\.0 MB; expected"):
+        read_config(tmp_path)
+
+
+def test_an_image_processor_that_is_not_read_is_named_with_what_is_used(tmp_path, heard):
+    from training import pretrained
+    from utils.pretrained_weights import read_pretrained
+
+    path = write_weights(tmp_path / "w.pth")
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    assert pretrained._preprocessing(ARCHITECTURE, read_pretrained(path), 32)["source"] == "timm"
+    assert "preprocessor_config.json: not read by main.py" in heard.text
+    assert f"timm for {ARCHITECTURE}" in heard.text
+
+
 def test_position_embeddings_are_resampled_to_another_input_size(tmp_path):
     from training.timm_networks import build_pretrained
     from utils.pretrained_weights import read_pretrained
@@ -148,6 +175,11 @@ REFUSALS = {
     ),
     "hub without network": ("timm:test_resnet --weights hub", ("cannot be downloaded", "timm/test_resnet.r160_in1k")),
     "no such file": ("timm:test_resnet --weights {folder}/none.pth", ("none.pth", "no such file")),
+    "colon in a path": ("timm:test_resnet --weights {folder}/a:b.pth", ("files/a:b.pth: no such file",)),
+    "misspelt name": (
+        "small=timm:test_resnet --weights smal={folder}/good.pth",
+        ("no network is called 'smal'", "did you mean small?"),
+    ),
     "truncated file": ("timm:test_resnet --weights {folder}/cut.pth", ("cut.pth", "cannot be read as weights")),
     "program": ("timm:test_resnet --weights {folder}/code.pth", ("code.pth", "cannot be read as weights")),
     "several files": ("timm:test_resnet --weights {folder}", ("cut.pth", "--weights FILE")),

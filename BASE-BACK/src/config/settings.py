@@ -306,6 +306,13 @@ def _per_network(variable: str, separator: str = ",", allowed: tuple[str, ...] =
     for entry in os.environ.get(variable, "").split(separator):
         name, _, value = entry.strip().partition("=")
         if name not in TIMM_BACKBONES:
+            if value and not allowed and TIMM_BACKBONES and not Path(entry.strip()).expanduser().exists():
+                near = get_close_matches(name, TIMM_BACKBONES, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise SettingsError(
+                    f"{variable}: {entry.strip()!r}: no network is called {name!r} and no such file exists{hint} "
+                    f"Networks: {', '.join(TIMM_BACKBONES)}"
+                )
             name, value = "", entry.strip()
         if not value:
             continue
@@ -369,7 +376,7 @@ ENABLE_TRANSFER_LEARNING = _flag("DBT_ENABLE_TRANSFER_LEARNING", True)  # False:
 MODES = {"frozen": "frozen", "finetune": "finetune", "feature_extraction": "frozen", "fine_tuning": "finetune"}
 NETWORK_MODES = _per_network("DBT_TRANSFER_LEARNING_MODE", allowed=tuple(MODES))
 TRANSFER_LEARNING_MODE = NETWORK_MODES.get("", "fine_tuning")
-NETWORK_WEIGHTS = _per_network("DBT_WEIGHTS", os.pathsep)  # hub, a file or a folder
+NETWORK_WEIGHTS = _per_network("DBT_WEIGHTS", "\n")  # hub, a file or a folder
 NETWORK_TRAINED_ON = _per_network("DBT_TRAINED_ON", allowed=("none", "train", "train+val", "all", "unknown"))
 NETWORK_VIEWS = _per_network("DBT_VIEWS", allowed=("1", "2"))
 TIMM_IMG_SIZE = _whole("DBT_IMG_SIZE", 0, 8)  # 0: the smaller of the architecture's own and what suits the images

@@ -246,6 +246,13 @@ def _preprocessing(architecture: str, file: PretrainedFile | None, size: int) ->
         except ValueError as error:
             raise WeightsError(f"{file.path}: extra.{error}. Correct the record, or leave it out") from error
     config = read_config(file.path.parent) if file else None
+    if file and (processor := file.path.parent / "preprocessor_config.json").is_file():
+        logger.warning(
+            "%s: not read by main.py, which trains with the preprocessing of %s; --img-size sets the size. To use its "
+            "values, write them into pretrained_cfg of config.json beside it",
+            processor,
+            "config.json" if config and "pretrained_cfg" in config else f"timm for {architecture}",
+        )
     if config and "pretrained_cfg" in config:
         return record_of_timm_config(config["pretrained_cfg"], size, source="config.json")
     return timm_record(timm_name(architecture), size)

@@ -20,6 +20,8 @@ STATE_DICTS = ("model_state_dict", "state_dict_ema", "model_ema", "state_dict", 
 """Entries of a checkpoint that hold weights, the first that is there."""
 FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of the weights in a folder that timm or Hugging Face has written."""
+MOST_HEADER_BYTES = 100_000_000  # of a safetensors file, by its specification
+MOST_CONFIG_BYTES = 10_000_000  # a list of 21,841 class names with descriptions takes a third of it
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
@@ -105,7 +107,7 @@ def read_pretrained(path: Path) -> PretrainedFile:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             from safetensors.torch import load_file
 
             return load_file(path)
@@ -121,14 +123,27 @@ def _read(path: Path) -> dict[str, Any]:
     return record
 
 
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins with the length of a JSON header and the header, or bears the suffix of such files."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    is_header = head[8:] == b"{" and int.from_bytes(head[:8], "little") <= MOST_HEADER_BYTES
+    return is_header or path.suffix == ".safetensors"
+
+
 def read_config(folder: Path) -> dict[str, Any] | None:
     """timm's `config.json` of a folder; None where there is none, or it is another program's.
 
-    Raises `WeightsError` for a damaged one.
+    Raises `WeightsError` for a damaged one, or one that is too large.
     """
     path = folder / "config.json"
     if not path.is_file():
         return None
+    if path.stat().st_size > MOST_CONFIG_BYTES:
+        raise WeightsError(
+            f"{path}: {path.stat().st_size / 1e6:.1f} MB; expected timm's config.json, of at most "
+            f"{MOST_CONFIG_BYTES / 1e6:.0f} MB. Correct it, or remove it"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:

@@ -141,7 +141,7 @@ def test_rows_without_target_and_label_do_not_contribute(sources):
 
 
 def test_it_keeps_the_last_epoch_whatever_val_shows(sources, tmp_path, caplog):
-    unaugmented = ImageSource(sources[0].images, 32, "none", image_cache=tmp_path)
+    unaugmented = ImageSource(sources[0].images, BASE_32, "none", image_cache=tmp_path)
     settings, model = (
         StudentTrainingSettings("CustomConvNeXt", 25, 2e-3, 1.0, 0.0, 1),
         initial_network("CustomConvNeXt"),

@@ -43,6 +43,7 @@ def job(tmp_path):
         description={"outputs": ["probabilities"]},
         sample=ParitySample([(row,) for row in ROWS], [], ReferenceBatches([], [], expected)),
         staged=staged,
+        threads=1,
         scratch=tmp_path / "scratch",
     )
 

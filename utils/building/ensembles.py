@@ -318,9 +318,9 @@ def network_provenance(store: Store, members: Iterable[Member]) -> Provenance:
 def _of_network(store: Store, member: Member) -> Provenance:
     fitted = {split: training_data.fitted_rows(store, member, split) for split in SPLITS}
     may_have_chosen = member.trained_on != training_data.NONE and member.selection != LAST_EPOCH
-    val = store.samples("val").sample_ids if may_have_chosen else ()
+    val = store.samples("val").sample_ids  # read in any case: images that have changed since discovery are refused
     return Provenance(
         fitted_on=tuple(RowSet(split, "in_sample", tuple(ids)) for split, ids in fitted.items() if ids),
-        selected_on=(RowSet("val", "held_out", val),) if val else (),
+        selected_on=(RowSet("val", "held_out", val),) if val and may_have_chosen else (),
         unknown_training_data=(member.name,) if training_data.is_unknown(store.catalog, member) else (),
     )

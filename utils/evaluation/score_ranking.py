@@ -73,8 +73,7 @@ def _is_ranked(record: Mapping[str, Any]) -> bool:
 def label_issue_table(inputs: EvaluationInputs, name: str) -> LabelIssueTable:
     """Labels that the out-of-sample predictions of the model contradict (confident learning)."""
     classes = inputs.catalog.classes
-    model = next(model for model in inputs.models if model.name == name)
-    predictions = score_records.out_of_sample_predictions(inputs, model)
+    predictions = score_records.out_of_sample_predictions(inputs, name)
     assert predictions is not None, "what is recommended has out-of-sample rows"
     issues = label_issues.find_label_issues(predictions.probabilities, predictions.labels)
     splits, ids = predictions.split.tolist(), predictions.sample_ids.tolist()

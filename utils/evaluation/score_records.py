@@ -56,17 +56,12 @@ class OutOfSamplePredictions:
         return (self.probabilities[rows], self.labels[rows]) if rows.any() else None
 
 
-def out_of_sample_predictions(inputs: EvaluationInputs, model: ScoredModel) -> OutOfSamplePredictions | None:
-    """Of an ensemble its cross-fitted predictions, of a member its labelled out-of-sample rows.
-
-    None where there are none, also because the model's training data is unknown.
-    """
-    if model.provenance.unknown_training_data:
-        return None
-    if model.name in inputs.crossfits:
-        crossfit = inputs.crossfits[model.name]
+def out_of_sample_predictions(inputs: EvaluationInputs, name: str) -> OutOfSamplePredictions | None:
+    """Of an ensemble its cross-fitted predictions, of a member its labelled out-of-sample rows; None without any."""
+    if name in inputs.crossfits:
+        crossfit = inputs.crossfits[name]
         return OutOfSamplePredictions(crossfit.probabilities, crossfit.labels, crossfit.split, crossfit.sample_ids)
-    return _of_member(inputs.out_of_sample[model.name])
+    return _of_member(inputs.out_of_sample[name])
 
 
 def _of_member(parts: Sequence[MemberRows]) -> OutOfSamplePredictions | None:
@@ -132,8 +127,8 @@ def metrics_record(model: ScoredModel, context: EvaluationContext) -> dict[str, 
         if record[key] is None:
             notes[key] = f"this is {model.name}" if reference is not None else "it has no predictions on these rows"
     saved = inputs.ensembles[model.name].record if model.kind == "ensemble" else None
-    predictions = out_of_sample_predictions(inputs, model)
     unknown = model.provenance.unknown_training_data
+    predictions = None if unknown else out_of_sample_predictions(inputs, model.name)
     if model.name in inputs.controls:
         comparison, reasons = controls.control_metrics(
             inputs.controls[model.name], inputs.split, rows.sample_ids.tolist(), model.probabilities

@@ -60,12 +60,12 @@ def ensemble(base, name="soft_voting_ensemble"):
     return json.loads((base / "ensembles" / "models" / name / "ensemble.json").read_text())
 
 
-def test_a_network_that_nobody_spoke_of_is_scored_and_ranked_apart(run, base):
+def test_a_network_without_a_statement_is_scored_and_not_ranked(run, base):
     """`leak` was trained on test: it would lead the ranking and be recommended if train were assumed."""
     assert declare(run, base, "a", "b", "leak", statements=["a=train", "b=train"]).returncode == 0
     done = run("build-ensemble", include=["a", "b", "leak"])
     assert done.returncode == 0, done.stderr
-    assert "what leak was trained on is unknown" in done.stderr
+    assert "the training data of leak is not stated" in done.stderr
     assert "discover --trained-on leak=train" in done.stderr
     assert "rows that leak may have been trained on" in done.stdout
     assert "out-of-sample" not in done.stdout
@@ -84,9 +84,9 @@ def test_a_network_that_nobody_spoke_of_is_scored_and_ranked_apart(run, base):
     assert "unknown training data" in done.stdout
     metrics = json.loads((base / "metrics_output/ensembles/soft_voting_ensemble/metrics.json").read_text())
     assert (metrics["crossfit"], metrics["conformal"], metrics["contaminated"]) == (None, None, False)
-    assert "leak was trained on is unknown" in metrics["notes"]["crossfit"]
+    assert "the training data of leak is not stated" in metrics["notes"]["crossfit"]
     page = (base / "ensembles/report/index.html").read_text()
-    assert "What leak was trained on is unknown" in page
+    assert "The training data of leak is not stated" in page
 
 
 def test_five_networks_without_a_statement_end_in_a_refusal_that_can_be_typed(run, base):
@@ -178,13 +178,13 @@ def test_all_members_are_those_of_known_training_data_and_the_others_are_named(r
     done = run("build-ensemble", include="all")
     assert done.returncode == 0, done.stderr
     assert "2 members: a, b" in done.stdout
-    assert "left out, since nobody has said what they were trained on: leak" in done.stderr
+    assert "left out, since their training data is not stated: leak" in done.stderr
     assert "discover --trained-on leak=train" in done.stderr
     done = run("build-ensemble", "--set", "backbones.exclude=[a, b]", include="all")
     assert done.returncode == 3
-    assert "nobody has said which images leak was trained on" in done.stderr
+    assert "the training data of leak is not stated" in done.stderr
     status = run("status", "--set", "backbones.exclude=[a, b]", include="all")
-    assert (status.returncode, "nobody has said which images" in status.stdout) == (0, True)
+    assert (status.returncode, "the training data of leak is not stated" in status.stdout) == (0, True)
 
 
 def test_a_false_statement_is_contradicted_by_the_rows_and_stays_as_it_is(run, base):
@@ -203,7 +203,7 @@ def test_a_false_statement_is_contradicted_by_the_rows_and_stays_as_it_is(run, b
     assert "wide: its accuracy on the 45 rows of val is 1.0000" in done.stderr
     metrics = json.loads((base / "metrics_output/ensembles/members/wide/metrics.json").read_text())
     assert "it may have been trained on images of val" in metrics["notes"]["trained_on"]
-    assert "What wide is said to have been trained on is in doubt" in (base / "ensembles/report/index.html").read_text()
+    assert "The stated training data of wide is in doubt" in (base / "ensembles/report/index.html").read_text()
     members = json.loads((base / "ensembles" / "ensemble_catalog.json").read_text())["members"]
     assert {member["trained_on"] for member in members.values()} == {"train"}
     shown = run("discover", "--verify", "--trained-on", "wide=train+val").stdout
@@ -242,7 +242,7 @@ def test_a_statement_belongs_to_the_weights(run, base):
     shutil.copy(base / "leak.pth", base / "a.pth")
     done = run("discover")
     assert stated() == "unknown"
-    assert "warning: a: what it was trained on is unknown" in done.stdout
+    assert "warning: a: its training data is not stated" in done.stdout
     record = json.loads(catalog.read_text())
     for key in ("trained_on", "training_list", "pretrained_on"):
         del record["members"]["a"][key]  # as written before it was asked

@@ -138,8 +138,8 @@ def test_a_folder_without_a_record_of_preprocessing_gets_timms_with_a_warning(sc
     assert declaration.preprocessing.describe() == f"{TIMM_RECORD} (timm)"
     assert codes(declaration) == {"preprocessing_assumed"}
     (problem,) = declaration.problems
-    assert "discover --preprocess leaf:KEY=VALUE" in problem.remedy
-    assert "discover --verify" in problem.remedy
+    assert "state it: python ensemble_orchestrator.py discover --preprocess leaf:KEY=VALUE" in problem.remedy
+    assert "python ensemble_orchestrator.py discover --verify" in problem.remedy
 
 
 def remove_config(folder):
@@ -225,7 +225,7 @@ def test_a_configuration_that_contradicts_the_weights_is_refused(scan, tmp_path)
     save_folder(tmp_path / "two", CLASSES[:2])
     change_config(tmp_path / "two", {"num_classes": 3}, remove=["model_args"])
     message = refused(scan, f"leaf=local-dir:{tmp_path / 'two'}")
-    assert "config.json says 3 classes; the weights in model.safetensors have 2 outputs" in message
+    assert "config.json has 3 classes; the weights in model.safetensors have 2 outputs" in message
 
 
 def test_folders_that_are_not_there_are_explained(scan, leaf):

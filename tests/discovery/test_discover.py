@@ -123,7 +123,7 @@ def test_the_imbalance_ratio_is_stated_with_the_options_to_type(workspace, confi
     result = discover.discover(config, workspace)
     largest = len(list((workspace.split_dir / "train" / "0").iterdir()))
     assert f"0 has {largest} images, 2 has 10 images, imbalance ratio {largest / 10:.1f}" in result.text
-    assert "main.py --class-weights balanced or --sampling balanced" in result.text
+    assert "python BASE-BACK/src/main.py --class-weights balanced, or --sampling balanced" in result.text
     assert result.failures == []
 
 
@@ -205,7 +205,7 @@ def test_a_timm_network_is_declared_once_and_kept(workspace, config, tmp_path):
     file.rename(tmp_path / "gone.pth")
     result = discover.discover(config, workspace)
     assert "leaf.pth: the checkpoint is gone. Put it back" in result.text
-    assert "Remove it: discover --remove leaf" in result.text
+    assert "Remove it: python ensemble_orchestrator.py discover --remove leaf" in result.text
     assert [failure.partition(":")[0] for failure in result.failures] == ["leaf"]
     assert [line.split()[0] for line in result.text.splitlines() if line.endswith("cannot be used")] == ["leaf"]
     (tmp_path / "gone.pth").rename(file)

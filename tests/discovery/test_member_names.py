@@ -103,7 +103,7 @@ def test_members_of_before_the_rule_stay_are_named_and_can_be_imported_again(tmp
     done = run("discover", workspace=workspace)
     assert done.code == 0
     assert "a.npz: the name breaks the rule: expected a name that does not end in .npz, as files do" in done.stdout
-    assert "Rename it: discover --rename a.npz=NEW" in done.stdout
+    assert "Rename it: python ensemble_orchestrator.py discover --rename a.npz=NEW" in done.stdout
     again = run("discover", "--json", workspace=workspace).document["problems"]
     assert [problem["member"] for problem in again if problem["code"] == "member_name"] == ["a.npz"]
     done = run("import-predictions", "--from", write(tmp_path / "again", {"a.npz": 5}), workspace=workspace)

@@ -69,12 +69,13 @@ def test_a_rule_that_fits_better_is_named_with_the_option_that_sets_it(workspace
     file = write_network(workspace, workspace.base / "leaf.pth", replace(timms(), channels="BGR"))
     add = [f"leaf=timm:{ARCHITECTURE}@{file}"]
     result = discover.discover(config, workspace, add=add)
-    assert "nothing says how its images were prepared" in result.text
+    assert "its preprocessing is not stated" in result.text
     result = discover.discover(config, workspace, verify=True)
     assert catalog.read(workspace).members["leaf"].preprocessing == timms().as_record()
     (problem,) = problems(workspace, preprocessing_checks.FITS_BETTER)
     assert "BGR" in problem.message
-    assert problem.remedy == "nothing is changed; to use it: discover --preprocess leaf:channels=BGR"
+    command = "python ensemble_orchestrator.py discover --preprocess leaf:channels=BGR"
+    assert problem.remedy == f"nothing is changed; to use it: {command}"
     discover.discover(config, workspace)  # runs no network, and says the same
     assert problems(workspace, preprocessing_checks.FITS_BETTER) == [problem]
     options = shlex.split(problem.remedy.partition("--preprocess ")[2])

@@ -82,7 +82,7 @@ def test_the_model_card_has_scores_and_the_difference_of_full_precision_alone():
     unknown = custom_format.model_card(
         "it", description(), ("a", "b"), STATUS, SCORE | {"unknown_training_data": ["m"]}
     )
-    assert "What m was trained on is unknown" in unknown
+    assert "The training data of m is not stated" in unknown
     assert "accuracy 0" not in custom_format.model_card("it", description(), ("a", "b"), {}, None)
 
 

@@ -100,9 +100,11 @@ def test_what_is_derived_from_the_unknown_is_unknown_and_the_remedy_names_the_so
     assert not training_data.is_unknown(catalog_of(of_list, member("listed", "file")), of_list)
 
 
-def test_the_remedy_for_what_outlives_its_network_names_the_network_and_no_command_without_a_name():
+def test_the_remedy_for_what_outlives_its_network_names_the_network():
     soup = member("leak_soup", "unknown", source="derived", parents=("leak",))
-    with pytest.raises(LeakageError, match=r"recommended\. Add leak again with discover --add and --trained-on$"):
+    with pytest.raises(
+        LeakageError, match=r"recommended\. Add again: python .* --add leak=SOURCE --trained-on STATEMENT$"
+    ):
         training_data.require_some_known(catalog_of(soup), ["leak_soup"])
 
 

@@ -58,8 +58,8 @@ class Session:
     def open(cls, config: Config, workspace: Workspace) -> Session:
         """Read the catalog and check the selected members' out-of-fold predictions where that was not done yet.
 
-        Raises UserError without a catalog or a selected member, and LeakageError where nobody has said of any of them
-        what it was trained on.
+        Raises UserError without a catalog or a selected member, and LeakageError where the training data of none of
+        them is stated.
         """
         content = discover.verified_catalog(config, workspace)
         members = tuple(member_selection.select(content, config))
@@ -67,8 +67,8 @@ class Session:
         training_data.require_some_known(content, names)
         if unknown := training_data.unknown_names(content, names):
             logger.warning(
-                "what %s was trained on is unknown: ensembles that are chosen from it are scored but not ranked or "
-                "recommended. %s; or leave it out: --set backbones.exclude=[%s]",
+                "the training data of %s is not stated: ensembles that are chosen from it are scored but neither "
+                "ranked nor recommended. %s; or leave it out: --set backbones.exclude=[%s]",
                 ", ".join(unknown),
                 training_data.remedy(content, unknown),
                 ",".join(unknown),

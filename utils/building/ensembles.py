@@ -79,7 +79,7 @@ class Provenance:
     selected_on: tuple[RowSet, ...]
     """Rows that decided a choice: an epoch, a method."""
     unknown_training_data: tuple[str, ...] = ()
-    """Networks of which nobody has said what they were trained on, so that any row may be among `fitted_on`; sorted"""
+    """Networks whose training data is not stated, so that any row may be among `fitted_on`; sorted"""
 
 
 def merge_provenance(parts: Sequence[Provenance]) -> Provenance:

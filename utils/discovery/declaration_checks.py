@@ -16,7 +16,7 @@ from utils.networks.checkpoints import LEAVE_OUT
 from utils.networks.construction import RETRAIN, NetworkSpec
 from utils.networks.preprocessing import Preprocessing
 from utils.predictions import streaming
-from utils.predictions.catalog import TIMM, Problem
+from utils.predictions.catalog import TIMM, VERIFY, Problem
 from utils.predictions.inspection import FEWEST_ROWS
 
 ASSUMED_PREPROCESSING = "preprocessing_assumed"
@@ -96,22 +96,23 @@ def run_on_blank(spec: NetworkSpec, global_pool: str | None, where: str) -> int:
 
 
 def classes_problem(name: str, classes: Sequence[str]) -> Problem:
-    """The warning about a network whose outputs nothing names."""
-    message = f"nothing names its outputs; the order of the class folders is assumed: {', '.join(classes[:12])}"
-    remedy = "discover --verify measures whether that order is right"
+    """The warning about a network whose outputs have no names."""
+    message = f"no file names its outputs; the order of the class folders is assumed: {', '.join(classes[:12])}"
+    remedy = f"{VERIFY} measures whether that order is right"
     return Problem(ASSUMED_CLASSES, "warning", name, message, remedy)
 
 
 def preprocessing_problems(name: str, preprocessing: Preprocessing) -> list[Problem]:
-    """A warning if nothing says that the preprocessing is that of the weights."""
+    """A warning if neither the user nor a file states the preprocessing of the weights."""
     if not preprocessing_sources.is_guess(preprocessing):
         return []
     source = "timm's for its own weights of the architecture is used"
     if preprocessing.source == preprocessing_sources.ASSUMED:
         source = "the base pipeline's is assumed"
-    message = f"nothing says how its images were prepared; {source}: {preprocessing.describe()}"
+    message = f"its preprocessing is not stated; {source}: {preprocessing.describe()}"
     remedy = (
-        f"state it: discover --preprocess {name}:KEY=VALUE ...; discover --verify compares it with other common rules"
+        f"state it: python ensemble_orchestrator.py discover --preprocess {name}:KEY=VALUE ...; {VERIFY} compares it "
+        "with other common rules"
     )
     return [Problem(ASSUMED_PREPROCESSING, "warning", name, message, remedy)]
 
@@ -135,7 +136,7 @@ def with_class_order_checked(
 
 
 def _pooling(network: Any) -> str | None:
-    """The kind of global pooling of a timm network; None if it does not say."""
+    """The kind of global pooling of a timm network; None if it has no such attribute."""
     layer = getattr(network, "global_pool", None)
     layer = getattr(getattr(network, "head", None), "global_pool", None) if layer is None else layer
     kind = layer if isinstance(layer, str) else getattr(layer, "pool_type", None)

@@ -366,15 +366,17 @@ def _resolved(
     preprocessing = preprocessing_sources.with_requests(base, values, f"{where}: --preprocess")
     problems += declaration_checks.preprocessing_problems(request.name, preprocessing)
     if folder is not None and folder.conflict and not values:
-        message = f"{preprocessing.describe()} is used; another file of its folder says {folder.conflict}"
-        remedy = f"state which is right: discover --preprocess {request.name}:KEY=VALUE ..."
+        message = f"{preprocessing.describe()} is used; another file of its folder has {folder.conflict}"
+        remedy = (
+            f"state which is right: python ensemble_orchestrator.py discover --preprocess {request.name}:KEY=VALUE ..."
+        )
         problems.append(Problem(CONFLICT, "warning", request.name, message, remedy))
     declaration = Declaration(request.name, architecture, path, classes or scan.classes, preprocessing, tuple(problems))
     outputs = declaration_checks.run_on_blank(declaration.network(), folder.global_pool if folder else None, where)
     if folder is not None and folder.num_classes not in (None, outputs):
         config = path.parent / model_folders.CONFIG
         raise UserError(
-            f"{where}: {config} says {folder.num_classes} classes; the weights in {path.name} "
+            f"{where}: {config} has {folder.num_classes} classes; the weights in {path.name} "
             f"have {outputs} outputs. {model_folders.CORRECT}"
         )
     _require_number(scan, request, outputs, str(path), architecture, str(path))

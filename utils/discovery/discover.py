@@ -123,7 +123,7 @@ def _discovered(
         except UserError as error:
             remedy = "See the message"
             if candidate.remembered is not None:
-                remedy = f"Remove it: {shlex.join(['discover', '--remove', candidate.name])}"
+                remedy = f"Remove it: {shlex.join([*catalog.DISCOVER, '--remove', candidate.name])}"
             problems.append(Problem("checkpoint_refused", "error", candidate.name, str(error), remedy))
             if candidate.remembered is not None:  # a declaration outlives its file
                 members[candidate.name] = replace(candidate.remembered, usable=False, oof=None)

@@ -31,6 +31,7 @@ from utils.predictions.catalog import (
     LAST_EPOCH,
     STAGES,
     TIMM,
+    VERIFY,
     Member,
     Problem,
     is_declared,
@@ -297,7 +298,7 @@ def _recorded_preprocessing(path: Path, extra: Mapping[str, Any]) -> dict[str, A
 
 
 def _pretrained_on(path: Path, weights: Any) -> str | None:
-    """What a checkpoint says of the images that the weights were trained on that its training started from."""
+    """The statement in a checkpoint on the training data of the weights that its training started from."""
     if weights is None:
         return None
     statement = weights.get("trained_on") if isinstance(weights, dict) else None
@@ -332,13 +333,13 @@ def _class_problems(scan: Scan, member: Member, facts: Mapping[str, Any]) -> lis
             problems.append(Problem("classes", "error", member.name, message, "train it on this split"))
         elif outputs > count:
             message = f"the network has {outputs} outputs for {count} classes; the last {outputs - count} are cut off"
-            remedy = "nothing to do; discover --verify checks whether they are ever predicted"
+            remedy = f"nothing to do; {VERIFY} checks whether they are ever predicted"
             problems.append(Problem("surplus_logits", "warning", member.name, message, remedy))
     mapping = None if member.source == "derived" else training_records.class_mapping(scan.workspace, member.name)
     if mapping is not None and mapping[: len(member.classes)] != member.classes:
         file = scan.workspace.relative(scan.workspace.class_mapping(member.name))
         message = f"{file} names the outputs {', '.join(mapping)}; they are taken to be {', '.join(member.classes)}"
-        remedy = "discover --verify measures which order is right"
+        remedy = f"{VERIFY} measures which order is right"
         problems.append(Problem("class_mapping", "warning", member.name, message, remedy))
     return problems
 

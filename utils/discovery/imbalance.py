@@ -23,5 +23,6 @@ def problem(train: ImageSplit) -> Problem | None:
         "info",
         None,
         f"the classes of train differ in size: {', '.join(shown)}, imbalance ratio {ratio}",
-        "where rare classes count as much, train with main.py --class-weights balanced or --sampling balanced",
+        "where rare classes count as much: python BASE-BACK/src/main.py --class-weights balanced, or --sampling "
+        "balanced",
     )

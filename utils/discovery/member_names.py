@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from utils import ensemble_methods, fusion_methods, meta_methods, moe_methods, stacking_methods
 from utils.combiners import pruning
 from utils.core.errors import UserError
-from utils.predictions.catalog import DERIVED, IMPORTED, TIMM, Catalog, Member, Problem
+from utils.predictions.catalog import DERIVED, DISCOVER, IMPORTED, TIMM, Catalog, Member, Problem
 
 FORM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 WORDS = "a letter or a digit, then at most 99 letters, digits, `_`, `.` and `-`"
@@ -85,7 +85,7 @@ def name_problems(catalog: Catalog) -> list[Problem]:
         is_user_named = member.source == IMPORTED or member.architecture.startswith(TIMM)
         reason = invalid_reason(name) if is_user_named or RESERVED.fullmatch(name) else None
         if reason is not None and member.source != "derived":
-            command = f"rename it: {shlex.join(['discover', '--rename', f'{name}=NEW'])}"
-            remedy = command if is_user_named else "rename its checkpoints, then run discover"
+            command = f"rename it: {shlex.join([*DISCOVER, '--rename', f'{name}=NEW'])}"
+            remedy = command if is_user_named else f"rename its checkpoints, then run {shlex.join(DISCOVER)}"
             problems.append(Problem(PROBLEM, "warning", name, f"the name breaks the rule: {reason}", remedy))
     return problems

@@ -29,7 +29,7 @@ NEUTRAL_ARGUMENTS = ("num_classes", "drop_rate", "drop_path_rate", "proj_drop_ra
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """What a folder says of its network; None for what it does not say."""
+    """The facts on a network in its folder; None for those that no file states."""
 
     weights: Path
     architecture: str
@@ -55,7 +55,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def read_model_folder(folder: Path, *, preprocessing_is_given: bool = False) -> ModelFolder:
-    """What `folder` says of its network; weights are not read.
+    """The facts on a network in `folder`; weights are not read.
 
     With `preprocessing_is_given`, a record of preprocessing that cannot be interpreted counts as none. Raises UserError
     for a folder without configuration or weights, a configuration that contradicts itself, a network that is not
@@ -97,7 +97,7 @@ def _of_transformers(config: Mapping[str, Any]) -> str:
         return ""
     return (
         f"; it describes {str(names[0])[:60]} of transformers, which is not built here. Save its predictions and add "
-        "them with import-predictions"
+        "them: python ensemble_orchestrator.py import-predictions --from DIR"
     )
 
 

@@ -41,7 +41,8 @@ def orientation_problems(
     remedy = "nothing to do"
     if ignoring:
         remedy = (
-            "networks trained on images as they are stored need nothing; main.py --exif apply trains on upright ones"
+            "networks trained on images as they are stored need nothing; python BASE-BACK/src/main.py --exif apply "
+            "trains on upright ones"
         )
     return [Problem(CODE, "warning" if ignoring else "info", None, message, remedy)]
 

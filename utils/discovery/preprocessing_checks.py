@@ -102,7 +102,7 @@ def compare(inspector: Inspector, member: Member, *, force: bool = False) -> Non
 
 
 def is_assumed(workspace: Workspace, member: Member) -> bool:
-    """Whether a member was declared and nothing says that its preprocessing is that of its weights."""
+    """Whether a member was declared and neither the user nor a file states the preprocessing of its weights."""
     is_recorded = member.preprocessing is not None and is_declared(workspace, member)
     return is_recorded and preprocessing_sources.is_guess(member.image_preprocessing)
 
@@ -136,7 +136,7 @@ def _standard_errors(gains: np.ndarray) -> float:
 
 
 def with_comparisons(inspector: Inspector, problems: Sequence[Problem], members: Mapping[str, Member]) -> list[Problem]:
-    """The problems, where warnings of an assumed preprocessing say what the comparison has shown.
+    """The problems, where warnings of an assumed preprocessing include the result of the comparison.
 
     A rule that fits better is a warning of its own with the option that sets it; if none does, the warning becomes an
     info.
@@ -180,7 +180,7 @@ def _recommendation(member: Member, facts: Mapping[str, Any], better: Mapping[st
         f"{current['accuracy']:.4f}, log-loss {better['log_loss']:.4f} instead of {current['log_loss']:.4f} "
         f"(each at its best temperature) with {rule.describe()}"
     )
-    remedy = f"nothing is changed; to use it: discover --preprocess {options}"
+    remedy = f"nothing is changed; to use it: python ensemble_orchestrator.py discover --preprocess {options}"
     return Problem(FITS_BETTER, "warning", member.name, message, remedy)
 
 

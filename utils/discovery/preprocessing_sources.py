@@ -1,4 +1,4 @@
-"""Preprocessing records of declared networks, by what the user, a file or timm says.
+"""Preprocessing records of declared networks, from the user, a file or timm.
 
 In this order: `--preprocess KEY=VALUE`, the record of the checkpoint or of the folder (`preprocessor_config.json` of
 Hugging Face, `pretrained_cfg` in timm's `config.json`), timm's configuration of the architecture. The last says what
@@ -21,7 +21,7 @@ USER = "user"
 TIMM = "timm"
 ASSUMED = "assumed"
 GUESSES = (TIMM, ASSUMED)
-"""Sources that say nothing about the weights themselves."""
+"""Sources that describe an architecture, not its weights."""
 KEYS = (
     *("input_size", "resize", "crop", "resized", "interpolation", "crop_offset", "mean", "std", "channels", "range"),
     "exif",
@@ -35,7 +35,7 @@ RESAMPLES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 STATE = "State it with --preprocess KEY=VALUE ..."
 
 
-# what the user says ---------------------------------------------------------------------------------------------------
+# the user's records --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _listed(values: Sequence[float]) -> str:
     return ",".join(f"{value:.9g}" for value in values)
 
 
-# what timm says -------------------------------------------------------------------------------------------------------
+# timm's records -------------------------------------------------------------------------------------------------------
 
 
 def of_timm_config(config: Mapping[str, Any], where: str, *, source: str, img_size: int | None = None) -> Preprocessing:
@@ -189,7 +189,7 @@ def of_architecture(architecture: str, fallback_size: int, input_size: int | Non
     return Preprocessing.from_record(record, f"timm:{architecture}")
 
 
-# what Hugging Face says -----------------------------------------------------------------------------------------------
+# Hugging Face's records -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -330,7 +330,7 @@ class _Entries:
 
 
 def is_guess(record: Preprocessing) -> bool:
-    """Whether nothing says that a preprocessing is that of the weights."""
+    """Whether neither the user nor a file states that a preprocessing is that of the weights."""
     return record.source in GUESSES
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from utils.core.artifacts import read_json
 from utils.core.workspace import Workspace
-from utils.predictions.catalog import LAST_EPOCH, Problem
+from utils.predictions.catalog import LAST_EPOCH, VERIFY, Problem
 
 DIFFERS = 0.005  # accuracies that differ by more than half a point are different figures
 SLACK_S = 60.0  # a record that is older than its checkpoint by more seconds belongs to an earlier training
@@ -57,12 +57,12 @@ def read(
         written = _number(metrics.get("final_accuracy"))
         stale = _stale(path, checkpoint, written, checkpoint_accuracy)
         if stale is not None:
-            problems.append(Problem("stale_metrics", "warning", backbone, stale, "discover --verify measures it"))
+            problems.append(Problem("stale_metrics", "warning", backbone, stale, f"{VERIFY} measures it"))
         else:
             accuracy = written
         best = _best_not_kept(metrics, accuracy, siblings, checkpoint)
         if best is not None:
-            remedy = "its ensembles are judged by what the file itself gives; discover --verify measures it"
+            remedy = f"its ensembles are judged by what the file itself gives; {VERIFY} measures it"
             problems.append(Problem("best_accuracy_not_kept", "warning", backbone, best, remedy))
     kfold = kfold_over_all_images(workspace, backbone)
     problems += [kfold] if kfold is not None else []

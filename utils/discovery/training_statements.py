@@ -1,4 +1,4 @@
-"""`discover --trained-on`: what the user says of the images that declared networks were trained on.
+"""`discover --trained-on`: statements of the user on the training data of declared networks.
 
 A statement belongs to the weights: it stays as long as the content of the checkpoint does. A list of images is stored
 by content, so that it holds for another split of the same images too.
@@ -35,7 +35,7 @@ EXPECTED = f"expected {', '.join(WORDS)} or a file that lists images, for --add,
 
 @dataclass(frozen=True)
 class Statement:
-    """What was said of one network."""
+    """The statement on one network."""
 
     text: str
     """As it was typed, for messages"""
@@ -67,7 +67,7 @@ def parse(values: Sequence[str], added: Collection[str], declared: Collection[st
             )
         statement = _statement(value, rest if is_named else value)
         for target in [name] if is_named else sorted(added):
-            # What names a network takes precedence over what is said of all that are added.
+            # A statement on a named network takes precedence over one on all that are added.
             if target in statements and is_named == ("=" in statements[target].text):
                 raise UserError(f"{OPTION} {value}: {OPTION} {statements[target].text} is about {target} too")
             if target not in statements or is_named:
@@ -136,7 +136,7 @@ def _listed_rows(splits: Mapping[str, ImageSplit], listed: Collection[str]) -> d
 
 
 def of_unknown_origin(members: Mapping[str, Member]) -> list[str]:
-    """Members that the base pipeline trained on weights of which their checkpoints do not say what these had seen."""
+    """Members that the base pipeline trained from weights whose training data their checkpoints do not state."""
     return [name for name, member in members.items() if member.pretrained_on == UNKNOWN]
 
 
@@ -213,7 +213,7 @@ def read_list(path: Path) -> list[str]:
 
 
 def problems(members: Mapping[str, Member], sample_id: str) -> list[Problem]:
-    """A warning for each network of which nobody has said what it was trained on, or whose list hardly matches.
+    """A warning for each network whose training data is not stated, or whose list hardly matches.
 
     `sample_id` is one of the workspace's, to show the form of a list's lines.
     """
@@ -236,7 +236,7 @@ def problems(members: Mapping[str, Member], sample_id: str) -> list[Problem]:
             CODE,
             "warning",
             name,
-            "what it was trained on is unknown, so it is scored but not ranked or recommended",
+            "its training data is not stated, so it is scored but neither ranked nor recommended",
             f"If it was the train images alone: {command([name], TRAIN)}; or none, train+val, all, or a file",
         )
         for name, member in members.items()

@@ -85,7 +85,7 @@ def compute(inputs: EvaluationInputs) -> EvaluationResults:
 
 
 def _suspicions(inputs: EvaluationInputs, model: ScoredModel) -> list[Problem]:
-    """What a member's scores say against the statement on what it was trained on."""
+    """Contradictions between a member's scores and the statement on its training data."""
     seen = {(part.split, sample_id) for part in model.provenance.fitted_on for sample_id in part.sample_ids}
     rows = inputs.rows
     unseen = np.array([(inputs.split, sample_id) not in seen for sample_id in rows.sample_ids.tolist()])

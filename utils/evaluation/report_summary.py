@@ -40,12 +40,12 @@ def warnings(data: ReportData) -> list[str]:
     if unknown:
         sources = sorted({name for row in data.ranking["rows"] for name in row.get("unknown_training_data") or ()})
         messages.append(
-            f"What {join_names(sources)} was trained on is unknown, and the evaluated rows may be among it. "
+            f"The training data of {join_names(sources)} is not stated and may include the evaluated rows. "
             f"Therefore not ranked: {join_names(unknown)}."
         )
     for name, record in data.metrics.items():
         if suspicion := (record.get("notes") or {}).get("trained_on"):
-            messages.append(f"What {name} is said to have been trained on is in doubt: {suspicion}.")
+            messages.append(f"The stated training data of {name} is in doubt: {suspicion}.")
     if optimistic:
         names = "all models" if len(optimistic) == len(data.ranking["rows"]) else join_names(optimistic)
         messages.append(f"The evaluated rows were used to select {names}, so the scores are optimistic.")

@@ -174,7 +174,7 @@ def _no_out_of_sample_rows(model: ScoredModel) -> str:
     """Why a model has none."""
     unknown = model.provenance.unknown_training_data
     if unknown:
-        return f"what {', '.join(unknown)} was trained on is unknown, so no row is known to be out of sample"
+        return f"the training data of {', '.join(unknown)} is not stated, so no row is known to be out of sample"
     return "it was trained on all train and val rows"
 
 

@@ -142,8 +142,8 @@ def model_card(
             lines.append("The ensemble was fitted or selected on some of these rows, so the scores are optimistic.")
         if unknown := score.get("unknown_training_data"):
             lines.append(
-                f"What {', '.join(unknown)} was trained on is unknown. These rows may be among it, so the scores may "
-                "be too high."
+                f"The training data of {', '.join(unknown)} is not stated and may include these rows, so the scores "
+                "may be too high."
             )
     parities = [entry["parity"] for entry in status.values() if entry.get("parity")]
     parities = [parity for parity in parities if parity["tolerance"] == TOLERANCE]  # not of reduced precision

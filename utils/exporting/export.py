@@ -141,7 +141,8 @@ def _base_pipeline_export(name: str, folder: Path, *, is_requested: bool) -> Res
         )
     text = (
         f"the recommended model is the member {name}, which the base pipeline has exported: {folder}\n"
-        f"  export --model-name {name} --force replaces it by an export with preprocessing inside"
+        f"  python ensemble_orchestrator.py export --model-name {name} --force replaces it by an export "
+        "with preprocessing inside"
     )
     return Result(text, {"name": name, "folder": str(folder), "formats": {}})
 

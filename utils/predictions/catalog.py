@@ -32,6 +32,9 @@ IMPORTED = "imported"
 LAST_EPOCH, BEST_ON_VAL = "last", "val"
 """Values of `Member.selection`."""
 TIMM = "timm:"  # prefix of the architecture of a member that is built by timm, not by BASE-BACK
+DISCOVER = ("python", "ensemble_orchestrator.py", "discover")
+"""Words of the command"""
+VERIFY = " ".join([*DISCOVER, "--verify"])
 RUN_DISCOVER = "Run `python ensemble_orchestrator.py discover` first"
 
 

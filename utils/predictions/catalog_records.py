@@ -29,7 +29,7 @@ def _of_file(path: str) -> str:
 
 def _of_preprocessing(record: dict[str, Any]) -> dict[str, Any]:
     try:
-        Preprocessing.from_record(record, "a record", remedy="Run discover again")
+        Preprocessing.from_record(record, "a record", remedy="Run `python ensemble_orchestrator.py discover` again")
     except UserError as error:
         raise ValueError(str(error)) from error
     return record

@@ -110,7 +110,7 @@ def verify(inspector: Inspector, member: Member, *, force: bool = False) -> None
 
 
 def verify_training_data(inspector: Inspector, member: Member, *, force: bool = False) -> None:
-    """Run a member on the test images too, and store the result, where it is said not to have seen them.
+    """Run a member on the test images too, and store the result, where it is stated not to have seen them.
 
     Only `training_problems` reads the result. Nothing is run for a member that does not run on val.
     """
@@ -123,7 +123,7 @@ def verify_training_data(inspector: Inspector, member: Member, *, force: bool = 
 
 
 def training_problems(inspector: Inspector, member: Member) -> list[Problem]:
-    """What the stored results of running a member say against the statement on its training data."""
+    """Contradictions between the stored results of running a member and the statement on its training data."""
     unseen = {}
     for split in training_data.unseen_splits(member):
         facts = inspector.digests.facts(inspector.measured_key(member, split)) or {}

@@ -20,7 +20,7 @@ def select(catalog: Catalog, config: Config) -> list[Member]:
     Imported members are selected by name, or all of them if `include` has its default value. `all` selects every member
     that is not derived and whose training data is known; a message names the others. A backbone that is listed but was
     never trained is skipped with a warning; an unknown name is an error. Raises UserError if none is left, and
-    LeakageError where `all` leaves none since nobody has said what the members were trained on.
+    LeakageError where `all` leaves none since the training data of no member is stated.
     """
     include, exclude = config.backbones.include, config.backbones.exclude
     settings = base_back.settings()
@@ -81,7 +81,7 @@ def _all_members(catalog: Catalog, exclude: tuple[str, ...]) -> tuple[str, ...]:
     selected = tuple(name for name in members if name not in unknown)
     if unknown:
         logger.warning(
-            "backbones.include is all: left out, since nobody has said what they were trained on: %s. %s",
+            "backbones.include is all: left out, since their training data is not stated: %s. %s",
             ", ".join(unknown),
             training_data.remedy(catalog, unknown),
         )

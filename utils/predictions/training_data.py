@@ -16,7 +16,7 @@ import numpy as np
 from utils.core.artifacts import read_arrays
 from utils.core.errors import LeakageError, UserError
 from utils.core.workspace import SPLITS, Workspace
-from utils.predictions.catalog import IMPORTED, Catalog, Member
+from utils.predictions.catalog import DISCOVER, IMPORTED, Catalog, Member
 from utils.predictions.rows import MemberRows, Samples
 
 NONE, TRAIN, TRAIN_VAL, ALL, FILE, UNKNOWN = STATEMENTS = ("none", "train", "train+val", "all", "file", "unknown")
@@ -24,7 +24,7 @@ NONE, TRAIN, TRAIN_VAL, ALL, FILE, UNKNOWN = STATEMENTS = ("none", "train", "tra
 SPLITS_OF: dict[str, tuple[str, ...]] = {NONE: (), TRAIN: ("train",), TRAIN_VAL: ("train", "val"), ALL: SPLITS}
 WIDEST_LAST = (NONE, TRAIN, FILE, TRAIN_VAL, ALL, UNKNOWN)
 MARK = "unknown training data"
-"""What tables say of a model that has a member of unknown training data"""
+"""Mark in tables of a model that has a member of unknown training data"""
 
 
 class SampleStore(Protocol):
@@ -60,7 +60,7 @@ def lineage(catalog: Catalog, member: Member) -> list[Member]:
 
 
 def is_unknown(catalog: Catalog, member: Member) -> bool:
-    """Whether nobody has said what the member, or one that it was derived from, was trained on."""
+    """Whether the training data of the member, or of one that it was derived from, is not stated."""
     if any(UNKNOWN in (each.trained_on, each.pretrained_on) for each in lineage(catalog, member)):
         return True
     is_without_list = member.trained_on == FILE and member.source == "derived"  # its parents' lists are its own
@@ -73,7 +73,7 @@ def unknown_names(catalog: Catalog, names: Iterable[str]) -> list[str]:
 
 
 def unseen_splits(member: Member) -> tuple[str, ...]:
-    """Splits of which the full network is said to have seen nothing; those of `train` where that is unknown."""
+    """Splits that the full network was not trained on, by its statement; those of `train` where that is unknown."""
     if member.trained_on == FILE:
         return tuple(split for split, count in (member.training_list or {"rows": {}})["rows"].items() if not count)
     seen = SPLITS_OF.get(member.trained_on, SPLITS_OF[TRAIN])
@@ -83,8 +83,8 @@ def unseen_splits(member: Member) -> tuple[str, ...]:
 def fitted_rows(store: SampleStore, member: Member, split: str) -> frozenset[str]:
     """Sample ids of the images of a split that the full network, or one that it was derived from, was trained on.
 
-    Images of equal content count as one in a list. For `unknown` these are the train images, and `is_unknown` says that
-    there may be others. Raises UserError where a list is missing or damaged.
+    Images of equal content count as one in a list. For `unknown` these are the train images, and `is_unknown`
+    tells whether there may be others. Raises UserError where a list is missing or damaged.
     """
     parts = (_rows_of(store, each, each.trained_on, split) for each in lineage(store.catalog, member))
     return frozenset().union(*parts)
@@ -152,16 +152,17 @@ def stated(catalog: Catalog, names: Iterable[str]) -> dict[str, list[str]]:
 def command(names: Iterable[str], statement: str) -> str:
     """The command that states what some declared members were trained on."""
     values = [f"{name}={statement}" for name in names]
-    return shlex.join(["python", "ensemble_orchestrator.py", "discover", "--trained-on", *values])
+    return shlex.join([*DISCOVER, "--trained-on", *values])
 
 
 def remedy(catalog: Catalog, names: Iterable[str]) -> str:
-    """How to say what the named members of unknown training data were trained on, without a full stop."""
+    """How to state the training data of the named members where it is unknown, without a full stop."""
     family = [each for name in names if name in catalog.members for each in lineage(catalog, catalog.members[name])]
     declared = sorted({each.name for each in family if each.trained_on == UNKNOWN and each.source == "trained"})
     if not declared:  # what is derived outlives the networks that it was derived from
         removed = sorted({parent for each in family for parent in each.parents} - catalog.members.keys())
-        return f"Add {', '.join(removed)} again with discover --add and --trained-on"
+        sources = " ".join(f"{name}=SOURCE" for name in removed)
+        return f"Add again: python ensemble_orchestrator.py discover --add {sources} --trained-on STATEMENT"
     others = ", ".join(statement for statement in STATEMENTS if statement not in (TRAIN, FILE, UNKNOWN))
     return (
         f"If it was the train images alone, type: {command(declared, TRAIN)}; otherwise {others}, or a file that lists "
@@ -191,6 +192,6 @@ def require_some_known(catalog: Catalog, names: Iterable[str]) -> None:
     unknown = unknown_names(catalog, names)
     if names and len(unknown) == len(set(names)):
         raise LeakageError(
-            f"nobody has said which images {', '.join(unknown)} {'was' if len(unknown) == 1 else 'were'} trained on, "
-            f"so no row counts as out of sample and nothing can be fitted or recommended. {remedy(catalog, names)}"
+            f"the training data of {', '.join(unknown)} is not stated, so no row counts as out of sample and "
+            f"nothing can be fitted or recommended. {remedy(catalog, names)}"
         )

@@ -1,8 +1,8 @@
-"""Evidence against what a member is said to have been trained on: rows that it should not have seen and knows too well.
+"""Evidence against the stated training data of a member: better scores on rows that it should not have seen.
 
 Of rows that a network was not trained on, those of one split are as hard as those of another, up to chance and to how
 the images were split. Results are reported and change nothing. Nothing follows where a network has seen all splits
-alike, which only its author can say.
+alike, which no comparison of its scores shows.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Scores:
 
 
 def problems(name: str, unseen: Mapping[str, Scores], out_of_fold: Scores | None = None) -> list[Problem]:
-    """What speaks against the statement on a member.
+    """Contradictions between the scores of a member and its statement.
 
-    `unseen` are its scores on the rows of each split that it is said not to have seen; `out_of_fold` those of its fold
-    networks. Of two splits, the accuracies are compared by Fisher's exact test and the rows' losses by the Mann-Whitney
-    test, one-sided. Fold networks have seen fewer images, so a split is suspected only where the whole interval of its
-    error rate (Clopper and Pearson 1934) is below half of that of the out-of-fold rows.
+    `unseen` are its scores on the rows of each split that it is stated not to have seen; `out_of_fold` those of its
+    fold networks. Of two splits, the accuracies are compared by Fisher's exact test and the rows' losses by the
+    Mann-Whitney test, one-sided. Fold networks have seen fewer images, so a split is suspected only where the whole
+    interval of its error rate (Clopper and Pearson 1934) is below half of that of the out-of-fold rows.
     """
     reported = []
     for split, scores in unseen.items():

@@ -89,7 +89,7 @@ class Pretrained:
         return record
 
     def explain(self) -> dict[str, Any]:
-        """What a checkpoint says of the weights that it comes from."""
+        """The record in a checkpoint of the weights that its training started from."""
         return {
             "backbone_name": f"{TIMM}{self.architecture}",
             "preprocessing": dict(self.preprocessing),

@@ -24,7 +24,7 @@ class Progress:
 
     It is used when it is whole and was written under the same `digest`; any other is named and removed. `seconds` is
     the least time between two saves (`DBT_PROGRESS_SECONDS`); 0 saves every epoch. `threads` is the number of intra-op
-    threads that the training began with, None where nothing says it; each save records it.
+    threads that the training began with, None where it is not recorded; each save records it.
     """
 
     def __init__(self, path: Path, digest: str, seconds: float = settings.PROGRESS_SECONDS) -> None:

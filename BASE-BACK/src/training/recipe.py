@@ -21,7 +21,7 @@ from utils.resizing import evaluation_record
 
 TRAINING_VERSION = 3  # raised whenever the same recipe would give other weights
 FACTS = ("model_size", "img_size", "augment", "group_regex")
-"""What a checkpoint says of how its network was built and trained."""
+"""Keys of a checkpoint's record of how its network was built and trained."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Recipe:
     pretrained: Pretrained | None = None
     """The network of timm and its weights; None for a network of BASE-BACK."""
     exif: str = "ignore"
-    """Whether a network of BASE-BACK sees photographs upright, as their EXIF orientation says: `apply` or `ignore`."""
+    """Whether a network of BASE-BACK sees photographs upright, by their EXIF orientation: `apply` or `ignore`."""
     class_weights: str = "none"
     sampling: str = "natural"
 

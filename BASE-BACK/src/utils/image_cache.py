@@ -36,7 +36,7 @@ NOTES = {
     "frames": "hold several frames or pages, of which the first is used: first {first}. Save the others as files of "
     "their own to use them",
 }
-"""What is said once of the decoded files that it applies to."""
+"""Warnings that are logged once, with the number of decoded files that they apply to."""
 
 
 class UnreadableImages(ValueError):
@@ -139,7 +139,7 @@ def decode_images(
 ) -> None:
     """Store what no pack in `folder` holds yet for one of the `rules`; each file is decoded once for all.
 
-    Arguments as for `open_images`. Says once how many images lose range or frames. Raises `UnreadableImages` after
+    Arguments as for `open_images`. Logs once how many images lose range or frames. Raises `UnreadableImages` after
     everything readable was stored.
     """
     lacking: dict[str, tuple[Path, list[Resizing]]] = {}

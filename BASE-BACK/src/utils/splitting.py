@@ -1,7 +1,7 @@
 """The images are split once: stratified, seeded, groups and equal contents kept together, and recorded.
 
-Splits that the images have already are kept. `split_dataset/split_manifest.json` says what was split into what. A later
-run with other images does not reuse the split in silence.
+Splits that the images have already are kept. `split_dataset/split_manifest.json` records the images and their splits. A
+later run with other images does not reuse the split in silence.
 """
 
 from __future__ import annotations

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 RESIZES = ("shorter-side", "squash", "pad")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -24,15 +26,15 @@ CROP_MODES = {"center": "shorter-side", "squash": "squash", "border": "pad"}
 LARGEST_RESIZED = 1 << 26  # pixels
 ORIENTATION = 0x0112  # EXIF tag
 TRANSPOSITIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
 }
-"""EXIF orientation -> what makes the image upright; others are upright."""
+"""EXIF orientation -> Pillow's transposition that makes the image upright; others are upright."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class Resizing:
 
     def resized_image(self, image: Image.Image) -> Image.Image:
         """The whole RGB image, which is upright already where `exif` is `apply`, at its target size."""
+        from PIL import Image  # here, since records are read by commands that open no image
+
         method = Image.Resampling[self.interpolation.upper()]
         return image.resize(self.target_size(*image.size), method)
 
@@ -183,8 +187,12 @@ def resized_pixels(image: Image.Image, rules: Iterable[Resizing]) -> dict[str, n
 def decoded(image: Image.Image, exif: str) -> Image.Image:
     """The RGB pixels of an opened image, upright where `exif` is `apply`."""
     rgb = image.convert("RGB")
-    method = TRANSPOSITIONS.get(exif_orientation(image)) if exif == "apply" else None
-    return rgb if method is None else rgb.transpose(method)
+    name = TRANSPOSITIONS.get(exif_orientation(image)) if exif == "apply" else None
+    if name is None:
+        return rgb
+    from PIL import Image
+
+    return rgb.transpose(Image.Transpose[name])
 
 
 def exif_orientation(image: Image.Image) -> int:

@@ -29,7 +29,7 @@ import numpy as np
 
 import prepare
 from prepare import PROJECT
-from reporting import clean_environment, interval, report, row
+from reporting import clean_environment, mean_with_interval, report, row
 from stacking import peer_weights
 
 sys.path.insert(0, str(PROJECT / "scripts"))
@@ -255,9 +255,11 @@ def score_rows(outcomes: Sequence[Mapping[str, Any]], metric: str, unit: str) ->
         holds, peer = None, None
         if name != "recommended":
             gains = [sign * (other - value) for other, value in zip(values, chosen, strict=True)]
-            peer = f"the recommended one gains {_shown(gains, '+.4f')}"
+            peer = f"the recommended one gains {mean_with_interval(gains, '+.4f')}"
             holds = bool(np.mean(gains) >= 0) if goal else None
-        rows.append(row(what, float(np.mean(values)), f"{unit}: {_shown(values, '.4f')}", goal, holds, peer))
+        rows.append(
+            row(what, float(np.mean(values)), f"{unit}: {mean_with_interval(values, '.4f')}", goal, holds, peer)
+        )
     return rows
 
 
@@ -270,11 +272,6 @@ def time_rows(outcomes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         goal = f"at most {PASS_GOAL} forward passes and {PASS_SECONDS:.0f} s, {limit:.1f} s" if has_goal else None
         rows.append(row(f"seconds: {name}", seconds, "s", goal, seconds <= limit if has_goal else None, None))
     return rows
-
-
-def _shown(values: Sequence[float], form: str) -> str:
-    around = interval(values)
-    return f"{np.mean(values):{form}}" + (f" [{around[0]:{form}}, {around[1]:{form}}]" if around else "")
 
 
 if __name__ == "__main__":

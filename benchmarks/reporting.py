@@ -61,6 +61,12 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     return float(np.mean(values)) - half, float(np.mean(values)) + half
 
 
+def mean_with_interval(values: Sequence[float], form: str) -> str:
+    """The mean of a few values and its `interval` where there is one, each in the format `form`."""
+    bounds = interval(values)
+    return f"{np.mean(values):{form}}" + (f" [{bounds[0]:{form}}, {bounds[1]:{form}}]" if bounds else "")
+
+
 def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float] | None:
     """95 % interval of the ratio of two means of paired values, by Fieller's theorem (1954).
 

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 import prepare
-from reporting import interval, report, row
+from reporting import mean_with_interval, report, row
 from stacking_costs import time_rows, tree_rows
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -270,15 +270,10 @@ def loss_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
         beside, holds = None, None
         if name != "recommended":
             gains = [other - own for other, own in zip(found, chosen, strict=True)]
-            beside = f"the recommended one gains {_shown(gains, '+.4f')}"
+            beside = f"the recommended one gains {mean_with_interval(gains, '+.4f')}"
             holds = bool(np.mean(gains) >= 0) if wanted else None
-        rows.append(row(what, mean, f"nats: {_shown(found, '.4f')}", wanted, holds, beside))
+        rows.append(row(what, mean, f"nats: {mean_with_interval(found, '.4f')}", wanted, holds, beside))
     return rows
-
-
-def _shown(values: Sequence[float], form: str) -> str:
-    around = interval(values)
-    return f"{np.mean(values):{form}}" + (f" [{around[0]:{form}}, {around[1]:{form}}]" if around else "")
 
 
 if __name__ == "__main__":

@@ -5,33 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from given_predictions import CONFIG, empty_workspace
+from listed_images import CLASSES, scan_of
 from timm_folders import ARCHITECTURE, change_config, save_folder
 
-from utils.core.artifacts import FileDigests
 from utils.core.errors import UserError
 from utils.discovery import declarations
 from utils.discovery.declarations import Options
-from utils.discovery.identification import Scan, identify
+from utils.discovery.identification import identify
 from utils.predictions.catalog import Catalog, is_declared
-from utils.predictions.image_splits import ImageSplit
 
-CLASSES = ("ant", "bee", "cat")
 TIMM_RECORD = "160 px of shorter side 168, bilinear, mean 0.5, std 0.5"
 
 
 @pytest.fixture
 def scan(tmp_path):
-    workspace = empty_workspace(tmp_path / "w")
-    workspace.checkpoints.mkdir()
-    ids = tuple(f"{name}/a.png" for name in CLASSES)
-    train = ImageSplit("train", CLASSES, ids, np.arange(3), tuple(map(Path, ids)), ("0", "1", "2"), "digest")
-    return Scan(CONFIG, workspace, FileDigests(workspace.digests), {"train": train})
+    return scan_of(tmp_path / "w")
 
 
 @pytest.fixture(scope="session")

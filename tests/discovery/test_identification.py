@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from given_predictions import CONFIG, empty_workspace
+from listed_images import scan_of
 
-from utils.core.artifacts import FileDigests
 from utils.core.errors import UserError
-from utils.discovery.identification import MemberCandidate, Scan, identify
-from utils.predictions.image_splits import ImageSplit
+from utils.discovery.identification import MemberCandidate, identify
 
 NAME = "CustomConvNeXt"
-CLASSES = ("ant", "bee", "cat")
 
 
 @pytest.fixture
 def scan(tmp_path):
-    workspace = empty_workspace(tmp_path / "w")
-    workspace.checkpoints.mkdir()
-    ids = tuple(f"{name}/a.png" for name in CLASSES)
-    train = ImageSplit("train", CLASSES, ids, np.arange(3), tuple(map(Path, ids)), ("0", "1", "2"), "digest")
-    return Scan(CONFIG, workspace, FileDigests(workspace.digests), {"train": train})
+    return scan_of(tmp_path / "w")
 
 
 def candidate(scan, *, outputs=3, **extra):

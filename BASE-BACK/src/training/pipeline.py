@@ -174,14 +174,7 @@ def create_improved_scheduler(
     steps = max(1, epochs * steps_per_epoch)
     if backbone_name in TRANSFORMERS:
         warm = max(1, min(WARMUP_EPOCHS * steps_per_epoch, steps // 4))
-
-        def factor(step: int) -> float:
-            if step < warm:
-                return (step + 1) / warm
-            progress = min(1.0, (step - warm) / max(1, steps - warm))
-            return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
-
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return _warm_up_and_cosine(optimizer, warm, steps, lowest=0.1)
     total = max(steps, 2) + 1  # the first value is taken before the first step
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
@@ -215,12 +208,19 @@ def create_cosine_scheduler(
     """A tenth of the steps of linear warm-up, then a cosine down to a hundredth of each group's rate."""
     steps = max(1, epochs * steps_per_epoch)
     warm = max(1, steps // 10)
+    return _warm_up_and_cosine(optimizer, warm, steps, lowest=0.01)
+
+
+def _warm_up_and_cosine(
+    optimizer: torch.optim.Optimizer, warm: int, steps: int, *, lowest: float
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """`warm` steps of linear warm-up, then a cosine that reaches `lowest` of each group's rate after `steps`."""
 
     def factor(step: int) -> float:
         if step < warm:
             return (step + 1) / warm
         progress = min(1.0, (step - warm) / max(1, steps - warm))
-        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
+        return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 

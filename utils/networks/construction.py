@@ -158,13 +158,11 @@ def _construct_timm(spec: NetworkSpec, n_outputs: int) -> nn.Module:
             f"{spec.checkpoint}: timm {timm.__version__} has no model {architecture!r}"
             f"{did_you_mean(architecture, timm.list_models())}. Name one of timm.list_models()"
         )
-    defaults = timm.get_pretrained_cfg(architecture)
-    needs_size = defaults is not None and defaults.fixed_input_size and defaults.input_size[-1] != spec.img_size
-    options: dict[str, Any] = {"img_size": spec.img_size} if needs_size else {}
+    stages = base_back.load_bundled("stage_features")
     try:
-        model: nn.Module = timm.create_model(architecture, pretrained=False, num_classes=n_outputs, **options)
+        model: nn.Module = stages.create_timm(architecture, n_outputs, spec.img_size)
         if spec.architecture != architecture:
-            model = base_back.load_bundled("stage_features").StageFeatures(model, n_outputs, spec.img_size)
+            model = stages.StageFeatures(model, n_outputs, spec.img_size)
         return model
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.pretrained_weights import WHEELS, PretrainedFile, WeightsError, fitted_weights, in_order
-from utils.stage_features import StageFeatures, timm_name
+from utils.stage_features import StageFeatures, create_timm, timm_name
 
 TIMM = "timm:"
 """Prefix of the architecture of a network that timm builds."""
@@ -53,23 +53,18 @@ def _with_stages(model: nn.Module, architecture: str, num_classes: int, img_size
     return StageFeatures(model, num_classes, img_size)
 
 
-def _build_plain(architecture: str, num_classes: int, img_size: int) -> nn.Module:
-    import timm
-
-    defaults = timm.get_pretrained_cfg(architecture)
-    is_fixed = defaults is not None and defaults.fixed_input_size and defaults.input_size[-1] != img_size
-    options: dict[str, Any] = {"img_size": img_size} if is_fixed else {}
+def _build_plain(name: str, num_classes: int, img_size: int) -> nn.Module:
     try:
-        model: Any = timm.create_model(architecture, pretrained=False, num_classes=num_classes, **options)
+        network = create_timm(name, num_classes, img_size)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"{architecture}: timm cannot build it for {num_classes} classes and {img_size} px ({error}); choose "
-            "another input size with --img-size"
+            f"{name}: timm cannot build it for {num_classes} classes and {img_size} px ({error}); choose another input "
+            "size with --img-size"
         ) from error
-    for module in model.modules():
+    modules: Any = network.modules()  # mypy knows no attributes of timm's modules
+    for module in modules:
         if hasattr(module, "fused_attn"):  # it would need ONNX opset 14
             module.fused_attn = False
-    network: nn.Module = model
     return network
 
 

@@ -21,6 +21,20 @@ def timm_name(architecture: str) -> str:
     return architecture.removesuffix(SUFFIX)
 
 
+def create_timm(name: str, num_classes: int, img_size: int) -> nn.Module:
+    """timm's network of a plain name with random weights; one that is built for a fixed input size gets `img_size`.
+
+    Raises what timm raises where it cannot build it: TypeError, ValueError, RuntimeError or AssertionError.
+    """
+    import timm
+
+    defaults = timm.get_pretrained_cfg(name)
+    is_fixed = defaults is not None and defaults.fixed_input_size and defaults.input_size[-1] != img_size
+    options: dict[str, Any] = {"img_size": img_size} if is_fixed else {}
+    network: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
+    return network
+
+
 class StageFeatures(nn.Module):
     """A network of timm, `trunk`, and a linear layer, `head`, on the mean and standard deviation of each channel.
 

@@ -114,19 +114,9 @@ def _discovered(
     problems = split_checks.split_problems(scan.splits)
     imbalance_problem = imbalance.problem(scan.splits["train"])
     problems += [imbalance_problem] if imbalance_problem else []
-    members: dict[str, Member] = {}
     requested = declarations.declared(scan, options, earlier)
-    for candidate in [*candidates.trained(workspace), *declarations.member_candidates(scan, requested, earlier)]:
-        try:
-            members[candidate.name], candidate_problems = identify(scan, candidate)
-            problems += candidate_problems
-        except UserError as error:
-            remedy = "See the message"
-            if candidate.remembered is not None:
-                remedy = f"Remove it: {shlex.join([*catalog.DISCOVER, '--remove', candidate.name])}"
-            problems.append(Problem("checkpoint_refused", "error", candidate.name, str(error), remedy))
-            if candidate.remembered is not None:  # a declaration outlives its file
-                members[candidate.name] = replace(candidate.remembered, usable=False, oof=None)
+    members, candidate_problems = _identified(scan, requested, earlier)
+    problems += candidate_problems
     added = [declaration.name for declaration in requested.declarations]
     listed_now = declarations.remembered_members(scan, earlier).keys() | set(added)
     statements = training_statements.parse(
@@ -144,12 +134,8 @@ def _discovered(
     if verify:
         threads = image_splits.decoding_threads(config.dataset.num_workers)
         inspector = replace(inspector, device=streaming.resolve_device(config.device), threads=threads)
+        _run_networks(inspector, members, force=force)
     for name, member in members.items():
-        if verify and _is_verified(config, member):
-            inspection.verify(inspector, member, force=force)
-            if catalog.is_declared(workspace, member):
-                inspection.verify_training_data(inspector, member, force=force)
-            preprocessing_checks.compare(inspector, member, force=force)
         if member.usable:
             members[name], measured_problems = _with_measurements(inspector, member)
             problems += measured_problems
@@ -175,6 +161,36 @@ def _discovered(
     result = _written(workspace, listed, measured, verify=verify, verbose=verbose)
     text = "\n".join([*requested.messages, *messages, result.text])
     return replace(result, text=text, failures=[*requested.failures, *result.failures])
+
+
+def _identified(
+    scan: Scan, requested: declarations.Declared, earlier: Catalog | None
+) -> tuple[dict[str, Member], list[Problem]]:
+    """All members of the scan by name, and the problems of their checkpoints."""
+    members: dict[str, Member] = {}
+    problems: list[Problem] = []
+    for candidate in [*candidates.trained(scan.workspace), *declarations.member_candidates(scan, requested, earlier)]:
+        try:
+            members[candidate.name], candidate_problems = identify(scan, candidate)
+            problems += candidate_problems
+        except UserError as error:
+            remedy = "See the message"
+            if candidate.remembered is not None:  # a declaration outlives its file
+                remedy = f"Remove it: {shlex.join([*catalog.DISCOVER, '--remove', candidate.name])}"
+                members[candidate.name] = replace(candidate.remembered, usable=False, oof=None)
+            problems.append(Problem("checkpoint_refused", "error", candidate.name, str(error), remedy))
+    return members, problems
+
+
+def _run_networks(inspector: Inspector, members: Mapping[str, Member], *, force: bool) -> None:
+    """Run the members that are verified on images, and store the results."""
+    for member in members.values():
+        if not _is_verified(inspector.config, member):
+            continue
+        inspection.verify(inspector, member, force=force)
+        if catalog.is_declared(inspector.workspace, member):
+            inspection.verify_training_data(inspector, member, force=force)
+        preprocessing_checks.compare(inspector, member, force=force)
 
 
 def verified_catalog(config: Config, workspace: Workspace) -> Catalog:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,3 +100,28 @@ def test_threads_wait_passively_unless_the_user_says_otherwise(synthetic, tmp_pa
         workspace = shutil.copytree(synthetic, tmp_path / name)  # one that is known is discovered without torch
         settings = openmp_settings(*PROGRAMS[program], "--workspace", str(workspace), **given)
         assert (settings["GOMP_SPINCOUNT"] != "0", settings["OMP_NUM_THREADS"]) == (spins, number)
+
+
+FAULTS = """
+import resource, sys
+import torch
+from utils.threads import intra_op_threads
+
+images, faults = torch.ones(16, 64, 112, 112), []
+for _ in range(4):
+    with intra_op_threads(1):
+        for _ in range(4):
+            images * 2  # 51 MB, allocated and freed
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[0])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+def test_freed_tensors_stay_in_the_process_for_the_next_ones():
+    source = Path(threads.__file__).parents[1]
+    child = subprocess.run(
+        [sys.executable, "-c", FAULTS], cwd=source, capture_output=True, text=True, check=True, timeout=300
+    )
+    pages_of_one_tensor = 16 * 64 * 112 * 112 * 4 // 4096
+    assert int(child.stdout) < pages_of_one_tensor

@@ -22,6 +22,7 @@ from training.timm_networks import embed
 from utils import DEVICE, logger
 from utils.datasets import DecodedDataset
 from utils.files import atomic_path
+from utils.threads import intra_op_threads
 
 FORMAT = 1  # raised whenever the same network and image would give another embedding
 BATCH = 1 if DEVICE.type == "cpu" else 32
@@ -76,7 +77,8 @@ def compute(network: Pretrained, dataset: DecodedDataset, shard: int = 0, shards
 
 def _run(model: Any, dataset: DecodedDataset, rows: Sequence[int], view: int) -> np.ndarray:
     parts = []
-    with torch.inference_mode():
+    number = torch.get_num_threads() if DEVICE.type == "cpu" else None
+    with torch.inference_mode(), intra_op_threads(number):
         for start in range(0, len(rows), BATCH):
             images = dataset.crops(rows[start : start + BATCH]).to(DEVICE, memory_format=LAYOUT)
             parts.append(embed(model, images.flip(-1) if view else images).float().cpu())

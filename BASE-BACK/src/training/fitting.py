@@ -92,7 +92,6 @@ class Fitted:
         return {name: found.get(name, []) for name in ("head", "finetune")}
 
 
-@intra_op_threads(None)  # what it sets ends with it
 def fit(
     recipe: Recipe,
     model: nn.Module,
@@ -117,39 +116,37 @@ def fit(
     model.to(device)
     plan = usual_phases(recipe) if phases is None else phases
     stages, running = _saved(progress, plan)
-    _set_threads(recipe, model, device, progress)
-    for phase in plan:
-        if phase.name not in [stage.name for stage in stages]:
-            seed = recipe.seed_for(*purpose, phase.name)
-            _choose_trainable(recipe, model, device, head_only=phase.name == "head")
-            set_seed(seed)
-            train_loader = make_train_loader(seed)
-            factors = recipe.weights_of(train_loader.dataset.targets)
-            weighted = get_loss_function_for_backbone(recipe.backbone, len(recipe.classes), factors).to(device)
-            losses = (weighted, criterion)
-            training = _Training(recipe, model, train_loader, val_loader, losses, device, stages, progress, keep)
-            stages.append(training.run(phase, running))
-            running = None
-            if progress:
-                progress.save(_record(stages))
-        if phase.name == "head":
-            model.load_state_dict(stages[0].last)
-    model.load_state_dict(stages[-1].last)
-    _check_end(recipe, stages[-1])
-    validation = validate_epoch_optimized(model, val_loader, criterion, device)[:5]
+    with intra_op_threads(_threads(recipe, model, device, progress)):
+        for phase in plan:
+            if phase.name not in [stage.name for stage in stages]:
+                seed = recipe.seed_for(*purpose, phase.name)
+                _choose_trainable(recipe, model, device, head_only=phase.name == "head")
+                set_seed(seed)
+                train_loader = make_train_loader(seed)
+                factors = recipe.weights_of(train_loader.dataset.targets)
+                weighted = get_loss_function_for_backbone(recipe.backbone, len(recipe.classes), factors).to(device)
+                losses = (weighted, criterion)
+                training = _Training(recipe, model, train_loader, val_loader, losses, device, stages, progress, keep)
+                stages.append(training.run(phase, running))
+                running = None
+                if progress:
+                    progress.save(_record(stages))
+            if phase.name == "head":
+                model.load_state_dict(stages[0].last)
+        model.load_state_dict(stages[-1].last)
+        _check_end(recipe, stages[-1])
+        validation = validate_epoch_optimized(model, val_loader, criterion, device)[:5]
     return Fitted(model, stages, tuple(float(value) for value in validation))  # type: ignore[arg-type]
 
 
-def _set_threads(recipe: Recipe, model: nn.Module, device: torch.device, progress: Progress | None) -> None:
-    """Set the number of intra-op threads: that of the interrupted training, else that of the table."""
+def _threads(recipe: Recipe, model: nn.Module, device: torch.device, progress: Progress | None) -> int | None:
+    """Number of intra-op threads: that of the interrupted training, else that of the table."""
     number = threads_of_network("base training", model, recipe.img_size, device)
-    if number is None:
-        return
-    if progress:
+    if number is not None and progress:
         if progress.threads not in (None, number):
             logger.info("%s: %d threads, as when it began", progress.path.stem, progress.threads)
         number = progress.threads = progress.threads or number
-    torch.set_num_threads(number)
+    return number
 
 
 def usual_phases(recipe: Recipe) -> list[Phase]:

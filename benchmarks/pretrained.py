@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -38,7 +39,7 @@ import demo
 CONFIG = PROJECT / demo.PHOTOGRAPHS
 SPLITS = 5
 QUICK_IMAGES = 20  # of each digit
-PASS_GOAL, PASS_SECONDS = 1.1, 10.0
+PASS_GOAL, PASS_SECONDS, PASS_BATCH = 1.1, 10.0, 8
 SINGLE = "lite0"  # the member whose head reads the last embedding of one network
 LOGISTIC = "scikit-learn's logistic regression on"
 PEERS = (f"{LOGISTIC} lite0", f"{LOGISTIC} lite0_stages", "AutoGluon's weighted ensemble", "best single member")
@@ -217,7 +218,7 @@ def _logistic_regression(store: Any, member: Any) -> dict[str, float]:
 
 
 def _forward_pass(store: Any, member: Any) -> float:
-    """Seconds to decode every image and pass it through a member's network, 32 at a time, with all cores."""
+    """Seconds to decode every image and pass it through a member's network with all cores, as fast as this product."""
     import torch
 
     from utils import base_back
@@ -227,10 +228,11 @@ def _forward_pass(store: Any, member: Any) -> float:
     model, resizing = streaming.open_network(spec), spec.preprocessing.resizing()
     paths = [path for split in prepare.SPLITS for path in store.images(split).paths]
     opener = base_back.load_bundled("image_files").open_image
+    kept_memory = base_back.load_bundled("threads").intra_op_threads(os.cpu_count())
     start = time.perf_counter()
-    with torch.inference_mode():
-        for first in range(0, len(paths), 32):
-            pixels = np.stack([resizing.square(opener(path)) for path in paths[first : first + 32]])
+    with torch.inference_mode(), kept_memory:
+        for first in range(0, len(paths), PASS_BATCH):
+            pixels = np.stack([resizing.square(opener(path)) for path in paths[first : first + PASS_BATCH]])
             model(image_splits.normalise(torch.from_numpy(pixels), spec.preprocessing))
     return time.perf_counter() - start
 

@@ -119,15 +119,44 @@ def test_a_configuration_of_unlikely_size_is_refused(tmp_path):
         read_config(tmp_path)
 
 
-def test_an_image_processor_that_is_not_read_is_named_with_what_is_used(tmp_path, heard):
+PROCESSOR = {
+    "image_processor_type": "ViTImageProcessor",
+    "size": {"height": 224, "width": 224},
+    "resample": 3,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.25, 0.25, 0.25],
+}
+
+
+def test_weights_beside_an_image_processor_are_trained_with_its_preprocessing(tmp_path):
     from training import pretrained
     from utils.pretrained_weights import read_pretrained
 
-    path = write_weights(tmp_path / "w.pth")
-    (tmp_path / "preprocessor_config.json").write_text("{}")
-    assert pretrained._preprocessing(ARCHITECTURE, read_pretrained(path), 32)["source"] == "timm"
-    assert "preprocessor_config.json: not read by main.py" in heard.text
-    assert f"timm for {ARCHITECTURE}" in heard.text
+    file = read_pretrained(write_weights(tmp_path / "w.pth"))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    record = pretrained._preprocessing(ARCHITECTURE, file, 32)
+    assert (record["input_size"], record["resized"], record["resize"]) == (32, 32, "squash")
+    assert (record["interpolation"], record["mean"], record["exif"]) == ("bicubic", [0.5] * 3, "apply")
+    assert record["source"] == "preprocessor_config.json"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (json.dumps(PROCESSOR | {"do_pad": True}), "it pads"),
+        (json.dumps(PROCESSOR | {"image_processor_type": "SamImageProcessor"}), "'SamImageProcessor' is not supported"),
+        (json.dumps(PROCESSOR | {"image_std": [0, 1, 1]}), "each std above 0"),
+        ("{", "damaged JSON"),
+    ],
+)
+def test_an_image_processor_that_no_record_can_hold_is_refused(tmp_path, text, reason):
+    from training import pretrained
+    from utils.pretrained_weights import WeightsError, read_pretrained
+
+    file = read_pretrained(write_weights(tmp_path / "w.pth"))
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    with pytest.raises(WeightsError, match=rf"preprocessor_config\.json: .*{reason}"):
+        pretrained._preprocessing(ARCHITECTURE, file, 32)
 
 
 def test_position_embeddings_are_resampled_to_another_input_size(tmp_path):

@@ -23,6 +23,7 @@ from training.timm_networks import (
 from utils import compute_file_sha256, logger
 from utils.files import atomic_path, read_json, write_json
 from utils.image_files import open_image
+from utils.image_processors import record_of_image_processor
 from utils.pretrained_weights import (
     SUFFIXES,
     WHEELS,
@@ -30,6 +31,7 @@ from utils.pretrained_weights import (
     WeightsError,
     hub_name,
     read_config,
+    read_json_object,
     read_pretrained,
     remedy,
     weights_path,
@@ -41,6 +43,7 @@ from utils.trunks import trunk_digest
 
 HUB = "hub"
 RANDOM = "random"
+PROCESSOR = "preprocessor_config.json"
 LEAST_DEFAULT_SIZE, SIZE_STEP = 64, 32  # px; below, a network for photographs has no features left to pool
 ENLARGEMENT = 1.4
 """How far small images are enlarged by default. A frozen network on 477 photographs of 160 px has a log-loss out of
@@ -239,20 +242,25 @@ def _default_size(architecture: str, samples: Sequence[Sample]) -> int:
 
 
 def _preprocessing(architecture: str, file: PretrainedFile | None, size: int) -> dict[str, Any]:
-    """The preprocessing record: the file's own, that of `config.json` beside it, or that of the architecture."""
+    """The preprocessing record at an input size: the file's own, that of a file beside it, or of the architecture.
+
+    Files beside it are `preprocessor_config.json` (Hugging Face), then `config.json` (timm), as for `discover --add`.
+    """
     if file and file.preprocessing is not None:
         try:
             return scaled_record(file.preprocessing, size, source="checkpoint")
         except ValueError as error:
             raise WeightsError(f"{file.path}: extra.{error}. Correct the record, or leave it out") from error
-    config = read_config(file.path.parent) if file else None
-    if file and (processor := file.path.parent / "preprocessor_config.json").is_file():
-        logger.warning(
-            "%s: not read by main.py, which trains with the preprocessing of %s; --img-size sets the size. To use its "
-            "values, write them into pretrained_cfg of config.json beside it",
-            processor,
-            "config.json" if config and "pretrained_cfg" in config else f"timm for {architecture}",
-        )
+    folder = file.path.parent if file else None
+    processor = read_json_object(folder / PROCESSOR) if folder else None
+    if folder and processor is not None:
+        try:
+            return scaled_record(record_of_image_processor(processor, source=PROCESSOR), size, source=PROCESSOR)
+        except ValueError as error:
+            raise WeightsError(
+                f"{folder / PROCESSOR}: {error}. Correct it, or move it away to train with timm's preprocessing"
+            ) from error
+    config = read_config(folder) if folder else None
     if config and "pretrained_cfg" in config:
         return record_of_timm_config(config["pretrained_cfg"], size, source="config.json")
     return timm_record(timm_name(architecture), size)

@@ -136,20 +136,28 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
     Raises `WeightsError` for a damaged one, or one that is too large.
     """
-    path = folder / "config.json"
+    config = read_json_object(folder / "config.json")
+    is_timm = config is not None and isinstance(config.get("pretrained_cfg", {}), dict)
+    return config if is_timm and config and isinstance(config.get("architecture"), str) else None
+
+
+def read_json_object(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file beside weights; None where there is no such file, or it holds something else.
+
+    Raises `WeightsError` for a damaged one, or one that is too large.
+    """
     if not path.is_file():
         return None
     if path.stat().st_size > MOST_CONFIG_BYTES:
         raise WeightsError(
-            f"{path}: {path.stat().st_size / 1e6:.1f} MB; expected timm's config.json, of at most "
+            f"{path}: {path.stat().st_size / 1e6:.1f} MB; expected a {path.name} of at most "
             f"{MOST_CONFIG_BYTES / 1e6:.0f} MB. Correct it, or remove it"
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: damaged JSON ({error}); copy it again, or remove it") from error
-    is_timm = isinstance(config, dict) and isinstance(config.get("pretrained_cfg", {}), dict)
-    return config if is_timm and isinstance(config.get("architecture"), str) else None
+    return content if isinstance(content, dict) else None
 
 
 def _no_number(text: str) -> float:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from conftest import PROJECT
-from given_predictions import empty_workspace, take_in, write
+from given_predictions import empty_workspace, logged, take_in, write
 
-from utils.building import build_commands
+from utils.building import build_commands, ensembles
 from utils.building.builder_protocol import Session, state_of
 from utils.building.meta_builder import MetaBuilder, meta_fuse
 from utils.core.config import Config
@@ -75,3 +75,26 @@ def test_a_damaged_input_is_a_reason_and_not_damage_of_the_fuser(own):
     found = state(own)
     assert found.state == "stale"
     assert "soft_voting_ensemble" in found.reasons[0]
+
+
+ON_VAL_ROWS = ("runs.score_ensemble.methods=[weighted]", "runs.score_ensemble.fit_rows=val")
+THREE = "runs.meta_fuser.input_ensembles=[soft_voting,logit_averaging,weighted]"
+
+
+def test_an_input_on_few_rows_is_left_out_and_the_fuser_keeps_the_rows_of_the_others(own, caplog):
+    build_commands.build_ensemble(config(*ON_VAL_ROWS), own)
+    with logged(caplog):
+        result = meta_fuse(config(THREE), own)
+    assert result.document["inputs"] == ["logit_averaging_ensemble", "soft_voting_ensemble"]
+    assert "weighted_ensemble has cross-fitted predictions on 30 rows, other inputs on up to 90" in caplog.text
+    record = ensembles.record_of(own, "meta_fuser")
+    assert record["crossfit"]["n"] == 90
+    assert list(record["inputs_left_out"]) == ["weighted_ensemble"]
+    assert state(own, THREE).state == "current"
+
+
+def test_inputs_on_few_rows_that_leave_one_input_are_refused_with_the_reason(own):
+    build_commands.build_ensemble(config(*ON_VAL_ROWS), own)
+    two = "runs.meta_fuser.input_ensembles=[soft_voting,weighted]"
+    with pytest.raises(UserError, match=r"leaves 1 ensemble.*weighted_ensemble has cross-fitted predictions on 30 "):
+        MetaBuilder().check(Session.open(config(two), own))

@@ -28,6 +28,8 @@ from utils.predictions.fold_networks import FULL
 logger = logging.getLogger("disease_pipeline")
 
 NAME = METHOD = "meta_fuser"
+MIN_ROWS_SHARE = 0.5
+"""Of the rows of the input that has most: an input with fewer would decide how few rows the fuser is fitted on."""
 
 
 def meta_fuse(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
@@ -69,7 +71,7 @@ class MetaBuilder(Builder):
         if len(inputs.records) < 2:
             raise UserError(
                 f"{session.config.source}: runs.meta_fuser.input_ensembles leaves {len(inputs.records)} ensemble(s) to "
-                f"fuse, two are needed. {'; '.join(inputs.problems)}"
+                f"fuse, two are needed. {'; '.join([*inputs.problems, *inputs.few_rows.values()])}"
             )
         _require_members(session, inputs)
 
@@ -99,7 +101,10 @@ class MetaBuilder(Builder):
     def build(self, session: Session, names: Sequence[str], *, force: bool) -> Build:
         """Fit the fuser on the rows on which all inputs have cross-fitted predictions."""
         config, store, members = session.config, session.store, self.members(session)
-        records = _inputs(session).records
+        chosen = _inputs(session)
+        records = chosen.records
+        for reason in chosen.few_rows.values():
+            logger.warning("left out of %s: %s", NAME, reason)
         inputs = {name: ensembles.load(session.workspace, name) for name in records}
         fold_networks.ensure(store, members, STREAMED_SPLITS, _inference(records))
         facts = fitting.member_facts(store, members)
@@ -117,6 +122,7 @@ class MetaBuilder(Builder):
             extra_inputs=depends_on(config, records),
             prior_provenance=[ensemble.provenance for ensemble in inputs.values()],
             baselines=simple,
+            notes={"inputs_left_out": chosen.few_rows},
         )
         return Build(session, (NAME,))
 
@@ -134,6 +140,8 @@ class Inputs:
     """{ensemble: its `ensemble.json`}, sorted by name"""
     problems: list[str]
     """Why others that the configuration lists are left out."""
+    few_rows: dict[str, str]
+    """{ensemble: why it is left out}, of those with cross-fitted predictions on too few rows"""
 
 
 def depends_on(config: Config, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -181,7 +189,21 @@ def _inputs(session: Session) -> Inputs:
                 f"{requested[name]}: its members' fold networks answer, and full networks for the other inputs. Build "
                 "it again: python ensemble_orchestrator.py stack --set runs.stacking.inference_members=full"
             )
-    return Inputs(dict(sorted(records.items())), problems)
+    few_rows = _with_few_rows(records)
+    return Inputs({name: records[name] for name in sorted(records.keys() - few_rows.keys())}, problems, few_rows)
+
+
+def _with_few_rows(records: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """{input: why it is left out} of inputs on so few rows that the fuser would lose most of the others' rows."""
+    counts = {name: record["crossfit"]["n"] for name, record in records.items()}
+    most = max(counts.values(), default=0)
+    return {
+        name: f"{name} has cross-fitted predictions on {count} rows, other inputs on up to {most}; the fuser needs "
+        "rows that all inputs share. Build it on the same rows (fit_rows, train_embeddings), or take it out of "
+        "runs.meta_fuser.input_ensembles"
+        for name, count in sorted(counts.items())
+        if count < MIN_ROWS_SHARE * most
+    }
 
 
 def _inference(records: Mapping[str, Mapping[str, Any]]) -> str:

@@ -48,7 +48,7 @@ def measure(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
     """{kind: {expected and test log-loss and accuracy}} of one split, fitted on its train images."""
     from dataclasses import replace
 
-    from utils.combiners.protocol import MemberFacts
+    from utils.combiners.protocol import MemberFacts, fit_crossfitted
     from utils.core.config_file import load_config
     from utils.numeric.metrics import accuracy, log_loss
     from utils.stacking_methods import COMBINERS
@@ -62,7 +62,7 @@ def measure(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
     recipe = replace(COMBINERS["stacking_xgb"].configured(load_config(prepare.CONFIG), facts), fallback=False)
     found = {}
     for kind, logits in zip(KINDS, (arrays["train_logits"], arrays["logits"][:, own]), strict=True):
-        expected = recipe.fit_crossfitted(logits, labels, folds)
+        expected = fit_crossfitted(recipe, logits, labels, folds)
         answers = recipe.predict_proba(arrays["test_logits"])
         found[kind] = {
             "expected log-loss": log_loss(expected, labels),

@@ -35,7 +35,7 @@ def time_rows(arrays: Mapping[str, np.ndarray], config: Any, *, turns: int) -> l
 
     Three folds in place of five: six fits and the last in place of fifteen and the last.
     """
-    from utils.combiners.protocol import MemberFacts
+    from utils.combiners.protocol import MemberFacts, fit_crossfitted
     from utils.stacking_methods import COMBINERS
 
     logits, labels, folds = arrays["logits"], arrays["labels"], arrays["fold"] % 3
@@ -46,7 +46,7 @@ def time_rows(arrays: Mapping[str, np.ndarray], config: Any, *, turns: int) -> l
         recipe = replace(COMBINERS[name].configured(config, facts), n_jobs=1)
         own, beside = [], []
         for _ in range(turns):
-            own.append(_cpu_seconds(lambda recipe=recipe: recipe.fit_crossfitted(logits, labels, folds)))
+            own.append(_cpu_seconds(lambda recipe=recipe: fit_crossfitted(recipe, logits, labels, folds)))
             calls = list(bare(recipe, logits, labels, list(_rows_of_fits(folds))))
             beside.append(_cpu_seconds(lambda calls=calls: [call() for call in calls]))
         ratio = min(own) / min(beside)

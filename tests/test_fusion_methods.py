@@ -13,7 +13,7 @@ import torch
 
 from utils.combiners import embedding_maps, fusion_learner
 from utils.combiners.fusion_heads import AttentionHead, BilinearHead
-from utils.combiners.protocol import MemberFacts
+from utils.combiners.protocol import MemberFacts, fit_crossfitted
 from utils.core.config import validate
 from utils.core.errors import UserError
 from utils.fusion_methods import COMBINERS
@@ -48,7 +48,7 @@ def rows():
 
 @pytest.mark.parametrize("method", ["concat_mlp", "attention", "bilinear", "cca_aligned"])
 def test_heads_learn_what_only_the_embeddings_know(method, rows):
-    unseen = recipe(method, shape={"epochs": 14}).fit_crossfitted(*rows)
+    unseen = fit_crossfitted(recipe(method, shape={"epochs": 14}), *rows)
     assert log_loss(unseen, rows[1]) < 0.5 * np.log(C)
 
 
@@ -62,7 +62,7 @@ def test_embeddings_that_say_little_do_no_harm(method, odd, rows):
     outputs, labels, folds = rows
     outputs = MemberOutputs(outputs.logits, (*outputs.embeddings[:2], odd.astype(np.float32)))
     fitted = recipe(method)
-    unseen = fitted.fit_crossfitted(outputs, labels, folds)
+    unseen = fit_crossfitted(fitted, outputs, labels, folds)
     assert log_loss(unseen, labels) < 0.7 * np.log(C)
     assert np.isfinite(fitted.predict_proba(outputs)).all()
 

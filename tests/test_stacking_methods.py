@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from utils.combiners.protocol import MemberFacts, fit_crossfitted
+from utils.combiners.forest import ForestLearner
+from utils.combiners.protocol import MemberFacts, fit_crossfitted, fit_nested
 from utils.core.config import validate
 from utils.meta_methods import FUSERS
 from utils.numeric.metrics import log_loss, softmax
@@ -53,6 +54,39 @@ def test_a_fold_is_answered_by_what_has_not_read_its_labels(make, rows):
     after = fit_crossfitted(make(), logits, changed, folds)
     np.testing.assert_array_equal(after[folds == 2], before[folds == 2])
     assert not np.array_equal(after[folds != 2], before[folds != 2])
+
+
+def test_inner_copies_of_a_fold_have_read_none_of_its_labels(make, rows):
+    logits, labels, folds = rows
+    before = fit_nested(make(), logits, labels, folds)
+    after = fit_nested(make(), logits, np.where(folds == 2, (labels + 1) % C, labels), folds)
+    np.testing.assert_array_equal(after.inner[2], before.inner[2])
+    assert not np.array_equal(after.inner[1], before.inner[1])
+    assert log_loss(before.inner[2], labels) < log_loss(softmax(logits).mean(axis=0), labels) - 0.03
+
+
+def test_copies_without_two_folds_are_the_recipe_fitted_on_the_other_folds(rows):
+    """Of a learner with one setting, without temperature and mean, nothing else decides them."""
+    logits, labels, folds = rows
+    recipe = COMBINERS["stacking_rf"].configured(CONFIG, FACTS)
+    recipe.use_temperature = recipe.fallback = False
+    recipe.learner = _OneForest(CONFIG.seed)
+    inner = fit_nested(recipe, logits, labels, folds).inner
+    outside = ~np.isin(folds, (1, 3))
+    copy = recipe.learner.fit(logits[:, outside], labels[outside], recipe.learner.settings()[0])
+    for fold, other in ((1, 3), (3, 1)):
+        inside = folds == other
+        np.testing.assert_allclose(inner[fold][inside], copy.predict_proba(logits[:, inside]), atol=1e-6)
+
+
+class _OneForest(ForestLearner):
+    """Has the first setting alone."""
+
+    def settings(self):
+        return super().settings()[:1]
+
+    def predictions(self, logits, labels, held_out):
+        return super().predictions(logits, labels, held_out)[:1]
 
 
 def test_a_stacker_beats_the_plain_mean_where_there_is_something_to_learn(make, rows):

@@ -16,7 +16,7 @@ import numpy as np
 from utils.combiners import embedding_maps
 from utils.combiners.embedding_maps import EmbeddingMaps
 from utils.combiners.fusion_learner import HeadLearner, HeadShape, TrainedHeads
-from utils.combiners.protocol import Combiner, MemberFacts, sub_state, unsaved
+from utils.combiners.protocol import Combiner, MemberFacts, NestedPredictions, sub_state, unsaved
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.numeric.metrics import log_loss, softmax
@@ -70,8 +70,8 @@ class FusionStacker(Stacker):
             seed=config.seed,
         )
 
-    def fit_crossfitted(self, outputs: MemberOutputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
-        """Fit on outputs (M, N, C), labels (N,), folds (N,); return the cross-fitted probabilities (N, C).
+    def fit_nested(self, outputs: MemberOutputs, labels: np.ndarray, folds: np.ndarray) -> NestedPredictions:
+        """Fit on outputs (M, N, C), labels (N,), folds (N,) as a stacker does.
 
         Raises UserError for embeddings that are not finite.
         """
@@ -84,9 +84,9 @@ class FusionStacker(Stacker):
                 )
         self.maps = self._fit_maps(outputs)
         mapped = self.mapped_outputs(outputs)
-        crossfit = super().fit_crossfitted(mapped, labels, folds)
+        nested = super().fit_nested(mapped, labels, folds)
         self.head_report = self._report_members(mapped)
-        return crossfit
+        return nested
 
     def predict_proba(self, outputs: MemberOutputs) -> np.ndarray:
         """Return probabilities (N, C) for outputs (M, N, C)."""

@@ -15,7 +15,15 @@ import numpy as np
 from utils import ensemble_methods, fusion_methods, moe_methods, stacking_methods
 from utils.combiners.gating import AttentionGate, AttentionLearner
 from utils.combiners.perceptron import PerceptronLearner
-from utils.combiners.protocol import Combiner, MemberFacts, combiner_inputs, fit_crossfitted, sub_state, unsaved
+from utils.combiners.protocol import (
+    Combiner,
+    MemberFacts,
+    NestedPredictions,
+    combiner_inputs,
+    fit_crossfitted,
+    sub_state,
+    unsaved,
+)
 from utils.core.config import Config
 from utils.numeric.metrics import clipped_log
 from utils.predictions.rows import MemberOutputs
@@ -146,13 +154,15 @@ class MetaFuserCombiner(Combiner):
 
     def fit(self, outputs: np.ndarray | MemberOutputs, labels: np.ndarray, folds: np.ndarray) -> Self:
         """Fit the fuser, and the inputs that are not fitted yet, on outputs (M, N, C), labels (N,), folds (N,)."""
-        self.fit_crossfitted(outputs, labels, folds)
+        self.fit_nested(outputs, labels, folds)
         return self
 
-    def fit_crossfitted(self, outputs: np.ndarray | MemberOutputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
-        """Fit, and return the fuser's cross-fitted probabilities (N, C)."""
+    def fit_nested(
+        self, outputs: np.ndarray | MemberOutputs, labels: np.ndarray, folds: np.ndarray
+    ) -> NestedPredictions:
+        """Fit, and return the predictions of the fuser's copies without one fold and without two."""
         crossfits = [_crossfit(each, outputs, labels, folds) for each in self.inputs]
-        return self.fuser.fit_crossfitted(clipped_log(np.stack(crossfits)), labels, folds)
+        return self.fuser.fit_nested(clipped_log(np.stack(crossfits)), labels, folds)
 
     def predict_proba(self, outputs: np.ndarray | MemberOutputs) -> np.ndarray:
         """Return probabilities (N, C) for outputs (M, N, C)."""

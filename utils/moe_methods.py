@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from utils.combiners.gating import GateLearner, SparseGate
-from utils.combiners.protocol import Combiner, MemberFacts, unsaved
+from utils.combiners.protocol import Combiner, MemberFacts, NestedPredictions, unsaved
 from utils.combiners.routing import SparseCombiner, routed_members
 from utils.combiners.subset_search import SubsetProblem, greedy_forward
 from utils.core.config import Config
@@ -74,9 +74,9 @@ class MixtureOfExperts(Stacker, SparseCombiner):
         allow_fixed = config.runs.stacking.fallback
         return GateLearner(choose, moe.top_k, moe.gating_hidden_dim, moe.epochs, config.seed, allow_fixed)
 
-    def fit_crossfitted(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    def fit_nested(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> NestedPredictions:
         """Fit as a stacker does, and record the use of the experts."""
-        crossfit = super().fit_crossfitted(logits, labels, folds)
+        nested = super().fit_nested(logits, labels, folds)
         gate, has_run = self.gate, routed_members(self, logits)
         weights, scores = gate.weights(logits), gate.scores(logits)
         choices = gate.chosen(scores).mean(axis=0) / gate.top_k
@@ -86,7 +86,7 @@ class MixtureOfExperts(Stacker, SparseCombiner):
             "runs": has_run[gate.experts].mean(axis=1),
             "weight": weights.mean(axis=0),
         }
-        return crossfit
+        return nested
 
     @property
     def gate(self) -> SparseGate:

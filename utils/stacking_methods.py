@@ -15,7 +15,7 @@ import numpy as np
 
 from utils.combiners.logistic import Coefficients, LogisticLearner
 from utils.combiners.perceptron import Layers, PerceptronLearner
-from utils.combiners.protocol import Combiner, Inputs, MemberFacts, sub_state, unsaved
+from utils.combiners.protocol import Combiner, Inputs, MemberFacts, NestedPredictions, sub_state, unsaved
 from utils.combiners.stacking_features import KINDS, STEPS
 from utils.core.config import Config
 from utils.numeric import nested_cv, pools, temperature
@@ -116,11 +116,15 @@ class Stacker(Combiner):
 
     def fit(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> Self:
         """Select the setting and fit on logits (M, N, C), labels (N,), folds (N,)."""
-        self.fit_crossfitted(logits, labels, folds)
+        self.fit_nested(logits, labels, folds)
         return self
 
-    def fit_crossfitted(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
-        """Fit, and return the cross-fitted probabilities (N, C) of the same fits; NaN with a single fold."""
+    def fit_nested(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> NestedPredictions:
+        """Fit, and return the predictions of copies without one fold and without two, of the same fits.
+
+        A copy without two folds selects its setting, its temperature and its weight by fits that read one of the two
+        and were not made for the rows of either. With two folds there are no such copies.
+        """
         assert self.learner is not None, "a stacker that was read from a file is not fitted again"
         mean = mean_probabilities(logits)
         result = nested_cv.cross_validate(self.learner, logits, labels, folds, n_jobs=self.n_jobs)
@@ -133,6 +137,9 @@ class Stacker(Combiner):
             inside = folds == fold
             if not np.isnan(result.nested_crossfit[inside]).any():
                 crossfit[inside] = calibration.apply(result.nested_crossfit[inside], mean[inside])
+        inner = {
+            fold: self._inner_predictions(result, fold, crossfit, mean, labels, folds) for fold in result.inner_crossfit
+        }
         setting = self.learner.settings()[result.setting]
         self.model = self.learner.fit(logits, labels, setting)
         has_held_out = len(np.unique(folds)) > 1
@@ -144,7 +151,26 @@ class Stacker(Combiner):
             "selection_score": log_loss(self._predict(logits), labels),
             "threads": None if self.learner.thread_safe else nested_cv.FIT_THREADS,  # of a torch training
         }
-        return crossfit
+        return NestedPredictions(crossfit, inner)
+
+    def _inner_predictions(
+        self,
+        result: nested_cv.NestedResult,
+        fold: int,
+        crossfit: np.ndarray,
+        mean: np.ndarray,
+        labels: np.ndarray,
+        folds: np.ndarray,
+    ) -> np.ndarray:
+        """Return the probabilities (N, C) of copies without `fold` and the row's fold; `crossfit` on rows of `fold`."""
+        rows, _ = result.inner_crossfit[fold]
+        predictions = crossfit.copy()
+        for other, probabilities in result.inner_nested[fold].items():
+            held_out = folds[rows] == other
+            others = rows[~held_out]
+            calibration = self._calibrate(probabilities[~held_out], mean[others], labels[others], folds[others])
+            predictions[rows[held_out]] = calibration.apply(probabilities[held_out], mean[rows[held_out]])
+        return predictions
 
     def predict_proba(self, logits: Inputs) -> np.ndarray:
         """Return probabilities (N, C) for logits (M, N, C)."""

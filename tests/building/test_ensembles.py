@@ -14,7 +14,7 @@ from utils.building import ensembles
 from utils.building.ensembles import Ensemble, Provenance, RowSet
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
-from utils.ensemble_methods import SoftVoting
+from utils.ensemble_methods import LogitAveraging, SoftVoting
 from utils.numeric.metrics import softmax
 from utils.predictions.rows import Rows
 
@@ -91,6 +91,52 @@ def test_an_ensemble_survives_the_disk(rows, folds, workspace):
     unseen = ensembles.load_crossfit(workspace, before.name)
     assert unseen.keys() == list(zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True))
     assert unseen.probabilities.dtype == np.float32
+
+
+def fitted(rows, folds):
+    """An ensemble of a combiner that learns, and its cross-fitted predictions."""
+    recipe = LogitAveraging(calibration="off")
+    unseen = ensembles.crossfit(recipe, rows, folds)
+    return replace(ensemble(rows, "logit_averaging_ensemble"), method="logit_averaging", combiner=recipe), unseen
+
+
+def test_predictions_of_copies_without_two_folds_survive_the_disk(rows, folds, workspace):
+    one, unseen = fitted(rows, folds)
+    unseen = replace(unseen, inner={fold: unseen.probabilities + fold for fold in range(3)})
+    ensembles.save(workspace, one, unseen, {})
+    again = ensembles.load_nested_crossfit(workspace, one)
+    assert list(again.inner) == [0, 1, 2]
+    for fold in range(3):
+        np.testing.assert_array_equal(again.inner[fold], unseen.inner[fold])
+    assert ensembles.load_crossfit(workspace, one.name).inner == {}
+
+
+def test_a_rebuild_without_such_copies_leaves_no_file_of_them(rows, folds, workspace):
+    one, unseen = fitted(rows, folds)
+    ensembles.save(workspace, one, unseen, {})
+    path = workspace.ensemble(one.name) / ensembles.INNER_CROSSFIT
+    assert path.is_file()
+    ensembles.save(workspace, one, replace(unseen, inner={}), {})
+    assert not path.exists()
+    assert ensembles.load_nested_crossfit(workspace, one).inner == {}
+
+
+def test_a_vote_needs_no_file_for_them(rows, folds, workspace):
+    ensembles.save(workspace, ensemble(rows), ensembles.crossfit(SoftVoting(), rows, folds), {})
+    folder = workspace.ensemble("soft_voting_ensemble")
+    assert not (folder / ensembles.INNER_CROSSFIT).exists()
+    again = ensembles.load_nested_crossfit(workspace, ensemble(rows))
+    assert all(inner is again.probabilities for inner in again.inner.values())
+    assert list(again.inner) == [0, 1, 2]
+
+
+def test_copies_of_other_rows_are_refused(rows, folds, workspace):
+    one, unseen = fitted(rows, folds)
+    ensembles.save(workspace, one, unseen, {})
+    path = workspace.ensemble(one.name) / ensembles.INNER_CROSSFIT
+    np.save(path, np.load(path)[:, 1:])
+    with pytest.raises(UserError, match=r"inner_crossfit\.npy: its shape is \(3, 29, 3\), expected \(3, 30, 3\)"):
+        ensembles.load_nested_crossfit(workspace, one)
 
 
 def test_without_its_record_there_is_no_ensemble(rows, folds, workspace):

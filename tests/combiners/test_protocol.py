@@ -16,6 +16,7 @@ from utils.combiners.protocol import (
     Combiner,
     combiner_inputs,
     fit_crossfitted,
+    fit_nested,
     saved_fields,
     sub_state,
     unsaved,
@@ -153,6 +154,31 @@ def test_cross_fitted_rows_come_from_copies_without_their_fold():
     found = fit_crossfitted(MajorityClass(), ROWS, labels, folds)
     assert found.dtype == np.float32
     assert (found[np.arange(20), labels] == 0).all()
+
+
+def test_copies_without_two_folds_have_read_the_labels_of_neither():
+    labels, folds = np.repeat([0, 1, 2, 3], 5), np.repeat([0, 1, 2, 3], 5)
+    nested = fit_nested(MajorityClass(), ROWS, labels, folds)
+    np.testing.assert_array_equal(nested.crossfit, fit_crossfitted(MajorityClass(), ROWS, labels, folds))
+    assert list(nested.inner) == [0, 1, 2, 3]
+    for fold, predictions in nested.inner.items():
+        assert predictions.dtype == np.float32
+        others = np.unique(labels[folds != fold])
+        for other in others:
+            expected = [0.0 if name in (fold, other) else 0.5 for name in range(4)]
+            np.testing.assert_array_equal(predictions[folds == other], np.tile(expected, (5, 1)))
+        np.testing.assert_array_equal(predictions[folds == fold], nested.crossfit[folds == fold])
+
+
+def test_two_folds_leave_no_rows_for_copies_without_both():
+    labels, folds = np.arange(20) % 4, np.arange(20) // 10
+    assert fit_nested(MajorityClass(), ROWS, labels, folds).inner == {}
+
+
+def test_copies_of_what_learns_nothing_answer_as_it_does():
+    nested = fit_nested(SoftVoting(), ROWS, np.zeros(20, dtype=int), np.arange(20) % 2)
+    assert list(nested.inner) == [0, 1]
+    assert all(predictions is nested.crossfit for predictions in nested.inner.values())
 
 
 def test_what_learns_nothing_answers_as_at_inference():

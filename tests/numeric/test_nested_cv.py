@@ -101,6 +101,21 @@ def test_with_two_folds_a_copy_takes_the_first_setting(rows):
     assert np.isfinite(found.setting_losses).all()
 
 
+def test_inner_rows_come_from_fits_without_two_folds_under_a_setting_that_neither_chose(rows):
+    logits, labels, folds = rows
+    result = cross_validate(Prior(), logits, labels, folds)
+    for fold in range(4):
+        places = result.inner_crossfit[fold][0]
+        answers = np.empty((len(Prior.amounts), N, C), dtype=np.float32)
+        for other in (name for name in range(4) if name != fold):
+            train, held_out = ~np.isin(folds, (fold, other)), folds == other
+            answers[:, held_out] = Prior().predictions(logits[:, train], labels[train], logits[:, held_out])
+        for other, found in result.inner_nested[fold].items():
+            voting = ~np.isin(folds, (fold, other))
+            chosen = int(np.argmin([log_loss(one[voting], labels[voting]) for one in answers]))
+            np.testing.assert_array_equal(found, answers[chosen, places])
+
+
 def test_with_one_fold_nothing_is_known(rows):
     logits, labels, _ = rows
     found = cross_validate(Prior(), logits, labels, np.zeros(N, dtype=int))

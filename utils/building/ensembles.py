@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ import numpy as np
 from utils import ensemble_methods, fusion_methods, meta_methods, moe_methods, stacking_methods
 from utils.building.command_hints import build_command, rebuild_hint
 from utils.combiners import pruning
-from utils.combiners.protocol import Combiner, combiner_inputs, fit_crossfitted
+from utils.combiners.protocol import Combiner, combiner_inputs, fit_nested
 from utils.core.artifacts import (
     digest_of,
+    open_array,
     read_arrays,
     read_tensors,
+    write_array,
     write_arrays,
     write_json,
     write_tensors,
@@ -32,6 +34,8 @@ from utils.predictions.rows import Rows
 from utils.predictions.store import Store
 
 SCHEMA = 3
+INNER_CROSSFIT = "inner_crossfit.npy"
+"""float32 (K, N, C): predictions without each of the K `inner_folds` of `ensemble.json`, rows as in `crossfit.npz`."""
 FORM = {
     **dict.fromkeys(("members", "candidates", "classes", "fitted_on", "selected_on"), list),
     **dict.fromkeys(("member_digests", "texts"), dict),
@@ -135,6 +139,9 @@ class Crossfit:
     """unicode (N,)"""
     fold: np.ndarray
     """int64 (N,)"""
+    inner: Mapping[int, np.ndarray] = field(default_factory=dict)
+    """{fold: float32 (N, C)}: predictions by copies without this fold and the row's (`protocol.NestedPredictions`);
+    empty where there are none, and where they were not read"""
 
     def keys(self) -> list[tuple[str, str]]:
         """(split, sample id) of each row."""
@@ -157,15 +164,15 @@ def predict(ensemble: Ensemble, rows: Rows) -> np.ndarray:
 
 def crossfit(recipe: Combiner, rows: Rows, fold: np.ndarray) -> Crossfit:
     """Fit an unfitted combiner on out-of-sample rows with their folds (N,); returns its cross-fitted predictions."""
-    probabilities = fit_crossfitted(recipe, combiner_inputs(recipe, rows.outputs), rows.labels, fold)
-    return Crossfit(probabilities, rows.labels, rows.sample_ids, rows.split, fold)
+    nested = fit_nested(recipe, combiner_inputs(recipe, rows.outputs), rows.labels, fold)
+    return Crossfit(nested.crossfit, rows.labels, rows.sample_ids, rows.split, fold, nested.inner)
 
 
 def save(workspace: Workspace, ensemble: Ensemble, crossfit: Crossfit, record: Mapping[str, Any]) -> None:
     """Write an ensemble; `ensemble.json`, which also keeps `record`, comes last: without it there is none."""
     folder = workspace.ensemble(ensemble.name)
     (folder / "ensemble.json").unlink(missing_ok=True)
-    for stale in folder.glob("predictions_*.npz"):
+    for stale in [*folder.glob("predictions_*.npz"), *folder.glob(INNER_CROSSFIT)]:
         stale.unlink()
     state = ensemble.combiner.state()
     texts = {
@@ -190,6 +197,10 @@ def save(workspace: Workspace, ensemble: Ensemble, crossfit: Crossfit, record: M
             "classes": np.array(ensemble.classes),
         },
     )
+    inner_folds = sorted(crossfit.inner)
+    if inner_folds and ensemble.combiner.learns:
+        inner = np.stack([crossfit.inner[fold] for fold in inner_folds])
+        write_array(folder / INNER_CROSSFIT, inner.astype(np.float32, copy=False))
     sets = {"fitted_on": ensemble.provenance.fitted_on, "selected_on": ensemble.provenance.selected_on}
     arrays = {
         f"{kind}/{index}/{rows.split}/{rows.rows}": np.array(rows.sample_ids)
@@ -202,6 +213,7 @@ def save(workspace: Workspace, ensemble: Ensemble, crossfit: Crossfit, record: M
         {
             **record,
             "schema": SCHEMA,
+            "inner_folds": inner_folds,
             "texts": texts,
             "name": ensemble.name,
             "method": ensemble.method,
@@ -260,6 +272,23 @@ def load_crossfit(workspace: Workspace, name: str) -> Crossfit:
     """The cross-fitted predictions of a saved ensemble."""
     arrays = read_arrays(workspace.ensemble(name) / "crossfit.npz", remedy=rebuild_hint(name))
     return Crossfit(*(arrays[key] for key in ("probabilities", "labels", "sample_ids", "split", "fold")))
+
+
+def load_nested_crossfit(workspace: Workspace, ensemble: Ensemble) -> Crossfit:
+    """The cross-fitted predictions of a saved ensemble with those of copies without two folds, where it has these."""
+    own = load_crossfit(workspace, ensemble.name)
+    folds = (record_of(workspace, ensemble.name) or {}).get("inner_folds", [])
+    if not ensemble.combiner.learns:
+        return replace(own, inner=dict.fromkeys(folds, own.probabilities))
+    if not folds:
+        return own
+    path, remedy = workspace.ensemble(ensemble.name) / INNER_CROSSFIT, rebuild_hint(ensemble.name)
+    inner = open_array(path, remedy=remedy)
+    if inner.shape != (len(folds), *own.probabilities.shape):
+        raise UserError(
+            f"{path}: its shape is {inner.shape}, expected {(len(folds), *own.probabilities.shape)}. {remedy}"
+        )
+    return replace(own, inner=dict(zip(folds, inner, strict=True)))
 
 
 def names(workspace: Workspace) -> list[str]:

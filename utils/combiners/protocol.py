@@ -9,6 +9,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from inspect import getattr_static
+from itertools import combinations
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias, final, runtime_checkable
 
 import numpy as np
@@ -163,12 +164,26 @@ class Combiner(ABC):
                 )
 
 
+@dataclass(frozen=True)
+class NestedPredictions:
+    """Predictions on N rows by copies that were fitted without one fold, and without two."""
+
+    crossfit: np.ndarray
+    """float (N, C): by the copy that was fitted without the row's fold; NaN with a single fold"""
+    inner: Mapping[int, np.ndarray]
+    """{fold: (N, C)}: by the copy that was fitted without this fold and without the row's; empty with two folds or one
+
+    So all of one entry is out of sample, and no label of its fold has an effect on it: a combination of several
+    combiners can be fitted on the rows of the other folds, and applied to those of the fold.
+    """
+
+
 @runtime_checkable
 class CrossfitsItself(Protocol):
     """A combiner whose cross-fitted copies and final fit have trainings in common."""
 
-    def fit_crossfitted(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
-        """Fit as `fit` does; return the probabilities (N, C) of copies that were fitted without the row's fold."""
+    def fit_nested(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> NestedPredictions:
+        """Fit as `fit` does; return the predictions of copies that were fitted without one and without two folds."""
 
 
 def saved_fields(kind: type[Combiner]) -> tuple[str, ...]:
@@ -193,16 +208,47 @@ def fit_crossfitted(recipe: Combiner, logits: Inputs, labels: np.ndarray, folds:
     nothing answers as it will at inference.
     """
     if isinstance(recipe, CrossfitsItself):
-        return recipe.fit_crossfitted(logits, labels, folds).astype(np.float32)
+        return recipe.fit_nested(logits, labels, folds).crossfit.astype(np.float32)
     recipe.fit(logits, labels, folds)
     if not recipe.learns:
         return recipe.predict_proba(logits).astype(np.float32)
     probabilities = np.empty(logits.shape[1:], dtype=np.float32)
     for fold in np.unique(folds):
-        inside, outside = folds == fold, folds != fold
-        copy = deepcopy(recipe).fit(logits[:, outside], labels[outside], folds[outside])
-        probabilities[inside] = copy.predict_proba(logits[:, inside])
+        inside = folds == fold
+        probabilities[inside] = _predict_held_out(recipe, logits, labels, folds, inside)
     return probabilities
+
+
+def fit_nested(recipe: Combiner, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> NestedPredictions:
+    """Fit on logits (M, N, C), labels (N,), folds (N,); return the float32 predictions of copies without their labels.
+
+    For K folds there are K (K - 1) / 2 copies without two folds besides the K without one. A combiner that learns
+    nothing has the same predictions everywhere.
+    """
+    if isinstance(recipe, CrossfitsItself):
+        nested = recipe.fit_nested(logits, labels, folds)
+        inner = {fold: values.astype(np.float32) for fold, values in nested.inner.items()}
+        return NestedPredictions(nested.crossfit.astype(np.float32), inner)
+    crossfit = fit_crossfitted(recipe, logits, labels, folds)
+    names: list[int] = np.unique(folds).tolist()
+    if not recipe.learns:
+        return NestedPredictions(crossfit, dict.fromkeys(names, crossfit))
+    inner = {fold: crossfit.copy() for fold in names} if len(names) > 2 else {}
+    for fold, other in combinations(names, 2) if inner else ():
+        held_out = np.isin(folds, (fold, other))
+        predictions = _predict_held_out(recipe, logits, labels, folds, held_out)
+        of_fold = folds[held_out] == fold
+        inner[other][folds == fold] = predictions[of_fold]
+        inner[fold][folds == other] = predictions[~of_fold]
+    return NestedPredictions(crossfit, inner)
+
+
+def _predict_held_out(
+    recipe: Combiner, logits: Inputs, labels: np.ndarray, folds: np.ndarray, held_out: np.ndarray
+) -> np.ndarray:
+    """Probabilities of the rows `held_out`, bool (N,), by a copy that is fitted on the others."""
+    copy = deepcopy(recipe).fit(logits[:, ~held_out], labels[~held_out], folds[~held_out])
+    return copy.predict_proba(logits[:, held_out])
 
 
 def _check_declared(combiner: Combiner) -> None:

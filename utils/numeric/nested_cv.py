@@ -52,6 +52,11 @@ class NestedResult:
     """float32 (N, C): probabilities of the same copies, each under the setting that it selected without the fold"""
     inner_crossfit: dict[int, tuple[np.ndarray, np.ndarray]]
     """{fold: (indices of the rows of the other folds, their probabilities)}, fitted without this fold and their own"""
+    inner_nested: dict[int, dict[int, np.ndarray]]
+    """{fold: {other fold: probabilities of the rows of `inner_crossfit`}}, under the setting of least loss without both
+
+    `inner_crossfit` has the setting of least loss on all of its rows; here the rows of the other fold have no vote.
+    """
 
 
 def cross_validate(
@@ -77,13 +82,14 @@ def cross_validate(
     shape = (len(labels), n_classes)
     if not fits:
         empty = np.full(shape, np.nan, dtype=np.float32)
-        return NestedResult(0, np.full(n_settings, np.nan), empty, empty, {})
+        return NestedResult(0, np.full(n_settings, np.nan), empty, empty, {}, {})
     outer = np.empty((n_settings, *shape), dtype=np.float32)
     for name in fold_names:
         outer[:, folds == name] = fold_predictions(name)
     setting_losses = _losses(outer, labels)
     setting = int(setting_losses.argmin())
     nested_crossfit, inner_crossfit = np.empty(shape, dtype=np.float32), {}
+    inner_nested: dict[int, dict[int, np.ndarray]] = {}
     for name in fold_names:
         selected = 0
         others = [other for other in fold_names if other != name] if pairs else []
@@ -94,8 +100,13 @@ def cross_validate(
                 inner[:, folds[rows] == other] = fold_predictions(other, name)
             selected = int(_losses(inner, labels[rows]).argmin())
             inner_crossfit[name] = (rows, inner[selected])
+            inner_nested[name] = {
+                other: inner[int(_losses(inner[:, voting], labels[rows][voting]).argmin())]
+                for other in others
+                for voting in [folds[rows] != other]
+            }
         nested_crossfit[folds == name] = fold_predictions(name)[selected]
-    return NestedResult(setting, setting_losses, outer[setting], nested_crossfit, inner_crossfit)
+    return NestedResult(setting, setting_losses, outer[setting], nested_crossfit, inner_crossfit, inner_nested)
 
 
 def evenly_spaced_epochs(epochs: int, count: int) -> list[int]:

@@ -6,12 +6,12 @@
     python benchmarks/pretrained.py --data DIR --small     with six small networks from random weights as well
     python benchmarks/pretrained.py --quick                200 digits, one split; not the one to report
 
-Each split (60/20/20) has a workspace of its own: `main.py` fits the heads of `make demo DATA=`, the pipeline of
-`configs/photographs_demo.yaml` combines them, and the recommended ensemble is scored on the test rows. The peers read
-the same rows: scikit-learn's logistic regression on a network's features is fitted on train and val, AutoGluon's
-weighted ensemble (where `.venv-bench` has it, as for `stacking.py`) on the members' out-of-sample predictions. A split
-that is there is not repeated. Embeddings are shared by the splits, so that times are those of the first. Needs the
-weights of the extra `pretrained`. The last line of the output is one JSON object.
+Each split (80/10/10, as in the demo) has a workspace of its own: `main.py` fits the heads of `make demo DATA=`, the
+pipeline of `configs/photographs_demo.yaml` combines them, and the recommended ensemble is scored on the test rows. The
+peers read the same rows: scikit-learn's logistic regression on a network's features is fitted on train and val,
+AutoGluon's weighted ensemble (where `.venv-bench` has it, as for `stacking.py`) on the members' out-of-sample
+predictions. A split that is there is not repeated. Embeddings are shared by the splits, so that times are those of the
+first. Needs the weights of the extra `pretrained`. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -117,11 +117,10 @@ def _run_split(folder: Path, seed: int, data: Path, options: argparse.Namespace)
         "DBT_BATCH_SIZE": "32",
         "DBT_IMAGE_CACHE_DIR": str(folder / "image_cache"),
     }
-    ratios = ", ".join(f"{split}_ratio={share}" for split, share in zip(prepare.SPLITS, prepare.SHARES, strict=True))
-    split = f"from utils.splitting import prepare_optimized_datasets as split; split({ratios})"
-    _run(["-c", split], environment | {"PYTHONPATH": str(prepare.BASE_SOURCE)})
+    main = str(prepare.BASE_SOURCE / "main.py")
+    _run([main, "--stages", "split"], environment)
     folds = ["--folds", "2" if options.quick else "3"]
-    training = [str(prepare.BASE_SOURCE / "main.py"), "--stages", "kfold", "train", *folds]
+    training = [main, "--stages", "kfold", "train", *folds]
     numbers = demo.LITE_NUMBERS[:1] if options.quick else demo.LITE_NUMBERS
     single = ["--backbones", f"{SINGLE}=timm:tf_efficientnet_lite0", "--mode", "frozen"]
     seconds = {"heads of one network": _run([*training, *single], environment)}

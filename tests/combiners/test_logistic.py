@@ -27,7 +27,24 @@ def test_a_strong_ridge_is_the_log_linear_pool(rows):
     (model,) = fit_path(logits, labels, form="shrunk_to_pool", kind=KINDS[0], strengths=[1e6])
     pool = pools.fit_log_linear(log_softmax(logits), labels)
     np.testing.assert_allclose(model.weights, pool.weights, atol=1e-3)
-    assert log_loss(model.predict_proba(logits), labels) == pytest.approx(pool.value, abs=1e-5)
+    expected = pools.LogLinearLogLoss(log_softmax(logits), labels).value(pool.weights)
+    assert log_loss(model.predict_proba(logits), labels) == pytest.approx(expected, abs=1e-5)
+
+
+def test_rows_that_are_all_correct_leave_the_pools_sum_finite(rows):
+    logits, labels = rows
+    logits[:, np.arange(N), labels] += 8
+    (model,) = fit_path(logits, labels, form="shrunk_to_pool", kind=KINDS[0], strengths=[1e6])
+    assert model.weights.sum() == pytest.approx(
+        pools.fit_log_linear(log_softmax(logits), labels).weights.sum(), abs=0.02
+    )
+
+
+def test_members_that_are_always_wrong_get_almost_no_weight_and_no_warning(rows):
+    logits, labels = rows
+    for model in fit_path(-20 * logits, labels, form="shrunk_to_pool", kind=KINDS[0], strengths=[1e6, 1.0]):
+        assert np.isfinite(model.weights).all()
+        assert model.weights.sum() < 0.05
 
 
 def test_the_plain_form_is_scikit_learns(rows):

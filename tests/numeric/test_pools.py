@@ -39,12 +39,13 @@ def brier_reference(scores, labels, weights, strength=0.0):
 
 
 def log_linear_reference(scores, labels, weights, strength=0.0):
-    """Log-loss of the soft-max of the weighted sum, one row at a time."""
+    """Log-loss of the soft-max of the weighted sum, one row at a time, with the prior on the sum of the weights."""
     losses = []
     for n, label in enumerate(labels):
         pooled = weights @ scores[:, n]
         losses.append(pooled.max() + np.log(np.exp(pooled - pooled.max()).sum()) - pooled[label])
-    return np.mean(losses) + penalty(weights, strength)
+    prior = (np.sum(weights) - np.log(np.sum(weights)) - 1) / len(labels)
+    return np.mean(losses) + prior + penalty(weights, strength)
 
 
 def solve_linear(scores, labels, **options):
@@ -244,11 +245,38 @@ def test_the_only_member_that_is_right_where_all_others_fail_keeps_what_this_is_
     assert found.weights[4] == pytest.approx(share[losses.argmin()], abs=1e-6)
 
 
-def test_separable_rows_end_at_a_finite_sum():
+def test_separable_rows_end_at_the_sum_where_prior_and_loss_balance():
     scores, labels = INPUTS["separable"]
     found = pools.fit_log_linear(scores, labels)
-    assert found.value < 1e-8
-    assert found.weights.sum() <= pools.SUM_BOUNDS[1] + 1e-12
+    total = found.weights.sum()
+    assert 1 < total < 3  # without the prior it runs to its bound
+    losses = pools.LogLinearLogLoss(scores, labels)
+    step = found.weights * 1e-6
+    slope = (losses.value(found.weights + step) - losses.value(found.weights - step)) / (2e-6 * total)
+    assert slope == pytest.approx(-(1 - 1 / total) / len(labels), abs=1e-6)
+
+
+def test_slopes_and_curvature_of_the_objective_are_those_of_its_values():
+    scores, labels = INPUTS["plain"]
+    loss, at = pools.LogLinearObjective(scores, labels), np.array([0.4, 0.1, 0.2, 0.3, 0.2])
+    value, gradient, hessian = loss.derivatives(at)
+    assert value == loss.value(at) == pytest.approx(log_linear_reference(scores, labels, at), abs=1e-12)
+    steps = 1e-5 * np.eye(5)
+    numeric = [(loss.value(at + step) - loss.value(at - step)) / 2e-5 for step in steps]
+    np.testing.assert_allclose(gradient, numeric, atol=1e-8)
+    numeric = [(loss.derivatives(at + step)[1] - loss.derivatives(at - step)[1]) / 2e-5 for step in steps]
+    np.testing.assert_allclose(hessian, numeric, atol=1e-8)
+
+
+def test_the_prior_of_the_sum_is_finite_and_convex_down_to_zero():
+    totals = np.linspace(0, 3, 301)
+    values, slopes, curvatures = np.array([pools.scale_prior(float(total), 10) for total in totals]).T
+    assert np.isfinite(values).all()
+    assert values.min() == pytest.approx(0)
+    assert totals[values.argmin()] == pytest.approx(1)
+    assert (np.diff(slopes) >= 0).all()
+    assert (curvatures >= 0).all()
+    np.testing.assert_allclose(np.diff(values) / 0.01, (slopes[1:] + slopes[:-1]) / 2, atol=0.05)
 
 
 def test_scores_may_be_logits():

@@ -26,7 +26,7 @@ def test_it_is_the_best_of_a_fine_grid(factor):
     logits, labels = calibrated(300, 4)
     found = temperature.fit_temperature(logits * factor, labels)
     grid = np.geomspace(temperature.MIN_TEMPERATURE, temperature.MAX_TEMPERATURE, 2001)
-    losses = [log_loss(softmax(logits * factor / value), labels) for value in grid]
+    losses = [log_loss(softmax(logits * factor / value), labels) + (1 / value + np.log(value)) / 300 for value in grid]
     assert found == pytest.approx(grid[np.argmin(losses)], rel=0.005)
     assert found == pytest.approx(factor, rel=0.25)
 
@@ -38,14 +38,36 @@ def test_probabilities_serve_as_logits_do():
 
 
 def test_it_stays_within_its_bounds_where_the_data_ask_for_more():
-    logits = 0.2 * np.eye(3)[[0, 1, 2, 1]]
-    assert temperature.fit_temperature(logits, np.array([0, 1, 2, 1])) == pytest.approx(
-        temperature.MIN_TEMPERATURE
-    )  # always right: colder
-    assert temperature.fit_temperature(logits, np.array([1, 2, 0, 2])) == pytest.approx(
-        temperature.MAX_TEMPERATURE
-    )  # always wrong: hotter
+    labels = np.arange(3000) % 3
+    tiny = 0.02 * np.eye(3)[labels]  # always right by little: many rows ask for a temperature near 0
+    assert temperature.fit_temperature(tiny, labels) == pytest.approx(temperature.MIN_TEMPERATURE)
+    wrong = np.eye(3)[(labels + 1) % 3]
+    assert temperature.fit_temperature(wrong, labels) == pytest.approx(temperature.MAX_TEMPERATURE)
     assert pytest.approx((0.05, 20)) == (temperature.MIN_TEMPERATURE, temperature.MAX_TEMPERATURE)
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(10, 0.68), (100, 0.53), (1000, 0.43), (10_000, 0.35)])
+def test_rows_that_are_all_correct_get_a_temperature_that_falls_slowly_with_their_number(rows, expected):
+    labels = np.arange(rows) % 7
+    found = temperature.fit_temperature(4.6 * np.eye(7)[labels], labels)  # each row with probability 0.94
+    assert found == pytest.approx(expected, abs=0.01)
+
+
+def test_rows_that_are_all_wrong_get_a_finite_temperature():
+    logits = 0.2 * np.eye(3)[[0, 1, 2, 1]]
+    assert 1 < temperature.fit_temperature(logits, np.array([1, 2, 0, 2])) < 2
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100, 1000])
+@pytest.mark.parametrize("rows", [20, 200])
+def test_the_prior_costs_calibrated_rows_next_to_nothing(rows, classes):
+    # The loss of a fit on other rows, in the mean over draws, beside that of the true temperature.
+    unseen, labels = calibrated(4000, classes, seed=99)
+    excess = []
+    for seed in range(20):
+        fitted = temperature.fit_temperature(*calibrated(rows, classes, seed=seed))
+        excess.append(log_loss(softmax(unseen / fitted), labels) - log_loss(softmax(unseen), labels))
+    assert np.mean(excess) < 1 / rows
 
 
 def test_it_is_kept_where_held_out_rows_gain():

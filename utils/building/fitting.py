@@ -26,7 +26,7 @@ from utils.predictions.store import IMPORT, Store
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 4  # raised whenever the same inputs would give another ensemble
+VERSION = 5  # raised whenever the same inputs would give another ensemble
 KINDS_OF_ROWS = {"train": "oof", "val": "held_out"}
 
 

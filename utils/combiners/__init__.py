@@ -3,7 +3,8 @@
 Weights
     Convex and log-linear weights have the least log-loss or Brier score; a duality gap bounds how much better any
     other weights can be. The ridge penalty acts on the distance of the weights from their mean, so a log-linear pool
-    keeps its free sum, its inverse temperature, within 1/20 to 20. Folds of the rows given to `fit` choose the
+    keeps its free sum, its inverse temperature. That sum has a Gamma(2, 1) prior, as has every temperature: rows that
+    are all correct make an ensemble more confident, but never certain. Folds of the rows given to `fit` choose the
     strength of the penalty, the pool (linear unless log-linear is better by more than one standard error) and, for
     accuracy and macro F1, whether members added greedily are kept. A temperature is kept only if held-out log-loss
     falls.

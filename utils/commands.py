@@ -263,9 +263,10 @@ COMMANDS: dict[str, Command] = {
             },
             "--probabilities": {"action": "store_true", "help": "also write the probabilities of all classes"},
             "--sets": {
-                "choices": ("lac", "aps"),
+                "choices": ("lac", "aps", "raps"),
                 "default": "lac",
-                "help": "lac: smallest sets on average; aps: larger sets for hard images (default: %(default)s)",
+                "help": "lac: smallest sets on average; aps: larger sets for hard images; raps: aps randomised, which "
+                "covers no more than asked for (default: %(default)s)",
             },
             "--append": {
                 "action": "store_true",

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +14,9 @@ from image_folders import write_class_folders, write_manifest, write_photo
 from stored_predictions import workspace_at
 
 from utils.core.config_file import load_config
-from utils.evaluation.evaluated_rows import row_groups
 from utils.image_sets import open_image_set
 from utils.predictions import catalog, folds, image_splits
+from utils.predictions.row_groups import row_groups
 from utils.predictions.store import Store
 from utils.samples import recorded_groups, scan
 from utils.splitting import SplitError, prepare_optimized_datasets, read_manifest
@@ -318,7 +317,7 @@ def test_from_a_manifest_to_a_catalog(tmp_path, base_main, orchestrator):
     }
     assert len({(group_of[key], fold) for key, fold in fold_of.items()}) == len({group_of[key] for key in fold_of})
     val_ids = np.array(store.samples("val").sample_ids)
-    groups = row_groups(store, SimpleNamespace(sample_ids=val_ids), "val")
+    groups = row_groups(store, [("val", sample_id) for sample_id in val_ids])
     names = [group_of["val", sample_id] for sample_id in val_ids.tolist()]
     assert (
         len(set(zip(groups.tolist(), names, strict=True))) == len(set(names)) == len(set(groups.tolist())) < len(names)

@@ -55,6 +55,17 @@ def test_a_gain_below_its_standard_error_is_none():
     assert inference_choice.choose("auto", large, lacking=[], feeds_fuser=False)["chosen"] == "folds"
 
 
+def test_a_gain_that_one_group_has_is_none():
+    base = np.full(40, 0.5)
+    gain = np.where(np.arange(40) < 20, 0.9, -0.1)  # all of it in one of four groups
+    alone = Measurement(base + gain, base, {})
+    assert inference_choice.choose("auto", alone, lacking=[], feeds_fuser=False)["chosen"] == "folds"
+    grouped = Measurement(base + gain, base, {}, np.where(np.arange(40) < 20, 0, 1))
+    assert grouped.gain[1] > 4 * alone.gain[1]
+    assert inference_choice.choose("auto", grouped, lacking=[], feeds_fuser=False)["chosen"] == "full"
+    assert Measurement(base + gain, base, {}, np.zeros(40)).gain is None
+
+
 def test_what_stands_against_fold_networks_is_said():
     clear = Measurement(np.array([1.0, 1.1, 0.9]), np.array([0.1, 0.1, 0.1]), {})
     lacking = inference_choice.choose("auto", clear, lacking=["b"], feeds_fuser=False)

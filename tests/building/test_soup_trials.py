@@ -82,7 +82,7 @@ def test_a_mixture_is_run_once(looked, monkeypatch):
 
 def figures(acc, loss, score=None):
     score = acc if score is None else score
-    return SoupScores(score, acc, loss, (score, -loss))
+    return SoupScores(score, acc, loss, (score, -loss), np.ones(1, dtype=bool), np.array([loss]))
 
 
 def test_the_better_statistics_are_kept_and_the_averaged_ones_of_equals():

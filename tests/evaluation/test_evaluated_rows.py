@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from given_predictions import CONFIG, empty_workspace, opened, take_in, write
+from given_predictions import empty_workspace, opened, take_in, write
 
 from utils.building.ensembles import RowSet
 from utils.core.errors import UserError
@@ -47,9 +47,3 @@ def test_overlap_is_counted_by_split_and_id(store):
     assert evaluated_rows.count_overlap([RowSet("test", "held_out", ids)], rows) == 5
     assert evaluated_rows.count_overlap([RowSet("val", "held_out", ids)], rows) == 0
     assert evaluated_rows.count_overlap([], rows) == 0
-
-
-def test_groups_are_none_where_every_row_is_its_own(store):
-    rows, _ = evaluated_rows.evaluated_rows(store, rows_of(store), "test")
-    assert store.config is CONFIG
-    assert evaluated_rows.row_groups(store, rows, "test") is None

@@ -9,7 +9,10 @@ import pytest
 
 from utils.evaluation import leaderboard
 
-HELD = {"name": "b", "delta_accuracy": 0.1, "mcnemar_p": 0.02, "mcnemar_p_holm": 0.04}
+HELD = {
+    **{"name": "b", "delta_accuracy": 0.1, "test": "mcnemar"},
+    **{"p_value": 0.02, "p_value_holm": 0.04, "mcnemar_p": 0.02, "mcnemar_p_holm": 0.04},
+}
 
 
 def row(rank, name, **more):

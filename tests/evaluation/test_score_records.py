@@ -16,7 +16,9 @@ from utils.core.config_file import load_config
 from utils.core.errors import ConfigError, UserError
 from utils.evaluation import plots
 from utils.evaluation.evaluate import evaluate
-from utils.numeric import statistics
+from utils.numeric import proportions, statistics
+from utils.numeric.means import mean_interval
+from utils.numeric.metric_intervals import metric_intervals
 from utils.numeric.metrics import METRICS, log_loss_per_row, softmax
 from utils.predictions import catalog
 
@@ -71,14 +73,16 @@ def answers(workspace, name):
 
 
 @pytest.mark.parametrize("name", [*ENSEMBLES, *NAMES])
-def test_intervals_hold_the_value_and_are_those_of_the_bootstrap(evaluated, name):
+def test_intervals_hold_the_value_and_are_those_of_the_metrics(evaluated, name):
     found = record(evaluated, name)
     probabilities, labels = answers(evaluated, name)
     samples = statistics.bootstrap_metrics([probabilities], labels, seed=CONFIG.seed)
-    assert found["ci95"].keys() == samples.keys()
+    samples = {metric: values[0] for metric, values in samples.items()}
+    expected, reason = metric_intervals(found, samples, probabilities, labels)
+    assert found["ci95"] == expected
+    assert found["notes"].get("ci95", "") == reason
     for metric, (low, high) in found["ci95"].items():
         assert low <= found[metric] <= high, metric
-        assert [low, high] == statistics.metric_interval(metric, found[metric], samples[metric][0], 30)
     assert found["bootstrap"] == {"replicates": 2000, "unit": "row", "units": 30}
     for metric, (function, _) in METRICS.items():
         assert found[metric] == function(probabilities, labels)
@@ -96,9 +100,10 @@ def test_comparisons_are_paired_on_the_same_rows(evaluated):
     assert found["delta_log_loss"] == pytest.approx(losses.mean())
     apart = int((hits & ~others).sum()), int((others & ~hits).sum())
     assert found["mcnemar_p"] == pytest.approx(binomtest(apart[0], sum(apart)).pvalue if sum(apart) else 1)
-    drawn = np.concatenate(list(statistics.bootstrap_counts(labels, seed=CONFIG.seed)))
-    for key, values in (("delta_ci95", hits * 1.0 - others), ("delta_log_loss_ci95", losses)):
-        assert found[key] == pytest.approx(np.quantile(drawn @ values / 30, [0.025, 0.975]).tolist(), abs=1e-5)
+    assert found["test"] == "mcnemar"
+    assert found["p_value"] == found["mcnemar_p"]
+    assert tuple(found["delta_ci95"]) == proportions.difference_interval(hits, others)
+    assert tuple(found["delta_log_loss_ci95"]) == pytest.approx(mean_interval(losses))
     own = record(evaluated, best)
     assert own["vs_best_single"] is None
     assert best in own["notes"]["vs_best_single"]
@@ -129,7 +134,7 @@ def test_cross_fitted_figures_and_those_of_members_on_their_honest_rows(evaluate
     for name in ("soft_voting_ensemble", "bayes"):
         found = record(evaluated, name)["crossfit"]
         assert found["n"] == 90
-        low, high = found["log_loss_ci95"]
+        low, high = found["log_loss_ci95"] or (0, 9)
         assert low < found["log_loss"] < high
 
 
@@ -234,6 +239,14 @@ def test_groups_are_drawn_whole(tmp_path):
     evaluate(config, workspace)
     found = record(workspace, "soft_voting_ensemble")
     assert found["bootstrap"] == {"replicates": 2000, "unit": "group", "units": 3}
+    assert found["ci95"] == {}
+    assert found["notes"]["ci95"] == "3 groups; an interval needs 10"
+    compared = found["vs_best_single"] or found["vs_soft_voting"] or record(workspace, "bayes")["vs_soft_voting"]
+    assert (compared["test"], compared["p_value"], compared["mcnemar_p"]) == ("sign_flip", None, None)
+    assert compared["delta_ci95"] is compared["delta_log_loss_ci95"] is None
+    assert found["crossfit"]["log_loss_ci95"] is None
+    assert found["conformal"] is None
+    assert "too few groups: " in found["notes"]["conformal"]
 
 
 def test_a_member_without_rows_of_the_split_does_not_stop_the_others(tmp_path):
@@ -299,14 +312,14 @@ def only(*labels):
     return lambda member, stem, given: alter(given) if stem == "test" else given
 
 
-@pytest.mark.parametrize(("classes", "reason"), [((0, 1), "1 of 3 classes without rows: cat"), ((1,), "of class bee")])
+@pytest.mark.parametrize(("classes", "reason"), [((0, 1), "2 of 3 classes; without rows: cat"), ((1,), "of class bee")])
 def test_a_class_without_rows_and_one_class(tmp_path, classes, reason):
     workspace = built(tmp_path, change=only(*classes))
     assert evaluate(CONFIG, workspace, class_conditional=True).failures == []
     found = record(workspace, "soft_voting_ensemble")
-    assert found["roc_auc_ovr_macro"] is None
+    assert (found["roc_auc_ovr_macro"] is None) == (len(classes) == 1)
     assert reason in found["notes"]["roc_auc_ovr_macro"]
-    assert "roc_auc_ovr_macro" not in found["ci95"]
+    assert ("roc_auc_ovr_macro" in found["ci95"]) == (len(classes) == 2)
     assert found["conformal_by_class"]["lac"]["classes"]["cat"]["coverage"] is None
 
 

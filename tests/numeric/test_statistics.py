@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
 
 from utils.core.errors import UserError
 from utils.numeric import statistics
-from utils.numeric.metrics import METRICS, point_metrics, softmax
+from utils.numeric.metrics import point_metrics, softmax
 
 
 def rows(seed, count=200, classes=4, strength=1.0):
@@ -79,46 +78,14 @@ def test_the_same_seed_draws_the_same_samples():
     assert first.tobytes() != other.tobytes()
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "f1_macro", "log_loss", "brier"])
-def test_intervals_hold_the_truth_as_often_as_they_say(metric):
-    truth = METRICS[metric].function(*rows(99, count=100_000))
-    held = 0
-    for seed in range(200):
-        probabilities, labels = rows(seed, count=150)
-        samples = statistics.bootstrap_metrics([probabilities], labels, replicates=300, seed=seed)[metric][0]
-        low, high = statistics.metric_interval(metric, METRICS[metric].function(probabilities, labels), samples, 150)
-        held += low <= truth <= high
-    assert 0.88 <= held / 200 <= 0.985  # 95 %, less what percentiles of small samples lack
-
-
-def test_calibration_errors_are_reflected_and_hold_their_value():
-    samples = np.linspace(0.03, 0.05, 1001)
-    around = statistics.metric_interval("ece", 0.03, samples, 9)
-    assert around == [pytest.approx(0.0105, abs=1e-4), pytest.approx(0.03, abs=1e-3)]
-    assert statistics.metric_interval("ece", 0.01, samples, 9) == [0.0, 0.01]
-    around = statistics.metric_interval("accuracy", 0.01, samples, 9)
-    assert around == [pytest.approx(0.0305), pytest.approx(0.0495)]
-
-
-def test_an_accuracy_of_1_is_not_certain():
-    expected = binomtest(28, 28).proportion_ci(0.95, "exact")
-    found = statistics.metric_interval("accuracy", 1.0, np.ones(100), 28)
-    assert found == pytest.approx([expected.low, expected.high])
-    expected = binomtest(0, 28).proportion_ci(0.95, "exact")
-    assert statistics.metric_interval("accuracy", 0.0, np.zeros(100), 28) == pytest.approx(
-        [expected.low, expected.high]
-    )
-
-
 def test_a_class_without_rows_and_a_single_class():
     probabilities = softmax(np.random.default_rng(0).normal(size=(40, 3)))
     for labels in (np.arange(40) % 2, np.zeros(40, dtype=int)):
         found = statistics.bootstrap_metrics([probabilities], labels, replicates=50)
-        assert "roc_auc_ovr_macro" not in found
+        assert ("roc_auc_ovr_macro" in found) == (labels.max() > 0)
         assert all(np.isfinite(values).all() for values in found.values())
         expected = point_metrics(probabilities, labels, "abc")
-        low, high = statistics.metric_interval("f1_macro", 0, found["f1_macro"][0], 40)
-        assert low <= expected["f1_macro"] <= high
+        assert found["f1_macro"].min() <= expected["f1_macro"] <= found["f1_macro"].max()
 
 
 def test_probabilities_of_exactly_0_and_1():
@@ -137,12 +104,6 @@ def test_nan_is_refused():
         statistics.bootstrap_metrics([probabilities], labels, replicates=10)
 
 
-def test_differences_are_paired():
-    probabilities, labels = rows(0)
-    found = statistics.bootstrap_metrics([probabilities, probabilities], labels, replicates=100)["accuracy"]
-    assert statistics.difference_interval(found[0], found[1]) == [0.0, 0.0]
-
-
 def test_means_of_rows_are_those_that_the_bootstrap_of_all_metrics_finds():
     probabilities, labels = rows(0)
     hits = probabilities.argmax(axis=1) == labels
@@ -153,6 +114,13 @@ def test_means_of_rows_are_those_that_the_bootstrap_of_all_metrics_finds():
     np.testing.assert_allclose(found[1], 1.0)
 
 
+def test_means_of_groups_are_drawn_whole():
+    groups = np.repeat(np.arange(20), 10)
+    of_group = np.random.default_rng(0).normal(size=20)
+    found = statistics.bootstrap_means([of_group[groups]], np.zeros(200, dtype=int), groups)
+    assert found.std() == pytest.approx(of_group.std() / np.sqrt(20), rel=0.1)
+
+
 def test_a_ratio_has_bounds_where_its_denominator_is_surely_above_zero():
     wholes = np.linspace(0.5, 1.5, 2001)
     low, high = statistics.ratio_interval(0.5 * wholes, wholes)
@@ -160,18 +128,6 @@ def test_a_ratio_has_bounds_where_its_denominator_is_surely_above_zero():
     assert statistics.ratio_interval(wholes, wholes - 0.54) == [None, None]  # 4 % of them are not
     low, high = statistics.ratio_interval(wholes, wholes - 0.51)  # 1 %: left out
     assert 1 < low < high
-
-
-def test_mcnemar_is_the_exact_binomial_test():
-    rng = np.random.default_rng(5)
-    for count in (1, 4, 30, 500):
-        hits, others = rng.random(count) < 0.8, rng.random(count) < 0.6
-        alone, other = int((hits & ~others).sum()), int((others & ~hits).sum())
-        expected = binomtest(alone, alone + other).pvalue if alone + other else 1.0
-        assert statistics.mcnemar(hits, others) == pytest.approx(expected, rel=1e-9)
-    assert statistics.mcnemar([True], [True]) == 1.0
-    with pytest.raises(UserError, match="same rows"):
-        statistics.mcnemar([True], [True, False])
 
 
 def test_holm_by_hand():

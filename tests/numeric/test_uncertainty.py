@@ -11,6 +11,7 @@ from scipy.stats import betabinom
 from utils.core.errors import UserError
 from utils.numeric import uncertainty
 from utils.numeric.metrics import softmax
+from utils.numeric.uncertainty import LabelledRows
 
 
 def rows(rng, count, classes=5, strength=1.5):
@@ -39,14 +40,17 @@ def test_the_threshold_is_the_right_order_statistic():
             uncertainty.conformal_threshold(scores, alpha)
 
 
-@pytest.mark.parametrize("kind", ["lac", "aps"])
+@pytest.mark.parametrize("kind", ["lac", "aps", "raps"])
 def test_coverage_pooled_over_ten_resplits_is_as_promised(kind):
     covered = total = low = high = 0.0
     probabilities, labels = rows(np.random.default_rng(0), 600)
     for seed in range(10):
         shuffled = np.random.default_rng(seed).permutation(600)
         first, second = shuffled[:300], shuffled[300:]
-        calibration, evaluated = [(probabilities[part], labels[part]) for part in (first, second)]
+        uniforms = uncertainty.uniform_numbers(map(str, range(600)))
+        calibration, evaluated = [
+            LabelledRows(probabilities[part], labels[part], uniforms[part]) for part in (first, second)
+        ]
         found = uncertainty.conformal_metrics(kind, calibration, evaluated)
         covered += found["coverage"] / 10
         total += found["n"]
@@ -55,7 +59,7 @@ def test_coverage_pooled_over_ten_resplits_is_as_promised(kind):
     assert total == 3000
     assert (low, high) == tuple(betabinom(300, 271, 30).ppf([0.025, 0.975]) / 300)
     assert low <= covered
-    if kind == "lac":
+    if kind != "aps":
         assert covered <= high
 
 
@@ -74,13 +78,14 @@ def test_sets_hold_the_top_class_and_grow_with_the_threshold():
 def test_probabilities_of_exactly_0_and_1_cover_everything_they_must():
     certain = np.eye(4)[np.arange(40) % 4]
     wrong = (np.arange(40) + (np.arange(40) < 20)) % 4  # half of the labels are another class
-    found = uncertainty.conformal_metrics("lac", (certain, wrong), (certain, wrong))
+    rows = LabelledRows(certain, wrong)
+    found = uncertainty.conformal_metrics("lac", rows, rows)
     assert (found["threshold"], found["coverage"], found["mean_size"]) == (1.0, 1.0, 4.0)
 
 
 def test_too_few_rows():
-    probabilities, labels = rows(np.random.default_rng(1), 8)
-    assert uncertainty.conformal_metrics("lac", (probabilities, labels), (probabilities, labels)) is None
+    few = LabelledRows(*rows(np.random.default_rng(1), 8))
+    assert uncertainty.conformal_metrics("lac", few, few) is None
 
 
 def test_each_class_has_its_own_threshold_and_too_few_rows_are_said():
@@ -89,7 +94,9 @@ def test_each_class_has_its_own_threshold_and_too_few_rows_are_said():
     rare = calibration[1] != 2
     rare[np.flatnonzero(~rare)[:5]] = True
     calibration = (calibration[0][rare], calibration[1][rare])
-    found = uncertainty.class_conditional_metrics("lac", calibration, evaluated, ("a", "b", "c"))["classes"]
+    names = ("a", "b", "c")
+    found = uncertainty.class_conditional_metrics("lac", LabelledRows(*calibration), LabelledRows(*evaluated), names)
+    found = found["classes"]
     for name in "ab":
         low, high = found[name]["coverage_interval"]
         assert low <= found[name]["coverage"] <= high
@@ -98,42 +105,50 @@ def test_each_class_has_its_own_threshold_and_too_few_rows_are_said():
     assert found["c"]["coverage"] == 1.0
     assert found["c"]["note"].startswith("too few rows: 5 val rows, and 0.1 needs 9")
     other = (evaluated[0][evaluated[1] != 1], evaluated[1][evaluated[1] != 1])
-    absent = uncertainty.class_conditional_metrics("lac", calibration, other, ("a", "b", "c"))["classes"]["b"]
+    absent = uncertainty.class_conditional_metrics("lac", LabelledRows(*calibration), LabelledRows(*other), names)
+    absent = absent["classes"]["b"]
     assert (absent["coverage"], absent["coverage_interval"]) == (None, None)
 
 
-def test_risk_and_coverage_by_hand():
-    probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.8, 0.2], [0.6, 0.4]])
-    share, risk = uncertainty.risk_coverage(probabilities, np.array([0, 1, 0, 1]))
-    assert share.tolist() == [0.25, 0.5, 0.75, 1.0]
-    # The two rows of 0.8 share their one error.
-    assert risk.tolist() == [0.0, 0.25, pytest.approx(1 / 3), 0.5]
-    found = uncertainty.selective_metrics((probabilities, np.array([0, 1, 0, 1])), None)
-    assert found["aurc"] == pytest.approx(risk.mean())
-    assert (found["threshold"], found["answered"], found["error"]) == (None, None, None)
+def test_randomised_scores_by_hand():
+    probabilities = np.array([[0.5, 0.2, 0.3], [1.0, 0.0, 0.0]])
+    found = uncertainty.raps_scores(probabilities, np.array([0.25, 0.5]))
+    np.testing.assert_allclose(found, [[0.125, 0.86, 0.575], [0.5, 1.0, 1.01]])
+    np.testing.assert_allclose(uncertainty.raps_scores(probabilities)[1], found[1])
 
 
-def test_the_lowest_confidence_that_keeps_the_target_risk():
-    confidence = np.array([0.95, 0.9, 0.9, 0.8, 0.7, 0.6])
-    probabilities = np.stack([confidence, 1 - confidence], axis=1)
-    labels = np.array([0, 0, 1, 0, 0, 1])
-    assert uncertainty.confidence_threshold(probabilities, labels, 0.2) == 0.7  # one of five is wrong
-    assert uncertainty.confidence_threshold(probabilities, labels, 0.19) == 0.95
-    assert uncertainty.confidence_threshold(probabilities, labels, 0.4) == 0.6
-    assert uncertainty.confidence_threshold(probabilities, 1 - labels, 0.1) is None
-    with pytest.raises(UserError, match="target risk"):
-        uncertainty.confidence_threshold(probabilities, labels, 1.0)
+def test_the_random_number_of_a_name_repeats_and_is_uniform():
+    names = [f"{number}.png" for number in range(2000)]
+    numbers = uncertainty.uniform_numbers(names)
+    assert numbers.tolist() == uncertainty.uniform_numbers(names).tolist()
+    assert 0 <= numbers.min() < numbers.max() < 1
+    np.testing.assert_allclose(np.quantile(numbers, [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.03)
 
 
-def test_selective_keeps_at_most_50_points_and_judges_the_threshold_on_other_rows():
-    rng = np.random.default_rng(3)
-    calibration, evaluated = rows(rng, 2000), rows(rng, 3000)
-    found = uncertainty.selective_metrics(evaluated, calibration, target_risk=0.1)
-    assert len(found["coverage"]) == len(found["risk"]) == 50
-    assert (found["coverage"][-1], found["target_risk"]) == (1.0, 0.1)
-    assert found["error"] == pytest.approx(0.1, abs=0.03)
-    assert 0.1 < found["answered"] < 0.9
-    assert uncertainty.confidence_threshold(*calibration, 0.1) == found["threshold"]
+def test_the_threshold_of_groups_covers_rows_of_new_groups():
+    """20 groups of very different size, easy or hard as a whole: rows as units miss far too many of the new groups."""
+    rng = np.random.default_rng(5)
+    covered = {"groups": [], "rows": []}
+    for _ in range(300):
+        sizes = np.append(rng.integers(1, 60, 20), 1)
+        scores = rng.random(21).repeat(sizes) + 0.01 * rng.random(sizes.sum())
+        groups = np.arange(21).repeat(sizes)
+        limits = {
+            "groups": uncertainty.conformal_threshold(scores[:-1], 0.1, groups[:-1]),
+            "rows": uncertainty.conformal_threshold(scores[:-1], 0.1),
+        }
+        for name, limit in limits.items():
+            covered[name].append(scores[-1] <= limit)
+    assert np.mean(covered["groups"]) >= 0.87
+    assert np.mean(covered["rows"]) < np.mean(covered["groups"])
+    assert uncertainty.conformal_threshold(np.arange(80.0), 0.1, np.arange(80) // 10) is None  # eight groups
+
+
+def test_groups_have_no_interval_of_the_coverage():
+    few = LabelledRows(*rows(np.random.default_rng(1), 120), groups=np.arange(120) // 3)
+    found = uncertainty.conformal_metrics("lac", few, few)
+    assert found["coverage_interval"] is None
+    assert found["coverage"] >= 0.85
 
 
 def test_the_hint_tells_foreign_rows_and_is_silent_about_log_probabilities():

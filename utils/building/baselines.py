@@ -12,10 +12,8 @@ from utils.combiners.protocol import Combiner, MemberFacts, fit_crossfitted
 from utils.combiners.weighting import WeightedPool
 from utils.core.config import Config
 from utils.ensemble_methods import COMBINERS
+from utils.numeric.means import MIN_UNITS, mean_interval
 from utils.numeric.metrics import log_loss_per_row, softmax
-
-REPLICATES = 2000
-BLOCK = 100  # replicates drawn at a time: bounds the memory
 
 
 @dataclass(frozen=True)
@@ -26,11 +24,17 @@ class Baselines:
     """{name: log-loss (N,) in nats}"""
     best_single: str
     """The member of lowest log-loss."""
-    seed: int
+    groups: np.ndarray | None = None
+    """Group of each row (N,); None where rows are independent"""
 
 
 def measure(
-    config: Config, members: MemberFacts, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray
+    config: Config,
+    members: MemberFacts,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    folds: np.ndarray,
+    groups: np.ndarray | None = None,
 ) -> Baselines:
     """Best single, plain mean, greedy selection, convex weights and log-linear pool on logits (M, N, C)."""
     singles = np.array([log_loss_per_row(softmax(member_logits), labels) for member_logits in logits])
@@ -45,39 +49,37 @@ def measure(
     }
     for name, recipe in recipes.items():
         losses[name] = log_loss_per_row(fit_crossfitted(recipe, logits, labels, folds), labels)
-    return Baselines(losses, members.names[best], config.seed)
+    return Baselines(losses, members.names[best], groups)
 
 
 def compare(baselines: Baselines, losses: np.ndarray) -> dict[str, Any]:
     """Compare a learned combiner's losses (N,) with the baselines': `{guards, beats_guards, verdict}`, JSON-ready.
 
-    Every gain is a mean paired difference with its 95 % bootstrap interval. The combiner beats the baselines when the
-    interval of its gain over the best of them lies above 0.
+    Every gain is a mean paired difference with its 95 % interval over rows, or over groups of them. The combiner beats
+    the baselines when the interval of its gain over the best of them lies above 0, and cannot be told apart from it
+    where the interval contains 0. Where rows or groups are too few for one, `beats_guards` is None.
     """
     comparisons: dict[str, dict[str, Any]] = {}
     for name, of_baseline in baselines.losses.items():
         gain = of_baseline - losses
-        interval = bootstrap_interval(gain, seed=baselines.seed)
+        interval = mean_interval(gain, baselines.groups)
         comparisons[name] = {
             "log_loss": float(of_baseline.mean()),
             "gain": float(gain.mean()),
-            "gain_ci95": list(interval),
+            "gain_ci95": None if interval is None else list(interval),
         }
     best = min(comparisons, key=lambda name: (comparisons[name]["log_loss"], name))
-    low, high = comparisons[best]["gain_ci95"]
-    beats = low > 0
+    interval = comparisons[best]["gain_ci95"]
     label = f"{best} ({baselines.best_single})" if best == "best_single" else best
-    words = "beats" if beats else "does not beat" if high > 0 else "is worse than"
-    verdict = (
-        f"{words} {label}, the best of the simple combinations: log-loss {losses.mean():.4f} against "
-        f"{comparisons[best]['log_loss']:.4f}, gain {comparisons[best]['gain']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    figures = (
+        f"log-loss {losses.mean():.4f} against {comparisons[best]['log_loss']:.4f}, "
+        f"gain {comparisons[best]['gain']:+.4f}"
     )
+    if interval is None:
+        beats = None
+        words, bounds = "is not tested against", f" (an interval needs {MIN_UNITS} rows or groups)"
+    else:
+        beats, bounds = interval[0] > 0, f" [{interval[0]:+.4f}, {interval[1]:+.4f}]"
+        words = "beats" if beats else "is worse than" if interval[1] < 0 else "cannot be told apart from"
+    verdict = f"{words} {label}, the best of the simple combinations: {figures}{bounds}"
     return {"guards": comparisons, "best_single": baselines.best_single, "beats_guards": beats, "verdict": verdict}
-
-
-def bootstrap_interval(differences: np.ndarray, *, seed: int) -> tuple[float, float]:
-    """95 % percentile interval of the mean of paired differences (N,), by resampling the rows (Efron 1979)."""
-    rng, rows = np.random.default_rng(seed), len(differences)
-    means = [differences[rng.integers(0, rows, (BLOCK, rows))].mean(axis=1) for _ in range(REPLICATES // BLOCK)]
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return float(low), float(high)

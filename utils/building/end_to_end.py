@@ -138,7 +138,7 @@ def build(session: Session, members: Sequence[Member], name: str, force: bool) -
         derived,
         val,
         extra_inputs=inputs_key,
-        baselines=baselines.measure(config, facts, judged.rows.logits, judged.rows.labels, judged.fold),
+        baselines=baselines.measure(config, facts, judged.rows.logits, judged.rows.labels, judged.fold, judged.groups),
         notes={"train_embeddings": _source(), "end_to_end": _facts(derived, tuned)},
         crossfit=Crossfit(probabilities.astype(np.float32), rows.labels, rows.sample_ids, rows.split, val.fold),
     )

@@ -21,6 +21,7 @@ from utils.numeric.metrics import accuracy, log_loss, log_loss_per_row
 from utils.predictions import catalog, fold_networks, training_data
 from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.folds import crossfit_folds
+from utils.predictions.row_groups import row_groups
 from utils.predictions.rows import Rows
 from utils.predictions.store import IMPORT, Store
 
@@ -37,11 +38,14 @@ class OutOfSampleRows:
     rows: Rows
     fold: np.ndarray
     """int64 (N,)"""
+    groups: np.ndarray | None = None
+    """int64 (N,): rows that are not independent of each other; None where all are"""
 
     def of_split(self, split: str) -> OutOfSampleRows:
         """The rows of one split alone."""
         indices = np.flatnonzero(self.rows.split == split)
-        return OutOfSampleRows(self.rows.take(indices), self.fold[indices])
+        groups = None if self.groups is None else self.groups[indices]
+        return OutOfSampleRows(self.rows.take(indices), self.fold[indices], groups)
 
 
 def out_of_sample_rows(
@@ -104,11 +108,10 @@ def _without_train_rows(store: Store, members: Sequence[Member]) -> tuple[list[M
 
 
 def with_folds(store: Store, rows: Rows) -> OutOfSampleRows:
-    """Rows of train and val with the workspace's folds of them."""
+    """Rows of train and val with the workspace's folds and groups of them."""
     folds = crossfit_folds(store)
-    return OutOfSampleRows(
-        rows, np.array([folds[key] for key in zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True)])
-    )
+    keys = list(zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True))
+    return OutOfSampleRows(rows, np.array([folds[key] for key in keys]), row_groups(store, keys))
 
 
 def source_of_oof(store: Store, members: Sequence[Member]) -> str:

@@ -217,7 +217,8 @@ def _basis(store: Store, facts: MemberFacts, embedded: EmbeddedRows, *, in_sampl
     fitted = judged = fitting.with_folds(store, rows)
     if in_sample:
         fitted, judged = fitted.of_split("train"), judged.of_split("val")
-    simple = baselines.measure(store.config, facts, judged.rows.logits, judged.rows.labels, judged.fold)
+    rows = judged.rows
+    simple = baselines.measure(store.config, facts, rows.logits, rows.labels, judged.fold, judged.groups)
     return Basis(fitted, judged, simple, embedded.facts)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from utils.combiners.protocol import MemberFacts
 from utils.combiners.weighting import WeightedPool
 from utils.core.config import Config
+from utils.numeric.means import count_units, standard_error
 from utils.numeric.metrics import accuracy, log_loss_per_row, log_softmax, softmax
 from utils.predictions.rows import Rows
 
@@ -31,21 +32,33 @@ class Measurement:
     """The same on the means of the fold networks; None where they are missing or not requested."""
     shift: dict[str, dict[str, Any]]
     """{member: {out_of_fold, full, folds: what `describe` gives}}"""
+    groups: np.ndarray | None = None
+    """int64 (N,): groups of the val rows; None where these are independent"""
 
     @property
     def gain(self) -> tuple[float, float] | None:
-        """How much lower the log-loss of the fold networks is, and its standard error."""
-        if self.full is None or self.folds is None or len(self.full) < 2:
+        """How much lower the log-loss of the fold networks is, and its standard error over rows or groups.
+
+        None without two of them.
+        """
+        if self.full is None or self.folds is None or count_units(len(self.full), self.groups) < 2:
             return None
         difference = self.full - self.folds
-        return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
+        return float(difference.mean()), standard_error(difference, self.groups)
 
 
-def measure(config: Config, members: MemberFacts, fold: np.ndarray, full: Rows, folds: Rows | None) -> Measurement:
+def measure(
+    config: Config,
+    members: MemberFacts,
+    fold: np.ndarray,
+    full: Rows,
+    folds: Rows | None,
+    groups: np.ndarray | None = None,
+) -> Measurement:
     """Fit a log-linear pool on out-of-fold rows and score it on val, by full networks and by means of fold networks.
 
-    The two hold the same rows, out-of-fold and val, with their cross-fit folds (N,). The pool stands for every learner:
-    it has weights and a temperature, and a change of networks shifts the members' confidence first.
+    The two hold the same rows, out-of-fold and val, with their cross-fit folds (N,) and groups (N,). The pool stands
+    for every learner: it has weights and a temperature, and a change of networks shifts the members' confidence first.
     """
     train, val = np.flatnonzero(full.split == "train"), np.flatnonzero(full.split == "val")
     shift = {
@@ -66,7 +79,7 @@ def measure(config: Config, members: MemberFacts, fold: np.ndarray, full: Rows, 
         None if rows is None else log_loss_per_row(pool.predict_proba(rows.logits[:, val]), rows.labels[val])
         for rows in (full, folds)
     ]
-    return Measurement(losses[0], losses[1], shift)
+    return Measurement(losses[0], losses[1], shift, None if groups is None else groups[val])
 
 
 def describe(logits: np.ndarray, labels: np.ndarray) -> dict[str, float] | None:

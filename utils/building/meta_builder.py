@@ -109,7 +109,7 @@ class MetaBuilder(Builder):
         fold_networks.ensure(store, members, STREAMED_SPLITS, _inference(records))
         facts = fitting.member_facts(store, members)
         rows, parts = _align(session, members, inputs)
-        simple = baselines.measure(config, facts, rows.rows.logits, rows.rows.labels, rows.fold)
+        simple = baselines.measure(config, facts, rows.rows.logits, rows.rows.labels, rows.fold, rows.groups)
         recipe = MetaFuserCombiner.over(config, facts, parts)
         logger.info("fitting %s (%s) on %s", NAME, config.runs.meta_fuser.fuser_type, ", ".join(inputs))
         fitting.build(
@@ -249,4 +249,5 @@ def _align(
         of_input = [index_of[name][keys[row]] for row in shared]
         indices = np.array([taken.members.index(member) for member in ensemble.members])
         parts.append(FuserInput(ensemble.method, ensemble.combiner, indices, crossfits[name].probabilities[of_input]))
-    return OutOfSampleRows(taken, out_of_sample.fold[shared]), parts
+    groups = None if out_of_sample.groups is None else out_of_sample.groups[shared]
+    return OutOfSampleRows(taken, out_of_sample.fold[shared], groups), parts

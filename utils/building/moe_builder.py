@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from utils.building import baselines, ensembles, fitting, latency
-from utils.building.baselines import Baselines, bootstrap_interval
+from utils.building.baselines import Baselines
 from utils.building.builder_protocol import Build, Builder, Session, summary_line
 from utils.building.ensembles import Crossfit
 from utils.building.fitting import OutOfSampleRows
@@ -18,6 +18,7 @@ from utils.building.sparse_timing import Stopwatch
 from utils.combiners.protocol import Combiner, MemberFacts, fit_crossfitted
 from utils.combiners.routing import routed_members
 from utils.moe_methods import COMBINERS, CascadeCombiner, MixtureOfExperts
+from utils.numeric.means import mean_interval
 from utils.numeric.metrics import log_loss_per_row, softmax
 from utils.predictions import catalog, streaming
 from utils.predictions.catalog import Member
@@ -72,7 +73,7 @@ class SparseBuilder(Builder):
         facts = fitting.member_facts(store, members, latency.milliseconds(records))
         out_of_sample = session.rows(members)
         rows, fold = out_of_sample.rows, out_of_sample.fold
-        simple = baselines.measure(store.config, facts, rows.logits, rows.labels, fold)
+        simple = baselines.measure(store.config, facts, rows.logits, rows.labels, fold, out_of_sample.groups)
         recipe = COMBINERS[self.name].configured(store.config, facts)
         comparison = _Comparison(store, members, facts, out_of_sample, simple)
         logger.info("fitting %s on %d out-of-sample rows of %d members", self.name, len(fold), len(members))
@@ -157,12 +158,13 @@ class _Comparison:
 
     def _compared(self, other: np.ndarray, combiner: np.ndarray) -> dict[str, Any]:
         """Scores of cross-fitted probabilities (N, C), and the combiner's gain over them."""
-        labels, seed = self.out_of_sample.rows.labels, self.store.config.seed
+        labels, groups = self.out_of_sample.rows.labels, self.out_of_sample.groups
         losses = [log_loss_per_row(values, labels) for values in (other, combiner)]
         hits = [(values.argmax(axis=1) == labels).astype(float) for values in (other, combiner)]
         scores: dict[str, Any] = {"log_loss": float(losses[0].mean()), "accuracy": float(hits[0].mean())}
         for name, gain in (("log_loss_gain", losses[0] - losses[1]), ("accuracy_gain", hits[1] - hits[0])):
-            scores |= {name: float(gain.mean()), f"{name}_ci95": list(bootstrap_interval(gain, seed=seed))}
+            interval = mean_interval(gain, groups)
+            scores |= {name: float(gain.mean()), f"{name}_ci95": None if interval is None else list(interval)}
         return scores
 
     def _expected(self, ran: np.ndarray) -> float | None:

@@ -11,7 +11,8 @@ import numpy as np
 from utils.building import ensembles
 from utils.building.ensembles import Crossfit, Ensemble
 from utils.core.errors import LeakageError, UserError
-from utils.numeric.metrics import log_loss_per_row, softmax, within_one_standard_error
+from utils.numeric.means import is_within_one_standard_error
+from utils.numeric.metrics import log_loss_per_row, softmax
 from utils.predictions import training_data
 from utils.predictions.catalog import Catalog, Member, end_to_end_member_name
 from utils.predictions.rows import MemberRows
@@ -77,7 +78,7 @@ def recommend(candidates: Sequence[Candidate]) -> dict[str, Any]:
         near = [
             name
             for name in means
-            if by_name[name].kind == "ensemble" and within_one_standard_error(losses[name], losses[lowest])
+            if by_name[name].kind == "ensemble" and is_within_one_standard_error(losses[name], losses[lowest])
         ]
         winner = min(near, key=lambda name: (_simplicity(by_name[name]), name))
         if winner != lowest:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from utils.building import ensembles, fitting
 from utils.building.builder_protocol import Build, Builder, Session, summary_line
 from utils.building.ensembles import Provenance
@@ -22,7 +24,9 @@ from utils.core.errors import UserError
 from utils.core.parsed_files import record_once
 from utils.discovery import discover
 from utils.networks.checkpoints import training_metadata
+from utils.numeric.paired_comparison import CANNOT_TELL, compare_losses
 from utils.predictions.catalog import Member, preprocessing_entry
+from utils.predictions.row_groups import row_groups
 from utils.predictions.store import Store
 
 if TYPE_CHECKING:
@@ -280,7 +284,9 @@ def _save(
 ) -> tuple[Session, dict[str, dict[str, Any]]]:
     """Write checkpoint, member and ensemble of each soup; returns the session with them, and their record entries."""
     store = session.store
-    facts = {key: _facts(soup, survey) for key, soup in soups.items()}
+    val = [("val", sample_id) for sample_id in store.images("val").sample_ids]
+    groups = row_groups(store, val)
+    facts = {key: _facts(soup, survey, groups) for key, soup in soups.items()}
     for key, soup in soups.items():
         write_checkpoint(
             store.workspace.derived_checkpoint(member.name, METHODS[key].role),
@@ -310,15 +316,21 @@ def _save(
     return session, facts
 
 
-def _facts(soup: Soup, survey: Survey) -> dict[str, Any]:
+def _facts(soup: Soup, survey: Survey, groups: np.ndarray | None) -> dict[str, Any]:
+    """What a record says of a soup; val rows, with these groups, chose it, so that ingredients count as comparisons."""
     kept, rival = soup.trial.kept, survey.trials.single(soup.rival)
+    compared = compare_losses(
+        (kept.hits, rival.hits), (kept.losses, rival.losses), groups, comparisons=len(survey.ingredients)
+    )
     return {
         "shares": dict(soup.mix),
         "normalisation": soup.trial.as_record(),
         "threads": survey.trials.bn_threads if soup.trial.is_recomputed else None,
         "best_ingredient": soup.rival,
         "gain": {name: kept.as_record()[name] - value for name, value in rival.as_record().items()},
-        "helps": kept.rank > rival.rank,
+        "compared": compared.as_record(),
+        "helps": bool(compared.better) and not compared.worse,
+        "harms": bool(compared.worse) and not compared.better,
         "words": soup.words,
         **soup.notes,
     }
@@ -395,5 +407,6 @@ def _words(part: Mapping[str, Any], metric: str) -> str:
     if list(part["shares"]) == [best]:
         return f"{part['words']}: nothing is gained by averaging"
     figures = f"{metric} {gain['score']:+.4f}, log-loss {gain['log_loss']:+.4f}"
-    verdict = f"{figures} against {best}" if part["helps"] else f"does not beat {best} ({figures})"
-    return f"{part['words']}{anew}: {verdict}"
+    harms = part.get("harms", not part["helps"])  # records of before that was written
+    words = "is better than" if part["helps"] else "is worse than" if harms else f"{CANNOT_TELL} from"
+    return f"{part['words']}{anew}: {words} {best} on the val rows that chose it ({figures})"

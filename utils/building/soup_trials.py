@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import combinations
 from pathlib import Path
@@ -21,7 +21,7 @@ from utils.networks import construction, memory, soups
 from utils.networks.checkpoints import read_checkpoint, state_dict_of
 from utils.networks.preprocessing import Preprocessing
 from utils.networks.soups import Ingredient
-from utils.numeric.metrics import METRICS, accuracy, log_loss, softmax
+from utils.numeric.metrics import METRICS, log_loss_per_row, softmax
 from utils.predictions import catalog, image_splits, streaming
 from utils.predictions.catalog import Member
 from utils.predictions.image_splits import ImageSplit
@@ -51,6 +51,10 @@ class SoupScores:
     log_loss: float
     rank: tuple[float, float]
     """The higher the better: score, then log-loss."""
+    hits: np.ndarray = field(compare=False, repr=False)
+    """bool (N,)"""
+    losses: np.ndarray = field(compare=False, repr=False)
+    """Log-loss of each row (N,) in nats"""
 
     def as_record(self) -> dict[str, float]:
         """JSON-ready."""
@@ -184,9 +188,10 @@ class Trials:
         probabilities = softmax(np.concatenate([batch.logits for batch in batches])[:, order])
         labels = self._val.labels
         metric = METRICS[self.store.config.runs.score_ensemble.optimization_metric]
-        score, loss = metric.function(probabilities, labels), log_loss(probabilities, labels)
+        score, losses = metric.function(probabilities, labels), log_loss_per_row(probabilities, labels)
+        hits, loss = probabilities.argmax(axis=1) == labels, float(losses.mean())
         rank = (score if metric.higher_is_better else -score, -loss)
-        return SoupScores(score, accuracy(probabilities, labels), loss, rank)
+        return SoupScores(score, float(hits.mean()), loss, rank, hits, losses)
 
     def _named(self, mix: Mix) -> construction.NetworkSpec:
         """Messages about a mixture name what it was made of; there is no file yet."""

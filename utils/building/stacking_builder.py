@@ -154,7 +154,7 @@ def _measure_inference(session: Session, members: Sequence[Member], facts: Membe
     if requested != FULL and not lacking:
         fold_networks.ensure(session.store, members, ("val",), FOLDS)
         folds = session.rows(members, inference=FOLDS).rows
-    return inference_choice.measure(session.config, facts, full.fold, full.rows, folds)
+    return inference_choice.measure(session.config, facts, full.fold, full.rows, folds, full.groups)
 
 
 def _prepare(
@@ -165,7 +165,7 @@ def _prepare(
         fold_networks.ensure(session.store, members, STREAMED_SPLITS, inference)
     fitted = session.rows(members, kind=session.config.runs.stacking.fit_rows, inference=inference)
     rows = fitted.rows
-    return fitted, baselines.measure(session.config, facts, rows.logits, rows.labels, fitted.fold)
+    return fitted, baselines.measure(session.config, facts, rows.logits, rows.labels, fitted.fold, fitted.groups)
 
 
 def _lacking(members: Sequence[Member]) -> list[Member]:

@@ -20,7 +20,8 @@ from utils.combiners.subset_search import SEARCHES, CostLimit, Subset, SubsetPro
 from utils.core.config import Config, CostBudget
 from utils.numeric import temperature
 from utils.numeric.candidate_losses import TIE_TOLERANCE, candidate_losses
-from utils.numeric.metrics import METRICS, SMALLEST_PROBABILITY, log_softmax, row_losses, within_one_standard_error
+from utils.numeric.means import is_within_one_standard_error
+from utils.numeric.metrics import METRICS, SMALLEST_PROBABILITY, log_softmax, row_losses
 from utils.numeric.pareto import pareto_front
 
 SHOWN = 3  # names in a reason
@@ -224,7 +225,7 @@ def _fastest(points: Sequence[ScoredSubset]) -> int:
     near = [
         index
         for index, point in enumerate(points)
-        if index == best or within_one_standard_error(point.losses, points[best].losses)
+        if index == best or is_within_one_standard_error(point.losses, points[best].losses)
     ]
     return min(near, key=lambda index: (points[index].cost, index))
 

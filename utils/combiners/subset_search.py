@@ -17,7 +17,8 @@ from utils.core.errors import UserError
 from utils.numeric import diversity
 from utils.numeric.candidate_losses import TIE_TOLERANCE, Scorer, make_scorer, weighted_sum
 from utils.numeric.diversity import Diversity
-from utils.numeric.metrics import row_losses, within_one_standard_error
+from utils.numeric.means import is_within_one_standard_error
+from utils.numeric.metrics import row_losses
 from utils.numeric.removal_losses import make_removal_scorer
 
 ROUNDING = 1e-9  # of a limit, by which a sum of costs may exceed it
@@ -214,7 +215,7 @@ def diversity_max(problem: SubsetProblem) -> list[Subset]:
             member = _best(order, allowed)
             allowed[member] = False
             after = (total + problem.probabilities[member]) / (len(chosen) + 1)
-            if within_one_standard_error(row_losses(after, problem.labels, "accuracy"), before):
+            if is_within_one_standard_error(row_losses(after, problem.labels, "accuracy"), before):
                 break
         else:
             return subsets

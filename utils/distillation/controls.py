@@ -14,6 +14,7 @@ import numpy as np
 from utils.core.artifacts import read_arrays, read_record, write_arrays
 from utils.core.workspace import Workspace
 from utils.numeric.metrics import accuracy, ece, log_loss, log_loss_per_row
+from utils.numeric.paired_comparison import CANNOT_TELL, compare_models
 from utils.numeric.statistics import bootstrap_means, ratio_interval
 
 ALONE, TEACHER = "alone", "teacher"
@@ -46,11 +47,15 @@ def read_controls(workspace: Workspace, name: str) -> Controls | None:
 
 
 def control_metrics(
-    stored: Controls, split: str, sample_ids: Sequence[str], probabilities: np.ndarray
+    stored: Controls,
+    split: str,
+    sample_ids: Sequence[str],
+    probabilities: np.ndarray,
+    groups: np.ndarray | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """`controls` and `gain_kept` for a student's `metrics.json`, and the notes on them.
 
-    `probabilities` (N, C) are the student's on the rows `sample_ids`.
+    `probabilities` (N, C) are the student's on the rows `sample_ids`, whose `groups` (N,) are independent.
     """
     record, arrays = stored.record, stored.arrays
     stored_ids = arrays.get(f"{split}/sample_ids", np.array([])).tolist()
@@ -63,8 +68,8 @@ def control_metrics(
     labels = arrays[f"{split}/labels"][rows]
     controls = {key: record["costs"][key] | scores(each, labels) for key, each in predictions.items()}
     controls[TEACHER] |= {"name": record["teacher"], "agreement": agreement(probabilities, predictions[TEACHER])}
-    gain, reason = gain_kept(probabilities, predictions[ALONE], predictions[TEACHER], labels)
-    text = verdict(scores(probabilities, labels), controls[ALONE], controls[TEACHER], gain)
+    gain, reason = gain_kept(probabilities, predictions[ALONE], predictions[TEACHER], labels, groups)
+    text = verdict(probabilities, predictions[ALONE], predictions[TEACHER], labels, gain, groups)
     return {"controls": controls, "gain_kept": gain}, {"controls": text} | ({"gain_kept": reason} if reason else {})
 
 
@@ -83,12 +88,13 @@ def agreement(probabilities: np.ndarray, reference: np.ndarray) -> float:
 
 
 def gain_kept(
-    student: np.ndarray, alone: np.ndarray, teacher: np.ndarray, labels: np.ndarray
+    student: np.ndarray, alone: np.ndarray, teacher: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None
 ) -> tuple[dict[str, Any], str]:
     """Fraction of the teacher's gain that the student keeps, and the reasons why it or its bounds are undefined.
 
     `(student - alone) / (teacher - alone)` in accuracy, `{value, ci95}`, and the same in log-loss under `log_loss`.
-    Probabilities (N, C), labels (N,). The interval is that of the paired bootstrap, stratified by class. It has no
+    Probabilities (N, C), labels (N,). The interval is that of the paired bootstrap of rows, stratified by class, or of
+    groups (N,). It has no
     bounds where a gain of zero is within the teacher's interval, since any fraction is then possible (Fieller 1954).
     `value` is None where the teacher is not better than the network trained alone.
     """
@@ -100,7 +106,8 @@ def gain_kept(
         teacher_gain = float(teacher_rows.mean() - alone_rows.mean())
         if teacher_gain <= 0:
             reasons.append(f"the teacher's {spoken} is not better than that of the network trained without a teacher")
-        bounds = ratio_interval(*bootstrap_means([student_rows - alone_rows, teacher_rows - alone_rows], labels))
+        differences = [student_rows - alone_rows, teacher_rows - alone_rows]
+        bounds = ratio_interval(*bootstrap_means(differences, labels, groups))
         gains[name] = {"value": student_gain / teacher_gain if teacher_gain > 0 else None, "ci95": bounds}
         if teacher_gain > 0 and None in bounds:
             reasons.append(f"{len(labels)} rows are too few to establish that the teacher gains in {spoken}")
@@ -108,24 +115,32 @@ def gain_kept(
 
 
 def verdict(
-    student: Mapping[str, float], alone: Mapping[str, float], teacher: Mapping[str, float], gain: Mapping[str, Any]
+    student: np.ndarray,
+    alone: np.ndarray,
+    teacher: np.ndarray,
+    labels: np.ndarray,
+    gain: Mapping[str, Any],
+    groups: np.ndarray | None = None,
 ) -> str:
-    """One sentence on whether distillation helped, from `scores` and `gain_kept`."""
-    better = [
-        student["accuracy"] > alone["accuracy"],
-        student["log_loss"] < alone["log_loss"],
-    ]
-    figures = (
-        f"accuracy {student['accuracy']:.4f}, alone {alone['accuracy']:.4f}, teacher {teacher['accuracy']:.4f}; "
-        f"log-loss {student['log_loss']:.4f}, alone {alone['log_loss']:.4f}, teacher {teacher['log_loss']:.4f}"
+    """One sentence on whether distillation helped, from probabilities (N, C), labels (N,) and `gain_kept`.
+
+    It helped, or harmed, in a metric whose paired interval does not contain 0; groups (N,) are independent.
+    """
+    compared = compare_models(student, alone, labels, groups)
+    of_each = [scores(probabilities, labels) for probabilities in (student, alone, teacher)]
+    figures = "; ".join(
+        f"{name.replace('_', '-')} {values[0]:.4f}, alone {values[1]:.4f}, teacher {values[2]:.4f}"
+        for name in ("accuracy", "log_loss")
+        for values in ([model[name] for model in of_each],)
     )
     fraction = "" if gain["value"] is None else f"; {100 * gain['value']:.0f} % of the teacher's gain in accuracy kept"
-    if all(better):
-        text = "distillation helped"
-    elif any(better):
-        text = f"distillation helped in {'accuracy' if better[0] else 'log-loss'} alone"
+    if compared.better:
+        in_what = "" if len(compared.better) == 2 else f" in {compared.better[0]}"
+        text = f"distillation helped{in_what}" + (f" and harmed in {compared.worse[0]}" if compared.worse else "")
+    elif compared.worse:
+        text = f"distillation harmed in {' and '.join(compared.worse)}: the same network trained alone is better"
     else:
-        text = "distillation did not help: the same network trained alone is as good or better"
+        text = f"the student {CANNOT_TELL} from the same network trained alone"
     return f"{text} ({figures}{fraction})"
 
 

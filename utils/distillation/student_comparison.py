@@ -17,6 +17,7 @@ from utils.distillation.teachers import Teacher
 from utils.numeric.metrics import softmax
 from utils.predictions import fold_networks
 from utils.predictions.catalog import Member
+from utils.predictions.row_groups import row_groups
 from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
@@ -59,11 +60,9 @@ def compare_on_val(
     stored_row_of = {sample_id: row for row, sample_id in enumerate(stored.sample_ids.tolist())}
     student_rows = [stored_row_of[sample_id] for sample_id in val["sample_ids"].tolist()]
     student_probs = softmax(np.asarray(stored.logits)[student_rows])
-    gain, _ = controls.gain_kept(student_probs, val[ALONE], val[TEACHER], val["labels"])
-    student_scores, alone_scores, teacher_scores = (
-        controls.scores(probabilities, val["labels"]) for probabilities in (student_probs, val[ALONE], val[TEACHER])
-    )
-    return controls.verdict(student_scores, alone_scores, teacher_scores, gain)
+    groups = row_groups(store, [("val", sample_id) for sample_id in val["sample_ids"].tolist()])
+    gain, _ = controls.gain_kept(student_probs, val[ALONE], val[TEACHER], val["labels"], groups)
+    return controls.verdict(student_probs, val[ALONE], val[TEACHER], val["labels"], gain, groups)
 
 
 def measure_costs(store: Store, teacher: Teacher, derived: Member) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The rows that models are evaluated on: which ones, how they are grouped, and which of them a model was fitted on."""
+"""The rows that models are evaluated on: which ones, and which of them a model was fitted on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from utils import base_back
 from utils.building.ensembles import RowSet
 from utils.core.errors import UserError
 from utils.predictions.rows import UNKNOWN, MemberRows, Rows, align
@@ -55,24 +54,6 @@ def _copies(store: Store, rows: Rows, split: str) -> list[tuple[str, str]]:
     return [
         (sample_id, originals[contents[sample_id]]) for sample_id in rows.sample_ids if contents[sample_id] in originals
     ]
-
-
-def row_groups(store: Store, rows: Rows, split: str) -> np.ndarray | None:
-    """Group index of each row (N,), by recorded groups, `dataset.group_regex` and equal images.
-
-    None where every group is one row.
-    """
-    ids = rows.sample_ids.tolist()
-    contents = ids
-    if store.catalog.has_images:
-        images = store.images(split)
-        content_of = dict(zip(images.sample_ids, images.contents, strict=True))
-        contents = [content_of[sample_id] for sample_id in ids]
-    grouping = base_back.load_bundled("samples")
-    recorded = grouping.recorded_groups(store.workspace.split_dir).get(split, {})
-    names = [recorded.get(sample_id) for sample_id in ids]
-    groups: np.ndarray = grouping.group_indices(ids, contents, store.config.dataset.group_regex, names)
-    return groups if len(np.unique(groups)) < len(groups) else None
 
 
 def count_overlap(row_sets: Sequence[RowSet], rows: Rows) -> int:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from utils.building import ensembles, latency
+from utils.building import ensembles
 from utils.building.ensembles import Crossfit, Ensemble
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.distillation import controls
-from utils.evaluation import evaluated_rows, scoring
+from utils.evaluation import costs, evaluated_rows, scoring
+from utils.evaluation.costs import Costs
 from utils.evaluation.scoring import ScoredModel
-from utils.numeric import uncertainty
+from utils.numeric import selective, uncertainty
 from utils.numeric.metrics import softmax
 from utils.predictions import extraction, fold_networks
-from utils.predictions.catalog import IMPORTED, Catalog, Member, is_declared
+from utils.predictions.catalog import Catalog, Member, is_declared
+from utils.predictions.row_groups import row_groups
 from utils.predictions.rows import MemberRows, Rows, align
 from utils.predictions.store import Store
 
@@ -30,7 +31,7 @@ class UncertaintyOptions:
 
     alpha: float = uncertainty.ALPHA
     """Fraction of rows whose conformal set may miss the true class"""
-    target_risk: float = uncertainty.TARGET_RISK
+    target_risk: float = selective.TARGET_RISK
     """Target selective risk: error rate among the rows that are answered"""
     class_conditional: bool = False
     """Whether conformal sets with one threshold per class are measured as well"""
@@ -68,22 +69,6 @@ class SavedEnsemble:
 
 
 @dataclass(frozen=True)
-class Costs:
-    """What the evaluated models cost."""
-
-    latencies: Mapping[str, latency.Record]
-    """{member: its network}"""
-    combiners: Mapping[str, latency.Record]
-    """{ensemble: its combiner}"""
-    unmeasured: Mapping[str, str]
-    """{member or ensemble: why there is no latency}"""
-    sizes: Mapping[str, int | None]
-    """{model: bytes of its checkpoints and its combiner}; None where a file is missing"""
-    missing_files: Mapping[str, Sequence[str]]
-    """{model: names of files that are missing}"""
-
-
-@dataclass(frozen=True)
 class EvaluationInputs:
     """Everything that an evaluation computes with."""
 
@@ -108,6 +93,10 @@ class EvaluationInputs:
     """Rows that are left out as copies of train or val images"""
     groups: np.ndarray | None
     """Group index of each row (N,); None where rows are independent"""
+    earlier_groups: Mapping[tuple[str, str], int]
+    """{(split, sample id): group} of the rows of train and val; empty where these are independent"""
+    contents: Mapping[tuple[str, str], str]
+    """{(split, sample id): SHA-256 of the image} of the evaluated rows and of val; empty without images"""
     models: Sequence[ScoredModel]
     out_of_sample: Mapping[str, Sequence[MemberRows]]
     """{member: its out-of-sample rows of train and val, of those that there are}"""
@@ -127,6 +116,14 @@ class EvaluationInputs:
     def split(self) -> str:
         """The evaluated split."""
         return self.settings.split
+
+    def groups_of(self, keys: Iterable[tuple[str, str]]) -> np.ndarray | None:
+        """Group index (N,) of rows of train and val; None where these are independent."""
+        return np.array([self.earlier_groups[key] for key in keys]) if self.earlier_groups else None
+
+    def uniforms(self, keys: Iterable[tuple[str, str]]) -> np.ndarray:
+        """Numbers (N,) for randomised conformal sets, by the content of each image, or by sample id without images."""
+        return uncertainty.uniform_numbers(self.contents.get(key, key[1]) for key in keys)
 
     def val_rows(self, member: str) -> MemberRows | None:
         """A member's out-of-sample rows of val; None where it has none."""
@@ -203,7 +200,9 @@ def gather(
         candidates=list(candidates),
         rows=rows,
         dropped=dropped,
-        groups=evaluated_rows.row_groups(store, rows, split),
+        groups=row_groups(store, zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True)),
+        earlier_groups=_earlier_groups(store),
+        contents=_contents(store, {"val", split}),
         models=models,
         out_of_sample=out_of_sample,
         crossfits={name: ensembles.load_crossfit(store.workspace, name) for name in usable},
@@ -213,7 +212,7 @@ def gather(
             for name in usable
             if name in scored and (control := controls.read_controls(store.workspace, name)) is not None
         },
-        costs=_costs(store, costed, usable, split, embedded),
+        costs=costs.measure_costs(store, costed, usable, split, embedded),
         image_paths=_image_paths(store),
         failures=failures,
     )
@@ -289,7 +288,7 @@ def _scored_ensemble(
             raise UserError(f"its member {failed[0]}: {unstreamed[failed[0]]}")
         parts = dict(fold_rows)
         if ensemble.combiner.reads_embeddings:  # those of the full network; fold networks have no common space
-            parts = _open_embedded(store, ensemble.members, split, embedded)
+            parts = costs.open_embedded(store, ensemble.members, split, embedded)
         if ensemble.combiner.reads_embeddings and ensemble.inference == fold_networks.FOLDS:
             parts = {name: replace(part, logits=fold_rows[name].logits) for name, part in parts.items()}
         aligned = align({name: [parts[name]] for name in ensemble.members}, store.catalog.classes)
@@ -308,16 +307,6 @@ def _scored_ensemble(
     )
 
 
-def _open_embedded(
-    store: Store, members: Sequence[str], split: str, embedded: dict[str, MemberRows]
-) -> dict[str, MemberRows]:
-    """{member: its rows of a split with embeddings}; those that are not in `embedded` yet are added to it."""
-    for name in members:
-        if name not in embedded:
-            embedded[name] = store.rows(store.catalog.members[name], split, embeddings=True)
-    return {name: embedded[name] for name in members}
-
-
 def _image_paths(store: Store) -> dict[tuple[str, str], str]:
     """{(split, sample id): file in the workspace} of train and val images; empty without images."""
     paths: dict[tuple[str, str], str] = {}
@@ -328,61 +317,18 @@ def _image_paths(store: Store) -> dict[tuple[str, str], str]:
     return paths
 
 
-def _costs(
-    store: Store,
-    models: Sequence[ScoredModel],
-    saved: Mapping[str, Ensemble],
-    split: str,
-    embedded: dict[str, MemberRows],
-) -> Costs:
-    """Latencies, measured where they are not stored yet, and sizes; imported members have neither."""
-    catalogued = store.catalog.members
-    measurable = [model for model in models if all(catalogued[name].source != IMPORTED for name in model.members)]
-    members = [catalogued[name] for name in sorted({name for model in measurable for name in model.members})]
-    latencies: dict[str, latency.Record] = {}
-    try:
-        unmeasured = scoring.for_each_member(members, lambda some: latencies.update(latency.measure(store, some)))
-    except UserError as error:
-        unmeasured = {member.name: str(error) for member in members}
-    combiners = {
-        model.name: latency.measure_combiner(
-            store,
-            saved[model.name].inputs_digest,
-            model.name,
-            saved[model.name].combiner.to_module,
-            (len(model.members), model.probabilities.shape[1]),
-            _embedding_widths(store, saved[model.name], split, embedded),
-        )
-        for model in measurable
-        if model.kind == "ensemble"
-    }
-    files = {model.name: _files(store, model) for model in measurable}
-    missing = {name: [path.name for path in paths if not path.is_file()] for name, paths in files.items()}
-    sizes = {
-        name: None if missing[name] else sum(path.stat().st_size for path in paths) for name, paths in files.items()
-    }
-    return Costs(latencies, combiners, unmeasured, sizes, {name: names for name, names in missing.items() if names})
+def _earlier_groups(store: Store) -> dict[tuple[str, str], int]:
+    """{(split, sample id): group} of all train and val rows; empty where every row is a group of its own."""
+    keys = [(split, sample_id) for split in ("train", "val") for sample_id in store.samples(split).sample_ids]
+    groups = row_groups(store, keys)
+    return {} if groups is None else dict(zip(keys, groups.tolist(), strict=True))
 
 
-def _embedding_widths(store: Store, ensemble: Ensemble, split: str, embedded: dict[str, MemberRows]) -> list[int]:
-    """Widths of its members' embeddings (M,), where its combiner reads them."""
-    if not ensemble.combiner.reads_embeddings:
-        return []
-    parts = _open_embedded(store, ensemble.members, split, embedded)
-    return [part.embeddings.shape[1] for part in parts.values() if part.embeddings is not None]
-
-
-def _files(store: Store, model: ScoredModel) -> list[Path]:
-    """Checkpoints that answer for a model, and the files of its combiner."""
-    files = []
-    for name in model.members:
-        checkpoints = store.catalog.members[name].checkpoints
-        stages = [
-            stage or checkpoints[0]["stage"]
-            for stage in fold_networks.answering(store.catalog.members[name], model.inference)
-        ]
-        files += [store.workspace.base / entry["path"] for entry in checkpoints if entry["stage"] in stages]
-    if model.kind == "ensemble":
-        folder = store.workspace.ensemble(model.name)
-        files += [folder / "combiner.safetensors", *sorted(folder.glob("*booster.json"))]
-    return files
+def _contents(store: Store, splits: Iterable[str]) -> dict[tuple[str, str], str]:
+    """{(split, sample id): SHA-256 of the image}; empty without images."""
+    contents: dict[tuple[str, str], str] = {}
+    for split in splits if store.catalog.has_images else ():
+        images = store.images(split)
+        pairs = zip(images.sample_ids, images.contents, strict=True)
+        contents |= {(split, sample_id): content for sample_id, content in pairs}
+    return contents

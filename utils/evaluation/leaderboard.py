@@ -20,6 +20,8 @@ MARKS = {
     "recommended": "recommended",
 }
 """{key of a row: mark}, in the order of the tables"""
+COMPARED = ("delta_accuracy", "mcnemar_p", "mcnemar_p_holm", "test", "p_value", "p_value_holm")
+"""Columns of the CSV file on the comparison with the best single member"""
 BOLD, FAINT, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 
 
@@ -66,9 +68,7 @@ def as_text(ranking: Ranking, *, styled: bool = False) -> str:
         aligned = [f"{style}{line}{PLAIN}" if style else line for style, line in zip(styles, aligned, strict=True)]
     single = ranking["peers"]["best_single"]
     notes = (
-        [f"p: McNemar's exact test of the difference to {single}, the best single member, Holm-corrected"]
-        if single
-        else []
+        [f"p: {_test(ranking)} of the difference to {single}, the best single member, Holm-corrected"] if single else []
     )
     return "\n".join(
         [
@@ -103,9 +103,15 @@ def _with_interval(row: Mapping[str, Any], metric: str) -> str:
     return f"{row[metric]:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
 
 
+def _test(ranking: Ranking) -> str:
+    """The test that p-values come from."""
+    tests = {row["vs_best_single"].get("test") for row in ranking["rows"] if row["vs_best_single"]}
+    return "exact sign-flip test of groups" if tests == {"sign_flip"} else "McNemar's exact test"
+
+
 def _p_value(comparison: Mapping[str, Any] | None) -> str:
     """Holm-corrected p-value of a comparison; empty where there is none."""
-    p = None if comparison is None else comparison["mcnemar_p_holm"]
+    p = None if comparison is None else comparison.get("p_value_holm", comparison.get("mcnemar_p_holm"))
     return "" if p is None else f"{p:.3f}"
 
 
@@ -113,7 +119,7 @@ def as_csv(ranking: Ranking) -> str:
     """CSV with one line per row of the ranking, numbers at full precision."""
     bounds = [f"{metric}_{end}" for metric in METRICS for end in ("", "low", "high")]
     columns = ["rank", "name", "kind", *(bound.rstrip("_") for bound in bounds)]
-    columns += ["delta_accuracy", "mcnemar_p", "mcnemar_p_holm", *MARKS]
+    columns += [*COMPARED, *MARKS]
     stream = io.StringIO()
     table = csv.writer(stream, lineterminator="\n")
     table.writerow(columns)
@@ -122,7 +128,7 @@ def as_csv(ranking: Ranking) -> str:
         for metric in METRICS:
             values += [row[metric], *((row["ci95"] or {}).get(metric) or ("", ""))]
         comparison = row["vs_best_single"] or {}
-        compared = [comparison.get(key) for key in ("delta_accuracy", "mcnemar_p", "mcnemar_p_holm")]
+        compared = [comparison.get(key) for key in COMPARED]
         flags = [str(mark in marks(row, ranking)).lower() for mark in MARKS.values()]
         table.writerow([row["rank"], row["name"], row["kind"], *values, *compared, *flags])
     return stream.getvalue()

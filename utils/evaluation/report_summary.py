@@ -7,6 +7,7 @@ from typing import Any
 
 from utils.core.display_text import format_count, format_interval, format_number, format_percent, join_names
 from utils.evaluation.report_data import ReportData
+from utils.numeric.calibration_chance import calibration_verdict
 from utils.numeric.metrics import METRICS
 
 ROWS = {"oof+val": "out-of-fold predictions of train and predictions of val", "val": "predictions of val"}
@@ -118,8 +119,9 @@ def _comparisons(data: ReportData) -> list[str]:
 
 def _measured_difference(comparison: Mapping[str, Any], title: str) -> str:
     low, high = comparison["delta_ci95"] or (None, None)
-    p = comparison.get("mcnemar_p")
-    test = f", McNemar's exact p {p:.3g}" if p is not None else ""
+    p = comparison.get("p_value", comparison.get("mcnemar_p"))  # the latter in records of earlier versions
+    name = "the sign-flip test of groups" if comparison.get("test") == "sign_flip" else "McNemar's exact test"
+    test = f", p {p:.3g} by {name}" if p is not None else ""
     difference = f"Compared with {title}: {100 * comparison['delta_accuracy']:+.1f} percentage points of accuracy"
     if low is None or high is None:
         return f"{difference}{test}."
@@ -133,11 +135,13 @@ def _baselines(data: ReportData) -> str:
 
 
 def _calibration(data: ReportData) -> str:
-    error = data.evaluated["ece"]
-    quality = "well calibrated" if error < 0.02 else "fairly calibrated" if error < 0.05 else "not well calibrated"
+    error, chance = data.evaluated["ece"], data.evaluated.get("ece_by_chance")
+    measured = f"the expected calibration error is {format_percent(error)}"
+    if chance is None:  # a record of an earlier version
+        return f"Of its probabilities, {measured}."
     return (
-        f"Its probabilities are {quality}: the expected calibration error is {format_percent(error)}, the largest "
-        f"error of a bin {format_percent(data.evaluated['mce'])}."
+        f"Its probabilities are {calibration_verdict(error, chance)}: {measured}, and chance alone gives a perfectly "
+        f"calibrated model up to {format_percent(chance['quantile'])} on so many rows."
     )
 
 
@@ -179,7 +183,7 @@ def _uncertainty(data: ReportData) -> str:
     if selective.get("threshold") is not None and target is not None:
         parts.append(
             f"a confidence threshold of {format_percent(selective['threshold'])} targets an error rate of "
-            f"{format_percent(target)} among the rows that are answered"
+            f"{format_percent(target)} among the rows that are answered{_with_confidence(selective)}"
         )
     sets = (data.evaluated.get("conformal") or {}).get("lac")
     if sets:
@@ -190,6 +194,11 @@ def _uncertainty(data: ReportData) -> str:
         )
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def _with_confidence(selective: Mapping[str, Any]) -> str:
+    confidence = selective.get("confidence")  # not in records of earlier versions
+    return "" if confidence is None else f", which val rows establish with {format_percent(confidence, 0)} confidence"
 
 
 def target_risk(selective: Mapping[str, Any]) -> float | None:

@@ -45,7 +45,7 @@ def rank(records: Mapping[str, Mapping[str, Any]], kinds: Mapping[str, str], spl
 
     corrected = {}
     for key in COMPARISONS:
-        tested = {name: record[key]["mcnemar_p"] for name, record in records.items() if _is_tested(record, key)}
+        tested = {name: record[key]["p_value"] for name, record in records.items() if _is_tested(record, key)}
         corrected[key] = holm(tested)
     rows = []
     for position, name in enumerate(sorted(records, key=order), start=1):
@@ -54,15 +54,20 @@ def rank(records: Mapping[str, Mapping[str, Any]], kinds: Mapping[str, str], spl
         row |= {key: record[key] for key in COLUMNS}
         for key in COMPARISONS:
             comparison = record[key]
-            row[key] = None if comparison is None else comparison | {"mcnemar_p_holm": corrected[key].get(name)}
+            row[key] = None if comparison is None else comparison | _corrected(comparison, corrected[key].get(name))
         rows.append(row)
     n = next(iter(records.values()))["n_samples"]
     return {"split": split, "n": n, "order": [metric, "log_loss", "name"], "rows": rows}
 
 
+def _corrected(comparison: Mapping[str, Any], p_value: float | None) -> dict[str, Any]:
+    """The corrected p-value, also by the name that it has where rows are independent."""
+    return {"p_value_holm": p_value, "mcnemar_p_holm": p_value if comparison["test"] == "mcnemar" else None}
+
+
 def _is_tested(record: Mapping[str, Any], key: str) -> bool:
     """Whether a comparison counts in the correction; a model that is not ranked is no candidate."""
-    return record[key] is not None and _is_ranked(record)
+    return record[key] is not None and record[key]["p_value"] is not None and _is_ranked(record)
 
 
 def _is_ranked(record: Mapping[str, Any]) -> bool:

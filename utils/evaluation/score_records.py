@@ -18,17 +18,13 @@ from utils.distillation import controls
 from utils.evaluation import evaluated_rows
 from utils.evaluation.evaluation_inputs import EvaluationInputs
 from utils.evaluation.scoring import ScoredModel
-from utils.numeric import uncertainty
+from utils.numeric import proportions, selective, uncertainty
+from utils.numeric.calibration_chance import chance_ece
+from utils.numeric.means import MIN_ERRORS, MIN_UNITS, count_units, mean_interval
+from utils.numeric.metric_intervals import metric_intervals
 from utils.numeric.metrics import log_loss_per_row, point_metrics, softmax
-from utils.numeric.statistics import (
-    REPLICATES,
-    Floats,
-    bootstrap_metrics,
-    difference_interval,
-    mcnemar,
-    mean_interval,
-    metric_intervals,
-)
+from utils.numeric.statistics import REPLICATES, Floats, bootstrap_metrics
+from utils.numeric.uncertainty import LabelledRows
 from utils.predictions import fold_networks
 from utils.predictions.catalog import IMPORTED
 from utils.predictions.rows import UNKNOWN, MemberRows
@@ -50,10 +46,18 @@ class OutOfSamplePredictions:
     sample_ids: np.ndarray
     """unicode (N,)"""
 
-    def of_val(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Probabilities and labels of the val rows, by the networks that answer at inference; None without any."""
+    def keys(self) -> list[tuple[str, str]]:
+        """(split, sample id) of each row."""
+        return list(zip(self.split.tolist(), self.sample_ids.tolist(), strict=True))
+
+    def of_val(self) -> OutOfSamplePredictions | None:
+        """The val rows, by the networks that answer at inference; None without any."""
         rows = self.split == "val"
-        return (self.probabilities[rows], self.labels[rows]) if rows.any() else None
+        if not rows.any():
+            return None
+        return OutOfSamplePredictions(
+            self.probabilities[rows], self.labels[rows], self.split[rows], self.sample_ids[rows]
+        )
 
 
 def out_of_sample_predictions(inputs: EvaluationInputs, name: str) -> OutOfSamplePredictions | None:
@@ -118,20 +122,23 @@ def metrics_record(model: ScoredModel, context: EvaluationContext) -> dict[str, 
     rows, groups = inputs.rows, inputs.groups
     record = point_metrics(model.probabilities, rows.labels, rows.classes)
     notes: dict[str, str] = record.pop("notes")
-    units = len(rows.labels) if groups is None else len(np.unique(groups))
-    record["ci95"] = metric_intervals(record, context.samples, context.index[id(model)], units)
-    if record["accuracy"] == 1:
-        notes["ci95"] = "no error: the interval of the accuracy is exact, the others cannot be resampled"
+    units = count_units(len(rows.labels), groups)
+    samples = {name: values[context.index[id(model)]] for name, values in context.samples.items()}
+    record["ci95"], reason = metric_intervals(record, samples, model.probabilities, rows.labels, groups)
+    notes |= {"ci95": reason} if reason else {}
+    record["ece_by_chance"] = chance_ece(model.probabilities, rows.labels, groups)
     for key, reference in context.references.items():
         record[key] = _compared(model, reference, context)
         if record[key] is None:
             notes[key] = f"this is {model.name}" if reference is not None else "it has no predictions on these rows"
+        elif units < MIN_UNITS:
+            notes[key] = f"{units} independent rows or groups; an interval needs {MIN_UNITS}"
     saved = inputs.ensembles[model.name].record if model.kind == "ensemble" else None
     unknown = model.provenance.unknown_training_data
     predictions = None if unknown else out_of_sample_predictions(inputs, model.name)
     if model.name in inputs.controls:
         comparison, reasons = controls.control_metrics(
-            inputs.controls[model.name], inputs.split, rows.sample_ids.tolist(), model.probabilities
+            inputs.controls[model.name], inputs.split, rows.sample_ids.tolist(), model.probabilities, groups
         )
         record, notes = record | comparison, notes | reasons
     fitted, selected = (
@@ -146,7 +153,7 @@ def metrics_record(model: ScoredModel, context: EvaluationContext) -> dict[str, 
         "weights": _weights(model, saved, notes),
         "latency_ms": _latency(model, inputs, notes),
         "size_mb": _size_mb(model, inputs, notes),
-        "crossfit": None if predictions is None else _crossfit(predictions),
+        "crossfit": None if predictions is None else _crossfit(predictions, inputs.groups_of(predictions.keys())),
         **_uncertainty(model, predictions, context, notes),
         "fitted_on": [part.as_record() for part in model.provenance.fitted_on],
         "selected_on": [part.as_record() for part in model.provenance.selected_on],
@@ -179,22 +186,30 @@ def _no_out_of_sample_rows(model: ScoredModel) -> str:
 
 
 def _compared(model: ScoredModel, reference: ScoredModel | None, context: EvaluationContext) -> dict[str, Any] | None:
-    """Differences to another model on the same rows, by the paired bootstrap and McNemar's test."""
+    """Differences to another model on the same rows, with paired intervals and an exact test over rows or groups.
+
+    `mcnemar_p` is the same p-value by the name that it has where rows are independent.
+    """
     if reference is None or model.name == reference.name:
         return None
-    labels = context.inputs.rows.labels
-    first, second = context.index[id(model)], context.index[id(reference)]
+    labels, groups = context.inputs.rows.labels, context.inputs.groups
     hits, reference_hits = ((each.probabilities.argmax(axis=1) == labels) for each in (model, reference))
     losses, reference_losses = (log_loss_per_row(each.probabilities, labels) for each in (model, reference))
-    samples = context.samples
+    p_value = proportions.sign_flip_p(hits, reference_hits, groups)
     return {
         "name": reference.name,
         "delta_accuracy": float(hits.mean() - reference_hits.mean()),
-        "delta_ci95": difference_interval(samples["accuracy"][first], samples["accuracy"][second]),
+        "delta_ci95": _as_list(proportions.difference_interval(hits, reference_hits, groups)),
         "delta_log_loss": float((losses - reference_losses).mean()),
-        "delta_log_loss_ci95": difference_interval(samples["log_loss"][first], samples["log_loss"][second]),
-        "mcnemar_p": mcnemar(hits, reference_hits),
+        "delta_log_loss_ci95": _as_list(mean_interval(losses - reference_losses, groups)),
+        "test": "mcnemar" if groups is None else "sign_flip",
+        "p_value": p_value,
+        "mcnemar_p": p_value if groups is None else None,
     }
+
+
+def _as_list(interval: tuple[float, float] | None) -> list[float] | None:
+    return None if interval is None else list(interval)
 
 
 def _weights(model: ScoredModel, saved: Mapping[str, Any] | None, notes: dict[str, str]) -> dict[str, float] | None:
@@ -205,14 +220,14 @@ def _weights(model: ScoredModel, saved: Mapping[str, Any] | None, notes: dict[st
     return saved.get("weights")
 
 
-def _crossfit(predictions: OutOfSamplePredictions) -> dict[str, Any]:
+def _crossfit(predictions: OutOfSamplePredictions, groups: np.ndarray | None) -> dict[str, Any]:
     losses = log_loss_per_row(predictions.probabilities, predictions.labels)
     hits = predictions.probabilities.argmax(axis=1) == predictions.labels
     return {
         "n": len(losses),
         "accuracy": float(hits.mean()),
         "log_loss": float(losses.mean()),
-        "log_loss_ci95": mean_interval(losses),
+        "log_loss_ci95": _as_list(mean_interval(losses, groups)) if (~hits).sum() >= MIN_ERRORS else None,
     }
 
 
@@ -267,20 +282,26 @@ def _uncertainty(
     model: ScoredModel, predictions: OutOfSamplePredictions | None, context: EvaluationContext, notes: dict[str, str]
 ) -> dict[str, Any]:
     """`conformal`, `selective`, `mutual_information`, `out_of_distribution`, and `conformal_by_class` on request."""
-    options, rows, split = context.inputs.settings.options, context.inputs.rows, context.inputs.split
-    evaluated = (model.probabilities, rows.labels)
-    calibration = None if split == "val" or predictions is None else predictions.of_val()
+    inputs = context.inputs
+    options, rows, split = inputs.settings.options, inputs.rows, inputs.split
+    evaluated_keys = zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True)
+    evaluated = LabelledRows(model.probabilities, rows.labels, inputs.uniforms(evaluated_keys), inputs.groups)
+    val = None if split == "val" or predictions is None else predictions.of_val()
+    calibration = None
     record: dict[str, Any] = {"conformal": None}
     reason = "it has no out-of-sample val rows" if predictions is not None else _no_out_of_sample_rows(model)
     if split == "val":
         reason = "val rows calibrate the sets, so they cannot measure them"
-    if calibration is not None:
+    if val is not None:
+        groups = inputs.groups_of(val.keys())
+        calibration = LabelledRows(val.probabilities, val.labels, inputs.uniforms(val.keys()), groups)
         sets = {
             kind: uncertainty.conformal_metrics(kind, calibration, evaluated, alpha=options.alpha)
             for kind in uncertainty.NONCONFORMITY_SCORES
         }
-        n, needed = len(calibration[1]), uncertainty.min_calibration_rows(options.alpha)
-        reason = f"too few rows: {n} val rows, and an alpha of {options.alpha:g} needs {needed}"
+        n, needed = count_units(len(val.labels), groups), uncertainty.min_calibration_rows(options.alpha)
+        unit = "rows" if groups is None else "groups"
+        reason = f"too few {unit}: {n} val {unit}, and an alpha of {options.alpha:g} needs {needed}"
         record["conformal"] = sets if all(sets.values()) else None
         if options.class_conditional:
             record["conformal_by_class"] = {
@@ -289,12 +310,23 @@ def _uncertainty(
                 )
                 for kind in uncertainty.NONCONFORMITY_SCORES
             }
+        if record["conformal"] and (groups is not None or inputs.groups is not None):
+            notes["conformal.coverage_interval"] = "rows come in groups, for which its distribution is not known"
     if record["conformal"] is None:
         notes["conformal"] = reason
-    record["selective"] = uncertainty.selective_metrics(evaluated, calibration, target_risk=options.target_risk)
+    record["selective"] = selective.selective_metrics(
+        (model.probabilities, rows.labels),
+        None if calibration is None else (calibration.probabilities, calibration.labels),
+        target_risk=options.target_risk,
+        groups=None if calibration is None else calibration.groups,
+    )
     if record["selective"]["threshold"] is None:
-        unreached = f"no confidence threshold keeps the error of val rows at {options.target_risk:g} or below"
-        notes["selective.threshold"] = unreached if calibration is not None else reason
+        notes["selective.threshold"] = (
+            f"val rows do not establish an error rate of {options.target_risk:g} or below with "
+            f"{selective.CONFIDENCE:.0%} confidence; {selective.min_rows(options.target_risk)} rows without an error do"
+            if calibration is not None
+            else reason
+        )
     record["mutual_information"] = None if model.disagreement is None else float(model.disagreement.mean())
     if model.disagreement is None:
         notes["mutual_information"] = "a single member does not disagree"

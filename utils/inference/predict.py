@@ -68,10 +68,10 @@ def predict(
     """Predict images, to the file `to` or, up to 10,000 images, to the screen.
 
     `form` is csv or jsonl, by default according to the suffix of `to`. `probabilities` adds those of all classes, and
-    `sets` is the kind of prediction sets, lac or aps. With `append` the file is continued: images with a prediction
-    are skipped, and images with an error are tried again. An image that cannot be read has a record with its error and
-    is a failure of the result. Raises UserError without an image, for a model that cannot be run, and for an existing
-    file that may be neither continued nor replaced.
+    `sets` is the kind of prediction sets: lac, aps or raps. With `append` the file is continued: images with a
+    prediction are skipped, and images with an error are tried again. An image that cannot be read has a record with its
+    error and is a failure of the result. Raises UserError without an image, for a model that cannot be run, and for an
+    existing file that may be neither continued nor replaced.
     """
     output = OutputOptions(to, form, probabilities, append, force)
     store = Store(config, workspace, catalog.load(workspace))
@@ -282,7 +282,8 @@ def _records(
 ) -> list[dict[str, Any]]:
     """One record per image, as `output_files` writes it."""
     row_of = {int(index): row for row, index in enumerate(predictions.readable)}
-    decisions = thresholds.apply(predictions.probabilities, classifier.classes)
+    readable = [paths[index] for index in predictions.readable.tolist()]
+    decisions = thresholds.apply(predictions.probabilities, classifier.classes, readable)
     records = []
     for index, path in enumerate(paths):
         record: dict[str, Any] = {"path": str(path), "class": None, "probability": None, "set": None, "abstain": None}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,17 +29,27 @@ class Thresholds:
     abstain: float | None
     """The model abstains below this probability of the top class; None if not measured."""
 
-    def apply(self, probabilities: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """`set` and `abstain` of each image, from probabilities (N, C); None where no threshold was measured."""
+    def apply(self, probabilities: np.ndarray, classes: Sequence[str], images: Sequence[Path]) -> list[dict[str, Any]]:
+        """`set` and `abstain` of each image, from probabilities (N, C); None where no threshold was measured.
+
+        The files `images` (N,) are read where sets are randomised: the content of an image decides its random number,
+        so that a prediction repeats.
+        """
         results: list[dict[str, Any]] = [{"set": None, "abstain": None} for _ in probabilities]
         if self.limit is not None:
-            sets = uncertainty.prediction_sets(self.kind, probabilities, self.limit)
+            uniforms = uncertainty.uniform_numbers(map(_digest, images)) if self.kind == "raps" else None
+            sets = uncertainty.prediction_sets(self.kind, probabilities, self.limit, uniforms)
             for result, in_set in zip(results, sets, strict=True):
                 result["set"] = [classes[index] for index in np.flatnonzero(in_set).tolist()]
         if self.abstain is not None:
             for result, highest in zip(results, probabilities.max(axis=1), strict=True):
                 result["abstain"] = bool(highest < self.abstain)
         return results
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_thresholds(workspace: Workspace, name: str, *, is_ensemble: bool, sets: str = "lac") -> Thresholds:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.core.errors import UserError
-from utils.numeric.metrics import SIGN_TOLERANCE, SMALLEST_PROBABILITY, SUM_TOLERANCE
+from utils.numeric.metrics import SIGN_TOLERANCE, SMALLEST_PROBABILITY, SUM_TOLERANCE, macro_mean
 
 TIE_TOLERANCE = 1e-12
 BLOCK = 2**15  # numbers that are processed at a time, so that they stay in a core's cache
@@ -360,8 +360,8 @@ def accuracy_loss(hits: NDArray[np.intp], predicted: NDArray[np.intp], support: 
 
 
 def f1_loss(hits: NDArray[np.intp], predicted: NDArray[np.intp], support: NDArray[np.intp]) -> Floats:
-    """Return 1 - macro F1 (...,) from the same counts; the F1 of a class with neither labels nor predictions is 0."""
-    losses: Floats = 1 - (2 * hits / np.maximum(predicted + support, 1)).mean(axis=-1)
+    """Return 1 - macro F1 (...,) from the same counts, over the classes that have rows."""
+    losses: Floats = 1 - macro_mean(2 * hits / np.maximum(predicted + support, 1), support)
     return losses
 
 

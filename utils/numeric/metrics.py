@@ -2,8 +2,8 @@
 
 Every public function of probabilities and labels checks them and raises UserError, which names the first invalid row,
 unless its docstring says otherwise. The predicted class is the one of highest probability, the first of equals.
-Precision, recall and F1 average over all C classes, as scikit-learn does with
-`labels=range(C), zero_division=0`: a class that is neither labelled nor predicted counts as 0.
+Macro averages are over the classes that have rows, as scikit-learn's are with
+`labels=unique(labels), zero_division=0`: of a class without rows nothing is known.
 """
 
 from __future__ import annotations
@@ -123,18 +123,29 @@ def accuracy(probabilities: ArrayLike, labels: ArrayLike) -> float:
 
 
 def precision_macro(probabilities: ArrayLike, labels: ArrayLike) -> float:
-    """Return the unweighted mean of the C classes' precision."""
-    return float(per_class(probabilities, labels)["precision"].mean())
+    """Return the unweighted mean of the precision of the classes that have rows."""
+    return _macro(per_class(probabilities, labels), "precision")
 
 
 def recall_macro(probabilities: ArrayLike, labels: ArrayLike) -> float:
-    """Return the unweighted mean of the C classes' recall."""
-    return float(per_class(probabilities, labels)["recall"].mean())
+    """Return the unweighted mean of the recall of the classes that have rows."""
+    return _macro(per_class(probabilities, labels), "recall")
 
 
 def f1_macro(probabilities: ArrayLike, labels: ArrayLike) -> float:
-    """Return the unweighted mean of the C classes' F1."""
-    return float(per_class(probabilities, labels)["f1"].mean())
+    """Return the unweighted mean of the F1 of the classes that have rows."""
+    return _macro(per_class(probabilities, labels), "f1")
+
+
+def macro_mean(values: NDArray[Any], support: NDArray[Any]) -> Floats:
+    """Return the mean (...,) of classes' values (..., C) over the classes whose number of rows (..., C) is above 0."""
+    has_rows = support > 0
+    mean: Floats = (values * has_rows).sum(axis=-1) / has_rows.sum(axis=-1)
+    return mean
+
+
+def _macro(by_class: dict[str, NDArray[Any]], name: str) -> float:
+    return float(macro_mean(by_class[name], by_class["support"]))
 
 
 def f1_weighted(probabilities: ArrayLike, labels: ArrayLike) -> float:
@@ -260,7 +271,8 @@ def roc_auc_ovr_macro(
 ) -> tuple[float | None, str]:
     """Return the mean over classes of the one-vs-rest area under the ROC curve, ties by mid-ranks, and "".
 
-    Returns None and the reason, which names `classes` (C,) or their indices, if a class has no row or every row.
+    Classes without rows are left out. Returns None and the reason, which names `classes` (C,) or their indices, if a
+    class has every row.
     """
     scores, truth = check_probabilities(probabilities, labels)
     return _roc_auc(scores, truth, list(map(str, range(scores.shape[1]) if classes is None else classes)))
@@ -270,20 +282,29 @@ def _roc_auc(scores: Floats, truth: Integers, classes: Sequence[str]) -> tuple[f
     support = np.bincount(truth, minlength=len(classes))
     if support.max() == len(truth):
         return None, f"every row is of class {classes[int(support.argmax())]}, so no class has both rows and others"
-    if not support.all():
-        empty = [classes[index] for index in np.flatnonzero(support == 0)[:5]]
-        return None, f"{int((support == 0).sum())} of {len(classes)} classes without rows: {', '.join(empty)}"
-    areas = np.empty(len(classes))
-    for index, count in enumerate(support):
+    areas = np.zeros(len(classes))
+    for index in np.flatnonzero(support).tolist():
+        count = support[index]
         ordered = np.sort(scores[:, index])
         positives = scores[truth == index, index]
         ranks = np.searchsorted(ordered, positives, side="left") + np.searchsorted(ordered, positives, side="right") + 1
         areas[index] = (ranks.sum() / 2 - count * (count + 1) / 2) / (count * (len(truth) - count))
-    return float(areas.mean()), ""
+    return float(macro_mean(areas, support)), ""
+
+
+def _notes(support: Integers, classes: Sequence[str], reason: str) -> dict[str, str]:
+    """Return {key: why a macro average is null or over fewer than all classes}."""
+    absent = [name for name, count in zip(classes, support.tolist(), strict=True) if not count]
+    if not absent:
+        return {"roc_auc_ovr_macro": reason} if reason else {}
+    names = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+    left_out = f"average over {len(classes) - len(absent)} of {len(classes)} classes; without rows: {names}"
+    averages = dict.fromkeys(("f1_macro", "precision_macro", "recall_macro", "roc_auc_ovr_macro"), left_out)
+    return averages | ({"roc_auc_ovr_macro": reason} if reason else {})
 
 
 def point_metrics(probabilities: ArrayLike, labels: ArrayLike, classes: Sequence[str]) -> dict[str, Any]:
-    """Return all point metrics of `metrics.json` as JSON values, and `notes` {key: why it is null}.
+    """Return all point metrics of `metrics.json` as JSON values, and `notes` {key: why it is null or partial}.
 
     Takes probabilities (N, C), labels (N,) and the names of the classes (C,) in column order.
     """
@@ -301,11 +322,11 @@ def point_metrics(probabilities: ArrayLike, labels: ArrayLike, classes: Sequence
         "n_samples": len(truth),
         "n_classes": len(names),
         "accuracy": float(confusion.trace() / len(truth)),
-        "f1_macro": float(by_class["f1"].mean()),
+        "f1_macro": _macro(by_class, "f1"),
         "f1_weighted": float(np.average(by_class["f1"], weights=by_class["support"])),
-        "precision_macro": float(by_class["precision"].mean()),
+        "precision_macro": _macro(by_class, "precision"),
         "precision_weighted": float(np.average(by_class["precision"], weights=by_class["support"])),
-        "recall_macro": float(by_class["recall"].mean()),
+        "recall_macro": _macro(by_class, "recall"),
         "recall_weighted": float(confusion.trace() / len(truth)),
         "log_loss": float(_log_losses(scores, truth).mean()),
         "brier": _brier(scores, truth),
@@ -318,7 +339,7 @@ def point_metrics(probabilities: ArrayLike, labels: ArrayLike, classes: Sequence
         "per_class": {
             name: {key: values[index].item() for key, values in by_class.items()} for index, name in enumerate(names)
         },
-        "notes": {"roc_auc_ovr_macro": reason} if area is None else {},
+        "notes": _notes(by_class["support"], names, reason),
     }
 
 
@@ -340,19 +361,14 @@ def row_losses(probabilities: NDArray[Any], labels: NDArray[Any], metric: str) -
     if metric == "brier":
         losses = (probabilities.astype(np.float64) ** 2).sum(axis=1) - 2 * p_true + 1
         return losses
-    counts = np.bincount(winners, minlength=classes) + np.bincount(labels, minlength=classes)
-    inverse = 1 / np.maximum(counts, 1)
+    support = np.bincount(labels, minlength=classes)
+    counts = np.bincount(winners, minlength=classes) + support
+    inverse = (support > 0) / np.maximum(counts, 1)  # 0 for classes without rows, which the average leaves out
     f1 = 2 * np.bincount(labels[hits], minlength=classes) * inverse
     influence = 2 * hits * inverse[labels] - (f1 * inverse)[winners] - (f1 * inverse)[labels]
-    losses = 1 - f1.mean() - influence * rows / classes
+    n_present = (support > 0).sum()
+    losses = 1 - f1.sum() / n_present - influence * rows / n_present
     return losses
-
-
-def within_one_standard_error(losses: Floats, lowest: Floats) -> bool:
-    """Return whether losses (N,) are on average within one standard error of the lowest ones (N,), paired by row."""
-    differences = losses - lowest
-    error = differences.std(ddof=1) / np.sqrt(len(differences)) if len(differences) > 1 else 0.0
-    return bool(differences.mean() <= error + ROUNDING)
 
 
 class Metric(NamedTuple):

@@ -1,4 +1,4 @@
-"""Uncertainty of metrics: bootstrap intervals of all metrics at once, paired comparisons and exact tests.
+"""The bootstrap of all metrics at once, ratios of means, and correction for several tests.
 
 A bootstrap sample is a vector of counts, how often each row of the data is drawn, so that every metric of every sample
 is a product of matrices. All ensembles are scored on the same samples, so that differences are paired.
@@ -7,18 +7,17 @@ is a product of matrices. All ensembles are scored on the same samples, so that 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from utils.core.errors import UserError
 from utils.numeric.metrics import (
     BINS,
     ROUNDING,
     check_probabilities,
     confidence_bins,
     log_loss_per_row,
+    macro_mean,
     order_by_confidence,
     ratio_or_zero,
     row_losses,
@@ -30,8 +29,6 @@ TAILS = ((1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2)
 """Quantiles that bound the central interval."""
 BLOCK = 8_000_000  # numbers that one array holds at a time
 CACHED = 100_000  # numbers that stay in the processor's cache
-REFLECTED_METRICS = ("ece", "ece_adaptive", "mce")
-"""Metrics that resampling biases upwards, see `metric_interval`."""
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
@@ -76,8 +73,8 @@ def bootstrap_metrics(
 
     Values equal those of `utils.numeric.metrics` on the drawn rows within 1e-5, since sums are float32. Only
     `roc_auc_ovr_macro` is the value on all rows plus the influence of each drawn row (DeLong et al. 1988), exact in
-    first order, because ranking each sample would take minutes; it is missing if a class has no rows. Memory is bounded
-    for all K, N and B. Raises UserError as `metrics.check_probabilities` does.
+    first order, because ranking each sample would take minutes; it is missing if a class has every row. Memory is
+    bounded for all K, N and B. Raises UserError as `metrics.check_probabilities` does.
     """
     truth = np.asarray(labels)
     tables = [_RowStatistics(*check_probabilities(scores, truth)) for scores in probabilities]
@@ -92,10 +89,14 @@ def bootstrap_metrics(
     return replicated
 
 
-def bootstrap_means(values: Sequence[ArrayLike], labels: ArrayLike) -> Floats:
-    """Return means (K, B) of K arrays of row values (N,) on shared bootstrap samples of rows with labels (N,)."""
+def bootstrap_means(values: Sequence[ArrayLike], labels: ArrayLike, groups: ArrayLike | None = None) -> Floats:
+    """Return means (K, B) of K arrays of row values (N,) on shared bootstrap samples of rows with labels (N,).
+
+    With `groups` (N,) whole groups are drawn.
+    """
     table = np.stack([np.asarray(row_values, dtype=np.float64) for row_values in values], axis=1)
-    return np.concatenate([counts @ table for counts in bootstrap_counts(labels)]).T / len(table)
+    blocks = [(counts @ table) / counts.sum(axis=1, keepdims=True) for counts in bootstrap_counts(labels, groups)]
+    return np.concatenate(blocks).T
 
 
 class _RowStatistics:
@@ -131,7 +132,7 @@ class _RowStatistics:
         }
         values = {"accuracy": hits.sum(axis=1) / n_drawn}
         for name, of_class in by_class.items():
-            values[f"{name}_macro"] = of_class.mean(axis=1)
+            values[f"{name}_macro"] = macro_mean(of_class, support)
             values[f"{name}_weighted"] = (of_class * support).sum(axis=1) / n_drawn
         values |= {"log_loss": means[:, 0], "brier": means[:, 1], "ece": np.abs(gaps).sum(axis=1) / n_drawn}
         values["ece_adaptive"] = self._ece_adaptive(counts, n_drawn)
@@ -186,15 +187,16 @@ def auc_influence(scores: Floats, truth: Integers) -> tuple[float | None, Floats
     """Return the mean one-vs-rest area under the ROC curve of probabilities (N, C) and each row's influence on it (N,).
 
     The influences are the structural components of DeLong et al. (1988) less the area, divided by the number of rows of
-    the same side; they sum to 0. None and zeros if a class has no row or every row.
+    the same side; they sum to 0. Classes without rows are left out. None and zeros if a class has every row.
     """
     rows, classes = scores.shape
     support = np.bincount(truth, minlength=classes)
     influence = np.zeros(rows)
-    if not support.all() or support.max() == rows:
+    if support.max() == rows:
         return None, influence
+    present = np.flatnonzero(support).tolist()
     total = 0.0
-    for index in range(classes):
+    for index in present:
         is_positive = truth == index
         positives, negatives = scores[is_positive, index], scores[~is_positive, index]
         above = _fraction_below(positives, negatives)
@@ -203,7 +205,7 @@ def auc_influence(scores: Floats, truth: Integers) -> tuple[float | None, Floats
         influence[is_positive] += (above - area) / len(positives)
         influence[~is_positive] += (below - area) / len(negatives)
         total += area
-    return total / classes, influence / classes
+    return total / len(present), influence / len(present)
 
 
 def _fraction_below(values: Floats, others: Floats) -> Floats:
@@ -212,27 +214,6 @@ def _fraction_below(values: Floats, others: Floats) -> Floats:
     left, right = (np.searchsorted(ordered, values, side=side) for side in ("left", "right"))
     fractions: Floats = (left + right) / (2 * len(others))
     return fractions
-
-
-def metric_interval(metric: str, value: float, samples: Floats, units: int) -> list[float]:
-    """Return the 95 % interval [low, high] of a metric from its bootstrap samples (B,) of `units` rows or groups.
-
-    The bounds are percentiles. If all rows or none are correct, all samples are equal, and accuracy gets the exact
-    binomial bound (Clopper and Pearson 1934). Calibration errors are sums of absolute values, which resampling biases
-    upwards: their percentiles are reflected about the value, cut off at 0 and widened to contain the value.
-    """
-    low, high = (float(quantile) for quantile in np.quantile(samples, TAILS))
-    if metric == "accuracy" and value in (0, 1):
-        bound = 1 - TAILS[0] ** (1 / units)
-        return [1 - bound, 1.0] if value else [0.0, bound]
-    if metric not in REFLECTED_METRICS:
-        return [low, high]
-    return [max(0.0, min(value, 2 * value - high)), max(value, 2 * value - low)]
-
-
-def difference_interval(samples: Floats, others: Floats) -> list[float]:
-    """Return the 95 % percentile interval of samples (B,) less others (B,) of the same draws (paired bootstrap)."""
-    return [float(bound) for bound in np.quantile(samples - others, TAILS)]
 
 
 def ratio_interval(parts: Floats, wholes: Floats) -> list[float | None]:
@@ -246,22 +227,6 @@ def ratio_interval(parts: Floats, wholes: Floats) -> list[float | None]:
     return [float(bound) for bound in np.quantile(parts[is_positive] / wholes[is_positive], [tail, 1 - tail])]
 
 
-def mcnemar(hits: ArrayLike, others: ArrayLike) -> float:
-    """Return the two-sided exact p-value of McNemar's test (1947) that two classifiers have the same accuracy.
-
-    `hits` and `others` (N,) are the rows that each classifies correctly. 1 if they do not differ. Raises UserError for
-    different shapes.
-    """
-    from scipy.special import bdtr
-
-    first, second = np.asarray(hits, dtype=bool), np.asarray(others, dtype=bool)
-    if first.shape != second.shape:
-        raise UserError(f"McNemar's test: found {first.shape} and {second.shape} rows; expected the same rows")
-    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
-    discordant = only_first + only_second
-    return min(1.0, 2 * float(bdtr(min(only_first, only_second), discordant, 0.5))) if discordant else 1.0
-
-
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Return {name: p-value adjusted for the number of tests} by Holm's step-down method (1979)."""
     adjusted: dict[str, float] = {}
@@ -270,25 +235,3 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         largest = max(largest, min(1.0, p_values[name] * (len(p_values) - rank)))
         adjusted[name] = largest
     return adjusted
-
-
-def mean_interval(values: ArrayLike) -> list[float]:
-    """Return the 95 % interval of the mean of values (N,) by the normal distribution; of one value, itself twice."""
-    numbers = np.asarray(values, dtype=np.float64)
-    error = 1.96 * float(numbers.std(ddof=1)) / len(numbers) ** 0.5 if len(numbers) > 1 else 0.0
-    mean = float(numbers.mean())
-    return [mean - error, mean + error]
-
-
-def metric_intervals(
-    metrics: Mapping[str, Any], samples: Mapping[str, Floats], index: int, units: int
-) -> dict[str, list[float]]:
-    """Return `ci95` {metric: [low, high]} of the array at `index` in the result of `bootstrap_metrics`.
-
-    `metrics` are its point metrics; metrics that are None have no interval.
-    """
-    return {
-        name: metric_interval(name, metrics[name], values[index], units)
-        for name, values in samples.items()
-        if metrics.get(name) is not None
-    }

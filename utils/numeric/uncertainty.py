@@ -1,4 +1,4 @@
-"""Uncertainty of predictions: conformal prediction sets, selective prediction and out-of-distribution (OOD) scores.
+"""Uncertainty of predictions: conformal prediction sets and out-of-distribution (OOD) scores.
 
 Thresholds are fitted on calibration rows, which are val rows in out-of-sample predictions. They hold for other rows as
 far as both have the same distribution. Val rows also selected the members' epochs, which flatters them slightly.
@@ -6,33 +6,35 @@ far as both have the same distribution. Val rows also selected the members' epoc
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from utils.core.errors import UserError
+from utils.numeric.means import unit_indices
 from utils.numeric.metrics import check_probabilities
 
 ALPHA = 0.1
 """Default of the fraction of rows that prediction sets may fail to cover."""
-TARGET_RISK = 0.05
-"""Default of the error rate that selective prediction aims at."""
-MAX_CURVE_POINTS = 50
+RAPS_PENALTY, RAPS_FREE = 0.01, 1
+"""What `raps_scores` add for each more probable class beyond so many."""
 COUNT_TOLERANCE = 1e-9  # rounding of products that are compared with whole numbers or scores
 MIN_ENERGY_RANGE = 1e-4  # a smaller range of energies is rounding
 Floats = NDArray[np.float64]
 
 
-def lac_scores(probabilities: Floats) -> Floats:
+def lac_scores(probabilities: Floats, uniforms: Floats | None = None) -> Floats:
     """Return the nonconformity of each class, (N, C): 1 - p (least ambiguous sets, Sadinle et al. 2019)."""
     scores: Floats = 1 - probabilities
     return scores
 
 
-def aps_scores(probabilities: Floats) -> Floats:
+def aps_scores(probabilities: Floats, uniforms: Floats | None = None) -> Floats:
     """Return the nonconformity of each class, (N, C): the summed probability of all classes at least as probable.
 
     These are adaptive prediction sets (Romano et al. 2020) without the randomised part, so that sets are reproducible
@@ -49,37 +51,82 @@ def aps_scores(probabilities: Floats) -> Floats:
     return scores
 
 
-NONCONFORMITY_SCORES: dict[str, Callable[[Floats], Floats]] = {"lac": lac_scores, "aps": aps_scores}
-"""Kinds of prediction sets: function of probabilities (N, C) -> nonconformity scores (N, C)."""
+def raps_scores(probabilities: Floats, uniforms: Floats | None = None) -> Floats:
+    """Return the nonconformity of each class, (N, C), of regularised adaptive sets (RAPS, Angelopoulos et al. 2021).
+
+    It is the summed probability of all more probable classes, plus a random part of the class's own, plus 0.01 for
+    each more probable class beyond the first. `uniforms` (N,) are the random parts, see `uniform_numbers`; 1/2 where
+    they are None. Coverage is 1 - alpha, unless the most probable class alone covers more.
+    """
+    order = np.argsort(-probabilities, axis=1, kind="stable")
+    ordered = np.take_along_axis(probabilities, order, axis=1)
+    part = 0.5 if uniforms is None else np.asarray(uniforms, dtype=np.float64)[:, None]
+    penalties = RAPS_PENALTY * np.maximum(np.arange(probabilities.shape[1]) - RAPS_FREE, 0)
+    sums = np.cumsum(ordered, axis=1) - ordered + part * ordered + penalties
+    scores = np.empty_like(sums)
+    np.put_along_axis(scores, order, sums, axis=1)
+    return scores
 
 
-def conformal_threshold(scores: ArrayLike, alpha: float = ALPHA) -> float | None:
+def uniform_numbers(names: Iterable[str]) -> Floats:
+    """Return a number (N,) from 0 to below 1 for each name, by its SHA-256, so that the same name repeats it.
+
+    Names are the digests of images' contents, or sample ids where there are no images.
+    """
+    digests = (hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names)
+    return np.array([int.from_bytes(digest[:6], "big") / 2**48 for digest in digests])
+
+
+NONCONFORMITY_SCORES: dict[str, Callable[[Floats, Floats | None], Floats]] = {
+    "lac": lac_scores,
+    "aps": aps_scores,
+    "raps": raps_scores,
+}
+"""Kinds of prediction sets: function of probabilities (N, C) and uniform numbers (N,) -> nonconformity (N, C)."""
+
+
+def conformal_threshold(scores: ArrayLike, alpha: float = ALPHA, groups: ArrayLike | None = None) -> float | None:
     """Return the score that a new row's true class exceeds with probability at most `alpha`.
 
     It is the ceil((n + 1)(1 - alpha))-th smallest of the calibration rows' scores (n,) (Vovk et al. 2005); None for
-    fewer than 1 / alpha - 1 rows, which allow no finite threshold. Raises UserError for an `alpha` outside (0, 1).
+    fewer than 1 / alpha - 1 rows, which allow no finite threshold. With `groups` (n,) each group has the same weight,
+    shared by its rows, and the new row is of a new group (hierarchical conformal prediction, Lee et al. 2023); groups
+    then take the place of rows. Raises UserError for an `alpha` outside (0, 1).
     """
     if not 0 < alpha < 1:
         raise UserError(f"alpha: found {alpha}; expected a fraction of rows between 0 and 1, such as 0.1")
-    values = np.sort(np.asarray(scores, dtype=np.float64))
-    rank = _threshold_rank(len(values), alpha)
-    return None if rank > len(values) else float(values[rank - 1])
+    values = np.asarray(scores, dtype=np.float64)
+    if groups is not None:
+        return _grouped_threshold(values, alpha, unit_indices(len(values), groups))
+    ordered = np.sort(values)
+    rank = _threshold_rank(len(ordered), alpha)
+    return None if rank > len(ordered) else float(ordered[rank - 1])
+
+
+def _grouped_threshold(scores: Floats, alpha: float, groups: NDArray[np.int64]) -> float | None:
+    sizes = np.bincount(groups)
+    order = np.argsort(scores, kind="stable")
+    below = np.cumsum(1 / sizes[groups[order]])  # in groups
+    index = int(np.searchsorted(below, (len(sizes) + 1) * (1 - alpha) - COUNT_TOLERANCE))
+    return None if index >= len(scores) else float(scores[order[index]])
 
 
 def min_calibration_rows(alpha: float) -> int:
-    """Return the smallest number of calibration rows for which `conformal_threshold` is finite."""
+    """Return the smallest number of calibration rows, or groups, for which `conformal_threshold` is finite."""
     return math.ceil(1 / alpha - 1 - COUNT_TOLERANCE)
 
 
-def prediction_sets(kind: str, probabilities: ArrayLike, limits: float | ArrayLike) -> NDArray[np.bool_]:
+def prediction_sets(
+    kind: str, probabilities: ArrayLike, limits: float | ArrayLike, uniforms: Floats | None = None
+) -> NDArray[np.bool_]:
     """Return which classes the prediction set of each row holds, (N, C).
 
-    `limits` is one threshold, or one per class (C,). The most probable class always is in the set; a class whose
-    threshold is NaN is in every set.
+    `limits` is one threshold, or one per class (C,), and `uniforms` (N,) are the rows' `uniform_numbers`. The most
+    probable class always is in the set; a class whose threshold is NaN is in every set.
     """
     scores = np.asarray(probabilities, dtype=np.float64)
     thresholds = np.asarray(limits, dtype=np.float64)
-    sets = (NONCONFORMITY_SCORES[kind](scores) <= thresholds + COUNT_TOLERANCE) | np.isnan(thresholds)
+    sets = (NONCONFORMITY_SCORES[kind](scores, uniforms) <= thresholds + COUNT_TOLERANCE) | np.isnan(thresholds)
     sets[np.arange(len(scores)), scores.argmax(axis=1)] = True
     return sets
 
@@ -105,59 +152,77 @@ def _threshold_rank(rows: int, alpha: float) -> int:
     return math.ceil((rows + 1) * (1 - alpha) - COUNT_TOLERANCE)
 
 
+@dataclass(frozen=True)
+class LabelledRows:
+    """Probabilities of rows with their labels, and what conformal sets need to know of them."""
+
+    probabilities: ArrayLike
+    """(N, C)"""
+    labels: ArrayLike
+    """(N,)"""
+    uniforms: Floats | None = None
+    """`uniform_numbers` (N,)"""
+    groups: ArrayLike | None = None
+    """Group of each row (N,); None where rows are independent"""
+
+    def nonconformity(self, kind: str) -> tuple[Floats, NDArray[np.int64]]:
+        """Return the scores (N,) of the true classes, and the labels (N,)."""
+        scores, truth = check_probabilities(self.probabilities, self.labels)
+        return NONCONFORMITY_SCORES[kind](scores, self.uniforms)[np.arange(len(truth)), truth], truth
+
+
 def conformal_metrics(
-    kind: str,
-    calibration: tuple[ArrayLike, ArrayLike],
-    evaluated: tuple[ArrayLike, ArrayLike],
-    *,
-    alpha: float = ALPHA,
+    kind: str, calibration: LabelledRows, evaluated: LabelledRows, *, alpha: float = ALPHA
 ) -> dict[str, Any] | None:
     """Return `{alpha, threshold, n, coverage, coverage_interval, mean_size}` of split-conformal sets of a `kind`.
 
-    `calibration` and `evaluated` are probabilities (N, C) and labels (N,); `n` is the number of calibration rows. See
-    the function `coverage_interval` for the interval. None if there are too few calibration rows.
+    `n` is the number of calibration rows. See the function `coverage_interval` for the interval, which is None where
+    rows come in groups. None if there are too few calibration rows or groups.
     """
-    scores, truth = check_probabilities(*calibration)
-    limit = conformal_threshold(NONCONFORMITY_SCORES[kind](scores)[np.arange(len(truth)), truth], alpha)
+    true_scores, truth = calibration.nonconformity(kind)
+    limit = conformal_threshold(true_scores, alpha, calibration.groups)
     if limit is None:
         return None
-    probabilities, labels = check_probabilities(*evaluated)
-    sets = prediction_sets(kind, probabilities, limit)
+    probabilities, labels = check_probabilities(evaluated.probabilities, evaluated.labels)
+    sets = prediction_sets(kind, probabilities, limit, evaluated.uniforms)
+    is_grouped = calibration.groups is not None or evaluated.groups is not None
     return {
         "alpha": alpha,
         "threshold": limit,
         "n": len(truth),
         "coverage": float(sets[np.arange(len(labels)), labels].mean()),
-        "coverage_interval": coverage_interval(len(truth), len(labels), alpha),
+        "coverage_interval": None if is_grouped else coverage_interval(len(truth), len(labels), alpha),
         "mean_size": float(sets.sum(axis=1).mean()),
     }
 
 
 def class_conditional_metrics(
-    kind: str,
-    calibration: tuple[ArrayLike, ArrayLike],
-    evaluated: tuple[ArrayLike, ArrayLike],
-    classes: tuple[str, ...],
-    *,
-    alpha: float = ALPHA,
+    kind: str, calibration: LabelledRows, evaluated: LabelledRows, classes: tuple[str, ...], *, alpha: float = ALPHA
 ) -> dict[str, Any]:
     """Return metrics of sets with one threshold per class, so that each class is covered (Mondrian, Vovk 2012).
 
     `{alpha, mean_size, coverage, classes: {class: {threshold, n, coverage, coverage_interval, note}}}`. A class with
-    fewer than 1 / alpha - 1 calibration rows has no threshold and is in every set, as its `note` states.
+    fewer than 1 / alpha - 1 calibration rows or groups has no threshold and is in every set, as its `note` states.
     """
-    scores, truth = check_probabilities(*calibration)
-    true_scores = NONCONFORMITY_SCORES[kind](scores)[np.arange(len(truth)), truth]
-    limits = [conformal_threshold(true_scores[truth == index], alpha) for index in range(len(classes))]
-    probabilities, labels = check_probabilities(*evaluated)
-    sets = prediction_sets(kind, probabilities, np.array([math.nan if limit is None else limit for limit in limits]))
+    true_scores, truth = calibration.nonconformity(kind)
+    groups = None if calibration.groups is None else np.asarray(calibration.groups)
+    limits = [
+        conformal_threshold(true_scores[truth == index], alpha, None if groups is None else groups[truth == index])
+        for index in range(len(classes))
+    ]
+    probabilities, labels = check_probabilities(evaluated.probabilities, evaluated.labels)
+    thresholds = np.array([math.nan if limit is None else limit for limit in limits])
+    sets = prediction_sets(kind, probabilities, thresholds, evaluated.uniforms)
     covered = sets[np.arange(len(labels)), labels]
-    needed = min_calibration_rows(alpha)
+    is_grouped = groups is not None or evaluated.groups is not None
+    needed, unit = min_calibration_rows(alpha), "rows" if groups is None else "groups"
     by_class: dict[str, Any] = {}
     for index, name in enumerate(classes):
-        calibrated, rows = int((truth == index).sum()), int((labels == index).sum())
-        too_few = f"too few rows: {calibrated} val rows, and {alpha:g} needs {needed}; it is in every set"
-        is_measurable = rows > 0 and limits[index] is not None
+        of_class = truth == index
+        calibrated, rows = int(of_class.sum()), int((labels == index).sum())
+        units = calibrated if groups is None else len(np.unique(groups[of_class]))
+        too_few = f"too few {unit}: {units} val {unit}, and {alpha:g} needs {needed}; it is in every set"
+        is_measurable = rows > 0 and limits[index] is not None and not is_grouped
         by_class[name] = {
             "threshold": limits[index],
             "n": calibrated,
@@ -167,68 +232,6 @@ def class_conditional_metrics(
         }
     mean_size = float(sets.sum(axis=1).mean())
     return {"alpha": alpha, "mean_size": mean_size, "coverage": float(covered.mean()), "classes": by_class}
-
-
-def risk_coverage(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Floats, Floats]:
-    """Return the risk-coverage curve: coverage (N,) and error rate (N,) of the 1, 2, ... N most confident rows.
-
-    Rows of equal confidence are interpolated linearly, so that their order does not matter (El-Yaniv and Wiener 2010).
-    """
-    scores, truth = check_probabilities(probabilities, labels)
-    confidence = scores.max(axis=1)
-    order = np.argsort(-confidence, kind="stable")
-    ends = np.append(np.flatnonzero(np.diff(confidence[order]) < 0), len(truth) - 1)
-    errors = np.cumsum(scores.argmax(axis=1)[order] != truth[order])
-    n_answered = np.arange(1, len(truth) + 1)
-    interpolated = np.interp(n_answered, np.append(0, ends + 1), np.append(0, errors[ends]))
-    return n_answered / len(truth), interpolated / n_answered
-
-
-def confidence_threshold(probabilities: ArrayLike, labels: ArrayLike, target_risk: float) -> float | None:
-    """Return the lowest confidence whose rows and all more confident ones have an error rate of at most `target_risk`.
-
-    None if no confidence does. Raises UserError for a `target_risk` outside [0, 1).
-    """
-    if not 0 <= target_risk < 1:
-        raise UserError(f"target risk: found {target_risk}; expected an error rate from 0 to below 1, such as 0.05")
-    scores, truth = check_probabilities(probabilities, labels)
-    confidence = scores.max(axis=1)
-    levels, level_of_row = np.unique(confidence, return_inverse=True)
-    errors = np.bincount(level_of_row, weights=scores.argmax(axis=1) != truth)[::-1].cumsum()[::-1]
-    n_answered = np.bincount(level_of_row)[::-1].cumsum()[::-1]
-    allowed = np.flatnonzero(errors <= target_risk * n_answered + COUNT_TOLERANCE)
-    return float(levels[allowed[0]]) if len(allowed) else None
-
-
-def selective_metrics(
-    evaluated: tuple[ArrayLike, ArrayLike],
-    calibration: tuple[ArrayLike, ArrayLike] | None,
-    *,
-    target_risk: float = TARGET_RISK,
-) -> dict[str, Any]:
-    """Return `{coverage, risk, aurc, threshold, target_risk, answered, error}` of selective prediction.
-
-    `coverage` and `risk` are at most 50 points of the risk-coverage curve of the evaluated rows, and `aurc` is the mean
-    risk of the whole curve. `threshold` is the `confidence_threshold` of the calibration rows for `target_risk`; None
-    without calibration rows or if no confidence qualifies. `answered` is the fraction of the evaluated rows that reach
-    it, and `error` their error rate.
-    """
-    coverage, risk = risk_coverage(*evaluated)
-    points = np.unique(np.linspace(0, len(coverage) - 1, min(MAX_CURVE_POINTS, len(coverage))).round().astype(int))
-    limit = None if calibration is None else confidence_threshold(*calibration, target_risk)
-    scores, truth = check_probabilities(*evaluated)
-    is_answered = np.zeros(len(truth), dtype=bool) if limit is None else scores.max(axis=1) >= limit
-    is_wrong = scores.argmax(axis=1) != truth
-    return {
-        "coverage": coverage[points].tolist(),
-        "risk": risk[points].tolist(),
-        "aurc": float(risk.mean()),
-        "threshold": limit,
-        "target_risk": target_risk,
-        "wanted_error": target_risk,  # the earlier name of `target_risk` in records
-        "answered": None if limit is None else float(is_answered.mean()),
-        "error": float(is_wrong[is_answered].mean()) if is_answered.any() else None,
-    }
 
 
 def ood_scores(logits: ArrayLike) -> Floats:

@@ -117,9 +117,8 @@ def train_head(unit: Unit) -> Outcome:
     return Outcome((path,), {"metrics": metrics, "history": {"head": [], "finetune": []}})
 
 
-def test_head(recipe: Recipe, weights: Mapping[str, Tensor]) -> dict[str, float]:
+def test_head(recipe: Recipe, weights: Mapping[str, Tensor], test: DecodedDataset) -> dict[str, Any]:
     """Scores of the final network on the test split, from embeddings of its images."""
-    test = recipe.dataset("test")
     scores = _scores(logits_of_head(recipe, weights, test), np.array(test.targets))
     return {f"test_{name}": value for name, value in scores.items()}
 

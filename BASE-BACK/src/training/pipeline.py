@@ -132,15 +132,14 @@ def _unwrap_logits(outputs: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def macro_scores(preds: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[float, float, float, float]:
-    """(accuracy, precision, recall, F1) as fractions; macro means over the classes that occur, 0 where undefined."""
+    """(accuracy, precision, recall, F1) as fractions; macro means over classes with rows, 0 where undefined."""
     counts = np.zeros((num_classes, num_classes))
     np.add.at(counts, (labels, preds), 1)
     hits, actual, predicted = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
-    occurs = (actual + predicted) > 0
     precision = hits / np.maximum(predicted, 1)
     recall = hits / np.maximum(actual, 1)
     f1 = 2 * hits / np.maximum(actual + predicted, 1)
-    means = (float(score[occurs].mean()) for score in (precision, recall, f1))
+    means = (float(score[actual > 0].mean()) for score in (precision, recall, f1))
     return (float(hits.sum() / len(labels)), *means)  # type: ignore[return-value]
 
 

@@ -251,14 +251,18 @@ def _test(unit: Unit) -> Outcome:
     """Score the final network on the test split, once."""
     recipe = unit.recipe
     record = read_checkpoint(checkpoint_path(recipe.backbone, "final"))
+    dataset = recipe.dataset("test")
+    absent = [name for label, name in enumerate(dataset.classes) if label not in set(dataset.targets)]
+    # Only where there are any, so that the records of complete splits stay as they are.
+    noted = {"test_classes_without_rows": absent} if absent else {}
     if recipe.is_frozen:
-        return Outcome((), frozen.test_head(recipe, record["model_state_dict"]))
+        return Outcome((), frozen.test_head(recipe, record["model_state_dict"], dataset) | noted)
     model = network_of(record)
-    loader = BatchLoader(recipe.dataset("test"), recipe.batch_size)
+    loader = BatchLoader(dataset, recipe.batch_size)
     criterion = get_loss_function_for_backbone(recipe.backbone, len(recipe.classes))
     scores = validate_epoch_optimized(model.to(DEVICE), loader, criterion, DEVICE)[:5]
     names = ("test_loss", "test_accuracy", "test_precision", "test_recall", "test_f1")
-    return Outcome((), {name: float(score) for name, score in zip(names, scores, strict=True)})
+    return Outcome((), {name: float(score) for name, score in zip(names, scores, strict=True)} | noted)
 
 
 def _export(unit: Unit) -> Outcome:

@@ -1,0 +1,62 @@
+"""Means of rows in groups: standard errors, and intervals that hold the truth as often as they say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from utils.numeric import means
+
+GROUPS = np.repeat(np.arange(40), 10)
+
+
+def grouped_values(rng):
+    """400 values of mean 0 in 40 groups of 10, whose rows have most of their spread in common."""
+    return rng.normal(size=40)[GROUPS] + 0.5 * rng.normal(size=400)
+
+
+def test_one_standard_error_is_that_of_the_paired_difference():
+    lowest, one_off, three_off = np.zeros(8), np.zeros(8), np.zeros(8)
+    one_off[0] = three_off[:3] = 1
+    is_within = means.is_within_one_standard_error
+    assert is_within(one_off, lowest)  # 1/8 above, and the error is 1/8
+    assert not is_within(three_off, lowest)  # 3/8 above, and the error is 0.18
+    assert is_within(three_off, lowest, groups=[0, 0, 0, 1, 1, 1, 1, 1])  # all from one of two groups
+    assert is_within(lowest, lowest)
+    assert is_within(lowest, one_off)
+    assert not is_within(one_off[:1], lowest[:1])
+
+
+def test_the_standard_error_of_groups_is_that_of_their_sums():
+    values = np.random.default_rng(0).normal(size=400)
+    of_groups = values.reshape(40, 10).mean(axis=1)
+    assert means.standard_error(values, GROUPS) == pytest.approx(of_groups.std(ddof=1) / np.sqrt(40))
+    assert means.standard_error(values) == pytest.approx(values.std(ddof=1) / 20)
+    assert means.standard_error(values[:1]) == 0.0
+    shuffled = np.random.default_rng(1).permutation(400)
+    assert means.standard_error(values[shuffled], GROUPS[shuffled] * 7) == pytest.approx(
+        means.standard_error(values, GROUPS)
+    )
+
+
+@pytest.mark.parametrize("groups", [None, GROUPS], ids=["rows", "groups"])
+def test_intervals_hold_the_mean_as_often_as_they_say(groups):
+    rng = np.random.default_rng(2)
+    held = 0
+    for _ in range(400):
+        values = grouped_values(rng) if groups is not None else rng.normal(size=400)
+        low, high = means.mean_interval(values, groups)
+        held += low <= 0 <= high
+    assert 0.92 <= held / 400 <= 0.98
+
+
+def test_too_few_rows_or_groups_have_no_interval():
+    assert means.mean_interval(np.arange(9.0)) is None
+    assert means.mean_interval(np.arange(10.0)) is not None
+    assert means.mean_interval(np.arange(90.0), np.arange(90) % 9) is None
+
+
+def test_the_design_effect_is_the_size_of_groups_whose_rows_are_equal():
+    values = np.random.default_rng(3).normal(size=40)[GROUPS]
+    assert means.design_effect(values, GROUPS) == pytest.approx(10, rel=0.03)
+    assert means.design_effect(values, None) == means.design_effect(np.ones(400), GROUPS) == 1.0

@@ -1,0 +1,83 @@
+"""95 % intervals of the point metrics of one model, each by the method that holds what it says on few rows.
+
+Accuracy: Wilson's interval. Mean losses: Student's t, corrected for skewness. F1, precision, recall and the area under
+the ROC curve: Wilson's interval for as many rows as give the bootstrap's variance. Calibration errors, which resampling
+biases upwards: reflected percentiles, from 0 on where chance alone may give them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from utils.numeric.calibration_chance import chance_ece
+from utils.numeric.means import MIN_ERRORS, MIN_UNITS, count_units, mean_interval
+from utils.numeric.metrics import check_probabilities, log_loss_per_row, row_losses
+from utils.numeric.proportions import proportion_interval, wilson_interval
+from utils.numeric.statistics import TAILS
+
+LOSSES = ("log_loss", "brier")
+CALIBRATION_ERRORS = ("ece", "ece_adaptive", "mce")
+MIN_CLASS_ROWS = 5
+"""Fewest rows of each class that has any, for which the interval of a macro average is given."""
+Floats = NDArray[np.float64]
+
+
+def metric_intervals(
+    metrics: Mapping[str, Any],
+    samples: Mapping[str, Floats],
+    probabilities: ArrayLike,
+    labels: ArrayLike,
+    groups: ArrayLike | None = None,
+) -> tuple[dict[str, list[float]], str]:
+    """Return `ci95` {metric: [low, high]} of one model, and the reason why intervals are missing, if any is.
+
+    `metrics` are its point metrics on probabilities (N, C) with labels (N,) and groups (N,), and `samples`
+    {metric: values (B,)} its part of what `statistics.bootstrap_metrics` gives.
+    """
+    scores, truth = check_probabilities(probabilities, labels)
+    units = count_units(len(truth), groups)
+    if units < MIN_UNITS:
+        return {}, f"{units} {'rows' if groups is None else 'groups'}; an interval needs {MIN_UNITS}"
+    hits = scores.argmax(axis=1) == truth
+    support = np.bincount(truth, minlength=scores.shape[1])
+    support = support[support > 0]
+    reasons = []
+    intervals: dict[str, tuple[float, float] | None] = {"accuracy": proportion_interval(hits, groups)}
+    intervals["recall_weighted"] = intervals["accuracy"]
+    if (~hits).sum() >= MIN_ERRORS:
+        intervals["log_loss"] = mean_interval(log_loss_per_row(scores, truth), groups)
+        intervals["brier"] = mean_interval(row_losses(scores, truth, "brier"), groups)
+    else:
+        reasons.append(f"{(~hits).sum()} errors; the interval of a mean loss needs {MIN_ERRORS}")
+    if support.min() < MIN_CLASS_ROWS:
+        reasons.append(f"a class with {support.min()} rows; the interval of a macro average needs {MIN_CLASS_ROWS}")
+    is_by_chance = metrics["ece"] <= chance_ece(scores, truth, groups)["quantile"]
+    for name, values in samples.items():
+        if name in intervals or name in LOSSES or metrics.get(name) is None:
+            continue
+        if name in CALIBRATION_ERRORS:
+            intervals[name] = _reflected(metrics[name], values, is_by_chance=is_by_chance)
+        elif support.min() >= MIN_CLASS_ROWS or not name.endswith("_macro"):
+            most = len(support) ** 2 / float((len(truth) / units / support).sum())
+            intervals[name] = _score_interval(metrics[name], values, most)
+    return {name: list(bounds) for name, bounds in intervals.items() if bounds is not None}, "; ".join(reasons)
+
+
+def _score_interval(value: float, samples: Floats, most: float) -> tuple[float, float]:
+    """Return Wilson's interval of a mean over classes, for the number of rows that gives the variance of its samples.
+
+    Where they do not vary, that is `most`: rows in a mean over classes, each of the size that it has.
+    """
+    variance = float(samples.var())
+    rows = value * (1 - value) / variance if variance > 0 else most
+    return wilson_interval(value, max(rows, 1.0))
+
+
+def _reflected(value: float, samples: Floats, *, is_by_chance: bool) -> tuple[float, float]:
+    """Return percentiles of the samples, reflected about the value, cut off at 0 and widened to contain the value."""
+    low, high = (float(quantile) for quantile in np.quantile(samples, TAILS))
+    return 0.0 if is_by_chance else max(0.0, min(value, 2 * value - high)), max(value, 2 * value - low)

@@ -1,0 +1,35 @@
+"""Which rows belong together: those of equal images, and those that `dataset.group_regex` or the split puts in a group.
+
+Rows of one group are not independent, so that standard errors, tests and thresholds count groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from utils import base_back
+from utils.predictions.store import Store
+
+
+def row_groups(store: Store, keys: Iterable[tuple[str, str]]) -> np.ndarray | None:
+    """Group index int64 (N,) of each row, given as (split, sample id); None where every row is a group of its own.
+
+    A group may have rows of several splits. Without images no two rows are known to be equal.
+    """
+    rows = list(keys)
+    grouping = base_back.load_bundled("samples")
+    recorded = grouping.recorded_groups(store.workspace.split_dir)
+    content_of: dict[tuple[str, str], str] = {}
+    for split in dict.fromkeys(split for split, _ in rows) if store.catalog.has_images else ():
+        images = store.images(split)
+        pairs = zip(images.sample_ids, images.contents, strict=True)
+        content_of |= {(split, sample_id): content for sample_id, content in pairs}
+    groups: np.ndarray = grouping.group_indices(
+        [sample_id for _, sample_id in rows],
+        [content_of.get(key, "/".join(key)) for key in rows],
+        store.config.dataset.group_regex,
+        [recorded.get(split, {}).get(sample_id) for split, sample_id in rows],
+    )
+    return groups if len(np.unique(groups)) < len(groups) else None

@@ -8,7 +8,7 @@ from utils.evaluation import score_ranking
 
 
 def record(value, *, log_loss=0.5, contaminated=False, unknown=(), p=None):
-    comparison = None if p is None else {"name": "best", "mcnemar_p": p}
+    comparison = None if p is None else {"name": "best", "mcnemar_p": p, "p_value": p, "test": "mcnemar"}
     return {
         **{"accuracy": value, "f1_macro": value, "log_loss": log_loss, "ece": 0.1, "ci95": None, "n_samples": 30},
         **{"contaminated": contaminated, "optimistic": False, "unknown_training_data": list(unknown)},

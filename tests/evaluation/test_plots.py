@@ -12,7 +12,7 @@ from conftest import PROJECT
 
 from utils.core import engines
 from utils.evaluation import plots
-from utils.numeric import uncertainty
+from utils.numeric import selective
 from utils.numeric.metrics import point_metrics, softmax
 
 
@@ -21,7 +21,7 @@ def record(classes, count=60, name="some_ensemble"):
     labels = rng.integers(0, len(classes), count)
     probabilities = softmax(rng.normal(size=(count, len(classes))) + 2 * np.eye(len(classes))[labels])
     found = point_metrics(probabilities, labels, classes)
-    selective = uncertainty.selective_metrics((probabilities, labels), (probabilities, labels), target_risk=0.2)
+    selective = selective.selective_metrics((probabilities, labels), (probabilities, labels), target_risk=0.2)
     return found | {"name": name, "split": "test", "selective": selective}
 
 

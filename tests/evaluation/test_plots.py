@@ -21,8 +21,8 @@ def record(classes, count=60, name="some_ensemble"):
     labels = rng.integers(0, len(classes), count)
     probabilities = softmax(rng.normal(size=(count, len(classes))) + 2 * np.eye(len(classes))[labels])
     found = point_metrics(probabilities, labels, classes)
-    selective = selective.selective_metrics((probabilities, labels), (probabilities, labels), target_risk=0.2)
-    return found | {"name": name, "split": "test", "selective": selective}
+    curve = selective.selective_metrics((probabilities, labels), (probabilities, labels), target_risk=0.2)
+    return found | {"name": name, "split": "test", "selective": curve}
 
 
 @pytest.mark.parametrize("kind", sorted(plots.KINDS))

@@ -7,6 +7,7 @@ import pytest
 
 from utils.ensemble_methods import HardVoting, LogitAveraging, SoftVoting
 from utils.numeric.metrics import softmax
+from utils.numeric.uniform_mixture import mixed_with_uniform
 
 
 def probabilities(row):
@@ -71,7 +72,8 @@ def test_averaged_logits_carry_a_temperature_where_held_out_rows_gain():
     fitted = LogitAveraging.configured(settings, None).fit(*rows)
     assert fitted.temperature == pytest.approx(3, rel=0.15)
     mean = rows[0].mean(axis=0)
-    np.testing.assert_allclose(fitted.predict_proba(rows[0]), softmax(mean / fitted.temperature), atol=1e-12)
+    expected = mixed_with_uniform(softmax(mean / fitted.temperature), fitted.uniform_weight)
+    np.testing.assert_allclose(fitted.predict_proba(rows[0]), expected, atol=1e-12)
     assert LogitAveraging(calibration="off").fit(*rows).temperature == 1
     right = overconfident()[0] / 3, *rows[1:]
     assert LogitAveraging().fit(*right).temperature == pytest.approx(1, abs=0.15)

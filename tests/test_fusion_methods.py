@@ -155,12 +155,12 @@ def test_an_absent_member_is_not_seen_and_has_no_weight(rows):
     assert tuple(weights) == FACTS.names
     assert abs(sum(weights.values()) - 1) < 1e-9
     present = np.ones((N, M), dtype=bool)
-    np.testing.assert_allclose(fitted.predict_proba(outputs, present), fitted.predict_proba(outputs), atol=1e-12)
+    np.testing.assert_allclose(fitted.predict_present(outputs, present), fitted.predict_proba(outputs), atol=1e-12)
     present[:, 1] = False
     broken = MemberOutputs(outputs.logits.copy(), tuple(own.copy() for own in outputs.embeddings))
     broken.logits[1], broken.embeddings[1][:] = np.nan, np.nan
-    without = fitted.predict_proba(broken, present)
-    np.testing.assert_allclose(without, fitted.predict_proba(outputs, present), atol=1e-12)
+    without = fitted.predict_present(broken, present)
+    np.testing.assert_allclose(without, fitted.predict_present(outputs, present), atol=1e-12)
     assert np.abs(without - fitted.predict_proba(outputs)).max() > 1e-3
     assert log_loss(without, labels) < 0.7 * np.log(C)  # it has learned to go without
     assert (fitted.model.attention(fitted.mapped_outputs(broken), present)[:, 1] == 0).all()

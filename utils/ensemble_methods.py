@@ -28,9 +28,8 @@ class Voting(Combiner):
         """Return a new combiner; it has no settings."""
         return cls()
 
-    def fit(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> Self:
-        """Return itself, since there is nothing to fit."""
-        return self
+    def _fit(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> None:
+        """Do nothing, since there is nothing to fit."""
 
     def restricted(self, used: np.ndarray) -> Self:
         """Return itself, since all members count equally."""
@@ -44,11 +43,11 @@ class Voting(Combiner):
 class SoftVoting(Voting):
     """Mean of the members' probabilities."""
 
-    def predict_proba(self, logits: np.ndarray) -> np.ndarray:
+    def _predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Return probabilities (N, C) for logits (M, N, C)."""
         return softmax(logits).mean(axis=0)
 
-    def to_module(self) -> nn.Module:
+    def _to_module(self) -> nn.Module:
         """Return the torch module: logits (B, M, C) -> probabilities (B, C)."""
         from utils.combiners.heads import MeanOfProbabilities
 
@@ -66,7 +65,7 @@ class HardVoting(Voting):
 
     is_discontinuous = True
 
-    def predict_proba(self, logits: np.ndarray) -> np.ndarray:
+    def _predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Return probabilities (N, C) for logits (M, N, C)."""
         members, rows, classes = logits.shape
         fractions = np.zeros((rows, classes))
@@ -75,7 +74,7 @@ class HardVoting(Voting):
             fractions[np.arange(rows), votes[member]] += 1 / members
         return (1 - self.TIE_WEIGHT) * fractions + self.TIE_WEIGHT * softmax(logits).mean(axis=0)
 
-    def to_module(self) -> nn.Module:
+    def _to_module(self) -> nn.Module:
         """Return the torch module: logits (B, M, C) -> probabilities (B, C)."""
         from utils.combiners.heads import VoteShares
 
@@ -104,26 +103,25 @@ class LogitAveraging(Combiner):
         """Return an unfitted combiner with the kind of temperature of `runs.score_ensemble`."""
         return cls(calibration=config.runs.score_ensemble.temperature)
 
-    def fit(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> Self:
+    def _fit(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> None:
         """Fit the temperatures on logits (M, N, C), labels (N,), folds (N,); 1 with one fold or one class."""
         self.member_temperatures, self.temperature = np.ones(len(logits)), 1.0
         if self.calibration == "off" or min(len(np.unique(folds)), len(np.unique(labels))) < 2:
-            return self
+            return
         if self.calibration == "per_member":
             self.member_temperatures = temperature.select_member_temperatures(logits, labels, folds)
         self.temperature = temperature.select_temperature(self._mean(logits), labels, folds).temperature
-        return self
 
     def _mean(self, logits: np.ndarray) -> np.ndarray:
         divided = logits / self.member_temperatures[:, None, None]
         mean: np.ndarray = divided.mean(axis=0, dtype=np.float64)
         return mean
 
-    def predict_proba(self, logits: np.ndarray) -> np.ndarray:
+    def _predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Return probabilities (N, C) for logits (M, N, C)."""
         return softmax(self._mean(logits) / self.temperature)
 
-    def to_module(self) -> nn.Module:
+    def _to_module(self) -> nn.Module:
         """Return the torch module: logits (B, M, C) -> probabilities (B, C)."""
         from utils.combiners.heads import ProbabilityOfMeanLogits
 

@@ -16,7 +16,7 @@ import numpy as np
 from utils.combiners import embedding_maps
 from utils.combiners.embedding_maps import EmbeddingMaps
 from utils.combiners.fusion_learner import HeadLearner, HeadShape, TrainedHeads
-from utils.combiners.protocol import Combiner, MemberFacts, NestedPredictions, sub_state, unsaved
+from utils.combiners.protocol import Combiner, MemberFacts, NestedPredictions, mixed_by_fold, sub_state, unsaved
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.numeric.metrics import log_loss, softmax
@@ -70,7 +70,7 @@ class FusionStacker(Stacker):
             seed=config.seed,
         )
 
-    def fit_nested(self, outputs: MemberOutputs, labels: np.ndarray, folds: np.ndarray) -> NestedPredictions:
+    def _fit_nested(self, outputs: MemberOutputs, labels: np.ndarray, folds: np.ndarray) -> NestedPredictions:
         """Fit on outputs (M, N, C), labels (N,), folds (N,) as a stacker does.
 
         Raises UserError for embeddings that are not finite.
@@ -84,20 +84,20 @@ class FusionStacker(Stacker):
                 )
         self.maps = self._fit_maps(outputs)
         mapped = self.mapped_outputs(outputs)
-        nested = super().fit_nested(mapped, labels, folds)
+        nested = super()._fit_nested(mapped, labels, folds)
         self.head_report = self._report_members(mapped)
         return nested
 
-    def predict_proba(self, outputs: MemberOutputs) -> np.ndarray:
+    def _predict_proba(self, outputs: MemberOutputs) -> np.ndarray:
         """Return probabilities (N, C) for outputs (M, N, C)."""
         return self._predict(self.mapped_outputs(outputs))
 
-    def to_module(self) -> nn.Module:
+    def _to_module(self) -> nn.Module:
         """Return the torch module: logits (B, M, C) and M embeddings (B, D_m) -> probabilities (B, C)."""
         from utils.combiners.fusion_heads import FusedEmbeddings
 
         return FusedEmbeddings(
-            self.maps_module(), self._module(), self.calibration.temperature, self.calibration.weight
+            self.maps_module(), self._learner_module(), self.calibration.temperature, self.calibration.weight
         )
 
     def maps_module(self) -> nn.Module:
@@ -122,6 +122,7 @@ class FusionStacker(Stacker):
         """
         assert isinstance(self.model, TrainedHeads)
         self.model = TrainedHeads(self.model.shape, tuple(dict(weights) for weights in heads))
+        self._set_uniform_weight(labels, outputs)
         mapped = self.mapped_outputs(outputs)
         probabilities, mean = self.model.predict_proba(mapped), mean_probabilities(mapped)
         crossfit = np.empty_like(probabilities)
@@ -133,9 +134,9 @@ class FusionStacker(Stacker):
         gains = log_loss(crossfit, labels) < log_loss(probabilities, labels)
         self.calibration = self._calibrate(probabilities, mean, labels, folds) if gains else Calibration()
         self.head_report = self._report_members(mapped)
-        selection_score = log_loss(self.calibration.apply(probabilities, mean), labels)
+        selection_score = log_loss(self._mixed(self.calibration.apply(probabilities, mean)), labels)
         self.facts = {**self.facts, "selection_score": selection_score}
-        return crossfit if gains else probabilities
+        return mixed_by_fold(crossfit if gains else probabilities, folds)
 
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Return the selected setting, its losses and cost, facts about the maps, and attention weights."""
@@ -156,7 +157,7 @@ class FusionStacker(Stacker):
     def _report_members(self, mapped: MemberOutputs) -> dict[str, Any]:
         return {}
 
-    def _module(self) -> nn.Module:
+    def _learner_module(self) -> nn.Module:
         from utils.combiners.fusion_heads import MeanOfHeads
 
         assert isinstance(self.model, TrainedHeads)
@@ -196,15 +197,14 @@ class FusionAttention(FusionStacker):
 
     method = "attention"
 
-    def predict_proba(self, outputs: MemberOutputs, present: np.ndarray | None = None) -> np.ndarray:
+    def predict_present(self, outputs: MemberOutputs, present: np.ndarray) -> np.ndarray:
         """Return probabilities (N, C) for outputs (M, N, C) of the members `present` (N, M), at least one per row."""
-        if present is None:
-            return super().predict_proba(outputs)
         assert isinstance(self.model, TrainedHeads)
         probabilities = self.model.predict_proba(self.mapped_outputs(outputs), present)
         is_present = present.T[:, :, None]
         members = np.where(is_present, softmax(np.where(is_present, outputs.logits, 0)), 0)
-        return self.calibration.apply(probabilities, members.sum(axis=0) / present.sum(axis=1, keepdims=True))
+        mean = members.sum(axis=0) / present.sum(axis=1, keepdims=True)
+        return self._mixed(self.calibration.apply(probabilities, mean))
 
     def _report_members(self, mapped: MemberOutputs) -> dict[str, Any]:
         assert isinstance(self.model, TrainedHeads)

@@ -63,7 +63,7 @@ class FuserAttention(Stacker):
         shape = config.runs.meta_fuser.mlp_config
         return AttentionLearner(shape.hidden_dims[-1] if shape.hidden_dims else 64, shape.epochs, shape.lr, config.seed)
 
-    def _module(self) -> nn.Module:
+    def _learner_module(self) -> nn.Module:
         from utils.combiners.stacking_heads import GatedMixture
 
         assert isinstance(self.model, AttentionGate)
@@ -152,33 +152,32 @@ class MetaFuserCombiner(Combiner):
         """Whether the fuser or any input is discontinuous."""
         return any(each.is_discontinuous for each in (self.fuser, *(each.combiner for each in self.inputs)))
 
-    def fit(self, outputs: np.ndarray | MemberOutputs, labels: np.ndarray, folds: np.ndarray) -> Self:
+    def _fit(self, outputs: np.ndarray | MemberOutputs, labels: np.ndarray, folds: np.ndarray) -> None:
         """Fit the fuser, and the inputs that are not fitted yet, on outputs (M, N, C), labels (N,), folds (N,)."""
-        self.fit_nested(outputs, labels, folds)
-        return self
+        self._fit_nested(outputs, labels, folds)
 
-    def fit_nested(
+    def _fit_nested(
         self, outputs: np.ndarray | MemberOutputs, labels: np.ndarray, folds: np.ndarray
     ) -> NestedPredictions:
         """Fit, and return the predictions of the fuser's copies without one fold and without two."""
         crossfits = [_crossfit(each, outputs, labels, folds) for each in self.inputs]
-        return self.fuser.fit_nested(clipped_log(np.stack(crossfits)), labels, folds)
+        return self.fuser._fit_nested(clipped_log(np.stack(crossfits)), labels, folds)
 
-    def predict_proba(self, outputs: np.ndarray | MemberOutputs) -> np.ndarray:
+    def _predict_proba(self, outputs: np.ndarray | MemberOutputs) -> np.ndarray:
         """Return probabilities (N, C) for outputs (M, N, C)."""
         probabilities = [_predict(each, outputs) for each in self.inputs]
-        return self.fuser.predict_proba(clipped_log(np.stack(probabilities)))
+        return self.fuser._predict_proba(clipped_log(np.stack(probabilities)))
 
-    def to_module(self) -> nn.Module:
+    def _to_module(self) -> nn.Module:
         """Return the torch module: logits (B, M, C), and embeddings if it reads them -> probabilities (B, C)."""
         from utils.combiners.stacking_heads import FusedInputs, FusedInputsWithEmbeddings
 
         modules = [each.combiner.to_module() for each in self.inputs]
         indices = [each.member_indices for each in self.inputs]
         if not self.reads_embeddings:
-            return FusedInputs(modules, indices, self.fuser.to_module())
+            return FusedInputs(modules, indices, self.fuser._to_module())
         reads_embeddings = [each.combiner.reads_embeddings for each in self.inputs]
-        return FusedInputsWithEmbeddings(modules, indices, self.fuser.to_module(), reads_embeddings)
+        return FusedInputsWithEmbeddings(modules, indices, self.fuser._to_module(), reads_embeddings)
 
     def fitted_arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays of the fuser under `fuser/` and of each input under `inputs/<k>/`; texts as bytes."""
@@ -216,7 +215,7 @@ class MetaFuserCombiner(Combiner):
             input_used = each.combiner.used(len(each.member_indices))
             indices, combiner = new_index[each.member_indices[input_used]], each.combiner.restricted(input_used)
             inputs.append(replace(each, combiner=combiner, member_indices=indices, crossfit=None))
-        return type(self)(inputs, self.fuser, self.fuser_type)
+        return replace(self, inputs=inputs)
 
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Return the fuser's report, its type and the methods of the inputs."""

@@ -74,9 +74,9 @@ class MixtureOfExperts(Stacker, SparseCombiner):
         allow_fixed = config.runs.stacking.fallback
         return GateLearner(choose, moe.top_k, moe.gating_hidden_dim, moe.epochs, config.seed, allow_fixed)
 
-    def fit_nested(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> NestedPredictions:
+    def _fit_nested(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> NestedPredictions:
         """Fit as a stacker does, and record the use of the experts."""
-        nested = super().fit_nested(logits, labels, folds)
+        nested = super()._fit_nested(logits, labels, folds)
         gate, has_run = self.gate, routed_members(self, logits)
         weights, scores = gate.weights(logits), gate.scores(logits)
         choices = gate.chosen(scores).mean(axis=0) / gate.top_k
@@ -104,9 +104,9 @@ class MixtureOfExperts(Stacker, SparseCombiner):
         learner = replace(self.learner, top_k=sys.maxsize)
         return type(self)(learner=learner, use_temperature=self.use_temperature, fallback=False, n_jobs=self.n_jobs)
 
-    def to_module(self) -> nn.Module:
+    def _to_module(self) -> nn.Module:
         """Return the torch module: logits (B, M, C) -> probabilities (B, C)."""
-        return self._module()
+        return self._learner_module()
 
     def used(self, members: int) -> np.ndarray:
         """Return which of the members are experts, bool (M,)."""
@@ -140,7 +140,7 @@ class MixtureOfExperts(Stacker, SparseCombiner):
             "expert_use": use_by_expert,
         }
 
-    def _module(self) -> nn.Module:
+    def _learner_module(self) -> nn.Module:
         from utils.combiners.routing_heads import SparseMixture
 
         gate = self.gate
@@ -205,7 +205,7 @@ class CascadeCombiner(SparseCombiner):
         """Return an unfitted cascade that runs the whole chain for every image."""
         return type(self)(self.costs, self.max_members, -1.0, self.use_temperature)
 
-    def fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Self:
+    def _fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> None:
         """Fit on logits (M, N, C), labels (N,), folds (N,)."""
         fold_names = np.unique(folds)
         held_out_masks = [folds == name for name in fold_names] if len(fold_names) > 1 else []
@@ -234,9 +234,8 @@ class CascadeCombiner(SparseCombiner):
             "expected_experts": float(stages.mean() + 1),
             "leaves": np.bincount(stages, minlength=len(self.chain)) / len(labels),
         }
-        return self
 
-    def predict_proba(self, logits: np.ndarray) -> np.ndarray:
+    def _predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Return probabilities (N, C) for logits (M, N, C)."""
         means = _running_means(logits[self.chain])
         return self._tempered(_at_stage(means, _exit_stages(means, self.threshold)))
@@ -251,7 +250,7 @@ class CascadeCombiner(SparseCombiner):
         requested[self.chain[next_stage[rows]], rows] = True
         return requested
 
-    def to_module(self) -> nn.Module:
+    def _to_module(self) -> nn.Module:
         """Return the torch module: logits (B, M, C) -> probabilities (B, C)."""
         from utils.combiners.routing_heads import EarlyExit
 

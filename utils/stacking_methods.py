@@ -114,12 +114,11 @@ class Stacker(Combiner):
     def make_learner(cls, config: Config) -> Learner:
         """Return the learner with the settings of the configuration."""
 
-    def fit(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> Self:
+    def _fit(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> None:
         """Select the setting and fit on logits (M, N, C), labels (N,), folds (N,)."""
-        self.fit_nested(logits, labels, folds)
-        return self
+        self._fit_nested(logits, labels, folds)
 
-    def fit_nested(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> NestedPredictions:
+    def _fit_nested(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> NestedPredictions:
         """Fit, and return the predictions of copies without one fold and without two, of the same fits.
 
         A copy without two folds selects its setting, its temperature and its weight by fits that read one of the two
@@ -148,7 +147,7 @@ class Stacker(Combiner):
             "setting": dict(setting),
             "settings_tried": len(result.setting_losses),
             "cross_validated_log_loss": log_loss(result.crossfit, labels) if has_held_out else None,
-            "selection_score": log_loss(self._predict(logits), labels),
+            "selection_score": log_loss(self._mixed(self._predict(logits)), labels),
             "threads": None if self.learner.thread_safe else nested_cv.FIT_THREADS,  # of a torch training
         }
         return NestedPredictions(crossfit, inner)
@@ -172,7 +171,7 @@ class Stacker(Combiner):
             predictions[rows[held_out]] = calibration.apply(probabilities[held_out], mean[rows[held_out]])
         return predictions
 
-    def predict_proba(self, logits: Inputs) -> np.ndarray:
+    def _predict_proba(self, logits: Inputs) -> np.ndarray:
         """Return probabilities (N, C) for logits (M, N, C)."""
         return self._predict(logits)
 
@@ -181,11 +180,11 @@ class Stacker(Combiner):
         assert self.model is not None, "not fitted"
         return self.calibration.apply(self.model.predict_proba(inputs), mean_probabilities(inputs))
 
-    def to_module(self) -> nn.Module:
+    def _to_module(self) -> nn.Module:
         """Return the torch module: logits (B, M, C) -> probabilities (B, C)."""
         from utils.combiners.stacking_heads import TemperedBlend
 
-        return TemperedBlend(self._module(), self.calibration.temperature, self.calibration.weight)
+        return TemperedBlend(self._learner_module(), self.calibration.temperature, self.calibration.weight)
 
     def fitted_arrays(self) -> dict[str, np.ndarray]:
         """Return the model's arrays, the temperature (1,) and the weight (1,), which is named `share`."""
@@ -213,7 +212,7 @@ class Stacker(Combiner):
         return calibrate(probabilities, mean, labels, folds, use_temperature=use_temperature, fallback=fallback)
 
     @abstractmethod
-    def _module(self) -> nn.Module:
+    def _learner_module(self) -> nn.Module:
         """Return the torch module of the model: logits (B, M, C) -> probabilities (B, C)."""
 
     @abstractmethod
@@ -233,7 +232,7 @@ class StackingLogistic(Stacker):
     def make_learner(cls, config: Config) -> Learner:
         return LogisticLearner(KINDS)
 
-    def _module(self) -> nn.Module:
+    def _learner_module(self) -> nn.Module:
         from utils.combiners.stacking_heads import LogisticOnFeatures
 
         assert isinstance(self.model, Coefficients)
@@ -260,7 +259,7 @@ class StackingPerceptron(Stacker):
         kinds = ("log_probabilities", "probabilities")
         return PerceptronLearner(kinds, shape.hidden_dims, shape.epochs, shape.lr, shape.dropout, config.seed)
 
-    def _module(self) -> nn.Module:
+    def _learner_module(self) -> nn.Module:
         from utils.combiners.stacking_heads import PerceptronOnFeatures
 
         assert isinstance(self.model, Layers)
@@ -294,7 +293,7 @@ class StackingBooster(Stacker):
         shape = config.runs.stacking.xgb_config
         return BoosterLearner(shape.n_estimators, shape.max_depth, shape.learning_rate, config.seed)
 
-    def _module(self) -> nn.Module:
+    def _learner_module(self) -> nn.Module:
         from utils.combiners.boosting import Booster
         from utils.combiners.stacking_heads import OnFeatures
 
@@ -326,7 +325,7 @@ class StackingForest(Stacker):
 
         return ForestLearner(config.seed)
 
-    def _module(self) -> nn.Module:
+    def _learner_module(self) -> nn.Module:
         from utils.combiners.forest import Forest
         from utils.combiners.stacking_heads import OnFeatures
 

@@ -14,9 +14,11 @@ from combiner_cases import FACTS, QUICK, C, M, N, changed_settings, facts_of
 from utils.building import ensembles
 from utils.building.ensembles import COMBINERS, Crossfit, Ensemble, Provenance
 from utils.combiners import forest
-from utils.combiners.protocol import Combiner, saved_fields
+from utils.combiners.protocol import Combiner, fit_nested, saved_fields
 from utils.core.config import Config
 from utils.core.workspace import Workspace
+from utils.numeric.metrics import log_loss_per_row
+from utils.numeric.uniform_mixture import mixed_with_uniform
 from utils.predictions.rows import MemberOutputs
 
 WIDTHS = (5, 8, 4, 6)
@@ -53,6 +55,13 @@ def _embeddings(rng, logits, width):
     return (logits @ rng.normal(size=(C, width)) + rng.normal(size=(len(logits), width)) / 4).astype(np.float32)
 
 
+def _extreme(outputs):
+    """The same rows by networks that are certain."""
+    if isinstance(outputs, MemberOutputs):
+        return MemberOutputs(100 * outputs.logits, tuple(100 * own for own in outputs.embeddings))
+    return 100 * outputs
+
+
 def _tensors(outputs):
     """What the module takes: logits (N, M, C), and a list of embeddings where there are any."""
     if isinstance(outputs, MemberOutputs):
@@ -73,6 +82,35 @@ def test_probabilities_are_probabilities(fitted, rows):
     assert found.shape == (N, C)
     assert (found >= 0).all()
     np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-12)
+
+
+def test_no_fitted_answer_is_certain(make, fitted, rows):
+    outputs = _extreme(rows[0])
+    found = fitted.predict_proba(outputs)
+    least = 1 / (10 * (C - 1) * (N + 2)) if make().learns else 0
+    assert found.min() >= least * (1 - 1e-9)
+    costs = log_loss_per_row(found, found.argmin(axis=1))
+    assert (costs <= np.log(10 * (C - 1) * (N + 2)) + 1e-9).all() or not make().learns
+    with torch.no_grad():
+        assert fitted.to_module().eval()(*_tensors(outputs)).min() >= least * 0.999
+
+
+def test_cross_fitted_copies_have_the_mixture_of_their_own_rows(make, rows):
+    outputs, labels, folds = rows
+    if not make().learns:
+        pytest.skip("nothing is fitted")
+    nested = fit_nested(make(), _extreme(outputs), labels, folds)
+    assert nested.crossfit.min() >= 0.999 / (10 * (C - 1) * (0.8 * N + 2))
+    for fold, values in nested.inner.items():
+        assert values[folds != fold].min() >= 0.999 / (10 * (C - 1) * (0.6 * N + 2))
+
+
+def test_what_an_earlier_version_saved_answers_as_it_did(fitted, rows):
+    state = {name: values for name, values in fitted.state().items() if name != "uniform_weight"}
+    earlier = type(fitted).from_state(state)
+    assert earlier.uniform_weight == 0
+    found = mixed_with_uniform(earlier.predict_proba(rows[0]), fitted.uniform_weight)
+    np.testing.assert_allclose(found, fitted.predict_proba(rows[0]), atol=1e-15)
 
 
 def test_same_rows_same_bytes(make, rows, fitted):

@@ -23,6 +23,7 @@ from utils.combiners.protocol import (
 )
 from utils.ensemble_methods import SoftVoting, Voting
 from utils.numeric.metrics import softmax
+from utils.numeric.uniform_mixture import mixed_with_uniform, uniform_weight
 from utils.predictions.rows import MemberOutputs
 
 ROWS = np.random.default_rng(5).normal(size=(3, 20, 4)).astype(np.float32)
@@ -39,10 +40,10 @@ class Weighed(Voting):
     offsets: Any = None
     seed: int = unsaved(1)
 
-    def predict_proba(self, logits):
+    def _predict_proba(self, logits):
         return softmax(softmax(logits).mean(axis=0) * self.power)
 
-    def to_module(self) -> nn.Module:
+    def _to_module(self) -> nn.Module:
         raise NotImplementedError
 
 
@@ -57,14 +58,13 @@ class MajorityClass(Combiner):
     def configured(cls, config, members):
         return cls()
 
-    def fit(self, logits, labels, folds):
+    def _fit(self, logits, labels, folds):
         self.frequencies = np.bincount(labels, minlength=logits.shape[2]) / len(labels)
-        return self
 
-    def predict_proba(self, logits):
+    def _predict_proba(self, logits):
         return np.tile(self.frequencies, (logits.shape[1], 1))
 
-    def to_module(self) -> nn.Module:
+    def _to_module(self) -> nn.Module:
         raise NotImplementedError
 
     def fitted_arrays(self):
@@ -114,6 +114,12 @@ def test_saving_cannot_be_overridden(name):
         type("Forgetful", (SoftVoting,), {name: lambda self: {}})
 
 
+@pytest.mark.parametrize("name", ["fit", "predict_proba", "to_module"])
+def test_the_mixture_cannot_be_left_out(name):
+    with pytest.raises(TypeError, match=f"Define _{name}"):
+        type("Certain", (SoftVoting,), {name: lambda self: {}})
+
+
 def test_an_attribute_that_is_no_field_is_refused():
     made = SoftVoting()
     made.trim = 0.4
@@ -153,7 +159,8 @@ def test_cross_fitted_rows_come_from_copies_without_their_fold():
     labels, folds = np.repeat([0, 1, 2, 3], 5), np.repeat([0, 1, 2, 3], 5)
     found = fit_crossfitted(MajorityClass(), ROWS, labels, folds)
     assert found.dtype == np.float32
-    assert (found[np.arange(20), labels] == 0).all()
+    # The copies that answer have never seen the class: what is left is the mixture with the uniform distribution.
+    np.testing.assert_allclose(found[np.arange(20), labels], 1 / (10 * 3 * (15 + 2)), rtol=1e-6)
 
 
 def test_copies_without_two_folds_have_read_the_labels_of_neither():
@@ -166,7 +173,8 @@ def test_copies_without_two_folds_have_read_the_labels_of_neither():
         others = np.unique(labels[folds != fold])
         for other in others:
             expected = [0.0 if name in (fold, other) else 0.5 for name in range(4)]
-            np.testing.assert_array_equal(predictions[folds == other], np.tile(expected, (5, 1)))
+            mixed = mixed_with_uniform(np.tile(expected, (5, 1)), uniform_weight(10, 4))
+            np.testing.assert_allclose(predictions[folds == other], mixed, rtol=1e-6)
         np.testing.assert_array_equal(predictions[folds == fold], nested.crossfit[folds == fold])
 
 

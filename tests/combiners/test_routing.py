@@ -18,18 +18,18 @@ class FirstThenSecond(SparseCombiner):
     def configured(cls, config, members):
         return cls()
 
-    def fit(self, logits, labels, folds):
-        return self
+    def _fit(self, logits, labels, folds):
+        pass
 
     def route(self, logits, ran):
         second = ran[0] & (logits[0].argmax(axis=1) == 0)
         return np.stack([~ran[0], second & ~ran[1], np.zeros_like(second)])
 
-    def predict_proba(self, logits):
+    def _predict_proba(self, logits):
         second = logits[0].argmax(axis=1) == 0
         return softmax(np.where(second[:, None], logits[1], logits[0]))
 
-    def to_module(self):
+    def _to_module(self):
         raise NotImplementedError
 
     def restricted(self, used):

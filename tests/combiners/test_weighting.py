@@ -14,6 +14,7 @@ from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.numeric import pools
 from utils.numeric.metrics import METRICS, log_loss, softmax
+from utils.numeric.uniform_mixture import mixed_with_uniform
 
 NAMES = ("ash", "birch", "cedar", "elm", "fir")
 
@@ -42,7 +43,7 @@ def test_a_linear_pool_mixes_probabilities_and_takes_the_temperature_after():
     fitted = configured(pool="linear", optimization_metric="log_loss").fit(logits, labels, folds)
     assert fitted.temperature < 1
     mixed = np.array([fitted.weights @ softmax(logits[:, n]) for n in range(len(labels))])
-    expected = softmax(np.log(mixed) / fitted.temperature)
+    expected = mixed_with_uniform(softmax(np.log(mixed) / fitted.temperature), fitted.uniform_weight)
     np.testing.assert_allclose(fitted.predict_proba(logits), expected, atol=1e-12)
 
 
@@ -51,6 +52,7 @@ def test_a_log_linear_pool_sums_log_probabilities_by_weights_of_least_log_loss()
     fitted = configured(pool="log_linear", optimization_metric="log_loss").fit(logits, labels, folds)
     weights = fitted.weights / fitted.temperature
     expected = np.array([softmax(weights @ np.log(softmax(logits[:, n]))) for n in range(len(labels))])
+    expected = mixed_with_uniform(expected, fitted.uniform_weight)
     np.testing.assert_allclose(fitted.predict_proba(logits), expected, atol=1e-9)
     best = pools.fit_log_linear(np.log(softmax(logits)), labels, strength=fitted.facts["strength"])
     np.testing.assert_allclose(weights, best.weights, atol=1e-4)

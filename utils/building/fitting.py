@@ -27,7 +27,7 @@ from utils.predictions.store import IMPORT, Store
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 5  # raised whenever the same inputs would give another ensemble
+VERSION = 6  # raised whenever the same inputs would give another ensemble
 KINDS_OF_ROWS = {"train": "oof", "val": "held_out"}
 
 
@@ -161,7 +161,8 @@ def evaluate_fit(
     """A fitted combiner with its cross-fitted predictions, compared with baselines on the same rows."""
     names = out_of_sample.rows.members
     comparison = compare(baselines, log_loss_per_row(crossfit.probabilities, crossfit.labels)) if baselines else {}
-    entries = {**combiner.report(names), **comparison, "crossfit": scores(crossfit)}
+    mixture = {"uniform_weight": combiner.uniform_weight} if combiner.uniform_weight else {}
+    entries = {**combiner.report(names), **mixture, **comparison, "crossfit": scores(crossfit)}
     return Fitted(combiner, crossfit, combiner.used(len(names)), entries)
 
 

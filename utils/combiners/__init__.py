@@ -9,6 +9,11 @@ Weights
     accuracy and macro F1, whether members added greedily are kept. A temperature is kept only if held-out log-loss
     falls.
 
+Doubt
+    `fit`, `predict_proba` and `to_module` belong to the base class, which mixes whatever a fit on n rows gives with the
+    uniform distribution (`utils.numeric.uniform_mixture`); a family defines `_fit`, `_predict_proba` and `_to_module`.
+    Each cross-fitted copy has the weight of its own number of rows. Votes fit nothing and are not mixed.
+
 Selection and pruning
     Greedy selection (Caruana et al. 2004) takes the fewest members whose held-out loss is within one standard error
     of the lowest. Pruning searches subsets within limits on latency and size; each size is scored on held-out folds,

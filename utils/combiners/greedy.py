@@ -54,7 +54,7 @@ class GreedySelection(PooledMembers):
         settings = config.runs.score_ensemble
         return cls(metric=settings.optimization_metric, calibration=settings.temperature, seed=config.seed)
 
-    def fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Self:
+    def _fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> None:
         """Fit on logits (M, N, C), labels (N,) and folds (N,).
 
         With one fold nothing can be held out: one selection without bags or temperature, as long as its loss falls.
@@ -66,7 +66,8 @@ class GreedySelection(PooledMembers):
         probabilities = np.exp(self._scores(logits)).astype(np.float32)
         if not testable:
             chosen = self._select(probabilities, labels, bags=0)
-            return self._keep(chosen, chosen.paths[0].size, None, logits, labels)
+            self._keep(chosen, chosen.paths[0].size, None, logits, labels)
+            return
         tried = [self._tried(probabilities, labels, folds, bags=bags) for bags in (0, BAGS)]
         best = min(tried, key=lambda way: way.losses[way.size - 1])  # of equals the one without bags
         crossfit = best.crossfit
@@ -77,7 +78,6 @@ class GreedySelection(PooledMembers):
         chosen = self._select(probabilities, labels, bags=best.bags)
         self._keep(chosen, best.size, crossfit, logits, labels)
         self.facts["held_out_scores"] = self._scores_of(best.losses)
-        return self
 
     def _select(self, probabilities: NDArray[np.float32], labels: np.ndarray, *, bags: int) -> Selection:
         second = "log_loss" if self.metric in PIECEWISE_CONSTANT else None
@@ -104,7 +104,7 @@ class GreedySelection(PooledMembers):
 
     def _keep(
         self, chosen: Selection, size: int, crossfit: Floats | None, logits: np.ndarray, labels: np.ndarray
-    ) -> Self:
+    ) -> None:
         """Take the members of the first `size` steps, and say how good they are."""
         self.weights = chosen.weights_by_size()[size - 1]
         notes = (
@@ -118,7 +118,6 @@ class GreedySelection(PooledMembers):
             ],
             **self._compared(crossfit, logits, labels, notes),
         }
-        return self
 
     def _scores_of(self, losses: Floats) -> list[float]:
         return (1 - losses if METRICS[self.metric].higher_is_better else losses).tolist()

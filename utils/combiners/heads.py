@@ -11,6 +11,19 @@ from torch import Tensor, nn
 from utils.numeric.metrics import SMALLEST_PROBABILITY
 
 
+class MixedWithUniform(nn.Module):
+    """A combiner's probabilities mixed with the uniform ones (`utils.numeric.uniform_mixture`)."""
+
+    def __init__(self, combiner: nn.Module, weight: float) -> None:
+        super().__init__()
+        self.combiner, self.weight = combiner, weight
+
+    def forward(self, *outputs: Tensor | list[Tensor]) -> Tensor:
+        """Logits (B, M, C), and embeddings where the combiner reads them -> probabilities (B, C)."""
+        probabilities: Tensor = self.combiner(*outputs)
+        return probabilities + self.weight * (1 / probabilities.shape[1] - probabilities)
+
+
 class MeanOfProbabilities(nn.Module):
     """Plain mean of the members' probabilities."""
 

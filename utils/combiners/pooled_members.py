@@ -112,12 +112,12 @@ class PooledMembers(Combiner):
     facts: dict[str, Any] = unsaved(factory=dict)
     """Facts about the fit, for `report`."""
 
-    def predict_proba(self, logits: np.ndarray) -> np.ndarray:
+    def _predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Logits (M, N, C) -> probabilities (N, C)."""
         sums = np.tensordot(self.weights, self.pool.parts(self._scores(logits)), axes=1)
         return softmax(self.pool.pooled(sums) / self.temperature)
 
-    def to_module(self) -> nn.Module:
+    def _to_module(self) -> nn.Module:
         """Logits (B, M, C) -> probabilities (B, C)."""
         from utils.combiners import heads
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias, fina
 import numpy as np
 
 from utils.core.config import Config
+from utils.numeric.uniform_mixture import mixed_with_uniform, uniform_weight
 from utils.predictions.rows import MemberOutputs
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ Inputs: TypeAlias = Any
 """What a combiner reads: logits float32 (M, N, C), or `MemberOutputs` where it `reads_embeddings`."""
 SETTINGS = "settings"
 """Name in a state of the JSON text of all saved fields that are no arrays; an array NAME lies at `settings/NAME`."""
+UNIFORM_WEIGHT = "uniform_weight"
+"""Name of float64 (1,) in the state of a combiner whose answers are mixed with the uniform distribution."""
 _UNSAVED = "unsaved"
 
 
@@ -61,6 +64,12 @@ class Combiner(ABC):
     settings: ClassVar[tuple[str, ...]] = ()
     """Keys of the configuration that it depends on, such as `runs.score_ensemble.pool`."""
 
+    uniform_weight: float = field(default=0.0, kw_only=True, metadata={_UNSAVED: True})
+    """Weight of the uniform distribution in its answers (`utils.numeric.uniform_mixture`), set by `fit`.
+
+    0 for a combiner that learns nothing, and for one that an earlier version has saved.
+    """
+
     @property
     def learns(self) -> bool:
         """Whether `fit` reads labels. Without it every row is an out-of-sample row."""
@@ -87,7 +96,7 @@ class Combiner(ABC):
     def configured(cls, config: Config, members: MemberFacts) -> Self:
         """An unfitted combiner with the settings of the configuration."""
 
-    @abstractmethod
+    @final
     def fit(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> Self:
         """Fit on logits (M, N, C) and labels (N,), which come from networks that did not see the rows.
 
@@ -95,14 +104,42 @@ class Combiner(ABC):
         decided by leaving one of them out, so that a copy fitted on all folds but one has read none of its labels.
         Fitting again starts anew.
         """
+        self._set_uniform_weight(labels, logits)
+        self._fit(logits, labels, folds)
+        return self
 
-    @abstractmethod
+    @final
     def predict_proba(self, logits: Inputs) -> np.ndarray:
         """Logits (M, N, C) -> probabilities float64 (N, C) whose rows sum to 1."""
+        return self._mixed(self._predict_proba(logits))
 
-    @abstractmethod
+    @final
     def to_module(self) -> nn.Module:
         """The same map for export: logits float32 (B, M, C) -> probabilities float32 (B, C)."""
+        if not self.uniform_weight:
+            return self._to_module()
+        from utils.combiners.heads import MixedWithUniform
+
+        return MixedWithUniform(self._to_module(), self.uniform_weight)
+
+    @abstractmethod
+    def _fit(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> object:
+        """Do what `fit` describes."""
+
+    @abstractmethod
+    def _predict_proba(self, logits: Inputs) -> np.ndarray:
+        """Probabilities (N, C) before they are mixed with the uniform ones."""
+
+    @abstractmethod
+    def _to_module(self) -> nn.Module:
+        """`_predict_proba` as a torch module."""
+
+    def _set_uniform_weight(self, labels: np.ndarray, logits: Inputs) -> None:
+        """Set the weight for a fit on labels (N,) and logits (M, N, C)."""
+        self.uniform_weight = uniform_weight(len(labels), logits.shape[2]) if self.learns else 0.0
+
+    def _mixed(self, probabilities: np.ndarray) -> np.ndarray:
+        return mixed_with_uniform(probabilities, self.uniform_weight) if self.uniform_weight else probabilities
 
     @final
     def state(self) -> dict[str, np.ndarray]:
@@ -118,6 +155,8 @@ class Combiner(ABC):
         saved_arrays = {f"{SETTINGS}/{name}": value for name, value in arrays.items()}
         if others:
             saved_arrays[SETTINGS] = _encoded(others, type(self).__name__)
+        if self.uniform_weight:
+            saved_arrays[UNIFORM_WEIGHT] = np.array([self.uniform_weight])
         return saved_arrays | self.fitted_arrays()
 
     @final
@@ -129,7 +168,10 @@ class Combiner(ABC):
         """
         values = _decoded(state[SETTINGS]) if SETTINGS in state else {}
         combiner = cls(**values, **sub_state(state, f"{SETTINGS}/"))
-        fitted = {name: array for name, array in state.items() if name.partition("/")[0] != SETTINGS}
+        if UNIFORM_WEIGHT in state:
+            combiner.uniform_weight = float(state[UNIFORM_WEIGHT][0])
+        common = (SETTINGS, UNIFORM_WEIGHT)
+        fitted = {name: array for name, array in state.items() if name.partition("/")[0] not in common}
         combiner.set_fitted_arrays(fitted)
         return combiner
 
@@ -162,6 +204,12 @@ class Combiner(ABC):
                     f"{cls.__name__} overrides {name}, which saves every field. Declare fitted values by unsaved() and "
                     "save them in fitted_arrays and set_fitted_arrays"
                 )
+        for name in ("fit", "predict_proba", "to_module"):
+            if name in vars(cls):
+                raise TypeError(
+                    f"{cls.__name__} overrides {name}, which takes care of the mixture with the uniform distribution. "
+                    f"Define _{name}"
+                )
 
 
 @dataclass(frozen=True)
@@ -182,8 +230,11 @@ class NestedPredictions:
 class CrossfitsItself(Protocol):
     """A combiner whose cross-fitted copies and final fit have trainings in common."""
 
-    def fit_nested(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> NestedPredictions:
-        """Fit as `fit` does; return the predictions of copies that were fitted without one and without two folds."""
+    def _fit_nested(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> NestedPredictions:
+        """Fit as `_fit` does; return the predictions of copies that were fitted without one and without two folds.
+
+        They are not mixed with the uniform distribution: the function `fit_nested` does this.
+        """
 
 
 def saved_fields(kind: type[Combiner]) -> tuple[str, ...]:
@@ -208,7 +259,7 @@ def fit_crossfitted(recipe: Combiner, logits: Inputs, labels: np.ndarray, folds:
     nothing answers as it will at inference.
     """
     if isinstance(recipe, CrossfitsItself):
-        return recipe.fit_nested(logits, labels, folds).crossfit.astype(np.float32)
+        return fit_nested(recipe, logits, labels, folds).crossfit
     recipe.fit(logits, labels, folds)
     if not recipe.learns:
         return recipe.predict_proba(logits).astype(np.float32)
@@ -226,9 +277,10 @@ def fit_nested(recipe: Combiner, logits: Inputs, labels: np.ndarray, folds: np.n
     nothing has the same predictions everywhere.
     """
     if isinstance(recipe, CrossfitsItself):
-        nested = recipe.fit_nested(logits, labels, folds)
-        inner = {fold: values.astype(np.float32) for fold, values in nested.inner.items()}
-        return NestedPredictions(nested.crossfit.astype(np.float32), inner)
+        recipe._set_uniform_weight(labels, logits)
+        nested = recipe._fit_nested(logits, labels, folds)
+        inner = {fold: mixed_by_fold(values, folds, (fold,)) for fold, values in nested.inner.items()}
+        return NestedPredictions(mixed_by_fold(nested.crossfit, folds), inner)
     crossfit = fit_crossfitted(recipe, logits, labels, folds)
     names: list[int] = np.unique(folds).tolist()
     if not recipe.learns:
@@ -249,6 +301,18 @@ def _predict_held_out(
     """Probabilities of the rows `held_out`, bool (N,), by a copy that is fitted on the others."""
     copy = deepcopy(recipe).fit(logits[:, ~held_out], labels[~held_out], folds[~held_out])
     return copy.predict_proba(logits[:, held_out])
+
+
+def mixed_by_fold(probabilities: np.ndarray, folds: np.ndarray, left_out: tuple[int, ...] = ()) -> np.ndarray:
+    """Probabilities (N, C) by copies without the row's fold and those `left_out`, mixed with the uniform ones, float32.
+
+    Each copy has the weight of the number of rows that it was fitted on.
+    """
+    weights = np.empty(len(folds))
+    for fold in np.unique(folds):
+        rows = int((~np.isin(folds, (fold, *left_out))).sum())
+        weights[folds == fold] = uniform_weight(rows, probabilities.shape[1])
+    return mixed_with_uniform(probabilities, weights).astype(np.float32)
 
 
 def _check_declared(combiner: Combiner) -> None:

@@ -107,7 +107,7 @@ class Pruned(PooledMembers):
             CostLimit("MB", f"{place}.max_size_mb", self.budget.max_size_mb or unlimited, self.members.size_mb),
         )
 
-    def fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Self:
+    def _fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> None:
         """Fit on logits (M, N, C), labels (N,) and folds (N,).
 
         With one fold or one class nothing can be held out: subsets are scored on the rows that chose them.
@@ -139,7 +139,6 @@ class Pruned(PooledMembers):
         )
         compared = self._compared(np.exp(picked.crossfit) if testable else None, logits, labels, notes)
         self.facts = self._found(problem) | compared
-        return self
 
     def _problem(self, logits: np.ndarray, labels: np.ndarray) -> SubsetProblem:
         assert self.members is not None, "a restored ensemble is not fitted again"

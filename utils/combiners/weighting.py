@@ -52,7 +52,7 @@ class WeightedPool(PooledMembers):
             seed=config.seed,
         )
 
-    def fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> Self:
+    def _fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> None:
         """Fit on logits (M, N, C), labels (N,) and folds (N,).
 
         With one fold or one class nothing can be held out, so that nothing is chosen. UserError where the weights are
@@ -68,7 +68,6 @@ class WeightedPool(PooledMembers):
         self.pool, self.weights = weighting.pool, weighting.weights / total
         self.temperature = weighting.temperature / total
         self.facts = self._judged(weighting, logits, labels)
-        return self
 
     def _weighted(
         self, scores: Floats, labels: np.ndarray, folds: np.ndarray, *, testable: bool, calibrate: bool

@@ -18,6 +18,7 @@ from utils.evaluation.example_images import ExampleImage, LabelledPredictions
 from utils.evaluation.report_sources import ReportSources
 from utils.numeric import diversity
 from utils.numeric.metrics import SMALLEST_PROBABILITY, log_softmax, softmax
+from utils.numeric.uniform_mixture import without_uniform
 from utils.predictions.catalog import Catalog, Member
 from utils.predictions.rows import UNKNOWN, MemberRows
 
@@ -184,5 +185,5 @@ def without_temperature(data: ReportData) -> np.ndarray | None:
     temperature, stacker_weight = data.record.get("temperature"), data.record.get("share_of_stacker")
     if data.predictions is None or temperature in (None, 1.0) or stacker_weight not in (None, 1.0):
         return None
-    logs = np.log(np.clip(data.predictions.probabilities.astype(np.float64), SMALLEST_PROBABILITY, 1))
-    return softmax(logs * temperature)
+    before = without_uniform(data.predictions.probabilities, data.record.get("uniform_weight", 0.0))
+    return softmax(np.log(np.clip(before, SMALLEST_PROBABILITY, 1)) * temperature)

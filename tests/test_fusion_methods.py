@@ -263,6 +263,6 @@ def test_networks_trained_further_are_sharpened_only_where_rows_left_out_gain(ro
     told[0] = (told[0] + 1) % outputs.shape[2]  # one error, which the other folds know nothing of
     unseen = fitted.retrained(fitted.model.weights, outputs, told, folds)
     assert fitted.calibration == Calibration()
-    assert log_loss(unseen, told) == pytest.approx(log_loss(fitted.predict_proba(outputs), told))
+    assert log_loss(unseen, told) == pytest.approx(log_loss(fitted.predict_proba(outputs), told), rel=0.01)
     unseen = fitted.retrained(fitted.model.weights, outputs, labels, folds)
     assert log_loss(unseen, labels) <= log_loss(fitted.model.predict_proba(fitted.mapped_outputs(outputs)), labels)

@@ -13,6 +13,7 @@ from utils.combiners.protocol import MemberFacts
 from utils.core.config import Config
 from utils.numeric.metrics import METRICS, log_loss, softmax
 from utils.numeric.selection import select_members
+from utils.numeric.uniform_mixture import mixed_with_uniform
 
 RULES = sorted(METRICS)
 M, N, C = 6, 240, 4
@@ -99,7 +100,7 @@ def test_it_is_what_its_parts_say_step_by_step(metric, monkeypatch):
         found = GreedySelection(metric=metric, seed=seed, calibration="off").fit(*rows)
         np.testing.assert_allclose(found.weights, np.bincount(taken, minlength=M) / len(taken), atol=1e-12)
         assert found.report(NAMES)["size"] == size
-        expected = softmax(rows[0])[taken].mean(axis=0)
+        expected = mixed_with_uniform(softmax(rows[0])[taken].mean(axis=0), found.uniform_weight)
         np.testing.assert_allclose(found.predict_proba(rows[0]), expected, atol=1e-6)
         seen.add(bags)
     if metric in ("accuracy", "f1_macro"):

@@ -22,6 +22,7 @@ from utils.combiners.pruning import (
 from utils.combiners.subset_search import BudgetError, Subset, SubsetProblem, greedy_forward
 from utils.core.config import Config, CostBudget
 from utils.numeric.metrics import accuracy, log_loss, softmax
+from utils.numeric.uniform_mixture import mixed_with_uniform
 
 NO_LIMIT = CostBudget(max_latency_ms=None, max_size_mb=None)
 LETTERS = "abcdefghij"
@@ -145,7 +146,7 @@ def test_the_answer_is_the_plain_mean_of_the_kept_with_one_temperature(name):
     assert 1 <= kept.sum() <= 3
     mean = softmax(logits[kept]).mean(axis=0)
     assert fitted.temperature < 1  # the members are too timid
-    expected = softmax(np.log(mean) / fitted.temperature)
+    expected = mixed_with_uniform(softmax(np.log(mean) / fitted.temperature), fitted.uniform_weight)
     np.testing.assert_allclose(fitted.predict_proba(logits), expected, atol=1e-9)
     assert log_loss(expected, labels) < log_loss(mean, labels)
 

@@ -166,8 +166,9 @@ class Combiner(ABC):
 
         A field that the state lacks, such as one that was added since, has its default.
         """
-        values = _decoded(state[SETTINGS]) if SETTINGS in state else {}
-        combiner = cls(**values, **sub_state(state, f"{SETTINGS}/"))
+        values: dict[str, Any] = _decoded(state[SETTINGS]) if SETTINGS in state else {}
+        values |= sub_state(state, f"{SETTINGS}/")
+        combiner = cls(**values)
         if UNIFORM_WEIGHT in state:
             combiner.uniform_weight = float(state[UNIFORM_WEIGHT][0])
         common = (SETTINGS, UNIFORM_WEIGHT)

@@ -1,0 +1,87 @@
+"""Votes and single members with a temperature: what learned ensembles are compared with, and fall back to.
+
+A vote keeps the members' raw probabilities, which are as overconfident as the networks; a fitted ensemble beats it by
+a temperature alone. These combiners have the same predicted classes, a temperature that held-out folds decide, and the
+mixture with the uniform distribution that every fit has.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import numpy as np
+
+from utils.combiners.pooled_members import POOLS, Floats, PooledMembers
+from utils.combiners.protocol import MemberFacts, fit_crossfitted
+from utils.core.config import Config
+from utils.numeric import temperature
+from utils.numeric.metrics import log_loss
+
+
+@dataclass(kw_only=True)
+class CalibratedVote(PooledMembers):
+    """Base class: fixed weights, and a temperature of the pool if held-out folds gain by it.
+
+    With `per_member` each member's logits first get a temperature of their own.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("runs.score_ensemble.temperature",)
+    kind: ClassVar[str] = "linear"
+    """Name of the pool."""
+
+    @classmethod
+    def configured(cls, config: Config, members: MemberFacts) -> Self:
+        """Return an unfitted combiner with the kind of temperature of `runs.score_ensemble`."""
+        return cls(metric="log_loss", calibration=config.runs.score_ensemble.temperature)
+
+    def _fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> None:
+        """Fit on logits (M, N, C), labels (N,), folds (N,); temperatures are 1 with one fold or one class."""
+        testable = bool(np.ptp(folds)) and bool(np.ptp(labels))
+        self.pool, self.temperature, self.member_temperatures = POOLS[self.kind], 1.0, np.ones(len(logits))
+        if testable and self.calibration == "per_member":
+            self.member_temperatures = temperature.select_member_temperatures(logits, labels, folds)
+        parts = self.pool.parts(self._scores(logits))
+        self.weights = self._member_weights(parts, labels)
+        if testable:
+            pooled = self.pool.pooled(np.tensordot(self.weights, parts, axes=1))
+            self.temperature = temperature.select_temperature(pooled, labels, folds).temperature
+
+    @abstractmethod
+    def _member_weights(self, parts: Floats, labels: np.ndarray) -> Floats:
+        """Return weights (M,) that sum to 1, for parts (M, N, C) of the pool."""
+
+
+class CalibratedSoftVoting(CalibratedVote):
+    """Mean of the members' probabilities, at a temperature."""
+
+    def _member_weights(self, parts: Floats, labels: np.ndarray) -> Floats:
+        return np.full(len(parts), 1 / len(parts))
+
+
+class CalibratedLogitAveraging(CalibratedSoftVoting):
+    """Normalised geometric mean of the members' probabilities, at a temperature."""
+
+    kind: ClassVar[str] = "log_linear"
+
+
+class CalibratedBestSingle(CalibratedVote):
+    """The one member of least log-loss, each at the temperature that fits it best."""
+
+    kind: ClassVar[str] = "log_linear"
+
+    def _member_weights(self, parts: Floats, labels: np.ndarray) -> Floats:
+        losses = []
+        for scores in parts:
+            divisor = temperature.fit_temperature(scores, labels)
+            losses.append(log_loss(np.exp(self.pool.pooled(scores / divisor)), labels))
+        return np.eye(len(parts))[int(np.argmin(losses))]
+
+
+def calibrated_probabilities(logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """Return float32 probabilities (N, C) of one member's logits (N, C), cross-fitted over folds (N,).
+
+    For each fold the temperature and the mixture are those of a fit on the other folds with labels (N,).
+    """
+    return fit_crossfitted(CalibratedSoftVoting(), logits[None], labels, folds)

@@ -1,7 +1,7 @@
 """Ensemble of ensembles: a fuser of the cross-fitted predictions of other ensembles.
 
-The fuser is a stacker whose members are the input ensembles. At inference each member runs once, for all inputs that
-use it.
+The fuser is a stacker, or a convex pool, whose members are the input ensembles. At inference each member runs once, for
+all inputs that use it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from utils import ensemble_methods, fusion_methods, moe_methods, stacking_methods
+from utils.combiners import pruning
+from utils.combiners.convex_pool import ConvexPool
 from utils.combiners.gating import AttentionGate, AttentionLearner
 from utils.combiners.perceptron import PerceptronLearner
 from utils.combiners.protocol import (
@@ -20,7 +22,7 @@ from utils.combiners.protocol import (
     MemberFacts,
     NestedPredictions,
     combiner_inputs,
-    fit_crossfitted,
+    fit_nested,
     sub_state,
     unsaved,
 )
@@ -83,12 +85,18 @@ class FuserAttention(Stacker):
         )
 
 
-FUSERS: dict[str, type[Stacker]] = {"xgb": FuserBooster, "mlp": FuserPerceptron, "attention": FuserAttention}
+FUSERS: dict[str, type[Stacker | ConvexPool]] = {
+    "xgb": FuserBooster,
+    "mlp": FuserPerceptron,
+    "attention": FuserAttention,
+    "convex": ConvexPool,
+}
 """`runs.meta_fuser.fuser_type` -> class."""
 
 
 INPUT_METHODS: dict[str, type[Combiner]] = {
     **ensemble_methods.COMBINERS,
+    **pruning.COMBINERS,
     **stacking_methods.COMBINERS,
     **fusion_methods.COMBINERS,
     **moe_methods.COMBINERS,
@@ -104,24 +112,31 @@ class FuserInput:
     combiner: Combiner
     member_indices: np.ndarray
     """int64: indices of its members among the M members"""
-    crossfit: np.ndarray | None = None
-    """float (N, C): cross-fitted probabilities on the rows of the fit; None for an input that is not fitted yet"""
+    predictions: NestedPredictions | None = None
+    """On the rows of the fit, by copies without the row's fold; None for an input that is not fitted yet"""
+    name: str = ""
+    """The ensemble's, for the report; empty: its method"""
+
+    @property
+    def label(self) -> str:
+        """What the report calls it."""
+        return self.name or self.method
 
 
 @dataclass
 class MetaFuserCombiner(Combiner):
     """A fuser with its inputs; like other combiners, it takes the members' outputs.
 
-    It is cross-fitted over the same folds as its inputs. Its inputs on the rows of other folds come from copies that
-    have read the labels of the held-out fold, as in Wolpert's stacking; a test with permuted labels shows that nothing
-    leaks.
+    It is cross-fitted over the same folds as its inputs. The inputs of a stacker on the rows of other folds come from
+    copies that have read the labels of the held-out fold, as in Wolpert's stacking; a test with permuted labels shows
+    that nothing leaks. Those of a convex pool come from copies that have not (`ConvexPool.fit_two_level`).
     """
 
     settings: ClassVar[tuple[str, ...]] = FuserPerceptron.settings  # of all fusers; each may add more
     learns: ClassVar[bool] = True
 
     inputs: Sequence[FuserInput] = unsaved(())
-    fuser: Stacker = unsaved(factory=FuserPerceptron)
+    fuser: Stacker | ConvexPool = unsaved(factory=FuserPerceptron)
     fuser_type: str = unsaved("mlp")
 
     @classmethod
@@ -159,9 +174,23 @@ class MetaFuserCombiner(Combiner):
     def _fit_nested(
         self, outputs: np.ndarray | MemberOutputs, labels: np.ndarray, folds: np.ndarray
     ) -> NestedPredictions:
-        """Fit, and return the predictions of the fuser's copies without one fold and without two."""
-        crossfits = [_crossfit(each, outputs, labels, folds) for each in self.inputs]
-        return self.fuser._fit_nested(clipped_log(np.stack(crossfits)), labels, folds)
+        """Fit, and return the predictions of the fuser's copies; a convex pool makes none without two folds.
+
+        Raises ValueError where a convex pool has an input without copies that were fitted without two folds.
+        """
+        nested = [_nested(each, outputs, labels, folds) for each in self.inputs]
+        scores = clipped_log(np.stack([each.crossfit for each in nested]))
+        if not isinstance(self.fuser, ConvexPool):
+            return self.fuser._fit_nested(scores, labels, folds)
+        names = set(np.unique(folds).tolist())
+        for each, predictions in zip(self.inputs, nested, strict=True):
+            if len(names) > 1 and not names <= predictions.inner.keys():
+                raise ValueError(f"{each.label} has no predictions of copies that were fitted without two folds")
+
+        def inner(fold: int) -> np.ndarray:
+            return clipped_log(np.stack([each.inner[fold] for each in nested]))
+
+        return NestedPredictions(self.fuser.fit_two_level(scores, inner, labels, folds), {})
 
     def _predict_proba(self, outputs: np.ndarray | MemberOutputs) -> np.ndarray:
         """Return probabilities (N, C) for outputs (M, N, C)."""
@@ -203,7 +232,7 @@ class MetaFuserCombiner(Combiner):
     def used(self, members: int) -> np.ndarray:
         """Return which members any input uses, bool (M,)."""
         used = np.zeros(members, dtype=bool)
-        for each in self.inputs:
+        for each in self._inputs_used():
             used[each.member_indices[each.combiner.used(len(each.member_indices))]] = True
         return used
 
@@ -211,15 +240,20 @@ class MetaFuserCombiner(Combiner):
         """Return the same combiner on the used members only."""
         new_index = np.cumsum(used) - 1
         inputs = []
-        for each in self.inputs:
+        for each in self._inputs_used():
             input_used = each.combiner.used(len(each.member_indices))
             indices, combiner = new_index[each.member_indices[input_used]], each.combiner.restricted(input_used)
-            inputs.append(replace(each, combiner=combiner, member_indices=indices, crossfit=None))
-        return replace(self, inputs=inputs)
+            inputs.append(replace(each, combiner=combiner, member_indices=indices, predictions=None))
+        return replace(self, inputs=inputs, fuser=self.fuser.restricted(self.fuser.used(len(self.inputs))))
+
+    def _inputs_used(self) -> list[FuserInput]:
+        """The inputs without which the fuser would answer otherwise."""
+        used = self.fuser.used(len(self.inputs))
+        return [each for each, needed in zip(self.inputs, used, strict=True) if needed]
 
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Return the fuser's report, its type and the methods of the inputs."""
-        facts = self.fuser.report(tuple(each.method for each in self.inputs))
+        facts = self.fuser.report(tuple(each.label for each in self.inputs))
         return {**facts, "fuser_type": self.fuser_type, "inputs": [each.method for each in self.inputs]}
 
 
@@ -228,15 +262,15 @@ def _predict(fuser_input: FuserInput, outputs: np.ndarray | MemberOutputs) -> np
     return combiner.predict_proba(combiner_inputs(combiner, outputs[fuser_input.member_indices]))
 
 
-def _crossfit(
+def _nested(
     fuser_input: FuserInput, outputs: np.ndarray | MemberOutputs, labels: np.ndarray, folds: np.ndarray
-) -> np.ndarray:
-    """Return cross-fitted probabilities (N, C) of an input; with a single fold, those of the fitted input."""
-    if fuser_input.crossfit is not None:
-        return fuser_input.crossfit
+) -> NestedPredictions:
+    """Return cross-fitted predictions of an input; with a single fold, those of the fitted input."""
+    if fuser_input.predictions is not None:
+        return fuser_input.predictions
     combiner = fuser_input.combiner
-    crossfit = fit_crossfitted(combiner, combiner_inputs(combiner, outputs[fuser_input.member_indices]), labels, folds)
-    return _predict(fuser_input, outputs) if np.isnan(crossfit).any() else crossfit
+    nested = fit_nested(combiner, combiner_inputs(combiner, outputs[fuser_input.member_indices]), labels, folds)
+    return NestedPredictions(_predict(fuser_input, outputs), {}) if np.isnan(nested.crossfit).any() else nested
 
 
 def _bytes(text: str) -> np.ndarray:

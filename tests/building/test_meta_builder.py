@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import PROJECT
 from given_predictions import empty_workspace, logged, take_in, write
 
-from utils.building import build_commands, ensembles
+from utils.building import build_commands, ensembles, fuser_inputs
 from utils.building.builder_protocol import Session, state_of
 from utils.building.meta_builder import MetaBuilder, meta_fuse
 from utils.core.config import Config
@@ -86,7 +88,7 @@ def test_an_input_on_few_rows_is_left_out_and_the_fuser_keeps_the_rows_of_the_ot
     with logged(caplog):
         result = meta_fuse(config(THREE), own)
     assert result.document["inputs"] == ["logit_averaging_ensemble", "soft_voting_ensemble"]
-    assert "weighted_ensemble has cross-fitted predictions on 30 rows, other inputs on up to 90" in caplog.text
+    assert "weighted_ensemble: it has cross-fitted predictions on 30 rows, other inputs on up to 90" in caplog.text
     record = ensembles.record_of(own, "meta_fuser")
     assert record["crossfit"]["n"] == 90
     assert list(record["inputs_left_out"]) == ["weighted_ensemble"]
@@ -96,5 +98,83 @@ def test_an_input_on_few_rows_is_left_out_and_the_fuser_keeps_the_rows_of_the_ot
 def test_inputs_on_few_rows_that_leave_one_input_are_refused_with_the_reason(own):
     build_commands.build_ensemble(config(*ON_VAL_ROWS), own)
     two = "runs.meta_fuser.input_ensembles=[soft_voting,weighted]"
-    with pytest.raises(UserError, match=r"leaves 1 ensemble.*weighted_ensemble has cross-fitted predictions on 30 "):
+    with pytest.raises(UserError, match=r"leaves 1 ensemble.*weighted_ensemble: it has cross-fitted predictions on 30"):
         MetaBuilder().check(Session.open(config(two), own))
+
+
+CONVEX = ("runs.meta_fuser.fuser_type=convex", "runs.meta_fuser.input_ensembles=all")
+BUILT = ("runs.score_ensemble.methods=[soft_voting,logit_averaging,weighted,greedy_selection]",)
+
+
+def test_all_takes_every_built_ensemble_and_a_convex_fuser_says_what_each_weighs(own):
+    build_commands.build_ensemble(config(*BUILT), own)
+    result = meta_fuse(config(*CONVEX), own)
+    names = ["greedy_selection_ensemble", "logit_averaging_ensemble", "soft_voting_ensemble", "weighted_ensemble"]
+    assert result.document["inputs"] == names
+    assert result.document["left_out"] == {}
+    assert sorted(result.document["input_weights"]) == names
+    used = {name for name, weight in result.document["input_weights"].items() if weight > 0}
+    ensemble = ensembles.load(own, "meta_fuser")
+    assert len(ensemble.combiner.inputs) == len(used) < len(names)
+    assert f"; 0 for {len(names) - len(used)} other inputs" in result.text
+    assert state(own, *CONVEX).state == "current"
+    assert ensembles.record_of(own, "meta_fuser")["crossfit"]["n"] == 90
+    build_commands.build_ensemble(config("runs.score_ensemble.methods=[hard_voting]"), own)
+    assert state(own, *CONVEX).state == "stale"
+
+
+def test_a_fuser_of_trees_takes_all_too(own):
+    build_commands.build_ensemble(config(*BUILT), own)
+    result = meta_fuse(config(*CONVEX, "runs.meta_fuser.fuser_type=attention"), own)
+    assert len(result.document["inputs"]) == 4
+    assert result.document["input_weights"] is None
+
+
+def test_an_input_without_copies_without_two_folds_is_left_out_and_named(own):
+    build_commands.build_ensemble(config(*BUILT), own)
+    path = own.ensemble("weighted_ensemble") / "ensemble.json"
+    record = json.loads(path.read_text())
+    del record["inner_folds"]  # as an earlier version wrote it
+    path.write_text(json.dumps(record))
+    result = meta_fuse(config(*CONVEX), own)
+    assert list(result.document["left_out"]) == ["weighted_ensemble"]
+    assert "left out: weighted_ensemble: it has no predictions of copies" in result.text
+    assert "build-ensemble --force" in result.text
+    assert "weighted_ensemble" not in result.document["inputs"]
+    other = meta_fuse(config(*CONVEX, "runs.meta_fuser.fuser_type=attention"), own)
+    assert "weighted_ensemble" in other.document["inputs"]
+
+
+def test_all_leaves_out_an_ensemble_whose_member_is_gone(own):
+    build_commands.build_ensemble(config(*BUILT), own)
+    session = Session.open(config(*CONVEX), own)
+    without = {name: member for name, member in session.catalog.members.items() if name != "bayes"}
+    session = session.with_catalog(replace(session.catalog, members=without))
+    chosen = fuser_inputs.select(session)
+    assert "soft_voting_ensemble" in chosen.left_out
+    assert "bayes is no longer in the catalog" in chosen.left_out["soft_voting_ensemble"]
+    with pytest.raises(UserError, match=r"leaves \d ensemble.*bayes is no longer in the catalog"):
+        MetaBuilder().check(session)
+
+
+def test_all_of_nothing_says_what_to_build(own):
+    for name in ensembles.names(own):
+        shutil.rmtree(own.ensemble(name))
+    with pytest.raises(UserError, match=r"leaves 0 ensemble.*build-ensemble"):
+        meta_fuse(config(*CONVEX), own)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fold": lambda fold: (fold + 1) % 5}, "soft_voting_ensemble: cross-fitted over other folds"),
+        ({"sample_ids": lambda ids: np.char.add(ids, ".other")}, "no row on which all of"),
+    ],
+)
+def test_inputs_of_other_folds_and_without_a_shared_row_are_refused(own, change, message):
+    path = own.ensemble("soft_voting_ensemble") / "crossfit.npz"
+    with np.load(path) as arrays:
+        changed = {name: change.get(name, lambda array: array)(array) for name, array in arrays.items()}
+    np.savez(path, **changed)
+    with pytest.raises(UserError, match=message):
+        meta_fuse(config("runs.meta_fuser.fuser_type=convex"), own, force=True)

@@ -183,7 +183,7 @@ def test_every_key_refuses_what_is_of_another_kind(place):
         ("project.version", ["2"], [1.0, "", "  "]),
         ("backbones.include", [[], ["vit_tiny.augreg_in1k", "a b"]], [["a/b"], ["..\\x"], [".x"], ["a", "a"], ["x "]]),
         ("backbones.include", ["all"], ["every", "all "]),
-        ("runs.meta_fuser.input_ensembles", [["moe"]], [["meta_fuser"], [], ["moe", "moe"], [None]]),
+        ("runs.meta_fuser.input_ensembles", [["moe"], "all"], [["meta_fuser"], [], ["moe", "moe"], [None], "every"]),
         ("distillation.student", ["resnet18"], ["../x", "", "a\tb"]),
         ("distillation.batch_size", [2, 64], [1, 0, 2.5]),
         ("distillation.targets", ["auto", "oof", "consistent", "views"], ["val", None]),

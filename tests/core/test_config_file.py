@@ -226,9 +226,11 @@ MISTAKES = [
     ("runs: {score_ensemble: {optimization_metric: acuracy}}", "runs.score_ensemble.optimization_metric: "
      "found 'acuracy'; allowed: f1_macro, accuracy, log_loss, brier; did you mean 'accuracy'?"),
     ("runs: {score_ensemble: {methods: []}}", "runs.score_ensemble.methods: found []; expected at least one name, or"),
-    ("runs: {meta_fuser: {fuser_type: xbg}}", "runs.meta_fuser.fuser_type: found 'xbg'; allowed: xgb, mlp, attention; "
-     "did you mean 'xgb'?"),
+    ("runs: {meta_fuser: {fuser_type: xbg}}", "runs.meta_fuser.fuser_type: found 'xbg'; allowed: xgb, mlp, attention, "
+     "convex; did you mean 'xgb'?"),
     ("runs: {meta_fuser: {input_ensembles: [meta_fuser]}}", "runs.meta_fuser.input_ensembles: found ['meta_fuser']"),
+    ("runs: {meta_fuser: {input_ensembles: every}}", "runs.meta_fuser.input_ensembles: found 'every'; expected a list "
+     "such as [a, b], or all"),
     ("distillation: {temperature: -4}", "distillation.temperature: found -4; expected a number above 0"),
     ("distillation: {student: ../x}", "distillation.student: found '../x'; expected a name, without slashes"),
     ("pruning: {cost_budget: {max_size_mb: 0}}", "pruning.cost_budget.max_size_mb: found 0; expected a number above 0"),

@@ -28,6 +28,15 @@ Fusion
     linear map from embeddings to logits that the validation rows give must hold on the training rows; otherwise they
     are refused.
 
+Fuser
+    A fuser reads cross-fitted predictions of other ensembles on the rows that all of them share. A convex fuser is the
+    super learner of `utils.numeric.super_learner`. Its score needs two levels: for each held-out fold it is fitted on
+    the predictions of copies of its inputs that were fitted without this fold and the row's own, and applied to copies
+    without this fold. Builders keep these predictions (`inner_crossfit.npy`): grid learners make the fits in nested
+    cross-validation in any case; pools, selections, pruned ensembles and cascades are fitted K (K - 1) / 2 times more,
+    on smaller parts, which is about three quarters more time than without. An ensemble without such copies (trained end
+    to end, or with fewer than three folds) is no input of a convex fuser.
+
 Mixture of experts and cascade
     Experts are the members that greedy forward selection takes first for log-loss. The gate reads the
     log-probabilities of the cheapest expert; training is noisy top-k with the balance loss on the full softmax and a

@@ -271,7 +271,9 @@ def load(workspace: Workspace, name: str) -> Ensemble:
 def load_crossfit(workspace: Workspace, name: str) -> Crossfit:
     """The cross-fitted predictions of a saved ensemble."""
     arrays = read_arrays(workspace.ensemble(name) / "crossfit.npz", remedy=rebuild_hint(name))
-    return Crossfit(*(arrays[key] for key in ("probabilities", "labels", "sample_ids", "split", "fold")))
+    names = ("probabilities", "labels", "sample_ids", "split", "fold")
+    probabilities, labels, sample_ids, split, fold = (arrays[name] for name in names)
+    return Crossfit(probabilities, labels, sample_ids, split, fold)
 
 
 def load_nested_crossfit(workspace: Workspace, ensemble: Ensemble) -> Crossfit:

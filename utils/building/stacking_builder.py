@@ -12,7 +12,7 @@ from utils.building.builder_protocol import Build, Builder, Session, run, summar
 from utils.building.fitting import OutOfSampleRows
 from utils.building.inference_choice import Measurement
 from utils.combiners.protocol import MemberFacts
-from utils.core.config import Config, require_enabled
+from utils.core.config import ALL, Config, require_enabled
 from utils.core.errors import LeakageError, UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
@@ -175,7 +175,7 @@ def _lacking(members: Sequence[Member]) -> list[Member]:
 
 def _feeds_fuser(config: Config, method: str) -> bool:
     fuser = config.runs.meta_fuser
-    return fuser.enable and method in fuser.input_ensembles
+    return fuser.enable and (fuser.input_ensembles == ALL or method in fuser.input_ensembles)
 
 
 def _extra_inputs(config: Config, members: Sequence[Member], method: str) -> list[Any]:

@@ -8,6 +8,8 @@ Weights
     strength of the penalty, the pool (linear unless log-linear is better by more than one standard error) and, for
     accuracy and macro F1, whether members added greedily are kept. A temperature is kept only if held-out log-loss
     falls.
+    The convex pool of a fuser has a lasso in place of the ridge: it acts on the weights of all inputs but the best, so
+    that few inputs join it.
 
 Doubt
     `fit`, `predict_proba` and `to_module` belong to the base class, which mixes whatever a fit on n rows gives with the

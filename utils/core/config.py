@@ -24,12 +24,13 @@ SPECIFIED: dict[str, tuple[str, ...]] = {
     "runs.model_soup.methods": ("uniform", "greedy", "wise_ft"),
     "runs.stacking.meta_learners": ("lr", "xgb", "rf", "mlp"),
     "runs.fusion.fusion_methods": ("concat_mlp", "attention", "bilinear", "cca_aligned"),
-    "runs.meta_fuser.fuser_type": ("xgb", "mlp", "attention"),
+    "runs.meta_fuser.fuser_type": ("xgb", "mlp", "attention", "convex"),  # the last one is ours
     "pruning.methods": ("greedy_forward", "greedy_backward", "diversity_max", "clustering"),
 }
 A_LIST = "expected a list such as [a, b], or [] for none"
-ALL_MEMBERS = "all"
-"""`backbones.include`: every member that is not derived and whose training data is known"""
+ALL = "all"
+"""`backbones.include`: every member that is not derived and whose training data is known; `input_ensembles` of
+`runs.meta_fuser`: every built ensemble that can be an input"""
 A_NAME = "expected a name, without slashes, leading dot or outer spaces"
 Metric = Literal["f1_macro", "accuracy", "log_loss", "brier"]
 FitRows = Literal["honest", "val", "oof"]
@@ -84,15 +85,15 @@ def _names(raw: object, info: ValidationInfo) -> object:
 
 def _names_or_all(raw: object, info: ValidationInfo) -> object:
     """`all`, or a list of names."""
-    if isinstance(raw, str) and raw != ALL_MEMBERS:
-        raise ValueError(f"expected a list such as [a, b], or {ALL_MEMBERS}")
-    return raw if raw == ALL_MEMBERS else _names(raw, info)
+    if isinstance(raw, str) and raw != ALL:
+        raise ValueError(f"expected a list such as [a, b], or {ALL}")
+    return raw if raw == ALL else _names(raw, info)
 
 
 def _some_left(excluded: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
     """Check that `exclude` leaves some of `include`; excluding names of `include` is what the specification advises."""
     included = info.data.get("include")
-    if included and included != ALL_MEMBERS and set(included) <= set(excluded):
+    if included and included != ALL and set(included) <= set(excluded):
         raise ValueError(f"expected at least one of the {len(included)} names of include left")
     return excluded
 
@@ -109,7 +110,7 @@ def _differs_from_student(assistant: str | None, info: ValidationInfo) -> str | 
     return assistant
 
 
-def _without_meta_fuser(inputs: tuple[str, ...]) -> tuple[str, ...]:
+def _without_meta_fuser(inputs: tuple[str, ...] | str) -> tuple[str, ...] | str:
     if "meta_fuser" in inputs:
         raise ValueError("expected other ensembles: meta_fuser cannot be an input of itself")
     return inputs
@@ -305,7 +306,7 @@ class MetaMlp(Section):
 
 class MetaFuser(Section):
     enable: Flag = True
-    input_ensembles: Annotated[Names, AfterValidator(_without_meta_fuser)] = (
+    input_ensembles: Annotated[NamesOrAll, AfterValidator(_without_meta_fuser)] = (
         *("soft_voting", "logit_averaging", "stacking_xgb", "fusion_concat_mlp"),
     )
     fuser_type: Name = "xgb"

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from utils import base_back
-from utils.core.config import ALL_MEMBERS, Config
+from utils.core.config import ALL, Config
 from utils.core.errors import UserError, did_you_mean
 from utils.predictions import training_data
 from utils.predictions.catalog import Catalog, Member
@@ -27,14 +27,14 @@ def select(catalog: Catalog, config: Config) -> list[Member]:
     # A mounted BASE-BACK may have fewer backbones than the specification, whose names are always accepted.
     default = type(config.backbones).model_fields["include"].default
     available = {*getattr(settings, "ALL_BACKBONES", settings.BACKBONES), *default, *catalog.members}
-    named = [*(include if include != ALL_MEMBERS else ()), *exclude]
+    named = [*(include if include != ALL else ()), *exclude]
     unknown = [f"{name!r}{did_you_mean(name, available)}" for name in named if name not in available]
     if unknown:
         raise UserError(
             f"{config.source}: backbones.include or backbones.exclude names no backbone; "
             f"known: {', '.join(sorted(available))}; found: {', '.join(unknown)}"
         )
-    if include == ALL_MEMBERS:
+    if include == ALL:
         selected = _all_members(catalog, exclude)
     else:
         selected = _named_members(catalog, config, is_default=include == default)

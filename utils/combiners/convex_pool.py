@@ -1,0 +1,90 @@
+"""A log-linear pool of ensembles' predictions that is shrunk to the best of them: the super learner as a combiner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from utils.combiners.pooled_members import POOLS, Pool, PooledMembers
+from utils.combiners.protocol import MemberFacts, unsaved
+from utils.core.config import Config
+from utils.numeric import super_learner
+from utils.numeric.metrics import log_loss
+from utils.numeric.super_learner import SuperLearner
+
+
+@dataclass(kw_only=True)
+class ConvexPool(PooledMembers):
+    """Non-negative weights of the inputs' log-probabilities, of which most are 0 (`utils.numeric.super_learner`)."""
+
+    settings: ClassVar[tuple[str, ...]] = ("runs.meta_fuser",)
+
+    pool: Pool = unsaved(POOLS["log_linear"])
+
+    @classmethod
+    def configured(cls, config: Config, members: MemberFacts) -> Self:
+        """An unfitted pool; it has no settings."""
+        return cls()
+
+    def _fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> None:
+        """Fit on log-probabilities (I, N, C) of the inputs, labels (N,), folds (N,)."""
+        self.member_temperatures = np.ones(len(logits))
+        scores = self._scores(logits)
+        self._keep(super_learner.fit(scores, labels, folds), scores, labels)
+
+    def fit_two_level(
+        self,
+        crossfit: np.ndarray,
+        inner: Callable[[int], np.ndarray],
+        labels: np.ndarray,
+        folds: np.ndarray,
+    ) -> np.ndarray:
+        """Fit on the inputs' cross-fitted log-probabilities; return the pool's own cross-fitted probabilities (N, C).
+
+        For each fold a copy of the pool is fitted on the other folds, where its inputs are copies that read the labels
+        of neither this fold nor the row's; it then answers for the rows of the fold. With one level, on `crossfit`
+        alone, the inputs would have read the labels of the rows that judge the pool, and the loss would be too low.
+
+        Args:
+            crossfit: (I, N, C), by copies of the inputs without the row's fold.
+            inner: Gives, for a fold, (I, N, C) by copies without this fold and the row's.
+            labels: (N,)
+            folds: (N,)
+        """
+        answers = np.full(crossfit.shape[1:], np.nan)
+        names = np.unique(folds)
+        for name in names if len(names) > 1 else ():
+            inside = folds == name
+            copy = type(self)()
+            copy._fit(inner(int(name))[:, ~inside], labels[~inside], folds[~inside])
+            answers[inside] = copy._predict_proba(crossfit[:, inside])
+        self._fit(crossfit, labels, folds)
+        return answers
+
+    def report(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """`input_weights` {input: weight} whose sum is the inverse temperature, the best input, and the penalty."""
+        weights = self.weights / self.temperature
+        record = {"input_weights": dict(zip(names, weights.tolist(), strict=True)), "weights": None, **self.facts}
+        if "best_input" in record:
+            record["best_input"] = names[record["best_input"]]
+        return record
+
+    def _keep(self, fitted: SuperLearner, scores: np.ndarray, labels: np.ndarray) -> None:
+        total = float(fitted.weights.sum())
+        self.weights, self.temperature = fitted.weights / total, 1 / total
+        strengths = ["infinite" if np.isinf(strength) else strength for strength in super_learner.STRENGTHS]
+        is_tested = not np.isnan(fitted.held_out_losses).any()
+        self.facts = {
+            "best_input": fitted.best,
+            "strength": strengths[super_learner.STRENGTHS.index(fitted.strength)],
+            "duality_gap": fitted.gap,
+            "held_out_losses": (
+                [[strength, loss] for strength, loss in zip(strengths, fitted.held_out_losses.tolist(), strict=True)]
+                if is_tested
+                else None
+            ),
+            "selection_score": log_loss(self._predict_proba(scores), labels),
+        }

@@ -33,7 +33,17 @@ def pipeline():
 
 
 def test_every_program_of_the_folder_has_the_one_form(bench):
-    helpers = {"all", "distillation_rows", "export_proofs", "prepare", "reporting", "stacking_costs"}
+    helpers = {
+        "all",
+        "claim_checks",
+        "claim_checks_uncertainty",
+        "distillation_rows",
+        "export_proofs",
+        "prepare",
+        "reporting",
+        "simulated_workspaces",
+        "stacking_costs",
+    }
     assert set(bench.programs()) == {path.stem for path in FOLDER.glob("*.py")} - helpers
     for name in bench.programs():
         assert '"--quick"' in (FOLDER / f"{name}.py").read_text(encoding="utf-8"), name

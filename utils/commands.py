@@ -160,7 +160,7 @@ COMMANDS: dict[str, Command] = {
         "evaluate --model-name soft_voting_ensemble",
         {
             "--split": {"choices": ("test", "val"), "default": "test", "help": "rows to score on (default: test)"},
-            "--model-name": {"metavar": "NAME", "help": "score only this member or ensemble"},
+            "--model-name": {"metavar": "NAME", "help": "score only this member or ensemble, or recommended"},
             "--allow-contaminated": {
                 "action": "store_true",
                 "help": "with --model-name: score it even on rows that it was fitted on, and mark the result",
@@ -199,7 +199,7 @@ COMMANDS: dict[str, Command] = {
         "write an ensemble or a member in deployment formats and check the parity of each file",
         "export --model-name soft_voting_ensemble --formats onnx tflite",
         {
-            "--model-name": {"metavar": "NAME", "help": "ensemble or member (default: the recommended one)"},
+            "--model-name": {"metavar": "NAME", "help": "ensemble, member, recommended (default) or recommended_fast"},
             "--formats": {
                 "metavar": "FORMAT",
                 "nargs": "+",
@@ -247,7 +247,10 @@ COMMANDS: dict[str, Command] = {
                 "nargs": "+",
                 "help": "image files, folders, quoted patterns, or - for a list on standard input (lines or NUL)",
             },
-            "--model-name": {"metavar": "NAME", "help": "ensemble or member that predicts"},
+            "--model-name": {
+                "metavar": "NAME",
+                "help": "ensemble or member that predicts; also recommended or recommended_fast",
+            },
             "--from-export": {
                 "metavar": "FILE",
                 "help": "exported .onnx file that predicts, without workspace, BASE-BACK and torch",

@@ -16,7 +16,6 @@ from killing import digests, run_and_kill
 from stored_predictions import workspace_at
 
 from utils.building import end_to_end, ensembles
-from utils.building.recommendation import is_chosen_on_val
 from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.predictions import catalog
@@ -77,8 +76,10 @@ def test_evaluate_scores_it_and_val_rows_cannot_recommend_it(trained_further):
     ranking = json.loads((trained_further / "metrics_output" / "ensembles" / "ranking.json").read_text())
     assert NAME in {row["name"] for row in ranking["rows"]}
     assert not {row["name"] for row in ranking["rows"]} & set(record(trained_further)["members"])
+    workspace = workspace_at(trained_further)
+    listed = catalog.read(workspace)
     chosen = {
-        name: is_chosen_on_val(name, ensembles.load(workspace_at(trained_further), name))
+        name: catalog.is_chosen_on_val(listed, ensembles.load(workspace, name).members)
         for name in (NAME, "soft_voting_ensemble")
     }
     assert chosen == {NAME: True, "soft_voting_ensemble": False}

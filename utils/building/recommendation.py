@@ -10,25 +10,19 @@ import numpy as np
 
 from utils.building import ensembles
 from utils.building.ensembles import Crossfit, Ensemble
+from utils.building.selection_rule import Key, RowUnits, after_selection, nearest_by_cost
 from utils.core.errors import LeakageError, UserError
-from utils.numeric.means import is_within_one_standard_error
+from utils.numeric.means import LEVEL, MIN_ERRORS, mean_interval
 from utils.numeric.metrics import log_loss_per_row, softmax
 from utils.predictions import training_data
-from utils.predictions.catalog import Catalog, Member, end_to_end_member_name
+from utils.predictions.catalog import Catalog, Member, is_chosen_on_val
+from utils.predictions.row_groups import row_groups
 from utils.predictions.rows import MemberRows
 from utils.predictions.store import Store
 from utils.predictions.training_data import NONE, TRAIN
 
-SIMPLEST_FIRST = (
-    *("soft_voting", "logit_averaging", "weighted", "greedy_selection", "pruned", "stacking_lr", "stacking_mlp"),
-    *("stacking_rf", "stacking_xgb", "fusion", "cascade", "moe", "meta_fuser", "hard_voting"),
-)
-"""Prefixes of methods, simplest first: among candidates within one standard error the first is recommended.
-
-Hard voting comes last, since vote fractions are not probabilities.
-"""
-CHOSEN_ON_VAL = ("greedy_soup", "wise_ft", "distilled")
-"""In the name of whatever val rows have chosen."""
+VAL_ALONE = "no out-of-fold rows: compared on val rows alone"
+NO_LATENCY = "no latency is measured"
 
 
 @dataclass(frozen=True)
@@ -39,115 +33,151 @@ class Candidate:
     kind: str
     """member or ensemble"""
     method: str | None
-    keys: tuple[tuple[str, str], ...]
+    keys: tuple[Key, ...]
     losses: np.ndarray
     """log-loss of each row in nats, (N,)"""
     hits: np.ndarray
     """bool (N,): the most probable class is the true one"""
     chosen_on_val: bool = False
-    """Val rows decided what it is, so that they are no evidence for it."""
+    """Val rows decided what it or one of its networks is, so that they are no evidence for it."""
 
 
-def recommend(candidates: Sequence[Candidate]) -> dict[str, Any]:
-    """The candidate to use, by out-of-sample rows alone: `{name, reason, evidence, peers}`.
+def recommend(
+    candidates: Sequence[Candidate],
+    units: RowUnits | None = None,
+    latencies: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """The candidate to use, by out-of-sample rows: `{name, reason, note, evidence, latency_ms, fast, best_single}`.
 
     Candidates with train rows are compared on the rows they all share. Without any, and where members alone have some
-    and ensembles none, all are compared on val. The lowest log-loss wins, or the simplest ensemble within one paired
-    standard error of it; a single member wins only when it is the lowest itself. A candidate with val rows alone
-    replaces the winner only when the 95 % interval of the paired difference on the val rows lies above 0; one that was
-    chosen on val never does.
+    and ensembles none, all are compared on val. The lowest log-loss wins. Candidates that were chosen on val take part
+    only where there are no others. A candidate with val rows alone replaces the winner only when the interval of the
+    paired difference on the val rows lies above 0, with Bonferroni's correction for the number of such candidates.
+
+    `evidence` holds the winner's own scores, and under `after_selection` those of the rule: per fold, of the candidate
+    that is lowest on the other folds. `fast` is the cheapest by `latencies` {name: milliseconds for one image} within
+    one standard error of the winner. `units` are the folds and groups of the rows.
     """
+    units = units or RowUnits({}, {})
+    unbiased = [candidate for candidate in candidates if not candidate.chosen_on_val] or list(candidates)
+    compared = _compared(unbiased)
+    shared = sorted(set.intersection(*(set(candidate.keys) for candidate in compared)))
+    if not shared:
+        raise UserError(
+            "no row on which all members and ensembles have out-of-sample predictions. Build the ensembles again"
+        )
+    means = {candidate.name: float(_on(candidate, candidate.losses, shared).mean()) for candidate in compared}
+    winner = min(compared, key=lambda candidate: (means[candidate.name], candidate.kind == "ensemble", candidate.name))
+    reason = "lowest log-loss on out-of-sample rows"
+    challenger = _val_only_challenger(unbiased, compared, winner, units)
+    if challenger is not None:
+        reason = f"clearly lower log-loss than {winner.name} on the val rows"
+        shared = sorted(set(challenger.keys) & set(winner.keys))
+        compared, winner = [*compared, challenger], challenger
+    groups, folds = units.groups_of(shared), units.folds_of(shared)
+    names = [candidate.name for candidate in compared]
+    losses, hits = (
+        np.stack([_on(candidate, getattr(candidate, values), shared) for candidate in compared])
+        for values in ("losses", "hits")
+    )
+    index = names.index(winner.name)
+    on_train = any(split == "train" for split, _ in shared)
+    evidence = {
+        "rows": "oof+val" if on_train else "val",
+        "n": len(shared),
+        **_scores(losses[index], hits[index], groups),
+        "after_selection": _scores(*after_selection(losses, hits, folds), groups),
+    }
+    notes = [] if on_train else [VAL_ALONE]
+    if winner.chosen_on_val:
+        notes.append("val rows have chosen it, so that its score is too good")
+    singles = [name for name, candidate in zip(names, compared, strict=True) if candidate.kind == "member"]
+    known = latencies or {}
+    fast = nearest_by_cost(losses, index, [known.get(name) for name in names], groups)
+    return {
+        "name": winner.name,
+        "reason": reason,
+        "note": "; ".join(notes) or None,
+        "evidence": evidence,
+        "latency_ms": known.get(winner.name),
+        "fast": {
+            "name": None if fast is None else names[fast],
+            "reason": NO_LATENCY if fast is None else f"cheapest within one standard error of {winner.name}",
+            "evidence": None if fast is None else _scores(losses[fast], hits[fast], groups),
+            "latency_ms": None if fast is None else known[names[fast]],
+        },
+        "best_single": min(singles, key=lambda name: (means.get(name, np.inf), name)) if singles else None,
+    }
+
+
+def _compared(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that are compared with each other: with train rows where there are such, else with val rows."""
     with_train, with_val = (
         [candidate for candidate in candidates if any(part == split for part, _ in candidate.keys)]
         for split in ("train", "val")
     )
     has_ensembles = any(candidate.kind == "ensemble" for candidate in candidates)
     on_train = with_train and (not has_ensembles or any(candidate.kind == "ensemble" for candidate in with_train))
-    compared = with_train if on_train else with_val
-    shared = sorted(set.intersection(*(set(candidate.keys) for candidate in compared)))
-    if not shared:
-        raise UserError(
-            "no row on which all members and ensembles have out-of-sample predictions. Build the ensembles again"
-        )
-    losses = {candidate.name: _on(candidate, candidate.losses, shared) for candidate in compared}
-    means = {name: float(values.mean()) for name, values in losses.items()}
-    lowest = min(means, key=lambda name: (means[name], name))
-    by_name = {candidate.name: candidate for candidate in candidates}
-    winner, reason = lowest, "lowest log-loss on out-of-sample rows"
-    if by_name[lowest].kind == "ensemble":
-        near = [
-            name
-            for name in means
-            if by_name[name].kind == "ensemble" and is_within_one_standard_error(losses[name], losses[lowest])
-        ]
-        winner = min(near, key=lambda name: (_simplicity(by_name[name]), name))
-        if winner != lowest:
-            reason = f"simplest within one standard error of the lowest log-loss ({lowest})"
-    winner, reason, shared = _val_only_challengers(candidates, compared, winner, reason, shared)
-    chosen = by_name[winner]
-    values, hits = _on(chosen, chosen.losses, shared), _on(chosen, chosen.hits, shared)
-    error = 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    mean = float(values.mean())
-    singles = [name for name in means if by_name[name].kind == "member"]
+    return with_train if on_train else with_val
+
+
+def _val_only_challenger(
+    candidates: Sequence[Candidate], compared: Sequence[Candidate], winner: Candidate, units: RowUnits
+) -> Candidate | None:
+    """The candidate of lowest log-loss among those that are clearly better than the winner on val rows alone."""
+    names = {candidate.name for candidate in compared}
+    others = [candidate for candidate in candidates if candidate.name not in names]
+    clear: dict[str, tuple[float, Candidate]] = {}
+    for challenger in others:
+        rows = sorted(set(challenger.keys) & set(winner.keys))
+        if not rows:
+            continue
+        gain = _on(winner, winner.losses, rows) - _on(challenger, challenger.losses, rows)
+        bounds = mean_interval(gain, units.groups_of(rows), level=1 - (1 - LEVEL) / len(others))
+        if bounds is not None and bounds[0] > 0:
+            clear[challenger.name] = float(gain.mean()), challenger
+    return max(clear.values(), key=lambda entry: (entry[0], entry[1].name))[1] if clear else None
+
+
+def _scores(losses: np.ndarray, hits: np.ndarray, groups: np.ndarray | None) -> dict[str, Any]:
+    """`{log_loss, log_loss_ci95, accuracy}`; the interval is None where rows, groups or errors are too few for one."""
+    bounds = mean_interval(losses, groups) if (~hits).sum() >= MIN_ERRORS else None
     return {
-        "name": winner,
-        "reason": reason,
-        "evidence": {
-            "rows": "oof+val" if any(split == "train" for split, _ in shared) else "val",
-            "n": len(shared),
-            "log_loss": mean,
-            "log_loss_ci95": [mean - error, mean + error],
-            "accuracy": float(hits.mean()),
-        },
-        "best_single": min(singles, key=lambda name: (means[name], name)) if singles else None,
+        "log_loss": float(losses.mean()),
+        "log_loss_ci95": None if bounds is None else list(bounds),
+        "accuracy": float(hits.mean()),
     }
 
 
-def _val_only_challengers(
-    candidates: Sequence[Candidate],
-    compared: Sequence[Candidate],
-    winner: str,
-    reason: str,
-    shared: list[tuple[str, str]],
-) -> tuple[str, str, list[tuple[str, str]]]:
-    by_name = {candidate.name: candidate for candidate in candidates}
-    for challenger in sorted(candidates, key=lambda candidate: candidate.name):
-        if challenger.name in {candidate.name for candidate in compared} or challenger.chosen_on_val:
-            continue
-        rows = sorted(set(challenger.keys) & set(by_name[winner].keys))
-        if len(rows) < 2:
-            continue
-        gain = _on(by_name[winner], by_name[winner].losses, rows) - _on(challenger, challenger.losses, rows)
-        if gain.mean() - 1.96 * gain.std(ddof=1) / len(rows) ** 0.5 > 0:
-            winner, reason = challenger.name, f"clearly lower log-loss than {winner} on the val rows"
-            shared = rows
-    return winner, reason, shared
-
-
-def _on(candidate: Candidate, values: np.ndarray, keys: Iterable[tuple[str, str]]) -> np.ndarray:
+def _on(candidate: Candidate, values: np.ndarray, keys: Iterable[Key]) -> np.ndarray:
     row_of = {key: row for row, key in enumerate(candidate.keys)}
     return values[[row_of[key] for key in keys]]
-
-
-def _simplicity(candidate: Candidate) -> int:
-    method = candidate.method or ""
-    return next((rank for rank, start in enumerate(SIMPLEST_FIRST) if method.startswith(start)), len(SIMPLEST_FIRST))
 
 
 def recommended(store: Store, members: Mapping[str, Member], saved: Mapping[str, Ensemble]) -> dict[str, Any]:
     """Which member or ensemble to use, by out-of-sample rows alone; `recommend_among` is the rule."""
     current = {name: each for name, each in saved.items() if not ensembles.is_stated_otherwise(store.catalog, each)}
-    crossfits = ((ensemble, ensembles.load_crossfit(store.workspace, name)) for name, ensemble in current.items())
-    return recommend_among(store.catalog, store.out_of_sample_parts(list(members.values())), crossfits)
+    crossfits = [(ensemble, ensembles.load_crossfit(store.workspace, name)) for name, ensemble in current.items()]
+    parts = store.out_of_sample_parts(list(members.values()))
+    keys = [(split, sample_id) for split in ("train", "val") for sample_id in store.samples(split).sample_ids]
+    groups = row_groups(store, keys)
+    return recommend_among(
+        store.catalog, parts, crossfits, {} if groups is None else dict(zip(keys, groups.tolist(), strict=True))
+    )
 
 
 def recommend_among(
-    catalog: Catalog, parts: Mapping[str, Sequence[MemberRows]], crossfits: Iterable[tuple[Ensemble, Crossfit]]
+    catalog: Catalog,
+    parts: Mapping[str, Sequence[MemberRows]],
+    crossfits: Iterable[tuple[Ensemble, Crossfit]],
+    groups: Mapping[Key, int] | None = None,
+    latencies: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Which member or ensemble to use; `recommend` is the rule.
 
-    `parts` are {member: its out-of-sample rows}, `crossfits` ensembles with their cross-fitted predictions. Those whose
-    training data is unknown are left out. Raises LeakageError where nothing is left.
+    `parts` are {member: its out-of-sample rows}, `crossfits` ensembles with their cross-fitted predictions, `groups`
+    {(split, sample id): group} where rows are not independent. Those whose training data is unknown are left out.
+    Raises LeakageError where nothing is left.
     """
     candidates = []
     unknown = training_data.unknown_names(catalog, parts)
@@ -158,13 +188,20 @@ def recommend_among(
         keys = [(part.split, sample_id) for part in member_parts for sample_id in part.sample_ids.tolist()]
         probabilities = np.concatenate([softmax(np.asarray(part.logits)) for part in member_parts])
         labels = np.concatenate([np.asarray(part.labels) for part in member_parts])
-        candidates.append(_candidate(name, None, keys, probabilities, labels))
+        is_chosen = is_chosen_on_val(catalog, [name])
+        candidates.append(_candidate(name, None, keys, probabilities, labels, is_chosen=is_chosen))
+    fold_of: dict[Key, int] = {}
     for ensemble, crossfit in crossfits:
-        candidates.append(_candidate(ensemble.name, ensemble, crossfit.keys(), crossfit.probabilities, crossfit.labels))
+        keys = crossfit.keys()
+        fold_of |= zip(keys, crossfit.fold.tolist(), strict=True)
+        is_chosen = is_chosen_on_val(catalog, [*ensemble.members, *ensemble.candidates])
+        candidates.append(
+            _candidate(ensemble.name, ensemble, keys, crossfit.probabilities, crossfit.labels, is_chosen=is_chosen)
+        )
     if not candidates:
         training_data.require_some_known(catalog, parts)
         raise LeakageError(_without_rows(catalog, parts))
-    return recommend(candidates)
+    return recommend(candidates, RowUnits(fold_of, groups or {}), latencies)
 
 
 def _without_rows(catalog: Catalog, names: Iterable[str]) -> str:
@@ -188,19 +225,13 @@ def _without_rows(catalog: Catalog, names: Iterable[str]) -> str:
 def _candidate(
     name: str,
     ensemble: Ensemble | None,
-    keys: list[tuple[str, str]],
+    keys: list[Key],
     probabilities: np.ndarray,
     labels: np.ndarray,
+    *,
+    is_chosen: bool,
 ) -> Candidate:
     hits = probabilities.argmax(axis=1) == labels
     losses = log_loss_per_row(probabilities, labels)
     kind, method = ("ensemble", ensemble.method) if ensemble else ("member", None)
-    return Candidate(name, kind, method, tuple(keys), losses, hits, is_chosen_on_val(name, ensemble))
-
-
-def is_chosen_on_val(name: str, ensemble: Ensemble | None) -> bool:
-    """Whether val rows decided what it is: by its name, or since its networks were trained further for it."""
-    further = ensemble is not None and any(
-        member.startswith(end_to_end_member_name(name, "")) for member in ensemble.members
-    )
-    return further or any(word in name for word in CHOSEN_ON_VAL)
+    return Candidate(name, kind, method, tuple(keys), losses, hits, is_chosen)

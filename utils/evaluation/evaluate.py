@@ -22,6 +22,7 @@ from utils.evaluation import (
     evaluation_results,
     leaderboard,
     plots,
+    recommended_names,
     report_page,
     report_sources,
     scoring,
@@ -50,8 +51,9 @@ def evaluate(
 ) -> Result:
     """Evaluate all members and ensembles, or the one named, and write their records, plots, ranking and report.
 
-    `wanted_error` is the deprecated name of `target_risk`. One model alone gets no ranking and no report. A member or
-    ensemble that cannot be evaluated, and a report that cannot be written, are failures of the result.
+    `model_name` may also be `recommended` or `recommended_fast`. `wanted_error` is the deprecated name of
+    `target_risk`. One model alone gets no ranking and no report. A member or ensemble that cannot be evaluated, and a
+    report that cannot be written, are failures of the result.
 
     Raises UserError without a catalog, for an unknown name, and where nothing or not the model named can be evaluated;
     ConfigError for options outside (0, 1); ContaminatedError where the model named was fitted on evaluated rows, unless
@@ -63,6 +65,7 @@ def evaluate(
     ensembles = {name: entry.ensemble for name, entry in saved.items()}
     selected = member_selection.select(store.catalog, config)
     members = scoring.members_to_score(store.catalog, selected, ensembles)
+    model_name = None if model_name is None else recommended_names.resolve(store, model_name)
     _require_existing(model_name, [*saved, *members])
     if not saved:
         logger.warning("no ensemble is built; members alone are evaluated. Run build-ensemble first")

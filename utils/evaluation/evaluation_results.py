@@ -73,7 +73,8 @@ def compute(inputs: EvaluationInputs) -> EvaluationResults:
     kinds = {model.name: model.kind for model in models}
     issues = score_ranking.label_issue_table(inputs, recommended["name"])
     ranking = score_ranking.rank(metrics, kinds, inputs.split, inputs.settings.metric) | {
-        "recommended": {key: recommended[key] for key in ("name", "reason", "evidence")},
+        "recommended": {key: recommended[key] for key in ("name", "reason", "note", "evidence", "latency_ms")},
+        "recommended_fast": recommended["fast"],
         "peers": {"best_single": recommended["best_single"]}
         | {key: peer if peer in inputs.ensembles else None for key, peer in PEERS.items()},
         "label_issues": issues.summary,
@@ -118,6 +119,8 @@ def _recommended(inputs: EvaluationInputs) -> dict[str, Any]:
             inputs.catalog,
             {member: inputs.out_of_sample[member] for member in inputs.candidates},
             [(entry.ensemble, inputs.crossfits[key]) for key, entry in inputs.ensembles.items()],
+            inputs.earlier_groups,
+            score_records.one_image_latencies(inputs),
         )
     except LeakageError:
         if inputs.settings.model_name is None:

@@ -18,8 +18,10 @@ MARKS = {
     "unknown_training_data": training_data.MARK,
     "optimistic": "optimistic",
     "recommended": "recommended",
+    "recommended_fast": "recommended_fast",
 }
 """{key of a row: mark}, in the order of the tables"""
+CHOICES = ("recommended", "recommended_fast")
 COMPARED = ("delta_accuracy", "mcnemar_p", "mcnemar_p_holm", "test", "p_value", "p_value_holm")
 """Columns of the CSV file on the comparison with the best single member"""
 BOLD, FAINT, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
@@ -32,8 +34,8 @@ def is_terminal(stream: TextIO) -> bool:
 
 def marks(row: Mapping[str, Any], ranking: Ranking) -> list[str]:
     """Those of `MARKS` that apply to a row of the ranking."""
-    is_recommended = ranking["recommended"]["name"] == row["name"]
-    return [mark for key, mark in MARKS.items() if row.get(key) or (key == "recommended" and is_recommended)]
+    named = [key for key in CHOICES if (ranking.get(key) or {}).get("name") == row["name"]]
+    return [mark for key, mark in MARKS.items() if row.get(key) or key in named]
 
 
 def as_text(ranking: Ranking, *, styled: bool = False) -> str:
@@ -81,15 +83,37 @@ def as_text(ranking: Ranking, *, styled: bool = False) -> str:
 
 
 def recommendation(ranking: Ranking) -> str:
-    """The recommended model with its evidence, in one line."""
-    recommended = ranking["recommended"]
+    """The recommended model and the recommended fast one with their evidence and cost, a line each."""
+    recommended, fast = ranking["recommended"], ranking.get("recommended_fast")
     evidence = recommended["evidence"]
-    low, high = evidence["log_loss_ci95"]
-    return (
+    rule = evidence.get("after_selection")  # not in rankings of earlier versions
+    own = f"log-loss {_loss(evidence)}"
+    scores = own if rule is None else f"log-loss after selection {_loss(rule)}, its own {_loss(evidence)}"
+    lines = [
         f"recommended: {recommended['name']} ({recommended['reason']}; {evidence['n']} out-of-sample rows, "
-        f"{evidence['rows']}: log-loss {evidence['log_loss']:.4f} [{low:.4f}, {high:.4f}], "
-        f"accuracy {evidence['accuracy']:.4f})"
-    )
+        f"{evidence['rows']}: {scores}, accuracy {evidence['accuracy']:.4f}{_cost(recommended)})"
+    ]
+    if recommended.get("note"):
+        lines.append(f"  {recommended['note']}")
+    if fast and fast["name"]:
+        near = fast["evidence"]
+        lines.append(
+            f"recommended_fast: {fast['name']} ({fast['reason']}: log-loss {_loss(near)}, "
+            f"accuracy {near['accuracy']:.4f}{_cost(fast)})"
+        )
+    elif fast:
+        lines.append(f"recommended_fast: none ({fast['reason']})")
+    return "\n".join(lines)
+
+
+def _loss(scores: Mapping[str, Any]) -> str:
+    interval = scores["log_loss_ci95"]
+    return f"{scores['log_loss']:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
+
+
+def _cost(choice: Mapping[str, Any]) -> str:
+    latency = choice.get("latency_ms")
+    return "" if latency is None else f", {latency:.3g} ms for one image"
 
 
 def _style(row: Mapping[str, Any], ranking: Ranking) -> str:

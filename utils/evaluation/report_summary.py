@@ -18,6 +18,7 @@ def sentences(data: ReportData) -> list[str]:
     """The summary, most important first."""
     summary = [
         _recommendation(data),
+        _fast(data),
         _on_split(data),
         *_comparisons(data),
         _baselines(data),
@@ -75,11 +76,43 @@ def _recommendation(data: ReportData) -> str:
             f"{recommended['name']} is recommended, but it has no metrics of {data.split}; this report is about "
             f"{data.focus} instead."
         )
+    rule = evidence.get("after_selection")  # not in rankings of earlier versions
+    note = f" {_sentence(recommended['note'])}" if recommended.get("note") else ""
+    selected = (
+        ""
+        if rule is None
+        else f" The same rule without the rows that are scored, which is what new images can expect, has a log-loss of "
+        f"{_loss(rule)}."
+    )
     return (
         f"Use {data.focus}: {recommended['reason']}. The recommendation is based on "
         f"{format_count(evidence['n'], 'out-of-sample row')} ({ROWS.get(evidence['rows'], evidence['rows'])}): "
-        f"log-loss {format_number(evidence['log_loss'])} {format_interval(evidence['log_loss_ci95'])}, "
-        f"accuracy {format_percent(evidence['accuracy'])}."
+        f"log-loss {_loss(evidence)}, accuracy {format_percent(evidence['accuracy'])}.{selected}{note}"
+    )
+
+
+def _loss(scores: Mapping[str, Any]) -> str:
+    interval = scores["log_loss_ci95"]
+    return format_number(scores["log_loss"]) + (f" {format_interval(interval)}" if interval else "")
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _fast(data: ReportData) -> str:
+    """The cheapest model that is as good, with its cost beside that of the recommended one."""
+    fast, recommended = data.ranking.get("recommended_fast") or {}, data.ranking["recommended"]
+    if fast.get("name") is None:
+        return ""
+    if fast["name"] == recommended["name"]:
+        return f"It is also the cheapest within one standard error ({format_number(fast['latency_ms'], 1)} ms)."
+    dearer = recommended.get("latency_ms")
+    instead = "" if dearer is None else f" instead of {format_number(dearer, 1)} ms"
+    return (
+        f"Where time counts, use {fast['name']} (recommended_fast), {fast['reason']}: "
+        f"{format_number(fast['latency_ms'], 1)} ms for one image{instead}, log-loss {_loss(fast['evidence'])}, "
+        f"accuracy {format_percent(fast['evidence']['accuracy'])}."
     )
 
 
@@ -193,7 +226,7 @@ def _uncertainty(data: ReportData) -> str:
             "classes on average"
         )
     text = "; ".join(parts)
-    return f"{text[:1].upper()}{text[1:]}." if text else ""
+    return _sentence(text) if text else ""
 
 
 def _with_confidence(selective: Mapping[str, Any]) -> str:

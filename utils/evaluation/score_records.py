@@ -271,6 +271,25 @@ def _latency(model: ScoredModel, inputs: EvaluationInputs, notes: dict[str, str]
     return latency | {"device": parts[0][0].device, "threads": parts[0][0].threads}
 
 
+def one_image_latencies(inputs: EvaluationInputs) -> dict[str, float]:
+    """{model: milliseconds for one image} of the evaluated models that are measured.
+
+    Of an ensemble that runs only some members for an image, the mean over the out-of-sample rows.
+    """
+    latencies: dict[str, float] = {}
+    for model in inputs.models:
+        if model.kind == "ensemble":
+            itself = (inputs.ensembles[model.name].record.get("beside") or {}).get("itself") or {}
+            expected = itself.get("expected_latency_ms")
+            if expected is not None:
+                latencies[model.name] = expected
+                continue
+        if model.name in inputs.costs.sizes:
+            measured = ((_latency(model, inputs, {}) or {}).get("batch_1") or {}).get("p50")
+            latencies |= {} if measured is None else {model.name: measured}
+    return latencies
+
+
 def _summed(timings: Sequence[tuple[Timing | None, int]]) -> dict[str, float] | None:
     measured = [(timing, count) for timing, count in timings if timing is not None]
     if len(measured) < len(timings):

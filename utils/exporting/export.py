@@ -15,6 +15,7 @@ from utils.core.config import Config, require_enabled
 from utils.core.errors import ConfigError, UserError, did_you_mean
 from utils.core.results import Result
 from utils.core.workspace import Workspace
+from utils.evaluation import recommended_names
 from utils.exporting import (
     conversion,
     custom_format,
@@ -75,6 +76,8 @@ def export(
 ) -> Result:
     """Write `deployment_models/<name>/` for the ensemble or member named, else for the recommended one.
 
+    `model_name` may also be `recommended` or `recommended_fast`.
+
     Formats whose files are intact and of the same source are kept unless `force`. A format that fails does not stop
     the others; the command then ends with exit code 4. `check_tools` lists instead which formats can be written here,
     `verify` checks an earlier export (`trust`: also one that another workspace wrote), and `compare` lists what is
@@ -96,13 +99,14 @@ def export(
         raise ConfigError(f"--max-members {max_members}: expected a whole number of at least 1")
     requested = _requested_formats(formats or config.exports.formats, precision or config.exports.precision)
     store = Store(config, workspace, catalog.load(workspace))
-    source = exported_network.load_source(store, model_name or exported_network.recommended_name(store))
+    name = recommended_names.resolve(store, model_name or recommended_names.RECOMMENDED)
+    source = exported_network.load_source(store, name)
     exported_network.require_member_limit(source, max_members or config.exports.max_members)
     exported_network.require_current_checkpoints(store, source)
     folder = workspace.exports / source.name
     export_folder.recover_interrupted(folder)
     if not force and not export_folder.is_replaceable(folder):
-        return _base_pipeline_export(source.name, folder, is_requested=model_name is not None)
+        return _base_pipeline_export(source.name, folder, is_requested=model_name == name)
     signature = ExportSignature(input or config.exports.input, member_probabilities)
     digest = exported_network.source_digest(source, signature)
     reusable = {} if force else export_folder.reusable_formats(folder, digest)
@@ -110,7 +114,7 @@ def export(
     if not request.missing:
         status = read_json(folder / export_folder.STATUS, remedy=export_folder.EXPORT_AGAIN)
         return _result(request, status, "up to date")
-    if model_name is None:
+    if model_name != name:
         logger.info("exporting the recommended model: %s", source.name)
     export_folder.require_free_space(folder, _estimated_bytes(workspace, request))
     return _result(request, write_export(store, request), "written")

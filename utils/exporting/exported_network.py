@@ -6,13 +6,13 @@ import logging
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from utils.building import ensembles, recommendation
+from utils.building import ensembles
 from utils.building.command_hints import build_command
 from utils.combiners.protocol import Combiner
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError, did_you_mean
 from utils.networks.preprocessing import Preprocessing
-from utils.predictions import catalog, extraction, fold_networks, member_selection, streaming
+from utils.predictions import catalog, fold_networks, streaming
 from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.store import Store
 
@@ -264,29 +264,6 @@ def source_digest(source: ExportSource, signature: ExportSignature) -> str:
     """Digest of everything that decides the contents of the files."""
     members = {member.name: fold_networks.digest(member, source.inference) for member in source.members}
     return digest_of([VERSION, source.name, source.inputs_digest, members, list(source.classes), vars(signature)])
-
-
-def recommended_name(store: Store) -> str:
-    """Name of the recommended ensemble or member, chosen on out-of-sample rows.
-
-    Raises UserError where nothing is built.
-    """
-    saved = {name: ensembles.load(store.workspace, name) for name in ensembles.names(store.workspace)}
-    selected = {member.name: member for member in member_selection.select(store.catalog, store.config)}
-    candidates = {name: member for name, member in selected.items() if _is_candidate(member, store)}
-    current = {
-        name: ensemble
-        for name, ensemble in saved.items()
-        if not any(fold_networks.missing_and_changed(store.catalog.members, ensemble))
-    }
-    extraction.ensure(store, list(candidates.values()), ("val",))
-    name: str = recommendation.recommended(store, candidates, current)["name"]
-    return name
-
-
-def _is_candidate(member: Member, store: Store) -> bool:
-    """Whether a member may be recommended by itself; a derived one only where the configuration names it."""
-    return member.source != "derived" or member.name in store.config.backbones.selected
 
 
 def require_member_limit(source: ExportSource, limit: int | None) -> None:

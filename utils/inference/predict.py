@@ -17,6 +17,7 @@ from utils.core.display_text import printable
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
+from utils.evaluation import recommended_names
 from utils.inference import image_paths
 from utils.inference.classifier import BlockPredictions, WorkspaceClassifier
 from utils.inference.output_files import PredictionFile, RecordFormat
@@ -75,6 +76,7 @@ def predict(
     """
     output = OutputOptions(to, form, probabilities, append, force)
     store = Store(config, workspace, catalog.load(workspace))
+    model_name = recommended_names.resolve(store, model_name)
     classifier = WorkspaceClassifier(store, model_name)
     thresholds = load_thresholds(workspace, model_name, is_ensemble=classifier.ensemble is not None, sets=sets)
     return _predict_listing(classifier, thresholds, image_paths.list_images(paths, sys.stdin.buffer), paths, output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ SCHEMA = 1
 STAGES = ("final", "finetune_best", "head_best")  # the first that exists is the member
 MADE = r"uniform_soup|greedy_soup|wise_ft|distilled"  # roles of files that this project derives from other members
 END_TO_END = "end_to_end"  # stage of a network that a fusion has fine-tuned
+CHOSEN = re.compile(rf"{MADE}|{END_TO_END}")  # stages of networks that val rows have chosen
 DERIVED = rf"snapshot\d+|{MADE}"
 CHECKPOINT_NAME = re.compile(
     rf"(?P<name>.+)_(?P<role>final|finetune_best|head_best|fold\d+|(?:head|finetune)_epoch\d+|{DERIVED})\.pth"
@@ -192,6 +193,15 @@ def is_declared(workspace: Workspace, member: Member) -> bool:
     path = workspace.base / member.checkpoints[0]["path"]
     match = CHECKPOINT_NAME.fullmatch(path.name)
     return match is None or match["name"] != member.name or path.parent != workspace.checkpoints
+
+
+def is_chosen_on_val(catalog: Catalog, names: Iterable[str]) -> bool:
+    """Whether val rows decided what one of these members is: a soup, a student, or a network trained with a head.
+
+    Snapshots are derived as well, and nothing has chosen them.
+    """
+    members = [catalog.members[name] for name in names if name in catalog.members]
+    return any(CHOSEN.fullmatch(entry["stage"]) for member in members for entry in member.checkpoints[:1])
 
 
 def end_to_end_member_name(ensemble: str, member: str) -> str:

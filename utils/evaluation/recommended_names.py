@@ -1,0 +1,66 @@
+"""The names `recommended` and `recommended_fast`, which `--model-name` takes in place of a member or ensemble."""
+
+from __future__ import annotations
+
+from utils.building import ensembles, recommendation
+from utils.core.artifacts import read_record
+from utils.core.errors import UserError
+from utils.evaluation import scoring
+from utils.predictions import extraction, fold_networks, member_selection
+from utils.predictions.catalog import Member
+from utils.predictions.store import Store
+
+RECOMMENDED, FAST = "recommended", "recommended_fast"
+
+
+def resolve(store: Store, name: str) -> str:
+    """The member or ensemble that a name stands for; a name of a member or ensemble stands for itself.
+
+    Raises UserError for `recommended_fast` without a current evaluation, which measures latencies.
+    """
+    saved = ensembles.names(store.workspace)
+    if name not in (RECOMMENDED, FAST) or name in saved or name in store.catalog.members:
+        return name
+    return recommended_name(store) if name == RECOMMENDED else _fast_name(store)
+
+
+def recommended_name(store: Store) -> str:
+    """Name of the recommended ensemble or member, chosen on out-of-sample rows.
+
+    Raises UserError where nothing is built.
+    """
+    saved = {name: ensembles.load(store.workspace, name) for name in ensembles.names(store.workspace)}
+    selected = {member.name: member for member in member_selection.select(store.catalog, store.config)}
+    candidates = {name: member for name, member in selected.items() if _is_candidate(member, store)}
+    current = {
+        name: ensemble
+        for name, ensemble in saved.items()
+        if not any(fold_networks.missing_and_changed(store.catalog.members, ensemble))
+    }
+    extraction.ensure(store, list(candidates.values()), ("val",))
+    name: str = recommendation.recommended(store, candidates, current)["name"]
+    return name
+
+
+def _fast_name(store: Store) -> str:
+    """As the newest evaluation on test found it, by the latencies that it measured."""
+    path = store.workspace.ranking("test")
+    ranking = read_record(path, remedy="Remove it, then evaluate again") or {}
+    saved = {name: ensembles.load(store.workspace, name) for name in ensembles.names(store.workspace)}
+    members = scoring.members_to_score(store.catalog, member_selection.select(store.catalog, store.config), saved)
+    again = "Run: python ensemble_orchestrator.py evaluate"
+    if ranking.get("inputs_digest") != scoring.inputs_digest(store, saved, members, "test"):
+        state = "is of other members, ensembles or settings" if ranking else "is missing"
+        raise UserError(f"--model-name {FAST}: {path} {state}; it names the model by measured latencies. {again}")
+    name = (ranking.get(FAST) or {}).get("name")
+    if name is None:
+        raise UserError(
+            f"--model-name {FAST}: no latency of a model near the recommended one is measured (imported predictions "
+            f"have none). Use --model-name {RECOMMENDED}"
+        )
+    return str(name)
+
+
+def _is_candidate(member: Member, store: Store) -> bool:
+    """Whether a member may be recommended by itself; a derived one only where the configuration names it."""
+    return member.source != "derived" or member.name in store.config.backbones.selected

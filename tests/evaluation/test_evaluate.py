@@ -26,7 +26,8 @@ KEYS = {
     *("recall_macro", "log_loss", "brier", "ece", "mce", "roc_auc_ovr_macro", "confusion_matrix", "per_class", "ci95"),
     *("vs_best_single", "vs_soft_voting", "latency_ms", "size_mb", "members", "weights", "crossfit", "fitted_on"),
     *("selected_on", "contaminated", "optimistic", "overlap", "config_digest", "seed", "versions", "created", "notes"),
-    *("precision_weighted", "recall_weighted", "ece_adaptive", "reliability", "bootstrap", "conformal", "selective"),
+    *("precision_weighted", "recall_weighted", "ece_adaptive", "ece_by_chance", "reliability", "bootstrap"),
+    *("conformal", "selective"),
     *("mutual_information", "out_of_distribution", "unknown_training_data"),
 }
 
@@ -122,11 +123,15 @@ def test_conformal_sets_cover_test_rows_as_promised_over_ten_resplits(built):
     with np.load(built / "ensembles" / "models" / "soft_voting_ensemble" / "predictions_test.npz") as arrays:
         parts.append((arrays["probabilities"], arrays["labels"]))
     probabilities, labels = (np.concatenate(values) for values in zip(*parts, strict=True))
+    uniforms = uncertainty.uniform_numbers(map(str, range(len(labels))))
     for kind in uncertainty.NONCONFORMITY_SCORES:
         covered = []
         for seed in range(10):
             order = np.random.default_rng(seed).permutation(len(labels))
-            halves = [(probabilities[half], labels[half]) for half in np.array_split(order, 2)]
+            halves = [
+                uncertainty.LabelledRows(probabilities[half], labels[half], uniforms[half])
+                for half in np.array_split(order, 2)
+            ]
             found = uncertainty.conformal_metrics(kind, *halves)
             covered.append(found["coverage"])
         low, high = found["coverage_interval"]

@@ -16,6 +16,8 @@ FAST_TESTS = -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # The folder goes to the shell as a variable, word for word, so that spaces and dollar signs survive.
 export DEMO_DATA := $(value DATA)
+# Otherwise make exports what its command line sets, and runs `$(shell ...)` in it, such as in a folder's name, on the way.
+unexport DATA PYTHON QUICK SMALL ARGS N SEED
 
 help: ## list the verbs (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile

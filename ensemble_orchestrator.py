@@ -21,10 +21,10 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from utils.commands import COMMANDS, COMMON_OPTIONS, PIPELINE_STAGES, REPEATED_OPTIONS
-from utils.core import errors, subprocesses
+from utils.core import display_text, errors, subprocesses, terminal
 
 if TYPE_CHECKING:
     from utils.core.config import Config
@@ -46,9 +46,16 @@ PARTIAL = EXIT_CODES[errors.PartialFailure]
 BUG = 70
 
 
+class _Parser(argparse.ArgumentParser):
+    """Shows words of the command line, which a shell may have made of file names, without control characters."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(display_text.printable_lines(message))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser for the commands and options of `utils.commands`."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ensemble_orchestrator.py",
         description="Combine trained image classifiers into ensembles and measure what that gains.",
         epilog="Start: python ensemble_orchestrator.py discover",
@@ -120,24 +127,32 @@ def run_debug(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
-    options = vars(build_parser().parse_args(argv))  # usage errors end here with 2, before anything is imported
+    try:
+        options = vars(build_parser().parse_args(argv))  # usage errors end here with 2, before anything is imported
+    except SystemExit:
+        terminal.flush_output()  # of --help
+        raise
     name = options.pop("command")
     common = {option: options.pop(_attribute(option)) for option in COMMON_OPTIONS if option != "--force"}
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         result = _prepared_call(name, common, options)
+        _show(result, common)
     except (Exception, KeyboardInterrupt) as error:
         return _report(error)
     finally:
         signal.signal(signal.SIGTERM, previous)
+    return PARTIAL if result.failures else 0
+
+
+def _show(result: Result, common: dict[str, Any]) -> None:
     following = {"next": _line(result.next, common)} if result.next else {}
     if common["--json"]:
-        print(json.dumps(result.document | {"failures": result.failures} | following, sort_keys=True))
+        terminal.write_output(json.dumps(result.document | {"failures": result.failures} | following, sort_keys=True))
     else:
-        print("\n".join([result.text, *(f"next: {line}" for line in following.values())]))
+        terminal.write_output("\n".join([result.text, *(f"next: {line}" for line in following.values())]))
     for failure in result.failures:
-        print(f"left out: {failure}", file=sys.stderr)
-    return PARTIAL if result.failures else 0
+        terminal.write_error(f"left out: {failure}")
 
 
 def _attribute(option: str) -> str:
@@ -233,5 +248,6 @@ def _terminate(*_: object) -> None:
 
 
 if __name__ == "__main__":
+    terminal.prepare_streams()
     subprocesses.end_with_caller()
     sys.exit(main())

@@ -17,6 +17,7 @@ import hashlib
 import importlib
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -63,6 +64,7 @@ def locate(explicit: str | None = None) -> Path:
     candidates = (PROJECT.parent / "BASE-BACK", BUNDLED)
     for folder in candidates:
         if _is_base_back(folder):
+            _require_own(folder)
             return folder
     contents = "; ".join(f"{folder}: {_contents(folder)}" for folder in candidates)
     raise UserError(
@@ -86,6 +88,18 @@ def source_digest(path: str | os.PathLike[str]) -> str:
         digest.update(f"{name}\0{len(content)}\0".encode())
         digest.update(content)
     return digest.hexdigest()
+
+
+def _require_own(folder: Path) -> None:
+    """Raise UserError for a folder that nobody has named and that somebody else owns, whose code would be run."""
+    trusted = {0, os.getuid(), os.stat(PROJECT).st_uid}
+    for part in (folder, folder / "src", *sorted((folder / "src").glob("*"))):
+        if (owner := os.stat(part).st_uid) not in trusted:
+            raise UserError(
+                f"{part}: belongs to user {owner}, and its Python modules would be run; expected a BASE-BACK of your "
+                f"own. If you trust it: --base-back {shlex.quote(str(folder))}; for the bundled one: --base-back "
+                f"{shlex.quote(str(BUNDLED))}"
+            )
 
 
 def _absolute(path: str | os.PathLike[str]) -> Path:

@@ -275,6 +275,10 @@ COMMANDS: dict[str, Command] = {
                 "action": "store_true",
                 "help": "continue the file: skip images with a prediction and try images with an error again",
             },
+            "--spreadsheet-safe": {
+                "action": "store_true",
+                "help": "put an apostrophe before CSV text that a spreadsheet takes for a formula; not with --append",
+            },
         },
         writes=False,
         one_of=("--model-name", "--from-export"),

@@ -167,7 +167,7 @@ def test_ids_that_are_not_those_of_the_record_are_refused(rows, folds, workspace
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"members": None}, "damaged, 'members' is no list"),
+        ({"members": None}, "damaged, 'members' is null; expected a list"),
         ({"method": "no such method"}, "not the form of an ensemble"),
     ],
 )

@@ -214,7 +214,7 @@ def test_digest_of_does_not_depend_on_the_order_of_keys():
     assert artifacts.digest_of({"a": 1}) != artifacts.digest_of({"a": 2})
 
 
-@pytest.mark.parametrize(("content", "words"), [("[1]", "it holds a list"), ('{"a": 1}', "'members' is no list")])
+@pytest.mark.parametrize(("content", "words"), [("[1]", "it holds a list"), ('{"a": 1}', "it has no 'members'")])
 def test_a_record_of_another_form_is_damage(tmp_path, content, words):
     path = tmp_path / "record.json"
     path.write_text(content)

@@ -166,6 +166,48 @@ def test_a_damaged_lock_is_named_with_the_command_that_removes_it(lock):
         take(lock)
 
 
+def as_link(lock: Path) -> None:
+    lock.symlink_to(lock.parent / "nowhere")
+
+
+def as_link_to_a_record(lock: Path) -> None:
+    leave(lock, started=1)
+    lock.symlink_to(lock.rename(lock.parent / "record"))
+
+
+def as_device(lock: Path) -> None:
+    lock.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [as_link, as_link_to_a_record, as_device, os.mkfifo, Path.mkdir])
+def test_what_is_no_file_is_named_and_blocks_nobody(lock, make):
+    lock.parent.mkdir()
+    make(lock)
+    with pytest.raises(UserError, match=rf"{lock}: damaged, it is a .*expected a regular file.*rm (-r )?{lock}"):
+        take(lock)
+    with pytest.raises(UserError, match="damaged"):
+        locks.owner_of(lock)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"pid": "1"}, {"pid": True}, {"pid": None}, {"started": 1.5}, {"host": 3}, {"since": None}, {"boot": []}],
+)
+def test_a_record_of_another_form_is_never_taken_for_a_dead_owner_s(lock, changed):
+    before = leave(lock, **changed)
+    with pytest.raises(UserError, match=rf"{lock}: damaged"):
+        take(lock)
+    assert lock.read_text() == before
+
+
+def test_another_boot_proves_death_only_where_no_other_machine_can_write(lock):
+    """Cloned machines have one name, so the lock may be that of a living process of the other one."""
+    owner = replace(locks.this_process("stack"), boot="another")
+    assert locks.is_dead(owner, lock)
+    assert not locks.is_dead(owner, Path("/proc/self/lock"))
+    assert not locks.is_dead(replace(owner, host="elsewhere"), lock)
+
+
 def test_a_lock_that_became_another_s_is_left_to_it(lock, heard):
     with locks.writer_lock(lock, "discover"):
         lock.unlink()

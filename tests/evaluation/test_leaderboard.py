@@ -81,7 +81,7 @@ def test_names_are_escaped_for_markdown_and_latex(ranking):
     assert {line.replace("\\|", "").count("|") for line in markdown} == {8}
     assert "x\\_%$\\|\\<&" in markdown[-1]
     latex = leaderboard.as_latex(ranking).splitlines()
-    assert r"x\_\%\$|<\& (contaminated)" in latex[-3]
+    assert r"x\_\%\$\textbar{}\textless{}\& (contaminated)" in latex[-3]
     assert {line.replace(r"\&", "").count("&") for line in latex if line.endswith(r"\\")} == {6}
 
 

@@ -82,3 +82,16 @@ def test_neither_pyplot_nor_a_window_is_needed(tmp_path):
     call = [sys.executable, "-c", code, str(tmp_path / "picture.png")]
     done = subprocess.run(call, env=environment | {"PYTHONPATH": places}, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", sorted(plots.KINDS))
+def test_settings_of_the_user_change_no_picture(tmp_path, kind):
+    """`text.usetex` would start LaTeX, which may not be installed."""
+    import matplotlib
+
+    scores = record(["a", "b"])
+    plots.draw(plots.Picture(kind, scores, tmp_path / "plain.png"))
+    with matplotlib.rc_context({"text.usetex": True, "axes.facecolor": "red", "savefig.dpi": 7, "font.size": 30}):
+        plots.draw(plots.Picture(kind, scores, tmp_path / "set.png"))
+        assert matplotlib.rcParams["text.usetex"]
+    assert (tmp_path / "set.png").read_bytes() == (tmp_path / "plain.png").read_bytes()

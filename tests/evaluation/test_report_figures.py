@@ -40,3 +40,12 @@ def test_names_are_text_and_no_formulas():
     svg = report_figures.confusion([[1, 0], [0, 1]], ["$x_1$", "<b>"], "label")
     assert "$x_1$" in svg
     assert "&lt;b&gt;" in svg
+
+
+@pytest.mark.parametrize("kind", sorted(FIGURES))
+def test_settings_of_the_user_change_no_figure(kind):
+    import matplotlib
+
+    plain = FIGURES[kind]("label")
+    with matplotlib.rc_context({"text.usetex": True, "lines.linewidth": 9, "axes.facecolor": "red"}):
+        assert FIGURES[kind]("label") == plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import sys
@@ -101,6 +102,46 @@ def test_a_file_is_not_replaced_unasked(tmp_path, form):
         written(path, form)
     written(path, form, ["other.jpg"], replace=True)
     assert [row["path"] for row in read(path, form)] == ["other.jpg"]
+
+
+def test_a_file_has_one_writer(tmp_path, form):
+    """Also where the writer has replaced it to remove records with errors; afterwards it is free."""
+    path = tmp_path / "a"
+    first = PredictionFile(path, form, "m@1", append=False, replace=False)
+    first.add([form.format_record(record(NAMES[0]) | {"error": "no image", "class": None, "probabilities": None})])
+    with pytest.raises(UserError, match="another predict writes to it"):
+        written(path, form, append=True)
+    del first
+    second = PredictionFile(path, form, "m@1", append=True, replace=False, requested={NAMES[0]})
+    assert path.read_text() == form.header  # the error is removed
+    before = path.read_bytes()
+    for options in ({"append": True}, {"replace": True}):
+        with pytest.raises(UserError, match="Wait until it ends"):
+            written(path, form, **options)
+    assert path.read_bytes() == before
+    del second
+    written(path, form, append=True)
+    assert [row["path"] for row in read(path, form)] == list(NAMES)
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+a", "-a", "@sum", "\ta", "\ra", "a=1", ""])
+def test_text_that_a_spreadsheet_would_run_is_disarmed_on_request(name):
+    """Numbers and everything else stay as they are."""
+    values = record(name) | {"error": name, "probabilities": [-0.5, 1.0, 0.5]}
+    plain = RecordFormat("csv", CLASSES)
+    safe = RecordFormat("csv", CLASSES, spreadsheet_safe=True)
+    cells, disarmed = (next(csv.reader(io.StringIO(f.format_record(values), newline=""))) for f in (plain, safe))
+    is_formula = name not in ("a=1", "")
+    assert cells[0] == name
+    assert disarmed[0] == disarmed[7] == (f"'{name}" if is_formula else name)
+    assert disarmed[8:] == cells[8:]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/full")])
+def test_only_a_regular_file_is_written(tmp_path, form, make):
+    make(tmp_path / "a")
+    with pytest.raises(UserError, match=r"a: cannot be written \(a .*; expected a regular file"):
+        written(tmp_path / "a", form, append=True)
 
 
 @pytest.mark.parametrize("content", [b"my notes", b"a,b\n1,2\n", b'{"other": 1}\n', b"\xff\xfe"])

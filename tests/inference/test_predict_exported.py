@@ -127,7 +127,7 @@ def test_answers_of_two_files_do_not_go_into_one(tmp_path, exported):
     ("options", "code", "words"),
     [
         (("--from-export", "gone.onnx"), 1, "--from-export gone.onnx: No such file"),
-        (("--from-export", __file__), 1, "cannot be opened by onnxruntime"),
+        (("--from-export", __file__), 1, "it is no ONNX file"),
         (("--from-export", "a.onnx", "--model-name", "b"), 2, "not allowed with argument"),
         ((), 2, "one of the arguments --model-name --from-export is required"),
     ],

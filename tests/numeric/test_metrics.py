@@ -284,6 +284,19 @@ def test_input_arrays_stay_as_they_are():
     assert (probabilities.tobytes(), labels.tobytes()) == kept
 
 
+def test_the_confusion_matrix_of_more_than_a_thousand_classes_is_not_listed():
+    for classes in (1000, 1001):
+        found = metrics.point_metrics(np.eye(classes)[:3], np.array([0, 1, 1]), [str(n) for n in range(classes)])
+        if classes == 1000:
+            assert np.sum(found["confusion_matrix"]) == 3
+        else:
+            assert found["confusion_matrix"] is None
+            assert (
+                "1001 classes, more than 1000: the counts are in confusion_matrix*.npz"
+                in found["notes"]["confusion_matrix"]
+            )
+
+
 def test_point_metrics_hold_what_the_single_functions_give(case):
     probabilities, labels = case
     names = [f"class {number}" for number in range(probabilities.shape[1])]

@@ -369,12 +369,14 @@ def test_make_alone_lists_the_verbs(clone):
             ['DATA=/tmp/it\'s $5 "each"', "QUICK=1", "ARGS=--seed 3"],
             ["--quick", "--data", '/tmp/it\'s $5 "each"', "--seed", "3"],
         ),
+        (["DATA=/tmp/$(shell touch canary)`touch canary`"], ["--data", "/tmp/$(shell touch canary)`touch canary`"]),
     ],
 )
 def test_demo_sets_up_first_and_hands_its_variables_on(clone, arguments, expected):
     environment, demo = map(json.loads, make(clone, "demo", *arguments))
     assert environment == ["scripts/environment.py"]
     assert demo == ["scripts/demo.py", *expected]
+    assert not (clone / "canary").exists()
 
 
 def shows_its_arguments(path: Path, name: str) -> None:

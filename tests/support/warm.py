@@ -142,6 +142,9 @@ def _run(
     for number, stream in ((1, out), (2, err)):
         os.dup2(stream, number)
         os.close(stream)
+    # New ones, since the server's know whether their files can be sought in.
+    sys.stdout = os.fdopen(1, "w", encoding=environment.get("PYTHONIOENCODING", "utf-8"), closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
     os.environ.clear()
     os.environ.update(environment)
     if "DBT_PARENT" in environment:

@@ -16,6 +16,7 @@ import numpy as np
 
 from utils.core.artifacts import digest_of, open_array, read_json, write_array, write_json
 from utils.core.errors import LeakageError, UserError
+from utils.core.links import remove_file
 from utils.numeric.metrics import softmax
 from utils.numeric.ridge_alignment import fit_ridge_map, pearson_correlation
 from utils.predictions import (
@@ -216,7 +217,7 @@ def _of_fold_networks(store: Store, member: Member, rows: MemberRows) -> tuple[n
         to_full = fit_ridge_map(of_val, full)
         embeddings[inside] = to_full.apply(held_out)
         explained.append(to_full.explained)
-    record_path.unlink(missing_ok=True)
+    remove_file(record_path)
     write_array(path, embeddings)
     facts = {"key": key, "rows": "oof", "explained": explained, "width": embeddings.shape[1], "member": member.name}
     classes, ids = list(store.catalog.classes), rows.sample_ids.tolist()

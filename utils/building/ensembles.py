@@ -26,6 +26,7 @@ from utils.core.artifacts import (
     write_text,
 )
 from utils.core.errors import UserError, did_you_mean
+from utils.core.links import remove_file
 from utils.core.parsed_files import record_once
 from utils.core.workspace import SPLITS, Workspace
 from utils.predictions import training_data
@@ -171,9 +172,9 @@ def crossfit(recipe: Combiner, rows: Rows, fold: np.ndarray) -> Crossfit:
 def save(workspace: Workspace, ensemble: Ensemble, crossfit: Crossfit, record: Mapping[str, Any]) -> None:
     """Write an ensemble; `ensemble.json`, which also keeps `record`, comes last: without it there is none."""
     folder = workspace.ensemble(ensemble.name)
-    (folder / "ensemble.json").unlink(missing_ok=True)
+    remove_file(folder / "ensemble.json")
     for stale in [*folder.glob("predictions_*.npz"), *folder.glob(INNER_CROSSFIT)]:
-        stale.unlink()
+        remove_file(stale)
     state = ensemble.combiner.state()
     texts = {
         name.replace("/", "_"): {"name": name, "sha256": sha256(state[name].tobytes()).hexdigest()}
@@ -181,7 +182,7 @@ def save(workspace: Workspace, ensemble: Ensemble, crossfit: Crossfit, record: M
         if name.endswith(".json")
     }
     for stale in folder.glob("*booster.json"):
-        stale.unlink()
+        remove_file(stale)
     for file, text in texts.items():
         write_text(folder / file, state[text["name"]].tobytes().decode())
     tensors = state.keys() - {text["name"] for text in texts.values()}

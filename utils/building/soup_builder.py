@@ -19,8 +19,9 @@ import numpy as np
 from utils.building import ensembles, fitting
 from utils.building.builder_protocol import Build, Builder, Session, summary_line
 from utils.building.ensembles import Provenance
-from utils.core.artifacts import digest_of, require_no_symlink, write_checkpoint, write_json
+from utils.core.artifacts import digest_of, write_checkpoint, write_json
 from utils.core.errors import UserError
+from utils.core.links import require_no_symlink
 from utils.core.parsed_files import record_once
 from utils.discovery import discover
 from utils.networks.checkpoints import training_metadata

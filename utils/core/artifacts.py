@@ -9,7 +9,6 @@ import errno
 import glob
 import hashlib
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -17,7 +16,7 @@ import threading
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -25,13 +24,17 @@ from typing import Any
 
 import numpy as np
 
+from utils.core.array_archives import ArrayHeader, checked_entries, read_entry, read_header
 from utils.core.errors import UserError, cannot_write
+from utils.core.links import require_unlinked
+from utils.core.record_forms import Form, problem_of
+from utils.core.regular_files import open_regular, require_regular
 
 NOT_OFFERED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # a file system that sets no room aside
 BLOCK = 1 << 20
-DEFLATED_AT_MOST = 1032  # bytes that one deflated byte can stand for
 _DAMAGE = (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, tokenize.TokenError, RecursionError)
 """What reading a damaged array raises; the last four come from its header, which numpy reads as a Python literal."""
+_ARCHIVE_DAMAGE = (*_DAMAGE, zipfile.BadZipFile, zlib.error, RuntimeError)
 _HEADERS = threading.Lock()
 """Such literals are read by one thread at a time: Python before 3.11.8 may mix up how deep two are (gh-106905)."""
 
@@ -40,8 +43,10 @@ _HEADERS = threading.Lock()
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path in the folder of `path` that takes its place when the block ends well, else vanishes.
 
-    Raises UserError, with path and remedy, where the disk is full or the folder cannot be written.
+    Raises UserError, with path and remedy, where the disk is full, the folder cannot be written, or a symbolic link
+    leads to it.
     """
+    require_unlinked(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The ending stays last, since numpy adds its own where it is missing.
@@ -71,15 +76,6 @@ def remove_temporary_files(path: Path) -> None:
     stem, suffix = glob.escape(path.stem), glob.escape(path.suffix)
     for unfinished in path.parent.glob(f".{stem}.????????.partial{suffix}"):
         unfinished.unlink(missing_ok=True)
-
-
-def require_no_symlink(folder: Path) -> None:
-    """Raise UserError where a folder that is to be written is a symbolic link."""
-    if folder.is_symlink():
-        raise UserError(
-            f"{folder}: a symbolic link to {folder.resolve()}; nothing is written behind links. Write elsewhere with "
-            "--output DIR (or DBT_ENSEMBLE_DIR)"
-        )
 
 
 def preallocate(path: Path, start: int) -> None:
@@ -125,7 +121,8 @@ def write_json(path: Path, record: Any) -> None:
 def read_json(path: Path, *, remedy: str) -> Any:
     """The record in `path`; None when there is no such file. Raises UserError with `remedy` for a damaged one."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            return json.loads(file.read().decode("utf-8"))
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
@@ -146,20 +143,21 @@ def _no_record(path: Path, remedy: str, problem: str) -> UserError:
     return UserError(f"{path}: damaged, {problem}; expected a record of this project. {remedy}")
 
 
-def read_record(path: Path, *, remedy: str, form: Mapping[str, type] = MappingProxyType({})) -> dict[str, Any] | None:
+def read_record(path: Path, *, remedy: str, form: Form = MappingProxyType({})) -> dict[str, Any] | None:
     """A record of our own, whose keys may be relied on; None when there is no such file.
 
-    `form` {key: kind of its value}. Raises UserError with `remedy` for a damaged file, another form, and later for
-    every key that is asked for and not there, at any depth.
+    `form` is what its values must be (`record_forms`). Raises UserError with `remedy` for a damaged file, another form,
+    and later for every key that is asked for and not there, at any depth.
     """
     record = read_json(path, remedy=remedy)
     if record is None:
+        if path.exists():
+            raise _no_record(path, remedy, "it holds null")
         return None
     if not isinstance(record, dict):
         raise _no_record(path, remedy, f"it holds a {type(record).__name__}")
-    for key, expected in form.items():
-        if not isinstance(record.get(key), expected):
-            raise _no_record(path, remedy, f"{key!r} is no {expected.__name__}")
+    if (problem := problem_of(record, form)) is not None:
+        raise _no_record(path, remedy, problem)
     kind = type("Record", (_Record,), {"source": (path, remedy)})
     wrapped: dict[str, Any] = _wrapped(record, kind)
     return wrapped
@@ -180,6 +178,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
 def open_array(path: Path, *, remedy: str) -> np.ndarray:
     """A memory map of a `.npy` file. Raises UserError with `remedy` for a missing, damaged or pickled one."""
     try:
+        require_regular(path)
         with _HEADERS:
             return np.lib.format.open_memmap(path, mode="r")
     except _DAMAGE as error:
@@ -194,55 +193,37 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         np.savez(temporary, allow_pickle=False, **{name: arrays[name] for name in sorted(arrays)})
 
 
-def read_arrays(path: Path, *, remedy: str) -> dict[str, np.ndarray]:
+def read_arrays(
+    path: Path, *, remedy: str, check: Callable[[Mapping[str, ArrayHeader]], Collection[str]] | None = None
+) -> dict[str, np.ndarray]:
     """All arrays of a `.npz` file. Raises UserError with `remedy` for a missing, damaged or pickled one.
 
     Nothing is taken on trust: before memory is asked for, the shape in each array's header is held against the bytes
-    that the archive has for it, and those against the file and the machine.
+    that the archive has for it, and those against the file and the machine. `check` sees the headers before any array
+    is read, raises ValueError for what is too large, and returns the names of the arrays to read.
     """
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            _check_sizes(archive.infolist(), path.stat().st_size)
-            return {entry.filename.removesuffix(".npy"): _array(archive, entry) for entry in archive.infolist()}
-    except (*_DAMAGE, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            entries = checked_entries(archive, path.stat().st_size)
+            headers = {name: read_header(archive, entry) for name, entry in entries.items()}
+            names = headers if check is None else check(headers)
+            return {name: read_entry(archive, entries[name]) for name in headers if name in names}
+    except _ARCHIVE_DAMAGE as error:
         raise UserError(
             f"{path}: cannot be read, {error}; expected arrays without pickled objects. {remedy}"
         ) from error
 
 
-def _check_sizes(entries: Sequence[zipfile.ZipInfo], size: int) -> None:
-    """ValueError for an archive that promises more bytes than its `size` can hold or this machine should give."""
-    names = [entry.filename for entry in entries]
-    strangers = [name for name in names if not name.endswith(".npy")]
-    if strangers or len(set(names)) < len(names):
-        raise ValueError(f"it holds {strangers[0]}" if strangers else "two of its arrays have one name")
-    methods = {entry.compress_type for entry in entries} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
-    if methods:
-        raise ValueError(f"it is compressed by method {min(methods)}, neither stored nor deflated")
-    if sum(entry.compress_size for entry in entries) > size:
-        raise ValueError("its parts are longer than the file")
-    swollen = [entry.filename for entry in entries if entry.file_size > DEFLATED_AT_MOST * entry.compress_size]
-    if swollen:
-        raise ValueError(f"{swollen[0]} promises more bytes than its part of the file can hold")
-    total, most = sum(entry.file_size for entry in entries), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if total > most // 2:
-        raise ValueError(f"its arrays take {total / 1e9:.1f} GB, more than half of this machine's {most / 1e9:.1f} GB")
+def array_headers(path: Path, *, remedy: str) -> dict[str, ArrayHeader]:
+    """The headers of a `.npz` file's arrays; errors as of `read_arrays`."""
+    headers: dict[str, ArrayHeader] = {}
 
+    def keep(given: Mapping[str, ArrayHeader]) -> tuple[str, ...]:
+        headers.update(given)
+        return ()
 
-def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
-    with archive.open(entry) as header:
-        version = np.lib.format.read_magic(header)
-        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        if version not in readers:
-            raise ValueError(f"{entry.filename} has the format version {version}")
-        shape, _, dtype = readers[version](header)
-        there = entry.file_size - header.tell()
-    if dtype.hasobject:
-        raise ValueError(f"{entry.filename} holds pickled objects (text goes into an array of type str)")
-    if min(shape, default=0) < 0 or math.prod(shape) * max(dtype.itemsize, 1) != there:
-        raise ValueError(f"{entry.filename} declares {dtype} of shape {shape}; {there} bytes are there")
-    with archive.open(entry) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
+    read_arrays(path, remedy=remedy, check=keep)
+    return headers
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -260,7 +241,8 @@ def read_tensors(path: Path, *, remedy: str) -> dict[str, np.ndarray]:
     from safetensors.numpy import load
 
     try:
-        return load(path.read_bytes())
+        with open_regular(path) as file:
+            return load(file.read())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read, {error}; expected a safetensors file. {remedy}") from error
 
@@ -284,6 +266,13 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()).hexdigest()
 
 
+def _digest_or_empty(value: Any) -> str:
+    try:
+        return digest_of(value)
+    except ValueError:  # NaN, or half a character, which no writer of ours leaves
+        return ""
+
+
 class FileDigests:
     """SHA-256 of files, remembered by size, modification time and inode, so that nothing is read twice.
 
@@ -299,8 +288,11 @@ class FileDigests:
             for name, entry in stored.get("files", {}).items()
             if isinstance(entry, list) and len(entry) == 4
         }
-        self._facts: dict[str, Any] = stored.get("facts", {})
-        self._changed = False
+        facts: dict[str, Any] = stored.get("facts", {})
+        # Facts are of many forms, so damage is detected by a digest; they are then learned again.
+        is_intact = stored.get("facts_sha256") in (None, _digest_or_empty(facts))
+        self._facts = facts if is_intact else {}
+        self._changed = not is_intact
 
     def of(self, path: Path) -> str:
         """Digest of one file; raises OSError when it cannot be read."""
@@ -309,7 +301,7 @@ class FileDigests:
         entry = self._files.get(str(path))
         if entry is not None and entry[:3] == state:
             return entry[3]
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         self._files[str(path)] = [*state, digest]
         self._changed = True
@@ -339,5 +331,6 @@ class FileDigests:
     def save(self) -> None:
         """Write what was learned since the last time."""
         if self._changed:
-            write_json(self.path, {"files": self._files, "facts": self._facts})
+            facts_sha256 = digest_of(self._facts)
+            write_json(self.path, {"files": self._files, "facts": self._facts, "facts_sha256": facts_sha256})
             self._changed = False

@@ -62,7 +62,7 @@ def _whole(raw: object) -> float:
 def _has_one_group(pattern: object) -> bool:
     try:
         return isinstance(pattern, str) and re.compile(pattern).groups == 1
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return False
 
 

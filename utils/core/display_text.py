@@ -15,7 +15,13 @@ def printable(text: object) -> str:
 
     Bytes of a file name that are no UTF-8, which Python keeps as lone surrogates, come out as `\\xNN`.
     """
-    return "".join(_shown(letter) for letter in str(text))
+    text = str(text)
+    return text if text.isascii() and text.isprintable() else "".join(map(_shown, text))
+
+
+def printable_lines(text: object) -> str:
+    """The text with its lines and tabs, each line made `printable`; for everything that reaches a terminal."""
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in str(text).split("\n"))
 
 
 def _shown(letter: str) -> str:

@@ -2,8 +2,9 @@
 
 The file appears with its content in one step. Its owner is known by host name, boot, process id and the process's
 start time, so that an id which the system has given away again does not pass for the owner. What a dead process of this
-host left behind is taken over; what another host left never is, since nobody here can tell whether it lives. Readers
-do not ask for the lock.
+host left behind is taken over; what another host left never is, since nobody here can tell whether it lives. Names of
+hosts are not unique (clones, `localhost`), so a lock of another boot is dead only on a file system that no other
+machine can write to. Readers do not ask for the lock.
 """
 
 from __future__ import annotations
@@ -13,21 +14,30 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shlex
 import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from utils.core.errors import UserError, cannot_write
+from utils.core.links import require_unlinked
+from utils.core.regular_files import OpenFile, open_regular
 
 logger = logging.getLogger("disease_pipeline")
 
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)  # file systems without hard links
+LOCAL_FILE_SYSTEMS = (
+    *("bcachefs", "btrfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "jfs", "ntfs", "ntfs3", "overlay", "ramfs"),
+    *("reiserfs", "tmpfs", "ufs", "vfat", "xfs", "zfs"),
+)
+"""Types, as the kernel names them, that one machine alone mounts for writing."""
+MAX_LOCK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,7 @@ def writer_lock(lock: Path, command: str) -> Iterator[None]:
     Raises UserError that names the owner when somebody else writes, and with a remedy where nothing can be written.
     """
     record = json.dumps(asdict(this_process(command)), indent=1, sort_keys=True)
+    require_unlinked(lock)
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         _take(lock, record)
@@ -81,20 +92,20 @@ def writer_lock(lock: Path, command: str) -> Iterator[None]:
 
 
 def owner_of(lock: Path) -> LockOwner | None:
-    """The owner of a lock, alive or not; None if there is no lock. Raises UserError for a damaged file."""
+    """The owner of a lock, alive or not; None if there is no lock. Raises UserError for a damaged one."""
     try:
-        with lock.open(encoding="utf-8") as file:
+        with _opened(lock) as file:
             return _read(lock, file)
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-def is_dead(owner: LockOwner) -> bool:
-    """Whether the owner has certainly ended; False if that cannot be determined from this host."""
+def is_dead(owner: LockOwner, lock: Path) -> bool:
+    """Whether the owner of the file `lock` has certainly ended; False if that cannot be determined from this host."""
     if owner.host != socket.gethostname():
         return False
     if owner.boot != _boot():
-        return True
+        return _is_local(lock)
     return owner.pid_space == _pid_space() and owner.started != _start(owner.pid)
 
 
@@ -138,10 +149,10 @@ def _is_taken_over(temporary: Path, lock: Path) -> bool:
     owner = owner_of(lock)
     if owner is None:
         return False
-    if not is_dead(owner):
+    if not is_dead(owner, lock):
         raise UserError(_refusal(lock, owner))
     try:
-        file = lock.open("r+", encoding="utf-8")
+        file = _opened(lock, writable=True)
     except FileNotFoundError:
         return False
     with file:
@@ -159,36 +170,79 @@ def _is_taken_over(temporary: Path, lock: Path) -> bool:
     return True
 
 
-def _read(lock: Path, file: IO[str]) -> LockOwner:
+def _opened(lock: Path, *, writable: bool = False) -> OpenFile:
+    """The file `lock`, opened. Raises UserError for anything but a file: a link, a folder, or what could block."""
     try:
-        return LockOwner(**json.loads(file.read()))
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{lock}: damaged, {error}; expected the record of a writer. When no command is writing into this "
-            f"workspace: rm {shlex.quote(str(lock))}"
-        ) from error
+        return open_regular(lock, follow_links=False, writable=writable)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.EINVAL):
+            raise _damaged(lock, f"it is {error.strerror}") from error
+        raise
+
+
+def _read(lock: Path, file: OpenFile) -> LockOwner:
+    try:
+        record = json.loads(file.read(MAX_LOCK_BYTES))
+        if not isinstance(record, dict) or record.keys() != {field.name for field in fields(LockOwner)}:
+            raise ValueError("it lacks what identifies a writer")
+        for name, value in record.items():
+            if not _is_valid(name, value):
+                raise ValueError(f"its {name} is {str(value)[:60]!r}")
+        return LockOwner(**record)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(lock, str(error)) from error
+
+
+def _is_valid(name: str, value: Any) -> bool:
+    if name in ("pid", "started"):
+        return type(value) is int
+    return isinstance(value, str) or (value is None and name in ("boot", "pid_space"))
+
+
+def _damaged(lock: Path, problem: str) -> UserError:
+    remove = "rm -r" if lock.is_dir() and not lock.is_symlink() else "rm"
+    return UserError(
+        f"{lock}: damaged, {problem}; expected the record of a writer. When no command is writing into this "
+        f"workspace: {remove} {shlex.quote(str(lock))}"
+    )
 
 
 def _refusal(lock: Path, owner: LockOwner) -> str:
-    here = owner.host == socket.gethostname() and owner.pid_space == _pid_space()
+    here = (owner.host, owner.boot, owner.pid_space) == (socket.gethostname(), _boot(), _pid_space())
     if here:
         return f"{lock.parent}: being written by {owner}; expected no other writer. Wait until it ends, then try again"
     return (
         f"{lock.parent}: being written by {owner}, which cannot be seen from here ({socket.gethostname()}); expected "
-        f"no other writer. Wait until it ends; if that host is known to be dead: rm {shlex.quote(str(lock))}"
+        f"no other writer. Wait until it ends; if that process is known to be dead: rm {shlex.quote(str(lock))}"
     )
 
 
 def _release(lock: Path, record: str) -> None:
     """Remove the lock; warn if another process has removed or taken it."""
     try:
-        is_ours = lock.read_text(encoding="utf-8") == record
-    except FileNotFoundError:
+        with _opened(lock) as file:
+            is_ours = file.read(MAX_LOCK_BYTES) == record.encode()
+    except (OSError, UserError):
         is_ours = False
     if is_ours:
         lock.unlink(missing_ok=True)
     else:
         logger.warning("%s: removed or taken by another process while this command wrote", lock)
+
+
+def _is_local(path: Path) -> bool:
+    """Whether a file is on a file system that no other machine can write to; False if that cannot be determined."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return False
+    resolved, kind, longest = os.path.realpath(path.parent), "", -1
+    for words in map(str.split, mounts):
+        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), words[4])
+        is_above = resolved == point or resolved.startswith(point.rstrip(os.sep) + os.sep)
+        if is_above and len(point) >= longest:  # of mounts at one point, the last hides the others
+            kind, longest = words[words.index("-") + 1], len(point)
+    return kind in LOCAL_FILE_SYSTEMS
 
 
 def _boot() -> str | None:

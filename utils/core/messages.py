@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -9,7 +10,18 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, TextIO
 
+from utils.core.display_text import printable_lines
+from utils.core.errors import UserError
+from utils.core.links import require_unlinked
+
 LOGGER_NAME = "disease_pipeline"
+
+
+class _Formatter(logging.Formatter):
+    """Writes control characters out, which names of files and classes may hold: a terminal would obey them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
 
 
 class _Terminal(logging.StreamHandler[TextIO]):
@@ -27,6 +39,11 @@ class _Terminal(logging.StreamHandler[TextIO]):
     def stream(self, value: TextIO) -> None:
         """The base class assigns sys.stderr here; it is looked up anew for every message instead."""
 
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Leave a message out that cannot be written (closed, full); anything else is shown as usual."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
 
 class _LogFile(RotatingFileHandler):
     """A log file of at most 5 MB and three older ones, opened (and its folder made) with the first message."""
@@ -35,6 +52,10 @@ class _LogFile(RotatingFileHandler):
         super().__init__(path, maxBytes=5_000_000, backupCount=3, encoding="utf-8", delay=True)
 
     def _open(self) -> Any:
+        try:
+            require_unlinked(Path(self.baseFilename))
+        except UserError as error:
+            raise OSError(errno.ELOOP, "a symbolic link leads to it", self.baseFilename) from error
         os.makedirs(os.path.dirname(self.baseFilename), exist_ok=True)
         return super()._open()
 
@@ -62,7 +83,7 @@ def set_up_logging(
         logger.removeHandler(old)
         old.close()
     handlers: list[logging.Handler] = [_Terminal(stream), *([_LogFile(log_file)] if log_file is not None else [])]
-    formatter = logging.Formatter("%(asctime)s | %(levelname)s | %(message)s", datefmt="%H:%M:%S")
+    formatter = _Formatter("%(asctime)s | %(levelname)s | %(message)s", datefmt="%H:%M:%S")
     for handler in handlers:
         handler.setFormatter(formatter)
         logger.addHandler(handler)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from utils.core.artifacts import open_array, read_record
+from utils.core.record_forms import Form
 
 MAX_OPEN_ARRAYS = 256  # each holds a file descriptor, of which a process has 1,024 by default
 _records: dict[Path, tuple[tuple[int, int, int], Any]] = {}
@@ -17,7 +18,7 @@ _arrays: dict[Path, tuple[tuple[int, int, int], Any]] = {}
 """path -> (inode, time of change and size of the file; what was read), the least recently opened first"""
 
 
-def record_once(path: Path, *, remedy: str, form: Mapping[str, type] = MappingProxyType({})) -> dict[str, Any] | None:
+def record_once(path: Path, *, remedy: str, form: Form = MappingProxyType({})) -> dict[str, Any] | None:
     """As `artifacts.read_record`; the record is shared, so that callers do not modify it."""
     try:
         signature = _signature(path)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from utils.core.errors import UserError
+from utils.core.regular_files import open_regular
 
 MOST_BYTES = 16 << 20  # a list of 20,000 class names has less than one megabyte
 MOST_LEVELS = 32
@@ -24,11 +25,14 @@ def read_json_object(path: Path, *, remedy: str) -> dict[str, Any]:
     nested deeper than MOST_LEVELS, or holds another type of value.
     """
     try:
-        size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise UserError(f"{path}: {size} bytes; expected a JSON file of at most {MOST_BYTES}. {remedy}")
+        with open_regular(path) as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise UserError(
+                f"{path}: {path.stat().st_size} bytes; expected a JSON file of at most {MOST_BYTES}. {remedy}"
+            )
         record = json.loads(
-            path.read_bytes().decode("utf-8"),
+            content.decode("utf-8"),
             object_pairs_hook=_without_duplicates,
             parse_constant=_refuse_constant,
             parse_float=_finite,

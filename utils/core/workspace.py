@@ -264,6 +264,10 @@ class Workspace:
         """A picture of one ensemble's scores, or of a member's where the name is `members/<member>`."""
         return self.scores / name / f"{kind}{'' if split == 'test' else f'_{split}'}.png"
 
+    def confusion_counts(self, metrics: Path) -> Path:
+        """Counts of the confusion matrix that is too large for the `metrics.json` at `metrics`."""
+        return metrics.with_name(f"{metrics.stem.replace('metrics', 'confusion_matrix')}.npz")
+
     def label_issues(self, suffix: str) -> Path:
         """Labels that are likely to be wrong (csv), and how they were found (json)."""
         return self.scores / f"label_issues.{suffix}"

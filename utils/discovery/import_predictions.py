@@ -58,6 +58,8 @@ def import_predictions(config: Config, workspace: Workspace, *, folder: str, for
     store = Store(config, workspace, listed)
     states = {name: _state(store, earlier, arrival, force=force) for name, arrival in arrivals.items()}
     written = [name for name, state in states.items() if state != UP_TO_DATE]
+    for name in written:
+        store.require_own_files(name)  # before the catalog forgets them
     if earlier is not None and earlier.imported().keys() & set(written):
         _save_without(config, workspace, ground)
     for name in written:

@@ -15,6 +15,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from utils.core.array_archives import physical_memory
+from utils.core.artifacts import array_headers
 from utils.core.errors import UserError, did_you_mean
 from utils.core.workspace import SPLITS
 from utils.predictions import prediction_files
@@ -100,7 +102,25 @@ def read_folder(source: Path) -> dict[str, dict[str, Predictions]]:
         is_member = any((source / f"{stem}.npz").is_file() for stem in SPLIT_OF)
         hint = f"; these are one member's files, so give the folder above: --from {source.parent}" if is_member else ""
         raise UserError(f"--from {source}: no predictions; expected {LAYOUT}{hint}")
+    _require_memory(source, members)
     return apply_to_each(members, lambda name: _read_member(name, members[name]))
+
+
+def _require_memory(source: Path, members: Mapping[str, Mapping[str, Path]]) -> None:
+    """Raise UserError where all files together, which are in memory at once, would take half of the machine's."""
+    needed = 0
+    for path in (path for files in members.values() for path in files.values()):
+        try:
+            of_file = prediction_files.memory_needed(array_headers(path, remedy=MEND))
+        except UserError:
+            continue  # `_read_member` reports it with those of the other files, and a file that is too large by itself
+        needed += of_file if of_file <= prediction_files.memory_limit() else 0
+    limit = physical_memory() // 2
+    if needed > limit:
+        raise UserError(
+            f"--from {source}: the files of {len(members)} members take {needed / 1e9:.1f} GB in memory at once, more "
+            f"than {limit / 1e9:.1f} GB, half of this machine's. Import fewer members, or on a larger machine"
+        )
 
 
 def _read_member(name: str, files: Mapping[str, Path]) -> dict[str, Predictions]:

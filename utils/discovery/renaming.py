@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from utils.core import caches
-from utils.core.artifacts import link_file, read_json, require_no_symlink, write_json
+from utils.core.artifacts import link_file, read_json, write_json
 from utils.core.config import is_name
 from utils.core.errors import UserError, did_you_mean
+from utils.core.links import require_no_symlink
 from utils.core.workspace import SPLITS, Workspace
 from utils.predictions import catalog
 from utils.predictions.catalog import IMPORTED, Catalog, Member, is_declared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from utils.predictions.catalog import LAST_EPOCH, VERIFY, Problem
 
 DIFFERS = 0.005  # accuracies that differ by more than half a point are different figures
 SLACK_S = 60.0  # a record that is older than its checkpoint by more seconds belongs to an earlier training
+OUTPUT_NUMBER = re.compile("[0-9]{1,6}")
 NO_METRICS = "no_metrics"
 AGAIN = "Train the backbone again, or remove the file"
 
@@ -135,7 +137,7 @@ def _inner(record: Any, *keys: str) -> dict[str, Any]:
 
 
 def _exports(workspace: Workspace, backbone: str) -> tuple[str, ...]:
-    record = read_json(workspace.deployment / backbone / "export_status.json", remedy="Export again") or {}
+    record = _inner(read_json(workspace.deployment / backbone / "export_status.json", remedy="Export again"))
     done = (form for form, entry in record.items() if isinstance(entry, dict) and entry.get("status") == "ok")
     return tuple(sorted(done))
 
@@ -158,7 +160,7 @@ def kfold_over_all_images(workspace: Workspace, backbone: str) -> Problem | None
 def class_mapping(workspace: Workspace, backbone: str) -> tuple[str, ...] | None:
     """Class names in the order of the outputs, from an export's record; None without a record or with placeholders."""
     record = read_json(workspace.class_mapping(backbone), remedy="Export again")
-    if not isinstance(record, dict) or not all(str(key).isdigit() for key in record):
+    if not isinstance(record, dict) or not all(OUTPUT_NUMBER.fullmatch(key) for key in record):
         return None
     names = tuple(str(record[key]) for key in sorted(record, key=int))
     placeholders = tuple(f"class_{number}" for number in range(len(names)))

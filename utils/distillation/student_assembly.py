@@ -14,6 +14,7 @@ import numpy as np
 from utils.building import ensembles, fitting
 from utils.core import estimates
 from utils.core.artifacts import digest_of, write_json
+from utils.core.links import remove_file
 from utils.discovery import discover
 from utils.distillation import student_comparison, students, teachers, unlabeled
 from utils.distillation.controls import ALONE
@@ -157,7 +158,7 @@ def _progress(store: Store, student: Student, key: list[str], force: bool) -> di
 def remove_progress(folder: Path) -> None:
     """Remove the progress files of student and control."""
     for path in folder.glob("progress_*.pth"):
-        path.unlink(missing_ok=True)
+        remove_file(path)
 
 
 def _training_settings(store: Store, student: Student) -> StudentTrainingSettings:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from utils import base_back
-from utils.core.artifacts import require_no_symlink, write_checkpoint
+from utils.core.artifacts import write_checkpoint
 from utils.core.errors import UserError, did_you_mean
+from utils.core.links import require_no_symlink
 from utils.networks import checkpoints
 from utils.networks.construction import NetworkSpec, construct_untrained
 from utils.networks.preprocessing import Preprocessing

@@ -10,11 +10,15 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from utils.core.artifacts import read_record, write_json, write_text
+import numpy as np
+
+from utils.core.artifacts import read_record, write_arrays, write_json, write_text
 from utils.core.config import Config
 from utils.core.errors import ConfigError, UserError, did_you_mean
+from utils.core.links import remove_file
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.evaluation import (
@@ -30,6 +34,8 @@ from utils.evaluation import (
 from utils.evaluation.evaluation_inputs import EvaluationSettings, UncertaintyOptions
 from utils.evaluation.evaluation_results import EvaluationResults
 from utils.evaluation.report_sources import ReportSources
+from utils.evaluation.scoring import ScoredModel
+from utils.numeric.metrics import confusion_matrix
 from utils.predictions import catalog, member_selection
 from utils.predictions.store import Store
 
@@ -93,7 +99,7 @@ def evaluate(
     results = evaluation_results.compute(inputs)
     for line in catalog.problem_lines(results.suspicions):
         logger.warning("%s", line.removeprefix("warning: "))
-    _write_records(workspace, results, split)
+    _write_records(workspace, results, split, inputs.rows.labels)
     store.digests.save()
     if model_name is not None:
         return _model_result(workspace, results, model_name, split)
@@ -131,17 +137,31 @@ def _is_current(ranking: Mapping[str, Any], digest: str, options: UncertaintyOpt
     return ranking.get("options") == options.as_record()
 
 
-def _write_records(workspace: Workspace, results: EvaluationResults, split: str) -> None:
+def _write_records(workspace: Workspace, results: EvaluationResults, split: str, labels: np.ndarray) -> None:
     """Write `metrics.json` of each model, and the plots of ensembles or of the one model that is evaluated."""
     pictures: list[plots.Picture] = []
     for name, record in results.metrics.items():
         is_ensemble = results.models[name].kind == "ensemble"
         path_of = workspace.ensemble_metrics if is_ensemble else workspace.member_metrics
-        write_json(path_of(name, split), record)
+        path = path_of(name, split)
+        _write_confusion_counts(workspace.confusion_counts(path), results.models[name], labels, record)
+        write_json(path, record)
         if is_ensemble or results.ranking is None:
             folder = name if is_ensemble else f"members/{name}"
-            pictures += [plots.Picture(kind, record, workspace.plot(folder, kind, split)) for kind in plots.KINDS]
+            kinds = [kind for kind in plots.KINDS if kind != "confusion_matrix" or record[kind] is not None]
+            pictures += [plots.Picture(kind, record, workspace.plot(folder, kind, split)) for kind in kinds]
     plots.draw_all(pictures)
+
+
+def _write_confusion_counts(path: Path, model: ScoredModel, labels: np.ndarray, record: Mapping[str, Any]) -> None:
+    """Write the counts above zero of a matrix that `metrics.json` does not list: `true`, `predicted` and `count`."""
+    if record["confusion_matrix"] is not None:
+        remove_file(path)
+        return
+    counts = confusion_matrix(model.probabilities, labels)
+    true, predicted = np.nonzero(counts)
+    classes = np.array(list(record["per_class"]))
+    write_arrays(path, {"true": true, "predicted": predicted, "count": counts[true, predicted], "classes": classes})
 
 
 def _write_ranking(workspace: Workspace, results: EvaluationResults, split: str) -> dict[str, Any]:

@@ -211,5 +211,6 @@ def _escape_markdown(text: str) -> str:
 
 def _escape_latex(text: str) -> str:
     signs = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    signs |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
     signs |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
     return "".join(signs.get(letter, letter) for letter in text).replace("\n", " ")

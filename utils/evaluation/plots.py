@@ -14,6 +14,7 @@ import numpy as np
 
 from utils.core import engines
 from utils.core.artifacts import digest_of, replacing
+from utils.evaluation.drawing import library_defaults
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,6 +57,11 @@ def draw_all(pictures: Sequence[Picture]) -> None:
 
 def draw(picture: Picture) -> None:
     """Write one picture, atomically."""
+    with library_defaults():
+        _draw(picture)
+
+
+def _draw(picture: Picture) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

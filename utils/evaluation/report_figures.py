@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils.core.display_text import join_names, printable
+from utils.evaluation.drawing import library_defaults
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,9 +94,7 @@ class _Drawing:
 @contextmanager
 def _drawing(label: str, *, height: float, columns: int = 1, rows: int = 1, width: float = WIDTH) -> Iterator[_Drawing]:
     """Draw on `axes` within the block; `svg` then holds the figure, with `label` for screen readers."""
-    import matplotlib
-
-    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
+    with library_defaults(SETTINGS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has other fonts
         drawing = _Drawing(rows, columns, height, width)
         yield drawing

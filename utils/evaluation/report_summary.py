@@ -202,7 +202,7 @@ def most_confused(data: ReportData, most: int = 10) -> list[tuple[str, str, int,
     names = [name for name in data.classes if name in data.evaluated["per_class"]]
     cells = [
         (names[row], names[column], count, sum(counts))
-        for row, counts in enumerate(data.evaluated["confusion_matrix"])
+        for row, counts in enumerate(data.evaluated["confusion_matrix"] or ())
         for column, count in enumerate(counts)
         if row != column and count
     ]

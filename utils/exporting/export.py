@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import base_back
-from utils.core.artifacts import read_json
+from utils.core.artifacts import read_json, read_record
 from utils.core.config import Config, require_enabled
 from utils.core.errors import ConfigError, UserError, did_you_mean
 from utils.core.results import Result
@@ -112,8 +112,7 @@ def export(
     reusable = {} if force else export_folder.reusable_formats(folder, digest)
     request = ExportRequest(source, signature, requested, folder, digest, reusable)
     if not request.missing:
-        status = read_json(folder / export_folder.STATUS, remedy=export_folder.EXPORT_AGAIN)
-        return _result(request, status, "up to date")
+        return _result(request, export_folder.read_status(folder) or {}, "up to date")
     if model_name != name:
         logger.info("exporting the recommended model: %s", source.name)
     export_folder.require_free_space(folder, _estimated_bytes(workspace, request))
@@ -179,7 +178,7 @@ def write_export(store: Store, request: ExportRequest) -> dict[str, dict[str, An
             staged=staged,
             scratch=staged.parent / "scratch",
         )
-        score = read_json(workspace.ensemble_metrics(source.name, "test"), remedy="Evaluate again")
+        score = read_record(workspace.ensemble_metrics(source.name, "test"), remedy="Evaluate again")
         status = conversion.write_files(job, network, request.missing)
         del network  # the runtimes that check the files need the memory
         onnx_folder = request.folder if "onnx" in request.reusable else staged

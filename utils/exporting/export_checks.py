@@ -16,6 +16,7 @@ import numpy as np
 from utils import base_back
 from utils.core.artifacts import read_arrays, read_record
 from utils.core.errors import UserError
+from utils.core.record_forms import Each, Form
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.exporting import (
@@ -47,6 +48,8 @@ REQUIRED_PACKAGES: dict[str, tuple[str, ...]] = {
 }
 STANDALONE = ("torchscript", "onnx", *REDUCED, TFLITE)
 """Formats whose files hold the networks, so that they run without the workspace."""
+
+DESCRIPTION_FORM: Form = {"ensemble": str, "input": {"kind": str}, "outputs": Each(str, list), "jumps": bool}
 
 
 def list_tools() -> Result:
@@ -91,8 +94,8 @@ def verify(workspace: Workspace, folder: Path, *, trust: bool = False) -> Result
     folder = _existing_folder(workspace, folder)
     if mismatches := export_folder.checksum_mismatches(folder):
         raise UserError(f"{folder}: changed since the export: {'; '.join(mismatches)}. {export_folder.EXPORT_AGAIN}")
-    status = _read_export_record(folder / export_folder.STATUS)
-    description = _read_export_record(folder / export_folder.METADATA)["training"]
+    status = _read_export_record(folder / export_folder.STATUS, export_folder.STATUS_FORM)
+    description = _read_export_record(folder / export_folder.METADATA, {"training": DESCRIPTION_FORM})["training"]
     exported_programs.require_runnable(workspace, folder, status, trust=trust)
     arrays = read_arrays(folder / CUSTOM / custom_format.PARITY_FILE, remedy=export_folder.EXPORT_AGAIN)
     checks: dict[str, Any] = {}
@@ -122,8 +125,8 @@ def _existing_folder(workspace: Workspace, folder: Path) -> Path:
     )
 
 
-def _read_export_record(path: Path) -> dict[str, Any]:
-    record = read_record(path, remedy=export_folder.EXPORT_AGAIN)
+def _read_export_record(path: Path, form: Form) -> dict[str, Any]:
+    record = read_record(path, remedy=export_folder.EXPORT_AGAIN, form=form)
     if record is None:
         raise UserError(f"{path}: no such file, so the folder is not an export. Give the folder that export wrote")
     return record

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.core.artifacts import read_json, replacing
+from utils.core.artifacts import read_record, replacing
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
+from utils.evaluation.drawing import library_defaults
 from utils.exporting import export_folder
 from utils.numeric.pareto import pareto_front
 
@@ -32,8 +33,8 @@ def compare_exports(workspace: Workspace) -> Result:
             continue
         name = status_path.parent.name
         accuracy = _measured_accuracy(workspace, name)
-        for format_name, entry in sorted(read_json(status_path, remedy=export_folder.EXPORT_AGAIN).items()):
-            if entry["status"] == "ok" and entry.get("parity"):
+        for format_name, entry in sorted((export_folder.read_status(status_path.parent) or {}).items()):
+            if entry["status"] == "ok" and entry.get("parity") and entry["parity"]["max_abs_diff"] is not None:
                 rows.append(
                     {
                         "name": name,
@@ -58,6 +59,11 @@ def compare_exports(workspace: Workspace) -> Result:
 
 def draw_comparison(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw accuracy against latency and against size, as PNG; markers of Pareto-optimal files are filled."""
+    with library_defaults():
+        _draw_comparison(rows, path)
+
+
+def _draw_comparison(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
@@ -90,10 +96,11 @@ def draw_comparison(rows: Sequence[dict[str, Any]], path: Path) -> None:
                     # Each format has its own offset, since equal accuracies are common.
                     at = {"xytext": (4, -9 - 7 * index), "textcoords": "offset points", "fontsize": 6}
                     axes.annotate(name, (row[key], row["accuracy"]), color=f"C{index}", parse_math=False, **at)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_locator(NullLocator())
+        if any((row[key] or 0) > 0 for row in rows):  # a logarithmic axis without a value has no limits
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("test accuracy")
@@ -104,7 +111,7 @@ def draw_comparison(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _measured_accuracy(workspace: Workspace, name: str) -> float | None:
     for path in (workspace.ensemble_metrics(name, "test"), workspace.member_metrics(name, "test")):
-        record = read_json(path, remedy="Evaluate again")
+        record = read_record(path, remedy="Evaluate again", form={"accuracy": float})
         if record is not None:
             return float(record["accuracy"])
     return None

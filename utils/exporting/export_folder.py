@@ -15,9 +15,24 @@ from typing import Any
 from utils.core.artifacts import read_json, read_record, write_json
 from utils.core.caches import Item, list_children
 from utils.core.errors import UserError, cannot_write
+from utils.core.links import require_unlinked
+from utils.core.record_forms import Each
 
 STATUS, CHECKSUMS, METADATA, CLASSES = "export_status.json", "checksums.json", "metadata.json", "class_mapping.json"
 EXPORT_AGAIN = "Export it again with --force"
+NUMBER_OR_NULL = (float, type(None))
+STATUS_FORM = Each(
+    {
+        "status": str,
+        "files?": Each(str),
+        "size_mb?": float,
+        "latency_ms?": float,
+        "threads?": int,
+        "source_digest?": str,
+        "parity?": {"max_abs_diff": NUMBER_OR_NULL, "tolerance": float, "rows": int},
+        "test_accuracy?": Each(NUMBER_OR_NULL),
+    }
+)
 STAGED_NAME = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}\.partial")
 PREVIOUS_NAME = re.compile(r"\.(?P<name>.+)\.previous")
 
@@ -29,6 +44,7 @@ def replacing_folder(final: Path) -> Iterator[Path]:
     First `recover_interrupted` clears up after exports that were killed. Raises UserError where the folder cannot be
     created.
     """
+    require_unlinked(final)
     recover_interrupted(final)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +101,13 @@ def is_replaceable(final: Path) -> bool:
     if not final.exists():
         return True
     metadata = read_json(final / METADATA, remedy=EXPORT_AGAIN) if final.is_dir() else None
-    return isinstance(metadata, dict) and "ensemble" in (metadata.get("training") or {})
+    training = metadata.get("training") if isinstance(metadata, dict) else None
+    return isinstance(training, dict) and "ensemble" in training
+
+
+def read_status(folder: Path) -> dict[str, Any] | None:
+    """`export_status.json`: {format: its entry}; None where there is none. Raises UserError for a damaged one."""
+    return read_record(folder / STATUS, remedy=EXPORT_AGAIN, form=STATUS_FORM)
 
 
 def file_sha256(path: Path) -> str:
@@ -96,7 +118,7 @@ def file_sha256(path: Path) -> str:
 
 def reusable_formats(final: Path, source_digest: str) -> dict[str, dict[str, Any]]:
     """{format: entry} of an earlier export that are `ok`, have this source digest, and whose files are intact."""
-    status = read_json(final / STATUS, remedy=EXPORT_AGAIN) or {}
+    status = read_status(final) or {}
     return {
         name: entry
         for name, entry in status.items()
@@ -176,7 +198,7 @@ def compute_checksums(folder: Path) -> dict[str, str]:
 
 def checksum_mismatches(folder: Path) -> list[str]:
     """One line for each difference from `checksums.json`. Raises UserError where there is no export."""
-    expected = read_record(folder / CHECKSUMS, remedy=EXPORT_AGAIN)
+    expected = read_record(folder / CHECKSUMS, remedy=EXPORT_AGAIN, form=Each(str))
     if expected is None:
         raise UserError(f"{folder}: no {CHECKSUMS}, so it is not an export. Give the folder that export wrote")
     links = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink()}

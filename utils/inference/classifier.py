@@ -20,6 +20,7 @@ from utils.building.command_hints import build_command
 from utils.building.ensembles import Ensemble
 from utils.combiners.routing import SparseCombiner, run_sparse
 from utils.core.errors import UserError, did_you_mean
+from utils.core.regular_files import open_regular
 from utils.numeric.diversity import mutual_information
 from utils.numeric.metrics import softmax
 from utils.predictions import catalog, fold_networks, image_splits, streaming
@@ -257,7 +258,7 @@ def _digests(paths: Sequence[Path]) -> tuple[tuple[str, ...], dict[int, str]]:
     contents, problems = [], {}
     for index, path in enumerate(paths):
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 contents.append(hashlib.file_digest(file, "sha256").hexdigest())
         except (OSError, ValueError) as error:
             contents.append("")

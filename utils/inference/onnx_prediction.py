@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import errno
 import json
+import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -45,6 +48,7 @@ TRANSPOSITIONS = {
 """EXIF orientation -> what makes the image upright; others are upright."""
 InputArrays = tuple[np.ndarray, ...]
 """One image as a file takes it: one array per input."""
+_bounded: list[int] = []  # bytes of the process's allocator, once it is bounded
 
 
 @dataclass(frozen=True)
@@ -168,12 +172,17 @@ class ExportedModel:
     Raises ValueError for a file that `export` did not write, or that does not take images.
     """
 
-    def __init__(self, path: Path | str, *, threads: int = 0) -> None:
+    def __init__(self, path: Path | str, *, threads: int = 0, max_bytes: int | None = None) -> None:
+        """Open a file; `max_bytes` bounds what its graph may allocate, for this and later files of the process."""
         import onnxruntime  # here, since the checks below are also used where onnxruntime is not installed
 
         self.path = path
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        options.log_severity_level = 4  # its errors are raised as well; printed, names in the file could be escapes
+        if max_bytes is not None:
+            _bound_memory(max_bytes)
+            options.add_session_config_entry("session.use_env_allocators", "1")
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors have no base class of their own
@@ -188,9 +197,8 @@ class ExportedModel:
             raise ValueError(
                 f"{path}: its metadata lack the classes or the input; expected a file that export wrote"
             ) from error
-        if not isinstance(self.classes, list) or not all(isinstance(name, str) for name in self.classes):
-            raise ValueError(f"{path}: its classes are no list of names; expected a file that export wrote")
         try:
+            _check_classes(self.classes)
             self.inputs = read_inputs(described)
             self._check_inputs()
         except ValueError as error:
@@ -200,6 +208,9 @@ class ExportedModel:
         """Raise ValueError unless the graph takes the described inputs."""
         nodes = {node.name: (node.type, node.shape) for node in self.session.get_inputs()}
         names = [described.name for described in self.inputs]
+        outputs = [node.name for node in self.session.get_outputs()]
+        if "probabilities" not in outputs:
+            raise ValueError(f"its graph gives {', '.join(outputs)[:200]}; expected probabilities")
         if sorted(names) != sorted(nodes):
             raise ValueError(f"its graph takes {', '.join(nodes)}, its metadata describe {', '.join(names)[:200]}")
         for described in self.inputs:
@@ -225,10 +236,15 @@ class ExportedModel:
     def run(self, images: InputArrays) -> np.ndarray:
         """Prepared images, one batch of one shape per input -> probabilities float32 (B, C).
 
-        Raises ValueError for another output shape.
+        Raises ValueError for another output shape, and where the graph cannot be run.
         """
         feed = {described.name: array for described, array in zip(self.inputs, images, strict=True)}
-        probabilities = self.session.run(["probabilities"], feed)[0]
+        try:
+            probabilities = self.session.run(["probabilities"], feed)[0]
+        except Exception as error:  # onnxruntime's errors have no base class of their own
+            raise ValueError(
+                f"{self.path}: onnxruntime cannot run it ({str(error)[:400]}). Export the ensemble again"
+            ) from error
         try:
             check_shape(probabilities, len(images[0]), len(self.classes))
         except ValueError as error:
@@ -239,18 +255,24 @@ class ExportedModel:
     def prepare(self, path: Path) -> InputArrays:
         """One image file as the model takes it. Raises ValueError for a file that cannot be decoded."""
         try:
-            with open_image(path) as image:
-                for described in self.inputs:
-                    if described.rule is not None:
-                        described.rule.target_size(*image.size)  # before the decoding, which takes the memory
-                rgb = image.convert("RGB")
-                sources = {"ignore": rgb}
-                if any(described.exif == "apply" for described in self.inputs):
-                    method = TRANSPOSITIONS.get(exif_orientation(image))
-                    sources["apply"] = rgb if method is None else rgb.transpose(method)
-            return tuple(described.array(sources) for described in self.inputs)
+            with warnings.catch_warnings():
+                # Of Pillow's two limits on pixels the higher one, which is an error, holds here as in training.
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                return self._prepared(path)
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path}: cannot be decoded ({error})") from error
+
+    def _prepared(self, path: Path) -> InputArrays:
+        with open_image(path) as image:
+            for described in self.inputs:
+                if described.rule is not None:
+                    described.rule.target_size(*image.size)  # before the decoding, which takes the memory
+            rgb = image.convert("RGB")
+            sources = {"ignore": rgb}
+            if any(described.exif == "apply" for described in self.inputs):
+                method = TRANSPOSITIONS.get(exif_orientation(image))
+                sources["apply"] = rgb if method is None else rgb.transpose(method)
+        return tuple(described.array(sources) for described in self.inputs)
 
     def run_by_shape(self, images: Sequence[InputArrays]) -> np.ndarray:
         """Prepared images -> probabilities float32 (N, C); images of one shape share a batch."""
@@ -266,6 +288,31 @@ class ExportedModel:
         """Image files -> probabilities float32 (N, C); `row_problems` lists invalid rows."""
         batches = (paths[start : start + self.batch_size] for start in range(0, len(paths), self.batch_size))
         return np.concatenate([self.run_by_shape([self.prepare(path) for path in batch]) for batch in batches])
+
+
+def _bound_memory(max_bytes: int) -> None:
+    """Let all sessions that use the process's allocator have this many bytes together; the first call decides."""
+    import onnxruntime
+
+    if _bounded:
+        return
+    info = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    onnxruntime.create_and_register_allocator(info, onnxruntime.OrtArenaCfg(max_bytes, -1, -1, -1))
+    _bounded.append(max_bytes)
+
+
+def _check_classes(classes: Any) -> None:
+    """Raise ValueError unless the classes are distinct names that are text."""
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError("its classes are no list of names; expected a file that export wrote")
+    if not classes or "" in classes or len(set(classes)) < len(classes):
+        raise ValueError("its classes lack a name, or two have the same; expected one name for each column")
+    try:
+        "".join(classes).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"its classes are no text ({error})") from error
 
 
 def check_shape(probabilities: Any, rows: int, classes: int) -> None:
@@ -303,8 +350,10 @@ def open_image(path: str | Path) -> Image.Image:
     """Open an image file; pixels are decoded when they are asked for.
 
     Raises UnidentifiedImageError, an OSError, for a file in none of the formats; it names the format of the file
-    where Pillow knows it.
+    where Pillow knows it. Raises OSError for what is no regular file, which could block for ever.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "a folder, a FIFO or a device; expected a regular file", str(path))
     try:
         return Image.open(path, formats=FORMATS)
     except UnidentifiedImageError as error:
@@ -364,6 +413,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="ONNX file (default: that of this export)")
     parser.add_argument("--json", action="store_true", help="write one JSON object per line instead of CSV")
     options = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     available = sorted([*folder.glob("*.onnx"), *(folder.parent / "onnx").glob("*.onnx")])
     try:
         if not options.model and not available:

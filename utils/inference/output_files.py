@@ -7,12 +7,15 @@ which `os.fsencode` converts back to the file's name.
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import io
 import json
 import os
 import re
+import weakref
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +23,16 @@ from typing import Any, BinaryIO, Literal
 
 from utils.core.artifacts import replacing
 from utils.core.errors import UserError, cannot_write
+from utils.core.regular_files import require_regular
 
 FORMATS = ("csv", "jsonl")
 COLUMNS = ("path", "class", "probability", "set", "abstain", "disagreement", "model", "error")
 JSON_PREFIX = '{"path": '
 COPY_BYTES = 2**20
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # file systems without locks
 MAX_RECORD_BYTES = 2**24
 """Longest record; a path has at most a few thousand bytes."""
+FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # with which a formula of a spreadsheet begins
 PROBABILITY_PREFIX = "p:"
 """Prefix of the CSV column of a class."""
 _QUOTED = r'"[^"]*+(?:""[^"]*+)*+"'
@@ -47,6 +53,8 @@ class RecordFormat:
     """csv or jsonl"""
     classes: tuple[str, ...] | None
     """Classes whose probabilities every record holds; None for the highest probability alone."""
+    spreadsheet_safe: bool = False
+    """Whether text that a spreadsheet would run as a formula begins with an apostrophe; CSV only."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -65,10 +73,13 @@ class RecordFormat:
         """
         if self.format == "jsonl":
             return json.dumps(self.as_document(record), allow_nan=False) + "\n"
-        cells = [_cell(record[name]) for name in COLUMNS]
+        cells = [self._safe(record[name], _cell(record[name])) for name in COLUMNS]
         if self.classes is not None:
             cells += map(_cell, record["probabilities"] or [None] * len(self.classes))
         return _csv_line(cells)
+
+    def _safe(self, value: Any, cell: str) -> str:
+        return f"'{cell}" if self.spreadsheet_safe and isinstance(value, str) and cell[:1] in FORMULAS else cell
 
     def as_document(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """A record for JSON, with probabilities by class name."""
@@ -132,13 +143,20 @@ class PredictionFile:
         self.done: set[str] = set()
         self.failed = array("Q")
         """Start and end offset of each record to remove, in turn."""
+        self._lock: Callable[[], object] | None = None
+        """Releases the lock on the file."""
         try:
+            if path.exists():
+                require_regular(path)
             size = path.stat().st_size if path.exists() else 0
             if size and not (append or replace):
                 raise UserError(
                     f"{path}: exists. --append continues it, --force replaces it, or name another file with --to"
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._hold(path)
+            if append:
+                size = path.stat().st_size  # another command may have ended since
             if size and append:
                 end = self._read(model, requested)
                 with path.open("r+b") as file:
@@ -149,7 +167,17 @@ class PredictionFile:
             else:
                 self._write(form.header, "wb")
         except OSError as error:
+            self.close()
             raise cannot_write(path, error) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let other processes write to the file; nothing is added afterwards."""
+        if self._lock is not None:
+            self._lock()
+            self._lock = None
 
     def add(self, lines: Sequence[str]) -> None:
         """Append whole records. Raises UserError where they cannot be written."""
@@ -157,6 +185,35 @@ class PredictionFile:
             self._write("".join(lines), "ab")
         except OSError as error:
             raise cannot_write(self.path, error) from error
+
+    def _hold(self, path: Path) -> None:
+        """Be the one writer of a file from now on, as long as this object lives or until it holds another file.
+
+        Raises UserError while another process holds it. File systems without locks have none.
+        """
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_current = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+            except BlockingIOError as error:
+                os.close(descriptor)
+                raise UserError(
+                    f"{self.path}: another predict writes to it; expected one writer. Wait until it ends, or name "
+                    "another file with --to"
+                ) from error
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    os.close(descriptor)
+                    raise
+                is_current = True
+            if not is_current:  # replaced between the two looks
+                os.close(descriptor)
+                continue
+            earlier, self._lock = self._lock, weakref.finalize(self, os.close, descriptor)
+            if earlier is not None:
+                earlier()
+            return
 
     def _write(self, text: str, mode: str) -> None:
         with self.path.open(mode) as file:
@@ -241,6 +298,8 @@ class PredictionFile:
                     position += len(part)
                     new.write(part)
                 position = old.seek(stop)
+            new.flush()
+            self._hold(temporary)  # whose name changes, and its lock with it
 
     def _cells(self, record: _RecordText) -> list[str]:
         """Cells of a CSV record."""

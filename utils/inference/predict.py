@@ -6,15 +6,18 @@ import hashlib
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from utils.core.array_archives import physical_memory
 from utils.core.config import Config
 from utils.core.display_text import printable
-from utils.core.errors import UserError
+from utils.core.errors import ConfigError, UserError
+from utils.core.regular_files import open_regular
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.evaluation import recommended_names
@@ -64,6 +67,7 @@ def predict(
     probabilities: bool = False,
     sets: str = "lac",
     append: bool = False,
+    spreadsheet_safe: bool = False,
     force: bool = False,
 ) -> Result:
     """Predict images, to the file `to` or, up to 10,000 images, to the screen.
@@ -74,7 +78,7 @@ def predict(
     error and is a failure of the result. Raises UserError without an image, for a model that cannot be run, and for an
     existing file that may be neither continued nor replaced.
     """
-    output = OutputOptions(to, form, probabilities, append, force)
+    output = OutputOptions(to, form, probabilities, append, spreadsheet_safe, force)
     store = Store(config, workspace, catalog.load(workspace))
     model_name = recommended_names.resolve(store, model_name)
     classifier = WorkspaceClassifier(store, model_name)
@@ -91,6 +95,7 @@ def predict_from_export(
     probabilities: bool = False,
     sets: str = "lac",
     append: bool = False,
+    spreadsheet_safe: bool = False,
     force: bool = False,
 ) -> Result:
     """Predict images with an exported ONNX file alone: without workspace, torch and base pipeline.
@@ -100,7 +105,7 @@ def predict_from_export(
     """
     from utils.inference.onnx_prediction import SUFFIXES
 
-    output = OutputOptions(to, form, probabilities, append, force)
+    output = OutputOptions(to, form, probabilities, append, spreadsheet_safe, force)
     classifier = ExportClassifier(Path(from_export).expanduser())
     listing = image_paths.list_images(paths, sys.stdin.buffer, SUFFIXES)
     return _predict_listing(classifier, Thresholds(sets, None, None), listing, paths, output)
@@ -108,21 +113,30 @@ def predict_from_export(
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """Where and how predictions are written. Raises UserError for `append` without a file."""
+    """Where and how predictions are written.
+
+    Raises UserError for `append` without a file, and ConfigError for options that exclude each other.
+    """
 
     to: str | None
     form: str | None
     probabilities: bool
     append: bool
+    spreadsheet_safe: bool
     force: bool
 
     def __post_init__(self) -> None:
         if self.append and self.to is None:
             raise UserError("--append: expected together with --to FILE, which it continues")
+        if self.spreadsheet_safe and (self.append or (self.form or _format_of_suffix(self.to)) != "csv"):
+            raise ConfigError(
+                "--spreadsheet-safe: changes paths, by which --append continues a file; expected CSV without --append"
+            )
 
     def record_format(self, classes: tuple[str, ...]) -> RecordFormat:
         """Format of the records of a model with these classes."""
-        return RecordFormat(self.form or _format_of_suffix(self.to), classes if self.probabilities else None)
+        columns = classes if self.probabilities else None
+        return RecordFormat(self.form or _format_of_suffix(self.to), columns, self.spreadsheet_safe)
 
 
 class ExportClassifier:
@@ -132,12 +146,14 @@ class ExportClassifier:
 
     def __init__(self, path: Path) -> None:
         """Open the file. Raises UserError for a file that `export` did not write, or that does not take images."""
+        from utils.inference.graph_checks import require_bounded
         from utils.inference.onnx_prediction import ExportedModel
 
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            self.model = ExportedModel(path)
+            require_bounded(path)
+            self.model = ExportedModel(path, max_bytes=physical_memory() // 4)
         except OSError as error:
             raise UserError(f"--from-export {path}: {error.strerror}; expected an exported .onnx file") from error
         except ValueError as error:
@@ -199,9 +215,10 @@ def _predict_listing(
     if n_done:
         logger.info("%d of %d images have a prediction in %s", n_done, len(listing.paths), file.path)
     problems: list[str] = []
-    for records, lines in _predict_blocks(classifier, thresholds, remaining, record_format):
-        file.add(lines)
-        problems += _problems_of(records)
+    with closing(file):
+        for records, lines in _predict_blocks(classifier, thresholds, remaining, record_format):
+            file.add(lines)
+            problems += _problems_of(records)
     n_predicted = len(remaining) - len(problems)
     document = {"file": str(file.path), "images": len(listing.paths), "answered": n_predicted}
     document |= {"model": classifier.version, "unreadable": len(problems)}

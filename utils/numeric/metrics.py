@@ -22,6 +22,7 @@ SUM_TOLERANCE = 1e-3
 """Largest deviation from 1 of the sum of a row's probabilities."""
 SIGN_TOLERANCE = 1e-6
 """Largest probability below 0 that counts as rounding."""
+MAX_LISTED_CLASSES = 1000  # whose confusion matrix `metrics.json` lists; that of 5,000 takes 150 MB as text
 BINS = 15
 ROUNDING = 1e-12
 """Differences of losses up to it count as rounding."""
@@ -318,6 +319,12 @@ def point_metrics(probabilities: ArrayLike, labels: ArrayLike, classes: Sequence
     by_class = _class_metrics(confusion)
     fractions, gaps = _calibration_gaps(scores, truth)
     area, reason = _roc_auc(scores, truth, names)
+    notes = _notes(by_class["support"], names, reason)
+    is_listed = len(names) <= MAX_LISTED_CLASSES
+    if not is_listed:
+        notes["confusion_matrix"] = (
+            f"{len(names)} classes, more than {MAX_LISTED_CLASSES}: the counts are in confusion_matrix*.npz beside this"
+        )
     return {
         "n_samples": len(truth),
         "n_classes": len(names),
@@ -335,11 +342,11 @@ def point_metrics(probabilities: ArrayLike, labels: ArrayLike, classes: Sequence
         "mce": float(gaps.max()),
         "reliability": reliability(scores, truth),
         "roc_auc_ovr_macro": area,
-        "confusion_matrix": confusion.tolist(),
+        "confusion_matrix": confusion.tolist() if is_listed else None,
         "per_class": {
             name: {key: values[index].item() for key, values in by_class.items()} for index, name in enumerate(names)
         },
-        "notes": _notes(by_class["support"], names, reason),
+        "notes": notes,
     }
 
 

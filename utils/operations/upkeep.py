@@ -11,10 +11,11 @@ from typing import Any
 from utils import base_back
 from utils.building.builder_protocol import CURRENT, MISSING
 from utils.core import caches, locks
-from utils.core.artifacts import read_json
+from utils.core.artifacts import read_record
 from utils.core.caches import Item, format_bytes
 from utils.core.config import Config
 from utils.core.errors import ConfigError, UserError, cannot_write
+from utils.core.record_forms import Each, Form
 from utils.core.results import Result
 from utils.core.workspace import SPLITS, Workspace
 from utils.exporting import export_folder
@@ -25,6 +26,10 @@ from utils.predictions.catalog import MADE
 MOST_REASONS = 5
 UNFINISHED = re.compile(rf"\..+_(?:{MADE})\.[a-z0-9_]{{8}}\.partial\.pth")
 """Our checkpoints under temporary names, in a folder where the base pipeline may be writing too."""
+
+RECOVERY_STATE: Form = {"units?": Each({"files": Each(list)})}
+"""{unit: its entry with {file: [size, modification time in ns, SHA-256]}}"""
+TRAIN_ANEW = "Remove it, and the base pipeline trains anew"
 
 
 @dataclass(frozen=True)
@@ -211,11 +216,11 @@ def _finished_progress(workspace: Workspace) -> list[Item]:
     """
     if workspace.output is not None or _linked(workspace, workspace.training_progress):
         return []
-    state = read_json(workspace.recovery_state, remedy="Remove it, and the base pipeline trains anew") or {}
+    state = read_record(workspace.recovery_state, remedy=TRAIN_ANEW, form=RECOVERY_STATE) or {}
     written = {}
-    for unit, entry in state.get("units", {}).items():
+    for unit, entry in (state.get("units") or {}).items():
         backbone, _, kind = unit.partition(" ")
-        times = [modified for _, modified, _ in entry["files"].values()]
+        times = [file[1] for file in entry["files"].values() if len(file) == 3 and isinstance(file[1], int)]
         written[f"{backbone}_{kind.replace(' ', '')}.pth"] = max(times, default=0) / 1e9
     files = caches.list_children(workspace.training_progress)
     return [item for item in files if item.modified <= written.get(item.name, 0)]
@@ -246,7 +251,7 @@ def _writer(workspace: Workspace) -> tuple[dict[str, Any] | None, str | None]:
         return None, str(error)
     if owner is None:
         return None, None
-    dead = locks.is_dead(owner)
+    dead = locks.is_dead(owner, workspace.lock)
     words = f"{owner}{' (no longer running; the next command that writes takes over)' if dead else ''}"
     return asdict(owner) | {"dead": dead}, words
 

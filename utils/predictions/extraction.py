@@ -16,6 +16,7 @@ import numpy as np
 from utils import base_back
 from utils.core import engines, estimates
 from utils.core.artifacts import preallocate, replacing
+from utils.core.links import remove_file
 from utils.networks.checkpoints import reading_ahead
 from utils.predictions import catalog, image_splits, inspection, streaming, training_data
 from utils.predictions.catalog import IMPORTED, Member
@@ -139,9 +140,9 @@ def _write_outputs(store: Store, member: Member, splits: Sequence[str], device: 
     for split in images:
         start = time.monotonic()
         folder = store.workspace.predictions(member.name, split.split)
-        (folder / "record.json").unlink(missing_ok=True)
+        remove_file(folder / "record.json")
         embeddings_path = store.workspace.embeddings(member.name, split.split)
-        embeddings_path.unlink(missing_ok=True)
+        remove_file(embeddings_path)
         width = batch.embeddings.shape[1] if batch is not None else 0
         with ExitStack() as stack:
             logits = _growing_array(stack, folder / "logits.npy", (len(split.paths), len(order)))

@@ -14,6 +14,7 @@ import numpy as np
 
 from utils.core import engines
 from utils.core.artifacts import digest_of, write_array, write_json
+from utils.core.links import remove_file
 from utils.core.parsed_files import array_once, record_once
 from utils.numeric.metrics import log_softmax
 from utils.predictions import catalog, extraction, fold_heads, image_splits, streaming, training_data
@@ -230,7 +231,7 @@ def _by_heads(store: Store, member: Member, splits: Sequence[str]) -> bool:
 def _write(store: Store, member: Member, split: str, mean: np.ndarray) -> None:
     """Store the mean of a member's fold networks on a split; the record comes last."""
     path = store.workspace.fold_predictions(member.name, split)
-    path.with_suffix(".json").unlink(missing_ok=True)
+    remove_file(path.with_suffix(".json"))
     write_array(path, mean)
     record = {"key": key(store, member, split, FOLDS), "networks": list(stages(member))}
     write_json(path.with_suffix(".json"), record)

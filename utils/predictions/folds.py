@@ -10,6 +10,7 @@ import numpy as np
 from utils import base_back
 from utils.core.artifacts import digest_of, read_arrays, write_arrays
 from utils.core.errors import UserError
+from utils.predictions import grouping
 from utils.predictions.rows import Samples
 from utils.predictions.store import AGAIN, Store
 
@@ -26,8 +27,8 @@ def crossfit_folds(store: Store) -> dict[tuple[str, str], int]:
     """
     rule, seed = store.config.dataset.group_regex, store.config.seed
     digests = [store.catalog.splits[split]["digest"] for split in ("train", "val")]
-    grouping = base_back.load_bundled("samples")
-    recorded = grouping.recorded_groups(store.workspace.split_dir)
+    samples_module = base_back.load_bundled("samples")
+    recorded = samples_module.recorded_groups(store.workspace.split_dir)
     key = digest_of([VERSION, digests, rule, seed, *([recorded] if recorded else [])])
     path = store.workspace.crossfit_folds
     if path.is_file():
@@ -39,7 +40,7 @@ def crossfit_folds(store: Store) -> dict[tuple[str, str], int]:
     ids = [sample_id for samples in splits for sample_id in samples.sample_ids]
     contents = [content for samples in splits for content in samples.contents or _names(samples)]
     names = [recorded.get(samples.split, {}).get(name) for samples in splits for name in samples.sample_ids]
-    groups = grouping.group_indices(ids, contents, rule, names)
+    groups = grouping.group_indices(store, ids, contents, names)
     counts = {int(label): len(np.unique(groups[labels == label])) for label in np.unique(labels)}
     folds = min(CROSSFIT_FOLDS, *counts.values())
     if folds < 2:
@@ -52,7 +53,7 @@ def crossfit_folds(store: Store) -> dict[tuple[str, str], int]:
         "key": np.array(key),
         "split": np.concatenate([np.full(len(samples.sample_ids), samples.split) for samples in splits]),
         "sample_ids": np.array(ids),
-        "fold": grouping.stratified_bins(labels, groups, [1 / folds] * folds, seed),
+        "fold": samples_module.stratified_bins(labels, groups, [1 / folds] * folds, seed),
     }
     write_arrays(path, arrays)
     return _fold_table(arrays)

@@ -15,6 +15,7 @@ from utils import base_back
 from utils.core import engines
 from utils.core.artifacts import FileDigests, digest_of
 from utils.core.errors import UserError
+from utils.core.links import require_unlinked
 from utils.networks.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def _rules(preprocessings: Iterable[Preprocessing]) -> list[Any]:
 def _decoded(images: ImageSplit, rules: Sequence[Any], image_cache: Path, threads: int) -> Exception | None:
     """Cache all readable images; returns the error that names the others."""
     decoder = base_back.load_bundled("image_cache")
+    require_unlinked(image_cache / "pack")
     try:
         decoder.decode_images(images.paths, images.contents, rules, image_cache, threads=threads)
     except decoder.UnreadableImages as error:
@@ -120,6 +122,7 @@ def open_images(images: ImageSplit, preprocessing: Preprocessing, *, image_cache
     resized image.
     """
     decoder = base_back.load_bundled("image_cache")
+    require_unlinked(image_cache / "pack")
     rule = preprocessing.resizing()
     try:
         return decoder.open_images(images.paths, images.contents, rule, image_cache, threads=threads)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.core.array_archives import ArrayHeader, physical_memory
 from utils.core.artifacts import read_arrays
 from utils.core.errors import UserError
 from utils.numeric.metrics import SIGN_TOLERANCE, SUM_TOLERANCE, clipped_log
@@ -28,6 +29,10 @@ KINDS = {
     "classes": "U" + WHOLE_NUMBERS,
 }
 """The kinds of values that each array may hold, as NumPy's `dtype.kind`."""
+MAX_COLUMNS = 32_768  # ImageNet-21k has 21,841 classes
+MAX_TEXT = 4096  # characters of a sample id or a class, as of a path
+MAX_EMBEDDING = 65_536  # numbers of an embedding
+MEMORY_FRACTION = 4  # one file may take a quarter of the machine's memory, with the copies that are made of it
 
 
 class _InvalidArraysError(Exception):
@@ -63,11 +68,48 @@ def read(
     repeated sample id, labels without a column, values that are not finite, and probabilities that do not sum to 1
     within `sum_tolerance`.
     """
-    arrays = read_arrays(path, remedy=remedy)
+    arrays = read_arrays(path, remedy=remedy, check=_require_moderate)
     try:
         return _checked({key: arrays[key] for key in KINDS if key in arrays}, needs, sum_tolerance)
     except _InvalidArraysError as error:
         raise UserError(f"{path}: {what} refused: {error}. {remedy}") from error
+
+
+def memory_needed(headers: Mapping[str, ArrayHeader]) -> int:
+    """Bytes that a file's arrays take while it is read and matched, with the copies that are made of them."""
+    copies = {"logits": 16, "probabilities": 40, "embeddings": 8}  # bytes of one value in further arrays
+    needed = 0
+    for key, header in headers.items():
+        if key in ("sample_ids", "classes"):  # in the file, sorted, aligned, and as text of Python's
+            needed += header.size * (4 * header.dtype.itemsize + 128)
+        elif key in KINDS:
+            needed += header.size * (header.dtype.itemsize + copies.get(key, 16))
+    return needed
+
+
+def memory_limit() -> int:
+    """Bytes that one file may take, with the copies that are made of it."""
+    return physical_memory() // MEMORY_FRACTION
+
+
+def _require_moderate(headers: Mapping[str, ArrayHeader]) -> list[str]:
+    """The arrays to read. Raises ValueError for more columns, wider text or more memory than predictions have."""
+    for key, header in headers.items():
+        if key not in KINDS:
+            continue
+        width = header.shape[1] if len(header.shape) > 1 else 0
+        most = MAX_EMBEDDING if key == "embeddings" else MAX_COLUMNS
+        if width > most:
+            raise ValueError(f"{key} of {width:,} columns; expected at most {most:,}")
+        if header.dtype.kind == "U" and header.dtype.itemsize > 4 * MAX_TEXT:
+            raise ValueError(f"{key} of {header.dtype.itemsize // 4:,} characters each; expected at most {MAX_TEXT:,}")
+    needed, limit = memory_needed(headers), memory_limit()
+    if needed > limit:
+        raise ValueError(
+            f"its arrays take {needed / 1e9:.1f} GB with the copies that are made of them, more than "
+            f"{limit / 1e9:.1f} GB, a quarter of this machine's memory"
+        )
+    return [key for key in headers if key in KINDS]
 
 
 def _checked(arrays: Mapping[str, np.ndarray], needs: Sequence[str], sum_tolerance: float) -> Predictions:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from utils import base_back
+from utils.predictions import grouping
 from utils.predictions.store import Store
 
 
@@ -19,17 +20,16 @@ def row_groups(store: Store, keys: Iterable[tuple[str, str]]) -> np.ndarray | No
     A group may have rows of several splits. Without images no two rows are known to be equal.
     """
     rows = list(keys)
-    grouping = base_back.load_bundled("samples")
-    recorded = grouping.recorded_groups(store.workspace.split_dir)
+    recorded = base_back.load_bundled("samples").recorded_groups(store.workspace.split_dir)
     content_of: dict[tuple[str, str], str] = {}
     for split in dict.fromkeys(split for split, _ in rows) if store.catalog.has_images else ():
         images = store.images(split)
         pairs = zip(images.sample_ids, images.contents, strict=True)
         content_of |= {(split, sample_id): content for sample_id, content in pairs}
-    groups: np.ndarray = grouping.group_indices(
+    groups = grouping.group_indices(
+        store,
         [sample_id for _, sample_id in rows],
         [content_of.get(key, "/".join(key)) for key in rows],
-        store.config.dataset.group_regex,
         [recorded.get(split, {}).get(sample_id) for split, sample_id in rows],
     )
     return groups if len(np.unique(groups)) < len(groups) else None

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from utils.core.artifacts import (
 )
 from utils.core.config import Config
 from utils.core.errors import UserError
+from utils.core.links import remove_file, require_unlinked
 from utils.core.parsed_files import array_once, record_once
 from utils.core.workspace import SPLITS, Workspace
 from utils.predictions import image_splits, out_of_fold, training_data
@@ -249,7 +251,7 @@ class Store:
     def write_imported(self, member: Member, rows: MemberRows, embeddings: np.ndarray | None) -> None:
         """Store rows of an imported member, sorted by id, and their embeddings (N, D); the record is written last."""
         folder = self.workspace.predictions(member.name, rows.split)
-        (folder / "record.json").unlink(missing_ok=True)
+        remove_file(folder / "record.json")
         write_array(folder / "logits.npy", rows.logits)
         if embeddings is not None:
             write_array(self.workspace.embeddings(member.name, rows.split), embeddings)
@@ -261,14 +263,23 @@ class Store:
         write_arrays(self.workspace.oof(name), {**arrays, "key": np.array(self._oof_key(oof))})
 
     def remove_member(self, name: str) -> None:
-        """Remove everything that is stored for a member, records first."""
+        """Remove everything that is stored for a member, records first. Raises UserError for files behind a link."""
+        for path in self._files(name):
+            remove_file(path)
+
+    def require_own_files(self, name: str) -> None:
+        """Raise UserError where a symbolic link leads to a folder of a member, which must not be changed."""
+        for path in self._files(name):
+            require_unlinked(path)
+
+    def _files(self, name: str) -> list[Path]:
+        """What may be stored for a member, records before what they describe."""
+        files = []
         for split in SPLITS:
             folder = self.workspace.predictions(name, split)
-            for path in (folder / "record.json", *(folder / f"{array}.npy" for array in ARRAYS)):
-                path.unlink(missing_ok=True)
-            self.workspace.embeddings_record(name, split).unlink(missing_ok=True)
-            self.workspace.embeddings(name, split).unlink(missing_ok=True)
-        self.workspace.oof(name).unlink(missing_ok=True)
+            files += [folder / "record.json", *(folder / f"{array}.npy" for array in ARRAYS)]
+            files += [self.workspace.embeddings_record(name, split), self.workspace.embeddings(name, split)]
+        return [*files, self.workspace.oof(name)]
 
     def _images_digest(self, split: str) -> str | None:
         return self.catalog.splits[split]["digest"] if self.catalog.has_images else None

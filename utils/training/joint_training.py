@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from utils import base_back
 from utils.core.artifacts import read_record, write_json
 from utils.core.errors import UserError
+from utils.core.links import require_unlinked
 from utils.networks import training_memory
 from utils.networks.memory import out_of_memory
 from utils.numeric.metrics import accuracy, log_loss
@@ -132,6 +133,7 @@ class _JointTraining:
 
     def begin(self, budget: int, batch_size: int) -> None:
         """Start from the beginning; measure how many networks train at once."""
+        require_unlinked(self.folder / "state.json")
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         step_bytes, recomputed, threads = {}, [], []

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from utils.core.artifacts import replacing
+from utils.core.links import remove_file
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -61,7 +62,7 @@ class TrainingProgress:
         if problem is None:
             return record
         logger.warning("%s %s; it is removed and this training starts from the beginning", self.path, problem)
-        self.path.unlink(missing_ok=True)
+        remove_file(self.path)
         return None
 
     def is_due(self) -> bool:

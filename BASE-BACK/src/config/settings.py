@@ -163,7 +163,7 @@ def _group_regex(name: str) -> str | None:
     def convert(text: str) -> str:
         try:
             groups = re.compile(text).groups
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError from error
         if groups != 1:
             raise ValueError

@@ -6,6 +6,8 @@ named `.png` would be run by Ghostscript.
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -17,8 +19,10 @@ def open_image(path: str | Path) -> Image.Image:
     """Open an image file; pixels are decoded when they are asked for.
 
     Raises UnidentifiedImageError, an OSError, for a file in none of the formats; it names the format of the file
-    where Pillow knows it.
+    where Pillow knows it. Raises OSError for what is no regular file, which could block for ever.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "a folder, a FIFO or a device; expected a regular file", str(path))
     try:
         return Image.open(path, formats=FORMATS)
     except UnidentifiedImageError as error:

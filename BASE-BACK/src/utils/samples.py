@@ -7,7 +7,6 @@ works beside the pipeline lists and deals out images by the same code.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .files import read_json
+from .patterns import captured
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 MANIFEST = "split_manifest.json"
@@ -151,7 +151,7 @@ def group_indices(
     """Group of each row, int64 (N,): rows of equal content or of an equal group name never part.
 
     A row's group names are what `group_regex` captures in the file name and its entry of `names`, the recorded groups;
-    a file that has neither stands alone.
+    a file that has neither stands alone. Raises ValueError for an expression whose search does not end.
     """
     parent = list(range(len(sample_ids)))
 
@@ -162,12 +162,12 @@ def group_indices(
         return index
 
     first: dict[tuple[str, str], int] = {}
-    pattern = re.compile(group_regex) if group_regex else None
-    for index, (sample_id, content) in enumerate(zip(sample_ids, contents, strict=True)):
+    file_names = [sample_id.rsplit("/", 1)[-1] for sample_id in sample_ids]
+    found = captured(group_regex, file_names) if group_regex else [None] * len(file_names)
+    for index, (group, content) in enumerate(zip(found, contents, strict=True)):
         keys = [("content", content)]
-        match = pattern.search(sample_id.rsplit("/", 1)[-1]) if pattern else None
-        if match and match.group(1) is not None:
-            keys.append(("group", match.group(1)))
+        if group is not None:
+            keys.append(("group", group))
         if names is not None and (name := names[index]) is not None:
             keys.append(("recorded", name))
         for key in keys:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from export_runs import folder_of, run
 from finished_workspace import CONFIG, at
 from in_process import run as command_line
 
-from utils.building import build_commands
+from utils.building import build_commands, ensembles
+from utils.combiners.convex_pool import ConvexPool
 from utils.core.artifacts import read_json
 from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.discovery import import_predictions
+from utils.meta_methods import FuserInput, MetaFuserCombiner
+from utils.predictions import catalog
 
 SET = (
     "runs.stacking={enable: true, meta_learners: [xgb]}",
@@ -71,3 +76,56 @@ def test_an_ensemble_of_imported_members_exports_its_combiner_alone(tmp_path):
     assert [(given.name, given.shape) for given in session.get_inputs()] == [("member_logits", ["batch", 2, 3])]
     with pytest.raises(UserError, match="imported predictions and no network to export"):
         run(base, "forest")
+
+
+CONVEX = (
+    *("runs.stacking={enable: true, meta_learners: [lr]}", "runs.meta_fuser.enable=true", "runs.moe.enable=true"),
+    *("runs.meta_fuser.fuser_type=convex", "runs.meta_fuser.input_ensembles=all", "exports.enable=true"),
+    *("pruning.enable=true", "pruning.methods=[greedy_forward]", "pruning.target_size=2", "runs.moe.epochs=2"),
+)
+
+
+@pytest.mark.slow
+def test_a_convex_fuser_is_one_graph_without_the_networks_of_inputs_without_weight(own_copy):
+    """Built, evaluated, predicted, exported and taught by the commands; then without an input that has a member."""
+    workspace, options = at(own_copy), ("--config", CONFIG, "--quiet", *(w for v in CONVEX for w in ("--set", v)))
+    for command in ("build-ensemble", "stack", "fusion-train", "meta-fuse", "evaluate"):
+        done = command_line(command, *options, "--json", workspace=own_copy)
+        assert done.code == 0, done.stderr
+    entry = read_json(workspace.ensemble_metrics("meta_fuser", "test"), remedy="")
+    assert entry["latency_ms"]["batch_1"]["p50"] > 0
+    teach = ("--set", "distillation.teacher=meta_fuser", "--set", "distillation.student=CustomRegNet")
+    quick = ("--set", "distillation.enable=true", "--set", "distillation.epochs=1")
+    taught = command_line("distill", *options, *teach, *quick, workspace=own_copy)
+    assert taught.code == 0, taught.stderr
+    export = ("export", *options, "--model-name", "meta_fuser", "--formats", "torchscript", "onnx", "--json")
+    assert_exact(command_line(*export, workspace=own_copy))
+    pruned, voting = (ensembles.load(workspace, name) for name in ("pruned_greedy_forward", "soft_voting_ensemble"))
+    fused = ensembles.load(workspace, "meta_fuser")
+    names = voting.members
+    inputs = [
+        FuserInput(each.method, each.combiner, np.array([names.index(name) for name in each.members]), name=each.name)
+        for each in (pruned, voting)
+    ]
+    sizes = {}
+    for weight in (0.5, 0.0):
+        pool = ConvexPool(weights=np.array([1 - weight, weight]), temperature=0.8, member_temperatures=np.ones(2))
+        fuser = MetaFuserCombiner(inputs, pool, "convex", uniform_weight=0.001)
+        used = fuser.used(len(names))
+        members = tuple(name for name, needed in zip(names, used, strict=True) if needed)
+        again = replace(fused, members=members, combiner=fuser.restricted(used), inputs_digest=f"by hand {weight}")
+        record = ensembles.record_of(workspace, "meta_fuser")
+        ensembles.save(workspace, again, ensembles.load_crossfit(workspace, "meta_fuser"), record)
+        assert_exact(command_line(*export, "--force", workspace=own_copy))
+        graph = onnx.load(folder_of(own_copy, "meta_fuser") / "onnx" / "meta_fuser.onnx").graph
+        sizes[weight] = sum(int(np.prod(tensor.dims)) for tensor in graph.initializer)
+    (dropped,) = set(names) - set(pruned.members)
+    checkpoint = workspace.base / catalog.read(workspace).members[dropped].checkpoints[0]["path"]
+    assert sizes[0.5] - sizes[0.0] == pytest.approx(checkpoint.stat().st_size / 4, rel=0.25)  # of float32 numbers
+
+
+def assert_exact(done):
+    """The exported files answer as the ensemble does."""
+    assert done.code == 0, done.stderr
+    for kind in ("torchscript", "onnx"):
+        assert done.document["formats"][kind]["parity"]["max_abs_diff"] < 1e-4

@@ -44,7 +44,13 @@ def test_every_part_is_there_when_all_is_measured(synthetic):
     page = page_of(synthetic)
     for words in (
         *("Use ensemble_00: lowest log-loss on honest rows", "Compared with the best single model (Custom00): +1.0"),
-        *("the difference is not significant", "McNemar's exact p 0.2", "3 rows left out", "Ordered by log loss"),
+        *("the difference is not significant", "p 0.2 by McNemar's exact test", "3 rows left out"),
+        "Ordered by log loss",
+            "the difference is not significant",
+            "p 0.2 by McNemar's exact test",
+            "3 rows left out",
+            "Ordered by log loss",
+        ),
         *("A confidence threshold of", "LAC", "APS", "91.0 %", "[86.0, 94.0]", "OOD score than 95 %"),
         *("before the temperature", "Confident errors", "Largest disagreement", "Likely mislabelled", "cpu, 2 threads"),
         *("held out", "25.0 %", "does not beat log_linear_pool", "Error correlation"),

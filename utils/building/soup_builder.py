@@ -408,6 +408,6 @@ def _words(part: Mapping[str, Any], metric: str) -> str:
     if list(part["shares"]) == [best]:
         return f"{part['words']}: nothing is gained by averaging"
     figures = f"{metric} {gain['score']:+.4f}, log-loss {gain['log_loss']:+.4f}"
-    harms = part.get("harms", not part["helps"])  # records of before that was written
+    harms = part.get("harms", False)  # not in records of earlier versions
     words = "is better than" if part["helps"] else "is worse than" if harms else f"{CANNOT_TELL} from"
     return f"{part['words']}{anew}: {words} {best} on the val rows that chose it ({figures})"

@@ -6,18 +6,21 @@ Steps
     the evaluated rows, and latencies that were never measured, are made while inputs are gathered, and stored.
 
 Intervals
-    2,000 stratified bootstrap samples are rows of counts, so that every metric of every sample is a matrix product;
-    whole groups are drawn if `dataset.group_regex` or equal images form groups. All models are scored on the same
-    samples, so differences are paired. Intervals are percentiles, with three exceptions: an accuracy of 1 or 0 has
-    its exact binomial bound; calibration errors, which resampling inflates, are reflected; areas under curves use the
-    influence of each row (DeLong et al. 1988). McNemar's test is exact; Holm's correction covers all ranked models.
+    Rows of one group (`dataset.group_regex`, groups of a manifest, equal images) are not independent: losses are summed
+    by group before any standard error, and tests exchange whole groups. Accuracies have Wilson's interval, mean losses
+    a t interval corrected for skewness, paired differences of accuracies that of Bonett and Price. F1, precision,
+    recall and areas under curves have Wilson's interval for as many rows as give the variance of 2,000 stratified
+    bootstrap samples (rows of counts, so that every metric of every sample is a matrix product); calibration errors,
+    which resampling inflates, are reflected. Where rows, groups, errors or rows of a class are too few, an interval is
+    left out with a note. McNemar's test, and the sign-flip test of groups, are exact; Holm's correction covers all
+    ranked models.
 
 Conformal sets and abstention
     A set holds the classes whose score is at most `threshold` (LAC: 1 - p; APS: the summed probability of the classes
-    at least as probable, without randomisation) and always the most probable class. Thresholds come from the
-    validation rows of `crossfit.npz`. `selective.threshold` is the lowest confidence above which validation rows meet
-    the target selective risk. The validation split chose the members' epochs, which makes thresholds slightly
-    optimistic.
+    at least as probable; RAPS: APS with a random part that the image's content decides, and a penalty) and always the
+    most probable class. Thresholds come from the validation rows of `crossfit.npz`; with groups each group has the same
+    weight. `selective.threshold` keeps the target selective risk with 95 % confidence, by fixed-sequence testing. The
+    validation split chose the members' epochs, which makes thresholds slightly optimistic.
 
 Latency
     The sum of the members' networks, run one after another, and the combiner, from `latency.json`. The p95 is the sum

@@ -10,7 +10,7 @@ import pytest
 from utils.building.recommendation import Candidate, recommend, recommend_among
 from utils.building.selection_rule import RowUnits
 from utils.core.errors import LeakageError, UserError
-from utils.numeric.means import mean_interval
+from utils.numeric.means import mean_interval, paired_interval
 from utils.predictions.catalog import Catalog, Member, is_chosen_on_val
 
 RNG = np.random.default_rng(0)
@@ -82,7 +82,7 @@ def test_rows_of_a_group_count_once_for_the_fast_one():
 def test_the_score_after_selection_is_unbiased_where_the_lowest_is_too_good():
     """20 equal candidates: the lowest of them looks better than any is, and the rule's own score does not."""
     rng = np.random.default_rng(3)
-    own, after = [], []
+    own, after, held = [], [], 0
     keys = tuple(("train", f"{n:03d}") for n in range(100))
     fold_of = {key: row % 5 for row, key in enumerate(keys)}
     for _ in range(100):
@@ -91,9 +91,12 @@ def test_the_score_after_selection_is_unbiased_where_the_lowest_is_too_good():
         evidence = recommend(found, RowUnits(fold_of, {}))["evidence"]
         own.append(evidence["log_loss"])
         after.append(evidence["after_selection"]["log_loss"])
+        low, high = evidence["after_selection"]["log_loss_ci95"]
+        held += low <= 0.5 <= high
     standard_error = np.std(after) / 10
     assert abs(np.mean(after) - 0.5) < 2.5 * standard_error
     assert np.mean(own) < 0.5 - 10 * standard_error
+    assert held >= 92
 
 
 def test_what_val_has_chosen_is_not_recommended_without_out_of_fold_rows_either():
@@ -154,7 +157,7 @@ def test_val_only_candidates_must_be_clearly_better():
         Candidate(f"b{n}", "ensemble", "fusion", keys, BASE[100:] + 0.2 - gain, np.ones(100, bool))
         for n, gain in enumerate(drawn)
     ]
-    assert any(mean_interval(gain)[0] > 0 for gain in drawn)  # by chance one of 20 looks clearly better
+    assert any(paired_interval(gain)[0] > 0 for gain in drawn)  # by chance one of 20 looks clearly better
     assert recommend([voting, *many])["name"] == "soft_voting_ensemble"
     single = Candidate("b", "ensemble", "fusion", keys[:1], np.zeros(1), np.ones(1, dtype=bool))
     assert recommend([voting, single])["name"] == "soft_voting_ensemble"  # one row shows no spread

@@ -17,7 +17,7 @@ from utils.core.errors import ConfigError, UserError
 from utils.evaluation import plots
 from utils.evaluation.evaluate import evaluate
 from utils.numeric import proportions, statistics
-from utils.numeric.means import mean_interval
+from utils.numeric.means import paired_interval
 from utils.numeric.metric_intervals import metric_intervals
 from utils.numeric.metrics import METRICS, log_loss_per_row, softmax
 from utils.predictions import catalog
@@ -103,7 +103,7 @@ def test_comparisons_are_paired_on_the_same_rows(evaluated):
     assert found["test"] == "mcnemar"
     assert found["p_value"] == found["mcnemar_p"]
     assert tuple(found["delta_ci95"]) == proportions.difference_interval(hits, others)
-    assert tuple(found["delta_log_loss_ci95"]) == pytest.approx(mean_interval(losses))
+    assert tuple(found["delta_log_loss_ci95"]) == pytest.approx(paired_interval(losses))
     own = record(evaluated, best)
     assert own["vs_best_single"] is None
     assert best in own["notes"]["vs_best_single"]

@@ -12,8 +12,9 @@ from utils.combiners.protocol import Combiner, MemberFacts, fit_crossfitted
 from utils.combiners.weighting import WeightedPool
 from utils.core.config import Config
 from utils.ensemble_methods import COMBINERS
-from utils.numeric.means import MIN_UNITS, mean_interval
+from utils.numeric.means import LEVEL, MIN_UNITS, paired_interval
 from utils.numeric.metrics import log_loss_per_row, softmax
+from utils.numeric.paired_comparison import CANNOT_TELL
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,14 @@ def compare(baselines: Baselines, losses: np.ndarray) -> dict[str, Any]:
     """Compare a learned combiner's losses (N,) with the baselines': `{guards, beats_guards, verdict}`, JSON-ready.
 
     Every gain is a mean paired difference with its 95 % interval over rows, or over groups of them. The combiner beats
-    the baselines when the interval of its gain over the best of them lies above 0, and cannot be told apart from it
-    where the interval contains 0. Where rows or groups are too few for one, `beats_guards` is None.
+    the baselines when the interval of each gain lies above 0. It is worse than the best of them when the interval of
+    that gain lies below 0 with Bonferroni's correction, since the best is the best of several. Otherwise they cannot be
+    told apart. Where rows or groups are too few for an interval, `beats_guards` is None.
     """
     comparisons: dict[str, dict[str, Any]] = {}
     for name, of_baseline in baselines.losses.items():
         gain = of_baseline - losses
-        interval = mean_interval(gain, baselines.groups)
+        interval = paired_interval(gain, baselines.groups)
         comparisons[name] = {
             "log_loss": float(of_baseline.mean()),
             "gain": float(gain.mean()),
@@ -79,7 +81,12 @@ def compare(baselines: Baselines, losses: np.ndarray) -> dict[str, Any]:
         beats = None
         words, bounds = "is not tested against", f" (an interval needs {MIN_UNITS} rows or groups)"
     else:
-        beats, bounds = interval[0] > 0, f" [{interval[0]:+.4f}, {interval[1]:+.4f}]"
-        words = "beats" if beats else "is worse than" if interval[1] < 0 else "cannot be told apart from"
+        beats = all(entry["gain_ci95"][0] > 0 for entry in comparisons.values())
+        corrected = paired_interval(
+            baselines.losses[best] - losses, baselines.groups, level=1 - (1 - LEVEL) / len(comparisons)
+        )
+        is_worse = corrected is not None and corrected[1] < 0
+        words = "beats" if beats else "is worse than" if is_worse else f"{CANNOT_TELL} from"
+        bounds = f" [{interval[0]:+.4f}, {interval[1]:+.4f}]"
     verdict = f"{words} {label}, the best of the simple combinations: {figures}{bounds}"
     return {"guards": comparisons, "best_single": baselines.best_single, "beats_guards": beats, "verdict": verdict}

@@ -18,7 +18,7 @@ from utils.building.sparse_timing import Stopwatch
 from utils.combiners.protocol import Combiner, MemberFacts, fit_crossfitted
 from utils.combiners.routing import routed_members
 from utils.moe_methods import COMBINERS, CascadeCombiner, MixtureOfExperts
-from utils.numeric.means import mean_interval
+from utils.numeric.means import paired_interval
 from utils.numeric.metrics import log_loss_per_row, softmax
 from utils.predictions import catalog, streaming
 from utils.predictions.catalog import Member
@@ -163,7 +163,7 @@ class _Comparison:
         hits = [(values.argmax(axis=1) == labels).astype(float) for values in (other, combiner)]
         scores: dict[str, Any] = {"log_loss": float(losses[0].mean()), "accuracy": float(hits[0].mean())}
         for name, gain in (("log_loss_gain", losses[0] - losses[1]), ("accuracy_gain", hits[1] - hits[0])):
-            interval = mean_interval(gain, groups)
+            interval = paired_interval(gain, groups)
             scores |= {name: float(gain.mean()), f"{name}_ci95": None if interval is None else list(interval)}
         return scores
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from utils.building import ensembles
 from utils.building.ensembles import Crossfit, Ensemble
-from utils.building.selection_rule import Key, RowUnits, after_selection, nearest_by_cost
+from utils.building.selection_rule import Key, RowUnits, after_selection, nearest_by_cost, selection_widening
 from utils.core.errors import LeakageError, UserError
-from utils.numeric.means import LEVEL, MIN_ERRORS, mean_interval
+from utils.numeric.means import LEVEL, MIN_ERRORS, mean_interval, paired_interval
 from utils.numeric.metrics import log_loss_per_row, softmax
 from utils.predictions import training_data
 from utils.predictions.catalog import Catalog, Member, is_chosen_on_val
@@ -86,7 +86,9 @@ def recommend(
         "rows": "oof+val" if on_train else "val",
         "n": len(shared),
         **_scores(losses[index], hits[index], groups),
-        "after_selection": _scores(*after_selection(losses, hits, folds), groups),
+        "after_selection": _scores(
+            *after_selection(losses, hits, folds), groups, widening=selection_widening(losses, folds, groups)
+        ),
     }
     notes = [] if on_train else [VAL_ALONE]
     if winner.chosen_on_val:
@@ -133,18 +135,21 @@ def _val_only_challenger(
         if not rows:
             continue
         gain = _on(winner, winner.losses, rows) - _on(challenger, challenger.losses, rows)
-        bounds = mean_interval(gain, units.groups_of(rows), level=1 - (1 - LEVEL) / len(others))
+        bounds = paired_interval(gain, units.groups_of(rows), level=1 - (1 - LEVEL) / len(others))
         if bounds is not None and bounds[0] > 0:
             clear[challenger.name] = float(gain.mean()), challenger
     return max(clear.values(), key=lambda entry: (entry[0], entry[1].name))[1] if clear else None
 
 
-def _scores(losses: np.ndarray, hits: np.ndarray, groups: np.ndarray | None) -> dict[str, Any]:
+def _scores(
+    losses: np.ndarray, hits: np.ndarray, groups: np.ndarray | None, *, widening: float = 1.0
+) -> dict[str, Any]:
     """`{log_loss, log_loss_ci95, accuracy}`; the interval is None where rows, groups or errors are too few for one."""
     bounds = mean_interval(losses, groups) if (~hits).sum() >= MIN_ERRORS else None
+    mean = float(losses.mean())
     return {
-        "log_loss": float(losses.mean()),
-        "log_loss_ci95": None if bounds is None else list(bounds),
+        "log_loss": mean,
+        "log_loss_ci95": None if bounds is None else [mean + widening * (bound - mean) for bound in bounds],
         "accuracy": float(hits.mean()),
     }
 

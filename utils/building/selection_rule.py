@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.numeric.means import is_within_one_standard_error
+from utils.numeric.means import is_within_one_standard_error, standard_error, unit_indices
 
 FOLDS = 5
+REPLICATES = 300
+"""Bootstrap samples of the selection."""
 Key = tuple[str, str]
 """(split, sample id)"""
 
@@ -52,6 +54,33 @@ def after_selection(losses: np.ndarray, hits: np.ndarray, folds: np.ndarray) -> 
         chosen[inside] = losses[:, others].mean(axis=1).argmin()
     rows = np.arange(len(folds))
     return losses[chosen, rows], hits[chosen, rows]
+
+
+def selection_widening(losses: np.ndarray, folds: np.ndarray, groups: np.ndarray | None) -> float:
+    """By how much selection widens the interval of the score of `after_selection`, at least 1.
+
+    Folds select by rows that they share, so that near-equal candidates raise the variance of the mean above that of
+    independent rows. It is measured by repeating the selection on bootstrap samples of rows or groups (N,); half of the
+    excess counts, since differences of candidates vary twice as much in a sample of a sample.
+    """
+    units = unit_indices(len(folds), groups)
+    chosen, _ = after_selection(losses, np.zeros(losses.shape, dtype=bool), folds)
+    plain = standard_error(chosen, groups)
+    if plain <= 0 or len(np.unique(folds)) < 2:
+        return 1.0
+    n_units = int(units.max()) + 1
+    random = np.random.default_rng(0)
+    sums, counts = [], []
+    drawn = random.multinomial(n_units, np.full(n_units, 1 / n_units), REPLICATES)
+    for fold in np.unique(folds):
+        inside = folds == fold
+        weights = drawn[:, units[inside]].astype(np.float64)
+        sums.append(weights @ losses[:, inside].T)
+        counts.append(weights.sum(axis=1))
+    of_fold, rows = np.stack(sums, axis=1), np.stack(counts, axis=1)
+    lowest = (of_fold.sum(axis=1, keepdims=True) - of_fold).argmin(axis=2)
+    scores = np.take_along_axis(of_fold, lowest[:, :, None], axis=2).sum(axis=(1, 2)) / rows.sum(axis=1)
+    return float(np.sqrt(1 + max(0.0, (scores.std() / plain) ** 2 - 1) / 2))
 
 
 def nearest_by_cost(

@@ -8,7 +8,7 @@ Steps
 Intervals
     Rows of one group (`dataset.group_regex`, groups of a manifest, equal images) are not independent: losses are summed
     by group before any standard error, and tests exchange whole groups. Accuracies have Wilson's interval, mean losses
-    a t interval corrected for skewness, paired differences of accuracies that of Bonett and Price. F1, precision,
+    a t interval corrected for skewness, paired differences of accuracies that of Agresti and Min. F1, precision,
     recall and areas under curves have Wilson's interval for as many rows as give the variance of 2,000 stratified
     bootstrap samples (rows of counts, so that every metric of every sample is a matrix product); calibration errors,
     which resampling inflates, are reflected. Where rows, groups, errors or rows of a class are too few, an interval is

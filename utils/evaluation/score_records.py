@@ -20,7 +20,7 @@ from utils.evaluation.evaluation_inputs import EvaluationInputs
 from utils.evaluation.scoring import ScoredModel
 from utils.numeric import proportions, selective, uncertainty
 from utils.numeric.calibration_chance import chance_ece
-from utils.numeric.means import MIN_ERRORS, MIN_UNITS, count_units, mean_interval
+from utils.numeric.means import MIN_ERRORS, MIN_UNITS, count_units, mean_interval, paired_interval
 from utils.numeric.metric_intervals import metric_intervals
 from utils.numeric.metrics import log_loss_per_row, point_metrics, softmax
 from utils.numeric.statistics import REPLICATES, Floats, bootstrap_metrics
@@ -201,7 +201,7 @@ def _compared(model: ScoredModel, reference: ScoredModel | None, context: Evalua
         "delta_accuracy": float(hits.mean() - reference_hits.mean()),
         "delta_ci95": _as_list(proportions.difference_interval(hits, reference_hits, groups)),
         "delta_log_loss": float((losses - reference_losses).mean()),
-        "delta_log_loss_ci95": _as_list(mean_interval(losses - reference_losses, groups)),
+        "delta_log_loss_ci95": _as_list(paired_interval(losses - reference_losses, groups)),
         "test": "mcnemar" if groups is None else "sign_flip",
         "p_value": p_value,
         "mcnemar_p": p_value if groups is None else None,

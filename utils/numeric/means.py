@@ -78,6 +78,24 @@ def mean_interval(
     return mean - error * _unskewed(t, skewness), mean - error * _unskewed(-t, skewness)
 
 
+def paired_interval(
+    differences: ArrayLike, groups: ArrayLike | None = None, *, level: float = LEVEL
+) -> tuple[float, float] | None:
+    """Return the interval of the mean of paired differences (N,) by Student's t over rows or groups (N,).
+
+    Differences of two models have heavy tails on both sides; a correction for the skewness of a sample would be noise.
+    None for fewer than `MIN_UNITS` rows or groups.
+    """
+    from scipy.special import stdtrit
+
+    numbers = np.asarray(differences, dtype=np.float64)
+    units = count_units(len(numbers), groups)
+    if units < MIN_UNITS:
+        return None
+    mean, half = float(numbers.mean()), float(stdtrit(units - 1, (1 + level) / 2)) * standard_error(numbers, groups)
+    return mean - half, mean + half
+
+
 def _unskewed(quantile: float, skewness: float) -> float:
     """Return x with x + s x^2 / 3 + s^2 x^3 / 27 + s / 6 = quantile, the inverse of Hall's transformation."""
     if abs(skewness) < SMALLEST_SKEWNESS:

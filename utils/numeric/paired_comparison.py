@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from utils.numeric.means import LEVEL, mean_interval
+from utils.numeric.means import LEVEL, paired_interval
 from utils.numeric.metrics import log_loss_per_row
 from utils.numeric.proportions import difference_interval
 
@@ -67,7 +67,7 @@ def compare_losses(
         float(first.mean() - second.mean()),
         difference_interval(first, second, groups, level=level),
         float(gains.mean()),
-        mean_interval(gains, groups, level=level),
+        paired_interval(gains, groups, level=level),
     )
 
 

@@ -51,8 +51,8 @@ def difference_interval(
 ) -> tuple[float, float] | None:
     """Return the interval of the difference of two accuracies on the same rows, `hits` less `others` (N,).
 
-    It is Wald's with one row added to either count of discordant rows (Bonett and Price 2012), so that it has a width
-    where no row differs. With groups, counts are divided by the design effect of the difference. None for fewer than
+    It is Wald's with half a row added to each of the four counts (Agresti and Min 2005), so that it has a width where
+    no row differs. With groups, counts are divided by the design effect of the difference. None for fewer than
     `MIN_UNITS` rows or groups.
     """
     from scipy.special import stdtrit
@@ -65,7 +65,7 @@ def difference_interval(
     rows, first, second = (
         count / effect for count in (len(differences), (differences > 0).sum(), (differences < 0).sum())
     )
-    p_first, p_second = (first + 1) / (rows + 2), (second + 1) / (rows + 2)
+    p_first, p_second = (first + 0.5) / (rows + 2), (second + 0.5) / (rows + 2)
     difference = p_first - p_second
     z = _quantile(level) if groups is None else float(stdtrit(units - 1, (1 + level) / 2))
     half = z * float(np.sqrt((p_first + p_second - difference**2) / (rows + 2)))

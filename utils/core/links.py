@@ -28,7 +28,7 @@ def require_unlinked(path: Path) -> None:
 
     A file that is a link itself is replaced, which writes nothing behind it.
     """
-    roots = [Path(root) for variable in ROOTS if (root := os.environ.get(variable))]
+    roots = [Path(value) for variable in ROOTS if (value := os.environ.get(variable))]
     for root in (root for root in roots if path.is_relative_to(root)):
         for folder in path.parents[: len(path.relative_to(root).parts) - 1]:
             require_no_symlink(folder)

@@ -39,7 +39,8 @@ def problem_of(value: Any, form: Form, where: str = "") -> str | None:
     if isinstance(form, Each):
         if not isinstance(value, form.container):
             return _differs(value, form.container, where)
-        items = value.items() if isinstance(value, dict) else enumerate(value)
+        values: Any = value  # a list, where it is no object
+        items = value.items() if isinstance(value, dict) else enumerate(values)
         return _first(
             problem_of(item, form.form, _below(where, key))
             for key, item in items

@@ -11,7 +11,7 @@ from utils.core.errors import UserError
 
 
 @contextmanager
-def library_defaults(settings: Mapping[str, Any] = MappingProxyType({})) -> Iterator[None]:
+def library_defaults(settings: Mapping[Any, Any] = MappingProxyType({})) -> Iterator[None]:
     """Draw within the block under matplotlib's defaults and `settings`; afterwards all is as before.
 
     Raises UserError where matplotlib cannot be imported, which a damaged `matplotlibrc` prevents.

@@ -21,8 +21,14 @@ class Ledger:
 
     def __init__(self) -> None:
         self.path = settings.CKPT_DIR / ".recovery_state.json"
-        state = read_json(self.path) or {}
+        state = read_json(self.path, units=dict, results=dict, completed_backbones=list) or {}
         self.units: dict[str, dict[str, Any]] = state.get("units", {})
+        for name, entry in self.units.items():
+            if not _is_entry(entry):
+                raise ValueError(
+                    f"{self.path}: damaged, its unit {name!r} is not what this pipeline writes; remove the file and "
+                    "run the pipeline again, which trains anew"
+                )
         self._foreign = {key: value for key, value in state.items() if key != "units"}
         # What another pipeline has trained in this workspace stays in its state.
         trained_here = {name.split(" ")[0] for name in self.units if name.endswith(" train")}
@@ -92,6 +98,15 @@ def kfold_summary(accuracies: list[float]) -> dict[str, float]:
     mean = sum(accuracies) / len(accuracies)
     variance = sum((accuracy - mean) ** 2 for accuracy in accuracies) / len(accuracies)
     return {"mean": mean, "std": variance**0.5}
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether a unit has a digest, seconds, a result, and files with three facts each."""
+    kinds = {"digest": str, "seconds": (int, float), "result": dict, "files": dict}
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
+        return False
+    files = entry["files"]
+    return all(isinstance(facts, list) and len(facts) == 3 for facts in files.values())
 
 
 def _facts(path: Path) -> list[Any]:

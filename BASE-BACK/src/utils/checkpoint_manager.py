@@ -26,7 +26,9 @@ class CheckpointManager:
     def load_pipeline_state(self) -> dict[str, Any]:
         """{completed_backbones, results, timestamp}; an empty one where nothing has been saved."""
         empty: dict[str, Any] = {"completed_backbones": [], "results": {}, "timestamp": None}
-        return empty | (read_json(self.checkpoint_dir / STATE) or {})
+        return empty | (
+            read_json(self.checkpoint_dir / STATE, completed_backbones=list, results=dict, kfold_progress=dict) or {}
+        )
 
     def save_pipeline_state(self, state: dict[str, Any]) -> None:
         """Replace the state, with the present time."""

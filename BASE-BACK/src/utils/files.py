@@ -48,14 +48,25 @@ def write_json(path: Path, record: Any) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """The record in `path`; None when there is no such file; ValueError that names a damaged one."""
+def read_json(path: Path, **kinds: type) -> Any:
+    """The record (an object) in `path`; None when there is no such file.
+
+    `kinds` {key: type of its value, where it is there}. Raises ValueError that names a damaged file.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged JSON ({error}); remove the file and run the pipeline again") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: damaged, it holds no object; remove the file and run the pipeline again")
+    wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key, kind()), kind)]
+    if wrong:
+        raise ValueError(
+            f"{path}: damaged, {wrong[0]} is no {kinds[wrong[0]].__name__}; remove the file and run the pipeline again"
+        )
+    return record
 
 
 def compute_file_sha256(file_path: Path) -> str:

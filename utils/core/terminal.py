@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from contextlib import suppress
 from typing import TextIO
 
 from utils.core.display_text import printable_lines
 from utils.core.errors import UserError
+
+STYLE = re.compile("(\x1b\\[[012]m)")
+"""Bold, faint and plain text, which tables on a terminal use and which do no harm in a name."""
 
 
 def prepare_streams() -> None:
@@ -27,12 +31,12 @@ def prepare_streams() -> None:
 
 
 def write_output(text: str) -> None:
-    """Write a text and a line end to standard output, with control characters written out.
+    """Write a text and a line end to standard output, with control characters but those of `STYLE` written out.
 
     A reader that has gone away, as in `| head`, is no error. Raises UserError where the text cannot be written.
     """
     try:
-        print(printable_lines(text), flush=True)
+        print("".join(map(_shown, STYLE.split(text))), flush=True)
     except BrokenPipeError:
         _discard_output()
     except OSError as error:
@@ -55,6 +59,10 @@ def flush_output() -> None:
         sys.stdout.flush()
     except OSError:
         _discard_output()
+
+
+def _shown(part: str) -> str:
+    return part if STYLE.fullmatch(part) else printable_lines(part)
 
 
 def _discard_output() -> None:

@@ -1,15 +1,16 @@
 """Ensembles of linear heads on pretrained networks beside single heads, their peers and small networks.
 
-    python benchmarks/pretrained.py                        handwritten digits: five seeded splits
+    python benchmarks/pretrained.py                        handwritten digits: five splits
     python benchmarks/pretrained.py --data DIR             photographs, one folder per class
     python benchmarks/pretrained.py --data DIR --finetune  with a fine-tuned EfficientNet-Lite0 as well
     python benchmarks/pretrained.py --data DIR --small     with six small networks from random weights as well
     python benchmarks/pretrained.py --quick                200 digits, one split; not the one to report
 
-Each split (80/10/10, as in the demo) has a workspace of its own: `main.py` fits the heads of `make demo DATA=`, the
-pipeline of `configs/photographs_demo.yaml` combines them, and the recommended ensemble is scored on the test rows. The
-peers read the same rows: scikit-learn's logistic regression on a network's features is fitted on train and val,
-AutoGluon's weighted ensemble (where `.venv-bench` has it, as for `stacking.py`) on the members' out-of-sample
+The test parts are five disjoint stratified folds, so that each image is tested once; a tenth of all images is val, the
+rest train. Each split has a workspace of its own, made from a CSV manifest: `main.py` fits the heads of `make demo
+DATA=`, the pipeline of `configs/photographs_demo.yaml` combines them, and the recommended one is scored on the test
+rows. The peers read the same rows: scikit-learn's logistic regression on a network's features is fitted on train and
+val, AutoGluon's weighted ensemble (where `.venv-bench` has it, as for `stacking.py`) on the members' out-of-sample
 predictions. A split that is there is not repeated. Embeddings are shared by the splits, so that times are those of the
 first. Needs the weights of the extra `pretrained`. The last line of the output is one JSON object.
 """
@@ -17,6 +18,7 @@ first. Needs the weights of the extra `pretrained`. The last line of the output 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import subprocess
@@ -38,6 +40,7 @@ import demo
 
 CONFIG = PROJECT / demo.PHOTOGRAPHS
 SPLITS = 5
+VAL_SHARE = 0.1
 QUICK_IMAGES = 20  # of each digit
 PASS_GOAL, PASS_SECONDS, PASS_BATCH = 1.1, 10.0, 8
 SINGLE = "lite0"  # the member whose head reads the last embedding of one network
@@ -50,7 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run all splits; returns 0, also where a goal is missed."""
     parser = argparse.ArgumentParser(prog="pretrained.py", description="Pretrained members and what combines them.")
     parser.add_argument("--data", metavar="DIR", type=Path, help="folder with one folder of images per class")
-    parser.add_argument("--splits", metavar="N", type=int, default=SPLITS, help=f"how many (default: {SPLITS})")
+    parser.add_argument(
+        "--splits",
+        metavar="N",
+        type=int,
+        default=SPLITS,
+        choices=range(1, SPLITS + 1),
+        help=f"how many of the {SPLITS} (default: all)",
+    )
     parser.add_argument("--finetune", action="store_true", help="a fine-tuned member as well; minutes per split")
     parser.add_argument("--small", action="store_true", help="six small networks as well; minutes per split")
     parser.add_argument("--quick", action="store_true", help="one split of a few digits, two folds")
@@ -110,9 +120,11 @@ def _run_split(folder: Path, seed: int, data: Path, options: argparse.Namespace)
     """Train, combine and score one split, and write its outcome."""
     workspace = folder / f"workspace{seed}"
     workspace.mkdir(parents=True, exist_ok=True)
+    manifest = workspace / "images.csv"
+    _write_manifest(manifest, data, seed)
     environment = clean_environment() | {
         "DBT_BASE_DIR": str(workspace),
-        "DBT_RAW_DIR": str(data),
+        "DBT_RAW_DIR": str(manifest),
         "DBT_SEED": str(seed),
         "DBT_BATCH_SIZE": "32",
         "DBT_IMAGE_CACHE_DIR": str(folder / "image_cache"),
@@ -137,6 +149,30 @@ def _run_split(folder: Path, seed: int, data: Path, options: argparse.Namespace)
     file = folder / f"seed{seed}.json"
     file.with_suffix(".partial").write_text(json.dumps({"seconds": seconds}), encoding="utf-8")
     _run([__file__, "--peers", str(file)], environment | {"PYTHONPATH": str(PROJECT)})
+
+
+def _write_manifest(file: Path, data: Path, number: int) -> None:
+    """Write the images below class folders with split `number` of SPLITS: its stratified fold is test, a tenth val."""
+    from sklearn.model_selection import StratifiedKFold, train_test_split
+
+    paths = [path for label in sorted(data.iterdir()) if label.is_dir() for path in sorted(label.iterdir())]
+    labels = [path.parent.name for path in paths]
+    folds = list(StratifiedKFold(SPLITS, shuffle=True, random_state=0).split(paths, labels))
+    others, test = folds[number]
+    _, val = train_test_split(
+        others, test_size=round(VAL_SHARE * len(paths)), random_state=number, stratify=[labels[row] for row in others]
+    )
+    split_of = dict.fromkeys(others.tolist(), "train") | dict.fromkeys(val.tolist(), "val")
+    split_of |= dict.fromkeys(test.tolist(), "test")
+    link = file.with_name("images")
+    link.unlink(missing_ok=True)
+    link.symlink_to(data)
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        rows = csv.writer(stream)
+        rows.writerow(("file_name", "label", "split"))
+        rows.writerows(
+            (f"images/{paths[row].relative_to(data)}", labels[row], split_of[row]) for row in sorted(split_of)
+        )
 
 
 def _run(arguments: Sequence[str], environment: Mapping[str, str]) -> float:

@@ -1,90 +1,99 @@
-"""What the distillation benchmark says of its outcomes: rows with intervals over the splits, and learning curves."""
+"""What the distillation benchmark says of its trainings: rows with intervals over the images, and learning curves."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from distillation_runs import ALONE, CONSISTENT, TEACHER, VIEWS
 
 from reporting import interval, ratio_interval, row
 
-ALONE, TEACHER = "alone", "teacher"
-COLOURS = ("#b0532a", "#1f5f8b", "#3a8f5c", "#8a6bb0")
+COLOURS = {ALONE: "#b0532a", CONSISTENT: "#1f5f8b", VIEWS: "#3a8f5c"}
+METRICS = ("accuracy", "log_loss")
+KEPT_GOAL = 0.6
+TIME_GOALS = {CONSISTENT: 3.0, VIEWS: 1.3}
+"""CPU seconds of a student's training, its teacher's passes included, in those of the network alone."""
 NONE = (None, None, None)  # neither goal nor peer
 
 
-Outcome = Mapping[str, Mapping[str, Any]]
-"""Who -> `scores`, `agreement` and `history` of a student, `scores`, `oof` and `entropy` of the teacher."""
+@dataclass(frozen=True)
+class Trained:
+    """All trainings of one fold: of each arm one per seed, and of the teacher."""
+
+    labels: Mapping[str, np.ndarray]
+    """{val, test: labels (N,)}"""
+    probabilities: Mapping[str, Mapping[str, np.ndarray]]
+    """{alone, consistent, ..., teacher: {val, test: probabilities (K, N, C) of K seeds}}"""
+    seconds: Mapping[str, Sequence[float]]
+    """CPU seconds of each training"""
+    curves: Mapping[str, Sequence[Mapping[str, np.ndarray]]]
+    """val_accuracy and val_log_loss by epoch of each training"""
 
 
-def averaged(entries: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
-    """One outcome of several trainings on one split: means, and all learning curves under `history`."""
-    found: dict[str, dict[str, Any]] = {}
-    for who, first in entries[0].items():
-        every = [entry[who] for entry in entries]
-        metrics = first["scores"]
-        found[who] = {**first, "scores": {name: _mean([one["scores"] for one in every], name) for name in metrics}}
-        if who != TEACHER:
-            found[who] |= {"agreement": _mean(every, "agreement"), "history": [one["history"] for one in every]}
-    return found
+def image_scores(folds: Sequence[Trained], arm: str) -> dict[str, np.ndarray]:
+    """Scores (N,) of the test images of all folds, means over the seeds: hits, and log-likelihoods in nats.
+
+    Each training is calibrated by the temperature of least log-loss on the val images of its fold.
+    """
+    from utils.numeric.metrics import clipped_log, log_loss_per_row, softmax
+    from utils.numeric.temperature import fit_temperature
+
+    hits, likelihoods = [], []
+    for fold in folds:
+        of_arm, labels = fold.probabilities[arm], fold.labels
+        pairs = list(zip(of_arm["val"], of_arm["test"], strict=True))
+        hits.append(np.mean([test.argmax(axis=1) == labels["test"] for _, test in pairs], axis=0))
+        scaled = [softmax(clipped_log(test) / fit_temperature(clipped_log(val), labels["val"])) for val, test in pairs]
+        likelihoods.append(-np.mean([log_loss_per_row(each, labels["test"]) for each in scaled], axis=0))
+    return {"accuracy": np.concatenate(hits), "log_loss": np.concatenate(likelihoods)}
 
 
-def _mean(found: Sequence[Mapping[str, float]], name: str) -> float:
-    return float(np.mean([one[name] for one in found]))
+def score_rows(name: str, folds: Sequence[Trained]) -> list[dict]:
+    """Scores, gains over the network alone, fractions of the teacher's gain and times of one student."""
+    arms = [arm for arm in folds[0].probabilities if arm not in (ALONE, TEACHER)]
+    of_arm = {arm: image_scores(folds, arm) for arm in (ALONE, *arms, TEACHER)}
+    n_images, seeds = len(of_arm[ALONE]["accuracy"]), min(len(fold.seconds[ALONE]) for fold in folds)
+    rows = [row(f"{name}: test images in {len(folds)} folds, {seeds} seeds or more", n_images, "", *NONE)]
+    for metric in METRICS:
+        is_loss = metric == "log_loss"
+        title, unit = ("calibrated log-loss", "nats") if is_loss else ("accuracy", "")
+        for arm, scores in of_arm.items():
+            rows.append(row(f"{name}, {title}: {arm}", float(scores[metric].mean()) * (-1) ** is_loss, unit, *NONE))
+        teacher_gain = of_arm[TEACHER][metric] - of_arm[ALONE][metric]
+        rows.append(_gain_row(f"{name}, {title}: gain of the teacher over the network alone", teacher_gain, unit, None))
+        for arm in arms:
+            gain = of_arm[arm][metric] - of_arm[ALONE][metric]
+            what = f"{name}, {title}: gain of the student ({arm}) over the network alone"
+            rows.append(_gain_row(what, gain, unit, "interval above 0"))
+            rows.append(_kept_row(f"{name}, {title}: fraction of that gain kept ({arm})", gain, teacher_gain))
+    for arm in arms:
+        ratio = float(np.sum([fold.seconds[arm] for fold in folds]) / np.sum([fold.seconds[ALONE] for fold in folds]))
+        goal = TIME_GOALS[arm]
+        rows.append(row(f"{name}: CPU time ({arm}), in that of alone", ratio, "", f"<= {goal}", ratio <= goal, None))
+    return rows
 
 
-def score_rows(outcomes: Sequence[Outcome]) -> list[dict]:
-    """Means over the splits, with Student's interval, and Fieller's of the shares."""
-    splits, students = f"over {len(outcomes)} splits", _students(outcomes)
-    found = []
-    for metric, sign in (("accuracy", 1), ("log_loss", -1)):
-        of = {who: np.array([entry[who]["scores"][metric] for entry in outcomes]) for who in outcomes[0]}
-        whole = sign * (of[TEACHER] - of[ALONE])
-        name, unit = metric.replace("_", "-"), "nats" if metric == "log_loss" else "share"
-        found += [row(f"{name} {splits}: {who}", float(of[who].mean()), unit, *NONE) for who in of]
-        found.append(
-            row(f"{name}: gain of the teacher over the network alone", whole.mean(), unit, None, None, _gain(whole))
-        )
-        for who in students:
-            gain = sign * (of[who] - of[ALONE])
-            what = f"{name}: gain of the student ({who}) over the network alone"
-            found.append(row(what, gain.mean(), unit, "> 0", bool(gain.mean() > 0), _gain(gain)))
-            found.append(_share_row(f"{name}: share of the teacher's gain kept by the student ({who})", gain, whole))
-    for who in (ALONE, *students):
-        share = _mean([entry[who] for entry in outcomes], "agreement")
-        found.append(row(f"agreement with the teacher: {who}", share, "share", *NONE))
-    teachers = [entry[TEACHER] for entry in outcomes]
-    for metric, unit in (("accuracy", "share"), ("log_loss", "nats")):
-        what = f"{metric.replace('_', '-')} of the teacher's cross-fitted targets, train rows"
-        found.append(row(what, _mean([one["oof"] for one in teachers], metric), unit, *NONE))
-    return [*found, row("entropy of these targets", _mean(teachers, "entropy"), "nats", *NONE)]
-
-
-def _students(outcomes: Sequence[Outcome]) -> list[str]:
-    return [who for who in outcomes[0] if who not in (ALONE, TEACHER)]
-
-
-def _gain(gain: np.ndarray) -> str:
+def _gain_row(what: str, gain: np.ndarray, unit: str, goal: str | None) -> dict:
     bounds = interval(gain.tolist())
-    around = "no interval of one split" if bounds is None else f"95 % interval {bounds[0]:.4f} to {bounds[1]:.4f}"
-    return f"{around}; better in {int((gain > 0).sum())} of {len(gain)}"
+    assert bounds is not None
+    text = f"95 % interval {bounds[0]:.4f} to {bounds[1]:.4f}"
+    return row(what, float(gain.mean()), unit, goal, bool(bounds[0] > 0) if goal else None, text)
 
 
-def _share_row(what: str, gain: np.ndarray, whole: np.ndarray) -> dict:
-    if whole.mean() <= 0:
-        return row(what, None, "", ">= 0.5", None, "the teacher gains nothing")
-    share, bounds = gain.mean() / whole.mean(), ratio_interval(gain.tolist(), whole.tolist())
-    beside = (
-        "no bounds: the teacher does not gain for certain"
-        if bounds is None
-        else f"95 % interval {bounds[0]:.2f} to {bounds[1]:.2f}"
-    )
-    return row(what, share, "", ">= 0.5", bool(share >= 0.5), beside)
+def _kept_row(what: str, gain: np.ndarray, teacher_gain: np.ndarray) -> dict:
+    """The fraction has no figure where the interval of the teacher's gain contains 0."""
+    bounds, goal = ratio_interval(gain.tolist(), teacher_gain.tolist()), f">= {KEPT_GOAL}"
+    if bounds is None or teacher_gain.mean() <= 0:
+        return row(what, None, "", goal, None, "the interval of the teacher's gain contains 0")
+    fraction = float(gain.mean() / teacher_gain.mean())
+    text = f"95 % interval {bounds[0]:.2f} to {bounds[1]:.2f} (Fieller)"
+    return row(what, fraction, "", goal, fraction >= KEPT_GOAL, text)
 
 
-def draw(outcomes: Sequence[Outcome], file: Path, title: str) -> None:
+def draw(folds: Sequence[Trained], file: Path, title: str) -> None:
     """Accuracy and log-loss on val by epoch: thin lines for trainings, thick ones for their mean."""
     import matplotlib
 
@@ -93,13 +102,12 @@ def draw(outcomes: Sequence[Outcome], file: Path, title: str) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), dpi=110)
     for axis, key, label in zip(axes, ("val_accuracy", "val_log_loss"), ("accuracy", "log-loss, nats"), strict=True):
-        for who, colour in zip((ALONE, *_students(outcomes)), COLOURS, strict=False):
-            curves = [[epoch[key] for epoch in one] for entry in outcomes for one in entry[who]["history"]]
+        for arm in folds[0].curves:
+            curves = [curve[key] for fold in folds for curve in fold.curves[arm]]
+            epochs = range(1, len(curves[0]) + 1)
             for curve in curves:
-                axis.plot(range(1, len(curve) + 1), curve, color=colour, alpha=0.2, linewidth=0.8)
-            shortest = min(map(len, curves))
-            mean = np.mean([curve[:shortest] for curve in curves], axis=0)
-            axis.plot(range(1, shortest + 1), mean, color=colour, label=who)
+                axis.plot(epochs, curve, color=COLOURS[arm], alpha=0.2, linewidth=0.8)
+            axis.plot(epochs, np.mean(curves, axis=0), color=COLOURS[arm], label=arm)
         axis.set_xlabel("epoch")
         axis.set_ylabel(f"{label} on val")
     axes[1].set_yscale("log")

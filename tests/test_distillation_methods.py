@@ -89,6 +89,19 @@ def test_images_are_blended_or_pasted_by_the_share():
     assert (images[2] == 2).all()  # the shown ones stay as they are
 
 
+def test_targets_of_unmixed_images_are_mixed_as_probabilities():
+    _, _, teacher = given()
+    for weight in (0.7, 1.0, 0.0):
+        mixing = Mixing(torch.tensor([1, 0, 3, 2, 5, 4]), weight, None)
+        expected = weight * teacher.exp() + (1 - weight) * teacher[mixing.partner].exp()
+        assert torch.allclose(mixing.log_probabilities(teacher).exp(), expected)
+
+
+def test_both_draws_either_kind():
+    kinds = {draw_mixing("both", 4, np.random.default_rng(seed)).box is None for seed in range(20)}
+    assert kinds == {True, False}
+
+
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_a_drawn_mixing_follows_from_the_seed_and_its_box_is_its_share(kind):
     drawn = [draw_mixing(kind, 8, np.random.default_rng(seed)) for seed in (3, 3, 4)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -48,6 +49,16 @@ class Mixing:
         mixed[:, :, top:bottom, left:right] = partners[:, :, top:bottom, left:right]
         return mixed
 
+    def log_probabilities(self, unmixed: Tensor) -> Tensor:
+        """Return targets of the mixed images from the log-probabilities (B, C) of the images and their partners.
+
+        Probabilities are mixed with the weights of the images, as labels are.
+        """
+        parts = [unmixed + math.log(self.weight)] if self.weight > 0 else []
+        if self.weight < 1:
+            parts.append(unmixed[self.partner] + math.log1p(-self.weight))
+        return torch.logsumexp(torch.stack(parts), dim=0)
+
     def _pixels(self, height: int, width: int) -> tuple[int, int, int, int]:
         assert self.box is not None
         top, bottom, left, right = self.box
@@ -58,7 +69,9 @@ BETA_CONCENTRATION = {"mixup": 0.2, "cutmix": 1.0}  # of the distribution of wei
 
 
 def draw_mixing(kind: str, count: int, rng: np.random.Generator) -> Mixing:
-    """Draw a mixing of `count` images; `kind` is mixup or cutmix."""
+    """Draw a mixing of `count` images; `kind` is mixup, cutmix or both, which draws one of the two."""
+    if kind == "both":
+        kind = tuple(BETA_CONCENTRATION)[int(rng.integers(2))]
     weight = float(rng.beta(BETA_CONCENTRATION[kind], BETA_CONCENTRATION[kind]))
     partner = torch.from_numpy(rng.permutation(count))
     if kind == "mixup":
@@ -82,8 +95,8 @@ def student_loss(
 ) -> Tensor:
     """Return alpha T^2 KL(teacher || student) + (1 - alpha) cross-entropy, of `distilled` and of `labelled` rows.
 
-    Takes logits (B, C), labels (B,), the teacher's log-probabilities (B, C) and two masks (B,). `criterion` is the base
-    pipeline's cross-entropy; its label smoothing affects the second term only. A term without rows is 0.
+    Takes logits (B, C), labels (B,), the teacher's log-probabilities (B, C) and two masks (B,). `criterion` is the
+    cross-entropy of the second term, and any smoothing of labels affects that term alone. A term without rows is 0.
     """
     loss = logits.sum() * 0.0
     if alpha > 0 and bool(distilled.any()):

@@ -81,7 +81,7 @@ def test_only_a_linear_map_of_one_embedding_can_be_fitted_on_frozen_features():
 
 
 def test_folders_and_safetensors_give_the_weights_of_the_file_and_their_own_preprocessing(tmp_path):
-    from training.pretrained import _preprocessing
+    from training.pretrained import preprocessing_of
     from training.timm_networks import build_pretrained
     from utils.pretrained_weights import read_pretrained, weights_path
 
@@ -97,10 +97,10 @@ def test_folders_and_safetensors_give_the_weights_of_the_file_and_their_own_prep
         file = read_pretrained(weights_path(given))
         network = build_pretrained(ARCHITECTURE, 3, 32, file)
         assert all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items())
-    record = _preprocessing(ARCHITECTURE, read_pretrained(weights_path(folder)), 32)
+    record = preprocessing_of(ARCHITECTURE, read_pretrained(weights_path(folder)), 32)
     assert (record["mean"], record["resize"], record["resized"]) == ([0.1, 0.2, 0.3], "squash", 64)
     assert record["source"] == "config.json"
-    assert _preprocessing(ARCHITECTURE, read_pretrained(tmp_path / "bare.pth"), 32)["source"] == "timm"
+    assert preprocessing_of(ARCHITECTURE, read_pretrained(tmp_path / "bare.pth"), 32)["source"] == "timm"
 
 
 def test_safetensors_are_told_by_their_bytes_whatever_the_suffix(tmp_path):
@@ -134,7 +134,7 @@ def test_weights_beside_an_image_processor_are_trained_with_its_preprocessing(tm
 
     file = read_pretrained(write_weights(tmp_path / "w.pth"))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    record = pretrained._preprocessing(ARCHITECTURE, file, 32)
+    record = pretrained.preprocessing_of(ARCHITECTURE, file, 32)
     assert (record["input_size"], record["resized"], record["resize"]) == (32, 32, "squash")
     assert (record["interpolation"], record["mean"], record["exif"]) == ("bicubic", [0.5] * 3, "apply")
     assert record["source"] == "preprocessor_config.json"
@@ -156,7 +156,7 @@ def test_an_image_processor_that_no_record_can_hold_is_refused(tmp_path, text, r
     file = read_pretrained(write_weights(tmp_path / "w.pth"))
     (tmp_path / "preprocessor_config.json").write_text(text)
     with pytest.raises(WeightsError, match=rf"preprocessor_config\.json: .*{reason}"):
-        pretrained._preprocessing(ARCHITECTURE, file, 32)
+        pretrained.preprocessing_of(ARCHITECTURE, file, 32)
 
 
 def test_position_embeddings_are_resampled_to_another_input_size(tmp_path):

@@ -38,6 +38,7 @@ def test_every_program_of_the_folder_has_the_one_form(bench):
         "claim_checks",
         "claim_checks_uncertainty",
         "distillation_rows",
+        "distillation_runs",
         "export_proofs",
         "prepare",
         "reporting",

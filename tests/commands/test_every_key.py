@@ -49,6 +49,7 @@ OTHERS = {
     "distillation.alpha": 0.7,
     "distillation.targets": "oof",
     "distillation.mix": "mixup",
+    "distillation.initial_weights": "member",
     "distillation.unlabeled_dir": "no_such_folder",
     "distillation.assistant": "CustomRegNet",
     "exports.input": "uint8-nhwc",

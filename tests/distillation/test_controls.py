@@ -11,11 +11,12 @@ from utils.core.workspace import Workspace
 from utils.distillation.controls import (
     Controls,
     agreement,
+    compare,
     control_metrics,
     gain_kept,
     read_controls,
     scores,
-    verdict,
+    temperatures,
     write_controls,
 )
 
@@ -36,7 +37,8 @@ LABELS = np.arange(1000) % 2
 
 def gain_of(student: int, alone: int, teacher: int, rows: int = 1000):
     labels = LABELS[:rows]
-    return gain_kept(*(predictions(evenly_spread(count, rows), labels) for count in (student, alone, teacher)), labels)
+    arms = (predictions(evenly_spread(count, rows), labels)[None] for count in (student, alone, teacher))
+    return gain_kept(*arms, labels)
 
 
 def test_the_fraction_is_that_of_the_accuracies_and_the_interval_contains_it():
@@ -77,37 +79,42 @@ def test_scores_and_agreement():
     assert agreement(predictions(hits, LABELS), predictions(np.ones(1000, bool), LABELS)) == 0.9
 
 
-@pytest.mark.parametrize(
-    ("student", "confidence", "words"),
-    [
-        (900, 0.8, "distillation helped ("),
-        (900, 0.995, "distillation helped in accuracy ("),
-        (700, 0.6, "distillation harmed in accuracy and log-loss: "),
-        (805, 0.8, "the student cannot be told apart from the same network trained alone ("),
-    ],
-)
-def test_the_verdict_follows_from_paired_intervals(student, confidence, words):
-    alone, teacher = (predictions(evenly_spread(count, 1000), LABELS) for count in (800, 950))
-    mine = predictions(evenly_spread(student, 1000), LABELS, confidence)
-    text = verdict(mine, alone, teacher, LABELS, {"value": 0.66})
-    assert text.startswith(words)
-    assert "66 % of the teacher's gain" in text
+def latencies(milliseconds: float) -> dict:
+    return {"latency_ms": {"batch_1": {"p50": milliseconds}}, "size_mb": 1.0}
 
 
-def test_equal_networks_are_rarely_told_apart():
-    """Two networks of equal accuracy and loss were said to be helped in a third of all cases."""
-    rng = np.random.default_rng(0)
-    groups = np.arange(300) // 5
-    told_apart = {"rows": 0, "groups": 0}
-    for _ in range(200):
-        hits = [rng.random(300) < 0.9 for _ in range(2)]
-        models = [predictions(each, LABELS[:300]) for each in hits]
-        told_apart["rows"] += "cannot be told" not in verdict(*models, models[1], LABELS[:300], {"value": None})
-        easy = [(rng.random(60) < 0.9)[groups] for _ in range(2)]
-        models = [predictions(each, LABELS[:300]) for each in easy]
-        text = verdict(*models, models[1], LABELS[:300], {"value": None}, groups)
-        told_apart["groups"] += "cannot be told" not in text
-    assert max(told_apart.values()) / 200 <= 0.06
+def test_the_verdict_has_scores_speed_and_the_fraction_that_is_kept():
+    arms = {
+        "student": predictions(evenly_spread(900, 1000), LABELS)[None],
+        "alone": predictions(evenly_spread(800, 1000), LABELS)[None],
+        "teacher": predictions(evenly_spread(950, 1000), LABELS)[None],
+    }
+    record = {"costs": {"alone": latencies(2.0), "teacher": latencies(24.0)}, "teacher": "t"}
+    metrics, notes = compare(record, arms, LABELS, {})
+    assert notes["controls"].startswith("for this network distillation helped in accuracy and log-loss (advantage in ")
+    assert "accuracy +0.1000 [" in notes["controls"]
+    assert "12 times faster than the teacher, 5.0 points behind" in notes["controls"]
+    assert "67 % of the teacher's gain in accuracy kept" in notes["controls"]
+    ahead = metrics["controls"]["alone"]["student_ahead"]
+    assert ahead["accuracy"]["interval"][0] > 0
+    assert ahead["accuracy"]["level"] == 0.975
+
+
+def test_both_arms_are_compared_after_temperature_scaling():
+    """The student is the network alone, made over-confident: calibrated they are the same."""
+    hits = evenly_spread(800, 1000)
+    alone = predictions(hits, LABELS, 0.8)[None]
+    student = predictions(hits, LABELS, 0.99)[None]
+    record = {"costs": {"alone": {}, "teacher": {}}, "teacher": "t"}
+    arms = {"student": student, "alone": alone, "teacher": alone}
+    arrays = {"val/student": student, "val/alone": alone, "val/teacher": alone[0], "val/labels": LABELS}
+    raw = compare(record, arms, LABELS, {})[0]["controls"]["alone"]["student_ahead"]
+    assert raw["log_loss"]["interval"][1] < 0
+    metrics, notes = compare(record, arms, LABELS, temperatures(arrays))
+    fair = metrics["controls"]["alone"]["student_ahead"]
+    assert fair["log_loss"]["value"] == pytest.approx(0, abs=1e-4)
+    assert "cannot be told apart" in notes["controls"]
+    assert temperatures({"val/alone": alone[0], "val/labels": LABELS}) == {}  # of an earlier version
 
 
 @pytest.fixture
@@ -121,6 +128,8 @@ def compared(tmp_path) -> Workspace:
         "labels": labels,
         "sample_ids": np.array(["a", "b", "c", "d"]),
     }
+    parts["student"] = np.stack([parts["teacher"], parts["alone"]])
+    parts["alone"] = np.stack([parts["alone"], parts["teacher"]])
     write_controls(workspace, "distilled_mobile", {"test": parts})
     costs = {"alone": {"size_mb": 1.0}, "teacher": {"size_mb": 3.0}}
     path = workspace.distillation("distilled_mobile") / "record.json"
@@ -137,13 +146,24 @@ def stored(workspace: Workspace) -> Controls:
 def test_control_metrics_are_of_the_requested_rows_in_their_order(compared):
     student = predictions(np.array([True, True]), np.array([1, 0]))  # of d and c
     metrics, notes = control_metrics(stored(compared), "test", ["d", "c"], student)
-    assert metrics["controls"]["alone"]["accuracy"] == 0.5  # wrong on d, correct on c
+    assert metrics["controls"]["alone"]["accuracy"] == 0.75  # wrong on d, correct on c, and both with another seed
     assert metrics["controls"]["teacher"]["accuracy"] == 1.0
     assert metrics["controls"]["teacher"]["agreement"] == 1.0
     assert metrics["controls"]["teacher"]["name"] == "soft_voting_ensemble"
     assert metrics["controls"]["alone"]["size_mb"] == 1.0
-    assert metrics["gain_kept"]["value"] == 1.0
+    assert metrics["gain_kept"]["value"] == 0.0  # the second student is right on one of two rows as well
     assert "controls" in notes
+
+
+def test_controls_of_an_earlier_version_are_one_training(compared):
+    arrays = dict(stored(compared).arrays)
+    del arrays["test/student"]
+    arrays["test/alone"] = arrays["test/alone"][0]
+    student = predictions(np.array([True, True]), np.array([1, 0]))
+    metrics, notes = control_metrics(Controls(stored(compared).record, arrays), "test", ["d", "c"], student)
+    assert metrics["controls"]["alone"]["accuracy"] == 0.5
+    assert metrics["gain_kept"]["value"] == 1.0
+    assert "this network" in notes["controls"]
 
 
 def test_rows_without_controls_are_noted_and_other_ensembles_have_none(compared):

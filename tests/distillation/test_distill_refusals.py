@@ -72,7 +72,6 @@ def test_without_images_there_is_nobody_to_teach(tmp_path):
         ("distillation.teacher=stacking_lr", "not built. Build it: python ensemble_orchestrator.py stack"),
         ("distillation.student=CustomMobilOne", "did you mean 'CustomMobileOne'?"),
         ("distillation.student=resnet18x", "neither a backbone of BASE-BACK nor a model of timm"),
-        ("distillation.mix=mixup", "needs targets for mixed images"),
         ("distillation.unlabeled_dir=/nowhere/at/all", "/nowhere/at/all: no such folder"),
         ("distillation.teacher=distilled_convnext", "unknown"),
     ],
@@ -82,6 +81,11 @@ def test_what_cannot_be_done_is_said_in_one_line(built, override, words):
         distill(workspace_at(built), SMALL, override)
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_targets_of_the_evaluation_view_are_not_mixed(built):
+    with pytest.raises(UserError, match=r"needs targets for augmented images.* or views, or distillation\.mix to none"):
+        distill(workspace_at(built), SMALL, "distillation.targets=oof", "distillation.mix=mixup")
 
 
 def test_an_empty_folder_of_unlabeled_images_is_refused(built, tmp_path):

@@ -21,7 +21,7 @@ from student_runs import QUICK, SMALL, config, distill, record, store_of
 
 from utils.building import ensembles, recommendation
 from utils.core.errors import LeakageError, UserError
-from utils.distillation import student_builder, teachers
+from utils.distillation import student_builder, target_sources, teachers
 from utils.distillation.students import ensemble_name
 from utils.evaluation.evaluate import evaluate
 from utils.numeric.metrics import softmax
@@ -224,10 +224,12 @@ def test_consistent_hands_teacher_and_student_the_same_tensors(own, monkeypatch)
         return listened(spec.architecture, model)
 
     opened, initial = streaming.open_network, student_builder.students.initial_network
-    turns = iter(("student", "alone"))
+    turns = iter(("of its size", "student", "alone"))
     monkeypatch.setattr(streaming, "open_network", open_network)
     monkeypatch.setattr(
-        student_builder.students, "initial_network", lambda *given: listened(next(turns), initial(*given))
+        student_builder.students,
+        "initial_network",
+        lambda *given, **options: listened(next(turns), initial(*given, **options)),
     )
     distill(own, SMALL, "distillation.targets=consistent", "distillation.mix=cutmix", "distillation.epochs=1")
     assert len(shown["student"]) == 7
@@ -238,24 +240,36 @@ def test_consistent_hands_teacher_and_student_the_same_tensors(own, monkeypatch)
     assert record(own, SMALL)["targets"]["rows"] == "in_sample"
 
 
-def test_auto_says_when_the_teacher_has_seen_the_rows(own, caplog):
+def test_auto_is_function_matching_on_views_that_the_cost_decides(own, caplog):
+    """Two epochs are too few for a pass of three members per epoch; with more the pass is cheap beside the training."""
+    distill(own, SMALL, "distillation.epochs=1", "distillation.targets=consistent")
+    assert record(own, SMALL)["targets"]["kind"] == "consistent"
+    store = store_of(own, SMALL)
+    teacher = teachers.resolve(store, "soft_voting", excluded_member="x")
+    train, size = store.images("train"), (own.checkpoint("CustomConvNeXt", "final").stat().st_size, 32)
+    with logged(caplog):
+        kinds = {
+            epochs: target_sources.resolve_kind(
+                store_of(own, SMALL, f"distillation.epochs={epochs}"), teacher, train, size
+            )[0]
+            for epochs in (1, 200)
+        }
+    assert kinds == {1: "views", 200: "consistent"}
+    assert (
+        "distillation.targets: auto takes views: one pass of soft_voting_ensemble over the images costs" in caplog.text
+    )
+    distill(own, SMALL, "distillation.epochs=1")
+    found = record(own, SMALL)["targets"]
+    assert (found["kind"], found["rows"], found["views"], found["mix"]) == ("views", "in_sample", 4, "both")
+
+
+def test_without_cross_fitted_predictions_oof_is_refused(own):
     (own.base / "kfold_results" / "CustomViTHybrid_oof_predictions.npz").unlink()
     from utils.building import build_commands
     from utils.discovery import discover
 
     discover.discover(config(), own)
     build_commands.build_ensemble(config("runs.score_ensemble.methods=[soft_voting]"), own)
-    with logged(caplog):
-        distill(own, SMALL)
-    assert "soft_voting_ensemble has cross-fitted predictions for 0 of 224 train rows" in caplog.text
-    assert "targets: in_sample" in caplog.text
-    assert record(own, SMALL)["targets"] | {"views": 0} == {
-        "kind": "consistent",
-        "rows": "in_sample",
-        "views": 0,
-        "digest": None,
-        "unlabeled": 0,
-    }
     with pytest.raises(LeakageError, match="no cross-fitted predictions of train rows"):
         distill(own, SMALL, "distillation.targets=oof")
 
@@ -327,15 +341,15 @@ def test_images_without_labels_join_with_the_teacher_s_words_alone(own, tmp_path
     for number in range(5):
         pixels = np.random.default_rng(number).integers(0, 255, (36, 36, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "deep" / f"{number}.png")
-    test_image = next((own.split_dir / "test").glob("*/*.png"))
-    shutil.copy(test_image, folder / "leak.png")
+    val_image = next((own.split_dir / "val").glob("*/*.png"))
+    shutil.copy(val_image, folder / "of_val.png")
     with logged(caplog):
         distill(own, SMALL, f"distillation.unlabeled_dir={folder}")
     assert "1 of 6 images" in caplog.text
     found = record(own, SMALL)
     assert found["targets"]["unlabeled"] == 5
     with np.load(own.distillation("distilled_convnext") / "targets.npz") as arrays:
-        assert arrays["values"].shape == (1, 229, 4)
+        assert arrays["values"].shape == (4, 229, 4)
         assert np.isfinite(arrays["values"]).all()
     (folder / "broken.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"1 unreadable image.*broken\.png"):
@@ -374,7 +388,7 @@ def test_what_killed_trainings_left_is_counted_and_goes_with_the_next_one(own):
 # a kill at any moment -------------------------------------------------------------------------------------------------
 def test_kill_nine_in_the_middle_and_again_gives_equal_weights(own, tmp_path):
     undisturbed = workspace_at(Path(shutil.copytree(own.base, tmp_path / "undisturbed")))
-    longer = (SMALL, "distillation.epochs=6")
+    longer = (SMALL, "distillation.epochs=4", "distillation.seeds=2", "distillation.initial_weights=member")
     distill(undisturbed, *longer)
     settings = [word for override in (*QUICK, *longer) for word in ("--set", override)]
     command = [sys.executable, str(PROJECT / "ensemble_orchestrator.py"), "distill", *settings]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from utils.distillation.student_training import (
     predict_logits,
     train,
 )
+from utils.distillation_methods import teacher_loss
 from utils.numeric.metrics import log_loss, softmax
+from utils.predictions.rows import UNKNOWN
 from utils.training.batch_schedule import HALF, NEVER, BatchSchedule
 from utils.training.image_source import ImageSource
 from utils.training.progress import TrainingProgress
@@ -118,6 +121,63 @@ def test_it_learns_the_labels_or_the_teacher(sources, tmp_path, alpha, shift):
     train(model, settings, schedule_of(unaugmented), lambda _: confident, sources[1], device="cpu")
     predicted = predict_logits(model, unaugmented, "cpu").argmax(axis=1)
     assert (predicted == (labels + shift) % 3).mean() > 0.8
+
+
+def test_labels_are_not_smoothed_with_a_teacher_or_without(sources, tmp_path):
+    """The loss of the first batch is the plain cross-entropy, and with a teacher alpha of it is the divergence."""
+    unaugmented = ImageSource(sources[0].images, BASE_32, "none", image_cache=tmp_path)
+    schedule = BatchSchedule(unaugmented, 16, 1, np.full(16, NEVER))
+    batch, images = next(iter(schedule.loader(0, BASE_32)))
+    labels = torch.from_numpy(unaugmented.images.labels)[batch.rows]
+    targets = random_targets(0)
+
+    def first_loss(alpha: float, epoch_targets) -> float:
+        settings = StudentTrainingSettings("CustomSwinTransformer", 1, 1e-3, 4.0, alpha, seed=1)
+        model = quiet_network()
+        result = train(model, settings, schedule, epoch_targets, sources[1], device="cpu")
+        return result.history[0]["train_loss"]
+
+    def quiet_network() -> torch.nn.Module:
+        model = initial_network("CustomConvNeXt")
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        return model
+
+    logits = quiet_network().train()(images)
+    plain = torch.nn.functional.cross_entropy(logits, labels).item()
+    divergence = teacher_loss(logits, torch.from_numpy(targets)[batch.rows], 4.0).item()
+    assert first_loss(0.5, None) == pytest.approx(plain, rel=1e-5)
+    assert first_loss(0.3, lambda _: targets) == pytest.approx(0.3 * divergence + 0.7 * plain, rel=1e-5)
+
+
+def test_cached_targets_are_mixed_as_the_images_are(sources, tmp_path):
+    """One batch with pure matching: the divergence of mixed images from mixed probabilities."""
+    unaugmented = ImageSource(sources[0].images, BASE_32, "none", image_cache=tmp_path)
+    losses = {}
+    for mixes_targets in (True, False):
+        schedule = BatchSchedule(unaugmented, 16, 1, np.full(16, NEVER), mix="mixup", mixes_targets=mixes_targets)
+        batch, images = next(iter(schedule.loader(0, BASE_32)))
+        model, targets = initial_network("CustomConvNeXt"), torch.from_numpy(random_targets(0))[batch.rows]
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        target = batch.mixing.log_probabilities(targets) if mixes_targets else targets
+        expected = teacher_loss(model.train()(images), target, 4.0).item()
+        settings = StudentTrainingSettings("CustomConvNeXt", 1, 1e-3, 4.0, 1.0, seed=1)
+        result = train(model, settings, schedule, random_targets, sources[1], device="cpu")
+        assert result.history[0]["train_loss"] == pytest.approx(expected, rel=1e-5)
+        losses[mixes_targets] = expected
+    assert losses[True] != pytest.approx(losses[False], rel=1e-3)
+
+
+def test_a_mixed_image_with_an_unlabeled_partner_has_no_label(sources):
+    images = replace(sources[0].images, labels=np.where(np.arange(16) < 8, UNKNOWN, sources[0].images.labels))
+    source = ImageSource(images, BASE_32, "full", image_cache=sources[0]._image_cache)
+    schedule = BatchSchedule(source, 8, 1, np.full(16, NEVER), mix="cutmix")
+    settings = StudentTrainingSettings("CustomConvNeXt", 1, 1e-3, 4.0, 0.5, seed=1)
+    result = train(initial_network("CustomConvNeXt"), settings, schedule, random_targets, sources[1], device="cpu")
+    assert np.isfinite(result.history[0]["train_loss"])
 
 
 def test_without_a_teacher_alpha_has_no_effect(sources):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from digit_splits import split_of
 from preprocessings import BASE_32
+from student_runs import config
 
-from utils.distillation.target_sources import CONSISTENT, OOF, VIEWS, unaugmented_frequency, views_digest
+from utils.distillation.target_sources import CONSISTENT, OOF, VIEWS, mixing_of, unaugmented_frequency, views_digest
 from utils.predictions.rows import UNKNOWN
 from utils.training.batch_schedule import NEVER, BatchSchedule
 from utils.training.image_source import ImageSource
@@ -36,6 +37,20 @@ def source_of(folder, augmentation: str = "full") -> ImageSource:
 )
 def test_images_with_cross_fitted_targets_are_loaded_unaugmented(tmp_path, kind, augmentation, alpha, expected):
     assert unaugmented_frequency(source_of(tmp_path, augmentation), kind, HAS_TARGET, alpha).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("mix", "kind", "expected"),
+    [
+        ("auto", CONSISTENT, "both"),
+        ("auto", VIEWS, "both"),
+        ("auto", OOF, "none"),
+        ("none", CONSISTENT, "none"),
+        ("cutmix", VIEWS, "cutmix"),
+    ],
+)
+def test_images_are_mixed_where_targets_belong_to_augmented_ones(mix, kind, expected):
+    assert mixing_of(config(f"distillation.mix={mix}"), kind) == expected
 
 
 def test_the_digest_is_of_the_recurring_views(tmp_path):

@@ -52,12 +52,19 @@ def test_the_images_of_any_depth_are_sorted_and_have_no_label(workspace, tmp_pat
 def test_duplicates_and_images_of_the_splits_are_left_out_with_a_warning(workspace, tmp_path, caplog):
     folder = tmp_path / "unlabeled"
     expected = unlabeled_images(store_of(workspace, folder))
-    shutil.copy(next((workspace.split_dir / "test").rglob("*.png")), folder / "of_test.png")
+    shutil.copy(next((workspace.split_dir / "val").rglob("*.png")), folder / "of_val.png")
     shutil.copy(folder / "deep" / "0.png", folder / "second.png")
     with logged(caplog):
         images = unlabeled_images(store_of(workspace, folder))
     assert (images.sample_ids, images.digest) == (expected.sample_ids, expected.digest)
     assert "2 of 7 images" in caplog.text
+
+
+def test_an_image_of_the_test_split_is_refused_by_its_content(workspace, tmp_path):
+    leaked = tmp_path / "unlabeled" / "deep" / "another_name.png"
+    shutil.copy(next((workspace.split_dir / "test").rglob("*.png")), leaked)
+    with pytest.raises(UserError, match=r"1 of 6 images have the content of a test image.*another_name\.png"):
+        unlabeled_images(store_of(workspace, tmp_path / "unlabeled"))
 
 
 def test_without_a_configured_folder_there_are_none(workspace):
@@ -67,7 +74,7 @@ def test_without_a_configured_folder_there_are_none(workspace):
 @pytest.mark.parametrize("name", ["missing", "empty", "of_the_splits"])
 def test_a_folder_without_further_images_is_refused(workspace, tmp_path, name):
     (tmp_path / "empty").mkdir()
-    shutil.copytree(workspace.split_dir / "test", tmp_path / "of_the_splits")
+    shutil.copytree(workspace.split_dir / "train", tmp_path / "of_the_splits")
     with pytest.raises(UserError, match=r"distillation\.unlabeled_dir"):
         unlabeled_images(store_of(workspace, tmp_path / name))
 

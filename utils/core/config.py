@@ -348,7 +348,9 @@ class Distillation(Section):
     batch_size: Batch = 32
     targets: Literal["auto", "oof", "consistent", "views"] = "auto"
     views: Count = 4
-    mix: Literal["none", "mixup", "cutmix"] = "none"
+    mix: Literal["auto", "none", "mixup", "cutmix", "both"] = "auto"
+    initial_weights: Literal["auto", "random", "member", "pretrained"] = "auto"
+    seeds: Count = 1
     unlabeled_dir: Folder = None
     assistant: Annotated[NameOrNone, AfterValidator(_differs_from_student)] = None
 

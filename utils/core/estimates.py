@@ -91,6 +91,15 @@ def estimate_training(
     return Estimate(seconds, (kept * sum(checkpoint_bytes) + (COPIES + kept) * sum(under_way)) / 1e6)
 
 
+def pass_fraction(passed: Sequence[tuple[int, int]], trained: tuple[int, int], *, epochs: int) -> float:
+    """Cost of one forward pass of some networks over the images of a training, as a fraction of the training's.
+
+    Networks are (bytes of the weights, input size in px). It depends on no machine.
+    """
+    forward_pass = sum(_multiply_adds(n_bytes, img_size) for n_bytes, img_size in passed)
+    return forward_pass / (STEP * epochs * _multiply_adds(*trained))
+
+
 def _multiply_adds(checkpoint_bytes: int, img_size: int) -> float:
     """Of one image on its way through a network."""
     return checkpoint_bytes / BYTES_PER_PARAMETER * MULTIPLY_ADDS_PER_PARAMETER * (img_size / REFERENCE_SIDE) ** 2

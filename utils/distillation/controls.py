@@ -1,5 +1,7 @@
 """The two controls of a student, its teacher and the same network trained without a teacher, on the same rows.
 
+With several seeds, student and network alone are trained once per seed, and their means are compared.
+
 `distill` stores their predictions in `ensembles/distillation/<name>/`; `evaluate` scores the student against them.
 """
 
@@ -13,17 +15,19 @@ import numpy as np
 
 from utils.core.artifacts import read_arrays, read_record, write_arrays
 from utils.core.workspace import Workspace
-from utils.numeric.metrics import accuracy, ece, log_loss, log_loss_per_row
-from utils.numeric.paired_comparison import CANNOT_TELL, compare_models
+from utils.distillation import verdicts
+from utils.distillation.verdicts import Difference, difference, difference_text, outcome, row_scores, speed_text
+from utils.numeric.metrics import accuracy, clipped_log, ece, log_loss, softmax
 from utils.numeric.statistics import bootstrap_means, ratio_interval
+from utils.numeric.temperature import fit_temperature
 
-ALONE, TEACHER = "alone", "teacher"
-"""Keys of the controls: the same network trained without a teacher, and the teacher."""
+STUDENT, ALONE, TEACHER = "student", "alone", "teacher"
+"""Keys of the student and its controls: the same network trained without a teacher, and the teacher."""
 REMEDY = "Distill again: python ensemble_orchestrator.py distill --force"
 
 
 def write_controls(workspace: Workspace, name: str, predictions: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Write {split: {alone, teacher: probabilities (N, C), labels (N,), sample_ids (N,)}} of a student's controls."""
+    """Write {split: {student, alone: probabilities (K, N, C), teacher: (N, C), labels, sample_ids: (N,)}}."""
     arrays = {f"{split}/{key}": array for split, parts in predictions.items() for key, array in parts.items()}
     write_arrays(workspace.distillation(name) / "controls.npz", arrays)
 
@@ -34,7 +38,9 @@ class Controls:
 
     record: Mapping[str, Any]
     arrays: Mapping[str, np.ndarray]
-    """{split/alone, split/teacher: probabilities (N, C); split/labels, split/sample_ids: (N,)}"""
+    """split/student, split/alone: probabilities (K, N, C); split/teacher: (N, C); split/labels, split/sample_ids: (N,).
+
+    Workspaces of earlier versions have no student, and one training (N, C) of the network alone."""
 
 
 def read_controls(workspace: Workspace, name: str) -> Controls | None:
@@ -64,13 +70,74 @@ def control_metrics(
         reason = f"the controls have no predictions for these rows of {split}"
         return {"controls": None, "gain_kept": None}, {"controls": reason, "gain_kept": reason}
     rows = [row_of[sample_id] for sample_id in sample_ids]
-    predictions = {key: arrays[f"{split}/{key}"][rows] for key in (ALONE, TEACHER)}
     labels = arrays[f"{split}/labels"][rows]
-    controls = {key: record["costs"][key] | scores(each, labels) for key, each in predictions.items()}
-    controls[TEACHER] |= {"name": record["teacher"], "agreement": agreement(probabilities, predictions[TEACHER])}
-    gain, reason = gain_kept(probabilities, predictions[ALONE], predictions[TEACHER], labels, groups)
-    text = verdict(probabilities, predictions[ALONE], predictions[TEACHER], labels, gain, groups)
+    trainings = {key: _trainings(arrays, split, key)[:, rows] for key in (ALONE, TEACHER)}
+    further = arrays.get(f"{split}/{STUDENT}", np.empty((0, *probabilities.shape)))[1:]
+    trainings[STUDENT] = (
+        np.concatenate([probabilities[None], further[:, rows]]) if len(further) else probabilities[None]
+    )
+    return compare(record, trainings, labels, temperatures(arrays), groups)
+
+
+def compare(
+    record: Mapping[str, Any],
+    trainings: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    fitted: Mapping[str, Sequence[float]],
+    groups: np.ndarray | None = None,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """`controls` and `gain_kept` of trainings {student, alone, teacher: probabilities (K, N, C)}, and notes on them.
+
+    Differences and fractions are of probabilities after temperature scaling by `fitted`, on equal terms; scores are
+    those of the networks as they are, means over the trainings. Groups (N,) are independent.
+    """
+    calibrated = {
+        key: np.stack([_scaled(*pair) for pair in zip(runs, fitted[key], strict=True)]) if key in fitted else runs
+        for key, runs in trainings.items()
+    }
+    metrics = {key: _mean_scores(trainings[key], calibrated[key], labels) for key in trainings}
+    controls: dict[str, Any] = {key: record["costs"][key] | metrics[key] for key in (ALONE, TEACHER)}
+    controls[TEACHER] |= {
+        "name": record["teacher"],
+        "agreement": agreement(trainings[STUDENT][0], trainings[TEACHER][0]),
+    }
+    differences = {
+        metric: difference(calibrated[STUDENT], calibrated[ALONE], labels, metric, groups)
+        for metric in verdicts.METRICS
+    }
+    controls[ALONE] |= {"student_ahead": {metric: each.as_record() for metric, each in differences.items()}}
+    gain, reason = gain_kept(calibrated[STUDENT], calibrated[ALONE], calibrated[TEACHER], labels, groups)
+    seeds = min(len(trainings[STUDENT]), len(trainings[ALONE]))
+    text = verdict(metrics, differences, gain, record["costs"], seeds=seeds)
     return {"controls": controls, "gain_kept": gain}, {"controls": text} | ({"gain_kept": reason} if reason else {})
+
+
+def temperatures(arrays: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
+    """{student, alone, teacher: temperature of each training}, fitted on val alike; empty without val."""
+    if f"val/{STUDENT}" not in arrays:
+        return {}
+    labels = arrays["val/labels"]
+    return {
+        key: [fit_temperature(clipped_log(each), labels) for each in _trainings(arrays, "val", key)]
+        for key in (STUDENT, ALONE, TEACHER)
+    }
+
+
+def _scaled(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    return softmax(clipped_log(probabilities) / temperature)
+
+
+def _trainings(arrays: Mapping[str, np.ndarray], split: str, key: str) -> np.ndarray:
+    """Probabilities (K, N, C); of the teacher, and in workspaces of earlier versions, there is one array (N, C)."""
+    stored = arrays[f"{split}/{key}"]
+    return stored if stored.ndim == 3 else stored[None]
+
+
+def _mean_scores(trainings: np.ndarray, calibrated: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Means over the trainings (K, N, C) of `scores`, and of the log-loss after temperature scaling."""
+    each = [scores(probabilities, labels) for probabilities in trainings]
+    means = {metric: float(np.mean([one[metric] for one in each])) for metric in each[0]}
+    return means | {"log_loss_calibrated": float(np.mean([log_loss(one, labels) for one in calibrated]))}
 
 
 def scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -93,57 +160,46 @@ def gain_kept(
     """Fraction of the teacher's gain that the student keeps, and the reasons why it or its bounds are undefined.
 
     `(student - alone) / (teacher - alone)` in accuracy, `{value, ci95}`, and the same in log-loss under `log_loss`.
-    Probabilities (N, C), labels (N,). The interval is that of the paired bootstrap of rows, stratified by class, or of
-    groups (N,). It has no
-    bounds where a gain of zero is within the teacher's interval, since any fraction is then possible (Fieller 1954).
-    `value` is None where the teacher is not better than the network trained alone.
+    Probabilities (K, N, C) of K trainings, whose scores are averaged; labels (N,). The interval is that of the paired
+    bootstrap of rows, stratified by class, or of groups (N,). It has no bounds where a gain of zero is within the
+    teacher's interval, since any fraction is then possible (Fieller 1954). `value` is None where the teacher is not
+    better than the network trained alone.
     """
     gains, reasons = {}, []
-    for name, of_rows in (("accuracy", _hits), ("log_loss", log_loss_per_row)):
-        sign, spoken = (1 if name == "accuracy" else -1), name.replace("_", "-")
-        student_rows, alone_rows, teacher_rows = (sign * of_rows(each, labels) for each in (student, alone, teacher))
+    for metric in verdicts.METRICS:
+        student_rows, alone_rows, teacher_rows = (
+            row_scores(each, labels, metric).mean(axis=0) for each in (student, alone, teacher)
+        )
+        spoken = metric.replace("_", "-")
         student_gain = float(student_rows.mean() - alone_rows.mean())
         teacher_gain = float(teacher_rows.mean() - alone_rows.mean())
         if teacher_gain <= 0:
             reasons.append(f"the teacher's {spoken} is not better than that of the network trained without a teacher")
-        differences = [student_rows - alone_rows, teacher_rows - alone_rows]
-        bounds = ratio_interval(*bootstrap_means(differences, labels, groups))
-        gains[name] = {"value": student_gain / teacher_gain if teacher_gain > 0 else None, "ci95": bounds}
+        gained = [student_rows - alone_rows, teacher_rows - alone_rows]
+        bounds = ratio_interval(*bootstrap_means(gained, labels, groups))
+        gains[metric] = {"value": student_gain / teacher_gain if teacher_gain > 0 else None, "ci95": bounds}
         if teacher_gain > 0 and None in bounds:
             reasons.append(f"{len(labels)} rows are too few to establish that the teacher gains in {spoken}")
     return gains["accuracy"] | {"log_loss": gains["log_loss"]}, "; ".join(reasons)
 
 
 def verdict(
-    student: np.ndarray,
-    alone: np.ndarray,
-    teacher: np.ndarray,
-    labels: np.ndarray,
+    metrics: Mapping[str, Mapping[str, float]],
+    differences: Mapping[str, Difference],
     gain: Mapping[str, Any],
-    groups: np.ndarray | None = None,
+    costs: Mapping[str, Mapping[str, Any]],
+    *,
+    seeds: int,
 ) -> str:
-    """One sentence on whether distillation helped, from probabilities (N, C), labels (N,) and `gain_kept`.
-
-    It helped, or harmed, in a metric whose paired interval does not contain 0; groups (N,) are independent.
-    """
-    compared = compare_models(student, alone, labels, groups)
-    of_each = [scores(probabilities, labels) for probabilities in (student, alone, teacher)]
-    figures = "; ".join(
-        f"{name.replace('_', '-')} {values[0]:.4f}, alone {values[1]:.4f}, teacher {values[2]:.4f}"
-        for name in ("accuracy", "log_loss")
-        for values in ([model[name] for model in of_each],)
+    """One sentence on whether distillation helped, from scores, differences, `gain_kept` and the record's costs."""
+    student, alone, teacher = (metrics[key] for key in (STUDENT, ALONE, TEACHER))
+    figures = (
+        f"accuracy {student['accuracy']:.4f}, alone {alone['accuracy']:.4f}, teacher {teacher['accuracy']:.4f}; "
+        f"calibrated log-loss {student['log_loss_calibrated']:.4f}, alone {alone['log_loss_calibrated']:.4f}, "
+        f"teacher {teacher['log_loss_calibrated']:.4f}"
     )
-    fraction = "" if gain["value"] is None else f"; {100 * gain['value']:.0f} % of the teacher's gain in accuracy kept"
-    if compared.better:
-        in_what = "" if len(compared.better) == 2 else f" in {compared.better[0]}"
-        text = f"distillation helped{in_what}" + (f" and harmed in {compared.worse[0]}" if compared.worse else "")
-    elif compared.worse:
-        text = f"distillation harmed in {' and '.join(compared.worse)}: the same network trained alone is better"
-    else:
-        text = f"the student {CANNOT_TELL} from the same network trained alone"
-    return f"{text} ({figures}{fraction})"
-
-
-def _hits(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    hits: np.ndarray = (probabilities.argmax(axis=1) == labels).astype(np.float64)
-    return hits
+    points = 100 * (student["accuracy"] - teacher["accuracy"])
+    parts = [f"{outcome(differences, seeds=seeds)} ({difference_text(differences)})", figures]
+    parts += [text] if (text := speed_text(costs, ALONE, TEACHER, points)) else []
+    parts += [] if gain["value"] is None else [f"{100 * gain['value']:.0f} % of the teacher's gain in accuracy kept"]
+    return "; ".join(parts)

@@ -1,10 +1,10 @@
-"""Builds one student: trains it and its control, and writes checkpoint, member, ensemble, controls and record."""
+"""Builds one student: trains it and its control, once per seed, and writes what `distill` leaves of them."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,9 @@ from utils.core import estimates
 from utils.core.artifacts import digest_of, write_json
 from utils.core.links import remove_file
 from utils.discovery import discover
-from utils.distillation import student_comparison, students, teachers, unlabeled
-from utils.distillation.controls import ALONE
+from utils.distillation import expected_gain, student_comparison, students, teachers, unlabeled, verdicts
+from utils.distillation.controls import ALONE, STUDENT
+from utils.distillation.initial_weights import MEMBER, RANDOM
 from utils.distillation.students import Student
 from utils.distillation.teachers import METHOD, Teacher
 from utils.numeric.metrics import softmax
@@ -31,13 +32,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from utils.distillation.student_training import StudentTrainingResult, StudentTrainingSettings
-    from utils.training.batch_schedule import BatchSchedule
+    from utils.distillation.target_sources import StudentTargets
     from utils.training.image_source import ImageSource
     from utils.training.progress import TrainingProgress
 
 logger = logging.getLogger("disease_pipeline")
-
-STUDENT = "student"  # key of the student's training in records; that of its control is ALONE
 
 
 def build_student(
@@ -48,10 +47,12 @@ def build_student(
     `digest` is that of all its inputs. An interrupted training resumes, unless `force`.
     """
     from utils.distillation import target_sources
-    from utils.distillation.student_training import train
 
     start = time.monotonic()
-    kind, crossfit = target_sources.resolve_kind(store, teacher, store.images("train"))
+    settings, members = store.config.distillation, teachers.members_of(store, teacher)
+    model = students.initial_network(store, student, members)
+    sizes = (_model_bytes(model), student.img_size)
+    kind, crossfit = target_sources.resolve_kind(store, teacher, store.images("train"), sizes)
     images = _StudentImages(
         store,
         student,
@@ -61,53 +62,60 @@ def build_student(
     )
     train_images = unlabeled.append_unlabeled(store.images("train"), unlabeled_split)
     images.decode(teacher, train_images)
-    progress = _progress(store, student, [digest, kind], force)
-    model = students.initial_network(store, student)
     _warn_of_size(store, student, teacher, model)
+    expected = expected_gain.before_training(store, student, teacher)
     logger.info(
         "training %s with the teacher %s, targets %s: %s",
-        *(student.name, teacher.name, kind, _estimate(store, model, train_images)),
+        *(student.name, teacher.name, kind, _estimate(store, model, train_images, student.img_size)),
     )
     targets = target_sources.prepare(
         store, teacher, images.source(train_images), kind, crossfit, ensemble=student.ensemble
     )
-    trained = train(
-        model,
-        _training_settings(store, student),
-        targets.batch_schedule,
-        targets.epoch_targets,
-        images.source(store.images("val")),
-        device=images.device,
-        progress=progress[STUDENT],
-    )
-    alone, alone_probs = _train_alone(images, targets.batch_schedule, progress[ALONE])
-    settings = store.config.distillation
+    if force:
+        remove_progress(store.workspace.distillation(student.ensemble))
+    trainings = [_train_pair(images, targets, members, number, [digest, kind]) for number in range(settings.seeds)]
+    trained, alone = trainings[0].student, trainings[0].alone
     facts = {
         "teacher": teacher.name,
         "targets": {
             "kind": kind,
             "rows": target_sources.ROWS[kind],
             "views": targets.batch_schedule.n_views,
+            "mix": targets.batch_schedule.mix,
             "digest": targets.digest,
             "unlabeled": 0 if unlabeled_split is None else len(unlabeled_split.paths),
         },
         "temperature": settings.temperature,
         "alpha": settings.alpha,
+        "initial_weights": _initial_weights(store, student),
+        "seeds": settings.seeds,
         "epochs": {STUDENT: len(trained.history), ALONE: len(alone.history)},
         "history": {STUDENT: trained.history, ALONE: alone.history},
         "threads": {STUDENT: trained.threads, ALONE: alone.threads},
+        "expected_gain": expected,
+        "schedule_note": verdicts.schedule_note(alone.history, settings.epochs),
     }
+    if facts["schedule_note"]:
+        logger.warning("%s: %s", student.ensemble, facts["schedule_note"])
     store = _add_member(store, student, teacher, trained, images.facts, kind)
     derived = store.catalog.members[student.member]
     _build_ensemble(store, student, teacher, derived, digest, facts)
-    verdict = student_comparison.compare_on_val(store, student, teacher, derived, alone_probs)
+    costs = student_comparison.measure_costs(store, teacher, derived)
+    probabilities = {
+        split: {
+            STUDENT: np.stack([each.probabilities[STUDENT][split] for each in trainings]),
+            ALONE: np.stack([each.probabilities[ALONE][split] for each in trainings]),
+        }
+        for split in STREAMED_SPLITS
+    }
+    verdict = student_comparison.compare_on_val(store, student, teacher, probabilities, costs)
     record = facts | {
         "key": digest,
         "name": student.ensemble,
         "student": student.name,
         "member": derived.name,
         "sha256": derived.checkpoints[0]["sha256"],
-        "costs": student_comparison.measure_costs(store, teacher, derived),
+        "costs": costs,
         "verdict": verdict,
         "seconds": round(time.monotonic() - start, 1),
     }
@@ -143,16 +151,13 @@ class _StudentImages:
         image_splits.decode(splits, preprocessings, image_cache=cache, threads=self.threads)
 
 
-def _progress(store: Store, student: Student, key: list[str], force: bool) -> dict[str, TrainingProgress]:
-    """Progress files of student and control; `force` removes them first."""
+def _progress(store: Store, student: Student, arm: str, number: int, key: list[str]) -> TrainingProgress:
+    """Progress file of one training of an arm: `progress_student.pth`, `progress_student_1.pth` of the second seed."""
     from utils.training.progress import TrainingProgress
 
+    name = f"{arm}_{number}" if number else arm
     folder = store.workspace.distillation(student.ensemble)
-    if force:
-        remove_progress(folder)
-    return {
-        name: TrainingProgress(folder / f"progress_{name}.pth", digest_of([*key, name])) for name in (STUDENT, ALONE)
-    }
+    return TrainingProgress(folder / f"progress_{name}.pth", digest_of([*key, name]))
 
 
 def remove_progress(folder: Path) -> None:
@@ -161,7 +166,7 @@ def remove_progress(folder: Path) -> None:
         remove_file(path)
 
 
-def _training_settings(store: Store, student: Student) -> StudentTrainingSettings:
+def _training_settings(store: Store, student: Student, seed: int) -> StudentTrainingSettings:
     from utils.distillation.student_training import StudentTrainingSettings
 
     settings = store.config.distillation
@@ -171,41 +176,78 @@ def _training_settings(store: Store, student: Student) -> StudentTrainingSetting
         settings.lr,
         settings.temperature,
         settings.alpha,
-        seed=store.config.seed,
+        seed=seed,
     )
 
 
-def _train_alone(
-    images: _StudentImages, student_schedule: BatchSchedule, progress: TrainingProgress
-) -> tuple[StudentTrainingResult, dict[str, np.ndarray]]:
-    """Train the control, and its probabilities {split: (N, C)}.
+@dataclass(frozen=True)
+class _TrainedPair:
+    """A student and its control of one seed."""
 
-    It is the same network with the same initial weights, trained without a teacher on as many images with the same
-    augmentation.
+    student: StudentTrainingResult
+    alone: StudentTrainingResult
+    probabilities: Mapping[str, Mapping[str, np.ndarray]]
+    """{student, alone: {split: probabilities (N, C)}} of val and test."""
+
+
+def _train_pair(
+    images: _StudentImages, targets: StudentTargets, members: Sequence[Member], number: int, key: list[str]
+) -> _TrainedPair:
+    """Train the student and its control of one seed.
+
+    The control is the same network with the same initial weights, trained without a teacher for as many images with the
+    same augmentation, mixing and loss of labels.
     """
     from utils.distillation.student_training import predict_logits, train
-    from utils.training.batch_schedule import NEVER, BatchSchedule
+    from utils.training.batch_schedule import NEVER, BatchSchedule, derived_seed
 
-    store, settings = images.store, images.store.config.distillation
+    store, student, settings = images.store, images.student, images.store.config.distillation
+    seed = store.config.seed if number == 0 else derived_seed(store.config.seed, "training", number)
+    validation_set = images.source(store.images("val"))
+    schedule, epoch_targets = targets.of_seed(seed)
     source = images.source(store.images("train"))
-    schedule = BatchSchedule(
+    alone_schedule = BatchSchedule(
         source,
         settings.batch_size,
-        store.config.seed,
+        seed,
         np.full(len(source), NEVER),
-        n_views=student_schedule.n_views,
-        mix=settings.mix,
+        n_views=schedule.n_views,
+        mix=schedule.mix,
+        views_seed=schedule.views_seed,
     )
-    epochs = -(-settings.epochs * len(student_schedule.image_source) // len(source))
-    training_settings = replace(_training_settings(store, images.student), epochs=epochs, alpha=0.0)
-    model = students.initial_network(store, images.student)
-    validation_set = images.source(store.images("val"))
-    alone = train(model, training_settings, schedule, None, validation_set, device=images.device, progress=progress)
-    probabilities = {
-        split: softmax(predict_logits(model, images.source(store.images(split)), images.device, alone.weights))
-        for split in STREAMED_SPLITS
-    }
-    return alone, probabilities
+    alone_epochs = -(-settings.epochs * len(schedule.image_source) // len(source))
+    training_settings = _training_settings(store, student, seed)
+    results: dict[str, StudentTrainingResult] = {}
+    probabilities: dict[str, dict[str, np.ndarray]] = {}
+    for arm, arm_settings, arm_schedule, arm_targets in (
+        (STUDENT, training_settings, schedule, epoch_targets),
+        (ALONE, replace(training_settings, epochs=alone_epochs, alpha=0.0), alone_schedule, None),
+    ):
+        model = students.initial_network(store, student, members, seed=seed)
+        results[arm] = train(
+            model,
+            arm_settings,
+            arm_schedule,
+            arm_targets,
+            validation_set,
+            device=images.device,
+            progress=_progress(store, student, arm, number, key),
+        )
+        probabilities[arm] = {
+            split: softmax(
+                predict_logits(model, images.source(store.images(split)), images.device, results[arm].weights)
+            )
+            for split in STREAMED_SPLITS
+        }
+    return _TrainedPair(results[STUDENT], results[ALONE], probabilities)
+
+
+def _initial_weights(store: Store, student: Student) -> str:
+    """Where the initial weights come from: random, member, or the source of pretrained ones."""
+    if student.pretrained is not None:
+        return student.pretrained.source
+    setting: str = store.config.distillation.initial_weights
+    return setting if setting == MEMBER else RANDOM
 
 
 def _add_member(
@@ -271,16 +313,16 @@ def _warn_of_size(store: Store, student: Student, teacher: Teacher, model: nn.Mo
         )
 
 
-def _estimate(store: Store, model: nn.Module, images: ImageSplit) -> estimates.Estimate:
-    """Of both trainings, one after the other."""
+def _estimate(store: Store, model: nn.Module, images: ImageSplit, img_size: int) -> estimates.Estimate:
+    """Of all trainings, one after the other."""
     settings = store.config.distillation
     return estimates.estimate_training(
         [_model_bytes(model)],
         len(images.paths),
-        epochs=2 * settings.epochs,
+        epochs=2 * settings.seeds * settings.epochs,
         kept=1,
         batch_size=settings.batch_size,
-        img_size=store.config.dataset.img_size,
+        img_size=img_size,
         on_cuda=streaming.resolve_device(store.config.device) != "cpu",
         cores=1,
     )

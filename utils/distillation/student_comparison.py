@@ -11,10 +11,9 @@ import numpy as np
 from utils.building import latency
 from utils.core.errors import UserError
 from utils.distillation import controls, teachers
-from utils.distillation.controls import ALONE, TEACHER
+from utils.distillation.controls import ALONE, STUDENT, TEACHER
 from utils.distillation.students import Student
 from utils.distillation.teachers import Teacher
-from utils.numeric.metrics import softmax
 from utils.predictions import fold_networks
 from utils.predictions.catalog import Member
 from utils.predictions.row_groups import row_groups
@@ -24,15 +23,19 @@ logger = logging.getLogger("disease_pipeline")
 
 
 def compare_on_val(
-    store: Store, student: Student, teacher: Teacher, derived: Member, alone: Mapping[str, np.ndarray]
+    store: Store,
+    student: Student,
+    teacher: Teacher,
+    trainings: Mapping[str, Mapping[str, np.ndarray]],
+    costs: Mapping[str, Mapping[str, Any]],
 ) -> str:
-    """Write the predictions of the controls; returns the verdict on val.
+    """Write the predictions of the student and its controls; returns the verdict on val.
 
-    `alone` {split: probabilities (N, C)} are of the same network trained without a teacher, for all images of val and
-    test.
+    `trainings` {split: {student, alone: probabilities (K, N, C)}} are of K trainings each, for all images of val and
+    test; `costs` are those of `measure_costs`.
     """
     predictions: dict[str, dict[str, np.ndarray]] = {}
-    for split in alone:
+    for split, of_split in trainings.items():
         images = store.images(split)
         try:
             rows, probabilities = teachers.predict_split(store, teacher, split)
@@ -47,7 +50,8 @@ def compare_on_val(
             crossfit = teachers.crossfit_log_probabilities(store, teacher, split, sample_ids)
             teacher_probs = np.where(np.isnan(crossfit), teacher_probs, np.exp(crossfit))
         predictions[split] = {
-            ALONE: alone[split][shared],
+            STUDENT: of_split[STUDENT][:, shared],
+            ALONE: of_split[ALONE][:, shared],
             TEACHER: teacher_probs / teacher_probs.sum(axis=1, keepdims=True),
             "labels": images.labels[shared],
             "sample_ids": np.array(images.sample_ids)[shared],
@@ -56,13 +60,12 @@ def compare_on_val(
     if "val" not in predictions:
         return "the teacher has no predictions for val; evaluate compares on test"
     val = predictions["val"]
-    stored = store.rows(derived, "val")
-    stored_row_of = {sample_id: row for row, sample_id in enumerate(stored.sample_ids.tolist())}
-    student_rows = [stored_row_of[sample_id] for sample_id in val["sample_ids"].tolist()]
-    student_probs = softmax(np.asarray(stored.logits)[student_rows])
+    arrays = {f"val/{key}": array for key, array in val.items()}
+    compared = {STUDENT: val[STUDENT], ALONE: val[ALONE], TEACHER: val[TEACHER][None]}
+    record = {"costs": costs, "teacher": teacher.name}
     groups = row_groups(store, [("val", sample_id) for sample_id in val["sample_ids"].tolist()])
-    gain, _ = controls.gain_kept(student_probs, val[ALONE], val[TEACHER], val["labels"], groups)
-    return controls.verdict(student_probs, val[ALONE], val[TEACHER], val["labels"], gain, groups)
+    _, notes = controls.compare(record, compared, val["labels"], controls.temperatures(arrays), groups)
+    return notes["controls"]
 
 
 def measure_costs(store: Store, teacher: Teacher, derived: Member) -> dict[str, dict[str, Any]]:

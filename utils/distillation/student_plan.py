@@ -17,9 +17,12 @@ from utils.distillation.teachers import METHOD, Teacher
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.store import Store
 
-VERSION = 2  # raised whenever the same request would give another student
+VERSION = 3  # raised whenever the same request would give another student
 CONFIG_KEY = "distillation"
-DIGEST_SETTINGS = ("temperature", "alpha", "epochs", "lr", "batch_size", "targets", "views", "mix")
+DIGEST_SETTINGS = (
+    *("temperature", "alpha", "epochs", "lr", "batch_size", "targets", "views", "mix"),
+    *("initial_weights", "seeds"),
+)
 REMEDY = "Remove it, then distill again"
 
 

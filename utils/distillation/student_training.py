@@ -1,6 +1,8 @@
 """Training of a student, with a teacher or by labels alone.
 
-Optimizer, schedule and criterion are the mounted base pipeline's. A training runs to the end of its schedule and keeps
+Optimizer and schedule are the mounted base pipeline's. The labels' loss is the cross-entropy without label smoothing,
+with a teacher and without: smoothed labels would contradict the teacher's probabilities, and smoothing in one of two
+compared networks alone would decide their log-losses. A training runs to the end of its schedule and keeps
 the averaged weights after the last epoch; val rows are measured and decide nothing. An interrupted training resumes at
 its last saved epoch and ends with equal weights on the CPU.
 """
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from utils import base_back
 from utils.core.errors import UserError
@@ -43,7 +46,7 @@ class StudentTrainingSettings:
     """Hyperparameters of a student's training."""
 
     backbone: str
-    """Selects rates, schedule and label smoothing of the base pipeline."""
+    """Selects rates and schedule of the base pipeline."""
     epochs: int
     lr: float
     temperature: float
@@ -104,10 +107,8 @@ def _train(
     optimizer = training.create_optimized_optimizer(model, settings.lr, settings.backbone)
     steps = len(batch_schedule)
     lr_schedule = training.create_improved_scheduler(optimizer, settings.epochs, steps, settings.backbone)
-    classes = len(batch_schedule.image_source.images.classes)
-    criterion = training.get_loss_function_for_backbone(settings.backbone, classes).to(device)
     average = WeightAverage(model, min(MAX_DECAY, max(MIN_DECAY, 1 - 1 / (AVERAGED_EPOCHS * steps))))
-    run = _StudentTraining(model, optimizer, lr_schedule, average, criterion, settings, device)
+    run = _StudentTraining(model, optimizer, lr_schedule, average, settings, device)
     history: list[dict[str, float]] = []
     if progress is not None and saved is not None:
         run.restore(saved)
@@ -169,7 +170,6 @@ class _StudentTraining:
     optimizer: torch.optim.Optimizer
     lr_schedule: torch.optim.lr_scheduler.LRScheduler
     average: WeightAverage
-    criterion: nn.Module
     settings: StudentTrainingSettings
     device: str
 
@@ -195,17 +195,23 @@ class _StudentTraining:
             distilled, labelled = has_target[batch.rows], labels[batch.rows] >= 0
             if batch_schedule.separates_losses:
                 distilled, labelled = distilled & batch.unaugmented, labelled & ~batch.unaugmented
+            batch_targets = teacher[batch.rows]
+            if batch.mixing is not None and batch_schedule.mixes_targets:
+                batch_targets = batch.mixing.log_probabilities(batch_targets)
+                distilled = distilled & distilled[batch.mixing.partner]
+            if batch.mixing is not None:  # an unlabeled partner leaves no label for the mixed image
+                labelled = labelled & labelled[batch.mixing.partner]
             with torch.autocast("cuda") if self.on_cuda else nullcontext():
                 logits = self.model(images.to(self.device, non_blocking=True))
                 logits = logits if isinstance(logits, Tensor) else logits[0]
             loss = student_loss(
                 logits.float(),
                 labels[batch.rows].to(self.device),
-                teacher[batch.rows].to(self.device),
+                batch_targets.to(self.device),
                 distilled=distilled.to(self.device),
                 labelled=labelled.to(self.device),
                 mixing=batch.mixing,
-                criterion=self.criterion,
+                criterion=F.cross_entropy,
                 temperature=self.settings.temperature,
                 alpha=alpha,
             )

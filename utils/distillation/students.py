@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,12 @@ from utils import base_back
 from utils.core.artifacts import write_checkpoint
 from utils.core.errors import UserError, did_you_mean
 from utils.core.links import require_no_symlink
+from utils.distillation.initial_weights import INITIAL_WEIGHTS_KEY, MEMBER, PretrainedWeights, find_pretrained
 from utils.networks import checkpoints
 from utils.networks.construction import NetworkSpec, construct_untrained
 from utils.networks.preprocessing import Preprocessing
-from utils.predictions.catalog import LAST_EPOCH, TIMM, Member, preprocessing_entry
+from utils.predictions import streaming
+from utils.predictions.catalog import IMPORTED, LAST_EPOCH, TIMM, Member, preprocessing_entry
 from utils.predictions.store import Store
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ class Student:
     preprocessing: Preprocessing
     reference: Member | None
     """The trained member whose size, preprocessing and augmentation it takes; None: those of the settings."""
+    pretrained: PretrainedWeights | None = None
+    """The weights that its training starts from, whose preprocessing it has; None for random ones or a member's."""
 
     @property
     def img_size(self) -> int:
@@ -58,7 +62,8 @@ class Student:
 
     def identity(self) -> list[Any]:
         """The part of it that decides the weights, JSON-ready."""
-        return [self.architecture, self.size, self.img_size, self.reference.digest if self.reference else None]
+        identity = [self.architecture, self.size, self.img_size, self.reference.digest if self.reference else None]
+        return identity + ([self.pretrained.sha256] if self.pretrained else [])
 
     def network_spec(self, store: Store) -> NetworkSpec:
         """How to construct the network."""
@@ -69,7 +74,11 @@ class Student:
 
 
 def ensemble_name(student: str) -> str:
-    """`distilled_mobile` for CustomMobileOne, `distilled_convnext` for CustomConvNeXt; names of timm do not change."""
+    """`distilled_mobile` for CustomMobileOne, `distilled_convnext` for CustomConvNeXt; names of timm do not change.
+
+    The prefix `timm:` is left out.
+    """
+    student = student.removeprefix(TIMM)
     if not student.startswith("Custom"):
         return f"distilled_{student}"
     backbone = student.removeprefix("Custom")
@@ -77,15 +86,19 @@ def ensemble_name(student: str) -> str:
 
 
 def resolve(store: Store, name: str) -> Student:
-    """The student of a name, with the preprocessing of its backbone's member, else of most members; needs no torch.
+    """The student of a name, with the preprocessing of its backbone's member, else of most members.
 
-    A name that BASE-BACK does not have is assumed to be timm's; `require_architecture` checks it.
+    A name that BASE-BACK does not have is assumed to be timm's, with or without its prefix; `require_architecture`
+    checks it. A network of timm that starts from pretrained weights has their preprocessing, at an input size that
+    suits the images. Only to find those needs torch.
     """
     settings = base_back.settings()
-    trained = [member for member in store.catalog.members.values() if member.source == "trained"]
-    same_backbone = store.catalog.members.get(name)
-    reference = same_backbone if same_backbone in trained else _most_common(trained)
+    name = name.removeprefix(TIMM)
     is_base_back = name in _backbones()
+    trained = [member for member in store.catalog.members.values() if member.source == "trained"]
+    reference = _same_architecture(trained, name) or _most_common(trained)
+    if not is_base_back and (pretrained := find_pretrained(store, name)) is not None:
+        return Student(name, TIMM + name, "full", pretrained.preprocessing, reference, pretrained)
     size = reference.size if reference else getattr(settings, "MODEL_SIZE", "full")
     if reference is not None:
         preprocessing = reference.image_preprocessing
@@ -95,8 +108,15 @@ def resolve(store: Store, name: str) -> Student:
     return Student(name, architecture, size if is_base_back else "full", preprocessing, reference)
 
 
+def _same_architecture(trained: list[Member], name: str) -> Member | None:
+    """The trained member of that name, else the first by name with that architecture."""
+    members = [member for member in trained if name in (member.name, member.architecture.removeprefix(TIMM))]
+    return min(members, key=lambda member: (member.name != name, member.name), default=None)
+
+
 def require_architecture(name: str) -> None:
     """Raise UserError for a name that neither BASE-BACK nor timm has."""
+    name = name.removeprefix(TIMM)
     if name in _backbones():
         return
     import timm
@@ -134,19 +154,43 @@ def training_facts(store: Store, student: Student) -> dict[str, str]:
     return facts
 
 
-def initial_network(store: Store, student: Student) -> nn.Module:
-    """The network with its initial weights, which follow from seed and name.
+def initial_network(
+    store: Store, student: Student, members: Sequence[Member] = (), *, seed: int | None = None
+) -> nn.Module:
+    """The network with its initial weights: random ones of `seed` (default: the configuration's), pretrained ones with
+    a new head, or those of the member among the teacher's `members` that has the same architecture.
 
-    Raises UserError where it cannot be constructed.
+    Raises UserError where it cannot be constructed, or there is no such member.
     """
     import torch
 
     from utils.training.batch_schedule import derived_seed
 
     spec = student.network_spec(store)
+    torch.manual_seed(derived_seed(store.config.seed if seed is None else seed, student.name, "weights"))
+    if student.pretrained is not None:
+        return student.pretrained.network(spec)
     factory = None if spec.source == "timm" else base_back.load("models").create_custom_backbone_safe
-    torch.manual_seed(derived_seed(store.config.seed, student.name, "weights"))
-    return construct_untrained(spec, len(spec.classes), factory)
+    network = construct_untrained(spec, len(spec.classes), factory)
+    if store.config.distillation.initial_weights == MEMBER:
+        member = initial_member(student, members, spec.classes)
+        network.load_state_dict(streaming.open_network(member.network(store.workspace)).state_dict())
+    return network
+
+
+def initial_member(student: Student, members: Sequence[Member], classes: Sequence[str]) -> Member:
+    """The member of the teacher that a student starts from. Raises UserError where none has its architecture."""
+    for member in members:
+        shape = (member.architecture, member.size, member.img_size)
+        is_alike = shape == (student.architecture, student.size, student.img_size)
+        if member.source != IMPORTED and is_alike and tuple(member.classes) == tuple(classes):
+            return member
+    names = ", ".join(f"{member.name} ({member.architecture}, {member.img_size} px)" for member in members)
+    raise UserError(
+        f"{INITIAL_WEIGHTS_KEY}: {MEMBER} needs a member of the teacher with the student's architecture "
+        f"({student.architecture}, {student.size}, {student.img_size} px); found {names}. Set another teacher or "
+        f"student, or {INITIAL_WEIGHTS_KEY} to random"
+    )
 
 
 def write_student(store: Store, student: Student, weights: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -159,6 +203,7 @@ def write_student(store: Store, student: Student, weights: Mapping[str, Any], fa
         "model_size": student.size,
         "img_size": student.img_size,
         **preprocessing_entry(student.architecture, student.preprocessing),
+        **({"weights": student.pretrained.as_record()} if student.pretrained else {}),
         "stage": ROLE,
         "selection": LAST_EPOCH,
         **({"base_back": "external"} if is_external else {}),

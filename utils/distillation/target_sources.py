@@ -7,13 +7,14 @@ each epoch.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from utils.core import estimates
 from utils.core.artifacts import digest_of
 from utils.core.config import Config
 from utils.core.errors import LeakageError, UserError
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("disease_pipeline")
 
 CONFIG_KEY = "distillation.targets"
+MAX_PASS_FRACTION = 0.2
+"""Of the student's training time: the largest cost of one pass of the teacher for which `auto` is `consistent`."""
 OOF, CONSISTENT, VIEWS = "oof", "consistent", "views"
 ROWS = {OOF: "oof", CONSISTENT: "in_sample", VIEWS: "in_sample"}
 """By kind of targets: whether the teacher's predictions of train rows are out-of-fold or in-sample."""
@@ -45,15 +48,26 @@ class StudentTargets:
 
     kind: str
     batch_schedule: BatchSchedule
-    epoch_targets: EpochTargets
+    """Of the first seed."""
+    predict: Callable[[BatchSchedule, int], np.ndarray]
+    """Batch schedule, epoch -> log-probabilities (N, C) for the views of that epoch; NaN where there is no target."""
     digest: str | None
     """Of the stored targets; None where the teacher predicts in every epoch."""
 
+    def of_seed(self, seed: int) -> tuple[BatchSchedule, EpochTargets]:
+        """Batches of a seed and the teacher's predictions for them; recurring views are those of the first seed."""
+        schedule = self.batch_schedule
+        if seed != schedule.seed:
+            schedule = replace(schedule, seed=seed, views_seed=schedule.seed)
+        return schedule, partial(self.predict, schedule)
 
-def resolve_kind(store: Store, teacher: Teacher, train: ImageSplit) -> tuple[str, np.ndarray]:
+
+def resolve_kind(store: Store, teacher: Teacher, train: ImageSplit, student: tuple[int, int]) -> tuple[str, np.ndarray]:
     """The kind of targets, and the cross-fitted log-probabilities (N, C) of the train rows, NaN where there are none.
 
-    `auto` resolves to `oof` where every train row has a cross-fitted prediction, else to `consistent`.
+    `student` is (bytes of its weights, input size in px). `auto` resolves to `oof` where the teacher has members
+    without a network. It resolves to `consistent` (function matching, Beyer et al. 2022) where one pass of the teacher
+    over the images costs at most `MAX_PASS_FRACTION` of the student's training, else to `views`.
 
     Raises LeakageError where `oof` is configured and there is no cross-fitted prediction, and UserError where the kind
     needs a network that the teacher does not have.
@@ -63,13 +77,7 @@ def resolve_kind(store: Store, teacher: Teacher, train: ImageSplit) -> tuple[str
     crossfit = teachers.crossfit_log_probabilities(store, teacher, "train", train.sample_ids)
     has_target = ~np.isnan(crossfit).any(axis=1)
     if kind == "auto":
-        kind = OOF if has_target.all() or without_network else CONSISTENT
-        if kind == CONSISTENT:
-            logger.warning(
-                "%s has cross-fitted predictions for %d of %d train rows; targets: in_sample, predicted for the "
-                "student's augmented views",
-                *(teacher.name, has_target.sum(), len(has_target)),
-            )
+        kind = OOF if without_network else _kind_by_cost(store, teacher, student)
     if kind != OOF and without_network:
         raise UserError(
             f"{CONFIG_KEY}: {kind} needs the teacher's networks, and {', '.join(without_network)} of {teacher.name} "
@@ -93,12 +101,38 @@ def resolve_kind(store: Store, teacher: Teacher, train: ImageSplit) -> tuple[str
     return kind, crossfit
 
 
+def _kind_by_cost(store: Store, teacher: Teacher, student: tuple[int, int]) -> str:
+    """`consistent`, or `views` for a teacher that is expensive to run; follows from sizes, so that it is repeatable."""
+    settings = store.config.distillation
+    fraction = estimates.pass_fraction(teachers.network_sizes(store, teacher), student, epochs=settings.epochs)
+    if fraction <= MAX_PASS_FRACTION:
+        return CONSISTENT
+    logger.info(
+        "%s: auto takes %s: one pass of %s over the images costs an estimated %.0f %% of the student's training (limit "
+        "%.0f %%), so it predicts %d views of each image once instead of new views in every epoch; set it to %s for "
+        "new views",
+        *(CONFIG_KEY, VIEWS, teacher.name, 100 * fraction, 100 * MAX_PASS_FRACTION, settings.views, CONSISTENT),
+    )
+    return VIEWS
+
+
+def mixing_of(config: Config, kind: str) -> str:
+    """How images are mixed with a kind of targets; `auto` is both mixup and CutMix, and none with `oof`.
+
+    Cross-fitted targets belong to the evaluation view of an image, and mixing is an augmentation.
+    """
+    mix: str = config.distillation.mix
+    if mix != "auto":
+        return mix
+    return "none" if kind == OOF else "both"
+
+
 def _check_settings(config: Config, teacher: Teacher, kind: str, without_network: list[str]) -> None:
     settings = config.distillation
-    if settings.mix != "none" and kind != CONSISTENT:
+    if mixing_of(config, kind) != "none" and kind == OOF:
         raise UserError(
-            f"distillation.mix: {settings.mix} needs targets for mixed images, which {CONFIG_KEY}: {kind} does not "
-            f"give; set {CONFIG_KEY} to {CONSISTENT}, or distillation.mix to none"
+            f"distillation.mix: {settings.mix} needs targets for augmented images, which {CONFIG_KEY}: {kind} does not "
+            f"give; set {CONFIG_KEY} to {CONSISTENT} or {VIEWS}, or distillation.mix to none"
         )
     if settings.unlabeled_dir is not None and without_network:
         raise UserError(
@@ -123,13 +157,12 @@ def prepare(
         store.config.seed,
         unaugmented=unaugmented_frequency(image_source, kind, ~np.isnan(crossfit).any(axis=1), settings.alpha),
         n_views=settings.views if kind == VIEWS and image_source.augmentation != NO_AUGMENTATION else 0,
-        mix=settings.mix,
+        mix=mixing_of(store.config, kind),
+        mixes_targets=kind != CONSISTENT,
         is_shared=kind == CONSISTENT,
     )
     if kind == CONSISTENT:
-        return StudentTargets(
-            kind, batch_schedule, lambda epoch: _predict_epoch(store, teacher, batch_schedule, epoch), None
-        )
+        return StudentTargets(kind, batch_schedule, partial(_predict_epoch, store, teacher), None)
     path = store.workspace.distillation(ensemble) / "targets.npz"
     key = digest_of(
         [
@@ -141,14 +174,14 @@ def prepare(
     if arrays is None:
         if kind == VIEWS:
             n_images = max(1, batch_schedule.n_views) * count
-            targets = teachers.predict_views(store, teacher, n_images, partial(_all_views, batch_schedule))
+            targets = teachers.predict_views(store, teacher, n_images, partial(all_views, batch_schedule))
         else:
             targets = _oof_targets(store, teacher, image_source, crossfit)
         arrays = soft_targets.pack(targets.reshape(-1, count, targets.shape[1]))
         soft_targets.save(path, key, arrays)
     table, digest = soft_targets.unpack(arrays), soft_targets.content_digest(arrays)
     return StudentTargets(
-        kind, batch_schedule, lambda epoch: table[batch_schedule.view_numbers(epoch), np.arange(count)], digest
+        kind, batch_schedule, lambda schedule, epoch: table[schedule.view_numbers(epoch), np.arange(count)], digest
     )
 
 
@@ -188,7 +221,7 @@ def views_digest(batch_schedule: BatchSchedule) -> str | None:
     return soft_targets.content_digest({name: value.numpy() for name, value in vars(views).items()})
 
 
-def _all_views(
+def all_views(
     batch_schedule: BatchSchedule, preprocessing: Preprocessing
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """All images in view 0, then all images in view 1, and so on."""

@@ -154,12 +154,17 @@ def size_mb(store: Store, teacher: Teacher) -> float | None:
     """Size of the networks that predict, in 10^6 bytes; None where a member has imported predictions alone."""
     if members_without_network(store, teacher):
         return None
-    files = [
-        member.network(store.workspace, stage=stage).checkpoint
+    return sum(n_bytes for n_bytes, _ in network_sizes(store, teacher)) / 1e6
+
+
+def network_sizes(store: Store, teacher: Teacher) -> list[tuple[int, int]]:
+    """(bytes of the checkpoint, input size in px) of each network that predicts."""
+    specs = [
+        member.network(store.workspace, stage=stage)
         for member in members_of(store, teacher)
         for stage in fold_networks.answering(member, teacher.ensemble.inference)
     ]
-    return sum(file.stat().st_size for file in files) / 1e6
+    return [(spec.checkpoint.stat().st_size, spec.img_size) for spec in specs]
 
 
 # predictions ----------------------------------------------------------------------------------------------------------

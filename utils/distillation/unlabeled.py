@@ -25,9 +25,9 @@ ID_PREFIX = "unlabeled:"  # keeps their ids apart from those of the splits
 def unlabeled_images(store: Store) -> ImageSplit | None:
     """The images of the configured folder, sorted by path; None where none is configured.
 
-    Duplicates and images that are also in a split are left out with a warning, since val and test must remain unseen.
+    Duplicates and images that are also in train or val are left out with a warning, since val must remain unseen.
 
-    Raises UserError for a folder that is missing or holds no image.
+    Raises UserError for a folder that is missing, holds no image, or holds an image of the test split, by content.
     """
     configured = store.config.distillation.unlabeled_dir
     if configured is None:
@@ -42,6 +42,13 @@ def unlabeled_images(store: Store) -> ImageSplit | None:
             f"{CONFIG_KEY} {configured}: no image in it ({', '.join(suffixes)}); add some, or set it to null"
         )
     contents = [store.digests.of(path) for path in paths]
+    in_test = set(store.images("test").contents)
+    leaked = [path for path, content in zip(paths, contents, strict=True) if content in in_test]
+    if leaked:
+        raise UserError(
+            f"{CONFIG_KEY} {configured}: {len(leaked)} of {len(paths)} images have the content of a test image, first "
+            f"{leaked[0]}; a student trained on them would have no test. Remove them from the folder, or set it to null"
+        )
     in_splits = {content for split in SPLITS for content in store.images(split).contents}
     first_index = {content: index for index, content in reversed(list(enumerate(contents)))}
     selected = [

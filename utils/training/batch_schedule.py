@@ -52,6 +52,11 @@ class BatchSchedule:
     n_views: int = 0
     """Number of views of each image that recur over the epochs; 0 draws new views in every epoch."""
     mix: str = "none"
+    """How the images of a batch are mixed: none, mixup, cutmix or both (one of the two per batch)."""
+    mixes_targets: bool = False
+    """Whether the teacher's targets are of the unmixed images and are mixed with the same weights."""
+    views_seed: int | None = None
+    """Seed of the recurring views; None is `seed`. Trainings of several seeds share the teacher's targets by it."""
     is_shared: bool = False
     """Whether several networks read each epoch, so that its images are worth caching."""
     _loaders: dict[Preprocessing, EpochLoader] = field(default_factory=dict, init=False, repr=False)
@@ -97,7 +102,8 @@ class BatchSchedule:
 
     def recurring_views(self) -> Any:
         """All recurring views: view 0 of every image, then view 1 of every image, and so on."""
-        seeds = [derived_seed(self.seed, "view", number) for number in range(self.n_views)]
+        views_seed = self.seed if self.views_seed is None else self.views_seed
+        seeds = [derived_seed(views_seed, "view", number) for number in range(self.n_views)]
         return self.image_source.join_views([self.image_source.draw_views(seed) for seed in seeds])
 
     def epoch_views(self, epoch: int) -> Any:

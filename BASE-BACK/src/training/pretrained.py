@@ -151,9 +151,10 @@ def _resolve(
         )
     else:
         mode = "scratch"
-    size = settings.TIMM_IMG_SIZE or earlier.get("img_size") or _default_size(architecture, samples)
+    paths = [sample.path for sample in samples]
+    size = settings.TIMM_IMG_SIZE or earlier.get("img_size") or default_size(architecture, paths)
     exif = settings.EXIF or earlier.get("exif")
-    preprocessing = _preprocessing(architecture, file, size) | ({"exif": exif} if exif else {})
+    preprocessing = preprocessing_of(architecture, file, size) | ({"exif": exif} if exif else {})
     sha256 = compute_file_sha256(path) if path else None
     stated = settings.option_of(settings.NETWORK_TRAINED_ON, name)
     if stated is None and sha256 == earlier.get("sha256"):  # of other weights nothing has been stated
@@ -224,24 +225,24 @@ def _is_download(path: Path) -> bool:
     return bool(record) and record.get("source") == HUB and record.get("sha256") == compute_file_sha256(path)
 
 
-def _default_size(architecture: str, samples: Sequence[Sample]) -> int:
+def default_size(architecture: str, paths: Sequence[Path]) -> int:
     """The smaller of the architecture's own input size and what suits the images, in steps of 32 px.
 
     Images are enlarged by `ENLARGEMENT` at most, by the median of their shorter sides.
     """
     size, is_fixed = default_input_size(architecture)
-    if is_fixed or not samples:
+    if is_fixed or not paths:
         return size
-    step = max(1, len(samples) // MEASURED_IMAGES)
+    step = max(1, len(paths) // MEASURED_IMAGES)
     sides = []
-    for sample in samples[::step]:
-        with open_image(sample.path) as image:
+    for path in paths[::step]:
+        with open_image(path) as image:
             sides.append(min(image.size))
     suiting = int(np.median(sides) * ENLARGEMENT) // SIZE_STEP * SIZE_STEP
     return min(size, max(suiting, LEAST_DEFAULT_SIZE))
 
 
-def _preprocessing(architecture: str, file: PretrainedFile | None, size: int) -> dict[str, Any]:
+def preprocessing_of(architecture: str, file: PretrainedFile | None, size: int) -> dict[str, Any]:
     """The preprocessing record at an input size: the file's own, that of a file beside it, or of the architecture.
 
     Files beside it are `preprocessor_config.json` (Hugging Face), then `config.json` (timm), as for `discover --add`.

@@ -20,6 +20,7 @@ from utils.combiners.protocol import Combiner, MemberFacts, NestedPredictions, m
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.numeric.metrics import log_loss, softmax
+from utils.numeric.nested_cv import inner_folds
 from utils.predictions.rows import MemberOutputs
 from utils.stacking_methods import Calibration, Learner, Model, Stacker, mean_probabilities
 
@@ -128,11 +129,13 @@ class FusionStacker(Stacker):
         crossfit = np.empty_like(probabilities)
         for fold in np.unique(folds):
             inside = folds == fold
-            calibration = self._calibrate(probabilities[~inside], mean[~inside], labels[~inside], folds[~inside])
+            others = inner_folds(labels, folds, ~inside)
+            calibration = self._calibrate(probabilities[~inside], mean[~inside], labels[~inside], others)
             crossfit[inside] = calibration.apply(probabilities[inside], mean[inside])
         # On few rows with hardly an error the fitted temperature is near 0, and one error on other rows is then costly.
         gains = log_loss(crossfit, labels) < log_loss(probabilities, labels)
-        self.calibration = self._calibrate(probabilities, mean, labels, folds) if gains else Calibration()
+        all_rows = inner_folds(labels, folds, np.ones(len(labels), dtype=bool))
+        self.calibration = self._calibrate(probabilities, mean, labels, all_rows) if gains else Calibration()
         self.head_report = self._report_members(mapped)
         selection_score = log_loss(self._mixed(self.calibration.apply(probabilities, mean)), labels)
         self.facts = {**self.facts, "selection_score": selection_score}

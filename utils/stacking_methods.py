@@ -121,36 +121,40 @@ class Stacker(Combiner):
     def _fit_nested(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> NestedPredictions:
         """Fit, and return the predictions of copies without one fold and without two, of the same fits.
 
-        A copy without two folds selects its setting, its temperature and its weight by fits that read one of the two
-        and were not made for the rows of either. With two folds there are no such copies.
+        The final fit and each copy select setting, temperature and weight of the members' mean by `inner_folds`. A copy
+        without two folds selects them by fits that read one of the two and were not made for the rows of either. With
+        two folds there are no such copies.
         """
         assert self.learner is not None, "a stacker that was read from a file is not fitted again"
         mean = mean_probabilities(logits)
         result = nested_cv.cross_validate(self.learner, logits, labels, folds, n_jobs=self.n_jobs)
         crossfit = np.full(result.nested_crossfit.shape, np.nan)
         for fold in np.unique(folds):
-            calibration = Calibration()
-            if fold in result.inner_crossfit:
-                rows, probabilities = result.inner_crossfit[fold]
-                calibration = self._calibrate(probabilities, mean[rows], labels[rows], folds[rows])
             inside = folds == fold
+            calibration = self._calibrate_by(result.inner_held_out.get(fold), mean, labels)
             if not np.isnan(result.nested_crossfit[inside]).any():
                 crossfit[inside] = calibration.apply(result.nested_crossfit[inside], mean[inside])
         inner = {
-            fold: self._inner_predictions(result, fold, crossfit, mean, labels, folds) for fold in result.inner_crossfit
+            fold: self._inner_predictions(result, fold, crossfit, mean, labels, folds) for fold in result.inner_nested
         }
         setting = self.learner.settings()[result.setting]
         self.model = self.learner.fit(logits, labels, setting)
-        has_held_out = len(np.unique(folds)) > 1
-        self.calibration = self._calibrate(result.crossfit, mean, labels, folds) if has_held_out else Calibration()
+        self.calibration = self._calibrate_by(result.held_out, mean, labels)
         self.facts = {
             "setting": dict(setting),
             "settings_tried": len(result.setting_losses),
-            "cross_validated_log_loss": log_loss(result.crossfit, labels) if has_held_out else None,
+            "cross_validated_log_loss": None if result.held_out is None else float(result.setting_losses.min()),
             "selection_score": log_loss(self._mixed(self._predict(logits)), labels),
             "threads": None if self.learner.thread_safe else nested_cv.FIT_THREADS,  # of a torch training
         }
         return NestedPredictions(crossfit, inner)
+
+    def _calibrate_by(self, held_out: nested_cv.HeldOut | None, mean: np.ndarray, labels: np.ndarray) -> Calibration:
+        """Calibrate a fit by what selected its setting; mean (N, C) and labels (N,) are those of all rows."""
+        if held_out is None:
+            return Calibration()
+        rows = held_out.rows
+        return self._calibrate(held_out.probabilities, mean[rows], labels[rows], held_out.folds)
 
     def _inner_predictions(
         self,
@@ -162,12 +166,13 @@ class Stacker(Combiner):
         folds: np.ndarray,
     ) -> np.ndarray:
         """Return the probabilities (N, C) of copies without `fold` and the row's fold; `crossfit` on rows of `fold`."""
-        rows, _ = result.inner_crossfit[fold]
+        rows = result.inner_held_out[fold].rows
         predictions = crossfit.copy()
         for other, probabilities in result.inner_nested[fold].items():
             held_out = folds[rows] == other
             others = rows[~held_out]
-            calibration = self._calibrate(probabilities[~held_out], mean[others], labels[others], folds[others])
+            inner = nested_cv.inner_folds(labels, folds, ~np.isin(folds, (fold, other)))
+            calibration = self._calibrate(probabilities[~held_out], mean[others], labels[others], inner)
             predictions[rows[held_out]] = calibration.apply(probabilities[held_out], mean[rows[held_out]])
         return predictions
 

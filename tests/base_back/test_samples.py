@@ -66,3 +66,22 @@ def test_the_smallest_class_reaches_every_split_and_the_seed_decides():
     assert sorted(bins[labels == 1]) == [0, 1, 2]
     assert (bins == stratified_bins(labels, np.arange(63), [0.8, 0.1, 0.1], seed=0)).all()
     assert (bins != stratified_bins(labels, np.arange(63), [0.8, 0.1, 0.1], seed=1)).any()
+
+
+def test_classes_of_few_groups_are_spread_over_all_bins():
+    one_each = np.arange(1000)
+    assert np.bincount(stratified_bins(one_each, one_each, [0.2] * 5, seed=0, rare=True)).tolist() == [200] * 5
+    labels = np.repeat(np.arange(7), [100, 60, 3, 3, 2, 1, 1])
+    bins = stratified_bins(labels, np.arange(170), [0.2] * 5, seed=4, rare=True)
+    assert np.ptp(np.bincount(bins)) <= 2
+    for label, count in enumerate(np.bincount(labels)):
+        assert np.bincount(bins[labels == label], minlength=5).max() == -(-count // 5)
+
+
+def test_classes_of_two_large_groups_do_not_share_two_bins():
+    groups = np.repeat(np.arange(8), 50)
+    labels = groups // 2
+    bins = stratified_bins(labels, groups, [0.2] * 5, seed=0, rare=True)
+    assert sorted(np.bincount(bins)) == [50, 50, 100, 100, 100]
+    for label in range(4):
+        assert len(np.unique(bins[labels == label])) == 2

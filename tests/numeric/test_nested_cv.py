@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from utils.numeric.metrics import log_loss
-from utils.numeric.nested_cv import cross_validate
+from utils.numeric.nested_cv import cross_validate, inner_folds, selects_by_row
 
 N, C = 40, 3
 
@@ -72,16 +72,17 @@ def test_rows_of_a_fold_are_answered_without_its_labels(rows):
         changed = np.where(folds == fold, (labels + 1) % C, labels)
         after = cross_validate(Prior(), logits, changed, folds)
         np.testing.assert_array_equal(after.nested_crossfit[folds == fold], before.nested_crossfit[folds == fold])
-        places, answers = after.inner_crossfit[fold]
-        np.testing.assert_array_equal(places, np.flatnonzero(folds != fold))
-        np.testing.assert_array_equal(answers, before.inner_crossfit[fold][1])
+        inner = after.inner_held_out[fold]
+        np.testing.assert_array_equal(inner.rows, np.flatnonzero(folds != fold))
+        np.testing.assert_array_equal(inner.folds, folds[folds != fold])
+        np.testing.assert_array_equal(inner.probabilities, before.inner_held_out[fold].probabilities)
 
 
 def test_the_setting_of_the_final_fit_has_the_least_cross_validated_loss(rows):
     labels = rows[1]
     found = cross_validate(Prior(), *rows)
     assert found.setting == int(np.argmin(found.setting_losses))
-    assert log_loss(found.crossfit, labels) == pytest.approx(found.setting_losses.min(), abs=1e-9)
+    assert log_loss(found.held_out.probabilities, labels) == pytest.approx(found.setting_losses.min(), abs=1e-9)
 
 
 def test_side_by_side_gives_the_same_bytes(rows):
@@ -91,21 +92,11 @@ def test_side_by_side_gives_the_same_bytes(rows):
     )
 
 
-def test_with_two_folds_a_copy_takes_the_first_setting(rows):
-    logits, labels, folds = rows
-    found = cross_validate(Prior(), logits, labels, folds % 2)
-    outside = folds % 2 == 1
-    counts = np.bincount(labels[outside], minlength=C)
-    np.testing.assert_allclose(found.nested_crossfit[~outside][0], counts / counts.sum(), rtol=1e-6)
-    assert found.inner_crossfit == {}
-    assert np.isfinite(found.setting_losses).all()
-
-
 def test_inner_rows_come_from_fits_without_two_folds_under_a_setting_that_neither_chose(rows):
     logits, labels, folds = rows
     result = cross_validate(Prior(), logits, labels, folds)
     for fold in range(4):
-        places = result.inner_crossfit[fold][0]
+        places = result.inner_held_out[fold].rows
         answers = np.empty((len(Prior.amounts), N, C), dtype=np.float32)
         for other in (name for name in range(4) if name != fold):
             train, held_out = ~np.isin(folds, (fold, other)), folds == other
@@ -116,9 +107,54 @@ def test_inner_rows_come_from_fits_without_two_folds_under_a_setting_that_neithe
             np.testing.assert_array_equal(found, answers[chosen, places])
 
 
-def test_with_one_fold_nothing_is_known(rows):
+@pytest.mark.parametrize("n_folds", [1, 2])
+def test_with_few_folds_copies_and_the_final_fit_select_by_rows_alike(rows, n_folds):
+    logits, labels, folds = rows
+    folds = folds % n_folds
+    found = cross_validate(Prior(), logits, labels, folds)
+    everything = np.ones(N, dtype=bool)
+    fits = [(everything, found.held_out)]
+    fits += [(folds != fold, found.inner_held_out[fold]) for fold in range(n_folds) if n_folds > 1]
+    for inside, held_out in fits:
+        inner = inner_folds(labels, folds, inside)
+        assert np.unique(inner).tolist() == [0, 1, 2, 3, 4]
+        for label in range(C):  # each class is spread over the folds
+            assert np.ptp(np.bincount(inner[labels[inside] == label], minlength=5)) <= 1
+        assert np.ptp(np.bincount(inner)) <= 1
+        np.testing.assert_array_equal(held_out.folds, inner)
+        np.testing.assert_array_equal(held_out.rows, np.flatnonzero(inside))
+        losses = literal_losses(labels[inside], inner)
+        assert log_loss(held_out.probabilities, labels[inside]) == pytest.approx(min(losses))
+        if inside.all():
+            assert found.setting == int(np.argmin(losses))
+        else:
+            copy = Prior().predictions(logits[:, inside], labels[inside], logits[:, ~inside])
+            np.testing.assert_array_equal(found.nested_crossfit[~inside], copy[int(np.argmin(losses))])
+    assert np.isnan(found.nested_crossfit).all() == (n_folds == 1)
+
+
+def literal_losses(labels, inner):
+    """Of each setting, with the inner folds left out one by one."""
+    answers = np.empty((len(Prior.amounts), len(labels), C), dtype=np.float32)
+    for fold in np.unique(inner):
+        outside = inner != fold
+        logits = np.zeros((1, len(labels), C))
+        answers[:, ~outside] = Prior().predictions(logits[:, outside], labels[outside], logits[:, ~outside])
+    return [log_loss(one, labels) for one in answers]
+
+
+def test_from_three_folds_on_the_inner_folds_are_those_of_cross_fitting(rows):
+    _, labels, folds = rows
+    np.testing.assert_array_equal(inner_folds(labels, folds % 3, folds != 0), folds[folds != 0] % 3)
+    assert not selects_by_row(folds % 3)
+    assert selects_by_row(folds % 2)
+
+
+def test_a_copy_without_a_class_and_one_row_alone_are_fitted(rows):
     logits, labels, _ = rows
-    found = cross_validate(Prior(), logits, labels, np.zeros(N, dtype=int))
-    assert found.setting == 0
-    assert np.isnan(found.nested_crossfit).all()
-    assert np.isnan(found.setting_losses).all()
+    order = np.argsort(labels, kind="stable")
+    folds = np.empty(N, dtype=int)
+    folds[order] = np.arange(N) * 3 // N  # folds of one or two classes
+    assert np.isfinite(cross_validate(Prior(), logits, labels, folds).nested_crossfit).all()
+    one = cross_validate(Prior(), logits[:, :1], labels[:1], np.zeros(1, dtype=int))
+    assert (one.setting, one.held_out) == (0, None)

@@ -2,9 +2,10 @@
 
 Every ensemble stores cross-fitted predictions (`crossfit.npz`): for each out-of-sample row, the output of a copy of
 its recipe that read no label of the row's fold. The folds are one seeded, stratified, group-aware assignment per
-workspace. Voting fits nothing, so its cross-fitted predictions are its predictions. The recommendation reads these
-predictions and the members' out-of-sample predictions, never the test split: lowest log-loss, then the simplest
-ensemble within one paired standard error.
+workspace: five, or one per group where there are fewer groups; a class may be absent from the rows of a copy. Copies
+and final fit select settings and calibrate by the same rule, `nested_cv.inner_folds`. Voting fits nothing, so its
+cross-fitted predictions are its predictions. The recommendation reads these predictions and the members' out-of-sample
+predictions, never the test split: lowest log-loss, then the simplest ensemble within one paired standard error.
 
 Soups
     Ingredients are the checkpoints of one backbone: `final`, `finetune_best`, `head_best`, snapshots, later epochs

@@ -18,6 +18,7 @@ from utils.core.artifacts import digest_of
 from utils.core.config import Config
 from utils.core.errors import LeakageError, UserError
 from utils.numeric.metrics import accuracy, log_loss, log_loss_per_row
+from utils.numeric.nested_cv import selects_by_row
 from utils.predictions import catalog, fold_networks, training_data
 from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.folds import crossfit_folds
@@ -108,10 +109,23 @@ def _without_train_rows(store: Store, members: Sequence[Member]) -> tuple[list[M
 
 
 def with_folds(store: Store, rows: Rows) -> OutOfSampleRows:
-    """Rows of train and val with the workspace's folds and groups of them."""
+    """Rows of train and val with the workspace's folds and groups of them; a warning names fewer than three folds."""
     folds = crossfit_folds(store)
     keys = list(zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True))
-    return OutOfSampleRows(rows, np.array([folds[key] for key in keys]), row_groups(store, keys))
+    fold = np.array([folds[key] for key in keys])
+    count = len(np.unique(fold))
+    if count < 2:
+        raise UserError(
+            f"all {len(fold)} out-of-sample rows that {', '.join(rows.members)} share are in one cross-fitting fold; "
+            "two are needed. Give predictions of more samples, on train (out-of-fold) or val"
+        )
+    if selects_by_row(fold):
+        logger.warning(
+            "the %d out-of-sample rows are in %d cross-fitting folds: settings are selected on single rows held out, "
+            "which rows of the same group may make too optimistic",
+            *(len(fold), count),
+        )
+    return OutOfSampleRows(rows, fold, row_groups(store, keys))
 
 
 def source_of_oof(store: Store, members: Sequence[Member]) -> str:
@@ -230,9 +244,14 @@ def build(
 
 
 def scores(crossfit: Crossfit) -> dict[str, Any]:
-    """`{n, accuracy, log_loss}` of cross-fitted predictions."""
+    """`{n, folds, selected_by, accuracy, log_loss}` of cross-fitted predictions.
+
+    `selected_by` says what settings are selected on: `folds` that are held out, or single `rows`, see `inner_folds`.
+    """
     return {
         "n": len(crossfit.labels),
+        "folds": len(np.unique(crossfit.fold)),
+        "selected_by": "rows" if selects_by_row(crossfit.fold) else "folds",
         "accuracy": accuracy(crossfit.probabilities, crossfit.labels),
         "log_loss": log_loss(crossfit.probabilities, crossfit.labels),
     }

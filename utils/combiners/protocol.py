@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias, fina
 import numpy as np
 
 from utils.core.config import Config
+from utils.numeric.nested_cv import inner_folds
 from utils.numeric.uniform_mixture import mixed_with_uniform, uniform_weight
 from utils.predictions.rows import MemberOutputs
 
@@ -256,12 +257,12 @@ def sub_state(state: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndar
 def fit_crossfitted(recipe: Combiner, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
     """Fit on logits (M, N, C), labels (N,), folds (N,); return the cross-fitted probabilities float32 (N, C).
 
-    A copy of the whole combiner, fitted on the other folds, answers for the rows of each fold. A combiner that learns
-    nothing answers as it will at inference.
+    A copy of the whole combiner, fitted on the other folds, answers for the rows of each fold. Copies and final fit
+    select by the same rule, `nested_cv.inner_folds`. A combiner that learns nothing answers as it will at inference.
     """
     if isinstance(recipe, CrossfitsItself):
         return fit_nested(recipe, logits, labels, folds).crossfit
-    recipe.fit(logits, labels, folds)
+    recipe.fit(logits, labels, inner_folds(labels, folds, np.ones(len(labels), dtype=bool)))
     if not recipe.learns:
         return recipe.predict_proba(logits).astype(np.float32)
     probabilities = np.empty(logits.shape[1:], dtype=np.float32)
@@ -300,7 +301,8 @@ def _predict_held_out(
     recipe: Combiner, logits: Inputs, labels: np.ndarray, folds: np.ndarray, held_out: np.ndarray
 ) -> np.ndarray:
     """Probabilities of the rows `held_out`, bool (N,), by a copy that is fitted on the others."""
-    copy = deepcopy(recipe).fit(logits[:, ~held_out], labels[~held_out], folds[~held_out])
+    inside = ~held_out
+    copy = deepcopy(recipe).fit(logits[:, inside], labels[inside], inner_folds(labels, folds, inside))
     return copy.predict_proba(logits[:, held_out])
 
 

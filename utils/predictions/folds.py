@@ -14,7 +14,7 @@ from utils.predictions import grouping
 from utils.predictions.rows import Samples
 from utils.predictions.store import AGAIN, Store
 
-VERSION = 2  # raised whenever the same rows would be assigned to other folds
+VERSION = 3  # raised whenever the same rows would be assigned to other folds
 CROSSFIT_FOLDS = 5
 
 
@@ -22,8 +22,9 @@ def crossfit_folds(store: Store) -> dict[tuple[str, str], int]:
     """{(split, sample id): fold} over the train and val rows, which all combiners share.
 
     Stratified and seeded; rows of one group (`dataset.group_regex`, or recorded by the split) or of equal images share
-    a fold. There are five folds, fewer if a class has fewer groups. The stored assignment is replaced when images,
-    seed, group rule or recorded groups change. Raises UserError if a class has one group only.
+    a fold. There are five folds, or one per group where there are fewer groups; a class may be absent from a fold, and
+    from all folds but one. The stored assignment is replaced when images, seed, group rule or recorded groups change.
+    Raises UserError if all rows are of one group.
     """
     rule, seed = store.config.dataset.group_regex, store.config.seed
     digests = [store.catalog.splits[split]["digest"] for split in ("train", "val")]
@@ -41,22 +42,29 @@ def crossfit_folds(store: Store) -> dict[tuple[str, str], int]:
     contents = [content for samples in splits for content in samples.contents or _names(samples)]
     names = [recorded.get(samples.split, {}).get(name) for samples in splits for name in samples.sample_ids]
     groups = grouping.group_indices(store, ids, contents, names)
-    counts = {int(label): len(np.unique(groups[labels == label])) for label in np.unique(labels)}
-    folds = min(CROSSFIT_FOLDS, *counts.values())
-    if folds < 2:
-        single = [store.catalog.classes[label] for label, count in counts.items() if count < 2]
+    n_groups = len(np.unique(groups))
+    if n_groups < 2:
         raise UserError(
-            f"train and val have one group of samples of class {', '.join(single)}; cross-fitting needs two. Add some, "
-            "or widen dataset.group_regex"
+            f"all {len(ids)} samples of train and val are one group; cross-fitting needs two. Narrow "
+            f"dataset.group_regex ({rule}), or add samples"
         )
     arrays = {
         "key": np.array(key),
         "split": np.concatenate([np.full(len(samples.sample_ids), samples.split) for samples in splits]),
         "sample_ids": np.array(ids),
-        "fold": samples_module.stratified_bins(labels, groups, [1 / folds] * folds, seed),
+        "fold": _assigned(samples_module, labels, groups, seed) if n_groups > CROSSFIT_FOLDS else groups,
     }
     write_arrays(path, arrays)
     return _fold_table(arrays)
+
+
+def _assigned(samples_module: Any, labels: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
+    """The fold of each row, int64 (N,), of more groups than folds."""
+    fewest = min(len(np.unique(groups[labels == label])) for label in np.unique(labels))
+    folds: np.ndarray = samples_module.stratified_bins(
+        labels, groups, [1 / CROSSFIT_FOLDS] * CROSSFIT_FOLDS, seed, rare=fewest < CROSSFIT_FOLDS
+    )
+    return folds
 
 
 def _names(samples: Samples) -> list[str]:

@@ -20,6 +20,8 @@ from .patterns import captured
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 MANIFEST = "split_manifest.json"
 """Beside train, val and test: what was split into what."""
+TIE = 1e-9
+"""Of differences in urgency per row of a group: smaller ones are rounding."""
 RECORD = "image_set.json"
 """Beside train, val and test of a split made from a CSV manifest: `classes` in order, `groups` {split: {id: group}}."""
 
@@ -178,27 +180,40 @@ def group_indices(
     return np.unique(roots, return_inverse=True)[1].astype(np.int64)
 
 
-def stratified_bins(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
+def stratified_bins(
+    labels: np.ndarray, groups: np.ndarray, shares: Sequence[float], seed: int, *, rare: bool = False
+) -> np.ndarray:
     """Bin of each row, int64 (N,): whole groups, each class spread over the bins by `shares`, which sum to 1.
 
     Large groups are placed first, each where its classes are missing most; among equals a seeded shuffle decides.
-    With single-image groups every class meets its rounded shares exactly.
+    With single-image groups every class meets its rounded shares exactly. With `rare`, for classes of fewer groups than
+    bins, shares are not rounded, and of bins that miss a group equally the one with the fewest rows gets it: rounded,
+    all such classes would go to the first bins.
     """
     classes = int(labels.max()) + 1
     per_class = np.bincount(labels, minlength=classes)
-    targets = np.stack([_whole_shares(int(count), shares) for count in per_class], axis=1).astype(float)  # (bins, C)
+    if rare:
+        targets = np.outer(shares, per_class)
+    else:
+        targets = np.stack([_whole_shares(int(count), shares) for count in per_class], axis=1).astype(float)
     members = np.zeros((int(groups.max()) + 1, classes))
     np.add.at(members, (groups, labels), 1)
     order = np.random.default_rng(seed).permutation(len(members))
     order = order[np.argsort(-members[order].sum(axis=1), kind="stable")]
-    missing = targets.copy()
+    missing = targets.copy()  # (bins, C)
+    filled = np.zeros(len(shares))
     bin_of_group = np.empty(len(members), dtype=np.int64)
     for group in order:
         counts = members[group]
         urgency = (missing / np.maximum(targets, 1)) @ counts
-        chosen = int(np.argmax(urgency))
+        if rare:
+            is_most_urgent = urgency >= urgency.max() - TIE * counts.sum()
+            chosen = int(np.argmin(np.where(is_most_urgent, filled / shares, np.inf)))
+        else:
+            chosen = int(np.argmax(urgency))
         bin_of_group[group] = chosen
         missing[chosen] -= counts
+        filled[chosen] += counts.sum()
     return bin_of_group[groups]
 
 

@@ -161,8 +161,7 @@ def _recipes(config: Any, facts: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     from utils.ensemble_methods import COMBINERS
     from utils.stacking_methods import COMBINERS as STACKERS
 
-    voting = {name: COMBINERS[name] for name in ("soft_voting", "hard_voting", "logit_averaging")}
-    kinds = {**voting, "weighted": WeightedPool, "greedy_selection": COMBINERS["greedy_selection"], **STACKERS}
+    kinds = {**COMBINERS, **STACKERS}
     weighted = WeightedPool.configured(config, facts)
     beside = {
         "convex weights": replace(weighted, kind="linear"),

@@ -16,6 +16,7 @@ from utils.combiners.routing import SparseCombiner, routed_members, run_sparse
 from utils.core.config import validate
 from utils.moe_methods import COMBINERS, CascadeCombiner, MixtureOfExperts
 from utils.numeric.metrics import accuracy, softmax
+from utils.numeric.uniform_mixture import mixed_with_uniform
 
 N, C = 600, 4
 NAMES = ("a", "b", "c", "d", "e")
@@ -212,7 +213,8 @@ def test_a_dense_cascade_is_the_mean_of_its_chain(alike):
         CascadeCombiner.configured(validate({}, source="of a test"), facts()).dense(), use_temperature=False
     )
     found = dense.fit(logits, labels, folds).predict_proba(logits)
-    np.testing.assert_allclose(found, softmax(logits).mean(axis=0), atol=1e-12)
+    expected = mixed_with_uniform(softmax(logits).mean(axis=0), dense.uniform_weight)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 def test_leaving_shares_add_up(alike):

@@ -117,6 +117,27 @@ def test_useless_learners_fall_back_to_the_mean():
     assert without.weight == 1
 
 
+def test_the_mean_that_a_stacker_falls_back_to_has_a_temperature_of_its_own():
+    rng = np.random.default_rng(1)
+    logits = 2 * rng.normal(size=(N, C))
+    labels = (rng.gumbel(size=logits.shape) + logits).argmax(axis=1)
+    mean = softmax(4 * logits)  # overconfident
+    noise = rng.dirichlet(np.ones(C), N)
+    calibration = calibrate(noise, mean, labels, np.arange(N) % 5, use_temperature=True, fallback=True)
+    assert calibration.mean_temperature > 2
+    assert log_loss(calibration.apply(noise, mean), labels) < log_loss(mean, labels) - 0.1
+    raw = calibrate(noise, mean, labels, np.arange(N) % 5, use_temperature=False, fallback=True)
+    assert raw.mean_temperature == 1
+
+
+def test_a_stacker_of_an_earlier_version_has_no_temperature_of_the_mean(rows):
+    logits, labels, folds = rows
+    fitted = COMBINERS["stacking_lr"].configured(CONFIG, FACTS).fit(logits, labels, folds)
+    state = {name: values for name, values in fitted.state().items() if name != "mean_temperature"}
+    assert type(fitted).from_state(state).calibration.mean_temperature == 1
+    assert type(fitted).from_state(fitted.state()).calibration == fitted.calibration
+
+
 def test_temperature_and_weight_are_applied_in_this_order():
     probabilities, mean = np.array([[0.8, 0.2]]), np.array([[0.5, 0.5]])
     calibrated = Calibration(temperature=2.0, weight=0.25).apply(probabilities, mean)

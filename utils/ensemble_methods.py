@@ -1,4 +1,4 @@
-"""Score-level combiners: voting, which fits nothing, logit averaging, weighted pools and greedy selection."""
+"""Score-level combiners: votes, which fit nothing, calibrated votes, weighted pools and greedy selection."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
+from utils.combiners.calibrated_votes import CalibratedBestSingle, CalibratedLogitAveraging, CalibratedSoftVoting
 from utils.combiners.greedy import GreedySelection
 from utils.combiners.protocol import Combiner, Inputs, MemberFacts, unsaved
 from utils.combiners.weighting import WeightedPool
 from utils.core.config import Config
-from utils.numeric import temperature
 from utils.numeric.metrics import softmax
 
 if TYPE_CHECKING:
@@ -82,44 +82,20 @@ class HardVoting(Voting):
 
 
 @dataclass(kw_only=True)
-class LogitAveraging(Combiner):
+class LogitAveraging(Voting):
     """Softmax of the mean of the members' logits: the normalised geometric mean of their probabilities.
 
-    A temperature divides the mean if held-out folds gain by it; with `per_member` each member's logits first get their
-    own temperature.
+    Temperatures are 1 except in ensembles that an earlier version saved with fitted ones.
     """
 
-    settings: ClassVar[tuple[str, ...]] = ("runs.score_ensemble.temperature",)
-    learns: ClassVar[bool] = True
-
-    calibration: str = unsaved("auto")
-    """Kind of temperature: auto, off or per_member"""
     temperature: float = unsaved(1.0)
     member_temperatures: np.ndarray = unsaved(factory=lambda: np.ones(1))
-    """(M,), or a single one for all members before the fit"""
-
-    @classmethod
-    def configured(cls, config: Config, members: MemberFacts) -> Self:
-        """Return an unfitted combiner with the kind of temperature of `runs.score_ensemble`."""
-        return cls(calibration=config.runs.score_ensemble.temperature)
-
-    def _fit(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> None:
-        """Fit the temperatures on logits (M, N, C), labels (N,), folds (N,); 1 with one fold or one class."""
-        self.member_temperatures, self.temperature = np.ones(len(logits)), 1.0
-        if self.calibration == "off" or min(len(np.unique(folds)), len(np.unique(labels))) < 2:
-            return
-        if self.calibration == "per_member":
-            self.member_temperatures = temperature.select_member_temperatures(logits, labels, folds)
-        self.temperature = temperature.select_temperature(self._mean(logits), labels, folds).temperature
-
-    def _mean(self, logits: np.ndarray) -> np.ndarray:
-        divided = logits / self.member_temperatures[:, None, None]
-        mean: np.ndarray = divided.mean(axis=0, dtype=np.float64)
-        return mean
+    """(M,), or a single one for all members"""
 
     def _predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Return probabilities (N, C) for logits (M, N, C)."""
-        return softmax(self._mean(logits) / self.temperature)
+        mean = (logits / self.member_temperatures[:, None, None]).mean(axis=0, dtype=np.float64)
+        return softmax(mean / self.temperature)
 
     def _to_module(self) -> nn.Module:
         """Return the torch module: logits (B, M, C) -> probabilities (B, C)."""
@@ -128,25 +104,19 @@ class LogitAveraging(Combiner):
         return ProbabilityOfMeanLogits(self.temperature, self.member_temperatures)
 
     def fitted_arrays(self) -> dict[str, np.ndarray]:
-        """Return the temperatures, (1,) and (M,)."""
+        """Return the temperatures, (1,) and (M,), where there are any."""
+        if self.temperature == 1 and (self.member_temperatures == 1).all():
+            return {}
         return {"temperature": np.array([self.temperature]), "member_temperatures": self.member_temperatures}
 
     def set_fitted_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Set the temperatures."""
-        self.temperature, self.member_temperatures = float(arrays["temperature"][0]), arrays["member_temperatures"]
+        if arrays:
+            self.temperature, self.member_temperatures = float(arrays["temperature"][0]), arrays["member_temperatures"]
 
     def restricted(self, used: np.ndarray) -> Self:
         """Return the same combiner on the used members only."""
-        return replace(self, member_temperatures=self.member_temperatures[used])
-
-    def report(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """Return equal weights and the temperatures."""
-        by_member = dict(zip(names, self.member_temperatures.tolist(), strict=True))
-        return {
-            "weights": dict.fromkeys(names, 1 / len(names)),
-            "temperature": self.temperature,
-            "member_temperatures": by_member if (self.member_temperatures != 1).any() else None,
-        }
+        return replace(self, member_temperatures=self.member_temperatures[used]) if self.fitted_arrays() else self
 
 
 SAVED_AS: dict[str, type[Combiner]] = {
@@ -161,6 +131,9 @@ COMBINERS: dict[str, type[Combiner]] = {
     "soft_voting": SoftVoting,
     "hard_voting": HardVoting,
     "logit_averaging": LogitAveraging,
+    "soft_voting_calibrated": CalibratedSoftVoting,
+    "logit_averaging_calibrated": CalibratedLogitAveraging,
+    "best_single_calibrated": CalibratedBestSingle,
     "weighted": WeightedPool,
     "greedy_selection": GreedySelection,
 }

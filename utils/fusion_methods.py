@@ -8,7 +8,7 @@ for all cross-fitted copies.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -97,9 +97,7 @@ class FusionStacker(Stacker):
         """Return the torch module: logits (B, M, C) and M embeddings (B, D_m) -> probabilities (B, C)."""
         from utils.combiners.fusion_heads import FusedEmbeddings
 
-        return FusedEmbeddings(
-            self.maps_module(), self._learner_module(), self.calibration.temperature, self.calibration.weight
-        )
+        return FusedEmbeddings(self.maps_module(), self._learner_module(), *astuple(self.calibration))
 
     def maps_module(self) -> nn.Module:
         """Return the torch module that maps the members' embeddings to the heads' inputs."""

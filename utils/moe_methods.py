@@ -123,7 +123,7 @@ class MixtureOfExperts(Stacker, SparseCombiner):
         `balance` is 1 if the experts are used evenly, and the number of experts if one serves all images.
         """
         stacker_report, gate = super().report(names), self.gate
-        del stacker_report["share_of_stacker"]
+        del stacker_report["share_of_stacker"], stacker_report["mean_temperature"]
         experts = [names[index] for index in gate.experts]
         use_by_expert = {
             name: {"runs": float(runs), "weight": float(weight)}

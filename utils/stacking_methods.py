@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
@@ -42,15 +42,18 @@ class Learner(nested_cv.GridLearner, Protocol):
 
 @dataclass(frozen=True)
 class Calibration:
-    """Post-processing of a learner's probabilities: a temperature, then a mixture with the members' mean."""
+    """Post-processing of a learner's probabilities: a temperature, then a mixture with the members' calibrated mean."""
 
     temperature: float = 1.0
     weight: float = 1.0
     """Weight of the learner's probabilities; the members' mean has the rest."""
+    mean_temperature: float = 1.0
+    """Of the members' mean; an earlier version had none."""
 
     def apply(self, probabilities: np.ndarray, mean: np.ndarray) -> np.ndarray:
         """Return probabilities (N, C) from the learner's probabilities (N, C) and the members' mean (N, C)."""
-        return self.weight * softmax(clipped_log(probabilities) / self.temperature) + (1 - self.weight) * mean
+        calibrated = mean if self.mean_temperature == 1 else softmax(clipped_log(mean) / self.mean_temperature)
+        return self.weight * softmax(clipped_log(probabilities) / self.temperature) + (1 - self.weight) * calibrated
 
 
 def calibrate(
@@ -62,20 +65,24 @@ def calibrate(
     use_temperature: bool,
     fallback: bool,
 ) -> Calibration:
-    """Fit temperature and weight to out-of-sample probabilities (N, C), labels (N,) and folds (N,).
+    """Fit temperatures and weight to out-of-sample probabilities (N, C), labels (N,) and folds (N,).
 
-    The weight is the one of least log-loss in the mixture with the members' mean (N, C); without `fallback` it is 1.
+    The weight is the one of least log-loss in the mixture with the members' mean (N, C), which has a temperature of its
+    own; without `fallback` it is 1.
     """
-    divisor = (
-        temperature.select_temperature(clipped_log(probabilities), labels, folds).temperature
-        if use_temperature
-        else 1.0
-    )
+
+    def selected(values: np.ndarray) -> float:
+        if not use_temperature:
+            return 1.0
+        return temperature.select_temperature(clipped_log(values), labels, folds).temperature
+
+    divisor = selected(probabilities)
     if not fallback:
         return Calibration(divisor)
-    rows = np.arange(len(labels))
-    both = np.stack([Calibration(divisor).apply(probabilities, mean)[rows, labels], mean[rows, labels]])
-    return Calibration(divisor, float(pools.fit_linear(both).weights[0]))
+    mean_divisor = selected(mean)
+    parts = [Calibration(divisor, weight, mean_divisor).apply(probabilities, mean) for weight in (1.0, 0.0)]
+    both = np.stack(parts)[:, np.arange(len(labels)), labels]
+    return Calibration(divisor, float(pools.fit_linear(both).weights[0]), mean_divisor)
 
 
 @dataclass
@@ -189,16 +196,18 @@ class Stacker(Combiner):
         """Return the torch module: logits (B, M, C) -> probabilities (B, C)."""
         from utils.combiners.stacking_heads import TemperedBlend
 
-        return TemperedBlend(self._learner_module(), self.calibration.temperature, self.calibration.weight)
+        return TemperedBlend(self._learner_module(), *astuple(self.calibration))
 
     def fitted_arrays(self) -> dict[str, np.ndarray]:
-        """Return the model's arrays, the temperature (1,) and the weight (1,), which is named `share`."""
-        calibration = {"temperature": self.calibration.temperature, "share": self.calibration.weight}
-        return {name: np.array([value]) for name, value in calibration.items()} | self._arrays()
+        """Return the model's arrays, temperatures (1,) and the weight (1,), which is named `share`."""
+        names = ("temperature", "share", "mean_temperature")
+        calibration = zip(names, astuple(self.calibration), strict=True)
+        return {name: np.array([value]) for name, value in calibration} | self._arrays()
 
     def set_fitted_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Set the model, temperature and weight."""
-        self.calibration = Calibration(float(arrays["temperature"][0]), float(arrays["share"][0]))
+        """Set the model, temperatures and weight."""
+        saved = [arrays.get(name, np.ones(1)) for name in ("temperature", "share", "mean_temperature")]
+        self.calibration = Calibration(*(float(value[0]) for value in saved))
         self.model = self._model(arrays)
 
     def restricted(self, used: np.ndarray) -> Self:
@@ -207,7 +216,8 @@ class Stacker(Combiner):
 
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Return the selected setting, its losses, temperature and weight; members have no weights."""
-        calibration = {"temperature": self.calibration.temperature, "share_of_stacker": self.calibration.weight}
+        names = ("temperature", "share_of_stacker", "mean_temperature")
+        calibration = dict(zip(names, astuple(self.calibration), strict=True))
         return {**self.facts, **calibration, "weights": None}
 
     def _calibrate(

@@ -12,9 +12,10 @@ import pytest
 
 from utils.building import ensembles
 from utils.building.ensembles import Ensemble, Provenance, RowSet
+from utils.combiners.calibrated_votes import CalibratedLogitAveraging
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
-from utils.ensemble_methods import LogitAveraging, SoftVoting
+from utils.ensemble_methods import SoftVoting
 from utils.numeric.metrics import softmax
 from utils.predictions.rows import Rows
 
@@ -95,9 +96,9 @@ def test_an_ensemble_survives_the_disk(rows, folds, workspace):
 
 def fitted(rows, folds):
     """An ensemble of a combiner that learns, and its cross-fitted predictions."""
-    recipe = LogitAveraging(calibration="off")
+    method, recipe = "logit_averaging_calibrated", CalibratedLogitAveraging()
     unseen = ensembles.crossfit(recipe, rows, folds)
-    return replace(ensemble(rows, "logit_averaging_ensemble"), method="logit_averaging", combiner=recipe), unseen
+    return replace(ensemble(rows, f"{method}_ensemble"), method=method, combiner=recipe), unseen
 
 
 def test_predictions_of_copies_without_two_folds_survive_the_disk(rows, folds, workspace):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ from utils.combiners.stacking_heads import (
     TemperedBlend,
 )
 from utils.numeric.metrics import softmax
+from utils.stacking_methods import Calibration
 
 RNG = np.random.default_rng(12)
 LOGITS = RNG.normal(size=(3, 20, 4)).astype(np.float32)
@@ -70,3 +73,12 @@ def test_inputs_of_a_fuser_get_their_members_and_embeddings():
     fused = FusedInputsWithEmbeddings([MeanOfProbabilities(), ReadsEmbeddings()], indices, fuser, [False, True])
     expected = (softmax(LOGITS[[0, 2]]).mean(axis=0) + softmax(embeddings[1].numpy())) / 2
     np.testing.assert_allclose(fused(TENSOR, embeddings).numpy(), expected, atol=1e-6)
+
+
+def test_learner_and_mean_have_temperatures_of_their_own():
+    calibration = Calibration(0.5, 0.3, 2.0)
+    module = TemperedBlend(MeanOfProbabilities(), *astuple(calibration))
+    mean = softmax(LOGITS).mean(axis=0)
+    np.testing.assert_allclose(module(TENSOR).numpy(), calibration.apply(mean, mean), atol=1e-6)
+    unscaled = TemperedBlend(MeanOfProbabilities(), 0.5, 0.3)
+    assert np.abs((module(TENSOR) - unscaled(TENSOR)).numpy()).max() > 0.01

@@ -67,6 +67,16 @@ def test_the_interval_of_a_difference_decides(bounds, verdict):
     assert "+2.0" in text
 
 
+def test_log_losses_are_compared_with_a_temperature_on_both_sides():
+    comparison = {"name": "a", "delta_accuracy": 0.02, "delta_ci95": [0.01, 0.03], "delta_log_loss": -0.5}
+    calibrated = {"delta_calibrated_log_loss": -0.0123, "delta_calibrated_log_loss_ci95": [-0.02, -0.001]}
+    start = "Compared with the best single model (a)"
+    text = sentence(data(evaluated={"vs_best_single": comparison | calibrated}), start)
+    assert "temperature for both" in text
+    assert "-0.0123 [-0.0200, -0.0010]" in text
+    assert "temperature" not in sentence(data(evaluated={"vs_best_single": comparison}), start)
+
+
 def test_the_rank_counts_ranked_models_alone():
     rows = [{"name": "votes", "rank": 1}, {"name": "leaked", "rank": None, "contaminated": True}]
     assert "ranks 1 of 1 by accuracy" in sentence(data(rows=rows), "On the 1,000 rows of test")

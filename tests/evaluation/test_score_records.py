@@ -20,6 +20,7 @@ from utils.numeric import proportions, statistics
 from utils.numeric.means import paired_interval
 from utils.numeric.metric_intervals import metric_intervals
 from utils.numeric.metrics import METRICS, log_loss_per_row, softmax
+from utils.numeric.uniform_mixture import mixed_with_uniform, uniform_weight
 from utils.predictions import catalog
 
 ENSEMBLES = ("hard_voting_ensemble", "logit_averaging_ensemble", "soft_voting_ensemble")
@@ -108,6 +109,26 @@ def test_comparisons_are_paired_on_the_same_rows(evaluated):
     assert own["vs_best_single"] is None
     assert best in own["notes"]["vs_best_single"]
     assert own["vs_soft_voting"]["name"] == "soft_voting_ensemble"
+
+
+@pytest.mark.parametrize("name", [*ENSEMBLES, *NAMES])
+def test_the_calibrated_loss_has_a_temperature_of_out_of_sample_rows(evaluated, name):
+    found = record(evaluated, name)
+    probabilities, labels = answers(evaluated, name)
+    logs = np.log(np.maximum(probabilities, 1e-12)) / found["calibration_temperature"]
+    weight = uniform_weight(found["crossfit"]["n"], probabilities.shape[1])
+    expected = log_loss_per_row(mixed_with_uniform(softmax(logs), weight), labels)
+    assert found["calibrated_log_loss"] == pytest.approx(expected.mean())
+    assert found["calibration_temperature"] != 1
+
+
+def test_comparisons_of_calibrated_losses_have_a_temperature_on_both_sides(evaluated):
+    best = ranking(evaluated)["peers"]["best_single"]
+    found = record(evaluated, "hard_voting_ensemble")
+    difference = found["calibrated_log_loss"] - record(evaluated, best)["calibrated_log_loss"]
+    assert found["vs_best_single"]["delta_calibrated_log_loss"] == pytest.approx(difference)
+    low, high = found["vs_best_single"]["delta_calibrated_log_loss_ci95"]
+    assert low < difference < high
 
 
 def test_the_ranking_corrects_its_p_values_by_holm(evaluated):
@@ -217,19 +238,23 @@ def test_the_same_rows_give_the_same_records(evaluated, tmp_path):
 
 
 def test_val_has_files_of_its_own_and_no_conformal_sets(evaluated, tmp_path):
-    workspace = built(tmp_path)
-    evaluate(CONFIG, workspace, split="val")
+    config = configured("runs.score_ensemble.methods=[soft_voting,logit_averaging_calibrated]")
+    workspace = built(tmp_path, config=config)
+    evaluate(config, workspace, split="val")
     found = record(workspace, "soft_voting_ensemble", "val")
     assert found["conformal"] is None
     assert "calibrate" in found["notes"]["conformal"]
+    assert found["calibrated_log_loss"] is found["calibration_temperature"] is None
+    assert "val rows" in found["notes"]["calibrated_log_loss"]
+    assert found["vs_best_single"]["delta_calibrated_log_loss"] is None
     assert found["selective"]["threshold"] is None
     for suffix in ("csv", "md", "tex"):
         assert workspace.ranking_table("val", suffix).is_file()
         assert not workspace.ranking_table("test", suffix).is_file()
     assert (workspace.scores / "soft_voting_ensemble" / "reliability_val.png").is_file()
-    # The temperature of averaged logits is fitted on val rows, so that these cannot judge it.
+    # The temperature is fitted on val rows, so that these cannot judge it.
     last = ranking(workspace, "val")["rows"][-1]
-    assert (last["name"], last["rank"], last["contaminated"]) == ("logit_averaging_ensemble", None, True)
+    assert (last["name"], last["rank"], last["contaminated"]) == ("logit_averaging_calibrated_ensemble", None, True)
     assert last["vs_best_single"]["mcnemar_p_holm"] is None
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from utils.combiners.calibrated_votes import CalibratedBestSingle, CalibratedSoftVoting
 from utils.combiners.protocol import Combiner, MemberFacts, fit_crossfitted
 from utils.combiners.weighting import WeightedPool
 from utils.core.config import Config
 from utils.ensemble_methods import COMBINERS
 from utils.numeric.means import LEVEL, MIN_UNITS, paired_interval
-from utils.numeric.metrics import log_loss_per_row, softmax
+from utils.numeric.metrics import log_loss_per_row
 from utils.numeric.paired_comparison import CANNOT_TELL
 
 
@@ -24,7 +25,7 @@ class Baselines:
     losses: Mapping[str, np.ndarray]
     """{name: log-loss (N,) in nats}"""
     best_single: str
-    """The member of lowest log-loss."""
+    """The member of lowest log-loss at its temperature."""
     groups: np.ndarray | None = None
     """Group of each row (N,); None where rows are independent"""
 
@@ -37,20 +38,24 @@ def measure(
     folds: np.ndarray,
     groups: np.ndarray | None = None,
 ) -> Baselines:
-    """Best single, plain mean, greedy selection, convex weights and log-linear pool on logits (M, N, C)."""
-    singles = np.array([log_loss_per_row(softmax(member_logits), labels) for member_logits in logits])
-    best = int(singles.mean(axis=1).argmin())
-    losses = {"best_single": singles[best]}
+    """Best single, plain mean, greedy selection, convex weights and log-linear pool on logits (M, N, C).
+
+    All are cross-fitted and have temperatures, as what is compared with them; a fold's best single is the best of the
+    other folds.
+    """
+    losses = {}
+    best_single = CalibratedBestSingle.configured(config, members)
     weighted = WeightedPool.configured(config, members)
     recipes: dict[str, Combiner] = {
-        "soft_voting": COMBINERS["soft_voting"].configured(config, members),
+        "best_single": best_single,
+        "soft_voting": CalibratedSoftVoting.configured(config, members),
         "greedy_selection": COMBINERS["greedy_selection"].configured(config, members),
         "convex_weights": replace(weighted, metric="log_loss", kind="linear", optimize_weights=True),
         "log_linear_pool": replace(weighted, metric="log_loss", kind="log_linear", optimize_weights=True),
     }
     for name, recipe in recipes.items():
         losses[name] = log_loss_per_row(fit_crossfitted(recipe, logits, labels, folds), labels)
-    return Baselines(losses, members.names[best], groups)
+    return Baselines(losses, members.names[int(best_single.weights.argmax())], groups)
 
 
 def compare(baselines: Baselines, losses: np.ndarray) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from utils.building.builder_protocol import Build, Builder, Session, summary_lin
 from utils.building.ensembles import Crossfit
 from utils.building.fitting import OutOfSampleRows
 from utils.building.sparse_timing import Stopwatch
+from utils.combiners.calibrated_votes import calibrated_probabilities
 from utils.combiners.protocol import Combiner, MemberFacts, fit_crossfitted
 from utils.combiners.routing import routed_members
 from utils.moe_methods import COMBINERS, CascadeCombiner, MixtureOfExperts
 from utils.numeric.means import paired_interval
-from utils.numeric.metrics import log_loss_per_row, softmax
+from utils.numeric.metrics import log_loss_per_row
 from utils.predictions import catalog, streaming
 from utils.predictions.catalog import Member
 from utils.predictions.store import Store
@@ -138,7 +139,7 @@ class _Comparison:
         for name, recipe in ways.items():
             probabilities[name] = fit_crossfitted(recipe, rows.logits, rows.labels, fold)
         best = self.facts.names.index(self.simple.best_single)
-        probabilities["best_single"] = softmax(rows.logits[best])
+        probabilities["best_single"] = calibrated_probabilities(rows.logits[best], rows.labels, fold)
         ways = {ITSELF: combiner, **ways}
         experts = {name: routed_members(way, rows.logits) for name, way in ways.items()}
         experts["best_single"] = np.arange(len(self.members))[:, None] == np.full((1, len(fold)), best)

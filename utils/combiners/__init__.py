@@ -11,6 +11,10 @@ Weights
     The convex pool of a fuser has a lasso in place of the ridge: it acts on the weights of all inputs but the best, so
     that few inputs join it.
 
+Votes
+    Soft and hard voting and logit averaging keep the members' raw probabilities. `calibrated_votes` has the same votes
+    and the best single member with a temperature: what learned ensembles are compared with.
+
 Doubt
     `fit`, `predict_proba` and `to_module` belong to the base class, which mixes whatever a fit on n rows gives with the
     uniform distribution (`utils.numeric.uniform_mixture`); a family defines `_fit`, `_predict_proba` and `_to_module`.

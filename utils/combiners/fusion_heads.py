@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.combiners.heads import tempered
 from utils.numeric.metrics import SMALLEST_PROBABILITY
 
 TOKEN = 64  # width of an attention token where no hidden width is configured
@@ -165,14 +166,17 @@ class MeanOfHeads(nn.Module):
 
 
 class FusedEmbeddings(nn.Module):
-    """A whole fusion: maps, heads, temperature, and a share of the members' plain mean."""
+    """A whole fusion: maps, heads, temperature, and a share of the members' plain mean at its own temperature."""
 
-    def __init__(self, maps: nn.Module, heads: nn.Module, temperature: float, share: float) -> None:
+    def __init__(
+        self, maps: nn.Module, heads: nn.Module, temperature: float, share: float, mean_temperature: float = 1.0
+    ) -> None:
         super().__init__()
         self.maps, self.heads, self.temperature, self.share = maps, heads, temperature, share
+        self.mean_temperature = mean_temperature
 
     def forward(self, logits: Tensor, embeddings: list[Tensor]) -> Tensor:
         """Logits (B, M, C) and M embeddings (B, D_m) -> probabilities (B, C)."""
         log_probabilities = self.heads(torch.cat(self.maps(embeddings), dim=1)).clamp_min(SMALLEST_PROBABILITY).log()
-        mean = torch.softmax(logits, dim=2).mean(dim=1)
+        mean = tempered(torch.softmax(logits, dim=2).mean(dim=1), self.mean_temperature)
         return self.share * torch.softmax(log_probabilities / self.temperature, dim=1) + (1 - self.share) * mean

@@ -11,6 +11,13 @@ from torch import Tensor, nn
 from utils.numeric.metrics import SMALLEST_PROBABILITY
 
 
+def tempered(probabilities: Tensor, temperature: float) -> Tensor:
+    """Probabilities (B, C) at a temperature; unchanged where it is 1."""
+    if temperature == 1:
+        return probabilities
+    return torch.softmax(probabilities.clamp(min=SMALLEST_PROBABILITY).log() / temperature, dim=1)
+
+
 class MixedWithUniform(nn.Module):
     """A combiner's probabilities mixed with the uniform ones (`utils.numeric.uniform_mixture`)."""
 
@@ -18,9 +25,9 @@ class MixedWithUniform(nn.Module):
         super().__init__()
         self.combiner, self.weight = combiner, weight
 
-    def forward(self, *outputs: Tensor | list[Tensor]) -> Tensor:
+    def forward(self, logits: Tensor, embeddings: list[Tensor] | None = None) -> Tensor:
         """Logits (B, M, C), and embeddings where the combiner reads them -> probabilities (B, C)."""
-        probabilities: Tensor = self.combiner(*outputs)
+        probabilities: Tensor = self.combiner(logits) if embeddings is None else self.combiner(logits, embeddings)
         return probabilities + self.weight * (1 / probabilities.shape[1] - probabilities)
 
 
@@ -76,9 +83,7 @@ class LinearPool(nn.Module):
 
     def forward(self, logits: Tensor) -> Tensor:
         probabilities = (torch.softmax(logits / self.member_temperatures, dim=2) * self.shares).sum(dim=1)
-        if self.temperature == 1:
-            return probabilities
-        return torch.softmax(torch.log(probabilities.clamp(min=SMALLEST_PROBABILITY)) / self.temperature, dim=1)
+        return tempered(probabilities, self.temperature)
 
 
 class LogLinearPool(nn.Module):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.combiners.heads import tempered
 from utils.numeric.metrics import SMALLEST_PROBABILITY
 
 
@@ -142,7 +143,7 @@ class SparseMixture(nn.Module):
         hidden = torch.relu((logs - logs.mean(dim=1, keepdim=True)) @ self.first + self.first_bias)
         scores = hidden @ self.last + self.last_bias
         weights = _shares(scores, top_k_mask(scores, self.top_k), self.reader)
-        return _tempered((weights[:, :, None] * probabilities).sum(dim=1), self.temperature)
+        return tempered((weights[:, :, None] * probabilities).sum(dim=1), self.temperature)
 
 
 class EarlyExit(nn.Module):
@@ -172,7 +173,7 @@ class EarlyExit(nn.Module):
         stops = torch.maximum((means.amax(dim=2) >= self.threshold).to(logits.dtype), self.is_last)
         before = torch.matmul(stops, self.earlier)
         leaves = stops * (before < 0.5).to(logits.dtype)
-        return _tempered((leaves[:, :, None] * means).sum(dim=1), self.temperature)
+        return tempered((leaves[:, :, None] * means).sum(dim=1), self.temperature)
 
 
 def _shares(scores: Tensor, chosen: Tensor, reader: int) -> Tensor:
@@ -180,9 +181,3 @@ def _shares(scores: Tensor, chosen: Tensor, reader: int) -> Tensor:
     takes_part = chosen | (torch.arange(scores.shape[1], device=scores.device) == reader)
     powers = torch.exp(scores - scores.amax(dim=1, keepdim=True).detach()) * takes_part.to(scores.dtype)
     return powers / powers.sum(dim=1, keepdim=True)
-
-
-def _tempered(probabilities: Tensor, temperature: float) -> Tensor:
-    if temperature == 1:
-        return probabilities
-    return torch.softmax(probabilities.clamp_min(SMALLEST_PROBABILITY).log() / temperature, dim=1)

@@ -8,21 +8,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.combiners.heads import tempered
 from utils.combiners.stacking_features import STEPS, STEPS_PER_NAT
 from utils.numeric.metrics import SMALLEST_PROBABILITY
 
 
 class TemperedBlend(nn.Module):
-    """A learner's probabilities at a temperature, mixed with the members' plain mean."""
+    """A learner's probabilities at a temperature, mixed with the members' plain mean at another."""
 
-    def __init__(self, learner: nn.Module, temperature: float, share: float) -> None:
+    def __init__(self, learner: nn.Module, temperature: float, share: float, mean_temperature: float = 1.0) -> None:
         super().__init__()
         self.learner, self.temperature, self.share = learner, temperature, share
+        self.mean_temperature = mean_temperature
 
     def forward(self, logits: Tensor) -> Tensor:
         """Logits (B, M, C) -> probabilities (B, C)."""
         scores = self.learner(logits).clamp_min(SMALLEST_PROBABILITY).log()
-        mean = torch.softmax(logits, dim=2).mean(dim=1)
+        mean = tempered(torch.softmax(logits, dim=2).mean(dim=1), self.mean_temperature)
         return self.share * torch.softmax(scores / self.temperature, dim=1) + (1 - self.share) * mean
 
 

@@ -71,6 +71,7 @@ def ranking(data: ReportData) -> dict[str, Any]:
         record = data.metrics.get(row["name"], {})
         bounds = record.get("ci95") or row.get("ci95") or {}
         out_of_sample = (record.get("crossfit") or {}).get("log_loss")
+        calibrated = record.get("calibrated_log_loss")
         marks = leaderboard.marks(row, data.ranking)
         rows.append(
             {
@@ -85,6 +86,7 @@ def ranking(data: ReportData) -> dict[str, Any]:
                 "f1": format_number(row["f1_macro"]),
                 "log_loss": format_number(row["log_loss"]),
                 "log_loss_ci": format_interval(bounds.get("log_loss")),
+                "calibrated": NONE if calibrated is None else format_number(calibrated),
                 "ece": format_number(row["ece"]),
                 "out_of_sample": NONE if out_of_sample is None else format_number(out_of_sample),
             }

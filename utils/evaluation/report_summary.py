@@ -157,9 +157,19 @@ def _measured_difference(comparison: Mapping[str, Any], title: str) -> str:
     test = f", p {p:.3g} by {name}" if p is not None else ""
     difference = f"Compared with {title}: {100 * comparison['delta_accuracy']:+.1f} percentage points of accuracy"
     if low is None or high is None:
-        return f"{difference}{test}."
+        return f"{difference}{test}.{_calibrated_difference(comparison)}"
     verdict = "it is better" if low > 0 else "it is worse" if high < 0 else "the difference is not significant"
-    return f"{difference} [{100 * low:+.1f}, {100 * high:+.1f}]{test}: {verdict}."
+    interval = f"[{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{difference} {interval}{test}: {verdict}.{_calibrated_difference(comparison)}"
+
+
+def _calibrated_difference(comparison: Mapping[str, Any]) -> str:
+    """The difference in log-loss where each of the two has a temperature; empty in records of earlier versions."""
+    difference, interval = (comparison.get(f"delta_calibrated_log_loss{end}") for end in ("", "_ci95"))
+    if difference is None:
+        return ""
+    bounds = f" [{interval[0]:+.4f}, {interval[1]:+.4f}]" if interval else ""
+    return f" With a temperature for both, its log-loss differs by {difference:+.4f}{bounds} nats."
 
 
 def _baselines(data: ReportData) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from utils.building.latency import Timing
 from utils.distillation import controls
 from utils.evaluation import evaluated_rows
+from utils.evaluation.calibrated_scores import CalibratedLosses
 from utils.evaluation.evaluation_inputs import EvaluationInputs
 from utils.evaluation.scoring import ScoredModel
 from utils.numeric import proportions, selective, uncertainty
@@ -95,6 +96,15 @@ class EvaluationContext:
         settings, rows = inputs.settings, inputs.rows
         self.samples = bootstrap_metrics(probabilities, rows.labels, groups=inputs.groups, seed=settings.seed)
         self._ood_scores: dict[tuple[str, str], tuple[np.ndarray, Floats]] = {}
+        self.calibrated = CalibratedLosses(rows.labels, inputs.groups, self._fits_temperature)
+
+    def _fits_temperature(self, model: ScoredModel) -> OutOfSamplePredictions | None:
+        """Rows that fit a model's temperature for scores; None without any, and on val, which is among them."""
+        inputs = self.inputs
+        has_rows = model.name in inputs.crossfits or model.name in inputs.out_of_sample
+        if inputs.split == "val" or model.provenance.unknown_training_data or not has_rows:
+            return None
+        return out_of_sample_predictions(inputs, model.name)
 
     def ood_scores(self, names: Sequence[str], split: str) -> Floats:
         """Mean over members of `uncertainty.ood_scores` of their full networks on the rows that all have, (2, N)."""
@@ -126,6 +136,11 @@ def metrics_record(model: ScoredModel, context: EvaluationContext) -> dict[str, 
     samples = {name: values[context.index[id(model)]] for name, values in context.samples.items()}
     record["ci95"], reason = metric_intervals(record, samples, model.probabilities, rows.labels, groups)
     notes |= {"ci95": reason} if reason else {}
+    record |= context.calibrated.entries(model)
+    if record["calibrated_log_loss"] is None:
+        is_val = inputs.split == "val"
+        reason = "val rows fit the temperature, so they cannot measure it" if is_val else _no_out_of_sample_rows(model)
+        notes |= dict.fromkeys(("calibrated_log_loss", "calibration_temperature"), reason)
     record["ece_by_chance"] = chance_ece(model.probabilities, rows.labels, groups)
     for key, reference in context.references.items():
         record[key] = _compared(model, reference, context)
@@ -202,6 +217,7 @@ def _compared(model: ScoredModel, reference: ScoredModel | None, context: Evalua
         "delta_ci95": _as_list(proportions.difference_interval(hits, reference_hits, groups)),
         "delta_log_loss": float((losses - reference_losses).mean()),
         "delta_log_loss_ci95": _as_list(paired_interval(losses - reference_losses, groups)),
+        **context.calibrated.difference(model, reference),
         "test": "mcnemar" if groups is None else "sign_flip",
         "p_value": p_value,
         "mcnemar_p": p_value if groups is None else None,

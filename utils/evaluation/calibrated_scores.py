@@ -1,0 +1,93 @@
+"""The log-loss of models after temperatures that their out-of-sample rows fit.
+
+Networks are overconfident, so that raw log-losses compare temperatures more than models. Here every model, whether it
+has a temperature already or not, gets one from rows that are not evaluated, and the mixture with the uniform
+distribution that fitted ensembles have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from utils.evaluation.scoring import ScoredModel
+from utils.numeric.means import paired_interval
+from utils.numeric.metrics import clipped_log, log_loss_per_row, softmax
+from utils.numeric.temperature import fit_temperature
+from utils.numeric.uniform_mixture import mixed_with_uniform, uniform_weight
+
+
+class LabelledProbabilities(Protocol):
+    """Probabilities (R, C) and labels (R,)."""
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """(R, C)"""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 (R,)"""
+
+
+@dataclass(frozen=True)
+class CalibratedScores:
+    """Losses of one model on N evaluated rows."""
+
+    temperature: float
+    """Divisor of the log-probabilities."""
+    losses: np.ndarray
+    """(N,), nats"""
+
+
+def calibrated_scores(
+    probabilities: np.ndarray, labels: np.ndarray, fitted_on: LabelledProbabilities
+) -> CalibratedScores:
+    """Score probabilities (N, C) with labels (N,) at the temperature of least loss on other rows."""
+    temperature = fit_temperature(clipped_log(fitted_on.probabilities.astype(np.float64)), fitted_on.labels)
+    tempered = softmax(clipped_log(probabilities.astype(np.float64)) / temperature)
+    weight = uniform_weight(len(fitted_on.labels), probabilities.shape[1])
+    return CalibratedScores(temperature, log_loss_per_row(mixed_with_uniform(tempered, weight), labels))
+
+
+class CalibratedLosses:
+    """The calibrated scores of the models of one evaluation, each computed once."""
+
+    def __init__(
+        self,
+        labels: np.ndarray,
+        groups: np.ndarray | None,
+        rows_of: Callable[[ScoredModel], LabelledProbabilities | None],
+    ) -> None:
+        """`labels` and `groups` (N,) are of the evaluated rows; `rows_of` gives those that fit a temperature."""
+        self.labels, self.groups, self.rows_of = labels, groups, rows_of
+        self._scores: dict[str, CalibratedScores | None] = {}
+
+    def entries(self, model: ScoredModel) -> dict[str, Any]:
+        """Return `calibrated_log_loss` and `calibration_temperature` of `metrics.json`; null without rows to fit it."""
+        scores = self._of(model)
+        return {
+            "calibrated_log_loss": None if scores is None else float(scores.losses.mean()),
+            "calibration_temperature": None if scores is None else scores.temperature,
+        }
+
+    def difference(self, model: ScoredModel, reference: ScoredModel) -> dict[str, Any]:
+        """Return `delta_calibrated_log_loss` with its interval: each model is at a temperature of its own."""
+        scores, other = self._of(model), self._of(reference)
+        differences = None if scores is None or other is None else scores.losses - other.losses
+        interval = None if differences is None else paired_interval(differences, self.groups)
+        return {
+            "delta_calibrated_log_loss": None if differences is None else float(differences.mean()),
+            "delta_calibrated_log_loss_ci95": None if interval is None else list(interval),
+        }
+
+    def _of(self, model: ScoredModel) -> CalibratedScores | None:
+        if model.name not in self._scores:
+            rows = self.rows_of(model)
+            has_rows = rows is not None and len(rows.labels)
+            self._scores[model.name] = (
+                calibrated_scores(model.probabilities, self.labels, rows) if rows is not None and has_rows else None
+            )
+        return self._scores[model.name]

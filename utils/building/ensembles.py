@@ -28,6 +28,7 @@ from utils.core.artifacts import (
 from utils.core.errors import UserError, did_you_mean
 from utils.core.links import remove_file
 from utils.core.parsed_files import record_once
+from utils.core.record_forms import Each, Form
 from utils.core.workspace import SPLITS, Workspace
 from utils.predictions import training_data
 from utils.predictions.catalog import LAST_EPOCH, Catalog, Member
@@ -37,10 +38,11 @@ from utils.predictions.store import Store
 SCHEMA = 3
 INNER_CROSSFIT = "inner_crossfit.npy"
 """float32 (K, N, C): predictions without each of the K `inner_folds` of `ensemble.json`, rows as in `crossfit.npz`."""
-FORM = {
+FORM: Form = {
     **dict.fromkeys(("members", "candidates", "classes", "fitted_on", "selected_on"), list),
     **dict.fromkeys(("member_digests", "texts"), dict),
     **dict.fromkeys(("method", "inputs_digest"), str),
+    "weights?": Each(float),
 }
 """Kinds of what every `ensemble.json` holds."""
 COMBINERS: dict[str, type[Combiner]] = {

@@ -1,8 +1,8 @@
 """Declared forms of JSON records, so that a damaged one is named where it is read and not where it is used.
 
-A form is a type, a tuple of types, `Each(form)` for the values of an object or a list, or a mapping {key: form}. A key
-that ends with `?` may be missing or null. Further keys are allowed. `float` also takes whole numbers; no number takes
-true or false.
+A form is a type, a tuple of types, `Each(form)` for the values of an object or a list (`count` of them), or a mapping
+{key: form}. A key that ends with `?` may be missing or null. Further keys are allowed. `float` also takes whole
+numbers; no number takes true or false.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Each:
     form: Form
     container: type = dict
     or_null: bool = False
+    count: int | None = None
 
 
 Form: TypeAlias = "type | tuple[type, ...] | Each | Mapping[str, Form]"
@@ -39,6 +40,8 @@ def problem_of(value: Any, form: Form, where: str = "") -> str | None:
     if isinstance(form, Each):
         if not isinstance(value, form.container):
             return _differs(value, form.container, where)
+        if form.count is not None and len(value) != form.count:
+            return f"{where or 'it'} has {len(value)} values; expected {form.count}"
         values: Any = value  # a list, where it is no object
         items = value.items() if isinstance(value, dict) else enumerate(values)
         return _first(

@@ -32,6 +32,7 @@ from utils.evaluation import (
     scoring,
 )
 from utils.evaluation.evaluation_inputs import EvaluationSettings, UncertaintyOptions
+from utils.evaluation.evaluation_records import RANKING
 from utils.evaluation.evaluation_results import EvaluationResults
 from utils.evaluation.report_sources import ReportSources
 from utils.evaluation.scoring import ScoredModel
@@ -76,7 +77,7 @@ def evaluate(
     if not saved:
         logger.warning("no ensemble is built; members alone are evaluated. Run build-ensemble first")
     digest = scoring.inputs_digest(store, ensembles, members, split)
-    stored = read_record(workspace.ranking(split), remedy="Remove it, then evaluate again")
+    stored = read_record(workspace.ranking(split), remedy="Remove it, then evaluate again", form=RANKING)
     if model_name is None and not force and stored and _is_current(stored, digest, options):
         result = _ranking_result(workspace, stored, split, "up to date")
         if report_page.is_current(config, workspace, split):

@@ -6,6 +6,7 @@ from utils.building import ensembles, recommendation
 from utils.core.artifacts import read_record
 from utils.core.errors import UserError
 from utils.evaluation import scoring
+from utils.evaluation.evaluation_records import RANKING
 from utils.predictions import extraction, fold_networks, member_selection
 from utils.predictions.catalog import Member
 from utils.predictions.store import Store
@@ -45,7 +46,7 @@ def recommended_name(store: Store) -> str:
 def _fast_name(store: Store) -> str:
     """As the newest evaluation on test found it, by the latencies that it measured."""
     path = store.workspace.ranking("test")
-    ranking = read_record(path, remedy="Remove it, then evaluate again") or {}
+    ranking = read_record(path, remedy="Remove it, then evaluate again", form=RANKING) or {}
     saved = {name: ensembles.load(store.workspace, name) for name in ensembles.names(store.workspace)}
     members = scoring.members_to_score(store.catalog, member_selection.select(store.catalog, store.config), saved)
     again = "Run: python ensemble_orchestrator.py evaluate"

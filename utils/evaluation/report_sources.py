@@ -13,6 +13,7 @@ from utils.core.artifacts import read_arrays, read_record
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.evaluation.evaluation_inputs import EvaluationInputs
+from utils.evaluation.evaluation_records import METRICS, RANKING
 from utils.evaluation.evaluation_results import EvaluationResults
 from utils.evaluation.example_images import LabelledPredictions
 from utils.predictions import fold_networks
@@ -111,7 +112,7 @@ def read(
     """
     workspace, notes = store.workspace, list[str]()
     if ranking is None:
-        ranking = read_record(workspace.ranking(split), remedy=AGAIN)
+        ranking = read_record(workspace.ranking(split), remedy=AGAIN, form=RANKING)
     if ranking is None:
         raise UserError(f"{workspace.ranking(split)}: nothing is evaluated yet. Run evaluate first")
     metrics = read_metrics(workspace, ranking, split)
@@ -166,7 +167,7 @@ def read_metrics(workspace: Workspace, ranking: Mapping[str, Any], split: str) -
     metrics = {}
     for row in ranking["rows"]:
         path_of = workspace.ensemble_metrics if row["kind"] == "ensemble" else workspace.member_metrics
-        record = read_record(path_of(row["name"], split), remedy=AGAIN)
+        record = read_record(path_of(row["name"], split), remedy=AGAIN, form=METRICS)
         if record is not None:
             metrics[row["name"]] = record
     if not metrics:

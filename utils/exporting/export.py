@@ -16,6 +16,7 @@ from utils.core.errors import ConfigError, UserError, did_you_mean
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.evaluation import recommended_names
+from utils.evaluation.evaluation_records import SCORES
 from utils.exporting import (
     conversion,
     custom_format,
@@ -178,7 +179,7 @@ def write_export(store: Store, request: ExportRequest) -> dict[str, dict[str, An
             staged=staged,
             scratch=staged.parent / "scratch",
         )
-        score = read_record(workspace.ensemble_metrics(source.name, "test"), remedy="Evaluate again")
+        score = read_record(workspace.ensemble_metrics(source.name, "test"), remedy="Evaluate again", form=SCORES)
         status = conversion.write_files(job, network, request.missing)
         del network  # the runtimes that check the files need the memory
         onnx_folder = request.folder if "onnx" in request.reusable else staged

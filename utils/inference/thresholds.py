@@ -13,6 +13,7 @@ import numpy as np
 
 from utils.core.artifacts import read_record
 from utils.core.workspace import Workspace
+from utils.evaluation.evaluation_records import THRESHOLDS
 from utils.numeric import uncertainty
 
 logger = logging.getLogger("disease_pipeline")
@@ -55,7 +56,7 @@ def _digest(path: Path) -> str:
 def load_thresholds(workspace: Workspace, name: str, *, is_ensemble: bool, sets: str = "lac") -> Thresholds:
     """The thresholds of a model's newest evaluation on test; a warning names those that are missing or outdated."""
     path = (workspace.ensemble_metrics if is_ensemble else workspace.member_metrics)(name, "test")
-    record: Mapping[str, Any] = read_record(path, remedy="Remove it, then evaluate again") or {}
+    record: Mapping[str, Any] = read_record(path, remedy="Remove it, then evaluate again", form=THRESHOLDS) or {}
     built = workspace.ensemble(name) / "ensemble.json"
     is_outdated = bool(record) and is_ensemble and built.stat().st_mtime_ns > path.stat().st_mtime_ns
     if is_outdated:

@@ -18,6 +18,7 @@ from utils.core.parsed_files import record_once
 from utils.core.workspace import SPLITS, Workspace
 from utils.distillation.student_builder import StudentBuilder
 from utils.evaluation import scoring
+from utils.evaluation.evaluation_records import RANKING
 from utils.predictions import catalog, member_selection
 from utils.predictions.catalog import Catalog, Member
 from utils.predictions.store import Store
@@ -186,7 +187,7 @@ def _predictions_state(store: Store, member: Member, split: str) -> State:
 
 def _evaluation_state(store: Store, saved: Mapping[str, Ensemble], in_use: Mapping[str, Member]) -> State:
     try:
-        ranking = record_once(store.workspace.ranking("test"), remedy="Evaluate again")
+        ranking = record_once(store.workspace.ranking("test"), remedy="Evaluate again", form=RANKING)
     except UserError as error:
         return State(DAMAGED, (str(error),))
     if ranking is None:

@@ -39,8 +39,10 @@ SCHEMA = 3
 INNER_CROSSFIT = "inner_crossfit.npy"
 """float32 (K, N, C): predictions without each of the K `inner_folds` of `ensemble.json`, rows as in `crossfit.npz`."""
 FORM: Form = {
-    **dict.fromkeys(("members", "candidates", "classes", "fitted_on", "selected_on"), list),
-    **dict.fromkeys(("member_digests", "texts"), dict),
+    **dict.fromkeys(("members", "candidates", "classes"), Each(str, list)),
+    **dict.fromkeys(("fitted_on", "selected_on"), Each(dict, list)),
+    "member_digests": Each(str),
+    "texts": Each({"name": str, "sha256": str}),
     **dict.fromkeys(("method", "inputs_digest"), str),
     "weights?": Each(float),
 }

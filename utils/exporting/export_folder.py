@@ -29,7 +29,7 @@ STATUS_FORM = Each(
         "latency_ms?": float,
         "threads?": int,
         "source_digest?": str,
-        "parity?": {"max_abs_diff": NUMBER_OR_NULL, "tolerance": float, "rows": int},
+        "parity?": {"max_abs_diff": NUMBER_OR_NULL, "tolerance?": float, "rows?": int},
         "test_accuracy?": Each(NUMBER_OR_NULL),
     }
 )

@@ -146,8 +146,10 @@ def metrics_record(model: ScoredModel, context: EvaluationContext) -> dict[str, 
         record[key] = _compared(model, reference, context)
         if record[key] is None:
             notes[key] = f"this is {model.name}" if reference is not None else "it has no predictions on these rows"
-        elif units < MIN_UNITS:
-            notes[key] = f"{units} independent rows or groups; an interval needs {MIN_UNITS}"
+        elif record[key]["delta_ci95"] is None:
+            needed, unit = proportions.MIN_DIFFERING, "rows" if groups is None else "groups"
+            differing = f"the two differ in fewer than {needed} {unit}; the interval of an accuracy needs {needed}"
+            notes[key] = differing if units >= MIN_UNITS else f"{units} {unit}; an interval needs {MIN_UNITS}"
     saved = inputs.ensembles[model.name].record if model.kind == "ensemble" else None
     unknown = model.provenance.unknown_training_data
     predictions = None if unknown else out_of_sample_predictions(inputs, model.name)

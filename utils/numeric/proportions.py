@@ -14,6 +14,8 @@ from utils.numeric.means import LEVEL, MIN_UNITS, count_units, design_effect, un
 
 MIN_TESTED_UNITS = 6
 """Fewest rows, or groups, for which a test can give a p-value below 0.05."""
+MIN_DIFFERING = 6
+"""Fewest rows, or groups, in which two classifiers differ, for which the interval of their difference is given."""
 
 
 def proportion_interval(
@@ -53,13 +55,13 @@ def difference_interval(
 
     It is Wald's with half a row added to each of the four counts (Agresti and Min 2005), so that it has a width where
     no row differs. With groups, counts are divided by the design effect of the difference. None for fewer than
-    `MIN_UNITS` rows or groups.
+    `MIN_UNITS` rows or groups, and where the two differ in fewer than `MIN_DIFFERING` of them.
     """
     from scipy.special import stdtrit
 
     differences = _differences(hits, others)
     units = count_units(len(differences), groups)
-    if units < MIN_UNITS:
+    if units < MIN_UNITS or count_differing(hits, others, groups) < MIN_DIFFERING:
         return None
     effect = design_effect(differences, groups)
     rows, first, second = (
@@ -70,6 +72,11 @@ def difference_interval(
     z = _quantile(level) if groups is None else float(stdtrit(units - 1, (1 + level) / 2))
     half = z * float(np.sqrt((p_first + p_second - difference**2) / (rows + 2)))
     return max(-1.0, float(difference) - half), min(1.0, float(difference) + half)
+
+
+def count_differing(hits: ArrayLike, others: ArrayLike, groups: ArrayLike | None = None) -> int:
+    """Return in how many rows, or groups (N,), two classifiers do not have the same number of hits (N,)."""
+    return int((np.abs(unit_sums(_differences(hits, others), groups)) > 0.5).sum())
 
 
 def sign_flip_p(hits: ArrayLike, others: ArrayLike, groups: ArrayLike | None = None) -> float | None:

@@ -119,14 +119,14 @@ def figure(claim: Claim, outcomes: np.ndarray) -> Figure:
     if not len(answers):
         return Figure(None, abstained, 0.0, 0)
     spread = float(answers.std(ddof=1)) if len(answers) > 1 else 0.0
-    if claim.kind == "bias":
+    if claim.kind.endswith("bias"):
         return Figure(float(answers.mean()) / spread if spread else 0.0, abstained, len(answers) ** -0.5, len(answers))
     return Figure(100 * float(answers.mean()), abstained, 100 * spread / len(answers) ** 0.5, len(answers))
 
 
 def holds(claim: Claim, found: Figure, workspace: SimulatedWorkspace) -> bool | None:
     """Whether a figure is within its goal; None for a claim without one and where no answer was given."""
-    if claim.kind == "none":
+    if claim.kind in ("none", "own_bias"):
         return None
     if workspace.rows > LARGE and found.abstained >= ABSTENTIONS:
         return False
@@ -160,7 +160,8 @@ def goal(claim: Claim) -> tuple[str, str]:
         "at_least": (nominal, f"at least {claim.nominal}"),
         "at_most": (nominal, f"at most {(claim.nominal or 0) + 1:g}"),
         "bias": ("0", f"-{BIAS} to {BIAS}"),
-        "none": ("", ""),
+        "own_bias": ("0", ""),
+        "none": (nominal, ""),
     }[claim.kind]
 
 
@@ -181,7 +182,9 @@ def table(claims: Mapping[str, Claim], figures: Mapping[str, Mapping[str, Figure
 
 def cell(claim: Claim, found: Figure, workspace: SimulatedWorkspace) -> str:
     """A figure, bold where its goal is missed, with the per cent of abstentions."""
-    text = "-" if found.actual is None else f"{found.actual:.2f}" if claim.kind == "bias" else f"{found.actual:.1f}"
+    text = (
+        "-" if found.actual is None else f"{found.actual:.2f}" if claim.kind.endswith("bias") else f"{found.actual:.1f}"
+    )
     text = f"**{text}**" if holds(claim, found, workspace) is False else text
     return f"{text} ({found.abstained:.0f})" if found.abstained >= 0.5 else text
 
@@ -194,7 +197,7 @@ def rows(claims: Mapping[str, Claim], figures: Mapping[str, Mapping[str, Figure]
         for letter, found in figures[key].items():
             peer = "" if not nominal else f"nominal {nominal}"
             peer += f"{', ' if peer else ''}no answer in {found.abstained:.1f} %" if found.abstained else ""
-            unit = "standard deviations" if claim.kind == "bias" else "%"
+            unit = "standard deviations" if claim.kind.endswith("bias") else "%"
             verdict = holds(claim, found, WORKSPACES[letter])
             entries.append(row(f"{claim.title} [{letter}]", found.actual, unit, wanted or None, verdict, peer or None))
     return entries

@@ -20,7 +20,7 @@ def check_conformal(workspace: SimulatedWorkspace, random: np.random.Generator) 
 
     def labelled_rows(random: np.random.Generator) -> uncertainty.LabelledRows:
         drawn = draw(workspace, random, 1)
-        uniforms = uncertainty.uniform_numbers(map(str, random.integers(2**60, size=len(drawn.labels)).tolist()))
+        uniforms = random.random(len(drawn.labels))  # as the digests of images give
         return uncertainty.LabelledRows(softmax_of(drawn.logits[0]), drawn.labels, uniforms, drawn.groups)
 
     def simulate(random: np.random.Generator) -> Outcomes:

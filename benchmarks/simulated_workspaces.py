@@ -124,8 +124,8 @@ WORKSPACES = {
     "F": SimulatedWorkspace("96 rows in 6 groups, 2 classes", 96, 2, 1.6, group=16),
     "G": SimulatedWorkspace("600 rows, 20 classes, label smoothing 0.1", 600, 20, 3.0, smoothing=0.1),
     "H": SimulatedWorkspace(
-        "1,000 rows in 200 groups, 8 classes, 2 of them rare, label smoothing 0.1",
-        *(1000, 8, 2.6),
+        "2,000 rows in 400 groups, 8 classes, 2 of them rare, label smoothing 0.1",
+        *(2000, 8, 2.6),
         group=5,
         rare=2,
         smoothing=0.1,

@@ -86,3 +86,28 @@ def test_rows_in_groups_widen_every_interval(metric):
     ungrouped = intervals(probabilities[repeated], labels[repeated])[1][metric]
     assert grouped[1] - grouped[0] == pytest.approx(alone[1] - alone[0], rel=0.35)
     assert ungrouped[1] - ungrouped[0] < 0.6 * (grouped[1] - grouped[0])
+
+
+def test_areas_and_f1_hold_the_truth_in_small_classes():
+    """Four classes of 8 rows: without widening the area under the ROC curve was held in 87 % of cases."""
+    rng = np.random.default_rng(5)
+    truth = point_metrics(*rows(rng, 200_000, strength=2.0), NAMES)
+    held = dict.fromkeys(("f1_macro", "roc_auc_ovr_macro"), 0)
+    for _ in range(200):
+        labels = np.repeat(np.arange(4), 8)
+        logits = rng.normal(size=(32, 4))
+        logits[np.arange(32), labels] += 2.0
+        _, found, _ = intervals(softmax(2.0 * logits), labels)
+        for name in held:
+            held[name] += found[name][0] <= truth[name] <= found[name][1]
+    assert all(0.93 <= count / 200 for count in held.values()), held
+
+
+def test_a_class_of_few_groups_has_no_macro_interval():
+    probabilities, _ = rows(np.random.default_rng(6), 200, classes=2)
+    labels = np.repeat([0, 1], [160, 40])
+    groups = np.arange(200) // 10
+    _, found, reason = intervals(probabilities, labels, groups)
+    assert "f1_macro" not in found
+    assert reason.endswith("a class with 4 groups; the interval of a macro average needs 5")
+    assert "f1_macro" in intervals(probabilities, labels)[1]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from utils.numeric.calibration_chance import chance_ece
-from utils.numeric.means import MIN_ERRORS, MIN_UNITS, count_units, mean_interval
+from utils.numeric.means import LEVEL, MIN_ERRORS, MIN_UNITS, count_units, mean_interval, unit_indices
 from utils.numeric.metrics import check_probabilities, log_loss_per_row, row_losses
 from utils.numeric.proportions import proportion_interval, wilson_interval
 from utils.numeric.statistics import TAILS
@@ -22,7 +22,9 @@ from utils.numeric.statistics import TAILS
 LOSSES = ("log_loss", "brier")
 CALIBRATION_ERRORS = ("ece", "ece_adaptive", "mce")
 MIN_CLASS_ROWS = 5
-"""Fewest rows of each class that has any, for which the interval of a macro average is given."""
+"""Fewest rows, or groups, of each class that has any, for which the interval of a macro average is given."""
+AUC_WIDENING = 1.2
+"""Of the standard error of areas under the ROC curve: near 1 a few rows decide it, and the bootstrap sees too few."""
 Floats = NDArray[np.float64]
 
 
@@ -44,7 +46,10 @@ def metric_intervals(
         return {}, f"{units} {'rows' if groups is None else 'groups'}; an interval needs {MIN_UNITS}"
     hits = scores.argmax(axis=1) == truth
     support = np.bincount(truth, minlength=scores.shape[1])
+    of_class = np.bincount(truth if groups is None else _class_of_groups(truth, groups), minlength=len(support))
+    fewest = int(of_class[support > 0].min())
     support = support[support > 0]
+    widening = _widening(units, len(support), fewest)
     reasons = []
     intervals: dict[str, tuple[float, float] | None] = {"accuracy": proportion_interval(hits, groups)}
     intervals["recall_weighted"] = intervals["accuracy"]
@@ -53,31 +58,56 @@ def metric_intervals(
         intervals["brier"] = mean_interval(row_losses(scores, truth, "brier"), groups)
     else:
         reasons.append(f"{(~hits).sum()} errors; the interval of a mean loss needs {MIN_ERRORS}")
-    if support.min() < MIN_CLASS_ROWS:
-        reasons.append(f"a class with {support.min()} rows; the interval of a macro average needs {MIN_CLASS_ROWS}")
+    if fewest < MIN_CLASS_ROWS:
+        unit = "rows" if groups is None else "groups"
+        reasons.append(f"a class with {fewest} {unit}; the interval of a macro average needs {MIN_CLASS_ROWS}")
     is_by_chance = metrics["ece"] <= chance_ece(scores, truth, groups)["quantile"]
     for name, values in samples.items():
         if name in intervals or name in LOSSES or metrics.get(name) is None:
             continue
         if name in CALIBRATION_ERRORS:
             intervals[name] = _reflected(metrics[name], values, is_by_chance=is_by_chance)
-        elif support.min() >= MIN_CLASS_ROWS or not name.endswith("_macro"):
+        elif fewest >= MIN_CLASS_ROWS or not name.endswith("_macro"):
             most = len(support) ** 2 / float((len(truth) / units / support).sum())
-            intervals[name] = _score_interval(metrics[name], values, most)
+            factor = widening * (AUC_WIDENING if name == "roc_auc_ovr_macro" else 1.0)
+            intervals[name] = _score_interval(metrics[name], values, most, factor)
     return {name: list(bounds) for name, bounds in intervals.items() if bounds is not None}, "; ".join(reasons)
 
 
-def _score_interval(value: float, samples: Floats, most: float) -> tuple[float, float]:
+def _class_of_groups(truth: NDArray[np.int64], groups: ArrayLike) -> NDArray[np.int64]:
+    """Return the class of each pair of a class and a group that has rows of it."""
+    pairs = np.unique(np.stack([truth, unit_indices(len(truth), groups)]), axis=1)
+    return np.asarray(pairs[0], dtype=np.int64)
+
+
+def _widening(units: int, classes: int, fewest: int) -> float:
+    """Return by what to widen standard errors of a bootstrap within classes, the smallest of so many units.
+
+    It draws from the units that there are, so that the variance within a class of m is (m - 1) / m of the true one, and
+    the standard error is estimated itself, for which Student's t takes the place of the normal quantile.
+    """
+    from scipy.special import ndtri, stdtrit
+
+    level = (1 + LEVEL) / 2
+    quantiles = float(stdtrit(max(1, units - classes), level) / ndtri(level))
+    return quantiles * (fewest / max(1, fewest - 1)) ** 0.5
+
+
+def _score_interval(value: float, samples: Floats, most: float, widening: float) -> tuple[float, float]:
     """Return Wilson's interval of a mean over classes, for the number of rows that gives the variance of its samples.
 
     Where they do not vary, that is `most`: rows in a mean over classes, each of the size that it has.
     """
-    variance = float(samples.var())
+    variance = float(samples.var()) * widening**2
     rows = value * (1 - value) / variance if variance > 0 else most
     return wilson_interval(value, max(rows, 1.0))
 
 
 def _reflected(value: float, samples: Floats, *, is_by_chance: bool) -> tuple[float, float]:
-    """Return percentiles of the samples, reflected about the value, cut off at 0 and widened to contain the value."""
+    """Return percentiles of the samples, reflected about the value, cut off at 0 and widened to contain the value.
+
+    The lower one is lowered by the samples' bias once more, since the value's own bias is larger than theirs.
+    """
     low, high = (float(quantile) for quantile in np.quantile(samples, TAILS))
-    return 0.0 if is_by_chance else max(0.0, min(value, 2 * value - high)), max(value, 2 * value - low)
+    lowest = 2 * value - high - max(0.0, float(samples.mean()) - value)
+    return 0.0 if is_by_chance else max(0.0, min(value, lowest)), max(value, 2 * value - low)

@@ -90,20 +90,21 @@ def check_calibration(workspace: SimulatedWorkspace, random: np.random.Generator
 
 def check_familiarity(workspace: SimulatedWorkspace, random: np.random.Generator) -> Simulation:
     """Fraction of rows beyond the 95 % quantile of an OOD score; warnings about training data; labels in doubt."""
+    from utils.evaluation.evaluation_results import _scores
     from utils.numeric import uncertainty
     from utils.numeric.label_issues import find_label_issues
     from utils.predictions import out_of_fold
-    from utils.predictions.training_evidence import Scores, problems
+    from utils.predictions.training_evidence import problems
+
+    unsmoothed = replace(workspace, smoothing=0.0)  # the energy of log-probabilities says nothing
 
     def simulate(random: np.random.Generator) -> Outcomes:
-        splits = [draw(workspace, random, 1) for _ in range(2)]
+        splits = [draw(unsmoothed, random, 1) for _ in range(2)]
         scores = [uncertainty.ood_scores(drawn.logits[0]) for drawn in splits]
         summary = uncertainty.ood_summary(*scores)
-        hits, losses = ([of(drawn)[0] for drawn in splits] for of in (hits_of, losses_of))
-        n = len(hits[0])
-        unseen = {
-            name: Scores(n, int(hit.sum()), loss) for name, hit, loss in zip(("val", "test"), hits, losses, strict=True)
-        }
+        scored = [_scores(softmax_of(drawn.logits[0]), drawn.labels, drawn.groups) for drawn in splits]
+        unseen = {name: scores for name, scores in zip(("val", "test"), scored, strict=True) if scores is not None}
+        hits, n = [hits_of(drawn)[0] for drawn in splits], len(splits[0].labels)
         p_value = out_of_fold.higher_accuracy_p_value(*({"accuracy": hit.mean(), "n": n} for hit in hits))
         issues = find_label_issues(softmax_of(splits[0].logits[0]), splits[0].labels)
         return {
@@ -127,7 +128,7 @@ def check_preprocessing(workspace: SimulatedWorkspace, random: np.random.Generat
             {
                 "accuracy": float(hit.mean()),
                 "log_loss": float(loss.mean()),
-                "standard_errors": preprocessing_checks._standard_errors(losses[0] - loss),
+                "standard_errors": preprocessing_checks._standard_errors(losses[0] - loss, drawn.groups),
             }
             for hit, loss in zip(hits, losses, strict=True)
         ]

@@ -158,3 +158,10 @@ def test_folders_that_fail_are_failures_of_the_result_and_the_others_are_added(w
     (failure,) = result.failures
     assert "bare: no config.json" in failure
     assert "declared from folders: leaf" in result.text
+
+
+def test_the_error_of_a_comparison_counts_groups():
+    gains = np.random.default_rng(0).normal(0.15, 1, 40)[np.arange(400) // 10]
+    alone = preprocessing_checks._standard_errors(gains)
+    assert alone > 2.5 * preprocessing_checks._standard_errors(gains, np.arange(400) // 10) > 0
+    assert preprocessing_checks._standard_errors(gains, np.arange(400) // 80) == 0.0  # five groups

@@ -163,3 +163,13 @@ def test_the_hint_tells_foreign_rows_and_is_silent_about_log_probabilities():
     assert found["max_logit"]["reference"] == pytest.approx(np.quantile(known.max(axis=1), 0.05))
     log_probabilities = uncertainty.ood_scores(np.log(softmax(known)))
     assert uncertainty.ood_summary(log_probabilities, log_probabilities) is None
+
+
+@pytest.mark.parametrize("count", [30, 60])
+def test_rows_like_the_reference_are_beyond_it_as_often_as_stated(count):
+    rng = np.random.default_rng(8)
+    beyond = [
+        uncertainty.ood_summary(*(uncertainty.ood_scores(rng.normal(size=(count, 3))) for _ in range(2)))
+        for _ in range(500)
+    ]
+    assert 0.03 < np.mean([summary["energy"]["beyond"] for summary in beyond]) < 0.055

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -63,3 +65,13 @@ def test_chance_is_reported_no_more_often_than_stated():
         reported += bool(problems("m", {"val": parts[0], "test": parts[1]}))
     # Either split may be the better one: twice the level, and four standard errors.
     assert reported / runs < 2 * ALPHA + 4 * np.sqrt(2 * ALPHA / runs)
+
+
+def test_a_group_counts_as_one_row():
+    known, other = scores(400, 0.93), scores(400, 0.80)
+    assert suspected({"val": known, "test": other}) == ["val"]
+    of_groups = [replace(each, units=40) for each in (known, other)]
+    assert suspected(dict(zip(("val", "test"), of_groups, strict=True))) == []
+    assert of_groups[0].independent() == (40, 37)
+    assert suspected({"test": scores(1000, 0.97)}, scores(1000, 0.80)) == ["test"]
+    assert suspected({"test": replace(scores(1000, 0.97), units=40)}, scores(1000, 0.80)) == []

@@ -22,6 +22,7 @@ from utils.discovery import preprocessing_sources
 from utils.discovery.declaration_checks import ASSUMED_PREPROCESSING
 from utils.networks.preprocessing import Preprocessing
 from utils.numeric import metrics
+from utils.numeric.means import MIN_UNITS, count_units, standard_error
 from utils.numeric.temperature import fit_temperature
 from utils.predictions import image_splits, streaming
 from utils.predictions.catalog import TIMM, Member, Problem, is_declared
@@ -30,7 +31,7 @@ from utils.predictions.inspection import FEWEST_ROWS, Inspector
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 1  # raised whenever the same files would be judged differently
+VERSION = 2  # raised whenever the same files would be judged differently
 MOST_ROWS = 500
 STANDARD_ERRORS = 3.0  # by which a rule's mean log-loss must be lower, paired by image; several rules are compared
 FITS_BETTER = "preprocessing_fits_better"
@@ -89,12 +90,13 @@ def compare(inspector: Inspector, member: Member, *, force: bool = False) -> Non
     if 0 not in logits:
         return
     losses = {index: _losses(values, images.labels) for index, values in logits.items()}
+    groups = inspector.groups(images)
     results = [
         {
             "preprocessing": rules[index].as_record(),
             "accuracy": float((values.argmax(axis=1) == images.labels).mean()),
             "log_loss": float(losses[index].mean()),
-            "standard_errors": _standard_errors(losses[0] - losses[index]),
+            "standard_errors": _standard_errors(losses[0] - losses[index], groups),
         }
         for index, values in logits.items()
     ]
@@ -129,9 +131,13 @@ def _losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return metrics.log_loss_per_row(metrics.softmax(scores / fit_temperature(scores, labels)), labels)
 
 
-def _standard_errors(gains: np.ndarray) -> float:
-    """Mean of paired gains in units of its standard error; 0 if they do not vary."""
-    error = float(gains.std(ddof=1) / np.sqrt(len(gains))) if len(gains) > 1 else 0.0
+def _standard_errors(gains: np.ndarray, groups: np.ndarray | None = None) -> float:
+    """Mean of paired gains (N,) in units of its standard error over rows or groups (N,).
+
+    0 if they do not vary, and for fewer than `MIN_UNITS` groups.
+    """
+    few = groups is not None and count_units(len(gains), groups) < MIN_UNITS
+    error = 0.0 if few else standard_error(gains, groups)
     return float(gains.mean()) / error if error > 0 else 0.0
 
 
@@ -192,4 +198,14 @@ def _facts(inspector: Inspector, member: Member) -> dict[str, Any] | None:
 def _key(inspector: Inspector, member: Member) -> str:
     """Digest of everything that a comparison depends on."""
     val = inspector.splits["val"].digest
-    return digest_of(["preprocessings", VERSION, member.digest, val, list(inspector.classes), inspector.config.seed])
+    return digest_of(
+        [
+            "preprocessings",
+            VERSION,
+            member.digest,
+            val,
+            list(inspector.classes),
+            inspector.config.seed,
+            inspector.config.dataset.group_regex,
+        ]
+    )

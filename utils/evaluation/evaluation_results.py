@@ -14,6 +14,7 @@ from utils.evaluation import evaluated_rows, score_ranking, score_records
 from utils.evaluation.evaluation_inputs import EvaluationInputs
 from utils.evaluation.score_ranking import LabelIssueTable
 from utils.evaluation.scoring import ScoredModel
+from utils.numeric.means import unit_indices, unit_sums
 from utils.numeric.metrics import log_loss_per_row, softmax
 from utils.predictions import training_evidence
 from utils.predictions.catalog import Problem
@@ -90,10 +91,15 @@ def _suspicions(inputs: EvaluationInputs, model: ScoredModel) -> list[Problem]:
     seen = {(part.split, sample_id) for part in model.provenance.fitted_on for sample_id in part.sample_ids}
     rows = inputs.rows
     unseen = np.array([(inputs.split, sample_id) not in seen for sample_id in rows.sample_ids.tolist()])
-    scores_of_splits = {inputs.split: _scores(model.probabilities[unseen], rows.labels[unseen])}
+    scores_of_splits = {
+        inputs.split: _scores(
+            model.probabilities[unseen], rows.labels[unseen], None if inputs.groups is None else inputs.groups[unseen]
+        )
+    }
     out_of_fold = None
     for part in inputs.out_of_sample[model.name]:
-        scores = _scores(softmax(np.asarray(part.logits)), np.asarray(part.labels))
+        groups = inputs.groups_of((part.split, sample_id) for sample_id in part.sample_ids.tolist())
+        scores = _scores(softmax(np.asarray(part.logits)), np.asarray(part.labels), groups)
         if part.split == "train" and inputs.members[model.name].oof is not None:
             out_of_fold = scores
         else:
@@ -102,14 +108,19 @@ def _suspicions(inputs: EvaluationInputs, model: ScoredModel) -> list[Problem]:
     return training_evidence.problems(model.name, held_out, out_of_fold)
 
 
-def _scores(probabilities: np.ndarray, labels: np.ndarray) -> Scores | None:
-    """Of the labelled rows; None without any."""
+def _scores(probabilities: np.ndarray, labels: np.ndarray, groups: np.ndarray | None) -> Scores | None:
+    """Of the labelled rows, with losses by group where there are groups (N,); None without any."""
     labelled = labels != UNKNOWN
     if not labelled.any():
         return None
     probabilities, labels = probabilities[labelled], labels[labelled]
     hits = int((probabilities.argmax(axis=1) == labels).sum())
-    return Scores(len(labels), hits, log_loss_per_row(probabilities, labels))
+    losses = log_loss_per_row(probabilities, labels)
+    if groups is None:
+        return Scores(len(labels), hits, losses)
+    unit_of_row = unit_indices(len(labels), groups[labelled])
+    of_groups = unit_sums(losses, unit_of_row) / np.bincount(unit_of_row)
+    return Scores(len(labels), hits, of_groups, len(of_groups))
 
 
 def _recommended(inputs: EvaluationInputs) -> dict[str, Any]:

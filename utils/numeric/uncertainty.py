@@ -24,6 +24,7 @@ ALPHA = 0.1
 RAPS_PENALTY, RAPS_FREE = 0.01, 1
 """What `raps_scores` add for each more probable class beyond so many."""
 COUNT_TOLERANCE = 1e-9  # rounding of products that are compared with whole numbers or scores
+OOD_FRACTION = 0.05  # of rows like the reference that lie beyond it
 MIN_ENERGY_RANGE = 1e-4  # a smaller range of energies is rounding
 Floats = NDArray[np.float64]
 
@@ -247,14 +248,17 @@ def ood_scores(logits: ArrayLike) -> Floats:
 def ood_summary(rows: Floats, reference: Floats) -> dict[str, Any] | None:
     """Return how many rows look OOD, by the `ood_scores` (2, N) of rows and (2, R) of reference rows, or their means.
 
-    `{energy, max_logit: {reference, beyond}}`: the 95 % quantile of the reference rows, as an energy and as a logit,
-    and the fraction of rows beyond it, which is about 0.05 if both have the same distribution. This is a hint and no
-    test, since networks can be confident on OOD images. None if the logits are log-probabilities, whose energy is 0.
+    `{energy, max_logit: {reference, beyond}}`: a quantile of the reference rows, as an energy and as a logit, and the
+    fraction of rows beyond it, which is about 0.05 if both have the same distribution. The quantile is the score that a
+    new row exceeds with a probability of at most 0.05 (`conformal_threshold`), of few rows the largest. This is a hint
+    and no test, since networks can be confident on OOD images. None if the logits are log-probabilities, whose energy
+    is 0.
     """
     if np.ptp(reference[0]) < MIN_ENERGY_RANGE:
         return None
     summary = {}
     for name, row_scores, reference_scores, sign in zip(("energy", "max_logit"), rows, reference, (1, -1), strict=True):
-        bound = float(np.quantile(reference_scores, 0.95))
+        threshold = conformal_threshold(reference_scores, OOD_FRACTION)
+        bound = float(reference_scores.max()) if threshold is None else threshold
         summary[name] = {"reference": sign * bound, "beyond": float((row_scores > bound).mean())}
     return summary

@@ -21,6 +21,7 @@ from utils.predictions import catalog, fold_heads, out_of_fold, streaming, train
 from utils.predictions.catalog import Catalog, Member, Problem
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.out_of_fold import OutOfFoldPredictions
+from utils.predictions.row_groups import row_groups_of
 from utils.predictions.training_evidence import Scores
 
 logger = logging.getLogger("disease_pipeline")
@@ -53,6 +54,15 @@ class Inspector:
     """Digest of the mounted BASE-BACK: a network that failed with another one may run with this one."""
     device: str = "cpu"
     threads: int = 1
+
+    def groups(self, images: ImageSplit) -> np.ndarray | None:
+        """Group index (N,) of images of one split, by `row_groups`; None where every image is one."""
+        return row_groups_of(self.workspace, self.config.dataset.group_regex, images)
+
+    def units(self, split: str) -> int | None:
+        """Number of groups of a split; None where every image is one."""
+        groups = self.groups(self.splits[split])
+        return None if groups is None else len(np.unique(groups))
 
     def measured(self, member: Member) -> dict[str, Any] | None:
         """The stored measurement of a member on val; None if there is none."""
@@ -129,9 +139,12 @@ def training_problems(inspector: Inspector, member: Member) -> list[Problem]:
     for split in training_data.unseen_splits(member):
         facts = inspector.digests.facts(inspector.measured_key(member, split)) or {}
         if "n" in facts:
-            unseen[split] = Scores(facts["n"], round(facts["accuracy"] * facts["n"]))
+            hits = round(facts["accuracy"] * facts["n"])
+            unseen[split] = Scores(facts["n"], hits, units=inspector.units(split))
     oof = member.oof
-    out_of_fold = None if oof is None else Scores(oof["rows"], round(oof["accuracy"] * oof["rows"]))
+    out_of_fold = None
+    if oof is not None:
+        out_of_fold = Scores(oof["rows"], round(oof["accuracy"] * oof["rows"]), units=inspector.units("train"))
     return training_evidence.problems(member.name, unseen, out_of_fold)
 
 

@@ -10,7 +10,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from utils import base_back
+from utils.core.workspace import Workspace
 from utils.predictions import grouping
+from utils.predictions.image_splits import ImageSplit
 from utils.predictions.store import Store
 
 
@@ -32,4 +34,13 @@ def row_groups(store: Store, keys: Iterable[tuple[str, str]]) -> np.ndarray | No
         [content_of.get(key, "/".join(key)) for key in rows],
         [recorded.get(split, {}).get(sample_id) for split, sample_id in rows],
     )
+    return groups if len(np.unique(groups)) < len(groups) else None
+
+
+def row_groups_of(workspace: Workspace, group_regex: str | None, images: ImageSplit) -> np.ndarray | None:
+    """Group index int64 (N,) of each image of one split; None where every image is a group of its own."""
+    grouping = base_back.load_bundled("samples")
+    recorded = grouping.recorded_groups(workspace.split_dir).get(images.split, {})
+    names = [recorded.get(sample_id) for sample_id in images.sample_ids]
+    groups: np.ndarray = grouping.group_indices(images.sample_ids, images.contents, group_regex, names)
     return groups if len(np.unique(groups)) < len(groups) else None

@@ -32,12 +32,18 @@ class Scores:
     n: int
     hits: int
     losses: np.ndarray | None = None
-    """log-loss of each row in nats (N,), where it was kept"""
+    """log-loss of each row in nats (N,), or mean of each group (G,), where it was kept"""
+    units: int | None = None
+    """Independent groups of the rows; None where every row is one"""
 
     @property
     def accuracy(self) -> float:
         """Fraction of the rows whose most probable class is the true one."""
         return self.hits / self.n
+
+    def independent(self) -> tuple[int, int]:
+        """Number of rows and hits for exact tests: with groups as many as there are groups, at the same accuracy."""
+        return (self.n, self.hits) if self.units is None else (self.units, round(self.accuracy * self.units))
 
 
 def problems(name: str, unseen: Mapping[str, Scores], out_of_fold: Scores | None = None) -> list[Problem]:
@@ -45,8 +51,9 @@ def problems(name: str, unseen: Mapping[str, Scores], out_of_fold: Scores | None
 
     `unseen` are its scores on the rows of each split that it is stated not to have seen; `out_of_fold` those of its
     fold networks. Of two splits, the accuracies are compared by Fisher's exact test and the rows' losses by the
-    Mann-Whitney test, one-sided. Fold networks have seen fewer images, so a split is suspected only where the whole
-    interval of its error rate (Clopper and Pearson 1934) is below half of that of the out-of-fold rows.
+    Mann-Whitney test, one-sided; a group counts as one row. Fold networks have seen fewer images, so a split is
+    suspected only where the whole interval of its error rate (Clopper and Pearson 1934) is below half of that of the
+    out-of-fold rows.
     """
     reported = []
     for split, scores in unseen.items():
@@ -75,8 +82,8 @@ def _too_good(scores: Scores, reference: Scores) -> str | None:
     """Why chance does not explain how much better the scores are than the reference; None where it may."""
     from scipy.stats import hypergeom, mannwhitneyu
 
-    hits, n = scores.hits + reference.hits, scores.n + reference.n
-    p = float(hypergeom.sf(scores.hits - 1, n, hits, scores.n))
+    (rows, hits), (other_rows, other_hits) = scores.independent(), reference.independent()
+    p = float(hypergeom.sf(hits - 1, rows + other_rows, hits + other_hits, rows))
     if p < ALPHA / 2:
         return f"Fisher's exact p = {p:.1g}"
     if scores.losses is None or reference.losses is None:
@@ -90,7 +97,7 @@ def _too_good(scores: Scores, reference: Scores) -> str | None:
 def _halves_the_error(scores: Scores, reference: Scores) -> bool:
     from scipy.stats import beta
 
-    errors, reference_errors = scores.n - scores.hits, reference.n - reference.hits
-    highest = 1.0 if not scores.hits else float(beta.ppf(1 - ALPHA / 2, errors + 1, scores.hits))
-    lowest = float(beta.ppf(ALPHA / 2, reference_errors, reference.hits + 1)) if reference_errors else 0.0
+    (rows, hits), (other_rows, other_hits) = scores.independent(), reference.independent()
+    highest = 1.0 if not hits else float(beta.ppf(1 - ALPHA / 2, rows - hits + 1, hits))
+    lowest = float(beta.ppf(ALPHA / 2, other_rows - other_hits, other_hits + 1)) if other_rows > other_hits else 0.0
     return highest < lowest / 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from utils.core.estimates import Estimate, estimate_extraction, estimate_training
+from utils.core.estimates import Estimate, estimate_extraction, estimate_training, pass_fraction
 
 RESNET50 = 25_600_000 * 4  # bytes of its checkpoint
 
@@ -47,6 +47,15 @@ def test_what_makes_a_training_longer_and_larger():
     assert estimate_training([RESNET50], 200, epochs=10, kept=5, batch_size=32, on_cuda=True).seconds < one.seconds
     # Five files stay; a progress file that holds them, too, is there for each of two at a time.
     assert three.megabytes == pytest.approx((5 * 3 + (7 + 5) * 2) * RESNET50 / 1e6)
+
+
+def test_a_pass_of_equal_networks_costs_a_third_of_an_epoch_each():
+    """A step of training is worth three forward passes; the cost grows with the weights and with the area."""
+    network = (RESNET50, 224)
+    assert pass_fraction([network], network, epochs=1) == pytest.approx(1 / 3)
+    assert pass_fraction([network] * 3, network, epochs=10) == pytest.approx(1 / 10)
+    assert pass_fraction([(RESNET50, 448)], network, epochs=1) == pytest.approx(4 / 3)
+    assert pass_fraction([network], (RESNET50 // 2, 224), epochs=1) == pytest.approx(2 / 3)
 
 
 def test_nothing_to_run_is_no_time():

@@ -99,3 +99,12 @@ def test_images_are_cached_only_in_a_shared_schedule(source, monkeypatch, is_sha
     first_pass = len(calls)
     images_of(schedule, 0)
     assert len(calls) == loads * first_pass
+
+
+def test_trainings_of_several_seeds_share_their_recurring_views(source):
+    first = schedule_of(source, n_views=3)
+    shared, other = schedule_of(source, seed=8, n_views=3, views_seed=7), schedule_of(source, seed=8, n_views=3)
+    expected, views = first.recurring_views(), shared.recurring_views()
+    assert all(torch.equal(value, vars(views)[name]) for name, value in vars(expected).items())
+    assert any(not torch.equal(value, vars(other.recurring_views())[name]) for name, value in vars(expected).items())
+    assert not torch.equal(shared.batches(0)[0].rows, first.batches(0)[0].rows)

@@ -114,10 +114,12 @@ class StudentBuilder(Builder):
         record = student_plan.read_student_record(session.store, student)
         assert record is not None  # it is built or up to date
         targets = f"{record['targets']['kind']} ({record['targets']['rows']})"
+        note = record.get("schedule_note")  # records of earlier versions have none
         return [
             summary_line(session.workspace, name, state),
             f"    teacher {record['teacher']}, targets {targets}; {record['epochs'][STUDENT]} epochs",
             f"    on val: {record['verdict']}",
+            *([f"    note: {note}"] if note else []),
         ]
 
     def _steps(self, session: Session) -> dict[str, DistillationStep]:

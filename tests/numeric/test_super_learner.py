@@ -1,16 +1,13 @@
-"""The super learner against a generic solver, what it shrinks to, and the score of its copies."""
+"""The super learner against a generic solver, and what it shrinks to."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import pytest
 from scipy.optimize import minimize
 
 from utils.numeric import super_learner
-from utils.numeric.metrics import clipped_log, log_loss_per_row, log_softmax, softmax
+from utils.numeric.metrics import log_loss_per_row, log_softmax, softmax
 
 N, C, INPUTS = 400, 4, 7
 
@@ -123,86 +120,3 @@ def test_rows_that_are_all_right_and_a_class_that_is_absent_give_finite_weights(
     fitted = super_learner.fit(np.maximum(scores, np.log(1e-12)), labels, np.arange(50) % 5)
     assert 0 < fitted.weights.sum() < 20
     np.testing.assert_allclose(softmax(np.tensordot(fitted.weights, scores, axes=1)).sum(axis=1), 1)
-
-
-def ridge(features, labels):
-    """A ridge classifier of two classes, cheap to fit some thousand times: features (n, F) -> probabilities (n, 2)."""
-    centre, targets = features.mean(axis=0), np.where(labels == 1, 1.0, -1.0)
-    centred = features - centre
-    gram = centred.T @ centred + np.eye(features.shape[1])
-    direction = np.linalg.solve(gram, centred.T @ (targets - targets.mean()))
-
-    def predict(rows):
-        margins = 2 * ((rows - centre) @ direction + targets.mean())
-        return softmax(np.stack([-margins, margins], axis=1))
-
-    return predict
-
-
-@dataclass
-class Simulation:
-    """A small workspace whose inputs are ridge classifiers, each on two features of its own, of which few tell much."""
-
-    seed: int
-    rows: ClassVar[int] = 80
-    inputs: ClassVar[int] = 8
-
-    def __post_init__(self):
-        self.random = np.random.default_rng(self.seed)
-        self.x, self.labels = self.draw(self.rows)
-        self.folds = self.random.permutation(np.arange(self.rows) % 5)
-
-    def draw(self, count):
-        labels = self.random.integers(0, 2, count)
-        x = self.random.normal(size=(self.inputs, count, 2))
-        x[0] += np.where(labels == 1, 0.2, -0.2)[:, None]
-        return x, labels
-
-    def predictions(self, held_out, x):
-        """(I, n, 2): log-probabilities for rows x (I, n, 2) by copies of the inputs without these folds."""
-        fitted = ~np.isin(self.folds, held_out)
-        pairs = zip(self.x, x, strict=True)
-        return clipped_log(np.stack([ridge(own[fitted], self.labels[fitted])(asked) for own, asked in pairs]))
-
-    def crossfit(self, *held_out):
-        """(I, N, 2): by copies without the row's fold and these."""
-        scores = np.empty((self.inputs, self.rows, 2))
-        for fold in range(5):
-            inside = self.folds == fold
-            scores[:, inside] = self.predictions((fold, *held_out), self.x[:, inside])
-        return scores
-
-    def differences(self):
-        """Unseen score less the loss on new rows, by two levels and by one; and the score's standard error.
-
-        Both losses are those of the pool less those of equal weights, which were not fitted: this removes most of the
-        chance in the rows.
-        """
-        new_x, new_labels = self.draw(2000)
-        crossfit, equal = self.crossfit(), np.full(self.inputs, 1 / self.inputs)
-        unseen, of_new = np.empty((2, self.rows)), np.zeros(2)
-        errors = np.empty(self.rows)
-        for fold in range(5):
-            inside = self.folds == fold
-            new, own = self.predictions((fold,), new_x), crossfit[:, inside]
-            for level, read in enumerate((self.crossfit(fold), crossfit)):
-                copy = super_learner.fit(read[:, ~inside], self.labels[~inside], self.folds[~inside])
-                losses = pooled_losses(copy.weights, own, self.labels[inside])
-                unseen[level, inside] = losses - pooled_losses(equal, own, self.labels[inside])
-                gain = pooled_losses(copy.weights, new, new_labels) - pooled_losses(equal, new, new_labels)
-                of_new[level] += gain.mean() * inside.mean()
-                if level == 0:
-                    errors[inside] = losses
-        return (*(unseen.mean(axis=1) - of_new), errors.std(ddof=1) / self.rows**0.5)
-
-
-def pooled_losses(weights, scores, labels):
-    return log_loss_per_row(softmax(np.tensordot(weights, scores, axes=1)), labels)
-
-
-@pytest.mark.slow
-def test_the_score_by_two_levels_is_unbiased_and_that_by_one_too_good(monkeypatch):
-    monkeypatch.setattr(super_learner, "STRENGTHS", (np.inf, 0.03, 0.003, 0.0))  # as many as the time allows
-    two_levels, one_level, errors = np.array([Simulation(seed).differences() for seed in range(150)]).T
-    assert abs(two_levels.mean()) < 0.25 * errors.mean()
-    assert one_level.mean() < -0.2 * errors.mean()

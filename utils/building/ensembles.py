@@ -45,6 +45,10 @@ FORM: Form = {
     "texts": Each({"name": str, "sha256": str}),
     **dict.fromkeys(("method", "inputs_digest"), str),
     "weights?": Each(float),
+    **dict.fromkeys(("temperature?", "share_of_stacker?", "seed?"), float),
+    **dict.fromkeys(("unknown_training_data?", "notes?"), Each(str, list)),
+    **dict.fromkeys(("verdict?", "inference?"), str),
+    **dict.fromkeys(("guards?", "crossfit?", "training_data?"), dict),
 }
 """Kinds of what every `ensemble.json` holds."""
 COMBINERS: dict[str, type[Combiner]] = {

@@ -13,11 +13,19 @@ COMPARISON: Form = {
     **dict.fromkeys(("p_value?", "p_value_holm?"), float),
     **dict.fromkeys(("delta_ci95?", "delta_log_loss_ci95?"), INTERVAL),
 }
-CHOICE: Form = {
+EVIDENCE: dict[str, Form] = {
+    "n?": int,
+    "rows?": str,
+    "log_loss?": float,
+    "accuracy?": float,
+    "log_loss_ci95?": INTERVAL,
+}
+CHOICE: dict[str, Form] = {
     "name?": str,
     "reason": str,
+    "note?": str,
     "latency_ms?": float,
-    "evidence?": {"n?": int, "rows?": str, "log_loss?": float, "accuracy?": float, "log_loss_ci95?": INTERVAL},
+    "evidence?": {**EVIDENCE, "after_selection?": EVIDENCE},
 }
 RANKING: Form = {
     "split": str,
@@ -27,7 +35,12 @@ RANKING: Form = {
     "options?": dict,
     "left_out?": Each(str),
     "peers": Each(str, or_null=True),
-    "recommended": {**CHOICE, "name": str},
+    "recommended": {
+        **CHOICE,
+        "name": str,
+        "evidence": {**EVIDENCE, "n": int, "rows": str, "log_loss": float, "accuracy": float},
+        "evidence?": {"after_selection?": {**EVIDENCE, "log_loss": float}},
+    },
     "recommended_fast?": CHOICE,
     "label_issues?": {"in_doubt?": int, "model?": str, "n?": int},
     "rows": Each(

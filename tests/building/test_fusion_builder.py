@@ -64,7 +64,9 @@ def test_each_is_saved_beside_its_guards_with_the_rows_it_was_fitted_on(fused, m
     source = found["train_embeddings"]
     assert source["asked"] == "auto"
     assert set(source["val_log_loss"]) == {"val", "aligned"}
-    assert source["chosen"] == min(source["val_log_loss"], key=source["val_log_loss"].get)
+    assert source["chosen"] == ("val" if source["gain_of_val"]["ci95"][0] > 0 else "aligned")
+    assert set(source["train_log_loss"]) == {"val", "aligned"}
+    assert found["crossfit"]["n"] == 252
     own = {("val", "held_out"), *([("train", "oof")] if source["chosen"] == "aligned" else [])}
     assert {(part["split"], part["rows"]) for part in found["fitted_on"]} == {("train", "in_sample"), *own}
     assert own <= {(part["split"], part["rows"]) for part in found["selected_on"]}

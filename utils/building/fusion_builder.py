@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ from utils.combiners.protocol import Combiner, MemberFacts
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.fusion_methods import COMBINERS
-from utils.numeric.metrics import log_loss
+from utils.numeric.means import mean_interval
+from utils.numeric.metrics import log_loss, log_loss_per_row
+from utils.numeric.nested_cv import inner_folds
 from utils.predictions import fold_networks
 from utils.predictions.catalog import Member
 from utils.predictions.extraction import STREAMED_SPLITS
@@ -49,11 +52,10 @@ class Fit:
     recipe: Combiner
     crossfit: Crossfit
 
-    @property
-    def val_log_loss(self) -> float:
-        """On the val rows, which every basis has."""
-        rows = self.crossfit.split == "val"
-        return log_loss(self.crossfit.probabilities[rows], self.crossfit.labels[rows])
+    def log_loss(self, split: str) -> float | None:
+        """On the rows of a split; None where it has no predictions for any."""
+        rows = self.crossfit.split == split
+        return log_loss(self.crossfit.probabilities[rows], self.crossfit.labels[rows]) if rows.any() else None
 
 
 class FusionBuilder(Builder):
@@ -159,24 +161,72 @@ def _fit_all(session: Session, members: Sequence[Member], names: Sequence[str]) 
     for name in names:
         try:
             fits = {kind: _fit(store.config, facts, name, basis) for kind, basis in bases.items()}
-            losses = {kind: fit.val_log_loss for kind, fit in fits.items()}
-            chosen = min(losses, key=lambda kind: (losses[kind], kind))
-            if len(losses) > 1:
-                other = next(kind for kind in losses if kind != chosen)
-                reason = f"log-loss {losses[chosen]:.4f} on the val rows, {losses[other]:.4f} with {other}"
-            _save(store, name, members, bases[chosen], fits[chosen], _source(requested, chosen, reason, losses, bases))
+            chosen, gain = next(iter(fits)), None
+            if len(fits) > 1:
+                gain = gain_of_val(fits[VAL].crossfit, fits[ALIGNED].crossfit, bases[ALIGNED].judged.groups)
+                chosen = VAL if gain.favours_val else ALIGNED
+                reason = gain.words
+            _save(
+                store, name, members, bases[chosen], fits[chosen], _source(requested, chosen, reason, fits, bases, gain)
+            )
         except UserError as error:
             failures[name] = f"{name}: {error}"
     built = tuple(name for name in names if name not in failures)
     return Build(session, built, tuple(failures), tuple(failures.values()))
 
 
+@dataclass(frozen=True)
+class Gain:
+    """How much lower the log-loss of heads fitted on val rows is on train rows, which neither kind of heads chose."""
+
+    mean: float
+    interval: tuple[float, float] | None
+    """95 %; None where there are too few rows or groups"""
+    words: str
+
+    @property
+    def favours_val(self) -> bool:
+        """Whether the interval lies above 0."""
+        return self.interval is not None and self.interval[0] > 0
+
+
+def gain_of_val(val: Crossfit, aligned: Crossfit, groups: np.ndarray | None) -> Gain:
+    """Compare predictions of heads fitted on val rows with those of heads fitted on all rows, both on the same rows.
+
+    Val rows may have chosen the epochs of the networks, so that heads fitted on them look better there than on rows
+    of new images. Train rows decide: their predictions come from networks and heads that have not seen them. `groups`
+    (N,) are those of all rows.
+    """
+    of_train = val.split == "train"
+    losses = [log_loss_per_row(each.probabilities[of_train], each.labels[of_train]) for each in (val, aligned)]
+    gains = losses[1] - losses[0]
+    interval = mean_interval(gains, None if groups is None else groups[of_train])
+    shown = "too few for an interval" if interval is None else f"[{interval[0]:+.4f}, {interval[1]:+.4f}]"
+    words = (
+        f"on train rows, which chose neither, log-loss {losses[1].mean():.4f} with aligned and {losses[0].mean():.4f} "
+        f"with val, difference {gains.mean():+.4f} {shown}"
+    )
+    return Gain(float(gains.mean()), interval, words)
+
+
 def _source(
-    requested: str, chosen: str, reason: str, losses: Mapping[str, float], bases: Mapping[str, Basis]
+    requested: str,
+    chosen: str,
+    reason: str,
+    fits: Mapping[str, Fit],
+    bases: Mapping[str, Basis],
+    gain: Gain | None,
 ) -> dict[str, Any]:
     """Entry of `ensemble.json` on the embeddings that a fusion was fitted on."""
-    members = {kind: basis.facts for kind, basis in bases.items() if basis.facts}
-    return {"asked": requested, "chosen": chosen, "reason": reason, "val_log_loss": dict(losses), "members": members}
+    return {
+        "asked": requested,
+        "chosen": chosen,
+        "reason": reason,
+        "val_log_loss": {kind: fit.log_loss("val") for kind, fit in fits.items()},
+        "train_log_loss": {kind: fit.log_loss("train") for kind, fit in fits.items()},
+        "gain_of_val": None if gain is None else {"mean": gain.mean, "ci95": gain.interval},
+        "members": {kind: basis.facts for kind, basis in bases.items() if basis.facts},
+    }
 
 
 def _bases(store: Store, members: Sequence[Member], facts: MemberFacts, requested: str) -> tuple[dict[str, Basis], str]:
@@ -190,20 +240,31 @@ def _bases(store: Store, members: Sequence[Member], facts: MemberFacts, requeste
     obstacle = embedding_rows.reason_not_aligned(store, members)
     if requested == ALIGNED and obstacle:
         raise UserError(f"runs.fusion.train_embeddings is aligned: {obstacle}; or use the val rows: {_use(VAL)}")
-    bases, reason = {}, "asked for"
-    if requested != ALIGNED:
-        bases[VAL] = _basis(store, facts, embedding_rows.of_val(store, members))
-    if requested != VAL:
-        try:
-            if obstacle:
-                raise UserError(obstacle)
-            bases[ALIGNED] = _basis(store, facts, embedding_rows.aligned(store, members))
-        except UserError as error:
-            if requested == ALIGNED:
-                raise
+    try:
+        if obstacle:
+            raise UserError(obstacle)
+        aligned = _basis(store, facts, embedding_rows.aligned(store, members))
+    except UserError as error:
+        if requested == ALIGNED:
+            raise
+        if requested != VAL:
             logger.warning("fusion is fitted on val rows alone: %s", error)
-            reason = f"train rows cannot be aligned: {error}"
-    return bases, reason
+        val = _basis(store, facts, embedding_rows.of_val(store, members))
+        return {VAL: val}, "asked for" if requested == VAL else f"train rows cannot be aligned: {error}"
+    if requested == ALIGNED:
+        return {ALIGNED: aligned}, "asked for"
+    of_val = aligned.fitted.of_split("val")
+    # Train rows are judged too: every fusion has predictions on the rows that ensembles share.
+    val = replace(aligned, fitted=of_val, facts={})
+    lacks = min(len(np.unique(of_val.fold)), len(np.unique(of_val.rows.labels))) < 2
+    if lacks and requested == VAL:
+        raise UserError(
+            f"runs.fusion.train_embeddings is val: the {len(of_val.fold)} val rows are of one class or of one "
+            f"cross-fitting fold; use all rows: {_use(ALIGNED)}"
+        )
+    if requested == VAL:
+        return {VAL: val}, "asked for"
+    return ({ALIGNED: aligned}, "too few val rows") if lacks else ({VAL: val, ALIGNED: aligned}, "")
 
 
 def _use(kind: str) -> str:
@@ -228,10 +289,29 @@ def _fit(config: Config, facts: MemberFacts, name: str, basis: Basis) -> Fit:
     logger.info("fitting %s on %d rows of %d members", name, len(fitted.fold), len(facts.names))
     if judged is fitted:
         return Fit(recipe, ensembles.crossfit(recipe, fitted.rows, fitted.fold))
-    recipe.fit(fitted.rows.outputs, fitted.rows.labels, fitted.fold)
     rows = judged.rows
-    probabilities = recipe.predict_proba(rows.outputs).astype(np.float32)
+    if set(fitted.rows.split) <= {"train"}:  # in sample: val rows judge, which the heads do not read
+        recipe.fit(fitted.rows.outputs, fitted.rows.labels, fitted.fold)
+        probabilities = recipe.predict_proba(rows.outputs)
+    else:
+        probabilities = crossfit_on(recipe, fitted, judged)
+    probabilities = probabilities.astype(np.float32)
     return Fit(recipe, Crossfit(probabilities, rows.labels, rows.sample_ids, rows.split, judged.fold))
+
+
+def crossfit_on(recipe: Combiner, fitted: OutOfSampleRows, judged: OutOfSampleRows) -> np.ndarray:
+    """Fit an unfitted combiner on some rows; return probabilities (N, C) of all `judged` rows, of which these are some.
+
+    A copy that is fitted without the rows of a fold answers for all judged rows of the fold.
+    """
+    outputs, labels = fitted.rows.outputs, fitted.rows.labels
+    probabilities = np.empty((len(judged.fold), len(judged.rows.classes)))
+    for fold in np.unique(judged.fold):
+        outside, inside = fitted.fold != fold, judged.fold == fold
+        copy = deepcopy(recipe).fit(outputs[:, outside], labels[outside], inner_folds(labels, fitted.fold, outside))
+        probabilities[inside] = copy.predict_proba(judged.rows.outputs[:, inside])
+    recipe.fit(outputs, labels, inner_folds(labels, fitted.fold, np.ones(len(labels), dtype=bool)))
+    return probabilities
 
 
 def _save(

@@ -149,6 +149,7 @@ def test_inputs_without_weight_are_left_out_of_a_restricted_fuser(rows):
     logits, labels, folds = rows
     fuser = MetaFuserCombiner.configured(CONVEX, FACTS).fit(logits, labels, folds)
     weights = fuser.report(FACTS.names)["input_weights"]
+    assert list(weights) == ["soft_voting", "stacking_lr", "weighted", "pruned_greedy_forward"]
     with_weight = [name for name, weight in weights.items() if weight > 0]
     assert 0 < len(with_weight) < len(weights)
     used = fuser.used(M)

@@ -59,6 +59,20 @@ def test_a_member_answers_alone(workspace):
     assert {record["disagreement"] for record in records.values()} == {None}
 
 
+def test_the_recommended_ones_answer_by_these_names(workspace):
+    folder = workspace.split_dir / "test" / "2"
+    ranking = json.loads(workspace.ranking("test").read_text())
+    for choice in ("recommended", "recommended_fast"):
+        named = ranking[choice]
+        assert named["latency_ms"] > 0
+        found = asked(workspace, folder, model_name=choice, sets="raps")
+        assert {record["model"].split("@")[0] for record in found.document["images"]} == {named["name"]}
+        assert all(record["class"] in record["set"] for record in found.document["images"])
+        again = asked(workspace, folder, model_name=named["name"], sets="raps")
+        assert again.document["images"] == found.document["images"]
+    assert ranking["recommended_fast"]["latency_ms"] <= ranking["recommended"]["latency_ms"]
+
+
 def test_fold_networks_answer_where_the_ensemble_was_built_on_them(workspace):
     folder = workspace.split_dir / "test"
     path = workspace.ensemble(NAME) / "ensemble.json"
@@ -248,7 +262,7 @@ def test_the_sets_that_are_asked_for_are_those_that_evaluate_measured(workspace)
     found = {}
     for kind, limit in (("lac", 0.6), ("aps", 0.9)):
         thresholds = load_thresholds(workspace, NAME, is_ensemble=True, sets=kind)
-        found[kind] = [row["set"] for row in thresholds.apply(probabilities, classes)]
+        found[kind] = [row["set"] for row in thresholds.apply(probabilities, classes, [])]
         expected = uncertainty.prediction_sets(kind, probabilities, limit)
         assert found[kind] == [[classes[place] for place in np.flatnonzero(row)] for row in expected]
     assert found["lac"] != found["aps"]

@@ -70,6 +70,17 @@ def test_where_the_teacher_may_gain_nothing_the_interval_has_no_bounds():
     assert reason.count("30 rows") == 2
 
 
+def test_few_groups_or_errors_leave_the_interval_without_bounds():
+    arms = [predictions(evenly_spread(count, 1000), LABELS)[None] for count in (900, 800, 950)]
+    assert gain_kept(*arms, LABELS, np.arange(1000) % 9)[0]["ci95"] == [None, None]
+    assert None not in gain_kept(*arms, LABELS, np.arange(1000) % 200)[0]["ci95"]
+    few, reason = gain_of(998, 991, 1000)  # nine errors of the network alone, and none of its teacher
+    assert few["value"] == pytest.approx(7 / 9)
+    assert few["ci95"] == few["log_loss"]["ci95"] == [None, None]
+    assert "too few to establish" in reason
+    assert None not in gain_of(998, 990, 1000)[0]["ci95"]
+
+
 def test_scores_and_agreement():
     hits = evenly_spread(900, 1000)
     result = scores(predictions(hits, LABELS), LABELS)

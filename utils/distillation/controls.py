@@ -17,12 +17,15 @@ from utils.core.artifacts import read_arrays, read_record, write_arrays
 from utils.core.workspace import Workspace
 from utils.distillation import verdicts
 from utils.distillation.verdicts import Difference, difference, difference_text, outcome, row_scores, speed_text
+from utils.numeric.means import MIN_UNITS, count_units
 from utils.numeric.metrics import accuracy, clipped_log, ece, log_loss, softmax
 from utils.numeric.statistics import bootstrap_means, ratio_interval
 from utils.numeric.temperature import fit_temperature
 
 STUDENT, ALONE, TEACHER = "student", "alone", "teacher"
 """Keys of the student and its controls: the same network trained without a teacher, and the teacher."""
+MIN_GAIN_ERRORS = 10
+"""Fewest rows on which the network alone or its teacher errs, for an interval of the fraction of the gain."""
 REMEDY = "Distill again: python ensemble_orchestrator.py distill --force"
 
 
@@ -162,10 +165,13 @@ def gain_kept(
     `(student - alone) / (teacher - alone)` in accuracy, `{value, ci95}`, and the same in log-loss under `log_loss`.
     Probabilities (K, N, C) of K trainings, whose scores are averaged; labels (N,). The interval is that of the paired
     bootstrap of rows, stratified by class, or of groups (N,). It has no bounds where a gain of zero is within the
-    teacher's interval, since any fraction is then possible (Fieller 1954). `value` is None where the teacher is not
+    teacher's interval, since any fraction is then possible (Fieller 1954), nor for fewer than 10 rows or groups, nor
+    where alone and teacher err on fewer than `MIN_GAIN_ERRORS` rows. `value` is None where the teacher is not
     better than the network trained alone.
     """
     gains, reasons = {}, []
+    correct = np.concatenate([row_scores(each, labels, "accuracy") for each in (alone, teacher)]).min(axis=0)
+    is_too_few = count_units(len(labels), groups) < MIN_UNITS or (correct < 1).sum() < MIN_GAIN_ERRORS
     for metric in verdicts.METRICS:
         student_rows, alone_rows, teacher_rows = (
             row_scores(each, labels, metric).mean(axis=0) for each in (student, alone, teacher)
@@ -176,7 +182,9 @@ def gain_kept(
         if teacher_gain <= 0:
             reasons.append(f"the teacher's {spoken} is not better than that of the network trained without a teacher")
         gained = [student_rows - alone_rows, teacher_rows - alone_rows]
-        bounds = ratio_interval(*bootstrap_means(gained, labels, groups))
+        bounds: list[float | None] = [None, None]
+        if not is_too_few:
+            bounds = ratio_interval(*bootstrap_means(gained, labels, groups))
         gains[metric] = {"value": student_gain / teacher_gain if teacher_gain > 0 else None, "ci95": bounds}
         if teacher_gain > 0 and None in bounds:
             reasons.append(f"{len(labels)} rows are too few to establish that the teacher gains in {spoken}")

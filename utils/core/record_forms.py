@@ -40,10 +40,10 @@ def problem_of(value: Any, form: Form, where: str = "") -> str | None:
     if isinstance(form, Each):
         if not isinstance(value, form.container):
             return _differs(value, form.container, where)
-        if form.count is not None and len(value) != form.count:
-            return f"{where or 'it'} has {len(value)} values; expected {form.count}"
-        values: Any = value  # a list, where it is no object
-        items = value.items() if isinstance(value, dict) else enumerate(values)
+        container: Any = value
+        if form.count is not None and len(container) != form.count:
+            return f"{where or 'it'} has {len(container)} values; expected {form.count}"
+        items = container.items() if form.container is dict else enumerate(container)
         return _first(
             problem_of(item, form.form, _below(where, key))
             for key, item in items

@@ -314,7 +314,7 @@ CHECKS = {
             "kept_log_loss": Claim("share of the gain in log-loss kept, interval", "interval"),
         },
         check_students,
-        "ABCDEFG",
+        "ABCDEF",
     ),
     "inference": Check(
         {"inference": Claim("fold networks chosen without a gain, by one standard error", "none", 16)},

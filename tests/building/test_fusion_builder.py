@@ -82,7 +82,7 @@ def test_embeddings_of_fold_networks_are_kept_and_stand_in_the_full_networks_spa
     assert train.sum() == 224
     assert found.rows.out_of_sample.all()
     for member, embeddings in zip(members, found.rows.embeddings, strict=True):
-        kept = json.loads(store.workspace.embeddings_record(member.name, "aligned").read_text())
+        kept = json.loads(store.workspace.embeddings_record(member.name, "train").read_text())
         assert kept["rows"] == "oof"
         assert len(kept["explained"]) == 2
         # The full network, which has seen these rows, does not say the same of them, but nearly.
@@ -108,7 +108,7 @@ def test_a_rotation_between_train_and_inference_is_caught(fused):
 
 def test_pooling_the_fold_networks_as_they_are_is_refused(own, monkeypatch):
     store, members = opened(own)
-    for path in (own / "ensembles" / "fusion_embeddings").glob("*/aligned*"):
+    for path in (own / "ensembles" / "fusion_embeddings").glob("*/train*"):
         path.unlink()
 
     class Identity:

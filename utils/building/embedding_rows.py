@@ -8,7 +8,7 @@ full network's space. A check that train and val rows share one space covers imp
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,7 +36,8 @@ from utils.predictions.store import AGAIN, IMPORT, Store
 logger = logging.getLogger("disease_pipeline")
 
 VERSION = 1  # raised whenever the same weights and images would give other arrays
-ALIGNED = "aligned"
+OUT_OF_FOLD = "train"
+"""Name of the file of out-of-fold embeddings in the full network's space."""
 MAX_PROBABILITY_DIFFERENCE = 0.02  # mean over the rows; half precision on CUDA stays below it
 MIN_CORRELATION = 0.5  # on held-out val rows; below it nothing can be concluded about the space of other rows
 MIN_KEPT_CORRELATION = 1 / 3  # fraction that train rows of the same space keep; a rotation leaves about none
@@ -126,6 +127,10 @@ def _of_trunk(store: Store, member: Member, rows: MemberRows) -> np.ndarray:
     of_train = store.rows(member, "train", embeddings=True)
     row_of = {sample_id: row for row, sample_id in enumerate(of_train.sample_ids.tolist())}
     embeddings: np.ndarray = _embeddings_of(of_train)[[row_of[sample_id] for sample_id in rows.sample_ids.tolist()]]
+    key = digest_of([VERSION, fold_networks.digest(member, FOLDS), store.key(member, "train")])
+    record = read_json(store.workspace.embeddings_record(member.name, OUT_OF_FOLD), remedy=AGAIN) or {}
+    if record.get("key") != key or not store.workspace.embeddings(member.name, OUT_OF_FOLD).is_file():
+        _write(store, member, rows, embeddings, {"key": key, "explained": None})
     return embeddings
 
 
@@ -193,8 +198,8 @@ def _embeddings_of(rows: MemberRows) -> np.ndarray:
 
 def _of_fold_networks(store: Store, member: Member, rows: MemberRows) -> tuple[np.ndarray, list[float]]:
     """Aligned embeddings float32 (N, D) of out-of-fold rows and the variance that each fold's map explains; stored."""
-    path = store.workspace.embeddings(member.name, ALIGNED)
-    record_path = store.workspace.embeddings_record(member.name, ALIGNED)
+    path = store.workspace.embeddings(member.name, OUT_OF_FOLD)
+    record_path = store.workspace.embeddings_record(member.name, OUT_OF_FOLD)
     oof_key = store.catalog.splits["train"]["digest"], store.catalog.splits["val"]["digest"]
     key = digest_of([VERSION, fold_networks.digest(member, FOLDS), store.key(member, "val"), *oof_key])
     record = read_json(record_path, remedy=AGAIN)
@@ -217,12 +222,25 @@ def _of_fold_networks(store: Store, member: Member, rows: MemberRows) -> tuple[n
         to_full = fit_ridge_map(of_val, full)
         embeddings[inside] = to_full.apply(held_out)
         explained.append(to_full.explained)
-    remove_file(record_path)
-    write_array(path, embeddings)
-    facts = {"key": key, "rows": "oof", "explained": explained, "width": embeddings.shape[1], "member": member.name}
-    classes, ids = list(store.catalog.classes), rows.sample_ids.tolist()
-    write_json(record_path, facts | {"classes": classes, "sample_ids": ids, "member_digest": member.digest})
+    _write(store, member, rows, embeddings, {"key": key, "explained": explained})
     return embeddings, explained
+
+
+def _write(store: Store, member: Member, rows: MemberRows, embeddings: np.ndarray, facts: Mapping[str, Any]) -> None:
+    """Store embeddings (N, D) of out-of-fold rows in the full network's space, the record last."""
+    record_path = store.workspace.embeddings_record(member.name, OUT_OF_FOLD)
+    remove_file(record_path)
+    write_array(store.workspace.embeddings(member.name, OUT_OF_FOLD), embeddings)
+    record = {
+        "rows": "oof",
+        "space": "full network",
+        "width": embeddings.shape[1],
+        "member": member.name,
+        "member_digest": member.digest,
+        "classes": list(store.catalog.classes),
+        "sample_ids": rows.sample_ids.tolist(),
+    }
+    write_json(record_path, record | facts)
 
 
 def _embeddings(store: Store, member: Member, number: int, rows: MemberRows) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from utils.core.workspace import SPLITS, Workspace
 from utils.networks import memory
 from utils.networks.construction import NetworkSpec
 from utils.predictions import catalog, extraction, image_splits, member_selection, streaming
-from utils.predictions.store import Store
+from utils.predictions.store import Store, embeddings_name
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -88,7 +88,7 @@ def extract_embeddings(config: Config, workspace: Workspace, *, force: bool = Fa
     for member in members:
         for split in SPLITS:
             logits = store.rows(member, split).logits
-            path = workspace.embeddings(member.name, split)
+            path = workspace.embeddings(member.name, embeddings_name(member, split))
             shape = open_array(path, remedy=RESET_REMEDY).shape if path.is_file() else "none"
             lines.append(f"{member.name} on {split}: logits {logits.shape} {_statistics(logits)}, embeddings {shape}")
     return _result(lines, [])

@@ -20,7 +20,7 @@ from utils.core.links import remove_file
 from utils.networks.checkpoints import reading_ahead
 from utils.predictions import catalog, image_splits, inspection, streaming, training_data
 from utils.predictions.catalog import IMPORTED, Member
-from utils.predictions.store import Store
+from utils.predictions.store import Store, embeddings_name
 from utils.predictions.streaming import OutputBatch
 
 logger = logging.getLogger("disease_pipeline")
@@ -141,7 +141,7 @@ def _write_outputs(store: Store, member: Member, splits: Sequence[str], device: 
         start = time.monotonic()
         folder = store.workspace.predictions(member.name, split.split)
         remove_file(folder / "record.json")
-        embeddings_path = store.workspace.embeddings(member.name, split.split)
+        embeddings_path = store.workspace.embeddings(member.name, embeddings_name(member, split.split))
         remove_file(embeddings_path)
         width = batch.embeddings.shape[1] if batch is not None else 0
         with ExitStack() as stack:

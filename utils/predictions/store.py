@@ -35,6 +35,7 @@ from utils.predictions.rows import MemberRows, Samples, collect_samples
 logger = logging.getLogger("disease_pipeline")
 
 VERSION = 2  # raised whenever the same weights and images would give other arrays
+IN_SAMPLE_TRAIN = "train_in_sample"
 ARRAYS = ("logits", "labels", "sample_ids", "honest")
 IMPORT = "python ensemble_orchestrator.py import-predictions --from DIR"
 OUTDATED = "imported_outdated"
@@ -116,7 +117,10 @@ class Store:
             record is not None
             and record["key"] == self.key(member, split)
             and all((folder / f"{name}.npy").is_file() for name in ARRAYS)
-            and (record.get("width") == 0 or self.workspace.embeddings(member.name, split).is_file())
+            and (
+                record.get("width") == 0
+                or self.workspace.embeddings(member.name, embeddings_name(member, split)).is_file()
+            )
         )
 
     def rows(self, member: Member, split: str, *, embeddings: bool = False) -> MemberRows:
@@ -142,7 +146,8 @@ class Store:
     def _embeddings(self, member: Member, rows: MemberRows) -> np.ndarray:
         """The stored embeddings (N, D) of a member's rows. Raises UserError if there are none, or others."""
         split = rows.split
-        path = self.workspace.embeddings(member.name, split)
+        name = embeddings_name(member, split)
+        path = self.workspace.embeddings(member.name, name)
         if not path.is_file():
             raise UserError(
                 f"member {member.name}: no embeddings for {split}. "
@@ -152,7 +157,7 @@ class Store:
                     else "Its network has no last linear layer; leave it out with backbones.exclude"
                 )
             )
-        record = record_once(self.workspace.embeddings_record(member.name, split), remedy=AGAIN) or {}
+        record = record_once(self.workspace.embeddings_record(member.name, name), remedy=AGAIN) or {}
         embeddings: np.ndarray = array_once(path, remedy=AGAIN)
         reason = "of another checkpoint, other classes or other images than the catalog holds"
         if record.get("key") == self.key(member, split):
@@ -278,7 +283,8 @@ class Store:
         for split in SPLITS:
             folder = self.workspace.predictions(name, split)
             files += [folder / "record.json", *(folder / f"{array}.npy" for array in ARRAYS)]
-            files += [self.workspace.embeddings_record(name, split), self.workspace.embeddings(name, split)]
+        for stem in (*SPLITS, IN_SAMPLE_TRAIN):
+            files += [self.workspace.embeddings_record(name, stem), self.workspace.embeddings(name, stem)]
         return [*files, self.workspace.oof(name)]
 
     def _images_digest(self, split: str) -> str | None:
@@ -319,9 +325,18 @@ class Store:
             **facts,
         }
         kind = "in_sample" if split == "train" else "held_out"
-        embeddings_record = self.workspace.embeddings_record(member.name, split)
+        embeddings_record = self.workspace.embeddings_record(member.name, embeddings_name(member, split))
         write_json(embeddings_record, record | {"rows": kind, "sample_ids": list(samples.sample_ids)})
         write_json(folder / "record.json", record)
+
+
+def embeddings_name(member: Member, split: str) -> str:
+    """The name of the file of a member's embeddings of a split, by its full network.
+
+    `train` are the out-of-fold embeddings of a network with fold networks, so that its own, in-sample ones have
+    another name; an imported member has one network.
+    """
+    return IN_SAMPLE_TRAIN if split == "train" and member.source != IMPORTED else split
 
 
 def _oof_rows(arrays: Mapping[str, np.ndarray], classes: tuple[str, ...]) -> MemberRows:

@@ -240,7 +240,7 @@ def _write(store: Store, member: Member, rows: MemberRows, embeddings: np.ndarra
         "classes": list(store.catalog.classes),
         "sample_ids": rows.sample_ids.tolist(),
     }
-    write_json(record_path, record | facts)
+    write_json(record_path, {**record, **facts})
 
 
 def _embeddings(store: Store, member: Member, number: int, rows: MemberRows) -> tuple[np.ndarray, np.ndarray]:

@@ -102,7 +102,12 @@ def kfold_summary(accuracies: list[float]) -> dict[str, float]:
 
 def _is_entry(entry: Any) -> bool:
     """Whether a unit has a digest, seconds, a result, and files with three facts each."""
-    kinds = {"digest": str, "seconds": (int, float), "result": dict, "files": dict}
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "digest": str,
+        "seconds": (int, float),
+        "result": dict,
+        "files": dict,
+    }
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
         return False
     files = entry["files"]

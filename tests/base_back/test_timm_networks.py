@@ -310,11 +310,10 @@ def test_files_put_where_the_error_says_are_used_and_only_downloads_count_as_pre
 def test_the_default_input_size_is_that_of_the_architecture_or_of_smaller_images(tmp_path, side, expected):
     from PIL import Image
 
-    from training.pretrained import _default_size
-    from utils.samples import Sample
+    from training.pretrained import default_size
 
     Image.new("RGB", (side + 50, side)).save(tmp_path / "a.png")
-    assert _default_size(ARCHITECTURE, [Sample(tmp_path / "a.png", "a/a.png", 0)]) == expected
+    assert default_size(ARCHITECTURE, [tmp_path / "a.png"]) == expected
 
 
 def test_fine_tuning_starts_from_the_weights_and_records_them(split, tmp_path, base_main):

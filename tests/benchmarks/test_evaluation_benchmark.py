@@ -45,7 +45,7 @@ def test_coverage_is_shown_for_images_of_ones_own(benchmark, tmp_path):
             pixels = rng.integers(0, 200, (9, 9, 3)) + 20 * number
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / name / f"{image}.png")
     rows = benchmark.coverage_rows(tmp_path)
-    assert [row["what"][:8] for row in rows] == ["LAC sets", "APS sets"]
+    assert [row["what"][:8] for row in rows] == ["LAC sets", "APS sets", "RAPS set"]
     assert all(row["figure"] > 0.8 for row in rows)
     with pytest.raises(SystemExit, match="at least two classes"):
         benchmark.images(PROJECT / "docs")
@@ -55,4 +55,4 @@ def test_the_quick_form_runs_to_its_end():
     done = run_python(str(PROGRAM), "--quick")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert (found["benchmark"], found["quick"], len(found["rows"])) == ("evaluation", True, 6)
+    assert (found["benchmark"], found["quick"], len(found["rows"])) == ("evaluation", True, 7)

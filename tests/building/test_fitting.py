@@ -52,7 +52,7 @@ def test_fit_touches_no_file_and_compares_with_the_baselines(tmp_path):
     combiner = COMBINERS["soft_voting"].configured(CONFIG, facts)
     losses = {"soft_voting": np.full(len(rows.fold), 9.0), "best_single": np.full(len(rows.fold), 9.5)}
     before = sorted(store.workspace.base.rglob("*"))
-    fitted = fitting.fit(combiner, rows, baselines=Baselines(losses, "bayes", 42))
+    fitted = fitting.fit(combiner, rows, baselines=Baselines(losses, "bayes"))
     assert sorted(store.workspace.base.rglob("*")) == before
     assert fitted.entries["beats_guards"]
     assert fitted.entries["crossfit"]["n"] == len(rows.fold) == len(fitted.crossfit.labels)

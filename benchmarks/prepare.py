@@ -2,6 +2,7 @@
 
     python benchmarks/prepare.py --splits 10              scikit-learn's handwritten digits
     python benchmarks/prepare.py --splits 10 --data DIR   your own images, one folder per class
+    python benchmarks/prepare.py --splits 10 --data DIR --pretrained      heads on EfficientNet-Lite0, 1 and 2 instead
     python benchmarks/prepare.py --quick                  two networks, two folds, one epoch; not the ones to report
 
 What the networks answered is kept, one file per split in `benchmarks/zoo/<data>`; the networks are not, unless
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--splits", metavar="N", type=int, default=1, help="how many (default: 1)")
     parser.add_argument("--data", metavar="DIR", type=Path, help="folder with one folder of images per class")
     parser.add_argument("--jobs", metavar="N", help="trainings side by side (default: the usable cores)")
+    parser.add_argument("--pretrained", action="store_true", help="the members of the photographs' demo")
     parser.add_argument("--quick", action="store_true", help="two networks, two folds, one epoch")
     parser.add_argument("--networks", action="store_true", help="keep the networks of the splits that are made now")
     parser.add_argument("--keep", type=Path, help=argparse.SUPPRESS)
@@ -83,43 +85,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.data is not None and not options.data.is_dir():
         print(f"--data {options.data}: no such folder; expected one folder of images per class in it", file=sys.stderr)
         return 1
-    kept = {"networks": options.networks, "jobs": options.jobs}
-    found = prepare(options.splits, options.data, quick=options.quick, **kept)
+    if options.pretrained and options.data is None:
+        print("--pretrained: needs --data, photographs in one folder per class", file=sys.stderr)
+        return 1
+    kind = {"quick": options.quick, "pretrained": options.pretrained}
+    found = prepare(options.splits, options.data, networks=options.networks, jobs=options.jobs, **kind)
     print(f"{found.folder}: {len(found.files)} splits, {found.age_hours:.1f} hours old, digest {found.digest}")
     print(json.dumps({"prepared": str(found.folder), **found.facts()}))
     return 0
 
 
 def prepare(
-    splits: int, data: Path | None, *, quick: bool, networks: bool = False, jobs: str | None = None
+    splits: int,
+    data: Path | None,
+    *,
+    quick: bool,
+    pretrained: bool = False,
+    networks: bool = False,
+    jobs: str | None = None,
 ) -> Prepared:
     """The splits of seeds 0 to `splits` - 1, trained where they are missing. Raises SystemExit where a step fails."""
-    folder = folder_of(data, quick=quick)
+    folder = folder_of(data, quick=quick, pretrained=pretrained)
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(splits):
         if not file_of(folder, seed).is_file():
             start = time.monotonic()
-            _train(folder, seed, data, quick=quick, networks=networks, jobs=jobs)
+            _train(folder, seed, data, quick=quick, pretrained=pretrained, networks=networks, jobs=jobs)
             print(f"split {seed}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    return found(data, quick=quick)
+    return found(data, quick=quick, pretrained=pretrained)
 
 
-def found(data: Path | None, *, quick: bool) -> Prepared:
+def found(data: Path | None, *, quick: bool, pretrained: bool = False) -> Prepared:
     """The splits that are there; `files` is empty where there are none."""
-    folder = folder_of(data, quick=quick)
+    folder = folder_of(data, quick=quick, pretrained=pretrained)
     return Prepared(folder, tuple(sorted(folder.glob("split*.npz"))))
 
 
-def ready(data: Path | None, *, quick: bool) -> Prepared | None:
+def ready(data: Path | None, *, quick: bool, pretrained: bool = False) -> Prepared | None:
     """The splits that are there, or one that is made now, in words; None, in words too, where `data` is no folder."""
     if data is not None and not data.is_dir():
         print(f"--data {data}: no such folder; expected one folder of images per class in it", file=sys.stderr)
         return None
-    there = found(data, quick=quick)
+    there = found(data, quick=quick, pretrained=pretrained)
     if there.files:
         return there
     print("no prepared splits: one is made first, which takes minutes", file=sys.stderr, flush=True)
-    return prepare(1, data, quick=quick)
+    return prepare(1, data, quick=quick, pretrained=pretrained)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -129,13 +140,13 @@ def read(path: Path) -> dict[str, Any]:
     return read_arrays(path, remedy=AGAIN)
 
 
-def folder_of(data: Path | None, *, quick: bool) -> Path:
-    """One folder per data set, named after it and its place; the quick form has its own."""
+def folder_of(data: Path | None, *, quick: bool, pretrained: bool = False) -> Path:
+    """One folder per data set, named after it and its place; pretrained members and the quick form have their own."""
     name = "digits"
     if data is not None:
         place = data.expanduser().resolve()
         name = f"{place.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:8]}"
-    return ZOO / (f"{name}-quick" if quick else name)
+    return ZOO / (name + "-pretrained" * pretrained + "-quick" * quick)
 
 
 def file_of(folder: Path, seed: int) -> Path:
@@ -148,10 +159,13 @@ def networks_of(folder: Path, seed: int) -> Path:
     return folder / f"networks{seed:03d}"
 
 
-def _train(folder: Path, seed: int, data: Path | None, *, quick: bool, networks: bool, jobs: str | None) -> None:
+def _train(
+    folder: Path, seed: int, data: Path | None, *, quick: bool, pretrained: bool, networks: bool, jobs: str | None
+) -> None:
     sys.path.insert(0, str(PROJECT / "scripts"))
-    from demo import FEW_IMAGES, count_images, epochs_for, write_digits
+    from demo import FEW_IMAGES, count_images, write_digits
 
+    is_digits = data is None
     if data is None:
         data = ZOO / "images"
         write_digits(data)
@@ -165,17 +179,13 @@ def _train(folder: Path, seed: int, data: Path | None, *, quick: bool, networks:
         "DBT_MODEL_SIZE": "tiny",
         "DBT_BATCH_SIZE": "32" if images < FEW_IMAGES else "64",
     }
+    if pretrained:  # embeddings are kept by content: one pass over the images for all splits
+        environment["DBT_IMAGE_CACHE_DIR"] = str(folder / "image_cache")
     ratios = ", ".join(f"{split}_ratio={share}" for split, share in zip(SPLITS, SHARES, strict=True))
     split = f"from utils.splitting import prepare_optimized_datasets as split; split({ratios})"
     _run(["-c", split], environment | {"PYTHONPATH": str(BASE_SOURCE)})
-    training = [
-        *(str(BASE_SOURCE / "main.py"), "--stages", "kfold", "train", "--size", "tiny"),
-        *("--backbones", *(BACKBONES[:2] if quick else BACKBONES), "--folds", "2" if quick else "3"),
-        *("--epochs-head", "1", "--epochs-finetune", "1" if quick else str(epochs_for(images))),
-        *("--augment", "no_flip" if data == ZOO / "images" else "full"),
-        *(("--jobs", jobs) if jobs else ()),
-    ]
-    _run(training, environment)
+    training = [str(BASE_SOURCE / "main.py"), *_training_options(images, is_digits, quick, pretrained)]
+    _run([*training, *(("--jobs", jobs) if jobs else ())], environment)
     _run([str(PROJECT / "ensemble_orchestrator.py"), "discover", "--config", str(CONFIG)], environment)
     if networks:
         networks_of(folder, seed).mkdir(exist_ok=True)
@@ -183,6 +193,22 @@ def _train(folder: Path, seed: int, data: Path | None, *, quick: bool, networks:
             shutil.copy(checkpoint, networks_of(folder, seed))
     _run([__file__, "--keep", str(file_of(folder, seed))], environment | {"PYTHONPATH": str(PROJECT)})
     shutil.rmtree(workspace)
+
+
+def _training_options(images: int, is_digits: bool, quick: bool, pretrained: bool) -> list[str]:
+    """Options of `main.py`, which follow its name."""
+    from demo import LITE_NUMBERS, epochs_for, pretrained_options
+
+    folds = ["--folds", "2" if quick else "3"]
+    if pretrained:
+        options = pretrained_options(LITE_NUMBERS[:1] if quick else LITE_NUMBERS)
+        return ["--stages", "kfold", "train", *options[options.index("--backbones") :], *folds]
+    return [
+        *("--stages", "kfold", "train", "--size", "tiny"),
+        *("--backbones", *(BACKBONES[:2] if quick else BACKBONES), *folds),
+        *("--epochs-head", "1", "--epochs-finetune", "1" if quick else str(epochs_for(images))),
+        *("--augment", "no_flip" if is_digits else "full"),
+    ]
 
 
 def _run(arguments: Sequence[str], environment: dict[str, str]) -> None:

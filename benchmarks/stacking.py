@@ -4,7 +4,7 @@
     python -m venv .venv-bench && .venv-bench/bin/pip install -r benchmarks/requirements.txt     once: the peers
 
     python benchmarks/stacking.py                  handwritten digits; without prepared splits one is made first
-    python benchmarks/stacking.py --data DIR       the splits that were prepared of these images
+    python benchmarks/stacking.py --data DIR       the splits that were prepared of these images; --pretrained with it
     python benchmarks/stacking.py --quick          a zoo of two poor networks, not the one to report
 
 Everything is fitted on the same honest rows of a split (out-of-fold and val) and scored on its test rows, which nothing
@@ -34,9 +34,11 @@ from stacking_costs import time_rows, tree_rows
 PROJECT = Path(__file__).resolve().parents[1]
 PEER = PROJECT / ".venv-bench" / "bin" / "python"
 OVERRIDES = ["runs.score_ensemble.optimization_metric=log_loss", "runs.stacking.meta_learners=[lr,xgb,rf,mlp]"]
-WANTED = ("best single", "plain mean", "greedy_selection", "log-linear pool", "scikit-learn", "AutoGluon")
+WANTED = ("best single", "plain mean", "greedy_selection", "log-linear pool", "scikit-learn", "AutoGluon", "CMA-ES")
 """Beginnings of the ways that the recommended one is to be no worse than."""
 LOGISTIC = "scikit-learn's logistic regression"
+FUSERS = {"meta_fuser, convex": "convex", "meta_fuser, xgb": "xgb"}
+"""Names of the fusers of all ensembles that the product builds, of which the convex one may be recommended."""
 PEERS = ("AutoGluon's weighted ensemble", "CMA-ES weights")
 STEPS = 25  # of AutoGluon's selection: its default
 ROUNDS = 100
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run all rows; returns 0, also where a goal is missed."""
     parser = argparse.ArgumentParser(prog="stacking.py", description="Stackers compared, timed, and trees as tensors.")
     parser.add_argument("--data", metavar="DIR", type=Path, help="the images whose prepared splits are read")
+    parser.add_argument("--pretrained", action="store_true", help="members that were prepared with --pretrained")
     parser.add_argument("--quick", action="store_true", help="a zoo of two poor networks, one turn")
     parser.add_argument("--peers", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not PEER.is_file():
         print(f"{PEER}: not there, so that less is compared; the second line of --help makes it", file=sys.stderr)
-    found = prepare.ready(options.data, quick=options.quick)
+    found = prepare.ready(options.data, quick=options.quick, pretrained=options.pretrained)
     if found is None:
         return 1
     print(f"{found.folder}: {len(found.files)} splits, {found.age_hours:.1f} hours old, digest {found.digest}")
@@ -103,18 +106,19 @@ def _on_one_thread(stack: ExitStack) -> None:
     torch.set_num_threads(1)
 
 
-def settings() -> Any:
-    """The demo's configuration with all stackers, all of it fitted for log-loss."""
+def settings(fuser: str = "convex") -> Any:
+    """The demo's configuration with all stackers, all of it fitted for log-loss, and this `fuser_type`."""
     from utils.core.config_file import load_config
 
-    return load_config(prepare.CONFIG, overrides=OVERRIDES)
+    return load_config(prepare.CONFIG, overrides=[*OVERRIDES, f"runs.meta_fuser.fuser_type={fuser}"])
 
 
 # log-loss ------------------------------------------------------------------------------------------------------------
 def outcome(arrays: Mapping[str, np.ndarray]) -> Outcome:
     """Every way fitted on the honest rows of one split and scored on its test rows."""
     from utils.building.recommendation import Candidate, recommend
-    from utils.combiners.protocol import MemberFacts, fit_crossfitted
+    from utils.combiners.protocol import MemberFacts, fit_nested
+    from utils.meta_methods import FuserInput, MetaFuserCombiner
     from utils.numeric.metrics import log_loss, log_loss_per_row, softmax
 
     logits, labels, folds = arrays["logits"], arrays["labels"], arrays["fold"]
@@ -132,20 +136,31 @@ def outcome(arrays: Mapping[str, np.ndarray]) -> Outcome:
     for name, own, answers in zip(names, softmax(logits), softmax(test), strict=True):
         candidates.append(candidate(name, "member", None, own))
         losses[name] = log_loss(answers, truth)
-    offered, beside = _recipes(config, MemberFacts(names, unknown, unknown, unknown))
+    facts = MemberFacts(names, unknown, unknown, unknown)
+    offered, beside = _recipes(config, facts)
+    inputs = []
     for name, recipe in {**offered, **beside}.items():
         start = time.process_time()
-        unseen = fit_crossfitted(recipe, logits, labels, folds)
+        nested = fit_nested(recipe, logits, labels, folds)
         losses[name] = log_loss(recipe.predict_proba(test), truth)
         if name in offered:
-            candidates.append(candidate(name, "ensemble", name, unseen))
+            candidates.append(candidate(name, "ensemble", name, nested.crossfit))
+            inputs.append(FuserInput(name, recipe, np.arange(len(names)), nested))
         print(f"  {name}: {time.process_time() - start:.1f} s of CPU", file=sys.stderr, flush=True)
+    without_fuser = recommend(candidates)
+    for name, kind in FUSERS.items():
+        fuser = MetaFuserCombiner.over(settings(kind), facts, inputs)
+        unseen = fit_nested(fuser, logits, labels, folds).crossfit
+        losses[name] = log_loss(fuser.predict_proba(test), truth)
+        if kind == "convex":
+            candidates.append(candidate(name, "ensemble", "meta_fuser", unseen))
     chosen = recommend(candidates)
     losses = {
         "recommended": losses[chosen["name"]],
+        "recommended without the fuser": losses[without_fuser["name"]],
         "best single": losses[chosen["best_single"]],
         "plain mean": losses["soft_voting"],
-        **{name: losses[name] for name in (*offered, *beside) if name != "soft_voting"},
+        **{name: losses[name] for name in (*offered, *FUSERS, *beside) if name != "soft_voting"},
         LOGISTIC: log_loss(_scikit_learn(logits, labels, test), truth),
     }
     weights = peer_weights(softmax(logits), labels)

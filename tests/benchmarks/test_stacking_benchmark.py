@@ -56,9 +56,11 @@ def test_every_way_is_scored_on_the_test_rows_alone(few, arrays):
     test, truth = softmax(arrays["test_logits"]), arrays["test_labels"]
     assert found.losses["best single"] == log_loss(test[1], truth)
     assert found.losses["plain mean"] == log_loss(test.mean(axis=0), truth)
-    assert found.recommended in ("b", "soft_voting", "logit_averaging")
+    assert found.recommended in ("b", "soft_voting", "logit_averaging", "meta_fuser, convex")
     name = {"b": "best single", "soft_voting": "plain mean"}.get(found.recommended, found.recommended)
     assert found.losses["recommended"] == found.losses[name]
+    offered = [found.losses[each] for each in ("best single", "plain mean", "logit_averaging")]
+    assert found.losses["recommended without the fuser"] in offered
     assert found.losses[stacking.LOGISTIC] < np.log(3)
     assert [found.losses[peer] for peer in stacking.PEERS] == [None, None]
     other = stacking.outcome(arrays | {"test_labels": (truth + 1) % 3})

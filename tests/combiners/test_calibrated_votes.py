@@ -104,3 +104,40 @@ def test_one_fold_or_one_class_gives_no_temperature(kind):
     logits, labels, folds = overconfident()
     assert kind().fit(logits, labels, np.zeros_like(folds)).temperature == 1
     assert kind().fit(logits, np.zeros_like(labels), folds).temperature == 1
+
+
+def confused(seed, **sizes):
+    """Overconfident members that take one class for another."""
+    logits, labels, folds = overconfident(seed, **sizes)
+    logits[..., 1] += 0.8 * logits[..., 0]
+    return logits, labels, folds
+
+
+@pytest.mark.parametrize("kind", [CalibratedSoftVoting, CalibratedLogitAveraging, CalibratedBestSingle])
+def test_held_out_folds_may_choose_more_than_a_temperature(kind):
+    import torch
+
+    logits, labels, folds = confused(1)
+    config = Config.model_validate({"runs": {"score_ensemble": {"calibration": "auto"}}})
+    recipe = kind.configured(config, facts_of(3))
+    unseen = fit_crossfitted(recipe, logits, labels, folds)
+    assert log_loss(unseen, labels) < log_loss(fit_crossfitted(kind(), logits, labels, folds), labels) - 0.02
+    assert recipe.report(("a", "b", "c"))["class_scaling"] == "dirichlet"
+    probabilities = recipe.predict_proba(logits)
+    np.testing.assert_array_equal(kind.from_state(recipe.state()).predict_proba(logits), probabilities)
+    used = recipe.used(3)
+    np.testing.assert_allclose(recipe.restricted(used).predict_proba(logits[used]), probabilities, atol=1e-12)
+    batch = torch.from_numpy(logits.transpose(1, 0, 2).astype(np.float32))
+    np.testing.assert_allclose(recipe.to_module()(batch).numpy(), probabilities, atol=1e-4)
+    changed = np.where(folds == 2, (labels + 1) % 4, labels)
+    after = fit_crossfitted(recipe, logits, changed, folds)
+    np.testing.assert_array_equal(after[folds == 2], unseen[folds == 2])
+
+
+def test_a_fit_without_class_scaling_forgets_that_of_an_earlier_one():
+    logits, labels, folds = confused(1)
+    recipe = CalibratedSoftVoting(scales_classes=True).fit(logits, labels, folds)
+    assert recipe.scaling is not None
+    recipe.fit(logits, labels, np.zeros_like(folds))
+    assert recipe.scaling is None
+    assert "class_scaling" not in recipe.report(("a", "b", "c"))

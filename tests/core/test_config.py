@@ -122,6 +122,7 @@ def test_defaults_are_the_printed_values_and_the_keys_of_ours():
         "runs.score_ensemble.pool": "auto",
         "runs.score_ensemble.fit_rows": "honest",
         "runs.score_ensemble.temperature": "auto",
+        "runs.score_ensemble.calibration": "temperature",
         "runs.stacking.fit_rows": "honest",
         "runs.stacking.fallback": True,
         "runs.stacking.inference_members": "auto",

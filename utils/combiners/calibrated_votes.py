@@ -1,23 +1,29 @@
 """Votes and single members with a temperature: what learned ensembles are compared with, and fall back to.
 
 A vote keeps the members' raw probabilities, which are as overconfident as the networks; a fitted ensemble beats it by
-a temperature alone. These combiners have the same predicted classes, a temperature that held-out folds decide, and the
-mixture with the uniform distribution that every fit has.
+a temperature alone. These combiners have a temperature that held-out folds decide, with the same predicted classes, and
+the mixture with the uniform distribution that every fit has. Under `runs.score_ensemble.calibration: auto` held-out
+folds may choose vector or Dirichlet scaling instead, which also move predicted classes.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 
 from utils.combiners.pooled_members import POOLS, Floats, PooledMembers
-from utils.combiners.protocol import MemberFacts, fit_crossfitted
+from utils.combiners.protocol import MemberFacts, fit_crossfitted, unsaved
 from utils.core.config import Config
-from utils.numeric import temperature
-from utils.numeric.metrics import log_loss
+from utils.numeric import class_scaling, temperature
+from utils.numeric.class_scaling import ClassScaling
+from utils.numeric.metrics import log_loss, softmax
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(kw_only=True)
@@ -27,19 +33,30 @@ class CalibratedVote(PooledMembers):
     With `per_member` each member's logits first get a temperature of their own.
     """
 
-    settings: ClassVar[tuple[str, ...]] = ("runs.score_ensemble.temperature",)
+    settings: ClassVar[tuple[str, ...]] = ("runs.score_ensemble.temperature", "runs.score_ensemble.calibration")
     kind: ClassVar[str] = "linear"
     """Name of the pool."""
+
+    scales_classes: bool = unsaved(False)
+    """Whether held-out folds may choose vector or Dirichlet scaling."""
+    scaling: ClassScaling | None = unsaved(None)
+    """In place of the pool's temperature."""
 
     @classmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
         """Return an unfitted combiner with the kind of temperature of `runs.score_ensemble`."""
-        return cls(metric="log_loss", calibration=config.runs.score_ensemble.temperature)
+        score_ensemble = config.runs.score_ensemble
+        return cls(
+            metric="log_loss",
+            calibration=score_ensemble.temperature,
+            scales_classes=score_ensemble.calibration == "auto",
+        )
 
     def _fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> None:
         """Fit on logits (M, N, C), labels (N,), folds (N,); temperatures are 1 with one fold or one class."""
         testable = bool(np.ptp(folds)) and bool(np.ptp(labels))
         self.pool, self.temperature, self.member_temperatures = POOLS[self.kind], 1.0, np.ones(len(logits))
+        self.scaling, self.facts = None, {}
         if testable and self.calibration == "per_member":
             self.member_temperatures = temperature.select_member_temperatures(logits, labels, folds)
         parts = self.pool.parts(self._scores(logits))
@@ -47,6 +64,39 @@ class CalibratedVote(PooledMembers):
         if testable:
             pooled = self.pool.pooled(np.tensordot(self.weights, parts, axes=1))
             self.temperature = temperature.select_temperature(pooled, labels, folds).temperature
+            selected = class_scaling.select(pooled, labels, folds) if self.scales_classes else None
+            if selected:
+                self.scaling, kind = selected
+                self.temperature = self.scaling.temperature
+                self.facts = {"class_scaling": kind}
+
+    def _predict_proba(self, logits: np.ndarray) -> np.ndarray:
+        """Logits (M, N, C) -> probabilities (N, C)."""
+        if self.scaling is None:
+            return super()._predict_proba(logits)
+        sums = np.tensordot(self.weights, self.pool.parts(self._scores(logits)), axes=1)
+        return softmax(self.scaling.apply(self.pool.pooled(sums)))
+
+    def _to_module(self) -> nn.Module:
+        """Logits (B, M, C) -> probabilities (B, C)."""
+        if self.scaling is None:
+            return super()._to_module()
+        from utils.combiners.heads import ScaledClasses
+
+        return ScaledClasses(self._to_pool(), self.scaling.matrix, self.scaling.bias)
+
+    def fitted_arrays(self) -> dict[str, np.ndarray]:
+        """Those of the pool, and the matrix (C, C) and bias (C,) of a class scaling."""
+        arrays = super().fitted_arrays()
+        if self.scaling is not None:
+            arrays |= {"scaling_matrix": self.scaling.matrix, "scaling_bias": self.scaling.bias}
+        return arrays
+
+    def set_fitted_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Set the pool and, where there is one, the class scaling."""
+        super().set_fitted_arrays(arrays)
+        if "scaling_matrix" in arrays:
+            self.scaling = ClassScaling(self.temperature, arrays["scaling_matrix"], arrays["scaling_bias"])
 
     @abstractmethod
     def _member_weights(self, parts: Floats, labels: np.ndarray) -> Floats:

@@ -18,6 +18,23 @@ def tempered(probabilities: Tensor, temperature: float) -> Tensor:
     return torch.softmax(probabilities.clamp(min=SMALLEST_PROBABILITY).log() / temperature, dim=1)
 
 
+class ScaledClasses(nn.Module):
+    """A pool of members whose log-probabilities get a matrix (C, C) and a bias (C,) before the softmax."""
+
+    matrix: Tensor
+    bias: Tensor
+
+    def __init__(self, pool: LinearPool | LogLinearPool, matrix: np.ndarray, bias: np.ndarray) -> None:
+        super().__init__()
+        self.pool = pool
+        self.register_buffer("matrix", torch.tensor(matrix, dtype=torch.float32))
+        self.register_buffer("bias", torch.tensor(bias, dtype=torch.float32))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        scores = torch.log_softmax(self.pool.scores(logits), dim=1)
+        return torch.softmax(nn.functional.linear(scores, self.matrix, self.bias), dim=1)
+
+
 class MixedWithUniform(nn.Module):
     """A combiner's probabilities mixed with the uniform ones (`utils.numeric.uniform_mixture`)."""
 
@@ -82,8 +99,15 @@ class LinearPool(nn.Module):
         self.register_buffer("member_temperatures", torch.tensor(member_temperatures, dtype=torch.float32)[:, None])
 
     def forward(self, logits: Tensor) -> Tensor:
-        probabilities = (torch.softmax(logits / self.member_temperatures, dim=2) * self.shares).sum(dim=1)
-        return tempered(probabilities, self.temperature)
+        return tempered((self._member_probabilities(logits) * self.shares).sum(dim=1), self.temperature)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Unnormalised log-probabilities (B, C) at the temperature, of members that are clipped like a combiner's."""
+        members = self._member_probabilities(logits).clamp(min=SMALLEST_PROBABILITY)
+        return (members * self.shares).sum(dim=1).log() / self.temperature
+
+    def _member_probabilities(self, logits: Tensor) -> Tensor:
+        return torch.softmax(logits / self.member_temperatures, dim=2)
 
 
 class LogLinearPool(nn.Module):
@@ -101,5 +125,9 @@ class LogLinearPool(nn.Module):
         self.register_buffer("member_temperatures", torch.tensor(member_temperatures, dtype=torch.float32)[:, None])
 
     def forward(self, logits: Tensor) -> Tensor:
+        return torch.softmax(self.scores(logits), dim=1)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Unnormalised log-probabilities (B, C) at the temperature."""
         scores = torch.log_softmax(logits / self.member_temperatures, dim=2).clamp(min=math.log(SMALLEST_PROBABILITY))
-        return torch.softmax((scores * self.weights).sum(dim=1), dim=1)
+        return (scores * self.weights).sum(dim=1)

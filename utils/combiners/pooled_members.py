@@ -16,6 +16,8 @@ from utils.numeric.metrics import METRICS, SMALLEST_PROBABILITY, clipped_log, lo
 if TYPE_CHECKING:
     from torch import nn
 
+    from utils.combiners.heads import LinearPool, LogLinearPool
+
 LOWEST_SCORE = float(np.log(SMALLEST_PROBABILITY))
 """Where members' log-probabilities are clipped."""
 Floats = NDArray[np.float64]
@@ -119,6 +121,9 @@ class PooledMembers(Combiner):
 
     def _to_module(self) -> nn.Module:
         """Logits (B, M, C) -> probabilities (B, C)."""
+        return self._to_pool()
+
+    def _to_pool(self) -> LinearPool | LogLinearPool:
         from utils.combiners import heads
 
         make = heads.LinearPool if self.pool.name == "linear" else heads.LogLinearPool

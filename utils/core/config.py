@@ -226,6 +226,7 @@ class ScoreEnsemble(Section):
     pool: Literal["auto", "linear", "log_linear"] = "auto"
     fit_rows: FitRows = "honest"
     temperature: Literal["auto", "off", "per_member"] = "auto"
+    calibration: Literal["temperature", "auto"] = "temperature"
 
 
 class ModelSoup(Section):

@@ -23,11 +23,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from utils.commands import COMMANDS, COMMON_OPTIONS, PIPELINE_STAGES, REPEATED_OPTIONS
+from utils.commands import COMMANDS, COMMON_OPTIONS, PIPELINE_STAGES, REMEMBERED_OPTIONS, REPEATED_OPTIONS
 from utils.core import display_text, errors, subprocesses, terminal
 
 if TYPE_CHECKING:
     from utils.core.config import Config
+    from utils.core.remembered import Choice
     from utils.core.results import Result
     from utils.core.workspace import Workspace
 
@@ -137,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         result = _prepared_call(name, common, options)
-        _show(result, common)
+        _show(name, result, common)
     except (Exception, KeyboardInterrupt) as error:
         return _report(error)
     finally:
@@ -145,8 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return PARTIAL if result.failures else 0
 
 
-def _show(result: Result, common: dict[str, Any]) -> None:
-    following = {"next": _line(result.next, common)} if result.next else {}
+def _show(name: str, result: Result, common: dict[str, Any]) -> None:
+    left_out = REMEMBERED_OPTIONS if COMMANDS[name].builds else ()
+    following = {"next": _line(result.next, common, left_out)} if result.next else {}
     if common["--json"]:
         terminal.write_output(json.dumps(result.document | {"failures": result.failures} | following, sort_keys=True))
     else:
@@ -159,11 +161,11 @@ def _attribute(option: str) -> str:
     return option.removeprefix("--").replace("-", "_")
 
 
-def _line(command: str, common: dict[str, Any]) -> str:
-    """The command line of a command with the common options of the current one."""
+def _line(command: str, common: dict[str, Any], left_out: Sequence[str]) -> str:
+    """The command line of a command with the common options of the current one, but for those to leave out."""
     words = ["python", "ensemble_orchestrator.py", *command.split()]
     for option in REPEATED_OPTIONS:
-        if common[option] != COMMON_OPTIONS[option].get("default"):
+        if option not in left_out and common[option] != COMMON_OPTIONS[option].get("default"):
             values = common[option] if isinstance(common[option], list) else [common[option]]
             words += [word for value in values for word in (option, value)]
     return shlex.join(words)
@@ -182,14 +184,6 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
     for option, target in command.standalone:
         if _attribute(option) in options:
             return _function(target)(**options)
-    from utils.core.config_file import find_config, load_config
-    from utils.ensemble_methods import COMBINERS
-
-    overrides = list(common["--set"])
-    if common["--device"] is not None:
-        overrides.append(f"device={common['--device']}")
-    names = {"runs.score_ensemble.methods": tuple(COMBINERS)}
-    config = load_config(find_config(common["--config"], PROJECT), overrides=overrides, names=names)
     folder = common["--workspace"]
     if folder is not None:
         folder = str(Path(folder).expanduser().absolute())
@@ -202,17 +196,22 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
     if command.sandboxed:
         base_back.leave_workspace_unchanged()
     base_back.bind(common["--base-back"], folder)
+    chosen = _choose_config(common, builds=command.builds)
+    config = chosen.config
     base_back.load_bundled("threads").prepare_environment(config.dataset.num_threads)  # before torch is imported
     if config.dataset.group_regex is not None:
         os.environ.setdefault("DBT_GROUP_REGEX", config.dataset.group_regex)
-    from utils.core import caches, engines, locks
+    from utils.core import caches, engines, locks, remembered
 
     workspace = base_back.open_workspace(common["--output"])
     options |= {_attribute(option): common[option] for option in command.pass_through}
     writes = command.writes
     if not isinstance(writes, bool):
         writes = any(options[option] for option in writes)
-    with locks.writer_lock(workspace.lock, name) if writes else nullcontext():
+    with (
+        locks.writer_lock(workspace.lock, name) if writes else nullcontext(),
+        remembered.kept_by_build(workspace, chosen) if command.builds else nullcontext(),
+    ):
         # After the lock, whose error explains a workspace that cannot be written.
         if not command.sandboxed:
             messages.set_up_logging(level=level, log_file=workspace.log_file, stream=sys.stderr)
@@ -223,6 +222,23 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
                 return call(name, config, workspace, options)
         except OSError as error:
             raise errors.UserError(errors.describe_os_error(error, workspace.root)) from error
+
+
+def _choose_config(common: dict[str, Any], *, builds: bool) -> Choice:
+    """The configuration of a command: the file that is named, what the workspace remembers, or the default."""
+    from utils.core import remembered
+    from utils.core.workspace import remembered_config
+    from utils.ensemble_methods import COMBINERS
+
+    return remembered.choose(
+        remembered_config(Path(os.environ["DBT_BASE_DIR"]), common["--output"]),
+        file=common["--config"],
+        overrides=common["--set"],
+        device=common["--device"],
+        project=PROJECT,
+        names={"runs.score_ensemble.methods": tuple(COMBINERS)},
+        builds=builds,
+    )
 
 
 def _report(error: BaseException) -> int:

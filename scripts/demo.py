@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = max(code, returncode)
     print(f"\nworkspace: {workspace}")
     activate = "" if os.environ.get("VIRTUAL_ENV") else ". .venv/bin/activate && "
-    example = shlex.join(["python", "ensemble_orchestrator.py", "evaluate", "--config", config, *common])
+    example = shlex.join(["python", "ensemble_orchestrator.py", "evaluate", *common])
     print(f"next, for example: {activate}{example}")
     print(f"\nreport:\n{report_of(workspace)}")
     return code

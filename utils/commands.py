@@ -17,6 +17,8 @@ class Command(NamedTuple):
     """Options of this command, as arguments of `add_argument`; every command also has the common options."""
     writes: bool | tuple[str, ...]
     """Whether it changes the workspace and therefore holds its lock; or the options that make it do so."""
+    builds: bool = False
+    """Whether the workspace remembers the configuration that it runs with."""
     decodes: bool = False
     """Whether it may decode images; the cache quota is enforced before."""
     sandboxed: bool = False
@@ -123,6 +125,7 @@ COMMANDS: dict[str, Command] = {
             }
         },
         writes=True,
+        builds=True,
         decodes=True,
     ),
     "stack": Command(
@@ -136,6 +139,7 @@ COMMANDS: dict[str, Command] = {
             },
         },
         writes=True,
+        builds=True,
         decodes=True,
     ),
     "fusion-train": Command(
@@ -144,6 +148,7 @@ COMMANDS: dict[str, Command] = {
         "fusion-train --set runs.fusion.fusion_methods=[concat_mlp,attention]",
         {},
         writes=True,
+        builds=True,
         decodes=True,
     ),
     "meta-fuse": Command(
@@ -152,6 +157,7 @@ COMMANDS: dict[str, Command] = {
         "meta-fuse --set runs.meta_fuser.fuser_type=attention",
         {},
         writes=True,
+        builds=True,
         decodes=True,
     ),
     "evaluate": Command(
@@ -192,6 +198,7 @@ COMMANDS: dict[str, Command] = {
         "distill --set distillation.teacher=best",
         {},
         writes=True,
+        builds=True,
         decodes=True,
     ),
     "export": Command(
@@ -291,6 +298,7 @@ COMMANDS: dict[str, Command] = {
         "pipeline --config configs/digits_demo.yaml",
         {},
         writes=True,
+        builds=True,
         decodes=True,
     ),
     "status": Command(
@@ -312,6 +320,7 @@ COMMANDS: dict[str, Command] = {
             },
             "--cache": {"action": "store_true", "help": "include the decoded images"},
             "--stale": {"action": "store_true", "help": "include stale ensembles"},
+            "--unlisted": {"action": "store_true", "help": "include ensembles that the configuration does not ask for"},
         },
         writes=("confirm", "temporary"),
     ),
@@ -362,8 +371,8 @@ The document of `pipeline` holds the result of each under its name; that of a se
 COMMON_OPTIONS: dict[str, dict[str, Any]] = {
     "--config": {
         "metavar": "FILE",
-        "default": "configs/ensemble_config.yaml",
-        "help": "relative to the working directory, then to the project (default: %(default)s)",
+        "help": "configuration file, relative to the working directory, then to the project (default: what the "
+        "workspace was built with, at first configs/ensemble_config.yaml)",
     },
     "--set": {
         "metavar": "KEY=VALUE",
@@ -401,3 +410,5 @@ COMMON_OPTIONS: dict[str, dict[str, Any]] = {
 }
 REPEATED_OPTIONS = ("--config", "--set", "--workspace", "--output", "--base-back", "--device", "--engine", "--address")
 """Common options that the suggested next command repeats."""
+REMEMBERED_OPTIONS = ("--config", "--set")
+"""Those that need no repetition after a command that builds."""

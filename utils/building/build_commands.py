@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from utils.building import builder_protocol
+from utils.building import builder_protocol, ensembles
 from utils.building.builder_protocol import Builder, Session
 from utils.building.fusion_builder import FusionBuilder
 from utils.building.meta_builder import MetaBuilder
@@ -15,6 +15,7 @@ from utils.building.voting_builder import VotingBuilder
 from utils.core.config import Config, require_enabled
 from utils.core.results import Result
 from utils.core.workspace import Workspace
+from utils.predictions import training_data
 
 BUILDERS: dict[str, tuple[Builder, ...]] = {
     "build-ensemble": (
@@ -53,7 +54,36 @@ def fusion_train(config: Config, workspace: Workspace, *, force: bool = False) -
 
 def _run(command: str, config: Config, workspace: Workspace, force: bool) -> Result:
     builders = builder_protocol.enabled(BUILDERS[command], config)
-    outcome = builder_protocol.run(builders, Session.open(config, workspace), force=force)
+    session = Session.open(config, workspace)
+    added = _added_members(session) if command == "build-ensemble" else []
+    outcome = builder_protocol.run(builders, session, force=force)
     names = [member.name for member in outcome.session.members]
-    lines = [*outcome.lines, f"{len(names)} members: {', '.join(names)}", f"written: {workspace.models}"]
+    lines = [*outcome.lines, f"{len(names)} members: {', '.join(names)}", *added, f"written: {workspace.models}"]
     return Result("\n".join(lines), outcome.document() | {"members": names}, list(outcome.failures), "evaluate")
+
+
+def _added_members(session: Session) -> list[str]:
+    """Lines on members that no saved ensemble was chosen from, once there are some: used now, or how to use them."""
+    records = [ensembles.record_of(session.workspace, name) or {} for name in ensembles.names(session.workspace)]
+    seen = {name for record in records for name in (*record["candidates"], *record["members"])}
+    if not seen:
+        return []
+    catalog = session.catalog
+    members = [name for name, member in sorted(catalog.members.items()) if member.usable and member.source != "derived"]
+    added = [name for name in members if name not in seen]
+    selected = {member.name for member in session.members}
+    used, unused = [n for n in added if n in selected], [n for n in added if n not in selected]
+    lines = [f"new since the last build: {', '.join(used)}; used now"] if used else []
+    unknown = training_data.unknown_names(catalog, unused)
+    if unused and set(unknown) != set(unused):
+        names = [name for name in unused if name not in unknown]
+        lines.append(
+            f"new since the last build: {', '.join(names)}; not in backbones.include. To use every member: python "
+            "ensemble_orchestrator.py config --set backbones.include=all, then build again"
+        )
+    if unknown:
+        lines.append(
+            f"new since the last build: {', '.join(unknown)}; not used, since the training data is not stated. "
+            f"{training_data.remedy(catalog, unknown)}"
+        )
+    return lines

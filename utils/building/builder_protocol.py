@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from utils.building import ensembles, fitting
 from utils.building.fitting import OutOfSampleRows
+from utils.core import config_file
 from utils.core.config import Config, require_enabled
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
@@ -93,6 +94,22 @@ class Session:
     def with_catalog(self, content: Catalog) -> Session:
         """A session whose catalog is `content`; the selected members stay."""
         return replace(self, store=self.store.with_catalog(content))
+
+    def as_recorded(self, record: Mapping[str, Any]) -> Session:
+        """The session with the `--set` that an ensemble was built with, where the configuration is the workspace's own.
+
+        Raises UserError for a setting that the schema does not take any more, and where it selects no member.
+        """
+        overrides = record.get("overrides") or ()
+        if not overrides or not self.config.is_remembered:
+            return self
+        config = config_file.with_overrides(self.config, overrides)
+        if config == self.config:
+            return self
+        members = self.members
+        if config.backbones != self.config.backbones:
+            members = tuple(member_selection.select(self.catalog, config))
+        return Session(self.store.with_config(config), members)
 
     def ensure(self, members: Sequence[Member], splits: Sequence[str] = STREAMED_SPLITS) -> None:
         """Stream what is missing of the members' predictions; what was looked at before is not looked at again."""
@@ -254,7 +271,7 @@ def state_of(session: Session, name: str, builder: Builder | None) -> State:
             return State(MISSING)
         reasons = changed_members(session.catalog, record)
         if not reasons and builder is not None:
-            reason = builder.stale_reason(session, name, record)
+            reason = builder.stale_reason(session.as_recorded(record), name, record)
             reasons = [reason] if reason is not None else []
     except UserError as error:
         return State(DAMAGED, (str(error),))

@@ -46,7 +46,7 @@ FORM: Form = {
     **dict.fromkeys(("method", "inputs_digest"), str),
     "weights?": Each(float),
     **dict.fromkeys(("temperature?", "share_of_stacker?", "seed?"), float),
-    **dict.fromkeys(("unknown_training_data?", "notes?"), Each(str, list)),
+    **dict.fromkeys(("unknown_training_data?", "notes?", "overrides?"), Each(str, list)),
     **dict.fromkeys(("verdict?", "inference?"), str),
     **dict.fromkeys(("guards?", "crossfit?", "training_data?"), dict),
 }

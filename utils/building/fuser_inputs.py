@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.building import ensembles
+from utils.building import ensembles, listing
 from utils.building.builder_protocol import Session
 from utils.building.command_hints import build_command
 from utils.building.ensembles import Ensemble
@@ -147,10 +147,13 @@ def _listed(session: Session, names: Mapping[str, str]) -> tuple[dict[str, Mappi
 
 
 def _all_built(session: Session) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
-    """Records of all built ensembles that can be inputs, and {ensemble: reason} of those whose members have changed."""
+    """Records of the built ensembles that the configuration asks for and that can be inputs.
+
+    Also {ensemble: reason} of those whose members have changed.
+    """
     records: dict[str, Mapping[str, Any]] = {}
     left_out: dict[str, str] = {}
-    for name in ensembles.names(session.workspace):
+    for name in listing.listed(session.workspace, session.config):
         record = ensembles.record_of(session.workspace, name)
         if record is None or record["method"] not in INPUT_METHODS:
             continue

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PrivateAttr, ValidationInfo
@@ -30,6 +31,8 @@ SPECIFIED: dict[str, tuple[str, ...]] = {
     "runs.meta_fuser.fuser_type": ("xgb", "mlp", "attention", "convex"),  # the last one is ours
     "pruning.methods": ("greedy_forward", "greedy_backward", "diversity_max", "clustering"),
 }
+FILE = "file"
+"""The origin of a value that a configuration file states."""
 A_LIST = "expected a list such as [a, b], or [] for none"
 ALL = "all"
 """`backbones.include`: every member that is not derived and whose training data is known; `input_ensembles` of
@@ -377,11 +380,29 @@ class Config(Section):
     distillation: Distillation = Distillation()
     cache: Cache = Cache()
     _source: Path = PrivateAttr(default=Path("built-in configuration"))
+    _origins: Mapping[str, str] = PrivateAttr(default_factory=dict)
+    _overrides: tuple[str, ...] = PrivateAttr(default=())
+    _is_remembered: bool = PrivateAttr(default=False)
 
     @property
     def source(self) -> Path:
         """The file as the user named it, for messages."""
         return self._source
+
+    @property
+    def origins(self) -> Mapping[str, str]:
+        """{dotted key: where its value is from}: `FILE`, or `KEY=VALUE` of the command line; the rest are defaults."""
+        return self._origins
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """`KEY=VALUE` of each `--set` that the workspace does not remember; recorded with what the command builds."""
+        return self._overrides
+
+    @property
+    def is_remembered(self) -> bool:
+        """Whether it is the workspace's own, so that what was built with a `--set` stays as it was built."""
+        return self._is_remembered
 
     def at(self, key: str) -> Any:
         """The section or value at a dotted key such as `runs.moe.top_k`. Raises KeyError if there is none."""
@@ -403,11 +424,18 @@ class Config(Section):
         return hashlib.sha256(json.dumps(plain, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def validate(values: dict[str, Any], *, source: Path) -> Config:
-    """Validate plain values; the Config keeps its `source`. Raises pydantic's ValidationError."""
+def validate(values: dict[str, Any], *, source: Path, origins: Mapping[str, str] = MappingProxyType({})) -> Config:
+    """Validate plain values; the Config keeps its `source` and `origins`. Raises pydantic's ValidationError."""
     config = Config.model_validate(values)
-    config._source = source
+    config._source, config._origins = source, dict(origins)
     return config
+
+
+def of_workspace(config: Config, *, overrides: Sequence[str] = (), is_remembered: bool = False) -> Config:
+    """The configuration with what a workspace knows about it: see `Config.overrides` and `Config.is_remembered`."""
+    known = config.model_copy()
+    known._overrides, known._is_remembered = tuple(overrides), is_remembered
+    return known
 
 
 def require_enabled(config: Config, key: str) -> None:

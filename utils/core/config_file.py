@@ -21,11 +21,13 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from utils.core.config import SPECIFIED, Config, Runs, Section, validate
-from utils.core.errors import ConfigError, did_you_mean
+from utils.core.config import FILE, SPECIFIED, Config, Runs, Section, of_workspace, validate
+from utils.core.errors import ConfigError, UserError, did_you_mean
 
 MOST_FILES, MOST_LINES = 10, 100  # shown of similar files and of problems
 MOST_BYTES, MOST_VALUES, LONGEST, DEEPEST = 1_000_000, 10_000, 1_000, 20  # beyond these it is not a configuration file
+PROVENANCE = "provenance"
+"""A remembered configuration's section about the others: where each value came from."""
 YAML = "tag:yaml.org,2002:"
 SCALARS = {YAML + kind for kind in ("null", "bool", "int", "float")}
 AS_TEXT = {YAML + kind for kind in ("str", "timestamp", "value", "merge")}  # no date, `=` or `<<` means anything here
@@ -68,13 +70,15 @@ def load_config(
     if strange := sorted(set(names) - set(SPECIFIED)):
         raise KeyError(f"the names at {', '.join(strange)} are not checked")
     values, problems = _read_file(path)
+    provenance = (values or {}).pop(PROVENANCE, None)
     origins: dict[KeyPath, str] = {}
     raw = _switch_off_absent(values or {})
+    stated = _stated_origins(raw, provenance)
     lines = [*_lines(problems, {}), *_apply(raw, overrides, origins)]
     unknown = dict(_unknown_names(raw, names))
     invalid: dict[KeyPath, str] = {}
     try:
-        config = validate(raw, source=path)
+        config = validate(raw, source=path, origins=stated | {".".join(key): text for key, text in origins.items()})
     except ValidationError as error:
         invalid = dict(chain.from_iterable(map(_explain, error.errors())))
     invalid |= unknown
@@ -86,6 +90,46 @@ def load_config(
         shown = lines[:MOST_LINES] + [f"... and {len(lines) - MOST_LINES} more"] * (len(lines) > MOST_LINES)
         raise ConfigError("\n  ".join([f"{path}: {len(lines)} problem(s)", *shown]))
     return config
+
+
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """The configuration with `KEY=VALUE` of an earlier command applied below those of this one.
+
+    Raises UserError for one that the schema does not take (any more).
+    """
+    raw, origins = config.as_dict(), dict[KeyPath, str]()
+    problems = list(_apply(raw, [*overrides, *config.overrides], origins))
+    try:
+        changed = validate(raw, source=config.source, origins=config.origins)
+    except ValidationError as error:
+        problems += _lines(list(chain.from_iterable(map(_explain, error.errors()))), origins)
+    if problems:
+        raise UserError(f"recorded with a build: {'; '.join(problems)}")
+    return of_workspace(changed, overrides=config.overrides, is_remembered=config.is_remembered)
+
+
+def leaves(values: Mapping[str, Any], above: KeyPath = ()) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every value of a configuration; a section is no value."""
+    for name, value in values.items():
+        if isinstance(value, dict) and _section((*above, name)) is not None:
+            yield from leaves(value, (*above, name))
+        else:
+            yield ".".join((*above, name)), value
+
+
+def read_provenance(path: Path) -> dict[str, Any]:
+    """What a remembered configuration records about itself; nothing where the file is none."""
+    values = _read_file(path)[0] if path.is_file() else None
+    provenance = (values or {}).get(PROVENANCE)
+    return provenance if isinstance(provenance, dict) else {}
+
+
+def _stated_origins(raw: dict[str, Any], provenance: object) -> dict[str, str]:
+    """{key: origin} of what a file states; a remembered one records where each value came from."""
+    stated = provenance.get("keys") if isinstance(provenance, dict) else None
+    if isinstance(stated, dict):
+        return {str(key): str(origin) for key, origin in stated.items()}
+    return dict.fromkeys((key for key, _ in leaves(raw)), FILE)
 
 
 def _switch_off_absent(values: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,18 @@ class _Terminal(logging.StreamHandler[TextIO]):
 
     def __init__(self, stream: TextIO | None) -> None:
         self._given = stream
+        self._warned: set[str] = set()
         super().__init__(stream)
+        self.addFilter(self._is_new)
+
+    def _is_new(self, record: logging.LogRecord) -> bool:
+        """Whether a warning has not been shown by this run yet; stages that share a cause warn of it each."""
+        if record.levelno != logging.WARNING:
+            return True
+        text = record.getMessage()
+        is_new = text not in self._warned
+        self._warned.add(text)
+        return is_new
 
     @property
     def stream(self) -> TextIO:

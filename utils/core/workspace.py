@@ -10,6 +10,7 @@ from types import ModuleType
 from utils.core.errors import UserError
 
 SPLITS = ("train", "val", "test")
+CONFIG_NAME = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,11 @@ class Workspace:
     def catalog(self) -> Path:
         """The members that `discover` lists."""
         return self.ensembles / "ensemble_catalog.json"
+
+    @property
+    def config(self) -> Path:
+        """The configuration that the last building command used, and later commands use."""
+        return self.ensembles / CONFIG_NAME
 
     @property
     def digests(self) -> Path:
@@ -280,6 +286,11 @@ class Workspace:
     def log_file(self) -> Path:
         """Messages of every command, with the traceback of whatever was a bug."""
         return self.logs / "ensemble_orchestrator.log"
+
+
+def remembered_config(base: Path, output: str | None) -> Path:
+    """`Workspace.config` of the workspace at `base`, before any settings of the base pipeline are read."""
+    return (_output(output, base) or base) / "ensembles" / CONFIG_NAME
 
 
 def _output(option: str | None, base: Path) -> Path | None:

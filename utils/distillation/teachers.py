@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from utils import base_back
-from utils.building import ensembles, recommendation
+from utils.building import ensembles, listing, recommendation
 from utils.building.command_hints import build_command
 from utils.building.ensembles import Ensemble
 from utils.core.artifacts import digest_of
@@ -90,7 +90,7 @@ def _recommended(store: Store, excluded_member: str) -> str:
     selected = member_selection.select(store.catalog, store.config)
     members = {member.name: member for member in selected if member.name != excluded_member}
     extraction.ensure(store, list(members.values()), ("val",))
-    saved = {name: ensembles.load(store.workspace, name) for name in ensembles.names(store.workspace)}
+    saved = {name: ensembles.load(store.workspace, name) for name in listing.listed(store.workspace, store.config)}
     candidates = {name: ensemble for name, ensemble in saved.items() if ensemble.method != METHOD}
     return str(recommendation.recommended(store, members, candidates)["name"])
 

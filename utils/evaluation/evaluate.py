@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from utils.building import listing
 from utils.core.artifacts import read_record, write_arrays, write_json, write_text
 from utils.core.config import Config
 from utils.core.errors import ConfigError, UserError, did_you_mean
@@ -31,7 +32,7 @@ from utils.evaluation import (
     report_sources,
     scoring,
 )
-from utils.evaluation.evaluation_inputs import EvaluationSettings, UncertaintyOptions
+from utils.evaluation.evaluation_inputs import EvaluationSettings, SavedEnsemble, UncertaintyOptions
 from utils.evaluation.evaluation_records import RANKING
 from utils.evaluation.evaluation_results import EvaluationResults
 from utils.evaluation.report_sources import ReportSources
@@ -68,18 +69,21 @@ def evaluate(
     """
     options = _options(alpha, target_risk, wanted_error, class_conditional)
     store = Store(config, workspace, catalog.load(workspace))
-    saved = evaluation_inputs.read_ensembles(workspace)
+    saved, apart = _saved(config, workspace, model_name)
     ensembles = {name: entry.ensemble for name, entry in saved.items()}
     selected = member_selection.select(store.catalog, config)
     members = scoring.members_to_score(store.catalog, selected, ensembles)
     model_name = None if model_name is None else recommended_names.resolve(store, model_name)
     _require_existing(model_name, [*saved, *members])
     if not saved:
-        logger.warning("no ensemble is built; members alone are evaluated. Run build-ensemble first")
+        logger.warning(
+            "no ensemble %s; members alone are evaluated. Run build-ensemble first",
+            "is in the configuration" if apart else "is built",
+        )
     digest = scoring.inputs_digest(store, ensembles, members, split)
     stored = read_record(workspace.ranking(split), remedy="Remove it, then evaluate again", form=RANKING)
     if model_name is None and not force and stored and _is_current(stored, digest, options):
-        result = _ranking_result(workspace, stored, split, "up to date")
+        result = _ranking_result(workspace, stored, split, "up to date", apart)
         if report_page.is_current(config, workspace, split):
             return _with_report(result, workspace, split)
         try:
@@ -105,8 +109,15 @@ def evaluate(
     if model_name is not None:
         return _model_result(workspace, results, model_name, split)
     ranking = _write_ranking(workspace, results, split)
-    result = _ranking_result(workspace, ranking, split, "written")
+    result = _ranking_result(workspace, ranking, split, "written", apart)
     return _write_report(config, report_sources.from_evaluation(workspace, inputs, results), result)
+
+
+def _saved(config: Config, workspace: Workspace, model_name: str | None) -> tuple[dict[str, SavedEnsemble], list[str]]:
+    """The saved ensembles that the configuration asks for, or that are named, and the names of the others."""
+    saved = evaluation_inputs.read_ensembles(workspace)
+    apart = [name for name in listing.unlisted(workspace, config) if name != model_name]
+    return {name: entry for name, entry in saved.items() if name not in apart}, apart
 
 
 def _options(
@@ -190,15 +201,19 @@ def _with_report(result: Result, workspace: Workspace, split: str) -> Result:
     return replace(result, text=f"{result.text}\nreport: {path}", document={**result.document, "report": str(path)})
 
 
-def _ranking_result(workspace: Workspace, ranking: Mapping[str, Any], split: str, state: str) -> Result:
+def _ranking_result(
+    workspace: Workspace, ranking: Mapping[str, Any], split: str, state: str, apart: Sequence[str]
+) -> Result:
     lines = [leaderboard.as_text(ranking, styled=leaderboard.is_terminal(sys.stdout))]
     issues = ranking["label_issues"]
     if issues["in_doubt"]:
         rows = f"{issues['in_doubt']} of {issues['n']} out-of-sample rows"
         lines.append(f"labels in doubt: {rows}, by {issues['model']}: {workspace.label_issues('csv')}")
+    if apart:
+        lines.append(listing.note(apart))
     lines.append(f"{state}: {workspace.ranking(split)}")
     failures = [f"{name}: {reason}" for name, reason in sorted(ranking["left_out"].items())]
-    return Result("\n".join(lines), dict(ranking), failures)
+    return Result("\n".join(lines), {**ranking, "unlisted": list(apart)}, failures)
 
 
 def _model_result(workspace: Workspace, results: EvaluationResults, name: str, split: str) -> Result:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from utils.building import ensembles, recommendation
+from utils.building import ensembles, listing, recommendation
 from utils.core.artifacts import read_record
 from utils.core.errors import UserError
 from utils.evaluation import scoring
@@ -30,7 +30,7 @@ def recommended_name(store: Store) -> str:
 
     Raises UserError where nothing is built.
     """
-    saved = {name: ensembles.load(store.workspace, name) for name in ensembles.names(store.workspace)}
+    saved = {name: ensembles.load(store.workspace, name) for name in listing.listed(store.workspace, store.config)}
     selected = {member.name: member for member in member_selection.select(store.catalog, store.config)}
     candidates = {name: member for name, member in selected.items() if _is_candidate(member, store)}
     current = {
@@ -47,7 +47,7 @@ def _fast_name(store: Store) -> str:
     """As the newest evaluation on test found it, by the latencies that it measured."""
     path = store.workspace.ranking("test")
     ranking = read_record(path, remedy="Remove it, then evaluate again", form=RANKING) or {}
-    saved = {name: ensembles.load(store.workspace, name) for name in ensembles.names(store.workspace)}
+    saved = {name: ensembles.load(store.workspace, name) for name in listing.listed(store.workspace, store.config)}
     members = scoring.members_to_score(store.catalog, member_selection.select(store.catalog, store.config), saved)
     again = "Run: python ensemble_orchestrator.py evaluate"
     if ranking.get("inputs_digest") != scoring.inputs_digest(store, saved, members, "test"):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from utils.building.command_hints import build_command
-from utils.core import config_file
+from utils.core import config_file, remembered
 from utils.core.config import Config
 from utils.core.display_text import (
     NOT_MEASURED,
@@ -376,7 +376,7 @@ def provenance(config: Config, data: ReportData) -> dict[str, Any]:
         "project": f"{config.project.name}, version {config.project.version}",
         "written": record.get("created"),
         "seed": record.get("seed"),
-        "configuration": f"{config.source}, digest {config.digest()[:12]}",
+        "configuration": f"{_config_source(config, data.workspace.config)}, digest {config.digest()[:12]}",
         "workspace": str(data.workspace.base),
         "output": str(data.workspace.output) if data.workspace.output else None,
         "base pipeline": f"{base_back.get('kind')}, digest {str(base_back.get('digest'))[:12]}",
@@ -394,7 +394,7 @@ def provenance(config: Config, data: ReportData) -> dict[str, Any]:
 
 def commands(config: Config, data: ReportData) -> list[str]:
     """Commands that reproduce the report and use the model that it recommends."""
-    common = ["--config", str(config.source), *config_overrides(config), "--workspace", str(data.workspace.base)]
+    common = [*_config_options(config, data.workspace.config), "--workspace", str(data.workspace.base)]
     common += ["--output", str(data.workspace.output)] if data.workspace.output else []
     program = ["python", "ensemble_orchestrator.py"]
     lines = [[*program, "discover"]]
@@ -403,6 +403,17 @@ def commands(config: Config, data: ReportData) -> list[str]:
     lines.append([*program, "evaluate", "--force", *([] if data.split == "test" else ["--split", data.split])])
     lines.append([*program, "predict", "--model-name", data.focus, "FOLDER", "--to", "answers.csv"])
     return [shlex.join([*line, *common]) for line in lines]
+
+
+def _config_source(config: Config, kept: Path) -> str:
+    """The file that the values come from, also where the workspace remembers them."""
+    origin = remembered.origin_of(kept) if remembered.is_used(kept, config) else None
+    return origin[0] if origin else str(config.source)
+
+
+def _config_options(config: Config, kept: Path) -> list[str]:
+    """Options that give a command these values: none where the workspace remembers them."""
+    return [] if remembered.is_used(kept, config) else ["--config", str(config.source), *config_overrides(config)]
 
 
 def config_overrides(config: Config) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils import base_back
-from utils.building import builder_protocol, ensembles
+from utils.building import builder_protocol, ensembles, listing
 from utils.building.build_commands import BUILDERS
 from utils.building.builder_protocol import CURRENT, DAMAGED, MISSING, STALE, Session, State
 from utils.building.ensembles import Ensemble
@@ -40,6 +40,8 @@ class Inventory:
     """Saved ones, and those the configuration requests."""
     requested: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """{command: ensembles that it would keep up to date}"""
+    unlisted: tuple[str, ...] = ()
+    """Saved ensembles that the configuration does not ask for"""
     evaluation: State = field(default_factory=lambda: State(MISSING))
     problems: tuple[str, ...] = ()
 
@@ -64,11 +66,13 @@ def take(config: Config, workspace: Workspace) -> Inventory:
         session = Session(store, tuple(member_selection.select(content, config)))
         states |= _saved_states(session, saved)
         requested = _requested(session, states)
+        unlisted = tuple(listing.unlisted(workspace, config))
     except (UserError, LeakageError) as error:
         return Inventory(of_catalog, content, ensembles=states, problems=(str(error),))
     for name in (name for names in requested.values() for name in names):
         states.setdefault(name, State(MISSING))
-    in_use = scoring.members_to_score(content, session.members, saved)
+    ranked = {name: ensemble for name, ensemble in saved.items() if name not in unlisted}
+    in_use = scoring.members_to_score(content, session.members, ranked)
     return Inventory(
         catalog=of_catalog,
         content=content,
@@ -78,7 +82,8 @@ def take(config: Config, workspace: Workspace) -> Inventory:
         },
         ensembles=dict(sorted(states.items())),
         requested=requested,
-        evaluation=_evaluation_state(store, saved, in_use),
+        unlisted=unlisted,
+        evaluation=_evaluation_state(store, ranked, in_use),
     )
 
 
@@ -87,7 +92,12 @@ def _saved_states(session: Session, saved: Mapping[str, Ensemble]) -> dict[str, 
     builders = [builder for group in ALL_BUILDERS.values() for builder in group]
     states = {}
     for name in saved:
-        builder = next((builder for builder in builders if builder.covers(session, name)), None)
+        try:
+            own = session.as_recorded(ensembles.record_of(session.workspace, name) or {})
+        except UserError as error:
+            states[name] = State(DAMAGED, (str(error),))
+            continue
+        builder = next((builder for builder in builders if builder.covers(own, name)), None)
         states[name] = builder_protocol.state_of(session, name, builder)
     return states
 

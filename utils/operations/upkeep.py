@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from utils import base_back
+from utils.building import listing as ensemble_listing
 from utils.building.builder_protocol import CURRENT, MISSING
-from utils.core import caches, locks
+from utils.core import caches, locks, remembered
 from utils.core.artifacts import read_record
 from utils.core.caches import Item, format_bytes
 from utils.core.config import Config
@@ -64,10 +65,11 @@ def status(config: Config, workspace: Workspace, *, force: bool = False) -> Resu
     base_command = _base_command(workspace) if following == "discover" and not imported else None
     text = [
         f"workspace    {workspace.base}{f'; ours in {workspace.output}' if workspace.output else ''}",
+        f"configured   {_configuration_words(config, workspace)}",
         *([f"writing      {locked}"] if locked else []),
         f"catalog      {_catalog_words(listing)}",
         *_prediction_lines(listing),
-        *_lines("ensembles", [f"{name}  {state}" for name, state in listing.ensembles.items()] or ["none"]),
+        *_lines("ensembles", _ensemble_lines(listing)),
         *([f"evaluation   {listing.evaluation}"] if listing.content else []),
         *_lines("disk", _size_words(sizes, config)),
         *_links(workspace),
@@ -87,6 +89,8 @@ def status(config: Config, workspace: Workspace, *, force: bool = False) -> Resu
             for name, states in listing.predictions.items()
         },
         "ensembles": {name: asdict(state) for name, state in listing.ensembles.items()},
+        "configuration": str(config.source),
+        "unlisted": list(listing.unlisted),
         "evaluation": asdict(listing.evaluation),
         "bytes": sizes,
         "quota_gb": config.cache.quota_gb,
@@ -103,21 +107,27 @@ def clean(
     temporary: bool = False,
     cache: bool = False,
     stale: bool = False,
+    unlisted: bool = False,
     force: bool = False,
 ) -> Result:
     """List what may be removed, and remove it with `confirm`: temporary files, predictions of members that are gone and
-    progress of finished trainings; with `cache` also the decoded images, with `stale` also stale ensembles.
+    progress of finished trainings; with `cache` also the decoded images, with `stale` also stale ensembles, with
+    `unlisted` also those that the configuration does not ask for.
 
     `temporary` removes files under temporary names, nothing else, and needs no `confirm`. Other base files and whatever
     lies behind a symbolic link are never touched (`force` changes nothing). What cannot be removed is a failure of the
     result. Raises UserError for a damaged recovery state, by which finished trainings are known.
     """
-    if temporary and (confirm or cache or stale):
-        raise ConfigError("clean --temporary: takes neither --confirm nor --cache nor --stale; it removes at once")
+    if temporary and (confirm or cache or stale or unlisted):
+        raise ConfigError(
+            "clean --temporary: takes none of --confirm, --cache, --stale and --unlisted; it removes at once"
+        )
     groups = [Group("temporary files", tuple(_temporary(workspace)), None)]
     if not temporary:
         groups += _removable(config, workspace)
-    allowed = {None, *(["--cache"] if cache else []), *(["--stale"] if stale else [])}
+    switches = {"--cache": cache, "--stale": stale, "--unlisted": unlisted}
+    options = [option for option, is_on in switches.items() if is_on]
+    allowed = {None, *options}
     chosen = [group for group in groups if group.option in allowed]
     removed, failures = _remove(chosen) if confirm or temporary else ([], [])
     lines = []
@@ -131,7 +141,6 @@ def clean(
         lines.append(f"removed: {len(removed)}, {format_bytes(sum(item.size for item in removed))}")
     else:
         lines.append("nothing is removed without --confirm" if waiting else "nothing to remove")
-    options = [option for option, is_on in (("--cache", cache), ("--stale", stale)) if is_on]
     document = {
         "groups": [
             {
@@ -191,13 +200,8 @@ def _removable(config: Config, workspace: Workspace) -> list[Group]:
             gone += [item for item in items if item.paths[0].suffix == ".npz" and item.name not in kept]
     saved = [] if _linked(workspace, workspace.models) else caches.list_children(workspace.models)
     stale = listing.stale_ensembles()
-    old = [
-        Item(
-            f"{item.name}: {stale[item.name]}", (item.paths[0] / "ensemble.json", *item.paths), item.size, item.modified
-        )
-        for item in saved
-        if item.name in stale
-    ]
+    old = [_saved_item(item, f": {stale[item.name]}") for item in saved if item.name in stale]
+    apart = [_saved_item(item) for item in saved if item.name in listing.unlisted and item.name not in stale]
     return [
         Group("predictions of members that are gone", tuple(gone), None),
         Group("progress of finished trainings", tuple(_finished_progress(workspace)), None),
@@ -206,7 +210,13 @@ def _removable(config: Config, workspace: Workspace) -> list[Group]:
             "embeddings of images by frozen networks", tuple(caches.image_embeddings(workspace.image_cache)), "--cache"
         ),
         Group("stale ensembles", tuple(old), "--stale"),
+        Group("ensembles not in the configuration", tuple(apart), "--unlisted"),
     ]
+
+
+def _saved_item(item: Item, why: str = "") -> Item:
+    """An ensemble's folder; `ensemble.json` goes first, without which there is no ensemble."""
+    return Item(f"{item.name}{why}", (item.paths[0] / "ensemble.json", *item.paths), item.size, item.modified)
 
 
 def _finished_progress(workspace: Workspace) -> list[Item]:
@@ -289,6 +299,18 @@ def _catalog_words(listing: Inventory) -> str:
         f"{listing.catalog.state}: {words}{usable} of {len(listing.content.members)} members usable, "
         f"{counts['error']} error(s), {counts['warning']} warning(s)"
     )
+
+
+def _configuration_words(config: Config, workspace: Workspace) -> str:
+    """The file, and for a remembered one where it came from."""
+    origin = remembered.origin_of(workspace.config) if config.is_remembered else None
+    return f"{config.source}{f', from {origin[0]}' if origin else ''}"
+
+
+def _ensemble_lines(listing: Inventory) -> list[str]:
+    lines = [f"{name}  {state}" for name, state in listing.ensembles.items() if name not in listing.unlisted]
+    apart = [ensemble_listing.note(listing.unlisted)] if listing.unlisted else []
+    return [*lines, *apart] or ["none"]
 
 
 def _prediction_lines(listing: Inventory) -> list[str]:

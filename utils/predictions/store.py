@@ -66,6 +66,12 @@ class Store:
             store._samples, store._oof_at_hand = {}, {}
         return store
 
+    def with_config(self, config: Config) -> Store:
+        """The store under another configuration of the same workspace."""
+        store = copy(self)
+        store.config = config
+        return store
+
     def images(self, split: str) -> ImageSplit:
         """The images of a split on disk. Raises UserError if they have changed since discovery, or there are none."""
         if not self.catalog.has_images:

@@ -1,0 +1,70 @@
+"""Which saved ensembles the configuration asks for; the others are neither ranked nor recommended nor combined.
+
+An ensemble that a `--set` built is asked for by the configuration with that `--set`. One of another name than the
+families give is always listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from utils import ensemble_methods, fusion_methods, moe_methods, stacking_methods
+from utils.building import ensembles
+from utils.combiners import pruning
+from utils.core import config_file
+from utils.core.config import Config
+from utils.core.workspace import Workspace
+
+SOUPS = {"uniform_soup": "uniform", "greedy_soup": "greedy", "wise_ft": "wise_ft"}
+"""{method of an ensemble: its name in `runs.model_soup.methods`}"""
+ALONE = {"snapshot": "runs.snapshot_ensemble", "distilled": "distillation", "meta_fuser": "runs.meta_fuser"}
+"""{method of an ensemble: the section that asks for it}"""
+
+
+def listed(workspace: Workspace, config: Config, names: Iterable[str] | None = None) -> list[str]:
+    """Of the saved ensembles, or of `names`, those that the configuration asks for."""
+    found = {}
+    configs: dict[tuple[str, ...], Config] = {}
+    for name in ensembles.names(workspace) if names is None else names:
+        record = ensembles.record_of(workspace, name) or {}
+        overrides = tuple(record.get("overrides") or ())
+        if overrides not in configs:
+            configs[overrides] = config_file.with_overrides(config, overrides) if overrides else config
+        found[name] = _asks_for(configs[overrides], name, record.get("method"))
+    return [name for name, is_listed in found.items() if is_listed]
+
+
+def unlisted(workspace: Workspace, config: Config) -> list[str]:
+    """Saved ensembles that the configuration does not ask for."""
+    saved = ensembles.names(workspace)
+    kept = listed(workspace, config, saved)
+    return [name for name in saved if name not in kept]
+
+
+def note(names: Iterable[str]) -> str:
+    """The line about ensembles that are not listed."""
+    return f"not in the configuration: {', '.join(names)}; `clean --unlisted` removes them"
+
+
+def _asks_for(config: Config, name: str, method: str | None) -> bool:
+    if method in ensemble_methods.COMBINERS:
+        return name != ensembles.NAMES[method] or _has(config, "runs.score_ensemble", "methods", method)
+    if method in SOUPS:
+        return _has(config, "runs.model_soup", "methods", SOUPS[method])
+    if method in ALONE:
+        return bool(config.at(f"{ALONE[method]}.enable"))
+    if method in moe_methods.COMBINERS:
+        return bool(config.at(f"runs.{method}.enable"))
+    families = (
+        (stacking_methods.COMBINERS, "stacking_", "runs.stacking", "meta_learners"),
+        (fusion_methods.COMBINERS, "fusion_", "runs.fusion", "fusion_methods"),
+        (pruning.COMBINERS, "pruned_", "pruning", "methods"),
+    )
+    for combiners, prefix, section, key in families:
+        if method in combiners:
+            return name != method or _has(config, section, key, method.removeprefix(prefix))
+    return True
+
+
+def _has(config: Config, section: str, key: str, item: str) -> bool:
+    return bool(config.at(f"{section}.enable")) and item in config.at(f"{section}.{key}")

@@ -1,0 +1,217 @@
+"""The configuration that a workspace remembers: which one a command uses, and what building commands keep of it.
+
+`ensembles/config.yaml` holds every value, and under `provenance` where each came from. A command without `--config`
+uses it; where there is none, the default file. Building commands write it:
+
+    first build of a workspace      the file and every `--set`
+    `--config FILE`, FILE differs   FILE alone, whole
+    otherwise                       nothing changes; a `--set` is recorded with what the command builds
+
+`config --set` changes what is remembered. What differs from it is said in one line of the log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from utils.core.artifacts import write_text
+from utils.core.config import Config, of_workspace
+from utils.core.config_file import PROVENANCE, find_config, leaves, load_config, read_provenance
+from utils.core.errors import ConfigError, UserError
+from utils.core.links import remove_file
+from utils.core.workspace import Workspace
+
+DEFAULT = "configs/ensemble_config.yaml"
+SHOWN = 4  # differences in one line
+HEADER = """\
+# What this workspace was built with; commands without --config use it.
+# To change it: python ensemble_orchestrator.py config --set KEY=VALUE; to replace it: --config FILE with a build.
+"""
+logger = logging.getLogger("disease_pipeline")
+Names = Mapping[str, Collection[str]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The configuration of one command, and what its workspace remembers after a build."""
+
+    config: Config
+    kept: Config
+    before: Config | None
+    """What the workspace remembered; None where it remembered nothing that can be read."""
+
+    @property
+    def changes_memory(self) -> bool:
+        """Whether a build leaves another remembered configuration than there was."""
+        return self.before is None or self.kept is not self.before
+
+
+def choose(
+    path: Path,
+    *,
+    file: str | None,
+    overrides: Sequence[str] = (),
+    device: str | None = None,
+    project: Path,
+    names: Names,
+    builds: bool,
+) -> Choice:
+    """The configuration of a command in the workspace that remembers, or may come to remember, one at `path`.
+
+    `file` and `overrides` are those of the command line; `device` holds for this command alone. Raises ConfigError that
+    lists every problem.
+    """
+    before = _read(path, names, is_used=file is None)
+    from_file = find_config(file or DEFAULT, project) if file is not None or before is None else path
+    sets = list(overrides)
+    config = load_config(from_file, overrides=[*sets, *([f"device={device}"] if device else [])], names=names)
+    if before is None:
+        return Choice(config, load_config(from_file, overrides=sets, names=names) if device else config, None)
+    given = load_config(from_file, overrides=sets, names=names)
+    if file is None:
+        kept, unremembered = before, sets
+    elif not differences(before, given):  # the command that was typed before, say
+        kept, unremembered = before, []
+    else:
+        plain = load_config(from_file, names=names)
+        kept, unremembered = (plain if differences(before, plain) else before), sets
+    _tell(before, given, kept, file, sets, builds=builds)
+    if file is None:
+        _tell_of_changed_file(path, project)
+    return Choice(of_workspace(config, overrides=unremembered, is_remembered=file is None), kept, before)
+
+
+def differences(one: Config, other: Config) -> list[str]:
+    """`key: value -> value` of each value in which they differ."""
+    values = dict(leaves(other.as_dict()))
+    return [
+        f"{key}: {_show(value)} -> {_show(values[key])}" for key, value in leaves(one.as_dict()) if values[key] != value
+    ]
+
+
+@contextmanager
+def kept_by_build(workspace: Workspace, choice: Choice) -> Iterator[None]:
+    """Write what a build remembers; one that is refused before it has built anything leaves what was there."""
+    path = workspace.config
+    if not choice.changes_memory:
+        yield
+        return
+    previous, built = path.read_text(encoding="utf-8") if path.is_file() else None, _built(workspace)
+    write(path, choice.kept)
+    try:
+        yield
+    except (UserError, ConfigError):
+        if _built(workspace) == built:
+            if previous is None:
+                remove_file(path)
+            else:
+                write_text(path, previous)
+        raise
+    if choice.before is None:
+        logger.info("configuration: remembered in %s; later commands in this workspace use it", path)
+
+
+def _built(workspace: Workspace) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in workspace.models.glob("*/ensemble.json")}
+
+
+def write(path: Path, config: Config) -> None:
+    """Write a configuration as one that is remembered."""
+    write_text(path, HEADER + as_yaml(config.as_dict() | {PROVENANCE: _provenance(config)}))
+
+
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """YAML that the configuration's own reader reads; short lists on one line."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+
+
+def is_used(path: Path, config: Config) -> bool:
+    """Whether a command without `--config` and `--set` has these values, the device aside."""
+    if not path.is_file():
+        return False
+    try:
+        remembered = load_config(path)
+    except ConfigError:
+        return False
+    return all(line.startswith("device: ") for line in differences(remembered, config))
+
+
+def origin_of(path: Path) -> tuple[str, str] | None:
+    """(file, SHA-256 of it) that a remembered configuration came from; None where it does not say."""
+    provenance = read_provenance(path)
+    file, digest = provenance.get("file"), provenance.get("sha256")
+    return (file, digest) if isinstance(file, str) and isinstance(digest, str) else None
+
+
+def _provenance(config: Config) -> dict[str, Any]:
+    known = origin_of(config.source)
+    file, digest = known or (str(config.source), _digest(config.source))
+    return {"file": file, "sha256": digest, "keys": dict(sorted(config.origins.items()))}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def _read(path: Path, names: Names, *, is_used: bool) -> Config | None:
+    """What is remembered. Raises ConfigError for a damaged file that the command would use."""
+    if not path.is_file():
+        return None
+    try:
+        return load_config(path, names=names)
+    except ConfigError as error:
+        if is_used:
+            raise ConfigError(
+                f"{error}\nThis is the configuration that the workspace remembers. Give another: --config FILE, "
+                f"which a building command remembers in its place; or remove {path}"
+            ) from error
+        logger.warning("%s; the remembered configuration is not compared", error)
+        return None
+
+
+def _tell(before: Config, given: Config, kept: Config, file: str | None, sets: Sequence[str], *, builds: bool) -> None:
+    """Say in one line what differs from what the workspace remembers."""
+    found = differences(before, given)
+    if not found:
+        return
+    words = "; ".join(found[:SHOWN]) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+    if file is None:
+        use = "for this command" + (", and recorded with what it builds" if builds else "")
+        how = f"--set {use}; to remember it: config --set {' --set '.join(sets)}"
+    elif kept is before:
+        how = f"--set, {'recorded with what this command builds' if builds else 'for this command alone'}"
+    else:
+        how = f"{file} {'replaces the remembered one' if builds else 'for this command alone'}"
+    logger.info("configuration: %s (%s)", how, words)
+
+
+def _tell_of_changed_file(path: Path, project: Path) -> None:
+    """Say that the file which the remembered configuration came from is another one now."""
+    known = origin_of(path)
+    if known is None:
+        return
+    file, digest = known
+    try:
+        found = find_config(file, project)
+    except ConfigError:  # it is gone, which what is remembered does not mind
+        return
+    if _digest(found) != digest:
+        logger.info(
+            "configuration: %s has changed since the workspace remembered it; to use it: --config %s", file, file
+        )
+
+
+def _show(value: object) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_show, value))}]"
+    return (
+        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    )

@@ -182,7 +182,7 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
         if options[_attribute(option)] is None:
             del options[_attribute(option)]
     for option, target in command.standalone:
-        if _attribute(option) in options:
+        if options.get(_attribute(option)):
             return _function(target)(**options)
     folder = common["--workspace"]
     if folder is not None:
@@ -196,7 +196,7 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
     if command.sandboxed:
         base_back.leave_workspace_unchanged()
     base_back.bind(common["--base-back"], folder)
-    chosen = _choose_config(common, builds=command.builds)
+    chosen = _choose_config(common, builds=command.builds, tells="--set" not in command.pass_through)
     config = chosen.config
     base_back.load_bundled("threads").prepare_environment(config.dataset.num_threads)  # before torch is imported
     if config.dataset.group_regex is not None:
@@ -224,7 +224,7 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
             raise errors.UserError(errors.describe_os_error(error, workspace.root)) from error
 
 
-def _choose_config(common: dict[str, Any], *, builds: bool) -> Choice:
+def _choose_config(common: dict[str, Any], *, builds: bool, tells: bool) -> Choice:
     """The configuration of a command: the file that is named, what the workspace remembers, or the default."""
     from utils.core import remembered
     from utils.core.workspace import remembered_config
@@ -238,6 +238,7 @@ def _choose_config(common: dict[str, Any], *, builds: bool) -> Choice:
         project=PROJECT,
         names={"runs.score_ensemble.methods": tuple(COMBINERS)},
         builds=builds,
+        tells=tells,
     )
 
 

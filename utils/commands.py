@@ -324,6 +324,28 @@ COMMANDS: dict[str, Command] = {
         },
         writes=("confirm", "temporary"),
     ),
+    "config": Command(
+        "utils.operations.configuration:show",
+        "print the configuration of the workspace with comments; --set changes what it remembers",
+        "config --explain runs.stacking.xgb_config.max_depth",
+        {
+            "--explain": {"metavar": "KEY", "help": "meaning, type, range and default of a key, and what it affects"},
+            "--schema": {"action": "store_true", "help": "print the JSON schema of a configuration file"},
+            "--init": {
+                "metavar": "FILE",
+                "nargs": "?",
+                "const": "my_ensemble.yaml",
+                "help": "write a file with every key, its default and a comment (default: %(const)s)",
+            },
+        },
+        writes=("set",),
+        pass_through=("--set",),
+        standalone=(
+            ("--explain", "utils.operations.configuration:explain"),
+            ("--schema", "utils.operations.configuration:schema"),
+            ("--init", "utils.operations.configuration:init"),
+        ),
+    ),
     "debug": Command(
         "ensemble_orchestrator:run_debug",
         "run each section on synthetic data or with your members; writes to debug_tmp/ only",

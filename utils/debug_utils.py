@@ -19,7 +19,8 @@ from typing import Any
 from utils import base_back
 from utils.core import caches, locks, subprocesses
 from utils.core.artifacts import write_json
-from utils.core.config import Backbones, Config
+from utils.core.config import Config
+from utils.core.config_sections import Backbones
 from utils.core.errors import ConfigError, UserError, did_you_mean
 from utils.core.results import Result
 from utils.core.workspace import Workspace

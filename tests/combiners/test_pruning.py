@@ -20,7 +20,8 @@ from utils.combiners.pruning import (
     ScoredSubset,
 )
 from utils.combiners.subset_search import BudgetError, Subset, SubsetProblem, greedy_forward
-from utils.core.config import Config, CostBudget
+from utils.core.config import Config
+from utils.core.config_sections import CostBudget
 from utils.numeric.metrics import accuracy, log_loss, softmax
 from utils.numeric.uniform_mixture import mixed_with_uniform
 

@@ -82,7 +82,7 @@ def test_the_quick_start_of_the_specification(trained, tmp_path, orchestrator):
 
 
 def test_the_full_configuration_builds_every_method_it_lists(own_copy, orchestrator):
-    done = orchestrator("build-ensemble", workspace=own_copy)
+    done = orchestrator("build-ensemble", "--config", "configs/ensemble_config.yaml", workspace=own_copy)
     assert done.returncode == 0, done.stderr
     assert "soft_voting_ensemble" in done.stdout
     assert "greedy_soup_CustomConvNeXt           built" in done.stdout

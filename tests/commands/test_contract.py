@@ -17,7 +17,8 @@ from in_process import run
 import ensemble_orchestrator as o
 from utils import commands
 from utils.core import errors
-from utils.core.config import Config, Section
+from utils.core.config import Config
+from utils.core.config_sections import Section
 from utils.inference import output_files
 
 PAGE = (PROJECT / "docs" / "contract.md").read_text()

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from utils.core.config import SPECIFIED, Config, Section, require_enabled, validate
+from utils.core.config import SPECIFIED, Config, require_enabled, validate
+from utils.core.config_sections import Section
 from utils.core.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]

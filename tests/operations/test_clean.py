@@ -78,7 +78,7 @@ def test_clean_temporary_removes_at_once_and_only_that(workspace):
     assert not training.exists()
     assert rubbish["predictions"].exists()
     assert base_own.exists()
-    with pytest.raises(ConfigError, match="takes neither"):
+    with pytest.raises(ConfigError, match="takes none"):
         clean(workspace, temporary=True, cache=True)
 
 

@@ -15,7 +15,8 @@ from utils.building.command_hints import build_command
 from utils.building.ensembles import Ensemble
 from utils.building.fitting import OutOfSampleRows
 from utils.combiners.protocol import NestedPredictions
-from utils.core.config import ALL, Config
+from utils.core.config import Config
+from utils.core.config_values import ALL
 from utils.core.errors import UserError, did_you_mean
 from utils.meta_methods import INPUT_METHODS, FuserInput
 from utils.predictions import fold_networks

@@ -12,7 +12,8 @@ from utils.building.builder_protocol import Build, Builder, Session, run, summar
 from utils.building.fitting import OutOfSampleRows
 from utils.building.inference_choice import Measurement
 from utils.combiners.protocol import MemberFacts
-from utils.core.config import ALL, Config, require_enabled
+from utils.core.config import Config, require_enabled
+from utils.core.config_values import ALL
 from utils.core.errors import LeakageError, UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace

@@ -17,7 +17,8 @@ from utils.combiners.pooled_members import PooledMembers
 from utils.combiners.pooling import PIECEWISE_CONSTANT
 from utils.combiners.protocol import Combiner, MemberFacts, unsaved
 from utils.combiners.subset_search import SEARCHES, CostLimit, Subset, SubsetProblem
-from utils.core.config import Config, CostBudget
+from utils.core.config import Config
+from utils.core.config_sections import CostBudget
 from utils.numeric import temperature
 from utils.numeric.candidate_losses import TIE_TOLERANCE, candidate_losses
 from utils.numeric.means import is_within_one_standard_error

@@ -21,7 +21,8 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from utils.core.config import FILE, SPECIFIED, Config, Runs, Section, of_workspace, validate
+from utils.core.config import FILE, SPECIFIED, Config, of_workspace, validate
+from utils.core.config_sections import Runs, Section
 from utils.core.errors import ConfigError, UserError, did_you_mean
 
 MOST_FILES, MOST_LINES = 10, 100  # shown of similar files and of problems

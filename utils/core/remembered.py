@@ -63,11 +63,12 @@ def choose(
     project: Path,
     names: Names,
     builds: bool,
+    tells: bool = True,
 ) -> Choice:
     """The configuration of a command in the workspace that remembers, or may come to remember, one at `path`.
 
-    `file` and `overrides` are those of the command line; `device` holds for this command alone. Raises ConfigError that
-    lists every problem.
+    `file` and `overrides` are those of the command line; `device` holds for this command alone. Differences are logged
+    where it `tells` them. Raises ConfigError that lists every problem.
     """
     before = _read(path, names, is_used=file is None)
     from_file = find_config(file or DEFAULT, project) if file is not None or before is None else path
@@ -83,8 +84,9 @@ def choose(
     else:
         plain = load_config(from_file, names=names)
         kept, unremembered = (plain if differences(before, plain) else before), sets
-    _tell(before, given, kept, file, sets, builds=builds)
-    if file is None:
+    if tells:
+        _tell(before, given, kept, file, sets, builds=builds)
+    if tells and file is None:
         _tell_of_changed_file(path, project)
     return Choice(of_workspace(config, overrides=unremembered, is_remembered=file is None), kept, before)
 
@@ -131,6 +133,17 @@ def write(path: Path, config: Config) -> None:
 def as_yaml(values: Mapping[str, Any]) -> str:
     """YAML that the configuration's own reader reads; short lists on one line."""
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+
+
+def as_flow(value: Any) -> str:
+    """One value as YAML on one line."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+    return text.strip().removesuffix("\n...").strip()
+
+
+def current(path: Path) -> Config | None:
+    """What is remembered at `path`; None where nothing is. Raises ConfigError for a damaged file."""
+    return load_config(path) if path.is_file() else None
 
 
 def is_used(path: Path, config: Config) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from utils.core import caches
 from utils.core.artifacts import link_file, read_json, write_json
-from utils.core.config import is_name
+from utils.core.config_values import is_name
 from utils.core.errors import UserError, did_you_mean
 from utils.core.links import require_no_symlink
 from utils.core.workspace import SPLITS, Workspace

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from utils.core.config import is_name
+from utils.core.config_values import is_name
 from utils.core.errors import UserError
 from utils.networks.preprocessing import Preprocessing
 

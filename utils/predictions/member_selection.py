@@ -6,7 +6,8 @@ import logging
 from collections.abc import Sequence
 
 from utils import base_back
-from utils.core.config import ALL, Config
+from utils.core.config import Config
+from utils.core.config_values import ALL
 from utils.core.errors import UserError, did_you_mean
 from utils.predictions import training_data
 from utils.predictions.catalog import Catalog, Member

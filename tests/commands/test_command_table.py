@@ -41,7 +41,8 @@ def test_every_reference_to_an_option_names_one_of_the_command(name):
     options = {attribute(option, settings) for option, settings in command.arguments.items()}
     assert set(command.one_of) | {option for option, _ in command.standalone} <= command.arguments.keys()
     assert set(command.pass_through) <= commands.COMMON_OPTIONS.keys()
-    assert isinstance(command.writes, bool) or set(command.writes) <= options
+    common = {option.removeprefix("--") for option in command.pass_through}
+    assert isinstance(command.writes, bool) or set(command.writes) <= options | common
     assert not command.arguments.keys() & commands.COMMON_OPTIONS.keys()
 
 

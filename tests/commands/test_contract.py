@@ -48,6 +48,7 @@ LINES = {
     "pipeline": ("pipeline",),
     "status": ("status",),
     "clean": ("clean",),
+    "config": ("config",),
 }
 """In this order each finds what it needs; what needs images has a workspace of its own."""
 WITH_IMAGES = {

@@ -16,6 +16,7 @@ from utils.core.config_file import load_config
 from utils.operations import configuration
 
 SHIPPED = sorted((PROJECT / "configs").glob("*.yaml"))
+QUICK = PROJECT / "configs" / "quick_ensemble.yaml"  # byte by byte what the specification's quick start writes
 
 
 def test_every_key_has_a_meaning_and_every_value_a_range():
@@ -103,7 +104,7 @@ def test_the_page_and_the_schema_are_those_of_the_models():
         assert (PROJECT / path).read_text() == made, f"{path}: run python scripts/configuration_page.py"
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [path for path in SHIPPED if path != QUICK], ids=lambda path: path.name)
 def test_editors_find_the_schema_of_a_shipped_file(path):
     assert path.read_text().splitlines()[0] == "# yaml-language-server: $schema=schema.json"
 

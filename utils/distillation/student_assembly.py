@@ -14,6 +14,7 @@ import numpy as np
 from utils.building import ensembles, fitting
 from utils.core import estimates
 from utils.core.artifacts import digest_of, write_json
+from utils.core.config_sections import Distillation
 from utils.core.links import remove_file
 from utils.discovery import discover
 from utils.distillation import expected_gain, student_comparison, students, teachers, unlabeled, verdicts
@@ -77,23 +78,10 @@ def build_student(
     trained, alone = trainings[0].student, trainings[0].alone
     facts = {
         "teacher": teacher.name,
-        "targets": {
-            "kind": kind,
-            "rows": target_sources.ROWS[kind],
-            "views": targets.batch_schedule.n_views,
-            "mix": targets.batch_schedule.mix,
-            "digest": targets.digest,
-            "unlabeled": 0 if unlabeled_split is None else len(unlabeled_split.paths),
-        },
-        "temperature": settings.temperature,
-        "alpha": settings.alpha,
+        "targets": _target_facts(targets, kind, 0 if unlabeled_split is None else len(unlabeled_split.paths)),
         "initial_weights": _initial_weights(store, student),
-        "seeds": settings.seeds,
-        "epochs": {STUDENT: len(trained.history), ALONE: len(alone.history)},
-        "history": {STUDENT: trained.history, ALONE: alone.history},
-        "threads": {STUDENT: trained.threads, ALONE: alone.threads},
         "expected_gain": expected,
-        "schedule_note": verdicts.schedule_note(alone.history, settings.epochs),
+        **_schedule_facts(settings, trained, alone),
     }
     if facts["schedule_note"]:
         logger.warning("%s: %s", student.ensemble, facts["schedule_note"])
@@ -101,14 +89,7 @@ def build_student(
     derived = store.catalog.members[student.member]
     _build_ensemble(store, student, teacher, derived, digest, facts)
     costs = student_comparison.measure_costs(store, teacher, derived)
-    probabilities = {
-        split: {
-            STUDENT: np.stack([each.probabilities[STUDENT][split] for each in trainings]),
-            ALONE: np.stack([each.probabilities[ALONE][split] for each in trainings]),
-        }
-        for split in STREAMED_SPLITS
-    }
-    verdict = student_comparison.compare_on_val(store, student, teacher, probabilities, costs)
+    verdict = student_comparison.compare_on_val(store, student, teacher, _probabilities(trainings), costs)
     record = facts | {
         "key": digest,
         "name": student.ensemble,
@@ -122,6 +103,41 @@ def build_student(
     write_json(store.workspace.distillation(student.ensemble) / "record.json", record)
     remove_progress(store.workspace.distillation(student.ensemble))
     return store
+
+
+def _target_facts(targets: StudentTargets, kind: str, unlabeled_images: int) -> dict[str, Any]:
+    from utils.distillation.target_sources import ROWS
+
+    return {
+        "kind": kind,
+        "rows": ROWS[kind],
+        "views": targets.batch_schedule.n_views,
+        "mix": targets.batch_schedule.mix,
+        "digest": targets.digest,
+        "unlabeled": unlabeled_images,
+    }
+
+
+def _schedule_facts(
+    settings: Distillation, trained: StudentTrainingResult, alone: StudentTrainingResult
+) -> dict[str, Any]:
+    return {
+        "temperature": settings.temperature,
+        "alpha": settings.alpha,
+        "seeds": settings.seeds,
+        "epochs": {STUDENT: len(trained.history), ALONE: len(alone.history)},
+        "history": {STUDENT: trained.history, ALONE: alone.history},
+        "threads": {STUDENT: trained.threads, ALONE: alone.threads},
+        "schedule_note": verdicts.schedule_note(alone.history, settings.epochs),
+    }
+
+
+def _probabilities(trainings: Sequence[_TrainedPair]) -> dict[str, dict[str, np.ndarray]]:
+    """{split: {arm: (seeds, N, C)}}"""
+    return {
+        split: {arm: np.stack([each.probabilities[arm][split] for each in trainings]) for arm in (STUDENT, ALONE)}
+        for split in STREAMED_SPLITS
+    }
 
 
 @dataclass(frozen=True)

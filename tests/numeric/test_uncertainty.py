@@ -57,7 +57,9 @@ def test_coverage_pooled_over_ten_resplits_is_as_promised(kind):
         low, high = found["coverage_interval"]
         assert found["mean_size"] > 1
     assert total == 3000
-    assert (low, high) == tuple(betabinom(300, 271, 30).ppf([0.025, 0.975]) / 300)
+    scores, _ = evaluated.nonconformity(kind)
+    by_rank = ((probabilities[second].argmax(axis=1) == labels[second]) & (scores > found["threshold"])).sum()
+    assert (low, high) == tuple((betabinom(300, 271, 30).ppf([0.025, 0.975]) + by_rank) / 300)
     assert low <= covered
     if kind != "aps":
         assert covered <= high
@@ -86,6 +88,23 @@ def test_probabilities_of_exactly_0_and_1_cover_everything_they_must():
 def test_too_few_rows():
     few = LabelledRows(*rows(np.random.default_rng(1), 8))
     assert uncertainty.conformal_metrics("lac", few, few) is None
+
+
+def test_rows_that_are_covered_by_rank_alone_raise_the_interval():
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(300):
+        parts = []
+        for _ in range(2):
+            logits = 20 * rng.normal(size=(360, 10))
+            labels = (rng.gumbel(size=logits.shape) + logits).argmax(axis=1)
+            parts.append(LabelledRows(softmax(logits), labels))
+        found = uncertainty.conformal_metrics("lac", *parts)
+        low, high = found["coverage_interval"]
+        assert high <= 1
+        inside += low <= found["coverage"] <= high
+    assert found["coverage"] > 0.92  # above the nominal 0.9: the most probable class is nearly always the true one
+    assert 0.92 <= inside / 300 <= 0.985
 
 
 def test_each_class_has_its_own_threshold_and_too_few_rows_are_said():

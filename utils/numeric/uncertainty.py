@@ -132,11 +132,12 @@ def prediction_sets(
     return sets
 
 
-def coverage_interval(calibrated: int, rows: int, alpha: float = ALPHA) -> list[float]:
+def coverage_interval(calibrated: int, rows: int, alpha: float = ALPHA, *, covered_by_rank: int = 0) -> list[float]:
     """Return the central 95 % interval of the coverage on `rows` new rows, given the number of calibration rows.
 
-    The number of covered rows is beta-binomial (Vovk 2012) for exchangeable rows and scores without ties; ties only
-    raise it.
+    The number of rows that the threshold covers is beta-binomial (Vovk 2012) for exchangeable rows and scores without
+    ties; ties only raise it. `covered_by_rank` rows are covered beside these, since the most probable class always is
+    in the set.
     """
     from scipy.special import betaln, gammaln
 
@@ -146,7 +147,8 @@ def coverage_interval(calibrated: int, rows: int, alpha: float = ALPHA) -> list[
     ways = gammaln(rows + 1) - gammaln(covered + 1) - gammaln(rows - covered + 1)
     density = np.exp(ways + betaln(covered + n_below, rows - covered + n_above) - betaln(n_below, n_above))
     cumulative = np.cumsum(density)
-    return [float(np.searchsorted(cumulative, quantile)) / rows for quantile in (0.025, 0.975)]
+    bounds = [int(np.searchsorted(cumulative, quantile)) + covered_by_rank for quantile in (0.025, 0.975)]
+    return [min(1.0, bound / rows) for bound in bounds]
 
 
 def _threshold_rank(rows: int, alpha: float) -> int:
@@ -186,13 +188,16 @@ def conformal_metrics(
         return None
     probabilities, labels = check_probabilities(evaluated.probabilities, evaluated.labels)
     sets = prediction_sets(kind, probabilities, limit, evaluated.uniforms)
+    covered = sets[np.arange(len(labels)), labels]
+    by_rank = int((covered & _is_beyond(kind, evaluated, limit)).sum())
     is_grouped = calibration.groups is not None or evaluated.groups is not None
+    interval = None if is_grouped else coverage_interval(len(truth), len(labels), alpha, covered_by_rank=by_rank)
     return {
         "alpha": alpha,
         "threshold": limit,
         "n": len(truth),
-        "coverage": float(sets[np.arange(len(labels)), labels].mean()),
-        "coverage_interval": None if is_grouped else coverage_interval(len(truth), len(labels), alpha),
+        "coverage": float(covered.mean()),
+        "coverage_interval": interval,
         "mean_size": float(sets.sum(axis=1).mean()),
     }
 
@@ -215,6 +220,7 @@ def class_conditional_metrics(
     thresholds = np.array([math.nan if limit is None else limit for limit in limits])
     sets = prediction_sets(kind, probabilities, thresholds, evaluated.uniforms)
     covered = sets[np.arange(len(labels)), labels]
+    by_rank = covered & _is_beyond(kind, evaluated, thresholds[labels])
     is_grouped = groups is not None or evaluated.groups is not None
     needed, unit = min_calibration_rows(alpha), "rows" if groups is None else "groups"
     by_class: dict[str, Any] = {}
@@ -223,16 +229,23 @@ def class_conditional_metrics(
         calibrated, rows = int(of_class.sum()), int((labels == index).sum())
         units = calibrated if groups is None else len(np.unique(groups[of_class]))
         too_few = f"too few {unit}: {units} val {unit}, and {alpha:g} needs {needed}; it is in every set"
-        is_measurable = rows > 0 and limits[index] is not None and not is_grouped
+        interval = None
+        if rows > 0 and limits[index] is not None and not is_grouped:
+            interval = coverage_interval(calibrated, rows, alpha, covered_by_rank=int(by_rank[labels == index].sum()))
         by_class[name] = {
             "threshold": limits[index],
             "n": calibrated,
             "coverage": float(covered[labels == index].mean()) if rows else None,
-            "coverage_interval": coverage_interval(calibrated, rows, alpha) if is_measurable else None,
+            "coverage_interval": interval,
             "note": too_few if limits[index] is None else None,
         }
     mean_size = float(sets.sum(axis=1).mean())
     return {"alpha": alpha, "mean_size": mean_size, "coverage": float(covered.mean()), "classes": by_class}
+
+
+def _is_beyond(kind: str, rows: LabelledRows, limits: float | Floats) -> NDArray[np.bool_]:
+    """Whether the score of each row's true class exceeds its threshold, bool (N,)."""
+    return np.asarray(rows.nonconformity(kind)[0] > limits + COUNT_TOLERANCE)
 
 
 def ood_scores(logits: ArrayLike) -> Floats:

@@ -161,12 +161,27 @@ COMMANDS: dict[str, Command] = {
         decodes=True,
     ),
     "evaluate": Command(
-        "utils.evaluation.evaluate:evaluate",
+        "utils.external_sets.command:evaluate",
         "score and rank members and ensembles, recommend one, and write the report",
         "evaluate --model-name soft_voting_ensemble",
         {
             "--split": {"choices": ("test", "val"), "default": "test", "help": "rows to score on (default: test)"},
             "--model-name": {"metavar": "NAME", "help": "score only this member or ensemble, or recommended"},
+            "--data": {
+                "metavar": "DIR|CSV",
+                "help": "score on labelled images from outside the workspace, beside the test split: a folder of class "
+                "folders, or a CSV manifest",
+            },
+            "--class-map": {
+                "metavar": "FILE",
+                "help": "with --data: CSV file external,workspace of classes of other names",
+            },
+            "--name": {"metavar": "NAME", "help": "with --data: name of the set (default: that of its folder or file)"},
+            "--missing": {
+                "choices": ("refuse", "ignore", "restrict"),
+                "help": "with --data: classes of one side alone are an error (default), are ignored, or beside that "
+                "probabilities are restricted to the shared classes",
+            },
             "--allow-contaminated": {
                 "action": "store_true",
                 "help": "with --model-name: score it even on rows that it was fitted on, and mark the result",

@@ -11,6 +11,8 @@ from utils.core.errors import UserError
 
 SPLITS = ("train", "val", "test")
 CONFIG_NAME = "config.yaml"
+EXTERNAL = "external-"
+"""Beginning of the split of an external set, whose images lie outside the workspace; the name of the set follows."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,11 @@ class Workspace:
         """Mean of the outputs of one member's fold networks on one split; what it depends on lies beside it."""
         return self.predictions(member, split) / "folds.npy"
 
+    def external_splits(self, member: str) -> list[str]:
+        """Splits of the external sets that one member has arrays of."""
+        folders = (self.all_predictions / member).glob(f"{EXTERNAL}*")
+        return sorted(folder.name for folder in folders if folder.is_dir())
+
     def oof(self, member: str) -> Path:
         """Validated out-of-fold predictions of one member."""
         return self.all_oof / f"{member}.npz"
@@ -273,6 +280,18 @@ class Workspace:
     def confusion_counts(self, metrics: Path) -> Path:
         """Counts of the confusion matrix that is too large for the `metrics.json` at `metrics`."""
         return metrics.with_name(f"{metrics.stem.replace('metrics', 'confusion_matrix')}.npz")
+
+    def external_set(self, name: str) -> Path:
+        """Scores on one external set: models in order, what was left out and how classes were matched."""
+        return self.scores / "external" / name / "external.json"
+
+    def external_sets(self) -> list[Path]:
+        """The records of all external sets that were evaluated, sorted by name."""
+        return sorted((self.scores / "external").glob("*/external.json"))
+
+    def external_metrics(self, external_set: str, model: str) -> Path:
+        """Scores of one model on an external set; of a member as `members/<member>`."""
+        return self.external_set(external_set).parent / model / "metrics.json"
 
     def label_issues(self, suffix: str) -> Path:
         """Labels that are likely to be wrong (csv), and how they were found (json)."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from utils.evaluation.scoring import ScoredModel
 from utils.numeric.means import paired_interval
-from utils.numeric.metrics import clipped_log, log_loss_per_row, softmax
+from utils.numeric.metrics import clipped_log, ece, log_loss_per_row, softmax
 from utils.numeric.temperature import fit_temperature
 from utils.numeric.uniform_mixture import mixed_with_uniform, uniform_weight
 
@@ -40,6 +40,8 @@ class CalibratedScores:
     """Divisor of the log-probabilities."""
     losses: np.ndarray
     """(N,), nats"""
+    ece: float
+    """Expected calibration error of the top class"""
 
 
 def calibrated_scores(
@@ -49,7 +51,8 @@ def calibrated_scores(
     temperature = fit_temperature(clipped_log(fitted_on.probabilities.astype(np.float64)), fitted_on.labels)
     tempered = softmax(clipped_log(probabilities.astype(np.float64)) / temperature)
     weight = uniform_weight(len(fitted_on.labels), probabilities.shape[1])
-    return CalibratedScores(temperature, log_loss_per_row(mixed_with_uniform(tempered, weight), labels))
+    calibrated = mixed_with_uniform(tempered, weight)
+    return CalibratedScores(temperature, log_loss_per_row(calibrated, labels), ece(calibrated, labels))
 
 
 class CalibratedLosses:
@@ -82,6 +85,11 @@ class CalibratedLosses:
             "delta_calibrated_log_loss": None if differences is None else float(differences.mean()),
             "delta_calibrated_log_loss_ci95": None if interval is None else list(interval),
         }
+
+    def ece(self, model: ScoredModel) -> float | None:
+        """Return the expected calibration error at the model's temperature; None without rows to fit it."""
+        scores = self._of(model)
+        return None if scores is None else scores.ece
 
     def _of(self, model: ScoredModel) -> CalibratedScores | None:
         if model.name not in self._scores:

@@ -67,9 +67,9 @@ def evaluate(
     ConfigError for options outside (0, 1); ContaminatedError where the model named was fitted on evaluated rows, unless
     `allow_contaminated`.
     """
-    options = _options(alpha, target_risk, wanted_error, class_conditional)
+    options = uncertainty_options(alpha, target_risk, wanted_error, class_conditional)
     store = Store(config, workspace, catalog.load(workspace))
-    saved, apart = _saved(config, workspace, model_name)
+    saved, apart = listed_ensembles(config, workspace, model_name)
     ensembles = {name: entry.ensemble for name, entry in saved.items()}
     selected = member_selection.select(store.catalog, config)
     members = scoring.members_to_score(store.catalog, selected, ensembles)
@@ -113,16 +113,22 @@ def evaluate(
     return _write_report(config, report_sources.from_evaluation(workspace, inputs, results), result)
 
 
-def _saved(config: Config, workspace: Workspace, model_name: str | None) -> tuple[dict[str, SavedEnsemble], list[str]]:
+def listed_ensembles(
+    config: Config, workspace: Workspace, model_name: str | None
+) -> tuple[dict[str, SavedEnsemble], list[str]]:
     """The saved ensembles that the configuration asks for, or that are named, and the names of the others."""
     saved = evaluation_inputs.read_ensembles(workspace)
     apart = [name for name in listing.unlisted(workspace, config) if name != model_name]
     return {name: entry for name, entry in saved.items() if name not in apart}, apart
 
 
-def _options(
-    alpha: float, target_risk: float, wanted_error: float | None, class_conditional: bool
+def uncertainty_options(
+    alpha: float = UncertaintyOptions.alpha,
+    target_risk: float = UncertaintyOptions.target_risk,
+    wanted_error: float | None = None,
+    class_conditional: bool = False,
 ) -> UncertaintyOptions:
+    """Return the options as they are typed. Raises ConfigError for fractions outside (0, 1)."""
     if wanted_error is not None:
         logger.warning("evaluate: --wanted-error is deprecated; use --target-risk %g instead", wanted_error)
         target_risk = wanted_error

@@ -52,15 +52,11 @@ def compute(inputs: EvaluationInputs) -> EvaluationResults:
     name = inputs.settings.model_name
     if name is not None:
         _require(inputs, by_name, name)
-    recommended = _recommended(inputs)
+    recommended = recommendation_of(inputs)
     models = [model for model in inputs.models if model.kind == "ensemble" or model.name in inputs.ranked]
     if name is not None:
         models = [by_name[name]]
-    references = {
-        "vs_best_single": by_name.get(recommended["best_single"]),
-        "vs_soft_voting": by_name.get(SOFT_VOTING) or _plain_mean(inputs),
-    }
-    context = score_records.EvaluationContext(inputs, models, references)
+    context = score_records.EvaluationContext(inputs, models, references(inputs, recommended["best_single"]))
     metrics = {model.name: score_records.metrics_record(model, context) for model in models}
     suspicions = [
         problem for model in models if model.name in inputs.declared for problem in _suspicions(inputs, model)
@@ -123,7 +119,16 @@ def _scores(probabilities: np.ndarray, labels: np.ndarray, groups: np.ndarray | 
     return Scores(len(labels), hits, of_groups, len(of_groups))
 
 
-def _recommended(inputs: EvaluationInputs) -> dict[str, Any]:
+def references(inputs: EvaluationInputs, best_single: str | None) -> dict[str, ScoredModel | None]:
+    """{vs_best_single, vs_soft_voting: the model that others are compared with on the same rows}."""
+    by_name = {model.name: model for model in inputs.models}
+    return {
+        "vs_best_single": None if best_single is None else by_name.get(best_single),
+        "vs_soft_voting": by_name.get(SOFT_VOTING) or _plain_mean(inputs),
+    }
+
+
+def recommendation_of(inputs: EvaluationInputs) -> dict[str, Any]:
     """The recommendation; without a name where one model that has no out-of-sample rows is evaluated alone."""
     try:
         return recommendation.recommend_among(

@@ -20,7 +20,7 @@ from utils.evaluation.report_sources import ReportSources
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 3  # raised whenever the same records would give another page
+VERSION = 4  # raised whenever the same records would give another page
 TEMPLATES = Path(__file__).with_name("templates")
 KEY = re.compile(rb'<meta name="inputs" content="([0-9a-f]{64})">')
 HEAD_BYTES = 4096  # that hold the key
@@ -54,6 +54,7 @@ def inputs_digest(config: Config, workspace: Workspace, split: str) -> str:
     files = [workspace.ranking(split), workspace.catalog]
     files += sorted(workspace.scores.rglob(workspace.ranking(split).name.replace("ranking", "metrics")))
     files += sorted(workspace.models.glob("*/ensemble.json"))
+    files += workspace.external_sets() if split == "test" else []
     # By their names within the workspace, so that a page stays current when the workspace moves.
     texts = [
         (os.path.relpath(path, workspace.root), path.read_bytes().decode("utf-8", "replace"))
@@ -65,12 +66,14 @@ def inputs_digest(config: Config, workspace: Workspace, split: str) -> str:
 
 def render(config: Config, sources: ReportSources, key: str) -> str:
     """The page as one HTML text, with the digest of its records as its key."""
-    from utils.evaluation import report_learned, report_sections, report_summary
+    from utils.evaluation import report_external, report_learned, report_sections, report_summary
     from utils.evaluation.report_data import report_data
 
     data = report_data(sources)
     members, learned = report_sections.members(data), report_learned.learned(data)
-    empty = {anchor for anchor, content in (("members", members), ("learned", any(_rows(learned)))) if not content}
+    sets = report_external.read_sets(data.workspace) if data.split == "test" else []
+    shown = {"members": members, "learned": any(_rows(learned)), "external": sets}
+    empty = {anchor for anchor, content in shown.items() if not content}
     context = {
         "key": key,
         "title": f"{config.project.name}: evaluation report",
@@ -89,6 +92,7 @@ def render(config: Config, sources: ReportSources, key: str) -> str:
         "uncertainty": report_sections.uncertainty(data),
         "errors": report_sections.errors(data),
         "max_open_classes": report_sections.MAX_OPEN_CLASSES,
+        "external": [report_external.section(record) for record in sets],
         "members": members,
         "learned": learned if any(_rows(learned)) else None,
         "doubt": data.ranking.get("label_issues"),
@@ -123,6 +127,7 @@ def _sections() -> list[tuple[str, str]]:
         ("calibration", "Calibration"),
         ("uncertainty", "Uncertainty"),
         ("errors", "Errors"),
+        ("external", "External sets"),
         ("members", "Members"),
         ("learned", "Combiners"),
         ("images", "Images"),

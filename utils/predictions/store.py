@@ -72,6 +72,14 @@ class Store:
         store.config = config
         return store
 
+    def with_images(self, images: ImageSplit) -> Store:
+        """The store with one more split, of images outside the workspace; the catalog on disk does not list it."""
+        store = copy(self)
+        facts = {"n": len(images.paths), "digest": images.digest}
+        store.catalog = replace(self.catalog, splits={**self.catalog.splits, images.split: facts})
+        store._images = {**self._images, images.split: images}
+        return store
+
     def images(self, split: str) -> ImageSplit:
         """The images of a split on disk. Raises UserError if they have changed since discovery, or there are none."""
         if not self.catalog.has_images:
@@ -286,10 +294,11 @@ class Store:
     def _files(self, name: str) -> list[Path]:
         """What may be stored for a member, records before what they describe."""
         files = []
-        for split in SPLITS:
+        splits = (*SPLITS, *self.workspace.external_splits(name))
+        for split in splits:
             folder = self.workspace.predictions(name, split)
             files += [folder / "record.json", *(folder / f"{array}.npy" for array in ARRAYS)]
-        for stem in (*SPLITS, IN_SAMPLE_TRAIN):
+        for stem in (*splits, IN_SAMPLE_TRAIN):
             files += [self.workspace.embeddings_record(name, stem), self.workspace.embeddings(name, stem)]
         return [*files, self.workspace.oof(name)]
 

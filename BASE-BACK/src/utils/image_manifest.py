@@ -61,7 +61,7 @@ class Manifest:
     """Columns that have no meaning here."""
 
 
-def read_manifest_file(path: Path) -> Manifest:
+def read_manifest_file(path: Path, *, fewest_classes: int = 2) -> Manifest:
     """Read a manifest and the `labels.txt` beside it, if any. Raises ManifestError for whatever is wrong with them."""
     records = _records(path)
     header_line, header = next(records, (1, []))
@@ -79,7 +79,7 @@ def read_manifest_file(path: Path) -> Manifest:
     _require_files(path, rows)
     _require_once(path, rows)
     _require_whole_groups(path, rows)
-    classes = _classes(path, rows)
+    classes = _classes(path, rows, fewest_classes)
     return Manifest(path, tuple(rows), classes, tuple(name for name in header if name not in columns))
 
 
@@ -267,7 +267,7 @@ def _require_whole_groups(path: Path, rows: Sequence[ManifestRow]) -> None:
             )
 
 
-def _classes(path: Path, rows: Sequence[ManifestRow]) -> tuple[str, ...]:
+def _classes(path: Path, rows: Sequence[ManifestRow], fewest_classes: int) -> tuple[str, ...]:
     first: dict[str, ManifestRow] = {}
     for row in rows:
         first.setdefault(row.label, row)
@@ -292,7 +292,7 @@ def _classes(path: Path, rows: Sequence[ManifestRow]) -> tuple[str, ...]:
         if other is not row:
             problem = f"label {label!r} differs from {other.label!r} in line {other.line} in case or encoding only"
             raise _problem(path, row.line, problem, "use one spelling for one class")
-    if len(first) < 2:
+    if len(first) < fewest_classes:
         raise ManifestError(f"{path}: one class only ({rows[0].label!r}); expected at least two classes")
     return tuple(listed or sorted(first))
 

@@ -71,14 +71,15 @@ class ImageSet:
         return hashlib.sha256(repr((self.classes, rows)).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def open_image_set(source: Path) -> ImageSet:
+def open_image_set(source: Path, *, fewest_classes: int = 2) -> ImageSet:
     """List the images of a folder or of a CSV manifest.
 
+    A set to train on needs two classes; one that is only scored may have one (`fewest_classes`).
     Raises FileNotFoundError for a source that does not exist, `ImageSetError` or `ManifestError`, both ValueErrors, for
     one that is no image set; the text names a folder nearby that is.
     """
     if source.is_file():
-        return _of_manifest(source)
+        return _of_manifest(source, fewest_classes)
     if not source.is_dir():
         near = get_close_matches(source.name, _entries(source.parent), n=1)
         hint = f"; did you mean {source.parent / near[0]}?" if near else "."
@@ -86,7 +87,7 @@ def open_image_set(source: Path) -> ImageSet:
     folders = _split_folders(source)
     if folders is not None:
         return _of_split_folders(source, folders)
-    return _of_class_folders(source)
+    return _of_class_folders(source, fewest_classes)
 
 
 def _entries(folder: Path) -> list[str]:
@@ -96,12 +97,12 @@ def _entries(folder: Path) -> list[str]:
 # class folders -------------------------------------------------------------------------------------------------------
 
 
-def _of_class_folders(source: Path) -> ImageSet:
+def _of_class_folders(source: Path, fewest_classes: int) -> ImageSet:
     folders = class_folders(source)
     empty = [name for name in folders if not image_names(source / name)]
     if len(empty) == len(folders):
         raise ImageSetError(f"{source}: {_contents(source, folders)}{_near_image_set(source, folders)} {EXPECTED}")
-    if len(folders) < 2:
+    if len(folders) < fewest_classes:
         raise ImageSetError(
             f"{source}: found one class only ({folders[0]!r}); expected one folder per class and at least two classes"
         )
@@ -203,11 +204,11 @@ def _of_split_folders(source: Path, folders: dict[str, Path]) -> ImageSet:
 # a manifest ----------------------------------------------------------------------------------------------------------
 
 
-def _of_manifest(source: Path) -> ImageSet:
+def _of_manifest(source: Path, fewest_classes: int) -> ImageSet:
     if source.suffix.lower() != ".csv":
         advice = " Unpack it first." if source.suffix.lower() in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar") else ""
         raise ImageSetError(f"{source}: a file that is no CSV manifest.{advice} {EXPECTED}")
-    manifest = read_manifest_file(source)
+    manifest = read_manifest_file(source, fewest_classes=fewest_classes)
     label_of = {name: label for label, name in enumerate(manifest.classes)}
     ids = _sample_ids(manifest.rows)
     order = sorted(range(len(ids)), key=lambda row: (label_of[manifest.rows[row].label], ids[row]))

@@ -1,0 +1,62 @@
+"""The command `evaluate`: on a split of the workspace or, with `--data`, on an external set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from utils.core.config import Config
+from utils.core.errors import ConfigError
+from utils.core.results import Result
+from utils.core.workspace import Workspace
+
+
+def evaluate(
+    config: Config,
+    workspace: Workspace,
+    *,
+    data: str | None = None,
+    class_map: str | None = None,
+    name: str | None = None,
+    missing: str | None = None,
+    force: bool = False,
+    **options: Any,
+) -> Result:
+    """Evaluate on the external set `data`, or on a split; further `options` are those of `evaluation.evaluate`.
+
+    Raises ConfigError for options that belong to `--data` without it.
+    """
+    from utils.evaluation import evaluate as own
+
+    if data is None:
+        given = {"--class-map": class_map, "--name": name, "--missing": missing}
+        if wrong := [option for option, value in given.items() if value is not None]:
+            raise ConfigError(f"evaluate {' '.join(wrong)}: expected together with --data DIR or --data FILE.csv")
+        return own.evaluate(config, workspace, **options, force=force)
+    from utils.evaluation.evaluation_inputs import EvaluationSettings
+    from utils.external_sets import class_matching, external_inputs
+    from utils.external_sets.evaluate_external import ExternalRequest, evaluate_external
+    from utils.external_sets.labelled_images import set_name
+
+    allow_contaminated = bool(options.get("allow_contaminated"))
+    external_inputs.require_options(options.get("split", "test"), allow_contaminated=allow_contaminated)
+    uncertainty = own.uncertainty_options(
+        **{key: options[key] for key in ("alpha", "target_risk", "wanted_error", "class_conditional") if key in options}
+    )
+    settings = EvaluationSettings(
+        "test",
+        options.get("model_name"),
+        False,
+        config.runs.score_ensemble.optimization_metric,
+        config.seed,
+        uncertainty,
+    )
+    source = Path(data).expanduser()
+    request = ExternalRequest(
+        source,
+        None if class_map is None else Path(class_map).expanduser(),
+        set_name(source, name),
+        missing or class_matching.REFUSE,
+        force,
+    )
+    return evaluate_external(config, workspace, request, settings)

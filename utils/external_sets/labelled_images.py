@@ -1,0 +1,116 @@
+"""The images of an external set, in any form that the base pipeline reads: class folders, given splits, a manifest."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils import base_back
+from utils.core.artifacts import FileDigests, digest_of
+from utils.core.errors import ConfigError, UserError
+from utils.core.workspace import EXTERNAL
+from utils.predictions.image_splits import ImageSplit
+
+logger = logging.getLogger("disease_pipeline")
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+PREDICT = "Images without labels are classified by: python ensemble_orchestrator.py predict"
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images with the classes that their source names."""
+
+    source: Path
+    classes: tuple[str, ...]
+    """Of the source"""
+    names: tuple[str, ...]
+    """Path of each image below the source, with `/`"""
+    labels: np.ndarray
+    """int64 (N,), indices into `classes`"""
+    paths: tuple[Path, ...]
+    contents: tuple[str, ...]
+    """SHA-256 of each file"""
+    groups: tuple[str | None, ...]
+    """Name of each image's group, where the source gives one"""
+    unreadable: Mapping[str, str]
+    """{image: reason} of files that cannot be read, which are none of the N"""
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> LabelledImages:
+        """Some of the images."""
+        return LabelledImages(
+            self.source,
+            self.classes,
+            tuple(self.names[row] for row in rows),
+            self.labels[rows],
+            tuple(self.paths[row] for row in rows),
+            tuple(self.contents[row] for row in rows),
+            tuple(self.groups[row] for row in rows),
+            self.unreadable,
+        )
+
+    def counts(self) -> dict[str, int]:
+        """{class of the source: number of images}."""
+        counts = np.bincount(self.labels, minlength=len(self.classes)).tolist()
+        return dict(zip(self.classes, counts, strict=True))
+
+    def as_split(self, name: str, classes: tuple[str, ...], labels: np.ndarray) -> ImageSplit:
+        """The images as the split of an external set, with labels (N,) among other classes."""
+        labels = labels.astype(np.int64)
+        digest = digest_of([list(classes), list(self.names), list(self.contents), labels.tolist()])
+        return ImageSplit(EXTERNAL + name, classes, self.names, labels, self.paths, self.contents, digest)
+
+
+def read_labelled_images(source: Path, digests: FileDigests) -> LabelledImages:
+    """List a folder or a CSV manifest; all of its splits count as one set.
+
+    Raises UserError for what holds no labelled images.
+    """
+    image_sets = base_back.load_bundled("image_sets")
+    try:
+        listed = image_sets.open_image_set(source, fewest_classes=1)
+    except (OSError, ValueError) as error:
+        raise UserError(f"evaluate --data {error}. {PREDICT}") from error
+    for note in listed.notes:
+        logger.warning("evaluate --data: %s", note)
+    kept, contents, unreadable = [], [], {}
+    for row, (sample, name) in enumerate(zip(listed.samples, listed.names, strict=True)):
+        try:
+            contents.append(digests.of(sample.path))
+            kept.append(row)
+        except (OSError, ValueError) as error:
+            unreadable[name] = getattr(error, "strerror", None) or str(error)
+    samples = [listed.samples[row] for row in kept]
+    return LabelledImages(
+        source,
+        tuple(listed.classes),
+        tuple(listed.names[row] for row in kept),
+        np.array([sample.label for sample in samples], dtype=np.int64),
+        tuple(sample.path for sample in samples),
+        tuple(contents),
+        tuple(sample.group for sample in samples),
+        unreadable,
+    )
+
+
+def set_name(source: Path, requested: str | None) -> str:
+    """The name of a set: the requested one, or that of its folder or manifest.
+
+    Raises ConfigError for a requested name that cannot be the name of a folder.
+    """
+    if requested is not None:
+        if not NAME.fullmatch(requested):
+            raise ConfigError(
+                f"evaluate --name {requested!r}: expected at most 64 letters, digits and '._-', such as field_2024"
+            )
+        return requested
+    stem = source.name
+    if source.suffix.lower() == ".csv":
+        stem = source.stem if source.stem.lower() != "metadata" else source.absolute().parent.name
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:64]
+    return name or "external"

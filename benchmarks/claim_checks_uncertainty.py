@@ -105,7 +105,9 @@ def check_familiarity(workspace: SimulatedWorkspace, random: np.random.Generator
         scored = [_scores(softmax_of(drawn.logits[0]), drawn.labels, drawn.groups) for drawn in splits]
         unseen = {name: scores for name, scores in zip(("val", "test"), scored, strict=True) if scores is not None}
         hits, n = [hits_of(drawn)[0] for drawn in splits], len(splits[0].labels)
-        p_value = out_of_fold.higher_accuracy_p_value(*({"accuracy": hit.mean(), "n": n} for hit in hits))
+        units = [n if drawn.groups is None else len(np.unique(drawn.groups)) for drawn in splits]
+        compared = [{"accuracy": hit.mean(), "n": count} for hit, count in zip(hits, units, strict=True)]
+        p_value = out_of_fold.higher_accuracy_p_value(*compared)
         issues = find_label_issues(softmax_of(splits[0].logits[0]), splits[0].labels)
         return {
             "ood": None if summary is None else summary["energy"]["beyond"],

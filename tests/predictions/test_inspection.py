@@ -18,6 +18,8 @@ from utils.predictions import catalog, extraction, inspection
 from utils.predictions.store import Store
 
 __all__ = ["config", "workspace"]
+ALONE = {"train": None, "val": None}
+"""Numbers of groups of a workspace in which every image is one."""
 SURPLUS = "the network has 7 outputs"
 
 
@@ -120,11 +122,16 @@ def test_saturated_honest_predictions_pass(workspace, config):
 def test_predictions_that_beat_val_beyond_chance_are_suspected(workspace, config):
     discover.discover(config, workspace)
     member = catalog.read(workspace).members[NAME]
-    measured = {"n": 100, "accuracy": 0.8}
-    (problem,) = inspection.oof_accuracy_problems(replace(member, oof={"rows": 1000}), 0.95, measured, remedy="do this")
+    with_rows, measured = replace(member, oof={"rows": 1000}), {"n": 100, "accuracy": 0.8}
+
+    def problems(accuracy, groups):
+        return inspection.oof_accuracy_problems(with_rows, accuracy, measured, remedy="do this", groups=groups)
+
+    (problem,) = problems(0.95, ALONE)
     assert (problem.code, problem.severity) == ("oof_suspected", "warning")
     assert problem.remedy.endswith("do this")
-    assert not inspection.oof_accuracy_problems(replace(member, oof={"rows": 1000}), 0.88, measured, remedy="do this")
+    assert not problems(0.88, ALONE)
+    assert not problems(0.95, {"train": 100, "val": 10})  # rows of a group may be right or wrong together
 
 
 @pytest.mark.parametrize("kind", ["bundled", "external"])
@@ -136,7 +143,7 @@ def test_every_remedy_names_the_base_back_that_is_mounted(workspace, config, mon
     facts = {"equal": 9, "told": 10, "refolded": {"fold0": [3, 4]}, "unreadable": []}
     found = inspection.leakage_problems(workspace, member, facts)
     remedy = catalog.kfold_remedy(workspace, member)
-    found += inspection.oof_accuracy_problems(member, 0.95, {"n": 100, "accuracy": 0.5}, remedy=remedy)
+    found += inspection.oof_accuracy_problems(member, 0.95, {"n": 100, "accuracy": 0.5}, remedy=remedy, groups=ALONE)
     assert [problem.code for problem in found] == ["oof_in_sample", "oof_fold_disagrees", "oof_suspected"]
     external = "--base-back '/some where/BASE-BACK' " if kind == "external" else ""
     command = f"--stages kfold --backbones {NAME} {external}--workspace {workspace.base}"

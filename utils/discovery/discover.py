@@ -335,7 +335,9 @@ def _with_measurements(inspector: Inspector, member: Member) -> tuple[Member, li
     is_refused = any(problem.code in inspection.REFUSING for problem in leakage)
     if measured and member.oof is not None and not is_refused:
         remedy = catalog.kfold_remedy(inspector.workspace, member)
-        leakage += inspection.oof_accuracy_problems(member, member.oof["accuracy"], measured, remedy=remedy)
+        groups = {split: inspector.units(split) for split in ("train", "val")}
+        accuracy = member.oof["accuracy"]
+        leakage += inspection.oof_accuracy_problems(member, accuracy, measured, remedy=remedy, groups=groups)
     if catalog.is_declared(inspector.workspace, member):
         leakage += inspection.training_problems(inspector, member)
     oof = member.oof and {**member.oof, "checked": comparison is not None}

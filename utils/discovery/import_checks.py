@@ -83,7 +83,10 @@ def check_member(name: str, parts: Mapping[str, ImportedPart], oof_path: str) ->
         }
     member = replace(member, oof=oof, recorded_accuracy=None if measured is None else measured["accuracy"])
     if oof is not None and measured is not None:
-        problems += inspection.oof_accuracy_problems(member, oof["accuracy"], measured, remedy="Make oof.npz again")
+        independent = {"train": None, "val": None}  # a workspace's groups are not known to imported predictions
+        problems += inspection.oof_accuracy_problems(
+            member, oof["accuracy"], measured, remedy="Make oof.npz again", groups=independent
+        )
     return CheckedMember(member, used, tuple(problems))
 
 

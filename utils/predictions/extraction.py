@@ -18,7 +18,7 @@ from utils.core import engines, estimates
 from utils.core.artifacts import preallocate, replacing
 from utils.core.links import remove_file
 from utils.networks.checkpoints import reading_ahead
-from utils.predictions import catalog, image_splits, inspection, streaming, training_data
+from utils.predictions import catalog, image_splits, inspection, row_groups, streaming, training_data
 from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.store import Store, embeddings_name
 from utils.predictions.streaming import OutputBatch
@@ -64,7 +64,8 @@ def ensure(store: Store, members: Sequence[Member], splits: Sequence[str]) -> No
         logger.info("[%d/%d] streamed %s over %s; about %.0f s left", number, len(missing), member.name, gaps, left)
     val_rows = {member.name: store.rows(member, "val") for member, gaps in missing if "val" in gaps}
     outputs = {name: (rows.logits, rows.labels) for name, rows in val_rows.items()}
-    store.catalog = inspection.record_val_measurements(store.workspace, store.catalog, store.digests, outputs)
+    groups = {split: row_groups.count_groups(store, split) if outputs else None for split in ("train", "val")}
+    store.catalog = inspection.record_val_measurements(store.workspace, store.catalog, store.digests, outputs, groups)
     store.digests.save()
 
 

@@ -227,13 +227,19 @@ def with_extra_outputs_checked(
 
 
 def oof_accuracy_problems(
-    member: Member, oof_accuracy: float, facts: Mapping[str, Any], *, remedy: str
+    member: Member, oof_accuracy: float, facts: Mapping[str, Any], *, remedy: str, groups: Mapping[str, int | None]
 ) -> list[Problem]:
-    """A warning if out-of-fold accuracy exceeds val accuracy significantly, one-sided at 0.001."""
+    """A warning if out-of-fold accuracy exceeds val accuracy significantly, one-sided at 0.001.
+
+    `groups` holds the number of groups of train and val; None where every image is a group of its own.
+    """
     if "error" in facts or member.oof is None:
         return []
     rows = {"accuracy": oof_accuracy, "n": member.oof["rows"]}
-    p_value = out_of_fold.higher_accuracy_p_value(rows, facts)
+    p_value = out_of_fold.higher_accuracy_p_value(
+        {"accuracy": oof_accuracy, "n": groups["train"] or rows["n"]},
+        {"accuracy": facts["accuracy"], "n": groups["val"] or facts["n"]},
+    )
     if p_value >= out_of_fold.BEYOND_CHANCE:
         return []
     message = (
@@ -367,10 +373,12 @@ def record_val_measurements(
     current: Catalog,
     digests: FileDigests,
     outputs: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    groups: Mapping[str, int | None],
 ) -> Catalog:
     """Measure members by val logits that were computed for another purpose; writes and returns the updated catalog.
 
-    `outputs` is {member: (logits (N, C) in the catalog's class order, labels (N,))} over all val rows. New problems are
+    `outputs` is {member: (logits (N, C) in the catalog's class order, labels (N,))} over all val rows, `groups` the
+    number of groups of train and val, or None where every image is a group of its own. New problems are
     logged as warnings; those of an earlier measurement are replaced. The caller saves `digests`. Raises UserError for a
     member that cannot be used, after the catalog is written.
     """
@@ -382,7 +390,7 @@ def record_val_measurements(
         problems += measured_problems(current.classes, member, facts)
         if member.oof is not None and member.oof.get("accuracy") is not None:
             problems += oof_accuracy_problems(
-                member, member.oof["accuracy"], facts, remedy=catalog.kfold_remedy(workspace, member)
+                member, member.oof["accuracy"], facts, remedy=catalog.kfold_remedy(workspace, member), groups=groups
             )
     unusable = {str(problem.member): problem.message for problem in problems if problem.severity == "error"}
     members = {name: replace(m, usable=m.usable and name not in unusable) for name, m in current.members.items()}

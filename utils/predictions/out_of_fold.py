@@ -116,7 +116,9 @@ def count_equal_rows(kind: str, stored: np.ndarray, logits: np.ndarray, *, toler
 def higher_accuracy_p_value(better: Mapping[str, float], other: Mapping[str, float]) -> float:
     """One-sided p value of the hypothesis that `better` and `other`, each {accuracy, n}, have equal accuracies.
 
-    Two-proportion z test with the pooled proportion; 1 if all rows are right or all are wrong.
+    Two-proportion z test with the pooled proportion; 1 if all rows are right or all are wrong. `n` is the number of
+    independent observations: of groups, where rows come in groups, as if all rows of a group were right or wrong
+    together.
     """
     n, m = better["n"], other["n"]
     pooled = (better["accuracy"] * n + other["accuracy"] * m) / (n + m)

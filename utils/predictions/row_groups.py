@@ -44,3 +44,9 @@ def row_groups_of(workspace: Workspace, group_regex: str | None, images: ImageSp
     names = [recorded.get(sample_id) for sample_id in images.sample_ids]
     groups: np.ndarray = grouping.group_indices(images.sample_ids, images.contents, group_regex, names)
     return groups if len(np.unique(groups)) < len(groups) else None
+
+
+def count_groups(store: Store, split: str) -> int | None:
+    """Number of groups of the images of a split; None where every image is a group of its own."""
+    groups = row_groups_of(store.workspace, store.config.dataset.group_regex, store.images(split))
+    return None if groups is None else len(np.unique(groups))

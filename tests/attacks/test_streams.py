@@ -108,3 +108,25 @@ def test_names_do_not_command_the_terminal(folder, tmp_path):
         assert not set(shown) & {"\x1b", "\x9b", "\u202e"}
         assert "\\x1b[" in shown
     assert ESCAPES in (tmp_path / "\x1b[31m.csv").read_text()  # a file keeps the names, by which it is joined
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")
+@pytest.mark.parametrize(("output", "code"), [("full", 1), ("broken", 0)])
+def test_the_delivered_program_ends_in_words(folder, output, code):
+    words = [sys.executable, str(PROJECT / "utils" / "inference" / "onnx_prediction.py"), str(folder / NAME[:3])]
+    if output == "full":
+        with open("/dev/full", "wb") as stdout:
+            done = subprocess.run(
+                [*words, "--model", str(folder / "model.onnx")], stdout=stdout, stderr=subprocess.PIPE, check=False
+            )
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(
+            [*words, "--model", str(folder / "model.onnx")], stdout=writer, stderr=subprocess.PIPE, check=False
+        )
+        os.close(writer)
+    told = done.stderr.decode()
+    assert done.returncode == code, told
+    assert "Traceback" not in told
+    assert ("standard output cannot be written" in told) == (output == "full")

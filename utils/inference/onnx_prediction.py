@@ -429,20 +429,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"predict: {error}", file=sys.stderr)
         return 1
     problems = row_problems(probabilities)
+    for index, problem in problems.items():
+        print(f"predict: {files[index]}: {problem}", file=sys.stderr)
+    rows = [
+        (path, row) for index, (path, row) in enumerate(zip(files, probabilities, strict=True)) if index not in problems
+    ]
+    try:
+        _print_rows(model.classes, rows, as_json=options.json)
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush at its end
+        if isinstance(error, BrokenPipeError):  # the reader has what it wanted, as in `| head`
+            return 0
+        print(f"predict: standard output cannot be written: {error.strerror or error}", file=sys.stderr)
+        return 1
+    return 1 if problems else 0
+
+
+def _print_rows(classes: Sequence[str], rows: Sequence[tuple[Path, np.ndarray]], *, as_json: bool) -> None:
     table = csv.writer(sys.stdout, lineterminator="\n")
-    if not options.json:
-        table.writerow(["file", "class", *model.classes])
-    for index, (path, row) in enumerate(zip(files, probabilities.tolist(), strict=True)):
-        if index in problems:
-            print(f"predict: {path}: {problems[index]}", file=sys.stderr)
-            continue
-        best = model.classes[int(np.argmax(row))]
-        if options.json:
-            by_class = dict(zip(model.classes, row, strict=True))
+    if not as_json:
+        table.writerow(["file", "class", *classes])
+    for path, row in rows:
+        best = classes[int(np.argmax(row))]
+        if as_json:
+            by_class = dict(zip(classes, row.tolist(), strict=True))
             print(json.dumps({"file": str(path), "class": best, "probabilities": by_class}, ensure_ascii=False))
         else:
-            table.writerow([path, best, *(f"{value:.6g}" for value in row)])
-    return 1 if problems else 0
+            table.writerow([path, best, *(f"{value:.6g}" for value in row.tolist())])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 .SUFFIXES:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-browser test-newest test-all crash fuzz bench lint clean-environment
+.PHONY: help setup demo test test-slow test-browser test-newest test-all crash fuzz bench lint wheel tflite clean-environment
 .NOTPARALLEL: # two test runs at once would share the cores
 
 PYTHON ?= python3
@@ -32,7 +32,7 @@ setup: ## make .venv and install requirements.txt; does nothing when that is don
 	@$(PYTHON) scripts/environment.py
 
 demo: setup ## train, combine and compare networks, from nothing to a report
-	@$(IN_ENVIRONMENT) scripts/demo.py $(if $(filter-out 0,$(QUICK)),--quick) \
+	@$(IN_ENVIRONMENT) ensemble_orchestrator.py demo $(if $(filter-out 0,$(QUICK)),--quick) \
 		$(if $(filter-out 0,$(SMALL)),--small) $${DEMO_DATA:+--data} $${DEMO_DATA:+"$$DEMO_DATA"} $(ARGS)
 
 test: setup ## run the fast tests
@@ -65,8 +65,14 @@ lint: setup ## check style, layers of packages, unused code and types
 	@$(IN_ENVIRONMENT) -m ruff format --check .
 	@.venv/bin/lint-imports --no-logo
 	@$(IN_ENVIRONMENT) -m vulture
-	@$(IN_ENVIRONMENT) -m mypy utils ensemble_orchestrator.py
+	@$(IN_ENVIRONMENT) -m mypy utils ensemble_system ensemble_orchestrator.py
 	@cd BASE-BACK/src && ../../$(IN_ENVIRONMENT) -m mypy --config-file ../../pyproject.toml .
 
-clean-environment: ## remove .venv and .venv-newest
-	rm -rf .venv .venv-newest
+wheel: setup ## build the installable package into dist/
+	@$(IN_ENVIRONMENT) -m hatchling build -t wheel
+
+tflite: ## make .venv-tflite with the converter and the interpreters of TFLite files, which export finds
+	@$(PYTHON) scripts/environment.py --environment .venv-tflite --requirements scripts/requirements-tflite.txt
+
+clean-environment: ## remove .venv, .venv-newest and .venv-tflite
+	rm -rf .venv .venv-newest .venv-tflite

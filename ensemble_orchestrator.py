@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from utils.commands import COMMANDS, COMMON_OPTIONS, PIPELINE_STAGES, REMEMBERED_OPTIONS, REPEATED_OPTIONS
-from utils.core import display_text, errors, subprocesses, terminal
+from utils.core import display_text, errors, program_names, subprocesses, terminal
 
 if TYPE_CHECKING:
     from utils.core.config import Config
@@ -53,13 +53,31 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         super().error(display_text.printable_lines(message))
 
+    def format_help(self) -> str:
+        return program_names.as_typed(super().format_help())
+
+    def format_usage(self) -> str:
+        return program_names.as_typed(super().format_usage())
+
+
+class _Version(argparse.Action):
+    """Prints the version of the package; it is looked up only where it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from ensemble_system import __version__
+
+        parser.exit(message=f"ensemble-system {__version__}\n")
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser for the commands and options of `utils.commands`."""
     parser = _Parser(
-        prog="ensemble_orchestrator.py",
+        prog=program_names.as_typed("ensemble_orchestrator.py"),
         description="Combine trained image classifiers into ensembles and measure what that gains.",
         epilog="Start: python ensemble_orchestrator.py discover",
+    )
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="show the version and exit"
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
@@ -126,6 +144,20 @@ def run_debug(
     return debug_utils.debug(config, workspace, commands=COMMANDS, section=section, verbose=verbose, **options)
 
 
+def print_completion(shell: str) -> Result:
+    """The script by which a shell completes the words of `ensemble-system`; UserError where shtab is not installed."""
+    from utils.core.results import Result
+
+    try:
+        import shtab
+    except ImportError as error:
+        raise errors.UserError("completion needs the package shtab. Install it: pip install shtab") from error
+    parser = build_parser()
+    parser.prog = "ensemble-system"
+    script = shtab.complete(parser, shell)
+    return Result(script, {"shell": shell, "script": script})
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     try:
@@ -184,6 +216,11 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
     for option, target in command.standalone:
         if options.get(_attribute(option)):
             return _function(target)(**options)
+    if command.is_standalone:
+        del options["force"]
+        return _function(command.target)(
+            **options, **{_attribute(option): common[option] for option in command.pass_through}
+        )
     folder = common["--workspace"]
     if folder is not None:
         folder = str(Path(folder).expanduser().absolute())

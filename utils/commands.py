@@ -29,6 +29,8 @@ class Command(NamedTuple):
     """Options of which exactly one is required."""
     standalone: tuple[tuple[str, str], ...] = ()
     """(option, function called instead of the target); needs no configuration, workspace or BASE-BACK."""
+    is_standalone: bool = False
+    """Whether the target itself needs none of these; it is called with its options alone."""
 
 
 DEBUG_SECTIONS = (
@@ -387,6 +389,31 @@ COMMANDS: dict[str, Command] = {
         writes=False,
         sandboxed=True,
         pass_through=("--verbose",),
+    ),
+    "demo": Command(
+        "utils.operations.demo:demo",
+        "train networks on photographs or scanned digits, combine and score them, and write the report",
+        'demo --data "my leaves"',
+        {
+            "--data": {
+                "metavar": "PATH",
+                "help": "folder with one folder of images per class, or train, val and test of such folders, or a CSV "
+                "manifest (default: scikit-learn's handwritten digits)",
+            },
+            "--quick": {"action": "store_true", "help": "fewer networks, and two folds instead of three"},
+            "--small": {"action": "store_true", "help": "with --data: train the small networks as well"},
+        },
+        writes=False,
+        pass_through=("--workspace", "--json"),
+        is_standalone=True,
+    ),
+    "completion": Command(
+        "ensemble_orchestrator:print_completion",
+        "print the completion script of a shell for the command ensemble-system",
+        "completion bash",
+        {"shell": {"choices": ("bash", "zsh"), "help": "shell that reads the script"}},
+        writes=False,
+        is_standalone=True,
     ),
 }
 PIPELINE_STAGES: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from importlib import import_module
 
 import pytest
@@ -18,7 +19,7 @@ def attribute(option: str, settings: dict) -> str:
 
 @pytest.mark.parametrize("name", commands.COMMANDS)
 def test_the_example_of_a_command_is_a_valid_command_line(name):
-    example = commands.COMMANDS[name].example.split()
+    example = shlex.split(commands.COMMANDS[name].example)
     assert example[0] == name
     assert vars(ensemble_orchestrator.build_parser().parse_args(example))["command"] == name
 
@@ -29,10 +30,12 @@ def test_the_function_of_a_command_takes_its_options(name):
     module, function = command.target.split(":")
     signature = inspect.signature(getattr(import_module(module), function))
     keywords = {attribute(option, settings): None for option, settings in command.arguments.items()}
-    keywords |= {option.removeprefix("--"): None for option in ("--force", *command.pass_through)}
+    common = command.pass_through if command.is_standalone else ("--force", *command.pass_through)
+    keywords |= {option.removeprefix("--"): None for option in common}
     for option, _ in command.standalone:
         keywords.pop(attribute(option, command.arguments[option]))
-    assert signature.bind(None, None, **keywords).kwargs.keys() == keywords.keys()
+    positional = () if command.is_standalone else (None, None)
+    assert signature.bind(*positional, **keywords).arguments.keys() >= keywords.keys()
 
 
 @pytest.mark.parametrize("name", commands.COMMANDS)

@@ -20,7 +20,19 @@ def test_tflite_without_its_tools_is_skipped_with_the_install_command(monkeypatc
     monkeypatch.setenv("DBT_TFLITE_PYTHON", str(tmp_path / "no-python"))
     entry = export_formats.write_tflite(None, "it", tmp_path, tmp_path)
     assert entry["status"] == "skipped"
-    assert "pip install torch litert-torch" in entry["reason"]
+    assert entry["reason"].endswith("Install: make tflite")
+
+
+def test_the_environment_of_make_tflite_is_found(monkeypatch, tmp_path):
+    monkeypatch.delenv("DBT_TFLITE_PYTHON", raising=False)
+    monkeypatch.setattr(tflite_conversion, "ENVIRONMENT", tmp_path)
+    assert tflite_conversion.python_interpreter() == sys.executable
+    (tmp_path / "bin").mkdir()
+    own = fake_python(tmp_path / "bin" / "python", "print(['litert_torch', 'ai_edge_litert'])")
+    assert tflite_conversion.python_interpreter() == own
+    assert tflite_conversion.missing_tools() is None
+    monkeypatch.setenv("DBT_TFLITE_PYTHON", "another")
+    assert tflite_conversion.python_interpreter() == "another"
 
 
 @pytest.mark.parametrize(

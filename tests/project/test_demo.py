@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import PROJECT, run_python
 
+import ensemble_orchestrator
 from utils.core.config_file import load_config
+from utils.operations import demo
 
-sys.path.insert(0, str(PROJECT / "scripts"))
-import demo
+
+def typed(*words: str) -> int:
+    """Run `ensemble_orchestrator.py demo WORDS` here; returns the exit code."""
+    try:
+        return ensemble_orchestrator.main(["demo", *words])
+    except SystemExit as end:
+        return end.code
 
 
 def test_a_data_folder_has_one_workspace_of_its_own(tmp_path):
@@ -35,21 +43,20 @@ def test_the_images_of_all_splits_are_counted(tmp_path):
     assert demo.count_images(tmp_path) == 4
 
 
-def test_the_digits_are_written_once_and_whole(tmp_path, capsys):
+def test_the_digits_are_written_once_and_whole(tmp_path):
     folder = tmp_path / "Data"
-    demo.write_digits(folder)
+    assert demo.write_digits(folder)
     files = sorted(folder.glob("*/*.png"))
     assert len(files) == 1797
     assert sorted(path.name for path in folder.iterdir()) == [str(digit) for digit in range(10)]
     before = files[0].stat().st_mtime_ns
-    demo.write_digits(folder)
+    assert not demo.write_digits(folder)
     assert files[0].stat().st_mtime_ns == before
-    assert "written: 1797 handwritten digits" in capsys.readouterr().out
     assert not list(tmp_path.glob(".digits*"))
 
 
 def test_a_missing_folder_is_named_and_leaves_no_workspace():
-    done = run_python("scripts/demo.py", "--data", "/nowhere/at all")
+    done = run_python("ensemble_orchestrator.py", "demo", "--data", "/nowhere/at all")
     assert done.returncode == 1
     assert done.stderr.count("/nowhere/at all: no such folder or file") == 1
     assert not demo.workspace_of(Path("/nowhere/at all")).exists()
@@ -57,10 +64,10 @@ def test_a_missing_folder_is_named_and_leaves_no_workspace():
 
 def test_the_programs_are_run_with_the_users_folder_and_a_failure_ends_the_demo(tmp_path, monkeypatch):
     steps = []
-    monkeypatch.setattr(demo, "run", lambda step, batch_size=0: steps.append(step) or "--folds" in step)
+    monkeypatch.setattr(demo, "run", lambda step, **_: steps.append(step) or "--folds" in step)
     monkeypatch.setattr(demo, "PROJECT", tmp_path)
     (tmp_path / "my leaves" / "a").mkdir(parents=True)
-    assert demo.main(["--quick", "--data", str(tmp_path / "my leaves")]) == 1
+    assert typed("--quick", "--data", str(tmp_path / "my leaves")) == 1
     assert len(steps) == 2
     assert all(step[step.index("--data") + 1] == str(tmp_path / "my leaves") for step in steps)
     assert steps[0][-2:] == ["--stages", "split"]
@@ -68,21 +75,21 @@ def test_the_programs_are_run_with_the_users_folder_and_a_failure_ends_the_demo(
 
 
 def test_something_left_out_is_passed_on_as_4_and_the_report_is_the_last_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "run", lambda step, batch_size=0: 4 if "main.py" in step[0] else 0)
+    monkeypatch.setattr(demo, "run", lambda step, **_: 4 if "main.py" in step[0] else 0)
     monkeypatch.setattr(demo, "PROJECT", tmp_path)
     (tmp_path / "leaves" / "a").mkdir(parents=True)
-    assert demo.main(["--data", str(tmp_path / "leaves")]) == 4
+    assert typed("--data", str(tmp_path / "leaves")) == 4
     workspace = demo.workspace_of(tmp_path / "leaves")
     assert capsys.readouterr().out.splitlines()[-1] == str(workspace / "ensembles" / "report" / "index.html")
 
 
 def test_the_quick_demo_shortens_settings_that_there_are(tmp_path, monkeypatch):
     steps = []
-    monkeypatch.setattr(demo, "run", lambda step, batch_size=0: steps.append(step) or 0)
+    monkeypatch.setattr(demo, "run", lambda step, **_: steps.append(step) or 0)
     monkeypatch.setattr(demo, "PROJECT", tmp_path)
     (tmp_path / "leaves" / "a").mkdir(parents=True)
     for quick in (["--quick"], []):
-        assert demo.main([*quick, "--data", str(tmp_path / "leaves")]) == 0
+        assert typed(*quick, "--data", str(tmp_path / "leaves")) == 0
     assert [step.count("--set") for step in steps] == [0, 0, len(demo.QUICK_SETTINGS), 0, 0, 0]
     config = load_config(PROJECT / "configs" / "digits_demo.yaml")
     shorter = load_config(PROJECT / "configs" / "digits_demo.yaml", overrides=demo.QUICK_SETTINGS)
@@ -94,11 +101,11 @@ def test_the_quick_demo_shortens_settings_that_there_are(tmp_path, monkeypatch):
 def steps_of(monkeypatch, tmp_path, *options, wheels=True):
     """The programs that the demo runs, by what they are for."""
     steps = []
-    monkeypatch.setattr(demo, "run", lambda step, batch_size=0: steps.append(step) or 0)
+    monkeypatch.setattr(demo, "run", lambda step, **_: steps.append(step) or 0)
     monkeypatch.setattr(demo, "PROJECT", tmp_path)
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: object() if wheels else None)
     (tmp_path / "leaves" / "a").mkdir(parents=True, exist_ok=True)
-    assert demo.main([*options]) == 0
+    assert typed(*options) == 0
     return steps[1:-1], steps[-1]
 
 
@@ -139,3 +146,17 @@ def test_the_settings_of_the_photographs_build_of_every_member_and_distil_nothin
     assert config.backbones.include == "all"
     assert not config.distillation.enable
     assert config.runs.fusion.enable
+
+
+def test_a_workspace_may_be_named_and_standard_output_then_holds_one_document(tmp_path, monkeypatch, capsys):
+    steps = []
+    monkeypatch.setattr(demo, "run", lambda step, **options: steps.append((step, options)) or 0)
+    assert typed("--workspace", str(tmp_path / "w"), "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "workspace": str(tmp_path / "w"),
+        "report": str(tmp_path / "w" / "ensembles" / "report" / "index.html"),
+        "failures": [],
+    }
+    assert len(list((tmp_path / "w" / "Data").glob("*/*.png"))) == 1797
+    assert all(step[step.index("--workspace") + 1] == str(tmp_path / "w") for step, _ in steps)
+    assert all(options["output"] is sys.stderr for _, options in steps)

@@ -40,6 +40,12 @@ def test_every_orchestrator_line_is_understood(line):
     assert all(path.is_file() for path in named)
 
 
+@pytest.mark.parametrize("line", commands("ensemble-system "))
+def test_every_line_of_the_installed_command_is_understood(line):
+    parsed = ensemble_orchestrator.build_parser().parse_args(shlex.split(line)[1:])
+    assert parsed.command in ensemble_orchestrator.COMMANDS
+
+
 @pytest.mark.parametrize("line", commands("python BASE-BACK/src/main.py"))
 def test_every_base_pipeline_line_is_understood(line):
     code = "import sys; sys.path.insert(0, 'BASE-BACK/src'); import main; main.build_parser().parse_args(sys.argv[1:])"

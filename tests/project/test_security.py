@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from conftest import PROJECT
 
-FOLDERS = ("utils", "BASE-BACK/src", "scripts")
+FOLDERS = ("utils", "ensemble_system", "BASE-BACK/src", "scripts")
 SOURCES = [PROJECT / "ensemble_orchestrator.py"]
 SOURCES += sorted(path for folder in FOLDERS for path in (PROJECT / folder).rglob("*.py") if "tests" not in path.parts)
 RUNNING = {"eval", "exec", "compile", "__import__"}

@@ -20,12 +20,12 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "environment.py"
 VERBS = [
     *("help", "setup", "demo", "test", "test-slow", "test-browser", "test-newest", "test-all"),
-    *("crash", "fuzz", "bench", "lint", "clean-environment"),
+    *("crash", "fuzz", "bench", "lint", "wheel", "tflite", "clean-environment"),
 ]
 
 
-def requirement_lines() -> list[str]:
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+def requirement_lines(file: str = "requirements.txt") -> list[str]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
@@ -81,8 +81,15 @@ def test_the_two_lists_of_requirements_are_one():
     assert [line.split("#")[0].strip() for line in requirement_lines()] == listed
 
 
+def test_make_tflite_installs_the_extra_and_torch():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    torch = next(line for line in project["dependencies"] if line.startswith("torch>"))
+    listed = [torch, *project["optional-dependencies"]["tflite"]]
+    assert [line.split("#")[0].strip() for line in requirement_lines("scripts/requirements-tflite.txt")] == listed
+
+
 def test_every_requirement_is_a_range_with_its_reason():
-    for line in requirement_lines():
+    for line in [*requirement_lines(), *requirement_lines("scripts/requirements-tflite.txt")]:
         assert re.fullmatch(r"[a-z0-9-]+>=[0-9.]+,<[0-9.]+ +# \w.{5,}", line), line
 
 
@@ -339,8 +346,8 @@ def clone(tmp_path):
     shutil.copy(ROOT / "Makefile", folder)
     (folder / ".venv" / "bin" / "python").symlink_to(sys.executable)
     show = "import json, sys\nprint(json.dumps(sys.argv))\n"
-    for name in ("environment.py", "demo.py"):
-        (folder / "scripts" / name).write_text(show, encoding="utf-8")
+    for name in ("scripts/environment.py", "ensemble_orchestrator.py"):
+        (folder / name).write_text(show, encoding="utf-8")
     return folder
 
 
@@ -375,7 +382,7 @@ def test_make_alone_lists_the_verbs(clone):
 def test_demo_sets_up_first_and_hands_its_variables_on(clone, arguments, expected):
     environment, demo = map(json.loads, make(clone, "demo", *arguments))
     assert environment == ["scripts/environment.py"]
-    assert demo == ["scripts/demo.py", *expected]
+    assert demo == ["ensemble_orchestrator.py", "demo", *expected]
     assert not (clone / "canary").exists()
 
 
@@ -413,4 +420,4 @@ def test_test_all_runs_every_kind_of_test_one_after_another(clone):
 def test_clean_environment_removes_the_environments_alone(clone):
     shows_its_arguments(clone / ".venv-newest" / "bin" / "python", "newest")
     make(clone, "clean-environment")
-    assert sorted(path.name for path in clone.iterdir()) == ["Makefile", "scripts"]
+    assert sorted(path.name for path in clone.iterdir()) == ["Makefile", "ensemble_orchestrator.py", "scripts"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
+from utils.core.program_names import as_typed
+
 NOT_MEASURED = "not measured"
 _INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 _HARMLESS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"  # which some scripts are written with
@@ -20,8 +22,12 @@ def printable(text: object) -> str:
 
 
 def printable_lines(text: object) -> str:
-    """The text with its lines and tabs, each line made `printable`; for everything that reaches a terminal."""
-    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in str(text).split("\n"))
+    """The text with its lines and tabs, each line made `printable`; for everything that reaches a terminal.
+
+    Commands in it are shown as the user types them (`program_names.as_typed`).
+    """
+    lines = as_typed(str(text)).split("\n")
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in lines)
 
 
 def _shown(letter: str) -> str:

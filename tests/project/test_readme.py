@@ -1,9 +1,17 @@
-"""What README shows can be typed: verbs of the Makefile, commands and options of the programs, files that exist."""
+"""What README and the pages of docs/ show can be typed: verbs of the Makefile, commands and options of the programs.
+
+Every link leads to a file, and every anchor to a heading.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 import shlex
+import shutil
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import pytest
 from conftest import PROJECT, run_python
@@ -11,8 +19,16 @@ from conftest import PROJECT, run_python
 import ensemble_orchestrator
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-LINES = [line.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").rglob("*.md"))]
+PAGES = [page for page in PAGES if not {"_build", "generated"} & set(page.parts)]
+OWN_PAGES = [
+    *PAGES,
+    *(PROJECT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "tests/README.md")),
+]
+BLOCKS = [
+    block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+]
+LINES = [re.split(" #| > ", line)[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 VERBS = set(re.findall(r"^([a-z-]+):.*## ", (PROJECT / "Makefile").read_text(), re.MULTILINE))
 
 
@@ -58,6 +74,83 @@ def test_every_command_is_shown():
     assert shown == set(ensemble_orchestrator.COMMANDS)
 
 
-def test_every_file_that_is_linked_exists():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (PROJECT / target).exists(), target
+def test_readme_is_short():
+    assert README.count("\n") <= 150
+
+
+def test_every_page_is_in_the_contents_of_the_site():
+    index = (PROJECT / "docs" / "index.md").read_text(encoding="utf-8")
+    named = {line for block in re.findall(r"```\{toctree\}\n(.*?)```", index, re.DOTALL) for line in block.split()}
+    pages = {page.relative_to(PROJECT / "docs").with_suffix("").as_posix() for page in PAGES[1:]}
+    assert pages - {"index"} <= named
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as hosts of repositories and Sphinx make links of them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", OWN_PAGES, ids=lambda page: page.relative_to(PROJECT).as_posix())
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\((?!http|generated/)([^)\s]+)\)", text):
+        file, _, anchor = target.partition("#")
+        path = page.parent / file if file else page
+        if "generated" in path.parts:
+            continue
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
+
+
+def site_module(name: str):
+    spec = spec_from_file_location(name, PROJECT / "docs" / f"{name}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_site_has_a_page_for_each_command_with_its_options(tmp_path):
+    pages = site_module("reference_pages")
+    pages.write(tmp_path / "generated")
+    for name, command in ensemble_orchestrator.COMMANDS.items():
+        page = (tmp_path / "generated" / "commands" / f"{name}.md").read_text(encoding="utf-8")
+        shown = {option for option, how in command.arguments.items() if how.get("help") != argparse.SUPPRESS}
+        assert shown | ensemble_orchestrator.COMMON_OPTIONS.keys() == set(
+            re.findall(r"^\| `([\w-]+)", page, re.MULTILINE)
+        )
+    assert not re.search(r"%\(\w+\)", "".join(path.read_text() for path in (tmp_path / "generated/commands").iterdir()))
+
+
+def test_links_to_pages_outside_the_folder_lead_to_their_copies_on_the_site():
+    led = site_module("reference_pages").with_site_links
+    assert led("[how](../../CONTRIBUTING.md)", "guides/export") == "[how](../generated/project/CONTRIBUTING.md)"
+    assert led("[x](../configs/votes.yaml)", "scale") == "x (`configs/votes.yaml`)"
+    assert led("[x](docs/contract.md#options)", "generated/project/SECURITY") == "[x](../../contract.md#options)"
+    assert led("[x](contract.md) ![y](../z.png)", "scale") == "[x](contract.md) ![y](../z.png)"
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("myst_parser")
+    pytest.importorskip("furo")
+    shutil.copytree(
+        PROJECT, tmp_path / "project", ignore=shutil.ignore_patterns(".*", "tests", "benchmarks", "workspaces")
+    )
+    command = ("-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "docs", "site")
+    done = run_python(*command, cwd=tmp_path / "project")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "project" / "site" / "generated" / "commands" / "predict.html").is_file()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_its_first_cell_to_its_last(built, tmp_path):
+    notebook = json.loads((PROJECT / "docs/notebooks/first_look.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    (tmp_path / "cells.py").write_text("\n\n".join(cells), encoding="utf-8")
+    environment = {"ENSEMBLE_WORKSPACE": str(built), "PYTHONPATH": str(PROJECT), "MPLBACKEND": "Agg"}
+    done = run_python(str(tmp_path / "cells.py"), environment=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "recommended: " in done.stdout
+    assert all(cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code"), "outputs are stored"

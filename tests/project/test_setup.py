@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "environment.py"
 VERBS = [
     *("help", "setup", "demo", "test", "test-slow", "test-browser", "test-newest", "test-all"),
-    *("crash", "fuzz", "bench", "lint", "wheel", "tflite", "clean-environment"),
+    *("crash", "fuzz", "bench", "lint", "docs", "wheel", "tflite", "clean-environment"),
 ]
 
 

@@ -35,7 +35,8 @@ def test_the_function_of_a_command_takes_its_options(name):
     for option, _ in command.standalone:
         keywords.pop(attribute(option, command.arguments[option]))
     positional = () if command.is_standalone else (None, None)
-    assert signature.bind(*positional, **keywords).arguments.keys() >= keywords.keys()
+    bound = signature.bind(*positional, **keywords)
+    assert bound.arguments.keys() | bound.kwargs.keys() >= keywords.keys()
 
 
 @pytest.mark.parametrize("name", commands.COMMANDS)

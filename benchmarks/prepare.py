@@ -234,7 +234,7 @@ def keep(file: Path) -> None:
     from utils.predictions.rows import align
     from utils.predictions.store import Store
 
-    config, place = load_config(CONFIG, overrides=["device=cpu"]), base_back.open_workspace()
+    config, place = load_config(CONFIG, overrides=["device=cpu", "backbones.include=all"]), base_back.open_workspace()
     known = catalog.load(place)
     members = member_selection.select(known, config)
     store = Store(config, place, known)

@@ -178,6 +178,10 @@ COMMANDS: dict[str, Command] = {
                 "metavar": "FILE",
                 "help": "with --data: CSV file external,workspace of classes of other names",
             },
+            "--from-export": {
+                "metavar": "DIR|FILE",
+                "help": "with --data: score an exported .onnx file, or that of an export's folder",
+            },
             "--name": {"metavar": "NAME", "help": "with --data: name of the set (default: that of its folder or file)"},
             "--missing": {
                 "choices": ("refuse", "ignore", "restrict"),

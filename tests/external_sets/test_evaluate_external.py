@@ -208,3 +208,55 @@ def test_options_of_external_sets_need_data(workspace, options):
 @pytest.mark.parametrize("options", [("--split", "val"), ("--name", "../up"), ("--name", "")])
 def test_options_that_do_not_fit_are_usage_errors(workspace, field, options):
     assert evaluate(workspace, field, *options).code == 2
+
+
+@pytest.fixture(scope="module")
+def exported(workspace):
+    """The folder of an exported ensemble."""
+    name = NAMES[0]
+    options = ("--model-name", name, "--formats", "onnx", "--set", "exports.enable=true")
+    done = run("export", *options, *DEMO, workspace=workspace)
+    assert done.code == 0, done.stderr
+    return workspace / "deployment_models" / name
+
+
+def test_an_exported_file_has_the_scores_of_its_ensemble(workspace, field, exported):
+    name = exported.name
+    own = evaluate(workspace, field, "--model-name", name)
+    done = evaluate(workspace, field, "--from-export", exported)
+    assert done.code == 0, done.stderr
+    assert {row["name"]: row["kind"] for row in done.document["rows"]} == {
+        name: "ensemble",
+        f"{name}.onnx": "export",
+    } | {row["name"]: row["kind"] for row in own.document["rows"]}
+    folder = scores(workspace) / "external" / "field"
+    record = read(folder / "exports" / f"{name}.onnx" / "metrics.json")
+    expected = read(folder / name / "metrics.json")
+    for key in ("accuracy", "f1_macro", "log_loss", "calibration_temperature", "calibrated_log_loss"):
+        assert record[key] == pytest.approx(expected[key], abs=1e-4)
+    assert record["conformal"]["lac"]["threshold"] == expected["conformal"]["lac"]["threshold"]
+    assert record["external"]["drop"]["log_loss"]["test"] == pytest.approx(
+        expected["external"]["drop"]["log_loss"]["test"], abs=1e-4
+    )
+    assert all(key in record["notes"] for key, value in record.items() if value is None)
+
+
+def test_a_file_that_is_no_export_of_the_workspace_promises_nothing(workspace, field, exported, tmp_path):
+    file = tmp_path / "foreign.onnx"
+    shutil.copyfile(exported / "onnx" / f"{exported.name}.onnx", file)
+    done = evaluate(workspace, field, "--from-export", file, "--name", "foreign")
+    assert done.code == 0, done.stderr
+    record = read(scores(workspace) / "external" / "foreign" / "exports" / "foreign.onnx" / "metrics.json")
+    assert record["conformal"] is None
+    assert record["unknown_training_data"] == ["foreign.onnx"]
+    assert done.document["rows"][0]["rank"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [(("--from-export", "none.onnx"), 1), (("--from-export", "x", "--model-name", "CustomConvNeXt"), 2)],
+)
+def test_exports_that_cannot_be_scored_are_refused(workspace, field, options, code):
+    done = evaluate(workspace, field, *options)
+    assert done.code == code
+    assert "--from-export" in done.stderr

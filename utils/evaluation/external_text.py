@@ -22,9 +22,10 @@ HEADER = (
 )
 
 
-def as_text(record: Mapping[str, Any]) -> str:
-    """A table of all models, then sentences on the recommended one, or on the only one."""
-    return "\n".join([*about_the_set(record), *_table(record), *_about_the_model(record)])
+def as_text(record: Mapping[str, Any], scored: Sequence[str]) -> str:
+    """A table of all models, then sentences on the recommended one, or on the one that alone was `scored` now."""
+    focus = scored[0] if len(scored) == 1 else focus_of(record)
+    return "\n".join([*about_the_set(record), *_table(record), *_about_the_model(record, focus)])
 
 
 def focus_of(record: Mapping[str, Any]) -> str:
@@ -102,8 +103,7 @@ def _bounds(interval: Sequence[float] | None, sign: str = "") -> str:
     return "" if interval is None else f" [{interval[0]:{sign}.4f}, {interval[1]:{sign}.4f}]"
 
 
-def _about_the_model(record: Mapping[str, Any]) -> list[str]:
-    name = focus_of(record)
+def _about_the_model(record: Mapping[str, Any], name: str) -> list[str]:
     is_recommended = name == record["recommended"]
     lines = [f"{name}{', which is recommended by out-of-sample rows alone' if is_recommended else ''}:"]
     lines += [f"  {sentence}" for sentence in sentences(record, name)]

@@ -19,6 +19,7 @@ def evaluate(
     class_map: str | None = None,
     name: str | None = None,
     missing: str | None = None,
+    from_export: str | None = None,
     force: bool = False,
     **options: Any,
 ) -> Result:
@@ -29,7 +30,7 @@ def evaluate(
     from utils.evaluation import evaluate as own
 
     if data is None:
-        given = {"--class-map": class_map, "--name": name, "--missing": missing}
+        given = {"--class-map": class_map, "--name": name, "--missing": missing, "--from-export": from_export}
         if wrong := [option for option, value in given.items() if value is not None]:
             raise ConfigError(f"evaluate {' '.join(wrong)}: expected together with --data DIR or --data FILE.csv")
         return own.evaluate(config, workspace, **options, force=force)
@@ -39,6 +40,8 @@ def evaluate(
     from utils.external_sets.labelled_images import set_name
 
     allow_contaminated = bool(options.get("allow_contaminated"))
+    if from_export is not None and options.get("model_name") is not None:
+        raise ConfigError("evaluate --from-export: not together with --model-name; the file is the model")
     external_inputs.require_options(options.get("split", "test"), allow_contaminated=allow_contaminated)
     uncertainty = own.uncertainty_options(
         **{key: options[key] for key in ("alpha", "target_risk", "wanted_error", "class_conditional") if key in options}
@@ -58,5 +61,6 @@ def evaluate(
         set_name(source, name),
         missing or class_matching.REFUSE,
         force,
+        None if from_export is None else Path(from_export).expanduser(),
     )
     return evaluate_external(config, workspace, request, settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
-from utils.evaluation import external_text, report_page, report_sources
+from utils.evaluation import external_text, report_page, report_sources, score_ranking
 from utils.evaluation.evaluation_inputs import EvaluationInputs, EvaluationSettings
+from utils.evaluation.evaluation_records import METRICS
 from utils.evaluation.external_records import EXTERNAL_SET
-from utils.external_sets import class_matching, drop, external_inputs, scores
+from utils.external_sets import class_matching, drop, exported_models, external_inputs, scores
 from utils.external_sets.class_matching import ClassMatch
+from utils.external_sets.exported_models import ExportedFile
 from utils.external_sets.external_inputs import OwnEvaluation
 from utils.external_sets.labelled_images import LabelledImages, read_labelled_images
 from utils.external_sets.restriction import restricted
@@ -43,6 +45,8 @@ class ExternalRequest:
     treatment: str
     """Of classes that only one side has, one of `class_matching.TREATMENTS`"""
     force: bool
+    export: Path | None = None
+    """An exported file, or the folder of an export, which is scored instead of models of the workspace"""
 
 
 @dataclass(frozen=True)
@@ -73,19 +77,86 @@ def evaluate_external(
     store = Store(config, workspace, catalog.load(workspace))
     listed = read_labelled_images(request.source, store.digests)
     match = _matched(store, listed, request)  # before any network runs
+    file = None if request.export is None else ExportedFile(request.export, store.catalog.classes)
     own = external_inputs.gather_own(store, settings)
-    prepared = prepare(own, listed, match, request.name)
+    if file is None:
+        prepared, inputs, test_inputs = _of_models(own, listed, match, request.name, settings)
+    else:
+        prepared, inputs, test_inputs = _of_export(own, file, listed, match, request.name)
+    own.store.digests.save()
+    own = replace(own, failures={} if file else {**own.failures, **inputs.failures})
+    metrics = _scored(own, inputs, test_inputs, match, request.treatment)
+    kinds = {model.name: model.kind for model in inputs.models}
+    for name, each in metrics.items():
+        write_json(_metrics_path(workspace, request.name, name, kinds[name]), each)
+    others: dict[str, Any] = {}
+    kinds_of_others: dict[str, str] = {}
+    if own.model_name is not None or file is not None:
+        others, kinds_of_others = _other_models(workspace, prepared, request, settings)
+    ranking = score_ranking.rank({**others, **metrics}, {**kinds_of_others, **kinds}, scores.SPLIT, settings.metric)
+    record = _set_record(own, prepared, request, settings, ranking, {**others, **metrics})
+    write_json(workspace.external_set(request.name), record)
+    return _with_report(config, own.store, _result(workspace, record, list(metrics)))
+
+
+def _of_models(
+    own: OwnEvaluation, listed: LabelledImages, match: ClassMatch, name: str, settings: EvaluationSettings
+) -> tuple[ExternalImages, EvaluationInputs, EvaluationInputs]:
+    """The images, and the models of the workspace on them and on test."""
+
+    def unreadable_of(images: ImageSplit) -> Mapping[str, str]:
+        return external_inputs.unreadable_images(own, images)
+
+    prepared = prepare(own, listed, match, name, unreadable_of)
     own.store.digests.save()
     inputs = external_inputs.gather_external(own, prepared.images, prepared.listed, settings, len(prepared.copies))
-    own.store.digests.save()
-    own = replace(own, failures={**own.failures, **inputs.failures})
-    results = _scored(own, inputs, match, request.treatment)
-    record = _set_record(own, prepared, request, settings, results)
-    for name, metrics in results.metrics.items():
-        is_member = metrics["name"] in own.members
-        write_json(workspace.external_metrics(request.name, f"members/{name}" if is_member else name), metrics)
-    write_json(workspace.external_set(request.name), record)
-    return _with_report(config, own.store, _result(workspace, record, results))
+    return prepared, inputs, replace(own.inputs, controls={})
+
+
+def _of_export(
+    own: OwnEvaluation, file: ExportedFile, listed: LabelledImages, match: ClassMatch, name: str
+) -> tuple[ExternalImages, EvaluationInputs, EvaluationInputs]:
+    """The images, and an exported file on them and on test."""
+    answers: list[exported_models.Answers] = []
+
+    def unreadable_of(images: ImageSplit) -> Mapping[str, str]:
+        answers.append(file.answers(images))
+        return answers[0].problems
+
+    prepared = prepare(own, listed, match, name, unreadable_of)
+    inputs = exported_models.export_inputs(own, file, prepared.images, answers[0], prepared.listed)
+    test = own.store.images("test")
+    test_inputs = exported_models.export_inputs(own, file, test, file.answers(test), None)
+    return prepared, replace(inputs, dropped=len(prepared.copies)), test_inputs
+
+
+def _metrics_path(workspace: Workspace, external_set: str, name: str, kind: str) -> Path:
+    folder = {"member": f"members/{name}", exported_models.KIND: f"exports/{name}"}.get(kind, name)
+    return workspace.external_metrics(external_set, folder)
+
+
+def _other_models(
+    workspace: Workspace, prepared: ExternalImages, request: ExternalRequest, settings: EvaluationSettings
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """{model: `metrics.json`} and {model: kind} of models that were scored on the same images in the same way."""
+    stored = read_record(workspace.external_set(request.name), remedy=AGAIN, form=EXTERNAL_SET)
+    if stored is None or _way(stored) != (
+        prepared.images.digest,
+        request.treatment,
+        settings.options.as_record(),
+        settings.metric,
+    ):
+        return {}, {}
+    kinds = {row["name"]: row["kind"] for row in stored["rows"]}
+    records = {
+        name: read_record(_metrics_path(workspace, request.name, name, kind), remedy=AGAIN, form=METRICS)
+        for name, kind in kinds.items()
+    }
+    return {name: record for name, record in records.items() if record is not None and "external" in record}, kinds
+
+
+def _way(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    return record.get("images_digest"), record["missing"], record.get("options"), (record.get("order") or [None])[0]
 
 
 def _require_own_name(workspace: Workspace, request: ExternalRequest) -> None:
@@ -117,10 +188,16 @@ def _matched(store: Store, listed: LabelledImages, request: ExternalRequest) -> 
     return match
 
 
-def prepare(own: OwnEvaluation, listed: LabelledImages, match: ClassMatch, name: str) -> ExternalImages:
+def prepare(
+    own: OwnEvaluation,
+    listed: LabelledImages,
+    match: ClassMatch,
+    name: str,
+    unreadable_of: Callable[[ImageSplit], Mapping[str, str]],
+) -> ExternalImages:
     """The images of known classes that are readable and no copy of an image of train or val.
 
-    Raises UserError where none is left.
+    `unreadable_of` gives {image: reason} of those that cannot be predicted. Raises UserError where none is left.
     """
     store, n_listed, unreadable = own.store, len(listed.names), dict(listed.unreadable)
     listed = listed.take(np.flatnonzero([listed.classes[label] in match.class_of for label in listed.labels]))
@@ -129,7 +206,7 @@ def prepare(own: OwnEvaluation, listed: LabelledImages, match: ClassMatch, name:
     of_images = zip(listed.names, listed.contents, strict=True)
     copies = {image: earlier[content] for image, content in of_images if content in earlier}
     listed = listed.take([row for row, image in enumerate(listed.names) if image not in copies])
-    unreadable |= external_inputs.unreadable_images(own, _as_split(store, listed, match, name))
+    unreadable |= unreadable_of(_as_split(store, listed, match, name))
     listed = listed.take([row for row, image in enumerate(listed.names) if image not in unreadable])
     if not listed.names:
         raise UserError(
@@ -146,22 +223,26 @@ def _as_split(store: Store, listed: LabelledImages, match: ClassMatch, name: str
     return listed.as_split(name, classes, labels)
 
 
-def _scored(own: OwnEvaluation, inputs: EvaluationInputs, match: ClassMatch, treatment: str) -> scores.ExternalScores:
-    """Records of the models that have predictions on the set, in the order of the evaluation."""
+def _scored(
+    own: OwnEvaluation, inputs: EvaluationInputs, test_inputs: EvaluationInputs, match: ClassMatch, treatment: str
+) -> dict[str, dict[str, Any]]:
+    """{model: `metrics.json`} of those that have predictions on the set, in the order of the evaluation."""
+    is_export = not inputs.members
     ranked = {*inputs.ranked, *inputs.ensembles}
-    names = [model.name for model in inputs.models if model.name in ranked]
+    names = [model.name for model in inputs.models if is_export or model.name in ranked]
     if own.model_name is not None:
         if own.model_name not in {model.name for model in inputs.models}:
             raise UserError(f"{own.model_name}: {own.failures.get(own.model_name, 'it has no predictions on the set')}")
         names = [own.model_name]
-    test_inputs = replace(own.inputs, controls={})
     areas = {model.name: drop.ood_areas(model, inputs, test_inputs) for model in inputs.models if model.name in names}
     if treatment == class_matching.RESTRICT and match.absent:
         inputs, test_inputs = (restricted(each, match.shared) for each in (inputs, test_inputs))
-    results = scores.score(inputs, test_inputs, own.best_single, names)
-    for name, record in results.metrics.items():
+    metrics = scores.score(inputs, test_inputs, own.best_single, names)
+    for name, record in metrics.items():
         record["external"]["ood_auroc"] = areas[name]
-    return results
+        if is_export:
+            exported_models.add_notes(record)
+    return metrics
 
 
 def _set_record(
@@ -169,14 +250,15 @@ def _set_record(
     prepared: ExternalImages,
     request: ExternalRequest,
     settings: EvaluationSettings,
-    results: scores.ExternalScores,
+    ranking: Mapping[str, Any],
+    metrics: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """`external.json`."""
     match, images = prepared.match, prepared.images
     counts = np.bincount(images.labels, minlength=len(images.classes)).tolist()
     test_contents = set(own.store.images("test").contents)
     return {
-        **results.ranking,
+        **ranking,
         "set": request.name,
         "source": str(request.source.absolute()),
         "images_digest": images.digest,
@@ -194,7 +276,7 @@ def _set_record(
             "of_other_classes": prepared.n_unknown,
         },
         "also_in_test": sum(content in test_contents for content in images.contents),
-        "models": {name: record["external"] for name, record in results.metrics.items()},
+        "models": {name: record["external"] for name, record in metrics.items()},
         "recommended": own.recommended["name"],
         "peers": {"best_single": own.best_single},
         "left_out": dict(own.failures),
@@ -202,8 +284,8 @@ def _set_record(
     }
 
 
-def _result(workspace: Workspace, record: dict[str, Any], results: scores.ExternalScores) -> Result:
-    text = f"{external_text.as_text(record)}\nwritten: {workspace.external_set(record['set'])}"
+def _result(workspace: Workspace, record: dict[str, Any], scored: Sequence[str]) -> Result:
+    text = f"{external_text.as_text(record, scored)}\nwritten: {workspace.external_set(record['set'])}"
     failures = [f"{name}: {reason}" for name, reason in sorted(record["left_out"].items())]
     failures += [f"{image}: {reason}" for image, reason in list(record["left_out_images"]["unreadable"].items())[:5]]
     if (more := len(record["left_out_images"]["unreadable"]) - 5) > 0:

@@ -170,15 +170,15 @@ def gather_external(
     store = own.store.with_images(images)
     settings = replace(settings, split=images.split, model_name=own.model_name)
     inputs = evaluation_inputs.gather(store, own.saved, own.members, own.selected, settings, inputs_digest="")
-    groups = _groups(store, inputs, listed)
+    groups = external_groups(store, inputs.rows.sample_ids.tolist(), listed)
     # A shift of the images is no evidence on what a member was trained on; teachers have not answered these images.
     return replace(inputs, dropped=n_copies, groups=groups, declared=(), controls={})
 
 
-def _groups(store: Store, inputs: EvaluationInputs, listed: LabelledImages) -> np.ndarray | None:
-    """Group index (N,) of the rows, by the source's groups, `dataset.group_regex` and equal contents."""
+def external_groups(store: Store, sample_ids: Sequence[str], listed: LabelledImages) -> np.ndarray | None:
+    """Group index (N,) of some images, by the source's groups, `dataset.group_regex` and equal contents."""
     row_of = {name: row for row, name in enumerate(listed.names)}
-    rows = [row_of[sample_id] for sample_id in inputs.rows.sample_ids.tolist()]
+    rows = [row_of[sample_id] for sample_id in sample_ids]
     groups = grouping.group_indices(
         store,
         [listed.names[row] for row in rows],

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from utils.evaluation import evaluation_results, score_ranking, score_records
+from utils.evaluation import evaluation_results, score_records
 from utils.evaluation.evaluation_inputs import EvaluationInputs
 from utils.evaluation.score_records import EvaluationContext
 from utils.evaluation.scoring import ScoredModel
@@ -15,20 +14,10 @@ from utils.external_sets import drop
 SPLIT = "external"
 
 
-@dataclass(frozen=True)
-class ExternalScores:
-    """Records of the evaluated models."""
-
-    metrics: Mapping[str, dict[str, Any]]
-    """{model: `metrics.json`}"""
-    ranking: Mapping[str, Any]
-    """`{split, n, order, rows}`"""
-
-
 def score(
     inputs: EvaluationInputs, test_inputs: EvaluationInputs, best_single: str | None, names: Sequence[str]
-) -> ExternalScores:
-    """Score the named models on both sides, with the same models to compare with."""
+) -> dict[str, dict[str, Any]]:
+    """{model: `metrics.json`} of the named models, which are scored on both sides and compared with the same models."""
     sides = [_Side(each, best_single, names) for each in (inputs, test_inputs)]
     external, test = sides
     metrics = {}
@@ -38,8 +27,7 @@ def score(
         record["split"] = SPLIT
         record["external"] = _beside_test(record, test_record, name, sides)
         metrics[name] = record
-    kinds = {name: external.models[name].kind for name in names}
-    return ExternalScores(metrics, score_ranking.rank(metrics, kinds, SPLIT, inputs.settings.metric))
+    return metrics
 
 
 class _Side:

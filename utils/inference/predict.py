@@ -260,7 +260,7 @@ def _predict_blocks(
     progress = PredictionProgress(len(paths), classifier.n_networks)
     for start in range(0, len(paths), classifier.block_size):
         block = paths[start : start + classifier.block_size]
-        predictions = _valid_predictions(classifier, classifier.predict_block(block, progress.step))
+        predictions = valid_predictions(classifier, classifier.predict_block(block, progress.step))
         records = _records(
             classifier, thresholds, block, predictions, with_probabilities=record_format.classes is not None
         )
@@ -268,7 +268,7 @@ def _predict_blocks(
         progress.end_block(min(start + len(block), len(paths)))
 
 
-def _valid_predictions(classifier: Classifier, predictions: BlockPredictions) -> BlockPredictions:
+def valid_predictions(classifier: Classifier, predictions: BlockPredictions) -> BlockPredictions:
     """The predictions whose probabilities are valid; an invalid row becomes a problem of its image.
 
     Raises UserError for an array of another shape.

@@ -23,7 +23,7 @@ HEAD = """\
 Every key of a configuration file. `scripts/configuration_page.py` writes this page from the models in
 `utils/core/config_sections.py`; `config --explain KEY` prints one row, `config --schema` the JSON schema, which
 [configs/schema.json](../configs/schema.json) holds too. A file need not be complete. Where it names any of `runs`,
-every section with `enable` that it does not name (`runs.*`, `pruning`, `distillation`) is off.
+every section with `enable` that it does not name (`runs.*`, `pruning`, `tta`, `distillation`) is off.
 """
 
 

@@ -299,6 +299,10 @@ COMMANDS: dict[str, Command] = {
                 "help": "lac: smallest sets on average; aps: larger sets for hard images; raps: aps randomised, which "
                 "covers no more than asked for (default: %(default)s)",
             },
+            "--tta": {
+                "action": "store_true",
+                "help": "average over the views that out-of-sample rows chose for the model (tta of the configuration)",
+            },
             "--append": {
                 "action": "store_true",
                 "help": "continue the file: skip images with a prediction and try images with an error again",
@@ -422,7 +426,7 @@ COMMANDS: dict[str, Command] = {
 }
 PIPELINE_STAGES: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("discover", {"verify": True}, ()),
-    ("build-ensemble", {}, ("runs.score_ensemble", "runs.model_soup", "runs.snapshot_ensemble", "pruning")),
+    ("build-ensemble", {}, ("runs.score_ensemble", "runs.model_soup", "runs.snapshot_ensemble", "pruning", "tta")),
     ("stack", {}, ("runs.stacking",)),
     ("fusion-train", {}, ("runs.fusion", "runs.moe", "runs.cascade")),
     ("meta-fuse", {}, ("runs.meta_fuser",)),

@@ -125,6 +125,7 @@ SAVED_AS: dict[str, type[Combiner]] = {
     "greedy_soup": SoftVoting,
     "wise_ft": SoftVoting,
     "distilled": SoftVoting,
+    "tta": SoftVoting,
 }
 """Methods that create networks: method -> combiner of the created networks, which is their mean."""
 COMBINERS: dict[str, type[Combiner]] = {

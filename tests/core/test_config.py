@@ -135,6 +135,9 @@ def test_defaults_are_the_printed_values_and_the_keys_of_ours():
         "runs.cascade.max_members": 5,
         "runs.cascade.max_accuracy_loss": 0.005,
         "pruning.pick": "best",
+        "tta.enable": False,
+        "tta.views": ["flip", "five_crop", "rotations", "multi_scale"],
+        "tta.scope": "member",
         "exports.precision": ["fp32"],
         "exports.input": "float-nchw",
         "exports.max_members": None,
@@ -299,7 +302,7 @@ def test_every_section_is_closed_and_frozen():
                 yield from sections(field.annotation)
 
     found = list(sections(Config))
-    assert len(found) == 22
+    assert len(found) == 23
     for section in found:
         assert section.model_config["frozen"]
         with pytest.raises(ValidationError, match="extra"):

@@ -275,7 +275,7 @@ def test_a_mistake_is_answered_with_place_found_and_expected(file, text, words):
         ("runs.moe.enabel=true", "--set runs.moe.enabel=true: unknown key; allowed: enable, num_experts, top_k, "
          "gating_hidden_dim, epochs; did you mean 'enable'?"),
         ("moe.enable=true", "--set moe.enable=true: moe: unknown key; allowed: project, device, seed, dataset, "
-         "backbones, exports, runs, pruning, distillation, cache; did you mean 'runs.moe'?"),
+         "backbones, exports, runs, pruning, tta, distillation, cache; did you mean 'runs.moe'?"),
         ("runs.moe.epochs=0", "--set runs.moe.epochs=0: found 0; expected a whole number of at least 1"),
         ("runs.moe.epochs=", "--set runs.moe.epochs=: found nothing (null); expected a whole number of at least 1"),
         ("runs.moe={epochs: 0}", "--set runs.moe={epochs: 0}: runs.moe.epochs: found 0; expected a whole number"),

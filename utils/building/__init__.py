@@ -17,6 +17,13 @@ Soups
     `head_best` and `final`. Every mixture is scored with averaged and with recomputed BatchNorm statistics; the
     better is kept. The validation split chose all this and is recorded in `selected_on`.
 
+Test-time augmentation
+    Views of a group are the mirrored image, five crops of 0.875 of the side, rotations by 90, 180 and 270 degrees, or
+    the image at 0.8 and 1.25 of its scale. Every network, those of the folds included, runs once on the out-of-sample
+    rows of each group; `utils.numeric.view_choice` chooses on these logits. A member's choice is used only where every
+    choice that leaves out one or two folds is the same, so that its predictions are what a choice without these
+    folds' labels predicts, in cross-fitting and in inner copies too. `<member>_tta` then takes the member's place.
+
 Pruning
     `latency` times forward passes of each member (warm-up, 1 and 32 images, p50 and p95, CUDA events on a GPU).
     `ensembles/latency.json` stores the times by member digest, device and threads; they are not measured again, so

@@ -11,6 +11,7 @@ from utils.building.pruning_builder import PruningBuilder
 from utils.building.snapshot_builder import SnapshotBuilder
 from utils.building.soup_builder import SoupBuilder
 from utils.building.stacking_builder import StackingBuilder
+from utils.building.view_builder import ViewBuilder
 from utils.building.voting_builder import VotingBuilder
 from utils.core.config import Config, require_enabled
 from utils.core.results import Result
@@ -21,6 +22,7 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
     "build-ensemble": (
         SoupBuilder(),  # first: its networks may be members of the others
         SnapshotBuilder(),
+        ViewBuilder(),  # before those that take its members
         VotingBuilder(),
         PruningBuilder(),
     ),

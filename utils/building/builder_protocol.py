@@ -19,7 +19,7 @@ from utils.core.config import Config, require_enabled
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.discovery import discover
-from utils.predictions import extraction, fold_networks, member_selection, training_data
+from utils.predictions import extraction, fold_networks, member_selection, training_data, view_members
 from utils.predictions.catalog import IMPORTED, Catalog, Member
 from utils.predictions.extraction import STREAMED_SPLITS
 from utils.predictions.store import Store
@@ -90,6 +90,11 @@ class Session:
     def catalog(self) -> Catalog:
         """The catalog, with the members that earlier builders of this command have added."""
         return self.store.catalog
+
+    @property
+    def plain_members(self) -> tuple[Member, ...]:
+        """The selected members without test-time augmentation: those with views replaced by what they come from."""
+        return view_members.without_views(self.catalog, self.members)
 
     def with_catalog(self, content: Catalog) -> Session:
         """A session whose catalog is `content`; the selected members stay."""

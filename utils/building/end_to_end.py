@@ -51,6 +51,12 @@ def require_networks(members: Sequence[Member]) -> None:
             f"runs.fusion.end_to_end: {', '.join(imported)}: imported predictions, no network that could be trained. "
             f"Leave out: --set backbones.exclude=[{','.join(imported)}]; or train heads alone: {OFF}"
         )
+    averaging = [member.name for member in members if member.views]
+    if averaging:
+        raise UserError(
+            f"runs.fusion.end_to_end: {', '.join(averaging)}: averages over views (tta), and networks are trained on "
+            f"one view. Train without them: --set tta.enable=false; or train heads alone: {OFF}"
+        )
     fitted = [member.name for member in members if "val" not in training_data.unseen_splits(member)]
     if fitted:
         raise LeakageError(

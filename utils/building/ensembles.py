@@ -350,7 +350,8 @@ def network_provenance(store: Store, members: Iterable[Member]) -> Provenance:
     """Rows of the members' networks: those that their weights were trained on, and the val rows that chose epochs.
 
     The same is assumed of imported members, of which nothing is known. Val rows have chosen nothing for a member that
-    records the last epoch as its own, nor for one that was trained on none of the images.
+    records the last epoch as its own, nor for one that was trained on none of the images. Out-of-sample rows of train
+    and val chose the views of a member that averages over some.
     """
     return merge_provenance([_of_network(store, member) for member in members])
 
@@ -359,8 +360,11 @@ def _of_network(store: Store, member: Member) -> Provenance:
     fitted = {split: training_data.fitted_rows(store, member, split) for split in SPLITS}
     may_have_chosen = member.trained_on != training_data.NONE and member.selection != LAST_EPOCH
     val = store.samples("val").sample_ids  # read in any case: images that have changed since discovery are refused
+    selected_on = [RowSet("val", "held_out", val)] if val and (may_have_chosen or member.views) else []
+    if member.views and member.oof is not None:
+        selected_on.insert(0, RowSet("train", "oof", store.samples("train").sample_ids))
     return Provenance(
         fitted_on=tuple(RowSet(split, "in_sample", tuple(ids)) for split, ids in fitted.items() if ids),
-        selected_on=(RowSet("val", "held_out", val),) if val and may_have_chosen else (),
+        selected_on=tuple(selected_on),
         unknown_training_data=(member.name,) if training_data.is_unknown(store.catalog, member) else (),
     )

@@ -17,7 +17,12 @@ from utils.core.workspace import Workspace
 
 SOUPS = {"uniform_soup": "uniform", "greedy_soup": "greedy", "wise_ft": "wise_ft"}
 """{method of an ensemble: its name in `runs.model_soup.methods`}"""
-ALONE = {"snapshot": "runs.snapshot_ensemble", "distilled": "distillation", "meta_fuser": "runs.meta_fuser"}
+ALONE = {
+    "snapshot": "runs.snapshot_ensemble",
+    "distilled": "distillation",
+    "meta_fuser": "runs.meta_fuser",
+    "tta": "tta",
+}
 """{method of an ensemble: the section that asks for it}"""
 
 

@@ -49,18 +49,18 @@ class SnapshotBuilder(Builder):
     def names(self, session: Session) -> list[str]:
         """The one ensemble, where BASE-BACK can train a selected backbone."""
         is_on = session.config.runs.snapshot_ensemble.enable
-        return [NAME] if is_on and parents_of(session.members) else []
+        return [NAME] if is_on and parents_of(session.plain_members) else []
 
     def check(self, session: Session) -> None:
         """Warn about selected members of which there are no snapshots."""
-        parents = parents_of(session.members)
-        others = [m.name for m in session.members if m not in parents and m.source != "derived"]
+        parents = parents_of(session.plain_members)
+        others = [m.name for m in session.plain_members if m not in parents and m.source != "derived"]
         if parents and others:
             logger.warning("%s: no snapshots of %s, which BASE-BACK cannot train anew", CONFIG_KEY, ", ".join(others))
 
     def problems(self, session: Session) -> list[str]:
         """No backbone to train, or snapshots that discovery refuses."""
-        parents = parents_of(session.members)
+        parents = parents_of(session.plain_members)
         if not parents:
             return [f"{CONFIG_KEY}: none of the selected members is a network that BASE-BACK can train"]
         snapshots = [session.catalog.members[name] for name in _recorded(session.store, parents) or ()]
@@ -68,18 +68,18 @@ class SnapshotBuilder(Builder):
 
     def inputs_digest(self, session: Session, name: str) -> str:
         """Of the usable snapshots of the last training."""
-        names = _recorded(session.store, parents_of(session.members)) or ()
+        names = _recorded(session.store, parents_of(session.plain_members)) or ()
         return _digest(session, [session.catalog.members[name] for name in names])
 
     def stale_reason(self, session: Session, name: str, record: Mapping[str, Any]) -> str | None:
         """The last training was another one, or its snapshots are no longer those of the ensemble."""
-        if _recorded(session.store, parents_of(session.members)) is None:
+        if _recorded(session.store, parents_of(session.plain_members)) is None:
             return "its backbones, images or settings have changed since the build, or a snapshot is gone"
         return None if record["inputs_digest"] == self.inputs_digest(session, name) else "its snapshots have changed"
 
     def build(self, session: Session, names: Sequence[str], *, force: bool) -> Build:
         """Train what is missing, take the snapshots into the catalog, save their mean."""
-        parents = parents_of(session.members)
+        parents = parents_of(session.plain_members)
         snapshots = _recorded(session.store, parents)
         failures: list[str] = []
         if snapshots is None:

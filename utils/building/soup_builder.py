@@ -76,12 +76,14 @@ class SoupBuilder(Builder):
         """One per backbone and method."""
         if not session.config.runs.model_soup.enable:
             return []
-        return [ensemble_name(key, member) for member in backbones_of(session.members) for key in _methods(session)]
+        return [
+            ensemble_name(key, member) for member in backbones_of(session.plain_members) for key in _methods(session)
+        ]
 
     def left_out(self, session: Session) -> Mapping[str, str]:
         """Soups that the checkpoints of a backbone do not give, by the last build with the same inputs."""
         reasons: dict[str, str] = {}
-        for member in backbones_of(session.members):
+        for member in backbones_of(session.plain_members):
             try:
                 record = _record(session, member)
             except UserError:  # a damaged record is reported by `stale_reason`
@@ -130,7 +132,7 @@ class SoupBuilder(Builder):
         """All soups of the backbones that the names are of, since these share most of the work."""
         backbones = [
             member
-            for member in backbones_of(session.members)
+            for member in backbones_of(session.plain_members)
             if any(ensemble_name(key, member) in names for key in _methods(session))
         ]
         built: list[str] = []
@@ -155,7 +157,7 @@ class SoupBuilder(Builder):
     def describe(self, session: Session, states: Mapping[str, str]) -> list[str]:
         """Of every backbone its soups, whether they help, and which checkpoints were left out of them."""
         lines = []
-        for member in backbones_of(session.members):
+        for member in backbones_of(session.plain_members):
             requested = {key: ensemble_name(key, member) for key in _methods(session)}
             described = {key: name for key, name in requested.items() if name in states}
             if described:
@@ -164,7 +166,7 @@ class SoupBuilder(Builder):
 
     def _part(self, session: Session, name: str) -> tuple[str, Member]:
         """The method and the backbone that an ensemble is named by."""
-        parts = ((key, member) for member in backbones_of(session.members) for key in _methods(session))
+        parts = ((key, member) for member in backbones_of(session.plain_members) for key in _methods(session))
         return next((key, member) for key, member in parts if ensemble_name(key, member) == name)
 
 

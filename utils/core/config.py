@@ -14,7 +14,18 @@ from typing import Any
 
 from pydantic import Field, PrivateAttr
 
-from utils.core.config_sections import Backbones, Cache, Dataset, Distillation, Exports, Project, Pruning, Runs, Section
+from utils.core.config_sections import (
+    Backbones,
+    Cache,
+    Dataset,
+    Distillation,
+    Exports,
+    Project,
+    Pruning,
+    Runs,
+    Section,
+    Tta,
+)
 from utils.core.config_values import Device, Seed
 from utils.core.errors import UserError
 
@@ -52,6 +63,7 @@ class Config(Section):
     pruning: Pruning = Field(
         default=Pruning(), description="Subsets of the members within a budget of latency and size."
     )
+    tta: Tta = Field(default=Tta(), description="Test-time augmentation: views that networks are averaged over.")
     distillation: Distillation = Field(default=Distillation(), description="An ensemble into one student network.")
     cache: Cache = Field(default=Cache(), description="Decoded images and embeddings that are kept for the next run.")
     _source: Path = PrivateAttr(default=Path("built-in configuration"))

@@ -137,7 +137,7 @@ def _switch_off_absent(values: dict[str, Any]) -> dict[str, Any]:
     runs = values.get("runs")
     if not isinstance(runs, dict) or not runs:
         return values
-    switched = [name for name in ("pruning", "distillation") if name not in values]
+    switched = [name for name in ("pruning", "tta", "distillation") if name not in values]
     off = {name: {"enable": False} for name in Runs.model_fields if name not in runs}
     return values | {name: {"enable": False} for name in switched} | {"runs": runs | off}
 

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from utils.core.config_values import (
+    VIEW_GROUPS,
     Batch,
     Count,
     Dropout,
@@ -31,6 +32,7 @@ from utils.core.config_values import (
     Sizes,
     Text,
     Threads,
+    ViewGroups,
     Workers,
     at_most_experts,
     differs_from_student,
@@ -316,6 +318,19 @@ class Pruning(Section):
         "fastest.",
     )
     cost_budget: CostBudget = Field(default=CostBudget(), description="Limits that every subset keeps.")
+
+
+class Tta(Section):
+    enable: Flag = Field(
+        default=False,
+        description="Whether `build-ensemble` averages networks over views where out-of-sample rows gain by them.",
+    )
+    views: ViewGroups = Field(
+        default=VIEW_GROUPS, description="Groups of views that are tried: mirrored, five crops, rotations, two scales."
+    )
+    scope: Literal["member", "ensemble"] = Field(
+        default="member", description="Whether each member has views of its own, or all of them share one choice."
+    )
 
 
 class Distillation(Section):

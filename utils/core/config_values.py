@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
@@ -19,6 +19,8 @@ ALL = "all"
 A_NAME = "expected a name, without slashes, leading dot or outer spaces"
 Metric = Literal["f1_macro", "accuracy", "log_loss", "brier"]
 FitRows = Literal["honest", "val", "oof"]
+ViewGroup = Literal["flip", "five_crop", "rotations", "multi_scale"]
+VIEW_GROUPS: tuple[ViewGroup, ...] = get_args(ViewGroup)
 
 
 def _check(expected: str, fits: Callable[[Any], bool], turn: Callable[[Any], Any] = lambda raw: raw) -> BeforeValidator:
@@ -130,6 +132,7 @@ NameOrNone = Annotated[str | None, _check(f"{A_NAME}, or null", lambda raw: raw 
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 NamesOrAll = Annotated[tuple[str, ...] | Literal["all"], BeforeValidator(_names_or_all)]
 Precisions = Annotated[tuple[Literal["fp32", "fp16", "int8"], ...], BeforeValidator(_names)]
+ViewGroups = Annotated[tuple[ViewGroup, ...], BeforeValidator(_names)]
 Sizes = Annotated[tuple[Count, ...], _check(A_LIST, lambda raw: isinstance(raw, (list, tuple)))]
 Device = Annotated[
     str,

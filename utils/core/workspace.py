@@ -233,6 +233,18 @@ class Workspace:
         """What became of one backbone's checkpoints when they were averaged."""
         return self.ensembles / "soups" / f"{backbone}.json"
 
+    def view_choice(self, member: str) -> Path:
+        """Which views of test-time augmentation out-of-sample rows chose for one member."""
+        return self.ensembles / "tta" / f"{member}.json"
+
+    def view_outputs(self, member: str) -> Path:
+        """Out-of-sample logits of one member by groups of views."""
+        return self.ensembles / "tta" / f"{member}_views.npz"
+
+    def view_oof(self, member: str) -> Path:
+        """Out-of-fold predictions of one member with the views that were chosen."""
+        return self.ensembles / "tta" / f"{member}_oof.npz"
+
     def distillation(self, name: str) -> Path:
         """Folder of one student's targets, training under way, controls and record."""
         return self.ensembles / "distillation" / name

@@ -32,7 +32,15 @@ from utils.discovery import (
     training_statements,
 )
 from utils.discovery.identification import Scan, identify
-from utils.predictions import catalog, image_splits, inspection, member_selection, streaming, training_data
+from utils.predictions import (
+    catalog,
+    image_splits,
+    inspection,
+    member_selection,
+    streaming,
+    training_data,
+    view_members,
+)
 from utils.predictions.catalog import IMPORTED, Catalog, Member, Problem
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.inspection import Inspector
@@ -151,6 +159,7 @@ def _discovered(
     )
     if earlier:
         listed = with_imported(config, workspace, listed, earlier)
+    listed = view_members.with_views(workspace, listed)
     if remove and not listed.members:
         workspace.catalog.unlink(missing_ok=True)  # it would continue to list the removed members
     _require_members(workspace, listed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from utils import base_back
@@ -174,7 +174,7 @@ def initial_network(
     network = construct_untrained(spec, len(spec.classes), factory)
     if store.config.distillation.initial_weights == MEMBER:
         member = initial_member(student, members, spec.classes)
-        network.load_state_dict(streaming.open_network(member.network(store.workspace)).state_dict())
+        network.load_state_dict(streaming.open_network(replace(member.network(store.workspace), views=())).state_dict())
     return network
 
 

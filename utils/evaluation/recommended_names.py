@@ -7,7 +7,7 @@ from utils.core.artifacts import read_record
 from utils.core.errors import UserError
 from utils.evaluation import scoring
 from utils.evaluation.evaluation_records import RANKING
-from utils.predictions import extraction, fold_networks, member_selection
+from utils.predictions import extraction, fold_networks, member_selection, view_members
 from utils.predictions.catalog import Member
 from utils.predictions.store import Store
 
@@ -31,8 +31,9 @@ def recommended_name(store: Store) -> str:
     Raises UserError where nothing is built.
     """
     saved = {name: ensembles.load(store.workspace, name) for name in listing.listed(store.workspace, store.config)}
-    selected = {member.name: member for member in member_selection.select(store.catalog, store.config)}
-    candidates = {name: member for name, member in selected.items() if _is_candidate(member, store)}
+    selected = member_selection.select(store.catalog, store.config)
+    either_way = {member.name: member for member in (*selected, *view_members.without_views(store.catalog, selected))}
+    candidates = {name: member for name, member in sorted(either_way.items()) if _is_candidate(member, store)}
     current = {
         name: ensemble
         for name, ensemble in saved.items()
@@ -63,5 +64,6 @@ def _fast_name(store: Store) -> str:
 
 
 def _is_candidate(member: Member, store: Store) -> bool:
-    """Whether a member may be recommended by itself; a derived one only where the configuration names it."""
-    return member.source != "derived" or member.name in store.config.backbones.selected
+    """Whether a member may be recommended by itself; a derived one only where the configuration asks for it."""
+    is_requested = member.name in store.config.backbones.selected or (member.views and store.config.tta.enable)
+    return member.source != "derived" or bool(is_requested)

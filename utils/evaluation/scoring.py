@@ -19,7 +19,7 @@ from utils.core.artifacts import digest_of, read_arrays, write_arrays
 from utils.core.errors import UserError
 from utils.numeric import diversity
 from utils.numeric.metrics import softmax
-from utils.predictions import fold_networks, training_data
+from utils.predictions import fold_networks, training_data, view_members
 from utils.predictions.catalog import Catalog, Member
 from utils.predictions.rows import Rows
 from utils.predictions.store import Store
@@ -46,8 +46,8 @@ class ScoredModel:
 
 
 def members_to_score(catalog: Catalog, selected: Sequence[Member], saved: Mapping[str, Ensemble]) -> dict[str, Member]:
-    """Members of the configuration and of every saved ensemble, by name."""
-    members = {member.name: member for member in selected}
+    """Members of the configuration, also without their views, and of every saved ensemble, by name."""
+    members = {member.name: member for member in (*selected, *view_members.without_views(catalog, selected))}
     for ensemble in saved.values():
         members |= {name: catalog.members[name] for name in ensemble.members if name in catalog.members}
     return dict(sorted(members.items()))
@@ -56,7 +56,11 @@ def members_to_score(catalog: Catalog, selected: Sequence[Member], saved: Mappin
 def ranked_members(store: Store, members: Mapping[str, Member]) -> dict[str, Member]:
     """Members that are ranked themselves; a derived one that is not selected by name is ranked as its ensemble."""
     selected = store.config.backbones.selected
-    return {name: member for name, member in members.items() if member.source != "derived" or name in selected}
+    return {
+        name: member
+        for name, member in members.items()
+        if member.source != "derived" or name in selected or (member.views and store.config.tta.enable)
+    }
 
 
 def inputs_digest(store: Store, saved: Mapping[str, Ensemble], members: Mapping[str, Member], split: str) -> str:

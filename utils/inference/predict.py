@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from utils.building import ensembles
+from utils.building.command_hints import build_command
 from utils.core.array_archives import physical_memory
 from utils.core.config import Config
 from utils.core.display_text import printable
@@ -26,7 +28,7 @@ from utils.inference.classifier import BlockPredictions, WorkspaceClassifier
 from utils.inference.output_files import PredictionFile, RecordFormat
 from utils.inference.prediction_progress import PredictionProgress
 from utils.inference.thresholds import Thresholds, load_thresholds
-from utils.predictions import catalog
+from utils.predictions import catalog, view_members
 from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
@@ -66,6 +68,7 @@ def predict(
     form: str | None = None,
     probabilities: bool = False,
     sets: str = "lac",
+    tta: bool = False,
     append: bool = False,
     spreadsheet_safe: bool = False,
     force: bool = False,
@@ -73,14 +76,16 @@ def predict(
     """Predict images, to the file `to` or, up to 10,000 images, to the screen.
 
     `form` is csv or jsonl, by default according to the suffix of `to`. `probabilities` adds those of all classes, and
-    `sets` is the kind of prediction sets: lac, aps or raps. With `append` the file is continued: images with a
-    prediction are skipped, and images with an error are tried again. An image that cannot be read has a record with its
-    error and is a failure of the result. Raises UserError without an image, for a model that cannot be run, and for an
+    `sets` is the kind of prediction sets: lac, aps or raps. With `tta` the model averages over the views that were
+    chosen for it. With `append` the file is continued: images with a prediction are skipped, and images with an error
+    are tried again. An image that cannot be read has a record with its error and is a failure of the result. Raises
+    UserError without an image, for a model that cannot be run or has no views with `tta`, and for an
     existing file that may be neither continued nor replaced.
     """
     output = OutputOptions(to, form, probabilities, append, spreadsheet_safe, force)
     store = Store(config, workspace, catalog.load(workspace))
     model_name = recommended_names.resolve(store, model_name)
+    model_name = model_with_views(store, model_name) if tta else model_name
     classifier = WorkspaceClassifier(store, model_name)
     thresholds = load_thresholds(workspace, model_name, is_ensemble=classifier.ensemble is not None, sets=sets)
     return _predict_listing(classifier, thresholds, image_paths.list_images(paths, sys.stdin.buffer), paths, output)
@@ -94,6 +99,7 @@ def predict_from_export(
     form: str | None = None,
     probabilities: bool = False,
     sets: str = "lac",
+    tta: bool = False,
     append: bool = False,
     spreadsheet_safe: bool = False,
     force: bool = False,
@@ -101,14 +107,39 @@ def predict_from_export(
     """Predict images with an exported ONNX file alone: without workspace, torch and base pipeline.
 
     The file holds no thresholds, so `set` and `abstain` are empty. Raises UserError as `predict` does, and for a file
-    that `export` did not write.
+    that `export` did not write; ConfigError for `tta`.
     """
     from utils.inference.onnx_prediction import SUFFIXES
 
     output = OutputOptions(to, form, probabilities, append, spreadsheet_safe, force)
+    if tta:
+        raise ConfigError("--tta: the views of an exported model are in its file; expected --model-name with it")
     classifier = ExportClassifier(Path(from_export).expanduser())
     listing = image_paths.list_images(paths, sys.stdin.buffer, SUFFIXES)
     return _predict_listing(classifier, Thresholds(sets, None, None), listing, paths, output)
+
+
+def model_with_views(store: Store, name: str) -> str:
+    """The model that averages over views: the ensemble itself where a member does, or the member derived from another.
+
+    Raises UserError, with the command that chooses views, for a model without any.
+    """
+    members = store.catalog.members
+    if name in ensembles.names(store.workspace):
+        parts = [members[part] for part in ensembles.load(store.workspace, name).members if part in members]
+        if any(part.views for part in parts):
+            return name
+        remedy = f"Build it on members with views: {build_command(name)} --set tta.enable=true --force"
+        raise UserError(f"--tta: no member of {name} averages over views. {remedy}")
+    if name not in members or members[name].views:
+        return name
+    with_views = view_members.name_with_views(name)
+    if with_views in members:
+        return with_views
+    if view_members.record_of(store.workspace, name) is not None:
+        raise UserError(f"--tta: out-of-sample rows gain by no views of {name}. Predict without --tta")
+    choose = "python ensemble_orchestrator.py build-ensemble --set tta.enable=true"
+    raise UserError(f"--tta: no views were chosen for {name} yet. Let its out-of-sample rows choose: {choose}")
 
 
 @dataclass(frozen=True)

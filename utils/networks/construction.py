@@ -75,6 +75,8 @@ class NetworkSpec:
     classes: tuple[str, ...]
     """In the order of the network's outputs; extra outputs are removed if the network never predicts them."""
     source: Literal["base_back", "timm"] = "base_back"
+    views: tuple[str, ...] = ()
+    """Groups of views that its logits are averaged over; empty: the image alone."""
 
     @property
     def img_size(self) -> int:

@@ -32,11 +32,15 @@ class EmbeddingExtractor:
     `forward_features`, `forward_head` and `get_classifier`, else as the inputs of those linear layers with C outputs
     whose outputs, averaged over several layers, equal the logits to 1e-4; these inputs are concatenated in the order
     of the calls. A network with neither has embeddings of width 0, and a warning says so once. With `checks` the logits
-    of every batch are compared with its embeddings; tracing needs it off.
+    of every batch are compared with its embeddings; tracing needs it off. Of a network that averages over views, both
+    are means over the views.
     """
 
     def __init__(self, model: nn.Module, name: str, *, checks: bool = True) -> None:
-        self.model = model
+        from utils.networks.views import ViewAverage
+
+        self.model = model.network if isinstance(model, ViewAverage) else model
+        self._views = model.views if isinstance(model, ViewAverage) else None
         self.name = name
         self.checks = checks
         self.count = 0
@@ -63,6 +67,11 @@ class EmbeddingExtractor:
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, C) and embeddings (B, D), after `probe`. Raises UserError if they do not agree."""
+        if self._views is None:
+            return self._of_one_view(images)
+        return _means([self._of_one_view(view) for view in self._views(images)])
+
+    def _of_one_view(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if self._by_methods:
             return logits_and_embeddings(self.model, images)
         heads = self._heads or ()
@@ -156,6 +165,13 @@ def _near(values: Tensor, logits: Tensor) -> bool:
     # Half precision rounds the mean of two heads; float32 does not.
     tolerance = max(TOLERANCE, 4 * torch.finfo(logits.dtype).eps)
     return bool((values - logits).abs().max() <= tolerance * max(1.0, float(logits.abs().max())))
+
+
+def _means(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    import torch
+
+    logits, embeddings = zip(*parts, strict=True)
+    return torch.stack(logits).mean(dim=0), torch.stack(embeddings).mean(dim=0)
 
 
 def _concatenated(inputs: list[Tensor]) -> Tensor:

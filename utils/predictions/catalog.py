@@ -89,6 +89,8 @@ class Member:
     """Record of its preprocessing; None: the base pipeline's evaluation transform at `img_size`."""
     selection: str = BEST_ON_VAL
     """The epoch that its networks hold: `last`, or the best one on `val`, which is assumed where no file names it"""
+    views: tuple[str, ...] = ()
+    """Groups of views that its networks' logits are averaged over (test-time augmentation)"""
 
     @property
     def image_preprocessing(self) -> Preprocessing:
@@ -110,6 +112,7 @@ class Member:
         path = workspace.base / entries[0]["path"]
         architecture = self.architecture.removeprefix(TIMM)
         options: dict[str, Any] = {"source": "timm"} if self.architecture.startswith(TIMM) else {}
+        options |= {"views": self.views}
         return NetworkSpec(architecture, path, self.size, self.image_preprocessing, self.classes, **options)
 
 
@@ -164,8 +167,9 @@ class Catalog:
         record = asdict(replace(self, problems=tuple(problems))) | {"schema": SCHEMA}
         for member in record["members"].values():
             del member["name"]
-            if member["preprocessing"] is None:
-                del member["preprocessing"]
+            for key in ("preprocessing", "views"):
+                if not member[key]:
+                    del member[key]
         return record
 
     def with_problems(self, new: Sequence[Problem], *, members: Collection[str], codes: Collection[str]) -> Catalog:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from utils.core.config_values import is_name
+from utils.core.config_values import ViewGroup, is_name
 from utils.core.errors import UserError
 from utils.networks.preprocessing import Preprocessing
 
@@ -98,6 +98,7 @@ class _Member(_Part):
     pretrained_on: Literal["none", "train", "train+val", "all", "file", "unknown"] = "none"
     preprocessing: Record | None = None
     selection: Literal["last", "val"] = "val"
+    views: list[ViewGroup] = []
 
 
 class _Problem(_Part):

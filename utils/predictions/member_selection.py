@@ -9,7 +9,7 @@ from utils import base_back
 from utils.core.config import Config
 from utils.core.config_values import ALL
 from utils.core.errors import UserError, did_you_mean
-from utils.predictions import training_data
+from utils.predictions import training_data, view_members
 from utils.predictions.catalog import Catalog, Member
 
 logger = logging.getLogger("disease_pipeline")
@@ -20,7 +20,8 @@ def select(catalog: Catalog, config: Config) -> list[Member]:
 
     Imported members are selected by name, or all of them if `include` has its default value. `all` selects every member
     that is not derived and whose training data is known; a message names the others. A backbone that is listed but was
-    never trained is skipped with a warning; an unknown name is an error. Raises UserError if none is left, and
+    never trained is skipped with a warning; an unknown name is an error. With `tta.enable`, members with views take the
+    place of those that they are derived from. Raises UserError if none is left, and
     LeakageError where `all` leaves none since the training data of no member is stated.
     """
     include, exclude = config.backbones.include, config.backbones.exclude
@@ -47,7 +48,7 @@ def select(catalog: Catalog, config: Config) -> list[Member]:
             f"{config.source}: none of {', '.join(selected) or 'an empty list'} is in the catalog, which holds "
             f"{', '.join(sorted(catalog.members))}. Train one of them, or name others in backbones.include"
         )
-    return [catalog.members[name] for name in usable]
+    return view_members.preferred(catalog, config, [catalog.members[name] for name in usable])
 
 
 def _unusable(catalog: Catalog, names: Sequence[str]) -> str:

@@ -56,6 +56,7 @@ class OutputBatch:
 def open_network(spec: NetworkSpec, weights: Mapping[str, Any] | None = None) -> nn.Module:
     """Build the network and load its weights, in evaluation mode on the CPU; `weights` replace those of the file.
 
+    A network of a member with views averages over them.
     Raises UserError if they do not fit, or the checkpoint belongs to another BASE-BACK than the mounted one.
     """
     if weights is None:
@@ -63,7 +64,17 @@ def open_network(spec: NetworkSpec, weights: Mapping[str, Any] | None = None) ->
         _require_base_back(spec, record)
         weights = network_weights(spec.checkpoint, record)
     factory = None if spec.source == "timm" else base_back.load("models").create_custom_backbone_safe
-    return build_network(spec, weights, factory)
+    network = build_network(spec, weights, factory)
+    return average_over_views(network, spec, spec.views) if spec.views else network
+
+
+def average_over_views(
+    network: nn.Module, spec: NetworkSpec, groups: Sequence[str], *, with_original: bool = True
+) -> nn.Module:
+    """The network as one that averages its logits over groups of views, in evaluation mode."""
+    from utils.networks.views import ViewAverage
+
+    return ViewAverage(network, groups, spec.img_size, with_original=with_original).eval()
 
 
 def _require_base_back(spec: NetworkSpec, record: Mapping[str, Any]) -> None:

@@ -105,9 +105,10 @@ def has_train_rows(store: SampleStore, member: Member) -> bool:
 def predicts_unseen_train_rows(store: SampleStore, member: Member) -> bool:
     """Whether the full network answers some train images out of sample, so that no fold networks are needed for them.
 
-    False for a member with out-of-fold predictions, which take precedence, and for imported and derived ones.
+    False for a member with out-of-fold predictions, which take precedence, and for imported and derived ones, unless
+    these are derived by views alone.
     """
-    if member.oof is not None or member.source in (IMPORTED, "derived"):
+    if member.oof is not None or member.source == IMPORTED or (member.source == "derived" and not member.views):
         return False
     if member.trained_on != FILE:
         return member.trained_on == NONE

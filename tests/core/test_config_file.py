@@ -219,7 +219,7 @@ MISTAKES = [
     ("runs: {moe: {enabel: true}}", "runs.moe.enabel: unknown key; allowed: enable, num_experts, top_k, "
      "gating_hidden_dim, epochs; did you mean 'enable'?"),
     ("moe: {enable: true}", "moe: unknown key; allowed: project, device, seed, dataset, backbones, exports, runs, "
-     "pruning, distillation, cache; did you mean 'runs.moe'?"),
+     "pruning, tta, distillation, cache; did you mean 'runs.moe'?"),
     ("runs.moe.enable: true", "runs.moe.enable: unknown key; allowed: project"),
     ("runs: {moe: {top_k: 6}}", "runs.moe.top_k: found 6; expected at most num_experts, which is 5"),
     ("runs: {stacking: {mlp_config: {hidden_dims: [8, 0]}}}", "runs.stacking.mlp_config.hidden_dims.1: found 0;"),

@@ -213,6 +213,25 @@ COMMANDS: dict[str, Command] = {
         writes=True,
         decodes=True,
     ),
+    "audit": Command(
+        "utils.auditing.audit:audit",
+        "find copies of images across splits, shortcuts to the classes, and images that hold nothing",
+        "audit --write-split",
+        {
+            "--strict": {
+                "action": "store_true",
+                "help": "exit with 3 if copies of an image are in more than one split",
+            },
+            "--write-split": {
+                "metavar": "FILE",
+                "nargs": "?",
+                "const": "",
+                "help": "write a CSV manifest that keeps all copies of an image in one split (default: clean_split.csv "
+                "in the workspace)",
+            },
+        },
+        writes=True,
+    ),
     "distill": Command(
         "utils.distillation.student_builder:distill",
         "distil an ensemble into a student and compare it with the same network trained without a teacher",
@@ -319,7 +338,7 @@ COMMANDS: dict[str, Command] = {
     "pipeline": Command(
         "ensemble_orchestrator:run_pipeline",
         "run all stages in order: discover --verify, build-ensemble, stack, fusion-train, meta-fuse, evaluate, "
-        "distill, evaluate, export, clean --temporary",
+        "distill, evaluate, audit, export, clean --temporary",
         "pipeline --config configs/digits_demo.yaml",
         {},
         writes=True,
@@ -433,6 +452,7 @@ PIPELINE_STAGES: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("evaluate", {}, ()),
     ("distill", {}, ("distillation",)),
     ("evaluate", {}, ("distillation",)),
+    ("audit", {}, ()),
     ("export", {}, ("exports",)),
     ("clean", {"temporary": True}, ()),
 )

@@ -55,6 +55,7 @@ WITH_IMAGES = {
     "predict": ("predict", "--model-name", "soft_voting_ensemble", "{images}"),
     "export": ("export", "--model-name", "soft_voting_ensemble", "--formats", "state_dict"),
     "distill": ("distill",),
+    "audit": ("audit",),
 }
 TAUGHT = (
     *("--set", "distillation.teacher=soft_voting_ensemble", "--set", "distillation.student=CustomConvNeXt"),

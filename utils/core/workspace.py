@@ -149,6 +149,11 @@ class Workspace:
         return self.ensembles / "digests.json"
 
     @property
+    def audit(self) -> Path:
+        """Copies across splits, shortcuts and images that hold nothing."""
+        return self.ensembles / "audit.json"
+
+    @property
     def exported_files(self) -> Path:
         """Digests of the files that exports from here wrote."""
         return self.ensembles / "exported_files.json"

@@ -51,7 +51,7 @@ def is_current(config: Config, workspace: Workspace, split: str) -> bool:
 
 def inputs_digest(config: Config, workspace: Workspace, split: str) -> str:
     """Digest of every record that the page shows; no image is opened."""
-    files = [workspace.ranking(split), workspace.catalog]
+    files = [workspace.ranking(split), workspace.catalog, workspace.audit]
     files += sorted(workspace.scores.rglob(workspace.ranking(split).name.replace("ranking", "metrics")))
     files += sorted(workspace.models.glob("*/ensemble.json"))
     files += workspace.external_sets() if split == "test" else []
@@ -66,13 +66,14 @@ def inputs_digest(config: Config, workspace: Workspace, split: str) -> str:
 
 def render(config: Config, sources: ReportSources, key: str) -> str:
     """The page as one HTML text, with the digest of its records as its key."""
-    from utils.evaluation import report_external, report_learned, report_sections, report_summary
+    from utils.evaluation import report_audit, report_external, report_learned, report_sections, report_summary
     from utils.evaluation.report_data import report_data
 
     data = report_data(sources)
     members, learned = report_sections.members(data), report_learned.learned(data)
     sets = report_external.read_sets(data.workspace) if data.split == "test" else []
-    shown = {"members": members, "learned": any(_rows(learned)), "external": sets}
+    audit = report_audit.section(data.workspace, data.catalog)
+    shown = {"members": members, "learned": any(_rows(learned)), "external": sets, "audit": audit}
     empty = {anchor for anchor, content in shown.items() if not content}
     context = {
         "key": key,
@@ -97,6 +98,7 @@ def render(config: Config, sources: ReportSources, key: str) -> str:
         "learned": learned if any(_rows(learned)) else None,
         "doubt": data.ranking.get("label_issues"),
         "label_issues": data.workspace.relative(data.workspace.label_issues("csv")),
+        "audit": audit,
         "images": report_sections.images(data),
         "has_images": data.catalog.has_images,
         "explanations": EXPLANATIONS,
@@ -131,6 +133,7 @@ def _sections() -> list[tuple[str, str]]:
         ("members", "Members"),
         ("learned", "Combiners"),
         ("images", "Images"),
+        ("audit", "Audit"),
         ("provenance", "Provenance"),
     ]
 

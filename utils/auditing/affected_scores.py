@@ -1,0 +1,60 @@
+"""Scores of members and ensembles on all test images, and without those that have a copy in train or val."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from utils.core.artifacts import read_arrays
+from utils.core.errors import UserError
+from utils.numeric import metrics
+from utils.predictions.store import Store
+
+SPLIT = "test"
+AGAIN = "Remove it, then evaluate again"
+METRICS = {"accuracy": metrics.accuracy, "f1_macro": metrics.f1_macro, "log_loss": metrics.log_loss}
+
+
+def scores(store: Store, ranking: Mapping[str, Any], affected: Collection[str]) -> list[dict[str, Any]]:
+    """One entry for each model of a ranking whose predictions are stored, in its order.
+
+    `all` and `without` hold its figures on all test rows and on those of images that are not `affected` (sample ids),
+    with the number of rows `n`; a figure without rows is None.
+    """
+    found = []
+    for name, kind, ids, labels, probabilities in _predictions(store, ranking):
+        kept = ~np.isin(ids, list(affected))
+        entry: dict[str, Any] = {"name": name, "kind": kind}
+        entry |= {
+            word: _figures(probabilities[rows], labels[rows])
+            for word, rows in (("all", np.ones(len(ids), dtype=bool)), ("without", kept), ("affected", ~kept))
+        }
+        found.append(entry)
+    return found
+
+
+def _figures(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    if not len(labels):
+        return {"n": 0, **dict.fromkeys(METRICS)}
+    return {"n": len(labels), **{name: float(of(probabilities, labels)) for name, of in METRICS.items()}}
+
+
+def _predictions(
+    store: Store, ranking: Mapping[str, Any]
+) -> Iterator[tuple[str, str, np.ndarray, np.ndarray, np.ndarray]]:
+    """Name, kind, sample ids (N,), labels (N,) and probabilities (N, C) of each model; others are left out."""
+    for row in ranking["rows"]:
+        name, kind = row["name"], row["kind"]
+        try:
+            if kind == "ensemble":
+                arrays = read_arrays(store.workspace.ensemble(name) / f"predictions_{SPLIT}.npz", remedy=AGAIN)
+                yield name, kind, arrays["sample_ids"], arrays["labels"], arrays["probabilities"]
+                continue
+            member = store.catalog.members[name]
+            if store.is_stored(member, SPLIT):
+                rows = store.rows(member, SPLIT)
+                yield name, kind, rows.sample_ids, np.asarray(rows.labels), metrics.softmax(np.asarray(rows.logits))
+        except (UserError, OSError, KeyError):
+            continue  # removed since the evaluation; `status` names it

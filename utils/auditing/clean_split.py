@@ -1,0 +1,49 @@
+"""A proposed split that keeps every group of copies on one side, as a CSV manifest that the base pipeline reads."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from utils.core.errors import UserError
+from utils.core.workspace import SPLITS
+
+
+def proposed_splits(splits: Sequence[str], groups: np.ndarray) -> list[str]:
+    """The split of each image (N,): that of the group's first image in the order train, val, test.
+
+    So no image moves towards test, and what is left of val and test has no copy in the data that the existing networks
+    were trained on.
+    """
+    order = np.array([SPLITS.index(split) for split in splits], dtype=np.int64)
+    earliest = np.full(int(groups.max()) + 1 if len(groups) else 0, len(SPLITS))
+    np.minimum.at(earliest, groups, order)
+    return [SPLITS[index] for index in earliest[groups]]
+
+
+def manifest(
+    path: Path, images: Sequence[Path], labels: Sequence[str], splits: Sequence[str], groups: np.ndarray
+) -> str:
+    """The text of a manifest `file_name,label,split,group` at `path`; images alone in their group have no group.
+
+    Raises UserError where an image does not lie below the manifest's folder, as the base pipeline requires it.
+    """
+    folder = Path(os.path.abspath(path.parent))
+    sizes = np.bincount(groups) if len(groups) else np.zeros(0, dtype=np.int64)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file_name", "label", "split", "group"])
+    for image, label, split, group in zip(images, labels, splits, groups.tolist(), strict=True):
+        if not image.is_relative_to(folder):
+            raise UserError(
+                f"--write-split {path}: the images are in {os.path.commonpath([str(image) for image in images])}; a "
+                "manifest lists paths below its own folder. Name a file in a folder that holds them"
+            )
+        name = image.relative_to(folder).as_posix()
+        writer.writerow([name, label, split, f"group-{group}" if sizes[group] > 1 else ""])
+    return text.getvalue()

@@ -1,0 +1,125 @@
+"""The section of the report that shows the audit of the images: copies across splits, shortcuts, classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.core.artifacts import read_record
+from utils.core.display_text import format_count, format_number, format_percent
+from utils.core.workspace import Workspace
+from utils.evaluation.audit_form import AUDIT
+from utils.evaluation.thumbnails import thumbnail
+from utils.predictions.catalog import Catalog
+
+GROUPS = 8  # of copies that are shown
+IMAGES = 3  # shown of each group
+MODELS = 12  # in the table of scores
+NONE = "-"
+
+
+def section(workspace: Workspace, catalog: Catalog) -> dict[str, Any] | None:
+    """Values of the section; None without an audit of the catalog's images. Raises UserError for a damaged record."""
+    record = read_record(workspace.audit, remedy="Remove it, then run audit again", form=AUDIT)
+    if record is None or not record["n"]:
+        return None
+    audited = {split: facts["digest"] for split, facts in record["splits"].items()}
+    if audited != {split: facts.get("digest") for split, facts in catalog.splits.items()}:
+        return None
+    duplicates = record["duplicates"]
+    groups = duplicates["groups"]
+    return {
+        "sentences": _sentences(record),
+        "groups": [_group(workspace, duplicates["pairs"], group) for group in groups[:GROUPS]],
+        "more_groups": max(0, len(groups) - GROUPS),
+        "scores": [_scores(entry) for entry in record["scores"][:MODELS]]
+        if any(duplicates["affected"].values())
+        else [],
+        "probes": [_probe(probe) for probe in record["probes"]],
+        "model": record["recommended"],
+        "model_accuracy": format_percent((record["recommended"] or {}).get("accuracy")),
+        "splits": list(record["splits"]),
+        "classes": [_class(entry) for entry in record["classes"]],
+        "unreadable": [f"{entry['image']}: {entry['reason']}" for entry in record["unreadable"][:20]],
+        "nearly_empty": record["nearly_empty"][:20],
+        "notes": sorted(record["notes"].items()),
+        "file": workspace.relative(workspace.audit),
+    }
+
+
+def _sentences(record: Mapping[str, Any]) -> list[str]:
+    duplicates = record["duplicates"]
+    count = len(duplicates["groups"])
+    if not count:
+        return [f"No image of {record['n']:,} is a copy of another one."]
+    images = sum(len(group["images"]) for group in duplicates["groups"])
+    found = [
+        f"{images:,} of {record['n']:,} images are copies of one another, in {format_count(count, 'group')}: the same "
+        f"photograph re-encoded, resized, cut, mirrored or edited, or taken again. {duplicates['across_splits']} of "
+        "these groups are in more than one split."
+    ]
+    for split, names in duplicates["affected"].items():
+        if names:
+            learned = "train or val" if split == "test" else "train"
+            of_all = f"{len(names)} of {record['splits'][split]['n']:,}"
+            found.append(f"{of_all} {split} images have a copy in {learned}, so that a model may know them.")
+    if duplicates["with_different_labels"]:
+        count = duplicates["with_different_labels"]
+        found.append(
+            f"In {format_count(count, 'group')} the copies have different labels, of which all but one are wrong."
+        )
+    if duplicates["across_splits"]:
+        found.append("A split that keeps the copies together: python ensemble_orchestrator.py audit --write-split")
+    return found
+
+
+def _group(workspace: Workspace, pairs: list[Mapping[str, Any]], group: Mapping[str, Any]) -> dict[str, Any]:
+    names = group["images"]
+    own = [pair for pair in pairs if pair["first"] in names and pair["second"] in names]
+    relations = ", ".join(dict.fromkeys(pair["relation"] for pair in own))
+    return {
+        "title": f"{format_count(len(names), 'image')}: {relations}",
+        "labels": group["labels"] if len(group["labels"]) > 1 else [],
+        "images": [
+            {"id": name, "thumbnail": thumbnail(workspace.split_dir / Path(name)), "alt": f"Image {name}"}
+            for name in names[:IMAGES]
+        ],
+        "more": max(0, len(names) - IMAGES),
+    }
+
+
+def _scores(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "name": entry["name"],
+        **{
+            f"{rows}_{figure}": format_number(entry[rows].get(figure)) if entry[rows].get(figure) is not None else NONE
+            for rows in ("all", "without", "affected")
+            for figure in ("accuracy", "log_loss")
+        },
+        **{f"{rows}_n": entry[rows]["n"] for rows in ("all", "without", "affected")},
+    }
+
+
+def _probe(probe: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "name": probe["name"],
+        "accuracy": format_percent(probe["accuracy"]),
+        "chance": format_percent(probe["chance"]),
+        "chance_95": format_percent(probe["chance_95"]),
+        "p_value": format_number(probe["p_value"], 3),
+        "verdict": "tells the classes" if probe["stands_out"] else "no better than chance",
+    }
+
+
+def _class(entry: Mapping[str, Any]) -> dict[str, Any]:
+    width, height = entry["width"], entry["height"]
+    quality = entry["jpeg_quality"]
+    return {
+        "name": entry["name"],
+        "images": entry["images"],
+        "size": NONE if width is None or height is None else f"{width:.0f} x {height:.0f}",
+        "quality": NONE if quality is None else f"{quality:.0f}",
+        "brightness": format_percent(entry["brightness"]) if entry["brightness"] is not None else NONE,
+        "contrast": format_percent(entry["contrast"]) if entry["contrast"] is not None else NONE,
+    }

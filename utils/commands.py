@@ -111,7 +111,7 @@ COMMANDS: dict[str, Command] = {
                 "metavar": "DIR",
                 "required": True,
                 "dest": "folder",
-                "help": "folder with <member>/{oof,val,test}.npz; README describes the format",
+                "help": "folder with <member>/{oof,val,test}.npz; docs/tutorials/predictions.md describes the format",
             },
         },
         writes=True,

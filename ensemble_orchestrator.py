@@ -66,7 +66,8 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from ensemble_system import __version__
 
-        parser.exit(message=f"ensemble-system {__version__}\n")
+        terminal.write_output(f"ensemble-system {__version__}")
+        parser.exit()
 
 
 def build_parser() -> argparse.ArgumentParser:

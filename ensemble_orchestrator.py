@@ -48,10 +48,20 @@ BUG = 70
 
 
 class _Parser(argparse.ArgumentParser):
-    """Shows words of the command line, which a shell may have made of file names, without control characters."""
+    """Says first what was wrong and what may have been meant, in one line without control characters."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(display_text.printable_lines(message))
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            options = [option for command in COMMANDS.values() for option in (*command.arguments, *COMMON_OPTIONS)]
+            message += errors.did_you_mean(unknown.split()[0].partition("=")[0], dict.fromkeys(options))
+        self.exit(2, f"{self.prog}: {display_text.printable_lines(message)}\nAll options: {self.prog} --help\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        choices = [str(choice) for choice in action.choices or ()]
+        if choices and value not in choices:
+            hint = errors.nearest_first(value, choices, "Choose from")
+            raise argparse.ArgumentError(action, f"invalid choice {value!r}{hint}")
 
     def format_help(self) -> str:
         return program_names.as_typed(super().format_help())
@@ -206,7 +216,7 @@ def _line(command: str, common: dict[str, Any], left_out: Sequence[str]) -> str:
 
 def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -> Result:
     from utils import base_back
-    from utils.core import messages
+    from utils.core import messages, workspace_hints
 
     level = logging.DEBUG if common["--verbose"] else logging.WARNING if common["--quiet"] else logging.INFO
     messages.set_up_logging(level=level, log_file=None, stream=sys.stderr)
@@ -227,7 +237,8 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
         folder = str(Path(folder).expanduser().absolute())
         if not Path(folder).is_dir():
             raise errors.UserError(
-                f"--workspace {folder}: no such folder; `make demo DATA=...` prints the folder that it makes"
+                f"--workspace {folder}: no such folder{workspace_hints.near(Path(folder))} `make demo DATA=...` prints "
+                "the folder that it makes"
             )
     if common["--output"] is not None:  # for BASE-BACK's settings and for processes that are started from here
         os.environ["DBT_ENSEMBLE_DIR"] = str(Path(common["--output"]).expanduser().absolute())
@@ -242,16 +253,19 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
     from utils.core import caches, engines, locks, remembered
 
     workspace = base_back.open_workspace(common["--output"])
+    if not workspace.exists:
+        workspace_hints.refuse_images(workspace.root)
     options |= {_attribute(option): common[option] for option in command.pass_through}
     writes = command.writes
     if not isinstance(writes, bool):
         writes = any(options[option] for option in writes)
+    has_place = workspace.exists or command.makes_workspace
     with (
-        locks.writer_lock(workspace.lock, name) if writes else nullcontext(),
+        locks.writer_lock(workspace.lock, name) if writes and has_place else nullcontext(),
         remembered.kept_by_build(workspace, chosen) if command.builds else nullcontext(),
     ):
         # After the lock, whose error explains a workspace that cannot be written.
-        if not command.sandboxed:
+        if not command.sandboxed and has_place:
             messages.set_up_logging(level=level, log_file=workspace.log_file, stream=sys.stderr)
         try:
             if command.decodes:

@@ -19,6 +19,8 @@ class Command(NamedTuple):
     """Whether it changes the workspace and therefore holds its lock; or the options that make it do so."""
     builds: bool = False
     """Whether the workspace remembers the configuration that it runs with."""
+    makes_workspace: bool = False
+    """Whether it may write into a folder in which there is nothing of a workspace yet."""
     decodes: bool = False
     """Whether it may decode images; the cache quota is enforced before."""
     sandboxed: bool = False
@@ -115,6 +117,7 @@ COMMANDS: dict[str, Command] = {
             },
         },
         writes=True,
+        makes_workspace=True,
     ),
     "build-ensemble": Command(
         "utils.building.build_commands:build_ensemble",
@@ -383,6 +386,7 @@ COMMANDS: dict[str, Command] = {
             },
         },
         writes=("set",),
+        makes_workspace=True,
         pass_through=("--set",),
         standalone=(
             ("--explain", "utils.operations.configuration:explain"),

@@ -25,7 +25,7 @@ from utils.core.artifacts import (
     write_tensors,
     write_text,
 )
-from utils.core.errors import UserError, did_you_mean
+from utils.core.errors import UserError, nearest_first
 from utils.core.links import remove_file
 from utils.core.parsed_files import record_once
 from utils.core.record_forms import Each, Form
@@ -252,8 +252,8 @@ def load(workspace: Workspace, name: str) -> Ensemble:
     if record is None:
         saved = names(workspace)
         raise UserError(
-            f"{workspace.ensemble(name)}: no such ensemble. Build it: {build_command(name)}. "
-            f"Built so far: {', '.join(saved) or 'none'}{did_you_mean(name, saved)}"
+            f"{workspace.ensemble(name)}: no such ensemble{nearest_first(name, saved, 'Built so far')}. Build it: "
+            f"{build_command(name)}"
         )
     folder = workspace.ensemble(name)
     remedy = rebuild_hint(name)

@@ -23,7 +23,7 @@ from pydantic_core import ErrorDetails
 
 from utils.core.config import FILE, SPECIFIED, Config, of_workspace, validate
 from utils.core.config_sections import Runs, Section
-from utils.core.errors import ConfigError, UserError, did_you_mean
+from utils.core.errors import ConfigError, UserError, did_you_mean, nearest_first
 
 MOST_FILES, MOST_LINES = 10, 100  # shown of similar files and of problems
 MOST_BYTES, MOST_VALUES, LONGEST, DEEPEST = 1_000_000, 10_000, 1_000, 20  # beyond these it is not a configuration file
@@ -50,10 +50,12 @@ def find_config(name: str, project: Path) -> Path:
         dict.fromkeys(str(file.relative_to(project) if file.is_relative_to(project) else file) for file in files)
     )
     problem = "is a folder; expected a file" if any(candidate.is_dir() for candidate in candidates) else "no such file"
+    places = dict.fromkeys(os.path.abspath(candidate) for candidate in candidates)
+    meant = did_you_mean(name, near) or did_you_mean(requested.name, [Path(file).name for file in near])
+    shown = [*near[:MOST_FILES], *(["..."] if near[MOST_FILES:] else [])]
     raise ConfigError(
-        f"{name}: {problem}; looked for {' and '.join(str(candidate.absolute()) for candidate in candidates)}; "
-        f"there are {', '.join(near[:MOST_FILES]) or 'no YAML files'}{', ...' * (len(near) > MOST_FILES)}"
-        f"{did_you_mean(name, near)}"
+        f"{name}: {problem}{meant or '.'} Looked for {' and '.join(places)}; there are "
+        f"{', '.join(shown) or 'no YAML files'}"
     )
 
 
@@ -89,7 +91,9 @@ def load_config(
         invalid = {key_path: text for key_path, text in invalid.items() if _origin(key_path, origins) is not None}
     if lines := [*lines, *_lines(list(invalid.items()), origins)]:
         shown = lines[:MOST_LINES] + [f"... and {len(lines) - MOST_LINES} more"] * (len(lines) > MOST_LINES)
-        raise ConfigError("\n  ".join([f"{path}: {len(lines)} problem(s)", *shown]))
+        raise ConfigError(
+            "\n  ".join([f"{path}: {len(lines)} problem(s)", *shown]) if lines[1:] else f"{path}: {lines[0]}"
+        )
     return config
 
 
@@ -167,8 +171,9 @@ def _unknown_key(key_path: KeyPath) -> str:
     section = _section(key_path[:-1])
     keys = list(section.model_fields) if section else []
     elsewhere = [".".join(section_key) for section_key in _sections() if section_key[-1:] == key_path[-1:]]
-    near = f"; did you mean {elsewhere[0]!r}?" if len(elsewhere) == 1 else did_you_mean(key_path[-1], keys)
-    return f"unknown key; allowed: {', '.join(keys)}{near}"
+    if len(elsewhere) == 1:
+        return f"unknown key; did you mean {elsewhere[0]!r}? Allowed here: {', '.join(keys)}"
+    return f"unknown key{nearest_first(key_path[-1], keys, 'Allowed')}"
 
 
 def _explain(problem: ErrorDetails) -> Iterator[tuple[KeyPath, str]]:
@@ -181,7 +186,7 @@ def _explain(problem: ErrorDetails) -> Iterator[tuple[KeyPath, str]]:
         yield key_path, f"{value}expected a section with any of the keys {', '.join(section.model_fields)}"
     elif problem["type"] == "literal_error":
         words = re.findall(r"'([^']+)'", problem["ctx"]["expected"])
-        yield key_path, f"{value}allowed: {', '.join(words)}{did_you_mean(problem['input'], words)}"
+        yield key_path, value.removesuffix("; ") + nearest_first(problem["input"], words, "Allowed")
     elif problem["type"] == "items":
         for position, item, expected in problem["ctx"]["items"]:
             yield (*key_path, str(position)), f"found {_show(item)}; {expected}"
@@ -208,7 +213,7 @@ def _unknown_names(raw: dict[str, Any], names: Mapping[str, Collection[str]]) ->
             if name.removesuffix("_ensemble") in allowed:
                 items[position] = name.removesuffix("_ensemble")
                 continue
-            text = f"found {_show(name)}; allowed: {', '.join(allowed)}{did_you_mean(name, allowed)}"
+            text = f"found {_show(name)}{nearest_first(name, allowed, 'Allowed')}"
             yield (*key_path, str(position)) if items is value else key_path, text
 
 

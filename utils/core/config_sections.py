@@ -34,6 +34,7 @@ from utils.core.config_values import (
     Threads,
     ViewGroups,
     Workers,
+    as_best,
     at_most_experts,
     differs_from_student,
     some_left,
@@ -335,7 +336,7 @@ class Tta(Section):
 
 class Distillation(Section):
     enable: Flag = Field(default=True, description="Whether `distill` trains a student.")
-    teacher: Name = Field(
+    teacher: Annotated[Name, AfterValidator(as_best)] = Field(
         default="meta_fuser",
         description="Ensemble or member whose predictions the student is trained on; `best` is the recommended one.",
     )

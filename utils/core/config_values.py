@@ -98,6 +98,11 @@ def differs_from_student(assistant: str | None, info: ValidationInfo) -> str | N
     return assistant
 
 
+def as_best(teacher: str) -> str:
+    """`recommended`, as models are named elsewhere, is `best` here."""
+    return "best" if teacher == "recommended" else teacher
+
+
 def without_meta_fuser(inputs: tuple[str, ...] | str) -> tuple[str, ...] | str:
     if "meta_fuser" in inputs:
         raise ValueError("expected other ensembles: meta_fuser cannot be an input of itself")

@@ -58,6 +58,12 @@ def did_you_mean(word: object, words: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def nearest_first(word: object, words: Iterable[str], title: str = "Available", *, none: str = "none") -> str:
+    """`; did you mean 'x'? Available: x, y`, or `. Available: x, y` where no word is near; ends a message."""
+    words = list(dict.fromkeys(words))
+    return f"{did_you_mean(word, words) or '.'} {title}: {', '.join(words) or none}"
+
+
 def cannot_write(path: Path, error: OSError) -> UserError:
     """The UserError for a `path` that cannot be written, with the reason and a remedy."""
     return UserError(f"{path}: cannot be written ({_reason(error)}). {_remedy(error)}")

@@ -68,6 +68,11 @@ class Workspace:
         """Whether any split holds a class folder; a base pipeline may make empty splits."""
         return any(path.is_dir() for split in SPLITS for path in (self.split_dir / split).glob("[!.]*"))
 
+    @property
+    def exists(self) -> bool:
+        """Whether the base pipeline or this project has left anything here: another folder gets no lock and no log."""
+        return any(folder.is_dir() for folder in (self.split_dir, self.checkpoints, self.kfold, self.ensembles))
+
     def relative(self, path: Path) -> str:
         """`path` as records name it: below the root with `/`, else absolute."""
         return path.relative_to(self.base).as_posix() if path.is_relative_to(self.base) else path.as_posix()

@@ -18,7 +18,7 @@ import numpy as np
 from utils.building import listing
 from utils.core.artifacts import read_record, write_arrays, write_json, write_text
 from utils.core.config import Config
-from utils.core.errors import ConfigError, UserError, did_you_mean
+from utils.core.errors import ConfigError, UserError
 from utils.core.links import remove_file
 from utils.core.results import Result
 from utils.core.workspace import Workspace
@@ -74,7 +74,8 @@ def evaluate(
     selected = member_selection.select(store.catalog, config)
     members = scoring.members_to_score(store.catalog, selected, ensembles)
     model_name = None if model_name is None else recommended_names.resolve(store, model_name)
-    _require_existing(model_name, [*saved, *members])
+    if model_name is not None and model_name not in {*saved, *members}:
+        raise recommended_names.unknown_name(model_name, saved, members)
     if not saved:
         logger.warning(
             "no ensemble %s; members alone are evaluated. Run build-ensemble first",
@@ -137,15 +138,6 @@ def uncertainty_options(
     if wrong:
         raise ConfigError(f"evaluate {' '.join(wrong)}: expected a fraction of rows between 0 and 1, such as 0.1")
     return UncertaintyOptions(alpha, target_risk, class_conditional)
-
-
-def _require_existing(name: str | None, available: Sequence[str]) -> None:
-    """Raise UserError for a name that no member and no ensemble has."""
-    if name is not None and name not in available:
-        raise UserError(
-            f"--model-name {name}: neither a member nor an ensemble. Ensembles are built by: python "
-            f"ensemble_orchestrator.py build-ensemble. Available: {', '.join(available)}{did_you_mean(name, available)}"
-        )
 
 
 def _is_current(ranking: Mapping[str, Any], digest: str, options: UncertaintyOptions) -> bool:

@@ -1,10 +1,13 @@
-"""The names `recommended` and `recommended_fast`, which `--model-name` takes in place of a member or ensemble."""
+"""The names `recommended` (`best`) and `recommended_fast`, which `--model-name` takes in place of a model's own."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from utils.building import ensembles, listing, recommendation
+from utils.building.command_hints import build_command
 from utils.core.artifacts import read_record
-from utils.core.errors import UserError
+from utils.core.errors import UserError, nearest_first
 from utils.evaluation import scoring
 from utils.evaluation.evaluation_records import RANKING
 from utils.predictions import extraction, fold_networks, member_selection, view_members
@@ -12,6 +15,8 @@ from utils.predictions.catalog import Member
 from utils.predictions.store import Store
 
 RECOMMENDED, FAST = "recommended", "recommended_fast"
+BEST = "best"
+"""Another word for RECOMMENDED, as in `distillation.teacher`."""
 
 
 def resolve(store: Store, name: str) -> str:
@@ -20,9 +25,17 @@ def resolve(store: Store, name: str) -> str:
     Raises UserError for `recommended_fast` without a current evaluation, which measures latencies.
     """
     saved = ensembles.names(store.workspace)
-    if name not in (RECOMMENDED, FAST) or name in saved or name in store.catalog.members:
-        return name
-    return recommended_name(store) if name == RECOMMENDED else _fast_name(store)
+    if name not in (RECOMMENDED, BEST, FAST) or name in saved or name in store.catalog.members:
+        return f"{name}_ensemble" if name not in saved and f"{name}_ensemble" in saved else name
+    return _fast_name(store) if name == FAST else recommended_name(store)
+
+
+def unknown_name(name: str, saved: Iterable[str], members: Iterable[str]) -> UserError:
+    """The error for a name that no ensemble and no member has: what was meant, how it is built, and what there is."""
+    available = [*saved, *members, RECOMMENDED, FAST]
+    buildable = [*ensembles.NAMES, *ensembles.NAMES.values(), *ensembles.COMBINERS]
+    build = f". Build it: {build_command(name)}" if name in buildable else ""
+    return UserError(f"--model-name {name}: neither an ensemble nor a member{build}{nearest_first(name, available)}")
 
 
 def recommended_name(store: Store) -> str:

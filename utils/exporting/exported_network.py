@@ -10,7 +10,8 @@ from utils.building import ensembles
 from utils.building.command_hints import build_command
 from utils.combiners.protocol import Combiner
 from utils.core.artifacts import digest_of
-from utils.core.errors import UserError, did_you_mean
+from utils.core.errors import UserError
+from utils.evaluation import recommended_names
 from utils.networks.preprocessing import Preprocessing
 from utils.predictions import catalog, fold_networks, streaming
 from utils.predictions.catalog import IMPORTED, Member
@@ -86,11 +87,7 @@ def load_source(store: Store, name: str) -> ExportSource:
         classes = store.catalog.classes
         return ExportSource(name, "member", (member,), classes, None, fold_networks.FULL, member.digest)
     if name not in saved:
-        available = [*saved, *members]
-        raise UserError(
-            f"--model-name {name}: neither a saved ensemble nor a member. Build it: {build_command(name)}. "
-            f"Available: {', '.join(available)}{did_you_mean(name, available)}"
-        )
+        raise recommended_names.unknown_name(name, saved, members)
     ensemble = ensembles.load(store.workspace, name)
     remedy = f"Build it again: {build_command(name)} --force"
     missing, changed = fold_networks.missing_and_changed(members, ensemble)

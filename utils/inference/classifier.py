@@ -19,8 +19,9 @@ from utils.building import ensembles
 from utils.building.command_hints import build_command
 from utils.building.ensembles import Ensemble
 from utils.combiners.routing import SparseCombiner, run_sparse
-from utils.core.errors import UserError, did_you_mean
+from utils.core.errors import UserError
 from utils.core.regular_files import open_regular
+from utils.evaluation import recommended_names
 from utils.numeric.diversity import mutual_information
 from utils.numeric.metrics import softmax
 from utils.predictions import catalog, fold_networks, image_splits, streaming
@@ -63,11 +64,7 @@ class WorkspaceClassifier:
         saved = ensembles.names(store.workspace)
         self.ensemble: Ensemble | None = ensembles.load(store.workspace, name) if name in saved else None
         if self.ensemble is None and name not in store.catalog.members:
-            available = [*saved, *store.catalog.members]
-            raise UserError(
-                f"--model-name {name}: neither an ensemble nor a member. Ensembles: {', '.join(saved) or 'none'}; "
-                f"members: {', '.join(store.catalog.members)}{did_you_mean(name, available)}"
-            )
+            raise recommended_names.unknown_name(name, saved, store.catalog.members)
         self.inference = self.ensemble.inference if self.ensemble else fold_networks.FULL
         names = self.ensemble.members if self.ensemble else (name,)
         # Before the members, since it decides which of their networks are needed.

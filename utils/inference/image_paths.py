@@ -9,10 +9,12 @@ import glob
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import BinaryIO
 
 from utils import base_back
+from utils.core.errors import UserError
 
 STDIN = "-"
 
@@ -31,8 +33,10 @@ def list_images(names: Sequence[str], stdin: BinaryIO, suffixes: Sequence[str] |
 
     `suffixes` are the lower-case file name suffixes of images, by default the base pipeline's. A folder is
     searched recursively for files with the suffix of an image; hidden files and folders are skipped. A file that is
-    named is listed whatever its suffix, and also where it does not exist, so that its record can hold the error.
+    named is listed whatever its suffix; one on `stdin` also where it does not exist, so that its record can hold the
+    error. Raises UserError for arguments that are neither a file nor a folder, all of them at once.
     """
+    _require_existing(names)
     known_suffixes = tuple(base_back.load_bundled("samples").SUFFIXES if suffixes is None else suffixes)
     paths: dict[str, None] = {}
     empty = []
@@ -42,6 +46,21 @@ def list_images(names: Sequence[str], stdin: BinaryIO, suffixes: Sequence[str] |
             empty.append(name)
         paths.update(dict.fromkeys(images))
     return ImageListing(tuple(map(Path, paths)), tuple(empty))
+
+
+def _require_existing(names: Sequence[str]) -> None:
+    missing = [name for name in names if name != STDIN and not os.path.lexists(name) and not glob.has_magic(name)]
+    if missing:
+        raise UserError("; ".join(f"{name}: no such file or folder{_near(name)}" for name in missing))
+
+
+def _near(name: str) -> str:
+    """A hint at an entry of the nearest folder above that exists."""
+    folder, _, last = os.path.normpath(name).rpartition(os.sep)
+    if not os.path.isdir(folder or os.curdir):
+        return _near(folder) if folder else ""
+    near = get_close_matches(last, sorted(os.listdir(folder or os.curdir)), n=1)
+    return f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
 
 
 def _expanded_names(names: Sequence[str], stdin: BinaryIO) -> Iterator[str]:

@@ -33,8 +33,8 @@ def select(catalog: Catalog, config: Config) -> list[Member]:
     unknown = [f"{name!r}{did_you_mean(name, available)}" for name in named if name not in available]
     if unknown:
         raise UserError(
-            f"{config.source}: backbones.include or backbones.exclude names no backbone; "
-            f"known: {', '.join(sorted(available))}; found: {', '.join(unknown)}"
+            f"{config.source}: backbones.include or backbones.exclude: no member or backbone is called "
+            f"{', '.join(unknown)} Known: {', '.join(sorted(available))}"
         )
     if include == ALL:
         selected = _all_members(catalog, exclude)

@@ -106,6 +106,12 @@ def _of_class_folders(source: Path, fewest_classes: int) -> ImageSet:
         raise ImageSetError(
             f"{source}: found one class only ({folders[0]!r}); expected one folder per class and at least two classes"
         )
+    for name in empty:
+        if (count := _class_count(source / name)) > 1:
+            raise ImageSetError(
+                f"{source}: its folder {name} holds no image itself, but class folders; did you mean {source / name} "
+                f"({count} class folders)?"
+            )
     if empty and (below := class_folders(source / empty[0])) and image_names(source / empty[0] / below[0]):
         raise ImageSetError(
             f"{source / empty[0]}: the class folder holds no image itself; images are in {below[0]} below it. Expected "

@@ -68,7 +68,7 @@ def scan(root: Path) -> tuple[list[str], list[Sample]]:
             _require_linked(root / name, files)
         if not files:
             raise ValueError(
-                f"{root / name}: the class folder holds no image ({', '.join(SUFFIXES)}); add some or remove the folder"
+                f"{root / name}: the class folder holds no image ({', '.join(SUFFIXES)}); add some, or move it away"
             )
         ids = [f"{name}/{file}" for file in files]
         samples += [Sample(root / i, i, label, groups.get(i)) for i in ids]

@@ -199,7 +199,7 @@ def _check_sizes(images: ImageSet, groups: np.ndarray, raw_dir: Path) -> None:
         expected = f"expected at least one in each split, and one more in train for {missing[0]}"
     else:
         expected = "expected at least one in each split"
-    remedy = "remove the class folder" if images.layout != MANIFEST_LAYOUT else "remove the rows of the class"
+    remedy = "move the class folder away" if images.layout != MANIFEST_LAYOUT else "leave the rows of the class out"
     raise SplitError(f"{raw_dir}: {'; '.join(problems)}; {expected}: add images or {remedy}")
 
 

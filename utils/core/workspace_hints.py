@@ -1,0 +1,55 @@
+"""Folders that are no workspace: which one was meant, and a folder of photographs, in which nothing is written."""
+
+from __future__ import annotations
+
+import shlex
+from difflib import get_close_matches
+from pathlib import Path
+
+from utils.core.errors import UserError
+
+MARKS = ("ensembles/ensemble_catalog.json", "split_dataset", "checkpoints")
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+MOST_ENTRIES = 1000  # of a folder that are looked at
+
+
+def near(folder: Path) -> str:
+    """`; did you mean DIR?` for a workspace above, below or beside a folder, or `.` where there is none."""
+    candidates = [*folder.parents[:2], *_children(folder)]
+    found = next((path for path in candidates if _is_workspace(path)), None)
+    if found is None and folder.parent.is_dir():
+        names = {path.name: path for path in _children(folder.parent)}
+        found = next((names[name] for name in get_close_matches(folder.name, names, n=1)), None)
+    return f"; did you mean {found}?" if found else "."
+
+
+def refuse_images(folder: Path) -> None:
+    """Raise UserError for a folder of photographs that is given as a workspace."""
+    classes = [path.name for path in _children(folder) if _has_image(path)]
+    if not classes and not _has_image(folder):
+        return
+    found = f"{len(classes)} class folders of images" if len(classes) > 1 else "images"
+    raise UserError(
+        f"--workspace {folder}: holds {found} and no workspace, and nothing is written beside images{near(folder)} To "
+        f"start with these images: make demo DATA={shlex.quote(str(folder))}, which prints the workspace that it makes"
+    )
+
+
+def _is_workspace(folder: Path) -> bool:
+    return any((folder / mark).exists() for mark in MARKS)
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        entries = [path for path, _ in zip(folder.iterdir(), range(MOST_ENTRIES), strict=False)]
+        return sorted(path for path in entries if path.is_dir() and not path.name.startswith("."))
+    except OSError:
+        return []
+
+
+def _has_image(folder: Path) -> bool:
+    try:
+        entries = zip(folder.iterdir(), range(MOST_ENTRIES), strict=False)
+        return any(path.suffix.lower() in IMAGES and path.is_file() for path, _ in entries)
+    except OSError:
+        return False

@@ -254,7 +254,7 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
 
     workspace = base_back.open_workspace(common["--output"])
     if not workspace.exists:
-        workspace_hints.refuse_images(workspace.root)
+        workspace_hints.refuse(workspace.base)
     options |= {_attribute(option): common[option] for option in command.pass_through}
     writes = command.writes
     if not isinstance(writes, bool):
@@ -262,7 +262,7 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
     has_place = workspace.exists or command.makes_workspace
     with (
         locks.writer_lock(workspace.lock, name) if writes and has_place else nullcontext(),
-        remembered.kept_by_build(workspace, chosen) if command.builds else nullcontext(),
+        remembered.kept_by_build(workspace, chosen) if command.builds and has_place else nullcontext(),
     ):
         # After the lock, whose error explains a workspace that cannot be written.
         if not command.sandboxed and has_place:

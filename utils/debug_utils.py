@@ -21,7 +21,7 @@ from utils.core import caches, locks, subprocesses
 from utils.core.artifacts import write_json
 from utils.core.config import Config
 from utils.core.config_sections import Backbones
-from utils.core.errors import ConfigError, UserError, did_you_mean
+from utils.core.errors import ConfigError, UserError, nearest_first
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.operations import debug_plan, debug_sandbox
@@ -253,10 +253,7 @@ def _reset(workspace: Workspace, *, confirm: bool, dry_run: bool) -> Result:
 def _require_backbone(arch: str | None, workspace: Workspace) -> None:
     available = {*Backbones.model_fields["include"].default, *catalog.checkpoint_files(workspace)}
     if arch is not None and arch not in available:
-        raise ConfigError(
-            f"--arch {arch}: no such backbone; expected one of {', '.join(sorted(available))}"
-            f"{did_you_mean(arch, available)}"
-        )
+        raise ConfigError(f"--arch {arch}: no such backbone{nearest_first(arch, sorted(available), 'Expected one of')}")
 
 
 def _file_states(folder: Path) -> dict[Path, tuple[int, int, int]]:

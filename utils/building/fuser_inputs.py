@@ -139,7 +139,8 @@ def _listed(session: Session, names: Mapping[str, str]) -> tuple[dict[str, Mappi
         record = ensembles.record_of(session.workspace, name)
         if record is None:
             command = build_command(typed)
-            problems.append(f"{typed}: not built. Build it: {command}{did_you_mean(typed, available)}")
+            near = did_you_mean(typed, available, ".") if typed not in available else "."
+            problems.append(f"{typed}: not built{near} Build it: {command}")
         elif record["method"] not in INPUT_METHODS:
             problems.append(f"{typed}: {record['method']} cannot be an input; these can: {', '.join(INPUT_METHODS)}")
         else:

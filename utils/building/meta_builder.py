@@ -10,7 +10,7 @@ from utils.building import baselines, ensembles, fitting, fuser_inputs
 from utils.building.builder_protocol import Build, Builder, Session, run, summary_line
 from utils.building.voting_builder import VotingBuilder
 from utils.core.config import Config, require_enabled
-from utils.core.errors import UserError, did_you_mean
+from utils.core.errors import UserError, nearest_first
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.meta_methods import FUSERS, MetaFuserCombiner
@@ -36,8 +36,8 @@ def meta_fuse(config: Config, workspace: Workspace, *, force: bool = False) -> R
     kind = config.runs.meta_fuser.fuser_type
     if kind not in FUSERS:
         raise UserError(
-            f"{config.source}: runs.meta_fuser.fuser_type {kind}: this version builds {', '.join(FUSERS)}"
-            f"{did_you_mean(kind, FUSERS)}"
+            f"{config.source}: runs.meta_fuser.fuser_type {kind}: unknown"
+            f"{nearest_first(kind, FUSERS, 'This version builds')}"
         )
     session = _with_votes(Session.open(config, workspace))
     outcome = run([builder], session, force=force)

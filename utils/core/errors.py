@@ -52,16 +52,17 @@ class PartialFailure(OrchestratorError):
     """The command finished, but a requested part failed or was left out; the text names each."""
 
 
-def did_you_mean(word: object, words: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest of `words`, or nothing when none is near."""
+def did_you_mean(word: object, words: Iterable[str], otherwise: str = "") -> str:
+    """`; did you mean 'x'?` for the nearest of `words`, or `otherwise`, such as a full stop, when none is near."""
     near = get_close_matches(str(word), list(words), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f"; did you mean {near[0]!r}?" if near else otherwise
 
 
 def nearest_first(word: object, words: Iterable[str], title: str = "Available", *, none: str = "none") -> str:
-    """`; did you mean 'x'? Available: x, y`, or `. Available: x, y` where no word is near; ends a message."""
+    """`; did you mean 'x'? Available: x, y`, or `; available: x, y` where no word is near."""
     words = list(dict.fromkeys(words))
-    return f"{did_you_mean(word, words) or '.'} {title}: {', '.join(words) or none}"
+    near = did_you_mean(word, words)
+    return f"{near or ';'} {title if near else title.lower()}: {', '.join(words) or none}"
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:

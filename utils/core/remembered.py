@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,8 @@ def kept_by_build(workspace: Workspace, choice: Choice) -> Iterator[None]:
         if _built(workspace) == built:
             if previous is None:
                 remove_file(path)
+                with suppress(OSError):  # it holds something
+                    path.parent.rmdir()
             else:
                 write_text(path, previous)
         raise

@@ -15,24 +15,30 @@ MOST_ENTRIES = 1000  # of a folder that are looked at
 
 def near(folder: Path) -> str:
     """`; did you mean DIR?` for a workspace above, below or beside a folder, or `.` where there is none."""
-    candidates = [*folder.parents[:2], *_children(folder)]
-    found = next((path for path in candidates if _is_workspace(path)), None)
+    found = _around(folder)
     if found is None and folder.parent.is_dir():
         names = {path.name: path for path in _children(folder.parent)}
         found = next((names[name] for name in get_close_matches(folder.name, names, n=1)), None)
     return f"; did you mean {found}?" if found else "."
 
 
-def refuse_images(folder: Path) -> None:
-    """Raise UserError for a folder of photographs that is given as a workspace."""
+def refuse(folder: Path) -> None:
+    """Raise UserError for a folder of photographs that is given as a workspace, or one that lies beside or in one."""
+    if found := _around(folder):
+        raise UserError(f"--workspace {folder}: not a workspace; did you mean {found}?")
     classes = [path.name for path in _children(folder) if _has_image(path)]
     if not classes and not _has_image(folder):
         return
-    found = f"{len(classes)} class folders of images" if len(classes) > 1 else "images"
+    images = f"{len(classes)} class folders of images" if len(classes) > 1 else "images"
     raise UserError(
-        f"--workspace {folder}: holds {found} and no workspace, and nothing is written beside images{near(folder)} To "
-        f"start with these images: make demo DATA={shlex.quote(str(folder))}, which prints the workspace that it makes"
+        f"--workspace {folder}: holds {images} and no workspace, and nothing is written beside images. To start "
+        f"with these images: make demo DATA={shlex.quote(str(folder))}, which prints the workspace that it makes"
     )
+
+
+def _around(folder: Path) -> Path | None:
+    """A workspace above or below a folder."""
+    return next((path for path in (*folder.parents[:2], *_children(folder)) if _is_workspace(path)), None)
 
 
 def _is_workspace(folder: Path) -> bool:

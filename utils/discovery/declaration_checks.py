@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import base_back
-from utils.core.errors import UserError, did_you_mean
+from utils.core.errors import UserError, did_you_mean, nearest_first
 from utils.core.workspace import Workspace
 from utils.discovery import preprocessing_sources
 from utils.networks.checkpoints import LEAVE_OUT
@@ -42,10 +42,9 @@ def require_architecture(architecture: str, where: str) -> None:
         timm.get_pretrained_cfg(architecture)
     except RuntimeError:
         names = timm.list_pretrained(f"{architecture.partition('.')[0]}.*")
-        near = did_you_mean(architecture, names)
         raise UserError(
-            f"{where}: timm {timm.__version__} has no pretrained tag {architecture!r}{near}; tags: "
-            f"{', '.join(names) or 'none'}"
+            f"{where}: timm {timm.__version__} has no pretrained tag {architecture!r}"
+            f"{nearest_first(architecture, names, 'Tags')}"
         ) from None
 
 

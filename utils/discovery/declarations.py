@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from utils.core.errors import UserError, did_you_mean
+from utils.core.errors import UserError, did_you_mean, nearest_first
 from utils.core.workspace import Workspace
 from utils.discovery import (
     candidates,
@@ -183,8 +183,8 @@ def _parsed(text: str) -> Request:
     if match is None:
         raise UserError(f"{where}: expected {FORMS}, such as {EXAMPLE}")
     if match["scheme"] not in SCHEMES:
-        near = did_you_mean(match["scheme"], SCHEMES)
-        raise UserError(f"{where}: no such source: {match['scheme']!r}{near}; expected {FORMS}, such as {EXAMPLE}")
+        near = did_you_mean(match["scheme"], SCHEMES, ";")
+        raise UserError(f"{where}: no such source: {match['scheme']!r}{near} expected {FORMS}, such as {EXAMPLE}")
     return Request(match["name"], match["scheme"], match["target"], where)
 
 
@@ -198,9 +198,9 @@ def _folders(roots: Sequence[str]) -> tuple[list[Request], list[str], list[str]]
     for text in roots:
         root = Path(text).expanduser().absolute()
         if not root.is_dir():
-            near = did_you_mean(root.name, [path.name for path in root.parent.glob("*") if path.is_dir()])
+            near = did_you_mean(root.name, [path.name for path in root.parent.glob("*") if path.is_dir()], ";")
             problem = "a file, not a folder" if root.exists() else "no such folder"
-            raise UserError(f"--add-from {text}: {problem}{near}; expected a folder with a folder for each network")
+            raise UserError(f"--add-from {text}: {problem}{near} expected a folder with a folder for each network")
         below = _model_folders(root)
         if not below:
             hint = f" (a single network is declared with --add NAME=local-dir:{text})"
@@ -250,10 +250,9 @@ def _require_targets(requests: Requests, remembered: Mapping[str, Member], new: 
     names = [*remembered, *(request.name for request in new)]
     for name in requests.by_name:
         if name not in names:
-            near = did_you_mean(name, names)
             raise UserError(
-                f"--preprocess {name}:...: {name} is no network that was declared with --add{near}; these were: "
-                f"{', '.join(names) or 'none'}"
+                f"--preprocess {name}:...: {name} is no network that was declared with --add"
+                f"{nearest_first(name, names, 'These were')}"
             )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from utils.core.artifacts import FileDigests
 from utils.core.config import Config
-from utils.core.errors import UserError, did_you_mean
+from utils.core.errors import UserError, nearest_first
 from utils.core.results import Result
 from utils.core.workspace import SPLITS, Workspace
 from utils.discovery import (
@@ -321,8 +321,8 @@ def _without(workspace: Workspace, earlier: Catalog | None, remove: Sequence[str
     for name in remove:
         if name not in removable:
             raise UserError(
-                f"--remove {name}: no network that was declared with --add, nor imported; these were: "
-                f"{', '.join(removable) or 'none'}{did_you_mean(name, removable)}. What is in "
+                f"--remove {name}: no network that was declared with --add, nor imported"
+                f"{nearest_first(name, removable, 'These were')}. What is in "
                 f"{workspace.checkpoints} is left out with backbones.exclude"
             )
     if earlier is None or not remove:

@@ -109,6 +109,6 @@ def repository_of(architecture: str, where: str) -> tuple[str, int]:
         names = timm.list_pretrained()
         raise UserError(
             f"{where}: timm {timm.__version__} names no weights on the hub for {architecture}"
-            f"{did_you_mean(architecture, names)}. Declare a file of weights: NAME=timm:{architecture}@FILE"
+            f"{did_you_mean(architecture, names, '.')} Declare a file of weights: NAME=timm:{architecture}@FILE"
         )
     return str(config.hf_hub_id), int(config.num_classes)

@@ -64,7 +64,7 @@ def read_model_folder(folder: Path, *, preprocessing_is_given: bool = False) -> 
     if not folder.is_dir():
         what = "a file, not a folder" if folder.exists() else "no such folder"
         siblings = [path.name for path in folder.parent.glob("*") if path.is_dir()]
-        raise UserError(f"{folder}: {what}; {EXPECTED}{did_you_mean(folder.name, siblings)}")
+        raise UserError(f"{folder}: {what}{did_you_mean(folder.name, siblings, ';')} {EXPECTED}")
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: no {CONFIG}; {EXPECTED}. A bare file of weights: --add NAME=timm:ARCH@FILE")
     config = read_json_object(folder / CONFIG, remedy=CORRECT)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from utils import base_back
-from utils.core.errors import UserError, did_you_mean
+from utils.core.errors import UserError, nearest_first
 from utils.networks.preprocessing import Preprocessing
 
 USER = "user"
@@ -59,7 +59,7 @@ def parse_requests(texts: Sequence[str]) -> Requests:
         if not separator or not key or not value:
             raise UserError(f"{where}: expected KEY=VALUE or NAME:KEY=VALUE, such as mean=0.5; keys: {', '.join(KEYS)}")
         if key not in KEYS:
-            raise UserError(f"{where}: no such key{did_you_mean(key, KEYS)}; keys: {', '.join(KEYS)}")
+            raise UserError(f"{where}: no such key{nearest_first(key, KEYS, 'Keys')}")
         values = by_name.setdefault(name, {}) if name else general
         if key in values:
             raise UserError(f"{where}: {key} occurs twice. Give it once")

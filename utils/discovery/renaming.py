@@ -15,7 +15,7 @@ from pathlib import Path
 from utils.core import caches
 from utils.core.artifacts import link_file, read_json, write_json
 from utils.core.config_values import is_name
-from utils.core.errors import UserError, did_you_mean
+from utils.core.errors import UserError, nearest_first
 from utils.core.links import require_no_symlink
 from utils.core.workspace import SPLITS, Workspace
 from utils.predictions import catalog
@@ -69,9 +69,8 @@ def _require_can_go(workspace: Workspace, listed: Catalog | None, old: str, new:
     if old not in members:
         done = f"; {new} is there: if it was {old} before, nothing is left to do" if new in members else ""
         raise UserError(
-            f"--rename {old}={new}: {old} is no network that was declared with --add, nor imported{done}; these were: "
-            f"{', '.join(members) or 'none'}{did_you_mean(old, members)}. A network in {workspace.checkpoints} is "
-            "renamed by its files"
+            f"--rename {old}={new}: {old} is no network that was declared with --add, nor imported{done}"
+            f"{nearest_first(old, members, 'These were')}. A network in {workspace.checkpoints} is renamed by its files"
         )
     base_files = [*catalog.checkpoint_files(workspace).get(old, {}).values(), workspace.base_oof(old)]
     base_files += [workspace.kfold_results(old), workspace.training_metrics(old)]

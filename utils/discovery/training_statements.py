@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from utils.core.artifacts import digest_of, read_arrays, write_arrays
-from utils.core.errors import UserError, did_you_mean
+from utils.core.errors import UserError, did_you_mean, nearest_first
 from utils.core.workspace import Workspace
 from utils.predictions.catalog import Catalog, Member, Problem
 from utils.predictions.image_splits import ImageSplit
@@ -56,8 +56,8 @@ def parse(values: Sequence[str], added: Collection[str], declared: Collection[st
         is_named = bool(sign) and not Path(value).expanduser().is_file()
         if is_named and name not in declared:
             raise UserError(
-                f"{OPTION} {value}: {name} is no network that was declared with --add; these were: "
-                f"{', '.join(sorted(declared)) or 'none'}{did_you_mean(name, declared)}. What networks of the base "
+                f"{OPTION} {value}: {name} is no network that was declared with --add"
+                f"{nearest_first(name, sorted(declared), 'These were')}. What networks of the base "
                 "pipeline were trained on is in their checkpoints; of imported predictions nothing is known"
             )
         if not is_named and not added:
@@ -81,7 +81,7 @@ def _statement(value: str, text: str) -> Statement:
     path = Path(text).expanduser().absolute()
     if not path.is_file():
         near = did_you_mean(text, WORDS) or did_you_mean(path.name, [entry.name for entry in path.parent.glob("*")])
-        raise UserError(f"{OPTION} {value}: {text!r} is no statement and no such file exists; {EXPECTED}{near}")
+        raise UserError(f"{OPTION} {value}: {text!r} is no statement and no such file exists{near or ';'} {EXPECTED}")
     return Statement(value, FILE, path)
 
 

@@ -125,7 +125,7 @@ def require_architecture(name: str) -> None:
         available = [*_backbones(), *timm.list_models()]
         raise UserError(
             f"{CONFIG_KEY} {name}: neither a backbone of BASE-BACK nor a model of timm {timm.__version__}"
-            f"{did_you_mean(name, available)}. BASE-BACK has {', '.join(_backbones())}"
+            f"{did_you_mean(name, available, '.')} BASE-BACK has {', '.join(_backbones())}"
         )
 
 

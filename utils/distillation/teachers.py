@@ -78,9 +78,9 @@ def resolve(store: Store, name: str, *, excluded_member: str) -> Teacher:
     else:
         available = [BEST, *saved, *store.catalog.members]
         buildable = [*ensembles.NAMES, *ensembles.NAMES.values(), *ensembles.COMBINERS]
-        problem = "not built. Build it: " + build_command(name) if name in buildable else "unknown"
-        suggestion = "" if name in buildable else did_you_mean(name, [*available, *buildable])
-        raise UserError(f"{CONFIG_KEY} {name}: {problem}{suggestion}. Available: {', '.join(available)}")
+        problem = f"not built. Build it: {build_command(name)}." if name in buildable else "unknown"
+        hint = "" if name in buildable else did_you_mean(name, [*available, *buildable], ".")
+        raise UserError(f"{CONFIG_KEY} {name}: {problem}{hint} Available: {', '.join(available)}")
     _check(store, teacher, excluded_member)
     return teacher
 

@@ -12,7 +12,7 @@ from typing import Any
 from utils import base_back
 from utils.core.artifacts import read_json, read_record
 from utils.core.config import Config, require_enabled
-from utils.core.errors import ConfigError, UserError, did_you_mean
+from utils.core.errors import ConfigError, UserError, nearest_first
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.evaluation import recommended_names
@@ -126,9 +126,10 @@ def _requested_formats(names: Sequence[str], precisions: Sequence[str]) -> tuple
     Raises ConfigError for an unknown format.
     """
     requested = list(dict.fromkeys(part for name in names for part in name.split(",") if part))
-    unknown = [f"{name!r}{did_you_mean(name, FORMATS)}" for name in requested if name not in FORMATS]
+    unknown = [name for name in requested if name not in FORMATS]
     if unknown:
-        raise ConfigError(f"--formats: unknown {', '.join(unknown)}. Available: {', '.join(FORMATS)}")
+        first = nearest_first(unknown[0], FORMATS)
+        raise ConfigError(f"--formats: unknown {', '.join(map(repr, unknown))}{first}")
     reduced = [name for name in REDUCED if "onnx" in requested and name.removeprefix("onnx_") in precisions]
     return (*(name for name in FORMATS if name in requested and name != CUSTOM), *reduced, CUSTOM)
 

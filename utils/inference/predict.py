@@ -83,12 +83,13 @@ def predict(
     existing file that may be neither continued nor replaced.
     """
     output = OutputOptions(to, form, probabilities, append, spreadsheet_safe, force)
+    listing = image_paths.list_images(paths, sys.stdin.buffer)
     store = Store(config, workspace, catalog.load(workspace))
     model_name = recommended_names.resolve(store, model_name)
     model_name = model_with_views(store, model_name) if tta else model_name
     classifier = WorkspaceClassifier(store, model_name)
     thresholds = load_thresholds(workspace, model_name, is_ensemble=classifier.ensemble is not None, sets=sets)
-    return _predict_listing(classifier, thresholds, image_paths.list_images(paths, sys.stdin.buffer), paths, output)
+    return _predict_listing(classifier, thresholds, listing, paths, output)
 
 
 def predict_from_export(
@@ -114,8 +115,8 @@ def predict_from_export(
     output = OutputOptions(to, form, probabilities, append, spreadsheet_safe, force)
     if tta:
         raise ConfigError("--tta: the views of an exported model are in its file; expected --model-name with it")
-    classifier = ExportClassifier(Path(from_export).expanduser())
     listing = image_paths.list_images(paths, sys.stdin.buffer, SUFFIXES)
+    classifier = ExportClassifier(Path(from_export).expanduser())
     return _predict_listing(classifier, Thresholds(sets, None, None), listing, paths, output)
 
 

@@ -158,7 +158,7 @@ def _construct_timm(spec: NetworkSpec, n_outputs: int) -> nn.Module:
     if not timm.is_model(architecture):
         raise UserError(
             f"{spec.checkpoint}: timm {timm.__version__} has no model {architecture!r}"
-            f"{did_you_mean(architecture, timm.list_models())}. Name one of timm.list_models()"
+            f"{did_you_mean(architecture, timm.list_models(), '.')} Name one of timm.list_models()"
         )
     stages = base_back.load_bundled("stage_features")
     try:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from utils import base_back
 from utils.core.config import Config
 from utils.core.config_values import ALL
-from utils.core.errors import UserError, did_you_mean
+from utils.core.errors import UserError, nearest_first
 from utils.predictions import training_data, view_members
 from utils.predictions.catalog import Catalog, Member
 
@@ -30,11 +30,11 @@ def select(catalog: Catalog, config: Config) -> list[Member]:
     default = type(config.backbones).model_fields["include"].default
     available = {*getattr(settings, "ALL_BACKBONES", settings.BACKBONES), *default, *catalog.members}
     named = [*(include if include != ALL else ()), *exclude]
-    unknown = [f"{name!r}{did_you_mean(name, available)}" for name in named if name not in available]
+    unknown = [name for name in named if name not in available]
     if unknown:
         raise UserError(
             f"{config.source}: backbones.include or backbones.exclude: no member or backbone is called "
-            f"{', '.join(unknown)} Known: {', '.join(sorted(available))}"
+            f"{', '.join(map(repr, unknown))}{nearest_first(unknown[0], sorted(available), 'Known')}"
         )
     if include == ALL:
         selected = _all_members(catalog, exclude)

@@ -1,0 +1,154 @@
+"""Mistakes of typing, each answered by what was meant, in the first line and before any list of what there is."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from conftest import PROJECT, write_digits
+from given_predictions import write
+from in_process import run
+
+
+class Mistake(NamedTuple):
+    """What was typed in a workspace `{w}` whose folder also holds `photos/`, and what was meant."""
+
+    typed: str
+    meant: str
+    code: int = 2
+
+
+MISTAKES = (
+    Mistake("evalute", "'evaluate'"),
+    Mistake("build_ensemble", "'build-ensemble'"),
+    Mistake("fusiontrain", "'fusion-train'"),
+    Mistake("statsu", "'status'"),
+    Mistake("export --modelname soft_voting_ensemble", "'--model-name'"),
+    Mistake("evaluate --split tset", "'test'"),
+    Mistake("debug --section stak", "'stack'"),
+    Mistake("predict photo.png --model-name recommended --sets rasp", "'raps'"),
+    Mistake("status --set runs.moe.enabel=true", "'enable'"),
+    Mistake("status --set moe.enable=true", "'runs.moe'"),
+    Mistake("status --set runs.stacking.meta_learners=[xbg]", "'xgb'"),
+    Mistake("status --set runs.score_ensemble.optimization_metric=acuracy", "'accuracy'"),
+    Mistake("status --set seed", "KEY=VALUE"),
+    Mistake("status --device gpu", "cuda"),
+    Mistake("status --config configs/digit_demo.yaml", "'configs/digits_demo.yaml'"),
+    Mistake("config --explain runs.stacking.xgb_config.max_dept", "'runs.stacking.xgb_config.max_depth'"),
+    Mistake("config --explain topk", "'runs.moe.top_k'"),
+    Mistake("evaluate --model-name soft_votng_ensemble", "'soft_voting_ensemble'", 1),
+    Mistake("export --model-name recomended", "'recommended'", 1),
+    Mistake("predict {folder}/photos/1/*.png --model-name baye", "'bayes'", 1),
+    Mistake("export --formats onx", "'onnx'"),
+    Mistake("build-ensemble --set backbones.include=[bays,forest]", "'bayes'", 1),
+    Mistake("discover --remove baes", "'bayes'", 1),
+    Mistake("predict {folder}/photo --model-name bayes", "/photos?", 1),
+    Mistake("status --workspace {folder}/wrk", "/work?", 1),
+    Mistake("evaluate --workspace {w}/ensembles/models", "/work?", 1),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("mistakes")
+    write(folder / "given")
+    write_digits(folder / "photos", classes=(1, 2), per_class=2)
+    (folder / "work").mkdir()
+    assert run("import-predictions", "--from", folder / "given", workspace=folder / "work").code == 0
+    done = run(
+        "build-ensemble", "--config", "configs/votes.yaml", "--set", "exports.enable=true", workspace=folder / "work"
+    )
+    assert done.code == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.typed[:60])
+def test_the_first_line_says_what_was_meant(mistake, folder):
+    words = [word.format(folder=folder, w=folder / "work") for word in mistake.typed.split()]
+    done = run(*words, workspace=None if "--workspace" in words else folder / "work")
+    assert done.code == mistake.code, done.stderr
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if "| INFO |" not in line]
+    assert mistake.meant in lines[0], lines
+    for mark in ("Choose from", "Allowed", "Available", "Known", "Looked for"):  # what was meant comes before the list
+        assert mark not in lines[0][: lines[0].index(mistake.meant)]
+    assert not re.search(r"\?\.|[^.]\.\.(?!\.)|;;|\s{2,}\S", lines[0].split("|", 2)[-1].strip()), lines[0]
+
+
+@pytest.mark.parametrize("name", ["recommended", "best"])
+def test_a_name_may_be_that_of_the_recommendation(name, folder):
+    assert "unknown" not in run("evaluate", "--model-name", name, workspace=folder / "work").stderr
+    assert run("evaluate", "--model-name", name, workspace=folder / "work").code == 0
+
+
+def test_a_method_is_a_name_of_its_ensemble(folder):
+    done = run("evaluate", "--model-name", "soft_voting", "--json", workspace=folder / "work")
+    assert done.document["name"] == "soft_voting_ensemble"
+
+
+# wrong folders -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [("evaluate",), ("discover",), ("status",), ("build-ensemble",), ("pipeline",)])
+def test_an_empty_folder_stays_empty(command, tmp_path):
+    done = run(*command, workspace=tmp_path)
+    assert done.code == (0 if command == ("status",) else 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate",),
+        ("discover",),
+        ("status",),
+        ("clean", "--temporary"),
+        ("config", "--set", "seed=1"),
+        ("import-predictions", "--from", "given"),
+    ],
+)
+def test_nothing_is_written_beside_photographs(command, folder, tmp_path):
+    photos = Path(shutil.copytree(folder / "photos", tmp_path / "my leaves"))
+    done = run(*command, workspace=photos)
+    assert done.code == 1
+    assert f"make demo DATA='{photos}'" in done.stderr
+    assert sorted(path.name for path in photos.iterdir()) == ["1", "2"]
+
+
+def test_a_folder_whose_classes_lie_one_level_down_is_named(base_main, folder, tmp_path):
+    data = tmp_path / "my leaves"
+    shutil.copytree(folder / "photos", data / "Data")
+    shutil.copytree(folder / "photos" / "1", data / "previews")
+    for _ in range(2):
+        done = base_main("--data", str(data), "--stages", "split", workspace=tmp_path / "work")
+        assert done.returncode == 1
+        assert f"did you mean {data / 'Data'} (2 class folders)?" in done.stderr
+        assert "remove" not in done.stderr
+        assert not (tmp_path / "work").exists()
+        shutil.rmtree(data / "previews", ignore_errors=True)
+
+
+def test_a_mistyped_path_ends_predict_before_any_row(folder, tmp_path):
+    right, wrong = folder / "photos" / "1", folder / "photos" / "11" / "a.png"
+    answers = tmp_path / "answers.csv"
+    for to in ((), ("--to", answers)):
+        done = run("predict", right, wrong, "--model-name", "recommended", *to, workspace=folder / "work")
+        assert done.code == 1
+        assert done.stdout == ""
+        assert str(wrong) in done.stderr
+    assert not answers.exists()
+
+
+def test_messages_of_the_program_have_no_seams():
+    """Templates whose pieces would meet in `?.`, `..` or two spaces."""
+    seams = []
+    for path in sorted([*(PROJECT / "utils").rglob("*.py"), PROJECT / "ensemble_orchestrator.py"]):
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            if re.search(r"\{(errors\.)?(did_you_mean|nearest_first)\([^\"']*\)\}[.;,:]", line):
+                seams.append(f"{path.relative_to(PROJECT)}:{number}: {line.strip()}")
+            if re.search(r"f?\"[^\"]*\b(the the|a a|it it|is is)\b", line) or re.search(r"\?\. [A-Z]", line):
+                seams.append(f"{path.relative_to(PROJECT)}:{number}: {line.strip()}")
+    assert seams == []

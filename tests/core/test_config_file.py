@@ -168,8 +168,8 @@ def test_names_of_the_family_tables_are_accepted_and_listed(file):
     names = {"runs.score_ensemble.methods": {"soft_voting": 1, "greedy_selection": 2, "a_method": 3}}
     assert _problems(path, names=names) == [
         "runs.score_ensemble.methods.1: found 'greedy_selectoin'; did you mean 'greedy_selection'? Allowed: "
-        "soft_voting, hard_voting, logit_averaging, weighted, greedy_selection, soft_voting_calibrated, logit_averaging_calibrated, "
-        "best_single_calibrated, a_method"
+        "soft_voting, hard_voting, logit_averaging, weighted, greedy_selection, soft_voting_calibrated, "
+        "logit_averaging_calibrated, best_single_calibrated, a_method"
     ]
     assert len(_problems(path)) == 2
 

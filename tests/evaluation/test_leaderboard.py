@@ -89,3 +89,19 @@ def test_one_without_intervals_is_shown_all_the_same(ranking):
     ranking["rows"][0]["ci95"] = None
     assert "0.7500  " in leaderboard.as_text(ranking)
     assert all(write(ranking) for write in leaderboard.WRITERS.values())
+
+
+def test_a_table_in_a_terminal_fits_100_columns(ranking):
+    names = ["a_name_that_is_as_long_as_that_of_a_calibrated_ensemble_of_ten_networks", "b", "c"]
+    for entry, name in zip(ranking["rows"], names, strict=True):
+        entry["name"] = name
+    ranking["recommended"]["name"] = names[0]
+    full = leaderboard.as_text(ranking).splitlines()[1:5]
+    assert max(map(len, full)) > 150
+    assert leaderboard.as_text(ranking, columns=250).splitlines()[1:5] == full
+    for columns in (40, 100, 120):
+        table = leaderboard.as_text(ranking, columns=columns).splitlines()[1:5]
+        assert max(map(len, table)) <= max(columns, 100)
+        assert table[1].split()[2:4] == ["0.7500", "[0.1000,"]
+        assert table[1].split()[1].endswith("\N{HORIZONTAL ELLIPSIS}")
+        assert "recommended" in table[1]

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import html
 import json
+import os
+import re
+import shlex
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, run_python
+from conftest import PROJECT, run_python, write_digits
 
 import ensemble_orchestrator
 from utils.core.config_file import load_config
@@ -160,3 +167,83 @@ def test_a_workspace_may_be_named_and_standard_output_then_holds_one_document(tm
     assert len(list((tmp_path / "w" / "Data").glob("*/*.png"))) == 1797
     assert all(step[step.index("--workspace") + 1] == str(tmp_path / "w") for step, _ in steps)
     assert all(options["output"] is sys.stderr for _, options in steps)
+
+
+def test_an_interrupted_demo_ends_with_130_and_without_a_traceback(tmp_path):
+    """The program that runs gets the signal too, says so, and is waited for."""
+    (tmp_path / "child.py").write_text(
+        "import sys, time\n"
+        "try:\n    print('ready', flush=True)\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    time.sleep(1)\n    print('interrupted', flush=True)\n    sys.exit(130)\n"
+    )
+    code = f"import sys; from utils.operations import demo; sys.exit(demo.run([{str(tmp_path / 'child.py')!r}]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        **{
+            "cwd": PROJECT,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "text": True,
+            "start_new_session": True,
+        },
+    )
+    assert process.stdout is not None
+    while "ready" not in process.stdout.readline().split():
+        pass
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in out
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_what_the_demo_and_its_report_suggest_changes_nothing_that_was_not_asked_for(tmp_path):
+    """Every line that is printed to be typed, as it is printed, in the order in which it is printed."""
+    workspace = tmp_path / "w"
+    base = ["BASE-BACK/src/main.py", "--workspace", str(workspace), "--data", str(write_digits(tmp_path / "Data"))]
+    options = ["--size", "tiny", "--folds", "2", "--epochs-head", "1", "--epochs-finetune", "2", "--jobs", "1"]
+    backbones = ["--backbones", "CustomConvNeXt", "CustomViTHybrid"]
+    assert run_python(*base, *backbones, *options).returncode == 0
+    settings = [word for setting in demo.QUICK_SETTINGS for word in ("--set", setting)]
+    line = ["ensemble_orchestrator.py", "pipeline", "--config", demo.DIGITS_CONFIG, *settings]
+    done = run_python(*line, "--workspace", str(workspace))
+    assert done.returncode == 0, done.stderr
+    assert "distilled" in done.stdout
+
+    def records() -> dict[str, str]:
+        files = [*workspace.rglob("*.json"), *workspace.rglob("*.safetensors"), workspace / "ensembles" / "config.yaml"]
+        kept = [path for path in files if path.name != "digests.json" and "created" not in path.name]
+        return {str(path): without_times(path) for path in kept}
+
+    before = records()
+    page = html.unescape((workspace / "ensembles" / "report" / "index.html").read_text())
+    lines = re.findall(r"python ensemble_orchestrator\.py [^<\n]+", page)
+    following = ["status", "evaluate", "build-ensemble", "stack", "fusion-train", "meta-fuse", "distill", "clean"]
+    lines += [f"python ensemble_orchestrator.py {name} --workspace {workspace}" for name in following]
+    assert len(lines) > len(following) + 2
+    for line in lines:
+        words = shlex.split(line)
+        if "predict" in words:
+            words[words.index("FOLDER")] = str(tmp_path / "Data" / "1")
+            words[words.index("answers.csv")] = str(tmp_path / "answers.csv")
+        done = run_python(*words[1:])
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        after = records()
+        assert after.keys() == before.keys(), line
+        assert [path for path in after if after[path] != before[path]] == [], line
+    assert (tmp_path / "answers.csv").is_file()
+
+
+def without_times(path: Path) -> str:
+    """A file's content without the measured fields that docs/contract.md names."""
+    if path.suffix != ".json":
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def plain(value):
+        if isinstance(value, dict):
+            measured = ("latency_ms", "seconds", "created", "versions")
+            return {key: plain(entry) for key, entry in value.items() if key not in measured}
+        return [plain(entry) for entry in value] if isinstance(value, list) else value
+
+    return json.dumps(plain(json.loads(path.read_text())), sort_keys=True)

@@ -7,6 +7,7 @@ ranking, without files) and write (here: records, then the page and the message)
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -202,7 +203,8 @@ def _with_report(result: Result, workspace: Workspace, split: str) -> Result:
 def _ranking_result(
     workspace: Workspace, ranking: Mapping[str, Any], split: str, state: str, apart: Sequence[str]
 ) -> Result:
-    lines = [leaderboard.as_text(ranking, styled=leaderboard.is_terminal(sys.stdout))]
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    lines = [leaderboard.as_text(ranking, styled=leaderboard.is_terminal(sys.stdout), columns=columns)]
     issues = ranking["label_issues"]
     if issues["in_doubt"]:
         rows = f"{issues['in_doubt']} of {issues['n']} out-of-sample rows"

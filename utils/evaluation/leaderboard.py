@@ -24,6 +24,8 @@ MARKS = {
 CHOICES = ("recommended", "recommended_fast")
 COMPARED = ("delta_accuracy", "mcnemar_p", "mcnemar_p_holm", "test", "p_value", "p_value_holm")
 """Columns of the CSV file on the comparison with the best single member"""
+NARROWEST, SHORTEST = 100, 12
+"""Columns that every table fits, and characters that a shortened name keeps at least"""
 BOLD, FAINT, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 
 
@@ -38,33 +40,16 @@ def marks(row: Mapping[str, Any], ranking: Ranking) -> list[str]:
     return [mark for key, mark in MARKS.items() if row.get(key) or key in named]
 
 
-def as_text(ranking: Ranking, *, styled: bool = False) -> str:
+def as_text(ranking: Ranking, *, styled: bool = False, columns: int | None = None) -> str:
     """An aligned table with 95 % intervals and marks, followed by the recommendation.
 
-    With `styled`, the recommended row is bold and contaminated rows are faint.
+    With `styled`, the recommended row is bold and contaminated rows are faint. A table that is wider than `columns` has
+    an interval of accuracy alone, and long names are shortened; any fits 100 columns.
     """
-    header = ["rank", "name", "kind", *(f"{title} [95 %]" for title in METRICS.values()), "p", ""]
-    lines = [header]
-    for row in ranking["rows"]:
-        comparison = row["vs_best_single"]
-        lines.append(
-            [
-                "-" if row["rank"] is None else str(row["rank"]),
-                row["name"],
-                row["kind"],
-                *(_with_interval(row, metric) for metric in METRICS),
-                _p_value(comparison),
-                ", ".join(marks(row, ranking)),
-            ]
-        )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    aligned = [
-        "  ".join(
-            cell.rjust(width) if column == 0 else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
+    lines = _table(ranking, dict.fromkeys(METRICS, True))
+    if columns is not None and max(map(len, _aligned(lines))) > columns:
+        lines = _narrow(_table(ranking, {metric: metric == "accuracy" for metric in METRICS}), max(columns, NARROWEST))
+    aligned = _aligned(lines)
     if styled:
         styles = ["", *(_style(row, ranking) for row in ranking["rows"])]
         aligned = [f"{style}{line}{PLAIN}" if style else line for style, line in zip(styles, aligned, strict=True)]
@@ -80,6 +65,52 @@ def as_text(ranking: Ranking, *, styled: bool = False) -> str:
             recommendation(ranking),
         ]
     )
+
+
+def _table(ranking: Ranking, with_interval: Mapping[str, bool]) -> list[list[str]]:
+    """The header and a line of cells for each row."""
+    titles = [f"{title} [95 %]" if with_interval[metric] else title for metric, title in METRICS.items()]
+    lines = [["rank", "name", "kind", *titles, "p", ""]]
+    for row in ranking["rows"]:
+        lines.append(
+            [
+                "-" if row["rank"] is None else str(row["rank"]),
+                row["name"],
+                row["kind"],
+                *(
+                    _with_interval(row, metric) if wide else f"{row[metric]:.4f}"
+                    for metric, wide in with_interval.items()
+                ),
+                _p_value(row["vs_best_single"]),
+                ", ".join(marks(row, ranking)),
+            ]
+        )
+    return lines
+
+
+def _narrow(lines: list[list[str]], columns: int) -> list[list[str]]:
+    """The cells without `kind`, with names and marks shortened as far as the columns require."""
+    lines = [[line[0], line[1], *line[3:]] for line in lines]
+    for cell in (1, -1):  # the name, then the marks
+        excess = max(map(len, _aligned(lines))) - columns
+        if excess > 0:
+            width = max(SHORTEST, max(len(line[cell]) for line in lines) - excess)
+            for line in lines:
+                if len(line[cell]) > width:
+                    line[cell] = f"{line[cell][: width - 1]}\N{HORIZONTAL ELLIPSIS}"
+    return lines
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    header = lines[0]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return [
+        "  ".join(
+            cell.rjust(width) if column == 0 else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
 
 
 def recommendation(ranking: Ranking) -> str:

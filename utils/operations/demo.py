@@ -142,7 +142,12 @@ def run(step: Sequence[str], *, batch_size: int = 64, output: TextIO | None = No
     print(program_names.as_typed(f"\n$ python {shlex.join(step)}"), file=output, flush=True)
     environment = os.environ | {"DBT_BATCH_SIZE": str(batch_size)}
     command = [sys.executable, str(PROJECT / step[0]), *step[1:]]
-    return subprocess.run(command, env=environment, stdout=output, check=False).returncode
+    with subprocess.Popen(command, env=environment, stdout=output) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # which the program gets as well: it says so and ends by itself
+                continue
 
 
 def default_folder() -> Path:

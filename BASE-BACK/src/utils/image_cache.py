@@ -100,7 +100,7 @@ def _read_image(path: Path, rules: Sequence[Resizing]) -> tuple[dict[str, np.nda
                     return resized_pixels(image, rules), notes
             return resized_pixels(image, rules), notes
     except Exception as error:  # decoders of damaged files raise whatever they meet, from struct.error to IndexError
-        reason = str(error).replace(repr(str(path)), "it").replace(str(path), "it")
+        reason = str(error).replace(f"image file {str(path)!r}", "it as an image").replace(str(path), "it")
         raise ValueError(f"{path}: cannot be decoded ({reason})") from error
 
 

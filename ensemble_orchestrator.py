@@ -253,7 +253,7 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
     from utils.core import caches, engines, locks, remembered
 
     workspace = base_back.open_workspace(common["--output"])
-    if not workspace.exists:
+    if folder is not None and not workspace.exists:
         workspace_hints.refuse(workspace.base)
     options |= {_attribute(option): common[option] for option in command.pass_through}
     writes = command.writes

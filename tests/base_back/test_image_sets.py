@@ -221,7 +221,7 @@ def test_a_class_that_does_not_reach_every_split_is_refused(tmp_path, columns, r
     lines = [f"{line},{value}" if columns else line for line, value in zip(lines, values, strict=True)]
     message = refusal(manifest_of(tmp_path / "set", lines, f"file_name,label{columns}"), tmp_path / "w")
     assert words in message
-    assert "or remove the rows of the class" in message
+    assert "or leave the rows of the class out" in message
 
 
 def test_hard_links_stand_in_for_symbolic_ones(tmp_path, monkeypatch):

@@ -298,7 +298,7 @@ def test_a_declared_network_is_taken_back_by_name_and_its_file_stays(workspace, 
     [
         (
             "laef",
-            r"--remove laef: no network that was declared with --add, nor imported; these were: leaf; did you mean",
+            r"--remove laef: no network that was declared .*, nor imported; did you mean 'leaf'\? These were: leaf",
         ),
         (NAME, rf"--remove {NAME}: .*these were: leaf\. What is in .*checkpoints is left out with backbones\.exclude"),
     ],

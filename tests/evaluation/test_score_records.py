@@ -281,8 +281,9 @@ def test_a_member_without_rows_of_the_split_does_not_stop_the_others(tmp_path):
     (folder / "forest" / "test.npz").unlink()
     take_in(workspace, folder)
     build_commands.build_ensemble(CONFIG, workspace)
-    config = configured("backbones.include=[bayes,linear]", "runs.score_ensemble.methods=[soft_voting]")
-    build_commands.build_ensemble(config, workspace)
+    few = ("backbones.include=[bayes,linear]",)
+    build_commands.build_ensemble(configured(*few, "runs.score_ensemble.methods=[soft_voting]"), workspace)
+    config = configured(*few)
     result = evaluate(config, workspace)
     assert [failure.split(":")[0] for failure in result.failures] == ["forest", *ENSEMBLES[:2]]
     assert "no predictions for test; none are imported" in result.failures[0]

@@ -154,7 +154,7 @@ USAGE = [
     Fault("an option left out", "empty", s.nothing, ("import-predictions",), 2, ("--from",)),
     Fault("an unknown split", "empty", s.nothing, ("evaluate", "--split", "train"), 2, ("invalid choice",)),
     Fault("a section that is none", "empty", s.nothing, ("debug", "--section", "stak"), 2, ("invalid choice",)),
-    Fault("temporary and confirm", "ready", s.nothing, ("clean", "--temporary", "--confirm"), 2, ("takes neither",)),
+    Fault("temporary and confirm", "ready", s.nothing, ("clean", "--temporary", "--confirm"), 2, ("takes none",)),
     Fault(
         "no such workspace", "empty", s.nothing, ("discover", "--workspace", "{folder}/none"), 1, ("no such folder",)
     ),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from utils.core.errors import UserError
 from utils.inference.image_paths import list_images
 
 
@@ -38,9 +39,18 @@ def test_a_link_that_leads_back_is_followed_once(folder):
 
 
 def test_a_file_is_taken_as_it_is_named_and_each_once(folder):
-    assert names("in/notes.txt", "nowhere.jpg", "in/b.jpg", "in") == [
-        *("in/notes.txt", "nowhere.jpg", "in/b.jpg", "in/a.PNG", "in/deep/e.jpeg", "in/deep/er/c.tif")
+    assert names("in/notes.txt", "in/b.jpg", "in") == [
+        *("in/notes.txt", "in/b.jpg", "in/a.PNG", "in/deep/e.jpeg", "in/deep/er/c.tif")
     ]
+
+
+def test_what_does_not_exist_is_refused_with_what_was_meant_unless_a_list_names_it(folder):
+    with pytest.raises(UserError) as error:
+        list_images(["in/b.jpg", "in/dep", "nowhere/at/all.jpg"], io.BytesIO())
+    assert str(error.value) == (
+        "in/dep: no such file or folder; did you mean in/deep?; nowhere/at/all.jpg: no such file or folder"
+    )
+    assert list_images(["-"], io.BytesIO(b"nowhere.jpg\n")).paths == (Path("nowhere.jpg"),)
 
 
 def test_patterns_find_images_and_a_file_of_that_name_comes_first(folder):

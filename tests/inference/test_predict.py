@@ -170,11 +170,10 @@ def test_what_cannot_be_read_is_a_row_and_exit_code_4(workspace, hostile, orches
 
 def test_copies_of_an_unreadable_file_are_all_named(workspace, hostile):
     shutil.copy(hostile / "words.jpg", hostile / "words again.jpg")
-    found = asked(workspace, hostile / "words.jpg", hostile / "words again.jpg", hostile / "alpha.png", "/nowhere.jpg")
+    found = asked(workspace, hostile / "words.jpg", hostile / "words again.jpg", hostile / "alpha.png")
     errors = [record["error"] for record in found.document["images"]]
-    assert [error is not None for error in errors] == [True, True, False, True]
-    assert errors[3] == "No such file or directory"
-    assert len(found.failures) == 3
+    assert [error is not None for error in errors] == [True, True, False]
+    assert len(found.failures) == 2
 
 
 def test_many_unreadable_files_are_counted(workspace, tmp_path):

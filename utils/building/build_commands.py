@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from utils.building import builder_protocol, ensembles
 from utils.building.builder_protocol import Builder, Session
 from utils.building.fusion_builder import FusionBuilder
@@ -14,6 +16,7 @@ from utils.building.stacking_builder import StackingBuilder
 from utils.building.view_builder import ViewBuilder
 from utils.building.voting_builder import VotingBuilder
 from utils.core.config import Config, require_enabled
+from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.predictions import training_data
@@ -66,8 +69,11 @@ def _run(command: str, config: Config, workspace: Workspace, force: bool) -> Res
 
 def _added_members(session: Session) -> list[str]:
     """Lines on members that no saved ensemble was chosen from, once there are some: used now, or how to use them."""
-    records = [ensembles.record_of(session.workspace, name) or {} for name in ensembles.names(session.workspace)]
-    seen = {name for record in records for name in (*record["candidates"], *record["members"])}
+    seen: set[str] = set()
+    for name in ensembles.names(session.workspace):
+        with suppress(UserError):  # a damaged record, which the build reports or replaces
+            record = ensembles.record_of(session.workspace, name) or {}
+            seen |= {*record.get("candidates", ()), *record.get("members", ())}
     if not seen:
         return []
     catalog = session.catalog

@@ -6,13 +6,15 @@ families give is always listed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from utils import ensemble_methods, fusion_methods, moe_methods, stacking_methods
 from utils.building import ensembles
 from utils.combiners import pruning
 from utils.core import config_file
 from utils.core.config import Config
+from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 
 SOUPS = {"uniform_soup": "uniform", "greedy_soup": "greedy", "wise_ft": "wise_ft"}
@@ -31,12 +33,20 @@ def listed(workspace: Workspace, config: Config, names: Iterable[str] | None = N
     found = {}
     configs: dict[tuple[str, ...], Config] = {}
     for name in ensembles.names(workspace) if names is None else names:
-        record = ensembles.record_of(workspace, name) or {}
+        record = _record(workspace, name)
         overrides = tuple(record.get("overrides") or ())
         if overrides not in configs:
             configs[overrides] = config_file.with_overrides(config, overrides) if overrides else config
         found[name] = _asks_for(configs[overrides], name, record.get("method"))
     return [name for name, is_listed in found.items() if is_listed]
+
+
+def _record(workspace: Workspace, name: str) -> Mapping[str, Any]:
+    """The record of a saved ensemble; an empty one where it is damaged, which whoever reads the ensemble reports."""
+    try:
+        return ensembles.record_of(workspace, name) or {}
+    except UserError:
+        return {}
 
 
 def unlisted(workspace: Workspace, config: Config) -> list[str]:

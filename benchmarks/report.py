@@ -232,6 +232,7 @@ def _ensemble(store: Any, name: str, number: int, members: Sequence[str], splits
 def _record(store: Any, name: str, kind: str, test: tuple[list[str], np.ndarray]) -> dict[str, Any]:
     """`metrics.json` with every key that a report reads."""
     from utils.core.artifacts import read_arrays
+    from utils.evaluation.class_scores import add_class_scores, fold_scores
     from utils.numeric.metrics import point_metrics, reliability, softmax
 
     _, labels = test
@@ -240,10 +241,13 @@ def _record(store: Any, name: str, kind: str, test: tuple[list[str], np.ndarray]
     else:
         found = softmax(np.asarray(store.rows(store.catalog.members[name], "test").logits))
     record = point_metrics(found, labels, store.catalog.classes)
+    add_class_scores(record, found, np.asarray(labels), None, record["notes"])
+    record["folds"] = fold_scores(found, np.asarray(labels), np.arange(len(labels)) % 5, "train+val")
     around = {key: [record[key] * 0.98, min(1.0, record[key] * 1.02)] for key in ("accuracy", "f1_macro", "log_loss")}
     sure = np.sort(found.max(axis=1))[::-1]
     part = {"split": "train", "rows": "oof", "n": 100, "digest": "0" * 64}
     against = {"name": "Custom00", "delta_accuracy": 0.01, "delta_ci95": [-0.01, 0.03], "mcnemar_p": 0.2}
+    against |= {"delta_roc_auc": 0.002, "delta_roc_auc_ci95": [-0.001, 0.005], "delong_p": 0.19}
     conformal = {"alpha": 0.1, "threshold": 0.4, "n": 300, "coverage": 0.91, "coverage_interval": [0.86, 0.94]}
     return record | {
         "name": name,

@@ -212,6 +212,12 @@ COMMANDS: dict[str, Command] = {
                 "action": "store_true",
                 "help": "also compute conformal sets with one threshold per class",
             },
+            "--metrics": {
+                "metavar": "KEY",
+                "nargs": "+",
+                "help": "columns of the ranking's tables, keys of metrics.json, such as balanced_accuracy and "
+                "matthews_corrcoef (default: accuracy f1_macro log_loss ece)",
+            },
         },
         writes=True,
         decodes=True,
@@ -234,6 +240,37 @@ COMMANDS: dict[str, Command] = {
             },
         },
         writes=True,
+    ),
+    "compare": Command(
+        "utils.comparison.compare:compare",
+        "compare the same methods over several evaluated workspaces: mean ranks, tests, gains",
+        "compare ~/citrus ~/apple ~/rice --to comparison",
+        {
+            "workspaces": {
+                "metavar": "WORKSPACE",
+                "nargs": "+",
+                "help": "workspaces (or outputs) that evaluate has scored: data sets, seeds or splits; tests need six",
+            },
+            "--metric": {
+                "metavar": "KEY",
+                "default": "accuracy",
+                "help": "key of metrics.json that is compared, such as log_loss or f1_macro (default: %(default)s)",
+            },
+            "--split": {"choices": ("test", "val"), "default": "test", "help": "rows of the scores (default: test)"},
+            "--models": {
+                "metavar": "NAME",
+                "nargs": "+",
+                "help": "members and ensembles to compare, also best_single and recommended (default: all in common)",
+            },
+            "--control": {
+                "metavar": "NAME",
+                "default": "best_single",
+                "help": "method over which gains are given (default: %(default)s)",
+            },
+            "--to": {"metavar": "DIR", "help": "folder for the result as JSON, CSV, Markdown, LaTeX and a diagram"},
+        },
+        writes=False,
+        standalone=(("workspaces", "utils.comparison.compare:compare"),),
     ),
     "distill": Command(
         "utils.distillation.student_builder:distill",

@@ -14,6 +14,7 @@ from in_process import run
 
 from utils.building import build_commands
 from utils.core import parsed_files
+from utils.evaluation import plots
 from utils.evaluation.evaluate import evaluate
 from utils.numeric import uncertainty
 from utils.numeric.metrics import softmax
@@ -29,6 +30,8 @@ KEYS = {
     *("calibrated_log_loss", "calibration_temperature"),
     *("precision_weighted", "recall_weighted", "ece_adaptive", "ece_by_chance", "reliability", "bootstrap"),
     *("conformal", "selective"),
+    *("balanced_accuracy", "matthews_corrcoef", "average_precision_macro", "top_3_accuracy", "top_5_accuracy"),
+    *("cohen_kappa", "cohen_kappa_linear", "cohen_kappa_quadratic", "curves", "folds"),
     *("mutual_information", "out_of_distribution", "unknown_training_data"),
 }
 
@@ -102,8 +105,11 @@ def test_latency_is_that_of_the_networks_and_the_combiner_and_measured_once(own_
 def test_pictures_and_tables_lie_beside_the_scores(built):
     scores = built / "metrics_output" / "ensembles"
     for name in NAMES:
-        for kind in ("confusion_matrix", "reliability", "risk_coverage", "per_class_metrics"):
+        for kind in plots.KINDS:
             assert (scores / name / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
+        tables = {path.name for path in (scores / name).iterdir()} - {f"{kind}.png" for kind in plots.KINDS}
+        both = {f"{kind}.{suffix}" for kind in ("per_class", "confusion_matrix") for suffix in ("csv", "md", "tex")}
+        assert tables == both | {"curves.csv", "metrics.json"}
     assert {path.suffix for path in scores.glob("ranking.*")} == {".json", ".csv", ".md", ".tex"}
     first = (scores / "label_issues.csv").read_text().splitlines()
     assert first[0].startswith("rank,split,sample_id,image,label,suggested")
@@ -181,6 +187,49 @@ def test_a_metric_of_which_less_is_better_orders_upwards(own_copy, orchestrator)
     assert losses == sorted(losses)
     assert ranking["order"][0] == "log_loss"
     assert ranking["recommended"] == before["recommended"]
+
+
+def test_the_chosen_metrics_are_the_columns_of_every_table(own_copy, orchestrator):
+    chosen = ("--metrics", "balanced_accuracy", "delong", "cohen_kapa")
+    refused = orchestrator("evaluate", *chosen, *DEMO, workspace=own_copy)
+    assert refused.returncode == 2
+    assert "delong" in refused.stderr
+    assert "cohen_kapa; did you mean 'cohen_kappa'?" in refused.stderr
+    done = orchestrator("evaluate", *DEMO, "--metrics", "matthews_corrcoef", "brier", workspace=own_copy)
+    assert "MCC [95 %]" in done.stdout
+    assert "F1 macro [95 %]" not in done.stdout
+    scores = own_copy / "metrics_output" / "ensembles"
+    ranking = read(scores / "ranking.json")
+    assert ranking["options"]["metrics"] == ["matthews_corrcoef", "brier"]
+    for row in ranking["rows"]:
+        folder = row["name"] if row["kind"] == "ensemble" else f"members/{row['name']}"
+        assert row["matthews_corrcoef"] == metrics(own_copy, folder)["matthews_corrcoef"]
+    assert (scores / "ranking.md").read_text().startswith("| rank | name | MCC | Brier | p |")
+    again = orchestrator("evaluate", *DEMO, "--metrics", "matthews_corrcoef", "brier", workspace=own_copy)
+    assert "up to date" in again.stdout
+    assert "F1 macro [95 %]" in orchestrator("evaluate", *DEMO, workspace=own_copy).stdout
+
+
+def test_folds_are_those_of_the_networks_and_of_the_crossfit(built):
+    member, ensemble = (metrics(built, name)["folds"] for name in ("members/CustomConvNeXt", NAMES[0]))
+    with np.load(built / "ensembles" / "oof_predictions" / "CustomConvNeXt.npz") as oof:
+        hits = oof["logits"].argmax(axis=1) == oof["labels"]
+        values = [hits[oof["fold"] == fold].mean() for fold in np.unique(oof["fold"])]
+    assert (member["rows"], member["n"], member["k"]) == ("train", 224, len(values))
+    assert member["accuracy"]["values"] == pytest.approx(values)
+    assert (ensemble["rows"], ensemble["n"], ensemble["k"]) == ("train+val", 224 + 28, 5)
+
+
+def test_the_area_of_each_ensemble_is_compared_with_the_best_single_member(built):
+    ranking = read(built / "metrics_output" / "ensembles" / "ranking.json")
+    single = metrics(built, f"members/{ranking['peers']['best_single']}")
+    for row in ranking["rows"]:
+        compared = row["vs_best_single"]
+        if compared is not None:
+            folder = row["name"] if row["kind"] == "ensemble" else f"members/{row['name']}"
+            areas = [record["roc_auc_ovr_macro"] for record in (metrics(built, folder), single)]
+            assert compared["delta_roc_auc"] == pytest.approx(areas[0] - areas[1])
+            assert compared["delong_p"] <= compared["delong_p_holm"] <= 1
 
 
 def test_crossfit_rows_are_the_honest_rows_by_the_right_networks(built):

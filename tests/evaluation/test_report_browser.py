@@ -65,7 +65,7 @@ def test_headings_are_in_order_and_ids_are_one_of_a_kind(page, chromium):
     assert set(targets) <= set(ids)
 
 
-@pytest.mark.parametrize("width", [320, 400, 1000])
+@pytest.mark.parametrize("width", [320, 400, 1000, 1280])
 def test_nothing_is_wider_than_the_window(page, chromium, width):
     chromium.open(page, width=width)
     chromium.run("document.querySelectorAll('details').forEach(node => node.open = true)")

@@ -50,12 +50,15 @@ def test_every_part_is_there_when_all_is_measured(synthetic):
         *("before the temperature", "Confident errors", "Largest disagreement", "Likely mislabelled", "cpu, 2 threads"),
         *("held out", "25.0 %", "does not beat log_linear_pool", "Error correlation"),
         "px of shorter side",
+        *("Matthews", "Balanced accuracy", "Mean and deviation over folds", "Specificity", "NPV"),
+        "AUC of ensemble_00 less that of Custom00: +0.0020 [-0.0010, 0.0050]; DeLong's test: p = 0.190",
     ):
         assert words in page.text, words
     assert len(page.of("img")) == 20
     assert "not measured" not in page.text
     labels = [facts["aria-label"] for facts in page.of("svg")]
-    assert len(labels) == 10
+    assert len(labels) == 12
+    assert {"ROC curves of ensemble_00, each class against the rest"} < set(labels)
     assert any("of each pair of 4 members" in label for label in labels)
 
 

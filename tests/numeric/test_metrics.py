@@ -150,8 +150,8 @@ def test_macro_averages_leave_out_a_class_without_rows_and_say_so():
     assert found["precision_macro"] == 1.0
     assert found["f1_macro"] == pytest.approx((1 + 2 / 3) / 2)
     assert found["roc_auc_ovr_macro"] == pytest.approx((1 + 3 / 4) / 2)
-    averages = ("f1_macro", "precision_macro", "recall_macro", "roc_auc_ovr_macro")
-    assert found["notes"] == dict.fromkeys(averages, "average over 2 of 3 classes; without rows: rust")
+    averages = dict.fromkeys(metrics.MACRO_AVERAGES, "average over 2 of 3 classes; without rows: rust")
+    assert {key: note for key, note in found["notes"].items() if not key.startswith("top_")} == averages
     losses = metrics.row_losses(probabilities, np.array([0, 0, 1, 1]), "f1_macro")
     assert losses.mean() == pytest.approx(1 - found["f1_macro"])
 
@@ -321,9 +321,15 @@ def test_point_metrics_are_plain_json_with_the_promised_keys():
     assert set(found) == {
         *("accuracy", "f1_macro", "f1_weighted", "precision_macro", "recall_macro", "log_loss", "brier", "ece", "mce"),
         *("precision_weighted", "recall_weighted", "ece_adaptive", "reliability"),
+        *("balanced_accuracy", "matthews_corrcoef", "average_precision_macro", "top_3_accuracy", "top_5_accuracy"),
+        *("cohen_kappa", "cohen_kappa_linear", "cohen_kappa_quadratic"),
         *("roc_auc_ovr_macro", "confusion_matrix", "per_class", "n_samples", "n_classes", "notes"),
     }
-    assert found["per_class"]["spot"] == {"precision": 0.5, "recall": 1.0, "f1": 2 / 3, "support": 1}
+    assert found["per_class"]["spot"] == {
+        **{"precision": 0.5, "recall": 1.0, "f1": 2 / 3, "support": 1, "sensitivity": 1.0, "specificity": 0.5},
+        **{"positive_predictive_value": 0.5, "negative_predictive_value": 1.0, "roc_auc": 0.75},
+        "average_precision": 0.5,
+    }
     assert found["confusion_matrix"] == [[1, 0, 0], [0, 1, 0], [0, 1, 0]]
 
 

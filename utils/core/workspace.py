@@ -315,6 +315,10 @@ class Workspace:
         """Scores of one model on an external set; of a member as `members/<member>`."""
         return self.external_set(external_set).parent / model / "metrics.json"
 
+    def class_table(self, metrics: Path, kind: str, suffix: str) -> Path:
+        """`per_class`, `confusion_matrix` or `curves` as csv, md or tex beside the `metrics.json` at `metrics`."""
+        return metrics.with_name(f"{metrics.stem.replace('metrics', kind)}.{suffix}")
+
     def label_issues(self, suffix: str) -> Path:
         """Labels that are likely to be wrong (csv), and how they were found (json)."""
         return self.scores / f"label_issues.{suffix}"

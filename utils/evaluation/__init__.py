@@ -11,9 +11,10 @@ Intervals
     a t interval corrected for skewness, paired differences of accuracies that of Agresti and Min. F1, precision,
     recall and areas under curves have Wilson's interval for as many rows as give the variance of 2,000 stratified
     bootstrap samples (rows of counts, so that every metric of every sample is a matrix product); calibration errors,
-    which resampling inflates, are reflected. Where rows, groups, errors or rows of a class are too few, an interval is
-    left out with a note. McNemar's test, and the sign-flip test of groups, are exact; Holm's correction covers all
-    ranked models.
+    which resampling inflates, are reflected. Rates of single classes have Wilson's interval, their areas one from the
+    influences of the rows, which also give DeLong's test of two models' areas. Where rows, groups, errors or rows of a
+    class are too few, an interval is left out with a note. McNemar's test, and the sign-flip test of groups, are exact;
+    Holm's correction covers all ranked models.
 
 Conformal sets and abstention
     A set holds the classes whose score is at most `threshold` (LAC: 1 - p; APS: the summed probability of the classes

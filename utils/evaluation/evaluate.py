@@ -19,11 +19,12 @@ import numpy as np
 from utils.building import listing
 from utils.core.artifacts import read_record, write_arrays, write_json, write_text
 from utils.core.config import Config
-from utils.core.errors import ConfigError, UserError
+from utils.core.errors import ConfigError, UserError, did_you_mean
 from utils.core.links import remove_file
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.evaluation import (
+    class_tables,
     evaluation_inputs,
     evaluation_results,
     leaderboard,
@@ -56,19 +57,22 @@ def evaluate(
     target_risk: float = UncertaintyOptions.target_risk,
     wanted_error: float | None = None,
     class_conditional: bool = False,
+    metrics: Sequence[str] | None = None,
     force: bool = False,
 ) -> Result:
     """Evaluate all members and ensembles, or the one named, and write their records, plots, ranking and report.
 
-    `model_name` may also be `recommended` or `recommended_fast`. `wanted_error` is the deprecated name of
-    `target_risk`. One model alone gets no ranking and no report. A member or ensemble that cannot be evaluated, and a
-    report that cannot be written, are failures of the result.
+    `model_name` may also be `recommended` or `recommended_fast`. `metrics` are the columns of the ranking's tables,
+    keys of `leaderboard.HEADINGS`. `wanted_error` is the deprecated name of `target_risk`. One model alone gets no
+    ranking and no report. A member or ensemble that cannot be evaluated, and a report that cannot be written, are
+    failures of the result.
 
     Raises UserError without a catalog, for an unknown name, and where nothing or not the model named can be evaluated;
-    ConfigError for options outside (0, 1); ContaminatedError where the model named was fitted on evaluated rows, unless
-    `allow_contaminated`.
+    ConfigError for options outside (0, 1) and for unknown metrics; ContaminatedError where the model named was fitted
+    on evaluated rows, unless `allow_contaminated`.
     """
     options = uncertainty_options(alpha, target_risk, wanted_error, class_conditional)
+    _require_known(metrics or ())
     store = Store(config, workspace, catalog.load(workspace))
     saved, apart = listed_ensembles(config, workspace, model_name)
     ensembles = {name: entry.ensemble for name, entry in saved.items()}
@@ -84,7 +88,16 @@ def evaluate(
         )
     digest = scoring.inputs_digest(store, ensembles, members, split)
     stored = read_record(workspace.ranking(split), remedy="Remove it, then evaluate again", form=RANKING)
-    if model_name is None and not force and stored and _is_current(stored, digest, options):
+    settings = EvaluationSettings(
+        split,
+        model_name,
+        allow_contaminated,
+        config.runs.score_ensemble.optimization_metric,
+        config.seed,
+        options,
+        None if metrics is None else tuple(dict.fromkeys(metrics)),
+    )
+    if model_name is None and not force and stored and _is_current(stored, digest, settings):
         result = _ranking_result(workspace, stored, split, "up to date", apart)
         if report_page.is_current(config, workspace, split):
             return _with_report(result, workspace, split)
@@ -94,14 +107,6 @@ def evaluate(
         except UserError as error:
             return replace(result, failures=[*result.failures, f"report: {error}"])
         return _write_report(config, sources, result)
-    settings = EvaluationSettings(
-        split,
-        model_name,
-        allow_contaminated,
-        config.runs.score_ensemble.optimization_metric,
-        config.seed,
-        options,
-    )
     inputs = evaluation_inputs.gather(store, saved, members, selected, settings, digest)
     results = evaluation_results.compute(inputs)
     for line in catalog.problem_lines(results.suspicions):
@@ -141,11 +146,21 @@ def uncertainty_options(
     return UncertaintyOptions(alpha, target_risk, class_conditional)
 
 
-def _is_current(ranking: Mapping[str, Any], digest: str, options: UncertaintyOptions) -> bool:
+def _require_known(metrics: Sequence[str]) -> None:
+    """Raise ConfigError for metrics that no column can show, all at once."""
+    known = leaderboard.HEADINGS
+    unknown = [f"{name}{did_you_mean(name, known)}" for name in metrics if name not in known]
+    if unknown:
+        raise ConfigError(
+            f"evaluate --metrics: no such metric {' '.join(unknown)}. Expected some of {', '.join(known)}"
+        )
+
+
+def _is_current(ranking: Mapping[str, Any], digest: str, settings: EvaluationSettings) -> bool:
     """Whether a ranking has the same inputs and options; never where something was left out, as that may be mended."""
     if ranking.get("inputs_digest") != digest or ranking.get("left_out"):
         return False
-    return ranking.get("options") == options.as_record()
+    return ranking.get("options") == settings.ranking_options()
 
 
 def _write_records(workspace: Workspace, results: EvaluationResults, split: str, labels: np.ndarray) -> None:
@@ -156,11 +171,16 @@ def _write_records(workspace: Workspace, results: EvaluationResults, split: str,
         path_of = workspace.ensemble_metrics if is_ensemble else workspace.member_metrics
         path = path_of(name, split)
         _write_confusion_counts(workspace.confusion_counts(path), results.models[name], labels, record)
+        for kind, texts in class_tables.texts(record).items():
+            for suffix, text in texts.items():
+                table = workspace.class_table(path, kind, suffix)
+                write_text(table, text) if text else remove_file(table)
         write_json(path, record)
         if is_ensemble or results.ranking is None:
             folder = name if is_ensemble else f"members/{name}"
-            kinds = [kind for kind in plots.KINDS if kind != "confusion_matrix" or record[kind] is not None]
-            pictures += [plots.Picture(kind, record, workspace.plot(folder, kind, split)) for kind in kinds]
+            pictures += [
+                plots.Picture(kind, record, workspace.plot(folder, kind, split)) for kind in plots.kinds_of(record)
+            ]
     plots.draw_all(pictures)
 
 

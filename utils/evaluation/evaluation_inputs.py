@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,12 @@ class EvaluationSettings:
     """Key of `metrics.METRICS` that orders the ranking"""
     seed: int
     options: UncertaintyOptions
+    columns: Sequence[str] | None = None
+    """Metrics that the tables of the ranking show; None: the usual ones"""
+
+    def ranking_options(self) -> dict[str, Any]:
+        """Options as a ranking records them."""
+        return self.options.as_record() | {"metrics": None if self.columns is None else list(self.columns)}
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,8 @@ class EvaluationInputs:
     """{(split, sample id): file in the workspace} of the out-of-sample rows; empty without images"""
     failures: Mapping[str, str]
     """{member or ensemble: why it cannot be evaluated}"""
+    oof_folds: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """{member: fold (N,) of its out-of-sample rows of train}, of those that have out-of-fold predictions"""
 
     @property
     def split(self) -> str:
@@ -215,7 +223,21 @@ def gather(
         costs=costs.measure_costs(store, costed, usable, split, embedded),
         image_paths=_image_paths(store),
         failures=failures,
+        oof_folds=_oof_folds(store, members, out_of_sample),
     )
+
+
+def _oof_folds(
+    store: Store, members: Mapping[str, Member], out_of_sample: Mapping[str, Sequence[MemberRows]]
+) -> dict[str, np.ndarray]:
+    """{member: fold (N,) of its out-of-sample rows of train} where these are its out-of-fold rows."""
+    folds: dict[str, np.ndarray] = {}
+    for name, parts in out_of_sample.items():
+        train = next((part for part in parts if part.split == "train"), None)
+        oof = None if train is None else store.oof(members[name])
+        if train is not None and oof is not None:
+            folds[name] = store.oof_folds(members[name])[np.isin(oof.sample_ids, train.sample_ids)]
+    return folds
 
 
 def _is_evaluated(model: ScoredModel, settings: EvaluationSettings, ranked: Mapping[str, Member]) -> bool:

@@ -69,14 +69,15 @@ def compute(inputs: EvaluationInputs) -> EvaluationResults:
         return EvaluationResults(scored, metrics, None, None, suspicions)
     kinds = {model.name: model.kind for model in models}
     issues = score_ranking.label_issue_table(inputs, recommended["name"])
-    ranking = score_ranking.rank(metrics, kinds, inputs.split, inputs.settings.metric) | {
+    columns = inputs.settings.columns
+    ranking = score_ranking.rank(metrics, kinds, inputs.split, inputs.settings.metric, columns or ()) | {
         "recommended": {key: recommended[key] for key in ("name", "reason", "note", "evidence", "latency_ms")},
         "recommended_fast": recommended["fast"],
         "peers": {"best_single": recommended["best_single"]}
         | {key: peer if peer in inputs.ensembles else None for key, peer in PEERS.items()},
         "label_issues": issues.summary,
         "left_out": dict(inputs.failures),
-        "options": inputs.settings.options.as_record(),
+        "options": inputs.settings.ranking_options(),
         "inputs_digest": inputs.inputs_digest,
     }
     return EvaluationResults(scored, metrics, ranking, issues, suspicions)

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
+from utils.evaluation.table_formats import csv_text, escape_latex, escape_markdown, latex_table, markdown_table
 from utils.predictions import training_data
 
 Ranking = Mapping[str, Any]
 METRICS = {"accuracy": "accuracy", "f1_macro": "F1 macro", "log_loss": "log-loss", "ece": "ECE"}
-"""Columns with an interval, and their headings."""
+"""Columns unless others are chosen, and their headings; each has an interval."""
+HEADINGS = METRICS | {
+    "balanced_accuracy": "balanced accuracy",
+    "matthews_corrcoef": "MCC",
+    "cohen_kappa": "kappa",
+    "cohen_kappa_linear": "linear kappa",
+    "cohen_kappa_quadratic": "quadratic kappa",
+    "roc_auc_ovr_macro": "AUC macro",
+    "average_precision_macro": "AP macro",
+    "top_3_accuracy": "top-3 accuracy",
+    "top_5_accuracy": "top-5 accuracy",
+    "precision_macro": "precision macro",
+    "recall_macro": "recall macro",
+    "f1_weighted": "F1 weighted",
+    "precision_weighted": "precision weighted",
+    "recall_weighted": "recall weighted",
+    "brier": "Brier",
+    "ece_adaptive": "adaptive ECE",
+    "mce": "MCE",
+    "calibrated_log_loss": "calibrated log-loss",
+}
+"""{key of `metrics.json` that may be a column: heading}"""
 MARKS = {
     "contaminated": "contaminated",
     "unknown_training_data": training_data.MARK,
@@ -22,7 +42,10 @@ MARKS = {
 }
 """{key of a row: mark}, in the order of the tables"""
 CHOICES = ("recommended", "recommended_fast")
-COMPARED = ("delta_accuracy", "mcnemar_p", "mcnemar_p_holm", "test", "p_value", "p_value_holm")
+COMPARED = (
+    *("delta_accuracy", "mcnemar_p", "mcnemar_p_holm", "test", "p_value", "p_value_holm"),
+    *("delta_roc_auc", "delong_p", "delong_p_holm"),
+)
 """Columns of the CSV file on the comparison with the best single member"""
 NARROWEST, SHORTEST = 100, 12
 """Columns that every table fits, and characters that a shortened name keeps at least"""
@@ -32,6 +55,12 @@ BOLD, FAINT, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 def is_terminal(stream: TextIO) -> bool:
     """Whether a stream may get bold and faint text (https://no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def shown_metrics(ranking: Ranking) -> dict[str, str]:
+    """{key: heading} of the metrics that a ranking shows: those chosen by `evaluate --metrics`, else `METRICS`."""
+    chosen = (ranking.get("options") or {}).get("metrics") or METRICS
+    return {key: HEADINGS.get(key, key) for key in chosen}
 
 
 def marks(row: Mapping[str, Any], ranking: Ranking) -> list[str]:
@@ -44,11 +73,14 @@ def as_text(ranking: Ranking, *, styled: bool = False, columns: int | None = Non
     """An aligned table with 95 % intervals and marks, followed by the recommendation.
 
     With `styled`, the recommended row is bold and contaminated rows are faint. A table that is wider than `columns` has
-    an interval of accuracy alone, and long names are shortened; any fits 100 columns.
+    an interval of accuracy alone, or of the first metric, and long names are shortened; any of the usual metrics fits
+    100 columns.
     """
-    lines = _table(ranking, dict.fromkeys(METRICS, True))
+    metrics = shown_metrics(ranking)
+    lines = _table(ranking, dict.fromkeys(metrics, True))
     if columns is not None and max(map(len, _aligned(lines))) > columns:
-        lines = _narrow(_table(ranking, {metric: metric == "accuracy" for metric in METRICS}), max(columns, NARROWEST))
+        first = "accuracy" if "accuracy" in metrics else next(iter(metrics))
+        lines = _narrow(_table(ranking, {metric: metric == first for metric in metrics}), max(columns, NARROWEST))
     aligned = _aligned(lines)
     if styled:
         styles = ["", *(_style(row, ranking) for row in ranking["rows"])]
@@ -69,7 +101,8 @@ def as_text(ranking: Ranking, *, styled: bool = False, columns: int | None = Non
 
 def _table(ranking: Ranking, with_interval: Mapping[str, bool]) -> list[list[str]]:
     """The header and a line of cells for each row."""
-    titles = [f"{title} [95 %]" if with_interval[metric] else title for metric, title in METRICS.items()]
+    headings = shown_metrics(ranking)
+    titles = [f"{headings[metric]} [95 %]" if wide else headings[metric] for metric, wide in with_interval.items()]
     lines = [["rank", "name", "kind", *titles, "p", ""]]
     for row in ranking["rows"]:
         lines.append(
@@ -78,7 +111,7 @@ def _table(ranking: Ranking, with_interval: Mapping[str, bool]) -> list[list[str
                 row["name"],
                 row["kind"],
                 *(
-                    _with_interval(row, metric) if wide else f"{row[metric]:.4f}"
+                    _with_interval(row, metric) if wide else _value(row, metric)
                     for metric, wide in with_interval.items()
                 ),
                 _p_value(row["vs_best_single"]),
@@ -155,7 +188,11 @@ def _style(row: Mapping[str, Any], ranking: Ranking) -> str:
 
 def _with_interval(row: Mapping[str, Any], metric: str) -> str:
     interval = (row["ci95"] or {}).get(metric)
-    return f"{row[metric]:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
+    return _value(row, metric) + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
+
+
+def _value(row: Mapping[str, Any], metric: str) -> str:
+    return "-" if row[metric] is None else f"{row[metric]:.4f}"
 
 
 def _test(ranking: Ranking) -> str:
@@ -172,47 +209,31 @@ def _p_value(comparison: Mapping[str, Any] | None) -> str:
 
 def as_csv(ranking: Ranking) -> str:
     """CSV with one line per row of the ranking, numbers at full precision."""
-    bounds = [f"{metric}_{end}" for metric in METRICS for end in ("", "low", "high")]
-    columns = ["rank", "name", "kind", *(bound.rstrip("_") for bound in bounds)]
-    columns += [*COMPARED, *MARKS]
-    stream = io.StringIO()
-    table = csv.writer(stream, lineterminator="\n")
-    table.writerow(columns)
+    metrics = shown_metrics(ranking)
+    bounds = [f"{metric}_{end}" for metric in metrics for end in ("", "low", "high")]
+    header = ["rank", "name", "kind", *(bound.rstrip("_") for bound in bounds), *COMPARED, *MARKS]
+    lines = []
     for row in ranking["rows"]:
         values = []
-        for metric in METRICS:
+        for metric in metrics:
             values += [row[metric], *((row["ci95"] or {}).get(metric) or ("", ""))]
         comparison = row["vs_best_single"] or {}
         compared = [comparison.get(key) for key in COMPARED]
         flags = [str(mark in marks(row, ranking)).lower() for mark in MARKS.values()]
-        table.writerow([row["rank"], row["name"], row["kind"], *values, *compared, *flags])
-    return stream.getvalue()
+        lines.append([row["rank"], row["name"], row["kind"], *values, *compared, *flags])
+    return csv_text(header, lines)
 
 
 def as_markdown(ranking: Ranking) -> str:
     """A table in GitHub Flavored Markdown."""
-    header, *body = _cells(ranking, _escape_markdown, "{} [{}, {}]")
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    header, *body = _cells(ranking, escape_markdown, "{} [{}, {}]")
+    return markdown_table(header, body)
 
 
 def as_latex(ranking: Ranking) -> str:
     """A LaTeX `tabular` with booktabs rules."""
-    header, *body = _cells(ranking, _escape_latex, "{} {{\\scriptsize [{}, {}]}}")
-    rows = [" & ".join(line) + r" \\" for line in body]
-    return "\n".join(
-        [
-            "% needs \\usepackage{booktabs}",
-            rf"\begin{{tabular}}{{rl{'l' * (len(header) - 2)}}}",
-            r"\toprule",
-            " & ".join(header) + r" \\",
-            r"\midrule",
-            *rows,
-            r"\bottomrule",
-            r"\end{tabular}",
-            "",
-        ]
-    )
+    header, *body = _cells(ranking, escape_latex, "{} {{\\scriptsize [{}, {}]}}")
+    return latex_table(header, body, f"rl{'l' * (len(header) - 2)}")
 
 
 WRITERS: dict[str, Callable[[Ranking], str]] = {"csv": as_csv, "md": as_markdown, "tex": as_latex}
@@ -220,28 +241,16 @@ WRITERS: dict[str, Callable[[Ranking], str]] = {"csv": as_csv, "md": as_markdown
 
 
 def _cells(ranking: Ranking, escaped: Callable[[str], str], interval: str) -> list[Sequence[str]]:
-    lines: list[Sequence[str]] = [["rank", "name", *METRICS.values(), "p"]]
+    metrics = shown_metrics(ranking)
+    lines: list[Sequence[str]] = [["rank", "name", *metrics.values(), "p"]]
     for row in ranking["rows"]:
         values = []
-        for metric in METRICS:
+        for metric in metrics:
             bounds = (row["ci95"] or {}).get(metric)
-            numbers = [f"{value:.4f}" for value in (row[metric], *(bounds or ()))]
-            values.append(interval.format(*numbers) if bounds else numbers[0])
+            numbers = [] if row[metric] is None else [f"{value:.4f}" for value in (row[metric], *(bounds or ()))]
+            values.append(interval.format(*numbers) if len(numbers) == 3 else (numbers or ["--"])[0])
         p = _p_value(row["vs_best_single"])
         row_marks = marks(row, ranking)
         name = escaped(row["name"]) + (escaped(f" ({', '.join(row_marks)})") if row_marks else "")
         lines.append(["--" if row["rank"] is None else str(row["rank"]), name, *values, p])
     return lines
-
-
-def _escape_markdown(text: str) -> str:
-    for sign in "\\`*_|<>[]":
-        text = text.replace(sign, f"\\{sign}")
-    return text.replace("\n", " ")
-
-
-def _escape_latex(text: str) -> str:
-    signs = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    signs |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
-    signs |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
-    return "".join(signs.get(letter, letter) for letter in text).replace("\n", " ")

@@ -19,14 +19,16 @@ from utils.evaluation.drawing import library_defaults
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-VERSION = 2  # raised whenever the same scores would give other pictures
+VERSION = 3  # raised whenever the same scores would give other pictures
 SHOWN = (
     *("name", "split", "n_samples", "n_classes", "confusion_matrix", "per_class", "reliability", "ece", "mce"),
-    "selective",
+    *("selective", "curves", "roc_auc_ovr_macro", "average_precision_macro"),
 )
 HEADER_BYTES = 4096  # of a PNG file, which hold its metadata
 DPI = 130
 MAX_NAMED_CLASSES = 40  # whose names and numbers can be read
+MAX_PERCENTAGES = 15  # classes whose cells have space for a percentage below the count
+MAX_LEGEND_CLASSES = 10  # whose curves have names and colours of their own
 MAX_NAME_LENGTH = 18  # characters of a class's name
 
 
@@ -67,7 +69,8 @@ def _draw(picture: Picture) -> None:
 
     kind, record = picture.kind, picture.record
     by_class = kind in ("confusion_matrix", "per_class_metrics")
-    side = min(14.0, max(5.0, 2.5 + 0.35 * record["n_classes"])) if by_class else 5.0
+    per_class = 0.5 if kind == "confusion_matrix" and record["n_classes"] <= MAX_PERCENTAGES else 0.35
+    side = min(14.0, max(5.0, 2.5 + per_class * record["n_classes"])) if by_class else 5.0
     height = max(4.0, side * 0.6) if kind == "per_class_metrics" else side * 0.9
     figure = Figure(figsize=(side, height))
     FigureCanvasAgg(figure)
@@ -81,7 +84,7 @@ def _draw(picture: Picture) -> None:
 
 
 def confusion_matrix(axes: Axes, record: Mapping[str, Any]) -> None:
-    """Rows are true classes, columns predicted ones; colours are fractions of the true class, numbers are counts."""
+    """Rows are true classes, columns predicted ones; counts, with percentages of the true class, which colours show."""
     counts = np.array(record["confusion_matrix"])
     fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
@@ -95,7 +98,9 @@ def confusion_matrix(axes: Axes, record: Mapping[str, Any]) -> None:
     for row, column in zip(*np.nonzero(counts), strict=True):
         dark = fractions[row, column] > 0.5
         color = "white" if dark else "black"
-        axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=color)
+        share = f"\n{100 * fractions[row, column]:.1f} %" if len(counts) <= MAX_PERCENTAGES else ""
+        text = f"{counts[row, column]}{share}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
 
 
 def reliability(axes: Axes, record: Mapping[str, Any]) -> None:
@@ -140,6 +145,42 @@ def per_class_metrics(axes: Axes, record: Mapping[str, Any]) -> None:
     axes.legend(loc="upper center", fontsize=8, ncols=3)
 
 
+def roc_curves(axes: Axes, record: Mapping[str, Any]) -> None:
+    """True over false positive rate of each class against the rest."""
+    points = {
+        name: ([0, *curve["false_positive_rate"]], [0, *curve["true_positive_rate"]])
+        for name, curve in record["curves"].items()
+    }
+    axes.plot([0, 1], [0, 1], color="#6e7781", linestyle="--", linewidth=1)
+    _draw_curves(axes, points, {name: record["per_class"][name]["roc_auc"] for name in points}, "AUC")
+    axes.set(xlabel="false positive rate", ylabel="true positive rate")
+
+
+def precision_recall_curves(axes: Axes, record: Mapping[str, Any]) -> None:
+    """Precision over recall of each class against the rest."""
+    points = {name: (curve["true_positive_rate"], curve["precision"]) for name, curve in record["curves"].items()}
+    _draw_curves(axes, points, {name: record["per_class"][name]["average_precision"] for name in points}, "AP")
+    axes.set(xlabel="recall", ylabel="precision")
+
+
+def _draw_curves(
+    axes: Axes,
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    areas: Mapping[str, float],
+    area: str,
+) -> None:
+    """Steps through the points of each class, named with their areas where there are few classes."""
+    is_named = len(points) <= MAX_LEGEND_CLASSES
+    for name, (x, y) in points.items():
+        label = f"{_plain(name, MAX_NAME_LENGTH)}, {area} {areas[name]:.3f}" if is_named else None
+        steps = "steps-post" if area == "AUC" else "steps-pre"
+        colour, opacity = (None, 1.0) if is_named else ("#0550ae", 0.4)
+        axes.plot(x, y, drawstyle=steps, linewidth=1.2, label=label, color=colour, alpha=opacity)
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    if is_named and points:
+        axes.legend(loc="lower right" if area == "AUC" else "lower left", fontsize=7)
+
+
 def _plain(name: str, max_length: int) -> str:
     """A name without formulas, shortened where it is too long."""
     shown = name if len(name) <= max_length else f"{name[: max_length - 3]}..."
@@ -151,5 +192,13 @@ KINDS: dict[str, Callable[[Axes, Mapping[str, Any]], None]] = {
     "reliability": reliability,
     "risk_coverage": risk_coverage,
     "per_class_metrics": per_class_metrics,
+    "roc_curves": roc_curves,
+    "precision_recall_curves": precision_recall_curves,
 }
 """Name of the file -> what draws it."""
+
+
+def kinds_of(record: Mapping[str, Any]) -> list[str]:
+    """Pictures that a record has the data of: of many classes neither matrix nor curves."""
+    needs = {"confusion_matrix": "confusion_matrix", "roc_curves": "curves", "precision_recall_curves": "curves"}
+    return [kind for kind in KINDS if kind not in needs or record[needs[kind]]]

@@ -268,6 +268,27 @@ def risk_coverage(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     return drawing.svg
 
 
+def class_curves(
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    areas: Mapping[str, float],
+    axes_names: tuple[str, str],
+    label: str,
+) -> str:
+    """ROC or precision-recall curves {class: (x, y)}; of few classes each has a line of its own in the legend."""
+    with _drawing(label, height=3.6) as drawing:
+        axes = drawing.axes[0]
+        lines = [(colour, style) for style in ("-", "--", ":") for colour in (ACCENT, SECOND, THIRD)]
+        is_named = len(points) <= len(lines)
+        for number, (name, (x, y)) in enumerate(points.items()):
+            colour, style = lines[number] if is_named else (MUTED, "-")
+            text = f"{_short(name, 24)} {areas[name]:.3f}" if is_named else None
+            axes.plot(x, y, color=colour, linestyle=style, linewidth=1.4 if is_named else 0.8, label=text)
+        axes.set(xlim=(-0.01, 1.01), ylim=(0, 1.02), xlabel=axes_names[0], ylabel=axes_names[1])
+        if is_named and points:
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), title="class, area")
+    return drawing.svg
+
+
 def _short(text: str, max_length: int = 34) -> str:
     """Printable text, shortened in the middle where it is long."""
     text = printable(text)

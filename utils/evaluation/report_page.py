@@ -67,14 +67,22 @@ def inputs_digest(config: Config, workspace: Workspace, split: str) -> str:
 
 def render(config: Config, sources: ReportSources, key: str) -> str:
     """The page as one HTML text, with the digest of its records as its key."""
-    from utils.evaluation import report_audit, report_external, report_learned, report_sections, report_summary
+    from utils.evaluation import (
+        report_audit,
+        report_external,
+        report_learned,
+        report_scores,
+        report_sections,
+        report_summary,
+    )
     from utils.evaluation.report_data import report_data
 
     data = report_data(sources)
     members, learned = report_sections.members(data), report_learned.learned(data)
     sets = report_external.read_sets(data.workspace) if data.split == "test" else []
     audit = report_audit.section(data.workspace, data.catalog)
-    shown = {"members": members, "learned": any(_rows(learned)), "external": sets, "audit": audit}
+    scores = report_scores.scores(data)
+    shown = {"members": members, "learned": any(_rows(learned)), "external": sets, "audit": audit, "scores": scores}
     empty = {anchor for anchor, content in shown.items() if not content}
     context = {
         "key": key,
@@ -90,6 +98,7 @@ def render(config: Config, sources: ReportSources, key: str) -> str:
         "summary": report_summary.sentences(data),
         "warnings": report_summary.warnings(data),
         "ranking": report_sections.ranking(data),
+        "scores": scores,
         "cost": report_sections.cost(data),
         "calibration": report_sections.calibration(data),
         "uncertainty": report_sections.uncertainty(data),
@@ -143,6 +152,7 @@ def _sections() -> list[tuple[str, str]]:
     return [
         ("summary", "Summary"),
         ("ranking", "Ranking"),
+        ("scores", "Scores"),
         ("cost", "Cost"),
         ("calibration", "Calibration"),
         ("uncertainty", "Uncertainty"),

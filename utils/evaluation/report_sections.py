@@ -240,6 +240,8 @@ def errors(data: ReportData) -> dict[str, Any]:
             "precision": format_number(scores["precision"], 3),
             "recall": format_number(scores["recall"], 3),
             "f1": format_number(scores["f1"], 3),
+            **{key: format_number(scores.get(key), 3) for key in ("specificity", "average_precision", "roc_auc")},
+            "negative": format_number(scores.get("negative_predictive_value"), 3),
             "single": format_number(single_scores[name]["f1"], 3) if name in single_scores else NONE,
             "support": scores["support"],
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +28,19 @@ class LabelIssueTable:
     """`{model, n, in_doubt}`, for the ranking"""
 
 
-def rank(records: Mapping[str, Mapping[str, Any]], kinds: Mapping[str, str], split: str, metric: str) -> dict[str, Any]:
+def rank(
+    records: Mapping[str, Mapping[str, Any]],
+    kinds: Mapping[str, str],
+    split: str,
+    metric: str,
+    columns: Sequence[str] = (),
+) -> dict[str, Any]:
     """`{split, n, order, rows}` by the metric, then log-loss, then name.
 
     Contaminated models and those of unknown training data come last, unranked.
 
-    `records` are {model: `metrics.json`}, `kinds` {model: member or ensemble}. Each comparison's p-values are
-    corrected for the number of models by Holm's method.
+    `records` are {model: `metrics.json`}, `kinds` {model: member or ensemble}; rows hold `COLUMNS` and the further
+    `columns`. Each comparison's p-values are corrected for the number of models by Holm's method.
     """
     higher_is_better = METRICS[metric].higher_is_better
 
@@ -43,31 +49,40 @@ def rank(records: Mapping[str, Mapping[str, Any]], kinds: Mapping[str, str], spl
         value = -record[metric] if higher_is_better else record[metric]
         return not _is_ranked(record), value, record["log_loss"], name
 
-    corrected = {}
-    for key in COMPARISONS:
-        tested = {name: record[key]["p_value"] for name, record in records.items() if _is_tested(record, key)}
-        corrected[key] = holm(tested)
+    corrected = {
+        (key, p_value): holm(
+            {name: record[key][p_value] for name, record in records.items() if _is_tested(record, key, p_value)}
+        )
+        for key in COMPARISONS
+        for p_value in ("p_value", "delong_p")
+    }
     rows = []
     for position, name in enumerate(sorted(records, key=order), start=1):
         record = records[name]
         row = {"rank": position if _is_ranked(record) else None, "name": name, "kind": kinds[name]}
-        row |= {key: record[key] for key in COLUMNS}
+        row |= {key: record[key] for key in (*COLUMNS, *columns)}
         for key in COMPARISONS:
             comparison = record[key]
-            row[key] = None if comparison is None else comparison | _corrected(comparison, corrected[key].get(name))
+            of_model = {p_value: corrected[key, p_value].get(name) for p_value in ("p_value", "delong_p")}
+            row[key] = None if comparison is None else comparison | _corrected(comparison, of_model)
         rows.append(row)
     n = next(iter(records.values()))["n_samples"]
     return {"split": split, "n": n, "order": [metric, "log_loss", "name"], "rows": rows}
 
 
-def _corrected(comparison: Mapping[str, Any], p_value: float | None) -> dict[str, Any]:
-    """The corrected p-value, also by the name that it has where rows are independent."""
-    return {"p_value_holm": p_value, "mcnemar_p_holm": p_value if comparison["test"] == "mcnemar" else None}
+def _corrected(comparison: Mapping[str, Any], corrected: Mapping[str, float | None]) -> dict[str, Any]:
+    """The corrected p-values, that of the accuracy also by the name that it has where rows are independent."""
+    p_value = corrected["p_value"]
+    return {
+        "p_value_holm": p_value,
+        "mcnemar_p_holm": p_value if comparison["test"] == "mcnemar" else None,
+        "delong_p_holm": corrected["delong_p"],
+    }
 
 
-def _is_tested(record: Mapping[str, Any], key: str) -> bool:
+def _is_tested(record: Mapping[str, Any], key: str, p_value: str) -> bool:
     """Whether a comparison counts in the correction; a model that is not ranked is no candidate."""
-    return record[key] is not None and record[key]["p_value"] is not None and _is_ranked(record)
+    return record[key] is not None and record[key].get(p_value) is not None and _is_ranked(record)
 
 
 def _is_ranked(record: Mapping[str, Any]) -> bool:

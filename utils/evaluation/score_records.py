@@ -17,10 +17,13 @@ from utils.building.latency import Timing
 from utils.distillation import controls
 from utils.evaluation import evaluated_rows
 from utils.evaluation.calibrated_scores import CalibratedLosses
+from utils.evaluation.class_scores import add_class_scores, fold_scores
 from utils.evaluation.evaluation_inputs import EvaluationInputs
 from utils.evaluation.scoring import ScoredModel
 from utils.numeric import proportions, selective, uncertainty
+from utils.numeric.areas import MeanAreas, mean_areas
 from utils.numeric.calibration_chance import chance_ece
+from utils.numeric.delong import compare_areas
 from utils.numeric.means import MIN_ERRORS, MIN_UNITS, count_units, mean_interval, paired_interval
 from utils.numeric.metric_intervals import metric_intervals
 from utils.numeric.metrics import log_loss_per_row, point_metrics, softmax
@@ -46,6 +49,8 @@ class OutOfSamplePredictions:
     """unicode (N,)"""
     sample_ids: np.ndarray
     """unicode (N,)"""
+    folds: np.ndarray | None = None
+    """int64 (N,): the fold that each row was held out in, -1 for val rows of a member; None without folds"""
 
     def keys(self) -> list[tuple[str, str]]:
         """(split, sample id) of each row."""
@@ -65,20 +70,27 @@ def out_of_sample_predictions(inputs: EvaluationInputs, name: str) -> OutOfSampl
     """Of an ensemble its cross-fitted predictions, of a member its labelled out-of-sample rows; None without any."""
     if name in inputs.crossfits:
         crossfit = inputs.crossfits[name]
-        return OutOfSamplePredictions(crossfit.probabilities, crossfit.labels, crossfit.split, crossfit.sample_ids)
-    return _of_member(inputs.out_of_sample[name])
+        return OutOfSamplePredictions(
+            crossfit.probabilities, crossfit.labels, crossfit.split, crossfit.sample_ids, crossfit.fold
+        )
+    return _of_member(inputs.out_of_sample[name], inputs.oof_folds.get(name))
 
 
-def _of_member(parts: Sequence[MemberRows]) -> OutOfSamplePredictions | None:
+def _of_member(parts: Sequence[MemberRows], oof_folds: np.ndarray | None) -> OutOfSamplePredictions | None:
     if not parts:
         return None
     labels = np.concatenate([np.asarray(part.labels) for part in parts])
     labelled = labels != UNKNOWN
+    folds = None
+    if oof_folds is not None:
+        of_parts = [oof_folds if part.split == "train" else np.full(len(part.labels), -1) for part in parts]
+        folds = np.concatenate(of_parts)[labelled]
     return OutOfSamplePredictions(
         np.concatenate([softmax(np.asarray(part.logits)) for part in parts])[labelled],
         labels[labelled],
         np.concatenate([np.full(len(part.labels), part.split) for part in parts])[labelled],
         np.concatenate([np.asarray(part.sample_ids) for part in parts])[labelled],
+        folds,
     )
 
 
@@ -96,6 +108,7 @@ class EvaluationContext:
         settings, rows = inputs.settings, inputs.rows
         self.samples = bootstrap_metrics(probabilities, rows.labels, groups=inputs.groups, seed=settings.seed)
         self._ood_scores: dict[tuple[str, str], tuple[np.ndarray, Floats]] = {}
+        self._areas: dict[int, MeanAreas] = {}
         self.calibrated = CalibratedLosses(rows.labels, inputs.groups, self._fits_temperature)
 
     def _fits_temperature(self, model: ScoredModel) -> OutOfSamplePredictions | None:
@@ -105,6 +118,12 @@ class EvaluationContext:
         if inputs.split == "val" or model.provenance.unknown_training_data or not has_rows:
             return None
         return out_of_sample_predictions(inputs, model.name)
+
+    def areas(self, model: ScoredModel) -> MeanAreas:
+        """Mean areas of a model under its curves, with the influence of each row; computed once."""
+        if id(model) not in self._areas:
+            self._areas[id(model)] = mean_areas(model.probabilities, self.inputs.rows.labels)
+        return self._areas[id(model)]
 
     def ood_scores(self, names: Sequence[str], split: str) -> Floats:
         """Mean over members of `uncertainty.ood_scores` of their full networks on the rows that all have, (2, N)."""
@@ -136,6 +155,7 @@ def metrics_record(model: ScoredModel, context: EvaluationContext) -> dict[str, 
     samples = {name: values[context.index[id(model)]] for name, values in context.samples.items()}
     record["ci95"], reason = metric_intervals(record, samples, model.probabilities, rows.labels, groups)
     notes |= {"ci95": reason} if reason else {}
+    add_class_scores(record, model.probabilities, rows.labels, groups, notes)
     record |= context.calibrated.entries(model)
     if record["calibrated_log_loss"] is None:
         is_val = inputs.split == "val"
@@ -171,6 +191,7 @@ def metrics_record(model: ScoredModel, context: EvaluationContext) -> dict[str, 
         "latency_ms": _latency(model, inputs, notes),
         "size_mb": _size_mb(model, inputs, notes),
         "crossfit": None if predictions is None else _crossfit(predictions, inputs.groups_of(predictions.keys())),
+        "folds": None if predictions is None else _folds(predictions),
         **_uncertainty(model, predictions, context, notes),
         "fitted_on": [part.as_record() for part in model.provenance.fitted_on],
         "selected_on": [part.as_record() for part in model.provenance.selected_on],
@@ -187,6 +208,8 @@ def metrics_record(model: ScoredModel, context: EvaluationContext) -> dict[str, 
     }
     if predictions is None:
         notes["crossfit"] = _no_out_of_sample_rows(model)
+    if record["folds"] is None:
+        notes["folds"] = "it has no predictions of two folds or more" if predictions else _no_out_of_sample_rows(model)
     if saved is None:
         notes["config_digest"] = "a member does not depend on the configuration"
     if not inputs.catalog.has_images:
@@ -220,9 +243,20 @@ def _compared(model: ScoredModel, reference: ScoredModel | None, context: Evalua
         "delta_log_loss": float((losses - reference_losses).mean()),
         "delta_log_loss_ci95": _as_list(paired_interval(losses - reference_losses, groups)),
         **context.calibrated.difference(model, reference),
+        **_compared_areas(context.areas(model), context.areas(reference), context),
         "test": "mcnemar" if groups is None else "sign_flip",
         "p_value": p_value,
         "mcnemar_p": p_value if groups is None else None,
+    }
+
+
+def _compared_areas(areas: MeanAreas, reference: MeanAreas, context: EvaluationContext) -> dict[str, Any]:
+    """The difference of the mean areas under the ROC curve with DeLong's test; null where a class has every row."""
+    compared = compare_areas(areas, reference, context.inputs.rows.labels, context.inputs.groups)
+    return {
+        "delta_roc_auc": None if compared is None else compared.difference,
+        "delta_roc_auc_ci95": None if compared is None else _as_list(compared.interval),
+        "delong_p": None if compared is None else compared.p_value,
     }
 
 
@@ -247,6 +281,17 @@ def _crossfit(predictions: OutOfSamplePredictions, groups: np.ndarray | None) ->
         "log_loss": float(losses.mean()),
         "log_loss_ci95": _as_list(mean_interval(losses, groups)) if (~hits).sum() >= MIN_ERRORS else None,
     }
+
+
+def _folds(predictions: OutOfSamplePredictions) -> dict[str, Any] | None:
+    """Mean and deviation over the folds: of a member its K-fold networks, of an ensemble its cross-fitted copies."""
+    if predictions.folds is None:
+        return None
+    held_out = predictions.folds >= 0
+    splits = "+".join(sorted(set(predictions.split[held_out].tolist())))
+    return fold_scores(
+        predictions.probabilities[held_out], predictions.labels[held_out], predictions.folds[held_out], splits
+    )
 
 
 def _imported(model: ScoredModel, inputs: EvaluationInputs) -> list[str]:

@@ -25,7 +25,7 @@ def evaluate(
 ) -> Result:
     """Evaluate on the external set `data`, or on a split; further `options` are those of `evaluation.evaluate`.
 
-    Raises ConfigError for options that belong to `--data` without it.
+    Raises ConfigError for options that belong to `--data` without it, and for `metrics` with it.
     """
     from utils.evaluation import evaluate as own
 
@@ -34,6 +34,8 @@ def evaluate(
         if wrong := [option for option, value in given.items() if value is not None]:
             raise ConfigError(f"evaluate {' '.join(wrong)}: expected together with --data DIR or --data FILE.csv")
         return own.evaluate(config, workspace, **options, force=force)
+    if options.get("metrics") is not None:
+        raise ConfigError("evaluate --metrics: chooses the columns of a split's ranking; expected without --data")
     from utils.evaluation.evaluation_inputs import EvaluationSettings
     from utils.external_sets import class_matching, external_inputs
     from utils.external_sets.evaluate_external import ExternalRequest, evaluate_external

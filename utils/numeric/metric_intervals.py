@@ -1,7 +1,8 @@
 """95 % intervals of the point metrics of one model, each by the method that holds what it says on few rows.
 
-Accuracy: Wilson's interval. Mean losses: Student's t, corrected for skewness. F1, precision, recall and the area under
-the ROC curve: Wilson's interval for as many rows as give the bootstrap's variance. Calibration errors, which resampling
+Accuracy, also top-k: Wilson's interval. Mean losses: Student's t, corrected for skewness. F1, precision, recall, areas
+under curves, Matthews correlation and kappas (as fractions of their range): Wilson's interval for as many rows as give
+the bootstrap's variance. Calibration errors, which resampling
 biases upwards: reflected percentiles, from 0 on where chance alone may give them.
 """
 
@@ -13,18 +14,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from utils.numeric.agreement import CHANCE_CORRECTED
 from utils.numeric.calibration_chance import chance_ece
 from utils.numeric.means import LEVEL, MIN_ERRORS, MIN_UNITS, count_units, mean_interval, unit_indices
-from utils.numeric.metrics import check_probabilities, log_loss_per_row, row_losses
+from utils.numeric.metrics import TOP_K, check_probabilities, log_loss_per_row, row_losses
 from utils.numeric.proportions import proportion_interval, wilson_interval
+from utils.numeric.rates import top_k_hits
 from utils.numeric.statistics import TAILS
 
 LOSSES = ("log_loss", "brier")
 CALIBRATION_ERRORS = ("ece", "ece_adaptive", "mce")
 MIN_CLASS_ROWS = 5
 """Fewest rows, or groups, of each class that has any, for which the interval of a macro average is given."""
-AUC_WIDENING = 1.2
-"""Of the standard error of areas under the ROC curve: near 1 a few rows decide it, and the bootstrap sees too few."""
+FEW_DECIDE = ("roc_auc_ovr_macro", "average_precision_macro", "cohen_kappa_linear", "cohen_kappa_quadratic")
+AREA_WIDENING = 1.2
+"""Of the standard error of metrics that a few rows decide, as areas under curves near 1: the bootstrap sees too few."""
 Floats = NDArray[np.float64]
 
 
@@ -49,10 +53,13 @@ def metric_intervals(
     of_class = np.bincount(truth if groups is None else _class_of_groups(truth, groups), minlength=len(support))
     fewest = int(of_class[support > 0].min())
     support = support[support > 0]
-    widening = _widening(units, len(support), fewest)
+    widening = widening_of_classes(units, len(support), fewest)
     reasons = []
     intervals: dict[str, tuple[float, float] | None] = {"accuracy": proportion_interval(hits, groups)}
     intervals["recall_weighted"] = intervals["accuracy"]
+    for k in TOP_K:
+        if metrics.get(f"top_{k}_accuracy") is not None:
+            intervals[f"top_{k}_accuracy"] = proportion_interval(top_k_hits(scores, truth, k), groups)
     if (~hits).sum() >= MIN_ERRORS:
         intervals["log_loss"] = mean_interval(log_loss_per_row(scores, truth), groups)
         intervals["brier"] = mean_interval(row_losses(scores, truth, "brier"), groups)
@@ -69,8 +76,13 @@ def metric_intervals(
             intervals[name] = _reflected(metrics[name], values, is_by_chance=is_by_chance)
         elif fewest >= MIN_CLASS_ROWS or not name.endswith("_macro"):
             most = len(support) ** 2 / float((len(truth) / units / support).sum())
-            factor = widening * (AUC_WIDENING if name == "roc_auc_ovr_macro" else 1.0)
-            intervals[name] = _score_interval(metrics[name], values, most, factor)
+            factor = widening * (AREA_WIDENING if name in FEW_DECIDE else 1.0)
+            if name in CHANCE_CORRECTED:
+                intervals[name] = _signed_interval(metrics[name], values, most, factor)
+            else:
+                intervals[name] = score_interval(metrics[name], float(values.var()) * factor**2, most)
+    if "recall_macro" in intervals:
+        intervals["balanced_accuracy"] = intervals["recall_macro"]
     return {name: list(bounds) for name, bounds in intervals.items() if bounds is not None}, "; ".join(reasons)
 
 
@@ -80,7 +92,7 @@ def _class_of_groups(truth: NDArray[np.int64], groups: ArrayLike) -> NDArray[np.
     return np.asarray(pairs[0], dtype=np.int64)
 
 
-def _widening(units: int, classes: int, fewest: int) -> float:
+def widening_of_classes(units: int, classes: int, fewest: int) -> float:
     """Return by what to widen standard errors of a bootstrap within classes, the smallest of so many units.
 
     It draws from the units that there are, so that the variance within a class of m is (m - 1) / m of the true one, and
@@ -93,14 +105,20 @@ def _widening(units: int, classes: int, fewest: int) -> float:
     return quantiles * (fewest / max(1, fewest - 1)) ** 0.5
 
 
-def _score_interval(value: float, samples: Floats, most: float, widening: float) -> tuple[float, float]:
-    """Return Wilson's interval of a mean over classes, for the number of rows that gives the variance of its samples.
+def score_interval(value: float, variance: float, most: float) -> tuple[float, float]:
+    """Return Wilson's interval of a score between 0 and 1, for the number of rows that gives its variance.
 
-    Where they do not vary, that is `most`: rows in a mean over classes, each of the size that it has.
+    Where it does not vary, that is `most`: rows in a mean over classes, each of the size that it has.
     """
-    variance = float(samples.var()) * widening**2
     rows = value * (1 - value) / variance if variance > 0 else most
     return wilson_interval(value, max(rows, 1.0))
+
+
+def _signed_interval(value: float, samples: Floats, most: float, widening: float) -> tuple[float, float]:
+    """Return the interval of a score between -1 and 1, by that of the fraction of its range."""
+    known = samples[np.isfinite(samples)]
+    low, high = score_interval((value + 1) / 2, float(known.var()) / 4 * widening**2, most)
+    return 2 * low - 1, 2 * high - 1
 
 
 def _reflected(value: float, samples: Floats, *, is_by_chance: bool) -> tuple[float, float]:

@@ -15,6 +15,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from utils.core.errors import UserError
+from utils.numeric.agreement import CHANCE_CORRECTED, chance_corrected, column_distances
+from utils.numeric.areas import class_areas
+from utils.numeric.rates import binary_rates, top_k_hits
 
 SMALLEST_PROBABILITY = 1e-12
 """Lower bound of a probability before its logarithm is taken."""
@@ -24,8 +27,14 @@ SIGN_TOLERANCE = 1e-6
 """Largest probability below 0 that counts as rounding."""
 MAX_LISTED_CLASSES = 1000  # whose confusion matrix `metrics.json` lists; that of 5,000 takes 150 MB as text
 BINS = 15
+TOP_K = (3, 5)
+"""Numbers of most probable classes whose top-k accuracy is measured."""
 ROUNDING = 1e-12
 """Differences of losses up to it count as rounding."""
+MACRO_AVERAGES = (
+    *("f1_macro", "precision_macro", "recall_macro", "balanced_accuracy", "roc_auc_ovr_macro"),
+    "average_precision_macro",
+)
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
@@ -105,6 +114,19 @@ def _class_metrics(confusion: Integers) -> dict[str, NDArray[Any]]:
         "f1": ratio_or_zero(2 * hits, predicted + support),
         "support": support,
     }
+
+
+def matthews_corrcoef(probabilities: ArrayLike, labels: ArrayLike) -> float:
+    """Return the Matthews correlation of predicted and true classes (Gorodkin 2004), 0 where either does not vary."""
+    confusion = confusion_matrix(probabilities, labels)
+    nothing = np.zeros(())
+    agreement = chance_corrected(confusion.sum(axis=1), confusion.sum(axis=0), confusion.trace(), (nothing, nothing))
+    return float(agreement["matthews_corrcoef"])
+
+
+def top_k_accuracy(probabilities: ArrayLike, labels: ArrayLike, k: int) -> float:
+    """Return the fraction of rows whose class is among the k most probable ones, the first of equals first."""
+    return float(top_k_hits(*check_probabilities(probabilities, labels), k).mean())
 
 
 def confusion_matrix(probabilities: ArrayLike, labels: ArrayLike) -> Integers:
@@ -276,21 +298,23 @@ def roc_auc_ovr_macro(
     class has every row.
     """
     scores, truth = check_probabilities(probabilities, labels)
-    return _roc_auc(scores, truth, list(map(str, range(scores.shape[1]) if classes is None else classes)))
+    names = list(map(str, range(scores.shape[1]) if classes is None else classes))
+    return _mean_roc_auc(_areas(scores, truth)["roc_auc"], np.bincount(truth, minlength=len(names)), names)
 
 
-def _roc_auc(scores: Floats, truth: Integers, classes: Sequence[str]) -> tuple[float | None, str]:
-    support = np.bincount(truth, minlength=len(classes))
-    if support.max() == len(truth):
+def _areas(scores: Floats, truth: Integers) -> dict[str, Floats]:
+    """Return `roc_auc` and `average_precision` (C,) of each class against the rest; NaN where it has no or all rows."""
+    areas = {name: np.full(scores.shape[1], np.nan) for name in ("roc_auc", "average_precision")}
+    for of_class in class_areas(scores, truth):
+        areas["roc_auc"][of_class.index] = of_class.roc_auc
+        areas["average_precision"][of_class.index] = of_class.average_precision
+    return areas
+
+
+def _mean_roc_auc(areas: Floats, support: Integers, classes: Sequence[str]) -> tuple[float | None, str]:
+    if support.max() == support.sum():
         return None, f"every row is of class {classes[int(support.argmax())]}, so no class has both rows and others"
-    areas = np.zeros(len(classes))
-    for index in np.flatnonzero(support).tolist():
-        count = support[index]
-        ordered = np.sort(scores[:, index])
-        positives = scores[truth == index, index]
-        ranks = np.searchsorted(ordered, positives, side="left") + np.searchsorted(ordered, positives, side="right") + 1
-        areas[index] = (ranks.sum() / 2 - count * (count + 1) / 2) / (count * (len(truth) - count))
-    return float(macro_mean(areas, support)), ""
+    return float(macro_mean(np.nan_to_num(areas), support)), ""
 
 
 def _notes(support: Integers, classes: Sequence[str], reason: str) -> dict[str, str]:
@@ -300,7 +324,7 @@ def _notes(support: Integers, classes: Sequence[str], reason: str) -> dict[str, 
         return {"roc_auc_ovr_macro": reason} if reason else {}
     names = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
     left_out = f"average over {len(classes) - len(absent)} of {len(classes)} classes; without rows: {names}"
-    averages = dict.fromkeys(("f1_macro", "precision_macro", "recall_macro", "roc_auc_ovr_macro"), left_out)
+    averages = dict.fromkeys(MACRO_AVERAGES, left_out)
     return averages | ({"roc_auc_ovr_macro": reason} if reason else {})
 
 
@@ -318,8 +342,14 @@ def point_metrics(probabilities: ArrayLike, labels: ArrayLike, classes: Sequence
     confusion = _confusion(scores, truth)
     by_class = _class_metrics(confusion)
     fractions, gaps = _calibration_gaps(scores, truth)
-    area, reason = _roc_auc(scores, truth, names)
+    areas = _areas(scores, truth)
+    area, reason = _mean_roc_auc(areas["roc_auc"], by_class["support"], names)
     notes = _notes(by_class["support"], names, reason)
+    further = _further_metrics(scores, truth, confusion, notes)
+    rates = {
+        name: np.divide(part, rows, out=np.full(len(names), np.nan), where=rows > 0)
+        for name, (part, rows) in binary_rates(confusion).items()
+    }
     is_listed = len(names) <= MAX_LISTED_CLASSES
     if not is_listed:
         notes["confusion_matrix"] = (
@@ -342,12 +372,38 @@ def point_metrics(probabilities: ArrayLike, labels: ArrayLike, classes: Sequence
         "mce": float(gaps.max()),
         "reliability": reliability(scores, truth),
         "roc_auc_ovr_macro": area,
+        "average_precision_macro": float(macro_mean(np.nan_to_num(areas["average_precision"]), by_class["support"])),
+        "balanced_accuracy": _macro(by_class, "recall"),
+        **further,
         "confusion_matrix": confusion.tolist() if is_listed else None,
         "per_class": {
-            name: {key: values[index].item() for key, values in by_class.items()} for index, name in enumerate(names)
+            name: {key: values[index].item() for key, values in by_class.items()}
+            | {key: _number(values[index]) for key, values in (rates | areas).items()}
+            for index, name in enumerate(names)
         },
         "notes": notes,
     }
+
+
+def _further_metrics(
+    scores: Floats, truth: Integers, confusion: Integers, notes: dict[str, str]
+) -> dict[str, float | None]:
+    """Return top-k accuracies and what corrects the accuracy for chance; reasons for null go to `notes`."""
+    classes, support, predicted = len(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    distances = [distance.sum() for distance in column_distances(truth, scores.argmax(axis=1))]
+    agreement = chance_corrected(support, predicted, confusion.trace(), (distances[0], distances[1]))
+    record = {name: _number(agreement[name]) for name in CHANCE_CORRECTED}
+    for name in (name for name in CHANCE_CORRECTED if record[name] is None):
+        notes[name] = "every row has the same true and predicted class, so agreement by chance is complete"
+    for k in TOP_K:
+        record[f"top_{k}_accuracy"] = float(top_k_hits(scores, truth, k).mean()) if k < classes else None
+        if k >= classes:
+            notes[f"top_{k}_accuracy"] = f"{classes} classes; it is 1 with so few"
+    return record
+
+
+def _number(value: Any) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 def row_losses(probabilities: NDArray[Any], labels: NDArray[Any], metric: str) -> Floats:

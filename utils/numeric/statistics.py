@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from utils.numeric.agreement import chance_corrected, column_distances
+from utils.numeric.areas import mean_areas
 from utils.numeric.metrics import (
     BINS,
     ROUNDING,
@@ -72,9 +74,9 @@ def bootstrap_metrics(
     """Return {metric: values (K, B) on the bootstrap samples} of K arrays of probabilities (N, C) with labels (N,).
 
     Values equal those of `utils.numeric.metrics` on the drawn rows within 1e-5, since sums are float32. Only
-    `roc_auc_ovr_macro` is the value on all rows plus the influence of each drawn row (DeLong et al. 1988), exact in
-    first order, because ranking each sample would take minutes; it is missing if a class has every row. Memory is
-    bounded for all K, N and B. Raises UserError as `metrics.check_probabilities` does.
+    `roc_auc_ovr_macro` and `average_precision_macro` are the value on all rows plus the influence of each drawn row
+    (`areas`), exact in first order, because ranking each sample would take minutes; the former is missing if a class
+    has every row. Memory is bounded for all K, N and B. Raises UserError as `metrics.check_probabilities` does.
     """
     truth = np.asarray(labels)
     tables = [_RowStatistics(*check_probabilities(scores, truth)) for scores in probabilities]
@@ -109,8 +111,14 @@ class _RowStatistics:
         confidence = scores.max(axis=1)
         self.bins = confidence_bins(confidence)
         self.order, self.ends, self.gaps = order_by_confidence(scores, truth)
-        self.area, influence = auc_influence(scores, truth)
-        means = (log_loss_per_row(scores, truth), row_losses(scores, truth, "brier"), influence)
+        self.areas = mean_areas(scores, truth)
+        means = (
+            log_loss_per_row(scores, truth),
+            row_losses(scores, truth, "brier"),
+            self.areas.roc_auc_influence,
+            self.areas.average_precision_influence,
+            *column_distances(truth, self.winner),
+        )
         self.means = np.stack(means, axis=1).astype(np.float32)
 
     def metrics(self, counts: NDArray[np.float32]) -> dict[str, Floats]:
@@ -137,9 +145,11 @@ class _RowStatistics:
         values |= {"log_loss": means[:, 0], "brier": means[:, 1], "ece": np.abs(gaps).sum(axis=1) / n_drawn}
         values["ece_adaptive"] = self._ece_adaptive(counts, n_drawn)
         values["mce"] = ratio_or_zero(np.abs(gaps), in_bin).max(axis=1)
-        if self.area is not None:
-            values["roc_auc_ovr_macro"] = np.clip(self.area + means[:, 2] * n_drawn, 0, 1)
-        return values
+        if self.areas.roc_auc is not None:
+            values["roc_auc_ovr_macro"] = np.clip(self.areas.roc_auc + means[:, 2] * n_drawn, 0, 1)
+        values["average_precision_macro"] = np.clip(self.areas.average_precision + means[:, 3] * n_drawn, 0, 1)
+        distances = (means[:, 4] * n_drawn, means[:, 5] * n_drawn)
+        return values | chance_corrected(support, predicted, hits.sum(axis=1), distances)
 
     def _columns(self, rows: slice) -> NDArray[np.float32]:
         """Return (n, columns) whose rows are summed over a sample: class and bin indicators, gaps and losses."""
@@ -181,39 +191,6 @@ def _interpolated(at: Floats, rows: Floats, sums: Floats) -> Floats:
     fraction = ratio_or_zero(at - starts[0], ends[0] - starts[0])
     interpolated: Floats = starts[1] + fraction * (ends[1] - starts[1])
     return interpolated
-
-
-def auc_influence(scores: Floats, truth: Integers) -> tuple[float | None, Floats]:
-    """Return the mean one-vs-rest area under the ROC curve of probabilities (N, C) and each row's influence on it (N,).
-
-    The influences are the structural components of DeLong et al. (1988) less the area, divided by the number of rows of
-    the same side; they sum to 0. Classes without rows are left out. None and zeros if a class has every row.
-    """
-    rows, classes = scores.shape
-    support = np.bincount(truth, minlength=classes)
-    influence = np.zeros(rows)
-    if support.max() == rows:
-        return None, influence
-    present = np.flatnonzero(support).tolist()
-    total = 0.0
-    for index in present:
-        is_positive = truth == index
-        positives, negatives = scores[is_positive, index], scores[~is_positive, index]
-        above = _fraction_below(positives, negatives)
-        below = 1 - _fraction_below(negatives, positives)
-        area = float(above.mean())
-        influence[is_positive] += (above - area) / len(positives)
-        influence[~is_positive] += (below - area) / len(negatives)
-        total += area
-    return total / len(present), influence / len(present)
-
-
-def _fraction_below(values: Floats, others: Floats) -> Floats:
-    """Return for each value (n,) the fraction of the others (m,) below it; ties count half."""
-    ordered = np.sort(others)
-    left, right = (np.searchsorted(ordered, values, side=side) for side in ("left", "right"))
-    fractions: Floats = (left + right) / (2 * len(others))
-    return fractions
 
 
 def ratio_interval(parts: Floats, wholes: Floats) -> list[float | None]:

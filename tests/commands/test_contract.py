@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT
 from embedded_members import embedded
+from evaluated_workspaces import write_workspace
 from given_predictions import write
 from in_process import run
 
@@ -100,7 +101,7 @@ def test_every_command_has_a_row():
 
 
 def test_every_command_is_run():
-    elsewhere = {"debug", "demo", "completion"}  # below; tests/project/test_wheel.py; tests/project/test_completion.py
+    elsewhere = {"debug", "compare", "demo", "completion"}  # below; tests/project/test_wheel.py, test_completion.py
     assert {*LINES, *WITH_IMAGES, *elsewhere} == set(commands.COMMANDS)
 
 
@@ -168,6 +169,18 @@ def check(command: str, done, new: set[Path], workspace: Path) -> None:
         assert list(workspace.glob(pattern)), pattern
     if files.startswith("nothing"):
         assert {path for path in new if "debug_logs" not in path.parts} == set()
+
+
+def test_compare_keeps_to_its_row(tmp_path):
+    scores = {"C4.5": 0.8, "C4.5+m+cf": 0.9}
+    folders = [write_workspace(tmp_path / str(number), scores) for number in range(6)]
+    done = run("compare", *folders, "--to", str(tmp_path / "to"), "--json", "--quiet")
+    files, keys = COMMANDS["compare"]
+    assert done.document.keys() - {"failures"} == words(keys)
+    assert {path.suffix for path in (tmp_path / "to").glob("comparison.*")} <= words(files) | {".json", ".pdf"}
+    inside = words(PAGE.split("`compare` reads `ranking.json`")[1].split("\n\n")[0])
+    for part in ("methods", "pairs"):
+        assert done.document[part][0].keys() <= inside
 
 
 def test_debug_keeps_to_its_row(synthetic, tmp_path):

@@ -54,3 +54,12 @@ def test_few_rows_have_none():
     assert not {"sensitivity", "roc_auc", "average_precision"} & found[2].keys()
     assert {"specificity", "negative_predictive_value"} <= found[2].keys()
     assert class_intervals(np.full((3, 1001), 1 / 1001), [0, 1, 2]) is None
+
+
+def test_a_class_that_is_told_apart_without_error_has_the_interval_of_its_rows():
+    rng = np.random.default_rng(3)
+    labels = np.arange(59) % 4
+    probabilities = softmax(8 * np.eye(4)[labels] + rng.normal(size=(59, 4)))
+    for found, support in zip(class_intervals(probabilities, labels), np.bincount(labels), strict=True):
+        for area in ("roc_auc", "average_precision"):
+            assert tuple(found[area]) == wilson_interval(1.0, support)

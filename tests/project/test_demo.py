@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PROJECT, run_python, write_digits
+from evaluated_workspaces import write_workspace
 
 import ensemble_orchestrator
 from utils.core.config_file import load_config
@@ -247,3 +248,18 @@ def without_times(path: Path) -> str:
         return [plain(entry) for entry in value] if isinstance(value, list) else value
 
     return json.dumps(plain(json.loads(path.read_text())), sort_keys=True)
+
+
+def test_photographs_are_compared_with_the_digits_where_these_are_evaluated(tmp_path):
+    digits, leaves = tmp_path / "digits", tmp_path / "leaves"
+    scores = {"C4.5": 0.8, "C4.5+m+cf": 0.85}
+    write_workspace(leaves, scores)
+    assert demo.beside_digits(leaves, digits) == ""
+    (digits / "Data" / "9").mkdir(parents=True)
+    assert demo.beside_digits(leaves, digits) == ""
+    write_workspace(digits, scores | {"C4.5+m+cf": 0.81})
+    assert demo.beside_digits(leaves, digits) == (
+        "the recommended model gains +0.0300 in accuracy over the best single member, mean of 2 workspaces "
+        "(+0.0100 on digits, +0.0500 on leaves)"
+    )
+    assert demo.beside_digits(digits, digits) == ""

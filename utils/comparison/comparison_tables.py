@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from utils.core.display_text import join_names
 from utils.evaluation.leaderboard import HEADINGS
 from utils.evaluation.table_formats import csv_text, escape_latex, escape_markdown, latex_table, markdown_table
 
@@ -23,7 +24,7 @@ def as_text(record: Record) -> str:
     counted = f"{len(record['methods'])} methods in {len(record['workspaces'])} workspaces, {record['split']} split"
     better = "higher" if record["higher_is_better"] else "lower"
     left_out = record["left_out"]
-    notes = [f"left out, not in all workspaces: {', '.join(sorted(left_out))}"] if left_out else []
+    notes = [f"left out, not in all workspaces: {join_names(sorted(left_out), 8)}"] if left_out else []
     summary = [record["summary"]] if record["summary"] else []
     return "\n".join([f"{counted}, by {metric} ({better} is better)", *aligned, *_tests(record), *notes, *summary])
 

@@ -13,7 +13,7 @@ from utils.evaluation.drawing import library_defaults
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH = 7.5  # inches
+AXIS_WIDTH, LETTER = 3.2, 0.085  # inches
 DPI = 150
 MAX_NAME_LENGTH = 40
 SETTINGS: dict[Any, Any] = {"font.size": 9, "text.parse_math": False, "pdf.fonttype": 42}
@@ -41,9 +41,11 @@ def draw(record: Mapping[str, Any], paths: Sequence[Path]) -> None:
     rows = -(-len(names) // 2)
     with library_defaults(SETTINGS):
         height = 1.1 + 0.22 * rows + 0.12 * len(lines)
-        figure = Figure(figsize=(WIDTH, height))
+        margin = 0.9 + LETTER * min(MAX_NAME_LENGTH, max(map(len, names)))
+        width = AXIS_WIDTH + 2 * margin
+        figure = Figure(figsize=(width, height))
         FigureCanvasAgg(figure)
-        axes = figure.add_axes((0.3, 0.02, 0.4, 0.96))
+        axes = figure.add_axes((margin / width, 0.02, AXIS_WIDTH / width, 0.96))
         _draw(axes, names, ranks, lines, distance)
         for path in paths:
             metadata = {"Software": None} if path.suffix == ".png" else {"CreationDate": None, "Producer": None}

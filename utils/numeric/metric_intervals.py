@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from utils.numeric.agreement import CHANCE_CORRECTED
 from utils.numeric.calibration_chance import chance_ece
 from utils.numeric.means import LEVEL, MIN_ERRORS, MIN_UNITS, count_units, mean_interval, unit_indices
-from utils.numeric.metrics import TOP_K, check_probabilities, log_loss_per_row, row_losses
+from utils.numeric.metrics import ROUNDING, TOP_K, check_probabilities, log_loss_per_row, row_losses
 from utils.numeric.proportions import proportion_interval, wilson_interval
 from utils.numeric.rates import top_k_hits
 from utils.numeric.statistics import TAILS
@@ -110,7 +110,7 @@ def score_interval(value: float, variance: float, most: float) -> tuple[float, f
 
     Where it does not vary, that is `most`: rows in a mean over classes, each of the size that it has.
     """
-    rows = value * (1 - value) / variance if variance > 0 else most
+    rows = value * (1 - value) / variance if variance > ROUNDING**2 else most
     return wilson_interval(value, max(rows, 1.0))
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TextIO
 
 from utils.core import program_names
+from utils.core.errors import UserError
 from utils.core.results import Result
 
 PROJECT = program_names.PROJECT
@@ -84,8 +85,11 @@ def demo(*, data: str | None, quick: bool, small: bool, workspace: str | None, j
     activate = "" if os.environ.get("VIRTUAL_ENV") or program_names.INSTALLED else ". .venv/bin/activate && "
     example = activate + shlex.join(["python", "ensemble_orchestrator.py", "evaluate", *common])
     report = report_of(folder)
+    compared = beside_digits(folder, default_folder()) if data else ""
+    lines = [f"\nbeside the digits, {compared}"] if compared else []
+    lines.append(f"\nworkspace: {folder}\nnext, for example: {example}\n\nreport:\n{report}")
     return Result(
-        f"\nworkspace: {folder}\nnext, for example: {example}\n\nreport:\n{report}",
+        "\n".join(lines),
         {"workspace": str(folder), "report": str(report)},
         ["parts that the messages above name"] if code == LEFT_OUT else [],
     )
@@ -135,6 +139,18 @@ def report_of(workspace: Path) -> Path:
     """Path of the report that the pipeline writes."""
     output = os.environ.get("DBT_ENSEMBLE_DIR")
     return (Path(output).expanduser() if output else workspace) / "ensembles" / "report" / "index.html"
+
+
+def beside_digits(folder: Path, digits: Path) -> str:
+    """What `compare` says of the demo's own digits and this workspace; empty where either is not evaluated."""
+    if folder == digits or not (digits / "Data" / "9").is_dir():
+        return ""
+    from utils.comparison.compare import compare
+
+    try:
+        return str(compare(workspaces=[str(digits), str(folder)]).document["summary"])
+    except UserError:
+        return ""
 
 
 def run(step: Sequence[str], *, batch_size: int = 64, output: TextIO | None = None) -> int:

@@ -12,6 +12,7 @@ from conftest import PROJECT
 
 from utils.core import engines
 from utils.evaluation import plots
+from utils.evaluation.class_scores import add_class_scores
 from utils.numeric import selective
 from utils.numeric.metrics import point_metrics, softmax
 
@@ -21,6 +22,7 @@ def record(classes, count=60, name="some_ensemble"):
     labels = rng.integers(0, len(classes), count)
     probabilities = softmax(rng.normal(size=(count, len(classes))) + 2 * np.eye(len(classes))[labels])
     found = point_metrics(probabilities, labels, classes)
+    add_class_scores(found, probabilities, labels, None, found["notes"])
     curve = selective.selective_metrics((probabilities, labels), (probabilities, labels), target_risk=0.2)
     return found | {"name": name, "split": "test", "selective": curve}
 
@@ -95,3 +97,10 @@ def test_settings_of_the_user_change_no_picture(tmp_path, kind):
         plots.draw(plots.Picture(kind, scores, tmp_path / "set.png"))
         assert matplotlib.rcParams["text.usetex"]
     assert (tmp_path / "set.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+
+
+def test_many_classes_have_neither_matrix_nor_curves():
+    scores = record(["a", "b", "c"])
+    assert plots.kinds_of(scores) == list(plots.KINDS)
+    bare = {"confusion_matrix", "roc_curves", "precision_recall_curves"}
+    assert set(plots.kinds_of(scores | {"confusion_matrix": None, "curves": None})) == plots.KINDS.keys() - bare

@@ -26,7 +26,7 @@ from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 5  # raised whenever the same inputs would give other records
+VERSION = 6  # raised whenever the same inputs would give other records
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,7 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from ensemble_system import __version__
 
-        terminal.write_output(f"ensemble-system {__version__}")
-        parser.exit()
+        parser.exit(message=f"ensemble-system {__version__}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:

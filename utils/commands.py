@@ -113,7 +113,7 @@ COMMANDS: dict[str, Command] = {
                 "metavar": "DIR",
                 "required": True,
                 "dest": "folder",
-                "help": "folder with <member>/{oof,val,test}.npz; docs/tutorials/predictions.md describes the format",
+                "help": "folder with <member>/{oof,val,test}.npz; README describes the format",
             },
         },
         writes=True,
@@ -361,6 +361,10 @@ COMMANDS: dict[str, Command] = {
             "--tta": {
                 "action": "store_true",
                 "help": "average over the views that out-of-sample rows chose for the model (tta of the configuration)",
+            },
+            "--maps": {
+                "metavar": "DIR",
+                "help": "also write class-activation maps of the predicted classes: a picture of each image, maps.csv",
             },
             "--append": {
                 "action": "store_true",

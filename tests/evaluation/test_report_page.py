@@ -193,9 +193,7 @@ def test_the_commands_to_do_it_again_are_understood(tmp_path):
     write_page(workspace, config)
     lines = [line for line in page_of(workspace).words if "ensemble_orchestrator.py" in line]
     commands = [shlex.split(line) for line in "".join(lines).strip().splitlines()]
-    names = ["discover", "build-ensemble", "evaluate", "predict"]
-    names += ["export", "evaluate"] if workspace.split_dir.is_dir() else []
-    assert [words[2] for words in commands] == names
+    assert [words[2] for words in commands] == ["discover", "build-ensemble", "evaluate", "predict"]
     for words in commands:
         parsed = ensemble_orchestrator.build_parser().parse_args(words[2:])
         again = load_config(PROJECT / parsed.config, overrides=parsed.set)
@@ -214,13 +212,3 @@ def test_the_commands_end_with_the_page(built, orchestrator, own_copy):
     page = Page(path.read_text(encoding="utf-8"))
     assert page.of("img")
     assert all(facts["src"].startswith("data:image/png") for facts in page.of("img"))
-
-
-def test_the_title_names_the_project_or_the_folder_of_the_images(tmp_path):
-    workspace = synthetic_report.synthetic(tmp_path / "my_leaves-15c7ae7b")
-    write_page(workspace, CONFIG)
-    assert "my_leaves: evaluation report" in page_of(workspace).text
-    path = tmp_path / "named.yaml"
-    path.write_text("project: {name: leaf study}\n", encoding="utf-8")
-    write_page(workspace, load_config(path))
-    assert "leaf study: evaluation report" in page_of(workspace).text

@@ -15,13 +15,12 @@ from typing import Any
 
 from utils.core.artifacts import digest_of, write_text
 from utils.core.config import Config
-from utils.core.config_sections import Project
 from utils.core.workspace import Workspace
 from utils.evaluation.report_sources import ReportSources
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 5  # raised whenever the same records would give another page
+VERSION = 4  # raised whenever the same records would give another page
 TEMPLATES = Path(__file__).with_name("templates")
 KEY = re.compile(rb'<meta name="inputs" content="([0-9a-f]{64})">')
 HEAD_BYTES = 4096  # that hold the key
@@ -86,13 +85,12 @@ def render(config: Config, sources: ReportSources, key: str) -> str:
     empty = {anchor for anchor, content in shown.items() if not content}
     context = {
         "key": key,
-        "title": f"{_subject(config, sources.workspace)}: evaluation report",
+        "title": f"{config.project.name}: evaluation report",
         "focus": data.focus,
         "split": data.split,
         "n": f"{data.evaluated['n_samples']:,}",
         "classes": data.classes,
         "counts": _counts(data.ranking),
-        "evidence": _evidence(data.ranking["recommended"]["evidence"]),
         "order": str(data.ranking["order"][0]).replace("_", " "),
         "cards": report_sections.cards(data),
         "summary": report_summary.sentences(data),
@@ -117,22 +115,6 @@ def render(config: Config, sources: ReportSources, key: str) -> str:
         "sections": [(anchor, title) for anchor, title in _sections() if anchor not in empty],
     }
     return _template().render(context)
-
-
-def _subject(config: Config, workspace: Workspace) -> str:
-    """What the report is about: the project, or where its name is the specification's, the folder of the workspace.
-
-    The demo names the folder after that of the images, with a digest.
-    """
-    if config.project.name != Project().name:
-        return config.project.name
-    return re.sub(r"-[0-9a-f]{8}$", "", workspace.base.name) or config.project.name
-
-
-def _evidence(evidence: Mapping[str, Any]) -> str:
-    """`537 rows of train (out-of-fold) and val`: what candidates are compared on."""
-    rows = "train (out-of-fold) and val" if evidence["rows"] == "oof+val" else str(evidence["rows"])
-    return f"{evidence['n']:,} rows of {rows}"
 
 
 def _rows(learned: dict[str, Any]) -> list[Any]:

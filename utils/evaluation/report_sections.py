@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from utils.building.command_hints import build_command
-from utils.core import config_file, program_names, remembered
+from utils.core import config_file, remembered
 from utils.core.config import Config
 from utils.core.display_text import (
     NOT_MEASURED,
@@ -20,7 +20,7 @@ from utils.core.display_text import (
     format_percent,
     join_names,
 )
-from utils.evaluation import report_figures, report_ranking, report_summary
+from utils.evaluation import leaderboard, report_figures, report_summary
 from utils.evaluation.example_images import ExampleImage
 from utils.evaluation.report_data import ReportData, without_temperature
 from utils.evaluation.thumbnails import Thumbnail, thumbnail
@@ -66,15 +66,37 @@ def cards(data: ReportData) -> list[dict[str, str]]:
 
 def ranking(data: ReportData) -> dict[str, Any]:
     """Rows of the ranking, and a forest plot for accuracy and for log-loss."""
-    return {"rows": report_ranking.table(data), "figures": [_forest(data, "accuracy"), _forest(data, "log_loss")]}
+    rows = []
+    for row in data.ranking["rows"]:
+        record = data.metrics.get(row["name"], {})
+        bounds = record.get("ci95") or row.get("ci95") or {}
+        out_of_sample = (record.get("crossfit") or {}).get("log_loss")
+        calibrated = record.get("calibrated_log_loss")
+        marks = leaderboard.marks(row, data.ranking)
+        rows.append(
+            {
+                "rank": NONE if row["rank"] is None else row["rank"],
+                "name": row["name"],
+                "kind": row["kind"],
+                "marks": marks,
+                "accuracy": format_percent(row["accuracy"]),
+                "accuracy_ci": format_interval([100 * bound for bound in bounds["accuracy"]], 1)
+                if bounds.get("accuracy")
+                else "",
+                "f1": format_number(row["f1_macro"]),
+                "log_loss": format_number(row["log_loss"]),
+                "log_loss_ci": format_interval(bounds.get("log_loss")),
+                "calibrated": NONE if calibrated is None else format_number(calibrated),
+                "ece": format_number(row["ece"]),
+                "out_of_sample": NONE if out_of_sample is None else format_number(out_of_sample),
+            }
+        )
+    return {"rows": rows, "figures": [_forest(data, "accuracy"), _forest(data, "log_loss")]}
 
 
 def _forest(data: ReportData, metric: str) -> dict[str, str]:
     bars, measured = [], False
-    shown = report_ranking.first_rows(data)
     for row in data.ranking["rows"]:
-        if row["name"] not in shown:
-            continue
         record = data.metrics.get(row["name"], row)
         low, high = (record.get("ci95") or {}).get(metric) or (None, None)
         measured |= low is not None
@@ -372,24 +394,17 @@ def provenance(config: Config, data: ReportData) -> dict[str, Any]:
     }
 
 
-def commands(config: Config, data: ReportData) -> dict[str, list[str]]:
-    """Commands as typed for this workspace: `again` reproduces the report, `next` uses the model that it recommends."""
-    place = ["--workspace", str(data.workspace.base)]
-    place += ["--output", str(data.workspace.output)] if data.workspace.output else []
-    common = [*_config_options(config, data.workspace.config), *place]
-    again = [["discover"]]
+def commands(config: Config, data: ReportData) -> list[str]:
+    """Commands that reproduce the report and use the model that it recommends."""
+    common = [*_config_options(config, data.workspace.config), "--workspace", str(data.workspace.base)]
+    common += ["--output", str(data.workspace.output)] if data.workspace.output else []
+    program = ["python", "ensemble_orchestrator.py"]
+    lines = [[*program, "discover"]]
     if data.record:
-        again.append(build_command(data.focus).split()[2:])
-    again.append(["evaluate", "--force", *([] if data.split == "test" else ["--split", data.split])])
-    following = [["predict", "--model-name", data.focus, "FOLDER", "--to", "answers.csv"]]
-    if data.catalog.has_images:
-        following += [["export", "--model-name", data.focus], ["evaluate", "--data", "OTHER_IMAGES"]]
-    return {
-        part: [
-            program_names.as_typed(shlex.join(["python", "ensemble_orchestrator.py", *line, *common])) for line in lines
-        ]
-        for part, lines in (("again", again), ("next", following))
-    }
+        lines.append(build_command(data.focus).split())
+    lines.append([*program, "evaluate", "--force", *([] if data.split == "test" else ["--split", data.split])])
+    lines.append([*program, "predict", "--model-name", data.focus, "FOLDER", "--to", "answers.csv"])
+    return [shlex.join([*line, *common]) for line in lines]
 
 
 def _config_source(config: Config, kept: Path) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from utils.core.artifacts import write_arrays, write_json, write_text
-from utils.core.program_names import as_typed
 from utils.exporting.parity_check import TOLERANCE, ReferenceBatches, named_arrays
 
 PARITY_FILE = "parity.npz"
@@ -135,9 +134,7 @@ def model_card(
     ]
     lines += ["", "## Scores", ""]
     if score is None:
-        lines.append(
-            as_typed("Not measured before the export. Run `python ensemble_orchestrator.py evaluate` to measure them.")
-        )
+        lines.append("Not measured before the export. Run `python ensemble_orchestrator.py evaluate` to measure them.")
     else:
         values = ", ".join(f"{key} {score[key]:.4f}" for key in ("accuracy", "f1_macro", "log_loss", "ece"))
         lines.append(f"On {score['n_samples']} rows of {score['split']}: {values}.")

@@ -117,7 +117,7 @@ class WorkspaceClassifier:
 
     def predict_block(self, paths: Sequence[Path], step: Callable[[int], None]) -> BlockPredictions:
         """Predict image files; `step(n_images)` is called after every batch of every network."""
-        contents, problems = _digests(paths)
+        contents, problems = content_digests(paths)
         with tempfile.TemporaryDirectory(prefix="predict-") as folder:
             images = ImageSplit(
                 split=SPLIT,
@@ -250,7 +250,7 @@ def _disagreement(member_logits: np.ndarray, has_run: np.ndarray) -> np.ndarray:
     return disagreement
 
 
-def _digests(paths: Sequence[Path]) -> tuple[tuple[str, ...], dict[int, str]]:
+def content_digests(paths: Sequence[Path]) -> tuple[tuple[str, ...], dict[int, str]]:
     """SHA-256 of each file, and {index: reason} of files that cannot be read."""
     contents, problems = [], {}
     for index, path in enumerate(paths):

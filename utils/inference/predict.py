@@ -25,6 +25,7 @@ from utils.core.workspace import Workspace
 from utils.evaluation import recommended_names
 from utils.inference import image_paths
 from utils.inference.classifier import BlockPredictions, WorkspaceClassifier
+from utils.inference.map_pictures import MappingClassifier
 from utils.inference.output_files import PredictionFile, RecordFormat
 from utils.inference.prediction_progress import PredictionProgress
 from utils.inference.thresholds import Thresholds, load_thresholds
@@ -69,6 +70,7 @@ def predict(
     probabilities: bool = False,
     sets: str = "lac",
     tta: bool = False,
+    maps: str | None = None,
     append: bool = False,
     spreadsheet_safe: bool = False,
     force: bool = False,
@@ -77,9 +79,10 @@ def predict(
 
     `form` is csv or jsonl, by default according to the suffix of `to`. `probabilities` adds those of all classes, and
     `sets` is the kind of prediction sets: lac, aps or raps. With `tta` the model averages over the views that were
-    chosen for it. With `append` the file is continued: images with a prediction are skipped, and images with an error
-    are tried again. An image that cannot be read has a record with its error and is a failure of the result. Raises
-    UserError without an image, for a model that cannot be run or has no views with `tta`, and for an
+    chosen for it. `maps` is a folder for pictures of class-activation maps. With `append` the file is continued: images
+    with a prediction are skipped, and images with an error are tried again. An image that cannot be read has a record
+    with its error and is a failure of the result. Raises UserError without an image, for a model that cannot be run,
+    has no views with `tta` or no map with `maps`, and for an
     existing file that may be neither continued nor replaced.
     """
     output = OutputOptions(to, form, probabilities, append, spreadsheet_safe, force)
@@ -89,7 +92,13 @@ def predict(
     model_name = model_with_views(store, model_name) if tta else model_name
     classifier = WorkspaceClassifier(store, model_name)
     thresholds = load_thresholds(workspace, model_name, is_ensemble=classifier.ensemble is not None, sets=sets)
-    return _predict_listing(classifier, thresholds, listing, paths, output)
+    if not maps:
+        return _predict_listing(classifier, thresholds, listing, paths, output)
+    mapping = MappingClassifier(classifier, Path(maps).expanduser())
+    result = _predict_listing(mapping, thresholds, listing, paths, output)
+    for line in mapping.summary():
+        logger.info("%s", line)
+    return result
 
 
 def predict_from_export(
@@ -101,6 +110,7 @@ def predict_from_export(
     probabilities: bool = False,
     sets: str = "lac",
     tta: bool = False,
+    maps: str | None = None,
     append: bool = False,
     spreadsheet_safe: bool = False,
     force: bool = False,
@@ -108,13 +118,15 @@ def predict_from_export(
     """Predict images with an exported ONNX file alone: without workspace, torch and base pipeline.
 
     The file holds no thresholds, so `set` and `abstain` are empty. Raises UserError as `predict` does, and for a file
-    that `export` did not write; ConfigError for `tta`.
+    that `export` did not write; ConfigError for `tta` and `maps`.
     """
     from utils.inference.onnx_prediction import SUFFIXES
 
     output = OutputOptions(to, form, probabilities, append, spreadsheet_safe, force)
     if tta:
         raise ConfigError("--tta: the views of an exported model are in its file; expected --model-name with it")
+    if maps:
+        raise ConfigError("--maps: an exported file gives no gradients to make maps of; expected --model-name with it")
     listing = image_paths.list_images(paths, sys.stdin.buffer, SUFFIXES)
     classifier = ExportClassifier(Path(from_export).expanduser())
     return _predict_listing(classifier, Thresholds(sets, None, None), listing, paths, output)

@@ -1,0 +1,174 @@
+"""Class-activation maps of a member or an ensemble for image files, averaged over its networks.
+
+All maps are brought into the frame of one member: the square that its network sees.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from utils import base_back
+from utils.building import ensembles
+from utils.networks.memory import safe_delete_model
+from utils.networks.preprocessing import Preprocessing
+from utils.predictions import image_splits, streaming
+from utils.predictions.catalog import Member
+from utils.predictions.image_splits import ImageSplit
+from utils.predictions.rows import UNKNOWN
+from utils.predictions.store import Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger("disease_pipeline")
+
+CENTRAL_SIDE = 0.5**0.5
+"""Side of the central region, as a fraction of the frame's: the square with half of the area."""
+
+
+@dataclass(frozen=True)
+class ImageMap:
+    """The map of one image for one class."""
+
+    pixels: np.ndarray
+    """uint8 (S, S, 3): what the network of the frame sees"""
+    mass: np.ndarray
+    """float32 (S, S), at least 0; sums to 1"""
+
+    @cached_property
+    def outside_centre(self) -> float:
+        """Fraction of the mass outside the central square that has half of the area; 0.5 for a uniform map."""
+        side = len(self.mass)
+        margin = round((1 - CENTRAL_SIDE) / 2 * side)
+        return float(1 - self.mass[margin : side - margin, margin : side - margin].sum())
+
+
+class MapMaker:
+    """Maps of the networks that answer for a model.
+
+    Members of an ensemble count by the weights that its record holds, or else alike. Of a member with views or fold
+    networks it is the full network, on the image itself, that is looked into.
+    """
+
+    def __init__(self, store: Store, name: str, members: Sequence[Member]) -> None:
+        """Raises UserError for a member with imported predictions."""
+        self.store, self.members = store, tuple(members)
+        self.weights = _weights(store, name, [member.name for member in members])
+        self.frame = max((member.image_preprocessing for member in members), key=lambda each: each.input_size)
+        self.device = streaming.resolve_device(store.config.device)
+        self.threads = image_splits.decoding_threads(store.config.dataset.num_workers)
+        self._named: set[str] = set()
+        """Messages about networks without a map that a warning has shown"""
+
+    def maps(self, paths: Sequence[Path], contents: Sequence[str], targets: np.ndarray) -> list[ImageMap]:
+        """The maps of readable images, whose content digests are known, for a class of each (N,).
+
+        One network is in memory at a time. Raises NoMapError where no network of the model has a map; a warning names
+        those that have none.
+        """
+        from utils.networks.class_maps import NoMapError
+
+        images = ImageSplit(
+            split="maps",
+            classes=self.store.catalog.classes,
+            sample_ids=tuple(map(str, paths)),
+            labels=np.full(len(paths), UNKNOWN),
+            paths=tuple(paths),
+            contents=tuple(contents),
+            digest="",
+        )
+        total = np.zeros((len(paths), self.frame.input_size, self.frame.input_size), dtype=np.float32)
+        refused: list[NoMapError] = []
+        counted = [(member, weight) for member, weight in zip(self.members, self.weights, strict=True) if weight > 0]
+        with tempfile.TemporaryDirectory(prefix="maps-") as folder:
+            for member, weight in counted:
+                columns = np.array([member.classes.index(name) for name in self.store.catalog.classes])
+                seen = member.image_preprocessing
+                try:
+                    for start, block in self._of_member(member, images, columns[targets], Path(folder)):
+                        for row, of_member in enumerate(block, start):
+                            total[row] += weight * _in_frame(of_member, seen, self.frame, paths[row])
+                except NoMapError as error:
+                    refused.append(error)
+            if len(refused) == len(counted):
+                raise refused[0]
+            for error in refused:
+                if str(error) not in self._named:
+                    logger.warning("%s", error)
+                self._named.add(str(error))
+            opened = image_splits.open_images(images, self.frame, image_cache=Path(folder), threads=self.threads)
+            pixels = opened.crops(range(len(paths)))
+        sums = np.maximum(total.sum(axis=(1, 2), keepdims=True), np.finfo(np.float32).tiny)
+        return [ImageMap(np.asarray(image), mass) for image, mass in zip(pixels, total / sums, strict=True)]
+
+    def _of_member(
+        self, member: Member, images: ImageSplit, outputs: np.ndarray, cache: Path
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(first row, maps (B, h, w)) of one member, batch by batch."""
+        import torch
+
+        from utils.networks.class_maps import ClassMaps
+
+        spec = replace(member.network(self.store.workspace), views=())
+        network = streaming.open_network(spec).to(self.device)
+        try:
+            mapper = ClassMaps(network, member.name)
+            opened = image_splits.open_images(images, spec.preprocessing, image_cache=cache, threads=self.threads)
+            size = self.store.config.dataset.batch_size
+            for start in range(0, len(images.paths), size):
+                rows = range(start, min(start + size, len(images.paths)))
+                batch = image_splits.normalise(torch.from_numpy(opened.crops(rows)), spec.preprocessing).to(self.device)
+                if start == 0:
+                    mapper.probe(batch[:2])
+                yield start, mapper(batch, torch.from_numpy(outputs[start : rows.stop]).to(self.device)).cpu()
+        finally:
+            safe_delete_model(network)
+
+
+def _weights(store: Store, name: str, members: Sequence[str]) -> list[float]:
+    """The weights of an ensemble's members in its record, where there are some; else all alike. They sum to 1."""
+    record = ensembles.record_of(store.workspace, name) if name in ensembles.names(store.workspace) else None
+    recorded: Any = (record or {}).get("weights")
+    weights = [0.0] * len(members)
+    if isinstance(recorded, Mapping):
+        found = [recorded.get(member) for member in members]
+        if all(isinstance(weight, int | float) and weight >= 0 for weight in found):
+            weights = [float(weight) for weight in found]  # type: ignore[arg-type]  # checked above
+    total = sum(weights)
+    return [weight / total if total > 0 else 1 / len(members) for weight in weights]
+
+
+def _in_frame(of_member: Tensor, seen: Preprocessing, frame: Preprocessing, path: Path) -> np.ndarray:
+    """A member's map (h, w) in the frame, float32 (S, S): enlarged, and moved where the two crops differ; sums to 1."""
+    import torch
+    from torch.nn import functional as F
+
+    side = frame.input_size
+    stretch = (1.0, 1.0)
+    if seen.resizing() != frame.resizing():
+        with base_back.load_bundled("image_files").open_image(path) as image:
+            own, other = (_half_extent(each, *image.size) for each in (frame, seen))
+        stretch = (own[0] / other[0], own[1] / other[1])
+    theta = torch.tensor([[[stretch[0], 0.0, 0.0], [0.0, stretch[1], 0.0]]])
+    grid = F.affine_grid(theta, [1, 1, side, side], align_corners=False)
+    moved = F.grid_sample(of_member[None, None], grid, padding_mode="border", align_corners=False)[0, 0]
+    inside = (grid[0].abs() <= 1 + 1 / min(of_member.shape)).all(dim=2)
+    moved = moved * inside
+    return np.asarray(moved / moved.sum().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _half_extent(preprocessing: Preprocessing, width: int, height: int) -> tuple[float, float]:
+    """Half of the width and height, in pixels of the image, of what a network sees around the centre."""
+    kept = preprocessing.input_size / preprocessing.resized / 2
+    if preprocessing.resize == "squash":
+        return kept * width, kept * height
+    side = min(width, height) if preprocessing.resize == "shorter-side" else max(width, height)
+    return kept * side, kept * side

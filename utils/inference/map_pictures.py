@@ -1,0 +1,119 @@
+"""Pictures of class-activation maps: the image in grey with the map in colour over it, and a table of all maps."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from utils.core.artifacts import read_record, replacing, write_text
+from utils.core.errors import UserError
+from utils.evaluation.audit_form import AUDIT
+from utils.inference.activation_maps import ImageMap, MapMaker
+from utils.inference.classifier import BlockPredictions, WorkspaceClassifier, content_digests
+
+LEAST_SIDE = 224  # pixels of a picture; smaller images are enlarged
+MOST_OUTSIDE = 0.5  # of the mass of the maps, outside the central square with half of the area
+MOST_OPAQUE = 0.65  # of the colour, where the map is largest
+COLOURS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], dtype=np.float32)
+"""Five colours of increasing lightness, which readers with any colour vision tell apart."""
+TABLE = "maps.csv"
+BACKGROUND_PROBES = ("border pixels", "background colours")
+"""Shortcut probes of the audit that see no more than the background"""
+
+
+def picture(found: ImageMap) -> np.ndarray:
+    """uint8 (S, S, 3): the larger the map, the lighter and the less transparent its colour."""
+    strength = found.mass / max(float(found.mass.max()), np.finfo(np.float32).tiny)
+    place = strength * (len(COLOURS) - 1)
+    lower = np.minimum(place.astype(int), len(COLOURS) - 2)
+    share = (place - lower)[..., None]
+    colour = COLOURS[lower] * (1 - share) + COLOURS[lower + 1] * share
+    opacity = MOST_OPAQUE * strength[..., None]
+    grey = np.repeat(found.pixels.astype(np.float32).mean(axis=2, keepdims=True), 3, axis=2)
+    return np.rint(grey * (1 - opacity) + colour * opacity).astype(np.uint8)
+
+
+class MappingClassifier:
+    """A classifier that also writes the map of each image for the class that it predicts."""
+
+    def __init__(self, classifier: WorkspaceClassifier, folder: Path) -> None:
+        """Raises UserError for a folder that is a file."""
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--maps {folder}: a file; expected a folder, which is created if it does not exist")
+        self.classifier, self.folder = classifier, folder
+        self.maker = MapMaker(classifier.store, classifier.name, classifier.members)
+        self.classes, self.version = classifier.classes, classifier.version
+        self.n_networks, self.block_size = classifier.n_networks, min(classifier.block_size, 256)
+        self._rows: list[list[str]] = []
+        self._outside: list[float] = []
+
+    def predict_block(self, paths: Sequence[Path], step: Callable[[int], None]) -> BlockPredictions:
+        """As of the classifier; the pictures of the block are written, and the table as far as it goes."""
+        predictions = self.classifier.predict_block(paths, step)
+        readable = [paths[index] for index in predictions.readable.tolist()]
+        if not readable:
+            return predictions
+        targets = predictions.probabilities.argmax(axis=1)
+        contents, unread = content_digests(readable)
+        if unread:  # removed since it was predicted
+            keep = [row for row in range(len(readable)) if row not in unread]
+            readable, contents = [readable[row] for row in keep], tuple(contents[row] for row in keep)
+            targets = targets[keep]
+        for path, target, found in zip(readable, targets, self.maker.maps(readable, contents, targets), strict=True):
+            file = self.folder / picture_name(path)
+            _save(file, picture(found))
+            self._outside.append(found.outside_centre)
+            self._rows.append([os.fspath(path), file.name, self.classes[target], f"{found.outside_centre:.4f}"])
+        _write_table(self.folder / TABLE, self._rows)
+        return predictions
+
+    def summary(self) -> list[str]:
+        """How much of the maps lies outside the centre and, where the audit agrees, that the model sees the background.
+
+        Raises UserError for a damaged record of the audit.
+        """
+        if not self._outside:
+            return []
+        outside = sum(self._outside) / len(self._outside)
+        lines = [f"maps: {self.folder}, {outside:.0%} of their mass outside the central half of the image on average"]
+        audit = read_record(self.classifier.store.workspace.audit, remedy="Remove it, then run audit again", form=AUDIT)
+        telling = [
+            f"{probe['name']} alone tell {probe['accuracy']:.0%}"
+            for probe in (audit or {"probes": []})["probes"]
+            if probe["name"] in BACKGROUND_PROBES and probe["stands_out"]
+        ]
+        if outside > MOST_OUTSIDE and telling:
+            name = self.classifier.name
+            lines.append(f"{name} looks at the background: in the audit {', '.join(telling)} of the classes")
+        return lines
+
+
+def picture_name(path: Path) -> str:
+    """Name of an image's picture; images of one name in several folders have different ones."""
+    digest = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:8]
+    return f"{path.stem.encode('utf-8', 'replace').decode()}-{digest}.png"
+
+
+def _save(path: Path, pixels: np.ndarray) -> None:
+    from PIL import Image
+
+    image = Image.fromarray(pixels)
+    if image.width < LEAST_SIDE:
+        factor = -(-LEAST_SIDE // image.width)
+        image = image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
+    with replacing(path) as temporary:
+        image.save(temporary, "PNG")
+
+
+def _write_table(path: Path, rows: Sequence[Sequence[str]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", "map", "class", "outside_centre"])
+    writer.writerows(rows)
+    write_text(path, text.getvalue().encode("utf-8", "backslashreplace").decode())

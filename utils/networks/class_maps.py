@@ -1,0 +1,151 @@
+"""Class-activation maps: which positions of an image the logit of a class depends on, for any architecture.
+
+HiResCAM (Draelos and Carin 2020): the product of a layer's outputs and the gradient of the logit, summed over channels,
+where it is positive. Before global pooling and a linear head this is CAM (Zhou et al. 2016), and Grad-CAM (Selvaraju et
+al. 2017) up to its averaging of the gradient. The logit is taken relative to the mean of all logits, since only their
+differences decide. The layer is found by probing: of feature maps the last one that everything which the logits know of
+the image passes through; of a vision transformer's tokens the last layer whose positions the logits depend on. Where
+the head reads the class token these are the inputs of the last attention, so that a position counts by the attention
+that the class token pays it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from utils.core.errors import UserError
+
+LEAST_GRID = 4  # positions a side; a coarser map tells no place
+MOST_PREFIX = 8  # class, distillation and register tokens before those of the positions
+TOKENS = "BNC"
+WITHOUT_FEATURES = (nn.Dropout, nn.Softmax)  # which may return attention between positions
+
+
+class NoMapError(UserError):
+    """A network has no layer that a map could be made of."""
+
+
+class _Call(NamedTuple):
+    """One call of a layer in a forward pass."""
+
+    layer: nn.Module
+    number: int
+    """Of the layer's calls, from 0"""
+
+
+class ClassMaps:
+    """Maps (B, h, w) of a network for one class of each image; they are at least 0 and sum to 1."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.model = model.eval()
+        self.name = name
+        self._call: _Call | None = None
+
+    def probe(self, images: Tensor) -> None:
+        """Find the layer on a few images (B, 3, S, S).
+
+        Raises NoMapError for a network without a grid of positions that its logits depend on.
+        """
+        layers = [layer for layer in self.model.modules() if not isinstance(layer, WITHOUT_FEATURES)]
+        logits, calls, _ = self._recorded(images, layers)
+        found = [(call, output) for call, output in calls if _grid(output, images) is not None]
+        score = _relative(logits, logits.argmax(dim=1))
+        gradients = torch.autograd.grad(score, [output for _, output in found], allow_unused=True) if found else ()
+        deciding = [
+            (call, _grid(output, images))
+            for (call, output), gradient in zip(found, gradients, strict=True)
+            if gradient is not None and bool(_positions(output * gradient, images).abs().sum() > 0)
+        ]
+        for call, grid in reversed(deciding):
+            if grid is not None and (grid[0] == TOKENS or self._passes_all(images, call)):
+                self._call = call
+                return
+        if deciding:  # parallel branches up to the last feature map
+            self._call = deciding[-1][0]
+            return
+        raise NoMapError(
+            f"{self.name}: no layer with a grid of {LEAST_GRID} x {LEAST_GRID} positions or more that its logits "
+            "depend on, so it has no class-activation map. Leave it out, or predict without --maps"
+        )
+
+    def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Maps (B, h, w) of the logits of the classes `targets` (B,), after `probe`."""
+        assert self._call is not None, "probe comes first"
+        logits, calls, _ = self._recorded(images, [self._call.layer])
+        output = dict(calls)[self._call]
+        (gradient,) = torch.autograd.grad(_relative(logits, targets), [output])
+        maps = _positions(output * gradient, images).detach().float().clamp_min(0)
+        total = maps.sum(dim=(1, 2), keepdim=True)
+        uniform = torch.full_like(maps, 1 / maps[0].numel())  # no position speaks for the class
+        return torch.where(total > 0, maps / total.clamp_min(torch.finfo(torch.float32).tiny), uniform)
+
+    def _passes_all(self, images: Tensor, call: _Call) -> bool:
+        """Whether the logits know nothing of the image without the output of this call."""
+        logits, _, inputs = self._recorded(images, [call.layer], cut=call)
+        if not logits.requires_grad:
+            return True
+        (gradient,) = torch.autograd.grad(logits.sum(), [inputs], allow_unused=True)
+        return gradient is None
+
+    def _recorded(
+        self, images: Tensor, layers: list[nn.Module], *, cut: _Call | None = None
+    ) -> tuple[Tensor, list[tuple[_Call, Tensor]], Tensor]:
+        """The logits with their graph, the outputs of all calls of these layers in order, and the input.
+
+        The output of the call `cut` is taken for a constant.
+        """
+        calls: list[tuple[_Call, Tensor]] = []
+        counts: dict[nn.Module, int] = {}
+
+        def record(layer: nn.Module, _: Any, output: Any) -> Any:
+            number = counts[layer] = counts.get(layer, -1) + 1
+            if not isinstance(output, Tensor) or not output.requires_grad:
+                return None
+            calls.append((_Call(layer, number), output))
+            return output.detach() if cut == calls[-1][0] else None
+
+        handles = [layer.register_forward_hook(record) for layer in layers]
+        try:
+            with torch.enable_grad():
+                # An input with a gradient gives every output one, whether or not weights are frozen.
+                inputs = images.detach().clone().requires_grad_()
+                logits: Tensor = self.model(inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return logits, calls, inputs
+
+
+def _relative(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum over images of the logit of a class less the mean logit."""
+    return (logits.gather(1, targets[:, None])[:, 0] - logits.mean(dim=1)).sum()
+
+
+def _grid(output: Tensor, images: Tensor) -> tuple[str, int] | None:
+    """Layout and side of the grid of positions in a layer's output: `BCHW`, `BHWC` or `BNC`; None without one."""
+    side, shape = images.shape[3], tuple(output.shape)
+    if shape[0] != len(images):
+        return None
+    if output.ndim == 4:
+        layout, grid = ("BCHW", shape[2]) if shape[2] == shape[3] else ("BHWC", shape[1])
+        is_square = shape[2] == shape[3] or shape[1] == shape[2]
+        return (layout, grid) if is_square and LEAST_GRID <= grid <= side else None
+    if output.ndim != 3:
+        return None
+    grid = math.isqrt(shape[1])
+    is_grid = grid >= LEAST_GRID and side % grid == 0 and shape[1] - grid * grid <= MOST_PREFIX
+    return (TOKENS, grid) if is_grid else None
+
+
+def _positions(products: Tensor, images: Tensor) -> Tensor:
+    """The sum over channels at each position (B, h, w)."""
+    found = _grid(products, images)
+    assert found is not None, "only outputs with a grid are kept"
+    layout, grid = found
+    if layout == TOKENS:
+        return products[:, products.shape[1] - grid * grid :].sum(dim=2).reshape(len(products), grid, grid)
+    return products.sum(dim=1 if layout == "BCHW" else 3)

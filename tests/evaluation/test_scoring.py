@@ -12,7 +12,7 @@ from utils.evaluation import scoring
 
 
 def members(*names):
-    return [SimpleNamespace(name=name) for name in names]
+    return [SimpleNamespace(name=name, views=()) for name in names]
 
 
 def failing(*names):

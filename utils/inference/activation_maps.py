@@ -100,10 +100,10 @@ class MapMaker:
                     refused.append(error)
             if len(refused) == len(counted):
                 raise refused[0]
-            for error in refused:
-                if str(error) not in self._named:
-                    logger.warning("%s", error)
-                self._named.add(str(error))
+            for message in map(str, refused):
+                if message not in self._named:
+                    logger.warning("%s", message)
+                self._named.add(message)
             opened = image_splits.open_images(images, self.frame, image_cache=Path(folder), threads=self.threads)
             pixels = opened.crops(range(len(paths)))
         sums = np.maximum(total.sum(axis=(1, 2), keepdims=True), np.finfo(np.float32).tiny)

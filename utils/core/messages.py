@@ -50,6 +50,14 @@ class _Terminal(logging.StreamHandler[TextIO]):
     def stream(self, value: TextIO) -> None:
         """The base class assigns sys.stderr here; it is looked up anew for every message instead."""
 
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a message, above a progress bar where there is one."""
+        if (bars := sys.modules.get("tqdm")) is None:
+            super().emit(record)
+            return
+        with bars.tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Leave a message out that cannot be written (closed, full); anything else is shown as usual."""
         if not isinstance(sys.exc_info()[1], OSError):
@@ -79,6 +87,12 @@ class _LogFile(RotatingFileHandler):
         logger = logging.getLogger(LOGGER_NAME)
         logger.removeHandler(self)
         logger.warning("log file %s cannot be written (%s); messages go to the terminal only", self.baseFilename, error)
+
+
+def shows_progress() -> bool:
+    """Whether a terminal handler shows messages of the level INFO."""
+    handlers = logging.getLogger(LOGGER_NAME).handlers
+    return any(isinstance(handler, _Terminal) and handler.level <= logging.INFO for handler in handlers)
 
 
 def set_up_logging(

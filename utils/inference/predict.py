@@ -19,6 +19,7 @@ from utils.core.array_archives import physical_memory
 from utils.core.config import Config
 from utils.core.display_text import printable
 from utils.core.errors import ConfigError, UserError
+from utils.core.progress_bar import progress_bar
 from utils.core.regular_files import open_regular
 from utils.core.results import Result
 from utils.core.workspace import Workspace
@@ -310,6 +311,16 @@ def _predict_blocks(
         )
         yield records, [record_format.format_record(record) for record in records]
         progress.end_block(min(start + len(block), len(paths)))
+    with progress_bar(len(paths) * classifier.n_networks, "predict") as advance:
+        progress = PredictionProgress(len(paths), classifier.n_networks, advance)
+        for start in range(0, len(paths), classifier.block_size):
+            block = paths[start : start + classifier.block_size]
+            predictions = valid_predictions(classifier, classifier.predict_block(block, progress.step))
+            records = _records(
+                classifier, thresholds, block, predictions, with_probabilities=record_format.classes is not None
+            )
+            yield records, [record_format.format_record(record) for record in records]
+            progress.end_block(min(start + len(block), len(paths)))
 
 
 def valid_predictions(classifier: Classifier, predictions: BlockPredictions) -> BlockPredictions:

@@ -1,9 +1,12 @@
-"""Progress of a prediction, as log lines."""
+"""Progress of a prediction: a bar on a terminal, log lines anywhere else."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+
+from utils.core import progress_bar
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -12,9 +15,13 @@ PROGRESS_SECONDS = 10.0
 
 
 class PredictionProgress:
-    """Logs progress and the estimated remaining time, every few seconds and after each block."""
+    """Logs progress and the estimated remaining time, every few seconds and after each block.
 
-    def __init__(self, n_images: int, n_networks: int) -> None:
+    `advance(n_images)` moves a bar; where one is shown, nothing is logged.
+    """
+
+    def __init__(self, n_images: int, n_networks: int, advance: Callable[[int], object] = lambda count: None) -> None:
+        self._advance, self._is_logged = advance, not progress_bar.is_shown()
         self.n_images, self.n_networks = n_images, n_networks
         self.total, self.done = n_images * n_networks, 0
         self.start = self.last_logged = time.monotonic()
@@ -22,8 +29,9 @@ class PredictionProgress:
     def step(self, n_images: int) -> None:
         """Count images that one network has processed."""
         self.done += n_images
+        self._advance(n_images)
         now = time.monotonic()
-        if now - self.last_logged >= PROGRESS_SECONDS:
+        if self._is_logged and now - self.last_logged >= PROGRESS_SECONDS:
             self.last_logged = now
             remaining = (now - self.start) / self.done * (self.total - self.done)
             percent = 100 * self.done / self.total
@@ -37,7 +45,10 @@ class PredictionProgress:
 
     def end_block(self, n_images: int) -> None:
         """Log that so many images are processed, including those that could not be read."""
+        self._advance(n_images * self.n_networks - self.done)
         self.done = n_images * self.n_networks
+        if not self._is_logged:
+            return
         elapsed = time.monotonic() - self.start
         remaining = elapsed / n_images * (self.n_images - n_images)
         logger.info("[%d/%d] images; about %.0f s left", n_images, self.n_images, remaining)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from utils import base_back
 from utils.core import engines, estimates
 from utils.core.artifacts import preallocate, replacing
 from utils.core.links import remove_file
+from utils.core.progress_bar import progress_bar
 from utils.networks.checkpoints import reading_ahead
 from utils.predictions import catalog, image_splits, inspection, row_groups, streaming, training_data
 from utils.predictions.catalog import IMPORTED, Member
@@ -118,11 +119,14 @@ def _extract_member(store: Store, device: str, threads: int, job: tuple[Member, 
     """Run one member over the splits that it lacks; `next_file`, if any, is read into the file cache meanwhile."""
     member, splits, next_file = job
     catalog.check_current(store.workspace, member, store.digests)
-    with reading_ahead(next_file):
-        _write_outputs(store, member, splits, device, threads)
+    total = sum(len(store.images(split).paths) for split in splits)
+    with reading_ahead(next_file), progress_bar(total, member.name) as advance:
+        _write_outputs(store, member, splits, device, threads, advance)
 
 
-def _write_outputs(store: Store, member: Member, splits: Sequence[str], device: str, threads: int) -> None:
+def _write_outputs(
+    store: Store, member: Member, splits: Sequence[str], device: str, threads: int, advance: Callable[[int], object]
+) -> None:
     """Run one member; its arrays grow on disk under temporary names and appear when a split is complete."""
     images = [store.images(split) for split in splits]
     batch_size = store.config.dataset.batch_size
@@ -153,6 +157,7 @@ def _write_outputs(store: Store, member: Member, splits: Sequence[str], device: 
                 logits[batch.start : stop] = batch.logits[:, order]
                 if embeddings is not None:
                     embeddings[batch.start : stop] = batch.embeddings
+                advance(len(batch.logits))
                 batch_size = batch.batch_size
                 batch = next(batches, None)
             logits.flush()

@@ -102,11 +102,11 @@ def test_inputs_on_few_rows_that_leave_one_input_are_refused_with_the_reason(own
         MetaBuilder().check(Session.open(config(two), own))
 
 
-CONVEX = ("runs.meta_fuser.fuser_type=convex", "runs.meta_fuser.input_ensembles=all")
 BUILT = ("runs.score_ensemble.methods=[soft_voting,logit_averaging,weighted,greedy_selection]",)
+CONVEX = (*BUILT, "runs.meta_fuser.fuser_type=convex", "runs.meta_fuser.input_ensembles=all")
 
 
-def test_all_takes_every_built_ensemble_and_a_convex_fuser_says_what_each_weighs(own):
+def test_all_takes_every_built_ensemble_of_the_configuration_and_a_convex_fuser_says_what_each_weighs(own):
     build_commands.build_ensemble(config(*BUILT), own)
     result = meta_fuse(config(*CONVEX), own)
     names = ["greedy_selection_ensemble", "logit_averaging_ensemble", "soft_voting_ensemble", "weighted_ensemble"]

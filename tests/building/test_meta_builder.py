@@ -120,7 +120,9 @@ def test_all_takes_every_built_ensemble_of_the_configuration_and_a_convex_fuser_
     assert state(own, *CONVEX).state == "current"
     assert ensembles.record_of(own, "meta_fuser")["crossfit"]["n"] == 90
     build_commands.build_ensemble(config("runs.score_ensemble.methods=[hard_voting]"), own)
-    assert state(own, *CONVEX).state == "stale"
+    assert state(own, *CONVEX).state == "current"  # it is not in the configuration
+    five = "runs.score_ensemble.methods=[soft_voting,logit_averaging,weighted,greedy_selection,hard_voting]"
+    assert state(own, *CONVEX, five).state == "stale"
 
 
 def test_a_fuser_of_trees_takes_all_too(own):

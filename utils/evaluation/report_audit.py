@@ -67,7 +67,7 @@ def _sentences(record: Mapping[str, Any]) -> list[str]:
     if duplicates["with_different_labels"]:
         count = duplicates["with_different_labels"]
         found.append(
-            f"In {format_count(count, 'group')} the copies have different labels, of which all but one are wrong."
+            f"In {format_count(count, 'group')} the copies have different labels, so that some of these are wrong."
         )
     if duplicates["across_splits"]:
         found.append("A split that keeps the copies together: python ensemble_orchestrator.py audit --write-split")

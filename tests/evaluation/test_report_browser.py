@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import browser
 import pytest
+from external_records import write_external_set
 from report_pages import write_page
 
 import report as synthetic_report
@@ -22,6 +23,7 @@ CONTRAST = 4.5  # WCAG 2, level AA, for text
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     workspace = synthetic_report.synthetic(tmp_path_factory.mktemp("synthetic"), classes=CLASSES, name=NAME)
+    write_external_set(workspace, ("ensemble_00", "Custom00"), CLASSES, image=NAME)
     return write_page(workspace)
 
 

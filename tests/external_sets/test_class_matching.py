@@ -78,7 +78,7 @@ def test_the_refusal_lists_counts_and_the_command_of_each_treatment():
     text = str(caught.value)
     for words in (
         "Black Spot (12 images; did you mean black_spot?)",
-        "black_spot (5 test images), healthy (1 test image)",
+        "black_spot (5 test images) and healthy (1 test image)",
         "Black Spot,black_spot",
         "--data set --missing ignore",
         "--data set --missing restrict",

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from utils.core.artifacts import write_arrays, write_json, write_text
+from utils.exporting.hub_metadata import hub_header
 from utils.exporting.parity_check import TOLERANCE, ReferenceBatches, named_arrays
 
 PARITY_FILE = "parity.npz"
@@ -123,8 +124,8 @@ def model_card(
     status: Mapping[str, Mapping[str, Any]],
     score: Mapping[str, Any] | None,
 ) -> str:
-    """Text of model_card.md: method, members, classes, scores, parity and limits."""
-    lines = [f"# Model card: {name}", "", f"- Method: {description['method']}"]
+    """Text of model_card.md: the hub's header, then method, members, classes, scores, parity and limits."""
+    lines = [hub_header(name, score), f"# Model card: {name}", "", f"- Method: {description['method']}"]
     lines += [f"- Networks per member: {'all fold networks' if description['inference'] == 'folds' else 'one'}"]
     lines += [f"- Classes ({len(classes)}): {', '.join(classes)}", "", "## Members", ""]
     lines += ["| name | architecture | size | image size |", "|---|---|---|---|"]

@@ -14,13 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.core.display_text import format_count, printable
+from utils.core.display_text import format_count, join_names, printable
 from utils.core.errors import UserError, did_you_mean
 
 HEADER = ["external", "workspace"]
 REFUSE, IGNORE, RESTRICT = TREATMENTS = ("refuse", "ignore", "restrict")
 """Of classes that only one side has: an error; images of unknown classes are left out and absent classes stay possible
 answers; or, beside that, probabilities are restricted to the shared classes."""
+MAX_LISTED = 50  # classes in a message
 MAX_BYTES = 10_000_000  # of a class map
 
 
@@ -178,8 +179,8 @@ def _listed(match: ClassMatch, counts: Mapping[str, int], own_counts: Mapping[st
     ]
     absent = [f"{printable(name)} ({format_count(own_counts[name], 'test image')})" for name in match.absent]
     return [
-        *([f"  not in the workspace: {', '.join(unknown)}"] if unknown else []),
-        *([f"  without an image in the set: {', '.join(absent)}"] if absent else []),
+        *([f"  not in the workspace: {join_names(unknown, MAX_LISTED)}"] if unknown else []),
+        *([f"  without an image in the set: {join_names(absent, MAX_LISTED)}"] if absent else []),
     ]
 
 
@@ -189,7 +190,7 @@ def _map_hint(match: ClassMatch) -> list[str]:
     examples = [(name, near) for name, near in match.unknown.items() if near] or [(next(iter(match.unknown)), "")]
     return [
         "  classes of other names: --class-map FILE, a CSV file of the lines",
-        *(f"    {printable(_csv_line(values))}" for values in (HEADER, *examples)),
+        *(f"    {printable(_csv_line(values))}" for values in (HEADER, *examples[:MAX_LISTED])),
     ]
 
 

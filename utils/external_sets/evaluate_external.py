@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from utils.external_sets.class_matching import ClassMatch
 from utils.external_sets.exported_models import ExportedFile
 from utils.external_sets.external_inputs import OwnEvaluation
 from utils.external_sets.labelled_images import LabelledImages, read_labelled_images
-from utils.external_sets.restriction import restricted
+from utils.external_sets.restriction import restricted, rows_of_classes
 from utils.predictions import catalog
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.store import Store
@@ -183,7 +182,7 @@ def _matched(store: Store, listed: LabelledImages, request: ExternalRequest) -> 
         listed.counts(),
         dict(zip(own_classes, own_counts, strict=True)),
         request.treatment,
-        shlex.quote(str(request.source)),
+        str(request.source),
     )
     return match
 
@@ -235,8 +234,9 @@ def _scored(
             raise UserError(f"{own.model_name}: {own.failures.get(own.model_name, 'it has no predictions on the set')}")
         names = [own.model_name]
     areas = {model.name: drop.ood_areas(model, inputs, test_inputs) for model in inputs.models if model.name in names}
-    if treatment == class_matching.RESTRICT and match.absent:
-        inputs, test_inputs = (restricted(each, match.shared) for each in (inputs, test_inputs))
+    if match.absent:
+        change = restricted if treatment == class_matching.RESTRICT else rows_of_classes
+        inputs, test_inputs = (change(each, match.shared) for each in (inputs, test_inputs))
     metrics = scores.score(inputs, test_inputs, own.best_single, names)
     for name, record in metrics.items():
         record["external"]["ood_auroc"] = areas[name]

@@ -76,7 +76,7 @@ def gather_own(store: Store, settings: EvaluationSettings) -> OwnEvaluation:
         available = [*saved, *members]
         hint = did_you_mean(name, available) or f"; available: {', '.join(available)}"
         raise UserError(f"--model-name {name}: neither a member nor an ensemble{hint}")
-    settings = replace(settings, model_name=None, split="test")
+    settings = replace(settings, model_name=name, split="test")
     failures = {member: IMPORTED_REASON for member, each in members.items() if each.source == IMPORTED}
     failures |= {
         ensemble: f"its member {', '.join(lacking)}: {IMPORTED_REASON}"

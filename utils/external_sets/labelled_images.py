@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 
 from utils import base_back
 from utils.core.artifacts import FileDigests, digest_of
+from utils.core.display_text import printable
 from utils.core.errors import ConfigError, UserError
 from utils.core.workspace import EXTERNAL
 from utils.predictions.image_splits import ImageSplit
@@ -81,8 +83,11 @@ def read_labelled_images(source: Path, digests: FileDigests) -> LabelledImages:
     kept, contents, unreadable = [], [], {}
     for row, (sample, name) in enumerate(zip(listed.samples, listed.names, strict=True)):
         try:
+            name.encode()  # records are UTF-8
             contents.append(digests.of(sample.path))
             kept.append(row)
+        except UnicodeEncodeError:
+            unreadable[printable(name)] = "its name is not UTF-8; rename the file"
         except (OSError, ValueError) as error:
             unreadable[name] = getattr(error, "strerror", None) or str(error)
     samples = [listed.samples[row] for row in kept]
@@ -109,8 +114,9 @@ def set_name(source: Path, requested: str | None) -> str:
                 f"evaluate --name {requested!r}: expected at most 64 letters, digits and '._-', such as field_2024"
             )
         return requested
+    source = Path(os.path.abspath(source))
     stem = source.name
     if source.suffix.lower() == ".csv":
-        stem = source.stem if source.stem.lower() != "metadata" else source.absolute().parent.name
+        stem = source.stem if source.stem.lower() != "metadata" else source.parent.name
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:64]
     return name or "external"

@@ -17,20 +17,31 @@ from utils.numeric.metrics import SMALLEST_PROBABILITY
 from utils.predictions.rows import MemberRows
 
 
+def rows_of_classes(inputs: EvaluationInputs, classes: Sequence[str]) -> EvaluationInputs:
+    """The inputs with the rows of these classes alone; all classes remain possible answers."""
+    kept = [index for index, name in enumerate(inputs.rows.classes) if name in set(classes)]
+    rows = np.flatnonzero(np.isin(inputs.rows.labels, kept))
+
+    def of_model(model: ScoredModel) -> ScoredModel:
+        disagreement = None if model.disagreement is None else model.disagreement[rows]
+        return replace(model, probabilities=model.probabilities[rows], disagreement=disagreement)
+
+    return replace(
+        inputs,
+        rows=inputs.rows.take(rows),
+        groups=None if inputs.groups is None else inputs.groups[rows],
+        models=[of_model(model) for model in inputs.models],
+    )
+
+
 def restricted(inputs: EvaluationInputs, classes: Sequence[str]) -> EvaluationInputs:
     """The inputs as if the models knew these classes alone, in the order of the workspace."""
+    inputs = rows_of_classes(inputs, classes)
     all_classes = inputs.rows.classes
     kept = np.array([index for index, name in enumerate(all_classes) if name in set(classes)])
     new_index = np.full(len(all_classes) + 1, -1)  # the last one is that of rows without a label
     new_index[kept] = np.arange(len(kept))
-    names = tuple(all_classes[index] for index in kept)
-    rows = np.flatnonzero(new_index[inputs.rows.labels] >= 0)
-    taken = inputs.rows.take(rows)
-
-    def of_model(model: ScoredModel) -> ScoredModel:
-        disagreement = None if model.disagreement is None else model.disagreement[rows]
-        probabilities = restricted_probabilities(model.probabilities[rows], kept)
-        return replace(model, probabilities=probabilities, disagreement=disagreement)
+    names, rows = tuple(all_classes[index] for index in kept), inputs.rows
 
     def of_member(part: MemberRows) -> MemberRows:
         part = part.take(np.flatnonzero(new_index[part.labels] >= 0))
@@ -49,9 +60,10 @@ def restricted(inputs: EvaluationInputs, classes: Sequence[str]) -> EvaluationIn
     out_of_sample = {name: [of_member(part) for part in parts] for name, parts in inputs.out_of_sample.items()}
     return replace(
         inputs,
-        rows=replace(taken, classes=names, labels=new_index[taken.labels], logits=taken.logits[:, :, kept]),
-        groups=None if inputs.groups is None else inputs.groups[rows],
-        models=[of_model(model) for model in inputs.models],
+        rows=replace(rows, classes=names, labels=new_index[rows.labels], logits=rows.logits[:, :, kept]),
+        models=[
+            replace(model, probabilities=restricted_probabilities(model.probabilities, kept)) for model in inputs.models
+        ],
         out_of_sample={name: [part for part in parts if len(part.labels)] for name, parts in out_of_sample.items()},
         crossfits={name: of_crossfit(crossfit) for name, crossfit in inputs.crossfits.items()},
     )

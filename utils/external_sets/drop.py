@@ -15,9 +15,10 @@ import numpy as np
 
 from utils.evaluation.evaluation_inputs import EvaluationInputs
 from utils.evaluation.scoring import ScoredModel
-from utils.numeric.means import LEVEL, standard_error
+from utils.numeric.areas import mean_areas
+from utils.numeric.delong import influence_variance
+from utils.numeric.means import LEVEL
 from utils.numeric.proportions import proportion_interval, wilson_interval
-from utils.numeric.statistics import auc_influence
 from utils.numeric.uncertainty import MIN_ENERGY_RANGE, ood_scores
 from utils.predictions import fold_networks
 
@@ -136,9 +137,10 @@ def ood_areas(
     groups = _joined_groups(inputs, test_inputs)
     areas = {}
     for name, values in zip(("energy", "max_logit"), np.concatenate(sides, axis=1), strict=True):
-        area, influence = auc_influence(np.stack([-values, values], axis=1), truth)
+        areas_of_score = mean_areas(np.stack([-values, values], axis=1), truth)
+        area = areas_of_score.roc_auc
         assert area is not None, "both sides have rows"
-        variance = standard_error(influence * len(truth), groups) ** 2
+        variance = influence_variance(areas_of_score.roc_auc_influence, truth, groups)
         rows = area * (1 - area) / variance if variance > 0 else min(np.bincount(truth))
         areas[name] = {"auroc": area, "ci95": list(wilson_interval(area, max(float(rows), 1.0)))}
     return areas

@@ -166,6 +166,9 @@ def export_inputs(
         controls={},
         crossfits=crossfits,
         out_of_sample={file.name: parts},
+        oof_folds={}
+        if source is None
+        else {file.name: folds for name, folds in own.inputs.oof_folds.items() if name == source.name},
         contents={**own.inputs.contents, **contents},
         groups=_test_groups(own, ids) if listed is None else external_groups(own.store, ids, listed),
         costs=Costs({}, {}, {file.name: NOTES["latency_ms"]}, {file.name: size}, {}),

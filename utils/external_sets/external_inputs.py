@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.core.errors import ConfigError, LeakageError, UserError, did_you_mean
+from utils.core.errors import ConfigError, LeakageError, UserError
 from utils.evaluation import evaluation_inputs, evaluation_results, recommended_names, scoring
 from utils.evaluation.evaluate import listed_ensembles
 from utils.evaluation.evaluation_inputs import EvaluationInputs, EvaluationSettings, SavedEnsemble
@@ -73,9 +73,7 @@ def gather_own(store: Store, settings: EvaluationSettings) -> OwnEvaluation:
     selected = member_selection.select(store.catalog, store.config)
     members = scoring.members_to_score(store.catalog, selected, ensembles)
     if name is not None and name not in saved and name not in members:
-        available = [*saved, *members]
-        hint = did_you_mean(name, available) or f"; available: {', '.join(available)}"
-        raise UserError(f"--model-name {name}: neither a member nor an ensemble{hint}")
+        raise recommended_names.unknown_name(name, saved, members)
     settings = replace(settings, model_name=name, split="test")
     failures = {member: IMPORTED_REASON for member, each in members.items() if each.source == IMPORTED}
     failures |= {

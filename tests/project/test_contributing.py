@@ -40,7 +40,7 @@ def project(tmp_path_factory) -> Path:
         shutil.copytree(PROJECT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("ensemble_orchestrator.py", "pyproject.toml"):
         shutil.copy(PROJECT / file, copy / file)
-    insert(copy / "utils/core/config.py", KEY, before="\n\nclass ModelSoup(Section)")
+    insert(copy / "utils/core/config_sections.py", KEY, before="\n\nclass ModelSoup(Section)")
     insert(copy / "tests/core/test_config.py", DEFAULT, before='        "runs.stacking.fit_rows": "honest",\n')
     insert(copy / "utils/ensemble_methods.py", f"{CLASS}\n\n", before="SAVED_AS: ")
     insert(copy / "utils/ensemble_methods.py", LINE, before='    "soft_voting": SoftVoting,\n')

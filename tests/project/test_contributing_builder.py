@@ -36,8 +36,8 @@ def type_in(tmp_path_factory):
     for file in ("ensemble_orchestrator.py", "pyproject.toml"):
         shutil.copy(PROJECT / file, copy / file)
     (copy / PATH).write_text(MODULE, encoding="utf-8")
-    insert(copy / "utils/core/config.py", "class Runs(Section):\n", SETTINGS + "\n\n")
-    insert(copy / "utils/core/config.py", "    score_ensemble: ScoreEnsemble = ScoreEnsemble()\n", f"    {KEY}\n")
+    insert(copy / "utils/core/config_sections.py", "class Runs(Section):\n", SETTINGS + "\n\n")
+    insert(copy / "utils/core/config_sections.py", "    score_ensemble: ScoreEnsemble = Field(\n", f"    {KEY}\n")
     commands = copy / "utils/building/build_commands.py"
     insert(commands, "        PruningBuilder(),\n", f"        {ENTRY}\n")
     insert(

@@ -19,8 +19,7 @@ NEIGHBOURS = 5  # of each view of an image
 CANDIDATES = 5  # kept of each image
 LOWEST_CORRELATION = 0.65  # of the low frequencies of candidates
 SAME_IMAGE = 0.84
-"""Least correlation of detail of a copy. Of 596 photographs of citrus leaves, pairs above it that were looked at show
-one leaf each, and copies that were made of them lie above it in 99 of 100 cases (benchmarks/audit.py)."""
+"""Least correlation of detail of a copy, chosen on 596 photographs of citrus leaves (benchmarks/audit.py)."""
 CUT_AREA = 0.96  # part of the source that a copy shows, below which it is called cut
 IDENTICAL, EQUAL_PIXELS = "identical file", "equal pixels"
 MIRRORED, CUT, EDITED = "mirrored or turned", "cut", "same image"

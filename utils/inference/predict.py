@@ -302,15 +302,6 @@ def _predict_blocks(
     classifier: Classifier, thresholds: Thresholds, paths: Sequence[Path], record_format: RecordFormat
 ) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
     """Records and their lines, block by block."""
-    progress = PredictionProgress(len(paths), classifier.n_networks)
-    for start in range(0, len(paths), classifier.block_size):
-        block = paths[start : start + classifier.block_size]
-        predictions = valid_predictions(classifier, classifier.predict_block(block, progress.step))
-        records = _records(
-            classifier, thresholds, block, predictions, with_probabilities=record_format.classes is not None
-        )
-        yield records, [record_format.format_record(record) for record in records]
-        progress.end_block(min(start + len(block), len(paths)))
     with progress_bar(len(paths) * classifier.n_networks, "predict") as advance:
         progress = PredictionProgress(len(paths), classifier.n_networks, advance)
         for start in range(0, len(paths), classifier.block_size):

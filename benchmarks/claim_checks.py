@@ -100,6 +100,7 @@ def check_comparisons(workspace: SimulatedWorkspace, random: np.random.Generator
     """A model beside one that is as good: its record in `metrics.json`, and the report's sentence on it."""
     from utils.evaluation import report_summary, score_records
     from utils.evaluation.calibrated_scores import CalibratedLosses
+    from utils.numeric.areas import mean_areas
 
     def simulate(random: np.random.Generator) -> Outcomes:
         drawn = draw(workspace, random, 2)
@@ -109,7 +110,12 @@ def check_comparisons(workspace: SimulatedWorkspace, random: np.random.Generator
             for name, logits in zip(("first", "second"), drawn.logits, strict=True)
         ]
         calibrated = CalibratedLosses(drawn.labels, drawn.groups, lambda model: None)  # no rows to fit them on
-        compared = score_records._compared(*models, SimpleNamespace(inputs=inputs, calibrated=calibrated))
+        context = SimpleNamespace(
+            inputs=inputs,
+            calibrated=calibrated,
+            areas=lambda model: mean_areas(model.probabilities, drawn.labels),
+        )
+        compared = score_records._compared(*models, context)
         sentence = report_summary._measured_difference(compared, "second")
         p_value = compared["p_value"]
         return {

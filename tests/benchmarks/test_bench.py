@@ -40,6 +40,7 @@ def test_every_program_of_the_folder_has_the_one_form(bench):
         "distillation_rows",
         "distillation_runs",
         "export_proofs",
+        "planted_copies",
         "prepare",
         "reporting",
         "simulated_workspaces",

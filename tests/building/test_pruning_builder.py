@@ -214,7 +214,8 @@ def test_one_member_makes_an_ensemble_of_one(workspace):
 
 def test_pruned_ensembles_are_evaluated_with_their_weights(workspace, orchestrator):
     build(workspace)
-    done = orchestrator("evaluate", "--config", str(CONFIG), workspace=workspace.base)
+    overrides = [word for override in ON for word in ("--set", override)]
+    done = orchestrator("evaluate", "--config", str(CONFIG), *overrides, workspace=workspace.base)
     assert done.returncode == 0, done.stderr
     metrics = json.loads(workspace.ensemble_metrics("pruned_clustering", "test").read_text())
     kept = record(workspace, "pruned_clustering")["members"]

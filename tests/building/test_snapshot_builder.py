@@ -312,7 +312,7 @@ def test_the_training_gets_the_device_of_the_configuration(device, visible, expe
 
 
 def member(name: str, **changes: str) -> SimpleNamespace:
-    return SimpleNamespace(**({"name": name, "architecture": name, "source": "trained"} | changes))
+    return SimpleNamespace(**({"name": name, "architecture": name, "source": "trained", "views": ()} | changes))
 
 
 def test_only_networks_of_base_back_under_their_own_names_are_trained_anew(tmp_path):
@@ -324,5 +324,6 @@ def test_only_networks_of_base_back_under_their_own_names_are_trained_anew(tmp_p
         member("theirs", source="imported"),
     ]
     assert [found.name for found in snapshot_builder.parents_of(kinds)] == ["CustomConvNeXt"]
-    problems = SnapshotBuilder().problems(Session(SimpleNamespace(), tuple(kinds[1:])))
+    store = SimpleNamespace(catalog=SimpleNamespace(members={}))
+    problems = SnapshotBuilder().problems(Session(store, tuple(kinds[1:])))
     assert problems == ["runs.snapshot_ensemble: none of the selected members is a network that BASE-BACK can train"]

@@ -218,6 +218,14 @@ COMMANDS: dict[str, Command] = {
                 "help": "columns of the ranking's tables, keys of metrics.json, such as balanced_accuracy and "
                 "matthews_corrcoef (default: accuracy f1_macro log_loss ece)",
             },
+            "--mlflow": {
+                "metavar": "URI",
+                "help": "also log every model's scores and pictures as a run to this MLflow server or folder",
+            },
+            "--tensorboard": {
+                "metavar": "DIR",
+                "help": "also log every model's scores and pictures to this folder of TensorBoard",
+            },
         },
         writes=True,
         decodes=True,

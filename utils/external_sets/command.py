@@ -20,12 +20,16 @@ def evaluate(
     name: str | None = None,
     missing: str | None = None,
     from_export: str | None = None,
+    mlflow: str | None = None,
+    tensorboard: str | None = None,
     force: bool = False,
     **options: Any,
 ) -> Result:
     """Evaluate on the external set `data`, or on a split; further `options` are those of `evaluation.evaluate`.
 
-    Raises ConfigError for options that belong to `--data` without it, and for `metrics` with it.
+    Runs are also written to the MLflow server or folder `mlflow` and to the folder `tensorboard`.
+
+    Raises ConfigError for options that belong to `--data` without it, and for `metrics` and trackers with it.
     """
     from utils.evaluation import evaluate as own
 
@@ -33,7 +37,9 @@ def evaluate(
         given = {"--class-map": class_map, "--name": name, "--missing": missing, "--from-export": from_export}
         if wrong := [option for option, value in given.items() if value is not None]:
             raise ConfigError(f"evaluate {' '.join(wrong)}: expected together with --data DIR or --data FILE.csv")
-        return own.evaluate(config, workspace, **options, force=force)
+        return _evaluate_split(config, workspace, mlflow, tensorboard, {**options, "force": force})
+    if mlflow is not None or tensorboard is not None:
+        raise ConfigError("evaluate --mlflow and --tensorboard: hold the scores of a split; expected without --data")
     if options.get("metrics") is not None:
         raise ConfigError("evaluate --metrics: chooses the columns of a split's ranking; expected without --data")
     from utils.evaluation.evaluation_inputs import EvaluationSettings
@@ -66,3 +72,18 @@ def evaluate(
         None if from_export is None else Path(from_export).expanduser(),
     )
     return evaluate_external(config, workspace, request, settings)
+
+
+def _evaluate_split(
+    config: Config, workspace: Workspace, mlflow: str | None, tensorboard: str | None, options: dict[str, Any]
+) -> Result:
+    from utils.evaluation import evaluate as own
+
+    if mlflow is None and tensorboard is None:
+        return own.evaluate(config, workspace, **options)
+    from utils.evaluation import trackers
+
+    opened = trackers.open_trackers(mlflow, tensorboard)
+    result = own.evaluate(config, workspace, **options)
+    alone = None if options.get("model_name") is None else result.document["name"]
+    return trackers.track(opened, workspace, options.get("split", "test"), result, alone)

@@ -154,7 +154,8 @@ def test_every_command_runs_without_images_and_without_torch(given, tmp_path):
 
 def test_the_configuration_as_printed_takes_all_imported_members(given, alone, tmp_path, orchestrator):
     workspace = shutil.copytree(alone, tmp_path / "w")
-    done = orchestrator("build-ensemble", "--force", workspace=workspace)
+    printed = ("--config", "configs/ensemble_config.yaml")
+    done = orchestrator("build-ensemble", "--force", *printed, workspace=workspace)
     assert done.returncode == 4, done.stderr  # of soups and the like, which need networks
     assert "4 members: bayes, forest, logistic, neighbours" in done.stdout
     assert "not found, skipping" not in done.stderr

@@ -22,7 +22,10 @@ def terminal():
     termios.tcsetwinsize(writing, (24, 80))
 
     def written() -> str:
-        return os.read(reading, 100_000).decode() if select.select([reading], [], [], 5)[0] else ""
+        parts = []
+        while select.select([reading], [], [], 0.2 if parts else 5)[0]:  # one read gives a part of it
+            parts.append(os.read(reading, 100_000))
+        return b"".join(parts).decode()
 
     with os.fdopen(writing, "w", buffering=1) as stream:
         yield stream, written

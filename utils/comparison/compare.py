@@ -9,7 +9,7 @@ from utils.comparison import comparison_tables, critical_difference
 from utils.comparison.comparison import compare_methods
 from utils.comparison.workspace_scores import BEST_SINGLE, read_workspaces
 from utils.core.artifacts import write_json, write_text
-from utils.core.errors import ConfigError, UserError, did_you_mean
+from utils.core.errors import ConfigError, UserError, nearest_first
 from utils.core.links import remove_file
 from utils.core.results import Result
 from utils.evaluation.leaderboard import HEADINGS
@@ -38,8 +38,7 @@ def compare(
     """
     if metric not in HEADINGS:
         raise ConfigError(
-            f"compare --metric: no such metric {metric}{did_you_mean(metric, HEADINGS)}. "
-            f"Expected one of {', '.join(HEADINGS)}"
+            f"compare --metric: no such metric {metric}{nearest_first(metric, HEADINGS, 'Expected one of')}"
         )
     folder = None if to is None else Path(to).expanduser().absolute()
     if folder is not None and folder.exists() and not folder.is_dir():

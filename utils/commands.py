@@ -218,6 +218,10 @@ COMMANDS: dict[str, Command] = {
                 "help": "columns of the ranking's tables, keys of metrics.json, such as balanced_accuracy and "
                 "matthews_corrcoef (default: accuracy f1_macro log_loss ece)",
             },
+            "--maps": {
+                "action": "store_true",
+                "help": "also show class-activation maps of the report's example images, which runs the networks",
+            },
             "--mlflow": {
                 "metavar": "URI",
                 "help": "also log every model's scores and pictures as a run to this MLflow server or folder",

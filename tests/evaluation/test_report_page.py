@@ -180,7 +180,7 @@ def test_an_image_that_is_gone_is_said(tmp_path):
 def test_thumbnails_are_made_for_the_chosen_images_alone(tmp_path, monkeypatch):
     workspace = synthetic_report.synthetic(tmp_path)
     made, thumbnail = [], thumbnails.thumbnail
-    monkeypatch.setattr("utils.evaluation.report_sections.thumbnail", lambda path: made.append(path) or thumbnail(path))
+    monkeypatch.setattr("utils.evaluation.report_images.thumbnail", lambda path: made.append(path) or thumbnail(path))
     write_page(workspace)
     assert len(made) == 20
 

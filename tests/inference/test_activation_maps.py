@@ -11,10 +11,11 @@ import torch
 from conftest import PROJECT
 from stored_predictions import workspace_at
 
+from utils.activation_maps import map_maker
+from utils.activation_maps.map_maker import ImageMap, MapMaker
 from utils.core.config_file import load_config
 from utils.core.errors import ConfigError, UserError
-from utils.inference import activation_maps, map_pictures, predict
-from utils.inference.activation_maps import ImageMap, MapMaker
+from utils.inference import map_pictures, predict
 from utils.inference.classifier import WorkspaceClassifier
 from utils.networks import class_maps
 from utils.networks.class_maps import NoMapError
@@ -63,7 +64,7 @@ def test_a_member_without_a_map_is_named_and_the_others_answer(store, monkeypatc
 
     def refusing(self, images):
         if self.name == "CustomConvNeXt":
-            raise NoMapError("CustomConvNeXt: no positions")
+            raise NoMapError("CustomConvNeXt", "no positions")
         probe(self, images)
 
     images = store.images("test")
@@ -80,14 +81,14 @@ def test_a_member_without_a_map_is_named_and_the_others_answer(store, monkeypatc
 
 def test_members_count_by_the_weights_of_the_record(store, monkeypatch):
     names = ["CustomConvNeXt", "CustomResNetMish"]
-    assert activation_maps._weights(store, "no_ensemble", names) == [0.5, 0.5]
+    assert map_maker._weights(store, "no_ensemble", names) == [0.5, 0.5]
     for recorded, expected in (
         ({"CustomConvNeXt": 3, "CustomResNetMish": 1}, [0.75, 0.25]),
         ({"CustomConvNeXt": -3, "CustomResNetMish": 1}, [0.5, 0.5]),
         ([1, 2], [0.5, 0.5]),
     ):
-        monkeypatch.setattr(activation_maps.ensembles, "record_of", lambda *_, found=recorded: {"weights": found})
-        assert activation_maps._weights(store, "soft_voting_ensemble", names) == expected
+        monkeypatch.setattr(map_maker.ensembles, "record_of", lambda *_, found=recorded: {"weights": found})
+        assert map_maker._weights(store, "soft_voting_ensemble", names) == expected
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_the_background_is_named_where_maps_and_audit_agree(store, monkeypatch, 
         {"name": "border pixels", "accuracy": 0.71, "stands_out": stands_out},
         {"name": "file names", "accuracy": 0.9, "stands_out": True},
     ]
-    monkeypatch.setattr(map_pictures, "read_record", lambda *_, **__: {"probes": probes})
+    monkeypatch.setattr(map_pictures.report_audit, "current_record", lambda *_: {"probes": probes})
     lines = mapping.summary()
     assert f"{outside:.0%} of their mass" in lines[0]
     assert (
@@ -123,11 +124,11 @@ def test_a_map_of_a_smaller_crop_lies_further_inside(tmp_path):
     crop = replace(frame, resized=128)  # its centre
     corner = torch.zeros(4, 4)
     corner[0, 0] = 1
-    moved = activation_maps._in_frame(corner, crop, frame, path)
+    moved = map_maker._in_frame(corner, crop, frame, path)
     rows, columns = np.nonzero(moved > 0)
     assert moved.sum() == pytest.approx(1, abs=1e-5)
     assert min(rows.min(), columns.min()) >= 12
-    same = activation_maps._in_frame(corner, frame, frame, path)
+    same = map_maker._in_frame(corner, frame, frame, path)
     assert np.nonzero(same > 0)[0].min() == 0
 
 

@@ -109,7 +109,7 @@ def test_the_layer_is_one_that_everything_passes_through():
 
 
 def test_a_network_without_positions_is_refused_in_words():
-    with pytest.raises(UserError, match=r"flat: no layer with a grid of 4 x 4 positions .* predict without --maps"):
+    with pytest.raises(UserError, match=r"flat: no layer with a grid of 4 x 4 positions .* run without --maps"):
         ClassMaps(Flattened(), "flat").probe(images())
 
 

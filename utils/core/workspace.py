@@ -327,6 +327,10 @@ class Workspace:
         """The page that shows an evaluation; that of the test split has the plain name."""
         return self.ensembles / "report" / ("index.html" if split == "test" else f"index_{split}.html")
 
+    def report_maps(self, split: str) -> Path:
+        """Class-activation maps of the example images, which the page of the split shows."""
+        return self.report(split).with_name("maps.json" if split == "test" else f"maps_{split}.json")
+
     @property
     def log_file(self) -> Path:
         """Messages of every command, with the traceback of whatever was a bug."""

@@ -27,6 +27,7 @@ from utils.evaluation import (
     class_tables,
     evaluation_inputs,
     evaluation_results,
+    example_maps,
     leaderboard,
     plots,
     recommended_names,
@@ -37,6 +38,7 @@ from utils.evaluation import (
 from utils.evaluation.evaluation_inputs import EvaluationSettings, SavedEnsemble, UncertaintyOptions
 from utils.evaluation.evaluation_records import RANKING
 from utils.evaluation.evaluation_results import EvaluationResults
+from utils.evaluation.report_data import report_data
 from utils.evaluation.report_sources import ReportSources
 from utils.evaluation.scoring import ScoredModel
 from utils.numeric.metrics import confusion_matrix
@@ -58,21 +60,24 @@ def evaluate(
     wanted_error: float | None = None,
     class_conditional: bool = False,
     metrics: Sequence[str] | None = None,
+    maps: bool = False,
     force: bool = False,
 ) -> Result:
     """Evaluate all members and ensembles, or the one named, and write their records, plots, ranking and report.
 
     `model_name` may also be `recommended` or `recommended_fast`. `metrics` are the columns of the ranking's tables,
-    keys of `leaderboard.HEADINGS`. `wanted_error` is the deprecated name of `target_risk`. One model alone gets no
-    ranking and no report. A member or ensemble that cannot be evaluated, and a report that cannot be written, are
-    failures of the result.
+    keys of `leaderboard.HEADINGS`. `wanted_error` is the deprecated name of `target_risk`. With `maps` the
+    report shows class-activation maps. One model alone gets no ranking and no report. A member or ensemble that cannot
+    be evaluated, maps that cannot be made, and a report that cannot be written, are failures of the result.
 
     Raises UserError without a catalog, for an unknown name, and where nothing or not the model named can be evaluated;
-    ConfigError for options outside (0, 1) and for unknown metrics; ContaminatedError where the model named was fitted
-    on evaluated rows, unless `allow_contaminated`.
+    ConfigError for options outside (0, 1), unknown metrics, and `maps` of one model; ContaminatedError where the model
+    named was fitted on evaluated rows, unless `allow_contaminated`.
     """
     options = uncertainty_options(alpha, target_risk, wanted_error, class_conditional)
     _require_known(metrics or ())
+    if maps and model_name is not None:
+        raise ConfigError("evaluate --maps: adds pictures to the report; expected without --model-name")
     store = Store(config, workspace, catalog.load(workspace))
     saved, apart = listed_ensembles(config, workspace, model_name)
     ensembles = {name: entry.ensemble for name, entry in saved.items()}
@@ -99,13 +104,17 @@ def evaluate(
     )
     if model_name is None and not force and stored and _is_current(stored, digest, settings):
         result = _ranking_result(workspace, stored, split, "up to date", apart)
-        if report_page.is_current(config, workspace, split):
+        if not maps and report_page.is_current(config, workspace, split):
             return _with_report(result, workspace, split)
         try:
             records = {name: entry.record for name, entry in saved.items()}
             sources = report_sources.read(store, split, ranking=stored, records=records)
         except UserError as error:
             return replace(result, failures=[*result.failures, f"report: {error}"])
+        if maps:
+            result = _with_maps(store, sources, result)
+            if report_page.is_current(config, workspace, split):
+                return _with_report(result, workspace, split)
         return _write_report(config, sources, result)
     inputs = evaluation_inputs.gather(store, saved, members, selected, settings, digest)
     results = evaluation_results.compute(inputs)
@@ -117,7 +126,8 @@ def evaluate(
         return _model_result(workspace, results, model_name, split)
     ranking = _write_ranking(workspace, results, split)
     result = _ranking_result(workspace, ranking, split, "written", apart)
-    return _write_report(config, report_sources.from_evaluation(workspace, inputs, results), result)
+    sources = report_sources.from_evaluation(workspace, inputs, results)
+    return _write_report(config, sources, _with_maps(store, sources, result) if maps else result)
 
 
 def listed_ensembles(
@@ -205,6 +215,16 @@ def _write_ranking(workspace: Workspace, results: EvaluationResults, split: str)
         write_text(workspace.ranking_table(split, suffix), text_of(results.ranking))
     write_json(workspace.ranking(split), results.ranking)
     return results.ranking
+
+
+def _with_maps(store: Store, sources: ReportSources, result: Result) -> Result:
+    """The result after the class-activation maps of the example images are stored."""
+    try:
+        example_maps.update(store, report_data(sources))
+        store.digests.save()
+    except UserError as error:
+        return replace(result, failures=[*result.failures, f"maps: {error}"])
+    return result
 
 
 def _write_report(config: Config, sources: ReportSources, result: Result) -> Result:

@@ -19,13 +19,21 @@ MODELS = 12  # in the table of scores
 NONE = "-"
 
 
-def section(workspace: Workspace, catalog: Catalog) -> dict[str, Any] | None:
-    """Values of the section; None without an audit of the catalog's images. Raises UserError for a damaged record."""
+def current_record(workspace: Workspace, catalog: Catalog) -> dict[str, Any] | None:
+    """`audit.json`; None unless it is of the catalog's images. Raises UserError for a damaged record."""
     record = read_record(workspace.audit, remedy="Remove it, then run audit again", form=AUDIT)
     if record is None or not record["n"]:
         return None
     audited = {split: facts["digest"] for split, facts in record["splits"].items()}
     if audited != {split: facts.get("digest") for split, facts in catalog.splits.items()}:
+        return None
+    return record
+
+
+def section(workspace: Workspace, catalog: Catalog) -> dict[str, Any] | None:
+    """Values of the section; None without an audit of the catalog's images. Raises UserError for a damaged record."""
+    record = current_record(workspace, catalog)
+    if record is None:
         return None
     duplicates = record["duplicates"]
     groups = duplicates["groups"]

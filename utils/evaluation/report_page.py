@@ -20,7 +20,7 @@ from utils.evaluation.report_sources import ReportSources
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 4  # raised whenever the same records would give another page
+VERSION = 5  # raised whenever the same records would give another page
 TEMPLATES = Path(__file__).with_name("templates")
 KEY = re.compile(rb'<meta name="inputs" content="([0-9a-f]{64})">')
 HEAD_BYTES = 4096  # that hold the key
@@ -51,7 +51,7 @@ def is_current(config: Config, workspace: Workspace, split: str) -> bool:
 
 def inputs_digest(config: Config, workspace: Workspace, split: str) -> str:
     """Digest of every record that the page shows; no image is opened."""
-    files = [workspace.ranking(split), workspace.catalog, workspace.audit]
+    files = [workspace.ranking(split), workspace.catalog, workspace.audit, workspace.report_maps(split)]
     files += sorted(workspace.scores.rglob(workspace.ranking(split).name.replace("ranking", "metrics")))
     files += sorted(workspace.models.glob("*/ensemble.json"))
     files += workspace.external_sets() if split == "test" else []
@@ -67,8 +67,10 @@ def inputs_digest(config: Config, workspace: Workspace, split: str) -> str:
 def render(config: Config, sources: ReportSources, key: str) -> str:
     """The page as one HTML text, with the digest of its records as its key."""
     from utils.evaluation import (
+        example_maps,
         report_audit,
         report_external,
+        report_images,
         report_learned,
         report_scores,
         report_sections,
@@ -80,7 +82,7 @@ def render(config: Config, sources: ReportSources, key: str) -> str:
     members, learned = report_sections.members(data), report_learned.learned(data)
     sets = report_external.read_sets(data.workspace) if data.split == "test" else []
     audit = report_audit.section(data.workspace, data.catalog)
-    scores = report_scores.scores(data)
+    scores, maps = report_scores.scores(data), example_maps.read(data)
     shown = {"members": members, "learned": any(_rows(learned)), "external": sets, "audit": audit, "scores": scores}
     empty = {anchor for anchor, content in shown.items() if not content}
     context = {
@@ -94,7 +96,7 @@ def render(config: Config, sources: ReportSources, key: str) -> str:
         "order": str(data.ranking["order"][0]).replace("_", " "),
         "cards": report_sections.cards(data),
         "summary": report_summary.sentences(data),
-        "warnings": report_summary.warnings(data),
+        "warnings": report_summary.warnings(data, example_maps.background_warning(data, maps)),
         "ranking": report_sections.ranking(data),
         "scores": scores,
         "cost": report_sections.cost(data),
@@ -108,7 +110,8 @@ def render(config: Config, sources: ReportSources, key: str) -> str:
         "doubt": data.ranking.get("label_issues"),
         "label_issues": data.workspace.relative(data.workspace.label_issues("csv")),
         "audit": audit,
-        "images": report_sections.images(data),
+        "images": report_images.images(data, maps),
+        "maps": report_images.maps_notes(data, maps),
         "has_images": data.catalog.has_images,
         "explanations": EXPLANATIONS,
         "provenance": report_sections.provenance(config, data),

@@ -21,17 +21,10 @@ from utils.core.display_text import (
     join_names,
 )
 from utils.evaluation import leaderboard, report_figures, report_summary
-from utils.evaluation.example_images import ExampleImage
 from utils.evaluation.report_data import ReportData, without_temperature
-from utils.evaluation.thumbnails import Thumbnail, thumbnail
 from utils.numeric.metrics import reliability
 from utils.numeric.pareto import pareto_front
 
-KINDS = {
-    "wrong": "Confident errors",
-    "disagreement": "Largest disagreement",
-    "mislabelled": "Likely mislabelled",
-}
 NONE = "-"
 MAX_CONFUSION_CLASSES = 200  # a larger confusion matrix cannot be read
 MAX_OPEN_CLASSES = 60  # a longer table per class is folded
@@ -306,46 +299,6 @@ def members(data: ReportData) -> dict[str, Any] | None:
         "average": {key.replace("_", " "): format_number(value, 3) for key, value in average.items()},
         "weighted": bool(weights),
         "note": (data.evaluated.get("notes") or {}).get("weights", ""),
-    }
-
-
-def images(data: ReportData) -> list[dict[str, Any]]:
-    """The example images by kind, with thumbnails where there are images."""
-    groups = []
-    for kind, title in KINDS.items():
-        items = [_image(data, item) for item in data.examples if item.kind == kind]
-        if items:
-            groups.append({"kind": kind, "title": title, "images": items})
-    return groups
-
-
-def _image(data: ReportData, item: ExampleImage) -> dict[str, Any]:
-    label, predicted = data.classes[item.label], data.classes[item.predicted]
-    image = Thumbnail(None, problem="")
-    if data.catalog.has_images:
-        image = thumbnail(data.workspace.split_dir / item.split / item.sample_id)
-    predictions = [
-        {
-            "member": prediction.member,
-            "predicted": data.classes[prediction.predicted],
-            "probability": format_percent(prediction.probability, 0),
-            "agrees": prediction.predicted == item.label,
-        }
-        for prediction in item.member_predictions
-    ]
-    agreeing = sum(prediction.predicted == item.label for prediction in item.member_predictions)
-    caption = f"label {label}; {data.focus} predicts {predicted} ({format_percent(item.probability, 0)})"
-    if item.predicted != item.label:
-        caption += f", {label} has {format_percent(item.label_probability, 0)}"
-    summary = f"{agreeing} of {len(predictions)} members predict {label}" if predictions else ""
-    return {
-        "id": f"{item.split}/{item.sample_id}",
-        "caption": caption,
-        "summary": summary,
-        "disagreement": "" if item.disagreement is None else f"disagreement {item.disagreement:.2f} nats",
-        "thumbnail": image,
-        "alt": f"Image {item.sample_id}, {caption}",
-        "predictions": predictions,
     }
 
 

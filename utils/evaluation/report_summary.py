@@ -31,9 +31,9 @@ def sentences(data: ReportData) -> list[str]:
     return [sentence for sentence in summary if sentence]
 
 
-def warnings(data: ReportData) -> list[str]:
-    """Reasons not to rely on the figures, and what is not shown."""
-    messages = []
+def warnings(data: ReportData, background: str = "") -> list[str]:
+    """Reasons not to rely on the figures, and what is not shown; `background` is that of the example images' maps."""
+    messages = [background] if background else []
     contaminated = [row["name"] for row in data.ranking["rows"] if row.get("contaminated")]
     optimistic = [row["name"] for row in data.ranking["rows"] if row.get("optimistic")]
     if contaminated:

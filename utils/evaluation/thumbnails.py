@@ -61,6 +61,15 @@ def thumbnail(path: Path) -> Thumbnail:
         )
 
 
+def of_pixels(pixels: np.ndarray) -> Thumbnail:
+    """A small copy of an image, uint8 (H, W, 3)."""
+    from PIL import Image
+
+    image = Image.fromarray(pixels)
+    image.thumbnail((SIDE, SIDE), Image.Resampling.BILINEAR)
+    return _encoded(image)
+
+
 def _small(image: Image.Image) -> Image.Image:
     """The first frame, rotated by its EXIF data, in RGB, with at most `SIDE` pixels a side."""
     from PIL import Image, ImageOps

@@ -1,4 +1,4 @@
-"""Pictures of class-activation maps: the image in grey with the map in colour over it, and a table of all maps."""
+"""`predict --maps`: a picture of each class-activation map, and a table of all maps."""
 
 from __future__ import annotations
 
@@ -11,32 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.core.artifacts import read_record, replacing, write_text
+from utils.activation_maps.background import background_sentence
+from utils.activation_maps.map_maker import MapMaker
+from utils.activation_maps.overlays import overlay
+from utils.core.artifacts import replacing, write_text
 from utils.core.errors import UserError
-from utils.evaluation.audit_form import AUDIT
-from utils.inference.activation_maps import ImageMap, MapMaker
+from utils.evaluation import report_audit
 from utils.inference.classifier import BlockPredictions, WorkspaceClassifier, content_digests
 
 LEAST_SIDE = 224  # pixels of a picture; smaller images are enlarged
-MOST_OUTSIDE = 0.5  # of the mass of the maps, outside the central square with half of the area
-MOST_OPAQUE = 0.65  # of the colour, where the map is largest
-COLOURS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], dtype=np.float32)
-"""Five colours of increasing lightness, which readers with any colour vision tell apart."""
 TABLE = "maps.csv"
-BACKGROUND_PROBES = ("border pixels", "background colours")
-"""Shortcut probes of the audit that see no more than the background"""
-
-
-def picture(found: ImageMap) -> np.ndarray:
-    """uint8 (S, S, 3): the larger the map, the lighter and the less transparent its colour."""
-    strength = found.mass / max(float(found.mass.max()), np.finfo(np.float32).tiny)
-    place = strength * (len(COLOURS) - 1)
-    lower = np.minimum(place.astype(int), len(COLOURS) - 2)
-    share = (place - lower)[..., None]
-    colour = COLOURS[lower] * (1 - share) + COLOURS[lower + 1] * share
-    opacity = MOST_OPAQUE * strength[..., None]
-    grey = np.repeat(found.pixels.astype(np.float32).mean(axis=2, keepdims=True), 3, axis=2)
-    return np.rint(grey * (1 - opacity) + colour * opacity).astype(np.uint8)
 
 
 class MappingClassifier:
@@ -67,7 +51,7 @@ class MappingClassifier:
             targets = targets[keep]
         for path, target, found in zip(readable, targets, self.maker.maps(readable, contents, targets), strict=True):
             file = self.folder / picture_name(path)
-            _save(file, picture(found))
+            _save(file, overlay(found))
             self._outside.append(found.outside_centre)
             self._rows.append([os.fspath(path), file.name, self.classes[target], f"{found.outside_centre:.4f}"])
         _write_table(self.folder / TABLE, self._rows)
@@ -82,16 +66,10 @@ class MappingClassifier:
             return []
         outside = sum(self._outside) / len(self._outside)
         lines = [f"maps: {self.folder}, {outside:.0%} of their mass outside the central half of the image on average"]
-        audit = read_record(self.classifier.store.workspace.audit, remedy="Remove it, then run audit again", form=AUDIT)
-        telling = [
-            f"{probe['name']} alone tell {probe['accuracy']:.0%}"
-            for probe in (audit or {"probes": []})["probes"]
-            if probe["name"] in BACKGROUND_PROBES and probe["stands_out"]
-        ]
-        if outside > MOST_OUTSIDE and telling:
-            name = self.classifier.name
-            lines.append(f"{name} looks at the background: in the audit {', '.join(telling)} of the classes")
-        return lines
+        store = self.classifier.store
+        audit = report_audit.current_record(store.workspace, store.catalog)
+        said = background_sentence(self.classifier.name, outside, (audit or {"probes": []})["probes"])
+        return [*lines, said] if said else lines
 
 
 def picture_name(path: Path) -> str:

@@ -28,6 +28,10 @@ WITHOUT_FEATURES = (nn.Dropout, nn.Softmax)  # which may return attention betwee
 class NoMapError(UserError):
     """A network has no layer that a map could be made of."""
 
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}. Leave it out, or run without --maps")
+        self.reason = reason
+
 
 class _Call(NamedTuple):
     """One call of a layer in a forward pass."""
@@ -68,8 +72,9 @@ class ClassMaps:
             self._call = deciding[-1][0]
             return
         raise NoMapError(
-            f"{self.name}: no layer with a grid of {LEAST_GRID} x {LEAST_GRID} positions or more that its logits "
-            "depend on, so it has no class-activation map. Leave it out, or predict without --maps"
+            self.name,
+            f"no layer with a grid of {LEAST_GRID} x {LEAST_GRID} positions or more that its logits depend on, so it "
+            "has no class-activation map",
         )
 
     def __call__(self, images: Tensor, targets: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from utils.building import ensembles
 from utils.networks.memory import safe_delete_model
 from utils.networks.preprocessing import Preprocessing
 from utils.predictions import image_splits, streaming
-from utils.predictions.catalog import Member
+from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.rows import UNKNOWN
 from utils.predictions.store import Store
@@ -59,14 +59,26 @@ class MapMaker:
     """
 
     def __init__(self, store: Store, name: str, members: Sequence[Member]) -> None:
-        """Raises UserError for a member with imported predictions."""
-        self.store, self.members = store, tuple(members)
-        self.weights = _weights(store, name, [member.name for member in members])
-        self.frame = max((member.image_preprocessing for member in members), key=lambda each: each.input_size)
+        """Raises NoMapError where all members have imported predictions."""
+        from utils.networks.class_maps import NoMapError
+
+        self.store = store
+        self.refused = {
+            member.name: "imported predictions, without a network" for member in members if member.source == IMPORTED
+        }
+        """{member: why it has no map}"""
+        weights = _weights(store, name, [member.name for member in members])
+        self.counted = [
+            (member, weight)
+            for member, weight in zip(members, weights, strict=True)
+            if weight > 0 and member.name not in self.refused
+        ]
+        if not self.counted:
+            raise NoMapError(name, "no member that counts has a network, so it has no class-activation map")
+        frames = (member.image_preprocessing for member, _ in self.counted)
+        self.frame = max(frames, key=lambda each: each.input_size)
         self.device = streaming.resolve_device(store.config.device)
         self.threads = image_splits.decoding_threads(store.config.dataset.num_workers)
-        self._named: set[str] = set()
-        """Messages about networks without a map that a warning has shown"""
 
     def maps(self, paths: Sequence[Path], contents: Sequence[str], targets: np.ndarray) -> list[ImageMap]:
         """The maps of readable images, whose content digests are known, for a class of each (N,).
@@ -87,9 +99,8 @@ class MapMaker:
         )
         total = np.zeros((len(paths), self.frame.input_size, self.frame.input_size), dtype=np.float32)
         refused: list[NoMapError] = []
-        counted = [(member, weight) for member, weight in zip(self.members, self.weights, strict=True) if weight > 0]
         with tempfile.TemporaryDirectory(prefix="maps-") as folder:
-            for member, weight in counted:
+            for member, weight in self.counted:
                 columns = np.array([member.classes.index(name) for name in self.store.catalog.classes])
                 seen = member.image_preprocessing
                 try:
@@ -98,12 +109,11 @@ class MapMaker:
                             total[row] += weight * _in_frame(of_member, seen, self.frame, paths[row])
                 except NoMapError as error:
                     refused.append(error)
-            if len(refused) == len(counted):
+                    if member.name not in self.refused:
+                        self.refused[member.name] = error.reason
+                        logger.warning("%s", error)
+            if len(refused) == len(self.counted):
                 raise refused[0]
-            for message in map(str, refused):
-                if message not in self._named:
-                    logger.warning("%s", message)
-                self._named.add(message)
             opened = image_splits.open_images(images, self.frame, image_cache=Path(folder), threads=self.threads)
             pixels = opened.crops(range(len(paths)))
         sums = np.maximum(total.sum(axis=(1, 2), keepdims=True), np.finfo(np.float32).tiny)

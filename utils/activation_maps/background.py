@@ -1,0 +1,25 @@
+"""When a model looks at the background: its maps and the shortcut probes of the audit agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MOST_OUTSIDE = 0.5  # of the mass of the maps, outside the central square with half of the area
+BACKGROUND_PROBES = ("border pixels", "background colours")
+"""Shortcut probes of the audit that see no more than the background"""
+
+
+def background_sentence(subject: str, outside: float, probes: Sequence[Mapping[str, Any]]) -> str:
+    """That the subject looks at the background, without a full stop; empty unless maps and audit agree.
+
+    `outside` is the mean fraction of the maps' mass outside the central square, `probes` are those of `audit.json`.
+    """
+    telling = [
+        f"{probe['name']} alone tell {probe['accuracy']:.0%}"
+        for probe in probes
+        if probe["name"] in BACKGROUND_PROBES and probe["stands_out"]
+    ]
+    if outside <= MOST_OUTSIDE or not telling:
+        return ""
+    return f"{subject} looks at the background: in the audit {', '.join(telling)} of the classes"

@@ -32,7 +32,7 @@ def maps_notes(data: ReportData, maps: ExampleMaps | None) -> list[str]:
     """What the maps show, and which members have none; without maps, the command that makes them."""
     if maps is None:
         has_networks = data.catalog.has_images and any(member.source != IMPORTED for member in data.members)
-        hint = "python ensemble_orchestrator.py evaluate --maps adds class-activation maps to these images."
+        hint = "evaluate --maps adds class-activation maps to these images."
         return [hint] if has_networks and data.examples else []
     missing = [f"{name} has no map: {reason}." for name, reason in sorted(maps.without.items())]
     if maps.outside_centre is None:

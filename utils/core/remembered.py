@@ -77,10 +77,10 @@ def choose(
     if before is None:
         return Choice(config, load_config(from_file, overrides=sets, names=names) if device else config, None)
     given = load_config(from_file, overrides=sets, names=names)
-    if file is None:
-        kept, unremembered = before, sets
-    elif not differences(before, given):  # the command that was typed before, say
+    if not differences(before, given):  # the command that was typed before, say
         kept, unremembered = before, []
+    elif file is None:
+        kept, unremembered = before, sets
     else:
         plain = load_config(from_file, names=names)
         kept, unremembered = (plain if differences(before, plain) else before), sets

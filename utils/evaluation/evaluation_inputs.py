@@ -223,21 +223,13 @@ def gather(
         costs=costs.measure_costs(store, costed, usable, split, embedded),
         image_paths=_image_paths(store),
         failures=failures,
-        oof_folds=_oof_folds(store, members, out_of_sample),
+        oof_folds=_oof_folds(out_of_sample),
     )
 
 
-def _oof_folds(
-    store: Store, members: Mapping[str, Member], out_of_sample: Mapping[str, Sequence[MemberRows]]
-) -> dict[str, np.ndarray]:
+def _oof_folds(out_of_sample: Mapping[str, Sequence[MemberRows]]) -> dict[str, np.ndarray]:
     """{member: fold (N,) of its out-of-sample rows of train} where these are its out-of-fold rows."""
-    folds: dict[str, np.ndarray] = {}
-    for name, parts in out_of_sample.items():
-        train = next((part for part in parts if part.split == "train"), None)
-        oof = None if train is None else store.oof(members[name])
-        if train is not None and oof is not None:
-            folds[name] = store.oof_folds(members[name])[np.isin(oof.sample_ids, train.sample_ids)]
-    return folds
+    return {name: part.fold for name, parts in out_of_sample.items() for part in parts if part.fold is not None}
 
 
 def _is_evaluated(model: ScoredModel, settings: EvaluationSettings, ranked: Mapping[str, Member]) -> bool:

@@ -36,6 +36,8 @@ class MemberRows:
     """bool (N,): the network was not trained on the row"""
     embeddings: np.ndarray | None = None
     """float (N, D), the input of the network's last layer; None unless requested"""
+    fold: np.ndarray | None = None
+    """int64 (N,): the fold that each row was held out in; None for rows that are not out-of-fold"""
 
     def take(self, rows: np.ndarray) -> MemberRows:
         """Some of the rows, by a mask (N,) or indices."""
@@ -46,6 +48,7 @@ class MemberRows:
             logits=self.logits[rows],
             out_of_sample=self.out_of_sample[rows],
             embeddings=None if self.embeddings is None else self.embeddings[rows],
+            fold=None if self.fold is None else self.fold[rows],
         )
 
 

@@ -356,7 +356,13 @@ def embeddings_name(member: Member, split: str) -> str:
 
 def _oof_rows(arrays: Mapping[str, np.ndarray], classes: tuple[str, ...]) -> MemberRows:
     return MemberRows(
-        "train", classes, arrays["sample_ids"], arrays["labels"], arrays["logits"], np.ones(len(arrays["labels"]), bool)
+        "train",
+        classes,
+        arrays["sample_ids"],
+        arrays["labels"],
+        arrays["logits"],
+        np.ones(len(arrays["labels"]), bool),
+        fold=arrays["fold"],
     )
 
 

@@ -124,7 +124,7 @@ def prepare(folder: Path) -> Readers:
         place.mkdir()
     write(given_folder)
     assert run("import-predictions", "--from", given_folder, workspace=imported).code == 0
-    for line in (("build-ensemble", "--config", "configs/votes.yaml"), ("stack", *STACK)):
+    for line in (("build-ensemble", "--config", "configs/votes.yaml"), ("stack", "--config", "configs/ensemble_config.yaml", *STACK)):
         done = run(*line, workspace=imported)
         assert done.code == 0, done.stderr
     workspace = Workspace(imported, *(imported / name for name in NAMES))

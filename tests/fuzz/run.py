@@ -124,7 +124,8 @@ def prepare(folder: Path) -> Readers:
         place.mkdir()
     write(given_folder)
     assert run("import-predictions", "--from", given_folder, workspace=imported).code == 0
-    for line in (("build-ensemble", "--config", "configs/votes.yaml"), ("stack", "--config", "configs/ensemble_config.yaml", *STACK)):
+    printed = ("--config", "configs/ensemble_config.yaml")
+    for line in (("build-ensemble", "--config", "configs/votes.yaml"), ("stack", *printed, *STACK)):
         done = run(*line, workspace=imported)
         assert done.code == 0, done.stderr
     workspace = Workspace(imported, *(imported / name for name in NAMES))

@@ -186,6 +186,8 @@ def test_an_interrupted_demo_ends_with_130_and_without_a_traceback(tmp_path):
             "stderr": subprocess.PIPE,
             "text": True,
             "start_new_session": True,
+            # A test run in the background of a shell ignores the signal, and programs inherit that.
+            "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         },
     )
     assert process.stdout is not None

@@ -41,8 +41,8 @@ DEFECTS = (
     Defect(
         "out-of-fold rows mixed up",
         "utils/predictions/store.py",
-        'arrays["labels"], arrays["logits"], np.ones',
-        'arrays["labels"], arrays["logits"][::-1], np.ones',
+        '        arrays["logits"],\n        np.ones',
+        '        arrays["logits"][::-1],\n        np.ones',
         "tests/discovery/test_imported_members.py tests/discovery/test_import_predictions.py",
     ),
     Defect(

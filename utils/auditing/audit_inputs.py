@@ -74,7 +74,6 @@ def gather(config: Config, workspace: Workspace) -> AuditInputs:
     ranking = read_record(workspace.ranking("test"), remedy="Remove it, then evaluate again", form=RANKING)
     ranking = ranking if store is not None else None
     depends = [split_digests, groups.tolist(), config.seed, ranking and ranking["inputs_digest"]]
-    keys = [store.key(member, split) for member, split in _embedded(store, folders)] if store else []
     return AuditInputs(
         classes,
         splits,
@@ -86,7 +85,7 @@ def gather(config: Config, workspace: Workspace) -> AuditInputs:
         split_digests,
         store,
         ranking,
-        digest_of([VERSION, *depends, keys]),
+        digest_of([VERSION, *depends]),
     )
 
 

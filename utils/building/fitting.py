@@ -236,7 +236,7 @@ def build(
         **fitted.entries,
         **(post_fit(fitted.combiner, fitted.crossfit) if post_fit else {}),
         **({} if extra_inputs is None else {"depends_on": extra_inputs}),
-        **({"overrides": list(store.config.overrides)} if store.config.overrides else {}),
+        **({"overrides": list(recorded)} if (recorded := store.config.recorded_overrides) else {}),
         "config_digest": store.config.digest("backbones", *recipe.settings, "dataset.group_regex", "seed"),
     }
     ensembles.save(store.workspace, ensemble, fitted.crossfit, record)

@@ -69,6 +69,7 @@ class Config(Section):
     _source: Path = PrivateAttr(default=Path("built-in configuration"))
     _origins: Mapping[str, str] = PrivateAttr(default_factory=dict)
     _overrides: tuple[str, ...] = PrivateAttr(default=())
+    _recorded_overrides: tuple[str, ...] = PrivateAttr(default=())
     _is_remembered: bool = PrivateAttr(default=False)
 
     @property
@@ -83,8 +84,13 @@ class Config(Section):
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """`KEY=VALUE` of each `--set` that the workspace does not remember; recorded with what the command builds."""
+        """`KEY=VALUE` of each `--set` of this command; they win over those that an earlier build has recorded."""
         return self._overrides
+
+    @property
+    def recorded_overrides(self) -> tuple[str, ...]:
+        """Those of `overrides` that differ from what the workspace remembers: recorded with what the command builds."""
+        return self._recorded_overrides
 
     @property
     def is_remembered(self) -> bool:
@@ -118,10 +124,13 @@ def validate(values: dict[str, Any], *, source: Path, origins: Mapping[str, str]
     return config
 
 
-def of_workspace(config: Config, *, overrides: Sequence[str] = (), is_remembered: bool = False) -> Config:
-    """The configuration with what a workspace knows about it: see `Config.overrides` and `Config.is_remembered`."""
+def of_workspace(
+    config: Config, *, overrides: Sequence[str] = (), recorded: Sequence[str] = (), is_remembered: bool = False
+) -> Config:
+    """The configuration with what a workspace knows about it: its properties of these names."""
     known = config.model_copy()
-    known._overrides, known._is_remembered = tuple(overrides), is_remembered
+    known._overrides, known._recorded_overrides = tuple(overrides), tuple(recorded)
+    known._is_remembered = is_remembered
     return known
 
 

@@ -110,7 +110,12 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
         problems += _lines(list(chain.from_iterable(map(_explain, error.errors()))), origins)
     if problems:
         raise UserError(f"recorded with a build: {'; '.join(problems)}")
-    return of_workspace(changed, overrides=config.overrides, is_remembered=config.is_remembered)
+    return of_workspace(
+        changed,
+        overrides=config.overrides,
+        recorded=config.recorded_overrides,
+        is_remembered=config.is_remembered,
+    )
 
 
 def leaves(values: Mapping[str, Any], above: KeyPath = ()) -> Iterator[tuple[str, Any]]:

@@ -24,7 +24,7 @@ import yaml
 
 from utils.core.artifacts import write_text
 from utils.core.config import Config, of_workspace
-from utils.core.config_file import PROVENANCE, find_config, leaves, load_config, read_provenance
+from utils.core.config_file import PROVENANCE, find_config, leaves, load_config, read_provenance, with_overrides
 from utils.core.errors import ConfigError, UserError
 from utils.core.links import remove_file
 from utils.core.workspace import Workspace
@@ -77,10 +77,10 @@ def choose(
     if before is None:
         return Choice(config, load_config(from_file, overrides=sets, names=names) if device else config, None)
     given = load_config(from_file, overrides=sets, names=names)
-    if not differences(before, given):  # the command that was typed before, say
-        kept, unremembered = before, []
-    elif file is None:
+    if file is None:
         kept, unremembered = before, sets
+    elif not differences(before, given):  # the command that was typed before, say
+        kept, unremembered = before, []
     else:
         plain = load_config(from_file, names=names)
         kept, unremembered = (plain if differences(before, plain) else before), sets
@@ -88,7 +88,13 @@ def choose(
         _tell(before, given, kept, file, sets, builds=builds)
     if tells and file is None:
         _tell_of_changed_file(path, project)
-    return Choice(of_workspace(config, overrides=unremembered, is_remembered=file is None), kept, before)
+    known = of_workspace(
+        config,
+        overrides=unremembered,
+        recorded=[line for line in unremembered if differences(kept, with_overrides(kept, [line]))],
+        is_remembered=file is None,
+    )
+    return Choice(known, kept, before)
 
 
 def differences(one: Config, other: Config) -> list[str]:

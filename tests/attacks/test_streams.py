@@ -113,19 +113,15 @@ def test_names_do_not_command_the_terminal(folder, tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")
 @pytest.mark.parametrize(("output", "code"), [("full", 1), ("broken", 0)])
 def test_the_delivered_program_ends_in_words(folder, output, code):
-    words = [sys.executable, str(PROJECT / "utils" / "inference" / "onnx_prediction.py"), str(folder / NAME[:3])]
+    program = PROJECT / "utils" / "inference" / "onnx_prediction.py"
+    words = [sys.executable, str(program), str(folder / NAME[:3]), "--model", str(folder / "model.onnx")]
     if output == "full":
-        with open("/dev/full", "wb") as stdout:
-            done = subprocess.run(
-                [*words, "--model", str(folder / "model.onnx")], stdout=stdout, stderr=subprocess.PIPE, check=False
-            )
+        stdout = os.open("/dev/full", os.O_WRONLY)
     else:
-        reader, writer = os.pipe()
+        reader, stdout = os.pipe()
         os.close(reader)
-        done = subprocess.run(
-            [*words, "--model", str(folder / "model.onnx")], stdout=writer, stderr=subprocess.PIPE, check=False
-        )
-        os.close(writer)
+    done = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, check=False)
+    os.close(stdout)
     told = done.stderr.decode()
     assert done.returncode == code, told
     assert "Traceback" not in told

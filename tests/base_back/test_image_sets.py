@@ -322,7 +322,8 @@ def test_from_a_manifest_to_a_catalog(tmp_path, base_main, orchestrator):
     assert (
         len(set(zip(groups.tolist(), names, strict=True))) == len(set(names)) == len(set(groups.tolist())) < len(names)
     )
-    oof_fold = dict(zip(store.oof(member).sample_ids.tolist(), store.oof_folds(member).tolist(), strict=True))
+    oof = store.oof(member)
+    oof_fold = dict(zip(oof.sample_ids.tolist(), oof.fold.tolist(), strict=True))
     pairs = {(group_of["train", sample_id], fold) for sample_id, fold in oof_fold.items()}
     assert len(pairs) == len({group for group, _ in pairs})
 

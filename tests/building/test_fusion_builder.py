@@ -172,8 +172,7 @@ def test_another_fold_network_under_the_same_name_is_found(own):
     store, members = opened(own)
     member = members[0]
     rows = store.oof(member)
-    fold = store.oof_folds(member)
-    inside = fold == 1
+    inside = rows.fold == 1
     part = replace(rows, sample_ids=rows.sample_ids[inside], logits=rows.logits[inside])
     with pytest.raises(UserError, match=r"fold0 does not give the out-of-fold predictions of its rows"):
         embedding_rows._embeddings(store, member, 0, part)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from utils.core.display_text import format_count, format_percent, join_names
+from utils.discovery.imbalance import REPORTED_RATIO
 
 SHOWN = 3  # images or groups that are named
 
@@ -28,7 +29,7 @@ def lines(record: Mapping[str, Any]) -> list[str]:
             f"{join_names(group['images'], SHOWN)}"
         )
     found += _probes(record)
-    if record["imbalance_ratio"] and record["imbalance_ratio"] > 3:
+    if record["imbalance_ratio"] and record["imbalance_ratio"] > REPORTED_RATIO:
         found.append(f"the largest class has {record['imbalance_ratio']:.1f} times the images of the smallest")
     if record["unreadable"]:
         first = record["unreadable"][0]

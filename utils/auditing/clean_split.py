@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ import numpy as np
 
 from utils.core.errors import UserError
 from utils.core.workspace import SPLITS
+from utils.evaluation.table_formats import csv_text
 
 
 def proposed_splits(splits: Sequence[str], groups: np.ndarray) -> list[str]:
@@ -35,9 +34,7 @@ def manifest(
     """
     folder = Path(os.path.abspath(path.parent))
     sizes = np.bincount(groups) if len(groups) else np.zeros(0, dtype=np.int64)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file_name", "label", "split", "group"])
+    rows = []
     for image, label, split, group in zip(images, labels, splits, groups.tolist(), strict=True):
         if not image.is_relative_to(folder):
             raise UserError(
@@ -45,5 +42,5 @@ def manifest(
                 "manifest lists paths below its own folder. Name a file in a folder that holds them"
             )
         name = image.relative_to(folder).as_posix()
-        writer.writerow([name, label, split, f"group-{group}" if sizes[group] > 1 else ""])
-    return text.getvalue()
+        rows.append((name, label, split, f"group-{group}" if sizes[group] > 1 else ""))
+    return csv_text(("file_name", "label", "split", "group"), rows)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils.auditing.image_signatures import FileFacts, Signatures
+from utils.numeric.statistics import holm
 
 FOLDS = 5
 PERMUTATIONS = 499
@@ -79,7 +80,7 @@ def run(
         scores = _accuracies(_mapped(values[chosen], seed), np.concatenate([truth[None], exchanged]), folds)
         found[name] = scores[0], scores[1:]
     p_values = {name: (1 + int((null >= own).sum())) / (1 + len(null)) for name, (own, null) in found.items()}
-    outstanding = _holm(p_values)
+    adjusted = holm(p_values)
     return [
         Probe(
             name,
@@ -87,7 +88,7 @@ def run(
             float(null.mean()),
             float(np.quantile(null, 0.95)),
             p_values[name],
-            name in outstanding,
+            adjusted[name] <= LEVEL,
             len(truth),
         )
         for name, (own, null) in found.items()
@@ -161,16 +162,6 @@ def _accuracies(features: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> 
             hits[start : start + step] += (part[:, held_out] == scores.argmax(axis=2).T).sum(axis=1)
     accuracies: np.ndarray = hits / labels.shape[1]
     return accuracies
-
-
-def _holm(p_values: Mapping[str, float]) -> set[str]:
-    """Names whose p-value is significant at LEVEL after Holm's correction."""
-    found: set[str] = set()
-    for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
-        if p_values[name] > LEVEL / (len(p_values) - rank):
-            break
-        found.add(name)
-    return found
 
 
 # features ------------------------------------------------------------------------------------------------------------

@@ -206,7 +206,8 @@ def _of_fold_networks(store: Store, member: Member, rows: MemberRows) -> tuple[n
     if record is not None and record.get("key") == key and path.is_file():
         return open_array(path, remedy=AGAIN), record["explained"]
     full = _embeddings_of(store.rows(member, "val", embeddings=True))
-    fold = store.oof_folds(member)
+    fold = rows.fold
+    assert fold is not None, "rows are out-of-fold here"
     numbers = [int(stage.removeprefix("fold")) for stage in fold_networks.stages(member)]
     if sorted(np.unique(fold).tolist()) != numbers:
         raise UserError(

@@ -92,18 +92,12 @@ def measure(store: Store, member: Member, groups: Sequence[str]) -> MemberViews:
 def _rows(store: Store, member: Member) -> tuple[MemberViews, np.ndarray]:
     """The member's out-of-sample rows without logits, and the logits (N, C) that are known of them."""
     parts = store.out_of_sample_parts([member])[member.name]
-    networks = []
-    for part in parts:
-        fold_of: dict[str, int] = {}
-        oof = store.oof(member) if part.split == "train" else None
-        if oof is not None:
-            fold_of = dict(zip(oof.sample_ids.tolist(), store.oof_folds(member).tolist(), strict=True))
-        networks.append([fold_of.get(sample_id, FULL_NETWORK) for sample_id in part.sample_ids.tolist()])
+    networks = [np.full(len(part.sample_ids), FULL_NETWORK) if part.fold is None else part.fold for part in parts]
     rows = MemberViews(
         split=np.concatenate([np.full(len(part.sample_ids), part.split) for part in parts]),
         sample_ids=np.concatenate([np.asarray(part.sample_ids) for part in parts]),
         labels=np.concatenate([np.asarray(part.labels) for part in parts]),
-        network=np.concatenate([np.array(numbers, dtype=np.int64) for numbers in networks]),
+        network=np.concatenate(networks).astype(np.int64),
         logits={},
     )
     return rows, np.concatenate([np.asarray(part.logits) for part in parts])

@@ -74,8 +74,7 @@ class CalibratedVote(PooledMembers):
         """Logits (M, N, C) -> probabilities (N, C)."""
         if self.scaling is None:
             return super()._predict_proba(logits)
-        sums = np.tensordot(self.weights, self.pool.parts(self._scores(logits)), axes=1)
-        return softmax(self.scaling.apply(self.pool.pooled(sums)))
+        return softmax(self.scaling.apply(self._pooled(logits)))
 
     def _to_module(self) -> nn.Module:
         """Logits (B, M, C) -> probabilities (B, C)."""

@@ -116,8 +116,7 @@ class PooledMembers(Combiner):
 
     def _predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Logits (M, N, C) -> probabilities (N, C)."""
-        sums = np.tensordot(self.weights, self.pool.parts(self._scores(logits)), axes=1)
-        return softmax(self.pool.pooled(sums) / self.temperature)
+        return softmax(self._pooled(logits) / self.temperature)
 
     def _to_module(self) -> nn.Module:
         """Logits (B, M, C) -> probabilities (B, C)."""
@@ -191,6 +190,10 @@ class PooledMembers(Combiner):
             "beats_equal_weights": beats_equal,
             "notes": notes,
         }
+
+    def _pooled(self, logits: np.ndarray) -> Floats:
+        """Logits (M, N, C) -> log-probabilities (N, C) of the pool at temperature 1."""
+        return self.pool.pooled(np.tensordot(self.weights, self.pool.parts(self._scores(logits)), axes=1))
 
     def _scores(self, logits: np.ndarray) -> Floats:
         divided = np.asarray(logits, dtype=np.float64) / self.member_temperatures[:, None, None]

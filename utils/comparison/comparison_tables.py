@@ -7,7 +7,14 @@ from typing import Any
 
 from utils.core.display_text import join_names
 from utils.evaluation.leaderboard import HEADINGS
-from utils.evaluation.table_formats import csv_text, escape_latex, escape_markdown, latex_table, markdown_table
+from utils.evaluation.table_formats import (
+    aligned_lines,
+    csv_text,
+    escape_latex,
+    escape_markdown,
+    latex_table,
+    markdown_table,
+)
 
 Record = Mapping[str, Any]
 
@@ -17,16 +24,14 @@ def as_text(record: Record) -> str:
     control, metric = record["control"], HEADINGS[record["metric"]]
     header = ["mean rank", "method", metric, f"gain over {control}", "better/worse", "p"]
     lines = [header, *(_cells(method, control, "{:+.4f} [{:+.4f}, {:+.4f}]") for method in record["methods"])]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    aligned = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    ]
     counted = f"{len(record['methods'])} methods in {len(record['workspaces'])} workspaces, {record['split']} split"
     better = "higher" if record["higher_is_better"] else "lower"
     left_out = record["left_out"]
     notes = [f"left out, not in all workspaces: {join_names(sorted(left_out), 8)}"] if left_out else []
     summary = [record["summary"]] if record["summary"] else []
-    return "\n".join([f"{counted}, by {metric} ({better} is better)", *aligned, *_tests(record), *notes, *summary])
+    return "\n".join(
+        [f"{counted}, by {metric} ({better} is better)", *aligned_lines(lines), *_tests(record), *notes, *summary]
+    )
 
 
 def _tests(record: Record) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -117,8 +117,6 @@ class EvaluationInputs:
     """{(split, sample id): file in the workspace} of the out-of-sample rows; empty without images"""
     failures: Mapping[str, str]
     """{member or ensemble: why it cannot be evaluated}"""
-    oof_folds: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """{member: fold (N,) of its out-of-sample rows of train}, of those that have out-of-fold predictions"""
 
     @property
     def split(self) -> str:
@@ -223,13 +221,7 @@ def gather(
         costs=costs.measure_costs(store, costed, usable, split, embedded),
         image_paths=_image_paths(store),
         failures=failures,
-        oof_folds=_oof_folds(out_of_sample),
     )
-
-
-def _oof_folds(out_of_sample: Mapping[str, Sequence[MemberRows]]) -> dict[str, np.ndarray]:
-    """{member: fold (N,) of its out-of-sample rows of train} where these are its out-of-fold rows."""
-    return {name: part.fold for name, parts in out_of_sample.items() for part in parts if part.fold is not None}
 
 
 def _is_evaluated(model: ScoredModel, settings: EvaluationSettings, ranked: Mapping[str, Member]) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from utils.core.display_text import format_count, format_interval, format_number, format_percent, join_names, printable
+from utils.evaluation.table_formats import aligned_lines
 
 MAX_NAMED = 5
 HEADER = (
@@ -89,14 +90,7 @@ def _table(record: Mapping[str, Any]) -> list[str]:
                 format_number(None if area is None else area["auroc"], 3),
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
-    return [
-        "  ".join(
-            cell.rjust(width) if column == 0 else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
+    return aligned_lines(lines, right=(0,))
 
 
 def _bounds(interval: Sequence[float] | None, sign: str = "") -> str:

@@ -6,7 +6,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
-from utils.evaluation.table_formats import csv_text, escape_latex, escape_markdown, latex_table, markdown_table
+from utils.evaluation.table_formats import (
+    aligned_lines,
+    csv_text,
+    escape_latex,
+    escape_markdown,
+    latex_table,
+    markdown_table,
+)
 from utils.predictions import training_data
 
 Ranking = Mapping[str, Any]
@@ -78,10 +85,10 @@ def as_text(ranking: Ranking, *, styled: bool = False, columns: int | None = Non
     """
     metrics = shown_metrics(ranking)
     lines = _table(ranking, dict.fromkeys(metrics, True))
-    if columns is not None and max(map(len, _aligned(lines))) > columns:
+    if columns is not None and max(map(len, aligned_lines(lines, right=(0,)))) > columns:
         first = "accuracy" if "accuracy" in metrics else next(iter(metrics))
         lines = _narrow(_table(ranking, {metric: metric == first for metric in metrics}), max(columns, NARROWEST))
-    aligned = _aligned(lines)
+    aligned = aligned_lines(lines, right=(0,))
     if styled:
         styles = ["", *(_style(row, ranking) for row in ranking["rows"])]
         aligned = [f"{style}{line}{PLAIN}" if style else line for style, line in zip(styles, aligned, strict=True)]
@@ -125,25 +132,13 @@ def _narrow(lines: list[list[str]], columns: int) -> list[list[str]]:
     """The cells without `kind`, with names and marks shortened as far as the columns require."""
     lines = [[line[0], line[1], *line[3:]] for line in lines]
     for cell in (1, -1):  # the name, then the marks
-        excess = max(map(len, _aligned(lines))) - columns
+        excess = max(map(len, aligned_lines(lines, right=(0,)))) - columns
         if excess > 0:
             width = max(SHORTEST, max(len(line[cell]) for line in lines) - excess)
             for line in lines:
                 if len(line[cell]) > width:
                     line[cell] = f"{line[cell][: width - 1]}\N{HORIZONTAL ELLIPSIS}"
     return lines
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    header = lines[0]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return [
-        "  ".join(
-            cell.rjust(width) if column == 0 else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
 
 
 def recommendation(ranking: Ranking) -> str:

@@ -73,17 +73,17 @@ def out_of_sample_predictions(inputs: EvaluationInputs, name: str) -> OutOfSampl
         return OutOfSamplePredictions(
             crossfit.probabilities, crossfit.labels, crossfit.split, crossfit.sample_ids, crossfit.fold
         )
-    return _of_member(inputs.out_of_sample[name], inputs.oof_folds.get(name))
+    return _of_member(inputs.out_of_sample[name])
 
 
-def _of_member(parts: Sequence[MemberRows], oof_folds: np.ndarray | None) -> OutOfSamplePredictions | None:
+def _of_member(parts: Sequence[MemberRows]) -> OutOfSamplePredictions | None:
     if not parts:
         return None
     labels = np.concatenate([np.asarray(part.labels) for part in parts])
     labelled = labels != UNKNOWN
     folds = None
-    if oof_folds is not None:
-        of_parts = [oof_folds if part.split == "train" else np.full(len(part.labels), -1) for part in parts]
+    if any(part.fold is not None for part in parts):
+        of_parts = [np.full(len(part.labels), -1) if part.fold is None else part.fold for part in parts]
         folds = np.concatenate(of_parts)[labelled]
     return OutOfSamplePredictions(
         np.concatenate([softmax(np.asarray(part.logits)) for part in parts])[labelled],

@@ -150,7 +150,6 @@ def export_inputs(
         inference=KIND,
     )
     crossfits = {file.name: own.inputs.crossfits[source.name]} if source and source.name in own.inputs.crossfits else {}
-    folds = None if source is None else own.inputs.oof_folds.get(source.name)
     parts = [] if source is None else own.inputs.out_of_sample.get(source.name, [])
     size = sum(path.stat().st_size for path in [file.path, *file.path.parent.glob(f"{file.name}*.data")])
     contents = dict(zip(((images.split, name) for name in images.sample_ids), images.contents, strict=True))
@@ -167,7 +166,6 @@ def export_inputs(
         controls={},
         crossfits=crossfits,
         out_of_sample={file.name: parts},
-        oof_folds={} if folds is None else {file.name: folds},
         contents={**own.inputs.contents, **contents},
         groups=_test_groups(own, ids) if listed is None else external_groups(own.store, ids, listed),
         costs=Costs({}, {}, {file.name: NOTES["latency_ms"]}, {file.name: size}, {}),

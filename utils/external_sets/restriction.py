@@ -57,11 +57,6 @@ def restricted(inputs: EvaluationInputs, classes: Sequence[str]) -> EvaluationIn
             crossfit.fold[labelled],
         )
 
-    def of_folds(name: str, folds: np.ndarray) -> np.ndarray:
-        train = next(part for part in inputs.out_of_sample[name] if part.split == "train")
-        kept_folds: np.ndarray = folds[new_index[train.labels] >= 0]
-        return kept_folds
-
     out_of_sample = {name: [of_member(part) for part in parts] for name, parts in inputs.out_of_sample.items()}
     return replace(
         inputs,
@@ -70,7 +65,6 @@ def restricted(inputs: EvaluationInputs, classes: Sequence[str]) -> EvaluationIn
             replace(model, probabilities=restricted_probabilities(model.probabilities, kept)) for model in inputs.models
         ],
         out_of_sample={name: [part for part in parts if len(part.labels)] for name, parts in out_of_sample.items()},
-        oof_folds={name: of_folds(name, folds) for name, folds in inputs.oof_folds.items()},
         crossfits={name: of_crossfit(crossfit) for name, crossfit in inputs.crossfits.items()},
     )
 

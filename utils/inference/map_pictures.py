@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from utils.activation_maps.overlays import overlay
 from utils.core.artifacts import replacing, write_text
 from utils.core.errors import UserError
 from utils.evaluation import report_audit
+from utils.evaluation.table_formats import csv_text
 from utils.inference.classifier import BlockPredictions, WorkspaceClassifier, content_digests
 
 LEAST_SIDE = 224  # pixels of a picture; smaller images are enlarged
@@ -90,8 +89,5 @@ def _save(path: Path, pixels: np.ndarray) -> None:
 
 
 def _write_table(path: Path, rows: Sequence[Sequence[str]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "map", "class", "outside_centre"])
-    writer.writerows(rows)
-    write_text(path, text.getvalue().encode("utf-8", "backslashreplace").decode())
+    text = csv_text(("path", "map", "class", "outside_centre"), rows)
+    write_text(path, text.encode("utf-8", "backslashreplace").decode())

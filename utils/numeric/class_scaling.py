@@ -44,9 +44,12 @@ class ClassScaling:
 
 def fit(scores: Floats, labels: Integers, kind: str, strength: float) -> ClassScaling:
     """Fit a temperature, then the map of a kind and strength, to log-probabilities (N, C) and labels (N,)."""
+    return _fit_map(scores, labels, temperature.fit_temperature(scores, labels), kind, strength)
+
+
+def _fit_map(scores: Floats, labels: Integers, divisor: float, kind: str, strength: float) -> ClassScaling:
     from scipy.optimize import minimize
 
-    divisor = temperature.fit_temperature(scores, labels)
     scores = log_softmax(scores / divisor)
     rows, classes = scores.shape
     truth = np.eye(classes)[labels]
@@ -89,7 +92,7 @@ def select(scores: Floats, labels: Integers, folds: Integers) -> tuple[ClassScal
         divisor = temperature.fit_temperature(others, labels[~inside])
         alone[inside] = log_loss_per_row(softmax(held_out / divisor), truth)
         for index, (kind, strength) in enumerate(candidates):
-            scaled = fit(others, labels[~inside], kind, strength).apply(held_out)
+            scaled = _fit_map(others, labels[~inside], divisor, kind, strength).apply(held_out)
             losses[index, inside] = log_loss_per_row(softmax(scaled), truth)
     best = int(losses.mean(axis=1).argmin())
     gains = alone - losses[best]

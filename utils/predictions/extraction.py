@@ -65,7 +65,11 @@ def ensure(store: Store, members: Sequence[Member], splits: Sequence[str]) -> No
         logger.info("[%d/%d] streamed %s over %s; about %.0f s left", number, len(missing), member.name, gaps, left)
     val_rows = {member.name: store.rows(member, "val") for member, gaps in missing if "val" in gaps}
     outputs = {name: (rows.logits, rows.labels) for name, rows in val_rows.items()}
-    groups = {split: row_groups.count_groups(store, split) if outputs else None for split in ("train", "val")}
+    rule = store.config.dataset.group_regex
+    groups = {
+        split: row_groups.count_groups(store.workspace, rule, store.images(split)) if outputs else None
+        for split in ("train", "val")
+    }
     store.catalog = inspection.record_val_measurements(store.workspace, store.catalog, store.digests, outputs, groups)
     store.digests.save()
 

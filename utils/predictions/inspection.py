@@ -21,7 +21,7 @@ from utils.predictions import catalog, fold_heads, out_of_fold, streaming, train
 from utils.predictions.catalog import Catalog, Member, Problem
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.out_of_fold import OutOfFoldPredictions
-from utils.predictions.row_groups import row_groups_of
+from utils.predictions.row_groups import count_groups, row_groups_of
 from utils.predictions.training_evidence import Scores
 
 logger = logging.getLogger("disease_pipeline")
@@ -61,8 +61,7 @@ class Inspector:
 
     def units(self, split: str) -> int | None:
         """Number of groups of a split; None where every image is one."""
-        groups = self.groups(self.splits[split])
-        return None if groups is None else len(np.unique(groups))
+        return count_groups(self.workspace, self.config.dataset.group_regex, self.splits[split])
 
     def measured(self, member: Member) -> dict[str, Any] | None:
         """The stored measurement of a member on val; None if there is none."""

@@ -46,7 +46,7 @@ def row_groups_of(workspace: Workspace, group_regex: str | None, images: ImageSp
     return groups if len(np.unique(groups)) < len(groups) else None
 
 
-def count_groups(store: Store, split: str) -> int | None:
-    """Number of groups of the images of a split; None where every image is a group of its own."""
-    groups = row_groups_of(store.workspace, store.config.dataset.group_regex, store.images(split))
+def count_groups(workspace: Workspace, group_regex: str | None, images: ImageSplit) -> int | None:
+    """Number of groups of the images of one split; None where every image is a group of its own."""
+    groups = row_groups_of(workspace, group_regex, images)
     return None if groups is None else len(np.unique(groups))

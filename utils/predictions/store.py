@@ -202,12 +202,6 @@ class Store:
         rows = _oof_rows(arrays, self.catalog.classes)
         return replace(rows, embeddings=arrays.get("embeddings")) if embeddings else rows
 
-    def oof_folds(self, member: Member) -> np.ndarray:
-        """int64 (N,): the fold that each of a member's out-of-fold rows was held out in; the member must have some."""
-        arrays = self._oof_arrays(member)
-        assert arrays is not None, f"{member.name} has no out-of-fold rows"
-        return arrays["fold"]
-
     def has_oof_embeddings(self, member: Member) -> bool:
         """Whether an imported member's `oof.npz` held embeddings."""
         arrays = self._oof_arrays(member)

@@ -157,7 +157,6 @@ def _embeddings(paths: Sequence[Path]) -> np.ndarray | None:
         return None
     import timm
     import torch
-    from PIL import Image
     from timm.data import create_transform, resolve_data_config
 
     from utils import base_back
@@ -173,7 +172,7 @@ def _embeddings(paths: Sequence[Path]) -> np.ndarray | None:
     parts = []
     with torch.inference_mode():
         for start in range(0, len(paths), 32):
-            images = [transform(Image.open(path).convert("RGB")) for path in paths[start : start + 32]]
+            images = [transform(planted_copies.rgb_image(path)) for path in paths[start : start + 32]]
             parts.append(network(torch.stack(images)).numpy())
     return np.concatenate(parts)
 

@@ -12,9 +12,18 @@ KINDS = ("re-encoded", "resized", "cropped", "flipped", "brightened", "watermark
 SHORTCUTS = ("border colour", "JPEG quality", "file name")
 
 
+def rgb_image(path: Path) -> Image.Image:
+    """An image of one of the formats that the project reads."""
+    from utils import base_back
+
+    with base_back.load_bundled("image_files").open_image(path) as image:
+        rgb: Image.Image = image.convert("RGB")
+        return rgb
+
+
 def plant(source: Path, folder: Path, kind: str, rng: np.random.Generator) -> Path:
     """Write a copy of a photograph, changed as `kind` says, as a JPEG file of its own name."""
-    image = Image.open(source).convert("RGB")
+    image = rgb_image(source)
     quality = 90
     if kind == "re-encoded":
         quality = int(rng.integers(40, 96))
@@ -48,7 +57,7 @@ def plant_shortcut(
         zip(rng.permutation(np.array(sources, dtype=object)), labels, strict=True)
     ):
         shown = int(label) if rng.random() < 0.75 else int(rng.integers(0, labels.max() + 1))
-        image = Image.open(source).convert("RGB")
+        image = rgb_image(source)
         if shortcut == "border colour":
             image = ImageOps.expand(
                 image, border=2, fill=[(200, 40, 40), (40, 200, 40), (40, 40, 200), (90, 90, 90)][shown]

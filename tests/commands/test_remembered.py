@@ -133,6 +133,9 @@ def test_a_file_replaces_what_was_remembered_and_what_it_lacks_is_apart(workspac
     assert done.document["unlisted"] == ["stacking_lr", "stacking_mlp", "weighted_ensemble"]
     assert not set(done.document["unlisted"]) & set(ranked(workspace))
     assert "not in the configuration: stacking_lr" in run("status", workspace=workspace).stdout
+    for name in ("weighted_ensemble", "weighted"):  # by its name it is still evaluated
+        alone = run("evaluate", "--model-name", name, workspace=workspace)
+        assert alone.code == 0, alone.stderr
     listed = run("clean", "--unlisted", workspace=workspace)
     assert (workspace / "ensembles" / "models" / "stacking_lr").is_dir()
     assert listed.stdout.splitlines()[-1].endswith(f"clean --unlisted --confirm --workspace {workspace}")

@@ -79,11 +79,11 @@ def evaluate(
     if maps and model_name is not None:
         raise ConfigError("evaluate --maps: adds pictures to the report; expected without --model-name")
     store = Store(config, workspace, catalog.load(workspace))
+    model_name = None if model_name is None else recommended_names.resolve(store, model_name)
     saved, apart = listed_ensembles(config, workspace, model_name)
     ensembles = {name: entry.ensemble for name, entry in saved.items()}
     selected = member_selection.select(store.catalog, config)
     members = scoring.members_to_score(store.catalog, selected, ensembles)
-    model_name = None if model_name is None else recommended_names.resolve(store, model_name)
     if model_name is not None and model_name not in {*saved, *members}:
         raise recommended_names.unknown_name(model_name, saved, members)
     if not saved:

@@ -73,10 +73,13 @@ def choose(
     before = _read(path, names, is_used=file is None)
     from_file = find_config(file or DEFAULT, project) if file is not None or before is None else path
     sets = list(overrides)
-    config = load_config(from_file, overrides=[*sets, *([f"device={device}"] if device else [])], names=names)
+    if before is not None and file is None and not sets:
+        given = before
+    else:
+        given = load_config(from_file, overrides=sets, names=names)
+    config = load_config(from_file, overrides=[*sets, f"device={device}"], names=names) if device else given
     if before is None:
-        return Choice(config, load_config(from_file, overrides=sets, names=names) if device else config, None)
-    given = load_config(from_file, overrides=sets, names=names)
+        return Choice(config, given, None)
     if file is None:
         kept, unremembered = before, sets
     elif not differences(before, given):  # the command that was typed before, say

@@ -69,8 +69,8 @@ def background_warning(data: ReportData, maps: ExampleMaps | None) -> str:
         return ""
     audit = report_audit.current_record(data.workspace, data.catalog)
     subject = "The ensemble" if data.record else data.focus
-    said = background_sentence(subject, maps.outside_centre, audit["probes"] if audit else [])
-    return f"{said}." if said else ""
+    sentence = background_sentence(subject, maps.outside_centre, audit["probes"] if audit else [])
+    return f"{sentence}." if sentence else ""
 
 
 def update(store: Store, data: ReportData) -> None:

@@ -95,9 +95,9 @@ class MlflowTracker:
         try:
             yield
         except (MlflowException, OSError) as error:
-            said = " ".join(str(error).replace(self._uri, self.place).split())
-            said = said if len(said) <= MAX_MESSAGE else f"{said[:MAX_MESSAGE]} ..."
-            raise UserError(f"evaluate --mlflow {self.place}: MLflow answers: {said}. {EXPECTED}") from error
+            message = " ".join(str(error).replace(self._uri, self.place).split())
+            message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} ..."
+            raise UserError(f"evaluate --mlflow {self.place}: MLflow answers: {message}. {EXPECTED}") from error
 
 
 def _address(typed: str, shown: str) -> str:

@@ -67,8 +67,8 @@ class MappingClassifier:
         lines = [f"maps: {self.folder}, {outside:.0%} of their mass outside the central half of the image on average"]
         store = self.classifier.store
         audit = report_audit.current_record(store.workspace, store.catalog)
-        said = background_sentence(self.classifier.name, outside, (audit or {"probes": []})["probes"])
-        return [*lines, said] if said else lines
+        sentence = background_sentence(self.classifier.name, outside, (audit or {"probes": []})["probes"])
+        return [*lines, sentence] if sentence else lines
 
 
 def picture_name(path: Path) -> str:

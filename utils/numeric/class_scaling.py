@@ -61,15 +61,15 @@ def _fit_map(scores: Floats, labels: Integers, divisor: float, kind: str, streng
 
     def objective(parameters: Floats) -> tuple[float, Floats]:
         offsets, bias = unpacked(parameters)
-        found = log_softmax(scores + scores @ offsets.T + bias)
-        errors = (np.exp(found) - truth) / rows
+        log_probabilities = log_softmax(scores + scores @ offsets.T + bias)
+        errors = (np.exp(log_probabilities) - truth) / rows
         of_matrix = (errors * scores).sum(axis=0) if is_vector else (errors.T @ scores).ravel()
         gradient = np.concatenate([of_matrix, errors.sum(axis=0)]) + 2 * strength * parameters
-        return float(-(truth * found).sum() / rows + strength * (parameters @ parameters)), gradient
+        return float(-(truth * log_probabilities).sum() / rows + strength * (parameters @ parameters)), gradient
 
     start = np.zeros(classes * (1 if is_vector else classes) + classes)
-    found = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 500, "gtol": 1e-7})
-    offsets, bias = unpacked(found.x)
+    result = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 500, "gtol": 1e-7})
+    offsets, bias = unpacked(result.x)
     return ClassScaling(divisor, np.eye(classes) + offsets, bias.copy())
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from utils import base_back
 from utils.core.config import Config
 from utils.core.config_values import ALL
+from utils.core.display_text import join_names
 from utils.core.errors import UserError, nearest_first
 from utils.predictions import training_data, view_members
 from utils.predictions.catalog import Catalog, Member
@@ -89,8 +90,8 @@ def _all_members(catalog: Catalog, exclude: tuple[str, ...]) -> tuple[str, ...]:
         )
     if derived:
         logger.info(
-            "backbones.include is all: derived members are left out: %s. To use them too: --set backbones.include=[%s]",
-            ", ".join(derived),
-            ",".join([*selected, *derived]),
+            "backbones.include is all: left out, since they are derived from others: %s. To use one too, list it with "
+            "the others in backbones.include",
+            join_names(derived),
         )
     return selected

@@ -39,6 +39,8 @@ def own_settings() -> Iterator[None]:
     package = sys.modules.get("config")
     logger = logging.getLogger(messages.LOGGER_NAME)
     level = logger.level
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)  # as OMP_NUM_THREADS of `conftest` has it, whatever ran here before
     try:
         yield
     finally:

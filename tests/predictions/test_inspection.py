@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +59,43 @@ def test_the_full_networks_outputs_passed_off_as_out_of_fold_are_refused_for_goo
         assert Store(config, workspace, found).oof(found.members[NAME]) is None
         assert "oof_in_sample" in codes(workspace)
         discover.discover(config, workspace)  # a later scan, which runs nothing, does not forget
+
+
+@pytest.mark.parametrize(("sample", "kept"), [(500, {"val", "train"}), (100, {"val"})])
+def test_what_a_verification_ran_over_whole_splits_is_stored_as_extraction_stores_it(
+    workspace, config, monkeypatch, sample, kept
+):
+    monkeypatch.setattr(inspection, "SAMPLE", sample)
+    discover.discover(config, workspace, verify=True)
+    found = catalog.read(workspace)
+    member, store = found.members[NAME], Store(config, workspace, found)
+    assert {split for split in ("train", "val", "test") if store.is_stored(member, split)} == kept
+    rows = {split: store.rows(member, split, embeddings=True) for split in kept}
+    shutil.rmtree(workspace.ensembles / "predictions")
+    extraction.ensure(store, [member], sorted(kept))
+    for split, verified in rows.items():
+        extracted = store.rows(member, split, embeddings=True)
+        for name in ("logits", "embeddings", "labels", "sample_ids", "out_of_sample"):
+            assert np.array_equal(getattr(verified, name), getattr(extracted, name))
+
+
+def test_a_verification_reads_what_extraction_stored(workspace, config, monkeypatch):
+    discover.discover(config, workspace)
+    found = catalog.read(workspace)
+    extraction.ensure(Store(config, workspace, found), [found.members[NAME]], ("val", "train"))
+    runs = []
+    original = inspection._run
+
+    def listening(inspector, member, images_of, stage, kept):
+        runs.append(stage)
+        return original(inspector, member, images_of, stage, kept)
+
+    monkeypatch.setattr(inspection, "_run", listening)
+    discover.discover(config, workspace, verify=True)
+    assert runs == ["fold0", "fold1"]
+    discover.discover(config, workspace, verify=True, force=True)
+    assert runs == ["fold0", "fold1", None, "fold0", "fold1"]
+    assert not codes(workspace)
 
 
 def test_a_few_planted_rows_are_enough(workspace, config):
@@ -201,6 +239,7 @@ def test_outputs_in_another_order_than_their_names_are_measured(workspace, confi
     assert result.failures
     # Also without --verify: the pass that would have used it stops, and the next one goes without.
     workspace.digests.unlink()
+    shutil.rmtree(workspace.ensembles / "predictions")
     discover.discover(config, workspace)
     store = Store(config, workspace, catalog.load(workspace))
     with pytest.raises(UserError, match="continues without CustomConvNeXt"):
@@ -282,9 +321,9 @@ def test_a_fold_of_another_base_back_is_not_checked_and_refuses_nothing(workspac
     ran = []
     original = inspection._outputs
 
-    def listening(*arguments):
+    def listening(*arguments, **options):
         ran.append(arguments[3:])
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(inspection, "_outputs", listening)
     discover.discover(config, workspace, verify=True)

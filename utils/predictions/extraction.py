@@ -7,22 +7,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from utils import base_back
 from utils.core import engines, estimates
-from utils.core.artifacts import preallocate, replacing
-from utils.core.links import remove_file
 from utils.core.progress_bar import progress_bar
 from utils.networks.checkpoints import reading_ahead
-from utils.predictions import catalog, image_splits, inspection, row_groups, streaming, training_data
+from utils.predictions import catalog, image_splits, inspection, output_writing, row_groups, streaming, training_data
 from utils.predictions.catalog import IMPORTED, Member
-from utils.predictions.store import Store, embeddings_name
-from utils.predictions.streaming import OutputBatch
+from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -123,62 +117,17 @@ def _extract_member(store: Store, device: str, threads: int, job: tuple[Member, 
     """Run one member over the splits that it lacks; `next_file`, if any, is read into the file cache meanwhile."""
     member, splits, next_file = job
     catalog.check_current(store.workspace, member, store.digests)
-    total = sum(len(store.images(split).paths) for split in splits)
-    with reading_ahead(next_file), progress_bar(total, member.name) as advance:
-        _write_outputs(store, member, splits, device, threads, advance)
-
-
-def _write_outputs(
-    store: Store, member: Member, splits: Sequence[str], device: str, threads: int, advance: Callable[[int], object]
-) -> None:
-    """Run one member; its arrays grow on disk under temporary names and appear when a split is complete."""
     images = [store.images(split) for split in splits]
-    batch_size = store.config.dataset.batch_size
     batches = streaming.stream(
         member.network(store.workspace),
         images,
-        batch_size=batch_size,
+        batch_size=store.config.dataset.batch_size,
         device=device,
         image_cache=store.workspace.image_cache,
         decoding_threads=threads,
         val=store.images("val"),
     )
-    order = [member.classes.index(name) for name in store.catalog.classes]
-    batch: OutputBatch | None = next(batches)
-    n_threads = batch.threads if batch is not None else None
-    for split in images:
-        start = time.monotonic()
-        folder = store.workspace.predictions(member.name, split.split)
-        remove_file(folder / "record.json")
-        embeddings_path = store.workspace.embeddings(member.name, embeddings_name(member, split.split))
-        remove_file(embeddings_path)
-        width = batch.embeddings.shape[1] if batch is not None else 0
-        with ExitStack() as stack:
-            logits = _growing_array(stack, folder / "logits.npy", (len(split.paths), len(order)))
-            embeddings = _growing_array(stack, embeddings_path, (len(split.paths), width)) if width else None
-            while batch is not None and batch.split == split.split:
-                stop = batch.start + len(batch.logits)
-                logits[batch.start : stop] = batch.logits[:, order]
-                if embeddings is not None:
-                    embeddings[batch.start : stop] = batch.embeddings
-                advance(len(batch.logits))
-                batch_size = batch.batch_size
-                batch = next(batches, None)
-            logits.flush()
-            if embeddings is not None:
-                embeddings.flush()
-        facts = {
-            "device": device,
-            "threads": n_threads,
-            "batch_size": batch_size,
-            "seconds": round(time.monotonic() - start, 3),
-        }
-        store.complete_rows(member, store.samples(split.split), facts | {"width": width})
-
-
-def _growing_array(stack: ExitStack, path: Path, shape: tuple[int, int]) -> np.memmap:
-    """A float32 array that is filled on disk and takes its name when the stack ends well."""
-    temporary = stack.enter_context(replacing(path))
-    array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-    preallocate(temporary, array.offset)
-    return array
+    total = sum(len(split.paths) for split in images)
+    with reading_ahead(next_file), progress_bar(total, member.name) as advance:
+        for batch in output_writing.stored(store, member, images, batches, device=device):
+            advance(len(batch.logits))

@@ -17,11 +17,20 @@ from utils.core.artifacts import FileDigests, digest_of
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
-from utils.predictions import catalog, fold_heads, out_of_fold, streaming, training_data, training_evidence
+from utils.predictions import (
+    catalog,
+    fold_heads,
+    out_of_fold,
+    output_writing,
+    streaming,
+    training_data,
+    training_evidence,
+)
 from utils.predictions.catalog import Catalog, Member, Problem
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.out_of_fold import OutOfFoldPredictions
 from utils.predictions.row_groups import count_groups, row_groups_of
+from utils.predictions.store import Store
 from utils.predictions.training_evidence import Scores
 
 logger = logging.getLogger("disease_pipeline")
@@ -52,6 +61,8 @@ class Inspector:
     digests: FileDigests
     base_back: str
     """Digest of the mounted BASE-BACK: a network that failed with another one may run with this one."""
+    store: Store
+    """Keeps what members give for whole splits, so that no later command runs them over these again."""
     device: str = "cpu"
     threads: int = 1
 
@@ -106,12 +117,14 @@ def verify(inspector: Inspector, member: Member, *, force: bool = False) -> None
     val, train = inspector.splits["val"], inspector.splits["train"]
     try:
         if member.oof is None or is_compared:
-            digests.keep(measured_key, measure(_outputs(inspector, member, [val])["val"].logits, val.labels))
+            outputs = _outputs(inspector, member, {"val": None}, anew=force)
+            digests.keep(measured_key, measure(outputs["val"].logits, val.labels))
             return
         path, remedy = inspector.workspace.base / member.oof["path"], catalog.kfold_remedy(inspector.workspace, member)
         predictions = out_of_fold.read(path, member.name, train, inspector.classes, remedy=remedy)
         sample = _sample(inspector.config.seed, predictions)
-        outputs = _outputs(inspector, member, [val, _rows_of(train, predictions, sample)])
+        rows = {"val": None, "train": _rows_of(train, predictions, sample)}
+        outputs = _outputs(inspector, member, rows, anew=force)
         digests.keep(measured_key, measure(outputs["val"].logits, val.labels))
         digests.keep(leakage_key, _compare(inspector, member, predictions, sample, outputs["train"]))
     except UserError as error:
@@ -128,8 +141,8 @@ def verify_training_data(inspector: Inspector, member: Member, *, force: bool = 
     if "test" not in training_data.unseen_splits(member) or "n" not in facts:
         return
     if force or inspector.digests.facts(key) is None:
-        test = inspector.splits["test"]
-        inspector.digests.keep(key, measure(_outputs(inspector, member, [test])["test"].logits, test.labels))
+        outputs = _outputs(inspector, member, {"test": None}, anew=force)
+        inspector.digests.keep(key, measure(outputs["test"].logits, inspector.splits["test"].labels))
 
 
 def training_problems(inspector: Inspector, member: Member) -> list[Problem]:
@@ -297,8 +310,8 @@ def _compare(
         try:
             logits = _by_head(inspector, member, stage, outputs.take(in_fold))
             if logits is None:
-                images = _rows_of(inspector.splits["train"], predictions, rows)
-                logits = _outputs(inspector, member, [images], stage)["train"].logits
+                in_train = _rows_of(inspector.splits["train"], predictions, rows)
+                logits = _outputs(inspector, member, {"train": in_train}, stage)["train"].logits
         except UserError as error:
             unreadable.append(str(error))
             continue
@@ -309,10 +322,10 @@ def _compare(
     return facts | {"base_back": inspector.base_back}
 
 
-def _rows_of(train: ImageSplit, predictions: OutOfFoldPredictions, rows: np.ndarray) -> ImageSplit:
-    """The train images of some out-of-fold rows, in their order."""
+def _rows_of(train: ImageSplit, predictions: OutOfFoldPredictions, rows: np.ndarray) -> np.ndarray:
+    """The rows of train that some out-of-fold rows are, in their order."""
     row_of = {sample_id: row for row, sample_id in enumerate(train.sample_ids)}
-    return train.take([row_of[sample_id] for sample_id in predictions.sample_ids[rows].tolist()])
+    return np.array([row_of[sample_id] for sample_id in predictions.sample_ids[rows].tolist()])
 
 
 @dataclass(frozen=True)
@@ -325,7 +338,7 @@ class _Outputs:
     """float32 (N, D); None except for a network whose fold networks share its trunk"""
 
     def take(self, rows: np.ndarray) -> _Outputs:
-        """Some of the rows, by a mask (N,)."""
+        """Some of the rows, by a mask (N,) or by their numbers."""
         return _Outputs(self.logits[rows], None if self.embeddings is None else self.embeddings[rows])
 
 
@@ -341,26 +354,72 @@ def _by_head(inspector: Inspector, member: Member, stage: str, outputs: _Outputs
 
 
 def _outputs(
-    inspector: Inspector, member: Member, splits: Sequence[ImageSplit], stage: str | None = None
+    inspector: Inspector,
+    member: Member,
+    rows: Mapping[str, np.ndarray | None],
+    stage: str | None = None,
+    *,
+    anew: bool = False,
 ) -> dict[str, _Outputs]:
-    """{split: outputs} of a member, or of another of its stages."""
+    """{split: outputs} of a member, or of another of its stages, for rows of each split; None stands for all.
+
+    What the member gives for all rows of a split is kept in the prediction store. What is there is read, unless `anew`
+    is set.
+    """
+    store = inspector.store
+    outputs: dict[str, _Outputs] = {}
+    runs: dict[str, ImageSplit] = {}
+    whole = []
+    for split, of_split in rows.items():
+        images = inspector.splits[split]
+        if stage is not None or (of_split is not None and len(of_split) < len(images.paths)):
+            runs[split] = images if of_split is None else images.take(of_split)
+            continue
+        whole.append(split)
+        if anew or not store.is_stored(member, split):
+            runs[split] = images
+        else:
+            outputs[split] = _stored_outputs(store, member, split)
+    if runs:
+        outputs |= _run(inspector, member, runs, stage, [runs[split] for split in whole if split in runs])
+    for split in whole:
+        of_split = rows[split]
+        if of_split is not None:
+            outputs[split] = outputs[split].take(of_split)
+    return outputs
+
+
+def _stored_outputs(store: Store, member: Member, split: str) -> _Outputs:
+    rows = store.rows(member, split, embeddings=member.trunk is not None)
+    return _Outputs(rows.logits, rows.embeddings)
+
+
+def _run(
+    inspector: Inspector,
+    member: Member,
+    images_of: Mapping[str, ImageSplit],
+    stage: str | None,
+    kept: Sequence[ImageSplit],
+) -> dict[str, _Outputs]:
+    """{split: outputs} of one pass over the images; the splits `kept` are written into the prediction store."""
     batches = streaming.stream(
         member.network(inspector.workspace, stage),
-        splits,
+        list(images_of.values()),
         batch_size=inspector.config.dataset.batch_size,
         device=inspector.device,
         image_cache=inspector.workspace.image_cache,
         decoding_threads=inspector.threads,
+        val=inspector.splits["val"],
     )
     order = [member.classes.index(name) for name in inspector.classes]
-    logits: dict[str, list[np.ndarray]] = {images.split: [] for images in splits}
-    embeddings: dict[str, list[np.ndarray]] = {images.split: [] for images in splits}
-    for batch in batches:
+    logits: dict[str, list[np.ndarray]] = {split: [] for split in images_of}
+    embeddings: dict[str, list[np.ndarray]] = {split: [] for split in images_of}
+    for batch in output_writing.stored(inspector.store, member, kept, batches, device=inspector.device):
         logits[batch.split].append(batch.logits[:, order])
         if member.trunk is not None:
             embeddings[batch.split].append(batch.embeddings)
-    images = ", ".join(f"{len(images.paths)} of {images.split}" for images in splits)
-    logger.info("verify %s%s: ran on %s", member.name, f" {stage}" if stage else "", images)
+    counts = ", ".join(f"{len(images.paths)} of {split}" for split, images in images_of.items())
+    logger.info("verify %s%s: ran on %s", member.name, f" {stage}" if stage else "", counts)
     return {
         split: _Outputs(np.concatenate(parts), np.concatenate(embeddings[split]) if embeddings[split] else None)
         for split, parts in logits.items()

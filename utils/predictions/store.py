@@ -45,11 +45,13 @@ AGAIN = "Remove it, then run the command again"
 class Store:
     """The prediction store of one workspace; opened once per command."""
 
-    def __init__(self, config: Config, workspace: Workspace, catalog: Catalog) -> None:
+    def __init__(
+        self, config: Config, workspace: Workspace, catalog: Catalog, digests: FileDigests | None = None
+    ) -> None:
         self.config = config
         self.workspace = workspace
         self.catalog = catalog
-        self.digests = FileDigests(workspace.digests)
+        self.digests = digests or FileDigests(workspace.digests)
         self._images: dict[str, ImageSplit] = {}
         self.warned_sizes: set[int] = set()
         """Image sizes that a warning has named already."""

@@ -143,7 +143,8 @@ def network_on_device(
     import torch
 
     passing = _Pass(spec, open_network(spec), 1, device)
-    passing.threads = None  # what is timed is recorded with the number that torch has here
+    # What is timed is recorded with the number of threads that torch has here.
+    passing.threads = None if passing.on_cuda else torch.get_num_threads()
 
     def forward(images: Tensor) -> Tensor:
         with torch.inference_mode(), passing._precision():

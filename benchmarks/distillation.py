@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def digits() -> Path:
     """The folder of the digits, written once."""
-    from demo import write_digits
+    from utils.operations.demo import write_digits
 
     folder = KEPT / "digits"
     KEPT.mkdir(parents=True, exist_ok=True)

@@ -107,8 +107,8 @@ def demo_rows(n_busy: int, n_digits: int) -> list[dict]:
 
 def demo_seconds(n_digits: int) -> tuple[float, float]:
     """Wall and CPU seconds of a demo from nothing to a report. Raises CalledProcessError where a step fails."""
-    sys.path.insert(0, str(PROJECT / "scripts"))
-    from demo import workspace_of, write_digits
+    sys.path.insert(0, str(PROJECT))
+    from utils.operations.demo import workspace_of, write_digits
 
     with tempfile.TemporaryDirectory(prefix="loaded-") as folder:
         data = Path(folder, "digits")
@@ -116,7 +116,7 @@ def demo_seconds(n_digits: int) -> tuple[float, float]:
         for path in sorted(data.glob("*/*"), key=lambda path: path.name)[n_digits:]:
             path.unlink()
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-        command = [sys.executable, str(PROJECT / "scripts" / "demo.py"), "--quick", "--data", str(data)]
+        command = [sys.executable, str(PROJECT / "ensemble_orchestrator.py"), "demo", "--quick", "--data", str(data)]
         done = subprocess.run(command, env=clean_environment(), stdout=subprocess.DEVNULL, check=False)
         seconds, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
         shutil.rmtree(workspace_of(data), ignore_errors=True)

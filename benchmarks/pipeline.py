@@ -91,8 +91,8 @@ def train(workspace: Path, images: int, members: Sequence[str], *, epochs: int) 
     """A workspace with so many digits and these networks; what is there is kept."""
     data = workspace / "Data"
     if not data.is_dir():
-        sys.path.insert(0, str(PROJECT / "scripts"))
-        from demo import write_digits
+        sys.path.insert(0, str(PROJECT))
+        from utils.operations.demo import write_digits
 
         everything = ZOO.parent / "images"
         workspace.mkdir(parents=True, exist_ok=True)

@@ -162,8 +162,8 @@ def networks_of(folder: Path, seed: int) -> Path:
 def _train(
     folder: Path, seed: int, data: Path | None, *, quick: bool, pretrained: bool, networks: bool, jobs: str | None
 ) -> None:
-    sys.path.insert(0, str(PROJECT / "scripts"))
-    from demo import FEW_IMAGES, count_images, write_digits
+    sys.path.insert(0, str(PROJECT))
+    from utils.operations.demo import FEW_IMAGES, count_images, write_digits
 
     is_digits = data is None
     if data is None:
@@ -197,7 +197,7 @@ def _train(
 
 def _training_options(images: int, is_digits: bool, quick: bool, pretrained: bool) -> list[str]:
     """Options of `main.py`, which follow its name."""
-    from demo import LITE_NUMBERS, epochs_for, pretrained_options
+    from utils.operations.demo import LITE_NUMBERS, epochs_for, pretrained_options
 
     folds = ["--folds", "2" if quick else "3"]
     if pretrained:

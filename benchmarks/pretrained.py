@@ -35,8 +35,8 @@ from prepare import PROJECT
 from reporting import clean_environment, mean_with_interval, report, row
 from stacking import peer_weights
 
-sys.path.insert(0, str(PROJECT / "scripts"))
-import demo
+sys.path.insert(0, str(PROJECT))
+from utils.operations import demo
 
 CONFIG = PROJECT / demo.PHOTOGRAPHS
 SPLITS = 5

@@ -111,8 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _set_up() -> None:
     """The project on the path, its networks small, one thread."""
-    sys.path[:0] = [str(PROJECT), str(PROJECT / "scripts")]
-    from demo import write_digits
+    sys.path.insert(0, str(PROJECT))
+    from utils.operations.demo import write_digits
 
     os.environ |= {
         "DBT_MODEL_SIZE": "tiny",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.util
 import json
 import re
@@ -49,6 +51,19 @@ def test_every_program_of_the_folder_has_the_one_form(bench):
     assert set(bench.programs()) == {path.stem for path in FOLDER.glob("*.py")} - helpers
     for name in bench.programs():
         assert '"--quick"' in (FOLDER / f"{name}.py").read_text(encoding="utf-8"), name
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_every_import_of_a_benchmark_names_what_there_is(path):
+    """Also of those inside its functions, which only a run of many minutes would meet."""
+    imports = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)]
+    modules = [node for node in imports if node.module.partition(".")[0] in ("utils", "tests", "demo")]
+    modules += [node for node in imports if (FOLDER / f"{node.module}.py").is_file()]
+    for node in modules:
+        found = importlib.import_module(node.module)
+        for alias in node.names:
+            if not hasattr(found, alias.name):
+                importlib.import_module(f"{node.module}.{alias.name}")
 
 
 REPORT = {

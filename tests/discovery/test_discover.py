@@ -16,7 +16,7 @@ from one_member import NAME, change, change_oof, codes, config, config_path, wor
 from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.discovery import discover
-from utils.predictions import catalog, extraction, inspection, member_selection
+from utils.predictions import catalog, extraction, member_selection, verification
 from utils.predictions.store import Store
 
 __all__ = ["config", "workspace"]
@@ -227,7 +227,7 @@ def test_folds_of_a_declared_network_are_listed_with_it(workspace, config):
 
 def test_derived_members_are_run_where_the_configuration_names_them(workspace, config, monkeypatch):
     ran = []
-    monkeypatch.setattr(inspection, "verify", lambda inspector, member, *, force: ran.append(member.name))
+    monkeypatch.setattr(verification, "verify", lambda inspector, member, *, force: ran.append(member.name))
     discover.discover(config, workspace, verify=True)
     assert ran == [NAME]
     included = load_config(config_path(), overrides=[f"backbones.include=[{NAME}_snapshot1]", "device=cpu"])

@@ -1,6 +1,6 @@
 """Discovery: scan a workspace for trained members, compare their files and write the catalog.
 
-The scan reads files and runs no network; with `verify`, `utils.predictions.inspection` runs them.
+The scan reads files and runs no network; with `verify`, `utils.predictions.verification` runs them.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from utils.predictions import (
     member_selection,
     streaming,
     training_data,
+    verification,
     view_members,
 )
 from utils.predictions.catalog import IMPORTED, Catalog, Member, Problem
@@ -195,9 +196,9 @@ def _run_networks(inspector: Inspector, members: Mapping[str, Member], *, force:
     for member in members.values():
         if not _is_verified(inspector.config, member):
             continue
-        inspection.verify(inspector, member, force=force)
+        verification.verify(inspector, member, force=force)
         if catalog.is_declared(inspector.workspace, member):
-            inspection.verify_training_data(inspector, member, force=force)
+            verification.verify_training_data(inspector, member, force=force)
         preprocessing_checks.compare(inspector, member, force=force)
 
 

@@ -1,7 +1,7 @@
-"""Verification of members by running them: recorded accuracy, order of the classes, origin of out-of-fold predictions.
+"""What the stored results of running a member show: recorded accuracy, order of the classes, origin of predictions.
 
-Results are stored under digests of weights, images and predictions, so that later scans, which run no network, can use
-them. A result holds for these digests only: other weights or files have others.
+`verification` runs the members. Results are stored under digests of weights, images and predictions, so that later
+scans, which run no network, can use them. A result holds for these digests only: other weights or files have others.
 """
 
 from __future__ import annotations
@@ -19,16 +19,12 @@ from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.predictions import (
     catalog,
-    fold_heads,
     out_of_fold,
-    output_writing,
-    streaming,
     training_data,
     training_evidence,
 )
 from utils.predictions.catalog import Catalog, Member, Problem
 from utils.predictions.image_splits import ImageSplit
-from utils.predictions.out_of_fold import OutOfFoldPredictions
 from utils.predictions.row_groups import count_groups, row_groups_of
 from utils.predictions.store import Store
 from utils.predictions.training_evidence import Scores
@@ -36,15 +32,11 @@ from utils.predictions.training_evidence import Scores
 logger = logging.getLogger("disease_pipeline")
 
 VERSION = 1  # raised whenever the same files would be judged differently
-SAMPLE = 500  # train rows per member on which out-of-fold predictions are checked
 TOLERATED = 0.005  # half a point between recorded and measured accuracy
 TOLERATED_ROWS = 1.5  # and always one row, which another decoder or processor may change
 SWAPPED = 0.3  # gain of accuracy by another order of the classes from which on the order is reported as wrong
 MOST_MATCHED = 2_000  # classes; the assignment of 2,000 takes seconds and 32 MB
 FEWEST_ROWS = 20  # on fewer rows some order of the classes fits by chance
-AUTOCAST_EQUAL = 0.02  # on CUDA networks run in bfloat16, with a precision of eight bits
-REFOLDED = 0.02  # a fold network that is run again may differ by this fraction of a row's largest logit
-AUTOCAST_REFOLDED = 0.1
 MEASURED_CODES = ("accuracy_differs", "class_order_measured", "does_not_run", "oof_suspected")
 REFUSING = ("oof_in_sample", "oof_fold_disagrees")
 NOT_USED = "It is used without them"
@@ -101,50 +93,6 @@ def measured_key(member: Member, split_digest: str, classes: tuple[str, ...]) ->
     return digest_of(["measured", VERSION, member.digest, split_digest, list(classes)])
 
 
-def verify(inspector: Inspector, member: Member, *, force: bool = False) -> None:
-    """Run a member on all val images and on a sample of its out-of-fold rows, and store the results.
-
-    Stored results are not computed again unless `force` is set or a network failed to run; folds that failed with
-    another BASE-BACK are tried again.
-    """
-    digests = inspector.digests
-    measured_key, leakage_key = inspector.measured_key(member), inspector.leakage_key(member)
-    measured, compared = digests.facts(measured_key), digests.facts(leakage_key)
-    is_measured = measured is not None and "error" not in measured and not force
-    is_compared = compared is not None and compared == inspector.leakage_check(member) and not force
-    if is_measured and (member.oof is None or is_compared):
-        return
-    val, train = inspector.splits["val"], inspector.splits["train"]
-    try:
-        if member.oof is None or is_compared:
-            outputs = _outputs(inspector, member, {"val": None}, anew=force)
-            digests.keep(measured_key, measure(outputs["val"].logits, val.labels))
-            return
-        path, remedy = inspector.workspace.base / member.oof["path"], catalog.kfold_remedy(inspector.workspace, member)
-        predictions = out_of_fold.read(path, member.name, train, inspector.classes, remedy=remedy)
-        sample = _sample(inspector.config.seed, predictions)
-        rows = {"val": None, "train": _rows_of(train, predictions, sample)}
-        outputs = _outputs(inspector, member, rows, anew=force)
-        digests.keep(measured_key, measure(outputs["val"].logits, val.labels))
-        digests.keep(leakage_key, _compare(inspector, member, predictions, sample, outputs["train"]))
-    except UserError as error:
-        code = "surplus_logits" if isinstance(error, streaming.ExtraOutputsError) else "does_not_run"
-        digests.keep(measured_key, {"error": str(error), "code": code, "base_back": inspector.base_back})
-
-
-def verify_training_data(inspector: Inspector, member: Member, *, force: bool = False) -> None:
-    """Run a member on the test images too, and store the result, where it is stated not to have seen them.
-
-    Only `training_problems` reads the result. Nothing is run for a member that does not run on val.
-    """
-    key, facts = inspector.measured_key(member, "test"), inspector.measured(member) or {}
-    if "test" not in training_data.unseen_splits(member) or "n" not in facts:
-        return
-    if force or inspector.digests.facts(key) is None:
-        outputs = _outputs(inspector, member, {"test": None}, anew=force)
-        inspector.digests.keep(key, measure(outputs["test"].logits, inspector.splits["test"].labels))
-
-
 def training_problems(inspector: Inspector, member: Member) -> list[Problem]:
     """Contradictions between the stored results of running a member and the statement on its training data."""
     unseen = {}
@@ -158,12 +106,6 @@ def training_problems(inspector: Inspector, member: Member) -> list[Problem]:
     if oof is not None:
         out_of_fold = Scores(oof["rows"], round(oof["accuracy"] * oof["rows"]), units=inspector.units("train"))
     return training_evidence.problems(member.name, unseen, out_of_fold)
-
-
-def _sample(seed: int, predictions: OutOfFoldPredictions) -> np.ndarray:
-    """Indices of a seeded sample of the out-of-fold rows, sorted."""
-    rows = np.random.default_rng(seed).permutation(len(predictions.labels))
-    return np.sort(rows[:SAMPLE])
 
 
 def measure(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
@@ -284,146 +226,6 @@ def leakage_problems(workspace: Workspace, member: Member, facts: Mapping[str, A
         remedy = "Its fold was not checked; see the message"
         problems.append(Problem("fold_unreadable", "info", member.name, message, remedy))
     return problems
-
-
-def _compare(
-    inspector: Inspector, member: Member, predictions: OutOfFoldPredictions, sample: np.ndarray, outputs: _Outputs
-) -> dict[str, Any]:
-    """Compare out-of-fold predictions with the full network's `outputs` on the sample, and with their fold networks'.
-
-    `{equal, told, refolded: {fold: [differing, rows]}, unreadable: [message], base_back}`, where `told` is the number
-    of rows that can be compared. Fold networks without a checkpoint are skipped; heads that share the full network's
-    trunk need no pass.
-    """
-    on_cuda = inspector.device != "cpu"
-    kind, stored = predictions.kind, predictions.logits
-    tolerance = AUTOCAST_EQUAL if on_cuda else out_of_fold.EQUAL
-    equal, comparable = out_of_fold.count_equal_rows(kind, stored[sample], outputs.logits, tolerance=tolerance)
-    refolded: dict[str, list[int]] = {}
-    unreadable = []
-    stages = {entry["stage"] for entry in member.checkpoints}
-    for fold in np.unique(predictions.fold[sample]).tolist():
-        stage, in_fold = f"fold{fold}", predictions.fold[sample] == fold
-        if stage not in stages:
-            continue
-        rows = sample[in_fold]
-        try:
-            logits = _by_head(inspector, member, stage, outputs.take(in_fold))
-            if logits is None:
-                in_train = _rows_of(inspector.splits["train"], predictions, rows)
-                logits = _outputs(inspector, member, {"train": in_train}, stage)["train"].logits
-        except UserError as error:
-            unreadable.append(str(error))
-            continue
-        tolerance = AUTOCAST_REFOLDED if on_cuda else REFOLDED
-        same, compared = out_of_fold.count_equal_rows(kind, stored[rows], logits, tolerance=tolerance)
-        refolded[stage] = [compared - same, compared]
-    facts = {"equal": equal, "told": comparable, "refolded": refolded, "unreadable": unreadable}
-    return facts | {"base_back": inspector.base_back}
-
-
-def _rows_of(train: ImageSplit, predictions: OutOfFoldPredictions, rows: np.ndarray) -> np.ndarray:
-    """The rows of train that some out-of-fold rows are, in their order."""
-    row_of = {sample_id: row for row, sample_id in enumerate(train.sample_ids)}
-    return np.array([row_of[sample_id] for sample_id in predictions.sample_ids[rows].tolist()])
-
-
-@dataclass(frozen=True)
-class _Outputs:
-    """What a network gives for the rows of a split."""
-
-    logits: np.ndarray
-    """float32 (N, C), columns in the workspace's class order"""
-    embeddings: np.ndarray | None
-    """float32 (N, D); None except for a network whose fold networks share its trunk"""
-
-    def take(self, rows: np.ndarray) -> _Outputs:
-        """Some of the rows, by a mask (N,) or by their numbers."""
-        return _Outputs(self.logits[rows], None if self.embeddings is None else self.embeddings[rows])
-
-
-def _by_head(inspector: Inspector, member: Member, stage: str, outputs: _Outputs) -> np.ndarray | None:
-    """Logits (N, C) of a fold head on the full network's embeddings; None where these do not give its logits."""
-    if outputs.embeddings is None or (heads := fold_heads.read(inspector.workspace, member, (stage,))) is None:
-        return None
-    full, (head,) = heads
-    columns = [member.classes.index(name) for name in inspector.classes]
-    if not fold_heads.explains(full, outputs.logits, outputs.embeddings, columns):
-        return None
-    return head.logits(outputs.embeddings)[:, columns]
-
-
-def _outputs(
-    inspector: Inspector,
-    member: Member,
-    rows: Mapping[str, np.ndarray | None],
-    stage: str | None = None,
-    *,
-    anew: bool = False,
-) -> dict[str, _Outputs]:
-    """{split: outputs} of a member, or of another of its stages, for rows of each split; None stands for all.
-
-    What the member gives for all rows of a split is kept in the prediction store. What is there is read, unless `anew`
-    is set.
-    """
-    store = inspector.store
-    outputs: dict[str, _Outputs] = {}
-    runs: dict[str, ImageSplit] = {}
-    whole = []
-    for split, of_split in rows.items():
-        images = inspector.splits[split]
-        if stage is not None or (of_split is not None and len(of_split) < len(images.paths)):
-            runs[split] = images if of_split is None else images.take(of_split)
-            continue
-        whole.append(split)
-        if anew or not store.is_stored(member, split):
-            runs[split] = images
-        else:
-            outputs[split] = _stored_outputs(store, member, split)
-    if runs:
-        outputs |= _run(inspector, member, runs, stage, [runs[split] for split in whole if split in runs])
-    for split in whole:
-        of_split = rows[split]
-        if of_split is not None:
-            outputs[split] = outputs[split].take(of_split)
-    return outputs
-
-
-def _stored_outputs(store: Store, member: Member, split: str) -> _Outputs:
-    rows = store.rows(member, split, embeddings=member.trunk is not None)
-    return _Outputs(rows.logits, rows.embeddings)
-
-
-def _run(
-    inspector: Inspector,
-    member: Member,
-    images_of: Mapping[str, ImageSplit],
-    stage: str | None,
-    kept: Sequence[ImageSplit],
-) -> dict[str, _Outputs]:
-    """{split: outputs} of one pass over the images; the splits `kept` are written into the prediction store."""
-    batches = streaming.stream(
-        member.network(inspector.workspace, stage),
-        list(images_of.values()),
-        batch_size=inspector.config.dataset.batch_size,
-        device=inspector.device,
-        image_cache=inspector.workspace.image_cache,
-        decoding_threads=inspector.threads,
-        val=inspector.splits["val"],
-    )
-    order = [member.classes.index(name) for name in inspector.classes]
-    logits: dict[str, list[np.ndarray]] = {split: [] for split in images_of}
-    embeddings: dict[str, list[np.ndarray]] = {split: [] for split in images_of}
-    for batch in output_writing.stored(inspector.store, member, kept, batches, device=inspector.device):
-        logits[batch.split].append(batch.logits[:, order])
-        if member.trunk is not None:
-            embeddings[batch.split].append(batch.embeddings)
-    counts = ", ".join(f"{len(images.paths)} of {split}" for split, images in images_of.items())
-    logger.info("verify %s%s: ran on %s", member.name, f" {stage}" if stage else "", counts)
-    return {
-        split: _Outputs(np.concatenate(parts), np.concatenate(embeddings[split]) if embeddings[split] else None)
-        for split, parts in logits.items()
-    }
 
 
 def record_val_measurements(

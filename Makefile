@@ -2,7 +2,7 @@
 
 .SUFFIXES:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-browser test-newest test-all crash fuzz bench lint docs wheel tflite clean-environment
+.PHONY: help setup demo test test-slow test-browser test-newest test-all crash soak fuzz mutate bench lint docs wheel tflite clean-environment
 .NOTPARALLEL: # two test runs at once would share the cores
 
 PYTHON ?= python3
@@ -10,6 +10,8 @@ QUICK ?=
 SMALL ?=
 ARGS ?=
 N ?= 2000
+MINUTES ?= 60
+MUTANTS ?= 200
 SEED ?= 0
 IN_ENVIRONMENT = .venv/bin/python
 FAST_TESTS = -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
@@ -17,7 +19,7 @@ FAST_TESTS = -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 # The folder goes to the shell as a variable, word for word, so that spaces and dollar signs survive.
 export DEMO_DATA := $(value DATA)
 # Otherwise make exports what its command line sets, and runs `$(shell ...)` in it, such as in a folder's name, on the way.
-unexport DATA PYTHON QUICK SMALL ARGS N SEED
+unexport DATA PYTHON QUICK SMALL ARGS N MINUTES MUTANTS SEED
 
 help: ## list the verbs (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -51,11 +53,17 @@ test-newest: ## run the fast tests in .venv-newest, with the newest Python here 
 
 test-all: test test-slow test-browser test-newest ## run fast, slow and browser tests, then test-newest
 
-crash: setup ## kill the pipeline at forty random moments and at every write, and compare how it ends
-	@KILLS=40 STRIDE=1 OMP_NUM_THREADS=1 $(IN_ENVIRONMENT) -m pytest -v -rP -n 2 --dist load -m '' tests/crash $(ARGS)
+crash: setup ## kill commands at over a hundred random moments and at every write, and compare how they end
+	@KILLS=48 STRIDE=1 OMP_NUM_THREADS=1 $(IN_ENVIRONMENT) -m pytest -v -rP -n 2 --dist load -m '' tests/crash $(ARGS)
+
+soak: setup ## random commands, kills and changes on one workspace, for an hour or MINUTES
+	@$(IN_ENVIRONMENT) tests/soak/run.py --minutes $(MINUTES) --seed $(SEED)
 
 fuzz: setup ## feed hostile files to every reader; N=100000 for more of them
 	@$(IN_ENVIRONMENT) tests/fuzz/run.py $(N) $(SEED)
+
+mutate: setup ## patch 200 (MUTANTS) small defects into a copy and count those that no test notices
+	@$(IN_ENVIRONMENT) tests/mutants/run.py --count $(MUTANTS) --seed $(SEED)
 
 bench: setup ## run all benchmarks (two hours and more) and print one table of goals
 	@$(IN_ENVIRONMENT) benchmarks/all.py $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import shlex
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from utils.commands import COMMANDS, COMMON_OPTIONS, PIPELINE_STAGES, REMEMBERED_OPTIONS, REPEATED_OPTIONS
-from utils.core import display_text, errors, program_names, subprocesses, terminal
+from utils.core import display_text, errors, program_names, stop_signals, subprocesses, terminal
 
 if TYPE_CHECKING:
     from utils.core.config import Config
@@ -177,14 +176,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     name = options.pop("command")
     common = {option: options.pop(_attribute(option)) for option in COMMON_OPTIONS if option != "--force"}
-    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        result = _prepared_call(name, common, options)
-        _show(name, result, common)
+        with stop_signals.raised():
+            result = _prepared_call(name, common, options)
+            _show(name, result, common)
     except (Exception, KeyboardInterrupt) as error:
         return _report(error)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
     return PARTIAL if result.failures else 0
 
 
@@ -309,10 +306,6 @@ def _report(error: BaseException) -> int:
 def _log_file() -> str:
     files = [handler.baseFilename for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
     return files[0] if files else "no log file (--verbose shows it)"
-
-
-def _terminate(*_: object) -> None:
-    raise SystemExit(143)
 
 
 if __name__ == "__main__":

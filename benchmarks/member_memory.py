@@ -10,9 +10,7 @@ the highest resident size of a command in a process of its own. The last line is
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,7 +21,8 @@ import numpy as np
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
-from reporting import clean_environment, report, row  # noqa: E402
+from large_inputs import cost_of, write_predictions  # noqa: E402
+from reporting import report, row  # noqa: E402
 from utils.operations import debug_sandbox  # noqa: E402
 
 CLASSES = 10
@@ -87,7 +86,7 @@ def combining(folder: Path, combiner: str, line: Sequence[str], most: int, rows_
     peaks = {}
     for count in (5, most):
         given, place = folder / f"given{count}", folder / f"{combiner}{count}"
-        _predictions(given, count, rows_each)
+        write_predictions(given, count, CLASSES, {"oof": rows_each // 2, "val": rows_each // 2})
         place.mkdir()
         _run(place, "import-predictions", "--from", str(given), "--quiet")
         peaks[count] = _run(place, *line, *OFF)
@@ -108,35 +107,12 @@ def _images(folder: Path, rng: np.random.Generator) -> None:
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number:03d}.png")
 
 
-def _predictions(folder: Path, members: int, rows_each: int) -> None:
-    """Predictions that are right on most rows; half of them out of fold on train, half held out on val."""
-    if folder.exists():
-        return
-    classes = np.array([f"c{number}" for number in range(CLASSES)])
-    for stem, count in (("oof", rows_each // 2), ("val", rows_each // 2)):
-        labels = np.arange(count) % CLASSES
-        ids = np.array([f"{classes[label]}/{stem}{row:06d}" for row, label in enumerate(labels)])
-        fold = {"fold": np.arange(count) // CLASSES % 5} if stem == "oof" else {}
-        for member in range(members):
-            rng = np.random.default_rng([member, len(stem), count])
-            logits = (rng.normal(size=(count, CLASSES)) + 2 * np.eye(CLASSES)[labels]).astype(np.float32)
-            place = folder / f"m{member:02d}"
-            place.mkdir(parents=True, exist_ok=True)
-            np.savez(place / f"{stem}.npz", logits=logits, labels=labels, sample_ids=ids, classes=classes, **fold)
-
-
 def _run(workspace: Path, *line: str) -> float:
     """Run one command; its highest resident size in MB (10^6 bytes)."""
-    command = [sys.executable, str(PROJECT / "ensemble_orchestrator.py"), *line, "--workspace", str(workspace)]
-    environment = clean_environment()
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode not in (0, 4):
-            said.seek(0)
-            raise RuntimeError(f"{' '.join(line)} ended with {process.returncode}: {said.read()[-2000:]}")
-    return usage.ru_maxrss * 1024 / 1e6
+    cost = cost_of(workspace, *line)
+    if cost.code not in (0, 4):
+        raise RuntimeError(f"{' '.join(line)} ended with {cost.code}: {cost.said}")
+    return cost.megabytes
 
 
 if __name__ == "__main__":

@@ -213,3 +213,27 @@ def test_additions_never_lower_the_score_of_held_out_folds(pool, metric):
         assert after > before if found.added else found is start
         kept.append(found.added)
     assert not all(kept)  # fitted to the sample, they were turned down
+
+
+def test_of_many_rows_a_sample_chooses_the_strength_and_all_fit_the_weights(monkeypatch):
+    rng = np.random.default_rng(5)
+    labels, folds = np.arange(600) % 3, np.arange(600) // 3 % 5
+    logits = rng.normal(size=(4, 600, 3))
+    logits[:, np.arange(600), labels] += np.array([0.2, 0.8, 1.4, 2.0])[:, None]
+    scores = log_softmax(logits)
+    fitted_on = []
+    path = pooling._path
+    monkeypatch.setattr(pooling, "_path", lambda pool, loss: (fitted_on.append(loss), path(pool, loss))[1])
+    monkeypatch.setattr(pooling, "MAX_TUNING_ROWS", 200)
+    pool = POOLS["linear"]
+    found = pooling.tuned_weights(pool, scores, labels, folds, "log_loss", calibrate=False)
+    assert [loss.p_true.shape[1] for loss in fitted_on] == [160] * 5  # 200 rows, less a fold's
+    assert found.gap <= 1e-8
+    assert found.crossfit.shape == (600, 3)
+    for number, weights in enumerate(found.fold_weights):
+        outside = folds != number
+        loss = pool.loss(pool.parts(scores[:, outside]), labels[outside], "log_loss")
+        best = pools.minimise(loss, strength=found.strength).weights
+        np.testing.assert_allclose(weights, best, atol=1e-2)
+        mixed = np.tensordot(weights, np.exp(scores[:, ~outside]), axes=1)
+        np.testing.assert_allclose(np.exp(found.crossfit[~outside]), mixed, atol=1e-9)

@@ -21,6 +21,9 @@ STRENGTHS = (np.inf, 10.0, 3.0, 1.0, 0.3, 0.1, 0.01, 0.001, 0.0)
 TUNING_TOLERANCE = 1e-6  # of weights that only choose a strength
 PIECEWISE_CONSTANT = ("accuracy", "f1_macro")
 """Metrics that higher is better of, which the log-loss stands for and members are added for."""
+MAX_TUNING_ROWS = 10_000
+"""Rows by which a strength is chosen, and of a bootstrap sample; of more rows a sample, so that only the fits with the
+chosen strength grow with them."""
 BAGS = 5
 VOTES = 20  # what the pool weighs when members of one vote each are added
 ADDITIONS = 10
@@ -73,26 +76,23 @@ def tuned_weights(
     """
     calibrate = calibrate and not pool.scales
     parts = pool.parts(scores)
-    paths = [
-        _path(pool, pool.loss(parts[:, folds != number], labels[folds != number], metric))
-        for number in np.unique(folds)
-    ]
-    tried = [
-        _calibrated(_unseen(pool, parts, folds, of), labels, folds, calibrate=calibrate)
-        for of in zip(*paths, strict=True)
-    ]
-    means = np.array([pooled_losses(crossfit, labels, metric).mean() for _, crossfit in tried])
-    best = int(np.flatnonzero(means <= means.min() * (1 + 1e-9))[0])
-    if metric in PIECEWISE_CONSTANT and _hits_more(tried[0][1], tried[best][1], labels, metric):
-        best = 0
-    fold_weights = tuple(path[best] for path in paths)
-    solution = pools.minimise(
-        pool.loss(parts, labels, metric),
-        strength=STRENGTHS[best],
-        sum_bounds=pool.sums,
-        start=np.mean(fold_weights, axis=0),
-    )
-    return Weighting(pool, solution.weights, *tried[best], fold_weights, STRENGTHS[best], solution.gap)
+    sample = _tuning_rows(labels, folds)
+    paths, tried, best = _tried(pool, parts[:, sample], labels[sample], folds[sample], metric, calibrate=calibrate)
+    strength, fold_weights, held_out = STRENGTHS[best], tuple(path[best] for path in paths), tried[best]
+    mean_weights = np.mean(fold_weights, axis=0)
+    options: dict[str, Any] = {"strength": strength, "sum_bounds": pool.sums, "start": mean_weights}
+    if len(held_out[1]) < len(labels):
+        fold_weights = tuple(
+            pools.minimise(
+                pool.loss(parts[:, folds != number], labels[folds != number], metric),
+                tolerance=TUNING_TOLERANCE,
+                **options,
+            ).weights
+            for number in np.unique(folds)
+        )
+        held_out = _calibrated(_unseen(pool, parts, folds, fold_weights), labels, folds, calibrate=calibrate)
+    solution = pools.minimise(pool.loss(parts, labels, metric), **options)
+    return Weighting(pool, solution.weights, *held_out, fold_weights, strength, solution.gap)
 
 
 def preferred_pool(linear: Weighting, other: Weighting, labels: NDArray[Any], metric: str) -> Weighting:
@@ -164,6 +164,32 @@ def _is_clear(gains: Floats) -> bool:
     return bool(gains.mean() > gains.std(ddof=1) / np.sqrt(len(gains)))
 
 
+def _tuning_rows(labels: NDArray[Any], folds: NDArray[Any]) -> Any:
+    """All rows, or of more than `MAX_TUNING_ROWS` every so many of each fold and class, by their indices."""
+    if len(labels) <= MAX_TUNING_ROWS:
+        return slice(None)
+    return np.sort(np.lexsort((labels, folds))[:: -(-len(labels) // MAX_TUNING_ROWS)])
+
+
+def _tried(
+    pool: Pool, parts: Floats, labels: NDArray[Any], folds: NDArray[Any], metric: str, *, calibrate: bool
+) -> tuple[list[Floats], list[tuple[float, Floats]], int]:
+    """Weights (S, M) of all strengths without each fold, {temperature, held-out log-probabilities} and the best one."""
+    paths = [
+        _path(pool, pool.loss(parts[:, folds != number], labels[folds != number], metric))
+        for number in np.unique(folds)
+    ]
+    tried = [
+        _calibrated(_unseen(pool, parts, folds, of), labels, folds, calibrate=calibrate)
+        for of in zip(*paths, strict=True)
+    ]
+    means = np.array([pooled_losses(crossfit, labels, metric).mean() for _, crossfit in tried])
+    best = int(np.flatnonzero(means <= means.min() * (1 + 1e-9))[0])
+    if metric in PIECEWISE_CONSTANT and _hits_more(tried[0][1], tried[best][1], labels, metric):
+        best = 0
+    return paths, tried, best
+
+
 def _path(pool: Pool, loss: pools.ConvexLoss) -> Floats:
     """Weights (S, M) of all strengths; each starts where the stronger one ended."""
     path: list[Floats] = []
@@ -189,7 +215,7 @@ def _moved(pool: Pool, parts: Floats, labels: NDArray[Any], weights: Floats, met
     random, votes = np.random.default_rng(seed), pool.votes(parts)
     counts = np.zeros(len(weights))
     for _ in range(BAGS):
-        rows = np.sort(random.integers(len(labels), size=len(labels)))
+        rows = np.sort(random.integers(len(labels), size=min(len(labels), MAX_TUNING_ROWS)))
         counts += _additions(pool, parts, votes[:, rows], labels[rows], rows, weights, metric)
     return pools.average_duplicates(counts, pools.first_duplicates([parts])) * (weights.sum() / counts.sum())
 

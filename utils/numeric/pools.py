@@ -26,6 +26,7 @@ SUM_BOUNDS = (0.05, 20.0)
 TOLERANCE = 1e-9
 MAX_STEPS = 200
 BLOCK = 4096  # numbers per member that are processed at a time, so that they stay in the cache
+MIN_BLOCK_ROWS = 16  # of thousands of classes: a step of Python for each row would take longer than its numbers
 VALUE_ROUNDING = 1e-13  # relative to a value: smaller differences are noise, as is 1e-15 of any loss
 RIDGE = 1e-11  # relative to the curvature: no steps along flat directions
 Floats = NDArray[np.float64]
@@ -84,7 +85,7 @@ class LinearBrier:
     def __init__(self, probabilities: NDArray[Any], labels: NDArray[Any]) -> None:
         self.members, rows, classes = probabilities.shape
         self.products = np.zeros((self.members, self.members))
-        length = max(1, BLOCK // classes)
+        length = max(MIN_BLOCK_ROWS, BLOCK // classes)
         for start in range(0, rows, length):
             residuals = probabilities[:, start : start + length].astype(np.float64)
             truth = labels[start : start + length]
@@ -111,7 +112,7 @@ class LogLinearLogLoss:
 
     def __init__(self, scores: NDArray[Any], labels: NDArray[Any]) -> None:
         self.members, self.rows, classes = scores.shape
-        length = max(1, BLOCK // classes)
+        length = max(MIN_BLOCK_ROWS, BLOCK // classes)
         self.blocks = [
             _margins(scores[:, start : start + length], labels[start : start + length])
             for start in range(0, self.rows, length)

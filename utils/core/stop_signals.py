@@ -1,0 +1,49 @@
+"""SIGTERM as an exception of the running command, and signals whose exception was lost, sent again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code of a command that SIGTERM has ended."""
+PAUSE = 0.05  # seconds until the callback that ignored the exception has returned
+SIGNALS: dict[type[BaseException], int] = {SystemExit: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}
+
+
+@contextmanager
+def raised() -> Iterator[None]:
+    """Raise SystemExit(143) in the main thread at SIGTERM, which ends whatever it is doing and lets it clean up.
+
+    Python ignores exceptions in callbacks of weak references and in `__del__`. A signal that arrives there, SIGINT
+    too, would have no effect; it is sent again.
+    """
+    previous, hook = signal.signal(signal.SIGTERM, _terminate), sys.unraisablehook
+
+    def send_again(ignored: UnraisableHookArgs) -> None:
+        sent = SIGNALS.get(ignored.exc_type)
+        if sent is None:
+            hook(ignored)
+            return
+        timer = threading.Timer(PAUSE, os.kill, (os.getpid(), sent))
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = send_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise SystemExit(TERMINATED)

@@ -43,7 +43,7 @@ test: setup ## run the fast tests
 test-slow: setup ## run the slow tests
 	@$(IN_ENVIRONMENT) -m pytest -q -m slow $(ARGS)
 
-test-browser: setup ## open the report in Chromium, which is installed first where apt may do so
+test-browser: setup ## open the report in Chromium, which is installed first where apt or npm can do so
 	@scripts/chromium.sh
 	@$(IN_ENVIRONMENT) -m pytest -q -rs -m browser $(ARGS)
 
@@ -87,5 +87,5 @@ wheel: setup ## build the installable package into dist/
 tflite: ## make .venv-tflite with the converter and the interpreters of TFLite files, which export finds
 	@$(PYTHON) scripts/environment.py --environment .venv-tflite --requirements scripts/requirements-tflite.txt
 
-clean-environment: ## remove .venv, .venv-newest and .venv-tflite
-	rm -rf .venv .venv-newest .venv-tflite
+clean-environment: ## remove .venv, .venv-newest, .venv-tflite and .chromium
+	rm -rf .venv .venv-newest .venv-tflite .chromium

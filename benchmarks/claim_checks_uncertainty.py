@@ -89,7 +89,7 @@ def check_calibration(workspace: SimulatedWorkspace, random: np.random.Generator
 
 
 def check_familiarity(workspace: SimulatedWorkspace, random: np.random.Generator) -> Simulation:
-    """Fraction of rows beyond the 95 % quantile of an OOD score; warnings about training data; labels in doubt."""
+    """Fraction of rows beyond the 95% quantile of an OOD score; warnings about training data; labels in doubt."""
     from utils.evaluation.evaluation_results import _scores
     from utils.numeric import uncertainty
     from utils.numeric.label_issues import find_label_issues
@@ -152,7 +152,7 @@ CHECKS = {
         check_conformal,
     ),
     "selective": Check(
-        {"selective": Claim("true error above the threshold exceeds the target of 5 %", "error")}, check_selective
+        {"selective": Claim("true error above the threshold exceeds the target of 5%", "error")}, check_selective
     ),
     "calibration": Check(
         {

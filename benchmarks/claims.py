@@ -153,10 +153,10 @@ def limits(claim: Claim) -> tuple[float, float]:
 
 def goal(claim: Claim) -> tuple[str, str]:
     """Nominal figure and goal, as text."""
-    nominal = f"{claim.nominal:g} %" if claim.nominal is not None else ""
+    nominal = f"{claim.nominal:g}%" if claim.nominal is not None else ""
     return {
-        "interval": ("95 %", f"{COVERAGE[0]:g} to {COVERAGE[1]:g}"),
-        "error": (nominal or "5 %", f"at most {ERRORS:g}"),
+        "interval": ("95%", f"{COVERAGE[0]:g} to {COVERAGE[1]:g}"),
+        "error": (nominal or "5%", f"at most {ERRORS:g}"),
         "at_least": (nominal, f"at least {claim.nominal}"),
         "at_most": (nominal, f"at most {(claim.nominal or 0) + 1:g}"),
         "bias": ("0", f"-{BIAS} to {BIAS}"),
@@ -196,7 +196,7 @@ def rows(claims: Mapping[str, Claim], figures: Mapping[str, Mapping[str, Figure]
         nominal, wanted = goal(claim)
         for letter, found in figures[key].items():
             peer = "" if not nominal else f"nominal {nominal}"
-            peer += f"{', ' if peer else ''}no answer in {found.abstained:.1f} %" if found.abstained else ""
+            peer += f"{', ' if peer else ''}no answer in {found.abstained:.1f}%" if found.abstained else ""
             unit = "standard deviations" if claim.kind.endswith("bias") else "%"
             verdict = holds(claim, found, WORKSPACES[letter])
             entries.append(row(f"{claim.title} [{letter}]", found.actual, unit, wanted or None, verdict, peer or None))

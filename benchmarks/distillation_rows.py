@@ -79,7 +79,7 @@ def score_rows(name: str, folds: Sequence[Trained]) -> list[dict]:
 def _gain_row(what: str, gain: np.ndarray, unit: str, goal: str | None) -> dict:
     bounds = interval(gain.tolist())
     assert bounds is not None
-    text = f"95 % interval {bounds[0]:.4f} to {bounds[1]:.4f}"
+    text = f"95% interval {bounds[0]:.4f} to {bounds[1]:.4f}"
     return row(what, float(gain.mean()), unit, goal, bool(bounds[0] > 0) if goal else None, text)
 
 
@@ -89,7 +89,7 @@ def _kept_row(what: str, gain: np.ndarray, teacher_gain: np.ndarray) -> dict:
     if bounds is None or teacher_gain.mean() <= 0:
         return row(what, None, "", goal, None, "the interval of the teacher's gain contains 0")
     fraction = float(gain.mean() / teacher_gain.mean())
-    text = f"95 % interval {bounds[0]:.2f} to {bounds[1]:.2f} (Fieller)"
+    text = f"95% interval {bounds[0]:.2f} to {bounds[1]:.2f} (Fieller)"
     return row(what, fraction, "", goal, fraction >= KEPT_GOAL, text)
 
 

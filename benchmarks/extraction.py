@@ -128,7 +128,7 @@ def tiny_rows(folder: Path, names: Sequence[str], data: Path | None) -> list[dic
             "build-ensemble again, from the cache",
             second["seconds"],
             f"s, {said}",
-            f"at most {allowed:.2f} (1 s + 3 % of the first)",
+            f"at most {allowed:.2f} (1 s + 3% of the first)",
             holds,
             f"first {first['seconds']:.1f} s",
         ),

@@ -96,7 +96,7 @@ def head_rows(name: str, width: int, hidden: tuple[int, ...], *, rows: int, epoc
     outside = 100 * (1 - seconds["bare"] / own)
     scores = {way: score(module) for way, module in modules.items()}
     what = f"{name} head, {width} -> {' -> '.join(map(str, hidden))} -> {CLASSES}, {rows:,} rows, {epochs} epochs"
-    beside = f"{other:.2f} s; correct {100 * scores['ours']:.1f} % and {100 * scores['loader']:.1f} %"
+    beside = f"{other:.2f} s; correct {100 * scores['ours']:.1f}% and {100 * scores['loader']:.1f}%"
     return [
         row(
             f"{what}: outside forward, backward and step",

@@ -35,7 +35,7 @@ BACKBONES = (
 POINTS = ((3, 1000), (6, 1000), (12, 1000), (6, 500), (6, 1797))
 QUICK_POINTS = ((1, 240), (2, 240), (2, 120))
 FORMATS = "exports.formats=[state_dict,checkpoint,torchscript,onnx]"
-ALLOWED = "at most 1 + 3 % of the first, no torch"
+ALLOWED = "at most 1 + 3% of the first, no torch"
 LEFT_OUT = 4  # finished without some requested part
 
 

@@ -54,7 +54,7 @@ def clean_environment() -> dict[str, str]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95 % interval of the mean of a few values by Student's t; None for one value."""
+    """95% interval of the mean of a few values by Student's t; None for one value."""
     if len(values) < 2:
         return None
     half = _quantile(len(values)) * float(np.std(values, ddof=1)) / len(values) ** 0.5
@@ -68,7 +68,7 @@ def mean_with_interval(values: Sequence[float], form: str) -> str:
 
 
 def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float] | None:
-    """95 % interval of the ratio of two means of paired values, by Fieller's theorem (1954).
+    """95% interval of the ratio of two means of paired values, by Fieller's theorem (1954).
 
     It holds the ratios r for which the mean of `parts` - r `wholes` may be 0. None for one value, and where the mean
     of `wholes` may be 0 itself, so that any ratio goes with them.

@@ -119,7 +119,7 @@ WORKSPACES = {
     "A": SimulatedWorkspace("60 rows, 2 classes", 60, 2, 1.6),
     "B": SimulatedWorkspace("60 rows, 8 classes", 60, 8, 2.6),
     "C": SimulatedWorkspace("200 rows, 6 classes, 2 of them rare", 200, 6, 2.6, rare=2),
-    "D": SimulatedWorkspace("360 rows, 10 classes, 99 % accuracy", 360, 10, 4.7),
+    "D": SimulatedWorkspace("360 rows, 10 classes, 99% accuracy", 360, 10, 4.7),
     "E": SimulatedWorkspace("400 rows in 40 groups, 3 classes", 400, 3, 2.0, group=10),
     "F": SimulatedWorkspace("96 rows in 6 groups, 2 classes", 96, 2, 1.6, group=16),
     "G": SimulatedWorkspace("600 rows, 20 classes, label smoothing 0.1", 600, 20, 3.0, smoothing=0.1),

@@ -1,10 +1,11 @@
-"""How long a newcomer waits: `--help`, `make demo` small and whole, `make test`, each after installation.
+"""How long a newcomer waits: `--help`, the answer to a typing mistake, both demos, `make test`, after installation.
 
     python benchmarks/verbs.py            all of them, one after the other: about half an hour
-    python benchmarks/verbs.py --quick    `--help` alone
+    python benchmarks/verbs.py --quick    `--help` and typing mistakes alone
 
 Demos and tests run in fresh clones of what is committed here, on the environment that is installed (`.venv`); the
-clones are removed. `--help` takes turns with an interpreter that does nothing. The last line of the output is one JSON
+clones are removed. `--help` takes turns with an interpreter that does nothing. The typing mistakes are those of
+`tests/support/typing_mistakes.py` that need no built workspace. The last line of the output is one JSON
 object.
 """
 
@@ -24,8 +25,13 @@ from typing import Any
 from reporting import clean_environment, report, row
 
 PROJECT = Path(__file__).resolve().parents[1]
-HELP_SECONDS = 0.3
+sys.path.insert(0, str(PROJECT / "tests" / "support"))
+from typing_mistakes import MISTAKES  # noqa: E402
+
+HELP_SECONDS, MISTAKE_SECONDS = 0.3, 0.5
 TURNS = 11
+MISTAKE_TURNS = 3  # of each mistake
+WRONG_USAGE = 2  # exit code of a command that cannot be understood
 LEFT_OUT = 4  # a demo that finished without some requested part
 KEPT_LINES = 5
 OF_MAKE = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "QUICK", "DATA", "DEMO_DATA", "ARGS")
@@ -56,10 +62,10 @@ VERBS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all rows; returns 0, also where a goal is missed."""
-    parser = argparse.ArgumentParser(prog="verbs.py", description="Seconds of --help, make demo and make test.")
-    parser.add_argument("--quick", action="store_true", help="--help alone")
+    parser = argparse.ArgumentParser(prog="verbs.py", description="Seconds of --help, mistakes, demos, tests.")
+    parser.add_argument("--quick", action="store_true", help="--help and typing mistakes alone")
     options = parser.parse_args(argv)
-    rows = [help_row()]
+    rows = [help_row(), mistakes_row()]
     for verb in VERBS:
         rows.append(not_measured(verb) if options.quick else measured(verb))
     report("verbs", rows, quick=options.quick, packages=("torch", "numpy", "pytest"))
@@ -77,11 +83,29 @@ def help_row() -> dict[str, Any]:
     return row("--help", median, "s", f"under {HELP_SECONDS}", median < HELP_SECONDS, spread)
 
 
-def seconds_of(command: Sequence[str]) -> float:
-    """Wall time of a command in the project's folder. Raises CalledProcessError where it fails."""
+def mistakes_row() -> dict[str, Any]:
+    """Median seconds until the slowest of the typing mistakes is answered, in an empty workspace."""
+    mistakes = [mistake for mistake in MISTAKES if mistake.code == WRONG_USAGE and "{" not in mistake.typed]
+    medians = {}
+    with tempfile.TemporaryDirectory(prefix="mistakes-") as folder:
+        for mistake in mistakes:
+            command = [sys.executable, "ensemble_orchestrator.py", *mistake.typed.split(), "--workspace", folder]
+            turns = [seconds_of(command, code=WRONG_USAGE) for _ in range(MISTAKE_TURNS)]
+            medians[mistake.typed] = statistics.median(turns)
+    slowest = max(medians, key=lambda typed: medians[typed])
+    beside = f"{slowest}; median of all {statistics.median(medians.values()):.2f} s"
+    seconds, goal = medians[slowest], f"under {MISTAKE_SECONDS}"
+    return row(f"slowest of {len(mistakes)} typing mistakes", seconds, "s", goal, seconds < MISTAKE_SECONDS, beside)
+
+
+def seconds_of(command: Sequence[str], *, code: int = 0) -> float:
+    """Wall time of a command in the project's folder. Raises RuntimeError where it ends with another exit code."""
     start = time.perf_counter()
-    subprocess.run(command, cwd=PROJECT, stdout=subprocess.DEVNULL, check=True)
-    return time.perf_counter() - start
+    done = subprocess.run(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode != code:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr}")
+    return seconds
 
 
 def measured(verb: Verb) -> dict[str, Any]:

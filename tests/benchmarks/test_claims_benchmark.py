@@ -129,7 +129,7 @@ def test_each_kind_has_its_goal(kind, nominal, values, expected):
 
 
 def test_few_answers_are_given_the_error_of_their_number():
-    values = [1.0] * 9 + [0.0] * 91  # 9 % wrong, 2.9 % of error
+    values = [1.0] * 9 + [0.0] * 91  # 9% wrong, 2.9% of error
     assert verdict_on(constant_check("error", values), simulations=100)[1] is True
     assert verdict_on(constant_check("error", values * 10), simulations=1000)[1] is False
 
@@ -146,11 +146,11 @@ def test_the_table_marks_what_is_missed_and_where_nothing_was_said():
     }
     lines = claims.table({"accuracy": claim}, figures)
     assert lines[0] == "| claim | nominal | goal | A | C | G | I |"
-    assert lines[2] == "| accuracy, interval | 95 % | 93 to 98 | 95.2 | **88.0** | **95.0** (12) | **-** (100) |"
+    assert lines[2] == "| accuracy, interval | 95% | 93 to 98 | 95.2 | **88.0** | **95.0** (12) | **-** (100) |"
     assert "C: 200 rows, 6 classes, 2 of them rare" in lines
     entries = claims.rows({"accuracy": claim}, figures)
     assert [entry["holds"] for entry in entries] == [True, False, False, False]
-    assert entries[2]["peer"] == "nominal 95 %, no answer in 12.0 %"
+    assert entries[2]["peer"] == "nominal 95%, no answer in 12.0%"
 
 
 # the product's claims ------------------------------------------------------------------------------------------------

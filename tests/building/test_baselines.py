@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -53,6 +54,17 @@ def test_a_clear_gain_beats_and_a_hair_does_not(measured):
     worse = baselines.compare(found, best + 0.1)
     assert not worse["beats_guards"]
     assert worse["verdict"].startswith("is worse than ")
+
+
+def test_a_loss_that_the_correction_leaves_open_has_both_intervals(measured):
+    found = measured[0]
+    best = min(found.losses.values(), key=lambda losses: losses.mean())
+    noise = np.random.default_rng(0).normal(size=N)
+    spread = 0.3 * (noise - noise.mean()) / noise.std(ddof=1)
+    verdict = baselines.compare(found, best + spread + 2.2 * 0.3 / np.sqrt(N))["verdict"]
+    assert verdict.startswith("cannot be told apart from ")
+    plain, corrected = re.search(r"\[-0.\d+, (.*)\], and corrected for 5 baselines \[-0.\d+, (.*)\]$", verdict).groups()
+    assert float(plain) < 0 < float(corrected)
 
 
 def test_every_gain_stands_with_its_interval(measured):

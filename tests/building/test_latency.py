@@ -10,6 +10,7 @@ import torch
 
 from utils.building import latency
 from utils.building.latency import Timing, measure, stored, timing_of
+from utils.core import other_programs
 from utils.core.artifacts import FileDigests
 from utils.core.config import Config
 from utils.core.errors import UserError
@@ -140,17 +141,37 @@ def test_a_batch_that_memory_is_too_small_for_is_missing_and_the_other_is_kept(s
     assert list(measure(store, [member("a")])["a"].batches) == [1]
 
 
-def test_a_busy_machine_is_told_when_something_is_measured_on_it(store, member, monkeypatch, heard):
-    monkeypatch.setattr(latency.os, "getloadavg", lambda: (7.5, 1, 1))
-    monkeypatch.setattr(latency.os, "cpu_count", lambda: 8)
-    measure(store, [member("a")], batches=[1])
+@pytest.fixture
+def others(monkeypatch):
+    """How many cores other programs use; 2 cores in all."""
+    used = SimpleNamespace(cores=0.1)
+    monkeypatch.setattr(other_programs.OtherPrograms, "cores", lambda self: used.cores)
+    monkeypatch.setattr(other_programs.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    return used
+
+
+def test_latencies_that_others_slowed_down_are_told_and_marked(store, member, others, heard):
+    others.cores = 1.2  # they and our one thread have nearly a core each
+    assert measure(store, [member("a")], batches=[1])["a"].busy is None
     assert "busy" not in heard.text
-    monkeypatch.setattr(latency.os, "cpu_count", lambda: 2)
+    others.cores = 1.94
     measure(store, [member("a")], batches=[1])  # known already
     assert "busy" not in heard.text
-    measure(store, [member("b")], batches=[1])
-    words = "this machine is busy (load 7.5, 2 cores): latencies come out too high, and are stored; remove"
+    assert measure(store, [member("b")], batches=[1])["b"].busy == 1.9
+    words = (
+        "this machine is busy (other programs use 1.9 of 2 cores): latencies come out too high, and are stored; remove"
+    )
     assert f"{words} {store.workspace.latency}" in heard.text
+    others.cores = 0.0
+    record = measure(store, [member("b")])["b"]  # a further batch; the first keeps its mark
+    assert record.busy == stored(store.workspace, [member("b")], "cpu", 1)["b"].busy == 1.9
+
+
+def test_a_system_that_does_not_count_is_taken_to_be_idle(store, member, others, heard):
+    others.cores = None
+    assert measure(store, [member("a")], batches=[1])["a"].busy is None
+    assert "busy" not in heard.text
 
 
 class Clock:

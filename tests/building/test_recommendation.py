@@ -110,6 +110,7 @@ def test_what_val_has_chosen_is_not_recommended_without_out_of_fold_rows_either(
     assert "val rows have chosen it" in alone["note"]
     with_train = recommend([replace(candidate("b", BASE - 0.1), chosen_on_val=True), candidate("a", BASE)])
     assert (with_train["name"], with_train["note"]) == ("a", None)
+    assert with_train["not_compared"] == {"b": "selected on val rows"}
 
 
 def test_soups_students_and_ensembles_over_them_are_chosen_on_val():
@@ -152,6 +153,7 @@ def test_val_only_candidates_must_be_clearly_better():
     chosen = recommend([voting, unclear])
     assert chosen["name"] == "soft_voting_ensemble"
     assert (chosen["evidence"]["rows"], chosen["evidence"]["n"]) == ("oof+val", 200)
+    assert chosen["not_compared"] == {"b": "100 val rows only"}
     drawn = np.random.default_rng(5).normal(0, 1.1, (20, 100))
     many = [
         Candidate(f"b{n}", "ensemble", "fusion", keys, BASE[100:] + 0.2 - gain, np.ones(100, bool))

@@ -27,7 +27,7 @@ def test_what_cannot_be_seen_is_written_out(text, expected):
 
 def test_numbers_and_lists():
     assert (format_number(0.12345), format_number(None), format_number(2, 1)) == ("0.1235", "not measured", "2.0")
-    assert (format_percent(0.1234), format_percent(None)) == ("12.3 %", "not measured")
+    assert (format_percent(0.1234), format_percent(None)) == ("12.3%", "not measured")
     assert (format_interval([0.1, 0.25], 2), format_interval(None)) == ("[0.10, 0.25]", "")
     assert join_names([]) == ""
     assert join_names(["a"]) == "a"

@@ -105,7 +105,7 @@ def test_the_verdict_has_scores_speed_and_the_fraction_that_is_kept():
     assert notes["controls"].startswith("for this network distillation helped in accuracy and log-loss (advantage in ")
     assert "accuracy +0.1000 [" in notes["controls"]
     assert "12 times faster than the teacher, 5.0 points behind" in notes["controls"]
-    assert "67 % of the teacher's gain in accuracy kept" in notes["controls"]
+    assert "67% of the teacher's gain in accuracy kept" in notes["controls"]
     ahead = metrics["controls"]["alone"]["student_ahead"]
     assert ahead["accuracy"]["interval"][0] > 0
     assert ahead["accuracy"]["level"] == 0.975

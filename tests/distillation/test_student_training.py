@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from preprocessings import BASE_32
 
 from utils import base_back
 from utils.core.errors import UserError
+from utils.distillation import student_training
 from utils.distillation.student_training import (
     StudentTrainingResult,
     StudentTrainingSettings,
@@ -97,6 +99,23 @@ def test_interrupted_after_any_epoch_it_ends_with_the_same_weights(sources, tmp_
             run(sources, progress=InterruptedProgress(path, stop), name=name)
         resumed = run(sources, progress=TrainingProgress(path, "key"), name=name)
         assert equal(resumed, expected), f"stopped after epoch {stop}"
+
+
+def test_a_bar_counts_the_batches_that_are_left(sources, tmp_path, monkeypatch):
+    totals, counted = [], []
+
+    @contextmanager
+    def bar(total, what, *, unit):
+        totals.append((total, what, unit))
+        yield counted.append
+
+    monkeypatch.setattr(student_training, "progress_bar", bar)
+    with pytest.raises(Interrupted):
+        run(sources, progress=InterruptedProgress(tmp_path / "progress.pth", 1))
+    assert (totals, sum(counted)) == ([(8, NAME, "batch")], 2)  # 4 epochs of 16 images in batches of 8
+    counted.clear()
+    run(sources, progress=TrainingProgress(tmp_path / "progress.pth", "key"))
+    assert (totals[1][0], sum(counted)) == (6, 6)
 
 
 def test_a_resumed_training_has_as_many_threads_as_when_it_began(sources, tmp_path, monkeypatch):

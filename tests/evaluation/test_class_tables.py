@@ -54,8 +54,8 @@ def test_a_confusion_matrix_has_counts_and_percentages_of_the_true_class():
         assert float(line[f"{NAMES[0]} %"]) == pytest.approx(100 * counts[0] / sum(counts))
     hits, rows = record["confusion_matrix"][2][2], sum(record["confusion_matrix"][2])
     texts = class_tables.texts(record)["confusion_matrix"]
-    assert f"{hits} ({100 * hits / rows:.1f} %)" in texts["md"]
-    assert rf"{hits} ({100 * hits / rows:.1f} \%)" in texts["tex"]
+    assert f"{hits} ({100 * hits / rows:.1f}%)" in texts["md"]
+    assert rf"{hits} ({100 * hits / rows:.1f}\%)" in texts["tex"]
 
 
 def test_curves_are_one_line_per_threshold():

@@ -196,8 +196,8 @@ def test_the_chosen_metrics_are_the_columns_of_every_table(own_copy, orchestrato
     assert "delong" in refused.stderr
     assert "cohen_kapa; did you mean 'cohen_kappa'?" in refused.stderr
     done = orchestrator("evaluate", *DEMO, "--metrics", "matthews_corrcoef", "brier", workspace=own_copy)
-    assert "MCC [95 %]" in done.stdout
-    assert "F1 macro [95 %]" not in done.stdout
+    assert "MCC [95%]" in done.stdout
+    assert "F1 macro [95%]" not in done.stdout
     scores = own_copy / "metrics_output" / "ensembles"
     ranking = read(scores / "ranking.json")
     assert ranking["options"]["metrics"] == ["matthews_corrcoef", "brier"]
@@ -207,7 +207,7 @@ def test_the_chosen_metrics_are_the_columns_of_every_table(own_copy, orchestrato
     assert (scores / "ranking.md").read_text().startswith("| rank | name | MCC | Brier | p |")
     again = orchestrator("evaluate", *DEMO, "--metrics", "matthews_corrcoef", "brier", workspace=own_copy)
     assert "up to date" in again.stdout
-    assert "F1 macro [95 %]" in orchestrator("evaluate", *DEMO, workspace=own_copy).stdout
+    assert "F1 macro [95%]" in orchestrator("evaluate", *DEMO, workspace=own_copy).stdout
 
 
 def test_folds_are_those_of_the_networks_and_of_the_crossfit(built):

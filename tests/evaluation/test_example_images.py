@@ -29,11 +29,22 @@ def test_the_surest_errors_come_first_and_ties_by_name():
     assert found[0].label_probability == pytest.approx(0.01)
 
 
-def test_disputed_rows_are_those_not_shown_yet_on_which_members_differ():
+def test_disputed_rows_are_shown_by_disagreement_unless_they_are_shown_already():
     predictions = LabelledPredictions(np.array(["a", "b", "c"]), np.zeros(3, dtype=int), np.full((3, 2), 0.5))
-    found = example_images.disagreements("test", predictions, np.array([0.5, 0.0, 0.2]), 5, {"a"})
+    disagreement, disputed = np.array([0.5, 0.3, 0.2]), np.array([True, False, True])
+    found = example_images.disagreements("test", predictions, disagreement, disputed, 5, {"a"})
     assert [(item.sample_id, item.disagreement) for item in found] == [("c", 0.2)]
-    assert example_images.disagreements("test", predictions, None, 5, set()) == []
+    assert example_images.disagreements("test", predictions, None, disputed, 5, set()) == []
+
+
+def test_a_row_is_disputed_where_two_members_are_sure_of_different_classes():
+    ids = ["sure of two", "sure and unsure", "of one opinion", "third against first"]
+    members = {
+        "a": rows("test", ids, [0] * 4, [[0.6, 0.4], [0.6, 0.4], [0.9, 0.1], [0.8, 0.2]]),
+        "b": rows("test", ids, [0] * 4, [[0.3, 0.7], [0.5, 0.5], [0.6, 0.4], [0.5, 0.5]]),
+        "c": rows("test", ids, [0] * 4, [[0.6, 0.4], [0.5, 0.5], [0.7, 0.3], [0.1, 0.9]]),
+    }
+    assert example_images.is_disputed(members, np.array(ids)).tolist() == [True, False, False, True]
 
 
 @pytest.mark.parametrize(

@@ -114,8 +114,8 @@ def test_the_columns_are_those_that_were_chosen(ranking):
         line["ci95"] = {"matthews_corrcoef": [0.25, 0.875]}
     table = leaderboard.as_text(ranking).splitlines()
     assert table[1].split("kind")[1].split("  ", 1)[0].strip() == ""
-    assert "MCC [95 %]" in table[1]
-    assert "accuracy [95 %]" not in table[1].replace("top-5 accuracy [95 %]", "")
+    assert "MCC [95%]" in table[1]
+    assert "accuracy [95%]" not in table[1].replace("top-5 accuracy [95%]", "")
     assert "0.6250 [0.2500, 0.8750]  -" in table[2]
     first = next(csv.DictReader(io.StringIO(leaderboard.as_csv(ranking))))
     assert (first["matthews_corrcoef_low"], first["top_5_accuracy"], "accuracy" in first) == ("0.25", "", False)

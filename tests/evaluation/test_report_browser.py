@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import browser
+import given_predictions as given
 import pytest
 from external_records import write_external_set
-from report_pages import write_page
+from report_pages import CONFIG, write_page
 
 import report as synthetic_report
+from utils.building import build_commands
+from utils.evaluation.evaluate import evaluate
 
 pytestmark = [
     pytest.mark.browser,
@@ -18,6 +22,19 @@ pytestmark = [
 CLASSES = ("<script>document.title = 'taken'</script>", "a \"quoted\" & 'named' class", "line\nbreak", "Apfelbäume")
 NAME = "{row} <img src=x onerror=document.title='taken'> \".jpg"
 CONTRAST = 4.5  # WCAG 2, level AA, for text
+PAPER = 718  # pixels between the margins of A4
+COVERED = """
+[...document.querySelectorAll('svg.figure')].flatMap(figure => {
+  const texts = [...figure.querySelectorAll('text')].filter(node => node.textContent.trim());
+  const boxes = texts.map(node => node.getBoundingClientRect());
+  return texts.flatMap((node, one) => texts.slice(one + 1).filter((_, later) => {
+    const a = boxes[one], b = boxes[one + 1 + later];
+    const across = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+    const down = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+    return across > 1 && down > 0.25 * Math.min(a.height, b.height);  // lines of text have space above and below
+  }).map(other => `${node.textContent} / ${other.textContent}`));
+})"""
+"""Pairs of texts of one figure of which one lies on the other"""
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +42,34 @@ def page(tmp_path_factory):
     workspace = synthetic_report.synthetic(tmp_path_factory.mktemp("synthetic"), classes=CLASSES, name=NAME)
     write_external_set(workspace, ("ensemble_00", "Custom00"), CLASSES, image=NAME)
     return write_page(workspace)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """The page of 65 ensembles of 20 members and 13 classes."""
+    size = replace(synthetic_report.QUICK, ensembles=65, members=20, classes=13)
+    return write_page(synthetic_report.synthetic(tmp_path_factory.mktemp("many"), size))
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """The page of imported predictions, without images; the test split has no row of one class."""
+
+    def without_cats(arrays):
+        return given.fewer(arrays["labels"] != given.CLASSES.index("cat"))(arrays)
+
+    folder = tmp_path_factory.mktemp("imported")
+    workspace = given.empty_workspace(folder / "workspace")
+    spoiled = given.write(folder / "given", change=lambda _, stem, own: without_cats(own) if stem == "test" else own)
+    given.take_in(workspace, spoiled)
+    build_commands.build_ensemble(CONFIG, workspace)
+    evaluate(CONFIG, workspace)
+    return workspace.report("test")
+
+
+@pytest.fixture(params=["page", "many", "imported"])
+def any_page(request):
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +112,56 @@ def test_headings_are_in_order_and_ids_are_one_of_a_kind(page, chromium):
     assert set(targets) <= set(ids)
 
 
+def test_the_browser_has_a_font_so_that_the_measurements_below_mean_something(page, chromium):
+    chromium.open(page)
+    assert chromium.run("document.createElement('canvas').getContext('2d').measureText('letters').width") > 20
+
+
+def test_no_page_complains(any_page, chromium):
+    chromium.open(any_page)
+    assert chromium.run("document.querySelectorAll('svg.figure').length") >= 9
+    assert chromium.complaints == []
+
+
 @pytest.mark.parametrize("width", [320, 400, 1000, 1280])
-def test_nothing_is_wider_than_the_window(page, chromium, width):
-    chromium.open(page, width=width)
+def test_nothing_is_wider_than_the_window(any_page, chromium, width):
+    chromium.open(any_page, width=width)
     chromium.run("document.querySelectorAll('details').forEach(node => node.open = true)")
     assert chromium.run("document.documentElement.scrollWidth") <= width
-    assert chromium.run("Math.max(...[...document.images].map(image => image.getBoundingClientRect().right))") <= width
+    assert (
+        chromium.run("Math.max(0, ...[...document.images].map(image => image.getBoundingClientRect().right))") <= width
+    )
+    captions = "[...document.querySelectorAll('caption')].map(node => node.getBoundingClientRect().width)"
+    assert chromium.run(f"Math.max(...{captions})") <= width
+
+
+@pytest.mark.parametrize(("width", "medium"), [(1280, ""), (PAPER, "print")])
+def test_nothing_is_cut_off_on_a_desktop_and_on_paper(any_page, chromium, width, medium):
+    chromium.open(any_page, width=width, medium=medium)
+    chromium.run("document.querySelectorAll('details').forEach(node => node.open = true)")
+    cut = "[...document.querySelectorAll('.scroll')].filter(node => node.scrollWidth > node.clientWidth + 1)"
+    assert chromium.run(f"{cut}.map(node => node.getAttribute('aria-label'))") == []
+    assert chromium.run("document.documentElement.scrollWidth") <= width
+
+
+def test_figures_fit_a_phone(any_page, chromium):
+    chromium.open(any_page, width=400)
+    widths = chromium.run(
+        "[...document.querySelectorAll('svg.figure')].map(node => node.getBoundingClientRect().width)"
+    )
+    assert max(widths) <= 400
+
+
+def test_no_label_of_a_figure_covers_another(any_page, chromium):
+    chromium.open(any_page, width=1280)
+    chromium.run("document.querySelectorAll('details').forEach(node => node.open = true)")
+    assert chromium.run(COVERED) == []
+
+
+def test_at_most_twelve_models_and_the_recommended_ones_stand_before_all(many, chromium):
+    chromium.open(many)
+    assert chromium.run("document.querySelectorAll('#ranking > .scroll tbody tr').length") <= 14
+    assert chromium.run("document.querySelector('#ranking details summary').innerText") == "All 85 models"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

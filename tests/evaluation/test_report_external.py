@@ -29,9 +29,9 @@ def test_a_page_gets_a_section_for_a_set_and_is_outdated_until_then(workspace):
     write_page(workspace)
     page = page_of(workspace)
     for words in (
-        *("External sets", "field", "71.0 %", "[65.0, 77.0]", "-22.0", "[-27.0, -17.0]", "0.830", "[0.780, 0.870]"),
-        *("<b>hostile</b> drops", "line\\nbreak", "90.0 % of 20", "40.0 % of 50", "<img src=x>.jpg: is train/a/1.jpg"),
-        "accuracy drops: 93.0 % on 60 test images, 71.0 % here",
+        *("External sets", "field", "71.0%", "[65.0, 77.0]", "-22.0", "[-27.0, -17.0]", "0.830", "[0.780, 0.870]"),
+        *("<b>hostile</b> drops", "line\\nbreak", "90.0% of 20", "40.0% of 50", "<img src=x>.jpg: is train/a/1.jpg"),
+        "accuracy drops: 93.0% on 60 test images, 71.0% here",
     ):
         assert words in page.text, words
     assert [facts for facts in page.of("section") if facts["id"] == "external"]
@@ -57,8 +57,8 @@ def test_the_terminal_states_the_drop_the_promises_and_what_is_left_out():
         ),
         *("3 images of other classes: weed", "absent one; they remain possible answers", "1 image of the set"),
         *("ensemble_00, which is recommended by out-of-sample rows alone:", "-0.2200 [-0.2700, -0.1700]"),
-        *("recall drops in <b>hostile</b> 90 % -> 40 %", "(ECE) 0.030 on test, 0.140 here; at the temperature"),
-        *("hold the class of 90 %: 91.0 % on test, 62.0 % here", "20.0 % of the 60 % that are answered here"),
+        *("recall drops in <b>hostile</b> 90% -> 40%", "(ECE) 0.030 on test, 0.140 here; at the temperature"),
+        *("hold the class of 90%: 91.0% on test, 62.0% here", "20.0% of the 60% that are answered here"),
         "AUROC 0.830 [0.780, 0.870]",
     ):
         assert words in text, words

@@ -49,3 +49,20 @@ def test_settings_of_the_user_change_no_figure(kind):
     plain = FIGURES[kind]("label")
     with matplotlib.rc_context({"text.usetex": True, "lines.linewidth": 9, "axes.facecolor": "red"}):
         assert FIGURES[kind]("label") == plain
+
+
+def test_names_of_points_that_lie_close_together_do_not_cover_each_other(monkeypatch):
+    from matplotlib.axes import Axes
+
+    notes, annotate = [], Axes.annotate
+
+    def listed(axes, *arguments, **options):
+        notes.append(annotate(axes, *arguments, **options))
+        return notes[-1]
+
+    monkeypatch.setattr(Axes, "annotate", listed)
+    points = {f"a_long_name_{number}": (100 + number, 0.9 + number / 1000) for number in range(6)}
+    report_figures.front(points, set(points), "a_long_name_0", "ms", "label")
+    boxes = [note.get_window_extent() for note in notes if note.axes is not None]
+    assert len(boxes) >= 4
+    assert not [1 for row, one in enumerate(boxes) for other in boxes[:row] if one.overlaps(other)]

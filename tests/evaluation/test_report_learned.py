@@ -36,29 +36,29 @@ def test_weights_stand_by_member_and_single_members_have_none():
     table = tables({name: {"weights": own} for name, own in weights.items()}, {})["weights"]
     assert table["names"] == ["b", "c", "a"]
     assert table["rows"] == [
-        {"name": "one", "weights": ["80.0 %", "-", "20.0 %"]},
-        {"name": "other", "weights": ["50.0 %", "50.0 %", "-"]},
+        {"name": "one", "weights": ["80.0%", "-", "20.0%"]},
+        {"name": "other", "weights": ["50.0%", "50.0%", "-"]},
     ]
 
 
 def test_columns_of_many_members_are_cut(monkeypatch):
     monkeypatch.setattr(report_learned, "MAX_MEMBERS", 2)
     table = tables({"one": {"weights": {"a": 0.2, "b": 0.5, "c": 0.3}}}, {})["weights"]
-    assert (table["names"], table["more"], table["rows"][0]["weights"]) == (["b", "c"], 1, ["50.0 %", "30.0 %"])
+    assert (table["names"], table["more"], table["rows"][0]["weights"]) == (["b", "c"], 1, ["50.0%", "30.0%"])
 
 
 def test_sparse_ones_stand_beside_all_their_members():
     row = tables({"moe": MOE}, {"moe": {"members": ["a", "b", "c"]}})["sparse"][0]
     assert (row["experts"], row["latency"]) == ("1.50 of 3", "2.00 / 6.00")
-    assert (row["accuracy"], row["note"]) == ("90.0 % / 91.0 %", "")
+    assert (row["accuracy"], row["note"]) == ("90.0% / 91.0%", "")
     assert tables({"moe": MOE | {"is_fixed": True}}, {"moe": {"members": []}})["sparse"][0]["note"]
 
 
 def test_students_stand_beside_themselves_without_a_teacher_and_their_teacher():
     row = tables({}, {"student": STUDENT, "plain": SCORES})["students"]
     assert len(row) == 1
-    assert row[0]["accuracy"] == ["90.0 %", "80.0 %", "95.0 %"]
-    assert (row[0]["teacher"], row[0]["kept"]) == ("votes", "67 % [25 %, unbounded]")
+    assert row[0]["accuracy"] == ["90.0%", "80.0%", "95.0%"]
+    assert (row[0]["teacher"], row[0]["kept"]) == ("votes", "67% [25%, unbounded]")
     nothing = STUDENT | {"gain_kept": None}
     assert tables({}, {"student": nothing})["students"][0]["kept"] == "-"
 
@@ -81,7 +81,7 @@ def test_the_page_shows_them_and_leaves_the_part_out_without_any(tmp_path):
             "Combination of the members",
             "beats soft_voting",
             "1.50 of 3",
-            "67 % [25 %, unbounded]",
+            "67% [25%, unbounded]",
             "distillation helped",
         ),
         *("7 of 300 out-of-sample rows", "metrics_output/ensembles/label_issues.csv"),

@@ -16,7 +16,10 @@ import ensemble_orchestrator
 import report as synthetic_report
 from utils.building import build_commands
 from utils.core.artifacts import read_json, write_json
+from utils.core.config import Config
 from utils.core.config_file import load_config
+from utils.core.config_sections import Project
+from utils.core.workspace import Workspace
 from utils.evaluation import report_page, thumbnails
 from utils.evaluation.evaluate import evaluate
 
@@ -43,22 +46,22 @@ def imported(tmp_path):
 def test_every_part_is_there_when_all_is_measured(synthetic):
     page = page_of(synthetic)
     for words in (
-        *("Use ensemble_00: lowest log-loss on honest rows", "Compared with the best single model (Custom00): +1.0"),
-        *("the difference is not significant", "p 0.2 by McNemar's exact test", "3 rows left out"),
-        "Ordered by log loss",
-        *("A confidence threshold of", "LAC", "APS", "91.0 %", "[86.0, 94.0]", "OOD score than 95 %"),
-        *("before the temperature", "Confident errors", "Largest disagreement", "Likely mislabelled", "cpu, 2 threads"),
-        *("held out", "25.0 %", "does not beat log_linear_pool", "Error correlation"),
+        *("Use ensemble_00 (lowest log-loss on honest rows)", "Compared with the best single model (Custom00): +1.0"),
+        *("the difference is not significant", "p = 0.20 by McNemar's exact test", "3 rows left out"),
+        "ordered by log-loss",
+        *("A confidence threshold of", "LAC", "APS", "91.0%", "[86.0, 94.0]", "OOD score than 95%"),
+        *("before the temperature", "Confident errors", "Most disputed", "Likely mislabelled", "CPU, 2 threads"),
+        *("held out", "25.0%", "does not beat log_linear_pool", "Error correlation"),
         "px of shorter side",
         *("Matthews", "Balanced accuracy", "Mean and deviation over folds", "Specificity", "NPV"),
-        "AUC of ensemble_00 less that of Custom00: +0.0020 [-0.0010, 0.0050]; DeLong's test: p = 0.190",
+        "AUC of ensemble_00 less that of Custom00: +0.0020 [-0.0010, 0.0050]; DeLong's test: p = 0.19",
     ):
         assert words in page.text, words
     assert len(page.of("img")) == 20
     assert "not measured" not in page.text
     labels = [facts["aria-label"] for facts in page.of("svg")]
     assert len(labels) == 12
-    assert {"ROC curves of ensemble_00, each class against the rest"} < set(labels)
+    assert {"ROC curves of ensemble_00 on 300 rows of test, each class against the rest"} < set(labels)
     assert any("of each pair of 4 members" in label for label in labels)
 
 
@@ -84,7 +87,7 @@ def test_it_is_the_same_again_and_current_until_a_record_changes(tmp_path):
     write_json(workspace.ensemble_metrics("ensemble_00", "test"), record | {"accuracy": 0.123})
     assert not report_page.is_current(CONFIG, workspace, "test")
     write_page(workspace)
-    assert "12.3 %" in page_of(workspace).text
+    assert "12.3%" in page_of(workspace).text
 
 
 def test_a_page_of_stored_records_is_the_one_that_was_written_with_them(imported):
@@ -191,9 +194,16 @@ def test_the_commands_to_do_it_again_are_understood(tmp_path):
         PROJECT / "configs" / "votes.yaml", overrides=["runs.score_ensemble.methods=[soft_voting]", "seed=7"]
     )
     write_page(workspace, config)
-    lines = [line for line in page_of(workspace).words if "ensemble_orchestrator.py" in line]
-    commands = [shlex.split(line) for line in "".join(lines).strip().splitlines()]
-    assert [words[2] for words in commands] == ["discover", "build-ensemble", "evaluate", "predict"]
+    lines = [line.strip() for line in page_of(workspace).words if line.startswith("python ensemble_orchestrator.py")]
+    commands = [shlex.split(line) for line in "\n".join(lines).splitlines()]
+    assert [words[2] for words in commands] == [
+        "discover",
+        "build-ensemble",
+        "evaluate",
+        "predict",
+        "evaluate",
+        "export",
+    ]
     for words in commands:
         parsed = ensemble_orchestrator.build_parser().parse_args(words[2:])
         again = load_config(PROJECT / parsed.config, overrides=parsed.set)
@@ -212,3 +222,21 @@ def test_the_commands_end_with_the_page(built, orchestrator, own_copy):
     page = Page(path.read_text(encoding="utf-8"))
     assert page.of("img")
     assert all(facts["src"].startswith("data:image/png") for facts in page.of("img"))
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "images", "title"),
+    [
+        (None, "work", "leaves", "leaves"),
+        (None, "work", "leaves/Data", "leaves"),
+        (None, "my_leaves-15c7ae7b", None, "my_leaves"),
+        (None, "leaves/workspace", None, "leaves"),
+        ("Citrus 2026", "work", "leaves", "Citrus 2026"),
+    ],
+)
+def test_the_title_is_the_project_or_the_folder_of_the_images(tmp_path, name, folder, images, title):
+    workspace = Workspace(tmp_path / folder, *(tmp_path / folder / part for part in "abcdefg"))
+    if images:
+        write_json(workspace.split_dir / "split_manifest.json", {"raw_dir": str(tmp_path / images)})
+    config = Config() if name is None else Config(project=Project(name=name))
+    assert report_page.subject(config, workspace) == title

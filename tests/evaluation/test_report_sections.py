@@ -8,6 +8,7 @@ import pytest
 from conftest import PROJECT
 
 from utils.core.config_file import load_config
+from utils.core.workspace import Workspace
 from utils.evaluation import report_sections
 
 
@@ -20,22 +21,36 @@ def scores(accuracy, latency, size):
 
 def test_the_pareto_fronts_of_cost_leave_out_what_is_not_measured():
     metrics = {"fast": scores(0.7, 1.0, 9.0), "good": scores(0.9, 3.0, 9.0), "bad": scores(0.6, 3.0, None)}
-    data = SimpleNamespace(metrics=metrics, evaluated=metrics["good"], focus="good")
+    data = SimpleNamespace(metrics=metrics, evaluated={**metrics["good"], "n_samples": 60}, focus="good", split="test")
     found = report_sections.cost(data)
     assert {row["name"]: row["front"] for row in found["rows"]} == {
         "fast": "latency",
         "good": "latency and size",
         "bad": report_sections.NONE,
     }
-    assert found["device"] == "cpu, 2 threads"
+    assert found["device"] == "CPU, 2 threads"
     assert all(figure["svg"] for figure in found["figures"])
 
 
 def test_cost_without_a_measurement_is_said_in_the_caption():
     metrics = {"imported": scores(0.7, None, None)}
-    found = report_sections.cost(SimpleNamespace(metrics=metrics, evaluated=metrics["imported"], focus="imported"))
+    evaluated = {**metrics["imported"], "n_samples": 60}
+    found = report_sections.cost(SimpleNamespace(metrics=metrics, evaluated=evaluated, focus="imported", split="test"))
     assert [figure["svg"] for figure in found["figures"]] == ["", ""]
     assert all(figure["caption"].endswith("not measured.") for figure in found["figures"])
+
+
+def test_latencies_taken_on_a_busy_machine_are_marked(tmp_path):
+    metrics = {"quiet": scores(0.7, 1.0, 9.0), "slowed": scores(0.9, 3.0, 9.0)}
+    metrics["slowed"]["latency_ms"]["busy"] = 1.4
+    evaluated = {**metrics["slowed"], "n_samples": 60, "f1_macro": 0.9, "log_loss": 0.3, "ece": 0.1}
+    workspace = Workspace(tmp_path, *(tmp_path / part for part in "abcdefg"))
+    data = SimpleNamespace(metrics=metrics, evaluated=evaluated, focus="slowed", split="test", workspace=workspace)
+    found = report_sections.cost(data)
+    assert {row["name"]: row["busy"] for row in found["rows"]} == {"quiet": False, "slowed": True}
+    assert "Other programs used up to 1.4 cores while 1 model was timed" in found["busy"]
+    assert "Remove ensembles/latency.json and evaluate again" in found["busy"]
+    assert report_sections.cards(data)[4]["more"] == "CPU, 2 threads, measured on a busy machine"
 
 
 @pytest.mark.parametrize("value", ["[a,b]", "null", "true", "0.5"])

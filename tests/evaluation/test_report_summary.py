@@ -37,8 +37,8 @@ def data(focus="votes", *, rows=None, evaluated=None, **more):
 
 
 def sentence(found, start):
-    """The one sentence that begins so."""
-    (text,) = [text for text in report_summary.sentences(found) if text.startswith(start)]
+    """From the one place of the summary where a sentence begins so, to the end of its topic."""
+    (text,) = [text[text.index(start) :] for _, text in report_summary.summary(found) if start in text]
     return text
 
 
@@ -79,14 +79,14 @@ def test_log_losses_are_compared_with_a_temperature_on_both_sides():
 
 def test_the_rank_counts_ranked_models_alone():
     rows = [{"name": "votes", "rank": 1}, {"name": "leaked", "rank": None, "contaminated": True}]
-    assert "ranks 1 of 1 by accuracy" in sentence(data(rows=rows), "On the 1,000 rows of test")
+    assert "it is number 1 of 1 by accuracy" in sentence(data(rows=rows), "On the 1,000 rows of test")
     assert any("leaked" in warning for warning in report_summary.warnings(data(rows=rows)))
 
 
 def test_another_first_model_is_named_and_not_recommended():
     rows = [{"name": "a", "rank": 1}, {"name": "votes", "rank": 2}]
     assert "not recommended" in sentence(data(rows=rows), "a ranks first on test")
-    assert not [text for text in report_summary.sentences(data()) if "ranks first" in text]
+    assert not [text for _, text in report_summary.summary(data()) if "ranks first" in text]
 
 
 def test_few_rows_and_notes_are_warnings():

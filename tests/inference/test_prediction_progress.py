@@ -22,7 +22,7 @@ def test_progress_logs_the_fraction_done_and_the_remaining_time(caplog, monkeypa
         now[0] = 30.0
         progress.end_block(50)
     messages = list(dict.fromkeys(entry.getMessage() for entry in caplog.records))
-    assert messages == ["10 % of 100 images by 2 networks; about 108 s left", "[50/100] images; about 30 s left"]
+    assert messages == ["10% of 100 images by 2 networks; about 108 s left", "[50/100] images; about 30 s left"]
 
 
 def test_unreadable_images_count_as_done_at_the_end_of_a_block():

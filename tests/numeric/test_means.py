@@ -51,7 +51,7 @@ def test_intervals_hold_the_mean_as_often_as_they_say(groups):
 
 
 def test_intervals_of_paired_differences_hold_0_where_two_models_are_equal():
-    """Losses of 99 % accurate models on 200 rows: corrected for the skewness of the sample, 0 was outside in 15 %."""
+    """Losses of 99% accurate models on 200 rows: corrected for the skewness of the sample, 0 was outside in 15%."""
     rng = np.random.default_rng(4)
     held = {"paired": 0, "skewed": 0}
     for _ in range(400):

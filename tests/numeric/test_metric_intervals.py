@@ -27,7 +27,7 @@ def intervals(probabilities, labels, groups=None, replicates=200):
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
-    """95 % accuracy on 150 rows: percentiles of the bootstrap held F1 in 89 % and log-loss in 90 % of cases."""
+    """95% accuracy on 150 rows: percentiles of the bootstrap held F1 in 89% and log-loss in 90% of cases."""
     rng = np.random.default_rng(0)
     truth = point_metrics(*rows(rng, 200_000), NAMES) | {"ece": 0.0}
     held = dict.fromkeys(("accuracy", "f1_macro", "log_loss", "brier", "ece"), 0)
@@ -89,7 +89,7 @@ def test_rows_in_groups_widen_every_interval(metric):
 
 
 def test_areas_and_f1_hold_the_truth_in_small_classes():
-    """Four classes of 8 rows: without widening the area under the ROC curve was held in 87 % of cases."""
+    """Four classes of 8 rows: without widening the area under the ROC curve was held in 87% of cases."""
     rng = np.random.default_rng(5)
     truth = point_metrics(*rows(rng, 200_000, strength=2.0), NAMES)
     held = dict.fromkeys(("f1_macro", "roc_auc_ovr_macro"), 0)

@@ -24,7 +24,7 @@ def test_a_clear_gain_is_better_and_the_reverse_is_worse():
 
 
 def test_two_metrics_of_equal_models_are_rarely_told_apart():
-    """With intervals of 95 % each, one of the two does not contain 0 in up to a tenth of the cases."""
+    """With intervals of 95% each, one of the two does not contain 0 in up to a tenth of the cases."""
     rng = np.random.default_rng(0)
     claims = 0
     for _ in range(400):

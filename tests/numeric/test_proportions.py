@@ -77,7 +77,7 @@ def test_the_interval_of_a_difference_holds_it_as_often_as_it_says(count):
 
 
 def test_a_null_difference_in_groups_is_rarely_significant():
-    """Two classifiers of equal accuracy that differ by group: today's failure was 23 to 30 %."""
+    """Two classifiers of equal accuracy that differ by group: today's failure was 23 to 30%."""
     rng = np.random.default_rng(3)
     significant = {"groups": 0, "rows": 0}
     excluded = 0

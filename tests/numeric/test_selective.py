@@ -29,7 +29,7 @@ def test_risk_and_coverage_by_hand():
 
 
 def test_the_last_threshold_whose_upper_bound_keeps_the_target():
-    """100 rows without an error establish an error rate of 5 %; one error among 100 does as well, two do not."""
+    """100 rows without an error establish an error rate of 5%; one error among 100 does as well, two do not."""
     confidence = np.linspace(0.99, 0.5, 100)
     probabilities = np.stack([confidence, 1 - confidence], axis=1)
     labels = np.zeros(100, dtype=int)

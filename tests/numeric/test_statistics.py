@@ -126,8 +126,8 @@ def test_a_ratio_has_bounds_where_its_denominator_is_surely_above_zero():
     wholes = np.linspace(0.5, 1.5, 2001)
     low, high = statistics.ratio_interval(0.5 * wholes, wholes)
     assert (low, high) == pytest.approx((0.5, 0.5))
-    assert statistics.ratio_interval(wholes, wholes - 0.54) == [None, None]  # 4 % of them are not
-    low, high = statistics.ratio_interval(wholes, wholes - 0.51)  # 1 %: left out
+    assert statistics.ratio_interval(wholes, wholes - 0.54) == [None, None]  # 4% of them are not
+    low, high = statistics.ratio_interval(wholes, wholes - 0.51)  # 1%: left out
     assert 1 < low < high
 
 

@@ -52,7 +52,7 @@ def test_a_full_network_may_be_better_than_its_fold_networks_but_not_by_far():
     assert suspected({"test": scores(5000, 0.87)}, scores(5000, 0.80)) == []  # beyond chance, and not by far
     assert suspected({"test": scores(1000, 0.97)}, out_of_fold) == ["test"]
     assert suspected({"train": scores(1000, 1.0)}, out_of_fold) == []
-    assert suspected({"test": scores(20, 1.0)}, out_of_fold) == []  # 20 rows: up to 32 % of errors
+    assert suspected({"test": scores(20, 1.0)}, out_of_fold) == []  # 20 rows: up to 32% of errors
 
 
 def test_chance_is_reported_no_more_often_than_stated():

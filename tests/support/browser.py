@@ -13,12 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+DOWNLOADED = Path(__file__).resolve().parents[2] / ".chromium" / "bin" / "chromium"
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", str(DOWNLOADED))
 PATIENCE = 60  # seconds
 
 
 def found() -> str | None:
-    """The browser of this machine."""
+    """The browser of this machine, or the one that scripts/chromium.sh has put into this checkout."""
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
@@ -66,12 +67,16 @@ class Browser:
         """One command to the page."""
         return self._call(method, self._session, **parameters)
 
-    def open(self, path: Path, *, width: int = 1000, height: int = 800, scheme: str = "light") -> None:
-        """Show a file in a window of this size, in light or dark, and wait until it is loaded."""
+    def open(
+        self, path: Path, *, width: int = 1000, height: int = 800, scheme: str = "light", medium: str = ""
+    ) -> None:
+        """Show a file in a window of this size, in light or dark or as printed, and wait until it is loaded."""
         self.complaints.clear()
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **size)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.call(
+            "Emulation.setEmulatedMedia", media=medium, features=[{"name": "prefers-color-scheme", "value": scheme}]
+        )
         self.call("Page.navigate", url=path.as_uri())
         end = time.monotonic() + PATIENCE
         while self.run("document.readyState + location.href") != f"complete{path.as_uri()}":

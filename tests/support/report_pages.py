@@ -15,7 +15,7 @@ from utils.predictions.store import Store
 CONFIG = load_config(PROJECT / "configs" / "votes.yaml")
 
 
-VOID = {"meta", "link", "br", "img", "hr"}
+VOID = {"meta", "link", "br", "img", "hr", "wbr"}
 
 
 class Page(HTMLParser):
@@ -41,7 +41,11 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if "style" not in self.open:
+        if "style" in self.open:
+            return
+        if self.elements and self.elements[-1][0] == "wbr" and self.words:
+            self.words[-1] += data  # one word, which may be broken there
+        else:
             self.words.append(data)
 
     @property

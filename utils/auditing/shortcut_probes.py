@@ -1,7 +1,7 @@
 """Shortcut probes: how well border pixels, background colours, file properties or file names alone tell the classes.
 
 A network that reaches its accuracy by such features fails where they change (Geirhos et al. 2020; eight background
-pixels alone reach 49 % on PlantVillage, Noyan et al. 2022). Each probe is a ridge regression of the classes on an
+pixels alone reach 49% on PlantVillage, Noyan et al. 2022). Each probe is a ridge regression of the classes on an
 RBF map (Nystroem) of its features, scored by cross-validation whose folds keep groups together. Chance is the same
 classifier on labels that are exchanged between groups of equal size (permutation test, Phipson and Smyth 2010), so that
 copies of one image are no evidence.
@@ -40,7 +40,7 @@ class Probe:
     chance: float
     """Mean accuracy on exchanged labels"""
     chance_95: float
-    """95 % quantile of it"""
+    """95% quantile of it"""
     p_value: float
     stands_out: bool
     """Whether p_value is below LEVEL after Holm's correction for all probes"""

@@ -33,7 +33,7 @@ Fusion
     Full networks answer at inference. `val` fits on their validation rows; `aligned` also on the training rows, with
     the fold networks' embeddings mapped into the full network's space by a ridge regression that is fitted on
     validation rows without labels. `auto` fits both and keeps `val` only where its log-loss is lower on the training
-    rows, by a paired 95 % interval: validation rows may have chosen the networks' epochs. Heads on `val` answer for the
+    rows, by a paired 95% interval: validation rows may have chosen the networks' epochs. Heads on `val` answer for the
     training rows too, by copies without the labels of the row's fold. The linear map from embeddings to logits that the
     validation rows give must hold on the training rows; otherwise they are refused.
 

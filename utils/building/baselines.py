@@ -61,7 +61,7 @@ def measure(
 def compare(baselines: Baselines, losses: np.ndarray) -> dict[str, Any]:
     """Compare a learned combiner's losses (N,) with the baselines': `{guards, beats_guards, verdict}`, JSON-ready.
 
-    Every gain is a mean paired difference with its 95 % interval over rows, or over groups of them. The combiner beats
+    Every gain is a mean paired difference with its 95% interval over rows, or over groups of them. The combiner beats
     the baselines when the interval of each gain lies above 0. It is worse than the best of them when the interval of
     that gain lies below 0 with Bonferroni's correction, since the best is the best of several. Otherwise they cannot be
     told apart. Where rows or groups are too few for an interval, `beats_guards` is None.
@@ -93,5 +93,7 @@ def compare(baselines: Baselines, losses: np.ndarray) -> dict[str, Any]:
         is_worse = corrected is not None and corrected[1] < 0
         words = "beats" if beats else "is worse than" if is_worse else f"{CANNOT_TELL} from"
         bounds = f" [{interval[0]:+.4f}, {interval[1]:+.4f}]"
+        if interval[1] < 0 and corrected is not None and not is_worse:
+            bounds += f", and corrected for {len(comparisons)} baselines [{corrected[0]:+.4f}, {corrected[1]:+.4f}]"
     verdict = f"{words} {label}, the best of the simple combinations: {figures}{bounds}"
     return {"guards": comparisons, "best_single": baselines.best_single, "beats_guards": beats, "verdict": verdict}

@@ -181,7 +181,7 @@ class Gain:
 
     mean: float
     interval: tuple[float, float] | None
-    """95 %; None where there are too few rows or groups"""
+    """95%; None where there are too few rows or groups"""
     words: str
 
     @property

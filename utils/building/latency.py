@@ -19,6 +19,7 @@ import numpy as np
 from utils.building import fitting
 from utils.combiners.protocol import MemberFacts
 from utils.core.artifacts import write_json
+from utils.core.other_programs import OtherPrograms
 from utils.core.parsed_files import record_once
 from utils.core.workspace import Workspace
 from utils.networks.memory import out_of_memory
@@ -58,6 +59,8 @@ class Record:
     """torch's on the processor"""
     batches: dict[int, Timing]
     """By the number of images; what memory was too small for is missing."""
+    busy: float | None = None
+    """Cores that other programs used while it was measured, where they were in the way: the times are too high."""
 
 
 def measure(store: Store, members: Sequence[Member], *, batches: Sequence[int] = BATCHES) -> dict[str, Record]:
@@ -81,18 +84,19 @@ def measure(store: Store, members: Sequence[Member], *, batches: Sequence[int] =
         for member in networks
     }
     missing = [member for member in networks if gaps[member.name]]
-    if missing:
-        _warn_when_busy(store.workspace)
     for number, member in enumerate(missing, start=1):
         catalog.check_current(store.workspace, member, store.digests)
+        others = OtherPrograms()
         timings = _measured(member, store.workspace, device, gaps[member.name])
-        before = records[member.name].batches if member.name in records else {}
-        records[member.name] = Record(hardware, threads, before | timings)
+        before = records.get(member.name) or Record(hardware, threads, {})
+        busy = _highest(before.busy, others.in_the_way(_working(device, threads)))
+        records[member.name] = Record(hardware, threads, before.batches | timings, busy)
         _add(store.workspace, "networks", member.digest, records[member.name], {"member": member.name})
         message = ", ".join(f"{timing.p50:.3g} ms for {size}" for size, timing in timings.items())
         logger.info(
             "[%d/%d] measured %s on %s (threads: %d): %s", number, len(missing), member.name, hardware, threads, message
         )
+    _warn_when_busy(store.workspace, [records[member.name] for member in missing])
     return {member.name: records[member.name] for member in networks}
 
 
@@ -161,7 +165,7 @@ def measure_combiner(
     entry = _read(store.workspace, "combiners").get(digest, {}).get(_key(hardware, threads))
     if entry is not None:
         return _record_of(entry, hardware, threads)
-    module, batches = make().to(device).eval(), {}
+    module, batches, others = make().to(device).eval(), {}, OtherPrograms()
     with torch.inference_mode():
         for size in BATCHES:
             random = torch.Generator().manual_seed(0)
@@ -169,7 +173,7 @@ def measure_combiner(
             embeddings = [torch.randn(size, width, generator=random).to(device) for width in widths]
             answer = partial(_answer, module, embeddings) if widths else module
             batches[size] = timing_of(answer, logits)
-    record = Record(hardware, threads, batches)
+    record = Record(hardware, threads, batches, others.in_the_way(_working(device, threads)))
     _add(store.workspace, "combiners", digest, record, {"ensemble": name})
     return record
 
@@ -185,7 +189,7 @@ def _read(workspace: Workspace, kind: str) -> Mapping[str, Any]:
 
 def _record_of(entry: Mapping[str, Any], device: str, threads: int) -> Record:
     batches = {int(name.removeprefix("batch_")): Timing(**timing) for name, timing in entry["batches"].items()}
-    return Record(device, threads, batches)
+    return Record(device, threads, batches, entry.get("busy"))
 
 
 def _key(device: str, threads: int) -> str:
@@ -197,19 +201,29 @@ def _add(workspace: Workspace, kind: str, digest: str, record: Record, owner: Ma
     before = record_once(workspace.latency, remedy=AGAIN) or {"networks": {}}
     batches = {f"batch_{size}": vars(timing) for size, timing in record.batches.items()}
     entry = {"device": record.device, "threads": record.threads, "batches": batches, **owner}
+    entry |= {} if record.busy is None else {"busy": record.busy}
     table = before.get(kind, {})
     entries = table.get(digest, {}) | {_key(record.device, record.threads): entry}
     write_json(workspace.latency, {**before, kind: {**table, digest: entries}})
 
 
-def _warn_when_busy(workspace: Workspace) -> None:
-    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
-    if load > cores:
+def _working(device: str, threads: int) -> int:
+    """Threads that work on the processor meanwhile: on a GPU the one that starts its kernels."""
+    return threads if device == "cpu" else 1
+
+
+def _highest(*values: float | None) -> float | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _warn_when_busy(workspace: Workspace, measured: Sequence[Record]) -> None:
+    busy = _highest(*(record.busy for record in measured))
+    if busy is not None:
         logger.warning(
-            "this machine is busy (load %.1f, %d cores): latencies come out too high, and are stored; remove %s to "
-            "measure them again when it is idle",
-            load,
-            cores,
+            "this machine is busy (other programs use %.1f of %d cores): latencies come out too high, and are stored; "
+            "remove %s to measure them again when it is idle",
+            busy,
+            os.cpu_count() or 1,
             workspace.latency,
         )
 

@@ -47,7 +47,10 @@ def recommend(
     units: RowUnits | None = None,
     latencies: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """The candidate to use, by out-of-sample rows: `{name, reason, note, evidence, latency_ms, fast, best_single}`.
+    """The candidate to use, by out-of-sample rows.
+
+    The record is `{name, reason, note, evidence, latency_ms, fast, best_single, not_compared}`, the last {candidate:
+    why it was not compared with the others}.
 
     Candidates with train rows are compared on the rows they all share. Without any, and where members alone have some
     and ensembles none, all are compared on val. The lowest log-loss wins. Candidates that were chosen on val take part
@@ -109,7 +112,17 @@ def recommend(
             "latency_ms": None if fast is None else known[names[fast]],
         },
         "best_single": min(singles, key=lambda name: (means.get(name, np.inf), name)) if singles else None,
+        "not_compared": {
+            candidate.name: _why_not_compared(candidate) for candidate in candidates if candidate.name not in names
+        },
     }
+
+
+def _why_not_compared(candidate: Candidate) -> str:
+    if candidate.chosen_on_val:
+        return "selected on val rows"
+    splits = sorted({split for split, _ in candidate.keys})
+    return f"{len(candidate.keys)} {' and '.join(splits)} rows only"
 
 
 def _compared(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -164,7 +164,7 @@ def _friedman(ranked: Floats) -> dict[str, Any]:
 
 
 def _interval(gains: Floats) -> list[float]:
-    """95 % interval of the mean over workspaces by Student's t."""
+    """95% interval of the mean over workspaces by Student's t."""
     from scipy.special import stdtrit
 
     half = float(stdtrit(len(gains) - 1, (1 + LEVEL) / 2)) * float(gains.std(ddof=1)) / len(gains) ** 0.5

@@ -46,7 +46,14 @@ def format_number(value: float | None, digits: int = 4) -> str:
 
 def format_percent(value: float | None, digits: int = 1) -> str:
     """A share as a percentage, or `not measured`."""
-    return NOT_MEASURED if value is None else f"{100 * value:.{digits}f} %"
+    return NOT_MEASURED if value is None else f"{100 * value:.{digits}f}%"
+
+
+def format_p_value(value: float) -> str:
+    """`p = 0.03`, `p = 0.012` below 0.02 and `p < 0.001`."""
+    if value < 0.001:
+        return "p < 0.001"
+    return f"p = {value:.{3 if value < 0.02 else 2}f}"
 
 
 def format_interval(bounds: Sequence[float] | None, digits: int = 4) -> str:

@@ -17,7 +17,7 @@ What the weights of a declared network were trained on is stated (`training_stat
 statement it is unknown. A statement is kept as long as the content of the checkpoint is the same.
 
 Imported predictions (`DIR/<member>/{oof,val,test,train}.npz`) and the base pipeline's out-of-fold files pass the same
-parser. Out-of-fold rows that equal those of `train.npz` on more than 1 % are refused (on more than half if the model
+parser. Out-of-fold rows that equal those of `train.npz` on more than 1% are refused (on more than half if the model
 has fewer distinct outputs than rows, as nearest neighbours do). The training data of the networks behind imported
 files is unknown, so training rows count as fitted on and validation rows as selected on. Before members are replaced,
 the catalog is written without them, and at the end with them.

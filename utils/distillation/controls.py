@@ -209,5 +209,5 @@ def verdict(
     points = 100 * (student["accuracy"] - teacher["accuracy"])
     parts = [f"{outcome(differences, seeds=seeds)} ({difference_text(differences)})", figures]
     parts += [text] if (text := speed_text(costs, ALONE, TEACHER, points)) else []
-    parts += [] if gain["value"] is None else [f"{100 * gain['value']:.0f} % of the teacher's gain in accuracy kept"]
+    parts += [] if gain["value"] is None else [f"{100 * gain['value']:.0f}% of the teacher's gain in accuracy kept"]
     return "; ".join(parts)

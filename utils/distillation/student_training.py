@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from utils import base_back
 from utils.core.errors import UserError
+from utils.core.progress_bar import progress_bar
 from utils.distillation_methods import WeightAverage, student_loss
 from utils.numeric.metrics import accuracy, log_loss, softmax
 from utils.training.batch_schedule import BatchSchedule, derived_seed
@@ -115,25 +116,27 @@ def _train(
         history = saved["history"]
         logger.info("%s: resumed at epoch %d of %d", progress.path.stem, len(history) + 1, settings.epochs)
     labels = validation_set.images.labels
-    for epoch in range(len(history), settings.epochs):
-        start = time.monotonic()
-        loss = run.epoch(batch_schedule, epoch, epoch_targets(epoch) if epoch_targets else None)
-        probabilities = softmax(predict_logits(model, validation_set, device, average.weights))
-        row = {
-            "train_loss": loss,
-            "val_log_loss": log_loss(probabilities, labels),
-            "val_accuracy": accuracy(probabilities, labels),
-        }
-        history.append(row)
-        seconds = time.monotonic() - start
-        logger.log(
-            logging.INFO if seconds >= LOGGED_SECONDS else logging.DEBUG,
-            "%s%s epoch %d/%d: train loss %.4f, val log-loss %.4f accuracy %.4f, %.1f s; at most %.0f min left",
-            *(settings.backbone, "" if epoch_targets else " without a teacher", epoch + 1, settings.epochs, loss),
-            *(row["val_log_loss"], row["val_accuracy"], seconds, seconds * (settings.epochs - epoch - 1) / 60),
-        )
-        if progress and (progress.is_due() or epoch + 1 == settings.epochs):
-            progress.save(run.state() | {"history": history, "threads": threads})
+    what = f"{settings.backbone}{'' if epoch_targets else ' without a teacher'}"
+    with progress_bar((settings.epochs - len(history)) * steps, what, unit="batch") as advance:
+        for epoch in range(len(history), settings.epochs):
+            start = time.monotonic()
+            loss = run.epoch(batch_schedule, epoch, epoch_targets(epoch) if epoch_targets else None, advance)
+            probabilities = softmax(predict_logits(model, validation_set, device, average.weights))
+            row = {
+                "train_loss": loss,
+                "val_log_loss": log_loss(probabilities, labels),
+                "val_accuracy": accuracy(probabilities, labels),
+            }
+            history.append(row)
+            seconds = time.monotonic() - start
+            logger.log(
+                logging.INFO if seconds >= LOGGED_SECONDS else logging.DEBUG,
+                "%s epoch %d/%d: train loss %.4f, val log-loss %.4f accuracy %.4f, %.1f s; at most %.0f min left",
+                *(what, epoch + 1, settings.epochs, loss, row["val_log_loss"], row["val_accuracy"], seconds),
+                seconds * (settings.epochs - epoch - 1) / 60,
+            )
+            if progress and (progress.is_due() or epoch + 1 == settings.epochs):
+                progress.save(run.state() | {"history": history, "threads": threads})
     _log_risen_loss(settings, history)
     return StudentTrainingResult(copied_weights(average.weights), history, threads)
 
@@ -177,10 +180,17 @@ class _StudentTraining:
         self.on_cuda = torch.device(self.device).type == "cuda"
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.on_cuda)
 
-    def epoch(self, batch_schedule: BatchSchedule, epoch: int, targets: np.ndarray | None) -> float:
+    def epoch(
+        self,
+        batch_schedule: BatchSchedule,
+        epoch: int,
+        targets: np.ndarray | None,
+        advance: Callable[[int], object] = lambda count: None,
+    ) -> float:
         """One pass over the images; returns the mean loss per image.
 
-        `targets` (N, C) are the teacher's log-probabilities, NaN where there is none; None trains by labels alone.
+        `advance` is told each batch. `targets` (N, C) are the teacher's log-probabilities, NaN without one; None
+        trains by labels alone.
         """
         # Random numbers of the network follow from the epoch, so that no generator state has to be saved.
         torch.manual_seed(derived_seed(self.settings.seed, "epoch", epoch))
@@ -222,6 +232,7 @@ class _StudentTraining:
                 )
             self._step(loss)
             total, count = total + loss.item() * len(batch.rows), count + len(batch.rows)
+            advance(1)
         return total / count
 
     def _step(self, loss: Tensor) -> None:

@@ -108,8 +108,8 @@ def _kind_by_cost(store: Store, teacher: Teacher, student: tuple[int, int]) -> s
     if fraction <= MAX_PASS_FRACTION:
         return CONSISTENT
     logger.info(
-        "%s: auto takes %s: one pass of %s over the images costs an estimated %.0f %% of the student's training (limit "
-        "%.0f %%), so it predicts %d views of each image once instead of new views in every epoch; set it to %s for "
+        "%s: auto takes %s: one pass of %s over the images costs an estimated %.0f%% of the student's training (limit "
+        "%.0f%%), so it predicts %d views of each image once instead of new views in every epoch; set it to %s for "
         "new views",
         *(CONFIG_KEY, VIEWS, teacher.name, 100 * fraction, 100 * MAX_PASS_FRACTION, settings.views, CONSISTENT),
     )

@@ -20,7 +20,7 @@ Conformal sets and abstention
     A set holds the classes whose score is at most `threshold` (LAC: 1 - p; APS: the summed probability of the classes
     at least as probable; RAPS: APS with a random part that the image's content decides, and a penalty) and always the
     most probable class. Thresholds come from the validation rows of `crossfit.npz`; with groups each group has the same
-    weight. `selective.threshold` keeps the target selective risk with 95 % confidence, by fixed-sequence testing. The
+    weight. `selective.threshold` keeps the target selective risk with 95% confidence, by fixed-sequence testing. The
     validation split chose the members' epochs, which makes thresholds slightly optimistic.
 
 Latency

@@ -99,7 +99,7 @@ def _confusion(record: Record, form: str) -> tuple[list[str], list[list[str]]]:
     lines = []
     for row, name in enumerate(names):
         cells = [
-            f"{count} ({share:.1f} {percent})" if count else "0"
+            f"{count} ({share:.1f}{percent})" if count else "0"
             for count, share in zip(counts[row].tolist(), percentages[row].tolist(), strict=True)
         ]
         lines.append([escaped(name), *cells, str(int(counts[row].sum()))])

@@ -40,6 +40,7 @@ RANKING: Form = {
         "name": str,
         "evidence": {**EVIDENCE, "n": int, "rows": str, "log_loss": float, "accuracy": float},
         "evidence?": {"after_selection?": {**EVIDENCE, "log_loss": float}},
+        "not_compared?": Each(str),
     },
     "recommended_fast?": CHOICE,
     "label_issues?": {"in_doubt?": int, "model?": str, "n?": int},

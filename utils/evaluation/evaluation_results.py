@@ -24,6 +24,8 @@ from utils.predictions.training_evidence import Scores
 SOFT_VOTING = "soft_voting_ensemble"
 PEERS = {"soft_voting": SOFT_VOTING, "greedy_selection_ensemble": "greedy_selection_ensemble"}
 """{key in the ranking: ensemble that others are compared with}"""
+RECOMMENDED = ("name", "reason", "note", "evidence", "latency_ms", "not_compared")
+"""Keys of the recommendation that the ranking keeps under that name"""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def compute(inputs: EvaluationInputs) -> EvaluationResults:
     issues = score_ranking.label_issue_table(inputs, recommended["name"])
     columns = inputs.settings.columns
     ranking = score_ranking.rank(metrics, kinds, inputs.split, inputs.settings.metric, columns or ()) | {
-        "recommended": {key: recommended[key] for key in ("name", "reason", "note", "evidence", "latency_ms")},
+        "recommended": {key: recommended[key] for key in RECOMMENDED},
         "recommended_fast": recommended["fast"],
         "peers": {"best_single": recommended["best_single"]}
         | {key: peer if peer in inputs.ensembles else None for key, peer in PEERS.items()},

@@ -19,6 +19,8 @@ from utils.predictions.rows import UNKNOWN, MemberRows
 
 MAX_EXAMPLES = 20
 QUOTAS = {"wrong": 8, "disagreement": 6, "mislabelled": 6}
+SURE = 0.5
+"""Probability above which a member's class counts as its opinion: no other class can have as much."""
 BLOCK = 4096  # rows at a time, whatever the number of classes
 
 
@@ -93,7 +95,8 @@ def choose(
         disagreement = mutual_information(member_rows, predictions.sample_ids)
         ordered["wrong"] = confident_errors(split, predictions, disagreement, count)
         shown = {item.sample_id for item in ordered["wrong"][: QUOTAS["wrong"]]}
-        ordered["disagreement"] = disagreements(split, predictions, disagreement, count, shown)
+        disputed = is_disputed(member_rows, predictions.sample_ids)
+        ordered["disagreement"] = disagreements(split, predictions, disagreement, disputed, count, shown)
     ordered["mislabelled"] = _likely_mislabelled(_out_of_sample_predictions(focus, out_of_sample, crossfit), count)
     examples = apply_quotas(ordered, count)
     parts = {name: {part.split: part for part in rows} for name, rows in out_of_sample.items()}
@@ -121,14 +124,34 @@ def confident_errors(
 
 
 def disagreements(
-    split: str, predictions: LabelledPredictions, disagreement: np.ndarray | None, count: int, shown: Iterable[str]
+    split: str,
+    predictions: LabelledPredictions,
+    disagreement: np.ndarray | None,
+    disputed: np.ndarray,
+    count: int,
+    shown: Iterable[str],
 ) -> list[ExampleImage]:
-    """Rows on which members disagree most, except those that are `shown` already; none where all members agree."""
+    """The `disputed` rows (N,) with the largest `disagreement` (N,), except those that are `shown` already."""
     if disagreement is None:
         return []
-    rows = np.flatnonzero((disagreement > 1e-6) & ~np.isin(predictions.sample_ids, list(shown)))
+    rows = np.flatnonzero(disputed & ~np.isin(predictions.sample_ids, list(shown)))
     order = sorted(rows.tolist(), key=lambda row: (-disagreement[row], str(predictions.sample_ids[row])))
     return [_example("disagreement", split, predictions, row, disagreement) for row in order[:count]]
+
+
+def is_disputed(member_rows: Mapping[str, MemberRows], sample_ids: np.ndarray) -> np.ndarray:
+    """Bool (N,): two members give two classes a probability above `SURE`, each another one."""
+    indices = {name: np.asarray(_row_indices(part, sample_ids)) for name, part in member_rows.items()}
+    disputed = np.zeros(len(sample_ids), dtype=bool)
+    for start in range(0, len(sample_ids), BLOCK):
+        block = slice(start, start + BLOCK)
+        opinion = np.full(len(sample_ids[block]), UNKNOWN)
+        for name, part in member_rows.items():
+            probabilities = softmax(np.asarray(part.logits[indices[name][block]]))
+            classes, sure = probabilities.argmax(axis=1), probabilities.max(axis=1) > SURE
+            disputed[block] |= sure & (opinion != UNKNOWN) & (opinion != classes)
+            opinion = np.where(sure & (opinion == UNKNOWN), classes, opinion)
+    return disputed
 
 
 def mutual_information(member_rows: Mapping[str, MemberRows], sample_ids: np.ndarray) -> np.ndarray | None:

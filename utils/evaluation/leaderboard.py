@@ -77,7 +77,7 @@ def marks(row: Mapping[str, Any], ranking: Ranking) -> list[str]:
 
 
 def as_text(ranking: Ranking, *, styled: bool = False, columns: int | None = None) -> str:
-    """An aligned table with 95 % intervals and marks, followed by the recommendation.
+    """An aligned table with 95% intervals and marks, followed by the recommendation.
 
     With `styled`, the recommended row is bold and contaminated rows are faint. A table that is wider than `columns` has
     an interval of accuracy alone, or of the first metric, and long names are shortened; any of the usual metrics fits
@@ -109,7 +109,7 @@ def as_text(ranking: Ranking, *, styled: bool = False, columns: int | None = Non
 def _table(ranking: Ranking, with_interval: Mapping[str, bool]) -> list[list[str]]:
     """The header and a line of cells for each row."""
     headings = shown_metrics(ranking)
-    titles = [f"{headings[metric]} [95 %]" if wide else headings[metric] for metric, wide in with_interval.items()]
+    titles = [f"{headings[metric]} [95%]" if wide else headings[metric] for metric, wide in with_interval.items()]
     lines = [["rank", "name", "kind", *titles, "p", ""]]
     for row in ranking["rows"]:
         lines.append(

@@ -98,7 +98,7 @@ def confusion_matrix(axes: Axes, record: Mapping[str, Any]) -> None:
     for row, column in zip(*np.nonzero(counts), strict=True):
         dark = fractions[row, column] > 0.5
         color = "white" if dark else "black"
-        share = f"\n{100 * fractions[row, column]:.1f} %" if len(counts) <= MAX_PERCENTAGES else ""
+        share = f"\n{100 * fractions[row, column]:.1f}%" if len(counts) <= MAX_PERCENTAGES else ""
         text = f"{counts[row, column]}{share}"
         axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from utils.core.artifacts import read_record
 from utils.core.display_text import format_count, format_number, format_percent
+from utils.core.program_names import as_typed
 from utils.core.workspace import Workspace
 from utils.evaluation.audit_form import AUDIT
 from utils.evaluation.thumbnails import thumbnail
@@ -38,7 +40,7 @@ def section(workspace: Workspace, catalog: Catalog) -> dict[str, Any] | None:
     duplicates = record["duplicates"]
     groups = duplicates["groups"]
     return {
-        "sentences": _sentences(record),
+        "sentences": _sentences(record, workspace),
         "groups": [_group(workspace, duplicates["pairs"], group) for group in groups[:GROUPS]],
         "more_groups": max(0, len(groups) - GROUPS),
         "scores": [_scores(entry) for entry in record["scores"][:MODELS]]
@@ -56,7 +58,7 @@ def section(workspace: Workspace, catalog: Catalog) -> dict[str, Any] | None:
     }
 
 
-def _sentences(record: Mapping[str, Any]) -> list[str]:
+def _sentences(record: Mapping[str, Any], workspace: Workspace) -> list[str]:
     duplicates = record["duplicates"]
     count = len(duplicates["groups"])
     if not count:
@@ -78,7 +80,8 @@ def _sentences(record: Mapping[str, Any]) -> list[str]:
             f"In {format_count(count, 'group')} the copies have different labels, so that some of these are wrong."
         )
     if duplicates["across_splits"]:
-        found.append("A split that keeps the copies together: python ensemble_orchestrator.py audit --write-split")
+        words = ["python", "ensemble_orchestrator.py", "audit", "--write-split", "--workspace", str(workspace.base)]
+        found.append(f"A split that keeps the copies together: {as_typed(shlex.join(words))}")
     return found
 
 

@@ -35,6 +35,12 @@ VARIABLES = {
 HEAT = (0.23, 0.43, 0.80)  # of cells, with opacity: readable on white and on black
 MAX_OPACITY = 0.75
 WIDTH = 7.2  # inches
+PLACES = [
+    *((x, y, side) for y in (10, -10) for x, side in ((4, "left"), (-4, "right"))),
+    *((x, 0, side) for x, side in ((8, "left"), (-8, "right"))),
+    *((x, y, side) for y in (22, -22, 34, -34) for x, side in ((4, "left"), (-4, "right"))),
+]
+"""Where a point's name may stand: points to the right and up, and the side of the text that is there; best first."""
 MAX_NUMBERED_CLASSES = 15  # with more, cells are too small for numbers
 MAX_TICK_LABELS = 40
 SETTINGS: dict[Any, Any] = {
@@ -161,16 +167,44 @@ def front(points: Mapping[str, tuple[float, float]], best: set[str], focus: str,
         labels: dict[tuple[float, float], list[str]] = {}
         for name in sorted({*best, *({focus} & points.keys())}, key=lambda name: (name != focus, name)):
             labels.setdefault(points[name], []).append(_short(name))
-        for number, (point, names) in enumerate(sorted(labels.items())):
-            offset = (5, -12 if number % 2 else 6)
-            axes.annotate(join_names(names, 1), point, offset, textcoords="offset points", fontsize=8)
         if all(cost > 0 for cost, _ in points.values()):
             axes.set_xscale("log")
             _plain_ticks(axes, [cost for cost, _ in points.values()])
         axes.margins(x=0.2, y=0.12)
         axes.set_xlabel(axis)
         axes.set_ylabel("accuracy")
+        drawing.figure.draw_without_rendering()  # the layout decides where points lie
+        _label_points(axes, {point: join_names(names, 1) for point, names in labels.items()}, list(points.values()))
     return drawing.svg
+
+
+def _label_points(axes: Axes, labels: Mapping[tuple[float, float], str], points: Sequence[tuple[float, float]]) -> None:
+    """Names beside points, each where it covers no other name; left out where there is no such place.
+
+    Places that cover no point and lie nearest to their own are preferred. `labels` come most important first, and the
+    figure is laid out.
+    """
+    frame, taken = axes.get_window_extent(), list[Any]()
+    pixels = axes.transData.transform(np.array(sorted(set(points))))
+    for point, text in labels.items():
+        own, places = axes.transData.transform(point), []
+        for number, (x, y, side) in enumerate(PLACES):
+            note = axes.annotate(
+                text, point, (x, y), textcoords="offset points", fontsize=8, ha=side, va="center", zorder=5
+            )
+            box = note.get_window_extent().padded(2)
+            note.remove()
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                distances = np.hypot(*(pixels - np.clip(pixels, box.min, box.max)).T)
+                covered = int((distances == 0).sum())
+                is_ambiguous = distances.min() < np.hypot(*(own - np.clip(own, box.min, box.max))) - 0.5
+                places.append((covered, is_ambiguous, number, box))
+        if places:
+            _, _, number, box = min(places, key=lambda place: place[:3])
+            x, y, side = PLACES[number]
+            axes.annotate(text, point, (x, y), textcoords="offset points", fontsize=8, ha=side, va="center")
+            taken.append(box)
 
 
 def _plain_ticks(axes: Axes, costs: Sequence[float]) -> None:

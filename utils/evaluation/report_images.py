@@ -13,7 +13,7 @@ from utils.predictions.catalog import IMPORTED
 
 KINDS = {
     "wrong": "Confident errors",
-    "disagreement": "Largest disagreement",
+    "disagreement": "Most disputed",
     "mislabelled": "Likely mislabelled",
 }
 

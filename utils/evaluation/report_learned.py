@@ -12,7 +12,7 @@ from utils.core.display_text import format_number, format_percent
 from utils.distillation.controls import ALONE, TEACHER
 from utils.evaluation.report_data import ReportData
 
-MAX_MEMBERS = 30  # columns of the table of weights
+MAX_MEMBERS = 15  # columns of the table of weights
 NONE = "-"
 
 

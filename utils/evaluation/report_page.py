@@ -13,20 +13,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.core.artifacts import digest_of, write_text
+from utils.core.artifacts import digest_of, read_record, write_text
 from utils.core.config import Config
+from utils.core.config_sections import Project
 from utils.core.workspace import Workspace
 from utils.evaluation.report_sources import ReportSources
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 5  # raised whenever the same records would give another page
+VERSION = 6  # raised whenever the same records would give another page
 TEMPLATES = Path(__file__).with_name("templates")
 KEY = re.compile(rb'<meta name="inputs" content="([0-9a-f]{64})">')
+SPLIT_RECORD = "split_manifest.json"
+"""What the base pipeline's stage `split` leaves, with the folder of the images as `raw_dir`."""
+GENERIC = ("data", "dataset", "images", "work", "workspace")
+"""Names of folders that say less than that of the folder above"""
+DIGEST = re.compile(r"-[0-9a-f]{8}$")
+"""At the end of the workspaces that the demo makes"""
 HEAD_BYTES = 4096  # that hold the key
 EXPLANATIONS = {
     "wrong": "The predicted class has a high probability and differs from the label: the model or the label is wrong.",
-    "disagreement": "Members predict different classes with confidence. Further training images like these help most.",
+    "disagreement": "Two members or more give different classes a probability above one half. Further training images "
+    "like these help most.",
     "mislabelled": "Out-of-sample predictions contradict these labels. Check the labels first.",
 }
 
@@ -68,10 +76,12 @@ def render(config: Config, sources: ReportSources, key: str) -> str:
     """The page as one HTML text, with the digest of its records as its key."""
     from utils.evaluation import (
         example_maps,
+        leaderboard,
         report_audit,
         report_external,
         report_images,
         report_learned,
+        report_ranking,
         report_scores,
         report_sections,
         report_summary,
@@ -87,17 +97,17 @@ def render(config: Config, sources: ReportSources, key: str) -> str:
     empty = {anchor for anchor, content in shown.items() if not content}
     context = {
         "key": key,
-        "title": f"{config.project.name}: evaluation report",
+        "title": f"{subject(config, data.workspace)}: evaluation report",
         "focus": data.focus,
         "split": data.split,
         "n": f"{data.evaluated['n_samples']:,}",
         "classes": data.classes,
         "counts": _counts(data.ranking),
-        "order": str(data.ranking["order"][0]).replace("_", " "),
+        "order": leaderboard.HEADINGS.get(data.ranking["order"][0], data.ranking["order"][0]),
         "cards": report_sections.cards(data),
-        "summary": report_summary.sentences(data),
+        "summary": report_summary.summary(data),
         "warnings": report_summary.warnings(data, example_maps.background_warning(data, maps)),
-        "ranking": report_sections.ranking(data),
+        "ranking": report_ranking.ranking(data),
         "scores": scores,
         "cost": report_sections.cost(data),
         "calibration": report_sections.calibration(data),
@@ -114,10 +124,21 @@ def render(config: Config, sources: ReportSources, key: str) -> str:
         "maps": report_images.maps_notes(data, maps),
         "has_images": data.catalog.has_images,
         "explanations": EXPLANATIONS,
+        "next_steps": report_sections.next_steps(config, data),
         "provenance": report_sections.provenance(config, data),
         "sections": [(anchor, title) for anchor, title in _sections() if anchor not in empty],
     }
     return _template().render(context)
+
+
+def subject(config: Config, workspace: Workspace) -> str:
+    """What the report is about: the project where the configuration names one, else the folder of the images."""
+    if config.project.name != Project().name:
+        return config.project.name
+    path = workspace.split_dir / SPLIT_RECORD
+    split = read_record(path, remedy="Split the images again", form={"raw_dir?": str}) or {}
+    source = Path(split.get("raw_dir") or DIGEST.sub("", str(workspace.base)))
+    return source.parent.name if source.name.lower() in GENERIC and source.parent.name else source.name
 
 
 def _rows(learned: dict[str, Any]) -> list[Any]:
@@ -148,18 +169,23 @@ def _sections() -> list[tuple[str, str]]:
         ("images", "Images"),
         ("audit", "Audit"),
         ("provenance", "Provenance"),
+        ("next", "Next steps"),
     ]
 
 
 def _template() -> Any:
     """The page's template; every value is made printable, then escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
+    from markupsafe import Markup, escape
 
     from utils.core.display_text import printable
 
     def as_printable(value: Any) -> Any:
         return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    def breakable(name: str) -> Markup:
+        """With places for a line break after the underscores; a copy of the text has none."""
+        return Markup(escape(printable(name)).replace("_", Markup("_<wbr>")))
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -168,4 +194,5 @@ def _template() -> Any:
         finalize=as_printable,
         trim_blocks=False,
     )
+    environment.filters["breakable"] = breakable
     return environment.get_template("report.html")

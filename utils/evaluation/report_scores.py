@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from utils.core.display_text import format_interval, format_number
+from utils.core.display_text import format_count, format_interval, format_number, format_p_value
 from utils.evaluation import report_figures
 from utils.evaluation.leaderboard import HEADINGS
 from utils.evaluation.report_data import ReportData
@@ -14,7 +14,7 @@ SHOWN = (
     *("accuracy", "balanced_accuracy", "f1_macro", "matthews_corrcoef", "cohen_kappa", "roc_auc_ovr_macro"),
     *("average_precision_macro", "top_3_accuracy", "top_5_accuracy", "log_loss", "brier"),
 )
-FOLD_HEADINGS = {key: HEADINGS[key] for key in ("accuracy", "balanced_accuracy", "f1_macro", "matthews_corrcoef")}
+FOLD_KEYS = ("accuracy", "balanced_accuracy", "f1_macro", "matthews_corrcoef")
 MAX_DRAWN_CLASSES = 40
 
 
@@ -25,13 +25,17 @@ def scores(data: ReportData) -> dict[str, Any] | None:
     names = [name for name in dict.fromkeys([data.focus, *data.peers.values()]) if name in data.metrics]
     rows = [
         {
-            "title": HEADINGS[key][:1].upper() + HEADINGS[key][1:],
+            "title": _title(key),
             "cells": [_cell(data.metrics[name], key) for name in names],
         }
         for key in SHOWN
         if data.evaluated.get(key) is not None
     ]
     return {"names": names, "rows": rows, "folds": _folds(data, names), "figures": _curves(data), "test": _delong(data)}
+
+
+def _title(key: str) -> str:
+    return HEADINGS[key][:1].upper() + HEADINGS[key][1:]
 
 
 def _cell(record: Mapping[str, Any], key: str) -> dict[str, str]:
@@ -46,9 +50,9 @@ def _folds(data: ReportData, names: list[str]) -> dict[str, Any] | None:
     for name in names:
         folds = data.metrics[name].get("folds")
         if folds:
-            cells = [f"{folds[key]['mean']:.3f} ± {folds[key]['deviation']:.3f}" for key in FOLD_HEADINGS]
+            cells = [f"{folds[key]['mean']:.3f} ± {folds[key]['deviation']:.3f}" for key in FOLD_KEYS]
             rows.append({"name": name, "k": folds["k"], "rows": f"{folds['n']} ({folds['rows']})", "cells": cells})
-    return {"titles": list(FOLD_HEADINGS.values()), "rows": rows} if rows else None
+    return {"titles": [_title(key) for key in FOLD_KEYS], "rows": rows} if rows else None
 
 
 def _delong(data: ReportData) -> str:
@@ -58,7 +62,7 @@ def _delong(data: ReportData) -> str:
         return ""
     interval = format_interval(compared.get("delta_roc_auc_ci95"), 4)
     p_value = compared.get("delong_p")
-    p_text = "" if p_value is None else f"; DeLong's test: p = {p_value:.3f}"
+    p_text = "" if p_value is None else f"; DeLong's test: {format_p_value(p_value)}"
     difference = f"{compared['delta_roc_auc']:+.4f}{f' {interval}' if interval else ''}"
     return f"AUC of {data.focus} less that of {compared['name']}: {difference}{p_text}."
 
@@ -77,7 +81,8 @@ def _curves(data: ReportData) -> list[dict[str, str]]:
         ("ROC curves", roc, "roc_auc", ("false positive rate", "true positive rate")),
         ("Precision-recall curves", recall, "average_precision", ("recall", "precision")),
     ):
-        label = f"{title} of {data.focus}, each class against the rest"
+        rows = f"{format_count(data.evaluated['n_samples'], 'row')} of {data.split}"
+        label = f"{title} of {data.focus} on {rows}, each class against the rest"
         areas = {name: by_class[name][area] for name in points}
         svg = report_figures.class_curves(points, areas, axes, label)
         figures.append({"title": title, "svg": svg, "caption": f"{label}. Areas are in the table of classes."})

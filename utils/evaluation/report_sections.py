@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,25 @@ from utils.core.display_text import (
     format_percent,
     join_names,
 )
-from utils.evaluation import leaderboard, report_figures, report_summary
+from utils.core.program_names import as_typed
+from utils.evaluation import report_figures, report_summary
 from utils.evaluation.report_data import ReportData, without_temperature
 from utils.numeric.metrics import reliability
 from utils.numeric.pareto import pareto_front
+from utils.predictions.catalog import IMPORTED
 
 NONE = "-"
+PROGRAM = ("python", "ensemble_orchestrator.py")
 MAX_CONFUSION_CLASSES = 200  # a larger confusion matrix cannot be read
 MAX_OPEN_CLASSES = 60  # a longer table per class is folded
 
 
 def cards(data: ReportData) -> list[dict[str, str]]:
-    """The main figures of the focus."""
+    """The main figures of the focus, as far as they are measured."""
     record, bounds = data.evaluated, data.evaluated.get("ci95") or {}
     interval = format_interval([100 * bound for bound in bounds["accuracy"]], 1) if bounds.get("accuracy") else ""
     latency, size = _latency(record), record.get("size_mb")
-    return [
+    shown = [
         {"word": "Accuracy", "value": format_percent(record["accuracy"]), "more": interval},
         {
             "word": "F1 macro",
@@ -51,56 +54,11 @@ def cards(data: ReportData) -> list[dict[str, str]]:
         {
             "word": "One image",
             "value": NOT_MEASURED if latency is None else f"{latency:.1f} ms",
-            "more": _device(record),
+            "more": _device(record) + (", measured on a busy machine" if _others(record) is not None else ""),
         },
         {"word": "Weights", "value": NOT_MEASURED if size is None else f"{size:,.1f} MB", "more": ""},
     ]
-
-
-def ranking(data: ReportData) -> dict[str, Any]:
-    """Rows of the ranking, and a forest plot for accuracy and for log-loss."""
-    rows = []
-    for row in data.ranking["rows"]:
-        record = data.metrics.get(row["name"], {})
-        bounds = record.get("ci95") or row.get("ci95") or {}
-        out_of_sample = (record.get("crossfit") or {}).get("log_loss")
-        calibrated = record.get("calibrated_log_loss")
-        marks = leaderboard.marks(row, data.ranking)
-        rows.append(
-            {
-                "rank": NONE if row["rank"] is None else row["rank"],
-                "name": row["name"],
-                "kind": row["kind"],
-                "marks": marks,
-                "accuracy": format_percent(row["accuracy"]),
-                "accuracy_ci": format_interval([100 * bound for bound in bounds["accuracy"]], 1)
-                if bounds.get("accuracy")
-                else "",
-                "f1": format_number(row["f1_macro"]),
-                "log_loss": format_number(row["log_loss"]),
-                "log_loss_ci": format_interval(bounds.get("log_loss")),
-                "calibrated": NONE if calibrated is None else format_number(calibrated),
-                "ece": format_number(row["ece"]),
-                "out_of_sample": NONE if out_of_sample is None else format_number(out_of_sample),
-            }
-        )
-    return {"rows": rows, "figures": [_forest(data, "accuracy"), _forest(data, "log_loss")]}
-
-
-def _forest(data: ReportData, metric: str) -> dict[str, str]:
-    bars, measured = [], False
-    for row in data.ranking["rows"]:
-        record = data.metrics.get(row["name"], row)
-        low, high = (record.get("ci95") or {}).get(metric) or (None, None)
-        measured |= low is not None
-        marked = row["name"] == data.focus
-        bars.append(report_figures.Bar(row["name"], record[metric], low, high, row["kind"], marked))
-    title = "Accuracy" if metric == "accuracy" else "Log-loss"
-    better = "higher is better" if metric == "accuracy" else "lower is better"
-    intervals = "lines are 95 % bootstrap intervals" if measured else "intervals are not measured"
-    label = f"{title} of {format_count(len(bars), 'model')} on {data.split}; {better}; {intervals}"
-    legend = f"Diamond: {data.focus}. Circles: ensembles. Squares: single members."
-    return {"title": title, "svg": report_figures.forest(bars, title.lower(), label), "caption": f"{label}. {legend}"}
+    return [card for card in shown if card["value"] != NOT_MEASURED]
 
 
 def cost(data: ReportData) -> dict[str, Any]:
@@ -115,7 +73,7 @@ def cost(data: ReportData) -> dict[str, Any]:
         if not points:
             figures.append({"title": axis, "svg": "", "caption": f"Accuracy against {axis}: {NOT_MEASURED}."})
             continue
-        label = f"Accuracy against {axis}. Pareto front: {join_names(sorted(fronts[kind]), 8)}"
+        label = f"Accuracy on {_rows(data)} against {axis}. Pareto front: {join_names(sorted(fronts[kind]), 8)}"
         svg = report_figures.front(points, fronts[kind], data.focus, axis, label)
         figures.append({"title": axis, "svg": svg, "caption": f"{label}."})
     rows = [
@@ -123,13 +81,14 @@ def cost(data: ReportData) -> dict[str, Any]:
             "name": name,
             "accuracy": format_percent(data.metrics[name]["accuracy"]),
             "latency": format_number(latencies[name], 2),
+            "busy": _others(data.metrics[name]) is not None,
             "batch": format_number(_latency(data.metrics[name], "batch_32"), 1),
             "size": format_number(sizes[name], 2),
             "front": " and ".join(kind for kind in fronts if name in fronts[kind]) or NONE,
         }
         for name in data.metrics
     ]
-    return {"figures": figures, "rows": rows, "device": _device(data.evaluated)}
+    return {"figures": figures, "rows": rows, "device": _device(data.evaluated), "busy": report_summary.busy(data)}
 
 
 def _front(points: Mapping[str, tuple[float, float]]) -> set[str]:
@@ -143,9 +102,19 @@ def _latency(record: Mapping[str, Any], batch: str = "batch_1") -> float | None:
     return ((record.get("latency_ms") or {}).get(batch) or {}).get("p50")
 
 
+def _others(record: Mapping[str, Any]) -> float | None:
+    """Cores that other programs used while the model was timed, where they were in the way."""
+    return (record.get("latency_ms") or {}).get("busy")
+
+
+def _rows(data: ReportData) -> str:
+    return f"{format_count(data.evaluated['n_samples'], 'row')} of {data.split}"
+
+
 def _device(record: Mapping[str, Any]) -> str:
     latency = record.get("latency_ms") or {}
-    return f"{latency.get('device')}, {format_count(latency['threads'], 'thread')}" if latency.get("threads") else ""
+    device = str(latency.get("device")).replace("cpu", "CPU")
+    return f"{device}, {format_count(latency['threads'], 'thread')}" if latency.get("threads") else ""
 
 
 def calibration(data: ReportData) -> dict[str, Any]:
@@ -166,7 +135,7 @@ def calibration(data: ReportData) -> dict[str, Any]:
         remark = f"{data.focus} is not scaled by a temperature."
     else:
         remark = f"Its temperature of {temperature:.3g} was fitted on other rows." if temperature else ""
-    label = "Reliability diagrams: accuracy against confidence; the diagonal is perfect calibration"
+    label = f"Reliability diagrams on {_rows(data)}: accuracy against confidence; the diagonal is perfect calibration"
     svg = report_figures.reliability(panels, label) if panels else ""
     caption = f"{label}. Bars: number of rows by confidence. {remark}"
     names = [name for name in dict.fromkeys([data.focus, *data.peers.values()]) if name in data.metrics]
@@ -188,7 +157,10 @@ def uncertainty(data: ReportData) -> dict[str, Any]:
         curve = data.metrics[name].get("selective") or {}
         if curve.get("coverage") and curve.get("risk"):
             curves[name] = (curve["coverage"], curve["risk"])
-    label = "Selective risk: error rate among the most confident rows, against the fraction of rows; lower is better"
+    label = (
+        f"Selective risk on {_rows(data)}: error rate among the most confident rows, against the fraction of rows; "
+        "lower is better"
+    )
     svg = report_figures.risk_coverage(curves, label) if curves else ""
     sets = [
         {
@@ -224,7 +196,7 @@ def _out_of_distribution(scores: Mapping[str, Any] | None) -> str:
         return ""
     fractions = " and ".join(f"{format_percent(value)} ({key.replace('_', ' ')})" for key, value in beyond.items())
     limits = scores.get("limits", "an indication, not a test")
-    return f"Rows with a higher OOD score than 95 % of the val rows: {fractions}; 5 % are expected ({limits})."
+    return f"Rows with a higher OOD score than 95% of the val rows: {fractions}; 5% are expected ({limits})."
 
 
 def errors(data: ReportData) -> dict[str, Any]:
@@ -244,7 +216,8 @@ def errors(data: ReportData) -> dict[str, Any]:
             continue
         n_errors = record["n_samples"] - int(np.trace(np.asarray(record["confusion_matrix"])))
         n_rows = record["n_samples"]
-        label = f"Confusion matrix of {name}: {format_count(n_errors, 'error')} on {format_count(n_rows, 'row')}"
+        rows_of_split = f"{format_count(n_rows, 'row')} of {data.split}"
+        label = f"Confusion matrix of {name}: {format_count(n_errors, 'error')} on {rows_of_split}"
         svg = report_figures.confusion(record["confusion_matrix"], classes, label)
         figures.append({"title": name, "svg": svg, "caption": f"{label}. Colours: fractions of the true class."})
     single = data.peers.get("best_single")
@@ -255,8 +228,8 @@ def errors(data: ReportData) -> dict[str, Any]:
             "precision": format_number(scores["precision"], 3),
             "recall": format_number(scores["recall"], 3),
             "f1": format_number(scores["f1"], 3),
-            **{key: format_number(scores.get(key), 3) for key in ("specificity", "average_precision", "roc_auc")},
-            "negative": format_number(scores.get("negative_predictive_value"), 3),
+            **{key: _defined(scores.get(key)) for key in ("specificity", "average_precision", "roc_auc")},
+            "negative": _defined(scores.get("negative_predictive_value")),
             "single": format_number(single_scores[name]["f1"], 3) if name in single_scores else NONE,
             "support": scores["support"],
         }
@@ -264,6 +237,11 @@ def errors(data: ReportData) -> dict[str, Any]:
         if (scores := data.evaluated["per_class"].get(name)) is not None
     ]
     return {"figures": figures, "pairs": report_summary.most_confused(data), "rows": rows, "single": single}
+
+
+def _defined(value: float | None) -> str:
+    """A metric of a class, which rows of one kind alone leave undefined."""
+    return NONE if value is None else format_number(value, 3)
 
 
 def members(data: ReportData) -> dict[str, Any] | None:
@@ -284,7 +262,8 @@ def members(data: ReportData) -> dict[str, Any] | None:
         for index, name in enumerate(contributions.names)
     ]
     label = (
-        f"Correlation of the errors of each pair of {len(contributions.names)} members; 0 where errors are independent"
+        f"Correlation of the errors of each pair of {len(contributions.names)} members on {contributions.rows:,} "
+        "out-of-sample rows; 0 where errors are independent"
     )
     svg = report_figures.pairs(contributions.pairs.error_correlation, contributions.names, label)
     average = contributions.pairs.mean_among(range(len(contributions.names))) or {}
@@ -296,7 +275,10 @@ def members(data: ReportData) -> dict[str, Any] | None:
             "svg": svg,
             "caption": f"{label}. An ensemble gains most from members with weakly correlated errors.",
         },
-        "average": {key.replace("_", " "): format_number(value, 3) for key, value in average.items()},
+        "average": {
+            key.replace("_", " ").replace("q statistic", "Q statistic"): format_number(value, 3)
+            for key, value in average.items()
+        },
         "weighted": bool(weights),
         "note": (data.evaluated.get("notes") or {}).get("weights", ""),
     }
@@ -348,16 +330,34 @@ def provenance(config: Config, data: ReportData) -> dict[str, Any]:
 
 
 def commands(config: Config, data: ReportData) -> list[str]:
-    """Commands that reproduce the report and use the model that it recommends."""
+    """Commands that reproduce the report."""
+    lines = [["discover"]]
+    if data.record:
+        lines.append(build_command(data.focus).split()[len(PROGRAM) :])
+    lines.append(["evaluate", "--force", *([] if data.split == "test" else ["--split", data.split])])
+    return [_as_typed(line, config, data) for line in lines]
+
+
+def next_steps(config: Config, data: ReportData) -> list[dict[str, str]]:
+    """`{purpose, command}` of what one does with the recommended model, as typed for this workspace."""
+    exportable = all(member.source != IMPORTED for member in data.members)
+    named = ["--model-name", data.focus]
+    steps = [
+        ("Classify new images:", ["predict", *named, "FOLDER", "--to", "answers.csv"], exportable),
+        ("Score it on labelled images from elsewhere:", ["evaluate", "--data", "FOLDER", *named], exportable),
+        ("Write it as one file:", ["export", *named, "--formats", "onnx"], exportable),
+        ("Add predictions of further models:", ["import-predictions", "--from", "FOLDER"], not exportable),
+    ]
+    return [
+        {"purpose": purpose, "command": _as_typed(words, config, data)} for purpose, words, applies in steps if applies
+    ]
+
+
+def _as_typed(words: Sequence[str], config: Config, data: ReportData) -> str:
+    """A command with the options that name this workspace and this configuration."""
     common = [*_config_options(config, data.workspace.config), "--workspace", str(data.workspace.base)]
     common += ["--output", str(data.workspace.output)] if data.workspace.output else []
-    program = ["python", "ensemble_orchestrator.py"]
-    lines = [[*program, "discover"]]
-    if data.record:
-        lines.append(build_command(data.focus).split())
-    lines.append([*program, "evaluate", "--force", *([] if data.split == "test" else ["--split", data.split])])
-    lines.append([*program, "predict", "--model-name", data.focus, "FOLDER", "--to", "answers.csv"])
-    return [shlex.join([*line, *common]) for line in lines]
+    return as_typed(shlex.join([*PROGRAM, *words, *common]))
 
 
 def _config_source(config: Config, kept: Path) -> str:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from utils.core.display_text import format_count, format_interval, format_number, format_percent, join_names
+from utils.core.display_text import (
+    format_count,
+    format_interval,
+    format_number,
+    format_p_value,
+    format_percent,
+    join_names,
+)
+from utils.evaluation.leaderboard import HEADINGS
 from utils.evaluation.report_data import ReportData
 from utils.numeric.calibration_chance import calibration_verdict
 from utils.numeric.metrics import METRICS
@@ -14,21 +22,19 @@ ROWS = {"oof+val": "out-of-fold predictions of train and predictions of val", "v
 MIN_ROWS = 500  # evaluated rows, below which the summary warns of wide intervals
 
 
-def sentences(data: ReportData) -> list[str]:
-    """The summary, most important first."""
-    summary = [
-        _recommendation(data),
-        _fast(data),
-        _on_split(data),
-        *_comparisons(data),
-        _baselines(data),
-        _calibration(data),
-        _weakest_class(data),
-        _uncertainty(data),
-        _cost(data),
-        _first_in_ranking(data),
+def summary(data: ReportData) -> list[tuple[str, str]]:
+    """(topic, sentences), most important first."""
+    parts = [
+        ("Recommendation", [_recommendation(data), _fast(data)]),
+        ("On test" if data.split == "test" else f"On {data.split}", [_on_split(data), _first_in_ranking(data)]),
+        ("Comparison", [*_comparisons(data), _baselines(data)]),
+        ("Calibration", [_calibration(data)]),
+        ("Errors", [_weakest_class(data)]),
+        ("Abstention", [_uncertainty(data)]),
+        ("Cost", [_cost(data)]),
     ]
-    return [sentence for sentence in summary if sentence]
+    joined = [(topic, " ".join(filter(None, found))) for topic, found in parts]
+    return [(topic, text) for topic, text in joined if text]
 
 
 def warnings(data: ReportData, background: str = "") -> list[str]:
@@ -51,6 +57,8 @@ def warnings(data: ReportData, background: str = "") -> list[str]:
     if optimistic:
         names = "all models" if len(optimistic) == len(data.ranking["rows"]) else join_names(optimistic)
         messages.append(f"The evaluated rows were used to select {names}, so the scores are optimistic.")
+    if slowed := busy(data):
+        messages.append(slowed)
     dropped = (data.evaluated.get("overlap") or {}).get("dropped")
     if dropped:
         messages.append(f"{format_count(dropped, 'row')} left out because the same image is in train or val.")
@@ -58,7 +66,7 @@ def warnings(data: ReportData, background: str = "") -> list[str]:
     rows = data.evaluated["n_samples"]
     if rows < MIN_ROWS:
         interval = (
-            f": the 95 % interval of the accuracy is {format_interval([100 * bound for bound in bounds], 1)} %"
+            f": the 95% interval of the accuracy is {format_interval([100 * bound for bound in bounds], 1)}%"
             if bounds
             else ""
         )
@@ -66,6 +74,23 @@ def warnings(data: ReportData, background: str = "") -> list[str]:
             f"{data.split} has only {format_count(rows, 'row')}{interval}. Small differences are not meaningful."
         )
     return [*messages, *data.notes]
+
+
+def busy(data: ReportData) -> str:
+    """That other programs slowed the timed models down; empty where they did not, or it is not known."""
+    others = {
+        name: value
+        for name, record in data.metrics.items()
+        if (value := (record.get("latency_ms") or {}).get("busy")) is not None
+    }
+    if not others:
+        return ""
+    were = "was" if len(others) == 1 else "were"
+    which = "all models" if len(others) == len(data.metrics) > 1 else format_count(len(others), "model")
+    return (
+        f"Other programs used up to {max(others.values()):.1f} cores while {which} {were} timed, so the latencies are "
+        f"too high. Remove {data.workspace.relative(data.workspace.latency)} and evaluate again on an idle machine."
+    )
 
 
 def _recommendation(data: ReportData) -> str:
@@ -81,11 +106,10 @@ def _recommendation(data: ReportData) -> str:
     selected = (
         ""
         if rule is None
-        else f" The same rule without the rows that are scored, which is what new images can expect, has a log-loss of "
-        f"{_loss(rule)}."
+        else f" On new images expect a log-loss of {_loss(rule)}, that of models selected without the rows scored."
     )
     return (
-        f"Use {data.focus}: {recommended['reason']}. The recommendation is based on "
+        f"Use {data.focus} ({recommended['reason']}). The recommendation is based on "
         f"{format_count(evidence['n'], 'out-of-sample row')} ({ROWS.get(evidence['rows'], evidence['rows'])}): "
         f"log-loss {_loss(evidence)}, accuracy {format_percent(evidence['accuracy'])}.{selected}{note}"
     )
@@ -120,9 +144,9 @@ def _on_split(data: ReportData) -> str:
     record = data.evaluated
     ranked = [row for row in data.ranking["rows"] if row["rank"] is not None]
     rank = next((row["rank"] for row in ranked if row["name"] == data.focus), None)
-    position = f" and ranks {rank} of {len(ranked)} by {_metric(data)}" if rank is not None else ""
+    position = f"; it is number {rank} of {len(ranked)} by {_metric(data)}" if rank is not None else ""
     bounds = (record.get("ci95") or {}).get("accuracy")
-    interval = f" (95 % interval {format_percent(bounds[0])} to {format_percent(bounds[1])})" if bounds else ""
+    interval = f" (95% interval {format_percent(bounds[0])} to {format_percent(bounds[1])})" if bounds else ""
     unused = ", which were not used for the recommendation," if data.split == "test" else ""
     return (
         f"On the {format_count(record['n_samples'], 'row')} of {data.split}{unused} its accuracy is "
@@ -131,7 +155,8 @@ def _on_split(data: ReportData) -> str:
 
 
 def _metric(data: ReportData) -> str:
-    return str(data.ranking["order"][0]).replace("_", " ")
+    metric = str(data.ranking["order"][0])
+    return HEADINGS.get(metric, metric)
 
 
 def _comparisons(data: ReportData) -> list[str]:
@@ -154,7 +179,7 @@ def _measured_difference(comparison: Mapping[str, Any], title: str) -> str:
     low, high = comparison["delta_ci95"] or (None, None)
     p = comparison.get("p_value", comparison.get("mcnemar_p"))  # the latter in records of earlier versions
     name = "the sign-flip test of groups" if comparison.get("test") == "sign_flip" else "McNemar's exact test"
-    test = f", p {p:.3g} by {name}" if p is not None else ""
+    test = f", {format_p_value(p)} by {name}" if p is not None else ""
     difference = f"Compared with {title}: {100 * comparison['delta_accuracy']:+.1f} percentage points of accuracy"
     if low is None or high is None:
         return f"{difference}{test}.{_calibrated_difference(comparison)}"

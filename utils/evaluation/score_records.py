@@ -331,7 +331,8 @@ def _latency(model: ScoredModel, inputs: EvaluationInputs, notes: dict[str, str]
         latency[f"batch_{size}"] = _summed([(record.batches.get(size), count) for record, count in parts])
         if latency[f"batch_{size}"] is None:
             notes[f"latency_ms.batch_{size}"] = "out of memory"
-    return latency | {"device": parts[0][0].device, "threads": parts[0][0].threads}
+    busy = max((record.busy for record, _ in parts if record.busy is not None), default=None)
+    return latency | {"device": parts[0][0].device, "threads": parts[0][0].threads, "busy": busy}
 
 
 def one_image_latencies(inputs: EvaluationInputs) -> dict[str, float]:
@@ -419,7 +420,7 @@ def _uncertainty(
 def _out_of_distribution(
     model: ScoredModel, context: EvaluationContext, notes: dict[str, str]
 ) -> dict[str, Any] | None:
-    """How many rows have higher OOD scores than 95 % of the val rows, by two scores."""
+    """How many rows have higher OOD scores than 95% of the val rows, by two scores."""
     reason = "its members' predictions are log-probabilities, from which OOD scores cannot be computed"
     summary = None
     if context.inputs.split == "val":

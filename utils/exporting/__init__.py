@@ -12,7 +12,7 @@ from the image by the rules in the file's metadata; normalisation is inside, one
 A combiner with discontinuities (votes, trees, the best experts) declares `is_discontinuous`; its files also give
 `member_logits`, so that the combiner is compared on the file's own member outputs on every row. A row on which the
 combiner answers differently for the file's member outputs than for the expected ones, although these agree within
-1e-4, lies at a discontinuity: it is counted (`near_threshold`, at most 5 %) and left out of the end-to-end comparison
+1e-4, lies at a discontinuity: it is counted (`near_threshold`, at most 5%) and left out of the end-to-end comparison
 alone.
 
 `reduced_precision` converts the members' nodes alone, since preprocessing and combiner are where small differences

@@ -13,6 +13,7 @@ from utils import base_back
 from utils.core.artifacts import read_json, read_record
 from utils.core.config import Config, require_enabled
 from utils.core.errors import ConfigError, UserError, nearest_first
+from utils.core.progress_bar import progress_bar
 from utils.core.results import Result
 from utils.core.workspace import Workspace
 from utils.evaluation import recommended_names
@@ -181,12 +182,20 @@ def write_export(store: Store, request: ExportRequest) -> dict[str, dict[str, An
             scratch=staged.parent / "scratch",
         )
         score = read_record(workspace.ensemble_metrics(source.name, "test"), remedy="Evaluate again", form=SCORES)
-        status = conversion.write_files(job, network, request.missing)
-        del network  # the runtimes that check the files need the memory
-        onnx_folder = request.folder if "onnx" in request.reusable else staged
-        onnx_file = onnx_folder / "onnx" / f"{source.name}.onnx"
-        status |= conversion.write_reduced_files(job, onnx_file, request.missing)
-        status = {name: conversion.check_parity(job, name, entry) for name, entry in status.items()}
+        made = [name for name in request.missing if name != CUSTOM]
+        with progress_bar(
+            2 * len(made), f"export {source.name}", unit="step"
+        ) as advance:  # each is written, then checked
+            status = conversion.write_files(job, network, request.missing)
+            del network  # the runtimes that check the files need the memory
+            advance(len(status))
+            onnx_folder = request.folder if "onnx" in request.reusable else staged
+            onnx_file = onnx_folder / "onnx" / f"{source.name}.onnx"
+            reduced = conversion.write_reduced_files(job, onnx_file, request.missing)
+            advance(len(reduced))
+            for name, entry in (status | reduced).items():
+                status[name] = conversion.check_parity(job, name, entry)
+                advance(1)
         # Recorded before the folder is swapped in, so that a kill in between leaves no unrecorded export.
         exported_programs.record_files(workspace, source.name, status)
         for name, entry in request.reusable.items():

@@ -36,7 +36,7 @@ class PredictionProgress:
             remaining = (now - self.start) / self.done * (self.total - self.done)
             percent = 100 * self.done / self.total
             logger.info(
-                "%.0f %% of %d images by %d networks; about %.0f s left",
+                "%.0f%% of %d images by %d networks; about %.0f s left",
                 percent,
                 self.n_images,
                 self.n_networks,

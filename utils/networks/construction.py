@@ -28,7 +28,7 @@ MOUNT = "; where another BASE-BACK has trained it, mount that one: --base-back D
 
 # Bundled architectures that run faster in channels-last memory format, measured once: AMD EPYC (Zen 4), torch 2.13,
 # one thread, seconds with channels last / seconds without, the lower of three (full, 224 px, batches of 16) and of
-# twelve (tiny, 32 px, batches of 64). The table lists those that gain 5 % or more.
+# twelve (tiny, 32 px, batches of 64). The table lists those that gain 5% or more.
 #                 full   tiny                      full   tiny                      full   tiny
 #   CoAtNet       0.66   0.79     MaxViT           0.76   0.88     ConvNeXt         1.01   0.90
 #   GhostNetV2    0.67   0.71     EfficientNetV4   0.82   0.78     ResNetMish       0.76   0.96

@@ -16,7 +16,7 @@ def chance_ece(probabilities: ArrayLike, labels: ArrayLike, groups: ArrayLike | 
     """Return `{mean, quantile}` of the expected calibration error of a perfectly calibrated model of these confidences.
 
     The number of hits of each bin is drawn from a binomial distribution of the bin's mean confidence (Broecker and
-    Smith 2007); `quantile` is the 95 % quantile. With groups (N,), deviations are widened by their design effect. The
+    Smith 2007); `quantile` is the 95% quantile. With groups (N,), deviations are widened by their design effect. The
     draws have a fixed seed.
     """
     scores, truth = check_probabilities(probabilities, labels)
@@ -33,7 +33,7 @@ def chance_ece(probabilities: ArrayLike, labels: ArrayLike, groups: ArrayLike | 
 def calibration_verdict(error: float, chance: dict[str, float]) -> str:
     """Return in words how well calibrated a model of this expected calibration error is, given `chance_ece`.
 
-    It is called miscalibrated only where its error exceeds what chance alone gives in 95 % of cases, and well
+    It is called miscalibrated only where its error exceeds what chance alone gives in 95% of cases, and well
     calibrated only where chance gives little.
     """
     if error <= chance["quantile"]:

@@ -1,4 +1,4 @@
-"""95 % intervals of the figures of each class against the rest: Wilson's of rates, and areas by rows' influences."""
+"""95% intervals of the figures of each class against the rest: Wilson's of rates, and areas by rows' influences."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class AreaComparison:
     """The first less the second"""
     standard_error: float
     interval: tuple[float, float] | None
-    """95 %; None where rows or groups are too few, or nothing varies"""
+    """95%; None where rows or groups are too few, or nothing varies"""
     p_value: float | None
     """Two-sided; 1 for equal areas without variance, None where rows or groups are too few"""
 

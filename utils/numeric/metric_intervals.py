@@ -1,4 +1,4 @@
-"""95 % intervals of the point metrics of one model, each by the method that holds what it says on few rows.
+"""95% intervals of the point metrics of one model, each by the method that holds what it says on few rows.
 
 Accuracy, also top-k: Wilson's interval. Mean losses: Student's t, corrected for skewness. F1, precision, recall, areas
 under curves, Matthews correlation and kappas (as fractions of their range): Wilson's interval for as many rows as give

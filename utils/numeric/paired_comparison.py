@@ -58,7 +58,7 @@ def compare_losses(
 ) -> PairedComparison:
     """Compare two models, by their hits and losses (N,) on the same rows, whose groups (N,) are independent.
 
-    The intervals hold together with a probability of 95 % for both metrics and for so many `comparisons` (Bonferroni).
+    The intervals hold together with a probability of 95% for both metrics and for so many `comparisons` (Bonferroni).
     """
     level = 1 - (1 - LEVEL) / (2 * comparisons)
     first, second = (np.asarray(each, dtype=bool) for each in hits)

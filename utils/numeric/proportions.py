@@ -40,7 +40,7 @@ def proportion_interval(
 
 
 def wilson_interval(fraction: float, rows: float, z: float | None = None) -> tuple[float, float]:
-    """Return Wilson's score interval of a fraction of so many independent rows, at the quantile `z` (None: of 95 %)."""
+    """Return Wilson's score interval of a fraction of so many independent rows, at the quantile `z` (None: of 95%)."""
     z = _quantile(LEVEL) if z is None else z
     centre = (fraction + z**2 / (2 * rows)) / (1 + z**2 / rows)
     half = z / (1 + z**2 / rows) * float(np.sqrt(fraction * (1 - fraction) / rows + z**2 / (4 * rows**2)))

@@ -194,9 +194,9 @@ def _interpolated(at: Floats, rows: Floats, sums: Floats) -> Floats:
 
 
 def ratio_interval(parts: Floats, wholes: Floats) -> list[float | None]:
-    """Return the 95 % percentile interval of parts (B,) over wholes (B,) of the same draws.
+    """Return the 95% percentile interval of parts (B,) over wholes (B,) of the same draws.
 
-    Both bounds are None if more than 2.5 % of the wholes are not above 0: the ratio is then unbounded (Fieller 1954).
+    Both bounds are None if more than 2.5% of the wholes are not above 0: the ratio is then unbounded (Fieller 1954).
     """
     tail, is_positive = TAILS[0], wholes > ROUNDING
     if (~is_positive).mean() > tail:

@@ -133,7 +133,7 @@ def prediction_sets(
 
 
 def coverage_interval(calibrated: int, rows: int, alpha: float = ALPHA, *, covered_by_rank: int = 0) -> list[float]:
-    """Return the central 95 % interval of the coverage on `rows` new rows, given the number of calibration rows.
+    """Return the central 95% interval of the coverage on `rows` new rows, given the number of calibration rows.
 
     The number of rows that the threshold covers is beta-binomial (Vovk 2012) for exchangeable rows and scores without
     ties; ties only raise it. `covered_by_rank` rows are covered beside these, since the most probable class always is

@@ -60,7 +60,7 @@ class ViewChoice:
     gain: float
     """Log-loss without views minus log-loss with them, in nats; both after a temperature of the other folds"""
     gain_interval: tuple[float, float] | None
-    """95 %; None for too few rows or groups"""
+    """95%; None for too few rows or groups"""
     accuracy_gain: float
 
     def as_record(self) -> dict[str, Any]:

@@ -19,9 +19,9 @@ Verification
     `discover --verify` runs each member on the validation images; the first streaming pass checks the same with the
     logits that it computes. A recorded accuracy is contradicted if it differs by more than `max(0.005, 1.5 / n)`.
     Out-of-fold predictions are compared, on a seeded sample of 500 training rows, with the full network (equal on
-    more than 1 % of the rows: in-sample, refused) and with the fold networks (different on more than 1 %: refused),
+    more than 1% of the rows: in-sample, refused) and with the fold networks (different on more than 1%: refused),
     and are suspected if they beat validation at p < 0.001. Logits count as equal within 1e-5, relative to the largest
-    of a row if that is above 1; on CUDA with bfloat16, within 2 %. Results are stored in `ensembles/digests.json`
+    of a row if that is above 1; on CUDA with bfloat16, within 2%. Results are stored in `ensembles/digests.json`
     under the digests of weights, images and predictions.
 
 Decoded images

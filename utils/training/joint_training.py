@@ -25,6 +25,7 @@ from utils import base_back
 from utils.core.artifacts import read_record, write_json
 from utils.core.errors import UserError
 from utils.core.links import require_unlinked
+from utils.core.progress_bar import progress_bar
 from utils.networks import training_memory
 from utils.networks.memory import out_of_memory
 from utils.numeric.metrics import accuracy, log_loss
@@ -202,14 +203,17 @@ class _JointTraining:
     def finish(self) -> JointTrainingResult:
         """Train up to the last epoch."""
         state = self.state
-        while state["epoch"] <= self.settings.epochs:
-            loss = self._train_block(state["epoch"], state["block"])
-            state["loss"] += loss / len(state["blocks"])
-            epoch, block = state["epoch"], state["block"]
-            state["block"] += 1
-            if state["block"] == len(state["blocks"]):
-                self._end_epoch(epoch)
-            self._save(epoch, block)
+        blocks = (self.settings.epochs + 1 - state["epoch"]) * len(state["blocks"]) - state["block"]
+        with progress_bar(blocks, "end to end", unit="block") as advance:
+            while state["epoch"] <= self.settings.epochs:
+                loss = self._train_block(state["epoch"], state["block"])
+                state["loss"] += loss / len(state["blocks"])
+                epoch, block = state["epoch"], state["block"]
+                state["block"] += 1
+                if state["block"] == len(state["blocks"]):
+                    self._end_epoch(epoch)
+                self._save(epoch, block)
+                advance(1)
         self._load_heads(state["best"]["heads"])
         return JointTrainingResult(
             heads=self.head.arrays(),

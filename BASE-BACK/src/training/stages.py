@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +26,7 @@ from training.units import Outcome, Unit, oof_path, progress_path
 from utils import DEVICE, logger, smoke_checker
 from utils.devices import usable_cores
 from utils.files import atomic_path, read_json, write_json
-from utils.logs import duration
+from utils.logs import duration, progress_bar
 from utils.samples import Sample, digest_of_contents
 from utils.splitting import (
     fold_groups,
@@ -115,8 +115,11 @@ def run_stages(
         cluster = RayPool(jobs, threads, address)
         jobs, new_pool = min(requested_jobs or cluster.jobs, cluster.jobs), lambda: cluster
     chosen = with_embeddings(chosen, jobs)
-    outcomes = _Outcomes(summary, ledger, _Progress(chosen))
-    run_units(chosen, jobs=jobs, threads=threads, finished=outcomes.finished, failed=outcomes.failed, new_pool=new_pool)
+    with progress_bar(len(chosen), "training") as advance:
+        outcomes = _Outcomes(summary, ledger, _Progress(chosen, advance))
+        run_units(
+            chosen, jobs=jobs, threads=threads, finished=outcomes.finished, failed=outcomes.failed, new_pool=new_pool
+        )
     if any(unit.kind == "verify" for unit in chosen):
         smoke_checker.save_summary()
     for unit in units:
@@ -225,9 +228,10 @@ class _Outcomes:
 
 
 class _Progress:
-    """One line for each finished unit, with the time left."""
+    """One line for each finished unit, with the time left; `advance(1, text)` moves a bar."""
 
-    def __init__(self, units: Sequence[Unit]) -> None:
+    def __init__(self, units: Sequence[Unit], advance: Callable[[int, str], object]) -> None:
+        self._advance = advance
         self.start = time.monotonic()
         self.total = sum(_weight(unit) for unit in units)
         self.count = len(units)
@@ -240,11 +244,14 @@ class _Progress:
         elapsed = time.monotonic() - self.start
         remaining = elapsed / self.weight * (self.total - self.weight)
         message = f"{_headline(unit, outcome.result)}{seconds:.1f} s"
-        logger.info("[%d/%d] %s: %s; about %s left", self.number, self.count, unit.name, message, duration(remaining))
+        left = f"about {duration(remaining)} left"
+        logger.info("[%d/%d] %s: %s; %s", self.number, self.count, unit.name, message, left)
+        self._advance(1, left)
 
     def drop(self, unit: Unit) -> None:
         self.number += 1
         self.weight += _weight(unit)
+        self._advance(1, f"{unit.name} failed")
 
 
 def _weight(unit: Unit) -> int:

@@ -142,8 +142,8 @@ def _uniform(count: int, low: float, high: float, generator: torch.Generator) ->
 def _warps(heights: Tensor, widths: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     """Matrices (B, 2, 3) that lead from output to input coordinates, both from -1 to 1.
 
-    Crop of 80-100 % of the area with aspect 3/4 to 4/3, flips, two turns (15 and 0 degrees), a shift by up to 10 %
-    and a zoom of 95-105 %.
+    Crop of 80-100% of the area with aspect 3/4 to 4/3, flips, two turns (15 and 0 degrees), a shift by up to 10%
+    and a zoom of 95-105%.
     """
     count = len(heights)
     area = _uniform(count, 0.8, 1.0, generator) * heights * widths
@@ -181,7 +181,7 @@ def _warp(images: list[Tensor], matrices: Tensor, size: int) -> Tensor:
 
 
 def _colour(pixels: Tensor, views: Views) -> Tensor:
-    """Brightness, contrast and saturation by 20 %, hue by 5 % of the circle; pixels 0-1 (B, 3, H, W), overwritten."""
+    """Brightness, contrast and saturation by 20%, hue by 5% of the circle; pixels 0-1 (B, 3, H, W), overwritten."""
     brightness, contrast, saturation = views.factors.T.contiguous().view(3, -1, 1, 1, 1)
     weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     pixels = pixels.mul_(brightness).clamp_(0, 1)
@@ -201,7 +201,7 @@ def _hue_turns(hues: Tensor) -> Tensor:
 
 
 def _erase(pixels: Tensor, erased: Tensor) -> Tensor:
-    """Blacken a rectangle of 2-33 % of the area in 15 % of the images (Zhong et al. 2020)."""
+    """Blacken a rectangle of 2-33% of the area in 15% of the images (Zhong et al. 2020)."""
     _, _, height, width = pixels.shape
     chosen, share, ratio, down, right = erased.unbind(1)
     area = share * height * width

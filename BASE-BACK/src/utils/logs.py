@@ -5,15 +5,51 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from config.settings import DEBUG_LOG_DIR
 from utils.files import write_json
 
 FORMAT = logging.Formatter("%(asctime)s | %(levelname)s | %(message)s", datefmt="%H:%M:%S")
 DEDUPE_SECONDS = 5.0
+
+
+class TerminalHandler(logging.StreamHandler[TextIO]):
+    """Writes above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a message."""
+        if (bars := sys.modules.get("tqdm")) is None:
+            super().emit(record)
+            return
+        with bars.tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
+@contextmanager
+def progress_bar(total: int, what: str) -> Iterator[Callable[[int, str], object]]:
+    """A bar of `total` units on a terminal, and nothing elsewhere; it disappears at the end.
+
+    The value counts further units as done and takes what stands behind the bar, such as the time left.
+    """
+    if not sys.stderr.isatty():
+        yield lambda count, text: None
+        return
+    from tqdm import tqdm
+
+    form = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}"
+    look: dict[str, Any] = {"leave": False, "dynamic_ncols": True, "mininterval": 0, "bar_format": form}
+    with tqdm(total=total, desc=what, file=sys.stderr, **look) as bar:
+
+        def advance(count: int, text: str) -> None:
+            bar.set_postfix_str(text, refresh=False)
+            bar.update(count)
+
+        yield advance
 
 
 class _LogFile(logging.FileHandler):
@@ -48,7 +84,7 @@ def add_handlers(name: str) -> None:
     target.propagate = False
     if target.handlers:
         return
-    stream = logging.StreamHandler(sys.stderr)  # stdout belongs to results
+    stream = TerminalHandler(sys.stderr)  # stdout belongs to results
     stream.setFormatter(FORMAT)
     stream.addFilter(_for_terminal)
     target.addHandler(stream)

@@ -17,6 +17,7 @@ import pytest
 from conftest import PROJECT, run_python
 
 import ensemble_orchestrator
+from utils.evaluation import leaderboard
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").rglob("*.md"))]
@@ -72,6 +73,34 @@ def test_every_base_pipeline_line_is_understood(line):
 def test_every_command_is_shown():
     shown = {line.split()[2] for line in commands("python ensemble_orchestrator.py")}
     assert shown == set(ensemble_orchestrator.COMMANDS)
+
+
+def printed_lines(page: Path) -> list[str]:
+    """Lines of the blocks that show output, without the dots that stand for what is left out."""
+    lines, language = [], None
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.startswith("```"):
+            language = line[3:] if language is None else None
+        elif language == "":
+            lines.append(re.sub(r",? ?\.\.\.$", "", line).strip())
+    return [line for line in lines if line]
+
+
+def test_what_readme_shows_of_a_run_is_what_the_pages_show_of_it():
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES[1:])
+    shown = printed_lines(PROJECT / "README.md")
+    assert len(shown) > 8
+    assert [line for line in shown if line not in pages] == []
+
+
+def test_a_ranking_that_a_page_shows_has_the_columns_that_evaluate_prints():
+    headings = {heading.replace(" [95%]", "") for heading in leaderboard.HEADINGS.values()}
+    own = {"rank", "name", "kind", "p", "on test", "change", "OOD AUROC"}
+    tables = [line for page in PAGES for line in printed_lines(page) if line.startswith("rank  name")]
+    assert len(tables) >= 3
+    for line in tables:
+        cells = {cell.removesuffix(" [95%]") for cell in re.split(r" {2,}", line)}
+        assert cells <= headings | own, cells - headings - own
 
 
 def test_readme_is_short():

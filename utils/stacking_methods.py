@@ -149,8 +149,8 @@ class Stacker(Combiner):
         self.calibration = self._calibrate_by(result.held_out, mean, labels)
         self.facts = {
             "setting": dict(setting),
-            "settings_tried": len(result.setting_losses),
-            "cross_validated_log_loss": None if result.held_out is None else float(result.setting_losses.min()),
+            "settings_tried": int(np.isfinite(result.setting_losses).sum()),
+            "cross_validated_log_loss": None if result.held_out is None else float(np.nanmin(result.setting_losses)),
             "selection_score": log_loss(self._mixed(self._predict(logits)), labels),
             "threads": None if self.learner.thread_safe else nested_cv.FIT_THREADS,  # of a torch training
         }

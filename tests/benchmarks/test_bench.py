@@ -210,7 +210,7 @@ def test_the_quick_form_of_the_pipeline_ends_with_its_report():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["export", "export_full", "fusion", "member_memory", "mixture", "report", "soup_memory"]
+    "name", ["export", "export_full", "fusion", "member_memory", "mixture", "report", "scale", "soup_memory"]
 )
 def test_a_quick_form_ends_with_its_report(name):
     done = run_python(str(FOLDER / f"{name}.py"), "--quick")

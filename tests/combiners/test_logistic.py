@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from utils.combiners import logistic
 from utils.combiners.logistic import LogisticLearner, fit_path
 from utils.combiners.stacking_features import KINDS, features, standardisation
 from utils.numeric import pools
@@ -85,3 +86,44 @@ def test_a_setting_fitted_again_is_the_model_of_the_path(rows):
     for place in (0, 2, 4):
         again = learner.fit(logits, labels, settings[place]).predict_proba(logits)
         np.testing.assert_allclose(again, on_path[place], atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["shrunk_to_pool", "ridge"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_value_of_a_solution_can_lower_the_loss(rows, form, kind, monkeypatch):
+    found = []
+    minimise = logistic._Problem.minimise
+
+    def noted(problem, strength, *start):
+        values = minimise(problem, strength, *start)
+        found.append(problem.slope(values, problem.loss_and_gradient(values, strength)[1]))
+        return values
+
+    monkeypatch.setattr(logistic._Problem, "minimise", noted)
+    fit_path(*rows, form=form, kind=kind, strengths=logistic.STRENGTHS)
+    assert max(found) <= logistic.TOLERANCE
+    assert len(found) == len(logistic.STRENGTHS)
+
+
+@pytest.mark.parametrize("form", ["shrunk_to_pool", "ridge"])
+def test_coordinates_change_the_way_and_not_the_solution(rows, form, monkeypatch):
+    options = {"form": form, "kind": KINDS[1], "strengths": [1.0, 0.01]}
+    decomposed = fit_path(*rows, **options)
+    monkeypatch.setattr(logistic, "DECOMPOSED", 0)
+    for model, other in zip(fit_path(*rows, **options), decomposed, strict=True):
+        np.testing.assert_allclose(
+            model.predict_proba(rows[0]), other.predict_proba(rows[0]), atol=2e-3 if form == "ridge" else 5e-3
+        )
+
+
+def test_the_gradient_is_that_of_the_loss(rows):
+    logits, labels = rows
+    of_rows = logistic._Rows.of(logits, labels, "shrunk_to_pool", KINDS[1])
+    problem = logistic._Problem(of_rows.raw / 5, of_rows.centred.reshape(M, -1), labels, C)
+    values = np.random.default_rng(0).uniform(0.1, 0.5, problem.start().shape)
+    gradient = problem.loss_and_gradient(values, 0.3)[1]
+    for place in (0, M - 1, M + 7, len(values) - 1):
+        step = np.zeros(len(values))
+        step[place] = 1e-6
+        beside = [problem.loss_and_gradient(values + sign * step, 0.3)[0] for sign in (1, -1)]
+        assert gradient[place] == pytest.approx((beside[0] - beside[1]) / 2e-6, abs=1e-6)

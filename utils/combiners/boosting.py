@@ -16,6 +16,7 @@ import numpy as np
 from utils.combiners.stacking_features import STEPS, features
 from utils.core.errors import UserError
 from utils.numeric.nested_cv import evenly_spaced_epochs
+from utils.numeric.setting_paths import path_predictions
 
 if TYPE_CHECKING:
     import xgboost
@@ -63,23 +64,37 @@ class BoosterLearner:
         """The fewest rounds first."""
         return [{"features": STEPS, "rounds": stop} for stop in evenly_spaced_epochs(self.n_estimators, STOPS)]
 
+    def paths(self) -> Sequence[Sequence[int]]:
+        """One path."""
+        return [range(len(self.settings()))]
+
+    def trainings(
+        self, path: int, logits: np.ndarray, labels: np.ndarray, held_out_sets: Sequence[np.ndarray]
+    ) -> list[tuple[Sequence[int], _Training]]:
+        """A training per fit; features are computed once for all of them."""
+        table = features(logits, STEPS).astype(np.float32)
+        stops = [setting["rounds"] for setting in self.settings()]
+        options = self._options(logits.shape[2])
+        return [
+            ([number], _Training(options, table, labels, held_out, stops))
+            for number, held_out in enumerate(held_out_sets)
+        ]
+
     def predictions(self, logits: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
         """Probabilities float32 (G, H, C) of held-out logits (M, H, C) after a training on logits (M, N, C)."""
-        stops = [setting["rounds"] for setting in self.settings()]
-        booster = self._train(logits, labels, max(stops))
-        rows = _library().DMatrix(features(held_out, STEPS), nthread=1)
-        shape = held_out.shape[1:]
-        return np.stack([booster.predict(rows, iteration_range=(0, stop)).reshape(shape) for stop in stops])
+        return path_predictions(self, logits, labels, held_out)
 
     def fit(self, logits: np.ndarray, labels: np.ndarray, setting: Mapping[str, Any]) -> Booster:
         """The booster of so many rounds."""
-        booster = self._train(logits, labels, setting["rounds"])
-        return Booster(bytes(booster.save_raw("json")), logits.shape[2])
+        table = features(logits, STEPS).astype(np.float32)
+        everything = np.zeros(len(labels), dtype=bool)
+        training = _Training(self._options(logits.shape[2]), table, labels, everything, [setting["rounds"]])
+        return Booster(bytes(training.train_on().save_raw("json")), logits.shape[2])
 
-    def _train(self, logits: np.ndarray, labels: np.ndarray, rounds: int) -> xgboost.Booster:
-        options = {
+    def _options(self, classes: int) -> dict[str, Any]:
+        return {
             "objective": "multi:softprob",
-            "num_class": logits.shape[2],
+            "num_class": classes,
             "max_depth": self.max_depth,
             "eta": self.learning_rate,
             "seed": self.seed,
@@ -88,9 +103,43 @@ class BoosterLearner:
             "base_score": 0.5,  # releases of the library estimate it differently
             "verbosity": 0,
         }
-        library = _library()
-        rows = library.DMatrix(features(logits, STEPS), label=labels, nthread=1)
-        return library.train(options, rows, num_boost_round=rounds)
+
+
+@dataclass
+class _Training:
+    """One fit, from one number of rounds to the next."""
+
+    options: Mapping[str, Any]
+    table: np.ndarray
+    """float32 (N, F)"""
+    labels: np.ndarray
+    held_out: np.ndarray
+    """bool (N,)"""
+    stops: Sequence[int]
+    done: int = 0
+    """Stops that were reached"""
+    booster: Any = None
+    inside: Any = None
+    """The rows of the fit, in the library's form"""
+    outside: Any = None
+
+    def advance(self, wanted: Sequence[int]) -> list[np.ndarray]:
+        booster, stop = self.train_on(), self.stops[self.done - 1]
+        if self.outside is None:
+            self.outside = _library().DMatrix(self.table[self.held_out], nthread=1)
+        answers = booster.predict(self.outside, iteration_range=(0, stop))
+        return [answers.reshape(np.count_nonzero(self.held_out), -1)]
+
+    def train_on(self) -> xgboost.Booster:
+        """Go on to the next stop."""
+        if self.booster is None:
+            fitted = ~self.held_out
+            self.inside = _library().DMatrix(self.table[fitted], label=self.labels[fitted], nthread=1)
+            self.booster = _library().Booster(dict(self.options), [self.inside])
+        for number in range(self.stops[self.done - 1] if self.done else 0, self.stops[self.done]):
+            self.booster.update(self.inside, number)
+        self.done += 1
+        return self.booster
 
 
 def _library() -> Any:

@@ -6,18 +6,22 @@ stopping on rows that are held out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from utils.combiners.stacking_features import features, standardisation
 from utils.numeric.metrics import softmax
 from utils.numeric.nested_cv import evenly_spaced_epochs
+from utils.numeric.setting_paths import FIT_THREADS, path_predictions, torch_threads
+
+if TYPE_CHECKING:
+    from utils.numeric.batched_perceptrons import BatchedPerceptrons, FitRows
 
 STOPS = 6
+SIDE_BY_SIDE = 3  # fits in one batch: what they read stays in the cache, and there are batches for several cores
 WEIGHT_DECAY = 1.0  # of AdamW; less of it let held-out log-loss rise again on digits
 
 
@@ -50,63 +54,126 @@ class PerceptronLearner:
     lr: float
     dropout: float
     seed: int
-    thread_safe: ClassVar[bool] = False  # torch's random numbers are the process's
+    thread_safe: ClassVar[bool] = False  # torch's number of threads is the process's
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
         """Kinds of features by stops."""
         return [{"features": kind, "epochs": stop} for kind in self.kinds for stop in self._stops()]
 
+    def paths(self) -> Sequence[Sequence[int]]:
+        """One path per kind."""
+        length = len(self._stops())
+        return [range(first, first + length) for first in range(0, len(self.settings()), length)]
+
+    def trainings(
+        self, path: int, logits: np.ndarray, labels: np.ndarray, held_out_sets: Sequence[np.ndarray]
+    ) -> list[tuple[Sequence[int], _Training]]:
+        """Trainings of up to `SIDE_BY_SIDE` fits each, which have batches of one shape."""
+        from utils.numeric.batched_perceptrons import batch_shape
+
+        kind = self.kinds[path]
+        rows = _Rows.of(logits, labels, kind)
+        fits_of: dict[tuple[int, int], list[int]] = {}
+        for number, held_out in enumerate(held_out_sets):
+            fits_of.setdefault(batch_shape(int(np.count_nonzero(~held_out))), []).append(number)
+        groups = [
+            fits[first : first + SIDE_BY_SIDE]
+            for fits in fits_of.values()
+            for first in range(0, len(fits), SIDE_BY_SIDE)
+        ]
+        return [(fits, _Training(self, rows, [held_out_sets[fit] for fit in fits], self._stops())) for fits in groups]
+
     def predictions(self, logits: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
         """Probabilities float32 (G, H, C) of held-out logits (M, H, C) after trainings on logits (M, N, C)."""
-        models = [model for kind in self.kinds for model in self._train(logits, labels, kind, self._stops())]
-        return np.stack([model.predict_proba(held_out).astype(np.float32) for model in models])
+        return path_predictions(self, logits, labels, held_out)
 
     def fit(self, logits: np.ndarray, labels: np.ndarray, setting: Mapping[str, Any]) -> Layers:
         """The model under one setting: the same schedule, stopped where the setting says."""
-        (model,) = self._train(logits, labels, setting["features"], [setting["epochs"]])
-        return model
+        rows = _Rows.of(logits, labels, setting["features"])
+        with torch_threads(FIT_THREADS):
+            training = _Training(self, rows, [np.zeros(len(labels), dtype=bool)], [setting["epochs"]])
+            return training.model()
 
     def _stops(self) -> list[int]:
         return evenly_spaced_epochs(self.epochs, STOPS)
 
-    def _train(self, logits: np.ndarray, labels: np.ndarray, kind: str, stops: Sequence[int]) -> Iterator[Layers]:
+
+@dataclass(frozen=True)
+class _Rows:
+    """What trainings of one kind of features read of all rows."""
+
+    kind: str
+    raw: np.ndarray
+    """float64 (N, F): features"""
+    labels: np.ndarray
+    """int64 (N,)"""
+    blocks: tuple[int, ...]
+    """Numbers of columns that are scaled together"""
+    classes: int
+
+    @classmethod
+    def of(cls, logits: np.ndarray, labels: np.ndarray, kind: str) -> _Rows:
+        raw, width = features(logits, kind), logits.shape[0] * logits.shape[2]
+        return cls(kind, raw, np.asarray(labels), (width, *[1] * (raw.shape[1] - width)), logits.shape[2])
+
+
+class _Training:
+    """Fits that are trained side by side, from one stop to the next."""
+
+    def __init__(
+        self, learner: PerceptronLearner, rows: _Rows, held_out_sets: Sequence[np.ndarray], stops: Sequence[int]
+    ) -> None:
+        self.learner, self.rows, self.held_out_sets, self.stops = learner, rows, held_out_sets, list(stops)
+        self.batched: BatchedPerceptrons | None = None
+        self.fits: list[FitRows] = []
+        self.going_on = list(range(len(held_out_sets)))
+        """Fits under training"""
+
+    def advance(self, wanted: Sequence[int]) -> list[np.ndarray]:
+        batched = self._go_on(wanted)
+        return [batched.predict(number, np.flatnonzero(self.held_out_sets[fit])) for number, fit in enumerate(wanted)]
+
+    def model(self) -> Layers:
+        """Go on to the next stop with the only fit."""
+        (fit,) = self.going_on
+        layers = self._go_on([fit]).layers(0)
+        return _kept(*layers, self.rows.kind, self.fits[fit].centre, self.fits[fit].scale)
+
+    def _go_on(self, wanted: Sequence[int]) -> BatchedPerceptrons:
+        """Train to the next stop with the `wanted` fits alone."""
+        batched = self.batched = self.batched or self._started()
+        batched.keep([self.going_on.index(fit) for fit in wanted])
+        self.going_on = list(wanted)
+        batched.run_to(self.stops.pop(0))
+        return batched
+
+    def _started(self) -> BatchedPerceptrons:
         import torch
-        from torch import nn
 
-        from utils.numeric.module_training import train_module
+        from utils.numeric.batched_perceptrons import BatchedPerceptrons, FitRows
 
-        raw = features(logits, kind)
-        width, classes = logits.shape[0] * logits.shape[2], logits.shape[2]
-        centre, scale = standardisation(raw, [width] + [1] * (raw.shape[1] - width))
-        sizes = [raw.shape[1], *self.hidden_dims, classes]
-
-        def make() -> nn.Sequential:
-            layers: list[nn.Module] = []
-            for pair in pairwise(sizes):
-                layers += [nn.Linear(*pair), nn.ReLU(), nn.Dropout(self.dropout)]
-            return nn.Sequential(*layers[:-2])
-
-        inputs = torch.from_numpy(((raw - centre) / scale).astype(np.float32))
-        modules = train_module(
-            make,
-            inputs,
-            torch.from_numpy(labels),
-            epochs=self.epochs,
-            checkpoint_epochs=stops,
-            lr=self.lr,
+        rows, learner = self.rows, self.learner
+        inside = [np.flatnonzero(~held_out) for held_out in self.held_out_sets]
+        self.fits = [FitRows(each, *standardisation(rows.raw[each], rows.blocks)) for each in inside]
+        return BatchedPerceptrons(
+            torch.from_numpy(rows.raw.astype(np.float32)),
+            torch.from_numpy(rows.labels),
+            self.fits,
+            [rows.raw.shape[1], *learner.hidden_dims, rows.classes],
+            dropout=learner.dropout,
+            epochs=learner.epochs,
+            lr=learner.lr,
             weight_decay=WEIGHT_DECAY,
-            seed=self.seed,
+            seed=learner.seed,
         )
-        for module in modules:
-            yield _kept([layer for layer in module if isinstance(layer, nn.Linear)], kind, centre, scale)
 
 
-def _kept(layers: Sequence[Any], kind: str, centre: np.ndarray, scale: np.ndarray) -> Layers:
-    """A copy of the layers as they are now, the standardisation taken into the first."""
-    matrices = [layer.weight.detach().numpy().astype(np.float64).T for layer in layers]
-    biases = [layer.bias.detach().numpy().astype(np.float64) for layer in layers]
-    matrices[0] = matrices[0] / scale[:, None]
-    biases[0] = biases[0] - centre @ matrices[0]
+def _kept(
+    matrices: Sequence[np.ndarray], biases: Sequence[np.ndarray], kind: str, centre: np.ndarray, scale: np.ndarray
+) -> Layers:
+    """Layers whose first one takes features as they are, given those of standardised features."""
+    first = matrices[0] / scale[:, None]
+    matrices, biases = [first, *matrices[1:]], [biases[0] - centre @ first, *biases[1:]]
     return Layers(
         kind,
         tuple(matrix.astype(np.float32) for matrix in matrices),

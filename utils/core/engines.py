@@ -37,6 +37,8 @@ class Engine(Protocol):
     """Runs jobs that do not depend on each other."""
 
     name: str
+    shares_memory: bool
+    """Whether jobs in threads see the objects of this process, so that they can go on with what an earlier job left."""
 
     def map(
         self,
@@ -74,6 +76,7 @@ class Local:
     """This process."""
 
     name = "local"
+    shares_memory = True
 
     def map(
         self,
@@ -168,6 +171,7 @@ class Ray:
     """
 
     name = "ray"
+    shares_memory = False
 
     def __init__(self, address: str | None = None) -> None:
         self.address = address

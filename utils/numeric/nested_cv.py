@@ -3,6 +3,7 @@
 The copy for held-out fold k selects its setting by leaving out a second fold j of the others. A fit without k and j
 serves the copies of k and of j alike; a fit without k predicts k and helps to select the setting of the final fit. So
 K (K + 1) / 2 fits replace K * K + K. A class may be absent from the rows of a fit: learners return all C columns.
+Fits along paths of settings go no further than the selections look (`utils.numeric.setting_paths`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import numpy as np
 
 from utils.core import engines
 from utils.numeric.metrics import log_loss_per_row
+from utils.numeric.setting_paths import FIT_THREADS, PathFits, PathLearner, Predictions, Vote
 
 FEWEST_FOLDS = 3  # of cross-fitting, for a copy without one of them to have two left
 FOLDS_BY_ROW = 5
-FIT_THREADS = 1  # over which the sums of one fit are split; small as they are, a second thread costs time
 
 
 class GridLearner(Protocol):
@@ -58,7 +59,8 @@ class NestedResult:
     setting: int
     """Index of the setting of the final fit."""
     setting_losses: np.ndarray
-    """float64 (G,): cross-validated log-loss of each setting in nats; NaN where no row can be held out"""
+    """float64 (G,): cross-validated log-loss of each setting in nats; NaN where no row can be held out, and of
+    settings that the search along a path did not reach"""
     held_out: HeldOut | None
     """What selected the setting of the final fit; None where no row can be held out."""
     nested_crossfit: np.ndarray
@@ -102,54 +104,96 @@ def cross_validate(
     """
     outer = {name: folds == name for name in np.unique(folds).tolist()}
     outer = {name: mask for name, mask in outer.items() if not mask.all()}
-    final = _Scope(labels, folds, np.zeros(len(labels), dtype=bool))
-    scopes = {name: _Scope(labels, folds, mask) for name, mask in outer.items()}
+    n_settings, classes = len(learner.settings()), logits.shape[2]
+    paths = learner.paths() if isinstance(learner, PathLearner) else [[setting] for setting in range(n_settings)]
+    final = _Scope(labels, folds, np.zeros(len(labels), dtype=bool), n_settings, len(paths))
+    scopes = {name: _Scope(labels, folds, mask, n_settings, len(paths)) for name, mask in outer.items()}
+    if not selects_by_row(folds):
+        for scope in scopes.values():
+            scope.add_votes_without()
     masks = [*outer.values(), *(mask for scope in (final, *scopes.values()) for mask in scope.masks.values())]
     held_out_sets = {mask.tobytes(): mask for mask in masks}
-    all_fits = _all_fits(learner, logits, labels, list(held_out_sets.values()), n_jobs)
-    fits = dict(zip(held_out_sets, all_fits, strict=True))
+    number_of = {key: number for number, key in enumerate(held_out_sets)}
+    needed = [(final, final.fits(number_of))]
+    needed += [
+        (scopes[name], {number_of[mask.tobytes()]} | scopes[name].fits(number_of)) for name, mask in outer.items()
+    ]
+    found = _search(learner, logits, labels, list(held_out_sets.values()), paths, needed, n_jobs)
 
-    def predictions(held_out: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Probabilities (G, n, C) of `rows` (n,) by the fit without `held_out` (N,), which has them."""
-        return fits[held_out.tobytes()][:, np.searchsorted(np.flatnonzero(held_out), rows)]
+    def predictions(held_out: np.ndarray, rows: np.ndarray, setting: int) -> np.ndarray:
+        """Probabilities (n, C) of `rows` (n,) by the fit without `held_out` (N,), which has them."""
+        values = found[number_of[held_out.tobytes()]][setting]
+        return values[np.searchsorted(np.flatnonzero(held_out), rows)]
 
-    def held_out_predictions(scope: _Scope) -> np.ndarray:
-        """Probabilities (G, n, C) of the rows of a scope, each by the fit without its inner fold."""
-        inner = np.empty((len(learner.settings()), len(scope.rows), logits.shape[2]), dtype=np.float32)
-        for name, mask in scope.masks.items():
-            inside = scope.folds == name
-            inner[:, inside] = predictions(mask, scope.rows[inside])
-        return inner
+    def held_out_predictions(scope: _Scope, setting: int) -> np.ndarray:
+        """Probabilities (n, C) of the rows of a scope, each by the fit without its inner fold."""
+        return scope.predictions(found, number_of, setting, classes)
 
-    setting, setting_losses, held_out = 0, np.full(len(learner.settings()), np.nan), None
+    setting, setting_losses, held_out = 0, np.full(n_settings, np.nan), None
     if final.masks:
-        inner = held_out_predictions(final)
-        setting_losses = _losses(inner, labels)
-        setting = int(setting_losses.argmin())
-        held_out = HeldOut(final.rows, final.folds, inner[setting])
-    nested_crossfit = np.full((len(labels), logits.shape[2]), np.nan, dtype=np.float32)
+        setting, setting_losses = final.vote.selected, final.vote.losses
+        held_out = HeldOut(final.rows, final.folds, held_out_predictions(final, setting))
+    nested_crossfit = np.full((len(labels), classes), np.nan, dtype=np.float32)
     inner_held_out: dict[int, HeldOut] = {}
     inner_nested: dict[int, dict[int, np.ndarray]] = {}
     for name, mask in outer.items():
         selected, scope = 0, scopes[name]
         if scope.masks:
-            inner, of_rows = held_out_predictions(scope), labels[scope.rows]
-            selected = int(_losses(inner, of_rows).argmin())
-            inner_held_out[name] = HeldOut(scope.rows, scope.folds, inner[selected])
+            selected = scope.vote.selected
+            inner_held_out[name] = HeldOut(scope.rows, scope.folds, held_out_predictions(scope, selected))
             if not selects_by_row(folds):
                 inner_nested[name] = {
-                    other: inner[int(_losses(inner[:, voting], of_rows[voting]).argmin())]
-                    for other in scope.masks
-                    for voting in [scope.folds != other]
+                    other: held_out_predictions(scope, vote.selected) for other, vote in scope.votes_without.items()
                 }
-        nested_crossfit[mask] = predictions(mask, np.flatnonzero(mask))[selected]
+        nested_crossfit[mask] = predictions(mask, np.flatnonzero(mask), selected)
     return NestedResult(setting, setting_losses, held_out, nested_crossfit, inner_held_out, inner_nested)
 
 
-class _Scope:
-    """The rows of one fit, and which rows are held out of each fit that helps to select its setting."""
+def _search(
+    learner: GridLearner,
+    logits: Any,
+    labels: np.ndarray,
+    held_out_sets: Sequence[np.ndarray],
+    paths: Sequence[Sequence[int]],
+    needed: Sequence[tuple[_Scope, set[int]]],
+    n_jobs: int,
+) -> Sequence[Predictions]:
+    """Have the scopes vote along the paths; returns of each fit {setting: probabilities (H, C)}.
 
-    def __init__(self, labels: np.ndarray, folds: np.ndarray, held_out: np.ndarray) -> None:
+    `needed` are the scopes with the numbers of the fits that they read or select for. Without a vote the first setting
+    is taken.
+    """
+    fits = PathFits(learner, logits, labels, held_out_sets, n_jobs) if isinstance(learner, PathLearner) else None
+    found: Sequence[Predictions]
+    if fits is not None:
+        found = fits.found
+    else:
+        whole = _all_fits(learner, logits, labels, held_out_sets, n_jobs)
+        found = [dict(enumerate(by_setting)) for by_setting in whole]
+    number_of = {mask.tobytes(): number for number, mask in enumerate(held_out_sets)}
+    for number, path in enumerate(paths):
+        for step, setting in enumerate(path):
+            looking = [entry for entry in needed if entry[0].looks_at(number, is_first=setting == 0)]
+            if not looking:
+                break
+            if fits is not None:
+                fits.advance(number, step, set().union(*(numbers for _, numbers in looking)))
+            for scope, _ in looking:
+                if scope.masks:
+                    values = scope.predictions(found, number_of, setting, logits.shape[2])
+                    scope.count(number, path[: step + 1], log_loss_per_row(values, labels[scope.rows]))
+    return found
+
+
+class _Scope:
+    """The rows of one fit, which rows are held out of each fit that helps to select its setting, and the votes.
+
+    A vote that is to select for a copy without one more fold has no rows of that fold.
+    """
+
+    def __init__(
+        self, labels: np.ndarray, folds: np.ndarray, held_out: np.ndarray, n_settings: int, n_paths: int
+    ) -> None:
         self.rows = np.flatnonzero(~held_out)
         self.folds = inner_folds(labels, folds, ~held_out)
         names = np.unique(self.folds).tolist()
@@ -159,6 +203,51 @@ class _Scope:
             mask = held_out.copy()
             mask[self.rows[self.folds == name]] = True
             self.masks[name] = mask
+        self.shape = n_settings, n_paths
+        self.vote = self._new_vote()
+        self.votes_without: dict[int, Vote] = {}
+        """{inner fold: the vote of the rows of the other ones}"""
+
+    def add_votes_without(self) -> None:
+        """Let the rows of all inner folds but one vote as well, for each of them."""
+        self.votes_without = {name: self._new_vote() for name in self.masks}
+
+    def fits(self, number_of: Mapping[bytes, int]) -> set[int]:
+        """The numbers of the fits without an inner fold."""
+        return {number_of[mask.tobytes()] for mask in self.masks.values()}
+
+    def looks_at(self, path: int, *, is_first: bool) -> bool:
+        """Whether any vote has not stopped on a path; without a vote, whether its setting `is_first` of all."""
+        if not self.masks:
+            return is_first
+        return any(vote.open_paths[path] for vote in (self.vote, *self.votes_without.values()))
+
+    def predictions(
+        self,
+        found: Sequence[Predictions],
+        number_of: Mapping[bytes, int],
+        setting: int,
+        classes: int,
+    ) -> np.ndarray:
+        """Probabilities float32 (n, C) of the rows, each by the fit without its inner fold; of all fits as found."""
+        values = np.empty((len(self.rows), classes), dtype=np.float32)
+        for name, mask in self.masks.items():
+            inside = self.folds == name
+            places = np.searchsorted(np.flatnonzero(mask), self.rows[inside])
+            values[inside] = found[number_of[mask.tobytes()]][setting][places]
+        return values
+
+    def count(self, path: int, settings: Sequence[int], losses: np.ndarray) -> None:
+        """Count the losses (n,) of the last of a path's `settings` in the votes that have not stopped on it."""
+        if self.vote.open_paths[path]:
+            self.vote.count(path, settings, float(losses.mean()))
+        for name, vote in self.votes_without.items():
+            if vote.open_paths[path]:
+                vote.count(path, settings, float(losses[self.folds != name].mean()))
+
+    def _new_vote(self) -> Vote:
+        n_settings, n_paths = self.shape
+        return Vote(np.full(n_settings, np.nan), [True] * n_paths)
 
 
 def evenly_spaced_epochs(epochs: int, count: int) -> list[int]:
@@ -184,7 +273,3 @@ def _all_fits(
 def _fit(learner: GridLearner, logits: Any, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
     """Return probabilities (G, H, C) for the rows held out, bool (N,), fitted on the other rows."""
     return learner.predictions(logits[:, ~held_out], labels[~held_out], logits[:, held_out])
-
-
-def _losses(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return np.array([log_loss_per_row(values, labels).mean() for values in probabilities])

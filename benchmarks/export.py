@@ -22,7 +22,8 @@ from export_proofs import CLASSES, PARITY, part, prepared, proved, squares
 
 from reporting import report, row
 
-FASTER, ONNX_SECONDS, TFLITE_SECONDS, OVERHEAD = 2.0, 60.0, 360.0, 1.10
+FASTER, ONNX_SECONDS, TFLITE_SECONDS, OVERHEAD, EXPORTER_RATIO = 2.0, 60.0, 360.0, 1.10, 2.0
+FULL_NAMES = ("CustomConvNeXt", "CustomSwinTransformer")
 QUICK_KINDS = ("soft_voting", "hard_voting", "stacking_xgb")
 SMALL = {
     "runs": {
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     with prepared("tiny", options.data, 96) as (scratch, files):
         rows = [*kinds(files, scratch, quick=options.quick), *times(files, scratch, quick=options.quick)]
+        rows += exporters(scratch, quick=options.quick)
     report("export", rows, quick=options.quick, packages=("torch", "onnx", "onnxruntime", "timm", "pillow"))
     return 0
 
@@ -157,6 +159,44 @@ def times(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
     seconds = time.perf_counter() - start
     held = entry["status"] == "ok" and seconds < TFLITE_SECONDS
     return [*rows, row(f"export of voting over {count} to TFLite", seconds, "s", "360", held, entry["reason"])]
+
+
+def exporters(scratch: Path, *, quick: bool) -> list[dict]:
+    """Processor time to write each network as ONNX by dynamo, over that by tracing, on one thread."""
+    from export import onnx_files, programs
+    from models import BACKBONE_MAP
+
+    what = "dynamo over tracing, processor time"
+    if reason := programs.refusal(part("CustomMobileOne", "tiny").networks[0]):
+        return [row(f"ONNX: {what}", None, "times", f"{EXPORTER_RATIO}", None, reason)]
+    rows = []
+    for size, names in (("tiny", list(BACKBONE_MAP)[: 3 if quick else 15]), ("full", FULL_NAMES[: 1 if quick else 2])):
+        seconds: dict[str, float] = {}
+        write_processor_seconds(onnx_files, "CustomMobileOne", "tiny", scratch)  # imports and first uses
+        for name in names:
+            found = write_processor_seconds(onnx_files, name, size, scratch)
+            print(f"{size} {name:24} {found}", file=sys.stderr)
+            seconds = {exporter: seconds.get(exporter, 0.0) + spent for exporter, spent in found.items()}
+        ratio = seconds["dynamo"] / seconds["tracing"]
+        words = f"{seconds['dynamo']:.1f} s by dynamo, {seconds['tracing']:.1f} s by tracing"
+        label = f"ONNX of {len(names)} {size} networks: {what}"
+        rows.append(row(label, ratio, "times", f"{EXPORTER_RATIO}", ratio <= EXPORTER_RATIO, words))
+    return rows
+
+
+def write_processor_seconds(onnx_files: Any, name: str, size: str, scratch: Path) -> dict[str, float]:
+    """{exporter: processor seconds} of writing one network."""
+    import torch
+
+    network = part(name, size).networks[0]
+    found = {}
+    for exporter in ("tracing", "dynamo"):
+        network.onnx_exporter = exporter
+        example = (torch.rand(2, 3, network.img_size, network.img_size),)
+        start = time.process_time()
+        onnx_files.write_onnx(network, example, scratch / "it.onnx", {}, data_name="it.onnx.data")
+        found[exporter] = time.process_time() - start
+    return found
 
 
 def _everything() -> Any:

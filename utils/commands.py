@@ -302,7 +302,8 @@ COMMANDS: dict[str, Command] = {
             "--formats": {
                 "metavar": "FORMAT",
                 "nargs": "+",
-                "help": "state_dict, checkpoint, torchscript, onnx, tflite or tensorrt (default: exports.formats)",
+                "help": "state_dict, checkpoint, torchscript, exported_program, onnx, tflite or tensorrt "
+                "(default: exports.formats)",
             },
             "--precision": {
                 "choices": ("fp32", "fp16", "int8"),
@@ -312,6 +313,10 @@ COMMANDS: dict[str, Command] = {
             "--input": {
                 "choices": ("float-nchw", "uint8-nhwc"),
                 "help": "cropped float32 images in [0, 1], or decoded uint8 images (default: exports.input)",
+            },
+            "--onnx-exporter": {
+                "choices": ("tracing", "dynamo"),
+                "help": "which exporter of torch writes ONNX files (default: exports.onnx_exporter)",
             },
             "--max-members": {
                 "metavar": "N",
@@ -326,7 +331,7 @@ COMMANDS: dict[str, Command] = {
             },
             "--trust": {
                 "action": "store_true",
-                "help": "with --verify: run programs (TorchScript, TFLite) that another workspace wrote",
+                "help": "with --verify: run programs (TorchScript, torch.export, TFLite) that another workspace wrote",
             },
             "--compare": {
                 "action": "store_true",

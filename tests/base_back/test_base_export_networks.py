@@ -12,7 +12,7 @@ import torch
 from packaging_cases import BUILT, CLASSES, FILES, SAMPLE, Leaf, package, written
 from torch import nn
 
-from export import export_and_package_model, formats
+from export import export_and_package_model, formats, onnx_files
 from models import BACKBONE_MAP, create_custom_backbone
 
 
@@ -66,7 +66,7 @@ def test_a_tensor_that_shares_its_bytes_is_kept_once_for_each_name(tmp_path):
 
 
 def test_weights_that_are_too_many_for_one_onnx_file_lie_beside_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "LARGEST_IN_ONE_FILE", 100)
+    monkeypatch.setattr(onnx_files, "LARGEST_IN_ONE_FILE", 100)
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, len(CLASSES)))
     result = package(tmp_path, model, ["onnx"])
     assert result["successful_exports"] == ["onnx"]

@@ -140,6 +140,7 @@ def test_defaults_are_the_printed_values_and_the_keys_of_ours():
         "tta.scope": "member",
         "exports.precision": ["fp32"],
         "exports.input": "float-nchw",
+        "exports.onnx_exporter": "tracing",
         "exports.max_members": None,
         "distillation.targets": "auto",
         "distillation.views": 4,

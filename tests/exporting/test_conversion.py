@@ -40,6 +40,7 @@ def job(tmp_path):
         source=source,
         signature=ExportSignature(),
         source_digest="source",
+        onnx_exporter="tracing",
         description={"outputs": ["probabilities"]},
         sample=ParitySample([(row,) for row in ROWS], [], ReferenceBatches([], [], expected)),
         staged=staged,

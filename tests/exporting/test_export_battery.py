@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from battery_networks import SIDE, WIDTHS, N, Small
@@ -15,7 +16,7 @@ from torch import nn
 
 from utils.building.ensembles import COMBINERS
 from utils.combiners.protocol import combiner_inputs
-from utils.exporting import export_formats
+from utils.exporting import export_formats, program_archives
 from utils.exporting.parity_check import FileOutputs, ReferenceBatches, compare_outputs, make_batches
 from utils.exporting.runtimes import RUNTIMES
 from utils.networks.ensemble_network import EnsembleNetwork, MemberNetworks
@@ -83,13 +84,25 @@ def answers_of(kind: str, path: Path, probe: ReferenceBatches, outputs) -> FileO
 
 def test_its_files_answer_as_it_does(fitted, members, tmp_path):
     combiner, seen = fitted
+    check_files(combiner, seen, members, tmp_path / "it", ("torchscript", "onnx"), "tracing")
+
+
+@pytest.mark.slow
+def test_its_files_by_torch_export_answer_as_it_does(fitted, members, tmp_path):
+    combiner, seen = fitted
+    check_files(combiner, seen, members, tmp_path / "it", ("exported_program", "onnx"), "dynamo")
+    assert program_archives.program_problem(tmp_path / "it" / "exported_program" / "it.pt2") is None
+    said = onnxruntime.InferenceSession(tmp_path / "it" / "onnx" / "it.onnx").get_modelmeta().custom_metadata_map
+    assert said["exporter"].endswith("dynamo=True")
+
+
+def check_files(combiner, seen, members, staged, kinds, exporter):
     network, probe = network_of(members, combiner), probe_of(members, combiner, seen)
-    network.parity_tolerance = 1.0
-    staged = tmp_path / "it"
+    network.parity_tolerance, network.onnx_exporter = 1.0, exporter
     done = export_formats.write_packaged_formats(
-        network, "it", ["torchscript", "onnx"], staged, torch.from_numpy(probe.batches[0][0]), {"made": "here"}, CLASSES
+        network, "it", kinds, staged, torch.from_numpy(probe.batches[0][0]), {"made": "here"}, CLASSES
     )
-    for kind in ("torchscript", "onnx"):
+    for kind in kinds:
         assert done[kind]["status"] == "ok", done[kind]["reason"]
         outcome = compare_outputs(probe, answers_of(kind, staged / done[kind]["path"], probe, network.output_names))
         assert outcome["passed"], (kind, outcome)

@@ -94,7 +94,7 @@ def exported(request, tmp_path_factory):
             expected.append(torch.softmax(network(images), dim=1).double())
     source = ExportSource("five", "soft_voting", tuple(members), CLASSES, None, "full", "digest")
     network = EnsembleNetwork(parts, MeanOfProbabilities())
-    description = describe_network(source, ExportSignature(), network)
+    description = describe_network(source, ExportSignature(), network, "digest")
     sample = [torch.zeros(1, 3, size, size) for _ in network.input_names]
     done = export_formats.write_packaged_formats(
         network, "five", ["onnx"], folder / "five", sample, description, CLASSES

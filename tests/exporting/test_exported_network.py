@@ -58,12 +58,13 @@ def test_the_digest_depends_on_members_classes_and_signature():
     digests = {
         source_digest(source, signature),
         source_digest(source, ExportSignature(UINT8_NHWC)),
+        source_digest(source, signature, "dynamo"),
         source_digest(source, ExportSignature(member_probabilities=True)),
         source_digest(replace(source, members=(member("x", digest="other"),)), signature),
         source_digest(replace(source, classes=("b", "a")), signature),
         source_digest(replace(source, inputs_digest="other"), signature),
     }
-    assert len(digests) == 6
+    assert len(digests) == 7
     assert source_digest(replace(source), ExportSignature()) in digests
 
 
@@ -76,7 +77,7 @@ def test_imported_members_are_exported_as_their_combiner_alone():
         source.combiner.predict_proba(logits.transpose(1, 0, 2)),
         atol=1e-6,
     )
-    description = describe_network(source, ExportSignature(), network)
+    description = describe_network(source, ExportSignature(), network, "digest")
     assert description["input"]["shape"] == [None, 2, 2]
     assert description["input"]["kind"] == "member-logits"
     assert (description["jumps"], description["outputs"]) == (False, ["probabilities"])
@@ -88,7 +89,9 @@ def described(*members: Member, kind: str = FLOAT_NCHW) -> dict:
     is_one = kind == UINT8_NHWC or len(groups) == 1
     names = ("images",) if is_one else tuple(f"images_{n + 1}" for n in range(len(groups)))
     network = SimpleNamespace(input_names=names, output_names=("probabilities",), img_size=groups[-1][0].input_size)
-    return describe_network(source_of(*members, combiner=SoftVoting()), ExportSignature(kind), network)["input"]
+    return describe_network(source_of(*members, combiner=SoftVoting()), ExportSignature(kind), network, "digest")[
+        "input"
+    ]
 
 
 def other(name: str, **changes) -> Member:

@@ -35,6 +35,24 @@ def initializer_types(path) -> set[int]:
     return {tensor.data_type for tensor in onnx.load(str(path)).graph.initializer if len(tensor.dims) == 2}
 
 
+@pytest.mark.parametrize(
+    ("name", "scopes", "is_of_member"),
+    [
+        ("/members.0/MatMul", None, True),
+        ("/combiner/MatMul", None, False),
+        ("node_linear", "['', 'members.1', 'members.1.networks.0', 'linear']", True),
+        ("node_stack", "['', 'stack']", False),
+        ("/members.0/MatMul", "['', 'combiner', 'linear']", False),
+        ("node_linear", "['', 'combiner.members', 'linear']", False),
+    ],
+)
+def test_a_members_node_is_known_by_its_modules_and_without_them_by_its_name(name, scopes, is_of_member):
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], name=name)
+    if scopes is not None:
+        node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value=scopes)
+    assert reduced_precision.is_of_member(node) is is_of_member
+
+
 def run(path, batch: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return session.run(None, {"x": batch})[0]

@@ -31,7 +31,9 @@ from utils.core.errors import UserError
 
 # What the specification's file and text print is accepted before its method is built; the families' tables add to it.
 SPECIFIED: dict[str, tuple[str, ...]] = {
-    "exports.formats": ("state_dict", "checkpoint", "torchscript", "onnx", "tflite", "tensorrt", "custom"),
+    "exports.formats": (
+        *("state_dict", "checkpoint", "torchscript", "exported_program", "onnx", "tflite", "tensorrt", "custom"),
+    ),
     "runs.score_ensemble.methods": (
         *("soft_voting", "hard_voting", "logit_averaging", "weighted", "greedy_selection"),
         *("soft_voting_calibrated", "logit_averaging_calibrated", "best_single_calibrated"),

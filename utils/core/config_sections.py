@@ -114,6 +114,11 @@ class Exports(Section):
         default="float-nchw",
         description="Input of exported files: cropped float images in [0, 1], or decoded ones that the graph resizes.",
     )
+    onnx_exporter: Literal["tracing", "dynamo"] = Field(
+        default="tracing",
+        description="Which exporter of torch writes ONNX files: tracing (opset 17), or dynamo, which starts from "
+        "torch.export, writes opset 18 and is much slower.",
+    )
     max_members: Count | None = Field(
         default=None, description="Refuse to export an ensemble with more members; null for no limit."
     )

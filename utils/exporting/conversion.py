@@ -45,6 +45,8 @@ class ConversionJob:
     source: ExportSource
     signature: ExportSignature
     source_digest: str
+    onnx_exporter: str
+    """Which exporter of torch writes the ONNX file: `tracing` or `dynamo`."""
     description: dict[str, Any]
     """What the files record of themselves, ready for JSON."""
     sample: ParitySample
@@ -64,6 +66,7 @@ def write_files(job: ConversionJob, network: ExportNetwork, formats: Sequence[st
     status: dict[str, dict[str, Any]] = {}
     # The packaging compares the traced graph with the network; a discontinuity may move a probability by up to 1.
     network.parity_tolerance = 1.0 if job.source.is_discontinuous else parity_check.TOLERANCE  # type: ignore[assignment]  # nn.Module types attributes as Tensor or Module
+    network.onnx_exporter = job.onnx_exporter  # type: ignore[assignment]
     if packaged := [format_name for format_name in PACKAGED if format_name in formats]:
         logger.info("export %s: writing %s", name, ", ".join(packaged))
         sample = [torch.from_numpy(array[None]) for array in job.sample.inputs[0]]

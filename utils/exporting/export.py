@@ -47,6 +47,8 @@ class ExportRequest:
     signature: ExportSignature
     formats: tuple[str, ...]
     """Requested, `custom` last and always."""
+    onnx_exporter: str
+    """Which exporter of torch writes ONNX files: `tracing` or `dynamo`."""
     folder: Path
     """deployment_models/<name>"""
     source_digest: str
@@ -68,6 +70,7 @@ def export(
     formats: Sequence[str] | None = None,
     precision: Sequence[str] | None = None,
     input: str | None = None,
+    onnx_exporter: str | None = None,
     max_members: int | None = None,
     member_probabilities: bool = False,
     check_tools: bool = False,
@@ -110,9 +113,10 @@ def export(
     if not force and not export_folder.is_replaceable(folder):
         return _base_pipeline_export(source.name, folder, is_requested=model_name == name)
     signature = ExportSignature(input or config.exports.input, member_probabilities)
-    digest = exported_network.source_digest(source, signature)
+    onnx_exporter = onnx_exporter or config.exports.onnx_exporter
+    digest = exported_network.source_digest(source, signature, onnx_exporter)
     reusable = {} if force else export_folder.reusable_formats(folder, digest)
-    request = ExportRequest(source, signature, requested, folder, digest, reusable)
+    request = ExportRequest(source, signature, requested, onnx_exporter, folder, digest, reusable)
     if not request.missing:
         return _result(request, export_folder.read_status(folder) or {}, "up to date")
     if model_name != name:
@@ -175,7 +179,8 @@ def write_export(store: Store, request: ExportRequest) -> dict[str, dict[str, An
             source=source,
             signature=signature,
             source_digest=request.source_digest,
-            description=exported_network.describe_network(source, signature, network),
+            onnx_exporter=request.onnx_exporter,
+            description=exported_network.describe_network(source, signature, network, request.source_digest),
             sample=sample,
             threads=threads,
             staged=staged,

@@ -41,12 +41,13 @@ REQUIRED_PACKAGES: dict[str, tuple[str, ...]] = {
     "state_dict": ("torch", "safetensors"),
     "checkpoint": ("torch",),
     "torchscript": ("torch",),
+    "exported_program": ("torch",),
     "onnx": ("torch", "onnx", "onnxruntime"),
     TFLITE: ("litert_torch", "ai_edge_litert"),
     TENSORRT: ("tensorrt",),
     CUSTOM: (),
 }
-STANDALONE = ("torchscript", "onnx", *REDUCED, TFLITE)
+STANDALONE = ("torchscript", "exported_program", "onnx", *REDUCED, TFLITE)
 """Formats whose files hold the networks, so that they run without the workspace."""
 
 DESCRIPTION_FORM: Form = {"ensemble": str, "input": {"kind": str}, "outputs": Each(str, list), "jumps": bool}

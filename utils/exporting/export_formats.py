@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("disease_pipeline")
 
-PACKAGED = ("state_dict", "checkpoint", "torchscript", "onnx")
+PACKAGED = ("state_dict", "checkpoint", "torchscript", "exported_program", "onnx")
 """Formats that the bundled base pipeline writes."""
 TFLITE, TENSORRT, CUSTOM = "tflite", "tensorrt", "custom"
 FORMATS = (*PACKAGED, TFLITE, TENSORRT, CUSTOM)

@@ -182,7 +182,9 @@ def _stages(source: ExportSource, member: Member) -> tuple[str | None, ...]:
     return fold_networks.answering(member, source.inference, embeddings=source.reads_embeddings)
 
 
-def describe_network(source: ExportSource, signature: ExportSignature, network: ExportNetwork) -> dict[str, Any]:
+def describe_network(
+    source: ExportSource, signature: ExportSignature, network: ExportNetwork, digest: str
+) -> dict[str, Any]:
     """Metadata that the files hold: members, input, outputs and digests, ready for JSON."""
     from utils.networks.ensemble_network import CombinerNetwork
 
@@ -214,7 +216,7 @@ def describe_network(source: ExportSource, signature: ExportSignature, network: 
         "input": network_input,
         "outputs": list(network.output_names),
         "inputs_digest": source.inputs_digest,
-        "source_digest": source_digest(source, signature),
+        "source_digest": digest,
     }
 
 
@@ -257,10 +259,11 @@ def _resize_rule(preprocessing: Preprocessing) -> dict[str, Any]:
     return rule | {"fill": list(rule["fill"])}
 
 
-def source_digest(source: ExportSource, signature: ExportSignature) -> str:
+def source_digest(source: ExportSource, signature: ExportSignature, onnx_exporter: str = "tracing") -> str:
     """Digest of everything that decides the contents of the files."""
     members = {member.name: fold_networks.digest(member, source.inference) for member in source.members}
-    return digest_of([VERSION, source.name, source.inputs_digest, members, list(source.classes), vars(signature)])
+    facts = [VERSION, source.name, source.inputs_digest, members, list(source.classes), vars(signature)]
+    return digest_of([*facts, *([] if onnx_exporter == "tracing" else [onnx_exporter])])
 
 
 def require_member_limit(source: ExportSource, limit: int | None) -> None:

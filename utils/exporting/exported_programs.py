@@ -1,7 +1,8 @@
 """Decides whether a program in an export's files may run here, before any library opens it.
 
 A TorchScript archive is a program: `torch.jit.load` runs `__setstate__` methods, and its operators may write files. So
-may TensorFlow operators in a TFLite file. State dicts, checkpoints and ONNX files hold data.
+may TensorFlow operators in a TFLite file, and `torch.export.load` unpickles and evaluates what its archive tells it to
+(`program_archives`). State dicts, checkpoints and ONNX files hold data.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from utils.core.artifacts import read_record, write_json
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.exporting.export_folder import entry_files, file_sha256
+from utils.exporting.program_archives import program_problem
 
-TORCHSCRIPT = "torchscript"
-PROGRAMS = (TORCHSCRIPT, "tflite")
+TORCHSCRIPT, EXPORTED_PROGRAM = "torchscript", "exported_program"
+PROGRAMS = (TORCHSCRIPT, EXPORTED_PROGRAM, "tflite")
 """Formats whose files run only with a recorded digest or --trust."""
 REMEDY = "Move it away; earlier exports then need --trust, or to be exported again"
 REFUSED_NAMES = {
@@ -67,7 +69,7 @@ def require_runnable(
     for name in PROGRAMS:
         entry = status.get(name) or {}
         for path in (folder / file for file in entry_files(folder, entry)):
-            if name == TORCHSCRIPT and (problem := torchscript_problem(path)):
+            if name in ARCHIVES and (problem := ARCHIVES[name](path)):
                 raise UserError(
                     f"{path}: {problem}; expected operators that only compute. It is never run, not even with --trust. "
                     "Remove the folder, or export the ensemble again with --force"
@@ -108,6 +110,13 @@ def torchscript_problem(path: Path) -> str | None:
     except RuntimeError as error:
         return f"it is not a TorchScript archive ({str(error).splitlines()[0]})"
     return None
+
+
+ARCHIVES: dict[str, Callable[[Path], str | None]] = {
+    TORCHSCRIPT: torchscript_problem,
+    EXPORTED_PROGRAM: program_problem,
+}
+"""{format: why its archive must not be loaded}"""
 
 
 def _problems(text: bytes, *, is_code: bool) -> Iterator[str]:

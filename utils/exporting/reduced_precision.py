@@ -5,6 +5,7 @@ Preprocessing and combiner stay in 32 bits, where small differences change label
 
 from __future__ import annotations
 
+import ast
 import logging
 import time
 import warnings
@@ -20,7 +21,10 @@ TOLERANCES = {"fp16": 0.01, "int8": 0.1}
 """Largest difference of a probability: rounding of 2^-11 and 2^-8, accumulated over the layers of a network."""
 REDUCED = tuple(f"onnx_{precision}" for precision in TOLERANCES)
 """Formats that are made from the file of `onnx`."""
-MEMBERS = "/members."  # prefix of the names of the networks' nodes
+MEMBERS = "members."
+"""Of the names of the networks' modules."""
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Metadata of a node, by the exporter `dynamo`: a list of the modules that it belongs to, outermost first."""
 QUANTIZED = ["Conv", "Gemm", "MatMul"]
 """Operators that are computed in 8-bit integers."""
 
@@ -52,13 +56,24 @@ def write_reduced(
     return entry_of_files(staged, [path], seconds=round(time.perf_counter() - started, 3))
 
 
+def is_of_member(node: Any) -> bool:
+    """Whether a node of an ONNX graph belongs to a member's network.
+
+    Dynamo records the modules of a node; the tracing exporter names the node by them (`/members.0/networks.0/Conv`).
+    """
+    scopes = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), None)
+    if scopes is None:
+        return bool(node.name.startswith(f"/{MEMBERS}"))
+    return any(str(scope).startswith(MEMBERS) for scope in ast.literal_eval(scopes))
+
+
 def to_float16(source: Path, path: Path) -> None:
     """Convert the members' weights and activations to 16-bit floats."""
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     model = onnx.load(str(source))
-    unconverted = [node.name for node in model.graph.node if not node.name.startswith(MEMBERS)]
+    unconverted = [node.name for node in model.graph.node if not is_of_member(node)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of weights below the smallest 16-bit float
         onnx.save(convert_float_to_float16(model, keep_io_types=True, node_block_list=unconverted), str(path))
@@ -81,7 +96,7 @@ def to_int8(source: Path, path: Path, images: Sequence[Sequence[np.ndarray]]) ->
             return next(self.batches, None)
 
     graph = onnx.load(str(source), load_external_data=False).graph
-    quantized = [node.name for node in graph.node if node.name.startswith(MEMBERS) and node.op_type in QUANTIZED]
+    quantized = [node.name for node in graph.node if is_of_member(node) and node.op_type in QUANTIZED]
     level = logging.root.level
     logging.root.setLevel(logging.ERROR)  # it recommends an optimisation that the exporter has done
     try:

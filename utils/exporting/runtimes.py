@@ -49,6 +49,14 @@ def open_torchscript(path: Path, job: dict[str, Any]) -> tuple[RunFunction, dict
     return _run_function(network), {"torch": str(torch.__version__)}
 
 
+def open_exported_program(path: Path, job: dict[str, Any]) -> tuple[RunFunction, dict[str, str]]:
+    """Open a file with torch.export."""
+    import torch
+
+    network = torch.export.load(path).module()
+    return _run_function(network), {"torch": str(torch.__version__)}
+
+
 def open_weights(path: Path, job: dict[str, Any]) -> tuple[RunFunction, dict[str, str]]:
     """Open a state dict or a checkpoint: the catalog's networks are built, and every weight is read from the file."""
     import torch
@@ -130,6 +138,7 @@ RUNTIMES: dict[str, Callable[[Path, dict[str, Any]], tuple[RunFunction, dict[str
     "state_dict": open_weights,
     "checkpoint": open_weights,
     "torchscript": open_torchscript,
+    "exported_program": open_exported_program,
     "onnx": open_onnx,
     "onnx_fp16": open_onnx,
     "onnx_int8": open_onnx,
@@ -163,7 +172,7 @@ def main(job_path: str) -> None:
     Raises RuntimeError that names the file which does not run.
     """
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
-    if job.get("threads") and job["format"] in ("state_dict", "checkpoint", "torchscript"):
+    if job.get("threads") and job["format"] in ("state_dict", "checkpoint", "torchscript", "exported_program"):
         import torch
 
         torch.set_num_threads(int(job["threads"]))

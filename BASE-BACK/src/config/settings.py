@@ -393,6 +393,7 @@ EXPORT_TYPES = ["state_dict", "checkpoint", "torchscript", "onnx", "torchserve",
 EXPORT_FORMATS = EXPORT_TYPES if ENABLE_EXPORT else []
 EXPORT_CONFIG: dict[str, dict[str, Any]] = {name: {} for name in EXPORT_TYPES} | {
     "onnx": {
+        "exporter": "tracing",  # or "dynamo", which is much slower and writes opset 18 or newer
         "opset_version": 13,
         "input_names": ["input"],
         "output_names": ["output"],

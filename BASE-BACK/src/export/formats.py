@@ -5,13 +5,10 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from config import settings
+from export.onnx_files import TRACING, exporter_of, write_onnx
+from export.programs import capture
 from export.smoke_tests import (
     answers,
     check_file,
@@ -28,8 +27,6 @@ from export.smoke_tests import (
     probe_batches,
 )
 from utils.torchscript import exporter_without_notices, torchscript_without_notices
-
-LARGEST_IN_ONE_FILE = 1_900_000_000  # bytes; a protocol buffer ends at 2 GB
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,9 @@ class Package:
         """Digest of what decides the file of a format; equal digests need no new file."""
         if name == "checkpoint":
             return digest(self.checkpoint)
-        return digest([type(self.network).__name__, self.shape, self.weights])
+        facts = [type(self.network).__name__, self.shape, self.weights]
+        exporter = exporter_of(self.network) if name == "onnx" else TRACING
+        return digest(facts if exporter == TRACING else [*facts, exporter])
 
 
 def _write_weights(package: Package, path: Path) -> None:
@@ -108,58 +107,15 @@ def _write_trace(package: Package, path: Path) -> None:
         torch.jit.save(torch.jit.trace(package.deployed, package.example, check_trace=False), file)
 
 
+def _write_program(package: Package, path: Path) -> None:
+    with path.open("wb") as file, exporter_without_notices():
+        torch.export.save(capture(package.deployed, package.example), file)
+
+
 def _write_onnx(package: Package, path: Path) -> None:
-    """By the tracing exporter, which folds BatchNorm into convolutions and needs no further package."""
-    import onnx
-    from onnx.external_data_helper import convert_model_to_external_data, write_external_data_tensors
-
-    network = package.deployed
-    inputs, outputs = names_of(network, "input_names", ("input",)), names_of(network, "output_names", ("output",))
-    free = getattr(network, "free_axes", {name: {0: "batch"} for name in inputs})
-    opset = getattr(network, "onnx_opset", settings.EXPORT_CONFIG["onnx"].get("opset_version", 13))
-    with ExitStack() as stack:
-        traced = Path(stack.enter_context(TemporaryDirectory(dir=path.parent, prefix=".onnx."))) / "traced.onnx"
-        stack.enter_context(exporter_without_notices())
-        stack.enter_context(torch.no_grad())
-        torch.onnx.export(  # by a path: beside it lie the weights of what is too large for one file
-            network,
-            package.example,
-            str(traced),
-            dynamo=False,
-            opset_version=opset,
-            input_names=list(inputs),
-            output_names=list(outputs),
-            dynamic_axes=free | {name: {0: "batch"} for name in outputs},
-        )
-        beside = path.parent / f"{package.arch_name}.onnx.data"
-        beside.unlink(missing_ok=True)
-        if sum(weight.nbytes for weight in package.weights.values()) > LARGEST_IN_ONE_FILE:
-            model = onnx.load(str(traced))
-            convert_model_to_external_data(model, all_tensors_to_one_file=True, location=beside.name)
-            write_external_data_tensors(model, str(path.parent))
-            traced.write_bytes(model.SerializeToString())
-        # Serialised messages that follow one another are one message: nothing has to be read again for a few words.
-        with traced.open("ab") as file:
-            file.write(_metadata_model(package, opset).SerializeToString())
-        traced.replace(path)
-
-
-def _metadata_model(package: Package, opset: int) -> Any:
-    """The metadata of an ONNX file, as a model that holds nothing else."""
-    import onnx
-
-    model = onnx.ModelProto()
-    metadata = {"arch_name": package.arch_name, "classes": package.checkpoint["extra"]["classes"], "opset": opset}
-    metadata |= {"exporter": f"torch {torch.__version__}, dynamo=False"} | package.checkpoint.get("metadata", {})
-    for name, value in metadata.items():
-        text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
-        model.metadata_props.add(key=name, value=text)
-    return model
-
-
-def names_of(network: nn.Module, attribute: str, default: tuple[str, ...]) -> tuple[str, ...]:
-    """The names of a network's inputs or outputs, from its attribute where it has one."""
-    return tuple(getattr(network, attribute, default))
+    metadata = {"arch_name": package.arch_name, "classes": package.checkpoint["extra"]["classes"]}
+    metadata |= package.checkpoint.get("metadata", {})
+    write_onnx(package.deployed, package.example, path, metadata, data_name=f"{package.arch_name}.onnx.data")
 
 
 def _save(content: Any, path: Path) -> None:
@@ -172,6 +128,7 @@ FORMATS: dict[str, dict[str, Callable[[Package, Path], None]]] = {
     "checkpoint": {"{}_checkpoint_full.pth": _write_checkpoint},
     "torchscript": {"{}_trace.pt": _write_trace},
     "onnx": {"{}.onnx": _write_onnx},
+    "exported_program": {"{}.pt2": _write_program},
 }
 """Format -> its files and who writes them; the first file is the one that records name."""
 
@@ -179,11 +136,12 @@ FORMATS: dict[str, dict[str, Callable[[Package, Path], None]]] = {
 def known_formats(names: Iterable[str]) -> list[str]:
     """The formats without repeats. Raises ValueError with the known names when one is unknown."""
     requested = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    known = list(dict.fromkeys([*settings.EXPORT_TYPES, *FORMATS]))
     for name in requested:
-        if name not in settings.EXPORT_TYPES:
-            near = difflib.get_close_matches(str(name).lower(), settings.EXPORT_TYPES, n=1)
+        if name not in known:
+            near = difflib.get_close_matches(str(name).lower(), known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ValueError(f"unknown export format {name!r}{hint} Known: {', '.join(settings.EXPORT_TYPES)}")
+            raise ValueError(f"unknown export format {name!r}{hint} Known: {', '.join(known)}")
     return requested
 
 

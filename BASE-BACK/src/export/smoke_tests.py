@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from config import settings
 from utils import logger
-from utils.torchscript import torchscript_without_notices
+from utils.torchscript import exporter_without_notices, torchscript_without_notices
 
 TOLERANCE = 1e-5  # on the logits
 OTHER_RUNTIMES = {"onnx": 1e-4}  # which sum in another order; logits of ten lose five digits by it
@@ -142,6 +142,12 @@ def _open_torchscript(path: Path, model: nn.Module) -> nn.Module:
         return torch.jit.load(path, map_location="cpu").eval()
 
 
+def _open_program(path: Path, model: nn.Module) -> nn.Module:
+    with exporter_without_notices():
+        network: nn.Module = torch.export.load(path).module()
+    return network
+
+
 def _open_onnx(path: Path, model: nn.Module) -> Callable[..., Tensor]:
     import onnxruntime
 
@@ -161,6 +167,7 @@ OPENERS: dict[str, Callable[[Path, nn.Module], Callable[..., Any]]] = {
     "checkpoint": _open_checkpoint,
     "torchscript": _open_torchscript,
     "onnx": _open_onnx,
+    "exported_program": _open_program,
 }
 
 

@@ -44,7 +44,7 @@ def write_onnx(
         logger.warning(f"{path.parent}: the ONNX file is written by the tracing exporter, not by dynamo: {reason}")
         uses_dynamo = False
     opset = max(opset, OLDEST_DYNAMO_OPSET) if uses_dynamo else opset
-    metadata = metadata | {"opset": opset, "exporter": f"torch {torch.__version__}, dynamo={uses_dynamo}"}
+    metadata = {**metadata, "opset": opset, "exporter": f"torch {torch.__version__}, dynamo={uses_dynamo}"}
     (path.parent / data_name).unlink(missing_ok=True)
     with TemporaryDirectory(dir=path.parent, prefix=".onnx.") as folder:
         written = Path(folder) / "written.onnx"

@@ -53,7 +53,7 @@ test-newest: ## run the fast tests in .venv-newest, with the newest Python here 
 
 test-all: test test-slow test-browser test-newest ## run fast, slow and browser tests, then test-newest
 
-crash: setup ## kill commands at over a hundred random moments and at every write, and compare how they end
+crash: setup ## kill commands at eighty-four random moments and at every write, and compare how they end
 	@KILLS=48 STRIDE=1 OMP_NUM_THREADS=1 $(IN_ENVIRONMENT) -m pytest -v -rP -n 2 --dist load -m '' tests/crash $(ARGS)
 
 soak: setup ## random commands, kills and changes on one workspace, for an hour or MINUTES

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import damage
 import pytest
+from damage import EXPORT
 from given_predictions import write
 from in_process import run
 
@@ -20,7 +20,6 @@ VOTES = (
     *("--set", "runs.score_ensemble.methods=[soft_voting,weighted]", "--set", "pruning.enable=false"),
     *("--set", "runs.model_soup.enable=false", "--set", "device=cpu"),
 )
-EXPORT = "deployment_models/soft_voting_ensemble"
 STATUS, CLEAN, EVALUATE, DISCOVER = ("status",), ("clean",), ("evaluate",), ("discover",)
 COMPARE, VERIFY = ("export", "--compare"), ("export", "--verify", EXPORT)
 READ_BY = {
@@ -41,30 +40,6 @@ READ_BY = {
 SECONDS = 120.0  # a hang, on however busy a machine
 
 
-def export_by_hand(workspace: Path) -> None:
-    """What the records of an export say; its one file is no program and is never opened."""
-    folder = workspace / EXPORT
-    (folder / "checkpoint").mkdir(parents=True)
-    file = folder / "checkpoint" / "soft_voting_ensemble.pth"
-    file.write_bytes(b"weights")
-    digest = hashlib.sha256(b"weights").hexdigest()
-    parity = {"rows": 8, "tolerance": 1e-4, "max_abs_diff": 1e-7, "label_flips": 0}
-    entry = {"status": "ok", "files": {"checkpoint/soft_voting_ensemble.pth": digest}, "parity": parity}
-    entry |= {"size_mb": 0.1, "latency_ms": 1.5, "threads": 1, "reason": None, "source_digest": "0" * 64}
-    training = {"ensemble": "soft_voting_ensemble", "jumps": False, "outputs": ["probabilities"]}
-    records = {
-        "export_status.json": {"checkpoint": entry, "onnx": {"status": "skipped", "reason": "no tools"}},
-        "metadata.json": {"training": training | {"input": {"kind": "float-nchw"}}, "architecture": "x"},
-        "class_mapping.json": {"0": "ant", "1": "bee", "2": "cat"},
-    }
-    for name, record in records.items():
-        (folder / name).write_text(json.dumps(record))
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    sums = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    (folder / "checksums.json").write_text(json.dumps(sums))
-    (workspace / "ensembles" / "exported_files.json").write_text(json.dumps({"files": {digest: file.name}}))
-
-
 @pytest.fixture(scope="module")
 def template(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("damaged")
@@ -74,7 +49,7 @@ def template(tmp_path_factory) -> Path:
     for line in (("import-predictions", "--from", folder / "given"), ("build-ensemble", *VOTES), EVALUATE):
         done = run(*line, workspace=workspace)
         assert done.code == 0, done.stderr
-    export_by_hand(workspace)
+    damage.export_by_hand(workspace)
     digests = FileDigests(workspace / "ensembles" / "digests.json")
     digests.of(workspace / "ensembles" / "ensemble_catalog.json")
     digests.keep("0" * 64, {"n": 3, "accuracy": 0.5, "refolded": {"fold0": [1, 2]}, "unreadable": []})

@@ -24,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve()
-sys.path[:0] = [str(HERE.parents[2]), str(HERE.parents[1]), str(HERE.parents[1] / "support"), str(HERE.parent)]
+FOLDERS = (HERE.parents[2], HERE.parents[1], HERE.parents[1] / "support", HERE.parents[1] / "attacks", HERE.parent)
+sys.path[:0] = [str(folder) for folder in FOLDERS]
 os.environ |= {"OMP_NUM_THREADS": "1", "DBT_MODEL_SIZE": "tiny"}
 os.environ.setdefault("DBT_BASE_DIR", tempfile.gettempdir())
 
 import cases  # noqa: E402
+import later_files  # noqa: E402
 import numpy as np  # noqa: E402
 from given_predictions import arrays, write  # noqa: E402
 from hypothesis import HealthCheck, given, seed, settings  # noqa: E402
@@ -41,13 +43,18 @@ from utils.core.workspace import Workspace  # noqa: E402
 
 GIGABYTES, SECONDS = 2, 10
 PERCENTAGES = {
-    "configurations": 40,
-    "predictions": 20,
-    "catalogs": 15,
-    "records": 8,
-    "boosters": 5,
-    "tensors": 6,
-    "images": 6,
+    "configurations": 28,
+    "predictions": 15,
+    "catalogs": 10,
+    "records": 7,
+    "boosters": 4,
+    "tensors": 5,
+    "images": 5,
+    "onnx files": 8,
+    "records of exports": 5,
+    "answers": 6,
+    "recovery states": 3,
+    "command lines": 4,
 }
 """Per cent of the cases."""
 TYPED = (0, 1, 2, 3, 4)
@@ -130,7 +137,8 @@ def prepare(folder: Path) -> Readers:
         assert done.code == 0, done.stderr
     workspace = Workspace(imported, *(imported / name for name in NAMES))
     of_commands = given_to_commands(folder / "given.yaml", given_folder, empty, workspace)
-    return of_commands | kept_of_an_ensemble(workspace) | decoded(folder / "image", empty)
+    readers = of_commands | kept_of_an_ensemble(workspace) | decoded(folder / "image", empty)
+    return readers | later_files.readers(folder, workspace.base, typed)
 
 
 def given_to_commands(file: Path, given_folder: Path, empty: Path, workspace: Workspace) -> Readers:

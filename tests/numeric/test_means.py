@@ -74,3 +74,9 @@ def test_the_design_effect_is_the_size_of_groups_whose_rows_are_equal():
     values = np.random.default_rng(3).normal(size=40)[GROUPS]
     assert means.design_effect(values, GROUPS) == pytest.approx(10, rel=0.03)
     assert means.design_effect(values, None) == means.design_effect(np.ones(400), GROUPS) == 1.0
+
+
+def test_a_small_mean_has_an_interval_of_its_own_scale():
+    values = 1e-6 * (1 + np.random.default_rng(3).normal(size=100))
+    low, high = means.mean_interval(values)
+    assert 1e-7 < high - low < 1e-6

@@ -375,3 +375,9 @@ def test_a_rows_loss_of_macro_f1_is_how_it_moves_when_the_row_counts_a_little_mo
         weights[row] += step
         moved = rows * (loss(weights) - loss(np.ones(rows))) / step
         assert found[row] - found.mean() == pytest.approx(moved, abs=1e-4)
+
+
+def test_only_a_top_k_accuracy_of_too_few_classes_has_a_note():
+    found = metrics.point_metrics(np.full((4, 4), 0.25), np.arange(4), list("abcd"))
+    assert (found["top_3_accuracy"], found["top_5_accuracy"]) == (0.75, None)
+    assert found["notes"].keys() & {"top_3_accuracy", "top_5_accuracy"} == {"top_5_accuracy"}

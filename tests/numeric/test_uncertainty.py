@@ -192,3 +192,8 @@ def test_rows_like_the_reference_are_beyond_it_as_often_as_stated(count):
         for _ in range(500)
     ]
     assert 0.03 < np.mean([summary["energy"]["beyond"] for summary in beyond]) < 0.055
+
+
+def test_no_row_is_covered_by_its_rank_unless_that_is_said():
+    assert uncertainty.coverage_interval(99, 50) == uncertainty.coverage_interval(99, 50, covered_by_rank=0)
+    assert uncertainty.coverage_interval(99, 50) < uncertainty.coverage_interval(99, 50, covered_by_rank=1)

@@ -155,3 +155,13 @@ def test_outputs_are_indexed_as_logits_are(key, members, rows):
     assert np.array_equal(found.logits, logits[members][:, list(rows)])
     for own, place in zip(found.embeddings, members, strict=True):
         assert np.array_equal(own, outputs.embeddings[place][list(rows)])
+
+
+@pytest.mark.parametrize("chosen", [np.array([3, 0]), np.arange(20) % 2 == 1])
+def test_rows_that_are_taken_keep_their_folds_and_embeddings(chosen):
+    whole = replace(member(1), fold=np.arange(20) % 5, embeddings=np.arange(40.0).reshape(20, 2))
+    found = whole.take(chosen)
+    for name in ("sample_ids", "labels", "logits", "out_of_sample", "embeddings", "fold"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name)[chosen])
+    bare = member(1).take(chosen)
+    assert (bare.fold, bare.embeddings) == (None, None)

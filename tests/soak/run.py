@@ -32,7 +32,7 @@ import steps  # noqa: E402
 from equality import differences  # noqa: E402
 from forked_commands import Ended, Running  # noqa: E402
 
-LIMIT = 300.0  # seconds of one command on a busy machine
+LIMIT = 900.0  # seconds of one command on a busy machine
 SETTLE = 25  # steps between comparisons with a workspace from nothing
 TRAININGS = {"first": "1", "longer": "2"}
 """{training: epochs of fine-tuning}"""

@@ -8,8 +8,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-MEASURED = ("latency_ms", "seconds", "created", "versions")
+MEASURED = ("latency_ms", "seconds", "created", "versions", "export_timestamp")
 """Keys of records that no two runs share."""
+WITH_TIMES = ("export_status.json", "metadata.json")
+"""Records of an export that hold such keys, so that their checksums differ as well."""
 OF_THE_RUN = re.compile(
     r"\d{4}-\d\d-\d\dT[\d:]+\+00:00|\b(?:[0-9a-f]{12}|[0-9a-f]{64})\b|(?<=dataset\.num_workers=)\d+"
     r"|(?<=<td>)\d+\.\d+ / \d+\.\d+"
@@ -30,7 +32,10 @@ def content(workspace: Path) -> dict[str, str]:
         if path.is_dir() or name.split("/")[0] in LEFT_OUT or name in REMEMBERED or path.name.startswith(".lock."):
             continue  # a lock under a temporary name may be somebody's who waits; clean removes it after an hour
         if path.suffix == ".json":
-            found[name] = json.dumps(_less(json.loads(path.read_text()), str(workspace)), sort_keys=True)
+            record = _less(json.loads(path.read_text()), str(workspace))
+            if path.name == "checksums.json":
+                record = {file: digest for file, digest in record.items() if file not in WITH_TIMES}
+            found[name] = json.dumps(record, sort_keys=True)
         elif path.suffix == ".html":
             found[name] = OF_THE_RUN.sub("", path.read_text(encoding="utf-8").replace(str(workspace), ""))
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 import tempfile
@@ -13,6 +14,7 @@ from pathlib import Path
 from in_process import run
 
 KILLED = -signal.SIGKILL
+SLOW = 240.0  # seconds after which a command says where it is
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Running:
             if time.monotonic() - self.start > limit:
                 self.kill(signal.SIGKILL)
                 os.waitpid(self.pid, 0)
-                raise TimeoutError(f"{' '.join(self.line)}: not done after {limit:.0f} s")
+                said = self._places[1].read_text(errors="replace")[-3000:]
+                raise TimeoutError(f"{' '.join(self.line)}: not done after {limit:.0f} s: {said}")
             time.sleep(0.01)
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         said = [place.read_text(errors="replace") if place.exists() else "" for place in self._places]
@@ -83,6 +86,7 @@ def _perform(line: tuple[str, ...], workspace: Path, stdout: Path, stderr: Path)
     with stdout.open("w") as out, stderr.open("w") as err:
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
+        faulthandler.dump_traceback_later(SLOW, file=err)
         done = run(*line, workspace=workspace)
         out.write(done.stdout)
         err.write(done.stderr)

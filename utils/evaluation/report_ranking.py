@@ -90,7 +90,7 @@ def _forest(data: ReportData, metric: str, rows: list[Mapping[str, Any]]) -> dic
         bars.append(report_figures.Bar(row["name"], record[metric], low, high, row["kind"], marked))
     title = "Accuracy" if metric == "accuracy" else "Log-loss"
     better = "higher is better" if metric == "accuracy" else "lower is better"
-    intervals = "lines are 95% bootstrap intervals" if measured else "intervals are not measured"
+    intervals = "lines are 95% intervals" if measured else "intervals are not measured"
     models = format_count(len(bars), "model")
     shown = models if len(bars) == len(data.ranking["rows"]) else f"{models} of the table above"
     label = f"{title} of {shown} on {format_count(data.ranking['n'], 'row')} of {data.split}; {better}; {intervals}"

@@ -21,7 +21,7 @@ from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 1  # raised whenever the same images would give another record
+VERSION = 2  # raised whenever the same images would give another record
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import numpy as np
 from utils.auditing import alignment, thumbnail_views
 from utils.auditing.image_signatures import Signatures
 
-NEIGHBOURS = 5  # of each view of an image
-CANDIDATES = 5  # kept of each image
+NEIGHBOURS = 10  # of each view of an image
+CANDIDATES = 10  # kept of each image
 LOWEST_CORRELATION = 0.65  # of the low frequencies of candidates
 SAME_IMAGE = 0.84
 """Least correlation of detail of a copy, chosen on 596 photographs of citrus leaves (benchmarks/audit.py)."""

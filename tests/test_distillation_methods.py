@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from utils.distillation_methods import Mixing, WeightAverage, draw_mixing, student_loss, teacher_loss
+from utils.distillation_methods import (
+    Mixing,
+    WeightAverage,
+    draw_mixing,
+    embedding_loss,
+    standardised,
+    student_loss,
+    teacher_loss,
+)
 
 B, C = 6, 5
 
@@ -47,6 +55,17 @@ def parts(alpha: float, smoothing: float = 0.0, distilled=None, labelled=None, m
         temperature=4.0,
         alpha=alpha,
     ).item()
+
+
+def test_predicting_the_mean_of_standardised_embeddings_costs_one():
+    embeddings = np.random.default_rng(0).normal(3, [0.1, 5, 40], size=(50, 3)).astype(np.float32)
+    embeddings[:, 1] = 7  # constant: it tells nothing and counts as nothing
+    scaled = standardised(embeddings)
+    np.testing.assert_allclose(scaled.mean(axis=0), 0, atol=1e-6)
+    np.testing.assert_allclose(scaled.std(axis=0), [1, 0, 1], atol=1e-6)
+    target = torch.from_numpy(scaled[:, [0, 2]])
+    assert embedding_loss(torch.zeros_like(target), target).item() == pytest.approx(1, abs=1e-5)
+    assert embedding_loss(target, target).item() == 0
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])

@@ -1,4 +1,4 @@
-"""Knowledge distillation: the student's loss, image mixing (mixup, CutMix) and the average of its weights."""
+"""Knowledge distillation: the student's loss, matching of embeddings, image mixing and the average of its weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+SMALLEST_DEVIATION = 1e-6
+"""Deviation of an embedding's dimension that counts as constant."""
 
 
 def soften(log_probabilities: Tensor, temperature: float) -> Tensor:
@@ -108,6 +111,24 @@ def student_loss(
             label_loss = mixing.weight * label_loss + (1 - mixing.weight) * partner_loss
         loss = loss + (1 - alpha) * label_loss
     return loss
+
+
+def embedding_loss(projected: Tensor, embeddings: Tensor) -> Tensor:
+    """Return the mean squared difference of two arrays (B, D): a scalar.
+
+    `projected` is a linear map of the student's embeddings, `embeddings` the teacher's, standardised: predicting their
+    mean gives 1. Matching embeddings by a learned map is the hint of Romero et al. (2015), here of the last layer.
+    """
+    return F.mse_loss(projected, embeddings)
+
+
+def standardised(embeddings: np.ndarray) -> np.ndarray:
+    """Embeddings (N, D) float32 with mean 0 and deviation 1 of each dimension; 0 where a dimension is constant."""
+    values = embeddings.astype(np.float64)
+    deviation = values.std(axis=0)
+    centred = values - values.mean(axis=0)
+    scaled: np.ndarray = (centred / np.where(deviation > SMALLEST_DEVIATION, deviation, np.inf)).astype(np.float32)
+    return scaled
 
 
 class WeightAverage:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import distillation_runs
 import numpy as np
 import pytest
@@ -78,7 +80,7 @@ def test_test_folds_are_disjoint_and_no_image_is_trained_on_and_tested():
     for number in range(distillation_runs.N_FOLDS):
         rows = distillation_runs.fold_rows(labels, number, distillation_runs.DIGITS)
         assert len(np.unique(np.concatenate(list(rows.values())))) == sum(map(len, rows.values()))
-        assert (len(rows["train"]), len(rows["val"])) == (48, 24)
+        assert (len(rows["train"]), len(rows["val"])) == (12, 24)
         assert np.bincount(labels[rows["test"]]).tolist() == [10] * 4
         seen[rows["test"]] += 1
     assert (seen == 1).all()
@@ -93,15 +95,16 @@ def test_cached_targets_are_below_two_megabytes():
 def test_a_short_run_keeps_its_trainings(tmp_path, monkeypatch):
     """Both kinds of targets are the mean of the members' probabilities, and a second run trains nothing."""
     images = distillation_runs.read_images(write_digits(tmp_path / "Data", per_class=12))
-    design = distillation.shortened(distillation_runs.DIGITS)
+    design = replace(distillation.shortened(distillation_runs.DIGITS), train=0.25)  # of few images
     one = distillation_runs.Fold(images, 1, design, tmp_path / "kept")
     distillation.run([one], distillation.ARMS, 1, minutes=10)
     monkeypatch.setattr(distillation_runs.Fold, "_train", None)
     distillation.run([one], distillation.ARMS, 1, minutes=10)
-    trained = distillation.collected(one, "CustomMobileOne", distillation.ARMS, 1)
+    (student,) = design.students
+    trained = distillation.collected(one, student, distillation.ARMS, 1)
     assert set(trained.probabilities) == {"alone", "consistent", "views", "teacher"}
     assert all(len(curves[0]["val_accuracy"]) == 2 for curves in trained.curves.values())
     assert not np.array_equal(trained.probabilities["alone"]["test"], trained.probabilities["consistent"]["test"])
-    assert score_rows("CustomMobileOne", [trained])
-    assert distillation.collected(one, "CustomMobileOne", distillation.ARMS, 0) is None
+    assert score_rows(student, [trained])
+    assert distillation.collected(one, student, distillation.ARMS, 0) is None
     distillation.run([one], distillation.ARMS, 2, minutes=-1)  # the time is up: nothing is trained

@@ -55,6 +55,10 @@ def test_imported_predictions_teach_about_the_images_with_their_ids(imported):
     for kind in ("consistent", "views"):
         with pytest.raises(UserError, match=f"distillation.targets: {kind} .*set it to oof"):
             distill(imported, SMALL, f"distillation.targets={kind}")
+    with pytest.raises(
+        UserError, match=r"feature_weight needs the embeddings .* imported predictions alone; set it to 0"
+    ):
+        distill(imported, SMALL, "distillation.feature_weight=auto")
 
 
 def test_without_images_there_is_nobody_to_teach(tmp_path):
@@ -86,6 +90,12 @@ def test_what_cannot_be_done_is_said_in_one_line(built, override, words):
 def test_targets_of_the_evaluation_view_are_not_mixed(built):
     with pytest.raises(UserError, match=r"needs targets for augmented images.* or views, or distillation\.mix to none"):
         distill(workspace_at(built), SMALL, "distillation.targets=oof", "distillation.mix=mixup")
+
+
+@pytest.mark.parametrize("kind", ["oof", "views"])
+def test_embeddings_of_other_views_are_not_matched(built, kind):
+    with pytest.raises(UserError, match=rf"{kind} has none; set distillation\.targets to consistent, or .* to 0"):
+        distill(workspace_at(built), SMALL, f"distillation.targets={kind}", "distillation.feature_weight=1")
 
 
 def test_an_empty_folder_of_unlabeled_images_is_refused(built, tmp_path):

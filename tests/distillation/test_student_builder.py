@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -21,10 +22,10 @@ from student_runs import QUICK, SMALL, config, distill, record, store_of
 
 from utils.building import ensembles, recommendation
 from utils.core.errors import LeakageError, UserError
-from utils.distillation import student_builder, target_sources, teachers
+from utils.distillation import student_builder, target_sources, teachers, trained_pairs
 from utils.distillation.students import ensemble_name
 from utils.evaluation.evaluate import evaluate
-from utils.numeric.metrics import softmax
+from utils.numeric.metrics import log_loss, softmax
 from utils.operations import inventory, upkeep
 from utils.predictions import catalog, member_selection, streaming
 
@@ -248,7 +249,7 @@ def test_auto_is_function_matching_on_views_that_the_cost_decides(own, caplog):
     store = store_of(own, SMALL)
     teacher = teachers.resolve(store, "soft_voting", excluded_member="x")
     train, size = store.images("train"), (own.checkpoint("CustomConvNeXt", "final").stat().st_size, 32)
-    with logged(caplog):
+    with logged(caplog), caplog.at_level(logging.INFO, logger="disease_pipeline"):
         kinds = {
             epochs: target_sources.resolve_kind(
                 store_of(own, SMALL, f"distillation.epochs={epochs}"), teacher, train, size
@@ -279,7 +280,9 @@ def test_views_are_asked_about_once_and_found_again(own, monkeypatch, caplog):
     views = ("distillation.targets=views", "distillation.views=2", "distillation.teacher=CustomConvNeXt")
     passes = []
     shown = teachers.predict_views
-    monkeypatch.setattr(teachers, "predict_views", lambda *given: passes.append(given[2]) or shown(*given))
+    monkeypatch.setattr(
+        teachers, "predict_views", lambda *given, **options: passes.append(given[2]) or shown(*given, **options)
+    )
     distill(own, SMALL, *views)
     assert passes == [2 * 224]
     with np.load(own.distillation("distilled_convnext") / "targets.npz") as arrays:
@@ -291,6 +294,33 @@ def test_views_are_asked_about_once_and_found_again(own, monkeypatch, caplog):
         distill(own, SMALL, *views[:2], "distillation.teacher=CustomResNetMish")
     assert "targets of another teacher" in caplog.text
     assert len(passes) == 2
+
+
+# matched embeddings ---------------------------------------------------------------------------------------------------
+def test_embeddings_are_matched_on_request_and_auto_takes_what_val_prefers(own, monkeypatch):
+    """Both students are trained; the val rows that chose are no longer out of sample for the one that is kept."""
+    distill(own, SMALL, "distillation.feature_weight=1")
+    matched, weights_of_matched = record(own, SMALL), weights(own)
+    assert matched["feature_weight"] == {"value": 1.0, "val_log_loss": None}
+    assert matched["targets"]["kind"] == "consistent"  # not views, as the cost of the passes would decide
+    assert catalog.load(own).members["CustomConvNeXt_distilled"].selection == "last"
+    distill(own, SMALL, "distillation.targets=consistent")
+    plain = record(own, SMALL)["history"]["student"]
+    distill(own, SMALL, "distillation.feature_weight=auto")
+    chosen = record(own, SMALL)
+    losses = chosen["feature_weight"]["val_log_loss"]
+    assert losses.keys() == {"0", "1"}
+    assert losses[f"{chosen['feature_weight']['value']:g}"] == min(losses.values())
+    assert chosen["history"]["student"] in (plain, matched["history"]["student"])
+    assert catalog.load(own).members["CustomConvNeXt_distilled"].selection == "val"
+    assert "held_out" in json.dumps(json.loads((own.models / "distilled_convnext" / "ensemble.json").read_text()))
+    # With the order of the losses reversed it takes the other one.
+    monkeypatch.setattr(trained_pairs, "log_loss", lambda *given: -log_loss(*given))
+    distill(own, SMALL, "distillation.feature_weight=auto", force=True)
+    other = record(own, SMALL)
+    assert other["feature_weight"]["value"] == 1 - chosen["feature_weight"]["value"]
+    is_matched = all(torch.equal(tensor, weights_of_matched[name]) for name, tensor in weights(own).items())
+    assert is_matched == (other["feature_weight"]["value"] == 1)
 
 
 def test_best_is_the_recommended_one_and_a_soup_or_member_may_teach(own):
@@ -333,15 +363,20 @@ def test_an_assistant_stands_between(own):
     assert other_teacher.document["built"] == ["distilled_resnetmish", "distilled_convnext"]
 
 
-# images without labels ------------------------------------------------------------------------------------------------
-def test_images_without_labels_join_with_the_teacher_s_words_alone(own, tmp_path, caplog):
-    folder = tmp_path / "more"
+def write_noise(folder: Path) -> Path:
+    """Five images of noise, in a folder of this one."""
     from PIL import Image
 
     (folder / "deep").mkdir(parents=True)
     for number in range(5):
         pixels = np.random.default_rng(number).integers(0, 255, (36, 36, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "deep" / f"{number}.png")
+    return folder
+
+
+# images without labels ------------------------------------------------------------------------------------------------
+def test_images_without_labels_join_with_the_teacher_s_words_alone(own, tmp_path, caplog):
+    folder = write_noise(tmp_path / "more")
     val_image = next((own.split_dir / "val").glob("*/*.png"))
     shutil.copy(val_image, folder / "of_val.png")
     with logged(caplog):
@@ -387,9 +422,17 @@ def test_what_killed_trainings_left_is_counted_and_goes_with_the_next_one(own):
 
 
 # a kill at any moment -------------------------------------------------------------------------------------------------
-def test_kill_nine_in_the_middle_and_again_gives_equal_weights(own, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("distillation.seeds=2", "distillation.initial_weights=member"),
+        ("distillation.feature_weight=auto",),
+    ],
+)
+def test_kill_nine_in_the_middle_and_again_gives_equal_weights(own, tmp_path, options):
     undisturbed = workspace_at(Path(shutil.copytree(own.base, tmp_path / "undisturbed")))
-    longer = (SMALL, "distillation.epochs=4", "distillation.seeds=2", "distillation.initial_weights=member")
+    unlabeled = f"distillation.unlabeled_dir={write_noise(tmp_path / 'more')}"
+    longer = (SMALL, "distillation.epochs=4", unlabeled, *options)
     distill(undisturbed, *longer)
     settings = [word for override in (*QUICK, *longer) for word in ("--set", override)]
     command = [sys.executable, str(PROJECT / "ensemble_orchestrator.py"), "distill", *settings]

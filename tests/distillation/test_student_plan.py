@@ -56,7 +56,7 @@ def test_the_digest_of_a_step_depends_on_student_and_teacher(store):
     "override",
     [
         *("temperature=2", "alpha=0.1", "epochs=3", "lr=0.1", "batch_size=7", "targets=views", "views=9", "mix=mixup"),
-        *("initial_weights=member", "seeds=3"),
+        *("initial_weights=member", "feature_weight=1", "feature_weight=auto", "seeds=3"),
     ],
 )
 def test_every_setting_of_the_training_is_part_of_the_digest(store, override):

@@ -16,6 +16,7 @@ from preprocessings import BASE_32
 from utils import base_back
 from utils.core.errors import UserError
 from utils.distillation import student_training
+from utils.distillation.soft_targets import Targets
 from utils.distillation.student_training import (
     StudentTrainingResult,
     StudentTrainingSettings,
@@ -50,9 +51,10 @@ def initial_network(name: str = NAME) -> torch.nn.Module:
     return model
 
 
-def random_targets(epoch: int) -> np.ndarray:
-    probabilities = np.random.default_rng(epoch).dirichlet(np.ones(3), size=16)
-    return np.log(probabilities).astype(np.float32)
+def random_targets(epoch: int) -> Targets:
+    rng = np.random.default_rng(epoch)
+    probabilities = rng.dirichlet(np.ones(3), size=16)
+    return Targets(np.log(probabilities).astype(np.float32), rng.normal(size=(16, 5)).astype(np.float32))
 
 
 def schedule_of(source: ImageSource, unaugmented: str = NEVER) -> BatchSchedule:
@@ -60,9 +62,15 @@ def schedule_of(source: ImageSource, unaugmented: str = NEVER) -> BatchSchedule:
 
 
 def run(
-    sources, epochs: int = 4, progress: TrainingProgress | None = None, *, lr: float = 1e-3, name: str = NAME
+    sources,
+    epochs: int = 4,
+    progress: TrainingProgress | None = None,
+    *,
+    lr: float = 1e-3,
+    name: str = NAME,
+    feature_weight: float = 0.0,
 ) -> StudentTrainingResult:
-    settings = StudentTrainingSettings(name, epochs, lr, 4.0, 0.5, seed=1)
+    settings = StudentTrainingSettings(name, epochs, lr, 4.0, 0.5, seed=1, feature_weight=feature_weight)
     schedule = schedule_of(sources[0], HALF)
     model = initial_network(name)
     return train(model, settings, schedule, random_targets, sources[1], device="cpu", progress=progress)
@@ -90,14 +98,16 @@ class InterruptedProgress(TrainingProgress):
             raise Interrupted
 
 
-@pytest.mark.parametrize("name", [NAME, "CustomConvNeXt"])
-def test_interrupted_after_any_epoch_it_ends_with_the_same_weights(sources, tmp_path, name):
-    expected = run(sources, name=name)
+@pytest.mark.parametrize(
+    ("name", "feature_weight"), [(NAME, 0.0), ("CustomConvNeXt", 0.0), (NAME, 2.0), ("CustomConvNeXt", 2.0)]
+)
+def test_interrupted_after_any_epoch_it_ends_with_the_same_weights(sources, tmp_path, name, feature_weight):
+    expected = run(sources, name=name, feature_weight=feature_weight)
     for stop in range(1, 5):
         path = tmp_path / f"{stop}.pth"
         with pytest.raises(Interrupted):
-            run(sources, progress=InterruptedProgress(path, stop), name=name)
-        resumed = run(sources, progress=TrainingProgress(path, "key"), name=name)
+            run(sources, progress=InterruptedProgress(path, stop), name=name, feature_weight=feature_weight)
+        resumed = run(sources, progress=TrainingProgress(path, "key"), name=name, feature_weight=feature_weight)
         assert equal(resumed, expected), f"stopped after epoch {stop}"
 
 
@@ -137,7 +147,7 @@ def test_it_learns_the_labels_or_the_teacher(sources, tmp_path, alpha, shift):
     confident = np.log(np.full((16, 3), 0.02) + 0.94 * np.eye(3)[(labels + 1) % 3]).astype(np.float32)
     model = initial_network("CustomConvNeXt")
     settings = StudentTrainingSettings("CustomConvNeXt", 40, 1e-3, 1.0, alpha, seed=1)
-    train(model, settings, schedule_of(unaugmented), lambda _: confident, sources[1], device="cpu")
+    train(model, settings, schedule_of(unaugmented), lambda _: Targets(confident), sources[1], device="cpu")
     predicted = predict_logits(model, unaugmented, "cpu").argmax(axis=1)
     assert (predicted == (labels + shift) % 3).mean() > 0.8
 
@@ -165,7 +175,7 @@ def test_labels_are_not_smoothed_with_a_teacher_or_without(sources, tmp_path):
 
     logits = quiet_network().train()(images)
     plain = torch.nn.functional.cross_entropy(logits, labels).item()
-    divergence = teacher_loss(logits, torch.from_numpy(targets)[batch.rows], 4.0).item()
+    divergence = teacher_loss(logits, torch.from_numpy(targets.log_probabilities)[batch.rows], 4.0).item()
     assert first_loss(0.5, None) == pytest.approx(plain, rel=1e-5)
     assert first_loss(0.3, lambda _: targets) == pytest.approx(0.3 * divergence + 0.7 * plain, rel=1e-5)
 
@@ -177,7 +187,8 @@ def test_cached_targets_are_mixed_as_the_images_are(sources, tmp_path):
     for mixes_targets in (True, False):
         schedule = BatchSchedule(unaugmented, 16, 1, np.full(16, NEVER), mix="mixup", mixes_targets=mixes_targets)
         batch, images = next(iter(schedule.loader(0, BASE_32)))
-        model, targets = initial_network("CustomConvNeXt"), torch.from_numpy(random_targets(0))[batch.rows]
+        model = initial_network("CustomConvNeXt")
+        targets = torch.from_numpy(random_targets(0).log_probabilities)[batch.rows]
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -188,6 +199,36 @@ def test_cached_targets_are_mixed_as_the_images_are(sources, tmp_path):
         assert result.history[0]["train_loss"] == pytest.approx(expected, rel=1e-5)
         losses[mixes_targets] = expected
     assert losses[True] != pytest.approx(losses[False], rel=1e-3)
+
+
+def test_a_matched_student_has_embeddings_from_which_the_teachers_follow(sources, tmp_path):
+    """Without labels and probabilities the loss is that of the embeddings: 1 at first, less once they are matched."""
+    unaugmented = ImageSource(sources[0].images, BASE_32, "none", image_cache=tmp_path)
+    settings = StudentTrainingSettings("CustomConvNeXt", 30, 1e-3, 4.0, 0.5, seed=1, feature_weight=1.0)
+    embeddings = random_targets(0).embeddings
+    targets = Targets(np.full((16, 3), np.nan, dtype=np.float32), embeddings)
+    without_labels = replace(unaugmented.images, labels=np.full(16, UNKNOWN))
+    source = ImageSource(without_labels, BASE_32, "none", image_cache=tmp_path)
+    model = initial_network("CustomConvNeXt")
+    result = train(model, settings, schedule_of(source), lambda _: targets, sources[1], device="cpu")
+    losses = [row["train_loss"] for row in result.history]
+    assert losses[0] == pytest.approx(1, abs=0.1)
+    assert losses[-1] < 0.5
+    assert result.weights.keys() == initial_network("CustomConvNeXt").state_dict().keys()  # the projector is dropped
+
+
+def test_a_network_without_embeddings_cannot_match_any(sources):
+    class Pooled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution = torch.nn.Conv2d(3, 3, 3)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.convolution(images).mean(dim=(2, 3))
+
+    settings = StudentTrainingSettings("pooled", 1, 1e-3, 4.0, 0.5, seed=1, feature_weight=1.0)
+    with pytest.raises(UserError, match=r"the student pooled has no embeddings to match; set it to 0"):
+        train(Pooled(), settings, schedule_of(sources[0]), random_targets, sources[1], device="cpu")
 
 
 def test_a_mixed_image_with_an_unlabeled_partner_has_no_label(sources):
@@ -209,7 +250,7 @@ def test_without_a_teacher_alpha_has_no_effect(sources):
 
 
 def test_rows_without_target_and_label_do_not_contribute(sources):
-    no_targets = np.full((16, 3), np.nan, dtype=np.float32)
+    no_targets = Targets(np.full((16, 3), np.nan, dtype=np.float32))
     model, initial = initial_network(), initial_network().state_dict()
     settings = StudentTrainingSettings(NAME, 1, 1e-3, 4.0, 1.0, seed=1)
     result = train(model, settings, schedule_of(sources[0]), lambda _: no_targets, sources[1], device="cpu")
@@ -237,7 +278,7 @@ def test_it_keeps_the_last_epoch_whatever_val_shows(sources, tmp_path, caplog):
 
 def test_a_loss_that_is_not_finite_is_refused_with_a_lower_rate(sources):
     settings = StudentTrainingSettings(NAME, 1, 1e-3, 4.0, 0.5, 1)
-    infinite = np.full((16, 3), -np.inf, dtype=np.float32)
+    infinite = Targets(np.full((16, 3), -np.inf, dtype=np.float32))
     with pytest.raises(UserError, match=r"--set distillation\.lr=0\.0001"):
         train(initial_network(), settings, schedule_of(sources[0]), lambda _: infinite, sources[1], device="cpu")
 

@@ -10,7 +10,15 @@ from digit_splits import split_of
 from preprocessings import BASE_32
 from student_runs import config
 
-from utils.distillation.target_sources import CONSISTENT, OOF, VIEWS, mixing_of, unaugmented_frequency, views_digest
+from utils.distillation.target_sources import (
+    CONSISTENT,
+    OOF,
+    VIEWS,
+    mixing_of,
+    recurrence_note,
+    unaugmented_frequency,
+    views_digest,
+)
 from utils.predictions.rows import UNKNOWN
 from utils.training.batch_schedule import NEVER, BatchSchedule
 from utils.training.image_source import ImageSource
@@ -62,3 +70,11 @@ def test_the_digest_is_of_the_recurring_views(tmp_path):
     assert digest_of(1, 0) is None
     assert digest_of(1, 2) == digest_of(1, 2)
     assert len({digest_of(1, 2), digest_of(2, 2), digest_of(1, 3)}) == 3
+
+
+def test_views_that_recur_often_are_warned_of_with_the_number_that_is_enough():
+    assert recurrence_note(40, 4) is None
+    note = recurrence_note(160, 4)
+    assert "each of the 4 views of an image recurs in 40 epochs" in note
+    assert "Set distillation.views to 16 or more" in note
+    assert recurrence_note(160, 16) is None

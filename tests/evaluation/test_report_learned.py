@@ -20,7 +20,10 @@ MOE = {
 }
 SCORES = {"accuracy": 0.9, "log_loss": 0.3, "size_mb": 1.0}
 STUDENT = SCORES | {
-    "controls": {"alone": SCORES | {"accuracy": 0.8}, "teacher": SCORES | {"accuracy": 0.95, "name": "votes"}},
+    "controls": {
+        "alone": SCORES | {"accuracy": 0.8, "latency_ms": {"batch_1": {"p50": 1.5, "p95": 2.0}}},
+        "teacher": SCORES | {"accuracy": 0.95, "name": "votes"},
+    },
     "gain_kept": {"value": 2 / 3, "ci95": [0.25, None]},
     "notes": {"controls": "distillation helped"},
 }
@@ -58,6 +61,7 @@ def test_students_stand_beside_themselves_without_a_teacher_and_their_teacher():
     row = tables({}, {"student": STUDENT, "plain": SCORES})["students"]
     assert len(row) == 1
     assert row[0]["accuracy"] == ["90.0%", "80.0%", "95.0%"]
+    assert row[0]["latency"] == ["1.50", "1.50", "not measured"]  # the student is the network alone
     assert (row[0]["teacher"], row[0]["kept"]) == ("votes", "67% [25%, unbounded]")
     nothing = STUDENT | {"gain_kept": None}
     assert tables({}, {"student": nothing})["students"][0]["kept"] == "-"

@@ -15,6 +15,7 @@ from utils.core.config_values import (
     Batch,
     Count,
     Dropout,
+    FeatureWeight,
     FitRows,
     Flag,
     Folder,
@@ -368,6 +369,11 @@ class Distillation(Section):
     )
     initial_weights: Literal["auto", "random", "member", "pretrained"] = Field(
         default="auto", description="Weights that the student starts from."
+    )
+    feature_weight: FeatureWeight = Field(
+        default=0.0,
+        description="Weight of matching the teacher's embeddings by a linear map of the student's; `auto` takes 0 or "
+        "1, the one of lower log-loss on val.",
     )
     seeds: Count = Field(
         default=1, description="Trainings of student and control; a verdict on the recipe needs three."

@@ -122,6 +122,14 @@ Positive = Annotated[float, Field(gt=0), _check("expected a number above 0", lam
 Fraction = Annotated[
     float, Field(ge=0, le=1), _check("expected a number from 0 to 1", lambda number: 0 <= number <= 1, _real)
 ]
+FeatureWeight = Annotated[
+    Annotated[float, Field(ge=0)] | Literal["auto"],
+    _check(
+        "expected a number of at least 0, or auto",
+        lambda weight: weight == "auto" or weight >= 0,
+        lambda raw: raw if raw == "auto" else _real(raw),
+    ),
+]
 Shrinkage = Annotated[
     float, Field(gt=0, le=1), _check("expected a number above 0, at most 1", lambda number: 0 < number <= 1, _real)
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,16 @@ logger = logging.getLogger("disease_pipeline")
 
 TOP_CLASSES = 32  # number of probabilities that are stored of a row where there are more than twice as many classes
 REMEDY = "Remove it, then distill again"
+
+
+@dataclass(frozen=True)
+class Targets:
+    """A teacher's predictions of N images."""
+
+    log_probabilities: np.ndarray
+    """float32 (N, C); NaN where there is no target."""
+    embeddings: np.ndarray | None = None
+    """float32 (N, D), those of its networks one beside the other; None where they are not matched."""
 
 
 def log_probabilities(probabilities: np.ndarray) -> np.ndarray:

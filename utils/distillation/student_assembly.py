@@ -5,26 +5,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from utils.building import ensembles, fitting
 from utils.core import estimates
-from utils.core.artifacts import digest_of, write_json
+from utils.core.artifacts import write_json
 from utils.core.config_sections import Distillation
-from utils.core.links import remove_file
 from utils.discovery import discover
 from utils.distillation import expected_gain, student_comparison, students, teachers, unlabeled, verdicts
 from utils.distillation.controls import ALONE, STUDENT
 from utils.distillation.initial_weights import MEMBER, RANDOM
 from utils.distillation.students import Student
 from utils.distillation.teachers import METHOD, Teacher
-from utils.numeric.metrics import softmax
+from utils.distillation.trained_pairs import PairTraining, StudentImages, TrainedPair, remove_progress
 from utils.predictions import extraction, image_splits, streaming
-from utils.predictions.catalog import IMPORTED, Member
+from utils.predictions.catalog import BEST_ON_VAL, Member
 from utils.predictions.extraction import STREAMED_SPLITS
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.store import Store
@@ -32,10 +29,8 @@ from utils.predictions.store import Store
 if TYPE_CHECKING:
     from torch import nn
 
-    from utils.distillation.student_training import StudentTrainingResult, StudentTrainingSettings
+    from utils.distillation.student_training import StudentTrainingResult
     from utils.distillation.target_sources import StudentTargets
-    from utils.training.image_source import ImageSource
-    from utils.training.progress import TrainingProgress
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -54,7 +49,7 @@ def build_student(
     model = students.initial_network(store, student, members)
     sizes = (_model_bytes(model), student.img_size)
     kind, crossfit = target_sources.resolve_kind(store, teacher, store.images("train"), sizes)
-    images = _StudentImages(
+    images = StudentImages(
         store,
         student,
         students.training_facts(store, student),
@@ -74,18 +69,22 @@ def build_student(
     )
     if force:
         remove_progress(store.workspace.distillation(student.ensemble))
-    trainings = [_train_pair(images, targets, members, number, [digest, kind]) for number in range(settings.seeds)]
+    run = PairTraining(images, targets, members, [digest, kind])
+    feature_weight, val_log_loss = run.chosen_feature_weight()
+    trainings = [run.train(number, feature_weight) for number in range(settings.seeds)]
     trained, alone = trainings[0].student, trainings[0].alone
     facts = {
         "teacher": teacher.name,
         "targets": _target_facts(targets, kind, 0 if unlabeled_split is None else len(unlabeled_split.paths)),
         "initial_weights": _initial_weights(store, student),
         "expected_gain": expected,
+        "feature_weight": {"value": feature_weight, "val_log_loss": val_log_loss},
         **_schedule_facts(settings, trained, alone),
     }
     if facts["schedule_note"]:
         logger.warning("%s: %s", student.ensemble, facts["schedule_note"])
-    store = _add_member(store, student, teacher, trained, images.facts, kind)
+    chosen_on_val = val_log_loss is not None
+    store = _add_member(store, student, teacher, trained, images.facts, kind, chosen_on_val=chosen_on_val)
     derived = store.catalog.members[student.member]
     _build_ensemble(store, student, teacher, derived, digest, facts)
     costs = student_comparison.measure_costs(store, teacher, derived)
@@ -132,130 +131,12 @@ def _schedule_facts(
     }
 
 
-def _probabilities(trainings: Sequence[_TrainedPair]) -> dict[str, dict[str, np.ndarray]]:
+def _probabilities(trainings: Sequence[TrainedPair]) -> dict[str, dict[str, np.ndarray]]:
     """{split: {arm: (seeds, N, C)}}"""
     return {
         split: {arm: np.stack([each.probabilities[arm][split] for each in trainings]) for arm in (STUDENT, ALONE)}
         for split in STREAMED_SPLITS
     }
-
-
-@dataclass(frozen=True)
-class _StudentImages:
-    """The images of student and control: preprocessing, augmentation, cache and device."""
-
-    store: Store
-    student: Student
-    facts: Mapping[str, str]
-    """What the checkpoint of the student's reference member records of its training."""
-    device: str
-    threads: int
-
-    def source(self, images: ImageSplit) -> ImageSource:
-        """Images by the student's preprocessing, with its augmentation."""
-        from utils.training.image_source import ImageSource, augmentation_kind
-
-        augmentation, cache = augmentation_kind(self.facts), self.store.workspace.image_cache
-        return ImageSource(images, self.student.preprocessing, augmentation, image_cache=cache, threads=self.threads)
-
-    def decode(self, teacher: Teacher, images: ImageSplit) -> None:
-        """Decode every image once, by the rule of every network that reads it."""
-        networks = [member for member in teachers.members_of(self.store, teacher) if member.source != IMPORTED]
-        preprocessings = [self.student.preprocessing, *(member.image_preprocessing for member in networks)]
-        splits = [images, *(self.store.images(split) for split in STREAMED_SPLITS)]
-        cache = self.store.workspace.image_cache
-        image_splits.decode(splits, preprocessings, image_cache=cache, threads=self.threads)
-
-
-def _progress(store: Store, student: Student, arm: str, number: int, key: list[str]) -> TrainingProgress:
-    """Progress file of one training of an arm: `progress_student.pth`, `progress_student_1.pth` of the second seed."""
-    from utils.training.progress import TrainingProgress
-
-    name = f"{arm}_{number}" if number else arm
-    folder = store.workspace.distillation(student.ensemble)
-    return TrainingProgress(folder / f"progress_{name}.pth", digest_of([*key, name]))
-
-
-def remove_progress(folder: Path) -> None:
-    """Remove the progress files of student and control."""
-    for path in folder.glob("progress_*.pth"):
-        remove_file(path)
-
-
-def _training_settings(store: Store, student: Student, seed: int) -> StudentTrainingSettings:
-    from utils.distillation.student_training import StudentTrainingSettings
-
-    settings = store.config.distillation
-    return StudentTrainingSettings(
-        student.architecture,
-        settings.epochs,
-        settings.lr,
-        settings.temperature,
-        settings.alpha,
-        seed=seed,
-    )
-
-
-@dataclass(frozen=True)
-class _TrainedPair:
-    """A student and its control of one seed."""
-
-    student: StudentTrainingResult
-    alone: StudentTrainingResult
-    probabilities: Mapping[str, Mapping[str, np.ndarray]]
-    """{student, alone: {split: probabilities (N, C)}} of val and test."""
-
-
-def _train_pair(
-    images: _StudentImages, targets: StudentTargets, members: Sequence[Member], number: int, key: list[str]
-) -> _TrainedPair:
-    """Train the student and its control of one seed.
-
-    The control is the same network with the same initial weights, trained without a teacher for as many images with the
-    same augmentation, mixing and loss of labels.
-    """
-    from utils.distillation.student_training import predict_logits, train
-    from utils.training.batch_schedule import NEVER, BatchSchedule, derived_seed
-
-    store, student, settings = images.store, images.student, images.store.config.distillation
-    seed = store.config.seed if number == 0 else derived_seed(store.config.seed, "training", number)
-    validation_set = images.source(store.images("val"))
-    schedule, epoch_targets = targets.of_seed(seed)
-    source = images.source(store.images("train"))
-    alone_schedule = BatchSchedule(
-        source,
-        settings.batch_size,
-        seed,
-        np.full(len(source), NEVER),
-        n_views=schedule.n_views,
-        mix=schedule.mix,
-        views_seed=schedule.views_seed,
-    )
-    alone_epochs = -(-settings.epochs * len(schedule.image_source) // len(source))
-    training_settings = _training_settings(store, student, seed)
-    results: dict[str, StudentTrainingResult] = {}
-    probabilities: dict[str, dict[str, np.ndarray]] = {}
-    for arm, arm_settings, arm_schedule, arm_targets in (
-        (STUDENT, training_settings, schedule, epoch_targets),
-        (ALONE, replace(training_settings, epochs=alone_epochs, alpha=0.0), alone_schedule, None),
-    ):
-        model = students.initial_network(store, student, members, seed=seed)
-        results[arm] = train(
-            model,
-            arm_settings,
-            arm_schedule,
-            arm_targets,
-            validation_set,
-            device=images.device,
-            progress=_progress(store, student, arm, number, key),
-        )
-        probabilities[arm] = {
-            split: softmax(
-                predict_logits(model, images.source(store.images(split)), images.device, results[arm].weights)
-            )
-            for split in STREAMED_SPLITS
-        }
-    return _TrainedPair(results[STUDENT], results[ALONE], probabilities)
 
 
 def _initial_weights(store: Store, student: Student) -> str:
@@ -273,6 +154,8 @@ def _add_member(
     trained: StudentTrainingResult,
     reference_facts: Mapping[str, str],
     kind: str,
+    *,
+    chosen_on_val: bool,
 ) -> Store:
     """Write the student's checkpoint; returns the store whose catalog has its member."""
     settings = store.config.distillation
@@ -286,6 +169,7 @@ def _add_member(
         "temperature": settings.temperature,
         "alpha": settings.alpha,
         "threads": trained.threads,
+        **({"selection": BEST_ON_VAL} if chosen_on_val else {}),
     }
     students.write_student(store, student, trained.weights, facts)
     updated = discover.register_derived(

@@ -16,7 +16,7 @@ from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
-from utils.distillation import student_assembly, student_plan, students, teachers, unlabeled
+from utils.distillation import student_assembly, student_plan, students, teachers, trained_pairs, unlabeled
 from utils.distillation.student_assembly import STUDENT
 from utils.distillation.student_plan import DistillationStep
 from utils.predictions import catalog
@@ -38,7 +38,7 @@ def distill(config: Config, workspace: Workspace, *, force: bool = False) -> Res
     outcome = builder_protocol.run(builders, session, force=force)
     for name, state in outcome.states.items():
         if state == UP_TO_DATE:  # a training may have been interrupted right after its record was written
-            student_assembly.remove_progress(folders[name])
+            trained_pairs.remove_progress(folders[name])
     document = {
         "built": [name for name, state in outcome.states.items() if state == BUILT],
         "up_to_date": [name for name, state in outcome.states.items() if state == UP_TO_DATE],
@@ -47,6 +47,12 @@ def distill(config: Config, workspace: Workspace, *, force: bool = False) -> Res
     }
     lines = [*outcome.lines, f"written: {workspace.models}"]
     return Result("\n".join(lines), document, list(outcome.failures), next="evaluate")
+
+
+def _chosen(feature_weight: Mapping[str, Any]) -> str:
+    """The weight that val chose, with the calibrated log-loss of the student of each weight."""
+    losses = ", ".join(f"{loss:.4f} with {weight}" for weight, loss in feature_weight["val_log_loss"].items())
+    return f"{feature_weight['value']:g}, chosen on val: calibrated log-loss {losses}; val is not out of sample for it"
 
 
 def _verdict(store: Store) -> str | None:
@@ -115,9 +121,11 @@ class StudentBuilder(Builder):
         assert record is not None  # it is built or up to date
         targets = f"{record['targets']['kind']} ({record['targets']['rows']})"
         note = record.get("schedule_note")  # records of earlier versions have none
+        weights = (record.get("feature_weight") or {}).get("val_log_loss")
         return [
             summary_line(session.workspace, name, state),
             f"    teacher {record['teacher']}, targets {targets}; {record['epochs'][STUDENT]} epochs",
+            *([f"    feature weight {_chosen(record['feature_weight'])}"] if weights else []),
             f"    on val: {record['verdict']}",
             *([f"    note: {note}"] if note else []),
         ]

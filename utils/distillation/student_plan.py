@@ -21,7 +21,7 @@ VERSION = 3  # raised whenever the same request would give another student
 CONFIG_KEY = "distillation"
 DIGEST_SETTINGS = (
     *("temperature", "alpha", "epochs", "lr", "batch_size", "targets", "views", "mix"),
-    *("initial_weights", "seeds"),
+    *("initial_weights", "feature_weight", "seeds"),
 )
 REMEDY = "Remove it, then distill again"
 

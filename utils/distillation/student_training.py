@@ -3,8 +3,9 @@
 Optimizer and schedule are the mounted base pipeline's. The labels' loss is the cross-entropy without label smoothing,
 with a teacher and without: smoothed labels would contradict the teacher's probabilities, and smoothing in one of two
 compared networks alone would decide their log-losses. A training runs to the end of its schedule and keeps
-the averaged weights after the last epoch; val rows are measured and decide nothing. An interrupted training resumes at
-its last saved epoch and ends with equal weights on the CPU.
+the averaged weights after the last epoch; val rows are measured and decide nothing. Where embeddings are matched, a
+linear projector maps those of the student to those of the teacher; it is trained with the student and then dropped. An
+interrupted training resumes at its last saved epoch and ends with equal weights on the CPU.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,9 @@ from torch.nn import functional as F
 from utils import base_back
 from utils.core.errors import UserError
 from utils.core.progress_bar import progress_bar
-from utils.distillation_methods import WeightAverage, student_loss
+from utils.distillation.soft_targets import Targets
+from utils.distillation_methods import WeightAverage, embedding_loss, standardised, student_loss
+from utils.networks.embeddings import EmbeddingExtractor
 from utils.numeric.metrics import accuracy, log_loss, softmax
 from utils.training.batch_schedule import BatchSchedule, derived_seed
 from utils.training.image_source import ImageSource
@@ -38,8 +42,8 @@ MAX_DECAY, MIN_DECAY = 0.9998, 0.9  # of the moving average
 RISEN = 0.1  # a val log-loss that ends by more than this fraction above its lowest value is logged
 LOGGED_SECONDS = 20.0  # an epoch of at least this duration is logged at level INFO
 
-EpochTargets = Callable[[int], np.ndarray]
-"""Epoch -> the teacher's log-probabilities (N, C) for the views of that epoch; NaN where there is no target."""
+EpochTargets = Callable[[int], Targets]
+"""Epoch -> the teacher's predictions for the views of that epoch."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class StudentTrainingSettings:
     alpha: float
     """Weight of the distillation loss; 0 trains by labels alone."""
     seed: int
+    feature_weight: float = 0.0
+    """Weight of the matching of embeddings; 0 matches none."""
 
 
 @dataclass
@@ -79,7 +85,8 @@ def train(
 ) -> StudentTrainingResult:
     """Train `model` in place; `epoch_targets` None trains by labels alone.
 
-    A training that resumes has as many threads as when it began. Raises UserError when the loss is not finite.
+    A training that resumes has as many threads as when it began. Raises UserError when the loss is not finite, and
+    where embeddings are to be matched and the network has none.
     """
     rule = base_back.load_bundled("threads")
     saved = progress.load() if progress is not None else None
@@ -106,10 +113,16 @@ def _train(
     training = base_back.load("training")
     model.to(device)
     optimizer = training.create_optimized_optimizer(model, settings.lr, settings.backbone)
+    matching = None
+    if epoch_targets is not None and settings.feature_weight > 0:
+        epoch_targets = lru_cache(maxsize=1)(epoch_targets)  # the first ones tell the width as well
+        width = saved["projector"]["weight"].shape[0] if saved is not None else _width(epoch_targets(0))
+        matching = _EmbeddingMatching.of(model, validation_set, settings.backbone, width, device)
+        optimizer.add_param_group({"params": list(matching.projector.parameters())})
     steps = len(batch_schedule)
     lr_schedule = training.create_improved_scheduler(optimizer, settings.epochs, steps, settings.backbone)
     average = WeightAverage(model, min(MAX_DECAY, max(MIN_DECAY, 1 - 1 / (AVERAGED_EPOCHS * steps))))
-    run = _StudentTraining(model, optimizer, lr_schedule, average, settings, device)
+    run = _StudentTraining(model, optimizer, lr_schedule, average, settings, device, matching)
     history: list[dict[str, float]] = []
     if progress is not None and saved is not None:
         run.restore(saved)
@@ -165,6 +178,36 @@ def predict_logits(
     return np.concatenate(batches)
 
 
+def _width(targets: Targets) -> int:
+    """Number of dimensions of the teacher's embeddings."""
+    assert targets.embeddings is not None  # requested together with the weight of their matching
+    return int(targets.embeddings.shape[1])
+
+
+@dataclass
+class _EmbeddingMatching:
+    """The student's embeddings and the linear map from them to the teacher's."""
+
+    extractor: EmbeddingExtractor
+    projector: nn.Linear
+
+    @classmethod
+    def of(cls, model: nn.Module, image_source: ImageSource, name: str, width: int, device: str) -> _EmbeddingMatching:
+        """With a map to `width` dimensions that is 0 at first. Raises UserError for a network without embeddings."""
+        extractor = EmbeddingExtractor(model, name, checks=False)
+        _, images = next(iter(image_source.evaluation_batches(image_source.preprocessing)))
+        model.eval()
+        with torch.inference_mode():
+            extractor.probe(images.to(device))
+            embeddings = extractor(images.to(device))[1]
+        if not embeddings.shape[1]:
+            raise UserError(f"distillation.feature_weight: the student {name} has no embeddings to match; set it to 0")
+        projector = nn.Linear(embeddings.shape[1], width)
+        nn.init.zeros_(projector.weight)
+        nn.init.zeros_(projector.bias)
+        return cls(extractor, projector.to(device))
+
+
 @dataclass
 class _StudentTraining:
     """A training in progress."""
@@ -175,6 +218,7 @@ class _StudentTraining:
     average: WeightAverage
     settings: StudentTrainingSettings
     device: str
+    matching: _EmbeddingMatching | None
 
     def __post_init__(self) -> None:
         self.on_cuda = torch.device(self.device).type == "cuda"
@@ -184,21 +228,23 @@ class _StudentTraining:
         self,
         batch_schedule: BatchSchedule,
         epoch: int,
-        targets: np.ndarray | None,
+        targets: Targets | None,
         advance: Callable[[int], object] = lambda count: None,
     ) -> float:
-        """One pass over the images; returns the mean loss per image.
+        """One pass over the images; returns the mean loss per image. Without `targets` it trains by labels alone.
 
-        `advance` is told each batch. `targets` (N, C) are the teacher's log-probabilities, NaN without one; None
-        trains by labels alone.
+        `advance` is told each batch.
         """
         # Random numbers of the network follow from the epoch, so that no generator state has to be saved.
         torch.manual_seed(derived_seed(self.settings.seed, "epoch", epoch))
         self.model.train()
         source = batch_schedule.image_source
         labels = torch.from_numpy(source.images.labels)
-        log_probabilities = torch.zeros(len(source), len(source.images.classes)) if targets is None else targets
-        teacher = torch.as_tensor(log_probabilities, dtype=torch.float32)
+        nowhere = np.zeros((len(source), len(source.images.classes)))
+        teacher = torch.as_tensor(nowhere if targets is None else targets.log_probabilities, dtype=torch.float32)
+        embeddings = None
+        if targets is not None and targets.embeddings is not None and self.matching is not None:
+            embeddings = torch.from_numpy(standardised(targets.embeddings))
         has_target = ~teacher.isnan().any(dim=1) & (targets is not None)
         alpha, total, count = self.settings.alpha if targets is not None else 0.0, 0.0, 0
         for batch, images in batch_schedule.loader(epoch, source.preprocessing):
@@ -212,8 +258,7 @@ class _StudentTraining:
             if batch.mixing is not None:  # an unlabeled partner leaves no label for the mixed image
                 labelled = labelled & labelled[batch.mixing.partner]
             with torch.autocast("cuda") if self.on_cuda else nullcontext():
-                logits = self.model(images.to(self.device, non_blocking=True))
-                logits = logits if isinstance(logits, Tensor) else logits[0]
+                logits, projected = self._forward(images.to(self.device, non_blocking=True))
             loss = student_loss(
                 logits.float(),
                 labels[batch.rows].to(self.device),
@@ -225,6 +270,9 @@ class _StudentTraining:
                 temperature=self.settings.temperature,
                 alpha=alpha,
             )
+            if projected is not None and embeddings is not None:
+                matched = embeddings[batch.rows].to(self.device)
+                loss = loss + self.settings.feature_weight * embedding_loss(projected.float(), matched)
             if not torch.isfinite(loss):
                 raise UserError(
                     f"distillation: the loss became {loss.item()} in epoch {epoch + 1}; set a lower rate: "
@@ -234,6 +282,14 @@ class _StudentTraining:
             total, count = total + loss.item() * len(batch.rows), count + len(batch.rows)
             advance(1)
         return total / count
+
+    def _forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, C), and the projected embeddings (B, D) where they are matched."""
+        if self.matching is not None:
+            logits, embeddings = self.matching.extractor(images)
+            return logits, self.matching.projector(embeddings)
+        output = self.model(images)
+        return (output if isinstance(output, Tensor) else output[0]), None
 
     def _step(self, loss: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -252,7 +308,7 @@ class _StudentTraining:
             "optimizer": self.optimizer.state_dict(),
             "schedule": schedule_state(self.lr_schedule),
             "scaler": self.scaler.state_dict(),
-        }
+        } | ({"projector": copied_weights(self.matching.projector.state_dict())} if self.matching else {})
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Continue from a `state`."""
@@ -261,3 +317,5 @@ class _StudentTraining:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.lr_schedule.load_state_dict(saved["schedule"])
         self.scaler.load_state_dict(saved["scaler"])
+        if self.matching:
+            self.matching.projector.load_state_dict(saved["projector"])

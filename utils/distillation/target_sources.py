@@ -19,6 +19,7 @@ from utils.core.artifacts import digest_of
 from utils.core.config import Config
 from utils.core.errors import LeakageError, UserError
 from utils.distillation import soft_targets, teachers
+from utils.distillation.soft_targets import Targets
 from utils.distillation.teachers import Teacher
 from utils.networks.preprocessing import Preprocessing
 from utils.predictions.image_splits import ImageSplit
@@ -37,6 +38,8 @@ logger = logging.getLogger("disease_pipeline")
 CONFIG_KEY = "distillation.targets"
 MAX_PASS_FRACTION = 0.2
 """Of the student's training time: the largest cost of one pass of the teacher for which `auto` is `consistent`."""
+MAX_RECURRENCES = 10
+"""Epochs in which a recurring view is shown before a warning; with 40 a student was worse than the network alone."""
 OOF, CONSISTENT, VIEWS = "oof", "consistent", "views"
 ROWS = {OOF: "oof", CONSISTENT: "in_sample", VIEWS: "in_sample"}
 """By kind of targets: whether the teacher's predictions of train rows are out-of-fold or in-sample."""
@@ -49,8 +52,8 @@ class StudentTargets:
     kind: str
     batch_schedule: BatchSchedule
     """Of the first seed."""
-    predict: Callable[[BatchSchedule, int], np.ndarray]
-    """Batch schedule, epoch -> log-probabilities (N, C) for the views of that epoch; NaN where there is no target."""
+    predict: Callable[[BatchSchedule, int], Targets]
+    """Batch schedule, epoch -> the teacher's predictions for the views of that epoch."""
     digest: str | None
     """Of the stored targets; None where the teacher predicts in every epoch."""
 
@@ -67,7 +70,8 @@ def resolve_kind(store: Store, teacher: Teacher, train: ImageSplit, student: tup
 
     `student` is (bytes of its weights, input size in px). `auto` resolves to `oof` where the teacher has members
     without a network. It resolves to `consistent` (function matching, Beyer et al. 2022) where one pass of the teacher
-    over the images costs at most `MAX_PASS_FRACTION` of the student's training, else to `views`.
+    over the images costs at most `MAX_PASS_FRACTION` of the student's training or embeddings are matched, else to
+    `views`.
 
     Raises LeakageError where `oof` is configured and there is no cross-fitted prediction, and UserError where the kind
     needs a network that the teacher does not have.
@@ -77,7 +81,8 @@ def resolve_kind(store: Store, teacher: Teacher, train: ImageSplit, student: tup
     crossfit = teachers.crossfit_log_probabilities(store, teacher, "train", train.sample_ids)
     has_target = ~np.isnan(crossfit).any(axis=1)
     if kind == "auto":
-        kind = OOF if without_network else _kind_by_cost(store, teacher, student)
+        matches_embeddings = store.config.distillation.feature_weight != 0
+        kind = OOF if without_network else CONSISTENT if matches_embeddings else _kind_by_cost(store, teacher, student)
     if kind != OOF and without_network:
         raise UserError(
             f"{CONFIG_KEY}: {kind} needs the teacher's networks, and {', '.join(without_network)} of {teacher.name} "
@@ -127,6 +132,18 @@ def mixing_of(config: Config, kind: str) -> str:
     return "none" if kind == OOF else "both"
 
 
+def recurrence_note(epochs: int, views: int) -> str | None:
+    """A warning where few views of each image recur over many epochs; None where they do not."""
+    if epochs <= MAX_RECURRENCES * views:
+        return None
+    return (
+        f"distillation.views: each of the {views} views of an image recurs in {epochs / views:.0f} epochs; a student "
+        "that sees few views can be worse than the same network trained alone on new views in every epoch, which its "
+        f"control does not show. Set distillation.views to {-(-epochs // MAX_RECURRENCES)} or more, or {CONFIG_KEY} "
+        f"to {CONSISTENT}"
+    )
+
+
 def _check_settings(config: Config, teacher: Teacher, kind: str, without_network: list[str]) -> None:
     settings = config.distillation
     if mixing_of(config, kind) != "none" and kind == OOF:
@@ -134,6 +151,13 @@ def _check_settings(config: Config, teacher: Teacher, kind: str, without_network
             f"distillation.mix: {settings.mix} needs targets for augmented images, which {CONFIG_KEY}: {kind} does not "
             f"give; set {CONFIG_KEY} to {CONSISTENT} or {VIEWS}, or distillation.mix to none"
         )
+    if settings.feature_weight != 0 and kind != CONSISTENT:
+        reason = (
+            f"{', '.join(without_network)} of {teacher.name} have imported predictions alone; set it to 0"
+            if without_network
+            else f"{CONFIG_KEY}: {kind} has none; set {CONFIG_KEY} to {CONSISTENT}, or distillation.feature_weight to 0"
+        )
+        raise UserError(f"distillation.feature_weight needs the embeddings of the same views, and {reason}")
     if settings.unlabeled_dir is not None and without_network:
         raise UserError(
             f"distillation.unlabeled_dir: {', '.join(without_network)} of {teacher.name} have imported predictions "
@@ -163,6 +187,8 @@ def prepare(
     )
     if kind == CONSISTENT:
         return StudentTargets(kind, batch_schedule, partial(_predict_epoch, store, teacher), None)
+    if batch_schedule.n_views and (note := recurrence_note(settings.epochs, settings.views)):
+        logger.warning("%s", note)
     path = store.workspace.distillation(ensemble) / "targets.npz"
     key = digest_of(
         [
@@ -174,15 +200,18 @@ def prepare(
     if arrays is None:
         if kind == VIEWS:
             n_images = max(1, batch_schedule.n_views) * count
-            targets = teachers.predict_views(store, teacher, n_images, partial(all_views, batch_schedule))
+            views = partial(all_views, batch_schedule)
+            targets = teachers.predict_views(store, teacher, n_images, views).log_probabilities
         else:
             targets = _oof_targets(store, teacher, image_source, crossfit)
         arrays = soft_targets.pack(targets.reshape(-1, count, targets.shape[1]))
         soft_targets.save(path, key, arrays)
     table, digest = soft_targets.unpack(arrays), soft_targets.content_digest(arrays)
-    return StudentTargets(
-        kind, batch_schedule, lambda schedule, epoch: table[schedule.view_numbers(epoch), np.arange(count)], digest
-    )
+
+    def stored(schedule: BatchSchedule, epoch: int) -> Targets:
+        return Targets(table[schedule.view_numbers(epoch), np.arange(count)])
+
+    return StudentTargets(kind, batch_schedule, stored, digest)
 
 
 def _oof_targets(store: Store, teacher: Teacher, image_source: ImageSource, crossfit: np.ndarray) -> np.ndarray:
@@ -195,7 +224,8 @@ def _oof_targets(store: Store, teacher: Teacher, image_source: ImageSource, cros
         for rows, images in image_source.evaluation_batches(preprocessing, start=n_train):
             yield rows - n_train, images
 
-    return np.concatenate([crossfit, teachers.predict_views(store, teacher, n_unlabeled, batches)])
+    predicted = teachers.predict_views(store, teacher, n_unlabeled, batches)
+    return np.concatenate([crossfit, predicted.log_probabilities])
 
 
 def unaugmented_frequency(image_source: ImageSource, kind: str, has_target: np.ndarray, alpha: float) -> np.ndarray:
@@ -235,11 +265,14 @@ def all_views(
             yield indices, source.load(rows, preprocessing, None if views is None else views.take(indices))
 
 
-def _predict_epoch(store: Store, teacher: Teacher, batch_schedule: BatchSchedule, epoch: int) -> np.ndarray:
+def _predict_epoch(store: Store, teacher: Teacher, batch_schedule: BatchSchedule, epoch: int) -> Targets:
     """The teacher's predictions for the views that the student is trained on in an epoch (Beyer et al. 2022)."""
 
     def batches(preprocessing: Preprocessing) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for batch, images in batch_schedule.loader(epoch, preprocessing):
             yield batch.rows, images
 
-    return teachers.predict_views(store, teacher, len(batch_schedule.image_source), batches)
+    matches_embeddings = store.config.distillation.feature_weight != 0
+    return teachers.predict_views(
+        store, teacher, len(batch_schedule.image_source), batches, embeddings=matches_embeddings
+    )

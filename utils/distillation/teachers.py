@@ -17,7 +17,7 @@ from utils.building.command_hints import build_command
 from utils.building.ensembles import Ensemble
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError, did_you_mean
-from utils.distillation.soft_targets import log_probabilities
+from utils.distillation.soft_targets import Targets, log_probabilities
 from utils.ensemble_methods import SoftVoting
 from utils.networks import memory
 from utils.networks.construction import NetworkSpec
@@ -202,22 +202,28 @@ def predict_split(store: Store, teacher: Teacher, split: str) -> tuple[Rows, np.
     return rows, ensembles.predict(teacher.ensemble, rows)
 
 
-def predict_views(store: Store, teacher: Teacher, count: int, batches: ViewBatches) -> np.ndarray:
-    """Log-probabilities float32 (N, C) of `count` augmented images; one network is in memory at a time."""
+def predict_views(
+    store: Store, teacher: Teacher, count: int, batches: ViewBatches, *, embeddings: bool = False
+) -> Targets:
+    """Predictions of `count` augmented images, with the members' `embeddings` too; one network is in memory at a time.
+
+    Raises UserError where embeddings are requested and no member has any.
+    """
+    reads_embeddings = embeddings or teacher.reads_embeddings
     ensemble, classes = teacher.ensemble, store.catalog.classes
     logits = np.empty((len(ensemble.members), count, len(classes)), dtype=np.float32)
-    embeddings: list[np.ndarray] = []
+    of_members: list[np.ndarray] = []
     for index, member in enumerate(members_of(store, teacher)):
         class_order = [member.classes.index(name) for name in classes]
-        stages = fold_networks.answering(member, ensemble.inference, embeddings=teacher.reads_embeddings)
+        stages = fold_networks.answering(member, ensemble.inference, embeddings=reads_embeddings)
         mean = fold_networks.FoldMean(count, len(classes))
         for stage in stages:
             catalog.check_current(store.workspace, member, store.digests, *([stage] if stage else []))
             spec = member.network(store.workspace, stage=stage)
-            keeps_embeddings = teacher.reads_embeddings and stage is None
+            keeps_embeddings = reads_embeddings and stage is None
             network_logits, member_embeddings = _run(store, spec, count, batches, keeps_embeddings=keeps_embeddings)
             if member_embeddings is not None:
-                embeddings.append(member_embeddings)
+                of_members.append(member_embeddings)
             if stage is not None:
                 mean.add(network_logits[:, class_order])
             elif ensemble.inference == fold_networks.FULL:
@@ -235,8 +241,16 @@ def predict_views(store: Store, teacher: Teacher, count: int, batches: ViewBatch
         inference=ensemble.inference,
     )
     if teacher.reads_embeddings:
-        rows = replace(rows, embeddings=tuple(embeddings))
-    return log_probabilities(ensembles.predict(ensemble, rows))
+        rows = replace(rows, embeddings=tuple(of_members))
+    log_probs = log_probabilities(ensembles.predict(ensemble, rows))
+    if not embeddings:
+        return Targets(log_probs)
+    joined = np.concatenate(of_members, axis=1)
+    if not joined.shape[1]:
+        raise UserError(
+            f"distillation.feature_weight: no network of {teacher.name} has embeddings to match; set it to 0"
+        )
+    return Targets(log_probs, joined)
 
 
 def _run(

@@ -1,0 +1,195 @@
+"""Trains a student and its control of each seed, and lets val choose whether the teacher's embeddings are matched."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils.core.artifacts import digest_of
+from utils.core.links import remove_file
+from utils.distillation import students, teachers
+from utils.distillation.controls import ALONE, STUDENT
+from utils.distillation.students import Student
+from utils.distillation.teachers import Teacher
+from utils.numeric.metrics import clipped_log, log_loss, softmax
+from utils.numeric.temperature import fit_temperature
+from utils.predictions import image_splits
+from utils.predictions.catalog import IMPORTED, Member
+from utils.predictions.extraction import STREAMED_SPLITS
+from utils.predictions.image_splits import ImageSplit
+from utils.predictions.store import Store
+
+if TYPE_CHECKING:
+    from utils.distillation.student_training import EpochTargets, StudentTrainingResult, StudentTrainingSettings
+    from utils.distillation.target_sources import StudentTargets
+    from utils.training.batch_schedule import BatchSchedule
+    from utils.training.image_source import ImageSource
+    from utils.training.progress import TrainingProgress
+
+logger = logging.getLogger("disease_pipeline")
+
+AUTO = "auto"
+FEATURE_WEIGHTS = (0.0, 1.0)
+"""Weights of which `feature_weight: auto` takes one."""
+
+
+@dataclass(frozen=True)
+class StudentImages:
+    """The images of student and control: preprocessing, augmentation, cache and device."""
+
+    store: Store
+    student: Student
+    facts: Mapping[str, str]
+    """What the checkpoint of the student's reference member records of its training."""
+    device: str
+    threads: int
+
+    def source(self, images: ImageSplit) -> ImageSource:
+        """Images by the student's preprocessing, with its augmentation."""
+        from utils.training.image_source import ImageSource, augmentation_kind
+
+        augmentation, cache = augmentation_kind(self.facts), self.store.workspace.image_cache
+        return ImageSource(images, self.student.preprocessing, augmentation, image_cache=cache, threads=self.threads)
+
+    def decode(self, teacher: Teacher, images: ImageSplit) -> None:
+        """Decode every image once, by the rule of every network that reads it."""
+        networks = [member for member in teachers.members_of(self.store, teacher) if member.source != IMPORTED]
+        preprocessings = [self.student.preprocessing, *(member.image_preprocessing for member in networks)]
+        splits = [images, *(self.store.images(split) for split in STREAMED_SPLITS)]
+        cache = self.store.workspace.image_cache
+        image_splits.decode(splits, preprocessings, image_cache=cache, threads=self.threads)
+
+
+@dataclass(frozen=True)
+class TrainedPair:
+    """A student and its control of one seed."""
+
+    student: StudentTrainingResult
+    alone: StudentTrainingResult
+    probabilities: Mapping[str, Mapping[str, np.ndarray]]
+    """{student, alone: {split: probabilities (N, C)}} of val and test."""
+
+
+@dataclass(frozen=True)
+class PairTraining:
+    """Everything that the trainings of one student and its control have in common."""
+
+    images: StudentImages
+    targets: StudentTargets
+    members: Sequence[Member]
+    """Of the teacher."""
+    key: Sequence[str]
+    """What a progress file must have been written under."""
+
+    def chosen_feature_weight(self) -> tuple[float, dict[str, float] | None]:
+        """The configured weight; for `auto` that of the student of lowest calibrated log-loss on val, with all of them.
+
+        The students of the first seed are trained with every weight.
+        """
+        configured = self.images.store.config.distillation.feature_weight
+        if configured != AUTO:
+            return float(configured), None
+        labels, losses = self.images.store.images("val").labels, {}
+        for weight in FEATURE_WEIGHTS:
+            log_probs = clipped_log(self._student(0, weight)[1]["val"])
+            losses[weight] = log_loss(softmax(log_probs / fit_temperature(log_probs, labels)), labels)
+        best = min(losses, key=lambda weight: (losses[weight], weight))
+        logger.info(
+            "distillation.feature_weight: auto takes %g: calibrated log-loss on val %s",
+            *(best, ", ".join(f"{loss:.4f} with {weight:g}" for weight, loss in losses.items())),
+        )
+        return best, {f"{weight:g}": loss for weight, loss in losses.items()}
+
+    def train(self, number: int, feature_weight: float) -> TrainedPair:
+        """Train the student and its control of one seed, or read what is trained already.
+
+        The control is the same network with the same initial weights, trained without a teacher for as many images with
+        the same augmentation, mixing and loss of labels.
+        """
+        student, student_probabilities = self._student(number, feature_weight)
+        alone, alone_probabilities = self._alone(number)
+        return TrainedPair(student, alone, {STUDENT: student_probabilities, ALONE: alone_probabilities})
+
+    def _student(self, number: int, feature_weight: float) -> tuple[StudentTrainingResult, dict[str, np.ndarray]]:
+        schedule, epoch_targets = self.targets.of_seed(self._seed(number))
+        name = f"{STUDENT}_features" if feature_weight else STUDENT
+        settings = replace(self._settings(number), feature_weight=feature_weight)
+        return self._trained(name, number, settings, schedule, epoch_targets)
+
+    def _alone(self, number: int) -> tuple[StudentTrainingResult, dict[str, np.ndarray]]:
+        from utils.training.batch_schedule import NEVER, BatchSchedule
+
+        settings = self.images.store.config.distillation
+        of_student, _ = self.targets.of_seed(self._seed(number))
+        source = self.images.source(self.images.store.images("train"))
+        schedule = BatchSchedule(
+            source,
+            settings.batch_size,
+            self._seed(number),
+            np.full(len(source), NEVER),
+            n_views=of_student.n_views,
+            mix=of_student.mix,
+            views_seed=of_student.views_seed,
+        )
+        epochs = -(-settings.epochs * len(of_student.image_source) // len(source))
+        return self._trained(ALONE, number, replace(self._settings(number), epochs=epochs, alpha=0.0), schedule, None)
+
+    def _trained(
+        self,
+        arm: str,
+        number: int,
+        settings: StudentTrainingSettings,
+        schedule: BatchSchedule,
+        epoch_targets: EpochTargets | None,
+    ) -> tuple[StudentTrainingResult, dict[str, np.ndarray]]:
+        """Result and {split: probabilities (N, C)} of one training."""
+        from utils.distillation.student_training import predict_logits, train
+
+        images, store = self.images, self.images.store
+        model = students.initial_network(store, images.student, self.members, seed=self._seed(number))
+        validation_set, progress = images.source(store.images("val")), self._progress(arm, number)
+        result = train(
+            model, settings, schedule, epoch_targets, validation_set, device=images.device, progress=progress
+        )
+        return result, {
+            split: softmax(predict_logits(model, images.source(store.images(split)), images.device, result.weights))
+            for split in STREAMED_SPLITS
+        }
+
+    def _seed(self, number: int) -> int:
+        from utils.training.batch_schedule import derived_seed
+
+        seed = self.images.store.config.seed
+        return seed if number == 0 else derived_seed(seed, "training", number)
+
+    def _settings(self, number: int) -> StudentTrainingSettings:
+        from utils.distillation.student_training import StudentTrainingSettings
+
+        settings = self.images.store.config.distillation
+        return StudentTrainingSettings(
+            self.images.student.architecture,
+            settings.epochs,
+            settings.lr,
+            settings.temperature,
+            settings.alpha,
+            seed=self._seed(number),
+        )
+
+    def _progress(self, arm: str, number: int) -> TrainingProgress:
+        """Progress file of one training: `progress_student.pth`, `progress_student_1.pth` of the second seed."""
+        from utils.training.progress import TrainingProgress
+
+        name = f"{arm}_{number}" if number else arm
+        folder = self.images.store.workspace.distillation(self.images.student.ensemble)
+        return TrainingProgress(folder / f"progress_{name}.pth", digest_of([*self.key, name]))
+
+
+def remove_progress(folder: Path) -> None:
+    """Remove the progress files of student and control."""
+    for path in folder.glob("progress_*.pth"):
+        remove_file(path)

@@ -53,7 +53,8 @@ class _Parser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
             options = [option for command in COMMANDS.values() for option in (*command.arguments, *COMMON_OPTIONS)]
-            message += errors.did_you_mean(unknown.split()[0].partition("=")[0], dict.fromkeys(options))
+            first = (unknown.split() or [""])[0].partition("=")[0]  # spaces alone have no first word
+            message += errors.did_you_mean(first, dict.fromkeys(options))
         self.exit(2, f"{self.prog}: {display_text.printable_lines(message)}\nAll options: {self.prog} --help\n")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

@@ -2,13 +2,14 @@
 
 .SUFFIXES:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-browser test-newest test-all crash soak fuzz mutate bench lint docs wheel tflite clean-environment
+.PHONY: help setup demo test test-fast test-slow test-browser test-newest test-all crash soak fuzz mutate bench lint docs wheel tflite clean-environment
 .NOTPARALLEL: # two test runs at once would share the cores
 
 PYTHON ?= python3
 QUICK ?=
 SMALL ?=
 ARGS ?=
+DURATIONS ?=
 N ?= 2000
 MINUTES ?= 60
 MUTANTS ?= 200
@@ -19,7 +20,7 @@ FAST_TESTS = -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 # The folder goes to the shell as a variable, word for word, so that spaces and dollar signs survive.
 export DEMO_DATA := $(value DATA)
 # Otherwise make exports what its command line sets, and runs `$(shell ...)` in it, such as in a folder's name, on the way.
-unexport DATA PYTHON QUICK SMALL ARGS N MINUTES MUTANTS SEED
+unexport DATA PYTHON QUICK SMALL ARGS DURATIONS N MINUTES MUTANTS SEED
 
 help: ## list the verbs (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -37,8 +38,11 @@ demo: setup ## train, combine and compare networks, from nothing to a report
 	@$(IN_ENVIRONMENT) ensemble_orchestrator.py demo $(if $(filter-out 0,$(QUICK)),--quick) \
 		$(if $(filter-out 0,$(SMALL)),--small) $${DEMO_DATA:+--data} $${DEMO_DATA:+"$$DEMO_DATA"} $(ARGS)
 
-test: setup ## run the fast tests
-	@$(IN_ENVIRONMENT) $(FAST_TESTS) $(ARGS)
+test: setup ## run the fast tests; DURATIONS=1 prints the slowest
+	@$(IN_ENVIRONMENT) $(FAST_TESTS) $(if $(filter-out 0,$(DURATIONS)),--durations=100) $(ARGS)
+
+test-fast: setup ## run the tests of functions alone, for the time between two edits
+	@$(IN_ENVIRONMENT) $(FAST_TESTS) -m "not slow and not browser and not costly" tests/numeric tests/combiners tests/core $(ARGS)
 
 test-slow: setup ## run the slow tests
 	@$(IN_ENVIRONMENT) -m pytest -q -m slow $(ARGS)

@@ -37,11 +37,20 @@ WITHOUT_TORCH = (
     "assert 'torch' not in sys.modules; sys.exit(code)"
 )
 """The orchestrator's command line for `python -c`, which fails where a command has loaded torch."""
+COSTLY_FIXTURES = frozenset({"trained", "synthetic", "built", "own_copy", "base_main", "orchestrator"})
 ZOO_BACKBONES = ("CustomConvNeXt", "CustomResNetMish", "CustomViTHybrid")
 ZOO_CLASSES = (0, 1, 2, 3)
 ZOO_PER_CLASS = 70
 ZOO_FOLDS = 2
 ZOO_OPTIONS = ("--size", "tiny", "--folds", str(ZOO_FOLDS), "--epochs-head", "1", "--epochs-finetune", "4")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need trained networks or commands, which `make test-fast` leaves out."""
+    for item in items:
+        if not COSTLY_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.costly)
 
 
 def pytest_collection_finish() -> None:

@@ -19,8 +19,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "environment.py"
 VERBS = [
-    *("help", "setup", "demo", "test", "test-slow", "test-browser", "test-newest", "test-all"),
-    *("crash", "fuzz", "bench", "lint", "docs", "wheel", "tflite", "clean-environment"),
+    *("help", "setup", "demo", "test", "test-fast", "test-slow", "test-browser", "test-newest", "test-all"),
+    *("crash", "soak", "fuzz", "mutate", "bench", "lint", "docs", "wheel", "tflite", "clean-environment"),
 ]
 
 

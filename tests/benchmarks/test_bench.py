@@ -42,6 +42,7 @@ def test_every_program_of_the_folder_has_the_one_form(bench):
         "distillation_rows",
         "distillation_runs",
         "export_proofs",
+        "large_inputs",
         "planted_copies",
         "prepare",
         "reporting",

@@ -362,7 +362,9 @@ class Distillation(Section):
         "(`consistent`), or of stored views (`views`).",
     )
     views: Count = Field(
-        default=4, description="Augmented views of each image that the teacher predicts, with `targets: views`."
+        default=4,
+        description="Augmented views of each image that the teacher predicts, with `targets: views`; at least one for "
+        "ten epochs where `auto` takes them.",
     )
     mix: Literal["auto", "none", "mixup", "cutmix", "both"] = Field(
         default="auto", description="How two images of a batch are mixed."

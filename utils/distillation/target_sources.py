@@ -39,7 +39,8 @@ CONFIG_KEY = "distillation.targets"
 MAX_PASS_FRACTION = 0.2
 """Of the student's training time: the largest cost of one pass of the teacher for which `auto` is `consistent`."""
 MAX_RECURRENCES = 10
-"""Epochs in which a recurring view is shown before a warning; with 40 a student was worse than the network alone."""
+"""Epochs that a recurring view is shown in with `auto`, and before a warning; with 40 a student was worse than the
+network alone (benchmarks/distillation.py)."""
 OOF, CONSISTENT, VIEWS = "oof", "consistent", "views"
 ROWS = {OOF: "oof", CONSISTENT: "in_sample", VIEWS: "in_sample"}
 """By kind of targets: whether the teacher's predictions of train rows are out-of-fold or in-sample."""
@@ -116,9 +117,18 @@ def _kind_by_cost(store: Store, teacher: Teacher, student: tuple[int, int]) -> s
         "%s: auto takes %s: one pass of %s over the images costs an estimated %.0f%% of the student's training (limit "
         "%.0f%%), so it predicts %d views of each image once instead of new views in every epoch; set it to %s for "
         "new views",
-        *(CONFIG_KEY, VIEWS, teacher.name, 100 * fraction, 100 * MAX_PASS_FRACTION, settings.views, CONSISTENT),
+        *(CONFIG_KEY, VIEWS, teacher.name, 100 * fraction, 100 * MAX_PASS_FRACTION, recurring_views(store.config)),
+        CONSISTENT,
     )
     return VIEWS
+
+
+def recurring_views(config: Config) -> int:
+    """Number of views of each image with `views`; with `auto` so many that none recurs in too many epochs."""
+    settings = config.distillation
+    if settings.targets != "auto":
+        return settings.views
+    return max(settings.views, -(-settings.epochs // MAX_RECURRENCES))
 
 
 def mixing_of(config: Config, kind: str) -> str:
@@ -180,14 +190,14 @@ def prepare(
         settings.batch_size,
         store.config.seed,
         unaugmented=unaugmented_frequency(image_source, kind, ~np.isnan(crossfit).any(axis=1), settings.alpha),
-        n_views=settings.views if kind == VIEWS and image_source.augmentation != NO_AUGMENTATION else 0,
+        n_views=recurring_views(store.config) if kind == VIEWS and image_source.augmentation != NO_AUGMENTATION else 0,
         mix=mixing_of(store.config, kind),
         mixes_targets=kind != CONSISTENT,
         is_shared=kind == CONSISTENT,
     )
     if kind == CONSISTENT:
         return StudentTargets(kind, batch_schedule, partial(_predict_epoch, store, teacher), None)
-    if batch_schedule.n_views and (note := recurrence_note(settings.epochs, settings.views)):
+    if batch_schedule.n_views and (note := recurrence_note(settings.epochs, batch_schedule.n_views)):
         logger.warning("%s", note)
     path = store.workspace.distillation(ensemble) / "targets.npz"
     key = digest_of(

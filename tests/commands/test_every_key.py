@@ -57,6 +57,8 @@ OTHERS = {
     "exports.precision": ["fp32", "fp16"],
     "runs.fusion.train_embeddings": "val",
     "runs.fusion.label_smoothing": 0.1,
+    "exports.onnx_exporter": "dynamo",
+    "distillation.feature_weight": 0.5,
 }
 """Another value, where neither the opposite, one more, one name less nor another name is one."""
 BEYOND = ("exports.", "runs.fusion.", "runs.moe.", "runs.cascade.", "distillation.")

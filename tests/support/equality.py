@@ -37,7 +37,10 @@ def content(workspace: Path) -> dict[str, str]:
                 record = {file: digest for file, digest in record.items() if file not in WITH_TIMES}
             found[name] = json.dumps(record, sort_keys=True)
         elif path.suffix == ".html":
-            found[name] = OF_THE_RUN.sub("", path.read_text(encoding="utf-8").replace(str(workspace), ""))
+            page = path.read_text(encoding="utf-8").replace(str(workspace), "")
+            found[name] = OF_THE_RUN.sub(
+                "", page.replace(f"<h1>{workspace.name}:", "<h1>")
+            )  # of a project without a name
         else:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found

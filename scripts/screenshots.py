@@ -107,7 +107,8 @@ def read_split(workspace: Path, split: str) -> tuple[np.ndarray, np.ndarray, np.
     from PIL import Image
 
     paths = sorted((workspace / "split_dataset" / split).glob("*/*.png"))
-    pixels = np.stack([np.asarray(Image.open(path).convert("L"), dtype=float).ravel() for path in paths])
+    images = [Image.open(path, formats=["PNG"]).convert("L") for path in paths]
+    pixels = np.stack([np.asarray(image, dtype=float).ravel() for image in images])
     return (
         pixels,
         np.array([int(path.parent.name) for path in paths]),
@@ -190,7 +191,8 @@ def save(name: str, picture: bytes) -> None:
     from PIL import Image
 
     path = PICTURES / f"{name}.png"
-    Image.open(io.BytesIO(picture)).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    image = Image.open(io.BytesIO(picture), formats=["PNG"]).convert("RGB")
+    image.quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path.relative_to(PROJECT)}: {path.stat().st_size / 1000:.0f} kB")
 
 

@@ -5,8 +5,8 @@
 
 Demos and tests run in fresh clones of what is committed here, on the environment that is installed (`.venv`); the
 clones are removed. `--help` takes turns with an interpreter that does nothing. The typing mistakes are those of
-`tests/support/typing_mistakes.py` that need no built workspace. The last line of the output is one JSON
-object.
+`tests/support/typing_mistakes.py`, in a workspace that is built for them; each answer has to name what was meant in its
+first line. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ from typing import Any
 from reporting import clean_environment, report, row
 
 PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT / "tests" / "support"))
-from typing_mistakes import MISTAKES  # noqa: E402
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "support")]
+from typing_mistakes import MISTAKES, first_line  # noqa: E402
 
 HELP_SECONDS, MISTAKE_SECONDS = 0.3, 0.5
 TURNS = 11
 MISTAKE_TURNS = 3  # of each mistake
-WRONG_USAGE = 2  # exit code of a command that cannot be understood
 LEFT_OUT = 4  # a demo that finished without some requested part
 KEPT_LINES = 5
 OF_MAKE = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "QUICK", "DATA", "DEMO_DATA", "ARGS")
@@ -65,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="verbs.py", description="Seconds of --help, mistakes, demos, tests.")
     parser.add_argument("--quick", action="store_true", help="--help and typing mistakes alone")
     options = parser.parse_args(argv)
-    rows = [help_row(), mistakes_row()]
+    rows = [help_row(), *mistakes_rows()]
     for verb in VERBS:
         rows.append(not_measured(verb) if options.quick else measured(verb))
     report("verbs", rows, quick=options.quick, packages=("torch", "numpy", "pytest"))
@@ -76,36 +75,82 @@ def help_row() -> dict[str, Any]:
     """Median seconds of `--help` beside those of an interpreter that does nothing, in turns."""
     ours, bare = [], []
     for _ in range(TURNS):
-        ours.append(seconds_of([sys.executable, "ensemble_orchestrator.py", "--help"]))
-        bare.append(seconds_of([sys.executable, "-c", "pass"]))
+        ours.append(timed([sys.executable, "ensemble_orchestrator.py", "--help"])[0])
+        bare.append(timed([sys.executable, "-c", "pass"])[0])
     median = statistics.median(ours)
     spread = f"{min(ours):.2f} to {max(ours):.2f} s; python alone: {statistics.median(bare):.2f} s"
     return row("--help", median, "s", f"under {HELP_SECONDS}", median < HELP_SECONDS, spread)
 
 
-def mistakes_row() -> dict[str, Any]:
-    """Median seconds until the slowest of the typing mistakes is answered, in an empty workspace."""
-    mistakes = [mistake for mistake in MISTAKES if mistake.code == WRONG_USAGE and "{" not in mistake.typed]
-    medians = {}
-    with tempfile.TemporaryDirectory(prefix="mistakes-") as folder:
-        for mistake in mistakes:
-            command = [sys.executable, "ensemble_orchestrator.py", *mistake.typed.split(), "--workspace", folder]
-            turns = [seconds_of(command, code=WRONG_USAGE) for _ in range(MISTAKE_TURNS)]
-            medians[mistake.typed] = statistics.median(turns)
+def mistakes_rows() -> list[dict[str, Any]]:
+    """How many typing mistakes are answered by what was meant, and the median seconds of the slowest answer."""
+    medians, wrong = {}, []
+    with tempfile.TemporaryDirectory(prefix="mistakes-") as name:
+        folder = Path(name).resolve()
+        make_workspace(folder)
+        for mistake in MISTAKES:
+            command = [sys.executable, "ensemble_orchestrator.py", *mistake.words(folder)]
+            runs = [timed(command, code=mistake.code) for _ in range(MISTAKE_TURNS)]
+            medians[mistake.typed] = statistics.median(seconds for seconds, _ in runs)
+            if any(mistake.meant not in first_line(stderr) for _, stderr in runs):
+                wrong.append(mistake.typed)
     slowest = max(medians, key=lambda typed: medians[typed])
     beside = f"{slowest}; median of all {statistics.median(medians.values()):.2f} s"
-    seconds, goal = medians[slowest], f"under {MISTAKE_SECONDS}"
-    return row(f"slowest of {len(mistakes)} typing mistakes", seconds, "s", goal, seconds < MISTAKE_SECONDS, beside)
+    return [
+        row(
+            "typing mistakes answered by what was meant, in the first line",
+            len(MISTAKES) - len(wrong),
+            "",
+            f"all {len(MISTAKES)}",
+            not wrong,
+            "; ".join(wrong) or None,
+        ),
+        row(
+            f"slowest of {len(MISTAKES)} typing mistakes",
+            medians[slowest],
+            "s",
+            f"under {MISTAKE_SECONDS}",
+            medians[slowest] < MISTAKE_SECONDS,
+            beside,
+        ),
+    ]
 
 
-def seconds_of(command: Sequence[str], *, code: int = 0) -> float:
-    """Wall time of a command in the project's folder. Raises RuntimeError where it ends with another exit code."""
+def make_workspace(folder: Path) -> None:
+    """`work` with votes of three imported members, and `photos` beside it."""
+    import given_predictions
+    from PIL import Image
+
+    given_predictions.write(folder / "given")
+    (folder / "photos" / "1").mkdir(parents=True)
+    Image.new("L", (8, 8)).save(folder / "photos" / "1" / "0001.png")
+    (folder / "work").mkdir()
+    for words in (
+        ("import-predictions", "--from", str(folder / "given")),
+        ("build-ensemble", "--config", "configs/votes.yaml", "--set", "exports.enable=true"),
+    ):
+        timed([sys.executable, "ensemble_orchestrator.py", *words, "--workspace", str(folder / "work")])
+
+
+def timed(command: Sequence[str], *, code: int = 0) -> tuple[float, str]:
+    """Wall time of a command in the project's folder and what it says on standard error.
+
+    Raises RuntimeError where it ends with another exit code.
+    """
     start = time.perf_counter()
-    done = subprocess.run(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        command,
+        cwd=PROJECT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
     seconds = time.perf_counter() - start
     if done.returncode != code:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr}")
-    return seconds
+    return seconds, done.stderr
 
 
 def measured(verb: Verb) -> dict[str, Any]:

@@ -200,6 +200,16 @@ def test_a_verb_that_takes_too_long_is_short_whatever_it_ends_with(verbs):
     ]
 
 
+def test_a_mistake_that_is_not_answered_by_what_was_meant_is_named(verbs, monkeypatch):
+    right = next(mistake for mistake in verbs.MISTAKES if mistake.typed == "evalute")
+    monkeypatch.setattr(verbs, "MISTAKES", (right, right._replace(typed="statsu")))
+    monkeypatch.setattr(verbs, "MISTAKE_TURNS", 1)
+    monkeypatch.setattr(verbs, "make_workspace", lambda folder: None)
+    answered, slowest = verbs.mistakes_rows()
+    assert (answered["figure"], answered["holds"], answered["peer"]) == (1, False, "statsu")
+    assert slowest["figure"] > 0
+
+
 @pytest.mark.slow
 def test_the_quick_form_of_the_pipeline_ends_with_its_report():
     done = run_python(str(FOLDER / "pipeline.py"), "--quick")

@@ -10,7 +10,7 @@ import pytest
 from conftest import PROJECT, write_digits
 from given_predictions import write
 from in_process import run
-from typing_mistakes import MISTAKES
+from typing_mistakes import MISTAKES, first_line
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +29,14 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.typed[:60])
 def test_the_first_line_says_what_was_meant(mistake, folder):
-    words = [word.format(folder=folder, w=folder / "work") for word in mistake.typed.split()]
-    done = run(*words, workspace=None if "--workspace" in words else folder / "work")
+    done = run(*mistake.words(folder))
     assert done.code == mistake.code, done.stderr
     assert done.stdout == ""
-    lines = [line for line in done.stderr.splitlines() if "| INFO |" not in line]
-    assert mistake.meant in lines[0], lines
+    line = first_line(done.stderr)
+    assert mistake.meant in line, done.stderr
     for mark in ("Choose from", "Allowed", "Available", "Known", "Looked for"):  # what was meant comes before the list
-        assert mark not in lines[0][: lines[0].index(mistake.meant)]
-    assert not re.search(r"\?\.|[^.]\.\.(?!\.)|;;|\s{2,}\S", lines[0].split("|", 2)[-1].strip()), lines[0]
+        assert mark not in line[: line.index(mistake.meant)]
+    assert not re.search(r"\?\.|[^.]\.\.(?!\.)|;;|\s{2,}\S", line.split("|", 2)[-1].strip()), line
 
 
 @pytest.mark.parametrize("name", ["recommended", "best"])

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 
 class Mistake(NamedTuple):
-    """What was typed in a workspace `{w}` whose folder also holds `photos/`, and what was meant."""
+    """What was typed in a workspace `{folder}/work` beside `{folder}/photos/`, and what was meant."""
 
     typed: str
     meant: str
     code: int = 2
+
+    def words(self, folder: Path) -> list[str]:
+        """The command line in this folder, with its workspace where none is named."""
+        words = [word.format(folder=folder) for word in self.typed.split()]
+        return words if "--workspace" in words else [*words, "--workspace", str(folder / "work")]
 
 
 MISTAKES = (
@@ -39,5 +45,10 @@ MISTAKES = (
     Mistake("discover --remove baes", "'bayes'", 1),
     Mistake("predict {folder}/photo --model-name bayes", "/photos?", 1),
     Mistake("status --workspace {folder}/wrk", "/work?", 1),
-    Mistake("evaluate --workspace {w}/ensembles/models", "/work?", 1),
+    Mistake("evaluate --workspace {folder}/work/ensembles/models", "/work?", 1),
 )
+
+
+def first_line(stderr: str) -> str:
+    """The first line of an answer that is more than a note."""
+    return next((line for line in stderr.splitlines() if "| INFO |" not in line), "")

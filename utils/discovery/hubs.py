@@ -8,9 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import ssl
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 from utils.core.errors import UserError, did_you_mean
@@ -60,6 +57,10 @@ def _unreachable(endpoint: str) -> str | None:
         return "HF_HUB_OFFLINE is set, so nothing is downloaded"
     if not endpoint.startswith(("https://", "http://")):
         return f"HF_ENDPOINT is {endpoint!r}, no address of a hub"
+    import ssl  # half of the time that other commands would spend on importing this module
+    import urllib.error
+    import urllib.request
+
     try:
         with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PATIENCE_S):
             return None

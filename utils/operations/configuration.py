@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.building import ensembles
 from utils.core import config_schema, remembered
 from utils.core.artifacts import write_text
 from utils.core.config import FILE, Config
@@ -18,8 +17,6 @@ from utils.core.errors import UserError
 from utils.core.remembered import as_flow as as_yaml_value
 from utils.core.results import Result
 from utils.core.workspace import Workspace
-from utils.distillation.student_plan import DIGEST_SETTINGS
-from utils.ensemble_methods import COMBINERS
 
 WIDTH = 110
 SCHEMA_LINE = "# yaml-language-server: $schema={}"
@@ -41,7 +38,6 @@ OTHER_EFFECTS: dict[str, tuple[str, ...]] = {
     "distillation": (),
 }
 """{key or section: what changes with it beside what combiners name in their `settings`}"""
-STUDENT_KEYS = (*DIGEST_SETTINGS, "teacher", "student", "unlabeled_dir", "assistant")
 
 
 def show(config: Config, workspace: Workspace, *, set: Sequence[str] = (), force: bool = False, **_: Any) -> Result:
@@ -81,6 +77,8 @@ def explain(*, explain: str, **_: Any) -> Result:
 
 def schema(**_: Any) -> Result:
     """The JSON schema, with which editors complete and check a configuration file."""
+    from utils.ensemble_methods import COMBINERS
+
     document = config_schema.json_schema({"runs.score_ensemble.methods": tuple(COMBINERS)})
     return Result(json.dumps(document, indent=2), document)
 
@@ -100,13 +98,19 @@ def init(*, init: str, **_: Any) -> Result:
 
 def affected(key: Key) -> list[str]:
     """Ensembles and results that another value at the key makes stale."""
+    from utils.building import (
+        ensembles,
+    )  # these two import most of the project: a mistyped key is answered without them
+    from utils.distillation.student_plan import DIGEST_SETTINGS
+
+    student_keys = (*DIGEST_SETTINGS, "teacher", "student", "unlabeled_dir", "assistant")
     found = [name for prefix, names in OTHER_EFFECTS.items() if _overlap(key.name, prefix) for name in names]
     if EVERYTHING in found:
         return list(dict.fromkeys(found))
     for method, combiner in ensembles.COMBINERS.items():
         if any(_overlap(key.name, setting) for setting in combiner.settings):
             found.append(ensembles.NAMES.get(method, method))
-    if key.name == "distillation" or key.name.removeprefix("distillation.") in STUDENT_KEYS:
+    if key.name == "distillation" or key.name.removeprefix("distillation.") in student_keys:
         found.append("the student")
     return list(dict.fromkeys(found))
 

@@ -83,19 +83,25 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser for the commands and options of `utils.commands`."""
     parser = _Parser(
         prog=program_names.as_typed("ensemble_orchestrator.py"),
-        description="Combine trained image classifiers into ensembles and measure what that gains.",
-        epilog="Start: python ensemble_orchestrator.py discover",
+        description="Combine trained image classifiers into ensembles, and measure the gain on images that no part of "
+        "an ensemble was fitted on.",
+        epilog='Start: python ensemble_orchestrator.py demo --data "my leaves" (photographs, one folder per class), or '
+        "python ensemble_orchestrator.py discover (networks that are trained already)",
     )
     parser.add_argument(
         "--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="show the version and exit"
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for name, command in COMMANDS.items():
         example = f"Example: python ensemble_orchestrator.py {command.example}"
-        sub = commands.add_parser(name, help=command.help, description=command.help, epilog=example)
+        description = f"{command.help[0].upper()}{command.help[1:]}."
+        sub = commands.add_parser(name, help=command.help, description=description, epilog=example)
         choice = sub.add_mutually_exclusive_group(required=True) if command.one_of else sub
-        for option, settings in {**command.arguments, **COMMON_OPTIONS}.items():
+        for option, settings in command.arguments.items():
             (choice if option in command.one_of else sub).add_argument(option, **settings)
+        common = sub.add_argument_group("options of every command")
+        for option, settings in COMMON_OPTIONS.items():
+            common.add_argument(option, **settings)
     return parser
 
 

@@ -53,32 +53,36 @@ DEBUG_SECTIONS = (
 COMMANDS: dict[str, Command] = {
     "discover": Command(
         "utils.discovery.discover:discover",
-        "find and check trained models, and write the catalog",
+        "find trained models, check them and write the catalog",
         "discover --verify",
         {
-            "--verify": {"action": "store_true", "help": "also run every member and check its recorded figures"},
+            "--verify": {
+                "action": "store_true",
+                "help": "also run every member and compare its scores with the recorded ones",
+            },
             "--add": {
                 "metavar": "NAME=SOURCE",
                 "nargs": "+",
                 "action": "extend",
                 "default": [],
-                "help": "declare timm networks as members, which later discoveries keep; SOURCE is timm:ARCH@FILE, "
-                "local-dir:FOLDER, hf-hub:ORG/NAME or timm:ARCH (pretrained, from the hub)",
+                "help": "add timm networks as members, which later runs of discover keep; SOURCE is "
+                "timm:ARCH@FILE, local-dir:FOLDER, hf-hub:ORG/NAME or timm:ARCH (pretrained, from the hub)",
             },
             "--add-from": {
                 "metavar": "DIR",
                 "action": "append",
                 "default": [],
-                "help": "declare every folder of a network (config.json and weights) below DIR by its name; repeatable",
+                "help": "add every folder below DIR that holds a network (config.json and weights) as a member of "
+                "the folder's name; repeatable",
             },
             "--preprocess": {
                 "metavar": "KEY=VALUE",
                 "nargs": "+",
                 "action": "extend",
                 "default": [],
-                "help": "how images are prepared for the networks of --add and --add-from, or with NAME:KEY=VALUE for "
-                "one that is declared; keys: input_size, resize, crop, resized, interpolation, crop_offset, mean, "
-                "std, channels, range, exif",
+                "help": "preprocessing of the networks that --add and --add-from add; NAME:KEY=VALUE changes that "
+                "of a network added earlier; keys: input_size, resize, crop, resized, interpolation, "
+                "crop_offset, mean, std, channels, range, exif",
             },
             "--trained-on": {
                 "metavar": "STATEMENT",
@@ -86,19 +90,21 @@ COMMANDS: dict[str, Command] = {
                 "action": "extend",
                 "default": [],
                 "help": "images that the networks of --add and --add-from were trained on: none, train, train+val, "
-                "all, unknown, or a file that lists them; with NAME=STATEMENT those of one that is declared",
+                "all, unknown, or a file that lists them; NAME=STATEMENT changes the statement on a "
+                "network added earlier",
             },
             "--remove": {
                 "metavar": "NAME",
                 "action": "append",
                 "default": [],
-                "help": "remove a network that --add declared from the catalog; its file stays; repeatable",
+                "help": "take a network that --add or --add-from added out of the catalog; its file is kept; "
+                "repeatable",
             },
             "--rename": {
                 "metavar": "OLD=NEW",
                 "action": "append",
                 "default": [],
-                "help": "rename an imported or declared member and everything stored for it; repeatable",
+                "help": "rename an added or imported member and everything that is stored for it; repeatable",
             },
         },
         writes=True,
@@ -106,14 +112,15 @@ COMMANDS: dict[str, Command] = {
     ),
     "import-predictions": Command(
         "utils.discovery.import_predictions:import_predictions",
-        "add members for which only predictions exist, made by any tool",
+        "add members from predictions that any other tool has made",
         "import-predictions --from ~/predictions",
         {
             "--from": {
                 "metavar": "DIR",
                 "required": True,
                 "dest": "folder",
-                "help": "folder with <member>/{oof,val,test}.npz; README describes the format",
+                "help": "folder with <member>/{oof,val,test}.npz; the format is described in "
+                "docs/tutorials/predictions.md",
             },
         },
         writes=True,
@@ -126,7 +133,7 @@ COMMANDS: dict[str, Command] = {
         {
             "--pick": {
                 "choices": ("best", "knee", "fastest"),
-                "help": "which of the pruned subsets to keep (default: pruning.pick of the configuration)",
+                "help": "which pruned subset to keep (default: pruning.pick of the configuration)",
             }
         },
         writes=True,
@@ -149,7 +156,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "fusion-train": Command(
         "utils.building.build_commands:fusion_train",
-        "train fusion heads on the members' embeddings, mixtures of experts and cascades",
+        "train fusion heads on the members' embeddings, the mixture of experts, and the cascade",
         "fusion-train --set runs.fusion.fusion_methods=[concat_mlp,attention]",
         {},
         writes=True,
@@ -158,7 +165,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "meta-fuse": Command(
         "utils.building.meta_builder:meta_fuse",
-        "fit an ensemble of ensembles on their cross-fitted predictions",
+        "fit an ensemble of the other ensembles on their cross-fitted predictions",
         "meta-fuse --set runs.meta_fuser.fuser_type=attention",
         {},
         writes=True,
@@ -170,30 +177,37 @@ COMMANDS: dict[str, Command] = {
         "score and rank members and ensembles, recommend one, and write the report",
         "evaluate --model-name soft_voting_ensemble",
         {
-            "--split": {"choices": ("test", "val"), "default": "test", "help": "rows to score on (default: test)"},
-            "--model-name": {"metavar": "NAME", "help": "score only this member or ensemble, or recommended"},
+            "--split": {"choices": ("test", "val"), "default": "test", "help": "split to score (default: test)"},
+            "--model-name": {
+                "metavar": "NAME",
+                "help": "score only this member or ensemble; recommended is a name as well",
+            },
             "--data": {
                 "metavar": "DIR|CSV",
-                "help": "score on labelled images from outside the workspace, beside the test split: a folder of class "
-                "folders, or a CSV manifest",
+                "help": "score labelled images from outside the workspace and compare with the test split: a "
+                "folder of class folders, or a CSV manifest",
             },
             "--class-map": {
                 "metavar": "FILE",
-                "help": "with --data: CSV file external,workspace of classes of other names",
+                "help": "with --data: CSV file with the columns external and workspace, for classes that are named "
+                "differently",
             },
             "--from-export": {
                 "metavar": "DIR|FILE",
-                "help": "with --data: score an exported .onnx file, or that of an export's folder",
+                "help": "with --data: score an exported .onnx file, or the one in an export folder",
             },
-            "--name": {"metavar": "NAME", "help": "with --data: name of the set (default: that of its folder or file)"},
+            "--name": {
+                "metavar": "NAME",
+                "help": "with --data: name of the image set (default: name of its folder or file)",
+            },
             "--missing": {
                 "choices": ("refuse", "ignore", "restrict"),
-                "help": "with --data: classes of one side alone are an error (default), are ignored, or beside that "
-                "probabilities are restricted to the shared classes",
+                "help": "with --data, for classes that only one side has: refuse (default) is an error, ignore "
+                "leaves their images out, restrict also restricts the probabilities to the shared classes",
             },
             "--allow-contaminated": {
                 "action": "store_true",
-                "help": "with --model-name: score it even on rows that it was fitted on, and mark the result",
+                "help": "with --model-name: score the model even on rows that it was fitted on, and mark the result",
             },
             "--alpha": {
                 "metavar": "FRACTION",
@@ -205,7 +219,8 @@ COMMANDS: dict[str, Command] = {
                 "metavar": "FRACTION",
                 "type": float,
                 "default": 0.05,
-                "help": "target selective risk: error rate among the images that are answered (default: %(default)s)",
+                "help": "target selective risk: highest error rate among the images that are answered (default: "
+                "%(default)s)",
             },
             "--wanted-error": {"metavar": "FRACTION", "type": float, "help": "deprecated; use --target-risk"},
             "--class-conditional": {
@@ -215,20 +230,20 @@ COMMANDS: dict[str, Command] = {
             "--metrics": {
                 "metavar": "KEY",
                 "nargs": "+",
-                "help": "columns of the ranking's tables, keys of metrics.json, such as balanced_accuracy and "
+                "help": "columns of the ranking, as keys of metrics.json, such as balanced_accuracy and "
                 "matthews_corrcoef (default: accuracy f1_macro log_loss ece)",
             },
             "--maps": {
                 "action": "store_true",
-                "help": "also show class-activation maps of the report's example images, which runs the networks",
+                "help": "also show class-activation maps of the report's example images (runs the networks on them)",
             },
             "--mlflow": {
                 "metavar": "URI",
-                "help": "also log every model's scores and pictures as a run to this MLflow server or folder",
+                "help": "also log a run for each model, with its scores and plots, to this MLflow server or folder",
             },
             "--tensorboard": {
                 "metavar": "DIR",
-                "help": "also log every model's scores and pictures to this folder of TensorBoard",
+                "help": "also log the scores and plots of each model to this TensorBoard folder",
             },
         },
         writes=True,
@@ -236,12 +251,12 @@ COMMANDS: dict[str, Command] = {
     ),
     "audit": Command(
         "utils.auditing.audit:audit",
-        "find copies of images across splits, shortcuts to the classes, and images that hold nothing",
+        "find copies of images across splits, features beside the object that give the class away, and empty images",
         "audit --write-split",
         {
             "--strict": {
                 "action": "store_true",
-                "help": "exit with 3 if copies of an image are in more than one split",
+                "help": "exit with code 3 if copies of an image are in more than one split",
             },
             "--write-split": {
                 "metavar": "FILE",
@@ -255,29 +270,35 @@ COMMANDS: dict[str, Command] = {
     ),
     "compare": Command(
         "utils.comparison.compare:compare",
-        "compare the same methods over several evaluated workspaces: mean ranks, tests, gains",
+        "compare the same methods across several evaluated workspaces: mean ranks, significance tests, gains",
         "compare ~/citrus ~/apple ~/rice --to comparison",
         {
             "workspaces": {
                 "metavar": "WORKSPACE",
                 "nargs": "+",
-                "help": "workspaces (or outputs) that evaluate has scored: data sets, seeds or splits; tests need six",
+                "help": "workspaces (or --output folders) that evaluate has scored: data sets, seeds or splits; "
+                "significance tests need six",
             },
             "--metric": {
                 "metavar": "KEY",
                 "default": "accuracy",
-                "help": "key of metrics.json that is compared, such as log_loss or f1_macro (default: %(default)s)",
+                "help": "metric to compare, a key of metrics.json such as log_loss or f1_macro (default: %(default)s)",
             },
-            "--split": {"choices": ("test", "val"), "default": "test", "help": "rows of the scores (default: test)"},
+            "--split": {
+                "choices": ("test", "val"),
+                "default": "test",
+                "help": "split whose scores are compared (default: test)",
+            },
             "--models": {
                 "metavar": "NAME",
                 "nargs": "+",
-                "help": "members and ensembles to compare, also best_single and recommended (default: all in common)",
+                "help": "members and ensembles to compare; best_single and recommended are names as well (default: "
+                "all that the workspaces share)",
             },
             "--control": {
                 "metavar": "NAME",
                 "default": "best_single",
-                "help": "method over which gains are given (default: %(default)s)",
+                "help": "method that gains are measured against (default: %(default)s)",
             },
             "--to": {"metavar": "DIR", "help": "folder for the result as JSON, CSV, Markdown, LaTeX and a diagram"},
         },
@@ -295,7 +316,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "export": Command(
         "utils.exporting.export:export",
-        "write an ensemble or a member in deployment formats and check the parity of each file",
+        "export an ensemble or a member and check that each file reproduces its predictions",
         "export --model-name soft_voting_ensemble --formats onnx tflite",
         {
             "--model-name": {"metavar": "NAME", "help": "ensemble, member, recommended (default) or recommended_fast"},
@@ -312,22 +333,27 @@ COMMANDS: dict[str, Command] = {
             },
             "--input": {
                 "choices": ("float-nchw", "uint8-nhwc"),
-                "help": "cropped float32 images in [0, 1], or decoded uint8 images (default: exports.input)",
+                "help": "input of the file: resized and cropped float32 images in [0, 1], or decoded uint8 images "
+                "(default: exports.input)",
             },
             "--onnx-exporter": {
                 "choices": ("tracing", "dynamo"),
-                "help": "which exporter of torch writes ONNX files (default: exports.onnx_exporter)",
+                "help": "exporter of torch that writes ONNX files (default: exports.onnx_exporter)",
             },
             "--max-members": {
                 "metavar": "N",
                 "type": int,
-                "help": "refuse ensembles with more members (default: exports.max_members)",
+                "help": "refuse ensembles with more than N members (default: exports.max_members)",
             },
-            "--member-probabilities": {"action": "store_true", "help": "also return each member's probabilities"},
+            "--member-probabilities": {
+                "action": "store_true",
+                "help": "let the file return the probabilities of each member as well",
+            },
             "--check-tools": {"action": "store_true", "help": "only list what each format needs and what is installed"},
             "--verify": {
                 "metavar": "DIR",
-                "help": "only check the checksums and the parity of an export; DIR may be relative to the workspace",
+                "help": "only check an existing export: checksums and predictions; DIR may be relative to the "
+                "workspace",
             },
             "--trust": {
                 "action": "store_true",
@@ -335,7 +361,7 @@ COMMANDS: dict[str, Command] = {
             },
             "--compare": {
                 "action": "store_true",
-                "help": "only compare exported files: accuracy, latency, size",
+                "help": "only compare the exported files: accuracy, latency, size",
             },
         },
         writes=True,
@@ -343,53 +369,59 @@ COMMANDS: dict[str, Command] = {
     ),
     "predict": Command(
         "utils.inference.predict:predict",
-        "classify image files with an ensemble or a member: class, probability, set, abstention, disagreement",
+        "classify image files: class, probability, conformal set, abstention, disagreement of the members",
         "predict --model-name soft_voting_ensemble photos/ --to answers.csv",
         {
             "paths": {
                 "metavar": "PATH",
                 "nargs": "+",
-                "help": "image files, folders, quoted patterns, or - for a list on standard input (lines or NUL)",
+                "help": "image files, folders, quoted patterns, or - to read a list from standard input (one per "
+                "line, or NUL-separated)",
             },
             "--model-name": {
                 "metavar": "NAME",
-                "help": "ensemble or member that predicts; also recommended or recommended_fast",
+                "help": "ensemble or member to predict with; recommended and recommended_fast are names as well",
             },
             "--from-export": {
                 "metavar": "FILE",
-                "help": "exported .onnx file that predicts, without workspace, BASE-BACK and torch",
+                "help": "exported .onnx file to predict with; needs neither a workspace nor BASE-BACK nor torch",
             },
             "--to": {
                 "metavar": "FILE",
-                "help": "file for the predictions, written block by block (default: the screen, up to 10,000 images)",
+                "help": "file for the predictions, written block by block (default: standard output, for up to "
+                "10,000 images)",
             },
             "--format": {
                 "choices": ("csv", "jsonl"),
                 "dest": "form",
-                "help": "format of the predictions (default: by the suffix of --to, else csv)",
+                "help": "format of the predictions (default: that of the extension of --to, else csv)",
             },
             "--probabilities": {"action": "store_true", "help": "also write the probabilities of all classes"},
             "--sets": {
                 "choices": ("lac", "aps", "raps"),
                 "default": "lac",
-                "help": "lac: smallest sets on average; aps: larger sets for hard images; raps: aps randomised, which "
-                "covers no more than asked for (default: %(default)s)",
+                "help": "kind of conformal sets; lac: smallest on average; aps: larger for hard images; raps: aps "
+                "with randomisation, so that coverage does not exceed what was asked for (default: "
+                "%(default)s)",
             },
             "--tta": {
                 "action": "store_true",
-                "help": "average over the views that out-of-sample rows chose for the model (tta of the configuration)",
+                "help": "test-time augmentation: average over the views that build-ensemble chose for the model "
+                "(section tta of the configuration)",
             },
             "--maps": {
                 "metavar": "DIR",
-                "help": "also write class-activation maps of the predicted classes: a picture of each image, maps.csv",
+                "help": "also write class-activation maps of the predicted classes to DIR: one picture per image, "
+                "and maps.csv",
             },
             "--append": {
                 "action": "store_true",
-                "help": "continue the file: skip images with a prediction and try images with an error again",
+                "help": "continue an interrupted file: skip images that have a prediction, retry those with an error",
             },
             "--spreadsheet-safe": {
                 "action": "store_true",
-                "help": "put an apostrophe before CSV text that a spreadsheet takes for a formula; not with --append",
+                "help": "put an apostrophe before CSV text that a spreadsheet would take for a formula; not with "
+                "--append",
             },
         },
         writes=False,
@@ -421,20 +453,26 @@ COMMANDS: dict[str, Command] = {
             "--confirm": {"action": "store_true", "help": "remove the listed files"},
             "--temporary": {
                 "action": "store_true",
-                "help": "remove leftover temporary files without confirmation, and nothing else",
+                "help": "remove leftover temporary files and nothing else, without confirmation",
             },
-            "--cache": {"action": "store_true", "help": "include the decoded images"},
-            "--stale": {"action": "store_true", "help": "include stale ensembles"},
-            "--unlisted": {"action": "store_true", "help": "include ensembles that the configuration does not ask for"},
+            "--cache": {"action": "store_true", "help": "also list the cached decoded images"},
+            "--stale": {"action": "store_true", "help": "also list stale ensembles"},
+            "--unlisted": {
+                "action": "store_true",
+                "help": "also list ensembles that the configuration does not ask for",
+            },
         },
         writes=("confirm", "temporary"),
     ),
     "config": Command(
         "utils.operations.configuration:show",
-        "print the configuration of the workspace with comments; --set changes what it remembers",
+        "print the configuration of the workspace with comments; --set changes it",
         "config --explain runs.stacking.xgb_config.max_depth",
         {
-            "--explain": {"metavar": "KEY", "help": "meaning, type, range and default of a key, and what it affects"},
+            "--explain": {
+                "metavar": "KEY",
+                "help": "explain a key: meaning, type, range, default, and which results it affects",
+            },
             "--schema": {"action": "store_true", "help": "print the JSON schema of a configuration file"},
             "--init": {
                 "metavar": "FILE",
@@ -454,7 +492,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "debug": Command(
         "ensemble_orchestrator:run_debug",
-        "run each section on synthetic data or with your members; writes to debug_tmp/ only",
+        "try each part of the program on synthetic images or on your members; writes to debug_tmp/ only",
         "debug --section all --fast",
         {
             "--section": {
@@ -463,7 +501,7 @@ COMMANDS: dict[str, Command] = {
                 "default": "all",
                 "help": f"{', '.join(DEBUG_SECTIONS)}; all (default); or reset, which removes debug_tmp/",
             },
-            "--arch": {"metavar": "NAME", "help": "restrict sections that test single members to this backbone"},
+            "--arch": {"metavar": "NAME", "help": "restrict the sections that test single members to this backbone"},
             "--fast": {
                 "action": "store_true",
                 "help": "use 16 synthetic images, 2 folds and 1 epoch",
@@ -498,9 +536,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "completion": Command(
         "ensemble_orchestrator:print_completion",
-        "print the completion script of a shell for the command ensemble-system",
+        "print the completion script of ensemble-system for a shell",
         "completion bash",
-        {"shell": {"choices": ("bash", "zsh"), "help": "shell that reads the script"}},
+        {"shell": {"choices": ("bash", "zsh"), "help": "shell to print the script for"}},
         writes=False,
         is_standalone=True,
     ),
@@ -525,8 +563,8 @@ The document of `pipeline` holds the result of each under its name; that of a se
 COMMON_OPTIONS: dict[str, dict[str, Any]] = {
     "--config": {
         "metavar": "FILE",
-        "help": "configuration file, relative to the working directory, then to the project (default: what the "
-        "workspace was built with, at first configs/ensemble_config.yaml)",
+        "help": "configuration file, looked up in the working directory, then in the project (default: the "
+        "configuration that the workspace was built with, else configs/ensemble_config.yaml)",
     },
     "--set": {
         "metavar": "KEY=VALUE",
@@ -536,11 +574,12 @@ COMMON_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--workspace": {
         "metavar": "DIR",
-        "help": "folder of the base pipeline's results (default: DBT_BASE_DIR, else the parent of BASE-BACK)",
+        "help": "folder with the trained networks, and for all results (default: DBT_BASE_DIR, else the parent of "
+        "BASE-BACK, or the working directory where the package is installed)",
     },
     "--output": {
         "metavar": "DIR",
-        "help": "folder for everything that this program writes, for a workspace that is read-only or not yours "
+        "help": "folder for everything that this program writes, where the workspace is read-only or not yours "
         "(default: DBT_ENSEMBLE_DIR, else the workspace)",
     },
     "--base-back": {
@@ -555,7 +594,8 @@ COMMON_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--address": {
         "metavar": "ADDRESS",
-        "help": "with --engine ray: address of the cluster to join, such as auto (default: start one for this command)",
+        "help": "with --engine ray: address of the cluster to join, such as auto (default: start a cluster for "
+        "this command)",
     },
     "--force": {"action": "store_true", "help": "rebuild existing results"},
     "--json": {"action": "store_true", "help": "print one JSON document to standard output"},

@@ -9,6 +9,7 @@ import browser
 import given_predictions as given
 import pytest
 from external_records import write_external_set
+from page_records import write_audit, write_maps, write_view_choices
 from report_pages import CONFIG, write_page
 
 import report as synthetic_report
@@ -37,10 +38,71 @@ COVERED = """
 """Pairs of texts of one figure of which one lies on the other"""
 
 
+SECTIONS = {
+    "external": "#external",
+    "audit": "#audit",
+    "views": "#learned:has([aria-label='Test-time augmentation, table'])",
+    "maps": "#images:has(.pair)",
+}
+"""{what the page shows: selector of the section that it is in}"""
+MISREAD = """
+(() => {
+  const section = document.querySelector("SELECTOR");
+  section.querySelectorAll('details').forEach(node => node.open = true);
+  const lines = [], walker = document.createTreeWalker(section, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const node = walker.currentNode, range = document.createRange();
+    range.selectNodeContents(node);
+    if (!node.textContent.trim() || node.parentElement.closest('svg')) continue;
+    for (const box of range.getClientRects())
+      if (box.width > 1) lines.push({text: node.textContent.trim().slice(0, 60), box, node});
+  }
+  const found = [];
+  for (const {text, box, node} of lines) {
+    const scroll = node.parentElement.closest('.scroll');
+    const frame = (scroll || document.documentElement).getBoundingClientRect();
+    const isBeside = box.right > frame.right + 1 || box.left < frame.left - 1;
+    if (isBeside && !(scroll && scroll.scrollWidth > scroll.clientWidth + 1)) found.push(`cut off: ${text}`);
+    for (let parent = node.parentElement; parent !== section; parent = parent.parentElement) {
+      const style = getComputedStyle(parent), around = parent.getBoundingClientRect();
+      const hides = style.overflowX === 'hidden' || style.overflowY === 'hidden';
+      if (hides && (box.right > around.right + 1 || box.bottom > around.bottom + 1)) found.push(`hidden: ${text}`);
+    }
+  }
+  lines.forEach((one, place) => lines.slice(place + 1).forEach(other => {
+    const across = Math.min(one.box.right, other.box.right) - Math.max(one.box.left, other.box.left);
+    const down = Math.min(one.box.bottom, other.box.bottom) - Math.max(one.box.top, other.box.top);
+    if (across > 1 && down > 0.35 * Math.min(one.box.height, other.box.height))
+      found.push(`one on the other: ${one.text} / ${other.text}`);
+  }));
+  for (const image of section.querySelectorAll('img')) {
+    const box = image.getBoundingClientRect(), around = image.closest('li').getBoundingClientRect();
+    if (box.width < 16 || box.height < 16) found.push(`too small: ${image.alt}`);
+    if (box.right > around.right + 1 || box.left < around.left - 1) found.push(`beside its frame: ${image.alt}`);
+  }
+  const box = section.getBoundingClientRect();
+  if (!lines.length || box.width < 100 || box.height < 100) found.push('the section is not seen');
+  return found;
+})()"""
+"""Texts and pictures of a section that are cut off, hidden, or lie on others"""
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     workspace = synthetic_report.synthetic(tmp_path_factory.mktemp("synthetic"), classes=CLASSES, name=NAME)
     write_external_set(workspace, ("ensemble_00", "Custom00"), CLASSES, image=NAME)
+    return write_page(workspace)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The page with an external set, an audit, views of test-time augmentation and class-activation maps."""
+    workspace = synthetic_report.synthetic(tmp_path_factory.mktemp("whole"), classes=CLASSES, name=NAME)
+    models = ("ensemble_00", "Custom00")
+    write_external_set(workspace, models, CLASSES, image=NAME)
+    write_audit(workspace, models)
+    write_view_choices(workspace)
+    write_maps(workspace, CONFIG)
     return write_page(workspace)
 
 
@@ -67,7 +129,7 @@ def imported(tmp_path_factory):
     return workspace.report("test")
 
 
-@pytest.fixture(params=["page", "many", "imported"])
+@pytest.fixture(params=["page", "whole", "many", "imported"])
 def any_page(request):
     return request.getfixturevalue(request.param)
 
@@ -133,6 +195,26 @@ def test_nothing_is_wider_than_the_window(any_page, chromium, width):
     )
     captions = "[...document.querySelectorAll('caption')].map(node => node.getBoundingClientRect().width)"
     assert chromium.run(f"Math.max(...{captions})") <= width
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize("section", SECTIONS)
+def test_sections_of_other_commands_are_read_on_a_phone_and_on_a_desktop(whole, chromium, section, width):
+    chromium.open(whole, width=width)
+    assert chromium.run(MISREAD.replace("SELECTOR", SECTIONS[section])) == []
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_a_map_stands_beside_each_example_image(whole, chromium, width):
+    chromium.open(whole, width=width)
+    boxes = chromium.run(
+        "[...document.querySelectorAll('.pair')].map(pair => [...pair.querySelectorAll('img')]"
+        ".map(image => image.getBoundingClientRect()).map(({left, right, top}) => [left, right, top]))"
+    )
+    assert len(boxes) == 20
+    assert all(first[1] <= second[0] and first[2] == second[2] for first, second in boxes)
+    warnings = chromium.run("[...document.querySelectorAll('.warning')].map(node => node.innerText).join()")
+    assert "looks at the background: in the audit border pixels alone tell 74%" in warnings
 
 
 @pytest.mark.parametrize(("width", "medium"), [(1280, ""), (PAPER, "print")])

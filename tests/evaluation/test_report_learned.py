@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from report_pages import page_of, write_page
+from page_records import write_view_choices
+from report_pages import CONFIG, page_of, write_page
 
 import report as synthetic_report
 from utils.core.artifacts import read_json, write_json
-from utils.evaluation import report_learned
+from utils.evaluation import report_learned, report_page
 
 MOE = {
     "expected_experts": 1.5,
@@ -31,7 +32,8 @@ VERDICT = {"verdict": "beats soft_voting", "guards": {"soft_voting": {}}, "cross
 
 
 def tables(records, metrics):
-    return report_learned.learned(SimpleNamespace(records=records, metrics=metrics))
+    nothing = {"workspace": None, "catalog": SimpleNamespace(members={})}
+    return report_learned.learned(SimpleNamespace(records=records, metrics=metrics, **nothing))
 
 
 def test_weights_stand_by_member_and_single_members_have_none():
@@ -65,6 +67,23 @@ def test_students_stand_beside_themselves_without_a_teacher_and_their_teacher():
     assert (row[0]["teacher"], row[0]["kept"]) == ("votes", "67% [25%, unbounded]")
     nothing = STUDENT | {"gain_kept": None}
     assert tables({}, {"student": nothing})["students"][0]["kept"] == "-"
+
+
+def test_views_stand_by_member_with_their_gain_as_long_as_the_networks_are_the_same(tmp_path):
+    workspace = synthetic_report.synthetic(tmp_path)
+    write_view_choices(workspace)
+    write_page(workspace)
+    text = page_of(workspace).text
+    assert "Test-time augmentation" in text
+    assert "Custom00 flip, five_crop 7 +0.0420 [+0.0100, +0.0740]" in text
+    assert "Custom01 none 1 +0.0010 rotations would be chosen on all rows" in text
+    assert "Custom02 none 1 - no out-of-sample rows" in text
+    assert report_page.is_current(CONFIG, workspace, "test")
+    for path in workspace.view_choices():
+        write_json(path, read_json(path, remedy="") | {"networks": "of others"})
+    assert not report_page.is_current(CONFIG, workspace, "test")
+    write_page(workspace)
+    assert "Test-time augmentation" not in page_of(workspace).text
 
 
 def test_the_page_shows_them_and_leaves_the_part_out_without_any(tmp_path):

@@ -128,18 +128,29 @@ class ViewBuilder(Builder):
 
 def describe(record: Mapping[str, Any]) -> str:
     """What was chosen for a member, in words."""
-    if record.get("reason"):
-        return f"without views: {record['reason']}"
+    if not record["views"]:
+        return f"without views: {why_without(record)}"
     interval = record["log_loss_gain_ci95"]
     bounds = "" if interval is None else f" [{interval[0]:+.4f}, {interval[1]:+.4f}]"
     gain = f"cross-fitted gain in calibrated log-loss {record['log_loss_gain']:+.4f}{bounds}"
+    return f"{', '.join(record['views'])} ({forward_passes(record['views'])} forward passes for an image); {gain}"
+
+
+def forward_passes(views: Sequence[str]) -> int:
+    """Number of passes for one image: of itself and of the views of these groups."""
+    return 1 + sum(COUNTS[group] for group in views)
+
+
+def why_without(record: Mapping[str, Any]) -> str:
+    """Why a member is used without views; empty where it has some."""
     if record["views"]:
-        count = 1 + sum(COUNTS[group] for group in record["views"])
-        return f"{', '.join(record['views'])} ({count} forward passes for an image); {gain}"
+        return ""
+    if record.get("reason"):
+        return str(record["reason"])
     if record["chosen_on_all_rows"]:
         unstable = ", ".join(record["chosen_on_all_rows"])
-        return f"without views: {unstable} would be chosen on all rows, others without one or two of the folds"
-    return f"without views: {NONE_HELPS}"
+        return f"{unstable} would be chosen on all rows, others without one or two of the folds"
+    return NONE_HELPS
 
 
 def _preferred(session: Session, listed: catalog.Catalog) -> list[Member]:

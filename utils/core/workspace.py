@@ -247,6 +247,10 @@ class Workspace:
         """Which views of test-time augmentation out-of-sample rows chose for one member."""
         return self.ensembles / "tta" / f"{member}.json"
 
+    def view_choices(self) -> list[Path]:
+        """The records of all such choices, sorted by member."""
+        return sorted((self.ensembles / "tta").glob("*.json"))
+
     def view_outputs(self, member: str) -> Path:
         """Out-of-sample logits of one member by groups of views."""
         return self.ensembles / "tta" / f"{member}_views.npz"

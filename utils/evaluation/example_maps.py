@@ -107,7 +107,9 @@ def update(store: Store, data: ReportData) -> None:
             **{"uri": small.uri, "width": small.width, "height": small.height},
             "outside_centre": round(found.outside_centre, 6),
         }
-    write_json(store.workspace.report_maps(data.split), {"key": _key(data), "pictures": pictures, "without": without})
+    write_json(
+        store.workspace.report_maps(data.split), {"key": record_key(data), "pictures": pictures, "without": without}
+    )
 
 
 def _members(data: ReportData) -> tuple[Member, ...]:
@@ -117,7 +119,7 @@ def _members(data: ReportData) -> tuple[Member, ...]:
 
 def _current_record(data: ReportData) -> dict[str, Any] | None:
     record = read_record(data.workspace.report_maps(data.split), remedy=AGAIN, form=MAPS)
-    if record is None or record["key"] != _key(data):
+    if record is None or record["key"] != record_key(data):
         return None
     path = data.workspace.report_maps(data.split)
     for entry in record["pictures"].values():
@@ -126,7 +128,7 @@ def _current_record(data: ReportData) -> dict[str, Any] | None:
     return record
 
 
-def _key(data: ReportData) -> str:
-    """Digest of the model and the images."""
+def record_key(data: ReportData) -> str:
+    """Digest of the model and the images, for which a record counts."""
     networks = [[member.name, member.digest] for member in _members(data)]
     return digest_of([VERSION, data.focus, networks, data.record.get("weights"), data.catalog.splits])

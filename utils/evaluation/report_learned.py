@@ -1,4 +1,4 @@
-"""The report's section on fitted ensembles: weights of members, comparison with baselines, cost, distilled networks.
+"""The report's section on fitted ensembles: weights, comparison with baselines, cost, views, distilled networks.
 
 It covers every ensemble of the workspace; a table without rows is left out of the page.
 """
@@ -8,16 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from utils.building import view_builder
 from utils.core.display_text import format_number, format_percent
+from utils.core.errors import UserError
+from utils.core.workspace import Workspace
 from utils.distillation.controls import ALONE, TEACHER
 from utils.evaluation.report_data import ReportData
+from utils.predictions import view_members
+from utils.predictions.catalog import Catalog
 
 MAX_MEMBERS = 15  # columns of the table of weights
 NONE = "-"
 
 
 def learned(data: ReportData) -> dict[str, Any]:
-    """`{weights, verdicts, sparse, students}`, each as rows of a table."""
+    """`{weights, verdicts, sparse, views, students}`, each as rows of a table."""
     return {
         "weights": weights(data),
         "verdicts": [
@@ -34,6 +39,7 @@ def learned(data: ReportData) -> dict[str, Any]:
         "sparse": [
             _sparse(data, name, record) for name, record in data.records.items() if record.get("expected_experts")
         ],
+        "views": views(data.workspace, data.catalog),
         "students": [
             _student(name, record, record["controls"])
             for name, record in data.metrics.items()
@@ -65,6 +71,31 @@ def weights(data: ReportData) -> dict[str, Any]:
         for name, member_weights in by_ensemble.items()
     ]
     return {"names": shown, "rows": rows, "more": len(names) - len(shown)}
+
+
+def views(workspace: Workspace, catalog: Catalog) -> list[dict[str, Any]]:
+    """What test-time augmentation has chosen for each member, with its gain; empty where no views were tried."""
+    rows = []
+    for member in catalog.members.values():
+        try:
+            record = None if member.views else view_members.record_of(workspace, member.name)
+        except UserError:  # of a damaged record, which reading the catalog has warned of
+            continue
+        if record is None or record["networks"] != view_members.networks_digest(member):
+            continue
+        low, high = record.get("log_loss_gain_ci95") or (None, None)
+        gain = record.get("log_loss_gain")
+        rows.append(
+            {
+                "member": member.name,
+                "views": ", ".join(record["views"]) or "none",
+                "passes": view_builder.forward_passes(record["views"]),
+                "gain": NONE if gain is None else f"{gain:+.4f}",
+                "bounds": "" if low is None else f"[{low:+.4f}, {high:+.4f}]",
+                "note": view_builder.why_without(record),
+            }
+        )
+    return rows
 
 
 def _sparse(data: ReportData, name: str, record: Mapping[str, Any]) -> dict[str, Any]:

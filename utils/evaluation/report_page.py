@@ -21,7 +21,7 @@ from utils.evaluation.report_sources import ReportSources
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 7  # raised whenever the same records would give another page
+VERSION = 8  # raised whenever the same records would give another page
 TEMPLATES = Path(__file__).with_name("templates")
 KEY = re.compile(rb'<meta name="inputs" content="([0-9a-f]{64})">')
 SPLIT_RECORD = "split_manifest.json"
@@ -62,6 +62,7 @@ def inputs_digest(config: Config, workspace: Workspace, split: str) -> str:
     files = [workspace.ranking(split), workspace.catalog, workspace.audit, workspace.report_maps(split)]
     files += sorted(workspace.scores.rglob(workspace.ranking(split).name.replace("ranking", "metrics")))
     files += sorted(workspace.models.glob("*/ensemble.json"))
+    files += workspace.view_choices()
     files += workspace.external_sets() if split == "test" else []
     # By their names within the workspace, so that a page stays current when the workspace moves.
     texts = [
@@ -143,7 +144,7 @@ def subject(config: Config, workspace: Workspace) -> str:
 
 def _rows(learned: dict[str, Any]) -> list[Any]:
     """Rows of every table of `report_learned.learned`."""
-    return [learned["weights"]["rows"], *(learned[part] for part in ("verdicts", "sparse", "students"))]
+    return [learned["weights"]["rows"], *(learned[part] for part in ("verdicts", "sparse", "views", "students"))]
 
 
 def _counts(ranking: Mapping[str, Any]) -> str:

@@ -30,6 +30,9 @@ FORM: Form = {
     "views": Each(str, list),
     "oof?": {"path": str, "sha256": str, "rows": int, "folds": int, "accuracy": float},
     "reason?": str,
+    "chosen_on_all_rows?": Each(str, list),
+    "log_loss_gain?": float,
+    "log_loss_gain_ci95?": Each(float, list, count=2),
 }
 
 

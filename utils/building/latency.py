@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -89,8 +89,8 @@ def measure(store: Store, members: Sequence[Member], *, batches: Sequence[int] =
         others = OtherPrograms()
         timings = _measured(member, store.workspace, device, gaps[member.name])
         before = records.get(member.name) or Record(hardware, threads, {})
-        busy = _highest(before.busy, others.in_the_way(_working(device, threads)))
-        records[member.name] = Record(hardware, threads, before.batches | timings, busy)
+        now = Record(hardware, threads, before.batches | timings, others.in_the_way(_working(device, threads)))
+        records[member.name] = replace(now, busy=highest_busy([before, now]))
         _add(store.workspace, "networks", member.digest, records[member.name], {"member": member.name})
         message = ", ".join(f"{timing.p50:.3g} ms for {size}" for size, timing in timings.items())
         logger.info(
@@ -114,6 +114,11 @@ def stored(workspace: Workspace, members: Sequence[Member], device: str, threads
 def milliseconds(records: Mapping[str, Record], *, batch: int = 1) -> dict[str, float]:
     """{member: median of its runs on a batch of this size}"""
     return {name: record.batches[batch].p50 for name, record in records.items() if batch in record.batches}
+
+
+def highest_busy(records: Iterable[Record]) -> float | None:
+    """The most cores that other programs used while any of these was measured; None where they were not in the way."""
+    return max((record.busy for record in records if record.busy is not None), default=None)
 
 
 def latency_inputs(facts: MemberFacts, records: Mapping[str, Record]) -> dict[str, Any]:
@@ -212,12 +217,8 @@ def _working(device: str, threads: int) -> int:
     return threads if device == "cpu" else 1
 
 
-def _highest(*values: float | None) -> float | None:
-    return max((value for value in values if value is not None), default=None)
-
-
 def _warn_when_busy(workspace: Workspace, measured: Sequence[Record]) -> None:
-    busy = _highest(*(record.busy for record in measured))
+    busy = highest_busy(measured)
     if busy is not None:
         logger.warning(
             "this machine is busy (other programs use %.1f of %d cores): latencies come out too high, and are stored; "

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from utils.combiners.stacking_features import centred_log, features, standardisation
+from utils.combiners.stacking_features import FeatureRows, centred_log, features
 from utils.numeric.metrics import softmax
 from utils.numeric.pools import fit_log_linear, scale_prior
 from utils.numeric.setting_paths import path_predictions
@@ -104,28 +104,18 @@ def fit_path(
 class _Rows:
     """What fits of one path read of all rows."""
 
-    kind: str
-    raw: np.ndarray
-    """float64 (N, F): features"""
-    labels: np.ndarray
-    """int64 (N,)"""
+    table: FeatureRows
     centred: np.ndarray | None
     """float64 (M, N, C): centred log-probabilities; None in the plain form"""
-    blocks: tuple[int, ...]
-    """Numbers of columns that are scaled together"""
-    members: int
-    classes: int
 
     @classmethod
     def of(cls, logits: np.ndarray, labels: np.ndarray, form: str, kind: str) -> _Rows:
-        members, _, classes = logits.shape
-        raw, width = features(logits, kind), members * classes
         centred = centred_log(softmax(logits)) if form == "shrunk_to_pool" else None
-        return cls(kind, raw, labels, centred, (width, *[1] * (raw.shape[1] - width)), members, classes)
+        return cls(FeatureRows.of(logits, labels, kind), centred)
 
     def predict_proba(self, model: Coefficients, inside: np.ndarray) -> np.ndarray:
         """Probabilities of the rows `inside`, bool (N,)."""
-        scores = self.raw[inside] @ model.matrix + model.bias
+        scores = self.table.raw[inside] @ model.matrix + model.bias
         if self.centred is not None:
             scores += np.tensordot(model.weights, self.centred[:, inside], axes=1)
         return softmax(scores)
@@ -157,14 +147,14 @@ class _Path:
 
     def fit(self, strength: float) -> Coefficients:
         """The model of one strength."""
-        rows, inside = self.rows, self.inside
-        raw = rows.raw[inside]
-        centre, scale = standardisation(raw, rows.blocks)
+        table, centred, inside = self.rows.table, self.rows.centred, self.inside
+        centre, scale = table.standardisation(inside)
+        # Made anew for each strength: the paths of all fits are open at once, and a copy of the rows for each is large.
         problem = _Problem(
-            x=(raw - centre) / scale,
-            pools=None if rows.centred is None else rows.centred[:, inside].reshape(rows.members, -1),
-            labels=rows.labels[inside],
-            classes=rows.classes,
+            x=(table.raw[inside] - centre) / scale,
+            pools=None if centred is None else centred[:, inside].reshape(table.members, -1),
+            labels=table.labels[inside],
+            classes=table.classes,
         )
         if self.values is None:
             self.values, self.curvatures = problem.start(), problem.curvatures()
@@ -172,8 +162,8 @@ class _Path:
         self.values = problem.minimise(strength, self.values, *self.curvatures)
         weights, matrix, bias = problem.split(self.values)
         matrix = matrix / scale[:, None]
-        weights = weights.copy() if problem.free else np.zeros(rows.members)
-        return Coefficients(rows.kind, weights, matrix, bias - centre @ matrix)
+        weights = weights.copy() if problem.free else np.zeros(table.members)
+        return Coefficients(table.kind, weights, matrix, bias - centre @ matrix)
 
 
 @dataclass(frozen=True)

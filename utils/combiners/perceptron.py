@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from utils.combiners.stacking_features import features, standardisation
+from utils.combiners.stacking_features import FeatureRows, features
 from utils.numeric.metrics import softmax
 from utils.numeric.nested_cv import evenly_spaced_epochs
 from utils.numeric.setting_paths import FIT_THREADS, path_predictions, torch_threads
@@ -72,7 +72,7 @@ class PerceptronLearner:
         from utils.numeric.batched_perceptrons import batch_shape
 
         kind = self.kinds[path]
-        rows = _Rows.of(logits, labels, kind)
+        rows = FeatureRows.of(logits, labels, kind)
         fits_of: dict[tuple[int, int], list[int]] = {}
         for number, held_out in enumerate(held_out_sets):
             fits_of.setdefault(batch_shape(int(np.count_nonzero(~held_out))), []).append(number)
@@ -89,7 +89,7 @@ class PerceptronLearner:
 
     def fit(self, logits: np.ndarray, labels: np.ndarray, setting: Mapping[str, Any]) -> Layers:
         """The model under one setting: the same schedule, stopped where the setting says."""
-        rows = _Rows.of(logits, labels, setting["features"])
+        rows = FeatureRows.of(logits, labels, setting["features"])
         with torch_threads(FIT_THREADS):
             training = _Training(self, rows, [np.zeros(len(labels), dtype=bool)], [setting["epochs"]])
             return training.model()
@@ -98,30 +98,11 @@ class PerceptronLearner:
         return evenly_spaced_epochs(self.epochs, STOPS)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """What trainings of one kind of features read of all rows."""
-
-    kind: str
-    raw: np.ndarray
-    """float64 (N, F): features"""
-    labels: np.ndarray
-    """int64 (N,)"""
-    blocks: tuple[int, ...]
-    """Numbers of columns that are scaled together"""
-    classes: int
-
-    @classmethod
-    def of(cls, logits: np.ndarray, labels: np.ndarray, kind: str) -> _Rows:
-        raw, width = features(logits, kind), logits.shape[0] * logits.shape[2]
-        return cls(kind, raw, np.asarray(labels), (width, *[1] * (raw.shape[1] - width)), logits.shape[2])
-
-
 class _Training:
     """Fits that are trained side by side, from one stop to the next."""
 
     def __init__(
-        self, learner: PerceptronLearner, rows: _Rows, held_out_sets: Sequence[np.ndarray], stops: Sequence[int]
+        self, learner: PerceptronLearner, rows: FeatureRows, held_out_sets: Sequence[np.ndarray], stops: Sequence[int]
     ) -> None:
         self.learner, self.rows, self.held_out_sets, self.stops = learner, rows, held_out_sets, list(stops)
         self.batched: BatchedPerceptrons | None = None
@@ -154,7 +135,7 @@ class _Training:
 
         rows, learner = self.rows, self.learner
         inside = [np.flatnonzero(~held_out) for held_out in self.held_out_sets]
-        self.fits = [FitRows(each, *standardisation(rows.raw[each], rows.blocks)) for each in inside]
+        self.fits = [FitRows(each, *rows.standardisation(each)) for each in inside]
         return BatchedPerceptrons(
             torch.from_numpy(rows.raw.astype(np.float32)),
             torch.from_numpy(rows.labels),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -54,6 +55,30 @@ def standardisation(values: np.ndarray, blocks: Sequence[int]) -> tuple[np.ndarr
         scale[start : start + width] = spread if spread > 0 else 1.0
         start += width
     return centre, scale
+
+
+@dataclass(frozen=True)
+class FeatureRows:
+    """Features of one kind of all rows, of which fits read some."""
+
+    kind: str
+    raw: np.ndarray
+    """float64 (N, F)"""
+    labels: np.ndarray
+    """int64 (N,)"""
+    members: int
+    classes: int
+
+    @classmethod
+    def of(cls, logits: np.ndarray, labels: np.ndarray, kind: str) -> FeatureRows:
+        """Of logits (M, N, C) and labels (N,)."""
+        members, _, classes = logits.shape
+        return cls(kind, features(logits, kind), np.asarray(labels), members, classes)
+
+    def standardisation(self, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Centre and scale (F,) of the rows `inside`, a mask or indices; the members' outputs have one scale."""
+        width = self.members * self.classes
+        return standardisation(self.raw[inside], [width] + [1] * (self.raw.shape[1] - width))
 
 
 def _entropy(probabilities: np.ndarray) -> np.ndarray:

@@ -139,12 +139,11 @@ def _discovered(
         *declarations.problems_of(workspace, requested, members, earlier),
     ]
     mounted = catalog.mounted_base_back()
-    split_facts = {name: {"n": len(split.sample_ids), "digest": split.digest} for name, split in scan.splits.items()}
-    scanned = Catalog(base_back=mounted, classes=scan.classes, splits=split_facts, members=members, problems=())
+    scanned = Catalog(base_back=mounted, classes=scan.classes, splits={}, members=members, problems=())
     store = Store(config, workspace, scanned, digests)
     for images in scan.splits.values():
         store = store.with_images(images)
-    inspector = Inspector(config, workspace, scan.classes, scan.splits, digests, mounted["digest"], store)
+    inspector = Inspector(store, mounted["digest"])
     if verify:
         threads = image_splits.decoding_threads(config.dataset.num_workers)
         inspector = replace(inspector, device=streaming.resolve_device(config.device), threads=threads)
@@ -156,7 +155,7 @@ def _discovered(
     problems += orientations.orientation_problems(scan.splits, digests, members.values())
     problems = preprocessing_checks.with_comparisons(inspector, problems, members)
     digests.save()
-    listed = replace(scanned, members=members, problems=tuple(problems))
+    listed = replace(store.catalog, members=members, problems=tuple(problems))
     if earlier:
         listed = with_imported(config, workspace, listed, earlier)
     listed = view_members.with_views(workspace, listed)

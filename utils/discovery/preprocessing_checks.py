@@ -71,7 +71,7 @@ def compare(inspector: Inspector, member: Member, *, force: bool = False) -> Non
         or (_facts(inspector, member) is not None and not force)
     ):
         return
-    val = inspector.splits["val"]
+    val = inspector.store.images("val")
     order = np.random.default_rng(inspector.config.seed).permutation(len(val.labels))
     images = val.take(np.sort(order[:MOST_ROWS]))
     current = member.image_preprocessing
@@ -197,7 +197,7 @@ def _facts(inspector: Inspector, member: Member) -> dict[str, Any] | None:
 
 def _key(inspector: Inspector, member: Member) -> str:
     """Digest of everything that a comparison depends on."""
-    val = inspector.splits["val"].digest
+    val = inspector.store.images("val").digest
     return digest_of(
         [
             "preprocessings",

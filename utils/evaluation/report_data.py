@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from utils.core.display_text import format_count
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.evaluation import example_images
 from utils.evaluation.example_images import ExampleImage, LabelledPredictions
+from utils.evaluation.leaderboard import HEADINGS
 from utils.evaluation.report_sources import ReportSources
 from utils.numeric import diversity
 from utils.numeric.metrics import SMALLEST_PROBABILITY, log_softmax, softmax
@@ -83,6 +85,29 @@ class ReportData:
     def record(self) -> Mapping[str, Any]:
         """`ensemble.json` of the focus; empty for a member."""
         return self.records.get(self.focus, {})
+
+    @property
+    def counted_rows(self) -> str:
+        """The evaluated rows in words: `179 rows of test`."""
+        return f"{format_count(self.evaluated['n_samples'], 'row')} of {self.split}"
+
+    @property
+    def ordered_by(self) -> str:
+        """Heading of the metric that orders the ranking."""
+        metric = str(self.ranking["order"][0])
+        return HEADINGS.get(metric, metric)
+
+
+def median_milliseconds(record: Mapping[str, Any], batch: str = "batch_1") -> float | None:
+    """Median time of a batch by the metrics of a model; None where it is not measured."""
+    time: float | None = ((record.get("latency_ms") or {}).get(batch) or {}).get("p50")
+    return time
+
+
+def busy_cores(record: Mapping[str, Any]) -> float | None:
+    """Cores that other programs used while a model was timed, where they were in the way."""
+    cores: float | None = (record.get("latency_ms") or {}).get("busy")
+    return cores
 
 
 def report_data(sources: ReportSources) -> ReportData:

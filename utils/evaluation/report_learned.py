@@ -13,7 +13,7 @@ from utils.core.display_text import format_number, format_percent
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.distillation.controls import ALONE, TEACHER
-from utils.evaluation.report_data import ReportData
+from utils.evaluation.report_data import ReportData, median_milliseconds
 from utils.predictions import view_members
 from utils.predictions.catalog import Catalog
 
@@ -116,13 +116,6 @@ def _sparse(data: ReportData, name: str, record: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _milliseconds(model: Mapping[str, Any]) -> float | None:
-    """Median time of one image; None where it is unknown."""
-    batch = (model.get("latency_ms") or {}).get("batch_1") or {}
-    time: float | None = batch.get("p50")
-    return time
-
-
 def _student(name: str, record: Mapping[str, Any], controls: Mapping[str, Any]) -> dict[str, Any]:
     """A distilled network, the same network trained without a teacher, and the teacher, on the evaluated rows."""
     baseline, teacher, gain_kept = controls[ALONE], controls[TEACHER], record.get("gain_kept") or {}
@@ -136,7 +129,7 @@ def _student(name: str, record: Mapping[str, Any], controls: Mapping[str, Any]) 
         "accuracy": [format_percent(model["accuracy"]) for model in models],
         "log_loss": [format_number(model["log_loss"]) for model in models],
         "size": [format_number(model.get("size_mb"), 2) for model in models],
-        "latency": [format_number(_milliseconds(model), 2) for model in (baseline, baseline, teacher)],
+        "latency": [format_number(median_milliseconds(model), 2) for model in (baseline, baseline, teacher)],
         "kept": NONE if value is None else f"{format_percent(value, 0)} [{low}, {high}]",
         "verdict": (record.get("notes") or {}).get("controls", ""),
     }

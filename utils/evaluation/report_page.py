@@ -77,7 +77,6 @@ def render(config: Config, sources: ReportSources, key: str) -> str:
     """The page as one HTML text, with the digest of its records as its key."""
     from utils.evaluation import (
         example_maps,
-        leaderboard,
         report_audit,
         report_external,
         report_images,
@@ -104,7 +103,7 @@ def render(config: Config, sources: ReportSources, key: str) -> str:
         "n": f"{data.evaluated['n_samples']:,}",
         "classes": data.classes,
         "counts": _counts(data.ranking),
-        "order": leaderboard.HEADINGS.get(data.ranking["order"][0], data.ranking["order"][0]),
+        "order": data.ordered_by,
         "cards": report_sections.cards(data),
         "summary": report_summary.summary(data),
         "warnings": report_summary.warnings(data, example_maps.background_warning(data, maps)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from utils.core.display_text import format_count, format_interval, format_number, format_p_value
+from utils.core.display_text import format_interval, format_number, format_p_value
 from utils.evaluation import report_figures
 from utils.evaluation.leaderboard import HEADINGS
 from utils.evaluation.report_data import ReportData
@@ -81,8 +81,7 @@ def _curves(data: ReportData) -> list[dict[str, str]]:
         ("ROC curves", roc, "roc_auc", ("false positive rate", "true positive rate")),
         ("Precision-recall curves", recall, "average_precision", ("recall", "precision")),
     ):
-        rows = f"{format_count(data.evaluated['n_samples'], 'row')} of {data.split}"
-        label = f"{title} of {data.focus} on {rows}, each class against the rest"
+        label = f"{title} of {data.focus} on {data.counted_rows}, each class against the rest"
         areas = {name: by_class[name][area] for name in points}
         svg = report_figures.class_curves(points, areas, axes, label)
         figures.append({"title": title, "svg": svg, "caption": f"{label}. Areas are in the table of classes."})

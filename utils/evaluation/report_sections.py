@@ -22,7 +22,7 @@ from utils.core.display_text import (
 )
 from utils.core.program_names import as_typed
 from utils.evaluation import report_figures, report_summary
-from utils.evaluation.report_data import ReportData, without_temperature
+from utils.evaluation.report_data import ReportData, busy_cores, median_milliseconds, without_temperature
 from utils.numeric.metrics import reliability
 from utils.numeric.pareto import pareto_front
 from utils.predictions.catalog import IMPORTED
@@ -37,7 +37,7 @@ def cards(data: ReportData) -> list[dict[str, str]]:
     """The main figures of the focus, as far as they are measured."""
     record, bounds = data.evaluated, data.evaluated.get("ci95") or {}
     interval = format_interval([100 * bound for bound in bounds["accuracy"]], 1) if bounds.get("accuracy") else ""
-    latency, size = _latency(record), record.get("size_mb")
+    latency, size = median_milliseconds(record), record.get("size_mb")
     shown = [
         {"word": "Accuracy", "value": format_percent(record["accuracy"]), "more": interval},
         {
@@ -54,7 +54,7 @@ def cards(data: ReportData) -> list[dict[str, str]]:
         {
             "word": "One image",
             "value": NOT_MEASURED if latency is None else f"{latency:.1f} ms",
-            "more": _device(record) + (", measured on a busy machine" if _others(record) is not None else ""),
+            "more": _device(record) + (", measured on a busy machine" if busy_cores(record) is not None else ""),
         },
         {"word": "Weights", "value": NOT_MEASURED if size is None else f"{size:,.1f} MB", "more": ""},
     ]
@@ -63,7 +63,7 @@ def cards(data: ReportData) -> list[dict[str, str]]:
 
 def cost(data: ReportData) -> dict[str, Any]:
     """Pareto fronts of accuracy and latency, and of accuracy and size, with the figures of every model."""
-    latencies = {name: _latency(record) for name, record in data.metrics.items()}
+    latencies = {name: median_milliseconds(record) for name, record in data.metrics.items()}
     sizes = {name: record.get("size_mb") for name, record in data.metrics.items()}
     figures, fronts = [], {}
     axes = (("latency", "milliseconds for one image (median)", latencies), ("size", "MB of weights", sizes))
@@ -73,7 +73,7 @@ def cost(data: ReportData) -> dict[str, Any]:
         if not points:
             figures.append({"title": axis, "svg": "", "caption": f"Accuracy against {axis}: {NOT_MEASURED}."})
             continue
-        label = f"Accuracy on {_rows(data)} against {axis}. Pareto front: {join_names(sorted(fronts[kind]), 8)}"
+        label = f"Accuracy on {data.counted_rows} against {axis}. Pareto front: {join_names(sorted(fronts[kind]), 8)}"
         svg = report_figures.front(points, fronts[kind], data.focus, axis, label)
         figures.append({"title": axis, "svg": svg, "caption": f"{label}."})
     rows = [
@@ -81,8 +81,8 @@ def cost(data: ReportData) -> dict[str, Any]:
             "name": name,
             "accuracy": format_percent(data.metrics[name]["accuracy"]),
             "latency": format_number(latencies[name], 2),
-            "busy": _others(data.metrics[name]) is not None,
-            "batch": format_number(_latency(data.metrics[name], "batch_32"), 1),
+            "busy": busy_cores(data.metrics[name]) is not None,
+            "batch": format_number(median_milliseconds(data.metrics[name], "batch_32"), 1),
             "size": format_number(sizes[name], 2),
             "front": " and ".join(kind for kind in fronts if name in fronts[kind]) or NONE,
         }
@@ -96,19 +96,6 @@ def _front(points: Mapping[str, tuple[float, float]]) -> set[str]:
     names = list(points)
     costs = np.array([(cost, -score) for cost, score in points.values()]).reshape(-1, 2)
     return {name for name, is_on_front in zip(names, pareto_front(costs), strict=True) if is_on_front}
-
-
-def _latency(record: Mapping[str, Any], batch: str = "batch_1") -> float | None:
-    return ((record.get("latency_ms") or {}).get(batch) or {}).get("p50")
-
-
-def _others(record: Mapping[str, Any]) -> float | None:
-    """Cores that other programs used while the model was timed, where they were in the way."""
-    return (record.get("latency_ms") or {}).get("busy")
-
-
-def _rows(data: ReportData) -> str:
-    return f"{format_count(data.evaluated['n_samples'], 'row')} of {data.split}"
 
 
 def _device(record: Mapping[str, Any]) -> str:
@@ -135,7 +122,9 @@ def calibration(data: ReportData) -> dict[str, Any]:
         remark = f"{data.focus} is not scaled by a temperature."
     else:
         remark = f"Its temperature of {temperature:.3g} was fitted on other rows." if temperature else ""
-    label = f"Reliability diagrams on {_rows(data)}: accuracy against confidence; the diagonal is perfect calibration"
+    label = (
+        f"Reliability diagrams on {data.counted_rows}: accuracy against confidence; the diagonal is perfect calibration"
+    )
     svg = report_figures.reliability(panels, label) if panels else ""
     caption = f"{label}. Bars: number of rows by confidence. {remark}"
     names = [name for name in dict.fromkeys([data.focus, *data.peers.values()]) if name in data.metrics]
@@ -158,8 +147,8 @@ def uncertainty(data: ReportData) -> dict[str, Any]:
         if curve.get("coverage") and curve.get("risk"):
             curves[name] = (curve["coverage"], curve["risk"])
     label = (
-        f"Selective risk on {_rows(data)}: error rate among the most confident rows, against the fraction of rows; "
-        "lower is better"
+        f"Selective risk on {data.counted_rows}: error rate among the most confident rows, against the fraction of "
+        "rows; lower is better"
     )
     svg = report_figures.risk_coverage(curves, label) if curves else ""
     sets = [

@@ -13,8 +13,7 @@ from utils.core.display_text import (
     format_percent,
     join_names,
 )
-from utils.evaluation.leaderboard import HEADINGS
-from utils.evaluation.report_data import ReportData
+from utils.evaluation.report_data import ReportData, busy_cores, median_milliseconds
 from utils.numeric.calibration_chance import calibration_verdict
 from utils.numeric.metrics import METRICS
 
@@ -78,11 +77,7 @@ def warnings(data: ReportData, background: str = "") -> list[str]:
 
 def busy(data: ReportData) -> str:
     """That other programs slowed the timed models down; empty where they did not, or it is not known."""
-    others = {
-        name: value
-        for name, record in data.metrics.items()
-        if (value := (record.get("latency_ms") or {}).get("busy")) is not None
-    }
+    others = {name: value for name, record in data.metrics.items() if (value := busy_cores(record)) is not None}
     if not others:
         return ""
     were = "was" if len(others) == 1 else "were"
@@ -144,19 +139,13 @@ def _on_split(data: ReportData) -> str:
     record = data.evaluated
     ranked = [row for row in data.ranking["rows"] if row["rank"] is not None]
     rank = next((row["rank"] for row in ranked if row["name"] == data.focus), None)
-    position = f"; it is number {rank} of {len(ranked)} by {_metric(data)}" if rank is not None else ""
+    position = f"; it is number {rank} of {len(ranked)} by {data.ordered_by}" if rank is not None else ""
     bounds = (record.get("ci95") or {}).get("accuracy")
     interval = f" (95% interval {format_percent(bounds[0])} to {format_percent(bounds[1])})" if bounds else ""
     unused = ", which were not used for the recommendation," if data.split == "test" else ""
     return (
-        f"On the {format_count(record['n_samples'], 'row')} of {data.split}{unused} its accuracy is "
-        f"{format_percent(record['accuracy'])}{interval}{position}."
+        f"On the {data.counted_rows}{unused} its accuracy is {format_percent(record['accuracy'])}{interval}{position}."
     )
-
-
-def _metric(data: ReportData) -> str:
-    metric = str(data.ranking["order"][0])
-    return HEADINGS.get(metric, metric)
 
 
 def _comparisons(data: ReportData) -> list[str]:
@@ -275,7 +264,7 @@ def target_risk(selective: Mapping[str, Any]) -> float | None:
 
 
 def _cost(data: ReportData) -> str:
-    latency = ((data.evaluated.get("latency_ms") or {}).get("batch_1") or {}).get("p50")
+    latency = median_milliseconds(data.evaluated)
     size = data.evaluated.get("size_mb")
     parts = [f"{format_number(latency, 1)} ms for one image"] if latency is not None else []
     parts += [f"{size:,.1f} MB of weights"] if size is not None else []
@@ -293,6 +282,6 @@ def _first_in_ranking(data: ReportData) -> str:
         return ""
     values = format_number(data.metrics[first["name"]][metric]), format_number(data.evaluated[metric])
     return (
-        f"{first['name']} ranks first on {data.split} ({_metric(data)} {values[0]}, compared with {values[1]}). It is "
-        f"not recommended on that ground: selecting the best of many models on {data.split} overestimates it."
+        f"{first['name']} ranks first on {data.split} ({data.ordered_by} {values[0]}, compared with {values[1]}). It "
+        f"is not recommended on that ground: selecting the best of many models on {data.split} overestimates it."
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.building.latency import Timing
+from utils.building.latency import Timing, highest_busy
 from utils.distillation import controls
 from utils.evaluation import evaluated_rows
 from utils.evaluation.calibrated_scores import CalibratedLosses
@@ -331,7 +331,7 @@ def _latency(model: ScoredModel, inputs: EvaluationInputs, notes: dict[str, str]
         latency[f"batch_{size}"] = _summed([(record.batches.get(size), count) for record, count in parts])
         if latency[f"batch_{size}"] is None:
             notes[f"latency_ms.batch_{size}"] = "out of memory"
-    busy = max((record.busy for record, _ in parts if record.busy is not None), default=None)
+    busy = highest_busy(record for record, _ in parts)
     return latency | {"device": parts[0][0].device, "threads": parts[0][0].threads, "busy": busy}
 
 

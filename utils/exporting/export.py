@@ -187,10 +187,8 @@ def write_export(store: Store, request: ExportRequest) -> dict[str, dict[str, An
             scratch=staged.parent / "scratch",
         )
         score = read_record(workspace.ensemble_metrics(source.name, "test"), remedy="Evaluate again", form=SCORES)
-        made = [name for name in request.missing if name != CUSTOM]
-        with progress_bar(
-            2 * len(made), f"export {source.name}", unit="step"
-        ) as advance:  # each is written, then checked
+        steps = 2 * sum(name != CUSTOM for name in request.missing)  # each is written, then checked
+        with progress_bar(steps, f"export {source.name}", unit="step") as advance:
             status = conversion.write_files(job, network, request.missing)
             del network  # the runtimes that check the files need the memory
             advance(len(status))

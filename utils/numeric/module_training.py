@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from utils.numeric.nested_cv import FIT_THREADS
+from utils.numeric.setting_paths import FIT_THREADS, torch_threads
 
 BATCH_SIZE = 128
 GATHER_BYTES = 2**20  # bytes of rows that one gather copies where a batch is smaller
@@ -42,34 +42,30 @@ def train_module(
     expects something else. AdamW (Loshchilov and Hutter 2019) with a cosine schedule over `epochs`, even if the last
     checkpoint comes earlier. Training continues on the yielded module: copy what you need before the next iteration.
     """
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(FIT_THREADS)  # the same sums in the same order on every machine's cores
-    try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(seed)
-            module = make_module().train()
-            n_batches = max(1, len(inputs) // batch_size)
-            optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
-            step = 0
-            # One gather serves several batches and reuses its buffer, which stays in the processor's cache.
-            batch_sizes = [len(rows) for rows in torch.arange(len(inputs)).tensor_split(n_batches)]
-            per_gather = max(1, GATHER_BYTES // (max(batch_sizes) * inputs[0].nbytes + 1))
-            groups = [batch_sizes[first : first + per_gather] for first in range(0, n_batches, per_gather)]
-            group_sizes = [sum(group) for group in groups]
-            input_buffer, label_buffer = inputs[: max(group_sizes)].clone(), labels[: max(group_sizes)].clone()
-            for epoch in range(1, max(checkpoint_epochs) + 1):
-                for rows, group in zip(torch.randperm(len(inputs)).split(group_sizes), groups, strict=True):
-                    torch.index_select(inputs, 0, rows, out=input_buffer[: len(rows)])
-                    torch.index_select(labels, 0, rows, out=label_buffer[: len(rows)])
-                    batches = input_buffer[: len(rows)].split(group), label_buffer[: len(rows)].split(group)
-                    for batch_inputs, batch_labels in zip(*batches, strict=True):
-                        for parameters in optimizer.param_groups:
-                            parameters["lr"] = lr * (1 + math.cos(math.pi * step / (epochs * n_batches))) / 2
-                        optimizer.zero_grad(set_to_none=True)
-                        loss(module, batch_inputs, batch_labels).backward()
-                        optimizer.step()
-                        step += 1
-                if epoch in checkpoint_epochs:
-                    yield module
-    finally:
-        torch.set_num_threads(n_threads)
+    # One thread: the same sums in the same order on every machine's cores.
+    with torch_threads(FIT_THREADS), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        module = make_module().train()
+        n_batches = max(1, len(inputs) // batch_size)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+        step = 0
+        # One gather serves several batches and reuses its buffer, which stays in the processor's cache.
+        batch_sizes = [len(rows) for rows in torch.arange(len(inputs)).tensor_split(n_batches)]
+        per_gather = max(1, GATHER_BYTES // (max(batch_sizes) * inputs[0].nbytes + 1))
+        groups = [batch_sizes[first : first + per_gather] for first in range(0, n_batches, per_gather)]
+        group_sizes = [sum(group) for group in groups]
+        input_buffer, label_buffer = inputs[: max(group_sizes)].clone(), labels[: max(group_sizes)].clone()
+        for epoch in range(1, max(checkpoint_epochs) + 1):
+            for rows, group in zip(torch.randperm(len(inputs)).split(group_sizes), groups, strict=True):
+                torch.index_select(inputs, 0, rows, out=input_buffer[: len(rows)])
+                torch.index_select(labels, 0, rows, out=label_buffer[: len(rows)])
+                batches = input_buffer[: len(rows)].split(group), label_buffer[: len(rows)].split(group)
+                for batch_inputs, batch_labels in zip(*batches, strict=True):
+                    for parameters in optimizer.param_groups:
+                        parameters["lr"] = lr * (1 + math.cos(math.pi * step / (epochs * n_batches))) / 2
+                    optimizer.zero_grad(set_to_none=True)
+                    loss(module, batch_inputs, batch_labels).backward()
+                    optimizer.step()
+                    step += 1
+            if epoch in checkpoint_epochs:
+                yield module

@@ -118,7 +118,7 @@ def cross_validate(
     needed += [
         (scopes[name], {number_of[mask.tobytes()]} | scopes[name].fits(number_of)) for name, mask in outer.items()
     ]
-    found = _search(learner, logits, labels, list(held_out_sets.values()), paths, needed, n_jobs)
+    found = _search(learner, logits, labels, held_out_sets, number_of, paths, needed, n_jobs)
 
     def predictions(held_out: np.ndarray, rows: np.ndarray, setting: int) -> np.ndarray:
         """Probabilities (n, C) of `rows` (n,) by the fit without `held_out` (N,), which has them."""
@@ -153,24 +153,25 @@ def _search(
     learner: GridLearner,
     logits: Any,
     labels: np.ndarray,
-    held_out_sets: Sequence[np.ndarray],
+    held_out_sets: Mapping[bytes, np.ndarray],
+    number_of: Mapping[bytes, int],
     paths: Sequence[Sequence[int]],
     needed: Sequence[tuple[_Scope, set[int]]],
     n_jobs: int,
 ) -> Sequence[Predictions]:
     """Have the scopes vote along the paths; returns of each fit {setting: probabilities (H, C)}.
 
-    `needed` are the scopes with the numbers of the fits that they read or select for. Without a vote the first setting
-    is taken.
+    `number_of` gives the place of each mask of `held_out_sets`. `needed` are the scopes with the numbers of the fits
+    that they read or select for. Without a vote the first setting is taken.
     """
-    fits = PathFits(learner, logits, labels, held_out_sets, n_jobs) if isinstance(learner, PathLearner) else None
+    masks = list(held_out_sets.values())
+    fits = PathFits(learner, logits, labels, masks, n_jobs) if isinstance(learner, PathLearner) else None
     found: Sequence[Predictions]
     if fits is not None:
         found = fits.found
     else:
-        whole = _all_fits(learner, logits, labels, held_out_sets, n_jobs)
+        whole = _all_fits(learner, logits, labels, masks, n_jobs)
         found = [dict(enumerate(by_setting)) for by_setting in whole]
-    number_of = {mask.tobytes(): number for number, mask in enumerate(held_out_sets)}
     for number, path in enumerate(paths):
         for step, setting in enumerate(path):
             looking = [entry for entry in needed if entry[0].looks_at(number, is_first=setting == 0)]

@@ -144,22 +144,11 @@ def whole_training(
     """Return {fit: {setting: probabilities (H, C)}} of one training, `unit` being its path and its number."""
     path, number = unit
     with nullcontext() if learner.thread_safe else torch_threads(FIT_THREADS):
-        return _whole_training(learner, logits, labels, held_out_sets, path, number)
-
-
-def _whole_training(
-    learner: PathLearner,
-    logits: np.ndarray,
-    labels: np.ndarray,
-    held_out_sets: Sequence[np.ndarray],
-    path: int,
-    number: int,
-) -> dict[int, dict[int, np.ndarray]]:
-    fits, training = learner.trainings(path, logits, labels, held_out_sets)[number]
-    found: dict[int, dict[int, np.ndarray]] = {fit: {} for fit in fits}
-    for setting in learner.paths()[path]:
-        for fit, values in zip(fits, training.advance(range(len(fits))), strict=True):
-            found[fit][setting] = values
+        fits, training = learner.trainings(path, logits, labels, held_out_sets)[number]
+        found: dict[int, dict[int, np.ndarray]] = {fit: {} for fit in fits}
+        for setting in learner.paths()[path]:
+            for fit, values in zip(fits, training.advance(range(len(fits))), strict=True):
+                found[fit][setting] = values
     return found
 
 

@@ -118,16 +118,8 @@ def _extract_member(store: Store, device: str, threads: int, job: tuple[Member, 
     member, splits, next_file = job
     catalog.check_current(store.workspace, member, store.digests)
     images = [store.images(split) for split in splits]
-    batches = streaming.stream(
-        member.network(store.workspace),
-        images,
-        batch_size=store.config.dataset.batch_size,
-        device=device,
-        image_cache=store.workspace.image_cache,
-        decoding_threads=threads,
-        val=store.images("val"),
-    )
     total = sum(len(split.paths) for split in images)
     with reading_ahead(next_file), progress_bar(total, member.name) as advance:
-        for batch in output_writing.stored(store, member, images, batches, device=device):
+        batches = output_writing.stream_member(store, member, images, kept=images, device=device, threads=threads)
+        for batch in batches:
             advance(len(batch.logits))

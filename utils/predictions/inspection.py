@@ -46,17 +46,32 @@ NOT_USED = "It is used without them"
 class Inspector:
     """The inputs of one verification."""
 
-    config: Config
-    workspace: Workspace
-    classes: tuple[str, ...]
-    splits: Mapping[str, ImageSplit]
-    digests: FileDigests
+    store: Store
+    """Of the scanned members; keeps what they give for whole splits, so that nothing runs over these again."""
     base_back: str
     """Digest of the mounted BASE-BACK: a network that failed with another one may run with this one."""
-    store: Store
-    """Keeps what members give for whole splits, so that no later command runs them over these again."""
     device: str = "cpu"
     threads: int = 1
+
+    @property
+    def config(self) -> Config:
+        """The configuration."""
+        return self.store.config
+
+    @property
+    def workspace(self) -> Workspace:
+        """The scanned workspace."""
+        return self.store.workspace
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the workspace's classes."""
+        return self.store.catalog.classes
+
+    @property
+    def digests(self) -> FileDigests:
+        """Where results are stored."""
+        return self.store.digests
 
     def groups(self, images: ImageSplit) -> np.ndarray | None:
         """Group index (N,) of images of one split, by `row_groups`; None where every image is one."""
@@ -64,7 +79,7 @@ class Inspector:
 
     def units(self, split: str) -> int | None:
         """Number of groups of a split; None where every image is one."""
-        return count_groups(self.workspace, self.config.dataset.group_regex, self.splits[split])
+        return count_groups(self.workspace, self.config.dataset.group_regex, self.store.images(split))
 
     def measured(self, member: Member) -> dict[str, Any] | None:
         """The stored measurement of a member on val; None if there is none."""
@@ -78,13 +93,13 @@ class Inspector:
 
     def measured_key(self, member: Member, split: str = "val") -> str:
         """Digest of everything that a measurement on a split depends on."""
-        return measured_key(member, self.splits[split].digest, self.classes)
+        return measured_key(member, self.store.images(split).digest, self.classes)
 
     def leakage_key(self, member: Member) -> str:
         """Digest of everything that the comparison of out-of-fold predictions depends on."""
         folds = sorted(entry["sha256"] for entry in member.checkpoints if entry["stage"].startswith("fold"))
         oof = member.oof["sha256"] if member.oof else None
-        train = self.splits["train"].digest
+        train = self.store.images("train").digest
         return digest_of(["honesty", VERSION, member.digest, oof, folds, train, list(self.classes), self.config.seed])
 
 

@@ -1,10 +1,10 @@
-"""Outputs of a network, written into the prediction store while they are computed."""
+"""Outputs of members' networks, written into the prediction store while they are computed."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from operator import attrgetter
 from pathlib import Path
@@ -13,21 +13,38 @@ import numpy as np
 
 from utils.core.artifacts import preallocate, replacing
 from utils.core.links import remove_file
+from utils.predictions import streaming
 from utils.predictions.catalog import Member
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.store import Store, embeddings_name
 from utils.predictions.streaming import OutputBatch
 
 
-def stored(
-    store: Store, member: Member, splits: Sequence[ImageSplit], batches: Iterable[OutputBatch], *, device: str
+def stream_member(
+    store: Store,
+    member: Member,
+    images: Sequence[ImageSplit],
+    *,
+    kept: Sequence[ImageSplit],
+    device: str,
+    threads: int,
+    stage: str | None = None,
 ) -> Iterator[OutputBatch]:
-    """The batches of a member's full network, of which those of `splits` are written into the store on the way.
+    """`streaming.stream` of a member, or of another of its stages; outputs for the splits `kept` go into the store.
 
-    `splits` are whole splits of the store. Their arrays grow on disk under temporary names and appear when a split is
-    complete; those of an iterator that is not exhausted do not appear.
+    `kept` are those of `images` that are whole splits. Their arrays grow on disk under temporary names and appear when
+    a split is complete; those of an iterator that is not exhausted do not appear. `threads` decode images.
     """
-    by_name = {images.split: images for images in splits}
+    batches = streaming.stream(
+        member.network(store.workspace, stage),
+        images,
+        batch_size=store.config.dataset.batch_size,
+        device=device,
+        image_cache=store.workspace.image_cache,
+        decoding_threads=threads,
+        val=store.images("val"),
+    )
+    by_name = {split.split: split for split in kept}
     for name, of_split in itertools.groupby(batches, key=attrgetter("split")):
         if name in by_name:
             of_split = _stored_split(store, member, by_name[name], of_split, device)

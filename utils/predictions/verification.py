@@ -41,7 +41,7 @@ def verify(inspector: Inspector, member: Member, *, force: bool = False) -> None
     is_compared = compared is not None and compared == inspector.leakage_check(member) and not force
     if is_measured and (member.oof is None or is_compared):
         return
-    val, train = inspector.splits["val"], inspector.splits["train"]
+    val, train = inspector.store.images("val"), inspector.store.images("train")
     try:
         if member.oof is None or is_compared:
             outputs = _outputs(inspector, member, {"val": None}, anew=force)
@@ -69,7 +69,7 @@ def verify_training_data(inspector: Inspector, member: Member, *, force: bool = 
         return
     if force or inspector.digests.facts(key) is None:
         outputs = _outputs(inspector, member, {"test": None}, anew=force)
-        inspector.digests.keep(key, measure(outputs["test"].logits, inspector.splits["test"].labels))
+        inspector.digests.keep(key, measure(outputs["test"].logits, inspector.store.images("test").labels))
 
 
 def _sample(seed: int, predictions: OutOfFoldPredictions) -> np.ndarray:
@@ -102,7 +102,7 @@ def _compare(
         try:
             logits = _by_head(inspector, member, stage, outputs.take(in_fold))
             if logits is None:
-                in_train = _rows_of(inspector.splits["train"], predictions, rows)
+                in_train = _rows_of(inspector.store.images("train"), predictions, rows)
                 logits = _outputs(inspector, member, {"train": in_train}, stage)["train"].logits
         except UserError as error:
             unreadable.append(str(error))
@@ -163,7 +163,7 @@ def _outputs(
     runs: dict[str, ImageSplit] = {}
     whole = []
     for split, of_split in rows.items():
-        images = inspector.splits[split]
+        images = store.images(split)
         if stage is not None or (of_split is not None and len(of_split) < len(images.paths)):
             runs[split] = images if of_split is None else images.take(of_split)
             continue
@@ -194,19 +194,19 @@ def _run(
     kept: Sequence[ImageSplit],
 ) -> dict[str, _Outputs]:
     """{split: outputs} of one pass over the images; the splits `kept` are written into the prediction store."""
-    batches = streaming.stream(
-        member.network(inspector.workspace, stage),
+    batches = output_writing.stream_member(
+        inspector.store,
+        member,
         list(images_of.values()),
-        batch_size=inspector.config.dataset.batch_size,
+        kept=kept,
         device=inspector.device,
-        image_cache=inspector.workspace.image_cache,
-        decoding_threads=inspector.threads,
-        val=inspector.splits["val"],
+        threads=inspector.threads,
+        stage=stage,
     )
     order = [member.classes.index(name) for name in inspector.classes]
     logits: dict[str, list[np.ndarray]] = {split: [] for split in images_of}
     embeddings: dict[str, list[np.ndarray]] = {split: [] for split in images_of}
-    for batch in output_writing.stored(inspector.store, member, kept, batches, device=inspector.device):
+    for batch in batches:
         logits[batch.split].append(batch.logits[:, order])
         if member.trunk is not None:
             embeddings[batch.split].append(batch.embeddings)

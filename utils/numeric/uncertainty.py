@@ -125,10 +125,15 @@ def prediction_sets(
     `limits` is one threshold, or one per class (C,), and `uniforms` (N,) are the rows' `uniform_numbers`. The most
     probable class always is in the set; a class whose threshold is NaN is in every set.
     """
-    scores = np.asarray(probabilities, dtype=np.float64)
+    values = np.asarray(probabilities, dtype=np.float64)
+    return _sets(NONCONFORMITY_SCORES[kind](values, uniforms), values, limits)
+
+
+def _sets(scores: Floats, probabilities: Floats, limits: float | ArrayLike) -> NDArray[np.bool_]:
+    """Return the sets (N, C) of rows with these nonconformity scores (N, C)."""
     thresholds = np.asarray(limits, dtype=np.float64)
-    sets = (NONCONFORMITY_SCORES[kind](scores, uniforms) <= thresholds + COUNT_TOLERANCE) | np.isnan(thresholds)
-    sets[np.arange(len(scores)), scores.argmax(axis=1)] = True
+    sets = (scores <= thresholds + COUNT_TOLERANCE) | np.isnan(thresholds)
+    sets[np.arange(len(scores)), probabilities.argmax(axis=1)] = True
     return sets
 
 
@@ -186,19 +191,17 @@ def conformal_metrics(
     limit = conformal_threshold(true_scores, alpha, calibration.groups)
     if limit is None:
         return None
-    probabilities, labels = check_probabilities(evaluated.probabilities, evaluated.labels)
-    sets = prediction_sets(kind, probabilities, limit, evaluated.uniforms)
-    covered = sets[np.arange(len(labels)), labels]
-    by_rank = int((covered & _is_beyond(kind, evaluated, limit)).sum())
+    sets = _EvaluatedSets.of(kind, evaluated, limit)
     is_grouped = calibration.groups is not None or evaluated.groups is not None
-    interval = None if is_grouped else coverage_interval(len(truth), len(labels), alpha, covered_by_rank=by_rank)
+    by_rank = int(sets.covered_by_rank.sum())
+    interval = None if is_grouped else coverage_interval(len(truth), len(sets.labels), alpha, covered_by_rank=by_rank)
     return {
         "alpha": alpha,
         "threshold": limit,
         "n": len(truth),
-        "coverage": float(covered.mean()),
+        "coverage": float(sets.covered.mean()),
         "coverage_interval": interval,
-        "mean_size": float(sets.sum(axis=1).mean()),
+        "mean_size": sets.mean_size,
     }
 
 
@@ -216,36 +219,56 @@ def class_conditional_metrics(
         conformal_threshold(true_scores[truth == index], alpha, None if groups is None else groups[truth == index])
         for index in range(len(classes))
     ]
-    probabilities, labels = check_probabilities(evaluated.probabilities, evaluated.labels)
-    thresholds = np.array([math.nan if limit is None else limit for limit in limits])
-    sets = prediction_sets(kind, probabilities, thresholds, evaluated.uniforms)
-    covered = sets[np.arange(len(labels)), labels]
-    by_rank = covered & _is_beyond(kind, evaluated, thresholds[labels])
+    sets = _EvaluatedSets.of(kind, evaluated, np.array([math.nan if limit is None else limit for limit in limits]))
     is_grouped = groups is not None or evaluated.groups is not None
     needed, unit = min_calibration_rows(alpha), "rows" if groups is None else "groups"
     by_class: dict[str, Any] = {}
     for index, name in enumerate(classes):
-        of_class = truth == index
-        calibrated, rows = int(of_class.sum()), int((labels == index).sum())
+        of_class, is_row = truth == index, sets.labels == index
+        calibrated, rows = int(of_class.sum()), int(is_row.sum())
         units = calibrated if groups is None else len(np.unique(groups[of_class]))
         too_few = f"too few {unit}: {units} val {unit}, and {alpha:g} needs {needed}; it is in every set"
         interval = None
         if rows > 0 and limits[index] is not None and not is_grouped:
-            interval = coverage_interval(calibrated, rows, alpha, covered_by_rank=int(by_rank[labels == index].sum()))
+            by_rank = int(sets.covered_by_rank[is_row].sum())
+            interval = coverage_interval(calibrated, rows, alpha, covered_by_rank=by_rank)
         by_class[name] = {
             "threshold": limits[index],
             "n": calibrated,
-            "coverage": float(covered[labels == index].mean()) if rows else None,
+            "coverage": float(sets.covered[is_row].mean()) if rows else None,
             "coverage_interval": interval,
             "note": too_few if limits[index] is None else None,
         }
-    mean_size = float(sets.sum(axis=1).mean())
-    return {"alpha": alpha, "mean_size": mean_size, "coverage": float(covered.mean()), "classes": by_class}
+    return {
+        "alpha": alpha,
+        "mean_size": sets.mean_size,
+        "coverage": float(sets.covered.mean()),
+        "classes": by_class,
+    }
 
 
-def _is_beyond(kind: str, rows: LabelledRows, limits: float | Floats) -> NDArray[np.bool_]:
-    """Whether the score of each row's true class exceeds its threshold, bool (N,)."""
-    return np.asarray(rows.nonconformity(kind)[0] > limits + COUNT_TOLERANCE)
+@dataclass(frozen=True)
+class _EvaluatedSets:
+    """What the prediction sets of labelled rows hold."""
+
+    labels: NDArray[np.int64]
+    """(N,)"""
+    covered: NDArray[np.bool_]
+    """(N,): whether the true class is in the set"""
+    covered_by_rank: NDArray[np.bool_]
+    """(N,): whether it is there only because it is the most probable one"""
+    mean_size: float
+
+    @classmethod
+    def of(cls, kind: str, evaluated: LabelledRows, limits: float | Floats) -> _EvaluatedSets:
+        """`limits` is one threshold, or one per class (C,) with NaN where a class has none."""
+        probabilities, labels = check_probabilities(evaluated.probabilities, evaluated.labels)
+        scores = NONCONFORMITY_SCORES[kind](probabilities, evaluated.uniforms)
+        sets, true_class = _sets(scores, probabilities, limits), (np.arange(len(labels)), labels)
+        covered = sets[true_class]
+        thresholds = np.broadcast_to(limits, scores.shape[1])[labels]
+        is_beyond = scores[true_class] > thresholds + COUNT_TOLERANCE
+        return cls(labels, covered, covered & is_beyond, float(sets.sum(axis=1).mean()))
 
 
 def ood_scores(logits: ArrayLike) -> Floats:

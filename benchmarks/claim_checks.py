@@ -98,8 +98,9 @@ def check_scores(workspace: SimulatedWorkspace, random: np.random.Generator) -> 
 
 def check_comparisons(workspace: SimulatedWorkspace, random: np.random.Generator) -> Simulation:
     """A model beside one that is as good: its record in `metrics.json`, and the report's sentence on it."""
-    from utils.evaluation import report_summary, score_records
+    from utils.evaluation import score_records
     from utils.evaluation.calibrated_scores import CalibratedLosses
+    from utils.evaluation.report import report_summary
     from utils.numeric.areas import mean_areas
 
     def simulate(random: np.random.Generator) -> Outcomes:

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(folder: Path, size: Size) -> tuple[float, float]:
     """Seconds to write the report of a synthetic workspace in an empty folder, imports included, and its megabytes."""
     from utils.core.config_file import load_config
-    from utils.evaluation import report_page, report_sources
+    from utils.evaluation.report import report_page, report_sources
     from utils.predictions import catalog
     from utils.predictions.store import Store
 

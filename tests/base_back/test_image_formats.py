@@ -19,7 +19,7 @@ from PIL import Image
 
 from utils import image_files, samples
 from utils.datasets import OptimizedImageDataset
-from utils.evaluation.thumbnails import thumbnail
+from utils.evaluation.report.thumbnails import thumbnail
 from utils.exporting.parity_rows import decode_image
 from utils.inference import onnx_prediction
 

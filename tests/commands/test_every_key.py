@@ -31,7 +31,7 @@ from utils.building.builder_protocol import Session
 from utils.core.config import Config, validate
 from utils.core.errors import UserError
 from utils.distillation import student_plan, students, teachers, unlabeled
-from utils.evaluation import report_page, report_sources
+from utils.evaluation.report import report_page, report_sources
 from utils.exporting import export
 from utils.predictions import catalog, extraction, image_splits, member_selection, streaming
 from utils.predictions.store import Store

@@ -7,8 +7,8 @@ import pytest
 
 from utils.building.ensembles import Crossfit
 from utils.core.errors import UserError
-from utils.evaluation import example_images
-from utils.evaluation.example_images import ExampleImage, LabelledPredictions
+from utils.evaluation.report import example_images
+from utils.evaluation.report.example_images import ExampleImage, LabelledPredictions
 from utils.predictions.rows import UNKNOWN, MemberRows
 
 

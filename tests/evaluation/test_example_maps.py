@@ -13,8 +13,8 @@ from utils.building import build_commands
 from utils.core.artifacts import read_json, write_json
 from utils.core.config_file import load_config
 from utils.core.errors import ConfigError
-from utils.evaluation import report_audit
 from utils.evaluation.evaluate import evaluate
+from utils.evaluation.report import report_audit
 from utils.external_sets import command
 from utils.networks import class_maps
 from utils.networks.class_maps import NoMapError

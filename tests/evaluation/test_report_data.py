@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from utils.core.errors import UserError
-from utils.evaluation import report_data
-from utils.evaluation.example_images import LabelledPredictions
+from utils.evaluation.report import report_data
+from utils.evaluation.report.example_images import LabelledPredictions
 from utils.numeric import diversity
 from utils.numeric.metrics import softmax
 from utils.predictions.rows import UNKNOWN, MemberRows

@@ -8,7 +8,8 @@ from report_pages import CONFIG, page_of, write_page
 
 import report as synthetic_report
 from utils.core.errors import UserError
-from utils.evaluation import external_text, report_page
+from utils.evaluation import external_text
+from utils.evaluation.report import report_page
 
 CLASSES = ("<b>hostile</b>", "line\nbreak", "c", "d")
 MODELS = ("ensemble_00", "ensemble_01")

@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from utils.evaluation import report_figures
-from utils.evaluation.report_figures import Bar
+from utils.evaluation.report import report_figures
+from utils.evaluation.report.report_figures import Bar
 
 BINS = {"confidence": [0.25, 0.75], "accuracy": [None, 0.8], "count": [0, 10]}
 FIGURES = {

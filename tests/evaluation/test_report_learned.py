@@ -9,7 +9,7 @@ from report_pages import CONFIG, page_of, write_page
 
 import report as synthetic_report
 from utils.core.artifacts import read_json, write_json
-from utils.evaluation import report_learned, report_page
+from utils.evaluation.report import report_learned, report_page
 
 MOE = {
     "expected_experts": 1.5,

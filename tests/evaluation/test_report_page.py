@@ -20,8 +20,8 @@ from utils.core.config import Config
 from utils.core.config_file import load_config
 from utils.core.config_sections import Project
 from utils.core.workspace import Workspace
-from utils.evaluation import report_page, thumbnails
 from utils.evaluation.evaluate import evaluate
+from utils.evaluation.report import report_page, thumbnails
 
 DEMO = ("--config", "configs/votes.yaml")
 
@@ -183,7 +183,9 @@ def test_an_image_that_is_gone_is_said(tmp_path):
 def test_thumbnails_are_made_for_the_chosen_images_alone(tmp_path, monkeypatch):
     workspace = synthetic_report.synthetic(tmp_path)
     made, thumbnail = [], thumbnails.thumbnail
-    monkeypatch.setattr("utils.evaluation.report_images.thumbnail", lambda path: made.append(path) or thumbnail(path))
+    monkeypatch.setattr(
+        "utils.evaluation.report.report_images.thumbnail", lambda path: made.append(path) or thumbnail(path)
+    )
     write_page(workspace)
     assert len(made) == 20
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from utils.evaluation import report_ranking
+from utils.evaluation.report import report_ranking
 
 
 def data(losses, *, recommended, not_compared=None, focus=None, **marks):

@@ -9,8 +9,8 @@ from given_predictions import CONFIG, NAMES, empty_workspace, opened, take_in, w
 from utils.building import build_commands
 from utils.core.artifacts import read_json, write_json
 from utils.core.errors import UserError
-from utils.evaluation import report_sources
 from utils.evaluation.evaluate import evaluate
+from utils.evaluation.report import report_sources
 
 
 @pytest.fixture

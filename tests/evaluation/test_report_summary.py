@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
+from report_values import report_values
 
-from utils.evaluation import report_summary
+from utils.evaluation.report import report_summary
 
 SCORES = {
     **{"accuracy": 0.9, "f1_macro": 0.9, "log_loss": 0.3, "ece": 0.01, "mce": 0.2, "n_samples": 1000},
@@ -24,16 +23,12 @@ def data(focus="votes", *, rows=None, evaluated=None, **more):
     """What the summary reads of a report."""
     rows = rows or [{"name": "votes", "rank": 1}, {"name": "a", "rank": 2}]
     metrics = {row["name"]: SCORES for row in rows} | {focus: SCORES | (evaluated or {})}
-    defaults = {
-        **{"focus": focus, "split": "test", "metrics": metrics, "evaluated": metrics[focus], "peers": {}, "notes": []},
-        **{"classes": ("ant", "bee", "cat"), "record": {}},
-        "ranking": {
-            "rows": rows,
-            "order": ["accuracy", "log_loss", "name"],
-            "recommended": {"name": "votes", "reason": "lowest log-loss", "evidence": EVIDENCE},
-        },
+    ranking = {
+        "rows": rows,
+        "order": ["accuracy", "log_loss", "name"],
+        "recommended": {"name": "votes", "reason": "lowest log-loss", "evidence": EVIDENCE},
     }
-    return SimpleNamespace(**defaults | more)
+    return report_values(metrics, focus, **{"classes": ("ant", "bee", "cat"), "ranking": ranking} | more)
 
 
 def sentence(found, start):

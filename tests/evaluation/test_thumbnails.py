@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.evaluation import thumbnails
-from utils.evaluation.thumbnails import SIDE, thumbnail
+from utils.evaluation.report import thumbnails
+from utils.evaluation.report.thumbnails import SIDE, thumbnail
 
 WIDE = np.zeros((100, 200, 3), dtype=np.uint8)
 WIDE[:, :100, 0] = 255  # the left half is red

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from in_process import run
 
-from utils.evaluation import tracked_runs
+from utils.evaluation.trackers import tracked_runs
 
 DEMO = ("--config", "configs/votes.yaml")
 

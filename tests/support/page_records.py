@@ -12,8 +12,8 @@ from utils.activation_maps.overlays import overlay
 from utils.core.artifacts import write_json
 from utils.core.config import Config
 from utils.core.workspace import Workspace
-from utils.evaluation import example_maps, report_sources, thumbnails
-from utils.evaluation.report_data import report_data
+from utils.evaluation.report import example_maps, report_sources, thumbnails
+from utils.evaluation.report.report_data import report_data
 from utils.predictions import catalog, view_members
 from utils.predictions.store import Store
 

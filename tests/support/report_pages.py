@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from conftest import PROJECT
 
 from utils.core.config_file import load_config
-from utils.evaluation import report_page, report_sources
+from utils.evaluation.report import report_page, report_sources
 from utils.predictions import catalog
 from utils.predictions.store import Store
 

@@ -23,8 +23,8 @@ from utils.core.config import Config
 from utils.core.errors import LeakageError, UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
-from utils.evaluation import report_page, report_sources
 from utils.evaluation.audit_form import AUDIT
+from utils.evaluation.report import report_page, report_sources
 from utils.predictions import image_splits
 
 logger = logging.getLogger("disease_pipeline")

@@ -1,4 +1,4 @@
-"""Scores, ranks and reports members and ensembles.
+"""Scores and ranks members and ensembles; `report` makes the page of it, and `trackers` hand it to other tools.
 
 Steps
     `evaluate` gathers (`evaluation_inputs` reads every record and array once), computes (`evaluation_results`,
@@ -30,11 +30,4 @@ Latency
 Contamination
     Rows whose content equals that of a training or validation image are left out for all models alike. A model that
     was fitted on an evaluated row is marked `contaminated`, never ranked, and refused by name with exit code 3.
-
-Report
-    The page shows what the evaluation holds in memory; one that is missing beside a current ranking is made of the
-    stored records (`report_sources`). Its key, a digest of the records that it shows, is in its head, and a page with
-    the same key is not written again. It has no script and a content security policy that forbids requests; every
-    value is made printable and escaped on its way in. Colours are CSS variables, so that figures follow light, dark
-    and print.
 """

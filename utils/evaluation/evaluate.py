@@ -27,19 +27,17 @@ from utils.evaluation import (
     class_tables,
     evaluation_inputs,
     evaluation_results,
-    example_maps,
     leaderboard,
     plots,
     recommended_names,
-    report_page,
-    report_sources,
     scoring,
 )
 from utils.evaluation.evaluation_inputs import EvaluationSettings, SavedEnsemble, UncertaintyOptions
 from utils.evaluation.evaluation_records import RANKING
 from utils.evaluation.evaluation_results import EvaluationResults
-from utils.evaluation.report_data import report_data
-from utils.evaluation.report_sources import ReportSources
+from utils.evaluation.report import example_maps, report_page, report_sources
+from utils.evaluation.report.report_data import report_data
+from utils.evaluation.report.report_sources import ReportSources
 from utils.evaluation.scoring import ScoredModel
 from utils.numeric.metrics import confusion_matrix
 from utils.predictions import catalog, member_selection

@@ -83,9 +83,9 @@ def _evaluate_split(
 
     if mlflow is None and tensorboard is None:
         return own.evaluate(config, workspace, **options)
-    from utils.evaluation import trackers
+    from utils.evaluation.trackers import tracking
 
-    opened = trackers.open_trackers(mlflow, tensorboard)
+    opened = tracking.open_trackers(mlflow, tensorboard)
     result = own.evaluate(config, workspace, **options)
     alone = None if options.get("model_name") is None else result.document["name"]
-    return trackers.track(opened, workspace, options.get("split", "test"), result, alone)
+    return tracking.track(opened, workspace, options.get("split", "test"), result, alone)

@@ -15,10 +15,11 @@ from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
-from utils.evaluation import external_text, report_page, report_sources, score_ranking
+from utils.evaluation import external_text, score_ranking
 from utils.evaluation.evaluation_inputs import EvaluationInputs, EvaluationSettings
 from utils.evaluation.evaluation_records import METRICS
 from utils.evaluation.external_records import EXTERNAL_SET
+from utils.evaluation.report import report_page, report_sources
 from utils.external_sets import class_matching, drop, exported_models, external_inputs, scores
 from utils.external_sets.class_matching import ClassMatch
 from utils.external_sets.exported_models import ExportedFile

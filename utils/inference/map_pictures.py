@@ -14,7 +14,7 @@ from utils.activation_maps.map_maker import MapMaker
 from utils.activation_maps.overlays import overlay
 from utils.core.artifacts import replacing, write_text
 from utils.core.errors import UserError
-from utils.evaluation import report_audit
+from utils.evaluation.report import report_audit
 from utils.evaluation.table_formats import csv_text
 from utils.inference.classifier import BlockPredictions, WorkspaceClassifier, content_digests
 

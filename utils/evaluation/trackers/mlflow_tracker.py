@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.core.errors import ConfigError, UserError
-from utils.evaluation.tracked_runs import TrackedRun
+from utils.evaluation.trackers.tracked_runs import TrackedRun
 
 INSTALL = 'Install the extra mlflow: pip install "ensemble-system[mlflow]", or pip install "mlflow-skinny>=3,<4"'
 EXPERIMENT = "ensemble-system"  # unless MLFLOW_EXPERIMENT_NAME names another, as for every MLflow client

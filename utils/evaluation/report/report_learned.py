@@ -13,7 +13,7 @@ from utils.core.display_text import format_number, format_percent
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.distillation.controls import ALONE, TEACHER
-from utils.evaluation.report_data import ReportData, median_milliseconds
+from utils.evaluation.report.report_data import ReportData, median_milliseconds
 from utils.predictions import view_members
 from utils.predictions.catalog import Catalog
 

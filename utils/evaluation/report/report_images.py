@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from utils.core.display_text import format_percent
-from utils.evaluation.example_images import ExampleImage
-from utils.evaluation.example_maps import ExampleMaps
-from utils.evaluation.report_data import ReportData
-from utils.evaluation.thumbnails import Thumbnail, thumbnail
+from utils.evaluation.report.example_images import ExampleImage
+from utils.evaluation.report.example_maps import ExampleMaps
+from utils.evaluation.report.report_data import ReportData
+from utils.evaluation.report.thumbnails import Thumbnail, thumbnail
 from utils.predictions.catalog import IMPORTED
 
 KINDS = {

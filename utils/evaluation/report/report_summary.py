@@ -13,7 +13,7 @@ from utils.core.display_text import (
     format_percent,
     join_names,
 )
-from utils.evaluation.report_data import ReportData, busy_cores, median_milliseconds
+from utils.evaluation.report.report_data import ReportData, busy_cores, median_milliseconds
 from utils.numeric.calibration_chance import calibration_verdict
 from utils.numeric.metrics import METRICS
 

@@ -17,7 +17,7 @@ from utils.core.artifacts import digest_of, read_record, write_text
 from utils.core.config import Config
 from utils.core.config_sections import Project
 from utils.core.workspace import Workspace
-from utils.evaluation.report_sources import ReportSources
+from utils.evaluation.report.report_sources import ReportSources
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -75,7 +75,7 @@ def inputs_digest(config: Config, workspace: Workspace, split: str) -> str:
 
 def render(config: Config, sources: ReportSources, key: str) -> str:
     """The page as one HTML text, with the digest of its records as its key."""
-    from utils.evaluation import (
+    from utils.evaluation.report import (
         example_maps,
         report_audit,
         report_external,
@@ -86,7 +86,7 @@ def render(config: Config, sources: ReportSources, key: str) -> str:
         report_sections,
         report_summary,
     )
-    from utils.evaluation.report_data import report_data
+    from utils.evaluation.report.report_data import report_data
 
     data = report_data(sources)
     members, learned = report_sections.members(data), report_learned.learned(data)

@@ -16,10 +16,10 @@ from utils.activation_maps.background import background_sentence
 from utils.core.artifacts import digest_of, read_record, write_json
 from utils.core.errors import UserError
 from utils.core.record_forms import Each, Form
-from utils.evaluation import report_audit, thumbnails
-from utils.evaluation.example_images import ExampleImage
-from utils.evaluation.report_data import ReportData
-from utils.evaluation.thumbnails import Thumbnail
+from utils.evaluation.report import report_audit, thumbnails
+from utils.evaluation.report.example_images import ExampleImage
+from utils.evaluation.report.report_data import ReportData
+from utils.evaluation.report.thumbnails import Thumbnail
 from utils.predictions import catalog
 from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.store import Store

@@ -21,8 +21,8 @@ from utils.core.display_text import (
     join_names,
 )
 from utils.core.program_names import as_typed
-from utils.evaluation import report_figures, report_summary
-from utils.evaluation.report_data import ReportData, busy_cores, median_milliseconds, without_temperature
+from utils.evaluation.report import report_figures, report_summary
+from utils.evaluation.report.report_data import ReportData, busy_cores, median_milliseconds, without_temperature
 from utils.numeric.metrics import reliability
 from utils.numeric.pareto import pareto_front
 from utils.predictions.catalog import IMPORTED

@@ -12,7 +12,7 @@ from utils.core.display_text import format_count, format_number, format_percent
 from utils.core.program_names import as_typed
 from utils.core.workspace import Workspace
 from utils.evaluation.audit_form import AUDIT
-from utils.evaluation.thumbnails import thumbnail
+from utils.evaluation.report.thumbnails import thumbnail
 from utils.predictions.catalog import Catalog
 
 GROUPS = 8  # of copies that are shown

@@ -15,7 +15,7 @@ from utils.core.workspace import Workspace
 from utils.evaluation.evaluation_inputs import EvaluationInputs
 from utils.evaluation.evaluation_records import METRICS, RANKING
 from utils.evaluation.evaluation_results import EvaluationResults
-from utils.evaluation.example_images import LabelledPredictions
+from utils.evaluation.report.example_images import LabelledPredictions
 from utils.predictions import fold_networks
 from utils.predictions.catalog import Catalog, Member
 from utils.predictions.rows import MemberRows

@@ -9,10 +9,10 @@ from typing import Protocol
 from utils.core.errors import UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
-from utils.evaluation import tracked_runs
-from utils.evaluation.mlflow_tracker import MlflowTracker
-from utils.evaluation.tensorboard_tracker import TensorboardTracker
-from utils.evaluation.tracked_runs import TrackedRun
+from utils.evaluation.trackers import tracked_runs
+from utils.evaluation.trackers.mlflow_tracker import MlflowTracker
+from utils.evaluation.trackers.tensorboard_tracker import TensorboardTracker
+from utils.evaluation.trackers.tracked_runs import TrackedRun
 
 
 class Tracker(Protocol):

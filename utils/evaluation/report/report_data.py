@@ -14,10 +14,10 @@ import numpy as np
 from utils.core.display_text import format_count
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
-from utils.evaluation import example_images
-from utils.evaluation.example_images import ExampleImage, LabelledPredictions
 from utils.evaluation.leaderboard import HEADINGS
-from utils.evaluation.report_sources import ReportSources
+from utils.evaluation.report import example_images
+from utils.evaluation.report.example_images import ExampleImage, LabelledPredictions
+from utils.evaluation.report.report_sources import ReportSources
 from utils.numeric import diversity
 from utils.numeric.metrics import SMALLEST_PROBABILITY, log_softmax, softmax
 from utils.numeric.uniform_mixture import without_uniform

@@ -11,7 +11,7 @@ from utils import base_back
 from utils.core.artifacts import digest_of, read_record, write_json
 from utils.core.errors import UserError, cannot_write
 from utils.core.record_forms import Each, Form
-from utils.evaluation.tracked_runs import TrackedRun
+from utils.evaluation.trackers.tracked_runs import TrackedRun
 
 INSTALL = 'Install the extra tensorboard: pip install "ensemble-system[tensorboard]", or pip install tensorboard'
 RECORD = "evaluation.json"

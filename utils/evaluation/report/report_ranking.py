@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from utils.core.display_text import format_count, format_interval, format_number, format_percent
-from utils.evaluation import leaderboard, report_figures
-from utils.evaluation.report_data import ReportData
+from utils.evaluation import leaderboard
+from utils.evaluation.report import report_figures
+from utils.evaluation.report.report_data import ReportData
 
 MOST_ROWS = 12
 """Rows that are shown at once; recommended models below them are added."""

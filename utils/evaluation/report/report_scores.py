@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from utils.core.display_text import format_interval, format_number, format_p_value
-from utils.evaluation import report_figures
 from utils.evaluation.leaderboard import HEADINGS
-from utils.evaluation.report_data import ReportData
+from utils.evaluation.report import report_figures
+from utils.evaluation.report.report_data import ReportData
 
 SHOWN = (
     *("accuracy", "balanced_accuracy", "f1_macro", "matthews_corrcoef", "cohen_kappa", "roc_auc_ovr_macro"),

@@ -119,7 +119,7 @@ def test_coordinates_change_the_way_and_not_the_solution(rows, form, monkeypatch
 def test_the_gradient_is_that_of_the_loss(rows):
     logits, labels = rows
     of_rows = logistic._Rows.of(logits, labels, "shrunk_to_pool", KINDS[1])
-    problem = logistic._Problem(of_rows.raw / 5, of_rows.centred.reshape(M, -1), labels, C)
+    problem = logistic._Problem(of_rows.table.raw / 5, of_rows.centred.reshape(M, -1), labels, C)
     values = np.random.default_rng(0).uniform(0.1, 0.5, problem.start().shape)
     gradient = problem.loss_and_gradient(values, 0.3)[1]
     for place in (0, M - 1, M + 7, len(values) - 1):

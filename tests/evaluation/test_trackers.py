@@ -9,9 +9,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import PROJECT
 from in_process import run
 
 from utils.evaluation.trackers import tracked_runs
@@ -103,7 +103,7 @@ def test_without_an_option_no_package_of_a_tracker_is_imported(own_copy):
         "sys.exit(code or sum(name.split('.')[0] in ('mlflow', 'tensorboard') for name in sys.modules))"
     )
     command = [sys.executable, "-c", code, "evaluate", *DEMO, "--workspace", str(own_copy)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(tracked_runs.__file__).parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
     assert done.returncode == 0, done.stderr
 
 

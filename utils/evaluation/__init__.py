@@ -2,8 +2,9 @@
 
 Steps
     `evaluate` gathers (`evaluation_inputs` reads every record and array once), computes (`evaluation_results`,
-    `score_records` and `score_ranking` touch no file) and writes records, then the report. Ensembles' predictions on
-    the evaluated rows, and latencies that were never measured, are made while inputs are gathered, and stored.
+    `score_records`, `uncertainty_scores` and `score_ranking` touch no file) and writes records, then the report.
+    Ensembles' predictions on the evaluated rows, and latencies that were never measured, are made while inputs are
+    gathered, and stored.
 
 Intervals
     Rows of one group (`dataset.group_regex`, groups of a manifest, equal images) are not independent: losses are summed

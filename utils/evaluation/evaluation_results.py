@@ -11,6 +11,7 @@ import numpy as np
 from utils.building import ensembles, recommendation
 from utils.core.errors import ContaminatedError, LeakageError, UserError
 from utils.evaluation import evaluated_rows, score_ranking, score_records
+from utils.evaluation.evaluation_context import EvaluationContext
 from utils.evaluation.evaluation_inputs import EvaluationInputs
 from utils.evaluation.score_ranking import LabelIssueTable
 from utils.evaluation.scoring import ScoredModel
@@ -58,7 +59,7 @@ def compute(inputs: EvaluationInputs) -> EvaluationResults:
     models = [model for model in inputs.models if model.kind == "ensemble" or model.name in inputs.ranked]
     if name is not None:
         models = [by_name[name]]
-    context = score_records.EvaluationContext(inputs, models, references(inputs, recommended["best_single"]))
+    context = EvaluationContext(inputs, models, references(inputs, recommended["best_single"]))
     metrics = {model.name: score_records.metrics_record(model, context) for model in models}
     suspicions = [
         problem for model in models if model.name in inputs.declared for problem in _suspicions(inputs, model)

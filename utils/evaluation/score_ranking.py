@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.evaluation import score_records
+from utils.evaluation.evaluation_context import out_of_sample_predictions
 from utils.evaluation.evaluation_inputs import EvaluationInputs
 from utils.numeric import label_issues
 from utils.numeric.metrics import METRICS
@@ -93,7 +93,7 @@ def _is_ranked(record: Mapping[str, Any]) -> bool:
 def label_issue_table(inputs: EvaluationInputs, name: str) -> LabelIssueTable:
     """Labels that the out-of-sample predictions of the model contradict (confident learning)."""
     classes = inputs.catalog.classes
-    predictions = score_records.out_of_sample_predictions(inputs, name)
+    predictions = out_of_sample_predictions(inputs, name)
     assert predictions is not None, "what is recommended has out-of-sample rows"
     issues = label_issues.find_label_issues(predictions.probabilities, predictions.labels)
     splits, ids = predictions.split.tolist(), predictions.sample_ids.tolist()

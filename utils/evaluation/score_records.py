@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -16,133 +15,29 @@ import numpy as np
 from utils.building.latency import Timing, highest_busy
 from utils.distillation import controls
 from utils.evaluation import evaluated_rows
-from utils.evaluation.calibrated_scores import CalibratedLosses
 from utils.evaluation.class_scores import add_class_scores, fold_scores
+from utils.evaluation.evaluation_context import (
+    EvaluationContext,
+    OutOfSamplePredictions,
+    no_out_of_sample_rows,
+    out_of_sample_predictions,
+)
 from utils.evaluation.evaluation_inputs import EvaluationInputs
 from utils.evaluation.scoring import ScoredModel
-from utils.numeric import proportions, selective, uncertainty
-from utils.numeric.areas import MeanAreas, mean_areas
+from utils.evaluation.uncertainty_scores import uncertainty_scores
+from utils.numeric import proportions
+from utils.numeric.areas import MeanAreas
 from utils.numeric.calibration_chance import chance_ece
 from utils.numeric.delong import compare_areas
 from utils.numeric.means import MIN_ERRORS, MIN_UNITS, count_units, mean_interval, paired_interval
 from utils.numeric.metric_intervals import metric_intervals
-from utils.numeric.metrics import log_loss_per_row, point_metrics, softmax
-from utils.numeric.statistics import REPLICATES, Floats, bootstrap_metrics
-from utils.numeric.uncertainty import LabelledRows
+from utils.numeric.metrics import log_loss_per_row, point_metrics
+from utils.numeric.statistics import REPLICATES
 from utils.predictions import fold_networks
 from utils.predictions.catalog import IMPORTED
-from utils.predictions.rows import UNKNOWN, MemberRows
 
 COPIED_KEYS = ("expected_experts",)
 """Keys of `ensemble.json` that `metrics.json` repeats where they are present"""
-
-
-@dataclass(frozen=True)
-class OutOfSamplePredictions:
-    """Predictions of one model on labelled rows that it was not fitted on: out-of-fold or cross-fitted, and of val."""
-
-    probabilities: np.ndarray
-    """(N, C)"""
-    labels: np.ndarray
-    """int64 (N,)"""
-    split: np.ndarray
-    """unicode (N,)"""
-    sample_ids: np.ndarray
-    """unicode (N,)"""
-    folds: np.ndarray | None = None
-    """int64 (N,): the fold that each row was held out in, -1 for val rows of a member; None without folds"""
-
-    def keys(self) -> list[tuple[str, str]]:
-        """(split, sample id) of each row."""
-        return list(zip(self.split.tolist(), self.sample_ids.tolist(), strict=True))
-
-    def of_val(self) -> OutOfSamplePredictions | None:
-        """The val rows, by the networks that answer at inference; None without any."""
-        rows = self.split == "val"
-        if not rows.any():
-            return None
-        return OutOfSamplePredictions(
-            self.probabilities[rows], self.labels[rows], self.split[rows], self.sample_ids[rows]
-        )
-
-
-def out_of_sample_predictions(inputs: EvaluationInputs, name: str) -> OutOfSamplePredictions | None:
-    """Of an ensemble its cross-fitted predictions, of a member its labelled out-of-sample rows; None without any."""
-    if name in inputs.crossfits:
-        crossfit = inputs.crossfits[name]
-        return OutOfSamplePredictions(
-            crossfit.probabilities, crossfit.labels, crossfit.split, crossfit.sample_ids, crossfit.fold
-        )
-    return _of_member(inputs.out_of_sample[name])
-
-
-def _of_member(parts: Sequence[MemberRows]) -> OutOfSamplePredictions | None:
-    if not parts:
-        return None
-    labels = np.concatenate([np.asarray(part.labels) for part in parts])
-    labelled = labels != UNKNOWN
-    folds = None
-    if any(part.fold is not None for part in parts):
-        of_parts = [np.full(len(part.labels), -1) if part.fold is None else part.fold for part in parts]
-        folds = np.concatenate(of_parts)[labelled]
-    return OutOfSamplePredictions(
-        np.concatenate([softmax(np.asarray(part.logits)) for part in parts])[labelled],
-        labels[labelled],
-        np.concatenate([np.full(len(part.labels), part.split) for part in parts])[labelled],
-        np.concatenate([np.asarray(part.sample_ids) for part in parts])[labelled],
-        folds,
-    )
-
-
-class EvaluationContext:
-    """What the records of one evaluation share: inputs, models to compare with, bootstrap samples, OOD scores."""
-
-    def __init__(
-        self, inputs: EvaluationInputs, models: Sequence[ScoredModel], references: Mapping[str, ScoredModel | None]
-    ) -> None:
-        """`references` are {vs_best_single, vs_soft_voting: model to compare with}."""
-        self.inputs, self.references = inputs, references
-        compared = {id(model): model for model in (*models, *references.values()) if model is not None}
-        self.index = {key: number for number, key in enumerate(compared)}
-        probabilities = [model.probabilities for model in compared.values()]
-        settings, rows = inputs.settings, inputs.rows
-        self.samples = bootstrap_metrics(probabilities, rows.labels, groups=inputs.groups, seed=settings.seed)
-        self._ood_scores: dict[tuple[str, str], tuple[np.ndarray, Floats]] = {}
-        self._areas: dict[int, MeanAreas] = {}
-        self.calibrated = CalibratedLosses(rows.labels, inputs.groups, self._fits_temperature)
-
-    def _fits_temperature(self, model: ScoredModel) -> OutOfSamplePredictions | None:
-        """Rows that fit a model's temperature for scores; None without any, and on val, which is among them."""
-        inputs = self.inputs
-        has_rows = model.name in inputs.crossfits or model.name in inputs.out_of_sample
-        if inputs.split == "val" or model.provenance.unknown_training_data or not has_rows:
-            return None
-        return out_of_sample_predictions(inputs, model.name)
-
-    def areas(self, model: ScoredModel) -> MeanAreas:
-        """Mean areas of a model under its curves, with the influence of each row; computed once."""
-        if id(model) not in self._areas:
-            self._areas[id(model)] = mean_areas(model.probabilities, self.inputs.rows.labels)
-        return self._areas[id(model)]
-
-    def ood_scores(self, names: Sequence[str], split: str) -> Floats:
-        """Mean over members of `uncertainty.ood_scores` of their full networks on the rows that all have, (2, N)."""
-        parts = [self._of_network(name, split) for name in names]
-        shared = set.intersection(*(set(ids.tolist()) for ids, _ in parts))
-        mean: Floats = np.mean([values[:, np.isin(ids, list(shared))] for ids, values in parts], axis=0)
-        return mean
-
-    def _of_network(self, name: str, split: str) -> tuple[np.ndarray, Floats]:
-        """Sample ids (N,) and OOD scores (2, N) of one member's full network, computed once."""
-        if (name, split) not in self._ood_scores:
-            rows = self.inputs.rows
-            ids, logits = rows.sample_ids, rows.logits[rows.members.index(name)]
-            if split != self.inputs.split:
-                part = self.inputs.val_rows(name)
-                assert part is not None, f"{name} has no val rows"
-                ids, logits = np.asarray(part.sample_ids), np.asarray(part.logits)
-            self._ood_scores[name, split] = ids, uncertainty.ood_scores(logits)
-        return self._ood_scores[name, split]
 
 
 def metrics_record(model: ScoredModel, context: EvaluationContext) -> dict[str, Any]:
@@ -159,7 +54,7 @@ def metrics_record(model: ScoredModel, context: EvaluationContext) -> dict[str, 
     record |= context.calibrated.entries(model)
     if record["calibrated_log_loss"] is None:
         is_val = inputs.split == "val"
-        reason = "val rows fit the temperature, so they cannot measure it" if is_val else _no_out_of_sample_rows(model)
+        reason = "val rows fit the temperature, so they cannot measure it" if is_val else no_out_of_sample_rows(model)
         notes |= dict.fromkeys(("calibrated_log_loss", "calibration_temperature"), reason)
     record["ece_by_chance"] = chance_ece(model.probabilities, rows.labels, groups)
     for key, reference in context.references.items():
@@ -192,7 +87,7 @@ def metrics_record(model: ScoredModel, context: EvaluationContext) -> dict[str, 
         "size_mb": _size_mb(model, inputs, notes),
         "crossfit": None if predictions is None else _crossfit(predictions, inputs.groups_of(predictions.keys())),
         "folds": None if predictions is None else _folds(predictions),
-        **_uncertainty(model, predictions, context, notes),
+        **uncertainty_scores(model, predictions, context, notes),
         "fitted_on": [part.as_record() for part in model.provenance.fitted_on],
         "selected_on": [part.as_record() for part in model.provenance.selected_on],
         "contaminated": fitted > 0,
@@ -207,22 +102,14 @@ def metrics_record(model: ScoredModel, context: EvaluationContext) -> dict[str, 
         **{key: saved[key] for key in COPIED_KEYS if saved and key in saved},
     }
     if predictions is None:
-        notes["crossfit"] = _no_out_of_sample_rows(model)
+        notes["crossfit"] = no_out_of_sample_rows(model)
     if record["folds"] is None:
-        notes["folds"] = "it has no predictions of two folds or more" if predictions else _no_out_of_sample_rows(model)
+        notes["folds"] = "it has no predictions of two folds or more" if predictions else no_out_of_sample_rows(model)
     if saved is None:
         notes["config_digest"] = "a member does not depend on the configuration"
     if not inputs.catalog.has_images:
         notes["overlap.dropped"] = "without images, equal samples under two names cannot be recognised"
     return record
-
-
-def _no_out_of_sample_rows(model: ScoredModel) -> str:
-    """Why a model has none."""
-    unknown = model.provenance.unknown_training_data
-    if unknown:
-        return f"the training data of {', '.join(unknown)} is not stated, so no row is known to be out of sample"
-    return "it was trained on all train and val rows"
 
 
 def _compared(model: ScoredModel, reference: ScoredModel | None, context: EvaluationContext) -> dict[str, Any] | None:
@@ -359,79 +246,3 @@ def _summed(timings: Sequence[tuple[Timing | None, int]]) -> dict[str, float] | 
     if len(measured) < len(timings):
         return None
     return {key: round(sum(getattr(timing, key) * count for timing, count in measured), 4) for key in ("p50", "p95")}
-
-
-def _uncertainty(
-    model: ScoredModel, predictions: OutOfSamplePredictions | None, context: EvaluationContext, notes: dict[str, str]
-) -> dict[str, Any]:
-    """`conformal`, `selective`, `mutual_information`, `out_of_distribution`, and `conformal_by_class` on request."""
-    inputs = context.inputs
-    options, rows, split = inputs.settings.options, inputs.rows, inputs.split
-    evaluated_keys = zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True)
-    evaluated = LabelledRows(model.probabilities, rows.labels, inputs.uniforms(evaluated_keys), inputs.groups)
-    val = None if split == "val" or predictions is None else predictions.of_val()
-    calibration = None
-    record: dict[str, Any] = {"conformal": None}
-    reason = "it has no out-of-sample val rows" if predictions is not None else _no_out_of_sample_rows(model)
-    if split == "val":
-        reason = "val rows calibrate the sets, so they cannot measure them"
-    if val is not None:
-        groups = inputs.groups_of(val.keys())
-        calibration = LabelledRows(val.probabilities, val.labels, inputs.uniforms(val.keys()), groups)
-        sets = {
-            kind: uncertainty.conformal_metrics(kind, calibration, evaluated, alpha=options.alpha)
-            for kind in uncertainty.NONCONFORMITY_SCORES
-        }
-        n, needed = count_units(len(val.labels), groups), uncertainty.min_calibration_rows(options.alpha)
-        unit = "rows" if groups is None else "groups"
-        reason = f"too few {unit}: {n} val {unit}, and an alpha of {options.alpha:g} needs {needed}"
-        record["conformal"] = sets if all(sets.values()) else None
-        if options.class_conditional:
-            record["conformal_by_class"] = {
-                kind: uncertainty.class_conditional_metrics(
-                    kind, calibration, evaluated, rows.classes, alpha=options.alpha
-                )
-                for kind in uncertainty.NONCONFORMITY_SCORES
-            }
-        if record["conformal"] and (groups is not None or inputs.groups is not None):
-            notes["conformal.coverage_interval"] = "rows come in groups, for which its distribution is not known"
-    if record["conformal"] is None:
-        notes["conformal"] = reason
-    record["selective"] = selective.selective_metrics(
-        (model.probabilities, rows.labels),
-        None if calibration is None else (calibration.probabilities, calibration.labels),
-        target_risk=options.target_risk,
-        groups=None if calibration is None else calibration.groups,
-    )
-    if record["selective"]["threshold"] is None:
-        notes["selective.threshold"] = (
-            f"val rows do not establish an error rate of {options.target_risk:g} or below with "
-            f"{selective.CONFIDENCE:.0%} confidence; {selective.min_rows(options.target_risk)} rows without an error do"
-            if calibration is not None
-            else reason
-        )
-    record["mutual_information"] = None if model.disagreement is None else float(model.disagreement.mean())
-    if model.disagreement is None:
-        notes["mutual_information"] = "a single member does not disagree"
-    record["out_of_distribution"] = _out_of_distribution(model, context, notes)
-    return record
-
-
-def _out_of_distribution(
-    model: ScoredModel, context: EvaluationContext, notes: dict[str, str]
-) -> dict[str, Any] | None:
-    """How many rows have higher OOD scores than 95% of the val rows, by two scores."""
-    reason = "its members' predictions are log-probabilities, from which OOD scores cannot be computed"
-    summary = None
-    if context.inputs.split == "val":
-        reason = "val rows are the reference for OOD scores"
-    elif any(context.inputs.val_rows(name) is None for name in model.members):
-        reason = "it has no out-of-sample val rows"
-    elif model.inference == fold_networks.FULL:
-        scores, reference = (context.ood_scores(model.members, split) for split in (context.inputs.split, "val"))
-        summary = uncertainty.ood_summary(scores, reference)
-    if summary is None:
-        notes["out_of_distribution"] = reason
-        return None
-    limits = "an indication, not a test: networks can be confident on unfamiliar images, and some shifts do not show"
-    return summary | {"limits": limits}

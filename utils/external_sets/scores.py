@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from utils.evaluation import evaluation_results, score_records
+from utils.evaluation.evaluation_context import EvaluationContext
 from utils.evaluation.evaluation_inputs import EvaluationInputs
-from utils.evaluation.score_records import EvaluationContext
 from utils.evaluation.scoring import ScoredModel
 from utils.external_sets import drop
 

@@ -98,9 +98,8 @@ def init(*, init: str, **_: Any) -> Result:
 
 def affected(key: Key) -> list[str]:
     """Ensembles and results that another value at the key makes stale."""
-    from utils.building import (
-        ensembles,
-    )  # these two import most of the project: a mistyped key is answered without them
+    # These two import most of the project: a mistyped key is answered without them.
+    from utils.building import ensembles
     from utils.distillation.student_plan import DIGEST_SETTINGS
 
     student_keys = (*DIGEST_SETTINGS, "teacher", "student", "unlabeled_dir", "assistant")

@@ -23,7 +23,7 @@ def scores(store: Store, ranking: Mapping[str, Any], affected: Collection[str]) 
     `all` and `without` hold its figures on all test rows and on those of images that are not `affected` (sample ids),
     with the number of rows `n`; a figure without rows is None.
     """
-    found = []
+    entries = []
     for name, kind, ids, labels, probabilities in _predictions(store, ranking):
         kept = ~np.isin(ids, list(affected))
         entry: dict[str, Any] = {"name": name, "kind": kind}
@@ -31,8 +31,8 @@ def scores(store: Store, ranking: Mapping[str, Any], affected: Collection[str]) 
             word: _figures(probabilities[rows], labels[rows])
             for word, rows in (("all", np.ones(len(ids), dtype=bool)), ("without", kept), ("affected", ~kept))
         }
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
 def _figures(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:

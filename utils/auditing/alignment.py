@@ -41,7 +41,7 @@ def similarity(
     """
     scores = np.zeros(len(source), dtype=np.float32)
     starts = flipped_windows(np.array(WINDOWS)[windows], flips)
-    found = starts.astype(np.float32)
+    transforms = starts.astype(np.float32)
 
     def compare(block: slice) -> None:
         first = flip(thumbnails[source[block]], flips[block]).astype(np.float32)
@@ -50,14 +50,14 @@ def similarity(
         kept = _correlation(_warped(_halved(first), fitted), _halved(second)) >= COARSE_CORRELATION
         if kept.any():
             rows = np.arange(len(source))[block][kept]
-            found[rows] = _fitted(first[kept], second[kept], fitted[kept], FINE_BLUR, FINE_STEPS)
-            pair = _warped(_detail(first[kept]), found[rows]), _detail(second[kept])
+            transforms[rows] = _fitted(first[kept], second[kept], fitted[kept], FINE_BLUR, FINE_STEPS)
+            pair = _warped(_detail(first[kept]), transforms[rows]), _detail(second[kept])
             scores[rows] = _detail_correlation(*pair)
 
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(compare, blocks(len(source), BATCH)):
             pass
-    return scores, found
+    return scores, transforms
 
 
 def flipped_windows(windows: np.ndarray, flips: np.ndarray) -> np.ndarray:

@@ -124,9 +124,9 @@ def _probes(
     file_names = [PurePosixPath(sample_id).name for sample_id in inputs.sample_ids]
     features = shortcut_probes.features(signatures, file_names, inputs.classes)
     kept = {name: values[readable] for name, values in features.items()}
-    found = shortcut_probes.run(kept, labels, units, seed=seed)
+    probes = shortcut_probes.run(kept, labels, units, seed=seed)
     return [
-        {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(p).items()} for p in found
+        {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(p).items()} for p in probes
     ], {}
 
 

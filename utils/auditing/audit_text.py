@@ -14,36 +14,36 @@ SHOWN = 3  # images or groups that are named
 def lines(record: Mapping[str, Any]) -> list[str]:
     """A summary in the first line, then one line for each finding."""
     counts = ", ".join(f"{split} {facts['n']:,}" for split, facts in record["splits"].items())
-    found = [f"audit: {format_count(record['n'], 'image')} ({counts}): {_duplicates(record)}"]
+    sentences = [f"audit: {format_count(record['n'], 'image')} ({counts}): {_duplicates(record)}"]
     duplicates = record["duplicates"]
     for split, images in duplicates["affected"].items():
         if images:
             learned = "train or val" if split == "test" else "train"
             of_all = f"{len(images)} of {record['splits'][split]['n']:,} {split} images"
-            found.append(f"{of_all} have a copy in {learned}, first {images[0]}")
-    found += _scores(record)
+            sentences.append(f"{of_all} have a copy in {learned}, first {images[0]}")
+    sentences += _scores(record)
     if duplicates["with_different_labels"]:
         group = next(group for group in duplicates["groups"] if len(group["labels"]) > 1)
-        found.append(
+        sentences.append(
             f"copies with different labels in {format_count(duplicates['with_different_labels'], 'group')}, first "
             f"{join_names(group['images'], SHOWN)}"
         )
-    found += _probes(record)
+    sentences += _probes(record)
     if record["imbalance_ratio"] and record["imbalance_ratio"] > REPORTED_RATIO:
-        found.append(f"the largest class has {record['imbalance_ratio']:.1f} times the images of the smallest")
+        sentences.append(f"the largest class has {record['imbalance_ratio']:.1f} times the images of the smallest")
     if record["unreadable"]:
         first = record["unreadable"][0]
-        found.append(
+        sentences.append(
             f"{format_count(len(record['unreadable']), 'unreadable image')}, first {first['image']}: {first['reason']}"
         )
     if record["nearly_empty"]:
-        found.append(
+        sentences.append(
             f"{format_count(len(record['nearly_empty']), 'nearly empty image')}, first {record['nearly_empty'][0]}"
         )
     issues = record["label_issues"]
     if issues and issues.get("in_doubt"):
-        found.append(f"labels in doubt: {issues['in_doubt']} of {issues['n']} out-of-sample rows, by {issues['model']}")
-    return found
+        sentences.append(f"labels in doubt: {issues['in_doubt']} of {issues['n']} out-of-sample rows, by {issues['model']}")
+    return sentences
 
 
 def leak(record: Mapping[str, Any]) -> str:
@@ -78,7 +78,7 @@ def _scores(record: Mapping[str, Any]) -> list[str]:
 def _probes(record: Mapping[str, Any]) -> list[str]:
     own = record["recommended"]
     beside = f", {own['name']} {format_percent(own['accuracy'])}" if own else ""
-    found = [
+    sentences = [
         f"{probe['name']} alone tell {format_percent(probe['accuracy'])} of the classes (chance "
         f"{format_percent(probe['chance'])}{beside})"
         for probe in record["probes"]
@@ -86,7 +86,7 @@ def _probes(record: Mapping[str, Any]) -> list[str]:
     ]
     others = [probe["name"] for probe in record["probes"] if not probe["stands_out"]]
     if others:
-        found.append(f"no better than chance: {join_names(others)}")
+        sentences.append(f"no better than chance: {join_names(others)}")
     if "probes" in record["notes"]:
-        found.append(f"shortcuts were not probed: {record['notes']['probes']}")
-    return found
+        sentences.append(f"shortcuts were not probed: {record['notes']['probes']}")
+    return sentences

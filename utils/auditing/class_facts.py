@@ -21,13 +21,13 @@ def by_class(
     """
     names, readable = np.array(splits), signatures.readable
     widths, heights = (np.array([getattr(file, side) for file in signatures.files]) for side in ("width", "height"))
-    found = []
+    facts = []
     for label, name in enumerate(classes):
         own = labels == label
         shown = own & readable
         qualities = [jpeg_quality(signatures.files[row].quantisation) for row in np.flatnonzero(shown)]
         known = [quality for quality in qualities if quality is not None]
-        found.append(
+        facts.append(
             {
                 "name": name,
                 "images": {split: int((own & (names == split)).sum()) for split in dict.fromkeys(splits)},
@@ -38,7 +38,7 @@ def by_class(
                 "contrast": _mean(signatures.deviation[shown]),
             }
         )
-    return found
+    return facts
 
 
 def nearly_empty(signatures: Signatures) -> np.ndarray:

@@ -70,9 +70,9 @@ class Signatures:
     @property
     def readable(self) -> np.ndarray:
         """bool (N,)"""
-        found = np.ones(len(self.files), dtype=bool)
-        found[list(self.problems)] = False
-        return found
+        mask = np.ones(len(self.files), dtype=bool)
+        mask[list(self.problems)] = False
+        return mask
 
     @property
     def is_tolerant(self) -> np.ndarray:

@@ -94,7 +94,7 @@ def _embedding_pairs(rows: np.ndarray, embeddings: Sequence[tuple[np.ndarray, np
     """int64 (2, P): nearest neighbours of the embeddings, as places in `rows`."""
     from sklearn.neighbors import NearestNeighbors
 
-    found = [np.empty((2, 0), dtype=np.int64)]
+    pairs = [np.empty((2, 0), dtype=np.int64)]
     for values, owners in embeddings:
         place = np.searchsorted(rows, owners).clip(max=len(rows) - 1)
         known = rows[place] == owners
@@ -105,8 +105,8 @@ def _embedding_pairs(rows: np.ndarray, embeddings: Sequence[tuple[np.ndarray, np
         count = min(NEIGHBOURS, len(vectors))
         nearest = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(vectors).kneighbors(return_distance=False)
         owner = place[known]
-        found.append(np.stack([np.repeat(owner, nearest.shape[1]), owner[nearest].ravel()]))
-    return np.concatenate(found, axis=1)
+        pairs.append(np.stack([np.repeat(owner, nearest.shape[1]), owner[nearest].ravel()]))
+    return np.concatenate(pairs, axis=1)
 
 
 def _candidates(thumbnails: np.ndarray, added: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

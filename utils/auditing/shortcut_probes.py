@@ -75,11 +75,11 @@ def run(
     units = np.unique(groups[chosen], return_inverse=True)[1]
     folds = _folds(units, rng)
     exchanged = _exchanged(truth, units, permutations, rng)
-    found = {}
+    by_probe = {}
     for name, values in features.items():
         scores = _accuracies(_mapped(values[chosen], seed), np.concatenate([truth[None], exchanged]), folds)
-        found[name] = scores[0], scores[1:]
-    p_values = {name: (1 + int((null >= own).sum())) / (1 + len(null)) for name, (own, null) in found.items()}
+        by_probe[name] = scores[0], scores[1:]
+    p_values = {name: (1 + int((null >= own).sum())) / (1 + len(null)) for name, (own, null) in by_probe.items()}
     adjusted = holm(p_values)
     return [
         Probe(
@@ -91,7 +91,7 @@ def run(
             adjusted[name] <= LEVEL,
             len(truth),
         )
-        for name, (own, null) in found.items()
+        for name, (own, null) in by_probe.items()
     ]
 
 
@@ -116,12 +116,12 @@ def _exchanged(labels: np.ndarray, groups: np.ndarray, count: int, rng: np.rando
     order = np.argsort(groups, kind="stable")
     sizes = np.bincount(groups)
     starts = np.r_[0, np.cumsum(sizes)[:-1]]
-    found = np.empty((count, len(labels)), dtype=np.int64)
+    permuted = np.empty((count, len(labels)), dtype=np.int64)
     for size in np.unique(sizes):
         rows = order[starts[sizes == size][:, None] + np.arange(size)]  # (groups of this size, size)
-        for permutation in found:
+        for permutation in permuted:
             permutation[rows] = labels[rows[rng.permutation(len(rows))]]
-    return found
+    return permuted
 
 
 def _mapped(values: np.ndarray, seed: int) -> np.ndarray:

@@ -40,9 +40,9 @@ def interpolation(positions: np.ndarray, side: int = SIDE) -> np.ndarray:
 def coefficients(thumbnails: np.ndarray, window: tuple[float, float, float, float]) -> np.ndarray:
     """float32 (N, F, F): low DCT coefficients of a window of each thumbnail uint8 (N, SIDE, SIDE), without the mean."""
     top, left, height, width = window
-    found = np.matmul(basis(top, height) @ thumbnails.astype(np.float32), basis(left, width).T)
-    found[:, 0, 0] = 0
-    return found
+    values = np.matmul(basis(top, height) @ thumbnails.astype(np.float32), basis(left, width).T)
+    values[:, 0, 0] = 0
+    return values
 
 
 def blocks(count: int, size: int = 2048) -> Iterator[slice]:
@@ -53,10 +53,10 @@ def blocks(count: int, size: int = 2048) -> Iterator[slice]:
 
 def all_coefficients(thumbnails: np.ndarray, window: tuple[float, float, float, float]) -> np.ndarray:
     """`coefficients` of many thumbnails, block by block."""
-    found = np.empty((len(thumbnails), FREQUENCIES, FREQUENCIES), dtype=np.float32)
+    values = np.empty((len(thumbnails), FREQUENCIES, FREQUENCIES), dtype=np.float32)
     for block in blocks(len(thumbnails)):
-        found[block] = coefficients(thumbnails[block], window)
-    return found
+        values[block] = coefficients(thumbnails[block], window)
+    return values
 
 
 def weights(coefficients: np.ndarray) -> np.ndarray:

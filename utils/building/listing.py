@@ -30,15 +30,15 @@ ALONE = {
 
 def listed(workspace: Workspace, config: Config, names: Iterable[str] | None = None) -> list[str]:
     """Of the saved ensembles, or of `names`, those that the configuration asks for."""
-    found = {}
+    requested = {}
     configs: dict[tuple[str, ...], Config] = {}
     for name in ensembles.names(workspace) if names is None else names:
         record = _record(workspace, name)
         overrides = tuple(record.get("overrides") or ())
         if overrides not in configs:
             configs[overrides] = config_file.with_overrides(config, overrides) if overrides else config
-        found[name] = _asks_for(configs[overrides], name, record.get("method"))
-    return [name for name, is_listed in found.items() if is_listed]
+        requested[name] = _asks_for(configs[overrides], name, record.get("method"))
+    return [name for name, is_listed in requested.items() if is_listed]
 
 
 def _record(workspace: Workspace, name: str) -> Mapping[str, Any]:

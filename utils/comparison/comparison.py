@@ -101,8 +101,8 @@ def _common(
     if control not in everywhere:
         problems.append(f"the control {control} is nowhere{did_you_mean(control, everywhere)}")
     if problems:
-        found = ", ".join(name for name in everywhere if not lacking[name]) or "none"
-        raise UserError(f"compare: {'; '.join(dict.fromkeys(problems))}. Methods of all workspaces: {found}")
+        shared = ", ".join(name for name in everywhere if not lacking[name]) or "none"
+        raise UserError(f"compare: {'; '.join(dict.fromkeys(problems))}. Methods of all workspaces: {shared}")
     if len(common) < MIN_METHODS:
         raise UserError(
             f"compare: {len(common)} method that all workspaces have; expected {MIN_METHODS} or more. Build the same "

@@ -21,12 +21,12 @@ SETTINGS: dict[Any, Any] = {"font.size": 9, "text.parse_math": False, "pdf.fontt
 
 def cliques(mean_ranks: Sequence[float], critical_difference: float) -> list[tuple[int, int]]:
     """(first, last) of the longest runs of methods, ordered by mean rank, of which no two differ."""
-    found: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     for first, rank in enumerate(mean_ranks):
         last = max(index for index, other in enumerate(mean_ranks) if other - rank < critical_difference)
-        if last > first and (not found or last > found[-1][1]):
-            found.append((first, last))
-    return found
+        if last > first and (not ranges or last > ranges[-1][1]):
+            ranges.append((first, last))
+    return ranges
 
 
 def draw(record: Mapping[str, Any], paths: Sequence[Path]) -> None:

@@ -203,10 +203,10 @@ def _read(path: Path, names: Names, *, is_used: bool) -> Config | None:
 
 def _tell(before: Config, given: Config, kept: Config, file: str | None, sets: Sequence[str], *, builds: bool) -> None:
     """Say in one line what differs from what the workspace remembers."""
-    found = differences(before, given)
-    if not found:
+    changed = differences(before, given)
+    if not changed:
         return
-    words = "; ".join(found[:SHOWN]) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+    words = "; ".join(changed[:SHOWN]) + (f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else "")
     if file is None:
         use = "for this command" + (", and recorded with what it builds" if builds else "")
         how = f"--set {use}; to remember it: config --set {' --set '.join(sets)}"
@@ -224,10 +224,10 @@ def _tell_of_changed_file(path: Path, project: Path) -> None:
         return
     file, digest = known
     try:
-        found = find_config(file, project)
+        current = find_config(file, project)
     except ConfigError:  # it is gone, which what is remembered does not mind
         return
-    if _digest(found) != digest:
+    if _digest(current) != digest:
         logger.info(
             "configuration: %s has changed since the workspace remembered it; to use it: --config %s", file, file
         )

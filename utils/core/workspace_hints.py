@@ -15,17 +15,17 @@ MOST_ENTRIES = 1000  # of a folder that are looked at
 
 def near(folder: Path) -> str:
     """`; did you mean DIR?` for a workspace above, below or beside a folder, or `.` where there is none."""
-    found = _around(folder)
-    if found is None and folder.parent.is_dir():
+    workspace = _around(folder)
+    if workspace is None and folder.parent.is_dir():
         names = {path.name: path for path in _children(folder.parent)}
-        found = next((names[name] for name in get_close_matches(folder.name, names, n=1)), None)
-    return f"; did you mean {found}?" if found else "."
+        workspace = next((names[name] for name in get_close_matches(folder.name, names, n=1)), None)
+    return f"; did you mean {workspace}?" if workspace else "."
 
 
 def refuse(folder: Path) -> None:
     """Raise UserError for a folder of photographs that is given as a workspace, or one that lies beside or in one."""
-    if found := _around(folder):
-        raise UserError(f"--workspace {folder}: not a workspace; did you mean {found}?")
+    if workspace := _around(folder):
+        raise UserError(f"--workspace {folder}: not a workspace; did you mean {workspace}?")
     classes = [path.name for path in _children(folder) if _has_image(path)]
     if not classes and not _has_image(folder):
         return

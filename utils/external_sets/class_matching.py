@@ -72,9 +72,9 @@ def read_class_map(path: Path, external: Sequence[str], own: Sequence[str]) -> d
     """
     lines = _lines(path)
     if not lines or lines[0][1] != HEADER:
-        found = ",".join(lines[0][1]) if lines else "nothing"
+        header = ",".join(lines[0][1]) if lines else "nothing"
         raise UserError(
-            f"--class-map {path}: begins with {printable(found)!r}; expected the header {','.join(HEADER)} and one "
+            f"--class-map {path}: begins with {printable(header)!r}; expected the header {','.join(HEADER)} and one "
             "line per class, such as 'Black spot,black_spot'; an empty second field leaves the images of a class out"
         )
     mapped: dict[str, str] = {}

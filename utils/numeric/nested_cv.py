@@ -118,16 +118,16 @@ def cross_validate(
     needed += [
         (scopes[name], {number_of[mask.tobytes()]} | scopes[name].fits(number_of)) for name, mask in outer.items()
     ]
-    found = _search(learner, logits, labels, held_out_sets, number_of, paths, needed, n_jobs)
+    by_fit = _search(learner, logits, labels, held_out_sets, number_of, paths, needed, n_jobs)
 
     def predictions(held_out: np.ndarray, rows: np.ndarray, setting: int) -> np.ndarray:
         """Probabilities (n, C) of `rows` (n,) by the fit without `held_out` (N,), which has them."""
-        values = found[number_of[held_out.tobytes()]][setting]
+        values = by_fit[number_of[held_out.tobytes()]][setting]
         return values[np.searchsorted(np.flatnonzero(held_out), rows)]
 
     def held_out_predictions(scope: _Scope, setting: int) -> np.ndarray:
         """Probabilities (n, C) of the rows of a scope, each by the fit without its inner fold."""
-        return scope.predictions(found, number_of, setting, classes)
+        return scope.predictions(by_fit, number_of, setting, classes)
 
     setting, setting_losses, held_out = 0, np.full(n_settings, np.nan), None
     if final.masks:
@@ -166,12 +166,12 @@ def _search(
     """
     masks = list(held_out_sets.values())
     fits = PathFits(learner, logits, labels, masks, n_jobs) if isinstance(learner, PathLearner) else None
-    found: Sequence[Predictions]
+    by_fit: Sequence[Predictions]
     if fits is not None:
-        found = fits.found
+        by_fit = fits.by_fit
     else:
         whole = _all_fits(learner, logits, labels, masks, n_jobs)
-        found = [dict(enumerate(by_setting)) for by_setting in whole]
+        by_fit = [dict(enumerate(by_setting)) for by_setting in whole]
     for number, path in enumerate(paths):
         for step, setting in enumerate(path):
             looking = [entry for entry in needed if entry[0].looks_at(number, is_first=setting == 0)]
@@ -181,9 +181,9 @@ def _search(
                 fits.advance(number, step, set().union(*(numbers for _, numbers in looking)))
             for scope, _ in looking:
                 if scope.masks:
-                    values = scope.predictions(found, number_of, setting, logits.shape[2])
+                    values = scope.predictions(by_fit, number_of, setting, logits.shape[2])
                     scope.count(number, path[: step + 1], log_loss_per_row(values, labels[scope.rows]))
-    return found
+    return by_fit
 
 
 class _Scope:
@@ -225,7 +225,7 @@ class _Scope:
 
     def predictions(
         self,
-        found: Sequence[Predictions],
+        by_fit: Sequence[Predictions],
         number_of: Mapping[bytes, int],
         setting: int,
         classes: int,
@@ -235,7 +235,7 @@ class _Scope:
         for name, mask in self.masks.items():
             inside = self.folds == name
             places = np.searchsorted(np.flatnonzero(mask), self.rows[inside])
-            values[inside] = found[number_of[mask.tobytes()]][setting][places]
+            values[inside] = by_fit[number_of[mask.tobytes()]][setting][places]
         return values
 
     def count(self, path: int, settings: Sequence[int], losses: np.ndarray) -> None:

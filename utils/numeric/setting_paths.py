@@ -92,7 +92,7 @@ class PathFits:
         n_jobs: int,
     ) -> None:
         self.learner, self.paths, self.n_jobs = learner, learner.paths(), n_jobs
-        self.found: list[dict[int, np.ndarray]] = [{} for _ in held_out_sets]
+        self.by_fit: list[dict[int, np.ndarray]] = [{} for _ in held_out_sets]
         """Of each fit {setting: probabilities (H, C)}"""
         if not engines.current().shares_memory:
             self._fit_elsewhere(logits, labels, held_out_sets)
@@ -116,7 +116,7 @@ class PathFits:
             results = engines.current().map(_advance, jobs, n_threads=self.n_jobs, threads_per_job=FIT_THREADS)
             for (_, _, fits), probabilities in zip(jobs, results, strict=True):
                 for fit, values in zip(fits, probabilities, strict=True):
-                    self.found[fit][self.paths[path][step]] = values
+                    self.by_fit[fit][self.paths[path][step]] = values
 
     def _fit_elsewhere(self, logits: np.ndarray, labels: np.ndarray, held_out_sets: Sequence[np.ndarray]) -> None:
         """Make whole trainings where no state can be kept between two steps of them."""
@@ -129,9 +129,9 @@ class PathFits:
         results = engines.current().map(
             whole_training, units, shared=(learner, logits, labels, list(held_out_sets)), threads_per_job=FIT_THREADS
         )
-        for found in results:
-            for fit, by_setting in found.items():
-                self.found[fit] |= by_setting
+        for fitted in results:
+            for fit, by_setting in fitted.items():
+                self.by_fit[fit] |= by_setting
 
 
 def whole_training(
@@ -145,11 +145,11 @@ def whole_training(
     path, number = unit
     with nullcontext() if learner.thread_safe else torch_threads(FIT_THREADS):
         fits, training = learner.trainings(path, logits, labels, held_out_sets)[number]
-        found: dict[int, dict[int, np.ndarray]] = {fit: {} for fit in fits}
+        by_fit: dict[int, dict[int, np.ndarray]] = {fit: {} for fit in fits}
         for setting in learner.paths()[path]:
             for fit, values in zip(fits, training.advance(range(len(fits))), strict=True):
-                found[fit][setting] = values
-    return found
+                by_fit[fit][setting] = values
+    return by_fit
 
 
 def path_predictions(learner: PathLearner, logits: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
@@ -157,10 +157,10 @@ def path_predictions(learner: PathLearner, logits: np.ndarray, labels: np.ndarra
     joined = np.concatenate([logits, held_out], axis=1)
     mask = np.arange(joined.shape[1]) >= logits.shape[1]
     truth = np.concatenate([labels, np.zeros(held_out.shape[1], dtype=np.asarray(labels).dtype)])
-    found: dict[int, np.ndarray] = {}
+    by_setting: dict[int, np.ndarray] = {}
     for path in range(len(learner.paths())):
-        found |= whole_training(learner, joined, truth, [mask], (path, 0))[0]
-    return np.stack([found[setting] for setting in range(len(learner.settings()))])
+        by_setting |= whole_training(learner, joined, truth, [mask], (path, 0))[0]
+    return np.stack([by_setting[setting] for setting in range(len(learner.settings()))])
 
 
 @contextmanager

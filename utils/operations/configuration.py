@@ -103,15 +103,15 @@ def affected(key: Key) -> list[str]:
     from utils.distillation.student_plan import DIGEST_SETTINGS
 
     student_keys = (*DIGEST_SETTINGS, "teacher", "student", "unlabeled_dir", "assistant")
-    found = [name for prefix, names in OTHER_EFFECTS.items() if _overlap(key.name, prefix) for name in names]
-    if EVERYTHING in found:
-        return list(dict.fromkeys(found))
+    stale = [name for prefix, names in OTHER_EFFECTS.items() if _overlap(key.name, prefix) for name in names]
+    if EVERYTHING in stale:
+        return list(dict.fromkeys(stale))
     for method, combiner in ensembles.COMBINERS.items():
         if any(_overlap(key.name, setting) for setting in combiner.settings):
-            found.append(ensembles.NAMES.get(method, method))
+            stale.append(ensembles.NAMES.get(method, method))
     if key.name == "distillation" or key.name.removeprefix("distillation.") in student_keys:
-        found.append("the student")
-    return list(dict.fromkeys(found))
+        stale.append("the student")
+    return list(dict.fromkeys(stale))
 
 
 def _overlap(one: str, other: str) -> bool:

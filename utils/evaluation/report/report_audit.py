@@ -64,7 +64,7 @@ def _sentences(record: Mapping[str, Any], workspace: Workspace) -> list[str]:
     if not count:
         return [f"No image of {record['n']:,} is a copy of another one."]
     images = sum(len(group["images"]) for group in duplicates["groups"])
-    found = [
+    sentences = [
         f"{images:,} of {record['n']:,} images are copies of one another, in {format_count(count, 'group')}: the same "
         f"photograph re-encoded, resized, cut, mirrored or edited, or taken again. {duplicates['across_splits']} of "
         "these groups are in more than one split."
@@ -73,16 +73,16 @@ def _sentences(record: Mapping[str, Any], workspace: Workspace) -> list[str]:
         if names:
             learned = "train or val" if split == "test" else "train"
             of_all = f"{len(names)} of {record['splits'][split]['n']:,}"
-            found.append(f"{of_all} {split} images have a copy in {learned}, so that a model may know them.")
+            sentences.append(f"{of_all} {split} images have a copy in {learned}, so that a model may know them.")
     if duplicates["with_different_labels"]:
         count = duplicates["with_different_labels"]
-        found.append(
+        sentences.append(
             f"In {format_count(count, 'group')} the copies have different labels, so that some of these are wrong."
         )
     if duplicates["across_splits"]:
         words = ["python", "ensemble_orchestrator.py", "audit", "--write-split", "--workspace", str(workspace.base)]
-        found.append(f"A split that keeps the copies together: {as_typed(shlex.join(words))}")
-    return found
+        sentences.append(f"A split that keeps the copies together: {as_typed(shlex.join(words))}")
+    return sentences
 
 
 def _group(workspace: Workspace, pairs: list[Mapping[str, Any]], group: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def summary(data: ReportData) -> list[tuple[str, str]]:
         ("Abstention", [_uncertainty(data)]),
         ("Cost", [_cost(data)]),
     ]
-    joined = [(topic, " ".join(filter(None, found))) for topic, found in parts]
+    joined = [(topic, " ".join(filter(None, sentences))) for topic, sentences in parts]
     return [(topic, text) for topic, text in joined if text]
 
 

@@ -88,20 +88,20 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     Names consist of letters, digits, `_`, `.` and `-`, in parts that `/` joins. Of classes whose names become alike the
     later ones get a number.
     """
-    found: dict[str, float] = {}
-    _collect(record, "", found)
-    return found
+    collected: dict[str, float] = {}
+    _collect(record, "", collected)
+    return collected
 
 
-def _collect(values: Mapping[str, Any], prefix: str, found: dict[str, float]) -> None:
+def _collect(values: Mapping[str, Any], prefix: str, collected: dict[str, float]) -> None:
     for part, key in zip(_names(values), values, strict=True):
         value = values[key]
         if isinstance(value, list) and len(value) == 2 and _is_interval(f"{prefix}{part}"):
             value = {"low": value[0], "high": value[1]}
         if isinstance(value, Mapping):
-            _collect(value, f"{prefix}{part}/", found)
+            _collect(value, f"{prefix}{part}/", collected)
         elif isinstance(value, int | float) and math.isfinite(value):
-            found[f"{prefix}{part}"] = float(value)
+            collected[f"{prefix}{part}"] = float(value)
 
 
 def _is_interval(name: str) -> bool:

@@ -120,14 +120,14 @@ def tiny_rows(folder: Path, names: Sequence[str], data: Path | None) -> list[dic
     shutil.rmtree(workspace / "image_cache")
     first, second = (command("build-ensemble", workspace) for _ in range(2))
     allowed = 1 + 0.03 * first["seconds"]
-    said = "without torch" if not second["torch"] else "and it imported torch"
+    torch_use = "without torch" if not second["torch"] else "and it imported torch"
     holds = second["seconds"] <= allowed and not second["torch"]
     return [
         row(f"{len(names)} tiny members: overhead per member", overhead, "ms", "under 150", overhead < 150, None),
         row(
             "build-ensemble again, from the cache",
             second["seconds"],
-            f"s, {said}",
+            f"s, {torch_use}",
             f"at most {allowed:.2f} (1 s + 3% of the first)",
             holds,
             f"first {first['seconds']:.1f} s",

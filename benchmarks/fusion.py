@@ -189,8 +189,8 @@ def shared_space_row(*, rows: int, width: int) -> dict[str, Any]:
     seconds, used = time.perf_counter() - start, time.process_time() - used
     assert found.correlations[:40].min() > found.correlations[40:].max(), "the forty shared variates come first"
     what = f"generalised CCA, {MEMBERS} members x {rows:,} rows x {width} numbers, {SHARED} variates"
-    said = f"s ({used:.1f} s of processors)"
-    return row(what, seconds, said, f"under {SECONDS_OF_CCA:g}", seconds < SECONDS_OF_CCA, None)
+    unit = f"s ({used:.1f} s of processors)"
+    return row(what, seconds, unit, f"under {SECONDS_OF_CCA:g}", seconds < SECONDS_OF_CCA, None)
 
 
 # memory --------------------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def _part(workspace: Path, names: Sequence[str]) -> dict[str, Any]:
 
 
 def memory(workspace: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Megabytes that `fusion-train` of the named members takes above the level after imports; None: it is not told."""
+    """Megabytes that `fusion-train` of the named members takes above the level after imports; None: not measured."""
     import sklearn.covariance  # noqa: F401  (so that what is imported later does not count)
     import torch  # noqa: F401
 

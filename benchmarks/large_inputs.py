@@ -31,7 +31,7 @@ class Cost:
     """Highest resident size of the command's own process, in 10^6 bytes"""
     code: int
     """Exit code, -9 where the limit ended it"""
-    said: str
+    output: str
     """The end of what it printed"""
 
 
@@ -64,9 +64,9 @@ def cost_of(workspace: Path, *line: str, limit: float | None = None) -> Cost:
     """Run one command of the project in a process of its own; one that is at work after `limit` seconds is killed."""
     command = [sys.executable, str(PROJECT / "ensemble_orchestrator.py"), *line, "--workspace", str(workspace)]
     start = time.monotonic()
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
-            command, env=clean_environment(), stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+            command, env=clean_environment(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         alarm = threading.Timer(limit or threading.TIMEOUT_MAX, os.killpg, (process.pid, signal.SIGKILL))
         alarm.daemon = True
@@ -74,7 +74,7 @@ def cost_of(workspace: Path, *line: str, limit: float | None = None) -> Cost:
         _, status, usage = os.wait4(process.pid, 0)
         alarm.cancel()
         process.returncode = os.waitstatus_to_exitcode(status)
-        said.seek(0)
-        text = said.read()[-2000:]
+        output.seek(0)
+        text = output.read()[-2000:]
     seconds, cpu = time.monotonic() - start, usage.ru_utime + usage.ru_stime
     return Cost(seconds, cpu, usage.ru_maxrss * 1024 / 1e6, process.returncode, text)

@@ -27,7 +27,7 @@ KINDS = ("in-sample", "out-of-fold")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print both boosters' expectations and what came of them; returns 0."""
+    """Print what both boosters expect of themselves and what they reach; returns 0."""
     parser = argparse.ArgumentParser(
         prog="leak.py", description="Stacking on in-sample predictions, and what it costs."
     )
@@ -78,13 +78,17 @@ def leak_rows(found: Sequence[Mapping[str, Mapping[str, float]]]) -> list[dict[s
     rows = []
     for kind in KINDS:
         for score, unit in (("log-loss", "nats"), ("accuracy", "of all")):
-            said, came = (
+            estimated, measured = (
                 float(np.mean([entry[kind][f"{when} {score}"] for entry in found])) for when in ("expected", "test")
             )
-            rows.append(row(f"on {kind} predictions: test {score}", came, f"{unit} ({came:.4f})", None, None, None))
-            times = f", {came / said:.1f} times that" if score == "log-loss" else ""
+            rows.append(
+                row(f"on {kind} predictions: test {score}", measured, f"{unit} ({measured:.4f})", None, None, None)
+            )
+            times = f", {measured / estimated:.1f} times that" if score == "log-loss" else ""
             what = f"on {kind} predictions: its own estimate of it"
-            rows.append(row(what, said, f"{unit} ({said:.4f}); the test gave {came:.4f}{times}", None, None, None))
+            rows.append(
+                row(what, estimated, f"{unit} ({estimated:.4f}); the test gave {measured:.4f}{times}", None, None, None)
+            )
     return rows
 
 

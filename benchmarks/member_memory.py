@@ -3,8 +3,8 @@
     python benchmarks/member_memory.py            5 and 30 tiny networks; 5 and 50 imported members of 20,000 rows
     python benchmarks/member_memory.py --quick    fewer of each, not the form to report
 
-Streaming must not grow with the members; what a combiner is fitted on does, by a constant that is told. Each figure is
-the highest resident size of a command in a process of its own. The last line is one JSON object.
+Streaming must not grow with the members; what a combiner is fitted on does, by a constant that is reported. Each figure
+is the highest resident size of a command in a process of its own. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _run(workspace: Path, *line: str) -> float:
     """Run one command; its highest resident size in MB (10^6 bytes)."""
     cost = cost_of(workspace, *line)
     if cost.code not in (0, 4):
-        raise RuntimeError(f"{' '.join(line)} ended with {cost.code}: {cost.said}")
+        raise RuntimeError(f"{' '.join(line)} ended with {cost.code}: {cost.output}")
     return cost.megabytes
 
 

@@ -196,9 +196,9 @@ def outcome(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float, f
     found = {}
     for way, recipe in {"moe": moe, "dense": moe.dense(), "cascade": cascade}.items():
         recipe.fit(arrays["logits"], arrays["labels"], arrays["fold"])
-        said, truth = recipe.predict_proba(arrays["test_logits"]), arrays["test_labels"]
+        probabilities, truth = recipe.predict_proba(arrays["test_logits"]), arrays["test_labels"]
         experts = routed_members(recipe, arrays["test_logits"]).sum(axis=0).mean()
-        found[way] = (accuracy(said, truth), log_loss(said, truth), float(experts))
+        found[way] = (accuracy(probabilities, truth), log_loss(probabilities, truth), float(experts))
     return found
 
 

@@ -56,22 +56,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def rows(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Seconds of both runs at each point, and their growth."""
-    told = []
+    table = []
     for point in found:
         size = f"{point['members']} members, {point['images']:,} images"
         failed = f"; left out: {'; '.join(point['left_out'])}" if point["left_out"] else ""
-        told.append(row(f"{size}: pipeline", point["first"], "s", None, None, f"{point['stages']} stages{failed}"))
+        table.append(row(f"{size}: pipeline", point["first"], "s", None, None, f"{point['stages']} stages{failed}"))
         holds = point["second"] <= 1 + 0.03 * point["first"] and not point["torch"]
-        said = "imported torch" if point["torch"] else "without torch"
-        told.append(row(f"{size}: second run", point["second"], f"s, {said}", ALLOWED, holds, None))
+        torch_use = "imported torch" if point["torch"] else "without torch"
+        table.append(row(f"{size}: second run", point["second"], f"s, {torch_use}", ALLOWED, holds, None))
     for name in ("members", "images"):
         slope = growth(found, name)
         if slope is not None:
             holds = slope <= 1.1
-            told.append(
+            table.append(
                 row(f"growth with {name}", slope, "power of them that time follows", "at most 1.1", holds, None)
             )
-    return told
+    return table
 
 
 def growth(found: Sequence[dict[str, Any]], name: str) -> float | None:
@@ -152,10 +152,10 @@ def pipeline(workspace: Path, output: Path, members: Sequence[str]) -> dict[str,
     if done.returncode not in (0, LEFT_OUT):
         raise SystemExit(f"pipeline with {len(members)} members ended with {done.returncode}; see the messages above")
     *_, document, torch = done.stdout.splitlines()
-    said = json.loads(document)
+    results = json.loads(document)
     print(f"{len(members):3} members, {workspace.name}: {seconds:7.2f} s", file=sys.stderr, flush=True)
-    stages = len([name for name in said if name != "failures"])
-    return {"seconds": seconds, "torch": torch == "True", "stages": stages, "left_out": said["failures"]}
+    stages = len([name for name in results if name != "failures"])
+    return {"seconds": seconds, "torch": torch == "True", "stages": stages, "left_out": results["failures"]}
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ def report(benchmark: str, rows: list[dict], *, quick: bool, packages: Sequence[
     """Print the rows; `packages` are those whose versions matter, `facts` go into the JSON object beside them."""
     versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
     machine = {"processor": _processor(), "cores": _cores(), "system": f"{platform.system()} {platform.release()}"}
-    said = ", ".join(f"{name} {found}" for name, found in versions.items())
-    print(f"{machine['processor']}, {machine['cores']} cores; {said}")
+    packages_text = ", ".join(f"{name} {found}" for name, found in versions.items())
+    print(f"{machine['processor']}, {machine['cores']} cores; {packages_text}")
     for entry in rows:
         verdict = {True: "holds", False: "MISSED", None: ""}[entry["holds"]]
         figure = "-" if entry["figure"] is None else f"{entry['figure']:.3f}"

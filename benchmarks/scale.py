@@ -110,17 +110,17 @@ def rows(
     """Seconds of each command, and `stack` beside its peer; `losses` and those of the peer are {learner: nats}."""
     what = f"{size.members} members, {size.rows:,} rows, {size.classes} classes"
     ratio = costs["stack"].seconds / peer_cost.seconds
-    said = f"times the bare learners ({costs['stack'].seconds:.1f} s; {costs['stack'].cpu:.1f} s of processors)"
+    unit = f"times the bare learners ({costs['stack'].seconds:.1f} s; {costs['stack'].cpu:.1f} s of processors)"
     beside = f"{peer_cost.seconds:.1f} s; {peer_cost.cpu:.1f} s of processors"
-    told = [row(f"{what}: stack", ratio, said, "at most 1.0", ratio <= 1, beside)]
+    table = [row(f"{what}: stack", ratio, unit, "at most 1.0", ratio <= 1, beside)]
     for name, loss in losses.items():
         other = peer[name]["log_loss"]
         held = loss <= other
-        told.append(row(f"{what}: log-loss of {name}", loss, "nats, cross-fitted", "no higher", held, f"{other:.4f}"))
+        table.append(row(f"{what}: log-loss of {name}", loss, "nats, cross-fitted", "no higher", held, f"{other:.4f}"))
     for name, cost in costs.items():
         unit = f"s ({cost.cpu:.1f} s of processors)"
-        told.append(row(f"{what}: {name}", cost.seconds, unit, None, None, None))
-    return told
+        table.append(row(f"{what}: {name}", cost.seconds, unit, None, None, None))
+    return table
 
 
 def write_predictions(folder: Path, size: Size, seed: int) -> None:

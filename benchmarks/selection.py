@@ -95,14 +95,14 @@ def race_rows(folder: Path, members: int, count: int, *, turns: int) -> list[dic
     for metric, goal in GOALS[members].items():
         mine = min(entry["seconds"] for entry in ours[metric])
         score = ours[metric][0]["loss"]
-        what, said = f"{size}: {metric}", f"times as fast ({1000 * mine:.2f} ms; loss {score:.6f})"
+        what, unit = f"{size}: {metric}", f"times as fast ({1000 * mine:.2f} ms; loss {score:.6f})"
         wanted = f"at least {goal}, loss no higher"
         if not theirs[metric]:
-            rows.append(row(what, None, said, wanted, None, None))
+            rows.append(row(what, None, unit, wanted, None, None))
             continue
         beside, other = min(entry["seconds"] for entry in theirs[metric]), peer_losses[metric]
         holds = beside / mine >= goal and score <= other + 1e-12
-        rows.append(row(what, beside / mine, said, wanted, holds, f"{beside:.3f} s; loss {other:.6f}"))
+        rows.append(row(what, beside / mine, unit, wanted, holds, f"{beside:.3f} s; loss {other:.6f}"))
     return rows
 
 
@@ -113,8 +113,8 @@ def weight_rows(folder: Path, members: int, count: int) -> list[dict[str, Any]]:
     for kind, entry in part("weights", folder, []).items():
         holds = entry["seconds"] <= WEIGHTS[kind] and entry["gap"] <= CERTAIN
         what = f"{members} members x {count:,} rows x {CLASSES} classes: weights of the {kind.replace('_', '-')} pool"
-        said = f"s, optimal to {entry['gap']:.1e} (log-loss {entry['loss']:.6f})"
-        rows.append(row(what, entry["seconds"], said, f"at most {WEIGHTS[kind]}, {CERTAIN}", holds, None))
+        unit = f"s, optimal to {entry['gap']:.1e} (log-loss {entry['loss']:.6f})"
+        rows.append(row(what, entry["seconds"], unit, f"at most {WEIGHTS[kind]}, {CERTAIN}", holds, None))
     return rows
 
 

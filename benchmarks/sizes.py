@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kind in [options.only] if options.only else whole:
         costs = measured(whole[kind], commands, options.limit)
         smaller = {of: measured(size, commands, options.limit) for of, size in halves[kind].items()}
-        found += [told(whole[kind], what, cost, smaller) for what, cost in costs.items()]
+        found += [size_row(whole[kind], what, cost, smaller) for what, cost in costs.items()]
     report("sizes", found, quick=options.quick, packages=("numpy", "scikit-learn", "torch", "xgboost-cpu"))
     return 0
 
@@ -142,15 +142,15 @@ def measured(size: Size, commands: Mapping[str, tuple[str, ...]], limit: float) 
 
 def described(cost: Cost) -> str:
     """In words."""
-    end = "" if cost.code in EXPECTED else f", ended with {cost.code}: {cost.said[-300:].strip()}"
+    end = "" if cost.code in EXPECTED else f", ended with {cost.code}: {cost.output[-300:].strip()}"
     return f"{cost.seconds:.0f} s, {cost.cpu_seconds:.0f} s of CPU, {cost.megabytes:.0f} MB{end}"
 
 
-def told(size: Size, what: str, cost: Cost, smaller: Mapping[str, Mapping[str, Cost]]) -> dict:
+def size_row(size: Size, what: str, cost: Cost, smaller: Mapping[str, Mapping[str, Cost]]) -> dict:
     """The row of one command: its time, memory, and growths."""
     growths = {of: growth(cost, costs[what]) for of, costs in smaller.items()}
-    said = ", ".join(f"growth in {of} {number:.2f}" for of, number in growths.items() if number is not None)
-    beside = f"{cost.cpu_seconds:.0f} s of CPU, {cost.megabytes:.0f} MB{', ' + said if said else ''}"
+    growths_text = ", ".join(f"growth in {of} {number:.2f}" for of, number in growths.items() if number is not None)
+    beside = f"{cost.cpu_seconds:.0f} s of CPU, {cost.megabytes:.0f} MB{', ' + growths_text if growths_text else ''}"
     return row(f"{size.text}: {what}", cost.seconds, "s", "ends", cost.code in EXPECTED, beside)
 
 

@@ -50,10 +50,10 @@ def time_rows(arrays: Mapping[str, np.ndarray], config: Any, *, turns: int) -> l
             calls = list(bare(recipe, logits, labels, list(_rows_of_fits(folds))))
             beside.append(_cpu_seconds(lambda calls=calls: [call() for call in calls]))
         ratio = min(own) / min(beside)
-        said = f"times the bare fits ({min(own):.1f} s of CPU, {len(calls)} fits)"
+        unit = f"times the bare fits ({min(own):.1f} s of CPU, {len(calls)} fits)"
         size = f"{name}, {logits.shape[0]} members x {len(labels):,} rows: nested search"
         goal = f"at most {FIT}"
-        rows.append(row(size, ratio, said, goal, ratio <= FIT, f"{LEARNERS[name]}: {min(beside):.1f} s"))
+        rows.append(row(size, ratio, unit, goal, ratio <= FIT, f"{LEARNERS[name]}: {min(beside):.1f} s"))
     return rows
 
 
@@ -231,15 +231,15 @@ def _beside_library(
     rows = []
     alone = _by_turns([lambda: library(one), lambda: ours(one)], repeats=20 * turns)
     ratio = alone[0] / alone[1]
-    said, beside = f"times as fast as the library ({1e3 * alone[1]:.2f} ms)", f"{1e3 * alone[0]:.2f} ms"
-    rows.append(row(f"{what}: 1 row", ratio, said, "at least 1", ratio >= 1, beside))
+    unit, beside = f"times as fast as the library ({1e3 * alone[1]:.2f} ms)", f"{1e3 * alone[0]:.2f} ms"
+    rows.append(row(f"{what}: 1 row", ratio, unit, "at least 1", ratio >= 1, beside))
     full = _by_turns([lambda: library(many), lambda: ours(many)], repeats=3 * turns)
     ratio = full[1] / full[0]
-    said, beside = f"times the library's time ({1e3 * full[1]:.0f} ms)", f"{1e3 * full[0]:.0f} ms"
-    rows.append(row(f"{what}: {MANY:,} rows", ratio, said, f"at most {SLOWER:g}", ratio <= SLOWER, beside))
+    unit, beside = f"times the library's time ({1e3 * full[1]:.0f} ms)", f"{1e3 * full[0]:.0f} ms"
+    rows.append(row(f"{what}: {MANY:,} rows", ratio, unit, f"at most {SLOWER:g}", ratio <= SLOWER, beside))
     difference = float(np.abs(library(many) - ours(many)).max())
-    said = f"millionths: largest difference {difference:.1e}"
-    rows.append(row(f"{what}: exactness", 1e6 * difference, said, f"at most {EXACT}", difference <= EXACT, None))
+    unit = f"millionths: largest difference {difference:.1e}"
+    rows.append(row(f"{what}: exactness", 1e6 * difference, unit, f"at most {EXACT}", difference <= EXACT, None))
     return rows
 
 

@@ -180,10 +180,10 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in clean_environment().items() if name not in OF_MAKE}
 
 
-def judged(verb: Verb, seconds: float, code: int, said: str) -> dict[str, Any]:
+def judged(verb: Verb, seconds: float, code: int, description: str) -> dict[str, Any]:
     """The row of a verb that ended so."""
     well = code in verb.fine
-    beside = said if well else f"ended with {code}: {said}"
+    beside = description if well else f"ended with {code}: {description}"
     return row(verb.what, seconds, "s", f"at most {verb.seconds}", well and seconds <= verb.seconds, beside)
 
 

@@ -68,12 +68,12 @@ def judge(workspace: Path, record: str, line: tuple[str, ...], what: str) -> Non
     start = time.monotonic()
     done = run(*line, workspace=workspace)
     shown = done.stdout + done.stderr
-    told = f"{record}, {what}, {line[0]}: {done.code}: {done.stderr[-600:]}"
-    assert done.code in (0, 1, 3, 4), told
-    assert "Traceback" not in shown, told
-    assert "\x1b" not in shown, told
-    assert time.monotonic() - start < SECONDS, told
-    assert done.code != 1 or str(workspace) in shown, told
+    description = f"{record}, {what}, {line[0]}: {done.code}: {done.stderr[-600:]}"
+    assert done.code in (0, 1, 3, 4), description
+    assert "Traceback" not in shown, description
+    assert "\x1b" not in shown, description
+    assert time.monotonic() - start < SECONDS, description
+    assert done.code != 1 or str(workspace) in shown, description
 
 
 def attack(template: Path, folder: Path, record: str, cases) -> int:

@@ -116,11 +116,11 @@ def attack(template: Path, base: Path, place: str, kind: str) -> None:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
-    told = f"{place} is {kind}: {line[0]} ended with {done.code}: {done.stderr[-800:]}"
-    assert done.code in (0, 1, 2, 3, 4), told
-    assert "Traceback" not in done.stdout + done.stderr, told
+    description = f"{place} is {kind}: {line[0]} ended with {done.code}: {done.stderr[-800:]}"
+    assert done.code in (0, 1, 2, 3, 4), description
+    assert "Traceback" not in done.stdout + done.stderr, description
     is_named = str(path.parent) in done.stderr or "member forest: no predictions for val" in done.stderr
-    assert done.code == 0 or is_named, told
+    assert done.code == 0 or is_named, description
     shutil.rmtree(base)
 
 

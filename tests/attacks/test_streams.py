@@ -122,7 +122,7 @@ def test_the_delivered_program_ends_in_words(folder, output, code):
         os.close(reader)
     done = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, check=False)
     os.close(stdout)
-    told = done.stderr.decode()
-    assert done.returncode == code, told
-    assert "Traceback" not in told
-    assert ("standard output cannot be written" in told) == (output == "full")
+    stderr = done.stderr.decode()
+    assert done.returncode == code, stderr
+    assert "Traceback" not in stderr
+    assert ("standard output cannot be written" in stderr) == (output == "full")

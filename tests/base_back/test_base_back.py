@@ -62,8 +62,8 @@ from probe import look
 module = base_back.load_bundled("samples")
 print(json.dumps([module.__file__, module is base_back.load_bundled("samples"), look()["twice"], look()["torch"]]))
 """
-    said, _ = mount.run("-c", code)
-    assert said == [str(base_back.BUNDLED / "src" / "utils" / "samples.py"), True, {}, False]
+    printed, _ = mount.run("-c", code)
+    assert printed == [str(base_back.BUNDLED / "src" / "utils" / "samples.py"), True, {}, False]
 
 
 def test_a_bad_setting_is_an_error_of_the_user(tmp_path: Path) -> None:
@@ -75,9 +75,9 @@ try:
 except errors.UserError as error:
     print(json.dumps(str(error)))
 """
-    said, _ = mount_in(tmp_path, base_back.BUNDLED, DBT_MODEL_SIZE="huge").run("-c", code)
-    assert "DBT_MODEL_SIZE" in said
-    assert said.endswith("Correct the environment variable that it names")
+    printed, _ = mount_in(tmp_path, base_back.BUNDLED, DBT_MODEL_SIZE="huge").run("-c", code)
+    assert "DBT_MODEL_SIZE" in printed
+    assert printed.endswith("Correct the environment variable that it names")
 
 
 def test_what_cannot_be_loaded_is_said_with_its_remedy(foreign: Mount) -> None:
@@ -91,24 +91,24 @@ def test_what_cannot_be_loaded_is_said_with_its_remedy(foreign: Mount) -> None:
 import json, os, sys
 from utils.base_back import load
 from utils.core.errors import UserError
-said = []
+printed = []
 for name in ("models", "export", "utils.nonsense", "config.settings"):
     if name == "config.settings":
         os.environ["DBT_BASE_DIR"] = os.path.abspath("file")
     try:
         load(name)
     except UserError as error:
-        said.append(str(error))
-print(json.dumps(said))
+        printed.append(str(error))
+print(json.dumps(printed))
 """
-    said, _ = foreign.run("-c", code)
-    assert len(said) == 4
-    assert all(str(foreign.base_back) in message for message in said)
-    assert "pip install package_nobody_has" in said[0]
-    assert "no package 'export'" in said[1]
-    assert "complete BASE-BACK" in said[1]
-    assert "No module named 'utils.nonsense'" in said[2]
-    assert f"The workspace is {foreign.cwd / 'file'}" in said[3]
+    printed, _ = foreign.run("-c", code)
+    assert len(printed) == 4
+    assert all(str(foreign.base_back) in message for message in printed)
+    assert "pip install package_nobody_has" in printed[0]
+    assert "no package 'export'" in printed[1]
+    assert "complete BASE-BACK" in printed[1]
+    assert "No module named 'utils.nonsense'" in printed[2]
+    assert f"The workspace is {foreign.cwd / 'file'}" in printed[3]
 
 
 def test_modules_and_packages_hidden_by_ours_are_named_once_and_the_others_are_imported(foreign: Mount) -> None:

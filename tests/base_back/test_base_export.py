@@ -370,7 +370,7 @@ def test_a_notice_of_torchscript_is_not_shown_whatever_its_category(category):
 def test_an_onnx_file_says_what_it_is(tmp_path):
     package(tmp_path, Leaf(), ["onnx"], training_metadata={"epochs": 3})
     session = onnxruntime.InferenceSession(str(tmp_path / "leaf" / FILES["onnx"][0]))
-    said = session.get_modelmeta().custom_metadata_map
-    assert (json.loads(said["classes"]), said["epochs"], said["opset"]) == (CLASSES, "3", "13")
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert (json.loads(metadata["classes"]), metadata["epochs"], metadata["opset"]) == (CLASSES, "3", "13")
     assert [given.shape for given in session.get_inputs()] == [["batch", 3, 8, 8]]
     assert [given.name for given in session.get_outputs()] == ["output"]

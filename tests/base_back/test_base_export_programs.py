@@ -88,9 +88,9 @@ def test_both_files_answer_in_every_batch_size(tmp_path):
     result = package(tmp_path, network, KINDS)
     assert result["successful_exports"] == KINDS, result["export_results"]
     check_batches(network, tmp_path, "leaf", 8)
-    said = open_onnx(tmp_path).get_modelmeta().custom_metadata_map
-    assert (said["exporter"], said["opset"]) == (f"torch {torch.__version__}, dynamo=True", "18")
-    assert json.loads(said["classes"]) == CLASSES
+    metadata = open_onnx(tmp_path).get_modelmeta().custom_metadata_map
+    assert (metadata["exporter"], metadata["opset"]) == (f"torch {torch.__version__}, dynamo=True", "18")
+    assert json.loads(metadata["classes"]) == CLASSES
     assert [given.shape for given in open_onnx(tmp_path).get_inputs()] == [["batch", 3, 8, 8]]
     assert [given.name for given in open_onnx(tmp_path).get_outputs()] == ["output"]
 

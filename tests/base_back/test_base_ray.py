@@ -53,8 +53,8 @@ def test_a_killed_worker_changes_no_byte(tmp_path, base_main):
     process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     victim = _training_worker(process, there)
     os.kill(victim, signal.SIGKILL)
-    said, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, said
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, output
     assert digests(there) == digests(here)
 
 

@@ -104,9 +104,9 @@ def test_images_that_lose_their_range_are_counted_once_for_a_split(tmp_path, hea
     transparent(paths[2])
     for _ in range(2):
         images = open_images(paths, [digest(path) for path in paths], evaluation_resizing(32), tmp_path / "cache")
-    said = {record.getMessage() for record in heard.records}
-    assert len(said) == 1
-    assert "2 of 3 images have more than 8 bits a channel and are clipped to 255" in said.pop()
+    messages = {record.getMessage() for record in heard.records}
+    assert len(messages) == 1
+    assert "2 of 3 images have more than 8 bits a channel and are clipped to 255" in messages.pop()
     assert images.image(1).max() == 255
 
 

@@ -84,8 +84,8 @@ def test_the_first_frame_or_page_is_used_and_said_once(tmp_path, heard):
     for row in range(5):
         assert (np.abs(images.image(row).astype(int) - (255, 0, 0)) <= 2).all()
     open_images(files, contents(files), evaluation_resizing(32), tmp_path / "cache")
-    said = [record.getMessage() for record in heard.records]
-    assert len(said) == 1
-    assert said[0].startswith(
+    messages = [record.getMessage() for record in heard.records]
+    assert len(messages) == 1
+    assert messages[0].startswith(
         f"3 of 5 images hold several frames or pages, of which the first is used: first {files[0]}"
     )

@@ -93,20 +93,20 @@ print(json.dumps({
 }))
 """
     )
-    said, errors = mount.run(str(script))
-    assert_whole(said["look"], mount)
-    assert said["look"]["path"][-1] == str(mount.base_back / "src")
+    printed, errors = mount.run(str(script))
+    assert_whole(printed["look"], mount)
+    assert printed["look"]["path"][-1] == str(mount.base_back / "src")
     assert {"config.settings", "utils._base", "utils.datasets", "models", "training", "export"} <= set(
-        said["look"]["files"]
+        printed["look"]["files"]
     )
-    assert said["below"] == [str(PROJECT / "utils"), str(mount.base_back / "src" / "utils")]
-    assert said["class"][:2] == [True, True]
-    assert said["class"][2].startswith("models.")
-    assert said["loader"]
-    assert said["eleven"] == [True] * 11
-    assert said["cached"] == said["others"] == []
-    assert said["base_dir"] == str(mount.workspace)
-    assert said["level"] == logging.DEBUG
+    assert printed["below"] == [str(PROJECT / "utils"), str(mount.base_back / "src" / "utils")]
+    assert printed["class"][:2] == [True, True]
+    assert printed["class"][2].startswith("models.")
+    assert printed["loader"]
+    assert printed["eleven"] == [True] * 11
+    assert printed["cached"] == printed["others"] == []
+    assert printed["base_dir"] == str(mount.workspace)
+    assert printed["level"] == logging.DEBUG
     assert re.search(r"^\d\d:\d\d:\d\d \| DEBUG \| seen$", errors, re.MULTILINE)
     assert list(mount.cwd.iterdir()) == []
 
@@ -194,18 +194,18 @@ def in_a_worker(function, argument, then):
 
 model = BACKBONE_MAP["CustomConvNeXt"](num_classes=3)
 back, theirs_first = in_a_worker(operator.methodcaller("train"), model, use)
-said, ours_first = in_a_worker(str, UserError("ours"), look)
+printed, ours_first = in_a_worker(str, UserError("ours"), look)
 same = type(back) is type(model)
 for name in "ab":
     Path("Data", name).mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(Path("Data", name, "1.png"))
 images = WindowsCompatibleImageFolder("Data")
 batches = list(DataLoader(images, 1, collate_fn=operator.itemgetter(0), num_workers=1, multiprocessing_context=context))
-print(json.dumps([same, said, ours_first, theirs_first, sorted(label for _, label in batches)]))
+print(json.dumps([same, printed, ours_first, theirs_first, sorted(label for _, label in batches)]))
 """
-    (same, said, ours_first, theirs_first, labels), errors = mount.run("-c", code)
+    (same, printed, ours_first, theirs_first, labels), errors = mount.run("-c", code)
     assert same is True
-    assert said == "ours"
+    assert printed == "ours"
     assert ours_first["torch"] is (method == "fork")
     assert_whole(theirs_first, mount)
     assert labels == [0, 1]
@@ -229,8 +229,8 @@ for name in {names!r}:
         break
 print(json.dumps([found, [entry for entry in sys.path if "BASE-BACK" in entry]]))
 """
-    said, _ = foreign.run("-c", code)
-    assert said == [{}, []]
+    printed, _ = foreign.run("-c", code)
+    assert printed == [{}, []]
 
 
 def test_settings_need_no_torch(mount: Mount) -> None:
@@ -252,26 +252,26 @@ def test_other_names_are_refused_at_once_and_bind_nothing(foreign: Mount) -> Non
 import json
 import utils
 from probe import look
-said = []
+printed = []
 for statement in ("utils.nonsense", "utils.np", "utils.datasets"):
     try:
         getattr(utils, statement.partition(".")[2])
     except AttributeError as error:
-        said.append(str(error))
+        printed.append(str(error))
 try:
     import utils.nonsense
 except ModuleNotFoundError as error:
-    said.append([type(error).__name__, str(error)])
+    printed.append([type(error).__name__, str(error)])
 try:
     from utils import nonsense
 except ImportError as error:
-    said.append(type(error).__name__)
+    printed.append(type(error).__name__)
 seen = look()
 import utils.checkpoint_manager
-print(json.dumps([said, seen, look()]))
+print(json.dumps([printed, seen, look()]))
 """
-    (said, before, after), _ = foreign.run("-c", code)
-    assert said == [
+    (printed, before, after), _ = foreign.run("-c", code)
+    assert printed == [
         "module 'utils' has no attribute 'nonsense'",
         "module 'utils' has no attribute 'np'",
         "module 'utils' has no attribute 'datasets'",
@@ -338,8 +338,8 @@ utils.base_back.bind()
 finders = [finder for finder in sys.meta_path if type(finder).__module__ == "utils.base_back"]
 print(json.dumps([sys.path[-2:], len(finders)]))
 """
-    said, _ = foreign.run("-c", code)
-    assert said == [[str(PROJECT), str(foreign.base_back / "src")], 1]
+    printed, _ = foreign.run("-c", code)
+    assert printed == [[str(PROJECT), str(foreign.base_back / "src")], 1]
 
 
 def test_a_second_mount_and_a_second_workspace_are_refused(foreign: Mount) -> None:
@@ -348,29 +348,29 @@ def test_a_second_mount_and_a_second_workspace_are_refused(foreign: Mount) -> No
 import json, os
 from utils import base_back
 from utils.core.errors import UserError
-said = [str(base_back.bind()), str(base_back.bind()), str(base_back.bind({str(foreign.base_back)!r}))]
+printed = [str(base_back.bind()), str(base_back.bind()), str(base_back.bind({str(foreign.base_back)!r}))]
 base_back.bind(workspace="moved")
-said.append(os.environ["DBT_BASE_DIR"])
+printed.append(os.environ["DBT_BASE_DIR"])
 base_back.settings()
 base_back.bind(workspace="moved")
 def refused(**asked):
     try:
         base_back.bind(**asked)
     except UserError as error:
-        said.append(str(error))
+        printed.append(str(error))
 refused(workspace="elsewhere")
 refused(explicit={str(other)!r})
 os.environ["BASE_BACK_DIR"] = {str(other)!r}
 refused()
-print(json.dumps(said))
+print(json.dumps(printed))
 """
-    said, _ = foreign.run("-c", code)
-    assert said[:3] == [str(foreign.base_back)] * 3
-    assert said[3] == str(foreign.cwd / "moved")
-    assert len(said) == 7
-    assert f"{foreign.cwd / 'moved'} are loaded" in said[4]
-    assert str(foreign.cwd / "elsewhere") in said[4]
-    for message in said[5:]:
+    printed, _ = foreign.run("-c", code)
+    assert printed[:3] == [str(foreign.base_back)] * 3
+    assert printed[3] == str(foreign.cwd / "moved")
+    assert len(printed) == 7
+    assert f"{foreign.cwd / 'moved'} are loaded" in printed[4]
+    assert str(foreign.cwd / "elsewhere") in printed[4]
+    for message in printed[5:]:
         assert f"{foreign.base_back} is mounted" in message
         assert f"{other} cannot be mounted" in message
 
@@ -389,8 +389,8 @@ try:
 except UserError as error:
     print(json.dumps([str(error), config.mine, sys.modules["config"] is config]))
 """
-    (said, mine, kept), _ = foreign.run("-c", code)
+    (printed, mine, kept), _ = foreign.run("-c", code)
     for part in (f"config ({foreign.cwd / 'config.py'})", f"training ({foreign.cwd / 'training'})", "export (no file)"):
-        assert part in said
-    assert "models (" not in said
+        assert part in printed
+    assert "models (" not in printed
     assert (mine, kept) == (1, True)

@@ -83,10 +83,10 @@ REPORT = {
 
 def test_the_table_shows_goal_figure_and_verdict(bench):
     lines = bench.table([REPORT | {"seconds": 7, "commit": "abc"}], ["broken"])
-    told = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert told[0] == ["row", "figure", "goal", ""]
+    captured = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert captured[0] == ["row", "figure", "goal", ""]
     assert set(lines[1]) == {"|", "-"}
-    assert told[2:6] == [
+    assert captured[2:6] == [
         ["**speed** (quick)", "", "", "7 s, commit abc"],
         ["a", "1.050 x", "at most 1.1", "pass"],
         ["b", "2.000 x", "at most 1.1", "SHORT"],
@@ -109,10 +109,10 @@ def programs(bench, tmp_path, monkeypatch):
 
 def test_last_lines_are_read_and_failures_named(bench, programs, capsys):
     assert bench.main(["--quick"]) == 1
-    told = capsys.readouterr()
-    found = json.loads(told.out.splitlines()[-1])
+    captured = capsys.readouterr()
+    found = json.loads(captured.out.splitlines()[-1])
     assert (found["failed"], [report["benchmark"] for report in found["reports"]]) == (["bad", "mute"], ["speed"])
-    assert "noise ['--quick']" in told.err
+    assert "noise ['--quick']" in captured.err
     assert bench.main(["good"]) == 0
 
 
@@ -125,9 +125,9 @@ def test_a_report_is_kept_and_shown_again_where_that_is_asked_for(bench, program
     (programs / "good.py").write_text("raise SystemExit(3)")
     capsys.readouterr()
     assert bench.main(["good", "--continue"]) == 0
-    told = capsys.readouterr().out
-    assert "0 s, commit abc+" in told
-    assert json.loads(told.splitlines()[-1])["reports"][0]["rows"] == REPORT["rows"]
+    captured = capsys.readouterr().out
+    assert "0 s, commit abc+" in captured
+    assert json.loads(captured.splitlines()[-1])["reports"][0]["rows"] == REPORT["rows"]
     assert bench.main(["good"]) == 1
 
 

@@ -189,8 +189,8 @@ def test_a_member_whose_costs_are_unknown_is_not_bound_and_that_is_said_once(wor
     assert record(workspace)["members"] == ["CustomViTHybrid"]
     assert record(workspace)["depends_on"]["latency_ms"]["CustomViTHybrid"] is None
     assert record(workspace)["latency_ms"] is None
-    said = [message for message in heard.messages if "not known of" in message]
-    assert said == ["pruning.cost_budget.max_latency_ms: not known of CustomViTHybrid, which it does not bind"]
+    messages = [message for message in heard.messages if "not known of" in message]
+    assert messages == ["pruning.cost_budget.max_latency_ms: not known of CustomViTHybrid, which it does not bind"]
 
 
 def test_a_target_beyond_the_members_is_said(workspace, heard):

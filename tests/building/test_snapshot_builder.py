@@ -62,7 +62,7 @@ def discovered(trained, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(discovered, tmp_path_factory, orchestrator):
-    """After a build with two snapshots of one cycle each, and what the command said. Shared: read it."""
+    """After a build with two snapshots of one cycle each, and what the command printed. Shared: read it."""
     base = tmp_path_factory.mktemp("made")
     shutil.copytree(discovered, base, dirs_exist_ok=True)
     discover.discover(config(), at(base))  # digests are remembered by place
@@ -93,7 +93,7 @@ def snapshots_of(workspace: Workspace) -> list[str]:
 
 
 def test_the_ensemble_is_the_plain_mean_of_the_networks_that_the_cycles_left(made):
-    base, document, said = made
+    base, document, output = made
     workspace = at(base)
     assert document["built"] == ["snapshot_ensemble", "soft_voting_ensemble"]
     ensemble = ensembles.load(workspace, "snapshot_ensemble")
@@ -106,7 +106,7 @@ def test_the_ensemble_is_the_plain_mean_of_the_networks_that_the_cycles_left(mad
     np.testing.assert_allclose(unseen.probabilities, softmax(np.stack(arrays)[:, order]).mean(axis=0), atol=1e-6)
     assert not np.allclose(arrays[0], arrays[1])
     assert ensembles.load(workspace, "soft_voting_ensemble").members == (NAME,)
-    assert "No K-fold results" not in said
+    assert "No K-fold results" not in output
 
 
 def test_snapshots_are_derived_members_and_the_catalog_stays_current(made, orchestrator):
@@ -128,10 +128,10 @@ def test_a_network_of_a_cycle_is_no_stage_of_the_backbone_s_own_training(made, c
 
 
 def test_how_long_it_takes_is_said_before_and_while_it_trains(made):
-    said = made[2].splitlines()
-    forecast = next(line for line in said if "training 2 snapshot(s) of 1 backbone(s), 1 epochs each: about " in line)
-    finished = next(line for line in said if f"[1/1] {NAME} snapshots: val accuracies " in line)
-    assert said.index(forecast) < said.index(finished)
+    output = made[2].splitlines()
+    forecast = next(line for line in output if "training 2 snapshot(s) of 1 backbone(s), 1 epochs each: about " in line)
+    finished = next(line for line in output if f"[1/1] {NAME} snapshots: val accuracies " in line)
+    assert output.index(forecast) < output.index(finished)
     assert finished.endswith("about 0 s left")
 
 
@@ -287,9 +287,9 @@ def test_what_a_program_says_is_passed_on_at_its_level(heard):
     )
     found = subprocesses.run_program([sys.executable, "-c", code], dict(os.environ))
     assert found == (4, "{}\n", ["careful", "bare", "80 %s done"])
-    said = [(record.levelname, record.getMessage()) for record in heard.records]
-    assert ("WARNING", "careful") in said
-    assert ("INFO", "80 %s done") in said
+    output = [(record.levelname, record.getMessage()) for record in heard.records]
+    assert ("WARNING", "careful") in output
+    assert ("INFO", "80 %s done") in output
 
 
 @pytest.mark.parametrize(

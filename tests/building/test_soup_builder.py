@@ -1,4 +1,4 @@
-"""The section `runs.model_soup` on really trained networks: files, records, what is kept, what is told."""
+"""The section `runs.model_soup` on really trained networks: files, records, what is kept, what is reported."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def test_a_soup_is_a_derived_member_and_an_ensemble_of_its_own(brewed, role):
     assert ensemble.method == role
     assert {rows.split for rows in ensemble.provenance.selected_on} == {"val"}
     assert [(rows.split, rows.rows) for rows in ensemble.provenance.fitted_on] == [("train", "in_sample")]
-    told = json.loads((brewed.ensemble(ensemble.name) / "ensemble.json").read_text())["soup"]
-    assert told["normalisation"] == record(brewed)["soups"][role.removesuffix("_soup")]["normalisation"]
-    assert told["threads"] == (1 if told["normalisation"]["kept"] == "recomputed" else None)
-    assert {entry["stage"] for entry in told["ingredients"]} >= {"final", "fold0", "head_best", "snapshot1"}
+    soup_record = json.loads((brewed.ensemble(ensemble.name) / "ensemble.json").read_text())["soup"]
+    assert soup_record["normalisation"] == record(brewed)["soups"][role.removesuffix("_soup")]["normalisation"]
+    assert soup_record["threads"] == (1 if soup_record["normalisation"]["kept"] == "recomputed" else None)
+    assert {entry["stage"] for entry in soup_record["ingredients"]} >= {"final", "fold0", "head_best", "snapshot1"}
     unseen = ensembles.load_crossfit(brewed, ensemble.name)
     assert set(unseen.split.tolist()) == {"val"}
 

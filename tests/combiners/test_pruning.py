@@ -46,7 +46,7 @@ def zoo(members=5, rows=200, classes=3, seed=0, sharpness=1.0):
     return (sharpness * logits).astype(np.float32), labels, np.arange(rows) % 5
 
 
-def said(labels, wrong, sure=3.0):
+def logits_with_errors(labels, wrong, sure=3.0):
     """Logits (N, 2) of a member that is right but on some rows."""
     found = np.zeros((len(labels), 2), dtype=np.float32)
     found[np.arange(len(labels)), labels] = sure
@@ -59,7 +59,13 @@ def trio(rows=200):
     labels = np.arange(rows) % 2
     one, other = list(range(0, 10)), list(range(50, 60))
     return (
-        np.stack([said(labels, one), said(labels, other, 2.0), said(labels, one + other)]),
+        np.stack(
+            [
+                logits_with_errors(labels, one),
+                logits_with_errors(labels, other, 2.0),
+                logits_with_errors(labels, one + other),
+            ]
+        ),
         labels,
         np.arange(rows) % 5,
     )
@@ -199,7 +205,7 @@ def test_held_out_scores_read_no_label_of_their_fold():
 
 def test_a_fold_whose_search_ends_early_repeats_its_last_subset():
     labels = np.arange(40) % 2
-    logits = np.stack([said(labels, []), said(labels, range(0, 40, 3))])
+    logits = np.stack([logits_with_errors(labels, []), logits_with_errors(labels, range(0, 40, 3))])
     both = task(logits, labels, "f1_macro")
     found = pruning._of_folds(both, [Subset((0,)), Subset((0, 1)), Subset((1,))], labels % 2, "greedy_forward")
     assert found.shape == (3, 40, 2)
@@ -269,7 +275,7 @@ def test_the_budget_binds_members_and_the_whole():
         )
 
 
-# what is said ---------------------------------------------------------------------------------------------------------
+# output ------------------------------------------------------------------------------------------------
 def report(combiner, rows, **options):
     logits, labels, folds = rows
     names = tuple(LETTERS[: len(logits)])
@@ -320,7 +326,7 @@ def test_budgets_are_told_with_value_and_limit():
 def test_families_and_hopeless_members_are_told_in_their_own_words():
     labels = np.arange(100) % 2
     wrong = (range(5), range(50, 54), range(7), range(10, 60))
-    rows = np.stack([said(labels, list(each)) for each in wrong]), labels, np.arange(100) % 5
+    rows = np.stack([logits_with_errors(labels, list(each)) for each in wrong]), labels, np.arange(100) % 5
     found = report(Clustering, rows, target_size=3)
     assert found["dropped"]["c"].startswith("represented by a (error correlation 0.8")
     found = report(DiversityMax, rows, target_size=3)

@@ -23,8 +23,8 @@ def gate():
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     seen = torch.randn(ROWS, FEATURES, generator=generator, dtype=torch.float64)
-    said = torch.rand(ROWS, EXPERTS, CLASSES, generator=generator, dtype=torch.float64)
-    rows = torch.cat([seen, (said / said.sum(dim=2, keepdim=True)).flatten(1)], dim=1)
+    answers = torch.rand(ROWS, EXPERTS, CLASSES, generator=generator, dtype=torch.float64)
+    rows = torch.cat([seen, (answers / answers.sum(dim=2, keepdim=True)).flatten(1)], dim=1)
     noise = torch.randn(ROWS, EXPERTS, generator=generator, dtype=torch.float64)
     return module, rows, torch.tensor([0, 1, 1, 0, 1, 0]), noise
 
@@ -90,10 +90,10 @@ def test_only_the_chosen_and_the_reader_take_part(gate):
     assert left_out.any()
     assert not routed.chosen[:, module.reader].all()
     changed = rows.clone()
-    said = changed[:, FEATURES:].view(ROWS, EXPERTS, CLASSES)
-    said[left_out] = 0.5
+    answers = changed[:, FEATURES:].view(ROWS, EXPERTS, CLASSES)
+    answers[left_out] = 0.5
     assert torch.equal(module(changed, noise).log_probabilities, routed.log_probabilities)
-    said[:, module.reader] = 0.5
+    answers[:, module.reader] = 0.5
     assert (module(changed, noise).log_probabilities != routed.log_probabilities).any(dim=1).all()
 
 

@@ -35,7 +35,7 @@ def problem(probabilities, labels, metric="f1_macro", target=6, costs=None, most
     return SubsetProblem(names, probabilities, labels, metric, target, limits)
 
 
-def said(labels, wrong):
+def logits_with_errors(labels, wrong):
     """Probabilities (N, 2) of a member that is 0.9 sure of the truth, but for the rows where it is wrong."""
     found = np.full((len(labels), 2), 0.1, dtype=np.float32)
     found[np.arange(len(labels)), labels] = 0.9
@@ -136,7 +136,7 @@ def test_a_single_class_is_no_obstacle(search, metric):
 @pytest.mark.parametrize("search", sorted(SEARCHES))
 def test_a_target_beyond_the_members_ends_with_all_of_them(search):
     labels = np.arange(60) % 2
-    apart = np.stack([said(labels, [3 * n, 3 * n + 1]) for n in range(4)])
+    apart = np.stack([logits_with_errors(labels, [3 * n, 3 * n + 1]) for n in range(4)])
     found = SEARCHES[search](problem(apart, labels, target=9))
     assert [len(subset.members) for subset in found] == [1, 2, 3, 4]
 
@@ -156,7 +156,7 @@ def test_a_member_beyond_the_limit_is_never_kept(search):
 @pytest.mark.parametrize("search", sorted(SEARCHES))
 def test_what_is_not_known_does_not_bind(search):
     labels = np.arange(60) % 2
-    apart = np.stack([said(labels, [3 * n, 3 * n + 1]) for n in range(4)])
+    apart = np.stack([logits_with_errors(labels, [3 * n, 3 * n + 1]) for n in range(4)])
     found = SEARCHES[search](problem(apart, labels, costs=[np.nan, np.nan, 2, 3], most=4.0))
     assert len(found[-1].members) == 3
     limit = problem(apart, labels, costs=[np.nan, 1, 2, 3], most=4.0).limits[0]
@@ -167,7 +167,7 @@ def test_what_is_not_known_does_not_bind(search):
 
 def test_a_sum_that_rounding_lifts_above_the_limit_is_within_it():
     labels = np.arange(60) % 2
-    apart = np.stack([said(labels, [n]) for n in range(3)])
+    apart = np.stack([logits_with_errors(labels, [n]) for n in range(3)])
     assert sum([0.1, 0.1, 0.1]) > 0.3
     assert len(greedy_forward(problem(apart, labels, costs=[0.1] * 3, most=0.3))[-1].members) == 3
 
@@ -192,14 +192,16 @@ def test_limits_that_no_member_is_within_name_the_cheapest_possible(search):
 def test_the_member_that_errs_elsewhere_is_taken_before_the_one_that_errs_alike():
     labels = np.arange(100) % 2
     first, alike, elsewhere = [0, 1, 2], [0, 1, 2, 3], [10, 11, 12, 13]
-    task = problem(np.stack([said(labels, wrong) for wrong in (first, alike, elsewhere)]), labels, target=2)
+    task = problem(
+        np.stack([logits_with_errors(labels, wrong) for wrong in (first, alike, elsewhere)]), labels, target=2
+    )
     assert diversity_max(task)[-1].members == (0, 2)
 
 
 def test_a_hopeless_member_is_not_taken_though_it_disagrees_most():
     labels = np.arange(100) % 2
     wrong = [range(2), range(4, 8), range(10, 60)]
-    task = problem(np.stack([said(labels, list(rows)) for rows in wrong]), labels, target=3)
+    task = problem(np.stack([logits_with_errors(labels, list(rows)) for rows in wrong]), labels, target=3)
     assert task.diversity.disagreement[0].argmax() == 2
     found = diversity_max(task)[-1]
     assert found.members == (0, 1)
@@ -208,9 +210,9 @@ def test_a_hopeless_member_is_not_taken_though_it_disagrees_most():
 
 def test_a_member_that_makes_the_mean_worse_is_not_taken():
     labels = np.arange(200) % 2
-    timid = said(labels, [])
+    timid = logits_with_errors(labels, [])
     timid[:] = 0.45 + 0.1 * (timid > 0.5)  # right everywhere, and not sure: 0.55
-    harmful = said(labels, list(range(0, 40)))  # right on four fifths, and sure of it
+    harmful = logits_with_errors(labels, list(range(0, 40)))  # right on four fifths, and sure of it
     task = problem(np.stack([timid, harmful, timid]), labels, "accuracy", target=2)
     assert [subset.members for subset in diversity_max(task)] == [(0,), (0, 2)]
 
@@ -218,7 +220,7 @@ def test_a_member_that_makes_the_mean_worse_is_not_taken():
 def test_members_that_disagree_equally_come_from_the_better_to_the_worse():
     labels = np.arange(100) % 2
     wrong = ([], [0, 1], [2, 3])
-    members = np.stack([said(labels, rows) for rows in wrong])
+    members = np.stack([logits_with_errors(labels, rows) for rows in wrong])
     members[1, 50:] = 0.3 + 0.4 * (members[1, 50:] > 0.5)  # as often right, and less sure
     assert diversity_max(problem(members, labels, "log_loss", target=2))[-1].members == (0, 2)
 
@@ -228,7 +230,7 @@ def families():
     """Two families that err alike: a and c on the first rows, b, d and e on others; a and b are the better ones."""
     labels = np.arange(100) % 2
     wrong = (range(5), range(50, 54), range(7), range(50, 58), range(50, 59))
-    return np.stack([said(labels, list(rows)) for rows in wrong]), labels
+    return np.stack([logits_with_errors(labels, list(rows)) for rows in wrong]), labels
 
 
 def test_each_family_is_represented_by_its_best():

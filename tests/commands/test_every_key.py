@@ -149,8 +149,8 @@ def how_it_fuses(store: Store, members: Any) -> str:
         patch.setattr(end_to_end, "require_networks", require_networks)
         try:
             builder_protocol.run([fusion_builder.FusionBuilder()], Session(store, tuple(members)))
-        except (UserError, Stopped) as told:
-            return str(told)
+        except (UserError, Stopped) as error:
+            return str(error)
     return "has nothing to do"
 
 

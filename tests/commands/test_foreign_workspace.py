@@ -1,4 +1,4 @@
-"""A workspace that somebody else's BASE-BACK left: read exactly, its faults said, nothing of it touched."""
+"""A workspace that somebody else's BASE-BACK left: read exactly, its faults reported, nothing of it touched."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(foreign, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def discovered(foreign, run, tmp_path_factory):
-    """A copy after `discover`, and what the command said."""
+    """A copy after `discover`, and what the command printed."""
     workspace = tmp_path_factory.mktemp("copy") / "w"
     shutil.copytree(foreign.workspace, workspace)
     before = snapshot(foreign.base_back)
@@ -135,8 +135,8 @@ def test_folds_of_its_networks_are_checked_with_it_and_left_open_with_another(
     bundled = ("--workspace", str(workspace), "--base-back", str(PROJECT / "BASE-BACK"))
     done = run_python(str(PROJECT / "ensemble_orchestrator.py"), "discover", "--verify", *DEMO, *bundled)
     assert done.returncode == 4
-    said = "CustomConvNeXt_final.pth: the weights of another architecture"
-    assert said in done.stdout
+    message = "CustomConvNeXt_final.pth: the weights of another architecture"
+    assert message in done.stdout
     assert "where another BASE-BACK has trained it, mount that one: --base-back DIR" in done.stdout
     assert "refused" not in done.stdout
     done = run("discover", workspace=workspace)  # runs nothing, and does not hold the wrong mount against them

@@ -62,8 +62,8 @@ def test_copied_rows_are_counted_by_id_whatever_the_files_hold(kinds):
 
 def test_a_model_of_few_answers_may_meet_them_again():
     honest, full = (rounded(arrays(stem, 1)["logits"], steps=4) for stem in ("oof", "train"))
-    equal, told = count_copied_rows(part("oof", honest, "probabilities"), part("train", full, "probabilities"))
-    assert 0.01 < equal / told < 0.5
+    equal, comparable = count_copied_rows(part("oof", honest, "probabilities"), part("train", full, "probabilities"))
+    assert 0.01 < equal / comparable < 0.5
     assert equal_rows_limit(part("train", full)) == 0.5
     assert equal_rows_limit(part("train", arrays("train", 1)["logits"])) == 0.01
 

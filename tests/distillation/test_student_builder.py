@@ -190,7 +190,7 @@ def test_a_combiner_s_targets_do_not_change_with_the_labels_of_their_own_fold(ow
     store = store_of(own)
     teacher = teachers.resolve(store, "weighted", excluded_member="x")
     ids = store.images("train").sample_ids
-    said = teachers.crossfit_log_probabilities(store, teacher, "train", ids)
+    log_probabilities = teachers.crossfit_log_probabilities(store, teacher, "train", ids)
     honest = fitting.out_of_sample_rows(store, teachers.members_of(store, teacher))
     held_out = honest.fold == 0
     recipe = ensembles.COMBINERS["weighted"].configured(
@@ -203,7 +203,7 @@ def test_a_combiner_s_targets_do_not_change_with_the_labels_of_their_own_fold(ow
     )
     for place, sample_id in enumerate(ids):
         if sample_id in expected:
-            np.testing.assert_allclose(np.exp(said[place]), expected[sample_id], atol=1e-5)
+            np.testing.assert_allclose(np.exp(log_probabilities[place]), expected[sample_id], atol=1e-5)
 
 
 def test_consistent_hands_teacher_and_student_the_same_tensors(own, monkeypatch):

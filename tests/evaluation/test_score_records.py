@@ -208,9 +208,9 @@ def test_other_options_are_other_records_and_equal_ones_are_kept(tmp_path):
     workspace = built(tmp_path)
     assert "written" in evaluate(CONFIG, workspace).text
     assert "up to date" in evaluate(CONFIG, workspace).text
-    told = {"alpha": 0.2, "target_risk": 0.1, "class_conditional": True}
-    assert "written" in evaluate(CONFIG, workspace, **told).text
-    assert "up to date" in evaluate(CONFIG, workspace, **told).text
+    options = {"alpha": 0.2, "target_risk": 0.1, "class_conditional": True}
+    assert "written" in evaluate(CONFIG, workspace, **options).text
+    assert "up to date" in evaluate(CONFIG, workspace, **options).text
     found = record(workspace, "soft_voting_ensemble")
     assert found["conformal"]["lac"]["alpha"] == found["conformal_by_class"]["aps"]["alpha"] == 0.2
     assert found["selective"]["target_risk"] == found["selective"]["wanted_error"] == 0.1

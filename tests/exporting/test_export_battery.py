@@ -92,8 +92,8 @@ def test_its_files_by_torch_export_answer_as_it_does(fitted, members, tmp_path):
     combiner, seen = fitted
     check_files(combiner, seen, members, tmp_path / "it", ("exported_program", "onnx"), "dynamo")
     assert program_archives.program_problem(tmp_path / "it" / "exported_program" / "it.pt2") is None
-    said = onnxruntime.InferenceSession(tmp_path / "it" / "onnx" / "it.onnx").get_modelmeta().custom_metadata_map
-    assert said["exporter"].endswith("dynamo=True")
+    metadata = onnxruntime.InferenceSession(tmp_path / "it" / "onnx" / "it.onnx").get_modelmeta().custom_metadata_map
+    assert metadata["exporter"].endswith("dynamo=True")
 
 
 def check_files(combiner, seen, members, staged, kinds, exporter):

@@ -52,11 +52,11 @@ def test_a_fault_ends_as_the_table_says(fault, templates, tmp_path):
 
 
 def judge(done: Done, fault: Fault) -> None:
-    said = done.stdout + done.stderr
+    output = done.stdout + done.stderr
     assert done.code == fault.code, f"code {done.code}: {done.stderr[-900:]}"
-    assert "Traceback" not in said
+    assert "Traceback" not in output
     for word in fault.words:
-        assert word in said, f"{word!r} is not in: {done.stderr[-900:]}"
+        assert word in output, f"{word!r} is not in: {done.stderr[-900:]}"
 
 
 def test_the_table_is_long_enough_and_tells_its_rows_apart():

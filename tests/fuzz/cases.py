@@ -142,5 +142,5 @@ def tensors(draw: Callable[..., Any], valid: bytes) -> bytes:
     length = struct.unpack("<Q", valid[:8])[0]
     header, body = json.loads(valid[8 : 8 + length]), valid[8 + length :]
     changed = json.dumps(draw(documents(header))).encode()
-    told = draw(st.one_of(st.just(len(changed)), st.integers(0, 2**64 - 1)))
-    return draw(st.one_of(st.just(struct.pack("<Q", told) + changed + body), spoilt(valid)))
+    declared_length = draw(st.one_of(st.just(len(changed)), st.integers(0, 2**64 - 1)))
+    return draw(st.one_of(st.just(struct.pack("<Q", declared_length) + changed + body), spoilt(valid)))

@@ -123,7 +123,7 @@ def test_truncated_files_are_called_truncated(tmp_path, zipped, kept):
 
 
 def test_other_files_are_told_apart(tmp_path):
-    def said(name):
+    def refusal(name):
         with pytest.raises(UserError) as caught:
             read_checkpoint(tmp_path / name)
         return str(caught.value)
@@ -139,15 +139,15 @@ def test_other_files_are_told_apart(tmp_path):
     (tmp_path / "text.pth").write_text("weights are elsewhere")
     torch.save([torch.ones(2)], tmp_path / "list.pth")
     (tmp_path / "folder.pth").mkdir()
-    assert "a TorchScript archive, which holds a program" in said("script.pth")
-    assert "a tar file as PyTorch before 0.1.10" in said("tar.pth")
-    assert "a zip file without data.pkl (it holds readme.txt)" in said("zip.pth")
-    assert "empty.pth: empty" in said("empty.pth")
-    assert "git lfs pull" in said("lfs.pth")
-    assert "begins with b'weights '" in said("text.pth")
-    assert "holds a list; expected a dictionary" in said("list.pth")
-    assert "cannot be read as a checkpoint" in said("folder.pth")
-    assert "none.pth: cannot be read as a checkpoint ([Errno 2]" in said("none.pth")
+    assert "a TorchScript archive, which holds a program" in refusal("script.pth")
+    assert "a tar file as PyTorch before 0.1.10" in refusal("tar.pth")
+    assert "a zip file without data.pkl (it holds readme.txt)" in refusal("zip.pth")
+    assert "empty.pth: empty" in refusal("empty.pth")
+    assert "git lfs pull" in refusal("lfs.pth")
+    assert "begins with b'weights '" in refusal("text.pth")
+    assert "holds a list; expected a dictionary" in refusal("list.pth")
+    assert "cannot be read as a checkpoint" in refusal("folder.pth")
+    assert "none.pth: cannot be read as a checkpoint ([Errno 2]" in refusal("none.pth")
 
 
 def test_files_of_pytorch_before_1_6_are_read_as_carefully(tmp_path):

@@ -96,22 +96,22 @@ def test_a_timm_model_that_is_not_installed_is_named_and_not_fetched(name):
 
 
 def test_weights_that_do_not_fit_say_in_which_way():
-    def said(weights, name="Foreign"):
+    def refusal(weights, name="Foreign"):
         with pytest.raises(UserError) as caught:
             build_network(spec(name), weights, factory)
         return str(caught.value)
 
     weights = Foreign(5).state_dict()
-    assert "'module.', as DataParallel saves" in said({f"module.{name}": value for name, value in weights.items()})
+    assert "'module.', as DataParallel saves" in refusal({f"module.{name}": value for name, value in weights.items()})
     other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 5)).state_dict()
-    assert "another architecture: they share 0 of 7 names" in said(other)
-    assert "1 name(s) are missing, first index" in said({k: v for k, v in weights.items() if k != "index"})
-    assert "1 are not the network's, first ema" in said({"ema": torch.ones(1)} | weights)
+    assert "another architecture: they share 0 of 7 names" in refusal(other)
+    assert "1 name(s) are missing, first index" in refusal({k: v for k, v in weights.items() if k != "index"})
+    assert "1 are not the network's, first ema" in refusal({"ema": torch.ones(1)} | weights)
     wider = weights | {"stem.bias": torch.zeros(7)}
-    assert "1 have other shapes, first stem.bias is (7,), expected (6,)" in said(wider)
-    assert "no weights (epoch); expected a dictionary of tensors" in said(weights | {"epoch": 3})
-    assert "no weights (empty)" in said({})
-    assert "the network Nothing cannot be built (see the log above)" in said(weights, "Nothing")
+    assert "1 have other shapes, first stem.bias is (7,), expected (6,)" in refusal(wider)
+    assert "no weights (epoch); expected a dictionary of tensors" in refusal(weights | {"epoch": 3})
+    assert "no weights (empty)" in refusal({})
+    assert "the network Nothing cannot be built (see the log above)" in refusal(weights, "Nothing")
 
 
 def test_extra_outputs_are_removable_unless_they_are_predicted_or_hold_probability():

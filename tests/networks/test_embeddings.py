@@ -71,8 +71,8 @@ def test_a_network_without_embeddings_is_named_once_and_keeps_its_logits(images,
             logits, embeddings = ways(images)
         assert torch.equal(logits, model(images))
     assert embeddings.shape == (7, 0)
-    said = [record for record in heard.records if "no linear layer's outputs are its logits" in record.getMessage()]
-    assert len({id(record) for record in said}) == 1
+    warnings = [record for record in heard.records if "no linear layer's outputs are its logits" in record.getMessage()]
+    assert len({id(record) for record in warnings}) == 1
 
 
 def test_a_network_that_goes_another_way_for_some_images_is_refused(images):

@@ -11,8 +11,8 @@ from utils.networks import memory
 
 
 def test_out_of_memory_is_known_on_every_device():
-    said = "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried"
-    assert memory.out_of_memory(RuntimeError(said))
+    message = "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried"
+    assert memory.out_of_memory(RuntimeError(message))
     assert memory.out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert memory.out_of_memory(MemoryError())
     assert not memory.out_of_memory(RuntimeError("shapes cannot be multiplied"))

@@ -54,15 +54,15 @@ def test_status_loads_no_torch_and_writes_nothing(own_copy):
 def test_the_next_command_leads_from_images_to_a_ranking(trained, tmp_path):
     """Doing what it says, again and again, ends."""
     base = Path(shutil.copytree(trained, tmp_path / "w"))
-    said = []
+    commands = []
     while (found := json.loads(run(base, "status", "--json").stdout)).get("next"):
         words = found["next"].split()
         assert words[:2] == ["python", "ensemble_orchestrator.py"]
-        said.append(words[2])
+        commands.append(words[2])
         done = run_python(*words[1:])
         assert done.returncode == 0, done.stderr
-        assert len(said) < 5, said
-    assert said == ["discover", "build-ensemble", "evaluate"]
+        assert len(commands) < 5, commands
+    assert commands == ["discover", "build-ensemble", "evaluate"]
 
 
 def test_an_empty_workspace_is_told_how_to_train(tmp_path):

@@ -24,11 +24,11 @@ def test_probabilities_are_compared_where_they_tell_anything(kind):
     exact = np.exp(logits - logits.max(axis=1, keepdims=True))
     exact = (exact / exact.sum(axis=1, keepdims=True)).astype(np.float16 if "half" in kind else np.float32)
     stored = np.log(np.maximum(exact.astype(np.float64), 1e-12))
-    same, told = out_of_fold.count_equal_rows(kind, stored, logits, tolerance=1e-5)
-    assert same == told
-    assert 150 <= told <= 250  # the sure half says nothing
-    different, told = out_of_fold.count_equal_rows(kind, stored, other, tolerance=1e-5)
-    assert different <= 0.01 * told
+    same, comparable = out_of_fold.count_equal_rows(kind, stored, logits, tolerance=1e-5)
+    assert same == comparable
+    assert 150 <= comparable <= 250  # the sure half says nothing
+    different, comparable = out_of_fold.count_equal_rows(kind, stored, other, tolerance=1e-5)
+    assert different <= 0.01 * comparable
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,9 @@ def _of_exports(workspace: Path) -> Iterator[str]:
 def of_status(workspace: Path, status: dict[str, Any], *, undisturbed: bool) -> Iterator[str]:
     """What `status` says is so; `undisturbed` where nothing was killed since the last `clean`."""
     saved = {path.parent.name for path in (workspace / "ensembles" / "models").glob("*/ensemble.json")}
-    told = {name for name, state in status["ensembles"].items() if state["state"] != "missing"}
-    if status["catalog"]["state"] not in ("missing", "damaged") and saved != told:
-        yield f"status tells of the ensembles {sorted(told)}; there are {sorted(saved)}"
+    listed = {name for name, state in status["ensembles"].items() if state["state"] != "missing"}
+    if status["catalog"]["state"] not in ("missing", "damaged") and saved != listed:
+        yield f"status tells of the ensembles {sorted(listed)}; there are {sorted(saved)}"
     if status["writer"] is not None and not status["writer"]["dead"]:
         yield f"status tells of a writer, and there is none: {status['writer']}"
     if status["catalog"]["state"] == CURRENT:

@@ -143,9 +143,9 @@ class Soak:
         if self.number % SETTLE == 0:
             self.settle()
 
-    def tell(self, said: str, count: str = "changes by the user") -> None:
+    def tell(self, text: str, count: str = "changes by the user") -> None:
         self.counts[count] += 1
-        print(f"{self.number:5} {said}", flush=True)
+        print(f"{self.number:5} {text}", flush=True)
 
     def command(self, *line: str) -> Ended:
         """Run a command to its end; what `status` said before is compared with what it did."""

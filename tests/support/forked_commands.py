@@ -1,4 +1,4 @@
-"""Commands in forks of this process, which has imported the large packages: started, killed, and what they said."""
+"""Commands in forks of this process, which has imported the large packages: started, killed, and what they printed."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Running:
     """A command of the project in a process group of its own."""
 
     def __init__(self, line: tuple[str, ...], workspace: Path) -> None:
-        """Start it in a fork. Its output goes to files, so that a killed one leaves what it had said."""
+        """Start it in a fork. Its output goes to files, so that a killed one leaves what it had printed."""
         self.line, self.start = line, time.monotonic()
-        self._folder = tempfile.TemporaryDirectory(prefix="soak-said-")
+        self._folder = tempfile.TemporaryDirectory(prefix="soak-output-")
         places = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
         self.pid = os.fork()
         if self.pid == 0:
@@ -71,13 +71,13 @@ class Running:
             if time.monotonic() - self.start > limit:
                 self.kill(signal.SIGKILL)
                 os.waitpid(self.pid, 0)
-                said = self._places[1].read_text(errors="replace")[-3000:]
-                raise TimeoutError(f"{' '.join(self.line)}: not done after {limit:.0f} s: {said}")
+                output = self._places[1].read_text(errors="replace")[-3000:]
+                raise TimeoutError(f"{' '.join(self.line)}: not done after {limit:.0f} s: {output}")
             time.sleep(0.01)
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        said = [place.read_text(errors="replace") if place.exists() else "" for place in self._places]
+        output = [place.read_text(errors="replace") if place.exists() else "" for place in self._places]
         self._folder.cleanup()
-        return Ended(self.line, code, *said, time.monotonic() - self.start)
+        return Ended(self.line, code, *output, time.monotonic() - self.start)
 
 
 def _perform(line: tuple[str, ...], workspace: Path, stdout: Path, stderr: Path) -> int:

@@ -63,16 +63,16 @@ class Popen(subprocess.Popen):
                 args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell, *rest
             )
             return
-        ready, told = os.pipe()
+        ready, ready_writer = os.pipe()
         try:
             command, environment = [os.fspath(part) for part in args], dict(os.environ if env is None else env)
-            handles = [_Handle(number) for number in (*streams, told)]
+            handles = [_Handle(number) for number in (*streams, ready_writer)]
             place = os.getcwd() if cwd is None else str(cwd)
             given_to_run = (command, environment, place, own_folders.watched(), session, *handles)
             self._process = _server().Process(target=_run, args=given_to_run)
             self._process.start()
         finally:
-            os.close(told)
+            os.close(ready_writer)
         self.pid = self._process.pid
         self._child_created = True
         os.read(ready, 1)  # from here on it has streams and a session of its own
@@ -134,7 +134,7 @@ def _run(
     session: bool,
     out: int,
     err: int,
-    told: int,
+    ready_writer: int,
 ) -> None:
     gc.freeze()  # what the server has imported stays, so that no collection needs to look at it
     if session:
@@ -152,8 +152,8 @@ def _run(
     os.chdir(place)
     for folder in watched:
         own_folders.watch(Path(folder))
-    os.write(told, b"1")
-    os.close(told)
+    os.write(ready_writer, b"1")
+    os.close(ready_writer)
     given = environment.get("PYTHONPATH")
     installed = [path for path in sys.path if "site-packages" in path or not Path(path).is_relative_to(HERE)]
     code = command[2] if command[1] == "-c" else None

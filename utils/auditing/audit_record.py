@@ -126,7 +126,8 @@ def _probes(
     kept = {name: values[readable] for name, values in features.items()}
     probes = shortcut_probes.run(kept, labels, units, seed=seed)
     return [
-        {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(p).items()} for p in probes
+        {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(p).items()}
+        for p in probes
     ], {}
 
 

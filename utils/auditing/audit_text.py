@@ -42,7 +42,9 @@ def lines(record: Mapping[str, Any]) -> list[str]:
         )
     issues = record["label_issues"]
     if issues and issues.get("in_doubt"):
-        sentences.append(f"labels in doubt: {issues['in_doubt']} of {issues['n']} out-of-sample rows, by {issues['model']}")
+        sentences.append(
+            f"labels in doubt: {issues['in_doubt']} of {issues['n']} out-of-sample rows, by {issues['model']}"
+        )
     return sentences
 
 

@@ -24,6 +24,9 @@ STAGES = ("verify", "split", "kfold", "train", "test", "export")
 ON_REQUEST = ("snapshots",)  # more training than most want: only where it is named
 EXTERNAL_STAGES = STAGES[:3]  # the rest would replace what the other pipeline has trained
 
+PROJECT = Path(__file__).resolve().parents[2]
+INSTALLED = PROJECT.name == "project" and (PROJECT.parent / "__main__.py").is_file()
+"""Whether this is the copy inside the package `ensemble_system`, whose command is `ensemble-system-train`."""
 EXTERNAL = "DBT_EXTERNAL_BASE_BACK"
 """How settings learn of --base-back; not for users."""
 
@@ -225,9 +228,10 @@ OPTIONS: dict[str, Option] = {
 def build_parser() -> argparse.ArgumentParser:
     """The parser of OPTIONS."""
     parser = argparse.ArgumentParser(
-        prog="main.py",
+        prog="ensemble-system-train" if INSTALLED else "main.py",
         description="Train image classifiers and make out-of-fold predictions of their training images.",
-        epilog="Example: python BASE-BACK/src/main.py --backbones all --size tiny --data ~/leaves --workspace ~/work",
+        epilog=f"Example: {'ensemble-system-train' if INSTALLED else 'python BASE-BACK/src/main.py'} --backbones all "
+        "--size tiny --data ~/leaves --workspace ~/work",
     )
     for name, option in OPTIONS.items():
         parser.add_argument(name, help=option.description, **option.arguments)

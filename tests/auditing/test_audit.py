@@ -6,12 +6,14 @@ import json
 import shutil
 
 import numpy as np
+import page_outputs
 import pytest
 from in_process import run
 from photo_crops import crops, write_split
 from PIL import Image, ImageOps
 
 from utils import base_back
+from utils.auditing import audit_text
 
 
 def planted(folder):
@@ -139,3 +141,31 @@ def test_scores_without_the_affected_images_and_the_section_of_the_report(own_co
     assert "Scores without copies" in page
     shutil.copy(source, copied)  # other images: the section would be about those before
     assert run("discover", "--quiet", workspace=own_copy).code == 0
+
+
+def test_the_guide_shows_lines_that_are_printed(tmp_path):
+    done = run("audit", "--write-split", "--json", "--quiet", workspace=planted(tmp_path))
+    record = dict(done.document)
+    (shown,) = page_outputs.blocks("guides/audit.md")
+    record["duplicates"]["with_different_labels"] = 7
+    scores = {"accuracy": 0.9322, "log_loss": 0.1888}
+    record |= {
+        "recommended": {"name": "fusion_concat_mlp", "accuracy": 0.9322},
+        "scores": [
+            {
+                "name": "fusion_concat_mlp",
+                "affected": scores | {"n": 14},
+                "all": scores | {"n": 59},
+                "without": scores | {"n": 45},
+            }
+        ],
+        "imbalance_ratio": 3.5,
+        "label_issues": {"in_doubt": 11, "n": 537, "model": "fusion_concat_mlp"},
+        "probes": [
+            {"name": name, "accuracy": 0.748, "chance": 0.311, "stands_out": name != "file names"}
+            for name in ("border pixels", "background colours", "file properties", "file names")
+        ],
+        "notes": {},
+    }
+    printed = [*audit_text.lines(record), *run("audit", "--write-split", workspace=tmp_path).stdout.splitlines()]
+    assert page_outputs.not_printed(shown, "\n".join(printed), ()) == [], printed

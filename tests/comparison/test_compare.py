@@ -6,6 +6,7 @@ import csv
 import io
 import json
 
+import page_outputs
 import pytest
 from demsar import AREAS, DATA_SETS, METHODS
 from evaluated_workspaces import write_workspace
@@ -60,6 +61,24 @@ def test_the_example_of_demsar_is_reproduced_from_records(fourteen, tmp_path):
     assert len((folder / "pairs.csv").read_text().splitlines()) == 1 + 6
     stored = json.loads((folder / "comparison.json").read_text())
     assert stored["methods"] == record["methods"]
+
+
+def test_the_guide_shows_the_output_for_workspaces_of_its_scores(tmp_path):
+    """The table of the page is printed again, figure by figure, from scores with its means and gains."""
+    (shown,) = [block for block in page_outputs.blocks("guides/report.md") if "compare ~/citrus" in block[0]]
+    citrus = {"best_single": 53 / 59, "voting": 54 / 59, "stacking_lr": 54 / 59, "recommended": 55 / 59}
+    digits = {"best_single": 354 / 360, "voting": 342 / 360, "stacking_lr": 348 / 360, "recommended": 354 / 360}
+    folders = []
+    for name, scores in (("citrus", citrus), ("digits", digits)):
+        votes = ("hard_voting_ensemble", "logit_averaging_ensemble", "soft_voting_ensemble")
+        methods = {"lite0_stages": scores["best_single"], "fusion_concat_mlp": scores["recommended"]}
+        methods |= {"stacking_lr": scores["stacking_lr"]} | dict.fromkeys(votes, scores["voting"])
+        folders.append(
+            write_workspace(tmp_path / name, methods, "lite0_stages", "fusion_concat_mlp", classes=(name, "other"))
+        )
+    options = ("--models", "best_single", "recommended", "fusion_concat_mlp", "stacking_lr", *votes)
+    printed = [line.strip() for line in compare(*folders, *options).stdout.splitlines()]
+    assert [line for line in map(str.strip, shown[1:]) if line not in printed] == [], printed
 
 
 def test_the_text_says_what_the_tests_say(fourteen):

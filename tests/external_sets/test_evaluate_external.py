@@ -6,9 +6,12 @@ import json
 import shutil
 
 import numpy as np
+import page_outputs
 import pytest
 from in_process import run
 from PIL import Image
+
+from utils.evaluation import external_text
 
 DEMO = ("--config", "configs/votes.yaml")
 NAMES = ("soft_voting_ensemble", "hard_voting_ensemble", "logit_averaging_ensemble")
@@ -61,6 +64,28 @@ def test_the_own_test_split_gives_the_same_metrics(workspace):
     assert (workspace / "ensembles" / "ensemble_catalog.json").read_bytes() == before
     assert done.document["also_in_test"] == done.document["n"]
     assert "external set own" in (workspace / "ensembles" / "report" / "index.html").read_text()
+
+
+def test_the_guide_shows_lines_that_are_printed(workspace, field, tmp_path):
+    wrong = tmp_path / "wrong"  # each image in the folder of another class, so that every model is worse than on test
+    for label in range(4):
+        shutil.copytree(field / str(label), wrong / str((label + 1) % 4))
+    done = run("evaluate", "--data", wrong, *DEMO, workspace=workspace)
+    assert done.code == 0, done.stderr
+    renamed = shutil.copytree(field, tmp_path / "renamed")
+    (renamed / "3").rename(renamed / "3-")
+    refused = run("evaluate", "--data", renamed, *DEMO, workspace=workspace)
+    assert refused.code == 1
+    scores_shown, refusal_shown = page_outputs.blocks("guides/external_sets.md")[:2]
+    names = ("CustomConvNeXt", "CustomResNetMish", "CustomViTHybrid", "wrong", "renamed", "3")
+    names += ("3-", "lite0", "field", "canker", "Black Spot")
+    assert "recall of single classes: too few rows for an interval" in done.stdout
+    classes = [{"class": name, "test": 1.0, "external": 0.02, "drops": True} for name in ("canker", "black_spot")]
+    record = read(scores(workspace) / "external" / "wrong" / "external.json")
+    record["models"][record["recommended"]]["classes"] = classes
+    printed = f"{done.stdout}\n{external_text.as_text(record, [])}"
+    assert page_outputs.not_printed(scores_shown, printed, names) == [], printed
+    assert page_outputs.not_printed(refusal_shown, refused.stderr.partition("ERROR | ")[2], names) == []
 
 
 def test_images_of_train_and_unreadable_ones_are_left_out_and_named(workspace, field, tmp_path):

@@ -106,7 +106,11 @@ def test_the_background_is_named_where_maps_and_audit_agree(store, monkeypatch, 
     lines = mapping.summary()
     assert f"{outside:.0%} of their mass" in lines[0]
     assert (
-        any("looks at the background: in the audit border pixels alone tell 71%" in line for line in lines) == is_said
+        any(
+            "looks at the background: in the audit, border pixels alone predict the class of 71% of the images" in line
+            for line in lines
+        )
+        == is_said
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from utils.core.display_text import join_names
+
 MOST_OUTSIDE = 0.5  # of the mass of the maps, outside the central square with half of the area
 BACKGROUND_PROBES = ("border pixels", "background colours")
 """Shortcut probes of the audit that see no more than the background"""
@@ -16,10 +18,10 @@ def background_sentence(subject: str, outside: float, probes: Sequence[Mapping[s
     `outside` is the mean fraction of the maps' mass outside the central square, `probes` are those of `audit.json`.
     """
     telling = [
-        f"{probe['name']} alone tell {probe['accuracy']:.0%}"
+        f"{probe['name']} alone predict the class of {probe['accuracy']:.0%} of the images"
         for probe in probes
         if probe["name"] in BACKGROUND_PROBES and probe["stands_out"]
     ]
     if outside <= MOST_OUTSIDE or not telling:
         return ""
-    return f"{subject} looks at the background: in the audit {', '.join(telling)} of the classes"
+    return f"{subject} looks at the background: in the audit, {join_names(telling)}"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from utils.core.display_text import format_count, format_percent, join_names
+from utils.core.workspace import SPLITS
 from utils.discovery.imbalance import REPORTED_RATIO
 
 SHOWN = 3  # images or groups that are named
@@ -13,11 +14,12 @@ SHOWN = 3  # images or groups that are named
 
 def lines(record: Mapping[str, Any]) -> list[str]:
     """A summary in the first line, then one line for each finding."""
-    counts = ", ".join(f"{split} {facts['n']:,}" for split, facts in record["splits"].items())
+    splits = [split for split in SPLITS if split in record["splits"]]  # a record on disk has its keys sorted
+    counts = ", ".join(f"{split} {record['splits'][split]['n']:,}" for split in splits)
     sentences = [f"audit: {format_count(record['n'], 'image')} ({counts}): {_duplicates(record)}"]
     duplicates = record["duplicates"]
-    for split, images in duplicates["affected"].items():
-        if images:
+    for split in splits:
+        if images := duplicates["affected"].get(split):
             learned = "train or val" if split == "test" else "train"
             of_all = f"{len(images)} of {record['splits'][split]['n']:,} {split} images"
             sentences.append(f"{of_all} have a copy in {learned}, first {images[0]}")
@@ -81,7 +83,7 @@ def _probes(record: Mapping[str, Any]) -> list[str]:
     own = record["recommended"]
     beside = f", {own['name']} {format_percent(own['accuracy'])}" if own else ""
     sentences = [
-        f"{probe['name']} alone tell {format_percent(probe['accuracy'])} of the classes (chance "
+        f"{probe['name']} alone predict the class of {format_percent(probe['accuracy'])} of the images (chance "
         f"{format_percent(probe['chance'])}{beside})"
         for probe in record["probes"]
         if probe["stands_out"]

@@ -136,6 +136,8 @@ def _dropping_classes(classes: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     if dropping:
         return [f"recall drops in {join_names(dropping)}"]
+    if classes and all(entry["ci95"] is None for entry in classes):
+        return ["recall of single classes: too few rows for an interval"]
     return ["recall drops in no class beyond chance"] if classes else []
 
 

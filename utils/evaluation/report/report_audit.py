@@ -10,7 +10,7 @@ from typing import Any
 from utils.core.artifacts import read_record
 from utils.core.display_text import format_count, format_number, format_percent
 from utils.core.program_names import as_typed
-from utils.core.workspace import Workspace
+from utils.core.workspace import SPLITS, Workspace
 from utils.evaluation.audit_form import AUDIT
 from utils.evaluation.report.thumbnails import thumbnail
 from utils.predictions.catalog import Catalog
@@ -49,7 +49,7 @@ def section(workspace: Workspace, catalog: Catalog) -> dict[str, Any] | None:
         "probes": [_probe(probe) for probe in record["probes"]],
         "model": record["recommended"],
         "model_accuracy": format_percent((record["recommended"] or {}).get("accuracy")),
-        "splits": list(record["splits"]),
+        "splits": [split for split in SPLITS if split in record["splits"]],  # a record on disk has its keys sorted
         "classes": [_class(entry) for entry in record["classes"]],
         "unreadable": [f"{entry['image']}: {entry['reason']}" for entry in record["unreadable"][:20]],
         "nearly_empty": record["nearly_empty"][:20],
@@ -69,8 +69,8 @@ def _sentences(record: Mapping[str, Any], workspace: Workspace) -> list[str]:
         f"photograph re-encoded, resized, cut, mirrored or edited, or taken again. {duplicates['across_splits']} of "
         "these groups are in more than one split."
     ]
-    for split, names in duplicates["affected"].items():
-        if names:
+    for split in SPLITS:
+        if names := duplicates["affected"].get(split):
             learned = "train or val" if split == "test" else "train"
             of_all = f"{len(names)} of {record['splits'][split]['n']:,}"
             sentences.append(f"{of_all} {split} images have a copy in {learned}, so that a model may know them.")
@@ -119,7 +119,7 @@ def _probe(probe: Mapping[str, Any]) -> dict[str, Any]:
         "chance": format_percent(probe["chance"]),
         "chance_95": format_percent(probe["chance_95"]),
         "p_value": format_number(probe["p_value"], 3),
-        "verdict": "tells the classes" if probe["stands_out"] else "no better than chance",
+        "verdict": "predicts the class" if probe["stands_out"] else "no better than chance",
     }
 
 

@@ -101,7 +101,7 @@ def check_familiarity(workspace: SimulatedWorkspace, random: np.random.Generator
     def simulate(random: np.random.Generator) -> Outcomes:
         splits = [draw(unsmoothed, random, 1) for _ in range(2)]
         scores = [uncertainty.ood_scores(drawn.logits[0]) for drawn in splits]
-        summary = uncertainty.ood_summary(*scores)
+        summary = uncertainty.ood_summary(*scores, splits[1].groups)
         scored = [_scores(softmax_of(drawn.logits[0]), drawn.labels, drawn.groups) for drawn in splits]
         unseen = {name: scores for name, scores in zip(("val", "test"), scored, strict=True) if scores is not None}
         hits, n = [hits_of(drawn)[0] for drawn in splits], len(splits[0].labels)

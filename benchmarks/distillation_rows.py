@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from distillation_runs import ALONE, CONSISTENT, TEACHER, VIEWS
 
-from reporting import interval, ratio_interval, row
+from reporting import interval, row
 
 COLOURS = {ALONE: "#b0532a", CONSISTENT: "#1f5f8b", VIEWS: "#3a8f5c"}
 METRICS = ("accuracy", "log_loss")
@@ -85,8 +85,10 @@ def _gain_row(what: str, gain: np.ndarray, unit: str, goal: str | None) -> dict:
 
 def _kept_row(what: str, gain: np.ndarray, teacher_gain: np.ndarray) -> dict:
     """The fraction has no figure where the interval of the teacher's gain contains 0."""
-    bounds, goal = ratio_interval(gain.tolist(), teacher_gain.tolist()), f">= {KEPT_GOAL}"
-    if bounds is None or teacher_gain.mean() <= 0:
+    from utils.numeric.means import ratio_interval
+
+    bounds, goal = ratio_interval(gain, teacher_gain), f">= {KEPT_GOAL}"
+    if bounds is None:
         return row(what, None, "", goal, None, "the interval of the teacher's gain contains 0")
     fraction = float(gain.mean() / teacher_gain.mean())
     text = f"95% interval {bounds[0]:.2f} to {bounds[1]:.2f} (Fieller)"

@@ -73,24 +73,6 @@ def mean_with_interval(values: Sequence[float], form: str) -> str:
     return f"{np.mean(values):{form}}" + (f" [{bounds[0]:{form}}, {bounds[1]:{form}}]" if bounds else "")
 
 
-def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float] | None:
-    """95% interval of the ratio of two means of paired values, by Fieller's theorem (1954).
-
-    It holds the ratios r for which the mean of `parts` - r `wholes` may be 0. None for one value, and where the mean
-    of `wholes` may be 0 itself, so that any ratio goes with them.
-    """
-    if len(parts) < 2:
-        return None
-    reach = _quantile(len(parts)) ** 2 / len(parts)
-    part, whole = float(np.mean(parts)), float(np.mean(wholes))
-    (of_part, shared), (_, of_whole) = np.cov(parts, wholes).tolist()
-    square, middle, rest = whole**2 - reach * of_whole, part * whole - reach * shared, part**2 - reach * of_part
-    if square <= 0:
-        return None
-    half = max(0.0, middle**2 - square * rest) ** 0.5
-    return (middle - half) / square, (middle + half) / square
-
-
 def _quantile(count: int) -> float:
     from scipy.stats import t
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 
-from reporting import interval, ratio_interval, report, row
+from reporting import interval, report, row
 
 KEYS = {"what", "figure", "unit", "goal", "holds", "peer"}
 
@@ -33,14 +32,3 @@ def test_the_interval_is_student_s():
     assert (low + high) / 2 == pytest.approx(2.0)
     assert (high - low) / 2 == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
     assert interval([1.0]) is None
-
-
-def test_the_interval_of_a_ratio_is_fieller_s():
-    """Its bounds are the ratios at which Student's interval of what is left ends at 0."""
-    parts, wholes = np.array([0.02, 0.03, 0.01, 0.04, 0.02]), np.array([0.04, 0.05, 0.04, 0.06, 0.03])
-    low, high = ratio_interval(parts.tolist(), wholes.tolist())
-    assert low < parts.mean() / wholes.mean() < high
-    assert interval((parts - low * wholes).tolist())[0] == pytest.approx(0, abs=1e-12)
-    assert interval((parts - high * wholes).tolist())[1] == pytest.approx(0, abs=1e-12)
-    assert ratio_interval([0.1], [0.2]) is None
-    assert ratio_interval(parts.tolist(), [0.04, -0.05, 0.04, -0.03, 0.01]) is None  # may be 0

@@ -273,6 +273,8 @@ def test_groups_are_drawn_whole(tmp_path):
     assert found["crossfit"]["log_loss_ci95"] is None
     assert found["conformal"] is None
     assert "too few groups: " in found["notes"]["conformal"]
+    assert found["out_of_distribution"] is None
+    assert "3 groups of val rows are too few" in found["notes"]["out_of_distribution"]
 
 
 def test_a_member_without_rows_of_the_split_does_not_stop_the_others(tmp_path):

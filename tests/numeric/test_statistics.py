@@ -105,32 +105,6 @@ def test_nan_is_refused():
         statistics.bootstrap_metrics([probabilities], labels, replicates=10)
 
 
-def test_means_of_rows_are_those_that_the_bootstrap_of_all_metrics_finds():
-    probabilities, labels = rows(0)
-    hits = probabilities.argmax(axis=1) == labels
-    found = statistics.bootstrap_means([hits, np.ones(len(labels))], labels)
-    np.testing.assert_allclose(
-        found[0], statistics.bootstrap_metrics([probabilities], labels)["accuracy"][0], atol=1e-6
-    )
-    np.testing.assert_allclose(found[1], 1.0)
-
-
-def test_means_of_groups_are_drawn_whole():
-    groups = np.repeat(np.arange(20), 10)
-    of_group = np.random.default_rng(0).normal(size=20)
-    found = statistics.bootstrap_means([of_group[groups]], np.zeros(200, dtype=int), groups)
-    assert found.std() == pytest.approx(of_group.std() / np.sqrt(20), rel=0.1)
-
-
-def test_a_ratio_has_bounds_where_its_denominator_is_surely_above_zero():
-    wholes = np.linspace(0.5, 1.5, 2001)
-    low, high = statistics.ratio_interval(0.5 * wholes, wholes)
-    assert (low, high) == pytest.approx((0.5, 0.5))
-    assert statistics.ratio_interval(wholes, wholes - 0.54) == [None, None]  # 4% of them are not
-    low, high = statistics.ratio_interval(wholes, wholes - 0.51)  # 1%: left out
-    assert 1 < low < high
-
-
 def test_holm_by_hand():
     found = statistics.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.9})
     assert found == pytest.approx({"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.9})

@@ -184,6 +184,12 @@ def test_the_hint_tells_foreign_rows_and_is_silent_about_log_probabilities():
     assert uncertainty.ood_summary(log_probabilities, log_probabilities) is None
 
 
+def test_few_groups_are_no_ood_reference():
+    of_rows = uncertainty.ood_scores(np.random.default_rng(5).normal(size=(90, 3)))
+    assert uncertainty.ood_summary(of_rows, of_rows, np.arange(90) % 9) is None
+    assert uncertainty.ood_summary(of_rows, of_rows, np.arange(90) % 10) == uncertainty.ood_summary(of_rows, of_rows)
+
+
 @pytest.mark.parametrize("count", [30, 60])
 def test_rows_like_the_reference_are_beyond_it_as_often_as_stated(count):
     rng = np.random.default_rng(8)

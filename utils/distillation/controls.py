@@ -17,9 +17,8 @@ from utils.core.artifacts import read_arrays, read_record, write_arrays
 from utils.core.workspace import Workspace
 from utils.distillation import verdicts
 from utils.distillation.verdicts import Difference, difference, difference_text, outcome, row_scores, speed_text
-from utils.numeric.means import MIN_UNITS, count_units
+from utils.numeric.means import MIN_UNITS, count_units, ratio_interval
 from utils.numeric.metrics import accuracy, clipped_log, ece, log_loss, softmax
-from utils.numeric.statistics import bootstrap_means, ratio_interval
 from utils.numeric.temperature import fit_temperature
 
 STUDENT, ALONE, TEACHER = "student", "alone", "teacher"
@@ -163,11 +162,10 @@ def gain_kept(
     """Fraction of the teacher's gain that the student keeps, and the reasons why it or its bounds are undefined.
 
     `(student - alone) / (teacher - alone)` in accuracy, `{value, ci95}`, and the same in log-loss under `log_loss`.
-    Probabilities (K, N, C) of K trainings, whose scores are averaged; labels (N,). The interval is that of the paired
-    bootstrap of rows, stratified by class, or of groups (N,). It has no bounds where a gain of zero is within the
-    teacher's interval, since any fraction is then possible (Fieller 1954), nor for fewer than 10 rows or groups, nor
-    where alone and teacher err on fewer than `MIN_GAIN_ERRORS` rows. `value` is None where the teacher is not
-    better than the network trained alone.
+    Probabilities (K, N, C) of K trainings, whose scores are averaged; labels (N,). The interval over rows, or groups
+    (N,), is Fieller's (1954). It has no bounds where a gain of zero is within the teacher's interval, since any
+    fraction is then possible, nor for fewer than 10 rows or groups, nor where alone and teacher err on fewer than
+    `MIN_GAIN_ERRORS` rows. `value` is None where the teacher is not better than the network trained alone.
     """
     gains, reasons = {}, []
     correct = np.concatenate([row_scores(each, labels, "accuracy") for each in (alone, teacher)]).min(axis=0)
@@ -181,12 +179,12 @@ def gain_kept(
         teacher_gain = float(teacher_rows.mean() - alone_rows.mean())
         if teacher_gain <= 0:
             reasons.append(f"the teacher's {spoken} is not better than that of the network trained without a teacher")
-        gained = [student_rows - alone_rows, teacher_rows - alone_rows]
-        bounds: list[float | None] = [None, None]
+        interval = None
         if not is_too_few:
-            bounds = ratio_interval(*bootstrap_means(gained, labels, groups))
+            interval = ratio_interval(student_rows - alone_rows, teacher_rows - alone_rows, groups)
+        bounds = [None, None] if interval is None else list(interval)
         gains[metric] = {"value": student_gain / teacher_gain if teacher_gain > 0 else None, "ci95": bounds}
-        if teacher_gain > 0 and None in bounds:
+        if teacher_gain > 0 and interval is None:
             reasons.append(f"{len(labels)} rows are too few to establish that the teacher gains in {spoken}")
     return gains["accuracy"] | {"log_loss": gains["log_loss"]}, "; ".join(reasons)
 

@@ -105,12 +105,13 @@ class EvaluationContext:
             self._areas[id(model)] = mean_areas(model.probabilities, self.inputs.rows.labels)
         return self._areas[id(model)]
 
-    def ood_scores(self, names: Sequence[str], split: str) -> Floats:
-        """Mean over members of `uncertainty.ood_scores` of their full networks on the rows that all have, (2, N)."""
+    def ood_scores(self, names: Sequence[str], split: str) -> tuple[np.ndarray, Floats]:
+        """Return the sample ids (N,) that all members have, and the mean of their `uncertainty.ood_scores` (2, N)."""
         parts = [self._of_network(name, split) for name in names]
-        shared = set.intersection(*(set(ids.tolist()) for ids, _ in parts))
-        mean: Floats = np.mean([values[:, np.isin(ids, list(shared))] for ids, values in parts], axis=0)
-        return mean
+        shared = list(set.intersection(*(set(ids.tolist()) for ids, _ in parts)))
+        mean: Floats = np.mean([values[:, np.isin(ids, shared)] for ids, values in parts], axis=0)
+        first = parts[0][0]
+        return first[np.isin(first, shared)], mean
 
     def _of_network(self, name: str, split: str) -> tuple[np.ndarray, Floats]:
         """Sample ids (N,) and OOD scores (2, N) of one member's full network, computed once."""

@@ -7,7 +7,7 @@ from typing import Any
 from utils.evaluation.evaluation_context import EvaluationContext, OutOfSamplePredictions, no_out_of_sample_rows
 from utils.evaluation.scoring import ScoredModel
 from utils.numeric import selective, uncertainty
-from utils.numeric.means import count_units
+from utils.numeric.means import MIN_UNITS, count_units
 from utils.numeric.uncertainty import LabelledRows
 from utils.predictions import fold_networks
 
@@ -72,15 +72,21 @@ def _out_of_distribution(
     model: ScoredModel, context: EvaluationContext, notes: dict[str, str]
 ) -> dict[str, Any] | None:
     """How many rows have higher OOD scores than 95% of the val rows, by two scores."""
+    inputs = context.inputs
     reason = "its members' predictions are log-probabilities, from which OOD scores cannot be computed"
     summary = None
-    if context.inputs.split == "val":
+    if inputs.split == "val":
         reason = "val rows are the reference for OOD scores"
-    elif any(context.inputs.val_rows(name) is None for name in model.members):
+    elif any(inputs.val_rows(name) is None for name in model.members):
         reason = "it has no out-of-sample val rows"
     elif model.inference == fold_networks.FULL:
-        scores, reference = (context.ood_scores(model.members, split) for split in (context.inputs.split, "val"))
-        summary = uncertainty.ood_summary(scores, reference)
+        _, scores = context.ood_scores(model.members, inputs.split)
+        sample_ids, reference = context.ood_scores(model.members, "val")
+        groups = inputs.groups_of(("val", sample_id) for sample_id in sample_ids.tolist())
+        if uncertainty.has_too_few_groups(len(sample_ids), groups):
+            n_groups = count_units(len(sample_ids), groups)
+            reason = f"{n_groups} groups of val rows are too few for a reference, which needs {MIN_UNITS}"
+        summary = uncertainty.ood_summary(scores, reference, groups)
     if summary is None:
         notes["out_of_distribution"] = reason
         return None

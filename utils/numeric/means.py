@@ -1,4 +1,4 @@
-"""Means of rows that may come in groups: standard errors and intervals by the sums of groups.
+"""Means of rows that may come in groups, and their ratios: standard errors and intervals by the sums of groups.
 
 Rows of one group (images of one patient, frames of one film) are not independent. Their values are summed by group
 before any spread is computed, and degrees of freedom are those of the groups.
@@ -94,6 +94,33 @@ def paired_interval(
         return None
     mean, half = float(numbers.mean()), float(stdtrit(units - 1, (1 + level) / 2)) * standard_error(numbers, groups)
     return mean - half, mean + half
+
+
+def ratio_interval(
+    parts: ArrayLike, wholes: ArrayLike, groups: ArrayLike | None = None, *, level: float = LEVEL
+) -> tuple[float, float] | None:
+    """Return the interval of mean(parts) / mean(wholes) of paired values (N,) over rows or groups (N,).
+
+    It holds the ratios r for which the mean of `parts - r wholes` may be 0 by Student's t (Fieller 1954). None where
+    the mean of `wholes` is not above 0 at this level, so that any ratio goes with the values, and for fewer than
+    `MIN_UNITS` rows or groups.
+    """
+    from scipy.special import stdtrit
+
+    values = np.stack([np.asarray(parts, dtype=np.float64), np.asarray(wholes, dtype=np.float64)])
+    part, whole = values.mean(axis=1)
+    deviations = np.stack([unit_sums(row - row.mean(), groups) for row in values])
+    units = deviations.shape[1]
+    if units < MIN_UNITS:
+        return None
+    reach = float(stdtrit(units - 1, (1 + level) / 2)) ** 2
+    products = reach * units / (units - 1) * (deviations @ deviations.T) / values.shape[1] ** 2
+    square = whole**2 - products[1, 1]
+    if whole <= 0 or square <= ROUNDING * whole**2:
+        return None
+    middle, rest = part * whole - products[0, 1], part**2 - products[0, 0]
+    half = max(0.0, middle**2 - square * rest) ** 0.5
+    return float((middle - half) / square), float((middle + half) / square)
 
 
 def _unskewed(quantile: float, skewness: float) -> float:

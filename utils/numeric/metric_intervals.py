@@ -124,8 +124,9 @@ def _signed_interval(value: float, samples: Floats, most: float, widening: float
 def _reflected(value: float, samples: Floats, *, is_by_chance: bool) -> tuple[float, float]:
     """Return percentiles of the samples, reflected about the value, cut off at 0 and widened to contain the value.
 
-    The lower one is lowered by the samples' bias once more, since the value's own bias is larger than theirs.
+    The lower one is lowered by the samples' bias once more, since the value's own bias is larger than theirs. The upper
+    one is not lowered by it: how large the bias is, is too uncertain.
     """
     low, high = (float(quantile) for quantile in np.quantile(samples, TAILS))
     lowest = 2 * value - high - max(0.0, float(samples.mean()) - value)
-    return 0.0 if is_by_chance else max(0.0, min(value, lowest)), max(value, 2 * value - low)
+    return 0.0 if is_by_chance else max(0.0, min(value, lowest)), value + max(value - low, (high - low) / 2)

@@ -15,7 +15,6 @@ from utils.numeric.agreement import chance_corrected, column_distances
 from utils.numeric.areas import mean_areas
 from utils.numeric.metrics import (
     BINS,
-    ROUNDING,
     check_probabilities,
     confidence_bins,
     log_loss_per_row,
@@ -89,16 +88,6 @@ def bootstrap_metrics(
             for metric, values in table.metrics(counts).items():
                 replicated.setdefault(metric, np.empty((len(tables), replicates)))[index, block] = values
     return replicated
-
-
-def bootstrap_means(values: Sequence[ArrayLike], labels: ArrayLike, groups: ArrayLike | None = None) -> Floats:
-    """Return means (K, B) of K arrays of row values (N,) on shared bootstrap samples of rows with labels (N,).
-
-    With `groups` (N,) whole groups are drawn.
-    """
-    table = np.stack([np.asarray(row_values, dtype=np.float64) for row_values in values], axis=1)
-    blocks = [(counts @ table) / counts.sum(axis=1, keepdims=True) for counts in bootstrap_counts(labels, groups)]
-    return np.concatenate(blocks).T
 
 
 class _RowStatistics:
@@ -191,17 +180,6 @@ def _interpolated(at: Floats, rows: Floats, sums: Floats) -> Floats:
     fraction = ratio_or_zero(at - starts[0], ends[0] - starts[0])
     interpolated: Floats = starts[1] + fraction * (ends[1] - starts[1])
     return interpolated
-
-
-def ratio_interval(parts: Floats, wholes: Floats) -> list[float | None]:
-    """Return the 95% percentile interval of parts (B,) over wholes (B,) of the same draws.
-
-    Both bounds are None if more than 2.5% of the wholes are not above 0: the ratio is then unbounded (Fieller 1954).
-    """
-    tail, is_positive = TAILS[0], wholes > ROUNDING
-    if (~is_positive).mean() > tail:
-        return [None, None]
-    return [float(bound) for bound in np.quantile(parts[is_positive] / wholes[is_positive], [tail, 1 - tail])]
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

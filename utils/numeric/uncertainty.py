@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from utils.core.errors import UserError
-from utils.numeric.means import unit_indices
+from utils.numeric.means import MIN_UNITS, count_units, unit_indices
 from utils.numeric.metrics import check_probabilities
 
 ALPHA = 0.1
@@ -281,16 +281,21 @@ def ood_scores(logits: ArrayLike) -> Floats:
     return np.stack([-(highest + np.log(np.exp(values - highest[..., None]).sum(axis=-1))), -highest])
 
 
-def ood_summary(rows: Floats, reference: Floats) -> dict[str, Any] | None:
+def has_too_few_groups(rows: int, groups: ArrayLike | None) -> bool:
+    """Return whether rows come in groups (N,) of which there are fewer than `MIN_UNITS`."""
+    return groups is not None and count_units(rows, groups) < MIN_UNITS
+
+
+def ood_summary(rows: Floats, reference: Floats, groups: ArrayLike | None = None) -> dict[str, Any] | None:
     """Return how many rows look OOD, by the `ood_scores` (2, N) of rows and (2, R) of reference rows, or their means.
 
     `{energy, max_logit: {reference, beyond}}`: a quantile of the reference rows, as an energy and as a logit, and the
     fraction of rows beyond it, which is about 0.05 if both have the same distribution. The quantile is the score that a
     new row exceeds with a probability of at most 0.05 (`conformal_threshold`), of few rows the largest. This is a hint
     and no test, since networks can be confident on OOD images. None if the logits are log-probabilities, whose energy
-    is 0.
+    is 0, and if the reference rows come in fewer than `MIN_UNITS` groups (R,), which do not show how far groups vary.
     """
-    if np.ptp(reference[0]) < MIN_ENERGY_RANGE:
+    if np.ptp(reference[0]) < MIN_ENERGY_RANGE or has_too_few_groups(reference.shape[1], groups):
         return None
     summary = {}
     for name, row_scores, reference_scores, sign in zip(("energy", "max_logit"), rows, reference, (1, -1), strict=True):

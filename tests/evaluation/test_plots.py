@@ -48,6 +48,15 @@ def test_every_picture_is_drawn(tmp_path, kind, classes, name):
         assert len(image.convert("L").getcolors()) > 10
 
 
+@pytest.mark.parametrize(("count", "bars"), [(2, 6), (60, 0)])
+def test_scores_of_many_classes_are_points_in_place_of_thousands_of_bars(count, bars):
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    plots.per_class_metrics(axes, record([f"c{number}" for number in range(count)]))
+    assert (len(axes.patches), len(axes.lines)) == (bars, 0 if bars else 3)
+
+
 def test_a_picture_of_the_same_scores_is_kept(tmp_path):
     path = tmp_path / "picture.png"
     scores = record(["a", "b"])

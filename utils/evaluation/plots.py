@@ -19,7 +19,7 @@ from utils.evaluation.drawing import library_defaults
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-VERSION = 3  # raised whenever the same scores would give other pictures
+VERSION = 4  # raised whenever the same scores would give other pictures
 SHOWN = (
     *("name", "split", "n_samples", "n_classes", "confusion_matrix", "per_class", "reliability", "ece", "mce"),
     *("selective", "curves", "roc_auc_ovr_macro", "average_precision_macro"),
@@ -131,13 +131,17 @@ def risk_coverage(axes: Axes, record: Mapping[str, Any]) -> None:
 
 
 def per_class_metrics(axes: Axes, record: Mapping[str, Any]) -> None:
-    """Precision, recall and F1 of each class."""
+    """Precision, recall and F1 of each class: as bars, or as points where there are too many for names."""
     names = list(record["per_class"])
     positions = np.arange(len(names))
+    is_named = len(names) <= MAX_NAMED_CLASSES
     for shift, (key, color) in enumerate((("precision", "#0550ae"), ("recall", "#bf8700"), ("f1", "#1a7f37"))):
         values = [record["per_class"][name][key] for name in names]
-        axes.bar(positions + 0.27 * (shift - 1), values, 0.25, color=color, label=key)
-    if len(names) <= MAX_NAMED_CLASSES:
+        if is_named:
+            axes.bar(positions + 0.27 * (shift - 1), values, 0.25, color=color, label=key)
+        else:
+            axes.plot(positions, values, ".", color=color, markersize=3, label=key)
+    if is_named:
         axes.set_xticks(
             positions, [_plain(name, MAX_NAME_LENGTH) for name in names], rotation=45, ha="right", fontsize=7
         )

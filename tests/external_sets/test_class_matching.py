@@ -71,28 +71,38 @@ def test_a_missing_class_map_is_named(tmp_path):
 
 
 def test_the_refusal_lists_counts_and_the_command_of_each_treatment():
-    match = match_classes(("Black Spot", "canker"), OWN, {})
-    counts, own_counts = {"Black Spot": 12, "canker": 1}, {"black_spot": 5, "canker": 4, "healthy": 1}
+    match = match_classes(("Black Spot", "canker", "healthy"), (*OWN, "scab"), {})
+    counts = {"Black Spot": 12, "canker": 1, "healthy": 2}
+    own_counts = {"black_spot": 5, "canker": 4, "healthy": 3, "scab": 1}
     with pytest.raises(UserError) as caught:
-        require_treatment(match, counts, own_counts, "refuse", "set")
+        require_treatment(match, counts, own_counts, "refuse", "set", "evaluate --data set --workspace w")
     text = str(caught.value)
     for words in (
         "Black Spot (12 images; did you mean black_spot?)",
-        "black_spot (5 test images) and healthy (1 test image)",
+        "black_spot (5 test images) and scab (1 test image)",
         "Black Spot,black_spot",
-        "--data set --missing ignore",
-        "--data set --missing restrict",
+        "    evaluate --data set --workspace w --missing ignore",
+        "    evaluate --data set --workspace w --missing restrict",
     ):
         assert words in text
-    require_treatment(match, counts, own_counts, "ignore", "set")
+    require_treatment(match, counts, own_counts, "ignore", "set", "evaluate")
+
+
+def test_a_treatment_that_would_be_refused_is_not_offered():
+    match = match_classes(("canker",), OWN, {})
+    with pytest.raises(UserError) as caught:
+        require_treatment(match, {"canker": 3}, dict.fromkeys(OWN, 1), "refuse", "set", "evaluate")
+    assert "--missing ignore" in str(caught.value)
+    assert "restrict" not in str(caught.value)
 
 
 def test_a_set_without_a_shared_class_is_refused_by_every_treatment():
     match = match_classes(("rust",), OWN, {})
     for treatment in ("refuse", "ignore", "restrict"):
         with pytest.raises(UserError, match="no class of the workspace"):
-            require_treatment(match, {"rust": 3}, dict.fromkeys(OWN, 1), treatment, "set")
+            require_treatment(match, {"rust": 3}, dict.fromkeys(OWN, 1), treatment, "set", "evaluate")
 
 
 def test_equal_classes_need_no_treatment():
-    require_treatment(match_classes(OWN, OWN, {}), dict.fromkeys(OWN, 1), dict.fromkeys(OWN, 1), "refuse", "set")
+    counts = dict.fromkeys(OWN, 1)
+    require_treatment(match_classes(OWN, OWN, {}), counts, counts, "refuse", "set", "evaluate")

@@ -143,10 +143,12 @@ def test_predict_gives_the_same_classes_and_probabilities_row_by_row(workspace, 
 def test_other_class_names_are_refused_with_a_suggestion_and_scored_with_a_map(workspace, field, tmp_path):
     data = shutil.copytree(field, tmp_path / "named")
     (data / "3").rename(data / "three")
-    refused = evaluate(workspace, data)
+    refused = evaluate(workspace, data, "--model-name", "soft_voting_ensemble")
     assert refused.code == 1
     assert "three" in refused.stderr
-    assert "--missing restrict" in refused.stderr
+    typed = f"--data {data} --model-name soft_voting_ensemble --workspace {workspace}"
+    assert f"{typed} --missing ignore" in refused.stderr
+    assert f"{typed} --missing restrict" in refused.stderr
     class_map = tmp_path / "map.csv"
     class_map.write_text("external,workspace\nthree,3\n")
     done = evaluate(workspace, data, "--class-map", class_map)

@@ -44,7 +44,7 @@ def test_all_fifteen_backbones_have_maps_of_what_their_weights_say(models):
         assert float((found[0] - found[1]).abs().sum(dim=(1, 2)).mean()) > 0.2, name
 
 
-@pytest.mark.parametrize(("architecture", "grid"), [("vit_tiny_patch16_224", 4), ("resnet18", 4)])
+@pytest.mark.parametrize(("architecture", "grid"), [("vit_tiny_patch16_224", 4), ("resnet18", 8)])
 def test_networks_of_timm_have_maps(architecture, grid):
     import timm
 
@@ -106,6 +106,32 @@ def test_the_layer_is_one_that_everything_passes_through():
     maps = ClassMaps(Branches(), "branches")
     maps.probe(images())
     assert maps._call.layer in (maps.model.whole, maps.model.whole[1])
+
+
+class Deep(Pooled):
+    """Its last feature map has 4 x 4 positions, the one before it 8 x 8."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Conv2d(12, 12, 3, 2, 1)
+
+    def forward(self, batch):
+        return self.head(self.last(self.features(batch)).relu().mean(dim=(2, 3)))
+
+
+class Narrow(Deep):
+    """All of its feature maps have 4 x 4 positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.features[0] = nn.Conv2d(3, 8, 8, 8)
+        self.features[2] = nn.Conv2d(8, 12, 3, 1, 1)
+        self.last = nn.Conv2d(12, 12, 3, 1, 1)
+
+
+@pytest.mark.parametrize(("network", "side"), [(Deep, 8), (Narrow, 4), (Pooled, 8)])
+def test_a_coarse_last_feature_map_is_left_for_a_finer_one(network, side):
+    assert mapped(network(), network.__name__, images(), [0, 1, 2]).shape == (3, side, side)
 
 
 def test_a_network_without_positions_is_refused_in_words():

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import re
-import shlex
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -132,12 +131,17 @@ def _circle(mapped: Mapping[str, str]) -> list[str]:
 
 
 def require_treatment(
-    match: ClassMatch, counts: Mapping[str, int], own_counts: Mapping[str, int], treatment: str, source: str
+    match: ClassMatch,
+    counts: Mapping[str, int],
+    own_counts: Mapping[str, int],
+    treatment: str,
+    source: str,
+    command: str,
 ) -> None:
     """Raise UserError where classes that only one side has must not be passed over, or where too few are shared.
 
     `counts` are {class of the set: images}, `own_counts` {class of the workspace: test images}. The message lists all
-    of them with counts, and the command of every treatment.
+    of them with counts, and the command of every treatment that would be accepted: `command`, without `--missing`.
     """
     lines = _listed(match, counts, own_counts)
     if not match.class_of:
@@ -156,20 +160,17 @@ def require_treatment(
         )
     if treatment != REFUSE or not lines:
         return
-    command = f"python ensemble_orchestrator.py evaluate --data {shlex.quote(source)} --missing"
-    raise UserError(
-        "\n".join(
-            [
-                f"evaluate --data {source}: its classes are not those of the workspace",
-                *lines,
-                *_map_hint(match),
-                "  leave out images of other classes, and keep all classes of the workspace as possible answers:",
-                f"    {command} ignore",
-                "  beside that, restrict the probabilities to the shared classes (on the test split too):",
-                f"    {command} restrict",
-            ]
-        )
-    )
+    treatments = [
+        "  leave out images of other classes, and keep all classes of the workspace as possible answers:",
+        f"    {command} --missing {IGNORE}",
+    ]
+    if len(match.shared) > 1:
+        treatments += [
+            "  beside that, restrict the probabilities to the shared classes (on the test split too):",
+            f"    {command} --missing {RESTRICT}",
+        ]
+    said = f"evaluate --data {source}: its classes are not those of the workspace"
+    raise UserError("\n".join([said, *lines, *_map_hint(match), *treatments]))
 
 
 def _listed(match: ClassMatch, counts: Mapping[str, int], own_counts: Mapping[str, int]) -> list[str]:

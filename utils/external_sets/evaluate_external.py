@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from utils.external_sets import class_matching, drop, exported_models, external_
 from utils.external_sets.class_matching import ClassMatch
 from utils.external_sets.exported_models import ExportedFile
 from utils.external_sets.external_inputs import OwnEvaluation
-from utils.external_sets.labelled_images import LabelledImages, read_labelled_images
+from utils.external_sets.labelled_images import LabelledImages, read_labelled_images, set_name
 from utils.external_sets.restriction import restricted, rows_of_classes
 from utils.predictions import catalog
 from utils.predictions.image_splits import ImageSplit
@@ -76,7 +77,7 @@ def evaluate_external(
     _require_own_name(workspace, request)
     store = Store(config, workspace, catalog.load(workspace))
     listed = read_labelled_images(request.source, store.digests)
-    match = _matched(store, listed, request)  # before any network runs
+    match = _matched(store, listed, request, settings.model_name)  # before any network runs
     file = None if request.export is None else ExportedFile(request.export, store.catalog.classes)
     own = external_inputs.gather_own(store, settings)
     if file is None:
@@ -170,7 +171,7 @@ def _require_own_name(workspace: Workspace, request: ExternalRequest) -> None:
         )
 
 
-def _matched(store: Store, listed: LabelledImages, request: ExternalRequest) -> ClassMatch:
+def _matched(store: Store, listed: LabelledImages, request: ExternalRequest, model_name: str | None) -> ClassMatch:
     own_classes = store.catalog.classes
     class_map = {}
     if request.class_map is not None:
@@ -184,8 +185,23 @@ def _matched(store: Store, listed: LabelledImages, request: ExternalRequest) -> 
         dict(zip(own_classes, own_counts, strict=True)),
         request.treatment,
         str(request.source),
+        _command(store.workspace, request, model_name),
     )
     return match
+
+
+def _command(workspace: Workspace, request: ExternalRequest, model_name: str | None) -> str:
+    """The command as it was typed, without `--missing`."""
+    options = {
+        "--data": request.source,
+        "--name": request.name if request.name != set_name(request.source, None) else None,
+        "--class-map": request.class_map,
+        "--model-name": model_name,
+        "--from-export": request.export,
+        "--workspace": workspace.base,
+    }
+    words = [word for option, value in options.items() if value is not None for word in (option, str(value))]
+    return shlex.join(["python", "ensemble_orchestrator.py", "evaluate", *words])
 
 
 def prepare(

@@ -4,9 +4,9 @@ HiResCAM (Draelos and Carin 2020): the product of a layer's outputs and the grad
 where it is positive. Before global pooling and a linear head this is CAM (Zhou et al. 2016), and Grad-CAM (Selvaraju et
 al. 2017) up to its averaging of the gradient. The logit is taken relative to the mean of all logits, since only their
 differences decide. The layer is found by probing: of feature maps the last one that everything which the logits know of
-the image passes through; of a vision transformer's tokens the last layer whose positions the logits depend on. Where
-the head reads the class token these are the inputs of the last attention, so that a position counts by the attention
-that the class token pays it.
+the image passes through and that has `FINE_GRID` positions a side, as the last one of networks for 224 pixels has; of a
+vision transformer's tokens the last layer whose positions the logits depend on. Where the head reads the class token
+these are the inputs of the last attention, so that a position counts by the attention that the class token pays it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from utils.core.errors import UserError
 
+FINE_GRID = 7  # positions a side; on 4 x 4 deletion shows no more than chance (benchmarks/maps.py)
 LEAST_GRID = 4  # positions a side; a coarser map tells no place
 MOST_PREFIX = 8  # class, distillation and register tokens before those of the positions
 TOKENS = "BNC"
@@ -60,16 +61,14 @@ class ClassMaps:
         score = _relative(logits, logits.argmax(dim=1))
         gradients = torch.autograd.grad(score, [output for _, output in found], allow_unused=True) if found else ()
         deciding = [
-            (call, _grid(output, images))
+            (call, grid)
             for (call, output), gradient in zip(found, gradients, strict=True)
-            if gradient is not None and bool(_positions(output * gradient, images).abs().sum() > 0)
+            if gradient is not None
+            and bool(_positions(output * gradient, images).abs().sum() > 0)
+            and (grid := _grid(output, images)) is not None
         ]
-        for call, grid in reversed(deciding):
-            if grid is not None and (grid[0] == TOKENS or self._passes_all(images, call)):
-                self._call = call
-                return
-        if deciding:  # parallel branches up to the last feature map
-            self._call = deciding[-1][0]
+        self._call = self._last_before_pooling(images, deciding)
+        if self._call is not None:
             return
         raise NoMapError(
             self.name,
@@ -87,6 +86,21 @@ class ClassMaps:
         total = maps.sum(dim=(1, 2), keepdim=True)
         uniform = torch.full_like(maps, 1 / maps[0].numel())  # no position speaks for the class
         return torch.where(total > 0, maps / total.clamp_min(torch.finfo(torch.float32).tiny), uniform)
+
+    def _last_before_pooling(self, images: Tensor, deciding: list[tuple[_Call, tuple[str, int]]]) -> _Call | None:
+        """The call whose output is mapped, of those with a grid that the logits depend on; None without any."""
+        coarse: _Call | None = None
+        for call, (layout, side) in reversed(deciding):
+            if layout == TOKENS:
+                return coarse or call
+            is_fine = side >= FINE_GRID
+            if (is_fine or coarse is None) and self._passes_all(images, call):
+                if is_fine:
+                    return call
+                coarse = call
+        if coarse is None and deciding:  # parallel branches up to the last feature map
+            return deciding[-1][0]
+        return coarse
 
     def _passes_all(self, images: Tensor, call: _Call) -> bool:
         """Whether the logits know nothing of the image without the output of this call."""

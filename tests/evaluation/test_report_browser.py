@@ -214,7 +214,7 @@ def test_a_map_stands_beside_each_example_image(whole, chromium, width):
     assert len(boxes) == 20
     assert all(first[1] <= second[0] and first[2] == second[2] for first, second in boxes)
     warnings = chromium.run("[...document.querySelectorAll('.warning')].map(node => node.innerText).join()")
-    assert "looks at the background: in the audit border pixels alone tell 74%" in warnings
+    assert "looks at the background: in the audit, border pixels alone predict the class of 74%" in warnings
 
 
 @pytest.mark.parametrize(("width", "medium"), [(1280, ""), (PAPER, "print")])

@@ -33,7 +33,7 @@ DIGEST = re.compile(r"-[0-9a-f]{8}$")
 HEAD_BYTES = 4096  # that hold the key
 EXPLANATIONS = {
     "wrong": "The predicted class has a high probability and differs from the label: the model or the label is wrong.",
-    "disagreement": "Two members or more give different classes a probability above one half. Further training images "
+    "disagreement": "At least two members give different classes a probability above one half. Further training images "
     "like these help most.",
     "mislabelled": "Out-of-sample predictions contradict these labels. Check the labels first.",
 }

@@ -101,7 +101,8 @@ def _recommendation(data: ReportData) -> str:
     selected = (
         ""
         if rule is None
-        else f" On new images expect a log-loss of {_loss(rule)}, that of models selected without the rows scored."
+        else f" On new images expect a log-loss of {_loss(rule)}: the mean over folds, each scored with the model that "
+        "the other folds select."
     )
     return (
         f"Use {data.focus} ({recommended['reason']}). The recommendation is based on "
@@ -183,7 +184,7 @@ def _calibrated_difference(comparison: Mapping[str, Any]) -> str:
     if difference is None:
         return ""
     bounds = f" [{interval[0]:+.4f}, {interval[1]:+.4f}]" if interval else ""
-    return f" With a temperature for both, its log-loss differs by {difference:+.4f}{bounds} nats."
+    return f" After temperature scaling of both, its log-loss differs by {difference:+.4f}{bounds} nats."
 
 
 def _baselines(data: ReportData) -> str:

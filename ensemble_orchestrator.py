@@ -55,6 +55,8 @@ class _Parser(argparse.ArgumentParser):
             options = [option for command in COMMANDS.values() for option in (*command.arguments, *COMMON_OPTIONS)]
             first = (unknown.split() or [""])[0].partition("=")[0]  # spaces alone have no first word
             message += errors.did_you_mean(first, dict.fromkeys(options))
+        if message.startswith("one of the arguments --model-name"):
+            message += ", such as --model-name recommended"
         self.exit(2, f"{self.prog}: {display_text.printable_lines(message)}\nAll options: {self.prog} --help\n")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

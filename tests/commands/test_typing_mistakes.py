@@ -60,6 +60,21 @@ def test_an_empty_folder_stays_empty(command, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_without_networks_is_named_with_the_workspace_that_was_meant(folder, tmp_path):
+    done = run("evaluate", workspace=tmp_path)
+    assert f". {tmp_path} holds no networks; `make demo` trains some" in done.stderr
+    (tmp_path / "workspaces" / "leaves-1" / "checkpoints").mkdir(parents=True)
+    done = run("evaluate", workspace=tmp_path)
+    assert f"did you mean --workspace {tmp_path}/workspaces/leaves-1?" in done.stderr
+    assert "holds no networks" not in run("evaluate", workspace=tmp_path / "workspaces" / "leaves-1").stderr
+
+
+def test_predict_without_a_model_says_which_may_be_named(folder):
+    done = run("predict", folder / "photos", workspace=folder / "work")
+    assert done.code == 2
+    assert "--model-name --from-export is required, such as --model-name recommended" in done.stderr
+
+
 @pytest.mark.parametrize(
     "command",
     [

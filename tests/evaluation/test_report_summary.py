@@ -67,7 +67,7 @@ def test_log_losses_are_compared_with_a_temperature_on_both_sides():
     calibrated = {"delta_calibrated_log_loss": -0.0123, "delta_calibrated_log_loss_ci95": [-0.02, -0.001]}
     start = "Compared with the best single model (a)"
     text = sentence(data(evaluated={"vs_best_single": comparison | calibrated}), start)
-    assert "temperature for both" in text
+    assert "After temperature scaling of both" in text
     assert "-0.0123 [-0.0200, -0.0010]" in text
     assert "temperature" not in sentence(data(evaluated={"vs_best_single": comparison}), start)
 

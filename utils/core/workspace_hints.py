@@ -36,6 +36,16 @@ def refuse(folder: Path) -> None:
     )
 
 
+def elsewhere(folder: Path) -> str:
+    """` DIR holds no networks; ...` with the workspace that was meant; empty for a folder that is a workspace."""
+    if _is_workspace(folder):
+        return ""
+    made_here = [path for path in _children(folder / "workspaces") if _is_workspace(path)]  # by `demo`
+    workspace = _around(folder) or max(made_here, key=lambda path: path.stat().st_mtime, default=None)
+    meant = f"did you mean --workspace {shlex.quote(str(workspace))}?" if workspace else "`make demo` trains some"
+    return f". {folder} holds no networks; {meant}"
+
+
 def _around(folder: Path) -> Path | None:
     """A workspace above or below a folder."""
     return next((path for path in (*folder.parents[:2], *_children(folder)) if _is_workspace(path)), None)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import base_back
+from utils.core import workspace_hints
 from utils.core.artifacts import FileDigests, digest_of, read_json, write_json
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
@@ -269,7 +270,8 @@ def read(workspace: Workspace) -> Catalog:
     """The catalog on disk. Raises UserError if there is none, or it is damaged."""
     record = read_json(workspace.catalog, remedy=RUN_DISCOVER)
     if record is None:
-        raise UserError(f"Catalog not found: {workspace.catalog}. {RUN_DISCOVER}")
+        hint = workspace_hints.elsewhere(workspace.base)
+        raise UserError(f"Catalog not found: {workspace.catalog}. {RUN_DISCOVER}{hint}")
     schema = record.get("schema") if isinstance(record, dict) else None
     if schema != SCHEMA:
         raise UserError(f"{workspace.catalog}: schema {schema!r}; expected {SCHEMA}. {RUN_DISCOVER}")

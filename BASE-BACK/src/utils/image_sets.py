@@ -123,9 +123,14 @@ def _of_class_folders(source: Path, fewest_classes: int) -> ImageSet:
 
 def _contents(folder: Path, folders: Sequence[str]) -> str:
     if folders:
-        return f"no image in its {len(folders)} folder(s) ({', '.join(folders[:5])}{', ...' if folders[5:] else ''})"
+        names = f"{', '.join(folders[:5])}{', ...' if folders[5:] else ''}"
+        return f"no image in its {len(folders)} folder{'' if len(folders) == 1 else 's'} ({names})"
     images = len(image_names(folder))
-    return f"{images} image(s) and no class folder" if images else "neither class folder nor image"
+    return (
+        f"{images} image{'' if images == 1 else 's'} and no class folder"
+        if images
+        else "neither class folder nor image"
+    )
 
 
 def _near_image_set(source: Path, folders: Sequence[str]) -> str:

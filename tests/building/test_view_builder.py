@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import page_outputs
 import pytest
 from conftest import PROJECT
 from stored_predictions import workspace_at
@@ -25,7 +26,7 @@ from utils.numeric.view_choice import ORIGINAL, ViewChoice
 from utils.predictions import catalog, fold_networks, view_members
 from utils.predictions.store import Store
 
-NAME = "CustomResNetMish"
+NAME, OTHER = "CustomResNetMish", "CustomConvNeXt"
 NETWORK = f"{NAME}_tta"
 SETTINGS = ("device=cpu", f"backbones.include=[{NAME}]", "runs.score_ensemble.methods=[soft_voting]")
 
@@ -213,3 +214,11 @@ def test_a_damaged_record_is_named_and_left_out(workspace):
     assert NETWORK not in view_members.with_views(workspace, current).members
     with pytest.raises(UserError, match="expected a list"):
         view_members.record_of(workspace, NAME)
+
+
+def test_the_guide_shows_the_words_of_two_choices():
+    (shown,) = page_outputs.blocks("guides/methods.md")
+    unstable = {"views": [], "chosen_on_all_rows": ["rotations"]}
+    stable = {"views": ["rotations"], "log_loss_gain": 0.1093, "log_loss_gain_ci95": [0.0597, 0.1590]}
+    described = [f"    {name}: {view_builder.describe(choice)}" for name, choice in ((OTHER, unstable), (NAME, stable))]
+    assert shown[1:] == described

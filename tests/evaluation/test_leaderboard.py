@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
+import page_outputs
 import pytest
 
 from utils.evaluation import leaderboard
@@ -121,3 +122,23 @@ def test_the_columns_are_those_that_were_chosen(ranking):
     assert (first["matthews_corrcoef_low"], first["top_5_accuracy"], "accuracy" in first) == ("0.25", "", False)
     assert "| 0.6250 [0.2500, 0.8750] | -- |" in leaderboard.as_markdown(ranking)
     assert r"0.6250 {\scriptsize [0.2500, 0.8750]} & -- &" in leaderboard.as_latex(ranking)
+
+
+def test_the_guide_shows_rows_that_are_printed(ranking):
+    (shown,) = [block for block in page_outputs.blocks("guides/report.md") if "evaluate --metrics" in block[0]]
+    ranking["options"] = {"metrics": shown[0].split("--metrics")[1].split()}
+    scores = dict.fromkeys(ranking["options"]["metrics"], 0.75)
+    for line in ranking["rows"]:
+        line |= scores | {
+            "contaminated": False,
+            "optimistic": False,
+            "rank": 1,
+            "ci95": dict.fromkeys(scores, (0.5, 1.0)),
+        }
+    ranking["rows"][0] |= {"kind": "member"}
+    ranking["rows"][1] |= {"vs_best_single": HELD}
+    ranking |= {"order": ["log_loss"], "recommended_fast": {"name": "b", "reason": "cheap", "evidence": None}}
+    ranking["recommended_fast"]["evidence"] = ranking["recommended"]["evidence"]
+    printed = leaderboard.as_text(ranking)
+    names = ("a_much_longer_name", "b", "x_%$|<&")
+    assert page_outputs.not_printed(shown[1:], printed, names) == [], printed

@@ -35,6 +35,7 @@ LEFT_OUT = 4  # a demo that finished without some requested part
 KEPT_LINES = 5
 OF_MAKE = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "QUICK", "DATA", "DEMO_DATA", "ARGS")
 """What `make bench` hands down, and would make another demo of this one."""
+NOT_OF_NEWCOMERS = (*OF_MAKE, "PYTHONDONTWRITEBYTECODE")  # without bytecode every command compiles 400 modules
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def measured(verb: Verb) -> dict[str, Any]:
 
 def environment() -> dict[str, str]:
     """This process's, as a newcomer has it."""
-    return {name: value for name, value in clean_environment().items() if name not in OF_MAKE}
+    return {name: value for name, value in clean_environment().items() if name not in NOT_OF_NEWCOMERS}
 
 
 def judged(verb: Verb, seconds: float, code: int, description: str) -> dict[str, Any]:

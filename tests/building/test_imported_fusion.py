@@ -85,7 +85,7 @@ def test_auto_compares_on_train_rows_and_says_the_interval(workspace, tmp_path):
     found = source(workspace)
     low, _ = found["gain_of_val"]["ci95"]
     assert found["chosen"] == ("val" if low > 0 else "aligned")
-    assert found["reason"].startswith("on train rows, which chose neither, log-loss ")
+    assert found["reason"].startswith("on train rows, which no selection has used, log-loss ")
     assert found["gain_of_val"]["mean"] == pytest.approx(
         found["train_log_loss"]["aligned"] - found["train_log_loss"]["val"]
     )

@@ -203,8 +203,8 @@ def gain_of_val(val: Crossfit, aligned: Crossfit, groups: np.ndarray | None) -> 
     interval = mean_interval(gains, None if groups is None else groups[of_train])
     shown = "too few for an interval" if interval is None else f"[{interval[0]:+.4f}, {interval[1]:+.4f}]"
     words = (
-        f"on train rows, which chose neither, log-loss {losses[1].mean():.4f} with aligned and {losses[0].mean():.4f} "
-        f"with val, difference {gains.mean():+.4f} {shown}"
+        f"on train rows, which no selection has used, log-loss {losses[1].mean():.4f} with aligned and "
+        f"{losses[0].mean():.4f} with val, difference {gains.mean():+.4f} {shown}"
     )
     return Gain(float(gains.mean()), interval, words)
 

@@ -23,6 +23,5 @@ def problem(train: ImageSplit) -> Problem | None:
         "info",
         None,
         f"the classes of train differ in size: {', '.join(shown)}, imbalance ratio {ratio}",
-        "where rare classes count as much: python BASE-BACK/src/main.py --class-weights balanced, or --sampling "
-        "balanced",
+        "if rare classes matter as much: python BASE-BACK/src/main.py --class-weights balanced, or --sampling balanced",
     )

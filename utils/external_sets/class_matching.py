@@ -166,7 +166,7 @@ def require_treatment(
     ]
     if len(match.shared) > 1:
         treatments += [
-            "  beside that, restrict the probabilities to the shared classes (on the test split too):",
+            "  also restrict the probabilities to the shared classes (on the test split too):",
             f"    {command} --missing {RESTRICT}",
         ]
     said = f"evaluate --data {source}: its classes are not those of the workspace"

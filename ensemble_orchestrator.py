@@ -78,7 +78,8 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from ensemble_system import __version__
 
-        parser.exit(message=f"ensemble-system {__version__}\n")
+        parser._print_message(f"ensemble-system {__version__}\n", sys.stdout)  # as argparse's own action does
+        parser.exit()
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,6 +14,7 @@ import pytest
 from conftest import PROJECT, run_python
 
 import ensemble_orchestrator
+import ensemble_system
 from utils import commands
 from utils.core import errors
 
@@ -33,6 +34,13 @@ def test_help_lists_what_works_and_loads_nothing_heavy():
     assert done.returncode == 0, done.stderr
     for command in ("discover", "build-ensemble", "evaluate", "pipeline", "status", "clean"):
         assert re.search(rf"^    {command}\s", done.stdout, re.MULTILINE)
+
+
+def test_the_version_is_printed_to_standard_output(capsys):
+    with pytest.raises(SystemExit) as caught:
+        ensemble_orchestrator.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr() == (f"ensemble-system {ensemble_system.__version__}\n", "")
 
 
 @pytest.mark.parametrize("command", commands.COMMANDS)

@@ -32,7 +32,7 @@ def form(line: str, names: Collection[str] = ()) -> str:
     line = re.sub(r"\b[A-Za-z]\w*_\w+\b", "name", line)
     line = re.sub(NUMBER, "#", line)
     line = re.sub(r"\s+", " ", line)
-    for item in ("name # -> #", "name", "/"):
+    for item in ("name # -> #", "# name", "name", "/"):
         line = re.sub(rf"{item}(?:(?:, | and ){item})+", item, line)
     return line
 

@@ -169,8 +169,8 @@ def require_treatment(
             "  also restrict the probabilities to the shared classes (on the test split too):",
             f"    {command} --missing {RESTRICT}",
         ]
-    said = f"evaluate --data {source}: its classes are not those of the workspace"
-    raise UserError("\n".join([said, *lines, *_map_hint(match), *treatments]))
+    problem = f"evaluate --data {source}: its classes are not those of the workspace"
+    raise UserError("\n".join([problem, *lines, *_map_hint(match), *treatments]))
 
 
 def _listed(match: ClassMatch, counts: Mapping[str, int], own_counts: Mapping[str, int]) -> list[str]:

@@ -6,22 +6,20 @@ Nothing is read or fitted. Absent records and keys are None, so that a report ca
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from utils.core.display_text import format_count
 from utils.core.errors import UserError
-from utils.core.workspace import Workspace
 from utils.evaluation.leaderboard import HEADINGS
 from utils.evaluation.report import example_images
-from utils.evaluation.report.example_images import ExampleImage, LabelledPredictions
-from utils.evaluation.report.report_sources import ReportSources
+from utils.evaluation.report.example_images import ExampleImage
+from utils.evaluation.report.report_sources import ReportRecords, ReportSources
 from utils.numeric import diversity
 from utils.numeric.metrics import SMALLEST_PROBABILITY, log_softmax, softmax
 from utils.numeric.uniform_mixture import without_uniform
-from utils.predictions.catalog import Catalog, Member
 from utils.predictions.rows import UNKNOWN, MemberRows
 
 BLOCK = 4096  # rows at a time, whatever the number of classes
@@ -47,23 +45,9 @@ class Contributions:
 
 
 @dataclass(frozen=True)
-class ReportData:
+class ReportData(ReportRecords):
     """Everything that the sections of a report show."""
 
-    workspace: Workspace
-    catalog: Catalog
-    split: str
-    ranking: Mapping[str, Any]
-    metrics: Mapping[str, Mapping[str, Any]]
-    """{model: `metrics.json`}, in the order of the ranking"""
-    focus: str
-    """The model that the report is about: the recommended one"""
-    records: Mapping[str, Mapping[str, Any]]
-    """{ensemble: `ensemble.json`} of the ensembles among `metrics`, in their order"""
-    members: tuple[Member, ...]
-    """Members of the focus, or all ranked members where it is one of them"""
-    predictions: LabelledPredictions | None
-    """Of the focus on the evaluated rows"""
     peers: Mapping[str, str]
     """{best_single, soft_voting: name} of those that are evaluated and not the focus"""
     contributions: Contributions | None
@@ -137,21 +121,8 @@ def report_data(sources: ReportSources) -> ReportData:
         for kind in PEERS
         if ranked_peers.get(kind) in sources.metrics and ranked_peers[kind] != sources.focus
     }
-    return ReportData(
-        sources.workspace,
-        sources.catalog,
-        sources.split,
-        sources.ranking,
-        sources.metrics,
-        sources.focus,
-        sources.records,
-        sources.members,
-        sources.predictions,
-        peers,
-        contributions,
-        examples,
-        notes,
-    )
+    shared = {field.name: getattr(sources, field.name) for field in fields(ReportRecords)}
+    return ReportData(**shared, peers=peers, contributions=contributions, examples=examples, notes=notes)
 
 
 def member_contributions(parts: Mapping[str, Sequence[MemberRows]]) -> Contributions:

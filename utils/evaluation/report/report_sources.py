@@ -25,8 +25,8 @@ AGAIN = "Remove it, then evaluate again"
 
 
 @dataclass(frozen=True)
-class ReportSources:
-    """Records and arrays of one split; what cannot be read is None or absent, with the reason in `notes`."""
+class ReportRecords:
+    """The records of one split and the model that a report on them is about."""
 
     workspace: Workspace
     catalog: Catalog
@@ -37,11 +37,17 @@ class ReportSources:
     focus: str
     """The model that the report is about: the recommended one"""
     records: Mapping[str, Mapping[str, Any]]
-    """{ensemble: `ensemble.json`}, in the order of `metrics`"""
+    """{ensemble: `ensemble.json`} of the ensembles among `metrics`, in their order"""
     members: tuple[Member, ...]
     """Members of the focus, or all ranked members where it is one of them"""
     predictions: LabelledPredictions | None
     """Of the focus on the evaluated rows"""
+
+
+@dataclass(frozen=True)
+class ReportSources(ReportRecords):
+    """Records and arrays that a report is computed from; what cannot be read is None, with the reason in `notes`."""
+
     member_rows: Mapping[str, MemberRows] | None
     """{member: its rows of the split by the networks that answer for it in the focus}"""
     out_of_sample: Mapping[str, Sequence[MemberRows]] | None

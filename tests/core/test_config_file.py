@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from utils.core.config import SPECIFIED, Config, require_enabled
-from utils.core.config_file import MOST_BYTES, MOST_VALUES, find_config, load_config
+from utils.core.config_file import MOST_BYTES, MOST_VALUES, find_config, load_config, read_provenance
 from utils.core.errors import ConfigError, UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -411,3 +411,10 @@ def test_find_lists_few_of_many_files(tmp_path, monkeypatch):
         find_config("x/y", tmp_path)
     with pytest.raises(ConfigError, match=r"there are ([0-9]+\.yaml, ){10}\.\.\.$"):
         find_config("none", tmp_path)
+
+
+def test_what_was_read_of_a_file_belongs_to_the_caller(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("seed: 1\nprovenance: {file: a.yaml, keys: {seed: file}}\n")
+    read_provenance(path)["keys"]["seed"] = "changed"
+    assert read_provenance(path) == {"file": "a.yaml", "keys": {"seed": "file"}}

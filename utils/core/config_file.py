@@ -8,10 +8,12 @@ takes the specification's value for every key it leaves out, `enable` too: `moe:
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import reprlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -313,6 +315,11 @@ def _read_file(path: Path) -> tuple[dict[str, Any] | None, Problems]:
 
 def _read_text(text: str) -> tuple[Any, Problems]:
     """YAML -> plain values and what is wrong with them; nothing is built that YAML 1.1's plain kinds do not name."""
+    return copy.deepcopy(_parsed(text))
+
+
+@lru_cache(maxsize=2)  # a command reads the remembered configuration, then what it records about itself
+def _parsed(text: str) -> tuple[Any, Problems]:
     try:
         return (reader := _Reader(text)).read(), reader.problems
     except yaml.reader.ReaderError as error:

@@ -134,6 +134,44 @@ def test_a_coarse_last_feature_map_is_left_for_a_finer_one(network, side):
     assert mapped(network(), network.__name__, images(), [0, 1, 2]).shape == (3, side, side)
 
 
+class Mixed(Pooled):
+    """Behind its feature map every position is a sum of all, on the same grid."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixing, self.last = nn.Linear(64, 64), nn.ReLU()
+
+    def forward(self, batch):
+        features = self.features(batch)
+        mixed = self.mixing(features.flatten(2)).unflatten(2, (8, 8))
+        return self.head(self.last(mixed).mean(dim=(2, 3)))
+
+
+class Attending(nn.Module):
+    """Tokens of a convolution, two layers of attention over all of them, and a linear head on their mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = nn.Conv2d(3, 16, 4, 4)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(2))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, batch):
+        tokens = self.tokens(batch).flatten(2).mT
+        for layer in self.layers:
+            tokens = layer(tokens)
+        return self.head(tokens.mean(dim=1))
+
+
+@pytest.mark.parametrize("network", [Mixed, Attending])
+def test_the_layer_is_one_whose_positions_see_their_own_place(network):
+    torch.manual_seed(0)
+    maps = ClassMaps(network(), network.__name__)
+    maps.probe(images())
+    before = maps.model.features if network is Mixed else maps.model.tokens
+    assert maps._call.layer in set(before.modules())
+
+
 def test_a_network_without_positions_is_refused_in_words():
     with pytest.raises(UserError, match=r"flat: no layer with a grid of 4 x 4 positions .* run without --maps"):
         ClassMaps(Flattened(), "flat").probe(images())

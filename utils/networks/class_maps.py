@@ -3,10 +3,10 @@
 HiResCAM (Draelos and Carin 2020): the product of a layer's outputs and the gradient of the logit, summed over channels,
 where it is positive. Before global pooling and a linear head this is CAM (Zhou et al. 2016), and Grad-CAM (Selvaraju et
 al. 2017) up to its averaging of the gradient. The logit is taken relative to the mean of all logits, since only their
-differences decide. The layer is found by probing: of feature maps the last one that everything which the logits know of
-the image passes through and that has `FINE_GRID` positions a side, as the last one of networks for 224 pixels has; of a
-vision transformer's tokens the last layer whose positions the logits depend on. Where the head reads the class token
-these are the inputs of the last attention, so that a position counts by the attention that the class token pays it.
+differences decide. The layer is found by probing: the last one with `FINE_GRID` positions a side that still see their
+own place, by the gradients of the input (the effective receptive field of Luo et al. 2016). Of feature maps it is one
+that everything passes through which the logits know of the image; of the tokens of a vision transformer it is often the
+input of the first attention, since later ones mix all positions.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from utils.core.errors import UserError
 
 FINE_GRID = 7  # positions a side; on 4 x 4 deletion shows no more than chance (benchmarks/maps.py)
+SEEN_NEAR = 0.9
+"""Least share of what a position depends on that lies within a quarter of the image's side around it. Chosen on
+photographs that networks were trained on; where less is near, deletion shows no more than chance."""
 LEAST_GRID = 4  # positions a side; a coarser map tells no place
 MOST_PREFIX = 8  # class, distillation and register tokens before those of the positions
 TOKENS = "BNC"
@@ -56,18 +59,20 @@ class ClassMaps:
         Raises NoMapError for a network without a grid of positions that its logits depend on.
         """
         layers = [layer for layer in self.model.modules() if not isinstance(layer, WITHOUT_FEATURES)]
-        logits, calls, _ = self._recorded(images, layers)
+        logits, calls, inputs = self._recorded(images, layers)
         found = [(call, output) for call, output in calls if _grid(output, images) is not None]
         score = _relative(logits, logits.argmax(dim=1))
-        gradients = torch.autograd.grad(score, [output for _, output in found], allow_unused=True) if found else ()
+        gradients = (
+            torch.autograd.grad(score, [output for _, output in found], retain_graph=True, allow_unused=True)
+            if found
+            else ()
+        )
         deciding = [
-            (call, grid)
+            (call, output)
             for (call, output), gradient in zip(found, gradients, strict=True)
-            if gradient is not None
-            and bool(_positions(output * gradient, images).abs().sum() > 0)
-            and (grid := _grid(output, images)) is not None
+            if gradient is not None and bool(_positions(output * gradient, images).abs().sum() > 0)
         ]
-        self._call = self._last_before_pooling(images, deciding)
+        self._call = self._chosen(images, inputs, deciding)
         if self._call is not None:
             return
         raise NoMapError(
@@ -87,20 +92,24 @@ class ClassMaps:
         uniform = torch.full_like(maps, 1 / maps[0].numel())  # no position speaks for the class
         return torch.where(total > 0, maps / total.clamp_min(torch.finfo(torch.float32).tiny), uniform)
 
-    def _last_before_pooling(self, images: Tensor, deciding: list[tuple[_Call, tuple[str, int]]]) -> _Call | None:
-        """The call whose output is mapped, of those with a grid that the logits depend on; None without any."""
-        coarse: _Call | None = None
-        for call, (layout, side) in reversed(deciding):
-            if layout == TOKENS:
-                return coarse or call
-            is_fine = side >= FINE_GRID
-            if (is_fine or coarse is None) and self._passes_all(images, call):
-                if is_fine:
+    def _chosen(self, images: Tensor, inputs: Tensor, deciding: list[tuple[_Call, Tensor]]) -> _Call | None:
+        """The call whose output is mapped, of those with a grid that the logits depend on; None without any.
+
+        Positions see less of their own place from layer to layer, so that bisection finds how many layers keep it.
+        """
+        low, high = 0, len(deciding)
+        while low < high:
+            middle = (low + high) // 2
+            if _seen_near(deciding[middle][1], inputs) >= SEEN_NEAR:
+                low = middle + 1
+            else:
+                high = middle
+        for least, candidates in ((FINE_GRID, deciding[:low]), (LEAST_GRID, deciding)):
+            for call, output in reversed(candidates):
+                layout, side = _grid(output, images) or ("", 0)
+                if side >= least and (layout == TOKENS or self._passes_all(images, call)):
                     return call
-                coarse = call
-        if coarse is None and deciding:  # parallel branches up to the last feature map
-            return deciding[-1][0]
-        return coarse
+        return deciding[-1][0] if deciding else None  # parallel branches up to the last feature map
 
     def _passes_all(self, images: Tensor, call: _Call) -> bool:
         """Whether the logits know nothing of the image without the output of this call."""
@@ -158,6 +167,31 @@ def _grid(output: Tensor, images: Tensor) -> tuple[str, int] | None:
     grid = math.isqrt(shape[1])
     is_grid = grid >= LEAST_GRID and side % grid == 0 and shape[1] - grid * grid <= MOST_PREFIX
     return (TOKENS, grid) if is_grid else None
+
+
+def _seen_near(output: Tensor, inputs: Tensor) -> float:
+    """The share of what positions of an output depend on that is near them in the input, mean over some positions."""
+    found = _grid(output, inputs)
+    assert found is not None, "only outputs with a grid are kept"
+    layout, grid = found
+    side = inputs.shape[3]
+    pixels = torch.arange(side, device=inputs.device) + 0.5
+    signs = torch.ones(output.shape[1 if layout == "BCHW" else -1], device=output.device)
+    signs[::2] = -1  # so that channels do not cancel out, as they would after a normalisation
+    places = (grid // 4, grid // 2, 3 * grid // 4)
+    shares = []
+    for row in places:
+        for column in places:
+            if layout == TOKENS:
+                at_place = output[:, output.shape[1] - grid * grid + row * grid + column]
+            else:
+                at_place = output[:, :, row, column] if layout == "BCHW" else output[:, row, column]
+            (gradient,) = torch.autograd.grad((at_place * signs).sum(), [inputs], retain_graph=True)
+            depends = gradient.abs().sum(dim=(0, 1))
+            down, across = ((pixels - (place + 0.5) * side / grid).abs() <= side / 4 for place in (row, column))
+            near = depends[down][:, across].sum()
+            shares.append(float(near / depends.sum().clamp_min(torch.finfo(torch.float32).tiny)))
+    return sum(shares) / len(shares)
 
 
 def _positions(products: Tensor, images: Tensor) -> Tensor:
